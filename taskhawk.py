@@ -1,6 +1,6 @@
 """Run Python functions later, on AWS SQS, SNS and Lambda, from one file with one dependency.
 
-Quickstart, with nothing set up (``TASKHAWK_BROKER='sqs'``, the default, talks to AWS instead)::
+Quickstart, with nothing set up (without TASKHAWK_BROKER, it talks to AWS)::
 
     import taskhawk
 
@@ -10,7 +10,7 @@ Quickstart, with nothing set up (``TASKHAWK_BROKER='sqs'``, the default, talks t
     def send_email(to: str, subject: str, from_email: str | None = None) -> None:
         print(f'{subject} -> {to}')
 
-    send_email.dispatch('you@example.com', 'Hello!')                      # returns the id
+    send_email.dispatch('you@example.com', 'Hello!')                       # returns an id
     taskhawk.listen_for_messages(taskhawk.Priority.default, until_empty=True)
 
 Promises
@@ -22,12 +22,12 @@ Promises
     5. Log texts never hold bodies, arguments, header values or credentials.
     6. Idle, a queue costs one 20 s poll after another; busy, 0.1 receives and 0.1 deletes a task.
 
-Not here: results and chains, soft time limits, purging, browsing a queue (SQS can't), CloudFormation.
+Not here: results, chains, soft time limits, purging or browsing a queue, CloudFormation.
 
-A message, from the receive to its end; each worker counts them in its :class:`Ledger`::
+A message that a worker holds; the :class:`Ledger` counts what each becomes::
 
     received --> started --> finished --> acked          deleted from the queue
-        |                        |------> retried        visible again later
+        |                        |------> retried        visible again, now or later
         |                        |------> dead_lettered  copied, then deleted
         |                        '------> uncertain      the delete is not known to be applied
         '--> released                                    never started, visible again at once
@@ -51,55 +51,24 @@ Rooms
 
 # --- 1. version, names, imports, limits -----------------------------------------------------------
 # Importing this file does no I/O, reads no environment and imports no botocore, sqlite3, argparse
-# or asyncio: they are imported by the first function that needs them.
+# or asyncio: the first function that needs one of them imports it.
 
 from __future__ import annotations
 
 __version__ = "5.0.0"
 
+# fmt: off
 __all__ = [
-    "SCHEMA",
-    "VERSION",
-    "AsyncInvocation",
-    "Broker",
-    "ConfigurationError",
-    "Depth",
-    "Fate",
-    "IgnoreException",
-    "Ledger",
-    "LoggingException",
-    "Message",
-    "MessageTooLarge",
-    "Metadata",
-    "Outcome",
-    "Outgoing",
-    "PartialFailure",
-    "Priority",
-    "QueueInfo",
-    "QueueMessage",
-    "Refusal",
-    "RetryException",
-    "Sender",
-    "StopRetry",
-    "Task",
-    "TaskNotFound",
-    "TaskhawkError",
-    "ValidationError",
-    "batch",
-    "configure",
-    "exponential",
-    "extend_visibility_timeout",
-    "fixed",
-    "linear",
-    "listen_for_messages",
-    "main",
-    "process",
-    "process_messages_for_lambda_consumer",
-    "publish",
-    "requeue_dead_letter",
-    "settings",
+    "SCHEMA", "VERSION", "AsyncInvocation", "Broker", "ConfigurationError", "Depth", "Fate",
+    "IgnoreException", "Ledger", "LoggingException", "Message", "MessageTooLarge", "Metadata",
+    "Outcome", "Outgoing", "PartialFailure", "Priority", "QueueInfo", "QueueMessage", "Refusal",
+    "RetryException", "Sender", "SnsSender", "SqliteBroker", "SqsBroker", "StopRetry", "Task",
+    "TaskNotFound", "TaskhawkError", "ValidationError", "Worker", "batch", "configure",
+    "exponential", "extend_visibility_timeout", "fixed", "linear", "listen_for_messages", "main",
+    "process", "process_messages_for_lambda_consumer", "publish", "requeue_dead_letter", "settings",
     "task",
 ]
+# fmt: on
 
 import abc
 import contextlib
@@ -123,28 +92,28 @@ import traceback
 import typing
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 
 if typing.TYPE_CHECKING:
-    import datetime
+    from datetime import timedelta
 
 if __name__ == "__main__":
-    # `python -m taskhawk` runs this file under the name __main__, and the tasks' modules import it
-    # a second time under its own: go on in that one, or there would be two registries.
-    _own_name = __spec__.name if __spec__ else os.path.splitext(os.path.basename(__file__))[0]
-    sys.exit(importlib.import_module(_own_name).main())
+    # `python -m taskhawk` runs this file as __main__, and the tasks' modules import it again under
+    # its own name: go on in that one, or there would be two registries.
+    sys.exit(importlib.import_module(__spec__.name if __spec__ else Path(__file__).stem).main())
 
-VERSION = __version__  # the name that 1.4 gave it
+VERSION = __version__  # the name that taskhawk 1.4 gave it
 
 _MAX_BATCH = 10  # entries in a batch call of SQS and SNS, and messages in a receive
-_MAX_SQS_BYTES = 1_048_576  # a message, or the sum of a batch; body plus attributes
-_MAX_SNS_BYTES = 262_144  # the same for SNS, unless the topic says otherwise
+_MAX_SQS_BYTES = 1_048_576  # a message, or the sum of a batch: body plus attributes
+_MAX_SNS_BYTES = 262_144  # the same for SNS, whose topics may allow more
 _MAX_ATTRIBUTES = 10  # a raw SNS delivery to SQS discards a message that has more
 _MAX_DELAY_S = 900  # DelaySeconds of SQS
-_MAX_VISIBLE_S = 43_200  # SQS counts these 12 hours from the receive, extensions included
+_MAX_HELD_S = 43_200  # SQS counts these 12 hours from the receive, extensions included
 _LONG_POLL_S = 20  # the longest wait of ReceiveMessage, and so the cheapest
-_DEFAULT_LEASE_S = 30  # the default visibility timeout of a queue
-_ERROR_ATTRIBUTE = "taskhawk.error"  # why the worker dead-lettered a message
+_DEFAULT_LEASE_S = 30  # the visibility timeout of a queue that sets none
+_ERROR_ATTRIBUTE = "taskhawk.error"  # says why the worker dead-lettered a message
 _MAX_ERROR_BYTES = 16_384  # of that attribute: enough for a traceback, little against 1 MiB
 
 _log = logging.getLogger(__name__)
@@ -166,53 +135,53 @@ class ConfigurationError(TaskhawkError):
 
 
 class ValidationError(TaskhawkError):
-    """A message is not of the format that :data:`SCHEMA` describes."""
+    """A message is not of the format that :data:`SCHEMA` describes, or can't be sent."""
 
 
 class MessageTooLarge(ValidationError):
-    """A message is larger than the service takes."""
+    """A message is larger than the service takes; :attr:`limit` is in bytes."""
 
     def __init__(self, text: str, limit: int) -> None:
-        """Say what is too large for a limit of so many bytes."""
         super().__init__(text)
         self.limit = limit
 
 
 class TaskNotFound(ValidationError):
-    """No task of that name is registered: is the module that defines it imported?"""
+    """No task of that name is registered, perhaps as its module was not imported."""
 
 
 class PartialFailure(TaskhawkError):
-    """Some entries of a batch were not accepted."""
+    """Some entries of a batch were not accepted.
+
+    ``result`` has the lists ``Successful`` and ``Failed``, an entry a message as the service
+    answered it; ``success_count`` and ``failure_count`` are their lengths; ``unsent`` are the
+    messages that were not accepted, in order, ready for :func:`publish`.
+    """
 
     def __init__(
-        self, result: Mapping[str, list[Any]], *args: object, unsent: Sequence[Message] = ()
+        self, result: Mapping[str, Sequence[Any]], *args: object, unsent: Sequence[Message] = ()
     ) -> None:
-        """Take the outcome of each entry: `result` has the lists ``Successful`` and ``Failed``."""
-        self.success_count = len(result["Successful"])
-        self.failure_count = len(result["Failed"])
-        #: what the service answered, an entry a message
-        self.result = result
-        #: the messages that were not accepted, in order, ready for :func:`publish`
-        self.unsent = list(unsent)
-        reasons = sorted({str(entry.get("Code", "unknown")) for entry in result["Failed"]})
+        self.result, self.unsent = result, list(unsent)
+        self.success_count, self.failure_count = len(result["Successful"]), len(result["Failed"])
+        codes = sorted({str(entry.get("Code", "unknown")) for entry in result["Failed"]})
         total = self.success_count + self.failure_count
-        text = f"{self.failure_count} of {total} messages failed: {', '.join(reasons)}"
+        text = f"{self.failure_count} of {total} messages failed: {', '.join(codes)}"
         super().__init__(*(args or (text,)))
 
 
 class RetryException(TaskhawkError):
-    """Raised by a task: run me again later; this is expected and logged without a traceback."""
+    """Raised by a task: run me again later. It is expected, and logged without a traceback.
 
-    def __init__(self, *args: object, delay_seconds: float | None = None) -> None:
-        """Ask for another run.
+    :param args: text; a number in the first place is the delay, as in taskhawk 4.7
+    :param delay_seconds: until the next run; None leaves it to the task's retry policy or the queue
+    :raises ValueError: if the delay is negative or not finite
+    """
 
-        :param args: text; a number in the first place is the delay, as in taskhawk 4.7
-        :param delay_seconds: when; None leaves it to the task's retry policy or to the queue
-        :raises ValueError: if the delay is negative or not finite
-        """
+    delay_seconds: float | None = None  # for subclasses with an __init__ of their own
+
+    def __init__(self, *args: Any, delay_seconds: float | None = None) -> None:
         if delay_seconds is None and args and _is_number(args[0]):
-            delay_seconds, args = typing.cast("float", args[0]), args[1:]
+            delay_seconds, *args = args  # type: ignore[assignment]
         if delay_seconds is not None and not 0 <= delay_seconds < math.inf:
             raise ValueError(f"delay_seconds: expected 0 or more seconds, got {delay_seconds}")
         self.delay_seconds = delay_seconds
@@ -220,10 +189,11 @@ class RetryException(TaskhawkError):
 
 
 class LoggingException(TaskhawkError):
-    """Raised by a task: I failed; log this message with this `extra`."""
+    """Raised by a task: I failed; log this message, with this `extra` for the log's formatter."""
+
+    extra: Mapping[str, Any] | None = None
 
     def __init__(self, message: object, extra: Mapping[str, Any] | None = None) -> None:
-        """Take the log record's text, and the fields that a log formatter may show."""
         super().__init__(message)
         self.extra = extra
 
@@ -245,125 +215,92 @@ def _is_number(value: object) -> typing.TypeGuard[float]:
 # the module named by SETTINGS_MODULE, Django's settings, the environment, the default.
 
 
-def _text(value: object) -> str:
-    if not isinstance(value, str):
+def _match(pattern: str) -> Callable[[Any], str]:
+    def parse(value: Any) -> str:
+        if not re.fullmatch(pattern, value):  # TypeError where it is no string
+            raise ValueError
+        return typing.cast("str", value)
+
+    return parse
+
+
+def _above_0(kind: type[float]) -> Callable[[Any], float]:
+    def parse(value: Any) -> float:
+        number = kind(value) if isinstance(value, str) else value
+        if type(number) not in (int, kind) or not 0 < number < math.inf:
+            raise ValueError
+        return typing.cast("float", number)
+
+    return parse
+
+
+def _account(value: Any) -> str:
+    return f"{value:012d}" if type(value) is int and value >= 0 else _match(".+")(value)
+
+
+def _flag(value: Any) -> bool:
+    no, yes = ("", "0", "false", "no", "off"), ("1", "true", "yes", "on")
+    if isinstance(value, str):
+        return (no + yes).index(value.strip().lower()) >= len(no)
+    return bool(value)
+
+
+def _hook(value: Any) -> Callable[..., Any]:
+    if isinstance(value, str):
+        module, _, name = value.rpartition(".")
+        value = _PATHS_OF_1_4.get(value) or getattr(importlib.import_module(module), name)
+    if not callable(value):
         raise TypeError
-    return value
+    return typing.cast("Callable[..., Any]", value)
 
 
-def _account(value: object) -> str:
-    return f"{value:012d}" if type(value) is int else _text(value)
-
-
-def _queue(value: object) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9_-]{1,71}", _text(value)):
-        raise ValueError
-    return _text(value)
-
-
-def _endpoint(value: object) -> str:
-    if not re.match(r"https?://.", _text(value)):
-        raise ValueError
-    return _text(value).rstrip("/")
-
-
-def _flag(value: object) -> bool:
-    words = {"": False, "0": False, "false": False, "no": False, "off": False}
-    words |= {"1": True, "true": True, "yes": True, "on": True}
-    return words[value.strip().lower()] if isinstance(value, str) else bool(value)
-
-
-def _seconds(value: object) -> float:
-    number = float(value) if isinstance(value, str) else value
-    if not _is_number(number) or not 0 < number < math.inf:
-        raise ValueError
-    return number
-
-
-def _count(value: object) -> int:
-    number = int(value) if isinstance(value, str) else value
-    if type(number) is not int or number < 1:
-        raise ValueError
-    return number
-
-
-def _hook(value: object) -> Callable[..., Any]:
-    found = _by_path(value) if isinstance(value, str) else value
-    if not callable(found):
-        raise TypeError
-    return found
-
-
-def _by_path(path: str) -> Any:
-    """Find what a dotted path names; 1.4's own defaults, in submodules, are known."""
-    if path in _PATHS_OF_1_4:
-        return _PATHS_OF_1_4[path]
-    module, _, name = path.rpartition(".")
-    return getattr(importlib.import_module(module), name)
-
-
-def _headers_hook(value: object) -> Callable[[Task[Any, Any]], Mapping[str, Any]]:
-    """Take a hook that wants `task=`, as 1.4's manual says, or nothing, as 1.4.0 called it."""
+def _headers_hook(value: Any) -> Callable[[Task[Any, Any]], Mapping[str, Any]]:
     hook = _hook(value)
-    kinds = {name: p.kind for name, p in inspect.signature(hook).parameters.items()}
-    if "task" in kinds or inspect.Parameter.VAR_KEYWORD in kinds.values():
-        return lambda task: hook(task=task)
-    return lambda task: hook()  # noqa: ARG005
-
-
-def _broker_url(value: object) -> str:
-    if _text(value) != "sqs" and not _text(value).startswith("sqlite://"):
-        raise ValueError
-    return _text(value)
+    kinds = {p.kind: name for name, p in inspect.signature(hook).parameters.items()}
+    if "task" in kinds.values() or inspect.Parameter.VAR_KEYWORD in kinds:
+        return lambda task: hook(task=task)  # as the manual of 1.4 says
+    return lambda _: hook()  # as 1.4.0 did
 
 
 _PATHS_OF_1_4: dict[str, Any] = {
     "taskhawk.conf.default_headers_hook": lambda **_: {},
     "taskhawk.conf.noop_hook": lambda **_: None,
 }
-
-
-class _Setting(NamedTuple):
-    parse: Callable[[Any], Any]
-    rule: str
-    example: str
-    default: Any = None
-
-
-_STRING = "a string"
-_HOOK = "a function or its dotted path"
-_SETTINGS: dict[str, _Setting] = {
-    "AWS_ACCESS_KEY": _Setting(_text, _STRING, "AKIAIOSFODNN7EXAMPLE"),
-    "AWS_ACCOUNT_ID": _Setting(_account, "an account number", "123456789012"),
-    "AWS_CONNECT_TIMEOUT_S": _Setting(_seconds, "a number of seconds above 0", "2", 2),
-    "AWS_ENDPOINT_SNS": _Setting(_endpoint, "a URL", "http://127.0.0.1:4566"),
-    "AWS_ENDPOINT_SQS": _Setting(_endpoint, "a URL", "http://127.0.0.1:4566"),
-    "AWS_READ_TIMEOUT_S": _Setting(_seconds, "a number of seconds above 0", "2", 2),
-    "AWS_REGION": _Setting(_text, "the name of a region", "eu-west-1"),
-    "AWS_SECRET_KEY": _Setting(_text, _STRING, "wJalrXUtnFEMI/EXAMPLEKEY"),
-    "AWS_SESSION_TOKEN": _Setting(_text, _STRING, "AQoDYXdzEJr/EXAMPLETOKEN"),
-    "IS_LAMBDA_APP": _Setting(_flag, "true or false", "False", default=False),
-    "TASKHAWK_BROKER": _Setting(
-        _broker_url, "'sqs' or a URL of SQLite", "sqlite:///queue.db", "sqs"
+_TEXT = (_match(r".+"), "a string")
+_URL = (lambda value: _match(r"https?://.+")(value).rstrip("/"), "a URL")
+_SECONDS = (_above_0(float), "a number of seconds above 0")
+_FLAG = (_flag, "true or false")
+_HOOK = (_hook, "a function or its dotted path")
+_QUEUE = (_match(r"[A-Za-z0-9_-]{1,71}"), "at most 71 letters, digits, hyphens and underscores")
+_SETTINGS: dict[str, tuple[Callable[[Any], Any], str, str, Any]] = {  # rule, example, default
+    "AWS_ACCESS_KEY": (*_TEXT, "AKIAIOSFODNN7EXAMPLE", None),
+    "AWS_ACCOUNT_ID": (_account, "an account number", "123456789012", None),
+    "AWS_CONNECT_TIMEOUT_S": (*_SECONDS, "2", 2),
+    "AWS_ENDPOINT_SNS": (*_URL, "http://127.0.0.1:4566", None),
+    "AWS_ENDPOINT_SQS": (*_URL, "http://127.0.0.1:4566", None),
+    "AWS_READ_TIMEOUT_S": (*_SECONDS, "2", 2),
+    "AWS_REGION": (_TEXT[0], "the name of a region", "eu-west-1", None),
+    "AWS_SECRET_KEY": (*_TEXT, "wJalrXUtnFEMI/EXAMPLEKEY", None),
+    "AWS_SESSION_TOKEN": (*_TEXT, "AQoDYXdzEJr/EXAMPLETOKEN", None),
+    "IS_LAMBDA_APP": (*_FLAG, "False", False),
+    "TASKHAWK_BROKER": (
+        *(_match(r"sqs|sqlite://.*"), "'sqs' or a URL of SQLite"),
+        *("sqlite:///queue.db", "sqs"),
     ),
-    "TASKHAWK_DEFAULT_HEADERS": _Setting(_headers_hook, _HOOK, "myapp.hooks.default_headers"),
-    "TASKHAWK_ERROR_HOOK": _Setting(_hook, _HOOK, "myapp.hooks.report_error"),
-    "TASKHAWK_HEARTBEAT_HOOK": _Setting(_hook, _HOOK, "myapp.hooks.touch_file"),
-    "TASKHAWK_MAX_DB_REUSE_LOOPS": _Setting(_count, "a whole number above 0", "5", 5),
-    "TASKHAWK_POST_PROCESS_HOOK": _Setting(_hook, _HOOK, "myapp.hooks.after"),
-    "TASKHAWK_PRE_PROCESS_HOOK": _Setting(_hook, _HOOK, "myapp.hooks.before"),
-    "TASKHAWK_QUEUE": _Setting(
-        _queue, "at most 71 letters, digits, hyphens and underscores", "dev-myapp"
-    ),
-    "TASKHAWK_SYNC": _Setting(_flag, "true or false", "False", default=False),
-    "TASKHAWK_TASK_CLASS": _Setting(_hook, "a class or its dotted path", "myapp.tasks.MyTask"),
+    "TASKHAWK_DEFAULT_HEADERS": (_headers_hook, _HOOK[1], "myapp.hooks.default_headers", None),
+    "TASKHAWK_ERROR_HOOK": (*_HOOK, "myapp.hooks.report_error", None),
+    "TASKHAWK_HEARTBEAT_HOOK": (*_HOOK, "myapp.hooks.touch_file", None),
+    "TASKHAWK_MAX_DB_REUSE_LOOPS": (_above_0(int), "a whole number above 0", "5", 5),
+    "TASKHAWK_POST_PROCESS_HOOK": (*_HOOK, "myapp.hooks.after", None),
+    "TASKHAWK_PRE_PROCESS_HOOK": (*_HOOK, "myapp.hooks.before", None),
+    "TASKHAWK_QUEUE": (*_QUEUE, "dev-myapp", None),
+    "TASKHAWK_SYNC": (*_FLAG, "False", False),
+    "TASKHAWK_TASK_CLASS": (_hook, "a class or its dotted path", "myapp.tasks.MyTask", None),
 }
-_SECRETS = {"AWS_ACCESS_KEY", "AWS_SECRET_KEY", "AWS_SESSION_TOKEN"}
+_SECRETS = ("AWS_ACCESS_KEY", "AWS_SECRET_KEY", "AWS_SESSION_TOKEN")
 _IGNORED = {  # settings of taskhawk 4.7 that have no meaning here
-    "TASKHAWK_CONSUMER_BACKEND",
-    "TASKHAWK_HEARTBEAT_HOOK_SYNC_CALL_S",
-    "TASKHAWK_PUBLISHER_BACKEND",
-    "TASKHAWK_PUBLISHER_GCP_BATCH_SETTINGS",
+    *("TASKHAWK_CONSUMER_BACKEND", "TASKHAWK_PUBLISHER_BACKEND"),
+    *("TASKHAWK_HEARTBEAT_HOOK_SYNC_CALL_S", "TASKHAWK_PUBLISHER_GCP_BATCH_SETTINGS"),
 }
 
 
@@ -371,73 +308,69 @@ class _Settings:
     """The settings as attributes, each read at its first use and remembered."""
 
     def __init__(self) -> None:
-        self._configured: Mapping[str, Any] = {}
+        self._given: Mapping[str, Any] = {}
         self._values: dict[str, Any] = {}
         self._warned: set[str] = set()
 
     def __getattr__(self, name: str) -> Any:
-        if name not in _SETTINGS:
-            raise AttributeError(f"{name} is not a setting of taskhawk{_nearest(name)}")
         values = self._values  # forget() replaces the dict: a reader that is late fills the old one
         if name not in values:
+            if name not in _SETTINGS:
+                raise AttributeError(_no_setting(name))
             values[name] = self.read(name)
         return values[name]
 
     def read(self, name: str) -> Any:
         """Read a setting from its source, whatever is remembered."""
+        parser, _, _, default = _SETTINGS[name]
         for source, get in self._sources():
             value = get(name)
-            if value is not None and (value != "" or _SETTINGS[name].parse is _flag):
+            if value is not None and (value != "" or parser is _flag):
                 return _parse(name, value, source)
-        return _SETTINGS[name].default
+        return default
 
     def require(self, name: str) -> Any:
-        """Read a setting that has no default.
-
-        :raises ConfigurationError: if it is not set
-        """
+        """Return a setting that has no default; raise ConfigurationError if it is not set."""
         if (value := getattr(self, name)) is not None:
             return value
         raise ConfigurationError(
-            f"{name} is not set: expected {_SETTINGS[name].rule}, such as"
-            f" {_SETTINGS[name].example!r}, from taskhawk.configure(), the module named by"
-            f" SETTINGS_MODULE, Django's settings or the environment"
+            f"{name} is not set: {_rule(name)}, from taskhawk.configure(), the module named by"
+            " SETTINGS_MODULE, Django's settings or the environment"
         )
 
     def credentials(self) -> dict[str, str]:
-        """Return botocore's arguments, from the one source that has a key; {} leaves it to botocore.
+        """Return botocore's arguments, or {} to leave it to botocore.
 
-        Taken together, so that a key never meets the secret or the token of another source.
+        All are of one source, so that a key never meets the secret or the token of another.
         """
         for source, get in self._sources():
-            names = ("AWS_ACCESS_KEY", "AWS_SECRET_KEY", "AWS_SESSION_TOKEN")
-            key, secret, token = (_parse(n, v, source) if (v := get(n)) else None for n in names)
+            key, secret, token = (_parse(n, v, source) if (v := get(n)) else None for n in _SECRETS)
             if bool(key) != bool(secret):
-                here, missing = names[:2] if key else names[1::-1]
+                here, missing = _SECRETS[:2] if key else _SECRETS[1::-1]
                 raise ConfigurationError(
                     f"{here} is set in {source}, but {missing} is not: expected both or neither"
                 )
             if key:
                 found = {"aws_access_key_id": key, "aws_secret_access_key": secret}
-                return {**found, **({"aws_session_token": token} if token else {})}
+                return {**found, "aws_session_token": token} if token else found
         return {}
 
-    def replace(self, configured: Mapping[str, Any]) -> None:
-        """Take what configure() was given, and read everything anew."""
-        self._configured = configured
-        self.forget()
-
-    def forget(self, **_: object) -> None:
-        """Read everything anew; Django calls it when a test overrides a setting."""
+    def forget(
+        self, *, given: Mapping[str, Any] | None = None, setting: str = "", **_: object
+    ) -> None:
+        """Read everything anew: after configure(), or as Django's tests override a setting."""
+        self._given = self._given if given is None else given
         self._values = {}
+        if given is not None or setting.startswith("AWS_"):
+            _brokers.close()
 
     def _sources(self) -> Iterator[tuple[str, Callable[[str], Any]]]:
-        yield "configure()", self._configured.get
+        yield "configure()", self._given.get
         if path := os.environ.get("SETTINGS_MODULE"):
             module = _import(path, "the module named by SETTINGS_MODULE")
             self.warn_of_unknown(vars(module), f"the module {path}")
             yield f"the module {path}", lambda name: getattr(module, name, None)
-        if (django := _django_settings()) is not None:
+        if django := _django_settings():
             self.warn_of_unknown(dir(django), "Django's settings")
             yield "Django's settings", lambda name: getattr(django, name, None)
         self.warn_of_unknown(os.environ, "the environment")
@@ -445,56 +378,56 @@ class _Settings:
 
     def warn_of_unknown(self, names: Iterable[str], source: str) -> None:
         """Log one warning for each name that looks like a setting and is none."""
-        ours = {name for name in names if isinstance(name, str) and name.startswith("TASKHAWK_")}
+        ours = {name for name in names if name.startswith("TASKHAWK_")}
         for name in sorted(ours - _SETTINGS.keys() - _IGNORED - self._warned):
             self._warned.add(name)
-            _log.warning("%s in %s is not a setting of taskhawk%s", name, source, _nearest(name))
+            _log.warning("%s", _no_setting(name, f" in {source}"))
 
 
 settings = _Settings()
 
 
+def _rule(name: str) -> str:
+    _, rule, example, _ = _SETTINGS[name]
+    return f"expected {rule}, such as {example!r}"
+
+
 def _parse(name: str, value: object, source: str) -> Any:
-    setting = _SETTINGS[name]
     try:
-        return setting.parse(value)
-    except (ValueError, TypeError, KeyError, ImportError, AttributeError) as error:
+        return _SETTINGS[name][0](value)
+    except (ValueError, TypeError, ImportError, AttributeError) as error:
         shown = type(value).__name__ if name in _SECRETS else repr(value)
         why = f" ({error})" if isinstance(error, ImportError | AttributeError) else ""
-        raise ConfigurationError(
-            f"{name} in {source}: expected {setting.rule}, such as {setting.example!r},"
-            f" got {shown}{why}"
-        ) from error
+        text = f"{name} in {source}: {_rule(name)}, got {shown}{why}"
+        raise ConfigurationError(text) from error
 
 
-def _nearest(name: str) -> str:
+def _no_setting(name: str, where: str = "") -> str:
     import difflib
 
-    close = difflib.get_close_matches(name, _SETTINGS, n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+    close = "".join(f"; did you mean {n}?" for n in difflib.get_close_matches(name, _SETTINGS, 1))
+    return f"{name}{where} is not a setting of taskhawk{close}"
 
 
 def _import(name: str, what: str) -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if error.name is None or not (name + ".").startswith(error.name + "."):
+        if not error.name or not f"{name}.".startswith(f"{error.name}."):
             raise  # the module is there, and something that it imports is not
-        raise ConfigurationError(f"{what}, {name!r}, can't be imported: {error}") from error
+        raise ConfigurationError(f"{what} {name!r} can't be imported: {error}") from error
 
 
 def _django_settings() -> Any:
     """Return Django's settings where Django is in use; it is never imported otherwise."""
-    conf = sys.modules.get("django.conf")
-    if conf is None and not os.environ.get("DJANGO_SETTINGS_MODULE"):
+    named = os.environ.get("DJANGO_SETTINGS_MODULE")
+    if not named and "django.conf" not in sys.modules:
         return None
     from django.conf import settings as django_settings
     from django.core.signals import setting_changed
 
-    if not django_settings.configured and not os.environ.get("DJANGO_SETTINGS_MODULE"):
-        return None
     setting_changed.connect(settings.forget, weak=False, dispatch_uid=f"{__name__}.forget")
-    return django_settings
+    return django_settings if named or django_settings.configured else None
 
 
 def configure(obj_or_mapping: object = None, /, **values: Any) -> None:
@@ -507,23 +440,19 @@ def configure(obj_or_mapping: object = None, /, **values: Any) -> None:
     :param values: settings by name
     :raises ConfigurationError: if a name in `values` is not a setting
     """
-    for name in values:
-        if name not in _SETTINGS:
-            raise ConfigurationError(f"{name} is not a setting of taskhawk{_nearest(name)}")
-    given: dict[str, Any] = {}
-    if isinstance(obj_or_mapping, Mapping):
-        settings.warn_of_unknown(obj_or_mapping, "configure()")
-        given = {name: obj_or_mapping[name] for name in _SETTINGS if name in obj_or_mapping}
-    elif obj_or_mapping is not None:
-        settings.warn_of_unknown(dir(obj_or_mapping), "configure()")
-        given = {n: getattr(obj_or_mapping, n) for n in _SETTINGS if hasattr(obj_or_mapping, n)}
-    settings.replace({**given, **values})
-    _brokers.close()
+    for name in values.keys() - _SETTINGS.keys():
+        raise ConfigurationError(_no_setting(name))
+    given = obj_or_mapping
+    if not isinstance(given, Mapping):
+        given = {name: getattr(given, name) for name in dir(given)} if given is not None else {}
+    settings.warn_of_unknown((name for name in given if isinstance(name, str)), "configure()")
+    known = {name: given[name] for name in _SETTINGS if name in given}
+    settings.forget(given={**known, **values})
 
 
 # --- 4. messages ----------------------------------------------------------------------------------
-# Untrusted bytes stop here: what decode() lets through has the shape that SCHEMA describes, and what
-# it refuses, dispatch refuses too. All functions are pure.
+# Untrusted bytes stop here: what _decode() lets through has the shape that SCHEMA describes, and
+# what it refuses, dispatch refuses too. SCHEMA is what the validator goes by, so they can't differ.
 
 
 class Priority(enum.Enum):
@@ -535,16 +464,29 @@ class Priority(enum.Enum):
     bulk = 4
 
 
-# The calendar's rules in full, so that other languages, which have only the pattern, agree with us.
+# The calendar in full, for JSON Schema has nothing else to say that there is no 30th of February.
 _ISO_8601 = (
-    r"^(?:[0-9]{4}-(?:(?:0[13578]|1[02])-31|(?:0[13-9]|1[0-2])-(?:29|30)"
+    r"^(?!0000)(?:[0-9]{4}-(?:(?:0[13578]|1[02])-31|(?:0[13-9]|1[0-2])-(?:29|30)"
     r"|(?:0[1-9]|1[0-2])-(?:0[1-9]|1[0-9]|2[0-8]))"
     r"|(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:[02468][048]|[13579][26])00)-02-29)"
     r"(?:[T ](?:[01][0-9]|2[0-3]):[0-5][0-9](?::[0-5][0-9](?:[.,][0-9]{1,9})?)?"
     r"(?:Z|[+-](?:[01][0-9]|2[0-3]):?[0-5][0-9])?)?(?![\s\S])"
 )
-_MAX_TIMESTAMP_MS = 8_640_000_000_000_000  # the last date of ECMAScript, year 275760
-
+_METADATA_SCHEMA = {
+    "type": "object",
+    "required": ["timestamp", "version"],
+    "properties": {
+        "priority": {"enum": [priority.name for priority in Priority]},
+        "timestamp": {
+            "description": "epoch milliseconds, or ISO 8601 (UTC where it has no offset)",
+            "type": ["number", "string"],
+            "minimum": 0,
+            "maximum": 8_640_000_000_000_000,  # the last date of ECMAScript
+            "pattern": _ISO_8601,
+        },
+        "version": {"const": "1.0"},
+    },
+}
 #: the message format as JSON Schema 2020-12: the contract for publishers in other languages
 SCHEMA: dict[str, Any] = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -553,125 +495,105 @@ SCHEMA: dict[str, Any] = {
     "type": "object",
     "required": ["id", "metadata", "headers", "task", "args", "kwargs"],
     "properties": {
-        "id": {"description": "identifies the message", "type": "string", "minLength": 1},
-        "metadata": {
-            "type": "object",
-            "required": ["timestamp", "version"],
-            "properties": {
-                "priority": {"enum": [priority.name for priority in Priority]},
-                "timestamp": {
-                    "description": "of the dispatch: epoch milliseconds, or ISO 8601 (UTC if"
-                    " it names no offset)",
-                    "type": ["number", "string"],
-                    "minimum": 0,
-                    "maximum": _MAX_TIMESTAMP_MS,
-                    "pattern": _ISO_8601,
-                },
-                "version": {"const": "1.0"},
-            },
-        },
-        "headers": {"description": "free for the application", "type": "object"},
-        "task": {"description": "the task's name", "type": "string", "minLength": 1},
-        "args": {"description": "positional arguments", "type": "array"},
-        "kwargs": {"description": "keyword arguments", "type": "object"},
+        "id": {"type": "string", "minLength": 1},
+        "metadata": _METADATA_SCHEMA,
+        "headers": {"description": "free for the application's use", "type": "object"},
+        "task": {"description": "the name of the task", "type": "string", "minLength": 1},
+        "args": {"description": "its positional arguments", "type": "array"},
+        "kwargs": {"description": "its keyword arguments", "type": "object"},
     },
 }
-
-_SHAPES: dict[str, tuple[type | tuple[type, ...], str]] = {
-    "id": (str, "a non-empty string"),
-    "metadata": (dict, "an object"),
-    "headers": (dict, "an object"),
-    "task": (str, "a non-empty string"),
-    "args": ((list, tuple), "an array"),
-    "kwargs": (dict, "an object"),
+_JSON_TYPES: dict[str, tuple[Any, str]] = {  # by their names in JSON Schema
+    "object": (dict, "an object"),
+    "array": (list | tuple, "an array"),
+    "boolean": (bool, "a boolean"),
+    "number": (int | float, "a number"),
+    "string": (str, "a string"),
 }
-_JSON_NAMES = {dict: "an object", list: "an array", str: "a string", bool: "a boolean"}
 
 
-def _wrong(path: str, expected: str, value: object) -> ValidationError:
-    """Make the error for a value of a wrong type, without the value: it may be a secret."""
-    kind = "null" if value is None else _JSON_NAMES.get(type(value), "a number")
-    return ValidationError(f"{path}: expected {expected}, got {kind}")
+def _validate(value: Any, schema: Mapping[str, Any], path: str = "") -> None:
+    """Check a value against the keywords that SCHEMA uses."""
+    if not _conforms(value, schema):
+        wanted, got = _expected(schema), _shown(value, path)
+        raise ValidationError(f"{path or 'message'}: expected {wanted}, got {got}")
+    for key, inner in schema.get("properties", {}).items():
+        if key in value or key in schema["required"]:
+            _validate(value.get(key, _MISSING), inner, f"{path}.{key}" if path else key)
 
 
-def _validate(data: object) -> None:
-    if not isinstance(data, dict):
-        raise _wrong("message", "an object", data)
-    for key, (kind, expected) in _SHAPES.items():
-        if key not in data:
-            raise ValidationError(f"{key}: expected {expected}, got nothing")
-        if not isinstance(data[key], kind):
-            raise _wrong(key, expected, data[key])
-        if data[key] == "":
-            raise ValidationError(f'{key}: expected {expected}, got ""')
-    metadata = data["metadata"]
-    for key, expected in (("version", '"1.0"'), ("timestamp", _TIMESTAMP_RULE)):
-        if key not in metadata:
-            raise ValidationError(f"metadata.{key}: expected {expected}, got nothing")
-    if metadata["version"] not in Message.VERSIONS:
-        raise ValidationError(
-            f'metadata.version: expected "1.0", got {_shown(metadata["version"])}'
-        )
-    priority = metadata.get("priority", "default")
-    if not isinstance(priority, str) or priority not in Priority.__members__:
-        names = ", ".join(Priority.__members__)
-        raise ValidationError(f"metadata.priority: expected one of {names}, got {_shown(priority)}")
+_MISSING = object()
 
 
-_TIMESTAMP_RULE = "epoch milliseconds or an ISO 8601 date and time"
-
-
-def _shown(value: object) -> str:
-    """Show a small value of the metadata, which is never a user's."""
+def _conforms(value: Any, schema: Mapping[str, Any]) -> bool:
+    if "const" in schema or "enum" in schema:
+        return isinstance(value, str) and value in schema.get("enum", [schema.get("const")])
+    kinds = [schema["type"]] if isinstance(schema["type"], str) else schema["type"]
+    if isinstance(value, bool) or not any(isinstance(value, _JSON_TYPES[k][0]) for k in kinds):
+        return False
     if isinstance(value, str):
-        return json.dumps(value[:40])
-    if value is None or isinstance(value, bool | float):
-        return json.dumps(value)
-    if isinstance(value, int):
+        return len(value) >= schema.get("minLength", 0) and bool(
+            re.search(schema.get("pattern", ""), value)
+        )
+    return not _is_number(value) or schema["minimum"] <= value <= schema["maximum"]
+
+
+def _expected(schema: Mapping[str, Any]) -> str:
+    if "enum" in schema:
+        return f"one of {', '.join(schema['enum'])}"
+    if "const" in schema:
+        return json.dumps(schema["const"])
+    if "pattern" in schema:
+        return "epoch milliseconds or an ISO 8601 date and time"
+    return "a non-empty string" if "minLength" in schema else _JSON_TYPES[schema["type"]][1]
+
+
+def _shown(value: object, path: str) -> str:
+    """Show what came: of the metadata, small values; of all else, which may be secret, the type."""
+    if value is _MISSING or value is None:
+        return "nothing" if value else "null"
+    if value == "" or (path.startswith("metadata.") and isinstance(value, str | bool | float)):
+        return json.dumps(value if isinstance(value, bool | float) else value[:40])
+    if path.startswith("metadata.") and isinstance(value, int):
         return str(value) if abs(value) < 10**18 else "a huge number"
-    return _JSON_NAMES.get(type(value), type(value).__name__)
+    names = (name for kind, name in _JSON_TYPES.values() if isinstance(value, kind))
+    return next(names, type(value).__name__)
 
 
-def _epoch_ms(value: object) -> int:
-    """Normalise a timestamp to whole epoch milliseconds."""
-    if isinstance(value, str) and re.search(_ISO_8601, value):
-        import datetime
-
-        moment = datetime.datetime.fromisoformat(value)
-        moment = moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)
-        epoch = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
-        return (moment - epoch) // datetime.timedelta(milliseconds=1)
-    if _is_number(value) and 0 <= value <= _MAX_TIMESTAMP_MS:
+def _epoch_ms(value: float | str) -> int:
+    """Normalise a valid timestamp to whole epoch milliseconds."""
+    if not isinstance(value, str):
         return int(value)
-    raise ValidationError(f"metadata.timestamp: expected {_TIMESTAMP_RULE}, got {_shown(value)}")
+    from datetime import UTC, datetime, timedelta
+
+    moment = datetime.fromisoformat(value)
+    moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+    return max(0, (moment - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(milliseconds=1))
 
 
 class Message:
-    """One request for a run of a task. Make it with :meth:`new`; its properties never change."""
+    """One request for a run of a task.
+
+    :param data: as :data:`SCHEMA` describes it; unknown keys are ignored
+    :raises ValidationError: says where it differs, what was expected and what came
+    """
 
     CURRENT_VERSION = "1.0"
     VERSIONS = ("1.0",)
 
     def __init__(self, data: Mapping[str, Any]) -> None:
-        """Take a decoded message.
-
-        :param data: as :data:`SCHEMA` describes it; unknown keys are ignored
-        :raises ValidationError: says where it differs
-        """
-        _validate(data)
-        self._id: str = data["id"]
-        self._task_name: str = data["task"]
-        self._headers: dict[str, Any] = data["headers"]
-        self._args: list[Any] = list(data["args"])
-        self._kwargs: dict[str, Any] = data["kwargs"]
-        self._metadata: dict[str, Any] = {
-            "priority": data["metadata"].get("priority", "default"),
-            "timestamp": _epoch_ms(data["metadata"]["timestamp"]),
-            "version": data["metadata"]["version"],
+        _validate(data, SCHEMA)
+        metadata = data["metadata"]
+        self._data = {key: data[key] for key in SCHEMA["properties"]}
+        self._data["args"] = list(data["args"])
+        self._data["metadata"] = {
+            "priority": metadata.get("priority", "default"),
+            "timestamp": _epoch_ms(metadata["timestamp"]),
+            "version": metadata["version"],
         }
         #: seconds that the queue holds the message back; not a part of the format
         self.delay_s: float = 0
-        #: what the message was received as; None at the publisher's
+        #: what it was received as; None at the publisher's
         self.received: QueueMessage | None = None
 
     @classmethod
@@ -690,18 +612,13 @@ class Message:
         :param task: the name of a registered task
         :param msg_id: a new UUID if None
         :raises TaskNotFound: if there is no such task
-        :raises ValidationError: if an argument is of a wrong type
         """
         Task.find_by_name(task)
-        metadata = {
-            "priority": priority.name,
-            "timestamp": int(time.time() * 1000),
-            "version": cls.CURRENT_VERSION,
-        }
+        now, version = int(time.time() * 1000), cls.CURRENT_VERSION
         return cls(
             {
                 "id": msg_id or str(uuid.uuid4()),
-                "metadata": metadata,
+                "metadata": {"priority": priority.name, "timestamp": now, "version": version},
                 "headers": dict(headers or {}),
                 "task": task,
                 "args": list(args or ()),
@@ -709,28 +626,28 @@ class Message:
             }
         )
 
-    id = property(lambda self: self._id, doc="identifies the message: a str")
-    metadata = property(lambda self: self._metadata, doc="priority, timestamp, version: a dict")
-    timestamp = property(lambda self: self._metadata["timestamp"], doc="epoch milliseconds")
-    version = property(lambda self: self._metadata["version"], doc="of the format: a str")
-    headers = property(lambda self: self._headers, doc="a dict")
-    task_name = property(lambda self: self._task_name, doc="a str")
-    args = property(lambda self: self._args, doc="a list")
-    kwargs = property(lambda self: self._kwargs, doc="a dict")
+    id: str = property(lambda self: self._data["id"])  # type: ignore[assignment]
+    metadata = property(lambda self: self._data["metadata"], doc="priority, timestamp and version")
+    timestamp = property(lambda self: self.metadata["timestamp"], doc="epoch milliseconds")
+    version = property(lambda self: self.metadata["version"], doc="of the format")
+    headers = property(lambda self: self._data["headers"])
+    task_name = property(lambda self: self._data["task"])
+    args = property(lambda self: self._data["args"])
+    kwargs = property(lambda self: self._data["kwargs"])
 
     @property
     def priority(self) -> Priority:
-        """The queue that the message goes through."""
-        return Priority[self._metadata["priority"]]
+        """The queue that the message goes through; can be set, for 1.4 had no other way to."""
+        return Priority[self.metadata["priority"]]
 
     @priority.setter
     def priority(self, value: Priority) -> None:
-        self._metadata["priority"] = value.name  # 1.4 had no other way to set it
+        self.metadata["priority"] = value.name
 
     @property
     def task(self) -> Task[Any, Any]:
         """The registered task; raises :exc:`TaskNotFound` if there is none."""
-        return Task.find_by_name(self._task_name)
+        return Task.find_by_name(self.task_name)
 
     def call_task(self, receipt: str | None) -> None:
         """Run the task, here and now."""
@@ -738,21 +655,14 @@ class Message:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the message as it is on the wire."""
-        return {
-            "id": self._id,
-            "metadata": self._metadata,
-            "headers": self._headers,
-            "task": self._task_name,
-            "args": self._args,
-            "kwargs": self._kwargs,
-        }
+        return self._data
 
     def items(self) -> typing.ItemsView[str, Any]:
         """Return the items of :meth:`as_dict`."""
-        return self.as_dict().items()
+        return self._data.items()
 
     def __eq__(self, other: object) -> bool:
-        return self.as_dict() == other.as_dict() if isinstance(other, Message) else NotImplemented
+        return self._data == other._data if isinstance(other, Message) else NotImplemented
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -760,8 +670,9 @@ class Message:
 def _from_decimal(value: object) -> float:
     # Where nobody has imported decimal, no value can be a Decimal.
     if "decimal" in sys.modules and isinstance(value, sys.modules["decimal"].Decimal):
-        whole = value.is_finite() and value == value.to_integral_value()
-        return int(value) if whole else float(value)
+        # Beyond 4300 digits Python writes no int; float() makes it an infinity, which is refused.
+        small = value.is_finite() and abs(value.adjusted()) < 4300  # noqa: PLR2004
+        return int(value) if small and value == value.to_integral_value() else float(value)
     raise TypeError(f"{type(value).__name__} is not a JSON type")
 
 
@@ -770,39 +681,37 @@ _ENCODER = json.JSONEncoder(default=_from_decimal, allow_nan=False, separators=(
 
 
 def _encode(message: Message) -> str:
+    """Encode a message, or raise the error that names the argument which can't be."""
     try:
         return _ENCODER.encode(message.as_dict())
     except (TypeError, ValueError, RecursionError) as error:
-        for path, value in _leaves(message):
-            _encode_one(message, path, value)
+        _sizes(message)
         raise ValidationError(f"{message.task_name}: not JSON: {error}") from error
 
 
-def _encode_one(message: Message, path: str, value: object) -> str:
-    """Encode one argument or header, or raise the error that names it."""
-    try:
-        return _ENCODER.encode(value)
-    except TypeError as error:
-        raise TypeError(f"{message.task_name}: {path} is not JSON: {error}") from error
-    except (ValueError, RecursionError) as error:
-        raise ValidationError(f"{message.task_name}: {path} is not JSON: {error}") from error
-
-
-def _leaves(message: Message) -> Iterator[tuple[str, object]]:
-    """Yield each argument and header with the path that errors call it by."""
-    yield from ((f"args[{index}]", value) for index, value in enumerate(message.args))
-    yield from ((f"kwargs.{name}", value) for name, value in message.kwargs.items())
-    yield from ((f"headers.{name}", value) for name, value in message.headers.items())
+def _sizes(message: Message) -> dict[str, int]:
+    """Return the encoded size of each argument and header, by the path that errors call it by."""
+    parts = {f"args[{index}]": value for index, value in enumerate(message.args)}
+    for field in ("kwargs", "headers"):
+        parts |= {f"{field}.{key}": value for key, value in message.as_dict()[field].items()}
+    sizes = {}
+    for path, value in parts.items():
+        try:
+            sizes[path] = len(_ENCODER.encode(value))
+        except (TypeError, ValueError, RecursionError) as error:
+            kind = TypeError if isinstance(error, TypeError) else ValidationError
+            raise kind(f"{message.task_name}: {path} is not JSON: {error}") from error
+    return sizes
 
 
 def _finite(text: str) -> float:
     if math.isinf(number := float(text)):
-        raise ValueError("a number too large")
+        raise ValueError
     return number
 
 
-def _no_constant(name: str) -> typing.NoReturn:
-    raise ValueError(f"{name} is not JSON")
+def _no_constant(_: str) -> typing.NoReturn:
+    raise ValueError  # NaN and Infinity, which Python would take
 
 
 _DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_no_constant)
@@ -811,13 +720,13 @@ _DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_no_constant)
 def _decode(body: object) -> Message:
     """Decode a body from the queue; whatever is wrong with it is a ValidationError."""
     if not isinstance(body, str):
-        raise _wrong("message", "a string of JSON", body)
+        raise ValidationError(f"message: expected a string of JSON, got {_shown(body, '')}")
     try:
         data = _DECODER.decode(body)
     except RecursionError:
         raise ValidationError("message: nested too deeply") from None
     except ValueError as error:
-        # Only the position: the error's text may quote the body.
+        # Only the position: the error's own text may quote the body.
         where = f" at character {error.pos}" if isinstance(error, json.JSONDecodeError) else ""
         raise ValidationError(f"message: not JSON{where}") from None
     return Message(data)
@@ -828,7 +737,7 @@ def _decode(body: object) -> Message:
 # another function, so a message can't reach code that its publisher did not mean.
 
 _registry: dict[str, Task[Any, Any]] = {}
-_registering = threading.Lock()  # held from the look at a name to its taking
+_registering = threading.Lock()  # held from the look at a name until it is taken
 
 
 class Metadata(dict[str, Any]):
@@ -838,196 +747,55 @@ class Metadata(dict[str, Any]):
     """
 
     def __init__(self, message: Message, receipt: str | None) -> None:
-        """Describe the run of a message."""
-        super().__init__(
-            id=message.id,
-            priority=message.priority,
-            receipt=receipt,
-            timestamp=message.timestamp,
-            version=message.version,
-        )
-        self._message = message
+        names = ("id", "priority", "timestamp", "version")
+        super().__init__({name: getattr(message, name) for name in names}, receipt=receipt)
+        self._message, self._received = message, message.received
 
     def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(f"metadata has no {name!r}") from None
+        if name not in self:
+            raise AttributeError(f"metadata has no {name!r}")
+        return self[name]
 
-    @property
-    def headers(self) -> dict[str, Any]:
-        """The headers that the message was dispatched with."""
-        return typing.cast("dict[str, Any]", self._message.headers)
+    headers = property(lambda self: self._message.headers, doc="as they were dispatched: a dict")
 
     @property
     def attempt(self) -> int:
         """How often the message was received, from 1."""
-        return self._message.received.attempt if self._message.received else 1
+        return self._received.attempt if self._received else 1
 
     @property
     def queue(self) -> str | None:
-        """The name of the queue; None where the message came by SNS or in sync mode."""
-        return self._message.received.queue if self._message.received else None
+        """The name of the queue; None where the message came through SNS."""
+        return self._received.queue if self._received and self["receipt"] else None
 
     @property
     def lease_lost(self) -> bool:
         """Whether the worker could not keep the message to itself: another may run it now."""
-        return bool(self._message.received and self._message.received.lease_lost)
+        return bool(self._received and self._received.lease_lost)
 
     def extend_visibility_timeout(self, visibility_timeout_s: float) -> None:
-        """Keep the message invisible for so many seconds from now.
+        """Hide the message from others for so many seconds from now, where a queue has it.
 
-        A worker does so by itself; this is for Lambda. Does nothing where no queue has the message.
+        For Lambda: a worker does it by itself.
         """
-        if self._message.received:
-            self._message.received.change_visibility(VisibilityTimeout=visibility_timeout_s)
-
-
-class Task(Generic[_P, _R]):
-    """A function that can be dispatched; calling it runs the function, here and now.
-
-    Saved invocations can be used again: ``urgent = send_email.with_priority(Priority.high)``.
-    """
-
-    def __init__(self, fn: Callable[_P, _R], priority: Priority, name: str) -> None:
-        """Check that a message can call the function. Use the decorator :func:`task` instead.
-
-        :raises ConfigurationError: if it can't
-        """
-        self._fn, self._priority, self._name = fn, priority, name
-        self._signature = inspect.signature(fn)
-        self._is_async = inspect.iscoroutinefunction(fn)
-        kinds = {p.name: p.kind for p in self._signature.parameters.values()}
-        if inspect.Parameter.VAR_POSITIONAL in kinds.values():
-            raise ConfigurationError(
-                f"{name}: *args can't be a task's parameter: name the arguments, or take a list"
-            )
-        named = {n for n, kind in kinds.items() if kind is not inspect.Parameter.POSITIONAL_ONLY}
-        takes_all = inspect.Parameter.VAR_KEYWORD in kinds.values()
-        self._accepts_metadata = takes_all or "metadata" in named
-        self._accepts_headers = takes_all or "headers" in named
-        self._worker_gives = {
-            key: None for key in ("metadata", "headers") if getattr(self, f"_accepts_{key}")
-        }
-        #: the retry policy, and which exceptions it is for; set by the decorator
-        self.retry: Callable[[int], float] | None = None
-        self.retry_on: tuple[type[BaseException], ...] = (BaseException,)
-        self.never_retry_on: tuple[type[BaseException], ...] = ()
-        functools.update_wrapper(self, fn)
-
-    name = property(lambda self: self._name, doc="the name that messages call the task by")
-    priority = property(lambda self: self._priority, doc="of its messages, unless they say so")
-    fn = property(lambda self: self._fn, doc="the function")
-    accepts_metadata = property(lambda self: self._accepts_metadata, doc="whether it is given it")
-    accepts_headers = property(lambda self: self._accepts_headers, doc="whether it is given them")
-
-    @property
-    def task(self) -> Task[_P, _R]:
-        """The task itself; in 1.4 the decorator returned the function, which had it here."""
-        return self
-
-    def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> _R:
-        return self._fn(*args, **kwargs)
-
-    def dispatch(self, /, *args: _P.args, **kwargs: _P.kwargs) -> str:
-        """Queue a run; see :meth:`AsyncInvocation.dispatch`."""
-        return AsyncInvocation(self).dispatch(*args, **kwargs)
-
-    def dispatch_many(self, calls: Iterable[Any]) -> int:
-        """Queue a run for each of `calls`; see :meth:`AsyncInvocation.dispatch_many`."""
-        return AsyncInvocation(self).dispatch_many(calls)
-
-    def with_headers(self, /, **headers: Any) -> AsyncInvocation[_P]:
-        """Return an invocation whose messages have these headers."""
-        return AsyncInvocation(self).with_headers(**headers)
-
-    def with_priority(self, priority: Priority) -> AsyncInvocation[_P]:
-        """Return an invocation whose messages have this priority."""
-        return AsyncInvocation(self).with_priority(priority)
-
-    def with_delay(self, delay: float | datetime.timedelta) -> AsyncInvocation[_P]:
-        """Return an invocation whose messages are held back for a time."""
-        return AsyncInvocation(self).with_delay(delay)
-
-    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Check the arguments against the signature, exactly as the worker will call it.
-
-        :raises TypeError: if the worker's call would fail
-        """
-        twice = self._worker_gives.keys() & kwargs.keys()
-        try:
-            self._signature.bind(*args, **{**kwargs, **self._worker_gives})
-        except TypeError as error:
-            raise TypeError(f"{self._name}: {error}") from None
-        if twice:
-            raise TypeError(f"{self._name}: {min(twice)!r} is given by the worker: leave it out")
-
-    def call(self, message: Message, receipt: str | None) -> None:
-        """Run the function with a message's arguments; an ``async def`` one to its end.
-
-        :param receipt: the receipt handle; None where no queue has the message
-        """
-        kwargs = dict(message.kwargs)
-        if self._accepts_metadata:
-            kwargs["metadata"] = Metadata(message, receipt)
-        if self._accepts_headers:
-            kwargs["headers"] = dict(message.headers)
-        result: Any = self._fn(*message.args, **kwargs)
-        if self._is_async:
-            _run_coroutine(result)
-
-    def retries(self, error: BaseException) -> bool:
-        """Return whether the task's options allow another run after this error."""
-        return isinstance(error, self.retry_on) and not isinstance(error, self.never_retry_on)
-
-    @classmethod
-    def find_by_name(cls, name: str) -> Task[Any, Any]:
-        """Return the registered task of this name.
-
-        :raises TaskNotFound: if there is none
-        """
-        if found := _registry.get(name):
-            return found
-        raise TaskNotFound(f"no task is registered as {name[:200]!r}: is its module imported?")
-
-    def __str__(self) -> str:
-        return f"Taskhawk task: {self._name}"
-
-    def __repr__(self) -> str:
-        return f"<Task {self._name}>"
-
-
-_PATHS_OF_1_4["taskhawk.task_manager.Task"] = _PATHS_OF_1_4["taskhawk.Task"] = Task
-
-
-def _run_coroutine(coroutine: Any) -> None:
-    import asyncio
-
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        asyncio.run(coroutine)
-        return
-    # Sync mode inside an application's own loop: that one is busy until we return.
-    from concurrent.futures import ThreadPoolExecutor
-
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(contextvars.copy_context().run, asyncio.run, coroutine).result()
+        if self._received:
+            self._received.change_visibility(VisibilityTimeout=visibility_timeout_s)
 
 
 class AsyncInvocation(Generic[_P]):
     """How to dispatch a task. Immutable: each ``with_…`` returns another invocation."""
 
+    _headers: Mapping[str, Any] = {}
+    _priority: Priority | None = None
+    _delay_s: float = 0
+
     def __init__(self, task: Task[_P, Any]) -> None:
-        """Start from the task's own priority and no headers."""
         self._task = task
-        self._headers: Mapping[str, Any] = {}
-        self._priority: Priority = task.priority
-        self._delay_s: float = 0
 
     def _with(self, **changes: Any) -> AsyncInvocation[_P]:
-        other = type(self)(self._task)
-        other.__dict__ |= self.__dict__ | changes
+        other = AsyncInvocation(self._task)
+        names = ("_headers", "_priority", "_delay_s")
+        vars(other).update({name: getattr(self, name) for name in names}, **changes)
         return other
 
     def with_headers(self, /, **headers: Any) -> AsyncInvocation[_P]:
@@ -1035,22 +803,21 @@ class AsyncInvocation(Generic[_P]):
         return self._with(_headers={**self._headers, **headers})
 
     def with_priority(self, priority: Priority) -> AsyncInvocation[_P]:
-        """Return an invocation with this priority.
-
-        :raises TypeError: if it is not a :class:`Priority`
-        """
+        """Return an invocation with this priority."""
         if not isinstance(priority, Priority):
             raise TypeError(f"priority: expected a taskhawk.Priority, got {priority!r}")
         return self._with(_priority=priority)
 
-    def with_delay(self, delay: float | datetime.timedelta) -> AsyncInvocation[_P]:
+    def with_delay(self, delay: float | timedelta) -> AsyncInvocation[_P]:
         """Return an invocation whose messages are held back by the queue.
 
-        :param delay: seconds, or a timedelta: up to 15 minutes on SQS, whose DelaySeconds it is,
-            and any length on SQLite
+        :param delay: seconds, or a timedelta: up to 15 minutes on SQS (its DelaySeconds), any
+            length on SQLite
         :raises ValueError: if it is negative or not finite
         """
-        delay_s = delay if _is_number(delay) else typing.cast("Any", delay).total_seconds()
+        delay_s = delay if _is_number(delay) else getattr(delay, "total_seconds", lambda: None)()
+        if delay_s is None:
+            raise TypeError(f"delay: expected seconds or a timedelta, got {delay!r}")
         if not 0 <= delay_s < math.inf:
             raise ValueError(f"delay: expected 0 or more seconds, got {delay_s}")
         return self._with(_delay_s=delay_s)
@@ -1058,11 +825,11 @@ class AsyncInvocation(Generic[_P]):
     def dispatch(self, /, *args: _P.args, **kwargs: _P.kwargs) -> str:
         """Queue a run of the task: one request, and one more at a queue's first use.
 
-        :param args: for the function, as JSON can hold them; Decimals become numbers
+        :param args: for the function; as JSON can hold them, and Decimals become numbers
         :returns: the message's id, which the task finds in its ``metadata``
         :raises TypeError: if the function can't be called so, or an argument is not JSON
         :raises ValidationError: if an argument can't be sent: NaN, too deep, too large
-        :raises ConfigurationError: if the queue is missing or forbidden, or the delay is too long
+        :raises ConfigurationError: if the queue is missing or forbidden, or the delay too long
         """
         return publish(self._message(args, kwargs))
 
@@ -1074,29 +841,131 @@ class AsyncInvocation(Generic[_P]):
         :returns: how many there were
         :raises PartialFailure: if some were not accepted; no more of `calls` was read then
         """
-        count = 0
-        iterator = iter(calls)
-        while True:
-            messages = []
-            for call in itertools.islice(iterator, _MAX_BATCH):
-                args = (
-                    call if isinstance(call, tuple) else () if isinstance(call, dict) else (call,)
-                )
-                messages.append(self._message(args, call if isinstance(call, dict) else {}))
-            if not messages:
-                return count
-            _publish_all([_prepare(message) for message in messages])
-            count += len(messages)
+        count, ready = 0, (_prepare(self._message(*_arguments(call))) for call in calls)
+        while some := list(itertools.islice(ready, _MAX_BATCH)):
+            _publish_all(_collect(some))
+            count += len(some)
+        return count
 
     def _message(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Message:
-        self._task.bind(args, kwargs)
+        task = self._task
+        task.bind(args, kwargs)
         defaults = settings.TASKHAWK_DEFAULT_HEADERS
-        headers = {**(defaults(self._task) or {} if defaults else {}), **self._headers}
-        message = Message.new(
-            self._task.name, args, kwargs, headers=headers, priority=self._priority
-        )
+        headers = {**(defaults(task) or {}), **self._headers} if defaults else self._headers
+        priority = self._priority or task.priority
+        message = Message.new(task.name, args, kwargs, headers=headers, priority=priority)
         message.delay_s = self._delay_s
         return message
+
+
+def _arguments(call: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    if isinstance(call, dict):
+        return (), call
+    return call if isinstance(call, tuple) else (call,), {}
+
+
+class Task(AsyncInvocation[_P], Generic[_P, _R]):
+    """A function that can be dispatched: its own plain invocation; a call runs it, here and now.
+
+    Made by :func:`task`. Invocations can be saved: ``urgent = send.with_priority(Priority.high)``.
+
+    :raises ConfigurationError: if a message can't call the function
+    """
+
+    def __init__(self, fn: Callable[_P, _R], priority: Priority, name: str) -> None:
+        super().__init__(self)
+        self._fn, self._priority, self._name = fn, priority, name
+        try:
+            self._signature = inspect.signature(fn)
+        except ValueError as error:
+            text = f"{name} does not tell its parameters: expected a function written in Python"
+            raise ConfigurationError(text) from error
+        kinds = {p.kind for p in self._signature.parameters.values()}
+        if inspect.Parameter.VAR_POSITIONAL in kinds:
+            raise ConfigurationError(
+                f"{name}: *args can't be a task's parameter: name the arguments, or take a list"
+            )
+        named = {
+            p.name
+            for p in self._signature.parameters.values()
+            if p.kind is not inspect.Parameter.POSITIONAL_ONLY
+        }
+        takes_all = inspect.Parameter.VAR_KEYWORD in kinds
+        self._given_by_worker = {k for k in ("metadata", "headers") if takes_all or k in named}
+        #: the retry policy, and the exceptions that it is for: options of :func:`task`
+        self.retry: Callable[[int], float] | None = None
+        self.retry_on: tuple[type[BaseException], ...] = (BaseException,)
+        self.never_retry_on: tuple[type[BaseException], ...] = ()
+        self.loaded_by = getattr(fn, "__globals__", {}).get("__spec__")
+        functools.update_wrapper(self, fn, updated=())
+        # The function's attributes too, but for those that are the task's own.
+        own = getattr(fn, "__dict__", {}).items()
+        vars(self).update({key: value for key, value in own if not hasattr(self, key)})
+
+    name = property(lambda self: self._name, doc="what messages call the task by")
+    priority = property(lambda self: self._priority, doc="of its messages, unless they say so")
+    fn = property(lambda self: self._fn, doc="the function")
+    accepts_metadata = property(lambda self: "metadata" in self._given_by_worker)
+    accepts_headers = property(lambda self: "headers" in self._given_by_worker)
+    task = property(lambda self: self, doc="itself: in 1.4 the decorator returned the function")
+
+    def __call__(self, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        """Run the function."""
+        return self._fn(*args, **kwargs)
+
+    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Check arguments against the signature, exactly as the worker will call the function.
+
+        :raises TypeError: if the worker's call would fail
+        """
+        for name in sorted(self._given_by_worker & kwargs.keys()):
+            raise TypeError(f"{self._name}: {name!r} is given by the worker: leave it out")
+        try:
+            self._signature.bind(*args, **kwargs, **dict.fromkeys(self._given_by_worker))
+        except TypeError as error:
+            raise TypeError(f"{self._name}: {error}") from None
+
+    def call(self, message: Message, receipt: str | None) -> None:
+        """Run the function with a message's arguments; one that is ``async`` to its end.
+
+        :param receipt: the receipt handle; None where no queue has the message
+        """
+        kwargs = dict(message.kwargs)
+        if self.accepts_metadata:
+            kwargs["metadata"] = Metadata(message, receipt)
+        if self.accepts_headers:
+            kwargs["headers"] = dict(message.headers)
+        result: Any = self._fn(*message.args, **kwargs)
+        if inspect.iscoroutine(result):
+            _run_coroutine(result)
+
+    @classmethod
+    def find_by_name(cls, name: str) -> Task[Any, Any]:
+        """Return the task registered under a name; raise :exc:`TaskNotFound` if there is none."""
+        if found := _registry.get(name):
+            return found
+        raise TaskNotFound(f"no task is registered as {name[:200]!r}: is its module imported?")
+
+    def __str__(self) -> str:
+        return f"Taskhawk task: {self._name}"
+
+    __repr__ = __str__
+
+
+_PATHS_OF_1_4["taskhawk.task_manager.Task"] = _PATHS_OF_1_4["taskhawk.Task"] = Task
+
+
+def _run_coroutine(coroutine: Any) -> None:
+    import asyncio
+    from concurrent.futures import ThreadPoolExecutor
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        asyncio.run(coroutine)
+    else:  # sync mode inside an application's own loop, which is busy until we return
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(contextvars.copy_context().run, asyncio.run, coroutine).result()
 
 
 @typing.overload
@@ -1111,89 +980,90 @@ def task(
     never_retry_on: tuple[type[BaseException], ...] = ...,
 ) -> Callable[[Callable[_P, _R]], Task[_P, _R]]: ...
 def task(
-    *args: Any, priority: Priority = Priority.default, name: str | None = None, **options: Any
+    fn: Any = _MISSING,
+    /,
+    *,
+    priority: Priority = Priority.default,
+    name: str | None = None,
+    retry: Callable[[int], float] | None = None,
+    retry_on: Any = (BaseException,),
+    never_retry_on: Any = (),
 ) -> Any:
     """Turn a function into a :class:`Task`: ``@task``, or ``@task(priority=Priority.high)``.
 
     :param name: what messages call it by; its module and name if None
-    :param retry: after a failed run, the seconds to the next one: :func:`fixed`, :func:`linear`,
+    :param retry: gives the seconds from a failed run to the next: :func:`fixed`, :func:`linear`,
         :func:`exponential`, or any function of the attempt (from 1); None leaves it to the queue
     :param retry_on: exceptions to run again after; all others go to the dead letters at once
     :param never_retry_on: exceptions that go to the dead letters at once
-    :raises ConfigurationError: if a message can't call the function, or the name is taken
+    :raises ConfigurationError: if a message can't call the function, or its name is taken
     """
-    unknown = options.keys() - {"retry", "retry_on", "never_retry_on"}
-    if unknown or len(args) > 1 or not isinstance(priority, Priority):
-        wrong = next(iter(sorted(unknown)), None) or (args[1:] or (f"priority={priority!r}",))[0]
-        raise ConfigurationError(
-            f"task(): expected a function, priority (a Priority), name, retry, retry_on or"
-            f" never_retry_on, got {wrong}"
-        )
-    if args:
-        return _register(args[0], priority, name, options)
-    return lambda fn: _register(fn, priority, name, options)
+    options = {"retry": retry, "retry_on": retry_on, "never_retry_on": never_retry_on}
+    decorate = functools.partial(_register, priority=priority, name=name, options=options)
+    return decorate if fn is _MISSING else decorate(fn)
 
 
 def _register(
     fn: Any, priority: Priority, name: str | None, options: Mapping[str, Any]
 ) -> Task[Any, Any]:
-    _check_callable(fn, name)
-    module = _real_module(fn)
-    full_name = name or f"{module}.{fn.__name__}"
+    for problem in _problems(fn, priority, name, options):
+        raise ConfigurationError(f"{getattr(fn, '__qualname__', repr(fn))} {problem}")
+    full_name = name or f"{_real_module(fn)}.{fn.__name__}"
     cls = settings.read("TASKHAWK_TASK_CLASS") or Task
     made = cls(fn, priority, full_name)
     if not isinstance(made, Task):
-        raise ConfigurationError(
-            f"TASKHAWK_TASK_CLASS: expected a subclass of taskhawk.Task, got {cls!r}"
-        )
-    for option, value in options.items():
-        setattr(made, option, value)
+        text = f"TASKHAWK_TASK_CLASS: expected a subclass of taskhawk.Task, got {cls!r}"
+        raise ConfigurationError(text)
+    vars(made).update(options)
     with _registering:
-        taken = _registry.get(full_name)
-        if taken and not _is_reload(taken.fn, fn):
+        taken = _registry.get(made.name)
+        if taken and not _is_reload(taken, made):
             raise ConfigurationError(
-                f"{full_name}: the name of {_place(fn)} is taken by {_place(taken.fn)}:"
-                f" rename one, or pass name= to @taskhawk.task"
+                f"{made.name}: the name of {_place(fn)} is taken by {_place(taken.fn)}: rename one,"
+                " or pass name= to @taskhawk.task"
             )
-        _registry[full_name] = made
+        _registry[made.name] = made
         if not name and fn.__module__ == "__main__":
-            # 1.4 named it so: its messages may still be in the queue.
-            _registry[f"__main__.{fn.__name__}"] = made
+            _registry[f"__main__.{fn.__name__}"] = made  # as 1.4 named it: messages in flight
     return made
 
 
-def _check_callable(fn: Any, name: str | None) -> None:
+def _problems(
+    fn: Any, priority: Any, name: str | None, options: Mapping[str, Any]
+) -> Iterator[str]:
+    """Say why a function can't be a task so."""
     shown = getattr(fn, "__qualname__", repr(fn))
+    in_class = "." in shown and not shown.rpartition(".")[0].endswith("<locals>")
     if isinstance(fn, Task):
-        problem = "is a task already: decorate it once"
-    elif not callable(fn):
-        problem = "can't be called: expected a function"
-    elif inspect.ismethod(fn) or _in_class_body(fn):
-        problem = "is a method: expected a function, which a message can call without an object"
-    elif shown.endswith("<lambda>"):
-        problem = "is a lambda: expected a function with a name (def)"
-    elif not name and not hasattr(fn, "__name__"):
-        problem = "has no name: pass name= to taskhawk.task"
-    else:
-        return
-    raise ConfigurationError(f"{shown} {problem}")
-
-
-def _in_class_body(fn: Any) -> bool:
-    parents = getattr(fn, "__qualname__", "").split(".")[:-1]
-    first = next(iter(inspect.signature(fn).parameters), None)
-    return bool(parents) and parents[-1] != "<locals>" and first in ("self", "cls")
+        yield "is a task already: decorate it once"
+    if not callable(fn):
+        yield "can't be called: expected a function"
+    if inspect.ismethod(fn) or (in_class and [*inspect.signature(fn).parameters][:1] == ["self"]):
+        yield "is a method: expected a function, which a message can call without an object"
+    if inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn):
+        yield "is a generator: expected a function that runs when it is called"
+    if shown.endswith("<lambda>"):
+        yield "is a lambda: expected a function with a name (def)"
+    if not name and not hasattr(fn, "__name__"):
+        yield "has no name: pass name= to taskhawk.task"
+    if not isinstance(priority, Priority):
+        yield f"has priority={priority!r}: expected a taskhawk.Priority"
+    if not callable(options["retry"] or fn):
+        yield f"has retry={options['retry']!r}: expected a function of the attempt"
+    for option in ("retry_on", "never_retry_on"):
+        try:
+            isinstance(None, options[option])
+        except TypeError:
+            yield f"has {option}={options[option]!r}: expected exceptions"
 
 
 def _real_module(fn: Any) -> str:
     """Return the name that a worker imports the function's module by, also of a running script."""
-    if fn.__module__ != "__main__":
-        return typing.cast("str", fn.__module__)
     main_module = sys.modules["__main__"]
-    spec, path = getattr(main_module, "__spec__", None), getattr(main_module, "__file__", None)
-    if spec:
-        return typing.cast("str", spec.name)
-    return os.path.splitext(os.path.basename(path))[0] if path else "__main__"
+    if fn.__module__ != "__main__" or not getattr(main_module, "__file__", None):
+        return str(fn.__module__)
+    spec, path = main_module.__spec__, main_module.__file__ or ""
+    return spec.name if spec else Path(path).stem
 
 
 def _place(fn: Any) -> str:
@@ -1202,24 +1072,16 @@ def _place(fn: Any) -> str:
     return f"{_real_module(fn)}.{getattr(fn, '__qualname__', repr(fn))}{where}"
 
 
-def _is_reload(old: Any, new: Any) -> bool:
-    """Return whether `new` is `old` read again: by reload(), as __main__ and as itself, or typed."""
-    same = [_place(fn).partition(" (")[0] for fn in (old, new)]
-    codes = [getattr(fn, "__code__", None) for fn in (old, new)]
-    if same[0] != same[1] or not all(codes):
-        return old is new
-    specs = [fn.__globals__.get("__spec__") for fn in (old, new)]
-    return (
-        _place(old) == _place(new)
-        or specs[0] is not specs[1]
-        or all(code.co_filename.startswith("<") for code in codes)
-    )
+def _is_reload(old: Task[Any, Any], new: Task[Any, Any]) -> bool:
+    """Return whether `new` is `old` loaded anew: by reload(), as __main__ and itself, or typed."""
+    names = [_place(task.fn).partition(" (")[0] for task in (old, new)]
+    anew = old.loaded_by is not new.loaded_by or _real_module(new.fn) == "__main__"
+    return names[0] == names[1] and (anew or old.fn is new.fn)
 
 
 # --- 6. processing --------------------------------------------------------------------------------
-# process() is the ONE place that decides what becomes of a message. It does no queue I/O: workers
-# and Lambda apply the Outcome. Nothing that a message or a task does makes it raise, but for
-# KeyboardInterrupt.
+# process() is the ONE place that decides what becomes of a message. It does no queue I/O: worker
+# and Lambda apply its Outcome. Nothing makes it raise but KeyboardInterrupt.
 
 
 class Fate(enum.Enum):
@@ -1231,11 +1093,10 @@ class Fate(enum.Enum):
 
 
 class Outcome(NamedTuple):
-    """How a run ended."""
+    """How a run ended; no `delay_s` to the next run leaves it to the queue's visibility timeout."""
 
     fate: Fate
     error: BaseException | None = None
-    #: seconds to the next run; None leaves it to the queue's visibility timeout
     delay_s: float | None = None
 
 
@@ -1245,7 +1106,7 @@ def process(received: QueueMessage) -> Outcome:
         _run(received)
     except KeyboardInterrupt:
         raise
-    except BaseException as error:
+    except BaseException as error:  # SystemExit and CancelledError too are failed runs
         outcome = _verdict(received, error)
         _report(received, outcome)
         return outcome
@@ -1255,82 +1116,98 @@ def process(received: QueueMessage) -> Outcome:
 
 
 def _run(received: QueueMessage) -> None:
-    _call_hook("TASKHAWK_PRE_PROCESS_HOOK", received)
+    _call_hook("TASKHAWK_PRE_PROCESS_HOOK", **received.hook_kwargs)
     message = _decode(received.body)
-    message.received = received
-    _log.debug("Received message", extra={"message_body": received.body})
-    task = message.task
+    message.received, task = received, message.task
     received.message = message  # from here on, an error is the task's
+    _log.debug("Received message", extra={"message_body": received.body})
     try:
         message.call_task(received.receipt_handle)
     except IgnoreException:
         _log.info("%s %s: ignored", task.name, message.id)
-    else:
-        _log.debug("%s %s: done", task.name, message.id)
-    _call_hook("TASKHAWK_POST_PROCESS_HOOK", received)
+    _call_hook("TASKHAWK_POST_PROCESS_HOOK", **received.hook_kwargs)
+    _log.debug("%s %s: done", task.name, message.id)
 
 
-def _call_hook(name: str, received: QueueMessage) -> None:
+def _call_hook(name: str, **kwargs: Any) -> None:
     if hook := getattr(settings, name):
-        hook(**received.hook_kwargs)
-
-
-def _verdict(received: QueueMessage, error: BaseException) -> Outcome:
-    """Decide what becomes of a message whose run raised."""
-    task = received.message.task if received.message else None
-    wanted = isinstance(error, RetryException)
-    if isinstance(error, RetryException) and error.delay_seconds is not None:
-        return Outcome(Fate.retry, error, error.delay_seconds)
-    if task is None:
-        return Outcome(Fate.retry, error)
-    if isinstance(error, StopRetry) or not (wanted or task.retries(error)):
-        return Outcome(Fate.dead_letter, error)
-    if task.retry is None:
-        return Outcome(Fate.retry, error)
-    try:
-        delay_s = task.retry(received.attempt)
-        if not _is_number(delay_s) or not 0 <= delay_s < math.inf:
-            raise ConfigurationError(
-                f"{task.name}: retry: expected 0 or more seconds, got {delay_s!r}"
-            )
-    except StopRetry:
-        return Outcome(Fate.dead_letter, error)
-    except Exception as broken:
-        broken.__context__ = error
-        return Outcome(Fate.retry, broken)
-    return Outcome(Fate.retry, error, delay_s)
-
-
-def _report(received: QueueMessage, outcome: Outcome) -> None:
-    """Log a failed run, and tell the error hook of what is logged as an error."""
-    message, error = received.message, outcome.error
-    what = f"{message.task_name} {message.id}" if message else f"message {received.message_id}"
-    then = "goes to the dead letters"
-    if outcome.fate is Fate.retry:
-        then = "is left to the queue"
-        if outcome.delay_s is not None:
-            then = f"runs again in {outcome.delay_s:g} s"
-    text, extra, trace = f"{what}: attempt {received.attempt} failed and {then}", {}, True
-    if message is None and isinstance(error, ValidationError):
-        if not (passed := _invalid_messages.passes(type(error), time.monotonic())):
-            return
-        text, trace = f"{what} is left to the queue: {error}{passed}", False
-    elif isinstance(error, RetryException) and outcome.fate is Fate.retry:
-        _log.info("%s: attempt %d asked to be retried and %s", what, received.attempt, then)
-        return
-    elif isinstance(error, LoggingException):
-        text, extra = str(error), _log_extra(error.extra)
-    _log.error("%s", text, exc_info=error if trace else None, extra=extra)
-    _call_safely("TASKHAWK_ERROR_HOOK", exception=error, message=message)
+        hook(**kwargs)
 
 
 def _call_safely(name: str, **kwargs: Any) -> None:
     """Call a hook whose failure is logged, no more."""
     try:
-        if hook := getattr(settings, name):
-            hook(**kwargs)
-    except Exception:
+        _call_hook(name, **kwargs)
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # SystemExit and CancelledError too
         _log.exception("%s failed", name)
+
+
+def _verdict(received: QueueMessage, error: BaseException) -> Outcome:
+    """Decide what becomes of a message whose run raised."""
+    if isinstance(error, RetryException) and error.delay_seconds is not None:
+        return Outcome(Fate.retry, error, min(error.delay_seconds, _MAX_HELD_S))
+    if received.message is None:
+        return Outcome(Fate.retry, error)
+    task = received.message.task
+    allowed = isinstance(error, task.retry_on) and not isinstance(error, task.never_retry_on)
+    if isinstance(error, StopRetry) or not (allowed or isinstance(error, RetryException)):
+        return Outcome(Fate.dead_letter, error)
+    if task.retry is None:
+        return Outcome(Fate.retry, error)
+    try:
+        delay_s = task.retry(received.attempt)
+    except StopRetry:
+        return Outcome(Fate.dead_letter, error)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as defect:  # of the policy: it must not lose the message
+        return Outcome(Fate.retry, defect)
+    if _is_number(delay_s) and 0 <= delay_s < math.inf:
+        return Outcome(Fate.retry, error, min(delay_s, _MAX_HELD_S))
+    wrong = ConfigurationError(f"{task.name}: retry: expected 0 or more seconds, got {delay_s!r}")
+    wrong.__context__ = error
+    return Outcome(Fate.retry, wrong)
+
+
+def _report(received: QueueMessage, outcome: Outcome) -> None:
+    """Log a failed run, and tell the error hook of what is logged as an error."""
+    message, error, extra = received.message, outcome.error, {}
+    what = f"{message.task_name} {message.id}" if message else f"message {received.message_id}"
+    what = re.sub(r"[^ -~]", "?", what)[:200]  # ids are free text: one line, and not a long one
+    then = "goes to the dead letters"
+    if outcome.fate is Fate.retry:
+        wait = "is left to the queue" if outcome.delay_s is None else "runs again in {:g} s"
+        then = wait.format(outcome.delay_s)
+    text = f"{what}: attempt {received.attempt} failed and {then}"
+    if message is None and isinstance(error, ValidationError):
+        (last, more), now = _last_invalid.get(type(error), (-math.inf, 0)), time.monotonic()
+        if now - last < _INVALID_EVERY_S:
+            _last_invalid[type(error)] = last, more + 1
+            return
+        _last_invalid[type(error)] = now, 0
+        others = f" ({more} more like it since the last record)" if more else ""
+        _log.error("%s is left to the queue: %s%s", what, error, others)
+    elif isinstance(error, RetryException) and outcome.fate is Fate.retry:
+        _log.info("%s: attempt %d asked to be retried and %s", what, received.attempt, then)
+        return
+    else:
+        if isinstance(error, LoggingException):
+            text, extra = _text_of(error), _log_extra(error.extra)
+        _log.error("%s", text, exc_info=error, extra=extra)
+    _call_safely("TASKHAWK_ERROR_HOOK", exception=error, message=message)
+
+
+def _text_of(error: BaseException | None) -> str:
+    try:
+        return str(error)
+    except Exception:  # an exception class with a bug
+        return f"{type(error).__name__} (its text can't be made)"
+
+
+_INVALID_EVERY_S = 10  # for each kind of error: a poisoned queue must not fill the disk with logs
+_last_invalid: dict[type, tuple[float, int]] = {}  # when one was logged, how many were not
 
 
 def _log_extra(extra: object) -> dict[str, Any]:
@@ -1340,60 +1217,28 @@ def _log_extra(extra: object) -> dict[str, Any]:
     return {f"extra_{key}" if key in taken else str(key): value for key, value in given.items()}
 
 
-class _RateLimit:
-    """Lets a record of each kind through once in `period_s`, and tells how many it held back."""
-
-    def __init__(self, period_s: float) -> None:
-        self._period_s = period_s
-        self._lock = threading.Lock()  # guards _last: a kind's last passing, and the held back
-        self._last: dict[object, tuple[float, int]] = {}
-
-    def passes(self, kind: object, now: float) -> str:
-        """Return "" if the record is held back, else what to add to its text."""
-        with self._lock:
-            last, held_back = self._last.get(kind, (-math.inf, 0))
-            if now - last < self._period_s:
-                self._last[kind] = last, held_back + 1
-                return ""
-            self._last[kind] = now, 0
-        return f" ({held_back} more like it since the last record)" if held_back else " "
-
-
-_invalid_messages = _RateLimit(10)  # a poisoned queue must not fill the disk with logs
-
-
 class _Backoff:
-    """A retry policy: grows by factor and step, up to a ceiling, for so many retries."""
+    """A retry policy whose delays grow by factor and step, up to a ceiling, so many times."""
 
-    def __init__(
-        self,
-        base_s: float,
-        *,
-        factor: float = 1,
-        step_s: float = 0,
-        max_retries: int | None,
-        max_delay_s: float = math.inf,
-        jitter: bool,
-    ) -> None:
-        for name, value in (("base_s", base_s), ("step_s", step_s), ("max_delay_s", max_delay_s)):
-            if not _is_number(value) or not value >= 0:
-                raise ConfigurationError(f"{name}: expected 0 or more seconds, got {value!r}")
-        if not _is_number(factor) or not factor >= 1:
-            raise ConfigurationError(f"factor: expected 1 or more, got {factor!r}")
-        if max_retries is not None and (type(max_retries) is not int or max_retries < 0):
-            raise ConfigurationError(f"max_retries: expected 0 or more, got {max_retries!r}")
-        self.max_retries = max_retries
-        self._base_s, self._factor, self._step_s = base_s, factor, step_s
-        self._max_delay_s, self._jitter = max_delay_s, jitter
+    def __init__(self, base_s: float, factor: float, step_s: float, **limits: Any) -> None:
+        self.max_retries: int | None = limits["max_retries"]
+        max_delay_s, retries = limits.get("max_delay_s", _MAX_HELD_S), self.max_retries or 0
+        for number in (base_s, factor, step_s, max_delay_s, retries):
+            if not _is_number(number) or not number >= 0:
+                raise ConfigurationError(f"retry policy: expected 0 or more, got {number!r}")
+        self._base_s, self._step_s = min(base_s, _MAX_HELD_S), min(step_s, _MAX_HELD_S)
+        self._max_delay_s, self._factor = min(max_delay_s, _MAX_HELD_S), factor
+        self._jitter: bool = limits["jitter"]
 
     def __call__(self, attempt: int) -> float:
         if self.max_retries is not None and attempt > self.max_retries:
             raise StopRetry(f"all {self.max_retries} retries are used up")
         try:
-            delay_s = self._base_s * self._factor ** (attempt - 1) + self._step_s * (attempt - 1)
+            growth = float(self._factor ** (attempt - 1))
         except OverflowError:
-            delay_s = math.inf
-        delay_s = min(delay_s, self._max_delay_s, _MAX_VISIBLE_S)
+            growth = sys.float_info.max
+        delay_s = self._base_s * growth + self._step_s * (attempt - 1)
+        delay_s = min(delay_s, self._max_delay_s)
         return _jittered(delay_s) if self._jitter else delay_s
 
 
@@ -1412,10 +1257,10 @@ def fixed(
 ) -> Callable[[int], float]:
     """Return a retry policy of equal delays.
 
-    :param delay_s: seconds between a failed run and the next; with jitter, at least half of it
+    :param delay_s: seconds from a failed run to the next; with jitter, at least half of it
     :param max_retries: then the dead letters; None leaves that to the queue's maxReceiveCount
     """
-    return _Backoff(delay_s, max_retries=max_retries, jitter=jitter)
+    return _Backoff(delay_s, 1, 0, max_retries=max_retries, jitter=jitter)
 
 
 def linear(
@@ -1427,9 +1272,8 @@ def linear(
     jitter: bool = True,
 ) -> Callable[[int], float]:
     """Return a retry policy of delays that grow by `step_s` seconds; see :func:`fixed`."""
-    return _Backoff(
-        base_s, step_s=step_s, max_retries=max_retries, max_delay_s=max_delay_s, jitter=jitter
-    )
+    limits = {"max_retries": max_retries, "max_delay_s": max_delay_s, "jitter": jitter}
+    return _Backoff(base_s, 1, step_s, **limits)
 
 
 def exponential(
@@ -1441,9 +1285,8 @@ def exponential(
     jitter: bool = True,
 ) -> Callable[[int], float]:
     """Return a retry policy of delays that grow by `factor`; see :func:`fixed`."""
-    return _Backoff(
-        base_s, factor=factor, max_retries=max_retries, max_delay_s=max_delay_s, jitter=jitter
-    )
+    limits = {"max_retries": max_retries, "max_delay_s": max_delay_s, "jitter": jitter}
+    return _Backoff(base_s, factor, 0, **limits)
 
 
 _django_loops = threading.local()
@@ -1451,20 +1294,22 @@ _django_loops = threading.local()
 
 def _recycle_django_connections() -> None:
     """Close this thread's database connections after so many runs, where Django is in use."""
-    if "django.db" not in sys.modules or _django_settings() is None:
+    if "django.db" not in sys.modules or not _django_settings():
         return
     _django_loops.count = getattr(_django_loops, "count", 0) + 1
-    if _django_loops.count < settings.TASKHAWK_MAX_DB_REUSE_LOOPS:
-        return
-    _django_loops.count = 0
-    for connection in sys.modules["django.db"].connections.all(initialized_only=True):
-        if not connection.in_atomic_block:  # sync mode inside a caller's transaction
-            connection.close()
+    try:
+        if _django_loops.count >= settings.TASKHAWK_MAX_DB_REUSE_LOOPS:
+            _django_loops.count = 0
+            for connection in sys.modules["django.db"].connections.all(initialized_only=True):
+                if not connection.in_atomic_block:  # a test's transaction
+                    connection.close()
+    except Exception:  # the run is over: what became of it stands
+        _log.exception("can't close the database connections")
 
 
 # --- 7. the broker contract -----------------------------------------------------------------------
 # All the queue I/O that this library can do. A whole call that fails raises; an entry of a batch
-# that fails is in the answer, and no answer is ever taken for success without its entry.
+# that fails is in the answer, and an entry that the answer does not name has failed.
 
 
 class Outgoing(NamedTuple):
@@ -1478,16 +1323,18 @@ class Outgoing(NamedTuple):
 
     def size(self) -> int:
         """Count the bytes as the service does: body, attribute names, types and values."""
-        return len(self.body.encode()) + _attributes_size(self.attributes)
+        texts: list[str | bytes] = [self.body]
+        for name, value in self.attributes.items():
+            texts += [name, *value.values()]
+        return sum(len(text.encode() if isinstance(text, str) else text) for text in texts)
 
 
 class Refusal(NamedTuple):
-    """An entry of a batch call that failed."""
+    """An entry of a batch call that failed; `final` if the entry is at fault, not the service."""
 
-    index: int
+    index: int  # type: ignore[assignment]
     code: str
     text: str
-    #: whether it would fail again: the entry is at fault, not the service
     final: bool
 
 
@@ -1531,18 +1378,16 @@ class Sender(abc.ABC):
 
 
 class Broker(Sender):
-    """What workers and operations need of a service, besides; queues are called by name."""
+    """What workers and operations need besides; queues are called by name."""
 
     @abc.abstractmethod
     def receive(
-        self,
-        queue: str,
-        max_messages: int,
-        wait_s: float,
-        visibility_timeout_s: float | None,
-        stop: threading.Event,
+        self, queue: str, most: int, wait_s: float, lease_s: float | None, stop: threading.Event
     ) -> list[QueueMessage]:
-        """Receive at most ten messages, waiting for the first; `stop` may cut the wait short."""
+        """Receive at most ten messages, waiting for the first; `stop` may cut the wait short.
+
+        :param lease_s: for how long they are hidden from others; None takes the queue's own
+        """
 
     @abc.abstractmethod
     def delete(self, queue: str, receipts: Sequence[str]) -> list[Refusal]:
@@ -1550,7 +1395,11 @@ class Broker(Sender):
 
     @abc.abstractmethod
     def change_visibility(self, queue: str, changes: Sequence[tuple[str, float]]) -> list[Refusal]:
-        """Make at most ten messages (a receipt each) visible again so many seconds from now."""
+        """Make at most ten messages (receipts) visible again so many seconds from now."""
+
+    def url(self, queue: str) -> str:
+        """Return what the service calls the queue."""
+        return queue
 
     @abc.abstractmethod
     def info(self, queue: str) -> QueueInfo:
@@ -1562,29 +1411,31 @@ class Broker(Sender):
 
 
 class QueueMessage:
-    """A received message, as the hooks get it: it reads and acts like boto3's ``sqs.Message``."""
+    """A received message, as the hooks get it: it reads and acts like boto3's ``sqs.Message``.
+
+    `message` is the decoded one, once it is known to be valid and its task to be registered;
+    `lease_lost` is set by the worker; `broker` is None where no queue has the message.
+    """
 
     def __init__(
         self,
-        body: str,
+        body: Any,
         message_id: str,
         receipt_handle: str | None = None,
-        *,
         attributes: Mapping[str, str] | None = None,
         message_attributes: Mapping[str, Mapping[str, Any]] | None = None,
+        *,
         queue: str | None = None,
-        queue_url: str = "",
         broker: Broker | None = None,
         sns_record: Mapping[str, Any] | None = None,
     ) -> None:
-        """Describe a message; `broker` is None where no queue has it."""
         self.body, self.message_id, self.receipt_handle = body, message_id, receipt_handle
         self.attributes, self.message_attributes = attributes or {}, message_attributes or {}
-        self.queue, self.queue_url, self._broker = queue, queue_url, broker
-        self._sns_record = sns_record
-        #: the decoded message, once it is known to be valid and its task to be registered
+        self.queue, self.broker = queue, broker
+        self.hook_kwargs: dict[str, Any] = {"queue_name": queue, "sqs_queue_message": self}
+        if sns_record is not None:
+            self.hook_kwargs = {"sns_record": sns_record}
         self.message: Message | None = None
-        #: set by the worker
         self.lease_lost = False
 
     @property
@@ -1593,42 +1444,39 @@ class QueueMessage:
         return int(self.attributes.get("ApproximateReceiveCount", 1))
 
     @property
+    def queue_url(self) -> str:
+        """The URL of the queue; "" where none has the message."""
+        return self.broker.url(self.queue) if self.broker and self.queue else ""
+
+    @property
     def group_id(self) -> str | None:
         """The message group, on FIFO and fair queues."""
         return self.attributes.get("MessageGroupId")
 
-    @property
-    def hook_kwargs(self) -> dict[str, Any]:
-        """What the hooks before and after processing are called with."""
-        if self._sns_record is not None:
-            return {"sns_record": self._sns_record}
-        return {"queue_name": self.queue, "sqs_queue_message": self}
-
     def delete(self) -> None:
         """Delete the message from its queue, at once."""
-        if self._broker and self.queue and self.receipt_handle:
-            _accepted(self._broker.delete(self.queue, [self.receipt_handle]))
+        if self.broker and self.queue and self.receipt_handle:
+            _accepted(self.broker.delete(self.queue, [self.receipt_handle]))
 
     def change_visibility(self, *, VisibilityTimeout: float) -> None:  # noqa: N803 - boto3's name
         """Make the message visible again so many seconds from now."""
-        if self._broker and self.queue and self.receipt_handle:
+        if self.broker and self.queue and self.receipt_handle:
             change = (self.receipt_handle, VisibilityTimeout)
-            _accepted(self._broker.change_visibility(self.queue, [change]))
+            _accepted(self.broker.change_visibility(self.queue, [change]))
 
     def copy(self, attributes: Mapping[str, Mapping[str, Any]]) -> Outgoing:
         """Return the message as it is sent to another queue.
 
-        On FIFO queues it is deduplicated by its own MessageId: the body's id was seen before, and
-        SQS would accept the copy and drop it.
+        On FIFO queues its own MessageId deduplicates it: the body's id was seen before, and SQS
+        would accept the copy and drop it.
         """
-        fifo = bool(self.queue and self.queue.endswith(".fifo"))
-        deduplication_id = self.message_id if fifo else None
-        return Outgoing(self.body, attributes, 0, self.group_id, deduplication_id)
+        fifo = (self.queue or "").endswith(".fifo")
+        return Outgoing(self.body, attributes, 0, self.group_id, self.message_id if fifo else None)
 
 
 def _accepted(refusals: Sequence[Refusal]) -> None:
-    for refusal in refusals:
-        failed = [{"Id": str(refusal.index), "Code": refusal.code, "Message": refusal.text}]
+    if refusals:
+        failed = [{"Id": str(r.index), "Code": r.code, "Message": r.text} for r in refusals]
         raise PartialFailure({"Successful": [], "Failed": failed})
 
 
@@ -1637,23 +1485,28 @@ def _refused_by(call: Callable[[], list[Refusal]], count: int) -> list[Refusal]:
     try:
         return call()
     except Exception as error:
-        refusal = Refusal(0, _error_code(error), str(error), final=False)
+        code = _error_code(error)
+        refusal = Refusal(0, code, str(error), final=code.startswith("AccessDenied"))
         return [refusal._replace(index=index) for index in range(count)]
 
 
+def _persist(
+    call: Callable[[Sequence[Any]], list[Refusal]], entries: Sequence[Any], refusals: list[Refusal]
+) -> list[Refusal]:
+    """Make a batch call again, at most twice, for the entries that the service failed at."""
+    for pause_s in (0.1, 0.3):
+        if again := [refusal.index for refusal in refusals if not refusal.final]:
+            time.sleep(_jittered(pause_s))
+            repeat = functools.partial(call, [entries[index] for index in again])
+            answer = [r._replace(index=again[r.index]) for r in _refused_by(repeat, len(again))]
+            refusals = [refusal for refusal in refusals if refusal.final] + answer
+    return refusals
+
+
 def _error_code(error: BaseException) -> str:
+    """Return an AWS error's code without its prefix, or the error's type."""
     response = getattr(error, "response", None) or {}
-    code = response.get("Error", {}).get("Code") or type(error).__name__
-    return str(code).rpartition(".")[2]
-
-
-def _attributes_size(attributes: Mapping[str, Mapping[str, Any]]) -> int:
-    size = 0
-    for name, value in attributes.items():
-        content = value.get("StringValue") or value.get("BinaryValue") or ""
-        encoded = content.encode() if isinstance(content, str) else content
-        size += len(name.encode()) + len(value["DataType"].encode()) + len(encoded)
-    return size
+    return str(response.get("Error", {}).get("Code") or type(error).__name__).rpartition(".")[2]
 
 
 def _chunks(entries: Iterable[Outgoing], max_bytes: int) -> Iterator[list[Outgoing]]:
@@ -1691,11 +1544,12 @@ class _Brokers:
         return typing.cast("Broker", self._get(url, make))
 
     def _get(self, key: str, make: Callable[[], Sender]) -> Sender:
-        if key not in self._made:
+        made = self._made  # close() replaces the dict
+        if key not in made:
             with self._lock:
-                if key not in self._made:
-                    self._made[key] = make()
-        return self._made[key]
+                made = self._made
+                made[key] = made.get(key) or make()
+        return made[key]
 
     def close(self) -> None:
         """Close all; the next use makes them anew."""
@@ -1704,25 +1558,44 @@ class _Brokers:
         for sender in made.values():
             sender.close()
 
-    def after_fork(self) -> None:
-        """Begin anew in a forked child, which must not touch its parent's connections.
+    def before_fork(self) -> None:
+        """Close files: SQLite's locks are the process's, and a child would take them for its own.
 
-        They are kept, unused: closing them here would disturb the parent's.
+        The lock is held over the fork, so that no thread is making a broker meanwhile.
         """
+        self._lock.acquire()
+        for broker in self._files():
+            broker.before_fork()
+
+    def after_fork(self) -> None:
+        """Open them again."""
+        for broker in self._files():
+            broker.after_fork()
+        self._lock.release()
+
+    def after_fork_in_child(self) -> None:
+        """Begin anew; keep what is the parent's, for closing it would disturb the parent."""
         _inherited.append(self._made)
         self.__init__()  # type: ignore[misc]
+
+    def _files(self) -> list[SqliteBroker]:
+        return [broker for broker in self._made.values() if isinstance(broker, SqliteBroker)]
 
 
 _inherited: list[object] = []
 _brokers = _Brokers()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_brokers.after_fork)
+if hasattr(os, "register_at_fork"):  # pragma: no branch - not on Windows
+    os.register_at_fork(
+        before=_brokers.before_fork,
+        after_in_parent=_brokers.after_fork,
+        after_in_child=_brokers.after_fork_in_child,
+    )
 
 
 # --- 8. SQS and SNS -------------------------------------------------------------------------------
 # Every AWS call of this library. botocore does credentials, signing, endpoints and, for sends, the
-# retries; their number is always set, for a receive that botocore retries in secret strands what
-# the lost answer held.
+# retries. Their number is always set: a receive that botocore retries in secret strands what the
+# lost answer held.
 
 _SUFFIXES = {
     Priority.default: "",
@@ -1730,33 +1603,27 @@ _SUFFIXES = {
     Priority.low: "-low-priority",
     Priority.bulk: "-bulk",
 }
-_REMEDIES = {  # by the error's code, without its prefix
-    "NonExistentQueue": "there is no such queue here: make it, or check TASKHAWK_QUEUE,"
-    " AWS_REGION and the account",
+_REMEDIES = {  # what a person can do about an error, by its code
+    "NonExistentQueue|QueueDoesNotExist": "there is no such queue here: make it, or check"
+    " TASKHAWK_QUEUE, AWS_REGION and the account",
     "NotFound": "there is no such topic: make it, or check TASKHAWK_QUEUE and AWS_ACCOUNT_ID",
-    "AccessDenied": "access denied: the IAM policy of these credentials does not allow it",
-    "NoCredentialsError": "no AWS credentials: set AWS_ACCESS_KEY and AWS_SECRET_KEY, or give"
-    " botocore a profile or role; to try things out without AWS, set TASKHAWK_BROKER to"
+    "AccessDenied(Exception)?|AuthorizationError": "access denied: the IAM policy of these"
+    " credentials does not allow it",
+    "(No|Partial)CredentialsError": "no AWS credentials: set AWS_ACCESS_KEY and AWS_SECRET_KEY, or"
+    " give botocore a profile or role; to try things out without AWS, set TASKHAWK_BROKER to"
     " sqlite:///queue.db",
     "NoRegionError": "no AWS region: set AWS_REGION, for example eu-west-1",
-    "InvalidClientTokenId": "AWS does not know these credentials: check AWS_ACCESS_KEY",
+    "InvalidClientTokenId|UnrecognizedClientException|InvalidAccessKeyId|InvalidSecurity": "AWS"
+    " does not know these credentials: check AWS_ACCESS_KEY",
     "SignatureDoesNotMatch": "AWS refuses these credentials: check AWS_SECRET_KEY",
-}
-_REMEDIES |= {
-    "QueueDoesNotExist": _REMEDIES["NonExistentQueue"],
-    "AccessDeniedException": _REMEDIES["AccessDenied"],
-    "AuthorizationError": _REMEDIES["AccessDenied"],
-    "PartialCredentialsError": _REMEDIES["NoCredentialsError"],
-    "UnrecognizedClientException": _REMEDIES["InvalidClientTokenId"],
-    "InvalidAccessKeyId": _REMEDIES["InvalidClientTokenId"],
-    "InvalidSecurity": _REMEDIES["InvalidClientTokenId"],
 }
 
 
 class _AwsSender(Sender):
-    """What SQS and SNS share: clients, and the answers of batch calls."""
+    """What SQS and SNS share: clients, the answers of batch calls, and errors."""
 
     service: str
+    entries_key: str
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # held while a client is made: sessions are not thread-safe
@@ -1767,40 +1634,46 @@ class _AwsSender(Sender):
         """Return the client for "send", "poll" or "keep", which differ in timeouts and retries."""
         if role not in self._clients:
             with self._lock:
-                if role not in self._clients:
-                    self._clients[role] = self._make_client(role)
+                self._clients[role] = self._clients.get(role) or self._make_client(role)
         return self._clients[role]
 
     def _make_client(self, role: str) -> Any:
         from botocore.config import Config
         from botocore.session import get_session
 
-        read_s = settings.AWS_READ_TIMEOUT_S + (_LONG_POLL_S if role == "poll" else 0)
+        self._session = self._session or get_session()
+        endpoint = getattr(settings, f"AWS_ENDPOINT_{self.service.upper()}")
         config = Config(
             connect_timeout=settings.AWS_CONNECT_TIMEOUT_S,
-            read_timeout=read_s,
-            max_pool_connections=50,  # threads share a client; a connection each, or they queue
+            read_timeout=settings.AWS_READ_TIMEOUT_S + (role == "poll") * _LONG_POLL_S,
+            max_pool_connections=50,  # one for each thread that dispatches, or they queue
             retries={"mode": "standard", "total_max_attempts": 3 if role == "send" else 1},
         )
-        self._session = self._session or get_session()
-        return self._session.create_client(
-            self.service,
-            region_name=settings.AWS_REGION,
-            endpoint_url=getattr(settings, f"AWS_ENDPOINT_{self.service.upper()}"),
-            config=config,
-            **settings.credentials(),
-        )
+        more = {"region_name": settings.AWS_REGION, "endpoint_url": endpoint, "config": config}
+        return self._session.create_client(self.service, **more, **settings.credentials())
+
+    def _batch(self, call: Callable[..., Any], entries: Iterable[Any], **to: str) -> list[Refusal]:
+        """Make a batch call, and return what its answer does not say was done."""
+        named = [{"Id": str(index), **entry} for index, entry in enumerate(entries)]
+        response = call(**{self.entries_key: named}, **to)
+        done = {entry["Id"] for entry in response.get("Successful", ())}
+        failed = {entry["Id"]: entry for entry in response.get("Failed", ())}
+        refusals = []
+        for index in (i for i in range(len(named)) if str(i) not in done):
+            entry = failed.get(str(index), _UNANSWERED)
+            text, final = entry.get("Message", ""), bool(entry.get("SenderFault"))
+            refusals.append(Refusal(index, entry["Code"], text, final))
+        return refusals
 
     def explain(self, error: BaseException, where: str) -> TaskhawkError | None:
         """Name what to mend."""
-        text = str(error)
-        if limit := re.search(r"shorter than (\d+) bytes", text):
+        if limit := re.search(r"shorter than (\d+) bytes", str(error)):
             text = f"{where} takes messages of at most {limit[1]} bytes"
             return MessageTooLarge(text, int(limit[1]))
         code = _error_code(error)
-        if remedy := _REMEDIES.get(code):
-            return ConfigurationError(f"{where}: {remedy} ({code})")
-        return None
+        remedies = (remedy for codes, remedy in _REMEDIES.items() if re.fullmatch(codes, code))
+        remedy = next(remedies, None)
+        return ConfigurationError(f"{where}: {remedy} ({code})") if remedy else None
 
     def close(self) -> None:
         """Close the connections."""
@@ -1808,76 +1681,38 @@ class _AwsSender(Sender):
             client.close()
 
 
-def _refusals(response: Mapping[str, Any], count: int) -> list[Refusal]:
-    """Read a batch call's answer; an entry that it does not name has failed."""
-    done = {entry["Id"] for entry in response.get("Successful", ())}
-    failed = {entry["Id"]: entry for entry in response.get("Failed", ())}
-    unnamed = {"Code": "Unanswered", "Message": "the answer does not name this entry"}
-    entries = ((i, failed.get(str(i), unnamed)) for i in range(count) if str(i) not in done)
-    return [
-        Refusal(i, e["Code"], e.get("Message", ""), bool(e.get("SenderFault"))) for i, e in entries
-    ]
-
-
-def _halved(
-    send: Callable[[Sequence[Outgoing]], list[Refusal]], entries: Sequence[Outgoing]
-) -> list[Refusal]:
-    """Send a batch; where the service finds the sum too long, as two."""
-    try:
-        return send(entries)
-    except Exception as error:
-        if _error_code(error) != "BatchRequestTooLong" or len(entries) == 1:
-            raise
-    middle = len(entries) // 2
-    second = (r._replace(index=r.index + middle) for r in _halved(send, entries[middle:]))
-    return [*_halved(send, entries[:middle]), *second]
-
-
 class SnsSender(_AwsSender):
     """Publishes to the topics that a Lambda app's functions are subscribed to."""
 
-    service = "sns"
-    max_bytes = _MAX_SNS_BYTES
-    max_delay_s = 0
+    service, entries_key = "sns", "PublishBatchRequestEntries"
+    max_bytes, max_delay_s = _MAX_SNS_BYTES, 0
 
     def destination(self, priority: Priority) -> str:
         """Return the topic's ARN."""
-        client = self.client("send")
-        partition = client.meta.partition
-        account, name = settings.require("AWS_ACCOUNT_ID"), settings.require("TASKHAWK_QUEUE")
-        topic = f"taskhawk-{name.lower()}{_SUFFIXES[priority]}"
-        return f"arn:{partition}:sns:{client.meta.region_name}:{account}:{topic}"
+        account, queue = settings.require("AWS_ACCOUNT_ID"), settings.require("TASKHAWK_QUEUE")
+        meta = self.client("send").meta
+        topic = f"taskhawk-{queue.lower()}{_SUFFIXES[priority]}"
+        return f"arn:{meta.partition}:sns:{meta.region_name}:{account}:{topic}"
 
     def send(self, destination: str, entries: Sequence[Outgoing]) -> list[Refusal]:
         """Publish (https://docs.aws.amazon.com/sns/latest/api/API_PublishBatch.html)."""
         calls = [{"Message": e.body, "MessageAttributes": e.attributes} for e in entries]
-        if len(calls) == 1:
-            self.client("send").publish(TopicArn=destination, **calls[0])
-            return []
-        return _halved(functools.partial(self._send_batch, destination), entries)
-
-    def _send_batch(self, destination: str, entries: Sequence[Outgoing]) -> list[Refusal]:
-        response = self.client("send").publish_batch(
-            TopicArn=destination,
-            PublishBatchRequestEntries=[
-                {"Id": str(i), "Message": e.body, "MessageAttributes": e.attributes}
-                for i, e in enumerate(entries)
-            ],
-        )
-        return _refusals(response, len(entries))
+        if len(calls) > 1:
+            return self._batch(self.client("send").publish_batch, calls, TopicArn=destination)
+        self.client("send").publish(TopicArn=destination, **calls[0])
+        return []
 
 
 class SqsBroker(_AwsSender, Broker):
-    """Queues on SQS, which are looked up once."""
+    """Queues on SQS: https://docs.aws.amazon.com/AWSSimpleQueueService/latest/APIReference/."""
 
-    service = "sqs"
-    max_bytes = _MAX_SQS_BYTES
-    max_delay_s = _MAX_DELAY_S
+    service, entries_key = "sqs", "Entries"
+    max_bytes, max_delay_s = _MAX_SQS_BYTES, _MAX_DELAY_S
 
     def __init__(self) -> None:
-        """Make no connection yet."""
         super().__init__()
         self._urls: dict[str, str] = {}
+        self._accounts: dict[str, str] = {}  # of queues whose URL is not to be looked up
         self._infos: dict[str, QueueInfo] = {}
 
     def destination(self, priority: Priority) -> str:
@@ -1887,113 +1722,87 @@ class SqsBroker(_AwsSender, Broker):
     def url(self, queue: str, role: str = "send") -> str:
         """Look up a queue's URL, once."""
         if queue not in self._urls:
-            self._urls[queue] = self.client(role).get_queue_url(QueueName=queue)["QueueUrl"]
+            client = self.client(role)
+            with self._lock:
+                if queue in self._accounts:
+                    made_up = f"{client.meta.endpoint_url}/{self._accounts[queue]}/{queue}"
+                    self._urls[queue] = made_up
+                elif queue not in self._urls:
+                    self._urls[queue] = client.get_queue_url(QueueName=queue)["QueueUrl"]
         return self._urls[queue]
 
-    def url_from_arn(self, arn: str) -> str:
-        """Make a queue's URL from its ARN and remember it: a Lambda's role may not look it up.
-
-        :returns: the queue's name
-        """
-        account, queue = arn.split(":")[4:6]
-        self._urls.setdefault(queue, f"{self.client('keep').meta.endpoint_url}/{account}/{queue}")
+    def queue_of_arn(self, arn: str) -> str:
+        """Return a queue's name, and make up its URL: a Lambda's role may not look it up."""
+        _, _, _, _, account, queue = arn.split(":")
+        self._accounts[queue] = account
         return queue
 
     def send(self, destination: str, entries: Sequence[Outgoing]) -> list[Refusal]:
-        """Send (https://docs.aws.amazon.com/AWSSimpleQueueService/latest/APIReference)."""
-        if len(entries) == 1:
-            self.client("send").send_message(
-                QueueUrl=self.url(destination), **self._send_arguments(entries[0])
-            )
+        """Send with SendMessage or SendMessageBatch."""
+        calls = []
+        for entry in entries:
+            optional = {
+                "MessageAttributes": entry.attributes,
+                "DelaySeconds": math.ceil(entry.delay_s),
+                "MessageGroupId": entry.group_id,
+                "MessageDeduplicationId": entry.deduplication_id,
+            }
+            given = {name: value for name, value in optional.items() if value}
+            calls.append({"MessageBody": entry.body, **given})
+        client, url = self.client("send"), self.url(destination)
+        if len(calls) == 1:
+            client.send_message(QueueUrl=url, **calls[0])
             return []
-        return _halved(functools.partial(self._send_batch, destination), entries)
-
-    def _send_batch(self, destination: str, entries: Sequence[Outgoing]) -> list[Refusal]:
-        calls = [{"Id": str(i), **self._send_arguments(e)} for i, e in enumerate(entries)]
-        response = self.client("send").send_message_batch(
-            QueueUrl=self.url(destination), Entries=calls
-        )
-        return _refusals(response, len(calls))
-
-    @staticmethod
-    def _send_arguments(entry: Outgoing) -> dict[str, Any]:
-        optional = {
-            "MessageAttributes": entry.attributes,
-            "DelaySeconds": math.ceil(entry.delay_s),
-            "MessageGroupId": entry.group_id,
-            "MessageDeduplicationId": entry.deduplication_id,
-        }
-        return {"MessageBody": entry.body, **{k: v for k, v in optional.items() if v}}
+        try:
+            return self._batch(client.send_message_batch, calls, QueueUrl=url)
+        except Exception as error:
+            if _error_code(error) != "BatchRequestTooLong":
+                raise
+        # The queue's limit is lower than the service's, and holds for the sum too: one by one.
+        alone = (_refused_by(functools.partial(self.send, destination, [e]), 1) for e in entries)
+        return [
+            r._replace(index=i, final=True) for i, refusals in enumerate(alone) for r in refusals
+        ]
 
     def receive(
-        self,
-        queue: str,
-        max_messages: int,
-        wait_s: float,
-        visibility_timeout_s: float | None,
-        stop: threading.Event,  # noqa: ARG002 - a poll is waited out: its answer may hold messages
+        self, queue: str, most: int, wait_s: float, lease_s: float | None, stop: threading.Event
     ) -> list[QueueMessage]:
-        """Poll once, for at most 20 s."""
-        timeout: dict[str, int] = {}
-        if visibility_timeout_s is not None:
-            timeout = {"VisibilityTimeout": math.ceil(visibility_timeout_s)}
-        url = self.url(queue, "poll")
-        response = self.client("poll").receive_message(
+        """Poll once with ReceiveMessage; it is waited out, for its answer may hold messages."""
+        url, client = self.url(queue, "poll"), self.client("poll")
+        response = client.receive_message(
             QueueUrl=url,
-            MaxNumberOfMessages=min(max_messages, _MAX_BATCH),
+            MaxNumberOfMessages=min(most, _MAX_BATCH),
             WaitTimeSeconds=min(math.ceil(wait_s), _LONG_POLL_S),
             MessageAttributeNames=["All"],
-            MessageSystemAttributeNames=[
-                "ApproximateReceiveCount",
-                "SentTimestamp",
-                "MessageGroupId",
-            ],
-            **timeout,
+            MessageSystemAttributeNames=list(_SYSTEM_ATTRIBUTES),
+            **({} if lease_s is None else {"VisibilityTimeout": math.ceil(lease_s)}),
         )
+        keys = ("Body", "MessageId", "ReceiptHandle", "Attributes", "MessageAttributes")
         return [
-            QueueMessage(
-                message["Body"],
-                message["MessageId"],
-                message["ReceiptHandle"],
-                attributes=message.get("Attributes"),
-                message_attributes=message.get("MessageAttributes"),
-                queue=queue,
-                queue_url=url,
-                broker=self,
-            )
+            QueueMessage(*map(message.get, keys), queue=queue, broker=self)
             for message in response.get("Messages", ())
         ]
 
     def delete(self, queue: str, receipts: Sequence[str]) -> list[Refusal]:
         """Delete; on a standard queue, a stale receipt is no error to SQS."""
-        response = self.client("keep").delete_message_batch(
-            QueueUrl=self.url(queue, "keep"),
-            Entries=[{"Id": str(i), "ReceiptHandle": r} for i, r in enumerate(receipts)],
-        )
-        return _refusals(response, len(receipts))
+        entries = ({"ReceiptHandle": receipt} for receipt in receipts)
+        url, client = self.url(queue, "keep"), self.client("keep")
+        return self._batch(client.delete_message_batch, entries, QueueUrl=url)
 
     def change_visibility(self, queue: str, changes: Sequence[tuple[str, float]]) -> list[Refusal]:
-        """Change the visibility timeouts; SQS has whole seconds."""
-        response = self.client("keep").change_message_visibility_batch(
-            QueueUrl=self.url(queue, "keep"),
-            Entries=[
-                {"Id": str(i), "ReceiptHandle": r, "VisibilityTimeout": math.ceil(s)}
-                for i, (r, s) in enumerate(changes)
-            ],
-        )
-        return _refusals(response, len(changes))
+        """Change the visibility timeouts, in whole seconds."""
+        entries = ({"ReceiptHandle": r, "VisibilityTimeout": math.ceil(s)} for r, s in changes)
+        url, client = self.url(queue, "keep"), self.client("keep")
+        return self._batch(client.change_message_visibility_batch, entries, QueueUrl=url)
 
     def info(self, queue: str) -> QueueInfo:
         """Read the queue's attributes, once."""
         if queue not in self._infos:
             found = self._attributes(queue, ["VisibilityTimeout", "RedrivePolicy"])
             redrive = json.loads(found.get("RedrivePolicy") or "{}")
-            target, count = redrive.get("deadLetterTargetArn"), redrive.get("maxReceiveCount")
-            self._infos[queue] = QueueInfo(
-                visibility_timeout_s=float(found["VisibilityTimeout"]),
-                dead_letter_queue=target.rpartition(":")[2] if target else None,
-                max_receive_count=int(count) if count else None,
-            )
+            target, most = redrive.get("deadLetterTargetArn"), redrive.get("maxReceiveCount")
+            lease_s, dead = float(found["VisibilityTimeout"]), target and target.rpartition(":")[2]
+            self._infos[queue] = QueueInfo(lease_s, dead, most and int(most))
         return self._infos[queue]
 
     def depth(self, queue: str) -> Depth:
@@ -2002,17 +1811,19 @@ class SqsBroker(_AwsSender, Broker):
         found = self._attributes(queue, names)
         return Depth(*(int(found[name]) for name in names))
 
-    def _attributes(self, queue: str, names: Sequence[str]) -> dict[str, str]:
-        response = self.client("send").get_queue_attributes(
-            QueueUrl=self.url(queue), AttributeNames=names
-        )
-        return typing.cast("dict[str, str]", response["Attributes"])
+    def _attributes(self, queue: str, names: Sequence[str]) -> Any:
+        url, client = self.url(queue), self.client("send")
+        return client.get_queue_attributes(QueueUrl=url, AttributeNames=names)["Attributes"]
+
+
+_UNANSWERED = {"Code": "Unanswered", "Message": "the answer does not name this entry"}
+_SYSTEM_ATTRIBUTES = ("ApproximateReceiveCount", "SentTimestamp", "MessageGroupId")
 
 
 def _queue_name(priority: Priority) -> str:
     name = settings.TASKHAWK_QUEUE
     if name is None and settings.TASKHAWK_BROKER != "sqs":
-        name = "default"  # the embedded broker needs no names to be kept apart
+        name = "default"  # a file needs no names to be kept apart from others' queues
     return f"TASKHAWK-{name or settings.require('TASKHAWK_QUEUE')}{_SUFFIXES[priority]}".upper()
 
 
@@ -2020,298 +1831,254 @@ def _queue_name(priority: Priority) -> str:
 # The embedded broker, with the semantics of SQS, for any number of processes on one machine. Every
 # change is one transaction that is on the disk (synchronous=FULL) before the call returns.
 
-_OLDEST_SQLITE = (3, 35, 0)  # UPDATE … RETURNING
+_OLDEST_SQLITE = (3, 35, 0)  # the first with UPDATE … RETURNING
 _SQLITE_SCHEMA = """
+BEGIN IMMEDIATE;
 CREATE TABLE IF NOT EXISTS message (
-    id INTEGER PRIMARY KEY AUTOINCREMENT, -- a receipt names it: never used again
-    queue TEXT NOT NULL,
-    message_id TEXT NOT NULL,
-    body TEXT NOT NULL,
-    attributes TEXT NOT NULL,
-    sent_ms INTEGER NOT NULL,
-    visible_ms INTEGER NOT NULL,
-    receive_count INTEGER NOT NULL DEFAULT 0,
-    receipt TEXT
+    id INTEGER PRIMARY KEY AUTOINCREMENT, -- a receipt names it, so it is never used again
+    queue TEXT NOT NULL, message_id TEXT NOT NULL, body TEXT NOT NULL, attributes TEXT NOT NULL,
+    sent_ms INTEGER NOT NULL, visible_ms INTEGER NOT NULL,
+    receive_count INTEGER NOT NULL DEFAULT 0, receipt TEXT
 );
 CREATE INDEX IF NOT EXISTS message_visible ON message (queue, visible_ms);
 PRAGMA user_version = 1;
+COMMIT;
 """
 
 
-def _parse_sqlite_url(url: str) -> tuple[str, dict[str, float]]:
-    from urllib.parse import parse_qsl, unquote, urlsplit
-
-    parts = urlsplit(url)
-    options: dict[str, float] = {"visibility_timeout_s": _DEFAULT_LEASE_S, "max_receive_count": 5}
-    rules: dict[str, Callable[[object], float]] = {
-        "visibility_timeout_s": _seconds,
-        "max_receive_count": _count,
-    }
-    try:
-        for name, value in parse_qsl(parts.query, keep_blank_values=True):
-            options[name] = rules[name](value)
-        if parts.netloc:
-            raise ValueError
-    except (KeyError, ValueError) as error:
-        raise ConfigurationError(
-            "TASKHAWK_BROKER: expected sqlite:///relative.db or sqlite:////absolute.db, then perhaps"
-            f" ?visibility_timeout_s=30&max_receive_count=5, got {url!r}"
-        ) from error
-    path = unquote(parts.path[1:])
-    return os.path.abspath(path) if path else "", options
+def _turn_to_wal(db: Any) -> None:
+    """Wait for other processes, as every statement does but this one."""
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+        except Exception as error:
+            if (
+                getattr(error, "sqlite_errorname", "") != "SQLITE_BUSY"
+                or time.monotonic() > deadline
+            ):
+                raise
+            time.sleep(0.01)
+        else:
+            return
 
 
 class SqliteBroker(Broker):
-    """Queues in a file; or in memory, for the tests of one process."""
+    """Queues in a file; or in memory, for the tests of one process.
+
+    :param url: ``sqlite:///relative.db``, ``sqlite:////absolute.db`` or ``sqlite://`` (memory), and
+        perhaps ``?visibility_timeout_s=30&max_receive_count=5``
+    :raises ConfigurationError: if the URL or the file is not usable
+    """
 
     max_bytes = _MAX_SQS_BYTES  # as on SQS, so that what works here works there
-    max_delay_s = math.inf
+    max_delay_s = 100 * 365 * 86_400  # a number that SQLite can hold
     _memory_pid: int | None = None
 
     def __init__(self, url: str, clock: Callable[[], float] = time.time) -> None:
-        """Open the file, and make it if it is not there.
-
-        :param url: ``sqlite:///relative.db``, ``sqlite:////absolute.db`` or ``sqlite://`` (memory);
-            ``?visibility_timeout_s=30&max_receive_count=5``
-        :raises ConfigurationError: if the URL or the file is not usable
-        """
         self._url, self._clock = url, clock
-        self._path, options = _parse_sqlite_url(url)
-        self._visibility_timeout_s = options["visibility_timeout_s"]
-        self._max_receive_count = int(options["max_receive_count"])
+        path, _, query = url.partition("?")
+        options = {"visibility_timeout_s": str(_DEFAULT_LEASE_S), "max_receive_count": "5"}
+        try:
+            options.update(pair.split("=") for pair in query.split("&") if pair)  # type: ignore[misc]
+            lease_s, most = options.values()
+            self._lease_s, self._most = _above_0(float)(lease_s), _above_0(int)(most)
+            self._path = re.fullmatch("sqlite://(?:/(.+))?", path)[1]  # type: ignore[index]
+        except (ValueError, TypeError) as error:
+            raise ConfigurationError(
+                "TASKHAWK_BROKER: expected sqlite:///relative.db or sqlite:////absolute.db, then"
+                f" perhaps ?visibility_timeout_s=30&max_receive_count=5, got {url!r}"
+            ) from error
         self._lock = threading.Lock()  # held while a thread uses the connection, one at a time
-        self._commits = 0  # of this process: data_version tells of the others' only
-        self._looked: dict[str, tuple[tuple[int, int], float]] = {}
+        self._commits = 0  # ours: data_version tells of the other connections' only
         self._db = self._open()
 
     def _open(self) -> Any:
         import sqlite3
 
         if sqlite3.sqlite_version_info < _OLDEST_SQLITE:
-            raise ConfigurationError(
-                f"SQLite {sqlite3.sqlite_version} is too old: expected 3.35.0 or newer"
-            )
+            text = f"SQLite {sqlite3.sqlite_version} is too old: expected 3.35.0 or newer"
+            raise ConfigurationError(text)
         if not self._path:
-            pid = SqliteBroker._memory_pid = SqliteBroker._memory_pid or os.getpid()
-            if pid != os.getpid():
-                raise ConfigurationError(
-                    "sqlite:// is the memory of one process, and this is another:"
-                    " use a file, such as sqlite:///queue.db"
-                )
-        try:
-            db = sqlite3.connect(
-                self._path or ":memory:", timeout=30, isolation_level=None, check_same_thread=False
-            )
+            SqliteBroker._memory_pid = SqliteBroker._memory_pid or os.getpid()
+            if SqliteBroker._memory_pid != os.getpid():
+                raise ConfigurationError(_ONE_PROCESS)
+        path = self._path or ":memory:"
+        options: Any = {"timeout": 30, "isolation_level": None, "check_same_thread": False}
+        with contextlib.ExitStack() as undo:
             try:
-                return self._prepare(db)
-            except BaseException:
-                db.close()
-                raise
-        except sqlite3.Error as error:
-            raise ConfigurationError(
-                f"TASKHAWK_BROKER: can't open {self._path or 'memory'}: {error}"
-            ) from error
-
-    def _prepare(self, db: Any) -> Any:
-        # Turning to WAL needs the file for itself, and does not wait for it: take the lock first.
-        deadline = time.monotonic() + 30
-        while True:
-            try:
-                mode = db.execute("PRAGMA journal_mode = WAL").fetchone()[0]
-                break
-            except Exception:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.01)
-        if mode not in ("wal", "memory"):
-            raise ConfigurationError(
-                f"TASKHAWK_BROKER: {self._path} can't have a write-ahead log ({mode}):"
-                " it must be on a local disk"
-            )
-        db.execute("PRAGMA synchronous = FULL")
-        version = db.execute("PRAGMA user_version").fetchone()[0]
-        if version not in (0, 1):
-            raise ConfigurationError(
-                f"TASKHAWK_BROKER: {self._path} has version {version}: expected 1"
-            )
-        if version == 0:
-            db.executescript(f"BEGIN IMMEDIATE; {_SQLITE_SCHEMA} COMMIT;")
+                db = sqlite3.connect(path, **options)
+                undo.callback(db.close)
+                if (version := db.execute("PRAGMA user_version").fetchone()[0]) not in (0, 1):
+                    raise sqlite3.OperationalError(
+                        f"expected version 1 of its tables, got {version}"
+                    )
+                _turn_to_wal(db)
+                db.execute("PRAGMA synchronous = FULL")
+                db.executescript(_SQLITE_SCHEMA)
+            except sqlite3.Error as error:
+                text = f"TASKHAWK_BROKER: can't open {Path(path).absolute()}: {error}"
+                raise ConfigurationError(text) from error
+            undo.pop_all()
         return db
 
     def destination(self, priority: Priority) -> str:
         """Return the queue's name."""
         return _queue_name(priority)
 
-    def explain(self, error: BaseException, where: str) -> TaskhawkError | None:  # noqa: ARG002
+    def explain(self, error: BaseException, where: str) -> None:
         """Every error of SQLite is one to wait out, such as a full disk."""
-        return None
 
     def close(self) -> None:
         """Close the file; what is in memory is gone."""
         with self._lock:
             self._db.close()
 
+    def before_fork(self) -> None:
+        """Let go of the file, between two transactions."""
+        self._lock.acquire()
+        if self._path:
+            self._db.close()
+
+    def after_fork(self) -> None:
+        """Take the file again."""
+        try:
+            self._db = self._open() if self._path else self._db
+            self._commits += 1
+        finally:
+            self._lock.release()
+
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[Any]:
-        """Hold the lock and the file's write lock; all or nothing is written."""
+        """Hold our lock and the file's write lock; all is written, or nothing."""
         with self._lock:
-            self._db.execute("BEGIN IMMEDIATE")
             try:
+                self._db.execute("BEGIN IMMEDIATE")
                 yield self._db
                 self._db.execute("COMMIT")
-            except BaseException:
+            finally:
+                self._commits += 1
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
-                raise
-            self._commits += 1
 
-    def _now_ms(self) -> int:
-        return int(self._clock() * 1000)
+    def _in_ms(self, seconds: float = 0) -> int:
+        return math.ceil((self._clock() + seconds) * 1000)
 
     def send(self, destination: str, entries: Sequence[Outgoing]) -> list[Refusal]:
         """Write the messages in one transaction."""
-        now = self._now_ms()
-        rows = [
-            (
-                destination,
-                str(uuid.uuid4()),
-                entry.body,
-                json.dumps(entry.attributes),
-                now,
-                now + math.ceil(entry.delay_s * 1000),
-            )
-            for entry in entries
-        ]
         with self._transaction() as db:
-            db.executemany(
-                "INSERT INTO message (queue, message_id, body, attributes, sent_ms, visible_ms)"
-                " VALUES (?, ?, ?, ?, ?, ?)",
-                rows,
-            )
+            for entry in entries:
+                db.execute(
+                    "INSERT INTO message (queue, message_id, body, attributes, sent_ms, visible_ms)"
+                    " VALUES (?, ?, ?, ?, ?, ?)",
+                    (
+                        *(destination, str(uuid.uuid4()), entry.body, json.dumps(entry.attributes)),
+                        *(self._in_ms(), self._in_ms(entry.delay_s)),
+                    ),
+                )
         return []
 
     def receive(
-        self,
-        queue: str,
-        max_messages: int,
-        wait_s: float,
-        visibility_timeout_s: float | None,
-        stop: threading.Event,
+        self, queue: str, most: int, wait_s: float, lease_s: float | None, stop: threading.Event
     ) -> list[QueueMessage]:
         """Claim messages; wait for the first without holding any lock."""
-        lease_s = (
-            self._visibility_timeout_s if visibility_timeout_s is None else visibility_timeout_s
-        )
-        deadline = time.monotonic() + wait_s
+        deadline, pause_s = time.monotonic() + wait_s, 0.002
+        seen, next_ms = None, math.inf
         while True:
-            seen, next_ms = self._look(queue)
-            if next_ms <= self._now_ms():
-                claimed = self._claim(queue, min(max_messages, _MAX_BATCH), lease_s)
-                if claimed:
-                    return claimed
-            pause_s = 0.002
-            while True:
-                if time.monotonic() >= deadline or stop.wait(pause_s):
-                    return []
-                if self._look(queue) != (seen, next_ms) or self._now_ms() >= next_ms:
-                    break
-                pause_s = min(pause_s * 2, 0.05)  # twenty looks a second cost next to nothing
+            with self._lock:
+                version = self._commits, self._db.execute("PRAGMA data_version").fetchone()[0]
+                if version != seen:
+                    ask = "SELECT min(visible_ms) FROM message WHERE queue = ?"
+                    found = self._db.execute(ask, (queue,)).fetchone()[0]
+                    seen, next_ms = version, math.inf if found is None else found
+            if next_ms <= self._in_ms() and (
+                claimed := self._claim(queue, min(most, _MAX_BATCH), lease_s or self._lease_s)
+            ):
+                return claimed
+            if time.monotonic() >= deadline or stop.wait(pause_s):
+                return []
+            pause_s = min(pause_s * 2, 0.05)  # twenty looks a second cost next to nothing
 
-    def _look(self, queue: str) -> tuple[tuple[int, int], float]:
-        """Return the file's version, and when the queue's next message is visible."""
-        with self._lock:
-            version = self._commits, self._db.execute("PRAGMA data_version").fetchone()[0]
-            if self._looked.get(queue, (None,))[0] != version:
-                (next_ms,) = self._db.execute(
-                    "SELECT min(visible_ms) FROM message WHERE queue = ?", (queue,)
-                ).fetchone()
-                self._looked[queue] = version, math.inf if next_ms is None else next_ms
-            return self._looked[queue]
-
-    def _claim(self, queue: str, count: int, lease_s: float) -> list[QueueMessage]:
-        now = self._now_ms()
+    def _claim(self, queue: str, most: int, lease_s: float) -> list[QueueMessage]:
+        now = self._in_ms()
         with self._transaction() as db:
-            if not queue.endswith("-DLQ"):
-                db.execute(
-                    "UPDATE message SET queue = queue || '-DLQ', receive_count = 0, receipt = NULL"
-                    " WHERE queue = ? AND visible_ms <= ? AND receive_count >= ?",
-                    (queue, now, self._max_receive_count),
-                )
+            db.execute(
+                "UPDATE message SET queue = queue || '-DLQ', receive_count = 0, receipt = NULL"
+                " WHERE queue = ? AND visible_ms <= ? AND receive_count >= ?",
+                (queue, now, self.info(queue).max_receive_count),  # of a DLQ, NULL: moves nothing
+            )
             rows = db.execute(
                 "UPDATE message SET receive_count = receive_count + 1, visible_ms = ?,"
                 " receipt = id || '-' || hex(randomblob(16)) WHERE id IN (SELECT id FROM message"
                 " WHERE queue = ? AND visible_ms <= ? ORDER BY visible_ms, id LIMIT ?)"
-                " RETURNING id, message_id, body, attributes, sent_ms, receive_count, receipt",
-                (now + math.ceil(lease_s * 1000), queue, now, count),
+                " RETURNING id, body, message_id, receipt, receive_count, sent_ms, attributes",
+                (self._in_ms(lease_s), queue, now, most),
             ).fetchall()
-        return [self._received(queue, *row) for _, *row in sorted(rows)]
-
-    def _received(
-        self, queue: str, message_id: str, body: str, attributes: str, *rest: Any
-    ) -> QueueMessage:
-        sent_ms, receive_count, receipt = rest
-        system = {"ApproximateReceiveCount": str(receive_count), "SentTimestamp": str(sent_ms)}
-        return QueueMessage(
-            body,
-            message_id,
-            receipt,
-            attributes=system,
-            message_attributes=json.loads(attributes),
-            queue=queue,
-            queue_url=self._url,
-            broker=self,
-        )
+        return [
+            QueueMessage(
+                *(body, message_id, receipt),
+                {"ApproximateReceiveCount": str(count), "SentTimestamp": str(sent_ms)},
+                json.loads(attributes),
+                queue=queue,
+                broker=self,
+            )
+            for _, body, message_id, receipt, count, sent_ms, attributes in sorted(rows)
+        ]
 
     def delete(self, queue: str, receipts: Sequence[str]) -> list[Refusal]:
         """Delete; what was deleted before is no error, what another has received since is."""
-        return self._change(
-            "DELETE FROM message WHERE id = CAST(:receipt AS INTEGER) AND receipt = :receipt",
-            "SELECT 1 FROM message WHERE id = CAST(:receipt AS INTEGER)",
-            [{"receipt": receipt} for receipt in receipts],
-        )
+        change = "DELETE FROM message WHERE id = CAST(:receipt AS INTEGER) AND receipt = :receipt"
+        refused = "SELECT 1 FROM message WHERE id = CAST(:receipt AS INTEGER)"
+        return self._change(change, refused, [{"receipt": receipt} for receipt in receipts])
 
     def change_visibility(self, queue: str, changes: Sequence[tuple[str, float]]) -> list[Refusal]:
         """Change when messages are visible again, while they are in flight."""
-        now = self._now_ms()
-        return self._change(
+        now = self._in_ms()
+        rows = [{"receipt": r, "until": self._in_ms(s), "now": now} for r, s in changes]
+        change = (
             "UPDATE message SET visible_ms = :until WHERE id = CAST(:receipt AS INTEGER)"
-            " AND receipt = :receipt AND visible_ms > :now",
-            "SELECT 1",
-            [{"receipt": r, "until": now + math.ceil(s * 1000), "now": now} for r, s in changes],
+            " AND receipt = :receipt AND visible_ms > :now"
         )
+        return self._change(change, "SELECT 1", rows)
 
     def _change(self, change: str, refused: str, rows: Sequence[dict[str, Any]]) -> list[Refusal]:
-        """Make each change; where it meets no row, `refused` says whether that is an error."""
-        refusals = []
+        """Make each change; where it meets no row, `refused` asks whether that is an error."""
+        text = "the message is no longer in flight, or was received again"
         with self._transaction() as db:
-            for index, row in enumerate(rows):
-                if not db.execute(change, row).rowcount and db.execute(refused, row).fetchone():
-                    text = "the message is no longer in flight, or was received again"
-                    refusals.append(Refusal(index, "ReceiptHandleIsInvalid", text, final=True))
-        return refusals
+            return [
+                Refusal(index, "ReceiptHandleIsInvalid", text, final=True)
+                for index, row in enumerate(rows)
+                if not db.execute(change, row).rowcount and db.execute(refused, row).fetchone()
+            ]
+
+    def url(self, queue: str) -> str:
+        """Return the file's URL."""
+        return self._url
 
     def info(self, queue: str) -> QueueInfo:
         """Tell what the URL says."""
         if queue.endswith("-DLQ"):
-            return QueueInfo(self._visibility_timeout_s, None, None)
-        return QueueInfo(self._visibility_timeout_s, f"{queue}-DLQ", self._max_receive_count)
+            return QueueInfo(self._lease_s, None, None)
+        return QueueInfo(self._lease_s, f"{queue}-DLQ", int(self._most))
 
     def depth(self, queue: str) -> Depth:
         """Count the rows."""
-        now = self._now_ms()
+        ask = """SELECT count(*) FILTER (WHERE visible_ms <= :now),
+            count(*) FILTER (WHERE visible_ms > :now AND receipt IS NOT NULL),
+            count(*) FILTER (WHERE visible_ms > :now AND receipt IS NULL)
+            FROM message WHERE queue = :queue"""
         with self._lock:
-            row = self._db.execute(
-                "SELECT count(*) FILTER (WHERE visible_ms <= ?),"
-                " count(*) FILTER (WHERE visible_ms > ? AND receipt IS NOT NULL),"
-                " count(*) FILTER (WHERE visible_ms > ? AND receipt IS NULL)"
-                " FROM message WHERE queue = ?",
-                (now, now, now, queue),
-            ).fetchone()
-        return Depth(*row)
+            return Depth(*self._db.execute(ask, {"now": self._in_ms(), "queue": queue}).fetchone())
+
+
+_ONE_PROCESS = (
+    "sqlite:// is the memory of one process, and this is another: use a file, such as"
+    " sqlite:///queue.db"
+)
 
 
 # --- 10. publishing -------------------------------------------------------------------------------
-# Nothing leaves that decode() would refuse or the service can't hold, and what was not accepted
+# Nothing leaves that _decode() would refuse or the service can't hold, and what was not accepted
 # raises: after dispatch() returned, the message is in the queue's keeping.
 
 _ATTRIBUTE_NAME = re.compile(
@@ -2321,14 +2088,13 @@ _ATTRIBUTE_TEXT = re.compile("[\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]
 
 
 def _attributes(headers: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """Make message attributes of the headers that can be: the rest is in the body alone."""
-    texts = ((name, str(value)) for name, value in headers.items())
-    fit = (
-        (name, {"DataType": "String", "StringValue": text})
-        for name, text in texts
-        if _ATTRIBUTE_NAME.fullmatch(name) and _ATTRIBUTE_TEXT.fullmatch(text)
-    )
-    return dict(itertools.islice(fit, _MAX_ATTRIBUTES))
+    """Make message attributes of the headers that can be: the others are in the body alone."""
+    fit = {
+        str(name): {"DataType": "String", "StringValue": str(value)}
+        for name, value in headers.items()
+        if _ATTRIBUTE_NAME.fullmatch(str(name)) and _ATTRIBUTE_TEXT.fullmatch(str(value))
+    }
+    return dict(itertools.islice(fit.items(), _MAX_ATTRIBUTES))
 
 
 class _Ready(NamedTuple):
@@ -2340,31 +2106,28 @@ class _Ready(NamedTuple):
 
 
 def _prepare(message: Message) -> _Ready:
-    body = _encode(message)
+    entry = Outgoing(_encode(message), _attributes(message.headers), message.delay_s)
     if settings.TASKHAWK_SYNC:
-        return _Ready(message, "", Outgoing(body, {}))
+        return _Ready(message, "", entry)
     sender = _brokers.sender()
-    entry = Outgoing(body, _attributes(message.headers), message.delay_s)
     if entry.delay_s > sender.max_delay_s:
-        longest = f"at most {sender.max_delay_s:g} s" if sender.max_delay_s else "no delay (SNS)"
         raise ConfigurationError(
-            f"{message.task_name}: the queue can hold a message back for {longest},"
-            f" got {entry.delay_s:g} s"
+            f"{message.task_name}: the queue can hold a message back for at most"
+            f" {sender.max_delay_s:g} s, got {entry.delay_s:g} s"
         )
     if entry.size() > sender.max_bytes:
-        raise _too_large(message, entry.size(), sender.max_bytes)
+        raise _too_large(message, entry, sender.max_bytes)
     with _explained(sender, message.task_name):
         return _Ready(message, sender.destination(message.priority), entry)
 
 
-def _too_large(message: Message, size: int, limit: int) -> MessageTooLarge:
-    sizes = {path: len(_encode_one(message, path, value)) for path, value in _leaves(message)}
-    largest = max(sizes, key=sizes.__getitem__, default="its name")
-    return MessageTooLarge(
-        f"{message.task_name}: the message has {size} bytes (body and attributes), and the limit is"
-        f" {limit}: the largest argument is {largest} with {sizes.get(largest, 0)} bytes",
-        limit,
-    )
+def _too_large(message: Message, entry: Outgoing, limit: int) -> MessageTooLarge:
+    has = f"has {entry.size()} bytes (body and attributes), and the limit is {limit}"
+    text = f"{message.task_name[:200]}: the message {has}"
+    if sizes := _sizes(message):
+        largest = max(sizes, key=sizes.__getitem__)
+        text += f": the largest argument is {largest[:200]} with {sizes[largest]} bytes"
+    return MessageTooLarge(text, limit)
 
 
 @contextlib.contextmanager
@@ -2384,11 +2147,76 @@ def publish(message: Message) -> str:
     :returns: the message's id
     :raises TaskhawkError: as :meth:`AsyncInvocation.dispatch`
     """
-    ready = _prepare(message)
-    open_batch = _open_batch.get()
-    if open_batch is None or not open_batch.add(ready):
+    for ready in _collect([_prepare(message)]):
         _publish_one(ready)
-    return typing.cast("str", message.id)
+    return message.id
+
+
+def _run_now(ready: _Ready) -> None:
+    """Run a message in sync mode: through JSON, decoder and hooks, and its errors are raised."""
+    message, body = ready.message, ready.entry.body
+    queue = _queue_name(message.priority) if settings.TASKHAWK_QUEUE else "TASKHAWK-SYNC"
+    record = {"Sns": {"Message": body, "MessageId": message.id, "MessageAttributes": {}}}
+    more: Any = {"message_attributes": ready.entry.attributes}
+    more |= {"sns_record": record} if settings.IS_LAMBDA_APP else {}
+    _run(QueueMessage(body, message.id, queue=queue, **more))
+
+
+class _Collecting:
+    """The messages that are collected while a ``with batch():`` block runs."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # held to add and to close: nothing is added to a closed one
+        self._ready: list[_Ready] = []
+        self.is_open: bool = True
+
+    def add(self, ready: _Ready) -> bool:
+        """Add a message; False where the block has ended."""
+        with self._lock:
+            if self.is_open:
+                self._ready.append(ready)
+            return self.is_open
+
+    def close(self) -> list[_Ready]:
+        """Return the messages; from now on, none is added."""
+        with self._lock:
+            self.is_open = False
+            return self._ready
+
+
+_collecting: contextvars.ContextVar[_Collecting | None]
+_collecting = contextvars.ContextVar("taskhawk batch", default=None)
+
+
+@contextlib.contextmanager
+def batch() -> Iterator[None]:
+    """Collect dispatches, and send them ten to a request when the block ends.
+
+    An exception inside sends nothing. A block inside another joins it. What a thread dispatches is
+    sent directly, unless it runs in this context; so is what a task dispatches after the end.
+
+    :raises PartialFailure: on exit, with exactly the messages that were not accepted
+    """
+    outer = _collecting.get()
+    if outer and outer.is_open:
+        yield
+        return
+    mine = _Collecting()
+    token = _collecting.set(mine)
+    try:
+        yield
+    except BaseException:
+        mine.close()
+        raise
+    finally:
+        _collecting.reset(token)
+    _publish_all(mine.close())
+
+
+def _collect(readies: Sequence[_Ready]) -> list[_Ready]:
+    """Add messages to the batch around this call, and return those that it did not take."""
+    collecting = _collecting.get()
+    return [ready for ready in readies if not (collecting and collecting.add(ready))]
 
 
 def _publish_one(ready: _Ready) -> None:
@@ -2398,141 +2226,48 @@ def _publish_one(ready: _Ready) -> None:
     sender = _brokers.sender()
     try:
         with _explained(sender, ready.destination):
-            sender.send(ready.destination, [ready.entry])
-    except MessageTooLarge as error:  # a queue whose limit is lower than the service's
-        raise _too_large(ready.message, ready.entry.size(), error.limit) from error
+            _accepted(sender.send(ready.destination, [ready.entry]))
+    except MessageTooLarge as error:  # by a queue whose limit is lower than the service's
+        raise _too_large(ready.message, ready.entry, error.limit) from error
     _log.debug("Sent message", extra={"message_body": ready.entry.body})
 
 
-def _run_now(ready: _Ready) -> None:
-    """Run a message in sync mode: through JSON, decoder and hooks, and its errors are raised."""
-    body, message = ready.entry.body, ready.message
-    record = {"Sns": {"Message": body, "MessageId": message.id, "MessageAttributes": {}}}
-    queue = _queue_name(message.priority) if settings.TASKHAWK_QUEUE else "TASKHAWK-SYNC"
-    sns_record = record if settings.IS_LAMBDA_APP else None
-    _run(QueueMessage(body, message.id, queue=queue, sns_record=sns_record))
-
-
-class _Batch:
-    """The messages that are collected while a ``with batch():`` block runs."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()  # held to add and to close: nothing is added to a closed one
-        self._ready: list[_Ready] | None = []
-
-    def add(self, ready: _Ready) -> bool:
-        """Add a message; False where the block has ended."""
-        with self._lock:
-            if self._ready is None:
-                return False
-            self._ready.append(ready)
-            return True
-
-    def close(self) -> list[_Ready]:
-        """Take the messages out; from now on, nothing is added."""
-        with self._lock:
-            ready, self._ready = self._ready or [], None
-            return ready
-
-    @property
-    def is_open(self) -> bool:
-        """Whether the block still runs."""
-        return self._ready is not None
-
-
-_open_batch: contextvars.ContextVar[_Batch | None] = contextvars.ContextVar("batch", default=None)
-
-
-@contextlib.contextmanager
-def batch() -> Iterator[None]:
-    """Collect dispatches, and send them ten to a request when the block ends.
-
-    An exception inside sends nothing. A block inside another joins it. What threads dispatch is
-    sent directly, unless they run in this context; so is what a task dispatches after the end.
-
-    :raises PartialFailure: on exit, with exactly the messages that were not accepted
-    """
-    outer = _open_batch.get()
-    if outer is not None and outer.is_open:
-        yield
-        return
-    mine = _Batch()
-    token = _open_batch.set(mine)
-    try:
-        yield
-    except BaseException:
-        mine.close()
-        raise
-    finally:
-        _open_batch.reset(token)
-    _publish_all(mine.close())
-
-
-class _Unsent(NamedTuple):
-    ready: _Ready
-    code: str
-    text: str
-
-
 def _publish_all(readies: Sequence[_Ready]) -> None:
-    """Send messages of any priorities.
-
-    :raises PartialFailure: if some were not accepted
-    """
+    """Send messages of any priorities; raise PartialFailure if some are not accepted."""
     if settings.TASKHAWK_SYNC:
         for ready in readies:
             _run_now(ready)
         return
-    sender = _brokers.sender()
-    groups: dict[str, list[_Ready]] = {}
-    for ready in readies:
-        groups.setdefault(ready.destination, []).append(ready)
-    unsent = [u for group in groups.values() for u in _send_group(sender, group)]
-    if not unsent:
-        return
-    failed = {id(u.ready): u for u in unsent}
-
-    raise PartialFailure(
-        {
-            "Successful": [{"Id": r.message.id} for r in readies if id(r) not in failed],
-            "Failed": [
-                {"Id": r.message.id, "Code": failed[id(r)].code, "Message": failed[id(r)].text}
-                for r in readies
-                if id(r) in failed
-            ],
-        },
-        unsent=[ready.message for ready in readies if id(ready) in failed],
-    )
+    refused: dict[int, Refusal] = {}  # by the position in readies
+    for destination in dict.fromkeys(ready.destination for ready in readies):
+        mine = [i for i, ready in enumerate(readies) if ready.destination == destination]
+        for refusal in _send_all(destination, [readies[i].entry for i in mine]):
+            refused[mine[refusal.index]] = refusal
+    if refused:
+        done = [{"Id": r.message.id} for i, r in enumerate(readies) if i not in refused]
+        failed = [
+            {"Id": readies[i].message.id, "Code": refusal.code, "Message": refusal.text}
+            for i, refusal in sorted(refused.items())
+        ]
+        unsent = [readies[i].message for i in sorted(refused)]
+        raise PartialFailure({"Successful": done, "Failed": failed}, unsent=unsent)
 
 
-def _send_group(sender: Sender, group: Sequence[_Ready]) -> Iterator[_Unsent]:
+def _send_all(destination: str, entries: Sequence[Outgoing]) -> Iterator[Refusal]:
     """Send to one destination; after a call that fails as a whole, the rest of it stays unsent."""
-    position = 0
-    for chunk in _chunks((ready.entry for ready in group), sender.max_bytes):
-        mine = group[position : position + len(chunk)]
+    start, sender = 0, _brokers.sender()
+    for chunk in _chunks(entries, sender.max_bytes):
+        send = functools.partial(sender.send, destination)
         try:
-            refusals = _send_chunk(sender, group[0].destination, chunk)
-        except Exception as error:
-            text = str(sender.explain(error, group[0].destination) or error)
-            yield from (_Unsent(ready, _error_code(error), text) for ready in group[position:])
+            refusals = send(chunk)
+        except Exception as error:  # PartialFailure says what was sent and what not
+            text = str(sender.explain(error, destination) or error)
+            for index in range(start, len(entries)):
+                yield Refusal(index, _error_code(error), text, final=False)
             return
-        yield from (_Unsent(mine[r.index], r.code, r.text) for r in refusals)
-        position += len(chunk)
-
-
-def _send_chunk(sender: Sender, destination: str, chunk: Sequence[Outgoing]) -> list[Refusal]:
-    """Send one batch call's worth, and what the service failed at twice more."""
-    indexes = list(range(len(chunk)))
-    final: list[Refusal] = []
-    for pause_s in (0.1, 0.3, None):
-        refusals = sender.send(destination, [chunk[i] for i in indexes])
-        refusals = [refusal._replace(index=indexes[refusal.index]) for refusal in refusals]
-        final += [refusal for refusal in refusals if refusal.final or pause_s is None]
-        indexes = [refusal.index for refusal in refusals if not refusal.final]
-        if not indexes or pause_s is None:
-            break
-        time.sleep(_jittered(pause_s))
-    return final
+        for refusal in _persist(send, chunk, refusals):
+            yield refusal._replace(index=start + refusal.index)
+        start += len(chunk)
 
 
 def _dead_letter_copy(received: QueueMessage, error: BaseException | None, limit: int) -> Outgoing:
@@ -2542,39 +2277,40 @@ def _dead_letter_copy(received: QueueMessage, error: BaseException | None, limit
     """
     import socket
 
-    record = {
+    record: dict[str, Any] = {
         "type": type(error).__name__,
-        "message": str(error)[:1000],
-        "traceback": "".join(traceback.format_exception(error))[-_MAX_ERROR_BYTES // 2 :],
+        "message": _text_of(error)[:1000],
+        "traceback": "".join(traceback.format_exception(error)),
         "attempt": received.attempt,
         "worker": f"{socket.gethostname()}:{os.getpid()}",
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    room = min(_MAX_ERROR_BYTES, limit - len(received.body.encode())) - 100
-    while len(text := json.dumps(record)) > room and record["traceback"]:
-        record["traceback"] = record["traceback"][len(text) - room :]
-    attributes: dict[str, Mapping[str, Any]] = {}
+    room = min(_MAX_ERROR_BYTES, limit - len(received.body.encode()) - 100)
+    for key in ("traceback", "message"):  # cut to fit: of a traceback, the end says most
+        while len(text := json.dumps(record)) > room and (value := record[key]):
+            cut = math.ceil((len(text) - room) / 6)  # of 6 bytes at most is a character in JSON
+            record[key] = value[cut:] if key == "traceback" else value[:-cut]
+    attributes: dict[str, Any] = {}
     if len(text) <= room:
         attributes[_ERROR_ATTRIBUTE] = {"DataType": "String", "StringValue": text}
     for name, value in received.message_attributes.items():
-        more = {**attributes, name: value}
-        fits = received.copy(more).size() <= limit and len(more) <= _MAX_ATTRIBUTES
-        if fits and name != _ERROR_ATTRIBUTE:
+        more = {name: value, **attributes}
+        if len(more) <= _MAX_ATTRIBUTES and received.copy(more).size() <= limit:
             attributes = more
     return received.copy(attributes)
 
 
 # --- 11. the worker -------------------------------------------------------------------------------
 # Every thread of this file. Pollers receive, the calling thread runs tasks, and one keeper alone
-# changes messages on the queue: so an extension under way never undoes a delay or a delete. They
-# share the fields below under one condition; Worker.run() has the shutdown order.
+# changes messages on the queue: so an extension under way never undoes a delay or a delete.
+# Worker.run() is the order of the shutdown.
 
 _STEPS = {  # the allowed steps of a message; nothing else moves one
     "received": {"started", "released"},
     "started": {"finished"},
     "finished": {"acked", "retried", "dead_lettered", "uncertain"},
 }
-_TICK_S = 0.2  # how soon the keeper sees a signal or a shutdown_event
+_TICK_S = 0.2  # how soon a signal or a shutdown_event is seen
 _ACK_WAIT_S = 0.05  # how long an acknowledgement waits for others to share its call
 _MAX_BACKOFF_S = 60  # between receives that fail
 
@@ -2593,34 +2329,208 @@ class Ledger:
     @property
     def balanced(self) -> bool:
         """Whether every message that was received ended in exactly one way."""
-        ends = self.acked + self.retried + self.dead_lettered + self.released + self.uncertain
-        return self.received == ends
+        return bool(2 * self.received == sum(vars(self).values()))
 
     def __str__(self) -> str:
-        names = (field.name for field in dataclasses.fields(self))
-        return ", ".join(f"{getattr(self, name)} {name.replace('_', '-')}" for name in names)
+        return ", ".join(f"{count} {name.replace('_', '-')}" for name, count in vars(self).items())
 
 
 class _Held:
     """A message that the worker holds, from its receive to its end."""
 
-    def __init__(self, message: QueueMessage, now: float, lease_s: float) -> None:
-        self.message, self.state = message, "received"
-        self.last_at = now + _MAX_VISIBLE_S  # SQS extends no lease beyond
-        self.lease_until = now + lease_s
-        self.renew_at = now + lease_s / 3
-        self.end = ""  # what it becomes once the change below is made
-        self.visible_in_s: float | None = None  # None: to be deleted
-        self.due_at = math.inf  # when the keeper may make the change
+    def __init__(self, message: QueueMessage, rank: int, now: float, lease_s: float) -> None:
+        self.message, self.rank, self.lease_s = message, rank, lease_s
+        self.queue, self.receipt = message.queue or "", message.receipt_handle or ""
+        self.state = "received"
+        self.end = ""  # what it becomes, once that is decided: it stays held until it is done
+        self.visible_in_s: float = 0  # where the end is not a delete
+        self.due_at = math.inf  # when the keeper is to do it
         self.tries = 0
+        self.lease_until, self.renew_at = now + lease_s, now + lease_s / 3
+        self.last_at = now + _MAX_HELD_S - 10  # SQS counts from a little before `now`
 
     @property
-    def receipt(self) -> str:
-        return self.message.receipt_handle or ""
+    def to_delete(self) -> bool:
+        return self.end in ("acked", "dead_lettered")
+
+
+class _Keeper:
+    """The messages that a worker holds, and the one thread that changes them on the queue."""
+
+    def __init__(self, broker: Broker, clock: Callable[[], float]) -> None:
+        self._broker, self._clock = broker, clock
+        self.ledger = Ledger()
+        # Guards all that follows and the fields of what is held; notified of every change.
+        self.changed = threading.Condition()
+        self.held: list[_Held] = []
+        self._leases = True  # until ChangeMessageVisibility is denied
+        self._closed = False  # nothing will be added or finished any more
+        self._thread = threading.Thread(target=self._run, name="taskhawk keeper", daemon=True)
+
+    def take(self, messages: Sequence[QueueMessage], rank: int, lease_s: float) -> None:
+        """Hold received messages from now on."""
+        with self.changed:
+            self.held += [_Held(message, rank, self._clock(), lease_s) for message in messages]
+            for held in self.held if not self._leases else ():
+                held.renew_at = math.inf
+            self.ledger.received += len(messages)
+            self.changed.notify_all()
+
+    def start_next(self) -> _Held | None:
+        """Start the most urgent of the messages that wait."""
+        with self.changed:
+            waiting = [held for held in self.held if held.state == "received" and not held.end]
+            first = min(waiting, key=lambda held: held.rank, default=None)
+            if first:
+                self._move(first, "started")
+            return first
+
+    def is_busy(self) -> bool:
+        """Return whether a message waits or runs, or acknowledgements do not get through."""
+        failing = sum(held.to_delete and held.tries > 0 for held in self.held)
+        return failing >= _MAX_BATCH or not all(held.end for held in self.held)
+
+    def finish(self, held: _Held, end: str, visible_in_s: float | None = 0) -> None:
+        """Note how a run ended; None leaves the message to its visibility timeout."""
+        with self.changed:
+            self._move(held, "finished")
+            self._decide(held, end, visible_in_s)
+
+    def _decide(self, held: _Held, end: str, visible_in_s: float | None = 0) -> None:
+        held.end, held.visible_in_s, held.due_at = end, visible_in_s or 0, self._clock()
+        if held.to_delete:
+            held.due_at += _ACK_WAIT_S
+        elif visible_in_s is None or held.message.lease_lost:
+            self._end(held, end)
+        else:
+            held.renew_at = math.inf  # before its delay or release is sent
+        self.changed.notify_all()
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Release what was not started, see all through, and end the thread."""
+        with self.changed:
+            for held in [held for held in self.held if not held.end]:
+                end = "released" if held.state == "received" else "retried"
+                held.state = "received" if end == "released" else "finished"  # an interrupt's case
+                self._decide(held, end)
+            self._closed = True
+            self.changed.notify_all()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while work := self._wait_for_work():
+            self._change(*work)
+
+    def _wait_for_work(self) -> tuple[str, list[_Held], float] | None:
+        with self.changed:
+            while not self._closed or self.held:
+                now = self._clock()
+                for kind, due in self._due(now):
+                    if due:  # what fits into one call: ten messages of one queue
+                        return kind, [h for h in due if h.queue == due[0].queue][:_MAX_BATCH], now
+                waits = (min(held.renew_at, held.due_at) - now for held in self.held)
+                self.changed.wait(max(0, min([_TICK_S, *waits])))
+        return None
+
+    def _due(self, now: float) -> Iterator[tuple[str, list[_Held]]]:
+        """Yield the changes to make now, in the order of their urgency."""
+        renewals = [held for held in self.held if held.renew_at <= now]
+        for held in [held for held in renewals if held.last_at - now < 1]:
+            self._lose(held, "it was received 12 hours ago")
+        yield "extend", [held for held in renewals if held.last_at - now >= 1]
+        deletes = [h for h in self.held if h.to_delete and (h.due_at <= now or not h.tries)]
+        idle = all(held.end for held in self.held)
+        if idle or len(deletes) >= _MAX_BATCH or any(held.due_at <= now for held in deletes):
+            yield "delete", deletes
+        delays = [held for held in self.held if held.end and not held.to_delete]
+        yield "delay", [held for held in delays if held.due_at <= now]
+
+    def _change(self, kind: str, batch: Sequence[_Held], now: float) -> None:
+        """Make one call, and note what came of each message."""
+        wanted = [h.lease_s if kind == "extend" else h.visible_in_s for h in batch]
+        receipts: list[Any] = [held.receipt for held in batch]
+        call: Callable[..., list[Refusal]] = self._broker.delete
+        if kind != "delete":
+            seconds = [max(0, min(s, h.last_at - now)) for s, h in zip(wanted, batch, strict=True)]
+            call, receipts = (
+                self._broker.change_visibility,
+                list(zip(receipts, seconds, strict=True)),
+            )
+        refusals = _refused_by(functools.partial(call, batch[0].queue, receipts), len(batch))
+        by_index = {refusal.index: refusal for refusal in refusals}
+        with self.changed:
+            for index, held in enumerate(batch):
+                self._note(kind, held, by_index.get(index), now)
+            self.changed.notify_all()
+        if kind == "extend":
+            _call_safely("TASKHAWK_HEARTBEAT_HOOK")
+
+    def _note(self, kind: str, held: _Held, refusal: Refusal | None, now: float) -> None:
+        """Note the answer for a message; what the service is at fault for is tried again."""
+        late = now >= held.lease_until
+        again = refusal and not (refusal.final or late)
+        if kind == "extend":
+            if held.renew_at == math.inf:
+                return  # its run ended meanwhile: a delay or release comes next
+            if again:
+                held.renew_at = now + held.lease_s / 20
+            elif refusal and refusal.code.startswith("AccessDenied"):
+                self._give_up_leases(refusal)
+            elif refusal:
+                self._lose(held, refusal.text)
+            else:
+                held.lease_until = min(now + held.lease_s, held.last_at)
+                held.renew_at = min(now + held.lease_s / 3, held.last_at - 1)
+        elif again:
+            held.tries += 1
+            held.due_at = now + _jittered(min(0.1 * 2**held.tries, 5))
+        else:
+            lost = kind == "delete" and (refusal or late)
+            if lost or refusal:
+                what = "may run again" if lost else "is visible again when its lease ends"
+                why = refusal.text if refusal else "its lease had ended"
+                _log.warning("message %s %s: %s", held.message.message_id, what, why)
+            self._end(held, "uncertain" if lost else held.end)
+
+    def _give_up_leases(self, refusal: Refusal) -> None:
+        """Go on without: the policies of 1.4's workers lack the permission."""
+        if self._leases:
+            text = "ChangeMessageVisibility is denied, long tasks may run twice: %s"
+            _log.error(text, refusal.text)
+        self._leases = False
+        for held in self.held:
+            held.renew_at = math.inf
+
+    def _lose(self, held: _Held, why: str) -> None:
+        """Note that others may have the message; one that waits is not started."""
+        _log.warning("message %s may run twice: %s", held.message.message_id, why)
+        held.message.lease_lost = True
+        held.renew_at, held.lease_until = math.inf, -math.inf
+        if held.state == "received":
+            self._decide(held, "released")
+
+    def _end(self, held: _Held, end: str) -> None:
+        self._move(held, end)
+        self.held.remove(held)
+        setattr(self.ledger, end, getattr(self.ledger, end) + 1)
+
+    @staticmethod
+    def _move(held: _Held, state: str) -> None:
+        if state not in _STEPS.get(held.state, ()):
+            raise RuntimeError(f"a message can't go from {held.state} to {state}")
+        held.state = state
 
 
 class Worker:
-    """Runs the messages of some queues, highest priority first, until it is stopped."""
+    """Runs the messages of some queues, most urgent first, until it is stopped.
+
+    The arguments are those of :func:`listen_for_messages`; time is passed in by `clock`, and
+    `wait_s` is how long a poll may take.
+    """
 
     def __init__(
         self,
@@ -2635,53 +2545,39 @@ class Worker:
         clock: Callable[[], float] = time.monotonic,
         wait_s: float = _LONG_POLL_S,
     ) -> None:
-        """See :func:`listen_for_messages`."""
         self._broker, self._queues, self._num_messages = broker, list(queues), num_messages
-        self._loop_count, self._until_empty = loop_count, until_empty
-        self._visibility_timeout_s, self._wait_s = visibility_timeout_s, wait_s
+        self._visibility_timeout_s, self._loop_count = visibility_timeout_s, loop_count
+        self._until_empty, self._wait_s = until_empty, 1 if until_empty else wait_s
         self._shutdown_event = shutdown_event or threading.Event()
-        self._clock = clock
-        self.ledger = Ledger()
-        self._lease_s: dict[str, float] = {}
-        # One condition guards all that follows, and is notified of every change of it.
-        self._changed = threading.Condition()
-        self._waiting: dict[str, list[_Held]] = {queue: [] for queue in self._queues}
-        self._held: list[_Held] = []  # all that are leased, or to be changed on the queue
-        self._running = 0
-        self._pollers = 0
-        self._finished = False  # nothing will be added to _held any more
+        self._keeper = _Keeper(broker, clock)
+        self.ledger = self._keeper.ledger
+        self._signalled = False  # set by a signal handler, which must not wait for a lock
+        self._stop = threading.Event()  # ends the waits of the broker and of the pollers
+        self._polling = 0  # pollers that have not ended; guarded by the keeper's condition
         self._fatal: TaskhawkError | None = None
-        self._leases = True  # False once ChangeMessageVisibility was denied
-        # Set without the condition: by a signal handler, which must not wait for it, ...
-        self._signalled = False
-        # ... and once, to end the waits of the broker and the pollers.
-        self._stop = threading.Event()
 
     def run(self) -> Ledger:
         """Work until stopped; the order of the shutdown is the order of these lines."""
+        pollers = [
+            threading.Thread(target=self._poll, args=(rank, queue), name=f"taskhawk {queue}")
+            for rank, queue in enumerate(self._queues)
+        ]
         with self._signals():
+            self._polling = len(pollers)
+            for poller in pollers:
+                poller.daemon = True  # a second signal does not wait for polls
+                poller.start()
+            self._keeper.start()
             try:
-                for queue in self._queues:
-                    self._lease_s[queue] = self._find_lease_s(queue)
-                keeper = threading.Thread(target=self._keep, name="taskhawk keeper", daemon=True)
-                pollers = self._start_pollers()
-                keeper.start()
-                try:
-                    self._work()
-                finally:
-                    self._begin_stop()
-                    # Wait the polls in flight out: what an abandoned one receives, nobody runs.
-                    for poller in pollers:
-                        poller.join()
-                    # Only now, or our own poll would take what is released again.
-                    self._release_rest()
-                    # Acknowledgements are flushed last, and leases are kept until then.
-                    with self._changed:
-                        self._finished = True
-                        self._changed.notify_all()
-                    keeper.join()
+                self._work()
             finally:
                 self._stop.set()
+                self._notify()
+                # Wait the polls in flight out: what an abandoned one receives, nobody runs.
+                for poller in pollers:
+                    poller.join()
+                # Release only now, or our own poll would take it again; leases end last.
+                self._keeper.close()
         if self._fatal:
             raise self._fatal
         level = logging.INFO if self.ledger.balanced else logging.ERROR
@@ -2691,351 +2587,141 @@ class Worker:
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
         """Let SIGTERM and SIGINT stop us, where nobody else handles them; a second one kills."""
-        defaults = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
-        ours: dict[signal.Signals, Any] = {}
+        ours: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            ours = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+            ours = {n: default for n, default in ours.items() if signal.getsignal(n) == default}
 
-        def restore(*_: object) -> None:
+        def restore() -> None:
             for number, default in ours.items():
                 signal.signal(number, default)
 
-        def handle(number: int, _frame: object) -> None:
+        def handle(_number: int, _frame: object) -> None:
             self._signalled = True
             restore()
 
-        if threading.current_thread() is threading.main_thread():
-            ours = {n: d for n, d in defaults.items() if signal.getsignal(n) == d}
-            for number in ours:
-                signal.signal(number, handle)
+        for number in ours:
+            signal.signal(number, handle)
         try:
             yield
         finally:
             restore()
 
-    def _find_lease_s(self, queue: str) -> float:
-        """Return the visibility timeout; 1.4's workers lack the permission to read the queue's."""
-        if self._visibility_timeout_s is not None:
-            return self._visibility_timeout_s
-        try:
-            return self._broker.info(queue).visibility_timeout_s
-        except Exception as error:
-            _log.warning("%s: can't read its attributes: %s", queue, _error_code(error))
-            self._visibility_timeout_s = _DEFAULT_LEASE_S
-            return _DEFAULT_LEASE_S
+    def _stopping(self) -> bool:
+        return self._signalled or self._stop.is_set() or self._shutdown_event.is_set()
 
-    # -- pollers: one a queue
-
-    def _start_pollers(self) -> list[threading.Thread]:
-        self._pollers = len(self._queues)
-        pollers = [
-            threading.Thread(target=self._poll, args=(q,), name=f"taskhawk {q}", daemon=True)
-            for q in self._queues
-        ]
-        for poller in pollers:
-            poller.start()
-        return pollers
-
-    def _poll(self, queue: str) -> None:
-        loops = failures = 0
-        try:
-            while self._loop_count is None or loops < self._loop_count:
-                if not self._wait_for_room():
-                    return
-                try:
-                    received = self._receive(queue)
-                except Exception as error:
-                    failures += 1
-                    if not self._survives(queue, error, failures, loops):
-                        return
-                    continue
-                if failures:
-                    _log.info("%s: receives again after %d failures", queue, failures)
-                loops, failures = loops + 1, 0
-                if self._until_empty and not received and self._is_empty(queue):
-                    return
-        finally:
-            with self._changed:
-                self._pollers -= 1
-                self._changed.notify_all()
-
-    def _wait_for_room(self) -> bool:
-        """Wait until what is received can start; False if the worker stops."""
-        with self._changed:
-            while not self._stopping():
-                waits = any(self._waiting.values()) or self._running
-                refused = sum(held.visible_in_s is None and held.tries > 0 for held in self._held)
-                if not waits and refused < _MAX_BATCH:  # and acknowledgements get through
-                    return True
-                self._changed.wait()
-            return False
-
-    def _receive(self, queue: str) -> list[QueueMessage]:
-        wait_s = min(self._wait_s, 1) if self._until_empty else self._wait_s
-        received = self._broker.receive(
-            queue, self._num_messages, wait_s, self._visibility_timeout_s, self._stop
-        )
-        now = self._clock()
-        with self._changed:
-            taken = [_Held(message, now, self._lease_s[queue]) for message in received]
-            self._waiting[queue] += taken
-            self._held += taken
-            self.ledger.received += len(taken)
-            self._changed.notify_all()
-        _call_safely("TASKHAWK_HEARTBEAT_HOOK")
-        return received
-
-    def _survives(self, queue: str, error: Exception, failures: int, loops: int) -> bool:
-        """Back off after a receive that failed; at the start, end where only a person can help."""
-        if not loops and (fatal := self._broker.explain(error, queue)):
-            fatal.__cause__ = error
-            self._fatal = fatal
-            self._begin_stop()
-            return False
-        if failures == 1:
-            _log.warning("%s: can't receive, goes on trying: %r", queue, error)
-        self._stop.wait(_jittered(min(0.5 * 2 ** min(failures, 10), _MAX_BACKOFF_S)))
-        return True
-
-    def _is_empty(self, queue: str) -> bool:
-        with contextlib.suppress(
-            Exception
-        ):  # a fault is no reason to end: the next poll asks again
-            return not any(self._broker.depth(queue))
-        return False
-
-    # -- the calling thread
+    def _notify(self) -> None:
+        with self._keeper.changed:
+            self._keeper.changed.notify_all()
 
     def _work(self) -> None:
+        """Run messages in the calling thread."""
         while held := self._next():
             try:
                 outcome = process(held.message)
             except KeyboardInterrupt:
-                self._finish(held, "retried", visible_in_s=0)
+                self._keeper.finish(held, "retried")
                 raise
-            self._settle(held, outcome)
+            self.settle(held, outcome)
 
     def _next(self) -> _Held | None:
-        """Wait for a message to run; None if the worker stops."""
-        with self._changed:
+        """Wait for a message to run; None if there will be none."""
+        with self._keeper.changed:
             while not self._stopping():
-                for waiting in self._waiting.values():
-                    if waiting:
-                        return self._start(waiting.pop(0))
-                if not self._pollers:
-                    return None
-                self._changed.wait()
+                if (held := self._keeper.start_next()) or not self._polling:
+                    return held
+                self._keeper.changed.wait(_TICK_S)
             return None
 
-    def _start(self, held: _Held) -> _Held:
-        self._move(held, "started")
-        self._running += 1
-        return held
-
-    def _settle(self, held: _Held, outcome: Outcome) -> None:
-        """Have done what the outcome says."""
+    def settle(self, held: _Held, outcome: Outcome) -> None:
+        """Have done what the outcome says; a copy for the dead letters is sent here and now."""
         if outcome.fate is Fate.acknowledge:
-            self._finish(held, "acked")
-        elif outcome.fate is Fate.dead_letter and self._send_to_dead_letters(held, outcome):
-            self._finish(held, "dead_lettered")
+            self._keeper.finish(held, "acked")
+        elif outcome.fate is Fate.dead_letter and self._send_to_dead_letters(held.message, outcome):
+            self._keeper.finish(held, "dead_lettered")
         else:
-            self._finish(
-                held, "retried", visible_in_s=outcome.delay_s, left=outcome.delay_s is None
-            )
+            self._keeper.finish(held, "retried", outcome.delay_s)
 
-    def _send_to_dead_letters(self, held: _Held, outcome: Outcome) -> bool:
-        """Copy a message to the dead-letter queue; False leaves it to its queue's redrive policy."""
-        message = held.message
+    def _send_to_dead_letters(self, message: QueueMessage, outcome: Outcome) -> bool:
+        """Copy a message to the dead-letter queue; False leaves it to the redrive policy."""
         try:
             target = self._broker.info(message.queue or "").dead_letter_queue
             if not target:
                 raise ConfigurationError("it has no dead-letter queue")
             copy = _dead_letter_copy(message, outcome.error, self._broker.max_bytes)
             _accepted(self._broker.send(target, [copy]))
-        except Exception as error:
-            _log.warning(
-                "%s: message %s can't be dead-lettered and is left to the queue: %s",
-                message.queue,
-                message.message_id,
-                error,
-            )
+        except Exception as error:  # whatever it is, the message is still in its queue
+            text = "%s: message %s can't be dead-lettered and is left to the queue: %s"
+            _log.warning(text, message.queue, message.message_id, error)
             return False
         return True
 
-    def _finish(
-        self, held: _Held, end: str, *, visible_in_s: float | None = None, left: bool = False
-    ) -> None:
-        """Hand a finished message to the keeper; one that is left to its timeout ends here."""
-        with self._changed:
-            self._running -= 1
-            self._move(held, "finished")
-            if left:
-                self._end(held, end)
-            else:
-                self._ask(held, end, visible_in_s)
-            self._changed.notify_all()
-
-    # -- the keeper
-
-    def _ask(self, held: _Held, end: str, visible_in_s: float | None) -> None:
-        """Ask the keeper for a delete, or a change of visibility, before which the lease ends."""
-        held.end, held.visible_in_s, held.due_at = end, visible_in_s, self._clock()
-        if visible_in_s is None:
-            held.due_at += _ACK_WAIT_S
-        elif held.message.lease_lost:
-            self._end(held, end)  # the receipt may be another's by now
-        else:
-            held.renew_at = math.inf
-
-    def _release_rest(self) -> None:
-        """Release what was not started, and what an interrupt of ours left half done."""
-        with self._changed:
-            for waiting in self._waiting.values():
-                waiting.clear()
-            for held in [h for h in self._held if not h.end]:
-                if held.state == "started":
-                    self._move(held, "finished")
-                self._ask(held, "released" if held.state == "received" else "retried", 0)
-
-    def _keep(self) -> None:
-        while True:
-            with self._changed:
-                if self._stopping():
-                    self._begin_stop()
-                now = self._clock()
-                if not (work := self._due(now)):
-                    if self._finished and not self._held:
-                        return
-                    next_at = min((min(h.renew_at, h.due_at) for h in self._held), default=now + 1)
-                    self._changed.wait(min(_TICK_S, next_at - now))
+    def _poll(self, rank: int, queue: str) -> None:
+        """Receive from a queue, in a thread of its own."""
+        loops = failures = 0
+        try:
+            lease_s = self._find_lease_s(queue)
+            while (self._loop_count is None or loops < self._loop_count) and self._has_room():
+                options = (self._num_messages, self._wait_s, self._visibility_timeout_s, self._stop)
+                try:
+                    messages = self._broker.receive(queue, *options)
+                except Exception as error:  # a worker goes on for ever
+                    failures += 1
+                    self._back_off(queue, error, failures, first=not loops)
                     continue
-            change, batch = work
-            change(batch)
+                self._keeper.take(messages, rank, lease_s)
+                if failures:
+                    _log.info("%s: receives again after %d failures", queue, failures)
+                loops, failures = loops + 1, 0
+                _call_safely("TASKHAWK_HEARTBEAT_HOOK")
+                if self._until_empty and not messages and self._are_empty():
+                    return
+        finally:
+            with self._keeper.changed:
+                self._polling -= 1
+                self._keeper.changed.notify_all()
 
-    def _due(self, now: float) -> tuple[Callable[[list[_Held]], None], list[_Held]] | None:
-        """Return what to do now: leases first, then deletes, then delays and releases."""
-        if due := [h for h in self._held if h.renew_at <= now]:
-            return self._extend, self._one_call(due)
-        deletes = [h for h in self._held if h.end and h.visible_in_s is None]
-        fresh = [h for h in deletes if not h.tries]
-        idle = not self._running and not any(self._waiting.values())
-        if len(fresh) >= _MAX_BATCH or (fresh and idle) or any(h.due_at <= now for h in deletes):
-            return self._delete, self._one_call(
-                sorted((h for h in deletes if not h.tries or h.due_at <= now), key=_due_at)
-            )
-        if due := [h for h in self._held if h.visible_in_s is not None and h.due_at <= now]:
-            return self._delay, self._one_call(due)
-        return None
+    def _find_lease_s(self, queue: str) -> float:
+        """Return the visibility timeout; the policies of 1.4's workers don't let them read it."""
+        if self._visibility_timeout_s is not None:
+            return self._visibility_timeout_s
+        try:
+            lease_s = self._broker.info(queue).visibility_timeout_s
+        except Exception as error:  # if it is fatal, the receive says so
+            lease_s = 0
+            if (code := _error_code(error)).startswith("AccessDenied"):
+                _log.warning("%s: can't read its attributes: %s", queue, code)
+        if lease_s < 1:
+            lease_s = self._visibility_timeout_s = _DEFAULT_LEASE_S
+        return lease_s
 
-    @staticmethod
-    def _one_call(due: Sequence[_Held]) -> list[_Held]:
-        """Take what fits into a batch call: ten messages of one queue."""
-        return [h for h in due if h.message.queue == due[0].message.queue][:_MAX_BATCH]
+    def _has_room(self) -> bool:
+        """Wait until what is received can start at once; False if the worker stops."""
+        with self._keeper.changed:
+            while self._keeper.is_busy() and not self._stopping():
+                self._keeper.changed.wait(_TICK_S)
+            return not self._stopping()
 
-    def _extend(self, batch: list[_Held]) -> None:
-        now = self._clock()
-        lease_s = self._lease_s[batch[0].message.queue or ""]
-        changes = [(h.receipt, max(0, min(lease_s, h.last_at - now))) for h in batch]
-        refused = self._try(batch, self._broker.change_visibility, changes)
-        with self._changed:
-            for held in batch:
-                if held.renew_at == math.inf:
-                    continue  # a task ended meanwhile, and its delay or release comes next
-                refusal = refused.get(held)
-                if refusal is None and held.last_at - now > 1:
-                    held.lease_until, held.renew_at = now + lease_s, now + lease_s / 3
-                elif refusal and _is_denied(refusal):
-                    self._give_up_leases(refusal)
-                elif refusal and not refusal.final and now < held.lease_until:
-                    held.renew_at = now + lease_s / 20
-                else:
-                    self._lose(held, refusal)
-        _call_safely("TASKHAWK_HEARTBEAT_HOOK")
-
-    def _delete(self, batch: list[_Held]) -> None:
-        now = self._clock()
-        refused = self._try(batch, self._broker.delete, [h.receipt for h in batch])
-        with self._changed:
-            for held in batch:
-                refusal, late = refused.get(held), now >= held.lease_until
-                if refusal and not (refusal.final or late or _is_denied(refusal)):
-                    self._try_later(held, now)
-                    continue
-                if refusal or late:
-                    why = refusal.text if refusal else "its lease had ended"
-                    _log.warning("message %s may run again: %s", held.message.message_id, why)
-                self._end(held, "uncertain" if refusal or late else held.end)
-
-    def _delay(self, batch: list[_Held]) -> None:
-        now = self._clock()
-        changes = [(h.receipt, min(h.visible_in_s or 0, max(0, h.last_at - now))) for h in batch]
-        refused = self._try(batch, self._broker.change_visibility, changes)
-        with self._changed:
-            for held in batch:
-                refusal, late = refused.get(held), now >= held.lease_until
-                if refusal and not (refusal.final or late or _is_denied(refusal)):
-                    self._try_later(held, now)
-                    continue
-                if refusal:  # it is visible again when its lease ends, which is not what was asked
-                    _log.warning("message %s: %s", held.message.message_id, refusal.text)
-                self._end(held, held.end)
-
-    @staticmethod
-    def _try(
-        batch: Sequence[_Held], call: Callable[[str, Any], list[Refusal]], entries: Sequence[Any]
-    ) -> dict[_Held, Refusal]:
-        make = functools.partial(call, batch[0].message.queue or "", entries)
-        return {batch[refusal.index]: refusal for refusal in _refused_by(make, len(batch))}
-
-    @staticmethod
-    def _try_later(held: _Held, now: float) -> None:
-        held.tries += 1
-        held.due_at = now + _jittered(min(0.1 * 2**held.tries, 5))
-
-    def _give_up_leases(self, refusal: Refusal) -> None:
-        """Go on without leases: 1.4's workers may lack the permission."""
-        _log.error("ChangeMessageVisibility is denied, long tasks may run twice: %s", refusal.text)
-        self._leases = False
-        for held in self._held:
-            held.renew_at = math.inf
-
-    def _lose(self, held: _Held, refusal: Refusal | None) -> None:
-        """Note that another may have the message; one that waits is not started."""
-        why = refusal.text if refusal else "it was received 12 hours ago"
-        _log.warning("message %s may run twice: %s", held.message.message_id, why)
-        held.message.lease_lost, held.renew_at = True, math.inf
-        held.lease_until = -math.inf
-        if held.state == "received":
-            self._waiting[held.message.queue or ""].remove(held)
-            self._end(held, "released")
-
-    # -- the states
-
-    def _begin_stop(self) -> None:
-        with self._changed:
+    def _back_off(self, queue: str, error: Exception, failures: int, *, first: bool) -> None:
+        """Wait after a receive that failed; at the start, end where only a person can help."""
+        if first and (fatal := self._broker.explain(error, queue)):
+            fatal.__cause__, self._fatal = error, fatal
             self._stop.set()
-            self._changed.notify_all()
+            return
+        if failures == 1:
+            _log.warning("%s: can't receive, goes on trying: %r", queue, error)
+        until = time.monotonic() + _jittered(min(0.5 * 2 ** min(failures, 10), _MAX_BACKOFF_S))
+        while time.monotonic() < until and not self._stopping():
+            self._stop.wait(_TICK_S)
 
-    def _stopping(self) -> bool:
-        return self._signalled or self._stop.is_set() or self._shutdown_event.is_set()
-
-    def _end(self, held: _Held, end: str) -> None:
-        self._move(held, end)
-        self._held.remove(held)
-        setattr(self.ledger, end, getattr(self.ledger, end) + 1)
-        self._changed.notify_all()
-
-    @staticmethod
-    def _move(held: _Held, state: str) -> None:
-        if state not in _STEPS.get(held.state, ()):
-            raise RuntimeError(f"a message can't go from {held.state} to {state}")
-        held.state = state
+    def _are_empty(self) -> bool:
+        try:
+            return not any(any(self._broker.depth(queue)) for queue in self._queues)
+        except Exception as error:  # a fault is no reason to end, but what nobody may know is
+            return self._broker.explain(error, self._queues[0]) is not None
 
 
-def _due_at(held: _Held) -> float:
-    return held.due_at
-
-
-def _is_denied(refusal: Refusal) -> bool:
-    return refusal.code.startswith("AccessDenied")
+_URGENCY = (Priority.high, Priority.default, Priority.low, Priority.bulk)
 
 
 def listen_for_messages(
@@ -3050,7 +2736,7 @@ def listen_for_messages(
     """Run the messages of a queue, in the calling thread, until told to stop.
 
     SIGTERM and SIGINT stop it where the application has no handlers of its own. It stops after the
-    running task and after the poll in flight, which takes up to 20 s on SQS.
+    running task, and after the poll in flight, which takes up to 20 s on SQS.
 
     :param priority: the queue, or several: the most urgent message runs first
     :param num_messages: how many to receive at once, up to 10: they wait for each other
@@ -3064,16 +2750,15 @@ def listen_for_messages(
     """
     if num_messages < 1:
         raise ConfigurationError(f"num_messages: expected 1 or more, got {num_messages}")
-    if visibility_timeout_s is not None and not 1 <= visibility_timeout_s <= _MAX_VISIBLE_S:
+    if not 1 <= (visibility_timeout_s or 1) <= _MAX_HELD_S or visibility_timeout_s == 0:
         raise ConfigurationError(
-            f"visibility_timeout_s: expected 1 to {_MAX_VISIBLE_S} seconds, got"
-            f" {visibility_timeout_s}"
+            f"visibility_timeout_s: expected 1 to {_MAX_HELD_S} seconds, got {visibility_timeout_s}"
         )
     wanted = {priority} if isinstance(priority, Priority) else set(priority)
     broker = _brokers.broker()
     return Worker(
         broker,
-        [broker.destination(p) for p in _URGENCY if p in wanted],
+        [broker.destination(each) for each in _URGENCY if each in wanted],
         num_messages=num_messages,
         visibility_timeout_s=visibility_timeout_s,
         loop_count=loop_count,
@@ -3082,11 +2767,8 @@ def listen_for_messages(
     ).run()
 
 
-_URGENCY = (Priority.high, Priority.default, Priority.low, Priority.bulk)
-
-
 def extend_visibility_timeout(priority: Priority, receipt: str, visibility_timeout_s: int) -> None:
-    """Keep a message of a queue invisible for so many seconds from now.
+    """Hide a message of a queue from others for so many seconds from now.
 
     :raises PartialFailure: if the message is no longer in flight
     """
@@ -3105,106 +2787,114 @@ def process_messages_for_lambda_consumer(
 ) -> dict[str, list[dict[str, str]]] | None:
     """Run the messages of an SNS or SQS event; one that fails does not stop the others.
 
-    Where some of an SQS event failed, the others are deleted before the error is raised, so that it
-    is safe without ReportBatchItemFailures too, where Lambda retries the batch as a whole.
+    Where some of an SQS event failed, the others are deleted before the error is raised: that is
+    safe with and without ReportBatchItemFailures on the event source mapping.
 
     :param context: Lambda's; with it, nothing is started in the last tenth of the time
-    :param partial_batch: return the failures of an SQS event instead of raising them: only for an
-        event source mapping with ReportBatchItemFailures
+    :param partial_batch: return the failures of an SQS event instead of raising them: only with
+        ReportBatchItemFailures
         (https://docs.aws.amazon.com/lambda/latest/dg/services-sqs-errorhandling.html)
     :raises Exception: the failed run's, or an ExceptionGroup of several
     """
     records = lambda_event.get("Records") if isinstance(lambda_event, Mapping) else None
     if not isinstance(records, list):
         raise ValidationError("Records: expected an array of SNS or SQS records, got none")
-    remaining_ms = context.get_remaining_time_in_millis if context else lambda: math.inf
-    reserve_ms = remaining_ms() / 10 if context else 0
+    left_ms = context.get_remaining_time_in_millis if context else lambda: math.inf
+    reserve_ms = left_ms() / 10 if context else 0
     done: list[QueueMessage] = []
-    failed: list[tuple[QueueMessage, Outcome]] = []
+    failed: dict[QueueMessage, Outcome] = {}
     for received in map(_from_record, records):
-        outcome = _skipped(received, failed, remaining_ms() >= reserve_ms) or process(received)
+        in_time = left_ms() > reserve_ms
+        outcome = _not_started(received, failed, in_time=in_time) or process(received)
         if outcome.fate is Fate.acknowledge:
             done.append(received)
         else:
-            failed.append((received, outcome))
-    if failed:
-        _change_delays(failed)
-    if partial_batch:
-        return {"batchItemFailures": [{"itemIdentifier": r.message_id} for r, _ in failed]}
+            failed[received] = outcome
+    _change_delays(failed)
+    if partial_batch and all("sns_record" not in r.hook_kwargs for r in failed):
+        return {"batchItemFailures": [{"itemIdentifier": r.message_id} for r in failed]}
     if failed:
         _delete_done(done)
-        errors = [typing.cast("BaseException", outcome.error) for _, outcome in failed]
+        errors = [typing.cast("BaseException", outcome.error) for outcome in failed.values()]
         raise errors[0] if len(errors) == 1 else BaseExceptionGroup("several runs failed", errors)
     return None
 
 
-def _skipped(
-    received: QueueMessage, failed: Sequence[tuple[QueueMessage, Outcome]], in_time: bool
+def _not_started(
+    received: QueueMessage, failed: Iterable[QueueMessage], *, in_time: bool
 ) -> Outcome | None:
     """Return the outcome of a message that must not be started, if it must not."""
-    if not in_time:
-        error = TaskhawkError(f"message {received.message_id} was not started: no time was left")
-        return Outcome(Fate.retry, error)
-    ordered = received.queue and received.queue.endswith(".fifo")
-    if ordered and any(other.group_id == received.group_id for other, _ in failed):
-        error = TaskhawkError(
-            f"message {received.message_id} was not started: an earlier one of its group failed"
-        )
-        return Outcome(Fate.retry, error)
-    return None
-
-
-def _from_record(record: Any) -> QueueMessage:
-    """Read a record of either kind; what it lacks makes the message invalid."""
-    record = record if isinstance(record, dict) else {}
-    if isinstance(sns := record.get("Sns"), dict):
-        return QueueMessage(sns.get("Message"), sns.get("MessageId", ""), sns_record=record)
-    attributes = {
-        name: {kind[:1].upper() + kind[1:]: content for kind, content in value.items()}
-        for name, value in record.get("messageAttributes", {}).items()
-    }
-    queue = broker = None
-    if arn := record.get("eventSourceARN"):
-        broker = typing.cast("SqsBroker", _brokers.broker())
-        queue = broker.url_from_arn(arn)
-    return QueueMessage(
-        record.get("body"),
-        record.get("messageId", ""),
-        record.get("receiptHandle"),
-        attributes=record.get("attributes"),
-        message_attributes=attributes,
-        queue=queue,
-        queue_url=broker.url(queue) if broker and queue else "",
-        broker=broker,
+    fifo = (received.queue or "").endswith(".fifo")
+    if fifo and any(other.group_id == received.group_id for other in failed):
+        why = "an earlier one of its group failed"
+    elif not in_time:
+        why = "no time was left"
+    else:
+        return None
+    return Outcome(
+        Fate.retry, TaskhawkError(f"message {received.message_id} was not started: {why}")
     )
 
 
-def _change_delays(failed: Sequence[tuple[QueueMessage, Outcome]]) -> None:
+def _from_record(record: Any) -> QueueMessage:
+    """Read a record of either kind; one that is malformed is an invalid message."""
+    try:
+        if "Sns" in record:
+            sns = record["Sns"]
+            return QueueMessage(sns["Message"], str(sns.get("MessageId")), sns_record=record)
+        attributes = dict(record.get("attributes", {}))
+        int(attributes.setdefault("ApproximateReceiveCount", "1"))
+        message_attributes = {
+            name: {kind[:1].upper() + kind[1:]: content for kind, content in value.items()}
+            for name, value in record.get("messageAttributes", {}).items()
+        }
+        received = QueueMessage(
+            *(record["body"], record["messageId"], record["receiptHandle"]),
+            *(attributes, message_attributes),
+        )
+        broker = _brokers.broker()
+        if isinstance(broker, SqsBroker):
+            received.queue, received.broker = broker.queue_of_arn(record["eventSourceARN"]), broker
+            received.hook_kwargs["queue_name"] = received.queue
+    except (AttributeError, KeyError, TypeError, ValueError):
+        given = record if isinstance(record, dict) else {}
+        sns_record = {"sns_record": record} if "Sns" in given else {}
+        return QueueMessage(None, str(given.get("messageId", "")), **sns_record)
+    return received
+
+
+def _change_delays(failed: Mapping[QueueMessage, Outcome]) -> None:
     """Set the delays that retries asked for; Lambda's role may not be allowed to."""
-    for received, outcome in failed:
-        if outcome.delay_s is None:
-            continue
-        try:
-            received.change_visibility(VisibilityTimeout=min(outcome.delay_s, _MAX_VISIBLE_S))
-        except Exception as error:
-            _log.warning("can't change when failed messages run again: %s", error)
-            return
+    # 20 minutes less than SQS takes: the function's time and the batching window have passed.
+    delays = {
+        r: min(o.delay_s, _MAX_HELD_S - 1200) for r, o in failed.items() if o.delay_s is not None
+    }
+    text = "can't change when %d of %d failed messages run again: %s"
+    _change_all("change_visibility", text, {r: (r.receipt_handle, s) for r, s in delays.items()})
 
 
-def _delete_done(done: Sequence[QueueMessage]) -> None:
-    """Delete what succeeded, lest Lambda's retry of the batch runs it again."""
-    held = [received for received in done if received.queue]
-    for start in range(0, len(held), _MAX_BATCH):
-        part = held[start : start + _MAX_BATCH]
-        try:
-            broker = _brokers.broker()
-            _accepted(broker.delete(part[0].queue or "", [r.receipt_handle or "" for r in part]))
-        except Exception as error:
-            _log.warning("messages that succeeded may run again: can't delete them: %s", error)
+def _delete_done(done: Iterable[QueueMessage]) -> None:
+    """Delete what succeeded, lest a retry of the batch runs it again."""
+    text = "%d of %d messages that succeeded may run again: can't delete them: %s"
+    _change_all("delete", text, {received: received.receipt_handle for received in done})
+
+
+def _change_all(call: str, warning: str, entries: Mapping[QueueMessage, Any]) -> None:
+    """Make batch calls for the messages that a queue has; their failure is a warning."""
+    rest = [(received, entry) for received, entry in entries.items() if received.broker]
+    while rest:
+        part, rest = rest[:_MAX_BATCH], rest[_MAX_BATCH:]
+        made = functools.partial(getattr(part[0][0].broker, call), part[0][0].queue)
+        wanted = [entry for _, entry in part]
+        first = _refused_by(functools.partial(made, wanted), len(part))
+        if refusals := _persist(made, wanted, first):
+            _log.warning(warning, len(refusals), len(part), refusals[0].text)
+            rest = rest if len(refusals) < len(part) else []  # it is denied, or the service is away
 
 
 # --- 14. operations -------------------------------------------------------------------------------
-# For people, not for production code. Nothing is deleted before its copy is confirmed.
+# For people: nothing in production depends on it. Nothing is deleted before its copy is confirmed,
+# so that a crash or a fault in between leaves a message twice, and never not at all.
 
 
 def requeue_dead_letter(
@@ -3228,10 +2918,13 @@ def requeue_dead_letter(
         return 0
     broker = _brokers.broker()
     queue = broker.destination(priority)
+    if num_messages < 1:
+        raise ConfigurationError(f"num_messages: expected 1 or more, got {num_messages}")
     with _explained(broker, queue):
         source = broker.info(queue).dead_letter_queue
-        if not source:
-            raise ConfigurationError(f"{queue}: it has no dead-letter queue (no RedrivePolicy)")
+    if not source:
+        raise ConfigurationError(f"{queue}: it has no dead-letter queue (no RedrivePolicy)")
+    with _explained(broker, source):
         total = broker.depth(source).visible
         _log.info("requeueing about %d messages from %s to %s", total, source, queue)
         done: list[dict[str, str]] = []
@@ -3252,20 +2945,15 @@ def requeue_dead_letter(
 
 def _move_back(
     broker: Broker, source: str, target: str, messages: Sequence[QueueMessage]
-) -> Iterator[tuple[QueueMessage, str]]:
-    """Copy messages, delete those whose copy is confirmed, and yield each with what went wrong."""
-    position = 0
-    for chunk in _chunks(map(_without_error, messages), broker.max_bytes):
-        part = messages[position : position + len(chunk)]
-        position += len(chunk)
-        send = functools.partial(_send_chunk, broker, target, chunk)
-        errors = {r.index: r.code for r in _refused_by(send, len(part))}
-        copied = [index for index in range(len(part)) if index not in errors]
-        receipts = [part[index].receipt_handle or "" for index in copied]
-        delete = functools.partial(broker.delete, source, receipts)
-        for refusal in _refused_by(delete, len(copied)) if copied else ():
+) -> list[tuple[QueueMessage, str]]:
+    """Copy messages, delete those whose copy is confirmed, and say of each what went wrong."""
+    copies = [_without_error(message) for message in messages]
+    errors = {refusal.index: refusal.code for refusal in _send_all(target, copies)}
+    if copied := [index for index in range(len(messages)) if index not in errors]:
+        receipts = [messages[index].receipt_handle or "" for index in copied]
+        for refusal in _refused_by(functools.partial(broker.delete, source, receipts), len(copied)):
             errors[copied[refusal.index]] = f"copied, but not deleted: {refusal.code}"
-        yield from ((message, errors.get(index, "")) for index, message in enumerate(part))
+    return [(message, errors.get(index, "")) for index, message in enumerate(messages)]
 
 
 def _without_error(message: QueueMessage) -> Outgoing:
@@ -3277,13 +2965,43 @@ def _without_error(message: QueueMessage) -> Outgoing:
 # Glue only: each command is an argument parser around what is above. Exit codes: 0 done, 1 failed,
 # 2 wrong usage or configuration.
 
-_EXAMPLES = {
-    "demo": "python -m taskhawk demo",
-    "listen": "python -m taskhawk listen myapp.tasks --priority high --priority default",
-    "dispatch": "python -m taskhawk dispatch myapp.tasks.send_email --args '[\"me@example.com\"]'",
-    "tasks": "python -m taskhawk tasks myapp.tasks",
-    "schema": "python -m taskhawk schema > schema.json",
-    "dead-letters": "python -m taskhawk dead-letters requeue --priority high",
+_MODULES = ("modules", {"nargs": "*", "metavar": "MODULE", "help": "to import: it has the tasks"})
+_PRIORITY = {"choices": [priority.name for priority in Priority], "help": "which queue: default"}
+_REQUEUE = ("--priority", {**_PRIORITY, "default": "default"})
+_COMMANDS: dict[str, tuple[str, str, list[tuple[str, dict[str, Any]]]]] = {
+    "demo": ("show a queue at work, with nothing set up", "", []),
+    "listen": (
+        "run a worker",
+        "myapp.tasks --priority high --priority default",
+        [
+            _MODULES,
+            ("--priority", {**_PRIORITY, "action": "append"}),
+            ("--num-messages", {"type": int, "default": 1, "help": "to receive at once"}),
+            ("--visibility-timeout", {"type": float, "metavar": "S", "help": "in seconds"}),
+            ("--loop-count", {"type": int, "metavar": "N", "help": "end after N receives"}),
+            ("--until-empty", {"action": "store_true", "help": "end once nothing is queued"}),
+        ],
+    ),
+    "dispatch": (
+        "queue a run of a task, and print its id",
+        'myapp.tasks.send_email --args \'["me@example.com", "Hi"]\' --delay 60',
+        [
+            ("task", {"help": "its name"}),
+            ("--args", {"default": "[]", "metavar": "JSON", "help": "an array"}),
+            ("--kwargs", {"default": "{}", "metavar": "JSON", "help": "an object"}),
+            ("--header", {"action": "append", "default": [], "metavar": "K=V"}),
+            ("--priority", _PRIORITY),
+            ("--delay", {"type": float, "default": 0, "metavar": "S", "help": "in seconds"}),
+            ("--module", {"action": "append", "default": [], "help": "to import first"}),
+        ],
+    ),
+    "tasks": ("list the registered tasks", "myapp.tasks", [_MODULES]),
+    "schema": ("print the message format as JSON Schema", "> schema.json", []),
+    "dead-letters requeue": (
+        "send dead letters back to their queue",
+        "--priority high",
+        [_REQUEUE],
+    ),
 }
 
 
@@ -3295,22 +3013,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # as `python -m` does, for the script
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # as `python -m` does, for the script
     try:
-        if os.environ.get("DJANGO_SETTINGS_MODULE"):
-            import django
-
-            django.setup()
-        return typing.cast("int", arguments.run(arguments))
+        if name := os.environ.get("DJANGO_SETTINGS_MODULE"):
+            _import(name, "the module named by DJANGO_SETTINGS_MODULE")
+            _import("django", "the package").setup()
+        run = globals()["_run_" + re.sub(r"\W", "_", arguments.command)]
+        return typing.cast("int", run(arguments))
     except (ConfigurationError, ValidationError, TypeError) as error:
         print(f"taskhawk: {error}", file=sys.stderr)
         return 2
-    except (PartialFailure, OSError) as error:
-        print(f"taskhawk: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        if not isinstance(error, PartialFailure | OSError) and not _is_botocore(error):
+            raise  # a module of the user's
+        print(f"taskhawk: {error}", file=sys.stderr)
+        return 1
+
+
+def _is_botocore(error: Exception) -> bool:
+    return any(cls.__module__.startswith("botocore.") for cls in type(error).__mro__)
 
 
 def _parser() -> Any:
@@ -3318,79 +3042,38 @@ def _parser() -> Any:
 
     parser = argparse.ArgumentParser(prog="taskhawk", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--version", action="version", version=VERSION)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    def command(name: str, run: Callable[[Any], int], text: str, parent: Any = commands) -> Any:
-        made = parent.add_parser(
-            name,
-            help=text,
-            description=text,
-            epilog=f"example: {_EXAMPLES.get(name, _EXAMPLES['dead-letters'])}",
-        )
-        made.set_defaults(run=run)
-        return made
-
-    command("demo", _run_demo, "show a queue at work, with nothing set up")
-    listen = command("listen", _run_listen, "run a worker")
-    _add_modules(listen)
-    _add_priority(listen, action="append")
-    listen.add_argument("--num-messages", type=int, default=1, help="to receive at once")
-    listen.add_argument("--visibility-timeout", type=float, metavar="S", help="seconds")
-    listen.add_argument("--loop-count", type=int, help="end after so many receives")
-    listen.add_argument("--until-empty", action="store_true", help="end once nothing is queued")
-    dispatch = command("dispatch", _run_dispatch, "queue a run of a task, and print its id")
-    dispatch.add_argument("task", help="its name")
-    dispatch.add_argument("--args", default="[]", metavar="JSON", help="an array")
-    dispatch.add_argument("--kwargs", default="{}", metavar="JSON", help="an object")
-    dispatch.add_argument("--header", action="append", default=[], metavar="K=V")
-    dispatch.add_argument("--delay", type=float, default=0, metavar="S", help="seconds")
-    dispatch.add_argument("--module", action="append", default=[], help="to import first")
-    _add_priority(dispatch)
-    _add_modules(command("tasks", _run_tasks, "list the registered tasks"))
-    command("schema", _run_schema, "print the message format as JSON Schema")
-    letters = command("dead-letters", _run_requeue, "mend dead letters")
-    actions = letters.add_subparsers(required=True, metavar="ACTION")
-    _add_priority(command("requeue", _run_requeue, "send them back to their queue", actions))
+    groups = {"": parser.add_subparsers(required=True, metavar="COMMAND")}
+    for command, (text, example, options) in _COMMANDS.items():
+        group, _, name = command.rpartition(" ")
+        if group not in groups:
+            over = groups[""].add_parser(group, help="mend dead letters")
+            groups[group] = over.add_subparsers(required=True, metavar="ACTION")
+        epilog = f"example: python -m taskhawk {command} {example}"
+        made = groups[group].add_parser(name, help=text, description=text, epilog=epilog)
+        made.set_defaults(command=command)
+        for option, kwargs in options:
+            made.add_argument(option, **kwargs)
     return parser
-
-
-def _add_modules(parser: Any) -> None:
-    parser.add_argument("modules", nargs="*", metavar="MODULE", help="to import: it has the tasks")
-
-
-def _add_priority(parser: Any, **options: Any) -> None:
-    names = [priority.name for priority in Priority]
-    parser.add_argument("--priority", choices=names, help="default: default", **options)
 
 
 def _import_modules(modules: Iterable[str]) -> None:
     for name in modules:
         _import(name, "the module")
-
-
-def _one_process(what: str) -> None:
-    if (
-        settings.TASKHAWK_BROKER.startswith("sqlite://")
-        and not _parse_sqlite_url(settings.TASKHAWK_BROKER)[0]
-    ):
-        raise ConfigurationError(
-            f"{what}: sqlite:// is the memory of one process: use a file, such as sqlite:///queue.db"
-        )
+    if re.match(r"sqlite:///*(\?|$)", settings.TASKHAWK_BROKER):
+        raise ConfigurationError(_ONE_PROCESS)
 
 
 def _run_listen(arguments: Any) -> int:
-    _one_process("listen")
     _import_modules(arguments.modules)
     if not _registry:
         raise ConfigurationError(
             "listen: no task is registered: name the modules that define them, such as myapp.tasks"
         )
-    names = arguments.priority or ["default"]
     ledger = listen_for_messages(
-        [Priority[name] for name in names],
-        num_messages=arguments.num_messages,
-        visibility_timeout_s=arguments.visibility_timeout,
-        loop_count=arguments.loop_count,
+        [Priority[name] for name in arguments.priority or ["default"]],
+        arguments.num_messages,
+        arguments.visibility_timeout,
+        arguments.loop_count,
         until_empty=arguments.until_empty,
     )
     print(ledger)
@@ -3398,15 +3081,13 @@ def _run_listen(arguments: Any) -> int:
 
 
 def _run_dispatch(arguments: Any) -> int:
-    _one_process("dispatch")
-    _import_modules(arguments.module)
-    if arguments.task not in _registry and "." in arguments.task:
-        _import_modules([arguments.task.rpartition(".")[0]])
-    invocation = AsyncInvocation(Task.find_by_name(arguments.task))
+    module = arguments.task.rpartition(".")[0]
+    _import_modules(arguments.module or ([module] if arguments.task not in _registry else []))
+    found = Task.find_by_name(arguments.task)
+    headers = dict(_key_and_value(text) for text in arguments.header)
+    invocation = found.with_headers(**headers).with_delay(arguments.delay)
     if arguments.priority:
         invocation = invocation.with_priority(Priority[arguments.priority])
-    headers = dict(_key_and_value(text) for text in arguments.header)
-    invocation = invocation.with_headers(**headers).with_delay(arguments.delay)
     args, kwargs = _json(arguments.args, "--args", list), _json(arguments.kwargs, "--kwargs", dict)
     print(invocation.dispatch(*args, **kwargs))
     return 0
@@ -3420,20 +3101,18 @@ def _key_and_value(text: str) -> tuple[str, str]:
 
 
 def _json(text: str, option: str, kind: type) -> Any:
-    try:
-        value = _DECODER.decode(text)
-    except (ValueError, RecursionError) as error:
-        raise ConfigurationError(f"{option}: expected JSON: {error}") from error
-    if not isinstance(value, kind):
-        raise _wrong(option, _JSON_NAMES[kind], value)
-    return value
+    with contextlib.suppress(ValueError, RecursionError):
+        if isinstance(value := _DECODER.decode(text), kind):
+            return value
+    wanted = next(name for known, name in _JSON_TYPES.values() if known is kind)
+    raise ConfigurationError(f"{option}: expected {wanted} of JSON, got {text!r}")
 
 
 def _run_tasks(arguments: Any) -> int:
     _import_modules(arguments.modules)
-    for name, registered in sorted(_registry.items()):
-        if name == registered.name:
-            print(f"{name}  {registered.priority.name}")
+    for name, found in sorted(_registry.items()):
+        if name == found.name:  # not an alias
+            print(f"{name}  {found.priority.name}")
     return 0
 
 
@@ -3442,52 +3121,43 @@ def _run_schema(_arguments: Any) -> int:
     return 0
 
 
-def _run_requeue(arguments: Any) -> int:
-    _one_process("dead-letters requeue")
-    count = requeue_dead_letter(Priority[arguments.priority or "default"])
-    print(f"{count} messages were sent back")
+def _run_dead_letters_requeue(arguments: Any) -> int:
+    _import_modules([])
+    print(f"sent back: {requeue_dead_letter(Priority[arguments.priority])}")
     return 0
 
 
 class _DemoWorker(Worker):
     """A worker that prints what became of each message."""
 
-    def _settle(self, held: _Held, outcome: Outcome) -> None:
-        super()._settle(held, outcome)
-        then = f": {outcome.error}" if outcome.error else ""
-        if outcome.delay_s is not None:
-            then += f"; again in {outcome.delay_s:g} s"
+    def settle(self, held: _Held, outcome: Outcome) -> None:
+        super().settle(held, outcome)
         names = {Fate.acknowledge: "ran", Fate.retry: "failed", Fate.dead_letter: "dead-lettered"}
+        then = f": {outcome.error}" if outcome.error else ""
+        then += "" if outcome.delay_s is None else f"; again in {outcome.delay_s:g} s"
         name = held.message.message.task_name if held.message.message else ""
-        print(f"{names[outcome.fate]:15}{name:13}attempt {held.message.attempt}{then}")
+        print(f"{names[outcome.fate]:15}{name:14}attempt {held.message.attempt}{then}")
 
 
 def _run_demo(_arguments: Any) -> int:
     import tempfile
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "queue.db")
-        configure(
-            TASKHAWK_BROKER=f"sqlite:///{path}",
-            TASKHAWK_QUEUE="demo",
-            TASKHAWK_SYNC=False,
-            IS_LAMBDA_APP=False,
-        )
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as undo:
+        url = f"sqlite:///{folder}/queue.db"
+        configure(TASKHAWK_BROKER=url, TASKHAWK_SYNC=False, IS_LAMBDA_APP=False)
+        undo.callback(configure)
         logging.disable()  # what it says is printed below
-        try:
-            print(f"A queue in {path}: the real broker, and a real worker.\n")
-            return _demo()
-        finally:
-            logging.disable(logging.NOTSET)
-            configure()
+        undo.callback(logging.disable, logging.NOTSET)
+        print(f"A queue in {folder}/queue.db: the real broker, and a real worker.\n")
+        return _demo()
 
 
 def _demo() -> int:
-    broken = {"demo.divide"}
+    bugs = {"demo.divide"}
 
     @task(name="demo.greet")
     def greet(name: str) -> None:
-        print(f"{'':28}Hello, {name}!")
+        print(f"{'':29}Hello, {name}!")
 
     @task(name="demo.connect", retry=fixed(0.5, max_retries=3, jitter=False))
     def connect(metadata: Metadata | None = None) -> None:
@@ -3496,25 +3166,18 @@ def _demo() -> int:
 
     @task(name="demo.divide", retry=fixed(0.2, max_retries=1, jitter=False))
     def divide(number: int, by: int) -> None:
-        print(f"{'':28}{number} / {by} = {number / (by if broken else 1)}")
+        print(f"{'':29}{number} / {by} = {number / by if bugs else 'not a number'}")
 
-    calls: list[tuple[Task[Any, Any], tuple[Any, ...]]] = [
-        (greet, ("world",)),
-        (connect, ()),
-        (divide, (1, 0)),
-    ]
-    for called, args in calls:
-        print(f"{'dispatched':15}{called.name:13}{called.dispatch(*args)}")
+    for found, args in ((greet, ["world"]), (connect, []), (divide, [1, 0])):
+        message_id = typing.cast("Task[..., Any]", found).dispatch(*args)
+        print(f"{'dispatched':15}{found.name:14}{message_id}")
     print("\nThe worker runs until nothing is queued:")
     broker = _brokers.broker()
     queues = [broker.destination(Priority.default)]
     first = _DemoWorker(broker, queues, num_messages=10, until_empty=True).run()
-    print(
-        f"\nThe bug in demo.divide is mended, and its dead letter sent back:\n{'requeued':15}",
-        end="",
-    )
-    broken.clear()
-    print(f"{requeue_dead_letter(Priority.default)} message")
+    bugs.clear()
+    print("\nThe bug in demo.divide is mended, and its dead letter sent back:")
+    print(f"{'requeued':15}{requeue_dead_letter(Priority.default)} message")
     second = _DemoWorker(broker, queues, until_empty=True).run()
     print(f"\nThe ledgers of the two workers:\n  {first}\n  {second}")
     return 0 if (first.dead_lettered, second.acked) == (1, 1) else 1
