@@ -70,7 +70,6 @@ __all__ = [
 ]
 # fmt: on
 
-import abc
 import contextlib
 import contextvars
 import dataclasses
@@ -743,30 +742,22 @@ _registering = threading.Lock()  # held from the look at a name until it is take
 class Metadata(dict[str, Any]):
     """What a task may know of its run: id, priority, receipt, timestamp, version.
 
-    A dict, as in taskhawk 1.4, whose keys are attributes too; the rest are attributes alone.
+    A dict, as in taskhawk 1.4, whose keys are attributes too. Attributes alone are `headers`;
+    `attempt`, which counts the receives from 1; and `queue`, its name, None where there is none.
     """
 
     def __init__(self, message: Message, receipt: str | None) -> None:
         names = ("id", "priority", "timestamp", "version")
         super().__init__({name: getattr(message, name) for name in names}, receipt=receipt)
-        self._message, self._received = message, message.received
+        self._received = received = message.received
+        self.headers: dict[str, Any] = message.headers
+        self.attempt: int = received.attempt if received else 1
+        self.queue: str | None = received.queue if received and receipt else None
 
     def __getattr__(self, name: str) -> Any:
         if name not in self:
             raise AttributeError(f"metadata has no {name!r}")
         return self[name]
-
-    headers = property(lambda self: self._message.headers, doc="as they were dispatched: a dict")
-
-    @property
-    def attempt(self) -> int:
-        """How often the message was received, from 1."""
-        return self._received.attempt if self._received else 1
-
-    @property
-    def queue(self) -> str | None:
-        """The name of the queue; None where the message came through SNS."""
-        return self._received.queue if self._received and self["receipt"] else None
 
     @property
     def lease_lost(self) -> bool:
@@ -794,8 +785,8 @@ class AsyncInvocation(Generic[_P]):
 
     def _with(self, **changes: Any) -> AsyncInvocation[_P]:
         other = AsyncInvocation(self._task)
-        names = ("_headers", "_priority", "_delay_s")
-        vars(other).update({name: getattr(self, name) for name in names}, **changes)
+        kept = {name: getattr(self, name) for name in ("_headers", "_priority", "_delay_s")}
+        vars(other).update(kept | changes)
         return other
 
     def with_headers(self, /, **headers: Any) -> AsyncInvocation[_P]:
@@ -880,17 +871,14 @@ class Task(AsyncInvocation[_P], Generic[_P, _R]):
         except ValueError as error:
             text = f"{name} does not tell its parameters: expected a function written in Python"
             raise ConfigurationError(text) from error
-        kinds = {p.kind for p in self._signature.parameters.values()}
-        if inspect.Parameter.VAR_POSITIONAL in kinds:
+        kinds = {name: p.kind for name, p in self._signature.parameters.items()}
+        if inspect.Parameter.VAR_POSITIONAL in kinds.values():
             raise ConfigurationError(
                 f"{name}: *args can't be a task's parameter: name the arguments, or take a list"
             )
-        named = {
-            p.name
-            for p in self._signature.parameters.values()
-            if p.kind is not inspect.Parameter.POSITIONAL_ONLY
-        }
-        takes_all = inspect.Parameter.VAR_KEYWORD in kinds
+        # What the worker gives: a parameter of that name, or **kwargs, takes it.
+        named = {n for n, kind in kinds.items() if kind is not inspect.Parameter.POSITIONAL_ONLY}
+        takes_all = inspect.Parameter.VAR_KEYWORD in kinds.values()
         self._given_by_worker = {k for k in ("metadata", "headers") if takes_all or k in named}
         #: the retry policy, and the exceptions that it is for: options of :func:`task`
         self.retry: Callable[[int], float] | None = None
@@ -980,9 +968,7 @@ def task(
     never_retry_on: tuple[type[BaseException], ...] = ...,
 ) -> Callable[[Callable[_P, _R]], Task[_P, _R]]: ...
 def task(
-    fn: Any = _MISSING,
-    /,
-    *,
+    *args: Any,
     priority: Priority = Priority.default,
     name: str | None = None,
     retry: Callable[[int], float] | None = None,
@@ -999,8 +985,11 @@ def task(
     :raises ConfigurationError: if a message can't call the function, or its name is taken
     """
     options = {"retry": retry, "retry_on": retry_on, "never_retry_on": never_retry_on}
-    decorate = functools.partial(_register, priority=priority, name=name, options=options)
-    return decorate if fn is _MISSING else decorate(fn)
+
+    def decorate(fn: Any) -> Task[Any, Any]:
+        return _register(fn, priority, name, options)
+
+    return decorate(*args) if args else decorate
 
 
 def _register(
@@ -1354,33 +1343,28 @@ class Depth(NamedTuple):
     delayed: int
 
 
-class Sender(abc.ABC):
+class Sender(typing.Protocol):
     """What publishing needs of a service."""
 
     max_bytes: int
     max_delay_s: float
 
-    @abc.abstractmethod
     def destination(self, priority: Priority) -> str:
         """Return the name of the queue or topic for messages of this priority."""
 
-    @abc.abstractmethod
     def send(self, destination: str, entries: Sequence[Outgoing]) -> list[Refusal]:
         """Send at most ten messages that are together within `max_bytes`."""
 
-    @abc.abstractmethod
     def explain(self, error: BaseException, where: str) -> TaskhawkError | None:
         """Return one clear sentence for an error that only a person can mend, else None."""
 
-    @abc.abstractmethod
     def close(self) -> None:
         """Close connections."""
 
 
-class Broker(Sender):
+class Broker(Sender, typing.Protocol):
     """What workers and operations need besides; queues are called by name."""
 
-    @abc.abstractmethod
     def receive(
         self, queue: str, most: int, wait_s: float, lease_s: float | None, stop: threading.Event
     ) -> list[QueueMessage]:
@@ -1389,23 +1373,18 @@ class Broker(Sender):
         :param lease_s: for how long they are hidden from others; None takes the queue's own
         """
 
-    @abc.abstractmethod
     def delete(self, queue: str, receipts: Sequence[str]) -> list[Refusal]:
         """Delete at most ten messages."""
 
-    @abc.abstractmethod
     def change_visibility(self, queue: str, changes: Sequence[tuple[str, float]]) -> list[Refusal]:
         """Make at most ten messages (receipts) visible again so many seconds from now."""
 
     def url(self, queue: str) -> str:
         """Return what the service calls the queue."""
-        return queue
 
-    @abc.abstractmethod
     def info(self, queue: str) -> QueueInfo:
         """Describe a queue."""
 
-    @abc.abstractmethod
     def depth(self, queue: str) -> Depth:
         """Count a queue's messages."""
 
@@ -1584,12 +1563,8 @@ class _Brokers:
 
 _inherited: list[object] = []
 _brokers = _Brokers()
-if hasattr(os, "register_at_fork"):  # pragma: no branch - not on Windows
-    os.register_at_fork(
-        before=_brokers.before_fork,
-        after_in_parent=_brokers.after_fork,
-        after_in_child=_brokers.after_fork_in_child,
-    )
+os.register_at_fork(before=_brokers.before_fork, after_in_parent=_brokers.after_fork)
+os.register_at_fork(after_in_child=_brokers.after_fork_in_child)
 
 
 # --- 8. SQS and SNS -------------------------------------------------------------------------------
@@ -1597,12 +1572,7 @@ if hasattr(os, "register_at_fork"):  # pragma: no branch - not on Windows
 # retries. Their number is always set: a receive that botocore retries in secret strands what the
 # lost answer held.
 
-_SUFFIXES = {
-    Priority.default: "",
-    Priority.high: "-high-priority",
-    Priority.low: "-low-priority",
-    Priority.bulk: "-bulk",
-}
+_SUFFIXES = dict(zip(Priority, ("", "-high-priority", "-low-priority", "-bulk"), strict=True))
 _REMEDIES = {  # what a person can do about an error, by its code
     "NonExistentQueue|QueueDoesNotExist": "there is no such queue here: make it, or check"
     " TASKHAWK_QUEUE, AWS_REGION and the account",
@@ -1615,7 +1585,8 @@ _REMEDIES = {  # what a person can do about an error, by its code
     "NoRegionError": "no AWS region: set AWS_REGION, for example eu-west-1",
     "InvalidClientTokenId|UnrecognizedClientException|InvalidAccessKeyId|InvalidSecurity": "AWS"
     " does not know these credentials: check AWS_ACCESS_KEY",
-    "SignatureDoesNotMatch": "AWS refuses these credentials: check AWS_SECRET_KEY",
+    "SignatureDoesNotMatch|InvalidSignature(Exception)?": "AWS refuses these credentials: check"
+    " AWS_SECRET_KEY",
 }
 
 
@@ -2184,8 +2155,7 @@ class _Collecting:
             return self._ready
 
 
-_collecting: contextvars.ContextVar[_Collecting | None]
-_collecting = contextvars.ContextVar("taskhawk batch", default=None)
+_collecting = contextvars.ContextVar[_Collecting | None]("taskhawk batch", default=None)
 
 
 @contextlib.contextmanager
@@ -2365,14 +2335,12 @@ class _Keeper:
         self.held: list[_Held] = []
         self._leases = True  # until ChangeMessageVisibility is denied
         self._closed = False  # nothing will be added or finished any more
-        self._thread = threading.Thread(target=self._run, name="taskhawk keeper", daemon=True)
+        self.thread = threading.Thread(target=self._run, name="taskhawk keeper", daemon=True)
 
     def take(self, messages: Sequence[QueueMessage], rank: int, lease_s: float) -> None:
         """Hold received messages from now on."""
         with self.changed:
             self.held += [_Held(message, rank, self._clock(), lease_s) for message in messages]
-            for held in self.held if not self._leases else ():
-                held.renew_at = math.inf
             self.ledger.received += len(messages)
             self.changed.notify_all()
 
@@ -2386,9 +2354,12 @@ class _Keeper:
             return first
 
     def is_busy(self) -> bool:
-        """Return whether a message waits or runs, or acknowledgements do not get through."""
-        failing = sum(held.to_delete and held.tries > 0 for held in self.held)
-        return failing >= _MAX_BATCH or not all(held.end for held in self.held)
+        """Return whether a message waits or runs, or a batch of acknowledgements is overdue.
+
+        That is one beyond the batch whose call is under way.
+        """
+        acknowledged = sum(held.to_delete for held in self.held)
+        return acknowledged >= 2 * _MAX_BATCH or not all(held.end for held in self.held)
 
     def finish(self, held: _Held, end: str, visible_in_s: float | None = 0) -> None:
         """Note how a run ended; None leaves the message to its visibility timeout."""
@@ -2406,10 +2377,6 @@ class _Keeper:
             held.renew_at = math.inf  # before its delay or release is sent
         self.changed.notify_all()
 
-    def start(self) -> None:
-        """Start the thread."""
-        self._thread.start()
-
     def close(self) -> None:
         """Release what was not started, see all through, and end the thread."""
         with self.changed:
@@ -2419,7 +2386,7 @@ class _Keeper:
                 self._decide(held, end)
             self._closed = True
             self.changed.notify_all()
-        self._thread.join()
+        self.thread.join()
 
     def _run(self) -> None:
         while work := self._wait_for_work():
@@ -2432,13 +2399,13 @@ class _Keeper:
                 for kind, due in self._due(now):
                     if due:  # what fits into one call: ten messages of one queue
                         return kind, [h for h in due if h.queue == due[0].queue][:_MAX_BATCH], now
-                waits = (min(held.renew_at, held.due_at) - now for held in self.held)
-                self.changed.wait(max(0, min([_TICK_S, *waits])))
+                times = (min(h.renew_at if self._leases else math.inf, h.due_at) for h in self.held)
+                self.changed.wait(max(0, min([_TICK_S, *(at - now for at in times)])))
         return None
 
     def _due(self, now: float) -> Iterator[tuple[str, list[_Held]]]:
         """Yield the changes to make now, in the order of their urgency."""
-        renewals = [held for held in self.held if held.renew_at <= now]
+        renewals = [held for held in self.held if held.renew_at <= now] if self._leases else []
         for held in [held for held in renewals if held.last_at - now < 1]:
             self._lose(held, "it was received 12 hours ago")
         yield "extend", [held for held in renewals if held.last_at - now >= 1]
@@ -2456,10 +2423,8 @@ class _Keeper:
         call: Callable[..., list[Refusal]] = self._broker.delete
         if kind != "delete":
             seconds = [max(0, min(s, h.last_at - now)) for s, h in zip(wanted, batch, strict=True)]
-            call, receipts = (
-                self._broker.change_visibility,
-                list(zip(receipts, seconds, strict=True)),
-            )
+            call = self._broker.change_visibility
+            receipts = list(zip(receipts, seconds, strict=True))
         refusals = _refused_by(functools.partial(call, batch[0].queue, receipts), len(batch))
         by_index = {refusal.index: refusal for refusal in refusals}
         with self.changed:
@@ -2479,7 +2444,10 @@ class _Keeper:
             if again:
                 held.renew_at = now + held.lease_s / 20
             elif refusal and refusal.code.startswith("AccessDenied"):
-                self._give_up_leases(refusal)
+                if self._leases:  # the policies of 1.4's workers lack the permission
+                    text = "ChangeMessageVisibility is denied, long tasks may run twice: %s"
+                    _log.error(text, refusal.text)
+                self._leases, held.renew_at = False, math.inf
             elif refusal:
                 self._lose(held, refusal.text)
             else:
@@ -2495,15 +2463,6 @@ class _Keeper:
                 why = refusal.text if refusal else "its lease had ended"
                 _log.warning("message %s %s: %s", held.message.message_id, what, why)
             self._end(held, "uncertain" if lost else held.end)
-
-    def _give_up_leases(self, refusal: Refusal) -> None:
-        """Go on without: the policies of 1.4's workers lack the permission."""
-        if self._leases:
-            text = "ChangeMessageVisibility is denied, long tasks may run twice: %s"
-            _log.error(text, refusal.text)
-        self._leases = False
-        for held in self.held:
-            held.renew_at = math.inf
 
     def _lose(self, held: _Held, why: str) -> None:
         """Note that others may have the message; one that waits is not started."""
@@ -2567,7 +2526,7 @@ class Worker:
             for poller in pollers:
                 poller.daemon = True  # a second signal does not wait for polls
                 poller.start()
-            self._keeper.start()
+            self._keeper.thread.start()
             try:
                 self._work()
             finally:
@@ -2849,7 +2808,7 @@ def _from_record(record: Any) -> QueueMessage:
             for name, value in record.get("messageAttributes", {}).items()
         }
         received = QueueMessage(
-            *(record["body"], record["messageId"], record["receiptHandle"]),
+            *(record["body"], record["messageId"], record.get("receiptHandle")),
             *(attributes, message_attributes),
         )
         broker = _brokers.broker()
@@ -3021,20 +2980,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             _import("django", "the package").setup()
         run = globals()["_run_" + re.sub(r"\W", "_", arguments.command)]
         return typing.cast("int", run(arguments))
-    except (ConfigurationError, ValidationError, TypeError) as error:
+    except (ConfigurationError, ValidationError, TypeError, ValueError) as error:
         print(f"taskhawk: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        if not isinstance(error, PartialFailure | OSError) and not _is_botocore(error):
-            raise  # a module of the user's
+        _log.debug("taskhawk %s", arguments.command, exc_info=True)
         print(f"taskhawk: {error}", file=sys.stderr)
         return 1
-
-
-def _is_botocore(error: Exception) -> bool:
-    return any(cls.__module__.startswith("botocore.") for cls in type(error).__mro__)
 
 
 def _parser() -> Any:
@@ -3045,10 +2999,10 @@ def _parser() -> Any:
     groups = {"": parser.add_subparsers(required=True, metavar="COMMAND")}
     for command, (text, example, options) in _COMMANDS.items():
         group, _, name = command.rpartition(" ")
-        if group not in groups:
-            over = groups[""].add_parser(group, help="mend dead letters")
-            groups[group] = over.add_subparsers(required=True, metavar="ACTION")
         epilog = f"example: python -m taskhawk {command} {example}"
+        if group not in groups:
+            over = groups[""].add_parser(group, help="mend dead letters", epilog=epilog)
+            groups[group] = over.add_subparsers(required=True, metavar="ACTION")
         made = groups[group].add_parser(name, help=text, description=text, epilog=epilog)
         made.set_defaults(command=command)
         for option, kwargs in options:
@@ -3056,15 +3010,18 @@ def _parser() -> Any:
     return parser
 
 
-def _import_modules(modules: Iterable[str]) -> None:
+def _import_modules(modules: Iterable[str], command: str = "") -> None:
     for name in modules:
         _import(name, "the module")
-    if re.match(r"sqlite:///*(\?|$)", settings.TASKHAWK_BROKER):
-        raise ConfigurationError(_ONE_PROCESS)
+    if command and re.match(r"sqlite://(\?|$)", settings.TASKHAWK_BROKER):
+        raise ConfigurationError(
+            f"{command}: sqlite:// is the memory of one process: use a file, such as"
+            " sqlite:///queue.db"
+        )
 
 
 def _run_listen(arguments: Any) -> int:
-    _import_modules(arguments.modules)
+    _import_modules(arguments.modules, arguments.command)
     if not _registry:
         raise ConfigurationError(
             "listen: no task is registered: name the modules that define them, such as myapp.tasks"
@@ -3081,8 +3038,9 @@ def _run_listen(arguments: Any) -> int:
 
 
 def _run_dispatch(arguments: Any) -> int:
-    module = arguments.task.rpartition(".")[0]
-    _import_modules(arguments.module or ([module] if arguments.task not in _registry else []))
+    _import_modules(arguments.module, arguments.command)
+    if arguments.task not in _registry and (module := arguments.task.rpartition(".")[0]):
+        _import_modules([module], arguments.command)
     found = Task.find_by_name(arguments.task)
     headers = dict(_key_and_value(text) for text in arguments.header)
     invocation = found.with_headers(**headers).with_delay(arguments.delay)
@@ -3104,7 +3062,7 @@ def _json(text: str, option: str, kind: type) -> Any:
     with contextlib.suppress(ValueError, RecursionError):
         if isinstance(value := _DECODER.decode(text), kind):
             return value
-    wanted = next(name for known, name in _JSON_TYPES.values() if known is kind)
+    wanted = "an array" if kind is list else "an object"
     raise ConfigurationError(f"{option}: expected {wanted} of JSON, got {text!r}")
 
 
@@ -3122,7 +3080,7 @@ def _run_schema(_arguments: Any) -> int:
 
 
 def _run_dead_letters_requeue(arguments: Any) -> int:
-    _import_modules([])
+    _import_modules([], arguments.command)
     print(f"sent back: {requeue_dead_letter(Priority[arguments.priority])}")
     return 0
 

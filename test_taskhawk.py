@@ -1,0 +1,9814 @@
+"""The test suite of taskhawk: real queues, real processes, real signals, no sleep that decides.
+
+The classes mirror the rooms of taskhawk.py. SQS and SNS are emulators that the fixtures start;
+nothing here needs AWS, credentials, or a network.
+"""
+
+import ast
+import asyncio
+import collections
+import concurrent.futures
+import contextlib
+import contextvars
+import copy
+import dataclasses
+import datetime as dt
+import decimal
+import errno
+import functools
+import http.client
+import http.server
+import importlib
+import importlib.metadata
+import inspect
+import io
+import itertools
+import json
+import logging
+import math
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import sqlite3
+import statistics
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import tokenize
+import traceback
+import types
+import urllib.parse
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import botocore.exceptions
+import botocore.session
+import flask
+import hypothesis
+import jsonschema
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import taskhawk
+from taskhawk import Depth, Fate, Message, Outcome, Outgoing, Priority, QueueMessage
+
+PROJECT = Path(__file__).resolve().parent  # README.md and the rest lie next to this file
+SETTINGS = ("DJANGO_SETTINGS_MODULE", "IS_LAMBDA_APP", "SETTINGS_MODULE")
+SETTINGS_PREFIXES = ("AWS_", "TASKHAWK_")
+CREDENTIALS = {
+    "region_name": "us-east-1",
+    "aws_access_key_id": "test",
+    "aws_secret_access_key": "test",
+}
+
+hypothesis.settings.register_profile("taskhawk", deadline=None)  # a slow machine is no failure
+hypothesis.settings.load_profile("taskhawk")
+
+
+def project_file(name: str) -> Path:
+    """Return the path of one of the project's files, such as README.md."""
+    return PROJECT / name
+
+
+def run_python(
+    code_or_args: str | Sequence[str],
+    cwd: str | Path | None = None,
+    env: Mapping[str, str] | None = None,
+    timeout: float = 60,
+) -> subprocess.CompletedProcess[str]:
+    """Run code (a string) or arguments (a list) in a new interpreter; env adds to os.environ."""
+    args = ["-c", code_or_args] if isinstance(code_or_args, str) else code_or_args
+    return subprocess.run(
+        [sys.executable, *args],
+        cwd=cwd,
+        env=python_env(env),
+        timeout=timeout,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def python_env(env: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return the environment in which a new interpreter imports the taskhawk tested here."""
+    merged = {**os.environ, **(env or {})}
+    if (PROJECT / "taskhawk.py").exists():  # a checkout; an installed wheel is found anyway
+        paths = [str(PROJECT), merged.get("PYTHONPATH", "")]
+        merged["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    return merged
+
+
+def free_port() -> int:
+    """Return a port of 127.0.0.1 on which nobody listens now."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+def answers(port: int) -> bool:
+    """Tell whether an HTTP server answers on that port."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    try:
+        connection.request("GET", "/")
+        connection.getresponse().read()
+    except (OSError, http.client.HTTPException):
+        return False
+    else:
+        return True
+    finally:
+        connection.close()
+
+
+@contextlib.contextmanager
+def server(port: int, args: Sequence[str], env: Mapping[str, str], cwd: Path) -> Iterator[str]:
+    """Run a Python HTTP server on that port for the length of the block, and yield its URL."""
+    # An emulator is neither configured by the caller's AWS settings nor measured by coverage.
+    private = (*SETTINGS_PREFIXES, "COVERAGE_")
+    inherited = {name: os.environ[name] for name in os.environ if not name.startswith(private)}
+    log = cwd / "server.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, *args],
+            cwd=cwd,
+            env={**inherited, **env},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        deadline = time.monotonic() + 60
+        while not answers(port):
+            if process.poll() is not None or time.monotonic() > deadline:
+                pytest.fail(f"{args} do not answer, exit code {process.poll()}: {log.read_text()}")
+            time.sleep(0.05)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        try:
+            process.wait(5)  # a long poll that nobody reads any more delays it
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture(scope="session")
+def ministack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Yield the URL of a ministack server: fast, with long polls, FIFO queues, SNS, Scheduler."""
+    port = free_port()
+    env = {
+        "BIND_HOST": "127.0.0.1",
+        "GATEWAY_PORT": str(port),
+        "MINISTACK_HOST": "127.0.0.1",
+        "IOT_MTLS_ENABLED": "0",  # would listen on 0.0.0.0:8883
+        "SFTP_ENABLED": "0",
+    }
+    cwd = tmp_path_factory.mktemp("ministack")
+    with server(port, ["-m", "ministack"], env, cwd) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def moto(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Yield the URL of a moto server: slow, strict about limits, with partial batch failures."""
+    port = free_port()
+    args = ["-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    with server(port, args, {}, tmp_path_factory.mktemp("moto")) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def sqs_client() -> Iterator[Callable[..., Any]]:
+    """Yield a function (endpoint, service="sqs") that returns a botocore client, for set-up."""
+    session = botocore.session.Session()
+    clients: dict[tuple[str, str], Any] = {}
+
+    def client(endpoint: str, service: str = "sqs") -> Any:
+        key = (endpoint, service)
+        if key not in clients:
+            clients[key] = session.create_client(service, endpoint_url=endpoint, **CREDENTIALS)
+        return clients[key]
+
+    yield client
+    for made in clients.values():
+        made.close()
+
+
+@pytest.fixture
+def queue_name() -> str:
+    """Return a TASKHAWK_QUEUE that no other test uses."""
+    return f"T{uuid.uuid4().hex[:8].upper()}"
+
+
+@pytest.fixture(autouse=True)
+def isolated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Give each test an environment without settings, and take back what it registered and set."""
+    for name in list(os.environ):
+        if name in SETTINGS or name.startswith(SETTINGS_PREFIXES):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent/aws-config")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent/aws-credentials")
+    registry = dict(taskhawk._registry)
+    yield
+    taskhawk._registry.clear()
+    taskhawk._registry.update(registry)
+    taskhawk.configure()
+
+
+# --- the house ------------------------------------------------------------------------------------
+
+HOUSE_BLOCKS = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.Match)
+HOUSE_BLOCKS += (ast.AsyncFor, ast.AsyncWith, ast.TryStar)
+HOUSE_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+HOUSE_FILES = ["LICENSE", "README.md", "pyproject.toml"]
+HOUSE_FILES += ["schema.json", "taskhawk.py", "test_taskhawk.py"]
+
+
+def house_source() -> str:
+    """Return the text of the module under test: the checkout's, or the installed one's."""
+    return Path(taskhawk.__file__).read_text(encoding="utf-8")
+
+
+def house_banners() -> list[tuple[int, str, int]]:
+    """Return number, title and line of each room's banner."""
+    found = re.finditer(r"^# --- (\d+)\. (.+?) -+$", house_source(), re.MULTILINE)
+    return [(int(m[1]), m[2], house_source().count("\n", 0, m.start())) for m in found]
+
+
+def house_docstring_lines(node: Any) -> int:
+    """Count the lines of a module's, a class's or a function's docstring."""
+    if ast.get_docstring(node) is None:
+        return 0
+    return node.body[0].end_lineno - node.body[0].lineno + 1
+
+
+def house_nesting(node: ast.AST, level: int = 0) -> int:
+    """Return how deep a function's blocks nest; an elif is no deeper than its if."""
+    deepest = level
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (*HOUSE_FUNCTIONS, ast.ClassDef, ast.Lambda)):
+            continue
+        elif_ = isinstance(node, ast.If) and isinstance(child, ast.If) and node.orelse == [child]
+        inner = level + (isinstance(child, HOUSE_BLOCKS) and not elif_)
+        deepest = max(deepest, house_nesting(child, inner))
+    return deepest
+
+
+@functools.cache
+def house_figures() -> dict[str, float]:
+    """Measure the module."""
+    text = house_source()
+    tree, lines = ast.parse(text), text.splitlines()
+    nodes = [n for n in ast.walk(tree) if isinstance(n, (*HOUSE_FUNCTIONS, ast.ClassDef))]
+    functions = [node for node in nodes if isinstance(node, HOUSE_FUNCTIONS)]
+    length = {node: node.end_lineno - node.lineno + 1 for node in nodes}
+    sizes = sorted(length[node] - house_docstring_lines(node) for node in functions)
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    comments = [t for t in tokens if t.type == tokenize.COMMENT and t.line.lstrip()[:1] == "#"]
+    later = [line for number, _, line in house_banners() if number > 12]
+    return {
+        "a function's median": statistics.median(sizes),
+        "a function's 90th percentile": sizes[int(len(sizes) * 0.9)],
+        "the longest function": sizes[-1],
+        "the deepest nesting": max(map(house_nesting, functions)),
+        "the longest class": max(length[n] for n in nodes if isinstance(n, ast.ClassDef)),
+        "the longest line": max(map(len, lines)),
+        "the file": len(lines),
+        "rooms 0 to 12": min(later),
+        "% docstrings": round(100 * sum(map(house_docstring_lines, [tree, *nodes])) / len(lines)),
+        "% comments": round(100 * len(comments) / len(lines)),
+    }
+
+
+class TestHouse:
+    """The module keeps to its plan: what it exports, imports, and how large it may grow."""
+
+    def test_import_costs_nothing(self):
+        """Importing reads no environment and imports nothing that a dispatch may never need."""
+        code = """if True:
+            import os, sys
+            class Forbidden:
+                def __getattr__(self, name): raise AssertionError(f"os.environ: {name}")
+                __getitem__ = __contains__ = __iter__ = __len__ = __getattr__
+            heavy = ("argparse", "asyncio", "botocore", "django", "sqlite3")
+            kept = os.environ, os.environb, {name: sys.modules.get(name) for name in heavy}
+            os.environ = os.environb = Forbidden()
+            sys.modules.update(dict.fromkeys(heavy)) # None there: its import fails
+            import taskhawk
+            os.environ, os.environb, modules = kept
+            sys.modules.update(modules)
+            print(taskhawk.__name__)"""
+        result = run_python(code)
+        assert (result.stdout, result.stderr) == ("taskhawk\n", "")
+
+    def test_all_is_sorted(self):
+        """`__all__` lists constants, then classes, then functions, each in order, none twice."""
+        names = taskhawk.__all__
+        assert names == sorted(set(names), key=lambda n: (not n.isupper(), n[0].islower(), n))
+
+    def test_all_is_complete(self):
+        """`__all__` has exactly the names without underscore that the module defines."""
+        defined = set()
+        for node in ast.parse(house_source()).body:
+            if isinstance(node, (*HOUSE_FUNCTIONS, ast.ClassDef)):
+                defined.add(node.name)
+            elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                defined |= {n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)}
+        assert sorted(n for n in defined if n[0] != "_") == sorted(taskhawk.__all__)
+        assert all(hasattr(taskhawk, name) for name in taskhawk.__all__)
+
+    def test_version(self):
+        """`__version__` follows the last published one; VERSION is 1.4's name for it."""
+        assert taskhawk.__version__ == taskhawk.VERSION
+        major, _minor, _patch = map(int, str(taskhawk.VERSION).split("."))
+        assert major >= 5
+        if Path(taskhawk.__file__).parent != PROJECT:
+            assert importlib.metadata.version("taskhawk") == taskhawk.__version__
+
+    def test_schema_json(self):
+        """schema.json is the dump of SCHEMA, to the byte."""
+        text = project_file("schema.json").read_text(encoding="utf-8")
+        assert text == json.dumps(taskhawk.SCHEMA, indent=2) + "\n"
+
+    @pytest.mark.parametrize("args", [["-m", "taskhawk"], [taskhawk.__file__]])
+    def test_runnable(self, args, tmp_path):
+        """The file is a program, by its module's name or by its path."""
+        result = run_python([*args, "schema"], cwd=tmp_path)
+        assert (json.loads(result.stdout), result.stderr) == (taskhawk.SCHEMA, "")
+
+    @pytest.mark.parametrize(
+        ("figure", "low", "high"),
+        [
+            ("a function's median", 1, 9),
+            ("a function's 90th percentile", 1, 28),
+            ("the longest function", 1, 40),
+            ("the deepest nesting", 0, 4),
+            ("the longest class", 1, 200),
+            ("the longest line", 1, 100),
+            ("the file", 1, 3000),
+            ("rooms 0 to 12", 1, 2200),
+            ("% docstrings", 20, 28),
+            ("% comments", 5, 8),
+        ],
+    )
+    def test_budget(self, figure, low, high):
+        """The module can be read in one sitting."""
+        assert low <= house_figures()[figure] <= high
+
+    def test_map_of_rooms(self):
+        """The module's docstring lists the rooms as their banners do, in order."""
+        listed = re.findall(
+            r"^ +(\d+)\. (.+)$", taskhawk.__doc__.partition("\nRooms")[2], re.MULTILINE
+        )
+        assert listed == [(str(number), title) for number, title, _ in house_banners()]
+        assert [int(number) for number, _ in listed] == sorted({int(n) for n, _ in listed})
+
+    def test_invariants(self):
+        """Under each banner stand two to six lines that say what the room is to be held to."""
+        lines = house_source().splitlines()
+        for number, title, line in house_banners():
+            below = lines[line + 1 : line + 9]
+            said = next(i for i, text in enumerate([*below, ""]) if not text.startswith("# "))
+            assert 2 <= said <= 6, f"{number}. {title}"
+
+    def test_docstring(self, tmp_path):
+        """The module's docstring is one sentence, then a quickstart that runs as it stands."""
+        first, _, rest = taskhawk.__doc__.partition("\n\n")
+        assert re.fullmatch(r"[A-Z][^.\n]+\.", first)
+        code = re.search(r"::\n\n((?: {4}.*\n|\n)+)", rest)[1]
+        (tmp_path / "quickstart.py").write_text(textwrap.dedent(code))
+        result = run_python(["quickstart.py"], cwd=tmp_path)
+        assert (result.stdout, result.stderr) == ("Hello! -> you@example.com\n", "")
+
+    def test_top_level(self):
+        """The project has six files at its top level, and dotfiles."""
+        if not project_file(".git").exists() or not shutil.which("git"):
+            pytest.skip("not a checkout")
+        command = ["git", "-c", "safe.directory=*", "-C", str(PROJECT), "ls-files"]
+        files = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        assert {name.split("/")[0] for name in files if name[0] != "."} == set(HOUSE_FILES)
+
+
+class TestErrors:
+    """Each failure has a name, and carries what a caller can act on."""
+
+    def test_bases(self):
+        """Every error is a TaskhawkError; a message too large or of no task is a wrong message."""
+        found = [e for e in vars(taskhawk).values() if inspect.isclass(e) and e.__doc__]
+        ours = [e for e in found if issubclass(e, Exception) and e.__module__ == "taskhawk"]
+        assert {error.__name__: error.__base__.__name__ for error in ours} == {
+            "ConfigurationError": "TaskhawkError",
+            "IgnoreException": "TaskhawkError",
+            "LoggingException": "TaskhawkError",
+            "MessageTooLarge": "ValidationError",
+            "PartialFailure": "TaskhawkError",
+            "RetryException": "TaskhawkError",
+            "StopRetry": "TaskhawkError",
+            "TaskNotFound": "ValidationError",
+            "TaskhawkError": "Exception",
+            "ValidationError": "TaskhawkError",
+        }
+
+    def test_partial_failure_of_1_4(self):
+        """PartialFailure is made as 1.4 did: the answer of a batch call, and then anything."""
+        result = {"Successful": [{"Id": "0"}], "Failed": [{"Id": "1"}, {"Id": "2"}]}
+        error = taskhawk.PartialFailure(result, "two are left", 2)
+        assert (error.success_count, error.failure_count, error.result) == (1, 2, result)
+        assert (error.args, error.unsent) == (("two are left", 2), [])
+
+    def test_partial_failure_says_how_many_and_why(self):
+        """With nothing else to say, PartialFailure counts the failures and names their codes."""
+        failed = [{"Code": "Throttled"}, {"Code": "InternalError"}, {"Code": "Throttled"}, {}]
+        error = taskhawk.PartialFailure({"Successful": [{}], "Failed": failed})
+        assert str(error) == "4 of 5 messages failed: InternalError, Throttled, unknown"
+
+    def test_partial_failure_keeps_the_messages(self):
+        """PartialFailure has the unsent messages in order, in a list of its own."""
+        message = taskhawk.Message(
+            {
+                "id": "1",
+                "metadata": {"timestamp": 1, "version": "1.0"},
+                "headers": {},
+                "task": "a.b",
+                "args": [],
+                "kwargs": {},
+            }
+        )
+        unsent = (message, message)
+        error = taskhawk.PartialFailure({"Successful": [], "Failed": []}, unsent=unsent)
+        assert error.unsent == [message, message]
+
+    @pytest.mark.parametrize(
+        ("args", "kwargs", "delay_seconds", "text"),
+        [
+            ((), {}, None, ""),
+            (("busy",), {}, None, "busy"),
+            (("busy", 5), {}, None, "('busy', 5)"),
+            ((5,), {}, 5, ""),
+            ((0,), {}, 0, ""),
+            ((2.5, "busy"), {}, 2.5, "busy"),
+            ((True,), {}, None, "True"),
+            (("5",), {}, None, "5"),
+            ((), {"delay_seconds": 60}, 60, ""),
+            (("busy",), {"delay_seconds": 60}, 60, "busy"),
+            ((5,), {"delay_seconds": 60}, 60, "5"),
+        ],
+    )
+    def test_retry(self, args, kwargs, delay_seconds, text):
+        """RetryException's first argument is the delay if it is a number (4.7), else text (1.4)."""
+        error = taskhawk.RetryException(*args, **kwargs)
+        assert (error.delay_seconds, str(error)) == (delay_seconds, text)
+
+    @pytest.mark.parametrize("delay_seconds", [-1, -0.5, float("inf"), float("nan")])
+    @pytest.mark.parametrize("by_name", [False, True])
+    def test_retry_at_an_impossible_time(self, delay_seconds, by_name):
+        """RetryException refuses a delay that no queue can hold: the run has failed then."""
+        args, kwargs = ((), {"delay_seconds": delay_seconds}) if by_name else ((delay_seconds,), {})
+        with pytest.raises(ValueError, match="delay_seconds") as caught:
+            taskhawk.RetryException(*args, **kwargs)
+        expected = f"delay_seconds: expected 0 or more seconds, got {delay_seconds}"
+        assert str(caught.value) == expected
+
+    def test_logging(self):
+        """LoggingException has the text for the log, and the `extra` of the record."""
+        error = taskhawk.LoggingException("out of stock", {"item": 7})
+        assert (str(error), error.extra) == ("out of stock", {"item": 7})
+        assert taskhawk.LoggingException("out of stock", extra=None).extra is None
+
+    def test_too_large(self):
+        """MessageTooLarge has the limit as a number."""
+        error = taskhawk.MessageTooLarge("300 bytes, at most 256", 256)
+        assert (str(error), error.limit) == ("300 bytes, at most 256", 256)
+
+
+# --- settings -------------------------------------------------------------------------------------
+
+SETTINGS_DEFAULTS = {
+    "AWS_ACCESS_KEY": None,
+    "AWS_ACCOUNT_ID": None,
+    "AWS_CONNECT_TIMEOUT_S": 2,
+    "AWS_ENDPOINT_SNS": None,
+    "AWS_ENDPOINT_SQS": None,
+    "AWS_READ_TIMEOUT_S": 2,
+    "AWS_REGION": None,
+    "AWS_SECRET_KEY": None,
+    "AWS_SESSION_TOKEN": None,
+    "IS_LAMBDA_APP": False,
+    "TASKHAWK_BROKER": "sqs",
+    "TASKHAWK_DEFAULT_HEADERS": None,
+    "TASKHAWK_ERROR_HOOK": None,
+    "TASKHAWK_HEARTBEAT_HOOK": None,
+    "TASKHAWK_MAX_DB_REUSE_LOOPS": 5,
+    "TASKHAWK_POST_PROCESS_HOOK": None,
+    "TASKHAWK_PRE_PROCESS_HOOK": None,
+    "TASKHAWK_QUEUE": None,
+    "TASKHAWK_SYNC": False,
+    "TASKHAWK_TASK_CLASS": None,
+}
+SETTINGS_RULES = {  # how an error goes on after "expected"
+    "AWS_ACCESS_KEY": "a string, such as 'AKIAIOSFODNN7EXAMPLE'",
+    "AWS_ACCOUNT_ID": "an account number, such as '123456789012'",
+    "AWS_CONNECT_TIMEOUT_S": "a number of seconds above 0, such as '2'",
+    "AWS_ENDPOINT_SNS": "a URL, such as 'http://127.0.0.1:4566'",
+    "AWS_ENDPOINT_SQS": "a URL, such as 'http://127.0.0.1:4566'",
+    "AWS_READ_TIMEOUT_S": "a number of seconds above 0, such as '2'",
+    "AWS_REGION": "the name of a region, such as 'eu-west-1'",
+    "AWS_SECRET_KEY": "a string, such as 'wJalrXUtnFEMI/EXAMPLEKEY'",
+    "AWS_SESSION_TOKEN": "a string, such as 'AQoDYXdzEJr/EXAMPLETOKEN'",
+    "IS_LAMBDA_APP": "true or false, such as 'False'",
+    "TASKHAWK_BROKER": "'sqs' or a URL of SQLite, such as 'sqlite:///queue.db'",
+    "TASKHAWK_DEFAULT_HEADERS": "a function or its dotted path, such as"
+    " 'myapp.hooks.default_headers'",
+    "TASKHAWK_ERROR_HOOK": "a function or its dotted path, such as 'myapp.hooks.report_error'",
+    "TASKHAWK_HEARTBEAT_HOOK": "a function or its dotted path, such as 'myapp.hooks.touch_file'",
+    "TASKHAWK_MAX_DB_REUSE_LOOPS": "a whole number above 0, such as '5'",
+    "TASKHAWK_POST_PROCESS_HOOK": "a function or its dotted path, such as 'myapp.hooks.after'",
+    "TASKHAWK_PRE_PROCESS_HOOK": "a function or its dotted path, such as 'myapp.hooks.before'",
+    "TASKHAWK_QUEUE": "at most 71 letters, digits, hyphens and underscores, such as 'dev-myapp'",
+    "TASKHAWK_SYNC": "true or false, such as 'False'",
+    "TASKHAWK_TASK_CLASS": "a class or its dotted path, such as 'myapp.tasks.MyTask'",
+}
+SETTINGS_OF_4_7 = {  # those that have no meaning here
+    "TASKHAWK_CONSUMER_BACKEND": "taskhawk.backends.aws.AWSSQSConsumerBackend",
+    "TASKHAWK_HEARTBEAT_HOOK_SYNC_CALL_S": "5",
+    "TASKHAWK_PUBLISHER_BACKEND": "taskhawk.backends.aws.AWSSNSPublisherBackend",
+    "TASKHAWK_PUBLISHER_GCP_BATCH_SETTINGS": "()",
+    "GOOGLE_CLOUD_PROJECT": "a-project",
+}
+SETTINGS_WHERE = "from taskhawk.configure(), the module named by SETTINGS_MODULE, Django's settings"
+SETTINGS_WHERE += " or the environment"
+
+
+def settings_hook(**kwargs: Any) -> None:
+    """Stand for a hook that is named by its dotted path."""
+
+
+class SettingsTask(taskhawk.Task):
+    """A task class as applications make them, of 1.4's signature."""
+
+    def __init__(self, fn, priority, name):
+        """Shout."""
+        super().__init__(fn, priority, name.upper())
+        self.options_at_start = self.retry
+
+
+class SettingsOtherTask(taskhawk.Task):
+    """Another one."""
+
+
+@pytest.fixture
+def settings_module(tmp_path, monkeypatch):
+    """Return a function that writes a module and names it by SETTINGS_MODULE."""
+
+    def write(source: str) -> str:
+        name = f"settings_{uuid.uuid4().hex}"
+        (tmp_path / f"{name}.py").write_text(source)
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.setenv("SETTINGS_MODULE", name)
+        return name
+
+    return write
+
+
+@pytest.fixture
+def settings_aws():
+    """Yield the URL of an AWS that has no queue, and its list of requests: path and headers."""
+    requests = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            requests.append((self.path, dict(self.headers)))
+            self.send_response(400)
+            answer = b'{"__type": "com.amazonaws.sqs#QueueDoesNotExist"}'
+            self.send_header("Content-Type", "application/x-amz-json-1.0")
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listener:
+        thread = threading.Thread(target=listener.serve_forever, args=(0.01,))
+        thread.start()
+        yield f"http://127.0.0.1:{listener.server_port}", requests
+        listener.shutdown()
+        thread.join()
+
+
+def settings_child(cwd: Path, code: str, **env: str) -> list[str]:
+    """Run code in a new interpreter, strictly, and return the lines that it printed."""
+    result = run_python(["-W", "error", "-c", textwrap.dedent(code)], cwd=cwd, env=env)
+    assert (result.returncode, result.stderr) == (0, "")
+    return result.stdout.splitlines()
+
+
+def settings_task(headers=None):
+    """Take headers."""
+    settings_task.headers = headers
+
+
+class TestSettings:
+    """Configuration is read lazily, in one place, and what is wrong with it is said in full."""
+
+    def test_defaults(self):
+        """These are all the settings, and what they are if nobody sets them."""
+        found = {name: getattr(taskhawk.settings, name) for name in SETTINGS_DEFAULTS}
+        assert found == SETTINGS_DEFAULTS
+
+    def test_order_of_sources(self, tmp_path):
+        """configure() comes first, then SETTINGS_MODULE, Django, the environment, the default."""
+        names = ["TASKHAWK_QUEUE", "AWS_REGION", "AWS_ACCOUNT_ID", "AWS_ENDPOINT_SQS"]
+        (tmp_path / "own.py").write_text("TASKHAWK_QUEUE = AWS_REGION = 'module'\n")
+        django_names = " = ".join(names[:3])
+        (tmp_path / "site_settings.py").write_text(f"{django_names} = 'django'\n")
+        env = {**dict.fromkeys(names, "http://environment"), "TASKHAWK_QUEUE": "environment"}
+        code = f"""
+            import taskhawk
+            taskhawk.configure(TASKHAWK_QUEUE="configure")
+            for name in {[*names, "AWS_READ_TIMEOUT_S"]}:
+                print(getattr(taskhawk.settings, name))
+        """
+        where = {"SETTINGS_MODULE": "own", "DJANGO_SETTINGS_MODULE": "site_settings"}
+        found = settings_child(tmp_path, code, **where, **env)
+        assert found == ["configure", "module", "django", "http://environment", "2"]
+
+    @pytest.mark.parametrize(
+        "given",
+        [
+            {"TASKHAWK_QUEUE": "given", "OTHER": 1},
+            types.MappingProxyType({"TASKHAWK_QUEUE": "given", 7: 1}),
+            types.SimpleNamespace(TASKHAWK_QUEUE="given", other=1),
+            type("Config", (), {"TASKHAWK_QUEUE": "given", "OTHER": 1}),
+        ],
+    )
+    def test_configure_with_an_object(self, given):
+        """configure() takes any mapping or object, and leaves alone what is not taskhawk's."""
+        taskhawk.configure(given)
+        assert taskhawk.settings.TASKHAWK_QUEUE == "given"
+        assert taskhawk.settings.TASKHAWK_SYNC is False
+
+    def test_configure_with_keywords(self):
+        """A keyword of configure() goes before the object, and each call replaces the last."""
+        taskhawk.configure({"TASKHAWK_QUEUE": "a", "AWS_REGION": "eu-west-1"}, TASKHAWK_QUEUE="b")
+        assert taskhawk.settings.TASKHAWK_QUEUE == "b"
+        assert taskhawk.settings.AWS_REGION == "eu-west-1"
+        taskhawk.configure(AWS_REGION="eu-west-2")
+        assert taskhawk.settings.TASKHAWK_QUEUE is None
+        assert taskhawk.settings.AWS_REGION == "eu-west-2"
+
+    def test_flask(self):
+        """A Flask application hands over its config."""
+        app = flask.Flask("app")
+        app.config.from_mapping(TASKHAWK_QUEUE="flask", TASKHAWK_SYNC="yes", TASKHAWK_BROKER=None)
+        taskhawk.configure(app.config)
+        assert taskhawk.settings.TASKHAWK_QUEUE == "flask"
+        assert taskhawk.settings.TASKHAWK_SYNC is True
+        assert taskhawk.settings.TASKHAWK_BROKER == "sqs"
+
+    def test_configure_with_an_unknown_keyword(self):
+        """configure() refuses a keyword that is no setting, and changes nothing then."""
+        taskhawk.configure(TASKHAWK_QUEUE="before")
+        with pytest.raises(taskhawk.ConfigurationError) as caught:
+            taskhawk.configure(TASKHAWK_QUEUE="after", TASKHAWK_SINC=True)
+        expected = "TASKHAWK_SINC is not a setting of taskhawk; did you mean TASKHAWK_SYNC?"
+        assert str(caught.value) == expected
+        assert taskhawk.settings.TASKHAWK_QUEUE == "before"
+        with pytest.raises(taskhawk.ConfigurationError) as caught:
+            taskhawk.configure(colour="red")
+        assert str(caught.value) == "colour is not a setting of taskhawk"
+
+    def test_unknown_attribute(self):
+        """Reading what is no setting is an AttributeError that names the nearest one."""
+        with pytest.raises(AttributeError) as caught:
+            taskhawk.settings.AWS_REGIO  # noqa: B018 - reading it is the test
+        expected = "AWS_REGIO is not a setting of taskhawk; did you mean AWS_REGION?"
+        assert str(caught.value) == expected
+
+    def test_lazy(self, monkeypatch):
+        """A setting is read at its first use, and then remembered until configure() is called."""
+        monkeypatch.setenv("TASKHAWK_QUEUE", "one")
+        assert taskhawk.settings.TASKHAWK_QUEUE == "one"
+        monkeypatch.setenv("TASKHAWK_QUEUE", "two")
+        assert taskhawk.settings.TASKHAWK_QUEUE == "one"
+        taskhawk.configure()
+        assert taskhawk.settings.TASKHAWK_QUEUE == "two"
+
+    def test_settings_module(self, settings_module):
+        """SETTINGS_MODULE names a module whose globals are settings."""
+        settings_module("import json\nTASKHAWK_QUEUE = 'mine'\nDEBUG = True\n")
+        assert taskhawk.settings.TASKHAWK_QUEUE == "mine"
+
+    @pytest.mark.parametrize("name", ["no_such_module", "json.no_such_module"])
+    def test_settings_module_is_missing(self, monkeypatch, name):
+        """A SETTINGS_MODULE that can't be imported is a ConfigurationError that names it."""
+        monkeypatch.setenv("SETTINGS_MODULE", name)
+        with pytest.raises(taskhawk.ConfigurationError) as caught:
+            taskhawk.settings.TASKHAWK_QUEUE  # noqa: B018 - reading it is the test
+        assert str(caught.value) == (
+            f"the module named by SETTINGS_MODULE {name!r} can't be imported:"
+            f" No module named {name!r}"
+        )
+
+    def test_settings_module_is_broken(self, settings_module):
+        """What a settings module itself fails to import is reported as it is."""
+        settings_module("import no_such_dependency")
+        with pytest.raises(ModuleNotFoundError) as caught:
+            taskhawk.settings.TASKHAWK_QUEUE  # noqa: B018 - reading it is the test
+        assert str(caught.value) == "No module named 'no_such_dependency'"
+
+    @pytest.mark.parametrize(
+        ("name", "value", "expected"),
+        [
+            ("AWS_ACCOUNT_ID", "000000000000", "000000000000"),
+            ("AWS_ACCOUNT_ID", 123456789012, "123456789012"),
+            ("AWS_ACCOUNT_ID", 12345, "000000012345"),
+            ("AWS_CONNECT_TIMEOUT_S", 0.5, 0.5),
+            ("AWS_CONNECT_TIMEOUT_S", "0.5", 0.5),
+            ("AWS_READ_TIMEOUT_S", " 3 ", 3),
+            ("AWS_ENDPOINT_SNS", "https://sns.example.com", "https://sns.example.com"),
+            ("AWS_ENDPOINT_SQS", "http://127.0.0.1:4566/", "http://127.0.0.1:4566"),
+            ("AWS_REGION", "eu-west-1", "eu-west-1"),
+            ("TASKHAWK_BROKER", "sqs", "sqs"),
+            ("TASKHAWK_BROKER", "sqlite://", "sqlite://"),
+            ("TASKHAWK_BROKER", "sqlite:////a/b.db", "sqlite:////a/b.db"),
+            ("TASKHAWK_MAX_DB_REUSE_LOOPS", 1, 1),
+            ("TASKHAWK_MAX_DB_REUSE_LOOPS", "20", 20),
+            ("TASKHAWK_QUEUE", "Dev_my-app-2", "Dev_my-app-2"),
+            ("TASKHAWK_QUEUE", "q" * 71, "q" * 71),
+            ("TASKHAWK_ERROR_HOOK", settings_hook, settings_hook),
+            ("TASKHAWK_HEARTBEAT_HOOK", "json.dumps", json.dumps),
+            ("TASKHAWK_PRE_PROCESS_HOOK", "collections.abc.Mapping", Mapping),
+            ("TASKHAWK_TASK_CLASS", SettingsTask, SettingsTask),
+            ("TASKHAWK_TASK_CLASS", "taskhawk.Task", taskhawk.Task),
+            ("TASKHAWK_TASK_CLASS", "taskhawk.task_manager.Task", taskhawk.Task),
+        ],
+    )
+    def test_legal_value(self, name, value, expected):
+        """A value that has the meaning of the setting's type is taken for it."""
+        taskhawk.configure({name: value})
+        assert getattr(taskhawk.settings, name) == expected
+
+    @pytest.mark.parametrize("name", ["IS_LAMBDA_APP", "TASKHAWK_SYNC"])
+    @pytest.mark.parametrize(
+        ("values", "expected"),
+        [
+            ((False, 0, "False", "false", "0", "", " no ", "OFF"), False),
+            ((True, 1, "True", "true", "1", " yes ", "ON"), True),
+        ],
+    )
+    def test_flag(self, monkeypatch, name, values, expected):
+        """A flag may be a word, and whatever it is set to, it is not left to the next source."""
+        for value in values:
+            monkeypatch.setenv(name, str(not expected))
+            taskhawk.configure({name: value})
+            assert getattr(taskhawk.settings, name) is expected
+            monkeypatch.setenv(name, str(value))
+            taskhawk.configure()
+            assert getattr(taskhawk.settings, name) is expected
+
+    @pytest.mark.parametrize("nothing", [None, ""])
+    def test_nothing(self, monkeypatch, nothing):
+        """None, or an empty text where no flag is wanted, leaves a setting to the next source."""
+        monkeypatch.setenv("TASKHAWK_QUEUE", "mine")
+        taskhawk.configure(TASKHAWK_QUEUE=nothing, TASKHAWK_ERROR_HOOK=nothing)
+        assert taskhawk.settings.TASKHAWK_QUEUE == "mine"
+        assert taskhawk.settings.TASKHAWK_ERROR_HOOK is None
+
+    @pytest.mark.parametrize(
+        ("name", "value", "got"),
+        [
+            ("AWS_ACCOUNT_ID", 1.5, "1.5"),
+            ("AWS_ACCOUNT_ID", True, "True"),
+            ("AWS_ACCOUNT_ID", -1, "-1"),
+            ("AWS_CONNECT_TIMEOUT_S", 0, "0"),
+            ("AWS_CONNECT_TIMEOUT_S", "soon", "'soon'"),
+            ("AWS_CONNECT_TIMEOUT_S", True, "True"),
+            ("AWS_CONNECT_TIMEOUT_S", [2], "[2]"),
+            ("AWS_READ_TIMEOUT_S", -2, "-2"),
+            ("AWS_READ_TIMEOUT_S", float("inf"), "inf"),
+            ("AWS_READ_TIMEOUT_S", "nan", "'nan'"),
+            ("AWS_ENDPOINT_SNS", 4566, "4566"),
+            ("AWS_ENDPOINT_SQS", "127.0.0.1:4566", "'127.0.0.1:4566'"),
+            ("AWS_ENDPOINT_SQS", "http://", "'http://'"),
+            ("AWS_REGION", 1, "1"),
+            ("IS_LAMBDA_APP", "perhaps", "'perhaps'"),
+            ("TASKHAWK_SYNC", "fasle", "'fasle'"),
+            ("TASKHAWK_BROKER", "redis://127.0.0.1", "'redis://127.0.0.1'"),
+            ("TASKHAWK_BROKER", "SQS", "'SQS'"),
+            ("TASKHAWK_BROKER", 5, "5"),
+            ("TASKHAWK_MAX_DB_REUSE_LOOPS", 0, "0"),
+            ("TASKHAWK_MAX_DB_REUSE_LOOPS", "five", "'five'"),
+            ("TASKHAWK_MAX_DB_REUSE_LOOPS", 2.5, "2.5"),
+            ("TASKHAWK_MAX_DB_REUSE_LOOPS", True, "True"),
+            ("TASKHAWK_QUEUE", "my queue", "'my queue'"),
+            ("TASKHAWK_QUEUE", "queue\n", "'queue\\n'"),
+            ("TASKHAWK_QUEUE", "q" * 72, repr("q" * 72)),
+            ("TASKHAWK_QUEUE", 7, "7"),
+            ("TASKHAWK_DEFAULT_HEADERS", {"a": "b"}, "{'a': 'b'}"),
+            ("TASKHAWK_ERROR_HOOK", "print", "'print'"),
+            ("TASKHAWK_HEARTBEAT_HOOK", "os.sep", "'os.sep'"),
+            ("TASKHAWK_HEARTBEAT_HOOK", ".hooks.beat", "'.hooks.beat'"),
+            (
+                "TASKHAWK_POST_PROCESS_HOOK",
+                "json.nope",
+                "'json.nope' (module 'json' has no attribute 'nope')",
+            ),
+            (
+                "TASKHAWK_PRE_PROCESS_HOOK",
+                "no_such_module.hook",
+                "'no_such_module.hook' (No module named 'no_such_module')",
+            ),
+            ("TASKHAWK_TASK_CLASS", 5, "5"),
+        ],
+    )
+    def test_illegal_value(self, name, value, got):
+        """An error names the setting, its source, the rule, a legal value, and what came."""
+        taskhawk.configure({name: value})
+        for _ in range(2):  # it is not remembered as something else
+            with pytest.raises(taskhawk.ConfigurationError) as caught:
+                getattr(taskhawk.settings, name)
+            expected = f"{name} in configure(): expected {SETTINGS_RULES[name]}, got {got}"
+            assert str(caught.value) == expected
+
+    @pytest.mark.parametrize("name", SETTINGS_RULES)
+    def test_value_of_an_error_is_legal(self, name):
+        """The legal value that an error shows is one, if the application has such a hook."""
+        value = re.search(r"such as '(.+)'$", SETTINGS_RULES[name])[1]
+        taskhawk.configure({name: value})
+        if value.startswith("myapp."):
+            with pytest.raises(taskhawk.ConfigurationError, match=r"\(No module named 'myapp'\)$"):
+                getattr(taskhawk.settings, name)
+        else:
+            assert str(getattr(taskhawk.settings, name)) in (value, f"{value}.0")
+
+    def test_illegal_value_of_a_module(self, settings_module):
+        """An error of a setting from SETTINGS_MODULE names the module."""
+        name = settings_module("TASKHAWK_QUEUE = 5")
+        with pytest.raises(taskhawk.ConfigurationError) as caught:
+            taskhawk.settings.TASKHAWK_QUEUE  # noqa: B018 - reading it is the test
+        rule = SETTINGS_RULES["TASKHAWK_QUEUE"]
+        assert str(caught.value) == f"TASKHAWK_QUEUE in the module {name}: expected {rule}, got 5"
+
+    def test_illegal_value_of_the_environment(self, monkeypatch):
+        """An error of a setting from the environment says so."""
+        monkeypatch.setenv("TASKHAWK_SYNC", "maybe")
+        with pytest.raises(taskhawk.ConfigurationError) as caught:
+            taskhawk.settings.TASKHAWK_SYNC  # noqa: B018 - reading it is the test
+        rule = SETTINGS_RULES["TASKHAWK_SYNC"]
+        expected = f"TASKHAWK_SYNC in the environment: expected {rule}, got 'maybe'"
+        assert str(caught.value) == expected
+
+    @pytest.mark.parametrize("name", ["AWS_ACCESS_KEY", "AWS_SECRET_KEY", "AWS_SESSION_TOKEN"])
+    @pytest.mark.parametrize("secret", [b"my-secret-value", ["my-secret-value"]])
+    def test_secret(self, name, secret):
+        """An error never shows the value of a secret, only its type: not in its traceback either.
+
+        It is so where botocore's arguments are put together, too.
+        """
+        legal = dict.fromkeys(("AWS_ACCESS_KEY", "AWS_SECRET_KEY", "AWS_SESSION_TOKEN"), "legal")
+        taskhawk.configure({**legal, name: secret}, TASKHAWK_QUEUE="q", AWS_REGION="us-east-1")
+        invocation = taskhawk.task(settings_task, name="settings.secret").dispatch
+        for use in (functools.partial(getattr, taskhawk.settings, name), invocation):
+            with pytest.raises(taskhawk.ConfigurationError) as caught:
+                use()
+            got = type(secret).__name__
+            expected = f"{name} in configure(): expected {SETTINGS_RULES[name]}, got {got}"
+            assert str(caught.value) == expected
+            assert "my-secret-value" not in "".join(traceback.format_exception(caught.value))
+
+    def test_unknown_name_in_the_environment(self, monkeypatch, caplog):
+        """A name of the environment that only looks like a setting is one warning."""
+        monkeypatch.setenv("TASKHAWK_QEUEU", "q")
+        monkeypatch.setenv("TASKHAWK_XYZXYZXYZXYZXYZXYZXYZ", "q")
+        for name in ("TASKHAWK_QUEUE", "TASKHAWK_SYNC", "AWS_REGION"):
+            getattr(taskhawk.settings, name)
+        taskhawk.configure()
+        assert taskhawk.settings.TASKHAWK_QUEUE is None
+        assert [(record.name, record.levelname) for record in caplog.records] == [
+            ("taskhawk", "WARNING"),
+            ("taskhawk", "WARNING"),
+        ]
+        what = "in the environment is not a setting of taskhawk"
+        assert caplog.messages == [
+            f"TASKHAWK_QEUEU {what}; did you mean TASKHAWK_QUEUE?",
+            f"TASKHAWK_XYZXYZXYZXYZXYZXYZXYZ {what}",
+        ]
+
+    def test_unknown_name_in_a_module(self, settings_module, caplog):
+        """So is a name of the settings module."""
+        name = settings_module("TASKHAWK_ERROR_HOOKS = TASKHAWK_QUEUE = 'q'")
+        assert taskhawk.settings.TASKHAWK_QUEUE == "q"
+        assert taskhawk.settings.TASKHAWK_SYNC is False
+        what = f"in the module {name} is not a setting of taskhawk"
+        (message,) = caplog.messages
+        assert message == f"TASKHAWK_ERROR_HOOKS {what}; did you mean TASKHAWK_ERROR_HOOK?"
+
+    @pytest.mark.parametrize("kind", [dict, types.SimpleNamespace])
+    def test_unknown_name_in_an_object(self, caplog, kind):
+        """So is a name of the object that configure() was given, be it a mapping or not."""
+        name = f"TASKHAWK_BROKER_{kind.__name__[:1].upper()}"
+        taskhawk.configure(kind(**{name: 1, "DEBUG": True}))
+        taskhawk.configure(kind(**{name: 1, "TASKHAWK_QUEUE": "q"}))
+        assert taskhawk.settings.TASKHAWK_QUEUE == "q"
+        assert caplog.messages == [
+            f"{name} in configure() is not a setting of taskhawk; did you mean TASKHAWK_BROKER?"
+        ]
+
+    def test_names_of_4_7(self, monkeypatch, caplog, settings_module):
+        """What only 4.7 has is known, and ignored without a word."""
+        for name, value in SETTINGS_OF_4_7.items():
+            monkeypatch.setenv(name, value)
+        settings_module("\n".join(f"{name} = 1" for name in SETTINGS_OF_4_7))
+        taskhawk.configure(SETTINGS_OF_4_7)
+        assert taskhawk.settings.TASKHAWK_QUEUE is None
+        assert caplog.messages == []
+
+    def test_credentials_that_are_not_set(self, monkeypatch, settings_aws):
+        """Without a key in any source, botocore finds credentials and region its own way."""
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIACHAIN")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        monkeypatch.setenv("AWS_SESSION_TOKEN", "of-the-chain")
+        monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-central-1")
+        found = self.credentials_used(settings_aws, AWS_ACCESS_KEY="")
+        assert found == ("AKIACHAIN", "eu-central-1", "of-the-chain")
+
+    @pytest.mark.parametrize(
+        ("sources", "key", "token"),  # sources: configure(), the module, the environment
+        [
+            (("key secret token", "", ""), "AKIACONFIGURED", "configured"),
+            (("key secret", "", "key secret token"), "AKIACONFIGURED", None),
+            (("token", "", "key secret"), "AKIAENVIRONMENT", None),
+            (("token", "key secret", "key secret token"), "AKIAMODULE", None),
+            (("", "token", "key secret token"), "AKIAENVIRONMENT", "environment"),
+        ],
+    )
+    def test_credentials_are_taken_together(  # noqa: PLR0917 - fixtures
+        self, monkeypatch, settings_module, settings_aws, sources, key, token
+    ):
+        """Key, secret and token come from the one source that has the key, and are never mixed."""
+        configured, module, environment = sources
+        lines = [f"{n} = {value!r}" for n, value in self.credentials(module, "module").items()]
+        settings_module("\n".join(lines))
+        for name, value in self.credentials(environment, "environment").items():
+            monkeypatch.setenv(name, value)
+        given = {"AWS_REGION": "us-west-1", **self.credentials(configured, "configured")}
+        assert self.credentials_used(settings_aws, **given) == (key, "us-west-1", token)
+
+    @pytest.mark.parametrize(
+        ("parts", "here", "missing"),
+        [
+            ("key", "AWS_ACCESS_KEY", "AWS_SECRET_KEY"),
+            ("key token", "AWS_ACCESS_KEY", "AWS_SECRET_KEY"),
+            ("secret", "AWS_SECRET_KEY", "AWS_ACCESS_KEY"),
+        ],
+    )
+    def test_credentials_that_are_not_complete(self, monkeypatch, parts, here, missing):
+        """A key without its secret is an error, and so is a secret without its key."""
+        taskhawk.configure(self.credentials(parts, "configured"), TASKHAWK_QUEUE="q")
+        for name, value in self.credentials("key secret", "environment").items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(taskhawk.ConfigurationError) as caught:
+            taskhawk.task(settings_task, name="settings.incomplete").dispatch()
+        assert str(caught.value) == (
+            f"{here} is set in configure(), but {missing} is not: expected both or neither"
+        )
+
+    @staticmethod
+    def credentials(parts: str, source: str) -> dict[str, str]:
+        """Return settings for the parts that are named, which tell where they came from."""
+        values = {"key": f"AKIA{source.upper()}", "secret": f"{source} secret", "token": source}
+        names = {"key": "AWS_ACCESS_KEY", "secret": "AWS_SECRET_KEY", "token": "AWS_SESSION_TOKEN"}
+        return {names[part]: values[part] for part in parts.split()}
+
+    @staticmethod
+    def credentials_used(settings_aws, **given: Any) -> tuple[str, str, str | None]:
+        """Return key, region and token of the request that a dispatch makes."""
+        url, requests = settings_aws
+        taskhawk.configure(AWS_ENDPOINT_SQS=url, TASKHAWK_QUEUE="q", **given)
+        with pytest.raises(taskhawk.ConfigurationError, match="there is no such queue here"):
+            taskhawk.task(settings_task, name="settings.credentials").dispatch()
+        ((_, headers),) = requests
+        signed = re.search(r"Credential=(\w+)/\d+/([\w-]+)/sqs/", headers["Authorization"])
+        return signed[1], signed[2], headers.get("X-Amz-Security-Token")
+
+    def test_required(self):
+        """Without TASKHAWK_QUEUE, a dispatch to SQS says what to set, how, and where."""
+        taskhawk.configure(AWS_REGION="us-east-1")
+        with pytest.raises(taskhawk.ConfigurationError) as caught:
+            taskhawk.task(settings_task, name="settings.required").dispatch()
+        rule = SETTINGS_RULES["TASKHAWK_QUEUE"]
+        expected = f"TASKHAWK_QUEUE is not set: expected {rule}, {SETTINGS_WHERE}"
+        assert str(caught.value) == expected
+
+    def test_required_by_sns(self):
+        """A topic's name needs AWS_ACCOUNT_ID besides."""
+        taskhawk.configure(IS_LAMBDA_APP=True, AWS_REGION="us-east-1", TASKHAWK_QUEUE="q")
+        with pytest.raises(taskhawk.ConfigurationError) as caught:
+            taskhawk.task(settings_task, name="settings.required").dispatch()
+        rule = SETTINGS_RULES["AWS_ACCOUNT_ID"]
+        expected = f"AWS_ACCOUNT_ID is not set: expected {rule}, {SETTINGS_WHERE}"
+        assert str(caught.value) == expected
+        given = {"IS_LAMBDA_APP": True, "AWS_REGION": "us-east-1", "TASKHAWK_QUEUE": "Q"}
+        taskhawk.configure(given, AWS_ACCOUNT_ID=1234567890)
+        topic = taskhawk._brokers.sender().destination(taskhawk.Priority.low)
+        assert topic == "arn:aws:sns:us-east-1:001234567890:taskhawk-q-low-priority"
+
+    def test_required_region(self):
+        """Where botocore finds no region either, the error says what to set."""
+        taskhawk.configure(TASKHAWK_QUEUE="q")
+        with pytest.raises(taskhawk.ConfigurationError) as caught:
+            taskhawk.task(settings_task, name="settings.required").dispatch()
+        assert str(caught.value) == (
+            "TASKHAWK-Q: no AWS region: set AWS_REGION, for example eu-west-1 (NoRegionError)"
+        )
+
+    @pytest.mark.parametrize("given", [{"TASKHAWK_SYNC": True}, {"TASKHAWK_BROKER": "sqlite://"}])
+    def test_required_by_nothing(self, given):
+        """Neither sync mode nor the embedded queue needs any setting of AWS, or a queue's name."""
+        taskhawk.configure(given)
+        assert taskhawk.task(settings_task, name="settings.free").dispatch()
+
+    @pytest.mark.parametrize("alone", [False, True])
+    def test_paths_of_1_4(self, monkeypatch, alone):
+        """1.4's own defaults, dotted paths into submodules that are gone, go on working."""
+        hooks = "PRE_PROCESS", "POST_PROCESS", "HEARTBEAT"
+        given = {f"TASKHAWK_{hook}_HOOK": "taskhawk.conf.noop_hook" for hook in hooks}
+        given["TASKHAWK_DEFAULT_HEADERS"] = "taskhawk.conf.default_headers_hook"
+        given["TASKHAWK_TASK_CLASS"] = "taskhawk.task_manager.Task"
+        taskhawk.configure(given, TASKHAWK_BROKER="sqlite://", TASKHAWK_SYNC=alone)
+        task = taskhawk.task(settings_task, name="settings.of_1_4")
+        assert type(task) is taskhawk.Task
+        task.with_headers(mine="yes").dispatch()
+        if not alone:
+            broker = taskhawk._brokers.broker()
+            queue = broker.destination(taskhawk.Priority.default)
+            ledger = taskhawk.Worker(broker, [queue], loop_count=1).run()
+            assert str(ledger).startswith("1 received, 1 acked, 0 ")
+        assert settings_task.headers == {"mine": "yes"}
+
+    @pytest.mark.parametrize(
+        ("hook", "expected"),
+        [
+            (lambda task: {"from": task.name}, {"from": "settings.headers"}),
+            (lambda *, task=None: {"from": task.name}, {"from": "settings.headers"}),
+            (lambda **kwargs: {"from": list(kwargs)}, {"from": ["task"]}),
+            (functools.partial(lambda a, task: {a: task.name}, "b"), {"b": "settings.headers"}),
+            (lambda: {"from": "1.4", "own": "2"}, {"from": "1.4"}),
+            (lambda more=2: {"more": more}, {"more": 2}),
+            (lambda: None, {}),
+        ],
+    )
+    def test_default_headers(self, hook, expected):
+        """The hook is given the task if it takes `task`, as in the manual, else called as by 1.4.0.
+
+        What `with_headers` says goes before.
+        """
+        taskhawk.configure(TASKHAWK_SYNC=True, TASKHAWK_DEFAULT_HEADERS=hook)
+        task = taskhawk.task(settings_task, name="settings.headers")
+        task.with_headers(own="1").dispatch()
+        assert settings_task.headers == {**expected, "own": "1"}
+
+    def test_task_class(self):
+        """TASKHAWK_TASK_CLASS makes the tasks; a decorator's options are set on what it made."""
+        taskhawk.configure(TASKHAWK_TASK_CLASS=f"{__name__}.SettingsTask")
+        policy = taskhawk.fixed(5)
+        task = taskhawk.task(name="settings.shouted", priority=taskhawk.Priority.low, retry=policy)(
+            settings_task
+        )
+        assert type(task) is SettingsTask
+        assert (task.name, task.priority) == ("SETTINGS.SHOUTED", taskhawk.Priority.low)
+        assert (task.retry, task.options_at_start) == (policy, None)
+
+    def test_task_class_is_found_by_its_name(self):
+        """A task whose class chose another name is called by that name."""
+        taskhawk.configure(TASKHAWK_TASK_CLASS=SettingsTask, TASKHAWK_SYNC=True)
+        task = taskhawk.task(settings_task, name="settings.renamed")
+        settings_task.headers = None
+        task.with_headers(a="b").dispatch()
+        assert taskhawk.Task.find_by_name("SETTINGS.RENAMED") is task
+        assert settings_task.headers == {"a": "b"}
+
+    def test_task_class_is_read_at_decoration_alone(self, monkeypatch):
+        """Decorating freezes no setting, not even this one, and trips over no other."""
+        monkeypatch.setenv("TASKHAWK_QUEUE", "not legal")
+        monkeypatch.setenv("TASKHAWK_TASK_CLASS", f"{__name__}.SettingsTask")
+        first = taskhawk.task(settings_task, name="settings.first")
+        monkeypatch.setenv("TASKHAWK_TASK_CLASS", f"{__name__}.SettingsOtherTask")
+        second = taskhawk.task(settings_task, name="settings.second")
+        monkeypatch.setenv("TASKHAWK_QUEUE", "legal")
+        assert (type(first), type(second)) == (SettingsTask, SettingsOtherTask)
+        assert taskhawk.settings.TASKHAWK_QUEUE == "legal"
+
+    def test_task_class_that_is_none(self):
+        """A TASKHAWK_TASK_CLASS that makes no tasks is refused where a task is declared."""
+        taskhawk.configure(TASKHAWK_TASK_CLASS="types.MethodType.__call__")
+        with pytest.raises(taskhawk.ConfigurationError):
+            taskhawk.task(settings_task, name="settings.none")
+        taskhawk.configure(TASKHAWK_TASK_CLASS=lambda fn, priority, name: fn)
+        with pytest.raises(taskhawk.ConfigurationError) as caught:
+            taskhawk.task(settings_task, name="settings.none")
+        assert re.fullmatch(
+            r"TASKHAWK_TASK_CLASS: expected a subclass of taskhawk\.Task, got <function .+>",
+            str(caught.value),
+        )
+
+    @pytest.mark.parametrize(
+        ("code", "env", "expected"),
+        [
+            ("", {"DJANGO_SETTINGS_MODULE": "site_settings"}, "site True"),
+            ("from django.conf import settings", {}, "environment True"),
+            (
+                "from django.conf import settings; settings.configure(TASKHAWK_QUEUE='by-hand')",
+                {},
+                "by-hand True",
+            ),
+            ("", {}, "environment False"),
+        ],
+        ids=["named", "imported only", "configured by hand", "not in use"],
+    )
+    def test_django(self, tmp_path, code, env, expected):
+        """Django's settings count where Django is in use, and it is never imported otherwise."""
+        (tmp_path / "site_settings.py").write_text("TASKHAWK_QUEUE = 'site'\n")
+        code += "\nimport sys, taskhawk\nqueue = taskhawk.settings.TASKHAWK_QUEUE"
+        code += "\nprint(queue, 'django' in sys.modules)"
+        env = {"TASKHAWK_QUEUE": "environment", **env}
+        assert settings_child(tmp_path, code, **env) == [expected]
+
+    def test_django_errors(self, tmp_path):
+        """Errors and warnings of Django's settings name them as the source."""
+        code = """
+            import logging, sys
+            from django.conf import settings
+            import taskhawk
+            logging.basicConfig(stream=sys.stdout, format="%(message)s")
+            settings.configure(TASKHAWK_QUEUE=5, TASKHAWK_QUEUEUE="q")
+            try:
+                taskhawk.settings.TASKHAWK_QUEUE
+            except taskhawk.ConfigurationError as error:
+                print(error)
+        """
+        rule = SETTINGS_RULES["TASKHAWK_QUEUE"]
+        what = "in Django's settings is not a setting of taskhawk"
+        assert settings_child(tmp_path, code) == [
+            f"TASKHAWK_QUEUEUE {what}; did you mean TASKHAWK_QUEUE?",
+            f"TASKHAWK_QUEUE in Django's settings: expected {rule}, got 5",
+        ]
+
+    def test_override_settings(self, tmp_path, settings_aws):
+        """Django's override_settings has its effect at once, inside and after the block.
+
+        Clients are made anew where they depend on it; messages in memory outlive it.
+        """
+        url, requests = settings_aws
+        code = f"""
+            import contextlib
+            from django.conf import settings
+            from django.test.utils import override_settings
+            import taskhawk
+            settings.configure(TASKHAWK_QUEUE="one", AWS_REGION="us-east-1", AWS_ACCESS_KEY="k",
+                               AWS_SECRET_KEY="s", AWS_ENDPOINT_SQS="{url}/one")
+            ran = []
+            @taskhawk.task(name="task")
+            def task():
+                ran.append(1)
+            def dispatch():
+                print(taskhawk.settings.TASKHAWK_QUEUE)
+                with contextlib.suppress(taskhawk.ConfigurationError):
+                    task.dispatch()
+            dispatch()
+            with override_settings(TASKHAWK_QUEUE="two", AWS_ENDPOINT_SQS="{url}/two"):
+                dispatch()
+            dispatch()
+            with override_settings(TASKHAWK_BROKER="sqlite://"):
+                with override_settings(DEBUG=True):
+                    task.dispatch()
+                taskhawk.listen_for_messages(taskhawk.Priority.default, loop_count=1)
+            print(ran)
+        """
+        assert settings_child(tmp_path, code) == ["one", "two", "one", "[1]"]
+        assert [path.strip("/") for path, _ in requests] == ["one", "two", "one"]
+
+    #: the start of a script that has a database of Django's in a file, and a task that uses it
+    DJANGO_DATABASE = """
+        import json, logging, sqlite3, threading
+        import django
+        from django.conf import settings
+        from django.db import connection, transaction
+        import taskhawk
+
+        def use(engine="django.db.backends.sqlite3", **more):
+            database = {"ENGINE": engine, "NAME": "django.db"}
+            settings.configure(DATABASES={"default": database}, TASKHAWK_BROKER="sqlite://", **more)
+            django.setup()
+
+        def is_open(raw):
+            try:
+                return bool(raw.execute("SELECT 1"))
+            except sqlite3.ProgrammingError:
+                return False
+
+        used = []
+
+        @taskhawk.task(name="query")
+        def query():
+            with connection.cursor() as cursor:
+                cursor.execute("SELECT 1")
+            used.append((connection.connection, threading.current_thread()))
+    """
+
+    @pytest.mark.parametrize(
+        ("given", "expected"),
+        [
+            ("", "[5, 2] [False, True]"),
+            ("TASKHAWK_MAX_DB_REUSE_LOOPS=3", "[3, 3, 1] [False, False, True]"),
+            ("TASKHAWK_MAX_DB_REUSE_LOOPS=1", "[1, 1, 1, 1, 1, 1, 1] [False" + ", False" * 6 + "]"),
+        ],
+    )
+    def test_django_connections_are_recycled(self, tmp_path, given, expected):
+        """A worker closes the connections of its thread after so many tasks, and no others."""
+        code = (
+            self.DJANGO_DATABASE
+            + f"""
+        use({given})
+        connection.ensure_connection()
+        mine = connection.connection
+        for _ in range(7):
+            query.dispatch()
+
+        def listen():
+            taskhawk.listen_for_messages(taskhawk.Priority.default, loop_count=7)
+            raws = list(dict.fromkeys(raw for raw, _ in used))
+            runs = [raw for raw, _ in used]
+            print([runs.count(raw) for raw in raws], [is_open(raw) for raw in raws])
+            print({{thread.name for _, thread in used}})
+            connection.close()
+
+        worker = threading.Thread(target=listen, name="the worker's")
+        worker.start()
+        worker.join()
+        print(connection.connection is mine, is_open(mine))
+        connection.close()
+        """
+        )
+        found = settings_child(tmp_path, code)
+        assert found == [expected, '{"the worker\'s"}', "True True"]
+
+    def test_django_connection_in_a_transaction(self, tmp_path):
+        """A connection inside its caller's transaction is left alone until the next time."""
+        code = (
+            self.DJANGO_DATABASE
+            + """
+        use(TASKHAWK_MAX_DB_REUSE_LOOPS=1)
+        body = json.dumps(taskhawk.Message.new("query").as_dict())
+        message = taskhawk.QueueMessage(body, "1")
+        with transaction.atomic():
+            with connection.cursor() as cursor:
+                cursor.execute("CREATE TABLE kept (id INTEGER)")
+            raw = connection.connection
+            print(taskhawk.process(message).fate.name)
+            print(connection.connection is raw, is_open(raw))
+        print(connection.introspection.table_names())
+        print(taskhawk.process(message).fate.name)
+        print(connection.connection, is_open(raw))
+        """
+        )
+        found = settings_child(tmp_path, code)
+        assert found == ["acknowledge", "True True", "['kept']", "acknowledge", "None False"]
+
+    def test_django_connection_that_fails_to_close(self, tmp_path):
+        """A database that fails while a connection is closed costs the worker no message."""
+        (tmp_path / "failing").mkdir()
+        (tmp_path / "failing" / "base.py").write_text(
+            "from django.db import OperationalError\n"
+            "from django.db.backends.sqlite3 import base\n"
+            "class DatabaseWrapper(base.DatabaseWrapper):\n"
+            "    def _close(self):\n"
+            "        super()._close()\n"
+            "        raise OperationalError('the server has gone away')\n"
+        )
+        code = (
+            self.DJANGO_DATABASE
+            + """
+        use("failing", TASKHAWK_MAX_DB_REUSE_LOOPS=1)
+        logging.basicConfig(level=logging.CRITICAL)
+        query.dispatch()
+        query.dispatch()
+        print(taskhawk.listen_for_messages(taskhawk.Priority.default, loop_count=2).acked)
+        print(len(used))
+        """
+        )
+        assert settings_child(tmp_path, code) == ["2", "2"]
+
+
+# --- messages, tasks, sync mode -------------------------------------------------------------------
+
+VALID = {
+    "id": "b1328174-a21c-43d3-b303-964dfcc76efc",
+    "metadata": {"priority": "high", "timestamp": 1460868253255, "version": "1.0"},
+    "headers": {"request_id": "1234"},
+    "task": "tasks.send_email",
+    "args": ["email@automatic.com", "Hello!"],
+    "kwargs": {"from_email": "spam@example.com"},
+}
+ABSENT = object()
+TIMESTAMP_RULE = "expected epoch milliseconds or an ISO 8601 date and time"
+NOT_FINITE = "Out of range float values are not JSON compliant"
+
+
+def edited(path: str, value: object) -> dict[str, Any]:
+    """Return the valid message with one value (metadata.version, say) replaced or removed."""
+    data = copy.deepcopy(VALID)
+    *parents, key = path.split(".")
+    parent = data[parents[0]] if parents else data
+    if value is ABSENT:
+        parent.pop(key, None)
+    else:
+        parent[key] = value
+    return data
+
+
+def queued(priority: taskhawk.Priority = taskhawk.Priority.default) -> list[taskhawk.QueueMessage]:
+    """Receive what was sent to the queue of a priority."""
+    broker = taskhawk._brokers.broker()
+    return broker.receive(broker.destination(priority), 10, 0, None, threading.Event())
+
+
+def run_body(body: Any) -> taskhawk.Outcome:
+    """Process a body as if it had been received."""
+    return taskhawk.process(taskhawk.QueueMessage(body, "sqs-id", "receipt"))
+
+
+def nested(depth: int) -> list[Any]:
+    """Return an array that many deep."""
+    value: list[Any] = []
+    for _ in range(depth - 1):
+        value = [value]
+    return value
+
+
+def same_json(one: object, other: object) -> bool:
+    """Compare exactly: 1, 1.0 and True differ, and so do 0.0 and -0.0."""
+    return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
+
+
+@pytest.fixture
+def memory(isolated):
+    """Queue in memory."""
+    taskhawk.configure(TASKHAWK_BROKER="sqlite://")
+
+
+@pytest.fixture
+def sync(isolated):
+    """Run what is dispatched, here and now."""
+    taskhawk.configure(TASKHAWK_SYNC=True)
+
+
+@pytest.fixture
+def send_email(isolated):
+    """Return the task that the valid message is for; its attribute `calls` collects its runs."""
+    calls = []
+
+    @taskhawk.task(name="tasks.send_email")
+    def send_email(to, subject, from_email=None):
+        calls.append((to, subject, from_email))
+
+    send_email.calls = calls
+    return send_email
+
+
+JSON_TEXT = st.text(st.characters(exclude_categories=()))  # with lone surrogates and NUL
+JSON_VALUE = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | JSON_TEXT,
+    lambda inner: st.lists(inner) | st.dictionaries(JSON_TEXT, inner),
+    max_leaves=8,
+)
+ISO_8601_LIKE = st.builds(
+    "{:04}-{:02}-{:02}{}{}{}".format,
+    st.sampled_from([0, 1, 1900, 1969, 1970, 2000, 2023, 2024, 2100, 9999]) | st.integers(0, 9999),
+    st.integers(0, 13),
+    st.integers(0, 32),
+    st.sampled_from(["", "T", " ", "t", "TT"]),
+    st.sampled_from(["", "00:00", "23:59", "24:00", "12:60", "12:30:59", "12:30:60", "1:30"])
+    | st.builds("23:59:59{}{}".format, st.sampled_from(".,;"), st.integers(0, 10**10)),
+    st.sampled_from(["", "Z", "z", "+05:30", "-0130", "+23:59", "+24:00", "+1", "\n"]),
+)
+ALMOST = {
+    "metadata.timestamp": ISO_8601_LIKE
+    | st.datetimes().map(dt.datetime.isoformat)
+    | st.integers(-2, 1)
+    | st.sampled_from([8_640_000_000_000_000, 8_640_000_000_000_000.5, 8_640_000_000_000_001])
+    | st.floats(allow_nan=False),
+    "metadata.version": st.sampled_from(["1.0", "1", "1.0 ", 1.0, "2.0"]),
+    "metadata.priority": st.sampled_from(["default", "high", "low", "bulk", "High", "", 1]),
+    **dict.fromkeys((*VALID, "metadata.unknown", "unknown"), JSON_VALUE),
+}
+
+
+@st.composite
+def almost_valid(draw):
+    """Draw a message that is valid but for at most two edits, which may be valid too."""
+    data = copy.deepcopy(VALID)
+    for path in draw(st.lists(st.sampled_from(sorted(ALMOST)), max_size=2, unique=True)):
+        value = draw(st.just(ABSENT) | ALMOST[path] | JSON_VALUE)
+        *parents, key = path.split(".")
+        parent = data.get(parents[0]) if parents else data
+        if isinstance(parent, dict):
+            parent.pop(key, None)
+            parent.update({} if value is ABSENT else {key: value})
+    return data
+
+
+class TestMessages:
+    """Untrusted bytes stop in room 4, and nothing leaves that it would refuse."""
+
+    def test_wire_format(self, memory, send_email):
+        """A dispatched message has 1.4's format, with a new id and the time of the dispatch."""
+        before = time.time_ns() // 1_000_000
+        call = send_email.with_headers(request_id="1234").with_priority(taskhawk.Priority.high)
+        message_id = call.dispatch(*VALID["args"], **VALID["kwargs"])
+        [received] = queued(taskhawk.Priority.high)
+        data = json.loads(received.body)
+        assert str(uuid.UUID(message_id, version=4)) == message_id
+        timestamp = data["metadata"]["timestamp"]
+        assert type(timestamp) is int
+        assert before <= timestamp <= time.time_ns() // 1_000_000
+        metadata = {**VALID["metadata"], "timestamp": timestamp}
+        assert same_json(data, {**VALID, "id": message_id, "metadata": metadata})
+        assert received.body.isascii()
+        assert taskhawk.process(received) == taskhawk.Outcome(taskhawk.Fate.acknowledge)
+        assert send_email.calls == [("email@automatic.com", "Hello!", "spam@example.com")]
+
+    def test_properties(self, send_email):
+        """A message has the properties and methods of 1.4."""
+        message = taskhawk.Message(VALID)
+        assert message.id == VALID["id"]
+        assert message.metadata == VALID["metadata"]
+        assert (message.timestamp, message.version) == (1460868253255, "1.0")
+        assert message.priority is taskhawk.Priority.high
+        assert message.headers == VALID["headers"]
+        assert (message.task, message.task_name) == (send_email, "tasks.send_email")
+        assert (message.args, message.kwargs) == (VALID["args"], VALID["kwargs"])
+        assert message.as_dict() == dict(message.items()) == VALID
+        assert (message.CURRENT_VERSION, list(message.VERSIONS)) == ("1.0", ["1.0"])
+        message.call_task(None)
+        assert len(send_email.calls) == 1
+        message.priority = taskhawk.Priority.low
+        assert message.as_dict()["metadata"]["priority"] == "low"
+
+    def test_equality(self):
+        """Messages are equal where their contents are, and can't be keys of a dict."""
+        assert taskhawk.Message(VALID) == taskhawk.Message(copy.deepcopy(VALID))
+        assert taskhawk.Message(VALID) != taskhawk.Message(edited("id", "other"))
+        assert taskhawk.Message(VALID) != VALID
+        with pytest.raises(TypeError, match=r"^unhashable type: 'Message'$"):
+            hash(taskhawk.Message(VALID))
+
+    def test_new(self, memory, send_email):
+        """Message.new takes its arguments in 1.4's order, and publish() sends what it made."""
+        kwargs, headers = {"from_email": 3}, {"h": 4}
+        message = taskhawk.Message.new("tasks.send_email", (1, 2), kwargs, "id", headers)
+        assert message.as_dict() == {
+            "id": "id",
+            "metadata": {"priority": "default", "timestamp": message.timestamp, "version": "1.0"},
+            "headers": {"h": 4},
+            "task": "tasks.send_email",
+            "args": [1, 2],
+            "kwargs": {"from_email": 3},
+        }
+        assert taskhawk.publish(message) == "id"
+        [received] = queued()
+        assert json.loads(received.body) == message.as_dict()
+        least = taskhawk.Message.new("tasks.send_email", priority=taskhawk.Priority.bulk)
+        assert (least.args, least.kwargs, least.headers) == ([], {}, {})
+        assert least.priority is taskhawk.Priority.bulk
+        assert least.id != taskhawk.Message.new("tasks.send_email").id
+
+    def test_unknown_task(self):
+        """Neither Message.new nor a run knows a task that is not registered."""
+        with pytest.raises(taskhawk.TaskNotFound) as caught:
+            taskhawk.Message.new("tasks.nope")
+        text = "no task is registered as 'tasks.nope': is its module imported?"
+        assert str(caught.value) == text
+        outcome = run_body(json.dumps(edited("task", "tasks.nope")))
+        assert (outcome.fate, str(outcome.error)) == (taskhawk.Fate.retry, text)
+        assert type(outcome.error) is taskhawk.TaskNotFound
+
+    @pytest.mark.parametrize(
+        ("path", "value", "sentence"),
+        [
+            ("id", ABSENT, "id: expected a non-empty string, got nothing"),
+            ("id", "", 'id: expected a non-empty string, got ""'),
+            ("id", None, "id: expected a non-empty string, got null"),
+            ("id", 5, "id: expected a non-empty string, got a number"),
+            ("id", 0.5, "id: expected a non-empty string, got a number"),
+            ("id", True, "id: expected a non-empty string, got a boolean"),
+            ("id", ["x"], "id: expected a non-empty string, got an array"),
+            ("id", {"x": 1}, "id: expected a non-empty string, got an object"),
+            ("metadata", ABSENT, "metadata: expected an object, got nothing"),
+            ("metadata", None, "metadata: expected an object, got null"),
+            ("metadata", [], "metadata: expected an object, got an array"),
+            ("metadata", "", 'metadata: expected an object, got ""'),
+            ("headers", ABSENT, "headers: expected an object, got nothing"),
+            ("headers", None, "headers: expected an object, got null"),
+            ("headers", [["a", "b"]], "headers: expected an object, got an array"),
+            ("task", ABSENT, "task: expected a non-empty string, got nothing"),
+            ("task", "", 'task: expected a non-empty string, got ""'),
+            ("task", ["os.system"], "task: expected a non-empty string, got an array"),
+            ("args", ABSENT, "args: expected an array, got nothing"),
+            ("args", "ab", "args: expected an array, got a string"),
+            ("args", {"0": 1}, "args: expected an array, got an object"),
+            ("kwargs", ABSENT, "kwargs: expected an object, got nothing"),
+            ("kwargs", [], "kwargs: expected an object, got an array"),
+            ("metadata.version", ABSENT, 'metadata.version: expected "1.0", got nothing'),
+            ("metadata.version", 2, 'metadata.version: expected "1.0", got 2'),
+            ("metadata.version", 1.0, 'metadata.version: expected "1.0", got 1.0'),
+            ("metadata.version", "2.0", 'metadata.version: expected "1.0", got "2.0"'),
+            ("metadata.version", None, 'metadata.version: expected "1.0", got null'),
+            ("metadata.version", False, 'metadata.version: expected "1.0", got false'),
+            ("metadata.version", ["1.0"], 'metadata.version: expected "1.0", got an array'),
+            ("metadata.version", 10**99, 'metadata.version: expected "1.0", got a huge number'),
+            ("metadata.version", "9" * 99, f'metadata.version: expected "1.0", got "{"9" * 40}"'),
+            *(
+                ("metadata.timestamp", value, f"metadata.timestamp: {TIMESTAMP_RULE}, got {shown}")
+                for value, shown in (
+                    (ABSENT, "nothing"),
+                    (None, "null"),
+                    (True, "true"),
+                    ([], "an array"),
+                    ({}, "an object"),
+                    ("", '""'),
+                    (-1, "-1"),
+                    (-0.5, "-0.5"),
+                    (8_640_000_000_000_001, "8640000000000001"),
+                    (10**400, "a huge number"),
+                    ("yesterday", '"yesterday"'),
+                    ("2018-04-05T11:22:33\n", '"2018-04-05T11:22:33\\n"'),
+                    ("2023-02-29", '"2023-02-29"'),
+                    ("1900-02-29", '"1900-02-29"'),
+                    ("0000-01-01", '"0000-01-01"'),
+                    ("2018-04-31", '"2018-04-31"'),
+                    ("2018-04-05T24:00:00Z", '"2018-04-05T24:00:00Z"'),
+                    ("٢٠١٨-04-05", '"\\u0662\\u0660\\u0661\\u0668-04-05"'),
+                )
+            ),
+            *(
+                (
+                    "metadata.priority",
+                    value,
+                    f"metadata.priority: expected one of default, high, low, bulk, got {shown}",
+                )
+                for value, shown in (
+                    (None, "null"),
+                    (2, "2"),
+                    ("urgent", '"urgent"'),
+                    ("HIGH", '"HIGH"'),
+                    (["high"], "an array"),
+                )
+            ),
+        ],
+    )
+    def test_says_what_is_wrong(self, send_email, path, value, sentence):
+        """An invalid message is refused, by the path of what is wrong, and never run."""
+        data = edited(path, value)
+        with pytest.raises(taskhawk.ValidationError) as caught:
+            taskhawk.Message(data)
+        assert str(caught.value) == sentence
+        outcome = run_body(json.dumps(data))
+        assert (outcome.fate, outcome.delay_s) == (taskhawk.Fate.retry, None)
+        assert (type(outcome.error), str(outcome.error)) == (taskhawk.ValidationError, sentence)
+        assert send_email.calls == []
+
+    @pytest.mark.parametrize(
+        ("body", "sentence"),
+        [
+            ("", "message: not JSON at character 0"),
+            ("nope", "message: not JSON at character 0"),
+            ("{", "message: not JSON at character 1"),
+            ('{"password": hunter2}', "message: not JSON at character 13"),
+            ('{"a": 1} x', "message: not JSON at character 9"),
+            ("{'id': 1}", "message: not JSON at character 1"),
+            ('{"id": NaN}', "message: not JSON"),
+            ('{"id": -Infinity}', "message: not JSON"),
+            ('{"id": 1e999}', "message: not JSON"),
+            ("9" * 5000, "message: not JSON"),
+            ("[" * 100_000, "message: nested too deeply"),
+            ('{"a":' * 100_000, "message: nested too deeply"),
+            ("[1]", "message: expected an object, got an array"),
+            ("null", "message: expected an object, got null"),
+            ("true", "message: expected an object, got a boolean"),
+            ("1e3", "message: expected an object, got a number"),
+            ('"x"', "message: expected an object, got a string"),
+            ("{}", "id: expected a non-empty string, got nothing"),
+            (None, "message: expected a string of JSON, got null"),
+            (b"{}", "message: expected a string of JSON, got bytes"),
+        ],
+        ids=repr,
+    )
+    def test_hostile_body(self, body, sentence):
+        """A body that is no message is left to the queue, with an error that does not quote it."""
+        outcome = run_body(body)
+        assert (outcome.fate, outcome.delay_s) == (taskhawk.Fate.retry, None)
+        assert (type(outcome.error), str(outcome.error)) == (taskhawk.ValidationError, sentence)
+
+    @hypothesis.given(st.text() | st.binary() | JSON_VALUE.map(json.dumps))
+    def test_any_body(self, body):
+        """Whatever a body is, the outcome is a ValidationError, never another exception."""
+        outcome = run_body(body)
+        assert outcome.fate is taskhawk.Fate.retry
+        assert isinstance(outcome.error, taskhawk.ValidationError)
+
+    @pytest.mark.parametrize(
+        ("timestamp", "epoch_ms"),
+        [
+            (0, 0),
+            (1460868253255, 1460868253255),
+            (1460868253255.9, 1460868253255),
+            (1.5e12, 1500000000000),
+            (8_640_000_000_000_000, 8_640_000_000_000_000),
+            ("2018-04-05", 1522886400000),
+            ("2018-04-05T11:22", 1522927320000),
+            ("2018-04-05 11:22:33", 1522927353000),
+            ("2018-04-05T11:22:33Z", 1522927353000),
+            ("2018-04-05T11:22:33.456Z", 1522927353456),
+            ("2018-04-05T11:22:33,4", 1522927353400),
+            ("2018-04-05T11:22:33.456789999Z", 1522927353456),
+            ("2018-04-05T11:22:33.456+05:30", 1522907553456),
+            ("2018-04-05T11:22:33-0130", 1522932753000),
+            ("2000-02-29T00:00:00Z", 951782400000),
+            ("2024-02-29", 1709164800000),
+            ("1969-07-20T20:17:40Z", 0),  # so that what was decoded can be sent again
+        ],
+    )
+    def test_timestamps(self, monkeypatch, timestamp, epoch_ms):
+        """A timestamp is milliseconds or ISO 8601 (UTC unless it says so), and becomes an int."""
+        with monkeypatch.context() as context:
+            context.setenv("TZ", "IST-5:30")  # local time must not matter
+            time.tzset()
+            message = taskhawk.Message(edited("metadata.timestamp", timestamp))
+        time.tzset()
+        assert (message.timestamp, type(message.timestamp)) == (epoch_ms, int)
+        assert message.as_dict()["metadata"]["timestamp"] == epoch_ms
+
+    def test_lenient(self, send_email):
+        """Unknown keys are ignored, the priority may be missing, and header values are any JSON."""
+        data = {**edited("metadata.priority", ABSENT), "headers": {"a": {"b": [None]}}, "more": [1]}
+        data["metadata"]["unknown"] = 1
+        message = taskhawk.Message(data)
+        assert message.priority is taskhawk.Priority.default
+        assert message.headers == {"a": {"b": [None]}}
+        metadata = {**VALID["metadata"], "priority": "default"}
+        assert message.as_dict() == {**VALID, "headers": {"a": {"b": [None]}}, "metadata": metadata}
+        assert run_body(json.dumps(data)).fate is taskhawk.Fate.acknowledge
+        assert len(send_email.calls) == 1
+
+    def test_python_types(self, send_email):
+        """A value that is not even JSON is called by its type."""
+        with pytest.raises(taskhawk.ValidationError) as caught:
+            taskhawk.Message.new("tasks.send_email", msg_id=uuid.UUID(VALID["id"]))
+        assert str(caught.value) == "id: expected a non-empty string, got UUID"
+
+    @pytest.mark.parametrize(
+        ("value", "error", "reason"),
+        [
+            ({1}, TypeError, "set is not a JSON type"),
+            (b"x", TypeError, "bytes is not a JSON type"),
+            ([{"a": object()}], TypeError, "object is not a JSON type"),
+            ({(1, 2): 3}, TypeError, "keys must be str, int, float, bool or None, not tuple"),
+            (float("nan"), taskhawk.ValidationError, NOT_FINITE),
+            (-float("inf"), taskhawk.ValidationError, NOT_FINITE),
+            (Decimal("NaN"), taskhawk.ValidationError, NOT_FINITE),
+            (Decimal("Infinity"), taskhawk.ValidationError, NOT_FINITE),
+        ],
+        ids=repr,
+    )
+    def test_not_json(self, memory, send_email, value, error, reason):
+        """An argument or header that is not JSON fails at the dispatch, which names it."""
+        for path, call in {
+            "args[1]": lambda: send_email.dispatch("x", value),
+            "kwargs.from_email": lambda: send_email.dispatch("x", "y", from_email=value),
+            "headers.h": lambda: send_email.with_headers(h=value).dispatch("x", "y"),
+        }.items():
+            with pytest.raises(error) as caught:
+                call()
+            # newer Pythons add the value, which is a float here
+            text = re.sub(r"(compliant): -?(nan|inf)$", r"\1", str(caught.value))
+            assert text == f"tasks.send_email: {path} is not JSON: {reason}"
+            assert type(caught.value) is error
+        assert queued() == []
+
+    def test_circular(self, memory, send_email):
+        """An argument that contains itself fails at the dispatch."""
+        loop = []
+        loop.append(loop)
+        with pytest.raises(taskhawk.ValidationError) as caught:
+            send_email.dispatch("x", loop)
+        text = "tasks.send_email: args[1] is not JSON: Circular reference detected"
+        assert str(caught.value) == text
+
+    def test_too_deep(self, memory, send_email):
+        """What is nested too deeply for JSON is a ValidationError, wherever the limit is."""
+        for dispatch in (
+            lambda depth: send_email.dispatch("x", nested(depth)),
+            lambda depth: send_email.with_headers(h=nested(depth)).dispatch("x", "y"),
+        ):
+            fits, too_deep = 100, 100_000
+            while too_deep - fits > 1:
+                depth = (fits + too_deep) // 2
+                try:
+                    dispatch(depth)
+                    fits = depth
+                except taskhawk.ValidationError as error:
+                    assert str(error).startswith("tasks.send_email: ")  # noqa: PT017
+                    too_deep = depth
+
+    def test_decimals(self, memory, send_email):
+        """Decimals become numbers: whole ones ints, the others floats."""
+        send_email.dispatch(
+            Decimal(2), [Decimal("1.10"), Decimal("1E+3")], from_email=Decimal("-0.5")
+        )
+        [received] = queued()
+        data = json.loads(received.body)
+        assert same_json(data["args"], [2, [1.1, 1000]])
+        assert same_json(data["kwargs"], {"from_email": -0.5})
+
+    def test_round_trip(self):
+        """Any JSON call arrives as it was made: arguments, keyword arguments and headers."""
+        runs = []
+
+        @taskhawk.task(name="tasks.echo")
+        def echo(*, value, headers, metadata, **kwargs):
+            runs.append((value, kwargs, headers, metadata.id))
+
+        @taskhawk.task(name="tasks.echo_args")
+        def echo_args(first, second, /, headers, **kwargs):
+            del kwargs["metadata"]
+            runs.append((second, kwargs, headers, first))
+
+        taken = {"value", "headers", "metadata"}
+        keywords = st.dictionaries(JSON_TEXT.filter(lambda name: name not in taken), JSON_VALUE)
+
+        @hypothesis.given(JSON_VALUE, keywords, st.dictionaries(JSON_TEXT, JSON_VALUE))
+        def check(value, kwargs, headers):
+            taskhawk.configure(TASKHAWK_BROKER="sqlite://")
+            runs.clear()
+            message_id = echo.with_headers(**headers).dispatch(value=value, **kwargs)
+            echo_args.with_headers(**headers).dispatch(message_id, value, **kwargs)
+            for received in queued():
+                assert taskhawk.process(received).error is None
+            assert len(runs) == 2
+            for run in runs:
+                assert same_json(run, (value, kwargs, headers, message_id))
+
+        check()
+
+    @hypothesis.given(almost_valid() | JSON_VALUE)
+    @hypothesis.example(edited("metadata.timestamp", "0000-01-01"))
+    @hypothesis.example(edited("metadata.timestamp", "0000-02-29T00:00:00Z"))
+    @hypothesis.example(edited("metadata.timestamp", "1970-01-01T00:00+23:59"))
+    @hypothesis.settings(max_examples=500)
+    def test_schema(self, data):
+        """The validator and the JSON Schema agree on every message, valid or nearly so."""
+        says_schema = jsonschema.Draft202012Validator(taskhawk.SCHEMA).is_valid(data)
+        try:
+            message = taskhawk.Message(data)
+        except taskhawk.ValidationError:
+            assert not says_schema
+        else:
+            assert says_schema
+            assert taskhawk.Message(message.as_dict()) == message
+
+    def test_schema_file(self):
+        """schema.json is a valid JSON Schema 2020-12, and the one of the module."""
+        jsonschema.Draft202012Validator.check_schema(taskhawk.SCHEMA)
+        text = project_file("schema.json").read_text(encoding="utf-8")
+        assert json.loads(text) == taskhawk.SCHEMA
+
+
+# What PyPI's taskhawk 1.4.0 and 4.7.0 sent: the library, how it came to the queue (SNS: with or
+# without raw delivery), the case, and the body, verbatim but for line breaks in place of spaces.
+RECORDED = r"""
+1.4.0 sqs plain
+{"id": "d91c68be-a158-4a97-bba6-5c65e3b6be81", "metadata": {"priority": "default", "timestamp":
+1795220678277, "version": "1.0"}, "headers": {}, "task": "tasks.send_email", "args":
+["example@email.com", "Hello!"], "kwargs": {}}
+
+1.4.0 sqs kwargs
+{"id": "05c6bd64-7caa-4527-9085-4cad977461cd", "metadata": {"priority": "default", "timestamp":
+1795220678551, "version": "1.0"}, "headers": {}, "task": "tasks.send_email", "args":
+["example@email.com"], "kwargs": {"subject": "Hello!", "from_email": "spam@example.com"}}
+
+1.4.0 sqs headers-str
+{"id": "75343dbf-6798-4708-8b9c-c2bd9268a829", "metadata": {"priority": "default", "timestamp":
+1795220678814, "version": "1.0"}, "headers": {"request_id": "1234", "tenant": "acme"}, "task":
+"tasks.notify", "args": ["bob"], "kwargs": {}}
+
+1.4.0 sqs headers-mixed
+{"id": "5b660205-7f09-42aa-bc23-a6f750df0ef7", "metadata": {"priority": "default", "timestamp":
+1795220679052, "version": "1.0"}, "headers": {"count": 3, "ratio": 0.5, "flag": true, "nothing":
+null, "nested": {"a": [1, {"b": null}], "\u00e9": "it's"}, "name": "\u017dlu\u0165ou\u010dk\u00fd
+\ud83d\udc0e", "price": 1.5}, "task": "tasks.send_email", "args": ["a@b.c", "mixed"], "kwargs": {}}
+
+1.4.0 sqs high-task
+{"id": "457fd27e-130c-4184-bf2a-68d4b87abcc9", "metadata": {"priority": "high", "timestamp":
+1795220679331, "version": "1.0"}, "headers": {}, "task": "tasks.send_email_high", "args":
+["example@email.com", "Now!"], "kwargs": {}}
+
+1.4.0 sqs values
+{"id": "02133125-dc2c-432d-ad2c-14eefbbd92f3", "metadata": {"priority": "default", "timestamp":
+1795220679622, "version": "1.0"}, "headers": {}, "task": "tasks.store", "args": [[2, 1.1, 1000,
+0.12345678901234568, 100000000000000000000, 1e+22, -0.0, true, null, "\u017dlu\u0165ou\u010dk\u00fd
+\ud83d\udc0e \u2028 \"q\" \\ / <&> \n\t\u007f"]], "kwargs": {"extra": {"tuple": [1, [2]], "3":
+{"deep": [[], {}]}, "d": {"x": 5}}}}
+
+1.4.0 sns-raw headers-mixed
+{"id": "3d23dc0a-218a-46dc-8c33-0c2c94830271", "metadata": {"priority": "default", "timestamp":
+1795220679981, "version": "1.0"}, "headers": {"count": 3, "ratio": 0.5, "flag": true, "nothing":
+null, "nested": {"a": [1, {"b": null}], "\u00e9": "it's"}, "name": "\u017dlu\u0165ou\u010dk\u00fd
+\ud83d\udc0e", "price": 1.5}, "task": "tasks.send_email", "args": ["a@b.c", "mixed"], "kwargs": {}}
+
+1.4.0 sns headers-mixed
+{"id": "75cb7313-7b20-4e4b-9793-f474fcf6800d", "metadata": {"priority": "default", "timestamp":
+1795220680339, "version": "1.0"}, "headers": {"count": 3, "ratio": 0.5, "flag": true, "nothing":
+null, "nested": {"a": [1, {"b": null}], "\u00e9": "it's"}, "name": "\u017dlu\u0165ou\u010dk\u00fd
+\ud83d\udc0e", "price": 1.5}, "task": "tasks.send_email", "args": ["a@b.c", "mixed"], "kwargs": {}}
+
+4.7.0 sns-raw plain
+{"id": "4acc8aaf-35f4-47a9-bb93-4578d298e522", "metadata": {"timestamp": 1795220680640, "priority":
+"default", "version": "1.0"}, "headers": {}, "task": "tasks.send_email", "args":
+["example@email.com", "Hello!"], "kwargs": {}}
+
+4.7.0 sns-raw headers-mixed
+{"id": "7282171d-71ed-4b74-aeaf-470dfcd76336", "metadata": {"timestamp": 1795220680931, "priority":
+"default", "version": "1.0"}, "headers": {"count": 3, "ratio": 0.5, "flag": true, "nothing": null,
+"nested": {"a": [1, {"b": null}], "\u00e9": "it's"}, "name": "\u017dlu\u0165ou\u010dk\u00fd
+\ud83d\udc0e", "price": 1.5}, "task": "tasks.send_email", "args": ["a@b.c", "mixed"], "kwargs": {}}
+
+4.7.0 sns-raw values
+{"id": "f00cf316-a9b0-4d5b-bfa1-2d9a63001c5c", "metadata": {"timestamp": 1795220681240, "priority":
+"default", "version": "1.0"}, "headers": {}, "task": "tasks.store", "args": [[2, 1.1, 1000,
+0.12345678901234568, 100000000000000000000, 1e+22, -0.0, true, null, "\u017dlu\u0165ou\u010dk\u00fd
+\ud83d\udc0e \u2028 \"q\" \\ / <&> \n\t\u007f"]], "kwargs": {"extra": {"tuple": [1, [2]], "3":
+{"deep": [[], {}]}, "d": {"x": 5}}}}
+
+4.7.0 sns-raw kwargs-task
+{"id": "0c27eb29-4b8e-4d1a-9859-de4023a01abe", "metadata": {"timestamp": 1795220681601, "priority":
+"default", "version": "1.0"}, "headers": {"source": "web"}, "task": "tasks.log_event", "args":
+["login"], "kwargs": {"user": {"id": 7}, "ok": true}}
+
+4.7.0 sns-raw bulk
+{"id": "ab0309e5-11b7-4c6f-a8e4-9a7eedb9e28e", "metadata": {"timestamp": 1795220682009, "priority":
+"bulk", "version": "1.0"}, "headers": {"batch": "7"}, "task": "tasks.send_email", "args": ["a@b.c",
+"bulk"], "kwargs": {}}
+
+4.7.0 sns headers-str
+{"id": "90b8c9b1-0791-4104-8561-53f160f29539", "metadata": {"timestamp": 1795220682426, "priority":
+"default", "version": "1.0"}, "headers": {"request_id": "1234", "tenant": "acme"}, "task":
+"tasks.notify", "args": ["bob"], "kwargs": {}}
+"""
+RECORDINGS = {
+    first: " ".join(rest)
+    for first, *rest in (record.splitlines() for record in RECORDED.strip().split("\n\n"))
+}
+RECORDED_ATTRIBUTES = {  # all of them are Strings
+    "bulk": {"batch": "7"},
+    "headers-mixed": {
+        "count": "3",
+        "ratio": "0.5",
+        "flag": "True",
+        "nothing": "None",
+        "nested": "{'a': [1, {'b': None}], 'é': \"it's\"}",
+        "name": "Žluťoučký 🐎",
+        "price": "1.50",
+    },
+    "headers-str": {"request_id": "1234", "tenant": "acme"},
+    "kwargs-task": {"source": "web"},
+}
+MIXED_HEADERS = {
+    "count": 3,
+    "ratio": 0.5,
+    "flag": True,
+    "nothing": None,
+    "nested": {"a": [1, {"b": None}], "é": "it's"},
+    "name": "Žluťoučký 🐎",
+    "price": Decimal("1.50"),
+}
+VALUES = [Decimal(2), Decimal("1.10"), Decimal("1E+3"), Decimal("0.1234567890123456789")]
+VALUES += [10**20, 1e22, -0.0, True, None, 'Žluťoučký 🐎 \u2028 "q" \\ / <&> \n\t\x7f']
+EXTRA = {"tuple": (1, (2,)), 3: {"deep": [[], {}]}, "d": {"x": Decimal("5.0")}}
+RECORDED_CALLS = {  # what was dispatched: task, headers, arguments, keyword arguments
+    "bulk": ("send_email", {"batch": "7"}, ("a@b.c", "bulk"), {}),
+    "headers-mixed": ("send_email", MIXED_HEADERS, ("a@b.c", "mixed"), {}),
+    "headers-str": ("notify", {"request_id": "1234", "tenant": "acme"}, ("bob",), {}),
+    "high-task": ("send_email_high", {}, ("example@email.com", "Now!"), {}),
+    "kwargs": (
+        "send_email",
+        {},
+        ("example@email.com",),
+        {"subject": "Hello!", "from_email": "spam@example.com"},
+    ),
+    "kwargs-task": ("log_event", {"source": "web"}, ("login",), {"user": {"id": 7}, "ok": True}),
+    "plain": ("send_email", {}, ("example@email.com", "Hello!"), {}),
+    "values": ("store", {}, (VALUES,), {"extra": EXTRA}),
+}
+
+
+def string_attributes(case: str, kind: str, content: str) -> dict[str, dict[str, str]]:
+    """Return a case's message attributes with the keys that a service uses."""
+    texts = RECORDED_ATTRIBUTES.get(case, {})
+    return {name: {kind: "String", content: text} for name, text in texts.items()}
+
+
+def plain_json(value: object) -> Any:
+    """Return the JSON that 1.4 made of a value."""
+    return json.loads(json.dumps(value, default=lambda d: int(d) if d == int(d) else float(d)))
+
+
+@pytest.fixture
+def recorded_tasks(isolated):
+    """Register the tasks of the recordings, and return the list of their runs."""
+    runs = []
+
+    def note(**values):
+        runs.append({name: value for name, value in values.items() if value is not None})
+
+    @taskhawk.task(name="tasks.send_email")
+    def send_email(to, subject, from_email=None):
+        note(to=to, subject=subject, from_email=from_email)
+
+    @taskhawk.task(name="tasks.send_email_high", priority=taskhawk.Priority.high)
+    def send_email_high(to, subject, from_email=None):
+        note(to=to, subject=subject, from_email=from_email)
+
+    @taskhawk.task(name="tasks.log_event")
+    def log_event(name, **kwargs):
+        note(name=name, **kwargs)
+
+    @taskhawk.task(name="tasks.notify")
+    def notify(to: str, metadata: dict, headers: dict):
+        note(to=to, metadata=metadata, headers=headers)
+
+    @taskhawk.task(name="tasks.store")
+    def store(value, extra=None):
+        note(value=value, extra=extra)
+
+    return runs
+
+
+def expected_run(case: str, body: str, receipt: str | None) -> dict[str, Any]:
+    """Return what a case's task is called with."""
+    data = json.loads(body)
+    metadata = {
+        "id": data["id"],
+        "priority": taskhawk.Priority[data["metadata"]["priority"]],
+        "receipt": receipt,
+        "timestamp": data["metadata"]["timestamp"],
+        "version": "1.0",
+    }
+    _, headers, args, kwargs = RECORDED_CALLS[case]
+    given = {"metadata": metadata, "headers": plain_json(headers)}
+    names = {"headers-str": ["to"], "kwargs-task": ["name"], "values": ["value"]}
+    run = dict(zip(names.get(case, ["to", "subject"]), plain_json(args), strict=False))
+    return {
+        **run,
+        **plain_json(kwargs),
+        **(given if case in ("headers-str", "kwargs-task") else {}),
+    }
+
+
+@pytest.mark.parametrize("recording", RECORDINGS)
+class TestInterop:
+    """What PyPI's taskhawk 1.4.0 and 4.7.0 publish, we run; and we publish the same."""
+
+    def test_from_sqs(self, recorded_tasks, recording):
+        """A message of theirs runs our task with its arguments, headers and metadata."""
+        case, body = recording.split()[-1], RECORDINGS[recording]
+        attributes = string_attributes(case, "DataType", "StringValue")
+        received = taskhawk.QueueMessage(body, "id", "receipt", message_attributes=attributes)
+        assert taskhawk.process(received) == taskhawk.Outcome(taskhawk.Fate.acknowledge)
+        assert recorded_tasks == [expected_run(case, body, "receipt")]
+        assert jsonschema.Draft202012Validator(taskhawk.SCHEMA).is_valid(json.loads(body))
+
+    def test_from_sns(self, recorded_tasks, recording):
+        """A message of theirs runs our task in Lambda too."""
+        case, body = recording.split()[-1], RECORDINGS[recording]
+        sns = {"Type": "Notification", "MessageId": "sns-id", "Message": body}
+        sns["MessageAttributes"] = string_attributes(case, "Type", "Value")
+        event = {"Records": [{"EventSource": "aws:sns", "EventVersion": "1.0", "Sns": sns}]}
+        assert taskhawk.process_messages_for_lambda_consumer(event) is None
+        assert recorded_tasks == [expected_run(case, body, None)]
+
+    def test_same(self, memory, recorded_tasks, recording):
+        """The same call makes the same message here: body, key by key, and attributes."""
+        case, body = recording.split()[-1], RECORDINGS[recording]
+        name, headers, args, kwargs = RECORDED_CALLS[case]
+        theirs = json.loads(body)
+        priority = taskhawk.Priority[theirs["metadata"]["priority"]]
+        task = taskhawk.Task.find_by_name(f"tasks.{name}")
+        invocation = task.with_headers(**headers).with_priority(priority)
+        message_id = invocation.dispatch(*args, **kwargs)
+        [received] = queued(priority)
+        ours = json.loads(received.body)
+        assert ours["metadata"]["timestamp"] > theirs["metadata"]["timestamp"] - 10**12
+        theirs["id"] = message_id
+        theirs["metadata"]["timestamp"] = ours["metadata"]["timestamp"]
+        assert same_json(ours, theirs)
+        attributes = string_attributes(case, "DataType", "StringValue")
+        assert received.message_attributes == attributes
+
+
+@pytest.mark.parametrize("via", ["sqs", "sns"])
+class TestInteropAttributes:
+    """Attributes travel over real SQS and SNS as 1.4's did."""
+
+    def test_attributes(self, ministack, sqs_client, queue_name, recorded_tasks, via):
+        """Sent to the queue, or to a topic with raw delivery to it, a message arrives the same."""
+        queue = f"TASKHAWK-{queue_name}"
+        sqs, sns = sqs_client(ministack), sqs_client(ministack, "sns")
+        sqs.create_queue(QueueName=queue)
+        topic = sns.create_topic(Name=queue.lower())["TopicArn"]
+        sns.subscribe(
+            TopicArn=topic,
+            Protocol="sqs",
+            Endpoint=f"arn:aws:sqs:us-east-1:000000000000:{queue}",
+            Attributes={"RawMessageDelivery": "true"},
+        )
+        taskhawk.configure(
+            AWS_REGION="us-east-1",
+            AWS_ACCOUNT_ID="000000000000",
+            AWS_ACCESS_KEY="test",
+            AWS_SECRET_KEY="test",
+            AWS_ENDPOINT_SQS=ministack,
+            AWS_ENDPOINT_SNS=ministack,
+            TASKHAWK_QUEUE=queue_name,
+            IS_LAMBDA_APP=via == "sns",
+        )
+        _, headers, args, _ = RECORDED_CALLS["headers-mixed"]
+        task = taskhawk.Task.find_by_name("tasks.send_email")
+        message_id = task.with_headers(**headers).dispatch(*args)
+        [received] = taskhawk._brokers.broker().receive(queue, 10, 5, None, threading.Event())
+        data = json.loads(received.body)
+        assert data["id"] == message_id
+        assert same_json(data["headers"], plain_json(headers))
+        attributes = received.message_attributes
+        texts = {name: value["StringValue"] for name, value in attributes.items()}
+        assert texts == RECORDED_ATTRIBUTES["headers-mixed"]
+        assert {value["DataType"] for value in attributes.values()} == {"String"}
+
+
+def place(fn: Any) -> str:
+    """Return what errors say of where a function is."""
+    code = fn.__code__
+    return f"{fn.__module__}.{fn.__qualname__} ({code.co_filename}:{code.co_firstlineno})"
+
+
+def plain(value=None):
+    """Do nothing."""
+
+
+class Shop:
+    """Has methods, which are no tasks, and a function, which is one."""
+
+    def method(self):
+        """Do nothing."""
+
+    @classmethod
+    def class_method(cls):
+        """Do nothing."""
+
+    @staticmethod
+    def function():
+        """Do nothing."""
+
+    def __call__(self):
+        """Do nothing."""
+
+
+class HandMade(taskhawk.Task):
+    """A TASKHAWK_TASK_CLASS that overrides what 1.4's manual says it may."""
+
+    runs: list[Any] = []  # noqa: RUF012
+
+    def call(self, message, receipt):
+        """Note the run, and go on."""
+        self.runs.append((self.name, self.retry, receipt))
+        super().call(message, receipt)
+
+
+A_METHOD = "is a method: expected a function, which a message can call without an object"
+
+
+class TestTasks:
+    """Only what was registered, under the name it was registered by, can be run by a message."""
+
+    def test_callable(self):
+        """A task is called as its function was, and looks like it."""
+
+        def add(one: int, /, other: int = 1, *, self: int = 0) -> int:
+            """Add numbers."""
+            return one + other + self
+
+        add.custom = "kept"
+        task = taskhawk.task(add)
+        assert (task.__name__, task.__doc__, task.__module__) == ("add", "Add numbers.", __name__)
+        assert (task.__qualname__, task.__wrapped__) == (add.__qualname__, add)
+        assert task.__annotations__ == add.__annotations__
+        assert (task.custom, inspect.signature(task)) == ("kept", inspect.signature(add))
+        assert (task(1), task(1, 2), task(1, other=3, self=4)) == (2, 3, 8)
+
+    def test_api_of_1_4(self):
+        """A task has 1.4's properties, and can be made by hand."""
+
+        @taskhawk.task(priority=taskhawk.Priority.low, name="mail.send")
+        def send(to):
+            pass
+
+        assert isinstance(send, taskhawk.Task)
+        assert send.task is send
+        assert taskhawk.Task.find_by_name("mail.send") is send
+        assert (send.name, send.priority) == ("mail.send", taskhawk.Priority.low)
+        assert isinstance(send.fn, types.FunctionType)
+        assert (str(send), repr(send)) == ("Taskhawk task: mail.send", "Taskhawk task: mail.send")
+        for name in ("name", "priority", "fn", "accepts_metadata", "accepts_headers", "task"):
+            with pytest.raises(AttributeError):
+                setattr(send, name, None)
+        bulk = taskhawk.Priority.bulk
+        made = taskhawk.Task(plain, bulk, "made.by.hand")
+        assert (made.fn, made.priority, made.name) == (plain, bulk, "made.by.hand")
+        with pytest.raises(taskhawk.TaskNotFound) as caught:
+            taskhawk.Task.find_by_name("made.by.hand")
+        text = "no task is registered as 'made.by.hand': is its module imported?"
+        assert str(caught.value) == text
+
+    def test_default_name(self):
+        """Without name=, a task is called by its module and function, and has default priority."""
+        task = taskhawk.task(plain)
+        assert (task.name, task.priority) == (f"{__name__}.plain", taskhawk.Priority.default)
+        assert taskhawk.task(Shop.function).name == f"{__name__}.function"
+        high = taskhawk.task(priority=taskhawk.Priority.high)(place)
+        assert (high.name, high.priority) == (f"{__name__}.place", taskhawk.Priority.high)
+        bound = functools.partial(plain, 1)
+        assert taskhawk.task(name="shop.partial")(bound).name == "shop.partial"
+
+    def test_priorities(self):
+        """The four priorities have 1.4's names and values."""
+        values = {priority.name: priority.value for priority in taskhawk.Priority}
+        assert values == {"default": 1, "high": 2, "low": 3, "bulk": 4}
+
+    def test_function_attributes(self, sync):
+        """What another decorator left on the function does not replace what is the task's own."""
+
+        def fetch():
+            return "fetched"
+
+        fetch.retry = fetch.dispatch = fetch.call = fetch._name = fetch._fn = "another decorator's"
+        task = taskhawk.task(name="shop.fetch")(fetch)
+        assert (task.retry, task.name, task()) == (None, "shop.fetch", "fetched")
+        assert uuid.UUID(task.dispatch())
+
+    @pytest.mark.parametrize(
+        ("fn", "metadata", "headers"),
+        [
+            (lambda to: None, False, False),
+            (lambda to, metadata: None, True, False),
+            (lambda *, headers=None: None, False, True),
+            (lambda metadata, headers: None, True, True),
+            (lambda **kwargs: None, True, True),
+            (lambda metadata, headers, /: None, False, False),
+            (lambda metadata, /, **kwargs: None, True, True),
+        ],
+    )
+    def test_accepts(self, fn, metadata, headers):
+        """A task is given what it has a parameter for, by name or by **kwargs."""
+        task = taskhawk.Task(fn, taskhawk.Priority.default, "shop.f")
+        assert (task.accepts_metadata, task.accepts_headers) == (metadata, headers)
+
+    def test_call(self):
+        """Task.call gives metadata and headers where they are taken, whatever their annotations."""
+
+        @taskhawk.task(name="tasks.send_email")
+        def send_email(to, subject, metadata: str, headers: 0, from_email=None):
+            runs.append((to, subject, metadata, headers, from_email))
+
+        runs: list[Any] = []
+        message = taskhawk.Message(VALID)
+        send_email.call(message, "receipt")
+        message.call_task(None)
+        metadata = {"id": VALID["id"], "priority": taskhawk.Priority.high, "receipt": "receipt"}
+        metadata |= {"timestamp": 1460868253255, "version": "1.0"}
+        args = ("email@automatic.com", "Hello!")
+        rest = (VALID["headers"], "spam@example.com")
+        assert runs == [(*args, metadata, *rest), (*args, {**metadata, "receipt": None}, *rest)]
+
+    def test_call_leaves_message(self):
+        """A task that empties what it is given does not change the message."""
+
+        @taskhawk.task(name="tasks.send_email")
+        def send_email(to, subject, headers, **kwargs):
+            headers.clear()
+            kwargs.clear()
+
+        message = taskhawk.Message(copy.deepcopy(VALID))
+        message.call_task(None)
+        assert message.as_dict() == VALID
+
+    def test_keywords(self):
+        """A task with **kwargs gets metadata and headers in them, and no message can forge them."""
+
+        @taskhawk.task(name="tasks.send_email")
+        def send_email(to, /, subject, **kwargs):
+            runs.append(kwargs)
+
+        runs: list[Any] = []
+        forged = {"metadata": {"id": "forged"}, "headers": "forged", "to": 1}
+        assert run_body(json.dumps(edited("kwargs", forged))).error is None
+        [kwargs] = runs
+        assert (kwargs["metadata"].id, kwargs["metadata"].receipt) == (VALID["id"], "receipt")
+        assert (kwargs["headers"], kwargs["to"], len(kwargs)) == (VALID["headers"], 1, 3)
+
+    def test_metadata(self):
+        """Metadata is a dict with 1.4's five keys, which are attributes too; the rest only that."""
+        message = taskhawk.Message(VALID)
+        metadata = taskhawk.Metadata(message, "receipt")
+        assert isinstance(metadata, dict)
+        assert sorted(metadata) == ["id", "priority", "receipt", "timestamp", "version"]
+        assert {name: getattr(metadata, name) for name in metadata} == metadata
+        assert (metadata.headers, metadata.attempt) == (VALID["headers"], 1)
+        assert (metadata.queue, metadata.lease_lost) == (None, False)
+        metadata.extend_visibility_timeout(60)  # of no queue: nothing to do
+        with pytest.raises(AttributeError) as caught:
+            str(metadata.provider)
+        assert str(caught.value) == "metadata has no 'provider'"
+        assert copy.copy(metadata) == metadata
+
+    def test_metadata_of_queue(self):
+        """Received from a queue, metadata knows its name and attempts, and can hold the message."""
+        now = 1_000_000.0
+        broker = taskhawk.SqliteBroker("sqlite://", clock=lambda: now)
+        broker.send("shop", [taskhawk.Outgoing(json.dumps(VALID), {})])
+        seen = []
+
+        @taskhawk.task(name="tasks.send_email")
+        def send_email(to, subject, metadata, from_email=None):
+            metadata.extend_visibility_timeout(100)
+            seen.append((metadata.queue, metadata.attempt, metadata.receipt, metadata.lease_lost))
+
+        for attempt in (1, 2):
+            [received] = broker.receive("shop", 1, 0, 30, threading.Event())
+            received.lease_lost = attempt == 2
+            assert taskhawk.process(received).error is None
+            assert seen.pop() == ("shop", attempt, received.receipt_handle, attempt == 2)
+            now += 99
+            assert broker.receive("shop", 1, 0, 30, threading.Event()) == []
+            now += 2
+        broker.close()
+
+    @pytest.mark.parametrize(
+        ("args", "kwargs", "sentence"),
+        [
+            ((), {}, "tasks.send: missing a required argument: 'one'"),
+            ((1,), {}, "tasks.send: missing a required argument: 'three'"),
+            ((1, 2, 3), {"three": 3}, "tasks.send: too many positional arguments"),
+            (
+                (1,),
+                {"three": 3, "four": 4},
+                "tasks.send: got an unexpected keyword argument 'four'",
+            ),
+            ((1, 2), {"two": 2, "three": 3}, "tasks.send: multiple values for argument 'two'"),
+            (
+                (1,),
+                {"three": 3, "metadata": {}},
+                "tasks.send: 'metadata' is given by the worker: leave it out",
+            ),
+        ],
+    )
+    def test_binding(self, memory, args, kwargs, sentence):
+        """A call that the worker could not make is a TypeError at the dispatch."""
+
+        @taskhawk.task(name="tasks.send")
+        def send(one, /, two=2, *, three, metadata):
+            pass
+
+        for dispatch in (send.dispatch, send.with_headers(a=1).dispatch):
+            with pytest.raises(TypeError) as caught:
+                dispatch(*args, **kwargs)
+            assert str(caught.value) == sentence
+        assert queued() == []
+        assert send.dispatch(1, three=3)
+
+    def test_binding_names(self, memory):
+        """Parameters may be called self, args or priority, and headers h1, task or self."""
+
+        @taskhawk.task(name="tasks.odd")
+        def odd(self, args, priority, headers):
+            runs.append((self, args, priority, headers))
+
+        runs: list[Any] = []
+        odd.with_headers(self=1, task=2).with_headers(h1=3).dispatch(self=4, args=5, priority=6)
+        [received] = queued()
+        assert taskhawk.process(received).error is None
+        assert runs == [(4, 5, 6, {"self": 1, "task": 2, "h1": 3})]
+
+    def test_immutable_invocations(self, memory):
+        """Each with_… returns a new invocation, and the one it was called on stays as it was."""
+
+        @taskhawk.task(name="tasks.send", priority=taskhawk.Priority.low)
+        def send():
+            pass
+
+        first = send.with_headers(a=1, b=1)
+        others = first.with_headers(b=2), first.with_priority(taskhawk.Priority.high)
+        assert others[1].with_priority(taskhawk.Priority.bulk).with_delay(0) is not others[1]
+        assert all(isinstance(other, taskhawk.AsyncInvocation) for other in (first, *others))
+        for invocation in (send, first, *others, taskhawk.AsyncInvocation(send)):
+            invocation.dispatch()
+        low, high = queued(taskhawk.Priority.low), queued(taskhawk.Priority.high)
+        sent = [json.loads(received.body) for received in low + high]
+        headers = [{}, {"a": 1, "b": 1}, {"a": 1, "b": 2}, {}, {"a": 1, "b": 1}]
+        assert [data["headers"] for data in sent] == headers
+        assert [data["metadata"]["priority"] for data in sent] == ["low"] * 4 + ["high"]
+        assert queued(taskhawk.Priority.bulk) == []
+
+    @pytest.mark.parametrize("priority", list(taskhawk.Priority))
+    def test_priority(self, memory, priority):
+        """A message goes through the queue of its priority, and says so."""
+        task = taskhawk.task(plain, priority=priority)
+        task.dispatch()
+        other = taskhawk.Priority.default
+        task.with_priority(other).dispatch()
+        for expected in {priority, other}:
+            for received in queued(expected):
+                data = json.loads(received.body)
+                assert data["metadata"]["priority"] == expected.name
+        with pytest.raises(TypeError) as caught:
+            task.with_priority("high")
+        assert str(caught.value) == "priority: expected a taskhawk.Priority, got 'high'"
+
+    def test_default_headers(self, memory):
+        """The default headers are the dispatched message's too; its own come first."""
+        task = taskhawk.task(plain)
+        defaults = {"request_id": "default", "task": task.name}
+        for hook, headers in (
+            (lambda task: {**defaults, "task": task.name}, {**defaults, "request_id": "own"}),
+            (lambda: None, {"request_id": "own"}),
+        ):
+            taskhawk.configure(TASKHAWK_BROKER="sqlite://", TASKHAWK_DEFAULT_HEADERS=hook)
+            task.with_headers(request_id="own").dispatch()
+            [received] = queued()
+            assert json.loads(received.body)["headers"] == headers
+
+    @pytest.mark.parametrize("delay", [90, 90.0, dt.timedelta(minutes=1.5)])
+    def test_delay(self, memory, delay):
+        """A delay is seconds or a timedelta, and the queue holds the message for so long."""
+        task = taskhawk.task(plain)
+        task.with_delay(delay).dispatch()
+        task.with_delay(3).with_delay(0).dispatch()
+        broker = taskhawk._brokers.broker()
+        depth = broker.depth(broker.destination(taskhawk.Priority.default))
+        assert depth == taskhawk.Depth(visible=1, in_flight=0, delayed=1)
+
+    @pytest.mark.parametrize(
+        ("delay", "shown"),
+        [
+            (-1, "-1"),
+            (float("nan"), "nan"),
+            (float("inf"), "inf"),
+            (dt.timedelta(days=-1), "-86400.0"),
+        ],
+    )
+    def test_wrong_delay(self, delay, shown):
+        """A negative or non-finite delay is a ValueError."""
+        with pytest.raises(ValueError, match=r"^delay: ") as caught:
+            taskhawk.task(plain).with_delay(delay)
+        assert str(caught.value) == f"delay: expected 0 or more seconds, got {shown}"
+
+    def test_dispatch_many(self, memory):
+        """dispatch_many() dispatches a stream of calls, ten at a time, and counts them."""
+        runs = []
+
+        @taskhawk.task(name="tasks.note")
+        def note(one, two=None, *, headers):
+            runs.append((one, two, headers))
+
+        def calls():
+            yield from range(11)
+            sent_before.append(len(queued()))
+            yield (1, 2)
+            yield {"one": 3, "two": 4}
+            yield [5]
+
+        sent_before = []
+        assert note.dispatch_many([]) == 0
+        assert note.with_headers(a=1).dispatch_many(calls()) == 14
+        assert note.dispatch_many([7]) == 1
+        assert sent_before == [10]
+        for received in queued():
+            assert taskhawk.process(received).error is None
+        expected = [(10, None), (1, 2), (3, 4), ([5], None)]
+        assert runs == [*((*call, {"a": 1}) for call in expected), (7, None, {})]
+
+    # --- names ---
+
+    @pytest.mark.parametrize(
+        ("args", "name"),
+        [
+            (["shop.py"], "shop.sell"),
+            (["stores/shop.py"], "shop.sell"),
+            (["-m", "shop"], "shop.sell"),
+            (["-m", "stores.shop"], "stores.shop.sell"),
+            (["-m", "stores"], "stores.__main__.sell"),
+            (["-c", "exec(open('shop.py').read())"], "__main__.sell"),
+        ],
+        ids=" ".join,
+    )
+    def test_main(self, tmp_path, args, name):
+        """A script's task has the name that a worker imports it by, and answers to __main__ too."""
+        (tmp_path / "stores").mkdir()
+        script = textwrap.dedent("""
+            import taskhawk
+
+            @taskhawk.task
+            def sell():
+                pass
+
+            @taskhawk.task(name="shop.buy")
+            def buy():
+                pass
+
+            if __name__ == "__main__":
+                print(sell.name, taskhawk.Task.find_by_name("__main__.sell") is sell)
+                print(buy.name, sorted(taskhawk._registry))
+        """)
+        for path in ("shop.py", "stores/shop.py", "stores/__main__.py", "stores/__init__.py"):
+            (tmp_path / path).write_text(script if "init" not in path else "")
+        result = run_python(args, cwd=tmp_path)
+        names = sorted({name, "__main__.sell", "shop.buy"})
+        assert (result.stderr, result.stdout) == ("", f"{name} True\nshop.buy {names}\n")
+
+    def test_main_dispatches(self, tmp_path):
+        """What a script dispatches, a worker that imports the script runs; it may import itself."""
+        (tmp_path / "shop.py").write_text(
+            textwrap.dedent("""
+            import taskhawk
+
+            @taskhawk.task
+            def sell(what):
+                print("sold", what)
+
+            if __name__ == "__main__":
+                import shop
+
+                assert shop.sell is taskhawk.Task.find_by_name("shop.sell")
+                sell.dispatch("milk")
+        """)
+        )
+        env = {"TASKHAWK_BROKER": "sqlite:///queue.db"}
+        result = run_python(["shop.py"], cwd=tmp_path, env=env)
+        assert (result.stdout, result.stderr, result.returncode) == ("", "", 0)
+        worker = ["-m", "taskhawk", "listen", "shop", "--until-empty"]
+        result = run_python(worker, cwd=tmp_path, env=env)
+        assert result.stdout.startswith("sold milk\n1 received, 1 acked, ")
+
+    def test_taken_name(self):
+        """Another function under a taken name is refused, by a sentence that names both places."""
+
+        def first():
+            pass
+
+        def second():
+            pass
+
+        task = taskhawk.task(name="shop.sell")(first)
+        with pytest.raises(taskhawk.ConfigurationError) as caught:
+            taskhawk.task(name="shop.sell")(second)
+        assert str(caught.value) == (
+            f"shop.sell: the name of {place(second)} is taken by {place(first)}:"
+            " rename one, or pass name= to @taskhawk.task"
+        )
+        assert taskhawk.Task.find_by_name("shop.sell") is task
+        assert taskhawk.task(name="shop.sell")(first).fn is first  # registered twice
+
+    def test_taken_by_twin(self, tmp_path, monkeypatch):
+        """Two functions of one name in a module are two functions."""
+        source = "import taskhawk\n\n@taskhawk.task\ndef sell():\n    pass\n"
+        path = tmp_path / "twins.py"
+        path.write_text(source + source)
+        monkeypatch.syspath_prepend(tmp_path)
+        with pytest.raises(taskhawk.ConfigurationError) as caught:
+            importlib.import_module("twins")
+        assert str(caught.value) == (
+            f"twins.sell: the name of twins.sell ({path}:8) is taken by twins.sell ({path}:3):"
+            " rename one, or pass name= to @taskhawk.task"
+        )
+
+    def test_taken_by_factory(self):
+        """Two functions made by one function are two: a message must not reach the other."""
+
+        def make(what):
+            @taskhawk.task(name="shop.sell")
+            def sell():
+                return what
+
+            return sell
+
+        milk = make("milk")
+        with pytest.raises(taskhawk.ConfigurationError) as caught:
+            make("bread")
+        assert str(caught.value) == (
+            f"shop.sell: the name of {place(milk.fn)} is taken by {place(milk.fn)}:"
+            " rename one, or pass name= to @taskhawk.task"
+        )
+        assert taskhawk.Task.find_by_name("shop.sell") is milk
+
+    def test_taken_by_callable(self):
+        """An object has its name alone to be known by."""
+        taskhawk.task(name="shop.call")(functools.partial(plain, 1))
+        other = functools.partial(plain, 2)
+        with pytest.raises(taskhawk.ConfigurationError) as caught:
+            taskhawk.task(name="shop.call")(other)
+        first = taskhawk.Task.find_by_name("shop.call").fn
+        assert str(caught.value) == (
+            f"shop.call: the name of functools.{other!r} is taken by functools.{first!r}:"
+            " rename one, or pass name= to @taskhawk.task"
+        )
+        assert taskhawk.task(name="shop.call")(first).fn is first
+
+    @pytest.mark.parametrize("again", ["reload", "import"])
+    @pytest.mark.parametrize("edit", ["", "\n\n\n"])
+    def test_reload(self, tmp_path, monkeypatch, again, edit):
+        """A module read again replaces its tasks, also where they moved to other lines."""
+        source = "import taskhawk\n\n@taskhawk.task\ndef sell():\n    return {}\n"
+        path = tmp_path / "reloaded.py"
+        monkeypatch.setattr(sys, "dont_write_bytecode", True)
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "reloaded", raising=False)
+        path.write_text(source.format(1))
+        module = importlib.import_module("reloaded")
+        old = module.sell
+        path.write_text(edit + source.format(2))
+        if again == "reload":
+            module = importlib.reload(module)
+        else:
+            monkeypatch.delitem(sys.modules, "reloaded")
+            module = importlib.import_module("reloaded")
+        assert (old(), module.sell()) == (1, 2)
+        assert taskhawk.Task.find_by_name("reloaded.sell") is module.sell
+
+    def test_repl(self, tmp_path):
+        """In the interactive interpreter, a task can be defined anew."""
+        define = "@taskhawk.task\ndef sell(): return {}\n\n"
+        typed = f"import taskhawk\n{define.format(1)}{define.format(2)}\n"
+        typed += "print(sell.name, taskhawk.Task.find_by_name('__main__.sell')())\n"
+        result = subprocess.run(
+            [sys.executable, "-i", "-q"],
+            input=typed,
+            env=python_env(),
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert result.stdout == "__main__.sell 2\n", result.stderr
+
+    def test_notebook(self, tmp_path):
+        """In a notebook, where each cell is compiled as a file of its own, too."""
+        cell = "@taskhawk.task\ndef sell():\n    return {}\n"
+        code = "import taskhawk\n" + "".join(
+            f"exec(compile({cell.format(n)!r}, '/tmp/ipykernel_1/{n}.py', 'exec'))\n"
+            for n in (1, 2)
+        )
+        result = run_python(code + "print(sell.name, sell())", cwd=tmp_path)
+        assert (result.stdout, result.stderr) == ("__main__.sell 2\n", "")
+
+    # --- refusals ---
+
+    @pytest.mark.parametrize(
+        ("fn", "sentence"),
+        [
+            (Shop.method, f"Shop.method {A_METHOD}"),
+            (Shop().method, f"Shop.method {A_METHOD}"),
+            (Shop.class_method, f"Shop.class_method {A_METHOD}"),
+            (lambda: None, "TestTasks.<lambda> is a lambda: expected a function with a name (def)"),
+            (None, "None can't be called: expected a function"),
+            ("shop.sell", "'shop.sell' can't be called: expected a function"),
+            (classmethod(plain), "plain can't be called: expected a function"),
+        ],
+    )
+    def test_refused(self, fn, sentence):
+        """What a message can't call is refused, by a sentence that says what to do."""
+        for decorate in (taskhawk.task, taskhawk.task(name="shop.sell")):
+            with pytest.raises(taskhawk.ConfigurationError) as caught:
+                decorate(fn)
+            assert str(caught.value) == sentence
+        assert "shop.sell" not in taskhawk._registry
+
+    def test_refused_in_class(self):
+        """The decorator in a class body is refused at once."""
+        with pytest.raises(taskhawk.ConfigurationError) as caught:
+
+            class Cart:
+                @taskhawk.task
+                def fill(self):
+                    pass
+
+        name = "TestTasks.test_refused_in_class.<locals>.Cart.fill"
+        assert str(caught.value) == f"{name} {A_METHOD}"
+
+    @pytest.mark.parametrize("thing", [functools.partial(plain), Shop()])
+    def test_refused_nameless(self, thing):
+        """What has no name is refused unless it is given one."""
+        with pytest.raises(taskhawk.ConfigurationError) as caught:
+            taskhawk.task(thing)
+        assert str(caught.value) == f"{thing!r} has no name: pass name= to taskhawk.task"
+        assert taskhawk.task(name="shop.sell")(thing).fn is thing
+
+    def test_refused_task(self):
+        """A task is not made a task again."""
+        task = taskhawk.task(name="shop.plain")(plain)
+        with pytest.raises(taskhawk.ConfigurationError) as caught:
+            taskhawk.task(task)
+        assert str(caught.value) == "plain is a task already: decorate it once"
+
+    def test_refused_star_args(self):
+        """A task function can't have *args."""
+
+        def sell(what, *more):
+            pass
+
+        with pytest.raises(taskhawk.ConfigurationError) as caught:
+            taskhawk.task(sell)
+        text = "*args can't be a task's parameter: name the arguments, or take a list"
+        assert str(caught.value) == f"{__name__}.sell: {text}"
+        assert f"{__name__}.sell" not in taskhawk._registry
+
+    def test_refused_builtin(self):
+        """What does not tell its parameters can't be checked at a dispatch, and is refused."""
+        with pytest.raises(taskhawk.ConfigurationError) as caught:
+            taskhawk.task(dict)
+        text = "builtins.dict does not tell its parameters: expected a function written in Python"
+        assert str(caught.value) == text
+
+    @pytest.mark.parametrize(("args", "options"), [((plain, 5), {}), ((plain,), {"colour": 1})])
+    def test_wrong_arguments(self, args, options):
+        """Arguments that task() does not have are refused."""
+        with pytest.raises(
+            TypeError, match=r"^task(\.<locals>\.decorate)?\(\) (takes 1|got an unexpected)"
+        ):
+            taskhawk.task(*args, **options)
+
+    @pytest.mark.parametrize(
+        ("option", "value", "sentence"),
+        [
+            ("priority", "high", "priority='high': expected a taskhawk.Priority"),
+            ("priority", 2, "priority=2: expected a taskhawk.Priority"),
+            ("retry", 5, "retry=5: expected a function of the attempt"),
+            ("retry_on", [ValueError], f"retry_on=[{ValueError!r}]: expected exceptions"),
+            ("retry_on", ("ValueError",), "retry_on=('ValueError',): expected exceptions"),
+            ("never_retry_on", 5, "never_retry_on=5: expected exceptions"),
+        ],
+    )
+    def test_wrong_options(self, option, value, sentence):
+        """Wrong options fail where the task is declared, not when it first fails."""
+        with pytest.raises(taskhawk.ConfigurationError) as caught:
+            taskhawk.task(name="shop.sell", **{option: value})(plain)
+        assert str(caught.value) == f"plain has {sentence}"
+        assert "shop.sell" not in taskhawk._registry
+
+    def test_retry_options(self):
+        """The retry options are the task's, and decide which errors are run again after."""
+        assert taskhawk.task(plain).retry is None
+        policy = taskhawk.fixed(1)
+        task = taskhawk.task(
+            name="shop.sell", retry=policy, retry_on=(OSError,), never_retry_on=(TimeoutError,)
+        )(plain)
+        assert task.retry is policy
+        assert (task.retry_on, task.never_retry_on) == ((OSError,), (TimeoutError,))
+
+    # --- async def ---
+
+    def test_async(self, memory):
+        """An async function runs to its end; called by hand, it is what it was."""
+        runs = []
+
+        @taskhawk.task(name="shop.sell")
+        async def sell(what, metadata):
+            await asyncio.sleep(0)
+            runs.append((what, metadata.attempt))
+            return what
+
+        sell.dispatch("milk")
+        [received] = queued()
+        assert taskhawk.process(received).fate is taskhawk.Fate.acknowledge
+        assert runs == [("milk", 1)]
+        assert asyncio.run(sell("bread", taskhawk.Metadata(taskhawk.Message(VALID), None)))
+
+    def test_async_error(self):
+        """An async function that raises has failed."""
+
+        @taskhawk.task(name="tasks.send_email")
+        async def send_email(*, to="", **kwargs):
+            await asyncio.sleep(0)
+            raise ValueError("no milk")
+
+        outcome = run_body(json.dumps(edited("args", [])))
+        assert (type(outcome.error), str(outcome.error)) == (ValueError, "no milk")
+        assert outcome.fate is taskhawk.Fate.retry
+
+    @pytest.mark.parametrize("kind", ["wrapped", "object", "partial"])
+    def test_async_in_disguise(self, kind):
+        """Whatever returns a coroutine is run to its end: none is taken for done unawaited."""
+        runs = []
+
+        async def sell(*_args, **_kwargs):
+            await asyncio.sleep(0)
+            runs.append("milk")
+
+        class Seller:
+            async def __call__(self, to, subject, from_email):
+                await sell()
+
+        def wrapped(to, subject, from_email):
+            return sell()
+
+        thing = {"wrapped": wrapped, "object": Seller(), "partial": functools.partial(wrapped)}[
+            kind
+        ]
+        taskhawk.task(name="tasks.send_email")(thing)
+        assert run_body(json.dumps(VALID)).error is None
+        assert runs == ["milk"]
+
+    # --- TASKHAWK_TASK_CLASS ---
+
+    def test_task_class(self, memory, monkeypatch):
+        """TASKHAWK_TASK_CLASS may override call(), which runs whatever way the message came."""
+        monkeypatch.setattr(HandMade, "runs", [])
+        policy = taskhawk.fixed(1)
+        taskhawk.configure(TASKHAWK_BROKER="sqlite://", TASKHAWK_TASK_CLASS=HandMade)
+        task = taskhawk.task(name="shop.sell", retry=policy)(plain)
+        assert type(task) is HandMade
+        task.dispatch()
+        [received] = queued()
+        taskhawk.process(received)
+        taskhawk.configure(TASKHAWK_SYNC=True)
+        task.dispatch()
+        receipts = received.receipt_handle, None
+        assert HandMade.runs == [("shop.sell", policy, receipt) for receipt in receipts]
+
+    def test_task_class_alone(self, monkeypatch):
+        """The class is read at each decoration, and no other setting is read or remembered."""
+        monkeypatch.setenv("TASKHAWK_QUEUE", "not a queue!")
+        for path, cls in (
+            ("taskhawk.task_manager.Task", taskhawk.Task),
+            (f"{__name__}.HandMade", HandMade),
+            ("taskhawk.Task", taskhawk.Task),
+        ):
+            monkeypatch.setenv("TASKHAWK_TASK_CLASS", path)
+            assert type(taskhawk.task(name="shop.sell")(plain)) is cls
+        monkeypatch.setenv("TASKHAWK_QUEUE", "shop")
+        assert taskhawk.settings.TASKHAWK_QUEUE == "shop"
+
+    def test_wrong_task_class(self):
+        """A class that makes no tasks is refused."""
+        taskhawk.configure(TASKHAWK_TASK_CLASS=lambda fn, priority, name: fn)
+        with pytest.raises(taskhawk.ConfigurationError) as caught:
+            taskhawk.task(plain)
+        text = "TASKHAWK_TASK_CLASS: expected a subclass of taskhawk.Task, got <function "
+        assert str(caught.value).startswith(text)
+
+    @pytest.mark.slow
+    def test_typing(self, tmp_path):
+        """A type checker sees a wrong argument of a dispatch, of a call, and of the decorator."""
+        shutil.copy(taskhawk.__file__, tmp_path)
+        (tmp_path / "shop.py").write_text(
+            textwrap.dedent("""\
+            import taskhawk
+
+            @taskhawk.task
+            def sell(what: str, count: int = 1) -> bool:
+                return True
+
+            @taskhawk.task(priority=taskhawk.Priority.high)
+            async def buy(what: str) -> None: ...
+
+            a: str = sell.dispatch("milk", count=2)
+            b: bool = sell("milk", 2)
+            c: str = sell.with_headers(a="1").with_delay(3).dispatch("milk")
+            d: str = buy.dispatch("milk")
+            sell.dispatch(1)
+            sell.dispatch("milk", number=2)
+            sell.with_headers(a="1").dispatch()
+            sell.with_priority(taskhawk.Priority.low).dispatch("milk", "2")
+            buy.dispatch(2)
+            e: str = sell("milk")
+            taskhawk.task(priority=1)
+        """)
+        )
+        args = ["-m", "mypy", "--strict", "--follow-imports=silent", "--cache-dir=cache", "shop.py"]
+        result = run_python(args, cwd=tmp_path, env={"PYTHONPATH": ""})
+        errors = re.findall(
+            r"^shop\.py:(\d+): error: .*\[([a-z-]+)\]$", result.stdout, re.MULTILINE
+        )
+        assert errors == [
+            ("14", "arg-type"),
+            ("15", "call-arg"),
+            ("16", "call-arg"),
+            ("17", "arg-type"),
+            ("18", "arg-type"),
+            ("19", "assignment"),
+            ("20", "call-overload"),
+        ]
+
+
+class TestSync:
+    """TASKHAWK_SYNC runs a dispatched task here and now, the way a worker would."""
+
+    def test_runs(self, sync):
+        """The call goes through JSON and back, and dispatch returns the message's id."""
+        runs = []
+
+        @taskhawk.task(name="shop.sell", priority=taskhawk.Priority.bulk)
+        def sell(what, metadata, headers):
+            runs.append((what, metadata, headers))
+
+        value = ({1: Decimal("1.50")}, (2, Decimal(3)))
+        message_id = sell.with_headers(when=(4,)).dispatch(value)
+        [(what, metadata, headers)] = runs
+        assert same_json(what, [{"1": 1.5}, [2, 3]])
+        assert headers == metadata.headers == {"when": [4]}
+        assert (metadata.id, metadata.priority) == (message_id, taskhawk.Priority.bulk)
+        assert (metadata.receipt, metadata.queue, metadata.attempt) == (None, None, 1)
+        assert not metadata.lease_lost
+        metadata.extend_visibility_timeout(10)  # of no queue: nothing to do
+
+    def test_refuses(self, sync):
+        """What could not be dispatched to a queue is refused all the same."""
+        task = taskhawk.task(name="shop.sell")(plain)
+        with pytest.raises(TypeError) as caught:
+            task.dispatch(1, 2)
+        assert str(caught.value) == "shop.sell: too many positional arguments"
+        with pytest.raises(TypeError) as caught:
+            task.dispatch({1})
+        text = "shop.sell: args[0] is not JSON: set is not a JSON type"
+        assert str(caught.value) == text
+        with pytest.raises(taskhawk.ValidationError):
+            task.dispatch(float("nan"))
+
+    @pytest.mark.parametrize(
+        "error",
+        [
+            ValueError("no milk"),
+            taskhawk.RetryException("later", delay_seconds=5),
+            taskhawk.LoggingException("no milk", extra={"shop": 1}),
+            taskhawk.StopRetry("never"),
+            SystemExit(3),
+            KeyboardInterrupt(),
+        ],
+        ids=lambda error: type(error).__name__,
+    )
+    def test_errors(self, sync, error):
+        """The task's exception, whatever it is, comes out of dispatch, and nothing is retried."""
+        runs, hooks = [], []
+        hook = functools.partial(hooks.append)
+        taskhawk.configure(
+            TASKHAWK_SYNC=True,
+            TASKHAWK_POST_PROCESS_HOOK=lambda **_: hook("post"),
+            TASKHAWK_ERROR_HOOK=lambda **_: hook("error"),
+        )
+
+        @taskhawk.task(name="shop.sell", retry=taskhawk.fixed(0, max_retries=3))
+        def sell():
+            runs.append(1)
+            raise error
+
+        with pytest.raises(type(error)) as caught:
+            sell.dispatch()
+        assert caught.value is error
+        assert (runs, hooks) == ([1], [])
+
+    @pytest.mark.parametrize("queue", [None, "shop"])
+    def test_hooks(self, queue):
+        """The hooks run around the task, also where it raises IgnoreException."""
+        seen = []
+
+        def hook(queue_name, sqs_queue_message):
+            body = json.loads(sqs_queue_message.body)
+            seen.append((queue_name, body["task"], sqs_queue_message.receipt_handle))
+            sqs_queue_message.change_visibility(VisibilityTimeout=3)  # of no queue
+            sqs_queue_message.delete()
+
+        settings = {"TASKHAWK_QUEUE": queue} if queue else {}
+        settings |= {"TASKHAWK_PRE_PROCESS_HOOK": hook, "TASKHAWK_POST_PROCESS_HOOK": hook}
+        taskhawk.configure(TASKHAWK_SYNC=True, **settings)
+
+        @taskhawk.task(name="shop.sell")
+        def sell():
+            seen.append("sold")
+            raise taskhawk.IgnoreException
+
+        assert sell.with_priority(taskhawk.Priority.high).dispatch()
+        name = "TASKHAWK-SHOP-HIGH-PRIORITY" if queue else "TASKHAWK-SYNC"
+        assert seen == [(name, "shop.sell", None), "sold", (name, "shop.sell", None)]
+
+    def test_hooks_of_lambda(self):
+        """In a Lambda app, the hooks get an SNS record."""
+        seen = []
+
+        def hook(sns_record):
+            seen.append((sns_record["Sns"]["MessageId"], json.loads(sns_record["Sns"]["Message"])))
+
+        taskhawk.configure(TASKHAWK_SYNC=True, IS_LAMBDA_APP=True, TASKHAWK_PRE_PROCESS_HOOK=hook)
+        message_id = taskhawk.task(name="shop.sell")(plain).dispatch(5)
+        [(sns_id, message)] = seen
+        assert sns_id == message["id"] == message_id
+        assert message["args"] == [5]
+
+    def test_hook_fails(self):
+        """A failing hook comes out of dispatch too: the pre hook's before the task runs."""
+        runs = []
+
+        def fail(**_):
+            raise OSError("no database")
+
+        @taskhawk.task(name="shop.sell")
+        def sell():
+            runs.append(1)
+
+        for name, count in (("PRE", 0), ("POST", 1)):
+            taskhawk.configure(TASKHAWK_SYNC=True, **{f"TASKHAWK_{name}_PROCESS_HOOK": fail})
+            with pytest.raises(OSError, match=r"^no database$"):
+                sell.dispatch()
+            assert len(runs) == count
+
+    def test_no_delay(self, sync):
+        """A delay is ignored, however long."""
+        runs = []
+
+        @taskhawk.task(name="shop.sell")
+        def sell():
+            runs.append(1)
+
+        assert sell.with_delay(dt.timedelta(days=30)).dispatch()
+        assert runs == [1]
+
+    def test_default_headers(self):
+        """The default headers are given as they are without sync mode."""
+        seen = []
+
+        @taskhawk.task(name="shop.sell")
+        def sell(headers):
+            seen.append(headers)
+
+        hook = lambda task: {"request_id": task.name}  # noqa: E731
+        taskhawk.configure(TASKHAWK_SYNC=True, TASKHAWK_DEFAULT_HEADERS=hook)
+        sell.dispatch()
+        assert seen == [{"request_id": "shop.sell"}]
+
+    def test_batch(self, sync):
+        """A batch runs its tasks when the block ends, and not at all where the block raises."""
+        runs = []
+
+        @taskhawk.task(name="shop.sell")
+        def sell(what):
+            runs.append(what)
+
+        with taskhawk.batch():
+            sell.dispatch("milk")
+            sell.dispatch_many(["bread"])
+            sell.dispatch("tea")
+            before = list(runs)
+        assert (before, runs) == ([], ["milk", "bread", "tea"])
+        with contextlib.suppress(KeyError), taskhawk.batch():
+            sell.dispatch("milk")
+            raise KeyError
+        assert len(runs) == 3
+
+    def test_async(self, sync):
+        """An async task runs to its end, also where the caller's own event loop is running."""
+        runs = []
+        variable = contextvars.ContextVar("variable")
+
+        @taskhawk.task(name="shop.sell")
+        async def sell(what):
+            await asyncio.sleep(0)
+            runs.append((what, variable.get()))
+            if what == "nothing":
+                raise LookupError(what)
+
+        async def main():
+            variable.set("inside")
+            sell.dispatch("bread")
+            with pytest.raises(LookupError, match=r"^nothing$"):
+                sell.dispatch("nothing")
+
+        variable.set("outside")
+        sell.dispatch("milk")
+        asyncio.run(main())
+        assert runs == [("milk", "outside"), ("bread", "inside"), ("nothing", "inside")]
+
+    def test_needs_nothing(self, tmp_path):
+        """Sync mode needs no queue, no region and no credentials, and imports no botocore."""
+        code = textwrap.dedent("""
+            import sys
+
+            before = set(sys.modules)
+            import taskhawk
+
+            @taskhawk.task
+            def sell(what):
+                print("sold", what)
+
+            sell.dispatch("milk")
+            print(sorted({"asyncio", "botocore", "sqlite3"} & (set(sys.modules) - before)))
+        """)
+        result = run_python(code, cwd=tmp_path, env={"TASKHAWK_SYNC": "true"})
+        assert (result.stdout, result.stderr) == ("sold milk\n[]\n", "")
+
+
+PROCESSING_ID = "b1328174-a21c-43d3-b303-964dfcc76efc"
+PROCESSING_SECRET = "hunter2-0f6b6d1c"
+
+
+def processing_body(task: str = "mail.send", **changes: Any) -> str:
+    """Return the body of a valid message, with some keys changed."""
+    metadata = {"priority": "high", "timestamp": 1460868253255, "version": "1.0"}
+    valid = {"metadata": metadata, "headers": {}, "task": task, "args": [], "kwargs": {}}
+    return json.dumps({"id": PROCESSING_ID, **valid, **changes})
+
+
+def processing_run(fn: Callable[..., Any], attempt: int = 1, **options: Any) -> Outcome:
+    """Register a function as the task mail.send, and process one message for it."""
+    taskhawk._registry.pop("mail.send", None)
+    taskhawk.task(name="mail.send", **options)(fn)
+    attributes = {"ApproximateReceiveCount": str(attempt)}
+    return taskhawk.process(QueueMessage(processing_body(), "m1", attributes=attributes, queue="Q"))
+
+
+def nothing() -> None:
+    """Be a task that does nothing."""
+
+
+def raising(error: BaseException) -> Callable[..., Any]:
+    """Return a task, hook or policy that raises this error."""
+
+    def raises(_attempt: int = 0, **_: Any) -> Any:
+        raise error
+
+    return raises
+
+
+@contextlib.contextmanager
+def processing_log() -> Iterator[io.StringIO]:
+    """Yield what a log file would hold at DEBUG, tracebacks included."""
+    logger = logging.getLogger("taskhawk")
+    handler = logging.StreamHandler(io.StringIO())
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    try:
+        yield handler.stream
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+
+
+# What the log says of a message's end, and the outcome that it stands for.
+PROCESSING_ENDS = {
+    "is left to the queue": (Fate.retry, None),
+    "runs again in 5 s": (Fate.retry, 5),
+    "goes to the dead letters": (Fate.dead_letter, None),
+}
+PROCESSING_LEFT, PROCESSING_AGAIN, PROCESSING_DEAD = PROCESSING_ENDS
+PROCESSING_FIVE = {"retry": taskhawk.fixed(5, 2, jitter=False)}
+# What a task raises, its options, and the attempt that it is.
+PROCESSING_FAILURES: dict[str, tuple[BaseException, Mapping[str, Any], int, str]] = {
+    "an exception": (ValueError("no"), {}, 1, PROCESSING_LEFT),
+    "SystemExit": (SystemExit(3), {}, 1, PROCESSING_LEFT),
+    "GeneratorExit": (GeneratorExit(), {}, 1, PROCESSING_LEFT),
+    "CancelledError": (asyncio.CancelledError(), {}, 1, PROCESSING_LEFT),
+    "a group": (ExceptionGroup("two", [KeyError(), OSError()]), {}, 1, PROCESSING_LEFT),
+    "its own TaskNotFound": (taskhawk.TaskNotFound("other"), {}, 1, PROCESSING_LEFT),
+    "an exception, policy": (ValueError("no"), PROCESSING_FIVE, 2, PROCESSING_AGAIN),
+    "SystemExit, policy": (SystemExit(), PROCESSING_FIVE, 1, PROCESSING_AGAIN),
+    "retries used up": (ValueError("no"), PROCESSING_FIVE, 3, PROCESSING_DEAD),
+    "no retries": (ValueError("no"), {"retry": taskhawk.linear(1, 1, 0)}, 1, PROCESSING_DEAD),
+    "RetryException, used up": (taskhawk.RetryException(), PROCESSING_FIVE, 3, PROCESSING_DEAD),
+    "StopRetry": (taskhawk.StopRetry("enough"), PROCESSING_FIVE, 1, PROCESSING_DEAD),
+    "StopRetry, no policy": (taskhawk.StopRetry("enough"), {}, 1, PROCESSING_DEAD),
+    "StopRetry of the policy": (
+        ValueError("no"),
+        {"retry": raising(taskhawk.StopRetry())},
+        1,
+        PROCESSING_DEAD,
+    ),
+    "in never_retry_on": (
+        FileNotFoundError("no"),
+        {**PROCESSING_FIVE, "never_retry_on": (OSError, ValueError)},
+        1,
+        PROCESSING_DEAD,
+    ),
+    "not in never_retry_on": (
+        KeyError("no"),
+        {**PROCESSING_FIVE, "never_retry_on": (OSError, ValueError)},
+        1,
+        PROCESSING_AGAIN,
+    ),
+    "in retry_on": (
+        FileNotFoundError("no"),
+        {**PROCESSING_FIVE, "retry_on": (OSError,)},
+        1,
+        PROCESSING_AGAIN,
+    ),
+    "not in retry_on": (
+        ValueError("no"),
+        {**PROCESSING_FIVE, "retry_on": (OSError,)},
+        1,
+        PROCESSING_DEAD,
+    ),
+    "in both, no policy": (
+        FileNotFoundError("no"),
+        {"retry_on": (OSError,), "never_retry_on": (FileNotFoundError,)},
+        1,
+        PROCESSING_DEAD,
+    ),
+}
+PROCESSING_RETRIES: dict[str, tuple[BaseException, Mapping[str, Any], float | None, str]] = {
+    "no delay": (taskhawk.RetryException("later"), {}, None, "is left to the queue"),
+    "a delay": (taskhawk.RetryException(delay_seconds=90), {}, 90, "runs again in 90 s"),
+    "at once": (taskhawk.RetryException(delay_seconds=0), {}, 0, "runs again in 0 s"),
+    "4.7's delay": (taskhawk.RetryException(7.5, "busy"), {}, 7.5, "runs again in 7.5 s"),
+    "a bool is text": (taskhawk.RetryException(True), {}, None, "is left to the queue"),
+    "the policy's delay": (taskhawk.RetryException(), PROCESSING_FIVE, 5, "runs again in 5 s"),
+    "its own before the policy's": (
+        taskhawk.RetryException(delay_seconds=1),
+        {"retry": taskhawk.fixed(60, 0)},
+        1,
+        "runs again in 1 s",
+    ),
+    "whatever the options": (
+        taskhawk.RetryException(),
+        {"retry_on": (OSError,), "never_retry_on": (taskhawk.RetryException,)},
+        None,
+        "is left to the queue",
+    ),
+}
+# Bodies that say a secret in vain, and what is wrong with them.
+PROCESSING_INVALID = {
+    "not JSON": (f"{{{PROCESSING_SECRET}", "message: not JSON at character 1"),
+    "empty": ("", "message: not JSON at character 0"),
+    "nothing": (None, "message: expected a string of JSON, got null"),
+    "too deep": ("[" * 100_000, "message: nested too deeply"),
+    "a huge number": ("9" * 5_000, "message: not JSON"),
+    "an array": (json.dumps([PROCESSING_SECRET]), "message: expected an object, got an array"),
+    "wrong headers": (
+        processing_body(headers=PROCESSING_SECRET),
+        "headers: expected an object, got a string",
+    ),
+    "wrong arguments": (
+        processing_body(args=PROCESSING_SECRET),
+        "args: expected an array, got a string",
+    ),
+    "wrong version": (
+        processing_body(args=[PROCESSING_SECRET], metadata={"version": 2, "timestamp": 1}),
+        'metadata.version: expected "1.0", got 2',
+    ),
+    "unknown task": (
+        processing_body("mail.receive", args=[PROCESSING_SECRET]),
+        "no task is registered as 'mail.receive': is its module imported?",
+    ),
+}
+# In an interpreter of its own: the limit of these records is the process's, and goes by a clock.
+PROCESSING_CHILD = """
+import json, logging, pathlib, sys, time
+now = 0.0
+time.monotonic = lambda: now
+import taskhawk
+class Keep(logging.Handler):
+    def emit(self, record):
+        seen.append([record.levelname, record.getMessage(), record.exc_info])
+logging.getLogger("taskhawk").addHandler(Keep())
+taskhawk.configure(TASKHAWK_ERROR_HOOK=lambda exception, message: seen.append([
+    "hook", type(exception).__name__, message]))
+for now, body in json.loads(pathlib.Path(sys.argv[1]).read_text()):
+    seen = []
+    outcome = taskhawk.process(taskhawk.QueueMessage(body, "m1"))
+    print(json.dumps([outcome.fate.name, outcome.delay_s, *seen]))
+"""
+PROCESSING_DJANGO = """
+import sys
+import django
+from django.conf import settings
+settings.configure(
+    DATABASES={"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": "app.db"}},
+    TASKHAWK_MAX_DB_REUSE_LOOPS=2,
+)
+django.setup()
+from django.db import connection, transaction
+import taskhawk
+
+def mail_send():
+    connection.ensure_connection()
+
+def is_open_after_a_run():
+    outcome = taskhawk.process(taskhawk.QueueMessage(sys.argv[1], "m1"))
+    assert outcome == taskhawk.Outcome(taskhawk.Fate.acknowledge), outcome
+    return connection.connection is not None
+
+taskhawk.task(name="mail.send")(mail_send)
+"""
+
+
+class TestProcessing:
+    """process() decides what becomes of a message, and nothing but KeyboardInterrupt leaves it."""
+
+    def child(self, tmp_path: Path, steps: Sequence[tuple[float, Any]]) -> list[Any]:
+        """Process bodies at given times in a new interpreter; return the outcomes and records."""
+        (tmp_path / "steps.json").write_text(json.dumps(steps))
+        done = run_python(["-c", PROCESSING_CHILD, str(tmp_path / "steps.json")])
+        assert (done.stderr, done.returncode) == ("", 0)
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    def test_returned(self, caplog):
+        """A run that returns is done with; the body is in the log at DEBUG alone, as an extra."""
+        caplog.set_level(logging.DEBUG, "taskhawk")
+        assert processing_run(nothing) == Outcome(Fate.acknowledge)
+        assert caplog.record_tuples == [
+            ("taskhawk", logging.DEBUG, "Received message"),
+            ("taskhawk", logging.DEBUG, f"mail.send {PROCESSING_ID}: done"),
+        ]
+        assert caplog.records[0].message_body == processing_body()
+
+    def test_ignored(self, caplog):
+        """IgnoreException means that there was nothing to do: the message is done with."""
+        caplog.set_level(logging.INFO, "taskhawk")
+        assert processing_run(raising(taskhawk.IgnoreException())) == Outcome(Fate.acknowledge)
+        assert caplog.record_tuples == [
+            ("taskhawk", logging.INFO, f"mail.send {PROCESSING_ID}: ignored")
+        ]
+
+    @pytest.mark.parametrize("case", PROCESSING_RETRIES)
+    def test_asked_to_be_retried(self, case, caplog):
+        """RetryException runs the message again: at its own delay, the policy's or the queue's."""
+        error, options, delay_s, then = PROCESSING_RETRIES[case]
+        caplog.set_level(logging.INFO, "taskhawk")
+        assert processing_run(raising(error), **options) == Outcome(Fate.retry, error, delay_s)
+        text = f"mail.send {PROCESSING_ID}: attempt 1 asked to be retried and {then}"
+        assert caplog.record_tuples == [("taskhawk", logging.INFO, text)]
+        assert not caplog.records[0].exc_info
+
+    @pytest.mark.parametrize("case", PROCESSING_FAILURES)
+    def test_failed(self, case, caplog):
+        """A failure is for the policy, the queue or the dead letters; its traceback is logged."""
+        error, options, attempt, then = PROCESSING_FAILURES[case]
+        caplog.set_level(logging.INFO, "taskhawk")
+        fate, delay_s = PROCESSING_ENDS[then]
+        assert processing_run(raising(error), attempt, **options) == Outcome(fate, error, delay_s)
+        text = f"mail.send {PROCESSING_ID}: attempt {attempt} failed and {then}"
+        assert caplog.record_tuples == [("taskhawk", logging.ERROR, text)]
+        assert caplog.records[0].exc_info[1] is error
+
+    def test_coroutine_failed(self):
+        """An `async def` task ends as any other: cancelled is failed."""
+        error = asyncio.CancelledError()
+
+        async def waits() -> None:
+            raise error
+
+        outcome = processing_run(waits, **PROCESSING_FIVE)
+        assert (outcome.fate, type(outcome.error), outcome.delay_s) == (Fate.retry, type(error), 5)
+
+    def test_keyboard_interrupt(self, caplog):
+        """KeyboardInterrupt is the user's, and goes on; the message is neither done nor failed."""
+        caplog.set_level(logging.INFO, "taskhawk")
+        with pytest.raises(KeyboardInterrupt):
+            processing_run(raising(KeyboardInterrupt()))
+        assert caplog.records == []
+
+    @pytest.mark.parametrize(
+        ("extra", "found"),
+        [
+            ({"order": 7}, {"order": 7}),
+            (
+                {"message": 1, "asctime": 2, "name": 3, "args": 4, "levelname": 5, "exc_info": 6},
+                {"extra_message": 1, "extra_asctime": 2, "extra_name": 3, "extra_args": 4}
+                | {"extra_levelname": 5, "extra_exc_info": 6, "name": "taskhawk"},
+            ),
+            ({7: "seven", "order": None}, {"7": "seven", "order": None}),
+            (None, {}),
+            (["order", 7], {}),
+        ],
+        ids=["fields", "reserved names", "odd names", "none", "no mapping"],
+    )
+    @pytest.mark.parametrize("options", [{}, PROCESSING_FIVE, {"retry_on": (OSError,)}])
+    def test_logging_exception(self, extra, found, options, caplog):
+        """LoggingException says what is logged of a failure, and which fields the record has."""
+        error = taskhawk.LoggingException("100 % of the mail is lost", extra=extra)
+        outcome = processing_run(raising(error), **options)
+        assert outcome.error is error
+        assert caplog.record_tuples == [("taskhawk", logging.ERROR, "100 % of the mail is lost")]
+        assert caplog.records[0].exc_info[1] is error
+        assert {name: getattr(caplog.records[0], name) for name in found} == found
+
+    @pytest.mark.parametrize("delay_s", [-1, math.nan, math.inf, -math.inf])
+    def test_impossible_delay_of_the_task(self, delay_s):
+        """A delay that is negative or not finite is a failed run; a sentence says so."""
+
+        def asks() -> None:
+            raise taskhawk.RetryException(delay_seconds=delay_s)
+
+        outcome = processing_run(asks)
+        assert (outcome.fate, outcome.delay_s) == (Fate.retry, None)
+        assert repr(outcome.error) == repr(
+            ValueError(f"delay_seconds: expected 0 or more seconds, got {delay_s}")
+        )
+
+    @pytest.mark.parametrize("huge", [10**400, 1e300], ids=["int", "float"])
+    def test_huge_delay(self, huge):
+        """A delay beyond all floats is a delay: whatever applies it clamps it."""
+
+        def asks() -> None:
+            raise taskhawk.RetryException(delay_seconds=huge)
+
+        assert processing_run(asks).fate is Fate.retry
+        assert processing_run(raising(KeyError()), retry=lambda _: huge).fate is Fate.retry
+
+    @pytest.mark.parametrize("base", [taskhawk.RetryException, taskhawk.LoggingException])
+    def test_exceptions_of_their_own_making(self, base):
+        """A subclass whose __init__ does not call ours ends its run as its base does."""
+
+        class Own(base):
+            def __init__(self) -> None:
+                """Leave the base's out, as 1.4 allowed."""
+
+        error = Own()
+        assert processing_run(raising(error)) == Outcome(Fate.retry, error)
+
+    def test_exception_without_text(self):
+        """An exception whose text can't be had is a failed run like any other."""
+
+        class Mute(taskhawk.LoggingException):
+            def __str__(self) -> str:
+                raise ValueError("mute")
+
+        assert processing_run(raising(Mute("x"))).fate is Fate.retry
+
+    @pytest.mark.parametrize("delay_s", [-1, math.nan, math.inf, "5", None, True, (5,)])
+    def test_impossible_delay_of_the_policy(self, delay_s, caplog):
+        """A policy's delay that is none is a ConfigurationError; the queue's timeout applies."""
+        error = KeyError("no")
+        outcome = processing_run(raising(error), retry=lambda _attempt: delay_s)
+        assert (outcome.fate, outcome.delay_s) == (Fate.retry, None)
+        assert repr(outcome.error) == repr(
+            taskhawk.ConfigurationError(
+                f"mail.send: retry: expected 0 or more seconds, got {delay_s!r}"
+            )
+        )
+        assert outcome.error.__context__ is error
+        text = f"mail.send {PROCESSING_ID}: attempt 1 failed and is left to the queue"
+        assert caplog.record_tuples == [("taskhawk", logging.ERROR, text)]
+        assert "KeyError: 'no'" in caplog.text
+        assert "ConfigurationError: mail.send: retry: " in caplog.text
+
+    @pytest.mark.parametrize("broken", [ZeroDivisionError("oh"), SystemExit(3)])
+    def test_policy_that_fails(self, broken, caplog):
+        """A policy that raises leaves the message to the queue, and both errors are logged."""
+        error = KeyError("no")
+        outcome = processing_run(raising(error), retry=raising(broken))
+        assert outcome == Outcome(Fate.retry, broken)
+        assert broken.__context__ is error
+        assert [record.levelname for record in caplog.records] == ["ERROR"]
+
+    @pytest.mark.parametrize(
+        ("options", "sentence"),
+        [
+            (
+                {"never_retry_on": [ValueError]},
+                "never_retry_on=[<class 'ValueError'>]: expected exceptions",
+            ),
+            ({"retry_on": ("OSError",)}, "retry_on=('OSError',): expected exceptions"),
+            ({"retry": 5}, "retry=5: expected a function of the attempt"),
+        ],
+    )
+    def test_impossible_options(self, options, sentence):
+        """Options by which no failure can be judged are refused when the task is declared."""
+        with pytest.raises(taskhawk.ConfigurationError) as caught:
+            processing_run(raising(ValueError()), **options)
+        assert str(caught.value) == f"raising.<locals>.raises has {sentence}"
+
+    def test_hooks_around_the_run(self):
+        """The hooks run before and after the task, with the queue's name and the message."""
+        seen: list[Any] = []
+        taskhawk.configure(
+            TASKHAWK_PRE_PROCESS_HOOK=lambda **given: seen.append(("before", given)),
+            TASKHAWK_POST_PROCESS_HOOK=lambda **given: seen.append(("after", given)),
+        )
+
+        def runs() -> None:
+            seen.append("run")
+
+        processing_run(runs)
+        (before, given), run, after = seen
+        assert (before, run, after) == ("before", "run", ("after", given))
+        message = given["sqs_queue_message"]
+        assert given == {"queue_name": "Q", "sqs_queue_message": message}
+        assert (message.body, message.message_id) == (processing_body(), "m1")
+
+    @pytest.mark.parametrize(
+        ("end", "hooks"),
+        [
+            (nothing, ["pre", "post"]),
+            (raising(taskhawk.IgnoreException()), ["pre", "post"]),
+            (raising(ValueError()), ["pre", "error"]),
+            (raising(taskhawk.LoggingException("x")), ["pre", "error"]),
+            (raising(taskhawk.StopRetry()), ["pre", "error"]),
+            (raising(taskhawk.RetryException()), ["pre"]),
+        ],
+        ids=["returned", "ignored", "failed", "failed with extra", "gave up", "asked to retry"],
+    )
+    def test_which_hooks_run(self, end, hooks):
+        """The post hook is for what is done, the error hook for what is logged as an error."""
+        seen: list[str] = []
+        taskhawk.configure(
+            TASKHAWK_PRE_PROCESS_HOOK=lambda **_: seen.append("pre"),
+            TASKHAWK_POST_PROCESS_HOOK=lambda **_: seen.append("post"),
+            TASKHAWK_ERROR_HOOK=lambda **_: seen.append("error"),
+        )
+        processing_run(end)
+        assert seen == hooks
+
+    def test_error_hook(self):
+        """The error hook gets the exception and the decoded message."""
+        seen: list[dict[str, Any]] = []
+        taskhawk.configure(TASKHAWK_ERROR_HOOK=lambda **given: seen.append(given))
+        error = ValueError("no")
+        processing_run(raising(error))
+        message = taskhawk.Message(json.loads(processing_body()))
+        assert seen == [{"exception": error, "message": message}]
+
+    @pytest.mark.parametrize("broken", [OSError("no network"), SystemExit(3)])
+    def test_error_hook_that_fails(self, broken, caplog):
+        """An error hook's own failure is logged, no more."""
+        taskhawk.configure(TASKHAWK_ERROR_HOOK=raising(broken))
+        error = ValueError("no")
+        assert processing_run(raising(error)) == Outcome(Fate.retry, error)
+        assert [(r.levelname, r.getMessage(), r.exc_info[1]) for r in caplog.records] == [
+            (
+                "ERROR",
+                f"mail.send {PROCESSING_ID}: attempt 1 failed and is left to the queue",
+                error,
+            ),
+            ("ERROR", "TASKHAWK_ERROR_HOOK failed", broken),
+        ]
+
+    @pytest.mark.parametrize("error", [OSError("no"), taskhawk.StopRetry(), SystemExit()])
+    def test_pre_hook_that_fails(self, error, caplog):
+        """A pre hook that fails leaves the message to the queue, and its task does not run."""
+        runs: list[int] = []
+
+        def run() -> None:
+            runs.append(1)
+
+        taskhawk.configure(TASKHAWK_PRE_PROCESS_HOOK=raising(error))
+        assert processing_run(run, **PROCESSING_FIVE) == Outcome(Fate.retry, error)
+        text = "message m1: attempt 1 failed and is left to the queue"
+        assert caplog.record_tuples == [("taskhawk", logging.ERROR, text)]
+        assert caplog.records[0].exc_info[1] is error
+        assert runs == []
+
+    def test_pre_hook_that_asks_for_later(self, caplog):
+        """A pre hook may put a message off, as a task may."""
+        caplog.set_level(logging.INFO, "taskhawk")
+        error = taskhawk.RetryException(delay_seconds=30)
+        taskhawk.configure(TASKHAWK_PRE_PROCESS_HOOK=raising(error))
+        assert processing_run(nothing) == Outcome(Fate.retry, error, 30)
+        text = "message m1: attempt 1 asked to be retried and runs again in 30 s"
+        assert caplog.record_tuples == [("taskhawk", logging.INFO, text)]
+
+    @pytest.mark.parametrize("end", [nothing, raising(taskhawk.IgnoreException())])
+    @pytest.mark.parametrize("case", PROCESSING_FAILURES)
+    def test_post_hook_that_fails(self, case, end, caplog):
+        """A post hook that fails has failed the run: it may be the commit."""
+        error, options, attempt, then = PROCESSING_FAILURES[case]
+        taskhawk.configure(TASKHAWK_POST_PROCESS_HOOK=raising(error))
+        fate, delay_s = PROCESSING_ENDS[then]
+        assert processing_run(end, attempt, **options) == Outcome(fate, error, delay_s)
+        text = f"mail.send {PROCESSING_ID}: attempt {attempt} failed and {then}"
+        assert caplog.record_tuples == [("taskhawk", logging.ERROR, text)]
+
+    def test_hook_that_is_not_there(self, caplog):
+        """A hook's setting that is wrong is a failed run, with the sentence that says so."""
+        taskhawk.configure(TASKHAWK_PRE_PROCESS_HOOK="json.missing", TASKHAWK_ERROR_HOOK=5)
+        outcome = processing_run(nothing)
+        assert outcome.fate is Fate.retry
+        assert str(outcome.error) == (
+            "TASKHAWK_PRE_PROCESS_HOOK in configure(): expected a function or its dotted path, such"
+            " as 'myapp.hooks.before', got 'json.missing'"
+            " (module 'json' has no attribute 'missing')"
+        )
+        assert [record.getMessage() for record in caplog.records] == [
+            "message m1: attempt 1 failed and is left to the queue",
+            "TASKHAWK_ERROR_HOOK failed",
+        ]
+
+    def test_invalid_messages_reach_the_pre_hook(self):
+        """The pre hook sees malformed messages too, before they are found to be so."""
+        seen: list[Any] = []
+        taskhawk.configure(
+            TASKHAWK_PRE_PROCESS_HOOK=lambda **given: seen.append(given["sqs_queue_message"])
+        )
+        message = QueueMessage("{", "m1", queue="Q")
+        outcome = taskhawk.process(message)
+        assert seen == [message]
+        assert (outcome.fate, type(outcome.error)) == (Fate.retry, taskhawk.ValidationError)
+
+    def test_invalid_messages(self, tmp_path):
+        """What is no message, or for no task here, is left to the queue; the log says why."""
+        steps = [(100.0 * n, body) for n, (body, _) in enumerate(PROCESSING_INVALID.values())]
+        found = self.child(tmp_path, steps)
+        assert [(fate, delay_s) for fate, delay_s, *_ in found] == [("retry", None)] * len(steps)
+        assert [record for *_, record, _ in found] == [
+            ["ERROR", f"message m1 is left to the queue: {wrong}", None]
+            for _, wrong in PROCESSING_INVALID.values()
+        ]
+        errors = {"unknown task": "TaskNotFound"}
+        assert [hooked for *_, hooked in found] == [
+            ["hook", errors.get(case, "ValidationError"), None] for case in PROCESSING_INVALID
+        ]
+
+    def test_invalid_messages_are_logged_at_intervals(self, tmp_path):
+        """A poisoned queue does not fill the disk: one record of a kind in ten seconds."""
+        invalid, unknown = (PROCESSING_INVALID[case][0] for case in ("not JSON", "unknown task"))
+        steps = [(5, invalid), (5, invalid), (5, unknown), (14.9, invalid), (14.9, unknown)]
+        found = self.child(tmp_path, [*steps, (15, invalid), (25, invalid)])
+        text = f"message m1 is left to the queue: {PROCESSING_INVALID['not JSON'][1]}"
+        missing = f"message m1 is left to the queue: {PROCESSING_INVALID['unknown task'][1]}"
+        again = f"{text} (2 more like it since the last record)"
+        records = [[text for level, text, _ in seen if level == "ERROR"] for _, _, *seen in found]
+        assert records == [[text], [], [missing], [], [], [again], [text]]
+
+    @given(data=st.data())
+    def test_secrets_stay_out_of_the_log(self, data):
+        """However a run ends, no log text holds an argument, a header's value or the body."""
+        value = data.draw(
+            st.recursive(
+                st.just(PROCESSING_SECRET),
+                lambda inner: (
+                    st.lists(inner, min_size=1, max_size=2)
+                    | st.dictionaries(st.just("key"), inner, min_size=1)
+                ),
+                max_leaves=3,
+            )
+        )
+        rows = [*PROCESSING_FAILURES.values(), *PROCESSING_RETRIES.values()]
+        lost = taskhawk.LoggingException("lost", {"message": 1})
+        wrong = {"retry": lambda _attempt: -1}
+        others = [(None, {}), (taskhawk.IgnoreException(), {}), (lost, {}), (KeyError(), wrong)]
+        error, options = data.draw(st.sampled_from([row[:2] for row in rows] + others))
+        failing = data.draw(st.sampled_from(["task", "PRE_PROCESS_HOOK", "POST_PROCESS_HOOK"]))
+        error_hook = data.draw(st.sampled_from([None, raising(OSError())]))
+
+        def runs(given: Any = None, *, named: Any = None, headers: Any = None) -> None:
+            assert PROCESSING_SECRET in json.dumps([given, named, headers])
+            if error and failing == "task":
+                raise error.with_traceback(None)
+
+        taskhawk.configure(TASKHAWK_ERROR_HOOK=error_hook)
+        if error and failing != "task":
+            taskhawk.configure(
+                {f"TASKHAWK_{failing}": raising(error)}, TASKHAWK_ERROR_HOOK=error_hook
+            )
+        taskhawk._registry.pop("mail.send", None)
+        taskhawk.task(name="mail.send", **options)(runs)
+        where = data.draw(
+            st.sampled_from(
+                [{"args": [value]}, {"kwargs": {"named": value}}, {"headers": {"a": value}}]
+            )
+        )
+        body = data.draw(
+            st.sampled_from(
+                [
+                    processing_body(**where),
+                    processing_body(**where),
+                    processing_body(**where)[:-1],
+                    processing_body("mail.receive", **where),
+                    processing_body(**{**where, "args": [value, value]}),
+                    processing_body(**{**where, "kwargs": {"unknown": value}}),
+                    processing_body(**dict.fromkeys(where, value)),
+                    processing_body(**where, metadata=value),
+                ]
+            )
+        )
+        with processing_log() as log:
+            message = QueueMessage(body, "m1")
+            assert isinstance(taskhawk.process(message), Outcome)
+        assert PROCESSING_SECRET not in log.getvalue()
+
+    @pytest.mark.parametrize(
+        ("policy", "delays"),
+        [
+            (taskhawk.fixed(7, jitter=False), [7, 7, 7, 7, 7]),
+            (taskhawk.linear(5, 10, jitter=False), [5, 15, 25, 35, 45]),
+            (taskhawk.linear(5, 10, max_delay_s=30, jitter=False), [5, 15, 25, 30, 30]),
+            (taskhawk.exponential(jitter=False), [1, 2, 4, 8, 16]),
+            (taskhawk.exponential(0.5, 3, jitter=False), [0.5, 1.5, 4.5, 13.5, 40.5]),
+            (taskhawk.exponential(max_delay_s=5, jitter=False), [1, 2, 4, 5, 5]),
+        ],
+    )
+    def test_policies(self, policy, delays):
+        """The policies of the box: equal delays, delays that grow by a step, and by a factor."""
+        assert [policy(attempt) for attempt in range(1, 6)] == delays
+
+    @pytest.mark.parametrize(
+        "policy", [taskhawk.fixed(1, 2), taskhawk.linear(1, 1, 2), taskhawk.exponential(1, 2, 2)]
+    )
+    def test_policies_give_up(self, policy):
+        """After max_retries retries a policy raises StopRetry."""
+        assert all(policy(attempt) <= 3 for attempt in (1, 2))
+        with pytest.raises(taskhawk.StopRetry) as caught:
+            policy(3)
+        assert str(caught.value) == "all 2 retries are used up"
+
+    @pytest.mark.parametrize(
+        ("policy", "attempt", "delay_s"),
+        [
+            (taskhawk.exponential(jitter=False), 10_000, 3600),
+            (taskhawk.exponential(1.5, jitter=False), 10_000, 3600),
+            (taskhawk.exponential(1, 1e300, jitter=False), 3, 3600),
+            (taskhawk.exponential(0, 2.0, jitter=False), 10_000, 0),
+            (taskhawk.exponential(max_delay_s=math.inf, jitter=False), 10_000, 43_200),
+            (taskhawk.linear(1, 1e308, jitter=False), 1_000, 3600),
+            (taskhawk.fixed(10**400, jitter=False), 1, 43_200),
+        ],
+    )
+    def test_policies_do_not_overflow(self, policy, attempt, delay_s):
+        """A delay that grew beyond all floats is the longest, at most the 12 hours of SQS."""
+        assert policy(attempt) == delay_s
+
+    @given(
+        base_s=st.integers(0, 10**6) | st.floats(0, 1e6),
+        growth=st.floats(1, 1e9) | st.integers(1, 10),
+        ceiling_s=st.floats(0, 1e6),
+        attempt=st.integers(1, 100_000),
+        seed=st.integers(0, 2**32),  # Hypothesis makes random's numbers the same in each example
+    )
+    def test_jitter(self, base_s, growth, ceiling_s, attempt, seed):
+        """Jitter, on by default, takes from half of a delay to all of it; no ceiling is passed."""
+        random.seed(seed)
+        makers = [
+            lambda **how: taskhawk.fixed(base_s, **how),
+            lambda **how: taskhawk.linear(base_s, growth, None, ceiling_s, **how),
+            lambda **how: taskhawk.exponential(base_s, growth, None, ceiling_s, **how),
+        ]
+        for make in makers:
+            whole = make(jitter=False)(attempt)
+            assert whole / 2 <= make()(attempt) <= whole <= 43_200
+            assert make(jitter=False)(attempt + 1) >= whole
+        assert whole <= ceiling_s
+
+    def test_jitter_differs(self):
+        """What failed together does not come back together."""
+        policy = taskhawk.fixed(60)
+        assert len({policy(1) for _ in range(20)}) > 1
+
+    @pytest.mark.parametrize(
+        ("make", "sentence"),
+        [
+            (lambda: taskhawk.fixed(-1), "retry policy: expected 0 or more, got -1"),
+            (lambda: taskhawk.fixed(None), "retry policy: expected 0 or more, got None"),
+            (lambda: taskhawk.fixed(1, -1), "retry policy: expected 0 or more, got -1"),
+            (lambda: taskhawk.fixed(1, True), "retry policy: expected 0 or more, got True"),
+            (lambda: taskhawk.linear("1", 1), "retry policy: expected 0 or more, got '1'"),
+            (lambda: taskhawk.linear(1, -2), "retry policy: expected 0 or more, got -2"),
+            (lambda: taskhawk.linear(1, 1, 3, -1), "retry policy: expected 0 or more, got -1"),
+            (lambda: taskhawk.exponential(math.nan), "retry policy: expected 0 or more, got nan"),
+            (lambda: taskhawk.exponential(True), "retry policy: expected 0 or more, got True"),
+            (
+                lambda: taskhawk.exponential(1, math.nan),
+                "retry policy: expected 0 or more, got nan",
+            ),
+            (lambda: taskhawk.exponential(1, "2"), "retry policy: expected 0 or more, got '2'"),
+        ],
+    )
+    def test_policies_check_their_parameters(self, make, sentence):
+        """A policy that makes no sense is refused where it is written."""
+        with pytest.raises(taskhawk.ConfigurationError) as caught:
+            make()
+        assert str(caught.value) == sentence
+
+    def test_django_connections_are_recycled(self, tmp_path):
+        """In Django, connections are closed after so many runs, but not within a transaction."""
+        code = """
+assert [is_open_after_a_run() for _ in range(5)] == [True, False, True, False, True]
+with transaction.atomic():
+    assert [is_open_after_a_run() for _ in range(3)] == [True, True, True]
+assert [is_open_after_a_run() for _ in range(3)] == [True, False, True]
+"""
+        done = run_python(["-c", PROCESSING_DJANGO + code, processing_body()], cwd=tmp_path)
+        assert (done.stderr, done.returncode) == ("", 0)
+
+    def test_django_connection_that_cannot_be_closed(self, tmp_path):
+        """A connection that the database has closed already does not undo what the run did."""
+        code = """
+class Gone:
+    def __init__(self, real):
+        self.real = real
+    def __getattr__(self, name):
+        return getattr(self.real, name)
+    def close(self):
+        self.real.close()
+        raise OSError("gone")
+
+assert is_open_after_a_run()
+connection.connection = Gone(connection.connection)
+is_open_after_a_run()
+assert [is_open_after_a_run() for _ in range(2)] == [True, False]
+"""
+        done = run_python(["-c", PROCESSING_DJANGO + code, processing_body()], cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+
+
+LAMBDA_ARN = "arn:aws:sqs:us-east-1:123456789012:TASKHAWK-DEV-MYAPP"
+LAMBDA_FIFO_ARN = f"{LAMBDA_ARN}.fifo"
+LAMBDA_DENIED = (
+    "An error occurred (AccessDenied) when calling the {0} operation:"
+    " not authorized to perform: sqs:{0}"
+)
+LAMBDA_KEYS = {"AWS_REGION": "us-east-1", "AWS_ACCESS_KEY": "test", "AWS_SECRET_KEY": "test"}
+
+
+def lambda_sqs_record(body: Any, name: str, **attributes: str) -> dict[str, Any]:
+    """Return a record of an SQS event, as AWS writes it."""
+    return {
+        "messageId": name,
+        "receiptHandle": f"receipt of {name}",
+        "body": body,
+        "attributes": {
+            "ApproximateReceiveCount": "1",
+            "SentTimestamp": "1545082649183",
+            "SenderId": "AIDAIENQZJOLO23YVJ4VO",
+            "ApproximateFirstReceiveTimestamp": "1545082649185",
+            **attributes,
+        },
+        "messageAttributes": {
+            "request_id": {
+                "stringValue": "1234",
+                "stringListValues": [],
+                "binaryListValues": [],
+                "dataType": "String",
+            }
+        },
+        "md5OfBody": "e4e68fb7bd0e697a0ae8f1bb342846b3",
+        "eventSource": "aws:sqs",
+        "eventSourceARN": LAMBDA_ARN,
+        "awsRegion": "us-east-1",
+    }
+
+
+def lambda_sns_record(body: Any, name: str) -> dict[str, Any]:
+    """Return a record of an SNS event, as AWS writes it."""
+    topic = "arn:aws:sns:us-east-1:123456789012:taskhawk-dev-myapp"
+    return {
+        "EventVersion": "1.0",
+        "EventSubscriptionArn": f"{topic}:21be56ed-a058-49f5-8c98-aedd2564c486",
+        "EventSource": "aws:sns",
+        "Sns": {
+            "SignatureVersion": "1",
+            "Timestamp": "2019-01-02T12:45:07.000Z",
+            "Signature": "tcc6faL2yUC6dgZdmrwh1Y4cGa/ebXEkAi6RibDsvpi+tE/1+82j...65r==",
+            "SigningCertUrl": "https://sns.us-east-1.amazonaws.com/SimpleNotificationService.pem",
+            "MessageId": name,
+            "Message": body,
+            "MessageAttributes": {"request_id": {"Type": "String", "Value": "1234"}},
+            "Type": "Notification",
+            "UnsubscribeUrl": "https://sns.us-east-1.amazonaws.com/?Action=Unsubscribe",
+            "TopicArn": topic,
+            "Subject": None,
+        },
+    }
+
+
+LAMBDA_RECORDS = {"SNS": lambda_sns_record, "SQS": lambda_sqs_record}
+
+
+def lambda_event(*calls: Any, make: Callable[..., Any] = lambda_sqs_record) -> dict[str, Any]:
+    """Return an event with a message for the task lambda.run for each of the arguments."""
+    bodies = (processing_body("lambda.run", args=[call]) for call in calls)
+    return {"Records": [make(body, f"m{n}") for n, body in enumerate(bodies, 1)]}
+
+
+class LambdaSqs(http.server.ThreadingHTTPServer):
+    """Answers as SQS does, in its JSON protocol; keeps the calls, and denies or fails some."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, dict[str, Any]]] = []
+        #: actions that the role may not call
+        self.denied: set[str] = set()
+        #: receipts that are refused
+        self.refused: set[str] = set()
+        #: so many calls get no more than an HTTP status 503
+        self.unavailable = 0
+        super().__init__(("127.0.0.1", 0), LambdaSqsHandler)
+
+    def answer(self, action: str, call: dict[str, Any]) -> tuple[int, Any]:
+        """Keep a call; return its HTTP status and answer."""
+        self.calls.append((action, call))
+        if self.unavailable:
+            self.unavailable -= 1
+            return 503, {}
+        if action in self.denied:
+            code = "com.amazon.coral.service#AccessDeniedException"
+            return 403, {"__type": code, "Message": f"not authorized to perform: sqs:{action}"}
+        found: dict[bool, list[Any]] = {True: [], False: []}
+        for entry in call["Entries"]:
+            refusal = {"Code": "ReceiptHandleIsInvalid", "Message": "gone", "SenderFault": True}
+            found[entry["ReceiptHandle"] in self.refused].append({"Id": entry["Id"], **refusal})
+        return 200, {"Successful": found[False], "Failed": found[True]}
+
+    def entries(self, action: str, *keys: str) -> list[list[tuple[Any, ...]]]:
+        """Return what each batch call of this action had in its entries."""
+        calls = [call for name, call in self.calls if name == action]
+        return [[tuple(entry[k] for k in keys) for entry in call["Entries"]] for call in calls]
+
+
+class LambdaSqsHandler(http.server.BaseHTTPRequestHandler):
+    """One connection to LambdaSqs."""
+
+    protocol_version = "HTTP/1.1"
+    server: LambdaSqs
+
+    def do_POST(self) -> None:
+        """Answer a call."""
+        call = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        action = self.headers["X-Amz-Target"].partition(".")[2]
+        status, answer = self.server.answer(action, call)
+        content = json.dumps(answer).encode()
+        self.send_response(status)
+        if status == 403:
+            self.send_header("x-amzn-query-error", "AccessDenied;Sender")
+        self.send_header("Content-Type", "application/x-amz-json-1.0")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_args: Any) -> None:
+        """Be quiet."""
+
+
+@pytest.fixture
+def lambda_sqs() -> Iterator[LambdaSqs]:
+    """Yield an SQS that keeps its calls, and configure taskhawk for it as in a Lambda function."""
+    with LambdaSqs() as sqs:
+        thread = threading.Thread(target=sqs.serve_forever, args=(0.01,))
+        thread.start()
+        endpoint = f"http://127.0.0.1:{sqs.server_port}"
+        taskhawk.configure(LAMBDA_KEYS, AWS_ENDPOINT_SQS=endpoint, IS_LAMBDA_APP=True)
+        yield sqs
+        taskhawk.configure()
+        sqs.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def lambda_runs() -> list[Any]:
+    """Register the task lambda.run, and return the list of what it was called with.
+
+    It raises what LAMBDA_ENDS has under its argument.
+    """
+    runs: list[Any] = []
+
+    @taskhawk.task(name="lambda.run")
+    def run(what: Any) -> None:
+        runs.append(what)
+        if what in LAMBDA_ENDS:
+            raise LAMBDA_ENDS[what]
+
+    return runs
+
+
+LAMBDA_ENDS: dict[Any, BaseException] = {
+    "fail": ValueError("no"),
+    "fail too": OSError("nor this"),
+    "exit": SystemExit(3),
+    "give up": taskhawk.StopRetry("enough"),
+    "later": taskhawk.RetryException("later"),
+    "in 90.5 s": taskhawk.RetryException(delay_seconds=90.5),
+    "at once": taskhawk.RetryException(delay_seconds=0),
+    "in a month": taskhawk.RetryException(delay_seconds=2_592_000),
+    "ignore": taskhawk.IgnoreException(),
+    "fail, and say so": taskhawk.LoggingException("no", {"order": 7}),
+}
+LAMBDA_FAILURES = ["fail", "exit", "give up", "later", "in 90.5 s", "fail, and say so"]
+LAMBDA_BAD = lambda_sqs_record(None, "bad")
+LAMBDA_MALFORMED: dict[str, Any] = {
+    "null": None,
+    "text": "text",
+    "empty": {},
+    "Sns null": {"Sns": None},
+    "Sns empty": {"Sns": {}},
+    "Sns of nulls": {"Sns": {"Message": None, "MessageId": None}},
+    "Kinesis": {"kinesis": {"data": "e30="}},
+    "body null": LAMBDA_BAD,
+    "messageAttributes null": {**LAMBDA_BAD, "messageAttributes": None},
+    "messageAttributes of numbers": {**LAMBDA_BAD, "messageAttributes": {"a": 1}},
+    "messageAttributes an array": {**LAMBDA_BAD, "messageAttributes": ["a"]},
+    "attributes null": {**LAMBDA_BAD, "attributes": None},
+    "attributes text": {**LAMBDA_BAD, "attributes": "text"},
+    "receive count text": lambda_sqs_record(None, "bad", ApproximateReceiveCount="many"),
+    "ARN text": {**LAMBDA_BAD, "eventSourceARN": "text"},
+    "ARN a number": {**LAMBDA_BAD, "eventSourceARN": 5},
+}
+
+
+def lambda_warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Return the texts of the warnings, without botocore's remark on its attempts."""
+    texts = (r.getMessage() for r in caplog.records if r.levelname == "WARNING")
+    return [text.replace(" (reached max retries: 0)", "") for text in texts]
+
+
+class LambdaTime:
+    """Lambda's context: its time passes as the tasks say."""
+
+    def __init__(self, remaining_ms: int) -> None:
+        self.remaining_ms = remaining_ms
+
+    def get_remaining_time_in_millis(self) -> int:
+        """Return the time until Lambda ends the function."""
+        return self.remaining_ms
+
+
+class TestLambda:
+    """An event's failures always raise, or are in the answer."""
+
+    @pytest.mark.parametrize("kind", LAMBDA_RECORDS)
+    def test_all_succeeded(self, kind, lambda_runs, caplog):
+        """Where all succeeded nothing is called: on this endpoint's port nobody listens."""
+        endpoint = f"http://127.0.0.1:{free_port()}"
+        taskhawk.configure(LAMBDA_KEYS, AWS_ENDPOINT_SQS=endpoint, AWS_ENDPOINT_SNS=endpoint)
+        event = lambda_event(1, "ignore", 2, make=LAMBDA_RECORDS[kind])
+        assert taskhawk.process_messages_for_lambda_consumer(event) is None
+        assert lambda_runs == [1, "ignore", 2]
+        assert caplog.records == []
+
+    def test_all_succeeded_by_the_calls(self, lambda_sqs, lambda_runs):
+        """Lambda deletes what succeeded, whatever the kind of answer that it wants."""
+        event = lambda_event(1, "ignore")
+        assert taskhawk.process_messages_for_lambda_consumer(event) is None
+        answer = taskhawk.process_messages_for_lambda_consumer(event, partial_batch=True)
+        assert answer == {"batchItemFailures": []}
+        assert lambda_sqs.calls == []
+
+    def test_embedded_broker(self, lambda_runs):
+        """A handler can be tried out on a machine whose broker is the embedded one, without AWS."""
+        taskhawk.configure(TASKHAWK_BROKER="sqlite://")
+        with pytest.raises(ValueError, match=r"^no$"):
+            taskhawk.process_messages_for_lambda_consumer(lambda_event(1, "fail"))
+        assert lambda_runs == [1, "fail"]
+
+    @pytest.mark.parametrize("kind", LAMBDA_RECORDS)
+    @pytest.mark.parametrize("end", LAMBDA_FAILURES)
+    def test_one_failed(self, kind, end, lambda_sqs, lambda_runs):
+        """One failure raises that very exception, after the others were run."""
+        event = lambda_event(1, end, 2, make=LAMBDA_RECORDS[kind])
+        with pytest.raises(type(LAMBDA_ENDS[end])) as caught:
+            taskhawk.process_messages_for_lambda_consumer(event)
+        assert caught.value is LAMBDA_ENDS[end]
+        assert lambda_runs == [1, end, 2]
+
+    @pytest.mark.parametrize("kind", LAMBDA_RECORDS)
+    def test_several_failed(self, kind, lambda_sqs, lambda_runs):
+        """Several failures raise a group of those very exceptions, in the order of the event."""
+        event = lambda_event("fail", 1, "give up", "fail too", make=LAMBDA_RECORDS[kind])
+        with pytest.raises(ExceptionGroup) as caught:
+            taskhawk.process_messages_for_lambda_consumer(event)
+        ends = ("fail", "give up", "fail too")
+        assert caught.value.exceptions == tuple(LAMBDA_ENDS[end] for end in ends)
+        assert str(caught.value) == "several runs failed (3 sub-exceptions)"
+        assert lambda_runs == ["fail", 1, "give up", "fail too"]
+
+    def test_several_failed_and_one_wants_to_exit(self, lambda_sqs, lambda_runs):
+        """A SystemExit among several failures makes it a BaseExceptionGroup."""
+        with pytest.raises(BaseExceptionGroup) as caught:
+            taskhawk.process_messages_for_lambda_consumer(lambda_event("fail", "exit"))
+        assert caught.value.exceptions == (LAMBDA_ENDS["fail"], LAMBDA_ENDS["exit"])
+
+    def test_partial_batch(self, lambda_sqs, lambda_runs):
+        """partial_batch=True answers what failed instead, and leaves the deletes to Lambda."""
+        event = lambda_event(1, *LAMBDA_FAILURES, 2)
+        answer = taskhawk.process_messages_for_lambda_consumer(event, partial_batch=True)
+        assert answer == {
+            "batchItemFailures": [{"itemIdentifier": f"m{n}"} for n in (2, 3, 4, 5, 6, 7)]
+        }
+        assert lambda_runs == [1, *LAMBDA_FAILURES, 2]
+        assert lambda_sqs.entries("DeleteMessageBatch", "ReceiptHandle") == []
+
+    def test_partial_batch_of_sns(self, lambda_runs):
+        """SNS has no partial batches, and would take the answer for success: a failure raises."""
+        event = lambda_event("fail", 1, make=lambda_sns_record)
+        with pytest.raises(ValueError, match=r"^no$"):
+            taskhawk.process_messages_for_lambda_consumer(event, partial_batch=True)
+        assert lambda_runs == ["fail", 1]
+
+    def test_succeeded_are_deleted(self, lambda_sqs, lambda_runs):
+        """What succeeded is deleted before a failure is raised: ten a call, nothing looked up."""
+        event = lambda_event("fail", *range(21), "give up")
+        with pytest.raises(ExceptionGroup, match="several runs failed"):
+            taskhawk.process_messages_for_lambda_consumer(event)
+        assert [action for action, _ in lambda_sqs.calls] == ["DeleteMessageBatch"] * 3
+        url = f"http://127.0.0.1:{lambda_sqs.server_port}/123456789012/TASKHAWK-DEV-MYAPP"
+        assert {call["QueueUrl"] for _, call in lambda_sqs.calls} == {url}
+        deleted = lambda_sqs.entries("DeleteMessageBatch", "ReceiptHandle")
+        assert [len(entries) for entries in deleted] == [10, 10, 1]
+        assert list(itertools.chain(*deleted)) == [(f"receipt of m{n}",) for n in range(2, 23)]
+
+    def test_succeeded_are_deleted_from_a_real_queue(
+        self, ministack, sqs_client, queue_name, lambda_runs
+    ):
+        """On a real queue the failed message alone is left, or nothing but the answer is."""
+        client = sqs_client(ministack)
+        url = client.create_queue(QueueName=f"TASKHAWK-{queue_name}")["QueueUrl"]
+        names = ["QueueArn", "ApproximateNumberOfMessages", "ApproximateNumberOfMessagesNotVisible"]
+
+        def attributes() -> list[str]:
+            found = client.get_queue_attributes(QueueUrl=url, AttributeNames=names)["Attributes"]
+            return [found[name] for name in names]
+
+        sent = lambda_event(1, "fail", 2, "ignore")["Records"]
+        for record in sent:
+            client.send_message(QueueUrl=url, MessageBody=record["body"])
+        received: list[Any] = []
+        while len(received) < len(sent):
+            received += client.receive_message(
+                QueueUrl=url, MaxNumberOfMessages=10, MessageSystemAttributeNames=["All"]
+            ).get("Messages", [])
+        keys = {"messageId": "MessageId", "receiptHandle": "ReceiptHandle", "body": "Body"}
+        event = {
+            "Records": [
+                {
+                    **{theirs: message[ours] for theirs, ours in keys.items()},
+                    "attributes": message["Attributes"],
+                    "messageAttributes": {},
+                    "eventSource": "aws:sqs",
+                    "eventSourceARN": attributes()[0],
+                }
+                for message in received
+            ]
+        }
+        assert attributes()[1:] == ["0", "4"]
+        taskhawk.configure(LAMBDA_KEYS, AWS_ENDPOINT_SQS=ministack)
+        with pytest.raises(ValueError, match=r"^no$"):
+            taskhawk.process_messages_for_lambda_consumer(event)
+        assert attributes()[1:] == ["0", "1"]
+        assert sorted(map(str, lambda_runs)) == ["1", "2", "fail", "ignore"]
+        event["Records"] = [r for r in event["Records"] if '"fail"' in r["body"]]
+        event["Records"][0]["body"] = processing_body("lambda.run", args=["at once"])
+        answer = taskhawk.process_messages_for_lambda_consumer(event, partial_batch=True)
+        failed = event["Records"][0]["messageId"]
+        assert answer == {"batchItemFailures": [{"itemIdentifier": failed}]}
+        (again,) = client.receive_message(QueueUrl=url)["Messages"]
+        assert again["MessageId"] == failed
+
+    @pytest.mark.parametrize("how", ["denied", "refused"])
+    def test_succeeded_cannot_be_deleted(self, how, lambda_sqs, lambda_runs, caplog):
+        """Where the delete fails the failure is raised all the same, and a warning says so."""
+        if how == "denied":
+            lambda_sqs.denied = {"DeleteMessageBatch"}
+            why = LAMBDA_DENIED.format("DeleteMessageBatch")
+        else:
+            lambda_sqs.refused = {"receipt of m1", "receipt of m4"}
+            why = "gone"
+        with pytest.raises(ValueError, match=r"^no$"):
+            taskhawk.process_messages_for_lambda_consumer(lambda_event(1, "fail", 2, 3))
+        assert lambda_warnings(caplog) == [
+            f"{3 if how == 'denied' else 2} of 3 messages that succeeded may run again:"
+            f" can't delete them: {why}"
+        ]
+
+    @pytest.mark.parametrize("action", ["DeleteMessageBatch", "ChangeMessageVisibilityBatch"])
+    def test_a_passing_fault_of_the_service(self, action, lambda_sqs, lambda_runs, caplog):
+        """A call that fails in passing is repeated, as nobody comes after the function to do it."""
+        lambda_sqs.unavailable = 1
+        calls = (1, "fail") if action == "DeleteMessageBatch" else ("in 90.5 s",)
+        with pytest.raises((ValueError, taskhawk.RetryException)):
+            taskhawk.process_messages_for_lambda_consumer(lambda_event(*calls))
+        assert [name for name, _ in lambda_sqs.calls] == [action, action]
+        assert lambda_warnings(caplog) == []
+
+    @pytest.mark.parametrize("partial_batch", [False, True])
+    def test_delays(self, partial_batch, lambda_sqs, lambda_runs):
+        """A retry's delay is set on the queue first; whole seconds, and nothing is looked up."""
+        taskhawk.task(name="lambda.policy", retry=taskhawk.fixed(7, jitter=False))(
+            raising(KeyError())
+        )
+        event = lambda_event("in 90.5 s", 1, "later", "fail", "at once")
+        event["Records"].append(lambda_sqs_record(processing_body("lambda.policy"), "m6"))
+        with contextlib.suppress(ExceptionGroup):
+            taskhawk.process_messages_for_lambda_consumer(event, partial_batch=partial_batch)
+        action = "ChangeMessageVisibilityBatch"
+        changes = lambda_sqs.entries(action, "ReceiptHandle", "VisibilityTimeout")
+        assert list(itertools.chain(*changes)) == [
+            ("receipt of m1", 91),
+            ("receipt of m5", 0),
+            ("receipt of m6", 7),
+        ]
+        others = [name for name, _ in lambda_sqs.calls if name != action]
+        assert others == ([] if partial_batch else ["DeleteMessageBatch"])
+        assert lambda_sqs.calls[-1][0] == (others or [action])[-1]
+
+    def test_delay_beyond_12_hours(self, lambda_sqs, lambda_runs):
+        """A delay is clamped to what is left of 12 hours since the receive: SQS refuses more."""
+        with pytest.raises(taskhawk.RetryException):
+            taskhawk.process_messages_for_lambda_consumer(lambda_event("in a month"))
+        (((asked_s,),),) = lambda_sqs.entries("ChangeMessageVisibilityBatch", "VisibilityTimeout")
+        longest_s = 900 + 300  # Lambda's longest run, after its longest wait for a batch
+        assert 40_000 < asked_s <= 43_200 - longest_s
+
+    def test_delays_of_sns(self, lambda_sqs, lambda_runs):
+        """Behind SNS a retry has no delay of ours: Lambda has its own."""
+        event = lambda_event("in 90.5 s", 1, make=lambda_sns_record)
+        with pytest.raises(taskhawk.RetryException) as caught:
+            taskhawk.process_messages_for_lambda_consumer(event)
+        assert caught.value is LAMBDA_ENDS["in 90.5 s"]
+        assert lambda_sqs.calls == []
+
+    def test_delays_are_denied(self, lambda_sqs, lambda_runs, caplog):
+        """A role that may not change the visibility costs one warning, and no message."""
+        lambda_sqs.denied.add("ChangeMessageVisibilityBatch")
+        why = LAMBDA_DENIED.format("ChangeMessageVisibilityBatch")
+        event = lambda_event("in 90.5 s", 1, "at once", "in 90.5 s")
+        with pytest.raises(ExceptionGroup) as caught:
+            taskhawk.process_messages_for_lambda_consumer(event)
+        assert len(caught.value.exceptions) == 3
+        assert lambda_warnings(caplog) == [
+            f"can't change when 3 of 3 failed messages run again: {why}"
+        ]
+        deleted = lambda_sqs.entries("DeleteMessageBatch", "ReceiptHandle")
+        assert deleted == [[("receipt of m2",)]]
+
+    def test_one_delay_is_refused(self, lambda_sqs, lambda_runs, caplog):
+        """A delay that SQS refuses for one message is still set for the others."""
+        lambda_sqs.refused.add("receipt of m1")
+        event = lambda_event("in 90.5 s", "at once")
+        taskhawk.process_messages_for_lambda_consumer(event, partial_batch=True)
+        asked = lambda_sqs.entries("ChangeMessageVisibilityBatch", "ReceiptHandle")
+        assert list(itertools.chain(*asked)) == [("receipt of m1",), ("receipt of m2",)]
+        (warning,) = lambda_warnings(caplog)
+        assert warning == "can't change when 1 of 2 failed messages run again: gone"
+
+    def test_task_changes_its_visibility(self, lambda_sqs):
+        """A task may hold its message for longer: by metadata, at once, nothing is looked up."""
+        seen: list[Any] = []
+
+        @taskhawk.task(name="lambda.long")
+        def long(metadata: taskhawk.Metadata) -> None:
+            metadata.extend_visibility_timeout(600)
+            seen.append(lambda_sqs.calls[:])
+
+        record = lambda_sqs_record(processing_body("lambda.long"), "m1")
+        taskhawk.process_messages_for_lambda_consumer({"Records": [record]})
+        url = f"http://127.0.0.1:{lambda_sqs.server_port}/123456789012/TASKHAWK-DEV-MYAPP"
+        entry = {"Id": "0", "ReceiptHandle": "receipt of m1", "VisibilityTimeout": 600}
+        call = ("ChangeMessageVisibilityBatch", {"QueueUrl": url, "Entries": [entry]})
+        assert seen == [[call]]
+
+    @pytest.mark.parametrize("kind", LAMBDA_RECORDS)
+    def test_metadata(self, kind, lambda_sqs):
+        """A task is told of its run; behind SNS it has no queue and no receipt."""
+        seen: list[taskhawk.Metadata] = []
+
+        @taskhawk.task(name="lambda.told")
+        def told(metadata: taskhawk.Metadata) -> None:
+            metadata.extend_visibility_timeout(0)  # does nothing where there is no queue
+            seen.append(metadata)
+
+        body = processing_body("lambda.told", headers={"request_id": "1234"})
+        record = LAMBDA_RECORDS[kind](body, "m1")
+        if kind == "SQS":
+            record["attributes"]["ApproximateReceiveCount"] = "3"
+        taskhawk.process_messages_for_lambda_consumer({"Records": [record]})
+        assert seen == [
+            {
+                "id": PROCESSING_ID,
+                "priority": taskhawk.Priority.high,
+                "receipt": "receipt of m1" if kind == "SQS" else None,
+                "timestamp": 1460868253255,
+                "version": "1.0",
+            }
+        ]
+        (metadata,) = seen
+        expected = ("TASKHAWK-DEV-MYAPP", 3) if kind == "SQS" else (None, 1)
+        assert (metadata.queue, metadata.attempt) == expected
+        assert metadata.headers == {"request_id": "1234"}
+        assert metadata.lease_lost is False
+
+    def test_hooks_of_sqs_events(self, lambda_sqs, lambda_runs):
+        """For an SQS event the hooks get what they get in a worker, shaped like boto3's message."""
+        seen: list[Any] = []
+        taskhawk.configure(
+            LAMBDA_KEYS,
+            AWS_ENDPOINT_SQS=f"http://127.0.0.1:{lambda_sqs.server_port}",
+            TASKHAWK_PRE_PROCESS_HOOK=lambda **given: seen.append(given),
+            TASKHAWK_POST_PROCESS_HOOK="test_lambda_hooks.delete",
+        )
+        hooks = type(sys)("test_lambda_hooks")
+        hooks.delete = lambda sqs_queue_message, **_: sqs_queue_message.delete()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(sys.modules, "test_lambda_hooks", hooks)
+            taskhawk.process_messages_for_lambda_consumer(lambda_event(1))
+        (given,) = seen
+        message = given.pop("sqs_queue_message")
+        assert given == {"queue_name": "TASKHAWK-DEV-MYAPP"}
+        assert message.body == processing_body("lambda.run", args=[1])
+        assert (message.message_id, message.receipt_handle) == ("m1", "receipt of m1")
+        assert message.attributes == lambda_sqs_record("", "m1")["attributes"]
+        attribute = message.message_attributes["request_id"]
+        assert (attribute["StringValue"], attribute["DataType"]) == ("1234", "String")
+        assert lambda_sqs.calls == [
+            (
+                "DeleteMessageBatch",
+                {
+                    "QueueUrl": message.queue_url,
+                    "Entries": [{"Id": "0", "ReceiptHandle": "receipt of m1"}],
+                },
+            )
+        ]
+
+    def test_queue_url_of_aws(self, lambda_runs):
+        """Without an endpoint of one's own, the queue's URL is the one that AWS has."""
+        urls: list[str] = []
+
+        def look(sqs_queue_message: QueueMessage, **_: Any) -> None:
+            urls.append(sqs_queue_message.queue_url)
+
+        taskhawk.configure(LAMBDA_KEYS, TASKHAWK_PRE_PROCESS_HOOK=look)
+        taskhawk.process_messages_for_lambda_consumer(lambda_event(1))
+        assert urls == ["https://sqs.us-east-1.amazonaws.com/123456789012/TASKHAWK-DEV-MYAPP"]
+
+    def test_hooks_of_sns_events(self, lambda_runs):
+        """For an SNS event the hooks get the record."""
+        seen: list[Any] = []
+        taskhawk.configure(
+            TASKHAWK_PRE_PROCESS_HOOK=lambda **given: seen.append(given),
+            TASKHAWK_POST_PROCESS_HOOK=lambda **given: seen.append(given),
+        )
+        event = lambda_event(1, make=lambda_sns_record)
+        taskhawk.process_messages_for_lambda_consumer(event)
+        assert seen == [{"sns_record": event["Records"][0]}] * 2
+
+    @pytest.mark.parametrize("kind", LAMBDA_RECORDS)
+    @pytest.mark.parametrize("case", LAMBDA_MALFORMED)
+    def test_malformed_records(self, case, kind, lambda_sqs, lambda_runs):
+        """A record that is none fails as an invalid message does, and does not stop the others."""
+        event = lambda_event(1, 2, make=LAMBDA_RECORDS[kind])
+        event["Records"].insert(1, LAMBDA_MALFORMED[case])
+        with pytest.raises(taskhawk.ValidationError) as caught:
+            taskhawk.process_messages_for_lambda_consumer(event)
+        assert str(caught.value) == "message: expected a string of JSON, got null"
+        assert lambda_runs == [1, 2]
+
+    @pytest.mark.parametrize("kind", LAMBDA_RECORDS)
+    @pytest.mark.parametrize("case", PROCESSING_INVALID)
+    def test_invalid_messages(self, case, kind, lambda_sqs, lambda_runs):
+        """An invalid message, or one for an unknown task, fails and does not stop the others."""
+        body, wrong = PROCESSING_INVALID[case]
+        event = lambda_event(1, 2, make=LAMBDA_RECORDS[kind])
+        event["Records"].insert(1, LAMBDA_RECORDS[kind](body, "bad"))
+        with pytest.raises(taskhawk.ValidationError) as caught:
+            taskhawk.process_messages_for_lambda_consumer(event)
+        assert str(caught.value) == wrong
+        assert lambda_runs == [1, 2]
+
+    @pytest.mark.parametrize("event", [None, [], "text", {}, {"Records": None}, {"Records": {}}])
+    def test_malformed_events(self, event):
+        """What is no event with records raises, lest its messages be taken for processed."""
+        with pytest.raises(taskhawk.ValidationError) as caught:
+            taskhawk.process_messages_for_lambda_consumer(event)
+        sentence = "Records: expected an array of SNS or SQS records, got none"
+        assert str(caught.value) == sentence
+
+    @pytest.mark.parametrize(
+        ("partial_batch", "answer"), [(False, None), (True, {"batchItemFailures": []})]
+    )
+    def test_event_without_records(self, partial_batch, answer):
+        """An event of no records is done."""
+        event = {"Records": []}
+        found = taskhawk.process_messages_for_lambda_consumer(event, partial_batch=partial_batch)
+        assert found == answer
+
+    @pytest.mark.parametrize("kind", LAMBDA_RECORDS)
+    def test_time_budget(self, kind, lambda_sqs):
+        """With Lambda's context nothing is started in the last tenth of the time that was left."""
+        context = LambdaTime(10_000)
+        runs: list[int] = []
+
+        @taskhawk.task(name="lambda.run")
+        def run(takes_ms: int) -> None:
+            runs.append(takes_ms)
+            context.remaining_ms -= takes_ms
+
+        event = lambda_event(4_000, 4_900, 101, 1, 1, make=LAMBDA_RECORDS[kind])
+        with pytest.raises(ExceptionGroup) as caught:
+            taskhawk.process_messages_for_lambda_consumer(event, context=context)
+        assert runs == [4_000, 4_900, 101]
+        assert [(type(error), str(error)) for error in caught.value.exceptions] == [
+            (taskhawk.TaskhawkError, f"message m{n} was not started: no time was left")
+            for n in (4, 5)
+        ]
+        deleted = [[(f"receipt of m{n}",) for n in (1, 2, 3)]] if kind == "SQS" else []
+        assert lambda_sqs.entries("DeleteMessageBatch", "ReceiptHandle") == deleted
+        context.remaining_ms = 10_000
+        assert taskhawk.process_messages_for_lambda_consumer(
+            lambda_event(9_999), context=context, partial_batch=True
+        ) == {"batchItemFailures": []}
+
+    def test_time_budget_partial_batch(self, lambda_sqs):
+        """What was not started counts as failed."""
+        context = LambdaTime(10_000)
+
+        @taskhawk.task(name="lambda.run")
+        def run(takes_ms: int) -> None:
+            context.remaining_ms -= takes_ms
+
+        answer = taskhawk.process_messages_for_lambda_consumer(
+            lambda_event(9_500, 1), context=context, partial_batch=True
+        )
+        assert answer == {"batchItemFailures": [{"itemIdentifier": "m2"}]}
+        assert lambda_sqs.calls == []
+
+    @pytest.mark.parametrize("partial_batch", [False, True])
+    @pytest.mark.parametrize("first", ["fail", "in 90.5 s", None])
+    def test_fifo_groups(self, first, partial_batch, lambda_sqs, lambda_runs):
+        """Nothing of a FIFO group runs after its first failure; the rest counts as failed."""
+        event = lambda_event(1, first, 2, 3, 4)
+        for record, group in zip(event["Records"], "aabab", strict=True):
+            record["attributes"]["MessageGroupId"] = group
+            record["eventSourceARN"] = LAMBDA_FIFO_ARN
+        if first is None:
+            event["Records"][1]["body"] = "{"  # what can't be run is a failure too
+        answer, errors = None, ()
+        try:
+            answer = taskhawk.process_messages_for_lambda_consumer(
+                event, partial_batch=partial_batch
+            )
+        except ExceptionGroup as group:
+            errors = group.exceptions
+        assert lambda_runs == [1, *filter(None, [first]), 2, 4]
+        deleted = lambda_sqs.entries("DeleteMessageBatch", "ReceiptHandle")
+        if partial_batch:
+            failures = [{"itemIdentifier": name} for name in ("m2", "m4")]
+            assert (answer, deleted) == ({"batchItemFailures": failures}, [])
+        else:
+            assert deleted == [[(f"receipt of m{n}",) for n in (1, 3, 5)]]
+            text = "message m4 was not started: an earlier one of its group failed"
+            assert (len(errors), type(errors[1])) == (2, taskhawk.TaskhawkError)
+            assert str(errors[1]) == text
+
+    def test_groups_of_standard_queues(self, lambda_sqs, lambda_runs):
+        """On a standard queue a group is for fairness, and a failure does not stop it."""
+        event = lambda_event("fail", 1)
+        for record in event["Records"]:
+            record["attributes"]["MessageGroupId"] = "a"
+        with pytest.raises(ValueError, match=r"^no$"):
+            taskhawk.process_messages_for_lambda_consumer(event)
+        assert lambda_runs == ["fail", 1]
+
+    def test_keyboard_interrupt(self, lambda_sqs, lambda_runs, monkeypatch):
+        """KeyboardInterrupt ends the handler: no run follows."""
+        monkeypatch.setitem(LAMBDA_ENDS, "interrupt", KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            taskhawk.process_messages_for_lambda_consumer(lambda_event(1, "interrupt", 2))
+        assert lambda_runs == [1, "interrupt"]
+
+
+AWS_SETTINGS = {
+    "AWS_ACCESS_KEY": "test",
+    "AWS_ACCOUNT_ID": "000000000000",
+    "AWS_REGION": "us-east-1",
+    "AWS_SECRET_KEY": "test",
+}
+NEVER = threading.Event()  # for Broker.receive(): nothing cuts the wait short
+ATTRIBUTES = {"request_id": {"DataType": "String", "StringValue": "é1234"}}
+STALE = taskhawk.Refusal(0, "ReceiptHandleIsInvalid", "", final=True)
+NO_QUEUE = (
+    "there is no such queue here: make it, or check TASKHAWK_QUEUE, AWS_REGION and the account"
+)
+NO_TOPIC = "there is no such topic: make it, or check TASKHAWK_QUEUE and AWS_ACCOUNT_ID"
+DENIED = "access denied: the IAM policy of these credentials does not allow it"
+UNKNOWN_KEY = "AWS does not know these credentials: check AWS_ACCESS_KEY"
+
+
+@dataclasses.dataclass
+class Call:
+    """A request that FakeAws got; its attributes are what a test may want to see."""
+
+    action: str
+    data: dict[str, Any]
+    headers: dict[str, str]
+    port: int
+
+
+class FakeAws(http.server.ThreadingHTTPServer):
+    """An HTTP server that records requests; it answers as told, else as the emulator behind it."""
+
+    request_queue_size = 128
+
+    def __init__(self, behind: str | None = None) -> None:
+        super().__init__(("127.0.0.1", 0), FakeAwsHandler)
+        self.url, self.behind = f"http://127.0.0.1:{self.server_port}", behind
+        self.calls: list[Call] = []
+        self.connected: set[int] = set()  # the clients' ports
+        self.changed = threading.Condition()  # notified when a connection is made or closed
+        self.answers: dict[str, Any] = {}  # by action: a function of the request, or its answer
+        self.closing = threading.Event()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Keep quiet: a client that gave up is no failure of the server."""
+
+    def actions(self) -> list[str]:
+        """Return the names of the requests until now."""
+        return [call.action for call in self.calls]
+
+    def reply(self, call: Call, body: bytes) -> tuple[int, dict[str, str], bytes]:
+        """Return status, headers and body."""
+        answer = self.answers.get(call.action)
+        answer = answer(call) if callable(answer) else answer
+        if isinstance(answer, tuple):
+            return answer
+        if answer is None and self.behind:
+            names = ("Content-Type", "X-Amz-Target", "Authorization")
+            headers = {name: call.headers[name] for name in names if name in call.headers}
+            request = urllib.request.Request(self.behind, body, headers)
+            with urllib.request.urlopen(request, timeout=30) as response:
+                return (
+                    response.status,
+                    {"Content-Type": response.headers["Content-Type"]},
+                    (response.read()),
+                )
+        if answer is None and call.action == "GetQueueUrl":
+            answer = {"QueueUrl": f"{self.url}/000000000000/{call.data['QueueName']}"}
+        elif answer is None:
+            entries = [{"Id": e["Id"], "MessageId": "m"} for e in call.data.get("Entries", ())]
+            answer = {"Successful": entries, "Failed": []} if entries else {}
+        return 200, {}, json.dumps(answer).encode()
+
+
+class FakeAwsHandler(http.server.BaseHTTPRequestHandler):
+    """Reads SQS's JSON and SNS's query protocol."""
+
+    protocol_version = "HTTP/1.1"
+    server: FakeAws
+
+    def setup(self) -> None:
+        """Count the connection."""
+        super().setup()
+        with self.server.changed:
+            self.server.connected.add(self.client_address[1])
+            self.server.changed.notify_all()
+
+    def finish(self) -> None:
+        """Count it no more."""
+        super().finish()
+        with self.server.changed:
+            self.server.connected.discard(self.client_address[1])
+            self.server.changed.notify_all()
+
+    def do_POST(self) -> None:
+        """Record the request, then answer."""
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if target := self.headers["X-Amz-Target"]:
+            action, data = target.rpartition(".")[2], json.loads(body)
+        else:
+            data = dict(urllib.parse.parse_qsl(body.decode()))
+            action = data["Action"]
+        call = Call(action, data, dict(self.headers), self.client_address[1])
+        self.server.calls.append(call)
+        status, headers, answer = self.server.reply(call, body)
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(answer))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *args: object) -> None:
+        """Keep quiet."""
+
+
+@contextlib.contextmanager
+def fake_aws(queue_name: str, behind: str | None = None) -> Iterator[FakeAws]:
+    """Run a FakeAws, and configure taskhawk to use it."""
+    with FakeAws(behind) as aws:
+        thread = threading.Thread(target=aws.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        endpoints = {"AWS_ENDPOINT_SNS": aws.url, "AWS_ENDPOINT_SQS": aws.url}
+        taskhawk.configure(**AWS_SETTINGS, **endpoints, TASKHAWK_QUEUE=queue_name)
+        try:
+            yield aws
+        finally:
+            aws.closing.set()
+            taskhawk.configure()
+            aws.shutdown()
+            thread.join()
+
+
+@pytest.fixture
+def aws(queue_name: str) -> Iterator[FakeAws]:
+    """Yield a server that stands in for AWS and accepts everything, unless told otherwise."""
+    with fake_aws(queue_name) as server:
+        yield server
+
+
+@pytest.fixture
+def proxy(queue_name: str, ministack: str) -> Iterator[FakeAws]:
+    """Yield a server that records what it hands on to ministack."""
+    with fake_aws(queue_name, ministack) as server:
+        yield server
+
+
+def sqs_error(code: str, text: str = "", status: int = 400) -> tuple[int, dict[str, str], bytes]:
+    """Return an error as SQS answers it."""
+    body = {"__type": f"com.amazonaws.sqs#{code.rpartition('.')[2]}", "message": text}
+    return status, {"x-amzn-query-error": f"{code};Sender"}, json.dumps(body).encode()
+
+
+def sns_error(code: str, text: str = "", status: int = 400) -> tuple[int, dict[str, str], bytes]:
+    """Return an error as SNS answers it."""
+    error = f"<Error><Type>Sender</Type><Code>{code}</Code><Message>{text}</Message></Error>"
+    body = f"<ErrorResponse>{error}<RequestId>r</RequestId></ErrorResponse>"
+    return status, {"Content-Type": "text/xml"}, body.encode()
+
+
+def create_queues(client: Any, name: str, **attributes: str) -> str:
+    """Make a queue and its dead-letter queue (after two receives), and return the queue's URL."""
+    dead = client.create_queue(QueueName=f"{name}-DLQ")["QueueUrl"]
+    found = client.get_queue_attributes(QueueUrl=dead, AttributeNames=["QueueArn"])
+    target = {"deadLetterTargetArn": found["Attributes"]["QueueArn"], "maxReceiveCount": "2"}
+    redrive = {"RedrivePolicy": json.dumps(target)}
+    made = client.create_queue(QueueName=name, Attributes={**redrive, **attributes})
+    return made["QueueUrl"]
+
+
+def numbered(count: int, start: int = 0) -> list[taskhawk.Outgoing]:
+    """Return messages whose bodies are numbers."""
+    return [taskhawk.Outgoing(str(start + i), {}) for i in range(count)]
+
+
+def drain(broker: taskhawk.Broker, queue: str, lease_s: float = 60) -> list[str]:
+    """Receive and delete until the queue is empty, and return the bodies."""
+    bodies = []
+    while received := broker.receive(queue, 10, 0, lease_s, NEVER):
+        assert broker.delete(queue, [m.receipt_handle for m in received]) == []
+        bodies += [message.body for message in received]
+    return bodies
+
+
+@contextlib.contextmanager
+def python_child(code: str, *args: object) -> Iterator[subprocess.Popen[str]]:
+    """Run code in a new interpreter for the length of the block, with pipes to talk to it."""
+    with subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, args)],
+        env=python_env(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def forked(function: Callable[[], object], how: str = "os.fork") -> Callable[[], int | None]:
+    """Run a function in a forked child, and return a function that waits for its exit code."""
+
+    def child():
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(20)  # a child that hangs ends with -SIGALRM
+        function()
+
+    if how == "multiprocessing":
+        process = multiprocessing.get_context("fork").Process(target=child)
+        process.start()
+        return lambda: process.join(30) or process.exitcode
+    pid = os.fork()
+    if not pid:
+        try:
+            child()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return lambda: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def task_of_the_test(text: object) -> None:
+    """Do nothing: only dispatched."""
+
+
+class Clock:
+    """A clock that stands still until it is moved."""
+
+    def __init__(self, now: float = 1_700_000_000) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        """Return the time."""
+        return self.now
+
+
+@dataclasses.dataclass
+class Queues:
+    """A broker, and one of its queues, which has a dead-letter queue after two receives."""
+
+    broker: taskhawk.Broker
+    name: str
+    refuses_stale: bool
+    clock: Clock
+
+    def pass_a_second(self) -> None:
+        """Move SQLite's clock; a receive from SQS has to wait."""
+        self.clock.now += 1
+
+    def send(self, *bodies: str, delay_s: float = 0) -> None:
+        """Send all in one call."""
+        entries = [taskhawk.Outgoing(body, ATTRIBUTES, delay_s) for body in bodies]
+        assert self.broker.send(self.name, entries) == []
+
+    def receive(
+        self, count: int = 10, wait_s: float = 0, lease_s: float | None = None
+    ) -> list[taskhawk.QueueMessage]:
+        """Receive, by default at once what is visible."""
+        return self.broker.receive(self.name, count, wait_s, lease_s, NEVER)
+
+    def receive_all(self, count: int, lease_s: float | None = None) -> list[taskhawk.QueueMessage]:
+        """Receive until there are so many, waiting for them."""
+        deadline = time.monotonic() + 15
+        found: list[taskhawk.QueueMessage] = []
+        while len(found) < count:
+            assert time.monotonic() < deadline
+            found += self.receive(10, 5, lease_s)
+        return sorted(found, key=lambda message: message.body)
+
+    def stale(self) -> tuple[str, taskhawk.QueueMessage]:
+        """Return a receipt that is stale, and its message as it was received again."""
+        (first,) = self.receive_all(1)
+        assert self.broker.change_visibility(self.name, [(first.receipt_handle, 0)]) == []
+        (second,) = self.receive_all(1)
+        return first.receipt_handle, second
+
+
+class TestBrokerContract:
+    """What every broker does alike, so that a test on SQLite means something for SQS."""
+
+    @pytest.fixture(params=["ministack", "moto", "file", "memory"])
+    def queues(self, request, tmp_path, sqs_client, queue_name):
+        """Yield a fresh queue of each broker."""
+        kind, name, clock = request.param, f"TASKHAWK-{queue_name}", Clock(time.time())
+        if kind in ("ministack", "moto"):
+            endpoint = request.getfixturevalue(kind)
+            create_queues(sqs_client(endpoint), name)
+            taskhawk.configure(**AWS_SETTINGS, AWS_ENDPOINT_SQS=endpoint)
+            broker = taskhawk.SqsBroker()
+        else:
+            path = f"/{tmp_path}/queue.db" if kind == "file" else ""
+            broker = taskhawk.SqliteBroker(f"sqlite://{path}?max_receive_count=2", clock)
+        with contextlib.closing(broker):
+            yield Queues(broker, name, kind != "moto", clock)
+
+    def test_a_message_arrives_whole(self, queues):
+        """What is sent is received with its attributes, its time, and the count 1."""
+        queues.send("hello é")
+        (message,) = queues.receive()
+        assert (message.body, message.attempt) == ("hello é", 1)
+        value = message.message_attributes["request_id"]
+        assert (value["DataType"], value["StringValue"]) == ("String", "é1234")
+        assert abs(int(message.attributes["SentTimestamp"]) / 1000 - time.time()) < 60
+        assert (message.queue, message.group_id) == (queues.name, None)
+        assert message.message_id
+        assert message.queue_url
+        assert message.hook_kwargs == {"queue_name": queues.name, "sqs_queue_message": message}
+
+    def test_ten_in_a_call(self, queues):
+        """Ten are sent in one call, and a receive takes at most what it asks for, and ten."""
+        queues.send(*"abcdefghij")
+        queues.send("k")
+        few = queues.receive(3)
+        assert 1 <= len(few) <= 3
+        rest = queues.receive(50)
+        assert len(rest) <= 10
+        rest += queues.receive_all(11 - len(few) - len(rest))
+        assert sorted(message.body for message in few + rest) == list("abcdefghijk")
+        assert len({message.message_id for message in few + rest}) == 11
+
+    def test_visibility(self, queues):
+        """A message is visible again when its timeout ends, later if extended, sooner if cut."""
+        queues.send("extended")
+        (extended,) = queues.receive(lease_s=1)
+        change = [(extended.receipt_handle, 60)]
+        assert queues.broker.change_visibility(queues.name, change) == []
+        queues.send("left")
+        (left,) = queues.receive(lease_s=1)
+        queues.send("cut")
+        (cut,) = queues.receive()
+        assert queues.broker.change_visibility(queues.name, [(cut.receipt_handle, 1)]) == []
+        assert queues.receive() == []
+        queues.pass_a_second()
+        again = queues.receive_all(2)
+        assert [(message.body, message.attempt) for message in again] == [("cut", 2), ("left", 2)]
+        for before, after in zip((cut, left), again, strict=True):
+            assert before.receipt_handle != after.receipt_handle
+            assert before.message_id == after.message_id
+            assert before.attributes["SentTimestamp"] == after.attributes["SentTimestamp"]
+
+    def test_delays_and_depth(self, queues):
+        """A delayed message is counted as such, and received when its delay is over."""
+        queues.send("now", "too")
+        queues.send("later", delay_s=1)
+        assert queues.broker.depth(queues.name) == taskhawk.Depth(2, 0, 1)
+        now = queues.receive_all(2)
+        assert [message.body for message in now] == ["now", "too"]
+        assert queues.broker.depth(queues.name) == taskhawk.Depth(0, 2, 1)
+        queues.pass_a_second()
+        (later,) = queues.receive_all(1)
+        assert later.body == "later"
+        receipts = [message.receipt_handle for message in (*now, later)]
+        assert queues.broker.delete(queues.name, receipts) == []
+        assert queues.broker.depth(queues.name) == taskhawk.Depth(0, 0, 0)
+
+    def test_stale_receipts(self, queues):
+        """A receipt is no good once the message was received again; a delete may say success."""
+        queues.send("x")
+        stale, again = queues.stale()
+        assert (again.attempt, again.receipt_handle != stale) == (2, True)
+        if queues.refuses_stale:  # AWS is free to answer either way on a standard queue
+            changed = queues.broker.change_visibility(queues.name, [(stale, 0)])
+            deleted = queues.broker.delete(queues.name, [stale])
+            assert [refusal._replace(text="") for refusal in changed + deleted] == [STALE, STALE]
+            assert queues.broker.depth(queues.name) == taskhawk.Depth(0, 1, 0)
+        assert queues.broker.delete(queues.name, [again.receipt_handle]) == []
+        assert queues.broker.depth(queues.name) == taskhawk.Depth(0, 0, 0)
+
+    def test_batch_answers(self, queues):
+        """The answer to a batch names the entries that failed by their index."""
+        queues.send("a")
+        stale, last = queues.stale()
+        queues.send("b", "c")
+        good = [message.receipt_handle for message in queues.receive_all(2)]
+        bad = stale if queues.refuses_stale else "no receipt"
+        changes = [(good[0], 60), (bad, 60), (good[1], 60)]
+        refusals = queues.broker.change_visibility(queues.name, changes)
+        assert [refusal._replace(text="") for refusal in refusals] == [STALE._replace(index=1)]
+        refusals = queues.broker.delete(queues.name, [*good, bad, last.receipt_handle])
+        assert [refusal._replace(text="") for refusal in refusals] == [STALE._replace(index=2)]
+        assert queues.broker.depth(queues.name) == taskhawk.Depth(0, 0, 0)
+
+    def test_dead_letters(self, queues):
+        """After so many receives a message goes, as it was sent, to the dead-letter queue."""
+        dead = dataclasses.replace(queues, name=f"{queues.name}-DLQ")
+        limits = taskhawk.QueueInfo(30.0, dead.name, 2)
+        assert queues.broker.info(queues.name) == limits
+        assert queues.broker.info(dead.name) == taskhawk.QueueInfo(30.0, None, None)
+        queues.send("poison")
+        (second,) = queues.stale()[1:]
+        second.change_visibility(VisibilityTimeout=0)
+        assert queues.receive() == []
+        (found,) = dead.receive_all(1)
+        assert (found.body, found.message_id) == ("poison", second.message_id)
+        assert found.message_attributes == second.message_attributes
+        assert found.attributes["SentTimestamp"] == second.attributes["SentTimestamp"]
+        assert queues.broker.depth(queues.name) == taskhawk.Depth(0, 0, 0)
+
+    def test_long_poll(self, queues):
+        """A receive that waits ends with the send of a message, in this process too."""
+        threading.Timer(0.2, queues.send, ("wake up",)).start()
+        start = time.monotonic()
+        (message,) = queues.receive(wait_s=15)
+        assert message.body == "wake up"
+        assert time.monotonic() - start < 5
+
+    def test_message_acts_at_once(self, queues):
+        """A message changes its visibility and deletes itself like boto3's; a refusal raises."""
+        queues.send("x")
+        (message,) = queues.receive()
+        message.change_visibility(VisibilityTimeout=0)
+        (again,) = queues.receive_all(1)
+        assert again.attempt == 2
+        again.delete()
+        assert queues.broker.depth(queues.name) == taskhawk.Depth(0, 0, 0)
+        with pytest.raises(taskhawk.PartialFailure) as caught:
+            again.change_visibility(VisibilityTimeout=0)
+        assert str(caught.value) == "1 of 1 messages failed: ReceiptHandleIsInvalid"
+        assert (caught.value.success_count, caught.value.failure_count) == (0, 1)
+
+    def test_message_of_no_queue(self):
+        """A message that no queue has, as in sync mode, is deleted and changed without effect."""
+        message = taskhawk.QueueMessage("body", "id", sns_record={"Sns": {}})
+        message.delete()
+        message.change_visibility(VisibilityTimeout=3)
+        assert (message.attempt, message.group_id, message.receipt_handle) == (1, None, None)
+        assert (message.attributes, message.message_attributes) == ({}, {})
+        assert message.hook_kwargs == {"sns_record": {"Sns": {}}}
+
+    @pytest.mark.parametrize(("queue", "deduplication_id"), [("Q", None), ("Q.fifo", "sqs-id")])
+    def test_copy(self, queue, deduplication_id):
+        """A copy keeps the group; on FIFO queues its deduplication id is the SQS MessageId."""
+        attributes = {"MessageGroupId": "customer 7"}
+        message = taskhawk.QueueMessage("body", "sqs-id", "r", attributes=attributes, queue=queue)
+        expected = taskhawk.Outgoing("body", ATTRIBUTES, 0, "customer 7", deduplication_id)
+        assert message.copy(ATTRIBUTES) == expected
+
+    def test_size(self):
+        """The size is of body, attribute names, types and values, in bytes."""
+        binary = {"b": {"DataType": "Binary", "BinaryValue": b"\x00\xff"}}
+        assert taskhawk.Outgoing("é", {}).size() == 2
+        assert taskhawk.Outgoing("", ATTRIBUTES).size() == len("request_idString") + 6
+        assert taskhawk.Outgoing("", binary).size() == len("bBinary") + 2
+
+
+class TestSqs:
+    """Every request that is made to SQS, and what becomes of its answer."""
+
+    @pytest.fixture
+    def task(self):
+        """Return a task."""
+        return taskhawk.task(name="tests.f")(task_of_the_test)
+
+    def test_one_request_per_dispatch(self, aws, task, queue_name):
+        """A dispatch is one request; the first to a queue looks up its URL, the others do not."""
+        for text in "abc":
+            task.dispatch(text)
+        task.with_priority(taskhawk.Priority.high).dispatch("d")
+        task.with_priority(taskhawk.Priority.high).dispatch("e")
+        once = ["GetQueueUrl", "SendMessage", "SendMessage"]
+        assert aws.actions() == [*once, "SendMessage", *once]
+        names = [call.data["QueueName"] for call in aws.calls if call.action == "GetQueueUrl"]
+        assert names == [f"TASKHAWK-{queue_name}", f"TASKHAWK-{queue_name}-HIGH-PRIORITY"]
+        assert aws.calls[1].data["QueueUrl"] == f"{aws.url}/000000000000/{names[0]}"
+        assert json.loads(aws.calls[3].data["MessageBody"])["args"] == ["c"]
+
+    def test_one_request_for_ten(self, aws, task):
+        """A batch is a request for each ten messages, and for each MiB."""
+        with taskhawk.batch():
+            for number in range(25):
+                task.dispatch(number)
+        sent = [call.data for call in aws.calls[1:]]
+        assert aws.actions() == ["GetQueueUrl", *["SendMessageBatch"] * 3]
+        assert [len(data["Entries"]) for data in sent] == [10, 10, 5]
+        assert [entry["Id"] for entry in sent[0]["Entries"]] == list("0123456789")
+        task.dispatch_many(["x" * 600_000] * 3)
+        assert aws.actions()[4:] == ["SendMessage"] * 3
+
+    def test_optional_arguments(self, aws):
+        """Delay, attributes, group and deduplication id are sent where there are any."""
+        everything = taskhawk.Outgoing("b", ATTRIBUTES, 0.2, "group", "once")
+        broker = taskhawk.SqsBroker()
+        broker.send("Q", [taskhawk.Outgoing("a", {})])
+        broker.send("Q", [taskhawk.Outgoing("a", {}), everything])
+        plain, (first, second) = aws.calls[1].data, aws.calls[2].data["Entries"]
+        url = f"{aws.url}/000000000000/Q"
+        assert plain == {"QueueUrl": url, "MessageBody": "a"}
+        assert first == {"Id": "0", "MessageBody": "a"}
+        assert second == {
+            "Id": "1",
+            "MessageBody": "b",
+            "MessageAttributes": ATTRIBUTES,
+            "DelaySeconds": 1,
+            "MessageGroupId": "group",
+            "MessageDeduplicationId": "once",
+        }
+        broker.close()
+
+    def test_fifo(self, ministack, sqs_client, queue_name):
+        """On a FIFO queue the group comes with the message, and a known id is not sent again."""
+        client, name = sqs_client(ministack), f"{queue_name}.fifo"
+        client.create_queue(QueueName=name, Attributes={"FifoQueue": "true"})
+        taskhawk.configure(**AWS_SETTINGS, AWS_ENDPOINT_SQS=ministack)
+        with contextlib.closing(taskhawk.SqsBroker()) as broker:
+            broker.send(name, [taskhawk.Outgoing("a", {}, 0, "group", "id")])
+            broker.send(name, [taskhawk.Outgoing("b", {}, 0, "group", i) for i in ("id", "other")])
+            received = broker.receive(name, 10, 1, None, NEVER)
+            assert [(m.body, m.group_id) for m in received] == [("a", "group"), ("b", "group")]
+
+    @pytest.mark.parametrize(
+        ("count", "wait_s", "lease_s", "expected"),
+        [(1, 0, None, (1, 0, None)), (50, 0.2, 1.5, (10, 1, 2)), (3, 60, 0, (3, 20, 0))],
+    )
+    def test_receive(self, aws, count, wait_s, lease_s, expected):
+        """A poll asks for at most ten messages and 20 s, in whole seconds, and for what we read."""
+        with contextlib.closing(taskhawk.SqsBroker()) as broker:
+            assert broker.receive("Q", count, wait_s, lease_s, NEVER) == []
+        data = aws.calls[1].data
+        limits = (data["MaxNumberOfMessages"], data["WaitTimeSeconds"])
+        assert (*limits, data.get("VisibilityTimeout")) == expected
+        names = ["ApproximateReceiveCount", "SentTimestamp", "MessageGroupId"]
+        assert data["MessageSystemAttributeNames"] == names
+        assert data["MessageAttributeNames"] == ["All"]
+
+    def test_whole_seconds(self, aws):
+        """A fraction of a second is rounded up: a retry is never early."""
+        with contextlib.closing(taskhawk.SqsBroker()) as broker:
+            assert broker.change_visibility("Q", [("r", 0), ("s", 0.1)]) == []
+        timeouts = [entry["VisibilityTimeout"] for entry in aws.calls[1].data["Entries"]]
+        assert timeouts == [0, 1]
+
+    def test_info_is_read_once(self, aws):
+        """A queue's attributes are read once; one without a redrive policy has no dead letters."""
+        aws.answers["GetQueueAttributes"] = {"Attributes": {"VisibilityTimeout": "45"}}
+        with contextlib.closing(taskhawk.SqsBroker()) as broker:
+            for _ in range(2):
+                assert broker.info("Q") == taskhawk.QueueInfo(45.0, None, None)
+        assert aws.actions() == ["GetQueueUrl", "GetQueueAttributes"]
+
+    @pytest.mark.parametrize(
+        ("call", "action", "attempts"),
+        [
+            (lambda broker: broker.send("Q", numbered(1)), "SendMessage", 3),
+            (lambda broker: broker.receive("Q", 1, 0, None, NEVER), "ReceiveMessage", 1),
+            (lambda broker: broker.delete("Q", ["r"]), "DeleteMessageBatch", 1),
+            (
+                lambda broker: broker.change_visibility("Q", [("r", 1)]),
+                "ChangeMessageVisibilityBatch",
+                1,
+            ),
+        ],
+        ids=["send", "receive", "delete", "change_visibility"],
+    )
+    def test_attempts(self, aws, monkeypatch, call, action, attempts):
+        """A send is tried three times, all else once, whatever botocore's own settings say."""
+        monkeypatch.setenv("AWS_MAX_ATTEMPTS", "7")
+        monkeypatch.setenv("AWS_RETRY_MODE", "legacy")
+        aws.answers[action] = sqs_error("InternalError", status=500)
+        with contextlib.closing(taskhawk.SqsBroker()) as broker:
+            with pytest.raises(botocore.exceptions.ClientError) as caught:
+                call(broker)
+            assert broker.explain(caught.value, "Q") is None
+        assert aws.actions() == ["GetQueueUrl", *[action] * attempts]
+
+    @pytest.mark.parametrize(
+        ("call", "action"),
+        [
+            (lambda broker: broker.send("Q", numbered(5)), "SendMessageBatch"),
+            (lambda broker: broker.delete("Q", list("abcde")), "DeleteMessageBatch"),
+            (
+                lambda broker: broker.change_visibility("Q", [(r, 1) for r in "abcde"]),
+                "ChangeMessageVisibilityBatch",
+            ),
+        ],
+        ids=["send", "delete", "change_visibility"],
+    )
+    def test_partial_failure(self, aws, call, action):
+        """An answer of 200 is read entry by entry; what it does not name has failed."""
+        aws.answers[action] = {
+            "Successful": [{"Id": "2", "MessageId": "m"}],
+            "Failed": [
+                {"Id": "3", "SenderFault": True, "Code": "InvalidThing", "Message": "why"},
+                {"Id": "1", "SenderFault": False, "Code": "InternalError"},
+            ],
+        }
+        unanswered = ("Unanswered", "the answer does not name this entry", False)
+        with contextlib.closing(taskhawk.SqsBroker()) as broker:
+            assert call(broker) == [
+                taskhawk.Refusal(0, *unanswered),
+                taskhawk.Refusal(1, "InternalError", "", final=False),
+                taskhawk.Refusal(3, "InvalidThing", "why", final=True),
+                taskhawk.Refusal(4, *unanswered),
+            ]
+
+    def test_sum_too_long(self, aws):
+        """A batch that SQS finds too long is sent one by one, in order; each has its own answer."""
+        aws.answers["SendMessageBatch"] = sqs_error("AWS.SimpleQueueService.BatchRequestTooLong")
+        aws.answers["SendMessage"] = lambda call: (
+            sqs_error("OverLimit") if call.data["MessageBody"] == "1" else None
+        )
+        with contextlib.closing(taskhawk.SqsBroker()) as broker:
+            refusals = broker.send("Q", numbered(3))
+        sent = [c.data["MessageBody"] for c in aws.calls if "MessageBody" in c.data]
+        assert sent == ["0", "1", "2"]
+        assert [(r.index, r.code, r.final) for r in refusals] == [(1, "OverLimit", True)]
+
+    @pytest.mark.parametrize(
+        ("answer", "remedy"),
+        [
+            (sqs_error("AWS.SimpleQueueService.NonExistentQueue"), NO_QUEUE),
+            ((400, {}, b'{"__type": "com.amazonaws.sqs#QueueDoesNotExist"}'), NO_QUEUE),
+            (sqs_error("AccessDenied", status=403), DENIED),
+            (sqs_error("AccessDeniedException"), DENIED),
+            (sqs_error("InvalidClientTokenId", status=403), UNKNOWN_KEY),
+            (sqs_error("InvalidSecurity", status=403), UNKNOWN_KEY),
+            (sqs_error("UnrecognizedClientException"), UNKNOWN_KEY),
+            (
+                sqs_error("SignatureDoesNotMatch", status=403),
+                "AWS refuses these credentials: check AWS_SECRET_KEY",
+            ),
+        ],
+    )
+    @pytest.mark.parametrize("action", ["GetQueueUrl", "SendMessage"])
+    def test_errors_say_what_to_do(self, aws, task, action, answer, remedy):
+        """What only a person can mend is one sentence with its remedy, at whatever request."""
+        aws.answers[action] = answer
+        with pytest.raises(taskhawk.ConfigurationError) as caught:
+            task.dispatch("secret")
+        error = caught.value.__cause__
+        assert isinstance(error, botocore.exceptions.ClientError)
+        code = error.response["Error"]["Code"].rpartition(".")[2]
+        queue = f"TASKHAWK-{taskhawk.settings.TASKHAWK_QUEUE}"
+        assert str(caught.value) == f"{queue}: {remedy} ({code})"
+
+    def test_missing_queue(self, ministack, task, queue_name):
+        """A queue that is not there is said to be missing, by publishers and workers."""
+        settings = {"AWS_ENDPOINT_SQS": ministack, "TASKHAWK_QUEUE": queue_name}
+        taskhawk.configure(**AWS_SETTINGS, **settings)
+        text = f"TASKHAWK-{queue_name}: {NO_QUEUE} (NonExistentQueue)"
+        with pytest.raises(taskhawk.ConfigurationError) as caught:
+            task.dispatch("x")
+        assert str(caught.value) == text
+        with pytest.raises(taskhawk.ConfigurationError) as caught:
+            taskhawk.listen_for_messages(taskhawk.Priority.default, loop_count=1)
+        assert str(caught.value) == text
+
+    def test_no_credentials(self, aws, task, queue_name):
+        """Without credentials nothing is sent, and the sentence says where they may come from."""
+        taskhawk.configure(
+            AWS_ENDPOINT_SQS=aws.url, AWS_REGION="us-east-1", TASKHAWK_QUEUE=queue_name
+        )
+        with pytest.raises(taskhawk.ConfigurationError) as caught:
+            task.dispatch("x")
+        assert str(caught.value) == (
+            f"TASKHAWK-{queue_name}: no AWS credentials: set AWS_ACCESS_KEY and AWS_SECRET_KEY, or"
+            " give botocore a profile or role; to try things out without AWS, set TASKHAWK_BROKER"
+            " to sqlite:///queue.db (NoCredentialsError)"
+        )
+        assert aws.calls == []
+
+    def test_no_region(self, task, queue_name):
+        """Without a region, the sentence says how to set one."""
+        taskhawk.configure(AWS_SETTINGS, AWS_REGION=None, TASKHAWK_QUEUE=queue_name)
+        with pytest.raises(taskhawk.ConfigurationError) as caught:
+            task.dispatch("x")
+        assert str(caught.value) == (
+            f"TASKHAWK-{queue_name}: no AWS region: set AWS_REGION, for example eu-west-1"
+            " (NoRegionError)"
+        )
+
+    def test_keys_of_ours(self, aws, task, queue_name):
+        """Keys that are set are used, with their token, before any that botocore would find."""
+        keys = {"AWS_ACCESS_KEY": "OURS", "AWS_SECRET_KEY": "s", "AWS_SESSION_TOKEN": "token"}
+        taskhawk.configure(
+            **keys, AWS_REGION="eu-west-1", AWS_ENDPOINT_SQS=aws.url, TASKHAWK_QUEUE=queue_name
+        )
+        task.dispatch("x")
+        headers = aws.calls[-1].headers
+        assert "Credential=OURS/" in headers["Authorization"]
+        assert "/eu-west-1/sqs/aws4_request" in headers["Authorization"]
+        assert headers["X-Amz-Security-Token"] == "token"
+
+    def test_keys_of_botocore(self, aws, task, queue_name, monkeypatch, tmp_path):
+        """Without keys of ours, profile, region and endpoint come from botocore's own chain."""
+        (tmp_path / "credentials").write_text(
+            "[worker]\naws_access_key_id = PROFILE\naws_secret_access_key = s\n"
+        )
+        (tmp_path / "config").write_text("[profile worker]\nregion = sa-east-1\n")
+        monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+        monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+        monkeypatch.setenv("AWS_PROFILE", "worker")
+        monkeypatch.setenv("AWS_ENDPOINT_URL_SQS", aws.url)
+        taskhawk.configure(TASKHAWK_QUEUE=queue_name)
+        task.dispatch("x")
+        authorization = aws.calls[-1].headers["Authorization"]
+        assert "Credential=PROFILE/" in authorization
+        assert "/sa-east-1/sqs/aws4_request" in authorization
+
+    def test_read_timeout(self, aws):
+        """An answer that does not come is given up after AWS_READ_TIMEOUT_S; a poll waits on."""
+        taskhawk.configure(AWS_SETTINGS, AWS_ENDPOINT_SQS=aws.url, AWS_READ_TIMEOUT_S=0.2)
+        late = threading.Event()
+        aws.answers["DeleteMessageBatch"] = lambda call: aws.closing.wait(20) and {}
+        aws.answers["ReceiveMessage"] = lambda call: late.wait(20) and {}
+        with contextlib.closing(taskhawk.SqsBroker()) as broker:
+            start = time.monotonic()
+            with pytest.raises(botocore.exceptions.ReadTimeoutError):
+                broker.delete("Q", ["r"])
+            assert time.monotonic() - start < 1.9
+            threading.Timer(0.6, late.set).start()
+            assert broker.receive("Q", 1, 1, None, NEVER) == []
+        assert aws.actions() == ["GetQueueUrl", "DeleteMessageBatch", "ReceiveMessage"]
+
+    def test_connect_timeout(self):
+        """A service that can't be reached is given up after AWS_CONNECT_TIMEOUT_S."""
+        with socket.create_server(("127.0.0.1", 0), backlog=0) as deaf, contextlib.ExitStack() as s:
+            address = deaf.getsockname()
+            for _ in range(4):  # fill its backlog: from then on the kernel drops connections
+                client = s.enter_context(socket.socket())
+                client.setblocking(False)
+                client.connect_ex(address)
+            taskhawk.configure(
+                AWS_SETTINGS,
+                AWS_ENDPOINT_SQS=f"http://127.0.0.1:{address[1]}",
+                AWS_CONNECT_TIMEOUT_S=0.2,
+            )
+            broker = s.enter_context(contextlib.closing(taskhawk.SqsBroker()))
+            start = time.monotonic()
+            with pytest.raises(botocore.exceptions.ConnectTimeoutError):
+                broker.receive("Q", 1, 1, None, NEVER)
+            assert time.monotonic() - start < 1.9
+
+    @pytest.mark.parametrize("server", ["ministack", "moto"])
+    def test_pinned_queue(self, request, server, task, sqs_client, queue_name):
+        """A queue that takes less than SQS is told apart by size, limit and largest argument."""
+        endpoint, pinned = request.getfixturevalue(server), {"MaximumMessageSize": "1024"}
+        create_queues(sqs_client(endpoint), f"TASKHAWK-{queue_name}", **pinned)
+        settings = {"AWS_ENDPOINT_SQS": endpoint, "TASKHAWK_QUEUE": queue_name}
+        taskhawk.configure(**AWS_SETTINGS, **settings)
+        with pytest.raises(taskhawk.MessageTooLarge) as caught:
+            task.dispatch("x" * 2000)
+        message = taskhawk.Message.new("tests.f", ["x" * 2000])
+        size = len(json.dumps(message.as_dict(), separators=(",", ":")))
+        assert str(caught.value) == (
+            f"tests.f: the message has {size} bytes (body and attributes), and the limit is 1024:"
+            " the largest argument is args[0] with 2002 bytes"
+        )
+        assert caught.value.limit == 1024
+
+    def test_queue_of_a_lambda(self, aws, task):
+        """A Lambda's role may not look queues up: the URL is made from the event's ARN."""
+        arn = "arn:aws:sqs:us-east-1:123456789012:TASKHAWK-X"
+        bodies = [json.dumps(taskhawk.Message.new("tests.f", [1]).as_dict()), "malformed"]
+        records = [
+            {
+                "messageId": f"m{i}",
+                "receiptHandle": f"r{i}",
+                "body": body,
+                "attributes": {"ApproximateReceiveCount": "1"},
+                "messageAttributes": {},
+                "eventSource": "aws:sqs",
+                "eventSourceARN": arn,
+            }
+            for i, body in enumerate(bodies)
+        ]
+        with pytest.raises(taskhawk.ValidationError):
+            taskhawk.process_messages_for_lambda_consumer({"Records": records})
+        (call,) = aws.calls
+        assert call.action == "DeleteMessageBatch"
+        assert call.data["QueueUrl"] == f"{aws.url}/123456789012/TASKHAWK-X"
+        assert call.data["Entries"] == [{"Id": "0", "ReceiptHandle": "r0"}]
+
+
+class TestSns:
+    """What a Lambda app's publisher sends to topics."""
+
+    @pytest.fixture
+    def task(self):
+        """Return a task."""
+        return taskhawk.task(name="tests.f")(task_of_the_test)
+
+    @pytest.fixture
+    def sns(self, proxy, queue_name):
+        """Return the proxy to ministack, set up for a Lambda app."""
+        endpoints = {"AWS_ENDPOINT_SNS": proxy.url, "AWS_ENDPOINT_SQS": proxy.url}
+        lambda_app = {"IS_LAMBDA_APP": True, "TASKHAWK_QUEUE": queue_name}
+        taskhawk.configure(**AWS_SETTINGS, **endpoints, **lambda_app)
+        return proxy
+
+    @pytest.fixture
+    def received(self, sns, ministack, sqs_client, queue_name):
+        """Subscribe a queue to the high-priority topic; return a function that empties it."""
+        client, name = sqs_client(ministack, "sns"), f"taskhawk-{queue_name.lower()}-high-priority"
+        topic = client.create_topic(Name=name)["TopicArn"]
+        sqs_client(ministack).create_queue(QueueName=name)
+        client.subscribe(
+            TopicArn=topic,
+            Protocol="sqs",
+            Endpoint=f"arn:aws:sqs:us-east-1:000000000000:{name}",
+            Attributes={"RawMessageDelivery": "true"},
+        )
+
+        def receive():
+            with contextlib.closing(taskhawk.SqsBroker()) as broker:
+                found = []
+                while messages := broker.receive(name, 10, 0, 60, NEVER):
+                    found += messages
+                return found
+
+        return receive
+
+    def test_publish(self, sns, task, received):
+        """A dispatch is one request, and brings body and headers to the subscribed queue."""
+        invocation = task.with_priority(taskhawk.Priority.high).with_headers(request_id="é1")
+        ids = [invocation.dispatch("a"), invocation.dispatch("b")]
+        assert sns.actions() == ["Publish", "Publish"]
+        messages = received()
+        assert sorted(json.loads(message.body)["id"] for message in messages) == sorted(ids)
+        for message in messages:
+            assert message.message_attributes["request_id"]["StringValue"] == "é1"
+            assert json.loads(message.body)["headers"] == {"request_id": "é1"}
+
+    def test_publish_batch(self, sns, task, received):
+        """A batch is a request for each ten messages."""
+        high = task.with_priority(taskhawk.Priority.high).with_headers(request_id="1")
+        with taskhawk.batch():
+            ids = [high.dispatch(number) for number in range(12)]
+        assert sns.actions() == ["PublishBatch", "PublishBatch"]
+        messages = received()
+        assert sorted(json.loads(message.body)["id"] for message in messages) == sorted(ids)
+        assert {m.message_attributes["request_id"]["StringValue"] for m in messages} == {"1"}
+
+    def test_partial_failure(self, aws):
+        """An answer of 200 to PublishBatch is read entry by entry."""
+        member = "<member><Id>{}</Id><Code>{}</Code><SenderFault>{}</SenderFault></member>"
+        failed = member.format(0, "InvalidParameter", "true") + member.format(
+            2, "Internal", "false"
+        )
+        successful = "<member><Id>1</Id><MessageId>m</MessageId></member>"
+        result = f"<Successful>{successful}</Successful><Failed>{failed}</Failed>"
+        body = f"<PublishBatchResponse><PublishBatchResult>{result}</PublishBatchResult>"
+        answer = f"{body}<ResponseMetadata/></PublishBatchResponse>"
+        aws.answers["PublishBatch"] = (200, {"Content-Type": "text/xml"}, answer.encode())
+        with contextlib.closing(taskhawk.SnsSender()) as sender:
+            assert sender.send("arn:aws:sns:us-east-1:000000000000:t", numbered(4)) == [
+                taskhawk.Refusal(0, "InvalidParameter", "", final=True),
+                taskhawk.Refusal(2, "Internal", "", final=False),
+                taskhawk.Refusal(
+                    3, "Unanswered", "the answer does not name this entry", final=False
+                ),
+            ]
+
+    @pytest.mark.parametrize(
+        ("region", "partition"),
+        [("eu-west-1", "aws"), ("cn-north-1", "aws-cn"), ("us-gov-west-1", "aws-us-gov")],
+    )
+    def test_topics(self, region, partition):
+        """A topic is named by partition, region, account, queue and priority, without a request."""
+        account = {"AWS_ACCOUNT_ID": 12345, "TASKHAWK_QUEUE": "DEV-myApp"}
+        taskhawk.configure(AWS_SETTINGS, AWS_REGION=region, **account)
+        with contextlib.closing(taskhawk.SnsSender()) as sender:
+            names = [sender.destination(priority) for priority in taskhawk.Priority]
+        topic = f"arn:{partition}:sns:{region}:000000012345:taskhawk-dev-myapp"
+        assert names == [topic, f"{topic}-high-priority", f"{topic}-low-priority", f"{topic}-bulk"]
+
+    @pytest.mark.parametrize(
+        ("code", "status", "remedy"),
+        [
+            ("NotFound", 404, NO_TOPIC),
+            ("AuthorizationError", 403, DENIED),
+            ("InvalidClientTokenId", 403, UNKNOWN_KEY),
+        ],
+    )
+    def test_errors_say_what_to_do(self, sns, task, code, status, remedy):
+        """What only a person can mend is one sentence with its remedy."""
+        sns.answers["Publish"] = sns_error(code, "why", status)
+        with pytest.raises(taskhawk.ConfigurationError) as caught:
+            task.dispatch("x")
+        name = f"taskhawk-{taskhawk.settings.TASKHAWK_QUEUE.lower()}"
+        topic = f"arn:aws:sns:us-east-1:000000000000:{name}"
+        assert str(caught.value) == f"{topic}: {remedy} ({code})"
+
+    def test_missing_topic(self, ministack, task, queue_name):
+        """A topic that is not there is said to be missing."""
+        lambda_app = {"IS_LAMBDA_APP": True, "TASKHAWK_QUEUE": queue_name}
+        taskhawk.configure(AWS_SETTINGS, AWS_ENDPOINT_SNS=ministack, **lambda_app)
+        with pytest.raises(taskhawk.ConfigurationError) as caught:
+            task.dispatch("x")
+        topic = f"arn:aws:sns:us-east-1:000000000000:taskhawk-{queue_name.lower()}"
+        assert str(caught.value) == f"{topic}: {NO_TOPIC} (NotFound)"
+
+    def test_no_region(self, task, queue_name):
+        """Without a region there is no topic's name: the sentence says how to set one."""
+        lambda_app = {"IS_LAMBDA_APP": True, "TASKHAWK_QUEUE": queue_name}
+        taskhawk.configure(AWS_SETTINGS, AWS_REGION=None, **lambda_app)
+        with pytest.raises(taskhawk.ConfigurationError) as caught:
+            task.dispatch("x")
+        assert str(caught.value) == (
+            "tests.f: no AWS region: set AWS_REGION, for example eu-west-1 (NoRegionError)"
+        )
+
+
+# Hands out the connection that a SqliteBroker makes, which is nobody else's business.
+GRAB_CONNECTIONS = """
+import sys
+connections = []
+grab = lambda event, args: event == 'sqlite3.connect/handle' and connections.append(args[0])
+sys.addaudithook(grab)
+"""
+
+
+class TestSqlite:
+    """The embedded broker, where it is more than the contract: files, processes, crashes."""
+
+    @pytest.fixture
+    def path(self, tmp_path):
+        """Return the path of a database that is not there yet."""
+        return tmp_path / "queue.db"
+
+    @pytest.fixture
+    def url(self, path):
+        """Return its URL."""
+        return f"sqlite:///{path}?max_receive_count=2"
+
+    @pytest.fixture
+    def clock(self):
+        """Return a clock to be moved."""
+        return Clock()
+
+    @pytest.fixture
+    def broker(self, url, clock):
+        """Yield a broker with that clock."""
+        with contextlib.closing(taskhawk.SqliteBroker(url, clock)) as broker:
+            yield broker
+
+    def test_every_commit_is_on_the_disk(self, path):
+        """The file has a write-ahead log, and each transaction waits for the disk."""
+        code = f"""{GRAB_CONNECTIONS}
+import taskhawk
+broker = taskhawk.SqliteBroker('sqlite:///{path}')
+broker.send('Q', [taskhawk.Outgoing('x', {{}})])
+for name in 'journal_mode', 'synchronous', 'user_version':
+    print(connections[-1].execute(f'PRAGMA {{name}}').fetchone()[0])
+"""
+        assert run_python(code).stdout.split() == ["wal", "2", "1"]
+
+    def test_memory_is_gone_with_its_broker(self):
+        """A broker in memory is its own, and empty each time."""
+        for _ in range(2):
+            with contextlib.closing(taskhawk.SqliteBroker("sqlite://")) as broker:
+                assert broker.send("Q", numbered(1)) == []
+                assert broker.depth("Q") == taskhawk.Depth(1, 0, 0)
+
+    def test_queues_need_not_be_made(self, broker):
+        """An unknown queue is an empty one, and queues are apart."""
+        broker.send("A", numbered(1))
+        assert broker.receive("B", 1, 0, None, NEVER) == []
+        assert broker.depth("B") == taskhawk.Depth(0, 0, 0)
+        assert broker.depth("A") == taskhawk.Depth(1, 0, 0)
+
+    def test_destination(self, url):
+        """Queues are named as on SQS; without TASKHAWK_QUEUE they are the default's."""
+        names = ["-HIGH-PRIORITY", "-LOW-PRIORITY", "-BULK"]
+        for settings, name in (({}, "DEFAULT"), ({"TASKHAWK_QUEUE": "dev-x"}, "DEV-X")):
+            taskhawk.configure(TASKHAWK_BROKER=url, **settings)
+            found = [taskhawk._brokers.broker().destination(p) for p in taskhawk.Priority]
+            assert found == [f"TASKHAWK-{name}", *(f"TASKHAWK-{name}{suffix}" for suffix in names)]
+
+    def test_options(self, path, clock):
+        """The URL may set the visibility timeout and the receives before the dead letters."""
+        for query, expected in (
+            ("", taskhawk.QueueInfo(30.0, "Q-DLQ", 5)),
+            ("?visibility_timeout_s=1.5&max_receive_count=3", taskhawk.QueueInfo(1.5, "Q-DLQ", 3)),
+        ):
+            with contextlib.closing(taskhawk.SqliteBroker(f"sqlite:///{path}{query}", clock)) as b:
+                assert b.info("Q") == expected
+                assert b.info("Q-DLQ") == expected._replace(
+                    dead_letter_queue=None, max_receive_count=None
+                )
+                b.send("Q", numbered(1))
+                assert len(b.receive("Q", 1, 0, None, NEVER)) == 1
+                clock.now += expected.visibility_timeout_s - 0.001
+                assert b.receive("Q", 1, 0, None, NEVER) == []
+                clock.now += 0.001
+                assert drain(b, "Q") == ["0"]
+
+    @pytest.mark.parametrize(
+        "url",
+        [
+            "sqlite://host/queue.db",
+            "sqlite://queue.db",
+            "sqlite:///q.db?visibility_timeout_s=0",
+            "sqlite:///q.db?visibility_timeout_s=nan",
+            "sqlite:///q.db?visibility_timeout_s",
+            "sqlite:///q.db?max_receive_count=2.5",
+            "sqlite:///q.db?max_receive_count=0",
+            "sqlite:///q.db?timeout=3",
+            "sqlite://[q",
+        ],
+    )
+    def test_url_errors(self, url, tmp_path, monkeypatch):
+        """A URL that is not understood is refused, with one that would be; no file is made."""
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(taskhawk.ConfigurationError) as caught:
+            taskhawk.SqliteBroker(url).close()
+        assert str(caught.value) == (
+            "TASKHAWK_BROKER: expected sqlite:///relative.db or sqlite:////absolute.db, then"
+            f" perhaps ?visibility_timeout_s=30&max_receive_count=5, got {url!r}"
+        )
+        assert list(tmp_path.iterdir()) == []
+
+    def test_paths(self, tmp_path, monkeypatch):
+        """Three slashes begin a relative path, four an absolute one; %20 is a space."""
+        monkeypatch.chdir(tmp_path)
+        taskhawk.SqliteBroker("sqlite:///a b.db").close()
+        taskhawk.SqliteBroker(f"sqlite:///{tmp_path}/c.db").close()
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["a b.db", "c.db"]
+
+    @pytest.mark.parametrize(
+        ("make", "reason"),
+        [
+            (lambda path: None, "unable to open database file"),
+            (
+                lambda path: (path.parent.mkdir(), path.write_text("not a database" * 200)),
+                "file is not a database",
+            ),
+        ],
+        ids=["no directory", "no database"],
+    )
+    def test_unusable_file(self, tmp_path, make, reason):
+        """A file that can't be used is refused at once, by name."""
+        path = tmp_path / "sub" / "queue.db"
+        make(path)
+        start = time.monotonic()
+        with pytest.raises(taskhawk.ConfigurationError) as caught:
+            taskhawk.SqliteBroker(f"sqlite:///{path}")
+        assert str(caught.value) == f"TASKHAWK_BROKER: can't open {path}: {reason}"
+        assert time.monotonic() - start < 10
+
+    def test_full_disk_while_it_opens(self, path):
+        """A file that can't be written is refused at once, by name."""
+        code = f"""
+import resource, taskhawk
+soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+try:
+    taskhawk.SqliteBroker('sqlite:///{path}')
+except taskhawk.ConfigurationError as error:
+    print(error)
+resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+"""
+        expected = f"TASKHAWK_BROKER: can't open {path}: disk I/O error\n"
+        assert run_python(code, timeout=20).stdout == expected
+
+    def test_foreign_version(self, path, url):
+        """A database of another version is refused, and left as it is."""
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            db.execute("PRAGMA user_version = 7")
+        before = path.read_bytes()
+        with pytest.raises(taskhawk.ConfigurationError) as caught:
+            taskhawk.SqliteBroker(url)
+        assert str(caught.value) == (
+            f"TASKHAWK_BROKER: can't open {path}: expected version 1 of its tables, got 7"
+        )
+        assert path.read_bytes() == before
+
+    def test_locked_while_it_opens(self, path, url):
+        """A file that another process is just making is waited for."""
+        other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        with contextlib.closing(other):
+            other.execute("BEGIN IMMEDIATE")
+            release = threading.Timer(0.2, other.execute, ("ROLLBACK",))
+            release.start()
+            with contextlib.closing(taskhawk.SqliteBroker(url)) as broker:
+                release.join()
+                assert broker.send("Q", numbered(1)) == []
+
+    def test_old_sqlite(self, url, monkeypatch):
+        """A SQLite that lacks what we need is refused by its version."""
+        monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 34, 1))
+        monkeypatch.setattr(sqlite3, "sqlite_version", "3.34.1")
+        with pytest.raises(taskhawk.ConfigurationError) as caught:
+            taskhawk.SqliteBroker(url)
+        assert str(caught.value) == "SQLite 3.34.1 is too old: expected 3.35.0 or newer"
+
+    def test_clock(self, broker, clock):
+        """Delays of any length and timeouts are counted on the clock that is passed in."""
+        year = 365 * 86_400
+        broker.send("Q", [taskhawk.Outgoing("late", {}, 10 * year)])
+        clock.now += 10 * year - 0.001
+        assert broker.receive("Q", 1, 0, None, NEVER) == []
+        assert broker.depth("Q") == taskhawk.Depth(0, 0, 1)
+        clock.now += 0.001
+        (message,) = broker.receive("Q", 1, 0, 100, NEVER)
+        assert int(message.attributes["SentTimestamp"]) == 1_700_000_000_000
+        assert broker.change_visibility("Q", [(message.receipt_handle, 5)]) == []
+        clock.now += 5
+        assert drain(broker, "Q") == ["late"]
+
+    def test_first_come_first_served(self, broker):
+        """What became visible first is received first."""
+        for number in range(3):
+            broker.send("Q", numbered(4, number * 4))
+        assert drain(broker, "Q") == [str(number) for number in range(12)]
+
+    def test_redrive(self, broker, clock):
+        """A message moves when it would be received once too often, and from there no further."""
+        broker.send("Q", numbered(1))
+        for attempt in (1, 2):
+            (message,) = broker.receive("Q", 1, 0, None, NEVER)
+            assert message.attempt == attempt
+            clock.now += 30
+        assert broker.depth("Q-DLQ") == taskhawk.Depth(0, 0, 0)
+        assert broker.receive("Q", 1, 0, None, NEVER) == []
+        stale = message.receipt_handle
+        for _ in range(4):
+            (message,) = broker.receive("Q-DLQ", 1, 0, None, NEVER)
+            clock.now += 30
+        assert broker.depth("Q-DLQ") == taskhawk.Depth(1, 0, 0)
+        assert broker.delete("Q", [stale]) != []
+        assert broker.depth("Q-DLQ") == taskhawk.Depth(1, 0, 0)
+
+    def test_receipts(self, broker, clock):
+        """A receipt outlives its timeout until the next receive, for a delete only."""
+        broker.send("Q", numbered(1))
+        (message,) = broker.receive("Q", 1, 0, None, NEVER)
+        clock.now += 31
+        text = "the message is no longer in flight, or was received again"
+        refusal = taskhawk.Refusal(0, "ReceiptHandleIsInvalid", text, final=True)
+        assert broker.change_visibility("Q", [(message.receipt_handle, 5)]) == [refusal]
+        (again,) = broker.receive("Q", 1, 0, None, NEVER)
+        assert broker.delete("Q", [message.receipt_handle]) == [refusal]
+        clock.now += 31
+        assert broker.delete("Q", [again.receipt_handle]) == []
+        assert broker.delete("Q", [again.receipt_handle]) == []  # SQS says the same
+        broker.send("Q", numbered(1, 7))  # must not get the id that the receipt names
+        assert broker.delete("Q", [again.receipt_handle]) == []
+        assert drain(broker, "Q") == ["7"]
+
+    def test_stop(self, broker):
+        """A wait is cut short when it is told to stop, and before that takes what is there."""
+        stop = threading.Event()
+        threading.Timer(0.1, stop.set).start()
+        start = time.monotonic()
+        assert broker.receive("Q", 1, 20, None, stop) == []
+        assert time.monotonic() - start < 5
+        broker.send("Q", numbered(1))
+        assert len(broker.receive("Q", 1, 20, None, stop)) == 1
+
+    def test_waiting_is_cheap(self, url):
+        """An empty queue costs next to no CPU while a receive waits for a message."""
+        with contextlib.closing(taskhawk.SqliteBroker(url)) as broker:
+            start = time.process_time()
+            assert broker.receive("Q", 1, 1, None, NEVER) == []
+            assert time.process_time() - start < 0.1
+
+    def test_another_process_wakes_it(self, url):
+        """A receive that waits has a message of another process within a second."""
+        code = """
+import sys, time, taskhawk
+broker = taskhawk.SqliteBroker(sys.argv[1])
+print('ready', flush=True)
+sys.stdin.readline()
+broker.send('Q', [taskhawk.Outgoing('x', {})])
+print(time.monotonic())
+"""
+        with contextlib.closing(taskhawk.SqliteBroker(url)) as b, python_child(code, url) as child:
+            assert child.stdout.readline() == "ready\n"
+            threading.Timer(0.3, lambda: print(file=child.stdin, flush=True)).start()
+            assert len(b.receive("Q", 1, 20, None, NEVER)) == 1
+            assert time.monotonic() - float(child.stdout.readline()) < 1
+
+    def test_eight_processes_open_a_new_file(self, url):
+        """Any number of processes may make the file at the same moment."""
+        code = """
+import sys, taskhawk
+print('ready', flush=True)
+sys.stdin.readline()
+taskhawk.SqliteBroker(sys.argv[1]).send('Q', [taskhawk.Outgoing(sys.argv[2], {})])
+"""
+        with contextlib.ExitStack() as stack:
+            children = [stack.enter_context(python_child(code, url, i)) for i in range(8)]
+            assert [child.stdout.readline() for child in children] == ["ready\n"] * 8
+            for child in children:
+                print(file=child.stdin, flush=True)
+            assert [child.wait(60) for child in children] == [0] * 8
+        with contextlib.closing(taskhawk.SqliteBroker(url)) as broker:
+            assert sorted(drain(broker, "Q")) == list("01234567")
+
+    def test_processes_claim_apart(self, url):
+        """Workers that receive at the same time never get the same message, and miss none."""
+        code = """
+import sys, threading, taskhawk
+broker = taskhawk.SqliteBroker(sys.argv[1])
+print('ready', flush=True)
+sys.stdin.readline()
+while received := broker.receive('Q', 3, 0, 600, threading.Event()):
+    print(*(message.body for message in received))
+    refusals = broker.delete('Q', [message.receipt_handle for message in received])
+    assert not refusals, refusals
+"""
+        with contextlib.closing(taskhawk.SqliteBroker(url)) as broker, contextlib.ExitStack() as s:
+            for start in range(0, 300, 10):
+                broker.send("Q", numbered(10, start))
+            children = [s.enter_context(python_child(code, url)) for _ in range(4)]
+            assert [child.stdout.readline() for child in children] == ["ready\n"] * 4
+            for child in children:
+                print(file=child.stdin, flush=True)
+            bodies = [body for child in children for body in child.communicate()[0].split()]
+            assert [child.returncode for child in children] == [0] * 4
+            assert sorted(map(int, bodies)) == list(range(300))
+            assert broker.depth("Q") == taskhawk.Depth(0, 0, 0)
+
+    def test_kill_while_sending(self, path, url):
+        """A kill -9 loses nothing that was sent, and leaves no part of a batch."""
+        code = """
+import itertools, sys, taskhawk
+broker = taskhawk.SqliteBroker(sys.argv[1])
+for start in itertools.count(0, 3):
+    broker.send(sys.argv[2], [taskhawk.Outgoing(str(start + i), {}) for i in range(3)])
+    print(start + 3, flush=True)
+"""
+        for lines in (1, 17, 40):
+            queue = f"Q{lines}"
+            with python_child(code, url, queue) as child:
+                sent = [child.stdout.readline() for _ in range(lines)]
+                child.kill()
+                sent += child.stdout.readlines()
+            with contextlib.closing(taskhawk.SqliteBroker(url)) as broker:
+                bodies = drain(broker, queue)
+            assert bodies == [str(number) for number in range(len(bodies))]
+            assert len(bodies) - int(sent[-1]) in (0, 3)
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+
+    def test_kill_while_receiving(self, path):
+        """A kill -9 loses nothing that was not deleted, and nothing deleted comes back."""
+        url = f"sqlite:///{path}?max_receive_count=100"
+        code = """
+import sys, threading, taskhawk
+broker = taskhawk.SqliteBroker(sys.argv[1])
+while received := broker.receive('Q', 2, 0, 600, threading.Event()):
+    broker.delete('Q', [message.receipt_handle for message in received])
+    print(*(message.body for message in received), flush=True)
+"""
+        with contextlib.closing(taskhawk.SqliteBroker(url)) as broker:
+            for start in range(0, 400, 10):
+                broker.send("Q", numbered(10, start))
+        done: list[str] = []
+        for lines in (1, 17, 40):
+            with python_child(code, url) as child:
+                for _ in range(lines):
+                    done += child.stdout.readline().split()
+                child.kill()
+                done += child.stdout.read().split()
+        an_hour_later = taskhawk.SqliteBroker(url, lambda: time.time() + 3600)
+        with contextlib.closing(an_hour_later) as broker:
+            left = drain(broker, "Q")
+        assert len(set(done + left)) == len(done) + len(left)
+        missing = 400 - len(done) - len(left)
+        assert missing in (0, 2, 4, 6)  # deleted, and killed before it could say so
+
+    def test_errors_are_raised_and_over(self, path):
+        """A locked file and a full disk are errors of that call; the next one works."""
+        code = f"""{GRAB_CONNECTIONS}
+import sqlite3, threading, taskhawk
+taskhawk.configure(TASKHAWK_BROKER='sqlite:///{path}')
+@taskhawk.task(name='tests.f')
+def f(x): pass
+def attempt(call):
+    try:
+        print(bool(call()))
+    except sqlite3.OperationalError as error:
+        print(error)
+broker = taskhawk._brokers.broker()
+receive = lambda: broker.receive('TASKHAWK-DEFAULT', 1, 0, 600, threading.Event())
+f.dispatch('first')
+connections[-1].execute('PRAGMA busy_timeout = 50')
+other = sqlite3.connect({str(path)!r}, isolation_level=None)
+other.execute('BEGIN IMMEDIATE')
+attempt(lambda: f.dispatch('locked'))
+attempt(receive)
+other.execute('ROLLBACK')
+attempt(receive)
+pages = connections[-2].execute('PRAGMA page_count').fetchone()[0]
+connections[-2].execute(f'PRAGMA max_page_count = {{pages}}')
+attempt(lambda: f.dispatch('x' * 1_000_000))
+connections[-2].execute('PRAGMA max_page_count = 1000000')
+attempt(lambda: f.dispatch('x' * 1_000_000))
+print(*broker.depth('TASKHAWK-DEFAULT'))
+"""
+        result = run_python(code)
+        assert result.stdout.splitlines() == [
+            "database is locked",
+            "database is locked",
+            "True",
+            "database or disk is full",
+            "True",
+            "1 1 0",
+        ]
+
+    def test_interrupted_while_it_waits(self, path, url):
+        """Control-C while the file is locked sends nothing, and leaves no lock behind."""
+        code = """
+import os, signal, sqlite3, sys, threading, time, taskhawk
+broker = taskhawk.SqliteBroker(sys.argv[1])
+other = sqlite3.connect(sys.argv[2], isolation_level=None, check_same_thread=False, timeout=1)
+other.execute('BEGIN IMMEDIATE')
+main = threading.get_ident()
+def interrupt():
+    before = here = None
+    while before is None or here != before:  # until the main thread stands still in SQLite
+        time.sleep(0.05)
+        frame = sys._current_frames()[main]
+        ours = frame.f_code.co_filename == taskhawk.__file__
+        before, here = here, (frame.f_code, frame.f_lasti) if ours else object()
+    os.kill(os.getpid(), signal.SIGINT)
+    other.execute('ROLLBACK')
+thread = threading.Thread(target=interrupt)
+thread.start()
+try:
+    broker.send('Q', [taskhawk.Outgoing('interrupted', {})])
+except KeyboardInterrupt:
+    print('interrupted')
+thread.join()
+other.execute('BEGIN IMMEDIATE')
+other.execute('ROLLBACK')
+broker.send('Q', [taskhawk.Outgoing('after', {})])
+print(*(m.body for m in broker.receive('Q', 10, 0, None, threading.Event())))
+"""
+        result = run_python(["-c", code, url, str(path)])
+        assert (result.stdout, result.stderr) == ("interrupted\nafter\n", "")
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+class TestProcesses:
+    """Threads share one broker, and a forked child has its own."""
+
+    @pytest.fixture
+    def task(self):
+        """Return a task."""
+        return taskhawk.task(name="tests.f")(task_of_the_test)
+
+    @pytest.fixture
+    def queue(self, proxy, ministack, sqs_client, queue_name):
+        """Return the name of the default queue, which is on ministack behind the proxy."""
+        name = f"TASKHAWK-{queue_name}"
+        create_queues(sqs_client(ministack), name)
+        return name
+
+    def test_made_once(self, tmp_path):
+        """However many threads are the first to need a broker, there is one."""
+        for url in ("sqs", f"sqlite:///{tmp_path}/queue.db"):
+            taskhawk.configure(AWS_SETTINGS, TASKHAWK_BROKER=url)
+            barrier = threading.Barrier(16)
+
+            def first(barrier=barrier):
+                barrier.wait(20)
+                return taskhawk._brokers.broker()
+
+            with concurrent.futures.ThreadPoolExecutor(16) as pool:
+                found = [pool.submit(first) for _ in range(16)]
+                assert len({id(future.result()) for future in found}) == 1
+            assert taskhawk._brokers.sender() is taskhawk._brokers.broker()
+
+    def test_sender(self, tmp_path):
+        """A Lambda app publishes to SNS, but on SQLite to its queues."""
+        taskhawk.configure(AWS_SETTINGS, IS_LAMBDA_APP=True)
+        assert isinstance(taskhawk._brokers.sender(), taskhawk.SnsSender)
+        assert isinstance(taskhawk._brokers.broker(), taskhawk.SqsBroker)
+        taskhawk.configure(IS_LAMBDA_APP=True, TASKHAWK_BROKER=f"sqlite:///{tmp_path}/queue.db")
+        assert isinstance(taskhawk._brokers.sender(), taskhawk.SqliteBroker)
+
+    def test_threads_dispatch(self, proxy, task, queue):
+        """Threads share a client: each dispatch is one request, and none is lost or mixed up."""
+        task.dispatch(0)
+        with concurrent.futures.ThreadPoolExecutor(16) as pool:
+            ids = list(pool.map(task.dispatch, range(1, 160)))
+        assert len(set(ids)) == 159
+        assert proxy.actions() == ["GetQueueUrl", *["SendMessage"] * 160]
+        bodies = drain(taskhawk._brokers.broker(), queue)
+        assert sorted(json.loads(body)["args"][0] for body in bodies) == list(range(160))
+
+    def test_threads_begin_together(self, aws, task):
+        """Threads that are the first to dispatch send each their own message, and no more."""
+        barrier = threading.Barrier(8)
+
+        def first(number):
+            barrier.wait(20)
+            task.dispatch(number)
+
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            list(pool.map(first, range(8)))
+        sent = [call.data["MessageBody"] for call in aws.calls if call.action == "SendMessage"]
+        assert sorted(json.loads(body)["args"][0] for body in sent) == list(range(8))
+        known = len(aws.calls)
+        task.dispatch(8)
+        assert aws.actions()[known:] == ["SendMessage"]
+
+    def test_threads_dispatch_to_sqlite(self, task, tmp_path):
+        """Threads share a connection, and none is lost."""
+        taskhawk.configure(TASKHAWK_BROKER=f"sqlite:///{tmp_path}/queue.db")
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            list(pool.map(task.dispatch, range(80)))
+        bodies = drain(taskhawk._brokers.broker(), "TASKHAWK-DEFAULT")
+        assert sorted(json.loads(body)["args"][0] for body in bodies) == list(range(80))
+
+    def test_configure_closes_connections(self, aws, task):
+        """configure() closes the connections to SQS, and the next dispatch makes new ones."""
+        task.dispatch(1)
+        with aws.changed:
+            assert len(aws.connected) == 1
+        taskhawk.configure(AWS_SETTINGS, AWS_ENDPOINT_SQS=aws.url, TASKHAWK_QUEUE="x")
+        with aws.changed:
+            assert aws.changed.wait_for(lambda: not aws.connected, timeout=10)
+        task.dispatch(2)
+        assert aws.actions() == ["GetQueueUrl", "SendMessage"] * 2
+
+    @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="only Linux lists open files")
+    def test_configure_closes_files(self, task, tmp_path):
+        """configure() closes the database, and the next dispatch opens it anew."""
+
+        def is_open():
+            files = [os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()]
+            return str(tmp_path / "queue.db") in files
+
+        taskhawk.configure(TASKHAWK_BROKER=f"sqlite:///{tmp_path}/queue.db")
+        assert not is_open()
+        for number in (1, 2):
+            task.dispatch(number)
+            assert is_open()
+            taskhawk.configure(TASKHAWK_BROKER=f"sqlite:///{tmp_path}/queue.db")
+            assert not is_open()
+        assert taskhawk._brokers.broker().depth("TASKHAWK-DEFAULT").visible == 2
+
+    @pytest.mark.parametrize("how", ["os.fork", "multiprocessing"])
+    def test_fork_on_sqs(self, proxy, task, queue, how):
+        """A forked child dispatches over connections of its own while its parent goes on."""
+        task.dispatch("parent before")
+        ours = {call.port for call in proxy.calls}
+
+        def child():
+            for number in range(5):
+                task.dispatch(f"child {number}")
+
+        wait = forked(child, how)
+        for number in range(5):
+            task.dispatch(f"parent {number}")
+        assert wait() == 0
+        sent = {
+            json.loads(call.data["MessageBody"])["args"][0]: call.port
+            for call in proxy.calls
+            if call.action == "SendMessage"
+        }
+        assert {port for text, port in sent.items() if text.startswith("parent")} == ours
+        assert not ours & {port for text, port in sent.items() if text.startswith("child")}
+        assert len(drain(taskhawk._brokers.broker(), queue)) == 11
+
+    @pytest.mark.parametrize("how", ["os.fork", "multiprocessing"])
+    def test_fork_on_sqlite(self, task, tmp_path, how):
+        """What a forked child dispatches is kept, whichever of the two closes the file first."""
+        url = f"sqlite:///{tmp_path}/queue.db"
+        taskhawk.configure(TASKHAWK_BROKER=url)
+        task.dispatch("parent before")
+        dispatched, closed = (multiprocessing.get_context("fork").Event() for _ in range(2))
+
+        def child():
+            task.dispatch("child 1")
+            dispatched.set()
+            assert closed.wait(20)
+            task.dispatch("child 2")
+
+        wait = forked(child, how)
+        task.dispatch("parent after")
+        assert dispatched.wait(20)
+        taskhawk.configure(TASKHAWK_BROKER=url)
+        closed.set()
+        assert wait() == 0
+        bodies = drain(taskhawk._brokers.broker(), "TASKHAWK-DEFAULT")
+        texts = sorted(json.loads(body)["args"][0] for body in bodies)
+        assert texts == ["child 1", "child 2", "parent after", "parent before"]
+
+    def test_fork_while_threads_dispatch(self, task, tmp_path):
+        """A fork in the middle of other threads' transactions harms neither child nor parent."""
+        taskhawk.configure(TASKHAWK_BROKER=f"sqlite:///{tmp_path}/queue.db")
+        stop = threading.Event()
+
+        def dispatch_on():
+            count = 0
+            while not stop.is_set():
+                task.dispatch(count)
+                count += 1
+            return count
+
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            dispatching = [pool.submit(dispatch_on) for _ in range(2)]
+            waits = [forked(lambda: task.dispatch("child")) for _ in range(8)]
+            codes = [wait() for wait in waits]
+            stop.set()
+            count = sum(future.result() for future in dispatching)
+        assert codes == [0] * 8
+        assert taskhawk._brokers.broker().depth("TASKHAWK-DEFAULT").visible == count + 8
+
+    def test_fork_with_memory(self, task):
+        """Memory is of one process: in a forked child it is refused, and the parent goes on."""
+        taskhawk.configure(TASKHAWK_BROKER="sqlite://")
+        task.dispatch(1)
+        read, write = os.pipe()
+
+        def child():
+            try:
+                task.dispatch(2)
+            except taskhawk.ConfigurationError as error:
+                os.write(write, str(error).encode())
+
+        assert forked(child)() == 0
+        os.close(write)
+        assert os.read(read, 1000).decode() == (
+            "sqlite:// is the memory of one process, and this is another: use a file, such as"
+            " sqlite:///queue.db"
+        )
+        os.close(read)
+        task.dispatch(3)
+        assert taskhawk._brokers.broker().depth("TASKHAWK-DEFAULT") == taskhawk.Depth(2, 0, 0)
+
+
+ScriptedAnswer = Callable[[dict[str, Any], Callable[..., Any]], Any]
+
+
+class ScriptedAws(http.server.ThreadingHTTPServer):
+    """A proxy before an emulator: it records requests, and answers some of them by a script."""
+
+    daemon_threads = True
+    block_on_close = False  # idle connections end with the clients
+
+    def __init__(self, upstream: str) -> None:
+        super().__init__(("127.0.0.1", 0), ScriptedRequest)
+        self.upstream = urllib.parse.urlsplit(upstream).netloc
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.requests: list[tuple[str, dict[str, Any]]] = []
+        self.answers: dict[str, Iterator[ScriptedAnswer]] = {}
+        self.lock = threading.Lock()  # held to record a request and to take the next answer
+
+    def script(self, action: str, *answers: ScriptedAnswer) -> None:
+        """Give these answers to the next requests of a kind; after them, it answers as before."""
+        self.answers[action] = iter(answers)
+
+    def always(self, action: str, answer: ScriptedAnswer) -> None:
+        """Give this answer to all requests of a kind."""
+        self.answers[action] = itertools.repeat(answer)
+
+    @property
+    def actions(self) -> list[str]:
+        """What was asked for, in order."""
+        return [action for action, _ in self.requests]
+
+    @property
+    def batches(self) -> list[int]:
+        """How many messages each sending request had."""
+        kinds = {"SendMessage": 1, "SendMessageBatch": 0, "Publish": 1, "PublishBatch": 0}
+        return [
+            kinds[action]
+            or len(payload.get("Entries", ()))
+            or sum(key.endswith(".Message") for key in payload)
+            for action, payload in self.requests
+            if action in kinds
+        ]
+
+
+class ScriptedRequest(http.server.BaseHTTPRequestHandler):
+    """One connection to the proxy: JSON for SQS, forms and XML for SNS."""
+
+    protocol_version = "HTTP/1.1"
+    wbufsize = -1  # an answer is one packet, or the client acknowledges the first one 40 ms later
+    server: ScriptedAws
+
+    def do_POST(self) -> None:
+        """Answer by the script, or as the emulator does."""
+        raw = self.rfile.read(int(self.headers["Content-Length"]))
+        target = self.headers.get("X-Amz-Target")
+        payload = json.loads(raw) if target else dict(urllib.parse.parse_qsl(raw.decode()))
+        action = target.rpartition(".")[2] if target else payload["Action"]
+        with self.server.lock:
+            self.server.requests.append((action, payload))
+            answer = next(self.server.answers.get(action, iter(())), None)
+        scripted = answer and answer(payload, self.forward)
+        status, content = scripted or self.pass_on(raw)
+        if not target and scripted:
+            content = SNS_FAULT.format(**content).encode()
+        content = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def forward(self, payload: dict[str, Any]) -> dict[str, Any]:
+        """Have the emulator do it (SQS only), and return what it says."""
+        return json.loads(self.pass_on(json.dumps(payload).encode())[1])
+
+    def pass_on(self, raw: bytes) -> tuple[int, bytes]:
+        """Have the emulator answer."""
+        connection = http.client.HTTPConnection(self.server.upstream, timeout=30)
+        headers = {k: v for k, v in self.headers.items() if k not in ("Host", "Content-Length")}
+        try:
+            connection.request("POST", self.path, raw, headers)
+            response = connection.getresponse()
+            return response.status, response.read()
+        finally:
+            connection.close()
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+        """Keep quiet."""
+
+
+NOT_DELETED = "copied, but not deleted: "
+MESSAGE_ID = "[0-9a-f-]{36}"
+ACCESS_DENIED = "access denied: the IAM policy of these credentials does not allow it"
+UNKNOWN_KEY = "AWS does not know these credentials: check AWS_ACCESS_KEY"
+NOTHING_CONFIGURED = {
+    "AWS_REGION": "TASKHAWK-X: no AWS region: set AWS_REGION, for example eu-west-1"
+    " (NoRegionError)",
+    "AWS_ACCESS_KEY": "TASKHAWK-X: no AWS credentials: set AWS_ACCESS_KEY and AWS_SECRET_KEY, or"
+    " give botocore a profile or role; to try things out without AWS, set TASKHAWK_BROKER to"
+    " sqlite:///queue.db (NoCredentialsError)",
+    "TASKHAWK_QUEUE": "TASKHAWK_QUEUE is not set: expected at most 71 letters, digits, hyphens and"
+    " underscores, such as 'dev-myapp', from taskhawk.configure(), the module named by"
+    " SETTINGS_MODULE, Django's settings or the environment",
+}
+SNS_FAULT = (
+    "<ErrorResponse xmlns='http://sns.amazonaws.com/doc/2010-03-31/'><Error><Type>Sender</Type>"
+    "<Code>{__type}</Code><Message>{message}</Message></Error></ErrorResponse>"
+)
+
+
+def fault(code: str, text: str = "no", status: int = 400) -> ScriptedAnswer:
+    """Refuse a request as a whole, before it has an effect."""
+    return lambda payload, forward: (status, {"__type": code, "message": text})
+
+
+def fault_after(code: str) -> ScriptedAnswer:
+    """Do what is asked, and answer that it failed: as a lost answer, without its timeout."""
+    return lambda payload, forward: (forward(payload), fault(code)(payload, forward))[1]
+
+
+def passed(payload: dict[str, Any], forward: Callable[..., Any]) -> None:
+    """Leave a request to the emulator."""
+
+
+def refuse(*wrong: int, code: str = "InternalError", ours: bool = False) -> ScriptedAnswer:
+    """Do what is asked but for the entries at these places, which are refused."""
+
+    def answer(payload: dict[str, Any], forward: Callable[..., Any]) -> tuple[int, Any]:
+        entries = payload["Entries"]
+        good = [e for i, e in enumerate(entries) if i not in wrong]
+        done = forward({**payload, "Entries": good}) if good else {"Successful": []}
+        no = {"Code": code, "Message": "no", "SenderFault": ours}
+        failed = [{"Id": e["Id"], **no} for i, e in enumerate(entries) if i in wrong]
+        return 200, {"Successful": done["Successful"], "Failed": failed}
+
+    return answer
+
+
+TOO_LONG = fault("AWS.SimpleQueueService.BatchRequestTooLong", "too long")
+
+
+def too_long(most: int) -> ScriptedAnswer:
+    """Refuse a batch of more than so many messages, as SQS does where their sum is too long."""
+    return lambda payload, forward: (
+        TOO_LONG(payload, forward) if len(payload["Entries"]) > most else None
+    )
+
+
+def only_to(queue: str, answer: ScriptedAnswer) -> ScriptedAnswer:
+    """Give an answer to the requests for one queue alone."""
+    return lambda payload, forward: (
+        answer(payload, forward) if payload["QueueUrl"].endswith(f"/{queue}") else None
+    )
+
+
+def configure_aws(endpoint: str, queue: str, **values: Any) -> None:
+    """Configure what an emulator needs, and more."""
+    taskhawk.configure(
+        AWS_ACCESS_KEY="test",
+        AWS_ACCOUNT_ID="000000000000",
+        AWS_ENDPOINT_SNS=endpoint,
+        AWS_ENDPOINT_SQS=endpoint,
+        AWS_REGION="us-east-1",
+        AWS_SECRET_KEY="test",
+        TASKHAWK_QUEUE=queue,
+        **values,
+    )
+
+
+def make_queues(client: Any, name: str, **attributes: str) -> None:
+    """Make the default and the high-priority queue, and the dead-letter queue of each."""
+    for suffix in ("", "-HIGH-PRIORITY"):
+        queue = f"TASKHAWK-{name}{suffix}"
+        made = client.create_queue(QueueName=f"{queue}-DLQ", Attributes=attributes)
+        names = ["QueueArn"]
+        found = client.get_queue_attributes(QueueUrl=made["QueueUrl"], AttributeNames=names)
+        arn = found["Attributes"]["QueueArn"]
+        redrive = json.dumps({"deadLetterTargetArn": arn, "maxReceiveCount": 5})
+        client.create_queue(QueueName=queue, Attributes={"RedrivePolicy": redrive, **attributes})
+
+
+@pytest.fixture
+def scripted(
+    ministack: str, sqs_client: Callable[..., Any], queue_name: str
+) -> Iterator[ScriptedAws]:
+    """Yield a scripted ministack whose queues are made, with taskhawk configured to use it."""
+    make_queues(sqs_client(ministack), queue_name)
+    with ScriptedAws(ministack) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        configure_aws(server.url, queue_name)
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def sqlite() -> taskhawk.SqliteBroker:
+    """Return the embedded broker, in memory, which taskhawk is configured to use."""
+    taskhawk.configure(TASKHAWK_BROKER="sqlite://")
+    return taskhawk._brokers.broker()
+
+
+@pytest.fixture(params=["ministack", "moto", "sqlite"])
+def broker(
+    request: pytest.FixtureRequest, sqs_client: Callable[..., Any], queue_name: str
+) -> taskhawk.Broker:
+    """Return each of the brokers, with its queues made, which taskhawk is configured to use."""
+    if request.param == "sqlite":
+        taskhawk.configure(TASKHAWK_BROKER="sqlite://", TASKHAWK_QUEUE=queue_name)
+    else:
+        endpoint = request.getfixturevalue(request.param)
+        make_queues(sqs_client(endpoint), queue_name)
+        configure_aws(endpoint, queue_name)
+    return taskhawk._brokers.broker()
+
+
+@pytest.fixture(params=["ministack", "moto"])
+def endpoint(request: pytest.FixtureRequest) -> str:
+    """Return the URL of each of the emulators."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def mail() -> taskhawk.Task[..., None]:
+    """Return a task to dispatch."""
+
+    @taskhawk.task(name="mail.send")
+    def send(to: Any = None, text: Any = None) -> None:
+        """Do nothing."""
+
+    return send
+
+
+def receive_all(queue: str | Priority = Priority.default) -> list[QueueMessage]:
+    """Receive all that is visible in a queue."""
+    broker = taskhawk._brokers.broker()
+    name = broker.destination(queue) if isinstance(queue, Priority) else queue
+    polls = iter(lambda: broker.receive(name, 10, 0, 60, threading.Event()), [])
+    return [message for poll in polls for message in poll]
+
+
+def received_args(queue: str | Priority = Priority.default) -> list[Any]:
+    """Receive all that is visible in a queue, and return the first argument of each message."""
+    return [json.loads(message.body)["args"][0] for message in receive_all(queue)]
+
+
+def body_of(*args: Any) -> str:
+    """Return the body of a message for mail.send, registered or not."""
+    metadata = {"priority": "default", "timestamp": 1460868253255, "version": "1.0"}
+    data = {"id": str(uuid.uuid4()), "metadata": metadata, "headers": {}, "task": "mail.send"}
+    return json.dumps({**data, "args": args, "kwargs": {}})
+
+
+def put_dead_letters(broker: taskhawk.Broker, count: int) -> str:
+    """Send so many messages to the dead letters, and return the name of that queue."""
+    queue = f"{broker.destination(Priority.default)}-DLQ"
+    for number in range(count):
+        assert broker.send(queue, [Outgoing(body_of(number), {})]) == []
+    return queue
+
+
+def work_once(broker: taskhawk.Broker, queue: str | None = None) -> taskhawk.Ledger:
+    """Receive once, run what there is, and return what became of it."""
+    queues = [queue or broker.destination(Priority.default)]
+    return taskhawk.Worker(broker, queues, num_messages=10, loop_count=1, wait_s=0).run()
+
+
+def service_size(body: str, attributes: Mapping[str, Mapping[str, str]]) -> int:
+    """Count as SQS does."""
+    parts = itertools.chain.from_iterable(
+        (name, value["DataType"], value["StringValue"]) for name, value in attributes.items()
+    )
+    return len(body.encode()) + sum(len(part.encode()) for part in parts)
+
+
+def filler(size: int, **headers: Any) -> str:
+    """Return the argument that makes a message of mail.send with exactly so many bytes."""
+    empty = Message.new("mail.send", [""], headers=headers).as_dict()
+    attributes = {n: {"DataType": "String", "StringValue": v} for n, v in headers.items()}
+    body = json.dumps(empty, separators=(",", ":"))
+    return "x" * (size - service_size(body, attributes))
+
+
+class TestPublishing:
+    """dispatch(): nothing leaves that can't arrive, and what was accepted has an id."""
+
+    def test_id(self, sqlite):
+        """Dispatch returns the id that the task then sees in its metadata."""
+        seen = []
+
+        @taskhawk.task(name="ids.note")
+        def note(metadata):
+            seen.append(metadata.id)
+
+        sent = [note.dispatch(), note.with_priority(Priority.high).dispatch()]
+        for received in [*receive_all(), *receive_all(Priority.high)]:
+            assert taskhawk.process(received).fate is taskhawk.Fate.acknowledge
+        assert seen == sent
+        assert [str(uuid.UUID(text)) for text in sent] == sent
+
+    def test_publish(self, broker, mail):
+        """A message made by hand goes, through publish(), to the queue of its priority."""
+        message = Message.new("mail.send", ["a"], {"text": "b"}, "my-id", {"c": "d"})
+        message.priority = Priority.high
+        assert taskhawk.publish(message) == "my-id"
+        (received,) = receive_all(Priority.high)
+        assert Message(json.loads(received.body)) == message
+
+    def test_one_request(self, scripted, mail):
+        """A dispatch is one request; the first to a queue looks its URL up, and no other does."""
+        for _ in range(3):
+            mail.dispatch()
+        assert scripted.actions == ["GetQueueUrl", *["SendMessage"] * 3]
+        for _ in range(2):
+            mail.with_priority(Priority.high).dispatch()
+        assert scripted.actions[4:] == ["GetQueueUrl", *["SendMessage"] * 2]
+
+    def test_one_request_sns(self, scripted, queue_name, sqs_client, mail):
+        """Over SNS, a dispatch is one Publish to the topic of its priority."""
+        topic = f"taskhawk-{queue_name.lower()}-low-priority"
+        arn = sqs_client(scripted.url, "sns").create_topic(Name=topic)["TopicArn"]
+        configure_aws(scripted.url, queue_name, IS_LAMBDA_APP=True)
+        scripted.requests.clear()
+        for _ in range(2):
+            mail.with_priority(Priority.low).with_headers(a="b").dispatch()
+        assert scripted.actions == ["Publish"] * 2
+        payload = scripted.requests[0][1]
+        assert payload["TopicArn"] == arn
+        assert payload["MessageAttributes.entry.1.Name"] == "a"
+        assert json.loads(payload["Message"])["headers"] == {"a": "b"}
+
+    def test_threads(self, scripted, mail):
+        """Threads that begin at the same time share one client and one look-up of the URL."""
+        together = threading.Barrier(6)
+        release = threading.Event()
+
+        def slowly(payload: dict[str, Any], forward: Callable[..., Any]) -> tuple[int, Any]:
+            release.wait(0.3)  # time for others to look up too, were they allowed to
+            return 200, forward(payload)
+
+        def send(number: int) -> None:
+            together.wait(10)
+            mail.dispatch(number)
+
+        scripted.always("GetQueueUrl", slowly)
+        threads = [threading.Thread(target=send, args=(n,)) for n in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(scripted.actions) == ["GetQueueUrl", *["SendMessage"] * 6]
+        assert sorted(received_args()) == list(range(6))
+
+    @pytest.mark.parametrize(
+        ("name", "value", "attribute"),
+        [
+            ("request_id", "1234", "1234"),
+            ("number", 5, "5"),
+            ("all.of_it-0", "Ümläut 😀\t\r\n\x7f\ud7ff\ue000\ufffd", ...),
+            ("AWSx", "a", "a"),
+            ("x" * 256, "a", "a"),
+            ("x" * 257, "a", None),
+            ("", "a", None),
+            ("AWS.x", "a", None),
+            ("aws.x", "a", None),
+            ("Amazon.x", "a", None),
+            ("aMAZON.x", "a", None),
+            ("taskhawk.error", "a", None),
+            (".x", "a", None),
+            ("x.", "a", None),
+            ("x..y", "a", None),
+            ("x y", "a", None),
+            ("x\n", "a", None),
+            ("ä", "a", None),
+            ("empty", "", None),
+            ("control", "a\x00", None),
+            ("surrogate", "\ud800", None),
+            ("not_a_character", "\ufffe", None),
+        ],
+    )
+    def test_attributes(self, sqlite, mail, name, value, attribute):
+        """A header is an attribute too, where SQS takes its name and value; the body has it."""
+        mail.with_headers(**{name: value}).dispatch()
+        (received,) = receive_all()
+        assert json.loads(received.body)["headers"] == {name: value}
+        text = value if attribute is ... else attribute
+        expected = {name: {"DataType": "String", "StringValue": text}} if text else {}
+        assert received.message_attributes == expected
+
+    def test_hostile_headers(self, endpoint, sqs_client, queue_name):
+        """A message with more than ten headers, some refused by SQS, arrives with all of them."""
+        seen = []
+
+        @taskhawk.task(name="headers.note")
+        def note(headers):
+            seen.append(headers)
+
+        make_queues(sqs_client(endpoint), queue_name)
+        configure_aws(endpoint, queue_name)
+        sent = {"AWS.trace": "1", "empty": "", "nul": "\0", "half": "\ud800", "ü": {"any": [1]}}
+        sent |= {f"header-{number}": f"é{number}" for number in range(12)}
+        note.with_headers(**sent).dispatch()
+        (received,) = receive_all()
+        names = [f"header-{number}" for number in range(10)]
+        assert sorted(received.message_attributes) == names
+        assert taskhawk.process(received).error is None
+        assert seen == [sent]
+
+    def test_body_is_the_truth(self):
+        """Where attributes and body differ, the task gets what the body says."""
+        seen = []
+
+        @taskhawk.task(name="headers.truth")
+        def note(headers):
+            seen.append(headers)
+
+        body = json.dumps(Message.new("headers.truth", headers={"a": "body"}).as_dict())
+        attributes = {"a": {"DataType": "String", "StringValue": "attribute"}}
+        assert taskhawk.process(QueueMessage(body, "m", message_attributes=attributes))[1] is None
+        assert seen == [{"a": "body"}]
+
+    def test_size_sqs(self, scripted, mail):
+        """On SQS, a message of 1 MiB with its attributes is sent, and with one byte more is not."""
+        limit = 1_048_576
+        text = filler(limit, trace="é", name="n")
+        invocation = mail.with_headers(trace="é", name="n")
+        invocation.dispatch(text)
+        (received,) = receive_all()
+        assert service_size(received.body, received.message_attributes) == limit
+        scripted.requests.clear()
+        with pytest.raises(taskhawk.MessageTooLarge) as raised:
+            invocation.dispatch(text + "x")
+        assert str(raised.value) == (
+            "mail.send: the message has 1048577 bytes (body and attributes), and the limit is"
+            f" 1048576: the largest argument is args[0] with {len(text) + 3} bytes"
+        )
+        assert raised.value.limit == limit
+        assert isinstance(raised.value, taskhawk.ValidationError)
+        assert scripted.requests == []
+
+    def test_size_sns(self, scripted, queue_name, sqs_client, mail):
+        """Over SNS, the limit is 256 KiB."""
+        sqs_client(scripted.url, "sns").create_topic(Name=f"taskhawk-{queue_name.lower()}")
+        configure_aws(scripted.url, queue_name, IS_LAMBDA_APP=True)
+        text = filler(262_144, trace="t")
+        invocation = mail.with_headers(trace="t")
+        invocation.dispatch(text)
+        with pytest.raises(taskhawk.MessageTooLarge) as raised:
+            invocation.dispatch(text + "x")
+        assert str(raised.value) == (
+            "mail.send: the message has 262145 bytes (body and attributes), and the limit is"
+            f" 262144: the largest argument is args[0] with {len(text) + 3} bytes"
+        )
+
+    @pytest.mark.parametrize(
+        ("call", "largest"),
+        [
+            ((["x"], {"text": "é" * 180_000}, {}), "kwargs.text with 1080002 bytes"),
+            ((["y" * 500_000, "x" * 600_000], {}, {}), "args[1] with 600002 bytes"),
+            (([], {}, {"trace": "x" * 1_048_576}), "headers.trace with 1048578 bytes"),
+        ],
+    )
+    def test_largest(self, sqlite, mail, call, largest):
+        """The error names the argument or header that takes most, in bytes as they are sent."""
+        args, kwargs, headers = call
+        with pytest.raises(taskhawk.MessageTooLarge) as raised:
+            mail.with_headers(**headers).dispatch(*args, **kwargs)
+        assert str(raised.value).endswith(
+            f"and the limit is 1048576: the largest argument is {largest}"
+        )
+        assert sqlite.depth("TASKHAWK-DEFAULT") == Depth(0, 0, 0)
+
+    def test_too_large_without_arguments(self, sqlite):
+        """Where it is the task's name that is too large, the error does not blame an argument."""
+
+        @taskhawk.task(name="n" * 1_048_576)
+        def long_name():
+            """Do nothing."""
+
+        with pytest.raises(taskhawk.MessageTooLarge) as raised:
+            long_name.dispatch()
+        assert "the largest argument" not in str(raised.value)
+        assert len(str(raised.value)) < 1000
+
+    def test_pinned_queue(self, endpoint, sqs_client, queue_name, mail):
+        """A size that only this queue refuses, pinned below the service's limit, says the same."""
+        make_queues(sqs_client(endpoint), queue_name, MaximumMessageSize="2048")
+        configure_aws(endpoint, queue_name)
+        mail.dispatch(filler(2048))
+        text = filler(2049)
+        with pytest.raises(taskhawk.MessageTooLarge) as raised:
+            mail.dispatch(text)
+        assert str(raised.value) == (
+            "mail.send: the message has 2049 bytes (body and attributes), and the limit is 2048:"
+            f" the largest argument is args[0] with {len(text) + 2} bytes"
+        )
+        assert raised.value.limit == 2048
+
+    @pytest.mark.parametrize(
+        ("value", "expected"),
+        [
+            (decimal.Decimal(3), "3"),
+            (decimal.Decimal("1E+2"), "100"),
+            (decimal.Decimal("2.50"), "2.5"),
+            (2**64, "18446744073709551616"),
+            ((1, [None, True]), "[1,[null,true]]"),
+            ("\ud800\0é", '"\\ud800\\u0000\\u00e9"'),
+            ({"a": {"b": 1.5}}, '{"a":{"b":1.5}}'),
+        ],
+    )
+    def test_json(self, sqlite, mail, value, expected):
+        """What JSON has is sent, Decimals as numbers, and the body is ASCII."""
+        mail.dispatch(value)
+        (received,) = receive_all()
+        assert f'"args":[{expected}]' in received.body
+        assert received.body.isascii()
+
+    @pytest.mark.parametrize(
+        ("value", "why"),
+        [
+            ({1, 2}, "set is not a JSON type"),
+            ([b"bytes"], "bytes is not a JSON type"),
+            ({"deep": [object()]}, "object is not a JSON type"),
+            (Priority.high, "Priority is not a JSON type"),
+            ({(1, 2): 3}, "keys must be str, int, float, bool or None, not tuple"),
+            (math.nan, "Out of range float values are not JSON compliant"),
+            ([math.inf], "Out of range float values are not JSON compliant"),
+            (-math.inf, "Out of range float values are not JSON compliant"),
+            (decimal.Decimal("NaN"), "Out of range float values are not JSON compliant"),
+            (decimal.Decimal("sNaN"), "cannot convert signaling NaN to float"),
+            (decimal.Decimal("Infinity"), "Out of range float values"),
+        ],
+    )
+    @pytest.mark.parametrize("where", ["args[1]", "kwargs.text", "headers.trace"])
+    def test_not_json(self, sqlite, mail, value, why, where):
+        """What is not JSON fails at the caller, naming the argument or header."""
+        args = ["fine", value] if where == "args[1]" else ["fine"]
+        kwargs = {"text": value} if where == "kwargs.text" else {}
+        headers = {"trace": value} if where == "headers.trace" else {}
+        number = isinstance(value, float | decimal.Decimal) or value == [math.inf]
+        expected = taskhawk.ValidationError if number else TypeError
+        with pytest.raises(expected) as raised:
+            mail.with_headers(**headers).dispatch(*args, **kwargs)
+        assert type(raised.value) is expected
+        # Newer Pythons add the value: "…JSON compliant: nan".
+        assert str(raised.value).startswith(f"mail.send: {where} is not JSON: {why}")
+        assert sqlite.depth("TASKHAWK-DEFAULT") == Depth(0, 0, 0)
+
+    def test_astronomical(self):
+        """A Decimal with a huge exponent fails too, instead of being written out for minutes."""
+        code = """
+import decimal, taskhawk
+taskhawk.configure(TASKHAWK_BROKER="sqlite://")
+@taskhawk.task(name="mail.send")
+def send(amount): pass
+try:
+    send.dispatch(decimal.Decimal("1E+99999999"))
+except taskhawk.ValidationError as error:
+    print(str(error).partition("JSON:")[0])
+"""
+        assert run_python(code, timeout=30).stdout == "mail.send: args[0] is not \n"
+
+    def test_endless(self, sqlite, mail):
+        """What contains itself, or is nested too deeply, fails naming the argument."""
+        circle: list[Any] = []
+        circle.append(circle)
+        deep: list[Any] = []
+        for _ in range(200_000):
+            deep = [deep]
+        for value in (circle, deep):
+            with pytest.raises(
+                taskhawk.ValidationError, match=r"^mail.send: args\[0\] is not JSON: "
+            ):
+                mail.dispatch(value)
+        while deep:  # or its deallocation is what nests too deeply
+            deep = deep.pop()
+
+    def test_delay_sqs(self, scripted, mail):
+        """A delay of up to 15 minutes is the queue's DelaySeconds, rounded up."""
+        delays = (900, timedelta(minutes=15), 0.2, 59.5, 0)
+        for delay in delays:
+            mail.with_delay(delay).dispatch()
+        with taskhawk.batch():
+            for delay in delays:
+                mail.with_delay(delay).dispatch()
+        one_by_one = [payload for _, payload in scripted.requests[1:6]]
+        for sent in (one_by_one, scripted.requests[6][1]["Entries"]):
+            assert [entry.get("DelaySeconds") for entry in sent] == [900, 900, 1, 60, None]
+
+    @pytest.mark.parametrize("delay", [900.001, 3600, timedelta(days=1)])
+    def test_delay_too_long(self, scripted, mail, delay):
+        """A longer delay is refused on SQS before anything is sent."""
+        seconds = delay.total_seconds() if isinstance(delay, timedelta) else delay
+        with pytest.raises(taskhawk.ConfigurationError) as raised:
+            mail.with_delay(delay).dispatch()
+        assert str(raised.value) == (
+            f"mail.send: the queue can hold a message back for at most 900 s, got {seconds:g} s"
+        )
+        assert scripted.requests == []
+
+    def test_delay_sns(self, scripted, queue_name, sqs_client, mail):
+        """SNS delays nothing: any delay is refused, and none is none."""
+        sqs_client(scripted.url, "sns").create_topic(Name=f"taskhawk-{queue_name.lower()}")
+        configure_aws(scripted.url, queue_name, IS_LAMBDA_APP=True)
+        mail.with_delay(0).dispatch()
+        with pytest.raises(taskhawk.ConfigurationError) as raised:
+            mail.with_delay(1).dispatch()
+        assert str(raised.value) == (
+            "mail.send: the queue can hold a message back for at most 0 s, got 1 s"
+        )
+
+    def test_delay_sqlite(self, tmp_path, mail):
+        """SQLite holds a message back for any time, to the millisecond."""
+        url = f"sqlite:///{tmp_path}/queue.db"
+        taskhawk.configure(TASKHAWK_BROKER=url)
+        mail.with_delay(timedelta(days=400)).dispatch("late")
+        now = time.time()
+        assert taskhawk._brokers.broker().depth("TASKHAWK-DEFAULT") == Depth(0, 0, 1)
+        assert received_args() == []
+        for days, visible in ((399.999, 0), (400.001, 1)):
+            later = taskhawk.SqliteBroker(url, clock=lambda: now + days * 86_400)  # noqa: B023
+            assert later.depth("TASKHAWK-DEFAULT").visible == visible
+            later.close()
+
+    @pytest.mark.parametrize("delay", [-1, math.nan, math.inf, timedelta(seconds=-1)])
+    def test_delay_impossible(self, mail, delay):
+        """A delay is 0 or more seconds, and finite."""
+        seconds = delay.total_seconds() if isinstance(delay, timedelta) else delay
+        with pytest.raises(ValueError, match=f"^delay: expected 0 or more seconds, got {seconds}$"):
+            mail.with_delay(delay)
+
+    @pytest.mark.parametrize(
+        ("hook", "expected"),
+        [
+            (lambda: {"a": "hook", "b": 1}, {"a": "mine", "b": 1}),
+            (lambda task: {"name": task.name}, {"name": "mail.send", "a": "mine"}),
+            (lambda **kwargs: {"keys": list(kwargs)}, {"keys": ["task"], "a": "mine"}),
+            (lambda: None, {"a": "mine"}),
+            (lambda: {1: "x"}, {"1": "x", "a": "mine"}),
+        ],
+    )
+    def test_default_headers(self, mail, hook, expected):
+        """The default headers are asked for at each dispatch, and give way to with_headers()."""
+        taskhawk.configure(TASKHAWK_BROKER="sqlite://", TASKHAWK_DEFAULT_HEADERS=hook)
+        mail.with_headers(a="mine").dispatch()
+        (received,) = receive_all()
+        assert json.loads(received.body)["headers"] == expected
+
+    def test_missing_queue(self, endpoint, queue_name, mail):
+        """Where the queue does not exist, the error says so, and what to check."""
+        configure_aws(endpoint, queue_name)
+        with pytest.raises(taskhawk.ConfigurationError) as raised:
+            mail.with_priority(Priority.bulk).dispatch()
+        assert str(raised.value) == (
+            f"TASKHAWK-{queue_name}-BULK: there is no such queue here: make it, or check"
+            " TASKHAWK_QUEUE, AWS_REGION and the account (NonExistentQueue)"
+        )
+
+    def test_missing_topic(self, scripted, queue_name, mail):
+        """Where the topic does not exist, the error says so, and what to check."""
+        configure_aws(scripted.url, queue_name, IS_LAMBDA_APP=True)
+        with pytest.raises(taskhawk.ConfigurationError) as raised:
+            mail.dispatch()
+        assert str(raised.value) == (
+            f"arn:aws:sns:us-east-1:000000000000:taskhawk-{queue_name.lower()}: there is no such"
+            " topic: make it, or check TASKHAWK_QUEUE and AWS_ACCOUNT_ID (NotFound)"
+        )
+
+    @pytest.mark.parametrize(
+        ("code", "remedy"),
+        [
+            ("AccessDenied", ACCESS_DENIED),
+            ("AccessDeniedException", ACCESS_DENIED),
+            ("AuthorizationError", ACCESS_DENIED),
+            ("InvalidClientTokenId", UNKNOWN_KEY),
+            ("UnrecognizedClientException", UNKNOWN_KEY),
+            ("SignatureDoesNotMatch", "AWS refuses these credentials: check AWS_SECRET_KEY"),
+        ],
+    )
+    def test_denied(self, scripted, queue_name, mail, code, remedy):
+        """What a person must mend is a ConfigurationError with one sentence that says how."""
+        sns = code == "AuthorizationError"
+        configure_aws(scripted.url, queue_name, IS_LAMBDA_APP=sns)
+        where = f"TASKHAWK-{queue_name}"
+        if sns:
+            where = f"arn:aws:sns:us-east-1:000000000000:taskhawk-{queue_name.lower()}"
+        scripted.always("SendMessage", fault(code, status=403))
+        scripted.always("Publish", fault(code, status=403))
+        with pytest.raises(taskhawk.ConfigurationError) as raised:
+            mail.dispatch()
+        assert str(raised.value) == f"{where}: {remedy} ({code})"
+        assert raised.value.__cause__.response["Error"]["Code"] == code
+
+    @pytest.mark.parametrize("missing", NOTHING_CONFIGURED)
+    def test_nothing_configured(self, mail, missing):
+        """A first dispatch without a region, credentials or a queue says which to set."""
+        given = {"AWS_ACCESS_KEY": "a", "AWS_SECRET_KEY": "b", "AWS_REGION": "us-east-1"}
+        given |= {"TASKHAWK_QUEUE": "x", "AWS_ENDPOINT_SQS": "http://127.0.0.1:1"}
+        del given[missing]
+        if missing == "AWS_ACCESS_KEY":
+            del given["AWS_SECRET_KEY"]
+        taskhawk.configure(given)
+        with pytest.raises(taskhawk.ConfigurationError) as raised:
+            mail.dispatch()
+        assert str(raised.value) == NOTHING_CONFIGURED[missing]
+
+    def test_other_errors(self, scripted, mail):
+        """An error that no person need mend is raised as botocore raises it."""
+        scripted.always("SendMessage", fault("InvalidMessageContents", "odd"))
+        with pytest.raises(botocore.exceptions.ClientError) as raised:
+            mail.dispatch()
+        assert raised.value.response["Error"]["Code"] == "InvalidMessageContents"
+
+    def test_retried_by_botocore(self, scripted, mail):
+        """A send that the service fails at is made again, within one dispatch."""
+        scripted.script("SendMessage", fault("InternalFailure", status=500))
+        mail.dispatch("once")
+        assert scripted.actions == ["GetQueueUrl", "SendMessage", "SendMessage"]
+        assert received_args() == ["once"]
+
+
+class TestBatch:
+    """batch() and dispatch_many(): fewer requests, and exactly what was not accepted is raised."""
+
+    def test_ten_to_a_call(self, scripted, mail):
+        """Dispatches are collected, and leave ten to a request, in order, when the block ends."""
+        with taskhawk.batch():
+            ids = [mail.dispatch(number) for number in range(25)]
+            assert scripted.actions == []
+        assert scripted.actions == ["GetQueueUrl", *["SendMessageBatch"] * 3]
+        assert scripted.batches == [10, 10, 5]
+        messages = [json.loads(message.body) for message in receive_all()]
+        assert sorted(message["args"][0] for message in messages) == list(range(25))
+        assert sorted(message["id"] for message in messages) == sorted(ids)
+
+    def test_one_or_none(self, scripted, mail):
+        """A block with one dispatch is one request, and a block with none is none."""
+        with taskhawk.batch():
+            pass
+        assert scripted.actions == []
+        with taskhawk.batch():
+            mail.dispatch()
+        assert scripted.actions == ["GetQueueUrl", "SendMessage"]
+
+    def test_total_size(self, endpoint, sqs_client, queue_name, mail):
+        """Messages of 300 KB leave three to a request, within 1 MiB, which the service checks."""
+        make_queues(sqs_client(endpoint), queue_name)
+        configure_aws(endpoint, queue_name)
+        with taskhawk.batch():
+            for number in range(7):
+                mail.dispatch(number, "x" * 300_000)
+        assert sorted(received_args()) == list(range(7))
+
+    def test_total_size_counted(self, scripted, mail):
+        """A request is filled to the last byte of 1 MiB, attributes included, and no further."""
+        half, header = 524_288, {"trace": "é"}
+        invocation = mail.with_headers(**header)
+        with taskhawk.batch():
+            for size in (half, half, half, half + 1, half, half):
+                invocation.dispatch(filler(size, **header))
+        assert scripted.batches == [2, 1, 1, 2]
+
+    def test_priorities_and_tasks(self, scripted, mail):
+        """One block takes all tasks and priorities; each queue gets its own requests."""
+
+        @taskhawk.task(name="mail.other", priority=Priority.high)
+        def other(number):
+            """Do nothing."""
+
+        with taskhawk.batch():
+            for number in range(8):
+                mail.dispatch(number)
+                other.with_headers(n=str(number)).dispatch(number)
+        assert scripted.actions == ["GetQueueUrl", "SendMessageBatch"] * 2
+        assert scripted.batches == [8, 8]
+        assert sorted(received_args()) == sorted(received_args(Priority.high)) == list(range(8))
+
+    def test_sns(self, scripted, queue_name, sqs_client, mail):
+        """Over SNS, PublishBatch sends ten, and less where the sum would be above 256 KiB."""
+        sns, sqs = sqs_client(scripted.url, "sns"), sqs_client(scripted.url)
+        arn = sns.create_topic(Name=f"taskhawk-{queue_name.lower()}")["TopicArn"]
+        url = sqs.create_queue(QueueName=f"{queue_name}-SNS")["QueueUrl"]
+        endpoint = f"arn:aws:sqs:us-east-1:000000000000:{queue_name}-SNS"
+        raw = {"RawMessageDelivery": "true"}
+        sns.subscribe(TopicArn=arn, Protocol="sqs", Endpoint=endpoint, Attributes=raw)
+        configure_aws(scripted.url, queue_name, IS_LAMBDA_APP=True)
+        scripted.requests.clear()
+        with taskhawk.batch():
+            for number in range(12):
+                mail.with_headers(n=str(number)).dispatch(number)
+            for number in (12, 13):
+                mail.dispatch(number, "x" * 250_000)
+        assert scripted.actions == ["PublishBatch", "PublishBatch", "Publish"]
+        assert scripted.batches == [10, 3, 1]
+        polls = iter(
+            lambda: sqs.receive_message(QueueUrl=url, MaxNumberOfMessages=10).get("Messages"), None
+        )
+        numbers = [json.loads(message["Body"])["args"][0] for poll in polls for message in poll]
+        assert sorted(numbers) == list(range(14))
+
+    def test_sns_fails(self, scripted, queue_name, mail):
+        """What SNS refuses as a whole is raised, ready to be published again."""
+        configure_aws(scripted.url, queue_name, IS_LAMBDA_APP=True)
+        with pytest.raises(taskhawk.PartialFailure) as raised, taskhawk.batch():
+            ids = [mail.dispatch(number) for number in range(3)]
+        assert [message.id for message in raised.value.unsent] == ids
+        assert str(raised.value) == "3 of 3 messages failed: NotFound"
+
+    def test_nested(self, scripted, mail):
+        """A block inside another joins it: all is sent when the outer one ends."""
+        with taskhawk.batch():
+            mail.dispatch(0)
+            with taskhawk.batch():
+                mail.dispatch(1)
+            assert scripted.actions == []
+            mail.dispatch(2)
+        assert scripted.batches == [3]
+
+    @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+    def test_exception(self, scripted, mail, error):
+        """An exception inside sends nothing; what is dispatched afterwards is sent at once."""
+
+        def fail() -> None:
+            with taskhawk.batch():
+                mail.dispatch(0)
+                with taskhawk.batch():
+                    mail.dispatch(1)
+                raise error
+
+        with pytest.raises(error):
+            fail()
+        assert scripted.actions == []
+        mail.dispatch(2)
+        assert scripted.batches == [1]
+        assert received_args() == [2]
+
+    def test_wrong_dispatch(self, sqlite, mail):
+        """What can't be sent raises where it is dispatched, and the block can go on."""
+        with taskhawk.batch():
+            mail.dispatch(0)
+            with pytest.raises(TypeError):
+                mail.dispatch({1})
+            with pytest.raises(taskhawk.MessageTooLarge):
+                mail.dispatch("x" * 1_048_576)
+        assert received_args() == [0]
+
+    def test_thread(self, sqlite, mail):
+        """A thread started inside has no part in the block: it sends directly."""
+        with taskhawk.batch():
+            mail.dispatch("block")
+            thread = threading.Thread(target=mail.dispatch, args=("thread",))
+            thread.start()
+            thread.join()
+            assert received_args() == ["thread"]
+        assert received_args() == ["block"]
+
+    def test_thread_with_context(self, sqlite, mail):
+        """A thread that runs in a copy of the context joins the block, but sends after its end."""
+        ended = threading.Event()
+
+        def work() -> None:
+            mail.dispatch("inside")
+            joined.set()
+            ended.wait(10)
+            with taskhawk.batch():  # of its own, now
+                mail.dispatch("after")
+                mail.dispatch("after too")
+                late.append(received_args())
+            mail.dispatch("at last")
+
+        joined, late = threading.Event(), []
+        with taskhawk.batch():
+            thread = threading.Thread(target=contextvars.copy_context().run, args=(work,))
+            thread.start()
+            assert joined.wait(10)
+            assert received_args() == []
+        assert received_args() == ["inside"]
+        ended.set()
+        thread.join()
+        assert late == [[]]
+        assert received_args() == ["after", "after too", "at last"]
+
+    def test_race(self, sqlite, mail):
+        """While a block ends, what threads in its context dispatch is sent, and once."""
+        busy = threading.Barrier(5)
+
+        def work(first: int) -> None:
+            for number in range(first, first + 100):
+                mail.dispatch(number)
+                if number == first + 20:
+                    busy.wait(10)
+
+        with taskhawk.batch():
+            threads = [
+                threading.Thread(target=contextvars.copy_context().run, args=(work, first))
+                for first in (0, 100, 200, 300)
+            ]
+            for thread in threads:
+                thread.start()
+            busy.wait(10)
+        for thread in threads:
+            thread.join()
+        assert sorted(received_args()) == list(range(400))
+
+    def test_asyncio(self, sqlite, mail):
+        """Tasks of an event loop join the block they were made in, and send after its end."""
+
+        async def dispatch(number: int, when: asyncio.Event) -> None:
+            await when.wait()
+            mail.dispatch(number)
+
+        async def main() -> None:
+            now, later = asyncio.Event(), asyncio.Event()
+            now.set()
+            async with asyncio.TaskGroup() as group:
+                with taskhawk.batch():
+                    await asyncio.gather(*(dispatch(number, now) for number in range(3)))
+                    group.create_task(dispatch(3, later))
+                    assert received_args() == []
+                assert received_args() == [0, 1, 2]
+                outside = group.create_task(dispatch(4, now))
+                await outside
+                assert received_args() == [4]
+                later.set()
+            assert received_args() == [3]
+
+        asyncio.run(main())
+
+    def test_refused_for_now(self, scripted, mail):
+        """What the service refuses by its own fault is sent again, alone, and nobody is told."""
+        scripted.script("SendMessageBatch", refuse(1, 3), refuse(1))
+        with taskhawk.batch():
+            for number in range(4):
+                mail.dispatch(number)
+        assert scripted.batches == [4, 2, 1]
+        assert sorted(received_args()) == [0, 1, 2, 3]
+
+    def test_refused_for_good(self, scripted, mail):
+        """What is refused by its own fault is raised at once, and alone: the rest was sent."""
+        scripted.script("SendMessageBatch", passed, refuse(1, 9, code="Bad", ours=True), passed)
+        with pytest.raises(taskhawk.PartialFailure) as raised, taskhawk.batch():
+            ids = [mail.dispatch(number) for number in range(25)]
+        assert scripted.batches == [10, 10, 5]
+        error = raised.value
+        assert str(error) == "2 of 25 messages failed: Bad"
+        assert (error.success_count, error.failure_count) == (23, 2)
+        assert error.result["Failed"] == [
+            {"Id": ids[11], "Code": "Bad", "Message": "no"},
+            {"Id": ids[19], "Code": "Bad", "Message": "no"},
+        ]
+        assert error.result["Successful"] == [
+            {"Id": sent} for number, sent in enumerate(ids) if number not in (11, 19)
+        ]
+        assert [message.args for message in error.unsent] == [[11], [19]]
+
+    def test_unsent(self, scripted, mail):
+        """After three attempts it is raised too; to publish what is unsent delivers each once."""
+        scripted.script("SendMessageBatch", refuse(2, 5), refuse(0, 1), refuse(0, 1))
+        high = mail.with_priority(Priority.high)
+        calls = [(task.with_headers(n=str(n)), n) for n in range(10) for task in (mail, high)]
+        with pytest.raises(taskhawk.PartialFailure) as raised, taskhawk.batch():
+            [invocation.dispatch(number) for invocation, number in calls]
+        assert scripted.batches == [10, 2, 2, 10]
+        assert str(raised.value) == "2 of 20 messages failed: InternalError"
+        with taskhawk.batch():
+            for message in raised.value.unsent:
+                taskhawk.publish(message)
+        found = {m.message_attributes["n"]["StringValue"]: m for m in receive_all()}
+        assert sorted(map(int, found)) == list(range(10))
+        assert all(json.loads(m.body)["args"] == [int(n)] for n, m in found.items())
+
+    def test_unsent_keeps(self, scripted, mail):
+        """An unsent message keeps its priority and its delay."""
+        scripted.always("SendMessageBatch", refuse(0, ours=True))
+        with pytest.raises(taskhawk.PartialFailure) as raised, taskhawk.batch():
+            [mail.with_priority(Priority.high).with_delay(7).dispatch() for _ in range(2)]
+        taskhawk.publish(raised.value.unsent[0])
+        action, payload = scripted.requests[-1]
+        assert (action, payload["DelaySeconds"]) == ("SendMessage", 7)
+        assert payload["QueueUrl"].endswith("-HIGH-PRIORITY")
+
+    def test_unanswered(self, scripted, mail):
+        """A message that the answer does not name is not taken for sent."""
+
+        def silent(payload: dict[str, Any], forward: Callable[..., Any]) -> tuple[int, Any]:
+            return 200, {"Successful": forward(payload)["Successful"][:1]}
+
+        scripted.script("SendMessageBatch", *[silent] * 3)
+        with pytest.raises(taskhawk.PartialFailure) as raised, taskhawk.batch():
+            [mail.dispatch(number) for number in range(4)]
+        assert scripted.batches == [4, 3, 2]
+        assert str(raised.value) == "1 of 4 messages failed: Unanswered"
+        assert [message.args for message in raised.value.unsent] == [[3]]
+
+    def test_whole_call_fails(self, scripted, mail, queue_name):
+        """Where a request fails, the rest for that queue is unsent; other queues go on."""
+        high = mail.with_priority(Priority.high)
+        scripted.script(
+            "SendMessageBatch",
+            passed,
+            fault("AccessDenied", status=403),
+            only_to(f"TASKHAWK-{queue_name}", fault("AccessDenied", status=403)),
+        )
+        with pytest.raises(taskhawk.PartialFailure) as raised, taskhawk.batch():
+            [mail.dispatch(number) for number in range(25)] + [high.dispatch(n) for n in (0, 1)]
+        assert str(raised.value) == "15 of 27 messages failed: AccessDenied"
+        assert [message.args for message in raised.value.unsent] == [[n] for n in range(10, 25)]
+        assert raised.value.result["Failed"][0]["Message"] == (
+            f"TASKHAWK-{queue_name}: access denied: the IAM policy of these credentials does not"
+            " allow it (AccessDenied)"
+        )
+        assert sorted(received_args()) == list(range(10))
+        assert sorted(received_args(Priority.high)) == [0, 1]
+
+    def test_other_failures(self, scripted, mail):
+        """A failure that no sentence explains is told as the service tells it."""
+        scripted.always("SendMessageBatch", fault("Odd", "because"))
+        with pytest.raises(taskhawk.PartialFailure) as raised, taskhawk.batch():
+            ids = [mail.dispatch() for _ in range(2)]
+        why = "An error occurred (Odd) when calling the SendMessageBatch operation: because"
+        assert raised.value.result == {
+            "Successful": [],
+            "Failed": [{"Id": sent, "Code": "Odd", "Message": why} for sent in ids],
+        }
+
+    def test_second_attempt_fails(self, scripted, mail):
+        """Where the second attempt fails as a whole, what the first one sent is not unsent."""
+        scripted.script("SendMessageBatch", refuse(1))
+        scripted.script("SendMessage", fault("AccessDenied", status=403))
+        with pytest.raises(taskhawk.PartialFailure) as raised, taskhawk.batch():
+            [mail.dispatch(number) for number in range(3)]
+        assert [message.args for message in raised.value.unsent] == [[1]]
+        assert str(raised.value) == "1 of 3 messages failed: AccessDenied"
+        taskhawk.publish(raised.value.unsent[0])
+        assert sorted(received_args()) == [0, 1, 2]
+
+    def test_second_attempt_works(self, scripted, mail):
+        """A second attempt that fails as a whole is followed by a third."""
+        scripted.script("SendMessageBatch", refuse(1, 2), fault("KmsThrottled"))
+        with taskhawk.batch():
+            for number in range(4):
+                mail.dispatch(number)
+        assert sorted(received_args()) == [0, 1, 2, 3]
+
+    def test_sum_too_long(self, scripted, mail):
+        """Where the queue finds the sum too long, the messages are sent one by one."""
+        scripted.always("SendMessageBatch", too_long(1))
+        scripted.script("SendMessage", passed, fault("AccessDenied"), passed, passed)
+        with pytest.raises(taskhawk.PartialFailure) as raised, taskhawk.batch():
+            [mail.dispatch(number) for number in range(4)]
+        assert [message.args for message in raised.value.unsent] == [[1]]
+        assert sorted(received_args()) == [0, 2, 3]
+
+    def test_one_too_long(self, scripted, mail):
+        """A message that is too long for its queue alone is unsent alone."""
+
+        def pinned(payload: dict[str, Any], forward: Callable[..., Any]) -> Any:
+            size = sum(len(entry["MessageBody"]) for entry in payload.get("Entries", [payload]))
+            return TOO_LONG(payload, forward) if size > 262_144 else None
+
+        scripted.always("SendMessageBatch", pinned)
+        scripted.always("SendMessage", pinned)
+        with pytest.raises(taskhawk.PartialFailure) as raised, taskhawk.batch():
+            [
+                mail.dispatch(number, "x" * (300_000 if number == 2 else 100_000))
+                for number in range(5)
+            ]
+        assert [message.args[0] for message in raised.value.unsent] == [2]
+        assert sorted(received_args()) == [0, 1, 3, 4]
+
+    def test_pinned_queue(self, ministack, sqs_client, queue_name, mail):
+        """In a batch, a message that is too large for its queue is the only one refused."""
+        make_queues(sqs_client(ministack), queue_name, MaximumMessageSize="2048")
+        configure_aws(ministack, queue_name)
+        with pytest.raises(taskhawk.PartialFailure) as raised, taskhawk.batch():
+            [mail.dispatch(text) for text in ("small", filler(2049))]
+        assert raised.value.result["Failed"][0]["Message"] == (
+            "One or more parameters are invalid. Reason: Message must be shorter than 2048 bytes."
+        )
+        assert received_args() == ["small"]
+
+    def test_missing_queue(self, ministack, queue_name, mail):
+        """Where the queue is missing, all is unsent, and each entry says what to check."""
+        configure_aws(ministack, queue_name)
+        with pytest.raises(taskhawk.PartialFailure) as raised, taskhawk.batch():
+            mail.dispatch()
+        assert str(raised.value) == "1 of 1 messages failed: NonExistentQueue"
+        assert raised.value.result["Failed"][0]["Message"] == (
+            f"TASKHAWK-{queue_name}: there is no such queue here: make it, or check"
+            " TASKHAWK_QUEUE, AWS_REGION and the account (NonExistentQueue)"
+        )
+
+    def test_sync(self):
+        """In sync mode, the tasks run when the block ends, in order, and nothing is queued."""
+        ran = []
+
+        @taskhawk.task(name="sync.note")
+        def note(number):
+            ran.append(number)
+            if number == 1:
+                note.dispatch(10)  # no block is open any more
+
+        taskhawk.configure(TASKHAWK_SYNC=True)
+        with taskhawk.batch():
+            for number in range(3):
+                note.dispatch(number)
+            assert ran == []
+        assert ran == [0, 1, 10, 2]
+
+    def test_sync_fails(self):
+        """In sync mode, a task's exception comes out of the block."""
+
+        @taskhawk.task(name="sync.fail")
+        def fail():
+            raise ZeroDivisionError
+
+        taskhawk.configure(TASKHAWK_SYNC=True)
+        with pytest.raises(ZeroDivisionError), taskhawk.batch():
+            fail.dispatch()
+
+    def test_dispatch_many(self, sqlite, mail):
+        """A tuple is a call's arguments, a dict its keyword arguments, all else its only one."""
+        calls = [(), (1,), ("a", "b"), {}, {"text": "c"}, [1, 2], "text", None, 5]
+        assert mail.dispatch_many(calls) == 9
+        messages = [json.loads(message.body) for message in receive_all()]
+        assert [(message["args"], message["kwargs"]) for message in messages] == [
+            ([], {}),
+            ([1], {}),
+            (["a", "b"], {}),
+            ([], {}),
+            ([], {"text": "c"}),
+            ([[1, 2]], {}),
+            (["text"], {}),
+            ([None], {}),
+            ([5], {}),
+        ]
+        assert len({message["id"] for message in messages}) == 9
+
+    def test_dispatch_many_options(self, scripted, mail):
+        """An invocation's headers, priority and delay are those of each message."""
+        invocation = mail.with_priority(Priority.high).with_headers(a="b").with_delay(5)
+        assert invocation.dispatch_many(range(12)) == 12
+        assert scripted.batches == [10, 2]
+        for entry in itertools.chain(*(p["Entries"] for _, p in scripted.requests[1:])):
+            assert entry["DelaySeconds"] == 5
+            assert json.loads(entry["MessageBody"])["headers"] == {"a": "b"}
+        assert scripted.requests[1][1]["QueueUrl"].endswith("-HIGH-PRIORITY")
+
+    def test_dispatch_many_of_none(self, scripted, mail):
+        """Of nothing, nothing is sent."""
+        assert mail.dispatch_many([]) == 0
+        assert scripted.actions == []
+
+    def test_dispatch_many_is_lazy(self, sqlite, mail):
+        """No more than ten messages wait in memory: the rest is sent, or not yet read."""
+
+        def numbers() -> Iterator[int]:
+            for number in range(95):
+                assert sqlite.depth("TASKHAWK-DEFAULT").visible == number // 10 * 10
+                yield number
+
+        assert mail.dispatch_many(numbers()) == 95
+        assert received_args() == list(range(95))
+
+    @pytest.mark.parametrize("bad", [{1}, ZeroDivisionError])
+    def test_dispatch_many_stops(self, sqlite, mail, bad):
+        """An iterable that fails, or has what can't be sent, ends it; full tens are sent before."""
+
+        def numbers() -> Iterator[Any]:
+            yield from range(13)
+            if bad is ZeroDivisionError:
+                raise bad
+            yield bad
+            pytest.fail("read on")
+
+        with pytest.raises(bad if bad is ZeroDivisionError else TypeError):
+            mail.dispatch_many(numbers())
+        assert received_args() == list(range(10))
+
+    def test_dispatch_many_snapshot(self, sqlite, mail):
+        """A call is encoded when it is read: what its object becomes later has no part."""
+
+        def rows() -> Iterator[Any]:
+            row = []
+            for number in range(3):
+                row.append(number)
+                yield row
+
+        mail.dispatch_many(rows())
+        assert received_args() == [[0], [0, 1], [0, 1, 2]]
+
+    def test_dispatch_many_refused(self, scripted, mail):
+        """What is not accepted ends it too, and says exactly what it was."""
+        numbers = iter(range(35))
+        scripted.script("SendMessageBatch", passed, refuse(4, ours=True))
+        with pytest.raises(taskhawk.PartialFailure) as raised:
+            mail.dispatch_many(numbers)
+        assert [message.args for message in raised.value.unsent] == [[14]]
+        assert next(numbers) == 20
+        assert sorted(received_args()) == [n for n in range(20) if n != 14]
+
+    def test_dispatch_many_sync(self):
+        """In sync mode, each call runs."""
+        ran = []
+
+        @taskhawk.task(name="sync.many")
+        def note(number):
+            ran.append(number)
+
+        taskhawk.configure(TASKHAWK_SYNC=True)
+        assert note.dispatch_many(range(12)) == 12
+        assert ran == list(range(12))
+
+
+class TestDeadLetters:
+    """Dead letters go out and come back without one being lost, and say why they are there."""
+
+    def test_requeue(self, broker, mail):
+        """They go back to the queue of their priority as they were, without taskhawk.error."""
+        header = {"n": {"DataType": "String", "StringValue": "é"}}
+        error = {"taskhawk.error": {"DataType": "String", "StringValue": "{}"}}
+        message = Message.new("mail.send", ["a"], priority=Priority.high)
+        body = json.dumps(message.as_dict())
+        queue = broker.destination(Priority.high)
+        broker.send(f"{queue}-DLQ", [Outgoing(body, {**error, **header})])
+        assert taskhawk.requeue_dead_letter(Priority.high) == 1
+        (received,) = receive_all(Priority.high)
+        assert received.body == body
+        assert {n: v["StringValue"] for n, v in received.message_attributes.items()} == {"n": "é"}
+        assert receive_all(f"{queue}-DLQ") == receive_all() == []
+        assert broker.depth(f"{queue}-DLQ") == Depth(0, 0, 0)
+
+    @pytest.mark.parametrize("most", [1, 4, 10, 1000])
+    def test_requeue_many(self, broker, mail, caplog, most):
+        """Any number is received at once, up to ten, and the progress is logged."""
+        caplog.set_level(logging.INFO, "taskhawk")
+        put_dead_letters(broker, 12)
+        assert taskhawk.requeue_dead_letter(Priority.default, num_messages=most) == 12
+        assert sorted(received_args()) == list(range(12))
+        queue = broker.destination(Priority.default)
+        source = f"{queue}-DLQ"
+        assert caplog.messages[0] == f"requeueing about 12 messages from {source} to {queue}"
+        steps = range(most, 12 + most, most) if most < 10 else (10, 12)
+        assert caplog.messages[1:] == [
+            f"requeued {min(step, 12)} of 12 messages, 0 failed" for step in steps
+        ]
+
+    def test_requeue_none(self, sqlite):
+        """Where there are none, none are sent back."""
+        assert taskhawk.requeue_dead_letter(Priority.default) == 0
+
+    def test_visibility_timeout(self, scripted):
+        """The copies are made in the queue's own visibility timeout, or in the one given."""
+        for timeout in ({"visibility_timeout": 7}, {}):
+            put_dead_letters(taskhawk._brokers.broker(), 1)
+            taskhawk.requeue_dead_letter(Priority.default, **timeout)
+        polls = [payload for action, payload in scripted.requests if action == "ReceiveMessage"]
+        assert [poll.get("VisibilityTimeout") for poll in polls] == [7, None]
+
+    def test_in_circles(self, scripted):
+        """Messages that fail again and come back are not sent in circles: it ends."""
+        put_dead_letters(taskhawk._brokers.broker(), 5)
+
+        def comes_back(payload: dict[str, Any], forward: Callable[..., Any]) -> None:
+            forward({**payload, "QueueUrl": f"{payload['QueueUrl']}-DLQ"})
+
+        scripted.always("SendMessage", comes_back)
+        scripted.always("SendMessageBatch", comes_back)
+        assert taskhawk.requeue_dead_letter(Priority.default, num_messages=2) == 5
+        queue = taskhawk._brokers.broker().destination(Priority.default)
+        assert sorted(received_args()) == sorted(received_args(f"{queue}-DLQ")) == list(range(5))
+
+    def test_in_circles_with_a_worker(self, sqlite):
+        """So it ends beside a worker that fails each message once more."""
+
+        @taskhawk.task(name="mail.send")
+        def send(number):
+            raise taskhawk.StopRetry
+
+        put_dead_letters(sqlite, 20)
+        stop = threading.Event()
+        worker = taskhawk.Worker(sqlite, ["TASKHAWK-DEFAULT"], shutdown_event=stop, wait_s=1)
+        thread = threading.Thread(target=worker.run)
+        thread.start()
+        try:
+            assert taskhawk.requeue_dead_letter(Priority.default, num_messages=1) == 20
+        finally:
+            stop.set()
+            thread.join()
+        left = received_args() + received_args("TASKHAWK-DEFAULT-DLQ")
+        assert sorted(left) == list(range(20))
+
+    @pytest.mark.parametrize(("counted", "moved"), [(9, 4), (2, 2), (0, 1)])
+    def test_approximate(self, scripted, counted, moved):
+        """SQS counts approximately: an empty receive ends it too, and no messages are one."""
+        broker = taskhawk._brokers.broker()
+        put_dead_letters(broker, 4)
+
+        def count(payload: dict[str, Any], forward: Callable[..., Any]) -> Any:
+            if "RedrivePolicy" in payload["AttributeNames"]:
+                return None
+            return 200, {"Attributes": dict.fromkeys(payload["AttributeNames"], str(counted))}
+
+        scripted.always("GetQueueAttributes", count)
+        assert taskhawk.requeue_dead_letter(Priority.default) == moved
+        assert len(received_args()) == moved
+
+    def test_large(self, scripted):
+        """Ten dead letters of 300 KB, which are received at once, are sent three at a time."""
+        broker = taskhawk._brokers.broker()
+        queue = broker.destination(Priority.default)
+        for number in range(10):
+            broker.send(f"{queue}-DLQ", [Outgoing(body_of(number, "x" * 300_000), {})])
+        scripted.requests.clear()
+        assert taskhawk.requeue_dead_letter(Priority.default) == 10
+        assert scripted.batches == [3, 3, 3, 1]
+        assert sorted(received_args()) == list(range(10))
+
+    def test_binary(self, scripted):
+        """An attribute that another publisher made stays what it was, in type and bytes."""
+        broker = taskhawk._brokers.broker()
+        queue = broker.destination(Priority.default)
+        attributes = {
+            "b": {"DataType": "Binary.png", "BinaryValue": b"\x89"},
+            "n": {"DataType": "Number", "StringValue": "1"},
+        }
+        broker.send(f"{queue}-DLQ", [Outgoing("not even JSON", attributes)])
+        assert taskhawk.requeue_dead_letter(Priority.default) == 1
+        (received,) = receive_all()
+        assert received.message_attributes == attributes
+        assert received.body == "not even JSON"
+
+    @pytest.mark.parametrize(
+        ("action", "answers", "counts", "failed"),
+        [
+            # sending: refused by fault of the message, of the service once, of the service always
+            ("SendMessageBatch", [refuse(1, 2, ours=True)], (10, 2), ["InternalError"] * 2),
+            ("SendMessageBatch", [refuse(1, 2), passed], (12, 0), []),
+            (
+                "SendMessageBatch",
+                [refuse(1, 2), *[refuse(0, 1)] * 2],
+                (10, 2),
+                ["InternalError"] * 2,
+            ),
+            # the call failed, with no effect, or after it, or while it tried again
+            ("SendMessageBatch", [fault("Odd")] * 6, (0, 12), ["Odd"] * 12),
+            ("SendMessageBatch", [fault_after("Odd")] * 2, (12, 12), ["Odd"] * 12),
+            ("SendMessageBatch", [refuse(1, 2), *[fault("Odd")] * 2], (10, 2), ["Odd"] * 2),
+            # deleting: refused, or the call failed
+            ("DeleteMessageBatch", [refuse(0, 3)], (12, 2), [NOT_DELETED + "InternalError"] * 2),
+            ("DeleteMessageBatch", [fault("Odd")] * 2, (12, 12), [NOT_DELETED + "Odd"] * 12),
+            ("DeleteMessageBatch", [fault_after("Odd")], (12, 0), [NOT_DELETED + "Odd"] * 10),
+        ],
+    )
+    def test_faults(self, scripted, action, answers, counts, failed):
+        """A dead letter is deleted once its copy is confirmed, or stays; the counts are exact."""
+        broker = taskhawk._brokers.broker()
+        source = put_dead_letters(broker, 12)
+        scripted.script(action, *answers)
+        if failed:
+            with pytest.raises(taskhawk.PartialFailure) as raised:
+                taskhawk.requeue_dead_letter(Priority.default)
+            assert [entry["Code"] for entry in raised.value.result["Failed"]] == failed
+            assert raised.value.success_count == 12 - len(failed)
+            reason = failed[0]
+            assert str(raised.value) == f"{len(failed)} of 12 messages failed: {reason}"
+        else:
+            assert taskhawk.requeue_dead_letter(Priority.default) == 12
+        depth = broker.depth(source)
+        assert (len(set(received_args())), depth.visible + depth.in_flight) == counts
+
+    def test_failed_entries(self, scripted):
+        """What failed is named by its message id, which the service's console shows too."""
+        broker = taskhawk._brokers.broker()
+        put_dead_letters(broker, 3)
+        scripted.script("SendMessageBatch", refuse(1, ours=True))
+        with pytest.raises(taskhawk.PartialFailure) as raised:
+            taskhawk.requeue_dead_letter(Priority.default)
+        ids = {entry["Id"] for entries in raised.value.result.values() for entry in entries}
+        moved = {str(uuid.UUID(entry["Id"])) for entry in raised.value.result["Successful"]}
+        assert (len(ids), len(moved)) == (3, 2)
+
+    @pytest.mark.parametrize(("step", "moved"), [("INSERT", []), ("DELETE", [0, 1])])
+    def test_sqlite_faults(self, tmp_path, step, moved):
+        """On SQLite, where a transaction fails, nothing is lost either."""
+        path = tmp_path / "queue.db"
+        taskhawk.configure(TASKHAWK_BROKER=f"sqlite:///{path}")
+        broker = taskhawk._brokers.broker()
+        source = put_dead_letters(broker, 2)
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            full = "SELECT RAISE(ABORT, 'disk full')"
+            db.execute(f"CREATE TRIGGER full BEFORE {step} ON message BEGIN {full}; END")
+            with pytest.raises(taskhawk.PartialFailure) as raised:
+                taskhawk.requeue_dead_letter(Priority.default)
+            db.execute("DROP TRIGGER full")
+        assert (raised.value.success_count, raised.value.failure_count) == (0, 2)
+        assert received_args() == moved
+        assert broker.depth(source) == Depth(0, 2, 0)
+
+    def test_receive_fails(self, scripted, queue_name):
+        """Where a receive fails midway, what was sent back until then stays so."""
+        broker = taskhawk._brokers.broker()
+        source = put_dead_letters(broker, 12)
+        scripted.script("ReceiveMessage", passed, fault("AccessDenied", status=403))
+        with pytest.raises(
+            taskhawk.ConfigurationError, match=r"access denied: .* \(AccessDenied\)$"
+        ):
+            taskhawk.requeue_dead_letter(Priority.default)
+        assert len(received_args()) == 10
+        assert len(received_args(source)) == 2
+
+    @pytest.mark.parametrize("number", [0, -1])
+    def test_num_messages(self, sqlite, number):
+        """To receive none at once is refused, as by listen_for_messages."""
+        put_dead_letters(sqlite, 1)
+        with pytest.raises(taskhawk.ConfigurationError) as raised:
+            taskhawk.requeue_dead_letter(Priority.default, num_messages=number)
+        assert str(raised.value) == f"num_messages: expected 1 or more, got {number}"
+
+    def test_no_redrive_policy(self, ministack, sqs_client, queue_name):
+        """Without a RedrivePolicy, there is nothing to send back, and the error says so."""
+        sqs_client(ministack).create_queue(QueueName=f"TASKHAWK-{queue_name}")
+        configure_aws(ministack, queue_name)
+        with pytest.raises(taskhawk.ConfigurationError) as raised:
+            taskhawk.requeue_dead_letter(Priority.default)
+        assert str(raised.value) == (
+            f"TASKHAWK-{queue_name}: it has no dead-letter queue (no RedrivePolicy)"
+        )
+
+    def test_no_queue(self, ministack, sqs_client, queue_name):
+        """Where one of the two queues does not exist, the error names that one."""
+        client, queue = sqs_client(ministack), f"TASKHAWK-{queue_name}"
+        configure_aws(ministack, queue_name)
+        for missing in (queue, f"{queue}-DLQ"):
+            with pytest.raises(taskhawk.ConfigurationError) as raised:
+                taskhawk.requeue_dead_letter(Priority.default)
+            assert str(raised.value) == (
+                f"{missing}: there is no such queue here: make it, or check TASKHAWK_QUEUE,"
+                " AWS_REGION and the account (NonExistentQueue)"
+            )
+            make_queues(client, queue_name)
+            client.delete_queue(QueueUrl=client.get_queue_url(QueueName=f"{queue}-DLQ")["QueueUrl"])
+
+    def test_lambda_app(self, scripted, queue_name, caplog):
+        """For a Lambda app there is nothing to do, and a warning says so."""
+        configure_aws(scripted.url, queue_name, IS_LAMBDA_APP=True)
+        assert taskhawk.requeue_dead_letter(Priority.default) == 0
+        assert scripted.actions == []
+        assert caplog.messages == [
+            "requeue_dead_letter: not supported for Lambda apps, whose queues are Lambda's"
+        ]
+
+    def test_circle(self, broker, mail):
+        """A message whose task gives up goes to the dead letters, comes back, and runs."""
+        broken = [True]
+
+        @taskhawk.task(name="mail.circle", never_retry_on=(ZeroDivisionError,))
+        def circle(number, headers):
+            if broken:
+                raise ZeroDivisionError("é" + "\0\ud800")
+            ran.append((number, headers))
+
+        ran: list[Any] = []
+        circle.with_headers(n="5").dispatch(7)
+        assert work_once(broker) == taskhawk.Ledger(received=1, dead_lettered=1)
+        queue = broker.destination(Priority.default)
+        assert broker.depth(queue) == Depth(0, 0, 0)
+        assert broker.depth(f"{queue}-DLQ") == Depth(1, 0, 0)
+        broken.clear()
+        assert taskhawk.requeue_dead_letter(Priority.default) == 1
+        assert work_once(broker) == taskhawk.Ledger(received=1, acked=1)
+        assert ran == [(7, {"n": "5"})]
+
+    def test_error_attribute(self, broker):
+        """One attribute says why, where, when, and at which attempt; the headers stay."""
+
+        @taskhawk.task(name="mail.fail", never_retry_on=(ZeroDivisionError,))
+        def fail():
+            raise ZeroDivisionError("é" + "\0\ud800")
+
+        fail.with_headers(n="5").dispatch()
+        before = int(time.time())
+        work_once(broker)
+        (letter,) = receive_all(f"{broker.destination(Priority.default)}-DLQ")
+        assert sorted(letter.message_attributes) == ["n", "taskhawk.error"]
+        attribute = letter.message_attributes["taskhawk.error"]
+        assert attribute["DataType"] == "String"
+        record = json.loads(attribute["StringValue"])
+        assert list(record) == ["type", "message", "traceback", "attempt", "worker", "time"]
+        assert record["type"] == "ZeroDivisionError"
+        assert record["message"] == "é\0\ud800"
+        assert record["traceback"].startswith("Traceback (most recent call last):\n")
+        assert record["traceback"].endswith("ZeroDivisionError: é\0\ud800\n")
+        assert record["attempt"] == 1
+        assert record["worker"] == f"{socket.gethostname()}:{os.getpid()}"
+        at = datetime.strptime(record["time"], "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
+        assert before <= at.timestamp() <= time.time()
+
+    def test_error_replaced(self, sqlite):
+        """A dead letter that came back by other means, and fails again, has the new error alone."""
+
+        @taskhawk.task(name="mail.send")
+        def send(number):
+            raise taskhawk.StopRetry("new")
+
+        old = {"taskhawk.error": {"DataType": "String", "StringValue": "old"}}
+        sqlite.send("TASKHAWK-DEFAULT", [Outgoing(body_of(1), old)])
+        work_once(sqlite)
+        (letter,) = receive_all("TASKHAWK-DEFAULT-DLQ")
+        (attribute,) = letter.message_attributes.values()
+        assert json.loads(attribute["StringValue"])["message"] == "new"
+
+    def test_ten_attributes(self, broker):
+        """Of ten header attributes, one gives way to the error: the body has all."""
+
+        @taskhawk.task(name="mail.fail", retry=taskhawk.fixed(1, max_retries=0))
+        def fail():
+            raise ZeroDivisionError
+
+        headers = {f"h{number}": str(number) for number in range(10)}
+        fail.with_headers(**headers).dispatch()
+        assert work_once(broker).dead_lettered == 1
+        (letter,) = receive_all(f"{broker.destination(Priority.default)}-DLQ")
+        assert len(letter.message_attributes) == 10
+        assert "taskhawk.error" in letter.message_attributes
+        assert json.loads(letter.body)["headers"] == headers
+
+    @pytest.mark.parametrize(
+        ("room", "header", "kept"),
+        [
+            (0, "", []),
+            (100, "", []),
+            (700, "", ["taskhawk.error"]),
+            (0, "h" * 700, ["taskhawk.error"]),
+            (0, "h" * 50, ["h"]),
+            (1500, "h" * 50, ["h", "taskhawk.error"]),
+            (40_000, "h" * 50, ["h", "taskhawk.error"]),
+        ],
+    )
+    def test_near_the_limit(self, sqlite, room, header, kept):
+        """Near 1 MiB, traceback and headers give way, then the error, and never the message."""
+
+        @taskhawk.task(name="mail.send")
+        def send(text):
+            raise taskhawk.StopRetry("why\n" + "é" * 8000 if room == 40_000 else "why")
+
+        headers = {"h": header} if header else {}
+        limit = 1_048_576
+        send.with_headers(**headers).dispatch(filler(limit - room, **headers))
+        assert work_once(sqlite).dead_lettered == 1
+        (letter,) = receive_all("TASKHAWK-DEFAULT-DLQ")
+        assert service_size(letter.body, letter.message_attributes) <= limit
+        assert sorted(letter.message_attributes) == kept
+        if "taskhawk.error" in kept:
+            text = letter.message_attributes["taskhawk.error"]["StringValue"]
+            record = json.loads(text)
+            assert (record["type"], record["message"][:3]) == ("StopRetry", "why")
+            assert len(text) <= 16_384
+            end = "é\n" if room == 40_000 else "StopRetry: why\n"
+            assert not record["traceback"] or record["traceback"].endswith(end)
+
+    def test_no_dead_letter_queue(self, ministack, sqs_client, queue_name, caplog):
+        """Without a dead-letter queue the message is left to its queue, and the log says so."""
+
+        @taskhawk.task(name="mail.send")
+        def send(number):
+            raise taskhawk.StopRetry
+
+        queue = f"TASKHAWK-{queue_name}"
+        sqs_client(ministack).create_queue(QueueName=queue)
+        configure_aws(ministack, queue_name)
+        broker = taskhawk._brokers.broker()
+        send.dispatch(1)
+        assert work_once(broker) == taskhawk.Ledger(received=1, retried=1)
+        assert broker.depth(queue) == Depth(0, 1, 0)
+        (text,) = [text for text in caplog.messages if "can't be" in text]
+        assert re.fullmatch(
+            f"{queue}: message {MESSAGE_ID} can't be dead-lettered and is left to the queue:"
+            " it has no dead-letter queue",
+            text,
+        )
+
+    @pytest.mark.parametrize("action", ["SendMessage", "GetQueueAttributes"])
+    def test_denied(self, scripted, queue_name, caplog, action):
+        """Where the copy is denied, the message is left to its queue, and the log says so."""
+
+        @taskhawk.task(name="mail.send")
+        def send(number):
+            raise taskhawk.StopRetry
+
+        queue = f"TASKHAWK-{queue_name}"
+        send.dispatch(1)
+        scripted.always(action, fault("AccessDenied", status=403))
+        broker = taskhawk._brokers.broker()
+        assert work_once(broker) == taskhawk.Ledger(received=1, retried=1)
+        scripted.answers.clear()
+        assert broker.depth(queue) == Depth(0, 1, 0)
+        (text,) = [text for text in caplog.messages if "can't be" in text]
+        assert re.fullmatch(
+            f"{queue}: message {MESSAGE_ID} can't be dead-lettered and is left to the queue: An"
+            rf" error occurred \(AccessDenied\) when calling the {action} operation: no",
+            text,
+        )
+
+    def test_fifo(self, ministack, sqs_client):
+        """On FIFO queues a copy is deduplicated by its own MessageId: the body's id may repeat."""
+
+        @taskhawk.task(name="mail.send")
+        def send(number):
+            raise taskhawk.StopRetry
+
+        client, name = sqs_client(ministack), f"F{uuid.uuid4().hex[:8]}.fifo"
+        fifo = {"FifoQueue": "true"}
+        letters = client.create_queue(QueueName=f"letters-{name}", Attributes=fifo)["QueueUrl"]
+        arn = f"arn:aws:sqs:us-east-1:000000000000:letters-{name}"
+        redrive = json.dumps({"deadLetterTargetArn": arn, "maxReceiveCount": 5})
+        url = client.create_queue(QueueName=name, Attributes={**fifo, "RedrivePolicy": redrive})
+        configure_aws(ministack, "x")
+        body = body_of(1)
+        ids = [
+            client.send_message(
+                QueueUrl=url["QueueUrl"],
+                MessageBody=body,
+                MessageGroupId="group",
+                MessageDeduplicationId=f"once-{number}",
+            )["MessageId"]
+            for number in range(2)
+        ]
+        assert work_once(taskhawk._brokers.broker(), name).dead_lettered == 2
+        found = client.receive_message(
+            QueueUrl=letters, MaxNumberOfMessages=10, MessageSystemAttributeNames=["All"]
+        )["Messages"]
+        names = ("MessageDeduplicationId", "MessageGroupId")
+        assert [tuple(message["Attributes"][name] for name in names) for message in found] == [
+            (sent, "group") for sent in ids
+        ]
+
+
+class TestExtendVisibilityTimeout:
+    """extend_visibility_timeout(), and the same by a task's metadata."""
+
+    def test_sqs(self, scripted, mail):
+        """It sets how long the message stays hidden, from now."""
+        mail.with_priority(Priority.high).dispatch()
+        (received,) = receive_all(Priority.high)
+        taskhawk.extend_visibility_timeout(Priority.high, received.receipt_handle, 600)
+        action, payload = scripted.requests[-1]
+        assert action == "ChangeMessageVisibilityBatch"
+        assert payload["QueueUrl"].endswith("-HIGH-PRIORITY")
+        assert payload["Entries"] == [
+            {"Id": "0", "ReceiptHandle": received.receipt_handle, "VisibilityTimeout": 600}
+        ]
+
+    def test_sqlite(self, tmp_path, mail):
+        """SQLite does so too."""
+        url = f"sqlite:///{tmp_path}/queue.db"
+        taskhawk.configure(TASKHAWK_BROKER=url)
+        mail.dispatch()
+        (received,) = receive_all()
+        taskhawk.extend_visibility_timeout(Priority.default, received.receipt_handle, 600)
+        now = time.time()
+        for seconds, expected in ((590, Depth(0, 1, 0)), (610, Depth(1, 0, 0))):
+            later = taskhawk.SqliteBroker(url, clock=lambda: now + seconds)  # noqa: B023
+            assert later.depth("TASKHAWK-DEFAULT") == expected
+            later.close()
+
+    def test_zero(self, broker, mail):
+        """With 0, others may have the message at once."""
+        mail.dispatch("a")
+        (received,) = receive_all()
+        assert receive_all() == []
+        taskhawk.extend_visibility_timeout(Priority.default, received.receipt_handle, 0)
+        assert received_args() == ["a"]
+
+    def test_gone(self, scripted, mail):
+        """A message that is not in flight any more is a PartialFailure."""
+        mail.dispatch()
+        (received,) = receive_all()
+        no = refuse(0, code="MessageNotInflight", ours=True)
+        scripted.script("ChangeMessageVisibilityBatch", no)
+        with pytest.raises(taskhawk.PartialFailure) as raised:
+            taskhawk.extend_visibility_timeout(Priority.default, received.receipt_handle, 600)
+        assert str(raised.value) == "1 of 1 messages failed: MessageNotInflight"
+        assert raised.value.result["Failed"] == [
+            {"Id": "0", "Code": "MessageNotInflight", "Message": "no"}
+        ]
+
+    def test_received_again(self, sqlite, mail):
+        """On SQLite, a message that was received again is not the first receiver's any more."""
+        mail.dispatch()
+        (received,) = receive_all()
+        taskhawk.extend_visibility_timeout(Priority.default, received.receipt_handle, 0)
+        (again,) = receive_all()
+        with pytest.raises(taskhawk.PartialFailure) as raised:
+            taskhawk.extend_visibility_timeout(Priority.default, received.receipt_handle, 0)
+        assert str(raised.value) == "1 of 1 messages failed: ReceiptHandleIsInvalid"
+        taskhawk.extend_visibility_timeout(Priority.default, again.receipt_handle, 0)
+        assert len(receive_all()) == 1
+
+    def test_metadata(self, broker):
+        """A task changes how long its own message stays hidden, by its metadata."""
+
+        @taskhawk.task(name="mail.again")
+        def again(metadata):
+            metadata.extend_visibility_timeout(0)
+
+        again.dispatch()
+        (received,) = receive_all()
+        assert taskhawk.process(received) == (taskhawk.Fate.acknowledge, None, None)
+        (seen,) = receive_all()
+        assert (seen.message_id, seen.attempt) == (received.message_id, 2)
+
+    def test_metadata_gone(self, scripted):
+        """Where the message is lost, the task gets the PartialFailure, and may give up."""
+
+        @taskhawk.task(name="mail.lost")
+        def lost(metadata):
+            metadata.extend_visibility_timeout(60)
+
+        lost.dispatch()
+        (received,) = receive_all()
+        scripted.script(
+            "ChangeMessageVisibilityBatch", refuse(0, code="MessageNotInflight", ours=True)
+        )
+        outcome = taskhawk.process(received)
+        assert outcome.fate is taskhawk.Fate.retry
+        assert str(outcome.error) == "1 of 1 messages failed: MessageNotInflight"
+
+    def test_no_queue(self):
+        """Where no queue has the message, in sync mode or behind SNS, it does nothing."""
+        ran = []
+
+        @taskhawk.task(name="mail.nowhere")
+        def nowhere(metadata):
+            metadata.extend_visibility_timeout(60)
+            ran.append(metadata.receipt)
+
+        taskhawk.configure(TASKHAWK_SYNC=True)
+        nowhere.dispatch()
+        nowhere.call(Message.new("mail.nowhere"), None)
+        body = json.dumps(Message.new("mail.nowhere").as_dict())
+        record = {"Sns": {"Message": body, "MessageId": "m", "MessageAttributes": {}}}
+        taskhawk.process_messages_for_lambda_consumer({"Records": [record]})
+        assert ran == [None, None, None]
+
+
+WORKER_QUEUE = "WORKER"  # a queue's name on brokers that need no set-up
+WORKER_PATIENCE_S = 20  # the longest wait for what must happen; no result depends on it
+WORKER_12_HOURS_S = 43_200
+WORKER_MODULE = """
+import sys
+import taskhawk
+
+@taskhawk.task
+def wait(number):
+    print("started", number, flush=True)
+    sys.stdin.readline()
+    print("ended", number, flush=True)
+
+@taskhawk.task
+def note(number):
+    print("noted", number, flush=True)
+"""
+
+
+class WorkerClock:
+    """A clock that a test sets; it begins at some point of time and stands."""
+
+    def __init__(self) -> None:
+        self.now = 1_000_000.0
+
+    def __call__(self) -> float:
+        """Tell the time."""
+        return self.now
+
+
+def worker_noted(name: str) -> Callable[..., Any]:
+    """Return a method of WorkerBroker that notes its call."""
+    return lambda self, *args: self.noted(name, *args)
+
+
+class WorkerBroker(taskhawk.Broker):
+    """A broker that notes the calls of another, and lets a test stand in their way.
+
+    faults[name] is called instead of the method, with the real call as its first argument.
+    """
+
+    max_bytes, max_delay_s = taskhawk.SqliteBroker.max_bytes, taskhawk.SqliteBroker.max_delay_s
+
+    def __init__(self, inner: Any, **faults: Callable[..., Any]) -> None:
+        self.inner, self.faults = inner, faults
+        self.settings: dict[str, Any] = {}
+        self.calls: list[tuple[str, tuple[Any, ...]]] = []
+
+    def noted(self, name: str, *args: Any) -> Any:
+        """Make a call of the other broker, or meet the fault in its way."""
+        self.calls.append((name, args))
+        real = functools.partial(getattr(self.inner, name), *args)
+        return self.faults[name](real, *args) if name in self.faults else real()
+
+    def made(self, name: str) -> list[tuple[Any, ...]]:
+        """Return the arguments of each call of that name so far."""
+        return [args for called, args in self.calls if called == name]
+
+    destination = worker_noted("destination")
+    send = worker_noted("send")
+    explain = worker_noted("explain")
+    close = worker_noted("close")
+    receive = worker_noted("receive")
+    delete = worker_noted("delete")
+    change_visibility = worker_noted("change_visibility")
+    info = worker_noted("info")
+    depth = worker_noted("depth")
+
+    def put(self, task: Any, *calls: tuple[Any, ...], queue: str = WORKER_QUEUE) -> None:
+        """Queue a run of the task for each tuple of arguments."""
+        for start in range(0, len(calls), 10):
+            messages = (taskhawk.Message.new(task.name, a) for a in calls[start : start + 10])
+            entries = [taskhawk.Outgoing(json.dumps(m.as_dict()), {}) for m in messages]
+            assert self.inner.send(queue, entries) == []
+
+    def work(self, *queues: str, **options: Any) -> taskhawk.Ledger:
+        """Run a worker on the queues until they are empty, or as the options say; it must end."""
+        options = {"until_empty": "loop_count" not in options, "wait_s": 0.05, **options}
+        event = options.setdefault("shutdown_event", threading.Event())
+        late = threading.Event()
+        alarm = threading.Timer(WORKER_PATIENCE_S, lambda: (late.set(), event.set()))
+        alarm.start()
+        try:
+            return taskhawk.Worker(self, queues or [WORKER_QUEUE], **options).run()
+        finally:
+            alarm.cancel()
+            assert not late.is_set(), "the worker did not end"
+
+
+class WorkerDenied(Exception):
+    """What botocore raises where IAM does not allow a call, as far as it matters."""
+
+    response = {"Error": {"Code": "AccessDenied", "Message": "no identity-based policy allows it"}}  # noqa: RUF012
+
+
+def worker_raise(error: BaseException) -> Callable[..., Any]:
+    """Return a fault: the call has no effect and raises."""
+
+    def fault(real: Any, *args: Any) -> Any:
+        raise error
+
+    return fault
+
+
+def worker_first(count: int, fault: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a fault that hits the first calls alone."""
+    left = iter(range(count))
+
+    def only_first(real: Any, *args: Any) -> Any:
+        return real() if next(left, None) is None else fault(real, *args)
+
+    return only_first
+
+
+def worker_refuse(code: str, *, final: bool) -> Callable[..., Any]:
+    """Return a fault that refuses the first entry of a batch call and lets the others pass."""
+
+    def fault(real: Any, queue: str, entries: Sequence[Any]) -> list[taskhawk.Refusal]:
+        if len(entries) > 1:
+            assert real.func(queue, entries[1:]) == []
+        return [taskhawk.Refusal(0, code, f"refused by {code}", final)]
+
+    return fault
+
+
+def worker_eventually(condition: Callable[[], Any]) -> Any:
+    """Wait until the condition holds, and return what it returned; fail if it never does."""
+    deadline = time.monotonic() + WORKER_PATIENCE_S
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "it never happened"
+        time.sleep(0.002)
+    return value
+
+
+def worker_logs(caplog: pytest.LogCaptureFixture, level: int = logging.WARNING) -> list[str]:
+    """Return the texts that were logged at that level or above."""
+    return [record.getMessage() for record in caplog.records if record.levelno >= level]
+
+
+def worker_sqs_queue(client: Any, name: str, **attributes: str) -> str:
+    """Make a queue and its dead-letter queue, and return its name."""
+    url = client.create_queue(QueueName=f"{name}-DLQ")["QueueUrl"]
+    arn = client.get_queue_attributes(QueueUrl=url, AttributeNames=["QueueArn"])
+    policy = {"deadLetterTargetArn": arn["Attributes"]["QueueArn"], "maxReceiveCount": 5}
+    client.create_queue(
+        QueueName=name, Attributes={"RedrivePolicy": json.dumps(policy), **attributes}
+    )
+    return name
+
+
+@pytest.fixture
+def worker_clock() -> WorkerClock:
+    """Return the clock of worker_broker."""
+    return WorkerClock()
+
+
+@pytest.fixture
+def worker_broker(worker_clock: WorkerClock) -> Iterator[WorkerBroker]:
+    """Yield an embedded queue in memory, whose clock stands and whose calls are noted."""
+    broker = WorkerBroker(taskhawk.SqliteBroker("sqlite://", clock=worker_clock))
+    yield broker
+    broker.close()
+
+
+@pytest.fixture(params=["memory", "disk", "sqs"])
+def worker_any(
+    request: pytest.FixtureRequest, tmp_path: Path, queue_name: str, sqs_client: Any
+) -> WorkerBroker:
+    """Return the broker that is configured, once of each kind, with the queues of a service."""
+    urls = {"memory": "sqlite://", "disk": f"sqlite:///{tmp_path}/queue.db", "sqs": "sqs"}
+    settings = worker_configure(request, urls[request.param], queue_name)
+    broker = WorkerBroker(taskhawk._brokers.broker())
+    broker.settings = settings
+    if request.param == "sqs":
+        client = sqs_client(request.getfixturevalue("ministack"))
+        for priority in (taskhawk.Priority.default, taskhawk.Priority.high):
+            worker_sqs_queue(client, broker.destination(priority))
+    return broker
+
+
+def worker_configure(request: pytest.FixtureRequest, url: str, name: str) -> dict[str, str]:
+    """Configure a broker, and return the settings that this takes."""
+    values = {"TASKHAWK_BROKER": url, "TASKHAWK_QUEUE": name}
+    if url == "sqs":
+        values |= {
+            "AWS_ENDPOINT_SQS": request.getfixturevalue("ministack"),
+            "AWS_REGION": "us-east-1",
+            "AWS_ACCESS_KEY": "test",
+            "AWS_SECRET_KEY": "test",
+        }
+    taskhawk.configure(values)
+    return values
+
+
+class WorkerAws(http.server.ThreadingHTTPServer):
+    """A stub of SQS that gives the answers that no emulator gives, and notes the requests."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), WorkerAwsHandler)
+        self.requests: list[tuple[str, dict[str, Any]]] = []
+        #: by action: what it answers, an error's code, or a function of the request that tells
+        self.answers: dict[str, Any] = {
+            "GetQueueUrl": {"QueueUrl": f"{self.url}/1/queue"},
+            "GetQueueAttributes": {"Attributes": {"VisibilityTimeout": "30"}},
+        }
+        self.settings = {
+            "AWS_ENDPOINT_SQS": self.url,
+            "AWS_REGION": "us-east-1",
+            "AWS_ACCESS_KEY": "test",
+            "AWS_SECRET_KEY": "test",
+            "TASKHAWK_QUEUE": "app",
+        }
+
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def asked(self, action: str) -> list[dict[str, Any]]:
+        """Return the requests for an action."""
+        return [request for asked, request in self.requests if asked == action]
+
+
+class WorkerAwsHandler(http.server.BaseHTTPRequestHandler):
+    """Speaks the JSON protocol of SQS."""
+
+    protocol_version = "HTTP/1.1"
+    server: WorkerAws
+
+    def do_POST(self) -> None:
+        """Note a request and answer it."""
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        action = self.headers["X-Amz-Target"].rpartition(".")[2]
+        self.server.requests.append((action, request))
+        answer = self.server.answers.get(action, {})
+        answer = answer(request) if callable(answer) else answer
+        status = 200 if isinstance(answer, dict) else 400
+        body = answer if status == 200 else {"__type": answer, "message": "a stub says so"}
+        content = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/x-amz-json-1.0")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *args: object) -> None:
+        """Keep quiet."""
+
+
+@pytest.fixture
+def worker_aws() -> Iterator[WorkerAws]:
+    """Yield a stub of SQS; what it is not told to answer is answered with nothing."""
+    with WorkerAws() as stub:
+        thread = threading.Thread(target=stub.serve_forever, args=(0.02,))
+        thread.start()
+        taskhawk.configure(stub.settings)
+        yield stub
+        taskhawk.configure()  # closes connections
+        stub.shutdown()
+        thread.join()
+
+
+def worker_aws_messages(*messages: taskhawk.Message) -> dict[str, Any]:
+    """Return the answer to a receive that brings these messages."""
+    return {
+        "Messages": [
+            {"MessageId": m.id, "ReceiptHandle": m.id, "Body": json.dumps(m.as_dict())}
+            for m in messages
+        ]
+    }
+
+
+@contextlib.contextmanager
+def worker_process(
+    folder: Path, env: dict[str, str], *options: str
+) -> Iterator[subprocess.Popen[str]]:
+    """Run a listener of WORKER_MODULE for the length of the block."""
+    (folder / "jobs.py").write_text(WORKER_MODULE)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "taskhawk", "listen", "jobs", *options],
+        cwd=folder,
+        env=python_env(env),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    alarm = threading.Timer(WORKER_PATIENCE_S, process.kill)  # ends every wait of the test
+    alarm.start()
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
+            alarm.cancel()
+
+
+@pytest.fixture(params=["disk", "sqs"])
+def worker_shared(
+    request: pytest.FixtureRequest, tmp_path: Path, queue_name: str, sqs_client: Any
+) -> WorkerBroker:
+    """Return the configured broker, once of each kind that several processes can use."""
+    url = "sqs" if request.param == "sqs" else f"sqlite:///{tmp_path}/queue.db"
+    settings = worker_configure(request, url, queue_name)
+    broker = WorkerBroker(taskhawk._brokers.broker())
+    broker.settings = settings
+    if url == "sqs":
+        client = sqs_client(request.getfixturevalue("ministack"))
+        worker_sqs_queue(client, broker.destination(taskhawk.Priority.default))
+    return broker
+
+
+def worker_job(task_name: str) -> Any:
+    """Return a task of WORKER_MODULE, to be dispatched and not run in this process."""
+
+    def job(number: int) -> None:
+        raise NotImplementedError
+
+    return taskhawk.task(name=f"jobs.{task_name}")(job)
+
+
+class TestWorker:
+    """Room 11: pollers receive, the calling thread runs, one keeper changes messages."""
+
+    # -- what it is told
+
+    def test_runs(self, worker_any):
+        """Each message is run once, acknowledged, and counted in the ledger that is returned."""
+        ran = []
+
+        @taskhawk.task
+        def note(number: int) -> None:
+            ran.append(number)
+
+        for number in range(3):
+            note.dispatch(number)
+        ledger = taskhawk.listen_for_messages(taskhawk.Priority.default, loop_count=3)
+        assert sorted(ran) == [0, 1, 2]
+        assert ledger == taskhawk.Ledger(received=3, acked=3)
+        assert worker_any.depth(worker_any.destination(taskhawk.Priority.default)) == (0, 0, 0)
+
+    def test_parameters_of_1_4(self, worker_aws):
+        """All five of 1.4's parameters are taken by position and reach SQS as they are."""
+        ledger = taskhawk.listen_for_messages(taskhawk.Priority.high, 7, 90, 2, threading.Event())
+        assert ledger == taskhawk.Ledger()
+        assert worker_aws.asked("GetQueueUrl") == [{"QueueName": "TASKHAWK-APP-HIGH-PRIORITY"}]
+        receive = {
+            "QueueUrl": f"{worker_aws.url}/1/queue",
+            "MaxNumberOfMessages": 7,
+            "WaitTimeSeconds": 20,
+            "VisibilityTimeout": 90,
+            "MessageAttributeNames": ["All"],
+            "MessageSystemAttributeNames": [
+                "ApproximateReceiveCount",
+                "SentTimestamp",
+                "MessageGroupId",
+            ],
+        }
+        assert worker_aws.asked("ReceiveMessage") == [receive, receive]
+        assert worker_aws.asked("GetQueueAttributes") == []  # it was told the timeout
+
+    def test_receives_at_most_ten(self, worker_aws):
+        """A num_messages above ten asks for the ten that SQS gives."""
+        taskhawk.listen_for_messages(taskhawk.Priority.default, 25, 30, loop_count=1)
+        assert [r["MaxNumberOfMessages"] for r in worker_aws.asked("ReceiveMessage")] == [10]
+
+    def test_queue_timeout(self, worker_aws):
+        """Without a visibility timeout the queue's own is read once and left to the queue."""
+        worker_aws.answers["GetQueueAttributes"] = {"Attributes": {"VisibilityTimeout": "45"}}
+        taskhawk.listen_for_messages(taskhawk.Priority.default, loop_count=2)
+        assert len(worker_aws.asked("GetQueueAttributes")) == 1
+        assert ["VisibilityTimeout" in r for r in worker_aws.asked("ReceiveMessage")] == [False] * 2
+
+    @pytest.mark.parametrize(
+        ("options", "sentence"),
+        [
+            ({"num_messages": 0}, "num_messages: expected 1 or more, got 0"),
+            (
+                {"visibility_timeout_s": 0},
+                "visibility_timeout_s: expected 1 to 43200 seconds, got 0",
+            ),
+            (
+                {"visibility_timeout_s": 43_201},
+                "visibility_timeout_s: expected 1 to 43200 seconds, got 43201",
+            ),
+        ],
+    )
+    def test_wrong_parameters(self, options, sentence):
+        """A parameter that can't work is refused before anything is received."""
+        with pytest.raises(taskhawk.ConfigurationError) as raised:
+            taskhawk.listen_for_messages(taskhawk.Priority.default, **options)
+        assert str(raised.value) == sentence
+
+    def test_urgency(self, worker_aws):
+        """Of the messages that wait, the one of the highest priority runs first."""
+        together, beats, order = threading.Barrier(4), [], []
+        urgency = ["high", "default", "low", "bulk"]
+
+        @taskhawk.task
+        def note(metadata: Any = None) -> None:
+            worker_eventually(lambda: len(beats) == 4)  # the first waits until all are received
+            order.append(metadata.priority.name)
+
+        def receive(request: dict[str, Any]) -> dict[str, Any]:
+            together.wait(WORKER_PATIENCE_S)
+            name = request["QueueUrl"].rpartition("-APP")[2].strip("-").partition("-")[0].lower()
+            priority = taskhawk.Priority[name or "default"]
+            message = taskhawk.Message.new(note.name, priority=priority)
+            return worker_aws_messages(message)
+
+        worker_aws.answers["ReceiveMessage"] = receive
+        worker_aws.answers["GetQueueUrl"] = lambda request: {
+            "QueueUrl": f"{worker_aws.url}/1/{request['QueueName']}"
+        }
+        worker_aws.answers["DeleteMessageBatch"] = lambda request: {
+            "Successful": [{"Id": entry["Id"]} for entry in request["Entries"]]
+        }
+        taskhawk.configure(worker_aws.settings, TASKHAWK_HEARTBEAT_HOOK=lambda: beats.append(1))
+        every = [taskhawk.Priority[name] for name in ("bulk", "low", "default", "high")]
+        ledger = taskhawk.listen_for_messages(every, 1, 30, 1)
+        assert order[1:] == [name for name in urgency if name != order[0]]
+        assert ledger == taskhawk.Ledger(received=4, acked=4)
+
+    def test_loop_count(self, worker_broker):
+        """The loop count is receives of each queue; what they brought is run to its end."""
+
+        @taskhawk.task
+        def note() -> None:
+            """Do nothing."""
+
+        for queue in ("A", "B"):
+            worker_broker.put(note, *[()] * 5, queue=queue)
+        ledger = worker_broker.work("A", "B", loop_count=2)
+        assert ledger == taskhawk.Ledger(received=4, acked=4)
+        asked = collections.Counter(args[0] for args in worker_broker.made("receive"))
+        assert asked == {"A": 2, "B": 2}
+
+    def test_stopped_before(self, worker_any):
+        """A shutdown event that is set already means that nothing is received."""
+        event = threading.Event()
+        event.set()
+        queue = worker_any.destination(taskhawk.Priority.default)
+        assert worker_any.work(queue, shutdown_event=event) == taskhawk.Ledger()
+        assert worker_any.made("receive") == []
+
+    def test_stopped_during(self, worker_any):
+        """Set while a task runs, the event ends the worker after it; what waits is released."""
+        event, queue = threading.Event(), worker_any.destination(taskhawk.Priority.default)
+
+        @taskhawk.task
+        def stop(number: int) -> None:
+            event.set()
+
+        worker_any.put(stop, *[(number,) for number in range(10)], queue=queue)
+        ledger = taskhawk.Worker(
+            worker_any, [queue], num_messages=10, shutdown_event=event, wait_s=1
+        ).run()
+        assert ledger.acked == 1
+        assert ledger.released == ledger.received - 1 > 0
+        assert worker_any.depth(queue) == (9, 0, 0)
+
+    def test_until_empty_waits_for_delayed(self, worker_any):
+        """A message that is retried in a moment is waited for before the queue counts as empty."""
+        attempts = []
+
+        @taskhawk.task
+        def flaky(metadata: Any = None) -> None:
+            attempts.append(metadata.attempt)
+            if metadata.attempt == 1:
+                raise taskhawk.RetryException(delay_seconds=0.1)
+
+        queue = worker_any.destination(taskhawk.Priority.default)
+        worker_any.put(flaky, (), queue=queue)
+        assert worker_any.work(queue) == taskhawk.Ledger(received=2, acked=1, retried=1)
+        assert attempts == [1, 2]
+
+    def test_until_empty_of_all_queues(self, worker_broker):
+        """A queue that is empty at first is listened to until the others are empty too."""
+        looked = threading.Event()
+
+        @taskhawk.task
+        def urgent() -> None:
+            """Do nothing."""
+
+        @taskhawk.task
+        def slow() -> None:
+            assert looked.wait(WORKER_PATIENCE_S)
+            worker_broker.put(urgent, (), queue="HIGH")
+
+        def look(real: Any, queue: str) -> taskhawk.Depth:
+            found = real()
+            if queue == "HIGH" and not any(found):
+                looked.set()
+            return found
+
+        worker_broker.faults["depth"] = look
+        worker_broker.put(slow, (), queue="LOW")
+        assert worker_broker.work("HIGH", "LOW") == taskhawk.Ledger(received=2, acked=2)
+
+    def test_until_empty_asks_again(self, worker_broker):
+        """A depth that can't be read is no reason to end, nor to fail."""
+        worker_broker.faults["depth"] = worker_first(2, worker_raise(OSError("reset")))
+        assert worker_broker.work() == taskhawk.Ledger()
+        assert len(worker_broker.made("depth")) == 3
+
+    def test_requests(self, worker_any):
+        """Busy with ten at a time, a worker makes at most 0.12 receives and deletes a task."""
+        queue = worker_any.destination(taskhawk.Priority.default)
+
+        @taskhawk.task
+        def quick(number: int) -> None:
+            """Do nothing."""
+
+        worker_any.put(quick, *[(number,) for number in range(200)], queue=queue)
+        ledger = worker_any.work(queue, num_messages=10)
+        assert ledger == taskhawk.Ledger(received=200, acked=200)
+        assert len(worker_any.made("receive")) <= 24
+        assert len(worker_any.made("delete")) <= 24
+        assert worker_any.made("change_visibility") == []
+
+    def test_no_prefetch(self, worker_broker):
+        """By default a worker holds the one message that it runs."""
+        depths = []
+
+        @taskhawk.task
+        def look() -> None:
+            depths.append(worker_broker.depth(WORKER_QUEUE).visible)
+
+        worker_broker.put(look, *[()] * 3)
+        worker_broker.work()
+        assert depths == [2, 1, 0]
+
+    def test_ledger(self, worker_broker, caplog):
+        """The ledger is logged at the end, and says in words what became of the messages."""
+        caplog.set_level(logging.INFO)
+
+        @taskhawk.task(never_retry_on=(LookupError,))
+        def fail(kind: str) -> None:
+            raise {"lookup": LookupError, "retry": taskhawk.RetryException}[kind](kind)
+
+        worker_broker.put(fail, ("lookup",), ("retry",))
+        ledger = worker_broker.work(loop_count=2)
+        words = "2 received, 0 acked, 1 retried, 1 dead-lettered, 0 released, 0 uncertain"
+        assert (str(ledger), ledger.balanced) == (words, True)
+        assert f"worker ended: {words}" in worker_logs(caplog, logging.INFO)
+        assert not taskhawk.Ledger(received=1).balanced
+
+    # -- leases
+
+    def test_lease(self, worker_broker, worker_clock):
+        """A message is kept from others while it runs, and so is one that waits behind it."""
+        ran, taken = [], []
+
+        @taskhawk.task
+        def slow(number: int, metadata: Any = None) -> None:
+            if not ran:
+                for step in range(1, 5):  # 0.8 s each: more than three visibility timeouts
+                    worker_clock.now += 0.8
+                    worker_eventually(
+                        lambda s=step: len(worker_broker.made("change_visibility")) >= s
+                    )
+                    taken.extend(
+                        worker_broker.inner.receive(WORKER_QUEUE, 10, 0, 1, threading.Event())
+                    )
+            ran.append((number, metadata.lease_lost))
+
+        worker_broker.put(slow, (1,), (2,))
+        ledger = worker_broker.work(visibility_timeout_s=1, num_messages=2, clock=worker_clock)
+        assert (ran, taken) == ([(1, False), (2, False)], [])
+        assert ledger == taskhawk.Ledger(received=2, acked=2)
+        assert [len(changes) for _, changes in worker_broker.made("change_visibility")] == [2] * 4
+
+    @pytest.mark.slow
+    def test_lease_on_sqs(self, ministack, sqs_client, queue_name, request):
+        """On SQS, a task runs once that takes longer than three visibility timeouts of 1 s."""
+        worker_configure(request, "sqs", queue_name)
+        broker = WorkerBroker(taskhawk._brokers.broker())
+        queue = worker_sqs_queue(sqs_client(ministack), f"TASKHAWK-{queue_name}")
+        ran, taken = [], []
+
+        @taskhawk.task
+        def slow() -> None:
+            end = time.monotonic() + 3.3
+            while time.monotonic() < end:
+                taken.extend(broker.inner.receive(queue, 10, 1, 30, threading.Event()))
+            ran.append(1)
+
+        broker.put(slow, (), queue=queue)
+        ledger = broker.work(queue, visibility_timeout_s=1, wait_s=0)
+        assert (ran, taken, ledger) == ([1], [], taskhawk.Ledger(received=1, acked=1))
+
+    def test_lease_lost(self, worker_broker, caplog):
+        """A task sees that another took its message; one that waits is then not started."""
+        ran, received = [], []
+
+        def receive(real: Any, *args: Any) -> list[taskhawk.QueueMessage]:
+            received.extend(found := real())
+            return found
+
+        @taskhawk.task
+        def slow(number: int, metadata: Any = None) -> None:
+            ran.append((number, metadata.lease_lost))
+            changes = [(message.receipt_handle, 0) for message in received]
+            assert worker_broker.inner.change_visibility(WORKER_QUEUE, changes) == []
+            again = worker_broker.inner.receive(WORKER_QUEUE, 10, 0, 60, threading.Event())
+            assert len(again) == 2
+            worker_eventually(lambda: metadata.lease_lost)
+
+        worker_broker.faults["receive"] = receive
+        worker_broker.put(slow, (1,), (2,))
+        ledger = worker_broker.work(
+            loop_count=1, visibility_timeout_s=0.6, num_messages=2, clock=time.monotonic
+        )
+        assert ran == [(1, False)]
+        assert ledger == taskhawk.Ledger(received=2, released=1, uncertain=1)
+        ids = [message.message_id for message in received]
+        why = "the message is no longer in flight, or was received again"
+        assert worker_logs(caplog) == [
+            *[f"message {message_id} may run twice: {why}" for message_id in ids],
+            f"message {ids[0]} may run again: {why}",
+        ]
+
+    def test_lease_lost_then_retried(self, worker_broker, worker_clock):
+        """After its lease is lost a message is not delayed: the receipt may be another's."""
+
+        @taskhawk.task
+        def slow(metadata: Any = None) -> None:
+            worker_clock.now += 20
+            worker_eventually(lambda: metadata.lease_lost)
+            raise taskhawk.RetryException(delay_seconds=5)
+
+        worker_broker.faults["change_visibility"] = worker_refuse("ReceiptHandle", final=True)
+        worker_broker.put(slow, ())
+        ledger = worker_broker.work(loop_count=1, clock=worker_clock)
+        assert ledger == taskhawk.Ledger(received=1, retried=1)
+        assert len(worker_broker.made("change_visibility")) == 1
+
+    @pytest.mark.parametrize(
+        "fault",
+        [worker_raise(OSError("reset")), worker_refuse("InternalError", final=False)],
+        ids=["call", "entry"],
+    )
+    def test_lease_fault(self, worker_broker, worker_clock, caplog, fault):
+        """An extension that fails for now is tried again before the lease ends."""
+
+        @taskhawk.task
+        def slow() -> None:
+            for step in (1, 2):
+                worker_clock.now += 11
+                worker_eventually(lambda s=step: len(worker_broker.made("change_visibility")) >= s)
+
+        worker_broker.faults["change_visibility"] = worker_first(1, fault)
+        worker_broker.put(slow, ())
+        ledger = worker_broker.work(loop_count=1, clock=worker_clock)
+        assert ledger == taskhawk.Ledger(received=1, acked=1)
+        assert worker_logs(caplog) == []
+
+    def test_lease_fault_too_long(self, worker_broker, worker_clock, caplog):
+        """Where no extension gets through until the lease ends, it is lost."""
+        ids = []
+
+        @taskhawk.task
+        def slow(metadata: Any = None) -> None:
+            worker_clock.now += 31
+            worker_eventually(lambda: metadata.lease_lost)
+
+        def note(sqs_queue_message: Any, **_: Any) -> None:
+            ids.append(sqs_queue_message.message_id)
+
+        taskhawk.configure(TASKHAWK_PRE_PROCESS_HOOK=note)
+        worker_broker.faults["change_visibility"] = worker_raise(OSError("no route"))
+        worker_broker.put(slow, ())
+        ledger = worker_broker.work(clock=worker_clock, loop_count=1)
+        assert ledger == taskhawk.Ledger(received=1, uncertain=1)
+        assert worker_logs(caplog) == [
+            f"message {ids[0]} may run twice: no route",
+            f"message {ids[0]} may run again: its lease had ended",
+        ]
+
+    def test_lease_12_hours(self, worker_broker, worker_clock, caplog):
+        """A lease is kept for 12 hours, SQS's bound, and never asks for more than is left of them.
+
+        SQS counts from the receive, whose answer comes later, and refuses what goes beyond.
+        """
+        self._answer_late(worker_broker, worker_clock)
+        kept = []
+
+        @taskhawk.task
+        def day_long(metadata: Any = None) -> None:
+            for step in range(1, 6):
+                worker_clock.now += 2 * 3600
+                worker_eventually(
+                    lambda s=step: (
+                        len(worker_broker.made("change_visibility")) >= s or metadata.lease_lost
+                    )
+                )
+                kept.append(not metadata.lease_lost)
+            worker_clock.now += 2 * 3600
+            worker_eventually(lambda: metadata.lease_lost)
+
+        worker_broker.put(day_long, ())
+        ledger = worker_broker.work(loop_count=1, clock=worker_clock, visibility_timeout_s=6 * 3600)
+        assert kept == [True] * 5
+        assert ledger == taskhawk.Ledger(received=1, uncertain=1)
+        twice, again = worker_logs(caplog)
+        assert re.fullmatch("message [-0-9a-f]+ may run twice: it was received 12 hours ago", twice)
+        assert re.fullmatch("message [-0-9a-f]+ may run again: its lease had ended", again)
+        assert all(
+            s > 0 for _, changes in worker_broker.made("change_visibility") for _, s in changes
+        )
+
+    @staticmethod
+    def _answer_late(broker: WorkerBroker, clock: WorkerClock) -> None:
+        """Have a receive answered after 1.5 s, and 12 hours counted as SQS does: from before."""
+        received_at = []
+
+        def receive(real: Any, *args: Any) -> Any:
+            received_at.append(clock.now)
+            found = real()
+            clock.now += 1.5
+            return found
+
+        def change(real: Any, queue: str, changes: Sequence[tuple[str, float]]) -> Any:
+            beyond = clock.now - received_at[0] + max(s for _, s in changes) - WORKER_12_HOURS_S
+            text = "Total VisibilityTimeout for the message is beyond the limit [43200 seconds]."
+            if beyond > 0:
+                return [taskhawk.Refusal(0, "InvalidParameterValue", text, final=True)]
+            return real()
+
+        broker.faults |= {"receive": receive, "change_visibility": change}
+
+    def test_lease_denied(self, worker_broker, worker_clock, caplog):
+        """Without ChangeMessageVisibility a worker says so once, and goes on without leases."""
+
+        @taskhawk.task
+        def short() -> None:
+            """Do nothing."""
+
+        @taskhawk.task
+        def long() -> None:
+            deleted.append(len(deleted) * 2 + 1)
+            worker_clock.now += 11
+            # The keeper extends leases first, then deletes what came before us.
+            worker_eventually(
+                lambda: sum(len(r) for _, r in worker_broker.made("delete")) >= deleted[-1]
+            )
+
+        deleted: list[int] = []
+        worker_broker.faults["change_visibility"] = worker_raise(WorkerDenied("denied"))
+        for _ in range(3):
+            worker_broker.put(short, ())
+            worker_broker.put(long, ())
+        ledger = worker_broker.work(clock=worker_clock, num_messages=2, loop_count=3)
+        assert ledger == taskhawk.Ledger(received=6, acked=6)
+        assert worker_logs(caplog) == [
+            "ChangeMessageVisibility is denied, long tasks may run twice: denied"
+        ]
+        assert len(worker_broker.made("change_visibility")) == 1
+
+    def test_timeout_denied(self, worker_broker, caplog):
+        """Without GetQueueAttributes, messages are received with an explicit 30 s."""
+        worker_broker.faults["info"] = worker_raise(WorkerDenied("denied"))
+        assert worker_broker.work("A", loop_count=1) == taskhawk.Ledger()
+        assert [args[:4] for args in worker_broker.made("receive")] == [("A", 1, 0.05, 30)]
+        assert worker_logs(caplog) == ["A: can't read its attributes: AccessDenied"]
+
+    def test_timeout_denied_for_one(self, worker_broker):
+        """A queue whose timeout is known keeps it, where another one's can't be read."""
+
+        def info(real: Any, queue: str) -> taskhawk.QueueInfo:
+            if queue == "B":
+                raise WorkerDenied("denied")
+            return real()._replace(visibility_timeout_s=300)
+
+        worker_broker.faults["info"] = info
+        worker_broker.work("A", "B", loop_count=1)
+        asked = {args[0]: args[3] for args in worker_broker.made("receive")}
+        assert asked["A"] in (None, 300)  # with a lease of 300 s, 30 s would run it twice
+        assert asked["B"] == 30
+
+    def test_timeout_of_zero(self, worker_broker):
+        """A queue whose visibility timeout is 0 gets an explicit one: a lease of 0 s is none."""
+
+        @taskhawk.task
+        def note() -> None:
+            """Do nothing."""
+
+        worker_broker.faults["info"] = lambda real, queue: real()._replace(visibility_timeout_s=0)
+        worker_broker.put(note, ())
+        ledger = worker_broker.work(loop_count=1)
+        assert ledger == taskhawk.Ledger(received=1, acked=1)
+        assert [args[3] for args in worker_broker.made("receive")] == [30]
+
+    def test_extend_visibility_timeout(self):
+        """A message that somebody holds is kept invisible; one that nobody holds is refused."""
+        taskhawk.configure(TASKHAWK_BROKER="sqlite://")
+        broker = taskhawk._brokers.broker()
+        queue = broker.destination(taskhawk.Priority.low)
+        broker.send(queue, [taskhawk.Outgoing("{}", {})])
+        (message,) = broker.receive(queue, 1, 0, 60, threading.Event())
+        receipt = message.receipt_handle
+        taskhawk.extend_visibility_timeout(taskhawk.Priority.low, receipt, 0)
+        assert broker.depth(queue) == (1, 0, 0)
+        with pytest.raises(taskhawk.PartialFailure) as raised:
+            taskhawk.extend_visibility_timeout(taskhawk.Priority.low, receipt, 60)
+        assert str(raised.value) == "1 of 1 messages failed: ReceiptHandleIsInvalid"
+
+    # -- acknowledgements, delays, dead letters
+
+    @pytest.mark.parametrize(
+        "fault",
+        [
+            worker_raise(OSError("reset")),
+            lambda real, *args: (real() and None) or worker_raise(OSError("reset"))(real),
+            worker_refuse("InternalError", final=False),
+        ],
+        ids=["before its effect", "after its effect", "partly"],
+    )
+    def test_delete_fault(self, worker_broker, caplog, fault):
+        """A delete that fails for now is tried again until it is confirmed."""
+
+        @taskhawk.task
+        def note(number: int) -> None:
+            """Do nothing."""
+
+        worker_broker.faults["delete"] = worker_first(2, fault)
+        worker_broker.put(note, *[(number,) for number in range(10)])
+        ledger = worker_broker.work(num_messages=10, clock=time.monotonic)
+        assert ledger == taskhawk.Ledger(received=10, acked=10)
+        assert worker_broker.depth(WORKER_QUEUE) == (0, 0, 0)
+        assert len(worker_broker.made("delete")) >= 3
+        assert worker_logs(caplog) == []
+
+    @pytest.mark.parametrize(
+        ("fault", "why"),
+        [
+            (
+                worker_refuse("ReceiptHandleIsInvalid", final=True),
+                "refused by ReceiptHandleIsInvalid",
+            ),
+            (worker_raise(WorkerDenied("not allowed")), "not allowed"),
+        ],
+        ids=["refused", "denied"],
+    )
+    def test_delete_refused(self, worker_broker, caplog, fault, why):
+        """A delete that is refused for good leaves its message uncertain, and says so."""
+
+        @taskhawk.task
+        def note() -> None:
+            """Do nothing."""
+
+        worker_broker.faults["delete"] = fault
+        worker_broker.put(note, ())
+        assert worker_broker.work(loop_count=1) == taskhawk.Ledger(received=1, uncertain=1)
+        (text,) = worker_logs(caplog)
+        assert re.fullmatch(f"message [-0-9a-f]{{36}} may run again: {why}", text)
+
+    def test_delete_unanswered(self, worker_broker, worker_clock, caplog):
+        """A delete that fails until the lease has ended leaves its message uncertain."""
+
+        @taskhawk.task
+        def note() -> None:
+            """Do nothing."""
+
+        def fail(real: Any, *args: Any) -> Any:
+            worker_clock.now += 31
+            raise OSError("no route")
+
+        worker_broker.faults |= {"delete": fail, "change_visibility": fail}
+        worker_broker.put(note, ())
+        ledger = worker_broker.work(clock=worker_clock, loop_count=1)
+        assert ledger == taskhawk.Ledger(received=1, uncertain=1)
+        assert worker_logs(caplog)[-1].endswith(" may run again: no route")
+
+    def test_acknowledged_while_another_runs(self, worker_broker):
+        """An acknowledgement is sent soon, also while a long task keeps the worker busy."""
+
+        @taskhawk.task
+        def note(number: int) -> None:
+            if number == 2:
+                worker_eventually(lambda: worker_broker.made("delete"))
+
+        worker_broker.put(note, (1,), (2,))
+        ledger = worker_broker.work(num_messages=2, clock=time.monotonic)
+        assert ledger == taskhawk.Ledger(received=2, acked=2)
+        assert [len(receipts) for _, receipts in worker_broker.made("delete")] == [1, 1]
+
+    def test_two_queues_are_two_calls(self, worker_broker):
+        """A batch call holds messages of one queue alone."""
+        together, beats = threading.Barrier(2), []
+
+        def receive(real: Any, *args: Any) -> Any:
+            together.wait(WORKER_PATIENCE_S)
+            return real()
+
+        @taskhawk.task
+        def note() -> None:
+            worker_eventually(lambda: len(beats) == 2)  # until both are received
+
+        taskhawk.configure(TASKHAWK_HEARTBEAT_HOOK=lambda: beats.append(1))
+        worker_broker.faults["receive"] = receive
+        for queue in ("A", "B"):
+            worker_broker.put(note, (), queue=queue)
+        ledger = worker_broker.work("A", "B", loop_count=1)
+        assert ledger == taskhawk.Ledger(received=2, acked=2)
+        deleted = [(queue, len(receipts)) for queue, receipts in worker_broker.made("delete")]
+        assert sorted(deleted) == [("A", 1), ("B", 1)]
+
+    def test_refused_deletes_stop_receives(self, worker_broker):
+        """Nothing is received while a full batch of acknowledgements does not get through."""
+        received = []
+
+        @taskhawk.task
+        def note() -> None:
+            received.append(1)
+
+        def fail(real: Any, *args: Any) -> Any:
+            if len(worker_broker.made("delete")) < 14:
+                raise OSError("reset")
+            at_last.append(len(received))
+            return real()
+
+        at_last: list[int] = []
+        worker_broker.faults["delete"] = fail
+        worker_broker.put(note, *[()] * 100)
+        ledger = worker_broker.work(clock=time.monotonic)
+        assert at_last[0] <= 20
+        assert ledger == taskhawk.Ledger(received=100, acked=100)
+
+    def test_hanging_delete_stops_receives(self, worker_broker):
+        """Nor is it while a call that would delete them hangs, however quick the tasks are."""
+        received: list[int] = []
+        many, many_came = threading.Event(), []
+
+        @taskhawk.task
+        def note() -> None:
+            received.append(1)
+            if len(received) == 500:
+                many.set()
+
+        def hang(real: Any, *args: Any) -> Any:
+            many_came.append(many.wait(1))  # a worker that is too slow passes
+            return real()
+
+        worker_broker.faults["delete"] = worker_first(1, hang)
+        worker_broker.put(note, *[()] * 600)
+        ledger = worker_broker.work(clock=time.monotonic, num_messages=10)
+        assert many_came == [False]
+        assert ledger == taskhawk.Ledger(received=600, acked=600)
+        assert len(worker_broker.made("delete")) <= 72
+
+    def test_delayed(self, worker_broker, worker_clock):
+        """A retry makes the same message visible again after the delay, and then it is run."""
+        attempts = []
+
+        @taskhawk.task
+        def later(metadata: Any = None) -> None:
+            attempts.append((metadata.id, metadata.attempt))
+            raise taskhawk.RetryException(delay_seconds=7)
+
+        worker_broker.put(later, ())
+        for _ in range(2):
+            assert worker_broker.work(loop_count=1) == taskhawk.Ledger(received=1, retried=1)
+            assert worker_broker.work(loop_count=1) == taskhawk.Ledger()
+            worker_clock.now += 7
+        assert [attempt for _, attempt in attempts] == [1, 2]
+        assert len({message_id for message_id, _ in attempts}) == 1
+        assert [s for _, ((_, s),) in worker_broker.made("change_visibility")] == [7, 7]
+
+    def test_delay_clamped(self, worker_broker, worker_clock, caplog):
+        """A delay is cut to what SQS has left of the 12 hours since the receive."""
+        self._answer_late(worker_broker, worker_clock)
+
+        @taskhawk.task
+        def later() -> None:
+            worker_clock.now += 3600
+            raise taskhawk.RetryException(delay_seconds=50_000)
+
+        worker_broker.put(later, ())
+        ledger = worker_broker.work(
+            loop_count=1, clock=worker_clock, visibility_timeout_s=WORKER_12_HOURS_S
+        )
+        assert ledger == taskhawk.Ledger(received=1, retried=1)
+        assert worker_logs(caplog) == []  # it was not refused
+        ((_, ((_, asked),)),) = worker_broker.made("change_visibility")
+        assert 39_000 < asked < WORKER_12_HOURS_S - 3601
+
+    def test_delay_fault(self, worker_broker, caplog):
+        """A delay that fails for now is tried again; one that is refused for good is given up."""
+
+        @taskhawk.task
+        def later() -> None:
+            raise taskhawk.RetryException(delay_seconds=7)
+
+        fault = worker_first(1, worker_raise(OSError("reset")))
+        worker_broker.faults["change_visibility"] = fault
+        worker_broker.put(later, ())
+        ledger = worker_broker.work(loop_count=1, clock=time.monotonic)
+        assert ledger == taskhawk.Ledger(received=1, retried=1)
+        assert len(worker_broker.made("change_visibility")) == 2
+        worker_broker.faults["change_visibility"] = worker_refuse("Invalid", final=True)
+        worker_broker.put(later, ())
+        ledger = worker_broker.work(loop_count=1, clock=time.monotonic)
+        assert ledger == taskhawk.Ledger(received=1, retried=1)
+        (text,) = worker_logs(caplog)
+        assert re.fullmatch(
+            "message [-0-9a-f]{36} is visible again when its lease ends: refused by Invalid", text
+        )
+
+    def test_left_to_its_timeout(self, worker_broker):
+        """A failed run without a policy makes no call: the message reappears by itself."""
+
+        @taskhawk.task
+        def fail() -> None:
+            raise ValueError("a failed run")
+
+        worker_broker.put(fail, ())
+        assert worker_broker.work(loop_count=1) == taskhawk.Ledger(received=1, retried=1)
+        assert {name for name, _ in worker_broker.calls} == {"info", "receive"}
+        assert worker_broker.depth(WORKER_QUEUE) == (0, 1, 0)
+
+    def test_dead_lettered(self, worker_any):
+        """A run that must not be repeated is copied to the dead-letter queue, then deleted."""
+
+        @taskhawk.task(never_retry_on=(ValueError,))
+        def fail() -> None:
+            raise ValueError("a failed run")
+
+        queue = worker_any.destination(taskhawk.Priority.default)
+        worker_any.put(fail, (), queue=queue)
+        ledger = worker_any.work(queue, loop_count=1)
+        assert ledger == taskhawk.Ledger(received=1, dead_lettered=1)
+        names = [name for name, _ in worker_any.calls]
+        assert names.index("send") < names.index("delete")
+        (letter,) = worker_any.receive(f"{queue}-DLQ", 1, 0, None, threading.Event())
+        record = json.loads(letter.message_attributes["taskhawk.error"]["StringValue"])
+        assert (record["type"], record["message"], record["attempt"]) == (
+            "ValueError",
+            "a failed run",
+            1,
+        )
+
+    @pytest.mark.parametrize(
+        ("faults", "why"),
+        [
+            (
+                {"info": lambda real, q: real()._replace(dead_letter_queue=None)},
+                "it has no dead-letter queue",
+            ),
+            ({"send": worker_raise(WorkerDenied("not allowed"))}, "not allowed"),
+            (
+                {"send": worker_refuse("InternalError", final=False)},
+                "1 of 1 messages failed: InternalError",
+            ),
+        ],
+        ids=["none", "denied", "refused"],
+    )
+    def test_dead_letter_not_copied(self, worker_broker, caplog, faults, why):
+        """Where the copy is not confirmed, nothing is deleted, and the log says why."""
+
+        @taskhawk.task(never_retry_on=(ValueError,))
+        def fail() -> None:
+            raise ValueError("a failed run")
+
+        worker_broker.put(fail, ())
+        worker_broker.faults |= faults
+        assert worker_broker.work(loop_count=1) == taskhawk.Ledger(received=1, retried=1)
+        assert worker_broker.made("delete") == []
+        assert re.fullmatch(
+            f"WORKER: message [-0-9a-f]{{36}} can't be dead-lettered and is left to the queue:"
+            f" {why}",
+            worker_logs(caplog)[-1],
+        )
+
+    # -- faults of the service
+
+    def test_backs_off(self, worker_broker, caplog):
+        """Receives that fail are repeated at growing, jittered intervals, and logged twice."""
+        caplog.set_level(logging.INFO)
+        at: dict[str, list[float]] = collections.defaultdict(list)
+        event = threading.Event()
+
+        def receive(real: Any, queue: str, *args: Any) -> Any:
+            at[queue].append(time.monotonic())
+            if len(at[queue]) < 3:
+                raise OSError("no route to host")
+            if all(len(times) >= 3 for times in list(at.values())):
+                event.set()
+            return real()
+
+        worker_broker.faults["receive"] = receive
+        queues = ["A", "B", "C", "D"]
+        ledger = worker_broker.work(*queues, shutdown_event=event, until_empty=False)
+        assert ledger == taskhawk.Ledger()
+        firsts = [times[1] - times[0] for times in at.values()]
+        assert len(firsts) == 4
+        assert min(firsts) >= 0.5
+        assert max(firsts) - min(firsts) > 0.001
+        assert min(times[2] - times[1] for times in at.values()) >= 1
+        assert sorted(worker_logs(caplog, logging.INFO))[:-1] == sorted(
+            text
+            for queue in queues
+            for text in (
+                f"{queue}: can't receive, goes on trying: OSError('no route to host')",
+                f"{queue}: receives again after 2 failures",
+            )
+        )
+
+    def test_stopped_while_backing_off(self, worker_broker):
+        """A shutdown does not wait for the end of a pause between receives."""
+        event = threading.Event()
+
+        def fail(real: Any, *args: Any) -> Any:
+            if len(worker_broker.made("receive")) == 2:
+                stopped_at.append(time.monotonic())
+                event.set()
+            raise OSError("no route to host")
+
+        stopped_at: list[float] = []
+        worker_broker.faults["receive"] = fail
+        assert worker_broker.work(shutdown_event=event) == taskhawk.Ledger()
+        assert time.monotonic() - stopped_at[0] < 0.9  # the pause is 1 s at least
+
+    @pytest.mark.parametrize(
+        ("action", "code", "sentence"),
+        [
+            (
+                "GetQueueUrl",
+                "com.amazonaws.sqs#QueueDoesNotExist",
+                (
+                    "TASKHAWK-APP: there is no such queue here: make it, or check TASKHAWK_QUEUE,"
+                    " AWS_REGION and the account (QueueDoesNotExist)"
+                ),
+            ),
+            (
+                "ReceiveMessage",
+                "com.amazon.coral.service#AccessDeniedException",
+                (
+                    "TASKHAWK-APP: access denied: the IAM policy of these credentials does not"
+                    " allow it (AccessDeniedException)"
+                ),
+            ),
+            (
+                "ReceiveMessage",
+                "com.amazon.coral.service#UnrecognizedClientException",
+                (
+                    "TASKHAWK-APP: AWS does not know these credentials: check AWS_ACCESS_KEY"
+                    " (UnrecognizedClientException)"
+                ),
+            ),
+            (
+                "ReceiveMessage",
+                "com.amazon.coral.service#SignatureDoesNotMatch",
+                (
+                    "TASKHAWK-APP: AWS refuses these credentials: check AWS_SECRET_KEY"
+                    " (SignatureDoesNotMatch)"
+                ),
+            ),
+            (
+                "ReceiveMessage",
+                "com.amazon.coral.service#InvalidSignatureException",
+                (
+                    "TASKHAWK-APP: AWS refuses these credentials: check AWS_SECRET_KEY"
+                    " (InvalidSignatureException)"
+                ),
+            ),
+        ],
+    )
+    def test_fatal_at_start(self, worker_aws, caplog, action, code, sentence):
+        """What only a person can mend ends the worker at its start, with one sentence."""
+        answers = iter([code] * 2)  # of each role's client, at most
+        good = worker_aws.answers.get(action, {})
+        worker_aws.answers[action] = lambda request: next(answers, good)
+        with pytest.raises(taskhawk.ConfigurationError) as raised:
+            taskhawk.listen_for_messages(taskhawk.Priority.default, loop_count=1)
+        assert str(raised.value) == sentence
+        assert worker_logs(caplog) == []
+
+    def test_fatal_for_one_of_two(self, worker_broker):
+        """One queue that is missing ends the worker of several; what it holds is released."""
+        together, ran = threading.Barrier(2), []
+
+        @taskhawk.task
+        def wait() -> None:
+            ran.append(1)
+            worker_eventually(lambda: worker_broker.made("explain"))
+
+        def receive(real: Any, queue: str, *args: Any) -> Any:
+            together.wait(WORKER_PATIENCE_S)
+            if queue == "A":
+                return real()
+            worker_eventually(lambda: ran)
+            raise LookupError("B")
+
+        worker_broker.faults |= {
+            "receive": receive,
+            "explain": lambda real, error, where: taskhawk.ConfigurationError(f"{where}: no such"),
+        }
+        worker_broker.put(wait, *[()] * 3, queue="A")
+        with pytest.raises(taskhawk.ConfigurationError) as raised:
+            worker_broker.work("A", "B", num_messages=3)
+        assert str(raised.value) == "B: no such"
+        assert isinstance(raised.value.__cause__, LookupError)
+        assert worker_broker.depth("A") == (3 - len(ran), 0, 0)
+
+    @pytest.mark.parametrize(
+        ("settings", "sentence"),
+        [
+            (
+                {},
+                (
+                    "TASKHAWK-APP: no AWS region: set AWS_REGION, for example eu-west-1"
+                    " (NoRegionError)"
+                ),
+            ),
+            (
+                {"AWS_REGION": "eu-west-1"},
+                (
+                    "TASKHAWK-APP: no AWS credentials: set AWS_ACCESS_KEY and AWS_SECRET_KEY, or"
+                    " give botocore a profile or role; to try things out without AWS, set"
+                    " TASKHAWK_BROKER to sqlite:///queue.db (NoCredentialsError)"
+                ),
+            ),
+        ],
+        ids=["region", "credentials"],
+    )
+    def test_fatal_without_aws(self, settings, sentence, caplog):
+        """A worker without a region or credentials ends with that sentence, and no other."""
+        taskhawk.configure(TASKHAWK_QUEUE="app", **settings)
+        with pytest.raises(taskhawk.ConfigurationError) as raised:
+            taskhawk.listen_for_messages(taskhawk.Priority.default)
+        assert str(raised.value) == sentence
+        assert worker_logs(caplog) == []
+
+    @pytest.mark.parametrize("code", ["ExpiredToken", "OverLimit"])
+    def test_not_fatal_at_start(self, worker_aws, code, caplog):
+        """What passes by itself is waited out at the start too."""
+        answers = iter([f"com.amazonaws.sqs#{code}"])
+        worker_aws.answers["ReceiveMessage"] = lambda request: next(answers, {})
+        ledger = taskhawk.listen_for_messages(taskhawk.Priority.default, 1, 30, 1)
+        assert ledger == taskhawk.Ledger()
+        (text,) = worker_logs(caplog)
+        assert text.startswith("TASKHAWK-APP: can't receive, goes on trying: ")
+        assert f"({code})" in text
+
+    def test_not_fatal_later(self, worker_aws, caplog):
+        """A queue that was there once, and is missing now, is waited for."""
+        answers = iter([{}, "com.amazonaws.sqs#QueueDoesNotExist"])
+        worker_aws.answers["ReceiveMessage"] = lambda request: next(answers, {})
+        taskhawk.listen_for_messages(taskhawk.Priority.default, 1, 30, 2)
+        assert len(worker_aws.asked("ReceiveMessage")) == 3
+        assert len(worker_logs(caplog)) == 1
+
+    # -- hooks
+
+    def test_heartbeat(self, worker_broker, worker_clock):
+        """The heartbeat follows each completed poll and each round of leases."""
+        beats = []
+
+        @taskhawk.task
+        def slow() -> None:
+            for beat in (1, 2):
+                before = len(beats)
+                worker_clock.now += 11
+                worker_eventually(lambda n=before: len(beats) > n)
+                assert len(worker_broker.made("change_visibility")) == beat
+
+        taskhawk.configure(TASKHAWK_HEARTBEAT_HOOK=lambda: beats.append(1))
+        worker_broker.faults["receive"] = worker_first(1, worker_raise(OSError("reset")))
+        worker_broker.put(slow, ())
+        worker_broker.work(loop_count=1, clock=worker_clock)
+        assert len(beats) == 3  # none for the poll that failed
+
+    def test_heartbeat_fails(self, worker_broker, caplog):
+        """A heartbeat hook that fails is logged, no more."""
+        taskhawk.configure(TASKHAWK_HEARTBEAT_HOOK=lambda: 1 / 0)
+        assert worker_broker.work(loop_count=1) == taskhawk.Ledger()
+        assert worker_logs(caplog) == ["TASKHAWK_HEARTBEAT_HOOK failed"]
+
+    def test_hooks(self, worker_any):
+        """Hooks get the queue's name and the message; the error hook the exception."""
+        seen = []
+
+        def hook(*, queue_name: str, sqs_queue_message: Any) -> None:
+            seen.append((threading.current_thread(), queue_name, sqs_queue_message))
+
+        def on_error(*, exception: BaseException, message: taskhawk.Message | None) -> None:
+            seen.append((str(exception), message and message.args))
+
+        @taskhawk.task
+        def fail(number: int) -> None:
+            if number:
+                raise ValueError("a failed run")
+
+        taskhawk.configure(
+            worker_any.settings,
+            TASKHAWK_PRE_PROCESS_HOOK=hook,
+            TASKHAWK_POST_PROCESS_HOOK=hook,
+            TASKHAWK_ERROR_HOOK=on_error,
+        )
+        worker_any.inner = taskhawk._brokers.broker()
+        queue = worker_any.destination(taskhawk.Priority.default)
+        for number in (0, 1):
+            worker_any.put(fail, (number,), queue=queue)
+            worker_any.work(queue, loop_count=1, wait_s=1)
+        (thread, name, message), after, before, error = seen
+        assert after == (thread, name, message)
+        assert (thread, name, before[1]) == (threading.main_thread(), queue, queue)
+        assert json.loads(message.body)["args"] == [0]
+        assert message.attributes["ApproximateReceiveCount"] == "1"
+        assert error == ("a failed run", [1])
+
+    # -- shutdown and signals
+
+    def test_released_after_the_last_poll(self, worker_broker):
+        """A poll in flight is waited out, what it brings is released too, and nothing before."""
+        event, polling, held = threading.Event(), threading.Event(), threading.Event()
+
+        @taskhawk.task
+        def stop() -> None:
+            event.set()
+            held.set()
+
+        def receive(real: Any, queue: str, *args: Any) -> Any:
+            if queue == "A":
+                assert polling.wait(WORKER_PATIENCE_S)
+                return real()
+            polling.set()
+            assert held.wait(WORKER_PATIENCE_S)
+            # Time enough for a keeper that releases too early.
+            assert not early.wait(0.5)
+            worker_broker.put(stop, (), queue="B")
+            return real()
+
+        def change(real: Any, *args: Any) -> Any:
+            early.set()
+            return real()
+
+        early = threading.Event()
+        worker_broker.faults |= {"receive": receive, "change_visibility": change}
+        worker_broker.put(stop, (), (), (), queue="A")
+        ledger = worker_broker.work(
+            "A", "B", num_messages=3, shutdown_event=event, until_empty=False
+        )
+        assert ledger == taskhawk.Ledger(received=4, acked=1, released=3)
+        assert [worker_broker.depth(queue).visible for queue in ("A", "B")] == [2, 1]
+
+    def test_keyboard_interrupt(self, worker_any):
+        """A KeyboardInterrupt from a task releases its message, and is raised again."""
+
+        @taskhawk.task
+        def interrupt() -> None:
+            raise KeyboardInterrupt
+
+        queue = worker_any.destination(taskhawk.Priority.default)
+        worker_any.put(interrupt, (), (), queue=queue)
+        with pytest.raises(KeyboardInterrupt):
+            worker_any.work(queue, num_messages=2, wait_s=1)
+        assert worker_any.depth(queue) == (2, 0, 0)
+
+    def test_interrupted_by_the_application(self, worker_broker):
+        """An application's handler may raise at any point: the message that runs is released."""
+
+        class Halt(BaseException):
+            pass
+
+        def halt(*_: object) -> None:
+            raise Halt
+
+        def pre_process(**_: Any) -> None:
+            """Do nothing: the interrupt comes outside the task."""
+
+        @taskhawk.task(never_retry_on=(ValueError,))
+        def fail() -> None:
+            raise ValueError("a failed run")
+
+        def send(real: Any, *args: Any) -> Any:
+            os.kill(os.getpid(), signal.SIGTERM)
+            worker_eventually(lambda: False)
+
+        taskhawk.configure(TASKHAWK_PRE_PROCESS_HOOK=pre_process)
+        worker_broker.put(fail, ())
+        worker_broker.faults["send"] = send
+        before = signal.signal(signal.SIGTERM, halt)
+        try:
+            worker = taskhawk.Worker(worker_broker, [WORKER_QUEUE], loop_count=1, wait_s=0.05)
+            with pytest.raises(Halt):
+                worker.run()
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        assert worker.ledger == taskhawk.Ledger(received=1, retried=1)
+        assert worker_broker.depth(WORKER_QUEUE) == (1, 0, 0)
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    def test_signal_in_process(self, worker_broker, number):
+        """A signal ends the worker after the task, and Python's own handlers are back then."""
+        before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+
+        @taskhawk.task
+        def kill() -> None:
+            during.append(signal.getsignal(number))
+            os.kill(os.getpid(), number)
+
+        during: list[Any] = []
+        worker_broker.put(kill, (), ())
+        ledger = worker_broker.work(until_empty=False)
+        assert ledger == taskhawk.Ledger(received=1, acked=1)
+        assert during[0] not in before
+        assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+    def test_handler_of_the_application(self, worker_broker):
+        """A handler of the application stays; with a shutdown event it works as in 1.4."""
+        event = threading.Event()
+
+        def own(*_: object) -> None:
+            event.set()
+
+        @taskhawk.task
+        def kill() -> None:
+            assert signal.getsignal(signal.SIGTERM) is own
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        before = signal.signal(signal.SIGTERM, own)
+        try:
+            worker_broker.put(kill, (), ())
+            ledger = worker_broker.work(shutdown_event=event, until_empty=False)
+            assert signal.getsignal(signal.SIGTERM) is own
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        assert ledger == taskhawk.Ledger(received=1, acked=1)
+
+    def test_no_handler_in_a_thread(self, worker_broker):
+        """Outside the main thread no handler is installed."""
+        before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+        during, ledgers = [], []
+
+        @taskhawk.task
+        def look() -> None:
+            during.append((signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)))
+
+        worker_broker.put(look, ())
+        thread = threading.Thread(target=lambda: ledgers.append(worker_broker.work()))
+        thread.start()
+        thread.join(WORKER_PATIENCE_S)
+        assert (during, ledgers) == ([before], [taskhawk.Ledger(received=1, acked=1)])
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    def test_signal(self, worker_shared, number, tmp_path):
+        """A signalled listener ends its task, releases what waits, and exits with 0."""
+        queue = worker_shared.destination(taskhawk.Priority.default)
+        worker_shared.put(worker_job("wait"), *[(i,) for i in range(3)], queue=queue)
+        options = ("--num-messages", "3", "--until-empty")
+        with worker_process(tmp_path, worker_shared.settings, *options) as process:
+            assert process.stdout.readline().startswith("started ")
+            process.send_signal(number)
+            output, errors = process.communicate("\n")
+        assert process.returncode == 0, errors
+        assert re.fullmatch(
+            r"ended \d\n3 received, 1 acked, 0 retried, 0 dead-lettered, 2 released,"
+            r" 0 uncertain\n",
+            output,
+        )
+        assert worker_shared.depth(queue) == (2, 0, 0)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(
+        ("number", "code"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 130)]
+    )
+    @pytest.mark.parametrize("worker_shared", ["disk"], indirect=True)
+    def test_second_signal(self, worker_shared, number, code, tmp_path):
+        """A second signal ends the listener at once, in the middle of its task."""
+        queue = worker_shared.destination(taskhawk.Priority.default)
+        worker_shared.put(worker_job("wait"), (1,), queue=queue)
+        with worker_process(tmp_path, worker_shared.settings) as process:
+            assert process.stdout.readline() == "started 1\n"
+            while process.poll() is None:  # two that come together count as one
+                process.send_signal(number)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(0.2)
+            assert process.stdout.read() == ""
+        assert process.returncode == code
+
+    @pytest.mark.slow
+    def test_killed(self, worker_shared, tmp_path):
+        """A listener killed in the middle of a task and started again loses no message."""
+        queue = worker_shared.destination(taskhawk.Priority.default)
+        note, wait = worker_job("note"), worker_job("wait")
+        for job, number in [(note, 0), (note, 1), (wait, 2), (note, 3)]:
+            worker_shared.put(job, (number,), queue=queue)
+        options = ("--visibility-timeout", "1", "--num-messages", "2", "--until-empty")
+        with worker_process(tmp_path, worker_shared.settings, *options) as process:
+            ran = list(iter(process.stdout.readline, "started 2\n"))
+            process.kill()
+        with worker_process(tmp_path, worker_shared.settings, *options) as process:
+            output, errors = process.communicate("\n")
+        assert process.returncode == 0, errors
+        assert "started 2\nended 2\n" in output
+        assert {*ran, *output.splitlines(keepends=True)} >= {
+            f"noted {number}\n" for number in (0, 1, 3)
+        }
+        assert worker_shared.depth(queue) == (0, 0, 0)
+
+
+COMMAND_MODULE = """
+import {package} as taskhawk
+
+@taskhawk.task
+def add(one, other=2, headers=None, metadata=None):
+    print("sum", one + other, headers, metadata.priority.name, flush=True)
+
+@taskhawk.task(priority=taskhawk.Priority.high, name="skip")
+def skip():
+    raise taskhawk.IgnoreException  # of the very module that runs the worker
+
+@taskhawk.task(name="job.broken", never_retry_on=(ZeroDivisionError,))
+def broken():
+    1 / 0
+"""
+COMMANDS = ["demo", "listen", "dispatch", "tasks", "schema", "dead-letters", "dead-letters requeue"]
+
+
+def command_line(folder: Path, way: str) -> tuple[list[str], str]:
+    """Return how the command line is called in a way, and by which name tasks import taskhawk."""
+    if way == "vendored":
+        package = folder / "service" / "vendor"
+        package.mkdir(parents=True)
+        for parent in (package, package.parent):
+            (parent / "__init__.py").touch()
+        shutil.copy(taskhawk.__file__, package)
+        return ["-m", "service.vendor.taskhawk"], "service.vendor.taskhawk"
+    script = Path(sys.executable).with_name("taskhawk")
+    if way == "script" and not script.exists():
+        pytest.skip("taskhawk is not installed")
+    called = {"module": ["-m", "taskhawk"], "file": [taskhawk.__file__], "script": [str(script)]}
+    return called[way], "taskhawk"
+
+
+@pytest.fixture
+def command_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Yield the current directory of a command that runs in this process."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    modules = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - modules:
+        if getattr(sys.modules[name], "__file__", None) and str(tmp_path) in str(
+            sys.modules[name].__file__
+        ):
+            del sys.modules[name]
+
+
+def command_error(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    """Run a command that fails, and return its exit code and its one line."""
+    code = taskhawk.main(arguments)
+    output, errors = capsys.readouterr()
+    assert output == ""
+    assert errors.count("\n") == 1
+    return code, errors.removesuffix("\n")
+
+
+class TestCommandLine:
+    """Room 15: glue only; 0 done, 1 failed, 2 wrong usage or configuration."""
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("way", ["module", "vendored", "file", "script"])
+    def test_ways(self, tmp_path, way):
+        """However it is called, the command line and the tasks' modules share one registry."""
+        command, package = command_line(tmp_path, way)
+        (tmp_path / "job.py").write_text(COMMAND_MODULE.format(package=package))
+        env = {"TASKHAWK_BROKER": f"sqlite:///{tmp_path}/queue.db"}
+
+        def run(*arguments: str) -> str:
+            result = run_python([*command, *arguments], cwd=tmp_path, env=env)
+            assert result.returncode == 0, result.stderr
+            return result.stdout
+
+        assert run("tasks", "job") == "job.add  default\njob.broken  default\nskip  high\n"
+        arguments = ("--args", "[1]", "--kwargs", '{"other": 3}', "--priority", "high")
+        assert re.fullmatch(
+            "[-0-9a-f]{36}\n", run("dispatch", "job.add", *arguments, "--header", "a=b=c")
+        )
+        run("dispatch", "skip", "--module", "job")
+        output = run("listen", "job", "--loop-count", "1", "--priority=high", "--num-messages=2")
+        assert output == (
+            "sum 4 {'a': 'b=c'} high\n"
+            "2 received, 2 acked, 0 retried, 0 dead-lettered, 0 released, 0 uncertain\n"
+        )
+
+    @pytest.mark.slow
+    def test_dead_letters(self, tmp_path):
+        """A dead letter is sent back to its queue, with its priority, and runs again."""
+        (tmp_path / "job.py").write_text(COMMAND_MODULE.format(package="taskhawk"))
+        env = {"TASKHAWK_BROKER": f"sqlite:///{tmp_path}/queue.db"}
+        ledger = "1 received, 0 acked, 0 retried, 1 dead-lettered, 0 released, 0 uncertain\n"
+
+        def run(*arguments: str) -> str:
+            result = run_python(["-m", "taskhawk", *arguments], cwd=tmp_path, env=env)
+            assert result.returncode == 0, result.stderr
+            return result.stdout
+
+        run("dispatch", "job.broken", "--priority", "low", "--delay", "0.01")
+        listen = ("listen", "job", "--loop-count=1", "--priority=low")
+        assert run(*listen) == ledger
+        requeue = ("dead-letters", "requeue", "--priority")
+        assert run(*requeue, "bulk") == "sent back: 0\n"
+        assert run(*requeue, "low") == "sent back: 1\n"
+        assert run(*listen) == ledger
+
+    @pytest.mark.slow
+    def test_demo(self, tmp_path):
+        """In under 5 s, whatever is set, the demo shows a run, a retry, a dead letter's return."""
+        began = time.monotonic()
+        env = {
+            "TASKHAWK_SYNC": "true",
+            "IS_LAMBDA_APP": "true",
+            "TASKHAWK_BROKER": "sqlite:////nonexistent/queue.db",
+        }
+        result = run_python(["-m", "taskhawk", "demo"], cwd=tmp_path, env=env)
+        assert time.monotonic() - began < 5
+        assert (result.returncode, result.stderr) == (0, "")
+        shown = re.sub(r"[-0-9a-f]{36}", "ID", result.stdout)
+        shown = re.sub(r"A queue in \S+queue\.db", "A queue in FILE", shown)
+        for line in (
+            "A queue in FILE: the real broker, and a real worker.",
+            "dispatched     demo.greet    ID",
+            "dispatched     demo.connect  ID",
+            "dispatched     demo.divide   ID",
+            "                             Hello, world!",
+            "ran            demo.greet    attempt 1",
+            "failed         demo.connect  attempt 1: the network is down; again in 0.5 s",
+            "failed         demo.divide   attempt 1: division by zero; again in 0.2 s",
+            "dead-lettered  demo.divide   attempt 2: division by zero",
+            "ran            demo.connect  attempt 2",
+            "requeued       1 message",
+            "ran            demo.divide   attempt 1",
+            "  5 received, 2 acked, 2 retried, 1 dead-lettered, 0 released, 0 uncertain",
+            "  1 received, 1 acked, 0 retried, 0 dead-lettered, 0 released, 0 uncertain",
+        ):
+            assert line in shown.splitlines()
+        assert list(tmp_path.iterdir()) == []
+
+    def test_tasks_of_a_script(self, capsys):
+        """A task of a script, which 1.4 named otherwise, is listed once."""
+
+        def job() -> None:
+            raise NotImplementedError
+
+        taskhawk._registry.clear()
+        job.__module__ = "__main__"
+        name = taskhawk.task(job).name
+        assert taskhawk.main(["tasks"]) == 0
+        assert capsys.readouterr().out == f"{name}  default\n"
+
+    def test_schema(self, capsys):
+        """The schema is printed as JSON."""
+        assert taskhawk.main(["schema"]) == 0
+        assert json.loads(capsys.readouterr().out) == taskhawk.SCHEMA
+
+    @pytest.mark.parametrize("command", COMMANDS)
+    def test_help(self, capsys, command):
+        """The help of every command shows an example, whole on its line, that can be copied."""
+        with pytest.raises(SystemExit) as ended:
+            taskhawk.main([*command.split(), "--help"])
+        assert ended.value.code == 0
+        (example,) = re.findall(
+            r"^(?:example: +| +)(python -m .*)$", capsys.readouterr().out, re.MULTILINE
+        )
+        assert re.search(rf"taskhawk {command}\b", example)
+
+    def test_version(self, capsys):
+        """The version is printed."""
+        with pytest.raises(SystemExit) as ended:
+            taskhawk.main(["--version"])
+        assert (ended.value.code, capsys.readouterr().out) == (0, f"{taskhawk.__version__}\n")
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [[], ["nonsense"], ["listen", "--nonsense"], ["dead-letters"], ["listen", "--priority=x"]],
+        ids=" ".join,
+    )
+    def test_wrong_usage(self, capsys, arguments):
+        """What the parser does not know is wrong usage."""
+        with pytest.raises(SystemExit) as ended:
+            taskhawk.main(arguments)
+        assert ended.value.code == 2
+        assert capsys.readouterr().err.startswith("usage: taskhawk")
+
+    @pytest.mark.parametrize(
+        ("arguments", "sentence"),
+        [
+            (
+                "listen",
+                (
+                    "listen: no task is registered: name the modules that define them, such as"
+                    " myapp.tasks"
+                ),
+            ),
+            (
+                "listen nowhere.tasks",
+                "the module 'nowhere.tasks' can't be imported: No module named 'nowhere'",
+            ),
+            ("tasks nowhere", "the module 'nowhere' can't be imported: No module named 'nowhere'"),
+            (
+                "dispatch nowhere.f",
+                "the module 'nowhere' can't be imported: No module named 'nowhere'",
+            ),
+            ("dispatch f", "no task is registered as 'f': is its module imported?"),
+            (
+                "dispatch job.missing",
+                "no task is registered as 'job.missing': is its module imported?",
+            ),
+            ("dispatch job.add --args [1", "--args: expected an array of JSON, got '[1'"),
+            ("dispatch job.add --args [NaN]", "--args: expected an array of JSON, got '[NaN]'"),
+            ("dispatch job.add --args {}", "--args: expected an array of JSON, got '{}'"),
+            ("dispatch job.add --kwargs []", "--kwargs: expected an object of JSON, got '[]'"),
+            ("dispatch job.add --header a", "--header: expected K=V, got 'a'"),
+            ("dispatch job.add", "job.add: missing a required argument: 'one'"),
+            (
+                "dispatch job.add --args [1] --delay -1",
+                "delay: expected 0 or more seconds, got -1.0",
+            ),
+            (
+                "dispatch job.add --args [1] --delay nan",
+                "delay: expected 0 or more seconds, got nan",
+            ),
+            ("listen job --num-messages 0", "num_messages: expected 1 or more, got 0"),
+            (
+                "listen job --visibility-timeout 0.5",
+                "visibility_timeout_s: expected 1 to 43200 seconds, got 0.5",
+            ),
+        ],
+    )
+    def test_wrong_arguments(self, capsys, command_folder, monkeypatch, arguments, sentence):
+        """What can't work is said in one line, and the exit code is 2."""
+        taskhawk._registry.clear()
+        (command_folder / "job.py").write_text(COMMAND_MODULE.format(package="taskhawk"))
+        monkeypatch.setenv("TASKHAWK_BROKER", "sqlite:///queue.db")
+        assert command_error(capsys, *arguments.split()) == (2, f"taskhawk: {sentence}")
+
+    @pytest.mark.parametrize(
+        ("name", "value", "sentence"),
+        [
+            (
+                "TASKHAWK_BROKER",
+                "redis://",
+                (
+                    "TASKHAWK_BROKER in the environment: expected 'sqs' or a URL of SQLite, such as"
+                    " 'sqlite:///queue.db', got 'redis://'"
+                ),
+            ),
+            (
+                "SETTINGS_MODULE",
+                "nowhere",
+                (
+                    "the module named by SETTINGS_MODULE 'nowhere' can't be imported: No module"
+                    " named 'nowhere'"
+                ),
+            ),
+            (
+                "DJANGO_SETTINGS_MODULE",
+                "nowhere",
+                (
+                    "the module named by DJANGO_SETTINGS_MODULE 'nowhere' can't be imported: No"
+                    " module named 'nowhere'"
+                ),
+            ),
+        ],
+    )
+    def test_wrong_configuration(self, tmp_path, name, value, sentence):
+        """Wrong configuration is said in one line, and the exit code is 2."""
+        (tmp_path / "job.py").write_text(COMMAND_MODULE.format(package="taskhawk"))
+        result = run_python(
+            ["-m", "taskhawk", "dispatch", "job.broken"], cwd=tmp_path, env={name: value}
+        )
+        assert (result.returncode, result.stderr) == (2, f"taskhawk: {sentence}\n")
+
+    @pytest.mark.parametrize("command", ["listen job", "dispatch job.add", "dead-letters requeue"])
+    @pytest.mark.parametrize("url", ["sqlite://", "sqlite://?max_receive_count=3"])
+    def test_memory(self, capsys, command_folder, monkeypatch, command, url):
+        """A queue in the memory of a process that ends is refused."""
+        (command_folder / "job.py").write_text(COMMAND_MODULE.format(package="taskhawk"))
+        monkeypatch.setenv("TASKHAWK_BROKER", url)
+        name = " ".join(command.split()[: 2 if "dead" in command else 1])
+        assert command_error(capsys, *command.split()) == (
+            2,
+            (
+                f"taskhawk: {name}: sqlite:// is the memory of one process: use a file, such as"
+                " sqlite:///queue.db"
+            ),
+        )
+
+    @pytest.mark.parametrize(
+        "command", ["listen memory_job --until-empty", "dispatch memory_job.add --args [1]"]
+    )
+    def test_memory_of_a_module(self, capsys, command_folder, command):
+        """So is one that the tasks' module configures."""
+        (command_folder / "memory_job.py").write_text(
+            COMMAND_MODULE.format(package="taskhawk")
+            + "taskhawk.configure(TASKHAWK_BROKER='sqlite://')\n"
+        )
+        assert command_error(capsys, *command.split()) == (
+            2,
+            (
+                f"taskhawk: {command.split()[0]}: sqlite:// is the memory of one process: use a"
+                " file, such as sqlite:///queue.db"
+            ),
+        )
+
+    def test_failed(self, capsys, command_folder, worker_aws):
+        """What the service refuses is said in one line, and the exit code is 1."""
+        policy = json.dumps({"deadLetterTargetArn": "arn:aws:sqs:us-east-1:1:letters"})
+        letter = {"MessageId": "m", "ReceiptHandle": "r", "Body": "{}"}
+        worker_aws.answers |= {
+            "GetQueueAttributes": lambda request: {
+                "Attributes": {"VisibilityTimeout": "30", "RedrivePolicy": policy}
+                | dict.fromkeys(request["AttributeNames"][2:], "0")
+                | {"ApproximateNumberOfMessages": "1", "ApproximateNumberOfMessagesNotVisible": "0"}
+                | {"ApproximateNumberOfMessagesDelayed": "0"}
+            },
+            "ReceiveMessage": {"Messages": [letter]},
+            "SendMessage": "com.amazonaws.sqs#KmsDisabled",
+        }
+        assert command_error(capsys, "dead-letters", "requeue") == (
+            1,
+            "taskhawk: 1 of 1 messages failed: KmsDisabled",
+        )
+        (command_folder / "job.py").write_text(COMMAND_MODULE.format(package="taskhawk"))
+        code, line = command_error(capsys, "dispatch", "job.broken")
+        assert code == 1
+        assert line.startswith("taskhawk: ")
+        assert "KmsDisabled" in line
+
+    def test_unreachable(self, tmp_path):
+        """A service that can't be reached is said in one line, and the exit code is 1."""
+        url = f"http://127.0.0.1:{free_port()}"
+        env = {"AWS_ENDPOINT_SQS": url, "AWS_REGION": "us-east-1", "TASKHAWK_QUEUE": "app"}
+        env |= {"AWS_ACCESS_KEY": "test", "AWS_SECRET_KEY": "test"}
+        (tmp_path / "job.py").write_text(COMMAND_MODULE.format(package="taskhawk"))
+        result = run_python(["-m", "taskhawk", "dispatch", "job.broken"], cwd=tmp_path, env=env)
+        assert (result.returncode, result.stdout) == (1, "")
+        assert result.stderr.startswith("taskhawk: ")
+        assert url in result.stderr
+        assert result.stderr.count("\n") == 1
+
+    def test_disk_full(self, capsys, command_folder):
+        """An error of the system is one line too."""
+        (command_folder / "job.py").write_text(
+            f"raise OSError({errno.ENOSPC}, 'No space left on device')"
+        )
+        assert command_error(capsys, "tasks", "job") == (
+            1,
+            f"taskhawk: [Errno {errno.ENOSPC}] No space left on device",
+        )
+
+    def test_uncertain(self, capsys, command_folder, worker_aws):
+        """A worker that does not know whether a message was deleted exits with 1."""
+        failed = {"Id": "0", "Code": "ReceiptHandleIsInvalid", "SenderFault": True}
+        worker_aws.answers |= {
+            "ReceiveMessage": lambda request: worker_aws_messages(
+                taskhawk.Message.new("job.add", [1])
+            ),
+            "DeleteMessageBatch": {"Successful": [], "Failed": [failed]},
+        }
+        (command_folder / "job.py").write_text(COMMAND_MODULE.format(package="taskhawk"))
+        options = ("--loop-count", "1", "--visibility-timeout", "30")
+        assert taskhawk.main(["listen", "job", *options]) == 1
+        assert capsys.readouterr().out == (
+            "sum 3 {} default\n"
+            "1 received, 0 acked, 0 retried, 0 dead-lettered, 0 released, 1 uncertain\n"
+        )
+
+    def test_interrupted(self, command_folder):
+        """A KeyboardInterrupt ends a command without a traceback."""
+        (command_folder / "job.py").write_text("raise KeyboardInterrupt")
+        assert taskhawk.main(["tasks", "job"]) == 130
+
+    @pytest.mark.slow
+    def test_django(self, tmp_path):
+        """Where DJANGO_SETTINGS_MODULE is set, Django is set up before modules are imported."""
+        for name, text in {
+            "site_settings.py": "INSTALLED_APPS = ['shop']\nUSE_TZ = True\nSECRET_KEY = 'x'\n"
+            f"TASKHAWK_BROKER = 'sqlite:///{tmp_path}/queue.db'\n",
+            "shop/__init__.py": "",
+            "shop/models.py": "from django.db import models\nclass Sale(models.Model):\n"
+            "    id = models.BigAutoField(primary_key=True)\n",
+            "shop/tasks.py": "import taskhawk\nfrom shop.models import Sale\n"
+            "@taskhawk.task\ndef sell():\n    print('sold', Sale._meta.label)\n",
+        }.items():
+            path = tmp_path / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+        env = {"DJANGO_SETTINGS_MODULE": "site_settings"}
+        for arguments, output in [
+            (["dispatch", "shop.tasks.sell"], "[-0-9a-f]{36}\n"),
+            (["listen", "shop.tasks", "--until-empty"], "sold shop.Sale\n1 received, 1 acked,.*\n"),
+        ]:
+            result = run_python(["-m", "taskhawk", *arguments], cwd=tmp_path, env=env)
+            assert result.returncode == 0, result.stderr
+            assert re.fullmatch(output, result.stdout)
+
+
+class ReadmeBlock(NamedTuple):
+    """A fenced block of README.md, with the comment before it that says how to run it."""
+
+    line: int
+    language: str
+    marks: dict[str, str]
+    text: str
+    output: str | None = None  # of a ```text block right behind it
+
+
+def readme_blocks() -> list[ReadmeBlock]:
+    """Return README.md's fenced blocks, in order."""
+    pattern = (
+        r"(?m)^(?:<!-- test: (.*) -->\n)?```(\w+)\n((?s:.*?))^```\n"
+        r"(?:```text\n((?s:.*?))^```\n)?"
+    )
+    text = project_file("README.md").read_text()
+    return [
+        ReadmeBlock(
+            text[: found.start(3)].count("\n"),
+            found[2],
+            dict(mark.partition("=")[::2] for mark in (found[1] or "").split()),
+            found[3],
+            found[4],
+        )
+        for found in re.finditer(pattern, text)
+    ]
+
+
+def readme_files(folder: Path) -> None:
+    """Write the modules that README.md shows."""
+    for block in readme_blocks():
+        if name := block.marks.get("file"):
+            before = README_DJANGO if name == "shop_settings.py" else ""
+            (folder / name).write_text(before + block.text)
+
+
+README_DJANGO = """
+DEBUG = True
+INSTALLED_APPS = ["django.contrib.auth", "django.contrib.contenttypes"]
+DATABASES = {"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": "shop.db"}}
+"""
+
+
+def readme_normalised(text: str) -> str:
+    """Replace what differs from run to run: ids, times, paths, the frames of tracebacks."""
+    text = re.sub(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", "ID", text)
+    text = re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}", "TIME", text)
+    text = re.sub(r"/\S*/queue\.db", "PATH", text)
+    return re.sub(r"(?m)(^Traceback .*\n)(?: .*\n)+", r"\1  ...\n", text)
+
+
+README_GROUPS = ("plain", "aws", "django", "flask")  # blocks that share an interpreter
+README_BEFORE = {
+    "django": "import django; django.setup()\n"
+    "from django.core.management import call_command; call_command('migrate', verbosity=0)\n"
+}
+README_AFTER = {  # what the blocks dispatched, or can dispatch now, is run
+    "aws": "import tasks; tasks.audit.dispatch('ready')\n"
+    "print(taskhawk.listen_for_messages(taskhawk.Priority.default, until_empty=True).acked)",
+    "django": "import taskhawk\n"
+    "taskhawk.listen_for_messages(taskhawk.Priority.default, until_empty=True)",
+}
+README_AFTER_OUTPUT = {
+    "aws": "ready: attempt 1 of a default message, {}\n1\n",
+    "django": "Welcome! -> you@example.com\n",
+}
+README_RUNNER = """
+import glob, json, os, sys, traceback, types, taskhawk
+page = sys.modules["page"] = types.ModuleType("page")
+for line, source, marks in json.load(open("blocks.json")):
+    print(f"\\0{line}", flush=True)
+    taskhawk.configure()
+    for path in glob.glob("queue.db*") if "fresh" in marks else ():
+        os.remove(path)
+    try:
+        exec(compile("\\n" * line + source, "README.md", "exec"), vars(page))
+    except Exception as error:
+        if "raises" not in marks:
+            raise
+        print(*traceback.format_exception_only(error), end="")
+taskhawk.configure()
+"""
+
+
+class TestReadme:
+    """README.md says what is true: its code runs, and its output is real."""
+
+    @pytest.mark.parametrize("group", README_GROUPS)
+    def test_python_blocks_run(self, group, request, tmp_path):
+        """Each Python block runs, in order, and prints what the block behind it says."""
+        readme_files(tmp_path)
+        python = [block for block in readme_blocks() if block.language == "python"]
+        assert {block.marks.get("run", "plain") for block in python} == set(README_GROUPS)
+        blocks = [block for block in python if block.marks.get("run", "plain") == group]
+        sources = [(block.line, self.source(block), block.marks) for block in blocks]
+        after = (9999, README_AFTER.get(group, ""), {})
+        (tmp_path / "blocks.json").write_text(json.dumps([*sources, after]))
+        env = {"TASKHAWK_BROKER": "sqlite:///queue.db"}
+        if group == "django":
+            env = {"DJANGO_SETTINGS_MODULE": "shop_settings"}
+        if group == "aws":
+            env = self.aws(request.getfixturevalue("ministack"))
+        code = README_BEFORE.get(group, "") + README_RUNNER
+        result = run_python(code, cwd=tmp_path, env=env)
+        assert result.returncode == 0, result.stderr
+        outputs = dict(part.split("\n", 1) for part in result.stdout.split("\0")[1:])
+        expected = {str(block.line): block.output or "" for block in blocks}
+        assert outputs == {**expected, "9999": README_AFTER_OUTPUT.get(group, "")}
+
+    @staticmethod
+    def source(block):
+        """Return what is to be run: the block, or the import of one that is a file."""
+        name = block.marks.get("file")
+        return f"import {name.removesuffix('.py')}" if name else block.text
+
+    @staticmethod
+    def aws(url):
+        """Return the environment in which taskhawk and botocore talk to an emulator."""
+        keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
+        places = {"AWS_ENDPOINT_URL": url, "AWS_ENDPOINT_SQS": url, "AWS_REGION": "eu-west-1"}
+        return {**keys, **places, "TASKHAWK_QUEUE": "dev-myapp"}
+
+    @pytest.mark.slow
+    def test_commands_print_what_is_shown(self, tmp_path):
+        """The commands of the console blocks, run in order, print what is shown."""
+        readme_files(tmp_path)
+        env = python_env({"PYTHONUNBUFFERED": "1", "PY": sys.executable})
+        blocks = [block for block in readme_blocks() if block.language == "console"]
+        shown = "".join(block.text for block in blocks)
+        commands = re.findall(r"(?m)^\$ (.*)\n((?:(?!\$ ).*\n)*)", shown)
+        assert shown.count("\n$ ") + 1 == len(commands)
+        for command, expected in commands:
+            if variable := re.fullmatch(r"export (\w+)=(\S+)", command):
+                env[variable[1]] = variable[2]
+                continue
+            result = subprocess.run(
+                ["bash", "-c", f'python() {{ "$PY" "$@"; }}; {command}'],
+                cwd=tmp_path,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=60,
+                check=False,
+            )
+            assert readme_normalised(result.stdout) == readme_normalised(expected), command
+
+    def test_settings_are_documented(self):
+        """The settings' table has each setting, its true default, and an example that is legal."""
+        cell = r" *(.*?) *\|"
+        rows = re.findall(
+            rf"(?m)^\| `([A-Z_]+)` \|{cell * 3}$", project_file("README.md").read_text()
+        )
+        assert sorted(name for name, *_ in rows) == sorted(taskhawk._SETTINGS)
+        for name, _, default, example in rows:
+            if default[:1] == "`" and name != "TASKHAWK_TASK_CLASS":
+                assert f"`{getattr(taskhawk.settings, name)}`" == default
+            if not example.startswith("`myapp."):
+                taskhawk.configure({name: example.strip("`")})
+                assert str(getattr(taskhawk.settings, name)) == example.strip("`")
+                taskhawk.configure()
+
+    @pytest.mark.parametrize("name", taskhawk.__all__)
+    def test_public_names_are_documented(self, name):
+        """The API section has each public name, and functions with their true signature."""
+        _, _, rest = project_file("README.md").read_text().partition("\n## API\n")
+        api = " ".join(rest.partition("\n## ")[0].split())
+        assert re.search(rf"`(Message\.)?{name}\b", api)
+        public = getattr(taskhawk, name)
+        functions = {name: public} if inspect.isfunction(public) else {}
+        if public in (taskhawk.AsyncInvocation, taskhawk.Broker, taskhawk.Message, taskhawk.Task):
+            names = [n for n in vars(public) if not n.startswith("_")]
+            functions = {n: getattr(public, n) for n in names if callable(getattr(public, n))}
+        for function_name, function in functions.items():
+            signature = inspect.signature(function)
+            parameters = [
+                p.replace(annotation=p.empty)
+                for p in signature.parameters.values()
+                if p.name != "self"
+            ]
+            text = str(signature.replace(parameters=parameters, return_annotation=signature.empty))
+            text = re.sub(r"<class '(\w+)'>|<(Priority\.\w+): \d>", r"\1\2", text)
+            text = text.replace("(/, ", "(")
+            assert f"{function_name}{text}`" in api
+
+    def test_json_blocks_are_valid(self):
+        """The messages shown are valid ones; a schedule's too, once its gaps are filled."""
+        filled = {"execution-id": "d3b0-7", "scheduled-time": "2026-01-31T02:00:00Z"}
+        blocks = [block for block in readme_blocks() if block.language == "json"]
+        texts = [
+            re.sub(r"<aws\.scheduler\.([\w-]+)>", lambda found: filled[found[1]], block.text)
+            for block in blocks
+        ]
+        messages = [data for data in map(json.loads, texts) if "task" in data]
+        assert len(messages) == 2
+        for data in messages:
+            taskhawk.Message(data)
+
+    def test_migration_command(self, tmp_path):
+        """The line of sed turns imports of the old packages' submodules into ours."""
+        old = tmp_path / "old.py"
+        old.write_text(
+            "import taskhawk.exceptions\n"
+            "from taskhawk.exceptions import RetryException\n"
+            "from taskhawk.conf import settings\n"
+            "from taskhawk.backends.exceptions import PartialFailure\n"
+            "import taskhawk, taskhawk.config_of_mine\n"
+            "raise taskhawk.exceptions.IgnoreException(mytaskhawk.models)\n"
+        )
+        commands = [b.text for b in readme_blocks() if b.language == "sh" and " sed " in b.text]
+        subprocess.run(["bash", "-c", *commands], cwd=tmp_path, check=True)
+        assert old.read_text() == (
+            "import taskhawk\n"
+            "from taskhawk import RetryException\n"
+            "from taskhawk import settings\n"
+            "from taskhawk import PartialFailure\n"
+            "import taskhawk, taskhawk.config_of_mine\n"
+            "raise taskhawk.IgnoreException(mytaskhawk.models)\n"
+        )
+
+    def test_code_comes_first(self):
+        """A reader sees code by line 20, and the two commands that do all set-up."""
+        text = project_file("README.md").read_text()
+        assert "\n```python\nimport taskhawk\n" in "\n".join(text.splitlines()[:20])
+        assert "\npip install . && python -m taskhawk demo\n" in text
+        assert "\npip install '.[test]' && pytest\n" in text
+
+    def test_links_resolve(self):
+        """Each link leads to a heading of the page, a file of the project, or a web address."""
+        text = project_file("README.md").read_text()
+        prose = re.sub(r"(?ms)^```.*?^```$", "", text)
+        headings = re.findall(r"(?m)^#+ (.*)$", prose)
+        anchors = {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}
+        links = re.findall(r"\]\(([^)\s]+)\)", prose)
+        assert len(links) > 20
+        for link in links:
+            if link.startswith("#"):
+                assert link[1:] in anchors
+            elif not link.startswith("https://"):
+                assert project_file(link).exists()
