@@ -479,13 +479,12 @@ _METADATA_SCHEMA = {
         "timestamp": {
             "description": "epoch milliseconds, or ISO 8601 (UTC where it has no offset)",
             "type": ["number", "string"],
-            "minimum": 0,
-            "maximum": 8_640_000_000_000_000,  # the last date of ECMAScript
-            "pattern": _ISO_8601,
+            "minimum": 0, "maximum": 8_640_000_000_000_000, "pattern": _ISO_8601,
         },
         "version": {"const": "1.0"},
     },
 }
+_NAME_SCHEMA = {"type": "string", "minLength": 1}
 #: the message format as JSON Schema 2020-12: the contract for publishers in other languages
 SCHEMA: dict[str, Any] = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -494,12 +493,12 @@ SCHEMA: dict[str, Any] = {
     "type": "object",
     "required": ["id", "metadata", "headers", "task", "args", "kwargs"],
     "properties": {
-        "id": {"type": "string", "minLength": 1},
+        "id": _NAME_SCHEMA,
         "metadata": _METADATA_SCHEMA,
         "headers": {"description": "free for the application's use", "type": "object"},
-        "task": {"description": "the name of the task", "type": "string", "minLength": 1},
-        "args": {"description": "its positional arguments", "type": "array"},
-        "kwargs": {"description": "its keyword arguments", "type": "object"},
+        "task": _NAME_SCHEMA,
+        "args": {"description": "positional arguments", "type": "array"},
+        "kwargs": {"description": "keyword arguments", "type": "object"},
     },
 }
 _JSON_TYPES: dict[str, tuple[Any, str]] = {  # by their names in JSON Schema
@@ -614,16 +613,13 @@ class Message:
         """
         Task.find_by_name(task)
         now, version = int(time.time() * 1000), cls.CURRENT_VERSION
-        return cls(
-            {
-                "id": msg_id or str(uuid.uuid4()),
-                "metadata": {"priority": priority.name, "timestamp": now, "version": version},
-                "headers": dict(headers or {}),
-                "task": task,
-                "args": list(args or ()),
-                "kwargs": dict(kwargs or {}),
-            }
-        )
+        metadata = {"priority": priority.name, "timestamp": now, "version": version}
+        given = {
+            "args": list(args or ()),
+            "kwargs": dict(kwargs or {}),
+            "headers": dict(headers or {}),
+        }
+        return cls({"id": msg_id or str(uuid.uuid4()), "task": task, "metadata": metadata, **given})
 
     id: str = property(lambda self: self._data["id"])  # type: ignore[assignment]
     metadata = property(lambda self: self._data["metadata"], doc="priority, timestamp and version")
@@ -885,10 +881,7 @@ class Task(AsyncInvocation[_P], Generic[_P, _R]):
         self.retry_on: tuple[type[BaseException], ...] = (BaseException,)
         self.never_retry_on: tuple[type[BaseException], ...] = ()
         self.loaded_by = getattr(fn, "__globals__", {}).get("__spec__")
-        functools.update_wrapper(self, fn, updated=())
-        # The function's attributes too, but for those that are the task's own.
-        own = getattr(fn, "__dict__", {}).items()
-        vars(self).update({key: value for key, value in own if not hasattr(self, key)})
+        functools.update_wrapper(self, fn, updated=())  # its __dict__ may have names of ours
 
     name = property(lambda self: self._name, doc="what messages call the task by")
     priority = property(lambda self: self._priority, doc="of its messages, unless they say so")
@@ -1206,29 +1199,32 @@ def _log_extra(extra: object) -> dict[str, Any]:
     return {f"extra_{key}" if key in taken else str(key): value for key, value in given.items()}
 
 
-class _Backoff:
-    """A retry policy whose delays grow by factor and step, up to a ceiling, so many times."""
+def _growing(
+    base_s: float,
+    factor: float,
+    step_s: float,
+    max_retries: int | None,
+    max_s: float,
+    *,
+    jitter: bool,
+) -> Callable[[int], float]:
+    """Return a policy whose delays grow by factor and step, up to a ceiling, so many times."""
+    for number in (base_s, factor, step_s, max_s, max_retries or 0):
+        if not _is_number(number) or not number >= 0:
+            raise ConfigurationError(f"retry policy: expected 0 or more, got {number!r}")
+    base_s, step_s, max_s = (min(number, _MAX_HELD_S) for number in (base_s, step_s, max_s))
 
-    def __init__(self, base_s: float, factor: float, step_s: float, **limits: Any) -> None:
-        self.max_retries: int | None = limits["max_retries"]
-        max_delay_s, retries = limits.get("max_delay_s", _MAX_HELD_S), self.max_retries or 0
-        for number in (base_s, factor, step_s, max_delay_s, retries):
-            if not _is_number(number) or not number >= 0:
-                raise ConfigurationError(f"retry policy: expected 0 or more, got {number!r}")
-        self._base_s, self._step_s = min(base_s, _MAX_HELD_S), min(step_s, _MAX_HELD_S)
-        self._max_delay_s, self._factor = min(max_delay_s, _MAX_HELD_S), factor
-        self._jitter: bool = limits["jitter"]
-
-    def __call__(self, attempt: int) -> float:
-        if self.max_retries is not None and attempt > self.max_retries:
-            raise StopRetry(f"all {self.max_retries} retries are used up")
+    def policy(attempt: int) -> float:
+        if max_retries is not None and attempt > max_retries:
+            raise StopRetry(f"all {max_retries} retries are used up")
         try:
-            growth = float(self._factor ** (attempt - 1))
+            growth = float(factor ** (attempt - 1))
         except OverflowError:
             growth = sys.float_info.max
-        delay_s = self._base_s * growth + self._step_s * (attempt - 1)
-        delay_s = min(delay_s, self._max_delay_s)
-        return _jittered(delay_s) if self._jitter else delay_s
+        delay_s = min(base_s * growth + step_s * (attempt - 1), max_s)
+        return _jittered(delay_s) if jitter else delay_s
+
+    return policy
 
 
 def _jittered(delay_s: float) -> float:
@@ -1249,7 +1245,7 @@ def fixed(
     :param delay_s: seconds from a failed run to the next; with jitter, at least half of it
     :param max_retries: then the dead letters; None leaves that to the queue's maxReceiveCount
     """
-    return _Backoff(delay_s, 1, 0, max_retries=max_retries, jitter=jitter)
+    return _growing(delay_s, 1, 0, max_retries, _MAX_HELD_S, jitter=jitter)
 
 
 def linear(
@@ -1261,8 +1257,7 @@ def linear(
     jitter: bool = True,
 ) -> Callable[[int], float]:
     """Return a retry policy of delays that grow by `step_s` seconds; see :func:`fixed`."""
-    limits = {"max_retries": max_retries, "max_delay_s": max_delay_s, "jitter": jitter}
-    return _Backoff(base_s, 1, step_s, **limits)
+    return _growing(base_s, 1, step_s, max_retries, max_delay_s, jitter=jitter)
 
 
 def exponential(
@@ -1274,8 +1269,7 @@ def exponential(
     jitter: bool = True,
 ) -> Callable[[int], float]:
     """Return a retry policy of delays that grow by `factor`; see :func:`fixed`."""
-    limits = {"max_retries": max_retries, "max_delay_s": max_delay_s, "jitter": jitter}
-    return _Backoff(base_s, factor, 0, **limits)
+    return _growing(base_s, factor, 0, max_retries, max_delay_s, jitter=jitter)
 
 
 _django_loops = threading.local()
@@ -1637,7 +1631,6 @@ class _AwsSender(Sender):
         return refusals
 
     def explain(self, error: BaseException, where: str) -> TaskhawkError | None:
-        """Name what to mend."""
         if limit := re.search(r"shorter than (\d+) bytes", str(error)):
             text = f"{where} takes messages of at most {limit[1]} bytes"
             return MessageTooLarge(text, int(limit[1]))
@@ -1647,7 +1640,6 @@ class _AwsSender(Sender):
         return ConfigurationError(f"{where}: {remedy} ({code})") if remedy else None
 
     def close(self) -> None:
-        """Close the connections."""
         for client in self._clients.values():
             client.close()
 
@@ -1659,7 +1651,6 @@ class SnsSender(_AwsSender):
     max_bytes, max_delay_s = _MAX_SNS_BYTES, 0
 
     def destination(self, priority: Priority) -> str:
-        """Return the topic's ARN."""
         account, queue = settings.require("AWS_ACCOUNT_ID"), settings.require("TASKHAWK_QUEUE")
         meta = self.client("send").meta
         topic = f"taskhawk-{queue.lower()}{_SUFFIXES[priority]}"
@@ -1687,7 +1678,6 @@ class SqsBroker(_AwsSender, Broker):
         self._infos: dict[str, QueueInfo] = {}
 
     def destination(self, priority: Priority) -> str:
-        """Return the queue's name."""
         return _queue_name(priority)
 
     def url(self, queue: str, role: str = "send") -> str:
@@ -1777,7 +1767,6 @@ class SqsBroker(_AwsSender, Broker):
         return self._infos[queue]
 
     def depth(self, queue: str) -> Depth:
-        """Read the approximate numbers of messages."""
         names = [f"ApproximateNumberOfMessages{kind}" for kind in ("", "NotVisible", "Delayed")]
         found = self._attributes(queue, names)
         return Depth(*(int(found[name]) for name in names))
@@ -1834,6 +1823,30 @@ def _turn_to_wal(db: Any) -> None:
             return
 
 
+def _open_sqlite(path: str | None) -> Any:
+    """Open a file, or memory, and make the tables where there are none."""
+    import sqlite3
+
+    if sqlite3.sqlite_version_info < _OLDEST_SQLITE:
+        text = f"SQLite {sqlite3.sqlite_version} is too old: expected 3.35.0 or newer"
+        raise ConfigurationError(text)
+    options: Any = {"timeout": 30, "isolation_level": None, "check_same_thread": False}
+    with contextlib.ExitStack() as undo:
+        try:
+            db = sqlite3.connect(path or ":memory:", **options)
+            undo.callback(db.close)
+            if (version := db.execute("PRAGMA user_version").fetchone()[0]) not in (0, 1):
+                raise sqlite3.OperationalError(f"expected version 1 of its tables, got {version}")
+            _turn_to_wal(db)
+            db.execute("PRAGMA synchronous = FULL")
+            db.executescript(_SQLITE_SCHEMA)
+        except sqlite3.Error as error:
+            text = f"TASKHAWK_BROKER: can't open {Path(path or 'memory').absolute()}: {error}"
+            raise ConfigurationError(text) from error
+        undo.pop_all()
+    return db
+
+
 class SqliteBroker(Broker):
     """Queues in a file; or in memory, for the tests of one process.
 
@@ -1862,39 +1875,14 @@ class SqliteBroker(Broker):
             ) from error
         self._lock = threading.Lock()  # held while a thread uses the connection, one at a time
         self._commits = 0  # ours: data_version tells of the other connections' only
-        self._db = self._open()
-
-    def _open(self) -> Any:
-        import sqlite3
-
-        if sqlite3.sqlite_version_info < _OLDEST_SQLITE:
-            text = f"SQLite {sqlite3.sqlite_version} is too old: expected 3.35.0 or newer"
-            raise ConfigurationError(text)
         if not self._path:
             SqliteBroker._memory_pid = SqliteBroker._memory_pid or os.getpid()
             if SqliteBroker._memory_pid != os.getpid():
-                raise ConfigurationError(_ONE_PROCESS)
-        path = self._path or ":memory:"
-        options: Any = {"timeout": 30, "isolation_level": None, "check_same_thread": False}
-        with contextlib.ExitStack() as undo:
-            try:
-                db = sqlite3.connect(path, **options)
-                undo.callback(db.close)
-                if (version := db.execute("PRAGMA user_version").fetchone()[0]) not in (0, 1):
-                    raise sqlite3.OperationalError(
-                        f"expected version 1 of its tables, got {version}"
-                    )
-                _turn_to_wal(db)
-                db.execute("PRAGMA synchronous = FULL")
-                db.executescript(_SQLITE_SCHEMA)
-            except sqlite3.Error as error:
-                text = f"TASKHAWK_BROKER: can't open {Path(path).absolute()}: {error}"
-                raise ConfigurationError(text) from error
-            undo.pop_all()
-        return db
+                text = "sqlite:// is the memory of one process, and this is another: use a file"
+                raise ConfigurationError(f"{text}, such as sqlite:///queue.db")
+        self._db = _open_sqlite(self._path)
 
     def destination(self, priority: Priority) -> str:
-        """Return the queue's name."""
         return _queue_name(priority)
 
     def explain(self, error: BaseException, where: str) -> None:
@@ -1914,7 +1902,7 @@ class SqliteBroker(Broker):
     def after_fork(self) -> None:
         """Take the file again."""
         try:
-            self._db = self._open() if self._path else self._db
+            self._db = _open_sqlite(self._path) if self._path else self._db
             self._commits += 1
         finally:
             self._lock.release()
@@ -2023,29 +2011,20 @@ class SqliteBroker(Broker):
             ]
 
     def url(self, queue: str) -> str:
-        """Return the file's URL."""
         return self._url
 
     def info(self, queue: str) -> QueueInfo:
-        """Tell what the URL says."""
         if queue.endswith("-DLQ"):
             return QueueInfo(self._lease_s, None, None)
         return QueueInfo(self._lease_s, f"{queue}-DLQ", int(self._most))
 
     def depth(self, queue: str) -> Depth:
-        """Count the rows."""
         ask = """SELECT count(*) FILTER (WHERE visible_ms <= :now),
             count(*) FILTER (WHERE visible_ms > :now AND receipt IS NOT NULL),
             count(*) FILTER (WHERE visible_ms > :now AND receipt IS NULL)
             FROM message WHERE queue = :queue"""
         with self._lock:
             return Depth(*self._db.execute(ask, {"now": self._in_ms(), "queue": queue}).fetchone())
-
-
-_ONE_PROCESS = (
-    "sqlite:// is the memory of one process, and this is another: use a file, such as"
-    " sqlite:///queue.db"
-)
 
 
 # --- 10. publishing -------------------------------------------------------------------------------
@@ -2128,34 +2107,14 @@ def _run_now(ready: _Ready) -> None:
     message, body = ready.message, ready.entry.body
     queue = _queue_name(message.priority) if settings.TASKHAWK_QUEUE else "TASKHAWK-SYNC"
     record = {"Sns": {"Message": body, "MessageId": message.id, "MessageAttributes": {}}}
-    more: Any = {"message_attributes": ready.entry.attributes}
-    more |= {"sns_record": record} if settings.IS_LAMBDA_APP else {}
-    _run(QueueMessage(body, message.id, queue=queue, **more))
+    sns_record = record if settings.IS_LAMBDA_APP else None
+    attributes = ready.entry.attributes
+    _run(QueueMessage(body, message.id, None, {}, attributes, queue=queue, sns_record=sns_record))
 
 
-class _Collecting:
-    """The messages that are collected while a ``with batch():`` block runs."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()  # held to add and to close: nothing is added to a closed one
-        self._ready: list[_Ready] = []
-        self.is_open: bool = True
-
-    def add(self, ready: _Ready) -> bool:
-        """Add a message; False where the block has ended."""
-        with self._lock:
-            if self.is_open:
-                self._ready.append(ready)
-            return self.is_open
-
-    def close(self) -> list[_Ready]:
-        """Return the messages; from now on, none is added."""
-        with self._lock:
-            self.is_open = False
-            return self._ready
-
-
-_collecting = contextvars.ContextVar[_Collecting | None]("taskhawk batch", default=None)
+# What a `with batch():` block collects: a box of one list, and empty once the block has ended.
+_collecting = contextvars.ContextVar[list[list["_Ready"]]]("taskhawk batch", default=[])  # noqa: B039
+_closing = threading.Lock()  # held to add and to close: nothing is added to a closed one
 
 
 @contextlib.contextmanager
@@ -2167,26 +2126,27 @@ def batch() -> Iterator[None]:
 
     :raises PartialFailure: on exit, with exactly the messages that were not accepted
     """
-    outer = _collecting.get()
-    if outer and outer.is_open:
+    if _collecting.get():
         yield
         return
-    mine = _Collecting()
-    token = _collecting.set(mine)
+    box: list[list[_Ready]] = [[]]
+    token = _collecting.set(box)
     try:
         yield
-    except BaseException:
-        mine.close()
-        raise
     finally:
         _collecting.reset(token)
-    _publish_all(mine.close())
+        with _closing:
+            collected = box.pop()
+    _publish_all(collected)
 
 
-def _collect(readies: Sequence[_Ready]) -> list[_Ready]:
+def _collect(readies: Sequence[_Ready]) -> Sequence[_Ready]:
     """Add messages to the batch around this call, and return those that it did not take."""
-    collecting = _collecting.get()
-    return [ready for ready in readies if not (collecting and collecting.add(ready))]
+    with _closing:
+        if box := _collecting.get():
+            box[0].extend(readies)
+            return ()
+    return readies
 
 
 def _publish_one(ready: _Ready) -> None:
@@ -2399,13 +2359,15 @@ class _Keeper:
                 for kind, due in self._due(now):
                     if due:  # what fits into one call: ten messages of one queue
                         return kind, [h for h in due if h.queue == due[0].queue][:_MAX_BATCH], now
-                times = (min(h.renew_at if self._leases else math.inf, h.due_at) for h in self.held)
-                self.changed.wait(max(0, min([_TICK_S, *(at - now for at in times)])))
+                self.changed.wait(min([_TICK_S, *(max(0.001, h.due_at - now) for h in self.held)]))
         return None
 
     def _due(self, now: float) -> Iterator[tuple[str, list[_Held]]]:
         """Yield the changes to make now, in the order of their urgency."""
-        renewals = [held for held in self.held if held.renew_at <= now] if self._leases else []
+        leases = (
+            self._leases and not self._closed
+        )  # at the end they bound how long deletes are tried
+        renewals = [held for held in self.held if held.renew_at <= now] if leases else []
         for held in [held for held in renewals if held.last_at - now < 1]:
             self._lose(held, "it was received 12 hours ago")
         yield "extend", [held for held in renewals if held.last_at - now >= 1]
@@ -2506,7 +2468,7 @@ class Worker:
     ) -> None:
         self._broker, self._queues, self._num_messages = broker, list(queues), num_messages
         self._visibility_timeout_s, self._loop_count = visibility_timeout_s, loop_count
-        self._until_empty, self._wait_s = until_empty, 1 if until_empty else wait_s
+        self._until_empty, self._wait_s = until_empty, min(wait_s, 1) if until_empty else wait_s
         self._shutdown_event = shutdown_event or threading.Event()
         self._keeper = _Keeper(broker, clock)
         self.ledger = self._keeper.ledger
@@ -2530,8 +2492,9 @@ class Worker:
             try:
                 self._work()
             finally:
-                self._stop.set()
-                self._notify()
+                with self._keeper.changed:
+                    self._stop.set()
+                    self._keeper.changed.notify_all()
                 # Wait the polls in flight out: what an abandoned one receives, nobody runs.
                 for poller in pollers:
                     poller.join()
@@ -2568,10 +2531,6 @@ class Worker:
 
     def _stopping(self) -> bool:
         return self._signalled or self._stop.is_set() or self._shutdown_event.is_set()
-
-    def _notify(self) -> None:
-        with self._keeper.changed:
-            self._keeper.changed.notify_all()
 
     def _work(self) -> None:
         """Run messages in the calling thread."""
@@ -2619,9 +2578,9 @@ class Worker:
         """Receive from a queue, in a thread of its own."""
         loops = failures = 0
         try:
-            lease_s = self._find_lease_s(queue)
+            lease_s, asked_s = self._find_lease_s(queue)
             while (self._loop_count is None or loops < self._loop_count) and self._has_room():
-                options = (self._num_messages, self._wait_s, self._visibility_timeout_s, self._stop)
+                options = (self._num_messages, self._wait_s, asked_s, self._stop)
                 try:
                     messages = self._broker.receive(queue, *options)
                 except Exception as error:  # a worker goes on for ever
@@ -2640,19 +2599,19 @@ class Worker:
                 self._polling -= 1
                 self._keeper.changed.notify_all()
 
-    def _find_lease_s(self, queue: str) -> float:
-        """Return the visibility timeout; the policies of 1.4's workers don't let them read it."""
-        if self._visibility_timeout_s is not None:
-            return self._visibility_timeout_s
-        try:
-            lease_s = self._broker.info(queue).visibility_timeout_s
-        except Exception as error:  # if it is fatal, the receive says so
-            lease_s = 0
-            if (code := _error_code(error)).startswith("AccessDenied"):
-                _log.warning("%s: can't read its attributes: %s", queue, code)
-        if lease_s < 1:
-            lease_s = self._visibility_timeout_s = _DEFAULT_LEASE_S
-        return lease_s
+    def _find_lease_s(self, queue: str) -> tuple[float, float | None]:
+        """Return the visibility timeout, and what receives are to say of it: None, where it is the
+        queue's own. The policies of 1.4's workers don't let them read that one.
+        """
+        if (lease_s := self._visibility_timeout_s) is None:
+            try:
+                lease_s = self._broker.info(queue).visibility_timeout_s
+            except Exception as error:  # if it is fatal, the receive says so
+                if (code := _error_code(error)).startswith("AccessDenied"):
+                    _log.warning("%s: can't read its attributes: %s", queue, code)
+            if lease_s and lease_s >= 1:
+                return lease_s, None
+        return lease_s or _DEFAULT_LEASE_S, lease_s or _DEFAULT_LEASE_S
 
     def _has_room(self) -> bool:
         """Wait until what is received can start at once; False if the worker stops."""
@@ -2709,21 +2668,20 @@ def listen_for_messages(
     """
     if num_messages < 1:
         raise ConfigurationError(f"num_messages: expected 1 or more, got {num_messages}")
-    if not 1 <= (visibility_timeout_s or 1) <= _MAX_HELD_S or visibility_timeout_s == 0:
+    if visibility_timeout_s is not None and not 1 <= visibility_timeout_s <= _MAX_HELD_S:
         raise ConfigurationError(
             f"visibility_timeout_s: expected 1 to {_MAX_HELD_S} seconds, got {visibility_timeout_s}"
         )
     wanted = {priority} if isinstance(priority, Priority) else set(priority)
+    if not wanted or not all(isinstance(each, Priority) for each in wanted):
+        raise ConfigurationError(
+            f"priority: expected a taskhawk.Priority or several, got {priority!r}"
+        )
     broker = _brokers.broker()
-    return Worker(
-        broker,
-        [broker.destination(each) for each in _URGENCY if each in wanted],
-        num_messages=num_messages,
-        visibility_timeout_s=visibility_timeout_s,
-        loop_count=loop_count,
-        shutdown_event=shutdown_event,
-        until_empty=until_empty,
-    ).run()
+    queues = [broker.destination(each) for each in _URGENCY if each in wanted]
+    options: Any = {"loop_count": loop_count, "shutdown_event": shutdown_event}
+    options |= {"visibility_timeout_s": visibility_timeout_s, "until_empty": until_empty}
+    return Worker(broker, queues, num_messages=num_messages, **options).run()
 
 
 def extend_visibility_timeout(priority: Priority, receipt: str, visibility_timeout_s: int) -> None:
@@ -2784,7 +2742,7 @@ def _not_started(
 ) -> Outcome | None:
     """Return the outcome of a message that must not be started, if it must not."""
     fifo = (received.queue or "").endswith(".fifo")
-    if fifo and any(other.group_id == received.group_id for other in failed):
+    if fifo and received.group_id in {other.group_id for other in failed}:
         why = "an earlier one of its group failed"
     elif not in_time:
         why = "no time was left"
@@ -2812,7 +2770,7 @@ def _from_record(record: Any) -> QueueMessage:
             *(attributes, message_attributes),
         )
         broker = _brokers.broker()
-        if isinstance(broker, SqsBroker):
+        if isinstance(broker, SqsBroker) and "eventSourceARN" in record:
             received.queue, received.broker = broker.queue_of_arn(record["eventSourceARN"]), broker
             received.hook_kwargs["queue_name"] = received.queue
     except (AttributeError, KeyError, TypeError, ValueError):
@@ -2926,7 +2884,8 @@ def _without_error(message: QueueMessage) -> Outgoing:
 
 _MODULES = ("modules", {"nargs": "*", "metavar": "MODULE", "help": "to import: it has the tasks"})
 _PRIORITY = {"choices": [priority.name for priority in Priority], "help": "which queue: default"}
-_REQUEUE = ("--priority", {**_PRIORITY, "default": "default"})
+_MODULE = ("--module", {"action": "append", "default": [], "help": "to import first"})
+_REQUEUE = [("--priority", {**_PRIORITY, "default": "default"}), _MODULE]
 _COMMANDS: dict[str, tuple[str, str, list[tuple[str, dict[str, Any]]]]] = {
     "demo": ("show a queue at work, with nothing set up", "", []),
     "listen": (
@@ -2951,16 +2910,12 @@ _COMMANDS: dict[str, tuple[str, str, list[tuple[str, dict[str, Any]]]]] = {
             ("--header", {"action": "append", "default": [], "metavar": "K=V"}),
             ("--priority", _PRIORITY),
             ("--delay", {"type": float, "default": 0, "metavar": "S", "help": "in seconds"}),
-            ("--module", {"action": "append", "default": [], "help": "to import first"}),
+            _MODULE,
         ],
     ),
     "tasks": ("list the registered tasks", "myapp.tasks", [_MODULES]),
     "schema": ("print the message format as JSON Schema", "> schema.json", []),
-    "dead-letters requeue": (
-        "send dead letters back to their queue",
-        "--priority high",
-        [_REQUEUE],
-    ),
+    "dead-letters requeue": ("send dead letters back to their queue", "--priority high", _REQUEUE),
 }
 
 
@@ -3004,6 +2959,7 @@ def _parser() -> Any:
             over = groups[""].add_parser(group, help="mend dead letters", epilog=epilog)
             groups[group] = over.add_subparsers(required=True, metavar="ACTION")
         made = groups[group].add_parser(name, help=text, description=text, epilog=epilog)
+        made.formatter_class = argparse.RawDescriptionHelpFormatter  # leaves the example in a line
         made.set_defaults(command=command)
         for option, kwargs in options:
             made.add_argument(option, **kwargs)
@@ -3080,7 +3036,7 @@ def _run_schema(_arguments: Any) -> int:
 
 
 def _run_dead_letters_requeue(arguments: Any) -> int:
-    _import_modules([], arguments.command)
+    _import_modules(arguments.module, arguments.command)
     print(f"sent back: {requeue_dead_letter(Priority[arguments.priority])}")
     return 0
 
