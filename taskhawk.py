@@ -205,6 +205,11 @@ class StopRetry(TaskhawkError):
     """Raised by a retry policy or a task: give up, send the message to the dead letters."""
 
 
+def _require(holds: object, text: str) -> None:
+    if not holds:
+        raise ConfigurationError(text)
+
+
 def _is_number(value: object) -> typing.TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
@@ -330,12 +335,12 @@ class _Settings:
 
     def require(self, name: str) -> Any:
         """Return a setting that has no default; raise ConfigurationError if it is not set."""
-        if (value := getattr(self, name)) is not None:
-            return value
-        raise ConfigurationError(
-            f"{name} is not set: {_rule(name)}, from taskhawk.configure(), the module named by"
-            " SETTINGS_MODULE, Django's settings or the environment"
+        where = (
+            "taskhawk.configure(), the module named by SETTINGS_MODULE, Django's settings or the"
         )
+        value = getattr(self, name)
+        _require(value is not None, f"{name} is not set: {_rule(name)}, from {where} environment")
+        return value
 
     def credentials(self) -> dict[str, str]:
         """Return botocore's arguments, or {} to leave it to botocore.
@@ -344,11 +349,9 @@ class _Settings:
         """
         for source, get in self._sources():
             key, secret, token = (_parse(n, v, source) if (v := get(n)) else None for n in _SECRETS)
-            if bool(key) != bool(secret):
-                here, missing = _SECRETS[:2] if key else _SECRETS[1::-1]
-                raise ConfigurationError(
-                    f"{here} is set in {source}, but {missing} is not: expected both or neither"
-                )
+            here, missing = _SECRETS[:2] if key else _SECRETS[1::-1]
+            text = f"{here} is set in {source}, but {missing} is not: expected both or neither"
+            _require(bool(key) == bool(secret), text)
             if key:
                 found = {"aws_access_key_id": key, "aws_secret_access_key": secret}
                 return {**found, "aws_session_token": token} if token else found
@@ -479,7 +482,9 @@ _METADATA_SCHEMA = {
         "timestamp": {
             "description": "epoch milliseconds, or ISO 8601 (UTC where it has no offset)",
             "type": ["number", "string"],
-            "minimum": 0, "maximum": 8_640_000_000_000_000, "pattern": _ISO_8601,
+            "minimum": 0,
+            "maximum": 8_640_000_000_000_000,
+            "pattern": _ISO_8601,
         },
         "version": {"const": "1.0"},
     },
@@ -868,10 +873,8 @@ class Task(AsyncInvocation[_P], Generic[_P, _R]):
             text = f"{name} does not tell its parameters: expected a function written in Python"
             raise ConfigurationError(text) from error
         kinds = {name: p.kind for name, p in self._signature.parameters.items()}
-        if inspect.Parameter.VAR_POSITIONAL in kinds.values():
-            raise ConfigurationError(
-                f"{name}: *args can't be a task's parameter: name the arguments, or take a list"
-            )
+        text = f"{name}: *args can't be a task's parameter: name the arguments, or take a list"
+        _require(inspect.Parameter.VAR_POSITIONAL not in kinds.values(), text)
         # What the worker gives: a parameter of that name, or **kwargs, takes it.
         named = {n for n, kind in kinds.items() if kind is not inspect.Parameter.POSITIONAL_ONLY}
         takes_all = inspect.Parameter.VAR_KEYWORD in kinds.values()
@@ -881,7 +884,9 @@ class Task(AsyncInvocation[_P], Generic[_P, _R]):
         self.retry_on: tuple[type[BaseException], ...] = (BaseException,)
         self.never_retry_on: tuple[type[BaseException], ...] = ()
         self.loaded_by = getattr(fn, "__globals__", {}).get("__spec__")
-        functools.update_wrapper(self, fn, updated=())  # its __dict__ may have names of ours
+        functools.update_wrapper(self, fn, updated=())
+        own = getattr(fn, "__dict__", {}).items()  # it may have names of ours
+        vars(self).update({key: value for key, value in own if not hasattr(self, key)})
 
     name = property(lambda self: self._name, doc="what messages call the task by")
     priority = property(lambda self: self._priority, doc="of its messages, unless they say so")
@@ -992,18 +997,15 @@ def _register(
         raise ConfigurationError(f"{getattr(fn, '__qualname__', repr(fn))} {problem}")
     full_name = name or f"{_real_module(fn)}.{fn.__name__}"
     cls = settings.read("TASKHAWK_TASK_CLASS") or Task
-    made = cls(fn, priority, full_name)
-    if not isinstance(made, Task):
-        text = f"TASKHAWK_TASK_CLASS: expected a subclass of taskhawk.Task, got {cls!r}"
-        raise ConfigurationError(text)
+    made: Task[Any, Any] = cls(fn, priority, full_name)
+    text = f"TASKHAWK_TASK_CLASS: expected a subclass of taskhawk.Task, got {cls!r}"
+    _require(isinstance(made, Task), text)
     vars(made).update(options)
     with _registering:
         taken = _registry.get(made.name)
         if taken and not _is_reload(taken, made):
-            raise ConfigurationError(
-                f"{made.name}: the name of {_place(fn)} is taken by {_place(taken.fn)}: rename one,"
-                " or pass name= to @taskhawk.task"
-            )
+            text = f"{made.name}: the name of {_place(fn)} is taken by {_place(taken.fn)}: rename"
+            raise ConfigurationError(f"{text} one, or pass name= to @taskhawk.task")
         _registry[made.name] = made
         if not name and fn.__module__ == "__main__":
             _registry[f"__main__.{fn.__name__}"] = made  # as 1.4 named it: messages in flight
@@ -1351,6 +1353,7 @@ class Sender(typing.Protocol):
 
     def explain(self, error: BaseException, where: str) -> TaskhawkError | None:
         """Return one clear sentence for an error that only a person can mend, else None."""
+        return None
 
     def close(self) -> None:
         """Close connections."""
@@ -1506,23 +1509,22 @@ class _Brokers:
 
     def sender(self) -> Sender:
         """Return what publishes: SNS for a Lambda app, else the broker."""
-        if settings.IS_LAMBDA_APP and settings.TASKHAWK_BROKER == "sqs":
-            return self._get("sns", SnsSender)
-        return self.broker()
+        url = settings.TASKHAWK_BROKER
+        return self._get("sns" if settings.IS_LAMBDA_APP and url == "sqs" else url)
 
     def broker(self) -> Broker:
         """Return the broker that TASKHAWK_BROKER names."""
-        url = settings.TASKHAWK_BROKER
-        make = SqsBroker if url == "sqs" else functools.partial(SqliteBroker, url)
-        return typing.cast("Broker", self._get(url, make))
+        return typing.cast("Broker", self._get(settings.TASKHAWK_BROKER))
 
-    def _get(self, key: str, make: Callable[[], Sender]) -> Sender:
+    def _get(self, url: str) -> Sender:
         made = self._made  # close() replaces the dict
-        if key not in made:
+        if url not in made:
+            classes: dict[str, Callable[[], Sender]] = {"sns": SnsSender, "sqs": SqsBroker}
             with self._lock:
                 made = self._made
-                made[key] = made.get(key) or make()
-        return made[key]
+                make = classes.get(url, functools.partial(SqliteBroker, url))
+                made[url] = made.get(url) or make()
+        return made[url]
 
     def close(self) -> None:
         """Close all; the next use makes them anew."""
@@ -1827,9 +1829,8 @@ def _open_sqlite(path: str | None) -> Any:
     """Open a file, or memory, and make the tables where there are none."""
     import sqlite3
 
-    if sqlite3.sqlite_version_info < _OLDEST_SQLITE:
-        text = f"SQLite {sqlite3.sqlite_version} is too old: expected 3.35.0 or newer"
-        raise ConfigurationError(text)
+    text = f"SQLite {sqlite3.sqlite_version} is too old: expected 3.35.0 or newer"
+    _require(sqlite3.sqlite_version_info >= _OLDEST_SQLITE, text)
     options: Any = {"timeout": 30, "isolation_level": None, "check_same_thread": False}
     with contextlib.ExitStack() as undo:
         try:
@@ -1864,8 +1865,8 @@ class SqliteBroker(Broker):
         path, _, query = url.partition("?")
         options = {"visibility_timeout_s": str(_DEFAULT_LEASE_S), "max_receive_count": "5"}
         try:
-            options.update(pair.split("=") for pair in query.split("&") if pair)  # type: ignore[misc]
-            lease_s, most = options.values()
+            pairs: Any = (pair.split("=") for pair in query.split("&") if pair)
+            lease_s, most = (options | dict(pairs)).values()
             self._lease_s, self._most = _above_0(float)(lease_s), _above_0(int)(most)
             self._path = re.fullmatch("sqlite://(?:/(.+))?", path)[1]  # type: ignore[index]
         except (ValueError, TypeError) as error:
@@ -1877,16 +1878,14 @@ class SqliteBroker(Broker):
         self._commits = 0  # ours: data_version tells of the other connections' only
         if not self._path:
             SqliteBroker._memory_pid = SqliteBroker._memory_pid or os.getpid()
-            if SqliteBroker._memory_pid != os.getpid():
-                text = "sqlite:// is the memory of one process, and this is another: use a file"
-                raise ConfigurationError(f"{text}, such as sqlite:///queue.db")
+            text = (
+                "sqlite:// is the memory of one process, and this is another: use a file, such as"
+            )
+            _require(SqliteBroker._memory_pid == os.getpid(), f"{text} sqlite:///queue.db")
         self._db = _open_sqlite(self._path)
 
     def destination(self, priority: Priority) -> str:
         return _queue_name(priority)
-
-    def explain(self, error: BaseException, where: str) -> None:
-        """Every error of SQLite is one to wait out, such as a full disk."""
 
     def close(self) -> None:
         """Close the file; what is in memory is gone."""
@@ -2060,11 +2059,9 @@ def _prepare(message: Message) -> _Ready:
     if settings.TASKHAWK_SYNC:
         return _Ready(message, "", entry)
     sender = _brokers.sender()
-    if entry.delay_s > sender.max_delay_s:
-        raise ConfigurationError(
-            f"{message.task_name}: the queue can hold a message back for at most"
-            f" {sender.max_delay_s:g} s, got {entry.delay_s:g} s"
-        )
+    most = f"the queue can hold a message back for at most {sender.max_delay_s:g} s"
+    text = f"{message.task_name}: {most}, got {entry.delay_s:g} s"
+    _require(entry.delay_s <= sender.max_delay_s, text)
     if entry.size() > sender.max_bytes:
         raise _too_large(message, entry, sender.max_bytes)
     with _explained(sender, message.task_name):
@@ -2113,7 +2110,8 @@ def _run_now(ready: _Ready) -> None:
 
 
 # What a `with batch():` block collects: a box of one list, and empty once the block has ended.
-_collecting = contextvars.ContextVar[list[list["_Ready"]]]("taskhawk batch", default=[])  # noqa: B039
+_collecting: contextvars.ContextVar[Sequence[list[_Ready]]]
+_collecting = contextvars.ContextVar("taskhawk batch", default=())
 _closing = threading.Lock()  # held to add and to close: nothing is added to a closed one
 
 
@@ -2564,10 +2562,9 @@ class Worker:
         """Copy a message to the dead-letter queue; False leaves it to the redrive policy."""
         try:
             target = self._broker.info(message.queue or "").dead_letter_queue
-            if not target:
-                raise ConfigurationError("it has no dead-letter queue")
+            _require(target, "it has no dead-letter queue")
             copy = _dead_letter_copy(message, outcome.error, self._broker.max_bytes)
-            _accepted(self._broker.send(target, [copy]))
+            _accepted(self._broker.send(target or "", [copy]))
         except Exception as error:  # whatever it is, the message is still in its queue
             text = "%s: message %s can't be dead-lettered and is left to the queue: %s"
             _log.warning(text, message.queue, message.message_id, error)
@@ -2600,8 +2597,9 @@ class Worker:
                 self._keeper.changed.notify_all()
 
     def _find_lease_s(self, queue: str) -> tuple[float, float | None]:
-        """Return the visibility timeout, and what receives are to say of it: None, where it is the
-        queue's own. The policies of 1.4's workers don't let them read that one.
+        """Return the visibility timeout, and what to ask for: None, where it is the queue's own.
+
+        The policies of 1.4's workers don't let them read that one.
         """
         if (lease_s := self._visibility_timeout_s) is None:
             try:
@@ -2666,17 +2664,13 @@ def listen_for_messages(
     :returns: what became of the messages
     :raises ConfigurationError: if a queue is missing or forbidden, or there are no credentials
     """
-    if num_messages < 1:
-        raise ConfigurationError(f"num_messages: expected 1 or more, got {num_messages}")
-    if visibility_timeout_s is not None and not 1 <= visibility_timeout_s <= _MAX_HELD_S:
-        raise ConfigurationError(
-            f"visibility_timeout_s: expected 1 to {_MAX_HELD_S} seconds, got {visibility_timeout_s}"
-        )
+    _require(num_messages >= 1, f"num_messages: expected 1 or more, got {num_messages}")
+    lease_s = 1 if visibility_timeout_s is None else visibility_timeout_s
+    text = f"visibility_timeout_s: expected 1 to {_MAX_HELD_S} seconds, got {lease_s}"
+    _require(1 <= lease_s <= _MAX_HELD_S, text)
     wanted = {priority} if isinstance(priority, Priority) else set(priority)
-    if not wanted or not all(isinstance(each, Priority) for each in wanted):
-        raise ConfigurationError(
-            f"priority: expected a taskhawk.Priority or several, got {priority!r}"
-        )
+    text = f"priority: expected a taskhawk.Priority or several, got {priority!r}"
+    _require(wanted and all(isinstance(each, Priority) for each in wanted), text)
     broker = _brokers.broker()
     queues = [broker.destination(each) for each in _URGENCY if each in wanted]
     options: Any = {"loop_count": loop_count, "shutdown_event": shutdown_event}
@@ -2835,25 +2829,23 @@ def requeue_dead_letter(
         return 0
     broker = _brokers.broker()
     queue = broker.destination(priority)
-    if num_messages < 1:
-        raise ConfigurationError(f"num_messages: expected 1 or more, got {num_messages}")
+    _require(num_messages >= 1, f"num_messages: expected 1 or more, got {num_messages}")
     with _explained(broker, queue):
-        source = broker.info(queue).dead_letter_queue
-    if not source:
-        raise ConfigurationError(f"{queue}: it has no dead-letter queue (no RedrivePolicy)")
+        source = broker.info(queue).dead_letter_queue or ""
+    _require(source, f"{queue}: it has no dead-letter queue (no RedrivePolicy)")
+    done: list[dict[str, str]] = []
+    failed: list[dict[str, str]] = []
     with _explained(broker, source):
         total = broker.depth(source).visible
         _log.info("requeueing about %d messages from %s to %s", total, source, queue)
-        done: list[dict[str, str]] = []
-        failed: list[dict[str, str]] = []
-        while not (count := len(done) + len(failed)) or count < total:
+        while (count := len(done) + len(failed)) < max(total, 1):
             most = min(num_messages, _MAX_BATCH, max(1, total - count))
             found = broker.receive(source, most, 1, visibility_timeout, threading.Event())
-            if not found:
-                break
             for message, error in _move_back(broker, source, queue, found):
                 entry = {"Id": message.message_id}
                 (failed if error else done).append({**entry, "Code": error} if error else entry)
+            if not found:
+                break
             _log.info("requeued %d of %d messages, %d failed", len(done), total, len(failed))
     if failed:
         raise PartialFailure({"Successful": done, "Failed": failed})
@@ -2969,19 +2961,16 @@ def _parser() -> Any:
 def _import_modules(modules: Iterable[str], command: str = "") -> None:
     for name in modules:
         _import(name, "the module")
-    if command and re.match(r"sqlite://(\?|$)", settings.TASKHAWK_BROKER):
-        raise ConfigurationError(
-            f"{command}: sqlite:// is the memory of one process: use a file, such as"
-            " sqlite:///queue.db"
-        )
+    text = (
+        f"{command}: sqlite:// is the memory of one process: use a file, such as sqlite:///queue.db"
+    )
+    _require(not command or not re.match(r"sqlite://(\?|$)", settings.TASKHAWK_BROKER), text)
 
 
 def _run_listen(arguments: Any) -> int:
     _import_modules(arguments.modules, arguments.command)
-    if not _registry:
-        raise ConfigurationError(
-            "listen: no task is registered: name the modules that define them, such as myapp.tasks"
-        )
+    text = "listen: no task is registered: name the modules that define them, such as myapp.tasks"
+    _require(_registry, text)
     ledger = listen_for_messages(
         [Priority[name] for name in arguments.priority or ["default"]],
         arguments.num_messages,
@@ -3009,8 +2998,7 @@ def _run_dispatch(arguments: Any) -> int:
 
 def _key_and_value(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
-    if not equals:
-        raise ConfigurationError(f"--header: expected K=V, got {text!r}")
+    _require(equals, f"--header: expected K=V, got {text!r}")
     return name, value
 
 
