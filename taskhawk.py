@@ -1687,12 +1687,13 @@ class SqsBroker(_AwsSender, Broker):
         if queue not in self._urls:
             client = self.client(role)
             with self._lock:
-                if queue in self._accounts:
-                    made_up = f"{client.meta.endpoint_url}/{self._accounts[queue]}/{queue}"
-                    self._urls[queue] = made_up
-                elif queue not in self._urls:
-                    self._urls[queue] = client.get_queue_url(QueueName=queue)["QueueUrl"]
+                self._urls[queue] = self._urls.get(queue) or self._find_url(client, queue)
         return self._urls[queue]
+
+    def _find_url(self, client: Any, queue: str) -> str:
+        if account := self._accounts.get(queue):
+            return f"{client.meta.endpoint_url}/{account}/{queue}"
+        return str(client.get_queue_url(QueueName=queue)["QueueUrl"])
 
     def queue_of_arn(self, arn: str) -> str:
         """Return a queue's name, and make up its URL: a Lambda's role may not look it up."""
