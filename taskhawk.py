@@ -62,11 +62,11 @@ __all__ = [
     "SCHEMA", "VERSION", "AsyncInvocation", "Broker", "ConfigurationError", "Depth", "Fate",
     "IgnoreException", "Ledger", "LoggingException", "Message", "MessageTooLarge", "Metadata",
     "Outcome", "Outgoing", "PartialFailure", "Priority", "QueueInfo", "QueueMessage", "Refusal",
-    "RetryException", "Sender", "SnsSender", "SqliteBroker", "SqsBroker", "StopRetry", "Task",
-    "TaskNotFound", "TaskhawkError", "ValidationError", "Worker", "batch", "configure",
-    "exponential", "extend_visibility_timeout", "fixed", "linear", "listen_for_messages", "main",
-    "process", "process_messages_for_lambda_consumer", "publish", "requeue_dead_letter", "settings",
-    "task",
+    "RetryException", "RetryPolicy", "Sender", "SnsSender", "SqliteBroker", "SqsBroker",
+    "StopRetry", "Task", "TaskNotFound", "TaskhawkError", "ValidationError", "Worker", "batch",
+    "configure", "exponential", "extend_visibility_timeout", "fixed", "linear",
+    "listen_for_messages", "main", "process", "process_messages_for_lambda_consumer", "publish",
+    "requeue_dead_letter", "settings", "task",
 ]
 # fmt: on
 
@@ -218,94 +218,73 @@ def _is_number(value: object) -> typing.TypeGuard[float]:
 # The only place where configuration is read. The first source that has a setting wins: configure(),
 # the module named by SETTINGS_MODULE, Django's settings, the environment, the default.
 
-
-def _match(pattern: str) -> Callable[[Any], str]:
-    def parse(value: Any) -> str:
-        if not re.fullmatch(pattern, value):  # TypeError where it is no string
-            raise ValueError
-        return typing.cast("str", value)
-
-    return parse
-
-
-def _above_0(kind: type[float]) -> Callable[[Any], float]:
-    def parse(value: Any) -> float:
-        number = kind(value) if isinstance(value, str) else value
-        if type(number) not in (int, kind) or not 0 < number < math.inf:
-            raise ValueError
-        return typing.cast("float", number)
-
-    return parse
-
-
-def _account(value: Any) -> str:
-    return f"{value:012d}" if type(value) is int and value >= 0 else _match(".+")(value)
-
-
-def _flag(value: Any) -> bool:
-    no, yes = ("", "0", "false", "no", "off"), ("1", "true", "yes", "on")
-    if isinstance(value, str):
-        return (no + yes).index(value.strip().lower()) >= len(no)
-    return bool(value)
-
-
-def _hook(value: Any) -> Callable[..., Any]:
-    if isinstance(value, str):
-        module, _, name = value.rpartition(".")
-        value = _PATHS_OF_1_4.get(value) or getattr(importlib.import_module(module), name)
-    if not callable(value):
-        raise TypeError
-    return typing.cast("Callable[..., Any]", value)
-
-
-def _headers_hook(value: Any) -> Callable[[Task[Any, Any]], Mapping[str, Any]]:
-    hook = _hook(value)
-    kinds = {p.kind: name for name, p in inspect.signature(hook).parameters.items()}
-    if "task" in kinds.values() or inspect.Parameter.VAR_KEYWORD in kinds:
-        return lambda task: hook(task=task)  # as the manual of 1.4 says
-    return lambda _: hook()  # as 1.4.0 did
-
-
-_PATHS_OF_1_4: dict[str, Any] = {
-    "taskhawk.conf.default_headers_hook": lambda **_: {},
-    "taskhawk.conf.noop_hook": lambda **_: None,
+_PATTERNS = {  # of the settings that are strings, by their rule
+    "a string": ".+",
+    "an account number": ".+",
+    "the name of a region": ".+",
+    "a URL": "https?://.+",
+    "'sqs' or a URL of SQLite": "sqs|sqlite://.*",
+    "at most 71 letters, digits, hyphens and underscores": "[A-Za-z0-9_-]{1,71}",
 }
-_TEXT = (_match(r".+"), "a string")
-_URL = (lambda value: _match(r"https?://.+")(value).rstrip("/"), "a URL")
-_SECONDS = (_above_0(float), "a number of seconds above 0")
-_FLAG = (_flag, "true or false")
-_HOOK = (_hook, "a function or its dotted path")
-_QUEUE = (_match(r"[A-Za-z0-9_-]{1,71}"), "at most 71 letters, digits, hyphens and underscores")
-_SETTINGS: dict[str, tuple[Callable[[Any], Any], str, str, Any]] = {  # rule, example, default
-    "AWS_ACCESS_KEY": (*_TEXT, "AKIAIOSFODNN7EXAMPLE", None),
-    "AWS_ACCOUNT_ID": (_account, "an account number", "123456789012", None),
-    "AWS_CONNECT_TIMEOUT_S": (*_SECONDS, "2", 2),
-    "AWS_ENDPOINT_SNS": (*_URL, "http://127.0.0.1:4566", None),
-    "AWS_ENDPOINT_SQS": (*_URL, "http://127.0.0.1:4566", None),
-    "AWS_READ_TIMEOUT_S": (*_SECONDS, "2", 2),
-    "AWS_REGION": (_TEXT[0], "the name of a region", "eu-west-1", None),
-    "AWS_SECRET_KEY": (*_TEXT, "wJalrXUtnFEMI/EXAMPLEKEY", None),
-    "AWS_SESSION_TOKEN": (*_TEXT, "AQoDYXdzEJr/EXAMPLETOKEN", None),
-    "IS_LAMBDA_APP": (*_FLAG, "False", False),
-    "TASKHAWK_BROKER": (
-        *(_match(r"sqs|sqlite://.*"), "'sqs' or a URL of SQLite"),
-        *("sqlite:///queue.db", "sqs"),
-    ),
-    "TASKHAWK_DEFAULT_HEADERS": (_headers_hook, _HOOK[1], "myapp.hooks.default_headers", None),
-    "TASKHAWK_ERROR_HOOK": (*_HOOK, "myapp.hooks.report_error", None),
-    "TASKHAWK_HEARTBEAT_HOOK": (*_HOOK, "myapp.hooks.touch_file", None),
-    "TASKHAWK_MAX_DB_REUSE_LOOPS": (_above_0(int), "a whole number above 0", "5", 5),
-    "TASKHAWK_POST_PROCESS_HOOK": (*_HOOK, "myapp.hooks.after", None),
-    "TASKHAWK_PRE_PROCESS_HOOK": (*_HOOK, "myapp.hooks.before", None),
-    "TASKHAWK_QUEUE": (*_QUEUE, "dev-myapp", None),
-    "TASKHAWK_SYNC": (*_FLAG, "False", False),
-    "TASKHAWK_TASK_CLASS": (_hook, "a class or its dotted path", "myapp.tasks.MyTask", None),
+_FLAGS = dict.fromkeys(("", "0", "false", "no", "off"), False)
+_FLAGS |= dict.fromkeys(("1", "true", "yes", "on"), True)
+_TEXT, _ACCOUNT, _REGION, _URL, _BROKER, _QUEUE = _PATTERNS
+_FLAG, _SECONDS, _COUNT = "true or false", "a number of seconds above 0", "a whole number above 0"
+_HOOK, _CLASS = "a function or its dotted path", "a class or its dotted path"
+_SETTINGS: dict[str, tuple[str, str, Any]] = {  # the rule, an example, the default
+    "AWS_ACCESS_KEY": (_TEXT, "AKIAIOSFODNN7EXAMPLE", None),
+    "AWS_ACCOUNT_ID": (_ACCOUNT, "123456789012", None),
+    "AWS_CONNECT_TIMEOUT_S": (_SECONDS, "2", 2),
+    "AWS_ENDPOINT_SNS": (_URL, "http://127.0.0.1:4566", None),
+    "AWS_ENDPOINT_SQS": (_URL, "http://127.0.0.1:4566", None),
+    "AWS_READ_TIMEOUT_S": (_SECONDS, "2", 2),
+    "AWS_REGION": (_REGION, "eu-west-1", None),
+    "AWS_SECRET_KEY": (_TEXT, "wJalrXUtnFEMI/EXAMPLEKEY", None),
+    "AWS_SESSION_TOKEN": (_TEXT, "AQoDYXdzEJr/EXAMPLETOKEN", None),
+    "IS_LAMBDA_APP": (_FLAG, "False", False),
+    "TASKHAWK_BROKER": (_BROKER, "sqlite:///queue.db", "sqs"),
+    "TASKHAWK_DEFAULT_HEADERS": (_HOOK, "myapp.hooks.default_headers", None),
+    "TASKHAWK_ERROR_HOOK": (_HOOK, "myapp.hooks.report_error", None),
+    "TASKHAWK_HEARTBEAT_HOOK": (_HOOK, "myapp.hooks.touch_file", None),
+    "TASKHAWK_MAX_DB_REUSE_LOOPS": (_COUNT, "5", 5),
+    "TASKHAWK_POST_PROCESS_HOOK": (_HOOK, "myapp.hooks.after", None),
+    "TASKHAWK_PRE_PROCESS_HOOK": (_HOOK, "myapp.hooks.before", None),
+    "TASKHAWK_QUEUE": (_QUEUE, "dev-myapp", None),
+    "TASKHAWK_SYNC": (_FLAG, "False", False),
+    "TASKHAWK_TASK_CLASS": (_CLASS, "myapp.tasks.MyTask", None),
 }
 _SECRETS = ("AWS_ACCESS_KEY", "AWS_SECRET_KEY", "AWS_SESSION_TOKEN")
 _IGNORED = {  # settings of taskhawk 4.7 that have no meaning here
     *("TASKHAWK_CONSUMER_BACKEND", "TASKHAWK_PUBLISHER_BACKEND"),
     *("TASKHAWK_HEARTBEAT_HOOK_SYNC_CALL_S", "TASKHAWK_PUBLISHER_GCP_BATCH_SETTINGS"),
 }
+_PATHS_OF_1_4: dict[str, Any] = {
+    "taskhawk.conf.default_headers_hook": lambda **_: {},
+    "taskhawk.conf.noop_hook": lambda **_: None,
+}
+
+
+def _conform(rule: str, value: Any) -> Any:
+    """Return a value as its rule wants it; raise ValueError or TypeError if it can't be so."""
+    text = isinstance(value, str)
+    if rule == _FLAG:
+        return _FLAGS[value.strip().lower()] if text else bool(value)
+    if rule in (_SECONDS, _COUNT):
+        kind = int if rule == _COUNT else float
+        value = kind(value) if text else value
+        valid = type(value) in (int, kind) and 0 < value < math.inf
+    elif rule in (_HOOK, _CLASS):
+        module, _, name = value.rpartition(".") if text else ("", "", "")
+        if text:
+            value = _PATHS_OF_1_4.get(value) or getattr(importlib.import_module(module), name)
+        valid = callable(value)
+    else:
+        if rule == _ACCOUNT and type(value) is int and value >= 0:
+            value = f"{value:012d}"
+        valid = re.fullmatch(_PATTERNS[rule], value) is not None
+    if not valid:
+        raise ValueError
+    return value.rstrip("/") if rule == _URL else value
 
 
 class _Settings:
@@ -326,20 +305,29 @@ class _Settings:
 
     def read(self, name: str) -> Any:
         """Read a setting from its source, whatever is remembered."""
-        parser, _, _, default = _SETTINGS[name]
+        rule, _, default = _SETTINGS[name]
         for source, get in self._sources():
             value = get(name)
-            if value is not None and (value != "" or parser is _flag):
-                return _parse(name, value, source)
+            if value is not None and (value != "" or rule == _FLAG):
+                return self._parse(name, value, source)
         return default
+
+    def _parse(self, name: str, value: object, source: str) -> Any:
+        rule, example, _ = _SETTINGS[name]
+        try:
+            return _conform(rule, value)
+        except (ValueError, TypeError, LookupError, ImportError, AttributeError) as error:
+            shown = type(value).__name__ if name in _SECRETS else repr(value)
+            why = f" ({error})" if isinstance(error, ImportError | AttributeError) else ""
+            text = f"{name} in {source}: expected {rule}, such as {example!r}, got {shown}{why}"
+            raise ConfigurationError(text) from error
 
     def require(self, name: str) -> Any:
         """Return a setting that has no default; raise ConfigurationError if it is not set."""
-        where = (
-            "taskhawk.configure(), the module named by SETTINGS_MODULE, Django's settings or the"
-        )
-        value = getattr(self, name)
-        _require(value is not None, f"{name} is not set: {_rule(name)}, from {where} environment")
+        rule, example, _ = _SETTINGS[name]
+        where = "the module named by SETTINGS_MODULE, Django's settings or the environment"
+        text = f"expected {rule}, such as {example!r}, from taskhawk.configure(), {where}"
+        _require((value := getattr(self, name)) is not None, f"{name} is not set: {text}")
         return value
 
     def credentials(self) -> dict[str, str]:
@@ -348,13 +336,13 @@ class _Settings:
         All are of one source, so that a key never meets the secret or the token of another.
         """
         for source, get in self._sources():
-            key, secret, token = (_parse(n, v, source) if (v := get(n)) else None for n in _SECRETS)
-            here, missing = _SECRETS[:2] if key else _SECRETS[1::-1]
+            found = [self._parse(n, v, source) if (v := get(n)) else None for n in _SECRETS]
+            here, missing = _SECRETS[:2] if found[0] else _SECRETS[1::-1]
             text = f"{here} is set in {source}, but {missing} is not: expected both or neither"
-            _require(bool(key) == bool(secret), text)
-            if key:
-                found = {"aws_access_key_id": key, "aws_secret_access_key": secret}
-                return {**found, "aws_session_token": token} if token else found
+            _require(bool(found[0]) == bool(found[1]), text)
+            if found[0]:
+                names = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token")
+                return {name: value for name, value in zip(names, found, strict=True) if value}
         return {}
 
     def forget(
@@ -387,21 +375,6 @@ class _Settings:
 
 
 settings = _Settings()
-
-
-def _rule(name: str) -> str:
-    _, rule, example, _ = _SETTINGS[name]
-    return f"expected {rule}, such as {example!r}"
-
-
-def _parse(name: str, value: object, source: str) -> Any:
-    try:
-        return _SETTINGS[name][0](value)
-    except (ValueError, TypeError, ImportError, AttributeError) as error:
-        shown = type(value).__name__ if name in _SECRETS else repr(value)
-        why = f" ({error})" if isinstance(error, ImportError | AttributeError) else ""
-        text = f"{name} in {source}: {_rule(name)}, got {shown}{why}"
-        raise ConfigurationError(text) from error
 
 
 def _no_setting(name: str, where: str = "") -> str:
@@ -474,91 +447,69 @@ _ISO_8601 = (
     r"(?:[T ](?:[01][0-9]|2[0-3]):[0-5][0-9](?::[0-5][0-9](?:[.,][0-9]{1,9})?)?"
     r"(?:Z|[+-](?:[01][0-9]|2[0-3]):?[0-5][0-9])?)?(?![\s\S])"
 )
-_METADATA_SCHEMA = {
-    "type": "object",
-    "required": ["timestamp", "version"],
-    "properties": {
-        "priority": {"enum": [priority.name for priority in Priority]},
-        "timestamp": {
-            "description": "epoch milliseconds, or ISO 8601 (UTC where it has no offset)",
-            "type": ["number", "string"],
-            "minimum": 0,
-            "maximum": 8_640_000_000_000_000,
-            "pattern": _ISO_8601,
-        },
-        "version": {"const": "1.0"},
-    },
-}
-_NAME_SCHEMA = {"type": "string", "minLength": 1}
+_NAME = {"description": "a non-empty string", "type": ["string"], "pattern": r"[\s\S]"}
+_OBJECT = {"description": "an object", "type": ["object"]}
+_PRIORITIES = [priority.name for priority in Priority]
 #: the message format as JSON Schema 2020-12: the contract for publishers in other languages
+# fmt: off
 SCHEMA: dict[str, Any] = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",
-    "title": "taskhawk message",
-    "description": "The body of an SQS or SNS message that asks for a run of a task.",
-    "type": "object",
+    "title": "taskhawk message: the body of an SQS or SNS message", **_OBJECT,
     "required": ["id", "metadata", "headers", "task", "args", "kwargs"],
     "properties": {
-        "id": _NAME_SCHEMA,
-        "metadata": _METADATA_SCHEMA,
-        "headers": {"description": "free for the application's use", "type": "object"},
-        "task": _NAME_SCHEMA,
-        "args": {"description": "positional arguments", "type": "array"},
-        "kwargs": {"description": "keyword arguments", "type": "object"},
+        "id": _NAME,
+        "metadata": {
+            **_OBJECT, "required": ["timestamp", "version"],
+            "properties": {
+                "priority": {"description": f"one of {', '.join(_PRIORITIES)}",
+                             "type": ["string"], "enum": _PRIORITIES},
+                "timestamp": {"description": "epoch milliseconds or an ISO 8601 date and time",
+                              "type": ["number", "string"], "minimum": 0,
+                              "maximum": 8_640_000_000_000_000, "pattern": _ISO_8601},
+                "version": {"description": '"1.0"', "type": ["string"], "enum": ["1.0"]},
+            },
+        },
+        "headers": _OBJECT,
+        "task": _NAME,
+        "args": {"description": "an array", "type": ["array"]},
+        "kwargs": _OBJECT,
     },
 }
-_JSON_TYPES: dict[str, tuple[Any, str]] = {  # by their names in JSON Schema
-    "object": (dict, "an object"),
-    "array": (list | tuple, "an array"),
-    "boolean": (bool, "a boolean"),
-    "number": (int | float, "a number"),
+_JSON_TYPES: dict[str, tuple[Any, str]] = {
+    "object": (dict, "an object"), "array": (list | tuple, "an array"),
+    "boolean": (bool, "a boolean"), "number": (int | float, "a number"),
     "string": (str, "a string"),
 }
+# fmt: on
+_MISSING = object()
 
 
 def _validate(value: Any, schema: Mapping[str, Any], path: str = "") -> None:
     """Check a value against the keywords that SCHEMA uses."""
-    if not _conforms(value, schema):
-        wanted, got = _expected(schema), _shown(value, path)
-        raise ValidationError(f"{path or 'message'}: expected {wanted}, got {got}")
+    kinds = [_JSON_TYPES[kind][0] for kind in schema["type"]]
+    valid = any(isinstance(value, kind) for kind in kinds) and not isinstance(value, bool)
+    if valid and isinstance(value, str):
+        found = re.search(schema.get("pattern", ""), value)
+        valid = found is not None and value in schema.get("enum", [value])
+    elif valid and _is_number(value):
+        valid = schema["minimum"] <= value <= schema["maximum"]
+    if not valid:
+        expected, got = schema["description"], _shown(value, path)
+        raise ValidationError(f"{path or 'message'}: expected {expected}, got {got}")
     for key, inner in schema.get("properties", {}).items():
         if key in value or key in schema["required"]:
             _validate(value.get(key, _MISSING), inner, f"{path}.{key}" if path else key)
 
 
-_MISSING = object()
-
-
-def _conforms(value: Any, schema: Mapping[str, Any]) -> bool:
-    if "const" in schema or "enum" in schema:
-        return isinstance(value, str) and value in schema.get("enum", [schema.get("const")])
-    kinds = [schema["type"]] if isinstance(schema["type"], str) else schema["type"]
-    if isinstance(value, bool) or not any(isinstance(value, _JSON_TYPES[k][0]) for k in kinds):
-        return False
-    if isinstance(value, str):
-        return len(value) >= schema.get("minLength", 0) and bool(
-            re.search(schema.get("pattern", ""), value)
-        )
-    return not _is_number(value) or schema["minimum"] <= value <= schema["maximum"]
-
-
-def _expected(schema: Mapping[str, Any]) -> str:
-    if "enum" in schema:
-        return f"one of {', '.join(schema['enum'])}"
-    if "const" in schema:
-        return json.dumps(schema["const"])
-    if "pattern" in schema:
-        return "epoch milliseconds or an ISO 8601 date and time"
-    return "a non-empty string" if "minLength" in schema else _JSON_TYPES[schema["type"]][1]
-
-
-def _shown(value: object, path: str) -> str:
+def _shown(value: object, path: str = "") -> str:
     """Show what came: of the metadata, small values; of all else, which may be secret, the type."""
     if value is _MISSING or value is None:
         return "nothing" if value else "null"
-    if value == "" or (path.startswith("metadata.") and isinstance(value, str | bool | float)):
-        return json.dumps(value if isinstance(value, bool | float) else value[:40])
-    if path.startswith("metadata.") and isinstance(value, int):
-        return str(value) if abs(value) < 10**18 else "a huge number"
+    if value == "" or path.startswith("metadata."):
+        if isinstance(value, int) and abs(value) >= 10**18:
+            return "a huge number"
+        if isinstance(value, str | bool | int | float):
+            return json.dumps(value[:40] if isinstance(value, str) else value)
     names = (name for kind, name in _JSON_TYPES.values() if isinstance(value, kind))
     return next(names, type(value).__name__)
 
@@ -586,14 +537,11 @@ class Message:
 
     def __init__(self, data: Mapping[str, Any]) -> None:
         _validate(data, SCHEMA)
-        metadata = data["metadata"]
+        given = data["metadata"]
         self._data = {key: data[key] for key in SCHEMA["properties"]}
         self._data["args"] = list(data["args"])
-        self._data["metadata"] = {
-            "priority": metadata.get("priority", "default"),
-            "timestamp": _epoch_ms(metadata["timestamp"]),
-            "version": metadata["version"],
-        }
+        self._data["metadata"] = metadata = {"priority": given.get("priority", "default")}
+        metadata |= {"timestamp": _epoch_ms(given["timestamp"]), "version": given["version"]}
         #: seconds that the queue holds the message back; not a part of the format
         self.delay_s: float = 0
         #: what it was received as; None at the publisher's
@@ -619,12 +567,13 @@ class Message:
         Task.find_by_name(task)
         now, version = int(time.time() * 1000), cls.CURRENT_VERSION
         metadata = {"priority": priority.name, "timestamp": now, "version": version}
-        given = {
+        data = {"id": msg_id or str(uuid.uuid4()), "task": task, "metadata": metadata}
+        parts = {
             "args": list(args or ()),
             "kwargs": dict(kwargs or {}),
             "headers": dict(headers or {}),
         }
-        return cls({"id": msg_id or str(uuid.uuid4()), "task": task, "metadata": metadata, **given})
+        return cls({**data, **parts})
 
     id: str = property(lambda self: self._data["id"])  # type: ignore[assignment]
     metadata = property(lambda self: self._data["metadata"], doc="priority, timestamp and version")
@@ -676,8 +625,16 @@ def _from_decimal(value: object) -> float:
     raise TypeError(f"{type(value).__name__} is not a JSON type")
 
 
+def _finite(text: str) -> float:
+    """Parse a number of JSON; Python's decoder would take NaN and infinities too."""
+    if math.isfinite(number := float(text)):
+        return number
+    raise ValueError
+
+
 # ASCII only: all of it passes SQS, which refuses some control characters and surrogates.
 _ENCODER = json.JSONEncoder(default=_from_decimal, allow_nan=False, separators=(",", ":"))
+_DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
 
 
 def _encode(message: Message) -> str:
@@ -694,33 +651,19 @@ def _sizes(message: Message) -> dict[str, int]:
     parts = {f"args[{index}]": value for index, value in enumerate(message.args)}
     for field in ("kwargs", "headers"):
         parts |= {f"{field}.{key}": value for key, value in message.as_dict()[field].items()}
-    sizes = {}
     for path, value in parts.items():
         try:
-            sizes[path] = len(_ENCODER.encode(value))
+            parts[path] = len(_ENCODER.encode(value))
         except (TypeError, ValueError, RecursionError) as error:
             kind = TypeError if isinstance(error, TypeError) else ValidationError
             raise kind(f"{message.task_name}: {path} is not JSON: {error}") from error
-    return sizes
-
-
-def _finite(text: str) -> float:
-    if math.isinf(number := float(text)):
-        raise ValueError
-    return number
-
-
-def _no_constant(_: str) -> typing.NoReturn:
-    raise ValueError  # NaN and Infinity, which Python would take
-
-
-_DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_no_constant)
+    return parts
 
 
 def _decode(body: object) -> Message:
     """Decode a body from the queue; whatever is wrong with it is a ValidationError."""
     if not isinstance(body, str):
-        raise ValidationError(f"message: expected a string of JSON, got {_shown(body, '')}")
+        raise ValidationError(f"message: expected a string of JSON, got {_shown(body)}")
     try:
         data = _DECODER.decode(body)
     except RecursionError:
@@ -833,27 +776,33 @@ class AsyncInvocation(Generic[_P]):
         :returns: how many there were
         :raises PartialFailure: if some were not accepted; no more of `calls` was read then
         """
-        count, ready = 0, (_prepare(self._message(*_arguments(call))) for call in calls)
+
+        def message(call: Any) -> Message:
+            args = () if isinstance(call, dict) else call if isinstance(call, tuple) else (call,)
+            return self._message(args, call if isinstance(call, dict) else {})
+
+        count, ready = 0, (_prepare(message(call)) for call in calls)
         while some := list(itertools.islice(ready, _MAX_BATCH)):
             _publish_all(_collect(some))
             count += len(some)
         return count
 
     def _message(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Message:
-        task = self._task
+        task, headers = self._task, self._headers
         task.bind(args, kwargs)
-        defaults = settings.TASKHAWK_DEFAULT_HEADERS
-        headers = {**(defaults(task) or {}), **self._headers} if defaults else self._headers
+        if hook := settings.TASKHAWK_DEFAULT_HEADERS:
+            # The manual of 1.4 says that it gets the task; 1.4.0 called it with nothing.
+            headers = {**((hook(task=task) if _takes_task(hook) else hook()) or {}), **headers}
         priority = self._priority or task.priority
         message = Message.new(task.name, args, kwargs, headers=headers, priority=priority)
         message.delay_s = self._delay_s
         return message
 
 
-def _arguments(call: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
-    if isinstance(call, dict):
-        return (), call
-    return call if isinstance(call, tuple) else (call,), {}
+@functools.lru_cache
+def _takes_task(hook: Callable[..., Any]) -> bool:
+    parameters = inspect.signature(hook).parameters.values()
+    return any(p.name == "task" or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 class Task(AsyncInvocation[_P], Generic[_P, _R]):
@@ -993,8 +942,7 @@ def task(
 def _register(
     fn: Any, priority: Priority, name: str | None, options: Mapping[str, Any]
 ) -> Task[Any, Any]:
-    for problem in _problems(fn, priority, name, options):
-        raise ConfigurationError(f"{getattr(fn, '__qualname__', repr(fn))} {problem}")
+    _check_function(fn, priority, name, options)
     full_name = name or f"{_real_module(fn)}.{fn.__name__}"
     cls = settings.read("TASKHAWK_TASK_CLASS") or Task
     made: Task[Any, Any] = cls(fn, priority, full_name)
@@ -1012,33 +960,34 @@ def _register(
     return made
 
 
-def _problems(
-    fn: Any, priority: Any, name: str | None, options: Mapping[str, Any]
-) -> Iterator[str]:
-    """Say why a function can't be a task so."""
+def _check_function(fn: Any, priority: Any, name: str | None, options: Mapping[str, Any]) -> None:
+    """Refuse what a message can't call, and say what to do instead."""
     shown = getattr(fn, "__qualname__", repr(fn))
+
+    def refuse_if(wrong: object, problem: str) -> None:
+        _require(not wrong, f"{shown} {problem}")
+
+    refuse_if(isinstance(fn, Task), "is a task already: decorate it once")
+    refuse_if(not callable(fn), "can't be called: expected a function")
     in_class = "." in shown and not shown.rpartition(".")[0].endswith("<locals>")
-    if isinstance(fn, Task):
-        yield "is a task already: decorate it once"
-    if not callable(fn):
-        yield "can't be called: expected a function"
-    if inspect.ismethod(fn) or (in_class and [*inspect.signature(fn).parameters][:1] == ["self"]):
-        yield "is a method: expected a function, which a message can call without an object"
-    if inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn):
-        yield "is a generator: expected a function that runs when it is called"
-    if shown.endswith("<lambda>"):
-        yield "is a lambda: expected a function with a name (def)"
-    if not name and not hasattr(fn, "__name__"):
-        yield "has no name: pass name= to taskhawk.task"
-    if not isinstance(priority, Priority):
-        yield f"has priority={priority!r}: expected a taskhawk.Priority"
-    if not callable(options["retry"] or fn):
-        yield f"has retry={options['retry']!r}: expected a function of the attempt"
+    takes_self = in_class and [*inspect.signature(fn).parameters][:1] == ["self"]
+    method = inspect.ismethod(fn) or takes_self
+    text = "is a method: expected a function, which a message can call without an object"
+    refuse_if(method, text)
+    generator = inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn)
+    refuse_if(generator, "is a generator: expected a function that runs when it is called")
+    refuse_if(shown.endswith("<lambda>"), "is a lambda: expected a function with a name (def)")
+    refuse_if(not name and not hasattr(fn, "__name__"), "has no name: pass name= to taskhawk.task")
+    text = f"has priority={priority!r}: expected a taskhawk.Priority"
+    refuse_if(not isinstance(priority, Priority), text)
+    retry = options["retry"]
+    refuse_if(
+        retry and not callable(retry), f"has retry={retry!r}: expected a function of the attempt"
+    )
     for option in ("retry_on", "never_retry_on"):
-        try:
-            isinstance(None, options[option])
-        except TypeError:
-            yield f"has {option}={options[option]!r}: expected exceptions"
+        kinds = options[option] if isinstance(options[option], tuple) else (options[option],)
+        fit = all(isinstance(k, type) and issubclass(k, BaseException) for k in kinds)
+        refuse_if(not fit, f"has {option}={options[option]!r}: expected exceptions")
 
 
 def _real_module(fn: Any) -> str:
@@ -1132,7 +1081,7 @@ def _verdict(received: QueueMessage, error: BaseException) -> Outcome:
     """Decide what becomes of a message whose run raised."""
     if isinstance(error, RetryException) and error.delay_seconds is not None:
         return Outcome(Fate.retry, error, min(error.delay_seconds, _MAX_HELD_S))
-    if received.message is None:
+    if received.message is None:  # not valid, or unknown here: the queue's redrive policy decides
         return Outcome(Fate.retry, error)
     task = received.message.task
     allowed = isinstance(error, task.retry_on) and not isinstance(error, task.never_retry_on)
@@ -1142,17 +1091,19 @@ def _verdict(received: QueueMessage, error: BaseException) -> Outcome:
         return Outcome(Fate.retry, error)
     try:
         delay_s = task.retry(received.attempt)
+        text = f"{task.name}: retry: expected 0 or more seconds, got {delay_s!r}"
+        _require(_is_number(delay_s) and 0 <= delay_s < math.inf, text)
     except StopRetry:
         return Outcome(Fate.dead_letter, error)
     except KeyboardInterrupt:
         raise
     except BaseException as defect:  # of the policy: it must not lose the message
         return Outcome(Fate.retry, defect)
-    if _is_number(delay_s) and 0 <= delay_s < math.inf:
-        return Outcome(Fate.retry, error, min(delay_s, _MAX_HELD_S))
-    wrong = ConfigurationError(f"{task.name}: retry: expected 0 or more seconds, got {delay_s!r}")
-    wrong.__context__ = error
-    return Outcome(Fate.retry, wrong)
+    return Outcome(Fate.retry, error, min(delay_s, _MAX_HELD_S))
+
+
+_INVALID_EVERY_S = 10  # for each kind of error: a poisoned queue must not fill the disk with logs
+_last_invalid: dict[type, tuple[float, int]] = {}  # when one was logged, how many were not
 
 
 def _report(received: QueueMessage, outcome: Outcome) -> None:
@@ -1178,7 +1129,11 @@ def _report(received: QueueMessage, outcome: Outcome) -> None:
         return
     else:
         if isinstance(error, LoggingException):
-            text, extra = _text_of(error), _log_extra(error.extra)
+            # logging refuses an `extra` with a name of its own.
+            taken = vars(logging.makeLogRecord({})).keys() | {"message", "asctime"}
+            given = error.extra if isinstance(error.extra, Mapping) else {}
+            extra = {f"extra_{k}" if k in taken else str(k): v for k, v in given.items()}
+            text = _text_of(error)
         _log.error("%s", text, exc_info=error, extra=extra)
     _call_safely("TASKHAWK_ERROR_HOOK", exception=error, message=message)
 
@@ -1190,64 +1145,56 @@ def _text_of(error: BaseException | None) -> str:
         return f"{type(error).__name__} (its text can't be made)"
 
 
-_INVALID_EVERY_S = 10  # for each kind of error: a poisoned queue must not fill the disk with logs
-_last_invalid: dict[type, tuple[float, int]] = {}  # when one was logged, how many were not
+@dataclasses.dataclass(frozen=True)
+class RetryPolicy:
+    """Gives the seconds to the next run: they grow by factor and step, and end after a number.
 
+    Made by :func:`fixed`, :func:`linear` and :func:`exponential`. Jitter takes between half of a
+    delay and all of it, so that what failed together is spread out:
+    https://aws.amazon.com/builders-library/timeouts-retries-and-backoff-with-jitter/
 
-def _log_extra(extra: object) -> dict[str, Any]:
-    """Rename what a log record has by itself: logging refuses such an `extra`."""
-    taken = vars(logging.makeLogRecord({})).keys() | {"message", "asctime"}
-    given = extra if isinstance(extra, Mapping) else {}
-    return {f"extra_{key}" if key in taken else str(key): value for key, value in given.items()}
+    :raises ConfigurationError: if a number is negative or none
+    """
 
+    base_s: float
+    factor: float
+    step_s: float
+    max_retries: int | None
+    max_delay_s: float
+    jitter: bool
 
-def _growing(
-    base_s: float,
-    factor: float,
-    step_s: float,
-    max_retries: int | None,
-    max_s: float,
-    *,
-    jitter: bool,
-) -> Callable[[int], float]:
-    """Return a policy whose delays grow by factor and step, up to a ceiling, so many times."""
-    for number in (base_s, factor, step_s, max_s, max_retries or 0):
-        if not _is_number(number) or not number >= 0:
-            raise ConfigurationError(f"retry policy: expected 0 or more, got {number!r}")
-    base_s, step_s, max_s = (min(number, _MAX_HELD_S) for number in (base_s, step_s, max_s))
+    def __post_init__(self) -> None:
+        numbers = (self.base_s, self.factor, self.step_s, self.max_delay_s, self.max_retries or 0)
+        for number in numbers:
+            valid = _is_number(number) and number >= 0
+            _require(valid, f"retry policy: expected 0 or more, got {number!r}")
 
-    def policy(attempt: int) -> float:
-        if max_retries is not None and attempt > max_retries:
-            raise StopRetry(f"all {max_retries} retries are used up")
+    def __call__(self, attempt: int) -> float:
+        """Return the delay after the `attempt`-th run (from 1), or raise :exc:`StopRetry`."""
+        if self.max_retries is not None and attempt > self.max_retries:
+            raise StopRetry(f"all {self.max_retries} retries are used up")
         try:
-            growth = float(factor ** (attempt - 1))
+            growth = float(self.factor ** (attempt - 1))
         except OverflowError:
             growth = sys.float_info.max
-        delay_s = min(base_s * growth + step_s * (attempt - 1), max_s)
-        return _jittered(delay_s) if jitter else delay_s
-
-    return policy
+        first, step = (min(number, _MAX_HELD_S) for number in (self.base_s, self.step_s))
+        delay_s = min(first * growth + step * (attempt - 1), self.max_delay_s, _MAX_HELD_S)
+        return _jittered(delay_s) if self.jitter else delay_s
 
 
 def _jittered(delay_s: float) -> float:
-    """Take between half of a delay and all of it, so that what failed together is spread out.
-
-    https://aws.amazon.com/builders-library/timeouts-retries-and-backoff-with-jitter/
-    """
     import random
 
     return delay_s * random.uniform(0.5, 1)
 
 
-def fixed(
-    delay_s: float, max_retries: int | None = None, *, jitter: bool = True
-) -> Callable[[int], float]:
+def fixed(delay_s: float, max_retries: int | None = None, *, jitter: bool = True) -> RetryPolicy:
     """Return a retry policy of equal delays.
 
     :param delay_s: seconds from a failed run to the next; with jitter, at least half of it
     :param max_retries: then the dead letters; None leaves that to the queue's maxReceiveCount
     """
-    return _growing(delay_s, 1, 0, max_retries, _MAX_HELD_S, jitter=jitter)
+    return RetryPolicy(delay_s, 1, 0, max_retries, _MAX_HELD_S, jitter)
 
 
 def linear(
@@ -1257,9 +1204,9 @@ def linear(
     max_delay_s: float = 3600,
     *,
     jitter: bool = True,
-) -> Callable[[int], float]:
+) -> RetryPolicy:
     """Return a retry policy of delays that grow by `step_s` seconds; see :func:`fixed`."""
-    return _growing(base_s, 1, step_s, max_retries, max_delay_s, jitter=jitter)
+    return RetryPolicy(base_s, 1, step_s, max_retries, max_delay_s, jitter)
 
 
 def exponential(
@@ -1269,9 +1216,9 @@ def exponential(
     max_delay_s: float = 3600,
     *,
     jitter: bool = True,
-) -> Callable[[int], float]:
+) -> RetryPolicy:
     """Return a retry policy of delays that grow by `factor`; see :func:`fixed`."""
-    return _growing(base_s, factor, 0, max_retries, max_delay_s, jitter=jitter)
+    return RetryPolicy(base_s, factor, 0, max_retries, max_delay_s, jitter)
 
 
 _django_loops = threading.local()
@@ -1358,6 +1305,12 @@ class Sender(typing.Protocol):
     def close(self) -> None:
         """Close connections."""
 
+    def before_fork(self) -> None:
+        """Let go of what a child must not share, until :meth:`after_fork`, in the parent."""
+
+    def after_fork(self) -> None:
+        """Take it again."""
+
 
 class Broker(Sender, typing.Protocol):
     """What workers and operations need besides; queues are called by name."""
@@ -1386,33 +1339,27 @@ class Broker(Sender, typing.Protocol):
         """Count a queue's messages."""
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class QueueMessage:
-    """A received message, as the hooks get it: it reads and acts like boto3's ``sqs.Message``.
+    """A received message, as the hooks get it: it reads and acts like boto3's ``sqs.Message``."""
 
-    `message` is the decoded one, once it is known to be valid and its task to be registered;
-    `lease_lost` is set by the worker; `broker` is None where no queue has the message.
-    """
+    body: Any
+    message_id: str
+    receipt_handle: str | None = None
+    attributes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    message_attributes: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    queue: str | None = None
+    broker: Broker | None = None  # where a queue has the message
+    sns_record: Mapping[str, Any] | None = None  # where Lambda got it from a topic
+    message: Message | None = None  # once it is known to be valid and its task to be registered
+    lease_lost: bool = False  # set by the worker
 
-    def __init__(
-        self,
-        body: Any,
-        message_id: str,
-        receipt_handle: str | None = None,
-        attributes: Mapping[str, str] | None = None,
-        message_attributes: Mapping[str, Mapping[str, Any]] | None = None,
-        *,
-        queue: str | None = None,
-        broker: Broker | None = None,
-        sns_record: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.body, self.message_id, self.receipt_handle = body, message_id, receipt_handle
-        self.attributes, self.message_attributes = attributes or {}, message_attributes or {}
-        self.queue, self.broker = queue, broker
-        self.hook_kwargs: dict[str, Any] = {"queue_name": queue, "sqs_queue_message": self}
-        if sns_record is not None:
-            self.hook_kwargs = {"sns_record": sns_record}
-        self.message: Message | None = None
-        self.lease_lost = False
+    @property
+    def hook_kwargs(self) -> dict[str, Any]:
+        """What the hooks are called with."""
+        if self.sns_record is not None:
+            return {"sns_record": self.sns_record}
+        return {"queue_name": self.queue, "sqs_queue_message": self}
 
     @property
     def attempt(self) -> int:
@@ -1504,11 +1451,14 @@ class _Brokers:
     """The one sender and the one broker of this process, made at their first use."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # held while one is made, so that there is never a second
+        # Held while one is made, so that there is never a second, and over a fork.
+        self._lock = threading.Lock()
         self._made: dict[str, Sender] = {}
 
     def sender(self) -> Sender:
-        """Return what publishes: SNS for a Lambda app, else the broker."""
+        """Return what publishes: SNS for a Lambda app, else the broker; in sync mode, neither."""
+        if settings.TASKHAWK_SYNC:
+            return self._get("sync")
         url = settings.TASKHAWK_BROKER
         return self._get("sns" if settings.IS_LAMBDA_APP and url == "sqs" else url)
 
@@ -1519,11 +1469,11 @@ class _Brokers:
     def _get(self, url: str) -> Sender:
         made = self._made  # close() replaces the dict
         if url not in made:
-            classes: dict[str, Callable[[], Sender]] = {"sns": SnsSender, "sqs": SqsBroker}
+            classes: dict[str, Callable[[], Sender]]
+            classes = {"sync": _SyncSender, "sns": SnsSender, "sqs": SqsBroker}
             with self._lock:
                 made = self._made
-                make = classes.get(url, functools.partial(SqliteBroker, url))
-                made[url] = made.get(url) or make()
+                made[url] = made.get(url) or classes.get(url, lambda: SqliteBroker(url))()
         return made[url]
 
     def close(self) -> None:
@@ -1534,27 +1484,21 @@ class _Brokers:
             sender.close()
 
     def before_fork(self) -> None:
-        """Close files: SQLite's locks are the process's, and a child would take them for its own.
-
-        The lock is held over the fork, so that no thread is making a broker meanwhile.
-        """
+        """Let go of what a child must not share."""
         self._lock.acquire()
-        for broker in self._files():
-            broker.before_fork()
+        for sender in self._made.values():
+            sender.before_fork()
 
     def after_fork(self) -> None:
-        """Open them again."""
-        for broker in self._files():
-            broker.after_fork()
+        """Go on in the parent."""
+        for sender in self._made.values():
+            sender.after_fork()
         self._lock.release()
 
     def after_fork_in_child(self) -> None:
         """Begin anew; keep what is the parent's, for closing it would disturb the parent."""
         _inherited.append(self._made)
         self.__init__()  # type: ignore[misc]
-
-    def _files(self) -> list[SqliteBroker]:
-        return [broker for broker in self._made.values() if isinstance(broker, SqliteBroker)]
 
 
 _inherited: list[object] = []
@@ -1625,12 +1569,11 @@ class _AwsSender(Sender):
         response = call(**{self.entries_key: named}, **to)
         done = {entry["Id"] for entry in response.get("Successful", ())}
         failed = {entry["Id"]: entry for entry in response.get("Failed", ())}
-        refusals = []
-        for index in (i for i in range(len(named)) if str(i) not in done):
-            entry = failed.get(str(index), _UNANSWERED)
-            text, final = entry.get("Message", ""), bool(entry.get("SenderFault"))
-            refusals.append(Refusal(index, entry["Code"], text, final))
-        return refusals
+        left = {i: failed.get(str(i), _UNANSWERED) for i in range(len(named)) if str(i) not in done}
+        return [
+            Refusal(index, entry["Code"], entry.get("Message", ""), bool(entry.get("SenderFault")))
+            for index, entry in left.items()
+        ]
 
     def explain(self, error: BaseException, where: str) -> TaskhawkError | None:
         if limit := re.search(r"shorter than (\d+) bytes", str(error)):
@@ -1683,20 +1626,17 @@ class SqsBroker(_AwsSender, Broker):
         return _queue_name(priority)
 
     def url(self, queue: str, role: str = "send") -> str:
-        """Look up a queue's URL, once."""
+        """Look up a queue's URL, once; a Lambda's role may not, so it is made up there."""
         if queue not in self._urls:
-            client = self.client(role)
+            client, account = self.client(role), self._accounts.get(queue)
+            made_up = account and f"{client.meta.endpoint_url}/{account}/{queue}"
             with self._lock:
-                self._urls[queue] = self._urls.get(queue) or self._find_url(client, queue)
+                known = self._urls.get(queue) or made_up
+                self._urls[queue] = known or client.get_queue_url(QueueName=queue)["QueueUrl"]
         return self._urls[queue]
 
-    def _find_url(self, client: Any, queue: str) -> str:
-        if account := self._accounts.get(queue):
-            return f"{client.meta.endpoint_url}/{account}/{queue}"
-        return str(client.get_queue_url(QueueName=queue)["QueueUrl"])
-
     def queue_of_arn(self, arn: str) -> str:
-        """Return a queue's name, and make up its URL: a Lambda's role may not look it up."""
+        """Return the name of a queue that Lambda receives from."""
         _, _, _, _, account, queue = arn.split(":")
         self._accounts[queue] = account
         return queue
@@ -1724,9 +1664,7 @@ class SqsBroker(_AwsSender, Broker):
                 raise
         # The queue's limit is lower than the service's, and holds for the sum too: one by one.
         alone = (_refused_by(functools.partial(self.send, destination, [e]), 1) for e in entries)
-        return [
-            r._replace(index=i, final=True) for i, refusals in enumerate(alone) for r in refusals
-        ]
+        return [r[0]._replace(index=i, final=True) for i, r in enumerate(alone) if r]
 
     def receive(
         self, queue: str, most: int, wait_s: float, lease_s: float | None, stop: threading.Event
@@ -1741,11 +1679,12 @@ class SqsBroker(_AwsSender, Broker):
             MessageSystemAttributeNames=list(_SYSTEM_ATTRIBUTES),
             **({} if lease_s is None else {"VisibilityTimeout": math.ceil(lease_s)}),
         )
-        keys = ("Body", "MessageId", "ReceiptHandle", "Attributes", "MessageAttributes")
-        return [
-            QueueMessage(*map(message.get, keys), queue=queue, broker=self)
-            for message in response.get("Messages", ())
-        ]
+        received = []
+        for found in response.get("Messages", ()):
+            parts = (found["Body"], found["MessageId"], found["ReceiptHandle"])
+            attributes = (found.get("Attributes", {}), found.get("MessageAttributes", {}))
+            received.append(QueueMessage(*parts, *attributes, queue, self))
+        return received
 
     def delete(self, queue: str, receipts: Sequence[str]) -> list[Refusal]:
         """Delete; on a standard queue, a stale receipt is no error to SQS."""
@@ -1809,46 +1748,6 @@ COMMIT;
 """
 
 
-def _turn_to_wal(db: Any) -> None:
-    """Wait for other processes, as every statement does but this one."""
-    deadline = time.monotonic() + 30
-    while True:
-        try:
-            db.execute("PRAGMA journal_mode = WAL")
-        except Exception as error:
-            if (
-                getattr(error, "sqlite_errorname", "") != "SQLITE_BUSY"
-                or time.monotonic() > deadline
-            ):
-                raise
-            time.sleep(0.01)
-        else:
-            return
-
-
-def _open_sqlite(path: str | None) -> Any:
-    """Open a file, or memory, and make the tables where there are none."""
-    import sqlite3
-
-    text = f"SQLite {sqlite3.sqlite_version} is too old: expected 3.35.0 or newer"
-    _require(sqlite3.sqlite_version_info >= _OLDEST_SQLITE, text)
-    options: Any = {"timeout": 30, "isolation_level": None, "check_same_thread": False}
-    with contextlib.ExitStack() as undo:
-        try:
-            db = sqlite3.connect(path or ":memory:", **options)
-            undo.callback(db.close)
-            if (version := db.execute("PRAGMA user_version").fetchone()[0]) not in (0, 1):
-                raise sqlite3.OperationalError(f"expected version 1 of its tables, got {version}")
-            _turn_to_wal(db)
-            db.execute("PRAGMA synchronous = FULL")
-            db.executescript(_SQLITE_SCHEMA)
-        except sqlite3.Error as error:
-            text = f"TASKHAWK_BROKER: can't open {Path(path or 'memory').absolute()}: {error}"
-            raise ConfigurationError(text) from error
-        undo.pop_all()
-    return db
-
-
 class SqliteBroker(Broker):
     """Queues in a file; or in memory, for the tests of one process.
 
@@ -1868,22 +1767,43 @@ class SqliteBroker(Broker):
         try:
             pairs: Any = (pair.split("=") for pair in query.split("&") if pair)
             lease_s, most = (options | dict(pairs)).values()
-            self._lease_s, self._most = _above_0(float)(lease_s), _above_0(int)(most)
+            self._lease_s, self._most = _conform(_SECONDS, lease_s), _conform(_COUNT, most)
             self._path = re.fullmatch("sqlite://(?:/(.+))?", path)[1]  # type: ignore[index]
         except (ValueError, TypeError) as error:
-            raise ConfigurationError(
-                "TASKHAWK_BROKER: expected sqlite:///relative.db or sqlite:////absolute.db, then"
-                f" perhaps ?visibility_timeout_s=30&max_receive_count=5, got {url!r}"
-            ) from error
+            text = "TASKHAWK_BROKER: expected sqlite:///relative.db or sqlite:////absolute.db, then"
+            then = "perhaps ?visibility_timeout_s=30&max_receive_count=5"
+            raise ConfigurationError(f"{text} {then}, got {url!r}") from error
         self._lock = threading.Lock()  # held while a thread uses the connection, one at a time
         self._commits = 0  # ours: data_version tells of the other connections' only
         if not self._path:
             SqliteBroker._memory_pid = SqliteBroker._memory_pid or os.getpid()
-            text = (
-                "sqlite:// is the memory of one process, and this is another: use a file, such as"
-            )
-            _require(SqliteBroker._memory_pid == os.getpid(), f"{text} sqlite:///queue.db")
-        self._db = _open_sqlite(self._path)
+            text = "sqlite:// is the memory of one process, and this is another: use a file, such"
+            _require(SqliteBroker._memory_pid == os.getpid(), f"{text} as sqlite:///queue.db")
+        self._db = self._open()
+
+    def _open(self) -> Any:
+        """Open the file, or memory, and make the tables where there are none."""
+        import sqlite3
+
+        text = f"SQLite {sqlite3.sqlite_version} is too old: expected 3.35.0 or newer"
+        _require(sqlite3.sqlite_version_info >= _OLDEST_SQLITE, text)
+        options: Any = {"timeout": 30, "isolation_level": None, "check_same_thread": False}
+        with contextlib.ExitStack() as undo:
+            try:
+                db = sqlite3.connect(self._path or ":memory:", **options)
+                undo.callback(db.close)
+                if (version := db.execute("PRAGMA user_version").fetchone()[0]) not in (0, 1):
+                    text = f"expected version 1 of its tables, got {version}"
+                    raise sqlite3.OperationalError(text)
+                _turn_to_wal(db)
+                db.execute("PRAGMA synchronous = FULL")
+                db.executescript(_SQLITE_SCHEMA)
+            except sqlite3.Error as error:
+                where = Path(self._path or "memory").absolute()
+                text = f"TASKHAWK_BROKER: can't open {where}: {error}"
+                raise ConfigurationError(text) from error
+            undo.pop_all()
+        return db
 
     def destination(self, priority: Priority) -> str:
         return _queue_name(priority)
@@ -1894,15 +1814,14 @@ class SqliteBroker(Broker):
             self._db.close()
 
     def before_fork(self) -> None:
-        """Let go of the file, between two transactions."""
+        """Close the file: SQLite's locks are the process's, and a child would take them on."""
         self._lock.acquire()
         if self._path:
             self._db.close()
 
     def after_fork(self) -> None:
-        """Take the file again."""
         try:
-            self._db = _open_sqlite(self._path) if self._path else self._db
+            self._db = self._open() if self._path else self._db
             self._commits += 1
         finally:
             self._lock.release()
@@ -1925,16 +1844,15 @@ class SqliteBroker(Broker):
 
     def send(self, destination: str, entries: Sequence[Outgoing]) -> list[Refusal]:
         """Write the messages in one transaction."""
+        insert = (
+            "INSERT INTO message (queue, message_id, body, attributes, sent_ms, visible_ms)"
+            " VALUES (?, ?, ?, ?, ?, ?)"
+        )
         with self._transaction() as db:
             for entry in entries:
-                db.execute(
-                    "INSERT INTO message (queue, message_id, body, attributes, sent_ms, visible_ms)"
-                    " VALUES (?, ?, ?, ?, ?, ?)",
-                    (
-                        *(destination, str(uuid.uuid4()), entry.body, json.dumps(entry.attributes)),
-                        *(self._in_ms(), self._in_ms(entry.delay_s)),
-                    ),
-                )
+                names = destination, str(uuid.uuid4())
+                times = self._in_ms(), self._in_ms(entry.delay_s)
+                db.execute(insert, (*names, entry.body, json.dumps(entry.attributes), *times))
         return []
 
     def receive(
@@ -1943,17 +1861,17 @@ class SqliteBroker(Broker):
         """Claim messages; wait for the first without holding any lock."""
         deadline, pause_s = time.monotonic() + wait_s, 0.002
         seen, next_ms = None, math.inf
+        ask = "SELECT min(visible_ms) FROM message WHERE queue = ?"
         while True:
             with self._lock:
                 version = self._commits, self._db.execute("PRAGMA data_version").fetchone()[0]
                 if version != seen:
-                    ask = "SELECT min(visible_ms) FROM message WHERE queue = ?"
-                    found = self._db.execute(ask, (queue,)).fetchone()[0]
+                    (found,) = self._db.execute(ask, (queue,)).fetchone()
                     seen, next_ms = version, math.inf if found is None else found
-            if next_ms <= self._in_ms() and (
-                claimed := self._claim(queue, min(most, _MAX_BATCH), lease_s or self._lease_s)
-            ):
-                return claimed
+            if next_ms <= self._in_ms():
+                claimed = self._claim(queue, min(most, _MAX_BATCH), lease_s or self._lease_s)
+                if claimed:
+                    return claimed
             if time.monotonic() >= deadline or stop.wait(pause_s):
                 return []
             pause_s = min(pause_s * 2, 0.05)  # twenty looks a second cost next to nothing
@@ -1970,19 +1888,15 @@ class SqliteBroker(Broker):
                 "UPDATE message SET receive_count = receive_count + 1, visible_ms = ?,"
                 " receipt = id || '-' || hex(randomblob(16)) WHERE id IN (SELECT id FROM message"
                 " WHERE queue = ? AND visible_ms <= ? ORDER BY visible_ms, id LIMIT ?)"
-                " RETURNING id, body, message_id, receipt, receive_count, sent_ms, attributes",
+                " RETURNING id, receive_count, sent_ms, attributes, body, message_id, receipt",
                 (self._in_ms(lease_s), queue, now, most),
             ).fetchall()
-        return [
-            QueueMessage(
-                *(body, message_id, receipt),
-                {"ApproximateReceiveCount": str(count), "SentTimestamp": str(sent_ms)},
-                json.loads(attributes),
-                queue=queue,
-                broker=self,
-            )
-            for _, body, message_id, receipt, count, sent_ms, attributes in sorted(rows)
-        ]
+        claimed: list[QueueMessage] = []
+        for _, count, sent_ms, attributes, body, message_id, receipt in sorted(rows):
+            system = {"ApproximateReceiveCount": str(count), "SentTimestamp": str(sent_ms)}
+            parts = (body, message_id, receipt, system, json.loads(attributes))
+            claimed.append(QueueMessage(*parts, queue, self))
+        return claimed
 
     def delete(self, queue: str, receipts: Sequence[str]) -> list[Refusal]:
         """Delete; what was deleted before is no error, what another has received since is."""
@@ -2016,7 +1930,7 @@ class SqliteBroker(Broker):
     def info(self, queue: str) -> QueueInfo:
         if queue.endswith("-DLQ"):
             return QueueInfo(self._lease_s, None, None)
-        return QueueInfo(self._lease_s, f"{queue}-DLQ", int(self._most))
+        return QueueInfo(self._lease_s, f"{queue}-DLQ", self._most)
 
     def depth(self, queue: str) -> Depth:
         ask = """SELECT count(*) FILTER (WHERE visible_ms <= :now),
@@ -2025,6 +1939,21 @@ class SqliteBroker(Broker):
             FROM message WHERE queue = :queue"""
         with self._lock:
             return Depth(*self._db.execute(ask, {"now": self._in_ms(), "queue": queue}).fetchone())
+
+
+def _turn_to_wal(db: Any) -> None:
+    """Wait for other processes, as every statement does but this one."""
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+        except Exception as error:
+            busy = getattr(error, "sqlite_errorname", "") == "SQLITE_BUSY"
+            if not busy or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+        else:
+            return
 
 
 # --- 10. publishing -------------------------------------------------------------------------------
@@ -2039,12 +1968,13 @@ _ATTRIBUTE_TEXT = re.compile("[\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]
 
 def _attributes(headers: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     """Make message attributes of the headers that can be: the others are in the body alone."""
-    fit = {
-        str(name): {"DataType": "String", "StringValue": str(value)}
-        for name, value in headers.items()
-        if _ATTRIBUTE_NAME.fullmatch(str(name)) and _ATTRIBUTE_TEXT.fullmatch(str(value))
-    }
-    return dict(itertools.islice(fit.items(), _MAX_ATTRIBUTES))
+    texts = ((str(name), str(value)) for name, value in headers.items())
+    fit = (
+        (name, {"DataType": "String", "StringValue": text})
+        for name, text in texts
+        if _ATTRIBUTE_NAME.fullmatch(name) and _ATTRIBUTE_TEXT.fullmatch(text)
+    )
+    return dict(itertools.islice(fit, _MAX_ATTRIBUTES))
 
 
 class _Ready(NamedTuple):
@@ -2057,8 +1987,6 @@ class _Ready(NamedTuple):
 
 def _prepare(message: Message) -> _Ready:
     entry = Outgoing(_encode(message), _attributes(message.headers), message.delay_s)
-    if settings.TASKHAWK_SYNC:
-        return _Ready(message, "", entry)
     sender = _brokers.sender()
     most = f"the queue can hold a message back for at most {sender.max_delay_s:g} s"
     text = f"{message.task_name}: {most}, got {entry.delay_s:g} s"
@@ -2089,25 +2017,23 @@ def _explained(sender: Sender, where: str) -> Iterator[None]:
         raise
 
 
-def publish(message: Message) -> str:
-    """Send a message, or add it to the :func:`batch` around this call.
+class _SyncSender(Sender):
+    """Runs messages where they are sent: through JSON, decoder and hooks; their errors raise."""
 
-    :returns: the message's id
-    :raises TaskhawkError: as :meth:`AsyncInvocation.dispatch`
-    """
-    for ready in _collect([_prepare(message)]):
-        _publish_one(ready)
-    return message.id
+    max_bytes, max_delay_s = sys.maxsize, math.inf
 
+    def destination(self, priority: Priority) -> str:
+        return _queue_name(priority) if settings.TASKHAWK_QUEUE else "TASKHAWK-SYNC"
 
-def _run_now(ready: _Ready) -> None:
-    """Run a message in sync mode: through JSON, decoder and hooks, and its errors are raised."""
-    message, body = ready.message, ready.entry.body
-    queue = _queue_name(message.priority) if settings.TASKHAWK_QUEUE else "TASKHAWK-SYNC"
-    record = {"Sns": {"Message": body, "MessageId": message.id, "MessageAttributes": {}}}
-    sns_record = record if settings.IS_LAMBDA_APP else None
-    attributes = ready.entry.attributes
-    _run(QueueMessage(body, message.id, None, {}, attributes, queue=queue, sns_record=sns_record))
+    def send(self, destination: str, entries: Sequence[Outgoing]) -> list[Refusal]:
+        """Run them."""
+        for body, attributes, *_ in entries:
+            message_id = _decode(body).id
+            record = {"Sns": {"Message": body, "MessageId": message_id, "MessageAttributes": {}}}
+            received = QueueMessage(body, message_id, None, {}, attributes, destination)
+            received.sns_record = record if settings.IS_LAMBDA_APP else None
+            _run(received)
+        return []
 
 
 # What a `with batch():` block collects: a box of one list, and empty once the block has ended.
@@ -2148,16 +2074,28 @@ def _collect(readies: Sequence[_Ready]) -> Sequence[_Ready]:
     return readies
 
 
+def publish(message: Message) -> str:
+    """Send a message, or add it to the :func:`batch` around this call.
+
+    :returns: the message's id
+    :raises TaskhawkError: as :meth:`AsyncInvocation.dispatch`
+    """
+    for ready in _collect([_prepare(message)]):
+        _publish_one(ready)
+    return message.id
+
+
 def _publish_one(ready: _Ready) -> None:
-    if settings.TASKHAWK_SYNC:
-        _run_now(ready)
-        return
     sender = _brokers.sender()
     try:
-        with _explained(sender, ready.destination):
-            _accepted(sender.send(ready.destination, [ready.entry]))
-    except MessageTooLarge as error:  # by a queue whose limit is lower than the service's
-        raise _too_large(ready.message, ready.entry, error.limit) from error
+        _accepted(sender.send(ready.destination, [ready.entry]))
+    except Exception as error:
+        explained = sender.explain(error, ready.destination)
+        if isinstance(explained, MessageTooLarge):  # the queue's limit is below the service's
+            explained = _too_large(ready.message, ready.entry, explained.limit)
+        if explained:
+            raise explained from error
+        raise
     _log.debug("Sent message", extra={"message_body": ready.entry.body})
 
 
@@ -2165,7 +2103,7 @@ def _publish_all(readies: Sequence[_Ready]) -> None:
     """Send messages of any priorities; raise PartialFailure if some are not accepted."""
     if settings.TASKHAWK_SYNC:
         for ready in readies:
-            _run_now(ready)
+            _publish_one(ready)
         return
     refused: dict[int, Refusal] = {}  # by the position in readies
     for destination in dict.fromkeys(ready.destination for ready in readies):
@@ -2173,20 +2111,19 @@ def _publish_all(readies: Sequence[_Ready]) -> None:
         for refusal in _send_all(destination, [readies[i].entry for i in mine]):
             refused[mine[refusal.index]] = refusal
     if refused:
-        done = [{"Id": r.message.id} for i, r in enumerate(readies) if i not in refused]
-        failed = [
-            {"Id": readies[i].message.id, "Code": refusal.code, "Message": refusal.text}
-            for i, refusal in sorted(refused.items())
-        ]
-        unsent = [readies[i].message for i in sorted(refused)]
+        ids = [ready.message.id for ready in readies]
+        done = [{"Id": message_id} for i, message_id in enumerate(ids) if i not in refused]
+        refusals = sorted(refused.items())
+        failed = [{"Id": ids[i], "Code": r.code, "Message": r.text} for i, r in refusals]
+        unsent = [readies[i].message for i, _ in refusals]
         raise PartialFailure({"Successful": done, "Failed": failed}, unsent=unsent)
 
 
 def _send_all(destination: str, entries: Sequence[Outgoing]) -> Iterator[Refusal]:
     """Send to one destination; after a call that fails as a whole, the rest of it stays unsent."""
     start, sender = 0, _brokers.sender()
+    send = functools.partial(sender.send, destination)
     for chunk in _chunks(entries, sender.max_bytes):
-        send = functools.partial(sender.send, destination)
         try:
             refusals = send(chunk)
         except Exception as error:  # PartialFailure says what was sent and what not
@@ -2716,36 +2653,41 @@ def process_messages_for_lambda_consumer(
     done: list[QueueMessage] = []
     failed: dict[QueueMessage, Outcome] = {}
     for received in map(_from_record, records):
-        in_time = left_ms() > reserve_ms
-        outcome = _not_started(received, failed, in_time=in_time) or process(received)
+        late = left_ms() <= reserve_ms
+        outcome = _not_started(received, failed, late=late) or process(received)
         if outcome.fate is Fate.acknowledge:
             done.append(received)
         else:
             failed[received] = outcome
-    _change_delays(failed)
-    if partial_batch and all("sns_record" not in r.hook_kwargs for r in failed):
+    # 20 minutes less than SQS takes: the function's time and the batching window have passed.
+    most_s = _MAX_HELD_S - 1200
+    delays = [
+        (received, (received.receipt_handle, min(outcome.delay_s, most_s)))
+        for received, outcome in failed.items()
+        if outcome.delay_s is not None
+    ]
+    text = "can't change when %d of %d failed messages run again: %s"
+    _change_all("change_visibility", delays, text)
+    if partial_batch and all(received.sns_record is None for received in failed):
         return {"batchItemFailures": [{"itemIdentifier": r.message_id} for r in failed]}
     if failed:
-        _delete_done(done)
+        text = "%d of %d messages that succeeded may run again: can't delete them: %s"
+        _change_all("delete", [(received, received.receipt_handle) for received in done], text)
         errors = [typing.cast("BaseException", outcome.error) for outcome in failed.values()]
         raise errors[0] if len(errors) == 1 else BaseExceptionGroup("several runs failed", errors)
     return None
 
 
 def _not_started(
-    received: QueueMessage, failed: Iterable[QueueMessage], *, in_time: bool
+    received: QueueMessage, failed: Iterable[QueueMessage], *, late: bool
 ) -> Outcome | None:
     """Return the outcome of a message that must not be started, if it must not."""
+    why = "no time was left" if late else ""
     fifo = (received.queue or "").endswith(".fifo")
     if fifo and received.group_id in {other.group_id for other in failed}:
         why = "an earlier one of its group failed"
-    elif not in_time:
-        why = "no time was left"
-    else:
-        return None
-    return Outcome(
-        Fate.retry, TaskhawkError(f"message {received.message_id} was not started: {why}")
-    )
+    text = f"message {received.message_id} was not started: {why}"
+    return Outcome(Fate.retry, TaskhawkError(text)) if why else None
 
 
 def _from_record(record: Any) -> QueueMessage:
@@ -2754,46 +2696,28 @@ def _from_record(record: Any) -> QueueMessage:
         if "Sns" in record:
             sns = record["Sns"]
             return QueueMessage(sns["Message"], str(sns.get("MessageId")), sns_record=record)
-        attributes = dict(record.get("attributes", {}))
-        int(attributes.setdefault("ApproximateReceiveCount", "1"))
+        attributes = {"ApproximateReceiveCount": "1", **record.get("attributes", {})}
+        int(attributes["ApproximateReceiveCount"])
         message_attributes = {
             name: {kind[:1].upper() + kind[1:]: content for kind, content in value.items()}
             for name, value in record.get("messageAttributes", {}).items()
         }
-        received = QueueMessage(
-            *(record["body"], record["messageId"], record.get("receiptHandle")),
-            *(attributes, message_attributes),
+        parts = (record["body"], record["messageId"], record.get("receiptHandle"))
+        broker, arn = _brokers.broker(), record.get("eventSourceARN")
+        if not isinstance(broker, SqsBroker) or arn is None:
+            return QueueMessage(*parts, attributes, message_attributes)
+        return QueueMessage(
+            *parts, attributes, message_attributes, broker.queue_of_arn(arn), broker
         )
-        broker = _brokers.broker()
-        if isinstance(broker, SqsBroker) and "eventSourceARN" in record:
-            received.queue, received.broker = broker.queue_of_arn(record["eventSourceARN"]), broker
-            received.hook_kwargs["queue_name"] = received.queue
     except (AttributeError, KeyError, TypeError, ValueError):
         given = record if isinstance(record, dict) else {}
-        sns_record = {"sns_record": record} if "Sns" in given else {}
-        return QueueMessage(None, str(given.get("messageId", "")), **sns_record)
-    return received
+        sns_record = record if "Sns" in given else None
+        return QueueMessage(None, str(given.get("messageId", "")), sns_record=sns_record)
 
 
-def _change_delays(failed: Mapping[QueueMessage, Outcome]) -> None:
-    """Set the delays that retries asked for; Lambda's role may not be allowed to."""
-    # 20 minutes less than SQS takes: the function's time and the batching window have passed.
-    delays = {
-        r: min(o.delay_s, _MAX_HELD_S - 1200) for r, o in failed.items() if o.delay_s is not None
-    }
-    text = "can't change when %d of %d failed messages run again: %s"
-    _change_all("change_visibility", text, {r: (r.receipt_handle, s) for r, s in delays.items()})
-
-
-def _delete_done(done: Iterable[QueueMessage]) -> None:
-    """Delete what succeeded, lest a retry of the batch runs it again."""
-    text = "%d of %d messages that succeeded may run again: can't delete them: %s"
-    _change_all("delete", text, {received: received.receipt_handle for received in done})
-
-
-def _change_all(call: str, warning: str, entries: Mapping[QueueMessage, Any]) -> None:
-    """Make batch calls for the messages that a queue has; their failure is a warning."""
-    rest = [(received, entry) for received, entry in entries.items() if received.broker]
+def _change_all(call: str, entries: Sequence[tuple[QueueMessage, Any]], warning: str) -> None:
+    """Make batch calls for the messages that a queue has; Lambda's role may not be allowed to."""
+    rest = [(received, entry) for received, entry in entries if received.broker]
     while rest:
         part, rest = rest[:_MAX_BATCH], rest[_MAX_BATCH:]
         made = functools.partial(getattr(part[0][0].broker, call), part[0][0].queue)
