@@ -2201,19 +2201,21 @@ class Ledger:
         return ", ".join(f"{count} {name.replace('_', '-')}" for name, count in vars(self).items())
 
 
+@dataclasses.dataclass(eq=False)
 class _Held:
     """A message that the worker holds, from its receive to its end."""
 
-    def __init__(self, message: QueueMessage, rank: int, now: float, lease_s: float) -> None:
-        self.message, self.rank, self.lease_s = message, rank, lease_s
-        self.queue, self.receipt = message.queue or "", message.receipt_handle or ""
-        self.state = "received"
-        self.end = ""  # what it becomes, once that is decided: it stays held until it is done
-        self.visible_in_s: float = 0  # where the end is not a delete
-        self.due_at = math.inf  # when the keeper is to do it
-        self.tries = 0
-        self.lease_until, self.renew_at = now + lease_s, now + lease_s / 3
-        self.last_at = now + _MAX_HELD_S - 10  # SQS counts from a little before `now`
+    message: QueueMessage
+    rank: int  # of its queue: the most urgent is 0
+    lease_s: float
+    lease_until: float
+    renew_at: float  # when the keeper is to extend the lease
+    last_at: float  # SQS lets no lease go beyond
+    state: str = "received"
+    end: str = ""  # what it becomes, once that is decided: it stays held until it is done
+    visible_in_s: float = 0  # where the end is not a delete
+    due_at: float = math.inf  # when the keeper is to do it
+    tries: int = 0
 
     @property
     def to_delete(self) -> bool:
@@ -2235,8 +2237,11 @@ class _Keeper:
 
     def take(self, messages: Sequence[QueueMessage], rank: int, lease_s: float) -> None:
         """Hold received messages from now on."""
+        now = self._clock()
+        # SQS counts its 12 hours from a little before `now`.
+        times = (lease_s, now + lease_s, now + lease_s / 3, now + _MAX_HELD_S - 10)
         with self.changed:
-            self.held += [_Held(message, rank, self._clock(), lease_s) for message in messages]
+            self.held += [_Held(message, rank, *times) for message in messages]
             self.ledger.received += len(messages)
             self.changed.notify_all()
 
@@ -2244,8 +2249,7 @@ class _Keeper:
         """Start the most urgent of the messages that wait."""
         with self.changed:
             waiting = [held for held in self.held if held.state == "received" and not held.end]
-            first = min(waiting, key=lambda held: held.rank, default=None)
-            if first:
+            if first := min(waiting, key=lambda held: held.rank, default=None):
                 self._move(first, "started")
             return first
 
@@ -2254,8 +2258,8 @@ class _Keeper:
 
         That is one beyond the batch whose call is under way.
         """
-        acknowledged = sum(held.to_delete for held in self.held)
-        return acknowledged >= 2 * _MAX_BATCH or not all(held.end for held in self.held)
+        overdue = sum(held.to_delete for held in self.held) >= 2 * _MAX_BATCH
+        return overdue or not all(held.end for held in self.held)
 
     def finish(self, held: _Held, end: str, visible_in_s: float | None = 0) -> None:
         """Note how a run ended; None leaves the message to its visibility timeout."""
@@ -2285,28 +2289,26 @@ class _Keeper:
         self.thread.join()
 
     def _run(self) -> None:
-        while work := self._wait_for_work():
-            self._change(*work)
-
-    def _wait_for_work(self) -> tuple[str, list[_Held], float] | None:
-        with self.changed:
-            while not self._closed or self.held:
+        while not self._closed or self.held:
+            with self.changed:
                 now = self._clock()
-                for kind, due in self._due(now):
-                    if due:  # what fits into one call: ten messages of one queue
-                        return kind, [h for h in due if h.queue == due[0].queue][:_MAX_BATCH], now
-                self.changed.wait(min([_TICK_S, *(max(0.001, h.due_at - now) for h in self.held)]))
-        return None
+                kind, due = next((work for work in self._due(now) if work[1]), ("", []))
+                if not due:
+                    waits = (max(0.001, held.due_at - now) for held in self.held)
+                    self.changed.wait(min([_TICK_S, *waits]))
+                    continue
+            queue = due[0].message.queue  # what fits into one call: ten messages of one queue
+            self._change(kind, [h for h in due if h.message.queue == queue][:_MAX_BATCH], now)
 
     def _due(self, now: float) -> Iterator[tuple[str, list[_Held]]]:
         """Yield the changes to make now, in the order of their urgency."""
-        leases = (
-            self._leases and not self._closed
-        )  # at the end they bound how long deletes are tried
-        renewals = [held for held in self.held if held.renew_at <= now] if leases else []
+        # At the end the leases bound how long deletes are tried: none is extended any more.
+        leased = self.held if self._leases and not self._closed else ()
+        renewals = [held for held in leased if held.renew_at <= now]
         for held in [held for held in renewals if held.last_at - now < 1]:
+            renewals.remove(held)
             self._lose(held, "it was received 12 hours ago")
-        yield "extend", [held for held in renewals if held.last_at - now >= 1]
+        yield "extend", renewals
         deletes = [h for h in self.held if h.to_delete and (h.due_at <= now or not h.tries)]
         idle = all(held.end for held in self.held)
         if idle or len(deletes) >= _MAX_BATCH or any(held.due_at <= now for held in deletes):
@@ -2316,14 +2318,15 @@ class _Keeper:
 
     def _change(self, kind: str, batch: Sequence[_Held], now: float) -> None:
         """Make one call, and note what came of each message."""
-        wanted = [h.lease_s if kind == "extend" else h.visible_in_s for h in batch]
-        receipts: list[Any] = [held.receipt for held in batch]
+        entries: list[Any] = [held.message.receipt_handle for held in batch]
         call: Callable[..., list[Refusal]] = self._broker.delete
         if kind != "delete":
-            seconds = [max(0, min(s, h.last_at - now)) for s, h in zip(wanted, batch, strict=True)]
             call = self._broker.change_visibility
-            receipts = list(zip(receipts, seconds, strict=True))
-        refusals = _refused_by(functools.partial(call, batch[0].queue, receipts), len(batch))
+            wanted = [held.lease_s if kind == "extend" else held.visible_in_s for held in batch]
+            left = [held.last_at - now for held in batch]
+            seconds = [max(0, min(pair)) for pair in zip(wanted, left, strict=True)]
+            entries = list(zip(entries, seconds, strict=True))
+        refusals = _refused_by(functools.partial(call, batch[0].message.queue, entries), len(batch))
         by_index = {refusal.index: refusal for refusal in refusals}
         with self.changed:
             for index, held in enumerate(batch):
@@ -2336,21 +2339,20 @@ class _Keeper:
         """Note the answer for a message; what the service is at fault for is tried again."""
         late = now >= held.lease_until
         again = refusal and not (refusal.final or late)
-        if kind == "extend":
-            if held.renew_at == math.inf:
-                return  # its run ended meanwhile: a delay or release comes next
-            if again:
-                held.renew_at = now + held.lease_s / 20
-            elif refusal and refusal.code.startswith("AccessDenied"):
-                if self._leases:  # the policies of 1.4's workers lack the permission
-                    text = "ChangeMessageVisibility is denied, long tasks may run twice: %s"
-                    _log.error(text, refusal.text)
-                self._leases, held.renew_at = False, math.inf
-            elif refusal:
-                self._lose(held, refusal.text)
-            else:
-                held.lease_until = min(now + held.lease_s, held.last_at)
-                held.renew_at = min(now + held.lease_s / 3, held.last_at - 1)
+        if kind == "extend" and held.renew_at == math.inf:
+            return  # its run ended meanwhile: a delay or release comes next
+        if kind == "extend" and not refusal:
+            held.lease_until = min(now + held.lease_s, held.last_at)
+            held.renew_at = min(now + held.lease_s / 3, held.last_at - 1)
+        elif kind == "extend" and again:
+            held.renew_at = now + held.lease_s / 20
+        elif kind == "extend" and refusal and refusal.code.startswith("AccessDenied"):
+            if self._leases:  # the policies of 1.4's workers lack the permission
+                text = "ChangeMessageVisibility is denied, long tasks may run twice: %s"
+                _log.error(text, refusal.text)
+            self._leases, held.renew_at = False, math.inf
+        elif kind == "extend" and refusal:
+            self._lose(held, refusal.text)
         elif again:
             held.tries += 1
             held.due_at = now + _jittered(min(0.1 * 2**held.tries, 5))
@@ -2382,32 +2384,29 @@ class _Keeper:
         held.state = state
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class Worker:
     """Runs the messages of some queues, most urgent first, until it is stopped.
 
-    The arguments are those of :func:`listen_for_messages`; time is passed in by `clock`, and
-    `wait_s` is how long a poll may take.
+    The options are those of :func:`listen_for_messages`; time is passed in by `clock`, and `wait_s`
+    is how long a poll may take.
     """
 
-    def __init__(
-        self,
-        broker: Broker,
-        queues: Sequence[str],
-        *,
-        num_messages: int = 1,
-        visibility_timeout_s: float | None = None,
-        loop_count: int | None = None,
-        shutdown_event: threading.Event | None = None,
-        until_empty: bool = False,
-        clock: Callable[[], float] = time.monotonic,
-        wait_s: float = _LONG_POLL_S,
-    ) -> None:
-        self._broker, self._queues, self._num_messages = broker, list(queues), num_messages
-        self._visibility_timeout_s, self._loop_count = visibility_timeout_s, loop_count
-        self._until_empty, self._wait_s = until_empty, min(wait_s, 1) if until_empty else wait_s
-        self._shutdown_event = shutdown_event or threading.Event()
-        self._keeper = _Keeper(broker, clock)
-        self.ledger = self._keeper.ledger
+    broker: Broker
+    queues: Sequence[str]
+    num_messages: int = 1
+    visibility_timeout_s: float | None = None
+    loop_count: int | None = None
+    shutdown_event: threading.Event | None = None
+    until_empty: bool = False
+    clock: Callable[[], float] = time.monotonic
+    wait_s: float = _LONG_POLL_S
+
+    def __post_init__(self) -> None:
+        if self.until_empty:
+            self.wait_s = min(self.wait_s, 1)
+        self._keeper = _Keeper(self.broker, self.clock)
+        self._changed, self.ledger = self._keeper.changed, self._keeper.ledger
         self._signalled = False  # set by a signal handler, which must not wait for a lock
         self._stop = threading.Event()  # ends the waits of the broker and of the pollers
         self._polling = 0  # pollers that have not ended; guarded by the keeper's condition
@@ -2415,22 +2414,18 @@ class Worker:
 
     def run(self) -> Ledger:
         """Work until stopped; the order of the shutdown is the order of these lines."""
-        pollers = [
-            threading.Thread(target=self._poll, args=(rank, queue), name=f"taskhawk {queue}")
-            for rank, queue in enumerate(self._queues)
-        ]
+        make = functools.partial(threading.Thread, target=self._poll, daemon=True)
+        pollers = [make(args=pair, name=f"taskhawk {pair[1]}") for pair in enumerate(self.queues)]
+        self._polling = len(pollers)
         with self._signals():
-            self._polling = len(pollers)
-            for poller in pollers:
-                poller.daemon = True  # a second signal does not wait for polls
-                poller.start()
-            self._keeper.thread.start()
+            for thread in (self._keeper.thread, *pollers):
+                thread.start()
             try:
                 self._work()
             finally:
-                with self._keeper.changed:
+                with self._changed:
                     self._stop.set()
-                    self._keeper.changed.notify_all()
+                    self._changed.notify_all()
                 # Wait the polls in flight out: what an abandoned one receives, nobody runs.
                 for poller in pollers:
                     poller.join()
@@ -2450,27 +2445,31 @@ class Worker:
             ours = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
             ours = {n: default for n, default in ours.items() if signal.getsignal(n) == default}
 
-        def restore() -> None:
+        def restore(*_signal_and_frame: object) -> None:
+            self._signalled = True
             for number, default in ours.items():
                 signal.signal(number, default)
 
-        def handle(_number: int, _frame: object) -> None:
-            self._signalled = True
-            restore()
-
         for number in ours:
-            signal.signal(number, handle)
+            signal.signal(number, restore)
         try:
             yield
         finally:
             restore()
 
-    def _stopping(self) -> bool:
-        return self._signalled or self._stop.is_set() or self._shutdown_event.is_set()
+    def _wait(self, look: Callable[[], Any], until: float = math.inf) -> Any:
+        """Wait until something is found, and return it; None if the worker stops or time is up."""
+        with self._changed:
+            event = self.shutdown_event or self._stop
+            while not (self._signalled or self._stop.is_set() or event.is_set()):
+                if (found := look()) or until <= (now := time.monotonic()):
+                    return found
+                self._changed.wait(min(_TICK_S, until - now))
+        return None
 
     def _work(self) -> None:
         """Run messages in the calling thread."""
-        while held := self._next():
+        while isinstance(held := self._wait(self._next), _Held):
             try:
                 outcome = process(held.message)
             except KeyboardInterrupt:
@@ -2478,46 +2477,34 @@ class Worker:
                 raise
             self.settle(held, outcome)
 
-    def _next(self) -> _Held | None:
-        """Wait for a message to run; None if there will be none."""
-        with self._keeper.changed:
-            while not self._stopping():
-                if (held := self._keeper.start_next()) or not self._polling:
-                    return held
-                self._keeper.changed.wait(_TICK_S)
-            return None
+    def _next(self) -> object:
+        """Return a message to run, True if there will be none, or None as yet."""
+        return self._keeper.start_next() or not self._polling or None
 
     def settle(self, held: _Held, outcome: Outcome) -> None:
         """Have done what the outcome says; a copy for the dead letters is sent here and now."""
-        if outcome.fate is Fate.acknowledge:
-            self._keeper.finish(held, "acked")
-        elif outcome.fate is Fate.dead_letter and self._send_to_dead_letters(held.message, outcome):
-            self._keeper.finish(held, "dead_lettered")
-        else:
-            self._keeper.finish(held, "retried", outcome.delay_s)
-
-    def _send_to_dead_letters(self, message: QueueMessage, outcome: Outcome) -> bool:
-        """Copy a message to the dead-letter queue; False leaves it to the redrive policy."""
-        try:
-            target = self._broker.info(message.queue or "").dead_letter_queue
-            _require(target, "it has no dead-letter queue")
-            copy = _dead_letter_copy(message, outcome.error, self._broker.max_bytes)
-            _accepted(self._broker.send(target or "", [copy]))
-        except Exception as error:  # whatever it is, the message is still in its queue
-            text = "%s: message %s can't be dead-lettered and is left to the queue: %s"
-            _log.warning(text, message.queue, message.message_id, error)
-            return False
-        return True
+        end, message = "acked" if outcome.fate is Fate.acknowledge else "retried", held.message
+        if outcome.fate is Fate.dead_letter:
+            try:
+                target = self.broker.info(message.queue or "").dead_letter_queue
+                _require(target, "it has no dead-letter queue")
+                copy = _dead_letter_copy(message, outcome.error, self.broker.max_bytes)
+                _accepted(self.broker.send(target or "", [copy]))
+                end = "dead_lettered"
+            except Exception as error:  # the message is still in its queue, which may redrive it
+                text = "%s: message %s can't be dead-lettered and is left to the queue: %s"
+                _log.warning(text, message.queue, message.message_id, error)
+        self._keeper.finish(held, end, outcome.delay_s)
 
     def _poll(self, rank: int, queue: str) -> None:
         """Receive from a queue, in a thread of its own."""
-        loops = failures = 0
         try:
             lease_s, asked_s = self._find_lease_s(queue)
-            while (self._loop_count is None or loops < self._loop_count) and self._has_room():
-                options = (self._num_messages, self._wait_s, asked_s, self._stop)
+            loops = failures = 0
+            while loops != self.loop_count and self._wait(lambda: not self._keeper.is_busy()):
+                options = (self.num_messages, self.wait_s, asked_s, self._stop)
                 try:
-                    messages = self._broker.receive(queue, *options)
+                    messages = self.broker.receive(queue, *options)
                 except Exception as error:  # a worker goes on for ever
                     failures += 1
                     self._back_off(queue, error, failures, first=not loops)
@@ -2527,52 +2514,41 @@ class Worker:
                     _log.info("%s: receives again after %d failures", queue, failures)
                 loops, failures = loops + 1, 0
                 _call_safely("TASKHAWK_HEARTBEAT_HOOK")
-                if self._until_empty and not messages and self._are_empty():
+                if self.until_empty and not messages and self._are_empty():
                     return
         finally:
-            with self._keeper.changed:
+            with self._changed:
                 self._polling -= 1
-                self._keeper.changed.notify_all()
+                self._changed.notify_all()
 
     def _find_lease_s(self, queue: str) -> tuple[float, float | None]:
-        """Return the visibility timeout, and what to ask for: None, where it is the queue's own.
-
-        The policies of 1.4's workers don't let them read that one.
-        """
-        if (lease_s := self._visibility_timeout_s) is None:
-            try:
-                lease_s = self._broker.info(queue).visibility_timeout_s
-            except Exception as error:  # if it is fatal, the receive says so
-                if (code := _error_code(error)).startswith("AccessDenied"):
-                    _log.warning("%s: can't read its attributes: %s", queue, code)
-            if lease_s and lease_s >= 1:
+        """Return the visibility timeout, and what to ask for: None, where it is the queue's own."""
+        if self.visibility_timeout_s:
+            return self.visibility_timeout_s, self.visibility_timeout_s
+        try:
+            if (lease_s := self.broker.info(queue).visibility_timeout_s) >= 1:
                 return lease_s, None
-        return lease_s or _DEFAULT_LEASE_S, lease_s or _DEFAULT_LEASE_S
-
-    def _has_room(self) -> bool:
-        """Wait until what is received can start at once; False if the worker stops."""
-        with self._keeper.changed:
-            while self._keeper.is_busy() and not self._stopping():
-                self._keeper.changed.wait(_TICK_S)
-            return not self._stopping()
+        except Exception as error:  # if it is fatal, the receive says so
+            if (code := _error_code(error)).startswith("AccessDenied"):  # as 1.4's policies did
+                _log.warning("%s: can't read its attributes: %s", queue, code)
+        return _DEFAULT_LEASE_S, _DEFAULT_LEASE_S
 
     def _back_off(self, queue: str, error: Exception, failures: int, *, first: bool) -> None:
         """Wait after a receive that failed; at the start, end where only a person can help."""
-        if first and (fatal := self._broker.explain(error, queue)):
+        if first and (fatal := self.broker.explain(error, queue)):
             fatal.__cause__, self._fatal = error, fatal
             self._stop.set()
             return
         if failures == 1:
             _log.warning("%s: can't receive, goes on trying: %r", queue, error)
         until = time.monotonic() + _jittered(min(0.5 * 2 ** min(failures, 10), _MAX_BACKOFF_S))
-        while time.monotonic() < until and not self._stopping():
-            self._stop.wait(_TICK_S)
+        self._wait(lambda: None, until)
 
     def _are_empty(self) -> bool:
         try:
-            return not any(any(self._broker.depth(queue)) for queue in self._queues)
+            return not any(any(self.broker.depth(queue)) for queue in self.queues)
         except Exception as error:  # a fault is no reason to end, but what nobody may know is
-            return self._broker.explain(error, self._queues[0]) is not None
+            return self.broker.explain(error, self.queues[0]) is not None
 
 
 _URGENCY = (Priority.high, Priority.default, Priority.low, Priority.bulk)
@@ -2611,9 +2587,8 @@ def listen_for_messages(
     _require(wanted and all(isinstance(each, Priority) for each in wanted), text)
     broker = _brokers.broker()
     queues = [broker.destination(each) for each in _URGENCY if each in wanted]
-    options: Any = {"loop_count": loop_count, "shutdown_event": shutdown_event}
-    options |= {"visibility_timeout_s": visibility_timeout_s, "until_empty": until_empty}
-    return Worker(broker, queues, num_messages=num_messages, **options).run()
+    timeout_s, event = visibility_timeout_s, shutdown_event
+    return Worker(broker, queues, num_messages, timeout_s, loop_count, event, until_empty).run()
 
 
 def extend_visibility_timeout(priority: Priority, receipt: str, visibility_timeout_s: int) -> None:

@@ -9587,7 +9587,8 @@ class TestStates:
         assert set(re.findall(r"-> (\w+)", "> " + drawn)) >= {"finished", "acked", "released"}
         ends = {"acked", "retried", "dead_lettered", "uncertain", "released"}
         assert ends | {"received"} == set(vars(taskhawk.Ledger()))
-        held = taskhawk._Held(taskhawk.QueueMessage("", "m1", "r1", queue="Q"), 0, 0, 30)
+        message = taskhawk.QueueMessage("", "m1", "r1", queue="Q")
+        held = taskhawk._Held(message, 0, 30, 30, 10, 43_190)
         with pytest.raises(RuntimeError, match=r"^a message can't go from received to acked$"):
             taskhawk._Keeper._move(held, "acked")
 
