@@ -2462,7 +2462,7 @@ class Worker:
         with self._changed:
             event = self.shutdown_event or self._stop
             while not (self._signalled or self._stop.is_set() or event.is_set()):
-                if (found := look()) or until <= (now := time.monotonic()):
+                if (found := look()) or until <= (now := self.clock()):
                     return found
                 self._changed.wait(min(_TICK_S, until - now))
         return None
@@ -2541,7 +2541,7 @@ class Worker:
             return
         if failures == 1:
             _log.warning("%s: can't receive, goes on trying: %r", queue, error)
-        until = time.monotonic() + _jittered(min(0.5 * 2 ** min(failures, 10), _MAX_BACKOFF_S))
+        until = self.clock() + _jittered(min(0.5 * 2 ** min(failures, 10), _MAX_BACKOFF_S))
         self._wait(lambda: None, until)
 
     def _are_empty(self) -> bool:

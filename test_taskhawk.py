@@ -9618,6 +9618,160 @@ class TestStates:
         assert worker_broker.depth(WORKER_QUEUE) == (0, 1, 0)
 
 
+class ChaosClock(WorkerClock):
+    """A clock that goes on as it is looked at."""
+
+    def __call__(self) -> float:
+        """Tell the time."""
+        self.now += 0.02
+        return self.now
+
+
+class ChaosBroker(WorkerBroker):
+    """A queue that fails at any call in the ways a service can, as its seed says.
+
+    It knows what each receipt stands for, and notes what must not happen.
+    """
+
+    def __init__(self, inner: Any, clock: WorkerClock, chance: random.Random) -> None:
+        super().__init__(inner)
+        self.clock, self.chance = clock, chance
+        self.stop = threading.Event()
+        self.crashed = False
+        self.fault_rate = 0.0
+        self.numbers: dict[str, int] = {}  # what each receipt stands for
+        self.running: set[int] = set()
+        self.done: set[int] = set()  # what ran to its end or was ignored
+        self.dead: set[int] = set()  # what was copied to the dead-letter queue
+        self.wrong: list[str] = []  # what must not happen, and did
+        self.lock = threading.Lock()  # held while a fault is drawn: the seed decides in turn
+
+    def noted(self, name: str, *args: Any) -> Any:
+        """Meet a fault, or none."""
+        real = functools.partial(getattr(self.inner, name), *args)
+        if name in ("destination", "info", "explain"):
+            return real()
+        with self.lock:
+            faulty = self.chance.random() < self.fault_rate
+            fault = self.chance.choice(CHAOS_FAULTS) if faulty else "none"
+            keep = self.chance.randrange(10)
+        if fault == "crash":  # from now on nothing reaches the queue, and what it holds times out
+            self.crashed = True
+        if self.crashed:
+            self.stop.set()
+            self.clock.now += WORKER_12_HOURS_S
+            raise OSError("the worker was killed")
+        if fault == "shutdown":
+            self.stop.set()
+        if fault == "slow":
+            self.clock.now += 31  # past the visibility timeout
+        if fault == "before":
+            raise OSError("the connection was refused")
+        answer = self.part(real, name, args, keep) if fault == "part" else real()
+        self.note(name, args, answer)
+        if fault == "after":
+            raise OSError("the answer was lost")
+        return answer
+
+    def part(self, real: Any, name: str, args: tuple[Any, ...], keep: int) -> Any:
+        """Refuse some entries of a batch call."""
+        if name not in ("send", "delete", "change_visibility"):
+            return real()
+        entries = args[1]
+        done = [entry for i, entry in enumerate(entries) if (keep + i) % 3]
+        refused = [i for i in range(len(entries)) if not (keep + i) % 3]
+        if done:
+            assert getattr(self.inner, name)(args[0], done) == []
+            self.note(name, (args[0], done), [])
+        return [taskhawk.Refusal(i, "Chaos", "by chance", final=keep > 6) for i in refused]
+
+    def note(self, name: str, args: tuple[Any, ...], answer: Any) -> None:
+        """Note what a call did, and what it must not have done."""
+        if name == "receive":
+            self.clock.now += 0 if answer else 61  # delays pass while nothing is visible
+            for received in answer:
+                self.numbers[received.receipt_handle] = json.loads(received.body)["args"][0]
+        elif name == "send":
+            refused = {refusal.index for refusal in answer}
+            entries = [entry for i, entry in enumerate(args[1]) if i not in refused]
+            self.dead |= {json.loads(entry.body)["args"][0] for entry in entries}
+        elif name == "delete":
+            numbers = {self.numbers[receipt] for receipt in args[1]}
+            for number in numbers - self.done - self.dead:
+                self.wrong.append(f"{number} was deleted and had not run")
+        elif name == "change_visibility":
+            for receipt, seconds in args[1]:
+                if seconds < 30 and self.numbers[receipt] in self.running:
+                    self.wrong.append(f"{self.numbers[receipt]} was released while it ran")
+
+
+CHAOS_FAULTS = ("before", "after", "part", "part", "slow", "shutdown", "crash")
+
+
+class TestSchedules:
+    """Thousands of schedules of faults, and in none of them is a message lost."""
+
+    @pytest.mark.parametrize("block", range(10))
+    def test_nothing_is_lost(self, block, monkeypatch):
+        """Whatever fails, each message runs or is a dead letter, and the ledgers balance."""
+        monkeypatch.setattr(taskhawk, "_TICK_S", 0.0005)  # the clock goes on as it is looked at
+        logging.disable(logging.CRITICAL)
+        try:
+            for seed in range(block * 200, block * 200 + 200):
+                self.run(seed)
+        finally:
+            logging.disable(logging.NOTSET)
+
+    def run(self, seed: int) -> None:
+        """Let workers run into faults, one after another; the last one meets none."""
+        chance, clock = random.Random(seed), ChaosClock()
+        inner = taskhawk.SqliteBroker("sqlite://?max_receive_count=1000", clock=clock)
+        broker = ChaosBroker(inner, clock, chance)
+
+        taskhawk._registry.pop("chaos.job", None)
+
+        @taskhawk.task(name="chaos.job", never_retry_on=(KeyError,))
+        def job(number: int) -> None:
+            broker.running.add(number)
+            try:
+                clock.now += chance.choice((0, 0, 0.1, 11, 31))
+                draw = chance.random()
+                if draw < 0.1:
+                    raise KeyError(number)
+                if draw < 0.2:
+                    raise taskhawk.RetryException(delay_seconds=chance.choice((0, 5, 60)))
+                if draw < 0.3:
+                    raise ValueError(number)
+                broker.done.add(number)
+                if draw < 0.4:
+                    raise taskhawk.IgnoreException
+            finally:
+                broker.running.discard(number)
+
+        broker.put(job, *((number,) for number in range(12)))
+        for fault_rate in (0.4, 0.2, 0.1, 0):
+            broker.fault_rate, broker.crashed = fault_rate, False
+            broker.stop = threading.Event()
+            worker = taskhawk.Worker(
+                broker,
+                [WORKER_QUEUE],
+                num_messages=chance.choice((1, 3, 10)),
+                loop_count=None if fault_rate == 0 else chance.randrange(1, 6),
+                shutdown_event=broker.stop,
+                until_empty=fault_rate == 0,
+                clock=clock,
+                wait_s=0,
+            )
+            ledger = worker.run()
+            assert ledger.balanced, f"seed {seed}: {ledger}"
+            assert broker.wrong == [], f"seed {seed}"
+            clock.now += WORKER_12_HOURS_S  # what was left to its timeout is visible again
+        dead = inner.depth(f"{WORKER_QUEUE}-DLQ").visible
+        assert broker.done | broker.dead == set(range(12)), f"seed {seed}"
+        assert (inner.depth(WORKER_QUEUE), bool(dead)) == ((0, 0, 0), bool(broker.dead))
+        inner.close()
+
+
 class TestInterrupts:
     """Control-C is never swallowed."""
 
