@@ -2167,8 +2167,9 @@ def _dead_letter_copy(received: QueueMessage, error: BaseException | None, limit
 
 
 # --- 11. the worker -------------------------------------------------------------------------------
-# Every thread of this file. Pollers receive, the calling thread runs tasks, and one keeper alone
-# changes messages on the queue: so an extension under way never undoes a delay or a delete.
+# Every thread of this file. Pollers receive, slots run tasks (the calling thread where there is only
+# one), one keeper alone changes messages on the queue: so an extension under way never undoes a
+# delay or a delete.
 # Worker.run() is the order of the shutdown.
 
 _STEPS = {  # the allowed steps of a message; nothing else moves one
@@ -2253,13 +2254,14 @@ class _Keeper:
                 self._move(first, "started")
             return first
 
-    def is_busy(self) -> bool:
-        """Return whether a message waits or runs, or a batch of acknowledgements is overdue.
+    def is_busy(self, slots: int) -> bool:
+        """Return whether a message waits, all slots are taken, or acknowledgements are overdue.
 
-        That is one beyond the batch whose call is under way.
+        That is a batch of them beyond the one whose call is under way.
         """
+        states = [held.state for held in self.held if not held.end]
         overdue = sum(held.to_delete for held in self.held) >= 2 * _MAX_BATCH
-        return overdue or not all(held.end for held in self.held)
+        return overdue or "received" in states or len(states) >= slots
 
     def finish(self, held: _Held, end: str, visible_in_s: float | None = 0) -> None:
         """Note how a run ended; None leaves the message to its visibility timeout."""
@@ -2399,6 +2401,8 @@ class Worker:
     loop_count: int | None = None
     shutdown_event: threading.Event | None = None
     until_empty: bool = False
+    concurrency: int = 1
+    max_tasks: int | None = None
     clock: Callable[[], float] = time.monotonic
     wait_s: float = _LONG_POLL_S
 
@@ -2409,26 +2413,32 @@ class Worker:
         self._changed, self.ledger = self._keeper.changed, self._keeper.ledger
         self._signalled = False  # set by a signal handler, which must not wait for a lock
         self._stop = threading.Event()  # ends the waits of the broker and of the pollers
-        self._polling = 0  # pollers that have not ended; guarded by the keeper's condition
-        self._fatal: TaskhawkError | None = None
+        # Guarded by the keeper's condition: pollers that have not ended, and messages started.
+        self._polling = self._started = 0
+        self._fatal: BaseException | None = None
 
     def run(self) -> Ledger:
         """Work until stopped; the order of the shutdown is the order of these lines."""
-        make = functools.partial(threading.Thread, target=self._poll, daemon=True)
-        pollers = [make(args=pair, name=f"taskhawk {pair[1]}") for pair in enumerate(self.queues)]
+        make = functools.partial(threading.Thread, daemon=True)  # a second signal waits for none
+        pollers = [make(target=self._poll, args=pair) for pair in enumerate(self.queues)]
+        slots = [make(target=self._slot) for _ in range(self.concurrency)]
+        slots = slots if self.concurrency > 1 else []
         self._polling = len(pollers)
         with self._signals():
-            for thread in (self._keeper.thread, *pollers):
+            for thread in (self._keeper.thread, *pollers, *slots):
                 thread.start()
             try:
-                self._work()
+                for slot in slots:
+                    slot.join()
+                if not slots:
+                    self._work()
             finally:
                 with self._changed:
                     self._stop.set()
                     self._changed.notify_all()
                 # Wait the polls in flight out: what an abandoned one receives, nobody runs.
-                for poller in pollers:
-                    poller.join()
+                for thread in (*pollers, *slots):
+                    thread.join()
                 # Release only now, or our own poll would take it again; leases end last.
                 self._keeper.close()
         if self._fatal:
@@ -2467,8 +2477,15 @@ class Worker:
                 self._changed.wait(min(_TICK_S, until - now))
         return None
 
+    def _slot(self) -> None:
+        try:
+            self._work()
+        except BaseException as error:  # a KeyboardInterrupt that a task raised, for the caller
+            self._fatal = error
+            self._stop.set()
+
     def _work(self) -> None:
-        """Run messages in the calling thread."""
+        """Run one message after another."""
         while isinstance(held := self._wait(self._next), _Held):
             try:
                 outcome = process(held.message)
@@ -2479,7 +2496,12 @@ class Worker:
 
     def _next(self) -> object:
         """Return a message to run, True if there will be none, or None as yet."""
-        return self._keeper.start_next() or not self._polling or None
+        if self._started == self.max_tasks:
+            self._stop.set()
+            return True
+        held = self._keeper.start_next()
+        self._started += held is not None
+        return held or not self._polling or None
 
     def settle(self, held: _Held, outcome: Outcome) -> None:
         """Have done what the outcome says; a copy for the dead letters is sent here and now."""
@@ -2501,7 +2523,7 @@ class Worker:
         try:
             lease_s, asked_s = self._find_lease_s(queue)
             loops = failures = 0
-            while loops != self.loop_count and self._wait(lambda: not self._keeper.is_busy()):
+            while loops != self.loop_count and self._wait(self._has_room):
                 options = (self.num_messages, self.wait_s, asked_s, self._stop)
                 try:
                     messages = self.broker.receive(queue, *options)
@@ -2520,6 +2542,9 @@ class Worker:
             with self._changed:
                 self._polling -= 1
                 self._changed.notify_all()
+
+    def _has_room(self) -> bool:
+        return not self._keeper.is_busy(self.concurrency)
 
     def _find_lease_s(self, queue: str) -> tuple[float, float | None]:
         """Return the visibility timeout, and what to ask for: None, where it is the queue's own."""
@@ -2562,6 +2587,8 @@ def listen_for_messages(
     shutdown_event: threading.Event | None = None,
     *,
     until_empty: bool = False,
+    concurrency: int = 1,
+    max_tasks: int | None = None,
 ) -> Ledger:
     """Run the messages of a queue, in the calling thread, until told to stop.
 
@@ -2575,10 +2602,13 @@ def listen_for_messages(
     :param loop_count: end after so many receives from each queue; None goes on for ever
     :param shutdown_event: set it to stop
     :param until_empty: end once the queues have no message, in flight and delayed ones included
+    :param concurrency: how many run at once: 1, in the calling thread, more in threads of their own
+    :param max_tasks: end after so many runs
     :returns: what became of the messages
     :raises ConfigurationError: if a queue is missing or forbidden, or there are no credentials
     """
-    _require(num_messages >= 1, f"num_messages: expected 1 or more, got {num_messages}")
+    for name, number in (("num_messages", num_messages), ("concurrency", concurrency)):
+        _require(number >= 1, f"{name}: expected 1 or more, got {number}")
     lease_s = 1 if visibility_timeout_s is None else visibility_timeout_s
     text = f"visibility_timeout_s: expected 1 to {_MAX_HELD_S} seconds, got {lease_s}"
     _require(1 <= lease_s <= _MAX_HELD_S, text)
@@ -2588,7 +2618,8 @@ def listen_for_messages(
     broker = _brokers.broker()
     queues = [broker.destination(each) for each in _URGENCY if each in wanted]
     timeout_s, event = visibility_timeout_s, shutdown_event
-    return Worker(broker, queues, num_messages, timeout_s, loop_count, event, until_empty).run()
+    options = (num_messages, timeout_s, loop_count, event, until_empty, concurrency, max_tasks)
+    return Worker(broker, queues, *options).run()
 
 
 def extend_visibility_timeout(priority: Priority, receipt: str, visibility_timeout_s: int) -> None:

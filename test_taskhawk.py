@@ -8943,9 +8943,15 @@ class TestWorker:
                 worker_eventually(lambda n=before: len(beats) > n)
                 assert len(worker_broker.made("change_visibility")) == beat
 
+        def pass_the_time() -> None:
+            while len(worker_broker.made("receive")) < 2:  # it waits after the one that fails
+                worker_clock.now += 0.1
+                time.sleep(0.001)
+
         taskhawk.configure(TASKHAWK_HEARTBEAT_HOOK=lambda: beats.append(1))
         worker_broker.faults["receive"] = worker_first(1, worker_raise(OSError("reset")))
         worker_broker.put(slow, ())
+        threading.Thread(target=pass_the_time).start()
         worker_broker.work(loop_count=1, clock=worker_clock)
         assert len(beats) == 3  # none for the poll that failed
 
@@ -8989,6 +8995,73 @@ class TestWorker:
         assert error == ("a failed run", [1])
 
     # -- shutdown and signals
+
+    # -- concurrency
+
+    def test_concurrency(self, worker_any):
+        """With concurrency=N, N messages run at once, in threads, and no more are received."""
+        together, most = threading.Barrier(3), [0]
+        running, lock = [0], threading.Lock()
+
+        @taskhawk.task
+        def meet() -> None:
+            with lock:
+                running[0] += 1
+                most[0] = max(most[0], running[0])
+            together.wait(WORKER_PATIENCE_S)
+            with lock:
+                running[0] -= 1
+
+        for _ in range(9):
+            meet.dispatch()
+        ledger = taskhawk.listen_for_messages(
+            taskhawk.Priority.default, until_empty=True, concurrency=3
+        )
+        assert (ledger, most) == (taskhawk.Ledger(received=9, acked=9), [3])
+
+    def test_slot_is_free(self, worker_broker):
+        """A message is received while another runs, as long as a slot is free."""
+        others = threading.Event()
+
+        @taskhawk.task
+        def slow() -> None:
+            assert others.wait(WORKER_PATIENCE_S)
+
+        @taskhawk.task
+        def last() -> None:
+            others.set()
+
+        worker_broker.put(slow, ())
+        worker_broker.put(last, ())
+        ledger = worker_broker.work(concurrency=2)
+        assert ledger == taskhawk.Ledger(received=2, acked=2)
+
+    def test_interrupt_in_a_slot(self, worker_broker):
+        """A KeyboardInterrupt that a task raises in a slot ends the worker, as it does in none."""
+
+        @taskhawk.task
+        def interrupt() -> None:
+            raise KeyboardInterrupt
+
+        worker_broker.put(interrupt, ())
+        with pytest.raises(KeyboardInterrupt):
+            worker_broker.work(concurrency=2)
+        assert worker_broker.inner.depth(WORKER_QUEUE) == (1, 0, 0)
+
+    @pytest.mark.parametrize("concurrency", [1, 2])
+    def test_max_tasks(self, worker_broker, concurrency):
+        """A worker ends by itself after max_tasks runs, and releases what it did not start."""
+        ran = []
+
+        @taskhawk.task
+        def note() -> None:
+            ran.append(1)
+
+        worker_broker.put(note, *((),) * 10)
+        options = {"loop_count": None, "max_tasks": 4, "num_messages": 6}
+        ledger = worker_broker.work(concurrency=concurrency, **options)
+        assert ledger == taskhawk.Ledger(received=6, acked=4, released=2)
+        assert (len(ran), worker_broker.inner.depth(WORKER_QUEUE)) == (4, (6, 0, 0))
 
     def test_released_after_the_last_poll(self, worker_broker):
         """A poll in flight is waited out, what it brings is released too, and nothing before."""
