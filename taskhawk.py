@@ -59,12 +59,12 @@ __version__ = "5.0.0"
 
 # fmt: off
 __all__ = [
-    "SCHEMA", "VERSION", "AsyncInvocation", "Broker", "ConfigurationError", "Depth", "Fate",
-    "IgnoreException", "Ledger", "LoggingException", "Message", "MessageTooLarge", "Metadata",
-    "Outcome", "Outgoing", "PartialFailure", "Priority", "QueueInfo", "QueueMessage", "Refusal",
-    "RetryException", "RetryPolicy", "Sender", "SnsSender", "SqliteBroker", "SqsBroker",
-    "StopRetry", "Task", "TaskNotFound", "TaskhawkError", "ValidationError", "Worker", "batch",
-    "configure", "exponential", "extend_visibility_timeout", "fixed", "linear",
+    "SCHEMA", "VERSION", "AsyncInvocation", "Broker", "ChildCrashed", "ConfigurationError", "Depth",
+    "Fate", "IgnoreException", "Ledger", "LoggingException", "Message", "MessageTooLarge",
+    "Metadata", "Outcome", "Outgoing", "PartialFailure", "Priority", "QueueInfo", "QueueMessage",
+    "Refusal", "RetryException", "RetryPolicy", "Sender", "SnsSender", "SqliteBroker", "SqsBroker",
+    "StopRetry", "Task", "TaskNotFound", "TaskhawkError", "TimeLimitExceeded", "ValidationError",
+    "Worker", "batch", "configure", "exponential", "extend_visibility_timeout", "fixed", "linear",
     "listen_for_messages", "main", "process", "process_messages_for_lambda_consumer", "publish",
     "requeue_dead_letter", "settings", "task",
 ]
@@ -203,6 +203,14 @@ class IgnoreException(TaskhawkError):
 
 class StopRetry(TaskhawkError):
     """Raised by a retry policy or a task: give up, send the message to the dead letters."""
+
+
+class TimeLimitExceeded(TaskhawkError):
+    """A task ran longer than its time limit, and was killed."""
+
+
+class ChildCrashed(TaskhawkError):
+    """The process that ran an isolated task ended, and not because we ended it."""
 
 
 def _require(holds: object, text: str) -> None:
@@ -832,6 +840,9 @@ class Task(AsyncInvocation[_P], Generic[_P, _R]):
         self.retry: Callable[[int], float] | None = None
         self.retry_on: tuple[type[BaseException], ...] = (BaseException,)
         self.never_retry_on: tuple[type[BaseException], ...] = ()
+        #: seconds until a run is killed; whether it has a process of its own
+        self.time_limit: float | None = None
+        self.isolate = False
         self.loaded_by = getattr(fn, "__globals__", {}).get("__spec__")
         functools.update_wrapper(self, fn, updated=())
         own = getattr(fn, "__dict__", {}).items()  # it may have names of ours
@@ -913,6 +924,8 @@ def task(
     retry: Callable[[int], float] | None = ...,
     retry_on: tuple[type[BaseException], ...] = ...,
     never_retry_on: tuple[type[BaseException], ...] = ...,
+    time_limit: float | None = ...,
+    isolate: bool = ...,
 ) -> Callable[[Callable[_P, _R]], Task[_P, _R]]: ...
 def task(
     *args: Any,
@@ -921,6 +934,8 @@ def task(
     retry: Callable[[int], float] | None = None,
     retry_on: Any = (BaseException,),
     never_retry_on: Any = (),
+    time_limit: float | None = None,
+    isolate: bool = False,
 ) -> Any:
     """Turn a function into a :class:`Task`: ``@task``, or ``@task(priority=Priority.high)``.
 
@@ -929,9 +944,16 @@ def task(
         :func:`exponential`, or any function of the attempt (from 1); None leaves it to the queue
     :param retry_on: exceptions to run again after; all others go to the dead letters at once
     :param never_retry_on: exceptions that go to the dead letters at once
+    :param time_limit: seconds until a worker kills a run, in whatever code it is; it is isolated
+    :param isolate: have a worker run it in a process of its own, which may crash
     :raises ConfigurationError: if a message can't call the function, or its name is taken
     """
-    options = {"retry": retry, "retry_on": retry_on, "never_retry_on": never_retry_on}
+    options: dict[str, Any] = {
+        "retry": retry,
+        "retry_on": retry_on,
+        "never_retry_on": never_retry_on,
+    }
+    options |= {"time_limit": time_limit, "isolate": isolate or time_limit is not None}
 
     def decorate(fn: Any) -> Task[Any, Any]:
         return _register(fn, priority, name, options)
@@ -984,6 +1006,9 @@ def _check_function(fn: Any, priority: Any, name: str | None, options: Mapping[s
     refuse_if(
         retry and not callable(retry), f"has retry={retry!r}: expected a function of the attempt"
     )
+    limit = options["time_limit"]
+    valid = limit is None or (_is_number(limit) and 0 < limit < math.inf)
+    refuse_if(not valid, f"has time_limit={limit!r}: expected a number of seconds above 0")
     for option in ("retry_on", "never_retry_on"):
         kinds = options[option] if isinstance(options[option], tuple) else (options[option],)
         fit = all(isinstance(k, type) and issubclass(k, BaseException) for k in kinds)
@@ -1040,12 +1065,16 @@ def process(received: QueueMessage) -> Outcome:
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # SystemExit and CancelledError too are failed runs
-        outcome = _verdict(received, error)
-        _report(received, outcome)
-        return outcome
+        return _failed(received, error)
     finally:
         _recycle_django_connections()
     return Outcome(Fate.acknowledge)
+
+
+def _failed(received: QueueMessage, error: BaseException) -> Outcome:
+    outcome = _verdict(received, error)
+    _report(received, outcome)
+    return outcome
 
 
 def _run(received: QueueMessage) -> None:
@@ -2167,9 +2196,9 @@ def _dead_letter_copy(received: QueueMessage, error: BaseException | None, limit
 
 
 # --- 11. the worker -------------------------------------------------------------------------------
-# Every thread of this file. Pollers receive, slots run tasks (the calling thread where there is only
-# one), one keeper alone changes messages on the queue: so an extension under way never undoes a
-# delay or a delete.
+# Every thread and process of this file. Pollers receive, slots run tasks (the calling thread is one
+# of them), and one keeper alone changes messages on the queue: so an extension under way never
+# undoes a delay or a delete.
 # Worker.run() is the order of the shutdown.
 
 _STEPS = {  # the allowed steps of a message; nothing else moves one
@@ -2180,6 +2209,7 @@ _STEPS = {  # the allowed steps of a message; nothing else moves one
 _TICK_S = 0.2  # how soon a signal or a shutdown_event is seen
 _ACK_WAIT_S = 0.05  # how long an acknowledgement waits for others to share its call
 _MAX_BACKOFF_S = 60  # between receives that fail
+_FLUSH_S = 3  # of the grace, kept for acknowledgements once running tasks are given up
 
 
 @dataclasses.dataclass
@@ -2279,19 +2309,22 @@ class _Keeper:
             held.renew_at = math.inf  # before its delay or release is sent
         self.changed.notify_all()
 
-    def close(self) -> None:
-        """Release what was not started, see all through, and end the thread."""
+    def release_waiting(self) -> None:
+        """Give back what was not started, once nothing more will be received."""
         with self.changed:
-            for held in [held for held in self.held if not held.end]:
-                end = "released" if held.state == "received" else "retried"
-                held.state = "received" if end == "released" else "finished"  # an interrupt's case
-                self._decide(held, end)
+            for held in [held for held in self.held if held.state == "received" and not held.end]:
+                self._decide(held, "released")
+
+    def close(self) -> None:
+        """See through all that is decided, and end the thread; what still runs is left to run."""
+        self.release_waiting()
+        with self.changed:
             self._closed = True
             self.changed.notify_all()
         self.thread.join()
 
     def _run(self) -> None:
-        while not self._closed or self.held:
+        while not self._closed or any(held.end for held in self.held):
             with self.changed:
                 now = self._clock()
                 kind, due = next((work for work in self._due(now) if work[1]), ("", []))
@@ -2386,6 +2419,253 @@ class _Keeper:
         held.state = state
 
 
+def _start_of_children(*, everything: bool) -> dict[str, Any]:
+    """Return what a child begins with, and {} where no task is isolated.
+
+    :raises ConfigurationError: if a child can't import what it is to run
+    """
+    isolated = [task for task in _registry.values() if everything or task.isolate]
+    for task in isolated:
+        text = f"{task.name}: a task of __main__ can't be isolated: move it to a module"
+        _require(task.fn.__module__ != "__main__", text)
+    values = {name: settings.read(name) for name in _SETTINGS} if isolated else {}
+    for name, hook in [(name, value) for name, value in values.items() if callable(value)]:
+        values[name] = path = f"{hook.__module__}.{getattr(hook, '__qualname__', '')}"
+        with contextlib.suppress(ImportError, AttributeError, ValueError):
+            path = path if _conform(_HOOK, path) is hook else ""
+        text = f"{name}: where tasks are isolated, expected a function with a dotted path"
+        _require(path, f"{text}, got {hook!r}")
+    start = {
+        "isolated": [task.name for task in isolated],
+        "settings": values,
+        "modules": sorted({task.fn.__module__ for task in isolated}),
+        "path": [str(Path(folder).absolute()) for folder in sys.path],
+        "PYTHONPATH": os.environ.get("PYTHONPATH"),
+        "level": logging.getLogger().level,
+    }
+    return start if isolated else {}
+
+
+def _write_frame(stream: typing.BinaryIO, frame: object) -> None:
+    data = json.dumps(frame, default=str).encode()
+    stream.write(len(data).to_bytes(8, "big") + data)
+    stream.flush()
+
+
+def _read_frame(stream: typing.BinaryIO) -> Any:
+    """Read what the other end wrote; None at its end."""
+    size = int.from_bytes(stream.read(8), "big")
+    data = stream.read(size)
+    return json.loads(data) if size and len(data) == size else None
+
+
+class _Child:
+    """The process that runs a slot's isolated messages, for it may have to be killed, or crash.
+
+    It gets JSON by one pipe and answers by another: nothing is unpickled, and no setting is in an
+    argument or the environment.
+    """
+
+    def __init__(self, start: Mapping[str, Any], max_tasks: int) -> None:
+        self._start, self._max_tasks = start, max_tasks
+        self._left = 0  # messages until the process is replaced
+        # Held to kill and to reap, so that no other process is killed under a number used again.
+        self._lock = threading.Lock()
+        self._process: Any = None
+        self._given_up = False  # at the end of the worker's grace
+
+    def takes(self, received: QueueMessage) -> bool:
+        """Return whether a message is the child's to run."""
+        names = self._start.get("isolated", ())
+        with contextlib.suppress(ValidationError):
+            message = _decode(received.body) if names else None
+            if message and message.task.name in names:
+                received.message, message.received = message, received
+        return received.message is not None
+
+    def process(self, received: QueueMessage) -> Outcome | None:
+        """Do as :func:`process` does; None if the worker's grace ended meanwhile."""
+        task = typing.cast("Message", received.message).task
+        late = threading.Event()
+
+        def end_late() -> None:
+            late.set()
+            self.kill()
+
+        timer = threading.Timer(task.time_limit or 0, end_late)
+        answer, why = None, ""
+        try:
+            self._ensure_process()
+            if task.time_limit:
+                timer.start()
+            answer = self._ask(received)
+        except OSError as error:
+            why = str(error)
+        timer.cancel()
+        self._left -= 1
+        if not answer or late.is_set() or not self._left:
+            why = self.close() or why
+        if answer:
+            return Outcome(Fate(answer["fate"]), _error_of(answer["error"]), answer["delay_s"])
+        if self._given_up:
+            return None
+        if late.is_set():
+            text = f"{task.name} ran longer than its time limit of {task.time_limit:g} s"
+            return _failed(received, TimeLimitExceeded(text))
+        return _failed(received, ChildCrashed(f"{task.name}: its process ended: {why}"))
+
+    def _ask(self, received: QueueMessage) -> Any:
+        """Have a message run; return how it ended, or None if the process did."""
+        parts = (received.body, received.message_id, received.receipt_handle)
+        more = (received.attributes, received.message_attributes, received.queue)
+        _write_frame(self._to, [*parts, *more])
+        while (answer := _read_frame(self._from)) and "fate" not in answer:
+            record = logging.makeLogRecord(answer)
+            if (logger := logging.getLogger(record.name)).isEnabledFor(record.levelno):
+                logger.handle(record)
+        return answer
+
+    def _ensure_process(self) -> None:
+        import subprocess
+
+        if self._process and self._process.poll() is None:
+            return
+        self.close()
+        source, to = os.pipe()
+        from_, target = os.pipe()
+        self._to, self._from = os.fdopen(to, "wb"), os.fdopen(from_, "rb")
+        numbers = map(str, (source, target, os.getpid()))
+        command = [sys.executable, "-m", __name__, "_child", *numbers]
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(self._start["path"])}
+        options: Any = {"stdin": subprocess.DEVNULL, "start_new_session": True, "env": env}
+        options["pass_fds"] = (source, target)
+        try:
+            self._process = subprocess.Popen(command, **options)  # noqa: S603 - it is this file
+        finally:
+            os.close(source)
+            os.close(target)
+        _write_frame(self._to, self._start)
+        self._left = self._max_tasks
+
+    def kill(self) -> None:
+        """Kill the process and what it started, also in C code that holds the GIL."""
+        with self._lock:
+            if self._process and self._process.returncode is None:
+                os.killpg(self._process.pid, signal.SIGKILL)
+
+    def give_up(self) -> None:
+        """Kill the process for good."""
+        self._given_up = True
+        self.kill()
+
+    def close(self) -> str:
+        """End the process, and say how it ended."""
+        if not self._process:
+            return ""
+        patience = threading.Timer(5, self.kill)
+        patience.start()
+        with contextlib.suppress(OSError), self._to, self._from:
+            self._to.close()
+            self._from.read()
+        patience.cancel()
+        with self._lock:
+            code = self._process.wait()
+        self._process = None
+        return f"signal {-code}" if code < 0 else f"exit code {code}"
+
+
+def _error_of(parts: Sequence[str] | None) -> BaseException | None:
+    """Return an error like the one that a child's task raised: of the same name, with its trace."""
+    if parts is None:
+        return None
+    kind, text, trace = parts
+    error: BaseException = type(kind, (TaskhawkError,), {})(text)
+    error.add_note(trace)
+    return error
+
+
+class _ToParent(logging.Handler):
+    """Sends a child's log records to its worker."""
+
+    def __init__(self, stream: typing.BinaryIO) -> None:
+        super().__init__()
+        self.stream = stream
+
+    def emit(self, record: logging.LogRecord) -> None:
+        trace = logging.Formatter().formatException(record.exc_info) if record.exc_info else None
+        text = {"msg": record.getMessage(), "args": None, "exc_info": None, "exc_text": trace}
+        _write_frame(self.stream, vars(record) | text)
+
+
+def _serve_worker(source: int, target: int, worker: int) -> int:
+    """Run messages for a worker's slot: what ``python -m taskhawk _child`` does."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # they are the worker's to handle
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: die with the slot's thread
+    if os.getppid() != worker:  # it died before that
+        return 1
+    with os.fdopen(source, "rb") as stream, os.fdopen(target, "wb") as answers:
+        start = _read_frame(stream)
+        sys.path[:] = start["path"]
+        os.environ.pop("PYTHONPATH")
+        if start["PYTHONPATH"] is not None:
+            os.environ["PYTHONPATH"] = start["PYTHONPATH"]
+        configure(start["settings"])
+        handler = _ToParent(answers)
+        logging.basicConfig(level=start["level"], handlers=[handler])
+        for module in start["modules"]:
+            importlib.import_module(module)
+        broker = _brokers.broker() if settings.TASKHAWK_BROKER != "sqlite://" else None
+        while parts := _read_frame(stream):
+            received = QueueMessage(*parts)
+            received.broker = broker
+            outcome = process(received)
+            answer: dict[str, Any]
+            answer = {"fate": outcome.fate.value, "delay_s": outcome.delay_s, "error": None}
+            if error := outcome.error:
+                trace = "".join(traceback.format_exception(error))
+                answer["error"] = [type(error).__name__, _text_of(error), trace]
+            handler.acquire()
+            _write_frame(answers, answer)
+            handler.release()
+    return 0
+
+
+@contextlib.contextmanager
+def _signals_to(stop: Callable[[], None]) -> Iterator[None]:
+    """Let SIGTERM and SIGINT stop us, where nobody else handles them; a second one kills."""
+    ours: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        ours = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+        ours = {n: default for n, default in ours.items() if signal.getsignal(n) == default}
+
+    def restore(*_signal_and_frame: object) -> None:
+        stop()
+        for number, default in ours.items():
+            signal.signal(number, default)
+
+    for number in ours:
+        signal.signal(number, restore)
+    try:
+        yield
+    finally:
+        restore()
+
+
+def _find_lease_s(broker: Broker, queue: str) -> tuple[float, float | None]:
+    """Return a queue's visibility timeout, and what to ask for: None, where it is its own."""
+    try:
+        if (lease_s := broker.info(queue).visibility_timeout_s) >= 1:
+            return lease_s, None
+    except Exception as error:  # if it is fatal, the receive says so
+        if (code := _error_code(error)).startswith("AccessDenied"):  # as 1.4's policies did
+            _log.warning("%s: can't read its attributes: %s", queue, code)
+    return _DEFAULT_LEASE_S, _DEFAULT_LEASE_S
+
+
 @dataclasses.dataclass(eq=False, repr=False)
 class Worker:
     """Runs the messages of some queues, most urgent first, until it is stopped.
@@ -2403,79 +2683,93 @@ class Worker:
     until_empty: bool = False
     concurrency: int = 1
     max_tasks: int | None = None
+    grace_s: float | None = None
+    isolate: bool = False
+    max_tasks_per_child: int = 100
+    on_overdue: Callable[[Ledger], object] | None = None
     clock: Callable[[], float] = time.monotonic
     wait_s: float = _LONG_POLL_S
 
     def __post_init__(self) -> None:
+        for name in ("num_messages", "concurrency", "max_tasks_per_child"):
+            number = getattr(self, name)
+            _require(number >= 1, f"{name}: expected 1 or more, got {number}")
+        self._start = _start_of_children(everything=self.isolate)
         if self.until_empty:
             self.wait_s = min(self.wait_s, 1)
         self._keeper = _Keeper(self.broker, self.clock)
         self._changed, self.ledger = self._keeper.changed, self._keeper.ledger
-        self._signalled = False  # set by a signal handler, which must not wait for a lock
+        self._signalled = False
         self._stop = threading.Event()  # ends the waits of the broker and of the pollers
         # Guarded by the keeper's condition: pollers that have not ended, and messages started.
         self._polling = self._started = 0
         self._fatal: BaseException | None = None
+        self._children: list[_Child] = []
+        self._overdue, self._ended = threading.Event(), threading.Event()
 
     def run(self) -> Ledger:
         """Work until stopped; the order of the shutdown is the order of these lines."""
         make = functools.partial(threading.Thread, daemon=True)  # a second signal waits for none
         pollers = [make(target=self._poll, args=pair) for pair in enumerate(self.queues)]
-        slots = [make(target=self._slot) for _ in range(self.concurrency)]
-        slots = slots if self.concurrency > 1 else []
+        slots = [make(target=self._slot) for _ in range(self.concurrency - 1)]
+        watch = [make(target=self._watch)] if self.grace_s else []
         self._polling = len(pollers)
-        with self._signals():
-            for thread in (self._keeper.thread, *pollers, *slots):
+        with _signals_to(self._note_signal):
+            for thread in (self._keeper.thread, *pollers, *slots, *watch):
                 thread.start()
             try:
+                self._work()
                 for slot in slots:
-                    slot.join()
-                if not slots:
-                    self._work()
+                    self._join(slot)
             finally:
                 with self._changed:
                     self._stop.set()
                     self._changed.notify_all()
                 # Wait the polls in flight out: what an abandoned one receives, nobody runs.
-                for thread in (*pollers, *slots):
-                    thread.join()
+                for poller in pollers:
+                    poller.join()
                 # Release only now, or our own poll would take it again; leases end last.
                 self._keeper.close()
+                self._ended.set()
         if self._fatal:
             raise self._fatal
         level = logging.INFO if self.ledger.balanced else logging.ERROR
         _log.log(level, "worker ended: %s", self.ledger)
         return self.ledger
 
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Let SIGTERM and SIGINT stop us, where nobody else handles them; a second one kills."""
-        ours: dict[int, Any] = {}
-        if threading.current_thread() is threading.main_thread():
-            ours = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
-            ours = {n: default for n, default in ours.items() if signal.getsignal(n) == default}
+    def _note_signal(self) -> None:
+        self._signalled = True  # no more than that: a handler must not wait for a lock
 
-        def restore(*_signal_and_frame: object) -> None:
-            self._signalled = True
-            for number, default in ours.items():
-                signal.signal(number, default)
-
-        for number in ours:
-            signal.signal(number, restore)
-        try:
-            yield
-        finally:
-            restore()
+    def _is_stopping(self) -> bool:
+        told = self.shutdown_event and self.shutdown_event.is_set()
+        return self._signalled or self._stop.is_set() or bool(told)
 
     def _wait(self, look: Callable[[], Any], until: float = math.inf) -> Any:
         """Wait until something is found, and return it; None if the worker stops or time is up."""
         with self._changed:
-            event = self.shutdown_event or self._stop
-            while not (self._signalled or self._stop.is_set() or event.is_set()):
+            while not self._is_stopping():
                 if (found := look()) or until <= (now := self.clock()):
                     return found
                 self._changed.wait(min(_TICK_S, until - now))
         return None
+
+    def _watch(self) -> None:
+        """When the grace is over, kill isolated runs, and see what is done through.
+
+        Other runs can't be ended: their messages are visible again when their leases end.
+        """
+        self._wait(self._ended.is_set)
+        if not self._ended.wait(max(0, (self.grace_s or 0) - _FLUSH_S)):
+            self._overdue.set()
+            for child in self._children:
+                child.give_up()
+            if self.on_overdue and not self._ended.wait(_FLUSH_S / 2):
+                self._keeper.close()
+                self.on_overdue(self.ledger)
+
+    def _join(self, slot: threading.Thread) -> None:
+        while slot.is_alive() and not self._overdue.is_set():
+            slot.join(_TICK_S)
 
     def _slot(self) -> None:
         try:
@@ -2485,14 +2779,20 @@ class Worker:
             self._stop.set()
 
     def _work(self) -> None:
-        """Run one message after another."""
-        while isinstance(held := self._wait(self._next), _Held):
+        """Run one message after another, in this thread or its child."""
+        with contextlib.closing(_Child(self._start, self.max_tasks_per_child)) as child:
+            self._children.append(child)
+            held = None
             try:
-                outcome = process(held.message)
-            except KeyboardInterrupt:
-                self._keeper.finish(held, "retried")
-                raise
-            self.settle(held, outcome)
+                while isinstance(held := self._wait(self._next), _Held):
+                    isolated = child.takes(held.message)
+                    outcome = child.process(held.message) if isolated else process(held.message)
+                    if outcome is None:  # killed at the end of the grace
+                        break
+                    self.settle(held, outcome)
+            finally:  # a KeyboardInterrupt, or a child that was killed
+                if isinstance(held, _Held) and held.state == "started":
+                    self._keeper.finish(held, "retried")
 
     def _next(self) -> object:
         """Return a message to run, True if there will be none, or None as yet."""
@@ -2521,7 +2821,9 @@ class Worker:
     def _poll(self, rank: int, queue: str) -> None:
         """Receive from a queue, in a thread of its own."""
         try:
-            lease_s, asked_s = self._find_lease_s(queue)
+            lease_s = asked_s = self.visibility_timeout_s
+            if lease_s is None:
+                lease_s, asked_s = _find_lease_s(self.broker, queue)
             loops = failures = 0
             while loops != self.loop_count and self._wait(self._has_room):
                 options = (self.num_messages, self.wait_s, asked_s, self._stop)
@@ -2541,22 +2843,12 @@ class Worker:
         finally:
             with self._changed:
                 self._polling -= 1
+                if not self._polling and self._is_stopping():
+                    self._keeper.release_waiting()
                 self._changed.notify_all()
 
     def _has_room(self) -> bool:
         return not self._keeper.is_busy(self.concurrency)
-
-    def _find_lease_s(self, queue: str) -> tuple[float, float | None]:
-        """Return the visibility timeout, and what to ask for: None, where it is the queue's own."""
-        if self.visibility_timeout_s:
-            return self.visibility_timeout_s, self.visibility_timeout_s
-        try:
-            if (lease_s := self.broker.info(queue).visibility_timeout_s) >= 1:
-                return lease_s, None
-        except Exception as error:  # if it is fatal, the receive says so
-            if (code := _error_code(error)).startswith("AccessDenied"):  # as 1.4's policies did
-                _log.warning("%s: can't read its attributes: %s", queue, code)
-        return _DEFAULT_LEASE_S, _DEFAULT_LEASE_S
 
     def _back_off(self, queue: str, error: Exception, failures: int, *, first: bool) -> None:
         """Wait after a receive that failed; at the start, end where only a person can help."""
@@ -2589,6 +2881,9 @@ def listen_for_messages(
     until_empty: bool = False,
     concurrency: int = 1,
     max_tasks: int | None = None,
+    grace_s: float | None = None,
+    isolate: bool = False,
+    max_tasks_per_child: int = 100,
 ) -> Ledger:
     """Run the messages of a queue, in the calling thread, until told to stop.
 
@@ -2604,22 +2899,29 @@ def listen_for_messages(
     :param until_empty: end once the queues have no message, in flight and delayed ones included
     :param concurrency: how many run at once: 1, in the calling thread, more in threads of their own
     :param max_tasks: end after so many runs
+    :param grace_s: how long runs may go on once told to stop; then isolated ones are killed
+    :param isolate: run all tasks in child processes, one a slot
+    :param max_tasks_per_child: replace a child after so many runs
     :returns: what became of the messages
     :raises ConfigurationError: if a queue is missing or forbidden, or there are no credentials
     """
-    for name, number in (("num_messages", num_messages), ("concurrency", concurrency)):
-        _require(number >= 1, f"{name}: expected 1 or more, got {number}")
     lease_s = 1 if visibility_timeout_s is None else visibility_timeout_s
     text = f"visibility_timeout_s: expected 1 to {_MAX_HELD_S} seconds, got {lease_s}"
     _require(1 <= lease_s <= _MAX_HELD_S, text)
+    options: Any = {"num_messages": num_messages, "visibility_timeout_s": visibility_timeout_s}
+    options |= {"loop_count": loop_count, "shutdown_event": shutdown_event, "isolate": isolate}
+    options |= {"until_empty": until_empty, "concurrency": concurrency, "grace_s": grace_s}
+    options |= {"max_tasks": max_tasks, "max_tasks_per_child": max_tasks_per_child}
+    return Worker(_brokers.broker(), _queues_of(priority), **options).run()
+
+
+def _queues_of(priority: Priority | Iterable[Priority]) -> list[str]:
+    """Return the names of queues, the most urgent first."""
     wanted = {priority} if isinstance(priority, Priority) else set(priority)
     text = f"priority: expected a taskhawk.Priority or several, got {priority!r}"
     _require(wanted and all(isinstance(each, Priority) for each in wanted), text)
     broker = _brokers.broker()
-    queues = [broker.destination(each) for each in _URGENCY if each in wanted]
-    timeout_s, event = visibility_timeout_s, shutdown_event
-    options = (num_messages, timeout_s, loop_count, event, until_empty, concurrency, max_tasks)
-    return Worker(broker, queues, *options).run()
+    return [broker.destination(each) for each in _URGENCY if each in wanted]
 
 
 def extend_visibility_timeout(priority: Priority, receipt: str, visibility_timeout_s: int) -> None:
@@ -2848,6 +3150,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     :param argv: the arguments; those of the process if None
     :returns: the exit code
     """
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["_child"]:
+        return _serve_worker(*map(int, argv[1:]))
     arguments = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     if "" not in sys.path and str(Path.cwd()) not in sys.path:

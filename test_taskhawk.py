@@ -413,6 +413,7 @@ class TestErrors:
         found = [e for e in vars(taskhawk).values() if inspect.isclass(e) and e.__doc__]
         ours = [e for e in found if issubclass(e, Exception) and e.__module__ == "taskhawk"]
         assert {error.__name__: error.__base__.__name__ for error in ours} == {
+            "ChildCrashed": "TaskhawkError",
             "ConfigurationError": "TaskhawkError",
             "IgnoreException": "TaskhawkError",
             "LoggingException": "TaskhawkError",
@@ -422,6 +423,7 @@ class TestErrors:
             "StopRetry": "TaskhawkError",
             "TaskNotFound": "ValidationError",
             "TaskhawkError": "Exception",
+            "TimeLimitExceeded": "TaskhawkError",
             "ValidationError": "TaskhawkError",
         }
 
@@ -8060,6 +8062,7 @@ class TestWorker:
     )
     def test_wrong_parameters(self, options, sentence):
         """A parameter that can't work is refused before anything is received."""
+        taskhawk.configure(TASKHAWK_BROKER="sqlite://")
         with pytest.raises(taskhawk.ConfigurationError) as raised:
             taskhawk.listen_for_messages(taskhawk.Priority.default, **options)
         assert str(raised.value) == sentence
