@@ -64,9 +64,9 @@ __all__ = [
     "Metadata", "Outcome", "Outgoing", "PartialFailure", "Priority", "QueueInfo", "QueueMessage",
     "Refusal", "RetryException", "RetryPolicy", "Sender", "SnsSender", "SqliteBroker", "SqsBroker",
     "StopRetry", "Task", "TaskNotFound", "TaskhawkError", "TimeLimitExceeded", "ValidationError",
-    "Worker", "batch", "configure", "exponential", "extend_visibility_timeout", "fixed", "linear",
-    "listen_for_messages", "main", "process", "process_messages_for_lambda_consumer", "publish",
-    "requeue_dead_letter", "settings", "task",
+    "Worker", "batch", "configure", "current_task", "exponential", "extend_visibility_timeout",
+    "fixed", "linear", "listen_for_messages", "main", "process",
+    "process_messages_for_lambda_consumer", "publish", "requeue_dead_letter", "settings", "task",
 ]
 # fmt: on
 
@@ -695,11 +695,12 @@ class Metadata(dict[str, Any]):
     """What a task may know of its run: id, priority, receipt, timestamp, version.
 
     A dict, as in taskhawk 1.4, whose keys are attributes too. Attributes alone are `headers`;
-    `attempt`, which counts the receives from 1; and `queue`, its name, None where there is none.
+    `task`, its name; `queue`, None where there is none; and `attempt`, counting receives from 1.
     """
 
     def __init__(self, message: Message, receipt: str | None) -> None:
         names = ("id", "priority", "timestamp", "version")
+        self.task: str = message.task_name
         super().__init__({name: getattr(message, name) for name in names}, receipt=receipt)
         self._received = received = message.received
         self.headers: dict[str, Any] = message.headers
@@ -876,14 +877,18 @@ class Task(AsyncInvocation[_P], Generic[_P, _R]):
 
         :param receipt: the receipt handle; None where no queue has the message
         """
-        kwargs = dict(message.kwargs)
+        kwargs, metadata = dict(message.kwargs), Metadata(message, receipt)
         if self.accepts_metadata:
-            kwargs["metadata"] = Metadata(message, receipt)
+            kwargs["metadata"] = metadata
         if self.accepts_headers:
             kwargs["headers"] = dict(message.headers)
-        result: Any = self._fn(*message.args, **kwargs)
-        if inspect.iscoroutine(result):
-            _run_coroutine(result)
+        token = _current.set(metadata)
+        try:
+            result: Any = self._fn(*message.args, **kwargs)
+            if inspect.iscoroutine(result):
+                _run_coroutine(result)
+        finally:
+            _current.reset(token)
 
     @classmethod
     def find_by_name(cls, name: str) -> Task[Any, Any]:
@@ -901,6 +906,16 @@ class Task(AsyncInvocation[_P], Generic[_P, _R]):
 _PATHS_OF_1_4["taskhawk.task_manager.Task"] = _PATHS_OF_1_4["taskhawk.Task"] = Task
 
 
+_current: contextvars.ContextVar[Metadata | None]
+_current = contextvars.ContextVar("taskhawk task", default=None)
+_slot = threading.local()  # `loop` is there in a worker's slot, which keeps it for all its runs
+
+
+def current_task() -> Metadata | None:
+    """Return the metadata of the task that this code runs in; None outside of any."""
+    return _current.get()
+
+
 def _run_coroutine(coroutine: Any) -> None:
     import asyncio
     from concurrent.futures import ThreadPoolExecutor
@@ -908,7 +923,11 @@ def _run_coroutine(coroutine: Any) -> None:
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        asyncio.run(coroutine)
+        if not hasattr(_slot, "loop"):
+            asyncio.run(coroutine)
+            return
+        _slot.loop = _slot.loop or asyncio.Runner()
+        _slot.loop.run(coroutine, context=contextvars.copy_context())
     else:  # sync mode inside an application's own loop, which is busy until we return
         with ThreadPoolExecutor(1) as pool:
             pool.submit(contextvars.copy_context().run, asyncio.run, coroutine).result()
@@ -1060,35 +1079,47 @@ class Outcome(NamedTuple):
 
 def process(received: QueueMessage) -> Outcome:
     """Run a received message through hooks, decoder and task, and decide what becomes of it."""
+    began = time.monotonic()
     try:
         _run(received)
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # SystemExit and CancelledError too are failed runs
-        return _failed(received, error)
+        return _failed(received, error, began)
     finally:
         _recycle_django_connections()
     return Outcome(Fate.acknowledge)
 
 
-def _failed(received: QueueMessage, error: BaseException) -> Outcome:
+def _failed(received: QueueMessage, error: BaseException, began: float) -> Outcome:
     outcome = _verdict(received, error)
-    _report(received, outcome)
+    _report(received, outcome, _facts(received, outcome.fate.value, began))
     return outcome
 
 
+def _facts(received: QueueMessage, outcome: str, began: float) -> dict[str, Any]:
+    """Return what the one record of a run says besides its text."""
+    facts = {"outcome": outcome, "duration_ms": round((time.monotonic() - began) * 1000)}
+    if message := received.message:
+        facts |= {"task": message.task_name, "id": message.id, "attempt": received.attempt}
+    return facts
+
+
 def _run(received: QueueMessage) -> None:
+    began = time.monotonic()
     _call_hook("TASKHAWK_PRE_PROCESS_HOOK", **received.hook_kwargs)
     message = _decode(received.body)
     message.received, task = received, message.task
     received.message = message  # from here on, an error is the task's
     _log.debug("Received message", extra={"message_body": received.body})
+    level, outcome = logging.DEBUG, "done"
     try:
         message.call_task(received.receipt_handle)
     except IgnoreException:
-        _log.info("%s %s: ignored", task.name, message.id)
+        level, outcome = logging.INFO, "ignored"
     _call_hook("TASKHAWK_POST_PROCESS_HOOK", **received.hook_kwargs)
-    _log.debug("%s %s: done", task.name, message.id)
+    facts = _facts(received, outcome, began)
+    _log.log(level, "%s %s: %s", task.name, message.id, outcome, extra=facts)
 
 
 def _call_hook(name: str, **kwargs: Any) -> None:
@@ -1135,9 +1166,9 @@ _INVALID_EVERY_S = 10  # for each kind of error: a poisoned queue must not fill 
 _last_invalid: dict[type, tuple[float, int]] = {}  # when one was logged, how many were not
 
 
-def _report(received: QueueMessage, outcome: Outcome) -> None:
+def _report(received: QueueMessage, outcome: Outcome, facts: dict[str, Any]) -> None:
     """Log a failed run, and tell the error hook of what is logged as an error."""
-    message, error, extra = received.message, outcome.error, {}
+    message, error = received.message, outcome.error
     what = f"{message.task_name} {message.id}" if message else f"message {received.message_id}"
     what = re.sub(r"[^ -~]", "?", what)[:200]  # ids are free text: one line, and not a long one
     then = "goes to the dead letters"
@@ -1152,18 +1183,19 @@ def _report(received: QueueMessage, outcome: Outcome) -> None:
             return
         _last_invalid[type(error)] = now, 0
         others = f" ({more} more like it since the last record)" if more else ""
-        _log.error("%s is left to the queue: %s%s", what, error, others)
+        _log.error("%s is left to the queue: %s%s", what, error, others, extra=facts)
     elif isinstance(error, RetryException) and outcome.fate is Fate.retry:
-        _log.info("%s: attempt %d asked to be retried and %s", what, received.attempt, then)
+        text = "%s: attempt %d asked to be retried and %s"
+        _log.info(text, what, received.attempt, then, extra=facts)
         return
     else:
         if isinstance(error, LoggingException):
             # logging refuses an `extra` with a name of its own.
             taken = vars(logging.makeLogRecord({})).keys() | {"message", "asctime"}
             given = error.extra if isinstance(error.extra, Mapping) else {}
-            extra = {f"extra_{k}" if k in taken else str(k): v for k, v in given.items()}
+            facts |= {f"extra_{k}" if k in taken else str(k): v for k, v in given.items()}
             text = _text_of(error)
-        _log.error("%s", text, exc_info=error, extra=extra)
+        _log.error("%s", text, exc_info=error, extra=facts)
     _call_safely("TASKHAWK_ERROR_HOOK", exception=error, message=message)
 
 
@@ -2431,10 +2463,11 @@ def _start_of_children(*, everything: bool) -> dict[str, Any]:
     values = {name: settings.read(name) for name in _SETTINGS} if isolated else {}
     for name, hook in [(name, value) for name, value in values.items() if callable(value)]:
         values[name] = path = f"{hook.__module__}.{getattr(hook, '__qualname__', '')}"
+        found = None
         with contextlib.suppress(ImportError, AttributeError, ValueError):
-            path = path if _conform(_HOOK, path) is hook else ""
+            found = _conform(_HOOK, path)
         text = f"{name}: where tasks are isolated, expected a function with a dotted path"
-        _require(path, f"{text}, got {hook!r}")
+        _require(found is hook, f"{text}, got {hook!r}")
     start = {
         "isolated": [task.name for task in isolated],
         "settings": values,
@@ -2485,7 +2518,7 @@ class _Child:
 
     def process(self, received: QueueMessage) -> Outcome | None:
         """Do as :func:`process` does; None if the worker's grace ended meanwhile."""
-        task = typing.cast("Message", received.message).task
+        task, began = typing.cast("Message", received.message).task, time.monotonic()
         late = threading.Event()
 
         def end_late() -> None:
@@ -2511,8 +2544,9 @@ class _Child:
             return None
         if late.is_set():
             text = f"{task.name} ran longer than its time limit of {task.time_limit:g} s"
-            return _failed(received, TimeLimitExceeded(text))
-        return _failed(received, ChildCrashed(f"{task.name}: its process ended: {why}"))
+            return _failed(received, TimeLimitExceeded(text), began)
+        text = f"{task.name}: its process ended: {why}"
+        return _failed(received, ChildCrashed(text), began)
 
     def _ask(self, received: QueueMessage) -> Any:
         """Have a message run; return how it ended, or None if the process did."""
@@ -2584,6 +2618,13 @@ def _error_of(parts: Sequence[str] | None) -> BaseException | None:
     return error
 
 
+def _add_task(record: logging.LogRecord) -> bool:
+    """Note in a log record the task that it was made in; a filter of handlers."""
+    if (task := current_task()) and not hasattr(record, "task"):
+        vars(record).update(task=task.task, id=task.id, attempt=task.attempt)
+    return True
+
+
 class _ToParent(logging.Handler):
     """Sends a child's log records to its worker."""
 
@@ -2592,6 +2633,8 @@ class _ToParent(logging.Handler):
         self.stream = stream
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Send one."""
+        _add_task(record)
         trace = logging.Formatter().formatException(record.exc_info) if record.exc_info else None
         text = {"msg": record.getMessage(), "args": None, "exc_info": None, "exc_text": trace}
         _write_frame(self.stream, vars(record) | text)
@@ -2632,6 +2675,18 @@ def _serve_worker(source: int, target: int, worker: int) -> int:
             _write_frame(answers, answer)
             handler.release()
     return 0
+
+
+@contextlib.contextmanager
+def _event_loop() -> Iterator[None]:
+    """Let the coroutines that this thread runs share a loop, made for the first of them."""
+    _slot.loop = None
+    try:
+        yield
+    finally:
+        loop = vars(_slot).pop("loop")
+        if loop:
+            loop.close()
 
 
 @contextlib.contextmanager
@@ -2694,6 +2749,9 @@ class Worker:
         for name in ("num_messages", "concurrency", "max_tasks_per_child"):
             number = getattr(self, name)
             _require(number >= 1, f"{name}: expected 1 or more, got {number}")
+        lease_s = 1 if self.visibility_timeout_s is None else self.visibility_timeout_s
+        text = f"visibility_timeout_s: expected 1 to {_MAX_HELD_S} seconds, got {lease_s}"
+        _require(1 <= lease_s <= _MAX_HELD_S, text)
         self._start = _start_of_children(everything=self.isolate)
         if self.until_empty:
             self.wait_s = min(self.wait_s, 1)
@@ -2705,7 +2763,8 @@ class Worker:
         self._polling = self._started = 0
         self._fatal: BaseException | None = None
         self._children: list[_Child] = []
-        self._overdue, self._ended = threading.Event(), threading.Event()
+        # The grace was over; and there still was something running; and nothing is.
+        self.overdue, self._abandoned, self._ended = (threading.Event() for _ in range(3))
 
     def run(self) -> Ledger:
         """Work until stopped; the order of the shutdown is the order of these lines."""
@@ -2719,8 +2778,8 @@ class Worker:
                 thread.start()
             try:
                 self._work()
-                for slot in slots:
-                    self._join(slot)
+                while any(slot.is_alive() for slot in slots) and not self._abandoned.is_set():
+                    time.sleep(_TICK_S)
             finally:
                 with self._changed:
                     self._stop.set()
@@ -2760,16 +2819,14 @@ class Worker:
         """
         self._wait(self._ended.is_set)
         if not self._ended.wait(max(0, (self.grace_s or 0) - _FLUSH_S)):
-            self._overdue.set()
+            self.overdue.set()
             for child in self._children:
                 child.give_up()
-            if self.on_overdue and not self._ended.wait(_FLUSH_S / 2):
-                self._keeper.close()
-                self.on_overdue(self.ledger)
-
-    def _join(self, slot: threading.Thread) -> None:
-        while slot.is_alive() and not self._overdue.is_set():
-            slot.join(_TICK_S)
+            if not self._ended.wait(_FLUSH_S / 2):
+                self._abandoned.set()
+                if self.on_overdue:
+                    self._keeper.close()
+                    self.on_overdue(self.ledger)
 
     def _slot(self) -> None:
         try:
@@ -2780,7 +2837,10 @@ class Worker:
 
     def _work(self) -> None:
         """Run one message after another, in this thread or its child."""
-        with contextlib.closing(_Child(self._start, self.max_tasks_per_child)) as child:
+        with (
+            _event_loop(),
+            contextlib.closing(_Child(self._start, self.max_tasks_per_child)) as child,
+        ):
             self._children.append(child)
             held = None
             try:
@@ -2905,9 +2965,6 @@ def listen_for_messages(
     :returns: what became of the messages
     :raises ConfigurationError: if a queue is missing or forbidden, or there are no credentials
     """
-    lease_s = 1 if visibility_timeout_s is None else visibility_timeout_s
-    text = f"visibility_timeout_s: expected 1 to {_MAX_HELD_S} seconds, got {lease_s}"
-    _require(1 <= lease_s <= _MAX_HELD_S, text)
     options: Any = {"num_messages": num_messages, "visibility_timeout_s": visibility_timeout_s}
     options |= {"loop_count": loop_count, "shutdown_event": shutdown_event, "isolate": isolate}
     options |= {"until_empty": until_empty, "concurrency": concurrency, "grace_s": grace_s}
@@ -3109,6 +3166,7 @@ def _without_error(message: QueueMessage) -> Outgoing:
 
 _MODULES = ("modules", {"nargs": "*", "metavar": "MODULE", "help": "to import: it has the tasks"})
 _PRIORITY = {"choices": [priority.name for priority in Priority], "help": "which queue: default"}
+_SECONDS_OPTION = {"type": float, "metavar": "S", "help": "in seconds"}
 _MODULE = ("--module", {"action": "append", "default": [], "help": "to import first"})
 _REQUEUE = [("--priority", {**_PRIORITY, "default": "default"}), _MODULE]
 _COMMANDS: dict[str, tuple[str, str, list[tuple[str, dict[str, Any]]]]] = {
@@ -3120,9 +3178,14 @@ _COMMANDS: dict[str, tuple[str, str, list[tuple[str, dict[str, Any]]]]] = {
             _MODULES,
             ("--priority", {**_PRIORITY, "action": "append"}),
             ("--num-messages", {"type": int, "default": 1, "help": "to receive at once"}),
-            ("--visibility-timeout", {"type": float, "metavar": "S", "help": "in seconds"}),
+            ("--visibility-timeout", {**_SECONDS_OPTION, "dest": "visibility_timeout_s"}),
             ("--loop-count", {"type": int, "metavar": "N", "help": "end after N receives"}),
             ("--until-empty", {"action": "store_true", "help": "end once nothing is queued"}),
+            ("--concurrency", {"type": int, "default": 1, "help": "how many to run at once"}),
+            ("--max-tasks", {"type": int, "metavar": "N", "help": "end after N runs"}),
+            ("--grace", {**_SECONDS_OPTION, "dest": "grace_s", "default": 25}),
+            ("--isolate", {"action": "store_true", "help": "run tasks in child processes"}),
+            ("--log-format", {"choices": ["text", "json"], "default": "text"}),
         ],
     ),
     "dispatch": (
@@ -3134,7 +3197,7 @@ _COMMANDS: dict[str, tuple[str, str, list[tuple[str, dict[str, Any]]]]] = {
             ("--kwargs", {"default": "{}", "metavar": "JSON", "help": "an object"}),
             ("--header", {"action": "append", "default": [], "metavar": "K=V"}),
             ("--priority", _PRIORITY),
-            ("--delay", {"type": float, "default": 0, "metavar": "S", "help": "in seconds"}),
+            ("--delay", {**_SECONDS_OPTION, "default": 0}),
             _MODULE,
         ],
     ),
@@ -3155,6 +3218,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _serve_worker(*map(int, argv[1:]))
     arguments = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_add_task)
+        if getattr(arguments, "log_format", "") == "json":
+            handler.setFormatter(_JsonFormatter())
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # as `python -m` does, for the script
     try:
@@ -3207,15 +3274,37 @@ def _run_listen(arguments: Any) -> int:
     _import_modules(arguments.modules, arguments.command)
     text = "listen: no task is registered: name the modules that define them, such as myapp.tasks"
     _require(_registry, text)
-    ledger = listen_for_messages(
-        [Priority[name] for name in arguments.priority or ["default"]],
-        arguments.num_messages,
-        arguments.visibility_timeout,
-        arguments.loop_count,
-        until_empty=arguments.until_empty,
-    )
+    queues = _queues_of(Priority[name] for name in arguments.priority or ["default"])
+    fields = {field.name for field in dataclasses.fields(Worker)} & vars(arguments).keys()
+    options = {name: vars(arguments)[name] for name in fields}
+    worker = Worker(_brokers.broker(), queues, **options, on_overdue=_exit_overdue)
+    ledger = worker.run()
     print(ledger)
-    return 0 if ledger.balanced and not ledger.uncertain else 1
+    good = ledger.balanced and not ledger.uncertain and not worker.overdue.is_set()
+    return 0 if good else 1
+
+
+def _exit_overdue(ledger: Ledger) -> None:
+    """End at once, for a task still runs: its message is visible again when its lease ends."""
+    print(ledger, flush=True)
+    os._exit(1)
+
+
+class _JsonFormatter(logging.Formatter):
+    """One JSON object a line, with what a record carries as `extra`."""
+
+    _own = vars(logging.makeLogRecord({})).keys() | {"message", "asctime"}
+
+    def format(self, record: logging.LogRecord) -> str:
+        when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        line = {"time": f"{when}.{record.msecs:03.0f}Z", "level": record.levelname}
+        line |= {"logger": record.name, "message": record.getMessage()}
+        if record.exc_info and not record.exc_text:
+            record.exc_text = self.formatException(record.exc_info)
+        if record.exc_text:
+            line["exception"] = record.exc_text
+        extra = {key: value for key, value in vars(record).items() if key not in self._own}
+        return json.dumps(line | extra, default=str)
 
 
 def _run_dispatch(arguments: Any) -> int:

@@ -8285,7 +8285,7 @@ class TestWorker:
         worker_broker.faults["receive"] = receive
         worker_broker.put(slow, (1,), (2,))
         ledger = worker_broker.work(
-            loop_count=1, visibility_timeout_s=0.6, num_messages=2, clock=time.monotonic
+            loop_count=1, visibility_timeout_s=1, num_messages=2, clock=time.monotonic
         )
         assert ran == [(1, False)]
         assert ledger == taskhawk.Ledger(received=2, released=1, uncertain=1)
@@ -9846,6 +9846,367 @@ class TestSchedules:
         assert broker.done | broker.dead == set(range(12)), f"seed {seed}"
         assert (inner.depth(WORKER_QUEUE), bool(dead)) == ((0, 0, 0), bool(broker.dead))
         inner.close()
+
+
+ISOLATED_MODULE = """
+import asyncio
+import ctypes
+import logging
+import os
+import pathlib
+import signal
+import sys
+import threading
+import taskhawk
+
+HERE = pathlib.Path(__file__).parent
+LOG = logging.getLogger("isolated")
+NEVER = taskhawk.fixed(0, max_retries=0)
+
+def note(*words):
+    with (HERE / "notes").open("a") as file:
+        print(*words, file=file)
+
+def before(sqs_queue_message, **_):
+    note("before", os.getpid())
+
+@taskhawk.task(isolate=True)
+def pid():
+    note(os.getpid(), os.getppid())
+
+@taskhawk.task(time_limit=0.5, retry=NEVER)
+def spin():
+    sum(range(10**12))
+
+@taskhawk.task(isolate=True, retry=NEVER)
+def crash(how):
+    {
+        "exit": lambda: os._exit(3),
+        "segfault": lambda: ctypes.string_at(0),
+        "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+        "interrupt": lambda: signal.raise_signal(signal.SIGINT),
+        "leave": lambda: sys.exit("bye"),
+    }[how]()
+
+@taskhawk.task(isolate=True)
+def fail(how):
+    raise {
+        "retry": taskhawk.RetryException("not yet", delay_seconds=5),
+        "ignore": taskhawk.IgnoreException("no need"),
+        "log": taskhawk.LoggingException("it failed", extra={"order": 7}),
+        "error": KeyError("lost"),
+    }[how]
+
+@taskhawk.task(isolate=True)
+def log():
+    LOG.debug("not this")
+    LOG.warning("from %s", "afar", extra={"order": 8, "thing": LOG})
+
+@taskhawk.task(isolate=True)
+async def wait(metadata):
+    await asyncio.sleep(0)
+    note("waited", metadata.attempt, metadata.queue)
+
+@taskhawk.task(isolate=True)
+def look(secret):
+    argv = pathlib.Path("/proc/self/cmdline").read_text()
+    environ = pathlib.Path("/proc/self/environ").read_text()
+    note(secret in argv + environ, taskhawk.settings.AWS_SECRET_KEY == secret)
+    note(os.environ.get("PYTHONPATH"), sys.stdin.read() == "")
+
+@taskhawk.task(isolate=True)
+def again(metadata):
+    metadata.extend_visibility_timeout(0)
+    note("again", metadata.attempt)
+    raise taskhawk.RetryException
+
+@taskhawk.task(isolate=True)
+def hold():
+    note(os.getpid())
+    sum(range(10**12))
+
+@taskhawk.task
+def plain():
+    note("plain", os.getpid())
+"""
+
+
+@pytest.fixture
+def isolated_jobs(tmp_path, monkeypatch):
+    """Return ISOLATED_MODULE, imported, with a queue in a file."""
+    (tmp_path / "isolated.py").write_text(ISOLATED_MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "isolated", raising=False)
+    taskhawk.configure(TASKHAWK_BROKER=f"sqlite:///{tmp_path}/queue.db")
+    yield importlib.import_module("isolated")
+    sys.modules.pop("isolated")
+
+
+def isolated_notes(module: Any) -> list[str]:
+    """Return what the module's tasks noted."""
+    return (module.HERE / "notes").read_text().splitlines()
+
+
+def isolated_work(**options: Any) -> taskhawk.Ledger:
+    """Run a worker until the queue is empty."""
+    return taskhawk.listen_for_messages(
+        taskhawk.Priority.default, **{"until_empty": True, "num_messages": 10, **options}
+    )
+
+
+def is_gone(pid: int) -> bool:
+    """Return whether a process has ended, be it reaped or not."""
+    try:
+        return "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return True
+
+
+class TestIsolation:
+    """Room 11: a task may have a process of its own, which can be killed and may crash."""
+
+    @pytest.mark.parametrize(("runs", "processes"), [(100, 1), (2, 2), (1, 3)])
+    def test_process(self, isolated_jobs, runs, processes):
+        """A child of the worker runs one message after another, up to max_tasks_per_child."""
+        for _ in range(3):
+            isolated_jobs.pid.dispatch()
+        assert isolated_work(max_tasks_per_child=runs) == taskhawk.Ledger(received=3, acked=3)
+        notes = [note.split() for note in isolated_notes(isolated_jobs)]
+        assert {worker for _, worker in notes} == {str(os.getpid())}
+        assert len({child for child, _ in notes}) == processes
+
+    def test_all(self, isolated_jobs):
+        """With isolate=True all tasks are isolated, and without it those that say so."""
+        for isolate in (False, True):
+            isolated_jobs.plain.dispatch()
+            isolated_work(isolate=isolate)
+        first, second = (note.split()[1] for note in isolated_notes(isolated_jobs))
+        assert (first, second == first) == (str(os.getpid()), False)
+
+    def test_slots(self, isolated_jobs):
+        """Each slot has a child of its own."""
+        for _ in range(20):
+            isolated_jobs.pid.dispatch()
+        assert isolated_work(concurrency=2) == taskhawk.Ledger(received=20, acked=20)
+        assert 1 <= len({note.split()[0] for note in isolated_notes(isolated_jobs)}) <= 2
+
+    def test_time_limit(self, isolated_jobs, caplog):
+        """A run is killed at its time limit, in whatever code it is."""
+        isolated_jobs.spin.dispatch()
+        assert isolated_work() == taskhawk.Ledger(received=1, dead_lettered=1)
+        [record] = [r for r in caplog.records if r.levelno == logging.ERROR]
+        text = "isolated.spin ran longer than its time limit of 0.5 s"
+        assert (type(record.exc_info[1]), str(record.exc_info[1])) == (
+            taskhawk.TimeLimitExceeded,
+            text,
+        )
+
+    @pytest.mark.parametrize(
+        ("how", "end"), [("exit", "exit code 3"), ("segfault", "signal 11"), ("kill", "signal 9")]
+    )
+    def test_crash(self, isolated_jobs, how, end, caplog):
+        """A crash is a failed run with a clear error, and the worker goes on."""
+        isolated_jobs.crash.dispatch(how)
+        isolated_jobs.pid.dispatch()
+        assert isolated_work() == taskhawk.Ledger(received=2, acked=1, dead_lettered=1)
+        [record] = [r for r in caplog.records if r.levelno == logging.ERROR]
+        assert type(record.exc_info[1]) is taskhawk.ChildCrashed
+        assert str(record.exc_info[1]) == f"isolated.crash: its process ended: {end}"
+
+    def test_signals(self, isolated_jobs):
+        """A child ignores the signals that are the worker's to handle; SystemExit is an error."""
+        isolated_jobs.crash.dispatch("interrupt")
+        isolated_jobs.crash.dispatch("leave")
+        assert isolated_work() == taskhawk.Ledger(received=2, acked=1, dead_lettered=1)
+
+    def test_died_while_idle(self, isolated_jobs):
+        """A child that died between two messages is replaced, and no run failed."""
+        isolated_jobs.pid.dispatch()
+        isolated_jobs.pid.dispatch()
+        broker = WorkerBroker(taskhawk._brokers.broker())
+
+        def receive(real: Any, *args: Any) -> Any:
+            if (isolated_jobs.HERE / "notes").exists():
+                child = int(isolated_notes(isolated_jobs)[0].split()[0])
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(child, signal.SIGKILL)
+                worker_eventually(lambda: is_gone(child))
+            return real()
+
+        broker.faults["receive"] = receive
+        assert broker.work("TASKHAWK-DEFAULT") == taskhawk.Ledger(received=2, acked=2)
+        assert len({note.split()[0] for note in isolated_notes(isolated_jobs)}) == 2
+
+    @pytest.mark.parametrize(
+        ("how", "ledger", "level", "text"),
+        [
+            ("retry", {"retried": 1}, "INFO", "asked to be retried and runs again in 5 s"),
+            ("ignore", {"acked": 1}, "INFO", "ignored"),
+            ("log", {"retried": 1}, "ERROR", "it failed"),
+            ("error", {"retried": 1}, "ERROR", "failed and is left to the queue"),
+        ],
+    )
+    def test_errors(self, isolated_jobs, how, ledger, level, text, caplog):
+        """What a task raises means the same in a child, and its traceback is logged."""
+        caplog.set_level(logging.INFO)
+        isolated_jobs.fail.dispatch(how)
+        done = isolated_work(until_empty=False, loop_count=1)
+        assert done == taskhawk.Ledger(received=1, **ledger)
+        record = next(r for r in caplog.records if r.getMessage().endswith(text))
+        assert record.levelname == level
+        assert getattr(record, "order", None) == (7 if how == "log" else None)
+        assert ("in fail\n" in (record.exc_text or "")) == (level == "ERROR")
+
+    def test_dead_letter(self, isolated_jobs):
+        """The dead letter of an isolated run says what was raised in the child, and where."""
+        isolated_jobs.crash.dispatch("kill")
+        isolated_work()
+        broker = taskhawk._brokers.broker()
+        [dead] = broker.receive("TASKHAWK-DEFAULT-DLQ", 10, 0, None, threading.Event())
+        error = json.loads(dead.message_attributes["taskhawk.error"]["StringValue"])
+        assert (error["type"], error["message"]) == (
+            "ChildCrashed",
+            "isolated.crash: its process ended: signal 9",
+        )
+
+    def test_log(self, isolated_jobs, caplog):
+        """A child's log records come out in the worker, with what they carry."""
+        isolated_jobs.log.dispatch()
+        isolated_work()
+        [record] = [r for r in caplog.records if r.name == "isolated"]
+        assert (record.getMessage(), record.levelname) == ("from afar", "WARNING")
+        assert (record.order, record.thing) == (8, "<Logger isolated (WARNING)>")
+        assert record.process != os.getpid()
+
+    def test_async(self, isolated_jobs):
+        """A coroutine function can be isolated, and metadata is as in the worker."""
+        isolated_jobs.wait.dispatch()
+        assert isolated_work().acked == 1
+        assert isolated_notes(isolated_jobs) == ["waited 1 TASKHAWK-DEFAULT"]
+
+    def test_settings(self, isolated_jobs, monkeypatch):
+        """Settings reach a child through its pipe alone."""
+        monkeypatch.setenv("PYTHONPATH", "/some/where")
+        url = taskhawk.settings.TASKHAWK_BROKER
+        secrets = {"AWS_ACCESS_KEY": "key", "AWS_SECRET_KEY": "a-very-secret-thing"}
+        taskhawk.configure(TASKHAWK_BROKER=url, **secrets)
+        isolated_jobs.look.dispatch("a-very-secret-thing")
+        assert isolated_work().acked == 1
+        assert isolated_notes(isolated_jobs) == ["False True", "/some/where True"]
+
+    def test_act_on_the_queue(self, isolated_jobs):
+        """A task in a child can change its message on the queue."""
+        isolated_jobs.again.dispatch()
+        isolated_work(until_empty=False, loop_count=2)
+        assert isolated_notes(isolated_jobs) == ["again 1", "again 2"]
+
+    def test_memory(self, isolated_jobs):
+        """Tasks can be isolated where the queue is in memory."""
+        taskhawk.configure(TASKHAWK_BROKER="sqlite://")
+        isolated_jobs.pid.dispatch()
+        assert isolated_work().acked == 1
+
+    def test_hooks(self, isolated_jobs):
+        """Hooks run in the child, by their dotted paths."""
+        url = taskhawk.settings.TASKHAWK_BROKER
+        taskhawk.configure(TASKHAWK_BROKER=url, TASKHAWK_PRE_PROCESS_HOOK=isolated_jobs.before)
+        isolated_jobs.pid.dispatch()
+        assert isolated_work().acked == 1
+        before, after = isolated_notes(isolated_jobs)
+        assert before.split()[1] == after.split()[0] != str(os.getpid())
+
+    def test_hook_without_a_path(self, isolated_jobs):
+        """A hook that a child can't import is refused before anything is received."""
+        hook = functools.partial(print)
+        taskhawk.configure(TASKHAWK_BROKER="sqlite://", TASKHAWK_POST_PROCESS_HOOK=hook)
+        text = "TASKHAWK_POST_PROCESS_HOOK: where tasks are isolated, expected a function with a"
+        with pytest.raises(taskhawk.ConfigurationError) as raised:
+            isolated_work()
+        assert str(raised.value) == f"{text} dotted path, got {hook!r}"
+
+    def test_main(self, tmp_path):
+        """An isolated task of __main__ is refused: a child does not import that."""
+        (tmp_path / "script.py").write_text(
+            "import taskhawk\n"
+            "taskhawk.configure(TASKHAWK_BROKER='sqlite://')\n"
+            "@taskhawk.task(isolate=True)\n"
+            "def job(): pass\n"
+            "taskhawk.listen_for_messages(taskhawk.Priority.default)\n"
+        )
+        result = run_python(["script.py"], cwd=tmp_path)
+        text = "script.job: a task of __main__ can't be isolated: move it to a module"
+        assert result.stderr.splitlines()[-1] == f"taskhawk.ConfigurationError: {text}"
+
+    def test_malformed(self, isolated_jobs):
+        """What is no valid message of an isolated task never reaches a child."""
+        broker = taskhawk._brokers.broker()
+        broker.send("TASKHAWK-DEFAULT", [taskhawk.Outgoing("{}", {})])
+        ledger = isolated_work(until_empty=False, loop_count=1)
+        assert ledger == taskhawk.Ledger(received=1, retried=1)
+
+    def test_broken_module(self, isolated_jobs):
+        """Where a child can't import the tasks, each run of it fails, and nothing is lost."""
+        (isolated_jobs.HERE / "isolated.py").write_text("1 / 0")
+        isolated_jobs.pid.dispatch()
+        ledger = isolated_work(until_empty=False, loop_count=1)
+        assert ledger == taskhawk.Ledger(received=1, retried=1)
+
+    def test_no_process(self, isolated_jobs, caplog):
+        """Where no process can be started, the run has failed, and the worker goes on."""
+        isolated_jobs.pid.dispatch()
+        import resource
+
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        broker = WorkerBroker(taskhawk._brokers.broker())
+
+        def receive(real: Any, *args: Any) -> Any:
+            received = real()
+            used = {int(path.name) for path in Path("/proc/self/fd").iterdir()}
+            free = min(set(range(1000)) - used)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+            return received
+
+        broker.faults["receive"] = receive
+        try:
+            ledger = broker.work("TASKHAWK-DEFAULT", loop_count=1)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert ledger == taskhawk.Ledger(received=1, retried=1)
+        assert "Too many open files" in caplog.text
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere it ends with its message")
+    def test_orphan(self, isolated_jobs):
+        """On Linux no child outlives a worker that is killed, even if it holds the GIL."""
+        isolated_jobs.hold.dispatch()
+        url = taskhawk.settings.TASKHAWK_BROKER
+        with worker_process(isolated_jobs.HERE, {"TASKHAWK_BROKER": url}, "isolated") as worker:
+            pid = worker_eventually((isolated_jobs.HERE / "notes").exists) and worker_eventually(
+                lambda: (isolated_jobs.HERE / "notes").read_text().strip()
+            )
+            worker.kill()
+            worker_eventually(lambda: is_gone(int(pid)))
+
+    @pytest.mark.parametrize("concurrency", [1, 2])
+    def test_grace(self, isolated_jobs, concurrency):
+        """When the grace is over, isolated runs are killed, and their messages visible at once."""
+        isolated_jobs.hold.dispatch()
+        stop = threading.Event()
+
+        def tell() -> None:
+            worker_eventually(lambda: (isolated_jobs.HERE / "notes").exists())
+            stop.set()
+
+        threading.Thread(target=tell).start()
+        options = {"until_empty": False, "shutdown_event": stop, "concurrency": concurrency}
+        ledger = isolated_work(grace_s=0.1, **options)
+        assert ledger == taskhawk.Ledger(received=1, retried=1)
+        assert taskhawk._brokers.broker().depth("TASKHAWK-DEFAULT") == (1, 0, 0)
+
+    def test_sync(self, isolated_jobs):
+        """Sync mode runs an isolated task where it is."""
+        taskhawk.configure(TASKHAWK_SYNC=True)
+        isolated_jobs.pid.dispatch()
+        assert isolated_notes(isolated_jobs)[0].split()[0] == str(os.getpid())
 
 
 class TestInterrupts:
