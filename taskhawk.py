@@ -2316,14 +2316,14 @@ class _Keeper:
                 self._move(first, "started")
             return first
 
-    def is_busy(self, slots: int) -> bool:
-        """Return whether a message waits, all slots are taken, or acknowledgements are overdue.
+    def has_room(self, slots: int) -> bool:
+        """Return whether no message waits, a slot is free, and no acknowledgements are overdue.
 
-        That is a batch of them beyond the one whose call is under way.
+        Those would be a batch beyond the one whose call is under way.
         """
         states = [held.state for held in self.held if not held.end]
-        overdue = sum(held.to_delete for held in self.held) >= 2 * _MAX_BATCH
-        return overdue or "received" in states or len(states) >= slots
+        acknowledged = sum(held.to_delete for held in self.held)
+        return acknowledged < 2 * _MAX_BATCH and "received" not in states and len(states) < slots
 
     def finish(self, held: _Held, end: str, visible_in_s: float | None = 0) -> None:
         """Note how a run ended; None leaves the message to its visibility timeout."""
@@ -2690,20 +2690,23 @@ def _event_loop() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _signals_to(stop: Callable[[], None]) -> Iterator[None]:
-    """Let SIGTERM and SIGINT stop us, where nobody else handles them; a second one kills."""
+def _signals_to(seen: list[int]) -> Iterator[None]:
+    """Note SIGTERM and SIGINT, where nobody else handles them; a second one kills."""
     ours: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
         ours = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
         ours = {n: default for n, default in ours.items() if signal.getsignal(n) == default}
 
-    def restore(*_signal_and_frame: object) -> None:
-        stop()
+    def note(number: int, _frame: object) -> None:
+        seen.append(number)
+        restore()
+
+    def restore() -> None:
         for number, default in ours.items():
             signal.signal(number, default)
 
     for number in ours:
-        signal.signal(number, restore)
+        signal.signal(number, note)
     try:
         yield
     finally:
@@ -2719,6 +2722,13 @@ def _find_lease_s(broker: Broker, queue: str) -> tuple[float, float | None]:
         if (code := _error_code(error)).startswith("AccessDenied"):  # as 1.4's policies did
             _log.warning("%s: can't read its attributes: %s", queue, code)
     return _DEFAULT_LEASE_S, _DEFAULT_LEASE_S
+
+
+def _are_empty(broker: Broker, queues: Sequence[str]) -> bool:
+    try:
+        return not any(any(broker.depth(queue)) for queue in queues)
+    except Exception as error:  # a fault is no reason to end, but what nobody may know is
+        return broker.explain(error, queues[0]) is not None
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -2757,7 +2767,7 @@ class Worker:
             self.wait_s = min(self.wait_s, 1)
         self._keeper = _Keeper(self.broker, self.clock)
         self._changed, self.ledger = self._keeper.changed, self._keeper.ledger
-        self._signalled = False
+        self._signals: list[int] = []  # a handler may append, but must not wait for a lock
         self._stop = threading.Event()  # ends the waits of the broker and of the pollers
         # Guarded by the keeper's condition: pollers that have not ended, and messages started.
         self._polling = self._started = 0
@@ -2771,10 +2781,10 @@ class Worker:
         make = functools.partial(threading.Thread, daemon=True)  # a second signal waits for none
         pollers = [make(target=self._poll, args=pair) for pair in enumerate(self.queues)]
         slots = [make(target=self._slot) for _ in range(self.concurrency - 1)]
-        watch = [make(target=self._watch)] if self.grace_s else []
+        watch = make(target=self._watch)
         self._polling = len(pollers)
-        with _signals_to(self._note_signal):
-            for thread in (self._keeper.thread, *pollers, *slots, *watch):
+        with _signals_to(self._signals):
+            for thread in (self._keeper.thread, *pollers, *slots, watch):
                 thread.start()
             try:
                 self._work()
@@ -2796,12 +2806,9 @@ class Worker:
         _log.log(level, "worker ended: %s", self.ledger)
         return self.ledger
 
-    def _note_signal(self) -> None:
-        self._signalled = True  # no more than that: a handler must not wait for a lock
-
     def _is_stopping(self) -> bool:
         told = self.shutdown_event and self.shutdown_event.is_set()
-        return self._signalled or self._stop.is_set() or bool(told)
+        return bool(self._signals or self._stop.is_set() or told)
 
     def _wait(self, look: Callable[[], Any], until: float = math.inf) -> Any:
         """Wait until something is found, and return it; None if the worker stops or time is up."""
@@ -2813,12 +2820,14 @@ class Worker:
         return None
 
     def _watch(self) -> None:
-        """When the grace is over, kill isolated runs, and see what is done through.
+        """See that the worker stops when it is told to, and what is to be done after its grace.
 
-        Other runs can't be ended: their messages are visible again when their leases end.
+        Isolated runs are killed. Others can't be: their messages reappear when their leases end.
         """
         self._wait(self._ended.is_set)
-        if not self._ended.wait(max(0, (self.grace_s or 0) - _FLUSH_S)):
+        self._stop.set()
+        left_s = None if self.grace_s is None else max(0, self.grace_s - _FLUSH_S)
+        if not self._ended.wait(left_s):
             self.overdue.set()
             for child in self._children:
                 child.give_up()
@@ -2885,7 +2894,8 @@ class Worker:
             if lease_s is None:
                 lease_s, asked_s = _find_lease_s(self.broker, queue)
             loops = failures = 0
-            while loops != self.loop_count and self._wait(self._has_room):
+            room = functools.partial(self._keeper.has_room, self.concurrency)
+            while loops != self.loop_count and self._wait(room):
                 options = (self.num_messages, self.wait_s, asked_s, self._stop)
                 try:
                     messages = self.broker.receive(queue, *options)
@@ -2898,7 +2908,7 @@ class Worker:
                     _log.info("%s: receives again after %d failures", queue, failures)
                 loops, failures = loops + 1, 0
                 _call_safely("TASKHAWK_HEARTBEAT_HOOK")
-                if self.until_empty and not messages and self._are_empty():
+                if self.until_empty and not messages and _are_empty(self.broker, self.queues):
                     return
         finally:
             with self._changed:
@@ -2906,9 +2916,6 @@ class Worker:
                 if not self._polling and self._is_stopping():
                     self._keeper.release_waiting()
                 self._changed.notify_all()
-
-    def _has_room(self) -> bool:
-        return not self._keeper.is_busy(self.concurrency)
 
     def _back_off(self, queue: str, error: Exception, failures: int, *, first: bool) -> None:
         """Wait after a receive that failed; at the start, end where only a person can help."""
@@ -2920,12 +2927,6 @@ class Worker:
             _log.warning("%s: can't receive, goes on trying: %r", queue, error)
         until = self.clock() + _jittered(min(0.5 * 2 ** min(failures, 10), _MAX_BACKOFF_S))
         self._wait(lambda: None, until)
-
-    def _are_empty(self) -> bool:
-        try:
-            return not any(any(self.broker.depth(queue)) for queue in self.queues)
-        except Exception as error:  # a fault is no reason to end, but what nobody may know is
-            return self.broker.explain(error, self.queues[0]) is not None
 
 
 _URGENCY = (Priority.high, Priority.default, Priority.low, Priority.bulk)

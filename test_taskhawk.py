@@ -7947,10 +7947,10 @@ def worker_aws_messages(*messages: taskhawk.Message) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def worker_process(
-    folder: Path, env: dict[str, str], *options: str
+    folder: Path, env: dict[str, str], *options: str, module: str = WORKER_MODULE
 ) -> Iterator[subprocess.Popen[str]]:
-    """Run a listener of WORKER_MODULE for the length of the block."""
-    (folder / "jobs.py").write_text(WORKER_MODULE)
+    """Run a listener of a module for the length of the block."""
+    (folder / "jobs.py").write_text(module)
     process = subprocess.Popen(
         [sys.executable, "-m", "taskhawk", "listen", "jobs", *options],
         cwd=folder,
@@ -10046,7 +10046,7 @@ class TestIsolation:
             ("error", {"retried": 1}, "ERROR", "failed and is left to the queue"),
         ],
     )
-    def test_errors(self, isolated_jobs, how, ledger, level, text, caplog):
+    def test_errors(self, isolated_jobs, caplog, how, ledger, level, text):  # noqa: PLR0917
         """What a task raises means the same in a child, and its traceback is logged."""
         caplog.set_level(logging.INFO)
         isolated_jobs.fail.dispatch(how)
@@ -10193,7 +10193,7 @@ class TestIsolation:
         stop = threading.Event()
 
         def tell() -> None:
-            worker_eventually(lambda: (isolated_jobs.HERE / "notes").exists())
+            worker_eventually((isolated_jobs.HERE / "notes").exists)
             stop.set()
 
         threading.Thread(target=tell).start()
@@ -10207,6 +10207,151 @@ class TestIsolation:
         taskhawk.configure(TASKHAWK_SYNC=True)
         isolated_jobs.pid.dispatch()
         assert isolated_notes(isolated_jobs)[0].split()[0] == str(os.getpid())
+
+
+LOGGING_MODULE = """
+import asyncio
+import contextvars
+import logging
+import threading
+import taskhawk
+
+LOG = logging.getLogger("jobs")
+
+@taskhawk.task(name="jobs.talk")
+def talk():
+    LOG.info("from the task", extra={"order": 7})
+    context = contextvars.copy_context()
+    thread = threading.Thread(target=context.run, args=(LOG.warning, "from its thread"))
+    thread.start()
+    thread.join()
+
+@taskhawk.task(name="jobs.fail", isolate=True)
+def fail():
+    LOG.info("from a child")
+    raise ValueError("for a reason")
+
+@taskhawk.task(name="jobs.hang")
+def hang():
+    print("hangs", flush=True)
+    threading.Event().wait()
+
+@taskhawk.task(name="jobs.spin", isolate=True)
+def spin():
+    print("hangs", flush=True)
+    sum(range(10**12))
+
+@taskhawk.task(name="jobs.quick")
+def quick():
+    pass
+"""
+
+
+class TestLogging:
+    """Each run is one record with its facts, and records say in which task they were made."""
+
+    @pytest.mark.parametrize(
+        ("error", "outcome"),
+        [
+            (None, "done"),
+            (taskhawk.IgnoreException(), "ignored"),
+            (taskhawk.RetryException(), "retry"),
+            (ValueError("no"), "retry"),
+            (taskhawk.LoggingException("no", extra={"outcome": "mine"}), "mine"),
+            (taskhawk.StopRetry("enough"), "dead_letter"),
+        ],
+    )
+    def test_outcome(self, memory, caplog, error, outcome):
+        """A run leaves one record with its task, id, attempt, outcome and duration_ms."""
+        caplog.set_level(logging.DEBUG)
+
+        @taskhawk.task(name="shop.sell")
+        def sell():
+            if error:
+                raise error
+
+        message_id = sell.dispatch()
+        [received] = queued()
+        taskhawk.process(received)
+        [record] = [record for record in caplog.records if hasattr(record, "outcome")]
+        assert (record.task, record.id, record.attempt) == ("shop.sell", message_id, 1)
+        assert (record.outcome, type(record.duration_ms)) == (outcome, int)
+
+    def test_outcome_of_an_invalid_message(self, caplog):
+        """A message that is not valid leaves one record too, which knows no task."""
+        taskhawk._last_invalid.clear()
+        run_body("{}")
+        [record] = [record for record in caplog.records if hasattr(record, "outcome")]
+        assert (record.outcome, hasattr(record, "task")) == ("retry", False)
+
+    def test_current_task(self):
+        """current_task() is the metadata of the task around it, and None outside."""
+        seen = []
+
+        @taskhawk.task(name="shop.inner")
+        def inner():
+            seen.append(taskhawk.current_task().task)
+
+        @taskhawk.task(name="shop.outer")
+        async def outer(metadata):
+            await asyncio.to_thread(lambda: seen.append(taskhawk.current_task() is metadata))
+            inner.dispatch()
+            seen.append(taskhawk.current_task().task)
+
+        taskhawk.configure(TASKHAWK_SYNC=True)
+        assert taskhawk.current_task() is None
+        outer.dispatch()
+        assert seen == [True, "shop.inner", "shop.outer"]
+        assert taskhawk.current_task() is None
+
+    def test_json(self, tmp_path):
+        """With --log-format json each record is an object in a line, and says in which task."""
+        (tmp_path / "jobs.py").write_text(LOGGING_MODULE)
+        env = {"TASKHAWK_BROKER": f"sqlite:///{tmp_path}/queue.db"}
+        ids = {}
+        for name in ("jobs.talk", "jobs.fail"):
+            result = run_python(["-m", "taskhawk", "dispatch", name], cwd=tmp_path, env=env)
+            ids[name] = result.stdout.strip()
+        command = ["-m", "taskhawk", "listen", "jobs", "--log-format", "json", "--loop-count", "2"]
+        result = run_python(command, cwd=tmp_path, env=env)
+        lines = [json.loads(line) for line in result.stderr.splitlines()]
+        by_text = {line["message"]: line for line in lines}
+        for text, name in (
+            ("from the task", "jobs.talk"),
+            ("from its thread", "jobs.talk"),
+            ("from a child", "jobs.fail"),
+        ):
+            line = by_text[text]
+            assert (line["task"], line["id"], line["attempt"]) == (name, ids[name], 1)
+            assert line["logger"] == "jobs"
+        assert by_text["from the task"]["order"] == 7
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", lines[0]["time"])
+        [failed] = [line for line in lines if line.get("outcome") == "retry"]
+        assert (failed["level"], failed["task"]) == ("ERROR", "jobs.fail")
+        assert failed["exception"].endswith("ValueError: for a reason")
+        assert by_text["worker ended: " + result.stdout.strip()]["level"] == "INFO"
+
+    @pytest.mark.parametrize(("job", "retried"), [("hang", 0), ("spin", 1)])
+    @pytest.mark.parametrize("concurrency", ["1", "2"])
+    def test_grace(self, tmp_path, job, retried, concurrency):
+        """A command ends with its grace, flushes, says what became of messages, exits with 1."""
+        broker = taskhawk.SqliteBroker(f"sqlite:///{tmp_path}/queue.db")
+        call = {"args": [], "kwargs": {}}
+        messages = [{**VALID, "task": f"jobs.{name}", **call} for name in ("quick", job)]
+        entries = [taskhawk.Outgoing(json.dumps(message), {}) for message in messages]
+        assert broker.send("TASKHAWK-DEFAULT", entries) == []
+        env = {"TASKHAWK_BROKER": f"sqlite:///{tmp_path}/queue.db"}
+        options = ("--grace", "3.1", "--num-messages", "2", "--concurrency", concurrency)
+        with worker_process(tmp_path, env, *options, module=LOGGING_MODULE) as worker:
+            assert worker.stdout.readline() == "hangs\n"
+            worker.terminate()
+            output = worker.stdout.read()
+            assert worker.wait() == 1
+        counts = f"2 received, 1 acked, {retried} retried, 0 dead-lettered, 0 released, 0 uncertain"
+        assert output == f"{counts}\n"
+        visible, in_flight, _ = broker.depth("TASKHAWK-DEFAULT")
+        assert (visible, in_flight) == (retried, 1 - retried)
+        broker.close()
 
 
 class TestInterrupts:
