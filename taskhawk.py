@@ -51,7 +51,7 @@ Rooms
 
 # --- 1. version, names, imports, limits -----------------------------------------------------------
 # Importing this file does no I/O, reads no environment and imports no botocore, sqlite3, argparse
-# or asyncio: the first function that needs one of them imports it.
+# or asyncio: what is slow to load is imported by the first function that needs it.
 
 from __future__ import annotations
 
@@ -89,9 +89,7 @@ import threading
 import time
 import traceback
 import typing
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 
 if typing.TYPE_CHECKING:
@@ -100,7 +98,8 @@ if typing.TYPE_CHECKING:
 if __name__ == "__main__":
     # `python -m taskhawk` runs this file as __main__, and the tasks' modules import it again under
     # its own name: go on in that one, or there would be two registries.
-    sys.exit(importlib.import_module(__spec__.name if __spec__ else Path(__file__).stem).main())
+    _name = __spec__.name if __spec__ else inspect.getmodulename(__file__)
+    sys.exit(importlib.import_module(_name or "").main())
 
 VERSION = __version__  # the name that taskhawk 1.4 gave it
 
@@ -300,16 +299,14 @@ class _Settings:
 
     def __init__(self) -> None:
         self._given: Mapping[str, Any] = {}
-        self._values: dict[str, Any] = {}
         self._warned: set[str] = set()
 
     def __getattr__(self, name: str) -> Any:
-        values = self._values  # forget() replaces the dict: a reader that is late fills the old one
-        if name not in values:
-            if name not in _SETTINGS:
-                raise AttributeError(_no_setting(name))
-            values[name] = self.read(name)
-        return values[name]
+        if name not in _SETTINGS:
+            raise AttributeError(_no_setting(name))
+        known = self.__dict__  # forget() replaces it: a reader that is late fills the old one
+        known[name] = value = self.read(name)
+        return value
 
     def read(self, name: str) -> Any:
         """Read a setting from its source, whatever is remembered."""
@@ -357,8 +354,8 @@ class _Settings:
         self, *, given: Mapping[str, Any] | None = None, setting: str = "", **_: object
     ) -> None:
         """Read everything anew: after configure(), or as Django's tests override a setting."""
-        self._given = self._given if given is None else given
-        self._values = {}
+        kept = {"_given": self._given if given is None else given, "_warned": self._warned}
+        self.__dict__ = kept
         if given is not None or setting.startswith("AWS_"):
             _brokers.close()
 
@@ -455,7 +452,7 @@ _ISO_8601 = (
     r"(?:[T ](?:[01][0-9]|2[0-3]):[0-5][0-9](?::[0-5][0-9](?:[.,][0-9]{1,9})?)?"
     r"(?:Z|[+-](?:[01][0-9]|2[0-3]):?[0-5][0-9])?)?(?![\s\S])"
 )
-_NAME = {"description": "a non-empty string", "type": ["string"], "pattern": r"[\s\S]"}
+_NAME = {"description": "a non-empty string", "type": ["string"], "minLength": 1}
 _OBJECT = {"description": "an object", "type": ["object"]}
 _PRIORITIES = [priority.name for priority in Priority]
 #: the message format as JSON Schema 2020-12: the contract for publishers in other languages
@@ -495,7 +492,7 @@ _MISSING = object()
 def _validator(schema: Mapping[str, Any], path: str = "") -> Callable[[Any], None]:
     """Make a function of the keywords that SCHEMA uses, which checks a value."""
     kinds = tuple(itertools.chain.from_iterable(_JSON_TYPES[kind][0] for kind in schema["type"]))
-    matches, values = re.compile(schema.get("pattern", "")).search, schema.get("enum")
+    pattern, values, shortest = (schema.get(k) for k in ("pattern", "enum", "minLength"))
     least, most = schema.get("minimum", 0), schema.get("maximum", 0)
     parts = [
         (key, key in schema["required"], _validator(inner, f"{path}.{key}" if path else key))
@@ -505,7 +502,8 @@ def _validator(schema: Mapping[str, Any], path: str = "") -> Callable[[Any], Non
     def validate(value: Any) -> None:
         valid = isinstance(value, kinds) and value is not True and value is not False
         if valid and isinstance(value, str):
-            valid = matches(value) is not None and (values is None or value in values)
+            valid = len(value) >= (shortest or 0) and (not values or value in values)
+            valid = valid and (not pattern or re.search(pattern, value) is not None)
         elif valid and isinstance(value, int | float):
             valid = least <= value <= most
         if not valid:
@@ -587,9 +585,11 @@ class Message:
         Task.find_by_name(task)
         if msg_id is not None:
             _validate_id(msg_id)
-        message = cls.__new__(cls)  # without a look at the rest, which is valid as it is made here
+        message = cls.__new__(cls)  # no look at the rest: what is made here is valid
+        import uuid
+
         now, version = int(time.time() * 1000), cls.CURRENT_VERSION
-        message._data = {
+        message._data = {  # noqa: SLF001 - its own
             "id": msg_id or str(uuid.uuid4()),
             "metadata": {"priority": priority.name, "timestamp": now, "version": version},
             "headers": dict(headers or {}),
@@ -715,13 +715,13 @@ class Metadata(dict[str, Any]):
     """
 
     def __init__(self, message: Message, receipt: str | None) -> None:
-        facts = {**message.metadata, "id": message.id, "priority": message.priority}
-        super().__init__(facts, receipt=receipt)
-        self.task: str = message.task_name
-        self._received = received = message.received
-        self.headers: dict[str, Any] = message.headers
-        self.attempt: int = received.attempt if received else 1
-        self.queue: str | None = received.queue if received and receipt else None
+        super().__init__(message.metadata, id=message.id, priority=message.priority)
+        self["receipt"], self._message, self._received = receipt, message, message.received
+
+    task = property(lambda self: self._message.task_name)
+    headers = property(lambda self: self._message.headers)
+    attempt = property(lambda self: self._received.attempt if self._received else 1)
+    queue = property(lambda self: self._received and self["receipt"] and self._received.queue)
 
     def __getattr__(self, name: str) -> Any:
         if name not in self:
@@ -1065,7 +1065,7 @@ def _real_module(fn: Any) -> str:
     if fn.__module__ != "__main__" or not getattr(main_module, "__file__", None):
         return str(fn.__module__)
     spec, path = main_module.__spec__, main_module.__file__ or ""
-    return spec.name if spec else Path(path).stem
+    return spec.name if spec else inspect.getmodulename(path) or "__main__"
 
 
 def _place(fn: Any) -> str:
@@ -1132,30 +1132,29 @@ def _facts(received: QueueMessage, outcome: str, began: float) -> dict[str, Any]
 
 def _run(received: QueueMessage) -> None:
     began = time.monotonic()
-    _call_hook("TASKHAWK_PRE_PROCESS_HOOK", **received.hook_kwargs)
+    if hook := settings.TASKHAWK_PRE_PROCESS_HOOK:
+        hook(**received.hook_kwargs)
     message = _decode(received.body)
     message.received, task = received, message.task
     received.message = message  # from here on, an error is the task's
     _log.debug("Received message", extra={"message_body": received.body})
     level, outcome = logging.DEBUG, "done"
     try:
-        message.call_task(received.receipt_handle)
+        task.call(message, received.receipt_handle)
     except IgnoreException:
         level, outcome = logging.INFO, "ignored"
-    _call_hook("TASKHAWK_POST_PROCESS_HOOK", **received.hook_kwargs)
-    facts = _facts(received, outcome, began)
-    _log.log(level, "%s %s: %s", task.name, message.id, outcome, extra=facts)
-
-
-def _call_hook(name: str, **kwargs: Any) -> None:
-    if hook := getattr(settings, name):
-        hook(**kwargs)
+    if hook := settings.TASKHAWK_POST_PROCESS_HOOK:
+        hook(**received.hook_kwargs)
+    if _log.isEnabledFor(level):
+        facts = _facts(received, outcome, began)
+        _log.log(level, "%s %s: %s", task.name, message.id, outcome, extra=facts)
 
 
 def _call_safely(name: str, **kwargs: Any) -> None:
     """Call a hook whose failure is logged, no more."""
     try:
-        _call_hook(name, **kwargs)
+        if hook := getattr(settings, name):
+            hook(**kwargs)
     except KeyboardInterrupt:
         raise
     except BaseException:  # SystemExit and CancelledError too
@@ -1326,8 +1325,9 @@ def _recycle_django_connections() -> None:
 
 
 # --- 7. the broker contract -----------------------------------------------------------------------
-# All the queue I/O that this library can do. A whole call that fails raises; an entry of a batch
-# that fails is in the answer, and an entry that the answer does not name has failed.
+# All the queue I/O that this library can do. A whole call that fails raises: ConfigurationError, if
+# only a person can mend it. An entry of a batch that fails is in the answer, and an entry that the
+# answer does not name has failed.
 
 
 class Outgoing(NamedTuple):
@@ -1384,10 +1384,6 @@ class Sender(typing.Protocol):
 
     def send(self, destination: str, entries: Sequence[Outgoing]) -> list[Refusal]:
         """Send at most ten messages that are together within `max_bytes`."""
-
-    def explain(self, error: BaseException, where: str) -> TaskhawkError | None:
-        """Return one clear sentence for an error that only a person can mend, else None."""
-        return None
 
     def close(self) -> None:
         """Close connections."""
@@ -1515,8 +1511,9 @@ def _persist(
 
 def _error_code(error: BaseException) -> str:
     """Return an AWS error's code without its prefix, or the error's type."""
-    response = getattr(error, "response", None) or {}
-    return str(response.get("Error", {}).get("Code") or type(error).__name__).rpartition(".")[2]
+    origin = error.__cause__ or error
+    response = getattr(origin, "response", None) or {}
+    return str(response.get("Error", {}).get("Code") or type(origin).__name__).rpartition(".")[2]
 
 
 def _chunks(entries: Iterable[Outgoing], max_bytes: int) -> Iterator[list[Outgoing]]:
@@ -1605,7 +1602,7 @@ _REMEDIES = {  # what a person can do about an error, by its code
     " TASKHAWK_QUEUE, AWS_REGION and the account",
     "NotFound": "there is no such topic: make it, or check TASKHAWK_QUEUE and AWS_ACCOUNT_ID",
     "AccessDenied(Exception)?|AuthorizationError": "access denied: the IAM policy of these"
-    " credentials does not allow it",
+    " credentials does not allow {operation}",
     "(No|Partial)CredentialsError": "no AWS credentials: set AWS_ACCESS_KEY and AWS_SECRET_KEY, or"
     " give botocore a profile or role; to try things out without AWS, set TASKHAWK_BROKER to"
     " sqlite:///queue.db",
@@ -1617,11 +1614,29 @@ _REMEDIES = {  # what a person can do about an error, by its code
 }
 
 
+@contextlib.contextmanager
+def _explained(where: str) -> Iterator[None]:
+    """Turn the errors that a person must mend into a sentence that says how."""
+    try:
+        yield
+    except Exception as error:
+        if limit := re.search(r"shorter than (\d+) bytes", str(error)):
+            text = f"{where} takes messages of at most {limit[1]} bytes"
+            raise MessageTooLarge(text, int(limit[1])) from error
+        code = _error_code(error)
+        for codes, remedy in _REMEDIES.items():
+            if re.fullmatch(codes, code):
+                text = remedy.format(operation=getattr(error, "operation_name", ""))
+                raise ConfigurationError(f"{where}: {text} ({code})") from error
+        raise
+
+
 class _AwsSender(Sender):
     """What SQS and SNS share: clients, the answers of batch calls, and errors."""
 
     service: str
     entries_key: str
+    target_key: str
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # held while a client is made: sessions are not thread-safe
@@ -1639,7 +1654,11 @@ class _AwsSender(Sender):
         from botocore.config import Config
         from botocore.session import get_session
 
-        self._session = self._session or get_session()
+        if not self._session:
+            self._session = get_session()
+            loader = self._session.get_component("data_loader")
+            # botocore's looks into 400 folders for this: as long as all else at the start takes.
+            loader.list_available_services = lambda _type: os.listdir(loader.BUILTIN_DATA_PATH)
         endpoint = getattr(settings, f"AWS_ENDPOINT_{self.service.upper()}")
         config = Config(
             connect_timeout=settings.AWS_CONNECT_TIMEOUT_S,
@@ -1652,10 +1671,22 @@ class _AwsSender(Sender):
         more = {"region_name": settings.AWS_REGION, "endpoint_url": endpoint, "config": config}
         return self._session.create_client(self.service, **more, **settings.credentials())
 
-    def _batch(self, call: Callable[..., Any], entries: Iterable[Any], **to: str) -> list[Refusal]:
+    def call(self, role: str, operation: str, where: str, **parameters: Any) -> Any:
+        """Make a call to a queue or topic."""
+        to = {self.target_key: self.url(where, role)}
+        with _explained(where):
+            return getattr(self.client(role), operation)(**to, **parameters)
+
+    def url(self, queue: str, role: str = "send") -> str:
+        """Return what the service calls a queue or topic."""
+        return queue
+
+    def _batch(
+        self, role: str, operation: str, where: str, entries: Iterable[Any]
+    ) -> list[Refusal]:
         """Make a batch call, and return what its answer does not say was done."""
         named = [{"Id": str(index), **entry} for index, entry in enumerate(entries)]
-        response = call(**{self.entries_key: named}, **to)
+        response = self.call(role, operation, where, **{self.entries_key: named})
         done = {entry["Id"] for entry in response.get("Successful", ())}
         failed = {entry["Id"]: entry for entry in response.get("Failed", ())}
         left = {i: failed.get(str(i), _UNANSWERED) for i in range(len(named)) if str(i) not in done}
@@ -1663,15 +1694,6 @@ class _AwsSender(Sender):
             Refusal(index, entry["Code"], entry.get("Message", ""), bool(entry.get("SenderFault")))
             for index, entry in left.items()
         ]
-
-    def explain(self, error: BaseException, where: str) -> TaskhawkError | None:
-        if limit := re.search(r"shorter than (\d+) bytes", str(error)):
-            text = f"{where} takes messages of at most {limit[1]} bytes"
-            return MessageTooLarge(text, int(limit[1]))
-        code = _error_code(error)
-        remedies = (remedy for codes, remedy in _REMEDIES.items() if re.fullmatch(codes, code))
-        remedy = next(remedies, None)
-        return ConfigurationError(f"{where}: {remedy} ({code})") if remedy else None
 
     def close(self) -> None:
         for client in self._clients.values():
@@ -1681,28 +1703,29 @@ class _AwsSender(Sender):
 class SnsSender(_AwsSender):
     """Publishes to the topics that a Lambda app's functions are subscribed to."""
 
-    service, entries_key = "sns", "PublishBatchRequestEntries"
+    service, target_key, entries_key = "sns", "TopicArn", "PublishBatchRequestEntries"
     max_bytes, max_delay_s = _MAX_SNS_BYTES, 0
 
     def destination(self, priority: Priority) -> str:
         account, queue = settings.require("AWS_ACCOUNT_ID"), settings.require("TASKHAWK_QUEUE")
-        meta = self.client("send").meta
         topic = f"taskhawk-{queue.lower()}{_SUFFIXES[priority]}"
+        with _explained(topic):
+            meta = self.client("send").meta
         return f"arn:{meta.partition}:sns:{meta.region_name}:{account}:{topic}"
 
     def send(self, destination: str, entries: Sequence[Outgoing]) -> list[Refusal]:
         """Publish (https://docs.aws.amazon.com/sns/latest/api/API_PublishBatch.html)."""
         calls = [{"Message": e.body, "MessageAttributes": e.attributes} for e in entries]
         if len(calls) > 1:
-            return self._batch(self.client("send").publish_batch, calls, TopicArn=destination)
-        self.client("send").publish(TopicArn=destination, **calls[0])
+            return self._batch("send", "publish_batch", destination, calls)
+        self.call("send", "publish", destination, **calls[0])
         return []
 
 
 class SqsBroker(_AwsSender, Broker):
     """Queues on SQS: https://docs.aws.amazon.com/AWSSimpleQueueService/latest/APIReference/."""
 
-    service, entries_key = "sqs", "Entries"
+    service, target_key, entries_key = "sqs", "QueueUrl", "Entries"
     max_bytes, max_delay_s = _MAX_SQS_BYTES, _MAX_DELAY_S
 
     def __init__(self) -> None:
@@ -1717,11 +1740,12 @@ class SqsBroker(_AwsSender, Broker):
     def url(self, queue: str, role: str = "send") -> str:
         """Look up a queue's URL, once; a Lambda's role may not, so it is made up there."""
         if queue not in self._urls:
-            client, account = self.client(role), self._accounts.get(queue)
-            made_up = account and f"{client.meta.endpoint_url}/{account}/{queue}"
-            with self._lock:
-                known = self._urls.get(queue) or made_up
-                self._urls[queue] = known or client.get_queue_url(QueueName=queue)["QueueUrl"]
+            with _explained(queue):
+                client, account = self.client(role), self._accounts.get(queue)
+                made_up = account and f"{client.meta.endpoint_url}/{account}/{queue}"
+                with self._lock:
+                    known = self._urls.get(queue) or made_up
+                    self._urls[queue] = known or client.get_queue_url(QueueName=queue)["QueueUrl"]
         return self._urls[queue]
 
     def queue_of_arn(self, arn: str) -> str:
@@ -1742,12 +1766,11 @@ class SqsBroker(_AwsSender, Broker):
             }
             given = {name: value for name, value in optional.items() if value}
             calls.append({"MessageBody": entry.body, **given})
-        client, url = self.client("send"), self.url(destination)
         if len(calls) == 1:
-            client.send_message(QueueUrl=url, **calls[0])
+            self.call("send", "send_message", destination, **calls[0])
             return []
         try:
-            return self._batch(client.send_message_batch, calls, QueueUrl=url)
+            return self._batch("send", "send_message_batch", destination, calls)
         except Exception as error:
             if _error_code(error) != "BatchRequestTooLong":
                 raise
@@ -1759,9 +1782,10 @@ class SqsBroker(_AwsSender, Broker):
         self, queue: str, most: int, wait_s: float, lease_s: float | None, stop: threading.Event
     ) -> list[QueueMessage]:
         """Poll once with ReceiveMessage; it is waited out, for its answer may hold messages."""
-        url, client = self.url(queue, "poll"), self.client("poll")
-        response = client.receive_message(
-            QueueUrl=url,
+        response = self.call(
+            "poll",
+            "receive_message",
+            queue,
             MaxNumberOfMessages=min(most, _MAX_BATCH),
             WaitTimeSeconds=min(math.ceil(wait_s), _LONG_POLL_S),
             MessageAttributeNames=["All"],
@@ -1778,14 +1802,12 @@ class SqsBroker(_AwsSender, Broker):
     def delete(self, queue: str, receipts: Sequence[str]) -> list[Refusal]:
         """Delete; on a standard queue, a stale receipt is no error to SQS."""
         entries = ({"ReceiptHandle": receipt} for receipt in receipts)
-        url, client = self.url(queue, "keep"), self.client("keep")
-        return self._batch(client.delete_message_batch, entries, QueueUrl=url)
+        return self._batch("keep", "delete_message_batch", queue, entries)
 
     def change_visibility(self, queue: str, changes: Sequence[tuple[str, float]]) -> list[Refusal]:
         """Change the visibility timeouts, in whole seconds."""
         entries = ({"ReceiptHandle": r, "VisibilityTimeout": math.ceil(s)} for r, s in changes)
-        url, client = self.url(queue, "keep"), self.client("keep")
-        return self._batch(client.change_message_visibility_batch, entries, QueueUrl=url)
+        return self._batch("keep", "change_message_visibility_batch", queue, entries)
 
     def info(self, queue: str) -> QueueInfo:
         """Read the queue's attributes, once."""
@@ -1803,8 +1825,8 @@ class SqsBroker(_AwsSender, Broker):
         return Depth(*(int(found[name]) for name in names))
 
     def _attributes(self, queue: str, names: Sequence[str]) -> Any:
-        url, client = self.url(queue), self.client("send")
-        return client.get_queue_attributes(QueueUrl=url, AttributeNames=names)["Attributes"]
+        answer = self.call("send", "get_queue_attributes", queue, AttributeNames=names)
+        return answer["Attributes"]
 
 
 _UNANSWERED = {"Code": "Unanswered", "Message": "the answer does not name this entry"}
@@ -1822,7 +1844,7 @@ def _queue_name(priority: Priority) -> str:
 # The embedded broker, with the semantics of SQS, for any number of processes on one machine. Every
 # change is one transaction that is on the disk (synchronous=FULL) before the call returns.
 
-_OLDEST_SQLITE = (3, 35, 0)  # the first with UPDATE … RETURNING
+_OLDEST_SQLITE = (3, 30, 0)  # the first with count(*) FILTER
 _SQLITE_SCHEMA = """
 BEGIN IMMEDIATE;
 CREATE TABLE IF NOT EXISTS message (
@@ -1874,7 +1896,7 @@ class SqliteBroker(Broker):
         """Open the file, or memory, and make the tables where there are none."""
         import sqlite3
 
-        text = f"SQLite {sqlite3.sqlite_version} is too old: expected 3.35.0 or newer"
+        text = f"SQLite {sqlite3.sqlite_version} is too old: expected 3.30.0 or newer"
         _require(sqlite3.sqlite_version_info >= _OLDEST_SQLITE, text)
         options: Any = {"timeout": 30, "isolation_level": None, "check_same_thread": False}
         with contextlib.ExitStack() as undo:
@@ -1888,7 +1910,7 @@ class SqliteBroker(Broker):
                 db.execute("PRAGMA synchronous = FULL")
                 db.executescript(_SQLITE_SCHEMA)
             except sqlite3.Error as error:
-                where = Path(self._path or "memory").absolute()
+                where = os.path.abspath(self._path or "memory")
                 text = f"TASKHAWK_BROKER: can't open {where}: {error}"
                 raise ConfigurationError(text) from error
             undo.pop_all()
@@ -1937,6 +1959,8 @@ class SqliteBroker(Broker):
             "INSERT INTO message (queue, message_id, body, attributes, sent_ms, visible_ms)"
             " VALUES (?, ?, ?, ?, ?, ?)"
         )
+        import uuid
+
         with self._transaction() as db:
             for entry in entries:
                 names = destination, str(uuid.uuid4())
@@ -1966,25 +1990,29 @@ class SqliteBroker(Broker):
             pause_s = min(pause_s * 2, 0.05)  # twenty looks a second cost next to nothing
 
     def _claim(self, queue: str, most: int, lease_s: float) -> list[QueueMessage]:
-        now = self._in_ms()
-        with self._transaction() as db:
-            db.execute(
-                "UPDATE message SET queue = queue || '-DLQ', receive_count = 0, receipt = NULL"
-                " WHERE queue = ? AND visible_ms <= ? AND receive_count >= ?",
-                (queue, now, self.info(queue).max_receive_count),  # of a DLQ, NULL: moves nothing
-            )
-            rows = db.execute(
-                "UPDATE message SET receive_count = receive_count + 1, visible_ms = ?,"
-                " receipt = id || '-' || hex(randomblob(16)) WHERE id IN (SELECT id FROM message"
-                " WHERE queue = ? AND visible_ms <= ? ORDER BY visible_ms, id LIMIT ?)"
-                " RETURNING id, receive_count, sent_ms, attributes, body, message_id, receipt",
-                (self._in_ms(lease_s), queue, now, most),
-            ).fetchall()
+        """Take the first messages; those received too often go to the dead-letter queue."""
+        limit = self.info(queue).max_receive_count or math.inf
+        find = (
+            "SELECT id, receive_count, sent_ms, attributes, body, message_id FROM message"
+            " WHERE queue = ? AND visible_ms <= ? ORDER BY visible_ms, id LIMIT ?"
+        )
+        take = "UPDATE message SET receive_count = ?, visible_ms = ?, receipt = ? WHERE id = ?"
+        redrive = (
+            "UPDATE message SET queue = queue || '-DLQ', receive_count = 0, receipt = NULL"
+            " WHERE id = ?"
+        )
         claimed: list[QueueMessage] = []
-        for _, count, sent_ms, attributes, body, message_id, receipt in sorted(rows):
-            system = {"ApproximateReceiveCount": str(count), "SentTimestamp": str(sent_ms)}
-            parts = (body, message_id, receipt, system, json.loads(attributes))
-            claimed.append(QueueMessage(*parts, queue, self))
+        with self._transaction() as db:
+            rows = db.execute(find, (queue, self._in_ms(), most)).fetchall()
+            for row, count, sent_ms, attributes, body, message_id in rows:
+                if count >= limit:
+                    db.execute(redrive, (row,))
+                    continue
+                receipt = f"{row}-{os.urandom(16).hex()}"
+                db.execute(take, (count + 1, self._in_ms(lease_s), receipt, row))
+                system = {"ApproximateReceiveCount": str(count + 1), "SentTimestamp": str(sent_ms)}
+                parts = (body, message_id, receipt, system, json.loads(attributes))
+                claimed.append(QueueMessage(*parts, queue, self))
         return claimed
 
     def delete(self, queue: str, receipts: Sequence[str]) -> list[Refusal]:
@@ -2052,7 +2080,7 @@ def _turn_to_wal(db: Any) -> None:
 _ATTRIBUTE_NAME = re.compile(
     r"(?!(?i:aws|amazon|taskhawk)\.)(?!\.)(?!.*\.\.)[A-Za-z0-9_.-]{1,256}(?<!\.)"
 )
-_ATTRIBUTE_TEXT = re.compile("[\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]+")
+_ATTRIBUTE_TEXT = re.compile("[^\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]+")
 
 
 def _attributes(headers: Mapping[str, Any]) -> dict[str, dict[str, str]]:
@@ -2083,8 +2111,7 @@ def _prepare(message: Message) -> _Ready:
     _require(entry.delay_s <= sender.max_delay_s, text)
     if entry.size() > sender.max_bytes:
         raise _too_large(message, entry, sender.max_bytes)
-    with _explained(sender, message.task_name):
-        return _Ready(message, sender, sender.destination(message.priority), entry)
+    return _Ready(message, sender, sender.destination(message.priority), entry)
 
 
 def _too_large(message: Message, entry: Outgoing, limit: int) -> MessageTooLarge:
@@ -2094,17 +2121,6 @@ def _too_large(message: Message, entry: Outgoing, limit: int) -> MessageTooLarge
         largest = max(sizes, key=sizes.__getitem__)
         text += f": the largest argument is {largest[:200]} with {sizes[largest]} bytes"
     return MessageTooLarge(text, limit)
-
-
-@contextlib.contextmanager
-def _explained(sender: Sender, where: str) -> Iterator[None]:
-    """Turn the errors that a person must mend into a sentence that says how."""
-    try:
-        yield
-    except Exception as error:
-        if explained := sender.explain(error, where):
-            raise explained from error
-        raise
 
 
 class _SyncSender(Sender):
@@ -2178,13 +2194,8 @@ def publish(message: Message) -> str:
 def _publish_one(ready: _Ready) -> None:
     try:
         _accepted(ready.sender.send(ready.destination, [ready.entry]))
-    except Exception as error:
-        explained = ready.sender.explain(error, ready.destination)
-        if isinstance(explained, MessageTooLarge):  # the queue's limit is below the service's
-            explained = _too_large(ready.message, ready.entry, explained.limit)
-        if explained:
-            raise explained from error
-        raise
+    except MessageTooLarge as error:  # the queue's limit is below the service's
+        raise _too_large(ready.message, ready.entry, error.limit) from error
     _log.debug("Sent message", extra={"message_body": ready.entry.body})
 
 
@@ -2216,9 +2227,8 @@ def _send_all(destination: str, entries: Sequence[Outgoing]) -> Iterator[Refusal
         try:
             refusals = send(chunk)
         except Exception as error:  # PartialFailure says what was sent and what not
-            text = str(sender.explain(error, destination) or error)
             for index in range(start, len(entries)):
-                yield Refusal(index, _error_code(error), text, final=False)
+                yield Refusal(index, _error_code(error), str(error), final=False)
             return
         for refusal in _persist(send, chunk, refusals):
             yield refusal._replace(index=start + refusal.index)
@@ -2327,6 +2337,7 @@ class _Keeper:
         self.waiting: list[_Held] = []  # those of it that are to be started, the most urgent first
         self._leases = True  # until ChangeMessageVisibility is denied
         self._closed = False  # nothing will be added or finished any more
+        self._looks_at = 0.0  # when the keeper will look for what is due, if nobody wakes it
         self.thread = threading.Thread(target=self._run, name="taskhawk keeper", daemon=True)
 
     def take(self, messages: Sequence[QueueMessage], rank: int, lease_s: float) -> None:
@@ -2374,8 +2385,8 @@ class _Keeper:
             held.renew_at = math.inf  # before its delay or release is sent
         if not self.waiting:  # else this slot takes the next, and the pollers have no room
             self.changed.notify_all()
-        if not (self.waiting and held.to_delete) or sum(h.to_delete for h in self.held) == 1:
-            self.due.notify()  # else it looks in time for the first of those to delete
+        if not self.waiting or held.due_at < self._looks_at:
+            self.due.notify()
 
     def release_waiting(self) -> None:
         """Give back what was not started, once nothing more will be received."""
@@ -2397,8 +2408,9 @@ class _Keeper:
                 now = self._clock()
                 kind, due = next((work for work in self._due(now) if work[1]), ("", []))
                 if not due:
-                    waits = [max(0.001, held.due_at - now) for held in self.held]
-                    self.due.wait(min([_TICK_S, *waits]))
+                    first = min([now + _TICK_S, *(held.due_at for held in self.held)])
+                    self._looks_at = max(first, now + 0.001)
+                    self.due.wait(self._looks_at - now)
                     continue
             queue = due[0].message.queue  # what fits into one call: ten messages of one queue
             self._change(kind, [h for h in due if h.message.queue == queue][:_MAX_BATCH], now)
@@ -2510,7 +2522,7 @@ def _start_of_children(*, everything: bool) -> dict[str, Any]:
         "isolated": [task.name for task in isolated],
         "settings": values,
         "modules": sorted({task.fn.__module__ for task in isolated}),
-        "path": [str(Path(folder).absolute()) for folder in sys.path],
+        "path": [os.path.abspath(folder) for folder in sys.path],
         "PYTHONPATH": os.environ.get("PYTHONPATH"),
         "level": logging.getLogger().level,
     }
@@ -2547,10 +2559,9 @@ class _Child:
 
     def takes(self, received: QueueMessage) -> bool:
         """Return whether a message is the child's to run."""
-        names = self._start.get("isolated", ())
         with contextlib.suppress(ValidationError):
-            message = _decode(received.body) if names else None
-            if message and message.task.name in names:
+            message = _decode(received.body)
+            if message.task.name in self._start["isolated"]:
                 received.message, message.received = message, received
         return received.message is not None
 
@@ -2766,7 +2777,7 @@ def _are_empty(broker: Broker, queues: Sequence[str]) -> bool:
     try:
         return not any(any(broker.depth(queue)) for queue in queues)
     except Exception as error:  # a fault is no reason to end, but what nobody may know is
-        return broker.explain(error, queues[0]) is not None
+        return isinstance(error, ConfigurationError)
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -2892,7 +2903,7 @@ class Worker:
             held = None
             try:
                 while isinstance(held := self._wait(self._next), _Held):
-                    isolated = child.takes(held.message)
+                    isolated = self._start and child.takes(held.message)
                     outcome = child.process(held.message) if isolated else process(held.message)
                     if outcome is None:  # killed at the end of the grace
                         break
@@ -2957,8 +2968,8 @@ class Worker:
 
     def _back_off(self, queue: str, error: Exception, failures: int, *, first: bool) -> None:
         """Wait after a receive that failed; at the start, end where only a person can help."""
-        if first and (fatal := self.broker.explain(error, queue)):
-            fatal.__cause__, self._fatal = error, fatal
+        if first and isinstance(error, ConfigurationError):
+            self._fatal = error
             self._stop.set()
             return
         if failures == 1:
@@ -3159,23 +3170,21 @@ def requeue_dead_letter(
     broker = _brokers.broker()
     queue = broker.destination(priority)
     _require(num_messages >= 1, f"num_messages: expected 1 or more, got {num_messages}")
-    with _explained(broker, queue):
-        source = broker.info(queue).dead_letter_queue or ""
+    source = broker.info(queue).dead_letter_queue or ""
     _require(source, f"{queue}: it has no dead-letter queue (no RedrivePolicy)")
     done: list[dict[str, str]] = []
     failed: list[dict[str, str]] = []
-    with _explained(broker, source):
-        total = broker.depth(source).visible
-        _log.info("requeueing about %d messages from %s to %s", total, source, queue)
-        while (count := len(done) + len(failed)) < max(total, 1):
-            most = min(num_messages, _MAX_BATCH, max(1, total - count))
-            found = broker.receive(source, most, 1, visibility_timeout, threading.Event())
-            for message, error in _move_back(broker, source, queue, found):
-                entry = {"Id": message.message_id}
-                (failed if error else done).append({**entry, "Code": error} if error else entry)
-            if not found:
-                break
-            _log.info("requeued %d of %d messages, %d failed", len(done), total, len(failed))
+    total = broker.depth(source).visible
+    _log.info("requeueing about %d messages from %s to %s", total, source, queue)
+    while (count := len(done) + len(failed)) < max(total, 1):
+        most = min(num_messages, _MAX_BATCH, max(1, total - count))
+        found = broker.receive(source, most, 1, visibility_timeout, threading.Event())
+        for message, error in _move_back(broker, source, queue, found):
+            entry = {"Id": message.message_id}
+            (failed if error else done).append({**entry, "Code": error} if error else entry)
+        if not found:
+            break
+        _log.info("requeued %d of %d messages, %d failed", len(done), total, len(failed))
     if failed:
         raise PartialFailure({"Successful": done, "Failed": failed})
     return len(done)
@@ -3261,8 +3270,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         handler.addFilter(_add_task)
         if getattr(arguments, "log_format", "") == "json":
             handler.setFormatter(_JsonFormatter())
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))  # as `python -m` does, for the script
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as `python -m` does, for the script
     try:
         if name := os.environ.get("DJANGO_SETTINGS_MODULE"):
             _import(name, "the module named by DJANGO_SETTINGS_MODULE")

@@ -307,14 +307,15 @@ def run_consume(side: str, count: int, most: int, concurrency: int = 1, **_: Any
 
 
 def run_cold(side: str, **_: Any) -> Any:
-    """Send one message; the whole process is timed from outside."""
+    """Send one message; the time counts from before the process was started."""
     if side == "raw":
         client = raw_client()
         url = client.get_queue_url(QueueName=QUEUE)["QueueUrl"]
         client.send_message(QueueUrl=url, MessageBody=BODY)
     else:
         our_task().dispatch(*CALL[0], **CALL[1])
-    return {"rss_kb": rss_kb()}
+    took = time.perf_counter() - float(os.environ["BENCH_BEGAN"])  # Linux: one clock for all
+    return {"wall_s": took, "rss_kb": rss_kb()}
 
 
 IMPORT = """
@@ -401,12 +402,10 @@ class Bench:
         command = [sys.executable, __file__, "--client", kind, json.dumps(options)]
         extra = {"BENCH_PORT": str(self.port), "PYTHONPATH": self.folder.name, **env}
         extra["PYTHONDONTWRITEBYTECODE"] = ""
-        began = time.perf_counter()
-        result = subprocess.run(
-            command, env={**os.environ, **extra}, stdout=subprocess.PIPE, check=True
-        )
-        took = time.perf_counter() - began
-        return {**json.loads(result.stdout), "process_s": took}
+        extra["BENCH_BEGAN"] = str(time.perf_counter())
+        environ = {**os.environ, **extra}
+        result = subprocess.run(command, env=environ, stdout=subprocess.PIPE, check=True)
+        return dict(json.loads(result.stdout))
 
     def compare(
         self,
@@ -478,7 +477,7 @@ class Bench:
         self.compare("import", "import", figure="wall_s", target="<= 0.30", rounds=more)
         self.compare("import: modules", "import", figure="modules", rounds=1)
         self.compare("import: memory", "import", figure="rss_kb", rounds=3)
-        self.compare("cold first dispatch", "cold", figure="process_s", target="<= 1.03", rounds=more)
+        self.compare("cold first dispatch", "cold", figure="wall_s", target="<= 1.03", rounds=more)
         self.compare("memory after a dispatch", "cold", figure="rss_kb", target="<= +4096 kB")
         self.compare("dispatch", "dispatch", count=2000, target="<= 0.93")
         self.compare("dispatch, batched", "dispatch", count=5000, batch=10, target="<= 1.10")
