@@ -59,14 +59,15 @@ __version__ = "5.0.0"
 
 # fmt: off
 __all__ = [
-    "SCHEMA", "VERSION", "AsyncInvocation", "Broker", "ChildCrashed", "ConfigurationError", "Depth",
-    "Fate", "IgnoreException", "Ledger", "LoggingException", "Message", "MessageTooLarge",
-    "Metadata", "Outcome", "Outgoing", "PartialFailure", "Priority", "QueueInfo", "QueueMessage",
-    "Refusal", "RetryException", "RetryPolicy", "Sender", "SnsSender", "SqliteBroker", "SqsBroker",
-    "StopRetry", "Task", "TaskNotFound", "TaskhawkError", "TimeLimitExceeded", "ValidationError",
-    "Worker", "batch", "configure", "current_task", "exponential", "extend_visibility_timeout",
-    "fixed", "linear", "listen_for_messages", "main", "process",
-    "process_messages_for_lambda_consumer", "publish", "requeue_dead_letter", "settings", "task",
+    "SCHEMA", "VERSION", "AsyncInvocation", "Broker", "Captured", "ChildCrashed",
+    "ConfigurationError", "Depth", "Fate", "IgnoreException", "Ledger", "LoggingException",
+    "Message", "MessageTooLarge", "Metadata", "Outcome", "Outgoing", "PartialFailure", "Priority",
+    "QueueInfo", "QueueMessage", "Refusal", "RetryException", "RetryPolicy", "Sender", "SnsSender",
+    "SqliteBroker", "SqsBroker", "StopRetry", "Task", "TaskNotFound", "TaskhawkError",
+    "TimeLimitExceeded", "ValidationError", "Worker", "batch", "capture", "configure",
+    "current_task", "exponential", "extend_visibility_timeout", "fixed", "linear",
+    "listen_for_messages", "main", "process", "process_messages_for_lambda_consumer", "publish",
+    "requeue_dead_letter", "settings", "task",
 ]
 # fmt: on
 
@@ -1535,41 +1536,46 @@ class _Brokers:
     """The one sender and the one broker of this process, made at their first use."""
 
     def __init__(self) -> None:
-        # Held while one is made, so that there is never a second, and over a fork.
-        self._lock = threading.Lock()
+        # Held while one is made, or a client of its, so that there is never a second; and over a
+        # fork. botocore's session, one for all services, is not thread-safe either.
+        self.lock = threading.Lock()
         self._made: dict[str, Sender] = {}
+        self.session: Any = None
+        self.captured_by: Sender | None = None
 
     def sender(self) -> Sender:
         """Return what publishes: SNS for a Lambda app, else the broker; in sync mode, neither."""
-        if settings.TASKHAWK_SYNC:
-            return self._get("sync")
-        url = settings.TASKHAWK_BROKER
-        return self._get("sns" if settings.IS_LAMBDA_APP and url == "sqs" else url)
+        if self.captured_by:
+            return self.captured_by
+        name = "sync" if settings.TASKHAWK_SYNC else settings.TASKHAWK_BROKER
+        name = "sns" if name == "sqs" and settings.IS_LAMBDA_APP else name
+        return typing.cast("Sender", self.get(name))
 
     def broker(self) -> Broker:
         """Return the broker that TASKHAWK_BROKER names."""
-        return typing.cast("Broker", self._get(settings.TASKHAWK_BROKER))
+        return typing.cast("Broker", self.get(settings.TASKHAWK_BROKER))
 
-    def _get(self, url: str) -> Sender:
+    def get(self, url: str) -> Any:
+        """Return the sender or broker of that name."""
         made = self._made  # close() replaces the dict
         if url not in made:
             classes: dict[str, Callable[[], Sender]]
             classes = {"sync": _SyncSender, "sns": SnsSender, "sqs": SqsBroker}
-            with self._lock:
+            with self.lock:
                 made = self._made
                 made[url] = made.get(url) or classes.get(url, lambda: SqliteBroker(url))()
         return made[url]
 
     def close(self) -> None:
         """Close all; the next use makes them anew."""
-        with self._lock:
-            made, self._made = self._made, {}
+        with self.lock:
+            made, self._made, self.session = self._made, {}, None
         for sender in made.values():
             sender.close()
 
     def before_fork(self) -> None:
         """Let go of what a child must not share."""
-        self._lock.acquire()
+        self.lock.acquire()
         for sender in self._made.values():
             sender.before_fork()
 
@@ -1577,7 +1583,7 @@ class _Brokers:
         """Go on in the parent."""
         for sender in self._made.values():
             sender.after_fork()
-        self._lock.release()
+        self.lock.release()
 
     def after_fork_in_child(self) -> None:
         """Begin anew; keep what is the parent's, for closing it would disturb the parent."""
@@ -1639,14 +1645,12 @@ class _AwsSender(Sender):
     target_key: str
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # held while a client is made: sessions are not thread-safe
-        self._session: Any = None
         self._clients: dict[str, Any] = {}
 
     def client(self, role: str) -> Any:
         """Return the client for "send", "poll" or "keep", which differ in timeouts and retries."""
         if role not in self._clients:
-            with self._lock:
+            with _brokers.lock:
                 self._clients[role] = self._clients.get(role) or self._make_client(role)
         return self._clients[role]
 
@@ -1654,10 +1658,10 @@ class _AwsSender(Sender):
         from botocore.config import Config
         from botocore.session import get_session
 
-        if not self._session:
-            self._session = get_session()
-            loader = self._session.get_component("data_loader")
-            # botocore's looks into 400 folders for this: as long as all else at the start takes.
+        if not _brokers.session:
+            _brokers.session = get_session()
+            loader = _brokers.session.get_component("data_loader")
+            # botocore looks into 400 folders for this: 8 ms before the first dispatch.
             loader.list_available_services = lambda _type: os.listdir(loader.BUILTIN_DATA_PATH)
         endpoint = getattr(settings, f"AWS_ENDPOINT_{self.service.upper()}")
         config = Config(
@@ -1669,7 +1673,7 @@ class _AwsSender(Sender):
             retries={"mode": "standard", "total_max_attempts": 3 if role == "send" else 1},
         )
         more = {"region_name": settings.AWS_REGION, "endpoint_url": endpoint, "config": config}
-        return self._session.create_client(self.service, **more, **settings.credentials())
+        return _brokers.session.create_client(self.service, **more, **settings.credentials())
 
     def call(self, role: str, operation: str, where: str, **parameters: Any) -> Any:
         """Make a call to a queue or topic."""
@@ -1730,6 +1734,7 @@ class SqsBroker(_AwsSender, Broker):
 
     def __init__(self) -> None:
         super().__init__()
+        self._lock = threading.Lock()  # held while a URL is looked up, so that it is once
         self._urls: dict[str, str] = {}
         self._accounts: dict[str, str] = {}  # of queues whose URL is not to be looked up
         self._infos: dict[str, QueueInfo] = {}
@@ -1812,7 +1817,7 @@ class SqsBroker(_AwsSender, Broker):
     def info(self, queue: str) -> QueueInfo:
         """Read the queue's attributes, once."""
         if queue not in self._infos:
-            found = self._attributes(queue, ["VisibilityTimeout", "RedrivePolicy"])
+            found = self.attributes(queue, ["VisibilityTimeout", "RedrivePolicy"])
             redrive = json.loads(found.get("RedrivePolicy") or "{}")
             target, most = redrive.get("deadLetterTargetArn"), redrive.get("maxReceiveCount")
             lease_s, dead = float(found["VisibilityTimeout"]), target and target.rpartition(":")[2]
@@ -1821,10 +1826,11 @@ class SqsBroker(_AwsSender, Broker):
 
     def depth(self, queue: str) -> Depth:
         names = [f"ApproximateNumberOfMessages{kind}" for kind in ("", "NotVisible", "Delayed")]
-        found = self._attributes(queue, names)
+        found = self.attributes(queue, names)
         return Depth(*(int(found[name]) for name in names))
 
-    def _attributes(self, queue: str, names: Sequence[str]) -> Any:
+    def attributes(self, queue: str, names: Sequence[str]) -> Any:
+        """Read attributes of a queue, by their names on SQS."""
         answer = self.call("send", "get_queue_attributes", queue, AttributeNames=names)
         return answer["Attributes"]
 
@@ -2208,7 +2214,8 @@ def _publish_all(readies: Sequence[_Ready]) -> None:
     refused: dict[int, Refusal] = {}  # by the position in readies
     for destination in dict.fromkeys(ready.destination for ready in readies):
         mine = [i for i, ready in enumerate(readies) if ready.destination == destination]
-        for refusal in _send_all(destination, [readies[i].entry for i in mine]):
+        sender, entries = readies[mine[0]].sender, [readies[i].entry for i in mine]
+        for refusal in _send_all(sender, destination, entries):
             refused[mine[refusal.index]] = refusal
     if refused:
         ids = [ready.message.id for ready in readies]
@@ -2219,10 +2226,9 @@ def _publish_all(readies: Sequence[_Ready]) -> None:
         raise PartialFailure({"Successful": done, "Failed": failed}, unsent=unsent)
 
 
-def _send_all(destination: str, entries: Sequence[Outgoing]) -> Iterator[Refusal]:
+def _send_all(sender: Sender, destination: str, entries: Sequence[Outgoing]) -> Iterator[Refusal]:
     """Send to one destination; after a call that fails as a whole, the rest of it stays unsent."""
-    start, sender = 0, _brokers.sender()
-    send = functools.partial(sender.send, destination)
+    start, send = 0, functools.partial(sender.send, destination)
     for chunk in _chunks(entries, sender.max_bytes):
         try:
             refusals = send(chunk)
@@ -2326,8 +2332,10 @@ class _Held:
 class _Keeper:
     """The messages that a worker holds, and the one thread that changes them on the queue."""
 
-    def __init__(self, broker: Broker, clock: Callable[[], float]) -> None:
-        self._broker, self._clock = broker, clock
+    def __init__(
+        self, broker: Broker, clock: Callable[[], float], beat: Callable[[], object]
+    ) -> None:
+        self._broker, self._clock, self._beat = broker, clock, beat
         self.ledger = Ledger()
         # Guards all that follows and the fields of what is held. Slots and pollers wait for
         # `changed`, the keeper for `due`: a thread woken for nothing costs more than the change.
@@ -2449,7 +2457,7 @@ class _Keeper:
             if len(self.held) >= _MAX_BATCH:  # pollers may have waited for it
                 self.changed.notify_all()
         if kind == "extend":
-            _call_safely("TASKHAWK_HEARTBEAT_HOOK")
+            self._beat()
 
     def _note(self, kind: str, held: _Held, refusal: Refusal | None, now: float) -> None:
         """Note the answer for a message; what the service is at fault for is tried again."""
@@ -2780,6 +2788,17 @@ def _are_empty(broker: Broker, queues: Sequence[str]) -> bool:
         return isinstance(error, ConfigurationError)
 
 
+def _beat(liveness_file: str | None) -> None:
+    """Say that the worker lives: it has just polled, or extended leases."""
+    try:
+        if liveness_file:
+            with open(liveness_file, "a"):
+                os.utime(liveness_file)
+    except OSError as error:
+        _log.warning("can't touch the liveness file: %s", error)
+    _call_safely("TASKHAWK_HEARTBEAT_HOOK")
+
+
 @dataclasses.dataclass(eq=False, repr=False)
 class Worker:
     """Runs the messages of some queues, most urgent first, until it is stopped.
@@ -2801,6 +2820,7 @@ class Worker:
     isolate: bool = False
     max_tasks_per_child: int = 100
     on_overdue: Callable[[Ledger], object] | None = None
+    liveness_file: str | None = None
     clock: Callable[[], float] = time.monotonic
     wait_s: float = _LONG_POLL_S
 
@@ -2814,7 +2834,8 @@ class Worker:
         self._start = _start_of_children(everything=self.isolate)
         if self.until_empty:
             self.wait_s = min(self.wait_s, 1)
-        self._keeper = _Keeper(self.broker, self.clock)
+        self._beat = functools.partial(_beat, self.liveness_file)
+        self._keeper = _Keeper(self.broker, self.clock, self._beat)
         self._changed, self.ledger = self._keeper.changed, self._keeper.ledger
         self._signals: list[int] = []  # a handler may append, but must not wait for a lock
         self._stop = threading.Event()  # ends the waits of the broker and of the pollers
@@ -2956,7 +2977,7 @@ class Worker:
                 if failures:
                     _log.info("%s: receives again after %d failures", queue, failures)
                 loops, failures = loops + 1, 0
-                _call_safely("TASKHAWK_HEARTBEAT_HOOK")
+                self._beat()
                 if self.until_empty and not messages and _are_empty(self.broker, self.queues):
                     return
         finally:
@@ -3148,6 +3169,155 @@ def _change_all(call: str, entries: Sequence[tuple[QueueMessage, Any]], warning:
 # so that a crash or a fault in between leaves a message twice, and never not at all.
 
 
+class Captured(NamedTuple):
+    """A dispatch that :func:`capture` collected; arguments are as the worker would get them."""
+
+    task: str
+    args: list[Any]
+    kwargs: dict[str, Any]
+    headers: dict[str, Any]
+    priority: Priority
+    delay_s: float
+    id: str
+
+
+class _Capture(Sender):
+    """Sends nothing, and needs no setting; the limits are those of SQS."""
+
+    max_bytes, max_delay_s = _MAX_SQS_BYTES, _MAX_DELAY_S
+
+    def __init__(self) -> None:
+        self.calls: list[Captured] = []
+
+    def destination(self, priority: Priority) -> str:
+        return priority.name
+
+    def send(self, destination: str, entries: Sequence[Outgoing]) -> list[Refusal]:
+        for entry in entries:
+            message = _decode(entry.body)
+            call = (message.task_name, message.args, message.kwargs, message.headers)
+            self.calls.append(Captured(*call, message.priority, entry.delay_s, message.id))
+        return []
+
+
+@contextlib.contextmanager
+def capture() -> Iterator[list[Captured]]:
+    """Collect what this process dispatches instead of sending it, for tests.
+
+    Arguments are bound, checked and encoded as for real, so what can't be sent raises here too.
+    """
+    before, made = _brokers.captured_by, _Capture()  # type: ignore[abstract]
+    _brokers.captured_by = made
+    try:
+        yield made.calls
+    finally:
+        _brokers.captured_by = before
+
+
+class _DeadLetters:
+    """The dead letters of a queue, each looked at once; those that stay are visible again after.
+
+    :param wanted: tells by its description whether a message is meant
+    :param lease_s: how long others can't see what was received; None takes the queue's own
+    """
+
+    def __init__(
+        self,
+        priority: Priority,
+        num_messages: int = _MAX_BATCH,
+        lease_s: float | None = 600,
+        limit: float = math.inf,
+        wanted: Callable[[Mapping[str, Any]], bool] = lambda _: True,
+    ) -> None:
+        _require(num_messages >= 1, f"num_messages: expected 1 or more, got {num_messages}")
+        self._broker, self._lease_s, self._limit = _brokers.broker(), lease_s, limit
+        self._most, self._wanted = min(num_messages, _MAX_BATCH), wanted
+        self.queue = self._broker.destination(priority)
+        self.source = self._broker.info(self.queue).dead_letter_queue or ""
+        _require(self.source, f"{self.queue}: it has no dead-letter queue (no RedrivePolicy)")
+
+    def each(
+        self, doing: str, done: str, act: Callable[[Sequence[QueueMessage]], Sequence[str] | None]
+    ) -> int:
+        """Do something to those that are wanted, and return to how many.
+
+        Ends after as many as there were at the start, so that what comes back is not met again.
+
+        :param act: returns what went wrong with each, or None where they stay
+        """
+        total = self._broker.depth(self.source).visible
+        _log.info("%s about %d messages from %s", doing, total, self.source)
+        seen: dict[str, QueueMessage | None] = {}  # None where it does not stay
+        successful: list[dict[str, str]] = []
+        failed: list[dict[str, str]] = []
+        try:
+            while len(seen) < max(total, 1) and len(successful) + len(failed) < self._limit:
+                most = min(self._most, max(1, total - len(seen)))
+                found = self._broker.receive(self.source, most, 1, self._lease_s, threading.Event())
+                new = [message for message in found if message.message_id not in seen]
+                seen |= {message.message_id: message for message in new}
+                if not new:
+                    break
+                mine = [message for message in new if self._wanted(_describe(message))]
+                mine = mine[: int(min(self._limit - len(successful) - len(failed), _MAX_BATCH))]
+                errors = act(mine)
+                for message, error in zip(mine, errors or [""] * len(mine), strict=True):
+                    entry = {"Id": message.message_id, "Code": error}
+                    (failed if error else successful).append(entry)
+                    seen[message.message_id] = message if errors is None else None
+                counts = len(successful), total, len(failed)
+                _log.info("%s %d of %d messages, %d failed", done, *counts)
+        finally:
+            stay = [(m, (m.receipt_handle, 0)) for m in seen.values() if m]
+            text = "%d of %d dead letters that were looked at can't be seen for a while: %s"
+            _change_all("change_visibility", stay, text)
+        if failed:
+            raise PartialFailure({"Successful": successful, "Failed": failed})
+        return len(successful)
+
+    def requeue(self, messages: Sequence[QueueMessage]) -> list[str]:
+        """Send copies to the queue, delete those whose copy is confirmed, say what went wrong."""
+        copies = []
+        for message in messages:
+            kept = {n: v for n, v in message.message_attributes.items() if n != _ERROR_ATTRIBUTE}
+            copies.append(message.copy(kept))
+        refusals = _send_all(self._broker, self.queue, copies)
+        errors = {refusal.index: refusal.code for refusal in refusals}
+        copied = [index for index in range(len(messages)) if index not in errors]
+        deleted = self.delete([messages[index] for index in copied])
+        failed = {i: error for i, error in zip(copied, deleted, strict=True) if error}
+        errors |= {i: f"copied, but not deleted: {error}" for i, error in failed.items()}
+        return [errors.get(index, "") for index in range(len(messages))]
+
+    def delete(self, messages: Sequence[QueueMessage]) -> list[str]:
+        """Delete messages, and say what went wrong."""
+        receipts = [message.receipt_handle or "" for message in messages]
+        call = functools.partial(self._broker.delete, self.source, receipts)
+        refusals = _refused_by(call, len(receipts)) if receipts else []
+        errors = {refusal.index: refusal.code for refusal in refusals}
+        return [errors.get(index, "") for index in range(len(receipts))]
+
+
+def _describe(received: QueueMessage) -> dict[str, Any]:
+    """Describe a dead letter for people: what it is, since when, and why it is there."""
+    sent_s = int(received.attributes.get("SentTimestamp", 0)) / 1000
+    sent = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(sent_s))
+    about: dict[str, Any] = {"id": None, "message_id": received.message_id, "task": None}
+    about |= {"headers": {}, "sent": sent, "age_s": round(time.time() - sent_s)}
+    about |= {"receives": received.attempt, "error": None, "invalid": None}
+    try:
+        message = _decode(received.body)
+        about |= {"id": message.id, "task": message.task_name, "headers": message.headers}
+        about |= {"args": message.args, "kwargs": message.kwargs}
+    except ValidationError as error:
+        about["invalid"] = str(error)
+    record = received.message_attributes.get(_ERROR_ATTRIBUTE, {}).get("StringValue", "")
+    with contextlib.suppress(ValueError, RecursionError):
+        noted = _DECODER.decode(record)
+        about["error"] = noted if isinstance(noted, dict) else None
+    return about
+
+
 def requeue_dead_letter(
     priority: Priority, num_messages: int = 10, visibility_timeout: float | None = None
 ) -> int:
@@ -3163,49 +3333,323 @@ def requeue_dead_letter(
     :raises PartialFailure: if some were not; they are still among the dead letters
     """
     if settings.IS_LAMBDA_APP:
-        _log.warning(
-            "requeue_dead_letter: not supported for Lambda apps, whose queues are Lambda's"
-        )
+        text = "requeue_dead_letter: not supported for Lambda apps, whose queues are Lambda's"
+        _log.warning("%s", text)
         return 0
+    letters = _DeadLetters(priority, num_messages, visibility_timeout)
+    return letters.each("requeueing", "requeued", letters.requeue)
+
+
+def _is_missing(error: BaseException) -> bool:
+    return _error_code(error) in ("NonExistentQueue", "QueueDoesNotExist", "NotFound")
+
+
+def _depths() -> dict[str, dict[str, int | None] | None]:
+    """Count the messages of each priority, most urgent first; None where there is no queue."""
+    broker, found = _brokers.broker(), {}
+    for priority in _URGENCY:
+        queue, counts = broker.destination(priority), None
+        try:
+            dead = broker.info(queue).dead_letter_queue
+            counts = {**broker.depth(queue)._asdict(), "dead_letters": None}
+            counts["dead_letters"] = sum(broker.depth(dead)) if dead else None
+        except ConfigurationError as error:
+            if not _is_missing(error):
+                raise
+        found[priority.name] = counts
+    return found
+
+
+def _depth_lines(
+    depths: Mapping[str, Any], before: Mapping[str, Any], seconds: float, *, bars: bool
+) -> Iterator[str]:
+    """Draw what :func:`_depths` found; with what it found some seconds before, also the trend."""
+    yield f"{'':10}{'visible':>10}{'in flight':>11}{'delayed':>9}{'dead letters':>14}"
+    kinds = Depth._fields
+    totals = {name: sum(d[k] for k in kinds) if d else 0 for name, d in depths.items()}
+    scale, color = 30 / max(30, *totals.values()), bars and not os.environ.get("NO_COLOR")
+    for name, counts in depths.items():
+        if counts is None:
+            yield f"{name:10}{'no queue':>10}"
+            continue
+        dead = f"{'none' if counts['dead_letters'] is None else counts['dead_letters']:>14}"
+        dead = f"\x1b[31m{dead}\x1b[0m" if color and counts["dead_letters"] else dead
+        line = f"{name:10}{counts['visible']:>10}{counts['in_flight']:>11}"
+        line += f"{counts['delayed']:>9}{dead}"
+        if was := before.get(name):
+            rate = (totals[name] - sum(was[k] for k in kinds)) / seconds
+            line += f"{rate:>+10.1f}/s"
+        drawn = zip("█▓░", (math.ceil(counts[kind] * scale) for kind in kinds), strict=True)
+        yield line + ("  " + "".join(mark * count for mark, count in drawn)) * bars
+
+
+class _Resource(NamedTuple):
+    """A queue, topic or subscription that is wanted; `attributes` as its API call names them."""
+
+    kind: str
+    name: str
+    attributes: dict[str, Any]
+
+
+def _wanted_resources(
+    priorities: Iterable[Priority], max_receive_count: int, function: str | None
+) -> Iterator[_Resource]:
+    """Describe what a service needs, in an order in which it can be made."""
+    for priority in priorities:
+        if settings.IS_LAMBDA_APP:
+            topic = f"taskhawk-{settings.require('TASKHAWK_QUEUE').lower()}{_SUFFIXES[priority]}"
+            yield _Resource("topic", topic, {})
+            if function:
+                yield _Resource("subscription", topic, {"Protocol": "lambda", "Endpoint": function})
+            continue
+        name = _queue_name(priority)
+        dead = {"MessageRetentionPeriod": _DEAD_LETTER_RETENTION_S}
+        yield _Resource("queue", f"{name}-DLQ", dead)
+        target = _arn("sqs", f"{name}-DLQ")
+        redrive = {"deadLetterTargetArn": target, "maxReceiveCount": max_receive_count}
+        attributes = {"MessageRetentionPeriod": _RETENTION_S, "RedrivePolicy": redrive}
+        yield _Resource("queue", name, attributes)
+
+
+_RETENTION_S = 4 * 86_400
+_DEAD_LETTER_RETENTION_S = 14 * 86_400  # SQS counts from the first sending: longer than the queue's
+
+
+def _arn(service: str, name: str) -> str:
     broker = _brokers.broker()
-    queue = broker.destination(priority)
-    _require(num_messages >= 1, f"num_messages: expected 1 or more, got {num_messages}")
-    source = broker.info(queue).dead_letter_queue or ""
-    _require(source, f"{queue}: it has no dead-letter queue (no RedrivePolicy)")
-    done: list[dict[str, str]] = []
-    failed: list[dict[str, str]] = []
-    total = broker.depth(source).visible
-    _log.info("requeueing about %d messages from %s to %s", total, source, queue)
-    while (count := len(done) + len(failed)) < max(total, 1):
-        most = min(num_messages, _MAX_BATCH, max(1, total - count))
-        found = broker.receive(source, most, 1, visibility_timeout, threading.Event())
-        for message, error in _move_back(broker, source, queue, found):
-            entry = {"Id": message.message_id}
-            (failed if error else done).append({**entry, "Code": error} if error else entry)
-        if not found:
-            break
-        _log.info("requeued %d of %d messages, %d failed", len(done), total, len(failed))
-    if failed:
-        raise PartialFailure({"Successful": done, "Failed": failed})
-    return len(done)
+    _require(isinstance(broker, SqsBroker), "TASKHAWK_BROKER: SQLite has nothing to provision")
+    meta = typing.cast("SqsBroker", broker).client("send").meta
+    account = settings.require("AWS_ACCOUNT_ID")
+    return f"arn:{meta.partition}:{service}:{meta.region_name}:{account}:{name}"
 
 
-def _move_back(
-    broker: Broker, source: str, target: str, messages: Sequence[QueueMessage]
-) -> list[tuple[QueueMessage, str]]:
-    """Copy messages, delete those whose copy is confirmed, and say of each what went wrong."""
-    copies = [_without_error(message) for message in messages]
-    errors = {refusal.index: refusal.code for refusal in _send_all(target, copies)}
-    if copied := [index for index in range(len(messages)) if index not in errors]:
-        receipts = [messages[index].receipt_handle or "" for index in copied]
-        for refusal in _refused_by(functools.partial(broker.delete, source, receipts), len(copied)):
-            errors[copied[refusal.index]] = f"copied, but not deleted: {refusal.code}"
-    return [(message, errors.get(index, "")) for index, message in enumerate(messages)]
+_AS_WANTED = "is as it should be"
 
 
-def _without_error(message: QueueMessage) -> Outgoing:
-    kept = {n: v for n, v in message.message_attributes.items() if n != _ERROR_ATTRIBUTE}
-    return message.copy(kept)
+class _Provisioner:
+    """Makes what is missing and raises what is too low; says what was done, or would be."""
+
+    def __init__(self, tags: Mapping[str, str], *, dry_run: bool) -> None:
+        self._tags, self._dry_run = dict(tags), dry_run
+
+    def apply(self, resource: _Resource) -> str:
+        """Make or mend one thing, and say so."""
+        done = getattr(self, resource.kind)(resource.name, resource.attributes)
+        would_be = "would be " if self._dry_run and done != _AS_WANTED else ""
+        return f"{resource.kind} {resource.name}: {would_be}{done}"
+
+    def queue(self, name: str, wanted: Mapping[str, Any]) -> str:
+        """Make or mend a queue; what someone set higher by hand stays."""
+        broker = typing.cast("SqsBroker", _brokers.broker())
+        try:
+            found = broker.attributes(name, ["All"])
+        except ConfigurationError as error:
+            if not _is_missing(error):
+                raise
+            if not self._dry_run:
+                with _explained(name):
+                    make, attributes = broker.client("send").create_queue, _as_texts(wanted)
+                    make(QueueName=name, Attributes=attributes, tags=self._tags)
+            return "made"
+        changes: dict[str, Any] = {}
+        if int(found["MessageRetentionPeriod"]) < wanted["MessageRetentionPeriod"]:
+            changes["MessageRetentionPeriod"] = wanted["MessageRetentionPeriod"]
+        redrive = json.loads(found.get("RedrivePolicy") or "{}")
+        policy = wanted.get("RedrivePolicy")
+        if policy and int(redrive.get("maxReceiveCount", 0)) < policy["maxReceiveCount"]:
+            most = {"maxReceiveCount": policy["maxReceiveCount"]}
+            changes["RedrivePolicy"] = policy | redrive | most
+        texts = _as_texts(changes)
+        if texts and not self._dry_run:
+            broker.call("send", "set_queue_attributes", name, Attributes=texts)
+        told = [f"{key} from {found.get(key, 'none')} to {texts[key]}" for key in texts]
+        return f"changed: {', '.join(told)}" if told else _AS_WANTED
+
+    def topic(self, name: str, _wanted: object) -> str:
+        """Make a topic."""
+        client = _brokers.get("sns").client("send")
+        with _explained(name):
+            try:
+                client.get_topic_attributes(TopicArn=_arn("sns", name))
+            except client.exceptions.NotFoundException:
+                if not self._dry_run:
+                    pairs = [{"Key": key, "Value": value} for key, value in self._tags.items()]
+                    client.create_topic(Name=name, Tags=pairs)
+                return "made"
+        return _AS_WANTED
+
+    def subscription(self, name: str, wanted: Mapping[str, str]) -> str:
+        """Subscribe a function to a topic."""
+        client, topic = _brokers.get("sns").client("send"), _arn("sns", name)
+        found = []
+        with _explained(name):
+            with contextlib.suppress(client.exceptions.NotFoundException):
+                pages = client.get_paginator("list_subscriptions_by_topic").paginate(TopicArn=topic)
+                found = [each["Endpoint"] for page in pages for each in page["Subscriptions"]]
+            if wanted["Endpoint"] in found:
+                return _AS_WANTED
+            if not self._dry_run:
+                client.subscribe(TopicArn=topic, **wanted)
+        return f"made for {wanted['Endpoint']}"
+
+
+def _as_texts(attributes: Mapping[str, Any]) -> dict[str, str]:
+    dumped = {k: json.dumps(v) for k, v in attributes.items() if isinstance(v, dict)}
+    return {key: str(value) for key, value in attributes.items()} | dumped
+
+
+def _terraform(resources: Iterable[_Resource], tags: Mapping[str, str]) -> dict[str, Any]:
+    """Write resources in Terraform's JSON syntax."""
+    made: dict[str, dict[str, Any]] = {}
+    for kind, name, wanted in resources:
+        label = re.sub(r"[^a-z0-9_]", "_", name.lower())
+        if kind == "queue":
+            seconds = wanted["MessageRetentionPeriod"]
+            one = {"name": name, "message_retention_seconds": seconds, "tags": dict(tags)}
+            if policy := wanted.get("RedrivePolicy"):
+                target = f"${{aws_sqs_queue.{label}_dlq.arn}}"
+                one["redrive_policy"] = json.dumps(policy | {"deadLetterTargetArn": target})
+            made.setdefault("aws_sqs_queue", {})[label] = one
+        elif kind == "topic":
+            made.setdefault("aws_sns_topic", {})[label] = {"name": name, "tags": dict(tags)}
+        else:
+            topic, function = f"${{aws_sns_topic.{label}.arn}}", wanted["Endpoint"]
+            subscription = {"topic_arn": topic, "protocol": "lambda", "endpoint": function}
+            made.setdefault("aws_sns_topic_subscription", {})[label] = subscription
+            allowed = {"action": "lambda:InvokeFunction", "principal": "sns.amazonaws.com"}
+            allowed |= {"function_name": function, "source_arn": topic}
+            made.setdefault("aws_lambda_permission", {})[label] = allowed
+    return {"resource": made}
+
+
+_SENDER = "sqs:SendMessage sqs:GetQueueUrl"
+_RECEIVER = (
+    "sqs:ReceiveMessage sqs:DeleteMessage sqs:ChangeMessageVisibility sqs:GetQueueAttributes"
+)
+_ACTIONS = {  # the least that each role needs: on topics, on queues, on their dead-letter queues
+    "publisher": ("sns:Publish", _SENDER, ""),
+    "worker": ("", f"{_RECEIVER} sqs:GetQueueUrl", _SENDER),
+    "lambda": ("", _RECEIVER, ""),
+    "operator": ("", f"{_SENDER} sqs:GetQueueAttributes", f"{_RECEIVER} sqs:GetQueueUrl"),
+}
+
+
+def _iam(resources: Sequence[_Resource]) -> dict[str, Any]:
+    """Write the least policies, by role."""
+    kinds: tuple[list[str], ...] = ([], [], [])
+    for kind, name, _ in resources:
+        if kind != "subscription":
+            of_kind = 0 if kind == "topic" else 1 + name.endswith("-DLQ")
+            kinds[of_kind].append(_arn("sns" if kind == "topic" else "sqs", name))
+    policies = {}
+    for role, actions in _ACTIONS.items():
+        statements = [
+            {"Effect": "Allow", "Action": allowed.split(), "Resource": arns}
+            for allowed, arns in zip(actions, kinds, strict=True)
+            if allowed and arns
+        ]
+        policies[role] = {"Version": "2012-10-17", "Statement": statements}
+    return {role: policy for role, policy in policies.items() if policy["Statement"]}
+
+
+class _Finding(NamedTuple):
+    """What :func:`_check` found: an error loses messages or time, a warning may."""
+
+    severity: str
+    what: str
+    why: str
+    remedy: str
+
+
+_PROVISION = "python -m taskhawk provision"
+
+
+def _check(priorities: Iterable[Priority]) -> Iterator[_Finding]:
+    """Look for what is wrong with settings, queues and tasks."""
+    for name in sorted(name for name, found in _registry.items() if name == found.name):
+        if name.startswith("__main__."):
+            why = "a worker can't find it under that name"
+            yield _Finding("error", f"task {name} is of __main__", why, "move it to a module")
+    try:
+        if settings.TASKHAWK_BROKER == "sqs" and settings.TASKHAWK_QUEUE is None:
+            why = "no queue can be named; without AWS, try TASKHAWK_BROKER=sqlite:///queue.db"
+            remedy = "export TASKHAWK_QUEUE=dev-myapp"
+            yield _Finding("error", "TASKHAWK_QUEUE is not set", why, remedy)
+            return
+        for priority in priorities:
+            yield from _check_priority(priority)
+    except ConfigurationError as error:
+        yield _Finding("error", str(error), "nothing can be sent or received", "as it says")
+
+
+def _check_priority(priority: Priority) -> Iterator[_Finding]:
+    if settings.IS_LAMBDA_APP:
+        yield from _check_topic(_brokers.get("sns").destination(priority))
+        return
+    broker, queue = _brokers.broker(), _queue_name(priority)
+    tasks = [t for _, t in sorted(_registry.items()) if t.priority is priority]
+    try:
+        info = broker.info(queue)
+    except ConfigurationError as error:
+        if not _is_missing(error):
+            raise
+        yield _Finding("error", f"{queue}: no such queue", "dispatch raises", _PROVISION)
+        return
+    lease_s, dead, most = info
+    for found in tasks:
+        if found.time_limit and found.time_limit > lease_s:
+            what = f"{queue}: its visibility timeout of {lease_s:g} s is below {found.name}'s limit"
+            why = "after a worker that can't extend it, or in Lambda, the task runs twice at once"
+            remedy = f"set VisibilityTimeout above {found.time_limit:g} s"
+            yield _Finding("warning", f"{what} of {found.time_limit:g} s", why, remedy)
+        retries = getattr(found.retry, "max_retries", None)
+        if most and retries is not None and most <= retries:
+            what = f"{queue}: its maxReceiveCount of {most} is not above {found.name}'s {retries}"
+            why = "the queue gives up before the task's policy does"
+            remedy = f"{_PROVISION} --max-receive-count {retries + 2}"
+            yield _Finding("error", f"{what} retries", why, remedy)
+    if not dead or not most:
+        what, why = (
+            f"{queue}: it has no dead-letter queue",
+            "what fails is retried until it expires",
+        )
+        yield _Finding("error", what, why, _PROVISION)
+        return
+    if most < 5:  # noqa: PLR2004 - what AWS advises
+        why = "a few crashes or releases are enough to make a dead letter of a good message"
+        yield _Finding("warning", f"{queue}: its maxReceiveCount is {most}", why, _PROVISION)
+    if isinstance(broker, SqsBroker):
+        yield from _check_sizes(broker, queue, dead)
+
+
+def _check_sizes(broker: SqsBroker, queue: str, dead: str) -> Iterator[_Finding]:
+    names = ["MessageRetentionPeriod", "MaximumMessageSize"]
+    ours, theirs = broker.attributes(queue, names), broker.attributes(dead, names[:1])
+    kept_s, dead_s = (int(found["MessageRetentionPeriod"]) for found in (ours, theirs))
+    if dead_s <= kept_s:
+        what = f"{dead}: it keeps messages for {dead_s} s, and {queue} for {kept_s} s"
+        why = "the time counts from the first sending: a dead letter may expire at once"
+        yield _Finding("warning", what, why, _PROVISION)
+    if int(ours["MaximumMessageSize"]) < _MAX_SQS_BYTES:
+        what = f"{queue}: it takes messages of at most {ours['MaximumMessageSize']} bytes"
+        why = "SQS takes 1 MiB, and larger ones are refused at dispatch"
+        remedy = f"set MaximumMessageSize to {_MAX_SQS_BYTES}"
+        yield _Finding("warning", what, why, remedy)
+
+
+def _check_topic(topic: str) -> Iterator[_Finding]:
+    client = _brokers.get("sns").client("send")
+    try:
+        with _explained(topic):
+            found = client.list_subscriptions_by_topic(TopicArn=topic)["Subscriptions"]
+    except ConfigurationError as error:
+        if not _is_missing(error):
+            raise
+        yield _Finding("error", f"{topic}: no such topic", "dispatch raises", _PROVISION)
+        return
+    if not found:
+        remedy = f"{_PROVISION} --lambda ARN"
+        yield _Finding("error", f"{topic}: nobody subscribes", "what is sent is lost", remedy)
 
 
 # --- 15. command line -----------------------------------------------------------------------------
@@ -3216,7 +3660,20 @@ _MODULES = ("modules", {"nargs": "*", "metavar": "MODULE", "help": "to import: i
 _PRIORITY = {"choices": [priority.name for priority in Priority], "help": "which queue: default"}
 _SECONDS_OPTION = {"type": float, "metavar": "S", "help": "in seconds"}
 _MODULE = ("--module", {"action": "append", "default": [], "help": "to import first"})
-_REQUEUE = [("--priority", {**_PRIORITY, "default": "default"}), _MODULE]
+_JSON = ("--json", {"action": "store_true", "help": "for programs"})
+_QUEUES = ("--priority", {**_PRIORITY, "action": "append"})
+_DRY_RUN = ("--dry-run", {"action": "store_true", "help": "only say what would be done"})
+_LETTERS: list[tuple[str, dict[str, Any]]] = [
+    ("--priority", {**_PRIORITY, "default": "default"}),
+    ("--task", {"metavar": "NAME", "help": "only those of this task"}),
+    ("--error", {"metavar": "TEXT", "help": "only those with this in the error's type or message"}),
+    ("--header", {"action": "append", "default": [], "metavar": "K=V"}),
+    ("--older-than", {"metavar": "AGE", "help": "since they were sent: 90s, 15m, 36h or 7d"}),
+    ("--newer-than", {"metavar": "AGE", "help": "likewise"}),
+    ("--id", {"action": "append", "help": "the message's id, or that of SQS"}),
+    ("--limit", {"type": int, "metavar": "N", "help": "at most so many"}),
+    _MODULE,
+]
 _COMMANDS: dict[str, tuple[str, str, list[tuple[str, dict[str, Any]]]]] = {
     "demo": ("show a queue at work, with nothing set up", "", []),
     "listen": (
@@ -3224,7 +3681,7 @@ _COMMANDS: dict[str, tuple[str, str, list[tuple[str, dict[str, Any]]]]] = {
         "myapp.tasks --priority high --priority default",
         [
             _MODULES,
-            ("--priority", {**_PRIORITY, "action": "append"}),
+            _QUEUES,
             ("--num-messages", {"type": int, "default": 1, "help": "to receive at once"}),
             ("--visibility-timeout", {**_SECONDS_OPTION, "dest": "visibility_timeout_s"}),
             ("--loop-count", {"type": int, "metavar": "N", "help": "end after N receives"}),
@@ -3234,6 +3691,7 @@ _COMMANDS: dict[str, tuple[str, str, list[tuple[str, dict[str, Any]]]]] = {
             ("--grace", {**_SECONDS_OPTION, "dest": "grace_s", "default": 25}),
             ("--isolate", {"action": "store_true", "help": "run tasks in child processes"}),
             ("--log-format", {"choices": ["text", "json"], "default": "text"}),
+            ("--liveness-file", {"metavar": "PATH", "help": "to touch while it lives"}),
         ],
     ),
     "dispatch": (
@@ -3251,7 +3709,48 @@ _COMMANDS: dict[str, tuple[str, str, list[tuple[str, dict[str, Any]]]]] = {
     ),
     "tasks": ("list the registered tasks", "myapp.tasks", [_MODULES]),
     "schema": ("print the message format as JSON Schema", "> schema.json", []),
-    "dead-letters requeue": ("send dead letters back to their queue", "--priority high", _REQUEUE),
+    "stats": (
+        "count the messages of all priorities",
+        "--watch",
+        [
+            ("--watch", {"action": "store_true", "help": "again and again, with the trend"}),
+            ("--interval", {**_SECONDS_OPTION, "default": 2}),
+            _JSON,
+        ],
+    ),
+    "check": (
+        "find what is wrong with settings, queues and tasks",
+        "myapp.tasks --priority high --priority default",
+        [_MODULES, _QUEUES, _JSON],
+    ),
+    "provision": (
+        "make the queues or topics, or print them for review",
+        "--format terraform > taskhawk.tf.json",
+        [
+            ("--priority", {**_PRIORITY, "action": "append", "help": "which queues: all"}),
+            ("--max-receive-count", {"type": int, "default": 5, "metavar": "N"}),
+            ("--lambda", {"dest": "function", "metavar": "ARN", "help": "to subscribe to topics"}),
+            ("--format", {"choices": ["terraform", "iam"], "help": "print it as this"}),
+            _DRY_RUN,
+        ],
+    ),
+    "dead-letters list": ("list dead letters, a line each", "--task 'mail.*'", [*_LETTERS, _JSON]),
+    "dead-letters show": (
+        "show dead letters with their arguments and errors",
+        "b1328174-a21c-43d3-b303-964dfcc76efc",
+        [("ids", {"nargs": "+", "metavar": "ID"}), *_LETTERS, _JSON],
+    ),
+    "dead-letters requeue": (
+        "send dead letters back to their queue",
+        "--priority high --error TimeoutError --dry-run",
+        [*_LETTERS, _DRY_RUN],
+    ),
+    "dead-letters delete": (
+        "delete dead letters",
+        "--older-than 7d --dry-run",
+        [*_LETTERS, ("--all", {"action": "store_true", "help": "without a filter"}), _DRY_RUN],
+    ),
+    "dead-letters export": ("print dead letters as JSON lines", "> letters.jsonl", _LETTERS),
 }
 
 
@@ -3396,10 +3895,129 @@ def _run_schema(_arguments: Any) -> int:
     return 0
 
 
-def _run_dead_letters_requeue(arguments: Any) -> int:
-    _import_modules(arguments.module, arguments.command)
-    print(f"sent back: {requeue_dead_letter(Priority[arguments.priority])}")
+def _run_stats(arguments: Any) -> int:
+    before: Mapping[str, Any] = {}
+    seconds = 0.0
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            depths, tty = _depths(), sys.stdout.isatty()
+            lines = [json.dumps(depths)]
+            if not arguments.json:
+                lines = list(_depth_lines(depths, before, seconds, bars=tty))
+            clear = "\x1b[H\x1b[2J" * (tty and arguments.watch and not arguments.json)
+            print(clear + "\n".join(lines), flush=True)
+            if not arguments.watch:
+                break
+            before, seconds = depths, arguments.interval
+            time.sleep(seconds)
     return 0
+
+
+def _run_check(arguments: Any) -> int:
+    _import_modules(arguments.modules)
+    used = {found.priority for found in _registry.values()} or {Priority.default}
+    wanted = {Priority[name] for name in arguments.priority or ()} or used
+    findings = list(_check(priority for priority in _URGENCY if priority in wanted))
+    if arguments.json:
+        print(json.dumps([finding._asdict() for finding in findings], indent=2))
+    else:
+        for severity, what, why, remedy in findings:
+            print(f"{severity}: {what}: {why}. Mend it: {remedy}")
+        print("nothing is wrong" if not findings else f"{len(findings)} found")
+    return int(any(finding.severity == "error" for finding in findings))
+
+
+def _run_provision(arguments: Any) -> int:
+    wanted = {Priority[name] for name in arguments.priority or ()} or set(Priority)
+    if settings.TASKHAWK_BROKER != "sqs":
+        print(f"ready: {_brokers.broker().url('')}")
+        return 0
+    ordered = (priority for priority in _URGENCY if priority in wanted)
+    options = (arguments.max_receive_count, arguments.function)
+    resources = list(_wanted_resources(ordered, *options))
+    tags = {"taskhawk": settings.require("TASKHAWK_QUEUE")}
+    if arguments.format:
+        made = _iam(resources) if arguments.format == "iam" else _terraform(resources, tags)
+        print(json.dumps(made, indent=2))
+        return 0
+    provisioner = _Provisioner(tags, dry_run=arguments.dry_run)
+    for resource in resources:
+        print(provisioner.apply(resource))
+    return 0
+
+
+def _run_dead_letters(arguments: Any) -> int:
+    _, _, action = arguments.command.rpartition(" ")
+    wanted = {"task", "error", "header", "older_than", "newer_than", "id", "limit", "all"}
+    named = any(vars(arguments).get(name) for name in wanted)
+    _require(action != "delete" or named, "delete: expected a filter, or --all for every one")
+    _import_modules(arguments.module, arguments.command)
+    options = (_MAX_BATCH, 600, arguments.limit or math.inf, _filter(arguments))
+    letters = _DeadLetters(Priority[arguments.priority], *options)
+    show = functools.partial(_show, action, as_json=getattr(arguments, "json", False))
+    if action in ("list", "show", "export"):
+        letters.each(f"{action}ing", "looked at", show)
+        return 0
+    dry_run, doing = arguments.dry_run, "requeueing" if action == "requeue" else "deleting"
+    act = functools.partial(_show, "list") if dry_run else getattr(letters, action)
+    count = letters.each(doing, "would do it to" if dry_run else f"{action}d", act)
+    print(f"{'sent back' if action == 'requeue' else 'deleted'}: {0 if dry_run else count}")
+    return 0
+
+
+_run_dead_letters_list = _run_dead_letters_show = _run_dead_letters_export = _run_dead_letters
+_run_dead_letters_requeue = _run_dead_letters_delete = _run_dead_letters
+
+
+def _filter(arguments: Any) -> Callable[[Mapping[str, Any]], bool]:
+    import fnmatch
+
+    headers = dict(_key_and_value(text) for text in arguments.header)
+    oldest_s, newest_s = _age_s(arguments.newer_than, math.inf), _age_s(arguments.older_than, 0)
+    ids = {*(arguments.id or ()), *getattr(arguments, "ids", ())}
+
+    def wanted(letter: Mapping[str, Any]) -> bool:
+        error = letter["error"] or {}
+        shown = f"{error.get('type')}: {error.get('message')}" if error else ""
+        return (
+            fnmatch.fnmatchcase(letter["task"] or "", arguments.task or "*")
+            and (arguments.error or "") in shown
+            and all(str(letter["headers"].get(name)) == value for name, value in headers.items())
+            and newest_s <= letter["age_s"] <= oldest_s
+            and (not ids or bool(ids & {letter["id"], letter["message_id"]}))
+        )
+
+    return wanted
+
+
+def _age_s(text: str | None, default: float) -> float:
+    if text is None:
+        return default
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text)
+    _require(found, f"age: expected a number and one of s, m, h, d, such as 36h, got {text!r}")
+    number, unit = found.groups()  # type: ignore[union-attr]
+    return float(number) * {"s": 1, "m": 60, "h": 3600, "d": 86_400}[unit]
+
+
+def _show(action: str, messages: Sequence[QueueMessage], *, as_json: bool = False) -> None:
+    """Print dead letters, which stay."""
+    for message in messages:
+        letter = _describe(message)
+        error = letter["error"] or {}
+        why = f"{error.get('type')}: {error.get('message')}" if error else letter["invalid"]
+        why = str(why or "moved by the queue itself, after too many receives").split("\n")[0]
+        if action == "export":
+            more = {"body": message.body, "attributes": message.message_attributes}
+            print(json.dumps(letter | more, default=str))
+        elif as_json:
+            print(json.dumps(letter))
+        elif action == "list":
+            age = f"{letter['age_s']} s ago"
+            print(f"{letter['id'] or message.message_id}  {letter['task']}  {age}  {why}")
+        else:
+            lines = {**letter, "error": why, **{f"error {k}": v for k, v in error.items()}}
+            print("\n".join(f"{key}: {value}" for key, value in lines.items() if value is not None))
+            print()
 
 
 class _DemoWorker(Worker):

@@ -5298,8 +5298,8 @@ class TestSns:
         with pytest.raises(taskhawk.ConfigurationError) as caught:
             task.dispatch("x")
         assert str(caught.value) == (
-            f"taskhawk-{queue_name.lower()}: no AWS region: set AWS_REGION, for example"
-            " (NoRegionError)"
+            f"taskhawk-{queue_name.lower()}: no AWS region: set AWS_REGION, for"
+            " example eu-west-1 (NoRegionError)"
         )
 
 
@@ -7168,7 +7168,7 @@ class TestDeadLetters:
         assert sorted(received_args()) == list(range(12))
         queue = broker.destination(Priority.default)
         source = f"{queue}-DLQ"
-        assert caplog.messages[0] == f"requeueing about 12 messages from {source} to {queue}"
+        assert caplog.messages[0] == f"requeueing about 12 messages from {source}"
         steps = range(most, 12 + most, most) if most < 10 else (10, 12)
         assert caplog.messages[1:] == [
             f"requeued {min(step, 12)} of 12 messages, 0 failed" for step in steps

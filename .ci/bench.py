@@ -173,7 +173,9 @@ def ask(port: int, action: str, **request: Any) -> Any:
 
 
 def raw_client(**config: Any) -> Any:
-    """Make a client as botocore's manual does."""
+    """Make a client as botocore's manual does; or, for comparison, with our options."""
+    if os.environ.get("BENCH_TUNED"):
+        config |= {"user_agent": "bench", "parameter_validation": False}
     import botocore.session
     from botocore.config import Config
 
@@ -181,7 +183,9 @@ def raw_client(**config: Any) -> Any:
     session = botocore.session.get_session()
     url = f"http://127.0.0.1:{os.environ['BENCH_PORT']}"
     keys = {"aws_access_key_id": "test", "aws_secret_access_key": "test"}
-    return session.create_client("sqs", region_name="eu-west-1", endpoint_url=url, **keys, **options)
+    return session.create_client(
+        "sqs", region_name="eu-west-1", endpoint_url=url, **keys, **options
+    )
 
 
 def our_task(**options: Any) -> Any:
@@ -419,6 +423,7 @@ class Bench:
         env: dict[str, str] | None = None,
         rounds: int | None = None,
         pinned: bool = True,
+        quiet: bool = False,
         **options: Any,
     ) -> None:
         """Run both sides in turn, and note the medians."""
@@ -431,12 +436,15 @@ class Bench:
             for side in sides:
                 messages = count if kind == "consume" else 0
                 ask(self.port, "BenchSet", messages=messages, latency_s=latency_s)
-                one = self.client(kind, env, side=side, **options)
+                tuned = {"BENCH_TUNED": "1"} if side == "tuned" else {}
+                real = "raw" if tuned else side
+                one = self.client(kind, env | tuned, side=real, **options)
                 requests = ask(self.port, "BenchGet")["requests"]
                 one["requests"] = sum(requests.values()) / count
                 found[side].append(one)
         row: dict[str, Any] = {"name": name, "figure": figure, "target": target, "count": count}
-        for side, runs in found.items():
+        for measured_side, runs in found.items():
+            side = "ours" if measured_side == "tuned" else measured_side  # the second column
             for key in runs[0]:
                 if not isinstance(runs[0][key], list):
                     row[f"{side} {key}"] = statistics.median(run[key] for run in runs)
@@ -445,11 +453,12 @@ class Bench:
         if len(sides) > 1 and row.get(f"raw {figure}"):
             ratios = [
                 ours[figure] / raw[figure]
-                for ours, raw in zip(found["ours"], found["raw"], strict=True)
+                for ours, raw in zip(found[sides[1]], found["raw"], strict=True)
             ]
             row["ratio"] = statistics.median(ratios)
         self.rows.append(row)
-        print(self.line(row), file=sys.stderr, flush=True)
+        if not quiet:
+            print(self.line(row), file=sys.stderr, flush=True)
 
     @staticmethod
     def line(row: dict[str, Any]) -> str:
@@ -463,10 +472,12 @@ class Bench:
             elif f"{side} {row['figure']}" in row:
                 value = row[f"{side} {row['figure']}"]
                 scaled = value * 1000 if row["figure"].endswith("_s") else value
-                unit = {"rss_kb": "kB", "modules": "modules"}.get(row["figure"], "ms")
+                unit = "ms" if row["figure"].endswith("_s") else row["figure"].replace("rss_", "")
                 cell = f"{scaled:,.1f} {unit}"
             else:
                 cell = ""
+            if isinstance(memory := row.get(f"{side} rss_kb"), list):
+                cell += " {} -> {} kB".format(*memory)
             cells.append(f"{cell:>29}")
         cells.append(f"{row['ratio']:6.2f}" if "ratio" in row else " " * 6)
         return "  ".join([*cells, row["target"]])
@@ -484,6 +495,9 @@ class Bench:
         self.compare("consume, 10", "consume", count=5000, most=10, target="<= 1.15")
         self.compare("consume, 10, all CPUs", "consume", count=5000, most=10, pinned=False)
         self.compare("consume, 1", "consume", count=5000, most=1)
+        tuned = functools.partial(self.compare, sides=("raw", "tuned"))
+        tuned("dispatch: botocore with our options", "dispatch", count=2000)
+        tuned("consume, 10: botocore with our options", "consume", count=5000, most=10)
         ours = functools.partial(self.compare, sides=("ours",))
         for most in (1, 10):
             ours(f"consume, {most}, concurrency 8", "consume", count=5000, most=most, concurrency=8)
@@ -493,7 +507,10 @@ class Bench:
             ours(f"consume, 10, isolated, {concurrency}", "consume", env=isolated, **options)
         slow: Any = {"latency_s": 0.01, "figure": "wall_s"}
         for threads in (1, 8):
-            name, options = f"10 ms: dispatch, {threads} threads", {"count": 800, "threads": threads}
+            name, options = (
+                f"10 ms: dispatch, {threads} threads",
+                {"count": 800, "threads": threads},
+            )
             self.compare(name, "dispatch", **options, **slow)
         self.compare("10 ms: dispatch, batched", "dispatch", count=2000, batch=10, **slow)
         target = "<= 0.56 (1.8 times)"
@@ -506,7 +523,7 @@ class Bench:
             self.sqlite(f"sqlite: dispatch, {number:,}", count=number)
             self.sqlite(f"sqlite: batched, {number:,}", count=number, batch=10)
             self.sqlite(f"sqlite: consume, {number:,}", count=number, batch=10, consume=True)
-        ours("idle for a minute: requests", "idle", figure="requests", rounds=1)
+        ours("idle for a minute, start included", "idle", figure="requests", rounds=1)
 
     def sqlite(self, name: str, **options: Any) -> None:
         """Measure one thing on a file that is new in each round."""
@@ -516,7 +533,8 @@ class Bench:
                 env = {"BENCH_BROKER": f"sqlite:///{file}"}
                 last = number == (0 if options["count"] > 10_000 else 2)
                 rows, self.rows = self.rows, []
-                self.compare(name, "sqlite", sides=("ours",), env=env, rounds=1, **options)
+                more: Any = {"env": env, "rounds": 1, "quiet": not last}
+                self.compare(name, "sqlite", sides=("ours",), **more, **options)
                 self.rows = rows + (self.rows if last else [])
 
     def close(self) -> None:
@@ -544,7 +562,9 @@ def main() -> None:
         run = globals()[f"run_{arguments.client[0]}"]
         print(json.dumps(run(**json.loads(arguments.client[1]))))
     else:
-        versions = f"Python {platform.python_version()}, {os.cpu_count()} CPUs, {platform.machine()}"
+        versions = (
+            f"Python {platform.python_version()}, {os.cpu_count()} CPUs, {platform.machine()}"
+        )
         print(f"{versions}; medians of {arguments.rounds} rounds", file=sys.stderr)
         print(f"{'':42}  {'botocore':>29}  {'taskhawk':>29}   ratio  target", file=sys.stderr)
         bench = Bench(arguments.rounds, arguments.only)
