@@ -28,6 +28,7 @@ import logging
 import math
 import multiprocessing
 import os
+import pty
 import random
 import re
 import shutil
@@ -9254,6 +9255,620 @@ class TestWorker:
         assert worker_shared.depth(queue) == (0, 0, 0)
 
 
+class TestCapture:
+    """capture() collects what would be sent, with arguments as the worker would get them."""
+
+    def test_collects(self):
+        """Each dispatch is there, in order, whatever way it takes; nothing has to be configured."""
+
+        @taskhawk.task(name="mail.send")
+        def send(to, at=None):
+            pytest.fail("ran")
+
+        with taskhawk.capture() as calls:
+            invocation = send.with_headers(a="1").with_priority(Priority.high).with_delay(60)
+            message_id = invocation.dispatch("x", at=decimal.Decimal("1.5"))
+            with taskhawk.batch():
+                send.dispatch("y")
+            send.dispatch_many(["z"])
+        assert calls[0] == taskhawk.Captured(
+            "mail.send", ["x"], {"at": 1.5}, {"a": "1"}, Priority.high, 60, message_id
+        )
+        assert [call.args for call in calls] == [["x"], ["y"], ["z"]]
+
+    def test_refuses(self, mail):
+        """What can't be sent raises as it does for real, and is not there."""
+        with taskhawk.capture() as calls:
+            with pytest.raises(TypeError, match=r"mail\.send: too many positional arguments"):
+                mail.dispatch(1, 2, 3)
+            with pytest.raises(taskhawk.ValidationError):
+                mail.dispatch(math.nan)
+            with pytest.raises(taskhawk.MessageTooLarge):
+                mail.dispatch("x" * 1_048_576)
+            with pytest.raises(taskhawk.ConfigurationError):
+                mail.with_delay(901).dispatch()
+        assert calls == []
+
+    def test_threads(self, mail):
+        """What other threads of the process dispatch is there too."""
+        with taskhawk.capture() as calls:
+            thread = threading.Thread(target=mail.dispatch, args=(1,))
+            thread.start()
+            thread.join()
+        assert [call.args for call in calls] == [[1]]
+
+    def test_ends(self, sqlite, mail):
+        """The inner of two has its own; after the end, also by an error, messages are sent."""
+        with contextlib.suppress(ZeroDivisionError), taskhawk.capture() as outer:
+            with taskhawk.capture() as inner:
+                mail.dispatch("inner")
+            mail.dispatch("outer")
+            raise ZeroDivisionError
+        assert ([call.args for call in inner], [call.args for call in outer]) == (
+            [["inner"]],
+            [["outer"]],
+        )
+        mail.dispatch("sent")
+        assert received_args() == ["sent"]
+
+    def test_sync(self, mail):
+        """It goes before sync mode: nothing runs."""
+        taskhawk.configure(TASKHAWK_SYNC=True)
+        with taskhawk.capture() as calls, taskhawk.batch():
+            mail.dispatch("x")
+        assert [call.args for call in calls] == [["x"]]
+
+
+LETTER_ERROR = {
+    "type": "ValueError",
+    "message": "no amount\nat all",
+    "traceback": "Traceback\nValueError: no amount\n",
+    "attempt": 3,
+    "worker": "host:1",
+    "time": "2026-11-21T00:00:00Z",
+}
+
+
+def put_letters(broker: taskhawk.Broker) -> list[str]:
+    """Put three letters there: one of a worker, one that the queue moved, one that is invalid."""
+    ids = [str(uuid.uuid4()) for _ in range(2)]
+    bodies = [{**json.loads(body_of(n)), "id": ids[n], "headers": {"n": f"{n}"}} for n in (0, 1)]
+    bodies[1]["task"] = "other.task"
+    error = {"taskhawk.error": {"DataType": "String", "StringValue": json.dumps(LETTER_ERROR)}}
+    odd = {"taskhawk.error": {"DataType": "String", "StringValue": "[]"}}
+    queue = f"{broker.destination(Priority.default)}-DLQ"
+    broker.send(queue, [Outgoing(json.dumps(bodies[0]), error)])
+    broker.send(queue, [Outgoing(json.dumps(bodies[1]), odd)])
+    broker.send(queue, [Outgoing("rubbish", {})])
+    return ids
+
+
+@pytest.fixture
+def letters(
+    broker: taskhawk.Broker, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Callable[..., Any]:
+    """Return a function that runs a command on three dead letters, and returns its lines."""
+    if isinstance(broker, taskhawk.SqliteBroker):  # the memory of a process is no queue of commands
+        url = f"sqlite:///{tmp_path}/queue.db"
+        taskhawk.configure(TASKHAWK_BROKER=url, TASKHAWK_QUEUE=taskhawk.settings.TASKHAWK_QUEUE)
+
+    def run(*arguments: str, code: int = 0) -> list[str]:
+        assert taskhawk.main(["dead-letters", *arguments]) == code
+        return capsys.readouterr().out.splitlines()
+
+    run.ids = put_letters(taskhawk._brokers.broker())
+    return run
+
+
+def letters_left() -> tuple[Depth, Depth]:
+    """Return the depths of the default queue and of its dead letters."""
+    broker = taskhawk._brokers.broker()
+    queue = broker.destination(Priority.default)
+    return broker.depth(queue), broker.depth(f"{queue}-DLQ")
+
+
+class TestDeadLetterCommands:
+    """Dead letters are looked at where they are, and leave when they are told to."""
+
+    def test_list(self, letters):
+        """Each is a line with its error; they stay, and are visible again at once."""
+        lines = sorted(letters("list"), key=lambda line: line.partition("  ")[2])
+        ages = [re.sub(r"  \d+ s ago  ", "  AGE  ", line) for line in lines]
+        assert ages[1] == f"{letters.ids[0]}  mail.send  AGE  ValueError: no amount"
+        assert ages[2] == (
+            f"{letters.ids[1]}  other.task  AGE  moved by the queue itself, after too many receives"
+        )
+        assert re.fullmatch("[-0-9a-f]+  None  AGE  message: not JSON at character 0", ages[0])
+        assert letters_left() == (Depth(0, 0, 0), Depth(3, 0, 0))
+
+    @pytest.mark.parametrize(
+        ("arguments", "found"),
+        [
+            (("--task", "mail.*"), [0]),
+            (("--task", "mail"), []),
+            (("--error", "ValueError: no"), [0]),
+            (("--header", "n=1"), [1]),
+            (("--header", "n=1", "--task", "mail.send"), []),
+            (("--older-than", "1h"), []),
+            (("--newer-than", "1.5h", "--task", "*.*"), [0, 1]),
+            (("--limit", "1", "--task", "*.*"), [None]),
+            (("--id", "ID", "--id", "nothing"), [0]),
+        ],
+        ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+    )
+    def test_filters(self, letters, arguments, found):
+        """Filters together say which are meant."""
+        arguments = [letters.ids[0] if word == "ID" else word for word in arguments]
+        shown = [json.loads(line) for line in letters("list", "--json", *arguments)]
+        ids = {letter["id"] for letter in shown}
+        assert ids == {letters.ids[n] for n in found} if None not in found else len(ids) == 1
+
+    def test_json(self, letters):
+        """For programs, each is an object with all that is known of it."""
+        (letter,) = [json.loads(line) for line in letters("list", "--json", "--task", "mail.send")]
+        assert letter.pop("age_s") in range(60)
+        assert re.fullmatch(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ", letter.pop("sent"))
+        assert re.fullmatch(MESSAGE_ID, letter.pop("message_id"))
+        assert letter.pop("receives") >= 1
+        assert letter == {
+            "id": letters.ids[0],
+            "task": "mail.send",
+            "headers": {"n": "0"},
+            "args": [0],
+            "kwargs": {},
+            "error": LETTER_ERROR,
+            "invalid": None,
+        }
+
+    def test_show(self, letters):
+        """One is shown with its arguments and its traceback."""
+        lines = letters("show", letters.ids[0])
+        assert lines[0] == f"id: {letters.ids[0]}"
+        expected = {"args: [0]", "error: ValueError: no amount", "error traceback: Traceback"}
+        assert expected | {"error attempt: 3", "error worker: host:1"} <= set(lines)
+
+    def test_export(self, letters):
+        """An exported one has body and attributes as they are."""
+        (line,) = letters("export", "--task", "mail.send")
+        exported = json.loads(line)
+        assert json.loads(exported["body"])["args"] == [0]
+        assert exported["attributes"]["taskhawk.error"]["DataType"] == "String"
+        assert letters_left()[1] == Depth(3, 0, 0)
+
+    def test_requeue(self, letters):
+        """Only those that are meant go back; --dry-run shows which."""
+        (line,) = letters("requeue", "--header", "n=1", "--dry-run")[:-1]
+        assert line.startswith(letters.ids[1])
+        assert letters_left() == (Depth(0, 0, 0), Depth(3, 0, 0))
+        assert letters("requeue", "--header", "n=1") == ["sent back: 1"]
+        assert letters_left() == (Depth(1, 0, 0), Depth(2, 0, 0))
+        assert letters("requeue") == ["sent back: 2"]
+        assert letters_left() == (Depth(3, 0, 0), Depth(0, 0, 0))
+
+    def test_delete(self, letters, capsys):
+        """A delete wants a filter, or --all."""
+        assert letters("delete", code=2) == []
+        assert letters("delete", "--error", "no amount", "--dry-run")[-1] == "deleted: 0"
+        assert letters("delete", "--error", "no amount") == ["deleted: 1"]
+        assert letters_left()[1] == Depth(2, 0, 0)
+        assert letters("delete", "--all") == ["deleted: 2"]
+        assert letters_left() == (Depth(0, 0, 0), Depth(0, 0, 0))
+
+    @pytest.mark.parametrize("broker", ["sqlite"], indirect=True)
+    def test_wrong_age(self, letters, capsys):
+        """An age needs its unit."""
+        assert taskhawk.main(["dead-letters", "list", "--older-than", "36"]) == 2
+        assert capsys.readouterr().err == (
+            "taskhawk: age: expected a number and one of s, m, h, d, such as 36h, got '36'\n"
+        )
+
+    def test_interrupted(self, letters):
+        """Whatever ends it, what was looked at is visible again, and nothing is lost."""
+
+        def interrupt(messages: Any) -> None:
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            taskhawk._DeadLetters(Priority.default).each("looking", "looked", interrupt)
+        assert letters_left() == (Depth(0, 0, 0), Depth(3, 0, 0))
+
+    def test_not_deleted(self, scripted, capsys):
+        """What can't be deleted is still there, and the exit code says so."""
+        put_letters(taskhawk._brokers.broker())
+        scripted.always("DeleteMessageBatch", fault("AccessDenied", status=403))
+        assert taskhawk.main(["dead-letters", "delete", "--task", "mail.send"]) == 1
+        line = "taskhawk: 1 of 1 messages failed: AccessDenied"
+        assert capsys.readouterr().err.splitlines()[-1] == line
+
+
+class TestStats:
+    """How many messages there are, in each state, of each priority."""
+
+    def test_json(self, broker, mail, capsys):
+        """As JSON, a queue that is not there is null."""
+        mail.dispatch()
+        mail.with_delay(60).dispatch()
+        broker.send(f"{broker.destination(Priority.high)}-DLQ", [Outgoing("x", {})])
+        assert taskhawk.main(["stats", "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        empty = {"visible": 0, "in_flight": 0, "delayed": 0, "dead_letters": 0}
+        none = empty if isinstance(broker, taskhawk.SqliteBroker) else None
+        assert found == {
+            "high": empty | {"dead_letters": 1},
+            "default": empty | {"visible": 1, "delayed": 1},
+            "low": none,
+            "bulk": none,
+        }
+
+    def test_text(self, sqs_client, ministack, queue_name, capsys):
+        """As text, it is a table; a queue without dead letters says so."""
+        sqs_client(ministack).create_queue(QueueName=f"TASKHAWK-{queue_name}")
+        configure_aws(ministack, queue_name)
+        assert taskhawk.main(["stats"]) == 0
+        assert capsys.readouterr().out.splitlines() == [
+            "             visible  in flight  delayed  dead letters",
+            "high        no queue",
+            "default            0          0        0          none",
+            "low         no queue",
+            "bulk        no queue",
+        ]
+
+    def test_denied(self, scripted, capsys):
+        """What is not allowed is an error, not a queue that is not there."""
+        scripted.always("GetQueueAttributes", fault("AccessDenied", status=403))
+        assert taskhawk.main(["stats"]) == 2
+        assert "does not allow GetQueueAttributes" in capsys.readouterr().err
+
+    def test_bars(self, monkeypatch):
+        """In a terminal there are bars, to scale; dead letters are red unless NO_COLOR is set."""
+        counts = {"visible": 60, "in_flight": 20, "delayed": 0, "dead_letters": 2}
+        small = {"visible": 1, "in_flight": 0, "delayed": 4, "dead_letters": 0}
+        depths = {"high": counts, "low": small}
+        before = {"high": counts | {"visible": 70}, "low": None}
+        lines = list(taskhawk._depth_lines(depths, before, 2, bars=True))
+        assert lines[1:] == [
+            "high              60         20        0\x1b[31m             2\x1b[0m      -5.0/s  "
+            + "█" * 23
+            + "▓" * 8,
+            "low                1          0        4             0  █░░",
+        ]
+        monkeypatch.setenv("NO_COLOR", "1")
+        assert "\x1b" not in "".join(taskhawk._depth_lines(depths, {}, 0, bars=True))
+        assert "█" not in "".join(taskhawk._depth_lines(depths, {}, 0, bars=False))
+
+    @pytest.mark.slow
+    def test_watch(self, tmp_path):
+        """Watched in a terminal, it is drawn again and again, with the trend, until Ctrl-C."""
+        leader, follower = pty.openpty()
+        command = [sys.executable, "-m", "taskhawk", "stats", "--watch", "--interval", "0.05"]
+        env = python_env({"TASKHAWK_BROKER": f"sqlite:///{tmp_path}/queue.db"})
+        with subprocess.Popen(command, stdout=follower, env=env, cwd=tmp_path) as process:
+            os.close(follower)
+            shown = ""
+            while shown.count("\x1b[2J") < 3:
+                shown += os.read(leader, 10_000).decode()
+            process.send_signal(signal.SIGINT)
+            process.wait(30)
+        os.close(leader)
+        assert process.returncode == 0
+        assert "+0.0/s" in shown
+
+
+def configure_account(client: Callable[..., Any], endpoint: str, queue: str, **values: Any) -> str:
+    """Configure what an emulator needs for provisioning, and return its account."""
+    configure_aws(endpoint, queue)
+    account = client(endpoint, "sts").get_caller_identity()["Account"]
+    taskhawk.configure(taskhawk.settings._given, AWS_ACCOUNT_ID=account, **values)
+    return account
+
+
+def attributes_of(client: Any, queue: str) -> dict[str, Any]:
+    """Return the attributes of a queue."""
+    url = client.get_queue_url(QueueName=queue)["QueueUrl"]
+    return client.get_queue_attributes(QueueUrl=url, AttributeNames=["All"])["Attributes"]
+
+
+def provision(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
+    """Run the command, and return its lines."""
+    assert taskhawk.main(["provision", *arguments]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+class TestProvision:
+    """Queues, dead-letter queues and topics: made, mended, or written down for review."""
+
+    def test_queues(self, endpoint, sqs_client, queue_name, capsys):
+        """All are made; the second time there is nothing to do."""
+        configure_account(sqs_client, endpoint, queue_name)
+        names = [
+            f"TASKHAWK-{queue_name}{s}" for s in ("-HIGH-PRIORITY", "", "-LOW-PRIORITY", "-BULK")
+        ]
+        each = [f"queue {name}{dlq}: " for name in names for dlq in ("-DLQ", "")]
+        assert provision(capsys, "--dry-run") == [f"{line}would be made" for line in each]
+        assert provision(capsys) == [f"{line}made" for line in each]
+        assert provision(capsys) == [f"{line}is as it should be" for line in each]
+        client = sqs_client(endpoint)
+        for name in names:
+            found, dead = attributes_of(client, name), attributes_of(client, f"{name}-DLQ")
+            assert found["MessageRetentionPeriod"] == str(4 * 86_400)
+            assert dead["MessageRetentionPeriod"] == str(14 * 86_400)
+            policy = json.loads(found["RedrivePolicy"])
+            assert policy["deadLetterTargetArn"] == dead["QueueArn"]
+            assert int(policy["maxReceiveCount"]) == 5
+            url = client.get_queue_url(QueueName=name)["QueueUrl"]
+            assert client.list_queue_tags(QueueUrl=url)["Tags"] == {"taskhawk": queue_name}
+
+    def test_mends(self, endpoint, sqs_client, queue_name, capsys):
+        """What is too low is raised, and what someone set higher stays."""
+        client, name = sqs_client(endpoint), f"TASKHAWK-{queue_name}"
+        account = configure_account(sqs_client, endpoint, queue_name)
+        client.create_queue(QueueName=f"{name}-DLQ", Attributes={"MessageRetentionPeriod": "86400"})
+        client.create_queue(QueueName=name, Attributes={"MessageRetentionPeriod": "864000"})
+        arn = f"arn:aws:sqs:us-east-1:{account}:{name}-DLQ"
+        policy = json.dumps({"deadLetterTargetArn": arn, "maxReceiveCount": 5})
+        changes = {
+            f"{name}-DLQ": "changed: MessageRetentionPeriod from 86400 to 1209600",
+            name: f"changed: RedrivePolicy from none to {policy}",
+        }
+        only = ("--priority", "default")
+        would = [f"queue {queue}: would be {change}" for queue, change in changes.items()]
+        assert provision(capsys, *only, "--dry-run") == would
+        done = [f"queue {queue}: {change}" for queue, change in changes.items()]
+        assert provision(capsys, *only) == done
+        assert attributes_of(client, name)["MessageRetentionPeriod"] == "864000"
+        (_, line) = provision(capsys, *only, "--max-receive-count", "8")
+        assert '"maxReceiveCount": 8' in line
+        assert provision(capsys, *only)[1] == f"queue {name}: is as it should be"
+        policy = json.loads(attributes_of(client, name)["RedrivePolicy"])
+        assert (int(policy["maxReceiveCount"]), policy["deadLetterTargetArn"]) == (8, arn)
+
+    def test_terraform(self, ministack, sqs_client, queue_name, capsys):
+        """Terraform's description is, attribute by attribute, what the API was told."""
+        configure_aws(ministack, queue_name)
+        described = json.loads("\n".join(provision(capsys, "--format", "terraform")))["resource"]
+        provision(capsys)
+        client, queues = sqs_client(ministack), described["aws_sqs_queue"]
+        assert len(queues) == 8
+        for queue in queues.values():
+            found = attributes_of(client, queue["name"])
+            assert int(found["MessageRetentionPeriod"]) == queue["message_retention_seconds"]
+            url = client.get_queue_url(QueueName=queue["name"])["QueueUrl"]
+            assert client.list_queue_tags(QueueUrl=url)["Tags"] == queue["tags"]
+            ours = json.loads(queue.get("redrive_policy", "{}"))
+            theirs = json.loads(found.get("RedrivePolicy", "{}"))
+            if reference := ours.get("deadLetterTargetArn"):
+                label = re.fullmatch(r"\$\{aws_sqs_queue\.(\w+)\.arn\}", reference)[1]
+                target = attributes_of(client, queues[label]["name"])
+                ours["deadLetterTargetArn"] = target["QueueArn"]
+            assert {k: str(v) for k, v in ours.items()} == {k: str(v) for k, v in theirs.items()}
+
+    def test_iam(self, ministack, queue_name, capsys):
+        """The policies allow each role what it needs, on what it needs it for."""
+        configure_aws(ministack, queue_name)
+        roles = json.loads("\n".join(provision(capsys, "--format=iam", "--priority=default")))
+        assert set(roles) == {"publisher", "worker", "lambda", "operator"}
+        arn = f"arn:aws:sqs:us-east-1:000000000000:TASKHAWK-{queue_name}"
+        assert roles["publisher"] == {
+            "Version": "2012-10-17",
+            "Statement": [
+                {
+                    "Effect": "Allow",
+                    "Action": ["sqs:SendMessage", "sqs:GetQueueUrl"],
+                    "Resource": [arn],
+                }
+            ],
+        }
+        queue, dead = roles["worker"]["Statement"]
+        assert (queue["Resource"], dead["Resource"]) == ([arn], [f"{arn}-DLQ"])
+        assert "sqs:ChangeMessageVisibility" in queue["Action"]
+        assert dead["Action"] == ["sqs:SendMessage", "sqs:GetQueueUrl"]
+
+    def test_topics(self, endpoint, sqs_client, queue_name, capsys):
+        """A Lambda app has topics, and functions subscribe to them."""
+        account = configure_account(sqs_client, endpoint, queue_name, IS_LAMBDA_APP=True)
+        topic = f"taskhawk-{queue_name.lower()}"
+        function = f"arn:aws:lambda:us-east-1:{account}:function:app"
+        only = ("--priority=default", "--lambda", function)
+        lines = [f"topic {topic}: ", f"subscription {topic}: "]
+        made = ["made", f"made for {function}"]
+        assert provision(capsys, *only, "--dry-run") == [
+            f"{line}would be {done}" for line, done in zip(lines, made, strict=True)
+        ]
+        assert provision(capsys, *only) == [f"{a}{b}" for a, b in zip(lines, made, strict=True)]
+        assert provision(capsys, *only) == [f"{line}is as it should be" for line in lines]
+        described = json.loads("\n".join(provision(capsys, *only, "--format=terraform")))
+        label = topic.replace("-", "_")
+        reference = f"${{aws_sns_topic.{label}.arn}}"
+        assert described["resource"]["aws_sns_topic_subscription"][label] == {
+            "topic_arn": reference,
+            "protocol": "lambda",
+            "endpoint": function,
+        }
+        assert described["resource"]["aws_lambda_permission"][label]["source_arn"] == reference
+        roles = json.loads("\n".join(provision(capsys, *only, "--format=iam")))
+        arn = f"arn:aws:sns:us-east-1:{account}:{topic}"
+        (statement,) = roles["publisher"]["Statement"]
+        assert (statement["Action"], statement["Resource"]) == (["sns:Publish"], [arn])
+        assert list(roles) == ["publisher"]
+        assert taskhawk.main(["check"]) == 0
+
+    def test_denied(self, scripted, capsys):
+        """What is not allowed is one sentence."""
+        scripted.always("GetQueueAttributes", fault("AccessDenied", status=403))
+        assert taskhawk.main(["provision", "--priority=default"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.endswith("does not allow GetQueueAttributes (AccessDenied)")
+
+    def test_account(self, ministack, queue_name, capsys):
+        """The account has to be known."""
+        configure_aws(ministack, queue_name)
+        taskhawk.configure(TASKHAWK_QUEUE=queue_name, AWS_REGION="us-east-1")
+        assert taskhawk.main(["provision"]) == 2
+        assert capsys.readouterr().err.startswith("taskhawk: AWS_ACCOUNT_ID is not set: expected")
+
+    def test_sqlite(self, tmp_path, capsys):
+        """On SQLite it makes the file."""
+        url = f"sqlite:///{tmp_path}/queue.db"
+        taskhawk.configure(TASKHAWK_BROKER=url)
+        assert provision(capsys) == [f"ready: {url}"]
+        assert (tmp_path / "queue.db").exists()
+
+
+def check(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, list[str]]:
+    """Run the command, and return its exit code and lines."""
+    code = taskhawk.main(["check", *arguments])
+    return code, capsys.readouterr().out.splitlines()
+
+
+class TestCheck:
+    """What is wrong is found before it loses messages, with what mends it."""
+
+    def test_fresh_machine(self, capsys):
+        """With nothing configured it says what to do first."""
+        assert check(capsys) == (
+            1,
+            [
+                (
+                    "error: TASKHAWK_QUEUE is not set: no queue can be named; without AWS, try"
+                    " TASKHAWK_BROKER=sqlite:///queue.db. Mend it: export TASKHAWK_QUEUE=dev-myapp"
+                ),
+                "1 found",
+            ],
+        )
+
+    @pytest.mark.parametrize(
+        ("values", "text"),
+        [
+            ({"AWS_REGION": None}, "no AWS region: set AWS_REGION, for example eu-west-1"),
+            ({"AWS_ACCESS_KEY": None, "AWS_SECRET_KEY": None}, "no AWS credentials: set"),
+        ],
+    )
+    def test_aws(self, values, text, ministack, queue_name, capsys):
+        """Credentials and the region are looked for."""
+        configure_aws(ministack, queue_name)
+        given = dict(taskhawk.settings._given) | values
+        taskhawk.configure(given)
+        code, (line, _) = check(capsys)
+        assert code == 1
+        assert line.startswith(f"error: TASKHAWK-{queue_name}: {text}")
+
+    def test_good(self, endpoint, sqs_client, queue_name, capsys):
+        """What was provisioned has no fault."""
+        configure_account(sqs_client, endpoint, queue_name)
+        provision(capsys)
+        assert check(capsys, "--priority=high", "--priority=default") == (0, ["nothing is wrong"])
+        assert check(capsys, "--json") == (0, ["[]"])
+
+    def test_missing(self, ministack, queue_name, capsys):
+        """A queue that is not there is an error: of the tasks' priorities, or the ones named."""
+        configure_aws(ministack, queue_name)
+        code, lines = check(capsys, "--json", "--priority=bulk")
+        assert code == 1
+        assert json.loads("\n".join(lines)) == [
+            {
+                "severity": "error",
+                "what": f"TASKHAWK-{queue_name}-BULK: no such queue",
+                "why": "dispatch raises",
+                "remedy": "python -m taskhawk provision",
+            }
+        ]
+
+    def test_queue(self, ministack, sqs_client, queue_name, capsys):
+        """Redrive, retention and sizes are held against each other and the tasks."""
+        taskhawk._registry.clear()
+        client, name = sqs_client(ministack), f"TASKHAWK-{queue_name}"
+        configure_aws(ministack, queue_name)
+        client.create_queue(QueueName=name)
+        assert check(capsys)[1][0] == (
+            f"error: {name}: it has no dead-letter queue: what fails is retried until it expires."
+            " Mend it: python -m taskhawk provision"
+        )
+
+        @taskhawk.task(
+            name="slow", time_limit=60, retry=taskhawk.fixed(1, max_retries=2), isolate=True
+        )
+        def slow() -> None:
+            """Do nothing."""
+
+        for suffix, extra in (("-DLQ", {}), ("", {"MaximumMessageSize": "262144"})):
+            attributes = {"MessageRetentionPeriod": "86400", **extra}
+            if not suffix:
+                arn = attributes_of(client, f"{name}-DLQ")["QueueArn"]
+                redrive = {"deadLetterTargetArn": arn, "maxReceiveCount": 2}
+                attributes["RedrivePolicy"] = json.dumps(redrive)
+                url = client.get_queue_url(QueueName=name)["QueueUrl"]
+                client.set_queue_attributes(QueueUrl=url, Attributes=attributes)
+            else:
+                client.create_queue(QueueName=f"{name}{suffix}", Attributes=attributes)
+        configure_aws(ministack, queue_name)
+        code, lines = check(capsys)
+        assert (code, [line.partition(". Mend")[0] for line in lines]) == (
+            1,
+            [
+                (
+                    f"warning: {name}: its visibility timeout of 30 s is below slow's limit of 60"
+                    " s: after a worker that can't extend it, or in Lambda, the task runs twice at once"
+                ),
+                (
+                    f"error: {name}: its maxReceiveCount of 2 is not above slow's 2 retries: the"
+                    " queue gives up before the task's policy does"
+                ),
+                (
+                    f"warning: {name}: its maxReceiveCount is 2: a few crashes or releases are"
+                    " enough to make a dead letter of a good message"
+                ),
+                (
+                    f"warning: {name}-DLQ: it keeps messages for 86400 s, and {name} for 86400 s:"
+                    " the time counts from the first sending: a dead letter may expire at once"
+                ),
+                (
+                    f"warning: {name}: it takes messages of at most 262144 bytes: SQS takes 1 MiB,"
+                    " and larger ones are refused at dispatch"
+                ),
+                "5 found",
+            ],
+        )
+
+    def test_topics(self, ministack, queue_name, capsys):
+        """A topic must be there, and have a subscriber."""
+        configure_aws(ministack, queue_name, IS_LAMBDA_APP=True)
+        topic = f"arn:aws:sns:us-east-1:000000000000:taskhawk-{queue_name.lower()}"
+        (line, _) = check(capsys)[1]
+        assert line.startswith(f"error: {topic}: no such topic: dispatch raises.")
+        provision(capsys, "--priority=default")
+        (line, _) = check(capsys)[1]
+        assert line.startswith(f"error: {topic}: nobody subscribes: what is sent is lost.")
+
+    @pytest.mark.parametrize("lambda_app", [False, True])
+    def test_denied(self, scripted, queue_name, capsys, lambda_app):
+        """What is not allowed is an error, with its sentence."""
+        configure_aws(scripted.url, queue_name, IS_LAMBDA_APP=lambda_app)
+        for action in ("GetQueueAttributes", "ListSubscriptionsByTopic"):
+            scripted.always(action, fault("AccessDenied", status=403))
+        code, (line, _) = check(capsys)
+        assert code == 1
+        assert "access denied: the IAM policy of these credentials does not allow" in line
+
+    def test_main(self, sqlite, capsys):
+        """A task that is registered under __main__ is found by no worker."""
+        taskhawk._registry.clear()
+        taskhawk.task(name="__main__.job")(lambda_free_function)
+        assert check(capsys) == (
+            1,
+            [
+                (
+                    "error: task __main__.job is of __main__: a worker can't find it under that"
+                    " name. Mend it: move it to a module"
+                ),
+                "1 found",
+            ],
+        )
+
+
+def lambda_free_function() -> None:
+    """Do nothing."""
+
+
 COMMAND_MODULE = """
 import {package} as taskhawk
 
@@ -9269,7 +9884,11 @@ def skip():
 def broken():
     1 / 0
 """
-COMMANDS = ["demo", "listen", "dispatch", "tasks", "schema", "dead-letters", "dead-letters requeue"]
+COMMANDS = ["demo", "listen", "dispatch", "tasks", "schema", "stats", "check", "provision"]
+COMMANDS += [
+    "dead-letters",
+    *(f"dead-letters {a}" for a in ["list", "show", "requeue", "delete", "export"]),
+]
 
 
 def command_line(folder: Path, way: str) -> tuple[list[str], str]:

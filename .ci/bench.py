@@ -30,7 +30,7 @@ import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 ROOT = Path(__file__).resolve().parent.parent
 QUEUE = "TASKHAWK-BENCH"
@@ -51,11 +51,12 @@ BODY = json.dumps(MESSAGE)
 class Stub(asyncio.Protocol):
     """SQS in memory: its JSON protocol, long polls, visibility timeouts, and requests counted."""
 
-    visible: collections.deque[tuple[str, str]] = collections.deque()  # (id, body)
-    in_flight: dict[str, tuple[str, str]] = {}  # noqa: RUF012 - all connections share them
-    timeouts: list[tuple[float, str]] = []  # noqa: RUF012
-    requests: collections.Counter[str] = collections.Counter()
-    latency_s = 0.0
+    # All connections share them; a message is (id, body).
+    visible: ClassVar[collections.deque[tuple[str, str]]] = collections.deque()
+    in_flight: ClassVar[dict[str, tuple[str, str]]] = {}
+    timeouts: ClassVar[list[tuple[float, str]]] = []
+    requests: ClassVar[collections.Counter[str]] = collections.Counter()
+    latency_s: ClassVar[float] = 0.0
 
     def __init__(self) -> None:
         self.buffer = b""
@@ -91,29 +92,30 @@ class Stub(asyncio.Protocol):
                 asyncio.get_running_loop().call_later(0.001, self.answer, action, request, until)
                 return
         body = json.dumps(getattr(self, action)(request)).encode()
-        head = f"HTTP/1.1 200 OK\r\nContent-Type: application/x-amz-json-1.0\r\nContent-Length: {len(body)}"
+        kind = "Content-Type: application/x-amz-json-1.0"
+        head = f"HTTP/1.1 200 OK\r\n{kind}\r\nContent-Length: {len(body)}"
         write = functools.partial(self.transport.write, f"{head}\r\n\r\n".encode() + body)
         if self.latency_s and not action.startswith("bench"):
             asyncio.get_running_loop().call_later(self.latency_s, write)
         else:
             write()
 
-    def getqueueurl(self, request: dict[str, Any]) -> dict[str, Any]:  # noqa: D102
+    def getqueueurl(self, request: dict[str, Any]) -> dict[str, Any]:
         return {"QueueUrl": f"http://127.0.0.1/1/{request['QueueName']}"}
 
-    def getqueueattributes(self, _request: dict[str, Any]) -> dict[str, Any]:  # noqa: D102
+    def getqueueattributes(self, _request: dict[str, Any]) -> dict[str, Any]:
         return {"Attributes": {"VisibilityTimeout": "30"}}
 
-    def sendmessage(self, request: dict[str, Any]) -> dict[str, Any]:  # noqa: D102
+    def sendmessage(self, request: dict[str, Any]) -> dict[str, Any]:
         message_id = str(uuid.uuid4())
         self.visible.append((message_id, request["MessageBody"]))
         return {"MessageId": message_id, "MD5OfMessageBody": "0" * 32}
 
-    def sendmessagebatch(self, request: dict[str, Any]) -> dict[str, Any]:  # noqa: D102
+    def sendmessagebatch(self, request: dict[str, Any]) -> dict[str, Any]:
         done = [{"Id": entry["Id"], **self.sendmessage(entry)} for entry in request["Entries"]]
         return {"Successful": done, "Failed": []}
 
-    def receivemessage(self, request: dict[str, Any]) -> dict[str, Any]:  # noqa: D102
+    def receivemessage(self, request: dict[str, Any]) -> dict[str, Any]:
         messages = []
         until = time.monotonic() + request.get("VisibilityTimeout", 30)
         while self.visible and len(messages) < request.get("MaxNumberOfMessages", 1):
@@ -126,15 +128,15 @@ class Stub(asyncio.Protocol):
             messages.append({**one, "MD5OfBody": "0" * 32, "Attributes": attributes})
         return {"Messages": messages} if messages else {}
 
-    def deletemessage(self, request: dict[str, Any]) -> dict[str, Any]:  # noqa: D102
+    def deletemessage(self, request: dict[str, Any]) -> dict[str, Any]:
         self.in_flight.pop(request["ReceiptHandle"], None)
         return {}
 
-    def deletemessagebatch(self, request: dict[str, Any]) -> dict[str, Any]:  # noqa: D102
+    def deletemessagebatch(self, request: dict[str, Any]) -> dict[str, Any]:
         done = [{"Id": e["Id"], **self.deletemessage(e)} for e in request["Entries"]]
         return {"Successful": done, "Failed": []}
 
-    def changemessagevisibilitybatch(self, request: dict[str, Any]) -> dict[str, Any]:  # noqa: D102
+    def changemessagevisibilitybatch(self, request: dict[str, Any]) -> dict[str, Any]:
         return {"Successful": [{"Id": e["Id"]} for e in request["Entries"]], "Failed": []}
 
     def benchset(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -340,7 +342,7 @@ def run_import(side: str, **_: Any) -> Any:
     return {"wall_s": float(took), "modules": int(modules), "rss_kb": int(rss)}
 
 
-def run_sqlite(count: int, batch: int = 1, consume: bool = False, **_: Any) -> Any:
+def run_sqlite(count: int, batch: int = 1, *, consume: bool = False, **_: Any) -> Any:
     """Dispatch to a file, or run what is in it."""
     import taskhawk
 
