@@ -3264,7 +3264,7 @@ class _DeadLetters:
                 for message, error in zip(mine, errors or [""] * len(mine), strict=True):
                     entry = {"Id": message.message_id, "Code": error}
                     (failed if error else successful).append(entry)
-                    seen[message.message_id] = message if errors is None else None
+                    seen[message.message_id] = message if errors is None or error else None
                 counts = len(successful), total, len(failed)
                 _log.info("%s %d of %d messages, %d failed", done, *counts)
         finally:
@@ -3333,8 +3333,8 @@ def requeue_dead_letter(
     :raises PartialFailure: if some were not; they are still among the dead letters
     """
     if settings.IS_LAMBDA_APP:
-        text = "requeue_dead_letter: not supported for Lambda apps, whose queues are Lambda's"
-        _log.warning("%s", text)
+        text = "not supported for Lambda apps, whose queues are Lambda's"
+        _log.warning("requeue_dead_letter: %s", text)
         return 0
     letters = _DeadLetters(priority, num_messages, visibility_timeout)
     return letters.each("requeueing", "requeued", letters.requeue)
@@ -3734,7 +3734,11 @@ _COMMANDS: dict[str, tuple[str, str, list[tuple[str, dict[str, Any]]]]] = {
             _DRY_RUN,
         ],
     ),
-    "dead-letters list": ("list dead letters, a line each", "--task 'mail.*'", [*_LETTERS, _JSON]),
+    "dead-letters list": (
+        "list dead letters; a look counts as a receive",
+        "--task 'mail.*'",
+        [*_LETTERS, _JSON],
+    ),
     "dead-letters show": (
         "show dead letters with their arguments and errors",
         "b1328174-a21c-43d3-b303-964dfcc76efc",

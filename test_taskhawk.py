@@ -5071,6 +5071,29 @@ class TestSqs:
             " (NoRegionError)"
         )
 
+    @pytest.mark.parametrize("fips", [False, True])
+    def test_endpoints(self, monkeypatch, fips):
+        """In each partition, with FIPS or without, endpoints are those that botocore resolves."""
+        monkeypatch.setenv("AWS_USE_FIPS_ENDPOINT", str(fips))
+        plain = botocore.session.Session()
+        regions = [
+            r
+            for p in plain.get_available_partitions()
+            for r in plain.get_available_regions("sqs", p)
+        ]
+        regions += ["us-iso-east-1", "us-isob-east-1", "eusc-de-east-1", "moon-1"]
+        for region in {*regions[::7], "us-gov-west-1", "cn-north-1", *regions[-4:]}:
+            taskhawk.configure(AWS_SETTINGS, AWS_REGION=region)
+            keys = {"aws_access_key_id": "test", "aws_secret_access_key": "test"}
+            for name, broker in (("sqs", taskhawk.SqsBroker()), ("sns", taskhawk.SnsSender())):
+                theirs = plain.create_client(name, region, **keys).meta
+                ours = broker.client("send").meta
+                assert (ours.endpoint_url, ours.partition) == (
+                    theirs.endpoint_url,
+                    theirs.partition,
+                )
+                assert ours.service_model.metadata == theirs.service_model.metadata
+
     def test_keys_of_ours(self, aws, task, queue_name):
         """Keys that are set are used, with their token, before any that botocore would find."""
         keys = {"AWS_ACCESS_KEY": "OURS", "AWS_SECRET_KEY": "s", "AWS_SESSION_TOKEN": "token"}
@@ -8963,6 +8986,19 @@ class TestWorker:
         assert worker_broker.work(loop_count=1) == taskhawk.Ledger()
         assert worker_logs(caplog) == ["TASKHAWK_HEARTBEAT_HOOK failed"]
 
+    def test_liveness_file(self, worker_broker, tmp_path, caplog):
+        """A file is touched wherever the heartbeat hook is called; one that can't be is logged."""
+        file = tmp_path / "alive"
+        worker_broker.work(loop_count=1, liveness_file=str(file))
+        os.utime(file, (0, 0))
+        worker_broker.work(loop_count=1, liveness_file=str(file))
+        assert file.stat().st_mtime > time.time() - 60
+        worker_broker.work(loop_count=1, liveness_file=str(tmp_path))
+        (text,) = worker_logs(caplog)
+        assert text == (
+            "can't touch the liveness file: [Errno 21] Is a directory: " + repr(str(tmp_path))
+        )
+
     def test_hooks(self, worker_any):
         """Hooks get the queue's name and the message; the error hook the exception."""
         seen = []
@@ -9807,7 +9843,8 @@ class TestCheck:
             [
                 (
                     f"warning: {name}: its visibility timeout of 30 s is below slow's limit of 60"
-                    " s: after a worker that can't extend it, or in Lambda, the task runs twice at once"
+                    " s: after a worker that can't extend it, or in Lambda, the task runs twice at"
+                    " once"
                 ),
                 (
                     f"error: {name}: its maxReceiveCount of 2 is not above slow's 2 retries: the"
@@ -11069,6 +11106,8 @@ def readme_normalised(text: str) -> str:
     """Replace what differs from run to run: ids, times, paths, the frames of tracebacks."""
     text = re.sub(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", "ID", text)
     text = re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}", "TIME", text)
+    text = re.sub(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", "TIME", text)
+    text = re.sub(r"\d+ s ago", "AGE", text)
     text = re.sub(r"/\S*/queue\.db", "PATH", text)
     return re.sub(r"(?m)(^Traceback .*\n)(?: .*\n)+", r"\1  ...\n", text)
 
