@@ -7348,7 +7348,7 @@ class TestDeadLetters:
             db.execute("DROP TRIGGER full")
         assert (raised.value.success_count, raised.value.failure_count) == (0, 2)
         assert received_args() == moved
-        assert broker.depth(source) == Depth(0, 2, 0)
+        assert broker.depth(source) == Depth(2, 0, 0)
 
     def test_receive_fails(self, scripted, queue_name):
         """Where a receive fails midway, what was sent back until then stays so."""
