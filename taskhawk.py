@@ -662,7 +662,8 @@ def _finite(text: str) -> float:
 
 
 # ASCII only: all of it passes SQS, which refuses some control characters and surrogates.
-_ENCODER = json.JSONEncoder(default=_from_decimal, allow_nan=False, separators=(",", ":"))
+_DUMP: Any = {"default": _from_decimal, "allow_nan": False, "separators": (",", ":")}
+_ENCODER = json.JSONEncoder(**_DUMP, check_circular=False)  # _sizes() says where a circle is
 _DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
 
 
@@ -682,7 +683,7 @@ def _sizes(message: Message) -> dict[str, int]:
         parts |= {f"{field}.{key}": value for key, value in message.as_dict()[field].items()}
     for path, value in parts.items():
         try:
-            parts[path] = len(_ENCODER.encode(value))
+            parts[path] = len(json.dumps(value, **_DUMP))
         except (TypeError, ValueError, RecursionError) as error:
             kind = TypeError if isinstance(error, TypeError) else ValidationError
             raise kind(f"{message.task_name}: {path} is not JSON: {error}") from error
@@ -1542,8 +1543,9 @@ class _Brokers:
 
     def __init__(self) -> None:
         # Held while one is made, or a client of its, so that there is never a second; and over a
-        # fork. botocore's session, one for all services, is not thread-safe either.
-        self.lock = threading.Lock()
+        # fork. botocore's session, one for all services, is not thread-safe either. Reentrant, as
+        # settings that are read meanwhile may be of a module that calls configure().
+        self.lock = threading.RLock()
         self._made: dict[str, Sender] = {}
         self.session: Any = None
         self.captured_by: Sender | None = None
