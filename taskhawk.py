@@ -683,7 +683,7 @@ def _sizes(message: Message) -> dict[str, int]:
         parts |= {f"{field}.{key}": value for key, value in message.as_dict()[field].items()}
     for path, value in parts.items():
         try:
-            parts[path] = len(json.dumps(value, **_DUMP))
+            parts[path] = len(json.JSONEncoder(**_DUMP).encode(value))
         except (TypeError, ValueError, RecursionError) as error:
             kind = TypeError if isinstance(error, TypeError) else ValidationError
             raise kind(f"{message.task_name}: {path} is not JSON: {error}") from error
@@ -2707,9 +2707,9 @@ def _serve_worker(source: int, target: int, worker: int) -> int:
     """Run messages for a worker's slot: what ``python -m taskhawk _child`` does."""
     for number in (signal.SIGINT, signal.SIGTERM):  # they are the worker's to handle
         signal.signal(number, signal.SIG_IGN)
-    if sys.platform == "linux":
-        import ctypes
+    import ctypes
 
+    with contextlib.suppress(AttributeError):  # only Linux has it
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: die with the slot's thread
     if os.getppid() != worker:  # it died before that
         return 1
@@ -2908,10 +2908,10 @@ class Worker:
             for child in self._children:
                 child.give_up()
             if not self._ended.wait(_FLUSH_S / 2):
-                self._abandoned.set()
-                if self.on_overdue:
+                if self.on_overdue:  # it ends the process: before run() returns, and not beside it
                     self._keeper.close()
                     self.on_overdue(self.ledger)
+                self._abandoned.set()
 
     def _slot(self) -> None:
         try:

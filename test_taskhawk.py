@@ -8980,6 +8980,27 @@ class TestWorker:
         worker_broker.work(loop_count=1, clock=worker_clock)
         assert len(beats) == 3  # none for the poll that failed
 
+    def test_grace_of_a_library(self, worker_broker):
+        """When the grace is over, a run goes on, for it can't be killed; it is not the worker's."""
+        stop, release = threading.Event(), threading.Event()
+
+        @taskhawk.task
+        def hang() -> None:
+            stop.set()
+            release.wait(WORKER_PATIENCE_S)
+
+        worker_broker.put(hang, ())
+        worker = taskhawk.Worker(
+            worker_broker, [WORKER_QUEUE], shutdown_event=stop, grace_s=0.1, wait_s=0
+        )
+        thread = threading.Thread(target=worker.run)
+        thread.start()
+        assert worker._abandoned.wait(WORKER_PATIENCE_S)
+        release.set()
+        thread.join()
+        assert worker.overdue.is_set()
+        assert worker.ledger == taskhawk.Ledger(received=1, acked=1)
+
     def test_heartbeat_fails(self, worker_broker, caplog):
         """A heartbeat hook that fails is logged, no more."""
         taskhawk.configure(TASKHAWK_HEARTBEAT_HOOK=lambda: 1 / 0)
@@ -9478,6 +9499,7 @@ class TestDeadLetterCommands:
         assert letters_left() == (Depth(0, 0, 0), Depth(3, 0, 0))
         assert letters("requeue", "--header", "n=1") == ["sent back: 1"]
         assert letters_left() == (Depth(1, 0, 0), Depth(2, 0, 0))
+        assert letters("requeue", "--task", "nothing") == ["sent back: 0"]
         assert letters("requeue") == ["sent back: 2"]
         assert letters_left() == (Depth(3, 0, 0), Depth(0, 0, 0))
 
@@ -10732,6 +10754,17 @@ class TestIsolation:
         assert (record.order, record.thing) == (8, "<Logger isolated (WARNING)>")
         assert record.process != os.getpid()
 
+    def test_log_level(self, isolated_jobs, caplog):
+        """The worker's levels say which of them."""
+        caplog.set_level("ERROR", "isolated")
+        isolated_jobs.log.dispatch()
+        isolated_work()
+        assert [r for r in caplog.records if r.name == "isolated"] == []
+
+    def test_no_worker(self):
+        """A child whose worker died before it could tell ends at once."""
+        assert run_python(["-m", "taskhawk", "_child", "0", "1", "1"]).returncode == 1
+
     def test_async(self, isolated_jobs):
         """A coroutine function can be isolated, and metadata is as in the worker."""
         isolated_jobs.wait.dispatch()
@@ -10885,6 +10918,10 @@ def fail():
     LOG.info("from a child")
     raise ValueError("for a reason")
 
+@taskhawk.task(name="jobs.break")
+def break_here():
+    raise ValueError("for another")
+
 @taskhawk.task(name="jobs.hang")
 def hang():
     print("hangs", flush=True)
@@ -10963,10 +11000,10 @@ class TestLogging:
         (tmp_path / "jobs.py").write_text(LOGGING_MODULE)
         env = {"TASKHAWK_BROKER": f"sqlite:///{tmp_path}/queue.db"}
         ids = {}
-        for name in ("jobs.talk", "jobs.fail"):
+        for name in ("jobs.talk", "jobs.fail", "jobs.break"):
             result = run_python(["-m", "taskhawk", "dispatch", name], cwd=tmp_path, env=env)
             ids[name] = result.stdout.strip()
-        command = ["-m", "taskhawk", "listen", "jobs", "--log-format", "json", "--loop-count", "2"]
+        command = ["-m", "taskhawk", "listen", "jobs", "--log-format", "json", "--loop-count", "3"]
         result = run_python(command, cwd=tmp_path, env=env)
         lines = [json.loads(line) for line in result.stderr.splitlines()]
         by_text = {line["message"]: line for line in lines}
@@ -10980,9 +11017,10 @@ class TestLogging:
             assert line["logger"] == "jobs"
         assert by_text["from the task"]["order"] == 7
         assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", lines[0]["time"])
-        [failed] = [line for line in lines if line.get("outcome") == "retry"]
-        assert (failed["level"], failed["task"]) == ("ERROR", "jobs.fail")
-        assert failed["exception"].endswith("ValueError: for a reason")
+        failed = {line["task"]: line for line in lines if line.get("outcome") == "retry"}
+        for name, reason in (("jobs.fail", "for a reason"), ("jobs.break", "for another")):
+            assert failed[name]["level"] == "ERROR"
+            assert failed[name]["exception"].endswith(f"ValueError: {reason}")
         assert by_text["worker ended: " + result.stdout.strip()]["level"] == "INFO"
 
     @pytest.mark.parametrize(("job", "retried"), [("hang", 0), ("spin", 1)])
