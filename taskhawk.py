@@ -3662,106 +3662,45 @@ def _check_topic(topic: str) -> Iterator[_Finding]:
 # Glue only: each command is an argument parser around what is above. Exit codes: 0 done, 1 failed,
 # 2 wrong usage or configuration.
 
-_MODULES = ("modules", {"nargs": "*", "metavar": "MODULE", "help": "to import: it has the tasks"})
-_PRIORITY = {"choices": [priority.name for priority in Priority], "help": "which queue: default"}
-_SECONDS_OPTION = {"type": float, "metavar": "S", "help": "in seconds"}
-_MODULE = ("--module", {"action": "append", "default": [], "help": "to import first"})
-_JSON = ("--json", {"action": "store_true", "help": "for programs"})
-_QUEUES = ("--priority", {**_PRIORITY, "action": "append"})
-_DRY_RUN = ("--dry-run", {"action": "store_true", "help": "only say what would be done"})
-_LETTERS: list[tuple[str, dict[str, Any]]] = [
-    ("--priority", {**_PRIORITY, "default": "default"}),
-    ("--task", {"metavar": "NAME", "help": "only those of this task"}),
-    ("--error", {"metavar": "TEXT", "help": "only those with this in the error's type or message"}),
-    ("--header", {"action": "append", "default": [], "metavar": "K=V"}),
-    ("--older-than", {"metavar": "AGE", "help": "since they were sent: 90s, 15m, 36h or 7d"}),
-    ("--newer-than", {"metavar": "AGE", "help": "likewise"}),
-    ("--id", {"action": "append", "help": "the message's id, or that of SQS"}),
-    ("--limit", {"type": int, "metavar": "N", "help": "at most so many"}),
+_commands: dict[str, tuple[Callable[[Any], int], Sequence[tuple[str, dict[str, Any]]]]] = {}
+
+
+def _option(name: str, text: str | None = None, **kwargs: Any) -> tuple[str, dict[str, Any]]:
+    return name, {"help": text, **kwargs}
+
+
+def _flag(name: str, text: str) -> tuple[str, dict[str, Any]]:
+    return _option(name, text, action="store_true")
+
+
+def _command(name: str, *options: tuple[str, dict[str, Any]]) -> Callable[..., Any]:
+    """Make a command of a function: its docstring is the help, and ends with an example."""
+
+    def register(run: Callable[[Any], int]) -> Callable[[Any], int]:
+        _commands[name] = run, options
+        return run
+
+    return register
+
+
+_NAMES = [priority.name for priority in Priority]
+_MODULES = _option("modules", "to import: it has the tasks", nargs="*", metavar="MODULE")
+_MODULE = _option("--module", "to import first", action="append", default=[])
+_QUEUES = _option("--priority", "which queue: default", choices=_NAMES, action="append")
+_HEADER = _option("--header", action="append", default=[], metavar="K=V")
+_AS_JSON = _flag("--json", "for programs")
+_DRY_RUN = _flag("--dry-run", "only say what would be done")
+_LETTERS = (
+    _option("--priority", "of which queue: default", choices=_NAMES, default="default"),
+    _option("--task", "only those of this task", metavar="NAME"),
+    _option("--error", "only those with this in the error's type or message", metavar="TEXT"),
+    _HEADER,
+    _option("--older-than", "since they were sent: 90s, 15m, 36h or 7d", metavar="AGE"),
+    _option("--newer-than", "likewise", metavar="AGE"),
+    _option("--id", "the message's id, or that of SQS", action="append"),
+    _option("--limit", "at most so many", type=int, metavar="N"),
     _MODULE,
-]
-_COMMANDS: dict[str, tuple[str, str, list[tuple[str, dict[str, Any]]]]] = {
-    "demo": ("show a queue at work, with nothing set up", "", []),
-    "listen": (
-        "run a worker",
-        "myapp.tasks --priority high --priority default",
-        [
-            _MODULES,
-            _QUEUES,
-            ("--num-messages", {"type": int, "default": 1, "help": "to receive at once"}),
-            ("--visibility-timeout", {**_SECONDS_OPTION, "dest": "visibility_timeout_s"}),
-            ("--loop-count", {"type": int, "metavar": "N", "help": "end after N receives"}),
-            ("--until-empty", {"action": "store_true", "help": "end once nothing is queued"}),
-            ("--concurrency", {"type": int, "default": 1, "help": "how many to run at once"}),
-            ("--max-tasks", {"type": int, "metavar": "N", "help": "end after N runs"}),
-            ("--grace", {**_SECONDS_OPTION, "dest": "grace_s", "default": 25}),
-            ("--isolate", {"action": "store_true", "help": "run tasks in child processes"}),
-            ("--log-format", {"choices": ["text", "json"], "default": "text"}),
-            ("--liveness-file", {"metavar": "PATH", "help": "to touch while it lives"}),
-        ],
-    ),
-    "dispatch": (
-        "queue a run of a task, and print its id",
-        'myapp.tasks.send_email --args \'["me@example.com", "Hi"]\' --delay 60',
-        [
-            ("task", {"help": "its name"}),
-            ("--args", {"default": "[]", "metavar": "JSON", "help": "an array"}),
-            ("--kwargs", {"default": "{}", "metavar": "JSON", "help": "an object"}),
-            ("--header", {"action": "append", "default": [], "metavar": "K=V"}),
-            ("--priority", _PRIORITY),
-            ("--delay", {**_SECONDS_OPTION, "default": 0}),
-            _MODULE,
-        ],
-    ),
-    "tasks": ("list the registered tasks", "myapp.tasks", [_MODULES]),
-    "schema": ("print the message format as JSON Schema", "> schema.json", []),
-    "stats": (
-        "count the messages of all priorities",
-        "--watch",
-        [
-            ("--watch", {"action": "store_true", "help": "again and again, with the trend"}),
-            ("--interval", {**_SECONDS_OPTION, "default": 2}),
-            _JSON,
-        ],
-    ),
-    "check": (
-        "find what is wrong with settings, queues and tasks",
-        "myapp.tasks --priority high --priority default",
-        [_MODULES, _QUEUES, _JSON],
-    ),
-    "provision": (
-        "make the queues or topics, or print them for review",
-        "--format terraform > taskhawk.tf.json",
-        [
-            ("--priority", {**_PRIORITY, "action": "append", "help": "which queues: all"}),
-            ("--max-receive-count", {"type": int, "default": 5, "metavar": "N"}),
-            ("--lambda", {"dest": "function", "metavar": "ARN", "help": "to subscribe to topics"}),
-            ("--format", {"choices": ["terraform", "iam"], "help": "print it as this"}),
-            _DRY_RUN,
-        ],
-    ),
-    "dead-letters list": (
-        "list dead letters; a look counts as a receive",
-        "--task 'mail.*'",
-        [*_LETTERS, _JSON],
-    ),
-    "dead-letters show": (
-        "show dead letters with their arguments and errors",
-        "b1328174-a21c-43d3-b303-964dfcc76efc",
-        [("ids", {"nargs": "+", "metavar": "ID"}), *_LETTERS, _JSON],
-    ),
-    "dead-letters requeue": (
-        "send dead letters back to their queue",
-        "--priority high --error TimeoutError --dry-run",
-        [*_LETTERS, _DRY_RUN],
-    ),
-    "dead-letters delete": (
-        "delete dead letters",
-        "--older-than 7d --dry-run",
-        [*_LETTERS, ("--all", {"action": "store_true", "help": "without a filter"}), _DRY_RUN],
-    ),
-    "dead-letters export": ("print dead letters as JSON lines", "> letters.jsonl", _LETTERS),
-}
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -3785,8 +3724,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name := os.environ.get("DJANGO_SETTINGS_MODULE"):
             _import(name, "the module named by DJANGO_SETTINGS_MODULE")
             _import("django", "the package").setup()
-        run = globals()["_run_" + re.sub(r"\W", "_", arguments.command)]
-        return typing.cast("int", run(arguments))
+        return typing.cast("int", arguments.run(arguments))
     except (ConfigurationError, ValidationError, TypeError, ValueError) as error:
         print(f"taskhawk: {error}", file=sys.stderr)
         return 2
@@ -3804,15 +3742,15 @@ def _parser() -> Any:
     parser = argparse.ArgumentParser(prog="taskhawk", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--version", action="version", version=VERSION)
     groups = {"": parser.add_subparsers(required=True, metavar="COMMAND")}
-    for command, (text, example, options) in _COMMANDS.items():
+    for command, (run, options) in _commands.items():
+        text, _, example = (inspect.getdoc(run) or command).partition("\n\n")
         group, _, name = command.rpartition(" ")
-        epilog = f"example: python -m taskhawk {command} {example}"
         if group not in groups:
-            over = groups[""].add_parser(group, help="mend dead letters", epilog=epilog)
+            over = groups[""].add_parser(group, help="mend dead letters", epilog=example)
             groups[group] = over.add_subparsers(required=True, metavar="ACTION")
-        made = groups[group].add_parser(name, help=text, description=text, epilog=epilog)
+        made = groups[group].add_parser(name, help=text, description=text, epilog=example)
         made.formatter_class = argparse.RawDescriptionHelpFormatter  # leaves the example in a line
-        made.set_defaults(command=command)
+        made.set_defaults(command=command, run=run)
         for option, kwargs in options:
             made.add_argument(option, **kwargs)
     return parser
@@ -3827,7 +3765,87 @@ def _import_modules(modules: Iterable[str], command: str = "") -> None:
     _require(not command or not re.match(r"sqlite://(\?|$)", settings.TASKHAWK_BROKER), text)
 
 
-def _run_listen(arguments: Any) -> int:
+class _DemoWorker(Worker):
+    """A worker that prints what became of each message."""
+
+    def settle(self, held: _Held, outcome: Outcome) -> None:
+        super().settle(held, outcome)
+        names = {Fate.acknowledge: "ran", Fate.retry: "failed", Fate.dead_letter: "dead-lettered"}
+        then = f": {outcome.error}" if outcome.error else ""
+        then += "" if outcome.delay_s is None else f"; again in {outcome.delay_s:g} s"
+        name = held.message.message.task_name if held.message.message else ""
+        print(f"{names[outcome.fate]:15}{name:14}attempt {held.message.attempt}{then}")
+
+
+@_command("demo")
+def _demo(_arguments: Any) -> int:
+    """Show a queue at work, with nothing set up.
+
+    example: python -m taskhawk demo
+    """
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as undo:
+        url = f"sqlite:///{folder}/queue.db"
+        configure(TASKHAWK_BROKER=url, TASKHAWK_SYNC=False, IS_LAMBDA_APP=False)
+        undo.callback(configure)
+        logging.disable()  # what it says is printed below
+        undo.callback(logging.disable, logging.NOTSET)
+        print(f"A queue in {folder}/queue.db: the real broker, and a real worker.\n")
+        return _play()
+
+
+def _play() -> int:
+    bugs = {"demo.divide"}
+
+    @task(name="demo.greet")
+    def greet(name: str) -> None:
+        print(f"{'':29}Hello, {name}!")
+
+    @task(name="demo.connect", retry=fixed(0.5, max_retries=3, jitter=False))
+    def connect(metadata: Metadata | None = None) -> None:
+        if metadata and metadata.attempt == 1:
+            raise RetryException("the network is down")
+
+    @task(name="demo.divide", retry=fixed(0.2, max_retries=1, jitter=False))
+    def divide(number: int, by: int) -> None:
+        print(f"{'':29}{number} / {by} = {number / by if bugs else 'not a number'}")
+
+    for found, args in ((greet, ["world"]), (connect, []), (divide, [1, 0])):
+        message_id = typing.cast("Task[..., Any]", found).dispatch(*args)
+        print(f"{'dispatched':15}{found.name:14}{message_id}")
+    print("\nThe worker runs until nothing is queued:")
+    broker = _brokers.broker()
+    queues = [broker.destination(Priority.default)]
+    first = _DemoWorker(broker, queues, num_messages=10, until_empty=True).run()
+    bugs.clear()
+    print("\nThe bug in demo.divide is mended, and its dead letter sent back:")
+    print(f"{'requeued':15}{requeue_dead_letter(Priority.default)} message")
+    second = _DemoWorker(broker, queues, until_empty=True).run()
+    print(f"\nThe ledgers of the two workers:\n  {first}\n  {second}")
+    return 0 if (first.dead_lettered, second.acked) == (1, 1) else 1
+
+
+@_command(
+    "listen",
+    _MODULES,
+    _QUEUES,
+    _option("--num-messages", "to receive at once", type=int, default=1),
+    _option("--visibility-timeout", "seconds", type=float, dest="visibility_timeout_s"),
+    _option("--loop-count", "end after N receives", type=int, metavar="N"),
+    _flag("--until-empty", "end once nothing is queued"),
+    _option("--concurrency", "how many to run at once", type=int, default=1),
+    _option("--max-tasks", "end after N runs", type=int, metavar="N"),
+    _option("--grace", "seconds from a signal to the end", type=float, default=25, dest="grace_s"),
+    _flag("--isolate", "run tasks in child processes"),
+    _option("--log-format", choices=["text", "json"], default="text"),
+    _option("--liveness-file", "to touch while it lives", metavar="PATH"),
+)
+def _listen(arguments: Any) -> int:
+    """Run a worker.
+
+    example: python -m taskhawk listen myapp.tasks --priority high --priority default
+    """
     _import_modules(arguments.modules, arguments.command)
     text = "listen: no task is registered: name the modules that define them, such as myapp.tasks"
     _require(_registry, text)
@@ -3864,7 +3882,21 @@ class _JsonFormatter(logging.Formatter):
         return json.dumps(line | extra, default=str)
 
 
-def _run_dispatch(arguments: Any) -> int:
+@_command(
+    "dispatch",
+    _option("task", "its name"),
+    _option("--args", "an array", default="[]", metavar="JSON"),
+    _option("--kwargs", "an object", default="{}", metavar="JSON"),
+    _HEADER,
+    _option("--priority", "which queue: the task's", choices=_NAMES),
+    _option("--delay", "seconds", type=float, default=0, metavar="S"),
+    _MODULE,
+)
+def _dispatch(arguments: Any) -> int:
+    """Queue a run of a task, and print its id.
+
+    example: python -m taskhawk dispatch myapp.tasks.send_email --args '["me@example.com", "Hi"]'
+    """
     _import_modules(arguments.module, arguments.command)
     if arguments.task not in _registry and (module := arguments.task.rpartition(".")[0]):
         _import_modules([module], arguments.command)
@@ -3892,7 +3924,12 @@ def _json(text: str, option: str, kind: type) -> Any:
     raise ConfigurationError(f"{option}: expected {wanted} of JSON, got {text!r}")
 
 
-def _run_tasks(arguments: Any) -> int:
+@_command("tasks", _MODULES)
+def _tasks(arguments: Any) -> int:
+    """List the registered tasks.
+
+    example: python -m taskhawk tasks myapp.tasks
+    """
     _import_modules(arguments.modules)
     for name, found in sorted(_registry.items()):
         if name == found.name:  # not an alias
@@ -3900,12 +3937,27 @@ def _run_tasks(arguments: Any) -> int:
     return 0
 
 
-def _run_schema(_arguments: Any) -> int:
+@_command("schema")
+def _schema(_arguments: Any) -> int:
+    """Print the message format as JSON Schema.
+
+    example: python -m taskhawk schema > schema.json
+    """
     print(json.dumps(SCHEMA, indent=2))
     return 0
 
 
-def _run_stats(arguments: Any) -> int:
+@_command(
+    "stats",
+    _flag("--watch", "again and again, with the trend, until Ctrl-C"),
+    _option("--interval", "seconds", type=float, default=2, metavar="S"),
+    _AS_JSON,
+)
+def _stats(arguments: Any) -> int:
+    """Count the messages of all priorities.
+
+    example: python -m taskhawk stats --watch
+    """
     before: Mapping[str, Any] = {}
     seconds = 0.0
     with contextlib.suppress(KeyboardInterrupt):
@@ -3923,7 +3975,12 @@ def _run_stats(arguments: Any) -> int:
     return 0
 
 
-def _run_check(arguments: Any) -> int:
+@_command("check", _MODULES, _QUEUES, _AS_JSON)
+def _check_all(arguments: Any) -> int:
+    """Find what is wrong with settings, queues and tasks.
+
+    example: python -m taskhawk check myapp.tasks --priority high
+    """
     _import_modules(arguments.modules)
     used = {found.priority for found in _registry.values()} or {Priority.default}
     wanted = {Priority[name] for name in arguments.priority or ()} or used
@@ -3937,7 +3994,19 @@ def _run_check(arguments: Any) -> int:
     return int(any(finding.severity == "error" for finding in findings))
 
 
-def _run_provision(arguments: Any) -> int:
+@_command(
+    "provision",
+    _option("--priority", "which queues: all", choices=_NAMES, action="append"),
+    _option("--max-receive-count", "before the dead letters", type=int, default=5, metavar="N"),
+    _option("--lambda", "a function to subscribe to the topics", dest="function", metavar="ARN"),
+    _option("--format", "print it as this", choices=["terraform", "iam"]),
+    _DRY_RUN,
+)
+def _provision(arguments: Any) -> int:
+    """Make the queues or topics, or print them for review.
+
+    example: python -m taskhawk provision --format terraform > taskhawk.tf.json
+    """
     wanted = {Priority[name] for name in arguments.priority or ()} or set(Priority)
     if settings.TASKHAWK_BROKER != "sqs":
         print(f"ready: {_brokers.broker().url('')}")
@@ -3956,27 +4025,91 @@ def _run_provision(arguments: Any) -> int:
     return 0
 
 
-def _run_dead_letters(arguments: Any) -> int:
-    _, _, action = arguments.command.rpartition(" ")
-    wanted = {"task", "error", "header", "older_than", "newer_than", "id", "limit", "all"}
-    named = any(vars(arguments).get(name) for name in wanted)
-    _require(action != "delete" or named, "delete: expected a filter, or --all for every one")
+def _letters(arguments: Any) -> _DeadLetters:
     _import_modules(arguments.module, arguments.command)
     options = (_MAX_BATCH, 600, arguments.limit or math.inf, _filter(arguments))
-    letters = _DeadLetters(Priority[arguments.priority], *options)
-    show = functools.partial(_show, action, as_json=getattr(arguments, "json", False))
-    if action in ("list", "show", "export"):
-        letters.each(f"{action}ing", "looked at", show)
-        return 0
-    dry_run, doing = arguments.dry_run, "requeueing" if action == "requeue" else "deleting"
-    act = functools.partial(_show, "list") if dry_run else getattr(letters, action)
-    count = letters.each(doing, "would do it to" if dry_run else f"{action}d", act)
-    print(f"{'sent back' if action == 'requeue' else 'deleted'}: {0 if dry_run else count}")
+    return _DeadLetters(Priority[arguments.priority], *options)
+
+
+def _look(arguments: Any, doing: str, lines: Callable[[QueueMessage], str]) -> int:
+    """Print dead letters, which stay."""
+
+    def show(messages: Sequence[QueueMessage]) -> None:
+        for message in messages:
+            as_json = getattr(arguments, "json", False)
+            print(json.dumps(_describe(message)) if as_json else lines(message))
+
+    _letters(arguments).each(doing, "looked at", show)
     return 0
 
 
-_run_dead_letters_list = _run_dead_letters_show = _run_dead_letters_export = _run_dead_letters
-_run_dead_letters_requeue = _run_dead_letters_delete = _run_dead_letters
+@_command("dead-letters list", *_LETTERS, _AS_JSON)
+def _list(arguments: Any) -> int:
+    """List dead letters, a line each; a look counts as a receive.
+
+    example: python -m taskhawk dead-letters list --task 'mail.*'
+    """
+    return _look(arguments, "listing", _line)
+
+
+@_command("dead-letters show", _option("ids", nargs="+", metavar="ID"), *_LETTERS, _AS_JSON)
+def _show(arguments: Any) -> int:
+    """Show dead letters with their arguments and errors.
+
+    example: python -m taskhawk dead-letters show b1328174-a21c-43d3-b303-964dfcc76efc
+    """
+
+    def lines(message: QueueMessage) -> str:
+        letter = _describe(message)
+        error = {f"error {key}": value for key, value in (letter["error"] or {}).items()}
+        shown = letter | {"error": _why(letter)} | error
+        texts = (f"{key}: {value}\n" for key, value in shown.items() if value is not None)
+        return _printable("".join(texts))
+
+    return _look(arguments, "showing", lines)
+
+
+@_command("dead-letters export", *_LETTERS)
+def _export(arguments: Any) -> int:
+    """Print dead letters as JSON lines, with body and attributes.
+
+    example: python -m taskhawk dead-letters export > letters.jsonl
+    """
+
+    def line(message: QueueMessage) -> str:
+        more = {"body": message.body, "attributes": message.message_attributes}
+        return json.dumps(_describe(message) | more, default=str)
+
+    return _look(arguments, "exporting", line)
+
+
+@_command("dead-letters requeue", *_LETTERS, _DRY_RUN)
+def _requeue(arguments: Any) -> int:
+    """Send dead letters back to their queue.
+
+    example: python -m taskhawk dead-letters requeue --error TimeoutError --dry-run
+    """
+    if arguments.dry_run:
+        return _look(arguments, "would requeue some of", _line)
+    letters = _letters(arguments)
+    print(f"sent back: {letters.each('requeueing', 'requeued', letters.requeue)}")
+    return 0
+
+
+@_command("dead-letters delete", *_LETTERS, _flag("--all", "without a filter"), _DRY_RUN)
+def _delete(arguments: Any) -> int:
+    """Delete dead letters.
+
+    example: python -m taskhawk dead-letters delete --older-than 7d --dry-run
+    """
+    filters = ("task", "error", "header", "older_than", "newer_than", "id", "limit", "all")
+    named = any(vars(arguments)[name] for name in filters)
+    _require(named, "delete: expected a filter, or --all for every one")
+    if arguments.dry_run:
+        return _look(arguments, "would delete some of", _line)
+    letters = _letters(arguments)
+    print(f"deleted: {letters.each('deleting', 'deleted', letters.delete)}")
+    return 0
 
 
 def _filter(arguments: Any) -> Callable[[Mapping[str, Any]], bool]:
@@ -4009,78 +4142,18 @@ def _age_s(text: str | None, default: float) -> float:
     return float(number) * {"s": 1, "m": 60, "h": 3600, "d": 86_400}[unit]
 
 
-def _show(action: str, messages: Sequence[QueueMessage], *, as_json: bool = False) -> None:
-    """Print dead letters, which stay."""
-    for message in messages:
-        letter = _describe(message)
-        error = letter["error"] or {}
-        why = f"{error.get('type')}: {error.get('message')}" if error else letter["invalid"]
-        why = str(why or "moved by the queue itself, after too many receives").split("\n")[0]
-        if action == "export":
-            more = {"body": message.body, "attributes": message.message_attributes}
-            print(json.dumps(letter | more, default=str))
-        elif as_json:
-            print(json.dumps(letter))
-        elif action == "list":
-            age = f"{letter['age_s']} s ago"
-            print(f"{letter['id'] or message.message_id}  {letter['task']}  {age}  {why}")
-        else:
-            lines = {**letter, "error": why, **{f"error {k}": v for k, v in error.items()}}
-            print("\n".join(f"{key}: {value}" for key, value in lines.items() if value is not None))
-            print()
+def _why(letter: Mapping[str, Any]) -> str:
+    error = letter["error"]
+    why = f"{error.get('type')}: {error.get('message')}" if error else letter["invalid"]
+    return str(why or "moved by the queue itself, after too many receives").split("\n")[0]
 
 
-class _DemoWorker(Worker):
-    """A worker that prints what became of each message."""
-
-    def settle(self, held: _Held, outcome: Outcome) -> None:
-        super().settle(held, outcome)
-        names = {Fate.acknowledge: "ran", Fate.retry: "failed", Fate.dead_letter: "dead-lettered"}
-        then = f": {outcome.error}" if outcome.error else ""
-        then += "" if outcome.delay_s is None else f"; again in {outcome.delay_s:g} s"
-        name = held.message.message.task_name if held.message.message else ""
-        print(f"{names[outcome.fate]:15}{name:14}attempt {held.message.attempt}{then}")
+def _line(message: QueueMessage) -> str:
+    letter = _describe(message)
+    name, age = letter["id"] or message.message_id, f"{letter['age_s']} s ago"
+    return _printable(f"{name}  {letter['task']}  {age}  {_why(letter)}")
 
 
-def _run_demo(_arguments: Any) -> int:
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as undo:
-        url = f"sqlite:///{folder}/queue.db"
-        configure(TASKHAWK_BROKER=url, TASKHAWK_SYNC=False, IS_LAMBDA_APP=False)
-        undo.callback(configure)
-        logging.disable()  # what it says is printed below
-        undo.callback(logging.disable, logging.NOTSET)
-        print(f"A queue in {folder}/queue.db: the real broker, and a real worker.\n")
-        return _demo()
-
-
-def _demo() -> int:
-    bugs = {"demo.divide"}
-
-    @task(name="demo.greet")
-    def greet(name: str) -> None:
-        print(f"{'':29}Hello, {name}!")
-
-    @task(name="demo.connect", retry=fixed(0.5, max_retries=3, jitter=False))
-    def connect(metadata: Metadata | None = None) -> None:
-        if metadata and metadata.attempt == 1:
-            raise RetryException("the network is down")
-
-    @task(name="demo.divide", retry=fixed(0.2, max_retries=1, jitter=False))
-    def divide(number: int, by: int) -> None:
-        print(f"{'':29}{number} / {by} = {number / by if bugs else 'not a number'}")
-
-    for found, args in ((greet, ["world"]), (connect, []), (divide, [1, 0])):
-        message_id = typing.cast("Task[..., Any]", found).dispatch(*args)
-        print(f"{'dispatched':15}{found.name:14}{message_id}")
-    print("\nThe worker runs until nothing is queued:")
-    broker = _brokers.broker()
-    queues = [broker.destination(Priority.default)]
-    first = _DemoWorker(broker, queues, num_messages=10, until_empty=True).run()
-    bugs.clear()
-    print("\nThe bug in demo.divide is mended, and its dead letter sent back:")
-    print(f"{'requeued':15}{requeue_dead_letter(Priority.default)} message")
-    second = _DemoWorker(broker, queues, until_empty=True).run()
-    print(f"\nThe ledgers of the two workers:\n  {first}\n  {second}")
-    return 0 if (first.dead_lettered, second.acked) == (1, 1) else 1
+def _printable(text: str) -> str:
+    """Replace what would command the terminal: messages are hostile input."""
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
