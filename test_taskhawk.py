@@ -9098,13 +9098,18 @@ class TestWorker:
     def test_interrupt_in_a_slot(self, worker_broker):
         """A KeyboardInterrupt that a task raises in a slot ends the worker, as it does in none."""
 
-        @taskhawk.task
-        def interrupt() -> None:
-            raise KeyboardInterrupt
+        both = threading.Barrier(2)
 
-        worker_broker.put(interrupt, ())
+        @taskhawk.task
+        def interrupt_in_the_other_slot() -> None:
+            both.wait(WORKER_PATIENCE_S)
+            if threading.current_thread() is not threading.main_thread():
+                raise KeyboardInterrupt
+
+        worker_broker.put(interrupt_in_the_other_slot, ())
+        worker_broker.put(interrupt_in_the_other_slot, ())
         with pytest.raises(KeyboardInterrupt):
-            worker_broker.work(concurrency=2)
+            worker_broker.work(concurrency=2, num_messages=2)
         assert worker_broker.inner.depth(WORKER_QUEUE) == (1, 0, 0)
 
     @pytest.mark.parametrize("concurrency", [1, 2])
