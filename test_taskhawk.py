@@ -9097,7 +9097,6 @@ class TestWorker:
 
     def test_interrupt_in_a_slot(self, worker_broker):
         """A KeyboardInterrupt that a task raises in a slot ends the worker, as it does in none."""
-
         both = threading.Barrier(2)
 
         @taskhawk.task
