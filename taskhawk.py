@@ -1552,7 +1552,7 @@ class _Brokers:
 
     def sender(self) -> Sender:
         """Return what publishes: SNS for a Lambda app, else the broker; in sync mode, neither."""
-        if self.captured_by:
+        if self.captured_by is not None:
             return self.captured_by
         name = "sync" if settings.TASKHAWK_SYNC else settings.TASKHAWK_BROKER
         name = "sns" if name == "sqs" and settings.IS_LAMBDA_APP else name
@@ -1872,6 +1872,7 @@ CREATE INDEX IF NOT EXISTS message_visible ON message (queue, visible_ms);
 PRAGMA user_version = 1;
 COMMIT;
 """
+_memory_pid = functools.cache(os.getpid)  # the first process that had a queue in memory
 
 
 class SqliteBroker(Broker):
@@ -1884,27 +1885,23 @@ class SqliteBroker(Broker):
 
     max_bytes = _MAX_SQS_BYTES  # as on SQS, so that what works here works there
     max_delay_s = 100 * 365 * 86_400  # a number that SQLite can hold
-    _memory_pid: int | None = None
 
     def __init__(self, url: str, clock: Callable[[], float] = time.time) -> None:
         self._url, self._clock = url, clock
-        path, _, query = url.partition("?")
         options = {"visibility_timeout_s": str(_DEFAULT_LEASE_S), "max_receive_count": "5"}
         try:
-            pairs: Any = (pair.split("=") for pair in query.split("&") if pair)
-            lease_s, most = (options | dict(pairs)).values()
+            parts: Any = re.fullmatch(r"sqlite://(?:/([^?]+))?(?:\?(.*))?", url)
+            self._path, query = parts.groups("")
+            options |= (pair.partition("=")[::2] for pair in query.split("&") if pair)
+            lease_s, most = options.values()
             self._lease_s, self._most = _conform(_SECONDS, lease_s), _conform(_COUNT, most)
-            self._path = re.fullmatch("sqlite://(?:/(.+))?", path)[1]  # type: ignore[index]
-        except (ValueError, TypeError) as error:
+        except (ValueError, AttributeError) as error:
             text = "TASKHAWK_BROKER: expected sqlite:///relative.db or sqlite:////absolute.db, then"
             then = "perhaps ?visibility_timeout_s=30&max_receive_count=5"
             raise ConfigurationError(f"{text} {then}, got {url!r}") from error
+        text = "sqlite:// is the memory of one process, and this is another: use a file, such"
+        _require(self._path or _memory_pid() == os.getpid(), f"{text} as sqlite:///queue.db")
         self._lock = threading.Lock()  # held while a thread uses the connection, one at a time
-        self._commits = 0  # ours: data_version tells of the other connections' only
-        if not self._path:
-            SqliteBroker._memory_pid = SqliteBroker._memory_pid or os.getpid()
-            text = "sqlite:// is the memory of one process, and this is another: use a file, such"
-            _require(SqliteBroker._memory_pid == os.getpid(), f"{text} as sqlite:///queue.db")
         self._db = self._open()
 
     def _open(self) -> Any:
@@ -1914,25 +1911,33 @@ class SqliteBroker(Broker):
         text = f"SQLite {sqlite3.sqlite_version} is too old: expected 3.30.0 or newer"
         _require(sqlite3.sqlite_version_info >= _OLDEST_SQLITE, text)
         options: Any = {"timeout": 30, "isolation_level": None, "check_same_thread": False}
-        with contextlib.ExitStack() as undo:
-            try:
-                db = sqlite3.connect(self._path or ":memory:", **options)
-                undo.callback(db.close)
-                if (version := db.execute("PRAGMA user_version").fetchone()[0]) not in (0, 1):
-                    text = f"expected version 1 of its tables, got {version}"
-                    raise sqlite3.OperationalError(text)
-                _turn_to_wal(db)
-                db.execute("PRAGMA synchronous = FULL")
-                db.executescript(_SQLITE_SCHEMA)
-            except sqlite3.Error as error:
-                where = os.path.abspath(self._path or "memory")
-                text = f"TASKHAWK_BROKER: can't open {where}: {error}"
-                raise ConfigurationError(text) from error
-            undo.pop_all()
+        db, deadline = None, time.monotonic() + 30
+        try:
+            db = sqlite3.connect(self._path or ":memory:", **options)
+            if (version := db.execute("PRAGMA user_version").fetchone()[0]) not in (0, 1):
+                raise sqlite3.OperationalError(f"expected version 1 of its tables, got {version}")
+            while True:  # alone of all statements, this one does not wait for other processes
+                try:
+                    db.execute("PRAGMA journal_mode = WAL")
+                    break
+                except sqlite3.OperationalError as error:
+                    if error.sqlite_errorname != "SQLITE_BUSY" or time.monotonic() > deadline:
+                        raise
+                    time.sleep(0.01)
+            db.execute("PRAGMA synchronous = FULL")
+            db.executescript(_SQLITE_SCHEMA)
+        except sqlite3.Error as error:
+            if db:
+                db.close()
+            where = os.path.abspath(self._path or "memory")
+            raise ConfigurationError(f"TASKHAWK_BROKER: can't open {where}: {error}") from error
         return db
 
     def destination(self, priority: Priority) -> str:
         return _queue_name(priority)
+
+    def url(self, queue: str) -> str:
+        return self._url
 
     def close(self) -> None:
         """Close the file; what is in memory is gone."""
@@ -1948,37 +1953,26 @@ class SqliteBroker(Broker):
     def after_fork(self) -> None:
         try:
             self._db = self._open() if self._path else self._db
-            self._commits += 1
         finally:
             self._lock.release()
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[Any]:
         """Hold our lock and the file's write lock; all is written, or nothing."""
-        with self._lock:
-            try:
-                self._db.execute("BEGIN IMMEDIATE")
-                yield self._db
-                self._db.execute("COMMIT")
-            finally:
-                self._commits += 1
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
+        with self._lock, self._db:  # which commits, or rolls back
+            self._db.execute("BEGIN IMMEDIATE")
+            yield self._db
 
     def _in_ms(self, seconds: float = 0) -> int:
         return math.ceil((self._clock() + seconds) * 1000)
 
     def send(self, destination: str, entries: Sequence[Outgoing]) -> list[Refusal]:
         """Write the messages in one transaction."""
-        insert = (
-            "INSERT INTO message (queue, message_id, body, attributes, sent_ms, visible_ms)"
-            " VALUES (?, ?, ?, ?, ?, ?)"
-        )
+        insert = "INSERT INTO message VALUES (NULL, ?, ?, ?, ?, ?, ?, 0, NULL)"
         with self._transaction() as db:
-            for entry in entries:
-                names = destination, _new_id()
-                times = self._in_ms(), self._in_ms(entry.delay_s)
-                db.execute(insert, (*names, entry.body, json.dumps(entry.attributes), *times))
+            for body, attributes, delay_s, *_ in entries:
+                what = (destination, _new_id(), body, json.dumps(attributes))
+                db.execute(insert, (*what, self._in_ms(), self._in_ms(delay_s)))
         return []
 
     def receive(
@@ -1986,44 +1980,36 @@ class SqliteBroker(Broker):
     ) -> list[QueueMessage]:
         """Claim messages; wait for the first without holding any lock."""
         deadline, pause_s = time.monotonic() + wait_s, 0.002
-        seen, next_ms = None, math.inf
-        ask = "SELECT min(visible_ms) FROM message WHERE queue = ?"
+        look = "SELECT EXISTS (SELECT 1 FROM message WHERE queue = ? AND visible_ms <= ?)"
+        claim = functools.partial(self._claim, queue, most, lease_s or self._lease_s)
         while True:
             with self._lock:
-                version = self._commits, self._db.execute("PRAGMA data_version").fetchone()[0]
-                if version != seen:
-                    (found,) = self._db.execute(ask, (queue,)).fetchone()
-                    seen, next_ms = version, math.inf if found is None else found
-            if next_ms <= self._in_ms():
-                claimed = self._claim(queue, min(most, _MAX_BATCH), lease_s or self._lease_s)
-                if claimed:
-                    return claimed
-            if time.monotonic() >= deadline or stop.wait(pause_s):
+                (found,) = self._db.execute(look, (queue, self._in_ms())).fetchone()
+            if (claimed := claim() if found else []) or time.monotonic() >= deadline:
+                return claimed
+            if stop.wait(pause_s):
                 return []
             pause_s = min(pause_s * 2, 0.05)  # twenty looks a second cost next to nothing
 
     def _claim(self, queue: str, most: int, lease_s: float) -> list[QueueMessage]:
         """Take the first messages; those received too often go to the dead-letter queue."""
-        limit = self.info(queue).max_receive_count or math.inf
         find = (
-            "SELECT id, receive_count, sent_ms, attributes, body, message_id FROM message"
+            "SELECT id, receive_count + 1, sent_ms, attributes, body, message_id FROM message"
             " WHERE queue = ? AND visible_ms <= ? ORDER BY visible_ms, id LIMIT ?"
         )
         take = "UPDATE message SET receive_count = ?, visible_ms = ?, receipt = ? WHERE id = ?"
-        redrive = (
-            "UPDATE message SET queue = queue || '-DLQ', receive_count = 0, receipt = NULL"
-            " WHERE id = ?"
-        )
-        claimed: list[QueueMessage] = []
+        redrive = "UPDATE message SET queue = ?, receive_count = 0, receipt = NULL WHERE id = ?"
+        _, dead, limit = self.info(queue)
+        claimed = []
         with self._transaction() as db:
-            rows = db.execute(find, (queue, self._in_ms(), most)).fetchall()
-            for row, count, sent_ms, attributes, body, message_id in rows:
-                if count >= limit:
-                    db.execute(redrive, (row,))
+            first = db.execute(find, (queue, self._in_ms(), min(most, _MAX_BATCH))).fetchall()
+            for row, count, sent_ms, attributes, body, message_id in first:
+                if limit and count > limit:
+                    db.execute(redrive, (dead, row))
                     continue
                 receipt = f"{row}-{os.urandom(16).hex()}"
-                db.execute(take, (count + 1, self._in_ms(lease_s), receipt, row))
-                system = {"ApproximateReceiveCount": str(count + 1), "SentTimestamp": str(sent_ms)}
+                db.execute(take, (count, self._in_ms(lease_s), receipt, row))
+                system = {"ApproximateReceiveCount": str(count), "SentTimestamp": str(sent_ms)}
                 parts = (body, message_id, receipt, system, json.loads(attributes))
                 claimed.append(QueueMessage(*parts, queue, self))
         return claimed
@@ -2054,9 +2040,6 @@ class SqliteBroker(Broker):
                 if not db.execute(change, row).rowcount and db.execute(refused, row).fetchone()
             ]
 
-    def url(self, queue: str) -> str:
-        return self._url
-
     def info(self, queue: str) -> QueueInfo:
         if queue.endswith("-DLQ"):
             return QueueInfo(self._lease_s, None, None)
@@ -2069,21 +2052,6 @@ class SqliteBroker(Broker):
             FROM message WHERE queue = :queue"""
         with self._lock:
             return Depth(*self._db.execute(ask, {"now": self._in_ms(), "queue": queue}).fetchone())
-
-
-def _turn_to_wal(db: Any) -> None:
-    """Wait for other processes, as every statement does but this one."""
-    deadline = time.monotonic() + 30
-    while True:
-        try:
-            db.execute("PRAGMA journal_mode = WAL")
-        except Exception as error:
-            busy = getattr(error, "sqlite_errorname", "") == "SQLITE_BUSY"
-            if not busy or time.monotonic() > deadline:
-                raise
-            time.sleep(0.01)
-        else:
-            return
 
 
 # --- 10. publishing -------------------------------------------------------------------------------
@@ -3187,13 +3155,10 @@ class Captured(NamedTuple):
     id: str
 
 
-class _Capture(Sender):
-    """Sends nothing, and needs no setting; the limits are those of SQS."""
+class _Capture(list[Captured], Sender):
+    """Keeps what it is to send, and needs no setting; the limits are those of SQS."""
 
     max_bytes, max_delay_s = _MAX_SQS_BYTES, _MAX_DELAY_S
-
-    def __init__(self) -> None:
-        self.calls: list[Captured] = []
 
     def destination(self, priority: Priority) -> str:
         return priority.name
@@ -3202,7 +3167,7 @@ class _Capture(Sender):
         for entry in entries:
             message = _decode(entry.body)
             call = (message.task_name, message.args, message.kwargs, message.headers)
-            self.calls.append(Captured(*call, message.priority, entry.delay_s, message.id))
+            self.append(Captured(*call, message.priority, entry.delay_s, message.id))
         return []
 
 
@@ -3212,14 +3177,15 @@ def capture() -> Iterator[list[Captured]]:
 
     Arguments are bound, checked and encoded as for real, so what can't be sent raises here too.
     """
-    before, made = _brokers.captured_by, _Capture()  # type: ignore[abstract]
-    _brokers.captured_by = made
+    before, calls = _brokers.captured_by, _Capture()  # type: ignore[abstract]
+    _brokers.captured_by = calls
     try:
-        yield made.calls
+        yield calls
     finally:
         _brokers.captured_by = before
 
 
+@dataclasses.dataclass
 class _DeadLetters:
     """The dead letters of a queue, each looked at once; those that stay are visible again after.
 
@@ -3227,81 +3193,74 @@ class _DeadLetters:
     :param lease_s: how long others can't see what was received; None takes the queue's own
     """
 
-    def __init__(
-        self,
-        priority: Priority,
-        num_messages: int = _MAX_BATCH,
-        lease_s: float | None = 600,
-        limit: float = math.inf,
-        wanted: Callable[[Mapping[str, Any]], bool] = lambda _: True,
-    ) -> None:
-        _require(num_messages >= 1, f"num_messages: expected 1 or more, got {num_messages}")
-        self._broker, self._lease_s, self._limit = _brokers.broker(), lease_s, limit
-        self._most, self._wanted = min(num_messages, _MAX_BATCH), wanted
-        self.queue = self._broker.destination(priority)
-        self.source = self._broker.info(self.queue).dead_letter_queue or ""
-        _require(self.source, f"{self.queue}: it has no dead-letter queue (no RedrivePolicy)")
+    priority: Priority
+    num_messages: int = _MAX_BATCH
+    lease_s: float | None = 600
+    limit: int = sys.maxsize
+    wanted: Callable[[Mapping[str, Any]], bool] = lambda _: True
 
-    def each(
-        self, doing: str, done: str, act: Callable[[Sequence[QueueMessage]], Sequence[str] | None]
-    ) -> int:
+    def __post_init__(self) -> None:
+        most = self.num_messages
+        _require(most >= 1, f"num_messages: expected 1 or more, got {most}")
+        self._broker = _brokers.broker()
+        self._queue = self._broker.destination(self.priority)
+        self._source = self._broker.info(self._queue).dead_letter_queue or ""
+        _require(self._source, f"{self._queue}: it has no dead-letter queue (no RedrivePolicy)")
+
+    def each(self, doing: str, done: str, act: Callable[[list[QueueMessage]], Any]) -> int:
         """Do something to those that are wanted, and return to how many.
 
         Ends after as many as there were at the start, so that what comes back is not met again.
 
-        :param act: returns what went wrong with each, or None where they stay
+        :param act: returns what went wrong, by message; None where all of them stay
         """
-        total = self._broker.depth(self.source).visible
-        _log.info("%s about %d messages from %s", doing, total, self.source)
-        seen: dict[str, QueueMessage | None] = {}  # None where it does not stay
-        successful: list[dict[str, str]] = []
+        total = self._broker.depth(self._source).visible
+        _log.info("%s about %d messages from %s", doing, total, self._source)
+        seen: dict[str, QueueMessage | None] = {}  # by their ids; None where it does not stay
+        entries: list[dict[str, str]] = []
         failed: list[dict[str, str]] = []
         try:
-            while len(seen) < max(total, 1) and len(successful) + len(failed) < self._limit:
-                most = min(self._most, max(1, total - len(seen)))
-                found = self._broker.receive(self.source, most, 1, self._lease_s, threading.Event())
-                new = [message for message in found if message.message_id not in seen]
-                seen |= {message.message_id: message for message in new}
+            while len(seen) < max(total, 1) and len(entries) < self.limit:
+                most = min(self.num_messages, _MAX_BATCH, max(1, total - len(seen)))
+                found = self._broker.receive(self._source, most, 1, self.lease_s, threading.Event())
+                new = {m.message_id: m for m in found if m.message_id not in seen}
                 if not new:
                     break
-                mine = [message for message in new if self._wanted(_describe(message))]
-                mine = mine[: int(min(self._limit - len(successful) - len(failed), _MAX_BATCH))]
+                seen |= new
+                mine = [m for m in new.values() if self.wanted(_describe(m))]
+                mine = mine[: self.limit - len(entries)]
                 errors = act(mine)
-                for message, error in zip(mine, errors or [""] * len(mine), strict=True):
-                    entry = {"Id": message.message_id, "Code": error}
-                    (failed if error else successful).append(entry)
-                    seen[message.message_id] = message if errors is None or error else None
-                counts = len(successful), total, len(failed)
+                entries += [{"Id": m.message_id, "Code": (errors or {}).get(m, "")} for m in mine]
+                seen |= {m.message_id: None for m in mine if errors is not None and m not in errors}
+                failed = [entry for entry in entries if entry["Code"]]
+                counts = len(entries) - len(failed), total, len(failed)
                 _log.info("%s %d of %d messages, %d failed", done, *counts)
         finally:
             stay = [(m, (m.receipt_handle, 0)) for m in seen.values() if m]
             text = "%d of %d dead letters that were looked at can't be seen for a while: %s"
             _change_all("change_visibility", stay, text)
         if failed:
+            successful = [entry for entry in entries if not entry["Code"]]
             raise PartialFailure({"Successful": successful, "Failed": failed})
-        return len(successful)
+        return len(entries)
 
-    def requeue(self, messages: Sequence[QueueMessage]) -> list[str]:
+    def requeue(self, messages: Sequence[QueueMessage]) -> dict[QueueMessage, str]:
         """Send copies to the queue, delete those whose copy is confirmed, say what went wrong."""
         copies = []
         for message in messages:
             kept = {n: v for n, v in message.message_attributes.items() if n != _ERROR_ATTRIBUTE}
             copies.append(message.copy(kept))
-        refusals = _send_all(self._broker, self.queue, copies)
-        errors = {refusal.index: refusal.code for refusal in refusals}
-        copied = [index for index in range(len(messages)) if index not in errors]
-        deleted = self.delete([messages[index] for index in copied])
-        failed = {i: error for i, error in zip(copied, deleted, strict=True) if error}
-        errors |= {i: f"copied, but not deleted: {error}" for i, error in failed.items()}
-        return [errors.get(index, "") for index in range(len(messages))]
+        refusals = _send_all(self._broker, self._queue, copies)
+        errors = {messages[refusal.index]: refusal.code for refusal in refusals}
+        deleted = self.delete([message for message in messages if message not in errors])
+        return errors | {m: f"copied, but not deleted: {error}" for m, error in deleted.items()}
 
-    def delete(self, messages: Sequence[QueueMessage]) -> list[str]:
+    def delete(self, messages: Sequence[QueueMessage]) -> dict[QueueMessage, str]:
         """Delete messages, and say what went wrong."""
         receipts = [message.receipt_handle or "" for message in messages]
-        call = functools.partial(self._broker.delete, self.source, receipts)
+        call = functools.partial(self._broker.delete, self._source, receipts)
         refusals = _refused_by(call, len(receipts)) if receipts else []
-        errors = {refusal.index: refusal.code for refusal in refusals}
-        return [errors.get(index, "") for index in range(len(receipts))]
+        return {messages[refusal.index]: refusal.code for refusal in refusals}
 
 
 def _describe(received: QueueMessage) -> dict[str, Any]:
@@ -3312,9 +3271,8 @@ def _describe(received: QueueMessage) -> dict[str, Any]:
     about |= {"headers": {}, "sent": sent, "age_s": round(time.time() - sent_s)}
     about |= {"receives": received.attempt, "error": None, "invalid": None}
     try:
-        message = _decode(received.body)
-        about |= {"id": message.id, "task": message.task_name, "headers": message.headers}
-        about |= {"args": message.args, "kwargs": message.kwargs}
+        about |= _decode(received.body).as_dict()
+        del about["metadata"]
     except ValidationError as error:
         about["invalid"] = str(error)
     record = received.message_attributes.get(_ERROR_ATTRIBUTE, {}).get("StringValue", "")
@@ -3346,23 +3304,26 @@ def requeue_dead_letter(
     return letters.each("requeueing", "requeued", letters.requeue)
 
 
-def _is_missing(error: BaseException) -> bool:
-    return _error_code(error) in ("NonExistentQueue", "QueueDoesNotExist", "NotFound")
+def _if_there(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Return what a call does; None where there is no such queue or topic."""
+    try:
+        return call(*args, **kwargs)
+    except ConfigurationError as error:
+        if _error_code(error) not in ("NonExistentQueue", "QueueDoesNotExist", "NotFound"):
+            raise
+        return None
 
 
 def _depths() -> dict[str, dict[str, int | None] | None]:
     """Count the messages of each priority, most urgent first; None where there is no queue."""
     broker, found = _brokers.broker(), {}
     for priority in _URGENCY:
-        queue, counts = broker.destination(priority), None
-        try:
-            dead = broker.info(queue).dead_letter_queue
-            counts = {**broker.depth(queue)._asdict(), "dead_letters": None}
-            counts["dead_letters"] = sum(broker.depth(dead)) if dead else None
-        except ConfigurationError as error:
-            if not _is_missing(error):
-                raise
-        found[priority.name] = counts
+        queue = broker.destination(priority)
+        depth = _if_there(broker.depth, queue)
+        dead = broker.info(queue).dead_letter_queue if depth else None
+        letters = _if_there(broker.depth, dead) if dead else None
+        counts = {"dead_letters": sum(letters) if letters else None}
+        found[priority.name] = {**depth._asdict(), **counts} if depth else None
     return found
 
 
@@ -3371,191 +3332,155 @@ def _depth_lines(
 ) -> Iterator[str]:
     """Draw what :func:`_depths` found; with what it found some seconds before, also the trend."""
     yield f"{'':10}{'visible':>10}{'in flight':>11}{'delayed':>9}{'dead letters':>14}"
-    kinds = Depth._fields
-    totals = {name: sum(d[k] for k in kinds) if d else 0 for name, d in depths.items()}
-    scale, color = 30 / max(30, *totals.values()), bars and not os.environ.get("NO_COLOR")
+    queued = {name: [d[kind] for kind in Depth._fields] for name, d in depths.items() if d}
+    scale = 30 / max(30, *map(sum, queued.values()))
     for name, counts in depths.items():
         if counts is None:
             yield f"{name:10}{'no queue':>10}"
             continue
-        dead = f"{'none' if counts['dead_letters'] is None else counts['dead_letters']:>14}"
-        dead = f"\x1b[31m{dead}\x1b[0m" if color and counts["dead_letters"] else dead
-        line = f"{name:10}{counts['visible']:>10}{counts['in_flight']:>11}"
-        line += f"{counts['delayed']:>9}{dead}"
+        visible, in_flight, delayed, dead = counts.values()
+        shown = f"{'none' if dead is None else dead:>14}"
+        if dead and bars and not os.environ.get("NO_COLOR"):
+            shown = f"\x1b[31m{shown}\x1b[0m"
+        line = f"{name:10}{visible:>10}{in_flight:>11}{delayed:>9}{shown}"
         if was := before.get(name):
-            rate = (totals[name] - sum(was[k] for k in kinds)) / seconds
+            rate = (sum(queued[name]) - sum(was[kind] for kind in Depth._fields)) / seconds
             line += f"{rate:>+10.1f}/s"
-        drawn = zip("█▓░", (math.ceil(counts[kind] * scale) for kind in kinds), strict=True)
-        yield line + ("  " + "".join(mark * count for mark, count in drawn)) * bars
+        drawn = [mark * math.ceil(n * scale) for mark, n in zip("█▓░", queued[name], strict=True)]
+        yield line + ("  " + "".join(drawn)) * bars
 
 
-class _Resource(NamedTuple):
-    """A queue, topic or subscription that is wanted; `attributes` as its API call names them."""
-
-    kind: str
-    name: str
-    attributes: dict[str, Any]
+_Resource = tuple[str, str, dict[str, Any]]  # Terraform's type, the name, Terraform's attributes
 
 
-def _wanted_resources(
+def _resources(
     priorities: Iterable[Priority], max_receive_count: int, function: str | None
 ) -> Iterator[_Resource]:
     """Describe what a service needs, in an order in which it can be made."""
+    service = settings.require("TASKHAWK_QUEUE")
+    tags = {"taskhawk": service}
     for priority in priorities:
         if settings.IS_LAMBDA_APP:
-            topic = f"taskhawk-{settings.require('TASKHAWK_QUEUE').lower()}{_SUFFIXES[priority]}"
-            yield _Resource("topic", topic, {})
+            name = f"taskhawk-{service.lower()}{_SUFFIXES[priority]}"
+            yield "aws_sns_topic", name, {"name": name, "tags": tags}
             if function:
-                yield _Resource("subscription", topic, {"Protocol": "lambda", "Endpoint": function})
+                arn = f"${{aws_sns_topic.{_label(name)}.arn}}"
+                to = {"topic_arn": arn, "protocol": "lambda", "endpoint": function}
+                yield "aws_sns_topic_subscription", name, to
             continue
         name = _queue_name(priority)
-        dead = {"MessageRetentionPeriod": _DEAD_LETTER_RETENTION_S}
-        yield _Resource("queue", f"{name}-DLQ", dead)
-        target = _arn("sqs", f"{name}-DLQ")
-        redrive = {"deadLetterTargetArn": target, "maxReceiveCount": max_receive_count}
-        attributes = {"MessageRetentionPeriod": _RETENTION_S, "RedrivePolicy": redrive}
-        yield _Resource("queue", name, attributes)
+        # SQS counts the retention from the first sending, so that of dead letters is longer.
+        dead = {"name": f"{name}-DLQ", "message_retention_seconds": 14 * 86_400, "tags": tags}
+        yield "aws_sqs_queue", f"{name}-DLQ", dead
+        arn = f"${{aws_sqs_queue.{_label(name)}_dlq.arn}}"
+        redrive = {"deadLetterTargetArn": arn, "maxReceiveCount": max_receive_count}
+        ours = {"name": name, "message_retention_seconds": 4 * 86_400}
+        yield "aws_sqs_queue", name, dead | ours | {"redrive_policy": json.dumps(redrive)}
 
 
-_RETENTION_S = 4 * 86_400
-_DEAD_LETTER_RETENTION_S = 14 * 86_400  # SQS counts from the first sending: longer than the queue's
+def _label(name: str) -> str:
+    return name.lower().replace("-", "_")
 
 
-def _arn(service: str, name: str) -> str:
-    broker = _brokers.broker()
-    _require(isinstance(broker, SqsBroker), "TASKHAWK_BROKER: SQLite has nothing to provision")
-    meta = typing.cast("SqsBroker", broker).client("send").meta
-    account = settings.require("AWS_ACCOUNT_ID")
-    return f"arn:{meta.partition}:{service}:{meta.region_name}:{account}:{name}"
-
-
-_AS_WANTED = "is as it should be"
-
-
-class _Provisioner:
-    """Makes what is missing and raises what is too low; says what was done, or would be."""
-
-    def __init__(self, tags: Mapping[str, str], *, dry_run: bool) -> None:
-        self._tags, self._dry_run = dict(tags), dry_run
-
-    def apply(self, resource: _Resource) -> str:
-        """Make or mend one thing, and say so."""
-        done = getattr(self, resource.kind)(resource.name, resource.attributes)
-        would_be = "would be " if self._dry_run and done != _AS_WANTED else ""
-        return f"{resource.kind} {resource.name}: {would_be}{done}"
-
-    def queue(self, name: str, wanted: Mapping[str, Any]) -> str:
-        """Make or mend a queue; what someone set higher by hand stays."""
-        broker = typing.cast("SqsBroker", _brokers.broker())
-        try:
-            found = broker.attributes(name, ["All"])
-        except ConfigurationError as error:
-            if not _is_missing(error):
-                raise
-            if not self._dry_run:
-                with _explained(name):
-                    make, attributes = broker.client("send").create_queue, _as_texts(wanted)
-                    make(QueueName=name, Attributes=attributes, tags=self._tags)
-            return "made"
-        changes: dict[str, Any] = {}
-        if int(found["MessageRetentionPeriod"]) < wanted["MessageRetentionPeriod"]:
-            changes["MessageRetentionPeriod"] = wanted["MessageRetentionPeriod"]
-        redrive = json.loads(found.get("RedrivePolicy") or "{}")
-        policy = wanted.get("RedrivePolicy")
-        if policy and int(redrive.get("maxReceiveCount", 0)) < policy["maxReceiveCount"]:
-            most = {"maxReceiveCount": policy["maxReceiveCount"]}
-            changes["RedrivePolicy"] = policy | redrive | most
-        texts = _as_texts(changes)
-        if texts and not self._dry_run:
-            broker.call("send", "set_queue_attributes", name, Attributes=texts)
-        told = [f"{key} from {found.get(key, 'none')} to {texts[key]}" for key in texts]
-        return f"changed: {', '.join(told)}" if told else _AS_WANTED
-
-    def topic(self, name: str, _wanted: object) -> str:
-        """Make a topic."""
-        client = _brokers.get("sns").client("send")
-        with _explained(name):
-            try:
-                client.get_topic_attributes(TopicArn=_arn("sns", name))
-            except client.exceptions.NotFoundException:
-                if not self._dry_run:
-                    pairs = [{"Key": key, "Value": value} for key, value in self._tags.items()]
-                    client.create_topic(Name=name, Tags=pairs)
-                return "made"
-        return _AS_WANTED
-
-    def subscription(self, name: str, wanted: Mapping[str, str]) -> str:
-        """Subscribe a function to a topic."""
-        client, topic = _brokers.get("sns").client("send"), _arn("sns", name)
-        found = []
-        with _explained(name):
-            with contextlib.suppress(client.exceptions.NotFoundException):
-                pages = client.get_paginator("list_subscriptions_by_topic").paginate(TopicArn=topic)
-                found = [each["Endpoint"] for page in pages for each in page["Subscriptions"]]
-            if wanted["Endpoint"] in found:
-                return _AS_WANTED
-            if not self._dry_run:
-                client.subscribe(TopicArn=topic, **wanted)
-        return f"made for {wanted['Endpoint']}"
-
-
-def _as_texts(attributes: Mapping[str, Any]) -> dict[str, str]:
-    dumped = {k: json.dumps(v) for k, v in attributes.items() if isinstance(v, dict)}
-    return {key: str(value) for key, value in attributes.items()} | dumped
-
-
-def _terraform(resources: Iterable[_Resource], tags: Mapping[str, str]) -> dict[str, Any]:
+def _terraform(resources: Iterable[_Resource]) -> dict[str, Any]:
     """Write resources in Terraform's JSON syntax."""
     made: dict[str, dict[str, Any]] = {}
     for kind, name, wanted in resources:
-        label = re.sub(r"[^a-z0-9_]", "_", name.lower())
-        if kind == "queue":
-            seconds = wanted["MessageRetentionPeriod"]
-            one = {"name": name, "message_retention_seconds": seconds, "tags": dict(tags)}
-            if policy := wanted.get("RedrivePolicy"):
-                target = f"${{aws_sqs_queue.{label}_dlq.arn}}"
-                one["redrive_policy"] = json.dumps(policy | {"deadLetterTargetArn": target})
-            made.setdefault("aws_sqs_queue", {})[label] = one
-        elif kind == "topic":
-            made.setdefault("aws_sns_topic", {})[label] = {"name": name, "tags": dict(tags)}
-        else:
-            topic, function = f"${{aws_sns_topic.{label}.arn}}", wanted["Endpoint"]
-            subscription = {"topic_arn": topic, "protocol": "lambda", "endpoint": function}
-            made.setdefault("aws_sns_topic_subscription", {})[label] = subscription
+        made.setdefault(kind, {})[_label(name)] = wanted
+        if function := wanted.get("endpoint"):
             allowed = {"action": "lambda:InvokeFunction", "principal": "sns.amazonaws.com"}
-            allowed |= {"function_name": function, "source_arn": topic}
-            made.setdefault("aws_lambda_permission", {})[label] = allowed
+            allowed |= {"function_name": function, "source_arn": wanted["topic_arn"]}
+            made.setdefault("aws_lambda_permission", {})[_label(name)] = allowed
     return {"resource": made}
+
+
+def _arn(kind: str, name: str) -> str:
+    service, account = kind.split("_")[1], settings.require("AWS_ACCOUNT_ID")
+    meta = _brokers.get(service).client("send").meta
+    return f"arn:{meta.partition}:{service}:{meta.region_name}:{account}:{name}"
+
+
+def _provide(kind: str, name: str, wanted: Mapping[str, Any], *, dry_run: bool) -> str:
+    """Make what is missing and raise what is too low; say what was done, or would be."""
+    find = _queue_change if kind == "aws_sqs_queue" else _topic_change
+    told, change = find(kind, name, wanted)
+    if told and not dry_run:
+        with _explained(name):
+            change()
+    would_be = "would be " if told and dry_run else ""
+    return f"{kind.rpartition('_')[2]} {name}: {would_be}{told or 'is as it should be'}"
+
+
+def _queue_change(
+    kind: str, name: str, wanted: Mapping[str, Any]
+) -> tuple[str, Callable[[], object]]:
+    """Return what is to be said and done of a queue; what someone set higher by hand stays."""
+    broker, target = _brokers.get("sqs"), {"deadLetterTargetArn": _arn(kind, f"{name}-DLQ")}
+    found = _if_there(broker.attributes, name, ["All"]) or {}
+    changes, kept_s = {}, wanted["message_retention_seconds"]
+    if int(found.get("MessageRetentionPeriod", 0)) < kept_s:
+        changes["MessageRetentionPeriod"] = str(kept_s)
+    ours = json.loads(wanted.get("redrive_policy", "{}"))
+    theirs = json.loads(found.get("RedrivePolicy") or "{}")
+    if int(theirs.get("maxReceiveCount", 0)) < (most := ours.get("maxReceiveCount", 0)):
+        changes["RedrivePolicy"] = json.dumps(target | theirs | {"maxReceiveCount": most})
+    client = broker.client("send")
+    if not found:
+        options = {"QueueName": name, "Attributes": changes, "tags": wanted["tags"]}
+        return "made", functools.partial(client.create_queue, **options)
+    told = [f"{key} from {found.get(key, 'none')} to {text}" for key, text in changes.items()]
+    options = {"QueueUrl": broker.url(name), "Attributes": changes}
+    change = functools.partial(client.set_queue_attributes, **options)
+    return f"changed: {', '.join(told)}" * bool(told), change
+
+
+def _topic_change(
+    kind: str, name: str, wanted: Mapping[str, Any]
+) -> tuple[str, Callable[[], object]]:
+    """Return what is to be said and done of a topic, or of a function's subscription to it."""
+    client, topic = _brokers.get("sns").client("send"), _arn(kind, name)
+    pages = client.get_paginator("list_subscriptions_by_topic").paginate(TopicArn=topic)
+    found = _if_there(_explained(name)(pages.build_full_result))
+    if kind == "aws_sns_topic":
+        tags = [{"Key": key, "Value": value} for key, value in wanted["tags"].items()]
+        change = functools.partial(client.create_topic, Name=name, Tags=tags)
+        return "made" if found is None else "", change
+    function = wanted["endpoint"]
+    there = found and function in [each["Endpoint"] for each in found["Subscriptions"]]
+    options = {"TopicArn": topic, "Protocol": "lambda", "Endpoint": function}
+    return "" if there else f"made for {function}", functools.partial(client.subscribe, **options)
 
 
 _SENDER = "sqs:SendMessage sqs:GetQueueUrl"
 _RECEIVER = (
     "sqs:ReceiveMessage sqs:DeleteMessage sqs:ChangeMessageVisibility sqs:GetQueueAttributes"
 )
-_ACTIONS = {  # the least that each role needs: on topics, on queues, on their dead-letter queues
-    "publisher": ("sns:Publish", _SENDER, ""),
-    "worker": ("", f"{_RECEIVER} sqs:GetQueueUrl", _SENDER),
-    "lambda": ("", _RECEIVER, ""),
-    "operator": ("", f"{_SENDER} sqs:GetQueueAttributes", f"{_RECEIVER} sqs:GetQueueUrl"),
-}
+_GRANTS = [  # the least that each role needs, on topics, queues and dead-letter queues
+    ("publisher", "aws_sns_topic", "sns:Publish"),
+    ("publisher", "aws_sqs_queue", _SENDER),
+    ("worker", "aws_sqs_queue", f"{_RECEIVER} sqs:GetQueueUrl"),
+    ("worker", "DLQ", _SENDER),
+    ("lambda", "aws_sqs_queue", _RECEIVER),
+    ("operator", "aws_sqs_queue", f"{_SENDER} sqs:GetQueueAttributes"),
+    ("operator", "DLQ", f"{_RECEIVER} sqs:GetQueueUrl"),
+]
 
 
-def _iam(resources: Sequence[_Resource]) -> dict[str, Any]:
+def _iam(resources: Iterable[_Resource]) -> dict[str, Any]:
     """Write the least policies, by role."""
-    kinds: tuple[list[str], ...] = ([], [], [])
+    arns: dict[str, list[str]] = {}
     for kind, name, _ in resources:
-        if kind != "subscription":
-            of_kind = 0 if kind == "topic" else 1 + name.endswith("-DLQ")
-            kinds[of_kind].append(_arn("sns" if kind == "topic" else "sqs", name))
-    policies = {}
-    for role, actions in _ACTIONS.items():
-        statements = [
-            {"Effect": "Allow", "Action": allowed.split(), "Resource": arns}
-            for allowed, arns in zip(actions, kinds, strict=True)
-            if allowed and arns
-        ]
-        policies[role] = {"Version": "2012-10-17", "Statement": statements}
-    return {role: policy for role, policy in policies.items() if policy["Statement"]}
+        arns.setdefault("DLQ" if name.endswith("-DLQ") else kind, []).append(_arn(kind, name))
+    policies: dict[str, Any] = {}
+    for role, kind, actions in _GRANTS:
+        if kind in arns:
+            policy = policies.setdefault(role, {"Version": "2012-10-17", "Statement": []})
+            grant = {"Effect": "Allow", "Action": actions.split(), "Resource": arns[kind]}
+            policy["Statement"].append(grant)
+    return policies
+
+
+_PROVISION = "python -m taskhawk provision"
 
 
 class _Finding(NamedTuple):
@@ -3564,10 +3489,7 @@ class _Finding(NamedTuple):
     severity: str
     what: str
     why: str
-    remedy: str
-
-
-_PROVISION = "python -m taskhawk provision"
+    remedy: str = _PROVISION
 
 
 def _check(priorities: Iterable[Priority]) -> Iterator[_Finding]:
@@ -3583,79 +3505,66 @@ def _check(priorities: Iterable[Priority]) -> Iterator[_Finding]:
             yield _Finding("error", "TASKHAWK_QUEUE is not set", why, remedy)
             return
         for priority in priorities:
-            yield from _check_priority(priority)
+            yield from (_check_topic if settings.IS_LAMBDA_APP else _check_queue)(priority)
     except ConfigurationError as error:
         yield _Finding("error", str(error), "nothing can be sent or received", "as it says")
 
 
-def _check_priority(priority: Priority) -> Iterator[_Finding]:
-    if settings.IS_LAMBDA_APP:
-        yield from _check_topic(_brokers.get("sns").destination(priority))
-        return
+def _check_topic(priority: Priority) -> Iterator[_Finding]:
+    sender = _brokers.get("sns")
+    topic = sender.destination(priority)
+    found = _if_there(sender.call, "send", "list_subscriptions_by_topic", topic)
+    if found is None:
+        yield _Finding("error", f"{topic}: no such topic", "dispatch raises")
+    elif not found["Subscriptions"]:
+        remedy = f"{_PROVISION} --lambda ARN"
+        yield _Finding("error", f"{topic}: nobody subscribes", "what is sent is lost", remedy)
+
+
+def _check_queue(priority: Priority) -> Iterator[_Finding]:
     broker, queue = _brokers.broker(), _queue_name(priority)
-    tasks = [t for _, t in sorted(_registry.items()) if t.priority is priority]
-    try:
-        info = broker.info(queue)
-    except ConfigurationError as error:
-        if not _is_missing(error):
-            raise
-        yield _Finding("error", f"{queue}: no such queue", "dispatch raises", _PROVISION)
+    info = _if_there(broker.info, queue)
+    if info is None:
+        yield _Finding("error", f"{queue}: no such queue", "dispatch raises")
         return
     lease_s, dead, most = info
-    for found in tasks:
-        if found.time_limit and found.time_limit > lease_s:
+    for found in [task for _, task in sorted(_registry.items()) if task.priority is priority]:
+        limit, retries = found.time_limit, getattr(found.retry, "max_retries", None)
+        if limit and limit > lease_s:
             what = f"{queue}: its visibility timeout of {lease_s:g} s is below {found.name}'s limit"
             why = "after a worker that can't extend it, or in Lambda, the task runs twice at once"
-            remedy = f"set VisibilityTimeout above {found.time_limit:g} s"
-            yield _Finding("warning", f"{what} of {found.time_limit:g} s", why, remedy)
-        retries = getattr(found.retry, "max_retries", None)
+            remedy = f"set VisibilityTimeout above {limit:g} s"
+            yield _Finding("warning", f"{what} of {limit:g} s", why, remedy)
         if most and retries is not None and most <= retries:
             what = f"{queue}: its maxReceiveCount of {most} is not above {found.name}'s {retries}"
             why = "the queue gives up before the task's policy does"
             remedy = f"{_PROVISION} --max-receive-count {retries + 2}"
             yield _Finding("error", f"{what} retries", why, remedy)
     if not dead or not most:
-        what, why = (
-            f"{queue}: it has no dead-letter queue",
-            "what fails is retried until it expires",
-        )
-        yield _Finding("error", what, why, _PROVISION)
+        why = "what fails is retried until it expires"
+        yield _Finding("error", f"{queue}: it has no dead-letter queue", why)
         return
     if most < 5:  # noqa: PLR2004 - what AWS advises
         why = "a few crashes or releases are enough to make a dead letter of a good message"
-        yield _Finding("warning", f"{queue}: its maxReceiveCount is {most}", why, _PROVISION)
+        yield _Finding("warning", f"{queue}: its maxReceiveCount is {most}", why)
     if isinstance(broker, SqsBroker):
-        yield from _check_sizes(broker, queue, dead)
+        yield from _check_attributes(broker, queue, dead)
 
 
-def _check_sizes(broker: SqsBroker, queue: str, dead: str) -> Iterator[_Finding]:
+def _check_attributes(broker: SqsBroker, queue: str, dead: str) -> Iterator[_Finding]:
     names = ["MessageRetentionPeriod", "MaximumMessageSize"]
-    ours, theirs = broker.attributes(queue, names), broker.attributes(dead, names[:1])
-    kept_s, dead_s = (int(found["MessageRetentionPeriod"]) for found in (ours, theirs))
+    (kept_s, size), (dead_s, _) = (
+        map(int, map(broker.attributes(name, names).get, names)) for name in (queue, dead)
+    )
     if dead_s <= kept_s:
         what = f"{dead}: it keeps messages for {dead_s} s, and {queue} for {kept_s} s"
         why = "the time counts from the first sending: a dead letter may expire at once"
-        yield _Finding("warning", what, why, _PROVISION)
-    if int(ours["MaximumMessageSize"]) < _MAX_SQS_BYTES:
-        what = f"{queue}: it takes messages of at most {ours['MaximumMessageSize']} bytes"
+        yield _Finding("warning", what, why)
+    if size < _MAX_SQS_BYTES:
+        what = f"{queue}: it takes messages of at most {size} bytes"
         why = "SQS takes 1 MiB, and larger ones are refused at dispatch"
         remedy = f"set MaximumMessageSize to {_MAX_SQS_BYTES}"
         yield _Finding("warning", what, why, remedy)
-
-
-def _check_topic(topic: str) -> Iterator[_Finding]:
-    client = _brokers.get("sns").client("send")
-    try:
-        with _explained(topic):
-            found = client.list_subscriptions_by_topic(TopicArn=topic)["Subscriptions"]
-    except ConfigurationError as error:
-        if not _is_missing(error):
-            raise
-        yield _Finding("error", f"{topic}: no such topic", "dispatch raises", _PROVISION)
-        return
-    if not found:
-        remedy = f"{_PROVISION} --lambda ARN"
-        yield _Finding("error", f"{topic}: nobody subscribes", "what is sent is lost", remedy)
 
 
 # --- 15. command line -----------------------------------------------------------------------------
@@ -4013,21 +3922,19 @@ def _provision(arguments: Any) -> int:
         return 0
     ordered = (priority for priority in _URGENCY if priority in wanted)
     options = (arguments.max_receive_count, arguments.function)
-    resources = list(_wanted_resources(ordered, *options))
-    tags = {"taskhawk": settings.require("TASKHAWK_QUEUE")}
+    resources = _resources(ordered, *options)
     if arguments.format:
-        made = _iam(resources) if arguments.format == "iam" else _terraform(resources, tags)
+        made = _iam(resources) if arguments.format == "iam" else _terraform(resources)
         print(json.dumps(made, indent=2))
         return 0
-    provisioner = _Provisioner(tags, dry_run=arguments.dry_run)
     for resource in resources:
-        print(provisioner.apply(resource))
+        print(_provide(*resource, dry_run=arguments.dry_run))
     return 0
 
 
 def _letters(arguments: Any) -> _DeadLetters:
     _import_modules(arguments.module, arguments.command)
-    options = (_MAX_BATCH, 600, arguments.limit or math.inf, _filter(arguments))
+    options = (_MAX_BATCH, 600, arguments.limit or sys.maxsize, _filter(arguments))
     return _DeadLetters(Priority[arguments.priority], *options)
 
 
