@@ -1859,7 +1859,6 @@ def _queue_name(priority: Priority) -> str:
 # The embedded broker, with the semantics of SQS, for any number of processes on one machine. Every
 # change is one transaction that is on the disk (synchronous=FULL) before the call returns.
 
-_OLDEST_SQLITE = (3, 30, 0)  # the first with count(*) FILTER
 _SQLITE_SCHEMA = """
 BEGIN IMMEDIATE;
 CREATE TABLE IF NOT EXISTS message (
@@ -1909,7 +1908,7 @@ class SqliteBroker(Broker):
         import sqlite3
 
         text = f"SQLite {sqlite3.sqlite_version} is too old: expected 3.30.0 or newer"
-        _require(sqlite3.sqlite_version_info >= _OLDEST_SQLITE, text)
+        _require(sqlite3.sqlite_version_info >= (3, 30), text)  # the first with count(*) FILTER
         options: Any = {"timeout": 30, "isolation_level": None, "check_same_thread": False}
         db, deadline = None, time.monotonic() + 30
         try:
@@ -1993,10 +1992,8 @@ class SqliteBroker(Broker):
 
     def _claim(self, queue: str, most: int, lease_s: float) -> list[QueueMessage]:
         """Take the first messages; those received too often go to the dead-letter queue."""
-        find = (
-            "SELECT id, receive_count + 1, sent_ms, attributes, body, message_id FROM message"
-            " WHERE queue = ? AND visible_ms <= ? ORDER BY visible_ms, id LIMIT ?"
-        )
+        find = """SELECT id, receive_count + 1, sent_ms, attributes, body, message_id FROM message
+            WHERE queue = ? AND visible_ms <= ? ORDER BY visible_ms, id LIMIT ?"""
         take = "UPDATE message SET receive_count = ?, visible_ms = ?, receipt = ? WHERE id = ?"
         redrive = "UPDATE message SET queue = ?, receive_count = 0, receipt = NULL WHERE id = ?"
         _, dead, limit = self.info(queue)
@@ -2024,10 +2021,8 @@ class SqliteBroker(Broker):
         """Change when messages are visible again, while they are in flight."""
         now = self._in_ms()
         rows = [{"receipt": r, "until": self._in_ms(s), "now": now} for r, s in changes]
-        change = (
-            "UPDATE message SET visible_ms = :until WHERE id = CAST(:receipt AS INTEGER)"
-            " AND receipt = :receipt AND visible_ms > :now"
-        )
+        change = """UPDATE message SET visible_ms = :until
+            WHERE id = CAST(:receipt AS INTEGER) AND receipt = :receipt AND visible_ms > :now"""
         return self._change(change, "SELECT 1", rows)
 
     def _change(self, change: str, refused: str, rows: Sequence[dict[str, Any]]) -> list[Refusal]:
@@ -2041,9 +2036,8 @@ class SqliteBroker(Broker):
             ]
 
     def info(self, queue: str) -> QueueInfo:
-        if queue.endswith("-DLQ"):
-            return QueueInfo(self._lease_s, None, None)
-        return QueueInfo(self._lease_s, f"{queue}-DLQ", self._most)
+        limits = (None, None) if queue.endswith("-DLQ") else (f"{queue}-DLQ", self._most)
+        return QueueInfo(self._lease_s, *limits)
 
     def depth(self, queue: str) -> Depth:
         ask = """SELECT count(*) FILTER (WHERE visible_ms <= :now),
@@ -3353,44 +3347,40 @@ def _depth_lines(
 _Resource = tuple[str, str, dict[str, Any]]  # Terraform's type, the name, Terraform's attributes
 
 
-def _resources(
-    priorities: Iterable[Priority], max_receive_count: int, function: str | None
-) -> Iterator[_Resource]:
-    """Describe what a service needs, in an order in which it can be made."""
+def _resources(priority: Priority, most: int, function: str | None) -> Iterator[_Resource]:
+    """Describe what messages of a priority need, in an order in which it can be made."""
     service = settings.require("TASKHAWK_QUEUE")
     tags = {"taskhawk": service}
-    for priority in priorities:
-        if settings.IS_LAMBDA_APP:
-            name = f"taskhawk-{service.lower()}{_SUFFIXES[priority]}"
-            yield "aws_sns_topic", name, {"name": name, "tags": tags}
-            if function:
-                arn = f"${{aws_sns_topic.{_label(name)}.arn}}"
-                to = {"topic_arn": arn, "protocol": "lambda", "endpoint": function}
-                yield "aws_sns_topic_subscription", name, to
-            continue
-        name = _queue_name(priority)
-        # SQS counts the retention from the first sending, so that of dead letters is longer.
-        dead = {"name": f"{name}-DLQ", "message_retention_seconds": 14 * 86_400, "tags": tags}
-        yield "aws_sqs_queue", f"{name}-DLQ", dead
-        arn = f"${{aws_sqs_queue.{_label(name)}_dlq.arn}}"
-        redrive = {"deadLetterTargetArn": arn, "maxReceiveCount": max_receive_count}
-        ours = {"name": name, "message_retention_seconds": 4 * 86_400}
-        yield "aws_sqs_queue", name, dead | ours | {"redrive_policy": json.dumps(redrive)}
-
-
-def _label(name: str) -> str:
-    return name.lower().replace("-", "_")
+    topic = f"taskhawk-{service.lower()}{_SUFFIXES[priority]}"
+    name = topic if settings.IS_LAMBDA_APP else _queue_name(priority)
+    label = name.lower().replace("-", "_")
+    if settings.IS_LAMBDA_APP:
+        yield "aws_sns_topic", name, {"name": name, "tags": tags}
+        if function:
+            to = {"topic_arn": f"${{aws_sns_topic.{label}.arn}}", "protocol": "lambda"}
+            yield "aws_sns_topic_subscription", name, {**to, "endpoint": function}
+        return
+    # SQS counts the retention from the first sending, so that of dead letters is longer.
+    dead = {"message_retention_seconds": 14 * 86_400, "tags": tags}
+    yield "aws_sqs_queue", f"{name}-DLQ", {"name": f"{name}-DLQ", **dead}
+    redrive = {
+        "deadLetterTargetArn": f"${{aws_sqs_queue.{label}_dlq.arn}}",
+        "maxReceiveCount": most,
+    }
+    kept = {"message_retention_seconds": 4 * 86_400, "redrive_policy": json.dumps(redrive)}
+    yield "aws_sqs_queue", name, {"name": name, **kept, "tags": tags}
 
 
 def _terraform(resources: Iterable[_Resource]) -> dict[str, Any]:
     """Write resources in Terraform's JSON syntax."""
     made: dict[str, dict[str, Any]] = {}
     for kind, name, wanted in resources:
-        made.setdefault(kind, {})[_label(name)] = wanted
+        label = name.lower().replace("-", "_")
+        made.setdefault(kind, {})[label] = wanted
         if function := wanted.get("endpoint"):
             allowed = {"action": "lambda:InvokeFunction", "principal": "sns.amazonaws.com"}
             allowed |= {"function_name": function, "source_arn": wanted["topic_arn"]}
-            made.setdefault("aws_lambda_permission", {})[_label(name)] = allowed
+            made.setdefault("aws_lambda_permission", {})[label] = allowed
     return {"resource": made}
 
 
@@ -3402,67 +3392,60 @@ def _arn(kind: str, name: str) -> str:
 
 def _provide(kind: str, name: str, wanted: Mapping[str, Any], *, dry_run: bool) -> str:
     """Make what is missing and raise what is too low; say what was done, or would be."""
+    sender, arn = _brokers.get(kind.split("_")[1]), _arn(kind, name)
     find = _queue_change if kind == "aws_sqs_queue" else _topic_change
-    told, change = find(kind, name, wanted)
+    told, call, options = find(sender, name, arn, wanted)
     if told and not dry_run:
         with _explained(name):
-            change()
+            getattr(sender.client("send"), call)(**options)
     would_be = "would be " if told and dry_run else ""
     return f"{kind.rpartition('_')[2]} {name}: {would_be}{told or 'is as it should be'}"
 
 
-def _queue_change(
-    kind: str, name: str, wanted: Mapping[str, Any]
-) -> tuple[str, Callable[[], object]]:
-    """Return what is to be said and done of a queue; what someone set higher by hand stays."""
-    broker, target = _brokers.get("sqs"), {"deadLetterTargetArn": _arn(kind, f"{name}-DLQ")}
-    found = _if_there(broker.attributes, name, ["All"]) or {}
+_Change = tuple[str, str, dict[str, Any]]  # what to say of it, and the call that does it
+
+
+def _queue_change(sqs: SqsBroker, name: str, arn: str, wanted: Mapping[str, Any]) -> _Change:
+    """Find what a queue lacks; what someone set higher by hand stays."""
+    found = _if_there(sqs.attributes, name, ["All"]) or {}
     changes, kept_s = {}, wanted["message_retention_seconds"]
     if int(found.get("MessageRetentionPeriod", 0)) < kept_s:
         changes["MessageRetentionPeriod"] = str(kept_s)
     ours = json.loads(wanted.get("redrive_policy", "{}"))
-    theirs = json.loads(found.get("RedrivePolicy") or "{}")
-    if int(theirs.get("maxReceiveCount", 0)) < (most := ours.get("maxReceiveCount", 0)):
-        changes["RedrivePolicy"] = json.dumps(target | theirs | {"maxReceiveCount": most})
-    client = broker.client("send")
+    theirs: dict[str, Any] = {"deadLetterTargetArn": f"{arn}-DLQ", "maxReceiveCount": 0}
+    theirs |= json.loads(found.get("RedrivePolicy") or "{}")
+    if int(theirs["maxReceiveCount"]) < (most := ours.get("maxReceiveCount", 0)):
+        changes["RedrivePolicy"] = json.dumps({**theirs, "maxReceiveCount": most})
     if not found:
         options = {"QueueName": name, "Attributes": changes, "tags": wanted["tags"]}
-        return "made", functools.partial(client.create_queue, **options)
-    told = [f"{key} from {found.get(key, 'none')} to {text}" for key, text in changes.items()]
-    options = {"QueueUrl": broker.url(name), "Attributes": changes}
-    change = functools.partial(client.set_queue_attributes, **options)
-    return f"changed: {', '.join(told)}" * bool(told), change
+        return "made", "create_queue", options
+    told = ", ".join(f"{key} from {found.get(key, 'none')} to {changes[key]}" for key in changes)
+    options = {"QueueUrl": sqs.url(name), "Attributes": changes}
+    return told and f"changed: {told}", "set_queue_attributes", options
 
 
-def _topic_change(
-    kind: str, name: str, wanted: Mapping[str, Any]
-) -> tuple[str, Callable[[], object]]:
-    """Return what is to be said and done of a topic, or of a function's subscription to it."""
-    client, topic = _brokers.get("sns").client("send"), _arn(kind, name)
-    pages = client.get_paginator("list_subscriptions_by_topic").paginate(TopicArn=topic)
-    found = _if_there(_explained(name)(pages.build_full_result))
-    if kind == "aws_sns_topic":
-        tags = [{"Key": key, "Value": value} for key, value in wanted["tags"].items()]
-        change = functools.partial(client.create_topic, Name=name, Tags=tags)
-        return "made" if found is None else "", change
-    function = wanted["endpoint"]
-    there = found and function in [each["Endpoint"] for each in found["Subscriptions"]]
-    options = {"TopicArn": topic, "Protocol": "lambda", "Endpoint": function}
-    return "" if there else f"made for {function}", functools.partial(client.subscribe, **options)
+def _topic_change(sns: SnsSender, name: str, arn: str, wanted: Mapping[str, Any]) -> _Change:
+    """Find whether a topic, or a function's subscription to it, is missing."""
+    lists = sns.client("send").get_paginator("list_subscriptions_by_topic")
+    found = _if_there(_explained(name)(lists.paginate(TopicArn=arn).build_full_result))
+    if function := wanted.get("endpoint"):
+        there = found and function in [each["Endpoint"] for each in found["Subscriptions"]]
+        options = {"TopicArn": arn, "Protocol": "lambda", "Endpoint": function}
+        return "" if there else f"made for {function}", "subscribe", options
+    tags = [{"Key": key, "Value": value} for key, value in wanted["tags"].items()]
+    return "made" if found is None else "", "create_topic", {"Name": name, "Tags": tags}
 
 
-_SENDER = "sqs:SendMessage sqs:GetQueueUrl"
-_RECEIVER = (
-    "sqs:ReceiveMessage sqs:DeleteMessage sqs:ChangeMessageVisibility sqs:GetQueueAttributes"
-)
+_SEND = "sqs:SendMessage sqs:GetQueueUrl"
+_RECEIVE = "sqs:ReceiveMessage sqs:DeleteMessage sqs:ChangeMessageVisibility sqs:GetQueueAttributes"
 _GRANTS = [  # the least that each role needs, on topics, queues and dead-letter queues
     ("publisher", "aws_sns_topic", "sns:Publish"),
-    ("publisher", "aws_sqs_queue", _SENDER),
-    ("worker", "aws_sqs_queue", f"{_RECEIVER} sqs:GetQueueUrl"),
-    ("worker", "DLQ", _SENDER),
-    ("lambda", "aws_sqs_queue", _RECEIVER),
-    ("operator", "aws_sqs_queue", f"{_SENDER} sqs:GetQueueAttributes"),
-    ("operator", "DLQ", f"{_RECEIVER} sqs:GetQueueUrl"),
+    ("publisher", "aws_sqs_queue", _SEND),
+    ("worker", "aws_sqs_queue", f"{_RECEIVE} sqs:GetQueueUrl"),
+    ("worker", "DLQ", _SEND),
+    ("lambda", "aws_sqs_queue", _RECEIVE),
+    ("operator", "aws_sqs_queue", f"{_SEND} sqs:GetQueueAttributes"),
+    ("operator", "DLQ", f"{_RECEIVE} sqs:GetQueueUrl"),
 ]
 
 
@@ -3553,15 +3536,14 @@ def _check_queue(priority: Priority) -> Iterator[_Finding]:
 
 def _check_attributes(broker: SqsBroker, queue: str, dead: str) -> Iterator[_Finding]:
     names = ["MessageRetentionPeriod", "MaximumMessageSize"]
-    (kept_s, size), (dead_s, _) = (
-        map(int, map(broker.attributes(name, names).get, names)) for name in (queue, dead)
-    )
+    ours, theirs = (broker.attributes(name, names) for name in (queue, dead))
+    kept_s, dead_s = (int(found["MessageRetentionPeriod"]) for found in (ours, theirs))
     if dead_s <= kept_s:
         what = f"{dead}: it keeps messages for {dead_s} s, and {queue} for {kept_s} s"
         why = "the time counts from the first sending: a dead letter may expire at once"
         yield _Finding("warning", what, why)
-    if size < _MAX_SQS_BYTES:
-        what = f"{queue}: it takes messages of at most {size} bytes"
+    if int(ours["MaximumMessageSize"]) < _MAX_SQS_BYTES:
+        what = f"{queue}: it takes messages of at most {ours['MaximumMessageSize']} bytes"
         why = "SQS takes 1 MiB, and larger ones are refused at dispatch"
         remedy = f"set MaximumMessageSize to {_MAX_SQS_BYTES}"
         yield _Finding("warning", what, why, remedy)
@@ -3922,7 +3904,7 @@ def _provision(arguments: Any) -> int:
         return 0
     ordered = (priority for priority in _URGENCY if priority in wanted)
     options = (arguments.max_receive_count, arguments.function)
-    resources = _resources(ordered, *options)
+    resources = [each for priority in ordered for each in _resources(priority, *options)]
     if arguments.format:
         made = _iam(resources) if arguments.format == "iam" else _terraform(resources)
         print(json.dumps(made, indent=2))
