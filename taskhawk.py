@@ -3194,8 +3194,8 @@ class _DeadLetters:
     wanted: Callable[[Mapping[str, Any]], bool] = lambda _: True
 
     def __post_init__(self) -> None:
-        most = self.num_messages
-        _require(most >= 1, f"num_messages: expected 1 or more, got {most}")
+        text = f"num_messages: expected 1 or more, got {self.num_messages}"
+        _require(self.num_messages >= 1, text)
         self._broker = _brokers.broker()
         self._queue = self._broker.destination(self.priority)
         self._source = self._broker.info(self._queue).dead_letter_queue or ""
@@ -3211,10 +3211,10 @@ class _DeadLetters:
         total = self._broker.depth(self._source).visible
         _log.info("%s about %d messages from %s", doing, total, self._source)
         seen: dict[str, QueueMessage | None] = {}  # by their ids; None where it does not stay
-        entries: list[dict[str, str]] = []
-        failed: list[dict[str, str]] = []
+        good: list[dict[str, str]] = []
+        bad: list[dict[str, str]] = []
         try:
-            while len(seen) < max(total, 1) and len(entries) < self.limit:
+            while len(seen) < max(total, 1) and len(good) + len(bad) < self.limit:
                 most = min(self.num_messages, _MAX_BATCH, max(1, total - len(seen)))
                 found = self._broker.receive(self._source, most, 1, self.lease_s, threading.Event())
                 new = {m.message_id: m for m in found if m.message_id not in seen}
@@ -3222,21 +3222,20 @@ class _DeadLetters:
                     break
                 seen |= new
                 mine = [m for m in new.values() if self.wanted(_describe(m))]
-                mine = mine[: self.limit - len(entries)]
+                mine = mine[: self.limit - len(good) - len(bad)]
                 errors = act(mine)
-                entries += [{"Id": m.message_id, "Code": (errors or {}).get(m, "")} for m in mine]
-                seen |= {m.message_id: None for m in mine if errors is not None and m not in errors}
-                failed = [entry for entry in entries if entry["Code"]]
-                counts = len(entries) - len(failed), total, len(failed)
-                _log.info("%s %d of %d messages, %d failed", done, *counts)
+                for m in mine:
+                    error = (errors or {}).get(m, "")
+                    (bad if error else good).append({"Id": m.message_id, "Code": error})
+                    seen[m.message_id] = m if errors is None or error else None
+                _log.info("%s %d of %d messages, %d failed", done, len(good), total, len(bad))
         finally:
             stay = [(m, (m.receipt_handle, 0)) for m in seen.values() if m]
             text = "%d of %d dead letters that were looked at can't be seen for a while: %s"
             _change_all("change_visibility", stay, text)
-        if failed:
-            successful = [entry for entry in entries if not entry["Code"]]
-            raise PartialFailure({"Successful": successful, "Failed": failed})
-        return len(entries)
+        if bad:
+            raise PartialFailure({"Successful": good, "Failed": bad})
+        return len(good)
 
     def requeue(self, messages: Sequence[QueueMessage]) -> dict[QueueMessage, str]:
         """Send copies to the queue, delete those whose copy is confirmed, say what went wrong."""
@@ -3298,10 +3297,10 @@ def requeue_dead_letter(
     return letters.each("requeueing", "requeued", letters.requeue)
 
 
-def _if_there(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _if_there(call: Callable[..., Any], *args: Any) -> Any:
     """Return what a call does; None where there is no such queue or topic."""
     try:
-        return call(*args, **kwargs)
+        return call(*args)
     except ConfigurationError as error:
         if _error_code(error) not in ("NonExistentQueue", "QueueDoesNotExist", "NotFound"):
             raise
@@ -3344,7 +3343,19 @@ def _depth_lines(
         yield line + ("  " + "".join(drawn)) * bars
 
 
+_PROVISION = "python -m taskhawk provision"  # what mends most of what is wrong
 _Resource = tuple[str, str, dict[str, Any]]  # Terraform's type, the name, Terraform's attributes
+_SEND = "sqs:SendMessage sqs:GetQueueUrl"
+_RECEIVE = "sqs:ReceiveMessage sqs:DeleteMessage sqs:ChangeMessageVisibility sqs:GetQueueAttributes"
+_GRANTS = [  # the least that each role needs, on topics, queues and dead-letter queues
+    ("publisher", "aws_sns_topic", "sns:Publish"),
+    ("publisher", "aws_sqs_queue", _SEND),
+    ("worker", "aws_sqs_queue", f"{_RECEIVE} sqs:GetQueueUrl"),
+    ("worker", "DLQ", _SEND),
+    ("lambda", "aws_sqs_queue", _RECEIVE),
+    ("operator", "aws_sqs_queue", f"{_SEND} sqs:GetQueueAttributes"),
+    ("operator", "DLQ", f"{_RECEIVE} sqs:GetQueueUrl"),
+]
 
 
 def _resources(priority: Priority, most: int, function: str | None) -> Iterator[_Resource]:
@@ -3402,11 +3413,8 @@ def _provide(kind: str, name: str, wanted: Mapping[str, Any], *, dry_run: bool) 
     return f"{kind.rpartition('_')[2]} {name}: {would_be}{told or 'is as it should be'}"
 
 
-_Change = tuple[str, str, dict[str, Any]]  # what to say of it, and the call that does it
-
-
-def _queue_change(sqs: SqsBroker, name: str, arn: str, wanted: Mapping[str, Any]) -> _Change:
-    """Find what a queue lacks; what someone set higher by hand stays."""
+def _queue_change(sqs: SqsBroker, name: str, arn: str, wanted: Any) -> tuple[str, str, Any]:
+    """Say what a queue lacks, and return the call for it; what is higher by hand stays."""
     found = _if_there(sqs.attributes, name, ["All"]) or {}
     changes, kept_s = {}, wanted["message_retention_seconds"]
     if int(found.get("MessageRetentionPeriod", 0)) < kept_s:
@@ -3424,8 +3432,8 @@ def _queue_change(sqs: SqsBroker, name: str, arn: str, wanted: Mapping[str, Any]
     return told and f"changed: {told}", "set_queue_attributes", options
 
 
-def _topic_change(sns: SnsSender, name: str, arn: str, wanted: Mapping[str, Any]) -> _Change:
-    """Find whether a topic, or a function's subscription to it, is missing."""
+def _topic_change(sns: SnsSender, name: str, arn: str, wanted: Any) -> tuple[str, str, Any]:
+    """Say whether a topic or a subscription to it is missing, and return the call for it."""
     lists = sns.client("send").get_paginator("list_subscriptions_by_topic")
     found = _if_there(_explained(name)(lists.paginate(TopicArn=arn).build_full_result))
     if function := wanted.get("endpoint"):
@@ -3434,19 +3442,6 @@ def _topic_change(sns: SnsSender, name: str, arn: str, wanted: Mapping[str, Any]
         return "" if there else f"made for {function}", "subscribe", options
     tags = [{"Key": key, "Value": value} for key, value in wanted["tags"].items()]
     return "made" if found is None else "", "create_topic", {"Name": name, "Tags": tags}
-
-
-_SEND = "sqs:SendMessage sqs:GetQueueUrl"
-_RECEIVE = "sqs:ReceiveMessage sqs:DeleteMessage sqs:ChangeMessageVisibility sqs:GetQueueAttributes"
-_GRANTS = [  # the least that each role needs, on topics, queues and dead-letter queues
-    ("publisher", "aws_sns_topic", "sns:Publish"),
-    ("publisher", "aws_sqs_queue", _SEND),
-    ("worker", "aws_sqs_queue", f"{_RECEIVE} sqs:GetQueueUrl"),
-    ("worker", "DLQ", _SEND),
-    ("lambda", "aws_sqs_queue", _RECEIVE),
-    ("operator", "aws_sqs_queue", f"{_SEND} sqs:GetQueueAttributes"),
-    ("operator", "DLQ", f"{_RECEIVE} sqs:GetQueueUrl"),
-]
 
 
 def _iam(resources: Iterable[_Resource]) -> dict[str, Any]:
@@ -3461,9 +3456,6 @@ def _iam(resources: Iterable[_Resource]) -> dict[str, Any]:
             grant = {"Effect": "Allow", "Action": actions.split(), "Resource": arns[kind]}
             policy["Statement"].append(grant)
     return policies
-
-
-_PROVISION = "python -m taskhawk provision"
 
 
 class _Finding(NamedTuple):
