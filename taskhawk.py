@@ -1859,18 +1859,14 @@ def _queue_name(priority: Priority) -> str:
 # The embedded broker, with the semantics of SQS, for any number of processes on one machine. Every
 # change is one transaction that is on the disk (synchronous=FULL) before the call returns.
 
-_SQLITE_SCHEMA = """
-BEGIN IMMEDIATE;
+_SQLITE_SCHEMA = """BEGIN IMMEDIATE;
 CREATE TABLE IF NOT EXISTS message (
     id INTEGER PRIMARY KEY AUTOINCREMENT, -- a receipt names it, so it is never used again
     queue TEXT NOT NULL, message_id TEXT NOT NULL, body TEXT NOT NULL, attributes TEXT NOT NULL,
     sent_ms INTEGER NOT NULL, visible_ms INTEGER NOT NULL,
-    receive_count INTEGER NOT NULL DEFAULT 0, receipt TEXT
-);
+    receive_count INTEGER NOT NULL DEFAULT 0, receipt TEXT);
 CREATE INDEX IF NOT EXISTS message_visible ON message (queue, visible_ms);
-PRAGMA user_version = 1;
-COMMIT;
-"""
+PRAGMA user_version = 1; COMMIT;"""
 _memory_pid = functools.cache(os.getpid)  # the first process that had a queue in memory
 
 
@@ -1900,7 +1896,9 @@ class SqliteBroker(Broker):
             raise ConfigurationError(f"{text} {then}, got {url!r}") from error
         text = "sqlite:// is the memory of one process, and this is another: use a file, such"
         _require(self._path or _memory_pid() == os.getpid(), f"{text} as sqlite:///queue.db")
-        self._lock = threading.Lock()  # held while a thread uses the connection, one at a time
+        # Held while a thread uses the connection, so that its transaction is that thread's alone.
+        # `with self._lock, self._db` writes all or nothing; the second alone takes no lock of ours.
+        self._lock = threading.Lock()
         self._db = self._open()
 
     def _open(self) -> Any:
@@ -1909,7 +1907,9 @@ class SqliteBroker(Broker):
 
         text = f"SQLite {sqlite3.sqlite_version} is too old: expected 3.30.0 or newer"
         _require(sqlite3.sqlite_version_info >= (3, 30), text)  # the first with count(*) FILTER
-        options: Any = {"timeout": 30, "isolation_level": None, "check_same_thread": False}
+        # IMMEDIATE: a transaction waits for the file's write lock before its first change, for one
+        # that has begun to read can't wait: what it has read may be old by then.
+        options: Any = {"timeout": 30, "isolation_level": "IMMEDIATE", "check_same_thread": False}
         db, deadline = None, time.monotonic() + 30
         try:
             db = sqlite3.connect(self._path or ":memory:", **options)
@@ -1955,20 +1955,13 @@ class SqliteBroker(Broker):
         finally:
             self._lock.release()
 
-    @contextlib.contextmanager
-    def _transaction(self) -> Iterator[Any]:
-        """Hold our lock and the file's write lock; all is written, or nothing."""
-        with self._lock, self._db:  # which commits, or rolls back
-            self._db.execute("BEGIN IMMEDIATE")
-            yield self._db
-
     def _in_ms(self, seconds: float = 0) -> int:
         return math.ceil((self._clock() + seconds) * 1000)
 
     def send(self, destination: str, entries: Sequence[Outgoing]) -> list[Refusal]:
         """Write the messages in one transaction."""
         insert = "INSERT INTO message VALUES (NULL, ?, ?, ?, ?, ?, ?, 0, NULL)"
-        with self._transaction() as db:
+        with self._lock, self._db as db:
             for body, attributes, delay_s, *_ in entries:
                 what = (destination, _new_id(), body, json.dumps(attributes))
                 db.execute(insert, (*what, self._in_ms(), self._in_ms(delay_s)))
@@ -1998,7 +1991,8 @@ class SqliteBroker(Broker):
         redrive = "UPDATE message SET queue = ?, receive_count = 0, receipt = NULL WHERE id = ?"
         _, dead, limit = self.info(queue)
         claimed = []
-        with self._transaction() as db:
+        with self._lock, self._db as db:
+            db.execute("BEGIN IMMEDIATE")  # before the look too, or others would find the same
             first = db.execute(find, (queue, self._in_ms(), min(most, _MAX_BATCH))).fetchall()
             for row, count, sent_ms, attributes, body, message_id in first:
                 if limit and count > limit:
@@ -2028,7 +2022,7 @@ class SqliteBroker(Broker):
     def _change(self, change: str, refused: str, rows: Sequence[dict[str, Any]]) -> list[Refusal]:
         """Make each change; where it meets no row, `refused` asks whether that is an error."""
         text = "the message is no longer in flight, or was received again"
-        with self._transaction() as db:
+        with self._lock, self._db as db:
             return [
                 Refusal(index, "ReceiptHandleIsInvalid", text, final=True)
                 for index, row in enumerate(rows)
@@ -3537,8 +3531,7 @@ def _check_attributes(broker: SqsBroker, queue: str, dead: str) -> Iterator[_Fin
     if int(ours["MaximumMessageSize"]) < _MAX_SQS_BYTES:
         what = f"{queue}: it takes messages of at most {ours['MaximumMessageSize']} bytes"
         why = "SQS takes 1 MiB, and larger ones are refused at dispatch"
-        remedy = f"set MaximumMessageSize to {_MAX_SQS_BYTES}"
-        yield _Finding("warning", what, why, remedy)
+        yield _Finding("warning", what, why, f"set MaximumMessageSize to {_MAX_SQS_BYTES}")
 
 
 # --- 15. command line -----------------------------------------------------------------------------
