@@ -1896,8 +1896,8 @@ class SqliteBroker(Broker):
             raise ConfigurationError(f"{text} {then}, got {url!r}") from error
         text = "sqlite:// is the memory of one process, and this is another: use a file, such"
         _require(self._path or _memory_pid() == os.getpid(), f"{text} as sqlite:///queue.db")
-        # Held while a thread uses the connection, so that its transaction is that thread's alone.
-        # `with self._lock, self._db` writes all or nothing; the second alone takes no lock of ours.
+        # Held while a thread uses the connection, so that its transaction is that thread's alone:
+        # `with self._lock, self._db` writes all that is in the block, or nothing.
         self._lock = threading.Lock()
         self._db = self._open()
 
