@@ -57,7 +57,6 @@ from __future__ import annotations
 
 __version__ = "5.0.0"
 
-# fmt: off
 __all__ = [
     "SCHEMA", "VERSION", "AsyncInvocation", "Broker", "Captured", "ChildCrashed",
     "ConfigurationError", "Depth", "Fate", "IgnoreException", "Ledger", "LoggingException",
@@ -68,8 +67,7 @@ __all__ = [
     "current_task", "exponential", "extend_visibility_timeout", "fixed", "linear",
     "listen_for_messages", "main", "process", "process_messages_for_lambda_consumer", "publish",
     "requeue_dead_letter", "settings", "task",
-]
-# fmt: on
+]  # fmt: skip
 
 import contextlib
 import contextvars
@@ -91,10 +89,8 @@ import time
 import traceback
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
 from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
-
-if typing.TYPE_CHECKING:
-    from datetime import timedelta
 
 if __name__ == "__main__":
     # `python -m taskhawk` runs this file as __main__, and the tasks' modules import it again under
@@ -103,7 +99,6 @@ if __name__ == "__main__":
     sys.exit(importlib.import_module(_name or "").main())
 
 VERSION = __version__  # the name that taskhawk 1.4 gave it
-
 _MAX_BATCH = 10  # entries in a batch call of SQS and SNS, and messages in a receive
 _MAX_SQS_BYTES = 1_048_576  # a message, or the sum of a batch: body plus attributes
 _MAX_SNS_BYTES = 262_144  # the same for SNS, whose topics may allow more
@@ -157,9 +152,7 @@ class PartialFailure(TaskhawkError):
     messages that were not accepted, in order, ready for :func:`publish`.
     """
 
-    def __init__(
-        self, result: Mapping[str, Sequence[Any]], *args: object, unsent: Sequence[Message] = ()
-    ) -> None:
+    def __init__(self, result: dict[str, Any], *args: Any, unsent: Sequence[Message] = ()) -> None:
         self.result, self.unsent = result, list(unsent)
         self.success_count, self.failure_count = len(result["Successful"]), len(result["Failed"])
         codes = sorted({str(entry.get("Code", "unknown")) for entry in result["Failed"]})
@@ -226,19 +219,14 @@ def _is_number(value: object) -> typing.TypeGuard[float]:
 # The only place where configuration is read. The first source that has a setting wins: configure(),
 # the module named by SETTINGS_MODULE, Django's settings, the environment, the default.
 
-_PATTERNS = {  # of the settings that are strings, by their rule
-    "a string": ".+",
-    "an account number": ".+",
-    "the name of a region": ".+",
-    "a URL": "https?://.+",
-    "'sqs' or a URL of SQLite": "sqs|sqlite://.*",
-    "at most 71 letters, digits, hyphens and underscores": "[A-Za-z0-9_-]{1,71}",
-}
-_FLAGS = dict.fromkeys(("", "0", "false", "no", "off"), False)
-_FLAGS |= dict.fromkeys(("1", "true", "yes", "on"), True)
-_TEXT, _ACCOUNT, _REGION, _URL, _BROKER, _QUEUE = _PATTERNS
+_TEXT, _ACCOUNT, _REGION = "a string", "an account number", "the name of a region"
 _FLAG, _SECONDS, _COUNT = "true or false", "a number of seconds above 0", "a whole number above 0"
 _HOOK, _CLASS = "a function or its dotted path", "a class or its dotted path"
+_URL, _BROKER = "a URL", "'sqs' or a URL of SQLite"
+_QUEUE = "at most 71 letters, digits, hyphens and underscores"
+_PATTERNS = {_URL: "https?://.+", _BROKER: "sqs|sqlite://.*", _QUEUE: "[A-Za-z0-9_-]{1,71}"}
+_FLAGS = dict.fromkeys(("", "0", "false", "no", "off"), False)
+_FLAGS |= dict.fromkeys(("1", "true", "yes", "on"), True)
 _SETTINGS: dict[str, tuple[str, str, Any]] = {  # the rule, an example, the default
     "AWS_ACCESS_KEY": (_TEXT, "AKIAIOSFODNN7EXAMPLE", None),
     "AWS_ACCOUNT_ID": (_ACCOUNT, "123456789012", None),
@@ -262,125 +250,119 @@ _SETTINGS: dict[str, tuple[str, str, Any]] = {  # the rule, an example, the defa
     "TASKHAWK_TASK_CLASS": (_CLASS, "myapp.tasks.MyTask", None),
 }
 _SECRETS = ("AWS_ACCESS_KEY", "AWS_SECRET_KEY", "AWS_SESSION_TOKEN")
-_IGNORED = {  # settings of taskhawk 4.7 that have no meaning here
+_warned = {  # of these names no warning is due any more; it never is of what only 4.7 has
     *("TASKHAWK_CONSUMER_BACKEND", "TASKHAWK_PUBLISHER_BACKEND"),
     *("TASKHAWK_HEARTBEAT_HOOK_SYNC_CALL_S", "TASKHAWK_PUBLISHER_GCP_BATCH_SETTINGS"),
-}
-_PATHS_OF_1_4: dict[str, Any] = {
-    "taskhawk.conf.default_headers_hook": lambda **_: {},
-    "taskhawk.conf.noop_hook": lambda **_: None,
 }
 
 
 def _conform(rule: str, value: Any) -> Any:
     """Return a value as its rule wants it; raise ValueError or TypeError if it can't be so."""
-    text = isinstance(value, str)
     if rule == _FLAG:
-        return _FLAGS[value.strip().lower()] if text else bool(value)
+        return _FLAGS[value.strip().lower()] if isinstance(value, str) else bool(value)
     if rule in (_SECONDS, _COUNT):
-        kind = int if rule == _COUNT else float
-        value = kind(value) if text else value
-        valid = type(value) in (int, kind) and 0 < value < math.inf
+        value = (int if rule == _COUNT else float)(str(value))  # so that True is none
+        valid = 0 < value < math.inf
     elif rule in (_HOOK, _CLASS):
-        module, _, name = value.rpartition(".") if text else ("", "", "")
-        if text:
-            value = _PATHS_OF_1_4.get(value) or getattr(importlib.import_module(module), name)
+        if value in ("taskhawk.conf.default_headers_hook", "taskhawk.conf.noop_hook"):
+            return None  # the defaults of 1.4 do nothing
+        if isinstance(value, str):
+            module, _, name = value.rpartition(".")
+            ours = value in ("taskhawk.Task", "taskhawk.task_manager.Task")  # the latter is 1.4's
+            value = getattr(importlib.import_module(__name__ if ours else module), name)
         valid = callable(value)
     else:
         if rule == _ACCOUNT and type(value) is int and value >= 0:
             value = f"{value:012d}"
-        valid = re.fullmatch(_PATTERNS[rule], value) is not None
+        valid = re.fullmatch(_PATTERNS.get(rule, ".+"), value) is not None
     if not valid:
         raise ValueError
     return value.rstrip("/") if rule == _URL else value
 
 
+_Source = tuple[str, Callable[[str], Any]]  # what errors call it, and how a setting is read
+
+
 class _Settings:
     """The settings as attributes, each read at its first use and remembered."""
 
-    def __init__(self) -> None:
-        self._given: Mapping[str, Any] = {}
-        self._warned: set[str] = set()
+    given: Mapping[str, Any] = {}  # by configure()
 
     def __getattr__(self, name: str) -> Any:
         if name not in _SETTINGS:
             raise AttributeError(_no_setting(name))
-        known = self.__dict__  # forget() replaces it: a reader that is late fills the old one
+        known = vars(self)  # forget() replaces it: a reader that is late fills the old one
         known[name] = value = self.read(name)
         return value
 
-    def read(self, name: str) -> Any:
+    def read(self, name: str, sources: Iterable[_Source] = ()) -> Any:
         """Read a setting from its source, whatever is remembered."""
-        rule, _, default = _SETTINGS[name]
-        for source, get in self._sources():
+        rule, example, default = _SETTINGS[name]
+        for where, get in sources or self._sources():
             value = get(name)
-            if value is not None and (value != "" or rule == _FLAG):
-                return self._parse(name, value, source)
+            if value is None or (value == "" and rule != _FLAG):
+                continue
+            try:
+                return _conform(rule, value)
+            except (ValueError, TypeError, LookupError, ImportError, AttributeError) as error:
+                shown = type(value).__name__ if name in _SECRETS else repr(value)
+                why = f" ({error})" if isinstance(error, ImportError | AttributeError) else ""
+                text = f"{name} in {where}: expected {rule}, such as {example!r}, got {shown}{why}"
+                raise ConfigurationError(text) from error
         return default
-
-    def _parse(self, name: str, value: object, source: str) -> Any:
-        rule, example, _ = _SETTINGS[name]
-        try:
-            return _conform(rule, value)
-        except (ValueError, TypeError, LookupError, ImportError, AttributeError) as error:
-            shown = type(value).__name__ if name in _SECRETS else repr(value)
-            why = f" ({error})" if isinstance(error, ImportError | AttributeError) else ""
-            text = f"{name} in {source}: expected {rule}, such as {example!r}, got {shown}{why}"
-            raise ConfigurationError(text) from error
 
     def require(self, name: str) -> Any:
         """Return a setting that has no default; raise ConfigurationError if it is not set."""
         rule, example, _ = _SETTINGS[name]
         where = "the module named by SETTINGS_MODULE, Django's settings or the environment"
         text = f"expected {rule}, such as {example!r}, from taskhawk.configure(), {where}"
-        _require((value := getattr(self, name)) is not None, f"{name} is not set: {text}")
-        return value
+        _require(getattr(self, name) is not None, f"{name} is not set: {text}")
+        return getattr(self, name)
 
-    def credentials(self) -> dict[str, str]:
+    def credentials(self) -> dict[str, Any]:
         """Return botocore's arguments, or {} to leave it to botocore.
 
         All are of one source, so that a key never meets the secret or the token of another.
         """
-        for source, get in self._sources():
-            found = [self._parse(n, v, source) if (v := get(n)) else None for n in _SECRETS]
-            here, missing = _SECRETS[:2] if found[0] else _SECRETS[1::-1]
-            text = f"{here} is set in {source}, but {missing} is not: expected both or neither"
-            _require(bool(found[0]) == bool(found[1]), text)
-            if found[0]:
+        for source in self._sources():
+            key, secret, token = (self.read(name, [source]) for name in _SECRETS)
+            if bool(key) != bool(secret):
+                here, missing = _SECRETS[:2] if key else _SECRETS[1::-1]
+                what = f"{here} is set in {source[0]}, but {missing} is not"
+                raise ConfigurationError(f"{what}: expected both or neither")
+            if key:
                 names = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token")
-                return {name: value for name, value in zip(names, found, strict=True) if value}
+                return dict(zip(names, (key, secret, token), strict=True))
         return {}
 
-    def forget(
-        self, *, given: Mapping[str, Any] | None = None, setting: str = "", **_: object
-    ) -> None:
+    def forget(self, *, setting: str = "AWS_", **_: object) -> None:
         """Read everything anew: after configure(), or as Django's tests override a setting."""
-        kept = {"_given": self._given if given is None else given, "_warned": self._warned}
-        self.__dict__ = kept
-        if given is not None or setting.startswith("AWS_"):
+        self.__dict__ = {"given": self.given}
+        if setting.startswith("AWS_"):
             _brokers.close()
 
-    def _sources(self) -> Iterator[tuple[str, Callable[[str], Any]]]:
-        yield "configure()", self._given.get
+    def _sources(self) -> Iterator[_Source]:
+        yield "configure()", self.given.get
         if path := os.environ.get("SETTINGS_MODULE"):
             module = _import(path, "the module named by SETTINGS_MODULE")
-            self.warn_of_unknown(vars(module), f"the module {path}")
-            yield f"the module {path}", lambda name: getattr(module, name, None)
+            yield _found_in(module, f"the module {path}")
         if django := _django_settings():
-            self.warn_of_unknown(dir(django), "Django's settings")
-            yield "Django's settings", lambda name: getattr(django, name, None)
-        self.warn_of_unknown(os.environ, "the environment")
-        yield "the environment", os.environ.get
-
-    def warn_of_unknown(self, names: Iterable[str], source: str) -> None:
-        """Log one warning for each name that looks like a setting and is none."""
-        ours = {name for name in names if name.startswith("TASKHAWK_")}
-        for name in sorted(ours - _SETTINGS.keys() - _IGNORED - self._warned):
-            self._warned.add(name)
-            _log.warning("%s", _no_setting(name, f" in {source}"))
+            yield _found_in(django, "Django's settings")
+        yield _found_in(os.environ, "the environment")
 
 
 settings = _Settings()
+
+
+def _found_in(source: Any, where: str) -> _Source:
+    """Make a source of an object or mapping; warn once of a name that only looks like a setting."""
+    is_mapping = isinstance(source, Mapping)
+    names = map(str, source if is_mapping else dir(source))
+    ours = {name for name in names if name.startswith("TASKHAWK_")}
+    for name in sorted(ours - _SETTINGS.keys() - _warned):
+        _warned.add(name)
+        _log.warning("%s", _no_setting(name, f" in {where}"))
+    return where, source.get if is_mapping else lambda name: getattr(source, name, None)
 
 
 def _no_setting(name: str, where: str = "") -> str:
@@ -404,11 +386,11 @@ def _django_settings() -> Any:
     named = os.environ.get("DJANGO_SETTINGS_MODULE")
     if not named and "django.conf" not in sys.modules:
         return None
-    from django.conf import settings as django_settings
+    from django.conf import settings as found
     from django.core.signals import setting_changed
 
-    setting_changed.connect(settings.forget, weak=False, dispatch_uid=f"{__name__}.forget")
-    return django_settings if named or django_settings.configured else None
+    setting_changed.connect(settings.forget)
+    return found if named or found.configured else None
 
 
 def configure(obj_or_mapping: object = None, /, **values: Any) -> None:
@@ -423,12 +405,9 @@ def configure(obj_or_mapping: object = None, /, **values: Any) -> None:
     """
     for name in values.keys() - _SETTINGS.keys():
         raise ConfigurationError(_no_setting(name))
-    given = obj_or_mapping
-    if not isinstance(given, Mapping):
-        given = {name: getattr(given, name) for name in dir(given)} if given is not None else {}
-    settings.warn_of_unknown((name for name in given if isinstance(name, str)), "configure()")
-    known = {name: given[name] for name in _SETTINGS if name in given}
-    settings.forget(given={**known, **values})
+    _, get = _found_in(obj_or_mapping, "configure()")
+    settings.given = {name: get(name) for name in _SETTINGS} | values
+    settings.forget()
 
 
 # --- 4. messages ----------------------------------------------------------------------------------
@@ -456,92 +435,54 @@ _ISO_8601 = (
 _NAME = {"description": "a non-empty string", "type": ["string"], "minLength": 1}
 _OBJECT = {"description": "an object", "type": ["object"]}
 _PRIORITIES = [priority.name for priority in Priority]
+_METADATA = {
+    "priority": {"description": f"one of {', '.join(_PRIORITIES)}", "type": ["string"],
+                 "enum": _PRIORITIES},
+    "timestamp": {"description": "epoch milliseconds or an ISO 8601 date and time",
+                  "type": ["number", "string"], "minimum": 0, "maximum": 8_640_000_000_000_000,
+                  "pattern": _ISO_8601},
+    "version": {"description": '"1.0"', "type": ["string"], "enum": ["1.0"]},
+}  # fmt: skip
 #: the message format as JSON Schema 2020-12: the contract for publishers in other languages
-# fmt: off
 SCHEMA: dict[str, Any] = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",
-    "title": "taskhawk message: the body of an SQS or SNS message", **_OBJECT,
+    "title": "taskhawk message: the body of an SQS or SNS message",
+    **_OBJECT,
     "required": ["id", "metadata", "headers", "task", "args", "kwargs"],
     "properties": {
         "id": _NAME,
-        "metadata": {
-            **_OBJECT, "required": ["timestamp", "version"],
-            "properties": {
-                "priority": {"description": f"one of {', '.join(_PRIORITIES)}",
-                             "type": ["string"], "enum": _PRIORITIES},
-                "timestamp": {"description": "epoch milliseconds or an ISO 8601 date and time",
-                              "type": ["number", "string"], "minimum": 0,
-                              "maximum": 8_640_000_000_000_000, "pattern": _ISO_8601},
-                "version": {"description": '"1.0"', "type": ["string"], "enum": ["1.0"]},
-            },
-        },
+        "metadata": {**_OBJECT, "required": ["timestamp", "version"], "properties": _METADATA},
         "headers": _OBJECT,
         "task": _NAME,
         "args": {"description": "an array", "type": ["array"]},
         "kwargs": _OBJECT,
     },
 }
-_JSON_TYPES: dict[str, tuple[Any, str]] = {
-    "object": ((dict,), "an object"), "array": ((list, tuple), "an array"),
-    "boolean": ((bool,), "a boolean"), "number": ((int, float), "a number"),
-    "string": ((str,), "a string"),
-}
-# fmt: on
+_KINDS = {dict: "an object", list: "an array", tuple: "an array", bool: "a boolean"}
+_KINDS |= {int: "a number", float: "a number", str: "a string", type(None): "null"}
 _MISSING = object()
 
 
-def _validator(schema: Mapping[str, Any], path: str = "") -> Callable[[Any], None]:
-    """Make a function of the keywords that SCHEMA uses, which checks a value."""
-    kinds = tuple(itertools.chain.from_iterable(_JSON_TYPES[kind][0] for kind in schema["type"]))
-    pattern, values, shortest = (schema.get(k) for k in ("pattern", "enum", "minLength"))
-    least, most = schema.get("minimum", 0), schema.get("maximum", 0)
-    parts = [
-        (key, key in schema["required"], _validator(inner, f"{path}.{key}" if path else key))
-        for key, inner in schema.get("properties", {}).items()
-    ]
-
-    def validate(value: Any) -> None:
-        valid = isinstance(value, kinds) and value is not True and value is not False
-        if valid and isinstance(value, str):
-            valid = len(value) >= (shortest or 0) and (not values or value in values)
-            valid = valid and (not pattern or re.search(pattern, value) is not None)
-        elif valid and isinstance(value, int | float):
-            valid = least <= value <= most
-        if not valid:
-            expected, got = schema["description"], _shown(value, path)
-            raise ValidationError(f"{path or 'message'}: expected {expected}, got {got}")
-        for key, required, check in parts:
-            if required or key in value:
-                check(value.get(key, _MISSING))
-
-    return validate
-
-
-def _shown(value: object, path: str = "") -> str:
-    """Show what came: of the metadata, small values; of all else, which may be secret, the type."""
-    if value is _MISSING or value is None:
-        return "nothing" if value else "null"
-    if value == "" or path.startswith("metadata."):
-        if isinstance(value, int) and abs(value) >= 10**18:
-            return "a huge number"
-        if isinstance(value, str | bool | int | float):
-            return json.dumps(value[:40] if isinstance(value, str) else value)
-    names = (name for kind, name in _JSON_TYPES.values() if isinstance(value, kind))
-    return next(names, type(value).__name__)
-
-
-def _epoch_ms(value: float | str) -> int:
-    """Normalise a valid timestamp to whole epoch milliseconds."""
-    if not isinstance(value, str):
-        return int(value)
-    from datetime import UTC, datetime, timedelta
-
-    moment = datetime.fromisoformat(value)
-    moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-    return max(0, (moment - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(milliseconds=1))
-
-
-_validate, _validate_id = _validator(SCHEMA), _validator(_NAME, "id")
+def _validate(value: Any, schema: Mapping[str, Any], path: str = "") -> None:
+    """Check a value by the keywords that SCHEMA uses; an error shows nothing that may be secret."""
+    kind = _KINDS.get(type(value)) or next(filter(None, map(_KINDS.get, type(value).__mro__)), "")
+    valid = kind.endswith(tuple(schema["type"]))
+    if valid and kind == "a string":
+        valid = len(value) >= schema.get("minLength", 0) and value in schema.get("enum", (value,))
+        if valid and "pattern" in schema:
+            valid = re.search(schema["pattern"], value) is not None
+    elif valid and kind == "a number":
+        valid = schema["minimum"] <= value <= schema["maximum"]
+    if not valid:
+        shown = "nothing" if value is _MISSING else kind or type(value).__name__
+        if value == "" or (path.startswith("metadata.") and isinstance(value, str | int | float)):
+            huge = isinstance(value, int) and abs(value) >= 10**18
+            small = value[:40] if isinstance(value, str) else value
+            shown = "a huge number" if huge else json.dumps(small)
+        raise ValidationError(f"{path or 'message'}: expected {schema['description']}, got {shown}")
+    for key, inner in schema.get("properties", {}).items():
+        if key in value or key in schema["required"]:
+            _validate(value.get(key, _MISSING), inner, f"{path}.{key}" if path else key)
 
 
 def _new_id() -> str:
@@ -565,12 +506,15 @@ class Message:
     received: QueueMessage | None = None
 
     def __init__(self, data: Mapping[str, Any]) -> None:
-        _validate(data)
-        given = data["metadata"]
-        self._data = {key: data[key] for key in SCHEMA["properties"]}
-        self._data["args"] = list(data["args"])
-        self._data["metadata"] = metadata = {"priority": given.get("priority", "default")}
-        metadata |= {"timestamp": _epoch_ms(given["timestamp"]), "version": given["version"]}
+        _validate(data, SCHEMA)
+        metadata = {"priority": "default", **data["metadata"]}
+        if isinstance(timestamp := metadata["timestamp"], str):
+            moment = datetime.fromisoformat(timestamp)
+            since = moment.replace(tzinfo=moment.tzinfo or UTC) - datetime(1970, 1, 1, tzinfo=UTC)
+            timestamp = max(0, since // timedelta(milliseconds=1))
+        metadata["timestamp"] = int(timestamp)
+        kept = {"args": list(data["args"]), "metadata": {key: metadata[key] for key in _METADATA}}
+        self._data = {key: data[key] for key in SCHEMA["required"]} | kept
 
     @classmethod
     def new(
@@ -591,7 +535,7 @@ class Message:
         """
         Task.find_by_name(task)
         if msg_id is not None:
-            _validate_id(msg_id)
+            _validate(msg_id, _NAME, "id")
         message = cls.__new__(cls)  # no look at the rest: what is made here is valid
         now, version = int(time.time() * 1000), cls.CURRENT_VERSION
         message._data = {  # noqa: SLF001 - its own
@@ -612,15 +556,11 @@ class Message:
     task_name = property(lambda self: self._data["task"])
     args = property(lambda self: self._data["args"])
     kwargs = property(lambda self: self._data["kwargs"])
-
-    @property
-    def priority(self) -> Priority:
-        """The queue that the message goes through; can be set, for 1.4 had no other way to."""
-        return Priority[self.metadata["priority"]]
-
-    @priority.setter
-    def priority(self, value: Priority) -> None:
-        self.metadata["priority"] = value.name
+    #: the queue that the message goes through; can be set, for 1.4 had no other way to
+    priority: Priority = property(  # type: ignore[assignment]
+        lambda self: Priority[self.metadata["priority"]],
+        lambda self, value: self.metadata.update(priority=value.name),
+    )
 
     @property
     def task(self) -> Task[Any, Any]:
@@ -679,30 +619,28 @@ def _encode(message: Message) -> str:
 def _sizes(message: Message) -> dict[str, int]:
     """Return the encoded size of each argument and header, by the path that errors call it by."""
     parts = {f"args[{index}]": value for index, value in enumerate(message.args)}
-    for field in ("kwargs", "headers"):
-        parts |= {f"{field}.{key}": value for key, value in message.as_dict()[field].items()}
+    parts |= {f"kwargs.{key}": value for key, value in message.kwargs.items()}
+    parts |= {f"headers.{key}": value for key, value in message.headers.items()}
     for path, value in parts.items():
         try:
-            parts[path] = len(json.JSONEncoder(**_DUMP).encode(value))
+            parts[path] = len(json.dumps(value, **_DUMP))
         except (TypeError, ValueError, RecursionError) as error:
             kind = TypeError if isinstance(error, TypeError) else ValidationError
             raise kind(f"{message.task_name}: {path} is not JSON: {error}") from error
     return parts
 
 
-def _decode(body: object) -> Message:
+def _decode(body: Any) -> Message:
     """Decode a body from the queue; whatever is wrong with it is a ValidationError."""
-    if not isinstance(body, str):
-        raise ValidationError(f"message: expected a string of JSON, got {_shown(body)}")
+    _validate(body, {"description": "a string of JSON", "type": ["string"]})
     try:
-        data = _DECODER.decode(body)
+        return Message(_DECODER.decode(body))
     except RecursionError:
         raise ValidationError("message: nested too deeply") from None
     except ValueError as error:
         # Only the position: the error's own text may quote the body.
         where = f" at character {error.pos}" if isinstance(error, json.JSONDecodeError) else ""
         raise ValidationError(f"message: not JSON{where}") from None
-    return Message(data)
 
 
 # --- 5. tasks -------------------------------------------------------------------------------------
@@ -932,9 +870,6 @@ class Task(AsyncInvocation[_P], Generic[_P, _R]):
         return f"Taskhawk task: {self._name}"
 
     __repr__ = __str__
-
-
-_PATHS_OF_1_4["taskhawk.task_manager.Task"] = _PATHS_OF_1_4["taskhawk.Task"] = Task
 
 
 _current: contextvars.ContextVar[Metadata | None]

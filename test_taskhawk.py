@@ -9629,7 +9629,7 @@ def configure_account(client: Callable[..., Any], endpoint: str, queue: str, **v
     """Configure what an emulator needs for provisioning, and return its account."""
     configure_aws(endpoint, queue)
     account = client(endpoint, "sts").get_caller_identity()["Account"]
-    taskhawk.configure(taskhawk.settings._given, AWS_ACCOUNT_ID=account, **values)
+    taskhawk.configure(taskhawk.settings.given, AWS_ACCOUNT_ID=account, **values)
     return account
 
 
@@ -9817,7 +9817,7 @@ class TestCheck:
     def test_aws(self, values, text, ministack, queue_name, capsys):
         """Credentials and the region are looked for."""
         configure_aws(ministack, queue_name)
-        given = dict(taskhawk.settings._given) | values
+        given = dict(taskhawk.settings.given) | values
         taskhawk.configure(given)
         code, (line, _) = check(capsys)
         assert code == 1
