@@ -153,12 +153,20 @@ class PartialFailure(TaskhawkError):
     """
 
     def __init__(self, result: dict[str, Any], *args: Any, unsent: Sequence[Message] = ()) -> None:
-        self.result, self.unsent = result, list(unsent)
-        self.success_count, self.failure_count = len(result["Successful"]), len(result["Failed"])
-        codes = sorted({str(entry.get("Code", "unknown")) for entry in result["Failed"]})
-        total = self.success_count + self.failure_count
-        text = f"{self.failure_count} of {total} messages failed: {', '.join(codes)}"
+        done, failed = result["Successful"], result["Failed"]
+        codes = ", ".join(sorted({str(entry.get("Code", "unknown")) for entry in failed}))
+        text = f"{len(failed)} of {len(done) + len(failed)} messages failed: {codes}"
         super().__init__(*(args or (text,)))
+        self.result, self.unsent = result, list(unsent)
+        self.success_count, self.failure_count = len(done), len(failed)
+
+
+class TimeLimitExceeded(TaskhawkError):
+    """A task ran longer than its time limit, and was killed."""
+
+
+class ChildCrashed(TaskhawkError):
+    """The process that ran an isolated task ended, and not because we ended it."""
 
 
 class RetryException(TaskhawkError):
@@ -196,14 +204,6 @@ class IgnoreException(TaskhawkError):
 
 class StopRetry(TaskhawkError):
     """Raised by a retry policy or a task: give up, send the message to the dead letters."""
-
-
-class TimeLimitExceeded(TaskhawkError):
-    """A task ran longer than its time limit, and was killed."""
-
-
-class ChildCrashed(TaskhawkError):
-    """The process that ran an isolated task ended, and not because we ended it."""
 
 
 def _require(holds: object, text: str) -> None:
@@ -254,6 +254,7 @@ _warned = {  # of these names no warning is due any more; it never is of what on
     *("TASKHAWK_CONSUMER_BACKEND", "TASKHAWK_PUBLISHER_BACKEND"),
     *("TASKHAWK_HEARTBEAT_HOOK_SYNC_CALL_S", "TASKHAWK_PUBLISHER_GCP_BATCH_SETTINGS"),
 }
+_Source = tuple[str, Callable[[str], Any]]  # what errors call it, and what reads a setting of it
 
 
 def _conform(rule: str, value: Any) -> Any:
@@ -278,9 +279,6 @@ def _conform(rule: str, value: Any) -> Any:
     if not valid:
         raise ValueError
     return value.rstrip("/") if rule == _URL else value
-
-
-_Source = tuple[str, Callable[[str], Any]]  # what errors call it, and how a setting is read
 
 
 class _Settings:
@@ -376,9 +374,9 @@ def _import(name: str, what: str) -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if not error.name or not f"{name}.".startswith(f"{error.name}."):
-            raise  # the module is there, and something that it imports is not
-        raise ConfigurationError(f"{what} {name!r} can't be imported: {error}") from error
+        if f"{name}.".startswith(f"{error.name}."):
+            raise ConfigurationError(f"{what} {name!r} can't be imported: {error}") from error
+        raise  # the module is there, and something that it imports is not
 
 
 def _django_settings() -> Any:
@@ -500,10 +498,8 @@ class Message:
 
     CURRENT_VERSION = "1.0"
     VERSIONS = ("1.0",)
-    #: seconds that the queue holds the message back; not a part of the format
-    delay_s: float = 0
-    #: what it was received as; None at the publisher's
-    received: QueueMessage | None = None
+    delay_s: float = 0  #: for which the queue holds it back; not a part of the format
+    received: QueueMessage | None = None  #: what it came as; None at the publisher's
 
     def __init__(self, data: Mapping[str, Any]) -> None:
         _validate(data, SCHEMA)
