@@ -324,10 +324,9 @@ class _Settings:
         """
         for source in self._sources():
             key, secret, token = (self.read(name, [source]) for name in _SECRETS)
-            if bool(key) != bool(secret):
-                here, missing = _SECRETS[:2] if key else _SECRETS[1::-1]
-                what = f"{here} is set in {source[0]}, but {missing} is not"
-                raise ConfigurationError(f"{what}: expected both or neither")
+            here, missing = _SECRETS[:2] if key else _SECRETS[1::-1]
+            text = f"{here} is set in {source[0]}, but {missing} is not: expected both or neither"
+            _require(bool(key) == bool(secret), text)
             if key:
                 names = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token")
                 return dict(zip(names, (key, secret, token), strict=True))
@@ -489,7 +488,7 @@ def _new_id() -> str:
     return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-a{digits[17:20]}-{digits[20:]}"
 
 
-class Message:
+class Message:  # noqa: PLW1641 - it may change, so it is no key of a dict
     """One request for a run of a task.
 
     :param data: as :data:`SCHEMA` describes it; unknown keys are ignored
@@ -578,8 +577,6 @@ class Message:
     def __eq__(self, other: object) -> bool:
         return self._data == other._data if isinstance(other, Message) else NotImplemented
 
-    __hash__ = None  # type: ignore[assignment]
-
 
 def _from_decimal(value: object) -> float:
     # Where nobody has imported decimal, no value can be a Decimal.
@@ -619,7 +616,7 @@ def _sizes(message: Message) -> dict[str, int]:
     parts |= {f"headers.{key}": value for key, value in message.headers.items()}
     for path, value in parts.items():
         try:
-            parts[path] = len(json.dumps(value, **_DUMP))
+            parts[path] = len(json.JSONEncoder(**_DUMP).encode(value))
         except (TypeError, ValueError, RecursionError) as error:
             kind = TypeError if isinstance(error, TypeError) else ValidationError
             raise kind(f"{message.task_name}: {path} is not JSON: {error}") from error
