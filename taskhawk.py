@@ -386,7 +386,8 @@ def _django_settings() -> Any:
     from django.conf import settings as found
     from django.core.signals import setting_changed
 
-    setting_changed.connect(settings.forget)
+    # It connects but once. A weak connection would leave a finalizer behind at each call.
+    setting_changed.connect(settings.forget, weak=False)
     return found if named or found.configured else None
 
 
