@@ -456,23 +456,24 @@ SCHEMA: dict[str, Any] = {
         "kwargs": _OBJECT,
     },
 }
-_KINDS = {dict: "an object", list: "an array", tuple: "an array", bool: "a boolean"}
-_KINDS |= {int: "a number", float: "a number", str: "a string", type(None): "null"}
-_MISSING = object()
+_KINDS = {dict: "object", list: "array", tuple: "array", str: "string", bool: "boolean"}
+_KINDS |= {int: "number", float: "number", type(None): "null"}
+_MISSING = type("nothing", (), {})()  # errors show the name of its type
 
 
 def _validate(value: Any, schema: Mapping[str, Any], path: str = "") -> None:
     """Check a value by the keywords that SCHEMA uses; an error shows nothing that may be secret."""
     kind = _KINDS.get(type(value)) or next(filter(None, map(_KINDS.get, type(value).__mro__)), "")
-    valid = kind.endswith(tuple(schema["type"]))
-    if valid and kind == "a string":
+    valid = kind in schema["type"]
+    if valid and kind == "string":
         valid = len(value) >= schema.get("minLength", 0) and value in schema.get("enum", (value,))
         if valid and "pattern" in schema:
             valid = re.search(schema["pattern"], value) is not None
-    elif valid and kind == "a number":
+    elif valid and kind == "number":
         valid = schema["minimum"] <= value <= schema["maximum"]
     if not valid:
-        shown = "nothing" if value is _MISSING else kind or type(value).__name__
+        article = {"array": "an ", "object": "an ", "null": ""}.get(kind, "a ")
+        shown = article + kind if kind else type(value).__name__
         if value == "" or (path.startswith("metadata.") and isinstance(value, str | int | float)):
             huge = isinstance(value, int) and abs(value) >= 10**18
             small = value[:40] if isinstance(value, str) else value
