@@ -643,69 +643,62 @@ def _decode(body: Any) -> Message:
 # another function, so a message can't reach code that its publisher did not mean.
 
 _registry: dict[str, Task[Any, Any]] = {}
-_registering = threading.Lock()  # held from the look at a name until it is taken
 
 
 class Metadata(dict[str, Any]):
     """What a task may know of its run: id, priority, receipt, timestamp, version.
 
     A dict, as in taskhawk 1.4, whose keys are attributes too. Attributes alone are `headers`;
-    `task`, its name; `queue`, None where there is none; and `attempt`, counting receives from 1.
+    `task`, its name; `queue`, None where there is none; `attempt`, counting receives from 1; and
+    `lease_lost`: the worker could not keep the message to itself, and another may run it now.
     """
 
     def __init__(self, message: Message, receipt: str | None) -> None:
         super().__init__(message.metadata, id=message.id, priority=message.priority)
-        self["receipt"], self._message, self._received = receipt, message, message.received
+        self["receipt"], self._message = receipt, message
+        self._received = message.received or QueueMessage(None, message.id)
 
     task = property(lambda self: self._message.task_name)
     headers = property(lambda self: self._message.headers)
-    attempt = property(lambda self: self._received.attempt if self._received else 1)
-    queue = property(lambda self: self._received and self["receipt"] and self._received.queue)
+    attempt = property(lambda self: self._received.attempt)
+    queue = property(lambda self: self["receipt"] and self._received.queue)
+    lease_lost = property(lambda self: self._received.lease_lost)
 
     def __getattr__(self, name: str) -> Any:
         if name not in self:
             raise AttributeError(f"metadata has no {name!r}")
         return self[name]
 
-    @property
-    def lease_lost(self) -> bool:
-        """Whether the worker could not keep the message to itself: another may run it now."""
-        return bool(self._received and self._received.lease_lost)
-
     def extend_visibility_timeout(self, visibility_timeout_s: float) -> None:
         """Hide the message from others for so many seconds from now, where a queue has it.
 
         For Lambda: a worker does it by itself.
         """
-        if self._received:
-            self._received.change_visibility(VisibilityTimeout=visibility_timeout_s)
+        self._received.change_visibility(VisibilityTimeout=visibility_timeout_s)
 
 
 class AsyncInvocation(Generic[_P]):
     """How to dispatch a task. Immutable: each ``with_…`` returns another invocation."""
 
-    _headers: Mapping[str, Any] = {}
-    _priority: Priority | None = None
-    _delay_s: float = 0
+    _options: Mapping[str, Any] = {}  # what was given of headers, priority and delay_s
 
     def __init__(self, task: Task[_P, Any]) -> None:
         self._task = task
 
-    def _with(self, **changes: Any) -> AsyncInvocation[_P]:
+    def _with(self, **options: Any) -> AsyncInvocation[_P]:
         other = AsyncInvocation(self._task)
-        kept = {name: getattr(self, name) for name in ("_headers", "_priority", "_delay_s")}
-        vars(other).update(kept | changes)
+        vars(other)["_options"] = {**self._options, **options}
         return other
 
     def with_headers(self, /, **headers: Any) -> AsyncInvocation[_P]:
         """Return an invocation with these headers too."""
-        return self._with(_headers={**self._headers, **headers})
+        return self._with(headers={**self._options.get("headers", {}), **headers})
 
     def with_priority(self, priority: Priority) -> AsyncInvocation[_P]:
         """Return an invocation with this priority."""
         if not isinstance(priority, Priority):
             raise TypeError(f"priority: expected a taskhawk.Priority, got {priority!r}")
-        return self._with(_priority=priority)
+        return self._with(priority=priority)
 
     def with_delay(self, delay: float | timedelta) -> AsyncInvocation[_P]:
         """Return an invocation whose messages are held back by the queue.
@@ -714,12 +707,12 @@ class AsyncInvocation(Generic[_P]):
             length on SQLite
         :raises ValueError: if it is negative or not finite
         """
-        delay_s = delay if _is_number(delay) else getattr(delay, "total_seconds", lambda: None)()
-        if delay_s is None:
+        delay_s = getattr(delay, "total_seconds", lambda: delay)()
+        if not _is_number(delay_s):
             raise TypeError(f"delay: expected seconds or a timedelta, got {delay!r}")
         if not 0 <= delay_s < math.inf:
             raise ValueError(f"delay: expected 0 or more seconds, got {delay_s}")
-        return self._with(_delay_s=delay_s)
+        return self._with(delay_s=delay_s)
 
     def dispatch(self, /, *args: _P.args, **kwargs: _P.kwargs) -> str:
         """Queue a run of the task: one request, and one more at a queue's first use.
@@ -741,25 +734,27 @@ class AsyncInvocation(Generic[_P]):
         :raises PartialFailure: if some were not accepted; no more of `calls` was read then
         """
 
-        def message(call: Any) -> Message:
-            args = () if isinstance(call, dict) else call if isinstance(call, tuple) else (call,)
-            return self._message(args, call if isinstance(call, dict) else {})
+        def prepare(call: Any) -> _Ready:
+            if isinstance(call, dict):
+                return _prepare(self._message((), call))
+            return _prepare(self._message(call if isinstance(call, tuple) else (call,), {}))
 
-        count, ready = 0, (_prepare(message(call)) for call in calls)
+        count, ready = 0, map(prepare, calls)
         while some := list(itertools.islice(ready, _MAX_BATCH)):
             _publish_all(_collect(some))
             count += len(some)
         return count
 
     def _message(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Message:
-        task, headers = self._task, self._headers
+        task, options = self._task, self._options
         task.bind(args, kwargs)
+        headers = options.get("headers", {})
         if hook := settings.TASKHAWK_DEFAULT_HEADERS:
             # The manual of 1.4 says that it gets the task; 1.4.0 called it with nothing.
             headers = {**((hook(task=task) if _takes_task(hook) else hook()) or {}), **headers}
-        priority = self._priority or task.priority
+        priority = options.get("priority") or task.priority
         message = Message.new(task.name, args, kwargs, headers=headers, priority=priority)
-        message.delay_s = self._delay_s
+        message.delay_s = options.get("delay_s", 0)
         return message
 
 
@@ -785,19 +780,15 @@ class Task(AsyncInvocation[_P], Generic[_P, _R]):
         except ValueError as error:
             text = f"{name} does not tell its parameters: expected a function written in Python"
             raise ConfigurationError(text) from error
-        kinds = {name: p.kind for name, p in self._signature.parameters.items()}
+        kinds = {p.name: p.kind for p in self._signature.parameters.values()}
         text = f"{name}: *args can't be a task's parameter: name the arguments, or take a list"
         _require(inspect.Parameter.VAR_POSITIONAL not in kinds.values(), text)
         # What the worker gives: a parameter of that name, or **kwargs, takes it.
         named = {n for n, kind in kinds.items() if kind is not inspect.Parameter.POSITIONAL_ONLY}
         takes_all = inspect.Parameter.VAR_KEYWORD in kinds.values()
-        self._given_by_worker = {k for k in ("metadata", "headers") if takes_all or k in named}
-        parameters = self._signature.parameters.values()
-        own = {p.name: p for p in parameters if p.name not in self._given_by_worker}
-        plain = {n for n, p in own.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-        self._plain, self._required = plain, {n for n, p in own.items() if p.default is p.empty}
-        positions = itertools.takewhile(lambda p: p.name in plain, parameters)
-        self._positions = [p.name for p in positions if p.kind is p.POSITIONAL_OR_KEYWORD]
+        self._given_by_worker = {n for n in ("metadata", "headers") if takes_all or n in named}
+        # Remembered: the signature's bind() takes as long as the rest of a dispatch.
+        self._check_shape = functools.lru_cache(self._bind_shape)
         #: the retry policy, and the exceptions that it is for: options of :func:`task`
         self.retry: Callable[[int], float] | None = None
         self.retry_on: tuple[type[BaseException], ...] = (BaseException,)
@@ -826,13 +817,14 @@ class Task(AsyncInvocation[_P], Generic[_P, _R]):
 
         :raises TypeError: if the worker's call would fail
         """
-        named = {*self._positions[: len(args)], *kwargs}
-        if len(named) == len(args) + len(kwargs) and self._required <= named <= self._plain:
-            return  # as most calls: the signature's bind() takes as long as the rest of a dispatch
-        for name in sorted(self._given_by_worker & kwargs.keys()):
+        self._check_shape(len(args), *kwargs)
+
+    def _bind_shape(self, count: int, *names: str) -> None:
+        """Check what alone decides whether a call fits: how many arguments, and which names."""
+        for name in sorted(self._given_by_worker.intersection(names)):
             raise TypeError(f"{self._name}: {name!r} is given by the worker: leave it out")
         try:
-            self._signature.bind(*args, **kwargs, **dict.fromkeys(self._given_by_worker))
+            self._signature.bind(*range(count), **dict.fromkeys([*names, *self._given_by_worker]))
         except TypeError as error:
             raise TypeError(f"{self._name}: {error}") from None
 
@@ -841,11 +833,9 @@ class Task(AsyncInvocation[_P], Generic[_P, _R]):
 
         :param receipt: the receipt handle; None where no queue has the message
         """
-        kwargs, metadata = dict(message.kwargs), Metadata(message, receipt)
-        if self.accepts_metadata:
-            kwargs["metadata"] = metadata
-        if self.accepts_headers:
-            kwargs["headers"] = dict(message.headers)
+        metadata = Metadata(message, receipt)
+        given = {"metadata": metadata, "headers": dict(message.headers)}
+        kwargs = {**message.kwargs, **{name: given[name] for name in self._given_by_worker}}
         token = _current.set(metadata)
         try:
             result: Any = self._fn(*message.args, **kwargs)
@@ -867,8 +857,7 @@ class Task(AsyncInvocation[_P], Generic[_P, _R]):
     __repr__ = __str__
 
 
-_current: contextvars.ContextVar[Metadata | None]
-_current = contextvars.ContextVar("taskhawk task", default=None)
+_current = contextvars.ContextVar[Metadata | None]("taskhawk task", default=None)
 _slot = threading.local()  # `loop` is there in a worker's slot, which keeps it for all its runs
 
 
@@ -881,17 +870,18 @@ def _run_coroutine(coroutine: Any) -> None:
     import asyncio
     from concurrent.futures import ThreadPoolExecutor
 
+    context = contextvars.copy_context()
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        if not hasattr(_slot, "loop"):
+        if hasattr(_slot, "loop"):
+            _slot.loop = _slot.loop or asyncio.Runner()
+            _slot.loop.run(coroutine, context=context)
+        else:
             asyncio.run(coroutine)
-            return
-        _slot.loop = _slot.loop or asyncio.Runner()
-        _slot.loop.run(coroutine, context=contextvars.copy_context())
     else:  # sync mode inside an application's own loop, which is busy until we return
         with ThreadPoolExecutor(1) as pool:
-            pool.submit(contextvars.copy_context().run, asyncio.run, coroutine).result()
+            pool.submit(context.run, asyncio.run, coroutine).result()
 
 
 @typing.overload
@@ -928,93 +918,70 @@ def task(
     :param isolate: have a worker run it in a process of its own, which may crash
     :raises ConfigurationError: if a message can't call the function, or its name is taken
     """
-    options: dict[str, Any] = {
-        "retry": retry,
-        "retry_on": retry_on,
-        "never_retry_on": never_retry_on,
-    }
+    options: Any = {"retry": retry, "retry_on": retry_on, "never_retry_on": never_retry_on}
     options |= {"time_limit": time_limit, "isolate": isolate or time_limit is not None}
 
     def decorate(fn: Any) -> Task[Any, Any]:
-        return _register(fn, priority, name, options)
+        _check_declaration(fn, name, priority=priority, **options)
+        here = _place(fn)
+        cls = settings.read("TASKHAWK_TASK_CLASS") or Task
+        made: Task[Any, Any] = cls(fn, priority, name or f"{here[0]}.{fn.__name__}")
+        text = f"TASKHAWK_TASK_CLASS: expected a subclass of taskhawk.Task, got {cls!r}"
+        _require(isinstance(made, Task), text)
+        vars(made).update(options)
+        # To look at the name and to take it is one step: two threads can't both find it free.
+        taken = _registry.setdefault(made.name, made)
+        # A module may be read again, also as __main__ and by its name, and a function typed anew.
+        there, anew = _place(taken.fn), taken.loaded_by is not made.loaded_by
+        reloaded = here[:2] == there[:2] and (anew or here[0] == "__main__")
+        if taken.fn is not fn and not reloaded:
+            text = "{}: the name of {}.{}{} is taken by {}.{}{}: rename one, or pass name= to"
+            raise ConfigurationError(f"{text.format(made.name, *here, *there)} @taskhawk.task")
+        _registry[made.name] = made
+        if not name and fn.__module__ == "__main__":
+            _registry[f"__main__.{fn.__name__}"] = made  # as 1.4 named it: messages in flight
+        return made
 
     return decorate(*args) if args else decorate
 
 
-def _register(
-    fn: Any, priority: Priority, name: str | None, options: Mapping[str, Any]
-) -> Task[Any, Any]:
-    _check_function(fn, priority, name, options)
-    full_name = name or f"{_real_module(fn)}.{fn.__name__}"
-    cls = settings.read("TASKHAWK_TASK_CLASS") or Task
-    made: Task[Any, Any] = cls(fn, priority, full_name)
-    text = f"TASKHAWK_TASK_CLASS: expected a subclass of taskhawk.Task, got {cls!r}"
-    _require(isinstance(made, Task), text)
-    vars(made).update(options)
-    with _registering:
-        taken = _registry.get(made.name)
-        if taken and not _is_reload(taken, made):
-            text = f"{made.name}: the name of {_place(fn)} is taken by {_place(taken.fn)}: rename"
-            raise ConfigurationError(f"{text} one, or pass name= to @taskhawk.task")
-        _registry[made.name] = made
-        if not name and fn.__module__ == "__main__":
-            _registry[f"__main__.{fn.__name__}"] = made  # as 1.4 named it: messages in flight
-    return made
-
-
-def _check_function(fn: Any, priority: Any, name: str | None, options: Mapping[str, Any]) -> None:
+def _check_declaration(fn: Any, name: str | None, **options: Any) -> None:
     """Refuse what a message can't call, and say what to do instead."""
     shown = getattr(fn, "__qualname__", repr(fn))
-
-    def refuse_if(wrong: object, problem: str) -> None:
-        _require(not wrong, f"{shown} {problem}")
-
-    refuse_if(isinstance(fn, Task), "is a task already: decorate it once")
-    refuse_if(not callable(fn), "can't be called: expected a function")
+    _require(not isinstance(fn, Task), f"{shown} is a task already: decorate it once")
+    _require(callable(fn), f"{shown} can't be called: expected a function")
     in_class = "." in shown and not shown.rpartition(".")[0].endswith("<locals>")
     takes_self = in_class and [*inspect.signature(fn).parameters][:1] == ["self"]
     method = inspect.ismethod(fn) or takes_self
-    text = "is a method: expected a function, which a message can call without an object"
-    refuse_if(method, text)
     generator = inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn)
-    refuse_if(generator, "is a generator: expected a function that runs when it is called")
-    refuse_if(shown.endswith("<lambda>"), "is a lambda: expected a function with a name (def)")
-    refuse_if(not name and not hasattr(fn, "__name__"), "has no name: pass name= to taskhawk.task")
-    text = f"has priority={priority!r}: expected a taskhawk.Priority"
-    refuse_if(not isinstance(priority, Priority), text)
-    retry = options["retry"]
-    refuse_if(
-        retry and not callable(retry), f"has retry={retry!r}: expected a function of the attempt"
-    )
-    limit = options["time_limit"]
-    valid = limit is None or (_is_number(limit) and 0 < limit < math.inf)
-    refuse_if(not valid, f"has time_limit={limit!r}: expected a number of seconds above 0")
+    priority, retry, limit = (options[name] for name in ("priority", "retry", "time_limit"))
+    flaws = {
+        "is a method: expected a function, which a message can call without an object": method,
+        "is a generator: expected a function that runs when it is called": generator,
+        "is a lambda: expected a function with a name (def)": shown.endswith("<lambda>"),
+        "has no name: pass name= to taskhawk.task": not (name or hasattr(fn, "__name__")),
+        f"has {priority=}: expected a taskhawk.Priority": not isinstance(priority, Priority),
+        f"has {retry=}: expected a function of the attempt": retry and not callable(retry),
+        f"has time_limit={limit!r}: expected {_SECONDS}": limit is not None
+        and not (_is_number(limit) and 0 < limit < math.inf),
+    }
     for option in ("retry_on", "never_retry_on"):
         kinds = options[option] if isinstance(options[option], tuple) else (options[option],)
-        fit = all(isinstance(k, type) and issubclass(k, BaseException) for k in kinds)
-        refuse_if(not fit, f"has {option}={options[option]!r}: expected exceptions")
+        fit = all(isinstance(kind, type) and issubclass(kind, BaseException) for kind in kinds)
+        flaws[f"has {option}={options[option]!r}: expected exceptions"] = not fit
+    for flaw, found in flaws.items():
+        _require(not found, f"{shown} {flaw}")
 
 
-def _real_module(fn: Any) -> str:
-    """Return the name that a worker imports the function's module by, also of a running script."""
-    main_module = sys.modules["__main__"]
-    if fn.__module__ != "__main__" or not getattr(main_module, "__file__", None):
-        return str(fn.__module__)
-    spec, path = main_module.__spec__, main_module.__file__ or ""
-    return spec.name if spec else inspect.getmodulename(path) or "__main__"
-
-
-def _place(fn: Any) -> str:
+def _place(fn: Any) -> tuple[str, str, str]:
+    """Return the module that a worker imports a function by, also a script's, its name and line."""
+    module, script = fn.__module__, sys.modules["__main__"]
+    if module == "__main__":
+        spec, path = script.__spec__, getattr(script, "__file__", None) or ""
+        module = (spec.name if spec else inspect.getmodulename(path)) or module
     code = getattr(fn, "__code__", None)
-    where = f" ({code.co_filename}:{code.co_firstlineno})" if code else ""
-    return f"{_real_module(fn)}.{getattr(fn, '__qualname__', repr(fn))}{where}"
-
-
-def _is_reload(old: Task[Any, Any], new: Task[Any, Any]) -> bool:
-    """Return whether `new` is `old` loaded anew: by reload(), as __main__ and itself, or typed."""
-    names = [_place(task.fn).partition(" (")[0] for task in (old, new)]
-    anew = old.loaded_by is not new.loaded_by or _real_module(new.fn) == "__main__"
-    return names[0] == names[1] and (anew or old.fn is new.fn)
+    line = f" ({code.co_filename}:{code.co_firstlineno})" if code else ""
+    return str(module), getattr(fn, "__qualname__", repr(fn)), line
 
 
 # --- 6. processing --------------------------------------------------------------------------------
@@ -1042,7 +1009,7 @@ def process(received: QueueMessage) -> Outcome:
     """Run a received message through hooks, decoder and task, and decide what becomes of it."""
     began = time.monotonic()
     try:
-        _run(received)
+        _run(received, began)
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # SystemExit and CancelledError too are failed runs
@@ -1052,22 +1019,7 @@ def process(received: QueueMessage) -> Outcome:
     return Outcome(Fate.acknowledge)
 
 
-def _failed(received: QueueMessage, error: BaseException, began: float) -> Outcome:
-    outcome = _verdict(received, error)
-    _report(received, outcome, _facts(received, outcome.fate.value, began))
-    return outcome
-
-
-def _facts(received: QueueMessage, outcome: str, began: float) -> dict[str, Any]:
-    """Return what the one record of a run says besides its text."""
-    facts = {"outcome": outcome, "duration_ms": round((time.monotonic() - began) * 1000)}
-    if message := received.message:
-        facts |= {"task": message.task_name, "id": message.id, "attempt": received.attempt}
-    return facts
-
-
-def _run(received: QueueMessage) -> None:
-    began = time.monotonic()
+def _run(received: QueueMessage, began: float) -> None:
     if hook := settings.TASKHAWK_PRE_PROCESS_HOOK:
         hook(**received.hook_kwargs)
     message = _decode(received.body)
@@ -1086,6 +1038,75 @@ def _run(received: QueueMessage) -> None:
         _log.log(level, "%s %s: %s", task.name, message.id, outcome, extra=facts)
 
 
+def _facts(received: QueueMessage, outcome: str, began: float) -> dict[str, Any]:
+    """Return what the one record of a run says besides its text."""
+    facts = {"outcome": outcome, "duration_ms": round((time.monotonic() - began) * 1000)}
+    if message := received.message:
+        facts |= {"task": message.task_name, "id": message.id, "attempt": received.attempt}
+    return facts
+
+
+_INVALID_EVERY_S = 10  # for each kind of error: a poisoned queue must not fill the disk with logs
+_last_invalid: dict[type, tuple[float, int]] = {}  # when one was logged, how many were not
+
+
+def _failed(received: QueueMessage, raised: BaseException, began: float) -> Outcome:
+    """Decide what becomes of a failed run's message, log it, and tell the hook of an error."""
+    outcome = _verdict(received, raised)
+    message, error, attempt = received.message, outcome.error, received.attempt
+    facts = _facts(received, outcome.fate.value, began)
+    what = f"{message.task_name} {message.id}" if message else f"message {received.message_id}"
+    what = re.sub(r"[^ -~]", "?", what)[:200]  # ids are free text: one line, and not a long one
+    then = "is left to the queue" if outcome.fate is Fate.retry else "goes to the dead letters"
+    if outcome.delay_s is not None:
+        then = f"runs again in {outcome.delay_s:g} s"
+    level, trace, text = logging.ERROR, error, f"{what}: attempt {attempt} failed and {then}"
+    if message is None and isinstance(error, ValidationError):
+        (last, more), now = _last_invalid.get(type(error), (-math.inf, 0)), time.monotonic()
+        if now - last < _INVALID_EVERY_S:
+            _last_invalid[type(error)] = last, more + 1
+            return outcome
+        _last_invalid[type(error)] = now, 0
+        others = f" ({more} more like it since the last record)" if more else ""
+        trace, text = None, f"{what} {then}: {error}{others}"
+    elif isinstance(error, RetryException) and outcome.fate is Fate.retry:
+        level, trace = logging.INFO, None
+        text = f"{what}: attempt {attempt} asked to be retried and {then}"
+    elif isinstance(error, LoggingException):
+        # logging refuses an `extra` with a name of its own.
+        taken = vars(logging.makeLogRecord({})).keys() | {"message", "asctime"}
+        given = error.extra if isinstance(error.extra, Mapping) else {}
+        facts |= {f"extra_{k}" if k in taken else str(k): v for k, v in given.items()}
+        text = _text_of(error)
+    _log.log(level, "%s", text, exc_info=trace, extra=facts)
+    if level == logging.ERROR:
+        _call_safely("TASKHAWK_ERROR_HOOK", exception=error, message=message)
+    return outcome
+
+
+def _verdict(received: QueueMessage, error: BaseException) -> Outcome:
+    """Decide what becomes of a message whose run raised."""
+    delay_s = error.delay_seconds if isinstance(error, RetryException) else None
+    # What is not valid, or unknown here, is left to the queue's redrive policy.
+    if received.message and delay_s is None:
+        task = received.message.task
+        again = isinstance(error, task.retry_on) and not isinstance(error, task.never_retry_on)
+        if isinstance(error, StopRetry) or not (again or isinstance(error, RetryException)):
+            return Outcome(Fate.dead_letter, error)
+        try:
+            if task.retry is not None:
+                delay_s = task.retry(received.attempt)
+                text = f"{task.name}: retry: expected 0 or more seconds, got {delay_s!r}"
+                _require(_is_number(delay_s) and 0 <= delay_s < math.inf, text)
+        except StopRetry:
+            return Outcome(Fate.dead_letter, error)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as defect:  # of the policy: it must not lose the message
+            return Outcome(Fate.retry, defect)
+    return Outcome(Fate.retry, error, None if delay_s is None else min(delay_s, _MAX_HELD_S))
+
+
 def _call_safely(name: str, **kwargs: Any) -> None:
     """Call a hook whose failure is logged, no more."""
     try:
@@ -1095,68 +1116,6 @@ def _call_safely(name: str, **kwargs: Any) -> None:
         raise
     except BaseException:  # SystemExit and CancelledError too
         _log.exception("%s failed", name)
-
-
-def _verdict(received: QueueMessage, error: BaseException) -> Outcome:
-    """Decide what becomes of a message whose run raised."""
-    if isinstance(error, RetryException) and error.delay_seconds is not None:
-        return Outcome(Fate.retry, error, min(error.delay_seconds, _MAX_HELD_S))
-    if received.message is None:  # not valid, or unknown here: the queue's redrive policy decides
-        return Outcome(Fate.retry, error)
-    task = received.message.task
-    allowed = isinstance(error, task.retry_on) and not isinstance(error, task.never_retry_on)
-    if isinstance(error, StopRetry) or not (allowed or isinstance(error, RetryException)):
-        return Outcome(Fate.dead_letter, error)
-    if task.retry is None:
-        return Outcome(Fate.retry, error)
-    try:
-        delay_s = task.retry(received.attempt)
-        text = f"{task.name}: retry: expected 0 or more seconds, got {delay_s!r}"
-        _require(_is_number(delay_s) and 0 <= delay_s < math.inf, text)
-    except StopRetry:
-        return Outcome(Fate.dead_letter, error)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as defect:  # of the policy: it must not lose the message
-        return Outcome(Fate.retry, defect)
-    return Outcome(Fate.retry, error, min(delay_s, _MAX_HELD_S))
-
-
-_INVALID_EVERY_S = 10  # for each kind of error: a poisoned queue must not fill the disk with logs
-_last_invalid: dict[type, tuple[float, int]] = {}  # when one was logged, how many were not
-
-
-def _report(received: QueueMessage, outcome: Outcome, facts: dict[str, Any]) -> None:
-    """Log a failed run, and tell the error hook of what is logged as an error."""
-    message, error = received.message, outcome.error
-    what = f"{message.task_name} {message.id}" if message else f"message {received.message_id}"
-    what = re.sub(r"[^ -~]", "?", what)[:200]  # ids are free text: one line, and not a long one
-    then = "goes to the dead letters"
-    if outcome.fate is Fate.retry:
-        wait = "is left to the queue" if outcome.delay_s is None else "runs again in {:g} s"
-        then = wait.format(outcome.delay_s)
-    text = f"{what}: attempt {received.attempt} failed and {then}"
-    if message is None and isinstance(error, ValidationError):
-        (last, more), now = _last_invalid.get(type(error), (-math.inf, 0)), time.monotonic()
-        if now - last < _INVALID_EVERY_S:
-            _last_invalid[type(error)] = last, more + 1
-            return
-        _last_invalid[type(error)] = now, 0
-        others = f" ({more} more like it since the last record)" if more else ""
-        _log.error("%s is left to the queue: %s%s", what, error, others, extra=facts)
-    elif isinstance(error, RetryException) and outcome.fate is Fate.retry:
-        text = "%s: attempt %d asked to be retried and %s"
-        _log.info(text, what, received.attempt, then, extra=facts)
-        return
-    else:
-        if isinstance(error, LoggingException):
-            # logging refuses an `extra` with a name of its own.
-            taken = vars(logging.makeLogRecord({})).keys() | {"message", "asctime"}
-            given = error.extra if isinstance(error.extra, Mapping) else {}
-            facts |= {f"extra_{k}" if k in taken else str(k): v for k, v in given.items()}
-            text = _text_of(error)
-        _log.error("%s", text, exc_info=error, extra=facts)
-    _call_safely("TASKHAWK_ERROR_HOOK", exception=error, message=message)
 
 
 def _text_of(error: BaseException | None) -> str:
@@ -1194,11 +1153,10 @@ class RetryPolicy:
         """Return the delay after the `attempt`-th run (from 1), or raise :exc:`StopRetry`."""
         if self.max_retries is not None and attempt > self.max_retries:
             raise StopRetry(f"all {self.max_retries} retries are used up")
-        try:
-            growth = float(self.factor ** (attempt - 1))
-        except OverflowError:
-            growth = sys.float_info.max
         first, step = (min(number, _MAX_HELD_S) for number in (self.base_s, self.step_s))
+        growth = sys.float_info.max
+        with contextlib.suppress(OverflowError):
+            growth = float(self.factor ** (attempt - 1))
         delay_s = min(first * growth + step * (attempt - 1), self.max_delay_s, _MAX_HELD_S)
         return _jittered(delay_s) if self.jitter else delay_s
 
@@ -1242,17 +1200,13 @@ def exponential(
     return RetryPolicy(base_s, factor, 0, max_retries, max_delay_s, jitter)
 
 
-_django_loops = threading.local()
-
-
 def _recycle_django_connections() -> None:
     """Close this thread's database connections after so many runs, where Django is in use."""
     if "django.db" not in sys.modules or not _django_settings():
         return
-    _django_loops.count = getattr(_django_loops, "count", 0) + 1
     try:
-        if _django_loops.count >= settings.TASKHAWK_MAX_DB_REUSE_LOOPS:
-            _django_loops.count = 0
+        _slot.runs = (getattr(_slot, "runs", 0) + 1) % settings.TASKHAWK_MAX_DB_REUSE_LOOPS
+        if _slot.runs == 0:
             for connection in sys.modules["django.db"].connections.all(initialized_only=True):
                 if not connection.in_atomic_block:  # a test's transaction
                     connection.close()
@@ -2036,7 +1990,7 @@ class _SyncSender(Sender):
             record = {"Sns": {"Message": body, "MessageId": message_id, "MessageAttributes": {}}}
             received = QueueMessage(body, message_id, None, {}, attributes, destination)
             received.sns_record = record if settings.IS_LAMBDA_APP else None
-            _run(received)
+            _run(received, time.monotonic())
         return []
 
 
