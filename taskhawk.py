@@ -922,7 +922,7 @@ def task(
     options |= {"time_limit": time_limit, "isolate": isolate or time_limit is not None}
 
     def decorate(fn: Any) -> Task[Any, Any]:
-        _check_declaration(fn, name, priority=priority, **options)
+        _check_declared(fn, priority, name, options)
         here = _place(fn)
         cls = settings.read("TASKHAWK_TASK_CLASS") or Task
         made: Task[Any, Any] = cls(fn, priority, name or f"{here[0]}.{fn.__name__}")
@@ -945,7 +945,7 @@ def task(
     return decorate(*args) if args else decorate
 
 
-def _check_declaration(fn: Any, name: str | None, **options: Any) -> None:
+def _check_declared(fn: Any, priority: object, name: object, options: Mapping[str, Any]) -> None:
     """Refuse what a message can't call, and say what to do instead."""
     shown = getattr(fn, "__qualname__", repr(fn))
     _require(not isinstance(fn, Task), f"{shown} is a task already: decorate it once")
@@ -954,7 +954,7 @@ def _check_declaration(fn: Any, name: str | None, **options: Any) -> None:
     takes_self = in_class and [*inspect.signature(fn).parameters][:1] == ["self"]
     method = inspect.ismethod(fn) or takes_self
     generator = inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn)
-    priority, retry, limit = (options[name] for name in ("priority", "retry", "time_limit"))
+    retry, limit = options["retry"], options["time_limit"]
     flaws = {
         "is a method: expected a function, which a message can call without an object": method,
         "is a generator: expected a function that runs when it is called": generator,
@@ -976,8 +976,8 @@ def _check_declaration(fn: Any, name: str | None, **options: Any) -> None:
 def _place(fn: Any) -> tuple[str, str, str]:
     """Return the module that a worker imports a function by, also a script's, its name and line."""
     module, script = fn.__module__, sys.modules["__main__"]
-    if module == "__main__":
-        spec, path = script.__spec__, getattr(script, "__file__", None) or ""
+    if module == "__main__" and (path := getattr(script, "__file__", None)):
+        spec = script.__spec__
         module = (spec.name if spec else inspect.getmodulename(path)) or module
     code = getattr(fn, "__code__", None)
     line = f" ({code.co_filename}:{code.co_firstlineno})" if code else ""
