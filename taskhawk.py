@@ -3419,48 +3419,36 @@ def _check_attributes(broker: SqsBroker, queue: str, dead: str) -> Iterator[_Fin
 
 
 # --- 15. command line -----------------------------------------------------------------------------
-# Glue only: each command is an argument parser around what is above. Exit codes: 0 done, 1 failed,
-# 2 wrong usage or configuration.
+# Glue only. Each command is a function around what is above: its decorator has its options, its
+# docstring is its help and ends with an example, and it returns whether it failed. Exit codes:
+# 0 done, 1 failed, 2 wrong usage or configuration.
 
-_commands: dict[str, tuple[Callable[[Any], int], Sequence[tuple[str, dict[str, Any]]]]] = {}
+_Option = tuple[str, dict[str, Any]]  # the arguments of argparse's add_argument()
+_commands: dict[str, tuple[Callable[[Any], object], Sequence[_Option]]] = {}
 
 
-def _option(name: str, text: str | None = None, **kwargs: Any) -> tuple[str, dict[str, Any]]:
+def _option(name: str, text: str | None = None, **kwargs: Any) -> _Option:
     return name, {"help": text, **kwargs}
 
 
-def _flag(name: str, text: str) -> tuple[str, dict[str, Any]]:
-    return _option(name, text, action="store_true")
+def _command(name: str, *options: _Option) -> Callable[..., Any]:
+    """Make a command of a function."""
 
-
-def _command(name: str, *options: tuple[str, dict[str, Any]]) -> Callable[..., Any]:
-    """Make a command of a function: its docstring is the help, and ends with an example."""
-
-    def register(run: Callable[[Any], int]) -> Callable[[Any], int]:
+    def register(run: Callable[[Any], object]) -> Callable[[Any], object]:
         _commands[name] = run, options
         return run
 
     return register
 
 
-_NAMES = [priority.name for priority in Priority]
+_flag = functools.partial(_option, action="store_true")
+_many = functools.partial(_option, action="append", default=[])
 _MODULES = _option("modules", "to import: it has the tasks", nargs="*", metavar="MODULE")
-_MODULE = _option("--module", "to import first", action="append", default=[])
-_QUEUES = _option("--priority", "which queue: default", choices=_NAMES, action="append")
-_HEADER = _option("--header", action="append", default=[], metavar="K=V")
+_MODULE = _many("--module", "to import first", dest="modules")
+_QUEUES = _many("--priority", "which queue: default", choices=_PRIORITIES)
+_HEADER = _many("--header", metavar="K=V")
 _AS_JSON = _flag("--json", "for programs")
 _DRY_RUN = _flag("--dry-run", "only say what would be done")
-_LETTERS = (
-    _option("--priority", "of which queue: default", choices=_NAMES, default="default"),
-    _option("--task", "only those of this task", metavar="NAME"),
-    _option("--error", "only those with this in the error's type or message", metavar="TEXT"),
-    _HEADER,
-    _option("--older-than", "since they were sent: 90s, 15m, 36h or 7d", metavar="AGE"),
-    _option("--newer-than", "likewise", metavar="AGE"),
-    _option("--id", "the message's id, or that of SQS", action="append"),
-    _option("--limit", "at most so many", type=int, metavar="N"),
-    _MODULE,
-)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -3472,28 +3460,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["_child"]:
         return _serve_worker(*map(int, argv[1:]))
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as `python -m` does, for the script
     arguments = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     for handler in logging.getLogger().handlers:
         handler.addFilter(_add_task)
-        if getattr(arguments, "log_format", "") == "json":
+        if arguments.log_format == "json":
             handler.setFormatter(_JsonFormatter())
-    if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # as `python -m` does, for the script
     try:
         if name := os.environ.get("DJANGO_SETTINGS_MODULE"):
             _import(name, "the module named by DJANGO_SETTINGS_MODULE")
             _import("django", "the package").setup()
-        return typing.cast("int", arguments.run(arguments))
-    except (ConfigurationError, ValidationError, TypeError, ValueError) as error:
-        print(f"taskhawk: {error}", file=sys.stderr)
-        return 2
+        _load(arguments.modules, arguments.command)
+        return int(bool(arguments.run(arguments)))
     except KeyboardInterrupt:
         return 130
     except Exception as error:
         _log.debug("taskhawk %s", arguments.command, exc_info=True)
         print(f"taskhawk: {error}", file=sys.stderr)
-        return 1
+        wrong = ConfigurationError | ValidationError | TypeError | ValueError
+        return 2 if isinstance(error, wrong) else 1
 
 
 def _parser() -> Any:
@@ -3501,6 +3488,7 @@ def _parser() -> Any:
 
     parser = argparse.ArgumentParser(prog="taskhawk", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--version", action="version", version=VERSION)
+    parser.set_defaults(modules=(), ids=(), json=False, log_format="text")
     groups = {"": parser.add_subparsers(required=True, metavar="COMMAND")}
     for command, (run, options) in _commands.items():
         text, _, example = (inspect.getdoc(run) or command).partition("\n\n")
@@ -3516,13 +3504,14 @@ def _parser() -> Any:
     return parser
 
 
-def _import_modules(modules: Iterable[str], command: str = "") -> None:
+def _load(modules: Iterable[str], command: str) -> None:
+    """Import the tasks' modules, which may configure taskhawk, and look at what they configured."""
     for name in modules:
         _import(name, "the module")
-    text = (
-        f"{command}: sqlite:// is the memory of one process: use a file, such as sqlite:///queue.db"
-    )
-    _require(not command or not re.match(r"sqlite://(\?|$)", settings.TASKHAWK_BROKER), text)
+    shares = re.match("listen|dispatch|dead-letters", command)  # a queue, with other processes
+    memory = shares and re.match(r"sqlite://(\?|$)", settings.TASKHAWK_BROKER)
+    text = "sqlite:// is the memory of one process: use a file, such as sqlite:///queue.db"
+    _require(not memory, f"{command}: {text}")
 
 
 class _DemoWorker(Worker):
@@ -3538,7 +3527,7 @@ class _DemoWorker(Worker):
 
 
 @_command("demo")
-def _demo(_arguments: Any) -> int:
+def _demo(_arguments: Any) -> bool:
     """Show a queue at work, with nothing set up.
 
     example: python -m taskhawk demo
@@ -3555,8 +3544,8 @@ def _demo(_arguments: Any) -> int:
         return _play()
 
 
-def _play() -> int:
-    bugs = {"demo.divide"}
+def _play() -> bool:
+    bugs = ["demo.divide"]
 
     @task(name="demo.greet")
     def greet(name: str) -> None:
@@ -3571,19 +3560,20 @@ def _play() -> int:
     def divide(number: int, by: int) -> None:
         print(f"{'':29}{number} / {by} = {number / by if bugs else 'not a number'}")
 
-    for found, args in ((greet, ["world"]), (connect, []), (divide, [1, 0])):
-        message_id = typing.cast("Task[..., Any]", found).dispatch(*args)
-        print(f"{'dispatched':15}{found.name:14}{message_id}")
+    calls: list[tuple[Task[..., Any], list[Any]]]
+    calls = [(greet, ["world"]), (connect, []), (divide, [1, 0])]
+    for found, args in calls:
+        print(f"{'dispatched':15}{found.name:14}{found.dispatch(*args)}")
     print("\nThe worker runs until nothing is queued:")
-    broker = _brokers.broker()
-    queues = [broker.destination(Priority.default)]
-    first = _DemoWorker(broker, queues, num_messages=10, until_empty=True).run()
+    queues = _queues_of(Priority.default)
+    work = functools.partial(_DemoWorker, _brokers.broker(), queues, 10, until_empty=True)
+    first = work().run()
     bugs.clear()
     print("\nThe bug in demo.divide is mended, and its dead letter sent back:")
     print(f"{'requeued':15}{requeue_dead_letter(Priority.default)} message")
-    second = _DemoWorker(broker, queues, until_empty=True).run()
+    second = work().run()
     print(f"\nThe ledgers of the two workers:\n  {first}\n  {second}")
-    return 0 if (first.dead_lettered, second.acked) == (1, 1) else 1
+    return (first.dead_lettered, second.acked) != (1, 1)
 
 
 @_command(
@@ -3601,22 +3591,19 @@ def _play() -> int:
     _option("--log-format", choices=["text", "json"], default="text"),
     _option("--liveness-file", "to touch while it lives", metavar="PATH"),
 )
-def _listen(arguments: Any) -> int:
+def _listen(arguments: Any) -> bool:
     """Run a worker.
 
     example: python -m taskhawk listen myapp.tasks --priority high --priority default
     """
-    _import_modules(arguments.modules, arguments.command)
     text = "listen: no task is registered: name the modules that define them, such as myapp.tasks"
     _require(_registry, text)
     queues = _queues_of(Priority[name] for name in arguments.priority or ["default"])
-    fields = {field.name for field in dataclasses.fields(Worker)} & vars(arguments).keys()
-    options = {name: vars(arguments)[name] for name in fields}
+    names = [field.name for field in dataclasses.fields(Worker) if field.name in arguments]
+    options = {name: vars(arguments)[name] for name in names}
     worker = Worker(_brokers.broker(), queues, **options, on_overdue=_exit_overdue)
-    ledger = worker.run()
-    print(ledger)
-    good = ledger.balanced and not ledger.uncertain and not worker.overdue.is_set()
-    return 0 if good else 1
+    print(worker.run())
+    return not worker.ledger.balanced or worker.ledger.uncertain > 0 or worker.overdue.is_set()
 
 
 def _exit_overdue(ledger: Ledger) -> None:
@@ -3631,13 +3618,11 @@ class _JsonFormatter(logging.Formatter):
     _own = vars(logging.makeLogRecord({})).keys() | {"message", "asctime"}
 
     def format(self, record: logging.LogRecord) -> str:
+        super().format(record)  # notes its message, and its traceback as exc_text
         when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         line = {"time": f"{when}.{record.msecs:03.0f}Z", "level": record.levelname}
-        line |= {"logger": record.name, "message": record.getMessage()}
-        if record.exc_info and not record.exc_text:
-            record.exc_text = self.formatException(record.exc_info)
-        if record.exc_text:
-            line["exception"] = record.exc_text
+        line |= {"logger": record.name, "message": record.message}
+        line |= {"exception": record.exc_text} if record.exc_text else {}
         extra = {key: value for key, value in vars(record).items() if key not in self._own}
         return json.dumps(line | extra, default=str)
 
@@ -3648,32 +3633,29 @@ class _JsonFormatter(logging.Formatter):
     _option("--args", "an array", default="[]", metavar="JSON"),
     _option("--kwargs", "an object", default="{}", metavar="JSON"),
     _HEADER,
-    _option("--priority", "which queue: the task's", choices=_NAMES),
+    _option("--priority", "which queue: the task's", choices=_PRIORITIES),
     _option("--delay", "seconds", type=float, default=0, metavar="S"),
     _MODULE,
 )
-def _dispatch(arguments: Any) -> int:
+def _dispatch(arguments: Any) -> None:
     """Queue a run of a task, and print its id.
 
     example: python -m taskhawk dispatch myapp.tasks.send_email --args '["me@example.com", "Hi"]'
     """
-    _import_modules(arguments.module, arguments.command)
-    if arguments.task not in _registry and (module := arguments.task.rpartition(".")[0]):
-        _import_modules([module], arguments.command)
+    module = arguments.task.rpartition(".")[0]
+    if module and arguments.task not in _registry:
+        _load([module], arguments.command)
     found = Task.find_by_name(arguments.task)
-    headers = dict(_key_and_value(text) for text in arguments.header)
-    invocation = found.with_headers(**headers).with_delay(arguments.delay)
-    if arguments.priority:
-        invocation = invocation.with_priority(Priority[arguments.priority])
+    priority = Priority[arguments.priority or found.priority.name]
+    invocation = found.with_headers(**_pairs(arguments.header)).with_priority(priority)
     args, kwargs = _json(arguments.args, "--args", list), _json(arguments.kwargs, "--kwargs", dict)
-    print(invocation.dispatch(*args, **kwargs))
-    return 0
+    print(invocation.with_delay(arguments.delay).dispatch(*args, **kwargs))
 
 
-def _key_and_value(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    _require(equals, f"--header: expected K=V, got {text!r}")
-    return name, value
+def _pairs(texts: Iterable[str]) -> dict[str, str]:
+    for text in texts:
+        _require("=" in text, f"--header: expected K=V, got {text!r}")
+    return dict(text.split("=", 1) for text in texts)
 
 
 def _json(text: str, option: str, kind: type) -> Any:
@@ -3685,26 +3667,23 @@ def _json(text: str, option: str, kind: type) -> Any:
 
 
 @_command("tasks", _MODULES)
-def _tasks(arguments: Any) -> int:
+def _tasks(_arguments: Any) -> None:
     """List the registered tasks.
 
     example: python -m taskhawk tasks myapp.tasks
     """
-    _import_modules(arguments.modules)
     for name, found in sorted(_registry.items()):
         if name == found.name:  # not an alias
             print(f"{name}  {found.priority.name}")
-    return 0
 
 
 @_command("schema")
-def _schema(_arguments: Any) -> int:
+def _schema(_arguments: Any) -> None:
     """Print the message format as JSON Schema.
 
     example: python -m taskhawk schema > schema.json
     """
     print(json.dumps(SCHEMA, indent=2))
-    return 0
 
 
 @_command(
@@ -3713,169 +3692,92 @@ def _schema(_arguments: Any) -> int:
     _option("--interval", "seconds", type=float, default=2, metavar="S"),
     _AS_JSON,
 )
-def _stats(arguments: Any) -> int:
+def _stats(arguments: Any) -> None:
     """Count the messages of all priorities.
 
     example: python -m taskhawk stats --watch
     """
     before: Mapping[str, Any] = {}
-    seconds = 0.0
+    tty, seconds = sys.stdout.isatty(), arguments.interval
+    clear = "\x1b[H\x1b[2J" * (tty and arguments.watch and not arguments.json)
     with contextlib.suppress(KeyboardInterrupt):
         while True:
-            depths, tty = _depths(), sys.stdout.isatty()
-            lines = [json.dumps(depths)]
-            if not arguments.json:
-                lines = list(_depth_lines(depths, before, seconds, bars=tty))
-            clear = "\x1b[H\x1b[2J" * (tty and arguments.watch and not arguments.json)
-            print(clear + "\n".join(lines), flush=True)
+            depths = _depths()
+            table = "\n".join(_depth_lines(depths, before, seconds, bars=tty))
+            print(json.dumps(depths) if arguments.json else clear + table, flush=True)
             if not arguments.watch:
                 break
-            before, seconds = depths, arguments.interval
+            before = depths
             time.sleep(seconds)
-    return 0
 
 
 @_command("check", _MODULES, _QUEUES, _AS_JSON)
-def _check_all(arguments: Any) -> int:
+def _check_all(arguments: Any) -> bool:
     """Find what is wrong with settings, queues and tasks.
 
     example: python -m taskhawk check myapp.tasks --priority high
     """
-    _import_modules(arguments.modules)
     used = {found.priority for found in _registry.values()} or {Priority.default}
-    wanted = {Priority[name] for name in arguments.priority or ()} or used
-    findings = list(_check(priority for priority in _URGENCY if priority in wanted))
+    wanted = {Priority[name] for name in arguments.priority} or used
+    findings = list(_check(sorted(wanted, key=_URGENCY.index)))
     if arguments.json:
         print(json.dumps([finding._asdict() for finding in findings], indent=2))
     else:
         for severity, what, why, remedy in findings:
             print(f"{severity}: {what}: {why}. Mend it: {remedy}")
-        print("nothing is wrong" if not findings else f"{len(findings)} found")
-    return int(any(finding.severity == "error" for finding in findings))
+        print(f"{len(findings)} found" if findings else "nothing is wrong")
+    return any(finding.severity == "error" for finding in findings)
 
 
 @_command(
     "provision",
-    _option("--priority", "which queues: all", choices=_NAMES, action="append"),
+    _many("--priority", "which queues: all", choices=_PRIORITIES),
     _option("--max-receive-count", "before the dead letters", type=int, default=5, metavar="N"),
     _option("--lambda", "a function to subscribe to the topics", dest="function", metavar="ARN"),
     _option("--format", "print it as this", choices=["terraform", "iam"]),
     _DRY_RUN,
 )
-def _provision(arguments: Any) -> int:
+def _provision(arguments: Any) -> None:
     """Make the queues or topics, or print them for review.
 
     example: python -m taskhawk provision --format terraform > taskhawk.tf.json
     """
-    wanted = {Priority[name] for name in arguments.priority or ()} or set(Priority)
     if settings.TASKHAWK_BROKER != "sqs":
         print(f"ready: {_brokers.broker().url('')}")
-        return 0
-    ordered = (priority for priority in _URGENCY if priority in wanted)
+        return
+    wanted = sorted({Priority[name] for name in arguments.priority} or Priority, key=_URGENCY.index)
     options = (arguments.max_receive_count, arguments.function)
-    resources = [each for priority in ordered for each in _resources(priority, *options)]
+    resources = [each for priority in wanted for each in _resources(priority, *options)]
     if arguments.format:
         made = _iam(resources) if arguments.format == "iam" else _terraform(resources)
         print(json.dumps(made, indent=2))
-        return 0
+        return
     for resource in resources:
         print(_provide(*resource, dry_run=arguments.dry_run))
-    return 0
 
 
-def _letters(arguments: Any) -> _DeadLetters:
-    _import_modules(arguments.module, arguments.command)
-    options = (_MAX_BATCH, 600, arguments.limit or sys.maxsize, _filter(arguments))
-    return _DeadLetters(Priority[arguments.priority], *options)
+_LETTERS = (
+    _option("--priority", "of which queue: default", choices=_PRIORITIES, default="default"),
+    _option("--task", "only those of this task", metavar="NAME"),
+    _option("--error", "only those with this in the error's type or message", metavar="TEXT"),
+    _HEADER,
+    _option("--older-than", "since they were sent: 90s, 15m, 36h or 7d", metavar="AGE"),
+    _option("--newer-than", "likewise", metavar="AGE"),
+    _many("--id", "the message's id, or that of SQS"),
+    _option("--limit", "at most so many", type=int, metavar="N"),
+    _MODULE,
+)
 
 
-def _look(arguments: Any, doing: str, lines: Callable[[QueueMessage], str]) -> int:
-    """Print dead letters, which stay."""
+def _each_letter(arguments: Any, doing: str, done: str = "", told: str = "") -> None:
+    """Do what the command is called to the dead letters that fit all filters.
 
-    def show(messages: Sequence[QueueMessage]) -> None:
-        for message in messages:
-            as_json = getattr(arguments, "json", False)
-            print(json.dumps(_describe(message)) if as_json else lines(message))
-
-    _letters(arguments).each(doing, "looked at", show)
-    return 0
-
-
-@_command("dead-letters list", *_LETTERS, _AS_JSON)
-def _list(arguments: Any) -> int:
-    """List dead letters, a line each; a look counts as a receive.
-
-    example: python -m taskhawk dead-letters list --task 'mail.*'
+    Where nothing is `told` of it afterwards, or in a dry run, they are printed and stay.
     """
-    return _look(arguments, "listing", _line)
-
-
-@_command("dead-letters show", _option("ids", nargs="+", metavar="ID"), *_LETTERS, _AS_JSON)
-def _show(arguments: Any) -> int:
-    """Show dead letters with their arguments and errors.
-
-    example: python -m taskhawk dead-letters show b1328174-a21c-43d3-b303-964dfcc76efc
-    """
-
-    def lines(message: QueueMessage) -> str:
-        letter = _describe(message)
-        error = {f"error {key}": value for key, value in (letter["error"] or {}).items()}
-        shown = letter | {"error": _why(letter)} | error
-        texts = (f"{key}: {value}\n" for key, value in shown.items() if value is not None)
-        return _printable("".join(texts))
-
-    return _look(arguments, "showing", lines)
-
-
-@_command("dead-letters export", *_LETTERS)
-def _export(arguments: Any) -> int:
-    """Print dead letters as JSON lines, with body and attributes.
-
-    example: python -m taskhawk dead-letters export > letters.jsonl
-    """
-
-    def line(message: QueueMessage) -> str:
-        more = {"body": message.body, "attributes": message.message_attributes}
-        return json.dumps(_describe(message) | more, default=str)
-
-    return _look(arguments, "exporting", line)
-
-
-@_command("dead-letters requeue", *_LETTERS, _DRY_RUN)
-def _requeue(arguments: Any) -> int:
-    """Send dead letters back to their queue.
-
-    example: python -m taskhawk dead-letters requeue --error TimeoutError --dry-run
-    """
-    if arguments.dry_run:
-        return _look(arguments, "would requeue some of", _line)
-    letters = _letters(arguments)
-    print(f"sent back: {letters.each('requeueing', 'requeued', letters.requeue)}")
-    return 0
-
-
-@_command("dead-letters delete", *_LETTERS, _flag("--all", "without a filter"), _DRY_RUN)
-def _delete(arguments: Any) -> int:
-    """Delete dead letters.
-
-    example: python -m taskhawk dead-letters delete --older-than 7d --dry-run
-    """
-    filters = ("task", "error", "header", "older_than", "newer_than", "id", "limit", "all")
-    named = any(vars(arguments)[name] for name in filters)
-    _require(named, "delete: expected a filter, or --all for every one")
-    if arguments.dry_run:
-        return _look(arguments, "would delete some of", _line)
-    letters = _letters(arguments)
-    print(f"deleted: {letters.each('deleting', 'deleted', letters.delete)}")
-    return 0
-
-
-def _filter(arguments: Any) -> Callable[[Mapping[str, Any]], bool]:
     import fnmatch
 
-    headers = dict(_key_and_value(text) for text in arguments.header)
     oldest_s, newest_s = _age_s(arguments.newer_than, math.inf), _age_s(arguments.older_than, 0)
-    ids = {*(arguments.id or ()), *getattr(arguments, "ids", ())}
+    headers, ids = _pairs(arguments.header), {*arguments.id, *arguments.ids}
 
     def wanted(letter: Mapping[str, Any]) -> bool:
         error = letter["error"] or {}
@@ -3888,30 +3790,84 @@ def _filter(arguments: Any) -> Callable[[Mapping[str, Any]], bool]:
             and (not ids or bool(ids & {letter["id"], letter["message_id"]}))
         )
 
-    return wanted
+    limit, action = arguments.limit or math.inf, arguments.command.split()[1]
+    letters = _DeadLetters(Priority[arguments.priority], limit=limit, wanted=wanted)
+    if told and not arguments.dry_run:
+        print(f"{told}: {letters.each(doing, done, getattr(letters, action))}")
+        return
+    doing = f"would {action} some of" if told else doing
+    form = "json" if arguments.json else action
+    letters.each(doing, "looked at", functools.partial(_print_letters, form))
 
 
 def _age_s(text: str | None, default: float) -> float:
-    if text is None:
-        return default
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text)
-    _require(found, f"age: expected a number and one of s, m, h, d, such as 36h, got {text!r}")
-    number, unit = found.groups()  # type: ignore[union-attr]
-    return float(number) * {"s": 1, "m": 60, "h": 3600, "d": 86_400}[unit]
+    valid = text is None or re.fullmatch(r"\d+(\.\d+)?[smhd]", text)
+    _require(valid, f"age: expected a number and one of s, m, h, d, such as 36h, got {text!r}")
+    units = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+    return default if text is None else float(text[:-1]) * units[text[-1]]
 
 
-def _why(letter: Mapping[str, Any]) -> str:
-    error = letter["error"]
-    why = f"{error.get('type')}: {error.get('message')}" if error else letter["invalid"]
-    return str(why or "moved by the queue itself, after too many receives").split("\n")[0]
+def _print_letters(form: str, messages: Sequence[QueueMessage]) -> None:
+    for message in messages:
+        letter = _describe(message)
+        error = letter["error"] or {}
+        why = f"{error.get('type')}: {error.get('message')}" if error else letter["invalid"]
+        why = str(why or "moved by the queue itself, after too many receives").split("\n")[0]
+        name, age = letter["id"] or message.message_id, f"{letter['age_s']} s ago"
+        text = f"{name}  {letter['task']}  {age}  {why}"
+        if form == "show":
+            shown = letter | {"error": why} | {f"error {key}": error[key] for key in error}
+            text = "".join(f"{k}: {shown[k]}\n" for k in shown if shown[k] is not None)
+        elif form in ("json", "export"):
+            more = {"body": message.body, "attributes": message.message_attributes}
+            text = json.dumps(letter | (more if form == "export" else {}), default=str)
+        # Messages are hostile input: what would command the terminal is replaced.
+        print("".join(c if c.isprintable() or c == "\n" else "?" for c in text))
 
 
-def _line(message: QueueMessage) -> str:
-    letter = _describe(message)
-    name, age = letter["id"] or message.message_id, f"{letter['age_s']} s ago"
-    return _printable(f"{name}  {letter['task']}  {age}  {_why(letter)}")
+@_command("dead-letters list", *_LETTERS, _AS_JSON)
+def _list(arguments: Any) -> None:
+    """List dead letters, a line each; a look counts as a receive.
+
+    example: python -m taskhawk dead-letters list --task 'mail.*'
+    """
+    _each_letter(arguments, "listing")
 
 
-def _printable(text: str) -> str:
-    """Replace what would command the terminal: messages are hostile input."""
-    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
+@_command("dead-letters show", _option("ids", nargs="+", metavar="ID"), *_LETTERS, _AS_JSON)
+def _show(arguments: Any) -> None:
+    """Show dead letters with their arguments and errors.
+
+    example: python -m taskhawk dead-letters show b1328174-a21c-43d3-b303-964dfcc76efc
+    """
+    _each_letter(arguments, "showing")
+
+
+@_command("dead-letters export", *_LETTERS)
+def _export(arguments: Any) -> None:
+    """Print dead letters as JSON lines, with body and attributes.
+
+    example: python -m taskhawk dead-letters export > letters.jsonl
+    """
+    _each_letter(arguments, "exporting")
+
+
+@_command("dead-letters requeue", *_LETTERS, _DRY_RUN)
+def _requeue(arguments: Any) -> None:
+    """Send dead letters back to their queue.
+
+    example: python -m taskhawk dead-letters requeue --error TimeoutError --dry-run
+    """
+    _each_letter(arguments, "requeueing", "requeued", told="sent back")
+
+
+@_command("dead-letters delete", *_LETTERS, _flag("--all", "without a filter"), _DRY_RUN)
+def _delete(arguments: Any) -> None:
+    """Delete dead letters.
+
+    example: python -m taskhawk dead-letters delete --older-than 7d --dry-run
+    """
+    filters = ("task", "error", "header", "older_than", "newer_than", "id", "limit", "all")
+    named = any(vars(arguments)[name] for name in filters)
+    _require(named, "delete: expected a filter, or --all for every one")
+    _each_letter(arguments, "deleting", "deleted", told="deleted")
