@@ -3444,7 +3444,7 @@ def _command(name: str, *options: _Option) -> Callable[..., Any]:
 _flag = functools.partial(_option, action="store_true")
 _many = functools.partial(_option, action="append", default=[])
 _MODULES = _option("modules", "to import: it has the tasks", nargs="*", metavar="MODULE")
-_MODULE = _many("--module", "to import first", dest="modules")
+_MODULE = _many("--module", "to import first", dest="modules", metavar="MODULE")
 _QUEUES = _many("--priority", "which queue: default", choices=_PRIORITIES)
 _HEADER = _many("--header", metavar="K=V")
 _AS_JSON = _flag("--json", "for programs")
