@@ -3560,10 +3560,9 @@ def _play() -> bool:
     def divide(number: int, by: int) -> None:
         print(f"{'':29}{number} / {by} = {number / by if bugs else 'not a number'}")
 
-    calls: list[tuple[Task[..., Any], list[Any]]]
-    calls = [(greet, ["world"]), (connect, []), (divide, [1, 0])]
-    for found, args in calls:
-        print(f"{'dispatched':15}{found.name:14}{found.dispatch(*args)}")
+    for found, args in ((greet, ["world"]), (connect, []), (divide, [1, 0])):
+        message_id = typing.cast("Task[..., Any]", found).dispatch(*args)
+        print(f"{'dispatched':15}{found.name:14}{message_id}")
     print("\nThe worker runs until nothing is queued:")
     queues = _queues_of(Priority.default)
     work = functools.partial(_DemoWorker, _brokers.broker(), queues, 10, until_empty=True)
@@ -3790,7 +3789,8 @@ def _each_letter(arguments: Any, doing: str, done: str = "", told: str = "") -> 
             and (not ids or bool(ids & {letter["id"], letter["message_id"]}))
         )
 
-    limit, action = arguments.limit or math.inf, arguments.command.split()[1]
+    action = arguments.command.split()[1]
+    limit = math.inf if arguments.limit is None else arguments.limit
     letters = _DeadLetters(Priority[arguments.priority], limit=limit, wanted=wanted)
     if told and not arguments.dry_run:
         print(f"{told}: {letters.each(doing, done, getattr(letters, action))}")

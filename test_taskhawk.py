@@ -9453,6 +9453,7 @@ class TestDeadLetterCommands:
             (("--older-than", "1h"), []),
             (("--newer-than", "1.5h", "--task", "*.*"), [0, 1]),
             (("--limit", "1", "--task", "*.*"), [None]),
+            (("--limit", "0"), []),
             (("--id", "ID", "--id", "nothing"), [0]),
         ],
         ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
