@@ -228,6 +228,159 @@ def isolated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     taskhawk.configure()
 
 
+# --- servers and queues ---------------------------------------------------------------------------
+
+AWS_KEYS = {"AWS_REGION": "us-east-1", "AWS_ACCESS_KEY": "test", "AWS_SECRET_KEY": "test"}
+AWS_SETTINGS = {**AWS_KEYS, "AWS_ACCOUNT_ID": "000000000000"}
+
+
+@dataclasses.dataclass
+class Call:
+    """A request that an AwsServer got; its attributes are what a test may want to see."""
+
+    action: str
+    data: dict[str, Any]
+    body: bytes
+    path: str
+    headers: dict[str, str]
+    port: int
+    answer: Any = None
+
+
+class AwsServer(http.server.ThreadingHTTPServer):
+    """A server that stands in for AWS: it notes the requests, and answers as its reply() says."""
+
+    daemon_threads, block_on_close = True, False  # idle connections end with the clients
+    request_queue_size = 128
+
+    def __init__(self, behind: str | None = None) -> None:
+        super().__init__(("127.0.0.1", 0), AwsRequest)
+        self.url, self.behind = f"http://127.0.0.1:{self.server_port}", behind
+        self.requests: list[tuple[str, dict[str, Any]]] = []
+        self.connected: set[int] = set()  # the clients' ports
+        self.changed = threading.Condition()  # notified when a connection is made or closed
+        self.closing = threading.Event()
+
+    def note(self, call: Call) -> None:
+        """Keep a request."""
+        self.requests.append((call.action, call.data))
+
+    def reply(self, call: Call) -> tuple[int, dict[str, str], Any]:
+        """Return status, headers and body; what is not bytes is written as JSON."""
+        raise NotImplementedError
+
+    def pass_on(self, call: Call, data: Any = None) -> tuple[int, dict[str, str], bytes]:
+        """Have the emulator behind it answer a request, or one with other data (SQS only)."""
+        netloc = urllib.parse.urlsplit(self.behind).netloc
+        connection = http.client.HTTPConnection(netloc, timeout=30)
+        headers = {k: v for k, v in call.headers.items() if k not in ("Host", "Content-Length")}
+        try:
+            body = call.body if data is None else json.dumps(data).encode()
+            connection.request("POST", call.path, body, headers)
+            response = connection.getresponse()
+            kind = {"Content-Type": response.headers["Content-Type"]}
+            return response.status, kind, response.read()
+        finally:
+            connection.close()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Keep quiet: a client that gave up is no failure of the server."""
+
+    @contextlib.contextmanager
+    def running(self, **settings: Any) -> Iterator[Any]:
+        """Serve for the length of the block, with taskhawk configured to use it."""
+        with self:
+            thread = threading.Thread(target=self.serve_forever, args=(0.01,))
+            thread.start()
+            endpoints = {"AWS_ENDPOINT_SNS": self.url, "AWS_ENDPOINT_SQS": self.url}
+            taskhawk.configure(AWS_SETTINGS, **endpoints, **settings)
+            try:
+                yield self
+            finally:
+                self.closing.set()
+                taskhawk.configure()  # closes connections
+                self.shutdown()
+                thread.join()
+
+
+class AwsRequest(http.server.BaseHTTPRequestHandler):
+    """One connection to an AwsServer: JSON for SQS, forms and XML for SNS."""
+
+    protocol_version = "HTTP/1.1"
+    wbufsize = -1  # an answer is one packet, or the client acknowledges the first one 40 ms later
+    server: AwsServer
+
+    def setup(self) -> None:
+        """Count the connection."""
+        super().setup()
+        with self.server.changed:
+            self.server.connected.add(self.client_address[1])
+            self.server.changed.notify_all()
+
+    def finish(self) -> None:
+        """Count it no more."""
+        super().finish()
+        with self.server.changed:
+            self.server.connected.discard(self.client_address[1])
+            self.server.changed.notify_all()
+
+    def do_POST(self) -> None:
+        """Note the request, then answer."""
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if target := self.headers["X-Amz-Target"]:
+            action, data = target.rpartition(".")[2], json.loads(body)
+        else:
+            data = dict(urllib.parse.parse_qsl(body.decode()))
+            action = data["Action"]
+        port = self.client_address[1]
+        call = Call(action, data, body, self.path, dict(self.headers), port)
+        self.server.note(call)
+        status, headers, answer = self.server.reply(call)
+        answer = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(answer))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *args: object) -> None:
+        """Keep quiet."""
+
+
+def make_queue(client: Any, name: str, most: int = 5, **attributes: str) -> str:
+    """Make a queue and its dead-letter queue (after so many receives), and return its name."""
+    dead = client.create_queue(QueueName=f"{name}-DLQ", Attributes=attributes)["QueueUrl"]
+    found = client.get_queue_attributes(QueueUrl=dead, AttributeNames=["QueueArn"])
+    policy = {"deadLetterTargetArn": found["Attributes"]["QueueArn"], "maxReceiveCount": most}
+    redrive = {"RedrivePolicy": json.dumps(policy)}
+    client.create_queue(QueueName=name, Attributes={**redrive, **attributes})
+    return name
+
+
+class Clock:
+    """A clock that stands still until it is moved."""
+
+    def __init__(self, now: float = 1_700_000_000) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        """Return the time."""
+        return self.now
+
+
+def sqs_error(code: str, text: str = "", status: int = 400) -> tuple[int, dict[str, str], bytes]:
+    """Return an error as SQS answers it."""
+    body = {"__type": f"com.amazonaws.sqs#{code.rpartition('.')[2]}", "message": text}
+    return status, {"x-amzn-query-error": f"{code};Sender"}, json.dumps(body).encode()
+
+
+def sns_error(code: str, text: str = "", status: int = 400) -> tuple[int, dict[str, str], bytes]:
+    """Return an error as SNS answers it."""
+    error = f"<Error><Type>Sender</Type><Code>{code}</Code><Message>{text}</Message></Error>"
+    body = f"<ErrorResponse>{error}<RequestId>r</RequestId></ErrorResponse>"
+    return status, {"Content-Type": "text/xml"}, body.encode()
+
+
 # --- the house ------------------------------------------------------------------------------------
 
 HOUSE_BLOCKS = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.Match)
@@ -594,26 +747,14 @@ def settings_aws():
     """Yield the URL of an AWS that has no queue, and its list of requests: path and headers."""
     requests = []
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_POST(self):
-            self.rfile.read(int(self.headers["Content-Length"]))
-            requests.append((self.path, dict(self.headers)))
-            self.send_response(400)
-            answer = b'{"__type": "com.amazonaws.sqs#QueueDoesNotExist"}'
-            self.send_header("Content-Type", "application/x-amz-json-1.0")
-            self.send_header("Content-Length", str(len(answer)))
-            self.end_headers()
-            self.wfile.write(answer)
+    class NoQueues(AwsServer):
+        def reply(self, call):
+            requests.append((call.path, call.headers))
+            return 400, {}, {"__type": "com.amazonaws.sqs#QueueDoesNotExist"}
 
-        def log_message(self, *args):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listener:
-        thread = threading.Thread(target=listener.serve_forever, args=(0.01,))
-        thread.start()
-        yield f"http://127.0.0.1:{listener.server_port}", requests
-        listener.shutdown()
-        thread.join()
+    with NoQueues().running() as aws:
+        taskhawk.configure()
+        yield aws.url, requests
 
 
 def settings_child(cwd: Path, code: str, **env: str) -> list[str]:
@@ -3757,7 +3898,6 @@ LAMBDA_DENIED = (
     "TASKHAWK-DEV-MYAPP: access denied: the IAM policy of these credentials does not allow {}"
     " (AccessDenied)"
 )
-LAMBDA_KEYS = {"AWS_REGION": "us-east-1", "AWS_ACCESS_KEY": "test", "AWS_SECRET_KEY": "test"}
 
 
 def lambda_sqs_record(body: Any, name: str, **attributes: str) -> dict[str, Any]:
@@ -3820,33 +3960,32 @@ def lambda_event(*calls: Any, make: Callable[..., Any] = lambda_sqs_record) -> d
     return {"Records": [make(body, f"m{n}") for n, body in enumerate(bodies, 1)]}
 
 
-class LambdaSqs(http.server.ThreadingHTTPServer):
-    """Answers as SQS does, in its JSON protocol; keeps the calls, and denies or fails some."""
+class LambdaSqs(AwsServer):
+    """Answers as SQS does, in its JSON protocol, and denies or fails some."""
 
     def __init__(self) -> None:
-        self.calls: list[tuple[str, dict[str, Any]]] = []
+        super().__init__()
+        self.calls = self.requests
         #: actions that the role may not call
         self.denied: set[str] = set()
         #: receipts that are refused
         self.refused: set[str] = set()
         #: so many calls get no more than an HTTP status 503
         self.unavailable = 0
-        super().__init__(("127.0.0.1", 0), LambdaSqsHandler)
 
-    def answer(self, action: str, call: dict[str, Any]) -> tuple[int, Any]:
-        """Keep a call; return its HTTP status and answer."""
-        self.calls.append((action, call))
+    def reply(self, call: Call) -> tuple[int, dict[str, str], Any]:
+        """Answer a batch call."""
         if self.unavailable:
             self.unavailable -= 1
-            return 503, {}
-        if action in self.denied:
-            code = "com.amazon.coral.service#AccessDeniedException"
-            return 403, {"__type": code, "Message": f"not authorized to perform: sqs:{action}"}
+            return 503, {}, {}
+        if call.action in self.denied:
+            text = f"not authorized to perform: sqs:{call.action}"
+            return sqs_error("AccessDenied", text, 403)
         found: dict[bool, list[Any]] = {True: [], False: []}
-        for entry in call["Entries"]:
+        for entry in call.data["Entries"]:
             refusal = {"Code": "ReceiptHandleIsInvalid", "Message": "gone", "SenderFault": True}
             found[entry["ReceiptHandle"] in self.refused].append({"Id": entry["Id"], **refusal})
-        return 200, {"Successful": found[False], "Failed": found[True]}
+        return 200, {}, {"Successful": found[False], "Failed": found[True]}
 
     def entries(self, action: str, *keys: str) -> list[list[tuple[Any, ...]]]:
         """Return what each batch call of this action had in its entries."""
@@ -3854,42 +3993,12 @@ class LambdaSqs(http.server.ThreadingHTTPServer):
         return [[tuple(entry[k] for k in keys) for entry in call["Entries"]] for call in calls]
 
 
-class LambdaSqsHandler(http.server.BaseHTTPRequestHandler):
-    """One connection to LambdaSqs."""
-
-    protocol_version = "HTTP/1.1"
-    server: LambdaSqs
-
-    def do_POST(self) -> None:
-        """Answer a call."""
-        call = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        action = self.headers["X-Amz-Target"].partition(".")[2]
-        status, answer = self.server.answer(action, call)
-        content = json.dumps(answer).encode()
-        self.send_response(status)
-        if status == 403:
-            self.send_header("x-amzn-query-error", "AccessDenied;Sender")
-        self.send_header("Content-Type", "application/x-amz-json-1.0")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *_args: Any) -> None:
-        """Be quiet."""
-
-
 @pytest.fixture
 def lambda_sqs() -> Iterator[LambdaSqs]:
     """Yield an SQS that keeps its calls, and configure taskhawk for it as in a Lambda function."""
-    with LambdaSqs() as sqs:
-        thread = threading.Thread(target=sqs.serve_forever, args=(0.01,))
-        thread.start()
-        endpoint = f"http://127.0.0.1:{sqs.server_port}"
-        taskhawk.configure(LAMBDA_KEYS, AWS_ENDPOINT_SQS=endpoint, IS_LAMBDA_APP=True)
+    with LambdaSqs().running() as sqs:
+        taskhawk.configure(AWS_KEYS, AWS_ENDPOINT_SQS=sqs.url, IS_LAMBDA_APP=True)
         yield sqs
-        taskhawk.configure()
-        sqs.shutdown()
-        thread.join()
 
 
 @pytest.fixture
@@ -3967,7 +4076,7 @@ class TestLambda:
     def test_all_succeeded(self, kind, lambda_runs, caplog):
         """Where all succeeded nothing is called: on this endpoint's port nobody listens."""
         endpoint = f"http://127.0.0.1:{free_port()}"
-        taskhawk.configure(LAMBDA_KEYS, AWS_ENDPOINT_SQS=endpoint, AWS_ENDPOINT_SNS=endpoint)
+        taskhawk.configure(AWS_KEYS, AWS_ENDPOINT_SQS=endpoint, AWS_ENDPOINT_SNS=endpoint)
         event = lambda_event(1, "ignore", 2, make=LAMBDA_RECORDS[kind])
         assert taskhawk.process_messages_for_lambda_consumer(event) is None
         assert lambda_runs == [1, "ignore", 2]
@@ -4078,7 +4187,7 @@ class TestLambda:
             ]
         }
         assert attributes()[1:] == ["0", "4"]
-        taskhawk.configure(LAMBDA_KEYS, AWS_ENDPOINT_SQS=ministack)
+        taskhawk.configure(AWS_KEYS, AWS_ENDPOINT_SQS=ministack)
         with pytest.raises(ValueError, match=r"^no$"):
             taskhawk.process_messages_for_lambda_consumer(event)
         assert attributes()[1:] == ["0", "1"]
@@ -4228,7 +4337,7 @@ class TestLambda:
         """For an SQS event the hooks get what they get in a worker, shaped like boto3's message."""
         seen: list[Any] = []
         taskhawk.configure(
-            LAMBDA_KEYS,
+            AWS_KEYS,
             AWS_ENDPOINT_SQS=f"http://127.0.0.1:{lambda_sqs.server_port}",
             TASKHAWK_PRE_PROCESS_HOOK=lambda **given: seen.append(given),
             TASKHAWK_POST_PROCESS_HOOK="test_lambda_hooks.delete",
@@ -4263,7 +4372,7 @@ class TestLambda:
         def look(sqs_queue_message: QueueMessage, **_: Any) -> None:
             urls.append(sqs_queue_message.queue_url)
 
-        taskhawk.configure(LAMBDA_KEYS, TASKHAWK_PRE_PROCESS_HOOK=look)
+        taskhawk.configure(AWS_KEYS, TASKHAWK_PRE_PROCESS_HOOK=look)
         taskhawk.process_messages_for_lambda_consumer(lambda_event(1))
         assert urls == ["https://sqs.us-east-1.amazonaws.com/123456789012/TASKHAWK-DEV-MYAPP"]
 
@@ -4403,12 +4512,6 @@ class TestLambda:
         assert lambda_runs == [1, "interrupt"]
 
 
-AWS_SETTINGS = {
-    "AWS_ACCESS_KEY": "test",
-    "AWS_ACCOUNT_ID": "000000000000",
-    "AWS_REGION": "us-east-1",
-    "AWS_SECRET_KEY": "test",
-}
 NEVER = threading.Event()  # for Broker.receive(): nothing cuts the wait short
 ATTRIBUTES = {"request_id": {"DataType": "String", "StringValue": "é1234"}}
 STALE = taskhawk.Refusal(0, "ReceiptHandleIsInvalid", "", final=True)
@@ -4420,154 +4523,50 @@ DENIED = "access denied: the IAM policy of these credentials does not allow {}"
 UNKNOWN_KEY = "AWS does not know these credentials: check AWS_ACCESS_KEY"
 
 
-@dataclasses.dataclass
-class Call:
-    """A request that FakeAws got; its attributes are what a test may want to see."""
-
-    action: str
-    data: dict[str, Any]
-    headers: dict[str, str]
-    port: int
-
-
-class FakeAws(http.server.ThreadingHTTPServer):
-    """An HTTP server that records requests; it answers as told, else as the emulator behind it."""
-
-    request_queue_size = 128
+class FakeAws(AwsServer):
+    """It answers as told, else as the emulator behind it, else accepts everything."""
 
     def __init__(self, behind: str | None = None) -> None:
-        super().__init__(("127.0.0.1", 0), FakeAwsHandler)
-        self.url, self.behind = f"http://127.0.0.1:{self.server_port}", behind
+        super().__init__(behind)
         self.calls: list[Call] = []
-        self.connected: set[int] = set()  # the clients' ports
-        self.changed = threading.Condition()  # notified when a connection is made or closed
         self.answers: dict[str, Any] = {}  # by action: a function of the request, or its answer
-        self.closing = threading.Event()
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Keep quiet: a client that gave up is no failure of the server."""
+    def note(self, call: Call) -> None:
+        """Keep all that is known of a request."""
+        self.calls.append(call)
 
     def actions(self) -> list[str]:
         """Return the names of the requests until now."""
         return [call.action for call in self.calls]
 
-    def reply(self, call: Call, body: bytes) -> tuple[int, dict[str, str], bytes]:
+    def reply(self, call: Call) -> tuple[int, dict[str, str], Any]:
         """Return status, headers and body."""
         answer = self.answers.get(call.action)
         answer = answer(call) if callable(answer) else answer
         if isinstance(answer, tuple):
             return answer
         if answer is None and self.behind:
-            names = ("Content-Type", "X-Amz-Target", "Authorization")
-            headers = {name: call.headers[name] for name in names if name in call.headers}
-            request = urllib.request.Request(self.behind, body, headers)
-            with urllib.request.urlopen(request, timeout=30) as response:
-                return (
-                    response.status,
-                    {"Content-Type": response.headers["Content-Type"]},
-                    (response.read()),
-                )
+            return self.pass_on(call)
         if answer is None and call.action == "GetQueueUrl":
             answer = {"QueueUrl": f"{self.url}/000000000000/{call.data['QueueName']}"}
         elif answer is None:
             entries = [{"Id": e["Id"], "MessageId": "m"} for e in call.data.get("Entries", ())]
             answer = {"Successful": entries, "Failed": []} if entries else {}
-        return 200, {}, json.dumps(answer).encode()
-
-
-class FakeAwsHandler(http.server.BaseHTTPRequestHandler):
-    """Reads SQS's JSON and SNS's query protocol."""
-
-    protocol_version = "HTTP/1.1"
-    server: FakeAws
-
-    def setup(self) -> None:
-        """Count the connection."""
-        super().setup()
-        with self.server.changed:
-            self.server.connected.add(self.client_address[1])
-            self.server.changed.notify_all()
-
-    def finish(self) -> None:
-        """Count it no more."""
-        super().finish()
-        with self.server.changed:
-            self.server.connected.discard(self.client_address[1])
-            self.server.changed.notify_all()
-
-    def do_POST(self) -> None:
-        """Record the request, then answer."""
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        if target := self.headers["X-Amz-Target"]:
-            action, data = target.rpartition(".")[2], json.loads(body)
-        else:
-            data = dict(urllib.parse.parse_qsl(body.decode()))
-            action = data["Action"]
-        call = Call(action, data, dict(self.headers), self.client_address[1])
-        self.server.calls.append(call)
-        status, headers, answer = self.server.reply(call, body)
-        self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(answer))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(answer)
-
-    def log_message(self, *args: object) -> None:
-        """Keep quiet."""
-
-
-@contextlib.contextmanager
-def fake_aws(queue_name: str, behind: str | None = None) -> Iterator[FakeAws]:
-    """Run a FakeAws, and configure taskhawk to use it."""
-    with FakeAws(behind) as aws:
-        thread = threading.Thread(target=aws.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        endpoints = {"AWS_ENDPOINT_SNS": aws.url, "AWS_ENDPOINT_SQS": aws.url}
-        taskhawk.configure(**AWS_SETTINGS, **endpoints, TASKHAWK_QUEUE=queue_name)
-        try:
-            yield aws
-        finally:
-            aws.closing.set()
-            taskhawk.configure()
-            aws.shutdown()
-            thread.join()
+        return 200, {}, answer
 
 
 @pytest.fixture
 def aws(queue_name: str) -> Iterator[FakeAws]:
     """Yield a server that stands in for AWS and accepts everything, unless told otherwise."""
-    with fake_aws(queue_name) as server:
+    with FakeAws().running(TASKHAWK_QUEUE=queue_name) as server:
         yield server
 
 
 @pytest.fixture
 def proxy(queue_name: str, ministack: str) -> Iterator[FakeAws]:
     """Yield a server that records what it hands on to ministack."""
-    with fake_aws(queue_name, ministack) as server:
+    with FakeAws(ministack).running(TASKHAWK_QUEUE=queue_name) as server:
         yield server
-
-
-def sqs_error(code: str, text: str = "", status: int = 400) -> tuple[int, dict[str, str], bytes]:
-    """Return an error as SQS answers it."""
-    body = {"__type": f"com.amazonaws.sqs#{code.rpartition('.')[2]}", "message": text}
-    return status, {"x-amzn-query-error": f"{code};Sender"}, json.dumps(body).encode()
-
-
-def sns_error(code: str, text: str = "", status: int = 400) -> tuple[int, dict[str, str], bytes]:
-    """Return an error as SNS answers it."""
-    error = f"<Error><Type>Sender</Type><Code>{code}</Code><Message>{text}</Message></Error>"
-    body = f"<ErrorResponse>{error}<RequestId>r</RequestId></ErrorResponse>"
-    return status, {"Content-Type": "text/xml"}, body.encode()
-
-
-def create_queues(client: Any, name: str, **attributes: str) -> str:
-    """Make a queue and its dead-letter queue (after two receives), and return the queue's URL."""
-    dead = client.create_queue(QueueName=f"{name}-DLQ")["QueueUrl"]
-    found = client.get_queue_attributes(QueueUrl=dead, AttributeNames=["QueueArn"])
-    target = {"deadLetterTargetArn": found["Attributes"]["QueueArn"], "maxReceiveCount": "2"}
-    redrive = {"RedrivePolicy": json.dumps(target)}
-    made = client.create_queue(QueueName=name, Attributes={**redrive, **attributes})
-    return made["QueueUrl"]
 
 
 def numbered(count: int, start: int = 0) -> list[taskhawk.Outgoing]:
@@ -4626,17 +4625,6 @@ def task_of_the_test(text: object) -> None:
     """Do nothing: only dispatched."""
 
 
-class Clock:
-    """A clock that stands still until it is moved."""
-
-    def __init__(self, now: float = 1_700_000_000) -> None:
-        self.now = now
-
-    def __call__(self) -> float:
-        """Return the time."""
-        return self.now
-
-
 @dataclasses.dataclass
 class Queues:
     """A broker, and one of its queues, which has a dead-letter queue after two receives."""
@@ -4687,7 +4675,7 @@ class TestBrokerContract:
         kind, name, clock = request.param, f"TASKHAWK-{queue_name}", Clock(time.time())
         if kind in ("ministack", "moto"):
             endpoint = request.getfixturevalue(kind)
-            create_queues(sqs_client(endpoint), name)
+            make_queue(sqs_client(endpoint), name, 2)
             taskhawk.configure(**AWS_SETTINGS, AWS_ENDPOINT_SQS=endpoint)
             broker = taskhawk.SqsBroker()
         else:
@@ -5160,7 +5148,7 @@ class TestSqs:
     def test_pinned_queue(self, request, server, task, sqs_client, queue_name):
         """A queue that takes less than SQS is told apart by size, limit and largest argument."""
         endpoint, pinned = request.getfixturevalue(server), {"MaximumMessageSize": "1024"}
-        create_queues(sqs_client(endpoint), f"TASKHAWK-{queue_name}", **pinned)
+        make_queue(sqs_client(endpoint), f"TASKHAWK-{queue_name}", **pinned)
         settings = {"AWS_ENDPOINT_SQS": endpoint, "TASKHAWK_QUEUE": queue_name}
         taskhawk.configure(**AWS_SETTINGS, **settings)
         with pytest.raises(taskhawk.MessageTooLarge) as caught:
@@ -5772,7 +5760,7 @@ class TestProcesses:
     def queue(self, proxy, ministack, sqs_client, queue_name):
         """Return the name of the default queue, which is on ministack behind the proxy."""
         name = f"TASKHAWK-{queue_name}"
-        create_queues(sqs_client(ministack), name)
+        make_queue(sqs_client(ministack), name, 2)
         return name
 
     def test_made_once(self, tmp_path):
@@ -5954,19 +5942,13 @@ class TestProcesses:
 ScriptedAnswer = Callable[[dict[str, Any], Callable[..., Any]], Any]
 
 
-class ScriptedAws(http.server.ThreadingHTTPServer):
-    """A proxy before an emulator: it records requests, and answers some of them by a script."""
+class ScriptedAws(AwsServer):
+    """A proxy before an emulator: it answers some requests by a script."""
 
-    daemon_threads = True
-    block_on_close = False  # idle connections end with the clients
-
-    def __init__(self, upstream: str) -> None:
-        super().__init__(("127.0.0.1", 0), ScriptedRequest)
-        self.upstream = urllib.parse.urlsplit(upstream).netloc
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
-        self.requests: list[tuple[str, dict[str, Any]]] = []
+    def __init__(self, behind: str) -> None:
+        super().__init__(behind)
         self.answers: dict[str, Iterator[ScriptedAnswer]] = {}
-        self.lock = threading.Lock()  # held to record a request and to take the next answer
+        self.lock = threading.Lock()  # held to note a request and to take the next answer
 
     def script(self, action: str, *answers: ScriptedAnswer) -> None:
         """Give these answers to the next requests of a kind; after them, it answers as before."""
@@ -5993,56 +5975,28 @@ class ScriptedAws(http.server.ThreadingHTTPServer):
             if action in kinds
         ]
 
+    def note(self, call: Call) -> None:
+        """Keep a request, with its answer."""
+        with self.lock:
+            super().note(call)
+            call.answer = next(self.answers.get(call.action, iter(())), None)
 
-class ScriptedRequest(http.server.BaseHTTPRequestHandler):
-    """One connection to the proxy: JSON for SQS, forms and XML for SNS."""
-
-    protocol_version = "HTTP/1.1"
-    wbufsize = -1  # an answer is one packet, or the client acknowledges the first one 40 ms later
-    server: ScriptedAws
-
-    def do_POST(self) -> None:
+    def reply(self, call: Call) -> tuple[int, dict[str, str], Any]:
         """Answer by the script, or as the emulator does."""
-        raw = self.rfile.read(int(self.headers["Content-Length"]))
-        target = self.headers.get("X-Amz-Target")
-        payload = json.loads(raw) if target else dict(urllib.parse.parse_qsl(raw.decode()))
-        action = target.rpartition(".")[2] if target else payload["Action"]
-        with self.server.lock:
-            self.server.requests.append((action, payload))
-            answer = next(self.server.answers.get(action, iter(())), None)
-        scripted = answer and answer(payload, self.forward)
-        status, content = scripted or self.pass_on(raw)
-        if not target and scripted:
-            content = SNS_FAULT.format(**content).encode()
-        content = content if isinstance(content, bytes) else json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
 
-    def forward(self, payload: dict[str, Any]) -> dict[str, Any]:
-        """Have the emulator do it (SQS only), and return what it says."""
-        return json.loads(self.pass_on(json.dumps(payload).encode())[1])
+        def forward(payload: dict[str, Any]) -> dict[str, Any]:
+            return json.loads(self.pass_on(call, payload)[2])
 
-    def pass_on(self, raw: bytes) -> tuple[int, bytes]:
-        """Have the emulator answer."""
-        connection = http.client.HTTPConnection(self.server.upstream, timeout=30)
-        headers = {k: v for k, v in self.headers.items() if k not in ("Host", "Content-Length")}
-        try:
-            connection.request("POST", self.path, raw, headers)
-            response = connection.getresponse()
-            return response.status, response.read()
-        finally:
-            connection.close()
-
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-        """Keep quiet."""
+        if scripted := call.answer and call.answer(call.data, forward):
+            status, content = scripted
+            if "Action" in call.data:
+                return sns_error(content["__type"], content["message"], status)
+            return status, {}, content
+        return self.pass_on(call)
 
 
 NOT_DELETED = "copied, but not deleted: "
 MESSAGE_ID = "[0-9a-f-]{36}"
-ACCESS_DENIED = DENIED
-UNKNOWN_KEY = "AWS does not know these credentials: check AWS_ACCESS_KEY"
 NOTHING_CONFIGURED = {
     "AWS_REGION": "TASKHAWK-X: no AWS region: set AWS_REGION, for example eu-west-1"
     " (NoRegionError)",
@@ -6053,10 +6007,6 @@ NOTHING_CONFIGURED = {
     " underscores, such as 'dev-myapp', from taskhawk.configure(), the module named by"
     " SETTINGS_MODULE, Django's settings or the environment",
 }
-SNS_FAULT = (
-    "<ErrorResponse xmlns='http://sns.amazonaws.com/doc/2010-03-31/'><Error><Type>Sender</Type>"
-    "<Code>{__type}</Code><Message>{message}</Message></Error></ErrorResponse>"
-)
 
 
 def fault(code: str, text: str = "no", status: int = 400) -> ScriptedAnswer:
@@ -6106,28 +6056,14 @@ def only_to(queue: str, answer: ScriptedAnswer) -> ScriptedAnswer:
 
 def configure_aws(endpoint: str, queue: str, **values: Any) -> None:
     """Configure what an emulator needs, and more."""
-    taskhawk.configure(
-        AWS_ACCESS_KEY="test",
-        AWS_ACCOUNT_ID="000000000000",
-        AWS_ENDPOINT_SNS=endpoint,
-        AWS_ENDPOINT_SQS=endpoint,
-        AWS_REGION="us-east-1",
-        AWS_SECRET_KEY="test",
-        TASKHAWK_QUEUE=queue,
-        **values,
-    )
+    endpoints = {"AWS_ENDPOINT_SNS": endpoint, "AWS_ENDPOINT_SQS": endpoint}
+    taskhawk.configure(AWS_SETTINGS, **endpoints, TASKHAWK_QUEUE=queue, **values)
 
 
 def make_queues(client: Any, name: str, **attributes: str) -> None:
     """Make the default and the high-priority queue, and the dead-letter queue of each."""
     for suffix in ("", "-HIGH-PRIORITY"):
-        queue = f"TASKHAWK-{name}{suffix}"
-        made = client.create_queue(QueueName=f"{queue}-DLQ", Attributes=attributes)
-        names = ["QueueArn"]
-        found = client.get_queue_attributes(QueueUrl=made["QueueUrl"], AttributeNames=names)
-        arn = found["Attributes"]["QueueArn"]
-        redrive = json.dumps({"deadLetterTargetArn": arn, "maxReceiveCount": 5})
-        client.create_queue(QueueName=queue, Attributes={"RedrivePolicy": redrive, **attributes})
+        make_queue(client, f"TASKHAWK-{name}{suffix}", **attributes)
 
 
 @pytest.fixture
@@ -6136,13 +6072,8 @@ def scripted(
 ) -> Iterator[ScriptedAws]:
     """Yield a scripted ministack whose queues are made, with taskhawk configured to use it."""
     make_queues(sqs_client(ministack), queue_name)
-    with ScriptedAws(ministack) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        configure_aws(server.url, queue_name)
+    with ScriptedAws(ministack).running(TASKHAWK_QUEUE=queue_name) as server:
         yield server
-        server.shutdown()
-        thread.join()
 
 
 @pytest.fixture
@@ -6621,9 +6552,9 @@ except taskhawk.ValidationError as error:
     @pytest.mark.parametrize(
         ("code", "remedy"),
         [
-            ("AccessDenied", ACCESS_DENIED),
-            ("AccessDeniedException", ACCESS_DENIED),
-            ("AuthorizationError", ACCESS_DENIED),
+            ("AccessDenied", DENIED),
+            ("AccessDeniedException", DENIED),
+            ("AuthorizationError", DENIED),
             ("InvalidClientTokenId", UNKNOWN_KEY),
             ("UnrecognizedClientException", UNKNOWN_KEY),
             ("SignatureDoesNotMatch", "AWS refuses these credentials: check AWS_SECRET_KEY"),
@@ -7716,17 +7647,6 @@ def note(number):
 """
 
 
-class WorkerClock:
-    """A clock that a test sets; it begins at some point of time and stands."""
-
-    def __init__(self) -> None:
-        self.now = 1_000_000.0
-
-    def __call__(self) -> float:
-        """Tell the time."""
-        return self.now
-
-
 def worker_noted(name: str) -> Callable[..., Any]:
     """Return a method of WorkerBroker that notes its call."""
     return lambda self, *args: self.noted(name, *args)
@@ -7835,129 +7755,85 @@ def worker_logs(caplog: pytest.LogCaptureFixture, level: int = logging.WARNING) 
     return [record.getMessage() for record in caplog.records if record.levelno >= level]
 
 
-def worker_sqs_queue(client: Any, name: str, **attributes: str) -> str:
-    """Make a queue and its dead-letter queue, and return its name."""
-    url = client.create_queue(QueueName=f"{name}-DLQ")["QueueUrl"]
-    arn = client.get_queue_attributes(QueueUrl=url, AttributeNames=["QueueArn"])
-    policy = {"deadLetterTargetArn": arn["Attributes"]["QueueArn"], "maxReceiveCount": 5}
-    client.create_queue(
-        QueueName=name, Attributes={"RedrivePolicy": json.dumps(policy), **attributes}
-    )
-    return name
-
-
 @pytest.fixture
-def worker_clock() -> WorkerClock:
+def worker_clock() -> Clock:
     """Return the clock of worker_broker."""
-    return WorkerClock()
+    return Clock(1_000_000)
 
 
 @pytest.fixture
-def worker_broker(worker_clock: WorkerClock) -> Iterator[WorkerBroker]:
+def worker_broker(worker_clock: Clock) -> Iterator[WorkerBroker]:
     """Yield an embedded queue in memory, whose clock stands and whose calls are noted."""
     broker = WorkerBroker(taskhawk.SqliteBroker("sqlite://", clock=worker_clock))
     yield broker
     broker.close()
 
 
-@pytest.fixture(params=["memory", "disk", "sqs"])
-def worker_any(
-    request: pytest.FixtureRequest, tmp_path: Path, queue_name: str, sqs_client: Any
-) -> WorkerBroker:
-    """Return the broker that is configured, once of each kind, with the queues of a service."""
+def worker_made(request: pytest.FixtureRequest) -> WorkerBroker:
+    """Return the broker of a kind, configured, with the queues of a service."""
+    names = ("tmp_path", "queue_name", "sqs_client")
+    tmp_path, queue_name, sqs_client = map(request.getfixturevalue, names)
     urls = {"memory": "sqlite://", "disk": f"sqlite:///{tmp_path}/queue.db", "sqs": "sqs"}
     settings = worker_configure(request, urls[request.param], queue_name)
     broker = WorkerBroker(taskhawk._brokers.broker())
     broker.settings = settings
     if request.param == "sqs":
-        client = sqs_client(request.getfixturevalue("ministack"))
-        for priority in (taskhawk.Priority.default, taskhawk.Priority.high):
-            worker_sqs_queue(client, broker.destination(priority))
+        make_queues(sqs_client(request.getfixturevalue("ministack")), queue_name)
     return broker
+
+
+@pytest.fixture(params=["memory", "disk", "sqs"])
+def worker_any(request: pytest.FixtureRequest) -> WorkerBroker:
+    """Return the broker that is configured, once of each kind."""
+    return worker_made(request)
+
+
+@pytest.fixture(params=["disk", "sqs"])
+def worker_shared(request: pytest.FixtureRequest) -> WorkerBroker:
+    """Return the broker that is configured, once of each kind that several processes can use."""
+    return worker_made(request)
 
 
 def worker_configure(request: pytest.FixtureRequest, url: str, name: str) -> dict[str, str]:
     """Configure a broker, and return the settings that this takes."""
     values = {"TASKHAWK_BROKER": url, "TASKHAWK_QUEUE": name}
     if url == "sqs":
-        values |= {
-            "AWS_ENDPOINT_SQS": request.getfixturevalue("ministack"),
-            "AWS_REGION": "us-east-1",
-            "AWS_ACCESS_KEY": "test",
-            "AWS_SECRET_KEY": "test",
-        }
+        values |= {"AWS_ENDPOINT_SQS": request.getfixturevalue("ministack"), **AWS_KEYS}
     taskhawk.configure(values)
     return values
 
 
-class WorkerAws(http.server.ThreadingHTTPServer):
-    """A stub of SQS that gives the answers that no emulator gives, and notes the requests."""
-
-    daemon_threads = True
+class WorkerAws(AwsServer):
+    """A stub of SQS that gives the answers that no emulator gives."""
 
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), WorkerAwsHandler)
-        self.requests: list[tuple[str, dict[str, Any]]] = []
+        super().__init__()
         #: by action: what it answers, an error's code, or a function of the request that tells
         self.answers: dict[str, Any] = {
             "GetQueueUrl": {"QueueUrl": f"{self.url}/1/queue"},
             "GetQueueAttributes": {"Attributes": {"VisibilityTimeout": "30"}},
         }
-        self.settings = {
-            "AWS_ENDPOINT_SQS": self.url,
-            "AWS_REGION": "us-east-1",
-            "AWS_ACCESS_KEY": "test",
-            "AWS_SECRET_KEY": "test",
-            "TASKHAWK_QUEUE": "app",
-        }
-
-    @property
-    def url(self) -> str:
-        """Where it listens."""
-        return f"http://127.0.0.1:{self.server_address[1]}"
+        self.settings = {"AWS_ENDPOINT_SQS": self.url, **AWS_KEYS, "TASKHAWK_QUEUE": "app"}
 
     def asked(self, action: str) -> list[dict[str, Any]]:
         """Return the requests for an action."""
         return [request for asked, request in self.requests if asked == action]
 
-
-class WorkerAwsHandler(http.server.BaseHTTPRequestHandler):
-    """Speaks the JSON protocol of SQS."""
-
-    protocol_version = "HTTP/1.1"
-    server: WorkerAws
-
-    def do_POST(self) -> None:
-        """Note a request and answer it."""
-        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        action = self.headers["X-Amz-Target"].rpartition(".")[2]
-        self.server.requests.append((action, request))
-        answer = self.server.answers.get(action, {})
-        answer = answer(request) if callable(answer) else answer
-        status = 200 if isinstance(answer, dict) else 400
-        body = answer if status == 200 else {"__type": answer, "message": "a stub says so"}
-        content = json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/x-amz-json-1.0")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *args: object) -> None:
-        """Keep quiet."""
+    def reply(self, call: Call) -> tuple[int, dict[str, str], Any]:
+        """Answer as told, or with nothing."""
+        answer = self.answers.get(call.action, {})
+        answer = answer(call.data) if callable(answer) else answer
+        if isinstance(answer, dict):
+            return 200, {}, answer
+        return 400, {}, {"__type": answer, "message": "a stub says so"}
 
 
 @pytest.fixture
 def worker_aws() -> Iterator[WorkerAws]:
     """Yield a stub of SQS; what it is not told to answer is answered with nothing."""
-    with WorkerAws() as stub:
-        thread = threading.Thread(target=stub.serve_forever, args=(0.02,))
-        thread.start()
+    with WorkerAws().running() as stub:
         taskhawk.configure(stub.settings)
         yield stub
-        taskhawk.configure()  # closes connections
-        stub.shutdown()
-        thread.join()
 
 
 def worker_aws_messages(*messages: taskhawk.Message) -> dict[str, Any]:
@@ -7993,21 +7869,6 @@ def worker_process(
         finally:
             process.kill()
             alarm.cancel()
-
-
-@pytest.fixture(params=["disk", "sqs"])
-def worker_shared(
-    request: pytest.FixtureRequest, tmp_path: Path, queue_name: str, sqs_client: Any
-) -> WorkerBroker:
-    """Return the configured broker, once of each kind that several processes can use."""
-    url = "sqs" if request.param == "sqs" else f"sqlite:///{tmp_path}/queue.db"
-    settings = worker_configure(request, url, queue_name)
-    broker = WorkerBroker(taskhawk._brokers.broker())
-    broker.settings = settings
-    if url == "sqs":
-        client = sqs_client(request.getfixturevalue("ministack"))
-        worker_sqs_queue(client, broker.destination(taskhawk.Priority.default))
-    return broker
 
 
 def worker_job(task_name: str) -> Any:
@@ -8276,7 +8137,7 @@ class TestWorker:
         """On SQS, a task runs once that takes longer than three visibility timeouts of 1 s."""
         worker_configure(request, "sqs", queue_name)
         broker = WorkerBroker(taskhawk._brokers.broker())
-        queue = worker_sqs_queue(sqs_client(ministack), f"TASKHAWK-{queue_name}")
+        queue = make_queue(sqs_client(ministack), f"TASKHAWK-{queue_name}")
         ran, taken = [], []
 
         @taskhawk.task
@@ -8411,7 +8272,7 @@ class TestWorker:
         )
 
     @staticmethod
-    def _answer_late(broker: WorkerBroker, clock: WorkerClock) -> None:
+    def _answer_late(broker: WorkerBroker, clock: Clock) -> None:
         """Have a receive answered after 1.5 s, and 12 hours counted as SQS does: from before."""
         received_at = []
 
@@ -10384,7 +10245,7 @@ class TestStates:
         assert worker_broker.depth(WORKER_QUEUE) == (0, 1, 0)
 
 
-class ChaosClock(WorkerClock):
+class ChaosClock(Clock):
     """A clock that goes on as it is looked at."""
 
     def __call__(self) -> float:
@@ -10399,7 +10260,7 @@ class ChaosBroker(WorkerBroker):
     It knows what each receipt stands for, and notes what must not happen.
     """
 
-    def __init__(self, inner: Any, clock: WorkerClock, chance: random.Random) -> None:
+    def __init__(self, inner: Any, clock: Clock, chance: random.Random) -> None:
         super().__init__(inner)
         self.clock, self.chance = clock, chance
         self.stop = threading.Event()
@@ -10490,7 +10351,7 @@ class TestSchedules:
 
     def run(self, seed: int) -> None:
         """Let workers run into faults, one after another; the last one meets none."""
-        chance, clock = random.Random(seed), ChaosClock()
+        chance, clock = random.Random(seed), ChaosClock(1_000_000)
         inner = taskhawk.SqliteBroker("sqlite://?max_receive_count=1000", clock=clock)
         broker = ChaosBroker(inner, clock, chance)
 
