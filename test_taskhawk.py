@@ -232,6 +232,13 @@ def isolated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 AWS_KEYS = {"AWS_REGION": "us-east-1", "AWS_ACCESS_KEY": "test", "AWS_SECRET_KEY": "test"}
 AWS_SETTINGS = {**AWS_KEYS, "AWS_ACCOUNT_ID": "000000000000"}
+DENIED = "access denied: the IAM policy of these credentials does not allow {}"
+
+
+def configure_aws(endpoint: str, queue: str | None = None, **values: Any) -> None:
+    """Configure what a server that stands in for AWS needs, and more."""
+    endpoints = {"AWS_ENDPOINT_SNS": endpoint, "AWS_ENDPOINT_SQS": endpoint}
+    taskhawk.configure(AWS_SETTINGS, **endpoints, TASKHAWK_QUEUE=queue, **values)
 
 
 @dataclasses.dataclass
@@ -287,13 +294,12 @@ class AwsServer(http.server.ThreadingHTTPServer):
         """Keep quiet: a client that gave up is no failure of the server."""
 
     @contextlib.contextmanager
-    def running(self, **settings: Any) -> Iterator[Any]:
+    def running(self, queue: str | None = None) -> Iterator[Any]:
         """Serve for the length of the block, with taskhawk configured to use it."""
         with self:
             thread = threading.Thread(target=self.serve_forever, args=(0.01,))
             thread.start()
-            endpoints = {"AWS_ENDPOINT_SNS": self.url, "AWS_ENDPOINT_SQS": self.url}
-            taskhawk.configure(AWS_SETTINGS, **endpoints, **settings)
+            configure_aws(self.url, queue)
             try:
                 yield self
             finally:
@@ -3894,10 +3900,7 @@ assert [is_open_after_a_run() for _ in range(2)] == [True, False]
 
 LAMBDA_ARN = "arn:aws:sqs:us-east-1:123456789012:TASKHAWK-DEV-MYAPP"
 LAMBDA_FIFO_ARN = f"{LAMBDA_ARN}.fifo"
-LAMBDA_DENIED = (
-    "TASKHAWK-DEV-MYAPP: access denied: the IAM policy of these credentials does not allow {}"
-    " (AccessDenied)"
-)
+LAMBDA_DENIED = f"TASKHAWK-DEV-MYAPP: {DENIED} (AccessDenied)"
 
 
 def lambda_sqs_record(body: Any, name: str, **attributes: str) -> dict[str, Any]:
@@ -4519,7 +4522,6 @@ NO_QUEUE = (
     "there is no such queue here: make it, or check TASKHAWK_QUEUE, AWS_REGION and the account"
 )
 NO_TOPIC = "there is no such topic: make it, or check TASKHAWK_QUEUE and AWS_ACCOUNT_ID"
-DENIED = "access denied: the IAM policy of these credentials does not allow {}"
 UNKNOWN_KEY = "AWS does not know these credentials: check AWS_ACCESS_KEY"
 
 
@@ -4558,14 +4560,14 @@ class FakeAws(AwsServer):
 @pytest.fixture
 def aws(queue_name: str) -> Iterator[FakeAws]:
     """Yield a server that stands in for AWS and accepts everything, unless told otherwise."""
-    with FakeAws().running(TASKHAWK_QUEUE=queue_name) as server:
+    with FakeAws().running(queue_name) as server:
         yield server
 
 
 @pytest.fixture
 def proxy(queue_name: str, ministack: str) -> Iterator[FakeAws]:
     """Yield a server that records what it hands on to ministack."""
-    with FakeAws(ministack).running(TASKHAWK_QUEUE=queue_name) as server:
+    with FakeAws(ministack).running(queue_name) as server:
         yield server
 
 
@@ -4621,8 +4623,14 @@ def forked(function: Callable[[], object], how: str = "os.fork") -> Callable[[],
     return lambda: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def task_of_the_test(text: object) -> None:
-    """Do nothing: only dispatched."""
+@pytest.fixture
+def task(isolated):
+    """Return a task that is only dispatched."""
+
+    def f(text: object) -> None:
+        """Do nothing."""
+
+    return taskhawk.task(name="tests.f")(f)
 
 
 @dataclasses.dataclass
@@ -4676,7 +4684,7 @@ class TestBrokerContract:
         if kind in ("ministack", "moto"):
             endpoint = request.getfixturevalue(kind)
             make_queue(sqs_client(endpoint), name, 2)
-            taskhawk.configure(**AWS_SETTINGS, AWS_ENDPOINT_SQS=endpoint)
+            configure_aws(endpoint)
             broker = taskhawk.SqsBroker()
         else:
             path = f"/{tmp_path}/queue.db" if kind == "file" else ""
@@ -4837,11 +4845,6 @@ class TestBrokerContract:
 class TestSqs:
     """Every request that is made to SQS, and what becomes of its answer."""
 
-    @pytest.fixture
-    def task(self):
-        """Return a task."""
-        return taskhawk.task(name="tests.f")(task_of_the_test)
-
     def test_one_request_per_dispatch(self, aws, task, queue_name):
         """A dispatch is one request; the first to a queue looks up its URL, the others do not."""
         for text in "abc":
@@ -4891,7 +4894,7 @@ class TestSqs:
         """On a FIFO queue the group comes with the message, and a known id is not sent again."""
         client, name = sqs_client(ministack), f"{queue_name}.fifo"
         client.create_queue(QueueName=name, Attributes={"FifoQueue": "true"})
-        taskhawk.configure(**AWS_SETTINGS, AWS_ENDPOINT_SQS=ministack)
+        configure_aws(ministack)
         with contextlib.closing(taskhawk.SqsBroker()) as broker:
             broker.send(name, [taskhawk.Outgoing("a", {}, 0, "group", "id")])
             broker.send(name, [taskhawk.Outgoing("b", {}, 0, "group", i) for i in ("id", "other")])
@@ -5025,8 +5028,7 @@ class TestSqs:
 
     def test_missing_queue(self, ministack, task, queue_name):
         """A queue that is not there is said to be missing, by publishers and workers."""
-        settings = {"AWS_ENDPOINT_SQS": ministack, "TASKHAWK_QUEUE": queue_name}
-        taskhawk.configure(**AWS_SETTINGS, **settings)
+        configure_aws(ministack, queue_name)
         text = f"TASKHAWK-{queue_name}: {NO_QUEUE} (NonExistentQueue)"
         with pytest.raises(taskhawk.ConfigurationError) as caught:
             task.dispatch("x")
@@ -5112,7 +5114,7 @@ class TestSqs:
 
     def test_read_timeout(self, aws):
         """An answer that does not come is given up after AWS_READ_TIMEOUT_S; a poll waits on."""
-        taskhawk.configure(AWS_SETTINGS, AWS_ENDPOINT_SQS=aws.url, AWS_READ_TIMEOUT_S=0.2)
+        configure_aws(aws.url, AWS_READ_TIMEOUT_S=0.2)
         late = threading.Event()
         aws.answers["DeleteMessageBatch"] = lambda call: aws.closing.wait(20) and {}
         aws.answers["ReceiveMessage"] = lambda call: late.wait(20) and {}
@@ -5149,8 +5151,7 @@ class TestSqs:
         """A queue that takes less than SQS is told apart by size, limit and largest argument."""
         endpoint, pinned = request.getfixturevalue(server), {"MaximumMessageSize": "1024"}
         make_queue(sqs_client(endpoint), f"TASKHAWK-{queue_name}", **pinned)
-        settings = {"AWS_ENDPOINT_SQS": endpoint, "TASKHAWK_QUEUE": queue_name}
-        taskhawk.configure(**AWS_SETTINGS, **settings)
+        configure_aws(endpoint, queue_name)
         with pytest.raises(taskhawk.MessageTooLarge) as caught:
             task.dispatch("x" * 2000)
         message = taskhawk.Message.new("tests.f", ["x" * 2000])
@@ -5189,16 +5190,9 @@ class TestSns:
     """What a Lambda app's publisher sends to topics."""
 
     @pytest.fixture
-    def task(self):
-        """Return a task."""
-        return taskhawk.task(name="tests.f")(task_of_the_test)
-
-    @pytest.fixture
     def sns(self, proxy, queue_name):
         """Return the proxy to ministack, set up for a Lambda app."""
-        endpoints = {"AWS_ENDPOINT_SNS": proxy.url, "AWS_ENDPOINT_SQS": proxy.url}
-        lambda_app = {"IS_LAMBDA_APP": True, "TASKHAWK_QUEUE": queue_name}
-        taskhawk.configure(**AWS_SETTINGS, **endpoints, **lambda_app)
+        configure_aws(proxy.url, queue_name, IS_LAMBDA_APP=True)
         return proxy
 
     @pytest.fixture
@@ -5296,8 +5290,7 @@ class TestSns:
 
     def test_missing_topic(self, ministack, task, queue_name):
         """A topic that is not there is said to be missing."""
-        lambda_app = {"IS_LAMBDA_APP": True, "TASKHAWK_QUEUE": queue_name}
-        taskhawk.configure(AWS_SETTINGS, AWS_ENDPOINT_SNS=ministack, **lambda_app)
+        configure_aws(ministack, queue_name, IS_LAMBDA_APP=True)
         with pytest.raises(taskhawk.ConfigurationError) as caught:
             task.dispatch("x")
         topic = f"arn:aws:sns:us-east-1:000000000000:taskhawk-{queue_name.lower()}"
@@ -5752,11 +5745,6 @@ class TestProcesses:
     """Threads share one broker, and a forked child has its own."""
 
     @pytest.fixture
-    def task(self):
-        """Return a task."""
-        return taskhawk.task(name="tests.f")(task_of_the_test)
-
-    @pytest.fixture
     def queue(self, proxy, ministack, sqs_client, queue_name):
         """Return the name of the default queue, which is on ministack behind the proxy."""
         name = f"TASKHAWK-{queue_name}"
@@ -5825,7 +5813,7 @@ class TestProcesses:
         task.dispatch(1)
         with aws.changed:
             assert len(aws.connected) == 1
-        taskhawk.configure(AWS_SETTINGS, AWS_ENDPOINT_SQS=aws.url, TASKHAWK_QUEUE="x")
+        configure_aws(aws.url, "x")
         with aws.changed:
             assert aws.changed.wait_for(lambda: not aws.connected, timeout=10)
         task.dispatch(2)
@@ -6054,12 +6042,6 @@ def only_to(queue: str, answer: ScriptedAnswer) -> ScriptedAnswer:
     )
 
 
-def configure_aws(endpoint: str, queue: str, **values: Any) -> None:
-    """Configure what an emulator needs, and more."""
-    endpoints = {"AWS_ENDPOINT_SNS": endpoint, "AWS_ENDPOINT_SQS": endpoint}
-    taskhawk.configure(AWS_SETTINGS, **endpoints, TASKHAWK_QUEUE=queue, **values)
-
-
 def make_queues(client: Any, name: str, **attributes: str) -> None:
     """Make the default and the high-priority queue, and the dead-letter queue of each."""
     for suffix in ("", "-HIGH-PRIORITY"):
@@ -6072,7 +6054,7 @@ def scripted(
 ) -> Iterator[ScriptedAws]:
     """Yield a scripted ministack whose queues are made, with taskhawk configured to use it."""
     make_queues(sqs_client(ministack), queue_name)
-    with ScriptedAws(ministack).running(TASKHAWK_QUEUE=queue_name) as server:
+    with ScriptedAws(ministack).running(queue_name) as server:
         yield server
 
 
