@@ -3790,7 +3790,7 @@ def _each_letter(arguments: Any, doing: str, done: str = "", told: str = "") -> 
         )
 
     action = arguments.command.split()[1]
-    limit = math.inf if arguments.limit is None else arguments.limit
+    limit = sys.maxsize if arguments.limit is None else arguments.limit
     letters = _DeadLetters(Priority[arguments.priority], limit=limit, wanted=wanted)
     if told and not arguments.dry_run:
         print(f"{told}: {letters.each(doing, done, getattr(letters, action))}")
