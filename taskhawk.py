@@ -1233,8 +1233,7 @@ class Outgoing(NamedTuple):
         """Count the bytes as the service does: body, attribute names, types and values."""
         size = len(self.body) if self.body.isascii() else len(self.body.encode())
         for name, value in self.attributes.items():
-            size += len(name)
-            for text in value.values():
+            for text in (name, *value.values()):
                 size += len(text.encode() if isinstance(text, str) else text)
         return size
 
@@ -1265,52 +1264,45 @@ class Depth(NamedTuple):
 
 
 class Sender(typing.Protocol):
-    """What publishing needs of a service."""
+    """What publishing needs of a service.
+
+    ``destination`` is the name of the queue or topic for messages of a priority. ``send`` takes at
+    most ten messages, which are together within `max_bytes`. ``before_fork`` lets go of what a
+    child must not share; in the parent, ``after_fork`` takes it again.
+    """
 
     max_bytes: int
     max_delay_s: float
 
-    def destination(self, priority: Priority) -> str:
-        """Return the name of the queue or topic for messages of this priority."""
-
-    def send(self, destination: str, entries: Sequence[Outgoing]) -> list[Refusal]:
-        """Send at most ten messages that are together within `max_bytes`."""
-
-    def close(self) -> None:
-        """Close connections."""
-
-    def before_fork(self) -> None:
-        """Let go of what a child must not share, until :meth:`after_fork`, in the parent."""
-
-    def after_fork(self) -> None:
-        """Take it again."""
+    def destination(self, priority: Priority) -> str: ...
+    def send(self, destination: str, entries: Sequence[Outgoing]) -> list[Refusal]: ...
+    def close(self) -> None: ...
+    def before_fork(self) -> None: ...
+    def after_fork(self) -> None: ...
 
 
 class Broker(Sender, typing.Protocol):
-    """What workers and operations need besides; queues are called by name."""
+    """What workers and operations need besides; queues are called by name.
+
+    ``receive`` takes at most ten messages and waits for the first, unless `stop` cuts the wait
+    short; they are hidden from others for `lease_s`, or for the queue's own timeout if it is None.
+    ``delete`` and ``change_visibility`` are for at most ten receipts: the latter makes messages
+    visible again so many seconds from now. ``url`` is what the service calls a queue.
+    """
+
+    def destination(self, priority: Priority) -> str:
+        return _queue_name(priority)
 
     def receive(
         self, queue: str, most: int, wait_s: float, lease_s: float | None, stop: threading.Event
-    ) -> list[QueueMessage]:
-        """Receive at most ten messages, waiting for the first; `stop` may cut the wait short.
-
-        :param lease_s: for how long they are hidden from others; None takes the queue's own
-        """
-
-    def delete(self, queue: str, receipts: Sequence[str]) -> list[Refusal]:
-        """Delete at most ten messages."""
-
-    def change_visibility(self, queue: str, changes: Sequence[tuple[str, float]]) -> list[Refusal]:
-        """Make at most ten messages (receipts) visible again so many seconds from now."""
-
-    def url(self, queue: str) -> str:
-        """Return what the service calls the queue."""
-
-    def info(self, queue: str) -> QueueInfo:
-        """Describe a queue."""
-
-    def depth(self, queue: str) -> Depth:
-        """Count a queue's messages."""
+    ) -> list[QueueMessage]: ...
+    def delete(self, queue: str, receipts: Sequence[str]) -> list[Refusal]: ...
+    def change_visibility(
+        self, queue: str, changes: Sequence[tuple[str, float]]
+    ) -> list[Refusal]: ...
+    def url(self, queue: str) -> str: ...
+    def info(self, queue: str) -> QueueInfo: ...
+    def depth(self, queue: str) -> Depth: ...
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -1328,27 +1320,20 @@ class QueueMessage:
     message: Message | None = None  # once it is known to be valid and its task to be registered
     lease_lost: bool = False  # set by the worker
 
+    #: how often the message was received, from 1
+    attempt = property(lambda self: int(self.attributes.get("ApproximateReceiveCount", 1)))
+    #: the URL of the queue; "" where none has the message
+    queue_url = property(lambda self: self.broker.url(self.queue) if self.broker else "")
+    is_fifo = property(lambda self: (self.queue or "").endswith(".fifo"))
+    #: the message group, on FIFO and fair queues
+    group_id = property(lambda self: self.attributes.get("MessageGroupId"))
+
     @property
     def hook_kwargs(self) -> dict[str, Any]:
         """What the hooks are called with."""
         if self.sns_record is not None:
             return {"sns_record": self.sns_record}
         return {"queue_name": self.queue, "sqs_queue_message": self}
-
-    @property
-    def attempt(self) -> int:
-        """How often the message was received, from 1."""
-        return int(self.attributes.get("ApproximateReceiveCount", 1))
-
-    @property
-    def queue_url(self) -> str:
-        """The URL of the queue; "" where none has the message."""
-        return self.broker.url(self.queue) if self.broker and self.queue else ""
-
-    @property
-    def group_id(self) -> str | None:
-        """The message group, on FIFO and fair queues."""
-        return self.attributes.get("MessageGroupId")
 
     def delete(self) -> None:
         """Delete the message from its queue, at once."""
@@ -1367,8 +1352,8 @@ class QueueMessage:
         On FIFO queues its own MessageId deduplicates it: the body's id was seen before, and SQS
         would accept the copy and drop it.
         """
-        fifo = (self.queue or "").endswith(".fifo")
-        return Outgoing(self.body, attributes, 0, self.group_id, self.message_id if fifo else None)
+        once = self.message_id if self.is_fifo else None
+        return Outgoing(self.body, attributes, 0, self.group_id, once)
 
 
 def _accepted(refusals: Sequence[Refusal]) -> None:
@@ -1377,27 +1362,45 @@ def _accepted(refusals: Sequence[Refusal]) -> None:
         raise PartialFailure({"Successful": [], "Failed": failed})
 
 
-def _refused_by(call: Callable[[], list[Refusal]], count: int) -> list[Refusal]:
-    """Make a batch call; one that fails as a whole has refused each of its entries, for now."""
-    try:
-        return call()
-    except Exception as error:
-        code = _error_code(error)
-        refusal = Refusal(0, code, str(error), final=code.startswith("AccessDenied"))
-        return [refusal._replace(index=index) for index in range(count)]
+def _in_batches(
+    call: Callable[[Sequence[Any]], list[Refusal]],
+    entries: Sequence[Any],
+    tries: int = 1,
+    *,
+    max_bytes: float = 0,
+    sent: bool = False,
+) -> dict[int, Refusal]:
+    """Make batch calls, and return what was refused, by its index among the entries.
 
+    A call that fails as a whole has refused its entries and all after them, which are not tried.
 
-def _persist(
-    call: Callable[[Sequence[Any]], list[Refusal]], entries: Sequence[Any], refusals: list[Refusal]
-) -> list[Refusal]:
-    """Make a batch call again, at most twice, for the entries that the service failed at."""
-    for pause_s in (0.1, 0.3):
-        if again := [refusal.index for refusal in refusals if not refusal.final]:
-            time.sleep(_jittered(pause_s))
-            repeat = functools.partial(call, [entries[index] for index in again])
-            answer = [r._replace(index=again[r.index]) for r in _refused_by(repeat, len(again))]
-            refusals = [refusal for refusal in refusals if refusal.final] + answer
-    return refusals
+    :param tries: how often in all to ask for what the service fails at
+    :param max_bytes: of the sum of a call's entries, where they are messages
+    :param sent: whether botocore has repeated a whole call that failed, which is enough
+    """
+    refused: dict[int, Refusal] = {}
+    start = 0
+    while start < len(entries):
+        part = entries[start : start + _MAX_BATCH]
+        while max_bytes and len(part) > 1 and sum(entry.size() for entry in part) > max_bytes:
+            part = part[:-1]
+        try:
+            refused |= {start + refusal.index: refusal for refusal in call(part)}
+        except Exception as error:
+            code = _error_code(error)
+            final = sent or code.startswith("AccessDenied")
+            whole = Refusal(0, code, str(error), final)
+            refused |= dict.fromkeys(range(start, len(entries)), whole)
+            break
+        start += len(part)
+    again = [index for index, refusal in refused.items() if not refusal.final]
+    if again and tries > 1:
+        time.sleep(_jittered(0.3 ** (tries - 1)))  # 0.09 s, then 0.3 s
+        rest = [entries[index] for index in again]
+        answer = _in_batches(call, rest, tries - 1, max_bytes=max_bytes)
+        refused = {index: refusal for index, refusal in refused.items() if refusal.final}
+        refused |= {again[index]: refusal for index, refusal in answer.items()}
+    return refused
 
 
 def _error_code(error: BaseException) -> str:
@@ -1405,21 +1408,6 @@ def _error_code(error: BaseException) -> str:
     origin = error.__cause__ or error
     response = getattr(origin, "response", None) or {}
     return str(response.get("Error", {}).get("Code") or type(origin).__name__).rpartition(".")[2]
-
-
-def _chunks(entries: Iterable[Outgoing], max_bytes: int) -> Iterator[list[Outgoing]]:
-    """Cut a stream into what batch calls take: ten entries, within the limit of their sum."""
-    chunk: list[Outgoing] = []
-    total = 0
-    for entry in entries:
-        size = entry.size()
-        if chunk and (len(chunk) == _MAX_BATCH or total + size > max_bytes):
-            yield chunk
-            chunk, total = [], 0
-        chunk.append(entry)
-        total += size
-    if chunk:
-        yield chunk
 
 
 class _Brokers:
@@ -1430,7 +1418,7 @@ class _Brokers:
         # fork. botocore's session, one for all services, is not thread-safe either. Reentrant, as
         # settings that are read meanwhile may be of a module that calls configure().
         self.lock = threading.RLock()
-        self._made: dict[str, Sender] = {}
+        self._made: dict[str, Any] = {}
         self.session: Any = None
         self.captured_by: Sender | None = None
 
@@ -1448,14 +1436,12 @@ class _Brokers:
 
     def get(self, url: str) -> Any:
         """Return the sender or broker of that name."""
-        made = self._made  # close() replaces the dict
-        if url not in made:
-            classes: dict[str, Callable[[], Sender]]
-            classes = {"sync": _SyncSender, "sns": SnsSender, "sqs": SqsBroker}
+        if (found := self._made.get(url)) is None:
+            classes: Any = {"sync": _SyncSender, "sns": SnsSender, "sqs": SqsBroker}
             with self.lock:
-                made = self._made
-                made[url] = made.get(url) or classes.get(url, lambda: SqliteBroker(url))()
-        return made[url]
+                found = self._made.get(url) or classes.get(url, lambda: SqliteBroker(url))()
+                self._made[url] = found
+        return found
 
     def close(self) -> None:
         """Close all; the next use makes them anew."""
@@ -1529,11 +1515,13 @@ def _explained(where: str) -> Iterator[None]:
 
 
 class _AwsSender(Sender):
-    """What SQS and SNS share: clients, the answers of batch calls, and errors."""
+    """What SQS and SNS share: clients, sending, the answers of batch calls, and errors."""
 
     service: str
-    entries_key: str
-    target_key: str
+    target_key: str  # the parameter that says which queue or topic
+    entries_key: str  # the parameter of batch calls
+    sends: tuple[str, str]  # the operations: for one message, for several
+    fields: Sequence[str]  # what the parts of an Outgoing are called there
 
     def __init__(self) -> None:
         self._clients: dict[str, Any] = {}
@@ -1566,41 +1554,47 @@ class _AwsSender(Sender):
         more = {"region_name": settings.AWS_REGION, "endpoint_url": endpoint, "config": config}
         return _brokers.session.create_client(self.service, **more, **settings.credentials())
 
+    def close(self) -> None:
+        for client in self._clients.values():
+            client.close()
+
+    def url(self, queue: str, role: str = "send") -> str:
+        """Return what the service calls a queue or topic."""
+        return queue
+
     def call(self, role: str, operation: str, where: str, **parameters: Any) -> Any:
         """Make a call to a queue or topic."""
         to = {self.target_key: self.url(where, role)}
         with _explained(where):
             return getattr(self.client(role), operation)(**to, **parameters)
 
-    def url(self, queue: str, role: str = "send") -> str:
-        """Return what the service calls a queue or topic."""
-        return queue
-
-    def _batch(
-        self, role: str, operation: str, where: str, entries: Iterable[Any]
-    ) -> list[Refusal]:
+    def _batch(self, role: str, name: str, where: str, entries: Iterable[Any]) -> list[Refusal]:
         """Make a batch call, and return what its answer does not say was done."""
         named = [{"Id": str(index), **entry} for index, entry in enumerate(entries)]
-        response = self.call(role, operation, where, **{self.entries_key: named})
-        done = {entry["Id"] for entry in response.get("Successful", ())}
-        if len(done) == len(named):
-            return []
-        failed = {entry["Id"]: entry for entry in response.get("Failed", ())}
-        left = {i: failed.get(str(i), _UNANSWERED) for i in range(len(named)) if str(i) not in done}
+        answer = self.call(role, name, where, **{self.entries_key: named})
+        done = {entry["Id"] for entry in answer.get("Successful", ())}
+        failed = {entry["Id"]: entry for entry in answer.get("Failed", ())}
+        silence = {"Code": "Unanswered", "Message": "the answer does not name this entry"}
+        left = [(e["Id"], failed.get(e["Id"], silence)) for e in named if e["Id"] not in done]
         return [
-            Refusal(index, entry["Code"], entry.get("Message", ""), bool(entry.get("SenderFault")))
-            for index, entry in left.items()
+            Refusal(int(i), e["Code"], e.get("Message", ""), bool(e.get("SenderFault")))
+            for i, e in left
         ]
 
-    def close(self) -> None:
-        for client in self._clients.values():
-            client.close()
+    def send(self, destination: str, entries: Sequence[Outgoing]) -> list[Refusal]:
+        """Send one message alone and several in a batch call, without what they do not have."""
+        calls = [{n: v for n, v in zip(self.fields, e, strict=False) if v} for e in entries]
+        if len(calls) > 1:
+            return self._batch("send", self.sends[1], destination, calls)
+        self.call("send", self.sends[0], destination, **calls[0])
+        return []
 
 
 class SnsSender(_AwsSender):
     """Publishes to the topics that a Lambda app's functions are subscribed to."""
 
     service, target_key, entries_key = "sns", "TopicArn", "PublishBatchRequestEntries"
+    sends, fields = ("publish", "publish_batch"), ("Message", "MessageAttributes")
     max_bytes, max_delay_s = _MAX_SNS_BYTES, 0
 
     def destination(self, priority: Priority) -> str:
@@ -1610,19 +1604,14 @@ class SnsSender(_AwsSender):
             meta = self.client("send").meta
         return f"arn:{meta.partition}:sns:{meta.region_name}:{account}:{topic}"
 
-    def send(self, destination: str, entries: Sequence[Outgoing]) -> list[Refusal]:
-        """Publish (https://docs.aws.amazon.com/sns/latest/api/API_PublishBatch.html)."""
-        calls = [{"Message": e.body, "MessageAttributes": e.attributes} for e in entries]
-        if len(calls) > 1:
-            return self._batch("send", "publish_batch", destination, calls)
-        self.call("send", "publish", destination, **calls[0])
-        return []
-
 
 class SqsBroker(_AwsSender, Broker):
     """Queues on SQS: https://docs.aws.amazon.com/AWSSimpleQueueService/latest/APIReference/."""
 
     service, target_key, entries_key = "sqs", "QueueUrl", "Entries"
+    sends = ("send_message", "send_message_batch")
+    fields: Sequence[str] = ("MessageBody", "MessageAttributes", "DelaySeconds")
+    fields = (*fields, "MessageGroupId", "MessageDeduplicationId")
     max_bytes, max_delay_s = _MAX_SQS_BYTES, _MAX_DELAY_S
 
     def __init__(self) -> None:
@@ -1631,9 +1620,6 @@ class SqsBroker(_AwsSender, Broker):
         self._urls: dict[str, str] = {}
         self._accounts: dict[str, str] = {}  # of queues whose URL is not to be looked up
         self._infos: dict[str, QueueInfo] = {}
-
-    def destination(self, priority: Priority) -> str:
-        return _queue_name(priority)
 
     def url(self, queue: str, role: str = "send") -> str:
         """Look up a queue's URL, once; a Lambda's role may not, so it is made up there."""
@@ -1653,49 +1639,32 @@ class SqsBroker(_AwsSender, Broker):
         return queue
 
     def send(self, destination: str, entries: Sequence[Outgoing]) -> list[Refusal]:
-        """Send with SendMessage or SendMessageBatch."""
-        calls = []
-        for entry in entries:
-            call = {
-                "MessageBody": entry.body,
-                "MessageAttributes": entry.attributes,
-                "DelaySeconds": math.ceil(entry.delay_s),
-                "MessageGroupId": entry.group_id,
-                "MessageDeduplicationId": entry.deduplication_id,
-            }
-            calls.append({name: value for name, value in call.items() if value})
-        if len(calls) == 1:
-            self.call("send", "send_message", destination, **calls[0])
-            return []
+        """Send, with delays in whole seconds."""
+        entries = [entry._replace(delay_s=math.ceil(entry.delay_s)) for entry in entries]
         try:
-            return self._batch("send", "send_message_batch", destination, calls)
+            return super().send(destination, entries)
         except Exception as error:
-            if _error_code(error) != "BatchRequestTooLong":
+            if len(entries) == 1 or _error_code(error) != "BatchRequestTooLong":
                 raise
         # The queue's limit is lower than the service's, and holds for the sum too: one by one.
-        alone = (_refused_by(functools.partial(self.send, destination, [e]), 1) for e in entries)
+        alone = [_in_batches(functools.partial(self.send, destination), [e]) for e in entries]
         return [r[0]._replace(index=i, final=True) for i, r in enumerate(alone) if r]
 
     def receive(
         self, queue: str, most: int, wait_s: float, lease_s: float | None, stop: threading.Event
     ) -> list[QueueMessage]:
         """Poll once with ReceiveMessage; it is waited out, for its answer may hold messages."""
-        response = self.call(
-            "poll",
-            "receive_message",
-            queue,
-            MaxNumberOfMessages=min(most, _MAX_BATCH),
-            WaitTimeSeconds=min(math.ceil(wait_s), _LONG_POLL_S),
-            MessageAttributeNames=["All"],
-            MessageSystemAttributeNames=list(_SYSTEM_ATTRIBUTES),
-            **({} if lease_s is None else {"VisibilityTimeout": math.ceil(lease_s)}),
-        )
-        received = []
-        for found in response.get("Messages", ()):
-            parts = (found["Body"], found["MessageId"], found["ReceiptHandle"])
-            attributes = (found.get("Attributes", {}), found.get("MessageAttributes", {}))
-            received.append(QueueMessage(*parts, *attributes, queue, self))
-        return received
+        names = ["ApproximateReceiveCount", "SentTimestamp", "MessageGroupId"]
+        ask: Any = {"MessageSystemAttributeNames": names, "MessageAttributeNames": ["All"]}
+        ask |= {} if lease_s is None else {"VisibilityTimeout": math.ceil(lease_s)}
+        ask["WaitTimeSeconds"] = min(math.ceil(wait_s), _LONG_POLL_S)
+        most = min(most, _MAX_BATCH)
+        answer = self.call("poll", "receive_message", queue, MaxNumberOfMessages=most, **ask)
+        parts = ("Body", "MessageId", "ReceiptHandle", "Attributes", "MessageAttributes")
+        return [
+            QueueMessage(*[*(found.get(part, {}) for part in parts), queue, self])
+            for found in answer.get("Messages", ())
+        ]
 
     def delete(self, queue: str, receipts: Sequence[str]) -> list[Refusal]:
         """Delete; on a standard queue, a stale receipt is no error to SQS."""
@@ -1706,6 +1675,10 @@ class SqsBroker(_AwsSender, Broker):
         """Change the visibility timeouts, in whole seconds."""
         entries = ({"ReceiptHandle": r, "VisibilityTimeout": math.ceil(s)} for r, s in changes)
         return self._batch("keep", "change_message_visibility_batch", queue, entries)
+
+    def attributes(self, queue: str, names: Sequence[str]) -> Any:
+        """Read attributes of a queue, by their names on SQS."""
+        return self.call("send", "get_queue_attributes", queue, AttributeNames=names)["Attributes"]
 
     def info(self, queue: str) -> QueueInfo:
         """Read the queue's attributes, once."""
@@ -1721,15 +1694,6 @@ class SqsBroker(_AwsSender, Broker):
         names = [f"ApproximateNumberOfMessages{kind}" for kind in ("", "NotVisible", "Delayed")]
         found = self.attributes(queue, names)
         return Depth(*(int(found[name]) for name in names))
-
-    def attributes(self, queue: str, names: Sequence[str]) -> Any:
-        """Read attributes of a queue, by their names on SQS."""
-        answer = self.call("send", "get_queue_attributes", queue, AttributeNames=names)
-        return answer["Attributes"]
-
-
-_UNANSWERED = {"Code": "Unanswered", "Message": "the answer does not name this entry"}
-_SYSTEM_ATTRIBUTES = ("ApproximateReceiveCount", "SentTimestamp", "MessageGroupId")
 
 
 def _queue_name(priority: Priority) -> str:
@@ -1815,9 +1779,6 @@ class SqliteBroker(Broker):
             where = os.path.abspath(self._path or "memory")
             raise ConfigurationError(f"TASKHAWK_BROKER: can't open {where}: {error}") from error
         return db
-
-    def destination(self, priority: Priority) -> str:
-        return _queue_name(priority)
 
     def url(self, queue: str) -> str:
         return self._url
@@ -1930,20 +1891,8 @@ class SqliteBroker(Broker):
 # Nothing leaves that _decode() would refuse or the service can't hold, and what was not accepted
 # raises: after dispatch() returned, the message is in the queue's keeping.
 
-_ATTRIBUTE_NAME = re.compile(
-    r"(?!(?i:aws|amazon|taskhawk)\.)(?!\.)(?!.*\.\.)[A-Za-z0-9_.-]{1,256}(?<!\.)"
-)
+_ATTRIBUTE_NAME = re.compile(r"(?a)(?!.{257})(?!(?i:aws|amazon|taskhawk)\.)[\w-]+(\.[\w-]+)*")
 _ATTRIBUTE_TEXT = re.compile("[^\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]+")
-
-
-def _attributes(headers: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """Make message attributes of the headers that can be: the others are in the body alone."""
-    attributes: dict[str, dict[str, str]] = {}
-    for name, text in zip(map(str, headers), map(str, headers.values()), strict=True):
-        fits = _ATTRIBUTE_NAME.fullmatch(name) and _ATTRIBUTE_TEXT.fullmatch(text)
-        if fits and len(attributes) < _MAX_ATTRIBUTES:
-            attributes[name] = {"DataType": "String", "StringValue": text}
-    return attributes
 
 
 class _Ready(NamedTuple):
@@ -1956,8 +1905,14 @@ class _Ready(NamedTuple):
 
 
 def _prepare(message: Message) -> _Ready:
-    entry = Outgoing(_encode(message), _attributes(message.headers), message.delay_s)
-    sender = _brokers.sender()
+    """Check and encode a message, with attributes of the headers that can be: the body has all."""
+    body, headers = _encode(message), message.headers
+    attributes: dict[str, dict[str, str]] = {}
+    for name, text in zip(map(str, headers), map(str, headers.values()), strict=True):
+        fits = _ATTRIBUTE_NAME.fullmatch(name) and _ATTRIBUTE_TEXT.fullmatch(text)
+        if fits and len(attributes) < _MAX_ATTRIBUTES:
+            attributes[name] = {"DataType": "String", "StringValue": text}
+    entry, sender = Outgoing(body, attributes, message.delay_s), _brokers.sender()
     if entry.delay_s > sender.max_delay_s:
         most = f"the queue can hold a message back for at most {sender.max_delay_s:g} s"
         raise ConfigurationError(f"{message.task_name}: {most}, got {entry.delay_s:g} s")
@@ -1984,7 +1939,6 @@ class _SyncSender(Sender):
         return _queue_name(priority) if settings.TASKHAWK_QUEUE else "TASKHAWK-SYNC"
 
     def send(self, destination: str, entries: Sequence[Outgoing]) -> list[Refusal]:
-        """Run them."""
         for body, attributes, *_ in entries:
             message_id = _decode(body).id
             record = {"Sns": {"Message": body, "MessageId": message_id, "MessageAttributes": {}}}
@@ -1995,8 +1949,7 @@ class _SyncSender(Sender):
 
 
 # What a `with batch():` block collects: a box of one list, and empty once the block has ended.
-_collecting: contextvars.ContextVar[Sequence[list[_Ready]]]
-_collecting = contextvars.ContextVar("taskhawk batch", default=())
+_collecting = contextvars.ContextVar[Sequence[list[_Ready]]]("taskhawk batch", default=())
 _closing = threading.Lock()  # held to add and to close: nothing is added to a closed one
 
 
@@ -2057,34 +2010,25 @@ def _publish_all(readies: Sequence[_Ready]) -> None:
         for ready in readies:
             _publish_one(ready)
         return
-    refused: dict[int, Refusal] = {}  # by the position in readies
+    refused: dict[int, Refusal] = {}  # by the place in readies
     for destination in dict.fromkeys(ready.destination for ready in readies):
         mine = [i for i, ready in enumerate(readies) if ready.destination == destination]
-        sender, entries = readies[mine[0]].sender, [readies[i].entry for i in mine]
-        for refusal in _send_all(sender, destination, entries):
-            refused[mine[refusal.index]] = refusal
+        found = _send_all(readies[mine[0]].sender, destination, [readies[i].entry for i in mine])
+        refused |= {mine[i]: refusal for i, refusal in found.items()}
     if refused:
-        ids = [ready.message.id for ready in readies]
-        done = [{"Id": message_id} for i, message_id in enumerate(ids) if i not in refused]
-        refusals = sorted(refused.items())
-        failed = [{"Id": ids[i], "Code": r.code, "Message": r.text} for i, r in refusals]
-        unsent = [readies[i].message for i, _ in refusals]
+        done = [{"Id": ready.message.id} for i, ready in enumerate(readies) if i not in refused]
+        failed = [
+            {"Id": readies[i].message.id, "Code": refusal.code, "Message": refusal.text}
+            for i, refusal in sorted(refused.items())
+        ]
+        unsent = [readies[i].message for i in sorted(refused)]
         raise PartialFailure({"Successful": done, "Failed": failed}, unsent=unsent)
 
 
-def _send_all(sender: Sender, destination: str, entries: Sequence[Outgoing]) -> Iterator[Refusal]:
-    """Send to one destination; after a call that fails as a whole, the rest of it stays unsent."""
-    start, send = 0, functools.partial(sender.send, destination)
-    for chunk in _chunks(entries, sender.max_bytes):
-        try:
-            refusals = send(chunk)
-        except Exception as error:  # PartialFailure says what was sent and what not
-            for index in range(start, len(entries)):
-                yield Refusal(index, _error_code(error), str(error), final=False)
-            return
-        for refusal in _persist(send, chunk, refusals):
-            yield refusal._replace(index=start + refusal.index)
-        start += len(chunk)
+def _send_all(sender: Sender, destination: str, entries: Sequence[Outgoing]) -> dict[int, Refusal]:
+    """Send to one destination; return what was refused, by its index among the entries."""
+    send = functools.partial(sender.send, destination)
+    return _in_batches(send, entries, 3, max_bytes=sender.max_bytes, sent=True)
 
 
 def _dead_letter_copy(received: QueueMessage, error: BaseException | None, limit: int) -> Outgoing:
@@ -2092,16 +2036,10 @@ def _dead_letter_copy(received: QueueMessage, error: BaseException | None, limit
 
     Attributes that were headers give way to it, where there are too many: the body has them.
     """
-    import socket
-
-    record: dict[str, Any] = {
-        "type": type(error).__name__,
-        "message": _text_of(error)[:1000],
-        "traceback": "".join(traceback.format_exception(error)),
-        "attempt": received.attempt,
-        "worker": f"{socket.gethostname()}:{os.getpid()}",
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
+    record: dict[str, Any] = {"type": type(error).__name__, "message": _text_of(error)[:1000]}
+    record |= {"traceback": "".join(traceback.format_exception(error))}
+    record |= {"attempt": received.attempt, "worker": f"{os.uname().nodename}:{os.getpid()}"}
+    record["time"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     room = min(_MAX_ERROR_BYTES, limit - len(received.body.encode()) - 100)
     for key in ("traceback", "message"):  # cut to fit: of a traceback, the end says most
         while len(text := json.dumps(record)) > room and (value := record[key]):
@@ -2295,11 +2233,10 @@ class _Keeper:
             left = [held.last_at - now for held in batch]
             seconds = [max(0, min(pair)) for pair in zip(wanted, left, strict=True)]
             entries = list(zip(entries, seconds, strict=True))
-        refusals = _refused_by(functools.partial(call, batch[0].message.queue, entries), len(batch))
-        by_index = {refusal.index: refusal for refusal in refusals}
+        refused = _in_batches(functools.partial(call, batch[0].message.queue), entries)
         with self.changed:
             for index, held in enumerate(batch):
-                self._note(kind, held, by_index.get(index), now)
+                self._note(kind, held, refused.get(index), now)
             if len(self.held) >= _MAX_BATCH:  # pollers may have waited for it
                 self.changed.notify_all()
         if kind == "extend":
@@ -2935,79 +2872,61 @@ def process_messages_for_lambda_consumer(
     done: list[QueueMessage] = []
     failed: dict[QueueMessage, Outcome] = {}
     for received in map(_from_record, records):
-        late = left_ms() <= reserve_ms
-        outcome = _not_started(received, failed, late=late) or process(received)
-        if outcome.fate is Fate.acknowledge:
+        why = "no time was left" if left_ms() <= reserve_ms else ""
+        if received.is_fifo and received.group_id in {other.group_id for other in failed}:
+            why = "an earlier one of its group failed"
+        if why:
+            text = f"message {received.message_id} was not started: {why}"
+            failed[received] = Outcome(Fate.retry, TaskhawkError(text))
+        elif (outcome := process(received)).fate is Fate.acknowledge:
             done.append(received)
         else:
             failed[received] = outcome
+    asked = {received: o.delay_s for received, o in failed.items() if o.delay_s is not None}
     # 20 minutes less than SQS takes: the function's time and the batching window have passed.
-    most_s = _MAX_HELD_S - 1200
-    delays = [
-        (received, (received.receipt_handle, min(outcome.delay_s, most_s)))
-        for received, outcome in failed.items()
-        if outcome.delay_s is not None
-    ]
+    delays = {r: (r.receipt_handle, min(s, _MAX_HELD_S - 1200)) for r, s in asked.items()}
     text = "can't change when %d of %d failed messages run again: %s"
     _change_all("change_visibility", delays, text)
     if partial_batch and all(received.sns_record is None for received in failed):
         return {"batchItemFailures": [{"itemIdentifier": r.message_id} for r in failed]}
     if failed:
         text = "%d of %d messages that succeeded may run again: can't delete them: %s"
-        _change_all("delete", [(received, received.receipt_handle) for received in done], text)
-        errors = [typing.cast("BaseException", outcome.error) for outcome in failed.values()]
+        _change_all("delete", {received: received.receipt_handle for received in done}, text)
+        errors: list[Any] = [outcome.error for outcome in failed.values()]
         raise errors[0] if len(errors) == 1 else BaseExceptionGroup("several runs failed", errors)
     return None
 
 
-def _not_started(
-    received: QueueMessage, failed: Iterable[QueueMessage], *, late: bool
-) -> Outcome | None:
-    """Return the outcome of a message that must not be started, if it must not."""
-    why = "no time was left" if late else ""
-    fifo = (received.queue or "").endswith(".fifo")
-    if fifo and received.group_id in {other.group_id for other in failed}:
-        why = "an earlier one of its group failed"
-    text = f"message {received.message_id} was not started: {why}"
-    return Outcome(Fate.retry, TaskhawkError(text)) if why else None
-
-
 def _from_record(record: Any) -> QueueMessage:
     """Read a record of either kind; one that is malformed is an invalid message."""
-    try:
-        if "Sns" in record:
+    given = record if isinstance(record, dict) else {}
+    sns_record = given if "Sns" in given else None
+    with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
+        if sns_record:
             sns = record["Sns"]
             return QueueMessage(sns["Message"], str(sns.get("MessageId")), sns_record=record)
-        attributes = {"ApproximateReceiveCount": "1", **record.get("attributes", {})}
-        int(attributes["ApproximateReceiveCount"])
         message_attributes = {
             name: {kind[:1].upper() + kind[1:]: content for kind, content in value.items()}
             for name, value in record.get("messageAttributes", {}).items()
         }
         parts = (record["body"], record["messageId"], record.get("receiptHandle"))
+        received = QueueMessage(*parts, record.get("attributes", {}), message_attributes)
         broker, arn = _brokers.broker(), record.get("eventSourceARN")
-        if not isinstance(broker, SqsBroker) or arn is None:
-            return QueueMessage(*parts, attributes, message_attributes)
-        return QueueMessage(
-            *parts, attributes, message_attributes, broker.queue_of_arn(arn), broker
-        )
-    except (AttributeError, KeyError, TypeError, ValueError):
-        given = record if isinstance(record, dict) else {}
-        sns_record = record if "Sns" in given else None
-        return QueueMessage(None, str(given.get("messageId", "")), sns_record=sns_record)
+        if isinstance(broker, SqsBroker) and arn is not None:
+            received.queue, received.broker = broker.queue_of_arn(arn), broker
+        if received.attempt:
+            return received
+    return QueueMessage(None, str(given.get("messageId", "")), sns_record=sns_record)
 
 
-def _change_all(call: str, entries: Sequence[tuple[QueueMessage, Any]], warning: str) -> None:
+def _change_all(call: str, entries: Mapping[QueueMessage, Any], warning: str) -> None:
     """Make batch calls for the messages that a queue has; Lambda's role may not be allowed to."""
-    rest = [(received, entry) for received, entry in entries if received.broker]
-    while rest:
-        part, rest = rest[:_MAX_BATCH], rest[_MAX_BATCH:]
-        made = functools.partial(getattr(part[0][0].broker, call), part[0][0].queue)
-        wanted = [entry for _, entry in part]
-        first = _refused_by(functools.partial(made, wanted), len(part))
-        if refusals := _persist(made, wanted, first):
-            _log.warning(warning, len(refusals), len(part), refusals[0].text)
-            rest = rest if len(refusals) < len(part) else []  # it is denied, or the service is away
+    known = [(received, entry) for received, entry in entries.items() if received.broker]
+    if known:
+        first = known[0][0]
+        made = functools.partial(getattr(first.broker, call), first.queue)
+        if refused := _in_batches(made, [entry for _, entry in known], 3):
+            _log.warning(warning, len(refused), len(known), next(iter(refused.values())).text)
 
 
 # --- 14. operations -------------------------------------------------------------------------------
@@ -3108,7 +3027,7 @@ class _DeadLetters:
                     seen[m.message_id] = m if errors is None or error else None
                 _log.info("%s %d of %d messages, %d failed", done, len(good), total, len(bad))
         finally:
-            stay = [(m, (m.receipt_handle, 0)) for m in seen.values() if m]
+            stay = {m: (m.receipt_handle, 0) for m in seen.values() if m}
             text = "%d of %d dead letters that were looked at can't be seen for a while: %s"
             _change_all("change_visibility", stay, text)
         if bad:
@@ -3121,17 +3040,16 @@ class _DeadLetters:
         for message in messages:
             kept = {n: v for n, v in message.message_attributes.items() if n != _ERROR_ATTRIBUTE}
             copies.append(message.copy(kept))
-        refusals = _send_all(self._broker, self._queue, copies)
-        errors = {messages[refusal.index]: refusal.code for refusal in refusals}
+        refused = _send_all(self._broker, self._queue, copies)
+        errors = {messages[index]: refusal.code for index, refusal in refused.items()}
         deleted = self.delete([message for message in messages if message not in errors])
         return errors | {m: f"copied, but not deleted: {error}" for m, error in deleted.items()}
 
     def delete(self, messages: Sequence[QueueMessage]) -> dict[QueueMessage, str]:
         """Delete messages, and say what went wrong."""
         receipts = [message.receipt_handle or "" for message in messages]
-        call = functools.partial(self._broker.delete, self._source, receipts)
-        refusals = _refused_by(call, len(receipts)) if receipts else []
-        return {messages[refusal.index]: refusal.code for refusal in refusals}
+        refused = _in_batches(functools.partial(self._broker.delete, self._source), receipts)
+        return {messages[index]: refusal.code for index, refusal in refused.items()}
 
 
 def _describe(received: QueueMessage) -> dict[str, Any]:
