@@ -1274,7 +1274,12 @@ class Sender(typing.Protocol):
     max_bytes: int
     max_delay_s: float
 
-    def destination(self, priority: Priority) -> str: ...
+    def destination(self, priority: Priority) -> str:
+        name = settings.TASKHAWK_QUEUE
+        if name is None and settings.TASKHAWK_BROKER != "sqs":
+            name = "default"  # a file needs no names to be kept apart from others' queues
+        return f"TASKHAWK-{name or settings.require('TASKHAWK_QUEUE')}{_SUFFIXES[priority]}".upper()
+
     def send(self, destination: str, entries: Sequence[Outgoing]) -> list[Refusal]: ...
     def close(self) -> None: ...
     def before_fork(self) -> None: ...
@@ -1289,9 +1294,6 @@ class Broker(Sender, typing.Protocol):
     ``delete`` and ``change_visibility`` are for at most ten receipts: the latter makes messages
     visible again so many seconds from now. ``url`` is what the service calls a queue.
     """
-
-    def destination(self, priority: Priority) -> str:
-        return _queue_name(priority)
 
     def receive(
         self, queue: str, most: int, wait_s: float, lease_s: float | None, stop: threading.Event
@@ -1388,16 +1390,14 @@ def _in_batches(
             refused |= {start + refusal.index: refusal for refusal in call(part)}
         except Exception as error:
             code = _error_code(error)
-            final = sent or code.startswith("AccessDenied")
-            whole = Refusal(0, code, str(error), final)
+            whole = Refusal(0, code, str(error), sent or code.startswith("AccessDenied"))
             refused |= dict.fromkeys(range(start, len(entries)), whole)
             break
         start += len(part)
     again = [index for index, refusal in refused.items() if not refusal.final]
     if again and tries > 1:
         time.sleep(_jittered(0.3 ** (tries - 1)))  # 0.09 s, then 0.3 s
-        rest = [entries[index] for index in again]
-        answer = _in_batches(call, rest, tries - 1, max_bytes=max_bytes)
+        answer = _in_batches(call, [entries[i] for i in again], tries - 1, max_bytes=max_bytes)
         refused = {index: refusal for index, refusal in refused.items() if refusal.final}
         refused |= {again[index]: refusal for index, refusal in answer.items()}
     return refused
@@ -1517,11 +1517,11 @@ def _explained(where: str) -> Iterator[None]:
 class _AwsSender(Sender):
     """What SQS and SNS share: clients, sending, the answers of batch calls, and errors."""
 
-    service: str
-    target_key: str  # the parameter that says which queue or topic
-    entries_key: str  # the parameter of batch calls
-    sends: tuple[str, str]  # the operations: for one message, for several
-    fields: Sequence[str]  # what the parts of an Outgoing are called there
+    # The service's names: its own, of the parameters for the queue or topic and for a batch's
+    # entries, of the operations that send one message or several, of the parts of an Outgoing.
+    service = target_key = entries_key = ""
+    sends: Sequence[str] = ()
+    fields: Sequence[str] = ()
 
     def __init__(self) -> None:
         self._clients: dict[str, Any] = {}
@@ -1694,13 +1694,6 @@ class SqsBroker(_AwsSender, Broker):
         names = [f"ApproximateNumberOfMessages{kind}" for kind in ("", "NotVisible", "Delayed")]
         found = self.attributes(queue, names)
         return Depth(*(int(found[name]) for name in names))
-
-
-def _queue_name(priority: Priority) -> str:
-    name = settings.TASKHAWK_QUEUE
-    if name is None and settings.TASKHAWK_BROKER != "sqs":
-        name = "default"  # a file needs no names to be kept apart from others' queues
-    return f"TASKHAWK-{name or settings.require('TASKHAWK_QUEUE')}{_SUFFIXES[priority]}".upper()
 
 
 # --- 9. SQLite ------------------------------------------------------------------------------------
@@ -1936,7 +1929,7 @@ class _SyncSender(Sender):
     max_bytes, max_delay_s = sys.maxsize, math.inf
 
     def destination(self, priority: Priority) -> str:
-        return _queue_name(priority) if settings.TASKHAWK_QUEUE else "TASKHAWK-SYNC"
+        return super().destination(priority) if settings.TASKHAWK_QUEUE else "TASKHAWK-SYNC"
 
     def send(self, destination: str, entries: Sequence[Outgoing]) -> list[Refusal]:
         for body, attributes, *_ in entries:
@@ -2909,13 +2902,14 @@ def _from_record(record: Any) -> QueueMessage:
             name: {kind[:1].upper() + kind[1:]: content for kind, content in value.items()}
             for name, value in record.get("messageAttributes", {}).items()
         }
+        attributes = record.get("attributes", {})
+        int(attributes.get("ApproximateReceiveCount", 1))  # fail here rather than in the run
         parts = (record["body"], record["messageId"], record.get("receiptHandle"))
-        received = QueueMessage(*parts, record.get("attributes", {}), message_attributes)
+        received = QueueMessage(*parts, attributes, message_attributes)
         broker, arn = _brokers.broker(), record.get("eventSourceARN")
         if isinstance(broker, SqsBroker) and arn is not None:
             received.queue, received.broker = broker.queue_of_arn(arn), broker
-        if received.attempt:
-            return received
+        return received
     return QueueMessage(None, str(given.get("messageId", "")), sns_record=sns_record)
 
 
@@ -3159,7 +3153,7 @@ def _resources(priority: Priority, most: int, function: str | None) -> Iterator[
     service = settings.require("TASKHAWK_QUEUE")
     tags = {"taskhawk": service}
     topic = f"taskhawk-{service.lower()}{_SUFFIXES[priority]}"
-    name = topic if settings.IS_LAMBDA_APP else _queue_name(priority)
+    name = topic if settings.IS_LAMBDA_APP else _brokers.broker().destination(priority)
     label = name.lower().replace("-", "_")
     if settings.IS_LAMBDA_APP:
         yield "aws_sns_topic", name, {"name": name, "tags": tags}
@@ -3293,7 +3287,8 @@ def _check_topic(priority: Priority) -> Iterator[_Finding]:
 
 
 def _check_queue(priority: Priority) -> Iterator[_Finding]:
-    broker, queue = _brokers.broker(), _queue_name(priority)
+    broker = _brokers.broker()
+    queue = broker.destination(priority)
     info = _if_there(broker.info, queue)
     if info is None:
         yield _Finding("error", f"{queue}: no such queue", "dispatch raises")
