@@ -1640,7 +1640,7 @@ class SqsBroker(_AwsSender, Broker):
 
     def send(self, destination: str, entries: Sequence[Outgoing]) -> list[Refusal]:
         """Send, with delays in whole seconds."""
-        entries = [entry._replace(delay_s=math.ceil(entry.delay_s)) for entry in entries]
+        entries = [e._replace(delay_s=math.ceil(e.delay_s)) if e.delay_s else e for e in entries]
         try:
             return super().send(destination, entries)
         except Exception as error:
@@ -1660,11 +1660,12 @@ class SqsBroker(_AwsSender, Broker):
         ask["WaitTimeSeconds"] = min(math.ceil(wait_s), _LONG_POLL_S)
         most = min(most, _MAX_BATCH)
         answer = self.call("poll", "receive_message", queue, MaxNumberOfMessages=most, **ask)
-        parts = ("Body", "MessageId", "ReceiptHandle", "Attributes", "MessageAttributes")
-        return [
-            QueueMessage(*[*(found.get(part, {}) for part in parts), queue, self])
-            for found in answer.get("Messages", ())
-        ]
+        received = []
+        for found in answer.get("Messages", ()):
+            parts = (found["Body"], found["MessageId"], found["ReceiptHandle"])
+            attributes = (found.get("Attributes", {}), found.get("MessageAttributes", {}))
+            received.append(QueueMessage(*parts, *attributes, queue, self))
+        return received
 
     def delete(self, queue: str, receipts: Sequence[str]) -> list[Refusal]:
         """Delete; on a standard queue, a stale receipt is no error to SQS."""
