@@ -2004,19 +2004,17 @@ def _publish_all(readies: Sequence[_Ready]) -> None:
         for ready in readies:
             _publish_one(ready)
         return
-    refused: dict[int, Refusal] = {}  # by the place in readies
+    refused: dict[int, Refusal] = {}  # by the id() of what is ready
     for destination in dict.fromkeys(ready.destination for ready in readies):
-        mine = [i for i, ready in enumerate(readies) if ready.destination == destination]
-        found = _send_all(readies[mine[0]].sender, destination, [readies[i].entry for i in mine])
-        refused |= {mine[i]: refusal for i, refusal in found.items()}
+        mine = [ready for ready in readies if ready.destination == destination]
+        found = _send_all(mine[0].sender, destination, [ready.entry for ready in mine])
+        refused |= {id(mine[index]): refusal for index, refusal in found.items()}
     if refused:
-        done = [{"Id": ready.message.id} for i, ready in enumerate(readies) if i not in refused]
-        failed = [
-            {"Id": readies[i].message.id, "Code": refusal.code, "Message": refusal.text}
-            for i, refusal in sorted(refused.items())
-        ]
-        unsent = [readies[i].message for i in sorted(refused)]
-        raise PartialFailure({"Successful": done, "Failed": failed}, unsent=unsent)
+        sent = [{"Id": ready.message.id} for ready in readies if id(ready) not in refused]
+        lost = [(r.message, refused[id(r)]) for r in readies if id(r) in refused]
+        failed = [{"Id": m.id, "Code": why.code, "Message": why.text} for m, why in lost]
+        unsent = [message for message, _ in lost]
+        raise PartialFailure({"Successful": sent, "Failed": failed}, unsent=unsent)
 
 
 def _send_all(sender: Sender, destination: str, entries: Sequence[Outgoing]) -> dict[int, Refusal]:
