@@ -1562,6 +1562,13 @@ class _AwsSender(Sender):
         """Return what the service calls a queue or topic."""
         return queue
 
+    def arn(self, name: str) -> str:
+        """Return what AWS calls a queue or topic of this account."""
+        account = settings.require("AWS_ACCOUNT_ID")
+        with _explained(name):
+            meta = self.client("send").meta
+        return f"arn:{meta.partition}:{self.service}:{meta.region_name}:{account}:{name}"
+
     def call(self, role: str, operation: str, where: str, **parameters: Any) -> Any:
         """Make a call to a queue or topic."""
         to = {self.target_key: self.url(where, role)}
@@ -1598,11 +1605,8 @@ class SnsSender(_AwsSender):
     max_bytes, max_delay_s = _MAX_SNS_BYTES, 0
 
     def destination(self, priority: Priority) -> str:
-        account, queue = settings.require("AWS_ACCOUNT_ID"), settings.require("TASKHAWK_QUEUE")
-        topic = f"taskhawk-{queue.lower()}{_SUFFIXES[priority]}"
-        with _explained(topic):
-            meta = self.client("send").meta
-        return f"arn:{meta.partition}:sns:{meta.region_name}:{account}:{topic}"
+        queue = settings.require("TASKHAWK_QUEUE").lower()
+        return self.arn(f"taskhawk-{queue}{_SUFFIXES[priority]}")
 
 
 class SqsBroker(_AwsSender, Broker):
@@ -3184,17 +3188,11 @@ def _terraform(resources: Iterable[_Resource]) -> dict[str, Any]:
     return {"resource": made}
 
 
-def _arn(kind: str, name: str) -> str:
-    service, account = kind.split("_")[1], settings.require("AWS_ACCOUNT_ID")
-    meta = _brokers.get(service).client("send").meta
-    return f"arn:{meta.partition}:{service}:{meta.region_name}:{account}:{name}"
-
-
 def _provide(kind: str, name: str, wanted: Mapping[str, Any], *, dry_run: bool) -> str:
     """Make what is missing and raise what is too low; say what was done, or would be."""
-    sender, arn = _brokers.get(kind.split("_")[1]), _arn(kind, name)
+    sender = _brokers.get(kind.split("_")[1])  # "sqs" or "sns"
     find = _queue_change if kind == "aws_sqs_queue" else _topic_change
-    told, call, options = find(sender, name, arn, wanted)
+    told, call, options = find(sender, name, sender.arn(name), wanted)
     if told and not dry_run:
         with _explained(name):
             getattr(sender.client("send"), call)(**options)
@@ -3237,7 +3235,8 @@ def _iam(resources: Iterable[_Resource]) -> dict[str, Any]:
     """Write the least policies, by role."""
     arns: dict[str, list[str]] = {}
     for kind, name, _ in resources:
-        arns.setdefault("DLQ" if name.endswith("-DLQ") else kind, []).append(_arn(kind, name))
+        arn = _brokers.get(kind.split("_")[1]).arn(name)
+        arns.setdefault("DLQ" if name.endswith("-DLQ") else kind, []).append(arn)
     policies: dict[str, Any] = {}
     for role, kind, actions in _GRANTS:
         if kind in arns:
