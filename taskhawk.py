@@ -2054,8 +2054,7 @@ def _dead_letter_copy(received: QueueMessage, error: BaseException | None, limit
 # --- 11. the worker -------------------------------------------------------------------------------
 # Every thread and process of this file. Pollers receive, slots run tasks (the calling thread is one
 # of them), and one keeper alone changes messages on the queue: so an extension under way never
-# undoes a delay or a delete.
-# Worker.run() is the order of the shutdown.
+# undoes a delay or a delete. Worker.run() is the order of the shutdown.
 
 _STEPS = {  # the allowed steps of a message; nothing else moves one
     "received": {"started", "released"},
@@ -2093,30 +2092,29 @@ class _Held:
     """A message that the worker holds, from its receive to its end."""
 
     message: QueueMessage
-    rank: int  # of its queue: the most urgent is 0
-    lease_s: float
+    hide_s: float  # what the next change of its visibility sets: its lease, in the end its delay
     lease_until: float
     renew_at: float  # when the keeper is to extend the lease
     last_at: float  # SQS lets no lease go beyond
     state: str = "received"
     end: str = ""  # what it becomes, once that is decided: it stays held until it is done
-    visible_in_s: float = 0  # where the end is not a delete
     due_at: float = math.inf  # when the keeper is to do it
     tries: int = 0
 
-    @property
-    def to_delete(self) -> bool:
-        return self.end in ("acked", "dead_lettered")
+    to_delete = property(lambda self: self.end in ("acked", "dead_lettered"))
+
+    def move(self, state: str) -> None:
+        """Make a step, if it is an allowed one."""
+        if state not in _STEPS.get(self.state, ()):
+            raise RuntimeError(f"a message can't go from {self.state} to {state}")
+        self.state = state
 
 
 class _Keeper:
     """The messages that a worker holds, and the one thread that changes them on the queue."""
 
-    def __init__(
-        self, broker: Broker, clock: Callable[[], float], beat: Callable[[], object]
-    ) -> None:
-        self._broker, self._clock, self._beat = broker, clock, beat
-        self.ledger = Ledger()
+    def __init__(self, worker: Worker) -> None:
+        self._worker, self.ledger = worker, Ledger()
         # Guards all that follows and the fields of what is held. Slots and pollers wait for
         # `changed`, the keeper for `due`: a thread woken for nothing costs more than the change.
         lock = threading.RLock()
@@ -2128,115 +2126,95 @@ class _Keeper:
         self._looks_at = 0.0  # when the keeper will look for what is due, if nobody wakes it
         self.thread = threading.Thread(target=self._run, name="taskhawk keeper", daemon=True)
 
-    def take(self, messages: Sequence[QueueMessage], rank: int, lease_s: float) -> None:
+    def take(self, messages: Sequence[QueueMessage], lease_s: float) -> None:
         """Hold received messages from now on."""
-        now = self._clock()
+        now = self._worker.clock()
         # SQS counts its 12 hours from a little before `now`.
         times = (lease_s, now + lease_s, now + lease_s / 3, now + _MAX_HELD_S - 10)
         with self.changed:
-            taken = [_Held(message, rank, *times) for message in messages]
+            taken = [_Held(message, *times) for message in messages]
             self.held += taken
-            self.waiting = sorted(self.waiting + taken, key=lambda held: held.rank)
+            self.waiting += taken
+            self.waiting.sort(key=lambda held: self._worker.queues.index(held.message.queue or ""))
             self.ledger.received += len(messages)
             self.changed.notify_all()
 
-    def start_next(self) -> _Held | None:
-        """Start the most urgent of the messages that wait."""
-        with self.changed:
-            if not self.waiting:
-                return None
-            first = self.waiting.pop(0)
-            self._move(first, "started")
-            return first
-
-    def has_room(self, slots: int) -> bool:
+    def has_room(self) -> bool:
         """Return whether no message waits, a slot is free, and no acknowledgements are overdue.
 
         Those would be a batch beyond the one whose call is under way.
         """
         ended = sum(1 for held in self.held if held.end)
-        return not self.waiting and len(self.held) - ended < slots and ended < 2 * _MAX_BATCH
+        running = len(self.held) - ended
+        return not self.waiting and running < self._worker.concurrency and ended < 2 * _MAX_BATCH
 
-    def finish(self, held: _Held, end: str, visible_in_s: float | None = 0) -> None:
-        """Note how a run ended; None leaves the message to its visibility timeout."""
+    def decide(self, held: _Held, end: str, visible_in_s: float | None = 0) -> None:
+        """Note what a message is to become; None leaves it to its visibility timeout."""
         with self.changed:
-            self._move(held, "finished")
-            self._decide(held, end, visible_in_s)
-
-    def _decide(self, held: _Held, end: str, visible_in_s: float | None = 0) -> None:
-        held.end, held.visible_in_s, held.due_at = end, visible_in_s or 0, self._clock()
-        if held.to_delete:
-            held.due_at += _ACK_WAIT_S
-        elif visible_in_s is None or held.message.lease_lost:
-            self._end(held, end)
-        else:
-            held.renew_at = math.inf  # before its delay or release is sent
-        if not self.waiting:  # else this slot takes the next, and the pollers have no room
-            self.changed.notify_all()
-        if not self.waiting or held.due_at < self._looks_at:
-            self.due.notify()
-
-    def release_waiting(self) -> None:
-        """Give back what was not started, once nothing more will be received."""
-        with self.changed:
-            while self.waiting:
-                self._decide(self.waiting.pop(), "released")
+            if end != "released":
+                held.move("finished")
+            held.end, held.due_at = end, self._worker.clock()
+            if held.to_delete:
+                held.due_at += _ACK_WAIT_S
+            elif visible_in_s is None or held.message.lease_lost:
+                self._close(held, end)
+            else:
+                held.hide_s, held.renew_at = visible_in_s, math.inf
+            if not self.waiting:  # else this slot takes the next, and the pollers have no room
+                self.changed.notify_all()
+            if not self.waiting or held.due_at < self._looks_at:
+                self.due.notify()
 
     def close(self) -> None:
         """See through all that is decided, and end the thread; what still runs is left to run."""
-        self.release_waiting()
         with self.changed:
             self._closed = True
             self.due.notify()
         self.thread.join()
 
     def _run(self) -> None:
-        while not self._closed or any(held.end for held in self.held):
+        """Make one call after another, each for what is due of one queue."""
+        while not self._closed or self.waiting or any(held.end for held in self.held):
             with self.changed:
-                now = self._clock()
-                kind, due = next((work for work in self._due(now) if work[1]), ("", []))
+                now = self._worker.clock()
+                kind, due = self._due(now)
                 if not due:
                     first = min([now + _TICK_S, *(held.due_at for held in self.held)])
                     self._looks_at = max(first, now + 0.001)
                     self.due.wait(self._looks_at - now)
                     continue
-            queue = due[0].message.queue  # what fits into one call: ten messages of one queue
-            self._change(kind, [h for h in due if h.message.queue == queue][:_MAX_BATCH], now)
+                queue, broker = due[0].message.queue, self._worker.broker
+                batch = [held for held in due if held.message.queue == queue][:_MAX_BATCH]
+                entries: list[Any] = [held.message.receipt_handle for held in batch]
+                call: Any = broker.delete
+                if kind != "delete":
+                    call = broker.change_visibility
+                    seconds = (max(0, min(held.hide_s, held.last_at - now)) for held in batch)
+                    entries = list(zip(entries, seconds, strict=True))
+            refused = _in_batches(functools.partial(call, queue), entries)
+            with self.changed:
+                for index, held in enumerate(batch):
+                    self._note(kind, held, refused.get(index), now)
+                if len(self.held) >= _MAX_BATCH:  # pollers may have waited for it
+                    self.changed.notify_all()
+            if kind == "extend":
+                self._worker.beat()
 
-    def _due(self, now: float) -> Iterator[tuple[str, list[_Held]]]:
-        """Yield the changes to make now, in the order of their urgency."""
+    def _due(self, now: float) -> tuple[str, list[_Held]]:
+        """Return the most urgent of the changes that are due, and what it is due for."""
+        while self.waiting and (self._closed or self._worker.is_over()):
+            self.decide(self.waiting.pop(), "released")
         # At the end the leases bound how long deletes are tried: none is extended any more.
-        leased = self.held if self._leases and not self._closed else ()
-        renewals = [held for held in leased if held.renew_at <= now]
-        for held in [held for held in renewals if held.last_at - now < 1]:
-            renewals.remove(held)
+        leased = self.held if self._leases and not self._closed else []
+        for held in [h for h in leased if h.renew_at <= now and h.last_at - now < 1]:
             self._lose(held, "it was received 12 hours ago")
-        yield "extend", renewals
+        if renewals := [held for held in leased if held.renew_at <= now]:
+            return "extend", renewals
         deletes = [h for h in self.held if h.to_delete and (h.due_at <= now or not h.tries)]
-        idle = all(held.end for held in self.held)
-        if idle or len(deletes) >= _MAX_BATCH or any(held.due_at <= now for held in deletes):
-            yield "delete", deletes
-        delays = [held for held in self.held if held.end and not held.to_delete]
-        yield "delay", [held for held in delays if held.due_at <= now]
-
-    def _change(self, kind: str, batch: Sequence[_Held], now: float) -> None:
-        """Make one call, and note what came of each message."""
-        entries: list[Any] = [held.message.receipt_handle for held in batch]
-        call: Callable[..., list[Refusal]] = self._broker.delete
-        if kind != "delete":
-            call = self._broker.change_visibility
-            wanted = [held.lease_s if kind == "extend" else held.visible_in_s for held in batch]
-            left = [held.last_at - now for held in batch]
-            seconds = [max(0, min(pair)) for pair in zip(wanted, left, strict=True)]
-            entries = list(zip(entries, seconds, strict=True))
-        refused = _in_batches(functools.partial(call, batch[0].message.queue), entries)
-        with self.changed:
-            for index, held in enumerate(batch):
-                self._note(kind, held, refused.get(index), now)
-            if len(self.held) >= _MAX_BATCH:  # pollers may have waited for it
-                self.changed.notify_all()
-        if kind == "extend":
-            self._beat()
+        full = len(deletes) >= _MAX_BATCH or all(held.end for held in self.held)
+        if deletes and (full or any(held.due_at <= now for held in deletes)):
+            return "delete", deletes
+        return "delay", [h for h in self.held if h.end and not h.to_delete and h.due_at <= now]
 
     def _note(self, kind: str, held: _Held, refusal: Refusal | None, now: float) -> None:
         """Note the answer for a message; what the service is at fault for is tried again."""
@@ -2245,15 +2223,15 @@ class _Keeper:
         if kind == "extend" and held.renew_at == math.inf:
             return  # its run ended meanwhile: a delay or release comes next
         if kind == "extend" and not refusal:
-            held.lease_until = min(now + held.lease_s, held.last_at)
-            held.renew_at = min(now + held.lease_s / 3, held.last_at - 1)
+            held.lease_until = min(now + held.hide_s, held.last_at)
+            held.renew_at = min(now + held.hide_s / 3, held.last_at - 1)
         elif kind == "extend" and again:
-            held.renew_at = now + held.lease_s / 20
+            held.renew_at = now + held.hide_s / 20
         elif kind == "extend" and refusal and refusal.code.startswith("AccessDenied"):
             if self._leases:  # the policies of 1.4's workers lack the permission
                 text = "ChangeMessageVisibility is denied, long tasks may run twice: %s"
                 _log.error(text, refusal.text)
-            self._leases, held.renew_at = False, math.inf
+            self._leases = False
         elif kind == "extend" and refusal:
             self._lose(held, refusal.text)
         elif again:
@@ -2265,7 +2243,7 @@ class _Keeper:
                 what = "may run again" if lost else "is visible again when its lease ends"
                 why = refusal.text if refusal else "its lease had ended"
                 _log.warning("message %s %s: %s", held.message.message_id, what, why)
-            self._end(held, "uncertain" if lost else held.end)
+            self._close(held, "uncertain" if lost else held.end)
 
     def _lose(self, held: _Held, why: str) -> None:
         """Note that others may have the message; one that waits is not started."""
@@ -2274,18 +2252,12 @@ class _Keeper:
         held.renew_at, held.lease_until = math.inf, -math.inf
         if held in self.waiting:
             self.waiting.remove(held)
-            self._decide(held, "released")
+            self.decide(held, "released")
 
-    def _end(self, held: _Held, end: str) -> None:
-        self._move(held, end)
+    def _close(self, held: _Held, end: str) -> None:
+        held.move(end)
         self.held.remove(held)
         setattr(self.ledger, end, getattr(self.ledger, end) + 1)
-
-    @staticmethod
-    def _move(held: _Held, state: str) -> None:
-        if state not in _STEPS.get(held.state, ()):
-            raise RuntimeError(f"a message can't go from {held.state} to {state}")
-        held.state = state
 
 
 def _start_of_children(*, everything: bool) -> dict[str, Any]:
@@ -2310,39 +2282,25 @@ def _start_of_children(*, everything: bool) -> dict[str, Any]:
         "settings": values,
         "modules": sorted({task.fn.__module__ for task in isolated}),
         "path": [os.path.abspath(folder) for folder in sys.path],
-        "PYTHONPATH": os.environ.get("PYTHONPATH"),
+        "environ": {k: v for k, v in os.environ.items() if k == "PYTHONPATH"},
         "level": logging.getLogger().level,
     }
     return start if isolated else {}
 
 
-def _write_frame(stream: typing.BinaryIO, frame: object) -> None:
-    data = json.dumps(frame, default=str).encode()
-    stream.write(len(data).to_bytes(8, "big") + data)
-    stream.flush()
-
-
-def _read_frame(stream: typing.BinaryIO) -> Any:
-    """Read what the other end wrote; None at its end."""
-    size = int.from_bytes(stream.read(8), "big")
-    data = stream.read(size)
-    return json.loads(data) if size and len(data) == size else None
-
-
 class _Child:
     """The process that runs a slot's isolated messages, for it may have to be killed, or crash.
 
-    It gets JSON by one pipe and answers by another: nothing is unpickled, and no setting is in an
-    argument or the environment.
+    It gets JSON by a socket, a line each, and answers so: nothing is unpickled, and no setting is
+    in an argument or the environment.
     """
 
-    def __init__(self, start: Mapping[str, Any], max_tasks: int) -> None:
-        self._start, self._max_tasks = start, max_tasks
+    def __init__(self, start: Mapping[str, Any], max_tasks: int, given_up: threading.Event) -> None:
+        self._start, self._max_tasks, self._given_up = start, max_tasks, given_up
         self._left = 0  # messages until the process is replaced
         # Held to kill and to reap, so that no other process is killed under a number used again.
         self._lock = threading.Lock()
         self._process: Any = None
-        self._given_up = False  # at the end of the worker's grace
 
     def takes(self, received: QueueMessage) -> bool:
         """Return whether a message is the child's to run."""
@@ -2355,67 +2313,70 @@ class _Child:
     def process(self, received: QueueMessage) -> Outcome | None:
         """Do as :func:`process` does; None if the worker's grace ended meanwhile."""
         task, began = typing.cast("Message", received.message).task, time.monotonic()
-        late = threading.Event()
-
-        def end_late() -> None:
-            late.set()
-            self.kill()
-
-        timer = threading.Timer(task.time_limit or 0, end_late)
-        answer, why = None, ""
+        limit = threading.Timer(task.time_limit or 0, self.kill)
+        outcome, why = None, ""
         try:
             self._ensure_process()
             if task.time_limit:
-                timer.start()
-            answer = self._ask(received)
+                limit.start()
+            # Nobody would kill what begins after the end of the grace.
+            outcome = None if self._given_up.is_set() else self._ask(received)
         except OSError as error:
             why = str(error)
-        timer.cancel()
+        limit.cancel()
+        if limit.ident:  # it was started, and must not kill the next process
+            limit.join()
         self._left -= 1
-        if not answer or late.is_set() or not self._left:
+        late = task.time_limit and time.monotonic() - began >= task.time_limit
+        if not outcome or late or not self._left:
             why = self.close() or why
-        if answer:
-            return Outcome(Fate(answer["fate"]), _error_of(answer["error"]), answer["delay_s"])
-        if self._given_up:
-            return None
-        if late.is_set():
+        if outcome or self._given_up.is_set():
+            return outcome
+        failure: TaskhawkError = ChildCrashed(f"{task.name}: its process ended: {why}")
+        if late:
             text = f"{task.name} ran longer than its time limit of {task.time_limit:g} s"
-            return _failed(received, TimeLimitExceeded(text), began)
-        text = f"{task.name}: its process ended: {why}"
-        return _failed(received, ChildCrashed(text), began)
+            failure = TimeLimitExceeded(text)
+        return _failed(received, failure, began)
 
-    def _ask(self, received: QueueMessage) -> Any:
-        """Have a message run; return how it ended, or None if the process did."""
-        parts = (received.body, received.message_id, received.receipt_handle)
-        more = (received.attributes, received.message_attributes, received.queue)
-        _write_frame(self._to, [*parts, *more])
-        while (answer := _read_frame(self._from)) and "fate" not in answer:
-            record = logging.makeLogRecord(answer)
+    def _ask(self, received: QueueMessage) -> Outcome | None:
+        """Have a message run, and return how it ended, or None if the process did."""
+        self._send({k: v for k, v in vars(received).items() if k not in ("broker", "message")})
+        while (line := self._lines.readline()).endswith(b"\n"):
+            frame = json.loads(line)
+            if isinstance(frame, list):
+                fate, delay_s, *raised = frame
+                error: BaseException | None = None
+                if raised:  # an error of the same name, with the trace
+                    name, text, trace = raised
+                    error = type(name, (TaskhawkError,), {})(text)
+                    error.add_note(trace)
+                return Outcome(Fate(fate), error, delay_s)
+            record = logging.makeLogRecord(frame)
             if (logger := logging.getLogger(record.name)).isEnabledFor(record.levelno):
                 logger.handle(record)
-        return answer
+        return None
 
     def _ensure_process(self) -> None:
+        import socket
         import subprocess
 
-        if self._process and self._process.poll() is None:
-            return
+        with self._lock:
+            if self._process and self._process.poll() is None:
+                return
         self.close()
-        source, to = os.pipe()
-        from_, target = os.pipe()
-        self._to, self._from = os.fdopen(to, "wb"), os.fdopen(from_, "rb")
-        numbers = map(str, (source, target, os.getpid()))
-        command = [sys.executable, "-m", __name__, "_child", *numbers]
+        self._socket, theirs = socket.socketpair()
+        self._lines = self._socket.makefile("rb")
+        command = [sys.executable, "-m", __name__, "_child", str(theirs.fileno()), str(os.getpid())]
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(self._start["path"])}
         options: Any = {"stdin": subprocess.DEVNULL, "start_new_session": True, "env": env}
-        options["pass_fds"] = (source, target)
-        try:
+        with theirs:
+            options["pass_fds"] = [theirs.fileno()]
             self._process = subprocess.Popen(command, **options)  # noqa: S603 - it is this file
-        finally:
-            os.close(source)
-            os.close(target)
-        _write_frame(self._to, self._start)
+        self._send(self._start)
         self._left = self._max_tasks
+
+    def _send(self, value: object) -> None:
+        self._socket.sendall(json.dumps(value, default=str).encode() + b"\n")
 
     def kill(self) -> None:
         """Kill the process and what it started, also in C code that holds the GIL."""
@@ -2423,35 +2384,21 @@ class _Child:
             if self._process and self._process.returncode is None:
                 os.killpg(self._process.pid, signal.SIGKILL)
 
-    def give_up(self) -> None:
-        """Kill the process for good."""
-        self._given_up = True
-        self.kill()
-
     def close(self) -> str:
         """End the process, and say how it ended."""
         if not self._process:
             return ""
         patience = threading.Timer(5, self.kill)
         patience.start()
-        with contextlib.suppress(OSError), self._to, self._from:
-            self._to.close()
-            self._from.read()
+        with contextlib.suppress(OSError), self._socket, self._lines:
+            self._socket.shutdown(1)  # for writing: it ends once it has read all
+            self._lines.read()  # until it is gone
         patience.cancel()
+        patience.join()
         with self._lock:
             code = self._process.wait()
         self._process = None
         return f"signal {-code}" if code < 0 else f"exit code {code}"
-
-
-def _error_of(parts: Sequence[str] | None) -> BaseException | None:
-    """Return an error like the one that a child's task raised: of the same name, with its trace."""
-    if parts is None:
-        return None
-    kind, text, trace = parts
-    error: BaseException = type(kind, (TaskhawkError,), {})(text)
-    error.add_note(trace)
-    return error
 
 
 def _add_task(record: logging.LogRecord) -> bool:
@@ -2461,96 +2408,72 @@ def _add_task(record: logging.LogRecord) -> bool:
     return True
 
 
-class _ToParent(logging.Handler):
-    """Sends a child's log records to its worker."""
+class _LineFormatter(logging.Formatter):
+    """Writes a child's log records for its worker."""
 
-    def __init__(self, stream: typing.BinaryIO) -> None:
-        super().__init__()
-        self.stream = stream
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Send one."""
-        _add_task(record)
-        trace = logging.Formatter().formatException(record.exc_info) if record.exc_info else None
-        text = {"msg": record.getMessage(), "args": None, "exc_info": None, "exc_text": trace}
-        _write_frame(self.stream, vars(record) | text)
+    def format(self, record: logging.LogRecord) -> str:
+        super().format(record)  # notes the text and the traceback in the record
+        text = {"msg": record.message, "args": None, "exc_info": None}
+        return json.dumps(vars(record) | text, default=str)
 
 
-def _serve_worker(source: int, target: int, worker: int) -> int:
+def _serve_worker(number: int, worker: int) -> int:
     """Run messages for a worker's slot: what ``python -m taskhawk _child`` does."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # they are the worker's to handle
-        signal.signal(number, signal.SIG_IGN)
+    for each in (signal.SIGINT, signal.SIGTERM):  # they are the worker's to handle
+        signal.signal(each, signal.SIG_IGN)
     import ctypes
 
     with contextlib.suppress(AttributeError):  # only Linux has it
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: die with the slot's thread
     if os.getppid() != worker:  # it died before that
         return 1
-    with os.fdopen(source, "rb") as stream, os.fdopen(target, "wb") as answers:
-        start = _read_frame(stream)
+    os.set_inheritable(number, False)  # noqa: FBT003 - what a task starts must not keep it open
+    with open(number, "rb", closefd=False) as lines, open(number, "w", closefd=False) as answers:
+        start = json.loads(lines.readline())
         sys.path[:] = start["path"]
-        os.environ.pop("PYTHONPATH")
-        if start["PYTHONPATH"] is not None:
-            os.environ["PYTHONPATH"] = start["PYTHONPATH"]
+        del os.environ["PYTHONPATH"]
+        os.environ.update(start["environ"])
         configure(start["settings"])
-        handler = _ToParent(answers)
+        handler = logging.StreamHandler(answers)
+        handler.addFilter(_add_task)
+        handler.setFormatter(_LineFormatter())
         logging.basicConfig(level=start["level"], handlers=[handler])
         for module in start["modules"]:
             importlib.import_module(module)
         broker = _brokers.broker() if settings.TASKHAWK_BROKER != "sqlite://" else None
-        while parts := _read_frame(stream):
-            received = QueueMessage(*parts)
-            received.broker = broker
-            outcome = process(received)
-            answer: dict[str, Any]
-            answer = {"fate": outcome.fate.value, "delay_s": outcome.delay_s, "error": None}
+        for line in lines:
+            outcome = process(QueueMessage(**json.loads(line), broker=broker))
+            answer = [outcome.fate.value, outcome.delay_s]
             if error := outcome.error:
                 trace = "".join(traceback.format_exception(error))
-                answer["error"] = [type(error).__name__, _text_of(error), trace]
-            handler.acquire()
-            _write_frame(answers, answer)
-            handler.release()
+                answer += [type(error).__name__, _text_of(error), trace]
+            with handler.lock:  # type: ignore[union-attr] # any thread writes log records
+                print(json.dumps(answer), file=answers, flush=True)
     return 0
-
-
-@contextlib.contextmanager
-def _event_loop() -> Iterator[None]:
-    """Let the coroutines that this thread runs share a loop, made for the first of them."""
-    _slot.loop = None
-    try:
-        yield
-    finally:
-        loop = vars(_slot).pop("loop")
-        if loop:
-            loop.close()
 
 
 @contextlib.contextmanager
 def _signals_to(seen: list[int]) -> Iterator[None]:
     """Note SIGTERM and SIGINT, where nobody else handles them; a second one kills."""
-    ours: dict[int, Any] = {}
-    if threading.current_thread() is threading.main_thread():
-        ours = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
-        ours = {n: default for n, default in ours.items() if signal.getsignal(n) == default}
 
     def note(number: int, _frame: object) -> None:
         seen.append(number)
-        restore()
+        defaults.close()
 
-    def restore() -> None:
+    ours = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    in_main = threading.current_thread() is threading.main_thread()
+    with contextlib.ExitStack() as defaults:
         for number, default in ours.items():
-            signal.signal(number, default)
-
-    for number in ours:
-        signal.signal(number, note)
-    try:
+            if in_main and signal.getsignal(number) == default:
+                defaults.callback(signal.signal, number, default)
+                signal.signal(number, note)
         yield
-    finally:
-        restore()
 
 
-def _find_lease_s(broker: Broker, queue: str) -> tuple[float, float | None]:
-    """Return a queue's visibility timeout, and what to ask for: None, where it is its own."""
+def _find_lease_s(broker: Broker, queue: str, wanted_s: float | None) -> tuple[float, float | None]:
+    """Return how long a receive hides messages, and what to ask for: None for the queue's own."""
+    if wanted_s is not None:
+        return wanted_s, wanted_s
     try:
         if (lease_s := broker.info(queue).visibility_timeout_s) >= 1:
             return lease_s, None
@@ -2607,33 +2530,32 @@ class Worker:
         for name in ("num_messages", "concurrency", "max_tasks_per_child"):
             number = getattr(self, name)
             _require(number >= 1, f"{name}: expected 1 or more, got {number}")
-        lease_s = 1 if self.visibility_timeout_s is None else self.visibility_timeout_s
+        lease_s = self.visibility_timeout_s
         text = f"visibility_timeout_s: expected 1 to {_MAX_HELD_S} seconds, got {lease_s}"
-        _require(1 <= lease_s <= _MAX_HELD_S, text)
+        _require(lease_s is None or 1 <= lease_s <= _MAX_HELD_S, text)
+        self.wait_s = min(self.wait_s, 1) if self.until_empty else self.wait_s
         self._start = _start_of_children(everything=self.isolate)
-        if self.until_empty:
-            self.wait_s = min(self.wait_s, 1)
-        self._beat = functools.partial(_beat, self.liveness_file)
-        self._keeper = _Keeper(self.broker, self.clock, self._beat)
+        self.beat = functools.partial(_beat, self.liveness_file)
+        self._keeper = _Keeper(self)
         self._changed, self.ledger = self._keeper.changed, self._keeper.ledger
-        self._signals: list[int] = []  # a handler may append, but must not wait for a lock
-        self._stop = threading.Event()  # ends the waits of the broker and of the pollers
         # Guarded by the keeper's condition: pollers that have not ended, and messages started.
-        self._polling = self._started = 0
+        self._polling, self._started = len(self.queues), 0
+        self._signals: list[int] = []  # a handler may append, but must not wait for a lock
         self._fatal: BaseException | None = None
         self._children: list[_Child] = []
-        # The grace was over; and there still was something running; and nothing is.
-        self.overdue, self._abandoned, self._ended = (threading.Event() for _ in range(3))
+        self._stop = threading.Event()  # ends the waits of the broker and of the pollers
+        self._ended = threading.Event()  # nothing runs any more
+        self.overdue = threading.Event()  # the grace is over
+        self._abandoned = threading.Event()  # and something still runs
 
     def run(self) -> Ledger:
         """Work until stopped; the order of the shutdown is the order of these lines."""
-        make = functools.partial(threading.Thread, daemon=True)  # a second signal waits for none
-        pollers = [make(target=self._poll, args=pair) for pair in enumerate(self.queues)]
-        slots = [make(target=self._slot) for _ in range(self.concurrency - 1)]
-        watch = make(target=self._watch)
-        self._polling = len(pollers)
+        # Daemons, for a second signal waits for none.
+        make = functools.partial(threading.Thread, target=self._guard, daemon=True)
+        pollers = [make(args=(self._poll, queue)) for queue in self.queues]
+        slots = [make(args=(self._work,)) for _ in range(self.concurrency - 1)]
         with _signals_to(self._signals):
-            for thread in (self._keeper.thread, *pollers, *slots, watch):
+            for thread in (self._keeper.thread, *pollers, *slots, make(args=(self._watch,))):
                 thread.start()
             try:
                 self._work()
@@ -2655,14 +2577,19 @@ class Worker:
         _log.log(level, "worker ended: %s", self.ledger)
         return self.ledger
 
-    def _is_stopping(self) -> bool:
-        told = self.shutdown_event and self.shutdown_event.is_set()
-        return bool(self._signals or self._stop.is_set() or told)
+    def _is_told(self) -> bool:
+        """Return whether the worker was told to stop, or can't go on."""
+        event = self.shutdown_event
+        return bool(self._signals or self._fatal or (event and event.is_set()))
+
+    def is_over(self) -> bool:
+        """Return whether nothing more is received or started."""
+        return not self._polling and (self._stop.is_set() or self._is_told())
 
     def _wait(self, look: Callable[[], Any], until: float = math.inf) -> Any:
         """Wait until something is found, and return it; None if the worker stops or time is up."""
         with self._changed:
-            while not self._is_stopping():
+            while not (self._stop.is_set() or self._is_told()):
                 if (found := look()) or until <= (now := self.clock()):
                     return found
                 self._changed.wait(min(_TICK_S, until - now))
@@ -2673,53 +2600,56 @@ class Worker:
 
         Isolated runs are killed. Others can't be: their messages reappear when their leases end.
         """
-        self._wait(self._ended.is_set)
+        while not self._is_told() and not self._ended.wait(_TICK_S):
+            pass
         self._stop.set()
-        left_s = None if self.grace_s is None else max(0, self.grace_s - _FLUSH_S)
-        if not self._ended.wait(left_s):
-            self.overdue.set()
-            for child in self._children:
-                child.give_up()
-            if not self._ended.wait(_FLUSH_S / 2):
-                if self.on_overdue:  # it ends the process: before run() returns, and not beside it
-                    self._keeper.close()
-                    self.on_overdue(self.ledger)
-                self._abandoned.set()
+        if self.grace_s is None or self._ended.wait(max(0, self.grace_s - _FLUSH_S)):
+            return
+        self.overdue.set()
+        for child in self._children:
+            child.kill()
+        if not self._ended.wait(_FLUSH_S / 2):
+            if self.on_overdue:  # it ends the process: before run() returns, and not beside it
+                self._keeper.close()
+                self.on_overdue(self.ledger)
+            self._abandoned.set()
 
-    def _slot(self) -> None:
+    def _guard(self, work: Callable[..., None], *args: Any) -> None:
         try:
-            self._work()
-        except BaseException as error:  # a KeyboardInterrupt that a task raised, for the caller
+            work(*args)
+        except BaseException as error:  # such as a KeyboardInterrupt of a task, for the caller
             self._fatal = error
-            self._stop.set()
 
     def _work(self) -> None:
         """Run one message after another, in this thread or its child."""
-        with (
-            _event_loop(),
-            contextlib.closing(_Child(self._start, self.max_tasks_per_child)) as child,
-        ):
-            self._children.append(child)
-            held = None
-            try:
-                while isinstance(held := self._wait(self._next), _Held):
-                    isolated = self._start and child.takes(held.message)
-                    outcome = child.process(held.message) if isolated else process(held.message)
-                    if outcome is None:  # killed at the end of the grace
-                        break
-                    self.settle(held, outcome)
-            finally:  # a KeyboardInterrupt, or a child that was killed
-                if isinstance(held, _Held) and held.state == "started":
-                    self._keeper.finish(held, "retried")
+        held = _slot.loop = None
+        child = _Child(self._start, self.max_tasks_per_child, self.overdue)
+        self._children.append(child)
+        try:
+            while isinstance(held := self._wait(self._next), _Held):
+                isolated = self._start and child.takes(held.message)
+                outcome = (child.process if isolated else process)(held.message)
+                if outcome is None:  # killed at the end of the grace
+                    break
+                self.settle(held, outcome)
+        finally:
+            if isinstance(held, _Held) and held.state == "started":  # killed, or interrupted
+                self._keeper.decide(held, "retried")
+            child.close()
+            if loop := vars(_slot).pop("loop", None):
+                loop.close()
 
     def _next(self) -> object:
-        """Return a message to run, True if there will be none, or None as yet."""
+        """Return a message to run, True if there will be none, or False as yet."""
         if self._started == self.max_tasks:
             self._stop.set()
             return True
-        held = self._keeper.start_next()
-        self._started += held is not None
-        return held or not self._polling or None
+        if not self._keeper.waiting:
+            return not self._polling
+        held = self._keeper.waiting.pop(0)
+        held.move("started")
+        self._started += 1
+        return held
 
     def settle(self, held: _Held, outcome: Outcome) -> None:
         """Have done what the outcome says; a copy for the dead letters is sent here and now."""
@@ -2734,48 +2664,37 @@ class Worker:
             except Exception as error:  # the message is still in its queue, which may redrive it
                 text = "%s: message %s can't be dead-lettered and is left to the queue: %s"
                 _log.warning(text, message.queue, message.message_id, error)
-        self._keeper.finish(held, end, outcome.delay_s)
+        self._keeper.decide(held, end, outcome.delay_s)
 
-    def _poll(self, rank: int, queue: str) -> None:
+    def _poll(self, queue: str) -> None:
         """Receive from a queue, in a thread of its own."""
+        loops = failures = 0
         try:
-            lease_s = asked_s = self.visibility_timeout_s
-            if lease_s is None:
-                lease_s, asked_s = _find_lease_s(self.broker, queue)
-            loops = failures = 0
-            room = functools.partial(self._keeper.has_room, self.concurrency)
-            while loops != self.loop_count and self._wait(room):
-                options = (self.num_messages, self.wait_s, asked_s, self._stop)
+            lease_s, asked_s = _find_lease_s(self.broker, queue, self.visibility_timeout_s)
+            options = (self.num_messages, self.wait_s, asked_s, self._stop)
+            while loops != self.loop_count and self._wait(self._keeper.has_room):
                 try:
                     messages = self.broker.receive(queue, *options)
                 except Exception as error:  # a worker goes on for ever
+                    if not loops and isinstance(error, ConfigurationError):
+                        raise  # but not where only a person can help
                     failures += 1
-                    self._back_off(queue, error, failures, first=not loops)
+                    if failures == 1:
+                        _log.warning("%s: can't receive, goes on trying: %r", queue, error)
+                    pause_s = _jittered(min(0.5 * 2 ** min(failures, 10), _MAX_BACKOFF_S))
+                    self._wait(lambda: None, self.clock() + pause_s)
                     continue
-                self._keeper.take(messages, rank, lease_s)
+                self._keeper.take(messages, lease_s)
                 if failures:
                     _log.info("%s: receives again after %d failures", queue, failures)
                 loops, failures = loops + 1, 0
-                self._beat()
+                self.beat()
                 if self.until_empty and not messages and _are_empty(self.broker, self.queues):
-                    return
+                    break
         finally:
             with self._changed:
                 self._polling -= 1
-                if not self._polling and self._is_stopping():
-                    self._keeper.release_waiting()
                 self._changed.notify_all()
-
-    def _back_off(self, queue: str, error: Exception, failures: int, *, first: bool) -> None:
-        """Wait after a receive that failed; at the start, end where only a person can help."""
-        if first and isinstance(error, ConfigurationError):
-            self._fatal = error
-            self._stop.set()
-            return
-        if failures == 1:
-            _log.warning("%s: can't receive, goes on trying: %r", queue, error)
-        until = self.clock() + _jittered(min(0.5 * 2 ** min(failures, 10), _MAX_BACKOFF_S))
-        self._wait(lambda: None, until)
 
 
 _URGENCY = (Priority.high, Priority.default, Priority.low, Priority.bulk)
@@ -2815,11 +2734,9 @@ def listen_for_messages(
     :returns: what became of the messages
     :raises ConfigurationError: if a queue is missing or forbidden, or there are no credentials
     """
-    options: Any = {"num_messages": num_messages, "visibility_timeout_s": visibility_timeout_s}
-    options |= {"loop_count": loop_count, "shutdown_event": shutdown_event, "isolate": isolate}
-    options |= {"until_empty": until_empty, "concurrency": concurrency, "grace_s": grace_s}
-    options |= {"max_tasks": max_tasks, "max_tasks_per_child": max_tasks_per_child}
-    return Worker(_brokers.broker(), _queues_of(priority), **options).run()
+    options = dict(locals())  # all of these, by name
+    queues = _queues_of(options.pop("priority"))
+    return Worker(_brokers.broker(), queues, **options).run()
 
 
 def _queues_of(priority: Priority | Iterable[Priority]) -> list[str]:

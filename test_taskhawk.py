@@ -8844,6 +8844,27 @@ class TestWorker:
         assert worker.overdue.is_set()
         assert worker.ledger == taskhawk.Ledger(received=1, acked=1)
 
+    def test_no_grace_for_an_end_of_its_own(self, worker_broker):
+        """The grace begins when the worker is told to stop, not when it has run its last task."""
+        idle = threading.Event()
+        overdue = []
+
+        @taskhawk.task
+        def slow() -> None:
+            idle.wait(WORKER_PATIENCE_S)
+            overdue.append(worker.overdue.wait(0.6))
+
+        @taskhawk.task
+        def quick() -> None:
+            idle.set()
+
+        worker_broker.put(slow, ())
+        worker_broker.put(quick, ())
+        options = {"concurrency": 2, "max_tasks": 2, "grace_s": 0.1, "num_messages": 2}
+        worker = taskhawk.Worker(worker_broker, [WORKER_QUEUE], wait_s=0, **options)
+        assert worker.run() == taskhawk.Ledger(received=2, acked=2)
+        assert overdue == [False]
+
     def test_heartbeat_fails(self, worker_broker, caplog):
         """A heartbeat hook that fails is logged, no more."""
         taskhawk.configure(TASKHAWK_HEARTBEAT_HOOK=lambda: 1 / 0)
@@ -10197,9 +10218,9 @@ class TestStates:
         ends = {"acked", "retried", "dead_lettered", "uncertain", "released"}
         assert ends | {"received"} == set(vars(taskhawk.Ledger()))
         message = taskhawk.QueueMessage("", "m1", "r1", queue="Q")
-        held = taskhawk._Held(message, 0, 30, 30, 10, 43_190)
+        held = taskhawk._Held(message, 30, 30, 10, 43_190)
         with pytest.raises(RuntimeError, match=r"^a message can't go from received to acked$"):
-            taskhawk._Keeper._move(held, "acked")
+            held.move("acked")
 
     def test_delay_during_an_extension(self, worker_broker):
         """A delay is sent after the extension that was under way when its run ended: it holds."""
@@ -10436,6 +10457,14 @@ def log():
     LOG.warning("from %s", "afar", extra={"order": 8, "thing": LOG})
 
 @taskhawk.task(isolate=True)
+def log_fate():
+    LOG.warning("a record, no answer", extra={"fate": "acknowledge"})
+
+@taskhawk.task(isolate=True)
+def linger():
+    threading.Thread(target=threading.Event().wait).start()
+
+@taskhawk.task(isolate=True)
 async def wait(metadata):
     await asyncio.sleep(0)
     note("waited", metadata.attempt, metadata.queue)
@@ -10611,6 +10640,20 @@ class TestIsolation:
         assert (record.order, record.thing) == (8, "<Logger isolated (WARNING)>")
         assert record.process != os.getpid()
 
+    def test_log_like_an_answer(self, isolated_jobs, caplog):
+        """Whatever a log record carries, it is not taken for the end of a run."""
+        isolated_jobs.log_fate.dispatch()
+        assert isolated_work() == taskhawk.Ledger(received=1, acked=1)
+        [record] = [r for r in caplog.records if r.name == "isolated"]
+        assert record.fate == "acknowledge"
+
+    @pytest.mark.slow
+    def test_lingers(self, isolated_jobs):
+        """A child that does not end when it is told to is killed, and its slot goes on."""
+        isolated_jobs.linger.dispatch()
+        isolated_jobs.pid.dispatch()
+        assert isolated_work(max_tasks_per_child=1) == taskhawk.Ledger(received=2, acked=2)
+
     def test_log_level(self, isolated_jobs, caplog):
         """The worker's levels say which of them."""
         caplog.set_level("ERROR", "isolated")
@@ -10620,7 +10663,7 @@ class TestIsolation:
 
     def test_no_worker(self):
         """A child whose worker died before it could tell ends at once."""
-        assert run_python(["-m", "taskhawk", "_child", "0", "1", "1"]).returncode == 1
+        assert run_python(["-m", "taskhawk", "_child", "0", "1"]).returncode == 1
 
     def test_async(self, isolated_jobs):
         """A coroutine function can be isolated, and metadata is as in the worker."""
