@@ -934,7 +934,7 @@ def task(
         # A module may be read again, also as __main__ and by its name, and a function typed anew.
         there, anew = _place(taken.fn), taken.loaded_by is not made.loaded_by
         reloaded = here[:2] == there[:2] and (anew or here[0] == "__main__")
-        if taken.fn is not fn and not reloaded:
+        if taken.fn is not made.fn and not reloaded:
             text = "{}: the name of {}.{}{} is taken by {}.{}{}: rename one, or pass name= to"
             raise ConfigurationError(f"{text.format(made.name, *here, *there)} @taskhawk.task")
         _registry[made.name] = made

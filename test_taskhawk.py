@@ -2926,6 +2926,17 @@ class TestTasks:
         receipts = received.receipt_handle, None
         assert HandMade.runs == [("shop.sell", policy, receipt) for receipt in receipts]
 
+    def test_task_class_that_wraps(self):
+        """TASKHAWK_TASK_CLASS may have another function run than the one that is decorated."""
+
+        class Timed(taskhawk.Task):
+            def __init__(self, fn, priority, name):
+                super().__init__(functools.partial(fn), priority, name)
+
+        taskhawk.configure(TASKHAWK_TASK_CLASS=Timed)
+        task = taskhawk.task(name="shop.sell")(plain)
+        assert taskhawk.Task.find_by_name("shop.sell") is task
+
     def test_task_class_alone(self, monkeypatch):
         """The class is read at each decoration, and no other setting is read or remembered."""
         monkeypatch.setenv("TASKHAWK_QUEUE", "not a queue!")
