@@ -739,7 +739,8 @@ class AsyncInvocation(Generic[_P]):
                 return _prepare(self._message((), call))
             return _prepare(self._message(call if isinstance(call, tuple) else (call,), {}))
 
-        count, ready = 0, map(prepare, calls)
+        # Not map(): there, a StopIteration out of prepare() would pass for the end of `calls`.
+        count, ready = 0, (prepare(call) for call in calls)
         while some := list(itertools.islice(ready, _MAX_BATCH)):
             _publish_all(_collect(some))
             count += len(some)

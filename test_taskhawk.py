@@ -7054,6 +7054,15 @@ class TestBatch:
             mail.dispatch_many(numbers())
         assert received_args() == list(range(10))
 
+    def test_dispatch_many_hook_fails(self, sqlite, mail):
+        """A hook that has no headers left is not the end of the calls."""
+        hook = iter([{}] * 13).__next__
+        taskhawk.configure(TASKHAWK_BROKER="sqlite://", TASKHAWK_DEFAULT_HEADERS=lambda **_: hook())
+        with pytest.raises(RuntimeError) as caught:
+            mail.dispatch_many(range(20))
+        assert isinstance(caught.value.__cause__, StopIteration)
+        assert received_args() == list(range(10))
+
     def test_dispatch_many_snapshot(self, sqlite, mail):
         """A call is encoded when it is read: what its object becomes later has no part."""
 
