@@ -1069,7 +1069,7 @@ def _failed(received: QueueMessage, raised: BaseException, began: float) -> Outc
             return outcome
         _last_invalid[type(error)] = now, 0
         others = f" ({more} more like it since the last record)" if more else ""
-        trace, text = None, f"{what} {then}: {error}{others}"
+        trace, text = None, f"{what} {then}: {_text_of(error)}{others}"
     elif isinstance(error, RetryException) and outcome.fate is Fate.retry:
         level, trace = logging.INFO, None
         text = f"{what}: attempt {attempt} asked to be retried and {then}"
@@ -1087,7 +1087,8 @@ def _failed(received: QueueMessage, raised: BaseException, began: float) -> Outc
 
 def _verdict(received: QueueMessage, error: BaseException) -> Outcome:
     """Decide what becomes of a message whose run raised."""
-    delay_s = error.delay_seconds if isinstance(error, RetryException) else None
+    asked = error.delay_seconds if isinstance(error, RetryException) else None
+    delay_s = asked if _is_number(asked) and 0 <= asked < math.inf else None  # a subclass may err
     # What is not valid, or unknown here, is left to the queue's redrive policy.
     if received.message and delay_s is None:
         task = received.message.task

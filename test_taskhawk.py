@@ -3525,14 +3525,28 @@ class TestProcessing:
         error = Own()
         assert processing_run(raising(error)) == Outcome(Fate.retry, error)
 
-    def test_exception_without_text(self):
-        """An exception whose text can't be had is a failed run like any other."""
+    @pytest.mark.parametrize("delay_s", [-1, math.nan, math.inf, "5", True])
+    def test_impossible_delay_of_their_own_making(self, delay_s):
+        """A delay that is none, from a subclass that does not check it, counts as not given."""
 
-        class Mute(taskhawk.LoggingException):
+        class Own(taskhawk.RetryException):
+            def __init__(self) -> None:
+                self.delay_seconds = delay_s
+
+        error = Own()
+        assert processing_run(raising(error)) == Outcome(Fate.retry, error)
+
+    @pytest.mark.parametrize("base", [taskhawk.LoggingException, taskhawk.ValidationError])
+    def test_exception_without_text(self, base):
+        """An exception whose text can't be had is a failed run like any other, of a hook too."""
+
+        class Mute(base):
             def __str__(self) -> str:
                 raise ValueError("mute")
 
         assert processing_run(raising(Mute("x"))).fate is Fate.retry
+        taskhawk.configure(TASKHAWK_PRE_PROCESS_HOOK=raising(Mute("x")))
+        assert run_body(json.dumps(VALID)).fate is Fate.retry
 
     @pytest.mark.parametrize("delay_s", [-1, math.nan, math.inf, "5", None, True, (5,)])
     def test_impossible_delay_of_the_policy(self, delay_s, caplog):
