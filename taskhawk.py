@@ -871,18 +871,17 @@ def _run_coroutine(coroutine: Any) -> None:
     import asyncio
     from concurrent.futures import ThreadPoolExecutor
 
-    context = contextvars.copy_context()
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        if hasattr(_slot, "loop"):
-            _slot.loop = _slot.loop or asyncio.Runner()
-            _slot.loop.run(coroutine, context=context)
-        else:
-            asyncio.run(coroutine)
-    else:  # sync mode inside an application's own loop, which is busy until we return
+    context, inside = contextvars.copy_context(), None
+    with contextlib.suppress(RuntimeError):  # to run in its handler would chain it to our errors
+        inside = asyncio.get_running_loop()
+    if inside:  # sync mode inside an application's own loop, which is busy until we return
         with ThreadPoolExecutor(1) as pool:
             pool.submit(context.run, asyncio.run, coroutine).result()
+    elif hasattr(_slot, "loop"):
+        _slot.loop = _slot.loop or asyncio.Runner()
+        _slot.loop.run(coroutine, context=context)
+    else:
+        asyncio.run(coroutine)
 
 
 @typing.overload

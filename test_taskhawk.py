@@ -2884,6 +2884,7 @@ class TestTasks:
 
         outcome = run_body(json.dumps(edited("args", [])))
         assert (type(outcome.error), str(outcome.error)) == (ValueError, "no milk")
+        assert outcome.error.__context__ is None
         assert outcome.fate is taskhawk.Fate.retry
 
     @pytest.mark.parametrize("kind", ["wrapped", "object", "partial"])
