@@ -2813,7 +2813,7 @@ def process_messages_for_lambda_consumer(
 
 def _from_record(record: Any) -> QueueMessage:
     """Read a record of either kind; one that is malformed is an invalid message."""
-    given = record if isinstance(record, dict) else {}
+    given = record if isinstance(record, Mapping) else {}
     sns_record = given if "Sns" in given else None
     with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
         if sns_record:

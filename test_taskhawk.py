@@ -4417,6 +4417,15 @@ class TestLambda:
         assert seen == [{"sns_record": event["Records"][0]}] * 2
 
     @pytest.mark.parametrize("kind", LAMBDA_RECORDS)
+    def test_records_of_another_type(self, kind, lambda_sqs, lambda_runs):
+        """An event and its records may be any mappings, such as a library's read-only ones."""
+        event = lambda_event(1, 2, make=LAMBDA_RECORDS[kind])
+        records = [types.MappingProxyType(record) for record in event["Records"]]
+        event = types.MappingProxyType({"Records": records})
+        taskhawk.process_messages_for_lambda_consumer(event)
+        assert lambda_runs == [1, 2]
+
+    @pytest.mark.parametrize("kind", LAMBDA_RECORDS)
     @pytest.mark.parametrize("case", LAMBDA_MALFORMED)
     def test_malformed_records(self, case, kind, lambda_sqs, lambda_runs):
         """A record that is none fails as an invalid message does, and does not stop the others."""
