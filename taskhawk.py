@@ -859,7 +859,7 @@ class Task(AsyncInvocation[_P], Generic[_P, _R]):
 
 
 _current = contextvars.ContextVar[Metadata | None]("taskhawk task", default=None)
-_slot = threading.local()  # `loop` is there in a worker's slot, which keeps it for all its runs
+_slot = threading.local()  # counts its `runs`; a worker's slot keeps a `loop` for them all, too
 
 
 def current_task() -> Metadata | None:
@@ -1371,7 +1371,7 @@ def _in_batches(
     tries: int = 1,
     *,
     max_bytes: float = 0,
-    sent: bool = False,
+    repeated: bool = False,
 ) -> dict[int, Refusal]:
     """Make batch calls, and return what was refused, by its index among the entries.
 
@@ -1379,7 +1379,7 @@ def _in_batches(
 
     :param tries: how often in all to ask for what the service fails at
     :param max_bytes: of the sum of a call's entries, where they are messages
-    :param sent: whether botocore has repeated a whole call that failed, which is enough
+    :param repeated: whether botocore has repeated a whole call that failed, which is enough
     """
     refused: dict[int, Refusal] = {}
     start = 0
@@ -1391,7 +1391,7 @@ def _in_batches(
             refused |= {start + refusal.index: refusal for refusal in call(part)}
         except Exception as error:
             code = _error_code(error)
-            whole = Refusal(0, code, str(error), sent or code.startswith("AccessDenied"))
+            whole = Refusal(0, code, str(error), repeated or code.startswith("AccessDenied"))
             refused |= dict.fromkeys(range(start, len(entries)), whole)
             break
         start += len(part)
@@ -2025,7 +2025,7 @@ def _publish_all(readies: Sequence[_Ready]) -> None:
 def _send_all(sender: Sender, destination: str, entries: Sequence[Outgoing]) -> dict[int, Refusal]:
     """Send to one destination; return what was refused, by its index among the entries."""
     send = functools.partial(sender.send, destination)
-    return _in_batches(send, entries, 3, max_bytes=sender.max_bytes, sent=True)
+    return _in_batches(send, entries, 3, max_bytes=sender.max_bytes, repeated=True)
 
 
 def _dead_letter_copy(received: QueueMessage, error: BaseException | None, limit: int) -> Outgoing:
