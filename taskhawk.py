@@ -1415,8 +1415,9 @@ class _Brokers:
     """The one sender and the one broker of this process, made at their first use."""
 
     def __init__(self) -> None:
-        # Held while one is made, or a client of its, so that there is never a second; and over a
-        # fork. botocore's session, one for all services, is not thread-safe either. Reentrant, as
+        # Held while one is made, or a client of its, so that there is never a second; while a batch
+        # is added to or closed, so that nothing is added to a closed one; and over a fork.
+        # botocore's session, one for all services, is not thread-safe either. Reentrant, as
         # settings that are read meanwhile may be of a module that calls configure().
         self.lock = threading.RLock()
         self._made: dict[str, Any] = {}
@@ -1949,7 +1950,6 @@ class _SyncSender(Sender):
 
 # What a `with batch():` block collects: a box of one list, and empty once the block has ended.
 _collecting = contextvars.ContextVar[Sequence[list[_Ready]]]("taskhawk batch", default=())
-_closing = threading.Lock()  # held to add and to close: nothing is added to a closed one
 
 
 @contextlib.contextmanager
@@ -1970,14 +1970,14 @@ def batch() -> Iterator[None]:
         yield
     finally:
         _collecting.reset(token)
-        with _closing:
+        with _brokers.lock:
             collected = box.pop()
     _publish_all(collected)
 
 
 def _collect(readies: Sequence[_Ready]) -> Sequence[_Ready]:
     """Add messages to the batch around this call, and return those that it did not take."""
-    with _closing:
+    with _brokers.lock:
         if box := _collecting.get():
             box[0].extend(readies)
             return ()

@@ -5939,6 +5939,27 @@ class TestProcesses:
         assert codes == [0] * 8
         assert taskhawk._brokers.broker().depth("TASKHAWK-DEFAULT").visible == count + 8
 
+    def test_fork_while_a_thread_adds_to_its_batch(self, task, tmp_path):
+        """A fork waits for what a thread adds, lest a lock stay held in the child for ever."""
+        taskhawk.configure(TASKHAWK_BROKER=f"sqlite:///{tmp_path}/queue.db")
+        adding, forking = threading.Event(), threading.Event()
+        os.register_at_fork(before=forking.set)
+
+        def slowly():
+            adding.set()
+            assert forking.wait(10)
+            yield from ()
+
+        def add():
+            with taskhawk.batch():
+                taskhawk._collect(slowly())
+
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            added = pool.submit(add)
+            assert adding.wait(10)
+            assert forked(lambda: task.dispatch("child"))() == 0
+            added.result()
+
     def test_fork_with_memory(self, task):
         """Memory is of one process: in a forked child it is refused, and the parent goes on."""
         taskhawk.configure(TASKHAWK_BROKER="sqlite://")
