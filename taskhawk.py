@@ -3037,7 +3037,7 @@ def _depth_lines(
     """Draw what :func:`_depths` found; with what it found some seconds before, also the trend."""
     yield f"{'':10}{'visible':>10}{'in flight':>11}{'delayed':>9}{'dead letters':>14}"
     queued = {name: [d[kind] for kind in Depth._fields] for name, d in depths.items() if d}
-    scale = 30 / max(30, *map(sum, queued.values()))
+    scale = 30 / max([30, *map(sum, queued.values())])
     for name, counts in depths.items():
         if counts is None:
             yield f"{name:10}{'no queue':>10}"
@@ -3047,7 +3047,7 @@ def _depth_lines(
         if dead and bars and not os.environ.get("NO_COLOR"):
             shown = f"\x1b[31m{shown}\x1b[0m"
         line = f"{name:10}{visible:>10}{in_flight:>11}{delayed:>9}{shown}"
-        if was := before.get(name):
+        if seconds and (was := before.get(name)):
             rate = (sum(queued[name]) - sum(was[kind] for kind in Depth._fields)) / seconds
             line += f"{rate:>+10.1f}/s"
         drawn = [mark * math.ceil(n * scale) for mark, n in zip("█▓░", queued[name], strict=True)]

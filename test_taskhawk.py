@@ -9514,6 +9514,14 @@ class TestStats:
             "bulk        no queue",
         ]
 
+    @pytest.mark.parametrize("option", [[], ["--json"]], ids=["text", "json"])
+    def test_no_queue(self, ministack, queue_name, capsys, option):
+        """Before any queue is made, each is said not to be there."""
+        configure_aws(ministack, queue_name)
+        assert taskhawk.main(["stats", *option]) == 0
+        out = capsys.readouterr().out
+        assert out.count("null" if option else "no queue") == len(Priority)
+
     def test_denied(self, scripted, capsys):
         """What is not allowed is an error, not a queue that is not there."""
         scripted.always("GetQueueAttributes", fault("AccessDenied", status=403))
@@ -9536,6 +9544,12 @@ class TestStats:
         monkeypatch.setenv("NO_COLOR", "1")
         assert "\x1b" not in "".join(taskhawk._depth_lines(depths, {}, 0, bars=True))
         assert "█" not in "".join(taskhawk._depth_lines(depths, {}, 0, bars=False))
+
+    def test_no_interval(self):
+        """Watched without a pause, there is no trend to tell."""
+        depths = {"high": {"visible": 1, "in_flight": 0, "delayed": 0, "dead_letters": None}}
+        once = list(taskhawk._depth_lines(depths, {}, 0, bars=False))
+        assert list(taskhawk._depth_lines(depths, depths, 0, bars=False)) == once
 
     @pytest.mark.slow
     def test_watch(self, tmp_path):
