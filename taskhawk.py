@@ -3289,14 +3289,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["_child"]:
         return _serve_worker(*map(int, argv[1:]))
-    if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # as `python -m` does, for the script
     arguments = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     for handler in logging.getLogger().handlers:
         handler.addFilter(_add_task)
         if arguments.log_format == "json":
             handler.setFormatter(_JsonFormatter())
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as `python -m` does, for the script
     try:
         if name := os.environ.get("DJANGO_SETTINGS_MODULE"):
             _import(name, "the module named by DJANGO_SETTINGS_MODULE")
@@ -3598,7 +3598,7 @@ _LETTERS = (
 
 
 def _each_letter(arguments: Any, doing: str, done: str = "", told: str = "") -> None:
-    """Do what the command is called to the dead letters that fit all filters.
+    """Do what the command's name says to the dead letters that fit all filters.
 
     Where nothing is `told` of it afterwards, or in a dry run, they are printed and stay.
     """

@@ -9949,6 +9949,13 @@ def command_error(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[
 class TestCommandLine:
     """Room 15: glue only; 0 done, 1 failed, 2 wrong usage or configuration."""
 
+    def test_shadow(self, tmp_path):
+        """The script's help runs nothing that lies in the current directory."""
+        (tmp_path / "argparse.py").write_text("raise SystemExit(3)")
+        script = "import sys, taskhawk; sys.exit(taskhawk.main(['--version']))"
+        result = run_python(["-P", "-c", script], cwd=tmp_path)
+        assert (result.returncode, result.stdout) == (0, f"{taskhawk.VERSION}\n")
+
     @pytest.mark.slow
     @pytest.mark.parametrize("way", ["module", "vendored", "file", "script"])
     def test_ways(self, tmp_path, way):
