@@ -1733,7 +1733,7 @@ class SqliteBroker(Broker):
         self._url, self._clock = url, clock
         options = {"visibility_timeout_s": str(_DEFAULT_LEASE_S), "max_receive_count": "5"}
         try:
-            parts: Any = re.fullmatch(r"sqlite://(?:/([^?]+))?(?:\?(.*))?", url)
+            parts: Any = re.fullmatch(r"sqlite://(?:/([^?\n]+))?(?:\?(.*))?", url)
             self._path, query = parts.groups("")
             options |= (pair.partition("=")[::2] for pair in query.split("&") if pair)
             lease_s, most = options.values()

@@ -5439,6 +5439,7 @@ for name in 'journal_mode', 'synchronous', 'user_version':
             "sqlite:///q.db?max_receive_count=0",
             "sqlite:///q.db?timeout=3",
             "sqlite://[q",
+            "sqlite:///q.db\n",
         ],
     )
     def test_url_errors(self, url, tmp_path, monkeypatch):
