@@ -2175,7 +2175,7 @@ class _Keeper:
 
     def _run(self) -> None:
         """Make one call after another, each for what is due of one queue."""
-        while not self._closed or self.waiting or any(held.end for held in self.held):
+        while not self._closed or self.waiting or any(held.end for held in list(self.held)):
             with self.changed:
                 now = self._worker.clock()
                 kind, due = self._due(now)
