@@ -2459,16 +2459,22 @@ def _signals_to(seen: list[int]) -> Iterator[None]:
 
     def note(number: int, _frame: object) -> None:
         seen.append(number)
-        defaults.close()
+        restore()
 
+    def restore() -> None:  # a signal may interrupt it, and do it all
+        for number in noted:
+            signal.signal(number, ours[number])
+
+    ours: dict[int, Any]
     ours = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
     in_main = threading.current_thread() is threading.main_thread()
-    with contextlib.ExitStack() as defaults:
-        for number, default in ours.items():
-            if in_main and signal.getsignal(number) == default:
-                defaults.callback(signal.signal, number, default)
-                signal.signal(number, note)
+    noted = [n for n, default in ours.items() if in_main and signal.getsignal(n) == default]
+    try:
+        for number in noted:
+            signal.signal(number, note)
         yield
+    finally:
+        restore()
 
 
 def _find_lease_s(broker: Broker, queue: str, wanted_s: float | None) -> tuple[float, float | None]:
