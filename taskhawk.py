@@ -2322,7 +2322,7 @@ class _Child:
                 limit.start()
             # Nobody would kill what begins after the end of the grace.
             outcome = None if self._given_up.is_set() else self._ask(received)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # it ended, or something else wrote to its socket
             why = str(error)
         limit.cancel()
         if limit.ident:  # it was started, and must not kill the next process
@@ -2413,6 +2413,7 @@ class _LineFormatter(logging.Formatter):
     """Writes a child's log records for its worker."""
 
     def format(self, record: logging.LogRecord) -> str:
+        _add_task(record)
         super().format(record)  # notes the text and the traceback in the record
         text = {"msg": record.message, "args": None, "exc_info": None}
         return json.dumps(vars(record) | text, default=str)
@@ -2435,21 +2436,29 @@ def _serve_worker(number: int, worker: int) -> int:
         del os.environ["PYTHONPATH"]
         os.environ.update(start["environ"])
         configure(start["settings"])
-        handler = logging.StreamHandler(answers)
-        handler.addFilter(_add_task)
+        handler: Any = logging.StreamHandler(answers)
         handler.setFormatter(_LineFormatter())
         logging.basicConfig(level=start["level"], handlers=[handler])
+
+        def leave() -> None:  # what a task forks must neither answer nor keep the socket open
+            os.dup2(nothing, number, inheritable=False)
+            handler.stream = sys.stderr
+
+        nothing = os.open(os.devnull, os.O_RDWR)
+        os.register_at_fork(after_in_child=leave)
+        line = lines.readline()  # first: imports may log more than the socket holds
         for module in start["modules"]:
             importlib.import_module(module)
         broker = _brokers.broker() if settings.TASKHAWK_BROKER != "sqlite://" else None
-        for line in lines:
+        while line:
             outcome = process(QueueMessage(**json.loads(line), broker=broker))
             answer = [outcome.fate.value, outcome.delay_s]
             if error := outcome.error:
                 trace = "".join(traceback.format_exception(error))
                 answer += [type(error).__name__, _text_of(error), trace]
-            with handler.lock:  # type: ignore[union-attr] # any thread writes log records
+            with handler.lock:  # any thread writes log records
                 print(json.dumps(answer), file=answers, flush=True)
+            line = lines.readline()
     return 0
 
 

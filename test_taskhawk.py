@@ -10527,7 +10527,18 @@ def crash(how):
         "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
         "interrupt": lambda: signal.raise_signal(signal.SIGINT),
         "leave": lambda: sys.exit("bye"),
+        "stray": lambda: os.write(int(sys.argv[-2]), b"stray\\n"),
     }[how]()
+
+@taskhawk.task(isolate=True, retry=NEVER)
+def fork(how):
+    if forked := os.fork():
+        note(forked)
+        {"exit": lambda: os._exit(3), "wait": lambda: os.waitpid(forked, 0)}[how]()
+    elif how == "exit":
+        signal.alarm(10)
+        signal.pause()
+    LOG.warning("from %s", forked or "a fork")
 
 @taskhawk.task(isolate=True)
 def fail(how):
@@ -10651,7 +10662,13 @@ class TestIsolation:
         )
 
     @pytest.mark.parametrize(
-        ("how", "end"), [("exit", "exit code 3"), ("segfault", "signal 11"), ("kill", "signal 9")]
+        ("how", "end"),
+        [
+            ("exit", "exit code 3"),
+            ("segfault", "signal 11"),
+            ("kill", "signal 9"),
+            ("stray", "exit code 0"),  # it wrote to the worker's socket
+        ],
     )
     def test_crash(self, isolated_jobs, how, end, caplog):
         """A crash is a failed run with a clear error, and the worker goes on."""
@@ -10661,6 +10678,33 @@ class TestIsolation:
         [record] = [r for r in caplog.records if r.levelno == logging.ERROR]
         assert type(record.exc_info[1]) is taskhawk.ChildCrashed
         assert str(record.exc_info[1]) == f"isolated.crash: its process ended: {end}"
+
+    def test_crash_after_fork(self, isolated_jobs):
+        """A child's crash is seen at once, though what its task forked goes on."""
+        isolated_jobs.fork.dispatch("exit")
+        assert isolated_work() == taskhawk.Ledger(received=1, dead_lettered=1)
+        [forked] = map(int, isolated_notes(isolated_jobs))
+        assert not is_gone(forked)
+        os.kill(forked, signal.SIGKILL)
+
+    def test_fork(self, isolated_jobs, caplog, capfd):
+        """What a task forks neither answers nor logs in its name, though it returns as well."""
+        isolated_jobs.fork.dispatch("wait")
+        assert isolated_work() == taskhawk.Ledger(received=1, acked=1)
+        [forked] = isolated_notes(isolated_jobs)
+        texts = [r.getMessage() for r in caplog.records if r.name == "isolated"]
+        assert texts == [f"from {forked}"]
+        assert "from a fork" in capfd.readouterr().err
+
+    def test_chatty_import(self, isolated_jobs):
+        """A large message is not in the way of the many log records of an import."""
+        lines = ["import logging, taskhawk", "for _ in range(2000):"]
+        lines += ["    logging.warning('x' * 300)", "once = taskhawk.fixed(0, 0)"]
+        lines += ["@taskhawk.task(time_limit=10, retry=once)", "def chatty(text): pass"]
+        (isolated_jobs.HERE / "chatty.py").write_text("\n".join(lines))
+        importlib.import_module("chatty").chatty.dispatch("x" * 900_000)
+        assert isolated_work() == taskhawk.Ledger(received=1, acked=1)
+        sys.modules.pop("chatty")
 
     def test_signals(self, isolated_jobs):
         """A child ignores the signals that are the worker's to handle; SystemExit is an error."""
