@@ -24,6 +24,19 @@ Promises
 
 Not here: results, chains, soft time limits, purging or browsing a queue, CloudFormation.
 
+The way of a message; an event of Lambda joins it before it is decoded::
+
+    fn.dispatch(...) --> Message --> encode --> Broker.send ==queue==> Broker.receive --> decode
+        --> process() --> Outcome --> Broker: delete it, show it again later, or dead-letter it
+
+Words, as AWS has them
+    receipt handle       what comes with a message that is received, to delete or change it by
+    visibility timeout   how long others can't receive a message that was received
+    lease                that timeout, extended by the worker for as long as it holds the message
+    acknowledgement      the delete after a run
+    dead-letter queue    where a message goes that was received too often, or was given up
+    redrive policy       of a queue: which dead-letter queue it has, and after how many receives
+
 A message that a worker holds; the :class:`Ledger` counts what each becomes::
 
     received --> started --> finished --> acked          deleted from the queue
@@ -51,12 +64,15 @@ Rooms
 
 # --- 1. version, names, imports, limits -----------------------------------------------------------
 # Importing this file does no I/O, reads no environment and imports no botocore, sqlite3, argparse
-# or asyncio: what is slow to load is imported by the first function that needs it.
+# or asyncio: what is slow to load is imported by the first function that needs it. A number that
+# AWS fixes stands here once, with its reason.
+# https://docs.aws.amazon.com/general/latest/gr/sqs-service.html
 
 from __future__ import annotations
 
 __version__ = "5.0.0"
 
+# What is promised to stay; a name with an underscore may change with any version.
 __all__ = [
     "SCHEMA", "VERSION", "AsyncInvocation", "Broker", "Captured", "ChildCrashed",
     "ConfigurationError", "Depth", "Fate", "IgnoreException", "Ledger", "LoggingException",
@@ -99,6 +115,7 @@ if __name__ == "__main__":
     sys.exit(importlib.import_module(_name or "").main())
 
 VERSION = __version__  # the name that taskhawk 1.4 gave it
+# Of one call to SQS or SNS, and of one message; whoever splits or cuts goes by these.
 _MAX_BATCH = 10  # entries in a batch call of SQS and SNS, and messages in a receive
 _MAX_SQS_BYTES = 1_048_576  # a message, or the sum of a batch: body plus attributes
 _MAX_SNS_BYTES = 262_144  # the same for SNS, whose topics may allow more
@@ -116,8 +133,9 @@ _R = TypeVar("_R")
 
 
 # --- 2. errors ------------------------------------------------------------------------------------
-# Every failure has a name. The last four are raised by tasks and retry policies, to say what is to
-# become of the message.
+# Every failure has a name and a fate: what a person must mend is a ConfigurationError, what a
+# message has wrong is a ValidationError, and what was not accepted is a PartialFailure. The last
+# four are raised by tasks and retry policies, to say what is to become of the message.
 
 
 class TaskhawkError(Exception):
@@ -125,15 +143,25 @@ class TaskhawkError(Exception):
 
 
 class ConfigurationError(TaskhawkError):
-    """A setting, a task's declaration or the infrastructure is wrong: only a person can mend it."""
+    """A setting, a task's declaration or the infrastructure is wrong: only a person can mend it.
+
+    A worker that meets one at its first receive ends with it; later, it goes on trying.
+    """
 
 
 class ValidationError(TaskhawkError):
-    """A message is not of the format that :data:`SCHEMA` describes, or can't be sent."""
+    """A message is not of the format that :data:`SCHEMA` describes, or can't be sent.
+
+    A worker leaves such a message to the queue's redrive policy, and never deletes it.
+    """
 
 
 class MessageTooLarge(ValidationError):
-    """A message is larger than the service takes; :attr:`limit` is in bytes."""
+    """A message is larger than the service takes, attributes included; nothing was sent.
+
+    :ivar limit: what the service takes, in bytes: 1 MiB on SQS and SQLite, 256 KiB on SNS, or less
+        where the queue is set to less
+    """
 
     def __init__(self, text: str, limit: int) -> None:
         super().__init__(text)
@@ -141,7 +169,10 @@ class MessageTooLarge(ValidationError):
 
 
 class TaskNotFound(ValidationError):
-    """No task of that name is registered, perhaps as its module was not imported."""
+    """No task of that name is registered, perhaps as its module was not imported.
+
+    An older worker may meet a newer message, so it is left to the queue's redrive policy too.
+    """
 
 
 class PartialFailure(TaskhawkError):
@@ -162,15 +193,21 @@ class PartialFailure(TaskhawkError):
 
 
 class TimeLimitExceeded(TaskhawkError):
-    """A task ran longer than its time limit, and was killed."""
+    """A task ran longer than its time limit, and was killed: a failed run like any other."""
 
 
 class ChildCrashed(TaskhawkError):
-    """The process that ran an isolated task ended, and not because we ended it."""
+    """The process that ran an isolated task ended, and not because we ended it: a failed run.
+
+    It was killed for its memory, say, or called ``os._exit()``, or crashed in C code.
+    """
 
 
 class RetryException(TaskhawkError):
     """Raised by a task: run me again later. It is expected, and logged without a traceback.
+
+    It counts as a retry like any other: the receive count grows, and the queue's redrive policy
+    goes on to count too.
 
     :param args: text; a number in the first place is the delay, as in taskhawk 4.7
     :param delay_seconds: until the next run; None leaves it to the task's retry policy or the queue
@@ -189,7 +226,14 @@ class RetryException(TaskhawkError):
 
 
 class LoggingException(TaskhawkError):
-    """Raised by a task: I failed; log this message, with this `extra` for the log's formatter."""
+    """Raised by a task: I failed; log this message, with this `extra` for the log's formatter.
+
+    In all else it is a failed run: the retry policy decides, and the error hook is told.
+
+    :param message: the text of the log record
+    :param extra: attributes of the log record; a name that logging uses itself gets "extra_" before
+        it
+    """
 
     extra: Mapping[str, Any] | None = None
 
@@ -199,25 +243,29 @@ class LoggingException(TaskhawkError):
 
 
 class IgnoreException(TaskhawkError):
-    """Raised by a task: there is nothing to do; the message is done with."""
+    """Raised by a task: there is nothing to do; the message is done with, as if it had returned."""
 
 
 class StopRetry(TaskhawkError):
-    """Raised by a retry policy or a task: give up, send the message to the dead letters."""
+    """Raised by a retry policy or a task: give up, send the message to the dead letters at once."""
 
 
 def _require(holds: object, text: str) -> None:
+    """Raise ConfigurationError with this text, unless something holds."""
     if not holds:
         raise ConfigurationError(text)
 
 
 def _is_number(value: object) -> typing.TypeGuard[float]:
+    """Return whether a value is a number; to Python, True and False are too."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 # --- 3. settings ----------------------------------------------------------------------------------
 # The only place where configuration is read. The first source that has a setting wins: configure(),
-# the module named by SETTINGS_MODULE, Django's settings, the environment, the default.
+# the module named by SETTINGS_MODULE, Django's settings, the environment, the default. A value that
+# is wrong is an error which says where it came from, at the first use of the setting; values of
+# secrets are in no error.
 
 _TEXT, _ACCOUNT, _REGION = "a string", "an account number", "the name of a region"
 _FLAG, _SECONDS, _COUNT = "true or false", "a number of seconds above 0", "a whole number above 0"
@@ -258,7 +306,10 @@ _Source = tuple[str, Callable[[str], Any]]  # what errors call it, and what read
 
 
 def _conform(rule: str, value: Any) -> Any:
-    """Return a value as its rule wants it; raise ValueError or TypeError if it can't be so."""
+    """Return a value as its rule wants it; raise ValueError or TypeError if it can't be so.
+
+    Text is as good as the value itself, for an environment variable can be nothing else.
+    """
     if rule == _FLAG:
         return _FLAGS[value.strip().lower()] if isinstance(value, str) else bool(value)
     if rule in (_SECONDS, _COUNT):
@@ -282,11 +333,15 @@ def _conform(rule: str, value: Any) -> Any:
 
 
 class _Settings:
-    """The settings as attributes, each read at its first use and remembered."""
+    """The settings as attributes, each read at its first use and remembered.
+
+    Nothing is read when taskhawk is imported, so that an application may configure it afterwards.
+    """
 
     given: Mapping[str, Any] = {}  # by configure()
 
     def __getattr__(self, name: str) -> Any:
+        """Read a setting that is not remembered yet."""
         if name not in _SETTINGS:
             raise AttributeError(_no_setting(name))
         known = vars(self)  # forget() replaces it: a reader that is late fills the old one
@@ -332,6 +387,7 @@ class _Settings:
                 return dict(zip(names, (key, secret, token), strict=True))
         return {}
 
+    # Django's signal setting_changed calls it too, with the one setting that a test overrides.
     def forget(self, *, setting: str = "AWS_", **_: object) -> None:
         """Read everything anew: after configure(), or as Django's tests override a setting."""
         self.__dict__ = {"given": self.given}
@@ -339,6 +395,7 @@ class _Settings:
             _brokers.close()
 
     def _sources(self) -> Iterator[_Source]:
+        """Yield where settings may come from, what goes first first."""
         yield "configure()", self.given.get
         if path := os.environ.get("SETTINGS_MODULE"):
             module = _import(path, "the module named by SETTINGS_MODULE")
@@ -353,6 +410,7 @@ settings = _Settings()
 
 def _found_in(source: Any, where: str) -> _Source:
     """Make a source of an object or mapping; warn once of a name that only looks like a setting."""
+    # os.environ and Flask's config are mappings; modules and Django's settings have attributes.
     is_mapping = isinstance(source, Mapping)
     names = map(str, source if is_mapping else dir(source))
     ours = {name for name in names if name.startswith("TASKHAWK_")}
@@ -363,6 +421,7 @@ def _found_in(source: Any, where: str) -> _Source:
 
 
 def _no_setting(name: str, where: str = "") -> str:
+    """Return a sentence that refuses a name, and suggests one that is close to it."""
     import difflib
 
     close = "".join(f"; did you mean {n}?" for n in difflib.get_close_matches(name, _SETTINGS, 1))
@@ -370,6 +429,7 @@ def _no_setting(name: str, where: str = "") -> str:
 
 
 def _import(name: str, what: str) -> Any:
+    """Import a module that a person named; a name that is wrong is a ConfigurationError."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -381,6 +441,7 @@ def _import(name: str, what: str) -> Any:
 def _django_settings() -> Any:
     """Return Django's settings where Django is in use; it is never imported otherwise."""
     named = os.environ.get("DJANGO_SETTINGS_MODULE")
+    # An application may also call Django's settings.configure(), and name no module.
     if not named and "django.conf" not in sys.modules:
         return None
     from django.conf import settings as found
@@ -394,13 +455,17 @@ def _django_settings() -> Any:
 def configure(obj_or_mapping: object = None, /, **values: Any) -> None:
     """Set settings by hand, ahead of all other sources; replaces what an earlier call set.
 
-    Call it before tasks are dispatched or run: it closes the connections that are open.
+    Call it before tasks are dispatched or run: it closes the connections that are open. What is not
+    set here is looked up in the module named by SETTINGS_MODULE, in Django's settings and in the
+    environment, in this order.
 
     :param obj_or_mapping: an object with settings as attributes, or a mapping such as Flask's
         ``app.config``; names that are no settings of taskhawk are left alone
-    :param values: settings by name
-    :raises ConfigurationError: if a name in `values` is not a setting
+    :param values: settings by name, ahead of those in `obj_or_mapping`
+    :raises ConfigurationError: if a name in `values` is not a setting; a value is looked at when it
+        is first used
     """
+    # A keyword is typed by hand, so one that is wrong is an error; a module may have any name.
     for name in values.keys() - _SETTINGS.keys():
         raise ConfigurationError(_no_setting(name))
     _, get = _found_in(obj_or_mapping, "configure()")
@@ -411,10 +476,14 @@ def configure(obj_or_mapping: object = None, /, **values: Any) -> None:
 # --- 4. messages ----------------------------------------------------------------------------------
 # Untrusted bytes stop here: what _decode() lets through has the shape that SCHEMA describes, and
 # what it refuses, dispatch refuses too. SCHEMA is what the validator goes by, so they can't differ.
+# To decode is a pure function: it does no I/O, and reads neither a clock nor a setting.
 
 
 class Priority(enum.Enum):
-    """Which queue a message goes through: each has its own workers, to be scaled apart."""
+    """Which queue a message goes through: each has its own workers, to be scaled apart.
+
+    A worker of several queues runs the most urgent message first: high, default, low, bulk.
+    """
 
     default = 1
     high = 2
@@ -430,6 +499,7 @@ _ISO_8601 = (
     r"(?:[T ](?:[01][0-9]|2[0-3]):[0-5][0-9](?::[0-5][0-9](?:[.,][0-9]{1,9})?)?"
     r"(?:Z|[+-](?:[01][0-9]|2[0-3]):?[0-5][0-9])?)?(?![\s\S])"
 )
+# Descriptions are what errors say was expected.
 _NAME = {"description": "a non-empty string", "type": ["string"], "minLength": 1}
 _OBJECT = {"description": "an object", "type": ["object"]}
 _PRIORITIES = [priority.name for priority in Priority]
@@ -456,13 +526,18 @@ SCHEMA: dict[str, Any] = {
         "kwargs": _OBJECT,
     },
 }
+# What errors call the type of a value; one of a subclass is called as what it derives from.
 _KINDS = {dict: "object", list: "array", tuple: "array", str: "string", bool: "boolean"}
 _KINDS |= {int: "number", float: "number", type(None): "null"}
 _MISSING = type("nothing", (), {})()  # errors show the name of its type
 
 
 def _validate(value: Any, schema: Mapping[str, Any], path: str = "") -> None:
-    """Check a value by the keywords that SCHEMA uses; an error shows nothing that may be secret."""
+    """Check a value by the keywords that SCHEMA uses; an error shows nothing that may be secret.
+
+    :param path: what the error calls the value by, such as ``metadata.version``
+    :raises ValidationError: says where the value differs, what was expected and what came
+    """
     kind = _KINDS.get(type(value)) or next(filter(None, map(_KINDS.get, type(value).__mro__)), "")
     valid = kind in schema["type"]
     if valid and kind == "string":
@@ -491,7 +566,10 @@ def _new_id() -> str:
 
 
 class Message:  # noqa: PLW1641 - it may change, so it is no key of a dict
-    """One request for a run of a task.
+    """One request for a run of a task; what the publisher makes and the worker gets.
+
+    It may be changed until it is sent, as in taskhawk 1.4. Two are equal if they are the same on
+    the wire.
 
     :param data: as :data:`SCHEMA` describes it; unknown keys are ignored
     :raises ValidationError: says where it differs, what was expected and what came
@@ -503,13 +581,16 @@ class Message:  # noqa: PLW1641 - it may change, so it is no key of a dict
     received: QueueMessage | None = None  #: what it came as; None at the publisher's
 
     def __init__(self, data: Mapping[str, Any]) -> None:
+        """Check the data, and keep what the format knows: a timestamp as epoch milliseconds."""
         _validate(data, SCHEMA)
+        # Of what the format does not know, nothing is kept, and no task gets to see it.
         metadata = {"priority": "default", **data["metadata"]}
         if isinstance(timestamp := metadata["timestamp"], str):
             moment = datetime.fromisoformat(timestamp)
             since = moment.replace(tzinfo=moment.tzinfo or UTC) - datetime(1970, 1, 1, tzinfo=UTC)
             timestamp = max(0, since // timedelta(milliseconds=1))
         metadata["timestamp"] = int(timestamp)
+        # A list in any case: a tuple is as good to the validator, and JSON has none.
         kept = {"args": list(data["args"]), "metadata": {key: metadata[key] for key in _METADATA}}
         self._data = {key: data[key] for key in SCHEMA["required"]} | kept
 
@@ -565,7 +646,12 @@ class Message:  # noqa: PLW1641 - it may change, so it is no key of a dict
         return Task.find_by_name(self.task_name)
 
     def call_task(self, receipt: str | None) -> None:
-        """Run the task, here and now."""
+        """Run the task, here and now.
+
+        :param receipt: the receipt handle, for the task's metadata; None where no queue has the
+            message
+        :raises TaskNotFound: if no such task is registered; whatever the task raises goes on
+        """
         self.task.call(self, receipt)
 
     def as_dict(self) -> dict[str, Any]:
@@ -577,10 +663,12 @@ class Message:  # noqa: PLW1641 - it may change, so it is no key of a dict
         return self._data.items()
 
     def __eq__(self, other: object) -> bool:
+        """Compare what is on the wire."""
         return self._data == other._data if isinstance(other, Message) else NotImplemented
 
 
 def _from_decimal(value: object) -> float:
+    """Make a number of JSON of a Decimal, as databases return them; refuse all else."""
     # Where nobody has imported decimal, no value can be a Decimal.
     if "decimal" in sys.modules and isinstance(value, sys.modules["decimal"].Decimal):
         # Beyond 4300 digits Python writes no int; float() makes it an infinity, which is refused.
@@ -603,7 +691,11 @@ _DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
 
 
 def _encode(message: Message) -> str:
-    """Encode a message, or raise the error that names the argument which can't be."""
+    """Encode a message, or raise the error that names the argument which can't be.
+
+    :raises TypeError: if an argument is of a type that JSON has not
+    :raises ValidationError: if it is NaN or infinite, or nested too deeply
+    """
     try:
         return _ENCODER.encode(message.as_dict())
     except (TypeError, ValueError, RecursionError) as error:
@@ -616,6 +708,7 @@ def _sizes(message: Message) -> dict[str, int]:
     parts = {f"args[{index}]": value for index, value in enumerate(message.args)}
     parts |= {f"kwargs.{key}": value for key, value in message.kwargs.items()}
     parts |= {f"headers.{key}": value for key, value in message.headers.items()}
+    # Each alone, for the encoder does not say which of them it could not encode.
     for path, value in parts.items():
         try:
             parts[path] = len(json.JSONEncoder(**_DUMP).encode(value))
@@ -626,7 +719,12 @@ def _sizes(message: Message) -> dict[str, int]:
 
 
 def _decode(body: Any) -> Message:
-    """Decode a body from the queue; whatever is wrong with it is a ValidationError."""
+    """Decode a body from the queue; whatever is wrong with it is a ValidationError.
+
+    The body is hostile: no error quotes it, and neither its nesting nor its numbers can do more
+    harm than to be refused.
+    """
+    # In this order, each sees only what the one before let through.
     _validate(body, {"description": "a string of JSON", "type": ["string"]})
     try:
         return Message(_DECODER.decode(body))
@@ -640,7 +738,9 @@ def _decode(body: Any) -> Message:
 
 # --- 5. tasks -------------------------------------------------------------------------------------
 # Only what is in this registry can be invoked by a message. A name, once taken, is never given to
-# another function, so a message can't reach code that its publisher did not mean.
+# another function, so a message can't reach code that its publisher did not mean. A call is held
+# against the function's signature where it is dispatched, for the caller can mend it and the worker
+# can't.
 
 _registry: dict[str, Task[Any, Any]] = {}
 
@@ -654,6 +754,7 @@ class Metadata(dict[str, Any]):
     """
 
     def __init__(self, message: Message, receipt: str | None) -> None:
+        """Describe a run of a message; a receipt of None is a run that no queue knows of."""
         super().__init__(message.metadata, id=message.id, priority=message.priority)
         self["receipt"], self._message = receipt, message
         self._received = message.received or QueueMessage(None, message.id)
@@ -665,6 +766,7 @@ class Metadata(dict[str, Any]):
     lease_lost = property(lambda self: self._received.lease_lost)
 
     def __getattr__(self, name: str) -> Any:
+        """Return a key as an attribute."""
         if name not in self:
             raise AttributeError(f"metadata has no {name!r}")
         return self[name]
@@ -673,29 +775,44 @@ class Metadata(dict[str, Any]):
         """Hide the message from others for so many seconds from now, where a queue has it.
 
         For Lambda: a worker does it by itself.
+
+        :param visibility_timeout_s: 0 to 43,200 seconds
+        :raises PartialFailure: if the service refuses, such as for a message no longer in flight
         """
         self._received.change_visibility(VisibilityTimeout=visibility_timeout_s)
 
 
 class AsyncInvocation(Generic[_P]):
-    """How to dispatch a task. Immutable: each ``with_…`` returns another invocation."""
+    """How to dispatch a task. Immutable: each ``with_…`` returns another invocation.
+
+    So one can be kept and shared between threads: ``urgent = send.with_priority(Priority.high)``.
+    """
 
     _options: Mapping[str, Any] = {}  # what was given of headers, priority and delay_s
 
     def __init__(self, task: Task[_P, Any]) -> None:
+        """Make the plain invocation of a task; it has no options yet."""
         self._task = task
 
     def _with(self, **options: Any) -> AsyncInvocation[_P]:
+        """Return another invocation with these options too."""
         other = AsyncInvocation(self._task)
         vars(other)["_options"] = {**self._options, **options}
         return other
 
     def with_headers(self, /, **headers: Any) -> AsyncInvocation[_P]:
-        """Return an invocation with these headers too."""
+        """Return an invocation with these headers too; a later one wins over an earlier.
+
+        :param headers: values are anything that JSON can hold. They are in the message, and up to
+            ten of them, as strings, are attributes that SNS can filter by.
+        """
         return self._with(headers={**self._options.get("headers", {}), **headers})
 
     def with_priority(self, priority: Priority) -> AsyncInvocation[_P]:
-        """Return an invocation with this priority."""
+        """Return an invocation with this priority, whatever the task's is.
+
+        :raises TypeError: if it is not a :class:`Priority`
+        """
         if not isinstance(priority, Priority):
             raise TypeError(f"priority: expected a taskhawk.Priority, got {priority!r}")
         return self._with(priority=priority)
@@ -705,7 +822,8 @@ class AsyncInvocation(Generic[_P]):
 
         :param delay: seconds, or a timedelta: up to 15 minutes on SQS (its DelaySeconds), any
             length on SQLite
-        :raises ValueError: if it is negative or not finite
+        :raises TypeError: if it is neither
+        :raises ValueError: if it is negative or not finite; dispatch refuses what is too long
         """
         delay_s = getattr(delay, "total_seconds", lambda: delay)()
         if not _is_number(delay_s):
@@ -742,11 +860,13 @@ class AsyncInvocation(Generic[_P]):
         # Not map(): there, a StopIteration out of prepare() would pass for the end of `calls`.
         count, ready = 0, (prepare(call) for call in calls)
         while some := list(itertools.islice(ready, _MAX_BATCH)):
+            # Ten are in memory, and no more: `calls` may be a stream that never ends.
             _publish_all(_collect(some))
             count += len(some)
         return count
 
     def _message(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Message:
+        """Make the message of a call, after a check that the worker can make that call."""
         task, options = self._task, self._options
         task.bind(args, kwargs)
         headers = options.get("headers", {})
@@ -761,6 +881,7 @@ class AsyncInvocation(Generic[_P]):
 
 @functools.lru_cache
 def _takes_task(hook: Callable[..., Any]) -> bool:
+    """Return whether a hook wants the task; remembered, for to look takes long."""
     parameters = inspect.signature(hook).parameters.values()
     return any(p.name == "task" or p.kind is p.VAR_KEYWORD for p in parameters)
 
@@ -768,12 +889,16 @@ def _takes_task(hook: Callable[..., Any]) -> bool:
 class Task(AsyncInvocation[_P], Generic[_P, _R]):
     """A function that can be dispatched: its own plain invocation; a call runs it, here and now.
 
-    Made by :func:`task`. Invocations can be saved: ``urgent = send.with_priority(Priority.high)``.
+    Made by :func:`task`, which is where its options are described.
 
+    :param fn: the function; a coroutine function is run on an event loop
+    :param priority: of its messages, unless an invocation says so
+    :param name: what messages call it by
     :raises ConfigurationError: if a message can't call the function
     """
 
     def __init__(self, fn: Callable[_P, _R], priority: Priority, name: str) -> None:
+        """Look at the function's parameters; the options of :func:`task` are set afterwards."""
         super().__init__(self)
         self._fn, self._priority, self._name = fn, priority, name
         try:
@@ -797,6 +922,7 @@ class Task(AsyncInvocation[_P], Generic[_P, _R]):
         #: seconds until a run is killed; whether it has a process of its own
         self.time_limit: float | None = None
         self.isolate = False
+        # Tells a module that is read again from another that uses the same name.
         self.loaded_by = getattr(fn, "__globals__", {}).get("__spec__")
         functools.update_wrapper(self, fn, updated=())
         extra = getattr(fn, "__dict__", {}).items()  # it may have names of ours
@@ -835,8 +961,10 @@ class Task(AsyncInvocation[_P], Generic[_P, _R]):
         :param receipt: the receipt handle; None where no queue has the message
         """
         metadata = Metadata(message, receipt)
+        # A sender can't set these two: what the worker gives goes last.
         given = {"metadata": metadata, "headers": dict(message.headers)}
         kwargs = {**message.kwargs, **{name: given[name] for name in self._given_by_worker}}
+        # A context variable: threads and coroutines that copy the context see it too.
         token = _current.set(metadata)
         try:
             result: Any = self._fn(*message.args, **kwargs)
@@ -863,11 +991,16 @@ _slot = threading.local()  # counts its `runs`; a worker's slot keeps a `loop` f
 
 
 def current_task() -> Metadata | None:
-    """Return the metadata of the task that this code runs in; None outside of any."""
+    """Return the metadata of the task that this code runs in; None outside of any.
+
+    Also in threads and coroutines that the task started, as far as they run in its context:
+    https://docs.python.org/3/library/contextvars.html
+    """
     return _current.get()
 
 
 def _run_coroutine(coroutine: Any) -> None:
+    """Run a coroutine to its end, on the event loop of this thread's slot if it has one."""
     import asyncio
     from concurrent.futures import ThreadPoolExecutor
 
@@ -909,6 +1042,7 @@ def task(
 ) -> Any:
     """Turn a function into a :class:`Task`: ``@task``, or ``@task(priority=Priority.high)``.
 
+    :param priority: of its messages, unless an invocation says so
     :param name: what messages call it by; its module and name if None
     :param retry: gives the seconds from a failed run to the next: :func:`fixed`, :func:`linear`,
         :func:`exponential`, or any function of the attempt (from 1); None leaves it to the queue
@@ -948,8 +1082,10 @@ def task(
 def _check_declared(fn: Any, priority: object, name: object, options: Mapping[str, Any]) -> None:
     """Refuse what a message can't call, and say what to do instead."""
     shown = getattr(fn, "__qualname__", repr(fn))
+    # These two first, for what follows looks into the function.
     _require(not isinstance(fn, Task), f"{shown} is a task already: decorate it once")
     _require(callable(fn), f"{shown} can't be called: expected a function")
+    # In a class body, a method is a function still: its first parameter gives it away.
     in_class = "." in shown and not shown.rpartition(".")[0].endswith("<locals>")
     takes_self = in_class and [*inspect.signature(fn).parameters][:1] == ["self"]
     method = inspect.ismethod(fn) or takes_self
@@ -986,11 +1122,12 @@ def _place(fn: Any) -> tuple[str, str, str]:
 
 # --- 6. processing --------------------------------------------------------------------------------
 # process() is the ONE place that decides what becomes of a message. It does no queue I/O: worker
-# and Lambda apply its Outcome. Nothing makes it raise but KeyboardInterrupt.
+# and Lambda apply its Outcome. Nothing makes it raise but KeyboardInterrupt. Each run leaves one
+# log record, and neither that nor a hook that reports it can change what was decided.
 
 
 class Fate(enum.Enum):
-    """What is to become of a message."""
+    """What is to become of a message; the worker or the Lambda function does it."""
 
     acknowledge = "acknowledge"  # it is done with: delete it
     retry = "retry"  # make it visible again
@@ -998,7 +1135,11 @@ class Fate(enum.Enum):
 
 
 class Outcome(NamedTuple):
-    """How a run ended; no `delay_s` to the next run leaves it to the queue's visibility timeout."""
+    """How a run ended: what becomes of the message, and the error if the run failed.
+
+    `delay_s` is in how many seconds it is to run again; None leaves that to the lease in force, at
+    whose end the queue shows the message by itself.
+    """
 
     fate: Fate
     error: BaseException | None = None
@@ -1006,7 +1147,15 @@ class Outcome(NamedTuple):
 
 
 def process(received: QueueMessage) -> Outcome:
-    """Run a received message through hooks, decoder and task, and decide what becomes of it."""
+    """Run a received message through hooks, decoder and task, and decide what becomes of it.
+
+    Nothing is deleted or changed on the queue: that is for the caller to do, after the Outcome. The
+    same function runs in a worker, in its child processes and in Lambda.
+
+    :param received: from any source; its ``message`` is set once it is known to be valid
+    :returns: what to do with it, the error if the run failed, and when to run it again
+    :raises KeyboardInterrupt: and nothing else, also where the task or a hook exits
+    """
     began = time.monotonic()
     try:
         _run(received, began)
@@ -1014,12 +1163,14 @@ def process(received: QueueMessage) -> Outcome:
         raise
     except BaseException as error:  # SystemExit and CancelledError too are failed runs
         return _failed(received, error, began)
+    # After a failed run too, for the connection may be why it failed.
     finally:
         _recycle_django_connections()
     return Outcome(Fate.acknowledge)
 
 
 def _run(received: QueueMessage, began: float) -> None:
+    """Run the hooks and the task; whatever they raise but IgnoreException is the caller's."""
     if hook := settings.TASKHAWK_PRE_PROCESS_HOOK:
         hook(**received.hook_kwargs)
     message = _decode(received.body)
@@ -1089,6 +1240,7 @@ def _verdict(received: QueueMessage, error: BaseException) -> Outcome:
     asked = error.delay_seconds if isinstance(error, RetryException) else None
     delay_s = asked if _is_number(asked) and 0 <= asked < math.inf else None  # a subclass may err
     # What is not valid, or unknown here, is left to the queue's redrive policy.
+    # A delay that the task asks for goes before its policy, and its policy before the queue's.
     if received.message and delay_s is None:
         task = received.message.task
         again = isinstance(error, task.retry_on) and not isinstance(error, task.never_retry_on)
@@ -1120,6 +1272,7 @@ def _call_safely(name: str, **kwargs: Any) -> None:
 
 
 def _text_of(error: BaseException | None) -> str:
+    """Return the text of an error, also if its class can't make it."""
     try:
         return str(error)
     except Exception:  # an exception class with a bug
@@ -1145,16 +1298,23 @@ class RetryPolicy:
     jitter: bool
 
     def __post_init__(self) -> None:
+        """Refuse numbers that make no delay."""
         numbers = (self.base_s, self.factor, self.step_s, self.max_delay_s, self.max_retries or 0)
         for number in numbers:
             valid = _is_number(number) and number >= 0
             _require(valid, f"retry policy: expected 0 or more, got {number!r}")
 
     def __call__(self, attempt: int) -> float:
-        """Return the delay after the `attempt`-th run (from 1), or raise :exc:`StopRetry`."""
+        """Return the delay in seconds after the `attempt`-th run (from 1).
+
+        :param attempt: the message's receive count, so that crashes and releases count too
+        :returns: 0 to 43,200, the longest that SQS holds a message back
+        :raises StopRetry: if all retries are used up
+        """
         if self.max_retries is not None and attempt > self.max_retries:
             raise StopRetry(f"all {self.max_retries} retries are used up")
         first, step = (min(number, _MAX_HELD_S) for number in (self.base_s, self.step_s))
+        # 2.0 ** 1024 is more than a float can hold; the longest delay counts long before.
         growth = sys.float_info.max
         with contextlib.suppress(OverflowError):
             growth = float(self.factor ** (attempt - 1))
@@ -1163,6 +1323,7 @@ class RetryPolicy:
 
 
 def _jittered(delay_s: float) -> float:
+    """Return between half of a delay and all of it."""
     import random
 
     return delay_s * random.uniform(0.5, 1)
@@ -1185,7 +1346,13 @@ def linear(
     *,
     jitter: bool = True,
 ) -> RetryPolicy:
-    """Return a retry policy of delays that grow by `step_s` seconds; see :func:`fixed`."""
+    """Return a retry policy of delays that grow by `step_s` seconds; see :func:`fixed`.
+
+    :param base_s: seconds from the first failed run to the second; with jitter, at least half of it
+    :param step_s: seconds that each delay is longer than the one before
+    :param max_retries: then the dead letters; None leaves that to the queue's maxReceiveCount
+    :param max_delay_s: the longest delay in seconds
+    """
     return RetryPolicy(base_s, 1, step_s, max_retries, max_delay_s, jitter)
 
 
@@ -1197,7 +1364,13 @@ def exponential(
     *,
     jitter: bool = True,
 ) -> RetryPolicy:
-    """Return a retry policy of delays that grow by `factor`; see :func:`fixed`."""
+    """Return a retry policy of delays that grow by `factor`; see :func:`fixed`.
+
+    :param base_s: seconds from the first failed run to the second; with jitter, at least half of it
+    :param factor: how many times longer each delay is than the one before
+    :param max_retries: then the dead letters; None leaves that to the queue's maxReceiveCount
+    :param max_delay_s: the longest delay in seconds
+    """
     return RetryPolicy(base_s, factor, 0, max_retries, max_delay_s, jitter)
 
 
@@ -1222,7 +1395,10 @@ def _recycle_django_connections() -> None:
 
 
 class Outgoing(NamedTuple):
-    """A message to send; the attributes are as SQS writes them."""
+    """A message to send; the attributes are as SQS writes them.
+
+    Group and deduplication id are for FIFO queues; a fair queue takes a group too.
+    """
 
     body: str
     attributes: Mapping[str, Mapping[str, Any]]
@@ -1232,6 +1408,7 @@ class Outgoing(NamedTuple):
 
     def size(self) -> int:
         """Count the bytes as the service does: body, attribute names, types and values."""
+        # ASCII, as all of ours is, has a byte a character; copies of others' messages may not.
         size = len(self.body) if self.body.isascii() else len(self.body.encode())
         for name, value in self.attributes.items():
             for text in (name, *value.values()):
@@ -1240,7 +1417,11 @@ class Outgoing(NamedTuple):
 
 
 class Refusal(NamedTuple):
-    """An entry of a batch call that failed; `final` if the entry is at fault, not the service."""
+    """An entry of a batch call that failed.
+
+    `index` is its place among the entries of the call; `code` is the service's, or the type of an
+    exception; `final` says that the entry is at fault: to send it again would help nobody.
+    """
 
     index: int  # type: ignore[assignment]
     code: str
@@ -1249,7 +1430,7 @@ class Refusal(NamedTuple):
 
 
 class QueueInfo(NamedTuple):
-    """What a worker wants to know of a queue."""
+    """What a worker wants to know of a queue; None where it has no dead-letter queue."""
 
     visibility_timeout_s: float
     dead_letter_queue: str | None
@@ -1257,7 +1438,11 @@ class QueueInfo(NamedTuple):
 
 
 class Depth(NamedTuple):
-    """How many messages a queue has; SQS says so approximately."""
+    """How many messages a queue has; SQS says so approximately, and some seconds late.
+
+    `visible` can be received, `in_flight` was received and not deleted, `delayed` was sent with a
+    delay that is not over.
+    """
 
     visible: int
     in_flight: int
@@ -1265,17 +1450,20 @@ class Depth(NamedTuple):
 
 
 class Sender(typing.Protocol):
-    """What publishing needs of a service.
+    """What publishing needs of a service; most bytes and longest delay are the service's.
 
-    ``destination`` is the name of the queue or topic for messages of a priority. ``send`` takes at
-    most ten messages, which are together within `max_bytes`. ``before_fork`` lets go of what a
-    child must not share; in the parent, ``after_fork`` takes it again.
+    ``send`` takes at most ten messages, which are together within `max_bytes`. ``before_fork`` lets
+    go of what a child must not share; in the parent, ``after_fork`` takes it again.
+
+    Calls may come from any thread at once. One that fails as a whole raises, and then nobody can
+    say whether it was done.
     """
 
     max_bytes: int
     max_delay_s: float
 
     def destination(self, priority: Priority) -> str:
+        """Return the name of the queue or topic for messages of a priority."""
         name = settings.TASKHAWK_QUEUE
         if name is None and settings.TASKHAWK_BROKER != "sqs":
             name = "default"  # a file needs no names to be kept apart from others' queues
@@ -1310,7 +1498,11 @@ class Broker(Sender, typing.Protocol):
 
 @dataclasses.dataclass(eq=False, repr=False)
 class QueueMessage:
-    """A received message, as the hooks get it: it reads and acts like boto3's ``sqs.Message``."""
+    """A received message, as the hooks get it: it reads and acts like boto3's ``sqs.Message``.
+
+    Body and attributes are as the service returned them: nothing is checked here. The receipt
+    handle is of this very receive, and None where no queue has the message.
+    """
 
     body: Any
     message_id: str
@@ -1339,12 +1531,21 @@ class QueueMessage:
         return {"queue_name": self.queue, "sqs_queue_message": self}
 
     def delete(self) -> None:
-        """Delete the message from its queue, at once."""
+        """Delete the message from its queue, at once.
+
+        For hooks and old code: a worker deletes what it ran by itself, and ten in a call.
+
+        :raises PartialFailure: if the service refuses
+        """
         if self.broker and self.queue and self.receipt_handle:
             _accepted(self.broker.delete(self.queue, [self.receipt_handle]))
 
     def change_visibility(self, *, VisibilityTimeout: float) -> None:  # noqa: N803 - boto3's name
-        """Make the message visible again so many seconds from now."""
+        """Make the message visible again so many seconds from now.
+
+        :param VisibilityTimeout: 0 to 43,200 seconds; SQS counts 12 hours in all from the receive
+        :raises PartialFailure: if the service refuses, such as for a message no longer in flight
+        """
         if self.broker and self.queue and self.receipt_handle:
             change = (self.receipt_handle, VisibilityTimeout)
             _accepted(self.broker.change_visibility(self.queue, [change]))
@@ -1360,6 +1561,7 @@ class QueueMessage:
 
 
 def _accepted(refusals: Sequence[Refusal]) -> None:
+    """Raise PartialFailure if anything was refused, for calls of one entry."""
     if refusals:
         failed = [{"Id": str(r.index), "Code": r.code, "Message": r.text} for r in refusals]
         raise PartialFailure({"Successful": [], "Failed": failed})
@@ -1385,6 +1587,7 @@ def _in_batches(
     start = 0
     while start < len(entries):
         part = entries[start : start + _MAX_BATCH]
+        # One entry always goes: if it is too long by itself, the service says so.
         while max_bytes and len(part) > 1 and sum(entry.size() for entry in part) > max_bytes:
             part = part[:-1]
         try:
@@ -1405,14 +1608,21 @@ def _in_batches(
 
 
 def _error_code(error: BaseException) -> str:
-    """Return an AWS error's code without its prefix, or the error's type."""
+    """Return an AWS error's code without its prefix, or the error's type.
+
+    Also of an error that was made of it, whose cause it is.
+    """
     origin = error.__cause__ or error
     response = getattr(origin, "response", None) or {}
     return str(response.get("Error", {}).get("Code") or type(origin).__name__).rpartition(".")[2]
 
 
 class _Brokers:
-    """The one sender and the one broker of this process, made at their first use."""
+    """The one sender and the one broker of this process, made at their first use.
+
+    A process that forks keeps its own, and its child makes new ones: connections to AWS can't be
+    shared, and a SQLite file must not be open over a fork.
+    """
 
     def __init__(self) -> None:
         # Held while one is made, or a client of its, so that there is never a second; while a batch
@@ -1438,6 +1648,7 @@ class _Brokers:
 
     def get(self, url: str) -> Any:
         """Return the sender or broker of that name."""
+        # Looked at without the lock first, on the way of each dispatch: to read a dict is safe.
         if (found := self._made.get(url)) is None:
             classes: Any = {"sync": _SyncSender, "sns": SnsSender, "sqs": SqsBroker}
             with self.lock:
@@ -1454,6 +1665,7 @@ class _Brokers:
 
     def before_fork(self) -> None:
         """Let go of what a child must not share."""
+        # No thread is making anything when the process is copied: it would be made by half.
         self.lock.acquire()
         for sender in self._made.values():
             sender.before_fork()
@@ -1470,6 +1682,7 @@ class _Brokers:
         self.__init__()  # type: ignore[misc]
 
 
+# For good, once this file is imported: each fork of the process calls them.
 _inherited: list[object] = []
 _brokers = _Brokers()
 os.register_at_fork(before=_brokers.before_fork, after_in_parent=_brokers.after_fork)
@@ -1482,6 +1695,7 @@ os.register_at_fork(after_in_child=_brokers.after_fork_in_child)
 # lost answer held.
 
 _SUFFIXES = dict(zip(Priority, ("", "-high-priority", "-low-priority", "-bulk"), strict=True))
+# The services, and the protocols they speak, have more than one name for the same error.
 _REMEDIES = {  # what a person can do about an error, by its code
     "NonExistentQueue|QueueDoesNotExist": "there is no such queue here: make it, or check"
     " TASKHAWK_QUEUE, AWS_REGION and the account",
@@ -1501,7 +1715,12 @@ _REMEDIES = {  # what a person can do about an error, by its code
 
 @contextlib.contextmanager
 def _explained(where: str) -> Iterator[None]:
-    """Turn the errors that a person must mend into a sentence that says how."""
+    """Turn the errors that a person must mend into a sentence that says how.
+
+    :param where: the queue or topic, which the sentence begins with
+    :raises MessageTooLarge: where the service names a limit that is lower than ours
+    :raises ConfigurationError: for what :data:`_REMEDIES` knows; all else goes on as it is
+    """
     try:
         yield
     except Exception as error:
@@ -1526,16 +1745,23 @@ class _AwsSender(Sender):
     fields: Sequence[str] = ()
 
     def __init__(self) -> None:
+        """Have no client yet: each is made when it is first needed."""
         self._clients: dict[str, Any] = {}
 
     def client(self, role: str) -> Any:
-        """Return the client for "send", "poll" or "keep", which differ in timeouts and retries."""
+        """Return the client for "send", "poll" or "keep", which differ in timeouts and retries.
+
+        "send" is for publishers and for people: botocore tries three times. "poll" outlasts a long
+        poll, and "keep" must be back before a lease ends: both try once, and the worker does the
+        rest.
+        """
         if role not in self._clients:
             with _brokers.lock:
                 self._clients[role] = self._clients.get(role) or self._make_client(role)
         return self._clients[role]
 
     def _make_client(self, role: str) -> Any:
+        """Make a client; botocore finds credentials and region where the settings have none."""
         from botocore.config import Config
         from botocore.session import get_session
 
@@ -1572,7 +1798,7 @@ class _AwsSender(Sender):
         return f"arn:{meta.partition}:{self.service}:{meta.region_name}:{account}:{name}"
 
     def call(self, role: str, operation: str, where: str, **parameters: Any) -> Any:
-        """Make a call to a queue or topic."""
+        """Make a call to a queue or topic, by the name that botocore has for it."""
         to = {self.target_key: self.url(where, role)}
         with _explained(where):
             return getattr(self.client(role), operation)(**to, **parameters)
@@ -1580,6 +1806,8 @@ class _AwsSender(Sender):
     def _batch(self, role: str, name: str, where: str, entries: Iterable[Any]) -> list[Refusal]:
         """Make a batch call, and return what its answer does not say was done."""
         named = [{"Id": str(index), **entry} for index, entry in enumerate(entries)]
+        # Not all of a batch is done because the call succeeded, and what the answer leaves out was
+        # not.
         answer = self.call(role, name, where, **{self.entries_key: named})
         done = {entry["Id"] for entry in answer.get("Successful", ())}
         failed = {entry["Id"]: entry for entry in answer.get("Failed", ())}
@@ -1600,19 +1828,28 @@ class _AwsSender(Sender):
 
 
 class SnsSender(_AwsSender):
-    """Publishes to the topics that a Lambda app's functions are subscribed to."""
+    """Publishes to the topics that a Lambda app's functions are subscribed to.
+
+    Between SNS and Lambda their own retries and dead-letter queues apply:
+    https://docs.aws.amazon.com/sns/latest/dg/sns-message-delivery-retries.html
+    """
 
     service, target_key, entries_key = "sns", "TopicArn", "PublishBatchRequestEntries"
     sends, fields = ("publish", "publish_batch"), ("Message", "MessageAttributes")
     max_bytes, max_delay_s = _MAX_SNS_BYTES, 0
 
     def destination(self, priority: Priority) -> str:
+        """Return the topic's ARN; it is made up, for to look it up takes a permission more."""
         queue = settings.require("TASKHAWK_QUEUE").lower()
         return self.arn(f"taskhawk-{queue}{_SUFFIXES[priority]}")
 
 
 class SqsBroker(_AwsSender, Broker):
-    """Queues on SQS: https://docs.aws.amazon.com/AWSSimpleQueueService/latest/APIReference/."""
+    """Queues on SQS: https://docs.aws.amazon.com/AWSSimpleQueueService/latest/APIReference/.
+
+    URLs and attributes of queues are looked up once. A queue that was made anew, or whose
+    attributes have changed, is seen by a new process.
+    """
 
     service, target_key, entries_key = "sqs", "QueueUrl", "Entries"
     sends = ("send_message", "send_message_batch")
@@ -1645,7 +1882,12 @@ class SqsBroker(_AwsSender, Broker):
         return queue
 
     def send(self, destination: str, entries: Sequence[Outgoing]) -> list[Refusal]:
-        """Send, with delays in whole seconds."""
+        """Send, with delays in whole seconds.
+
+        A batch as a whole may be too long for a queue whose limit was set lower than the service's.
+        It is sent again, message by message, so that only those are refused which are too long
+        themselves.
+        """
         entries = [e._replace(delay_s=math.ceil(e.delay_s)) if e.delay_s else e for e in entries]
         try:
             return super().send(destination, entries)
@@ -1659,7 +1901,13 @@ class SqsBroker(_AwsSender, Broker):
     def receive(
         self, queue: str, most: int, wait_s: float, lease_s: float | None, stop: threading.Event
     ) -> list[QueueMessage]:
-        """Poll once with ReceiveMessage; it is waited out, for its answer may hold messages."""
+        """Poll once with ReceiveMessage; it is waited out, for its answer may hold messages.
+
+        A long poll asks all of SQS's servers and costs one request in 20 s; a short one asks some,
+        and may miss messages:
+        https://docs.aws.amazon.com/AWSSimpleQueueService/latest/SQSDeveloperGuide/
+        """
+        # How often it was received, when it was sent, and its group on FIFO and fair queues.
         names = ["ApproximateReceiveCount", "SentTimestamp", "MessageGroupId"]
         ask: Any = {"MessageSystemAttributeNames": names, "MessageAttributeNames": ["All"]}
         ask |= {} if lease_s is None else {"VisibilityTimeout": math.ceil(lease_s)}
@@ -1688,16 +1936,18 @@ class SqsBroker(_AwsSender, Broker):
         return self.call("send", "get_queue_attributes", queue, AttributeNames=names)["Attributes"]
 
     def info(self, queue: str) -> QueueInfo:
-        """Read the queue's attributes, once."""
+        """Read the queue's attributes, once: timeout, dead-letter queue, most receives."""
         if queue not in self._infos:
             found = self.attributes(queue, ["VisibilityTimeout", "RedrivePolicy"])
             redrive = json.loads(found.get("RedrivePolicy") or "{}")
             target, most = redrive.get("deadLetterTargetArn"), redrive.get("maxReceiveCount")
+            # The policy's number comes back as it was set: it may be a string.
             lease_s, dead = float(found["VisibilityTimeout"]), target and target.rpartition(":")[2]
             self._infos[queue] = QueueInfo(lease_s, dead, most and int(most))
         return self._infos[queue]
 
     def depth(self, queue: str) -> Depth:
+        """Count with three of the queue's attributes, in one call."""
         names = [f"ApproximateNumberOfMessages{kind}" for kind in ("", "NotVisible", "Delayed")]
         found = self.attributes(queue, names)
         return Depth(*(int(found[name]) for name in names))
@@ -1705,7 +1955,9 @@ class SqsBroker(_AwsSender, Broker):
 
 # --- 9. SQLite ------------------------------------------------------------------------------------
 # The embedded broker, with the semantics of SQS, for any number of processes on one machine. Every
-# change is one transaction that is on the disk (synchronous=FULL) before the call returns.
+# change is one transaction that is on the disk (synchronous=FULL) before the call returns. A
+# message is hidden while its visible_ms is ahead: that one column is delay, visibility timeout and
+# retry. A receipt is good until the message is received again.
 
 _SQLITE_SCHEMA = """BEGIN IMMEDIATE;
 CREATE TABLE IF NOT EXISTS message (
@@ -1721,8 +1973,12 @@ _memory_pid = functools.cache(os.getpid)  # the first process that had a queue i
 class SqliteBroker(Broker):
     """Queues in a file; or in memory, for the tests of one process.
 
+    Any number of processes may use a file, on one machine: its locks are no good on a network's
+    file system (https://www.sqlite.org/wal.html).
+
     :param url: ``sqlite:///relative.db``, ``sqlite:////absolute.db`` or ``sqlite://`` (memory), and
         perhaps ``?visibility_timeout_s=30&max_receive_count=5``
+    :param clock: epoch seconds; passed in by tests
     :raises ConfigurationError: if the URL or the file is not usable
     """
 
@@ -1730,6 +1986,7 @@ class SqliteBroker(Broker):
     max_delay_s = 100 * 365 * 86_400  # a number that SQLite can hold
 
     def __init__(self, url: str, clock: Callable[[], float] = time.time) -> None:
+        """Read the URL, and open the file."""
         self._url, self._clock = url, clock
         options = {"visibility_timeout_s": str(_DEFAULT_LEASE_S), "max_receive_count": "5"}
         try:
@@ -1760,6 +2017,8 @@ class SqliteBroker(Broker):
         options: Any = {"timeout": 30, "isolation_level": "IMMEDIATE", "check_same_thread": False}
         db, deadline = None, time.monotonic() + 30
         try:
+            # WAL: who reads waits for nobody. FULL: a COMMIT that returned outlives a power
+            # failure.
             db = sqlite3.connect(self._path or ":memory:", **options)
             if (version := db.execute("PRAGMA user_version").fetchone()[0]) not in (0, 1):
                 raise sqlite3.OperationalError(f"expected version 1 of its tables, got {version}")
@@ -1781,6 +2040,7 @@ class SqliteBroker(Broker):
         return db
 
     def url(self, queue: str) -> str:
+        """Return the broker's URL: a queue has none of its own."""
         return self._url
 
     def close(self) -> None:
@@ -1801,11 +2061,13 @@ class SqliteBroker(Broker):
             self._lock.release()
 
     def _in_ms(self, seconds: float = 0) -> int:
+        """Return the time so many seconds from now, as the tables have it."""
         return math.ceil((self._clock() + seconds) * 1000)
 
     def send(self, destination: str, entries: Sequence[Outgoing]) -> list[Refusal]:
-        """Write the messages in one transaction."""
+        """Write the messages in one transaction; what it is given is accepted whole."""
         insert = "INSERT INTO message VALUES (NULL, ?, ?, ?, ?, ?, ?, 0, NULL)"
+        # One transaction, and so one flush of the disk, for up to ten messages.
         with self._lock, self._db as db:
             for body, attributes, delay_s, *_ in entries:
                 what = (destination, _new_id(), body, json.dumps(attributes))
@@ -1815,7 +2077,11 @@ class SqliteBroker(Broker):
     def receive(
         self, queue: str, most: int, wait_s: float, lease_s: float | None, stop: threading.Event
     ) -> list[QueueMessage]:
-        """Claim messages; wait for the first without holding any lock."""
+        """Claim messages; wait for the first without holding any lock.
+
+        A look costs some microseconds. The first comes at once, then ever fewer: a message waits 50
+        ms at most, and an idle worker takes next to no CPU.
+        """
         deadline, pause_s = time.monotonic() + wait_s, 0.002
         look = "SELECT EXISTS (SELECT 1 FROM message WHERE queue = ? AND visible_ms <= ?)"
         claim = functools.partial(self._claim, queue, most, lease_s or self._lease_s)
@@ -1829,10 +2095,14 @@ class SqliteBroker(Broker):
             pause_s = min(pause_s * 2, 0.05)  # twenty looks a second cost next to nothing
 
     def _claim(self, queue: str, most: int, lease_s: float) -> list[QueueMessage]:
-        """Take the first messages; those received too often go to the dead-letter queue."""
+        """Take the first messages; those received too often go to the dead-letter queue.
+
+        As on SQS, it is the receive that moves them, and a message keeps its id and its attributes.
+        """
         find = """SELECT id, receive_count + 1, sent_ms, attributes, body, message_id FROM message
             WHERE queue = ? AND visible_ms <= ? ORDER BY visible_ms, id LIMIT ?"""
         take = "UPDATE message SET receive_count = ?, visible_ms = ?, receipt = ? WHERE id = ?"
+        # It is visible there at once, and counted from the start.
         redrive = "UPDATE message SET queue = ?, receive_count = 0, receipt = NULL WHERE id = ?"
         _, dead, limit = self.info(queue)
         claimed = []
@@ -1852,6 +2122,7 @@ class SqliteBroker(Broker):
 
     def delete(self, queue: str, receipts: Sequence[str]) -> list[Refusal]:
         """Delete; what was deleted before is no error, what another has received since is."""
+        # A receipt begins with the number of its row, by which the row is found.
         change = "DELETE FROM message WHERE id = CAST(:receipt AS INTEGER) AND receipt = :receipt"
         refused = "SELECT 1 FROM message WHERE id = CAST(:receipt AS INTEGER)"
         return self._change(change, refused, [{"receipt": receipt} for receipt in receipts])
@@ -1875,22 +2146,28 @@ class SqliteBroker(Broker):
             ]
 
     def info(self, queue: str) -> QueueInfo:
+        """Return what the URL says; the dead-letter queue of a queue has none itself."""
         limits = (None, None) if queue.endswith("-DLQ") else (f"{queue}-DLQ", self._most)
         return QueueInfo(self._lease_s, *limits)
 
     def depth(self, queue: str) -> Depth:
+        """Count exactly, unlike SQS."""
         ask = """SELECT count(*) FILTER (WHERE visible_ms <= :now),
             count(*) FILTER (WHERE visible_ms > :now AND receipt IS NOT NULL),
             count(*) FILTER (WHERE visible_ms > :now AND receipt IS NULL)
             FROM message WHERE queue = :queue"""
+        # One statement, and so one moment: no message is counted twice, or not at all.
         with self._lock:
             return Depth(*self._db.execute(ask, {"now": self._in_ms(), "queue": queue}).fetchone())
 
 
 # --- 10. publishing -------------------------------------------------------------------------------
 # Nothing leaves that _decode() would refuse or the service can't hold, and what was not accepted
-# raises: after dispatch() returned, the message is in the queue's keeping.
+# raises: after dispatch() returned, the message is in the queue's keeping. In a batch(), all are
+# checked and encoded before the first is sent.
 
+# What SQS takes: names with single dots inside, without AWS's prefixes (and ours); characters that
+# XML 1.0 has.
 _ATTRIBUTE_NAME = re.compile(r"(?a)(?!.{257})(?!(?i:aws|amazon|taskhawk)\.)[\w-]+(\.[\w-]+)*")
 _ATTRIBUTE_TEXT = re.compile("[^\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]+")
 
@@ -1905,7 +2182,10 @@ class _Ready(NamedTuple):
 
 
 def _prepare(message: Message) -> _Ready:
-    """Check and encode a message, with attributes of the headers that can be: the body has all."""
+    """Check and encode a message, with attributes of the headers that can be: the body has all.
+
+    Nothing is sent here, so that a batch with one message that can't be sent sends none of them.
+    """
     body, headers = _encode(message), message.headers
     attributes: dict[str, dict[str, str]] = {}
     for name, text in zip(map(str, headers), map(str, headers.values()), strict=True):
@@ -1922,6 +2202,7 @@ def _prepare(message: Message) -> _Ready:
 
 
 def _too_large(message: Message, entry: Outgoing, limit: int) -> MessageTooLarge:
+    """Return the error that names the largest argument, for that is what to look at."""
     has = f"has {entry.size()} bytes (body and attributes), and the limit is {limit}"
     text = f"{message.task_name[:200]}: the message {has}"
     if sizes := _sizes(message):
@@ -1936,9 +2217,11 @@ class _SyncSender(Sender):
     max_bytes, max_delay_s = sys.maxsize, math.inf
 
     def destination(self, priority: Priority) -> str:
+        """Return the queue's name, which the hooks get."""
         return super().destination(priority) if settings.TASKHAWK_QUEUE else "TASKHAWK-SYNC"
 
     def send(self, destination: str, entries: Sequence[Outgoing]) -> list[Refusal]:
+        """Run the messages, and let the first error out."""
         for body, attributes, *_ in entries:
             message_id = _decode(body).id
             record = {"Sns": {"Message": body, "MessageId": message_id, "MessageAttributes": {}}}
@@ -1956,6 +2239,12 @@ _collecting = contextvars.ContextVar[Sequence[list[_Ready]]]("taskhawk batch", d
 def batch() -> Iterator[None]:
     """Collect dispatches, and send them ten to a request when the block ends.
 
+    For a loop that dispatches, and for a function that dispatches in many places::
+
+        with taskhawk.batch():
+            for user in users:
+                send_email.dispatch(user.email, 'Hello!')
+
     An exception inside sends nothing. A block inside another joins it. What a thread dispatches is
     sent directly, unless it runs in this context; so is what a task dispatches after the end.
 
@@ -1964,6 +2253,7 @@ def batch() -> Iterator[None]:
     if _collecting.get():
         yield
         return
+    # A task or thread that was started inside may outlive the block; it finds the box empty then.
     box: list[list[_Ready]] = [[]]
     token = _collecting.set(box)
     try:
@@ -1987,6 +2277,8 @@ def _collect(readies: Sequence[_Ready]) -> Sequence[_Ready]:
 def publish(message: Message) -> str:
     """Send a message, or add it to the :func:`batch` around this call.
 
+    For messages that could not be sent: ``for message in failure.unsent: publish(message)``.
+
     :returns: the message's id
     :raises TaskhawkError: as :meth:`AsyncInvocation.dispatch`
     """
@@ -1996,6 +2288,7 @@ def publish(message: Message) -> str:
 
 
 def _publish_one(ready: _Ready) -> None:
+    """Send one message, or raise why it was not accepted."""
     try:
         _accepted(ready.sender.send(ready.destination, [ready.entry]))
     except MessageTooLarge as error:  # the queue's limit is below the service's
@@ -2032,11 +2325,14 @@ def _dead_letter_copy(received: QueueMessage, error: BaseException | None, limit
     """Return the copy for the dead-letter queue, which says in ONE attribute why it is there.
 
     Attributes that were headers give way to it, where there are too many: the body has them.
+
+    :param limit: of the copy in bytes, attributes included
     """
     record: dict[str, Any] = {"type": type(error).__name__, "message": _text_of(error)[:1000]}
     record |= {"traceback": "".join(traceback.format_exception(error))}
     record |= {"attempt": received.attempt, "worker": f"{os.uname().nodename}:{os.getpid()}"}
     record["time"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    # The body stays as it is: a hundred bytes are for the attribute's name and type.
     room = min(_MAX_ERROR_BYTES, limit - len(received.body.encode()) - 100)
     for key in ("traceback", "message"):  # cut to fit: of a traceback, the end says most
         while len(text := json.dumps(record)) > room and (value := record[key]):
@@ -2055,7 +2351,8 @@ def _dead_letter_copy(received: QueueMessage, error: BaseException | None, limit
 # --- 11. the worker -------------------------------------------------------------------------------
 # Every thread and process of this file. Pollers receive, slots run tasks (the calling thread is one
 # of them), and one keeper alone changes messages on the queue: so an extension under way never
-# undoes a delay or a delete. Worker.run() is the order of the shutdown.
+# undoes a delay or a delete. One lock, the keeper's, guards all that threads share; no call to the
+# queue is made with it held. Worker.run() is the order of the shutdown.
 
 _STEPS = {  # the allowed steps of a message; nothing else moves one
     "received": {"started", "released"},
@@ -2070,7 +2367,13 @@ _FLUSH_S = 3  # of the grace, kept for acknowledgements once running tasks are g
 
 @dataclasses.dataclass
 class Ledger:
-    """How many messages a worker received, and what became of them."""
+    """How many messages a worker received, and what became of them.
+
+    Each one received is in exactly one of the others: ``acked`` was deleted after its run,
+    ``retried`` is visible again now or later, ``dead_lettered`` was copied and then deleted,
+    ``released`` was never started, and for ``uncertain`` nobody knows whether its delete was
+    applied: it may run again.
+    """
 
     received: int = 0
     acked: int = 0
@@ -2085,6 +2388,7 @@ class Ledger:
         return bool(2 * self.received == sum(vars(self).values()))
 
     def __str__(self) -> str:
+        """Return it as the command prints it."""
         return ", ".join(f"{count} {name.replace('_', '-')}" for name, count in vars(self).items())
 
 
@@ -2105,16 +2409,22 @@ class _Held:
     to_delete = property(lambda self: self.end in ("acked", "dead_lettered"))
 
     def move(self, state: str) -> None:
-        """Make a step, if it is an allowed one."""
+        """Make a step, if it is an allowed one: no message ends twice, or before it ran."""
         if state not in _STEPS.get(self.state, ()):
             raise RuntimeError(f"a message can't go from {self.state} to {state}")
         self.state = state
 
 
 class _Keeper:
-    """The messages that a worker holds, and the one thread that changes them on the queue."""
+    """The messages that a worker holds, and the one thread that changes them on the queue.
+
+    A slot says what is to become of a message, and goes on at once; the keeper has ten of them done
+    in a call. Its client tries once, so an answer that is late never holds the leases up: what
+    failed is due again, a little later.
+    """
 
     def __init__(self, worker: Worker) -> None:
+        """Hold nothing yet; the worker starts the thread."""
         self._worker, self.ledger = worker, Ledger()
         # Guards all that follows and the fields of what is held. Slots and pollers wait for
         # `changed`, the keeper for `due`: a thread woken for nothing costs more than the change.
@@ -2133,6 +2443,8 @@ class _Keeper:
         # SQS counts its 12 hours from a little before `now`.
         times = (lease_s, now + lease_s, now + lease_s / 3, now + _MAX_HELD_S - 10)
         with self.changed:
+            # Held before anything can start it: a message without a lease would be run twice one
+            # day.
             taken = [_Held(message, *times) for message in messages]
             self.held += taken
             self.waiting += taken
@@ -2152,14 +2464,19 @@ class _Keeper:
     def decide(self, held: _Held, end: str, visible_in_s: float | None = 0) -> None:
         """Note what a message is to become; None leaves it to its visibility timeout."""
         with self.changed:
+            # What was never started has no run to finish.
             if end != "released":
                 held.move("finished")
             held.end, held.due_at = end, self._worker.clock()
+            # The first of ten waits a little for the others; where nothing else runs, _due() does
+            # not.
             if held.to_delete:
                 held.due_at += _ACK_WAIT_S
+            # Nothing is to be sent: it shows again by itself, or another has it by now.
             elif visible_in_s is None or held.message.lease_lost:
                 self._close(held, end)
             else:
+                # Out of the lease first, or an extension under way could undo the delay.
                 held.hide_s, held.renew_at = visible_in_s, math.inf
             if not self.waiting:  # else this slot takes the next, and the pollers have no room
                 self.changed.notify_all()
@@ -2202,7 +2519,11 @@ class _Keeper:
                 self._worker.beat()
 
     def _due(self, now: float) -> tuple[str, list[_Held]]:
-        """Return the most urgent of the changes that are due, and what it is due for."""
+        """Return the most urgent of the changes that are due, and what it is due for.
+
+        Leases come first, for one that ends is a message that runs twice; then deletes, whose
+        leases go on until they are done; then delays and releases, which nobody waits for.
+        """
         while self.waiting and (self._closed or self._worker.is_over()):
             self.decide(self.waiting.pop(), "released")
         # At the end the leases bound how long deletes are tried: none is extended any more.
@@ -2211,6 +2532,7 @@ class _Keeper:
             self._lose(held, "it was received 12 hours ago")
         if renewals := [held for held in leased if held.renew_at <= now]:
             return "extend", renewals
+        # What was refused is not tried before its time only because others are due.
         deletes = [h for h in self.held if h.to_delete and (h.due_at <= now or not h.tries)]
         full = len(deletes) >= _MAX_BATCH or all(held.end for held in self.held)
         if deletes and (full or any(held.due_at <= now for held in deletes)):
@@ -2219,14 +2541,17 @@ class _Keeper:
 
     def _note(self, kind: str, held: _Held, refusal: Refusal | None, now: float) -> None:
         """Note the answer for a message; what the service is at fault for is tried again."""
+        # `now` is when the call was made: a delete after the lease's end proves nothing.
         late = now >= held.lease_until
         again = refusal and not (refusal.final or late)
+        # Slots went on while the call was under way.
         if kind == "extend" and held.renew_at == math.inf:
             return  # its run ended meanwhile: a delay or release comes next
         if kind == "extend" and not refusal:
             held.lease_until = min(now + held.hide_s, held.last_at)
             held.renew_at = min(now + held.hide_s / 3, held.last_at - 1)
         elif kind == "extend" and again:
+            # A dozen tries are left until the lease ends.
             held.renew_at = now + held.hide_s / 20
         elif kind == "extend" and refusal and refusal.code.startswith("AccessDenied"):
             if self._leases:  # the policies of 1.4's workers lack the permission
@@ -2256,6 +2581,7 @@ class _Keeper:
             self.decide(held, "released")
 
     def _close(self, held: _Held, end: str) -> None:
+        """End what is held: the ledger counts it, and nothing more is done for it."""
         held.move(end)
         self.held.remove(held)
         setattr(self.ledger, end, getattr(self.ledger, end) + 1)
@@ -2273,6 +2599,7 @@ def _start_of_children(*, everything: bool) -> dict[str, Any]:
     values = {name: settings.read(name) for name in _SETTINGS} if isolated else {}
     for name, hook in [(name, value) for name, value in values.items() if callable(value)]:
         values[name] = path = f"{hook.__module__}.{getattr(hook, '__qualname__', '')}"
+        # What the path leads to must be the very hook: a name may have been given to another since.
         found = None
         with contextlib.suppress(ImportError, AttributeError, ValueError):
             found = _conform(_HOOK, path)
@@ -2297,6 +2624,12 @@ class _Child:
     """
 
     def __init__(self, start: Mapping[str, Any], max_tasks: int, given_up: threading.Event) -> None:
+        """Start no process yet.
+
+        :param start: what :func:`_start_of_children` returned
+        :param max_tasks: after how many runs a process is replaced
+        :param given_up: set when the worker's grace is over
+        """
         self._start, self._max_tasks, self._given_up = start, max_tasks, given_up
         self._left = 0  # messages until the process is replaced
         # Held to kill and to reap, so that no other process is killed under a number used again.
@@ -2313,6 +2646,7 @@ class _Child:
 
     def process(self, received: QueueMessage) -> Outcome | None:
         """Do as :func:`process` does; None if the worker's grace ended meanwhile."""
+        # The limit is the parent's to keep: code that holds the GIL can't be stopped from inside.
         task, began = typing.cast("Message", received.message).task, time.monotonic()
         limit = threading.Timer(task.time_limit or 0, self.kill)
         outcome, why = None, ""
@@ -2358,6 +2692,7 @@ class _Child:
         return None
 
     def _ensure_process(self) -> None:
+        """Start a process, unless the last one still lives."""
         import socket
         import subprocess
 
@@ -2368,6 +2703,7 @@ class _Child:
         self._socket, theirs = socket.socketpair()
         self._lines = self._socket.makefile("rb")
         command = [sys.executable, "-m", __name__, "_child", str(theirs.fileno()), str(os.getpid())]
+        # It is to find this file and the tasks where we did; tasks then see the variable as it was.
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(self._start["path"])}
         options: Any = {"stdin": subprocess.DEVNULL, "start_new_session": True, "env": env}
         with theirs:
@@ -2383,12 +2719,14 @@ class _Child:
         """Kill the process and what it started, also in C code that holds the GIL."""
         with self._lock:
             if self._process and self._process.returncode is None:
+                # The whole group: what the task has started goes with it.
                 os.killpg(self._process.pid, signal.SIGKILL)
 
     def close(self) -> str:
         """End the process, and say how it ended."""
         if not self._process:
             return ""
+        # A thread that the task left behind would keep the process for ever.
         patience = threading.Timer(5, self.kill)
         patience.start()
         with contextlib.suppress(OSError), self._socket, self._lines:
@@ -2413,6 +2751,7 @@ class _LineFormatter(logging.Formatter):
     """Writes a child's log records for its worker."""
 
     def format(self, record: logging.LogRecord) -> str:
+        """Return a line of JSON, with text and traceback made: the arguments may not be JSON."""
         _add_task(record)
         super().format(record)  # notes the text and the traceback in the record
         text = {"msg": record.message, "args": None, "exc_info": None}
@@ -2464,7 +2803,11 @@ def _serve_worker(number: int, worker: int) -> int:
 
 @contextlib.contextmanager
 def _signals_to(seen: list[int]) -> Iterator[None]:
-    """Note SIGTERM and SIGINT, where nobody else handles them; a second one kills."""
+    """Note SIGTERM and SIGINT, where nobody else handles them; a second one kills.
+
+    A handler runs between any two instructions of the main thread, so ours does no more than to
+    append to a list, and to put back what was there before.
+    """
 
     def note(number: int, _frame: object) -> None:
         seen.append(number)
@@ -2491,6 +2834,7 @@ def _find_lease_s(broker: Broker, queue: str, wanted_s: float | None) -> tuple[f
     if wanted_s is not None:
         return wanted_s, wanted_s
     try:
+        # A timeout of 0 would show to all what was just received: then ours is asked for.
         if (lease_s := broker.info(queue).visibility_timeout_s) >= 1:
             return lease_s, None
     except Exception as error:  # if it is fatal, the receive says so
@@ -2500,6 +2844,7 @@ def _find_lease_s(broker: Broker, queue: str, wanted_s: float | None) -> tuple[f
 
 
 def _are_empty(broker: Broker, queues: Sequence[str]) -> bool:
+    """Return whether the queues hold nothing at all; a doubt is a no."""
     try:
         return not any(any(broker.depth(queue)) for queue in queues)
     except Exception as error:  # a fault is no reason to end, but what nobody may know is
@@ -2522,7 +2867,7 @@ class Worker:
     """Runs the messages of some queues, most urgent first, until it is stopped.
 
     The options are those of :func:`listen_for_messages`; time is passed in by `clock`, and `wait_s`
-    is how long a poll may take.
+    is how long a poll may take. One worker runs once.
     """
 
     broker: Broker
@@ -2616,6 +2961,7 @@ class Worker:
 
         Isolated runs are killed. Others can't be: their messages reappear when their leases end.
         """
+        # A worker that ends by itself has no deadline: nobody waits for it with a kill.
         while not self._is_told() and not self._ended.wait(_TICK_S):
             pass
         self._stop.set()
@@ -2631,6 +2977,7 @@ class Worker:
             self._abandoned.set()
 
     def _guard(self, work: Callable[..., None], *args: Any) -> None:
+        """Do the work of a thread; its error ends the worker, and the caller gets it."""
         try:
             work(*args)
         except BaseException as error:  # such as a KeyboardInterrupt of a task, for the caller
@@ -2638,6 +2985,7 @@ class Worker:
 
     def _work(self) -> None:
         """Run one message after another, in this thread or its child."""
+        # One event loop for all runs of this slot, made for its first coroutine.
         held = _slot.loop = None
         child = _Child(self._start, self.max_tasks_per_child, self.overdue)
         self._children.append(child)
@@ -2657,6 +3005,7 @@ class Worker:
 
     def _next(self) -> object:
         """Return a message to run, True if there will be none, or False as yet."""
+        # Called with the condition held, so two slots never take the same message.
         if self._started == self.max_tasks:
             self._stop.set()
             return True
@@ -2700,6 +3049,8 @@ class Worker:
                     pause_s = _jittered(min(0.5 * 2 ** min(failures, 10), _MAX_BACKOFF_S))
                     self._wait(lambda: None, self.clock() + pause_s)
                     continue
+                # From here on the keeper has the leases; what came in is never only in this
+                # thread's hands.
                 self._keeper.take(messages, lease_s)
                 if failures:
                     _log.info("%s: receives again after %d failures", queue, failures)
@@ -2713,6 +3064,7 @@ class Worker:
                 self._changed.notify_all()
 
 
+# Not the order of the enum, whose numbers are 1.4's.
 _URGENCY = (Priority.high, Priority.default, Priority.low, Priority.bulk)
 
 
@@ -2761,12 +3113,19 @@ def _queues_of(priority: Priority | Iterable[Priority]) -> list[str]:
     text = f"priority: expected a taskhawk.Priority or several, got {priority!r}"
     _require(wanted and all(isinstance(each, Priority) for each in wanted), text)
     broker = _brokers.broker()
+    # Once each, whatever the order and however often it was named.
     return [broker.destination(each) for each in _URGENCY if each in wanted]
 
 
 def extend_visibility_timeout(priority: Priority, receipt: str, visibility_timeout_s: int) -> None:
     """Hide a message of a queue from others for so many seconds from now.
 
+    A worker does it by itself, for as long as a task runs: this is for code that was written for
+    1.4.
+
+    :param priority: says which queue
+    :param receipt: the receipt handle, which a task finds in its metadata
+    :param visibility_timeout_s: 0 to 43,200 seconds
     :raises PartialFailure: if the message is no longer in flight
     """
     broker = _brokers.broker()
@@ -2776,7 +3135,8 @@ def extend_visibility_timeout(priority: Priority, receipt: str, visibility_timeo
 
 # --- 12. Lambda -----------------------------------------------------------------------------------
 # The same process() as in the worker; Lambda receives, and deletes what the handler returns without
-# an error for. So a failure always raises, or is in the answer.
+# an error for. So a failure always raises, or is in the answer; and nothing is deleted here that
+# did not succeed.
 
 
 def process_messages_for_lambda_consumer(
@@ -2787,19 +3147,26 @@ def process_messages_for_lambda_consumer(
     Where some of an SQS event failed, the others are deleted before the error is raised: that is
     safe with and without ReportBatchItemFailures on the event source mapping.
 
+    :param lambda_event: as Lambda gives it to the handler
     :param context: Lambda's; with it, nothing is started in the last tenth of the time
     :param partial_batch: return the failures of an SQS event instead of raising them: only with
         ReportBatchItemFailures
         (https://docs.aws.amazon.com/lambda/latest/dg/services-sqs-errorhandling.html)
+    :returns: None, or with `partial_batch` what Lambda wants to know: ``{"batchItemFailures":
+        [...]}``
+    :raises ValidationError: if the event has no records; of a record that is malformed, as of one
+        whose run failed
     :raises Exception: the failed run's, or an ExceptionGroup of several
     """
     records = lambda_event.get("Records") if isinstance(lambda_event, Mapping) else None
     if not isinstance(records, list):
         raise ValidationError("Records: expected an array of SNS or SQS records, got none")
+    # A tenth is for what follows the last run: the deletes, and the answer.
     left_ms = context.get_remaining_time_in_millis if context else lambda: math.inf
     reserve_ms = left_ms() / 10 if context else 0
     done: list[QueueMessage] = []
     failed: dict[QueueMessage, Outcome] = {}
+    # One after another: a FIFO queue's order is that of the records.
     for received in map(_from_record, records):
         why = "no time was left" if left_ms() <= reserve_ms else ""
         if received.is_fifo and received.group_id in {other.group_id for other in failed}:
@@ -2850,7 +3217,12 @@ def _from_record(record: Any) -> QueueMessage:
 
 
 def _change_all(call: str, entries: Mapping[QueueMessage, Any], warning: str) -> None:
-    """Make batch calls for the messages that a queue has; Lambda's role may not be allowed to."""
+    """Make batch calls for the messages that a queue has; Lambda's role may not be allowed to.
+
+    :param call: the method of the broker
+    :param entries: what it takes of each message
+    :param warning: logged with how many of how many were refused, and why
+    """
     known = [(received, entry) for received, entry in entries.items() if received.broker]
     if known:
         first = known[0][0]
@@ -2861,11 +3233,15 @@ def _change_all(call: str, entries: Mapping[QueueMessage, Any], warning: str) ->
 
 # --- 14. operations -------------------------------------------------------------------------------
 # For people: nothing in production depends on it. Nothing is deleted before its copy is confirmed,
-# so that a crash or a fault in between leaves a message twice, and never not at all.
+# so that a crash or a fault in between leaves a message twice, and never not at all. What is looked
+# at is hidden from others for as long, and shown again at the end.
 
 
 class Captured(NamedTuple):
-    """A dispatch that :func:`capture` collected; arguments are as the worker would get them."""
+    """A dispatch that :func:`capture` collected; arguments are as the worker would get them.
+
+    So a tuple has become a list, a Decimal a number, and the key of a dict a string.
+    """
 
     task: str
     args: list[Any]
@@ -2885,6 +3261,7 @@ class _Capture(list[Captured], Sender):
         return priority.name
 
     def send(self, destination: str, entries: Sequence[Outgoing]) -> list[Refusal]:
+        """Keep the messages as the worker would get them."""
         for entry in entries:
             message = _decode(entry.body)
             call = (message.task_name, message.args, message.kwargs, message.headers)
@@ -2896,7 +3273,10 @@ class _Capture(list[Captured], Sender):
 def capture() -> Iterator[list[Captured]]:
     """Collect what this process dispatches instead of sending it, for tests.
 
-    Arguments are bound, checked and encoded as for real, so what can't be sent raises here too.
+    Arguments are bound, checked and encoded as for real, so what can't be sent raises here too. No
+    setting is needed, and nothing runs.
+
+    :returns: a context manager; its list grows with each dispatch
     """
     before, calls = _brokers.captured_by, _Capture()  # type: ignore[abstract]
     _brokers.captured_by = calls
@@ -2921,6 +3301,7 @@ class _DeadLetters:
     wanted: Callable[[Mapping[str, Any]], bool] = lambda _: True
 
     def __post_init__(self) -> None:
+        """Find the queue and its dead-letter queue; nothing is received yet."""
         text = f"num_messages: expected 1 or more, got {self.num_messages}"
         _require(self.num_messages >= 1, text)
         self._broker = _brokers.broker()
@@ -2935,6 +3316,7 @@ class _DeadLetters:
 
         :param act: returns what went wrong, by message; None where all of them stay
         """
+        # What comes while this runs is for the next time: it may be what was just sent back.
         total = self._broker.depth(self._source).visible
         _log.info("%s about %d messages from %s", doing, total, self._source)
         seen: dict[str, QueueMessage | None] = {}  # by their ids; None where it does not stay
@@ -2944,6 +3326,7 @@ class _DeadLetters:
             while len(seen) < max(total, 1) and len(good) + len(bad) < self.limit:
                 most = min(self.num_messages, _MAX_BATCH, max(1, total - len(seen)))
                 found = self._broker.receive(self._source, most, 1, self.lease_s, threading.Event())
+                # One that comes back, because its lease ended meanwhile, was looked at already.
                 new = {m.message_id: m for m in found if m.message_id not in seen}
                 if not new:
                     break
@@ -2965,7 +3348,10 @@ class _DeadLetters:
         return len(good)
 
     def requeue(self, messages: Sequence[QueueMessage]) -> dict[QueueMessage, str]:
-        """Send copies to the queue, delete those whose copy is confirmed, say what went wrong."""
+        """Send copies to the queue, delete those whose copy is confirmed, say what went wrong.
+
+        After a crash in between, a message is in both queues: it runs again, and is not lost.
+        """
         copies = []
         for message in messages:
             kept = {n: v for n, v in message.message_attributes.items() if n != _ERROR_ATTRIBUTE}
@@ -2990,6 +3376,7 @@ def _describe(received: QueueMessage) -> dict[str, Any]:
     about |= {"headers": {}, "sent": sent, "age_s": round(time.time() - sent_s)}
     about |= {"receives": received.attempt, "error": None, "invalid": None}
     try:
+        # Neither body nor error need be what we wrote: a dead letter may come from anywhere.
         about |= _decode(received.body).as_dict()
         del about["metadata"]
     except ValidationError as error:
@@ -3009,6 +3396,8 @@ def requeue_dead_letter(
     Ends after as many messages as there were at the start, so that what fails again is not sent in
     circles, or when a receive comes back empty.
 
+    :param priority: says which queue; its dead-letter queue is the one that its redrive policy
+        names
     :param num_messages: how many to receive at once, up to 10
     :param visibility_timeout: seconds that a copied message is hidden; None takes the queue's own
     :returns: how many were sent back
@@ -3142,6 +3531,7 @@ def _queue_change(sqs: SqsBroker, name: str, arn: str, wanted: Any) -> tuple[str
     ours = json.loads(wanted.get("redrive_policy", "{}"))
     theirs: dict[str, Any] = {"deadLetterTargetArn": f"{arn}-DLQ", "maxReceiveCount": 0}
     theirs |= json.loads(found.get("RedrivePolicy") or "{}")
+    # What someone set higher has its reason; a lower one would cost messages.
     if int(theirs["maxReceiveCount"]) < (most := ours.get("maxReceiveCount", 0)):
         changes["RedrivePolicy"] = json.dumps({**theirs, "maxReceiveCount": most})
     if not found:
@@ -3218,6 +3608,7 @@ def _check_topic(priority: Priority) -> Iterator[_Finding]:
 
 
 def _check_queue(priority: Priority) -> Iterator[_Finding]:
+    """Look at one queue, and at the tasks whose messages it has."""
     broker = _brokers.broker()
     queue = broker.destination(priority)
     info = _if_there(broker.info, queue)
@@ -3249,6 +3640,7 @@ def _check_queue(priority: Priority) -> Iterator[_Finding]:
 
 
 def _check_attributes(broker: SqsBroker, queue: str, dead: str) -> Iterator[_Finding]:
+    """Look at what only a queue on SQS has."""
     names = ["MessageRetentionPeriod", "MaximumMessageSize"]
     ours, theirs = (broker.attributes(name, names) for name in (queue, dead))
     kept_s, dead_s = (int(found["MessageRetentionPeriod"]) for found in (ours, theirs))
@@ -3276,7 +3668,7 @@ def _option(name: str, text: str | None = None, **kwargs: Any) -> _Option:
 
 
 def _command(name: str, *options: _Option) -> Callable[..., Any]:
-    """Make a command of a function."""
+    """Make a command of a function; its docstring is the help, and ends with an example."""
 
     def register(run: Callable[[Any], object]) -> Callable[[Any], object]:
         _commands[name] = run, options
@@ -3302,10 +3694,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     :returns: the exit code
     """
     argv = sys.argv[1:] if argv is None else argv
+    # Before all else: logging and arguments are the worker's.
     if argv[:1] == ["_child"]:
         return _serve_worker(*map(int, argv[1:]))
     arguments = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    # On the handlers, for a logger's own filters do not see what its children log.
     for handler in logging.getLogger().handlers:
         handler.addFilter(_add_task)
         if arguments.log_format == "json":
@@ -3352,6 +3746,7 @@ def _load(modules: Iterable[str], command: str) -> None:
     """Import the tasks' modules, which may configure taskhawk, and look at what they configured."""
     for name in modules:
         _import(name, "the module")
+    # A queue in memory would be gone with this process, and its messages with it.
     shares = re.match("listen|dispatch|dead-letters", command)  # a queue, with other processes
     memory = shares and re.match(r"sqlite://(\?|$)", settings.TASKHAWK_BROKER)
     text = "sqlite:// is the memory of one process: use a file, such as sqlite:///queue.db"
@@ -3362,6 +3757,7 @@ class _DemoWorker(Worker):
     """A worker that prints what became of each message."""
 
     def settle(self, held: _Held, outcome: Outcome) -> None:
+        """Print what became of a message, as it becomes it."""
         super().settle(held, outcome)
         names = {Fate.acknowledge: "ran", Fate.retry: "failed", Fate.dead_letter: "dead-lettered"}
         then = f": {outcome.error}" if outcome.error else ""
@@ -3389,6 +3785,7 @@ def _demo(_arguments: Any) -> bool:
 
 
 def _play() -> bool:
+    """Dispatch, run, retry, dead-letter and requeue; return whether any of it went wrong."""
     bugs = ["demo.divide"]
 
     @task(name="demo.greet")
@@ -3458,9 +3855,11 @@ def _exit_overdue(ledger: Ledger) -> None:
 class _JsonFormatter(logging.Formatter):
     """One JSON object a line, with what a record carries as `extra`."""
 
+    # What every record has; all else was given to it as `extra`.
     _own = vars(logging.makeLogRecord({})).keys() | {"message", "asctime"}
 
     def format(self, record: logging.LogRecord) -> str:
+        """Return a line of JSON; what JSON can't hold, as text."""
         super().format(record)  # notes its message, and its traceback as exc_text
         when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         line = {"time": f"{when}.{record.msecs:03.0f}Z", "level": record.levelname}
@@ -3496,12 +3895,14 @@ def _dispatch(arguments: Any) -> None:
 
 
 def _pairs(texts: Iterable[str]) -> dict[str, str]:
+    """Read headers, K=V each."""
     for text in texts:
         _require("=" in text, f"--header: expected K=V, got {text!r}")
     return dict(text.split("=", 1) for text in texts)
 
 
 def _json(text: str, option: str, kind: type) -> Any:
+    """Read an option whose value is JSON of one kind."""
     with contextlib.suppress(ValueError, RecursionError):
         if isinstance(value := _DECODER.decode(text), kind):
             return value
@@ -3543,6 +3944,7 @@ def _stats(arguments: Any) -> None:
     before: Mapping[str, Any] = {}
     tty, seconds = sys.stdout.isatty(), arguments.interval
     clear = "\x1b[H\x1b[2J" * (tty and arguments.watch and not arguments.json)
+    # Ctrl-C is how one stops to watch, and no error.
     with contextlib.suppress(KeyboardInterrupt):
         while True:
             depths = _depths()
@@ -3599,6 +4001,7 @@ def _provision(arguments: Any) -> None:
         print(_provide(*resource, dry_run=arguments.dry_run))
 
 
+# The same filters for all commands that deal with dead letters.
 _LETTERS = (
     _option("--priority", "of which queue: default", choices=_PRIORITIES, default="default"),
     _option("--task", "only those of this task", metavar="NAME"),
@@ -3645,6 +4048,7 @@ def _each_letter(arguments: Any, doing: str, done: str = "", told: str = "") -> 
 
 
 def _age_s(text: str | None, default: float) -> float:
+    """Read an age, in seconds; where none is given, the default."""
     valid = text is None or re.fullmatch(r"\d+(\.\d+)?[smhd]", text)
     _require(valid, f"age: expected a number and one of s, m, h, d, such as 36h, got {text!r}")
     units = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
@@ -3652,6 +4056,7 @@ def _age_s(text: str | None, default: float) -> float:
 
 
 def _print_letters(form: str, messages: Sequence[QueueMessage]) -> None:
+    """Print dead letters in a form: a line each for "list", all of it for "show", or JSON."""
     for message in messages:
         letter = _describe(message)
         error = letter["error"] or {}
