@@ -29,7 +29,7 @@ The way of a message; an event of Lambda joins it before it is decoded::
     fn.dispatch(...) --> Message --> encode --> Broker.send ==queue==> Broker.receive --> decode
         --> process() --> Outcome --> Broker: delete it, show it again later, or dead-letter it
 
-Words, as AWS has them
+Words of AWS; lease and acknowledgement are ours
     receipt handle       what comes with a message that is received, to delete or change it by
     visibility timeout   how long others can't receive a message that was received
     lease                that timeout, extended by the worker for as long as it holds the message
@@ -64,8 +64,8 @@ Rooms
 
 # --- 1. version, names, imports, limits -----------------------------------------------------------
 # Importing this file does no I/O, reads no environment and imports no botocore, sqlite3, argparse
-# or asyncio: what is slow to load is imported by the first function that needs it. A number that
-# AWS fixes stands here once, with its reason.
+# or asyncio: what is slow to load is imported by the first function that needs it. What AWS
+# allows in one call and for one message stands here once: who splits or cuts goes by these numbers.
 # https://docs.aws.amazon.com/general/latest/gr/sqs-service.html
 
 from __future__ import annotations
@@ -115,7 +115,6 @@ if __name__ == "__main__":
     sys.exit(importlib.import_module(_name or "").main())
 
 VERSION = __version__  # the name that taskhawk 1.4 gave it
-# Of one call to SQS or SNS, and of one message; whoever splits or cuts goes by these.
 _MAX_BATCH = 10  # entries in a batch call of SQS and SNS, and messages in a receive
 _MAX_SQS_BYTES = 1_048_576  # a message, or the sum of a batch: body plus attributes
 _MAX_SNS_BYTES = 262_144  # the same for SNS, whose topics may allow more
@@ -145,7 +144,8 @@ class TaskhawkError(Exception):
 class ConfigurationError(TaskhawkError):
     """A setting, a task's declaration or the infrastructure is wrong: only a person can mend it.
 
-    A worker that meets one at its first receive ends with it; later, it goes on trying.
+    A worker that meets one before a first receive has succeeded ends with it; later, it goes on
+    trying.
     """
 
 
@@ -157,7 +157,7 @@ class ValidationError(TaskhawkError):
 
 
 class MessageTooLarge(ValidationError):
-    """A message is larger than the service takes, attributes included; nothing was sent.
+    """A message is larger than the service takes, attributes included: it was not sent.
 
     :ivar limit: what the service takes, in bytes: 1 MiB on SQS and SQLite, 256 KiB on SNS, or less
         where the queue is set to less
@@ -171,16 +171,18 @@ class MessageTooLarge(ValidationError):
 class TaskNotFound(ValidationError):
     """No task of that name is registered, perhaps as its module was not imported.
 
-    An older worker may meet a newer message, so it is left to the queue's redrive policy too.
+    An older worker may meet a newer message, so a worker leaves such a message to the queue's
+    redrive policy too.
     """
 
 
 class PartialFailure(TaskhawkError):
     """Some entries of a batch were not accepted.
 
-    ``result`` has the lists ``Successful`` and ``Failed``, an entry a message as the service
-    answered it; ``success_count`` and ``failure_count`` are their lengths; ``unsent`` are the
-    messages that were not accepted, in order, ready for :func:`publish`.
+    ``result`` has the lists ``Successful`` and ``Failed``, an entry a message: its ``Id``, and for
+    one that failed the ``Code`` and ``Message`` of the service, if it gave any. ``success_count``
+    and ``failure_count`` are their lengths; ``unsent`` are the messages that were not accepted by a
+    dispatch, in order, ready for :func:`publish`.
     """
 
     def __init__(self, result: dict[str, Any], *args: Any, unsent: Sequence[Message] = ()) -> None:
@@ -206,8 +208,8 @@ class ChildCrashed(TaskhawkError):
 class RetryException(TaskhawkError):
     """Raised by a task: run me again later. It is expected, and logged without a traceback.
 
-    It counts as a retry like any other: the receive count grows, and the queue's redrive policy
-    goes on to count too.
+    It counts as a retry like any other: the receive count grows. With a delay of its own it does
+    not ask the task's retry policy, so that only the queue's redrive policy puts an end to it.
 
     :param args: text; a number in the first place is the delay, as in taskhawk 4.7
     :param delay_seconds: until the next run; None leaves it to the task's retry policy or the queue
@@ -251,13 +253,13 @@ class StopRetry(TaskhawkError):
 
 
 def _require(holds: object, text: str) -> None:
-    """Raise ConfigurationError with this text, unless something holds."""
+    """Raise ConfigurationError with this text, unless the first argument is true."""
     if not holds:
         raise ConfigurationError(text)
 
 
 def _is_number(value: object) -> typing.TypeGuard[float]:
-    """Return whether a value is a number; to Python, True and False are too."""
+    """Return whether a value is a number: not True or False, which Python takes for numbers."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -306,7 +308,7 @@ _Source = tuple[str, Callable[[str], Any]]  # what errors call it, and what read
 
 
 def _conform(rule: str, value: Any) -> Any:
-    """Return a value as its rule wants it; raise ValueError or TypeError if it can't be so.
+    """Return a value as its rule wants it, or raise one of what :meth:`_Settings.read` catches.
 
     Text is as good as the value itself, for an environment variable can be nothing else.
     """
@@ -387,15 +389,15 @@ class _Settings:
                 return dict(zip(names, (key, secret, token), strict=True))
         return {}
 
-    # Django's signal setting_changed calls it too, with the one setting that a test overrides.
     def forget(self, *, setting: str = "AWS_", **_: object) -> None:
         """Read everything anew: after configure(), or as Django's tests override a setting."""
         self.__dict__ = {"given": self.given}
+        # Clients are made with these. Django's tests name the one setting that they override.
         if setting.startswith("AWS_"):
             _brokers.close()
 
     def _sources(self) -> Iterator[_Source]:
-        """Yield where settings may come from, what goes first first."""
+        """Yield where settings may come from, in the order of precedence."""
         yield "configure()", self.given.get
         if path := os.environ.get("SETTINGS_MODULE"):
             module = _import(path, "the module named by SETTINGS_MODULE")
@@ -460,7 +462,7 @@ def configure(obj_or_mapping: object = None, /, **values: Any) -> None:
     environment, in this order.
 
     :param obj_or_mapping: an object with settings as attributes, or a mapping such as Flask's
-        ``app.config``; names that are no settings of taskhawk are left alone
+        ``app.config``; other names are left alone, with a warning if they begin with TASKHAWK_
     :param values: settings by name, ahead of those in `obj_or_mapping`
     :raises ConfigurationError: if a name in `values` is not a setting; a value is looked at when it
         is first used
@@ -583,14 +585,14 @@ class Message:  # noqa: PLW1641 - it may change, so it is no key of a dict
     def __init__(self, data: Mapping[str, Any]) -> None:
         """Check the data, and keep what the format knows: a timestamp as epoch milliseconds."""
         _validate(data, SCHEMA)
-        # Of what the format does not know, nothing is kept, and no task gets to see it.
         metadata = {"priority": "default", **data["metadata"]}
         if isinstance(timestamp := metadata["timestamp"], str):
             moment = datetime.fromisoformat(timestamp)
             since = moment.replace(tzinfo=moment.tzinfo or UTC) - datetime(1970, 1, 1, tzinfo=UTC)
             timestamp = max(0, since // timedelta(milliseconds=1))
         metadata["timestamp"] = int(timestamp)
-        # A list in any case: a tuple is as good to the validator, and JSON has none.
+        # Of what the format does not know, nothing is kept, and no task gets to see it. The
+        # arguments become a list in any case: the validator takes a tuple too, and JSON has none.
         kept = {"args": list(data["args"]), "metadata": {key: metadata[key] for key in _METADATA}}
         self._data = {key: data[key] for key in SCHEMA["required"]} | kept
 
@@ -608,8 +610,12 @@ class Message:  # noqa: PLW1641 - it may change, so it is no key of a dict
         """Make a message for :func:`publish`.
 
         :param task: the name of a registered task
+        :param args: the positional arguments, not checked against the function's signature
+        :param kwargs: the keyword arguments, likewise
         :param msg_id: a new UUID if None
+        :param headers: of any values that JSON can hold
         :raises TaskNotFound: if there is no such task
+        :raises ValidationError: if `msg_id` is empty, or not a string
         """
         Task.find_by_name(task)
         if msg_id is not None:
@@ -650,7 +656,7 @@ class Message:  # noqa: PLW1641 - it may change, so it is no key of a dict
 
         :param receipt: the receipt handle, for the task's metadata; None where no queue has the
             message
-        :raises TaskNotFound: if no such task is registered; whatever the task raises goes on
+        :raises TaskNotFound: if no such task is registered; what the task raises is not caught
         """
         self.task.call(self, receipt)
 
@@ -693,7 +699,7 @@ _DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
 def _encode(message: Message) -> str:
     """Encode a message, or raise the error that names the argument which can't be.
 
-    :raises TypeError: if an argument is of a type that JSON has not
+    :raises TypeError: if an argument is of a type that JSON does not have
     :raises ValidationError: if it is NaN or infinite, or nested too deeply
     """
     try:
@@ -721,10 +727,10 @@ def _sizes(message: Message) -> dict[str, int]:
 def _decode(body: Any) -> Message:
     """Decode a body from the queue; whatever is wrong with it is a ValidationError.
 
-    The body is hostile: no error quotes it, and neither its nesting nor its numbers can do more
-    harm than to be refused.
+    The body is hostile: an error quotes no more of it than 40 characters of a metadata value, and
+    neither its nesting nor its numbers can do more harm than to be refused.
     """
-    # In this order, each sees only what the one before let through.
+    # A body may be anything: that of a malformed record of Lambda is None.
     _validate(body, {"description": "a string of JSON", "type": ["string"]})
     try:
         return Message(_DECODER.decode(body))
@@ -774,10 +780,11 @@ class Metadata(dict[str, Any]):
     def extend_visibility_timeout(self, visibility_timeout_s: float) -> None:
         """Hide the message from others for so many seconds from now, where a queue has it.
 
-        For Lambda: a worker does it by itself.
+        Only of use in Lambda behind SQS: a worker does it by itself.
 
-        :param visibility_timeout_s: 0 to 43,200 seconds
+        :param visibility_timeout_s: 0 to 43,200 seconds; SQS counts 12 hours from the receive
         :raises PartialFailure: if the service refuses, such as for a message no longer in flight
+        :raises ConfigurationError: if the function's role may not change the visibility
         """
         self._received.change_visibility(VisibilityTimeout=visibility_timeout_s)
 
@@ -801,7 +808,7 @@ class AsyncInvocation(Generic[_P]):
         return other
 
     def with_headers(self, /, **headers: Any) -> AsyncInvocation[_P]:
-        """Return an invocation with these headers too; a later one wins over an earlier.
+        """Return an invocation with these headers too; the later value of a name wins.
 
         :param headers: values are anything that JSON can hold. They are in the message, and up to
             ten of them, as strings, are attributes that SNS can filter by.
@@ -821,7 +828,7 @@ class AsyncInvocation(Generic[_P]):
         """Return an invocation whose messages are held back by the queue.
 
         :param delay: seconds, or a timedelta: up to 15 minutes on SQS (its DelaySeconds), any
-            length on SQLite
+            length on SQLite, none on SNS
         :raises TypeError: if it is neither
         :raises ValueError: if it is negative or not finite; dispatch refuses what is too long
         """
@@ -835,11 +842,14 @@ class AsyncInvocation(Generic[_P]):
     def dispatch(self, /, *args: _P.args, **kwargs: _P.kwargs) -> str:
         """Queue a run of the task: one request, and one more at a queue's first use.
 
+        In a :func:`batch` it is queued at the end; with TASKHAWK_SYNC it runs here and now.
+
         :param args: for the function; as JSON can hold them, and Decimals become numbers
         :returns: the message's id, which the task finds in its ``metadata``
         :raises TypeError: if the function can't be called so, or an argument is not JSON
         :raises ValidationError: if an argument can't be sent: NaN, too deep, too large
         :raises ConfigurationError: if the queue is missing or forbidden, or the delay too long
+        :raises Exception: of botocore or sqlite3, if the call fails otherwise: it may be queued
         """
         return publish(self._message(args, kwargs))
 
@@ -850,6 +860,7 @@ class AsyncInvocation(Generic[_P]):
             anything else its only argument
         :returns: how many there were
         :raises PartialFailure: if some were not accepted; no more of `calls` was read then
+        :raises TypeError: and others, as :meth:`dispatch`; earlier calls may be queued by then
         """
 
         def prepare(call: Any) -> _Ready:
@@ -860,7 +871,7 @@ class AsyncInvocation(Generic[_P]):
         # Not map(): there, a StopIteration out of prepare() would pass for the end of `calls`.
         count, ready = 0, (prepare(call) for call in calls)
         while some := list(itertools.islice(ready, _MAX_BATCH)):
-            # Ten are in memory, and no more: `calls` may be a stream that never ends.
+            # Ten are in memory, and no more, unless a batch() is around this: `calls` may be long.
             _publish_all(_collect(some))
             count += len(some)
         return count
@@ -881,7 +892,7 @@ class AsyncInvocation(Generic[_P]):
 
 @functools.lru_cache
 def _takes_task(hook: Callable[..., Any]) -> bool:
-    """Return whether a hook wants the task; remembered, for to look takes long."""
+    """Return whether a hook wants the task; remembered, as looking takes long."""
     parameters = inspect.signature(hook).parameters.values()
     return any(p.name == "task" or p.kind is p.VAR_KEYWORD for p in parameters)
 
@@ -892,7 +903,7 @@ class Task(AsyncInvocation[_P], Generic[_P, _R]):
     Made by :func:`task`, which is where its options are described.
 
     :param fn: the function; a coroutine function is run on an event loop
-    :param priority: of its messages, unless an invocation says so
+    :param priority: of its messages, unless an invocation has another
     :param name: what messages call it by
     :raises ConfigurationError: if a message can't call the function
     """
@@ -922,7 +933,7 @@ class Task(AsyncInvocation[_P], Generic[_P, _R]):
         #: seconds until a run is killed; whether it has a process of its own
         self.time_limit: float | None = None
         self.isolate = False
-        # Tells a module that is read again from another that uses the same name.
+        # Tells a function whose module is read again from a second one of that name in it.
         self.loaded_by = getattr(fn, "__globals__", {}).get("__spec__")
         functools.update_wrapper(self, fn, updated=())
         extra = getattr(fn, "__dict__", {}).items()  # it may have names of ours
@@ -961,7 +972,7 @@ class Task(AsyncInvocation[_P], Generic[_P, _R]):
         :param receipt: the receipt handle; None where no queue has the message
         """
         metadata = Metadata(message, receipt)
-        # A sender can't set these two: what the worker gives goes last.
+        # A sender can't set these two: what the worker gives goes over it.
         given = {"metadata": metadata, "headers": dict(message.headers)}
         kwargs = {**message.kwargs, **{name: given[name] for name in self._given_by_worker}}
         # A context variable: threads and coroutines that copy the context see it too.
@@ -1042,7 +1053,7 @@ def task(
 ) -> Any:
     """Turn a function into a :class:`Task`: ``@task``, or ``@task(priority=Priority.high)``.
 
-    :param priority: of its messages, unless an invocation says so
+    :param priority: of its messages, unless an invocation has another
     :param name: what messages call it by; its module and name if None
     :param retry: gives the seconds from a failed run to the next: :func:`fixed`, :func:`linear`,
         :func:`exponential`, or any function of the attempt (from 1); None leaves it to the queue
@@ -1050,7 +1061,8 @@ def task(
     :param never_retry_on: exceptions that go to the dead letters at once
     :param time_limit: seconds until a worker kills a run, in whatever code it is; it is isolated
     :param isolate: have a worker run it in a process of its own, which may crash
-    :raises ConfigurationError: if a message can't call the function, or its name is taken
+    :raises ConfigurationError: if a message can't call the function, its name is taken, or an
+        option is not as it should be
     """
     options: Any = {"retry": retry, "retry_on": retry_on, "never_retry_on": never_retry_on}
     options |= {"time_limit": time_limit, "isolate": isolate or time_limit is not None}
@@ -1122,12 +1134,16 @@ def _place(fn: Any) -> tuple[str, str, str]:
 
 # --- 6. processing --------------------------------------------------------------------------------
 # process() is the ONE place that decides what becomes of a message. It does no queue I/O: worker
-# and Lambda apply its Outcome. Nothing makes it raise but KeyboardInterrupt. Each run leaves one
-# log record, and neither that nor a hook that reports it can change what was decided.
+# and Lambda apply its Outcome. Nothing makes it raise but KeyboardInterrupt. How a run ended is one
+# log record (of messages that are not valid, one in ten seconds for each kind of error), and an
+# error hook that fails does not change what was decided.
 
 
 class Fate(enum.Enum):
-    """What is to become of a message; the worker or the Lambda function does it."""
+    """What is to become of a message; a worker does it.
+
+    In Lambda, all but the first is a failure, and Lambda decides.
+    """
 
     acknowledge = "acknowledge"  # it is done with: delete it
     retry = "retry"  # make it visible again
@@ -1154,7 +1170,7 @@ def process(received: QueueMessage) -> Outcome:
 
     :param received: from any source; its ``message`` is set once it is known to be valid
     :returns: what to do with it, the error if the run failed, and when to run it again
-    :raises KeyboardInterrupt: and nothing else, also where the task or a hook exits
+    :raises KeyboardInterrupt: and nothing else, even if the task or a hook calls ``sys.exit()``
     """
     began = time.monotonic()
     try:
@@ -1163,14 +1179,14 @@ def process(received: QueueMessage) -> Outcome:
         raise
     except BaseException as error:  # SystemExit and CancelledError too are failed runs
         return _failed(received, error, began)
-    # After a failed run too, for the connection may be why it failed.
     finally:
+        # After a failed run too, for the connection may be why it failed.
         _recycle_django_connections()
     return Outcome(Fate.acknowledge)
 
 
 def _run(received: QueueMessage, began: float) -> None:
-    """Run the hooks and the task; whatever they raise but IgnoreException is the caller's."""
+    """Run the hooks and the task; what they raise goes on, but for a task's IgnoreException."""
     if hook := settings.TASKHAWK_PRE_PROCESS_HOOK:
         hook(**received.hook_kwargs)
     message = _decode(received.body)
@@ -1281,13 +1297,13 @@ def _text_of(error: BaseException | None) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class RetryPolicy:
-    """Gives the seconds to the next run: they grow by factor and step, and end after a number.
+    """Gives the seconds to the next run: they grow by factor and step, up to `max_retries` times.
 
     Made by :func:`fixed`, :func:`linear` and :func:`exponential`. Jitter takes between half of a
     delay and all of it, so that what failed together is spread out:
     https://aws.amazon.com/builders-library/timeouts-retries-and-backoff-with-jitter/
 
-    :raises ConfigurationError: if a number is negative or none
+    :raises ConfigurationError: if a number is negative, or is not a number
     """
 
     base_s: float
@@ -1308,7 +1324,7 @@ class RetryPolicy:
         """Return the delay in seconds after the `attempt`-th run (from 1).
 
         :param attempt: the message's receive count, so that crashes and releases count too
-        :returns: 0 to 43,200, the longest that SQS holds a message back
+        :returns: 0 to 43,200, the longest that SQS hides a message
         :raises StopRetry: if all retries are used up
         """
         if self.max_retries is not None and attempt > self.max_retries:
@@ -1332,8 +1348,9 @@ def _jittered(delay_s: float) -> float:
 def fixed(delay_s: float, max_retries: int | None = None, *, jitter: bool = True) -> RetryPolicy:
     """Return a retry policy of equal delays.
 
-    :param delay_s: seconds from a failed run to the next; with jitter, at least half of it
+    :param delay_s: seconds from a failed run to the next
     :param max_retries: then the dead letters; None leaves that to the queue's maxReceiveCount
+    :param jitter: take a random part of each delay, at least half of it
     """
     return RetryPolicy(delay_s, 1, 0, max_retries, _MAX_HELD_S, jitter)
 
@@ -1348,10 +1365,11 @@ def linear(
 ) -> RetryPolicy:
     """Return a retry policy of delays that grow by `step_s` seconds; see :func:`fixed`.
 
-    :param base_s: seconds from the first failed run to the second; with jitter, at least half of it
+    :param base_s: seconds from the first failed run to the next
     :param step_s: seconds that each delay is longer than the one before
     :param max_retries: then the dead letters; None leaves that to the queue's maxReceiveCount
     :param max_delay_s: the longest delay in seconds
+    :param jitter: take a random part of each delay, at least half of it
     """
     return RetryPolicy(base_s, 1, step_s, max_retries, max_delay_s, jitter)
 
@@ -1366,10 +1384,11 @@ def exponential(
 ) -> RetryPolicy:
     """Return a retry policy of delays that grow by `factor`; see :func:`fixed`.
 
-    :param base_s: seconds from the first failed run to the second; with jitter, at least half of it
+    :param base_s: seconds from the first failed run to the next
     :param factor: how many times longer each delay is than the one before
     :param max_retries: then the dead letters; None leaves that to the queue's maxReceiveCount
     :param max_delay_s: the longest delay in seconds
+    :param jitter: take a random part of each delay, at least half of it
     """
     return RetryPolicy(base_s, factor, 0, max_retries, max_delay_s, jitter)
 
@@ -1420,7 +1439,7 @@ class Refusal(NamedTuple):
     """An entry of a batch call that failed.
 
     `index` is its place among the entries of the call; `code` is the service's, or the type of an
-    exception; `final` says that the entry is at fault: to send it again would help nobody.
+    exception; `final` says not to try again: the entry is at fault, or was tried often enough.
     """
 
     index: int  # type: ignore[assignment]
@@ -1438,9 +1457,9 @@ class QueueInfo(NamedTuple):
 
 
 class Depth(NamedTuple):
-    """How many messages a queue has; SQS says so approximately, and some seconds late.
+    """How many messages a queue has; SQS says so approximately, and a minute late or more.
 
-    `visible` can be received, `in_flight` was received and not deleted, `delayed` was sent with a
+    `visible` can be received, `in_flight` was received and is hidden yet, `delayed` was sent with a
     delay that is not over.
     """
 
@@ -1450,13 +1469,14 @@ class Depth(NamedTuple):
 
 
 class Sender(typing.Protocol):
-    """What publishing needs of a service; most bytes and longest delay are the service's.
+    """What publishing needs of a service, which sets the most bytes and the longest delay.
 
-    ``send`` takes at most ten messages, which are together within `max_bytes`. ``before_fork`` lets
-    go of what a child must not share; in the parent, ``after_fork`` takes it again.
+    ``send`` takes at most ten messages, which are together within `max_bytes`, and returns those
+    that were refused. ``before_fork`` lets go of what a child must not share; in the parent,
+    ``after_fork`` takes it again.
 
-    Calls may come from any thread at once. One that fails as a whole raises, and then nobody can
-    say whether it was done.
+    Calls may come from any thread at once. One that fails as a whole raises; it may have been done
+    all the same.
     """
 
     max_bytes: int
@@ -1533,7 +1553,7 @@ class QueueMessage:
     def delete(self) -> None:
         """Delete the message from its queue, at once.
 
-        For hooks and old code: a worker deletes what it ran by itself, and ten in a call.
+        For hooks and old code: a worker by itself deletes what it has run, ten in a call.
 
         :raises PartialFailure: if the service refuses
         """
@@ -1610,9 +1630,10 @@ def _in_batches(
 def _error_code(error: BaseException) -> str:
     """Return an AWS error's code without its prefix, or the error's type.
 
-    Also of an error that was made of it, whose cause it is.
+    Where an AWS error was turned into another one, it is found as that one's cause.
     """
     origin = error.__cause__ or error
+    # Such as AWS.SimpleQueueService.NonExistentQueue, in the older of SQS's protocols.
     response = getattr(origin, "response", None) or {}
     return str(response.get("Error", {}).get("Code") or type(origin).__name__).rpartition(".")[2]
 
@@ -1648,7 +1669,7 @@ class _Brokers:
 
     def get(self, url: str) -> Any:
         """Return the sender or broker of that name."""
-        # Looked at without the lock first, on the way of each dispatch: to read a dict is safe.
+        # First without the lock, for each dispatch comes by here: reading a dict is safe.
         if (found := self._made.get(url)) is None:
             classes: Any = {"sync": _SyncSender, "sns": SnsSender, "sqs": SqsBroker}
             with self.lock:
@@ -1665,7 +1686,7 @@ class _Brokers:
 
     def before_fork(self) -> None:
         """Let go of what a child must not share."""
-        # No thread is making anything when the process is copied: it would be made by half.
+        # While it is held, no other thread is making anything: the child would have half of it.
         self.lock.acquire()
         for sender in self._made.values():
             sender.before_fork()
@@ -1682,9 +1703,9 @@ class _Brokers:
         self.__init__()  # type: ignore[misc]
 
 
-# For good, once this file is imported: each fork of the process calls them.
 _inherited: list[object] = []
 _brokers = _Brokers()
+# For good, once this file is imported: each fork of the process calls them.
 os.register_at_fork(before=_brokers.before_fork, after_in_parent=_brokers.after_fork)
 os.register_at_fork(after_in_child=_brokers.after_fork_in_child)
 
@@ -1798,7 +1819,7 @@ class _AwsSender(Sender):
         return f"arn:{meta.partition}:{self.service}:{meta.region_name}:{account}:{name}"
 
     def call(self, role: str, operation: str, where: str, **parameters: Any) -> Any:
-        """Make a call to a queue or topic, by the name that botocore has for it."""
+        """Make a call to a queue or topic, by botocore's name for the call."""
         to = {self.target_key: self.url(where, role)}
         with _explained(where):
             return getattr(self.client(role), operation)(**to, **parameters)
@@ -1806,8 +1827,8 @@ class _AwsSender(Sender):
     def _batch(self, role: str, name: str, where: str, entries: Iterable[Any]) -> list[Refusal]:
         """Make a batch call, and return what its answer does not say was done."""
         named = [{"Id": str(index), **entry} for index, entry in enumerate(entries)]
-        # Not all of a batch is done because the call succeeded, and what the answer leaves out was
-        # not.
+        # A call that succeeds may have done a part of its batch only; what its answer leaves out
+        # counts as failed.
         answer = self.call(role, name, where, **{self.entries_key: named})
         done = {entry["Id"] for entry in answer.get("Successful", ())}
         failed = {entry["Id"]: entry for entry in answer.get("Failed", ())}
@@ -1839,7 +1860,7 @@ class SnsSender(_AwsSender):
     max_bytes, max_delay_s = _MAX_SNS_BYTES, 0
 
     def destination(self, priority: Priority) -> str:
-        """Return the topic's ARN; it is made up, for to look it up takes a permission more."""
+        """Return the topic's ARN, put together: looking it up would take another permission."""
         queue = settings.require("TASKHAWK_QUEUE").lower()
         return self.arn(f"taskhawk-{queue}{_SUFFIXES[priority]}")
 
@@ -1847,8 +1868,8 @@ class SnsSender(_AwsSender):
 class SqsBroker(_AwsSender, Broker):
     """Queues on SQS: https://docs.aws.amazon.com/AWSSimpleQueueService/latest/APIReference/.
 
-    URLs and attributes of queues are looked up once. A queue that was made anew, or whose
-    attributes have changed, is seen by a new process.
+    URLs, visibility timeouts and redrive policies of queues are looked up once: only a new process
+    sees that they were changed.
     """
 
     service, target_key, entries_key = "sqs", "QueueUrl", "Entries"
@@ -1894,8 +1915,8 @@ class SqsBroker(_AwsSender, Broker):
         except Exception as error:
             if len(entries) == 1 or _error_code(error) != "BatchRequestTooLong":
                 raise
-        # The queue's limit is lower than the service's, and holds for the sum too: one by one.
         alone = [_in_batches(functools.partial(self.send, destination), [e]) for e in entries]
+        # final: botocore has repeated what failed; to send it again would help nobody.
         return [r[0]._replace(index=i, final=True) for i, r in enumerate(alone) if r]
 
     def receive(
@@ -1907,7 +1928,7 @@ class SqsBroker(_AwsSender, Broker):
         and may miss messages:
         https://docs.aws.amazon.com/AWSSimpleQueueService/latest/SQSDeveloperGuide/
         """
-        # How often it was received, when it was sent, and its group on FIFO and fair queues.
+        # Not by AttributeNames, the older parameter for these, which AWS has discontinued.
         names = ["ApproximateReceiveCount", "SentTimestamp", "MessageGroupId"]
         ask: Any = {"MessageSystemAttributeNames": names, "MessageAttributeNames": ["All"]}
         ask |= {} if lease_s is None else {"VisibilityTimeout": math.ceil(lease_s)}
@@ -1957,7 +1978,8 @@ class SqsBroker(_AwsSender, Broker):
 # The embedded broker, with the semantics of SQS, for any number of processes on one machine. Every
 # change is one transaction that is on the disk (synchronous=FULL) before the call returns. A
 # message is hidden while its visible_ms is ahead: that one column is delay, visibility timeout and
-# retry. A receipt is good until the message is received again.
+# retry. A receipt is good for a delete until the message is received again or moved to the dead
+# letters, and for a change as long as the message is hidden, too.
 
 _SQLITE_SCHEMA = """BEGIN IMMEDIATE;
 CREATE TABLE IF NOT EXISTS message (
@@ -1973,8 +1995,8 @@ _memory_pid = functools.cache(os.getpid)  # the first process that had a queue i
 class SqliteBroker(Broker):
     """Queues in a file; or in memory, for the tests of one process.
 
-    Any number of processes may use a file, on one machine: its locks are no good on a network's
-    file system (https://www.sqlite.org/wal.html).
+    Any number of processes may use a file, on one machine: they share memory, which they can't over
+    a network's file system (https://www.sqlite.org/wal.html).
 
     :param url: ``sqlite:///relative.db``, ``sqlite:////absolute.db`` or ``sqlite://`` (memory), and
         perhaps ``?visibility_timeout_s=30&max_receive_count=5``
@@ -2017,11 +2039,10 @@ class SqliteBroker(Broker):
         options: Any = {"timeout": 30, "isolation_level": "IMMEDIATE", "check_same_thread": False}
         db, deadline = None, time.monotonic() + 30
         try:
-            # WAL: who reads waits for nobody. FULL: a COMMIT that returned outlives a power
-            # failure.
             db = sqlite3.connect(self._path or ":memory:", **options)
             if (version := db.execute("PRAGMA user_version").fetchone()[0]) not in (0, 1):
                 raise sqlite3.OperationalError(f"expected version 1 of its tables, got {version}")
+            # WAL: who reads waits for nobody.
             while True:  # alone of all statements, this one does not wait for other processes
                 try:
                     db.execute("PRAGMA journal_mode = WAL")
@@ -2030,6 +2051,7 @@ class SqliteBroker(Broker):
                     if error.sqlite_errorname != "SQLITE_BUSY" or time.monotonic() > deadline:
                         raise
                     time.sleep(0.01)
+            # FULL: a COMMIT that returned outlives a power failure.
             db.execute("PRAGMA synchronous = FULL")
             db.executescript(_SQLITE_SCHEMA)
         except sqlite3.Error as error:
@@ -2065,7 +2087,7 @@ class SqliteBroker(Broker):
         return math.ceil((self._clock() + seconds) * 1000)
 
     def send(self, destination: str, entries: Sequence[Outgoing]) -> list[Refusal]:
-        """Write the messages in one transaction; what it is given is accepted whole."""
+        """Write the messages in one transaction: all, or none if it raises."""
         insert = "INSERT INTO message VALUES (NULL, ?, ?, ?, ?, ?, ?, 0, NULL)"
         # One transaction, and so one flush of the disk, for up to ten messages.
         with self._lock, self._db as db:
@@ -2079,8 +2101,8 @@ class SqliteBroker(Broker):
     ) -> list[QueueMessage]:
         """Claim messages; wait for the first without holding any lock.
 
-        A look costs some microseconds. The first comes at once, then ever fewer: a message waits 50
-        ms at most, and an idle worker takes next to no CPU.
+        The first look comes at once, the others after pauses that grow: a message waits 50 ms at
+        most, and an idle worker takes next to no CPU.
         """
         deadline, pause_s = time.monotonic() + wait_s, 0.002
         look = "SELECT EXISTS (SELECT 1 FROM message WHERE queue = ? AND visible_ms <= ?)"
@@ -2279,8 +2301,9 @@ def publish(message: Message) -> str:
 
     For messages that could not be sent: ``for message in failure.unsent: publish(message)``.
 
+    :param message: from :meth:`Message.new`; its ``delay_s`` is how long the queue holds it back
     :returns: the message's id
-    :raises TaskhawkError: as :meth:`AsyncInvocation.dispatch`
+    :raises Exception: as :meth:`AsyncInvocation.dispatch`
     """
     for ready in _collect([_prepare(message)]):
         _publish_one(ready)
@@ -2351,8 +2374,8 @@ def _dead_letter_copy(received: QueueMessage, error: BaseException | None, limit
 # --- 11. the worker -------------------------------------------------------------------------------
 # Every thread and process of this file. Pollers receive, slots run tasks (the calling thread is one
 # of them), and one keeper alone changes messages on the queue: so an extension under way never
-# undoes a delay or a delete. One lock, the keeper's, guards all that threads share; no call to the
-# queue is made with it held. Worker.run() is the order of the shutdown.
+# undoes a delay or a delete. One lock, the keeper's, guards the messages held; no call to the queue
+# is made under it. Worker.run() is the order of the shutdown.
 
 _STEPS = {  # the allowed steps of a message; nothing else moves one
     "received": {"started", "released"},
@@ -2369,8 +2392,8 @@ _FLUSH_S = 3  # of the grace, kept for acknowledgements once running tasks are g
 class Ledger:
     """How many messages a worker received, and what became of them.
 
-    Each one received is in exactly one of the others: ``acked`` was deleted after its run,
-    ``retried`` is visible again now or later, ``dead_lettered`` was copied and then deleted,
+    In the end, each one received is in exactly one of the others: ``acked`` was deleted after its
+    run, ``retried`` is visible again now or later, ``dead_lettered`` was copied and then deleted,
     ``released`` was never started, and for ``uncertain`` nobody knows whether its delete was
     applied: it may run again.
     """
@@ -2409,7 +2432,7 @@ class _Held:
     to_delete = property(lambda self: self.end in ("acked", "dead_lettered"))
 
     def move(self, state: str) -> None:
-        """Make a step, if it is an allowed one: no message ends twice, or before it ran."""
+        """Make a step, or raise RuntimeError if _STEPS does not allow it: no message ends twice."""
         if state not in _STEPS.get(self.state, ()):
             raise RuntimeError(f"a message can't go from {self.state} to {state}")
         self.state = state
@@ -2419,8 +2442,8 @@ class _Keeper:
     """The messages that a worker holds, and the one thread that changes them on the queue.
 
     A slot says what is to become of a message, and goes on at once; the keeper has ten of them done
-    in a call. Its client tries once, so an answer that is late never holds the leases up: what
-    failed is due again, a little later.
+    in a call. Its client tries once, so that an answer which does not come holds the leases up for
+    one timeout only: what failed is due again, a little later.
     """
 
     def __init__(self, worker: Worker) -> None:
@@ -2443,8 +2466,7 @@ class _Keeper:
         # SQS counts its 12 hours from a little before `now`.
         times = (lease_s, now + lease_s, now + lease_s / 3, now + _MAX_HELD_S - 10)
         with self.changed:
-            # Held before anything can start it: a message without a lease would be run twice one
-            # day.
+            # Held and waiting in one step: what was started without a lease could run twice.
             taken = [_Held(message, *times) for message in messages]
             self.held += taken
             self.waiting += taken
@@ -2522,7 +2544,8 @@ class _Keeper:
         """Return the most urgent of the changes that are due, and what it is due for.
 
         Leases come first, for one that ends is a message that runs twice; then deletes, whose
-        leases go on until they are done; then delays and releases, which nobody waits for.
+        leases go on until they are done; then delays and releases: without them, the message
+        still shows again at the end of its lease.
         """
         while self.waiting and (self._closed or self._worker.is_over()):
             self.decide(self.waiting.pop(), "released")
@@ -2719,7 +2742,7 @@ class _Child:
         """Kill the process and what it started, also in C code that holds the GIL."""
         with self._lock:
             if self._process and self._process.returncode is None:
-                # The whole group: what the task has started goes with it.
+                # Not reaped yet, so the number is still its own, and its group's.
                 os.killpg(self._process.pid, signal.SIGKILL)
 
     def close(self) -> str:
@@ -2803,7 +2826,7 @@ def _serve_worker(number: int, worker: int) -> int:
 
 @contextlib.contextmanager
 def _signals_to(seen: list[int]) -> Iterator[None]:
-    """Note SIGTERM and SIGINT, where nobody else handles them; a second one kills.
+    """Note SIGTERM and SIGINT, where nobody else handles them; a second one has its default effect.
 
     A handler runs between any two instructions of the main thread, so ours does no more than to
     append to a list, and to put back what was there before.
@@ -2844,7 +2867,7 @@ def _find_lease_s(broker: Broker, queue: str, wanted_s: float | None) -> tuple[f
 
 
 def _are_empty(broker: Broker, queues: Sequence[str]) -> bool:
-    """Return whether the queues hold nothing at all; a doubt is a no."""
+    """Return whether the queues hold nothing at all; a fault is a no, a denied look a yes."""
     try:
         return not any(any(broker.depth(queue)) for queue in queues)
     except Exception as error:  # a fault is no reason to end, but what nobody may know is
@@ -2867,7 +2890,8 @@ class Worker:
     """Runs the messages of some queues, most urgent first, until it is stopped.
 
     The options are those of :func:`listen_for_messages`; time is passed in by `clock`, and `wait_s`
-    is how long a poll may take. One worker runs once.
+    is how long a poll may take. Where runs go on after `grace_s`, `on_overdue` is called with the
+    ledger. `liveness_file` is touched after each poll and round of leases. One worker runs once.
     """
 
     broker: Broker
@@ -3049,8 +3073,7 @@ class Worker:
                     pause_s = _jittered(min(0.5 * 2 ** min(failures, 10), _MAX_BACKOFF_S))
                     self._wait(lambda: None, self.clock() + pause_s)
                     continue
-                # From here on the keeper has the leases; what came in is never only in this
-                # thread's hands.
+                # At once: from here on the keeper extends the leases.
                 self._keeper.take(messages, lease_s)
                 if failures:
                     _log.info("%s: receives again after %d failures", queue, failures)
@@ -3120,8 +3143,8 @@ def _queues_of(priority: Priority | Iterable[Priority]) -> list[str]:
 def extend_visibility_timeout(priority: Priority, receipt: str, visibility_timeout_s: int) -> None:
     """Hide a message of a queue from others for so many seconds from now.
 
-    A worker does it by itself, for as long as a task runs: this is for code that was written for
-    1.4.
+    A worker does it by itself for as long as a task runs: this is for code that was written for
+    taskhawk 1.4.
 
     :param priority: says which queue
     :param receipt: the receipt handle, which a task finds in its metadata
@@ -3154,8 +3177,8 @@ def process_messages_for_lambda_consumer(
         (https://docs.aws.amazon.com/lambda/latest/dg/services-sqs-errorhandling.html)
     :returns: None, or with `partial_batch` what Lambda wants to know: ``{"batchItemFailures":
         [...]}``
-    :raises ValidationError: if the event has no records; of a record that is malformed, as of one
-        whose run failed
+    :raises ValidationError: if the event has no records; a record that is malformed is a failed run
+        with this error
     :raises Exception: the failed run's, or an ExceptionGroup of several
     """
     records = lambda_event.get("Records") if isinstance(lambda_event, Mapping) else None
@@ -3400,7 +3423,7 @@ def requeue_dead_letter(
         names
     :param num_messages: how many to receive at once, up to 10
     :param visibility_timeout: seconds that a copied message is hidden; None takes the queue's own
-    :returns: how many were sent back
+    :returns: how many were sent back; 0, with a warning, where IS_LAMBDA_APP is set
     :raises ConfigurationError: if the queue has no dead-letter queue
     :raises PartialFailure: if some were not; they are still among the dead letters
     """
@@ -3441,6 +3464,7 @@ def _depth_lines(
     """Draw what :func:`_depths` found; with what it found some seconds before, also the trend."""
     yield f"{'':10}{'visible':>10}{'in flight':>11}{'delayed':>9}{'dead letters':>14}"
     queued = {name: [d[kind] for kind in Depth._fields] for name, d in depths.items() if d}
+    # A mark for each message, as long as no queue has more than 30; then shares of 30.
     scale = 30 / max([30, *map(sum, queued.values())])
     for name, counts in depths.items():
         if counts is None:
@@ -3467,6 +3491,7 @@ _GRANTS = [  # the least that each role needs, on topics, queues and dead-letter
     ("publisher", "aws_sqs_queue", _SEND),
     ("worker", "aws_sqs_queue", f"{_RECEIVE} sqs:GetQueueUrl"),
     ("worker", "DLQ", _SEND),
+    # No sqs:GetQueueUrl: the URL is put together from the event's ARN.
     ("lambda", "aws_sqs_queue", _RECEIVE),
     ("operator", "aws_sqs_queue", f"{_SEND} sqs:GetQueueAttributes"),
     ("operator", "DLQ", f"{_RECEIVE} sqs:GetQueueUrl"),
@@ -3504,6 +3529,7 @@ def _terraform(resources: Iterable[_Resource]) -> dict[str, Any]:
         label = name.lower().replace("-", "_")
         made.setdefault(kind, {})[label] = wanted
         if function := wanted.get("endpoint"):
+            # Besides its subscription: the function's own policy must let SNS call it.
             allowed = {"action": "lambda:InvokeFunction", "principal": "sns.amazonaws.com"}
             allowed |= {"function_name": function, "source_arn": wanted["topic_arn"]}
             made.setdefault("aws_lambda_permission", {})[label] = allowed
@@ -3691,10 +3717,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     :param argv: the arguments; those of the process if None
-    :returns: the exit code
+    :returns: the exit code: 0 done, 1 failed, 2 wrong usage or configuration, 130 interrupted
+    :raises SystemExit: for ``--help``, ``--version`` and arguments that argparse refuses
     """
     argv = sys.argv[1:] if argv is None else argv
-    # Before all else: logging and arguments are the worker's.
+    # A worker's child, before all else: the worker gives its arguments and takes its logs.
     if argv[:1] == ["_child"]:
         return _serve_worker(*map(int, argv[1:]))
     arguments = _parser().parse_args(argv)
@@ -3757,7 +3784,7 @@ class _DemoWorker(Worker):
     """A worker that prints what became of each message."""
 
     def settle(self, held: _Held, outcome: Outcome) -> None:
-        """Print what became of a message, as it becomes it."""
+        """Do what the outcome says, then print it."""
         super().settle(held, outcome)
         names = {Fate.acknowledge: "ran", Fate.retry: "failed", Fate.dead_letter: "dead-lettered"}
         then = f": {outcome.error}" if outcome.error else ""
@@ -3849,6 +3876,7 @@ def _listen(arguments: Any) -> bool:
 def _exit_overdue(ledger: Ledger) -> None:
     """End at once, for a task still runs: its message is visible again when its lease ends."""
     print(ledger, flush=True)
+    # Not sys.exit(): the worker calls this in a thread of its own, and only that would end.
     os._exit(1)
 
 
@@ -3944,7 +3972,7 @@ def _stats(arguments: Any) -> None:
     before: Mapping[str, Any] = {}
     tty, seconds = sys.stdout.isatty(), arguments.interval
     clear = "\x1b[H\x1b[2J" * (tty and arguments.watch and not arguments.json)
-    # Ctrl-C is how one stops to watch, and no error.
+    # Ctrl-C is how one stops watching, and no error.
     with contextlib.suppress(KeyboardInterrupt):
         while True:
             depths = _depths()
