@@ -126,9 +126,32 @@ _DEFAULT_LEASE_S = 30  # the visibility timeout of a queue that sets none
 _ERROR_ATTRIBUTE = "taskhawk.error"  # says why the worker dead-lettered a message
 _MAX_ERROR_BYTES = 16_384  # of that attribute: enough for a traceback, little against 1 MiB
 
-_log = logging.getLogger(__name__)
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
+
+
+class _Log(logging.LoggerAdapter):  # type: ignore[type-arg]
+    """Logs, and goes on where it can't: a filter that fails must not end a worker or undo a run."""
+
+    def process(self, msg: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Leave `extra` to each call."""
+        return msg, kwargs
+
+    def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
+        """Log; as its place, a record has the line that called us, three frames up."""
+        if self.isEnabledFor(level):
+            self.safely(super().log, level, msg, *args, stacklevel=3, **kwargs)
+
+    def safely(self, call: Callable[..., object], *args: object, **kwargs: Any) -> None:
+        """Make a call of logging; print an error to stderr, as logging does for its handlers."""
+        try:
+            call(*args, **kwargs)
+        except Exception:
+            if logging.raiseExceptions:
+                traceback.print_exc()
+
+
+_log = _Log(logging.getLogger(__name__), {})
 
 
 # --- 2. errors ------------------------------------------------------------------------------------
@@ -2372,10 +2395,10 @@ def _dead_letter_copy(received: QueueMessage, error: BaseException | None, limit
 
 
 # --- 11. the worker -------------------------------------------------------------------------------
-# Every thread and process of this file. Pollers receive, slots run tasks (the calling thread is one
-# of them), and one keeper alone changes messages on the queue: so an extension under way never
-# undoes a delay or a delete. One lock, the keeper's, guards the messages held; no call to the queue
-# is made under it. Worker.run() is the order of the shutdown.
+# Every thread and process of this file that outlives a call. Pollers receive, slots run tasks (the
+# calling thread is one of them), and one keeper alone changes messages on the queue: so an
+# extension under way never undoes a delay or a delete. One lock, the keeper's, guards the messages
+# held; no call to the queue is made under it. Worker.run() is the order of the shutdown.
 
 _STEPS = {  # the allowed steps of a message; nothing else moves one
     "received": {"started", "released"},
@@ -2711,7 +2734,7 @@ class _Child:
                 return Outcome(Fate(fate), error, delay_s)
             record = logging.makeLogRecord(frame)
             if (logger := logging.getLogger(record.name)).isEnabledFor(record.levelno):
-                logger.handle(record)
+                _log.safely(logger.handle, record)
         return None
 
     def _ensure_process(self) -> None:

@@ -8931,6 +8931,39 @@ class TestWorker:
         assert worker.run() == taskhawk.Ledger(received=2, acked=2)
         assert overdue == [False]
 
+    @pytest.mark.parametrize("told", [True, False])
+    def test_filter_fails(self, worker_broker, caplog, capsys, monkeypatch, told):
+        """A filter of the application that fails on our log records changes nothing but the log."""
+        monkeypatch.setattr(logging, "raiseExceptions", told)
+        caplog.set_level(logging.DEBUG, "taskhawk")
+
+        @taskhawk.task
+        def fine() -> None:
+            pass
+
+        @taskhawk.task
+        def broken() -> None:
+            raise ValueError
+
+        def no_request(record: logging.LogRecord) -> bool:
+            raise AttributeError("no request")
+
+        worker_broker.put(fine, ())
+        worker_broker.put(broken, ())
+        logging.getLogger("taskhawk").addFilter(no_request)
+        try:
+            ledger = worker_broker.work(loop_count=1, num_messages=2)
+        finally:
+            logging.getLogger("taskhawk").removeFilter(no_request)
+        assert ledger == taskhawk.Ledger(received=2, acked=1, retried=1)
+        assert ("AttributeError: no request\n" in capsys.readouterr().err) is told
+
+    def test_log_place(self, caplog):
+        """A log record has the place in this file where it was made."""
+        taskhawk.configure(TASKHAWK_HEARTBEAT_HOOK=lambda: 1 / 0)
+        taskhawk._call_safely("TASKHAWK_HEARTBEAT_HOOK")
+        assert [record.funcName for record in caplog.records] == ["_call_safely"]
+
     def test_heartbeat_fails(self, worker_broker, caplog):
         """A heartbeat hook that fails is logged, no more."""
         taskhawk.configure(TASKHAWK_HEARTBEAT_HOOK=lambda: 1 / 0)
@@ -10770,6 +10803,20 @@ class TestIsolation:
         assert (record.getMessage(), record.levelname) == ("from afar", "WARNING")
         assert (record.order, record.thing) == (8, "<Logger isolated (WARNING)>")
         assert record.process != os.getpid()
+
+    def test_filter_fails(self, isolated_jobs, capsys):
+        """A filter that fails on a record of the task's changes nothing but the log."""
+
+        def no_request(record: logging.LogRecord) -> bool:
+            raise AttributeError("no request")
+
+        logging.getLogger("isolated").addFilter(no_request)
+        try:
+            isolated_jobs.log.dispatch()
+            assert isolated_work() == taskhawk.Ledger(received=1, acked=1)
+        finally:
+            logging.getLogger("isolated").removeFilter(no_request)
+        assert "AttributeError: no request\n" in capsys.readouterr().err
 
     def test_log_like_an_answer(self, isolated_jobs, caplog):
         """Whatever a log record carries, it is not taken for the end of a run."""
