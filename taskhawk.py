@@ -2963,9 +2963,10 @@ class Worker:
         pollers = [make(args=(self._poll, queue)) for queue in self.queues]
         slots = [make(args=(self._work,)) for _ in range(self.concurrency - 1)]
         with _signals_to(self._signals):
-            for thread in (self._keeper.thread, *pollers, *slots, make(args=(self._watch,))):
-                thread.start()
+            self._keeper.thread.start()
             try:
+                for thread in (*pollers, *slots, make(args=(self._watch,))):
+                    thread.start()
                 self._work()
                 while any(slot.is_alive() for slot in slots) and not self._abandoned.is_set():
                     time.sleep(_TICK_S)
@@ -2974,7 +2975,7 @@ class Worker:
                     self._stop.set()
                     self._changed.notify_all()
                 # Wait the polls in flight out: what an abandoned one receives, nobody runs.
-                for poller in pollers:
+                for poller in filter(threading.Thread.is_alive, pollers):
                     poller.join()
                 # Release only now, or our own poll would take it again; leases end last.
                 self._keeper.close()

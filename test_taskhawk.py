@@ -9221,6 +9221,20 @@ class TestWorker:
         thread.join(WORKER_PATIENCE_S)
         assert (during, ledgers) == ([before], [taskhawk.Ledger(received=1, acked=1)])
 
+    @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a stack may not count")
+    def test_thread_that_cannot_start(self, tmp_path):
+        """Where one of its threads can't start, no other goes on to receive: the worker ends."""
+        code = """if True:
+            import resource, threading, taskhawk
+            gigabyte = threading.stack_size(1 << 30) or 1 << 30
+            resource.setrlimit(resource.RLIMIT_AS, (2 * gigabyte + gigabyte // 2,) * 2)
+            try:
+                taskhawk.listen_for_messages(taskhawk.Priority)
+            except RuntimeError as error:
+                print(error, [thread.name for thread in threading.enumerate()])"""
+        env = {"TASKHAWK_BROKER": f"sqlite:///{tmp_path}/queue.db"}
+        assert run_python(code, env=env).stdout == "can't start new thread ['MainThread']\n"
+
     @pytest.mark.slow
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
     def test_signal(self, worker_shared, number, tmp_path):
