@@ -1033,6 +1033,17 @@ def current_task() -> Metadata | None:
     return _current.get()
 
 
+@contextlib.contextmanager
+def _one_event_loop() -> Iterator[None]:
+    """Keep one event loop for all coroutines of this thread, made for the first of them."""
+    _slot.loop = None
+    try:
+        yield
+    finally:
+        if loop := vars(_slot).pop("loop"):
+            loop.close()
+
+
 def _run_coroutine(coroutine: Any) -> None:
     """Run a coroutine to its end, on the event loop of this thread's slot if it has one."""
     import asyncio
@@ -1774,7 +1785,9 @@ def _explained(where: str) -> Iterator[None]:
         code = _error_code(error)
         for codes, remedy in _REMEDIES.items():
             if re.fullmatch(codes, code):
-                text = remedy.format(operation=getattr(error, "operation_name", ""))
+                # IAM has no actions of their own for batches.
+                operation = getattr(error, "operation_name", "").removesuffix("Batch")
+                text = remedy.format(operation=operation)
                 raise ConfigurationError(f"{where}: {text} ({code})") from error
         raise
 
@@ -2394,6 +2407,20 @@ def _dead_letter_copy(received: QueueMessage, error: BaseException | None, limit
     return received.copy(attributes)
 
 
+def _dead_letter(broker: Broker, received: QueueMessage, error: BaseException | None) -> bool:
+    """Send a copy to the dead-letter queue; return whether it is there, or log why it is not."""
+    try:
+        target = broker.info(received.queue or "").dead_letter_queue
+        _require(target, "it has no dead-letter queue")
+        copy = _dead_letter_copy(received, error, broker.max_bytes)
+        _accepted(broker.send(target or "", [copy]))
+    except Exception as failure:  # the message is still in its queue, which may redrive it
+        text = "%s: message %s can't be dead-lettered and is left to the queue: %s"
+        _log.warning(text, received.queue, received.message_id, failure)
+        return False
+    return True
+
+
 # --- 11. the worker -------------------------------------------------------------------------------
 # Every thread and process of this file that outlives a call. Pollers receive, slots run tasks (the
 # calling thread is one of them), and one keeper alone changes messages on the queue: so an
@@ -2461,6 +2488,24 @@ class _Held:
         self.state = state
 
 
+class _Faults:
+    """Logs when something begins to fail and when it works again, and not each failure between."""
+
+    def __init__(self) -> None:
+        """Have seen no failure yet; each key is of one thread."""
+        self._counts: dict[tuple[str, str], int] = {}
+
+    def note(self, queue: str, what: str, error: object) -> int:
+        """Note a failure, or none, and return how many there were one after another."""
+        before = self._counts.get((queue, what), 0)
+        self._counts[queue, what] = now = before + 1 if error else 0
+        if now == 1:
+            _log.warning("%s: can't %s, goes on trying: %s", queue, what, error)
+        elif before and not now:
+            _log.info("%s: can %s again; tries that failed: %d", queue, what, before)
+        return now
+
+
 class _Keeper:
     """The messages that a worker holds, and the one thread that changes them on the queue.
 
@@ -2480,8 +2525,9 @@ class _Keeper:
         self.waiting: list[_Held] = []  # those of it that are to be started, the most urgent first
         self._leases = True  # until ChangeMessageVisibility is denied
         self._closed = False  # nothing will be added or finished any more
+        self.gives_up_at = math.inf  # when it ends, once closed, whatever is not done by then
         self._looks_at = 0.0  # when the keeper will look for what is due, if nobody wakes it
-        self.thread = threading.Thread(target=self._run, name="taskhawk keeper", daemon=True)
+        self.thread = threading.Thread(target=worker.guard, args=(self._run,), daemon=True)
 
     def take(self, messages: Sequence[QueueMessage], lease_s: float) -> None:
         """Hold received messages from now on."""
@@ -2506,6 +2552,21 @@ class _Keeper:
         running = len(self.held) - ended
         return not self.waiting and running < self._worker.concurrency and ended < 2 * _MAX_BATCH
 
+    def start_next(self) -> _Held | None:
+        """Return the most urgent of the messages that wait, started, or None if there is none.
+
+        Called with the condition held, so that no two slots get the same.
+        """
+        while self.waiting:
+            held = self.waiting[0]
+            # A call that hangs may have kept the keeper from seeing it.
+            if self._leases and held.lease_until <= self._worker.clock():
+                self._lose(held, "its lease ended while it waited")
+                continue
+            held.move("started")
+            return self.waiting.pop(0)
+        return None
+
     def decide(self, held: _Held, end: str, visible_in_s: float | None = 0) -> None:
         """Note what a message is to become; None leaves it to its visibility timeout."""
         with self.changed:
@@ -2528,25 +2589,33 @@ class _Keeper:
             if not self.waiting or held.due_at < self._looks_at:
                 self.due.notify()
 
-    def close(self) -> None:
-        """See through all that is decided, and end the thread; what still runs is left to run."""
+    def close(self, within_s: float | None = None) -> None:
+        """See through all that is decided, and end the thread; what still runs is left to run.
+
+        :param within_s: how long to wait for that; None waits until leases end, or it gives up
+        """
         with self.changed:
             self._closed = True
             self.due.notify()
-        self.thread.join()
+        self.thread.join(within_s)
+        with self.changed:
+            for held in [held for held in self.held if held.end]:
+                self._close(held, "uncertain" if held.to_delete else held.end)
 
     def _run(self) -> None:
         """Make one call after another, each for what is due of one queue."""
         while not self._closed or self.waiting or any(held.end for held in list(self.held)):
             with self.changed:
                 now = self._worker.clock()
+                if self._closed and now >= self.gives_up_at:
+                    return
                 kind, due = self._due(now)
                 if not due:
-                    first = min([now + _TICK_S, *(held.due_at for held in self.held)])
-                    self._looks_at = max(first, now + 0.001)
+                    times = (time for held in self.held for time in (held.due_at, held.renew_at))
+                    self._looks_at = min([now + _TICK_S, *(time for time in times if time > now)])
                     self.due.wait(self._looks_at - now)
                     continue
-                queue, broker = due[0].message.queue, self._worker.broker
+                queue, broker = due[0].message.queue or "", self._worker.broker
                 batch = [held for held in due if held.message.queue == queue][:_MAX_BATCH]
                 entries: list[Any] = [held.message.receipt_handle for held in batch]
                 call: Any = broker.delete
@@ -2560,7 +2629,9 @@ class _Keeper:
                     self._note(kind, held, refused.get(index), now)
                 if len(self.held) >= _MAX_BATCH:  # pollers may have waited for it
                     self.changed.notify_all()
-            if kind == "extend":
+            faults = [refusal for refusal in refused.values() if not refusal.final]
+            self._worker.faults.note(queue, kind, faults and faults[0].text)
+            if kind == "extend leases" and len(faults) < len(batch):
                 self._worker.beat()
 
     def _due(self, now: float) -> tuple[str, list[_Held]]:
@@ -2577,34 +2648,34 @@ class _Keeper:
         for held in [h for h in leased if h.renew_at <= now and h.last_at - now < 1]:
             self._lose(held, "it was received 12 hours ago")
         if renewals := [held for held in leased if held.renew_at <= now]:
-            return "extend", renewals
+            return "extend leases", renewals
         # What was refused is not tried before its time only because others are due.
         deletes = [h for h in self.held if h.to_delete and (h.due_at <= now or not h.tries)]
         full = len(deletes) >= _MAX_BATCH or all(held.end for held in self.held)
         if deletes and (full or any(held.due_at <= now for held in deletes)):
             return "delete", deletes
-        return "delay", [h for h in self.held if h.end and not h.to_delete and h.due_at <= now]
+        return "set delays", [h for h in self.held if h.end and not h.to_delete and h.due_at <= now]
 
     def _note(self, kind: str, held: _Held, refusal: Refusal | None, now: float) -> None:
         """Note the answer for a message; what the service is at fault for is tried again."""
         # `now` is when the call was made: a delete after the lease's end proves nothing.
         late = now >= held.lease_until
         again = refusal and not (refusal.final or late)
-        # Slots went on while the call was under way.
-        if kind == "extend" and held.renew_at == math.inf:
-            return  # its run ended meanwhile: a delay or release comes next
-        if kind == "extend" and not refusal:
+        # Slots went on while the call was under way: a run that ended has its delay come next.
+        if held.state not in _STEPS or (kind == "extend leases" and held.renew_at == math.inf):
+            return
+        if kind == "extend leases" and not refusal:
             held.lease_until = min(now + held.hide_s, held.last_at)
             held.renew_at = min(now + held.hide_s / 3, held.last_at - 1)
-        elif kind == "extend" and again:
+        elif kind == "extend leases" and again:
             # A dozen tries are left until the lease ends.
             held.renew_at = now + held.hide_s / 20
-        elif kind == "extend" and refusal and refusal.code.startswith("AccessDenied"):
+        elif kind == "extend leases" and refusal and refusal.code.startswith("AccessDenied"):
             if self._leases:  # the policies of 1.4's workers lack the permission
                 text = "ChangeMessageVisibility is denied, long tasks may run twice: %s"
                 _log.error(text, refusal.text)
             self._leases = False
-        elif kind == "extend" and refusal:
+        elif kind == "extend leases" and refusal:
             self._lose(held, refusal.text)
         elif again:
             held.tries += 1
@@ -2631,6 +2702,7 @@ class _Keeper:
         held.move(end)
         self.held.remove(held)
         setattr(self.ledger, end, getattr(self.ledger, end) + 1)
+        self._worker.unanswered |= self._closed and end == "uncertain"
 
 
 def _start_of_children(*, everything: bool) -> dict[str, Any]:
@@ -2698,6 +2770,7 @@ class _Child:
         outcome, why = None, ""
         try:
             self._ensure_process()
+            began = time.monotonic()  # the imports of a new process are not the run's
             if task.time_limit:
                 limit.start()
             # Nobody would kill what begins after the end of the grace.
@@ -2708,7 +2781,7 @@ class _Child:
         if limit.ident:  # it was started, and must not kill the next process
             limit.join()
         self._left -= 1
-        late = task.time_limit and time.monotonic() - began >= task.time_limit
+        late = limit.ident and time.monotonic() - began >= (task.time_limit or 0)
         if not outcome or late or not self._left:
             why = self.close() or why
         if outcome or self._given_up.is_set():
@@ -2722,16 +2795,22 @@ class _Child:
     def _ask(self, received: QueueMessage) -> Outcome | None:
         """Have a message run, and return how it ended, or None if the process did."""
         self._send({k: v for k, v in vars(received).items() if k not in ("broker", "message")})
+        if (answer := self._answer()) is None:
+            return None
+        fate, delay_s, *raised = answer
+        error: BaseException | None = None
+        if raised:  # an error of the same name, with the trace
+            name, text, trace = raised
+            error = type(name, (TaskhawkError,), {})(text)
+            error.add_note(trace)
+        return Outcome(Fate(fate), error, delay_s)
+
+    def _answer(self) -> list[Any] | None:
+        """Return the process's next answer, once the log records before it are handled."""
         while (line := self._lines.readline()).endswith(b"\n"):
             frame = json.loads(line)
             if isinstance(frame, list):
-                fate, delay_s, *raised = frame
-                error: BaseException | None = None
-                if raised:  # an error of the same name, with the trace
-                    name, text, trace = raised
-                    error = type(name, (TaskhawkError,), {})(text)
-                    error.add_note(trace)
-                return Outcome(Fate(fate), error, delay_s)
+                return frame
             record = logging.makeLogRecord(frame)
             if (logger := logging.getLogger(record.name)).isEnabledFor(record.levelno):
                 _log.safely(logger.handle, record)
@@ -2757,6 +2836,7 @@ class _Child:
             self._process = subprocess.Popen(command, **options)  # noqa: S603 - it is this file
         self._send(self._start)
         self._left = self._max_tasks
+        self._answer()  # an empty one: it has imported the tasks
 
     def _send(self, value: object) -> None:
         self._socket.sendall(json.dumps(value, default=str).encode() + b"\n")
@@ -2788,9 +2868,19 @@ class _Child:
 
 def _add_task(record: logging.LogRecord) -> bool:
     """Note in a log record the task that it was made in; a filter of handlers."""
-    if (task := current_task()) and not hasattr(record, "task"):
-        vars(record).update(task=task.task, id=task.id, attempt=task.attempt)
+    if task := current_task():
+        for name in ("task", "id", "attempt"):  # but what the record has of its own stays
+            vars(record).setdefault(name, getattr(task, name))
     return True
+
+
+def _to_line(values: Mapping[str, Any]) -> str:
+    """Return an object of JSON, of a log record, whose values may be anything."""
+    try:
+        return json.dumps(values, default=str, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):  # a key that is no text, NaN, a circle
+        plain = {k: v if isinstance(v, int | str | None) else repr(v) for k, v in values.items()}
+        return json.dumps(plain)
 
 
 class _LineFormatter(logging.Formatter):
@@ -2801,9 +2891,10 @@ class _LineFormatter(logging.Formatter):
         _add_task(record)
         super().format(record)  # notes the text and the traceback in the record
         text = {"msg": record.message, "args": None, "exc_info": None}
-        return json.dumps(vars(record) | text, default=str)
+        return _to_line(vars(record) | text)
 
 
+@_one_event_loop()
 def _serve_worker(number: int, worker: int) -> int:
     """Run messages for a worker's slot: what ``python -m taskhawk _child`` does."""
     for each in (signal.SIGINT, signal.SIGTERM):  # they are the worker's to handle
@@ -2831,20 +2922,20 @@ def _serve_worker(number: int, worker: int) -> int:
 
         nothing = os.open(os.devnull, os.O_RDWR)
         os.register_at_fork(after_in_child=leave)
-        line = lines.readline()  # first: imports may log more than the socket holds
         for module in start["modules"]:
             importlib.import_module(module)
         broker = _brokers.broker() if settings.TASKHAWK_BROKER != "sqlite://" else None
-        while line:
+        answer: list[Any] = []  # the first says that we are ready
+        while True:
+            with handler.lock:  # any thread writes log records
+                print(json.dumps(answer), file=answers, flush=True)
+            if not (line := lines.readline()):
+                return 0
             outcome = process(QueueMessage(**json.loads(line), broker=broker))
             answer = [outcome.fate.value, outcome.delay_s]
             if error := outcome.error:
                 trace = "".join(traceback.format_exception(error))
                 answer += [type(error).__name__, _text_of(error), trace]
-            with handler.lock:  # any thread writes log records
-                print(json.dumps(answer), file=answers, flush=True)
-            line = lines.readline()
-    return 0
 
 
 @contextlib.contextmanager
@@ -2883,9 +2974,10 @@ def _find_lease_s(broker: Broker, queue: str, wanted_s: float | None) -> tuple[f
         # A timeout of 0 would show to all what was just received: then ours is asked for.
         if (lease_s := broker.info(queue).visibility_timeout_s) >= 1:
             return lease_s, None
-    except Exception as error:  # if it is fatal, the receive says so
-        if (code := _error_code(error)).startswith("AccessDenied"):  # as 1.4's policies did
-            _log.warning("%s: can't read its attributes: %s", queue, code)
+    except Exception as error:
+        if not (code := _error_code(error)).startswith("AccessDenied"):  # as 1.4's policies do
+            raise
+        _log.warning("%s: can't read its attributes: %s", queue, code)
     return _DEFAULT_LEASE_S, _DEFAULT_LEASE_S
 
 
@@ -2941,10 +3033,13 @@ class Worker:
         lease_s = self.visibility_timeout_s
         text = f"visibility_timeout_s: expected 1 to {_MAX_HELD_S} seconds, got {lease_s}"
         _require(lease_s is None or 1 <= lease_s <= _MAX_HELD_S, text)
-        self.wait_s = min(self.wait_s, 1) if self.until_empty else self.wait_s
+        # A poll in flight is waited out, so that it must end before the grace does.
+        longest_s = math.inf if self.grace_s is None else self.grace_s - _FLUSH_S - 1
+        self.wait_s = min(self.wait_s, 1 if self.until_empty else max(1, longest_s))
         self._start = _start_of_children(everything=self.isolate)
         self.beat = functools.partial(_beat, self.liveness_file)
-        self._keeper = _Keeper(self)
+        self.faults, self._keeper = _Faults(), _Keeper(self)
+        self.unanswered = False  # whether a delete was not known to be applied at the end
         self._changed, self.ledger = self._keeper.changed, self._keeper.ledger
         # Guarded by the keeper's condition: pollers that have not ended, and messages started.
         self._polling, self._started = len(self.queues), 0
@@ -2959,7 +3054,7 @@ class Worker:
     def run(self) -> Ledger:
         """Work until stopped; the order of the shutdown is the order of these lines."""
         # Daemons, for a second signal waits for none.
-        make = functools.partial(threading.Thread, target=self._guard, daemon=True)
+        make = functools.partial(threading.Thread, target=self.guard, daemon=True)
         pollers = [make(args=(self._poll, queue)) for queue in self.queues]
         slots = [make(args=(self._work,)) for _ in range(self.concurrency - 1)]
         with _signals_to(self._signals):
@@ -2971,14 +3066,16 @@ class Worker:
                 while any(slot.is_alive() for slot in slots) and not self._abandoned.is_set():
                     time.sleep(_TICK_S)
             finally:
+                # A second signal ends at once.
+                hurried = self._signals and isinstance(sys.exc_info()[1], KeyboardInterrupt)
                 with self._changed:
                     self._stop.set()
                     self._changed.notify_all()
                 # Wait the polls in flight out: what an abandoned one receives, nobody runs.
                 for poller in filter(threading.Thread.is_alive, pollers):
-                    poller.join()
+                    poller.join(0 if hurried else None)
                 # Release only now, or our own poll would take it again; leases end last.
-                self._keeper.close()
+                self._keeper.close(1 if hurried else None)
                 self._ended.set()
         if self._fatal:
             raise self._fatal
@@ -3013,28 +3110,32 @@ class Worker:
         while not self._is_told() and not self._ended.wait(_TICK_S):
             pass
         self._stop.set()
-        if self.grace_s is None or self._ended.wait(max(0, self.grace_s - _FLUSH_S)):
+        if self.grace_s is None:
+            return
+        flush_s = min(_FLUSH_S, self.grace_s / 2)
+        if self._ended.wait(self.grace_s - flush_s):
             return
         self.overdue.set()
+        self._keeper.gives_up_at = self.clock() + flush_s
         for child in self._children:
             child.kill()
-        if not self._ended.wait(_FLUSH_S / 2):
+        if not self._ended.wait(flush_s / 2):
             if self.on_overdue:  # it ends the process: before run() returns, and not beside it
-                self._keeper.close()
+                self._keeper.close(flush_s / 2)
                 self.on_overdue(self.ledger)
             self._abandoned.set()
 
-    def _guard(self, work: Callable[..., None], *args: Any) -> None:
+    def guard(self, work: Callable[..., None], *args: Any) -> None:
         """Do the work of a thread; its error ends the worker, and the caller gets it."""
         try:
             work(*args)
         except BaseException as error:  # such as a KeyboardInterrupt of a task, for the caller
             self._fatal = error
 
+    @_one_event_loop()
     def _work(self) -> None:
         """Run one message after another, in this thread or its child."""
-        # One event loop for all runs of this slot, made for its first coroutine.
-        held = _slot.loop = None
+        held = None
         child = _Child(self._start, self.max_tasks_per_child, self.overdue)
         self._children.append(child)
         try:
@@ -3046,62 +3147,53 @@ class Worker:
                 self.settle(held, outcome)
         finally:
             if isinstance(held, _Held) and held.state == "started":  # killed, or interrupted
+                child.kill()  # before others may have the message
                 self._keeper.decide(held, "retried")
             child.close()
-            if loop := vars(_slot).pop("loop", None):
-                loop.close()
 
     def _next(self) -> object:
         """Return a message to run, True if there will be none, or False as yet."""
-        # Called with the condition held, so two slots never take the same message.
         if self._started == self.max_tasks:
             self._stop.set()
             return True
-        if not self._keeper.waiting:
+        if not (held := self._keeper.start_next()):
             return not self._polling
-        held = self._keeper.waiting.pop(0)
-        held.move("started")
         self._started += 1
         return held
 
+    def _room(self) -> int:
+        """Return how many messages to ask for: as many as can start soon."""
+        left = self.num_messages if self.max_tasks is None else self.max_tasks - self._started
+        return min(self.num_messages, left) if self._keeper.has_room() else 0
+
     def settle(self, held: _Held, outcome: Outcome) -> None:
         """Have done what the outcome says; a copy for the dead letters is sent here and now."""
-        end, message = "acked" if outcome.fate is Fate.acknowledge else "retried", held.message
+        end = "acked" if outcome.fate is Fate.acknowledge else "retried"
         if outcome.fate is Fate.dead_letter:
-            try:
-                target = self.broker.info(message.queue or "").dead_letter_queue
-                _require(target, "it has no dead-letter queue")
-                copy = _dead_letter_copy(message, outcome.error, self.broker.max_bytes)
-                _accepted(self.broker.send(target or "", [copy]))
-                end = "dead_lettered"
-            except Exception as error:  # the message is still in its queue, which may redrive it
-                text = "%s: message %s can't be dead-lettered and is left to the queue: %s"
-                _log.warning(text, message.queue, message.message_id, error)
+            sent = _dead_letter(self.broker, held.message, outcome.error)
+            end = "dead_lettered" if sent else end
         self._keeper.decide(held, end, outcome.delay_s)
 
     def _poll(self, queue: str) -> None:
         """Receive from a queue, in a thread of its own."""
-        loops = failures = 0
+        loops = 0
+        lease: tuple[float, float | None] | None = None
         try:
-            lease_s, asked_s = _find_lease_s(self.broker, queue, self.visibility_timeout_s)
-            options = (self.num_messages, self.wait_s, asked_s, self._stop)
-            while loops != self.loop_count and self._wait(self._keeper.has_room):
+            while loops != self.loop_count and (most := self._wait(self._room)):
                 try:
-                    messages = self.broker.receive(queue, *options)
+                    lease = lease or _find_lease_s(self.broker, queue, self.visibility_timeout_s)
+                    messages = self.broker.receive(queue, most, self.wait_s, lease[1], self._stop)
                 except Exception as error:  # a worker goes on for ever
                     if not loops and isinstance(error, ConfigurationError):
                         raise  # but not where only a person can help
-                    failures += 1
-                    if failures == 1:
-                        _log.warning("%s: can't receive, goes on trying: %r", queue, error)
+                    failures = self.faults.note(queue, "receive", repr(error))
                     pause_s = _jittered(min(0.5 * 2 ** min(failures, 10), _MAX_BACKOFF_S))
                     self._wait(lambda: None, self.clock() + pause_s)
                     continue
                 # At once: from here on the keeper extends the leases.
-                self._keeper.take(messages, lease_s)
-                if failures:
-                    _log.info("%s: receives again after %d failures", queue, failures)
-                loops, failures = loops + 1, 0
+                self._keeper.take(messages, lease[0])
+                self.faults.note(queue, "receive", None)
+                loops += 1
                 self.beat()
                 if self.until_empty and not messages and _are_empty(self.broker, self.queues):
                     break
@@ -3894,7 +3986,7 @@ def _listen(arguments: Any) -> bool:
     options = {name: vars(arguments)[name] for name in names}
     worker = Worker(_brokers.broker(), queues, **options, on_overdue=_exit_overdue)
     print(worker.run())
-    return not worker.ledger.balanced or worker.ledger.uncertain > 0 or worker.overdue.is_set()
+    return not worker.ledger.balanced or worker.unanswered or worker.overdue.is_set()
 
 
 def _exit_overdue(ledger: Ledger) -> None:
@@ -3918,7 +4010,7 @@ class _JsonFormatter(logging.Formatter):
         line |= {"logger": record.name, "message": record.message}
         line |= {"exception": record.exc_text} if record.exc_text else {}
         extra = {key: value for key, value in vars(record).items() if key not in self._own}
-        return json.dumps(line | extra, default=str)
+        return _to_line(line | extra)
 
 
 @_command(

@@ -8261,9 +8261,15 @@ class TestWorker:
 
         worker_broker.faults["change_visibility"] = worker_first(1, fault)
         worker_broker.put(slow, ())
+        caplog.set_level(logging.INFO)
+        beats: list[int] = []
+        taskhawk.configure(TASKHAWK_HEARTBEAT_HOOK=lambda: beats.append(1))
         ledger = worker_broker.work(loop_count=1, clock=worker_clock)
         assert ledger == taskhawk.Ledger(received=1, acked=1)
-        assert worker_logs(caplog) == []
+        assert len(beats) == 2  # after the poll, and the round that was completed
+        failing, works, _ended = worker_logs(caplog, logging.INFO)
+        assert failing.startswith("WORKER: can't extend leases, goes on trying: re")
+        assert works == "WORKER: can extend leases again; tries that failed: 1"
 
     def test_lease_fault_too_long(self, worker_broker, worker_clock, caplog):
         """Where no extension gets through until the lease ends, it is lost."""
@@ -8284,8 +8290,60 @@ class TestWorker:
         assert ledger == taskhawk.Ledger(received=1, uncertain=1)
         assert worker_logs(caplog) == [
             f"message {ids[0]} may run twice: no route",
+            "WORKER: can't extend leases, goes on trying: no route",
             f"message {ids[0]} may run again: its lease had ended",
         ]
+
+    def test_lease_ends_while_waiting(self, worker_broker, worker_clock, caplog):
+        """A message whose lease has ended is not started, though an extension is under way yet."""
+        ran = []
+
+        @taskhawk.task
+        def slow() -> None:
+            ran.append(1)
+            worker_clock.now += 31
+            worker_eventually(lambda: worker_broker.made("change_visibility"))
+
+        def hang(real: Any, *_args: Any) -> Any:
+            worker_eventually(lambda: worker_logs(caplog))
+            return real()
+
+        worker_broker.faults["change_visibility"] = hang
+        worker_broker.put(slow, (), ())
+        ledger = worker_broker.work(num_messages=2, clock=worker_clock, loop_count=1)
+        assert (ledger, ran) == (taskhawk.Ledger(received=2, uncertain=1, released=1), [1])
+        assert worker_logs(caplog)[0].endswith("may run twice: its lease ended while it waited")
+
+    def test_lease_in_time(self, worker_broker, monkeypatch):
+        """A lease is extended after a third of it, whenever the keeper looks about besides."""
+        monkeypatch.setattr(taskhawk, "_TICK_S", 10)
+
+        @taskhawk.task
+        def slow() -> None:
+            worker_eventually(lambda: worker_broker.made("change_visibility"))
+
+        worker_broker.put(slow, ())
+        options = {"visibility_timeout_s": 3, "clock": time.monotonic}
+        assert worker_broker.work(loop_count=1, **options) == taskhawk.Ledger(received=1, acked=1)
+
+    def test_keeper_ends(self, worker_broker, worker_clock):
+        """A KeyboardInterrupt in the keeper, of a heartbeat hook, ends the worker too."""
+        beats: list[int] = []
+
+        def beat() -> None:
+            beats.append(1)
+            if len(beats) == 2:
+                raise KeyboardInterrupt
+
+        @taskhawk.task
+        def slow() -> None:
+            worker_clock.now += 11
+            worker_eventually(lambda: len(beats) == 2)
+
+        taskhawk.configure(TASKHAWK_HEARTBEAT_HOOK=beat)
+        worker_broker.put(slow, ())
+        with pytest.raises(KeyboardInterrupt):
+            worker_broker.work(clock=worker_clock)
 
     def test_lease_12_hours(self, worker_broker, worker_clock, caplog):
         """A lease is kept for 12 hours, SQS's bound, and never asks for more than is left of them.
@@ -8374,6 +8432,13 @@ class TestWorker:
         assert [args[:4] for args in worker_broker.made("receive")] == [("A", 1, 0.05, 30)]
         assert worker_logs(caplog) == ["A: can't read its attributes: AccessDenied"]
 
+    def test_timeout_unknown_at_first(self, worker_broker, caplog):
+        """A fault of GetQueueAttributes is one of the receive's: the queue's timeout stays."""
+        worker_broker.faults["info"] = worker_first(1, worker_raise(OSError("reset")))
+        assert worker_broker.work("A", loop_count=1) == taskhawk.Ledger()
+        assert [args[:4] for args in worker_broker.made("receive")] == [("A", 1, 0.05, None)]
+        assert worker_logs(caplog) == ["A: can't receive, goes on trying: OSError('reset')"]
+
     def test_timeout_denied_for_one(self, worker_broker):
         """A queue whose timeout is known keeps it, where another one's can't be read."""
 
@@ -8438,13 +8503,16 @@ class TestWorker:
         def note(number: int) -> None:
             """Do nothing."""
 
+        caplog.set_level(logging.INFO)
         worker_broker.faults["delete"] = worker_first(2, fault)
         worker_broker.put(note, *[(number,) for number in range(10)])
         ledger = worker_broker.work(num_messages=10, clock=time.monotonic)
         assert ledger == taskhawk.Ledger(received=10, acked=10)
         assert worker_broker.depth(WORKER_QUEUE) == (0, 0, 0)
         assert len(worker_broker.made("delete")) >= 3
-        assert worker_logs(caplog) == []
+        failing, works, _ended = worker_logs(caplog, logging.INFO)
+        assert failing.startswith("WORKER: can't delete, goes on trying: re")
+        assert works == "WORKER: can delete again; tries that failed: 2"
 
     @pytest.mark.parametrize(
         ("fault", "why"),
@@ -8617,7 +8685,8 @@ class TestWorker:
         worker_broker.put(later, ())
         ledger = worker_broker.work(loop_count=1, clock=time.monotonic)
         assert ledger == taskhawk.Ledger(received=1, retried=1)
-        (text,) = worker_logs(caplog)
+        failing, text = worker_logs(caplog)
+        assert failing == "WORKER: can't set delays, goes on trying: reset"
         assert re.fullmatch(
             "message [-0-9a-f]{36} is visible again when its lease ends: refused by Invalid", text
         )
@@ -8717,7 +8786,7 @@ class TestWorker:
             for queue in queues
             for text in (
                 f"{queue}: can't receive, goes on trying: OSError('no route to host')",
-                f"{queue}: receives again after 2 failures",
+                f"{queue}: can receive again; tries that failed: 2",
             )
         )
 
@@ -8910,6 +8979,56 @@ class TestWorker:
         assert worker.overdue.is_set()
         assert worker.ledger == taskhawk.Ledger(received=1, acked=1)
 
+    @pytest.mark.parametrize("on_overdue", [False, True])
+    def test_grace_of_a_delete(self, worker_broker, on_overdue):
+        """A delete that is not answered within the grace is uncertain, and waited for no longer."""
+        stop, release, told = threading.Event(), threading.Event(), []
+
+        @taskhawk.task
+        def last() -> None:
+            stop.set()
+
+        def hang(real: Any, *_args: Any) -> Any:
+            assert release.wait(WORKER_PATIENCE_S)
+            return real()
+
+        def note(ledger: taskhawk.Ledger) -> None:
+            told.append(dataclasses.replace(ledger))
+            release.set()
+
+        worker_broker.faults["delete"] = hang if on_overdue else worker_raise(OSError("reset"))
+        worker_broker.put(last, ())
+        worker = taskhawk.Worker(
+            worker_broker,
+            [WORKER_QUEUE],
+            shutdown_event=stop,
+            grace_s=0.4,
+            wait_s=0,
+            on_overdue=note if on_overdue else None,
+        )
+        assert worker.run() == taskhawk.Ledger(received=1, uncertain=1)
+        assert told == [worker.ledger] * on_overdue
+        assert (worker.unanswered, worker.overdue.is_set()) == (True, True)
+
+    @pytest.mark.parametrize(("grace_s", "wait_s"), [(None, 20), (25, 20), (10, 6), (2, 1)])
+    def test_grace_of_a_poll(self, worker_broker, grace_s, wait_s):
+        """A poll ends before the grace does, so that it is waited out."""
+        worker = taskhawk.Worker(worker_broker, [WORKER_QUEUE], grace_s=grace_s)
+        assert worker.wait_s == wait_s
+
+    def test_small_grace(self, worker_broker):
+        """An idle worker ends within a grace that is shorter than what is kept for flushing."""
+        stop = threading.Event()
+
+        def receive(real: Any, *_args: Any) -> Any:
+            stop.set()
+            return real()
+
+        worker_broker.faults["receive"] = receive
+        worker = taskhawk.Worker(worker_broker, [WORKER_QUEUE], shutdown_event=stop, grace_s=3)
+        assert worker.run() == taskhawk.Ledger()
+        assert not worker.overdue.is_set()
+
     def test_no_grace_for_an_end_of_its_own(self, worker_broker):
         """The grace begins when the worker is told to stop, not when it has run its last task."""
         idle = threading.Event()
@@ -9076,7 +9195,7 @@ class TestWorker:
 
     @pytest.mark.parametrize("concurrency", [1, 2])
     def test_max_tasks(self, worker_broker, concurrency):
-        """A worker ends by itself after max_tasks runs, and releases what it did not start."""
+        """A worker ends by itself after max_tasks runs, and receives no more than these."""
         ran = []
 
         @taskhawk.task
@@ -9086,7 +9205,7 @@ class TestWorker:
         worker_broker.put(note, *((),) * 10)
         options = {"loop_count": None, "max_tasks": 4, "num_messages": 6}
         ledger = worker_broker.work(concurrency=concurrency, **options)
-        assert ledger == taskhawk.Ledger(received=6, acked=4, released=2)
+        assert ledger == taskhawk.Ledger(received=4, acked=4)
         assert (len(ran), worker_broker.inner.depth(WORKER_QUEUE)) == (4, (6, 0, 0))
 
     def test_released_after_the_last_poll(self, worker_broker):
@@ -9184,6 +9303,32 @@ class TestWorker:
         assert ledger == taskhawk.Ledger(received=1, acked=1)
         assert during[0] not in before
         assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+    def test_second_interrupt(self, worker_broker):
+        """A second SIGINT waits for no poll; what waited and what ran is released."""
+        polling, release, polled = threading.Event(), threading.Event(), threading.Event()
+
+        def receive(real: Any, queue: str, *_args: Any) -> Any:
+            if queue == "A":
+                assert polling.wait(WORKER_PATIENCE_S)
+                return real()
+            polling.set()
+            release.wait(WORKER_PATIENCE_S)
+            polled.set()
+            return []
+
+        @taskhawk.task
+        def interrupt() -> None:
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+
+        worker_broker.faults["receive"] = receive
+        worker_broker.put(interrupt, (), (), queue="A")
+        with pytest.raises(KeyboardInterrupt):
+            worker_broker.work("A", "B", num_messages=2, until_empty=False)
+        assert not polled.is_set()
+        release.set()
+        assert worker_broker.depth("A") == (2, 0, 0)
 
     def test_handler_of_the_application(self, worker_broker):
         """A handler of the application stays; with a shutdown event it works as in 1.4."""
@@ -10347,8 +10492,17 @@ class TestStates:
 
     def test_steps(self):
         """A message makes no step but those that the docstring draws."""
-        drawn = taskhawk.__doc__.partition("received -->")[2].partition("Rooms")[0]
-        assert set(re.findall(r"-> (\w+)", "> " + drawn)) >= {"finished", "acked", "released"}
+        drawing = re.search(
+            r"^ +received -->.*?(?=\n\n)", taskhawk.__doc__, re.DOTALL | re.MULTILINE
+        )
+        first, *others = textwrap.dedent(drawing[0]).splitlines()
+        chain = list(re.finditer(r"\w+", first.split("  ")[0]))
+        drawn = {start[0]: {end[0]} for start, end in itertools.pairwise(chain)}
+        for line in others:  # an arrow comes from the name above its beginning
+            arrow = re.search(r"[|']-+> (\w+)", line)
+            (above,) = (name[0] for name in chain if name.start() < arrow.start() < name.end())
+            drawn[above].add(arrow[1])
+        assert drawn == taskhawk._STEPS
         ends = {"acked", "retried", "dead_lettered", "uncertain", "released"}
         assert ends | {"received"} == set(vars(taskhawk.Ledger()))
         message = taskhawk.QueueMessage("", "m1", "r1", queue="Q")
@@ -10404,7 +10558,7 @@ class ChaosBroker(WorkerBroker):
         self.crashed = False
         self.fault_rate = 0.0
         self.numbers: dict[str, int] = {}  # what each receipt stands for
-        self.running: set[int] = set()
+        self.running: set[str] = set()  # the receipts that run
         self.done: set[int] = set()  # what ran to its end or was ignored
         self.dead: set[int] = set()  # what was copied to the dead-letter queue
         self.wrong: list[str] = []  # what must not happen, and did
@@ -10465,7 +10619,7 @@ class ChaosBroker(WorkerBroker):
                 self.wrong.append(f"{number} was deleted and had not run")
         elif name == "change_visibility":
             for receipt, seconds in args[1]:
-                if seconds < 30 and self.numbers[receipt] in self.running:
+                if seconds < 30 and receipt in self.running:
                     self.wrong.append(f"{self.numbers[receipt]} was released while it ran")
 
 
@@ -10495,8 +10649,10 @@ class TestSchedules:
         taskhawk._registry.pop("chaos.job", None)
 
         @taskhawk.task(name="chaos.job", never_retry_on=(KeyError,))
-        def job(number: int) -> None:
-            broker.running.add(number)
+        def job(number: int, metadata: Any = None) -> None:
+            if metadata.receipt in broker.running:
+                broker.wrong.append(f"{number} was started twice")
+            broker.running.add(metadata.receipt)
             try:
                 clock.now += chance.choice((0, 0, 0.1, 11, 31))
                 draw = chance.random()
@@ -10510,7 +10666,7 @@ class TestSchedules:
                 if draw < 0.4:
                     raise taskhawk.IgnoreException
             finally:
-                broker.running.discard(number)
+                broker.running.discard(metadata.receipt)
 
         broker.put(job, *((number,) for number in range(12)))
         for fault_rate in (0.4, 0.2, 0.1, 0):
@@ -10520,6 +10676,7 @@ class TestSchedules:
                 broker,
                 [WORKER_QUEUE],
                 num_messages=chance.choice((1, 3, 10)),
+                concurrency=chance.choice((1, 1, 3)),
                 loop_count=None if fault_rate == 0 else chance.randrange(1, 6),
                 shutdown_event=broker.stop,
                 until_empty=fault_rate == 0,
@@ -10549,6 +10706,7 @@ import taskhawk
 
 HERE = pathlib.Path(__file__).parent
 LOG = logging.getLogger("isolated")
+LOOPS = set()
 NEVER = taskhawk.fixed(0, max_retries=0)
 
 def note(*words):
@@ -10613,6 +10771,11 @@ def linger():
 async def wait(metadata):
     await asyncio.sleep(0)
     note("waited", metadata.attempt, metadata.queue)
+
+@taskhawk.task(isolate=True)
+async def loop():
+    LOOPS.add(asyncio.get_running_loop())
+    note("loops", len(LOOPS))
 
 @taskhawk.task(isolate=True)
 def look(secret):
@@ -10857,6 +11020,22 @@ class TestIsolation:
         """A child whose worker died before it could tell ends at once."""
         assert run_python(["-m", "taskhawk", "_child", "0", "1"]).returncode == 1
 
+    def test_async_loop(self, isolated_jobs):
+        """Coroutines of a child share an event loop, as those of a slot do."""
+        isolated_jobs.loop.dispatch_many([(), ()])
+        assert isolated_work() == taskhawk.Ledger(received=2, acked=2)
+        assert isolated_notes(isolated_jobs) == ["loops 1", "loops 1"]
+
+    @pytest.mark.slow
+    def test_time_limit_and_imports(self, isolated_jobs):
+        """A time limit is the run's alone: a child may take longer to import the task's module."""
+        source = "import sys, taskhawk, time; time.sleep(2.5 * ('_child' in sys.argv))\n"
+        source += "@taskhawk.task(time_limit=2)\ndef quick(): pass\n"
+        (isolated_jobs.HERE / "slow_to_import.py").write_text(source)
+        importlib.import_module("slow_to_import").quick.dispatch()
+        assert isolated_work() == taskhawk.Ledger(received=1, acked=1)
+        sys.modules.pop("slow_to_import")
+
     def test_async(self, isolated_jobs):
         """A coroutine function can be isolated, and metadata is as in the worker."""
         isolated_jobs.wait.dispatch()
@@ -11086,6 +11265,29 @@ class TestLogging:
         outer.dispatch()
         assert seen == [True, "shop.inner", "shop.outer"]
         assert taskhawk.current_task() is None
+
+    def test_json_of_anything(self):
+        """A record whose `extra` JSON can't hold is an object in a line all the same."""
+        circle: list[Any] = [7]
+        circle.append(circle)
+        for odd, shown in ((math.nan, "nan"), ({(1, 2): 3}, "{(1, 2): 3}"), (circle, "[7, [...]]")):
+            record = logging.makeLogRecord({"msg": "odd", "odd": odd, "order": 7})
+            line = json.loads(taskhawk._JsonFormatter().format(record))
+            assert (line["message"], line["odd"], line["order"]) == ("odd", shown, 7)
+
+    def test_fields_of_its_own(self, memory, caplog):
+        """What a record has of its own stays, and the task's id and attempt are added."""
+        caplog.handler.addFilter(taskhawk._add_task)
+
+        @taskhawk.task(name="shop.sell")
+        def sell():
+            logging.getLogger("shop").warning("sold", extra={"task": "mine"})
+
+        message_id = sell.dispatch()
+        taskhawk.process(*queued())
+        caplog.handler.removeFilter(taskhawk._add_task)
+        [record] = [record for record in caplog.records if record.name == "shop"]
+        assert (record.task, record.id, record.attempt) == ("mine", message_id, 1)
 
     def test_json(self, tmp_path):
         """With --log-format json each record is an object in a line, and says in which task."""
