@@ -354,6 +354,8 @@ def _conform(rule: str, value: Any) -> Any:
         valid = re.fullmatch(_PATTERNS.get(rule, ".+"), value) is not None
     if not valid:
         raise ValueError
+    if rule == _BROKER:  # from now on the same file, though a task may change the directory
+        return re.sub("^sqlite:///(?=[^/?])", lambda _: f"sqlite:///{os.getcwd()}/", value)
     return value.rstrip("/") if rule == _URL else value
 
 
@@ -1014,6 +1016,10 @@ class Task(AsyncInvocation[_P], Generic[_P, _R]):
             return found
         raise TaskNotFound(f"no task is registered as {name[:200]!r}: is its module imported?")
 
+    def __reduce__(self) -> str:
+        """Be pickled as the function would be: by its name in its module."""
+        return str(vars(self)["__qualname__"])
+
     def __str__(self) -> str:
         return f"Taskhawk task: {self._name}"
 
@@ -1142,6 +1148,7 @@ def _check_declared(fn: Any, priority: object, name: object, options: Mapping[st
         "is a generator: expected a function that runs when it is called": generator,
         "is a lambda: expected a function with a name (def)": shown.endswith("<lambda>"),
         "has no name: pass name= to taskhawk.task": not (name or hasattr(fn, "__name__")),
+        f"has {name=}: expected a string": not isinstance(name, str | None),
         f"has {priority=}: expected a taskhawk.Priority": not isinstance(priority, Priority),
         f"has {retry=}: expected a function of the attempt": retry and not callable(retry),
         f"has time_limit={limit!r}: expected {_SECONDS}": limit is not None
@@ -1157,9 +1164,11 @@ def _check_declared(fn: Any, priority: object, name: object, options: Mapping[st
 
 def _place(fn: Any) -> tuple[str, str, str]:
     """Return the module that a worker imports a function by, also a script's, its name and line."""
-    module, script = fn.__module__, sys.modules["__main__"]
-    if module == "__main__" and (path := getattr(script, "__file__", None)):
-        spec = script.__spec__
+    module, script = fn.__module__, sys.modules.get(fn.__module__)
+    # The latter is a script in a process that multiprocessing has spawned.
+    mains = ("__main__", "__mp_main__")
+    if module in mains and (path := getattr(script, "__file__", None)):
+        spec = getattr(script, "__spec__", None)
         module = (spec.name if spec else inspect.getmodulename(path)) or module
     code = getattr(fn, "__code__", None)
     line = f" ({code.co_filename}:{code.co_firstlineno})" if code else ""
@@ -1258,7 +1267,7 @@ def _failed(received: QueueMessage, raised: BaseException, began: float) -> Outc
     facts = _facts(received, outcome.fate.value, began)
     what = f"{message.task_name} {message.id}" if message else f"message {received.message_id}"
     what = re.sub(r"[^ -~]", "?", what)[:200]  # ids are free text: one line, and not a long one
-    then = "is left to the queue" if outcome.fate is Fate.retry else "goes to the dead letters"
+    then = "is left to the queue" if outcome.fate is Fate.retry else "is given up"
     if outcome.delay_s is not None:
         then = f"runs again in {outcome.delay_s:g} s"
     level, trace, text = logging.ERROR, error, f"{what}: attempt {attempt} failed and {then}"
@@ -2062,7 +2071,13 @@ class SqliteBroker(Broker):
         # Held while a thread uses the connection, so that its transaction is that thread's alone:
         # `with self._lock, self._db` writes all that is in the block, or nothing.
         self._lock = threading.Lock()
-        self._db = self._open()
+        self._opened = self._open()
+
+    @property
+    def _db(self) -> Any:
+        """The connection, opened anew after a fork; for who holds the lock."""
+        self._opened = self._opened or self._open()
+        return self._opened
 
     def _open(self) -> Any:
         """Open the file, or memory, and make the tables where there are none."""
@@ -2104,19 +2119,17 @@ class SqliteBroker(Broker):
     def close(self) -> None:
         """Close the file; what is in memory is gone."""
         with self._lock:
-            self._db.close()
+            if self._opened:
+                self._opened.close()
 
     def before_fork(self) -> None:
         """Close the file: SQLite's locks are the process's, and a child would take them on."""
         self._lock.acquire()
-        if self._path:
-            self._db.close()
+        if self._path and self._opened:
+            self._opened = self._opened.close()
 
     def after_fork(self) -> None:
-        try:
-            self._db = self._open() if self._path else self._db
-        finally:
-            self._lock.release()
+        self._lock.release()
 
     def _in_ms(self, seconds: float = 0) -> int:
         """Return the time so many seconds from now, as the tables have it."""
@@ -2368,9 +2381,11 @@ def _publish_all(readies: Sequence[_Ready]) -> None:
         refused |= {id(mine[index]): refusal for index, refusal in found.items()}
     if refused:
         sent = [{"Id": ready.message.id} for ready in readies if id(ready) not in refused]
-        lost = [(r.message, refused[id(r)]) for r in readies if id(r) in refused]
-        failed = [{"Id": m.id, "Code": why.code, "Message": why.text} for m, why in lost]
-        unsent = [message for message, _ in lost]
+        lost = [(r, refused[id(r)]) for r in readies if id(r) in refused]
+        failed = [{"Id": r.message.id, "Code": why.code, "Message": why.text} for r, why in lost]
+        for ready, _ in lost:  # its arguments may have changed since they were encoded
+            vars(ready.message)["_data"] = json.loads(ready.entry.body)
+        unsent = [ready.message for ready, _ in lost]
         raise PartialFailure({"Successful": sent, "Failed": failed}, unsent=unsent)
 
 
@@ -2714,7 +2729,7 @@ def _start_of_children(*, everything: bool) -> dict[str, Any]:
     for task in isolated:
         text = f"{task.name}: a task of __main__ can't be isolated: move it to a module"
         _require(task.fn.__module__ != "__main__", text)
-    values = {name: settings.read(name) for name in _SETTINGS} if isolated else {}
+    values = {name: getattr(settings, name) for name in _SETTINGS} if isolated else {}
     for name, hook in [(name, value) for name, value in values.items() if callable(value)]:
         values[name] = path = f"{hook.__module__}.{getattr(hook, '__qualname__', '')}"
         # What the path leads to must be the very hook: a name may have been given to another since.
