@@ -3492,7 +3492,12 @@ class _DeadLetters:
                     error = (errors or {}).get(m, "")
                     (bad if error else good).append({"Id": m.message_id, "Code": error})
                     seen[m.message_id] = m if errors is None or error else None
+                for m in new.values():  # a thousand of a megabyte may follow
+                    m.body, m.message_attributes = "", {}
                 _log.info("%s %d of %d messages, %d failed", done, len(good), total, len(bad))
+        except BaseException:
+            _log.info("stopped: up to %d more messages may be %s too", _MAX_BATCH, done)
+            raise
         finally:
             stay = {m: (m.receipt_handle, 0) for m in seen.values() if m}
             text = "%d of %d dead letters that were looked at can't be seen for a while: %s"
@@ -3511,14 +3516,22 @@ class _DeadLetters:
             kept = {n: v for n, v in message.message_attributes.items() if n != _ERROR_ATTRIBUTE}
             copies.append(message.copy(kept))
         refused = _send_all(self._broker, self._queue, copies)
-        errors = {messages[index]: refusal.code for index, refusal in refused.items()}
+        errors = self._errors(messages, refused)
         deleted = self.delete([message for message in messages if message not in errors])
         return errors | {m: f"copied, but not deleted: {error}" for m, error in deleted.items()}
 
     def delete(self, messages: Sequence[QueueMessage]) -> dict[QueueMessage, str]:
         """Delete messages, and say what went wrong."""
         receipts = [message.receipt_handle or "" for message in messages]
-        refused = _in_batches(functools.partial(self._broker.delete, self._source), receipts)
+        refused = _in_batches(functools.partial(self._broker.delete, self._source), receipts, 3)
+        return self._errors(messages, refused)
+
+    def _errors(
+        self, messages: Sequence[QueueMessage], refused: Mapping[int, Refusal]
+    ) -> dict[QueueMessage, str]:
+        """Return what went wrong, by message; the first is logged in full, with its remedy."""
+        for refusal in [*refused.values()][:1]:
+            _log.warning("%s: %s", refusal.code, refusal.text)
         return {messages[index]: refusal.code for index, refusal in refused.items()}
 
 
@@ -3527,7 +3540,7 @@ def _describe(received: QueueMessage) -> dict[str, Any]:
     sent_s = int(received.attributes.get("SentTimestamp", 0)) / 1000
     sent = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(sent_s))
     about: dict[str, Any] = {"id": None, "message_id": received.message_id, "task": None}
-    about |= {"headers": {}, "sent": sent, "age_s": round(time.time() - sent_s)}
+    about |= {"headers": {}, "sent": sent, "age_s": max(0, round(time.time() - sent_s))}
     about |= {"receives": received.attempt, "error": None, "invalid": None}
     try:
         # Neither body nor error need be what we wrote: a dead letter may come from anywhere.
@@ -3566,12 +3579,13 @@ def requeue_dead_letter(
     return letters.each("requeueing", "requeued", letters.requeue)
 
 
-def _if_there(call: Callable[..., Any], *args: Any) -> Any:
-    """Return what a call does; None where there is no such queue or topic."""
+def _if_there(call: Callable[..., Any], *args: Any, or_denied: str = "") -> Any:
+    """Return what a call does; None where there is no such queue or topic, or it is denied."""
     try:
         return call(*args)
     except ConfigurationError as error:
-        if _error_code(error) not in ("NonExistentQueue", "QueueDoesNotExist", "NotFound"):
+        absent = f"NonExistentQueue|QueueDoesNotExist|NotFound{or_denied}"
+        if not re.fullmatch(absent, _error_code(error)):
             raise
         return None
 
@@ -3579,13 +3593,16 @@ def _if_there(call: Callable[..., Any], *args: Any) -> Any:
 def _depths() -> dict[str, dict[str, int | None] | None]:
     """Count the messages of each priority, most urgent first; None where there is no queue."""
     broker, found = _brokers.broker(), {}
+    look = functools.partial(_if_there, broker.depth, or_denied="|AccessDenied.*")
     for priority in _URGENCY:
         queue = broker.destination(priority)
-        depth = _if_there(broker.depth, queue)
+        depth = look(queue)
         dead = broker.info(queue).dead_letter_queue if depth else None
-        letters = _if_there(broker.depth, dead) if dead else None
+        letters = look(dead) if dead else None
         counts = {"dead_letters": sum(letters) if letters else None}
         found[priority.name] = {**depth._asdict(), **counts} if depth else None
+    for priority in [] if any(found.values()) else _URGENCY:
+        _if_there(broker.depth, broker.destination(priority))  # raises, if all is denied
     return found
 
 
@@ -3599,7 +3616,7 @@ def _depth_lines(
     scale = 30 / max([30, *map(sum, queued.values())])
     for name, counts in depths.items():
         if counts is None:
-            yield f"{name:10}{'no queue':>10}"
+            yield f"{name:10}{'no queue or access':>20}"
             continue
         visible, in_flight, delayed, dead = counts.values()
         shown = f"{'none' if dead is None else dead:>14}"
@@ -3624,6 +3641,7 @@ _GRANTS = [  # the least that each role needs, on topics, queues and dead-letter
     ("worker", "DLQ", _SEND),
     # No sqs:GetQueueUrl: the URL is put together from the event's ARN.
     ("lambda", "aws_sqs_queue", _RECEIVE),
+    ("operator", "aws_sns_topic", "sns:ListSubscriptionsByTopic"),
     ("operator", "aws_sqs_queue", f"{_SEND} sqs:GetQueueAttributes"),
     ("operator", "DLQ", f"{_RECEIVE} sqs:GetQueueUrl"),
 ]
@@ -3632,6 +3650,9 @@ _GRANTS = [  # the least that each role needs, on topics, queues and dead-letter
 def _resources(priority: Priority, most: int, function: str | None) -> Iterator[_Resource]:
     """Describe what messages of a priority need, in an order in which it can be made."""
     service = settings.require("TASKHAWK_QUEUE")
+    valid = 1 <= most <= 1000  # noqa: PLR2004 - what SQS takes
+    _require(valid, f"--max-receive-count: expected 1 to 1000, got {most}")
+    _require(settings.IS_LAMBDA_APP or not function, "--lambda: expected IS_LAMBDA_APP to be set")
     tags = {"taskhawk": service}
     topic = f"taskhawk-{service.lower()}{_SUFFIXES[priority]}"
     name = topic if settings.IS_LAMBDA_APP else _brokers.broker().destination(priority)
@@ -3642,15 +3663,17 @@ def _resources(priority: Priority, most: int, function: str | None) -> Iterator[
             to = {"topic_arn": f"${{aws_sns_topic.{label}.arn}}", "protocol": "lambda"}
             yield "aws_sns_topic_subscription", name, {**to, "endpoint": function}
         return
-    # SQS counts the retention from the first sending, so that of dead letters is longer.
-    dead = {"message_retention_seconds": 14 * 86_400, "tags": tags}
+    # SQS counts the retention from the first sending, so that of dead letters is longer. Where no
+    # size is given, Terraform sets 256 KiB.
+    both = {"max_message_size": _MAX_SQS_BYTES, "tags": tags}
+    dead = {"message_retention_seconds": 14 * 86_400, **both}
     yield "aws_sqs_queue", f"{name}-DLQ", {"name": f"{name}-DLQ", **dead}
     redrive = {
         "deadLetterTargetArn": f"${{aws_sqs_queue.{label}_dlq.arn}}",
         "maxReceiveCount": most,
     }
     kept = {"message_retention_seconds": 4 * 86_400, "redrive_policy": json.dumps(redrive)}
-    yield "aws_sqs_queue", name, {"name": name, **kept, "tags": tags}
+    yield "aws_sqs_queue", name, {"name": name, **kept, **both}
 
 
 def _terraform(resources: Iterable[_Resource]) -> dict[str, Any]:
@@ -3682,9 +3705,9 @@ def _provide(kind: str, name: str, wanted: Mapping[str, Any], *, dry_run: bool) 
 def _queue_change(sqs: SqsBroker, name: str, arn: str, wanted: Any) -> tuple[str, str, Any]:
     """Say what a queue lacks, and return the call for it; what is higher by hand stays."""
     found = _if_there(sqs.attributes, name, ["All"]) or {}
-    changes, kept_s = {}, wanted["message_retention_seconds"]
-    if int(found.get("MessageRetentionPeriod", 0)) < kept_s:
-        changes["MessageRetentionPeriod"] = str(kept_s)
+    numbers = {"MessageRetentionPeriod": wanted["message_retention_seconds"]}
+    numbers |= {"MaximumMessageSize": wanted["max_message_size"]}
+    changes = {key: str(n) for key, n in numbers.items() if int(found.get(key, 0)) < n}
     ours = json.loads(wanted.get("redrive_policy", "{}"))
     theirs: dict[str, Any] = {"deadLetterTargetArn": f"{arn}-DLQ", "maxReceiveCount": 0}
     theirs |= json.loads(found.get("RedrivePolicy") or "{}")
@@ -3747,10 +3770,19 @@ def _check(priorities: Iterable[Priority]) -> Iterator[_Finding]:
             remedy = "export TASKHAWK_QUEUE=dev-myapp"
             yield _Finding("error", "TASKHAWK_QUEUE is not set", why, remedy)
             return
-        for priority in priorities:
-            yield from (_check_topic if settings.IS_LAMBDA_APP else _check_queue)(priority)
+        topics = settings.IS_LAMBDA_APP and settings.TASKHAWK_BROKER == "sqs"
     except ConfigurationError as error:
         yield _Finding("error", str(error), "nothing can be sent or received", "as it says")
+        return
+    for priority in priorities:
+        try:
+            yield from (_check_topic if topics else _check_queue)(priority)
+        except Exception as error:
+            remedy = "check credentials, AWS_REGION, AWS_ENDPOINT_SQS and the network"
+            remedy = "as it says" if isinstance(error, ConfigurationError) else remedy
+            yield _Finding("error", _text_of(error), "no more can be seen of it", remedy)
+            if not _error_code(error).startswith("AccessDenied"):
+                return  # the others would say the same
 
 
 def _check_topic(priority: Priority) -> Iterator[_Finding]:
@@ -3773,25 +3805,27 @@ def _check_queue(priority: Priority) -> Iterator[_Finding]:
         yield _Finding("error", f"{queue}: no such queue", "dispatch raises")
         return
     lease_s, dead, most = info
+    aws = isinstance(broker, SqsBroker)
+    timeout = "VisibilityTimeout" if aws else "visibility_timeout_s in TASKHAWK_BROKER"
+    more = f"{_PROVISION} --max-receive-count " if aws else "in TASKHAWK_BROKER, max_receive_count="
     for found in [task for _, task in sorted(_registry.items()) if task.priority is priority]:
         limit, retries = found.time_limit, getattr(found.retry, "max_retries", None)
         if limit and limit > lease_s:
             what = f"{queue}: its visibility timeout of {lease_s:g} s is below {found.name}'s limit"
             why = "after a worker that can't extend it, or in Lambda, the task runs twice at once"
-            remedy = f"set VisibilityTimeout above {limit:g} s"
+            remedy = f"set {timeout} above {limit:g} s"
             yield _Finding("warning", f"{what} of {limit:g} s", why, remedy)
         if most and retries is not None and most <= retries:
             what = f"{queue}: its maxReceiveCount of {most} is not above {found.name}'s {retries}"
             why = "the queue gives up before the task's policy does"
-            remedy = f"{_PROVISION} --max-receive-count {retries + 2}"
-            yield _Finding("error", f"{what} retries", why, remedy)
+            yield _Finding("error", f"{what} retries", why, f"{more}{retries + 2}")
     if not dead or not most:
         why = "what fails is retried until it expires"
         yield _Finding("error", f"{queue}: it has no dead-letter queue", why)
         return
     if most < 5:  # noqa: PLR2004 - what AWS advises
         why = "a few crashes or releases are enough to make a dead letter of a good message"
-        yield _Finding("warning", f"{queue}: its maxReceiveCount is {most}", why)
+        yield _Finding("warning", f"{queue}: its maxReceiveCount is {most}", why, f"{more}5")
     if isinstance(broker, SqsBroker):
         yield from _check_attributes(broker, queue, dead)
 
@@ -3799,16 +3833,21 @@ def _check_queue(priority: Priority) -> Iterator[_Finding]:
 def _check_attributes(broker: SqsBroker, queue: str, dead: str) -> Iterator[_Finding]:
     """Look at what only a queue on SQS has."""
     names = ["MessageRetentionPeriod", "MaximumMessageSize"]
-    ours, theirs = (broker.attributes(name, names) for name in (queue, dead))
+    ours, theirs = (_if_there(broker.attributes, name, names) for name in (queue, dead))
+    if theirs is None:
+        yield _Finding("error", f"{dead}: no such queue", "what fails is retried until it expires")
+        return
     kept_s, dead_s = (int(found["MessageRetentionPeriod"]) for found in (ours, theirs))
     if dead_s <= kept_s:
         what = f"{dead}: it keeps messages for {dead_s} s, and {queue} for {kept_s} s"
         why = "the time counts from the first sending: a dead letter may expire at once"
-        yield _Finding("warning", what, why)
+        remedy = f"set MessageRetentionPeriod of {queue} below that of {dead}: 1209600 is the most"
+        mends = dead == f"{queue}-DLQ" and kept_s < 14 * 86_400
+        yield _Finding("warning", what, why, _PROVISION if mends else remedy)
     if int(ours["MaximumMessageSize"]) < _MAX_SQS_BYTES:
         what = f"{queue}: it takes messages of at most {ours['MaximumMessageSize']} bytes"
         why = "SQS takes 1 MiB, and larger ones are refused at dispatch"
-        yield _Finding("warning", what, why, f"set MaximumMessageSize to {_MAX_SQS_BYTES}")
+        yield _Finding("warning", what, why)
 
 
 # --- 15. command line -----------------------------------------------------------------------------
@@ -3874,7 +3913,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except Exception as error:
         _log.debug("taskhawk %s", arguments.command, exc_info=True)
-        print(f"taskhawk: {error}", file=sys.stderr)
+        # In one line, and never an empty one; the text of a KeyError is its key alone.
+        text = "" if isinstance(error, KeyError) else " ".join(_text_of(error).split())
+        print(f"taskhawk: {text or repr(error)}", file=sys.stderr)
         wrong = ConfigurationError | ValidationError | TypeError | ValueError
         return 2 if isinstance(error, wrong) else 1
 
@@ -4101,17 +4142,18 @@ def _stats(arguments: Any) -> None:
     example: python -m taskhawk stats --watch
     """
     before: Mapping[str, Any] = {}
-    tty, seconds = sys.stdout.isatty(), arguments.interval
+    tty, seconds, last_s = sys.stdout.isatty(), arguments.interval, 0.0
+    _require(0 < seconds < math.inf, f"--interval: expected {_SECONDS}, got {seconds:g}")
     clear = "\x1b[H\x1b[2J" * (tty and arguments.watch and not arguments.json)
     # Ctrl-C is how one stops watching, and no error.
     with contextlib.suppress(KeyboardInterrupt):
         while True:
-            depths = _depths()
-            table = "\n".join(_depth_lines(depths, before, seconds, bars=tty))
+            now_s, depths = time.monotonic(), _depths()
+            table = "\n".join(_depth_lines(depths, before, now_s - last_s, bars=tty))
             print(json.dumps(depths) if arguments.json else clear + table, flush=True)
             if not arguments.watch:
                 break
-            before = depths
+            before, last_s = depths, now_s
             time.sleep(seconds)
 
 
@@ -4147,7 +4189,9 @@ def _provision(arguments: Any) -> None:
     example: python -m taskhawk provision --format terraform > taskhawk.tf.json
     """
     if settings.TASKHAWK_BROKER != "sqs":
-        print(f"ready: {_brokers.broker().url('')}")
+        _require(not arguments.format, "--format: expected TASKHAWK_BROKER to be sqs")
+        dry = f"would be made: {settings.TASKHAWK_BROKER}"
+        print(dry if arguments.dry_run else f"ready: {_brokers.broker().url('')}")
         return
     wanted = sorted({Priority[name] for name in arguments.priority} or Priority, key=_URGENCY.index)
     options = (arguments.max_receive_count, arguments.function)
@@ -4174,8 +4218,24 @@ _LETTERS = (
 )
 
 
-def _each_letter(arguments: Any, doing: str, done: str = "", told: str = "") -> None:
-    """Do what the command's name says to the dead letters that fit all filters.
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let SIGTERM and a lost terminal interrupt as Ctrl-C does: what is hidden is shown again."""
+    in_main, default = threading.current_thread() is threading.main_thread(), signal.SIG_DFL
+    both = (signal.SIGTERM, signal.SIGHUP)
+    numbers = [number for number in both if in_main and signal.getsignal(number) == default]
+    for number in numbers:
+        signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, default)
+
+
+@_interruptible()
+def _each_letter(arguments: Any, doing: str, done: str = "", told: str = "") -> int:
+    """Do what the command's name says to the dead letters that fit all filters, and count them.
 
     Where nothing is `told` of it afterwards, or in a dry run, they are printed and stay.
     """
@@ -4190,7 +4250,7 @@ def _each_letter(arguments: Any, doing: str, done: str = "", told: str = "") -> 
         return (
             fnmatch.fnmatchcase(letter["task"] or "", arguments.task or "*")
             and (arguments.error or "") in shown
-            and all(str(letter["headers"].get(name)) == value for name, value in headers.items())
+            and headers.items() <= {(name, str(value)) for name, value in letter["headers"].items()}
             and newest_s <= letter["age_s"] <= oldest_s
             and (not ids or bool(ids & {letter["id"], letter["message_id"]}))
         )
@@ -4199,11 +4259,12 @@ def _each_letter(arguments: Any, doing: str, done: str = "", told: str = "") -> 
     limit = sys.maxsize if arguments.limit is None else arguments.limit
     letters = _DeadLetters(Priority[arguments.priority], limit=limit, wanted=wanted)
     if told and not arguments.dry_run:
-        print(f"{told}: {letters.each(doing, done, getattr(letters, action))}")
-        return
+        count = letters.each(doing, done, getattr(letters, action))
+        print(f"{told}: {count}")
+        return count
     doing = f"would {action} some of" if told else doing
     form = "json" if arguments.json else action
-    letters.each(doing, "looked at", functools.partial(_print_letters, form))
+    return letters.each(doing, "looked at", functools.partial(_print_letters, form))
 
 
 def _age_s(text: str | None, default: float) -> float:
@@ -4222,7 +4283,7 @@ def _print_letters(form: str, messages: Sequence[QueueMessage]) -> None:
         why = f"{error.get('type')}: {error.get('message')}" if error else letter["invalid"]
         why = str(why or "moved by the queue itself, after too many receives").split("\n")[0]
         name, age = letter["id"] or message.message_id, f"{letter['age_s']} s ago"
-        text = f"{name}  {letter['task']}  {age}  {why}"
+        text = f"{name}  {letter['task']}  {age}  {why}".replace("\n", "?")
         if form == "show":
             shown = letter | {"error": why} | {f"error {key}": error[key] for key in error}
             text = "".join(f"{k}: {shown[k]}\n" for k in shown if shown[k] is not None)
@@ -4248,7 +4309,8 @@ def _show(arguments: Any) -> None:
 
     example: python -m taskhawk dead-letters show b1328174-a21c-43d3-b303-964dfcc76efc
     """
-    _each_letter(arguments, "showing")
+    if not _each_letter(arguments, "showing"):
+        raise TaskhawkError("show: no such dead letter, among those that fit all filters")
 
 
 @_command("dead-letters export", *_LETTERS)

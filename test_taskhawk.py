@@ -7344,9 +7344,15 @@ class TestDeadLetters:
             ("SendMessageBatch", [fault_after("Odd")] * 2, (12, 12), ["Odd"] * 12),
             ("SendMessageBatch", [refuse(1, 2), *[fault("Odd")] * 2], (10, 2), ["Odd"] * 2),
             # deleting: refused, or the call failed
-            ("DeleteMessageBatch", [refuse(0, 3)], (12, 2), [NOT_DELETED + "InternalError"] * 2),
-            ("DeleteMessageBatch", [fault("Odd")] * 2, (12, 12), [NOT_DELETED + "Odd"] * 12),
-            ("DeleteMessageBatch", [fault_after("Odd")], (12, 0), [NOT_DELETED + "Odd"] * 10),
+            ("DeleteMessageBatch", [refuse(1, 2), passed], (12, 0), []),
+            (
+                "DeleteMessageBatch",
+                [refuse(0, 3), *[refuse(0, 1)] * 2],
+                (12, 2),
+                [NOT_DELETED + "InternalError"] * 2,
+            ),
+            ("DeleteMessageBatch", [fault("Odd")] * 6, (12, 12), [NOT_DELETED + "Odd"] * 12),
+            ("DeleteMessageBatch", [fault_after("Odd")] * 3, (12, 0), [NOT_DELETED + "Odd"] * 10),
         ],
     )
     def test_faults(self, scripted, action, answers, counts, failed):
@@ -9636,6 +9642,7 @@ class TestDeadLetterCommands:
             (("--task", "mail"), []),
             (("--error", "ValueError: no"), [0]),
             (("--header", "n=1"), [1]),
+            (("--header", "tenant=None"), []),
             (("--header", "n=1", "--task", "mail.send"), []),
             (("--older-than", "1h"), []),
             (("--newer-than", "1.5h", "--task", "*.*"), [0, 1]),
@@ -9720,16 +9727,55 @@ class TestDeadLetterCommands:
         broker.send(f"{broker.destination(Priority.default)}-DLQ", [Outgoing(body, {})])
         (line,) = letters("list", "--task", "*evil")
         assert "  ?[2Jevil  " in line
+        body = json.dumps({**json.loads(body_of(1)), "task": "forged\nline"})
+        broker.send(f"{broker.destination(Priority.default)}-DLQ", [Outgoing(body, {})])
+        (line,) = letters("list", "--task", "forged*")
+        assert "  forged?line  " in line
 
-    def test_interrupted(self, letters):
+    @pytest.mark.parametrize("broker", ["sqlite"], indirect=True)
+    def test_show_nothing(self, letters, capsys):
+        """An id that no dead letter has is an error."""
+        assert command_error(capsys, "dead-letters", "show", "nothing", "--newer-than", "1s") == (
+            1,
+            "taskhawk: show: no such dead letter, among those that fit all filters",
+        )
+
+    def test_clock_behind(self):
+        """A dead letter of a clock that is ahead of ours is as old as none."""
+        sent_ms = {"SentTimestamp": str(round((time.time() + 5) * 1000))}
+        received = taskhawk.QueueMessage("", "m1", attributes=sent_ms)
+        assert taskhawk._describe(received)["age_s"] == 0
+
+    def test_interrupted(self, letters, caplog):
         """Whatever ends it, what was looked at is visible again, and nothing is lost."""
 
         def interrupt(messages: Any) -> None:
             raise KeyboardInterrupt
 
+        caplog.set_level(logging.INFO)
         with pytest.raises(KeyboardInterrupt):
-            taskhawk._DeadLetters(Priority.default).each("looking", "looked", interrupt)
+            taskhawk._DeadLetters(Priority.default).each("looking", "looked at", interrupt)
         assert letters_left() == (Depth(0, 0, 0), Depth(3, 0, 0))
+        text = "stopped: up to 10 more messages may be looked at too"
+        assert text in [record.getMessage() for record in caplog.records]
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+    def test_signal(self, number):
+        """SIGTERM and the end of a terminal interrupt, as Ctrl-C does; others' handlers stay."""
+        with pytest.raises(KeyboardInterrupt), taskhawk._interruptible():
+            os.kill(os.getpid(), number)
+        assert signal.getsignal(number) == signal.SIG_DFL
+        before = signal.signal(number, signal.SIG_IGN)
+        with taskhawk._interruptible():
+            assert signal.getsignal(number) == signal.SIG_IGN
+        signal.signal(number, before)
+
+    def test_memory(self, letters):
+        """Bodies are let go of once they were looked at: there may be many."""
+        seen = []
+        dead = taskhawk._DeadLetters(Priority.default)
+        assert dead.each("looking", "looked at", seen.extend) == 3
+        assert [message.body for message in seen] == ["", "", ""]
 
     def test_not_deleted(self, scripted, capsys):
         """What can't be deleted is still there, and the exit code says so."""
@@ -9766,10 +9812,10 @@ class TestStats:
         assert taskhawk.main(["stats"]) == 0
         assert capsys.readouterr().out.splitlines() == [
             "             visible  in flight  delayed  dead letters",
-            "high        no queue",
+            "high        no queue or access",
             "default            0          0        0          none",
-            "low         no queue",
-            "bulk        no queue",
+            "low         no queue or access",
+            "bulk        no queue or access",
         ]
 
     @pytest.mark.parametrize("option", [[], ["--json"]], ids=["text", "json"])
@@ -9785,6 +9831,26 @@ class TestStats:
         scripted.always("GetQueueAttributes", fault("AccessDenied", status=403))
         assert taskhawk.main(["stats"]) == 2
         assert "does not allow GetQueueAttributes" in capsys.readouterr().err
+
+    def test_denied_for_some(self, scripted, capsys):
+        """Where one may look at some of the queues alone, these are counted."""
+
+        def deny_others(data: dict[str, Any], behind: Callable[..., Any]) -> Any:
+            other = re.search("PRIORITY|BULK", data["QueueName"])
+            return (fault("AccessDenied", status=403) if other else passed)(data, behind)
+
+        scripted.always("GetQueueUrl", deny_others)
+        assert taskhawk.main(["stats", "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert [name for name, counts in found.items() if counts] == ["default"]
+
+    @pytest.mark.parametrize("interval", ["0", "-1", "nan", "inf"])
+    def test_odd_interval(self, sqlite, capsys, interval):
+        """An interval is a time."""
+        assert command_error(capsys, "stats", "--interval", interval) == (
+            2,
+            f"taskhawk: --interval: expected a number of seconds above 0, got {interval}",
+        )
 
     def test_bars(self, monkeypatch):
         """In a terminal there are bars, to scale; dead letters are red unless NO_COLOR is set."""
@@ -9876,12 +9942,14 @@ class TestProvision:
         client, name = sqs_client(endpoint), f"TASKHAWK-{queue_name}"
         account = configure_account(sqs_client, endpoint, queue_name)
         client.create_queue(QueueName=f"{name}-DLQ", Attributes={"MessageRetentionPeriod": "86400"})
-        client.create_queue(QueueName=name, Attributes={"MessageRetentionPeriod": "864000"})
+        attributes = {"MessageRetentionPeriod": "864000", "MaximumMessageSize": "65536"}
+        client.create_queue(QueueName=name, Attributes=attributes)
         arn = f"arn:aws:sqs:us-east-1:{account}:{name}-DLQ"
         policy = json.dumps({"deadLetterTargetArn": arn, "maxReceiveCount": 5})
         changes = {
             f"{name}-DLQ": "changed: MessageRetentionPeriod from 86400 to 1209600",
-            name: f"changed: RedrivePolicy from none to {policy}",
+            name: "changed: MaximumMessageSize from 65536 to 1048576,"
+            f" RedrivePolicy from none to {policy}",
         }
         only = ("--priority", "default")
         would = [f"queue {queue}: would be {change}" for queue, change in changes.items()]
@@ -9905,6 +9973,7 @@ class TestProvision:
         for queue in queues.values():
             found = attributes_of(client, queue["name"])
             assert int(found["MessageRetentionPeriod"]) == queue["message_retention_seconds"]
+            assert int(found["MaximumMessageSize"]) == queue["max_message_size"] == 1_048_576
             url = client.get_queue_url(QueueName=queue["name"])["QueueUrl"]
             assert client.list_queue_tags(QueueUrl=url)["Tags"] == queue["tags"]
             ours = json.loads(queue.get("redrive_policy", "{}"))
@@ -9962,7 +10031,7 @@ class TestProvision:
         arn = f"arn:aws:sns:us-east-1:{account}:{topic}"
         (statement,) = roles["publisher"]["Statement"]
         assert (statement["Action"], statement["Resource"]) == (["sns:Publish"], [arn])
-        assert list(roles) == ["publisher"]
+        assert list(roles) == ["publisher", "operator"]
         assert taskhawk.main(["check"]) == 0
 
     def test_denied(self, scripted, capsys):
@@ -9983,8 +10052,25 @@ class TestProvision:
         """On SQLite it makes the file."""
         url = f"sqlite:///{tmp_path}/queue.db"
         taskhawk.configure(TASKHAWK_BROKER=url)
+        assert provision(capsys, "--dry-run") == [f"would be made: {url}"]
+        assert not (tmp_path / "queue.db").exists()
         assert provision(capsys) == [f"ready: {url}"]
         assert (tmp_path / "queue.db").exists()
+        text = "taskhawk: --format: expected TASKHAWK_BROKER to be sqs"
+        assert command_error(capsys, "provision", "--format", "iam") == (2, text)
+
+    @pytest.mark.parametrize(
+        ("options", "text"),
+        [
+            (("--max-receive-count", "0"), "--max-receive-count: expected 1 to 1000, got 0"),
+            (("--max-receive-count", "1001"), "--max-receive-count: expected 1 to 1000, got 1001"),
+            (("--lambda", "arn"), "--lambda: expected IS_LAMBDA_APP to be set"),
+        ],
+    )
+    def test_refused(self, ministack, queue_name, capsys, options, text):
+        """What SQS would refuse, or nobody would use, is refused before anything is made."""
+        configure_aws(ministack, queue_name)
+        assert command_error(capsys, "provision", *options) == (2, f"taskhawk: {text}")
 
 
 def check(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, list[str]]:
@@ -10103,6 +10189,65 @@ class TestCheck:
             ],
         )
 
+    def test_no_dead_letter_queue(self, ministack, sqs_client, queue_name, capsys):
+        """A dead-letter queue that is gone is an error, and the other queues are looked at too."""
+        client, name = sqs_client(ministack), f"TASKHAWK-{queue_name}"
+        configure_aws(ministack, queue_name)
+        provision(capsys, "--priority=default")
+        client.delete_queue(QueueUrl=client.get_queue_url(QueueName=f"{name}-DLQ")["QueueUrl"])
+        configure_aws(ministack, queue_name)
+        code, lines = check(capsys, "--priority=default", "--priority=bulk")
+        assert (code, [line.partition(". Mend")[0] for line in lines]) == (
+            1,
+            [
+                f"error: {name}-DLQ: no such queue: what fails is retried until it expires",
+                f"error: {name}-BULK: no such queue: dispatch raises",
+                "2 found",
+            ],
+        )
+
+    def test_kept_for_long(self, ministack, sqs_client, queue_name, capsys):
+        """Where provisioning would not mend it, the remedy is another."""
+        client, name = sqs_client(ministack), f"TASKHAWK-{queue_name}"
+        configure_aws(ministack, queue_name)
+        provision(capsys, "--priority=default")
+        url = client.get_queue_url(QueueName=name)["QueueUrl"]
+        client.set_queue_attributes(QueueUrl=url, Attributes={"MessageRetentionPeriod": "1209600"})
+        (line, _) = check(capsys, "--priority=default")[1]
+        assert line.endswith(
+            f". Mend it: set MessageRetentionPeriod of {name} below that of {name}-DLQ:"
+            " 1209600 is the most"
+        )
+
+    def test_fault(self, scripted, capsys):
+        """What can't be looked at is a finding too, and tells where to look for the reason."""
+        scripted.always("GetQueueUrl", fault("ExpiredToken", status=403))
+        code, lines = check(capsys, "--json", "--priority=default", "--priority=bulk")
+        (finding,) = json.loads("\n".join(lines))
+        assert (code, finding["severity"]) == (1, "error")
+        assert finding["what"].startswith("An error occurred (ExpiredToken) when calling")
+        assert finding["remedy"] == (
+            "check credentials, AWS_REGION, AWS_ENDPOINT_SQS and the network"
+        )
+
+    def test_lambda_app_on_sqlite(self, tmp_path, capsys):
+        """A Lambda app that is tried out on SQLite has no topics to look at."""
+        taskhawk._registry.clear()
+        url = f"sqlite:///{tmp_path}/queue.db?max_receive_count=2"
+        taskhawk.configure(TASKHAWK_BROKER=url, IS_LAMBDA_APP=True)
+        code, (line, _) = check(capsys)
+        assert code == 0
+        assert line.startswith("warning: TASKHAWK-DEFAULT: its maxReceiveCount is 2: ")
+        assert line.endswith(". Mend it: in TASKHAWK_BROKER, max_receive_count=5")
+
+    def test_no_account(self, ministack, queue_name, capsys):
+        """A setting that is missing or wrong is a finding."""
+        configure_aws(ministack, queue_name)
+        taskhawk.configure(dict(taskhawk.settings.given) | {"TASKHAWK_QUEUE": "my app"})
+        code, (line, _) = check(capsys)
+        assert code == 1
+        assert line.startswith("error: TASKHAWK_QUEUE in configure(): expected at most 71 letters")
+
     def test_topics(self, ministack, queue_name, capsys):
         """A topic must be there, and have a subscriber."""
         configure_aws(ministack, queue_name, IS_LAMBDA_APP=True)
@@ -10213,6 +10358,19 @@ class TestCommandLine:
         script = "import sys, taskhawk; sys.exit(taskhawk.main(['--version']))"
         result = run_python(["-P", "-c", script], cwd=tmp_path)
         assert (result.returncode, result.stdout) == (0, f"{taskhawk.VERSION}\n")
+
+    @pytest.mark.parametrize(
+        ("line", "text"),
+        [
+            ("import os; os.environ['NOT_SET']", "KeyError('NOT_SET')"),
+            ("assert 0", "AssertionError()"),
+            ("raise OSError('in two\\nlines')", "in two lines"),
+        ],
+    )
+    def test_module_fails(self, command_folder, capsys, line, text):
+        """Whatever a module raises when it is imported is one line, and tells what it was."""
+        (command_folder / "failing_jobs.py").write_text(f"{line}\n")
+        assert command_error(capsys, "tasks", "failing_jobs") == (1, f"taskhawk: {text}")
 
     @pytest.mark.slow
     @pytest.mark.parametrize("way", ["module", "vendored", "file", "script"])
