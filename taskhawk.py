@@ -1046,7 +1046,7 @@ def _one_event_loop() -> Iterator[None]:
     try:
         yield
     finally:
-        if loop := vars(_slot).pop("loop"):
+        if loop := vars(_slot).pop("loop", None):  # it is gone if a task ran a worker
             loop.close()
 
 
@@ -2450,6 +2450,7 @@ _STEPS = {  # the allowed steps of a message; nothing else moves one
 _TICK_S = 0.2  # how soon a signal or a shutdown_event is seen
 _ACK_WAIT_S = 0.05  # how long an acknowledgement waits for others to share its call
 _MAX_BACKOFF_S = 60  # between receives that fail
+_START_S = 60  # how long a child may take to import the tasks
 _FLUSH_S = 3  # of the grace, kept for acknowledgements once running tasks are given up
 
 
@@ -2574,12 +2575,11 @@ class _Keeper:
         """
         while self.waiting:
             held = self.waiting[0]
+            if not self._leases or held.lease_until > self._worker.clock():
+                held.move("started")
+                return self.waiting.pop(0)
             # A call that hangs may have kept the keeper from seeing it.
-            if self._leases and held.lease_until <= self._worker.clock():
-                self._lose(held, "its lease ended while it waited")
-                continue
-            held.move("started")
-            return self.waiting.pop(0)
+            self._lose(held, "its lease ended while it waited")
         return None
 
     def decide(self, held: _Held, end: str, visible_in_s: float | None = 0) -> None:
@@ -2614,17 +2614,21 @@ class _Keeper:
             self.due.notify()
         self.thread.join(within_s)
         with self.changed:
-            for held in [held for held in self.held if held.end]:
-                self._close(held, "uncertain" if held.to_delete else held.end)
+            for held in [held for held in self.held if held.end or held in self.waiting]:
+                self._close(held, "uncertain" if held.to_delete else held.end or "released")
+            self.waiting.clear()
 
     def _run(self) -> None:
         """Make one call after another, each for what is due of one queue."""
         while not self._closed or self.waiting or any(held.end for held in list(self.held)):
             with self.changed:
                 now = self._worker.clock()
-                if self._closed and now >= self.gives_up_at:
-                    return
                 kind, due = self._due(now)
+                if self._closed and now >= self.gives_up_at:
+                    # What ended after that, in the calling thread, has one try.
+                    ended = [held for held in self.held if held.end]
+                    if all(held.tries or held.due_at < self.gives_up_at for held in ended):
+                        return
                 if not due:
                     times = (time for held in self.held for time in (held.due_at, held.renew_at))
                     self._looks_at = min([now + _TICK_S, *(time for time in times if time > now)])
@@ -2781,22 +2785,17 @@ class _Child:
         """Do as :func:`process` does; None if the worker's grace ended meanwhile."""
         # The limit is the parent's to keep: code that holds the GIL can't be stopped from inside.
         task, began = typing.cast("Message", received.message).task, time.monotonic()
-        limit = threading.Timer(task.time_limit or 0, self.kill)
         outcome, why = None, ""
         try:
             self._ensure_process()
             began = time.monotonic()  # the imports of a new process are not the run's
-            if task.time_limit:
-                limit.start()
-            # Nobody would kill what begins after the end of the grace.
-            outcome = None if self._given_up.is_set() else self._ask(received)
+            with self._killed_after(task.time_limit):
+                # Nobody would kill what begins after the end of the grace.
+                outcome = None if self._given_up.is_set() else self._ask(received)
         except (OSError, ValueError) as error:  # it ended, or something else wrote to its socket
             why = str(error)
-        limit.cancel()
-        if limit.ident:  # it was started, and must not kill the next process
-            limit.join()
         self._left -= 1
-        late = limit.ident and time.monotonic() - began >= (task.time_limit or 0)
+        late = task.time_limit and time.monotonic() - began >= task.time_limit
         if not outcome or late or not self._left:
             why = self.close() or why
         if outcome or self._given_up.is_set():
@@ -2851,10 +2850,25 @@ class _Child:
             self._process = subprocess.Popen(command, **options)  # noqa: S603 - it is this file
         self._send(self._start)
         self._left = self._max_tasks
-        self._answer()  # an empty one: it has imported the tasks
+        with self._killed_after(_START_S):
+            if not self._given_up.is_set():
+                self._answer()  # an empty one: it has imported the tasks
 
     def _send(self, value: object) -> None:
         self._socket.sendall(json.dumps(value, default=str).encode() + b"\n")
+
+    @contextlib.contextmanager
+    def _killed_after(self, seconds: float | None) -> Iterator[None]:
+        """Kill the process if what is inside takes longer; it never kills the next one."""
+        timer = threading.Timer(seconds or 0, self.kill)
+        if seconds:
+            timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+            if seconds:
+                timer.join()
 
     def kill(self) -> None:
         """Kill the process and what it started, also in C code that holds the GIL."""
@@ -2868,13 +2882,9 @@ class _Child:
         if not self._process:
             return ""
         # A thread that the task left behind would keep the process for ever.
-        patience = threading.Timer(5, self.kill)
-        patience.start()
-        with contextlib.suppress(OSError), self._socket, self._lines:
+        with contextlib.suppress(OSError), self._killed_after(5), self._socket, self._lines:
             self._socket.shutdown(1)  # for writing: it ends once it has read all
             self._lines.read()  # until it is gone
-        patience.cancel()
-        patience.join()
         with self._lock:
             code = self._process.wait()
         self._process = None
@@ -2891,11 +2901,15 @@ def _add_task(record: logging.LogRecord) -> bool:
 
 def _to_line(values: Mapping[str, Any]) -> str:
     """Return an object of JSON, of a log record, whose values may be anything."""
+
+    def fits(value: object) -> bool:
+        finite = not isinstance(value, float) or math.isfinite(value)
+        return finite and isinstance(value, int | float | str | None)
+
     try:
         return json.dumps(values, default=str, allow_nan=False)
     except (TypeError, ValueError, RecursionError):  # a key that is no text, NaN, a circle
-        plain = {k: v if isinstance(v, int | str | None) else repr(v) for k, v in values.items()}
-        return json.dumps(plain)
+        return json.dumps({k: v if fits(v) else repr(v) for k, v in values.items()})
 
 
 class _LineFormatter(logging.Formatter):
@@ -3042,9 +3056,9 @@ class Worker:
     wait_s: float = _LONG_POLL_S
 
     def __post_init__(self) -> None:
-        for name in ("num_messages", "concurrency", "max_tasks_per_child"):
+        for name in ("num_messages", "concurrency", "max_tasks", "max_tasks_per_child"):
             number = getattr(self, name)
-            _require(number >= 1, f"{name}: expected 1 or more, got {number}")
+            _require(number is None or number >= 1, f"{name}: expected 1 or more, got {number}")
         lease_s = self.visibility_timeout_s
         text = f"visibility_timeout_s: expected 1 to {_MAX_HELD_S} seconds, got {lease_s}"
         _require(lease_s is None or 1 <= lease_s <= _MAX_HELD_S, text)
@@ -3125,11 +3139,9 @@ class Worker:
         while not self._is_told() and not self._ended.wait(_TICK_S):
             pass
         self._stop.set()
-        if self.grace_s is None:
+        if self.grace_s is None or self._ended.wait(max(self.grace_s - _FLUSH_S, self.grace_s / 2)):
             return
         flush_s = min(_FLUSH_S, self.grace_s / 2)
-        if self._ended.wait(self.grace_s - flush_s):
-            return
         self.overdue.set()
         self._keeper.gives_up_at = self.clock() + flush_s
         for child in self._children:
@@ -3171,10 +3183,9 @@ class Worker:
         if self._started == self.max_tasks:
             self._stop.set()
             return True
-        if not (held := self._keeper.start_next()):
-            return not self._polling
-        self._started += 1
-        return held
+        held = self._keeper.start_next()
+        self._started += held is not None
+        return held or not self._polling
 
     def _room(self) -> int:
         """Return how many messages to ask for: as many as can start soon."""
@@ -3196,7 +3207,9 @@ class Worker:
         try:
             while loops != self.loop_count and (most := self._wait(self._room)):
                 try:
-                    lease = lease or _find_lease_s(self.broker, queue, self.visibility_timeout_s)
+                    if not lease:  # it may take long: look again whether to receive
+                        lease = _find_lease_s(self.broker, queue, self.visibility_timeout_s)
+                        continue
                     messages = self.broker.receive(queue, most, self.wait_s, lease[1], self._stop)
                 except Exception as error:  # a worker goes on for ever
                     if not loops and isinstance(error, ConfigurationError):

@@ -8055,6 +8055,7 @@ class TestWorker:
         ("options", "sentence"),
         [
             ({"num_messages": 0}, "num_messages: expected 1 or more, got 0"),
+            ({"max_tasks": -1}, "max_tasks: expected 1 or more, got -1"),
             (
                 {"visibility_timeout_s": 0},
                 "visibility_timeout_s: expected 1 to 43200 seconds, got 0",
@@ -9045,10 +9046,51 @@ class TestWorker:
         thread = threading.Thread(target=worker.run)
         thread.start()
         assert worker._abandoned.wait(WORKER_PATIENCE_S)
+        worker_eventually(lambda: worker.clock() > worker._keeper.gives_up_at)
         release.set()
         thread.join()
         assert worker.overdue.is_set()
         assert worker.ledger == taskhawk.Ledger(received=1, acked=1)
+
+    def test_grace_of_what_waits(self, worker_broker):
+        """What waits when the keeper gives up is released: the ledger knows what it was."""
+        stop, release = threading.Event(), threading.Event()
+
+        @taskhawk.task
+        def first() -> None:
+            """Do nothing."""
+
+        @taskhawk.task
+        def second() -> None:
+            assert deleting.wait(WORKER_PATIENCE_S)
+            stop.set()
+
+        def hang(real: Any, *_args: Any) -> Any:
+            deleting.set()
+            assert release.wait(WORKER_PATIENCE_S)
+            return real()
+
+        deleting, told = threading.Event(), []
+
+        def note(ledger: taskhawk.Ledger) -> None:
+            told.append(str(ledger))
+            release.set()
+
+        worker_broker.faults["delete"] = hang
+        worker_broker.put(first, ())
+        worker_broker.put(second, *[()] * 9)
+        worker = taskhawk.Worker(
+            worker_broker,
+            [WORKER_QUEUE],
+            num_messages=10,
+            shutdown_event=stop,
+            grace_s=0.4,
+            wait_s=0,
+            on_overdue=note,
+        )
+        ledger = worker.run()
+        assert told == [str(ledger)]
+        assert ledger == taskhawk.Ledger(received=10, uncertain=2, released=8)
 
     @pytest.mark.parametrize("on_overdue", [False, True])
     def test_grace_of_a_delete(self, worker_broker, on_overdue):
@@ -9086,6 +9128,33 @@ class TestWorker:
         """A poll ends before the grace does, so that it is waited out."""
         worker = taskhawk.Worker(worker_broker, [WORKER_QUEUE], grace_s=grace_s)
         assert worker.wait_s == wait_s
+
+    def test_no_poll_after_the_lookup(self, worker_broker):
+        """No poll begins after the shutdown, though the queue was looked up meanwhile."""
+        stop = threading.Event()
+
+        def info(real: Any, *_args: Any) -> Any:
+            stop.set()
+            return real()
+
+        worker_broker.faults["info"] = info
+        assert worker_broker.work(shutdown_event=stop, until_empty=False) == taskhawk.Ledger()
+        assert worker_broker.made("receive") == []
+
+    def test_worker_in_a_task(self, worker_broker):
+        """A task may run a worker itself."""
+
+        @taskhawk.task
+        def inner() -> None:
+            """Do nothing."""
+
+        @taskhawk.task
+        def outer() -> None:
+            assert worker_broker.work("INNER") == taskhawk.Ledger(received=1, acked=1)
+
+        worker_broker.put(outer, ())
+        worker_broker.put(inner, (), queue="INNER")
+        assert worker_broker.work() == taskhawk.Ledger(received=1, acked=1)
 
     def test_small_grace(self, worker_broker):
         """An idle worker ends within a grace that is shorter than what is kept for flushing."""
@@ -11497,6 +11566,8 @@ class TestLogging:
             record = logging.makeLogRecord({"msg": "odd", "odd": odd, "order": 7})
             line = json.loads(taskhawk._JsonFormatter().format(record))
             assert (line["message"], line["odd"], line["order"]) == ("odd", shown, 7)
+            sent = json.loads(taskhawk._LineFormatter().format(record))  # by a child
+            assert (sent["msg"], sent["created"]) == ("odd", record.created)
 
     def test_fields_of_its_own(self, memory, caplog):
         """What a record has of its own stays, and the task's id and attempt are added."""
