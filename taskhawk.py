@@ -354,8 +354,10 @@ def _conform(rule: str, value: Any) -> Any:
         valid = re.fullmatch(_PATTERNS.get(rule, ".+"), value) is not None
     if not valid:
         raise ValueError
-    if rule == _BROKER:  # from now on the same file, though a task may change the directory
-        return re.sub("^sqlite:///(?=[^/?])", lambda _: f"sqlite:///{os.getcwd()}/", value)
+    relative = rule == _BROKER and re.match("sqlite:///(?=[^/?])", value)
+    if relative and not re.search(r"[?\n]", here := os.getcwd()):  # which no URL can hold
+        # From now on the same file, though a task may change the directory.
+        return f"{relative[0]}{here}/{value[relative.end() :]}"
     return value.rstrip("/") if rule == _URL else value
 
 
@@ -1018,7 +1020,7 @@ class Task(AsyncInvocation[_P], Generic[_P, _R]):
 
     def __reduce__(self) -> str:
         """Be pickled as the function would be: by its name in its module."""
-        return str(vars(self)["__qualname__"])
+        return str(vars(self).get("__qualname__", self._name))
 
     def __str__(self) -> str:
         return f"Taskhawk task: {self._name}"
@@ -1162,12 +1164,13 @@ def _check_declared(fn: Any, priority: object, name: object, options: Mapping[st
         _require(not found, f"{shown} {flaw}")
 
 
+_MAINS = ("__main__", "__mp_main__")  # a script, the latter in a process of multiprocessing
+
+
 def _place(fn: Any) -> tuple[str, str, str]:
     """Return the module that a worker imports a function by, also a script's, its name and line."""
     module, script = fn.__module__, sys.modules.get(fn.__module__)
-    # The latter is a script in a process that multiprocessing has spawned.
-    mains = ("__main__", "__mp_main__")
-    if module in mains and (path := getattr(script, "__file__", None)):
+    if module in _MAINS and (path := getattr(script, "__file__", None)):
         spec = getattr(script, "__spec__", None)
         module = (spec.name if spec else inspect.getmodulename(path)) or module
     code = getattr(fn, "__code__", None)
@@ -1330,7 +1333,7 @@ def _call_safely(name: str, **kwargs: Any) -> None:
         _log.exception("%s failed", name)
 
 
-def _text_of(error: BaseException | None) -> str:
+def _text_of(error: object) -> str:
     """Return the text of an error, also if its class can't make it."""
     try:
         return str(error)
@@ -2732,7 +2735,7 @@ def _start_of_children(*, everything: bool) -> dict[str, Any]:
     isolated = [task for task in _registry.values() if everything or task.isolate]
     for task in isolated:
         text = f"{task.name}: a task of __main__ can't be isolated: move it to a module"
-        _require(task.fn.__module__ != "__main__", text)
+        _require(task.fn.__module__ not in _MAINS, text)
     values = {name: getattr(settings, name) for name in _SETTINGS} if isolated else {}
     for name, hook in [(name, value) for name, value in values.items() if callable(value)]:
         values[name] = path = f"{hook.__module__}.{getattr(hook, '__qualname__', '')}"
@@ -2902,14 +2905,15 @@ def _add_task(record: logging.LogRecord) -> bool:
 def _to_line(values: Mapping[str, Any]) -> str:
     """Return an object of JSON, of a log record, whose values may be anything."""
 
-    def fits(value: object) -> bool:
-        finite = not isinstance(value, float) or math.isfinite(value)
-        return finite and isinstance(value, int | float | str | None)
+    def plain(value: object) -> object:
+        with contextlib.suppress(Exception):
+            return json.loads(json.dumps(value, default=str, allow_nan=False))
+        return _text_of(value)
 
     try:
         return json.dumps(values, default=str, allow_nan=False)
-    except (TypeError, ValueError, RecursionError):  # a key that is no text, NaN, a circle
-        return json.dumps({k: v if fits(v) else repr(v) for k, v in values.items()})
+    except Exception:  # a key that is no text, NaN, a circle, too deep, a str() with a bug
+        return json.dumps({str(key): plain(value) for key, value in values.items()})
 
 
 class _LineFormatter(logging.Formatter):
@@ -3604,7 +3608,7 @@ def _if_there(call: Callable[..., Any], *args: Any, or_denied: str = "") -> Any:
 
 
 def _depths() -> dict[str, dict[str, int | None] | None]:
-    """Count the messages of each priority, most urgent first; None where there is no queue."""
+    """Count the messages of each priority, most urgent first; None where none may be seen."""
     broker, found = _brokers.broker(), {}
     look = functools.partial(_if_there, broker.depth, or_denied="|AccessDenied.*")
     for priority in _URGENCY:
@@ -3632,7 +3636,7 @@ def _depth_lines(
             yield f"{name:10}{'no queue or access':>20}"
             continue
         visible, in_flight, delayed, dead = counts.values()
-        shown = f"{'none' if dead is None else dead:>14}"
+        shown = f"{'none/denied' if dead is None else dead:>14}"
         if dead and bars and not os.environ.get("NO_COLOR"):
             shown = f"\x1b[31m{shown}\x1b[0m"
         line = f"{name:10}{visible:>10}{in_flight:>11}{delayed:>9}{shown}"
@@ -3794,7 +3798,7 @@ def _check(priorities: Iterable[Priority]) -> Iterator[_Finding]:
             remedy = "check credentials, AWS_REGION, AWS_ENDPOINT_SQS and the network"
             remedy = "as it says" if isinstance(error, ConfigurationError) else remedy
             yield _Finding("error", _text_of(error), "no more can be seen of it", remedy)
-            if not _error_code(error).startswith("AccessDenied"):
+            if not re.match("AccessDenied|AuthorizationError", _error_code(error)):
                 return  # the others would say the same
 
 
@@ -3848,7 +3852,9 @@ def _check_attributes(broker: SqsBroker, queue: str, dead: str) -> Iterator[_Fin
     names = ["MessageRetentionPeriod", "MaximumMessageSize"]
     ours, theirs = (_if_there(broker.attributes, name, names) for name in (queue, dead))
     if theirs is None:
-        yield _Finding("error", f"{dead}: no such queue", "what fails is retried until it expires")
+        remedy = _PROVISION if dead == f"{queue}-DLQ" else "make it, or correct the RedrivePolicy"
+        why = "what fails is retried until it expires"
+        yield _Finding("error", f"{dead}: no such queue", why, remedy)
         return
     kept_s, dead_s = (int(found["MessageRetentionPeriod"]) for found in (ours, theirs))
     if dead_s <= kept_s:
@@ -4203,7 +4209,7 @@ def _provision(arguments: Any) -> None:
     """
     if settings.TASKHAWK_BROKER != "sqs":
         _require(not arguments.format, "--format: expected TASKHAWK_BROKER to be sqs")
-        dry = f"would be made: {settings.TASKHAWK_BROKER}"
+        dry = f"would be made, unless it is there: {settings.TASKHAWK_BROKER}"
         print(dry if arguments.dry_run else f"ready: {_brokers.broker().url('')}")
         return
     wanted = sorted({Priority[name] for name in arguments.priority} or Priority, key=_URGENCY.index)

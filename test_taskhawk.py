@@ -2818,6 +2818,11 @@ class TestTasks:
             taskhawk.task(name=5)(place)
         assert str(caught.value) == "place has name=5: expected a string"
 
+    def test_copied(self):
+        """A task is copied as itself, also one of a callable that has a name by name= alone."""
+        task = taskhawk.task(name="shop.plain")(functools.partial(plain))
+        assert str(copy.copy(task)) == str(task)
+
     def test_refused_task(self):
         """A task is not made a task again."""
         task = taskhawk.task(name="shop.plain")(plain)
@@ -5996,6 +6001,14 @@ class TestProcesses:
         task.dispatch("after")
         assert taskhawk._brokers.broker().depth("TASKHAWK-DEFAULT").visible == 3
         assert os.listdir() == []
+
+    def test_odd_directory(self, task, tmp_path, monkeypatch):
+        """A directory that no URL can name is no trouble to a relative path."""
+        (tmp_path / "odd?").mkdir()
+        monkeypatch.chdir(tmp_path / "odd?")
+        taskhawk.configure(TASKHAWK_BROKER="sqlite:///queue.db")
+        task.dispatch(1)
+        assert os.listdir(tmp_path / "odd?") != []
 
     def test_fork_without_the_file(self, task, tmp_path):
         """Where the file can't be opened again after a fork, that is an error until it can be."""
@@ -9882,7 +9895,7 @@ class TestStats:
         assert capsys.readouterr().out.splitlines() == [
             "             visible  in flight  delayed  dead letters",
             "high        no queue or access",
-            "default            0          0        0          none",
+            "default            0          0        0   none/denied",
             "low         no queue or access",
             "bulk        no queue or access",
         ]
@@ -10121,7 +10134,8 @@ class TestProvision:
         """On SQLite it makes the file."""
         url = f"sqlite:///{tmp_path}/queue.db"
         taskhawk.configure(TASKHAWK_BROKER=url)
-        assert provision(capsys, "--dry-run") == [f"would be made: {url}"]
+        would = f"would be made, unless it is there: {url}"
+        assert provision(capsys, "--dry-run") == [would]
         assert not (tmp_path / "queue.db").exists()
         assert provision(capsys) == [f"ready: {url}"]
         assert (tmp_path / "queue.db").exists()
@@ -10263,8 +10277,14 @@ class TestCheck:
         client, name = sqs_client(ministack), f"TASKHAWK-{queue_name}"
         configure_aws(ministack, queue_name)
         provision(capsys, "--priority=default")
+        dead = attributes_of(client, f"{name}-DLQ")["QueueArn"]
+        policy = json.dumps({"deadLetterTargetArn": dead, "maxReceiveCount": 5})
+        low, attributes = f"{name}-LOW-PRIORITY", {"RedrivePolicy": policy}
+        client.create_queue(QueueName=low, Attributes=attributes)
         client.delete_queue(QueueUrl=client.get_queue_url(QueueName=f"{name}-DLQ")["QueueUrl"])
         configure_aws(ministack, queue_name)
+        (line, _) = check(capsys, "--priority=low")[1]
+        assert line.endswith(". Mend it: make it, or correct the RedrivePolicy")
         code, lines = check(capsys, "--priority=default", "--priority=bulk")
         assert (code, [line.partition(". Mend")[0] for line in lines]) == (
             1,
@@ -10309,7 +10329,7 @@ class TestCheck:
         assert line.startswith("warning: TASKHAWK-DEFAULT: its maxReceiveCount is 2: ")
         assert line.endswith(". Mend it: in TASKHAWK_BROKER, max_receive_count=5")
 
-    def test_no_account(self, ministack, queue_name, capsys):
+    def test_odd_setting(self, ministack, queue_name, capsys):
         """A setting that is missing or wrong is a finding."""
         configure_aws(ministack, queue_name)
         taskhawk.configure(dict(taskhawk.settings.given) | {"TASKHAWK_QUEUE": "my app"})
@@ -11562,10 +11582,20 @@ class TestLogging:
         """A record whose `extra` JSON can't hold is an object in a line all the same."""
         circle: list[Any] = [7]
         circle.append(circle)
-        for odd, shown in ((math.nan, "nan"), ({(1, 2): 3}, "{(1, 2): 3}"), (circle, "[7, [...]]")):
+        deep: list[Any] = []
+        for _ in range(100_000):
+            deep = [deep]
+        for odd, shown in (
+            (math.nan, "nan"),
+            ({(1, 2): 3}, "{(1, 2): 3}"),
+            (circle, "[7, [...]]"),
+            (deep, "list (its text can't be made)"),
+            (10**5000, "int (its text can't be made)"),
+        ):
             record = logging.makeLogRecord({"msg": "odd", "odd": odd, "order": 7})
             line = json.loads(taskhawk._JsonFormatter().format(record))
             assert (line["message"], line["odd"], line["order"]) == ("odd", shown, 7)
+            vars(record)[1, 2] = 3
             sent = json.loads(taskhawk._LineFormatter().format(record))  # by a child
             assert (sent["msg"], sent["created"]) == ("odd", record.created)
 
