@@ -9844,10 +9844,10 @@ class TestDeadLetterCommands:
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
     def test_signal(self, number):
         """SIGTERM and the end of a terminal interrupt, as Ctrl-C does; others' handlers stay."""
+        before = signal.signal(number, signal.SIG_DFL)
         with pytest.raises(KeyboardInterrupt), taskhawk._interruptible():
             os.kill(os.getpid(), number)
-        assert signal.getsignal(number) == signal.SIG_DFL
-        before = signal.signal(number, signal.SIG_IGN)
+        assert signal.signal(number, signal.SIG_IGN) == signal.SIG_DFL
         with taskhawk._interruptible():
             assert signal.getsignal(number) == signal.SIG_IGN
         signal.signal(number, before)
