@@ -11332,6 +11332,18 @@ class TestIsolation:
         """A child whose worker died before it could tell ends at once."""
         assert run_python(["-m", "taskhawk", "_child", "0", "1"]).returncode == 1
 
+    def test_started_too_late(self, isolated_jobs):
+        """A child that is started as the grace ends is not waited for, and runs nothing."""
+        given_up = threading.Event()
+        child = taskhawk._Child(taskhawk._start_of_children(everything=True), 1, given_up)
+        isolated_jobs.pid.dispatch()
+        (received,) = queued()
+        assert child.takes(received)
+        given_up.set()
+        assert child.process(received) is None
+        assert child._process is None
+        assert not (isolated_jobs.HERE / "notes").exists()
+
     def test_async_loop(self, isolated_jobs):
         """Coroutines of a child share an event loop, as those of a slot do."""
         isolated_jobs.loop.dispatch_many([(), ()])
