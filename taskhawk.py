@@ -1518,8 +1518,8 @@ class Sender(typing.Protocol):
     """What publishing needs of a service, which sets the most bytes and the longest delay.
 
     ``send`` takes at most ten messages, which are together within `max_bytes`, and returns those
-    that were refused. ``before_fork`` lets go of what a child must not share; in the parent,
-    ``after_fork`` takes it again.
+    that were refused. ``before_fork`` lets go of what a child must not share, until ``after_fork``
+    in the parent.
 
     Calls may come from any thread at once. One that fails as a whole raises; it may have been done
     all the same.
@@ -2882,6 +2882,8 @@ class _Child:
 
     def close(self) -> str:
         """End the process, and say how it ended."""
+        import subprocess
+
         if not self._process:
             return ""
         # A thread that the task left behind would keep the process for ever.
@@ -2889,8 +2891,12 @@ class _Child:
             self._socket.shutdown(1)  # for writing: it ends once it has read all
             self._lines.read()  # until it is gone
         with self._lock:
-            code = self._process.wait()
-        self._process = None
+            try:
+                code = self._process.wait(5)
+            except subprocess.TimeoutExpired:  # its task closed our socket, and goes on
+                os.killpg(self._process.pid, signal.SIGKILL)
+                code = self._process.wait()
+            self._process = None  # under the lock too, or kill() could meet it half gone
         return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
@@ -3147,7 +3153,8 @@ class Worker:
             return
         flush_s = min(_FLUSH_S, self.grace_s / 2)
         self.overdue.set()
-        self._keeper.gives_up_at = self.clock() + flush_s
+        with self._changed:
+            self._keeper.gives_up_at = self.clock() + flush_s
         for child in self._children:
             child.kill()
         if not self._ended.wait(flush_s / 2):

@@ -11084,6 +11084,11 @@ async def wait(metadata):
     await asyncio.sleep(0)
     note("waited", metadata.attempt, metadata.queue)
 
+@taskhawk.task(isolate=True, retry=NEVER)
+def daemonize():
+    os.closerange(3, 256)
+    threading.Event().wait()
+
 @taskhawk.task(isolate=True)
 async def loop():
     LOOPS.add(asyncio.get_running_loop())
@@ -11331,6 +11336,15 @@ class TestIsolation:
     def test_no_worker(self):
         """A child whose worker died before it could tell ends at once."""
         assert run_python(["-m", "taskhawk", "_child", "0", "1"]).returncode == 1
+
+    def test_closes_everything(self, isolated_jobs, caplog):
+        """A task that closes what it did not open, and goes on, is killed: its slot goes on too."""
+        isolated_jobs.daemonize.dispatch()
+        isolated_jobs.pid.dispatch()
+        ledger = isolated_work()
+        assert ledger == taskhawk.Ledger(received=2, acked=1, dead_lettered=1)
+        text = "ChildCrashed: isolated.daemonize: its process ended: signal 9"
+        assert text in caplog.text
 
     def test_started_too_late(self, isolated_jobs):
         """A child that is started as the grace ends is not waited for, and runs nothing."""
