@@ -74,16 +74,58 @@ __version__ = "5.0.0"
 
 # What is promised to stay; a name with an underscore may change with any version.
 __all__ = [
-    "SCHEMA", "VERSION", "AsyncInvocation", "Broker", "Captured", "ChildCrashed",
-    "ConfigurationError", "Depth", "Fate", "IgnoreException", "Ledger", "LoggingException",
-    "Message", "MessageTooLarge", "Metadata", "Outcome", "Outgoing", "PartialFailure", "Priority",
-    "QueueInfo", "QueueMessage", "Refusal", "RetryException", "RetryPolicy", "Sender", "SnsSender",
-    "SqliteBroker", "SqsBroker", "StopRetry", "Task", "TaskNotFound", "TaskhawkError",
-    "TimeLimitExceeded", "ValidationError", "Worker", "batch", "capture", "configure",
-    "current_task", "exponential", "extend_visibility_timeout", "fixed", "linear",
-    "listen_for_messages", "main", "process", "process_messages_for_lambda_consumer", "publish",
-    "requeue_dead_letter", "settings", "task",
-]  # fmt: skip
+    "SCHEMA",
+    "VERSION",
+    "AsyncInvocation",
+    "Broker",
+    "Captured",
+    "ChildCrashed",
+    "ConfigurationError",
+    "Depth",
+    "Fate",
+    "IgnoreException",
+    "Ledger",
+    "LoggingException",
+    "Message",
+    "MessageTooLarge",
+    "Metadata",
+    "Outcome",
+    "Outgoing",
+    "PartialFailure",
+    "Priority",
+    "QueueInfo",
+    "QueueMessage",
+    "Refusal",
+    "RetryException",
+    "RetryPolicy",
+    "Sender",
+    "SnsSender",
+    "SqliteBroker",
+    "SqsBroker",
+    "StopRetry",
+    "Task",
+    "TaskNotFound",
+    "TaskhawkError",
+    "TimeLimitExceeded",
+    "ValidationError",
+    "Worker",
+    "batch",
+    "capture",
+    "configure",
+    "current_task",
+    "exponential",
+    "extend_visibility_timeout",
+    "fixed",
+    "linear",
+    "listen_for_messages",
+    "main",
+    "process",
+    "process_messages_for_lambda_consumer",
+    "publish",
+    "requeue_dead_letter",
+    "settings",
+    "task",
+]
 
 import contextlib
 import contextvars
@@ -124,7 +166,9 @@ _MAX_HELD_S = 43_200  # SQS counts these 12 hours from the receive, extensions i
 _LONG_POLL_S = 20  # the longest wait of ReceiveMessage, and so the cheapest
 _DEFAULT_LEASE_S = 30  # the visibility timeout of a queue that sets none
 _ERROR_ATTRIBUTE = "taskhawk.error"  # says why the worker dead-lettered a message
-_MAX_ERROR_BYTES = 16_384  # of that attribute: enough for a traceback, little against 1 MiB
+_MAX_ERROR_BYTES = (
+    16_384  # of that attribute: enough for a traceback, little against 1 MiB
+)
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -208,9 +252,13 @@ class PartialFailure(TaskhawkError):
     dispatch, in order, ready for :func:`publish`.
     """
 
-    def __init__(self, result: dict[str, Any], *args: Any, unsent: Sequence[Message] = ()) -> None:
+    def __init__(
+        self, result: dict[str, Any], *args: Any, unsent: Sequence[Message] = ()
+    ) -> None:
         done, failed = result["Successful"], result["Failed"]
-        codes = ", ".join(sorted({str(entry.get("Code", "unknown")) for entry in failed}))
+        codes = ", ".join(
+            sorted({str(entry.get("Code", "unknown")) for entry in failed})
+        )
         text = f"{len(failed)} of {len(done) + len(failed)} messages failed: {codes}"
         super().__init__(*(args or (text,)))
         self.result, self.unsent = result, list(unsent)
@@ -245,7 +293,9 @@ class RetryException(TaskhawkError):
         if delay_seconds is None and args and _is_number(args[0]):
             delay_seconds, *args = args  # type: ignore[assignment]
         if delay_seconds is not None and not 0 <= delay_seconds < math.inf:
-            raise ValueError(f"delay_seconds: expected 0 or more seconds, got {delay_seconds}")
+            raise ValueError(
+                f"delay_seconds: expected 0 or more seconds, got {delay_seconds}"
+            )
         self.delay_seconds = delay_seconds
         super().__init__(*args)
 
@@ -293,11 +343,19 @@ def _is_number(value: object) -> typing.TypeGuard[float]:
 # secrets are in no error.
 
 _TEXT, _ACCOUNT, _REGION = "a string", "an account number", "the name of a region"
-_FLAG, _SECONDS, _COUNT = "true or false", "a number of seconds above 0", "a whole number above 0"
+_FLAG, _SECONDS, _COUNT = (
+    "true or false",
+    "a number of seconds above 0",
+    "a whole number above 0",
+)
 _HOOK, _CLASS = "a function or its dotted path", "a class or its dotted path"
 _URL, _BROKER = "a URL", "'sqs' or a URL of SQLite"
 _QUEUE = "at most 71 letters, digits, hyphens and underscores"
-_PATTERNS = {_URL: "https?://.+", _BROKER: "sqs|sqlite://.*", _QUEUE: "[A-Za-z0-9_-]{1,71}"}
+_PATTERNS = {
+    _URL: "https?://.+",
+    _BROKER: "sqs|sqlite://.*",
+    _QUEUE: "[A-Za-z0-9_-]{1,71}",
+}
 _FLAGS = dict.fromkeys(("", "0", "false", "no", "off"), False)
 _FLAGS |= dict.fromkeys(("1", "true", "yes", "on"), True)
 _SETTINGS: dict[str, tuple[str, str, Any]] = {  # the rule, an example, the default
@@ -327,7 +385,9 @@ _warned = {  # of these names no warning is due any more; it never is of what on
     *("TASKHAWK_CONSUMER_BACKEND", "TASKHAWK_PUBLISHER_BACKEND"),
     *("TASKHAWK_HEARTBEAT_HOOK_SYNC_CALL_S", "TASKHAWK_PUBLISHER_GCP_BATCH_SETTINGS"),
 }
-_Source = tuple[str, Callable[[str], Any]]  # what errors call it, and what reads a setting of it
+_Source = tuple[
+    str, Callable[[str], Any]
+]  # what errors call it, and what reads a setting of it
 
 
 def _conform(rule: str, value: Any) -> Any:
@@ -345,7 +405,10 @@ def _conform(rule: str, value: Any) -> Any:
             return None  # the defaults of 1.4 do nothing
         if isinstance(value, str):
             module, _, name = value.rpartition(".")
-            ours = value in ("taskhawk.Task", "taskhawk.task_manager.Task")  # the latter is 1.4's
+            ours = value in (
+                "taskhawk.Task",
+                "taskhawk.task_manager.Task",
+            )  # the latter is 1.4's
             value = getattr(importlib.import_module(__name__ if ours else module), name)
         valid = callable(value)
     else:
@@ -355,7 +418,9 @@ def _conform(rule: str, value: Any) -> Any:
     if not valid:
         raise ValueError
     relative = rule == _BROKER and re.match("sqlite:///(?=[^/?])", value)
-    if relative and not re.search(r"[?\n]", here := os.getcwd()):  # which no URL can hold
+    if relative and not re.search(
+        r"[?\n]", here := os.getcwd()
+    ):  # which no URL can hold
         # From now on the same file, though a task may change the directory.
         return f"{relative[0]}{here}/{value[relative.end() :]}"
     return value.rstrip("/") if rule == _URL else value
@@ -373,7 +438,9 @@ class _Settings:
         """Read a setting that is not remembered yet."""
         if name not in _SETTINGS:
             raise AttributeError(_no_setting(name))
-        known = vars(self)  # forget() replaces it: a reader that is late fills the old one
+        known = vars(
+            self
+        )  # forget() replaces it: a reader that is late fills the old one
         known[name] = value = self.read(name)
         return value
 
@@ -386,9 +453,19 @@ class _Settings:
                 continue
             try:
                 return _conform(rule, value)
-            except (ValueError, TypeError, LookupError, ImportError, AttributeError) as error:
+            except (
+                ValueError,
+                TypeError,
+                LookupError,
+                ImportError,
+                AttributeError,
+            ) as error:
                 shown = type(value).__name__ if name in _SECRETS else repr(value)
-                why = f" ({error})" if isinstance(error, ImportError | AttributeError) else ""
+                why = (
+                    f" ({error})"
+                    if isinstance(error, ImportError | AttributeError)
+                    else ""
+                )
                 text = f"{name} in {where}: expected {rule}, such as {example!r}, got {shown}{why}"
                 raise ConfigurationError(text) from error
         return default
@@ -396,8 +473,12 @@ class _Settings:
     def require(self, name: str) -> Any:
         """Return a setting that has no default; raise ConfigurationError if it is not set."""
         rule, example, _ = _SETTINGS[name]
-        where = "the module named by SETTINGS_MODULE, Django's settings or the environment"
-        text = f"expected {rule}, such as {example!r}, from taskhawk.configure(), {where}"
+        where = (
+            "the module named by SETTINGS_MODULE, Django's settings or the environment"
+        )
+        text = (
+            f"expected {rule}, such as {example!r}, from taskhawk.configure(), {where}"
+        )
         _require(getattr(self, name) is not None, f"{name} is not set: {text}")
         return getattr(self, name)
 
@@ -412,7 +493,11 @@ class _Settings:
             text = f"{here} is set in {source[0]}, but {missing} is not: expected both or neither"
             _require(bool(key) == bool(secret), text)
             if key:
-                names = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token")
+                names = (
+                    "aws_access_key_id",
+                    "aws_secret_access_key",
+                    "aws_session_token",
+                )
                 return dict(zip(names, (key, secret, token), strict=True))
         return {}
 
@@ -453,7 +538,9 @@ def _no_setting(name: str, where: str = "") -> str:
     """Return a sentence that refuses a name, and suggests one that is close to it."""
     import difflib
 
-    close = "".join(f"; did you mean {n}?" for n in difflib.get_close_matches(name, _SETTINGS, 1))
+    close = "".join(
+        f"; did you mean {n}?" for n in difflib.get_close_matches(name, _SETTINGS, 1)
+    )
     return f"{name}{where} is not a setting of taskhawk{close}"
 
 
@@ -463,7 +550,9 @@ def _import(name: str, what: str) -> Any:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if f"{name}.".startswith(f"{error.name}."):
-            raise ConfigurationError(f"{what} {name!r} can't be imported: {error}") from error
+            raise ConfigurationError(
+                f"{what} {name!r} can't be imported: {error}"
+            ) from error
         raise  # the module is there, and something that it imports is not
 
 
@@ -533,13 +622,20 @@ _NAME = {"description": "a non-empty string", "type": ["string"], "minLength": 1
 _OBJECT = {"description": "an object", "type": ["object"]}
 _PRIORITIES = [priority.name for priority in Priority]
 _METADATA = {
-    "priority": {"description": f"one of {', '.join(_PRIORITIES)}", "type": ["string"],
-                 "enum": _PRIORITIES},
-    "timestamp": {"description": "epoch milliseconds or an ISO 8601 date and time",
-                  "type": ["number", "string"], "minimum": 0, "maximum": 8_640_000_000_000_000,
-                  "pattern": _ISO_8601},
+    "priority": {
+        "description": f"one of {', '.join(_PRIORITIES)}",
+        "type": ["string"],
+        "enum": _PRIORITIES,
+    },
+    "timestamp": {
+        "description": "epoch milliseconds or an ISO 8601 date and time",
+        "type": ["number", "string"],
+        "minimum": 0,
+        "maximum": 8_640_000_000_000_000,
+        "pattern": _ISO_8601,
+    },
     "version": {"description": '"1.0"', "type": ["string"], "enum": ["1.0"]},
-}  # fmt: skip
+}
 #: the message format as JSON Schema 2020-12: the contract for publishers in other languages
 SCHEMA: dict[str, Any] = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -548,7 +644,11 @@ SCHEMA: dict[str, Any] = {
     "required": ["id", "metadata", "headers", "task", "args", "kwargs"],
     "properties": {
         "id": _NAME,
-        "metadata": {**_OBJECT, "required": ["timestamp", "version"], "properties": _METADATA},
+        "metadata": {
+            **_OBJECT,
+            "required": ["timestamp", "version"],
+            "properties": _METADATA,
+        },
         "headers": _OBJECT,
         "task": _NAME,
         "args": {"description": "an array", "type": ["array"]},
@@ -567,10 +667,14 @@ def _validate(value: Any, schema: Mapping[str, Any], path: str = "") -> None:
     :param path: what the error calls the value by, such as ``metadata.version``
     :raises ValidationError: says where the value differs, what was expected and what came
     """
-    kind = _KINDS.get(type(value)) or next(filter(None, map(_KINDS.get, type(value).__mro__)), "")
+    kind = _KINDS.get(type(value)) or next(
+        filter(None, map(_KINDS.get, type(value).__mro__)), ""
+    )
     valid = kind in schema["type"]
     if valid and kind == "string":
-        valid = len(value) >= schema.get("minLength", 0) and value in schema.get("enum", (value,))
+        valid = len(value) >= schema.get("minLength", 0) and value in schema.get(
+            "enum", (value,)
+        )
         if valid and "pattern" in schema:
             valid = re.search(schema["pattern"], value) is not None
     elif valid and kind == "number":
@@ -578,11 +682,15 @@ def _validate(value: Any, schema: Mapping[str, Any], path: str = "") -> None:
     if not valid:
         article = {"array": "an ", "object": "an ", "null": ""}.get(kind, "a ")
         shown = article + kind if kind else type(value).__name__
-        if value == "" or (path.startswith("metadata.") and isinstance(value, str | int | float)):
+        if value == "" or (
+            path.startswith("metadata.") and isinstance(value, str | int | float)
+        ):
             huge = isinstance(value, int) and abs(value) >= 10**18
             small = value[:40] if isinstance(value, str) else value
             shown = "a huge number" if huge else json.dumps(small)
-        raise ValidationError(f"{path or 'message'}: expected {schema['description']}, got {shown}")
+        raise ValidationError(
+            f"{path or 'message'}: expected {schema['description']}, got {shown}"
+        )
     for key, inner in schema.get("properties", {}).items():
         if key in value or key in schema["required"]:
             _validate(value.get(key, _MISSING), inner, f"{path}.{key}" if path else key)
@@ -591,7 +699,9 @@ def _validate(value: Any, schema: Mapping[str, Any], path: str = "") -> None:
 def _new_id() -> str:
     """Return a random UUID (RFC 9562, version 4) in a third of the time that uuid.uuid4() takes."""
     digits = os.urandom(16).hex()
-    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-a{digits[17:20]}-{digits[20:]}"
+    return (
+        f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-a{digits[17:20]}-{digits[20:]}"
+    )
 
 
 class Message:  # noqa: PLW1641 - it may change, so it is no key of a dict
@@ -615,12 +725,17 @@ class Message:  # noqa: PLW1641 - it may change, so it is no key of a dict
         metadata = {"priority": "default", **data["metadata"]}
         if isinstance(timestamp := metadata["timestamp"], str):
             moment = datetime.fromisoformat(timestamp)
-            since = moment.replace(tzinfo=moment.tzinfo or UTC) - datetime(1970, 1, 1, tzinfo=UTC)
+            since = moment.replace(tzinfo=moment.tzinfo or UTC) - datetime(
+                1970, 1, 1, tzinfo=UTC
+            )
             timestamp = max(0, since // timedelta(milliseconds=1))
         metadata["timestamp"] = int(timestamp)
         # Of what the format does not know, nothing is kept, and no task gets to see it. The
         # arguments become a list in any case: the validator takes a tuple too, and JSON has none.
-        kept = {"args": list(data["args"]), "metadata": {key: metadata[key] for key in _METADATA}}
+        kept = {
+            "args": list(data["args"]),
+            "metadata": {key: metadata[key] for key in _METADATA},
+        }
         self._data = {key: data[key] for key in SCHEMA["required"]} | kept
 
     @classmethod
@@ -651,7 +766,11 @@ class Message:  # noqa: PLW1641 - it may change, so it is no key of a dict
         now, version = int(time.time() * 1000), cls.CURRENT_VERSION
         message._data = {  # noqa: SLF001 - its own
             "id": msg_id or _new_id(),
-            "metadata": {"priority": priority.name, "timestamp": now, "version": version},
+            "metadata": {
+                "priority": priority.name,
+                "timestamp": now,
+                "version": version,
+            },
             "headers": dict(headers or {}),
             "task": task,
             "args": list(args or ()),
@@ -660,8 +779,12 @@ class Message:  # noqa: PLW1641 - it may change, so it is no key of a dict
         return message
 
     id: str = property(lambda self: self._data["id"])  # type: ignore[assignment]
-    metadata = property(lambda self: self._data["metadata"], doc="priority, timestamp and version")
-    timestamp = property(lambda self: self.metadata["timestamp"], doc="epoch milliseconds")
+    metadata = property(
+        lambda self: self._data["metadata"], doc="priority, timestamp and version"
+    )
+    timestamp = property(
+        lambda self: self.metadata["timestamp"], doc="epoch milliseconds"
+    )
     version = property(lambda self: self.metadata["version"], doc="of the format")
     headers = property(lambda self: self._data["headers"])
     task_name = property(lambda self: self._data["task"])
@@ -697,7 +820,9 @@ class Message:  # noqa: PLW1641 - it may change, so it is no key of a dict
 
     def __eq__(self, other: object) -> bool:
         """Compare what is on the wire."""
-        return self._data == other._data if isinstance(other, Message) else NotImplemented
+        return (
+            self._data == other._data if isinstance(other, Message) else NotImplemented
+        )
 
 
 def _from_decimal(value: object) -> float:
@@ -706,7 +831,9 @@ def _from_decimal(value: object) -> float:
     if "decimal" in sys.modules and isinstance(value, sys.modules["decimal"].Decimal):
         # Beyond 4300 digits Python writes no int; float() makes it an infinity, which is refused.
         small = value.is_finite() and abs(value.adjusted()) < 4300  # noqa: PLR2004
-        return int(value) if small and value == value.to_integral_value() else float(value)
+        return (
+            int(value) if small and value == value.to_integral_value() else float(value)
+        )
     raise TypeError(f"{type(value).__name__} is not a JSON type")
 
 
@@ -719,7 +846,9 @@ def _finite(text: str) -> float:
 
 # ASCII only: all of it passes SQS, which refuses some control characters and surrogates.
 _DUMP: Any = {"default": _from_decimal, "allow_nan": False, "separators": (",", ":")}
-_ENCODER = json.JSONEncoder(**_DUMP, check_circular=False)  # _sizes() says where a circle is
+_ENCODER = json.JSONEncoder(
+    **_DUMP, check_circular=False
+)  # _sizes() says where a circle is
 _DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
 
 
@@ -765,7 +894,11 @@ def _decode(body: Any) -> Message:
         raise ValidationError("message: nested too deeply") from None
     except ValueError as error:
         # Only the position: the error's own text may quote the body.
-        where = f" at character {error.pos}" if isinstance(error, json.JSONDecodeError) else ""
+        where = (
+            f" at character {error.pos}"
+            if isinstance(error, json.JSONDecodeError)
+            else ""
+        )
         raise ValidationError(f"message: not JSON{where}") from None
 
 
@@ -893,7 +1026,9 @@ class AsyncInvocation(Generic[_P]):
         def prepare(call: Any) -> _Ready:
             if isinstance(call, dict):
                 return _prepare(self._message((), call))
-            return _prepare(self._message(call if isinstance(call, tuple) else (call,), {}))
+            return _prepare(
+                self._message(call if isinstance(call, tuple) else (call,), {})
+            )
 
         # Not map(): there, a StopIteration out of prepare() would pass for the end of `calls`.
         count, ready = 0, (prepare(call) for call in calls)
@@ -910,9 +1045,14 @@ class AsyncInvocation(Generic[_P]):
         headers = options.get("headers", {})
         if hook := settings.TASKHAWK_DEFAULT_HEADERS:
             # The manual of 1.4 says that it gets the task; 1.4.0 called it with nothing.
-            headers = {**((hook(task=task) if _takes_task(hook) else hook()) or {}), **headers}
+            headers = {
+                **((hook(task=task) if _takes_task(hook) else hook()) or {}),
+                **headers,
+            }
         priority = options.get("priority") or task.priority
-        message = Message.new(task.name, args, kwargs, headers=headers, priority=priority)
+        message = Message.new(
+            task.name, args, kwargs, headers=headers, priority=priority
+        )
         message.delay_s = options.get("delay_s", 0)
         return message
 
@@ -948,9 +1088,15 @@ class Task(AsyncInvocation[_P], Generic[_P, _R]):
         text = f"{name}: *args can't be a task's parameter: name the arguments, or take a list"
         _require(inspect.Parameter.VAR_POSITIONAL not in kinds.values(), text)
         # What the worker gives: a parameter of that name, or **kwargs, takes it.
-        named = {n for n, kind in kinds.items() if kind is not inspect.Parameter.POSITIONAL_ONLY}
+        named = {
+            n
+            for n, kind in kinds.items()
+            if kind is not inspect.Parameter.POSITIONAL_ONLY
+        }
         takes_all = inspect.Parameter.VAR_KEYWORD in kinds.values()
-        self._given_by_worker = {n for n in ("metadata", "headers") if takes_all or n in named}
+        self._given_by_worker = {
+            n for n in ("metadata", "headers") if takes_all or n in named
+        }
         # Remembered: the signature's bind() takes as long as the rest of a dispatch.
         self._check_shape = functools.lru_cache(self._bind_shape)
         #: the retry policy, and the exceptions that it is for: options of :func:`task`
@@ -964,14 +1110,20 @@ class Task(AsyncInvocation[_P], Generic[_P, _R]):
         self.loaded_by = getattr(fn, "__globals__", {}).get("__spec__")
         functools.update_wrapper(self, fn, updated=())
         extra = getattr(fn, "__dict__", {}).items()  # it may have names of ours
-        vars(self).update({key: value for key, value in extra if not hasattr(self, key)})
+        vars(self).update(
+            {key: value for key, value in extra if not hasattr(self, key)}
+        )
 
     name = property(lambda self: self._name, doc="what messages call the task by")
-    priority = property(lambda self: self._priority, doc="of its messages, unless they say so")
+    priority = property(
+        lambda self: self._priority, doc="of its messages, unless they say so"
+    )
     fn = property(lambda self: self._fn, doc="the function")
     accepts_metadata = property(lambda self: "metadata" in self._given_by_worker)
     accepts_headers = property(lambda self: "headers" in self._given_by_worker)
-    task = property(lambda self: self, doc="itself: in 1.4 the decorator returned the function")
+    task = property(
+        lambda self: self, doc="itself: in 1.4 the decorator returned the function"
+    )
 
     def __call__(self, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
         """Run the function."""
@@ -987,9 +1139,13 @@ class Task(AsyncInvocation[_P], Generic[_P, _R]):
     def _bind_shape(self, count: int, *names: str) -> None:
         """Check what alone decides whether a call fits: how many arguments, and which names."""
         for name in sorted(self._given_by_worker.intersection(names)):
-            raise TypeError(f"{self._name}: {name!r} is given by the worker: leave it out")
+            raise TypeError(
+                f"{self._name}: {name!r} is given by the worker: leave it out"
+            )
         try:
-            self._signature.bind(*range(count), **dict.fromkeys([*names, *self._given_by_worker]))
+            self._signature.bind(
+                *range(count), **dict.fromkeys([*names, *self._given_by_worker])
+            )
         except TypeError as error:
             raise TypeError(f"{self._name}: {error}") from None
 
@@ -1001,7 +1157,10 @@ class Task(AsyncInvocation[_P], Generic[_P, _R]):
         metadata = Metadata(message, receipt)
         # A sender can't set these two: what the worker gives goes over it.
         given = {"metadata": metadata, "headers": dict(message.headers)}
-        kwargs = {**message.kwargs, **{name: given[name] for name in self._given_by_worker}}
+        kwargs = {
+            **message.kwargs,
+            **{name: given[name] for name in self._given_by_worker},
+        }
         # A context variable: threads and coroutines that copy the context see it too.
         token = _current.set(metadata)
         try:
@@ -1016,7 +1175,9 @@ class Task(AsyncInvocation[_P], Generic[_P, _R]):
         """Return the task registered under a name; raise :exc:`TaskNotFound` if there is none."""
         if found := _registry.get(name):
             return found
-        raise TaskNotFound(f"no task is registered as {name[:200]!r}: is its module imported?")
+        raise TaskNotFound(
+            f"no task is registered as {name[:200]!r}: is its module imported?"
+        )
 
     def __reduce__(self) -> str:
         """Be pickled as the function would be: by its name in its module."""
@@ -1029,7 +1190,9 @@ class Task(AsyncInvocation[_P], Generic[_P, _R]):
 
 
 _current = contextvars.ContextVar[Metadata | None]("taskhawk task", default=None)
-_slot = threading.local()  # counts its `runs`; a worker's slot keeps a `loop` for them all, too
+_slot = (
+    threading.local()
+)  # counts its `runs`; a worker's slot keeps a `loop` for them all, too
 
 
 def current_task() -> Metadata | None:
@@ -1058,9 +1221,13 @@ def _run_coroutine(coroutine: Any) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     context, inside = contextvars.copy_context(), None
-    with contextlib.suppress(RuntimeError):  # to run in its handler would chain it to our errors
+    with contextlib.suppress(
+        RuntimeError
+    ):  # to run in its handler would chain it to our errors
         inside = asyncio.get_running_loop()
-    if inside:  # sync mode inside an application's own loop, which is busy until we return
+    if (
+        inside
+    ):  # sync mode inside an application's own loop, which is busy until we return
         with ThreadPoolExecutor(1) as pool:
             pool.submit(context.run, asyncio.run, coroutine).result()
     elif hasattr(_slot, "loop"):
@@ -1106,7 +1273,11 @@ def task(
     :raises ConfigurationError: if a message can't call the function, its name is taken, or an
         option is not as it should be
     """
-    options: Any = {"retry": retry, "retry_on": retry_on, "never_retry_on": never_retry_on}
+    options: Any = {
+        "retry": retry,
+        "retry_on": retry_on,
+        "never_retry_on": never_retry_on,
+    }
     options |= {"time_limit": time_limit, "isolate": isolate or time_limit is not None}
 
     def decorate(fn: Any) -> Task[Any, Any]:
@@ -1124,16 +1295,22 @@ def task(
         reloaded = here[:2] == there[:2] and (anew or here[0] == "__main__")
         if taken.fn is not made.fn and not reloaded:
             text = "{}: the name of {}.{}{} is taken by {}.{}{}: rename one, or pass name= to"
-            raise ConfigurationError(f"{text.format(made.name, *here, *there)} @taskhawk.task")
+            raise ConfigurationError(
+                f"{text.format(made.name, *here, *there)} @taskhawk.task"
+            )
         _registry[made.name] = made
         if not name and fn.__module__ == "__main__":
-            _registry[f"__main__.{fn.__name__}"] = made  # as 1.4 named it: messages in flight
+            _registry[f"__main__.{fn.__name__}"] = (
+                made  # as 1.4 named it: messages in flight
+            )
         return made
 
     return decorate(*args) if args else decorate
 
 
-def _check_declared(fn: Any, priority: object, name: object, options: Mapping[str, Any]) -> None:
+def _check_declared(
+    fn: Any, priority: object, name: object, options: Mapping[str, Any]
+) -> None:
     """Refuse what a message can't call, and say what to do instead."""
     shown = getattr(fn, "__qualname__", repr(fn))
     # These two first, for what follows looks into the function.
@@ -1148,23 +1325,39 @@ def _check_declared(fn: Any, priority: object, name: object, options: Mapping[st
     flaws = {
         "is a method: expected a function, which a message can call without an object": method,
         "is a generator: expected a function that runs when it is called": generator,
-        "is a lambda: expected a function with a name (def)": shown.endswith("<lambda>"),
-        "has no name: pass name= to taskhawk.task": not (name or hasattr(fn, "__name__")),
+        "is a lambda: expected a function with a name (def)": shown.endswith(
+            "<lambda>"
+        ),
+        "has no name: pass name= to taskhawk.task": not (
+            name or hasattr(fn, "__name__")
+        ),
         f"has {name=}: expected a string": not isinstance(name, str | None),
-        f"has {priority=}: expected a taskhawk.Priority": not isinstance(priority, Priority),
-        f"has {retry=}: expected a function of the attempt": retry and not callable(retry),
+        f"has {priority=}: expected a taskhawk.Priority": not isinstance(
+            priority, Priority
+        ),
+        f"has {retry=}: expected a function of the attempt": retry
+        and not callable(retry),
         f"has time_limit={limit!r}: expected {_SECONDS}": limit is not None
         and not (_is_number(limit) and 0 < limit < math.inf),
     }
     for option in ("retry_on", "never_retry_on"):
-        kinds = options[option] if isinstance(options[option], tuple) else (options[option],)
-        fit = all(isinstance(kind, type) and issubclass(kind, BaseException) for kind in kinds)
+        kinds = (
+            options[option]
+            if isinstance(options[option], tuple)
+            else (options[option],)
+        )
+        fit = all(
+            isinstance(kind, type) and issubclass(kind, BaseException) for kind in kinds
+        )
         flaws[f"has {option}={options[option]!r}: expected exceptions"] = not fit
     for flaw, found in flaws.items():
         _require(not found, f"{shown} {flaw}")
 
 
-_MAINS = ("__main__", "__mp_main__")  # a script, the latter in a process of multiprocessing
+_MAINS = (
+    "__main__",
+    "__mp_main__",
+)  # a script, the latter in a process of multiprocessing
 
 
 def _place(fn: Any) -> tuple[str, str, str]:
@@ -1253,14 +1446,25 @@ def _run(received: QueueMessage, began: float) -> None:
 
 def _facts(received: QueueMessage, outcome: str, began: float) -> dict[str, Any]:
     """Return what the one record of a run says besides its text."""
-    facts = {"outcome": outcome, "duration_ms": round((time.monotonic() - began) * 1000)}
+    facts = {
+        "outcome": outcome,
+        "duration_ms": round((time.monotonic() - began) * 1000),
+    }
     if message := received.message:
-        facts |= {"task": message.task_name, "id": message.id, "attempt": received.attempt}
+        facts |= {
+            "task": message.task_name,
+            "id": message.id,
+            "attempt": received.attempt,
+        }
     return facts
 
 
-_INVALID_EVERY_S = 10  # for each kind of error: a poisoned queue must not fill the disk with logs
-_last_invalid: dict[type, tuple[float, int]] = {}  # when one was logged, how many were not
+_INVALID_EVERY_S = (
+    10  # for each kind of error: a poisoned queue must not fill the disk with logs
+)
+_last_invalid: dict[
+    type, tuple[float, int]
+] = {}  # when one was logged, how many were not
 
 
 def _failed(received: QueueMessage, raised: BaseException, began: float) -> Outcome:
@@ -1268,14 +1472,27 @@ def _failed(received: QueueMessage, raised: BaseException, began: float) -> Outc
     outcome = _verdict(received, raised)
     message, error, attempt = received.message, outcome.error, received.attempt
     facts = _facts(received, outcome.fate.value, began)
-    what = f"{message.task_name} {message.id}" if message else f"message {received.message_id}"
-    what = re.sub(r"[^ -~]", "?", what)[:200]  # ids are free text: one line, and not a long one
+    what = (
+        f"{message.task_name} {message.id}"
+        if message
+        else f"message {received.message_id}"
+    )
+    what = re.sub(r"[^ -~]", "?", what)[
+        :200
+    ]  # ids are free text: one line, and not a long one
     then = "is left to the queue" if outcome.fate is Fate.retry else "is given up"
     if outcome.delay_s is not None:
         then = f"runs again in {outcome.delay_s:g} s"
-    level, trace, text = logging.ERROR, error, f"{what}: attempt {attempt} failed and {then}"
+    level, trace, text = (
+        logging.ERROR,
+        error,
+        f"{what}: attempt {attempt} failed and {then}",
+    )
     if message is None and isinstance(error, ValidationError):
-        (last, more), now = _last_invalid.get(type(error), (-math.inf, 0)), time.monotonic()
+        (last, more), now = (
+            _last_invalid.get(type(error), (-math.inf, 0)),
+            time.monotonic(),
+        )
         if now - last < _INVALID_EVERY_S:
             _last_invalid[type(error)] = last, more + 1
             return outcome
@@ -1300,18 +1517,26 @@ def _failed(received: QueueMessage, raised: BaseException, began: float) -> Outc
 def _verdict(received: QueueMessage, error: BaseException) -> Outcome:
     """Decide what becomes of a message whose run raised."""
     asked = error.delay_seconds if isinstance(error, RetryException) else None
-    delay_s = asked if _is_number(asked) and 0 <= asked < math.inf else None  # a subclass may err
+    delay_s = (
+        asked if _is_number(asked) and 0 <= asked < math.inf else None
+    )  # a subclass may err
     # What is not valid, or unknown here, is left to the queue's redrive policy.
     # A delay that the task asks for goes before its policy, and its policy before the queue's.
     if received.message and delay_s is None:
         task = received.message.task
-        again = isinstance(error, task.retry_on) and not isinstance(error, task.never_retry_on)
-        if isinstance(error, StopRetry) or not (again or isinstance(error, RetryException)):
+        again = isinstance(error, task.retry_on) and not isinstance(
+            error, task.never_retry_on
+        )
+        if isinstance(error, StopRetry) or not (
+            again or isinstance(error, RetryException)
+        ):
             return Outcome(Fate.dead_letter, error)
         try:
             if task.retry is not None:
                 delay_s = task.retry(received.attempt)
-                text = f"{task.name}: retry: expected 0 or more seconds, got {delay_s!r}"
+                text = (
+                    f"{task.name}: retry: expected 0 or more seconds, got {delay_s!r}"
+                )
                 _require(_is_number(delay_s) and 0 <= delay_s < math.inf, text)
         except StopRetry:
             return Outcome(Fate.dead_letter, error)
@@ -1319,7 +1544,9 @@ def _verdict(received: QueueMessage, error: BaseException) -> Outcome:
             raise
         except BaseException as defect:  # of the policy: it must not lose the message
             return Outcome(Fate.retry, defect)
-    return Outcome(Fate.retry, error, None if delay_s is None else min(delay_s, _MAX_HELD_S))
+    return Outcome(
+        Fate.retry, error, None if delay_s is None else min(delay_s, _MAX_HELD_S)
+    )
 
 
 def _call_safely(name: str, **kwargs: Any) -> None:
@@ -1361,7 +1588,13 @@ class RetryPolicy:
 
     def __post_init__(self) -> None:
         """Refuse numbers that make no delay."""
-        numbers = (self.base_s, self.factor, self.step_s, self.max_delay_s, self.max_retries or 0)
+        numbers = (
+            self.base_s,
+            self.factor,
+            self.step_s,
+            self.max_delay_s,
+            self.max_retries or 0,
+        )
         for number in numbers:
             valid = _is_number(number) and number >= 0
             _require(valid, f"retry policy: expected 0 or more, got {number!r}")
@@ -1375,12 +1608,16 @@ class RetryPolicy:
         """
         if self.max_retries is not None and attempt > self.max_retries:
             raise StopRetry(f"all {self.max_retries} retries are used up")
-        first, step = (min(number, _MAX_HELD_S) for number in (self.base_s, self.step_s))
+        first, step = (
+            min(number, _MAX_HELD_S) for number in (self.base_s, self.step_s)
+        )
         # 2.0 ** 1024 is more than a float can hold; the longest delay counts long before.
         growth = sys.float_info.max
         with contextlib.suppress(OverflowError):
             growth = float(self.factor ** (attempt - 1))
-        delay_s = min(first * growth + step * (attempt - 1), self.max_delay_s, _MAX_HELD_S)
+        delay_s = min(
+            first * growth + step * (attempt - 1), self.max_delay_s, _MAX_HELD_S
+        )
         return _jittered(delay_s) if self.jitter else delay_s
 
 
@@ -1391,7 +1628,9 @@ def _jittered(delay_s: float) -> float:
     return delay_s * random.uniform(0.5, 1)
 
 
-def fixed(delay_s: float, max_retries: int | None = None, *, jitter: bool = True) -> RetryPolicy:
+def fixed(
+    delay_s: float, max_retries: int | None = None, *, jitter: bool = True
+) -> RetryPolicy:
     """Return a retry policy of equal delays.
 
     :param delay_s: seconds from a failed run to the next
@@ -1444,9 +1683,13 @@ def _recycle_django_connections() -> None:
     if "django.db" not in sys.modules or not _django_settings():
         return
     try:
-        _slot.runs = (getattr(_slot, "runs", 0) + 1) % settings.TASKHAWK_MAX_DB_REUSE_LOOPS
+        _slot.runs = (
+            getattr(_slot, "runs", 0) + 1
+        ) % settings.TASKHAWK_MAX_DB_REUSE_LOOPS
         if _slot.runs == 0:
-            for connection in sys.modules["django.db"].connections.all(initialized_only=True):
+            for connection in sys.modules["django.db"].connections.all(
+                initialized_only=True
+            ):
                 if not connection.in_atomic_block:  # a test's transaction
                     connection.close()
     except Exception:  # the run is over: what became of it stands
@@ -1532,7 +1775,9 @@ class Sender(typing.Protocol):
         """Return the name of the queue or topic for messages of a priority."""
         name = settings.TASKHAWK_QUEUE
         if name is None and settings.TASKHAWK_BROKER != "sqs":
-            name = "default"  # a file needs no names to be kept apart from others' queues
+            name = (
+                "default"  # a file needs no names to be kept apart from others' queues
+            )
         return f"TASKHAWK-{name or settings.require('TASKHAWK_QUEUE')}{_SUFFIXES[priority]}".upper()
 
     def send(self, destination: str, entries: Sequence[Outgoing]) -> list[Refusal]: ...
@@ -1551,7 +1796,12 @@ class Broker(Sender, typing.Protocol):
     """
 
     def receive(
-        self, queue: str, most: int, wait_s: float, lease_s: float | None, stop: threading.Event
+        self,
+        queue: str,
+        most: int,
+        wait_s: float,
+        lease_s: float | None,
+        stop: threading.Event,
     ) -> list[QueueMessage]: ...
     def delete(self, queue: str, receipts: Sequence[str]) -> list[Refusal]: ...
     def change_visibility(
@@ -1574,17 +1824,25 @@ class QueueMessage:
     message_id: str
     receipt_handle: str | None = None
     attributes: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    message_attributes: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    message_attributes: Mapping[str, Mapping[str, Any]] = dataclasses.field(
+        default_factory=dict
+    )
     queue: str | None = None
     broker: Broker | None = None  # where a queue has the message
     sns_record: Mapping[str, Any] | None = None  # where Lambda got it from a topic
-    message: Message | None = None  # once it is known to be valid and its task to be registered
+    message: Message | None = (
+        None  # once it is known to be valid and its task to be registered
+    )
     lease_lost: bool = False  # set by the worker
 
     #: how often the message was received, from 1
-    attempt = property(lambda self: int(self.attributes.get("ApproximateReceiveCount", 1)))
+    attempt = property(
+        lambda self: int(self.attributes.get("ApproximateReceiveCount", 1))
+    )
     #: the URL of the queue; "" where none has the message
-    queue_url = property(lambda self: self.broker.url(self.queue) if self.broker else "")
+    queue_url = property(
+        lambda self: self.broker.url(self.queue) if self.broker else ""
+    )
     is_fifo = property(lambda self: (self.queue or "").endswith(".fifo"))
     #: the message group, on FIFO and fair queues
     group_id = property(lambda self: self.attributes.get("MessageGroupId"))
@@ -1629,7 +1887,9 @@ class QueueMessage:
 def _accepted(refusals: Sequence[Refusal]) -> None:
     """Raise PartialFailure if anything was refused, for calls of one entry."""
     if refusals:
-        failed = [{"Id": str(r.index), "Code": r.code, "Message": r.text} for r in refusals]
+        failed = [
+            {"Id": str(r.index), "Code": r.code, "Message": r.text} for r in refusals
+        ]
         raise PartialFailure({"Successful": [], "Failed": failed})
 
 
@@ -1654,21 +1914,31 @@ def _in_batches(
     while start < len(entries):
         part = entries[start : start + _MAX_BATCH]
         # One entry always goes: if it is too long by itself, the service says so.
-        while max_bytes and len(part) > 1 and sum(entry.size() for entry in part) > max_bytes:
+        while (
+            max_bytes
+            and len(part) > 1
+            and sum(entry.size() for entry in part) > max_bytes
+        ):
             part = part[:-1]
         try:
             refused |= {start + refusal.index: refusal for refusal in call(part)}
         except Exception as error:
             code = _error_code(error)
-            whole = Refusal(0, code, str(error), repeated or code.startswith("AccessDenied"))
+            whole = Refusal(
+                0, code, str(error), repeated or code.startswith("AccessDenied")
+            )
             refused |= dict.fromkeys(range(start, len(entries)), whole)
             break
         start += len(part)
     again = [index for index, refusal in refused.items() if not refusal.final]
     if again and tries > 1:
         time.sleep(_jittered(0.3 ** (tries - 1)))  # 0.09 s, then 0.3 s
-        answer = _in_batches(call, [entries[i] for i in again], tries - 1, max_bytes=max_bytes)
-        refused = {index: refusal for index, refusal in refused.items() if refusal.final}
+        answer = _in_batches(
+            call, [entries[i] for i in again], tries - 1, max_bytes=max_bytes
+        )
+        refused = {
+            index: refusal for index, refusal in refused.items() if refusal.final
+        }
         refused |= {again[index]: refusal for index, refusal in answer.items()}
     return refused
 
@@ -1681,7 +1951,9 @@ def _error_code(error: BaseException) -> str:
     origin = error.__cause__ or error
     # Such as AWS.SimpleQueueService.NonExistentQueue, in the older of SQS's protocols.
     response = getattr(origin, "response", None) or {}
-    return str(response.get("Error", {}).get("Code") or type(origin).__name__).rpartition(".")[2]
+    return str(
+        response.get("Error", {}).get("Code") or type(origin).__name__
+    ).rpartition(".")[2]
 
 
 class _Brokers:
@@ -1719,7 +1991,9 @@ class _Brokers:
         if (found := self._made.get(url)) is None:
             classes: Any = {"sync": _SyncSender, "sns": SnsSender, "sqs": SqsBroker}
             with self.lock:
-                found = self._made.get(url) or classes.get(url, lambda: SqliteBroker(url))()
+                found = (
+                    self._made.get(url) or classes.get(url, lambda: SqliteBroker(url))()
+                )
                 self._made[url] = found
         return found
 
@@ -1761,7 +2035,9 @@ os.register_at_fork(after_in_child=_brokers.after_fork_in_child)
 # retries. Their number is always set: a receive that botocore retries in secret strands what the
 # lost answer held.
 
-_SUFFIXES = dict(zip(Priority, ("", "-high-priority", "-low-priority", "-bulk"), strict=True))
+_SUFFIXES = dict(
+    zip(Priority, ("", "-high-priority", "-low-priority", "-bulk"), strict=True)
+)
 # The services, and the protocols they speak, have more than one name for the same error.
 _REMEDIES = {  # what a person can do about an error, by its code
     "NonExistentQueue|QueueDoesNotExist": "there is no such queue here: make it, or check"
@@ -1838,7 +2114,9 @@ class _AwsSender(Sender):
             _brokers.session = get_session()
             loader = _brokers.session.get_component("data_loader")
             # botocore looks into 400 folders for this: 8 ms before the first dispatch.
-            loader.list_available_services = lambda _type: os.listdir(loader.BUILTIN_DATA_PATH)
+            loader.list_available_services = lambda _type: os.listdir(
+                loader.BUILTIN_DATA_PATH
+            )
         endpoint = getattr(settings, f"AWS_ENDPOINT_{self.service.upper()}")
         config = Config(
             connect_timeout=settings.AWS_CONNECT_TIMEOUT_S,
@@ -1846,10 +2124,19 @@ class _AwsSender(Sender):
             max_pool_connections=50,  # one for each thread that dispatches, or they queue
             user_agent=f"taskhawk/{VERSION}",  # botocore would build its own, twice a call
             parameter_validation=False,  # ours are right; with the line above, 13 % of a dispatch
-            retries={"mode": "standard", "total_max_attempts": 3 if role == "send" else 1},
+            retries={
+                "mode": "standard",
+                "total_max_attempts": 3 if role == "send" else 1,
+            },
         )
-        more = {"region_name": settings.AWS_REGION, "endpoint_url": endpoint, "config": config}
-        return _brokers.session.create_client(self.service, **more, **settings.credentials())
+        more = {
+            "region_name": settings.AWS_REGION,
+            "endpoint_url": endpoint,
+            "config": config,
+        }
+        return _brokers.session.create_client(
+            self.service, **more, **settings.credentials()
+        )
 
     def close(self) -> None:
         for client in self._clients.values():
@@ -1864,7 +2151,9 @@ class _AwsSender(Sender):
         account = settings.require("AWS_ACCOUNT_ID")
         with _explained(name):
             meta = self.client("send").meta
-        return f"arn:{meta.partition}:{self.service}:{meta.region_name}:{account}:{name}"
+        return (
+            f"arn:{meta.partition}:{self.service}:{meta.region_name}:{account}:{name}"
+        )
 
     def call(self, role: str, operation: str, where: str, **parameters: Any) -> Any:
         """Make a call to a queue or topic, by botocore's name for the call."""
@@ -1872,7 +2161,9 @@ class _AwsSender(Sender):
         with _explained(where):
             return getattr(self.client(role), operation)(**to, **parameters)
 
-    def _batch(self, role: str, name: str, where: str, entries: Iterable[Any]) -> list[Refusal]:
+    def _batch(
+        self, role: str, name: str, where: str, entries: Iterable[Any]
+    ) -> list[Refusal]:
         """Make a batch call, and return what its answer does not say was done."""
         named = [{"Id": str(index), **entry} for index, entry in enumerate(entries)]
         # A call that succeeds may have done a part of its batch only; what its answer leaves out
@@ -1880,8 +2171,15 @@ class _AwsSender(Sender):
         answer = self.call(role, name, where, **{self.entries_key: named})
         done = {entry["Id"] for entry in answer.get("Successful", ())}
         failed = {entry["Id"]: entry for entry in answer.get("Failed", ())}
-        silence = {"Code": "Unanswered", "Message": "the answer does not name this entry"}
-        left = [(e["Id"], failed.get(e["Id"], silence)) for e in named if e["Id"] not in done]
+        silence = {
+            "Code": "Unanswered",
+            "Message": "the answer does not name this entry",
+        }
+        left = [
+            (e["Id"], failed.get(e["Id"], silence))
+            for e in named
+            if e["Id"] not in done
+        ]
         return [
             Refusal(int(i), e["Code"], e.get("Message", ""), bool(e.get("SenderFault")))
             for i, e in left
@@ -1889,7 +2187,9 @@ class _AwsSender(Sender):
 
     def send(self, destination: str, entries: Sequence[Outgoing]) -> list[Refusal]:
         """Send one message alone and several in a batch call, without what they do not have."""
-        calls = [{n: v for n, v in zip(self.fields, e, strict=False) if v} for e in entries]
+        calls = [
+            {n: v for n, v in zip(self.fields, e, strict=False) if v} for e in entries
+        ]
         if len(calls) > 1:
             return self._batch("send", self.sends[1], destination, calls)
         self.call("send", self.sends[0], destination, **calls[0])
@@ -1928,9 +2228,13 @@ class SqsBroker(_AwsSender, Broker):
 
     def __init__(self) -> None:
         super().__init__()
-        self._lock = threading.Lock()  # held while a URL is looked up, so that it is once
+        self._lock = (
+            threading.Lock()
+        )  # held while a URL is looked up, so that it is once
         self._urls: dict[str, str] = {}
-        self._accounts: dict[str, str] = {}  # of queues whose URL is not to be looked up
+        self._accounts: dict[
+            str, str
+        ] = {}  # of queues whose URL is not to be looked up
         self._infos: dict[str, QueueInfo] = {}
 
     def url(self, queue: str, role: str = "send") -> str:
@@ -1941,7 +2245,9 @@ class SqsBroker(_AwsSender, Broker):
                 made_up = account and f"{client.meta.endpoint_url}/{account}/{queue}"
                 with self._lock:
                     known = self._urls.get(queue) or made_up
-                    self._urls[queue] = known or client.get_queue_url(QueueName=queue)["QueueUrl"]
+                    self._urls[queue] = (
+                        known or client.get_queue_url(QueueName=queue)["QueueUrl"]
+                    )
         return self._urls[queue]
 
     def queue_of_arn(self, arn: str) -> str:
@@ -1957,18 +2263,28 @@ class SqsBroker(_AwsSender, Broker):
         It is sent again, message by message, so that only those are refused which are too long
         themselves.
         """
-        entries = [e._replace(delay_s=math.ceil(e.delay_s)) if e.delay_s else e for e in entries]
+        entries = [
+            e._replace(delay_s=math.ceil(e.delay_s)) if e.delay_s else e
+            for e in entries
+        ]
         try:
             return super().send(destination, entries)
         except Exception as error:
             if len(entries) == 1 or _error_code(error) != "BatchRequestTooLong":
                 raise
-        alone = [_in_batches(functools.partial(self.send, destination), [e]) for e in entries]
+        alone = [
+            _in_batches(functools.partial(self.send, destination), [e]) for e in entries
+        ]
         # final: botocore has repeated what failed; to send it again would help nobody.
         return [r[0]._replace(index=i, final=True) for i, r in enumerate(alone) if r]
 
     def receive(
-        self, queue: str, most: int, wait_s: float, lease_s: float | None, stop: threading.Event
+        self,
+        queue: str,
+        most: int,
+        wait_s: float,
+        lease_s: float | None,
+        stop: threading.Event,
     ) -> list[QueueMessage]:
         """Poll once with ReceiveMessage; it is waited out, for its answer may hold messages.
 
@@ -1978,15 +2294,23 @@ class SqsBroker(_AwsSender, Broker):
         """
         # Not by AttributeNames, the older parameter for these, which AWS has discontinued.
         names = ["ApproximateReceiveCount", "SentTimestamp", "MessageGroupId"]
-        ask: Any = {"MessageSystemAttributeNames": names, "MessageAttributeNames": ["All"]}
+        ask: Any = {
+            "MessageSystemAttributeNames": names,
+            "MessageAttributeNames": ["All"],
+        }
         ask |= {} if lease_s is None else {"VisibilityTimeout": math.ceil(lease_s)}
         ask["WaitTimeSeconds"] = min(math.ceil(wait_s), _LONG_POLL_S)
         most = min(most, _MAX_BATCH)
-        answer = self.call("poll", "receive_message", queue, MaxNumberOfMessages=most, **ask)
+        answer = self.call(
+            "poll", "receive_message", queue, MaxNumberOfMessages=most, **ask
+        )
         received = []
         for found in answer.get("Messages", ()):
             parts = (found["Body"], found["MessageId"], found["ReceiptHandle"])
-            attributes = (found.get("Attributes", {}), found.get("MessageAttributes", {}))
+            attributes = (
+                found.get("Attributes", {}),
+                found.get("MessageAttributes", {}),
+            )
             received.append(QueueMessage(*parts, *attributes, queue, self))
         return received
 
@@ -1995,29 +2319,44 @@ class SqsBroker(_AwsSender, Broker):
         entries = ({"ReceiptHandle": receipt} for receipt in receipts)
         return self._batch("keep", "delete_message_batch", queue, entries)
 
-    def change_visibility(self, queue: str, changes: Sequence[tuple[str, float]]) -> list[Refusal]:
+    def change_visibility(
+        self, queue: str, changes: Sequence[tuple[str, float]]
+    ) -> list[Refusal]:
         """Change the visibility timeouts, in whole seconds."""
-        entries = ({"ReceiptHandle": r, "VisibilityTimeout": math.ceil(s)} for r, s in changes)
+        entries = (
+            {"ReceiptHandle": r, "VisibilityTimeout": math.ceil(s)} for r, s in changes
+        )
         return self._batch("keep", "change_message_visibility_batch", queue, entries)
 
     def attributes(self, queue: str, names: Sequence[str]) -> Any:
         """Read attributes of a queue, by their names on SQS."""
-        return self.call("send", "get_queue_attributes", queue, AttributeNames=names)["Attributes"]
+        return self.call("send", "get_queue_attributes", queue, AttributeNames=names)[
+            "Attributes"
+        ]
 
     def info(self, queue: str) -> QueueInfo:
         """Read the queue's attributes, once: timeout, dead-letter queue, most receives."""
         if queue not in self._infos:
             found = self.attributes(queue, ["VisibilityTimeout", "RedrivePolicy"])
             redrive = json.loads(found.get("RedrivePolicy") or "{}")
-            target, most = redrive.get("deadLetterTargetArn"), redrive.get("maxReceiveCount")
+            target, most = (
+                redrive.get("deadLetterTargetArn"),
+                redrive.get("maxReceiveCount"),
+            )
             # The policy's number comes back as it was set: it may be a string.
-            lease_s, dead = float(found["VisibilityTimeout"]), target and target.rpartition(":")[2]
+            lease_s, dead = (
+                float(found["VisibilityTimeout"]),
+                target and target.rpartition(":")[2],
+            )
             self._infos[queue] = QueueInfo(lease_s, dead, most and int(most))
         return self._infos[queue]
 
     def depth(self, queue: str) -> Depth:
         """Count with three of the queue's attributes, in one call."""
-        names = [f"ApproximateNumberOfMessages{kind}" for kind in ("", "NotVisible", "Delayed")]
+        names = [
+            f"ApproximateNumberOfMessages{kind}"
+            for kind in ("", "NotVisible", "Delayed")
+        ]
         found = self.attributes(queue, names)
         return Depth(*(int(found[name]) for name in names))
 
@@ -2058,19 +2397,27 @@ class SqliteBroker(Broker):
     def __init__(self, url: str, clock: Callable[[], float] = time.time) -> None:
         """Read the URL, and open the file."""
         self._url, self._clock = url, clock
-        options = {"visibility_timeout_s": str(_DEFAULT_LEASE_S), "max_receive_count": "5"}
+        options = {
+            "visibility_timeout_s": str(_DEFAULT_LEASE_S),
+            "max_receive_count": "5",
+        }
         try:
             parts: Any = re.fullmatch(r"sqlite://(?:/([^?\n]+))?(?:\?(.*))?", url)
             self._path, query = parts.groups("")
             options |= (pair.partition("=")[::2] for pair in query.split("&") if pair)
             lease_s, most = options.values()
-            self._lease_s, self._most = _conform(_SECONDS, lease_s), _conform(_COUNT, most)
+            self._lease_s, self._most = (
+                _conform(_SECONDS, lease_s),
+                _conform(_COUNT, most),
+            )
         except (ValueError, AttributeError) as error:
             text = "TASKHAWK_BROKER: expected sqlite:///relative.db or sqlite:////absolute.db, then"
             then = "perhaps ?visibility_timeout_s=30&max_receive_count=5"
             raise ConfigurationError(f"{text} {then}, got {url!r}") from error
         text = "sqlite:// is the memory of one process, and this is another: use a file, such"
-        _require(self._path or _memory_pid() == os.getpid(), f"{text} as sqlite:///queue.db")
+        _require(
+            self._path or _memory_pid() == os.getpid(), f"{text} as sqlite:///queue.db"
+        )
         # Held while a thread uses the connection, so that its transaction is that thread's alone:
         # `with self._lock, self._db` writes all that is in the block, or nothing.
         self._lock = threading.Lock()
@@ -2087,22 +2434,38 @@ class SqliteBroker(Broker):
         import sqlite3
 
         text = f"SQLite {sqlite3.sqlite_version} is too old: expected 3.30.0 or newer"
-        _require(sqlite3.sqlite_version_info >= (3, 30), text)  # the first with count(*) FILTER
+        _require(
+            sqlite3.sqlite_version_info >= (3, 30), text
+        )  # the first with count(*) FILTER
         # IMMEDIATE: a transaction waits for the file's write lock before its first change, for one
         # that has begun to read can't wait: what it has read may be old by then.
-        options: Any = {"timeout": 30, "isolation_level": "IMMEDIATE", "check_same_thread": False}
+        options: Any = {
+            "timeout": 30,
+            "isolation_level": "IMMEDIATE",
+            "check_same_thread": False,
+        }
         db, deadline = None, time.monotonic() + 30
         try:
             db = sqlite3.connect(self._path or ":memory:", **options)
-            if (version := db.execute("PRAGMA user_version").fetchone()[0]) not in (0, 1):
-                raise sqlite3.OperationalError(f"expected version 1 of its tables, got {version}")
+            if (version := db.execute("PRAGMA user_version").fetchone()[0]) not in (
+                0,
+                1,
+            ):
+                raise sqlite3.OperationalError(
+                    f"expected version 1 of its tables, got {version}"
+                )
             # WAL: who reads waits for nobody.
-            while True:  # alone of all statements, this one does not wait for other processes
+            while (
+                True
+            ):  # alone of all statements, this one does not wait for other processes
                 try:
                     db.execute("PRAGMA journal_mode = WAL")
                     break
                 except sqlite3.OperationalError as error:
-                    if error.sqlite_errorname != "SQLITE_BUSY" or time.monotonic() > deadline:
+                    if (
+                        error.sqlite_errorname != "SQLITE_BUSY"
+                        or time.monotonic() > deadline
+                    ):
                         raise
                     time.sleep(0.01)
             # FULL: a COMMIT that returned outlives a power failure.
@@ -2112,7 +2475,9 @@ class SqliteBroker(Broker):
             if db:
                 db.close()
             where = os.path.abspath(self._path or "memory")
-            raise ConfigurationError(f"TASKHAWK_BROKER: can't open {where}: {error}") from error
+            raise ConfigurationError(
+                f"TASKHAWK_BROKER: can't open {where}: {error}"
+            ) from error
         return db
 
     def url(self, queue: str) -> str:
@@ -2149,7 +2514,12 @@ class SqliteBroker(Broker):
         return []
 
     def receive(
-        self, queue: str, most: int, wait_s: float, lease_s: float | None, stop: threading.Event
+        self,
+        queue: str,
+        most: int,
+        wait_s: float,
+        lease_s: float | None,
+        stop: threading.Event,
     ) -> list[QueueMessage]:
         """Claim messages; wait for the first without holding any lock.
 
@@ -2157,7 +2527,9 @@ class SqliteBroker(Broker):
         most, and an idle worker takes next to no CPU.
         """
         deadline, pause_s = time.monotonic() + wait_s, 0.002
-        look = "SELECT EXISTS (SELECT 1 FROM message WHERE queue = ? AND visible_ms <= ?)"
+        look = (
+            "SELECT EXISTS (SELECT 1 FROM message WHERE queue = ? AND visible_ms <= ?)"
+        )
         claim = functools.partial(self._claim, queue, most, lease_s or self._lease_s)
         while True:
             with self._lock:
@@ -2166,7 +2538,9 @@ class SqliteBroker(Broker):
                 return claimed
             if stop.wait(pause_s):
                 return []
-            pause_s = min(pause_s * 2, 0.05)  # twenty looks a second cost next to nothing
+            pause_s = min(
+                pause_s * 2, 0.05
+            )  # twenty looks a second cost next to nothing
 
     def _claim(self, queue: str, most: int, lease_s: float) -> list[QueueMessage]:
         """Take the first messages; those received too often go to the dead-letter queue.
@@ -2181,15 +2555,22 @@ class SqliteBroker(Broker):
         _, dead, limit = self.info(queue)
         claimed = []
         with self._lock, self._db as db:
-            db.execute("BEGIN IMMEDIATE")  # before the look too, or others would find the same
-            first = db.execute(find, (queue, self._in_ms(), min(most, _MAX_BATCH))).fetchall()
+            db.execute(
+                "BEGIN IMMEDIATE"
+            )  # before the look too, or others would find the same
+            first = db.execute(
+                find, (queue, self._in_ms(), min(most, _MAX_BATCH))
+            ).fetchall()
             for row, count, sent_ms, attributes, body, message_id in first:
                 if limit and count > limit:
                     db.execute(redrive, (dead, row))
                     continue
                 receipt = f"{row}-{os.urandom(16).hex()}"
                 db.execute(take, (count, self._in_ms(lease_s), receipt, row))
-                system = {"ApproximateReceiveCount": str(count), "SentTimestamp": str(sent_ms)}
+                system = {
+                    "ApproximateReceiveCount": str(count),
+                    "SentTimestamp": str(sent_ms),
+                }
                 parts = (body, message_id, receipt, system, json.loads(attributes))
                 claimed.append(QueueMessage(*parts, queue, self))
         return claimed
@@ -2199,9 +2580,13 @@ class SqliteBroker(Broker):
         # A receipt begins with the number of its row, by which the row is found.
         change = "DELETE FROM message WHERE id = CAST(:receipt AS INTEGER) AND receipt = :receipt"
         refused = "SELECT 1 FROM message WHERE id = CAST(:receipt AS INTEGER)"
-        return self._change(change, refused, [{"receipt": receipt} for receipt in receipts])
+        return self._change(
+            change, refused, [{"receipt": receipt} for receipt in receipts]
+        )
 
-    def change_visibility(self, queue: str, changes: Sequence[tuple[str, float]]) -> list[Refusal]:
+    def change_visibility(
+        self, queue: str, changes: Sequence[tuple[str, float]]
+    ) -> list[Refusal]:
         """Change when messages are visible again, while they are in flight."""
         now = self._in_ms()
         rows = [{"receipt": r, "until": self._in_ms(s), "now": now} for r, s in changes]
@@ -2209,19 +2594,24 @@ class SqliteBroker(Broker):
             WHERE id = CAST(:receipt AS INTEGER) AND receipt = :receipt AND visible_ms > :now"""
         return self._change(change, "SELECT 1", rows)
 
-    def _change(self, change: str, refused: str, rows: Sequence[dict[str, Any]]) -> list[Refusal]:
+    def _change(
+        self, change: str, refused: str, rows: Sequence[dict[str, Any]]
+    ) -> list[Refusal]:
         """Make each change; where it meets no row, `refused` asks whether that is an error."""
         text = "the message is no longer in flight, or was received again"
         with self._lock, self._db as db:
             return [
                 Refusal(index, "ReceiptHandleIsInvalid", text, final=True)
                 for index, row in enumerate(rows)
-                if not db.execute(change, row).rowcount and db.execute(refused, row).fetchone()
+                if not db.execute(change, row).rowcount
+                and db.execute(refused, row).fetchone()
             ]
 
     def info(self, queue: str) -> QueueInfo:
         """Return what the URL says; the dead-letter queue of a queue has none itself."""
-        limits = (None, None) if queue.endswith("-DLQ") else (f"{queue}-DLQ", self._most)
+        limits = (
+            (None, None) if queue.endswith("-DLQ") else (f"{queue}-DLQ", self._most)
+        )
         return QueueInfo(self._lease_s, *limits)
 
     def depth(self, queue: str) -> Depth:
@@ -2232,7 +2622,11 @@ class SqliteBroker(Broker):
             FROM message WHERE queue = :queue"""
         # One statement, and so one moment: no message is counted twice, or not at all.
         with self._lock:
-            return Depth(*self._db.execute(ask, {"now": self._in_ms(), "queue": queue}).fetchone())
+            return Depth(
+                *self._db.execute(
+                    ask, {"now": self._in_ms(), "queue": queue}
+                ).fetchone()
+            )
 
 
 # --- 10. publishing -------------------------------------------------------------------------------
@@ -2242,7 +2636,9 @@ class SqliteBroker(Broker):
 
 # What SQS takes: names with single dots inside, without AWS's prefixes (and ours); characters that
 # XML 1.0 has.
-_ATTRIBUTE_NAME = re.compile(r"(?a)(?!.{257})(?!(?i:aws|amazon|taskhawk)\.)[\w-]+(\.[\w-]+)*")
+_ATTRIBUTE_NAME = re.compile(
+    r"(?a)(?!.{257})(?!(?i:aws|amazon|taskhawk)\.)[\w-]+(\.[\w-]+)*"
+)
 _ATTRIBUTE_TEXT = re.compile("[^\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]+")
 
 
@@ -2269,7 +2665,9 @@ def _prepare(message: Message) -> _Ready:
     entry, sender = Outgoing(body, attributes, message.delay_s), _brokers.sender()
     if entry.delay_s > sender.max_delay_s:
         most = f"the queue can hold a message back for at most {sender.max_delay_s:g} s"
-        raise ConfigurationError(f"{message.task_name}: {most}, got {entry.delay_s:g} s")
+        raise ConfigurationError(
+            f"{message.task_name}: {most}, got {entry.delay_s:g} s"
+        )
     if entry.size() > sender.max_bytes:
         raise _too_large(message, entry, sender.max_bytes)
     return _Ready(message, sender, sender.destination(message.priority), entry)
@@ -2292,13 +2690,23 @@ class _SyncSender(Sender):
 
     def destination(self, priority: Priority) -> str:
         """Return the queue's name, which the hooks get."""
-        return super().destination(priority) if settings.TASKHAWK_QUEUE else "TASKHAWK-SYNC"
+        return (
+            super().destination(priority)
+            if settings.TASKHAWK_QUEUE
+            else "TASKHAWK-SYNC"
+        )
 
     def send(self, destination: str, entries: Sequence[Outgoing]) -> list[Refusal]:
         """Run the messages, and let the first error out."""
         for body, attributes, *_ in entries:
             message_id = _decode(body).id
-            record = {"Sns": {"Message": body, "MessageId": message_id, "MessageAttributes": {}}}
+            record = {
+                "Sns": {
+                    "Message": body,
+                    "MessageId": message_id,
+                    "MessageAttributes": {},
+                }
+            }
             received = QueueMessage(body, message_id, None, {}, attributes, destination)
             received.sns_record = record if settings.IS_LAMBDA_APP else None
             _run(received, time.monotonic())
@@ -2306,7 +2714,9 @@ class _SyncSender(Sender):
 
 
 # What a `with batch():` block collects: a box of one list, and empty once the block has ended.
-_collecting = contextvars.ContextVar[Sequence[list[_Ready]]]("taskhawk batch", default=())
+_collecting = contextvars.ContextVar[Sequence[list[_Ready]]](
+    "taskhawk batch", default=()
+)
 
 
 @contextlib.contextmanager
@@ -2383,37 +2793,57 @@ def _publish_all(readies: Sequence[_Ready]) -> None:
         found = _send_all(mine[0].sender, destination, [ready.entry for ready in mine])
         refused |= {id(mine[index]): refusal for index, refusal in found.items()}
     if refused:
-        sent = [{"Id": ready.message.id} for ready in readies if id(ready) not in refused]
+        sent = [
+            {"Id": ready.message.id} for ready in readies if id(ready) not in refused
+        ]
         lost = [(r, refused[id(r)]) for r in readies if id(r) in refused]
-        failed = [{"Id": r.message.id, "Code": why.code, "Message": why.text} for r, why in lost]
+        failed = [
+            {"Id": r.message.id, "Code": why.code, "Message": why.text}
+            for r, why in lost
+        ]
         for ready, _ in lost:  # its arguments may have changed since they were encoded
             vars(ready.message)["_data"] = json.loads(ready.entry.body)
         unsent = [ready.message for ready, _ in lost]
         raise PartialFailure({"Successful": sent, "Failed": failed}, unsent=unsent)
 
 
-def _send_all(sender: Sender, destination: str, entries: Sequence[Outgoing]) -> dict[int, Refusal]:
+def _send_all(
+    sender: Sender, destination: str, entries: Sequence[Outgoing]
+) -> dict[int, Refusal]:
     """Send to one destination; return what was refused, by its index among the entries."""
     send = functools.partial(sender.send, destination)
     return _in_batches(send, entries, 3, max_bytes=sender.max_bytes, repeated=True)
 
 
-def _dead_letter_copy(received: QueueMessage, error: BaseException | None, limit: int) -> Outgoing:
+def _dead_letter_copy(
+    received: QueueMessage, error: BaseException | None, limit: int
+) -> Outgoing:
     """Return the copy for the dead-letter queue, which says in ONE attribute why it is there.
 
     Attributes that were headers give way to it, where there are too many: the body has them.
 
     :param limit: of the copy in bytes, attributes included
     """
-    record: dict[str, Any] = {"type": type(error).__name__, "message": _text_of(error)[:1000]}
+    record: dict[str, Any] = {
+        "type": type(error).__name__,
+        "message": _text_of(error)[:1000],
+    }
     record |= {"traceback": "".join(traceback.format_exception(error))}
-    record |= {"attempt": received.attempt, "worker": f"{os.uname().nodename}:{os.getpid()}"}
+    record |= {
+        "attempt": received.attempt,
+        "worker": f"{os.uname().nodename}:{os.getpid()}",
+    }
     record["time"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     # The body stays as it is: a hundred bytes are for the attribute's name and type.
     room = min(_MAX_ERROR_BYTES, limit - len(received.body.encode()) - 100)
-    for key in ("traceback", "message"):  # cut to fit: of a traceback, the end says most
+    for key in (
+        "traceback",
+        "message",
+    ):  # cut to fit: of a traceback, the end says most
         while len(text := json.dumps(record)) > room and (value := record[key]):
-            cut = math.ceil((len(text) - room) / 6)  # of 6 bytes at most is a character in JSON
+            cut = math.ceil(
+                (len(text) - room) / 6
+            )  # of 6 bytes at most is a character in JSON
             record[key] = value[cut:] if key == "traceback" else value[:-cut]
     attributes: dict[str, Any] = {}
     if len(text) <= room:
@@ -2425,14 +2855,18 @@ def _dead_letter_copy(received: QueueMessage, error: BaseException | None, limit
     return received.copy(attributes)
 
 
-def _dead_letter(broker: Broker, received: QueueMessage, error: BaseException | None) -> bool:
+def _dead_letter(
+    broker: Broker, received: QueueMessage, error: BaseException | None
+) -> bool:
     """Send a copy to the dead-letter queue; return whether it is there, or log why it is not."""
     try:
         target = broker.info(received.queue or "").dead_letter_queue
         _require(target, "it has no dead-letter queue")
         copy = _dead_letter_copy(received, error, broker.max_bytes)
         _accepted(broker.send(target or "", [copy]))
-    except Exception as failure:  # the message is still in its queue, which may redrive it
+    except (
+        Exception
+    ) as failure:  # the message is still in its queue, which may redrive it
         text = "%s: message %s can't be dead-lettered and is left to the queue: %s"
         _log.warning(text, received.queue, received.message_id, failure)
         return False
@@ -2481,7 +2915,9 @@ class Ledger:
 
     def __str__(self) -> str:
         """Return it as the command prints it."""
-        return ", ".join(f"{count} {name.replace('_', '-')}" for name, count in vars(self).items())
+        return ", ".join(
+            f"{count} {name.replace('_', '-')}" for name, count in vars(self).items()
+        )
 
 
 @dataclasses.dataclass(eq=False)
@@ -2494,7 +2930,9 @@ class _Held:
     renew_at: float  # when the keeper is to extend the lease
     last_at: float  # SQS lets no lease go beyond
     state: str = "received"
-    end: str = ""  # what it becomes, once that is decided: it stays held until it is done
+    end: str = (
+        ""  # what it becomes, once that is decided: it stays held until it is done
+    )
     due_at: float = math.inf  # when the keeper is to do it
     tries: int = 0
 
@@ -2541,12 +2979,20 @@ class _Keeper:
         lock = threading.RLock()
         self.changed, self.due = threading.Condition(lock), threading.Condition(lock)
         self.held: list[_Held] = []
-        self.waiting: list[_Held] = []  # those of it that are to be started, the most urgent first
+        self.waiting: list[
+            _Held
+        ] = []  # those of it that are to be started, the most urgent first
         self._leases = True  # until ChangeMessageVisibility is denied
         self._closed = False  # nothing will be added or finished any more
-        self.gives_up_at = math.inf  # when it ends, once closed, whatever is not done by then
-        self._looks_at = 0.0  # when the keeper will look for what is due, if nobody wakes it
-        self.thread = threading.Thread(target=worker.guard, args=(self._run,), daemon=True)
+        self.gives_up_at = (
+            math.inf
+        )  # when it ends, once closed, whatever is not done by then
+        self._looks_at = (
+            0.0  # when the keeper will look for what is due, if nobody wakes it
+        )
+        self.thread = threading.Thread(
+            target=worker.guard, args=(self._run,), daemon=True
+        )
 
     def take(self, messages: Sequence[QueueMessage], lease_s: float) -> None:
         """Hold received messages from now on."""
@@ -2558,7 +3004,9 @@ class _Keeper:
             taken = [_Held(message, *times) for message in messages]
             self.held += taken
             self.waiting += taken
-            self.waiting.sort(key=lambda held: self._worker.queues.index(held.message.queue or ""))
+            self.waiting.sort(
+                key=lambda held: self._worker.queues.index(held.message.queue or "")
+            )
             self.ledger.received += len(messages)
             self.changed.notify_all()
 
@@ -2569,7 +3017,11 @@ class _Keeper:
         """
         ended = sum(1 for held in self.held if held.end)
         running = len(self.held) - ended
-        return not self.waiting and running < self._worker.concurrency and ended < 2 * _MAX_BATCH
+        return (
+            not self.waiting
+            and running < self._worker.concurrency
+            and ended < 2 * _MAX_BATCH
+        )
 
     def start_next(self) -> _Held | None:
         """Return the most urgent of the messages that wait, started, or None if there is none.
@@ -2602,7 +3054,9 @@ class _Keeper:
             else:
                 # Out of the lease first, or an extension under way could undo the delay.
                 held.hide_s, held.renew_at = visible_in_s, math.inf
-            if not self.waiting:  # else this slot takes the next, and the pollers have no room
+            if (
+                not self.waiting
+            ):  # else this slot takes the next, and the pollers have no room
                 self.changed.notify_all()
             if not self.waiting or held.due_at < self._looks_at:
                 self.due.notify()
@@ -2617,33 +3071,53 @@ class _Keeper:
             self.due.notify()
         self.thread.join(within_s)
         with self.changed:
-            for held in [held for held in self.held if held.end or held in self.waiting]:
-                self._close(held, "uncertain" if held.to_delete else held.end or "released")
+            for held in [
+                held for held in self.held if held.end or held in self.waiting
+            ]:
+                self._close(
+                    held, "uncertain" if held.to_delete else held.end or "released"
+                )
             self.waiting.clear()
 
     def _run(self) -> None:
         """Make one call after another, each for what is due of one queue."""
-        while not self._closed or self.waiting or any(held.end for held in list(self.held)):
+        while (
+            not self._closed
+            or self.waiting
+            or any(held.end for held in list(self.held))
+        ):
             with self.changed:
                 now = self._worker.clock()
                 kind, due = self._due(now)
                 if self._closed and now >= self.gives_up_at:
                     # What ended after that, in the calling thread, has one try.
                     ended = [held for held in self.held if held.end]
-                    if all(held.tries or held.due_at < self.gives_up_at for held in ended):
+                    if all(
+                        held.tries or held.due_at < self.gives_up_at for held in ended
+                    ):
                         return
                 if not due:
-                    times = (time for held in self.held for time in (held.due_at, held.renew_at))
-                    self._looks_at = min([now + _TICK_S, *(time for time in times if time > now)])
+                    times = (
+                        time
+                        for held in self.held
+                        for time in (held.due_at, held.renew_at)
+                    )
+                    self._looks_at = min(
+                        [now + _TICK_S, *(time for time in times if time > now)]
+                    )
                     self.due.wait(self._looks_at - now)
                     continue
                 queue, broker = due[0].message.queue or "", self._worker.broker
-                batch = [held for held in due if held.message.queue == queue][:_MAX_BATCH]
+                batch = [held for held in due if held.message.queue == queue][
+                    :_MAX_BATCH
+                ]
                 entries: list[Any] = [held.message.receipt_handle for held in batch]
                 call: Any = broker.delete
                 if kind != "delete":
                     call = broker.change_visibility
-                    seconds = (max(0, min(held.hide_s, held.last_at - now)) for held in batch)
+                    seconds = (
+                        max(0, min(held.hide_s, held.last_at - now)) for held in batch
+                    )
                     entries = list(zip(entries, seconds, strict=True))
             refused = _in_batches(functools.partial(call, queue), entries)
             with self.changed:
@@ -2672,19 +3146,27 @@ class _Keeper:
         if renewals := [held for held in leased if held.renew_at <= now]:
             return "extend leases", renewals
         # What was refused is not tried before its time only because others are due.
-        deletes = [h for h in self.held if h.to_delete and (h.due_at <= now or not h.tries)]
+        deletes = [
+            h for h in self.held if h.to_delete and (h.due_at <= now or not h.tries)
+        ]
         full = len(deletes) >= _MAX_BATCH or all(held.end for held in self.held)
         if deletes and (full or any(held.due_at <= now for held in deletes)):
             return "delete", deletes
-        return "set delays", [h for h in self.held if h.end and not h.to_delete and h.due_at <= now]
+        return "set delays", [
+            h for h in self.held if h.end and not h.to_delete and h.due_at <= now
+        ]
 
-    def _note(self, kind: str, held: _Held, refusal: Refusal | None, now: float) -> None:
+    def _note(
+        self, kind: str, held: _Held, refusal: Refusal | None, now: float
+    ) -> None:
         """Note the answer for a message; what the service is at fault for is tried again."""
         # `now` is when the call was made: a delete after the lease's end proves nothing.
         late = now >= held.lease_until
         again = refusal and not (refusal.final or late)
         # Slots went on while the call was under way: a run that ended has its delay come next.
-        if held.state not in _STEPS or (kind == "extend leases" and held.renew_at == math.inf):
+        if held.state not in _STEPS or (
+            kind == "extend leases" and held.renew_at == math.inf
+        ):
             return
         if kind == "extend leases" and not refusal:
             held.lease_until = min(now + held.hide_s, held.last_at)
@@ -2692,7 +3174,11 @@ class _Keeper:
         elif kind == "extend leases" and again:
             # A dozen tries are left until the lease ends.
             held.renew_at = now + held.hide_s / 20
-        elif kind == "extend leases" and refusal and refusal.code.startswith("AccessDenied"):
+        elif (
+            kind == "extend leases"
+            and refusal
+            and refusal.code.startswith("AccessDenied")
+        ):
             if self._leases:  # the policies of 1.4's workers lack the permission
                 text = "ChangeMessageVisibility is denied, long tasks may run twice: %s"
                 _log.error(text, refusal.text)
@@ -2705,7 +3191,9 @@ class _Keeper:
         else:
             lost = kind == "delete" and (refusal or late)
             if lost or refusal:
-                what = "may run again" if lost else "is visible again when its lease ends"
+                what = (
+                    "may run again" if lost else "is visible again when its lease ends"
+                )
                 why = refusal.text if refusal else "its lease had ended"
                 _log.warning("message %s %s: %s", held.message.message_id, what, why)
             self._close(held, "uncertain" if lost else held.end)
@@ -2737,13 +3225,17 @@ def _start_of_children(*, everything: bool) -> dict[str, Any]:
         text = f"{task.name}: a task of __main__ can't be isolated: move it to a module"
         _require(task.fn.__module__ not in _MAINS, text)
     values = {name: getattr(settings, name) for name in _SETTINGS} if isolated else {}
-    for name, hook in [(name, value) for name, value in values.items() if callable(value)]:
+    for name, hook in [
+        (name, value) for name, value in values.items() if callable(value)
+    ]:
         values[name] = path = f"{hook.__module__}.{getattr(hook, '__qualname__', '')}"
         # What the path leads to must be the very hook: a name may have been given to another since.
         found = None
         with contextlib.suppress(ImportError, AttributeError, ValueError):
             found = _conform(_HOOK, path)
-        text = f"{name}: where tasks are isolated, expected a function with a dotted path"
+        text = (
+            f"{name}: where tasks are isolated, expected a function with a dotted path"
+        )
         _require(found is hook, f"{text}, got {hook!r}")
     start = {
         "isolated": [task.name for task in isolated],
@@ -2763,7 +3255,9 @@ class _Child:
     in an argument or the environment.
     """
 
-    def __init__(self, start: Mapping[str, Any], max_tasks: int, given_up: threading.Event) -> None:
+    def __init__(
+        self, start: Mapping[str, Any], max_tasks: int, given_up: threading.Event
+    ) -> None:
         """Start no process yet.
 
         :param start: what :func:`_start_of_children` returned
@@ -2795,7 +3289,10 @@ class _Child:
             with self._killed_after(task.time_limit):
                 # Nobody would kill what begins after the end of the grace.
                 outcome = None if self._given_up.is_set() else self._ask(received)
-        except (OSError, ValueError) as error:  # it ended, or something else wrote to its socket
+        except (
+            OSError,
+            ValueError,
+        ) as error:  # it ended, or something else wrote to its socket
             why = str(error)
         self._left -= 1
         late = task.time_limit and time.monotonic() - began >= task.time_limit
@@ -2805,13 +3302,17 @@ class _Child:
             return outcome
         failure: TaskhawkError = ChildCrashed(f"{task.name}: its process ended: {why}")
         if late:
-            text = f"{task.name} ran longer than its time limit of {task.time_limit:g} s"
+            text = (
+                f"{task.name} ran longer than its time limit of {task.time_limit:g} s"
+            )
             failure = TimeLimitExceeded(text)
         return _failed(received, failure, began)
 
     def _ask(self, received: QueueMessage) -> Outcome | None:
         """Have a message run, and return how it ended, or None if the process did."""
-        self._send({k: v for k, v in vars(received).items() if k not in ("broker", "message")})
+        self._send(
+            {k: v for k, v in vars(received).items() if k not in ("broker", "message")}
+        )
         if (answer := self._answer()) is None:
             return None
         fate, delay_s, *raised = answer
@@ -2844,10 +3345,21 @@ class _Child:
         self.close()
         self._socket, theirs = socket.socketpair()
         self._lines = self._socket.makefile("rb")
-        command = [sys.executable, "-m", __name__, "_child", str(theirs.fileno()), str(os.getpid())]
+        command = [
+            sys.executable,
+            "-m",
+            __name__,
+            "_child",
+            str(theirs.fileno()),
+            str(os.getpid()),
+        ]
         # It is to find this file and the tasks where we did; tasks then see the variable as it was.
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(self._start["path"])}
-        options: Any = {"stdin": subprocess.DEVNULL, "start_new_session": True, "env": env}
+        options: Any = {
+            "stdin": subprocess.DEVNULL,
+            "start_new_session": True,
+            "env": env,
+        }
         with theirs:
             options["pass_fds"] = [theirs.fileno()]
             self._process = subprocess.Popen(command, **options)  # noqa: S603 - it is this file
@@ -2887,7 +3399,12 @@ class _Child:
         if not self._process:
             return ""
         # A thread that the task left behind would keep the process for ever.
-        with contextlib.suppress(OSError), self._killed_after(5), self._socket, self._lines:
+        with (
+            contextlib.suppress(OSError),
+            self._killed_after(5),
+            self._socket,
+            self._lines,
+        ):
             self._socket.shutdown(1)  # for writing: it ends once it has read all
             self._lines.read()  # until it is gone
         with self._lock:
@@ -2896,14 +3413,20 @@ class _Child:
             except subprocess.TimeoutExpired:  # its task closed our socket, and goes on
                 os.killpg(self._process.pid, signal.SIGKILL)
                 code = self._process.wait()
-            self._process = None  # under the lock too, or kill() could meet it half gone
+            self._process = (
+                None  # under the lock too, or kill() could meet it half gone
+            )
         return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
 def _add_task(record: logging.LogRecord) -> bool:
     """Note in a log record the task that it was made in; a filter of handlers."""
     if task := current_task():
-        for name in ("task", "id", "attempt"):  # but what the record has of its own stays
+        for name in (
+            "task",
+            "id",
+            "attempt",
+        ):  # but what the record has of its own stays
             vars(record).setdefault(name, getattr(task, name))
     return True
 
@@ -2918,7 +3441,9 @@ def _to_line(values: Mapping[str, Any]) -> str:
 
     try:
         return json.dumps(values, default=str, allow_nan=False)
-    except Exception:  # a key that is no text, NaN, a circle, too deep, a str() with a bug
+    except (
+        Exception
+    ):  # a key that is no text, NaN, a circle, too deep, a str() with a bug
         return json.dumps({str(key): plain(value) for key, value in values.items()})
 
 
@@ -2941,11 +3466,16 @@ def _serve_worker(number: int, worker: int) -> int:
     import ctypes
 
     with contextlib.suppress(AttributeError):  # only Linux has it
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: die with the slot's thread
+        ctypes.CDLL(None).prctl(
+            1, signal.SIGKILL
+        )  # PR_SET_PDEATHSIG: die with the slot's thread
     if os.getppid() != worker:  # it died before that
         return 1
     os.set_inheritable(number, False)  # noqa: FBT003 - what a task starts must not keep it open
-    with open(number, "rb", closefd=False) as lines, open(number, "w", closefd=False) as answers:
+    with (
+        open(number, "rb", closefd=False) as lines,
+        open(number, "w", closefd=False) as answers,
+    ):
         start = json.loads(lines.readline())
         sys.path[:] = start["path"]
         del os.environ["PYTHONPATH"]
@@ -2955,7 +3485,9 @@ def _serve_worker(number: int, worker: int) -> int:
         handler.setFormatter(_LineFormatter())
         logging.basicConfig(level=start["level"], handlers=[handler])
 
-        def leave() -> None:  # what a task forks must neither answer nor keep the socket open
+        def leave() -> (
+            None
+        ):  # what a task forks must neither answer nor keep the socket open
             os.dup2(nothing, number, inheritable=False)
             handler.stream = sys.stderr
 
@@ -2996,7 +3528,9 @@ def _signals_to(seen: list[int]) -> Iterator[None]:
     ours: dict[int, Any]
     ours = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
     in_main = threading.current_thread() is threading.main_thread()
-    noted = [n for n, default in ours.items() if in_main and signal.getsignal(n) == default]
+    noted = [
+        n for n, default in ours.items() if in_main and signal.getsignal(n) == default
+    ]
     try:
         for number in noted:
             signal.signal(number, note)
@@ -3005,7 +3539,9 @@ def _signals_to(seen: list[int]) -> Iterator[None]:
         restore()
 
 
-def _find_lease_s(broker: Broker, queue: str, wanted_s: float | None) -> tuple[float, float | None]:
+def _find_lease_s(
+    broker: Broker, queue: str, wanted_s: float | None
+) -> tuple[float, float | None]:
     """Return how long a receive hides messages, and what to ask for: None for the queue's own."""
     if wanted_s is not None:
         return wanted_s, wanted_s
@@ -3014,7 +3550,9 @@ def _find_lease_s(broker: Broker, queue: str, wanted_s: float | None) -> tuple[f
         if (lease_s := broker.info(queue).visibility_timeout_s) >= 1:
             return lease_s, None
     except Exception as error:
-        if not (code := _error_code(error)).startswith("AccessDenied"):  # as 1.4's policies do
+        if not (code := _error_code(error)).startswith(
+            "AccessDenied"
+        ):  # as 1.4's policies do
             raise
         _log.warning("%s: can't read its attributes: %s", queue, code)
     return _DEFAULT_LEASE_S, _DEFAULT_LEASE_S
@@ -3024,7 +3562,9 @@ def _are_empty(broker: Broker, queues: Sequence[str]) -> bool:
     """Return whether the queues hold nothing at all; a fault is a no, a denied look a yes."""
     try:
         return not any(any(broker.depth(queue)) for queue in queues)
-    except Exception as error:  # a fault is no reason to end, but what nobody may know is
+    except (
+        Exception
+    ) as error:  # a fault is no reason to end, but what nobody may know is
         return isinstance(error, ConfigurationError)
 
 
@@ -3068,9 +3608,14 @@ class Worker:
     def __post_init__(self) -> None:
         for name in ("num_messages", "concurrency", "max_tasks", "max_tasks_per_child"):
             number = getattr(self, name)
-            _require(number is None or number >= 1, f"{name}: expected 1 or more, got {number}")
+            _require(
+                number is None or number >= 1,
+                f"{name}: expected 1 or more, got {number}",
+            )
         lease_s = self.visibility_timeout_s
-        text = f"visibility_timeout_s: expected 1 to {_MAX_HELD_S} seconds, got {lease_s}"
+        text = (
+            f"visibility_timeout_s: expected 1 to {_MAX_HELD_S} seconds, got {lease_s}"
+        )
         _require(lease_s is None or 1 <= lease_s <= _MAX_HELD_S, text)
         # A poll in flight is waited out, so that it must end before the grace does.
         longest_s = math.inf if self.grace_s is None else self.grace_s - _FLUSH_S - 1
@@ -3078,14 +3623,20 @@ class Worker:
         self._start = _start_of_children(everything=self.isolate)
         self.beat = functools.partial(_beat, self.liveness_file)
         self.faults, self._keeper = _Faults(), _Keeper(self)
-        self.unanswered = False  # whether a delete was not known to be applied at the end
+        self.unanswered = (
+            False  # whether a delete was not known to be applied at the end
+        )
         self._changed, self.ledger = self._keeper.changed, self._keeper.ledger
         # Guarded by the keeper's condition: pollers that have not ended, and messages started.
         self._polling, self._started = len(self.queues), 0
-        self._signals: list[int] = []  # a handler may append, but must not wait for a lock
+        self._signals: list[
+            int
+        ] = []  # a handler may append, but must not wait for a lock
         self._fatal: BaseException | None = None
         self._children: list[_Child] = []
-        self._stop = threading.Event()  # ends the waits of the broker and of the pollers
+        self._stop = (
+            threading.Event()
+        )  # ends the waits of the broker and of the pollers
         self._ended = threading.Event()  # nothing runs any more
         self.overdue = threading.Event()  # the grace is over
         self._abandoned = threading.Event()  # and something still runs
@@ -3102,11 +3653,16 @@ class Worker:
                 for thread in (*pollers, *slots, make(args=(self._watch,))):
                     thread.start()
                 self._work()
-                while any(slot.is_alive() for slot in slots) and not self._abandoned.is_set():
+                while (
+                    any(slot.is_alive() for slot in slots)
+                    and not self._abandoned.is_set()
+                ):
                     time.sleep(_TICK_S)
             finally:
                 # A second signal ends at once.
-                hurried = self._signals and isinstance(sys.exc_info()[1], KeyboardInterrupt)
+                hurried = self._signals and isinstance(
+                    sys.exc_info()[1], KeyboardInterrupt
+                )
                 with self._changed:
                     self._stop.set()
                     self._changed.notify_all()
@@ -3149,7 +3705,9 @@ class Worker:
         while not self._is_told() and not self._ended.wait(_TICK_S):
             pass
         self._stop.set()
-        if self.grace_s is None or self._ended.wait(max(self.grace_s - _FLUSH_S, self.grace_s / 2)):
+        if self.grace_s is None or self._ended.wait(
+            max(self.grace_s - _FLUSH_S, self.grace_s / 2)
+        ):
             return
         flush_s = min(_FLUSH_S, self.grace_s / 2)
         self.overdue.set()
@@ -3158,7 +3716,9 @@ class Worker:
         for child in self._children:
             child.kill()
         if not self._ended.wait(flush_s / 2):
-            if self.on_overdue:  # it ends the process: before run() returns, and not beside it
+            if (
+                self.on_overdue
+            ):  # it ends the process: before run() returns, and not beside it
                 self._keeper.close(flush_s / 2)
                 self.on_overdue(self.ledger)
             self._abandoned.set()
@@ -3167,7 +3727,9 @@ class Worker:
         """Do the work of a thread; its error ends the worker, and the caller gets it."""
         try:
             work(*args)
-        except BaseException as error:  # such as a KeyboardInterrupt of a task, for the caller
+        except (
+            BaseException
+        ) as error:  # such as a KeyboardInterrupt of a task, for the caller
             self._fatal = error
 
     @_one_event_loop()
@@ -3184,7 +3746,9 @@ class Worker:
                     break
                 self.settle(held, outcome)
         finally:
-            if isinstance(held, _Held) and held.state == "started":  # killed, or interrupted
+            if (
+                isinstance(held, _Held) and held.state == "started"
+            ):  # killed, or interrupted
                 child.kill()  # before others may have the message
                 self._keeper.decide(held, "retried")
             child.close()
@@ -3200,7 +3764,11 @@ class Worker:
 
     def _room(self) -> int:
         """Return how many messages to ask for: as many as can start soon."""
-        left = self.num_messages if self.max_tasks is None else self.max_tasks - self._started
+        left = (
+            self.num_messages
+            if self.max_tasks is None
+            else self.max_tasks - self._started
+        )
         return min(self.num_messages, left) if self._keeper.has_room() else 0
 
     def settle(self, held: _Held, outcome: Outcome) -> None:
@@ -3219,14 +3787,20 @@ class Worker:
             while loops != self.loop_count and (most := self._wait(self._room)):
                 try:
                     if not lease:  # it may take long: look again whether to receive
-                        lease = _find_lease_s(self.broker, queue, self.visibility_timeout_s)
+                        lease = _find_lease_s(
+                            self.broker, queue, self.visibility_timeout_s
+                        )
                         continue
-                    messages = self.broker.receive(queue, most, self.wait_s, lease[1], self._stop)
+                    messages = self.broker.receive(
+                        queue, most, self.wait_s, lease[1], self._stop
+                    )
                 except Exception as error:  # a worker goes on for ever
                     if not loops and isinstance(error, ConfigurationError):
                         raise  # but not where only a person can help
                     failures = self.faults.note(queue, "receive", repr(error))
-                    pause_s = _jittered(min(0.5 * 2 ** min(failures, 10), _MAX_BACKOFF_S))
+                    pause_s = _jittered(
+                        min(0.5 * 2 ** min(failures, 10), _MAX_BACKOFF_S)
+                    )
                     self._wait(lambda: None, self.clock() + pause_s)
                     continue
                 # At once: from here on the keeper extends the leases.
@@ -3234,7 +3808,11 @@ class Worker:
                 self.faults.note(queue, "receive", None)
                 loops += 1
                 self.beat()
-                if self.until_empty and not messages and _are_empty(self.broker, self.queues):
+                if (
+                    self.until_empty
+                    and not messages
+                    and _are_empty(self.broker, self.queues)
+                ):
                     break
         finally:
             with self._changed:
@@ -3295,7 +3873,9 @@ def _queues_of(priority: Priority | Iterable[Priority]) -> list[str]:
     return [broker.destination(each) for each in _URGENCY if each in wanted]
 
 
-def extend_visibility_timeout(priority: Priority, receipt: str, visibility_timeout_s: int) -> None:
+def extend_visibility_timeout(
+    priority: Priority, receipt: str, visibility_timeout_s: int
+) -> None:
     """Hide a message of a queue from others for so many seconds from now.
 
     A worker does it by itself for as long as a task runs: this is for code that was written for
@@ -3338,7 +3918,9 @@ def process_messages_for_lambda_consumer(
     """
     records = lambda_event.get("Records") if isinstance(lambda_event, Mapping) else None
     if not isinstance(records, list):
-        raise ValidationError("Records: expected an array of SNS or SQS records, got none")
+        raise ValidationError(
+            "Records: expected an array of SNS or SQS records, got none"
+        )
     # A tenth is for what follows the last run: the deletes, and the answer.
     left_ms = context.get_remaining_time_in_millis if context else lambda: math.inf
     reserve_ms = left_ms() / 10 if context else 0
@@ -3347,7 +3929,9 @@ def process_messages_for_lambda_consumer(
     # One after another: a FIFO queue's order is that of the records.
     for received in map(_from_record, records):
         why = "no time was left" if left_ms() <= reserve_ms else ""
-        if received.is_fifo and received.group_id in {other.group_id for other in failed}:
+        if received.is_fifo and received.group_id in {
+            other.group_id for other in failed
+        }:
             why = "an earlier one of its group failed"
         if why:
             text = f"message {received.message_id} was not started: {why}"
@@ -3356,18 +3940,28 @@ def process_messages_for_lambda_consumer(
             done.append(received)
         else:
             failed[received] = outcome
-    asked = {received: o.delay_s for received, o in failed.items() if o.delay_s is not None}
+    asked = {
+        received: o.delay_s for received, o in failed.items() if o.delay_s is not None
+    }
     # 20 minutes less than SQS takes: the function's time and the batching window have passed.
-    delays = {r: (r.receipt_handle, min(s, _MAX_HELD_S - 1200)) for r, s in asked.items()}
+    delays = {
+        r: (r.receipt_handle, min(s, _MAX_HELD_S - 1200)) for r, s in asked.items()
+    }
     text = "can't change when %d of %d failed messages run again: %s"
     _change_all("change_visibility", delays, text)
     if partial_batch and all(received.sns_record is None for received in failed):
         return {"batchItemFailures": [{"itemIdentifier": r.message_id} for r in failed]}
     if failed:
         text = "%d of %d messages that succeeded may run again: can't delete them: %s"
-        _change_all("delete", {received: received.receipt_handle for received in done}, text)
+        _change_all(
+            "delete", {received: received.receipt_handle for received in done}, text
+        )
         errors: list[Any] = [outcome.error for outcome in failed.values()]
-        raise errors[0] if len(errors) == 1 else BaseExceptionGroup("several runs failed", errors)
+        raise (
+            errors[0]
+            if len(errors) == 1
+            else BaseExceptionGroup("several runs failed", errors)
+        )
     return None
 
 
@@ -3378,13 +3972,19 @@ def _from_record(record: Any) -> QueueMessage:
     with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
         if sns_record:
             sns = record["Sns"]
-            return QueueMessage(sns["Message"], str(sns.get("MessageId")), sns_record=record)
+            return QueueMessage(
+                sns["Message"], str(sns.get("MessageId")), sns_record=record
+            )
         message_attributes = {
-            name: {kind[:1].upper() + kind[1:]: content for kind, content in value.items()}
+            name: {
+                kind[:1].upper() + kind[1:]: content for kind, content in value.items()
+            }
             for name, value in record.get("messageAttributes", {}).items()
         }
         attributes = record.get("attributes", {})
-        int(attributes.get("ApproximateReceiveCount", 1))  # fail here rather than in the run
+        int(
+            attributes.get("ApproximateReceiveCount", 1)
+        )  # fail here rather than in the run
         parts = (record["body"], record["messageId"], record.get("receiptHandle"))
         received = QueueMessage(*parts, attributes, message_attributes)
         broker, arn = _brokers.broker(), record.get("eventSourceARN")
@@ -3401,12 +4001,16 @@ def _change_all(call: str, entries: Mapping[QueueMessage, Any], warning: str) ->
     :param entries: what it takes of each message
     :param warning: logged with how many of how many were refused, and why
     """
-    known = [(received, entry) for received, entry in entries.items() if received.broker]
+    known = [
+        (received, entry) for received, entry in entries.items() if received.broker
+    ]
     if known:
         first = known[0][0]
         made = functools.partial(getattr(first.broker, call), first.queue)
         if refused := _in_batches(made, [entry for _, entry in known], 3):
-            _log.warning(warning, len(refused), len(known), next(iter(refused.values())).text)
+            _log.warning(
+                warning, len(refused), len(known), next(iter(refused.values())).text
+            )
 
 
 # --- 14. operations -------------------------------------------------------------------------------
@@ -3485,9 +4089,14 @@ class _DeadLetters:
         self._broker = _brokers.broker()
         self._queue = self._broker.destination(self.priority)
         self._source = self._broker.info(self._queue).dead_letter_queue or ""
-        _require(self._source, f"{self._queue}: it has no dead-letter queue (no RedrivePolicy)")
+        _require(
+            self._source,
+            f"{self._queue}: it has no dead-letter queue (no RedrivePolicy)",
+        )
 
-    def each(self, doing: str, done: str, act: Callable[[list[QueueMessage]], Any]) -> int:
+    def each(
+        self, doing: str, done: str, act: Callable[[list[QueueMessage]], Any]
+    ) -> int:
         """Do something to those that are wanted, and return to how many.
 
         Ends after as many as there were at the start, so that what comes back is not met again.
@@ -3497,13 +4106,17 @@ class _DeadLetters:
         # What comes while this runs is for the next time: it may be what was just sent back.
         total = self._broker.depth(self._source).visible
         _log.info("%s about %d messages from %s", doing, total, self._source)
-        seen: dict[str, QueueMessage | None] = {}  # by their ids; None where it does not stay
+        seen: dict[
+            str, QueueMessage | None
+        ] = {}  # by their ids; None where it does not stay
         good: list[dict[str, str]] = []
         bad: list[dict[str, str]] = []
         try:
             while len(seen) < max(total, 1) and len(good) + len(bad) < self.limit:
                 most = min(self.num_messages, _MAX_BATCH, max(1, total - len(seen)))
-                found = self._broker.receive(self._source, most, 1, self.lease_s, threading.Event())
+                found = self._broker.receive(
+                    self._source, most, 1, self.lease_s, threading.Event()
+                )
                 # One that comes back, because its lease ended meanwhile, was looked at already.
                 new = {m.message_id: m for m in found if m.message_id not in seen}
                 if not new:
@@ -3518,7 +4131,9 @@ class _DeadLetters:
                     seen[m.message_id] = m if errors is None or error else None
                 for m in new.values():  # a thousand of a megabyte may follow
                     m.body, m.message_attributes = "", {}
-                _log.info("%s %d of %d messages, %d failed", done, len(good), total, len(bad))
+                _log.info(
+                    "%s %d of %d messages, %d failed", done, len(good), total, len(bad)
+                )
         except BaseException:
             _log.info("stopped: up to %d more messages may be %s too", _MAX_BATCH, done)
             raise
@@ -3537,17 +4152,27 @@ class _DeadLetters:
         """
         copies = []
         for message in messages:
-            kept = {n: v for n, v in message.message_attributes.items() if n != _ERROR_ATTRIBUTE}
+            kept = {
+                n: v
+                for n, v in message.message_attributes.items()
+                if n != _ERROR_ATTRIBUTE
+            }
             copies.append(message.copy(kept))
         refused = _send_all(self._broker, self._queue, copies)
         errors = self._errors(messages, refused)
-        deleted = self.delete([message for message in messages if message not in errors])
-        return errors | {m: f"copied, but not deleted: {error}" for m, error in deleted.items()}
+        deleted = self.delete(
+            [message for message in messages if message not in errors]
+        )
+        return errors | {
+            m: f"copied, but not deleted: {error}" for m, error in deleted.items()
+        }
 
     def delete(self, messages: Sequence[QueueMessage]) -> dict[QueueMessage, str]:
         """Delete messages, and say what went wrong."""
         receipts = [message.receipt_handle or "" for message in messages]
-        refused = _in_batches(functools.partial(self._broker.delete, self._source), receipts, 3)
+        refused = _in_batches(
+            functools.partial(self._broker.delete, self._source), receipts, 3
+        )
         return self._errors(messages, refused)
 
     def _errors(
@@ -3563,7 +4188,11 @@ def _describe(received: QueueMessage) -> dict[str, Any]:
     """Describe a dead letter for people: what it is, since when, and why it is there."""
     sent_s = int(received.attributes.get("SentTimestamp", 0)) / 1000
     sent = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(sent_s))
-    about: dict[str, Any] = {"id": None, "message_id": received.message_id, "task": None}
+    about: dict[str, Any] = {
+        "id": None,
+        "message_id": received.message_id,
+        "task": None,
+    }
     about |= {"headers": {}, "sent": sent, "age_s": max(0, round(time.time() - sent_s))}
     about |= {"receives": received.attempt, "error": None, "invalid": None}
     try:
@@ -3572,7 +4201,9 @@ def _describe(received: QueueMessage) -> dict[str, Any]:
         del about["metadata"]
     except ValidationError as error:
         about["invalid"] = str(error)
-    record = received.message_attributes.get(_ERROR_ATTRIBUTE, {}).get("StringValue", "")
+    record = received.message_attributes.get(_ERROR_ATTRIBUTE, {}).get(
+        "StringValue", ""
+    )
     with contextlib.suppress(ValueError, RecursionError):
         noted = _DECODER.decode(record)
         about["error"] = noted if isinstance(noted, dict) else None
@@ -3626,7 +4257,9 @@ def _depths() -> dict[str, dict[str, int | None] | None]:
         counts = {"dead_letters": sum(letters) if letters else None}
         found[priority.name] = {**depth._asdict(), **counts} if depth else None
     for priority in [] if any(found.values()) else _URGENCY:
-        _if_there(broker.depth, broker.destination(priority))  # raises, if all is denied
+        _if_there(
+            broker.depth, broker.destination(priority)
+        )  # raises, if all is denied
     return found
 
 
@@ -3635,7 +4268,9 @@ def _depth_lines(
 ) -> Iterator[str]:
     """Draw what :func:`_depths` found; with what it found some seconds before, also the trend."""
     yield f"{'':10}{'visible':>10}{'in flight':>11}{'delayed':>9}{'dead letters':>14}"
-    queued = {name: [d[kind] for kind in Depth._fields] for name, d in depths.items() if d}
+    queued = {
+        name: [d[kind] for kind in Depth._fields] for name, d in depths.items() if d
+    }
     # A mark for each message, as long as no queue has more than 30; then shares of 30.
     scale = 30 / max([30, *map(sum, queued.values())])
     for name, counts in depths.items():
@@ -3648,14 +4283,21 @@ def _depth_lines(
             shown = f"\x1b[31m{shown}\x1b[0m"
         line = f"{name:10}{visible:>10}{in_flight:>11}{delayed:>9}{shown}"
         if seconds and (was := before.get(name)):
-            rate = (sum(queued[name]) - sum(was[kind] for kind in Depth._fields)) / seconds
+            rate = (
+                sum(queued[name]) - sum(was[kind] for kind in Depth._fields)
+            ) / seconds
             line += f"{rate:>+10.1f}/s"
-        drawn = [mark * math.ceil(n * scale) for mark, n in zip("█▓░", queued[name], strict=True)]
+        drawn = [
+            mark * math.ceil(n * scale)
+            for mark, n in zip("█▓░", queued[name], strict=True)
+        ]
         yield line + ("  " + "".join(drawn)) * bars
 
 
 _PROVISION = "python -m taskhawk provision"  # what mends most of what is wrong
-_Resource = tuple[str, str, dict[str, Any]]  # Terraform's type, the name, Terraform's attributes
+_Resource = tuple[
+    str, str, dict[str, Any]
+]  # Terraform's type, the name, Terraform's attributes
 _SEND = "sqs:SendMessage sqs:GetQueueUrl"
 _RECEIVE = "sqs:ReceiveMessage sqs:DeleteMessage sqs:ChangeMessageVisibility sqs:GetQueueAttributes"
 _GRANTS = [  # the least that each role needs, on topics, queues and dead-letter queues
@@ -3671,12 +4313,17 @@ _GRANTS = [  # the least that each role needs, on topics, queues and dead-letter
 ]
 
 
-def _resources(priority: Priority, most: int, function: str | None) -> Iterator[_Resource]:
+def _resources(
+    priority: Priority, most: int, function: str | None
+) -> Iterator[_Resource]:
     """Describe what messages of a priority need, in an order in which it can be made."""
     service = settings.require("TASKHAWK_QUEUE")
     valid = 1 <= most <= 1000  # noqa: PLR2004 - what SQS takes
     _require(valid, f"--max-receive-count: expected 1 to 1000, got {most}")
-    _require(settings.IS_LAMBDA_APP or not function, "--lambda: expected IS_LAMBDA_APP to be set")
+    _require(
+        settings.IS_LAMBDA_APP or not function,
+        "--lambda: expected IS_LAMBDA_APP to be set",
+    )
     tags = {"taskhawk": service}
     topic = f"taskhawk-{service.lower()}{_SUFFIXES[priority]}"
     name = topic if settings.IS_LAMBDA_APP else _brokers.broker().destination(priority)
@@ -3696,7 +4343,10 @@ def _resources(priority: Priority, most: int, function: str | None) -> Iterator[
         "deadLetterTargetArn": f"${{aws_sqs_queue.{label}_dlq.arn}}",
         "maxReceiveCount": most,
     }
-    kept = {"message_retention_seconds": 4 * 86_400, "redrive_policy": json.dumps(redrive)}
+    kept = {
+        "message_retention_seconds": 4 * 86_400,
+        "redrive_policy": json.dumps(redrive),
+    }
     yield "aws_sqs_queue", name, {"name": name, **kept, **both}
 
 
@@ -3708,7 +4358,10 @@ def _terraform(resources: Iterable[_Resource]) -> dict[str, Any]:
         made.setdefault(kind, {})[label] = wanted
         if function := wanted.get("endpoint"):
             # Besides its subscription: the function's own policy must let SNS call it.
-            allowed = {"action": "lambda:InvokeFunction", "principal": "sns.amazonaws.com"}
+            allowed = {
+                "action": "lambda:InvokeFunction",
+                "principal": "sns.amazonaws.com",
+            }
             allowed |= {"function_name": function, "source_arn": wanted["topic_arn"]}
             made.setdefault("aws_lambda_permission", {})[label] = allowed
     return {"resource": made}
@@ -3726,7 +4379,9 @@ def _provide(kind: str, name: str, wanted: Mapping[str, Any], *, dry_run: bool) 
     return f"{kind.rpartition('_')[2]} {name}: {would_be}{told or 'is as it should be'}"
 
 
-def _queue_change(sqs: SqsBroker, name: str, arn: str, wanted: Any) -> tuple[str, str, Any]:
+def _queue_change(
+    sqs: SqsBroker, name: str, arn: str, wanted: Any
+) -> tuple[str, str, Any]:
     """Say what a queue lacks, and return the call for it; what is higher by hand stays."""
     found = _if_there(sqs.attributes, name, ["All"]) or {}
     numbers = {"MessageRetentionPeriod": wanted["message_retention_seconds"]}
@@ -3741,17 +4396,23 @@ def _queue_change(sqs: SqsBroker, name: str, arn: str, wanted: Any) -> tuple[str
     if not found:
         options = {"QueueName": name, "Attributes": changes, "tags": wanted["tags"]}
         return "made", "create_queue", options
-    told = ", ".join(f"{key} from {found.get(key, 'none')} to {changes[key]}" for key in changes)
+    told = ", ".join(
+        f"{key} from {found.get(key, 'none')} to {changes[key]}" for key in changes
+    )
     options = {"QueueUrl": sqs.url(name), "Attributes": changes}
     return told and f"changed: {told}", "set_queue_attributes", options
 
 
-def _topic_change(sns: SnsSender, name: str, arn: str, wanted: Any) -> tuple[str, str, Any]:
+def _topic_change(
+    sns: SnsSender, name: str, arn: str, wanted: Any
+) -> tuple[str, str, Any]:
     """Say whether a topic or a subscription to it is missing, and return the call for it."""
     lists = sns.client("send").get_paginator("list_subscriptions_by_topic")
     found = _if_there(_explained(name)(lists.paginate(TopicArn=arn).build_full_result))
     if function := wanted.get("endpoint"):
-        there = found and function in [each["Endpoint"] for each in found["Subscriptions"]]
+        there = found and function in [
+            each["Endpoint"] for each in found["Subscriptions"]
+        ]
         options = {"TopicArn": arn, "Protocol": "lambda", "Endpoint": function}
         return "" if there else f"made for {function}", "subscribe", options
     tags = [{"Key": key, "Value": value} for key, value in wanted["tags"].items()]
@@ -3767,8 +4428,14 @@ def _iam(resources: Iterable[_Resource]) -> dict[str, Any]:
     policies: dict[str, Any] = {}
     for role, kind, actions in _GRANTS:
         if kind in arns:
-            policy = policies.setdefault(role, {"Version": "2012-10-17", "Statement": []})
-            grant = {"Effect": "Allow", "Action": actions.split(), "Resource": arns[kind]}
+            policy = policies.setdefault(
+                role, {"Version": "2012-10-17", "Statement": []}
+            )
+            grant = {
+                "Effect": "Allow",
+                "Action": actions.split(),
+                "Resource": arns[kind],
+            }
             policy["Statement"].append(grant)
     return policies
 
@@ -3787,7 +4454,9 @@ def _check(priorities: Iterable[Priority]) -> Iterator[_Finding]:
     for name in sorted(name for name, found in _registry.items() if name == found.name):
         if name.startswith("__main__."):
             why = "a worker can't find it under that name"
-            yield _Finding("error", f"task {name} is of __main__", why, "move it to a module")
+            yield _Finding(
+                "error", f"task {name} is of __main__", why, "move it to a module"
+            )
     try:
         if settings.TASKHAWK_BROKER == "sqs" and settings.TASKHAWK_QUEUE is None:
             why = "no queue can be named; without AWS, try TASKHAWK_BROKER=sqlite:///queue.db"
@@ -3796,7 +4465,9 @@ def _check(priorities: Iterable[Priority]) -> Iterator[_Finding]:
             return
         topics = settings.IS_LAMBDA_APP and settings.TASKHAWK_BROKER == "sqs"
     except ConfigurationError as error:
-        yield _Finding("error", str(error), "nothing can be sent or received", "as it says")
+        yield _Finding(
+            "error", str(error), "nothing can be sent or received", "as it says"
+        )
         return
     for priority in priorities:
         try:
@@ -3804,7 +4475,9 @@ def _check(priorities: Iterable[Priority]) -> Iterator[_Finding]:
         except Exception as error:
             remedy = "check credentials, AWS_REGION, AWS_ENDPOINT_SQS and the network"
             remedy = "as it says" if isinstance(error, ConfigurationError) else remedy
-            yield _Finding("error", _text_of(error), "no more can be seen of it", remedy)
+            yield _Finding(
+                "error", _text_of(error), "no more can be seen of it", remedy
+            )
             if not re.match("AccessDenied|AuthorizationError", _error_code(error)):
                 return  # the others would say the same
 
@@ -3817,7 +4490,9 @@ def _check_topic(priority: Priority) -> Iterator[_Finding]:
         yield _Finding("error", f"{topic}: no such topic", "dispatch raises")
     elif not found["Subscriptions"]:
         remedy = f"{_PROVISION} --lambda ARN"
-        yield _Finding("error", f"{topic}: nobody subscribes", "what is sent is lost", remedy)
+        yield _Finding(
+            "error", f"{topic}: nobody subscribes", "what is sent is lost", remedy
+        )
 
 
 def _check_queue(priority: Priority) -> Iterator[_Finding]:
@@ -3831,8 +4506,14 @@ def _check_queue(priority: Priority) -> Iterator[_Finding]:
     lease_s, dead, most = info
     aws = isinstance(broker, SqsBroker)
     timeout = "VisibilityTimeout" if aws else "visibility_timeout_s in TASKHAWK_BROKER"
-    more = f"{_PROVISION} --max-receive-count " if aws else "in TASKHAWK_BROKER, max_receive_count="
-    for found in [task for _, task in sorted(_registry.items()) if task.priority is priority]:
+    more = (
+        f"{_PROVISION} --max-receive-count "
+        if aws
+        else "in TASKHAWK_BROKER, max_receive_count="
+    )
+    for found in [
+        task for _, task in sorted(_registry.items()) if task.priority is priority
+    ]:
         limit, retries = found.time_limit, getattr(found.retry, "max_retries", None)
         if limit and limit > lease_s:
             what = f"{queue}: its visibility timeout of {lease_s:g} s is below {found.name}'s limit"
@@ -3849,7 +4530,9 @@ def _check_queue(priority: Priority) -> Iterator[_Finding]:
         return
     if most < 5:  # noqa: PLR2004 - what AWS advises
         why = "a few crashes or releases are enough to make a dead letter of a good message"
-        yield _Finding("warning", f"{queue}: its maxReceiveCount is {most}", why, f"{more}5")
+        yield _Finding(
+            "warning", f"{queue}: its maxReceiveCount is {most}", why, f"{more}5"
+        )
     if isinstance(broker, SqsBroker):
         yield from _check_attributes(broker, queue, dead)
 
@@ -3859,7 +4542,11 @@ def _check_attributes(broker: SqsBroker, queue: str, dead: str) -> Iterator[_Fin
     names = ["MessageRetentionPeriod", "MaximumMessageSize"]
     ours, theirs = (_if_there(broker.attributes, name, names) for name in (queue, dead))
     if theirs is None:
-        remedy = _PROVISION if dead == f"{queue}-DLQ" else "make it, or correct the RedrivePolicy"
+        remedy = (
+            _PROVISION
+            if dead == f"{queue}-DLQ"
+            else "make it, or correct the RedrivePolicy"
+        )
         why = "what fails is retried until it expires"
         yield _Finding("error", f"{dead}: no such queue", why, remedy)
         return
@@ -3871,7 +4558,9 @@ def _check_attributes(broker: SqsBroker, queue: str, dead: str) -> Iterator[_Fin
         mends = dead == f"{queue}-DLQ" and kept_s < 14 * 86_400
         yield _Finding("warning", what, why, _PROVISION if mends else remedy)
     if int(ours["MaximumMessageSize"]) < _MAX_SQS_BYTES:
-        what = f"{queue}: it takes messages of at most {ours['MaximumMessageSize']} bytes"
+        what = (
+            f"{queue}: it takes messages of at most {ours['MaximumMessageSize']} bytes"
+        )
         why = "SQS takes 1 MiB, and larger ones are refused at dispatch"
         yield _Finding("warning", what, why)
 
@@ -3901,7 +4590,9 @@ def _command(name: str, *options: _Option) -> Callable[..., Any]:
 
 _flag = functools.partial(_option, action="store_true")
 _many = functools.partial(_option, action="append", default=[])
-_MODULES = _option("modules", "to import: it has the tasks", nargs="*", metavar="MODULE")
+_MODULES = _option(
+    "modules", "to import: it has the tasks", nargs="*", metavar="MODULE"
+)
 _MODULE = _many("--module", "to import first", dest="modules", metavar="MODULE")
 _QUEUES = _many("--priority", "which queue: default", choices=_PRIORITIES)
 _HEADER = _many("--header", metavar="K=V")
@@ -3921,7 +4612,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[:1] == ["_child"]:
         return _serve_worker(*map(int, argv[1:]))
     arguments = _parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
+    )
     # On the handlers, for a logger's own filters do not see what its children log.
     for handler in logging.getLogger().handlers:
         handler.addFilter(_add_task)
@@ -3949,7 +4642,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> Any:
     import argparse
 
-    parser = argparse.ArgumentParser(prog="taskhawk", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="taskhawk", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--version", action="version", version=VERSION)
     parser.set_defaults(modules=(), ids=(), json=False, log_format="text")
     groups = {"": parser.add_subparsers(required=True, metavar="COMMAND")}
@@ -3957,10 +4652,16 @@ def _parser() -> Any:
         text, _, example = (inspect.getdoc(run) or command).partition("\n\n")
         group, _, name = command.rpartition(" ")
         if group not in groups:
-            over = groups[""].add_parser(group, help="mend dead letters", epilog=example)
+            over = groups[""].add_parser(
+                group, help="mend dead letters", epilog=example
+            )
             groups[group] = over.add_subparsers(required=True, metavar="ACTION")
-        made = groups[group].add_parser(name, help=text, description=text, epilog=example)
-        made.formatter_class = argparse.RawDescriptionHelpFormatter  # leaves the example in a line
+        made = groups[group].add_parser(
+            name, help=text, description=text, epilog=example
+        )
+        made.formatter_class = (
+            argparse.RawDescriptionHelpFormatter
+        )  # leaves the example in a line
         made.set_defaults(command=command, run=run)
         for option, kwargs in options:
             made.add_argument(option, **kwargs)
@@ -3972,9 +4673,13 @@ def _load(modules: Iterable[str], command: str) -> None:
     for name in modules:
         _import(name, "the module")
     # A queue in memory would be gone with this process, and its messages with it.
-    shares = re.match("listen|dispatch|dead-letters", command)  # a queue, with other processes
+    shares = re.match(
+        "listen|dispatch|dead-letters", command
+    )  # a queue, with other processes
     memory = shares and re.match(r"sqlite://(\?|$)", settings.TASKHAWK_BROKER)
-    text = "sqlite:// is the memory of one process: use a file, such as sqlite:///queue.db"
+    text = (
+        "sqlite:// is the memory of one process: use a file, such as sqlite:///queue.db"
+    )
     _require(not memory, f"{command}: {text}")
 
 
@@ -3984,7 +4689,11 @@ class _DemoWorker(Worker):
     def settle(self, held: _Held, outcome: Outcome) -> None:
         """Do what the outcome says, then print it."""
         super().settle(held, outcome)
-        names = {Fate.acknowledge: "ran", Fate.retry: "failed", Fate.dead_letter: "dead-lettered"}
+        names = {
+            Fate.acknowledge: "ran",
+            Fate.retry: "failed",
+            Fate.dead_letter: "dead-lettered",
+        }
         then = f": {outcome.error}" if outcome.error else ""
         then += "" if outcome.delay_s is None else f"; again in {outcome.delay_s:g} s"
         name = held.message.message.task_name if held.message.message else ""
@@ -4031,7 +4740,9 @@ def _play() -> bool:
         print(f"{'dispatched':15}{found.name:14}{message_id}")
     print("\nThe worker runs until nothing is queued:")
     queues = _queues_of(Priority.default)
-    work = functools.partial(_DemoWorker, _brokers.broker(), queues, 10, until_empty=True)
+    work = functools.partial(
+        _DemoWorker, _brokers.broker(), queues, 10, until_empty=True
+    )
     first = work().run()
     bugs.clear()
     print("\nThe bug in demo.divide is mended, and its dead letter sent back:")
@@ -4051,7 +4762,13 @@ def _play() -> bool:
     _flag("--until-empty", "end once nothing is queued"),
     _option("--concurrency", "how many to run at once", type=int, default=1),
     _option("--max-tasks", "end after N runs", type=int, metavar="N"),
-    _option("--grace", "seconds from a signal to the end", type=float, default=25, dest="grace_s"),
+    _option(
+        "--grace",
+        "seconds from a signal to the end",
+        type=float,
+        default=25,
+        dest="grace_s",
+    ),
     _flag("--isolate", "run tasks in child processes"),
     _option("--log-format", choices=["text", "json"], default="text"),
     _option("--liveness-file", "to touch while it lives", metavar="PATH"),
@@ -4064,7 +4781,9 @@ def _listen(arguments: Any) -> bool:
     text = "listen: no task is registered: name the modules that define them, such as myapp.tasks"
     _require(_registry, text)
     queues = _queues_of(Priority[name] for name in arguments.priority or ["default"])
-    names = [field.name for field in dataclasses.fields(Worker) if field.name in arguments]
+    names = [
+        field.name for field in dataclasses.fields(Worker) if field.name in arguments
+    ]
     options = {name: vars(arguments)[name] for name in names}
     worker = Worker(_brokers.broker(), queues, **options, on_overdue=_exit_overdue)
     print(worker.run())
@@ -4091,7 +4810,9 @@ class _JsonFormatter(logging.Formatter):
         line = {"time": f"{when}.{record.msecs:03.0f}Z", "level": record.levelname}
         line |= {"logger": record.name, "message": record.message}
         line |= {"exception": record.exc_text} if record.exc_text else {}
-        extra = {key: value for key, value in vars(record).items() if key not in self._own}
+        extra = {
+            key: value for key, value in vars(record).items() if key not in self._own
+        }
         return _to_line(line | extra)
 
 
@@ -4116,7 +4837,10 @@ def _dispatch(arguments: Any) -> None:
     found = Task.find_by_name(arguments.task)
     priority = Priority[arguments.priority or found.priority.name]
     invocation = found.with_headers(**_pairs(arguments.header)).with_priority(priority)
-    args, kwargs = _json(arguments.args, "--args", list), _json(arguments.kwargs, "--kwargs", dict)
+    args, kwargs = (
+        _json(arguments.args, "--args", list),
+        _json(arguments.kwargs, "--kwargs", dict),
+    )
     print(invocation.with_delay(arguments.delay).dispatch(*args, **kwargs))
 
 
@@ -4169,7 +4893,9 @@ def _stats(arguments: Any) -> None:
     """
     before: Mapping[str, Any] = {}
     tty, seconds, last_s = sys.stdout.isatty(), arguments.interval, 0.0
-    _require(0 < seconds < math.inf, f"--interval: expected {_SECONDS}, got {seconds:g}")
+    _require(
+        0 < seconds < math.inf, f"--interval: expected {_SECONDS}, got {seconds:g}"
+    )
     clear = "\x1b[H\x1b[2J" * (tty and arguments.watch and not arguments.json)
     # Ctrl-C is how one stops watching, and no error.
     with contextlib.suppress(KeyboardInterrupt):
@@ -4204,8 +4930,19 @@ def _check_all(arguments: Any) -> bool:
 @_command(
     "provision",
     _many("--priority", "which queues: all", choices=_PRIORITIES),
-    _option("--max-receive-count", "before the dead letters", type=int, default=5, metavar="N"),
-    _option("--lambda", "a function to subscribe to the topics", dest="function", metavar="ARN"),
+    _option(
+        "--max-receive-count",
+        "before the dead letters",
+        type=int,
+        default=5,
+        metavar="N",
+    ),
+    _option(
+        "--lambda",
+        "a function to subscribe to the topics",
+        dest="function",
+        metavar="ARN",
+    ),
     _option("--format", "print it as this", choices=["terraform", "iam"]),
     _DRY_RUN,
 )
@@ -4219,7 +4956,9 @@ def _provision(arguments: Any) -> None:
         dry = f"would be made, unless it is there: {settings.TASKHAWK_BROKER}"
         print(dry if arguments.dry_run else f"ready: {_brokers.broker().url('')}")
         return
-    wanted = sorted({Priority[name] for name in arguments.priority} or Priority, key=_URGENCY.index)
+    wanted = sorted(
+        {Priority[name] for name in arguments.priority} or Priority, key=_URGENCY.index
+    )
     options = (arguments.max_receive_count, arguments.function)
     resources = [each for priority in wanted for each in _resources(priority, *options)]
     if arguments.format:
@@ -4232,9 +4971,13 @@ def _provision(arguments: Any) -> None:
 
 # The same filters for all commands that deal with dead letters.
 _LETTERS = (
-    _option("--priority", "of which queue: default", choices=_PRIORITIES, default="default"),
+    _option(
+        "--priority", "of which queue: default", choices=_PRIORITIES, default="default"
+    ),
     _option("--task", "only those of this task", metavar="NAME"),
-    _option("--error", "only those with this in the error's type or message", metavar="TEXT"),
+    _option(
+        "--error", "only those with this in the error's type or message", metavar="TEXT"
+    ),
     _HEADER,
     _option("--older-than", "since they were sent: 90s, 15m, 36h or 7d", metavar="AGE"),
     _option("--newer-than", "likewise", metavar="AGE"),
@@ -4247,9 +4990,14 @@ _LETTERS = (
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
     """Let SIGTERM and a lost terminal interrupt as Ctrl-C does: what is hidden is shown again."""
-    in_main, default = threading.current_thread() is threading.main_thread(), signal.SIG_DFL
+    in_main, default = (
+        threading.current_thread() is threading.main_thread(),
+        signal.SIG_DFL,
+    )
     both = (signal.SIGTERM, signal.SIGHUP)
-    numbers = [number for number in both if in_main and signal.getsignal(number) == default]
+    numbers = [
+        number for number in both if in_main and signal.getsignal(number) == default
+    ]
     for number in numbers:
         signal.signal(number, signal.default_int_handler)
     try:
@@ -4267,7 +5015,10 @@ def _each_letter(arguments: Any, doing: str, done: str = "", told: str = "") -> 
     """
     import fnmatch
 
-    oldest_s, newest_s = _age_s(arguments.newer_than, math.inf), _age_s(arguments.older_than, 0)
+    oldest_s, newest_s = (
+        _age_s(arguments.newer_than, math.inf),
+        _age_s(arguments.older_than, 0),
+    )
     headers, ids = _pairs(arguments.header), {*arguments.id, *arguments.ids}
 
     def wanted(letter: Mapping[str, Any]) -> bool:
@@ -4276,7 +5027,8 @@ def _each_letter(arguments: Any, doing: str, done: str = "", told: str = "") -> 
         return (
             fnmatch.fnmatchcase(letter["task"] or "", arguments.task or "*")
             and (arguments.error or "") in shown
-            and headers.items() <= {(name, str(value)) for name, value in letter["headers"].items()}
+            and headers.items()
+            <= {(name, str(value)) for name, value in letter["headers"].items()}
             and newest_s <= letter["age_s"] <= oldest_s
             and (not ids or bool(ids & {letter["id"], letter["message_id"]}))
         )
@@ -4296,7 +5048,10 @@ def _each_letter(arguments: Any, doing: str, done: str = "", told: str = "") -> 
 def _age_s(text: str | None, default: float) -> float:
     """Read an age, in seconds; where none is given, the default."""
     valid = text is None or re.fullmatch(r"\d+(\.\d+)?[smhd]", text)
-    _require(valid, f"age: expected a number and one of s, m, h, d, such as 36h, got {text!r}")
+    _require(
+        valid,
+        f"age: expected a number and one of s, m, h, d, such as 36h, got {text!r}",
+    )
     units = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
     return default if text is None else float(text[:-1]) * units[text[-1]]
 
@@ -4306,12 +5061,20 @@ def _print_letters(form: str, messages: Sequence[QueueMessage]) -> None:
     for message in messages:
         letter = _describe(message)
         error = letter["error"] or {}
-        why = f"{error.get('type')}: {error.get('message')}" if error else letter["invalid"]
-        why = str(why or "moved by the queue itself, after too many receives").split("\n")[0]
+        why = (
+            f"{error.get('type')}: {error.get('message')}"
+            if error
+            else letter["invalid"]
+        )
+        why = str(why or "moved by the queue itself, after too many receives").split(
+            "\n"
+        )[0]
         name, age = letter["id"] or message.message_id, f"{letter['age_s']} s ago"
         text = f"{name}  {letter['task']}  {age}  {why}".replace("\n", "?")
         if form == "show":
-            shown = letter | {"error": why} | {f"error {key}": error[key] for key in error}
+            shown = (
+                letter | {"error": why} | {f"error {key}": error[key] for key in error}
+            )
             text = "".join(f"{k}: {shown[k]}\n" for k in shown if shown[k] is not None)
         elif form in ("json", "export"):
             more = {"body": message.body, "attributes": message.message_attributes}
@@ -4329,14 +5092,18 @@ def _list(arguments: Any) -> None:
     _each_letter(arguments, "listing")
 
 
-@_command("dead-letters show", _option("ids", nargs="+", metavar="ID"), *_LETTERS, _AS_JSON)
+@_command(
+    "dead-letters show", _option("ids", nargs="+", metavar="ID"), *_LETTERS, _AS_JSON
+)
 def _show(arguments: Any) -> None:
     """Show dead letters with their arguments and errors.
 
     example: python -m taskhawk dead-letters show b1328174-a21c-43d3-b303-964dfcc76efc
     """
     if not _each_letter(arguments, "showing"):
-        raise TaskhawkError("show: no such dead letter, among those that fit all filters")
+        raise TaskhawkError(
+            "show: no such dead letter, among those that fit all filters"
+        )
 
 
 @_command("dead-letters export", *_LETTERS)
@@ -4357,13 +5124,24 @@ def _requeue(arguments: Any) -> None:
     _each_letter(arguments, "requeueing", "requeued", told="sent back")
 
 
-@_command("dead-letters delete", *_LETTERS, _flag("--all", "without a filter"), _DRY_RUN)
+@_command(
+    "dead-letters delete", *_LETTERS, _flag("--all", "without a filter"), _DRY_RUN
+)
 def _delete(arguments: Any) -> None:
     """Delete dead letters.
 
     example: python -m taskhawk dead-letters delete --older-than 7d --dry-run
     """
-    filters = ("task", "error", "header", "older_than", "newer_than", "id", "limit", "all")
+    filters = (
+        "task",
+        "error",
+        "header",
+        "older_than",
+        "newer_than",
+        "id",
+        "limit",
+        "all",
+    )
     named = any(vars(arguments)[name] for name in filters)
     _require(named, "delete: expected a filter, or --all for every one")
     _each_letter(arguments, "deleting", "deleted", told="deleted")

@@ -65,7 +65,9 @@ from hypothesis import strategies as st
 import taskhawk
 from taskhawk import Depth, Fate, Message, Outcome, Outgoing, Priority, QueueMessage
 
-PROJECT = Path(__file__).resolve().parent  # README.md and the rest lie next to this file
+PROJECT = (
+    Path(__file__).resolve().parent
+)  # README.md and the rest lie next to this file
 SETTINGS = ("DJANGO_SETTINGS_MODULE", "IS_LAMBDA_APP", "SETTINGS_MODULE")
 SETTINGS_PREFIXES = ("AWS_", "TASKHAWK_")
 CREDENTIALS = {
@@ -74,7 +76,9 @@ CREDENTIALS = {
     "aws_secret_access_key": "test",
 }
 
-hypothesis.settings.register_profile("taskhawk", deadline=None)  # a slow machine is no failure
+hypothesis.settings.register_profile(
+    "taskhawk", deadline=None
+)  # a slow machine is no failure
 hypothesis.settings.load_profile("taskhawk")
 
 
@@ -106,7 +110,9 @@ def run_python(
 def python_env(env: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return the environment in which a new interpreter imports the taskhawk tested here."""
     merged = {**os.environ, **(env or {})}
-    if (PROJECT / "taskhawk.py").exists():  # a checkout; an installed wheel is found anyway
+    if (
+        PROJECT / "taskhawk.py"
+    ).exists():  # a checkout; an installed wheel is found anyway
         paths = [str(PROJECT), merged.get("PYTHONPATH", "")]
         merged["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     return merged
@@ -133,11 +139,15 @@ def answers(port: int) -> bool:
 
 
 @contextlib.contextmanager
-def server(port: int, args: Sequence[str], env: Mapping[str, str], cwd: Path) -> Iterator[str]:
+def server(
+    port: int, args: Sequence[str], env: Mapping[str, str], cwd: Path
+) -> Iterator[str]:
     """Run a Python HTTP server on that port for the length of the block, and yield its URL."""
     # An emulator is neither configured by the caller's AWS settings nor measured by coverage.
     private = (*SETTINGS_PREFIXES, "COVERAGE_")
-    inherited = {name: os.environ[name] for name in os.environ if not name.startswith(private)}
+    inherited = {
+        name: os.environ[name] for name in os.environ if not name.startswith(private)
+    }
     log = cwd / "server.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -152,7 +162,9 @@ def server(port: int, args: Sequence[str], env: Mapping[str, str], cwd: Path) ->
         deadline = time.monotonic() + 60
         while not answers(port):
             if process.poll() is not None or time.monotonic() > deadline:
-                pytest.fail(f"{args} do not answer, exit code {process.poll()}: {log.read_text()}")
+                pytest.fail(
+                    f"{args} do not answer, exit code {process.poll()}: {log.read_text()}"
+                )
             time.sleep(0.05)
         yield f"http://127.0.0.1:{port}"
     finally:
@@ -198,7 +210,9 @@ def sqs_client() -> Iterator[Callable[..., Any]]:
     def client(endpoint: str, service: str = "sqs") -> Any:
         key = (endpoint, service)
         if key not in clients:
-            clients[key] = session.create_client(service, endpoint_url=endpoint, **CREDENTIALS)
+            clients[key] = session.create_client(
+                service, endpoint_url=endpoint, **CREDENTIALS
+            )
         return clients[key]
 
     yield client
@@ -230,7 +244,11 @@ def isolated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 # --- servers and queues ---------------------------------------------------------------------------
 
-AWS_KEYS = {"AWS_REGION": "us-east-1", "AWS_ACCESS_KEY": "test", "AWS_SECRET_KEY": "test"}
+AWS_KEYS = {
+    "AWS_REGION": "us-east-1",
+    "AWS_ACCESS_KEY": "test",
+    "AWS_SECRET_KEY": "test",
+}
 AWS_SETTINGS = {**AWS_KEYS, "AWS_ACCOUNT_ID": "000000000000"}
 DENIED = "access denied: the IAM policy of these credentials does not allow {}"
 
@@ -257,7 +275,10 @@ class Call:
 class AwsServer(http.server.ThreadingHTTPServer):
     """A server that stands in for AWS: it notes the requests, and answers as its reply() says."""
 
-    daemon_threads, block_on_close = True, False  # idle connections end with the clients
+    daemon_threads, block_on_close = (
+        True,
+        False,
+    )  # idle connections end with the clients
     request_queue_size = 128
 
     def __init__(self, behind: str | None = None) -> None:
@@ -265,7 +286,9 @@ class AwsServer(http.server.ThreadingHTTPServer):
         self.url, self.behind = f"http://127.0.0.1:{self.server_port}", behind
         self.requests: list[tuple[str, dict[str, Any]]] = []
         self.connected: set[int] = set()  # the clients' ports
-        self.changed = threading.Condition()  # notified when a connection is made or closed
+        self.changed = (
+            threading.Condition()
+        )  # notified when a connection is made or closed
         self.closing = threading.Event()
 
     def note(self, call: Call) -> None:
@@ -276,11 +299,15 @@ class AwsServer(http.server.ThreadingHTTPServer):
         """Return status, headers and body; what is not bytes is written as JSON."""
         raise NotImplementedError
 
-    def pass_on(self, call: Call, data: Any = None) -> tuple[int, dict[str, str], bytes]:
+    def pass_on(
+        self, call: Call, data: Any = None
+    ) -> tuple[int, dict[str, str], bytes]:
         """Have the emulator behind it answer a request, or one with other data (SQS only)."""
         netloc = urllib.parse.urlsplit(self.behind).netloc
         connection = http.client.HTTPConnection(netloc, timeout=30)
-        headers = {k: v for k, v in call.headers.items() if k not in ("Host", "Content-Length")}
+        headers = {
+            k: v for k, v in call.headers.items() if k not in ("Host", "Content-Length")
+        }
         try:
             body = call.body if data is None else json.dumps(data).encode()
             connection.request("POST", call.path, body, headers)
@@ -313,7 +340,9 @@ class AwsRequest(http.server.BaseHTTPRequestHandler):
     """One connection to an AwsServer: JSON for SQS, forms and XML for SNS."""
 
     protocol_version = "HTTP/1.1"
-    wbufsize = -1  # an answer is one packet, or the client acknowledges the first one 40 ms later
+    wbufsize = (
+        -1
+    )  # an answer is one packet, or the client acknowledges the first one 40 ms later
     server: AwsServer
 
     def setup(self) -> None:
@@ -355,9 +384,14 @@ class AwsRequest(http.server.BaseHTTPRequestHandler):
 
 def make_queue(client: Any, name: str, most: int = 5, **attributes: str) -> str:
     """Make a queue and its dead-letter queue (after so many receives), and return its name."""
-    dead = client.create_queue(QueueName=f"{name}-DLQ", Attributes=attributes)["QueueUrl"]
+    dead = client.create_queue(QueueName=f"{name}-DLQ", Attributes=attributes)[
+        "QueueUrl"
+    ]
     found = client.get_queue_attributes(QueueUrl=dead, AttributeNames=["QueueArn"])
-    policy = {"deadLetterTargetArn": found["Attributes"]["QueueArn"], "maxReceiveCount": most}
+    policy = {
+        "deadLetterTargetArn": found["Attributes"]["QueueArn"],
+        "maxReceiveCount": most,
+    }
     redrive = {"RedrivePolicy": json.dumps(policy)}
     client.create_queue(QueueName=name, Attributes={**redrive, **attributes})
     return name
@@ -374,13 +408,17 @@ class Clock:
         return self.now
 
 
-def sqs_error(code: str, text: str = "", status: int = 400) -> tuple[int, dict[str, str], bytes]:
+def sqs_error(
+    code: str, text: str = "", status: int = 400
+) -> tuple[int, dict[str, str], bytes]:
     """Return an error as SQS answers it."""
     body = {"__type": f"com.amazonaws.sqs#{code.rpartition('.')[2]}", "message": text}
     return status, {"x-amzn-query-error": f"{code};Sender"}, json.dumps(body).encode()
 
 
-def sns_error(code: str, text: str = "", status: int = 400) -> tuple[int, dict[str, str], bytes]:
+def sns_error(
+    code: str, text: str = "", status: int = 400
+) -> tuple[int, dict[str, str], bytes]:
     """Return an error as SNS answers it."""
     error = f"<Error><Type>Sender</Type><Code>{code}</Code><Message>{text}</Message></Error>"
     body = f"<ErrorResponse>{error}<RequestId>r</RequestId></ErrorResponse>"
@@ -420,7 +458,11 @@ def house_nesting(node: ast.AST, level: int = 0) -> int:
     for child in ast.iter_child_nodes(node):
         if isinstance(child, (*HOUSE_FUNCTIONS, ast.ClassDef, ast.Lambda)):
             continue
-        elif_ = isinstance(node, ast.If) and isinstance(child, ast.If) and node.orelse == [child]
+        elif_ = (
+            isinstance(node, ast.If)
+            and isinstance(child, ast.If)
+            and node.orelse == [child]
+        )
         inner = level + (isinstance(child, HOUSE_BLOCKS) and not elif_)
         deepest = max(deepest, house_nesting(child, inner))
     return deepest
@@ -431,23 +473,31 @@ def house_figures() -> dict[str, float]:
     """Measure the module."""
     text = house_source()
     tree, lines = ast.parse(text), text.splitlines()
-    nodes = [n for n in ast.walk(tree) if isinstance(n, (*HOUSE_FUNCTIONS, ast.ClassDef))]
+    nodes = [
+        n for n in ast.walk(tree) if isinstance(n, (*HOUSE_FUNCTIONS, ast.ClassDef))
+    ]
     functions = [node for node in nodes if isinstance(node, HOUSE_FUNCTIONS)]
     length = {node: node.end_lineno - node.lineno + 1 for node in nodes}
     sizes = sorted(length[node] - house_docstring_lines(node) for node in functions)
     tokens = tokenize.generate_tokens(io.StringIO(text).readline)
-    comments = [t for t in tokens if t.type == tokenize.COMMENT and t.line.lstrip()[:1] == "#"]
+    comments = [
+        t for t in tokens if t.type == tokenize.COMMENT and t.line.lstrip()[:1] == "#"
+    ]
     later = [line for number, _, line in house_banners() if number > 12]
     return {
         "a function's median": statistics.median(sizes),
         "a function's 90th percentile": sizes[int(len(sizes) * 0.9)],
         "the longest function": sizes[-1],
         "the deepest nesting": max(map(house_nesting, functions)),
-        "the longest class": max(length[n] for n in nodes if isinstance(n, ast.ClassDef)),
+        "the longest class": max(
+            length[n] for n in nodes if isinstance(n, ast.ClassDef)
+        ),
         "the longest line": max(map(len, lines)),
         "the file": len(lines),
         "rooms 0 to 12": min(later),
-        "% docstrings": round(100 * sum(map(house_docstring_lines, [tree, *nodes])) / len(lines)),
+        "% docstrings": round(
+            100 * sum(map(house_docstring_lines, [tree, *nodes])) / len(lines)
+        ),
         "% comments": round(100 * len(comments) / len(lines)),
     }
 
@@ -479,7 +529,9 @@ class TestHouse:
     def test_all_is_sorted(self):
         """`__all__` lists constants, then classes, then functions, each in order, none twice."""
         names = taskhawk.__all__
-        assert names == sorted(set(names), key=lambda n: (not n.isupper(), n[0].islower(), n))
+        assert names == sorted(
+            set(names), key=lambda n: (not n.isupper(), n[0].islower(), n)
+        )
 
     def test_all_is_complete(self):
         """`__all__` has exactly the names without underscore that the module defines."""
@@ -488,8 +540,15 @@ class TestHouse:
             if isinstance(node, (*HOUSE_FUNCTIONS, ast.ClassDef)):
                 defined.add(node.name)
             elif isinstance(node, (ast.Assign, ast.AnnAssign)):
-                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-                defined |= {n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)}
+                targets = (
+                    node.targets if isinstance(node, ast.Assign) else [node.target]
+                )
+                defined |= {
+                    n.id
+                    for t in targets
+                    for n in ast.walk(t)
+                    if isinstance(n, ast.Name)
+                }
         assert sorted(n for n in defined if n[0] != "_") == sorted(taskhawk.__all__)
         assert all(hasattr(taskhawk, name) for name in taskhawk.__all__)
 
@@ -537,14 +596,18 @@ class TestHouse:
             r"^ +(\d+)\. (.+)$", taskhawk.__doc__.partition("\nRooms")[2], re.MULTILINE
         )
         assert listed == [(str(number), title) for number, title, _ in house_banners()]
-        assert [int(number) for number, _ in listed] == sorted({int(n) for n, _ in listed})
+        assert [int(number) for number, _ in listed] == sorted(
+            {int(n) for n, _ in listed}
+        )
 
     def test_invariants(self):
         """Under each banner stand two to six lines that say what the room is to be held to."""
         lines = house_source().splitlines()
         for number, title, line in house_banners():
             below = lines[line + 1 : line + 9]
-            said = next(i for i, text in enumerate([*below, ""]) if not text.startswith("# "))
+            said = next(
+                i for i, text in enumerate([*below, ""]) if not text.startswith("# ")
+            )
             assert 2 <= said <= 6, f"{number}. {title}"
 
     def test_docstring(self, tmp_path):
@@ -561,8 +624,12 @@ class TestHouse:
         if not project_file(".git").exists() or not shutil.which("git"):
             pytest.skip("not a checkout")
         command = ["git", "-c", "safe.directory=*", "-C", str(PROJECT), "ls-files"]
-        files = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-        assert {name.split("/")[0] for name in files if name[0] != "."} == set(HOUSE_FILES)
+        files = subprocess.run(
+            command, capture_output=True, text=True, check=True
+        ).stdout.split()
+        assert {name.split("/")[0] for name in files if name[0] != "."} == set(
+            HOUSE_FILES
+        )
 
 
 class TestErrors:
@@ -571,7 +638,9 @@ class TestErrors:
     def test_bases(self):
         """Every error is a TaskhawkError; a message too large or of no task is a wrong message."""
         found = [e for e in vars(taskhawk).values() if inspect.isclass(e) and e.__doc__]
-        ours = [e for e in found if issubclass(e, Exception) and e.__module__ == "taskhawk"]
+        ours = [
+            e for e in found if issubclass(e, Exception) and e.__module__ == "taskhawk"
+        ]
         assert {error.__name__: error.__base__.__name__ for error in ours} == {
             "ChildCrashed": "TaskhawkError",
             "ConfigurationError": "TaskhawkError",
@@ -591,12 +660,21 @@ class TestErrors:
         """PartialFailure is made as 1.4 did: the answer of a batch call, and then anything."""
         result = {"Successful": [{"Id": "0"}], "Failed": [{"Id": "1"}, {"Id": "2"}]}
         error = taskhawk.PartialFailure(result, "two are left", 2)
-        assert (error.success_count, error.failure_count, error.result) == (1, 2, result)
+        assert (error.success_count, error.failure_count, error.result) == (
+            1,
+            2,
+            result,
+        )
         assert (error.args, error.unsent) == (("two are left", 2), [])
 
     def test_partial_failure_says_how_many_and_why(self):
         """With nothing else to say, PartialFailure counts the failures and names their codes."""
-        failed = [{"Code": "Throttled"}, {"Code": "InternalError"}, {"Code": "Throttled"}, {}]
+        failed = [
+            {"Code": "Throttled"},
+            {"Code": "InternalError"},
+            {"Code": "Throttled"},
+            {},
+        ]
         error = taskhawk.PartialFailure({"Successful": [{}], "Failed": failed})
         assert str(error) == "4 of 5 messages failed: InternalError, Throttled, unknown"
 
@@ -641,7 +719,11 @@ class TestErrors:
     @pytest.mark.parametrize("by_name", [False, True])
     def test_retry_at_an_impossible_time(self, delay_seconds, by_name):
         """RetryException refuses a delay that no queue can hold: the run has failed then."""
-        args, kwargs = ((), {"delay_seconds": delay_seconds}) if by_name else ((delay_seconds,), {})
+        args, kwargs = (
+            ((), {"delay_seconds": delay_seconds})
+            if by_name
+            else ((delay_seconds,), {})
+        )
         with pytest.raises(ValueError, match="delay_seconds") as caught:
             taskhawk.RetryException(*args, **kwargs)
         expected = f"delay_seconds: expected 0 or more seconds, got {delay_seconds}"
@@ -713,7 +795,9 @@ SETTINGS_OF_4_7 = {  # those that have no meaning here
     "TASKHAWK_PUBLISHER_GCP_BATCH_SETTINGS": "()",
     "GOOGLE_CLOUD_PROJECT": "a-project",
 }
-SETTINGS_WHERE = "from taskhawk.configure(), the module named by SETTINGS_MODULE, Django's settings"
+SETTINGS_WHERE = (
+    "from taskhawk.configure(), the module named by SETTINGS_MODULE, Django's settings"
+)
 SETTINGS_WHERE += " or the environment"
 
 
@@ -789,7 +873,10 @@ class TestSettings:
         (tmp_path / "own.py").write_text("TASKHAWK_QUEUE = AWS_REGION = 'module'\n")
         django_names = " = ".join(names[:3])
         (tmp_path / "site_settings.py").write_text(f"{django_names} = 'django'\n")
-        env = {**dict.fromkeys(names, "http://environment"), "TASKHAWK_QUEUE": "environment"}
+        env = {
+            **dict.fromkeys(names, "http://environment"),
+            "TASKHAWK_QUEUE": "environment",
+        }
         code = f"""
             import taskhawk
             taskhawk.configure(TASKHAWK_QUEUE="configure")
@@ -817,7 +904,9 @@ class TestSettings:
 
     def test_configure_with_keywords(self):
         """A keyword of configure() goes before the object, and each call replaces the last."""
-        taskhawk.configure({"TASKHAWK_QUEUE": "a", "AWS_REGION": "eu-west-1"}, TASKHAWK_QUEUE="b")
+        taskhawk.configure(
+            {"TASKHAWK_QUEUE": "a", "AWS_REGION": "eu-west-1"}, TASKHAWK_QUEUE="b"
+        )
         assert taskhawk.settings.TASKHAWK_QUEUE == "b"
         assert taskhawk.settings.AWS_REGION == "eu-west-1"
         taskhawk.configure(AWS_REGION="eu-west-2")
@@ -827,7 +916,9 @@ class TestSettings:
     def test_flask(self):
         """A Flask application hands over its config."""
         app = flask.Flask("app")
-        app.config.from_mapping(TASKHAWK_QUEUE="flask", TASKHAWK_SYNC="yes", TASKHAWK_BROKER=None)
+        app.config.from_mapping(
+            TASKHAWK_QUEUE="flask", TASKHAWK_SYNC="yes", TASKHAWK_BROKER=None
+        )
         taskhawk.configure(app.config)
         assert taskhawk.settings.TASKHAWK_QUEUE == "flask"
         assert taskhawk.settings.TASKHAWK_SYNC is True
@@ -838,7 +929,9 @@ class TestSettings:
         taskhawk.configure(TASKHAWK_QUEUE="before")
         with pytest.raises(taskhawk.ConfigurationError) as caught:
             taskhawk.configure(TASKHAWK_QUEUE="after", TASKHAWK_SINC=True)
-        expected = "TASKHAWK_SINC is not a setting of taskhawk; did you mean TASKHAWK_SYNC?"
+        expected = (
+            "TASKHAWK_SINC is not a setting of taskhawk; did you mean TASKHAWK_SYNC?"
+        )
         assert str(caught.value) == expected
         assert taskhawk.settings.TASKHAWK_QUEUE == "before"
         with pytest.raises(taskhawk.ConfigurationError) as caught:
@@ -995,7 +1088,9 @@ class TestSettings:
         for _ in range(2):  # it is not remembered as something else
             with pytest.raises(taskhawk.ConfigurationError) as caught:
                 getattr(taskhawk.settings, name)
-            expected = f"{name} in configure(): expected {SETTINGS_RULES[name]}, got {got}"
+            expected = (
+                f"{name} in configure(): expected {SETTINGS_RULES[name]}, got {got}"
+            )
             assert str(caught.value) == expected
 
     @pytest.mark.parametrize("name", SETTINGS_RULES)
@@ -1004,7 +1099,9 @@ class TestSettings:
         value = re.search(r"such as '(.+)'$", SETTINGS_RULES[name])[1]
         taskhawk.configure({name: value})
         if value.startswith("myapp."):
-            with pytest.raises(taskhawk.ConfigurationError, match=r"\(No module named 'myapp'\)$"):
+            with pytest.raises(
+                taskhawk.ConfigurationError, match=r"\(No module named 'myapp'\)$"
+            ):
                 getattr(taskhawk.settings, name)
         else:
             read = str(getattr(taskhawk.settings, name)).replace(f"{Path.cwd()}/", "")
@@ -1016,7 +1113,10 @@ class TestSettings:
         with pytest.raises(taskhawk.ConfigurationError) as caught:
             taskhawk.settings.TASKHAWK_QUEUE  # noqa: B018 - reading it is the test
         rule = SETTINGS_RULES["TASKHAWK_QUEUE"]
-        assert str(caught.value) == f"TASKHAWK_QUEUE in the module {name}: expected {rule}, got 5"
+        assert (
+            str(caught.value)
+            == f"TASKHAWK_QUEUE in the module {name}: expected {rule}, got 5"
+        )
 
     def test_illegal_value_of_the_environment(self, monkeypatch):
         """An error of a setting from the environment says so."""
@@ -1027,23 +1127,33 @@ class TestSettings:
         expected = f"TASKHAWK_SYNC in the environment: expected {rule}, got 'maybe'"
         assert str(caught.value) == expected
 
-    @pytest.mark.parametrize("name", ["AWS_ACCESS_KEY", "AWS_SECRET_KEY", "AWS_SESSION_TOKEN"])
+    @pytest.mark.parametrize(
+        "name", ["AWS_ACCESS_KEY", "AWS_SECRET_KEY", "AWS_SESSION_TOKEN"]
+    )
     @pytest.mark.parametrize("secret", [b"my-secret-value", ["my-secret-value"]])
     def test_secret(self, name, secret):
         """An error never shows the value of a secret, only its type: not in its traceback either.
 
         It is so where botocore's arguments are put together, too.
         """
-        legal = dict.fromkeys(("AWS_ACCESS_KEY", "AWS_SECRET_KEY", "AWS_SESSION_TOKEN"), "legal")
-        taskhawk.configure({**legal, name: secret}, TASKHAWK_QUEUE="q", AWS_REGION="us-east-1")
+        legal = dict.fromkeys(
+            ("AWS_ACCESS_KEY", "AWS_SECRET_KEY", "AWS_SESSION_TOKEN"), "legal"
+        )
+        taskhawk.configure(
+            {**legal, name: secret}, TASKHAWK_QUEUE="q", AWS_REGION="us-east-1"
+        )
         invocation = taskhawk.task(settings_task, name="settings.secret").dispatch
         for use in (functools.partial(getattr, taskhawk.settings, name), invocation):
             with pytest.raises(taskhawk.ConfigurationError) as caught:
                 use()
             got = type(secret).__name__
-            expected = f"{name} in configure(): expected {SETTINGS_RULES[name]}, got {got}"
+            expected = (
+                f"{name} in configure(): expected {SETTINGS_RULES[name]}, got {got}"
+            )
             assert str(caught.value) == expected
-            assert "my-secret-value" not in "".join(traceback.format_exception(caught.value))
+            assert "my-secret-value" not in "".join(
+                traceback.format_exception(caught.value)
+            )
 
     def test_unknown_name_in_the_environment(self, monkeypatch, caplog):
         """A name of the environment that only looks like a setting is one warning."""
@@ -1070,7 +1180,9 @@ class TestSettings:
         assert taskhawk.settings.TASKHAWK_SYNC is False
         what = f"in the module {name} is not a setting of taskhawk"
         (message,) = caplog.messages
-        assert message == f"TASKHAWK_ERROR_HOOKS {what}; did you mean TASKHAWK_ERROR_HOOK?"
+        assert (
+            message == f"TASKHAWK_ERROR_HOOKS {what}; did you mean TASKHAWK_ERROR_HOOK?"
+        )
 
     @pytest.mark.parametrize("kind", [dict, types.SimpleNamespace])
     def test_unknown_name_in_an_object(self, caplog, kind):
@@ -1102,7 +1214,11 @@ class TestSettings:
         assert found == ("AKIACHAIN", "eu-central-1", "of-the-chain")
 
     @pytest.mark.parametrize(
-        ("sources", "key", "token"),  # sources: configure(), the module, the environment
+        (
+            "sources",
+            "key",
+            "token",
+        ),  # sources: configure(), the module, the environment
         [
             (("key secret token", "", ""), "AKIACONFIGURED", "configured"),
             (("key secret", "", "key secret token"), "AKIACONFIGURED", None),
@@ -1116,11 +1232,17 @@ class TestSettings:
     ):
         """Key, secret and token come from the one source that has the key, and are never mixed."""
         configured, module, environment = sources
-        lines = [f"{n} = {value!r}" for n, value in self.credentials(module, "module").items()]
+        lines = [
+            f"{n} = {value!r}"
+            for n, value in self.credentials(module, "module").items()
+        ]
         settings_module("\n".join(lines))
         for name, value in self.credentials(environment, "environment").items():
             monkeypatch.setenv(name, value)
-        given = {"AWS_REGION": "us-west-1", **self.credentials(configured, "configured")}
+        given = {
+            "AWS_REGION": "us-west-1",
+            **self.credentials(configured, "configured"),
+        }
         assert self.credentials_used(settings_aws, **given) == (key, "us-west-1", token)
 
     @pytest.mark.parametrize(
@@ -1145,8 +1267,16 @@ class TestSettings:
     @staticmethod
     def credentials(parts: str, source: str) -> dict[str, str]:
         """Return settings for the parts that are named, which tell where they came from."""
-        values = {"key": f"AKIA{source.upper()}", "secret": f"{source} secret", "token": source}
-        names = {"key": "AWS_ACCESS_KEY", "secret": "AWS_SECRET_KEY", "token": "AWS_SESSION_TOKEN"}
+        values = {
+            "key": f"AKIA{source.upper()}",
+            "secret": f"{source} secret",
+            "token": source,
+        }
+        names = {
+            "key": "AWS_ACCESS_KEY",
+            "secret": "AWS_SECRET_KEY",
+            "token": "AWS_SESSION_TOKEN",
+        }
         return {names[part]: values[part] for part in parts.split()}
 
     @staticmethod
@@ -1154,10 +1284,14 @@ class TestSettings:
         """Return key, region and token of the request that a dispatch makes."""
         url, requests = settings_aws
         taskhawk.configure(AWS_ENDPOINT_SQS=url, TASKHAWK_QUEUE="q", **given)
-        with pytest.raises(taskhawk.ConfigurationError, match="there is no such queue here"):
+        with pytest.raises(
+            taskhawk.ConfigurationError, match="there is no such queue here"
+        ):
             taskhawk.task(settings_task, name="settings.credentials").dispatch()
         ((_, headers),) = requests
-        signed = re.search(r"Credential=(\w+)/\d+/([\w-]+)/sqs/", headers["Authorization"])
+        signed = re.search(
+            r"Credential=(\w+)/\d+/([\w-]+)/sqs/", headers["Authorization"]
+        )
         return signed[1], signed[2], headers.get("X-Amz-Security-Token")
 
     def test_required(self):
@@ -1171,13 +1305,19 @@ class TestSettings:
 
     def test_required_by_sns(self):
         """A topic's name needs AWS_ACCOUNT_ID besides."""
-        taskhawk.configure(IS_LAMBDA_APP=True, AWS_REGION="us-east-1", TASKHAWK_QUEUE="q")
+        taskhawk.configure(
+            IS_LAMBDA_APP=True, AWS_REGION="us-east-1", TASKHAWK_QUEUE="q"
+        )
         with pytest.raises(taskhawk.ConfigurationError) as caught:
             taskhawk.task(settings_task, name="settings.required").dispatch()
         rule = SETTINGS_RULES["AWS_ACCOUNT_ID"]
         expected = f"AWS_ACCOUNT_ID is not set: expected {rule}, {SETTINGS_WHERE}"
         assert str(caught.value) == expected
-        given = {"IS_LAMBDA_APP": True, "AWS_REGION": "us-east-1", "TASKHAWK_QUEUE": "Q"}
+        given = {
+            "IS_LAMBDA_APP": True,
+            "AWS_REGION": "us-east-1",
+            "TASKHAWK_QUEUE": "Q",
+        }
         taskhawk.configure(given, AWS_ACCOUNT_ID=1234567890)
         topic = taskhawk._brokers.sender().destination(taskhawk.Priority.low)
         assert topic == "arn:aws:sns:us-east-1:001234567890:taskhawk-q-low-priority"
@@ -1191,7 +1331,9 @@ class TestSettings:
             "TASKHAWK-Q: no AWS region: set AWS_REGION, for example eu-west-1 (NoRegionError)"
         )
 
-    @pytest.mark.parametrize("given", [{"TASKHAWK_SYNC": True}, {"TASKHAWK_BROKER": "sqlite://"}])
+    @pytest.mark.parametrize(
+        "given", [{"TASKHAWK_SYNC": True}, {"TASKHAWK_BROKER": "sqlite://"}]
+    )
     def test_required_by_nothing(self, given):
         """Neither sync mode nor the embedded queue needs any setting of AWS, or a queue's name."""
         taskhawk.configure(given)
@@ -1221,7 +1363,10 @@ class TestSettings:
             (lambda task: {"from": task.name}, {"from": "settings.headers"}),
             (lambda *, task=None: {"from": task.name}, {"from": "settings.headers"}),
             (lambda **kwargs: {"from": list(kwargs)}, {"from": ["task"]}),
-            (functools.partial(lambda a, task: {a: task.name}, "b"), {"b": "settings.headers"}),
+            (
+                functools.partial(lambda a, task: {a: task.name}, "b"),
+                {"b": "settings.headers"},
+            ),
             (lambda: {"from": "1.4", "own": "2"}, {"from": "1.4"}),
             (lambda more=2: {"more": more}, {"more": 2}),
             (lambda: None, {}),
@@ -1241,9 +1386,9 @@ class TestSettings:
         """TASKHAWK_TASK_CLASS makes the tasks; a decorator's options are set on what it made."""
         taskhawk.configure(TASKHAWK_TASK_CLASS=f"{__name__}.SettingsTask")
         policy = taskhawk.fixed(5)
-        task = taskhawk.task(name="settings.shouted", priority=taskhawk.Priority.low, retry=policy)(
-            settings_task
-        )
+        task = taskhawk.task(
+            name="settings.shouted", priority=taskhawk.Priority.low, retry=policy
+        )(settings_task)
         assert type(task) is SettingsTask
         assert (task.name, task.priority) == ("SETTINGS.SHOUTED", taskhawk.Priority.low)
         assert (task.retry, task.options_at_start) == (policy, None)
@@ -1390,7 +1535,10 @@ class TestSettings:
         [
             ("", "[5, 2] [False, True]"),
             ("TASKHAWK_MAX_DB_REUSE_LOOPS=3", "[3, 3, 1] [False, False, True]"),
-            ("TASKHAWK_MAX_DB_REUSE_LOOPS=1", "[1, 1, 1, 1, 1, 1, 1] [False" + ", False" * 6 + "]"),
+            (
+                "TASKHAWK_MAX_DB_REUSE_LOOPS=1",
+                "[1, 1, 1, 1, 1, 1, 1] [False" + ", False" * 6 + "]",
+            ),
         ],
     )
     def test_django_connections_are_recycled(self, tmp_path, given, expected):
@@ -1442,7 +1590,13 @@ class TestSettings:
         """
         )
         found = settings_child(tmp_path, code)
-        assert found == ["acknowledge", "True True", "['kept']", "acknowledge", "None False"]
+        assert found == [
+            "acknowledge",
+            "True True",
+            "['kept']",
+            "acknowledge",
+            "None False",
+        ]
 
     def test_django_connection_that_fails_to_close(self, tmp_path):
         """A database that fails while a connection is closed costs the worker no message."""
@@ -1496,7 +1650,9 @@ def edited(path: str, value: object) -> dict[str, Any]:
     return data
 
 
-def queued(priority: taskhawk.Priority = taskhawk.Priority.default) -> list[taskhawk.QueueMessage]:
+def queued(
+    priority: taskhawk.Priority = taskhawk.Priority.default,
+) -> list[taskhawk.QueueMessage]:
     """Receive what was sent to the queue of a priority."""
     broker = taskhawk._brokers.broker()
     return broker.receive(broker.destination(priority), 10, 0, None, threading.Event())
@@ -1545,7 +1701,9 @@ def send_email(isolated):
     return send_email
 
 
-JSON_TEXT = st.text(st.characters(exclude_categories=()))  # with lone surrogates and NUL
+JSON_TEXT = st.text(
+    st.characters(exclude_categories=())
+)  # with lone surrogates and NUL
 JSON_VALUE = st.recursive(
     st.none()
     | st.booleans()
@@ -1557,11 +1715,14 @@ JSON_VALUE = st.recursive(
 )
 ISO_8601_LIKE = st.builds(
     "{:04}-{:02}-{:02}{}{}{}".format,
-    st.sampled_from([0, 1, 1900, 1969, 1970, 2000, 2023, 2024, 2100, 9999]) | st.integers(0, 9999),
+    st.sampled_from([0, 1, 1900, 1969, 1970, 2000, 2023, 2024, 2100, 9999])
+    | st.integers(0, 9999),
     st.integers(0, 13),
     st.integers(0, 32),
     st.sampled_from(["", "T", " ", "t", "TT"]),
-    st.sampled_from(["", "00:00", "23:59", "24:00", "12:60", "12:30:59", "12:30:60", "1:30"])
+    st.sampled_from(
+        ["", "00:00", "23:59", "24:00", "12:60", "12:30:59", "12:30:60", "1:30"]
+    )
     | st.builds("23:59:59{}{}".format, st.sampled_from(".,;"), st.integers(0, 10**10)),
     st.sampled_from(["", "Z", "z", "+05:30", "-0130", "+23:59", "+24:00", "+1", "\n"]),
 )
@@ -1569,10 +1730,14 @@ ALMOST = {
     "metadata.timestamp": ISO_8601_LIKE
     | st.datetimes().map(dt.datetime.isoformat)
     | st.integers(-2, 1)
-    | st.sampled_from([8_640_000_000_000_000, 8_640_000_000_000_000.5, 8_640_000_000_000_001])
+    | st.sampled_from(
+        [8_640_000_000_000_000, 8_640_000_000_000_000.5, 8_640_000_000_000_001]
+    )
     | st.floats(allow_nan=False),
     "metadata.version": st.sampled_from(["1.0", "1", "1.0 ", 1.0, "2.0"]),
-    "metadata.priority": st.sampled_from(["default", "high", "low", "bulk", "High", "", 1]),
+    "metadata.priority": st.sampled_from(
+        ["default", "high", "low", "bulk", "High", "", 1]
+    ),
     **dict.fromkeys((*VALID, "metadata.unknown", "unknown"), JSON_VALUE),
 }
 
@@ -1581,7 +1746,9 @@ ALMOST = {
 def almost_valid(draw):
     """Draw a message that is valid but for at most two edits, which may be valid too."""
     data = copy.deepcopy(VALID)
-    for path in draw(st.lists(st.sampled_from(sorted(ALMOST)), max_size=2, unique=True)):
+    for path in draw(
+        st.lists(st.sampled_from(sorted(ALMOST)), max_size=2, unique=True)
+    ):
         value = draw(st.just(ABSENT) | ALMOST[path] | JSON_VALUE)
         *parents, key = path.split(".")
         parent = data.get(parents[0]) if parents else data
@@ -1597,7 +1764,9 @@ class TestMessages:
     def test_wire_format(self, memory, send_email):
         """A dispatched message has 1.4's format, with a new id and the time of the dispatch."""
         before = time.time_ns() // 1_000_000
-        call = send_email.with_headers(request_id="1234").with_priority(taskhawk.Priority.high)
+        call = send_email.with_headers(request_id="1234").with_priority(
+            taskhawk.Priority.high
+        )
         message_id = call.dispatch(*VALID["args"], **VALID["kwargs"])
         [received] = queued(taskhawk.Priority.high)
         data = json.loads(received.body)
@@ -1609,7 +1778,9 @@ class TestMessages:
         assert same_json(data, {**VALID, "id": message_id, "metadata": metadata})
         assert received.body.isascii()
         assert taskhawk.process(received) == taskhawk.Outcome(taskhawk.Fate.acknowledge)
-        assert send_email.calls == [("email@automatic.com", "Hello!", "spam@example.com")]
+        assert send_email.calls == [
+            ("email@automatic.com", "Hello!", "spam@example.com")
+        ]
 
     def test_properties(self, send_email):
         """A message has the properties and methods of 1.4."""
@@ -1639,10 +1810,16 @@ class TestMessages:
     def test_new(self, memory, send_email):
         """Message.new takes its arguments in 1.4's order, and publish() sends what it made."""
         kwargs, headers = {"from_email": 3}, {"h": 4}
-        message = taskhawk.Message.new("tasks.send_email", (1, 2), kwargs, "id", headers)
+        message = taskhawk.Message.new(
+            "tasks.send_email", (1, 2), kwargs, "id", headers
+        )
         assert message.as_dict() == {
             "id": "id",
-            "metadata": {"priority": "default", "timestamp": message.timestamp, "version": "1.0"},
+            "metadata": {
+                "priority": "default",
+                "timestamp": message.timestamp,
+                "version": "1.0",
+            },
             "headers": {"h": 4},
             "task": "tasks.send_email",
             "args": [1, 2],
@@ -1651,7 +1828,9 @@ class TestMessages:
         assert taskhawk.publish(message) == "id"
         [received] = queued()
         assert json.loads(received.body) == message.as_dict()
-        least = taskhawk.Message.new("tasks.send_email", priority=taskhawk.Priority.bulk)
+        least = taskhawk.Message.new(
+            "tasks.send_email", priority=taskhawk.Priority.bulk
+        )
         assert (least.args, least.kwargs, least.headers) == ([], {}, {})
         assert least.priority is taskhawk.Priority.bulk
         assert least.id != taskhawk.Message.new("tasks.send_email").id
@@ -1692,17 +1871,37 @@ class TestMessages:
             ("args", {"0": 1}, "args: expected an array, got an object"),
             ("kwargs", ABSENT, "kwargs: expected an object, got nothing"),
             ("kwargs", [], "kwargs: expected an object, got an array"),
-            ("metadata.version", ABSENT, 'metadata.version: expected "1.0", got nothing'),
+            (
+                "metadata.version",
+                ABSENT,
+                'metadata.version: expected "1.0", got nothing',
+            ),
             ("metadata.version", 2, 'metadata.version: expected "1.0", got 2'),
             ("metadata.version", 1.0, 'metadata.version: expected "1.0", got 1.0'),
             ("metadata.version", "2.0", 'metadata.version: expected "1.0", got "2.0"'),
             ("metadata.version", None, 'metadata.version: expected "1.0", got null'),
             ("metadata.version", False, 'metadata.version: expected "1.0", got false'),
-            ("metadata.version", ["1.0"], 'metadata.version: expected "1.0", got an array'),
-            ("metadata.version", 10**99, 'metadata.version: expected "1.0", got a huge number'),
-            ("metadata.version", "9" * 99, f'metadata.version: expected "1.0", got "{"9" * 40}"'),
+            (
+                "metadata.version",
+                ["1.0"],
+                'metadata.version: expected "1.0", got an array',
+            ),
+            (
+                "metadata.version",
+                10**99,
+                'metadata.version: expected "1.0", got a huge number',
+            ),
+            (
+                "metadata.version",
+                "9" * 99,
+                f'metadata.version: expected "1.0", got "{"9" * 40}"',
+            ),
             *(
-                ("metadata.timestamp", value, f"metadata.timestamp: {TIMESTAMP_RULE}, got {shown}")
+                (
+                    "metadata.timestamp",
+                    value,
+                    f"metadata.timestamp: {TIMESTAMP_RULE}, got {shown}",
+                )
                 for value, shown in (
                     (ABSENT, "nothing"),
                     (None, "null"),
@@ -1748,7 +1947,10 @@ class TestMessages:
         assert str(caught.value) == sentence
         outcome = run_body(json.dumps(data))
         assert (outcome.fate, outcome.delay_s) == (taskhawk.Fate.retry, None)
-        assert (type(outcome.error), str(outcome.error)) == (taskhawk.ValidationError, sentence)
+        assert (type(outcome.error), str(outcome.error)) == (
+            taskhawk.ValidationError,
+            sentence,
+        )
         assert send_email.calls == []
 
     @pytest.mark.parametrize(
@@ -1781,7 +1983,10 @@ class TestMessages:
         """A body that is no message is left to the queue, with an error that does not quote it."""
         outcome = run_body(body)
         assert (outcome.fate, outcome.delay_s) == (taskhawk.Fate.retry, None)
-        assert (type(outcome.error), str(outcome.error)) == (taskhawk.ValidationError, sentence)
+        assert (type(outcome.error), str(outcome.error)) == (
+            taskhawk.ValidationError,
+            sentence,
+        )
 
     @hypothesis.given(st.text() | st.binary() | JSON_VALUE.map(json.dumps))
     def test_any_body(self, body):
@@ -1824,13 +2029,21 @@ class TestMessages:
 
     def test_lenient(self, send_email):
         """Unknown keys are ignored, the priority may be missing, and header values are any JSON."""
-        data = {**edited("metadata.priority", ABSENT), "headers": {"a": {"b": [None]}}, "more": [1]}
+        data = {
+            **edited("metadata.priority", ABSENT),
+            "headers": {"a": {"b": [None]}},
+            "more": [1],
+        }
         data["metadata"]["unknown"] = 1
         message = taskhawk.Message(data)
         assert message.priority is taskhawk.Priority.default
         assert message.headers == {"a": {"b": [None]}}
         metadata = {**VALID["metadata"], "priority": "default"}
-        assert message.as_dict() == {**VALID, "headers": {"a": {"b": [None]}}, "metadata": metadata}
+        assert message.as_dict() == {
+            **VALID,
+            "headers": {"a": {"b": [None]}},
+            "metadata": metadata,
+        }
         assert run_body(json.dumps(data)).fate is taskhawk.Fate.acknowledge
         assert len(send_email.calls) == 1
 
@@ -1846,7 +2059,11 @@ class TestMessages:
             ({1}, TypeError, "set is not a JSON type"),
             (b"x", TypeError, "bytes is not a JSON type"),
             ([{"a": object()}], TypeError, "object is not a JSON type"),
-            ({(1, 2): 3}, TypeError, "keys must be str, int, float, bool or None, not tuple"),
+            (
+                {(1, 2): 3},
+                TypeError,
+                "keys must be str, int, float, bool or None, not tuple",
+            ),
             (float("nan"), taskhawk.ValidationError, NOT_FINITE),
             (-float("inf"), taskhawk.ValidationError, NOT_FINITE),
             (Decimal("NaN"), taskhawk.ValidationError, NOT_FINITE),
@@ -1858,7 +2075,9 @@ class TestMessages:
         """An argument or header that is not JSON fails at the dispatch, which names it."""
         for path, call in {
             "args[1]": lambda: send_email.dispatch("x", value),
-            "kwargs.from_email": lambda: send_email.dispatch("x", "y", from_email=value),
+            "kwargs.from_email": lambda: send_email.dispatch(
+                "x", "y", from_email=value
+            ),
             "headers.h": lambda: send_email.with_headers(h=value).dispatch("x", "y"),
         }.items():
             with pytest.raises(error) as caught:
@@ -1918,7 +2137,9 @@ class TestMessages:
             runs.append((second, kwargs, headers, first))
 
         taken = {"value", "headers", "metadata"}
-        keywords = st.dictionaries(JSON_TEXT.filter(lambda name: name not in taken), JSON_VALUE)
+        keywords = st.dictionaries(
+            JSON_TEXT.filter(lambda name: name not in taken), JSON_VALUE
+        )
 
         @hypothesis.given(JSON_VALUE, keywords, st.dictionaries(JSON_TEXT, JSON_VALUE))
         def check(value, kwargs, headers):
@@ -2040,7 +2261,9 @@ null, "nested": {"a": [1, {"b": null}], "\u00e9": "it's"}, "name": "\u017dlu\u01
 """
 RECORDINGS = {
     first: " ".join(rest)
-    for first, *rest in (record.splitlines() for record in RECORDED.strip().split("\n\n"))
+    for first, *rest in (
+        record.splitlines() for record in RECORDED.strip().split("\n\n")
+    )
 }
 RECORDED_ATTRIBUTES = {  # all of them are Strings
     "bulk": {"batch": "7"},
@@ -2065,7 +2288,12 @@ MIXED_HEADERS = {
     "name": "Žluťoučký 🐎",
     "price": Decimal("1.50"),
 }
-VALUES = [Decimal(2), Decimal("1.10"), Decimal("1E+3"), Decimal("0.1234567890123456789")]
+VALUES = [
+    Decimal(2),
+    Decimal("1.10"),
+    Decimal("1E+3"),
+    Decimal("0.1234567890123456789"),
+]
 VALUES += [10**20, 1e22, -0.0, True, None, 'Žluťoučký 🐎 \u2028 "q" \\ / <&> \n\t\x7f']
 EXTRA = {"tuple": (1, (2,)), 3: {"deep": [[], {}]}, "d": {"x": Decimal("5.0")}}
 RECORDED_CALLS = {  # what was dispatched: task, headers, arguments, keyword arguments
@@ -2079,7 +2307,12 @@ RECORDED_CALLS = {  # what was dispatched: task, headers, arguments, keyword arg
         ("example@email.com",),
         {"subject": "Hello!", "from_email": "spam@example.com"},
     ),
-    "kwargs-task": ("log_event", {"source": "web"}, ("login",), {"user": {"id": 7}, "ok": True}),
+    "kwargs-task": (
+        "log_event",
+        {"source": "web"},
+        ("login",),
+        {"user": {"id": 7}, "ok": True},
+    ),
     "plain": ("send_email", {}, ("example@email.com", "Hello!"), {}),
     "values": ("store", {}, (VALUES,), {"extra": EXTRA}),
 }
@@ -2093,7 +2326,9 @@ def string_attributes(case: str, kind: str, content: str) -> dict[str, dict[str,
 
 def plain_json(value: object) -> Any:
     """Return the JSON that 1.4 made of a value."""
-    return json.loads(json.dumps(value, default=lambda d: int(d) if d == int(d) else float(d)))
+    return json.loads(
+        json.dumps(value, default=lambda d: int(d) if d == int(d) else float(d))
+    )
 
 
 @pytest.fixture
@@ -2102,7 +2337,9 @@ def recorded_tasks(isolated):
     runs = []
 
     def note(**values):
-        runs.append({name: value for name, value in values.items() if value is not None})
+        runs.append(
+            {name: value for name, value in values.items() if value is not None}
+        )
 
     @taskhawk.task(name="tasks.send_email")
     def send_email(to, subject, from_email=None):
@@ -2156,17 +2393,23 @@ class TestInterop:
         """A message of theirs runs our task with its arguments, headers and metadata."""
         case, body = recording.split()[-1], RECORDINGS[recording]
         attributes = string_attributes(case, "DataType", "StringValue")
-        received = taskhawk.QueueMessage(body, "id", "receipt", message_attributes=attributes)
+        received = taskhawk.QueueMessage(
+            body, "id", "receipt", message_attributes=attributes
+        )
         assert taskhawk.process(received) == taskhawk.Outcome(taskhawk.Fate.acknowledge)
         assert recorded_tasks == [expected_run(case, body, "receipt")]
-        assert jsonschema.Draft202012Validator(taskhawk.SCHEMA).is_valid(json.loads(body))
+        assert jsonschema.Draft202012Validator(taskhawk.SCHEMA).is_valid(
+            json.loads(body)
+        )
 
     def test_from_sns(self, recorded_tasks, recording):
         """A message of theirs runs our task in Lambda too."""
         case, body = recording.split()[-1], RECORDINGS[recording]
         sns = {"Type": "Notification", "MessageId": "sns-id", "Message": body}
         sns["MessageAttributes"] = string_attributes(case, "Type", "Value")
-        event = {"Records": [{"EventSource": "aws:sns", "EventVersion": "1.0", "Sns": sns}]}
+        event = {
+            "Records": [{"EventSource": "aws:sns", "EventVersion": "1.0", "Sns": sns}]
+        }
         assert taskhawk.process_messages_for_lambda_consumer(event) is None
         assert recorded_tasks == [expected_run(case, body, None)]
 
@@ -2218,7 +2461,9 @@ class TestInteropAttributes:
         _, headers, args, _ = RECORDED_CALLS["headers-mixed"]
         task = taskhawk.Task.find_by_name("tasks.send_email")
         message_id = task.with_headers(**headers).dispatch(*args)
-        [received] = taskhawk._brokers.broker().receive(queue, 10, 5, None, threading.Event())
+        [received] = taskhawk._brokers.broker().receive(
+            queue, 10, 5, None, threading.Event()
+        )
         data = json.loads(received.body)
         assert data["id"] == message_id
         assert same_json(data["headers"], plain_json(headers))
@@ -2231,7 +2476,9 @@ class TestInteropAttributes:
 def place(fn: Any) -> str:
     """Return what errors say of where a function is."""
     code = fn.__code__
-    return f"{fn.__module__}.{fn.__qualname__} ({code.co_filename}:{code.co_firstlineno})"
+    return (
+        f"{fn.__module__}.{fn.__qualname__} ({code.co_filename}:{code.co_firstlineno})"
+    )
 
 
 def plain(value=None):
@@ -2267,7 +2514,9 @@ class HandMade(taskhawk.Task):
         super().call(message, receipt)
 
 
-A_METHOD = "is a method: expected a function, which a message can call without an object"
+A_METHOD = (
+    "is a method: expected a function, which a message can call without an object"
+)
 
 
 class TestTasks:
@@ -2282,10 +2531,17 @@ class TestTasks:
 
         add.custom = "kept"
         task = taskhawk.task(add)
-        assert (task.__name__, task.__doc__, task.__module__) == ("add", "Add numbers.", __name__)
+        assert (task.__name__, task.__doc__, task.__module__) == (
+            "add",
+            "Add numbers.",
+            __name__,
+        )
         assert (task.__qualname__, task.__wrapped__) == (add.__qualname__, add)
         assert task.__annotations__ == add.__annotations__
-        assert (task.custom, inspect.signature(task)) == ("kept", inspect.signature(add))
+        assert (task.custom, inspect.signature(task)) == (
+            "kept",
+            inspect.signature(add),
+        )
         assert (task(1), task(1, 2), task(1, other=3, self=4)) == (2, 3, 8)
 
     def test_api_of_1_4(self):
@@ -2300,8 +2556,18 @@ class TestTasks:
         assert taskhawk.Task.find_by_name("mail.send") is send
         assert (send.name, send.priority) == ("mail.send", taskhawk.Priority.low)
         assert isinstance(send.fn, types.FunctionType)
-        assert (str(send), repr(send)) == ("Taskhawk task: mail.send", "Taskhawk task: mail.send")
-        for name in ("name", "priority", "fn", "accepts_metadata", "accepts_headers", "task"):
+        assert (str(send), repr(send)) == (
+            "Taskhawk task: mail.send",
+            "Taskhawk task: mail.send",
+        )
+        for name in (
+            "name",
+            "priority",
+            "fn",
+            "accepts_metadata",
+            "accepts_headers",
+            "task",
+        ):
             with pytest.raises(AttributeError):
                 setattr(send, name, None)
         bulk = taskhawk.Priority.bulk
@@ -2315,10 +2581,16 @@ class TestTasks:
     def test_default_name(self):
         """Without name=, a task is called by its module and function, and has default priority."""
         task = taskhawk.task(plain)
-        assert (task.name, task.priority) == (f"{__name__}.plain", taskhawk.Priority.default)
+        assert (task.name, task.priority) == (
+            f"{__name__}.plain",
+            taskhawk.Priority.default,
+        )
         assert taskhawk.task(Shop.function).name == f"{__name__}.function"
         high = taskhawk.task(priority=taskhawk.Priority.high)(place)
-        assert (high.name, high.priority) == (f"{__name__}.place", taskhawk.Priority.high)
+        assert (high.name, high.priority) == (
+            f"{__name__}.place",
+            taskhawk.Priority.high,
+        )
         bound = functools.partial(plain, 1)
         assert taskhawk.task(name="shop.partial")(bound).name == "shop.partial"
 
@@ -2333,7 +2605,9 @@ class TestTasks:
         def fetch():
             return "fetched"
 
-        fetch.retry = fetch.dispatch = fetch.call = fetch._name = fetch._fn = "another decorator's"
+        fetch.retry = fetch.dispatch = fetch.call = fetch._name = fetch._fn = (
+            "another decorator's"
+        )
         task = taskhawk.task(name="shop.fetch")(fetch)
         assert (task.retry, task.name, task()) == (None, "shop.fetch", "fetched")
         assert uuid.UUID(task.dispatch())
@@ -2366,11 +2640,18 @@ class TestTasks:
         message = taskhawk.Message(VALID)
         send_email.call(message, "receipt")
         message.call_task(None)
-        metadata = {"id": VALID["id"], "priority": taskhawk.Priority.high, "receipt": "receipt"}
+        metadata = {
+            "id": VALID["id"],
+            "priority": taskhawk.Priority.high,
+            "receipt": "receipt",
+        }
         metadata |= {"timestamp": 1460868253255, "version": "1.0"}
         args = ("email@automatic.com", "Hello!")
         rest = (VALID["headers"], "spam@example.com")
-        assert runs == [(*args, metadata, *rest), (*args, {**metadata, "receipt": None}, *rest)]
+        assert runs == [
+            (*args, metadata, *rest),
+            (*args, {**metadata, "receipt": None}, *rest),
+        ]
 
     def test_call_leaves_message(self):
         """A task that empties what it is given does not change the message."""
@@ -2395,8 +2676,15 @@ class TestTasks:
         forged = {"metadata": {"id": "forged"}, "headers": "forged", "to": 1}
         assert run_body(json.dumps(edited("kwargs", forged))).error is None
         [kwargs] = runs
-        assert (kwargs["metadata"].id, kwargs["metadata"].receipt) == (VALID["id"], "receipt")
-        assert (kwargs["headers"], kwargs["to"], len(kwargs)) == (VALID["headers"], 1, 3)
+        assert (kwargs["metadata"].id, kwargs["metadata"].receipt) == (
+            VALID["id"],
+            "receipt",
+        )
+        assert (kwargs["headers"], kwargs["to"], len(kwargs)) == (
+            VALID["headers"],
+            1,
+            3,
+        )
 
     def test_metadata(self):
         """Metadata is a dict with 1.4's five keys, which are attributes too; the rest only that."""
@@ -2423,13 +2711,25 @@ class TestTasks:
         @taskhawk.task(name="tasks.send_email")
         def send_email(to, subject, metadata, from_email=None):
             metadata.extend_visibility_timeout(100)
-            seen.append((metadata.queue, metadata.attempt, metadata.receipt, metadata.lease_lost))
+            seen.append(
+                (
+                    metadata.queue,
+                    metadata.attempt,
+                    metadata.receipt,
+                    metadata.lease_lost,
+                )
+            )
 
         for attempt in (1, 2):
             [received] = broker.receive("shop", 1, 0, 30, threading.Event())
             received.lease_lost = attempt == 2
             assert taskhawk.process(received).error is None
-            assert seen.pop() == ("shop", attempt, received.receipt_handle, attempt == 2)
+            assert seen.pop() == (
+                "shop",
+                attempt,
+                received.receipt_handle,
+                attempt == 2,
+            )
             now += 99
             assert broker.receive("shop", 1, 0, 30, threading.Event()) == []
             now += 2
@@ -2446,7 +2746,11 @@ class TestTasks:
                 {"three": 3, "four": 4},
                 "tasks.send: got an unexpected keyword argument 'four'",
             ),
-            ((1, 2), {"two": 2, "three": 3}, "tasks.send: multiple values for argument 'two'"),
+            (
+                (1, 2),
+                {"two": 2, "three": 3},
+                "tasks.send: multiple values for argument 'two'",
+            ),
             (
                 (1,),
                 {"three": 3, "metadata": {}},
@@ -2476,7 +2780,9 @@ class TestTasks:
             runs.append((self, args, priority, headers))
 
         runs: list[Any] = []
-        odd.with_headers(self=1, task=2).with_headers(h1=3).dispatch(self=4, args=5, priority=6)
+        odd.with_headers(self=1, task=2).with_headers(h1=3).dispatch(
+            self=4, args=5, priority=6
+        )
         [received] = queued()
         assert taskhawk.process(received).error is None
         assert runs == [(4, 5, 6, {"self": 1, "task": 2, "h1": 3})]
@@ -2490,8 +2796,13 @@ class TestTasks:
 
         first = send.with_headers(a=1, b=1)
         others = first.with_headers(b=2), first.with_priority(taskhawk.Priority.high)
-        assert others[1].with_priority(taskhawk.Priority.bulk).with_delay(0) is not others[1]
-        assert all(isinstance(other, taskhawk.AsyncInvocation) for other in (first, *others))
+        assert (
+            others[1].with_priority(taskhawk.Priority.bulk).with_delay(0)
+            is not others[1]
+        )
+        assert all(
+            isinstance(other, taskhawk.AsyncInvocation) for other in (first, *others)
+        )
         for invocation in (send, first, *others, taskhawk.AsyncInvocation(send)):
             invocation.dispatch()
         low, high = queued(taskhawk.Priority.low), queued(taskhawk.Priority.high)
@@ -2521,10 +2832,15 @@ class TestTasks:
         task = taskhawk.task(plain)
         defaults = {"request_id": "default", "task": task.name}
         for hook, headers in (
-            (lambda task: {**defaults, "task": task.name}, {**defaults, "request_id": "own"}),
+            (
+                lambda task: {**defaults, "task": task.name},
+                {**defaults, "request_id": "own"},
+            ),
             (lambda: None, {"request_id": "own"}),
         ):
-            taskhawk.configure(TASKHAWK_BROKER="sqlite://", TASKHAWK_DEFAULT_HEADERS=hook)
+            taskhawk.configure(
+                TASKHAWK_BROKER="sqlite://", TASKHAWK_DEFAULT_HEADERS=hook
+            )
             task.with_headers(request_id="own").dispatch()
             [received] = queued()
             assert json.loads(received.body)["headers"] == headers
@@ -2611,11 +2927,19 @@ class TestTasks:
                 print(sell.name, taskhawk.Task.find_by_name("__main__.sell") is sell)
                 print(buy.name, sorted(taskhawk._registry))
         """)
-        for path in ("shop.py", "stores/shop.py", "stores/__main__.py", "stores/__init__.py"):
+        for path in (
+            "shop.py",
+            "stores/shop.py",
+            "stores/__main__.py",
+            "stores/__init__.py",
+        ):
             (tmp_path / path).write_text(script if "init" not in path else "")
         result = run_python(args, cwd=tmp_path)
         names = sorted({name, "__main__.sell", "shop.buy"})
-        assert (result.stderr, result.stdout) == ("", f"{name} True\nshop.buy {names}\n")
+        assert (result.stderr, result.stdout) == (
+            "",
+            f"{name} True\nshop.buy {names}\n",
+        )
 
     def test_main_dispatches(self, tmp_path):
         """What a script dispatches, a worker that imports the script runs; it may import itself."""
@@ -2778,7 +3102,10 @@ class TestTasks:
             (Shop.method, f"Shop.method {A_METHOD}"),
             (Shop().method, f"Shop.method {A_METHOD}"),
             (Shop.class_method, f"Shop.class_method {A_METHOD}"),
-            (lambda: None, "TestTasks.<lambda> is a lambda: expected a function with a name (def)"),
+            (
+                lambda: None,
+                "TestTasks.<lambda> is a lambda: expected a function with a name (def)",
+            ),
             (None, "None can't be called: expected a function"),
             ("shop.sell", "'shop.sell' can't be called: expected a function"),
             (classmethod(plain), "plain can't be called: expected a function"),
@@ -2809,7 +3136,9 @@ class TestTasks:
         """What has no name is refused unless it is given one."""
         with pytest.raises(taskhawk.ConfigurationError) as caught:
             taskhawk.task(thing)
-        assert str(caught.value) == f"{thing!r} has no name: pass name= to taskhawk.task"
+        assert (
+            str(caught.value) == f"{thing!r} has no name: pass name= to taskhawk.task"
+        )
         assert taskhawk.task(name="shop.sell")(thing).fn is thing
 
     def test_odd_name(self):
@@ -2849,11 +3178,14 @@ class TestTasks:
         text = "builtins.dict does not tell its parameters: expected a function written in Python"
         assert str(caught.value) == text
 
-    @pytest.mark.parametrize(("args", "options"), [((plain, 5), {}), ((plain,), {"colour": 1})])
+    @pytest.mark.parametrize(
+        ("args", "options"), [((plain, 5), {}), ((plain,), {"colour": 1})]
+    )
     def test_wrong_arguments(self, args, options):
         """Arguments that task() does not have are refused."""
         with pytest.raises(
-            TypeError, match=r"^task(\.<locals>\.decorate)?\(\) (takes 1|got an unexpected)"
+            TypeError,
+            match=r"^task(\.<locals>\.decorate)?\(\) (takes 1|got an unexpected)",
         ):
             taskhawk.task(*args, **options)
 
@@ -2863,8 +3195,16 @@ class TestTasks:
             ("priority", "high", "priority='high': expected a taskhawk.Priority"),
             ("priority", 2, "priority=2: expected a taskhawk.Priority"),
             ("retry", 5, "retry=5: expected a function of the attempt"),
-            ("retry_on", [ValueError], f"retry_on=[{ValueError!r}]: expected exceptions"),
-            ("retry_on", ("ValueError",), "retry_on=('ValueError',): expected exceptions"),
+            (
+                "retry_on",
+                [ValueError],
+                f"retry_on=[{ValueError!r}]: expected exceptions",
+            ),
+            (
+                "retry_on",
+                ("ValueError",),
+                "retry_on=('ValueError',): expected exceptions",
+            ),
             ("never_retry_on", 5, "never_retry_on=5: expected exceptions"),
         ],
     )
@@ -2880,7 +3220,10 @@ class TestTasks:
         assert taskhawk.task(plain).retry is None
         policy = taskhawk.fixed(1)
         task = taskhawk.task(
-            name="shop.sell", retry=policy, retry_on=(OSError,), never_retry_on=(TimeoutError,)
+            name="shop.sell",
+            retry=policy,
+            retry_on=(OSError,),
+            never_retry_on=(TimeoutError,),
         )(plain)
         assert task.retry is policy
         assert (task.retry_on, task.never_retry_on) == ((OSError,), (TimeoutError,))
@@ -2901,7 +3244,9 @@ class TestTasks:
         [received] = queued()
         assert taskhawk.process(received).fate is taskhawk.Fate.acknowledge
         assert runs == [("milk", 1)]
-        assert asyncio.run(sell("bread", taskhawk.Metadata(taskhawk.Message(VALID), None)))
+        assert asyncio.run(
+            sell("bread", taskhawk.Metadata(taskhawk.Message(VALID), None))
+        )
 
     def test_async_error(self):
         """An async function that raises has failed."""
@@ -2932,9 +3277,11 @@ class TestTasks:
         def wrapped(to, subject, from_email):
             return sell()
 
-        thing = {"wrapped": wrapped, "object": Seller(), "partial": functools.partial(wrapped)}[
-            kind
-        ]
+        thing = {
+            "wrapped": wrapped,
+            "object": Seller(),
+            "partial": functools.partial(wrapped),
+        }[kind]
         taskhawk.task(name="tasks.send_email")(thing)
         assert run_body(json.dumps(VALID)).error is None
         assert runs == ["milk"]
@@ -2985,7 +3332,9 @@ class TestTasks:
         taskhawk.configure(TASKHAWK_TASK_CLASS=lambda fn, priority, name: fn)
         with pytest.raises(taskhawk.ConfigurationError) as caught:
             taskhawk.task(plain)
-        text = "TASKHAWK_TASK_CLASS: expected a subclass of taskhawk.Task, got <function "
+        text = (
+            "TASKHAWK_TASK_CLASS: expected a subclass of taskhawk.Task, got <function "
+        )
         assert str(caught.value).startswith(text)
 
     @pytest.mark.slow
@@ -3016,7 +3365,14 @@ class TestTasks:
             taskhawk.task(priority=1)
         """)
         )
-        args = ["-m", "mypy", "--strict", "--follow-imports=silent", "--cache-dir=cache", "shop.py"]
+        args = [
+            "-m",
+            "mypy",
+            "--strict",
+            "--follow-imports=silent",
+            "--cache-dir=cache",
+            "shop.py",
+        ]
         result = run_python(args, cwd=tmp_path, env={"PYTHONPATH": ""})
         errors = re.findall(
             r"^shop\.py:(\d+): error: .*\[([a-z-]+)\]$", result.stdout, re.MULTILINE
@@ -3110,7 +3466,10 @@ class TestSync:
             sqs_queue_message.delete()
 
         settings = {"TASKHAWK_QUEUE": queue} if queue else {}
-        settings |= {"TASKHAWK_PRE_PROCESS_HOOK": hook, "TASKHAWK_POST_PROCESS_HOOK": hook}
+        settings |= {
+            "TASKHAWK_PRE_PROCESS_HOOK": hook,
+            "TASKHAWK_POST_PROCESS_HOOK": hook,
+        }
         taskhawk.configure(TASKHAWK_SYNC=True, **settings)
 
         @taskhawk.task(name="shop.sell")
@@ -3127,9 +3486,16 @@ class TestSync:
         seen = []
 
         def hook(sns_record):
-            seen.append((sns_record["Sns"]["MessageId"], json.loads(sns_record["Sns"]["Message"])))
+            seen.append(
+                (
+                    sns_record["Sns"]["MessageId"],
+                    json.loads(sns_record["Sns"]["Message"]),
+                )
+            )
 
-        taskhawk.configure(TASKHAWK_SYNC=True, IS_LAMBDA_APP=True, TASKHAWK_PRE_PROCESS_HOOK=hook)
+        taskhawk.configure(
+            TASKHAWK_SYNC=True, IS_LAMBDA_APP=True, TASKHAWK_PRE_PROCESS_HOOK=hook
+        )
         message_id = taskhawk.task(name="shop.sell")(plain).dispatch(5)
         [(sns_id, message)] = seen
         assert sns_id == message["id"] == message_id
@@ -3147,7 +3513,9 @@ class TestSync:
             runs.append(1)
 
         for name, count in (("PRE", 0), ("POST", 1)):
-            taskhawk.configure(TASKHAWK_SYNC=True, **{f"TASKHAWK_{name}_PROCESS_HOOK": fail})
+            taskhawk.configure(
+                TASKHAWK_SYNC=True, **{f"TASKHAWK_{name}_PROCESS_HOOK": fail}
+            )
             with pytest.raises(OSError, match=r"^no database$"):
                 sell.dispatch()
             assert len(runs) == count
@@ -3244,7 +3612,13 @@ PROCESSING_SECRET = "hunter2-0f6b6d1c"
 def processing_body(task: str = "mail.send", **changes: Any) -> str:
     """Return the body of a valid message, with some keys changed."""
     metadata = {"priority": "high", "timestamp": 1460868253255, "version": "1.0"}
-    valid = {"metadata": metadata, "headers": {}, "task": task, "args": [], "kwargs": {}}
+    valid = {
+        "metadata": metadata,
+        "headers": {},
+        "task": task,
+        "args": [],
+        "kwargs": {},
+    }
     return json.dumps({"id": PROCESSING_ID, **valid, **changes})
 
 
@@ -3253,7 +3627,9 @@ def processing_run(fn: Callable[..., Any], attempt: int = 1, **options: Any) -> 
     taskhawk._registry.pop("mail.send", None)
     taskhawk.task(name="mail.send", **options)(fn)
     attributes = {"ApproximateReceiveCount": str(attempt)}
-    return taskhawk.process(QueueMessage(processing_body(), "m1", attributes=attributes, queue="Q"))
+    return taskhawk.process(
+        QueueMessage(processing_body(), "m1", attributes=attributes, queue="Q")
+    )
 
 
 def nothing() -> None:
@@ -3303,8 +3679,18 @@ PROCESSING_FAILURES: dict[str, tuple[BaseException, Mapping[str, Any], int, str]
     "an exception, policy": (ValueError("no"), PROCESSING_FIVE, 2, PROCESSING_AGAIN),
     "SystemExit, policy": (SystemExit(), PROCESSING_FIVE, 1, PROCESSING_AGAIN),
     "retries used up": (ValueError("no"), PROCESSING_FIVE, 3, PROCESSING_DEAD),
-    "no retries": (ValueError("no"), {"retry": taskhawk.linear(1, 1, 0)}, 1, PROCESSING_DEAD),
-    "RetryException, used up": (taskhawk.RetryException(), PROCESSING_FIVE, 3, PROCESSING_DEAD),
+    "no retries": (
+        ValueError("no"),
+        {"retry": taskhawk.linear(1, 1, 0)},
+        1,
+        PROCESSING_DEAD,
+    ),
+    "RetryException, used up": (
+        taskhawk.RetryException(),
+        PROCESSING_FIVE,
+        3,
+        PROCESSING_DEAD,
+    ),
     "StopRetry": (taskhawk.StopRetry("enough"), PROCESSING_FIVE, 1, PROCESSING_DEAD),
     "StopRetry, no policy": (taskhawk.StopRetry("enough"), {}, 1, PROCESSING_DEAD),
     "StopRetry of the policy": (
@@ -3344,13 +3730,30 @@ PROCESSING_FAILURES: dict[str, tuple[BaseException, Mapping[str, Any], int, str]
         PROCESSING_DEAD,
     ),
 }
-PROCESSING_RETRIES: dict[str, tuple[BaseException, Mapping[str, Any], float | None, str]] = {
+PROCESSING_RETRIES: dict[
+    str, tuple[BaseException, Mapping[str, Any], float | None, str]
+] = {
     "no delay": (taskhawk.RetryException("later"), {}, None, "is left to the queue"),
-    "a delay": (taskhawk.RetryException(delay_seconds=90), {}, 90, "runs again in 90 s"),
+    "a delay": (
+        taskhawk.RetryException(delay_seconds=90),
+        {},
+        90,
+        "runs again in 90 s",
+    ),
     "at once": (taskhawk.RetryException(delay_seconds=0), {}, 0, "runs again in 0 s"),
-    "4.7's delay": (taskhawk.RetryException(7.5, "busy"), {}, 7.5, "runs again in 7.5 s"),
+    "4.7's delay": (
+        taskhawk.RetryException(7.5, "busy"),
+        {},
+        7.5,
+        "runs again in 7.5 s",
+    ),
     "a bool is text": (taskhawk.RetryException(True), {}, None, "is left to the queue"),
-    "the policy's delay": (taskhawk.RetryException(), PROCESSING_FIVE, 5, "runs again in 5 s"),
+    "the policy's delay": (
+        taskhawk.RetryException(),
+        PROCESSING_FIVE,
+        5,
+        "runs again in 5 s",
+    ),
     "its own before the policy's": (
         taskhawk.RetryException(delay_seconds=1),
         {"retry": taskhawk.fixed(60, 0)},
@@ -3371,7 +3774,10 @@ PROCESSING_INVALID = {
     "nothing": (None, "message: expected a string of JSON, got null"),
     "too deep": ("[" * 100_000, "message: nested too deeply"),
     "a huge number": ("9" * 5_000, "message: not JSON"),
-    "an array": (json.dumps([PROCESSING_SECRET]), "message: expected an object, got an array"),
+    "an array": (
+        json.dumps([PROCESSING_SECRET]),
+        "message: expected an object, got an array",
+    ),
     "wrong headers": (
         processing_body(headers=PROCESSING_SECRET),
         "headers: expected an object, got a string",
@@ -3381,7 +3787,9 @@ PROCESSING_INVALID = {
         "args: expected an array, got a string",
     ),
     "wrong version": (
-        processing_body(args=[PROCESSING_SECRET], metadata={"version": 2, "timestamp": 1}),
+        processing_body(
+            args=[PROCESSING_SECRET], metadata={"version": 2, "timestamp": 1}
+        ),
         'metadata.version: expected "1.0", got 2',
     ),
     "unknown task": (
@@ -3453,7 +3861,9 @@ class TestProcessing:
     def test_ignored(self, caplog):
         """IgnoreException means that there was nothing to do: the message is done with."""
         caplog.set_level(logging.INFO, "taskhawk")
-        assert processing_run(raising(taskhawk.IgnoreException())) == Outcome(Fate.acknowledge)
+        assert processing_run(raising(taskhawk.IgnoreException())) == Outcome(
+            Fate.acknowledge
+        )
         assert caplog.record_tuples == [
             ("taskhawk", logging.INFO, f"mail.send {PROCESSING_ID}: ignored")
         ]
@@ -3463,7 +3873,9 @@ class TestProcessing:
         """RetryException runs the message again: at its own delay, the policy's or the queue's."""
         error, options, delay_s, then = PROCESSING_RETRIES[case]
         caplog.set_level(logging.INFO, "taskhawk")
-        assert processing_run(raising(error), **options) == Outcome(Fate.retry, error, delay_s)
+        assert processing_run(raising(error), **options) == Outcome(
+            Fate.retry, error, delay_s
+        )
         text = f"mail.send {PROCESSING_ID}: attempt 1 asked to be retried and {then}"
         assert caplog.record_tuples == [("taskhawk", logging.INFO, text)]
         assert not caplog.records[0].exc_info
@@ -3474,7 +3886,9 @@ class TestProcessing:
         error, options, attempt, then = PROCESSING_FAILURES[case]
         caplog.set_level(logging.INFO, "taskhawk")
         fate, delay_s = PROCESSING_ENDS[then]
-        assert processing_run(raising(error), attempt, **options) == Outcome(fate, error, delay_s)
+        assert processing_run(raising(error), attempt, **options) == Outcome(
+            fate, error, delay_s
+        )
         text = f"mail.send {PROCESSING_ID}: attempt {attempt} failed and {then}"
         assert caplog.record_tuples == [("taskhawk", logging.ERROR, text)]
         assert caplog.records[0].exc_info[1] is error
@@ -3487,7 +3901,11 @@ class TestProcessing:
             raise error
 
         outcome = processing_run(waits, **PROCESSING_FIVE)
-        assert (outcome.fate, type(outcome.error), outcome.delay_s) == (Fate.retry, type(error), 5)
+        assert (outcome.fate, type(outcome.error), outcome.delay_s) == (
+            Fate.retry,
+            type(error),
+            5,
+        )
 
     def test_keyboard_interrupt(self, caplog):
         """KeyboardInterrupt is the user's, and goes on; the message is neither done nor failed."""
@@ -3501,8 +3919,20 @@ class TestProcessing:
         [
             ({"order": 7}, {"order": 7}),
             (
-                {"message": 1, "asctime": 2, "name": 3, "args": 4, "levelname": 5, "exc_info": 6},
-                {"extra_message": 1, "extra_asctime": 2, "extra_name": 3, "extra_args": 4}
+                {
+                    "message": 1,
+                    "asctime": 2,
+                    "name": 3,
+                    "args": 4,
+                    "levelname": 5,
+                    "exc_info": 6,
+                },
+                {
+                    "extra_message": 1,
+                    "extra_asctime": 2,
+                    "extra_name": 3,
+                    "extra_args": 4,
+                }
                 | {"extra_levelname": 5, "extra_exc_info": 6, "name": "taskhawk"},
             ),
             ({7: "seven", "order": None}, {"7": "seven", "order": None}),
@@ -3517,7 +3947,9 @@ class TestProcessing:
         error = taskhawk.LoggingException("100 % of the mail is lost", extra=extra)
         outcome = processing_run(raising(error), **options)
         assert outcome.error is error
-        assert caplog.record_tuples == [("taskhawk", logging.ERROR, "100 % of the mail is lost")]
+        assert caplog.record_tuples == [
+            ("taskhawk", logging.ERROR, "100 % of the mail is lost")
+        ]
         assert caplog.records[0].exc_info[1] is error
         assert {name: getattr(caplog.records[0], name) for name in found} == found
 
@@ -3542,9 +3974,13 @@ class TestProcessing:
             raise taskhawk.RetryException(delay_seconds=huge)
 
         assert processing_run(asks).fate is Fate.retry
-        assert processing_run(raising(KeyError()), retry=lambda _: huge).fate is Fate.retry
+        assert (
+            processing_run(raising(KeyError()), retry=lambda _: huge).fate is Fate.retry
+        )
 
-    @pytest.mark.parametrize("base", [taskhawk.RetryException, taskhawk.LoggingException])
+    @pytest.mark.parametrize(
+        "base", [taskhawk.RetryException, taskhawk.LoggingException]
+    )
     def test_exceptions_of_their_own_making(self, base):
         """A subclass whose __init__ does not call ours ends its run as its base does."""
 
@@ -3566,7 +4002,9 @@ class TestProcessing:
         error = Own()
         assert processing_run(raising(error)) == Outcome(Fate.retry, error)
 
-    @pytest.mark.parametrize("base", [taskhawk.LoggingException, taskhawk.ValidationError])
+    @pytest.mark.parametrize(
+        "base", [taskhawk.LoggingException, taskhawk.ValidationError]
+    )
     def test_exception_without_text(self, base):
         """An exception whose text can't be had is a failed run like any other, of a hook too."""
 
@@ -3649,7 +4087,14 @@ class TestProcessing:
             (raising(taskhawk.StopRetry()), ["pre", "error"]),
             (raising(taskhawk.RetryException()), ["pre"]),
         ],
-        ids=["returned", "ignored", "failed", "failed with extra", "gave up", "asked to retry"],
+        ids=[
+            "returned",
+            "ignored",
+            "failed",
+            "failed with extra",
+            "gave up",
+            "asked to retry",
+        ],
     )
     def test_which_hooks_run(self, end, hooks):
         """The post hook is for what is done, the error hook for what is logged as an error."""
@@ -3677,7 +4122,9 @@ class TestProcessing:
         taskhawk.configure(TASKHAWK_ERROR_HOOK=raising(broken))
         error = ValueError("no")
         assert processing_run(raising(error)) == Outcome(Fate.retry, error)
-        assert [(r.levelname, r.getMessage(), r.exc_info[1]) for r in caplog.records] == [
+        assert [
+            (r.levelname, r.getMessage(), r.exc_info[1]) for r in caplog.records
+        ] == [
             (
                 "ERROR",
                 f"mail.send {PROCESSING_ID}: attempt 1 failed and is left to the queue",
@@ -3686,7 +4133,9 @@ class TestProcessing:
             ("ERROR", "TASKHAWK_ERROR_HOOK failed", broken),
         ]
 
-    @pytest.mark.parametrize("error", [OSError("no"), taskhawk.StopRetry(), SystemExit()])
+    @pytest.mark.parametrize(
+        "error", [OSError("no"), taskhawk.StopRetry(), SystemExit()]
+    )
     def test_pre_hook_that_fails(self, error, caplog):
         """A pre hook that fails leaves the message to the queue, and its task does not run."""
         runs: list[int] = []
@@ -3723,7 +4172,9 @@ class TestProcessing:
 
     def test_hook_that_is_not_there(self, caplog):
         """A hook's setting that is wrong is a failed run, with the sentence that says so."""
-        taskhawk.configure(TASKHAWK_PRE_PROCESS_HOOK="json.missing", TASKHAWK_ERROR_HOOK=5)
+        taskhawk.configure(
+            TASKHAWK_PRE_PROCESS_HOOK="json.missing", TASKHAWK_ERROR_HOOK=5
+        )
         outcome = processing_run(nothing)
         assert outcome.fate is Fate.retry
         assert str(outcome.error) == (
@@ -3740,36 +4191,59 @@ class TestProcessing:
         """The pre hook sees malformed messages too, before they are found to be so."""
         seen: list[Any] = []
         taskhawk.configure(
-            TASKHAWK_PRE_PROCESS_HOOK=lambda **given: seen.append(given["sqs_queue_message"])
+            TASKHAWK_PRE_PROCESS_HOOK=lambda **given: seen.append(
+                given["sqs_queue_message"]
+            )
         )
         message = QueueMessage("{", "m1", queue="Q")
         outcome = taskhawk.process(message)
         assert seen == [message]
-        assert (outcome.fate, type(outcome.error)) == (Fate.retry, taskhawk.ValidationError)
+        assert (outcome.fate, type(outcome.error)) == (
+            Fate.retry,
+            taskhawk.ValidationError,
+        )
 
     def test_invalid_messages(self, tmp_path):
         """What is no message, or for no task here, is left to the queue; the log says why."""
-        steps = [(100.0 * n, body) for n, (body, _) in enumerate(PROCESSING_INVALID.values())]
+        steps = [
+            (100.0 * n, body) for n, (body, _) in enumerate(PROCESSING_INVALID.values())
+        ]
         found = self.child(tmp_path, steps)
-        assert [(fate, delay_s) for fate, delay_s, *_ in found] == [("retry", None)] * len(steps)
+        assert [(fate, delay_s) for fate, delay_s, *_ in found] == [
+            ("retry", None)
+        ] * len(steps)
         assert [record for *_, record, _ in found] == [
             ["ERROR", f"message m1 is left to the queue: {wrong}", None]
             for _, wrong in PROCESSING_INVALID.values()
         ]
         errors = {"unknown task": "TaskNotFound"}
         assert [hooked for *_, hooked in found] == [
-            ["hook", errors.get(case, "ValidationError"), None] for case in PROCESSING_INVALID
+            ["hook", errors.get(case, "ValidationError"), None]
+            for case in PROCESSING_INVALID
         ]
 
     def test_invalid_messages_are_logged_at_intervals(self, tmp_path):
         """A poisoned queue does not fill the disk: one record of a kind in ten seconds."""
-        invalid, unknown = (PROCESSING_INVALID[case][0] for case in ("not JSON", "unknown task"))
-        steps = [(5, invalid), (5, invalid), (5, unknown), (14.9, invalid), (14.9, unknown)]
+        invalid, unknown = (
+            PROCESSING_INVALID[case][0] for case in ("not JSON", "unknown task")
+        )
+        steps = [
+            (5, invalid),
+            (5, invalid),
+            (5, unknown),
+            (14.9, invalid),
+            (14.9, unknown),
+        ]
         found = self.child(tmp_path, [*steps, (15, invalid), (25, invalid)])
         text = f"message m1 is left to the queue: {PROCESSING_INVALID['not JSON'][1]}"
-        missing = f"message m1 is left to the queue: {PROCESSING_INVALID['unknown task'][1]}"
+        missing = (
+            f"message m1 is left to the queue: {PROCESSING_INVALID['unknown task'][1]}"
+        )
         again = f"{text} (2 more like it since the last record)"
-        records = [[text for level, text, _ in seen if level == "ERROR"] for _, _, *seen in found]
+        records = [
+            [text for level, text, _ in seen if level == "ERROR"]
+            for _, _, *seen in found
+        ]
         assert records == [[text], [], [missing], [], [], [again], [text]]
 
     @given(data=st.data())
@@ -3788,9 +4262,16 @@ class TestProcessing:
         rows = [*PROCESSING_FAILURES.values(), *PROCESSING_RETRIES.values()]
         lost = taskhawk.LoggingException("lost", {"message": 1})
         wrong = {"retry": lambda _attempt: -1}
-        others = [(None, {}), (taskhawk.IgnoreException(), {}), (lost, {}), (KeyError(), wrong)]
+        others = [
+            (None, {}),
+            (taskhawk.IgnoreException(), {}),
+            (lost, {}),
+            (KeyError(), wrong),
+        ]
         error, options = data.draw(st.sampled_from([row[:2] for row in rows] + others))
-        failing = data.draw(st.sampled_from(["task", "PRE_PROCESS_HOOK", "POST_PROCESS_HOOK"]))
+        failing = data.draw(
+            st.sampled_from(["task", "PRE_PROCESS_HOOK", "POST_PROCESS_HOOK"])
+        )
         error_hook = data.draw(st.sampled_from([None, raising(OSError())]))
 
         def runs(given: Any = None, *, named: Any = None, headers: Any = None) -> None:
@@ -3807,7 +4288,11 @@ class TestProcessing:
         taskhawk.task(name="mail.send", **options)(runs)
         where = data.draw(
             st.sampled_from(
-                [{"args": [value]}, {"kwargs": {"named": value}}, {"headers": {"a": value}}]
+                [
+                    {"args": [value]},
+                    {"kwargs": {"named": value}},
+                    {"headers": {"a": value}},
+                ]
             )
         )
         body = data.draw(
@@ -3845,7 +4330,8 @@ class TestProcessing:
         assert [policy(attempt) for attempt in range(1, 6)] == delays
 
     @pytest.mark.parametrize(
-        "policy", [taskhawk.fixed(1, 2), taskhawk.linear(1, 1, 2), taskhawk.exponential(1, 2, 2)]
+        "policy",
+        [taskhawk.fixed(1, 2), taskhawk.linear(1, 1, 2), taskhawk.exponential(1, 2, 2)],
     )
     def test_policies_give_up(self, policy):
         """After max_retries retries a policy raises StopRetry."""
@@ -3875,7 +4361,9 @@ class TestProcessing:
         growth=st.floats(1, 1e9) | st.integers(1, 10),
         ceiling_s=st.floats(0, 1e6),
         attempt=st.integers(1, 100_000),
-        seed=st.integers(0, 2**32),  # Hypothesis makes random's numbers the same in each example
+        seed=st.integers(
+            0, 2**32
+        ),  # Hypothesis makes random's numbers the same in each example
     )
     def test_jitter(self, base_s, growth, ceiling_s, attempt, seed):
         """Jitter, on by default, takes from half of a delay to all of it; no ceiling is passed."""
@@ -3900,19 +4388,43 @@ class TestProcessing:
         ("make", "sentence"),
         [
             (lambda: taskhawk.fixed(-1), "retry policy: expected 0 or more, got -1"),
-            (lambda: taskhawk.fixed(None), "retry policy: expected 0 or more, got None"),
+            (
+                lambda: taskhawk.fixed(None),
+                "retry policy: expected 0 or more, got None",
+            ),
             (lambda: taskhawk.fixed(1, -1), "retry policy: expected 0 or more, got -1"),
-            (lambda: taskhawk.fixed(1, True), "retry policy: expected 0 or more, got True"),
-            (lambda: taskhawk.linear("1", 1), "retry policy: expected 0 or more, got '1'"),
-            (lambda: taskhawk.linear(1, -2), "retry policy: expected 0 or more, got -2"),
-            (lambda: taskhawk.linear(1, 1, 3, -1), "retry policy: expected 0 or more, got -1"),
-            (lambda: taskhawk.exponential(math.nan), "retry policy: expected 0 or more, got nan"),
-            (lambda: taskhawk.exponential(True), "retry policy: expected 0 or more, got True"),
+            (
+                lambda: taskhawk.fixed(1, True),
+                "retry policy: expected 0 or more, got True",
+            ),
+            (
+                lambda: taskhawk.linear("1", 1),
+                "retry policy: expected 0 or more, got '1'",
+            ),
+            (
+                lambda: taskhawk.linear(1, -2),
+                "retry policy: expected 0 or more, got -2",
+            ),
+            (
+                lambda: taskhawk.linear(1, 1, 3, -1),
+                "retry policy: expected 0 or more, got -1",
+            ),
+            (
+                lambda: taskhawk.exponential(math.nan),
+                "retry policy: expected 0 or more, got nan",
+            ),
+            (
+                lambda: taskhawk.exponential(True),
+                "retry policy: expected 0 or more, got True",
+            ),
             (
                 lambda: taskhawk.exponential(1, math.nan),
                 "retry policy: expected 0 or more, got nan",
             ),
-            (lambda: taskhawk.exponential(1, "2"), "retry policy: expected 0 or more, got '2'"),
+            (
+                lambda: taskhawk.exponential(1, "2"),
+                "retry policy: expected 0 or more, got '2'",
+            ),
         ],
     )
     def test_policies_check_their_parameters(self, make, sentence):
@@ -3929,7 +4441,9 @@ with transaction.atomic():
     assert [is_open_after_a_run() for _ in range(3)] == [True, True, True]
 assert [is_open_after_a_run() for _ in range(3)] == [True, False, True]
 """
-        done = run_python(["-c", PROCESSING_DJANGO + code, processing_body()], cwd=tmp_path)
+        done = run_python(
+            ["-c", PROCESSING_DJANGO + code, processing_body()], cwd=tmp_path
+        )
         assert (done.stderr, done.returncode) == ("", 0)
 
     def test_django_connection_that_cannot_be_closed(self, tmp_path):
@@ -3949,7 +4463,9 @@ connection.connection = Gone(connection.connection)
 is_open_after_a_run()
 assert [is_open_after_a_run() for _ in range(2)] == [True, False]
 """
-        done = run_python(["-c", PROCESSING_DJANGO + code, processing_body()], cwd=tmp_path)
+        done = run_python(
+            ["-c", PROCESSING_DJANGO + code, processing_body()], cwd=tmp_path
+        )
         assert done.returncode == 0, done.stderr
 
 
@@ -4012,7 +4528,9 @@ def lambda_sns_record(body: Any, name: str) -> dict[str, Any]:
 LAMBDA_RECORDS = {"SNS": lambda_sns_record, "SQS": lambda_sqs_record}
 
 
-def lambda_event(*calls: Any, make: Callable[..., Any] = lambda_sqs_record) -> dict[str, Any]:
+def lambda_event(
+    *calls: Any, make: Callable[..., Any] = lambda_sqs_record
+) -> dict[str, Any]:
     """Return an event with a message for the task lambda.run for each of the arguments."""
     bodies = (processing_body("lambda.run", args=[call]) for call in calls)
     return {"Records": [make(body, f"m{n}") for n, body in enumerate(bodies, 1)]}
@@ -4041,14 +4559,23 @@ class LambdaSqs(AwsServer):
             return sqs_error("AccessDenied", text, 403)
         found: dict[bool, list[Any]] = {True: [], False: []}
         for entry in call.data["Entries"]:
-            refusal = {"Code": "ReceiptHandleIsInvalid", "Message": "gone", "SenderFault": True}
-            found[entry["ReceiptHandle"] in self.refused].append({"Id": entry["Id"], **refusal})
+            refusal = {
+                "Code": "ReceiptHandleIsInvalid",
+                "Message": "gone",
+                "SenderFault": True,
+            }
+            found[entry["ReceiptHandle"] in self.refused].append(
+                {"Id": entry["Id"], **refusal}
+            )
         return 200, {}, {"Successful": found[False], "Failed": found[True]}
 
     def entries(self, action: str, *keys: str) -> list[list[tuple[Any, ...]]]:
         """Return what each batch call of this action had in its entries."""
         calls = [call for name, call in self.calls if name == action]
-        return [[tuple(entry[k] for k in keys) for entry in call["Entries"]] for call in calls]
+        return [
+            [tuple(entry[k] for k in keys) for entry in call["Entries"]]
+            for call in calls
+        ]
 
 
 @pytest.fixture
@@ -4104,7 +4631,9 @@ LAMBDA_MALFORMED: dict[str, Any] = {
     "messageAttributes an array": {**LAMBDA_BAD, "messageAttributes": ["a"]},
     "attributes null": {**LAMBDA_BAD, "attributes": None},
     "attributes text": {**LAMBDA_BAD, "attributes": "text"},
-    "receive count text": lambda_sqs_record(None, "bad", ApproximateReceiveCount="many"),
+    "receive count text": lambda_sqs_record(
+        None, "bad", ApproximateReceiveCount="many"
+    ),
     "ARN text": {**LAMBDA_BAD, "eventSourceARN": "text"},
     "ARN a number": {**LAMBDA_BAD, "eventSourceARN": 5},
 }
@@ -4134,7 +4663,9 @@ class TestLambda:
     def test_all_succeeded(self, kind, lambda_runs, caplog):
         """Where all succeeded nothing is called: on this endpoint's port nobody listens."""
         endpoint = f"http://127.0.0.1:{free_port()}"
-        taskhawk.configure(AWS_KEYS, AWS_ENDPOINT_SQS=endpoint, AWS_ENDPOINT_SNS=endpoint)
+        taskhawk.configure(
+            AWS_KEYS, AWS_ENDPOINT_SQS=endpoint, AWS_ENDPOINT_SNS=endpoint
+        )
         event = lambda_event(1, "ignore", 2, make=LAMBDA_RECORDS[kind])
         assert taskhawk.process_messages_for_lambda_consumer(event) is None
         assert lambda_runs == [1, "ignore", 2]
@@ -4144,7 +4675,9 @@ class TestLambda:
         """Lambda deletes what succeeded, whatever the kind of answer that it wants."""
         event = lambda_event(1, "ignore")
         assert taskhawk.process_messages_for_lambda_consumer(event) is None
-        answer = taskhawk.process_messages_for_lambda_consumer(event, partial_batch=True)
+        answer = taskhawk.process_messages_for_lambda_consumer(
+            event, partial_batch=True
+        )
         assert answer == {"batchItemFailures": []}
         assert lambda_sqs.calls == []
 
@@ -4168,7 +4701,9 @@ class TestLambda:
     @pytest.mark.parametrize("kind", LAMBDA_RECORDS)
     def test_several_failed(self, kind, lambda_sqs, lambda_runs):
         """Several failures raise a group of those very exceptions, in the order of the event."""
-        event = lambda_event("fail", 1, "give up", "fail too", make=LAMBDA_RECORDS[kind])
+        event = lambda_event(
+            "fail", 1, "give up", "fail too", make=LAMBDA_RECORDS[kind]
+        )
         with pytest.raises(ExceptionGroup) as caught:
             taskhawk.process_messages_for_lambda_consumer(event)
         ends = ("fail", "give up", "fail too")
@@ -4185,9 +4720,13 @@ class TestLambda:
     def test_partial_batch(self, lambda_sqs, lambda_runs):
         """partial_batch=True answers what failed instead, and leaves the deletes to Lambda."""
         event = lambda_event(1, *LAMBDA_FAILURES, 2)
-        answer = taskhawk.process_messages_for_lambda_consumer(event, partial_batch=True)
+        answer = taskhawk.process_messages_for_lambda_consumer(
+            event, partial_batch=True
+        )
         assert answer == {
-            "batchItemFailures": [{"itemIdentifier": f"m{n}"} for n in (2, 3, 4, 5, 6, 7)]
+            "batchItemFailures": [
+                {"itemIdentifier": f"m{n}"} for n in (2, 3, 4, 5, 6, 7)
+            ]
         }
         assert lambda_runs == [1, *LAMBDA_FAILURES, 2]
         assert lambda_sqs.entries("DeleteMessageBatch", "ReceiptHandle") == []
@@ -4205,11 +4744,15 @@ class TestLambda:
         with pytest.raises(ExceptionGroup, match="several runs failed"):
             taskhawk.process_messages_for_lambda_consumer(event)
         assert [action for action, _ in lambda_sqs.calls] == ["DeleteMessageBatch"] * 3
-        url = f"http://127.0.0.1:{lambda_sqs.server_port}/123456789012/TASKHAWK-DEV-MYAPP"
+        url = (
+            f"http://127.0.0.1:{lambda_sqs.server_port}/123456789012/TASKHAWK-DEV-MYAPP"
+        )
         assert {call["QueueUrl"] for _, call in lambda_sqs.calls} == {url}
         deleted = lambda_sqs.entries("DeleteMessageBatch", "ReceiptHandle")
         assert [len(entries) for entries in deleted] == [10, 10, 1]
-        assert list(itertools.chain(*deleted)) == [(f"receipt of m{n}",) for n in range(2, 23)]
+        assert list(itertools.chain(*deleted)) == [
+            (f"receipt of m{n}",) for n in range(2, 23)
+        ]
 
     def test_succeeded_are_deleted_from_a_real_queue(
         self, ministack, sqs_client, queue_name, lambda_runs
@@ -4217,10 +4760,16 @@ class TestLambda:
         """On a real queue the failed message alone is left, or nothing but the answer is."""
         client = sqs_client(ministack)
         url = client.create_queue(QueueName=f"TASKHAWK-{queue_name}")["QueueUrl"]
-        names = ["QueueArn", "ApproximateNumberOfMessages", "ApproximateNumberOfMessagesNotVisible"]
+        names = [
+            "QueueArn",
+            "ApproximateNumberOfMessages",
+            "ApproximateNumberOfMessagesNotVisible",
+        ]
 
         def attributes() -> list[str]:
-            found = client.get_queue_attributes(QueueUrl=url, AttributeNames=names)["Attributes"]
+            found = client.get_queue_attributes(QueueUrl=url, AttributeNames=names)[
+                "Attributes"
+            ]
             return [found[name] for name in names]
 
         sent = lambda_event(1, "fail", 2, "ignore")["Records"]
@@ -4229,9 +4778,15 @@ class TestLambda:
         received: list[Any] = []
         while len(received) < len(sent):
             received += client.receive_message(
-                QueueUrl=url, MaxNumberOfMessages=10, MessageSystemAttributeNames=["All"]
+                QueueUrl=url,
+                MaxNumberOfMessages=10,
+                MessageSystemAttributeNames=["All"],
             ).get("Messages", [])
-        keys = {"messageId": "MessageId", "receiptHandle": "ReceiptHandle", "body": "Body"}
+        keys = {
+            "messageId": "MessageId",
+            "receiptHandle": "ReceiptHandle",
+            "body": "Body",
+        }
         event = {
             "Records": [
                 {
@@ -4252,7 +4807,9 @@ class TestLambda:
         assert sorted(map(str, lambda_runs)) == ["1", "2", "fail", "ignore"]
         event["Records"] = [r for r in event["Records"] if '"fail"' in r["body"]]
         event["Records"][0]["body"] = processing_body("lambda.run", args=["at once"])
-        answer = taskhawk.process_messages_for_lambda_consumer(event, partial_batch=True)
+        answer = taskhawk.process_messages_for_lambda_consumer(
+            event, partial_batch=True
+        )
         failed = event["Records"][0]["messageId"]
         assert answer == {"batchItemFailures": [{"itemIdentifier": failed}]}
         (again,) = client.receive_message(QueueUrl=url)["Messages"]
@@ -4274,8 +4831,12 @@ class TestLambda:
             f"{count} of 3 messages that succeeded may run again: can't delete them: {why}"
         ]
 
-    @pytest.mark.parametrize("action", ["DeleteMessageBatch", "ChangeMessageVisibilityBatch"])
-    def test_a_passing_fault_of_the_service(self, action, lambda_sqs, lambda_runs, caplog):
+    @pytest.mark.parametrize(
+        "action", ["DeleteMessageBatch", "ChangeMessageVisibilityBatch"]
+    )
+    def test_a_passing_fault_of_the_service(
+        self, action, lambda_sqs, lambda_runs, caplog
+    ):
         """A call that fails in passing is repeated, as nobody comes after the function to do it."""
         lambda_sqs.unavailable = 1
         calls = (1, "fail") if action == "DeleteMessageBatch" else ("in 90.5 s",)
@@ -4291,9 +4852,13 @@ class TestLambda:
             raising(KeyError())
         )
         event = lambda_event("in 90.5 s", 1, "later", "fail", "at once")
-        event["Records"].append(lambda_sqs_record(processing_body("lambda.policy"), "m6"))
+        event["Records"].append(
+            lambda_sqs_record(processing_body("lambda.policy"), "m6")
+        )
         with contextlib.suppress(ExceptionGroup):
-            taskhawk.process_messages_for_lambda_consumer(event, partial_batch=partial_batch)
+            taskhawk.process_messages_for_lambda_consumer(
+                event, partial_batch=partial_batch
+            )
         action = "ChangeMessageVisibilityBatch"
         changes = lambda_sqs.entries(action, "ReceiptHandle", "VisibilityTimeout")
         assert list(itertools.chain(*changes)) == [
@@ -4309,8 +4874,12 @@ class TestLambda:
         """A delay is clamped to what is left of 12 hours since the receive: SQS refuses more."""
         with pytest.raises(taskhawk.RetryException):
             taskhawk.process_messages_for_lambda_consumer(lambda_event("in a month"))
-        (((asked_s,),),) = lambda_sqs.entries("ChangeMessageVisibilityBatch", "VisibilityTimeout")
-        longest_s = 900 + 300  # Lambda's longest run, after its longest wait for a batch
+        (((asked_s,),),) = lambda_sqs.entries(
+            "ChangeMessageVisibilityBatch", "VisibilityTimeout"
+        )
+        longest_s = (
+            900 + 300
+        )  # Lambda's longest run, after its longest wait for a batch
         assert 40_000 < asked_s <= 43_200 - longest_s
 
     def test_delays_of_sns(self, lambda_sqs, lambda_runs):
@@ -4356,7 +4925,9 @@ class TestLambda:
 
         record = lambda_sqs_record(processing_body("lambda.long"), "m1")
         taskhawk.process_messages_for_lambda_consumer({"Records": [record]})
-        url = f"http://127.0.0.1:{lambda_sqs.server_port}/123456789012/TASKHAWK-DEV-MYAPP"
+        url = (
+            f"http://127.0.0.1:{lambda_sqs.server_port}/123456789012/TASKHAWK-DEV-MYAPP"
+        )
         entry = {"Id": "0", "ReceiptHandle": "receipt of m1", "VisibilityTimeout": 600}
         call = ("ChangeMessageVisibilityBatch", {"QueueUrl": url, "Entries": [entry]})
         assert seen == [[call]]
@@ -4368,7 +4939,9 @@ class TestLambda:
 
         @taskhawk.task(name="lambda.told")
         def told(metadata: taskhawk.Metadata) -> None:
-            metadata.extend_visibility_timeout(0)  # does nothing where there is no queue
+            metadata.extend_visibility_timeout(
+                0
+            )  # does nothing where there is no queue
             seen.append(metadata)
 
         body = processing_body("lambda.told", headers={"request_id": "1234"})
@@ -4432,7 +5005,9 @@ class TestLambda:
 
         taskhawk.configure(AWS_KEYS, TASKHAWK_PRE_PROCESS_HOOK=look)
         taskhawk.process_messages_for_lambda_consumer(lambda_event(1))
-        assert urls == ["https://sqs.us-east-1.amazonaws.com/123456789012/TASKHAWK-DEV-MYAPP"]
+        assert urls == [
+            "https://sqs.us-east-1.amazonaws.com/123456789012/TASKHAWK-DEV-MYAPP"
+        ]
 
     def test_hooks_of_sns_events(self, lambda_runs):
         """For an SNS event the hooks get the record."""
@@ -4477,7 +5052,9 @@ class TestLambda:
         assert str(caught.value) == wrong
         assert lambda_runs == [1, 2]
 
-    @pytest.mark.parametrize("event", [None, [], "text", {}, {"Records": None}, {"Records": {}}])
+    @pytest.mark.parametrize(
+        "event", [None, [], "text", {}, {"Records": None}, {"Records": {}}]
+    )
     def test_malformed_events(self, event):
         """What is no event with records raises, lest its messages be taken for processed."""
         with pytest.raises(taskhawk.ValidationError) as caught:
@@ -4491,7 +5068,9 @@ class TestLambda:
     def test_event_without_records(self, partial_batch, answer):
         """An event of no records is done."""
         event = {"Records": []}
-        found = taskhawk.process_messages_for_lambda_consumer(event, partial_batch=partial_batch)
+        found = taskhawk.process_messages_for_lambda_consumer(
+            event, partial_batch=partial_batch
+        )
         assert found == answer
 
     @pytest.mark.parametrize("kind", LAMBDA_RECORDS)
@@ -4575,16 +5154,16 @@ class TestLambda:
         """KeyboardInterrupt ends the handler: no run follows."""
         monkeypatch.setitem(LAMBDA_ENDS, "interrupt", KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
-            taskhawk.process_messages_for_lambda_consumer(lambda_event(1, "interrupt", 2))
+            taskhawk.process_messages_for_lambda_consumer(
+                lambda_event(1, "interrupt", 2)
+            )
         assert lambda_runs == [1, "interrupt"]
 
 
 NEVER = threading.Event()  # for Broker.receive(): nothing cuts the wait short
 ATTRIBUTES = {"request_id": {"DataType": "String", "StringValue": "é1234"}}
 STALE = taskhawk.Refusal(0, "ReceiptHandleIsInvalid", "", final=True)
-NO_QUEUE = (
-    "there is no such queue here: make it, or check TASKHAWK_QUEUE, AWS_REGION and the account"
-)
+NO_QUEUE = "there is no such queue here: make it, or check TASKHAWK_QUEUE, AWS_REGION and the account"
 NO_TOPIC = "there is no such topic: make it, or check TASKHAWK_QUEUE and AWS_ACCOUNT_ID"
 UNKNOWN_KEY = "AWS does not know these credentials: check AWS_ACCESS_KEY"
 
@@ -4595,7 +5174,9 @@ class FakeAws(AwsServer):
     def __init__(self, behind: str | None = None) -> None:
         super().__init__(behind)
         self.calls: list[Call] = []
-        self.answers: dict[str, Any] = {}  # by action: a function of the request, or its answer
+        self.answers: dict[
+            str, Any
+        ] = {}  # by action: a function of the request, or its answer
 
     def note(self, call: Call) -> None:
         """Keep all that is known of a request."""
@@ -4616,7 +5197,9 @@ class FakeAws(AwsServer):
         if answer is None and call.action == "GetQueueUrl":
             answer = {"QueueUrl": f"{self.url}/000000000000/{call.data['QueueName']}"}
         elif answer is None:
-            entries = [{"Id": e["Id"], "MessageId": "m"} for e in call.data.get("Entries", ())]
+            entries = [
+                {"Id": e["Id"], "MessageId": "m"} for e in call.data.get("Entries", ())
+            ]
             answer = {"Successful": entries, "Failed": []} if entries else {}
         return 200, {}, answer
 
@@ -4665,7 +5248,9 @@ def python_child(code: str, *args: object) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
-def forked(function: Callable[[], object], how: str = "os.fork") -> Callable[[], int | None]:
+def forked(
+    function: Callable[[], object], how: str = "os.fork"
+) -> Callable[[], int | None]:
     """Run a function in a forked child, and return a function that waits for its exit code."""
 
     def child():
@@ -4721,7 +5306,9 @@ class Queues:
         """Receive, by default at once what is visible."""
         return self.broker.receive(self.name, count, wait_s, lease_s, NEVER)
 
-    def receive_all(self, count: int, lease_s: float | None = None) -> list[taskhawk.QueueMessage]:
+    def receive_all(
+        self, count: int, lease_s: float | None = None
+    ) -> list[taskhawk.QueueMessage]:
         """Receive until there are so many, waiting for them."""
         deadline = time.monotonic() + 15
         found: list[taskhawk.QueueMessage] = []
@@ -4733,7 +5320,9 @@ class Queues:
     def stale(self) -> tuple[str, taskhawk.QueueMessage]:
         """Return a receipt that is stale, and its message as it was received again."""
         (first,) = self.receive_all(1)
-        assert self.broker.change_visibility(self.name, [(first.receipt_handle, 0)]) == []
+        assert (
+            self.broker.change_visibility(self.name, [(first.receipt_handle, 0)]) == []
+        )
         (second,) = self.receive_all(1)
         return first.receipt_handle, second
 
@@ -4752,7 +5341,9 @@ class TestBrokerContract:
             broker = taskhawk.SqsBroker()
         else:
             path = f"/{tmp_path}/queue.db" if kind == "file" else ""
-            broker = taskhawk.SqliteBroker(f"sqlite://{path}?max_receive_count=2", clock)
+            broker = taskhawk.SqliteBroker(
+                f"sqlite://{path}?max_receive_count=2", clock
+            )
         with contextlib.closing(broker):
             yield Queues(broker, name, kind != "moto", clock)
 
@@ -4767,7 +5358,10 @@ class TestBrokerContract:
         assert (message.queue, message.group_id) == (queues.name, None)
         assert message.message_id
         assert message.queue_url
-        assert message.hook_kwargs == {"queue_name": queues.name, "sqs_queue_message": message}
+        assert message.hook_kwargs == {
+            "queue_name": queues.name,
+            "sqs_queue_message": message,
+        }
 
     def test_ten_in_a_call(self, queues):
         """Ten are sent in one call, and a receive takes at most what it asks for, and ten."""
@@ -4791,15 +5385,23 @@ class TestBrokerContract:
         (left,) = queues.receive(lease_s=1)
         queues.send("cut")
         (cut,) = queues.receive()
-        assert queues.broker.change_visibility(queues.name, [(cut.receipt_handle, 1)]) == []
+        assert (
+            queues.broker.change_visibility(queues.name, [(cut.receipt_handle, 1)])
+            == []
+        )
         assert queues.receive() == []
         queues.pass_a_second()
         again = queues.receive_all(2)
-        assert [(message.body, message.attempt) for message in again] == [("cut", 2), ("left", 2)]
+        assert [(message.body, message.attempt) for message in again] == [
+            ("cut", 2),
+            ("left", 2),
+        ]
         for before, after in zip((cut, left), again, strict=True):
             assert before.receipt_handle != after.receipt_handle
             assert before.message_id == after.message_id
-            assert before.attributes["SentTimestamp"] == after.attributes["SentTimestamp"]
+            assert (
+                before.attributes["SentTimestamp"] == after.attributes["SentTimestamp"]
+            )
 
     def test_delays_and_depth(self, queues):
         """A delayed message is counted as such, and received when its delay is over."""
@@ -4824,7 +5426,10 @@ class TestBrokerContract:
         if queues.refuses_stale:  # AWS is free to answer either way on a standard queue
             changed = queues.broker.change_visibility(queues.name, [(stale, 0)])
             deleted = queues.broker.delete(queues.name, [stale])
-            assert [refusal._replace(text="") for refusal in changed + deleted] == [STALE, STALE]
+            assert [refusal._replace(text="") for refusal in changed + deleted] == [
+                STALE,
+                STALE,
+            ]
             assert queues.broker.depth(queues.name) == taskhawk.Depth(0, 1, 0)
         assert queues.broker.delete(queues.name, [again.receipt_handle]) == []
         assert queues.broker.depth(queues.name) == taskhawk.Depth(0, 0, 0)
@@ -4838,9 +5443,13 @@ class TestBrokerContract:
         bad = stale if queues.refuses_stale else "no receipt"
         changes = [(good[0], 60), (bad, 60), (good[1], 60)]
         refusals = queues.broker.change_visibility(queues.name, changes)
-        assert [refusal._replace(text="") for refusal in refusals] == [STALE._replace(index=1)]
+        assert [refusal._replace(text="") for refusal in refusals] == [
+            STALE._replace(index=1)
+        ]
         refusals = queues.broker.delete(queues.name, [*good, bad, last.receipt_handle])
-        assert [refusal._replace(text="") for refusal in refusals] == [STALE._replace(index=2)]
+        assert [refusal._replace(text="") for refusal in refusals] == [
+            STALE._replace(index=2)
+        ]
         assert queues.broker.depth(queues.name) == taskhawk.Depth(0, 0, 0)
 
     def test_dead_letters(self, queues):
@@ -4886,16 +5495,26 @@ class TestBrokerContract:
         message = taskhawk.QueueMessage("body", "id", sns_record={"Sns": {}})
         message.delete()
         message.change_visibility(VisibilityTimeout=3)
-        assert (message.attempt, message.group_id, message.receipt_handle) == (1, None, None)
+        assert (message.attempt, message.group_id, message.receipt_handle) == (
+            1,
+            None,
+            None,
+        )
         assert (message.attributes, message.message_attributes) == ({}, {})
         assert message.hook_kwargs == {"sns_record": {"Sns": {}}}
 
-    @pytest.mark.parametrize(("queue", "deduplication_id"), [("Q", None), ("Q.fifo", "sqs-id")])
+    @pytest.mark.parametrize(
+        ("queue", "deduplication_id"), [("Q", None), ("Q.fifo", "sqs-id")]
+    )
     def test_copy(self, queue, deduplication_id):
         """A copy keeps the group; on FIFO queues its deduplication id is the SQS MessageId."""
         attributes = {"MessageGroupId": "customer 7"}
-        message = taskhawk.QueueMessage("body", "sqs-id", "r", attributes=attributes, queue=queue)
-        expected = taskhawk.Outgoing("body", ATTRIBUTES, 0, "customer 7", deduplication_id)
+        message = taskhawk.QueueMessage(
+            "body", "sqs-id", "r", attributes=attributes, queue=queue
+        )
+        expected = taskhawk.Outgoing(
+            "body", ATTRIBUTES, 0, "customer 7", deduplication_id
+        )
         assert message.copy(ATTRIBUTES) == expected
 
     def test_size(self):
@@ -4917,8 +5536,13 @@ class TestSqs:
         task.with_priority(taskhawk.Priority.high).dispatch("e")
         once = ["GetQueueUrl", "SendMessage", "SendMessage"]
         assert aws.actions() == [*once, "SendMessage", *once]
-        names = [call.data["QueueName"] for call in aws.calls if call.action == "GetQueueUrl"]
-        assert names == [f"TASKHAWK-{queue_name}", f"TASKHAWK-{queue_name}-HIGH-PRIORITY"]
+        names = [
+            call.data["QueueName"] for call in aws.calls if call.action == "GetQueueUrl"
+        ]
+        assert names == [
+            f"TASKHAWK-{queue_name}",
+            f"TASKHAWK-{queue_name}-HIGH-PRIORITY",
+        ]
         assert aws.calls[1].data["QueueUrl"] == f"{aws.url}/000000000000/{names[0]}"
         assert json.loads(aws.calls[3].data["MessageBody"])["args"] == ["c"]
 
@@ -4961,13 +5585,23 @@ class TestSqs:
         configure_aws(ministack)
         with contextlib.closing(taskhawk.SqsBroker()) as broker:
             broker.send(name, [taskhawk.Outgoing("a", {}, 0, "group", "id")])
-            broker.send(name, [taskhawk.Outgoing("b", {}, 0, "group", i) for i in ("id", "other")])
+            broker.send(
+                name,
+                [taskhawk.Outgoing("b", {}, 0, "group", i) for i in ("id", "other")],
+            )
             received = broker.receive(name, 10, 1, None, NEVER)
-            assert [(m.body, m.group_id) for m in received] == [("a", "group"), ("b", "group")]
+            assert [(m.body, m.group_id) for m in received] == [
+                ("a", "group"),
+                ("b", "group"),
+            ]
 
     @pytest.mark.parametrize(
         ("count", "wait_s", "lease_s", "expected"),
-        [(1, 0, None, (1, 0, None)), (50, 0.2, 1.5, (10, 1, 2)), (3, 60, 0, (3, 20, 0))],
+        [
+            (1, 0, None, (1, 0, None)),
+            (50, 0.2, 1.5, (10, 1, 2)),
+            (3, 60, 0, (3, 20, 0)),
+        ],
     )
     def test_receive(self, aws, count, wait_s, lease_s, expected):
         """A poll asks for at most ten messages and 20 s, in whole seconds, and for what we read."""
@@ -4984,7 +5618,9 @@ class TestSqs:
         """A fraction of a second is rounded up: a retry is never early."""
         with contextlib.closing(taskhawk.SqsBroker()) as broker:
             assert broker.change_visibility("Q", [("r", 0), ("s", 0.1)]) == []
-        timeouts = [entry["VisibilityTimeout"] for entry in aws.calls[1].data["Entries"]]
+        timeouts = [
+            entry["VisibilityTimeout"] for entry in aws.calls[1].data["Entries"]
+        ]
         assert timeouts == [0, 1]
 
     def test_info_is_read_once(self, aws):
@@ -4999,7 +5635,11 @@ class TestSqs:
         ("call", "action", "attempts"),
         [
             (lambda broker: broker.send("Q", numbered(1)), "SendMessage", 3),
-            (lambda broker: broker.receive("Q", 1, 0, None, NEVER), "ReceiveMessage", 1),
+            (
+                lambda broker: broker.receive("Q", 1, 0, None, NEVER),
+                "ReceiveMessage",
+                1,
+            ),
             (lambda broker: broker.delete("Q", ["r"]), "DeleteMessageBatch", 1),
             (
                 lambda broker: broker.change_visibility("Q", [("r", 1)]),
@@ -5037,7 +5677,12 @@ class TestSqs:
         aws.answers[action] = {
             "Successful": [{"Id": "2", "MessageId": "m"}],
             "Failed": [
-                {"Id": "3", "SenderFault": True, "Code": "InvalidThing", "Message": "why"},
+                {
+                    "Id": "3",
+                    "SenderFault": True,
+                    "Code": "InvalidThing",
+                    "Message": "why",
+                },
                 {"Id": "1", "SenderFault": False, "Code": "InternalError"},
             ],
         }
@@ -5052,7 +5697,9 @@ class TestSqs:
 
     def test_sum_too_long(self, aws):
         """A batch that SQS finds too long is sent one by one, in order; each has its own answer."""
-        aws.answers["SendMessageBatch"] = sqs_error("AWS.SimpleQueueService.BatchRequestTooLong")
+        aws.answers["SendMessageBatch"] = sqs_error(
+            "AWS.SimpleQueueService.BatchRequestTooLong"
+        )
         aws.answers["SendMessage"] = lambda call: (
             sqs_error("OverLimit") if call.data["MessageBody"] == "1" else None
         )
@@ -5060,7 +5707,9 @@ class TestSqs:
             refusals = broker.send("Q", numbered(3))
         sent = [c.data["MessageBody"] for c in aws.calls if "MessageBody" in c.data]
         assert sent == ["0", "1", "2"]
-        assert [(r.index, r.code, r.final) for r in refusals] == [(1, "OverLimit", True)]
+        assert [(r.index, r.code, r.final) for r in refusals] == [
+            (1, "OverLimit", True)
+        ]
 
     @pytest.mark.parametrize(
         ("answer", "remedy"),
@@ -5139,7 +5788,10 @@ class TestSqs:
         for region in {*regions[::7], "us-gov-west-1", "cn-north-1", *regions[-4:]}:
             taskhawk.configure(AWS_SETTINGS, AWS_REGION=region)
             keys = {"aws_access_key_id": "test", "aws_secret_access_key": "test"}
-            for name, broker in (("sqs", taskhawk.SqsBroker()), ("sns", taskhawk.SnsSender())):
+            for name, broker in (
+                ("sqs", taskhawk.SqsBroker()),
+                ("sns", taskhawk.SnsSender()),
+            ):
                 theirs = plain.create_client(name, region, **keys).meta
                 ours = broker.client("send").meta
                 assert (ours.endpoint_url, ours.partition) == (
@@ -5150,9 +5802,16 @@ class TestSqs:
 
     def test_keys_of_ours(self, aws, task, queue_name):
         """Keys that are set are used, with their token, before any that botocore would find."""
-        keys = {"AWS_ACCESS_KEY": "OURS", "AWS_SECRET_KEY": "s", "AWS_SESSION_TOKEN": "token"}
+        keys = {
+            "AWS_ACCESS_KEY": "OURS",
+            "AWS_SECRET_KEY": "s",
+            "AWS_SESSION_TOKEN": "token",
+        }
         taskhawk.configure(
-            **keys, AWS_REGION="eu-west-1", AWS_ENDPOINT_SQS=aws.url, TASKHAWK_QUEUE=queue_name
+            **keys,
+            AWS_REGION="eu-west-1",
+            AWS_ENDPOINT_SQS=aws.url,
+            TASKHAWK_QUEUE=queue_name,
         )
         task.dispatch("x")
         headers = aws.calls[-1].headers
@@ -5193,9 +5852,14 @@ class TestSqs:
 
     def test_connect_timeout(self):
         """A service that can't be reached is given up after AWS_CONNECT_TIMEOUT_S."""
-        with socket.create_server(("127.0.0.1", 0), backlog=0) as deaf, contextlib.ExitStack() as s:
+        with (
+            socket.create_server(("127.0.0.1", 0), backlog=0) as deaf,
+            contextlib.ExitStack() as s,
+        ):
             address = deaf.getsockname()
-            for _ in range(4):  # fill its backlog: from then on the kernel drops connections
+            for _ in range(
+                4
+            ):  # fill its backlog: from then on the kernel drops connections
                 client = s.enter_context(socket.socket())
                 client.setblocking(False)
                 client.connect_ex(address)
@@ -5213,7 +5877,10 @@ class TestSqs:
     @pytest.mark.parametrize("server", ["ministack", "moto"])
     def test_pinned_queue(self, request, server, task, sqs_client, queue_name):
         """A queue that takes less than SQS is told apart by size, limit and largest argument."""
-        endpoint, pinned = request.getfixturevalue(server), {"MaximumMessageSize": "1024"}
+        endpoint, pinned = (
+            request.getfixturevalue(server),
+            {"MaximumMessageSize": "1024"},
+        )
         make_queue(sqs_client(endpoint), f"TASKHAWK-{queue_name}", **pinned)
         configure_aws(endpoint, queue_name)
         with pytest.raises(taskhawk.MessageTooLarge) as caught:
@@ -5229,7 +5896,10 @@ class TestSqs:
     def test_queue_of_a_lambda(self, aws, task):
         """A Lambda's role may not look queues up: the URL is made from the event's ARN."""
         arn = "arn:aws:sqs:us-east-1:123456789012:TASKHAWK-X"
-        bodies = [json.dumps(taskhawk.Message.new("tests.f", [1]).as_dict()), "malformed"]
+        bodies = [
+            json.dumps(taskhawk.Message.new("tests.f", [1]).as_dict()),
+            "malformed",
+        ]
         records = [
             {
                 "messageId": f"m{i}",
@@ -5262,7 +5932,10 @@ class TestSns:
     @pytest.fixture
     def received(self, sns, ministack, sqs_client, queue_name):
         """Subscribe a queue to the high-priority topic; return a function that empties it."""
-        client, name = sqs_client(ministack, "sns"), f"taskhawk-{queue_name.lower()}-high-priority"
+        client, name = (
+            sqs_client(ministack, "sns"),
+            f"taskhawk-{queue_name.lower()}-high-priority",
+        )
         topic = client.create_topic(Name=name)["TopicArn"]
         sqs_client(ministack).create_queue(QueueName=name)
         client.subscribe(
@@ -5283,11 +5956,15 @@ class TestSns:
 
     def test_publish(self, sns, task, received):
         """A dispatch is one request, and brings body and headers to the subscribed queue."""
-        invocation = task.with_priority(taskhawk.Priority.high).with_headers(request_id="é1")
+        invocation = task.with_priority(taskhawk.Priority.high).with_headers(
+            request_id="é1"
+        )
         ids = [invocation.dispatch("a"), invocation.dispatch("b")]
         assert sns.actions() == ["Publish", "Publish"]
         messages = received()
-        assert sorted(json.loads(message.body)["id"] for message in messages) == sorted(ids)
+        assert sorted(json.loads(message.body)["id"] for message in messages) == sorted(
+            ids
+        )
         for message in messages:
             assert message.message_attributes["request_id"]["StringValue"] == "é1"
             assert json.loads(message.body)["headers"] == {"request_id": "é1"}
@@ -5299,20 +5976,32 @@ class TestSns:
             ids = [high.dispatch(number) for number in range(12)]
         assert sns.actions() == ["PublishBatch", "PublishBatch"]
         messages = received()
-        assert sorted(json.loads(message.body)["id"] for message in messages) == sorted(ids)
-        assert {m.message_attributes["request_id"]["StringValue"] for m in messages} == {"1"}
+        assert sorted(json.loads(message.body)["id"] for message in messages) == sorted(
+            ids
+        )
+        assert {
+            m.message_attributes["request_id"]["StringValue"] for m in messages
+        } == {"1"}
 
     def test_partial_failure(self, aws):
         """An answer of 200 to PublishBatch is read entry by entry."""
-        member = "<member><Id>{}</Id><Code>{}</Code><SenderFault>{}</SenderFault></member>"
+        member = (
+            "<member><Id>{}</Id><Code>{}</Code><SenderFault>{}</SenderFault></member>"
+        )
         failed = member.format(0, "InvalidParameter", "true") + member.format(
             2, "Internal", "false"
         )
         successful = "<member><Id>1</Id><MessageId>m</MessageId></member>"
         result = f"<Successful>{successful}</Successful><Failed>{failed}</Failed>"
-        body = f"<PublishBatchResponse><PublishBatchResult>{result}</PublishBatchResult>"
+        body = (
+            f"<PublishBatchResponse><PublishBatchResult>{result}</PublishBatchResult>"
+        )
         answer = f"{body}<ResponseMetadata/></PublishBatchResponse>"
-        aws.answers["PublishBatch"] = (200, {"Content-Type": "text/xml"}, answer.encode())
+        aws.answers["PublishBatch"] = (
+            200,
+            {"Content-Type": "text/xml"},
+            answer.encode(),
+        )
         with contextlib.closing(taskhawk.SnsSender()) as sender:
             assert sender.send("arn:aws:sns:us-east-1:000000000000:t", numbered(4)) == [
                 taskhawk.Refusal(0, "InvalidParameter", "", final=True),
@@ -5324,7 +6013,11 @@ class TestSns:
 
     @pytest.mark.parametrize(
         ("region", "partition"),
-        [("eu-west-1", "aws"), ("cn-north-1", "aws-cn"), ("us-gov-west-1", "aws-us-gov")],
+        [
+            ("eu-west-1", "aws"),
+            ("cn-north-1", "aws-cn"),
+            ("us-gov-west-1", "aws-us-gov"),
+        ],
     )
     def test_topics(self, region, partition):
         """A topic is named by partition, region, account, queue and priority, without a request."""
@@ -5333,7 +6026,12 @@ class TestSns:
         with contextlib.closing(taskhawk.SnsSender()) as sender:
             names = [sender.destination(priority) for priority in taskhawk.Priority]
         topic = f"arn:{partition}:sns:{region}:000000012345:taskhawk-dev-myapp"
-        assert names == [topic, f"{topic}-high-priority", f"{topic}-low-priority", f"{topic}-bulk"]
+        assert names == [
+            topic,
+            f"{topic}-high-priority",
+            f"{topic}-low-priority",
+            f"{topic}-bulk",
+        ]
 
     @pytest.mark.parametrize(
         ("code", "status", "remedy"),
@@ -5435,16 +6133,26 @@ for name in 'journal_mode', 'synchronous', 'user_version':
         names = ["-HIGH-PRIORITY", "-LOW-PRIORITY", "-BULK"]
         for settings, name in (({}, "DEFAULT"), ({"TASKHAWK_QUEUE": "dev-x"}, "DEV-X")):
             taskhawk.configure(TASKHAWK_BROKER=url, **settings)
-            found = [taskhawk._brokers.broker().destination(p) for p in taskhawk.Priority]
-            assert found == [f"TASKHAWK-{name}", *(f"TASKHAWK-{name}{suffix}" for suffix in names)]
+            found = [
+                taskhawk._brokers.broker().destination(p) for p in taskhawk.Priority
+            ]
+            assert found == [
+                f"TASKHAWK-{name}",
+                *(f"TASKHAWK-{name}{suffix}" for suffix in names),
+            ]
 
     def test_options(self, path, clock):
         """The URL may set the visibility timeout and the receives before the dead letters."""
         for query, expected in (
             ("", taskhawk.QueueInfo(30.0, "Q-DLQ", 5)),
-            ("?visibility_timeout_s=1.5&max_receive_count=3", taskhawk.QueueInfo(1.5, "Q-DLQ", 3)),
+            (
+                "?visibility_timeout_s=1.5&max_receive_count=3",
+                taskhawk.QueueInfo(1.5, "Q-DLQ", 3),
+            ),
         ):
-            with contextlib.closing(taskhawk.SqliteBroker(f"sqlite:///{path}{query}", clock)) as b:
+            with contextlib.closing(
+                taskhawk.SqliteBroker(f"sqlite:///{path}{query}", clock)
+            ) as b:
                 assert b.info("Q") == expected
                 assert b.info("Q-DLQ") == expected._replace(
                     dead_letter_queue=None, max_receive_count=None
@@ -5494,7 +6202,10 @@ for name in 'journal_mode', 'synchronous', 'user_version':
         [
             (lambda path: None, "unable to open database file"),
             (
-                lambda path: (path.parent.mkdir(), path.write_text("not a database" * 200)),
+                lambda path: (
+                    path.parent.mkdir(),
+                    path.write_text("not a database" * 200),
+                ),
                 "file is not a database",
             ),
         ],
@@ -5637,7 +6348,10 @@ sys.stdin.readline()
 broker.send('Q', [taskhawk.Outgoing('x', {})])
 print(time.monotonic())
 """
-        with contextlib.closing(taskhawk.SqliteBroker(url)) as b, python_child(code, url) as child:
+        with (
+            contextlib.closing(taskhawk.SqliteBroker(url)) as b,
+            python_child(code, url) as child,
+        ):
             assert child.stdout.readline() == "ready\n"
             threading.Timer(0.3, lambda: print(file=child.stdin, flush=True)).start()
             assert len(b.receive("Q", 1, 20, None, NEVER)) == 1
@@ -5652,7 +6366,9 @@ sys.stdin.readline()
 taskhawk.SqliteBroker(sys.argv[1]).send('Q', [taskhawk.Outgoing(sys.argv[2], {})])
 """
         with contextlib.ExitStack() as stack:
-            children = [stack.enter_context(python_child(code, url, i)) for i in range(8)]
+            children = [
+                stack.enter_context(python_child(code, url, i)) for i in range(8)
+            ]
             assert [child.stdout.readline() for child in children] == ["ready\n"] * 8
             for child in children:
                 print(file=child.stdin, flush=True)
@@ -5672,14 +6388,19 @@ while received := broker.receive('Q', 3, 0, 600, threading.Event()):
     refusals = broker.delete('Q', [message.receipt_handle for message in received])
     assert not refusals, refusals
 """
-        with contextlib.closing(taskhawk.SqliteBroker(url)) as broker, contextlib.ExitStack() as s:
+        with (
+            contextlib.closing(taskhawk.SqliteBroker(url)) as broker,
+            contextlib.ExitStack() as s,
+        ):
             for start in range(0, 300, 10):
                 broker.send("Q", numbered(10, start))
             children = [s.enter_context(python_child(code, url)) for _ in range(4)]
             assert [child.stdout.readline() for child in children] == ["ready\n"] * 4
             for child in children:
                 print(file=child.stdin, flush=True)
-            bodies = [body for child in children for body in child.communicate()[0].split()]
+            bodies = [
+                body for child in children for body in child.communicate()[0].split()
+            ]
             assert [child.returncode for child in children] == [0] * 4
             assert sorted(map(int, bodies)) == list(range(300))
             assert broker.depth("Q") == taskhawk.Depth(0, 0, 0)
@@ -5836,7 +6557,9 @@ class TestProcesses:
         taskhawk.configure(AWS_SETTINGS, IS_LAMBDA_APP=True)
         assert isinstance(taskhawk._brokers.sender(), taskhawk.SnsSender)
         assert isinstance(taskhawk._brokers.broker(), taskhawk.SqsBroker)
-        taskhawk.configure(IS_LAMBDA_APP=True, TASKHAWK_BROKER=f"sqlite:///{tmp_path}/queue.db")
+        taskhawk.configure(
+            IS_LAMBDA_APP=True, TASKHAWK_BROKER=f"sqlite:///{tmp_path}/queue.db"
+        )
         assert isinstance(taskhawk._brokers.sender(), taskhawk.SqliteBroker)
 
     def test_threads_dispatch(self, proxy, task, queue):
@@ -5847,7 +6570,9 @@ class TestProcesses:
         assert len(set(ids)) == 159
         assert proxy.actions() == ["GetQueueUrl", *["SendMessage"] * 160]
         bodies = drain(taskhawk._brokers.broker(), queue)
-        assert sorted(json.loads(body)["args"][0] for body in bodies) == list(range(160))
+        assert sorted(json.loads(body)["args"][0] for body in bodies) == list(
+            range(160)
+        )
 
     def test_threads_begin_together(self, aws, task):
         """Threads that are the first to dispatch send each their own message, and no more."""
@@ -5859,7 +6584,11 @@ class TestProcesses:
 
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
             list(pool.map(first, range(8)))
-        sent = [call.data["MessageBody"] for call in aws.calls if call.action == "SendMessage"]
+        sent = [
+            call.data["MessageBody"]
+            for call in aws.calls
+            if call.action == "SendMessage"
+        ]
         assert sorted(json.loads(body)["args"][0] for body in sent) == list(range(8))
         known = len(aws.calls)
         task.dispatch(8)
@@ -5884,7 +6613,9 @@ class TestProcesses:
         task.dispatch(2)
         assert aws.actions() == ["GetQueueUrl", "SendMessage"] * 2
 
-    @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="only Linux lists open files")
+    @pytest.mark.skipif(
+        not Path("/proc/self/fd").exists(), reason="only Linux lists open files"
+    )
     def test_configure_closes_files(self, task, tmp_path):
         """configure() closes the database, and the next dispatch opens it anew."""
 
@@ -5920,8 +6651,12 @@ class TestProcesses:
             for call in proxy.calls
             if call.action == "SendMessage"
         }
-        assert {port for text, port in sent.items() if text.startswith("parent")} == ours
-        assert not ours & {port for text, port in sent.items() if text.startswith("child")}
+        assert {
+            port for text, port in sent.items() if text.startswith("parent")
+        } == ours
+        assert not ours & {
+            port for text, port in sent.items() if text.startswith("child")
+        }
         assert len(drain(taskhawk._brokers.broker(), queue)) == 11
 
     @pytest.mark.parametrize("how", ["os.fork", "multiprocessing"])
@@ -5930,7 +6665,9 @@ class TestProcesses:
         url = f"sqlite:///{tmp_path}/queue.db"
         taskhawk.configure(TASKHAWK_BROKER=url)
         task.dispatch("parent before")
-        dispatched, closed = (multiprocessing.get_context("fork").Event() for _ in range(2))
+        dispatched, closed = (
+            multiprocessing.get_context("fork").Event() for _ in range(2)
+        )
 
         def child():
             task.dispatch("child 1")
@@ -6017,7 +6754,9 @@ class TestProcesses:
         task.dispatch("before")
         (tmp_path / "queues").rename(tmp_path / "away")
         assert forked(lambda: None)() == 0
-        with pytest.raises(taskhawk.ConfigurationError, match=r"unable to open database file$"):
+        with pytest.raises(
+            taskhawk.ConfigurationError, match=r"unable to open database file$"
+        ):
             task.dispatch("meanwhile")
         (tmp_path / "away").rename(tmp_path / "queues")
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
@@ -6047,7 +6786,9 @@ class TestProcesses:
         )
         os.close(read)
         task.dispatch(3)
-        assert taskhawk._brokers.broker().depth("TASKHAWK-DEFAULT") == taskhawk.Depth(2, 0, 0)
+        assert taskhawk._brokers.broker().depth("TASKHAWK-DEFAULT") == taskhawk.Depth(
+            2, 0, 0
+        )
 
 
 ScriptedAnswer = Callable[[dict[str, Any], Callable[..., Any]], Any]
@@ -6059,7 +6800,9 @@ class ScriptedAws(AwsServer):
     def __init__(self, behind: str) -> None:
         super().__init__(behind)
         self.answers: dict[str, Iterator[ScriptedAnswer]] = {}
-        self.lock = threading.Lock()  # held to note a request and to take the next answer
+        self.lock = (
+            threading.Lock()
+        )  # held to note a request and to take the next answer
 
     def script(self, action: str, *answers: ScriptedAnswer) -> None:
         """Give these answers to the next requests of a kind; after them, it answers as before."""
@@ -6077,7 +6820,12 @@ class ScriptedAws(AwsServer):
     @property
     def batches(self) -> list[int]:
         """How many messages each sending request had."""
-        kinds = {"SendMessage": 1, "SendMessageBatch": 0, "Publish": 1, "PublishBatch": 0}
+        kinds = {
+            "SendMessage": 1,
+            "SendMessageBatch": 0,
+            "Publish": 1,
+            "PublishBatch": 0,
+        }
         return [
             kinds[action]
             or len(payload.get("Entries", ()))
@@ -6134,7 +6882,9 @@ def passed(payload: dict[str, Any], forward: Callable[..., Any]) -> None:
     """Leave a request to the emulator."""
 
 
-def refuse(*wrong: int, code: str = "InternalError", ours: bool = False) -> ScriptedAnswer:
+def refuse(
+    *wrong: int, code: str = "InternalError", ours: bool = False
+) -> ScriptedAnswer:
     """Do what is asked but for the entries at these places, which are refused."""
 
     def answer(payload: dict[str, Any], forward: Callable[..., Any]) -> tuple[int, Any]:
@@ -6235,7 +6985,12 @@ def received_args(queue: str | Priority = Priority.default) -> list[Any]:
 def body_of(*args: Any) -> str:
     """Return the body of a message for mail.send, registered or not."""
     metadata = {"priority": "default", "timestamp": 1460868253255, "version": "1.0"}
-    data = {"id": str(uuid.uuid4()), "metadata": metadata, "headers": {}, "task": "mail.send"}
+    data = {
+        "id": str(uuid.uuid4()),
+        "metadata": metadata,
+        "headers": {},
+        "task": "mail.send",
+    }
     return json.dumps({**data, "args": args, "kwargs": {}})
 
 
@@ -6250,13 +7005,16 @@ def put_dead_letters(broker: taskhawk.Broker, count: int) -> str:
 def work_once(broker: taskhawk.Broker, queue: str | None = None) -> taskhawk.Ledger:
     """Receive once, run what there is, and return what became of it."""
     queues = [queue or broker.destination(Priority.default)]
-    return taskhawk.Worker(broker, queues, num_messages=10, loop_count=1, wait_s=0).run()
+    return taskhawk.Worker(
+        broker, queues, num_messages=10, loop_count=1, wait_s=0
+    ).run()
 
 
 def service_size(body: str, attributes: Mapping[str, Mapping[str, str]]) -> int:
     """Count as SQS does."""
     parts = itertools.chain.from_iterable(
-        (name, value["DataType"], value["StringValue"]) for name, value in attributes.items()
+        (name, value["DataType"], value["StringValue"])
+        for name, value in attributes.items()
     )
     return len(body.encode()) + sum(len(part.encode()) for part in parts)
 
@@ -6264,7 +7022,9 @@ def service_size(body: str, attributes: Mapping[str, Mapping[str, str]]) -> int:
 def filler(size: int, **headers: Any) -> str:
     """Return the argument that makes a message of mail.send with exactly so many bytes."""
     empty = Message.new("mail.send", [""], headers=headers).as_dict()
-    attributes = {n: {"DataType": "String", "StringValue": v} for n, v in headers.items()}
+    attributes = {
+        n: {"DataType": "String", "StringValue": v} for n, v in headers.items()
+    }
     body = json.dumps(empty, separators=(",", ":"))
     return "x" * (size - service_size(body, attributes))
 
@@ -6322,7 +7082,9 @@ class TestPublishing:
         together = threading.Barrier(6)
         release = threading.Event()
 
-        def slowly(payload: dict[str, Any], forward: Callable[..., Any]) -> tuple[int, Any]:
+        def slowly(
+            payload: dict[str, Any], forward: Callable[..., Any]
+        ) -> tuple[int, Any]:
             release.wait(0.3)  # time for others to look up too, were they allowed to
             return 200, forward(payload)
 
@@ -6385,7 +7147,13 @@ class TestPublishing:
 
         make_queues(sqs_client(endpoint), queue_name)
         configure_aws(endpoint, queue_name)
-        sent = {"AWS.trace": "1", "empty": "", "nul": "\0", "half": "\ud800", "ü": {"any": [1]}}
+        sent = {
+            "AWS.trace": "1",
+            "empty": "",
+            "nul": "\0",
+            "half": "\ud800",
+            "ü": {"any": [1]},
+        }
         sent |= {f"header-{number}": f"é{number}" for number in range(12)}
         note.with_headers(**sent).dispatch()
         (received,) = receive_all()
@@ -6404,7 +7172,10 @@ class TestPublishing:
 
         body = json.dumps(Message.new("headers.truth", headers={"a": "body"}).as_dict())
         attributes = {"a": {"DataType": "String", "StringValue": "attribute"}}
-        assert taskhawk.process(QueueMessage(body, "m", message_attributes=attributes))[1] is None
+        assert (
+            taskhawk.process(QueueMessage(body, "m", message_attributes=attributes))[1]
+            is None
+        )
         assert seen == [{"a": "body"}]
 
     def test_size_sqs(self, scripted, mail):
@@ -6428,7 +7199,9 @@ class TestPublishing:
 
     def test_size_sns(self, scripted, queue_name, sqs_client, mail):
         """Over SNS, the limit is 256 KiB."""
-        sqs_client(scripted.url, "sns").create_topic(Name=f"taskhawk-{queue_name.lower()}")
+        sqs_client(scripted.url, "sns").create_topic(
+            Name=f"taskhawk-{queue_name.lower()}"
+        )
         configure_aws(scripted.url, queue_name, IS_LAMBDA_APP=True)
         text = filler(262_144, trace="t")
         invocation = mail.with_headers(trace="t")
@@ -6514,7 +7287,10 @@ class TestPublishing:
             (math.nan, "Out of range float values are not JSON compliant"),
             ([math.inf], "Out of range float values are not JSON compliant"),
             (-math.inf, "Out of range float values are not JSON compliant"),
-            (decimal.Decimal("NaN"), "Out of range float values are not JSON compliant"),
+            (
+                decimal.Decimal("NaN"),
+                "Out of range float values are not JSON compliant",
+            ),
             (decimal.Decimal("sNaN"), "cannot convert signaling NaN to float"),
             (decimal.Decimal("Infinity"), "Out of range float values"),
         ],
@@ -6573,7 +7349,13 @@ except taskhawk.ValidationError as error:
                 mail.with_delay(delay).dispatch()
         one_by_one = [payload for _, payload in scripted.requests[1:6]]
         for sent in (one_by_one, scripted.requests[6][1]["Entries"]):
-            assert [entry.get("DelaySeconds") for entry in sent] == [900, 900, 1, 60, None]
+            assert [entry.get("DelaySeconds") for entry in sent] == [
+                900,
+                900,
+                1,
+                60,
+                None,
+            ]
 
     @pytest.mark.parametrize("delay", [900.001, 3600, timedelta(days=1)])
     def test_delay_too_long(self, scripted, mail, delay):
@@ -6588,7 +7370,9 @@ except taskhawk.ValidationError as error:
 
     def test_delay_sns(self, scripted, queue_name, sqs_client, mail):
         """SNS delays nothing: any delay is refused, and none is none."""
-        sqs_client(scripted.url, "sns").create_topic(Name=f"taskhawk-{queue_name.lower()}")
+        sqs_client(scripted.url, "sns").create_topic(
+            Name=f"taskhawk-{queue_name.lower()}"
+        )
         configure_aws(scripted.url, queue_name, IS_LAMBDA_APP=True)
         mail.with_delay(0).dispatch()
         with pytest.raises(taskhawk.ConfigurationError) as raised:
@@ -6614,7 +7398,9 @@ except taskhawk.ValidationError as error:
     def test_delay_impossible(self, mail, delay):
         """A delay is 0 or more seconds, and finite."""
         seconds = delay.total_seconds() if isinstance(delay, timedelta) else delay
-        with pytest.raises(ValueError, match=f"^delay: expected 0 or more seconds, got {seconds}$"):
+        with pytest.raises(
+            ValueError, match=f"^delay: expected 0 or more seconds, got {seconds}$"
+        ):
             mail.with_delay(delay)
 
     @pytest.mark.parametrize(
@@ -6662,7 +7448,10 @@ except taskhawk.ValidationError as error:
             ("AuthorizationError", DENIED),
             ("InvalidClientTokenId", UNKNOWN_KEY),
             ("UnrecognizedClientException", UNKNOWN_KEY),
-            ("SignatureDoesNotMatch", "AWS refuses these credentials: check AWS_SECRET_KEY"),
+            (
+                "SignatureDoesNotMatch",
+                "AWS refuses these credentials: check AWS_SECRET_KEY",
+            ),
         ],
     )
     def test_denied(self, scripted, queue_name, mail, code, remedy):
@@ -6683,7 +7472,11 @@ except taskhawk.ValidationError as error:
     @pytest.mark.parametrize("missing", NOTHING_CONFIGURED)
     def test_nothing_configured(self, mail, missing):
         """A first dispatch without a region, credentials or a queue says which to set."""
-        given = {"AWS_ACCESS_KEY": "a", "AWS_SECRET_KEY": "b", "AWS_REGION": "us-east-1"}
+        given = {
+            "AWS_ACCESS_KEY": "a",
+            "AWS_SECRET_KEY": "b",
+            "AWS_REGION": "us-east-1",
+        }
         given |= {"TASKHAWK_QUEUE": "x", "AWS_ENDPOINT_SQS": "http://127.0.0.1:1"}
         del given[missing]
         if missing == "AWS_ACCESS_KEY":
@@ -6762,7 +7555,11 @@ class TestBatch:
                 other.with_headers(n=str(number)).dispatch(number)
         assert scripted.actions == ["GetQueueUrl", "SendMessageBatch"] * 2
         assert scripted.batches == [8, 8]
-        assert sorted(received_args()) == sorted(received_args(Priority.high)) == list(range(8))
+        assert (
+            sorted(received_args())
+            == sorted(received_args(Priority.high))
+            == list(range(8))
+        )
 
     def test_sns(self, scripted, queue_name, sqs_client, mail):
         """Over SNS, PublishBatch sends ten, and less where the sum would be above 256 KiB."""
@@ -6782,9 +7579,14 @@ class TestBatch:
         assert scripted.actions == ["PublishBatch", "PublishBatch", "Publish"]
         assert scripted.batches == [10, 3, 1]
         polls = iter(
-            lambda: sqs.receive_message(QueueUrl=url, MaxNumberOfMessages=10).get("Messages"), None
+            lambda: sqs.receive_message(QueueUrl=url, MaxNumberOfMessages=10).get(
+                "Messages"
+            ),
+            None,
         )
-        numbers = [json.loads(message["Body"])["args"][0] for poll in polls for message in poll]
+        numbers = [
+            json.loads(message["Body"])["args"][0] for poll in polls for message in poll
+        ]
         assert sorted(numbers) == list(range(14))
 
     def test_sns_fails(self, scripted, queue_name, mail):
@@ -6859,7 +7661,9 @@ class TestBatch:
 
         joined, late = threading.Event(), []
         with taskhawk.batch():
-            thread = threading.Thread(target=contextvars.copy_context().run, args=(work,))
+            thread = threading.Thread(
+                target=contextvars.copy_context().run, args=(work,)
+            )
             thread.start()
             assert joined.wait(10)
             assert received_args() == []
@@ -6881,7 +7685,9 @@ class TestBatch:
 
         with taskhawk.batch():
             threads = [
-                threading.Thread(target=contextvars.copy_context().run, args=(work, first))
+                threading.Thread(
+                    target=contextvars.copy_context().run, args=(work, first)
+                )
                 for first in (0, 100, 200, 300)
             ]
             for thread in threads:
@@ -6903,7 +7709,9 @@ class TestBatch:
             now.set()
             async with asyncio.TaskGroup() as group:
                 with taskhawk.batch():
-                    await asyncio.gather(*(dispatch(number, now) for number in range(3)))
+                    await asyncio.gather(
+                        *(dispatch(number, now) for number in range(3))
+                    )
                     group.create_task(dispatch(3, later))
                     assert received_args() == []
                 assert received_args() == [0, 1, 2]
@@ -6926,7 +7734,9 @@ class TestBatch:
 
     def test_refused_for_good(self, scripted, mail):
         """What is refused by its own fault is raised at once, and alone: the rest was sent."""
-        scripted.script("SendMessageBatch", passed, refuse(1, 9, code="Bad", ours=True), passed)
+        scripted.script(
+            "SendMessageBatch", passed, refuse(1, 9, code="Bad", ours=True), passed
+        )
         with pytest.raises(taskhawk.PartialFailure) as raised, taskhawk.batch():
             ids = [mail.dispatch(number) for number in range(25)]
         assert scripted.batches == [10, 10, 5]
@@ -6945,7 +7755,8 @@ class TestBatch:
     def test_unsent_as_dispatched(self, scripted, mail):
         """What is unsent is what was dispatched, though the caller has changed it meanwhile."""
         scripted.always(
-            "SendMessageBatch", refuse(0, 1, 2, code="InvalidMessageContents", ours=True)
+            "SendMessageBatch",
+            refuse(0, 1, 2, code="InvalidMessageContents", ours=True),
         )
         row: dict[str, int] = {}
         calls = (row.update(number=number) or (row,) for number in range(3))
@@ -6958,7 +7769,9 @@ class TestBatch:
         """After three attempts it is raised too; to publish what is unsent delivers each once."""
         scripted.script("SendMessageBatch", refuse(2, 5), refuse(0, 1), refuse(0, 1))
         high = mail.with_priority(Priority.high)
-        calls = [(task.with_headers(n=str(n)), n) for n in range(10) for task in (mail, high)]
+        calls = [
+            (task.with_headers(n=str(n)), n) for n in range(10) for task in (mail, high)
+        ]
         with pytest.raises(taskhawk.PartialFailure) as raised, taskhawk.batch():
             [invocation.dispatch(number) for invocation, number in calls]
         assert scripted.batches == [10, 2, 2, 10]
@@ -6974,7 +7787,10 @@ class TestBatch:
         """An unsent message keeps its priority and its delay."""
         scripted.always("SendMessageBatch", refuse(0, ours=True))
         with pytest.raises(taskhawk.PartialFailure) as raised, taskhawk.batch():
-            [mail.with_priority(Priority.high).with_delay(7).dispatch() for _ in range(2)]
+            [
+                mail.with_priority(Priority.high).with_delay(7).dispatch()
+                for _ in range(2)
+            ]
         taskhawk.publish(raised.value.unsent[0])
         action, payload = scripted.requests[-1]
         assert (action, payload["DelaySeconds"]) == ("SendMessage", 7)
@@ -6983,7 +7799,9 @@ class TestBatch:
     def test_unanswered(self, scripted, mail):
         """A message that the answer does not name is not taken for sent."""
 
-        def silent(payload: dict[str, Any], forward: Callable[..., Any]) -> tuple[int, Any]:
+        def silent(
+            payload: dict[str, Any], forward: Callable[..., Any]
+        ) -> tuple[int, Any]:
             return 200, {"Successful": forward(payload)["Successful"][:1]}
 
         scripted.script("SendMessageBatch", *[silent] * 3)
@@ -7003,9 +7821,13 @@ class TestBatch:
             only_to(f"TASKHAWK-{queue_name}", fault("AccessDenied", status=403)),
         )
         with pytest.raises(taskhawk.PartialFailure) as raised, taskhawk.batch():
-            [mail.dispatch(number) for number in range(25)] + [high.dispatch(n) for n in (0, 1)]
+            [mail.dispatch(number) for number in range(25)] + [
+                high.dispatch(n) for n in (0, 1)
+            ]
         assert str(raised.value) == "15 of 27 messages failed: AccessDenied"
-        assert [message.args for message in raised.value.unsent] == [[n] for n in range(10, 25)]
+        assert [message.args for message in raised.value.unsent] == [
+            [n] for n in range(10, 25)
+        ]
         assert raised.value.result["Failed"][0]["Message"] == (
             f"TASKHAWK-{queue_name}: access denied: the IAM policy of these credentials does not"
             " allow SendMessage (AccessDenied)"
@@ -7056,7 +7878,9 @@ class TestBatch:
         """A message that is too long for its queue alone is unsent alone."""
 
         def pinned(payload: dict[str, Any], forward: Callable[..., Any]) -> Any:
-            size = sum(len(entry["MessageBody"]) for entry in payload.get("Entries", [payload]))
+            size = sum(
+                len(entry["MessageBody"]) for entry in payload.get("Entries", [payload])
+            )
             return TOO_LONG(payload, forward) if size > 262_144 else None
 
         scripted.always("SendMessageBatch", pinned)
@@ -7181,7 +8005,9 @@ class TestBatch:
     def test_dispatch_many_hook_fails(self, sqlite, mail):
         """A hook that has no headers left is not the end of the calls."""
         hook = iter([{}] * 13).__next__
-        taskhawk.configure(TASKHAWK_BROKER="sqlite://", TASKHAWK_DEFAULT_HEADERS=lambda **_: hook())
+        taskhawk.configure(
+            TASKHAWK_BROKER="sqlite://", TASKHAWK_DEFAULT_HEADERS=lambda **_: hook()
+        )
         with pytest.raises(RuntimeError) as caught:
             mail.dispatch_many(range(20))
         assert isinstance(caught.value.__cause__, StopIteration)
@@ -7236,7 +8062,9 @@ class TestDeadLetters:
         assert taskhawk.requeue_dead_letter(Priority.high) == 1
         (received,) = receive_all(Priority.high)
         assert received.body == body
-        assert {n: v["StringValue"] for n, v in received.message_attributes.items()} == {"n": "é"}
+        assert {
+            n: v["StringValue"] for n, v in received.message_attributes.items()
+        } == {"n": "é"}
         assert receive_all(f"{queue}-DLQ") == receive_all() == []
         assert broker.depth(f"{queue}-DLQ") == Depth(0, 0, 0)
 
@@ -7264,7 +8092,11 @@ class TestDeadLetters:
         for timeout in ({"visibility_timeout": 7}, {}):
             put_dead_letters(taskhawk._brokers.broker(), 1)
             taskhawk.requeue_dead_letter(Priority.default, **timeout)
-        polls = [payload for action, payload in scripted.requests if action == "ReceiveMessage"]
+        polls = [
+            payload
+            for action, payload in scripted.requests
+            if action == "ReceiveMessage"
+        ]
         assert [poll.get("VisibilityTimeout") for poll in polls] == [7, None]
 
     def test_in_circles(self, scripted):
@@ -7278,7 +8110,11 @@ class TestDeadLetters:
         scripted.always("SendMessageBatch", comes_back)
         assert taskhawk.requeue_dead_letter(Priority.default, num_messages=2) == 5
         queue = taskhawk._brokers.broker().destination(Priority.default)
-        assert sorted(received_args()) == sorted(received_args(f"{queue}-DLQ")) == list(range(5))
+        assert (
+            sorted(received_args())
+            == sorted(received_args(f"{queue}-DLQ"))
+            == list(range(5))
+        )
 
     def test_in_circles_with_a_worker(self, sqlite):
         """So it ends beside a worker that fails each message once more."""
@@ -7289,7 +8125,9 @@ class TestDeadLetters:
 
         put_dead_letters(sqlite, 20)
         stop = threading.Event()
-        worker = taskhawk.Worker(sqlite, ["TASKHAWK-DEFAULT"], shutdown_event=stop, wait_s=1)
+        worker = taskhawk.Worker(
+            sqlite, ["TASKHAWK-DEFAULT"], shutdown_event=stop, wait_s=1
+        )
         thread = threading.Thread(target=worker.run)
         thread.start()
         try:
@@ -7309,7 +8147,9 @@ class TestDeadLetters:
         def count(payload: dict[str, Any], forward: Callable[..., Any]) -> Any:
             if "RedrivePolicy" in payload["AttributeNames"]:
                 return None
-            return 200, {"Attributes": dict.fromkeys(payload["AttributeNames"], str(counted))}
+            return 200, {
+                "Attributes": dict.fromkeys(payload["AttributeNames"], str(counted))
+            }
 
         scripted.always("GetQueueAttributes", count)
         assert taskhawk.requeue_dead_letter(Priority.default) == moved
@@ -7344,7 +8184,12 @@ class TestDeadLetters:
         ("action", "answers", "counts", "failed"),
         [
             # sending: refused by fault of the message, of the service once, of the service always
-            ("SendMessageBatch", [refuse(1, 2, ours=True)], (10, 2), ["InternalError"] * 2),
+            (
+                "SendMessageBatch",
+                [refuse(1, 2, ours=True)],
+                (10, 2),
+                ["InternalError"] * 2,
+            ),
             ("SendMessageBatch", [refuse(1, 2), passed], (12, 0), []),
             (
                 "SendMessageBatch",
@@ -7355,7 +8200,12 @@ class TestDeadLetters:
             # the call failed, with no effect, or after it, or while it tried again
             ("SendMessageBatch", [fault("Odd")] * 6, (0, 12), ["Odd"] * 12),
             ("SendMessageBatch", [fault_after("Odd")] * 2, (12, 12), ["Odd"] * 12),
-            ("SendMessageBatch", [refuse(1, 2), *[fault("Odd")] * 2], (10, 2), ["Odd"] * 2),
+            (
+                "SendMessageBatch",
+                [refuse(1, 2), *[fault("Odd")] * 2],
+                (10, 2),
+                ["Odd"] * 2,
+            ),
             # deleting: refused, or the call failed
             ("DeleteMessageBatch", [refuse(1, 2), passed], (12, 0), []),
             (
@@ -7364,8 +8214,18 @@ class TestDeadLetters:
                 (12, 2),
                 [NOT_DELETED + "InternalError"] * 2,
             ),
-            ("DeleteMessageBatch", [fault("Odd")] * 6, (12, 12), [NOT_DELETED + "Odd"] * 12),
-            ("DeleteMessageBatch", [fault_after("Odd")] * 3, (12, 0), [NOT_DELETED + "Odd"] * 10),
+            (
+                "DeleteMessageBatch",
+                [fault("Odd")] * 6,
+                (12, 12),
+                [NOT_DELETED + "Odd"] * 12,
+            ),
+            (
+                "DeleteMessageBatch",
+                [fault_after("Odd")] * 3,
+                (12, 0),
+                [NOT_DELETED + "Odd"] * 10,
+            ),
         ],
     )
     def test_faults(self, scripted, action, answers, counts, failed):
@@ -7392,8 +8252,12 @@ class TestDeadLetters:
         scripted.script("SendMessageBatch", refuse(1, ours=True))
         with pytest.raises(taskhawk.PartialFailure) as raised:
             taskhawk.requeue_dead_letter(Priority.default)
-        ids = {entry["Id"] for entries in raised.value.result.values() for entry in entries}
-        moved = {str(uuid.UUID(entry["Id"])) for entry in raised.value.result["Successful"]}
+        ids = {
+            entry["Id"] for entries in raised.value.result.values() for entry in entries
+        }
+        moved = {
+            str(uuid.UUID(entry["Id"])) for entry in raised.value.result["Successful"]
+        }
         assert (len(ids), len(moved)) == (3, 2)
 
     @pytest.mark.parametrize(("step", "moved"), [("INSERT", []), ("DELETE", [0, 1])])
@@ -7405,7 +8269,9 @@ class TestDeadLetters:
         source = put_dead_letters(broker, 2)
         with contextlib.closing(sqlite3.connect(path)) as db:
             full = "SELECT RAISE(ABORT, 'disk full')"
-            db.execute(f"CREATE TRIGGER full BEFORE {step} ON message BEGIN {full}; END")
+            db.execute(
+                f"CREATE TRIGGER full BEFORE {step} ON message BEGIN {full}; END"
+            )
             with pytest.raises(taskhawk.PartialFailure) as raised:
                 taskhawk.requeue_dead_letter(Priority.default)
             db.execute("DROP TRIGGER full")
@@ -7455,7 +8321,9 @@ class TestDeadLetters:
                 " AWS_REGION and the account (NonExistentQueue)"
             )
             make_queues(client, queue_name)
-            client.delete_queue(QueueUrl=client.get_queue_url(QueueName=f"{queue}-DLQ")["QueueUrl"])
+            client.delete_queue(
+                QueueUrl=client.get_queue_url(QueueName=f"{queue}-DLQ")["QueueUrl"]
+            )
 
     def test_lambda_app(self, scripted, queue_name, caplog):
         """For a Lambda app there is nothing to do, and a warning says so."""
@@ -7502,7 +8370,14 @@ class TestDeadLetters:
         attribute = letter.message_attributes["taskhawk.error"]
         assert attribute["DataType"] == "String"
         record = json.loads(attribute["StringValue"])
-        assert list(record) == ["type", "message", "traceback", "attempt", "worker", "time"]
+        assert list(record) == [
+            "type",
+            "message",
+            "traceback",
+            "attempt",
+            "worker",
+            "time",
+        ]
         assert record["type"] == "ZeroDivisionError"
         assert record["message"] == "é\0\ud800"
         assert record["traceback"].startswith("Traceback (most recent call last):\n")
@@ -7627,10 +8502,14 @@ class TestDeadLetters:
 
         client, name = sqs_client(ministack), f"F{uuid.uuid4().hex[:8]}.fifo"
         fifo = {"FifoQueue": "true"}
-        letters = client.create_queue(QueueName=f"letters-{name}", Attributes=fifo)["QueueUrl"]
+        letters = client.create_queue(QueueName=f"letters-{name}", Attributes=fifo)[
+            "QueueUrl"
+        ]
         arn = f"arn:aws:sqs:us-east-1:000000000000:letters-{name}"
         redrive = json.dumps({"deadLetterTargetArn": arn, "maxReceiveCount": 5})
-        url = client.create_queue(QueueName=name, Attributes={**fifo, "RedrivePolicy": redrive})
+        url = client.create_queue(
+            QueueName=name, Attributes={**fifo, "RedrivePolicy": redrive}
+        )
         configure_aws(ministack, "x")
         body = body_of(1)
         ids = [
@@ -7644,12 +8523,14 @@ class TestDeadLetters:
         ]
         assert work_once(taskhawk._brokers.broker(), name).dead_lettered == 2
         found = client.receive_message(
-            QueueUrl=letters, MaxNumberOfMessages=10, MessageSystemAttributeNames=["All"]
+            QueueUrl=letters,
+            MaxNumberOfMessages=10,
+            MessageSystemAttributeNames=["All"],
         )["Messages"]
         names = ("MessageDeduplicationId", "MessageGroupId")
-        assert [tuple(message["Attributes"][name] for name in names) for message in found] == [
-            (sent, "group") for sent in ids
-        ]
+        assert [
+            tuple(message["Attributes"][name] for name in names) for message in found
+        ] == [(sent, "group") for sent in ids]
 
 
 class TestExtendVisibilityTimeout:
@@ -7664,7 +8545,11 @@ class TestExtendVisibilityTimeout:
         assert action == "ChangeMessageVisibilityBatch"
         assert payload["QueueUrl"].endswith("-HIGH-PRIORITY")
         assert payload["Entries"] == [
-            {"Id": "0", "ReceiptHandle": received.receipt_handle, "VisibilityTimeout": 600}
+            {
+                "Id": "0",
+                "ReceiptHandle": received.receipt_handle,
+                "VisibilityTimeout": 600,
+            }
         ]
 
     def test_sqlite(self, tmp_path, mail):
@@ -7673,7 +8558,9 @@ class TestExtendVisibilityTimeout:
         taskhawk.configure(TASKHAWK_BROKER=url)
         mail.dispatch()
         (received,) = receive_all()
-        taskhawk.extend_visibility_timeout(Priority.default, received.receipt_handle, 600)
+        taskhawk.extend_visibility_timeout(
+            Priority.default, received.receipt_handle, 600
+        )
         now = time.time()
         for seconds, expected in ((590, Depth(0, 1, 0)), (610, Depth(1, 0, 0))):
             later = taskhawk.SqliteBroker(url, clock=lambda: now + seconds)  # noqa: B023
@@ -7695,7 +8582,9 @@ class TestExtendVisibilityTimeout:
         no = refuse(0, code="MessageNotInflight", ours=True)
         scripted.script("ChangeMessageVisibilityBatch", no)
         with pytest.raises(taskhawk.PartialFailure) as raised:
-            taskhawk.extend_visibility_timeout(Priority.default, received.receipt_handle, 600)
+            taskhawk.extend_visibility_timeout(
+                Priority.default, received.receipt_handle, 600
+            )
         assert str(raised.value) == "1 of 1 messages failed: MessageNotInflight"
         assert raised.value.result["Failed"] == [
             {"Id": "0", "Code": "MessageNotInflight", "Message": "no"}
@@ -7708,7 +8597,9 @@ class TestExtendVisibilityTimeout:
         taskhawk.extend_visibility_timeout(Priority.default, received.receipt_handle, 0)
         (again,) = receive_all()
         with pytest.raises(taskhawk.PartialFailure) as raised:
-            taskhawk.extend_visibility_timeout(Priority.default, received.receipt_handle, 0)
+            taskhawk.extend_visibility_timeout(
+                Priority.default, received.receipt_handle, 0
+            )
         assert str(raised.value) == "1 of 1 messages failed: ReceiptHandleIsInvalid"
         taskhawk.extend_visibility_timeout(Priority.default, again.receipt_handle, 0)
         assert len(receive_all()) == 1
@@ -7736,7 +8627,8 @@ class TestExtendVisibilityTimeout:
         lost.dispatch()
         (received,) = receive_all()
         scripted.script(
-            "ChangeMessageVisibilityBatch", refuse(0, code="MessageNotInflight", ours=True)
+            "ChangeMessageVisibilityBatch",
+            refuse(0, code="MessageNotInflight", ours=True),
         )
         outcome = taskhawk.process(received)
         assert outcome.fate is taskhawk.Fate.retry
@@ -7790,7 +8682,10 @@ class WorkerBroker(taskhawk.Broker):
     faults[name] is called instead of the method, with the real call as its first argument.
     """
 
-    max_bytes, max_delay_s = taskhawk.SqliteBroker.max_bytes, taskhawk.SqliteBroker.max_delay_s
+    max_bytes, max_delay_s = (
+        taskhawk.SqliteBroker.max_bytes,
+        taskhawk.SqliteBroker.max_delay_s,
+    )
 
     def __init__(self, inner: Any, **faults: Callable[..., Any]) -> None:
         self.inner, self.faults = inner, faults
@@ -7816,16 +8711,24 @@ class WorkerBroker(taskhawk.Broker):
     info = worker_noted("info")
     depth = worker_noted("depth")
 
-    def put(self, task: Any, *calls: tuple[Any, ...], queue: str = WORKER_QUEUE) -> None:
+    def put(
+        self, task: Any, *calls: tuple[Any, ...], queue: str = WORKER_QUEUE
+    ) -> None:
         """Queue a run of the task for each tuple of arguments."""
         for start in range(0, len(calls), 10):
-            messages = (taskhawk.Message.new(task.name, a) for a in calls[start : start + 10])
+            messages = (
+                taskhawk.Message.new(task.name, a) for a in calls[start : start + 10]
+            )
             entries = [taskhawk.Outgoing(json.dumps(m.as_dict()), {}) for m in messages]
             assert self.inner.send(queue, entries) == []
 
     def work(self, *queues: str, **options: Any) -> taskhawk.Ledger:
         """Run a worker on the queues until they are empty, or as the options say; it must end."""
-        options = {"until_empty": "loop_count" not in options, "wait_s": 0.05, **options}
+        options = {
+            "until_empty": "loop_count" not in options,
+            "wait_s": 0.05,
+            **options,
+        }
         event = options.setdefault("shutdown_event", threading.Event())
         late = threading.Event()
         alarm = threading.Timer(WORKER_PATIENCE_S, lambda: (late.set(), event.set()))
@@ -7840,7 +8743,12 @@ class WorkerBroker(taskhawk.Broker):
 class WorkerDenied(Exception):
     """What botocore raises where IAM does not allow a call, as far as it matters."""
 
-    response = {"Error": {"Code": "AccessDenied", "Message": "no identity-based policy allows it"}}  # noqa: RUF012
+    response = {
+        "Error": {
+            "Code": "AccessDenied",
+            "Message": "no identity-based policy allows it",
+        }
+    }  # noqa: RUF012
 
 
 def worker_raise(error: BaseException) -> Callable[..., Any]:
@@ -7882,7 +8790,9 @@ def worker_eventually(condition: Callable[[], Any]) -> Any:
     return value
 
 
-def worker_logs(caplog: pytest.LogCaptureFixture, level: int = logging.WARNING) -> list[str]:
+def worker_logs(
+    caplog: pytest.LogCaptureFixture, level: int = logging.WARNING
+) -> list[str]:
     """Return the texts that were logged at that level or above."""
     return [record.getMessage() for record in caplog.records if record.levelno >= level]
 
@@ -7905,7 +8815,11 @@ def worker_made(request: pytest.FixtureRequest) -> WorkerBroker:
     """Return the broker of a kind, configured, with the queues of a service."""
     names = ("tmp_path", "queue_name", "sqs_client")
     tmp_path, queue_name, sqs_client = map(request.getfixturevalue, names)
-    urls = {"memory": "sqlite://", "disk": f"sqlite:///{tmp_path}/queue.db", "sqs": "sqs"}
+    urls = {
+        "memory": "sqlite://",
+        "disk": f"sqlite:///{tmp_path}/queue.db",
+        "sqs": "sqs",
+    }
     settings = worker_configure(request, urls[request.param], queue_name)
     broker = WorkerBroker(taskhawk._brokers.broker())
     broker.settings = settings
@@ -7926,7 +8840,9 @@ def worker_shared(request: pytest.FixtureRequest) -> WorkerBroker:
     return worker_made(request)
 
 
-def worker_configure(request: pytest.FixtureRequest, url: str, name: str) -> dict[str, str]:
+def worker_configure(
+    request: pytest.FixtureRequest, url: str, name: str
+) -> dict[str, str]:
     """Configure a broker, and return the settings that this takes."""
     values = {"TASKHAWK_BROKER": url, "TASKHAWK_QUEUE": name}
     if url == "sqs":
@@ -7945,7 +8861,11 @@ class WorkerAws(AwsServer):
             "GetQueueUrl": {"QueueUrl": f"{self.url}/1/queue"},
             "GetQueueAttributes": {"Attributes": {"VisibilityTimeout": "30"}},
         }
-        self.settings = {"AWS_ENDPOINT_SQS": self.url, **AWS_KEYS, "TASKHAWK_QUEUE": "app"}
+        self.settings = {
+            "AWS_ENDPOINT_SQS": self.url,
+            **AWS_KEYS,
+            "TASKHAWK_QUEUE": "app",
+        }
 
     def asked(self, action: str) -> list[dict[str, Any]]:
         """Return the requests for an action."""
@@ -7993,7 +8913,9 @@ def worker_process(
         stderr=subprocess.PIPE,
         text=True,
     )
-    alarm = threading.Timer(WORKER_PATIENCE_S, process.kill)  # ends every wait of the test
+    alarm = threading.Timer(
+        WORKER_PATIENCE_S, process.kill
+    )  # ends every wait of the test
     alarm.start()
     with process:
         try:
@@ -8030,13 +8952,21 @@ class TestWorker:
         ledger = taskhawk.listen_for_messages(taskhawk.Priority.default, loop_count=3)
         assert sorted(ran) == [0, 1, 2]
         assert ledger == taskhawk.Ledger(received=3, acked=3)
-        assert worker_any.depth(worker_any.destination(taskhawk.Priority.default)) == (0, 0, 0)
+        assert worker_any.depth(worker_any.destination(taskhawk.Priority.default)) == (
+            0,
+            0,
+            0,
+        )
 
     def test_parameters_of_1_4(self, worker_aws):
         """All five of 1.4's parameters are taken by position and reach SQS as they are."""
-        ledger = taskhawk.listen_for_messages(taskhawk.Priority.high, 7, 90, 2, threading.Event())
+        ledger = taskhawk.listen_for_messages(
+            taskhawk.Priority.high, 7, 90, 2, threading.Event()
+        )
         assert ledger == taskhawk.Ledger()
-        assert worker_aws.asked("GetQueueUrl") == [{"QueueName": "TASKHAWK-APP-HIGH-PRIORITY"}]
+        assert worker_aws.asked("GetQueueUrl") == [
+            {"QueueName": "TASKHAWK-APP-HIGH-PRIORITY"}
+        ]
         receive = {
             "QueueUrl": f"{worker_aws.url}/1/queue",
             "MaxNumberOfMessages": 7,
@@ -8055,14 +8985,20 @@ class TestWorker:
     def test_receives_at_most_ten(self, worker_aws):
         """A num_messages above ten asks for the ten that SQS gives."""
         taskhawk.listen_for_messages(taskhawk.Priority.default, 25, 30, loop_count=1)
-        assert [r["MaxNumberOfMessages"] for r in worker_aws.asked("ReceiveMessage")] == [10]
+        assert [
+            r["MaxNumberOfMessages"] for r in worker_aws.asked("ReceiveMessage")
+        ] == [10]
 
     def test_queue_timeout(self, worker_aws):
         """Without a visibility timeout the queue's own is read once and left to the queue."""
-        worker_aws.answers["GetQueueAttributes"] = {"Attributes": {"VisibilityTimeout": "45"}}
+        worker_aws.answers["GetQueueAttributes"] = {
+            "Attributes": {"VisibilityTimeout": "45"}
+        }
         taskhawk.listen_for_messages(taskhawk.Priority.default, loop_count=2)
         assert len(worker_aws.asked("GetQueueAttributes")) == 1
-        assert ["VisibilityTimeout" in r for r in worker_aws.asked("ReceiveMessage")] == [False] * 2
+        assert [
+            "VisibilityTimeout" in r for r in worker_aws.asked("ReceiveMessage")
+        ] == [False] * 2
 
     @pytest.mark.parametrize(
         ("options", "sentence"),
@@ -8093,12 +9029,20 @@ class TestWorker:
 
         @taskhawk.task
         def note(metadata: Any = None) -> None:
-            worker_eventually(lambda: len(beats) == 4)  # the first waits until all are received
+            worker_eventually(
+                lambda: len(beats) == 4
+            )  # the first waits until all are received
             order.append(metadata.priority.name)
 
         def receive(request: dict[str, Any]) -> dict[str, Any]:
             together.wait(WORKER_PATIENCE_S)
-            name = request["QueueUrl"].rpartition("-APP")[2].strip("-").partition("-")[0].lower()
+            name = (
+                request["QueueUrl"]
+                .rpartition("-APP")[2]
+                .strip("-")
+                .partition("-")[0]
+                .lower()
+            )
             priority = taskhawk.Priority[name or "default"]
             message = taskhawk.Message.new(note.name, priority=priority)
             return worker_aws_messages(message)
@@ -8110,7 +9054,9 @@ class TestWorker:
         worker_aws.answers["DeleteMessageBatch"] = lambda request: {
             "Successful": [{"Id": entry["Id"]} for entry in request["Entries"]]
         }
-        taskhawk.configure(worker_aws.settings, TASKHAWK_HEARTBEAT_HOOK=lambda: beats.append(1))
+        taskhawk.configure(
+            worker_aws.settings, TASKHAWK_HEARTBEAT_HOOK=lambda: beats.append(1)
+        )
         every = [taskhawk.Priority[name] for name in ("bulk", "low", "default", "high")]
         ledger = taskhawk.listen_for_messages(every, 1, 30, 1)
         assert order[1:] == [name for name in urgency if name != order[0]]
@@ -8140,7 +9086,10 @@ class TestWorker:
 
     def test_stopped_during(self, worker_any):
         """Set while a task runs, the event ends the worker after it; what waits is released."""
-        event, queue = threading.Event(), worker_any.destination(taskhawk.Priority.default)
+        event, queue = (
+            threading.Event(),
+            worker_any.destination(taskhawk.Priority.default),
+        )
 
         @taskhawk.task
         def stop(number: int) -> None:
@@ -8235,7 +9184,9 @@ class TestWorker:
 
         worker_broker.put(fail, ("lookup",), ("retry",))
         ledger = worker_broker.work(loop_count=2)
-        words = "2 received, 0 acked, 1 retried, 1 dead-lettered, 0 released, 0 uncertain"
+        words = (
+            "2 received, 0 acked, 1 retried, 1 dead-lettered, 0 released, 0 uncertain"
+        )
         assert (str(ledger), ledger.balanced) == (words, True)
         assert f"worker ended: {words}" in worker_logs(caplog, logging.INFO)
         assert not taskhawk.Ledger(received=1).balanced
@@ -8249,21 +9200,29 @@ class TestWorker:
         @taskhawk.task
         def slow(number: int, metadata: Any = None) -> None:
             if not ran:
-                for step in range(1, 5):  # 0.8 s each: more than three visibility timeouts
+                for step in range(
+                    1, 5
+                ):  # 0.8 s each: more than three visibility timeouts
                     worker_clock.now += 0.8
                     worker_eventually(
                         lambda s=step: len(worker_broker.made("change_visibility")) >= s
                     )
                     taken.extend(
-                        worker_broker.inner.receive(WORKER_QUEUE, 10, 0, 1, threading.Event())
+                        worker_broker.inner.receive(
+                            WORKER_QUEUE, 10, 0, 1, threading.Event()
+                        )
                     )
             ran.append((number, metadata.lease_lost))
 
         worker_broker.put(slow, (1,), (2,))
-        ledger = worker_broker.work(visibility_timeout_s=1, num_messages=2, clock=worker_clock)
+        ledger = worker_broker.work(
+            visibility_timeout_s=1, num_messages=2, clock=worker_clock
+        )
         assert (ran, taken) == ([(1, False), (2, False)], [])
         assert ledger == taskhawk.Ledger(received=2, acked=2)
-        assert [len(changes) for _, changes in worker_broker.made("change_visibility")] == [2] * 4
+        assert [
+            len(changes) for _, changes in worker_broker.made("change_visibility")
+        ] == [2] * 4
 
     @pytest.mark.slow
     def test_lease_on_sqs(self, ministack, sqs_client, queue_name, request):
@@ -8297,7 +9256,9 @@ class TestWorker:
             ran.append((number, metadata.lease_lost))
             changes = [(message.receipt_handle, 0) for message in received]
             assert worker_broker.inner.change_visibility(WORKER_QUEUE, changes) == []
-            again = worker_broker.inner.receive(WORKER_QUEUE, 10, 0, 60, threading.Event())
+            again = worker_broker.inner.receive(
+                WORKER_QUEUE, 10, 0, 60, threading.Event()
+            )
             assert len(again) == 2
             worker_eventually(lambda: metadata.lease_lost)
 
@@ -8324,7 +9285,9 @@ class TestWorker:
             worker_eventually(lambda: metadata.lease_lost)
             raise taskhawk.RetryException(delay_seconds=5)
 
-        worker_broker.faults["change_visibility"] = worker_refuse("ReceiptHandle", final=True)
+        worker_broker.faults["change_visibility"] = worker_refuse(
+            "ReceiptHandle", final=True
+        )
         worker_broker.put(slow, ())
         ledger = worker_broker.work(loop_count=1, clock=worker_clock)
         assert ledger == taskhawk.Ledger(received=1, retried=1)
@@ -8342,7 +9305,9 @@ class TestWorker:
         def slow() -> None:
             for step in (1, 2):
                 worker_clock.now += 11
-                worker_eventually(lambda s=step: len(worker_broker.made("change_visibility")) >= s)
+                worker_eventually(
+                    lambda s=step: len(worker_broker.made("change_visibility")) >= s
+                )
 
         worker_broker.faults["change_visibility"] = worker_first(1, fault)
         worker_broker.put(slow, ())
@@ -8396,8 +9361,13 @@ class TestWorker:
         worker_broker.faults["change_visibility"] = hang
         worker_broker.put(slow, (), ())
         ledger = worker_broker.work(num_messages=2, clock=worker_clock, loop_count=1)
-        assert (ledger, ran) == (taskhawk.Ledger(received=2, uncertain=1, released=1), [1])
-        assert worker_logs(caplog)[0].endswith("may run twice: its lease ended while it waited")
+        assert (ledger, ran) == (
+            taskhawk.Ledger(received=2, uncertain=1, released=1),
+            [1],
+        )
+        assert worker_logs(caplog)[0].endswith(
+            "may run twice: its lease ended while it waited"
+        )
 
     def test_lease_in_time(self, worker_broker, monkeypatch):
         """A lease is extended after a third of it, whenever the keeper looks about besides."""
@@ -8409,7 +9379,9 @@ class TestWorker:
 
         worker_broker.put(slow, ())
         options = {"visibility_timeout_s": 3, "clock": time.monotonic}
-        assert worker_broker.work(loop_count=1, **options) == taskhawk.Ledger(received=1, acked=1)
+        assert worker_broker.work(loop_count=1, **options) == taskhawk.Ledger(
+            received=1, acked=1
+        )
 
     def test_keeper_ends(self, worker_broker, worker_clock):
         """A KeyboardInterrupt in the keeper, of a heartbeat hook, ends the worker too."""
@@ -8444,7 +9416,8 @@ class TestWorker:
                 worker_clock.now += 2 * 3600
                 worker_eventually(
                     lambda s=step: (
-                        len(worker_broker.made("change_visibility")) >= s or metadata.lease_lost
+                        len(worker_broker.made("change_visibility")) >= s
+                        or metadata.lease_lost
                     )
                 )
                 kept.append(not metadata.lease_lost)
@@ -8452,14 +9425,22 @@ class TestWorker:
             worker_eventually(lambda: metadata.lease_lost)
 
         worker_broker.put(day_long, ())
-        ledger = worker_broker.work(loop_count=1, clock=worker_clock, visibility_timeout_s=6 * 3600)
+        ledger = worker_broker.work(
+            loop_count=1, clock=worker_clock, visibility_timeout_s=6 * 3600
+        )
         assert kept == [True] * 5
         assert ledger == taskhawk.Ledger(received=1, uncertain=1)
         twice, again = worker_logs(caplog)
-        assert re.fullmatch("message [-0-9a-f]+ may run twice: it was received 12 hours ago", twice)
-        assert re.fullmatch("message [-0-9a-f]+ may run again: its lease had ended", again)
+        assert re.fullmatch(
+            "message [-0-9a-f]+ may run twice: it was received 12 hours ago", twice
+        )
+        assert re.fullmatch(
+            "message [-0-9a-f]+ may run again: its lease had ended", again
+        )
         assert all(
-            s > 0 for _, changes in worker_broker.made("change_visibility") for _, s in changes
+            s > 0
+            for _, changes in worker_broker.made("change_visibility")
+            for _, s in changes
         )
 
     @staticmethod
@@ -8474,7 +9455,12 @@ class TestWorker:
             return found
 
         def change(real: Any, queue: str, changes: Sequence[tuple[str, float]]) -> Any:
-            beyond = clock.now - received_at[0] + max(s for _, s in changes) - WORKER_12_HOURS_S
+            beyond = (
+                clock.now
+                - received_at[0]
+                + max(s for _, s in changes)
+                - WORKER_12_HOURS_S
+            )
             text = "Total VisibilityTimeout for the message is beyond the limit [43200 seconds]."
             if beyond > 0:
                 return [taskhawk.Refusal(0, "InvalidParameterValue", text, final=True)]
@@ -8495,7 +9481,9 @@ class TestWorker:
             worker_clock.now += 11
             # The keeper extends leases first, then deletes what came before us.
             worker_eventually(
-                lambda: sum(len(r) for _, r in worker_broker.made("delete")) >= deleted[-1]
+                lambda: (
+                    sum(len(r) for _, r in worker_broker.made("delete")) >= deleted[-1]
+                )
             )
 
         deleted: list[int] = []
@@ -8514,15 +9502,21 @@ class TestWorker:
         """Without GetQueueAttributes, messages are received with an explicit 30 s."""
         worker_broker.faults["info"] = worker_raise(WorkerDenied("denied"))
         assert worker_broker.work("A", loop_count=1) == taskhawk.Ledger()
-        assert [args[:4] for args in worker_broker.made("receive")] == [("A", 1, 0.05, 30)]
+        assert [args[:4] for args in worker_broker.made("receive")] == [
+            ("A", 1, 0.05, 30)
+        ]
         assert worker_logs(caplog) == ["A: can't read its attributes: AccessDenied"]
 
     def test_timeout_unknown_at_first(self, worker_broker, caplog):
         """A fault of GetQueueAttributes is one of the receive's: the queue's timeout stays."""
         worker_broker.faults["info"] = worker_first(1, worker_raise(OSError("reset")))
         assert worker_broker.work("A", loop_count=1) == taskhawk.Ledger()
-        assert [args[:4] for args in worker_broker.made("receive")] == [("A", 1, 0.05, None)]
-        assert worker_logs(caplog) == ["A: can't receive, goes on trying: OSError('reset')"]
+        assert [args[:4] for args in worker_broker.made("receive")] == [
+            ("A", 1, 0.05, None)
+        ]
+        assert worker_logs(caplog) == [
+            "A: can't receive, goes on trying: OSError('reset')"
+        ]
 
     def test_timeout_denied_for_one(self, worker_broker):
         """A queue whose timeout is known keeps it, where another one's can't be read."""
@@ -8540,7 +9534,10 @@ class TestWorker:
         asked: dict[str, list[float | None]] = {"A": [], "B": []}
         worker_broker.faults |= {"info": info, "receive": receive}
         worker_broker.work("A", "B", loop_count=2)
-        assert set(asked["A"]) <= {None, 300}  # with a lease of 300 s, 30 s would run it twice
+        assert set(asked["A"]) <= {
+            None,
+            300,
+        }  # with a lease of 300 s, 30 s would run it twice
         assert asked["B"] == [30, 30]
 
     def test_timeout_of_zero(self, worker_broker):
@@ -8550,7 +9547,9 @@ class TestWorker:
         def note() -> None:
             """Do nothing."""
 
-        worker_broker.faults["info"] = lambda real, queue: real()._replace(visibility_timeout_s=0)
+        worker_broker.faults["info"] = lambda real, queue: real()._replace(
+            visibility_timeout_s=0
+        )
         worker_broker.put(note, ())
         ledger = worker_broker.work(loop_count=1)
         assert ledger == taskhawk.Ledger(received=1, acked=1)
@@ -8576,7 +9575,9 @@ class TestWorker:
         "fault",
         [
             worker_raise(OSError("reset")),
-            lambda real, *args: (real() and None) or worker_raise(OSError("reset"))(real),
+            lambda real, *args: (
+                (real() and None) or worker_raise(OSError("reset"))(real)
+            ),
             worker_refuse("InternalError", final=False),
         ],
         ids=["before its effect", "after its effect", "partly"],
@@ -8619,7 +9620,9 @@ class TestWorker:
 
         worker_broker.faults["delete"] = fault
         worker_broker.put(note, ())
-        assert worker_broker.work(loop_count=1) == taskhawk.Ledger(received=1, uncertain=1)
+        assert worker_broker.work(loop_count=1) == taskhawk.Ledger(
+            received=1, uncertain=1
+        )
         (text,) = worker_logs(caplog)
         assert re.fullmatch(f"message [-0-9a-f]{{36}} may run again: {why}", text)
 
@@ -8671,7 +9674,9 @@ class TestWorker:
             worker_broker.put(note, (), queue=queue)
         ledger = worker_broker.work("A", "B", loop_count=1)
         assert ledger == taskhawk.Ledger(received=2, acked=2)
-        deleted = [(queue, len(receipts)) for queue, receipts in worker_broker.made("delete")]
+        deleted = [
+            (queue, len(receipts)) for queue, receipts in worker_broker.made("delete")
+        ]
         assert sorted(deleted) == [("A", 1), ("B", 1)]
 
     def test_refused_deletes_stop_receives(self, worker_broker):
@@ -8728,7 +9733,9 @@ class TestWorker:
 
         worker_broker.put(later, ())
         for _ in range(2):
-            assert worker_broker.work(loop_count=1) == taskhawk.Ledger(received=1, retried=1)
+            assert worker_broker.work(loop_count=1) == taskhawk.Ledger(
+                received=1, retried=1
+            )
             assert worker_broker.work(loop_count=1) == taskhawk.Ledger()
             worker_clock.now += 7
         assert [attempt for _, attempt in attempts] == [1, 2]
@@ -8773,7 +9780,8 @@ class TestWorker:
         failing, text = worker_logs(caplog)
         assert failing == "WORKER: can't set delays, goes on trying: reset"
         assert re.fullmatch(
-            "message [-0-9a-f]{36} is visible again when its lease ends: refused by Invalid", text
+            "message [-0-9a-f]{36} is visible again when its lease ends: refused by Invalid",
+            text,
         )
 
     def test_left_to_its_timeout(self, worker_broker):
@@ -8784,7 +9792,9 @@ class TestWorker:
             raise ValueError("a failed run")
 
         worker_broker.put(fail, ())
-        assert worker_broker.work(loop_count=1) == taskhawk.Ledger(received=1, retried=1)
+        assert worker_broker.work(loop_count=1) == taskhawk.Ledger(
+            received=1, retried=1
+        )
         assert {name for name, _ in worker_broker.calls} == {"info", "receive"}
         assert worker_broker.depth(WORKER_QUEUE) == (0, 1, 0)
 
@@ -8833,7 +9843,9 @@ class TestWorker:
 
         worker_broker.put(fail, ())
         worker_broker.faults |= faults
-        assert worker_broker.work(loop_count=1) == taskhawk.Ledger(received=1, retried=1)
+        assert worker_broker.work(loop_count=1) == taskhawk.Ledger(
+            received=1, retried=1
+        )
         assert worker_broker.made("delete") == []
         assert re.fullmatch(
             f"WORKER: message [-0-9a-f]{{36}} can't be dead-lettered and is left to the queue:"
@@ -9032,12 +10044,16 @@ class TestWorker:
                 assert len(worker_broker.made("change_visibility")) == beat
 
         def pass_the_time() -> None:
-            while len(worker_broker.made("receive")) < 2:  # it waits after the one that fails
+            while (
+                len(worker_broker.made("receive")) < 2
+            ):  # it waits after the one that fails
                 worker_clock.now += 0.1
                 time.sleep(0.001)
 
         taskhawk.configure(TASKHAWK_HEARTBEAT_HOOK=lambda: beats.append(1))
-        worker_broker.faults["receive"] = worker_first(1, worker_raise(OSError("reset")))
+        worker_broker.faults["receive"] = worker_first(
+            1, worker_raise(OSError("reset"))
+        )
         worker_broker.put(slow, ())
         threading.Thread(target=pass_the_time).start()
         worker_broker.work(loop_count=1, clock=worker_clock)
@@ -9122,7 +10138,9 @@ class TestWorker:
             told.append(dataclasses.replace(ledger))
             release.set()
 
-        worker_broker.faults["delete"] = hang if on_overdue else worker_raise(OSError("reset"))
+        worker_broker.faults["delete"] = (
+            hang if on_overdue else worker_raise(OSError("reset"))
+        )
         worker_broker.put(last, ())
         worker = taskhawk.Worker(
             worker_broker,
@@ -9136,7 +10154,9 @@ class TestWorker:
         assert told == [worker.ledger] * on_overdue
         assert (worker.unanswered, worker.overdue.is_set()) == (True, True)
 
-    @pytest.mark.parametrize(("grace_s", "wait_s"), [(None, 20), (25, 20), (10, 6), (2, 1)])
+    @pytest.mark.parametrize(
+        ("grace_s", "wait_s"), [(None, 20), (25, 20), (10, 6), (2, 1)]
+    )
     def test_grace_of_a_poll(self, worker_broker, grace_s, wait_s):
         """A poll ends before the grace does, so that it is waited out."""
         worker = taskhawk.Worker(worker_broker, [WORKER_QUEUE], grace_s=grace_s)
@@ -9151,7 +10171,10 @@ class TestWorker:
             return real()
 
         worker_broker.faults["info"] = info
-        assert worker_broker.work(shutdown_event=stop, until_empty=False) == taskhawk.Ledger()
+        assert (
+            worker_broker.work(shutdown_event=stop, until_empty=False)
+            == taskhawk.Ledger()
+        )
         assert worker_broker.made("receive") == []
 
     def test_worker_in_a_task(self, worker_broker):
@@ -9178,7 +10201,9 @@ class TestWorker:
             return real()
 
         worker_broker.faults["receive"] = receive
-        worker = taskhawk.Worker(worker_broker, [WORKER_QUEUE], shutdown_event=stop, grace_s=3)
+        worker = taskhawk.Worker(
+            worker_broker, [WORKER_QUEUE], shutdown_event=stop, grace_s=3
+        )
         assert worker.run() == taskhawk.Ledger()
         assert not worker.overdue.is_set()
 
@@ -9252,7 +10277,8 @@ class TestWorker:
         worker_broker.work(loop_count=1, liveness_file=str(tmp_path))
         (text,) = worker_logs(caplog)
         assert text == (
-            "can't touch the liveness file: [Errno 21] Is a directory: " + repr(str(tmp_path))
+            "can't touch the liveness file: [Errno 21] Is a directory: "
+            + repr(str(tmp_path))
         )
 
     def test_hooks(self, worker_any):
@@ -9262,7 +10288,9 @@ class TestWorker:
         def hook(*, queue_name: str, sqs_queue_message: Any) -> None:
             seen.append((threading.current_thread(), queue_name, sqs_queue_message))
 
-        def on_error(*, exception: BaseException, message: taskhawk.Message | None) -> None:
+        def on_error(
+            *, exception: BaseException, message: taskhawk.Message | None
+        ) -> None:
             seen.append((str(exception), message and message.args))
 
         @taskhawk.task
@@ -9432,7 +10460,9 @@ class TestWorker:
         worker_broker.faults["send"] = send
         before = signal.signal(signal.SIGTERM, halt)
         try:
-            worker = taskhawk.Worker(worker_broker, [WORKER_QUEUE], loop_count=1, wait_s=0.05)
+            worker = taskhawk.Worker(
+                worker_broker, [WORKER_QUEUE], loop_count=1, wait_s=0.05
+            )
             with pytest.raises(Halt):
                 worker.run()
         finally:
@@ -9455,11 +10485,18 @@ class TestWorker:
         ledger = worker_broker.work(until_empty=False)
         assert ledger == taskhawk.Ledger(received=1, acked=1)
         assert during[0] not in before
-        assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+        assert (
+            signal.getsignal(signal.SIGTERM),
+            signal.getsignal(signal.SIGINT),
+        ) == before
 
     def test_second_interrupt(self, worker_broker):
         """A second SIGINT waits for no poll; what waited and what ran is released."""
-        polling, release, polled = threading.Event(), threading.Event(), threading.Event()
+        polling, release, polled = (
+            threading.Event(),
+            threading.Event(),
+            threading.Event(),
+        )
 
         def receive(real: Any, queue: str, *_args: Any) -> Any:
             if queue == "A":
@@ -9511,7 +10548,9 @@ class TestWorker:
 
         @taskhawk.task
         def look() -> None:
-            during.append((signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)))
+            during.append(
+                (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
+            )
 
         worker_broker.put(look, ())
         thread = threading.Thread(target=lambda: ledgers.append(worker_broker.work()))
@@ -9519,7 +10558,9 @@ class TestWorker:
         thread.join(WORKER_PATIENCE_S)
         assert (during, ledgers) == ([before], [taskhawk.Ledger(received=1, acked=1)])
 
-    @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a stack may not count")
+    @pytest.mark.skipif(
+        sys.platform != "linux", reason="elsewhere a stack may not count"
+    )
     def test_thread_that_cannot_start(self, tmp_path):
         """Where one of its threads can't start, no other goes on to receive: the worker ends."""
         code = """if True:
@@ -9531,7 +10572,10 @@ class TestWorker:
             except RuntimeError as error:
                 print(error, [thread.name for thread in threading.enumerate()])"""
         env = {"TASKHAWK_BROKER": f"sqlite:///{tmp_path}/queue.db"}
-        assert run_python(code, env=env).stdout == "can't start new thread ['MainThread']\n"
+        assert (
+            run_python(code, env=env).stdout
+            == "can't start new thread ['MainThread']\n"
+        )
 
     @pytest.mark.slow
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -9602,7 +10646,9 @@ class TestCapture:
             pytest.fail("ran")
 
         with taskhawk.capture() as calls:
-            invocation = send.with_headers(a="1").with_priority(Priority.high).with_delay(60)
+            invocation = (
+                send.with_headers(a="1").with_priority(Priority.high).with_delay(60)
+            )
             message_id = invocation.dispatch("x", at=decimal.Decimal("1.5"))
             with taskhawk.batch():
                 send.dispatch("y")
@@ -9615,7 +10661,9 @@ class TestCapture:
     def test_refuses(self, mail):
         """What can't be sent raises as it does for real, and is not there."""
         with taskhawk.capture() as calls:
-            with pytest.raises(TypeError, match=r"mail\.send: too many positional arguments"):
+            with pytest.raises(
+                TypeError, match=r"mail\.send: too many positional arguments"
+            ):
                 mail.dispatch(1, 2, 3)
             with pytest.raises(taskhawk.ValidationError):
                 mail.dispatch(math.nan)
@@ -9668,9 +10716,17 @@ LETTER_ERROR = {
 def put_letters(broker: taskhawk.Broker) -> list[str]:
     """Put three letters there: one of a worker, one that the queue moved, one that is invalid."""
     ids = [str(uuid.uuid4()) for _ in range(2)]
-    bodies = [{**json.loads(body_of(n)), "id": ids[n], "headers": {"n": f"{n}"}} for n in (0, 1)]
+    bodies = [
+        {**json.loads(body_of(n)), "id": ids[n], "headers": {"n": f"{n}"}}
+        for n in (0, 1)
+    ]
     bodies[1]["task"] = "other.task"
-    error = {"taskhawk.error": {"DataType": "String", "StringValue": json.dumps(LETTER_ERROR)}}
+    error = {
+        "taskhawk.error": {
+            "DataType": "String",
+            "StringValue": json.dumps(LETTER_ERROR),
+        }
+    }
     odd = {"taskhawk.error": {"DataType": "String", "StringValue": "[]"}}
     queue = f"{broker.destination(Priority.default)}-DLQ"
     broker.send(queue, [Outgoing(json.dumps(bodies[0]), error)])
@@ -9684,9 +10740,13 @@ def letters(
     broker: taskhawk.Broker, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> Callable[..., Any]:
     """Return a function that runs a command on three dead letters, and returns its lines."""
-    if isinstance(broker, taskhawk.SqliteBroker):  # the memory of a process is no queue of commands
+    if isinstance(
+        broker, taskhawk.SqliteBroker
+    ):  # the memory of a process is no queue of commands
         url = f"sqlite:///{tmp_path}/queue.db"
-        taskhawk.configure(TASKHAWK_BROKER=url, TASKHAWK_QUEUE=taskhawk.settings.TASKHAWK_QUEUE)
+        taskhawk.configure(
+            TASKHAWK_BROKER=url, TASKHAWK_QUEUE=taskhawk.settings.TASKHAWK_QUEUE
+        )
 
     def run(*arguments: str, code: int = 0) -> list[str]:
         assert taskhawk.main(["dead-letters", *arguments]) == code
@@ -9714,7 +10774,9 @@ class TestDeadLetterCommands:
         assert ages[2] == (
             f"{letters.ids[1]}  other.task  AGE  moved by the queue itself, after too many receives"
         )
-        assert re.fullmatch("[-0-9a-f]+  None  AGE  message: not JSON at character 0", ages[0])
+        assert re.fullmatch(
+            "[-0-9a-f]+  None  AGE  message: not JSON at character 0", ages[0]
+        )
         assert letters_left() == (Depth(0, 0, 0), Depth(3, 0, 0))
 
     @pytest.mark.parametrize(
@@ -9739,11 +10801,18 @@ class TestDeadLetterCommands:
         arguments = [letters.ids[0] if word == "ID" else word for word in arguments]
         shown = [json.loads(line) for line in letters("list", "--json", *arguments)]
         ids = {letter["id"] for letter in shown}
-        assert ids == {letters.ids[n] for n in found} if None not in found else len(ids) == 1
+        assert (
+            ids == {letters.ids[n] for n in found}
+            if None not in found
+            else len(ids) == 1
+        )
 
     def test_json(self, letters):
         """For programs, each is an object with all that is known of it."""
-        (letter,) = [json.loads(line) for line in letters("list", "--json", "--task", "mail.send")]
+        (letter,) = [
+            json.loads(line)
+            for line in letters("list", "--json", "--task", "mail.send")
+        ]
         assert letter.pop("age_s") in range(60)
         assert re.fullmatch(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ", letter.pop("sent"))
         assert re.fullmatch(MESSAGE_ID, letter.pop("message_id"))
@@ -9762,7 +10831,11 @@ class TestDeadLetterCommands:
         """One is shown with its arguments and its traceback."""
         lines = letters("show", letters.ids[0])
         assert lines[0] == f"id: {letters.ids[0]}"
-        expected = {"args: [0]", "error: ValueError: no amount", "error traceback: Traceback"}
+        expected = {
+            "args: [0]",
+            "error: ValueError: no amount",
+            "error traceback: Traceback",
+        }
         assert expected | {"error attempt: 3", "error worker: host:1"} <= set(lines)
 
     def test_export(self, letters):
@@ -9817,7 +10890,9 @@ class TestDeadLetterCommands:
     @pytest.mark.parametrize("broker", ["sqlite"], indirect=True)
     def test_show_nothing(self, letters, capsys):
         """An id that no dead letter has is an error."""
-        assert command_error(capsys, "dead-letters", "show", "nothing", "--newer-than", "1s") == (
+        assert command_error(
+            capsys, "dead-letters", "show", "nothing", "--newer-than", "1s"
+        ) == (
             1,
             "taskhawk: show: no such dead letter, among those that fit all filters",
         )
@@ -9836,7 +10911,9 @@ class TestDeadLetterCommands:
 
         caplog.set_level(logging.INFO)
         with pytest.raises(KeyboardInterrupt):
-            taskhawk._DeadLetters(Priority.default).each("looking", "looked at", interrupt)
+            taskhawk._DeadLetters(Priority.default).each(
+                "looking", "looked at", interrupt
+            )
         assert letters_left() == (Depth(0, 0, 0), Depth(3, 0, 0))
         text = "stopped: up to 10 more messages may be looked at too"
         assert text in [record.getMessage() for record in caplog.records]
@@ -9919,7 +10996,9 @@ class TestStats:
 
         def deny_others(data: dict[str, Any], behind: Callable[..., Any]) -> Any:
             other = re.search("PRIORITY|BULK", data["QueueName"])
-            return (fault("AccessDenied", status=403) if other else passed)(data, behind)
+            return (fault("AccessDenied", status=403) if other else passed)(
+                data, behind
+            )
 
         scripted.always("GetQueueUrl", deny_others)
         assert taskhawk.main(["stats", "--json"]) == 0
@@ -9953,7 +11032,9 @@ class TestStats:
 
     def test_no_interval(self):
         """Watched without a pause, there is no trend to tell."""
-        depths = {"high": {"visible": 1, "in_flight": 0, "delayed": 0, "dead_letters": None}}
+        depths = {
+            "high": {"visible": 1, "in_flight": 0, "delayed": 0, "dead_letters": None}
+        }
         once = list(taskhawk._depth_lines(depths, {}, 0, bars=False))
         assert list(taskhawk._depth_lines(depths, depths, 0, bars=False)) == once
 
@@ -9961,9 +11042,19 @@ class TestStats:
     def test_watch(self, tmp_path):
         """Watched in a terminal, it is drawn again and again, with the trend, until Ctrl-C."""
         leader, follower = pty.openpty()
-        command = [sys.executable, "-m", "taskhawk", "stats", "--watch", "--interval", "0.05"]
+        command = [
+            sys.executable,
+            "-m",
+            "taskhawk",
+            "stats",
+            "--watch",
+            "--interval",
+            "0.05",
+        ]
         env = python_env({"TASKHAWK_BROKER": f"sqlite:///{tmp_path}/queue.db"})
-        with subprocess.Popen(command, stdout=follower, env=env, cwd=tmp_path) as process:
+        with subprocess.Popen(
+            command, stdout=follower, env=env, cwd=tmp_path
+        ) as process:
             os.close(follower)
             shown = ""
             while shown.count("\x1b[2J") < 3:
@@ -9975,7 +11066,9 @@ class TestStats:
         assert "+0.0/s" in shown
 
 
-def configure_account(client: Callable[..., Any], endpoint: str, queue: str, **values: Any) -> str:
+def configure_account(
+    client: Callable[..., Any], endpoint: str, queue: str, **values: Any
+) -> str:
     """Configure what an emulator needs for provisioning, and return its account."""
     configure_aws(endpoint, queue)
     account = client(endpoint, "sts").get_caller_identity()["Account"]
@@ -9986,7 +11079,9 @@ def configure_account(client: Callable[..., Any], endpoint: str, queue: str, **v
 def attributes_of(client: Any, queue: str) -> dict[str, Any]:
     """Return the attributes of a queue."""
     url = client.get_queue_url(QueueName=queue)["QueueUrl"]
-    return client.get_queue_attributes(QueueUrl=url, AttributeNames=["All"])["Attributes"]
+    return client.get_queue_attributes(QueueUrl=url, AttributeNames=["All"])[
+        "Attributes"
+    ]
 
 
 def provision(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
@@ -10002,28 +11097,38 @@ class TestProvision:
         """All are made; the second time there is nothing to do."""
         configure_account(sqs_client, endpoint, queue_name)
         names = [
-            f"TASKHAWK-{queue_name}{s}" for s in ("-HIGH-PRIORITY", "", "-LOW-PRIORITY", "-BULK")
+            f"TASKHAWK-{queue_name}{s}"
+            for s in ("-HIGH-PRIORITY", "", "-LOW-PRIORITY", "-BULK")
         ]
         each = [f"queue {name}{dlq}: " for name in names for dlq in ("-DLQ", "")]
-        assert provision(capsys, "--dry-run") == [f"{line}would be made" for line in each]
+        assert provision(capsys, "--dry-run") == [
+            f"{line}would be made" for line in each
+        ]
         assert provision(capsys) == [f"{line}made" for line in each]
         assert provision(capsys) == [f"{line}is as it should be" for line in each]
         client = sqs_client(endpoint)
         for name in names:
-            found, dead = attributes_of(client, name), attributes_of(client, f"{name}-DLQ")
+            found, dead = (
+                attributes_of(client, name),
+                attributes_of(client, f"{name}-DLQ"),
+            )
             assert found["MessageRetentionPeriod"] == str(4 * 86_400)
             assert dead["MessageRetentionPeriod"] == str(14 * 86_400)
             policy = json.loads(found["RedrivePolicy"])
             assert policy["deadLetterTargetArn"] == dead["QueueArn"]
             assert int(policy["maxReceiveCount"]) == 5
             url = client.get_queue_url(QueueName=name)["QueueUrl"]
-            assert client.list_queue_tags(QueueUrl=url)["Tags"] == {"taskhawk": queue_name}
+            assert client.list_queue_tags(QueueUrl=url)["Tags"] == {
+                "taskhawk": queue_name
+            }
 
     def test_mends(self, endpoint, sqs_client, queue_name, capsys):
         """What is too low is raised, and what someone set higher stays."""
         client, name = sqs_client(endpoint), f"TASKHAWK-{queue_name}"
         account = configure_account(sqs_client, endpoint, queue_name)
-        client.create_queue(QueueName=f"{name}-DLQ", Attributes={"MessageRetentionPeriod": "86400"})
+        client.create_queue(
+            QueueName=f"{name}-DLQ", Attributes={"MessageRetentionPeriod": "86400"}
+        )
         attributes = {"MessageRetentionPeriod": "864000", "MaximumMessageSize": "65536"}
         client.create_queue(QueueName=name, Attributes=attributes)
         arn = f"arn:aws:sqs:us-east-1:{account}:{name}-DLQ"
@@ -10034,7 +11139,9 @@ class TestProvision:
             f" RedrivePolicy from none to {policy}",
         }
         only = ("--priority", "default")
-        would = [f"queue {queue}: would be {change}" for queue, change in changes.items()]
+        would = [
+            f"queue {queue}: would be {change}" for queue, change in changes.items()
+        ]
         assert provision(capsys, *only, "--dry-run") == would
         done = [f"queue {queue}: {change}" for queue, change in changes.items()]
         assert provision(capsys, *only) == done
@@ -10043,19 +11150,31 @@ class TestProvision:
         assert '"maxReceiveCount": 8' in line
         assert provision(capsys, *only)[1] == f"queue {name}: is as it should be"
         policy = json.loads(attributes_of(client, name)["RedrivePolicy"])
-        assert (int(policy["maxReceiveCount"]), policy["deadLetterTargetArn"]) == (8, arn)
+        assert (int(policy["maxReceiveCount"]), policy["deadLetterTargetArn"]) == (
+            8,
+            arn,
+        )
 
     def test_terraform(self, ministack, sqs_client, queue_name, capsys):
         """Terraform's description is, attribute by attribute, what the API was told."""
         configure_aws(ministack, queue_name)
-        described = json.loads("\n".join(provision(capsys, "--format", "terraform")))["resource"]
+        described = json.loads("\n".join(provision(capsys, "--format", "terraform")))[
+            "resource"
+        ]
         provision(capsys)
         client, queues = sqs_client(ministack), described["aws_sqs_queue"]
         assert len(queues) == 8
         for queue in queues.values():
             found = attributes_of(client, queue["name"])
-            assert int(found["MessageRetentionPeriod"]) == queue["message_retention_seconds"]
-            assert int(found["MaximumMessageSize"]) == queue["max_message_size"] == 1_048_576
+            assert (
+                int(found["MessageRetentionPeriod"])
+                == queue["message_retention_seconds"]
+            )
+            assert (
+                int(found["MaximumMessageSize"])
+                == queue["max_message_size"]
+                == 1_048_576
+            )
             url = client.get_queue_url(QueueName=queue["name"])["QueueUrl"]
             assert client.list_queue_tags(QueueUrl=url)["Tags"] == queue["tags"]
             ours = json.loads(queue.get("redrive_policy", "{}"))
@@ -10064,12 +11183,16 @@ class TestProvision:
                 label = re.fullmatch(r"\$\{aws_sqs_queue\.(\w+)\.arn\}", reference)[1]
                 target = attributes_of(client, queues[label]["name"])
                 ours["deadLetterTargetArn"] = target["QueueArn"]
-            assert {k: str(v) for k, v in ours.items()} == {k: str(v) for k, v in theirs.items()}
+            assert {k: str(v) for k, v in ours.items()} == {
+                k: str(v) for k, v in theirs.items()
+            }
 
     def test_iam(self, ministack, queue_name, capsys):
         """The policies allow each role what it needs, on what it needs it for."""
         configure_aws(ministack, queue_name)
-        roles = json.loads("\n".join(provision(capsys, "--format=iam", "--priority=default")))
+        roles = json.loads(
+            "\n".join(provision(capsys, "--format=iam", "--priority=default"))
+        )
         assert set(roles) == {"publisher", "worker", "lambda", "operator"}
         arn = f"arn:aws:sqs:us-east-1:000000000000:TASKHAWK-{queue_name}"
         assert roles["publisher"] == {
@@ -10089,7 +11212,9 @@ class TestProvision:
 
     def test_topics(self, endpoint, sqs_client, queue_name, capsys):
         """A Lambda app has topics, and functions subscribe to them."""
-        account = configure_account(sqs_client, endpoint, queue_name, IS_LAMBDA_APP=True)
+        account = configure_account(
+            sqs_client, endpoint, queue_name, IS_LAMBDA_APP=True
+        )
         topic = f"taskhawk-{queue_name.lower()}"
         function = f"arn:aws:lambda:us-east-1:{account}:function:app"
         only = ("--priority=default", "--lambda", function)
@@ -10098,9 +11223,15 @@ class TestProvision:
         assert provision(capsys, *only, "--dry-run") == [
             f"{line}would be {done}" for line, done in zip(lines, made, strict=True)
         ]
-        assert provision(capsys, *only) == [f"{a}{b}" for a, b in zip(lines, made, strict=True)]
-        assert provision(capsys, *only) == [f"{line}is as it should be" for line in lines]
-        described = json.loads("\n".join(provision(capsys, *only, "--format=terraform")))
+        assert provision(capsys, *only) == [
+            f"{a}{b}" for a, b in zip(lines, made, strict=True)
+        ]
+        assert provision(capsys, *only) == [
+            f"{line}is as it should be" for line in lines
+        ]
+        described = json.loads(
+            "\n".join(provision(capsys, *only, "--format=terraform"))
+        )
         label = topic.replace("-", "_")
         reference = f"${{aws_sns_topic.{label}.arn}}"
         assert described["resource"]["aws_sns_topic_subscription"][label] == {
@@ -10108,7 +11239,10 @@ class TestProvision:
             "protocol": "lambda",
             "endpoint": function,
         }
-        assert described["resource"]["aws_lambda_permission"][label]["source_arn"] == reference
+        assert (
+            described["resource"]["aws_lambda_permission"][label]["source_arn"]
+            == reference
+        )
         roles = json.loads("\n".join(provision(capsys, *only, "--format=iam")))
         arn = f"arn:aws:sns:us-east-1:{account}:{topic}"
         (statement,) = roles["publisher"]["Statement"]
@@ -10128,7 +11262,9 @@ class TestProvision:
         configure_aws(ministack, queue_name)
         taskhawk.configure(TASKHAWK_QUEUE=queue_name, AWS_REGION="us-east-1")
         assert taskhawk.main(["provision"]) == 2
-        assert capsys.readouterr().err.startswith("taskhawk: AWS_ACCOUNT_ID is not set: expected")
+        assert capsys.readouterr().err.startswith(
+            "taskhawk: AWS_ACCOUNT_ID is not set: expected"
+        )
 
     def test_sqlite(self, tmp_path, capsys):
         """On SQLite it makes the file."""
@@ -10145,8 +11281,14 @@ class TestProvision:
     @pytest.mark.parametrize(
         ("options", "text"),
         [
-            (("--max-receive-count", "0"), "--max-receive-count: expected 1 to 1000, got 0"),
-            (("--max-receive-count", "1001"), "--max-receive-count: expected 1 to 1000, got 1001"),
+            (
+                ("--max-receive-count", "0"),
+                "--max-receive-count: expected 1 to 1000, got 0",
+            ),
+            (
+                ("--max-receive-count", "1001"),
+                "--max-receive-count: expected 1 to 1000, got 1001",
+            ),
             (("--lambda", "arn"), "--lambda: expected IS_LAMBDA_APP to be set"),
         ],
     )
@@ -10181,8 +11323,14 @@ class TestCheck:
     @pytest.mark.parametrize(
         ("values", "text"),
         [
-            ({"AWS_REGION": None}, "no AWS region: set AWS_REGION, for example eu-west-1"),
-            ({"AWS_ACCESS_KEY": None, "AWS_SECRET_KEY": None}, "no AWS credentials: set"),
+            (
+                {"AWS_REGION": None},
+                "no AWS region: set AWS_REGION, for example eu-west-1",
+            ),
+            (
+                {"AWS_ACCESS_KEY": None, "AWS_SECRET_KEY": None},
+                "no AWS credentials: set",
+            ),
         ],
     )
     def test_aws(self, values, text, ministack, queue_name, capsys):
@@ -10198,7 +11346,10 @@ class TestCheck:
         """What was provisioned has no fault."""
         configure_account(sqs_client, endpoint, queue_name)
         provision(capsys)
-        assert check(capsys, "--priority=high", "--priority=default") == (0, ["nothing is wrong"])
+        assert check(capsys, "--priority=high", "--priority=default") == (
+            0,
+            ["nothing is wrong"],
+        )
         assert check(capsys, "--json") == (0, ["[]"])
 
     def test_missing(self, ministack, queue_name, capsys):
@@ -10227,7 +11378,10 @@ class TestCheck:
         )
 
         @taskhawk.task(
-            name="slow", time_limit=60, retry=taskhawk.fixed(1, max_retries=2), isolate=True
+            name="slow",
+            time_limit=60,
+            retry=taskhawk.fixed(1, max_retries=2),
+            isolate=True,
         )
         def slow() -> None:
             """Do nothing."""
@@ -10281,7 +11435,9 @@ class TestCheck:
         policy = json.dumps({"deadLetterTargetArn": dead, "maxReceiveCount": 5})
         low, attributes = f"{name}-LOW-PRIORITY", {"RedrivePolicy": policy}
         client.create_queue(QueueName=low, Attributes=attributes)
-        client.delete_queue(QueueUrl=client.get_queue_url(QueueName=f"{name}-DLQ")["QueueUrl"])
+        client.delete_queue(
+            QueueUrl=client.get_queue_url(QueueName=f"{name}-DLQ")["QueueUrl"]
+        )
         configure_aws(ministack, queue_name)
         (line, _) = check(capsys, "--priority=low")[1]
         assert line.endswith(". Mend it: make it, or correct the RedrivePolicy")
@@ -10301,7 +11457,9 @@ class TestCheck:
         configure_aws(ministack, queue_name)
         provision(capsys, "--priority=default")
         url = client.get_queue_url(QueueName=name)["QueueUrl"]
-        client.set_queue_attributes(QueueUrl=url, Attributes={"MessageRetentionPeriod": "1209600"})
+        client.set_queue_attributes(
+            QueueUrl=url, Attributes={"MessageRetentionPeriod": "1209600"}
+        )
         (line, _) = check(capsys, "--priority=default")[1]
         assert line.endswith(
             f". Mend it: set MessageRetentionPeriod of {name} below that of {name}-DLQ:"
@@ -10314,7 +11472,9 @@ class TestCheck:
         code, lines = check(capsys, "--json", "--priority=default", "--priority=bulk")
         (finding,) = json.loads("\n".join(lines))
         assert (code, finding["severity"]) == (1, "error")
-        assert finding["what"].startswith("An error occurred (ExpiredToken) when calling")
+        assert finding["what"].startswith(
+            "An error occurred (ExpiredToken) when calling"
+        )
         assert finding["remedy"] == (
             "check credentials, AWS_REGION, AWS_ENDPOINT_SQS and the network"
         )
@@ -10335,7 +11495,9 @@ class TestCheck:
         taskhawk.configure(dict(taskhawk.settings.given) | {"TASKHAWK_QUEUE": "my app"})
         code, (line, _) = check(capsys)
         assert code == 1
-        assert line.startswith("error: TASKHAWK_QUEUE in configure(): expected at most 71 letters")
+        assert line.startswith(
+            "error: TASKHAWK_QUEUE in configure(): expected at most 71 letters"
+        )
 
     def test_topics(self, ministack, queue_name, capsys):
         """A topic must be there, and have a subscriber."""
@@ -10345,7 +11507,9 @@ class TestCheck:
         assert line.startswith(f"error: {topic}: no such topic: dispatch raises.")
         provision(capsys, "--priority=default")
         (line, _) = check(capsys)[1]
-        assert line.startswith(f"error: {topic}: nobody subscribes: what is sent is lost.")
+        assert line.startswith(
+            f"error: {topic}: nobody subscribes: what is sent is lost."
+        )
 
     @pytest.mark.parametrize("lambda_app", [False, True])
     def test_denied(self, scripted, queue_name, capsys, lambda_app):
@@ -10355,7 +11519,9 @@ class TestCheck:
             scripted.always(action, fault("AccessDenied", status=403))
         code, (line, _) = check(capsys)
         assert code == 1
-        assert "access denied: the IAM policy of these credentials does not allow" in line
+        assert (
+            "access denied: the IAM policy of these credentials does not allow" in line
+        )
 
     def test_main(self, sqlite, capsys):
         """A task that is registered under __main__ is found by no worker."""
@@ -10392,7 +11558,16 @@ def skip():
 def broken():
     1 / 0
 """
-COMMANDS = ["demo", "listen", "dispatch", "tasks", "schema", "stats", "check", "provision"]
+COMMANDS = [
+    "demo",
+    "listen",
+    "dispatch",
+    "tasks",
+    "schema",
+    "stats",
+    "check",
+    "provision",
+]
 COMMANDS += [
     "dead-letters",
     *(f"dead-letters {a}" for a in ["list", "show", "requeue", "delete", "export"]),
@@ -10411,7 +11586,11 @@ def command_line(folder: Path, way: str) -> tuple[list[str], str]:
     script = Path(sys.executable).with_name("taskhawk")
     if way == "script" and not script.exists():
         pytest.skip("taskhawk is not installed")
-    called = {"module": ["-m", "taskhawk"], "file": [taskhawk.__file__], "script": [str(script)]}
+    called = {
+        "module": ["-m", "taskhawk"],
+        "file": [taskhawk.__file__],
+        "script": [str(script)],
+    }
     return called[way], "taskhawk"
 
 
@@ -10429,7 +11608,9 @@ def command_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
             del sys.modules[name]
 
 
-def command_error(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+def command_error(
+    capsys: pytest.CaptureFixture[str], *arguments: str
+) -> tuple[int, str]:
     """Run a command that fails, and return its exit code and its one line."""
     code = taskhawk.main(arguments)
     output, errors = capsys.readouterr()
@@ -10459,7 +11640,10 @@ class TestCommandLine:
     def test_module_fails(self, command_folder, capsys, line, text):
         """Whatever a module raises when it is imported is one line, and tells what it was."""
         (command_folder / "failing_jobs.py").write_text(f"{line}\n")
-        assert command_error(capsys, "tasks", "failing_jobs") == (1, f"taskhawk: {text}")
+        assert command_error(capsys, "tasks", "failing_jobs") == (
+            1,
+            f"taskhawk: {text}",
+        )
 
     @pytest.mark.slow
     @pytest.mark.parametrize("way", ["module", "vendored", "file", "script"])
@@ -10474,13 +11658,18 @@ class TestCommandLine:
             assert result.returncode == 0, result.stderr
             return result.stdout
 
-        assert run("tasks", "job") == "job.add  default\njob.broken  default\nskip  high\n"
+        assert (
+            run("tasks", "job") == "job.add  default\njob.broken  default\nskip  high\n"
+        )
         arguments = ("--args", "[1]", "--kwargs", '{"other": 3}', "--priority", "high")
         assert re.fullmatch(
-            "[-0-9a-f]{36}\n", run("dispatch", "job.add", *arguments, "--header", "a=b=c")
+            "[-0-9a-f]{36}\n",
+            run("dispatch", "job.add", *arguments, "--header", "a=b=c"),
         )
         run("dispatch", "skip", "--module", "job")
-        output = run("listen", "job", "--loop-count", "1", "--priority=high", "--num-messages=2")
+        output = run(
+            "listen", "job", "--loop-count", "1", "--priority=high", "--num-messages=2"
+        )
         assert output == (
             "sum 4 {'a': 'b=c'} high\n"
             "2 received, 2 acked, 0 retried, 0 dead-lettered, 0 released, 0 uncertain\n"
@@ -10491,7 +11680,9 @@ class TestCommandLine:
         """A dead letter is sent back to its queue, with its priority, and runs again."""
         (tmp_path / "job.py").write_text(COMMAND_MODULE.format(package="taskhawk"))
         env = {"TASKHAWK_BROKER": f"sqlite:///{tmp_path}/queue.db"}
-        ledger = "1 received, 0 acked, 0 retried, 1 dead-lettered, 0 released, 0 uncertain\n"
+        ledger = (
+            "1 received, 0 acked, 0 retried, 1 dead-lettered, 0 released, 0 uncertain\n"
+        )
 
         def run(*arguments: str) -> str:
             result = run_python(["-m", "taskhawk", *arguments], cwd=tmp_path, env=env)
@@ -10571,11 +11762,20 @@ class TestCommandLine:
         """The version is printed."""
         with pytest.raises(SystemExit) as ended:
             taskhawk.main(["--version"])
-        assert (ended.value.code, capsys.readouterr().out) == (0, f"{taskhawk.__version__}\n")
+        assert (ended.value.code, capsys.readouterr().out) == (
+            0,
+            f"{taskhawk.__version__}\n",
+        )
 
     @pytest.mark.parametrize(
         "arguments",
-        [[], ["nonsense"], ["listen", "--nonsense"], ["dead-letters"], ["listen", "--priority=x"]],
+        [
+            [],
+            ["nonsense"],
+            ["listen", "--nonsense"],
+            ["dead-letters"],
+            ["listen", "--priority=x"],
+        ],
         ids=" ".join,
     )
     def test_wrong_usage(self, capsys, arguments):
@@ -10599,7 +11799,10 @@ class TestCommandLine:
                 "listen nowhere.tasks",
                 "the module 'nowhere.tasks' can't be imported: No module named 'nowhere'",
             ),
-            ("tasks nowhere", "the module 'nowhere' can't be imported: No module named 'nowhere'"),
+            (
+                "tasks nowhere",
+                "the module 'nowhere' can't be imported: No module named 'nowhere'",
+            ),
             (
                 "dispatch nowhere.f",
                 "the module 'nowhere' can't be imported: No module named 'nowhere'",
@@ -10609,10 +11812,22 @@ class TestCommandLine:
                 "dispatch job.missing",
                 "no task is registered as 'job.missing': is its module imported?",
             ),
-            ("dispatch job.add --args [1", "--args: expected an array of JSON, got '[1'"),
-            ("dispatch job.add --args [NaN]", "--args: expected an array of JSON, got '[NaN]'"),
-            ("dispatch job.add --args {}", "--args: expected an array of JSON, got '{}'"),
-            ("dispatch job.add --kwargs []", "--kwargs: expected an object of JSON, got '[]'"),
+            (
+                "dispatch job.add --args [1",
+                "--args: expected an array of JSON, got '[1'",
+            ),
+            (
+                "dispatch job.add --args [NaN]",
+                "--args: expected an array of JSON, got '[NaN]'",
+            ),
+            (
+                "dispatch job.add --args {}",
+                "--args: expected an array of JSON, got '{}'",
+            ),
+            (
+                "dispatch job.add --kwargs []",
+                "--kwargs: expected an object of JSON, got '[]'",
+            ),
             ("dispatch job.add --header a", "--header: expected K=V, got 'a'"),
             ("dispatch job.add", "job.add: missing a required argument: 'one'"),
             (
@@ -10630,10 +11845,14 @@ class TestCommandLine:
             ),
         ],
     )
-    def test_wrong_arguments(self, capsys, command_folder, monkeypatch, arguments, sentence):
+    def test_wrong_arguments(
+        self, capsys, command_folder, monkeypatch, arguments, sentence
+    ):
         """What can't work is said in one line, and the exit code is 2."""
         taskhawk._registry.clear()
-        (command_folder / "job.py").write_text(COMMAND_MODULE.format(package="taskhawk"))
+        (command_folder / "job.py").write_text(
+            COMMAND_MODULE.format(package="taskhawk")
+        )
         monkeypatch.setenv("TASKHAWK_BROKER", "sqlite:///queue.db")
         assert command_error(capsys, *arguments.split()) == (2, f"taskhawk: {sentence}")
 
@@ -10670,15 +11889,21 @@ class TestCommandLine:
         """Wrong configuration is said in one line, and the exit code is 2."""
         (tmp_path / "job.py").write_text(COMMAND_MODULE.format(package="taskhawk"))
         result = run_python(
-            ["-m", "taskhawk", "dispatch", "job.broken"], cwd=tmp_path, env={name: value}
+            ["-m", "taskhawk", "dispatch", "job.broken"],
+            cwd=tmp_path,
+            env={name: value},
         )
         assert (result.returncode, result.stderr) == (2, f"taskhawk: {sentence}\n")
 
-    @pytest.mark.parametrize("command", ["listen job", "dispatch job.add", "dead-letters requeue"])
+    @pytest.mark.parametrize(
+        "command", ["listen job", "dispatch job.add", "dead-letters requeue"]
+    )
     @pytest.mark.parametrize("url", ["sqlite://", "sqlite://?max_receive_count=3"])
     def test_memory(self, capsys, command_folder, monkeypatch, command, url):
         """A queue in the memory of a process that ends is refused."""
-        (command_folder / "job.py").write_text(COMMAND_MODULE.format(package="taskhawk"))
+        (command_folder / "job.py").write_text(
+            COMMAND_MODULE.format(package="taskhawk")
+        )
         monkeypatch.setenv("TASKHAWK_BROKER", url)
         name = " ".join(command.split()[: 2 if "dead" in command else 1])
         assert command_error(capsys, *command.split()) == (
@@ -10690,7 +11915,8 @@ class TestCommandLine:
         )
 
     @pytest.mark.parametrize(
-        "command", ["listen memory_job --until-empty", "dispatch memory_job.add --args [1]"]
+        "command",
+        ["listen memory_job --until-empty", "dispatch memory_job.add --args [1]"],
     )
     def test_memory_of_a_module(self, capsys, command_folder, command):
         """So is one that the tasks' module configures."""
@@ -10714,7 +11940,10 @@ class TestCommandLine:
             "GetQueueAttributes": lambda request: {
                 "Attributes": {"VisibilityTimeout": "30", "RedrivePolicy": policy}
                 | dict.fromkeys(request["AttributeNames"][2:], "0")
-                | {"ApproximateNumberOfMessages": "1", "ApproximateNumberOfMessagesNotVisible": "0"}
+                | {
+                    "ApproximateNumberOfMessages": "1",
+                    "ApproximateNumberOfMessagesNotVisible": "0",
+                }
                 | {"ApproximateNumberOfMessagesDelayed": "0"}
             },
             "ReceiveMessage": {"Messages": [letter]},
@@ -10724,7 +11953,9 @@ class TestCommandLine:
             1,
             "taskhawk: 1 of 1 messages failed: KmsDisabled",
         )
-        (command_folder / "job.py").write_text(COMMAND_MODULE.format(package="taskhawk"))
+        (command_folder / "job.py").write_text(
+            COMMAND_MODULE.format(package="taskhawk")
+        )
         code, line = command_error(capsys, "dispatch", "job.broken")
         assert code == 1
         assert line.startswith("taskhawk: ")
@@ -10733,10 +11964,16 @@ class TestCommandLine:
     def test_unreachable(self, tmp_path):
         """A service that can't be reached is said in one line, and the exit code is 1."""
         url = f"http://127.0.0.1:{free_port()}"
-        env = {"AWS_ENDPOINT_SQS": url, "AWS_REGION": "us-east-1", "TASKHAWK_QUEUE": "app"}
+        env = {
+            "AWS_ENDPOINT_SQS": url,
+            "AWS_REGION": "us-east-1",
+            "TASKHAWK_QUEUE": "app",
+        }
         env |= {"AWS_ACCESS_KEY": "test", "AWS_SECRET_KEY": "test"}
         (tmp_path / "job.py").write_text(COMMAND_MODULE.format(package="taskhawk"))
-        result = run_python(["-m", "taskhawk", "dispatch", "job.broken"], cwd=tmp_path, env=env)
+        result = run_python(
+            ["-m", "taskhawk", "dispatch", "job.broken"], cwd=tmp_path, env=env
+        )
         assert (result.returncode, result.stdout) == (1, "")
         assert result.stderr.startswith("taskhawk: ")
         assert url in result.stderr
@@ -10761,7 +11998,9 @@ class TestCommandLine:
             ),
             "DeleteMessageBatch": {"Successful": [], "Failed": [failed]},
         }
-        (command_folder / "job.py").write_text(COMMAND_MODULE.format(package="taskhawk"))
+        (command_folder / "job.py").write_text(
+            COMMAND_MODULE.format(package="taskhawk")
+        )
         options = ("--loop-count", "1", "--visibility-timeout", "30")
         assert taskhawk.main(["listen", "job", *options]) == 1
         assert capsys.readouterr().out == (
@@ -10792,7 +12031,10 @@ class TestCommandLine:
         env = {"DJANGO_SETTINGS_MODULE": "site_settings"}
         for arguments, output in [
             (["dispatch", "shop.tasks.sell"], "[-0-9a-f]{36}\n"),
-            (["listen", "shop.tasks", "--until-empty"], "sold shop.Sale\n1 received, 1 acked,.*\n"),
+            (
+                ["listen", "shop.tasks", "--until-empty"],
+                "sold shop.Sale\n1 received, 1 acked,.*\n",
+            ),
         ]:
             result = run_python(["-m", "taskhawk", *arguments], cwd=tmp_path, env=env)
             assert result.returncode == 0, result.stderr
@@ -10812,14 +12054,18 @@ class TestStates:
         drawn = {start[0]: {end[0]} for start, end in itertools.pairwise(chain)}
         for line in others:  # an arrow comes from the name above its beginning
             arrow = re.search(r"[|']-+> (\w+)", line)
-            (above,) = (name[0] for name in chain if name.start() < arrow.start() < name.end())
+            (above,) = (
+                name[0] for name in chain if name.start() < arrow.start() < name.end()
+            )
             drawn[above].add(arrow[1])
         assert drawn == taskhawk._STEPS
         ends = {"acked", "retried", "dead_lettered", "uncertain", "released"}
         assert ends | {"received"} == set(vars(taskhawk.Ledger()))
         message = taskhawk.QueueMessage("", "m1", "r1", queue="Q")
         held = taskhawk._Held(message, 30, 30, 10, 43_190)
-        with pytest.raises(RuntimeError, match=r"^a message can't go from received to acked$"):
+        with pytest.raises(
+            RuntimeError, match=r"^a message can't go from received to acked$"
+        ):
             held.move("acked")
 
     def test_delay_during_an_extension(self, worker_broker):
@@ -10874,7 +12120,9 @@ class ChaosBroker(WorkerBroker):
         self.done: set[int] = set()  # what ran to its end or was ignored
         self.dead: set[int] = set()  # what was copied to the dead-letter queue
         self.wrong: list[str] = []  # what must not happen, and did
-        self.lock = threading.Lock()  # held while a fault is drawn: the seed decides in turn
+        self.lock = (
+            threading.Lock()
+        )  # held while a fault is drawn: the seed decides in turn
 
     def noted(self, name: str, *args: Any) -> Any:
         """Meet a fault, or none."""
@@ -10885,7 +12133,9 @@ class ChaosBroker(WorkerBroker):
             faulty = self.chance.random() < self.fault_rate
             fault = self.chance.choice(CHAOS_FAULTS) if faulty else "none"
             keep = self.chance.randrange(10)
-        if fault == "crash":  # from now on nothing reaches the queue, and what it holds times out
+        if (
+            fault == "crash"
+        ):  # from now on nothing reaches the queue, and what it holds times out
             self.crashed = True
         if self.crashed:
             self.stop.set()
@@ -10913,14 +12163,20 @@ class ChaosBroker(WorkerBroker):
         if done:
             assert getattr(self.inner, name)(args[0], done) == []
             self.note(name, (args[0], done), [])
-        return [taskhawk.Refusal(i, "Chaos", "by chance", final=keep > 6) for i in refused]
+        return [
+            taskhawk.Refusal(i, "Chaos", "by chance", final=keep > 6) for i in refused
+        ]
 
     def note(self, name: str, args: tuple[Any, ...], answer: Any) -> None:
         """Note what a call did, and what it must not have done."""
         if name == "receive":
-            self.clock.now += 0 if answer else 61  # delays pass while nothing is visible
+            self.clock.now += (
+                0 if answer else 61
+            )  # delays pass while nothing is visible
             for received in answer:
-                self.numbers[received.receipt_handle] = json.loads(received.body)["args"][0]
+                self.numbers[received.receipt_handle] = json.loads(received.body)[
+                    "args"
+                ][0]
         elif name == "send":
             refused = {refusal.index for refusal in answer}
             entries = [entry for i, entry in enumerate(args[1]) if i not in refused]
@@ -10932,7 +12188,9 @@ class ChaosBroker(WorkerBroker):
         elif name == "change_visibility":
             for receipt, seconds in args[1]:
                 if seconds < 30 and receipt in self.running:
-                    self.wrong.append(f"{self.numbers[receipt]} was released while it ran")
+                    self.wrong.append(
+                        f"{self.numbers[receipt]} was released while it ran"
+                    )
 
 
 CHAOS_FAULTS = ("before", "after", "part", "part", "slow", "shutdown", "crash")
@@ -10944,7 +12202,9 @@ class TestSchedules:
     @pytest.mark.parametrize("block", range(10))
     def test_nothing_is_lost(self, block, monkeypatch):
         """Whatever fails, each message runs or is a dead letter, and the ledgers balance."""
-        monkeypatch.setattr(taskhawk, "_TICK_S", 0.0005)  # the clock goes on as it is looked at
+        monkeypatch.setattr(
+            taskhawk, "_TICK_S", 0.0005
+        )  # the clock goes on as it is looked at
         logging.disable(logging.CRITICAL)
         try:
             for seed in range(block * 200, block * 200 + 200):
@@ -10971,7 +12231,9 @@ class TestSchedules:
                 if draw < 0.1:
                     raise KeyError(number)
                 if draw < 0.2:
-                    raise taskhawk.RetryException(delay_seconds=chance.choice((0, 5, 60)))
+                    raise taskhawk.RetryException(
+                        delay_seconds=chance.choice((0, 5, 60))
+                    )
                 if draw < 0.3:
                     raise ValueError(number)
                 broker.done.add(number)
@@ -10998,7 +12260,9 @@ class TestSchedules:
             ledger = worker.run()
             assert ledger.balanced, f"seed {seed}: {ledger}"
             assert broker.wrong == [], f"seed {seed}"
-            clock.now += WORKER_12_HOURS_S  # what was left to its timeout is visible again
+            clock.now += (
+                WORKER_12_HOURS_S  # what was left to its timeout is visible again
+            )
         dead = inner.depth(f"{WORKER_QUEUE}-DLQ").visible
         assert broker.done | broker.dead == set(range(12)), f"seed {seed}"
         assert (inner.depth(WORKER_QUEUE), bool(dead)) == ((0, 0, 0), bool(broker.dead))
@@ -11137,7 +12401,8 @@ def isolated_notes(module: Any) -> list[str]:
 def isolated_work(**options: Any) -> taskhawk.Ledger:
     """Run a worker until the queue is empty."""
     return taskhawk.listen_for_messages(
-        taskhawk.Priority.default, **{"until_empty": True, "num_messages": 10, **options}
+        taskhawk.Priority.default,
+        **{"until_empty": True, "num_messages": 10, **options},
     )
 
 
@@ -11157,7 +12422,9 @@ class TestIsolation:
         """A child of the worker runs one message after another, up to max_tasks_per_child."""
         for _ in range(3):
             isolated_jobs.pid.dispatch()
-        assert isolated_work(max_tasks_per_child=runs) == taskhawk.Ledger(received=3, acked=3)
+        assert isolated_work(max_tasks_per_child=runs) == taskhawk.Ledger(
+            received=3, acked=3
+        )
         notes = [note.split() for note in isolated_notes(isolated_jobs)]
         assert {worker for _, worker in notes} == {str(os.getpid())}
         assert len({child for child, _ in notes}) == processes
@@ -11175,7 +12442,9 @@ class TestIsolation:
         for _ in range(20):
             isolated_jobs.pid.dispatch()
         assert isolated_work(concurrency=2) == taskhawk.Ledger(received=20, acked=20)
-        assert 1 <= len({note.split()[0] for note in isolated_notes(isolated_jobs)}) <= 2
+        assert (
+            1 <= len({note.split()[0] for note in isolated_notes(isolated_jobs)}) <= 2
+        )
 
     def test_time_limit(self, isolated_jobs, caplog):
         """A run is killed at its time limit, in whatever code it is."""
@@ -11260,7 +12529,12 @@ class TestIsolation:
     @pytest.mark.parametrize(
         ("how", "ledger", "level", "text"),
         [
-            ("retry", {"retried": 1}, "INFO", "asked to be retried and runs again in 5 s"),
+            (
+                "retry",
+                {"retried": 1},
+                "INFO",
+                "asked to be retried and runs again in 5 s",
+            ),
             ("ignore", {"acked": 1}, "INFO", "ignored"),
             ("log", {"retried": 1}, "ERROR", "it failed"),
             ("error", {"retried": 1}, "ERROR", "failed and is left to the queue"),
@@ -11324,7 +12598,9 @@ class TestIsolation:
         """A child that does not end when it is told to is killed, and its slot goes on."""
         isolated_jobs.linger.dispatch()
         isolated_jobs.pid.dispatch()
-        assert isolated_work(max_tasks_per_child=1) == taskhawk.Ledger(received=2, acked=2)
+        assert isolated_work(max_tasks_per_child=1) == taskhawk.Ledger(
+            received=2, acked=2
+        )
 
     def test_log_level(self, isolated_jobs, caplog):
         """The worker's levels say which of them."""
@@ -11349,7 +12625,9 @@ class TestIsolation:
     def test_started_too_late(self, isolated_jobs):
         """A child that is started as the grace ends is not waited for, and runs nothing."""
         given_up = threading.Event()
-        child = taskhawk._Child(taskhawk._start_of_children(everything=True), 1, given_up)
+        child = taskhawk._Child(
+            taskhawk._start_of_children(everything=True), 1, given_up
+        )
         isolated_jobs.pid.dispatch()
         (received,) = queued()
         assert child.takes(received)
@@ -11367,7 +12645,9 @@ class TestIsolation:
     @pytest.mark.slow
     def test_time_limit_and_imports(self, isolated_jobs):
         """A time limit is the run's alone: a child may take longer to import the task's module."""
-        source = "import sys, taskhawk, time; time.sleep(2.5 * ('_child' in sys.argv))\n"
+        source = (
+            "import sys, taskhawk, time; time.sleep(2.5 * ('_child' in sys.argv))\n"
+        )
         source += "@taskhawk.task(time_limit=2)\ndef quick(): pass\n"
         (isolated_jobs.HERE / "slow_to_import.py").write_text(source)
         importlib.import_module("slow_to_import").quick.dispatch()
@@ -11405,7 +12685,9 @@ class TestIsolation:
     def test_hooks(self, isolated_jobs):
         """Hooks run in the child, by their dotted paths."""
         url = taskhawk.settings.TASKHAWK_BROKER
-        taskhawk.configure(TASKHAWK_BROKER=url, TASKHAWK_PRE_PROCESS_HOOK=isolated_jobs.before)
+        taskhawk.configure(
+            TASKHAWK_BROKER=url, TASKHAWK_PRE_PROCESS_HOOK=isolated_jobs.before
+        )
         isolated_jobs.pid.dispatch()
         assert isolated_work().acked == 1
         before, after = isolated_notes(isolated_jobs)
@@ -11470,13 +12752,19 @@ class TestIsolation:
         assert ledger == taskhawk.Ledger(received=1, retried=1)
         assert "Too many open files" in caplog.text
 
-    @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere it ends with its message")
+    @pytest.mark.skipif(
+        sys.platform != "linux", reason="elsewhere it ends with its message"
+    )
     def test_orphan(self, isolated_jobs):
         """On Linux no child outlives a worker that is killed, even if it holds the GIL."""
         isolated_jobs.hold.dispatch()
         url = taskhawk.settings.TASKHAWK_BROKER
-        with worker_process(isolated_jobs.HERE, {"TASKHAWK_BROKER": url}, "isolated") as worker:
-            pid = worker_eventually((isolated_jobs.HERE / "notes").exists) and worker_eventually(
+        with worker_process(
+            isolated_jobs.HERE, {"TASKHAWK_BROKER": url}, "isolated"
+        ) as worker:
+            pid = worker_eventually(
+                (isolated_jobs.HERE / "notes").exists
+            ) and worker_eventually(
                 lambda: (isolated_jobs.HERE / "notes").read_text().strip()
             )
             worker.kill()
@@ -11493,7 +12781,11 @@ class TestIsolation:
             stop.set()
 
         threading.Thread(target=tell).start()
-        options = {"until_empty": False, "shutdown_event": stop, "concurrency": concurrency}
+        options = {
+            "until_empty": False,
+            "shutdown_event": stop,
+            "concurrency": concurrency,
+        }
         ledger = isolated_work(grace_s=0.1, **options)
         assert ledger == taskhawk.Ledger(received=1, retried=1)
         assert taskhawk._brokers.broker().depth("TASKHAWK-DEFAULT") == (1, 0, 0)
@@ -11594,7 +12886,9 @@ class TestLogging:
 
         @taskhawk.task(name="shop.outer")
         async def outer(metadata):
-            await asyncio.to_thread(lambda: seen.append(taskhawk.current_task() is metadata))
+            await asyncio.to_thread(
+                lambda: seen.append(taskhawk.current_task() is metadata)
+            )
             inner.dispatch()
             seen.append(taskhawk.current_task().task)
 
@@ -11645,9 +12939,20 @@ class TestLogging:
         env = {"TASKHAWK_BROKER": f"sqlite:///{tmp_path}/queue.db"}
         ids = {}
         for name in ("jobs.talk", "jobs.fail", "jobs.break"):
-            result = run_python(["-m", "taskhawk", "dispatch", name], cwd=tmp_path, env=env)
+            result = run_python(
+                ["-m", "taskhawk", "dispatch", name], cwd=tmp_path, env=env
+            )
             ids[name] = result.stdout.strip()
-        command = ["-m", "taskhawk", "listen", "jobs", "--log-format", "json", "--loop-count", "3"]
+        command = [
+            "-m",
+            "taskhawk",
+            "listen",
+            "jobs",
+            "--log-format",
+            "json",
+            "--loop-count",
+            "3",
+        ]
         result = run_python(command, cwd=tmp_path, env=env)
         lines = [json.loads(line) for line in result.stderr.splitlines()]
         by_text = {line["message"]: line for line in lines}
@@ -11661,8 +12966,13 @@ class TestLogging:
             assert line["logger"] == "jobs"
         assert by_text["from the task"]["order"] == 7
         assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", lines[0]["time"])
-        failed = {line["task"]: line for line in lines if line.get("outcome") == "retry"}
-        for name, reason in (("jobs.fail", "for a reason"), ("jobs.break", "for another")):
+        failed = {
+            line["task"]: line for line in lines if line.get("outcome") == "retry"
+        }
+        for name, reason in (
+            ("jobs.fail", "for a reason"),
+            ("jobs.break", "for another"),
+        ):
             assert failed[name]["level"] == "ERROR"
             assert failed[name]["exception"].endswith(f"ValueError: {reason}")
         assert by_text["worker ended: " + result.stdout.strip()]["level"] == "INFO"
@@ -11673,11 +12983,20 @@ class TestLogging:
         """A command ends with its grace, flushes, says what became of messages, exits with 1."""
         broker = taskhawk.SqliteBroker(f"sqlite:///{tmp_path}/queue.db")
         call = {"args": [], "kwargs": {}}
-        messages = [{**VALID, "task": f"jobs.{name}", **call} for name in ("quick", job)]
+        messages = [
+            {**VALID, "task": f"jobs.{name}", **call} for name in ("quick", job)
+        ]
         entries = [taskhawk.Outgoing(json.dumps(message), {}) for message in messages]
         assert broker.send("TASKHAWK-DEFAULT", entries) == []
         env = {"TASKHAWK_BROKER": f"sqlite:///{tmp_path}/queue.db"}
-        options = ("--grace", "3.1", "--num-messages", "2", "--concurrency", concurrency)
+        options = (
+            "--grace",
+            "3.1",
+            "--num-messages",
+            "2",
+            "--concurrency",
+            concurrency,
+        )
         with worker_process(tmp_path, env, *options, module=LOGGING_MODULE) as worker:
             assert worker.stdout.readline() == "hangs\n"
             worker.terminate()
@@ -11703,7 +13022,9 @@ class TestInterrupts:
         if where == "hook":
             taskhawk.configure(TASKHAWK_ERROR_HOOK=interrupt)
 
-        @taskhawk.task(name="interrupted", retry=interrupt if where == "policy" else None)
+        @taskhawk.task(
+            name="interrupted", retry=interrupt if where == "policy" else None
+        )
         def fail() -> None:
             raise ValueError
 
@@ -11835,7 +13156,9 @@ class TestReadme:
         """Each Python block runs, in order, and prints what the block behind it says."""
         readme_files(tmp_path)
         python = [block for block in readme_blocks() if block.language == "python"]
-        assert {block.marks.get("run", "plain") for block in python} == set(README_GROUPS)
+        assert {block.marks.get("run", "plain") for block in python} == set(
+            README_GROUPS
+        )
         blocks = [block for block in python if block.marks.get("run", "plain") == group]
         sources = [(block.line, self.source(block), block.marks) for block in blocks]
         after = (9999, README_AFTER.get(group, ""), {})
@@ -11862,7 +13185,11 @@ class TestReadme:
     def aws(url):
         """Return the environment in which taskhawk and botocore talk to an emulator."""
         keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
-        places = {"AWS_ENDPOINT_URL": url, "AWS_ENDPOINT_SQS": url, "AWS_REGION": "eu-west-1"}
+        places = {
+            "AWS_ENDPOINT_URL": url,
+            "AWS_ENDPOINT_SQS": url,
+            "AWS_REGION": "eu-west-1",
+        }
         return {**keys, **places, "TASKHAWK_QUEUE": "dev-myapp"}
 
     @pytest.mark.slow
@@ -11889,7 +13216,9 @@ class TestReadme:
                 timeout=60,
                 check=False,
             )
-            assert readme_normalised(result.stdout) == readme_normalised(expected), command
+            assert readme_normalised(result.stdout) == readme_normalised(expected), (
+                command
+            )
 
     def test_settings_are_documented(self):
         """The settings' table has each setting, its true default, and an example that is legal."""
@@ -11903,7 +13232,9 @@ class TestReadme:
                 assert f"`{getattr(taskhawk.settings, name)}`" == default
             if not example.startswith("`myapp."):
                 taskhawk.configure({name: example.strip("`")})
-                read = str(getattr(taskhawk.settings, name)).replace(f"{Path.cwd()}/", "")
+                read = str(getattr(taskhawk.settings, name)).replace(
+                    f"{Path.cwd()}/", ""
+                )
                 assert read == example.strip("`")
                 taskhawk.configure()
 
@@ -11915,9 +13246,16 @@ class TestReadme:
         assert re.search(rf"`(Message\.)?{name}\b", api)
         public = getattr(taskhawk, name)
         functions = {name: public} if inspect.isfunction(public) else {}
-        if public in (taskhawk.AsyncInvocation, taskhawk.Broker, taskhawk.Message, taskhawk.Task):
+        if public in (
+            taskhawk.AsyncInvocation,
+            taskhawk.Broker,
+            taskhawk.Message,
+            taskhawk.Task,
+        ):
             names = [n for n in vars(public) if not n.startswith("_")]
-            functions = {n: getattr(public, n) for n in names if callable(getattr(public, n))}
+            functions = {
+                n: getattr(public, n) for n in names if callable(getattr(public, n))
+            }
         for function_name, function in functions.items():
             signature = inspect.signature(function)
             parameters = [
@@ -11925,7 +13263,11 @@ class TestReadme:
                 for p in signature.parameters.values()
                 if p.name != "self"
             ]
-            text = str(signature.replace(parameters=parameters, return_annotation=signature.empty))
+            text = str(
+                signature.replace(
+                    parameters=parameters, return_annotation=signature.empty
+                )
+            )
             text = re.sub(r"<class '(\w+)'>|<(Priority\.\w+): \d>", r"\1\2", text)
             text = text.replace("(/, ", "(")
             assert f"{function_name}{text}`" in api
@@ -11935,7 +13277,11 @@ class TestReadme:
         filled = {"execution-id": "d3b0-7", "scheduled-time": "2026-01-31T02:00:00Z"}
         blocks = [block for block in readme_blocks() if block.language == "json"]
         texts = [
-            re.sub(r"<aws\.scheduler\.([\w-]+)>", lambda found: filled[found[1]], block.text)
+            re.sub(
+                r"<aws\.scheduler\.([\w-]+)>",
+                lambda found: filled[found[1]],
+                block.text,
+            )
             for block in blocks
         ]
         messages = [data for data in map(json.loads, texts) if "task" in data]
@@ -11954,7 +13300,9 @@ class TestReadme:
             "import taskhawk, taskhawk.config_of_mine\n"
             "raise taskhawk.exceptions.IgnoreException(mytaskhawk.models)\n"
         )
-        commands = [b.text for b in readme_blocks() if b.language == "sh" and " sed " in b.text]
+        commands = [
+            b.text for b in readme_blocks() if b.language == "sh" and " sed " in b.text
+        ]
         subprocess.run(["bash", "-c", *commands], cwd=tmp_path, check=True)
         assert old.read_text() == (
             "import taskhawk\n"
@@ -11977,7 +13325,9 @@ class TestReadme:
         text = project_file("README.md").read_text()
         prose = re.sub(r"(?ms)^```.*?^```$", "", text)
         headings = re.findall(r"(?m)^#+ (.*)$", prose)
-        anchors = {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}
+        anchors = {
+            re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings
+        }
         links = re.findall(r"\]\(([^)\s]+)\)", prose)
         assert len(links) > 20
         for link in links:

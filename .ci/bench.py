@@ -75,10 +75,14 @@ class Stub(asyncio.Protocol):
                 return
             body = self.buffer[end + 4 : end + 4 + size]
             self.buffer = self.buffer[end + 4 + size :]
-            action = head.partition("x-amz-target:")[2].split("\r\n")[0].rpartition(".")[2]
+            action = (
+                head.partition("x-amz-target:")[2].split("\r\n")[0].rpartition(".")[2]
+            )
             self.answer(action, json.loads(body))
 
-    def answer(self, action: str, request: dict[str, Any], until: float | None = None) -> None:
+    def answer(
+        self, action: str, request: dict[str, Any], until: float | None = None
+    ) -> None:
         """Do what is asked for, now or when there is something to receive."""
         now = time.monotonic()
         if until is None and not action.startswith("bench"):
@@ -89,12 +93,16 @@ class Stub(asyncio.Protocol):
         if action == "receivemessage" and not self.visible:
             until = now + request.get("WaitTimeSeconds", 0) if until is None else until
             if now < until:
-                asyncio.get_running_loop().call_later(0.001, self.answer, action, request, until)
+                asyncio.get_running_loop().call_later(
+                    0.001, self.answer, action, request, until
+                )
                 return
         body = json.dumps(getattr(self, action)(request)).encode()
         kind = "Content-Type: application/x-amz-json-1.0"
         head = f"HTTP/1.1 200 OK\r\n{kind}\r\nContent-Length: {len(body)}"
-        write = functools.partial(self.transport.write, f"{head}\r\n\r\n".encode() + body)
+        write = functools.partial(
+            self.transport.write, f"{head}\r\n\r\n".encode() + body
+        )
         if self.latency_s and not action.startswith("bench"):
             asyncio.get_running_loop().call_later(self.latency_s, write)
         else:
@@ -112,7 +120,10 @@ class Stub(asyncio.Protocol):
         return {"MessageId": message_id, "MD5OfMessageBody": "0" * 32}
 
     def sendmessagebatch(self, request: dict[str, Any]) -> dict[str, Any]:
-        done = [{"Id": entry["Id"], **self.sendmessage(entry)} for entry in request["Entries"]]
+        done = [
+            {"Id": entry["Id"], **self.sendmessage(entry)}
+            for entry in request["Entries"]
+        ]
         return {"Successful": done, "Failed": []}
 
     def receivemessage(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -123,8 +134,15 @@ class Stub(asyncio.Protocol):
             receipt = str(uuid.uuid4())
             self.in_flight[receipt] = message
             heapq.heappush(self.timeouts, (until, receipt))
-            attributes = {"ApproximateReceiveCount": "1", "SentTimestamp": "1460868253255"}
-            one = {"MessageId": message[0], "ReceiptHandle": receipt, "Body": message[1]}
+            attributes = {
+                "ApproximateReceiveCount": "1",
+                "SentTimestamp": "1460868253255",
+            }
+            one = {
+                "MessageId": message[0],
+                "ReceiptHandle": receipt,
+                "Body": message[1],
+            }
             messages.append({**one, "MD5OfBody": "0" * 32, "Attributes": attributes})
         return {"Messages": messages} if messages else {}
 
@@ -137,13 +155,18 @@ class Stub(asyncio.Protocol):
         return {"Successful": done, "Failed": []}
 
     def changemessagevisibilitybatch(self, request: dict[str, Any]) -> dict[str, Any]:
-        return {"Successful": [{"Id": e["Id"]} for e in request["Entries"]], "Failed": []}
+        return {
+            "Successful": [{"Id": e["Id"]} for e in request["Entries"]],
+            "Failed": [],
+        }
 
     def benchset(self, request: dict[str, Any]) -> dict[str, Any]:
         """Begin anew with so many messages and so much latency."""
         for part in (self.visible, self.in_flight, self.timeouts, self.requests):
             part.clear()
-        self.visible.extend((str(uuid.uuid4()), BODY) for _ in range(request["messages"]))
+        self.visible.extend(
+            (str(uuid.uuid4()), BODY) for _ in range(request["messages"])
+        )
         Stub.latency_s = request["latency_s"]
         return {}
 
@@ -165,7 +188,9 @@ def ask(port: int, action: str, **request: Any) -> Any:
     import http.client
 
     connection = http.client.HTTPConnection("127.0.0.1", port)
-    connection.request("POST", "/", json.dumps(request), {"X-Amz-Target": f"Bench.{action}"})
+    connection.request(
+        "POST", "/", json.dumps(request), {"X-Amz-Target": f"Bench.{action}"}
+    )
     answer = json.loads(connection.getresponse().read())
     connection.close()
     return answer
@@ -233,7 +258,8 @@ def measured(work: Callable[[], object]) -> dict[str, float]:
 
     def cpu() -> float:
         ours, theirs = (
-            resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+            resource.getrusage(who)
+            for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
         )
         return ours.ru_utime + ours.ru_stime + theirs.ru_utime + theirs.ru_stime
 
@@ -242,7 +268,9 @@ def measured(work: Callable[[], object]) -> dict[str, float]:
     return {"wall_s": time.perf_counter() - before, "cpu_s": cpu() - cpu_before}
 
 
-def run_dispatch(side: str, count: int, batch: int = 1, threads: int = 1, **_: Any) -> Any:
+def run_dispatch(
+    side: str, count: int, batch: int = 1, threads: int = 1, **_: Any
+) -> Any:
     """Send messages, one by one or ten at a time."""
     attributes = {"request_id": {"DataType": "String", "StringValue": "1234"}}
     if side == "raw":
@@ -275,7 +303,9 @@ def run_dispatch(side: str, count: int, batch: int = 1, threads: int = 1, **_: A
     return measured(lambda: in_threads(count // batch, threads, call))
 
 
-def run_consume(side: str, count: int, most: int, concurrency: int = 1, **_: Any) -> Any:
+def run_consume(
+    side: str, count: int, most: int, concurrency: int = 1, **_: Any
+) -> Any:
     """Receive, decode, run and delete messages until there is none."""
     if side == "raw":
         client = raw_client(read_timeout=30)
@@ -290,7 +320,9 @@ def run_consume(side: str, count: int, most: int, concurrency: int = 1, **_: Any
                 for message in found:
                     json.loads(message["Body"])
                 if most == 1:
-                    client.delete_message(QueueUrl=url, ReceiptHandle=found[0]["ReceiptHandle"])
+                    client.delete_message(
+                        QueueUrl=url, ReceiptHandle=found[0]["ReceiptHandle"]
+                    )
                 else:
                     entries = [
                         {"Id": str(i), "ReceiptHandle": m["ReceiptHandle"]}
@@ -302,7 +334,9 @@ def run_consume(side: str, count: int, most: int, concurrency: int = 1, **_: Any
 
         our_task()
         priority = taskhawk.Priority.default
-        taskhawk._brokers.broker().url(QUEUE, "poll")  # as the raw side's client is made before
+        taskhawk._brokers.broker().url(
+            QUEUE, "poll"
+        )  # as the raw side's client is made before
 
         def work() -> None:
             options = {"concurrency": concurrency, "max_tasks": count}
@@ -320,7 +354,9 @@ def run_cold(side: str, **_: Any) -> Any:
         client.send_message(QueueUrl=url, MessageBody=BODY)
     else:
         our_task().dispatch(*CALL[0], **CALL[1])
-    took = time.perf_counter() - float(os.environ["BENCH_BEGAN"])  # Linux: one clock for all
+    took = time.perf_counter() - float(
+        os.environ["BENCH_BEGAN"]
+    )  # Linux: one clock for all
     return {"wall_s": took, "rss_kb": rss_kb()}
 
 
@@ -337,7 +373,9 @@ print(took, len(sys.modules) - before, rss_kb)
 def run_import(side: str, **_: Any) -> Any:
     """Import in a bare interpreter, and look at what that cost."""
     code = IMPORT.format("botocore.session" if side == "raw" else "taskhawk")
-    result = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, check=True
+    )
     took, modules, rss = result.stdout.split()
     return {"wall_s": float(took), "modules": int(modules), "rss_kb": int(rss)}
 
@@ -361,7 +399,9 @@ def run_sqlite(count: int, batch: int = 1, *, consume: bool = False, **_: Any) -
     send(count)
     memory: list[int] = []
     options: Any = {"max_tasks": count // 2}
-    listen = functools.partial(taskhawk.listen_for_messages, taskhawk.Priority.default, 10)
+    listen = functools.partial(
+        taskhawk.listen_for_messages, taskhawk.Priority.default, 10
+    )
     first = measured(lambda: listen(**options))
     memory.append(rss_kb())
     second = measured(lambda: listen(**options))
@@ -397,7 +437,9 @@ class Bench:
         self.rows: list[dict[str, Any]] = []
         self.folder = tempfile.TemporaryDirectory()
         (Path(self.folder.name) / "bench_jobs.py").write_text(JOBS)
-        shutil.copy(ROOT / "taskhawk.py", self.folder.name)  # its bytecode is cached beside it
+        shutil.copy(
+            ROOT / "taskhawk.py", self.folder.name
+        )  # its bytecode is cached beside it
         command = [sys.executable, __file__, "--serve"]
         self.stub = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self.stub.stdout
@@ -410,7 +452,9 @@ class Bench:
         extra["PYTHONDONTWRITEBYTECODE"] = ""
         extra["BENCH_BEGAN"] = str(time.perf_counter())
         environ = {**os.environ, **extra}
-        result = subprocess.run(command, env=environ, stdout=subprocess.PIPE, check=True)
+        result = subprocess.run(
+            command, env=environ, stdout=subprocess.PIPE, check=True
+        )
         return dict(json.loads(result.stdout))
 
     def compare(
@@ -444,9 +488,16 @@ class Bench:
                 requests = ask(self.port, "BenchGet")["requests"]
                 one["requests"] = sum(requests.values()) / count
                 found[side].append(one)
-        row: dict[str, Any] = {"name": name, "figure": figure, "target": target, "count": count}
+        row: dict[str, Any] = {
+            "name": name,
+            "figure": figure,
+            "target": target,
+            "count": count,
+        }
         for measured_side, runs in found.items():
-            side = "ours" if measured_side == "tuned" else measured_side  # the second column
+            side = (
+                "ours" if measured_side == "tuned" else measured_side
+            )  # the second column
             for key in runs[0]:
                 if not isinstance(runs[0][key], list):
                     row[f"{side} {key}"] = statistics.median(run[key] for run in runs)
@@ -474,7 +525,11 @@ class Bench:
             elif f"{side} {row['figure']}" in row:
                 value = row[f"{side} {row['figure']}"]
                 scaled = value * 1000 if row["figure"].endswith("_s") else value
-                unit = "ms" if row["figure"].endswith("_s") else row["figure"].replace("rss_", "")
+                unit = (
+                    "ms"
+                    if row["figure"].endswith("_s")
+                    else row["figure"].replace("rss_", "")
+                )
                 cell = f"{scaled:,.1f} {unit}"
             else:
                 cell = ""
@@ -490,23 +545,46 @@ class Bench:
         self.compare("import", "import", figure="wall_s", target="<= 0.30", rounds=more)
         self.compare("import: modules", "import", figure="modules", rounds=1)
         self.compare("import: memory", "import", figure="rss_kb", rounds=3)
-        self.compare("cold first dispatch", "cold", figure="wall_s", target="<= 1.03", rounds=more)
-        self.compare("memory after a dispatch", "cold", figure="rss_kb", target="<= +4096 kB")
+        self.compare(
+            "cold first dispatch",
+            "cold",
+            figure="wall_s",
+            target="<= 1.03",
+            rounds=more,
+        )
+        self.compare(
+            "memory after a dispatch", "cold", figure="rss_kb", target="<= +4096 kB"
+        )
         self.compare("dispatch", "dispatch", count=2000, target="<= 0.93")
-        self.compare("dispatch, batched", "dispatch", count=5000, batch=10, target="<= 1.10")
+        self.compare(
+            "dispatch, batched", "dispatch", count=5000, batch=10, target="<= 1.10"
+        )
         self.compare("consume, 10", "consume", count=5000, most=10, target="<= 1.15")
-        self.compare("consume, 10, all CPUs", "consume", count=5000, most=10, pinned=False)
+        self.compare(
+            "consume, 10, all CPUs", "consume", count=5000, most=10, pinned=False
+        )
         self.compare("consume, 1", "consume", count=5000, most=1)
         tuned = functools.partial(self.compare, sides=("raw", "tuned"))
         tuned("dispatch: botocore with our options", "dispatch", count=2000)
         tuned("consume, 10: botocore with our options", "consume", count=5000, most=10)
         ours = functools.partial(self.compare, sides=("ours",))
         for most in (1, 10):
-            ours(f"consume, {most}, concurrency 8", "consume", count=5000, most=most, concurrency=8)
+            ours(
+                f"consume, {most}, concurrency 8",
+                "consume",
+                count=5000,
+                most=most,
+                concurrency=8,
+            )
         for concurrency in (1, 2):
             options = {"count": 5000, "most": 10, "concurrency": concurrency}
             isolated = {"BENCH_ISOLATE": "1"}
-            ours(f"consume, 10, isolated, {concurrency}", "consume", env=isolated, **options)
+            ours(
+                f"consume, 10, isolated, {concurrency}",
+                "consume",
+                env=isolated,
+                **options,
+            )
         slow: Any = {"latency_s": 0.01, "figure": "wall_s"}
         for threads in (1, 8):
             name, options = (
@@ -514,9 +592,13 @@ class Bench:
                 {"count": 800, "threads": threads},
             )
             self.compare(name, "dispatch", **options, **slow)
-        self.compare("10 ms: dispatch, batched", "dispatch", count=2000, batch=10, **slow)
+        self.compare(
+            "10 ms: dispatch, batched", "dispatch", count=2000, batch=10, **slow
+        )
         target = "<= 0.56 (1.8 times)"
-        self.compare("10 ms: consume, 10", "consume", count=2000, most=10, target=target, **slow)
+        self.compare(
+            "10 ms: consume, 10", "consume", count=2000, most=10, target=target, **slow
+        )
         self.compare("10 ms: consume, 1", "consume", count=300, most=1, **slow)
         for most in (1, 10):
             options = {"count": 2000, "most": most, "concurrency": 8}
@@ -524,7 +606,9 @@ class Bench:
         for number in (1_000, 10_000, 100_000):
             self.sqlite(f"sqlite: dispatch, {number:,}", count=number)
             self.sqlite(f"sqlite: batched, {number:,}", count=number, batch=10)
-            self.sqlite(f"sqlite: consume, {number:,}", count=number, batch=10, consume=True)
+            self.sqlite(
+                f"sqlite: consume, {number:,}", count=number, batch=10, consume=True
+            )
         ours("idle for a minute, start included", "idle", figure="requests", rounds=1)
 
     def sqlite(self, name: str, **options: Any) -> None:
@@ -550,7 +634,9 @@ def main() -> None:
     """Run the benchmark, or a part of it that it starts itself."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", default="", metavar="WORD", help="figures with this in the name")
+    parser.add_argument(
+        "--only", default="", metavar="WORD", help="figures with this in the name"
+    )
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--client", nargs=2, help=argparse.SUPPRESS)
@@ -564,11 +650,12 @@ def main() -> None:
         run = globals()[f"run_{arguments.client[0]}"]
         print(json.dumps(run(**json.loads(arguments.client[1]))))
     else:
-        versions = (
-            f"Python {platform.python_version()}, {os.cpu_count()} CPUs, {platform.machine()}"
-        )
+        versions = f"Python {platform.python_version()}, {os.cpu_count()} CPUs, {platform.machine()}"
         print(f"{versions}; medians of {arguments.rounds} rounds", file=sys.stderr)
-        print(f"{'':42}  {'botocore':>29}  {'taskhawk':>29}   ratio  target", file=sys.stderr)
+        print(
+            f"{'':42}  {'botocore':>29}  {'taskhawk':>29}   ratio  target",
+            file=sys.stderr,
+        )
         bench = Bench(arguments.rounds, arguments.only)
         try:
             bench.run()

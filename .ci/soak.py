@@ -104,15 +104,23 @@ def ministack(folder: Path) -> Iterator[int]:
     """Run an SQS server, and yield its port."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    env = {"BIND_HOST": "127.0.0.1", "MINISTACK_HOST": "127.0.0.1", "GATEWAY_PORT": str(port)}
+    env = {
+        "BIND_HOST": "127.0.0.1",
+        "MINISTACK_HOST": "127.0.0.1",
+        "GATEWAY_PORT": str(port),
+    }
     env |= {"IOT_MTLS_ENABLED": "0", "SFTP_ENABLED": "0"}
     script = Path(sys.executable).with_name("ministack")
     with (folder / "ministack.log").open("w") as log:
-        server = subprocess.Popen([script], env={**os.environ, **env}, stdout=log, stderr=log)
+        server = subprocess.Popen(
+            [script], env={**os.environ, **env}, stdout=log, stderr=log
+        )
     try:
         while True:
             with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/_ministack/health").close()
+                urllib.request.urlopen(
+                    f"http://127.0.0.1:{port}/_ministack/health"
+                ).close()
                 break
             time.sleep(0.1)
         yield port
@@ -126,10 +134,14 @@ def make_queues(port: int) -> None:
     keys = {"aws_access_key_id": "test", "aws_secret_access_key": "test"}
     url = f"http://127.0.0.1:{port}"
     session = botocore.session.get_session()
-    client = session.create_client("sqs", region_name="us-east-1", endpoint_url=url, **keys)
+    client = session.create_client(
+        "sqs", region_name="us-east-1", endpoint_url=url, **keys
+    )
     dead = client.create_queue(QueueName=f"{QUEUE}-DLQ")["QueueUrl"]
     names = ["QueueArn"]
-    arn = client.get_queue_attributes(QueueUrl=dead, AttributeNames=names)["Attributes"]["QueueArn"]
+    arn = client.get_queue_attributes(QueueUrl=dead, AttributeNames=names)[
+        "Attributes"
+    ]["QueueArn"]
     policy = f'{{"deadLetterTargetArn": "{arn}", "maxReceiveCount": 1000}}'
     attributes = {"RedrivePolicy": policy, "VisibilityTimeout": "5"}
     client.create_queue(QueueName=QUEUE, Attributes=attributes)
@@ -138,7 +150,9 @@ def make_queues(port: int) -> None:
 class Soak:
     """Workers on one broker, and what becomes of the messages sent to them."""
 
-    def __init__(self, folder: Path, settings: dict[str, str], proxy: Proxy | None) -> None:
+    def __init__(
+        self, folder: Path, settings: dict[str, str], proxy: Proxy | None
+    ) -> None:
         self.folder, self.settings, self.proxy = folder, settings, proxy
         self.notes = folder / "notes"
         self.notes.touch()
@@ -154,12 +168,19 @@ class Soak:
         """Start a worker."""
         module = str(Path(taskhawk.__file__).parent)
         path = os.pathsep.join([str(self.folder), module])
-        env = {**os.environ, **self.settings, "SOAK_NOTES": str(self.notes), "PYTHONPATH": path}
+        env = {
+            **os.environ,
+            **self.settings,
+            "SOAK_NOTES": str(self.notes),
+            "PYTHONPATH": path,
+        }
         options = ["--num-messages", str(random.choice([1, 10])), "--grace", "6"]
         options += ["--concurrency", str(random.choice([1, 4]))]
         command = [sys.executable, "-m", "taskhawk", "listen", "soak_jobs", *options]
         with (self.folder / "worker.log").open("ab") as log:
-            return subprocess.Popen(command, env=env, cwd=self.folder, stdout=log, stderr=log)
+            return subprocess.Popen(
+                command, env=env, cwd=self.folder, stdout=log, stderr=log
+            )
 
     def send(self) -> None:
         """Dispatch some messages; those whose dispatch returned must not be lost."""
@@ -180,7 +201,9 @@ class Soak:
         self.workers = [worker for worker in self.workers if worker.poll() is None]
         while len(self.workers) < WORKERS:
             self.workers.append(self.start())
-        kinds = ["kill -9", "SIGTERM", "none"] + (["cut connections"] if self.proxy else [])
+        kinds = ["kill -9", "SIGTERM", "none"] + (
+            ["cut connections"] if self.proxy else []
+        )
         kind = random.choice(kinds)
         self.events[kind] += 1
         worker = random.choice(self.workers)
@@ -214,12 +237,21 @@ class Soak:
         ran = self.ran()
         dead = broker.depth(f"{QUEUE}-DLQ").visible
         lost = self.ids - set(ran)
-        print(f"  messages in {len(self.ids)}, runs {len(ran)}, more than once", end=" ")
+        print(
+            f"  messages in {len(self.ids)}, runs {len(ran)}, more than once", end=" "
+        )
         print(f"{len(ran) - len(set(ran))}, dead letters {dead}, LOST {len(lost)}")
-        print("  " + ", ".join(f"{name}: {count}" for name, count in sorted(self.events.items())))
+        print(
+            "  "
+            + ", ".join(
+                f"{name}: {count}" for name, count in sorted(self.events.items())
+            )
+        )
         if self.memory:
             first, last = self.memory[0], self.memory[-1]
-            print(f"  memory of a worker: {first} kB after 1,000 messages, {last} kB at the end")
+            print(
+                f"  memory of a worker: {first} kB after 1,000 messages, {last} kB at the end"
+            )
         return not lost
 
 
@@ -233,7 +265,9 @@ def ISOLATED(number: int) -> None:  # noqa: N802
     """Run in the workers' children."""
 
 
-def soak(folder: Path, settings: dict[str, str], minutes: float, proxy: Proxy | None) -> bool:
+def soak(
+    folder: Path, settings: dict[str, str], minutes: float, proxy: Proxy | None
+) -> bool:
     """Soak one broker; return whether nothing was lost."""
     taskhawk.configure(settings)
     run = Soak(folder, settings, proxy)
@@ -249,11 +283,15 @@ def soak(folder: Path, settings: dict[str, str], minutes: float, proxy: Proxy | 
 def main() -> int:
     """Soak both brokers."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--minutes", type=float, default=10, help="for both brokers together")
+    parser.add_argument(
+        "--minutes", type=float, default=10, help="for both brokers together"
+    )
     parser.add_argument("--seed", type=int, default=random.randrange(1000))
     arguments = parser.parse_args()
     random.seed(arguments.seed)
-    print(f"taskhawk {taskhawk.VERSION}, {arguments.minutes:g} minutes, seed {arguments.seed}")
+    print(
+        f"taskhawk {taskhawk.VERSION}, {arguments.minutes:g} minutes, seed {arguments.seed}"
+    )
     folder = Path(tempfile.mkdtemp())
     good = True
     for name in ("sqlite", "sqs"):
