@@ -4,127 +4,104 @@ Quickstart, with nothing set up (without TASKHAWK_BROKER, it talks to AWS)::
 
     import taskhawk
 
-    taskhawk.configure(TASKHAWK_BROKER='sqlite:///queue.db')
+    taskhawk.configure(TASKHAWK_BROKER="sqlite:///queue.db")
 
     @taskhawk.task
     def send_email(to: str, subject: str, from_email: str | None = None) -> None:
-        print(f'{subject} -> {to}')
+        print(f"{subject} -> {to}")
 
-    send_email.dispatch('you@example.com', 'Hello!')                       # returns an id
+    send_email.dispatch("you@example.com", "Hello!")  # returns an id
     taskhawk.listen_for_messages(taskhawk.Priority.default, until_empty=True)
 
 Promises
-    1. A message whose dispatch returned is run at least once or ends in the dead-letter queue,
-       through ``kill -9``, crashes, network faults and shutdown at any moment.
-    2. While its worker lives and reaches the queue, a message is not run twice at the same time.
+    1. A message whose dispatch returned is run at least once or ends in the dead-letter
+       queue, through ``kill -9``, crashes, network faults and shutdown at any moment.
+    2. While its worker lives and reaches the queue, a message is not run twice at the
+       same time.
     3. No byte of a message is unpickled, evaluated, or used as an import name.
     4. A malformed message neither stops a worker nor is it silently dropped.
     5. Log texts never hold bodies, arguments, header values or credentials.
-    6. Idle, a queue costs one 20 s poll after another; busy, 0.1 receives and 0.1 deletes a task.
+    6. Idle, a queue costs one 20 s poll after another; busy, 0.1 receives and 0.1
+       deletes a task.
 
 Not here: results, chains, soft time limits, purging or browsing a queue, CloudFormation.
 
 The way of a message; an event of Lambda joins it before it is decoded::
 
-    fn.dispatch(...) --> Message --> encode --> Broker.send ==queue==> Broker.receive --> decode
-        --> process() --> Outcome --> Broker: delete it, show it again later, or dead-letter it
+    fn.dispatch(...) -> Message -> encode -> Broker.send
+        == queue ==> Broker.receive -> decode -> process() -> Outcome
+            -> Broker: delete it, show it again later, or dead-letter it
 
 Words of AWS; lease and acknowledgement are ours
-    receipt handle       what comes with a message that is received, to delete or change it by
-    visibility timeout   how long others can't receive a message that was received
-    lease                that timeout, extended by the worker for as long as it holds the message
+    receipt handle       the token of one receive, needed to delete or delay the message
+    visibility timeout   how long a received message is hidden from other receivers
+    lease                that timeout, extended for as long as a worker holds the message
     acknowledgement      the delete after a run
-    dead-letter queue    where a message goes that was received too often, or was given up
-    redrive policy       of a queue: which dead-letter queue it has, and after how many receives
+    dead-letter queue    where a message goes that was received too often or given up
+    redrive policy       a queue's setting: its dead-letter queue, and after how many
+                         receives a message goes there
 
 A message that a worker holds; the :class:`Ledger` counts what each becomes::
 
     received --> started --> finished --> acked          deleted from the queue
         |                        |------> retried        visible again, now or later
         |                        |------> dead_lettered  copied, then deleted
-        |                        '------> uncertain      the delete is not known to be applied
-        '--> released                                    never started, visible again at once
+        |                        '------> uncertain      its delete may not be applied
+        '--> released                                    never started, visible at once
 
-Rooms
-    1. version, names, imports, limits
-    2. errors
-    3. settings
-    4. messages
-    5. tasks
-    6. processing
-    7. the broker contract
-    8. SQS and SNS
-    9. SQLite
-    10. publishing
-    11. the worker
-    12. Lambda
-    14. operations
-    15. command line
+Parts and rooms; the file still works when it is cut before part IV, V or VI
+    I meaning
+        1 names and limits, 2 errors, 3 settings, 4 Django, 5 messages,
+        6 retry policies
+    II queues
+        7 the broker contract, 8 SQLite, 9 SQS and SNS, 10 connections
+    III tasks
+        11 tasks, 12 publishing
+    IV work
+        13 processing, 14 holdings, 15 the keeper, 16 the worker, 17 log records,
+        18 isolation, 19 Lambda
+    VI people
+        20 dead letters, 21 infrastructure, 22 command line
 """
 
-# --- 1. version, names, imports, limits -----------------------------------------------------------
-# Importing this file does no I/O, reads no environment and imports no botocore, sqlite3, argparse
-# or asyncio: what is slow to load is imported by the first function that needs it. What AWS
-# allows in one call and for one message stands here once: who splits or cuts goes by these numbers.
+# === PART I: MEANING ==================================================================
+
+
+# --- 1. names and limits --------------------------------------------------------------
+# Importing this file does no I/O, reads no environment and imports no botocore, sqlite3,
+# argparse or asyncio: what is slow to load is imported by the first function that needs
+# it. What AWS allows in one call and for one message stands here once.
 # https://docs.aws.amazon.com/general/latest/gr/sqs-service.html
 
 from __future__ import annotations
 
 __version__ = "5.0.0"
 
-# What is promised to stay; a name with an underscore may change with any version.
+# These names are promised to stay; a name with an underscore may change with any version.
+# Each later part adds its own.
 __all__ = [
     "SCHEMA",
     "VERSION",
-    "AsyncInvocation",
-    "Broker",
-    "Captured",
     "ChildCrashed",
     "ConfigurationError",
-    "Depth",
-    "Fate",
     "IgnoreException",
-    "Ledger",
     "LoggingException",
     "Message",
     "MessageTooLarge",
-    "Metadata",
-    "Outcome",
-    "Outgoing",
     "PartialFailure",
     "Priority",
-    "QueueInfo",
-    "QueueMessage",
-    "Refusal",
     "RetryException",
     "RetryPolicy",
-    "Sender",
-    "SnsSender",
-    "SqliteBroker",
-    "SqsBroker",
     "StopRetry",
-    "Task",
     "TaskNotFound",
     "TaskhawkError",
     "TimeLimitExceeded",
     "ValidationError",
-    "Worker",
-    "batch",
-    "capture",
     "configure",
-    "current_task",
     "exponential",
-    "extend_visibility_timeout",
     "fixed",
     "linear",
-    "listen_for_messages",
-    "main",
-    "process",
-    "process_messages_for_lambda_consumer",
-    "publish",
-    "requeue_dead_letter",
     "settings",
-    "task",
 ]
 
 import contextlib
@@ -150,11 +127,25 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 
+# What `python -m taskhawk NAME …` runs, by name; "" is what runs for all other names.
+_programs: dict[str, Callable[[Sequence[str]], int]] = {}
+
+
+def _run_program(argv: Sequence[str]) -> int:
+    """Run the program that a later part has registered; return its exit code."""
+    if argv and argv[0] in _programs:
+        return _programs[argv[0]](argv[1:])
+    if "" in _programs:
+        return _programs[""](argv)
+    print("taskhawk: this copy of the file has no command line", file=sys.stderr)
+    return 2
+
+
 if __name__ == "__main__":
-    # `python -m taskhawk` runs this file as __main__, and the tasks' modules import it again under
-    # its own name: go on in that one, or there would be two registries.
+    # `python -m taskhawk` runs this file as __main__, and the tasks' modules import it
+    # again under its own name: go on in that one, or there would be two registries.
     _name = __spec__.name if __spec__ else inspect.getmodulename(__file__)
-    sys.exit(importlib.import_module(_name or "").main())
+    sys.exit(importlib.import_module(_name or "")._run_program(sys.argv[1:]))  # noqa: SLF001 - its own
 
 VERSION = __version__  # the name that taskhawk 1.4 gave it
 _MAX_BATCH = 10  # entries in a batch call of SQS and SNS, and messages in a receive
@@ -169,7 +160,6 @@ _ERROR_ATTRIBUTE = "taskhawk.error"  # says why the worker dead-lettered a messa
 _MAX_ERROR_BYTES = (
     16_384  # of that attribute: enough for a traceback, little against 1 MiB
 )
-
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -198,7 +188,7 @@ class _Log(logging.LoggerAdapter):  # type: ignore[type-arg]
 _log = _Log(logging.getLogger(__name__), {})
 
 
-# --- 2. errors ------------------------------------------------------------------------------------
+# --- 2. errors ------------------------------------------------------------------------
 # Every failure has a name and a fate: what a person must mend is a ConfigurationError, what a
 # message has wrong is a ValidationError, and what was not accepted is a PartialFailure. The last
 # four are raised by tasks and retry policies, to say what is to become of the message.
@@ -336,11 +326,20 @@ def _is_number(value: object) -> typing.TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-# --- 3. settings ----------------------------------------------------------------------------------
+def _text_of(error: object) -> str:
+    """Return the text of an error, also if its class can't make it."""
+    try:
+        return str(error)
+    except Exception:  # an exception class with a bug
+        return f"{type(error).__name__} (its text can't be made)"
+
+
+# --- 3. settings ----------------------------------------------------------------------
 # The only place where configuration is read. The first source that has a setting wins: configure(),
 # the module named by SETTINGS_MODULE, Django's settings, the environment, the default. A value that
 # is wrong is an error which says where it came from, at the first use of the setting; values of
 # secrets are in no error.
+
 
 _TEXT, _ACCOUNT, _REGION = "a string", "an account number", "the name of a region"
 _FLAG, _SECONDS, _COUNT = (
@@ -434,6 +433,10 @@ class _Settings:
 
     given: Mapping[str, Any] = {}  # by configure()
 
+    def __init__(self) -> None:
+        # What to do when settings that connections are made with may have changed.
+        self.on_change: list[Callable[[], None]] = []
+
     def __getattr__(self, name: str) -> Any:
         """Read a setting that is not remembered yet."""
         if name not in _SETTINGS:
@@ -503,10 +506,11 @@ class _Settings:
 
     def forget(self, *, setting: str = "AWS_", **_: object) -> None:
         """Read everything anew: after configure(), or as Django's tests override a setting."""
-        self.__dict__ = {"given": self.given}
+        self.__dict__ = {"given": self.given, "on_change": self.on_change}
         # Clients are made with these. Django's tests name the one setting that they override.
         if setting.startswith("AWS_"):
-            _brokers.close()
+            for callback in self.on_change:
+                callback()
 
     def _sources(self) -> Iterator[_Source]:
         """Yield where settings may come from, in the order of precedence."""
@@ -556,20 +560,6 @@ def _import(name: str, what: str) -> Any:
         raise  # the module is there, and something that it imports is not
 
 
-def _django_settings() -> Any:
-    """Return Django's settings where Django is in use; it is never imported otherwise."""
-    named = os.environ.get("DJANGO_SETTINGS_MODULE")
-    # An application may also call Django's settings.configure(), and name no module.
-    if not named and "django.conf" not in sys.modules:
-        return None
-    from django.conf import settings as found
-    from django.core.signals import setting_changed
-
-    # It connects but once. A weak connection would leave a finalizer behind at each call.
-    setting_changed.connect(settings.forget, weak=False)
-    return found if named or found.configured else None
-
-
 def configure(obj_or_mapping: object = None, /, **values: Any) -> None:
     """Set settings by hand, ahead of all other sources; replaces what an earlier call set.
 
@@ -591,7 +581,59 @@ def configure(obj_or_mapping: object = None, /, **values: Any) -> None:
     settings.forget()
 
 
-# --- 4. messages ----------------------------------------------------------------------------------
+def _call_safely(name: str, **kwargs: Any) -> None:
+    """Call a hook whose failure is logged, no more."""
+    try:
+        if hook := getattr(settings, name):
+            hook(**kwargs)
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # SystemExit and CancelledError too
+        _log.exception("%s failed", name)
+
+
+# --- 4. Django ------------------------------------------------------------------------
+# All that this file knows of Django. It is never imported unless the application uses it.
+
+
+def _django_settings() -> Any:
+    """Return Django's settings where Django is in use; it is never imported otherwise."""
+    named = os.environ.get("DJANGO_SETTINGS_MODULE")
+    # An application may also call Django's settings.configure(), and name no module.
+    if not named and "django.conf" not in sys.modules:
+        return None
+    from django.conf import settings as found
+    from django.core.signals import setting_changed
+
+    # It connects but once. A weak connection would leave a finalizer behind at each call.
+    setting_changed.connect(settings.forget, weak=False)
+    return found if named or found.configured else None
+
+
+_slot = (
+    threading.local()
+)  # counts its `runs`; a worker's slot keeps a `loop` for them all, too
+
+
+def _recycle_django_connections() -> None:
+    """Close this thread's database connections after so many runs, where Django is in use."""
+    if "django.db" not in sys.modules or not _django_settings():
+        return
+    try:
+        _slot.runs = (
+            getattr(_slot, "runs", 0) + 1
+        ) % settings.TASKHAWK_MAX_DB_REUSE_LOOPS
+        if _slot.runs == 0:
+            for connection in sys.modules["django.db"].connections.all(
+                initialized_only=True
+            ):
+                if not connection.in_atomic_block:  # a test's transaction
+                    connection.close()
+    except Exception:  # the run is over: what became of it stands
+        _log.exception("can't close the database connections")
+
+
+# --- 5. messages ----------------------------------------------------------------------
 # Untrusted bytes stop here: what _decode() lets through has the shape that SCHEMA describes, and
 # what it refuses, dispatch refuses too. SCHEMA is what the validator goes by, so they can't differ.
 # To decode is a pure function: it does no I/O, and reads neither a clock nor a setting.
@@ -704,6 +746,19 @@ def _new_id() -> str:
     )
 
 
+# The tasks that a message can name. Nothing else is ever looked up for a message.
+_registry: dict[str, Task[Any, Any]] = {}
+
+
+def _find_task(name: str) -> Task[Any, Any]:
+    """Return the task registered under a name; raise :exc:`TaskNotFound` if there is none."""
+    if found := _registry.get(name):
+        return found
+    raise TaskNotFound(
+        f"no task is registered as {name[:200]!r}: is its module imported?"
+    )
+
+
 class Message:  # noqa: PLW1641 - it may change, so it is no key of a dict
     """One request for a run of a task; what the publisher makes and the worker gets.
 
@@ -759,7 +814,7 @@ class Message:  # noqa: PLW1641 - it may change, so it is no key of a dict
         :raises TaskNotFound: if there is no such task
         :raises ValidationError: if `msg_id` is empty, or not a string
         """
-        Task.find_by_name(task)
+        _find_task(task)
         if msg_id is not None:
             _validate(msg_id, _NAME, "id")
         message = cls.__new__(cls)  # no look at the rest: what is made here is valid
@@ -799,7 +854,7 @@ class Message:  # noqa: PLW1641 - it may change, so it is no key of a dict
     @property
     def task(self) -> Task[Any, Any]:
         """The registered task; raises :exc:`TaskNotFound` if there is none."""
-        return Task.find_by_name(self.task_name)
+        return _find_task(self.task_name)
 
     def call_task(self, receipt: str | None) -> None:
         """Run the task, here and now.
@@ -902,13 +957,1143 @@ def _decode(body: Any) -> Message:
         raise ValidationError(f"message: not JSON{where}") from None
 
 
-# --- 5. tasks -------------------------------------------------------------------------------------
+# --- 6. retry policies ----------------------------------------------------------------
+# A policy is a function of the attempt that returns seconds. It does no I/O and holds no state.
+
+
+@dataclasses.dataclass(frozen=True)
+class RetryPolicy:
+    """Gives the seconds to the next run: they grow by factor and step, up to `max_retries` times.
+
+    Made by :func:`fixed`, :func:`linear` and :func:`exponential`. Jitter takes between half of a
+    delay and all of it, so that what failed together is spread out:
+    https://aws.amazon.com/builders-library/timeouts-retries-and-backoff-with-jitter/
+
+    :raises ConfigurationError: if a number is negative, or is not a number
+    """
+
+    base_s: float
+    factor: float
+    step_s: float
+    max_retries: int | None
+    max_delay_s: float
+    jitter: bool
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that make no delay."""
+        numbers = (
+            self.base_s,
+            self.factor,
+            self.step_s,
+            self.max_delay_s,
+            self.max_retries or 0,
+        )
+        for number in numbers:
+            valid = _is_number(number) and number >= 0
+            _require(valid, f"retry policy: expected 0 or more, got {number!r}")
+
+    def __call__(self, attempt: int) -> float:
+        """Return the delay in seconds after the `attempt`-th run (from 1).
+
+        :param attempt: the message's receive count, so that crashes and releases count too
+        :returns: 0 to 43,200, the longest that SQS hides a message
+        :raises StopRetry: if all retries are used up
+        """
+        if self.max_retries is not None and attempt > self.max_retries:
+            raise StopRetry(f"all {self.max_retries} retries are used up")
+        first, step = (
+            min(number, _MAX_HELD_S) for number in (self.base_s, self.step_s)
+        )
+        # 2.0 ** 1024 is more than a float can hold; the longest delay counts long before.
+        growth = sys.float_info.max
+        with contextlib.suppress(OverflowError):
+            growth = float(self.factor ** (attempt - 1))
+        delay_s = min(
+            first * growth + step * (attempt - 1), self.max_delay_s, _MAX_HELD_S
+        )
+        return _jittered(delay_s) if self.jitter else delay_s
+
+
+def _jittered(delay_s: float) -> float:
+    """Return between half of a delay and all of it."""
+    import random
+
+    return delay_s * random.uniform(0.5, 1)
+
+
+def fixed(
+    delay_s: float, max_retries: int | None = None, *, jitter: bool = True
+) -> RetryPolicy:
+    """Return a retry policy of equal delays.
+
+    :param delay_s: seconds from a failed run to the next
+    :param max_retries: then the dead letters; None leaves that to the queue's maxReceiveCount
+    :param jitter: take a random part of each delay, at least half of it
+    """
+    return RetryPolicy(delay_s, 1, 0, max_retries, _MAX_HELD_S, jitter)
+
+
+def linear(
+    base_s: float,
+    step_s: float,
+    max_retries: int | None = None,
+    max_delay_s: float = 3600,
+    *,
+    jitter: bool = True,
+) -> RetryPolicy:
+    """Return a retry policy of delays that grow by `step_s` seconds; see :func:`fixed`.
+
+    :param base_s: seconds from the first failed run to the next
+    :param step_s: seconds that each delay is longer than the one before
+    :param max_retries: then the dead letters; None leaves that to the queue's maxReceiveCount
+    :param max_delay_s: the longest delay in seconds
+    :param jitter: take a random part of each delay, at least half of it
+    """
+    return RetryPolicy(base_s, 1, step_s, max_retries, max_delay_s, jitter)
+
+
+def exponential(
+    base_s: float = 1,
+    factor: float = 2,
+    max_retries: int | None = None,
+    max_delay_s: float = 3600,
+    *,
+    jitter: bool = True,
+) -> RetryPolicy:
+    """Return a retry policy of delays that grow by `factor`; see :func:`fixed`.
+
+    :param base_s: seconds from the first failed run to the next
+    :param factor: how many times longer each delay is than the one before
+    :param max_retries: then the dead letters; None leaves that to the queue's maxReceiveCount
+    :param max_delay_s: the longest delay in seconds
+    :param jitter: take a random part of each delay, at least half of it
+    """
+    return RetryPolicy(base_s, factor, 0, max_retries, max_delay_s, jitter)
+
+
+# === PART II: QUEUES ==================================================================
+
+__all__ += [
+    "Broker",
+    "Depth",
+    "Outgoing",
+    "QueueInfo",
+    "QueueMessage",
+    "Refusal",
+    "Sender",
+    "SnsSender",
+    "SqliteBroker",
+    "SqsBroker",
+]
+
+
+# --- 7. the broker contract -----------------------------------------------------------
+# All the queue I/O that this library can do. A whole call that fails raises: ConfigurationError, if
+# only a person can mend it. An entry of a batch that fails is in the answer, and an entry that the
+# answer does not name has failed.
+
+
+_SUFFIXES = dict(
+    zip(Priority, ("", "-high-priority", "-low-priority", "-bulk"), strict=True)
+)
+# Not the order of the enum, whose numbers are 1.4's.
+_URGENCY = (Priority.high, Priority.default, Priority.low, Priority.bulk)
+
+
+# What makes a sender or broker, by the scheme of its URL: later rooms add theirs.
+_schemes: dict[str, Callable[[str], Sender]] = {}
+
+
+class Outgoing(NamedTuple):
+    """A message to send; the attributes are as SQS writes them.
+
+    Group and deduplication id are for FIFO queues; a fair queue takes a group too.
+    """
+
+    body: str
+    attributes: Mapping[str, Mapping[str, Any]]
+    delay_s: float = 0
+    group_id: str | None = None
+    deduplication_id: str | None = None
+
+    def size(self) -> int:
+        """Count the bytes as the service does: body, attribute names, types and values."""
+        # ASCII, as all of ours is, has a byte a character; copies of others' messages may not.
+        size = len(self.body) if self.body.isascii() else len(self.body.encode())
+        for name, value in self.attributes.items():
+            for text in (name, *value.values()):
+                size += len(text.encode() if isinstance(text, str) else text)
+        return size
+
+
+class Refusal(NamedTuple):
+    """An entry of a batch call that failed.
+
+    `index` is its place among the entries of the call; `code` is the service's, or the type of an
+    exception; `final` says not to try again: the entry is at fault, or was tried often enough.
+    """
+
+    index: int  # type: ignore[assignment]
+    code: str
+    text: str
+    final: bool
+
+
+class QueueInfo(NamedTuple):
+    """What a worker wants to know of a queue; None where it has no dead-letter queue."""
+
+    visibility_timeout_s: float
+    dead_letter_queue: str | None
+    max_receive_count: int | None
+
+
+class Depth(NamedTuple):
+    """How many messages a queue has; SQS says so approximately, and a minute late or more.
+
+    `visible` can be received, `in_flight` was received and is hidden yet, `delayed` was sent with a
+    delay that is not over.
+    """
+
+    visible: int
+    in_flight: int
+    delayed: int
+
+
+class Sender(typing.Protocol):
+    """What publishing needs of a service, which sets the most bytes and the longest delay.
+
+    ``send`` takes at most ten messages, which are together within `max_bytes`, and returns those
+    that were refused. ``before_fork`` lets go of what a child must not share, until ``after_fork``
+    in the parent.
+
+    Calls may come from any thread at once. One that fails as a whole raises; it may have been done
+    all the same.
+    """
+
+    max_bytes: int
+    max_delay_s: float
+
+    def destination(self, priority: Priority) -> str:
+        """Return the name of the queue or topic for messages of a priority."""
+        name = settings.TASKHAWK_QUEUE
+        if name is None and settings.TASKHAWK_BROKER != "sqs":
+            name = (
+                "default"  # a file needs no names to be kept apart from others' queues
+            )
+        return f"TASKHAWK-{name or settings.require('TASKHAWK_QUEUE')}{_SUFFIXES[priority]}".upper()
+
+    def send(self, destination: str, entries: Sequence[Outgoing]) -> list[Refusal]: ...
+    def close(self) -> None: ...
+    def before_fork(self) -> None: ...
+    def after_fork(self) -> None: ...
+
+
+class Broker(Sender, typing.Protocol):
+    """What workers and operations need besides; queues are called by name.
+
+    ``receive`` takes at most ten messages and waits for the first, unless `stop` cuts the wait
+    short; they are hidden from others for `lease_s`, or for the queue's own timeout if it is None.
+    ``delete`` and ``change_visibility`` are for at most ten receipts: the latter makes messages
+    visible again so many seconds from now. ``url`` is what the service calls a queue.
+    """
+
+    def receive(
+        self,
+        queue: str,
+        most: int,
+        wait_s: float,
+        lease_s: float | None,
+        stop: threading.Event,
+    ) -> list[QueueMessage]: ...
+    def delete(self, queue: str, receipts: Sequence[str]) -> list[Refusal]: ...
+    def change_visibility(
+        self, queue: str, changes: Sequence[tuple[str, float]]
+    ) -> list[Refusal]: ...
+    def url(self, queue: str) -> str: ...
+    def info(self, queue: str) -> QueueInfo: ...
+    def depth(self, queue: str) -> Depth: ...
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class QueueMessage:
+    """A received message, as the hooks get it: it reads and acts like boto3's ``sqs.Message``.
+
+    Body and attributes are as the service returned them: nothing is checked here. The receipt
+    handle is of this very receive, and None where no queue has the message.
+    """
+
+    body: Any
+    message_id: str
+    receipt_handle: str | None = None
+    attributes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    message_attributes: Mapping[str, Mapping[str, Any]] = dataclasses.field(
+        default_factory=dict
+    )
+    queue: str | None = None
+    broker: Broker | None = None  # where a queue has the message
+    sns_record: Mapping[str, Any] | None = None  # where Lambda got it from a topic
+    message: Message | None = (
+        None  # once it is known to be valid and its task to be registered
+    )
+    lease_lost: bool = False  # set by the worker
+
+    #: how often the message was received, from 1
+    attempt = property(
+        lambda self: int(self.attributes.get("ApproximateReceiveCount", 1))
+    )
+    #: the URL of the queue; "" where none has the message
+    queue_url = property(
+        lambda self: self.broker.url(self.queue) if self.broker else ""
+    )
+    is_fifo = property(lambda self: (self.queue or "").endswith(".fifo"))
+    #: the message group, on FIFO and fair queues
+    group_id = property(lambda self: self.attributes.get("MessageGroupId"))
+
+    @property
+    def hook_kwargs(self) -> dict[str, Any]:
+        """What the hooks are called with."""
+        if self.sns_record is not None:
+            return {"sns_record": self.sns_record}
+        return {"queue_name": self.queue, "sqs_queue_message": self}
+
+    def delete(self) -> None:
+        """Delete the message from its queue, at once.
+
+        For hooks and old code: a worker by itself deletes what it has run, ten in a call.
+
+        :raises PartialFailure: if the service refuses
+        """
+        if self.broker and self.queue and self.receipt_handle:
+            _accepted(self.broker.delete(self.queue, [self.receipt_handle]))
+
+    def change_visibility(self, *, VisibilityTimeout: float) -> None:  # noqa: N803 - boto3's name
+        """Make the message visible again so many seconds from now.
+
+        :param VisibilityTimeout: 0 to 43,200 seconds; SQS counts 12 hours in all from the receive
+        :raises PartialFailure: if the service refuses, such as for a message no longer in flight
+        """
+        if self.broker and self.queue and self.receipt_handle:
+            change = (self.receipt_handle, VisibilityTimeout)
+            _accepted(self.broker.change_visibility(self.queue, [change]))
+
+    def copy(self, attributes: Mapping[str, Mapping[str, Any]]) -> Outgoing:
+        """Return the message as it is sent to another queue.
+
+        On FIFO queues its own MessageId deduplicates it: the body's id was seen before, and SQS
+        would accept the copy and drop it.
+        """
+        once = self.message_id if self.is_fifo else None
+        return Outgoing(self.body, attributes, 0, self.group_id, once)
+
+
+def _accepted(refusals: Sequence[Refusal]) -> None:
+    """Raise PartialFailure if anything was refused, for calls of one entry."""
+    if refusals:
+        failed = [
+            {"Id": str(r.index), "Code": r.code, "Message": r.text} for r in refusals
+        ]
+        raise PartialFailure({"Successful": [], "Failed": failed})
+
+
+def _in_batches(
+    call: Callable[[Sequence[Any]], list[Refusal]],
+    entries: Sequence[Any],
+    tries: int = 1,
+    *,
+    max_bytes: float = 0,
+    repeated: bool = False,
+) -> dict[int, Refusal]:
+    """Make batch calls, and return what was refused, by its index among the entries.
+
+    A call that fails as a whole has refused its entries and all after them, which are not tried.
+
+    :param tries: how often in all to ask for what the service fails at
+    :param max_bytes: of the sum of a call's entries, where they are messages
+    :param repeated: whether botocore has repeated a whole call that failed, which is enough
+    """
+    refused: dict[int, Refusal] = {}
+    start = 0
+    while start < len(entries):
+        part = entries[start : start + _MAX_BATCH]
+        # One entry always goes: if it is too long by itself, the service says so.
+        while (
+            max_bytes
+            and len(part) > 1
+            and sum(entry.size() for entry in part) > max_bytes
+        ):
+            part = part[:-1]
+        try:
+            refused |= {start + refusal.index: refusal for refusal in call(part)}
+        except Exception as error:
+            code = _error_code(error)
+            whole = Refusal(
+                0, code, str(error), repeated or code.startswith("AccessDenied")
+            )
+            refused |= dict.fromkeys(range(start, len(entries)), whole)
+            break
+        start += len(part)
+    again = [index for index, refusal in refused.items() if not refusal.final]
+    if again and tries > 1:
+        time.sleep(_jittered(0.3 ** (tries - 1)))  # 0.09 s, then 0.3 s
+        answer = _in_batches(
+            call, [entries[i] for i in again], tries - 1, max_bytes=max_bytes
+        )
+        refused = {
+            index: refusal for index, refusal in refused.items() if refusal.final
+        }
+        refused |= {again[index]: refusal for index, refusal in answer.items()}
+    return refused
+
+
+def _send_all(
+    sender: Sender, destination: str, entries: Sequence[Outgoing]
+) -> dict[int, Refusal]:
+    """Send to one destination; return what was refused, by its index among the entries."""
+    send = functools.partial(sender.send, destination)
+    return _in_batches(send, entries, 3, max_bytes=sender.max_bytes, repeated=True)
+
+
+def _change_all(call: str, entries: Mapping[QueueMessage, Any], warning: str) -> None:
+    """Make batch calls for the messages that a queue has; Lambda's role may not be allowed to.
+
+    :param call: the method of the broker
+    :param entries: what it takes of each message
+    :param warning: logged with how many of how many were refused, and why
+    """
+    known = [
+        (received, entry) for received, entry in entries.items() if received.broker
+    ]
+    if known:
+        first = known[0][0]
+        made = functools.partial(getattr(first.broker, call), first.queue)
+        if refused := _in_batches(made, [entry for _, entry in known], 3):
+            _log.warning(
+                warning, len(refused), len(known), next(iter(refused.values())).text
+            )
+
+
+def _error_code(error: BaseException) -> str:
+    """Return an AWS error's code without its prefix, or the error's type.
+
+    Where an AWS error was turned into another one, it is found as that one's cause.
+    """
+    origin = error.__cause__ or error
+    # Such as AWS.SimpleQueueService.NonExistentQueue, in the older of SQS's protocols.
+    response = getattr(origin, "response", None) or {}
+    return str(
+        response.get("Error", {}).get("Code") or type(origin).__name__
+    ).rpartition(".")[2]
+
+
+# --- 8. SQLite ------------------------------------------------------------------------
+# The embedded broker, with the semantics of SQS, for any number of processes on one machine. Every
+# change is one transaction that is on the disk (synchronous=FULL) before the call returns. A
+# message is hidden while its visible_ms is ahead: that one column is delay, visibility timeout and
+# retry. A receipt is good for a delete until the message is received again or moved to the dead
+# letters, and for a change as long as the message is hidden, too.
+
+
+_SQLITE_SCHEMA = """BEGIN IMMEDIATE;
+CREATE TABLE IF NOT EXISTS message (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, -- a receipt names it, so it is never used again
+    queue TEXT NOT NULL, message_id TEXT NOT NULL, body TEXT NOT NULL, attributes TEXT NOT NULL,
+    sent_ms INTEGER NOT NULL, visible_ms INTEGER NOT NULL,
+    receive_count INTEGER NOT NULL DEFAULT 0, receipt TEXT);
+CREATE INDEX IF NOT EXISTS message_visible ON message (queue, visible_ms);
+PRAGMA user_version = 1; COMMIT;"""
+_memory_pid = functools.cache(os.getpid)  # the first process that had a queue in memory
+
+
+class SqliteBroker(Broker):
+    """Queues in a file; or in memory, for the tests of one process.
+
+    Any number of processes may use a file, on one machine: they share memory, which they can't over
+    a network's file system (https://www.sqlite.org/wal.html).
+
+    :param url: ``sqlite:///relative.db``, ``sqlite:////absolute.db`` or ``sqlite://`` (memory), and
+        perhaps ``?visibility_timeout_s=30&max_receive_count=5``
+    :param clock: epoch seconds; passed in by tests
+    :raises ConfigurationError: if the URL or the file is not usable
+    """
+
+    max_bytes = _MAX_SQS_BYTES  # as on SQS, so that what works here works there
+    max_delay_s = 100 * 365 * 86_400  # a number that SQLite can hold
+
+    def __init__(self, url: str, clock: Callable[[], float] = time.time) -> None:
+        """Read the URL, and open the file."""
+        self._url, self._clock = url, clock
+        options = {
+            "visibility_timeout_s": str(_DEFAULT_LEASE_S),
+            "max_receive_count": "5",
+        }
+        try:
+            parts: Any = re.fullmatch(r"sqlite://(?:/([^?\n]+))?(?:\?(.*))?", url)
+            self._path, query = parts.groups("")
+            options |= (pair.partition("=")[::2] for pair in query.split("&") if pair)
+            lease_s, most = options.values()
+            self._lease_s, self._most = (
+                _conform(_SECONDS, lease_s),
+                _conform(_COUNT, most),
+            )
+        except (ValueError, AttributeError) as error:
+            text = "TASKHAWK_BROKER: expected sqlite:///relative.db or sqlite:////absolute.db, then"
+            then = "perhaps ?visibility_timeout_s=30&max_receive_count=5"
+            raise ConfigurationError(f"{text} {then}, got {url!r}") from error
+        text = "sqlite:// is the memory of one process, and this is another: use a file, such"
+        _require(
+            self._path or _memory_pid() == os.getpid(), f"{text} as sqlite:///queue.db"
+        )
+        # Held while a thread uses the connection, so that its transaction is that thread's alone:
+        # `with self._lock, self._db` writes all that is in the block, or nothing.
+        self._lock = threading.Lock()
+        self._opened = self._open()
+
+    @property
+    def _db(self) -> Any:
+        """The connection, opened anew after a fork; for who holds the lock."""
+        self._opened = self._opened or self._open()
+        return self._opened
+
+    def _open(self) -> Any:
+        """Open the file, or memory, and make the tables where there are none."""
+        import sqlite3
+
+        text = f"SQLite {sqlite3.sqlite_version} is too old: expected 3.30.0 or newer"
+        _require(
+            sqlite3.sqlite_version_info >= (3, 30), text
+        )  # the first with count(*) FILTER
+        # IMMEDIATE: a transaction waits for the file's write lock before its first change, for one
+        # that has begun to read can't wait: what it has read may be old by then.
+        options: Any = {
+            "timeout": 30,
+            "isolation_level": "IMMEDIATE",
+            "check_same_thread": False,
+        }
+        db, deadline = None, time.monotonic() + 30
+        try:
+            db = sqlite3.connect(self._path or ":memory:", **options)
+            if (version := db.execute("PRAGMA user_version").fetchone()[0]) not in (
+                0,
+                1,
+            ):
+                raise sqlite3.OperationalError(
+                    f"expected version 1 of its tables, got {version}"
+                )
+            # WAL: who reads waits for nobody.
+            while (
+                True
+            ):  # alone of all statements, this one does not wait for other processes
+                try:
+                    db.execute("PRAGMA journal_mode = WAL")
+                    break
+                except sqlite3.OperationalError as error:
+                    if (
+                        error.sqlite_errorname != "SQLITE_BUSY"
+                        or time.monotonic() > deadline
+                    ):
+                        raise
+                    time.sleep(0.01)
+            # FULL: a COMMIT that returned outlives a power failure.
+            db.execute("PRAGMA synchronous = FULL")
+            db.executescript(_SQLITE_SCHEMA)
+        except sqlite3.Error as error:
+            if db:
+                db.close()
+            where = os.path.abspath(self._path or "memory")
+            raise ConfigurationError(
+                f"TASKHAWK_BROKER: can't open {where}: {error}"
+            ) from error
+        return db
+
+    def url(self, queue: str) -> str:
+        """Return the broker's URL: a queue has none of its own."""
+        return self._url
+
+    def close(self) -> None:
+        """Close the file; what is in memory is gone."""
+        with self._lock:
+            if self._opened:
+                self._opened.close()
+
+    def before_fork(self) -> None:
+        """Close the file: SQLite's locks are the process's, and a child would take them on."""
+        self._lock.acquire()
+        if self._path and self._opened:
+            self._opened = self._opened.close()
+
+    def after_fork(self) -> None:
+        self._lock.release()
+
+    def _in_ms(self, seconds: float = 0) -> int:
+        """Return the time so many seconds from now, as the tables have it."""
+        return math.ceil((self._clock() + seconds) * 1000)
+
+    def send(self, destination: str, entries: Sequence[Outgoing]) -> list[Refusal]:
+        """Write the messages in one transaction: all, or none if it raises."""
+        insert = "INSERT INTO message VALUES (NULL, ?, ?, ?, ?, ?, ?, 0, NULL)"
+        # One transaction, and so one flush of the disk, for up to ten messages.
+        with self._lock, self._db as db:
+            for body, attributes, delay_s, *_ in entries:
+                what = (destination, _new_id(), body, json.dumps(attributes))
+                db.execute(insert, (*what, self._in_ms(), self._in_ms(delay_s)))
+        return []
+
+    def receive(
+        self,
+        queue: str,
+        most: int,
+        wait_s: float,
+        lease_s: float | None,
+        stop: threading.Event,
+    ) -> list[QueueMessage]:
+        """Claim messages; wait for the first without holding any lock.
+
+        The first look comes at once, the others after pauses that grow: a message waits 50 ms at
+        most, and an idle worker takes next to no CPU.
+        """
+        deadline, pause_s = time.monotonic() + wait_s, 0.002
+        look = (
+            "SELECT EXISTS (SELECT 1 FROM message WHERE queue = ? AND visible_ms <= ?)"
+        )
+        claim = functools.partial(self._claim, queue, most, lease_s or self._lease_s)
+        while True:
+            with self._lock:
+                (found,) = self._db.execute(look, (queue, self._in_ms())).fetchone()
+            if (claimed := claim() if found else []) or time.monotonic() >= deadline:
+                return claimed
+            if stop.wait(pause_s):
+                return []
+            pause_s = min(
+                pause_s * 2, 0.05
+            )  # twenty looks a second cost next to nothing
+
+    def _claim(self, queue: str, most: int, lease_s: float) -> list[QueueMessage]:
+        """Take the first messages; those received too often go to the dead-letter queue.
+
+        As on SQS, it is the receive that moves them, and a message keeps its id and its attributes.
+        """
+        find = """SELECT id, receive_count + 1, sent_ms, attributes, body, message_id FROM message
+            WHERE queue = ? AND visible_ms <= ? ORDER BY visible_ms, id LIMIT ?"""
+        take = "UPDATE message SET receive_count = ?, visible_ms = ?, receipt = ? WHERE id = ?"
+        # It is visible there at once, and counted from the start.
+        redrive = "UPDATE message SET queue = ?, receive_count = 0, receipt = NULL WHERE id = ?"
+        _, dead, limit = self.info(queue)
+        claimed = []
+        with self._lock, self._db as db:
+            db.execute(
+                "BEGIN IMMEDIATE"
+            )  # before the look too, or others would find the same
+            first = db.execute(
+                find, (queue, self._in_ms(), min(most, _MAX_BATCH))
+            ).fetchall()
+            for row, count, sent_ms, attributes, body, message_id in first:
+                if limit and count > limit:
+                    db.execute(redrive, (dead, row))
+                    continue
+                receipt = f"{row}-{os.urandom(16).hex()}"
+                db.execute(take, (count, self._in_ms(lease_s), receipt, row))
+                system = {
+                    "ApproximateReceiveCount": str(count),
+                    "SentTimestamp": str(sent_ms),
+                }
+                parts = (body, message_id, receipt, system, json.loads(attributes))
+                claimed.append(QueueMessage(*parts, queue, self))
+        return claimed
+
+    def delete(self, queue: str, receipts: Sequence[str]) -> list[Refusal]:
+        """Delete; what was deleted before is no error, what another has received since is."""
+        # A receipt begins with the number of its row, by which the row is found.
+        change = "DELETE FROM message WHERE id = CAST(:receipt AS INTEGER) AND receipt = :receipt"
+        refused = "SELECT 1 FROM message WHERE id = CAST(:receipt AS INTEGER)"
+        return self._change(
+            change, refused, [{"receipt": receipt} for receipt in receipts]
+        )
+
+    def change_visibility(
+        self, queue: str, changes: Sequence[tuple[str, float]]
+    ) -> list[Refusal]:
+        """Change when messages are visible again, while they are in flight."""
+        now = self._in_ms()
+        rows = [{"receipt": r, "until": self._in_ms(s), "now": now} for r, s in changes]
+        change = """UPDATE message SET visible_ms = :until
+            WHERE id = CAST(:receipt AS INTEGER) AND receipt = :receipt AND visible_ms > :now"""
+        return self._change(change, "SELECT 1", rows)
+
+    def _change(
+        self, change: str, refused: str, rows: Sequence[dict[str, Any]]
+    ) -> list[Refusal]:
+        """Make each change; where it meets no row, `refused` asks whether that is an error."""
+        text = "the message is no longer in flight, or was received again"
+        with self._lock, self._db as db:
+            return [
+                Refusal(index, "ReceiptHandleIsInvalid", text, final=True)
+                for index, row in enumerate(rows)
+                if not db.execute(change, row).rowcount
+                and db.execute(refused, row).fetchone()
+            ]
+
+    def info(self, queue: str) -> QueueInfo:
+        """Return what the URL says; the dead-letter queue of a queue has none itself."""
+        limits = (
+            (None, None) if queue.endswith("-DLQ") else (f"{queue}-DLQ", self._most)
+        )
+        return QueueInfo(self._lease_s, *limits)
+
+    def depth(self, queue: str) -> Depth:
+        """Count exactly, unlike SQS."""
+        ask = """SELECT count(*) FILTER (WHERE visible_ms <= :now),
+            count(*) FILTER (WHERE visible_ms > :now AND receipt IS NOT NULL),
+            count(*) FILTER (WHERE visible_ms > :now AND receipt IS NULL)
+            FROM message WHERE queue = :queue"""
+        # One statement, and so one moment: no message is counted twice, or not at all.
+        with self._lock:
+            return Depth(
+                *self._db.execute(
+                    ask, {"now": self._in_ms(), "queue": queue}
+                ).fetchone()
+            )
+
+
+_schemes["sqlite"] = SqliteBroker
+
+
+# --- 9. SQS and SNS -------------------------------------------------------------------
+# Every AWS call of this library. botocore does credentials, signing, endpoints and, for sends, the
+# retries. Their number is always set: a receive that botocore retries in secret strands what the
+# lost answer held.
+
+
+# The services, and the protocols they speak, have more than one name for the same error.
+_REMEDIES = {  # what a person can do about an error, by its code
+    "NonExistentQueue|QueueDoesNotExist": "there is no such queue here: make it, or check"
+    " TASKHAWK_QUEUE, AWS_REGION and the account",
+    "NotFound": "there is no such topic: make it, or check TASKHAWK_QUEUE and AWS_ACCOUNT_ID",
+    "AccessDenied(Exception)?|AuthorizationError": "access denied: the IAM policy of these"
+    " credentials does not allow {operation}",
+    "(No|Partial)CredentialsError": "no AWS credentials: set AWS_ACCESS_KEY and AWS_SECRET_KEY, or"
+    " give botocore a profile or role; to try things out without AWS, set TASKHAWK_BROKER to"
+    " sqlite:///queue.db",
+    "NoRegionError": "no AWS region: set AWS_REGION, for example eu-west-1",
+    "InvalidClientTokenId|UnrecognizedClientException|InvalidAccessKeyId|InvalidSecurity": "AWS"
+    " does not know these credentials: check AWS_ACCESS_KEY",
+    "SignatureDoesNotMatch|InvalidSignature(Exception)?": "AWS refuses these credentials: check"
+    " AWS_SECRET_KEY",
+}
+
+
+@contextlib.contextmanager
+def _explained(where: str) -> Iterator[None]:
+    """Turn the errors that a person must mend into a sentence that says how.
+
+    :param where: the queue or topic, which the sentence begins with
+    :raises MessageTooLarge: where the service names a limit that is lower than ours
+    :raises ConfigurationError: for what :data:`_REMEDIES` knows; all else goes on as it is
+    """
+    try:
+        yield
+    except Exception as error:
+        if limit := re.search(r"shorter than (\d+) bytes", str(error)):
+            text = f"{where} takes messages of at most {limit[1]} bytes"
+            raise MessageTooLarge(text, int(limit[1])) from error
+        code = _error_code(error)
+        for codes, remedy in _REMEDIES.items():
+            if re.fullmatch(codes, code):
+                # IAM has no actions of their own for batches.
+                operation = getattr(error, "operation_name", "").removesuffix("Batch")
+                text = remedy.format(operation=operation)
+                raise ConfigurationError(f"{where}: {text} ({code})") from error
+        raise
+
+
+class _AwsSender(Sender):
+    """What SQS and SNS share: clients, sending, the answers of batch calls, and errors."""
+
+    # The service's names: its own, of the parameters for the queue or topic and for a batch's
+    # entries, of the operations that send one message or several, of the parts of an Outgoing.
+    service = target_key = entries_key = ""
+    sends: Sequence[str] = ()
+    fields: Sequence[str] = ()
+
+    def __init__(self, _url: str = "") -> None:
+        """Have no client yet: each is made when it is first needed."""
+        self._clients: dict[str, Any] = {}
+
+    def client(self, role: str) -> Any:
+        """Return the client for "send", "poll" or "keep", which differ in timeouts and retries.
+
+        "send" is for publishers and for people: botocore tries three times. "poll" outlasts a long
+        poll, and "keep" must be back before a lease ends: both try once, and the worker does the
+        rest.
+        """
+        if role not in self._clients:
+            with _brokers.lock:
+                self._clients[role] = self._clients.get(role) or self._make_client(role)
+        return self._clients[role]
+
+    def _make_client(self, role: str) -> Any:
+        """Make a client; botocore finds credentials and region where the settings have none."""
+        from botocore.config import Config
+        from botocore.session import get_session
+
+        if not _brokers.session:
+            _brokers.session = get_session()
+            loader = _brokers.session.get_component("data_loader")
+            # botocore looks into 400 folders for this: 8 ms before the first dispatch.
+            loader.list_available_services = lambda _type: os.listdir(
+                loader.BUILTIN_DATA_PATH
+            )
+        endpoint = getattr(settings, f"AWS_ENDPOINT_{self.service.upper()}")
+        config = Config(
+            connect_timeout=settings.AWS_CONNECT_TIMEOUT_S,
+            read_timeout=settings.AWS_READ_TIMEOUT_S + (role == "poll") * _LONG_POLL_S,
+            max_pool_connections=50,  # one for each thread that dispatches, or they queue
+            user_agent=f"taskhawk/{VERSION}",  # botocore would build its own, twice a call
+            parameter_validation=False,  # ours are right; with the line above, 13 % of a dispatch
+            retries={
+                "mode": "standard",
+                "total_max_attempts": 3 if role == "send" else 1,
+            },
+        )
+        more = {
+            "region_name": settings.AWS_REGION,
+            "endpoint_url": endpoint,
+            "config": config,
+        }
+        return _brokers.session.create_client(
+            self.service, **more, **settings.credentials()
+        )
+
+    def close(self) -> None:
+        for client in self._clients.values():
+            client.close()
+
+    def url(self, queue: str, role: str = "send") -> str:
+        """Return what the service calls a queue or topic."""
+        return queue
+
+    def arn(self, name: str) -> str:
+        """Return what AWS calls a queue or topic of this account."""
+        account = settings.require("AWS_ACCOUNT_ID")
+        with _explained(name):
+            meta = self.client("send").meta
+        return (
+            f"arn:{meta.partition}:{self.service}:{meta.region_name}:{account}:{name}"
+        )
+
+    def call(self, role: str, operation: str, where: str, **parameters: Any) -> Any:
+        """Make a call to a queue or topic, by botocore's name for the call."""
+        to = {self.target_key: self.url(where, role)}
+        with _explained(where):
+            return getattr(self.client(role), operation)(**to, **parameters)
+
+    def _batch(
+        self, role: str, name: str, where: str, entries: Iterable[Any]
+    ) -> list[Refusal]:
+        """Make a batch call, and return what its answer does not say was done."""
+        named = [{"Id": str(index), **entry} for index, entry in enumerate(entries)]
+        # A call that succeeds may have done a part of its batch only; what its answer leaves out
+        # counts as failed.
+        answer = self.call(role, name, where, **{self.entries_key: named})
+        done = {entry["Id"] for entry in answer.get("Successful", ())}
+        failed = {entry["Id"]: entry for entry in answer.get("Failed", ())}
+        silence = {
+            "Code": "Unanswered",
+            "Message": "the answer does not name this entry",
+        }
+        left = [
+            (e["Id"], failed.get(e["Id"], silence))
+            for e in named
+            if e["Id"] not in done
+        ]
+        return [
+            Refusal(int(i), e["Code"], e.get("Message", ""), bool(e.get("SenderFault")))
+            for i, e in left
+        ]
+
+    def send(self, destination: str, entries: Sequence[Outgoing]) -> list[Refusal]:
+        """Send one message alone and several in a batch call, without what they do not have."""
+        calls = [
+            {n: v for n, v in zip(self.fields, e, strict=False) if v} for e in entries
+        ]
+        if len(calls) > 1:
+            return self._batch("send", self.sends[1], destination, calls)
+        self.call("send", self.sends[0], destination, **calls[0])
+        return []
+
+
+class SnsSender(_AwsSender):
+    """Publishes to the topics that a Lambda app's functions are subscribed to.
+
+    Between SNS and Lambda their own retries and dead-letter queues apply:
+    https://docs.aws.amazon.com/sns/latest/dg/sns-message-delivery-retries.html
+    """
+
+    service, target_key, entries_key = "sns", "TopicArn", "PublishBatchRequestEntries"
+    sends, fields = ("publish", "publish_batch"), ("Message", "MessageAttributes")
+    max_bytes, max_delay_s = _MAX_SNS_BYTES, 0
+
+    def destination(self, priority: Priority) -> str:
+        """Return the topic's ARN, put together: looking it up would take another permission."""
+        queue = settings.require("TASKHAWK_QUEUE").lower()
+        return self.arn(f"taskhawk-{queue}{_SUFFIXES[priority]}")
+
+
+class SqsBroker(_AwsSender, Broker):
+    """Queues on SQS: https://docs.aws.amazon.com/AWSSimpleQueueService/latest/APIReference/.
+
+    URLs, visibility timeouts and redrive policies of queues are looked up once: only a new process
+    sees that they were changed.
+    """
+
+    service, target_key, entries_key = "sqs", "QueueUrl", "Entries"
+    sends = ("send_message", "send_message_batch")
+    fields: Sequence[str] = ("MessageBody", "MessageAttributes", "DelaySeconds")
+    fields = (*fields, "MessageGroupId", "MessageDeduplicationId")
+    max_bytes, max_delay_s = _MAX_SQS_BYTES, _MAX_DELAY_S
+
+    def __init__(self, _url: str = "sqs") -> None:
+        super().__init__()
+        self._lock = (
+            threading.Lock()
+        )  # held while a URL is looked up, so that it is once
+        self._urls: dict[str, str] = {}
+        self._accounts: dict[str, str] = {}  # of queues whose URL need not be looked up
+        self._infos: dict[str, QueueInfo] = {}
+
+    def url(self, queue: str, role: str = "send") -> str:
+        """Look up a queue's URL, once; a Lambda's role may not, so it is made up there."""
+        if queue not in self._urls:
+            with _explained(queue):
+                client, account = self.client(role), self._accounts.get(queue)
+                made_up = account and f"{client.meta.endpoint_url}/{account}/{queue}"
+                with self._lock:
+                    known = self._urls.get(queue) or made_up
+                    self._urls[queue] = (
+                        known or client.get_queue_url(QueueName=queue)["QueueUrl"]
+                    )
+        return self._urls[queue]
+
+    def queue_of_arn(self, arn: str) -> str:
+        """Return the name of a queue that Lambda receives from."""
+        _, _, _, _, account, queue = arn.split(":")
+        self._accounts[queue] = account
+        return queue
+
+    def send(self, destination: str, entries: Sequence[Outgoing]) -> list[Refusal]:
+        """Send, with delays in whole seconds.
+
+        A batch as a whole may be too long for a queue whose limit was set lower than the service's.
+        It is sent again, message by message, so that only those are refused which are too long
+        themselves.
+        """
+        entries = [
+            e._replace(delay_s=math.ceil(e.delay_s)) if e.delay_s else e
+            for e in entries
+        ]
+        try:
+            return super().send(destination, entries)
+        except Exception as error:
+            if len(entries) == 1 or _error_code(error) != "BatchRequestTooLong":
+                raise
+        alone = [
+            _in_batches(functools.partial(self.send, destination), [e]) for e in entries
+        ]
+        # final: botocore has repeated what failed; to send it again would help nobody.
+        return [r[0]._replace(index=i, final=True) for i, r in enumerate(alone) if r]
+
+    def receive(
+        self,
+        queue: str,
+        most: int,
+        wait_s: float,
+        lease_s: float | None,
+        stop: threading.Event,
+    ) -> list[QueueMessage]:
+        """Poll once with ReceiveMessage; it is waited out, for its answer may hold messages.
+
+        A long poll asks all of SQS's servers and costs one request in 20 s; a short one asks some,
+        and may miss messages:
+        https://docs.aws.amazon.com/AWSSimpleQueueService/latest/SQSDeveloperGuide/
+        """
+        # Not by AttributeNames, the older parameter for these, which AWS has discontinued.
+        names = ["ApproximateReceiveCount", "SentTimestamp", "MessageGroupId"]
+        ask: Any = {
+            "MessageSystemAttributeNames": names,
+            "MessageAttributeNames": ["All"],
+        }
+        ask |= {} if lease_s is None else {"VisibilityTimeout": math.ceil(lease_s)}
+        ask["WaitTimeSeconds"] = min(math.ceil(wait_s), _LONG_POLL_S)
+        most = min(most, _MAX_BATCH)
+        answer = self.call(
+            "poll", "receive_message", queue, MaxNumberOfMessages=most, **ask
+        )
+        received = []
+        for found in answer.get("Messages", ()):
+            parts = (found["Body"], found["MessageId"], found["ReceiptHandle"])
+            attributes = (
+                found.get("Attributes", {}),
+                found.get("MessageAttributes", {}),
+            )
+            received.append(QueueMessage(*parts, *attributes, queue, self))
+        return received
+
+    def delete(self, queue: str, receipts: Sequence[str]) -> list[Refusal]:
+        """Delete; on a standard queue, a stale receipt is no error to SQS."""
+        entries = ({"ReceiptHandle": receipt} for receipt in receipts)
+        return self._batch("keep", "delete_message_batch", queue, entries)
+
+    def change_visibility(
+        self, queue: str, changes: Sequence[tuple[str, float]]
+    ) -> list[Refusal]:
+        """Change the visibility timeouts, in whole seconds."""
+        entries = (
+            {"ReceiptHandle": r, "VisibilityTimeout": math.ceil(s)} for r, s in changes
+        )
+        return self._batch("keep", "change_message_visibility_batch", queue, entries)
+
+    def attributes(self, queue: str, names: Sequence[str]) -> Any:
+        """Read attributes of a queue, by their names on SQS."""
+        return self.call("send", "get_queue_attributes", queue, AttributeNames=names)[
+            "Attributes"
+        ]
+
+    def info(self, queue: str) -> QueueInfo:
+        """Read the queue's attributes, once: timeout, dead-letter queue, most receives."""
+        if queue not in self._infos:
+            found = self.attributes(queue, ["VisibilityTimeout", "RedrivePolicy"])
+            redrive = json.loads(found.get("RedrivePolicy") or "{}")
+            target, most = (
+                redrive.get("deadLetterTargetArn"),
+                redrive.get("maxReceiveCount"),
+            )
+            # The policy's number comes back as it was set: it may be a string.
+            lease_s, dead = (
+                float(found["VisibilityTimeout"]),
+                target and target.rpartition(":")[2],
+            )
+            self._infos[queue] = QueueInfo(lease_s, dead, most and int(most))
+        return self._infos[queue]
+
+    def depth(self, queue: str) -> Depth:
+        """Count with three of the queue's attributes, in one call."""
+        names = [
+            f"ApproximateNumberOfMessages{kind}"
+            for kind in ("", "NotVisible", "Delayed")
+        ]
+        found = self.attributes(queue, names)
+        return Depth(*(int(found[name]) for name in names))
+
+
+_schemes["sns"], _schemes["sqs"] = SnsSender, SqsBroker
+
+
+# --- 10. connections ------------------------------------------------------------------
+# The one sender and the one broker of a process, and what a fork must not share.
+
+
+class _Brokers:
+    """The one sender and the one broker of this process, made at their first use.
+
+    A process that forks keeps its own, and its child makes new ones: connections to AWS can't be
+    shared, and a SQLite file must not be open over a fork.
+    """
+
+    def __init__(self) -> None:
+        # Held while one is made, or a client of its, so that there is never a second; while a batch
+        # is added to or closed, so that nothing is added to a closed one; and over a fork.
+        # botocore's session, one for all services, is not thread-safe either. Reentrant, as
+        # settings that are read meanwhile may be of a module that calls configure().
+        self.lock = threading.RLock()
+        self._made: dict[str, Any] = {}
+        self.session: Any = None
+        self.captured_by: Sender | None = None
+
+    def sender(self) -> Sender:
+        """Return what publishes: SNS for a Lambda app, else the broker; in sync mode, neither."""
+        if self.captured_by is not None:
+            return self.captured_by
+        name = "sync" if settings.TASKHAWK_SYNC else settings.TASKHAWK_BROKER
+        name = "sns" if name == "sqs" and settings.IS_LAMBDA_APP else name
+        return typing.cast("Sender", self.get(name))
+
+    def broker(self) -> Broker:
+        """Return the broker that TASKHAWK_BROKER names."""
+        return typing.cast("Broker", self.get(settings.TASKHAWK_BROKER))
+
+    def get(self, url: str) -> Any:
+        """Return the sender or broker of that name."""
+        # First without the lock, for each dispatch comes by here: reading a dict is safe.
+        if (found := self._made.get(url)) is None:
+            with self.lock:
+                found = self._made.get(url)
+                if found is None:
+                    found = self._made[url] = self._make(url)
+        return found
+
+    @staticmethod
+    def _make(url: str) -> Sender:
+        """Make the sender or broker that a URL's scheme stands for."""
+        scheme = url.partition(":")[0]
+        # A copy of this file may be cut before the part that has it.
+        text = f"{scheme!r} is not in this copy of taskhawk: vendor more of its parts"
+        _require(scheme in _schemes, text)
+        return _schemes[scheme](url)
+
+    def close(self) -> None:
+        """Close all; the next use makes them anew."""
+        with self.lock:
+            made, self._made, self.session = self._made, {}, None
+        for sender in made.values():
+            sender.close()
+
+    def before_fork(self) -> None:
+        """Let go of what a child must not share."""
+        # While it is held, no other thread is making anything: the child would have half of it.
+        self.lock.acquire()
+        for sender in self._made.values():
+            sender.before_fork()
+
+    def after_fork(self) -> None:
+        """Go on in the parent."""
+        for sender in self._made.values():
+            sender.after_fork()
+        self.lock.release()
+
+    def after_fork_in_child(self) -> None:
+        """Begin anew; keep what is the parent's, for closing it would disturb the parent."""
+        _inherited.append(self._made)
+        self.__init__()  # type: ignore[misc]
+
+
+_inherited: list[object] = []
+_brokers = _Brokers()
+# For good, once this file is imported: each fork of the process calls them.
+os.register_at_fork(before=_brokers.before_fork, after_in_parent=_brokers.after_fork)
+os.register_at_fork(after_in_child=_brokers.after_fork_in_child)
+settings.on_change.append(_brokers.close)
+
+
+# === PART III: TASKS ==================================================================
+
+__all__ += [
+    "AsyncInvocation",
+    "Captured",
+    "Metadata",
+    "Task",
+    "batch",
+    "capture",
+    "current_task",
+    "extend_visibility_timeout",
+    "publish",
+    "task",
+]
+
+
+# --- 11. tasks ------------------------------------------------------------------------
 # Only what is in this registry can be invoked by a message. A name, once taken, is never given to
 # another function, so a message can't reach code that its publisher did not mean. A call is held
 # against the function's signature where it is dispatched, for the caller can mend it and the worker
 # can't.
-
-_registry: dict[str, Task[Any, Any]] = {}
 
 
 class Metadata(dict[str, Any]):
@@ -1173,11 +2358,7 @@ class Task(AsyncInvocation[_P], Generic[_P, _R]):
     @classmethod
     def find_by_name(cls, name: str) -> Task[Any, Any]:
         """Return the task registered under a name; raise :exc:`TaskNotFound` if there is none."""
-        if found := _registry.get(name):
-            return found
-        raise TaskNotFound(
-            f"no task is registered as {name[:200]!r}: is its module imported?"
-        )
+        return _find_task(name)
 
     def __reduce__(self) -> str:
         """Be pickled as the function would be: by its name in its module."""
@@ -1190,9 +2371,6 @@ class Task(AsyncInvocation[_P], Generic[_P, _R]):
 
 
 _current = contextvars.ContextVar[Metadata | None]("taskhawk task", default=None)
-_slot = (
-    threading.local()
-)  # counts its `runs`; a worker's slot keeps a `loop` for them all, too
 
 
 def current_task() -> Metadata | None:
@@ -1202,6 +2380,24 @@ def current_task() -> Metadata | None:
     https://docs.python.org/3/library/contextvars.html
     """
     return _current.get()
+
+
+def extend_visibility_timeout(
+    priority: Priority, receipt: str, visibility_timeout_s: int
+) -> None:
+    """Hide a message of a queue from others for so many seconds from now.
+
+    A worker does it by itself for as long as a task runs: this is for code that was written for
+    taskhawk 1.4.
+
+    :param priority: says which queue
+    :param receipt: the receipt handle, which a task finds in its metadata
+    :param visibility_timeout_s: 0 to 43,200 seconds
+    :raises PartialFailure: if the message is no longer in flight
+    """
+    broker = _brokers.broker()
+    change = (receipt, visibility_timeout_s)
+    _accepted(broker.change_visibility(broker.destination(priority), [change]))
 
 
 @contextlib.contextmanager
@@ -1371,7 +2567,218 @@ def _place(fn: Any) -> tuple[str, str, str]:
     return str(module), getattr(fn, "__qualname__", repr(fn)), line
 
 
-# --- 6. processing --------------------------------------------------------------------------------
+# --- 12. publishing -------------------------------------------------------------------
+# Nothing leaves that _decode() would refuse or the service can't hold, and what was not accepted
+# raises: after dispatch() returned, the message is in the queue's keeping. In a batch(), all are
+# checked and encoded before the first is sent.
+
+
+# What SQS takes: names with single dots inside, without AWS's prefixes (and ours); characters that
+# XML 1.0 has.
+_ATTRIBUTE_NAME = re.compile(
+    r"(?a)(?!.{257})(?!(?i:aws|amazon|taskhawk)\.)[\w-]+(\.[\w-]+)*"
+)
+_ATTRIBUTE_TEXT = re.compile("[^\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]+")
+
+
+class _Ready(NamedTuple):
+    """A message that was checked and encoded, and where it goes."""
+
+    message: Message
+    sender: Sender
+    destination: str
+    entry: Outgoing
+
+
+def _prepare(message: Message) -> _Ready:
+    """Check and encode a message, with attributes of the headers that can be: the body has all.
+
+    Nothing is sent here, so that a batch with one message that can't be sent sends none of them.
+    """
+    body, headers = _encode(message), message.headers
+    attributes: dict[str, dict[str, str]] = {}
+    for name, text in zip(map(str, headers), map(str, headers.values()), strict=True):
+        fits = _ATTRIBUTE_NAME.fullmatch(name) and _ATTRIBUTE_TEXT.fullmatch(text)
+        if fits and len(attributes) < _MAX_ATTRIBUTES:
+            attributes[name] = {"DataType": "String", "StringValue": text}
+    entry, sender = Outgoing(body, attributes, message.delay_s), _brokers.sender()
+    if entry.delay_s > sender.max_delay_s:
+        most = f"the queue can hold a message back for at most {sender.max_delay_s:g} s"
+        raise ConfigurationError(
+            f"{message.task_name}: {most}, got {entry.delay_s:g} s"
+        )
+    if entry.size() > sender.max_bytes:
+        raise _too_large(message, entry, sender.max_bytes)
+    return _Ready(message, sender, sender.destination(message.priority), entry)
+
+
+def _too_large(message: Message, entry: Outgoing, limit: int) -> MessageTooLarge:
+    """Return the error that names the largest argument, for that is what to look at."""
+    has = f"has {entry.size()} bytes (body and attributes), and the limit is {limit}"
+    text = f"{message.task_name[:200]}: the message {has}"
+    if sizes := _sizes(message):
+        largest = max(sizes, key=sizes.__getitem__)
+        text += f": the largest argument is {largest[:200]} with {sizes[largest]} bytes"
+    return MessageTooLarge(text, limit)
+
+
+# What a `with batch():` block collects: a box of one list, and empty once the block has ended.
+_collecting = contextvars.ContextVar[Sequence[list[_Ready]]](
+    "taskhawk batch", default=()
+)
+
+
+@contextlib.contextmanager
+def batch() -> Iterator[None]:
+    """Collect dispatches, and send them ten to a request when the block ends.
+
+    For a loop that dispatches, and for a function that dispatches in many places::
+
+        with taskhawk.batch():
+            for user in users:
+                send_email.dispatch(user.email, 'Hello!')
+
+    An exception inside sends nothing. A block inside another joins it. What a thread dispatches is
+    sent directly, unless it runs in this context; so is what a task dispatches after the end.
+
+    :raises PartialFailure: on exit, with exactly the messages that were not accepted
+    """
+    if _collecting.get():
+        yield
+        return
+    # A task or thread that was started inside may outlive the block; it finds the box empty then.
+    box: list[list[_Ready]] = [[]]
+    token = _collecting.set(box)
+    try:
+        yield
+    finally:
+        _collecting.reset(token)
+        with _brokers.lock:
+            collected = box.pop()
+    _publish_all(collected)
+
+
+def _collect(readies: Sequence[_Ready]) -> Sequence[_Ready]:
+    """Add messages to the batch around this call, and return those that it did not take."""
+    with _brokers.lock:
+        if box := _collecting.get():
+            box[0].extend(readies)
+            return ()
+    return readies
+
+
+def publish(message: Message) -> str:
+    """Send a message, or add it to the :func:`batch` around this call.
+
+    For messages that could not be sent: ``for message in failure.unsent: publish(message)``.
+
+    :param message: from :meth:`Message.new`; its ``delay_s`` is how long the queue holds it back
+    :returns: the message's id
+    :raises Exception: as :meth:`AsyncInvocation.dispatch`
+    """
+    for ready in _collect([_prepare(message)]):
+        _publish_one(ready)
+    return message.id
+
+
+def _publish_one(ready: _Ready) -> None:
+    """Send one message, or raise why it was not accepted."""
+    try:
+        _accepted(ready.sender.send(ready.destination, [ready.entry]))
+    except MessageTooLarge as error:  # the queue's limit is below the service's
+        raise _too_large(ready.message, ready.entry, error.limit) from error
+    _log.debug("Sent message", extra={"message_body": ready.entry.body})
+
+
+def _publish_all(readies: Sequence[_Ready]) -> None:
+    """Send messages of any priorities; raise PartialFailure if some are not accepted."""
+    if settings.TASKHAWK_SYNC:
+        for ready in readies:
+            _publish_one(ready)
+        return
+    refused: dict[int, Refusal] = {}  # by the id() of what is ready
+    for destination in dict.fromkeys(ready.destination for ready in readies):
+        mine = [ready for ready in readies if ready.destination == destination]
+        found = _send_all(mine[0].sender, destination, [ready.entry for ready in mine])
+        refused |= {id(mine[index]): refusal for index, refusal in found.items()}
+    if refused:
+        sent = [
+            {"Id": ready.message.id} for ready in readies if id(ready) not in refused
+        ]
+        lost = [(r, refused[id(r)]) for r in readies if id(r) in refused]
+        failed = [
+            {"Id": r.message.id, "Code": why.code, "Message": why.text}
+            for r, why in lost
+        ]
+        for ready, _ in lost:  # its arguments may have changed since they were encoded
+            vars(ready.message)["_data"] = json.loads(ready.entry.body)
+        unsent = [ready.message for ready, _ in lost]
+        raise PartialFailure({"Successful": sent, "Failed": failed}, unsent=unsent)
+
+
+class Captured(NamedTuple):
+    """A dispatch that :func:`capture` collected; arguments are as the worker would get them.
+
+    So a tuple has become a list, a Decimal a number, and the key of a dict a string.
+    """
+
+    task: str
+    args: list[Any]
+    kwargs: dict[str, Any]
+    headers: dict[str, Any]
+    priority: Priority
+    delay_s: float
+    id: str
+
+
+class _Capture(list[Captured], Sender):
+    """Keeps what it is to send, and needs no setting; the limits are those of SQS."""
+
+    max_bytes, max_delay_s = _MAX_SQS_BYTES, _MAX_DELAY_S
+
+    def destination(self, priority: Priority) -> str:
+        return priority.name
+
+    def send(self, destination: str, entries: Sequence[Outgoing]) -> list[Refusal]:
+        """Keep the messages as the worker would get them."""
+        for entry in entries:
+            message = _decode(entry.body)
+            call = (message.task_name, message.args, message.kwargs, message.headers)
+            self.append(Captured(*call, message.priority, entry.delay_s, message.id))
+        return []
+
+
+@contextlib.contextmanager
+def capture() -> Iterator[list[Captured]]:
+    """Collect what this process dispatches instead of sending it, for tests.
+
+    Arguments are bound, checked and encoded as for real, so what can't be sent raises here too. No
+    setting is needed, and nothing runs.
+
+    :returns: a context manager; its list grows with each dispatch
+    """
+    before, calls = _brokers.captured_by, _Capture()  # type: ignore[abstract]
+    _brokers.captured_by = calls
+    try:
+        yield calls
+    finally:
+        _brokers.captured_by = before
+
+
+# === PART IV: WORK ====================================================================
+
+__all__ += [
+    "Fate",
+    "Ledger",
+    "Outcome",
+    "Worker",
+    "listen_for_messages",
+    "process",
+    "process_messages_for_lambda_consumer",
+]
+
+
+# --- 13. processing -------------------------------------------------------------------
 # process() is the ONE place that decides what becomes of a message. It does no queue I/O: worker
 # and Lambda apply its Outcome. Nothing makes it raise but KeyboardInterrupt. How a run ended is one
 # log record (of messages that are not valid, one in ten seconds for each kind of error), and an
@@ -1549,1140 +2956,6 @@ def _verdict(received: QueueMessage, error: BaseException) -> Outcome:
     )
 
 
-def _call_safely(name: str, **kwargs: Any) -> None:
-    """Call a hook whose failure is logged, no more."""
-    try:
-        if hook := getattr(settings, name):
-            hook(**kwargs)
-    except KeyboardInterrupt:
-        raise
-    except BaseException:  # SystemExit and CancelledError too
-        _log.exception("%s failed", name)
-
-
-def _text_of(error: object) -> str:
-    """Return the text of an error, also if its class can't make it."""
-    try:
-        return str(error)
-    except Exception:  # an exception class with a bug
-        return f"{type(error).__name__} (its text can't be made)"
-
-
-@dataclasses.dataclass(frozen=True)
-class RetryPolicy:
-    """Gives the seconds to the next run: they grow by factor and step, up to `max_retries` times.
-
-    Made by :func:`fixed`, :func:`linear` and :func:`exponential`. Jitter takes between half of a
-    delay and all of it, so that what failed together is spread out:
-    https://aws.amazon.com/builders-library/timeouts-retries-and-backoff-with-jitter/
-
-    :raises ConfigurationError: if a number is negative, or is not a number
-    """
-
-    base_s: float
-    factor: float
-    step_s: float
-    max_retries: int | None
-    max_delay_s: float
-    jitter: bool
-
-    def __post_init__(self) -> None:
-        """Refuse numbers that make no delay."""
-        numbers = (
-            self.base_s,
-            self.factor,
-            self.step_s,
-            self.max_delay_s,
-            self.max_retries or 0,
-        )
-        for number in numbers:
-            valid = _is_number(number) and number >= 0
-            _require(valid, f"retry policy: expected 0 or more, got {number!r}")
-
-    def __call__(self, attempt: int) -> float:
-        """Return the delay in seconds after the `attempt`-th run (from 1).
-
-        :param attempt: the message's receive count, so that crashes and releases count too
-        :returns: 0 to 43,200, the longest that SQS hides a message
-        :raises StopRetry: if all retries are used up
-        """
-        if self.max_retries is not None and attempt > self.max_retries:
-            raise StopRetry(f"all {self.max_retries} retries are used up")
-        first, step = (
-            min(number, _MAX_HELD_S) for number in (self.base_s, self.step_s)
-        )
-        # 2.0 ** 1024 is more than a float can hold; the longest delay counts long before.
-        growth = sys.float_info.max
-        with contextlib.suppress(OverflowError):
-            growth = float(self.factor ** (attempt - 1))
-        delay_s = min(
-            first * growth + step * (attempt - 1), self.max_delay_s, _MAX_HELD_S
-        )
-        return _jittered(delay_s) if self.jitter else delay_s
-
-
-def _jittered(delay_s: float) -> float:
-    """Return between half of a delay and all of it."""
-    import random
-
-    return delay_s * random.uniform(0.5, 1)
-
-
-def fixed(
-    delay_s: float, max_retries: int | None = None, *, jitter: bool = True
-) -> RetryPolicy:
-    """Return a retry policy of equal delays.
-
-    :param delay_s: seconds from a failed run to the next
-    :param max_retries: then the dead letters; None leaves that to the queue's maxReceiveCount
-    :param jitter: take a random part of each delay, at least half of it
-    """
-    return RetryPolicy(delay_s, 1, 0, max_retries, _MAX_HELD_S, jitter)
-
-
-def linear(
-    base_s: float,
-    step_s: float,
-    max_retries: int | None = None,
-    max_delay_s: float = 3600,
-    *,
-    jitter: bool = True,
-) -> RetryPolicy:
-    """Return a retry policy of delays that grow by `step_s` seconds; see :func:`fixed`.
-
-    :param base_s: seconds from the first failed run to the next
-    :param step_s: seconds that each delay is longer than the one before
-    :param max_retries: then the dead letters; None leaves that to the queue's maxReceiveCount
-    :param max_delay_s: the longest delay in seconds
-    :param jitter: take a random part of each delay, at least half of it
-    """
-    return RetryPolicy(base_s, 1, step_s, max_retries, max_delay_s, jitter)
-
-
-def exponential(
-    base_s: float = 1,
-    factor: float = 2,
-    max_retries: int | None = None,
-    max_delay_s: float = 3600,
-    *,
-    jitter: bool = True,
-) -> RetryPolicy:
-    """Return a retry policy of delays that grow by `factor`; see :func:`fixed`.
-
-    :param base_s: seconds from the first failed run to the next
-    :param factor: how many times longer each delay is than the one before
-    :param max_retries: then the dead letters; None leaves that to the queue's maxReceiveCount
-    :param max_delay_s: the longest delay in seconds
-    :param jitter: take a random part of each delay, at least half of it
-    """
-    return RetryPolicy(base_s, factor, 0, max_retries, max_delay_s, jitter)
-
-
-def _recycle_django_connections() -> None:
-    """Close this thread's database connections after so many runs, where Django is in use."""
-    if "django.db" not in sys.modules or not _django_settings():
-        return
-    try:
-        _slot.runs = (
-            getattr(_slot, "runs", 0) + 1
-        ) % settings.TASKHAWK_MAX_DB_REUSE_LOOPS
-        if _slot.runs == 0:
-            for connection in sys.modules["django.db"].connections.all(
-                initialized_only=True
-            ):
-                if not connection.in_atomic_block:  # a test's transaction
-                    connection.close()
-    except Exception:  # the run is over: what became of it stands
-        _log.exception("can't close the database connections")
-
-
-# --- 7. the broker contract -----------------------------------------------------------------------
-# All the queue I/O that this library can do. A whole call that fails raises: ConfigurationError, if
-# only a person can mend it. An entry of a batch that fails is in the answer, and an entry that the
-# answer does not name has failed.
-
-
-class Outgoing(NamedTuple):
-    """A message to send; the attributes are as SQS writes them.
-
-    Group and deduplication id are for FIFO queues; a fair queue takes a group too.
-    """
-
-    body: str
-    attributes: Mapping[str, Mapping[str, Any]]
-    delay_s: float = 0
-    group_id: str | None = None
-    deduplication_id: str | None = None
-
-    def size(self) -> int:
-        """Count the bytes as the service does: body, attribute names, types and values."""
-        # ASCII, as all of ours is, has a byte a character; copies of others' messages may not.
-        size = len(self.body) if self.body.isascii() else len(self.body.encode())
-        for name, value in self.attributes.items():
-            for text in (name, *value.values()):
-                size += len(text.encode() if isinstance(text, str) else text)
-        return size
-
-
-class Refusal(NamedTuple):
-    """An entry of a batch call that failed.
-
-    `index` is its place among the entries of the call; `code` is the service's, or the type of an
-    exception; `final` says not to try again: the entry is at fault, or was tried often enough.
-    """
-
-    index: int  # type: ignore[assignment]
-    code: str
-    text: str
-    final: bool
-
-
-class QueueInfo(NamedTuple):
-    """What a worker wants to know of a queue; None where it has no dead-letter queue."""
-
-    visibility_timeout_s: float
-    dead_letter_queue: str | None
-    max_receive_count: int | None
-
-
-class Depth(NamedTuple):
-    """How many messages a queue has; SQS says so approximately, and a minute late or more.
-
-    `visible` can be received, `in_flight` was received and is hidden yet, `delayed` was sent with a
-    delay that is not over.
-    """
-
-    visible: int
-    in_flight: int
-    delayed: int
-
-
-class Sender(typing.Protocol):
-    """What publishing needs of a service, which sets the most bytes and the longest delay.
-
-    ``send`` takes at most ten messages, which are together within `max_bytes`, and returns those
-    that were refused. ``before_fork`` lets go of what a child must not share, until ``after_fork``
-    in the parent.
-
-    Calls may come from any thread at once. One that fails as a whole raises; it may have been done
-    all the same.
-    """
-
-    max_bytes: int
-    max_delay_s: float
-
-    def destination(self, priority: Priority) -> str:
-        """Return the name of the queue or topic for messages of a priority."""
-        name = settings.TASKHAWK_QUEUE
-        if name is None and settings.TASKHAWK_BROKER != "sqs":
-            name = (
-                "default"  # a file needs no names to be kept apart from others' queues
-            )
-        return f"TASKHAWK-{name or settings.require('TASKHAWK_QUEUE')}{_SUFFIXES[priority]}".upper()
-
-    def send(self, destination: str, entries: Sequence[Outgoing]) -> list[Refusal]: ...
-    def close(self) -> None: ...
-    def before_fork(self) -> None: ...
-    def after_fork(self) -> None: ...
-
-
-class Broker(Sender, typing.Protocol):
-    """What workers and operations need besides; queues are called by name.
-
-    ``receive`` takes at most ten messages and waits for the first, unless `stop` cuts the wait
-    short; they are hidden from others for `lease_s`, or for the queue's own timeout if it is None.
-    ``delete`` and ``change_visibility`` are for at most ten receipts: the latter makes messages
-    visible again so many seconds from now. ``url`` is what the service calls a queue.
-    """
-
-    def receive(
-        self,
-        queue: str,
-        most: int,
-        wait_s: float,
-        lease_s: float | None,
-        stop: threading.Event,
-    ) -> list[QueueMessage]: ...
-    def delete(self, queue: str, receipts: Sequence[str]) -> list[Refusal]: ...
-    def change_visibility(
-        self, queue: str, changes: Sequence[tuple[str, float]]
-    ) -> list[Refusal]: ...
-    def url(self, queue: str) -> str: ...
-    def info(self, queue: str) -> QueueInfo: ...
-    def depth(self, queue: str) -> Depth: ...
-
-
-@dataclasses.dataclass(eq=False, repr=False)
-class QueueMessage:
-    """A received message, as the hooks get it: it reads and acts like boto3's ``sqs.Message``.
-
-    Body and attributes are as the service returned them: nothing is checked here. The receipt
-    handle is of this very receive, and None where no queue has the message.
-    """
-
-    body: Any
-    message_id: str
-    receipt_handle: str | None = None
-    attributes: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    message_attributes: Mapping[str, Mapping[str, Any]] = dataclasses.field(
-        default_factory=dict
-    )
-    queue: str | None = None
-    broker: Broker | None = None  # where a queue has the message
-    sns_record: Mapping[str, Any] | None = None  # where Lambda got it from a topic
-    message: Message | None = (
-        None  # once it is known to be valid and its task to be registered
-    )
-    lease_lost: bool = False  # set by the worker
-
-    #: how often the message was received, from 1
-    attempt = property(
-        lambda self: int(self.attributes.get("ApproximateReceiveCount", 1))
-    )
-    #: the URL of the queue; "" where none has the message
-    queue_url = property(
-        lambda self: self.broker.url(self.queue) if self.broker else ""
-    )
-    is_fifo = property(lambda self: (self.queue or "").endswith(".fifo"))
-    #: the message group, on FIFO and fair queues
-    group_id = property(lambda self: self.attributes.get("MessageGroupId"))
-
-    @property
-    def hook_kwargs(self) -> dict[str, Any]:
-        """What the hooks are called with."""
-        if self.sns_record is not None:
-            return {"sns_record": self.sns_record}
-        return {"queue_name": self.queue, "sqs_queue_message": self}
-
-    def delete(self) -> None:
-        """Delete the message from its queue, at once.
-
-        For hooks and old code: a worker by itself deletes what it has run, ten in a call.
-
-        :raises PartialFailure: if the service refuses
-        """
-        if self.broker and self.queue and self.receipt_handle:
-            _accepted(self.broker.delete(self.queue, [self.receipt_handle]))
-
-    def change_visibility(self, *, VisibilityTimeout: float) -> None:  # noqa: N803 - boto3's name
-        """Make the message visible again so many seconds from now.
-
-        :param VisibilityTimeout: 0 to 43,200 seconds; SQS counts 12 hours in all from the receive
-        :raises PartialFailure: if the service refuses, such as for a message no longer in flight
-        """
-        if self.broker and self.queue and self.receipt_handle:
-            change = (self.receipt_handle, VisibilityTimeout)
-            _accepted(self.broker.change_visibility(self.queue, [change]))
-
-    def copy(self, attributes: Mapping[str, Mapping[str, Any]]) -> Outgoing:
-        """Return the message as it is sent to another queue.
-
-        On FIFO queues its own MessageId deduplicates it: the body's id was seen before, and SQS
-        would accept the copy and drop it.
-        """
-        once = self.message_id if self.is_fifo else None
-        return Outgoing(self.body, attributes, 0, self.group_id, once)
-
-
-def _accepted(refusals: Sequence[Refusal]) -> None:
-    """Raise PartialFailure if anything was refused, for calls of one entry."""
-    if refusals:
-        failed = [
-            {"Id": str(r.index), "Code": r.code, "Message": r.text} for r in refusals
-        ]
-        raise PartialFailure({"Successful": [], "Failed": failed})
-
-
-def _in_batches(
-    call: Callable[[Sequence[Any]], list[Refusal]],
-    entries: Sequence[Any],
-    tries: int = 1,
-    *,
-    max_bytes: float = 0,
-    repeated: bool = False,
-) -> dict[int, Refusal]:
-    """Make batch calls, and return what was refused, by its index among the entries.
-
-    A call that fails as a whole has refused its entries and all after them, which are not tried.
-
-    :param tries: how often in all to ask for what the service fails at
-    :param max_bytes: of the sum of a call's entries, where they are messages
-    :param repeated: whether botocore has repeated a whole call that failed, which is enough
-    """
-    refused: dict[int, Refusal] = {}
-    start = 0
-    while start < len(entries):
-        part = entries[start : start + _MAX_BATCH]
-        # One entry always goes: if it is too long by itself, the service says so.
-        while (
-            max_bytes
-            and len(part) > 1
-            and sum(entry.size() for entry in part) > max_bytes
-        ):
-            part = part[:-1]
-        try:
-            refused |= {start + refusal.index: refusal for refusal in call(part)}
-        except Exception as error:
-            code = _error_code(error)
-            whole = Refusal(
-                0, code, str(error), repeated or code.startswith("AccessDenied")
-            )
-            refused |= dict.fromkeys(range(start, len(entries)), whole)
-            break
-        start += len(part)
-    again = [index for index, refusal in refused.items() if not refusal.final]
-    if again and tries > 1:
-        time.sleep(_jittered(0.3 ** (tries - 1)))  # 0.09 s, then 0.3 s
-        answer = _in_batches(
-            call, [entries[i] for i in again], tries - 1, max_bytes=max_bytes
-        )
-        refused = {
-            index: refusal for index, refusal in refused.items() if refusal.final
-        }
-        refused |= {again[index]: refusal for index, refusal in answer.items()}
-    return refused
-
-
-def _error_code(error: BaseException) -> str:
-    """Return an AWS error's code without its prefix, or the error's type.
-
-    Where an AWS error was turned into another one, it is found as that one's cause.
-    """
-    origin = error.__cause__ or error
-    # Such as AWS.SimpleQueueService.NonExistentQueue, in the older of SQS's protocols.
-    response = getattr(origin, "response", None) or {}
-    return str(
-        response.get("Error", {}).get("Code") or type(origin).__name__
-    ).rpartition(".")[2]
-
-
-class _Brokers:
-    """The one sender and the one broker of this process, made at their first use.
-
-    A process that forks keeps its own, and its child makes new ones: connections to AWS can't be
-    shared, and a SQLite file must not be open over a fork.
-    """
-
-    def __init__(self) -> None:
-        # Held while one is made, or a client of its, so that there is never a second; while a batch
-        # is added to or closed, so that nothing is added to a closed one; and over a fork.
-        # botocore's session, one for all services, is not thread-safe either. Reentrant, as
-        # settings that are read meanwhile may be of a module that calls configure().
-        self.lock = threading.RLock()
-        self._made: dict[str, Any] = {}
-        self.session: Any = None
-        self.captured_by: Sender | None = None
-
-    def sender(self) -> Sender:
-        """Return what publishes: SNS for a Lambda app, else the broker; in sync mode, neither."""
-        if self.captured_by is not None:
-            return self.captured_by
-        name = "sync" if settings.TASKHAWK_SYNC else settings.TASKHAWK_BROKER
-        name = "sns" if name == "sqs" and settings.IS_LAMBDA_APP else name
-        return typing.cast("Sender", self.get(name))
-
-    def broker(self) -> Broker:
-        """Return the broker that TASKHAWK_BROKER names."""
-        return typing.cast("Broker", self.get(settings.TASKHAWK_BROKER))
-
-    def get(self, url: str) -> Any:
-        """Return the sender or broker of that name."""
-        # First without the lock, for each dispatch comes by here: reading a dict is safe.
-        if (found := self._made.get(url)) is None:
-            classes: Any = {"sync": _SyncSender, "sns": SnsSender, "sqs": SqsBroker}
-            with self.lock:
-                found = (
-                    self._made.get(url) or classes.get(url, lambda: SqliteBroker(url))()
-                )
-                self._made[url] = found
-        return found
-
-    def close(self) -> None:
-        """Close all; the next use makes them anew."""
-        with self.lock:
-            made, self._made, self.session = self._made, {}, None
-        for sender in made.values():
-            sender.close()
-
-    def before_fork(self) -> None:
-        """Let go of what a child must not share."""
-        # While it is held, no other thread is making anything: the child would have half of it.
-        self.lock.acquire()
-        for sender in self._made.values():
-            sender.before_fork()
-
-    def after_fork(self) -> None:
-        """Go on in the parent."""
-        for sender in self._made.values():
-            sender.after_fork()
-        self.lock.release()
-
-    def after_fork_in_child(self) -> None:
-        """Begin anew; keep what is the parent's, for closing it would disturb the parent."""
-        _inherited.append(self._made)
-        self.__init__()  # type: ignore[misc]
-
-
-_inherited: list[object] = []
-_brokers = _Brokers()
-# For good, once this file is imported: each fork of the process calls them.
-os.register_at_fork(before=_brokers.before_fork, after_in_parent=_brokers.after_fork)
-os.register_at_fork(after_in_child=_brokers.after_fork_in_child)
-
-
-# --- 8. SQS and SNS -------------------------------------------------------------------------------
-# Every AWS call of this library. botocore does credentials, signing, endpoints and, for sends, the
-# retries. Their number is always set: a receive that botocore retries in secret strands what the
-# lost answer held.
-
-_SUFFIXES = dict(
-    zip(Priority, ("", "-high-priority", "-low-priority", "-bulk"), strict=True)
-)
-# The services, and the protocols they speak, have more than one name for the same error.
-_REMEDIES = {  # what a person can do about an error, by its code
-    "NonExistentQueue|QueueDoesNotExist": "there is no such queue here: make it, or check"
-    " TASKHAWK_QUEUE, AWS_REGION and the account",
-    "NotFound": "there is no such topic: make it, or check TASKHAWK_QUEUE and AWS_ACCOUNT_ID",
-    "AccessDenied(Exception)?|AuthorizationError": "access denied: the IAM policy of these"
-    " credentials does not allow {operation}",
-    "(No|Partial)CredentialsError": "no AWS credentials: set AWS_ACCESS_KEY and AWS_SECRET_KEY, or"
-    " give botocore a profile or role; to try things out without AWS, set TASKHAWK_BROKER to"
-    " sqlite:///queue.db",
-    "NoRegionError": "no AWS region: set AWS_REGION, for example eu-west-1",
-    "InvalidClientTokenId|UnrecognizedClientException|InvalidAccessKeyId|InvalidSecurity": "AWS"
-    " does not know these credentials: check AWS_ACCESS_KEY",
-    "SignatureDoesNotMatch|InvalidSignature(Exception)?": "AWS refuses these credentials: check"
-    " AWS_SECRET_KEY",
-}
-
-
-@contextlib.contextmanager
-def _explained(where: str) -> Iterator[None]:
-    """Turn the errors that a person must mend into a sentence that says how.
-
-    :param where: the queue or topic, which the sentence begins with
-    :raises MessageTooLarge: where the service names a limit that is lower than ours
-    :raises ConfigurationError: for what :data:`_REMEDIES` knows; all else goes on as it is
-    """
-    try:
-        yield
-    except Exception as error:
-        if limit := re.search(r"shorter than (\d+) bytes", str(error)):
-            text = f"{where} takes messages of at most {limit[1]} bytes"
-            raise MessageTooLarge(text, int(limit[1])) from error
-        code = _error_code(error)
-        for codes, remedy in _REMEDIES.items():
-            if re.fullmatch(codes, code):
-                # IAM has no actions of their own for batches.
-                operation = getattr(error, "operation_name", "").removesuffix("Batch")
-                text = remedy.format(operation=operation)
-                raise ConfigurationError(f"{where}: {text} ({code})") from error
-        raise
-
-
-class _AwsSender(Sender):
-    """What SQS and SNS share: clients, sending, the answers of batch calls, and errors."""
-
-    # The service's names: its own, of the parameters for the queue or topic and for a batch's
-    # entries, of the operations that send one message or several, of the parts of an Outgoing.
-    service = target_key = entries_key = ""
-    sends: Sequence[str] = ()
-    fields: Sequence[str] = ()
-
-    def __init__(self) -> None:
-        """Have no client yet: each is made when it is first needed."""
-        self._clients: dict[str, Any] = {}
-
-    def client(self, role: str) -> Any:
-        """Return the client for "send", "poll" or "keep", which differ in timeouts and retries.
-
-        "send" is for publishers and for people: botocore tries three times. "poll" outlasts a long
-        poll, and "keep" must be back before a lease ends: both try once, and the worker does the
-        rest.
-        """
-        if role not in self._clients:
-            with _brokers.lock:
-                self._clients[role] = self._clients.get(role) or self._make_client(role)
-        return self._clients[role]
-
-    def _make_client(self, role: str) -> Any:
-        """Make a client; botocore finds credentials and region where the settings have none."""
-        from botocore.config import Config
-        from botocore.session import get_session
-
-        if not _brokers.session:
-            _brokers.session = get_session()
-            loader = _brokers.session.get_component("data_loader")
-            # botocore looks into 400 folders for this: 8 ms before the first dispatch.
-            loader.list_available_services = lambda _type: os.listdir(
-                loader.BUILTIN_DATA_PATH
-            )
-        endpoint = getattr(settings, f"AWS_ENDPOINT_{self.service.upper()}")
-        config = Config(
-            connect_timeout=settings.AWS_CONNECT_TIMEOUT_S,
-            read_timeout=settings.AWS_READ_TIMEOUT_S + (role == "poll") * _LONG_POLL_S,
-            max_pool_connections=50,  # one for each thread that dispatches, or they queue
-            user_agent=f"taskhawk/{VERSION}",  # botocore would build its own, twice a call
-            parameter_validation=False,  # ours are right; with the line above, 13 % of a dispatch
-            retries={
-                "mode": "standard",
-                "total_max_attempts": 3 if role == "send" else 1,
-            },
-        )
-        more = {
-            "region_name": settings.AWS_REGION,
-            "endpoint_url": endpoint,
-            "config": config,
-        }
-        return _brokers.session.create_client(
-            self.service, **more, **settings.credentials()
-        )
-
-    def close(self) -> None:
-        for client in self._clients.values():
-            client.close()
-
-    def url(self, queue: str, role: str = "send") -> str:
-        """Return what the service calls a queue or topic."""
-        return queue
-
-    def arn(self, name: str) -> str:
-        """Return what AWS calls a queue or topic of this account."""
-        account = settings.require("AWS_ACCOUNT_ID")
-        with _explained(name):
-            meta = self.client("send").meta
-        return (
-            f"arn:{meta.partition}:{self.service}:{meta.region_name}:{account}:{name}"
-        )
-
-    def call(self, role: str, operation: str, where: str, **parameters: Any) -> Any:
-        """Make a call to a queue or topic, by botocore's name for the call."""
-        to = {self.target_key: self.url(where, role)}
-        with _explained(where):
-            return getattr(self.client(role), operation)(**to, **parameters)
-
-    def _batch(
-        self, role: str, name: str, where: str, entries: Iterable[Any]
-    ) -> list[Refusal]:
-        """Make a batch call, and return what its answer does not say was done."""
-        named = [{"Id": str(index), **entry} for index, entry in enumerate(entries)]
-        # A call that succeeds may have done a part of its batch only; what its answer leaves out
-        # counts as failed.
-        answer = self.call(role, name, where, **{self.entries_key: named})
-        done = {entry["Id"] for entry in answer.get("Successful", ())}
-        failed = {entry["Id"]: entry for entry in answer.get("Failed", ())}
-        silence = {
-            "Code": "Unanswered",
-            "Message": "the answer does not name this entry",
-        }
-        left = [
-            (e["Id"], failed.get(e["Id"], silence))
-            for e in named
-            if e["Id"] not in done
-        ]
-        return [
-            Refusal(int(i), e["Code"], e.get("Message", ""), bool(e.get("SenderFault")))
-            for i, e in left
-        ]
-
-    def send(self, destination: str, entries: Sequence[Outgoing]) -> list[Refusal]:
-        """Send one message alone and several in a batch call, without what they do not have."""
-        calls = [
-            {n: v for n, v in zip(self.fields, e, strict=False) if v} for e in entries
-        ]
-        if len(calls) > 1:
-            return self._batch("send", self.sends[1], destination, calls)
-        self.call("send", self.sends[0], destination, **calls[0])
-        return []
-
-
-class SnsSender(_AwsSender):
-    """Publishes to the topics that a Lambda app's functions are subscribed to.
-
-    Between SNS and Lambda their own retries and dead-letter queues apply:
-    https://docs.aws.amazon.com/sns/latest/dg/sns-message-delivery-retries.html
-    """
-
-    service, target_key, entries_key = "sns", "TopicArn", "PublishBatchRequestEntries"
-    sends, fields = ("publish", "publish_batch"), ("Message", "MessageAttributes")
-    max_bytes, max_delay_s = _MAX_SNS_BYTES, 0
-
-    def destination(self, priority: Priority) -> str:
-        """Return the topic's ARN, put together: looking it up would take another permission."""
-        queue = settings.require("TASKHAWK_QUEUE").lower()
-        return self.arn(f"taskhawk-{queue}{_SUFFIXES[priority]}")
-
-
-class SqsBroker(_AwsSender, Broker):
-    """Queues on SQS: https://docs.aws.amazon.com/AWSSimpleQueueService/latest/APIReference/.
-
-    URLs, visibility timeouts and redrive policies of queues are looked up once: only a new process
-    sees that they were changed.
-    """
-
-    service, target_key, entries_key = "sqs", "QueueUrl", "Entries"
-    sends = ("send_message", "send_message_batch")
-    fields: Sequence[str] = ("MessageBody", "MessageAttributes", "DelaySeconds")
-    fields = (*fields, "MessageGroupId", "MessageDeduplicationId")
-    max_bytes, max_delay_s = _MAX_SQS_BYTES, _MAX_DELAY_S
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._lock = (
-            threading.Lock()
-        )  # held while a URL is looked up, so that it is once
-        self._urls: dict[str, str] = {}
-        self._accounts: dict[
-            str, str
-        ] = {}  # of queues whose URL is not to be looked up
-        self._infos: dict[str, QueueInfo] = {}
-
-    def url(self, queue: str, role: str = "send") -> str:
-        """Look up a queue's URL, once; a Lambda's role may not, so it is made up there."""
-        if queue not in self._urls:
-            with _explained(queue):
-                client, account = self.client(role), self._accounts.get(queue)
-                made_up = account and f"{client.meta.endpoint_url}/{account}/{queue}"
-                with self._lock:
-                    known = self._urls.get(queue) or made_up
-                    self._urls[queue] = (
-                        known or client.get_queue_url(QueueName=queue)["QueueUrl"]
-                    )
-        return self._urls[queue]
-
-    def queue_of_arn(self, arn: str) -> str:
-        """Return the name of a queue that Lambda receives from."""
-        _, _, _, _, account, queue = arn.split(":")
-        self._accounts[queue] = account
-        return queue
-
-    def send(self, destination: str, entries: Sequence[Outgoing]) -> list[Refusal]:
-        """Send, with delays in whole seconds.
-
-        A batch as a whole may be too long for a queue whose limit was set lower than the service's.
-        It is sent again, message by message, so that only those are refused which are too long
-        themselves.
-        """
-        entries = [
-            e._replace(delay_s=math.ceil(e.delay_s)) if e.delay_s else e
-            for e in entries
-        ]
-        try:
-            return super().send(destination, entries)
-        except Exception as error:
-            if len(entries) == 1 or _error_code(error) != "BatchRequestTooLong":
-                raise
-        alone = [
-            _in_batches(functools.partial(self.send, destination), [e]) for e in entries
-        ]
-        # final: botocore has repeated what failed; to send it again would help nobody.
-        return [r[0]._replace(index=i, final=True) for i, r in enumerate(alone) if r]
-
-    def receive(
-        self,
-        queue: str,
-        most: int,
-        wait_s: float,
-        lease_s: float | None,
-        stop: threading.Event,
-    ) -> list[QueueMessage]:
-        """Poll once with ReceiveMessage; it is waited out, for its answer may hold messages.
-
-        A long poll asks all of SQS's servers and costs one request in 20 s; a short one asks some,
-        and may miss messages:
-        https://docs.aws.amazon.com/AWSSimpleQueueService/latest/SQSDeveloperGuide/
-        """
-        # Not by AttributeNames, the older parameter for these, which AWS has discontinued.
-        names = ["ApproximateReceiveCount", "SentTimestamp", "MessageGroupId"]
-        ask: Any = {
-            "MessageSystemAttributeNames": names,
-            "MessageAttributeNames": ["All"],
-        }
-        ask |= {} if lease_s is None else {"VisibilityTimeout": math.ceil(lease_s)}
-        ask["WaitTimeSeconds"] = min(math.ceil(wait_s), _LONG_POLL_S)
-        most = min(most, _MAX_BATCH)
-        answer = self.call(
-            "poll", "receive_message", queue, MaxNumberOfMessages=most, **ask
-        )
-        received = []
-        for found in answer.get("Messages", ()):
-            parts = (found["Body"], found["MessageId"], found["ReceiptHandle"])
-            attributes = (
-                found.get("Attributes", {}),
-                found.get("MessageAttributes", {}),
-            )
-            received.append(QueueMessage(*parts, *attributes, queue, self))
-        return received
-
-    def delete(self, queue: str, receipts: Sequence[str]) -> list[Refusal]:
-        """Delete; on a standard queue, a stale receipt is no error to SQS."""
-        entries = ({"ReceiptHandle": receipt} for receipt in receipts)
-        return self._batch("keep", "delete_message_batch", queue, entries)
-
-    def change_visibility(
-        self, queue: str, changes: Sequence[tuple[str, float]]
-    ) -> list[Refusal]:
-        """Change the visibility timeouts, in whole seconds."""
-        entries = (
-            {"ReceiptHandle": r, "VisibilityTimeout": math.ceil(s)} for r, s in changes
-        )
-        return self._batch("keep", "change_message_visibility_batch", queue, entries)
-
-    def attributes(self, queue: str, names: Sequence[str]) -> Any:
-        """Read attributes of a queue, by their names on SQS."""
-        return self.call("send", "get_queue_attributes", queue, AttributeNames=names)[
-            "Attributes"
-        ]
-
-    def info(self, queue: str) -> QueueInfo:
-        """Read the queue's attributes, once: timeout, dead-letter queue, most receives."""
-        if queue not in self._infos:
-            found = self.attributes(queue, ["VisibilityTimeout", "RedrivePolicy"])
-            redrive = json.loads(found.get("RedrivePolicy") or "{}")
-            target, most = (
-                redrive.get("deadLetterTargetArn"),
-                redrive.get("maxReceiveCount"),
-            )
-            # The policy's number comes back as it was set: it may be a string.
-            lease_s, dead = (
-                float(found["VisibilityTimeout"]),
-                target and target.rpartition(":")[2],
-            )
-            self._infos[queue] = QueueInfo(lease_s, dead, most and int(most))
-        return self._infos[queue]
-
-    def depth(self, queue: str) -> Depth:
-        """Count with three of the queue's attributes, in one call."""
-        names = [
-            f"ApproximateNumberOfMessages{kind}"
-            for kind in ("", "NotVisible", "Delayed")
-        ]
-        found = self.attributes(queue, names)
-        return Depth(*(int(found[name]) for name in names))
-
-
-# --- 9. SQLite ------------------------------------------------------------------------------------
-# The embedded broker, with the semantics of SQS, for any number of processes on one machine. Every
-# change is one transaction that is on the disk (synchronous=FULL) before the call returns. A
-# message is hidden while its visible_ms is ahead: that one column is delay, visibility timeout and
-# retry. A receipt is good for a delete until the message is received again or moved to the dead
-# letters, and for a change as long as the message is hidden, too.
-
-_SQLITE_SCHEMA = """BEGIN IMMEDIATE;
-CREATE TABLE IF NOT EXISTS message (
-    id INTEGER PRIMARY KEY AUTOINCREMENT, -- a receipt names it, so it is never used again
-    queue TEXT NOT NULL, message_id TEXT NOT NULL, body TEXT NOT NULL, attributes TEXT NOT NULL,
-    sent_ms INTEGER NOT NULL, visible_ms INTEGER NOT NULL,
-    receive_count INTEGER NOT NULL DEFAULT 0, receipt TEXT);
-CREATE INDEX IF NOT EXISTS message_visible ON message (queue, visible_ms);
-PRAGMA user_version = 1; COMMIT;"""
-_memory_pid = functools.cache(os.getpid)  # the first process that had a queue in memory
-
-
-class SqliteBroker(Broker):
-    """Queues in a file; or in memory, for the tests of one process.
-
-    Any number of processes may use a file, on one machine: they share memory, which they can't over
-    a network's file system (https://www.sqlite.org/wal.html).
-
-    :param url: ``sqlite:///relative.db``, ``sqlite:////absolute.db`` or ``sqlite://`` (memory), and
-        perhaps ``?visibility_timeout_s=30&max_receive_count=5``
-    :param clock: epoch seconds; passed in by tests
-    :raises ConfigurationError: if the URL or the file is not usable
-    """
-
-    max_bytes = _MAX_SQS_BYTES  # as on SQS, so that what works here works there
-    max_delay_s = 100 * 365 * 86_400  # a number that SQLite can hold
-
-    def __init__(self, url: str, clock: Callable[[], float] = time.time) -> None:
-        """Read the URL, and open the file."""
-        self._url, self._clock = url, clock
-        options = {
-            "visibility_timeout_s": str(_DEFAULT_LEASE_S),
-            "max_receive_count": "5",
-        }
-        try:
-            parts: Any = re.fullmatch(r"sqlite://(?:/([^?\n]+))?(?:\?(.*))?", url)
-            self._path, query = parts.groups("")
-            options |= (pair.partition("=")[::2] for pair in query.split("&") if pair)
-            lease_s, most = options.values()
-            self._lease_s, self._most = (
-                _conform(_SECONDS, lease_s),
-                _conform(_COUNT, most),
-            )
-        except (ValueError, AttributeError) as error:
-            text = "TASKHAWK_BROKER: expected sqlite:///relative.db or sqlite:////absolute.db, then"
-            then = "perhaps ?visibility_timeout_s=30&max_receive_count=5"
-            raise ConfigurationError(f"{text} {then}, got {url!r}") from error
-        text = "sqlite:// is the memory of one process, and this is another: use a file, such"
-        _require(
-            self._path or _memory_pid() == os.getpid(), f"{text} as sqlite:///queue.db"
-        )
-        # Held while a thread uses the connection, so that its transaction is that thread's alone:
-        # `with self._lock, self._db` writes all that is in the block, or nothing.
-        self._lock = threading.Lock()
-        self._opened = self._open()
-
-    @property
-    def _db(self) -> Any:
-        """The connection, opened anew after a fork; for who holds the lock."""
-        self._opened = self._opened or self._open()
-        return self._opened
-
-    def _open(self) -> Any:
-        """Open the file, or memory, and make the tables where there are none."""
-        import sqlite3
-
-        text = f"SQLite {sqlite3.sqlite_version} is too old: expected 3.30.0 or newer"
-        _require(
-            sqlite3.sqlite_version_info >= (3, 30), text
-        )  # the first with count(*) FILTER
-        # IMMEDIATE: a transaction waits for the file's write lock before its first change, for one
-        # that has begun to read can't wait: what it has read may be old by then.
-        options: Any = {
-            "timeout": 30,
-            "isolation_level": "IMMEDIATE",
-            "check_same_thread": False,
-        }
-        db, deadline = None, time.monotonic() + 30
-        try:
-            db = sqlite3.connect(self._path or ":memory:", **options)
-            if (version := db.execute("PRAGMA user_version").fetchone()[0]) not in (
-                0,
-                1,
-            ):
-                raise sqlite3.OperationalError(
-                    f"expected version 1 of its tables, got {version}"
-                )
-            # WAL: who reads waits for nobody.
-            while (
-                True
-            ):  # alone of all statements, this one does not wait for other processes
-                try:
-                    db.execute("PRAGMA journal_mode = WAL")
-                    break
-                except sqlite3.OperationalError as error:
-                    if (
-                        error.sqlite_errorname != "SQLITE_BUSY"
-                        or time.monotonic() > deadline
-                    ):
-                        raise
-                    time.sleep(0.01)
-            # FULL: a COMMIT that returned outlives a power failure.
-            db.execute("PRAGMA synchronous = FULL")
-            db.executescript(_SQLITE_SCHEMA)
-        except sqlite3.Error as error:
-            if db:
-                db.close()
-            where = os.path.abspath(self._path or "memory")
-            raise ConfigurationError(
-                f"TASKHAWK_BROKER: can't open {where}: {error}"
-            ) from error
-        return db
-
-    def url(self, queue: str) -> str:
-        """Return the broker's URL: a queue has none of its own."""
-        return self._url
-
-    def close(self) -> None:
-        """Close the file; what is in memory is gone."""
-        with self._lock:
-            if self._opened:
-                self._opened.close()
-
-    def before_fork(self) -> None:
-        """Close the file: SQLite's locks are the process's, and a child would take them on."""
-        self._lock.acquire()
-        if self._path and self._opened:
-            self._opened = self._opened.close()
-
-    def after_fork(self) -> None:
-        self._lock.release()
-
-    def _in_ms(self, seconds: float = 0) -> int:
-        """Return the time so many seconds from now, as the tables have it."""
-        return math.ceil((self._clock() + seconds) * 1000)
-
-    def send(self, destination: str, entries: Sequence[Outgoing]) -> list[Refusal]:
-        """Write the messages in one transaction: all, or none if it raises."""
-        insert = "INSERT INTO message VALUES (NULL, ?, ?, ?, ?, ?, ?, 0, NULL)"
-        # One transaction, and so one flush of the disk, for up to ten messages.
-        with self._lock, self._db as db:
-            for body, attributes, delay_s, *_ in entries:
-                what = (destination, _new_id(), body, json.dumps(attributes))
-                db.execute(insert, (*what, self._in_ms(), self._in_ms(delay_s)))
-        return []
-
-    def receive(
-        self,
-        queue: str,
-        most: int,
-        wait_s: float,
-        lease_s: float | None,
-        stop: threading.Event,
-    ) -> list[QueueMessage]:
-        """Claim messages; wait for the first without holding any lock.
-
-        The first look comes at once, the others after pauses that grow: a message waits 50 ms at
-        most, and an idle worker takes next to no CPU.
-        """
-        deadline, pause_s = time.monotonic() + wait_s, 0.002
-        look = (
-            "SELECT EXISTS (SELECT 1 FROM message WHERE queue = ? AND visible_ms <= ?)"
-        )
-        claim = functools.partial(self._claim, queue, most, lease_s or self._lease_s)
-        while True:
-            with self._lock:
-                (found,) = self._db.execute(look, (queue, self._in_ms())).fetchone()
-            if (claimed := claim() if found else []) or time.monotonic() >= deadline:
-                return claimed
-            if stop.wait(pause_s):
-                return []
-            pause_s = min(
-                pause_s * 2, 0.05
-            )  # twenty looks a second cost next to nothing
-
-    def _claim(self, queue: str, most: int, lease_s: float) -> list[QueueMessage]:
-        """Take the first messages; those received too often go to the dead-letter queue.
-
-        As on SQS, it is the receive that moves them, and a message keeps its id and its attributes.
-        """
-        find = """SELECT id, receive_count + 1, sent_ms, attributes, body, message_id FROM message
-            WHERE queue = ? AND visible_ms <= ? ORDER BY visible_ms, id LIMIT ?"""
-        take = "UPDATE message SET receive_count = ?, visible_ms = ?, receipt = ? WHERE id = ?"
-        # It is visible there at once, and counted from the start.
-        redrive = "UPDATE message SET queue = ?, receive_count = 0, receipt = NULL WHERE id = ?"
-        _, dead, limit = self.info(queue)
-        claimed = []
-        with self._lock, self._db as db:
-            db.execute(
-                "BEGIN IMMEDIATE"
-            )  # before the look too, or others would find the same
-            first = db.execute(
-                find, (queue, self._in_ms(), min(most, _MAX_BATCH))
-            ).fetchall()
-            for row, count, sent_ms, attributes, body, message_id in first:
-                if limit and count > limit:
-                    db.execute(redrive, (dead, row))
-                    continue
-                receipt = f"{row}-{os.urandom(16).hex()}"
-                db.execute(take, (count, self._in_ms(lease_s), receipt, row))
-                system = {
-                    "ApproximateReceiveCount": str(count),
-                    "SentTimestamp": str(sent_ms),
-                }
-                parts = (body, message_id, receipt, system, json.loads(attributes))
-                claimed.append(QueueMessage(*parts, queue, self))
-        return claimed
-
-    def delete(self, queue: str, receipts: Sequence[str]) -> list[Refusal]:
-        """Delete; what was deleted before is no error, what another has received since is."""
-        # A receipt begins with the number of its row, by which the row is found.
-        change = "DELETE FROM message WHERE id = CAST(:receipt AS INTEGER) AND receipt = :receipt"
-        refused = "SELECT 1 FROM message WHERE id = CAST(:receipt AS INTEGER)"
-        return self._change(
-            change, refused, [{"receipt": receipt} for receipt in receipts]
-        )
-
-    def change_visibility(
-        self, queue: str, changes: Sequence[tuple[str, float]]
-    ) -> list[Refusal]:
-        """Change when messages are visible again, while they are in flight."""
-        now = self._in_ms()
-        rows = [{"receipt": r, "until": self._in_ms(s), "now": now} for r, s in changes]
-        change = """UPDATE message SET visible_ms = :until
-            WHERE id = CAST(:receipt AS INTEGER) AND receipt = :receipt AND visible_ms > :now"""
-        return self._change(change, "SELECT 1", rows)
-
-    def _change(
-        self, change: str, refused: str, rows: Sequence[dict[str, Any]]
-    ) -> list[Refusal]:
-        """Make each change; where it meets no row, `refused` asks whether that is an error."""
-        text = "the message is no longer in flight, or was received again"
-        with self._lock, self._db as db:
-            return [
-                Refusal(index, "ReceiptHandleIsInvalid", text, final=True)
-                for index, row in enumerate(rows)
-                if not db.execute(change, row).rowcount
-                and db.execute(refused, row).fetchone()
-            ]
-
-    def info(self, queue: str) -> QueueInfo:
-        """Return what the URL says; the dead-letter queue of a queue has none itself."""
-        limits = (
-            (None, None) if queue.endswith("-DLQ") else (f"{queue}-DLQ", self._most)
-        )
-        return QueueInfo(self._lease_s, *limits)
-
-    def depth(self, queue: str) -> Depth:
-        """Count exactly, unlike SQS."""
-        ask = """SELECT count(*) FILTER (WHERE visible_ms <= :now),
-            count(*) FILTER (WHERE visible_ms > :now AND receipt IS NOT NULL),
-            count(*) FILTER (WHERE visible_ms > :now AND receipt IS NULL)
-            FROM message WHERE queue = :queue"""
-        # One statement, and so one moment: no message is counted twice, or not at all.
-        with self._lock:
-            return Depth(
-                *self._db.execute(
-                    ask, {"now": self._in_ms(), "queue": queue}
-                ).fetchone()
-            )
-
-
-# --- 10. publishing -------------------------------------------------------------------------------
-# Nothing leaves that _decode() would refuse or the service can't hold, and what was not accepted
-# raises: after dispatch() returned, the message is in the queue's keeping. In a batch(), all are
-# checked and encoded before the first is sent.
-
-# What SQS takes: names with single dots inside, without AWS's prefixes (and ours); characters that
-# XML 1.0 has.
-_ATTRIBUTE_NAME = re.compile(
-    r"(?a)(?!.{257})(?!(?i:aws|amazon|taskhawk)\.)[\w-]+(\.[\w-]+)*"
-)
-_ATTRIBUTE_TEXT = re.compile("[^\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]+")
-
-
-class _Ready(NamedTuple):
-    """A message that was checked and encoded, and where it goes."""
-
-    message: Message
-    sender: Sender
-    destination: str
-    entry: Outgoing
-
-
-def _prepare(message: Message) -> _Ready:
-    """Check and encode a message, with attributes of the headers that can be: the body has all.
-
-    Nothing is sent here, so that a batch with one message that can't be sent sends none of them.
-    """
-    body, headers = _encode(message), message.headers
-    attributes: dict[str, dict[str, str]] = {}
-    for name, text in zip(map(str, headers), map(str, headers.values()), strict=True):
-        fits = _ATTRIBUTE_NAME.fullmatch(name) and _ATTRIBUTE_TEXT.fullmatch(text)
-        if fits and len(attributes) < _MAX_ATTRIBUTES:
-            attributes[name] = {"DataType": "String", "StringValue": text}
-    entry, sender = Outgoing(body, attributes, message.delay_s), _brokers.sender()
-    if entry.delay_s > sender.max_delay_s:
-        most = f"the queue can hold a message back for at most {sender.max_delay_s:g} s"
-        raise ConfigurationError(
-            f"{message.task_name}: {most}, got {entry.delay_s:g} s"
-        )
-    if entry.size() > sender.max_bytes:
-        raise _too_large(message, entry, sender.max_bytes)
-    return _Ready(message, sender, sender.destination(message.priority), entry)
-
-
-def _too_large(message: Message, entry: Outgoing, limit: int) -> MessageTooLarge:
-    """Return the error that names the largest argument, for that is what to look at."""
-    has = f"has {entry.size()} bytes (body and attributes), and the limit is {limit}"
-    text = f"{message.task_name[:200]}: the message {has}"
-    if sizes := _sizes(message):
-        largest = max(sizes, key=sizes.__getitem__)
-        text += f": the largest argument is {largest[:200]} with {sizes[largest]} bytes"
-    return MessageTooLarge(text, limit)
-
-
 class _SyncSender(Sender):
     """Runs messages where they are sent: through JSON, decoder and hooks; their errors raise."""
 
@@ -2713,182 +2986,18 @@ class _SyncSender(Sender):
         return []
 
 
-# What a `with batch():` block collects: a box of one list, and empty once the block has ended.
-_collecting = contextvars.ContextVar[Sequence[list[_Ready]]](
-    "taskhawk batch", default=()
-)
+_schemes["sync"] = lambda _url: _SyncSender()  # type: ignore[abstract]
 
 
-@contextlib.contextmanager
-def batch() -> Iterator[None]:
-    """Collect dispatches, and send them ten to a request when the block ends.
+# --- 14. holdings ---------------------------------------------------------------------
 
-    For a loop that dispatches, and for a function that dispatches in many places::
-
-        with taskhawk.batch():
-            for user in users:
-                send_email.dispatch(user.email, 'Hello!')
-
-    An exception inside sends nothing. A block inside another joins it. What a thread dispatches is
-    sent directly, unless it runs in this context; so is what a task dispatches after the end.
-
-    :raises PartialFailure: on exit, with exactly the messages that were not accepted
-    """
-    if _collecting.get():
-        yield
-        return
-    # A task or thread that was started inside may outlive the block; it finds the box empty then.
-    box: list[list[_Ready]] = [[]]
-    token = _collecting.set(box)
-    try:
-        yield
-    finally:
-        _collecting.reset(token)
-        with _brokers.lock:
-            collected = box.pop()
-    _publish_all(collected)
-
-
-def _collect(readies: Sequence[_Ready]) -> Sequence[_Ready]:
-    """Add messages to the batch around this call, and return those that it did not take."""
-    with _brokers.lock:
-        if box := _collecting.get():
-            box[0].extend(readies)
-            return ()
-    return readies
-
-
-def publish(message: Message) -> str:
-    """Send a message, or add it to the :func:`batch` around this call.
-
-    For messages that could not be sent: ``for message in failure.unsent: publish(message)``.
-
-    :param message: from :meth:`Message.new`; its ``delay_s`` is how long the queue holds it back
-    :returns: the message's id
-    :raises Exception: as :meth:`AsyncInvocation.dispatch`
-    """
-    for ready in _collect([_prepare(message)]):
-        _publish_one(ready)
-    return message.id
-
-
-def _publish_one(ready: _Ready) -> None:
-    """Send one message, or raise why it was not accepted."""
-    try:
-        _accepted(ready.sender.send(ready.destination, [ready.entry]))
-    except MessageTooLarge as error:  # the queue's limit is below the service's
-        raise _too_large(ready.message, ready.entry, error.limit) from error
-    _log.debug("Sent message", extra={"message_body": ready.entry.body})
-
-
-def _publish_all(readies: Sequence[_Ready]) -> None:
-    """Send messages of any priorities; raise PartialFailure if some are not accepted."""
-    if settings.TASKHAWK_SYNC:
-        for ready in readies:
-            _publish_one(ready)
-        return
-    refused: dict[int, Refusal] = {}  # by the id() of what is ready
-    for destination in dict.fromkeys(ready.destination for ready in readies):
-        mine = [ready for ready in readies if ready.destination == destination]
-        found = _send_all(mine[0].sender, destination, [ready.entry for ready in mine])
-        refused |= {id(mine[index]): refusal for index, refusal in found.items()}
-    if refused:
-        sent = [
-            {"Id": ready.message.id} for ready in readies if id(ready) not in refused
-        ]
-        lost = [(r, refused[id(r)]) for r in readies if id(r) in refused]
-        failed = [
-            {"Id": r.message.id, "Code": why.code, "Message": why.text}
-            for r, why in lost
-        ]
-        for ready, _ in lost:  # its arguments may have changed since they were encoded
-            vars(ready.message)["_data"] = json.loads(ready.entry.body)
-        unsent = [ready.message for ready, _ in lost]
-        raise PartialFailure({"Successful": sent, "Failed": failed}, unsent=unsent)
-
-
-def _send_all(
-    sender: Sender, destination: str, entries: Sequence[Outgoing]
-) -> dict[int, Refusal]:
-    """Send to one destination; return what was refused, by its index among the entries."""
-    send = functools.partial(sender.send, destination)
-    return _in_batches(send, entries, 3, max_bytes=sender.max_bytes, repeated=True)
-
-
-def _dead_letter_copy(
-    received: QueueMessage, error: BaseException | None, limit: int
-) -> Outgoing:
-    """Return the copy for the dead-letter queue, which says in ONE attribute why it is there.
-
-    Attributes that were headers give way to it, where there are too many: the body has them.
-
-    :param limit: of the copy in bytes, attributes included
-    """
-    record: dict[str, Any] = {
-        "type": type(error).__name__,
-        "message": _text_of(error)[:1000],
-    }
-    record |= {"traceback": "".join(traceback.format_exception(error))}
-    record |= {
-        "attempt": received.attempt,
-        "worker": f"{os.uname().nodename}:{os.getpid()}",
-    }
-    record["time"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    # The body stays as it is: a hundred bytes are for the attribute's name and type.
-    room = min(_MAX_ERROR_BYTES, limit - len(received.body.encode()) - 100)
-    for key in (
-        "traceback",
-        "message",
-    ):  # cut to fit: of a traceback, the end says most
-        while len(text := json.dumps(record)) > room and (value := record[key]):
-            cut = math.ceil(
-                (len(text) - room) / 6
-            )  # of 6 bytes at most is a character in JSON
-            record[key] = value[cut:] if key == "traceback" else value[:-cut]
-    attributes: dict[str, Any] = {}
-    if len(text) <= room:
-        attributes[_ERROR_ATTRIBUTE] = {"DataType": "String", "StringValue": text}
-    for name, value in received.message_attributes.items():
-        more = {name: value, **attributes}
-        if len(more) <= _MAX_ATTRIBUTES and received.copy(more).size() <= limit:
-            attributes = more
-    return received.copy(attributes)
-
-
-def _dead_letter(
-    broker: Broker, received: QueueMessage, error: BaseException | None
-) -> bool:
-    """Send a copy to the dead-letter queue; return whether it is there, or log why it is not."""
-    try:
-        target = broker.info(received.queue or "").dead_letter_queue
-        _require(target, "it has no dead-letter queue")
-        copy = _dead_letter_copy(received, error, broker.max_bytes)
-        _accepted(broker.send(target or "", [copy]))
-    except (
-        Exception
-    ) as failure:  # the message is still in its queue, which may redrive it
-        text = "%s: message %s can't be dead-lettered and is left to the queue: %s"
-        _log.warning(text, received.queue, received.message_id, failure)
-        return False
-    return True
-
-
-# --- 11. the worker -------------------------------------------------------------------------------
-# Every thread and process of this file that outlives a call. Pollers receive, slots run tasks (the
-# calling thread is one of them), and one keeper alone changes messages on the queue: so an
-# extension under way never undoes a delay or a delete. One lock, the keeper's, guards the messages
-# held; no call to the queue is made under it. Worker.run() is the order of the shutdown.
 
 _STEPS = {  # the allowed steps of a message; nothing else moves one
     "received": {"started", "released"},
     "started": {"finished"},
     "finished": {"acked", "retried", "dead_lettered", "uncertain"},
 }
-_TICK_S = 0.2  # how soon a signal or a shutdown_event is seen
 _ACK_WAIT_S = 0.05  # how long an acknowledgement waits for others to share its call
-_MAX_BACKOFF_S = 60  # between receives that fail
-_START_S = 60  # how long a child may take to import the tasks
-_FLUSH_S = 3  # of the grace, kept for acknowledgements once running tasks are given up
 
 
 @dataclasses.dataclass
@@ -2943,6 +3052,12 @@ class _Held:
         if state not in _STEPS.get(self.state, ()):
             raise RuntimeError(f"a message can't go from {self.state} to {state}")
         self.state = state
+
+
+# --- 15. the keeper -------------------------------------------------------------------
+
+
+_TICK_S = 0.2  # how soon a signal or a shutdown_event is seen
 
 
 class _Faults:
@@ -3215,298 +3330,15 @@ class _Keeper:
         self._worker.unanswered |= self._closed and end == "uncertain"
 
 
-def _start_of_children(*, everything: bool) -> dict[str, Any]:
-    """Return what a child begins with, and {} where no task is isolated.
-
-    :raises ConfigurationError: if a child can't import what it is to run
-    """
-    isolated = [task for task in _registry.values() if everything or task.isolate]
-    for task in isolated:
-        text = f"{task.name}: a task of __main__ can't be isolated: move it to a module"
-        _require(task.fn.__module__ not in _MAINS, text)
-    values = {name: getattr(settings, name) for name in _SETTINGS} if isolated else {}
-    for name, hook in [
-        (name, value) for name, value in values.items() if callable(value)
-    ]:
-        values[name] = path = f"{hook.__module__}.{getattr(hook, '__qualname__', '')}"
-        # What the path leads to must be the very hook: a name may have been given to another since.
-        found = None
-        with contextlib.suppress(ImportError, AttributeError, ValueError):
-            found = _conform(_HOOK, path)
-        text = (
-            f"{name}: where tasks are isolated, expected a function with a dotted path"
-        )
-        _require(found is hook, f"{text}, got {hook!r}")
-    start = {
-        "isolated": [task.name for task in isolated],
-        "settings": values,
-        "modules": sorted({task.fn.__module__ for task in isolated}),
-        "path": [os.path.abspath(folder) for folder in sys.path],
-        "environ": {k: v for k, v in os.environ.items() if k == "PYTHONPATH"},
-        "level": logging.getLogger().level,
-    }
-    return start if isolated else {}
+# --- 16. the worker -------------------------------------------------------------------
+# Every thread and process of this file that outlives a call. Pollers receive, slots run tasks (the
+# calling thread is one of them), and one keeper alone changes messages on the queue: so an
+# extension under way never undoes a delay or a delete. One lock, the keeper's, guards the messages
+# held; no call to the queue is made under it. Worker.run() is the order of the shutdown.
 
 
-class _Child:
-    """The process that runs a slot's isolated messages, for it may have to be killed, or crash.
-
-    It gets JSON by a socket, a line each, and answers so: nothing is unpickled, and no setting is
-    in an argument or the environment.
-    """
-
-    def __init__(
-        self, start: Mapping[str, Any], max_tasks: int, given_up: threading.Event
-    ) -> None:
-        """Start no process yet.
-
-        :param start: what :func:`_start_of_children` returned
-        :param max_tasks: after how many runs a process is replaced
-        :param given_up: set when the worker's grace is over
-        """
-        self._start, self._max_tasks, self._given_up = start, max_tasks, given_up
-        self._left = 0  # messages until the process is replaced
-        # Held to kill and to reap, so that no other process is killed under a number used again.
-        self._lock = threading.Lock()
-        self._process: Any = None
-
-    def takes(self, received: QueueMessage) -> bool:
-        """Return whether a message is the child's to run."""
-        with contextlib.suppress(ValidationError):
-            message = _decode(received.body)
-            if message.task.name in self._start["isolated"]:
-                received.message, message.received = message, received
-        return received.message is not None
-
-    def process(self, received: QueueMessage) -> Outcome | None:
-        """Do as :func:`process` does; None if the worker's grace ended meanwhile."""
-        # The limit is the parent's to keep: code that holds the GIL can't be stopped from inside.
-        task, began = typing.cast("Message", received.message).task, time.monotonic()
-        outcome, why = None, ""
-        try:
-            self._ensure_process()
-            began = time.monotonic()  # the imports of a new process are not the run's
-            with self._killed_after(task.time_limit):
-                # Nobody would kill what begins after the end of the grace.
-                outcome = None if self._given_up.is_set() else self._ask(received)
-        except (
-            OSError,
-            ValueError,
-        ) as error:  # it ended, or something else wrote to its socket
-            why = str(error)
-        self._left -= 1
-        late = task.time_limit and time.monotonic() - began >= task.time_limit
-        if not outcome or late or not self._left:
-            why = self.close() or why
-        if outcome or self._given_up.is_set():
-            return outcome
-        failure: TaskhawkError = ChildCrashed(f"{task.name}: its process ended: {why}")
-        if late:
-            text = (
-                f"{task.name} ran longer than its time limit of {task.time_limit:g} s"
-            )
-            failure = TimeLimitExceeded(text)
-        return _failed(received, failure, began)
-
-    def _ask(self, received: QueueMessage) -> Outcome | None:
-        """Have a message run, and return how it ended, or None if the process did."""
-        self._send(
-            {k: v for k, v in vars(received).items() if k not in ("broker", "message")}
-        )
-        if (answer := self._answer()) is None:
-            return None
-        fate, delay_s, *raised = answer
-        error: BaseException | None = None
-        if raised:  # an error of the same name, with the trace
-            name, text, trace = raised
-            error = type(name, (TaskhawkError,), {})(text)
-            error.add_note(trace)
-        return Outcome(Fate(fate), error, delay_s)
-
-    def _answer(self) -> list[Any] | None:
-        """Return the process's next answer, once the log records before it are handled."""
-        while (line := self._lines.readline()).endswith(b"\n"):
-            frame = json.loads(line)
-            if isinstance(frame, list):
-                return frame
-            record = logging.makeLogRecord(frame)
-            if (logger := logging.getLogger(record.name)).isEnabledFor(record.levelno):
-                _log.safely(logger.handle, record)
-        return None
-
-    def _ensure_process(self) -> None:
-        """Start a process, unless the last one still lives."""
-        import socket
-        import subprocess
-
-        with self._lock:
-            if self._process and self._process.poll() is None:
-                return
-        self.close()
-        self._socket, theirs = socket.socketpair()
-        self._lines = self._socket.makefile("rb")
-        command = [
-            sys.executable,
-            "-m",
-            __name__,
-            "_child",
-            str(theirs.fileno()),
-            str(os.getpid()),
-        ]
-        # It is to find this file and the tasks where we did; tasks then see the variable as it was.
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join(self._start["path"])}
-        options: Any = {
-            "stdin": subprocess.DEVNULL,
-            "start_new_session": True,
-            "env": env,
-        }
-        with theirs:
-            options["pass_fds"] = [theirs.fileno()]
-            self._process = subprocess.Popen(command, **options)  # noqa: S603 - it is this file
-        self._send(self._start)
-        self._left = self._max_tasks
-        with self._killed_after(_START_S):
-            if not self._given_up.is_set():
-                self._answer()  # an empty one: it has imported the tasks
-
-    def _send(self, value: object) -> None:
-        self._socket.sendall(json.dumps(value, default=str).encode() + b"\n")
-
-    @contextlib.contextmanager
-    def _killed_after(self, seconds: float | None) -> Iterator[None]:
-        """Kill the process if what is inside takes longer; it never kills the next one."""
-        timer = threading.Timer(seconds or 0, self.kill)
-        if seconds:
-            timer.start()
-        try:
-            yield
-        finally:
-            timer.cancel()
-            if seconds:
-                timer.join()
-
-    def kill(self) -> None:
-        """Kill the process and what it started, also in C code that holds the GIL."""
-        with self._lock:
-            if self._process and self._process.returncode is None:
-                # Not reaped yet, so the number is still its own, and its group's.
-                os.killpg(self._process.pid, signal.SIGKILL)
-
-    def close(self) -> str:
-        """End the process, and say how it ended."""
-        import subprocess
-
-        if not self._process:
-            return ""
-        # A thread that the task left behind would keep the process for ever.
-        with (
-            contextlib.suppress(OSError),
-            self._killed_after(5),
-            self._socket,
-            self._lines,
-        ):
-            self._socket.shutdown(1)  # for writing: it ends once it has read all
-            self._lines.read()  # until it is gone
-        with self._lock:
-            try:
-                code = self._process.wait(5)
-            except subprocess.TimeoutExpired:  # its task closed our socket, and goes on
-                os.killpg(self._process.pid, signal.SIGKILL)
-                code = self._process.wait()
-            self._process = (
-                None  # under the lock too, or kill() could meet it half gone
-            )
-        return f"signal {-code}" if code < 0 else f"exit code {code}"
-
-
-def _add_task(record: logging.LogRecord) -> bool:
-    """Note in a log record the task that it was made in; a filter of handlers."""
-    if task := current_task():
-        for name in (
-            "task",
-            "id",
-            "attempt",
-        ):  # but what the record has of its own stays
-            vars(record).setdefault(name, getattr(task, name))
-    return True
-
-
-def _to_line(values: Mapping[str, Any]) -> str:
-    """Return an object of JSON, of a log record, whose values may be anything."""
-
-    def plain(value: object) -> object:
-        with contextlib.suppress(Exception):
-            return json.loads(json.dumps(value, default=str, allow_nan=False))
-        return _text_of(value)
-
-    try:
-        return json.dumps(values, default=str, allow_nan=False)
-    except (
-        Exception
-    ):  # a key that is no text, NaN, a circle, too deep, a str() with a bug
-        return json.dumps({str(key): plain(value) for key, value in values.items()})
-
-
-class _LineFormatter(logging.Formatter):
-    """Writes a child's log records for its worker."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return a line of JSON, with text and traceback made: the arguments may not be JSON."""
-        _add_task(record)
-        super().format(record)  # notes the text and the traceback in the record
-        text = {"msg": record.message, "args": None, "exc_info": None}
-        return _to_line(vars(record) | text)
-
-
-@_one_event_loop()
-def _serve_worker(number: int, worker: int) -> int:
-    """Run messages for a worker's slot: what ``python -m taskhawk _child`` does."""
-    for each in (signal.SIGINT, signal.SIGTERM):  # they are the worker's to handle
-        signal.signal(each, signal.SIG_IGN)
-    import ctypes
-
-    with contextlib.suppress(AttributeError):  # only Linux has it
-        ctypes.CDLL(None).prctl(
-            1, signal.SIGKILL
-        )  # PR_SET_PDEATHSIG: die with the slot's thread
-    if os.getppid() != worker:  # it died before that
-        return 1
-    os.set_inheritable(number, False)  # noqa: FBT003 - what a task starts must not keep it open
-    with (
-        open(number, "rb", closefd=False) as lines,
-        open(number, "w", closefd=False) as answers,
-    ):
-        start = json.loads(lines.readline())
-        sys.path[:] = start["path"]
-        del os.environ["PYTHONPATH"]
-        os.environ.update(start["environ"])
-        configure(start["settings"])
-        handler: Any = logging.StreamHandler(answers)
-        handler.setFormatter(_LineFormatter())
-        logging.basicConfig(level=start["level"], handlers=[handler])
-
-        def leave() -> (
-            None
-        ):  # what a task forks must neither answer nor keep the socket open
-            os.dup2(nothing, number, inheritable=False)
-            handler.stream = sys.stderr
-
-        nothing = os.open(os.devnull, os.O_RDWR)
-        os.register_at_fork(after_in_child=leave)
-        for module in start["modules"]:
-            importlib.import_module(module)
-        broker = _brokers.broker() if settings.TASKHAWK_BROKER != "sqlite://" else None
-        answer: list[Any] = []  # the first says that we are ready
-        while True:
-            with handler.lock:  # any thread writes log records
-                print(json.dumps(answer), file=answers, flush=True)
-            if not (line := lines.readline()):
-                return 0
-            outcome = process(QueueMessage(**json.loads(line), broker=broker))
-            answer = [outcome.fate.value, outcome.delay_s]
-            if error := outcome.error:
-                trace = "".join(traceback.format_exception(error))
-                answer += [type(error).__name__, _text_of(error), trace]
+_MAX_BACKOFF_S = 60  # between receives that fail
+_FLUSH_S = 3  # of the grace, kept for acknowledgements once running tasks are given up
 
 
 @contextlib.contextmanager
@@ -3577,6 +3409,64 @@ def _beat(liveness_file: str | None) -> None:
     except OSError as error:
         _log.warning("can't touch the liveness file: %s", error)
     _call_safely("TASKHAWK_HEARTBEAT_HOOK")
+
+
+def _dead_letter_copy(
+    received: QueueMessage, error: BaseException | None, limit: int
+) -> Outgoing:
+    """Return the copy for the dead-letter queue, which says in ONE attribute why it is there.
+
+    Attributes that were headers give way to it, where there are too many: the body has them.
+
+    :param limit: of the copy in bytes, attributes included
+    """
+    record: dict[str, Any] = {
+        "type": type(error).__name__,
+        "message": _text_of(error)[:1000],
+    }
+    record |= {"traceback": "".join(traceback.format_exception(error))}
+    record |= {
+        "attempt": received.attempt,
+        "worker": f"{os.uname().nodename}:{os.getpid()}",
+    }
+    record["time"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    # The body stays as it is: a hundred bytes are for the attribute's name and type.
+    room = min(_MAX_ERROR_BYTES, limit - len(received.body.encode()) - 100)
+    for key in (
+        "traceback",
+        "message",
+    ):  # cut to fit: of a traceback, the end says most
+        while len(text := json.dumps(record)) > room and (value := record[key]):
+            cut = math.ceil(
+                (len(text) - room) / 6
+            )  # of 6 bytes at most is a character in JSON
+            record[key] = value[cut:] if key == "traceback" else value[:-cut]
+    attributes: dict[str, Any] = {}
+    if len(text) <= room:
+        attributes[_ERROR_ATTRIBUTE] = {"DataType": "String", "StringValue": text}
+    for name, value in received.message_attributes.items():
+        more = {name: value, **attributes}
+        if len(more) <= _MAX_ATTRIBUTES and received.copy(more).size() <= limit:
+            attributes = more
+    return received.copy(attributes)
+
+
+def _dead_letter(
+    broker: Broker, received: QueueMessage, error: BaseException | None
+) -> bool:
+    """Send a copy to the dead-letter queue; return whether it is there, or log why it is not."""
+    try:
+        target = broker.info(received.queue or "").dead_letter_queue
+        _require(target, "it has no dead-letter queue")
+        copy = _dead_letter_copy(received, error, broker.max_bytes)
+        _accepted(broker.send(target or "", [copy]))
+    except (
+        Exception
+    ) as failure:  # the message is still in its queue, which may redrive it
+        text = "%s: message %s can't be dead-lettered and is left to the queue: %s"
+        _log.warning(text, received.queue, received.message_id, failure)
+        return False
+    return True
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -3820,10 +3710,6 @@ class Worker:
                 self._changed.notify_all()
 
 
-# Not the order of the enum, whose numbers are 1.4's.
-_URGENCY = (Priority.high, Priority.default, Priority.low, Priority.bulk)
-
-
 def listen_for_messages(
     priority: Priority | Iterable[Priority],
     num_messages: int = 1,
@@ -3873,25 +3759,336 @@ def _queues_of(priority: Priority | Iterable[Priority]) -> list[str]:
     return [broker.destination(each) for each in _URGENCY if each in wanted]
 
 
-def extend_visibility_timeout(
-    priority: Priority, receipt: str, visibility_timeout_s: int
-) -> None:
-    """Hide a message of a queue from others for so many seconds from now.
+# --- 17. log records ------------------------------------------------------------------
 
-    A worker does it by itself for as long as a task runs: this is for code that was written for
-    taskhawk 1.4.
 
-    :param priority: says which queue
-    :param receipt: the receipt handle, which a task finds in its metadata
-    :param visibility_timeout_s: 0 to 43,200 seconds
-    :raises PartialFailure: if the message is no longer in flight
+def _add_task(record: logging.LogRecord) -> bool:
+    """Note in a log record the task that it was made in; a filter of handlers."""
+    if task := current_task():
+        for name in (
+            "task",
+            "id",
+            "attempt",
+        ):  # but what the record has of its own stays
+            vars(record).setdefault(name, getattr(task, name))
+    return True
+
+
+def _to_line(values: Mapping[str, Any]) -> str:
+    """Return an object of JSON, of a log record, whose values may be anything."""
+
+    def plain(value: object) -> object:
+        with contextlib.suppress(Exception):
+            return json.loads(json.dumps(value, default=str, allow_nan=False))
+        return _text_of(value)
+
+    try:
+        return json.dumps(values, default=str, allow_nan=False)
+    except (
+        Exception
+    ):  # a key that is no text, NaN, a circle, too deep, a str() with a bug
+        return json.dumps({str(key): plain(value) for key, value in values.items()})
+
+
+class _LineFormatter(logging.Formatter):
+    """Writes a child's log records for its worker."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return a line of JSON, with text and traceback made: the arguments may not be JSON."""
+        _add_task(record)
+        super().format(record)  # notes the text and the traceback in the record
+        text = {"msg": record.message, "args": None, "exc_info": None}
+        return _to_line(vars(record) | text)
+
+
+class _JsonFormatter(logging.Formatter):
+    """One JSON object a line, with what a record carries as `extra`."""
+
+    # What every record has; all else was given to it as `extra`.
+    _own = vars(logging.makeLogRecord({})).keys() | {"message", "asctime"}
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return a line of JSON; what JSON can't hold, as text."""
+        super().format(record)  # notes its message, and its traceback as exc_text
+        when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        line = {"time": f"{when}.{record.msecs:03.0f}Z", "level": record.levelname}
+        line |= {"logger": record.name, "message": record.message}
+        line |= {"exception": record.exc_text} if record.exc_text else {}
+        extra = {
+            key: value for key, value in vars(record).items() if key not in self._own
+        }
+        return _to_line(line | extra)
+
+
+# --- 18. isolation --------------------------------------------------------------------
+
+
+_START_S = 60  # how long a child may take to import the tasks
+
+
+def _start_of_children(*, everything: bool) -> dict[str, Any]:
+    """Return what a child begins with, and {} where no task is isolated.
+
+    :raises ConfigurationError: if a child can't import what it is to run
     """
-    broker = _brokers.broker()
-    change = (receipt, visibility_timeout_s)
-    _accepted(broker.change_visibility(broker.destination(priority), [change]))
+    isolated = [task for task in _registry.values() if everything or task.isolate]
+    for task in isolated:
+        text = f"{task.name}: a task of __main__ can't be isolated: move it to a module"
+        _require(task.fn.__module__ not in _MAINS, text)
+    values = {name: getattr(settings, name) for name in _SETTINGS} if isolated else {}
+    for name, hook in [
+        (name, value) for name, value in values.items() if callable(value)
+    ]:
+        values[name] = path = f"{hook.__module__}.{getattr(hook, '__qualname__', '')}"
+        # What the path leads to must be the very hook: a name may have been given to another since.
+        found = None
+        with contextlib.suppress(ImportError, AttributeError, ValueError):
+            found = _conform(_HOOK, path)
+        text = (
+            f"{name}: where tasks are isolated, expected a function with a dotted path"
+        )
+        _require(found is hook, f"{text}, got {hook!r}")
+    start = {
+        "isolated": [task.name for task in isolated],
+        "settings": values,
+        "modules": sorted({task.fn.__module__ for task in isolated}),
+        "path": [os.path.abspath(folder) for folder in sys.path],
+        "environ": {k: v for k, v in os.environ.items() if k == "PYTHONPATH"},
+        "level": logging.getLogger().level,
+    }
+    return start if isolated else {}
 
 
-# --- 12. Lambda -----------------------------------------------------------------------------------
+class _Child:
+    """The process that runs a slot's isolated messages, for it may have to be killed, or crash.
+
+    It gets JSON by a socket, a line each, and answers so: nothing is unpickled, and no setting is
+    in an argument or the environment.
+    """
+
+    def __init__(
+        self, start: Mapping[str, Any], max_tasks: int, given_up: threading.Event
+    ) -> None:
+        """Start no process yet.
+
+        :param start: what :func:`_start_of_children` returned
+        :param max_tasks: after how many runs a process is replaced
+        :param given_up: set when the worker's grace is over
+        """
+        self._start, self._max_tasks, self._given_up = start, max_tasks, given_up
+        self._left = 0  # messages until the process is replaced
+        # Held to kill and to reap, so that no other process is killed under a number used again.
+        self._lock = threading.Lock()
+        self._process: Any = None
+
+    def takes(self, received: QueueMessage) -> bool:
+        """Return whether a message is the child's to run."""
+        with contextlib.suppress(ValidationError):
+            message = _decode(received.body)
+            if message.task.name in self._start["isolated"]:
+                received.message, message.received = message, received
+        return received.message is not None
+
+    def process(self, received: QueueMessage) -> Outcome | None:
+        """Do as :func:`process` does; None if the worker's grace ended meanwhile."""
+        # The limit is the parent's to keep: code that holds the GIL can't be stopped from inside.
+        task, began = typing.cast("Message", received.message).task, time.monotonic()
+        outcome, why = None, ""
+        try:
+            self._ensure_process()
+            began = time.monotonic()  # the imports of a new process are not the run's
+            with self._killed_after(task.time_limit):
+                # Nobody would kill what begins after the end of the grace.
+                outcome = None if self._given_up.is_set() else self._ask(received)
+        except (
+            OSError,
+            ValueError,
+        ) as error:  # it ended, or something else wrote to its socket
+            why = str(error)
+        self._left -= 1
+        late = task.time_limit and time.monotonic() - began >= task.time_limit
+        if not outcome or late or not self._left:
+            why = self.close() or why
+        if outcome or self._given_up.is_set():
+            return outcome
+        failure: TaskhawkError = ChildCrashed(f"{task.name}: its process ended: {why}")
+        if late:
+            text = (
+                f"{task.name} ran longer than its time limit of {task.time_limit:g} s"
+            )
+            failure = TimeLimitExceeded(text)
+        return _failed(received, failure, began)
+
+    def _ask(self, received: QueueMessage) -> Outcome | None:
+        """Have a message run, and return how it ended, or None if the process did."""
+        self._send(
+            {k: v for k, v in vars(received).items() if k not in ("broker", "message")}
+        )
+        if (answer := self._answer()) is None:
+            return None
+        fate, delay_s, *raised = answer
+        error: BaseException | None = None
+        if raised:  # an error of the same name, with the trace
+            name, text, trace = raised
+            error = type(name, (TaskhawkError,), {})(text)
+            error.add_note(trace)
+        return Outcome(Fate(fate), error, delay_s)
+
+    def _answer(self) -> list[Any] | None:
+        """Return the process's next answer, once the log records before it are handled."""
+        while (line := self._lines.readline()).endswith(b"\n"):
+            frame = json.loads(line)
+            if isinstance(frame, list):
+                return frame
+            record = logging.makeLogRecord(frame)
+            if (logger := logging.getLogger(record.name)).isEnabledFor(record.levelno):
+                _log.safely(logger.handle, record)
+        return None
+
+    def _ensure_process(self) -> None:
+        """Start a process, unless the last one still lives."""
+        import socket
+        import subprocess
+
+        with self._lock:
+            if self._process and self._process.poll() is None:
+                return
+        self.close()
+        self._socket, theirs = socket.socketpair()
+        self._lines = self._socket.makefile("rb")
+        command = [
+            sys.executable,
+            "-m",
+            __name__,
+            "_child",
+            str(theirs.fileno()),
+            str(os.getpid()),
+        ]
+        # It is to find this file and the tasks where we did; tasks then see the variable as it was.
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(self._start["path"])}
+        options: Any = {
+            "stdin": subprocess.DEVNULL,
+            "start_new_session": True,
+            "env": env,
+        }
+        with theirs:
+            options["pass_fds"] = [theirs.fileno()]
+            self._process = subprocess.Popen(command, **options)  # noqa: S603 - it is this file
+        self._send(self._start)
+        self._left = self._max_tasks
+        with self._killed_after(_START_S):
+            if not self._given_up.is_set():
+                self._answer()  # an empty one: it has imported the tasks
+
+    def _send(self, value: object) -> None:
+        self._socket.sendall(json.dumps(value, default=str).encode() + b"\n")
+
+    @contextlib.contextmanager
+    def _killed_after(self, seconds: float | None) -> Iterator[None]:
+        """Kill the process if what is inside takes longer; it never kills the next one."""
+        timer = threading.Timer(seconds or 0, self.kill)
+        if seconds:
+            timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+            if seconds:
+                timer.join()
+
+    def kill(self) -> None:
+        """Kill the process and what it started, also in C code that holds the GIL."""
+        with self._lock:
+            if self._process and self._process.returncode is None:
+                # Not reaped yet, so the number is still its own, and its group's.
+                os.killpg(self._process.pid, signal.SIGKILL)
+
+    def close(self) -> str:
+        """End the process, and say how it ended."""
+        import subprocess
+
+        if not self._process:
+            return ""
+        # A thread that the task left behind would keep the process for ever.
+        with (
+            contextlib.suppress(OSError),
+            self._killed_after(5),
+            self._socket,
+            self._lines,
+        ):
+            self._socket.shutdown(1)  # for writing: it ends once it has read all
+            self._lines.read()  # until it is gone
+        with self._lock:
+            try:
+                code = self._process.wait(5)
+            except subprocess.TimeoutExpired:  # its task closed our socket, and goes on
+                os.killpg(self._process.pid, signal.SIGKILL)
+                code = self._process.wait()
+            self._process = (
+                None  # under the lock too, or kill() could meet it half gone
+            )
+        return f"signal {-code}" if code < 0 else f"exit code {code}"
+
+
+@_one_event_loop()
+def _serve_worker(argv: Sequence[str]) -> int:
+    """Run messages for a worker's slot: what ``python -m taskhawk _child`` does.
+
+    :param argv: the number of the socket, and the worker's process id
+    """
+    number, worker = map(int, argv)
+    for each in (signal.SIGINT, signal.SIGTERM):  # they are the worker's to handle
+        signal.signal(each, signal.SIG_IGN)
+    import ctypes
+
+    with contextlib.suppress(AttributeError):  # only Linux has it
+        ctypes.CDLL(None).prctl(
+            1, signal.SIGKILL
+        )  # PR_SET_PDEATHSIG: die with the slot's thread
+    if os.getppid() != worker:  # it died before that
+        return 1
+    os.set_inheritable(number, False)  # noqa: FBT003 - what a task starts must not keep it open
+    with (
+        open(number, "rb", closefd=False) as lines,
+        open(number, "w", closefd=False) as answers,
+    ):
+        start = json.loads(lines.readline())
+        sys.path[:] = start["path"]
+        del os.environ["PYTHONPATH"]
+        os.environ.update(start["environ"])
+        configure(start["settings"])
+        handler: Any = logging.StreamHandler(answers)
+        handler.setFormatter(_LineFormatter())
+        logging.basicConfig(level=start["level"], handlers=[handler])
+
+        def leave() -> (
+            None
+        ):  # what a task forks must neither answer nor keep the socket open
+            os.dup2(nothing, number, inheritable=False)
+            handler.stream = sys.stderr
+
+        nothing = os.open(os.devnull, os.O_RDWR)
+        os.register_at_fork(after_in_child=leave)
+        for module in start["modules"]:
+            importlib.import_module(module)
+        broker = _brokers.broker() if settings.TASKHAWK_BROKER != "sqlite://" else None
+        answer: list[Any] = []  # the first says that we are ready
+        while True:
+            with handler.lock:  # any thread writes log records
+                print(json.dumps(answer), file=answers, flush=True)
+            if not (line := lines.readline()):
+                return 0
+            outcome = process(QueueMessage(**json.loads(line), broker=broker))
+            answer = [outcome.fate.value, outcome.delay_s]
+            if error := outcome.error:
+                trace = "".join(traceback.format_exception(error))
+                answer += [type(error).__name__, _text_of(error), trace]
+
+
+_programs["_child"] = _serve_worker
+
+
+# --- 19. Lambda -----------------------------------------------------------------------
 # The same process() as in the worker; Lambda receives, and deletes what the handler returns without
 # an error for. So a failure always raises, or is in the answer; and nothing is deleted here that
 # did not succeed.
@@ -3994,78 +4191,21 @@ def _from_record(record: Any) -> QueueMessage:
     return QueueMessage(None, str(given.get("messageId", "")), sns_record=sns_record)
 
 
-def _change_all(call: str, entries: Mapping[QueueMessage, Any], warning: str) -> None:
-    """Make batch calls for the messages that a queue has; Lambda's role may not be allowed to.
-
-    :param call: the method of the broker
-    :param entries: what it takes of each message
-    :param warning: logged with how many of how many were refused, and why
-    """
-    known = [
-        (received, entry) for received, entry in entries.items() if received.broker
-    ]
-    if known:
-        first = known[0][0]
-        made = functools.partial(getattr(first.broker, call), first.queue)
-        if refused := _in_batches(made, [entry for _, entry in known], 3):
-            _log.warning(
-                warning, len(refused), len(known), next(iter(refused.values())).text
-            )
+# === PART V: STATE ====================================================================
 
 
-# --- 14. operations -------------------------------------------------------------------------------
+# === PART VI: PEOPLE ==================================================================
+
+__all__ += [
+    "main",
+    "requeue_dead_letter",
+]
+
+
+# --- 20. dead letters -----------------------------------------------------------------
 # For people: nothing in production depends on it. Nothing is deleted before its copy is confirmed,
 # so that a crash or a fault in between leaves a message twice, and never not at all. What is looked
 # at is hidden from others for as long, and shown again at the end.
-
-
-class Captured(NamedTuple):
-    """A dispatch that :func:`capture` collected; arguments are as the worker would get them.
-
-    So a tuple has become a list, a Decimal a number, and the key of a dict a string.
-    """
-
-    task: str
-    args: list[Any]
-    kwargs: dict[str, Any]
-    headers: dict[str, Any]
-    priority: Priority
-    delay_s: float
-    id: str
-
-
-class _Capture(list[Captured], Sender):
-    """Keeps what it is to send, and needs no setting; the limits are those of SQS."""
-
-    max_bytes, max_delay_s = _MAX_SQS_BYTES, _MAX_DELAY_S
-
-    def destination(self, priority: Priority) -> str:
-        return priority.name
-
-    def send(self, destination: str, entries: Sequence[Outgoing]) -> list[Refusal]:
-        """Keep the messages as the worker would get them."""
-        for entry in entries:
-            message = _decode(entry.body)
-            call = (message.task_name, message.args, message.kwargs, message.headers)
-            self.append(Captured(*call, message.priority, entry.delay_s, message.id))
-        return []
-
-
-@contextlib.contextmanager
-def capture() -> Iterator[list[Captured]]:
-    """Collect what this process dispatches instead of sending it, for tests.
-
-    Arguments are bound, checked and encoded as for real, so what can't be sent raises here too. No
-    setting is needed, and nothing runs.
-
-    :returns: a context manager; its list grows with each dispatch
-    """
-    before, calls = _brokers.captured_by, _Capture()  # type: ignore[abstract]
-    _brokers.captured_by = calls
-    try:
-        yield calls
-    finally:
-        _brokers.captured_by = before
 
 
 @dataclasses.dataclass
@@ -4232,6 +4372,9 @@ def requeue_dead_letter(
         return 0
     letters = _DeadLetters(priority, num_messages, visibility_timeout)
     return letters.each("requeueing", "requeued", letters.requeue)
+
+
+# --- 21. infrastructure ---------------------------------------------------------------
 
 
 def _if_there(call: Callable[..., Any], *args: Any, or_denied: str = "") -> Any:
@@ -4565,10 +4708,11 @@ def _check_attributes(broker: SqsBroker, queue: str, dead: str) -> Iterator[_Fin
         yield _Finding("warning", what, why)
 
 
-# --- 15. command line -----------------------------------------------------------------------------
+# --- 22. command line -----------------------------------------------------------------
 # Glue only. Each command is a function around what is above: its decorator has its options, its
 # docstring is its help and ends with an example, and it returns whether it failed. Exit codes:
 # 0 done, 1 failed, 2 wrong usage or configuration.
+
 
 _Option = tuple[str, dict[str, Any]]  # the arguments of argparse's add_argument()
 _commands: dict[str, tuple[Callable[[Any], object], Sequence[_Option]]] = {}
@@ -4608,9 +4752,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     :raises SystemExit: for ``--help``, ``--version`` and arguments that argparse refuses
     """
     argv = sys.argv[1:] if argv is None else argv
-    # A worker's child, before all else: the worker gives its arguments and takes its logs.
-    if argv[:1] == ["_child"]:
-        return _serve_worker(*map(int, argv[1:]))
+    # Such as a worker's child, before all else: it has arguments of its own.
+    if argv and argv[0] in _programs:
+        return _programs[argv[0]](argv[1:])
     arguments = _parser().parse_args(argv)
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
@@ -4637,6 +4781,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"taskhawk: {text or repr(error)}", file=sys.stderr)
         wrong = ConfigurationError | ValidationError | TypeError | ValueError
         return 2 if isinstance(error, wrong) else 1
+
+
+_programs[""] = main
 
 
 def _parser() -> Any:
@@ -4795,25 +4942,6 @@ def _exit_overdue(ledger: Ledger) -> None:
     print(ledger, flush=True)
     # Not sys.exit(): the worker calls this in a thread of its own, and only that would end.
     os._exit(1)
-
-
-class _JsonFormatter(logging.Formatter):
-    """One JSON object a line, with what a record carries as `extra`."""
-
-    # What every record has; all else was given to it as `extra`.
-    _own = vars(logging.makeLogRecord({})).keys() | {"message", "asctime"}
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return a line of JSON; what JSON can't hold, as text."""
-        super().format(record)  # notes its message, and its traceback as exc_text
-        when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-        line = {"time": f"{when}.{record.msecs:03.0f}Z", "level": record.levelname}
-        line |= {"logger": record.name, "message": record.message}
-        line |= {"exception": record.exc_text} if record.exc_text else {}
-        extra = {
-            key: value for key, value in vars(record).items() if key not in self._own
-        }
-        return _to_line(line | extra)
 
 
 @_command(
