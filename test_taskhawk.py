@@ -1000,6 +1000,29 @@ def command_error(
     return code, errors.removesuffix("\n")
 
 
+MESSAGE_ID = "[0-9a-f-]{36}"
+
+
+def body_of(*args: Any) -> str:
+    """Return the body of a message for mail.send, registered or not."""
+    metadata = {"priority": "default", "timestamp": 1460868253255, "version": "1.0"}
+    data = {
+        "id": str(uuid.uuid4()),
+        "metadata": metadata,
+        "headers": {},
+        "task": "mail.send",
+    }
+    return json.dumps({**data, "args": args, "kwargs": {}})
+
+
+def work_once(broker: taskhawk.Broker, queue: str | None = None) -> taskhawk.Ledger:
+    """Receive once, run what there is, and return what became of it."""
+    queues = [queue or broker.destination(Priority.default)]
+    return taskhawk.Worker(
+        broker, queues, num_messages=10, loop_count=1, wait_s=0
+    ).run()
+
+
 # --- the house ------------------------------------------------------------------------
 
 HOUSE_BLOCKS = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.Match)
@@ -9764,6 +9787,187 @@ class TestWorker:
         assert worker_shared.depth(queue) == (0, 0, 0)
 
 
+class TestDeadLetterCopies:
+    """What a worker gives up is copied to the dead letters, which say why it is there."""
+
+    def test_error_attribute(self, broker):
+        """One attribute says why, where, when, and at which attempt; the headers stay."""
+
+        @taskhawk.task(name="mail.fail", never_retry_on=(ZeroDivisionError,))
+        def fail():
+            raise ZeroDivisionError("é" + "\0\ud800")
+
+        fail.with_headers(n="5").dispatch()
+        before = int(time.time())
+        work_once(broker)
+        (letter,) = receive_all(f"{broker.destination(Priority.default)}-DLQ")
+        assert sorted(letter.message_attributes) == ["n", "taskhawk.error"]
+        attribute = letter.message_attributes["taskhawk.error"]
+        assert attribute["DataType"] == "String"
+        record = json.loads(attribute["StringValue"])
+        assert list(record) == [
+            "type",
+            "message",
+            "traceback",
+            "attempt",
+            "worker",
+            "time",
+        ]
+        assert record["type"] == "ZeroDivisionError"
+        assert record["message"] == "é\0\ud800"
+        assert record["traceback"].startswith("Traceback (most recent call last):\n")
+        assert record["traceback"].endswith("ZeroDivisionError: é\0\ud800\n")
+        assert record["attempt"] == 1
+        assert record["worker"] == f"{socket.gethostname()}:{os.getpid()}"
+        at = datetime.strptime(record["time"], "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
+        assert before <= at.timestamp() <= time.time()
+
+    def test_error_replaced(self, sqlite):
+        """A dead letter that came back by other means, and fails again, has the new error alone."""
+
+        @taskhawk.task(name="mail.send")
+        def send(number):
+            raise taskhawk.StopRetry("new")
+
+        old = {"taskhawk.error": {"DataType": "String", "StringValue": "old"}}
+        sqlite.send("TASKHAWK-DEFAULT", [Outgoing(body_of(1), old)])
+        work_once(sqlite)
+        (letter,) = receive_all("TASKHAWK-DEFAULT-DLQ")
+        (attribute,) = letter.message_attributes.values()
+        assert json.loads(attribute["StringValue"])["message"] == "new"
+
+    def test_ten_attributes(self, broker):
+        """Of ten header attributes, one gives way to the error: the body has all."""
+
+        @taskhawk.task(name="mail.fail", retry=taskhawk.fixed(1, max_retries=0))
+        def fail():
+            raise ZeroDivisionError
+
+        headers = {f"h{number}": str(number) for number in range(10)}
+        fail.with_headers(**headers).dispatch()
+        assert work_once(broker).dead_lettered == 1
+        (letter,) = receive_all(f"{broker.destination(Priority.default)}-DLQ")
+        assert len(letter.message_attributes) == 10
+        assert "taskhawk.error" in letter.message_attributes
+        assert json.loads(letter.body)["headers"] == headers
+
+    @pytest.mark.parametrize(
+        ("room", "header", "kept"),
+        [
+            (0, "", []),
+            (100, "", []),
+            (700, "", ["taskhawk.error"]),
+            (0, "h" * 700, ["taskhawk.error"]),
+            (0, "h" * 50, ["h"]),
+            (1500, "h" * 50, ["h", "taskhawk.error"]),
+            (40_000, "h" * 50, ["h", "taskhawk.error"]),
+        ],
+    )
+    def test_near_the_limit(self, sqlite, room, header, kept):
+        """Near 1 MiB, traceback and headers give way, then the error, and never the message."""
+
+        @taskhawk.task(name="mail.send")
+        def send(text):
+            raise taskhawk.StopRetry("why\n" + "é" * 8000 if room == 40_000 else "why")
+
+        headers = {"h": header} if header else {}
+        limit = 1_048_576
+        send.with_headers(**headers).dispatch(filler(limit - room, **headers))
+        assert work_once(sqlite).dead_lettered == 1
+        (letter,) = receive_all("TASKHAWK-DEFAULT-DLQ")
+        assert service_size(letter.body, letter.message_attributes) <= limit
+        assert sorted(letter.message_attributes) == kept
+        if "taskhawk.error" in kept:
+            text = letter.message_attributes["taskhawk.error"]["StringValue"]
+            record = json.loads(text)
+            assert (record["type"], record["message"][:3]) == ("StopRetry", "why")
+            assert len(text) <= 16_384
+            end = "é\n" if room == 40_000 else "StopRetry: why\n"
+            assert not record["traceback"] or record["traceback"].endswith(end)
+
+    def test_no_dead_letter_queue(self, ministack, sqs_client, queue_name, caplog):
+        """Without a dead-letter queue the message is left to its queue, and the log says so."""
+
+        @taskhawk.task(name="mail.send")
+        def send(number):
+            raise taskhawk.StopRetry
+
+        queue = f"TASKHAWK-{queue_name}"
+        sqs_client(ministack).create_queue(QueueName=queue)
+        configure_aws(ministack, queue_name)
+        broker = taskhawk._brokers.broker()
+        send.dispatch(1)
+        assert work_once(broker) == taskhawk.Ledger(received=1, retried=1)
+        assert broker.depth(queue) == Depth(0, 1, 0)
+        (text,) = [text for text in caplog.messages if "can't be" in text]
+        assert re.fullmatch(
+            f"{queue}: message {MESSAGE_ID} can't be dead-lettered and is left to the queue:"
+            " it has no dead-letter queue",
+            text,
+        )
+
+    @pytest.mark.parametrize("action", ["SendMessage", "GetQueueAttributes"])
+    def test_denied(self, scripted, queue_name, caplog, action):
+        """Where the copy is denied, the message is left to its queue, and the log says so."""
+
+        @taskhawk.task(name="mail.send")
+        def send(number):
+            raise taskhawk.StopRetry
+
+        queue = f"TASKHAWK-{queue_name}"
+        send.dispatch(1)
+        scripted.always(action, fault("AccessDenied", status=403))
+        broker = taskhawk._brokers.broker()
+        assert work_once(broker) == taskhawk.Ledger(received=1, retried=1)
+        scripted.answers.clear()
+        assert broker.depth(queue) == Depth(0, 1, 0)
+        (text,) = [text for text in caplog.messages if "can't be" in text]
+        assert re.fullmatch(
+            f"{queue}: message {MESSAGE_ID} can't be dead-lettered and is left to the queue:"
+            rf" {queue}(-DLQ)?: {DENIED.format(action)} \(AccessDenied\)",
+            text,
+        )
+
+    def test_fifo(self, ministack, sqs_client):
+        """On FIFO queues a copy is deduplicated by its own MessageId: the body's id may repeat."""
+
+        @taskhawk.task(name="mail.send")
+        def send(number):
+            raise taskhawk.StopRetry
+
+        client, name = sqs_client(ministack), f"F{uuid.uuid4().hex[:8]}.fifo"
+        fifo = {"FifoQueue": "true"}
+        letters = client.create_queue(QueueName=f"letters-{name}", Attributes=fifo)[
+            "QueueUrl"
+        ]
+        arn = f"arn:aws:sqs:us-east-1:000000000000:letters-{name}"
+        redrive = json.dumps({"deadLetterTargetArn": arn, "maxReceiveCount": 5})
+        url = client.create_queue(
+            QueueName=name, Attributes={**fifo, "RedrivePolicy": redrive}
+        )
+        configure_aws(ministack, "x")
+        body = body_of(1)
+        ids = [
+            client.send_message(
+                QueueUrl=url["QueueUrl"],
+                MessageBody=body,
+                MessageGroupId="group",
+                MessageDeduplicationId=f"once-{number}",
+            )["MessageId"]
+            for number in range(2)
+        ]
+        assert work_once(taskhawk._brokers.broker(), name).dead_lettered == 2
+        found = client.receive_message(
+            QueueUrl=letters,
+            MaxNumberOfMessages=10,
+            MessageSystemAttributeNames=["All"],
+        )["Messages"]
+        names = ("MessageDeduplicationId", "MessageGroupId")
+        assert [
+            tuple(message["Attributes"][name] for name in names) for message in found
+        ] == [(sent, "group") for sent in ids]
+
+
 class TestExtendVisibilityTimeout:
     """extend_visibility_timeout(), and the same by a task's metadata."""
 
@@ -11290,24 +11494,11 @@ class TestLambda:
 # --- 18. dead letters -----------------------------------------------------------------
 
 NOT_DELETED = "copied, but not deleted: "
-MESSAGE_ID = "[0-9a-f-]{36}"
 
 
 def fault_after(code: str) -> ScriptedAnswer:
     """Do what is asked, and answer that it failed: as a lost answer, without its timeout."""
     return lambda payload, forward: (forward(payload), fault(code)(payload, forward))[1]
-
-
-def body_of(*args: Any) -> str:
-    """Return the body of a message for mail.send, registered or not."""
-    metadata = {"priority": "default", "timestamp": 1460868253255, "version": "1.0"}
-    data = {
-        "id": str(uuid.uuid4()),
-        "metadata": metadata,
-        "headers": {},
-        "task": "mail.send",
-    }
-    return json.dumps({**data, "args": args, "kwargs": {}})
 
 
 def put_dead_letters(broker: taskhawk.Broker, count: int) -> str:
@@ -11318,16 +11509,8 @@ def put_dead_letters(broker: taskhawk.Broker, count: int) -> str:
     return queue
 
 
-def work_once(broker: taskhawk.Broker, queue: str | None = None) -> taskhawk.Ledger:
-    """Receive once, run what there is, and return what became of it."""
-    queues = [queue or broker.destination(Priority.default)]
-    return taskhawk.Worker(
-        broker, queues, num_messages=10, loop_count=1, wait_s=0
-    ).run()
-
-
 class TestDeadLetters:
-    """Dead letters go out and come back without one being lost, and say why they are there."""
+    """Dead letters go back to their queues without one being lost."""
 
     def test_requeue(self, broker, mail):
         """They go back to the queue of their priority as they were, without taskhawk.error."""
@@ -11632,183 +11815,6 @@ class TestDeadLetters:
         assert taskhawk.requeue_dead_letter(Priority.default) == 1
         assert work_once(broker) == taskhawk.Ledger(received=1, acked=1)
         assert ran == [(7, {"n": "5"})]
-
-    def test_error_attribute(self, broker):
-        """One attribute says why, where, when, and at which attempt; the headers stay."""
-
-        @taskhawk.task(name="mail.fail", never_retry_on=(ZeroDivisionError,))
-        def fail():
-            raise ZeroDivisionError("é" + "\0\ud800")
-
-        fail.with_headers(n="5").dispatch()
-        before = int(time.time())
-        work_once(broker)
-        (letter,) = receive_all(f"{broker.destination(Priority.default)}-DLQ")
-        assert sorted(letter.message_attributes) == ["n", "taskhawk.error"]
-        attribute = letter.message_attributes["taskhawk.error"]
-        assert attribute["DataType"] == "String"
-        record = json.loads(attribute["StringValue"])
-        assert list(record) == [
-            "type",
-            "message",
-            "traceback",
-            "attempt",
-            "worker",
-            "time",
-        ]
-        assert record["type"] == "ZeroDivisionError"
-        assert record["message"] == "é\0\ud800"
-        assert record["traceback"].startswith("Traceback (most recent call last):\n")
-        assert record["traceback"].endswith("ZeroDivisionError: é\0\ud800\n")
-        assert record["attempt"] == 1
-        assert record["worker"] == f"{socket.gethostname()}:{os.getpid()}"
-        at = datetime.strptime(record["time"], "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
-        assert before <= at.timestamp() <= time.time()
-
-    def test_error_replaced(self, sqlite):
-        """A dead letter that came back by other means, and fails again, has the new error alone."""
-
-        @taskhawk.task(name="mail.send")
-        def send(number):
-            raise taskhawk.StopRetry("new")
-
-        old = {"taskhawk.error": {"DataType": "String", "StringValue": "old"}}
-        sqlite.send("TASKHAWK-DEFAULT", [Outgoing(body_of(1), old)])
-        work_once(sqlite)
-        (letter,) = receive_all("TASKHAWK-DEFAULT-DLQ")
-        (attribute,) = letter.message_attributes.values()
-        assert json.loads(attribute["StringValue"])["message"] == "new"
-
-    def test_ten_attributes(self, broker):
-        """Of ten header attributes, one gives way to the error: the body has all."""
-
-        @taskhawk.task(name="mail.fail", retry=taskhawk.fixed(1, max_retries=0))
-        def fail():
-            raise ZeroDivisionError
-
-        headers = {f"h{number}": str(number) for number in range(10)}
-        fail.with_headers(**headers).dispatch()
-        assert work_once(broker).dead_lettered == 1
-        (letter,) = receive_all(f"{broker.destination(Priority.default)}-DLQ")
-        assert len(letter.message_attributes) == 10
-        assert "taskhawk.error" in letter.message_attributes
-        assert json.loads(letter.body)["headers"] == headers
-
-    @pytest.mark.parametrize(
-        ("room", "header", "kept"),
-        [
-            (0, "", []),
-            (100, "", []),
-            (700, "", ["taskhawk.error"]),
-            (0, "h" * 700, ["taskhawk.error"]),
-            (0, "h" * 50, ["h"]),
-            (1500, "h" * 50, ["h", "taskhawk.error"]),
-            (40_000, "h" * 50, ["h", "taskhawk.error"]),
-        ],
-    )
-    def test_near_the_limit(self, sqlite, room, header, kept):
-        """Near 1 MiB, traceback and headers give way, then the error, and never the message."""
-
-        @taskhawk.task(name="mail.send")
-        def send(text):
-            raise taskhawk.StopRetry("why\n" + "é" * 8000 if room == 40_000 else "why")
-
-        headers = {"h": header} if header else {}
-        limit = 1_048_576
-        send.with_headers(**headers).dispatch(filler(limit - room, **headers))
-        assert work_once(sqlite).dead_lettered == 1
-        (letter,) = receive_all("TASKHAWK-DEFAULT-DLQ")
-        assert service_size(letter.body, letter.message_attributes) <= limit
-        assert sorted(letter.message_attributes) == kept
-        if "taskhawk.error" in kept:
-            text = letter.message_attributes["taskhawk.error"]["StringValue"]
-            record = json.loads(text)
-            assert (record["type"], record["message"][:3]) == ("StopRetry", "why")
-            assert len(text) <= 16_384
-            end = "é\n" if room == 40_000 else "StopRetry: why\n"
-            assert not record["traceback"] or record["traceback"].endswith(end)
-
-    def test_no_dead_letter_queue(self, ministack, sqs_client, queue_name, caplog):
-        """Without a dead-letter queue the message is left to its queue, and the log says so."""
-
-        @taskhawk.task(name="mail.send")
-        def send(number):
-            raise taskhawk.StopRetry
-
-        queue = f"TASKHAWK-{queue_name}"
-        sqs_client(ministack).create_queue(QueueName=queue)
-        configure_aws(ministack, queue_name)
-        broker = taskhawk._brokers.broker()
-        send.dispatch(1)
-        assert work_once(broker) == taskhawk.Ledger(received=1, retried=1)
-        assert broker.depth(queue) == Depth(0, 1, 0)
-        (text,) = [text for text in caplog.messages if "can't be" in text]
-        assert re.fullmatch(
-            f"{queue}: message {MESSAGE_ID} can't be dead-lettered and is left to the queue:"
-            " it has no dead-letter queue",
-            text,
-        )
-
-    @pytest.mark.parametrize("action", ["SendMessage", "GetQueueAttributes"])
-    def test_denied(self, scripted, queue_name, caplog, action):
-        """Where the copy is denied, the message is left to its queue, and the log says so."""
-
-        @taskhawk.task(name="mail.send")
-        def send(number):
-            raise taskhawk.StopRetry
-
-        queue = f"TASKHAWK-{queue_name}"
-        send.dispatch(1)
-        scripted.always(action, fault("AccessDenied", status=403))
-        broker = taskhawk._brokers.broker()
-        assert work_once(broker) == taskhawk.Ledger(received=1, retried=1)
-        scripted.answers.clear()
-        assert broker.depth(queue) == Depth(0, 1, 0)
-        (text,) = [text for text in caplog.messages if "can't be" in text]
-        assert re.fullmatch(
-            f"{queue}: message {MESSAGE_ID} can't be dead-lettered and is left to the queue:"
-            rf" {queue}(-DLQ)?: {DENIED.format(action)} \(AccessDenied\)",
-            text,
-        )
-
-    def test_fifo(self, ministack, sqs_client):
-        """On FIFO queues a copy is deduplicated by its own MessageId: the body's id may repeat."""
-
-        @taskhawk.task(name="mail.send")
-        def send(number):
-            raise taskhawk.StopRetry
-
-        client, name = sqs_client(ministack), f"F{uuid.uuid4().hex[:8]}.fifo"
-        fifo = {"FifoQueue": "true"}
-        letters = client.create_queue(QueueName=f"letters-{name}", Attributes=fifo)[
-            "QueueUrl"
-        ]
-        arn = f"arn:aws:sqs:us-east-1:000000000000:letters-{name}"
-        redrive = json.dumps({"deadLetterTargetArn": arn, "maxReceiveCount": 5})
-        url = client.create_queue(
-            QueueName=name, Attributes={**fifo, "RedrivePolicy": redrive}
-        )
-        configure_aws(ministack, "x")
-        body = body_of(1)
-        ids = [
-            client.send_message(
-                QueueUrl=url["QueueUrl"],
-                MessageBody=body,
-                MessageGroupId="group",
-                MessageDeduplicationId=f"once-{number}",
-            )["MessageId"]
-            for number in range(2)
-        ]
-        assert work_once(taskhawk._brokers.broker(), name).dead_lettered == 2
-        found = client.receive_message(
-            QueueUrl=letters,
-            MaxNumberOfMessages=10,
-            MessageSystemAttributeNames=["All"],
-        )["Messages"]
-        names = ("MessageDeduplicationId", "MessageGroupId")
-        assert [
-            tuple(message["Attributes"][name] for name in names) for message in found
-        ] == [(sent, "group") for sent in ids]
 
 
 LETTER_ERROR = {
