@@ -82,6 +82,9 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("taskhawk")
 
 
+# --- servers, fixtures and helpers of several rooms -----------------------------------
+
+
 def project_file(name: str) -> Path:
     """Return the path of one of the project's files, such as README.md."""
     return PROJECT / name
@@ -241,8 +244,6 @@ def isolated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     taskhawk._registry.update(registry)
     taskhawk.configure()
 
-
-# --- servers and queues ---------------------------------------------------------------------------
 
 AWS_KEYS = {
     "AWS_REGION": "us-east-1",
@@ -425,7 +426,604 @@ def sns_error(
     return status, {"Content-Type": "text/xml"}, body.encode()
 
 
-# --- the house ------------------------------------------------------------------------------------
+VALID = {
+    "id": "b1328174-a21c-43d3-b303-964dfcc76efc",
+    "metadata": {"priority": "high", "timestamp": 1460868253255, "version": "1.0"},
+    "headers": {"request_id": "1234"},
+    "task": "tasks.send_email",
+    "args": ["email@automatic.com", "Hello!"],
+    "kwargs": {"from_email": "spam@example.com"},
+}
+ABSENT = object()
+
+
+def edited(path: str, value: object) -> dict[str, Any]:
+    """Return the valid message with one value (metadata.version, say) replaced or removed."""
+    data = copy.deepcopy(VALID)
+    *parents, key = path.split(".")
+    parent = data[parents[0]] if parents else data
+    if value is ABSENT:
+        parent.pop(key, None)
+    else:
+        parent[key] = value
+    return data
+
+
+def queued(
+    priority: taskhawk.Priority = taskhawk.Priority.default,
+) -> list[taskhawk.QueueMessage]:
+    """Receive what was sent to the queue of a priority."""
+    broker = taskhawk._brokers.broker()
+    return broker.receive(broker.destination(priority), 10, 0, None, threading.Event())
+
+
+def run_body(body: Any) -> taskhawk.Outcome:
+    """Process a body as if it had been received."""
+    return taskhawk.process(taskhawk.QueueMessage(body, "sqs-id", "receipt"))
+
+
+def same_json(one: object, other: object) -> bool:
+    """Compare exactly: 1, 1.0 and True differ, and so do 0.0 and -0.0."""
+    return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
+
+
+@pytest.fixture
+def memory(isolated):
+    """Queue in memory."""
+    taskhawk.configure(TASKHAWK_BROKER="sqlite://")
+
+
+@pytest.fixture
+def sync(isolated):
+    """Run what is dispatched, here and now."""
+    taskhawk.configure(TASKHAWK_SYNC=True)
+
+
+def plain(value=None):
+    """Do nothing."""
+
+
+PROCESSING_ID = "b1328174-a21c-43d3-b303-964dfcc76efc"
+PROCESSING_SECRET = "hunter2-0f6b6d1c"
+
+
+def processing_body(task: str = "mail.send", **changes: Any) -> str:
+    """Return the body of a valid message, with some keys changed."""
+    metadata = {"priority": "high", "timestamp": 1460868253255, "version": "1.0"}
+    valid = {
+        "metadata": metadata,
+        "headers": {},
+        "task": task,
+        "args": [],
+        "kwargs": {},
+    }
+    return json.dumps({"id": PROCESSING_ID, **valid, **changes})
+
+
+def raising(error: BaseException) -> Callable[..., Any]:
+    """Return a task, hook or policy that raises this error."""
+
+    def raises(_attempt: int = 0, **_: Any) -> Any:
+        raise error
+
+    return raises
+
+
+# Bodies that say a secret in vain, and what is wrong with them.
+PROCESSING_INVALID = {
+    "not JSON": (f"{{{PROCESSING_SECRET}", "message: not JSON at character 1"),
+    "empty": ("", "message: not JSON at character 0"),
+    "nothing": (None, "message: expected a string of JSON, got null"),
+    "too deep": ("[" * 100_000, "message: nested too deeply"),
+    "a huge number": ("9" * 5_000, "message: not JSON"),
+    "an array": (
+        json.dumps([PROCESSING_SECRET]),
+        "message: expected an object, got an array",
+    ),
+    "wrong headers": (
+        processing_body(headers=PROCESSING_SECRET),
+        "headers: expected an object, got a string",
+    ),
+    "wrong arguments": (
+        processing_body(args=PROCESSING_SECRET),
+        "args: expected an array, got a string",
+    ),
+    "wrong version": (
+        processing_body(
+            args=[PROCESSING_SECRET], metadata={"version": 2, "timestamp": 1}
+        ),
+        'metadata.version: expected "1.0", got 2',
+    ),
+    "unknown task": (
+        processing_body("mail.receive", args=[PROCESSING_SECRET]),
+        "no task is registered as 'mail.receive': is its module imported?",
+    ),
+}
+
+NEVER = threading.Event()  # for Broker.receive(): nothing cuts the wait short
+ATTRIBUTES = {"request_id": {"DataType": "String", "StringValue": "é1234"}}
+
+UNKNOWN_KEY = "AWS does not know these credentials: check AWS_ACCESS_KEY"
+
+
+class FakeAws(AwsServer):
+    """It answers as told, else as the emulator behind it, else accepts everything."""
+
+    def __init__(self, behind: str | None = None) -> None:
+        super().__init__(behind)
+        self.calls: list[Call] = []
+        self.answers: dict[
+            str, Any
+        ] = {}  # by action: a function of the request, or its answer
+
+    def note(self, call: Call) -> None:
+        """Keep all that is known of a request."""
+        self.calls.append(call)
+
+    def actions(self) -> list[str]:
+        """Return the names of the requests until now."""
+        return [call.action for call in self.calls]
+
+    def reply(self, call: Call) -> tuple[int, dict[str, str], Any]:
+        """Return status, headers and body."""
+        answer = self.answers.get(call.action)
+        answer = answer(call) if callable(answer) else answer
+        if isinstance(answer, tuple):
+            return answer
+        if answer is None and self.behind:
+            return self.pass_on(call)
+        if answer is None and call.action == "GetQueueUrl":
+            answer = {"QueueUrl": f"{self.url}/000000000000/{call.data['QueueName']}"}
+        elif answer is None:
+            entries = [
+                {"Id": e["Id"], "MessageId": "m"} for e in call.data.get("Entries", ())
+            ]
+            answer = {"Successful": entries, "Failed": []} if entries else {}
+        return 200, {}, answer
+
+
+@pytest.fixture
+def aws(queue_name: str) -> Iterator[FakeAws]:
+    """Yield a server that stands in for AWS and accepts everything, unless told otherwise."""
+    with FakeAws().running(queue_name) as server:
+        yield server
+
+
+@pytest.fixture
+def proxy(queue_name: str, ministack: str) -> Iterator[FakeAws]:
+    """Yield a server that records what it hands on to ministack."""
+    with FakeAws(ministack).running(queue_name) as server:
+        yield server
+
+
+def numbered(count: int, start: int = 0) -> list[taskhawk.Outgoing]:
+    """Return messages whose bodies are numbers."""
+    return [taskhawk.Outgoing(str(start + i), {}) for i in range(count)]
+
+
+def drain(broker: taskhawk.Broker, queue: str, lease_s: float = 60) -> list[str]:
+    """Receive and delete until the queue is empty, and return the bodies."""
+    bodies = []
+    while received := broker.receive(queue, 10, 0, lease_s, NEVER):
+        assert broker.delete(queue, [m.receipt_handle for m in received]) == []
+        bodies += [message.body for message in received]
+    return bodies
+
+
+@pytest.fixture
+def task(isolated):
+    """Return a task that is only dispatched."""
+
+    def f(text: object) -> None:
+        """Do nothing."""
+
+    return taskhawk.task(name="tests.f")(f)
+
+
+ScriptedAnswer = Callable[[dict[str, Any], Callable[..., Any]], Any]
+
+
+class ScriptedAws(AwsServer):
+    """A proxy before an emulator: it answers some requests by a script."""
+
+    def __init__(self, behind: str) -> None:
+        super().__init__(behind)
+        self.answers: dict[str, Iterator[ScriptedAnswer]] = {}
+        self.lock = (
+            threading.Lock()
+        )  # held to note a request and to take the next answer
+
+    def script(self, action: str, *answers: ScriptedAnswer) -> None:
+        """Give these answers to the next requests of a kind; after them, it answers as before."""
+        self.answers[action] = iter(answers)
+
+    def always(self, action: str, answer: ScriptedAnswer) -> None:
+        """Give this answer to all requests of a kind."""
+        self.answers[action] = itertools.repeat(answer)
+
+    @property
+    def actions(self) -> list[str]:
+        """What was asked for, in order."""
+        return [action for action, _ in self.requests]
+
+    @property
+    def batches(self) -> list[int]:
+        """How many messages each sending request had."""
+        kinds = {
+            "SendMessage": 1,
+            "SendMessageBatch": 0,
+            "Publish": 1,
+            "PublishBatch": 0,
+        }
+        return [
+            kinds[action]
+            or len(payload.get("Entries", ()))
+            or sum(key.endswith(".Message") for key in payload)
+            for action, payload in self.requests
+            if action in kinds
+        ]
+
+    def note(self, call: Call) -> None:
+        """Keep a request, with its answer."""
+        with self.lock:
+            super().note(call)
+            call.answer = next(self.answers.get(call.action, iter(())), None)
+
+    def reply(self, call: Call) -> tuple[int, dict[str, str], Any]:
+        """Answer by the script, or as the emulator does."""
+
+        def forward(payload: dict[str, Any]) -> dict[str, Any]:
+            return json.loads(self.pass_on(call, payload)[2])
+
+        if scripted := call.answer and call.answer(call.data, forward):
+            status, content = scripted
+            if "Action" in call.data:
+                return sns_error(content["__type"], content["message"], status)
+            return status, {}, content
+        return self.pass_on(call)
+
+
+def fault(code: str, text: str = "no", status: int = 400) -> ScriptedAnswer:
+    """Refuse a request as a whole, before it has an effect."""
+    return lambda payload, forward: (status, {"__type": code, "message": text})
+
+
+def passed(payload: dict[str, Any], forward: Callable[..., Any]) -> None:
+    """Leave a request to the emulator."""
+
+
+def refuse(
+    *wrong: int, code: str = "InternalError", ours: bool = False
+) -> ScriptedAnswer:
+    """Do what is asked but for the entries at these places, which are refused."""
+
+    def answer(payload: dict[str, Any], forward: Callable[..., Any]) -> tuple[int, Any]:
+        entries = payload["Entries"]
+        good = [e for i, e in enumerate(entries) if i not in wrong]
+        done = forward({**payload, "Entries": good}) if good else {"Successful": []}
+        no = {"Code": code, "Message": "no", "SenderFault": ours}
+        failed = [{"Id": e["Id"], **no} for i, e in enumerate(entries) if i in wrong]
+        return 200, {"Successful": done["Successful"], "Failed": failed}
+
+    return answer
+
+
+def make_queues(client: Any, name: str, **attributes: str) -> None:
+    """Make the default and the high-priority queue, and the dead-letter queue of each."""
+    for suffix in ("", "-HIGH-PRIORITY"):
+        make_queue(client, f"TASKHAWK-{name}{suffix}", **attributes)
+
+
+@pytest.fixture
+def scripted(
+    ministack: str, sqs_client: Callable[..., Any], queue_name: str
+) -> Iterator[ScriptedAws]:
+    """Yield a scripted ministack whose queues are made, with taskhawk configured to use it."""
+    make_queues(sqs_client(ministack), queue_name)
+    with ScriptedAws(ministack).running(queue_name) as server:
+        yield server
+
+
+@pytest.fixture
+def sqlite() -> taskhawk.SqliteBroker:
+    """Return the embedded broker, in memory, which taskhawk is configured to use."""
+    taskhawk.configure(TASKHAWK_BROKER="sqlite://")
+    return taskhawk._brokers.broker()
+
+
+@pytest.fixture(params=["ministack", "moto", "sqlite"])
+def broker(
+    request: pytest.FixtureRequest, sqs_client: Callable[..., Any], queue_name: str
+) -> taskhawk.Broker:
+    """Return each of the brokers, with its queues made, which taskhawk is configured to use."""
+    if request.param == "sqlite":
+        taskhawk.configure(TASKHAWK_BROKER="sqlite://", TASKHAWK_QUEUE=queue_name)
+    else:
+        endpoint = request.getfixturevalue(request.param)
+        make_queues(sqs_client(endpoint), queue_name)
+        configure_aws(endpoint, queue_name)
+    return taskhawk._brokers.broker()
+
+
+@pytest.fixture(params=["ministack", "moto"])
+def endpoint(request: pytest.FixtureRequest) -> str:
+    """Return the URL of each of the emulators."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def mail() -> taskhawk.Task[..., None]:
+    """Return a task to dispatch."""
+
+    @taskhawk.task(name="mail.send")
+    def send(to: Any = None, text: Any = None) -> None:
+        """Do nothing."""
+
+    return send
+
+
+def receive_all(queue: str | Priority = Priority.default) -> list[QueueMessage]:
+    """Receive all that is visible in a queue."""
+    broker = taskhawk._brokers.broker()
+    name = broker.destination(queue) if isinstance(queue, Priority) else queue
+    polls = iter(lambda: broker.receive(name, 10, 0, 60, threading.Event()), [])
+    return [message for poll in polls for message in poll]
+
+
+def received_args(queue: str | Priority = Priority.default) -> list[Any]:
+    """Receive all that is visible in a queue, and return the first argument of each message."""
+    return [json.loads(message.body)["args"][0] for message in receive_all(queue)]
+
+
+def service_size(body: str, attributes: Mapping[str, Mapping[str, str]]) -> int:
+    """Count as SQS does."""
+    parts = itertools.chain.from_iterable(
+        (name, value["DataType"], value["StringValue"])
+        for name, value in attributes.items()
+    )
+    return len(body.encode()) + sum(len(part.encode()) for part in parts)
+
+
+def filler(size: int, **headers: Any) -> str:
+    """Return the argument that makes a message of mail.send with exactly so many bytes."""
+    empty = Message.new("mail.send", [""], headers=headers).as_dict()
+    attributes = {
+        n: {"DataType": "String", "StringValue": v} for n, v in headers.items()
+    }
+    body = json.dumps(empty, separators=(",", ":"))
+    return "x" * (size - service_size(body, attributes))
+
+
+WORKER_QUEUE = "WORKER"  # a queue's name on brokers that need no set-up
+WORKER_PATIENCE_S = 20  # the longest wait for what must happen; no result depends on it
+
+WORKER_MODULE = """
+import sys
+import taskhawk
+
+@taskhawk.task
+def wait(number):
+    print("started", number, flush=True)
+    sys.stdin.readline()
+    print("ended", number, flush=True)
+
+@taskhawk.task
+def note(number):
+    print("noted", number, flush=True)
+"""
+
+
+def worker_noted(name: str) -> Callable[..., Any]:
+    """Return a method of WorkerBroker that notes its call."""
+    return lambda self, *args: self.noted(name, *args)
+
+
+class WorkerBroker(taskhawk.Broker):
+    """A broker that notes the calls of another, and lets a test stand in their way.
+
+    faults[name] is called instead of the method, with the real call as its first argument.
+    """
+
+    max_bytes, max_delay_s = (
+        taskhawk.SqliteBroker.max_bytes,
+        taskhawk.SqliteBroker.max_delay_s,
+    )
+
+    def __init__(self, inner: Any, **faults: Callable[..., Any]) -> None:
+        self.inner, self.faults = inner, faults
+        self.settings: dict[str, Any] = {}
+        self.calls: list[tuple[str, tuple[Any, ...]]] = []
+
+    def noted(self, name: str, *args: Any) -> Any:
+        """Make a call of the other broker, or meet the fault in its way."""
+        self.calls.append((name, args))
+        real = functools.partial(getattr(self.inner, name), *args)
+        return self.faults[name](real, *args) if name in self.faults else real()
+
+    def made(self, name: str) -> list[tuple[Any, ...]]:
+        """Return the arguments of each call of that name so far."""
+        return [args for called, args in self.calls if called == name]
+
+    destination = worker_noted("destination")
+    send = worker_noted("send")
+    close = worker_noted("close")
+    receive = worker_noted("receive")
+    delete = worker_noted("delete")
+    change_visibility = worker_noted("change_visibility")
+    info = worker_noted("info")
+    depth = worker_noted("depth")
+
+    def put(
+        self, task: Any, *calls: tuple[Any, ...], queue: str = WORKER_QUEUE
+    ) -> None:
+        """Queue a run of the task for each tuple of arguments."""
+        for start in range(0, len(calls), 10):
+            messages = (
+                taskhawk.Message.new(task.name, a) for a in calls[start : start + 10]
+            )
+            entries = [taskhawk.Outgoing(json.dumps(m.as_dict()), {}) for m in messages]
+            assert self.inner.send(queue, entries) == []
+
+    def work(self, *queues: str, **options: Any) -> taskhawk.Ledger:
+        """Run a worker on the queues until they are empty, or as the options say; it must end."""
+        options = {
+            "until_empty": "loop_count" not in options,
+            "wait_s": 0.05,
+            **options,
+        }
+        event = options.setdefault("shutdown_event", threading.Event())
+        late = threading.Event()
+        alarm = threading.Timer(WORKER_PATIENCE_S, lambda: (late.set(), event.set()))
+        alarm.start()
+        try:
+            return taskhawk.Worker(self, queues or [WORKER_QUEUE], **options).run()
+        finally:
+            alarm.cancel()
+            assert not late.is_set(), "the worker did not end"
+
+
+def worker_first(count: int, fault: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a fault that hits the first calls alone."""
+    left = iter(range(count))
+
+    def only_first(real: Any, *args: Any) -> Any:
+        return real() if next(left, None) is None else fault(real, *args)
+
+    return only_first
+
+
+def worker_eventually(condition: Callable[[], Any]) -> Any:
+    """Wait until the condition holds, and return what it returned; fail if it never does."""
+    deadline = time.monotonic() + WORKER_PATIENCE_S
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "it never happened"
+        time.sleep(0.002)
+    return value
+
+
+@pytest.fixture
+def worker_clock() -> Clock:
+    """Return the clock of worker_broker."""
+    return Clock(1_000_000)
+
+
+@pytest.fixture
+def worker_broker(worker_clock: Clock) -> Iterator[WorkerBroker]:
+    """Yield an embedded queue in memory, whose clock stands and whose calls are noted."""
+    broker = WorkerBroker(taskhawk.SqliteBroker("sqlite://", clock=worker_clock))
+    yield broker
+    broker.close()
+
+
+class WorkerAws(AwsServer):
+    """A stub of SQS that gives the answers that no emulator gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        #: by action: what it answers, an error's code, or a function of the request that tells
+        self.answers: dict[str, Any] = {
+            "GetQueueUrl": {"QueueUrl": f"{self.url}/1/queue"},
+            "GetQueueAttributes": {"Attributes": {"VisibilityTimeout": "30"}},
+        }
+        self.settings = {
+            "AWS_ENDPOINT_SQS": self.url,
+            **AWS_KEYS,
+            "TASKHAWK_QUEUE": "app",
+        }
+
+    def asked(self, action: str) -> list[dict[str, Any]]:
+        """Return the requests for an action."""
+        return [request for asked, request in self.requests if asked == action]
+
+    def reply(self, call: Call) -> tuple[int, dict[str, str], Any]:
+        """Answer as told, or with nothing."""
+        answer = self.answers.get(call.action, {})
+        answer = answer(call.data) if callable(answer) else answer
+        if isinstance(answer, dict):
+            return 200, {}, answer
+        return 400, {}, {"__type": answer, "message": "a stub says so"}
+
+
+@pytest.fixture
+def worker_aws() -> Iterator[WorkerAws]:
+    """Yield a stub of SQS; what it is not told to answer is answered with nothing."""
+    with WorkerAws().running() as stub:
+        taskhawk.configure(stub.settings)
+        yield stub
+
+
+def worker_aws_messages(*messages: taskhawk.Message) -> dict[str, Any]:
+    """Return the answer to a receive that brings these messages."""
+    return {
+        "Messages": [
+            {"MessageId": m.id, "ReceiptHandle": m.id, "Body": json.dumps(m.as_dict())}
+            for m in messages
+        ]
+    }
+
+
+@contextlib.contextmanager
+def worker_process(
+    folder: Path, env: dict[str, str], *options: str, module: str = WORKER_MODULE
+) -> Iterator[subprocess.Popen[str]]:
+    """Run a listener of a module for the length of the block."""
+    (folder / "jobs.py").write_text(module)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "taskhawk", "listen", "jobs", *options],
+        cwd=folder,
+        env=python_env(env),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    alarm = threading.Timer(
+        WORKER_PATIENCE_S, process.kill
+    )  # ends every wait of the test
+    alarm.start()
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
+            alarm.cancel()
+
+
+def command_error(
+    capsys: pytest.CaptureFixture[str], *arguments: str
+) -> tuple[int, str]:
+    """Run a command that fails, and return its exit code and its one line."""
+    code = taskhawk.main(arguments)
+    output, errors = capsys.readouterr()
+    assert output == ""
+    assert errors.count("\n") == 1
+    return code, errors.removesuffix("\n")
+
+
+MESSAGE_ID = "[0-9a-f-]{36}"
+
+
+def body_of(*args: Any) -> str:
+    """Return the body of a message for mail.send, registered or not."""
+    metadata = {"priority": "default", "timestamp": 1460868253255, "version": "1.0"}
+    data = {
+        "id": str(uuid.uuid4()),
+        "metadata": metadata,
+        "headers": {},
+        "task": "mail.send",
+    }
+    return json.dumps({**data, "args": args, "kwargs": {}})
+
+
+def work_once(broker: taskhawk.Broker, queue: str | None = None) -> taskhawk.Ledger:
+    """Receive once, run what there is, and return what became of it."""
+    queues = [queue or broker.destination(Priority.default)]
+    return taskhawk.Worker(
+        broker, queues, num_messages=10, loop_count=1, wait_s=0
+    ).run()
+
+
+# --- the house ------------------------------------------------------------------------
 
 HOUSE_BLOCKS = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.Match)
 HOUSE_BLOCKS += (ast.AsyncFor, ast.AsyncWith, ast.TryStar)
@@ -632,6 +1230,15 @@ class TestHouse:
         )
 
 
+# === PART I: MEANING ==================================================================
+
+
+# --- 1. names and limits --------------------------------------------------------------
+
+
+# --- 2. errors ------------------------------------------------------------------------
+
+
 class TestErrors:
     """Each failure has a name, and carries what a caller can act on."""
 
@@ -741,7 +1348,7 @@ class TestErrors:
         assert (str(error), error.limit) == ("300 bytes, at most 256", 256)
 
 
-# --- settings -------------------------------------------------------------------------------------
+# --- 3. settings ----------------------------------------------------------------------
 
 SETTINGS_DEFAULTS = {
     "AWS_ACCESS_KEY": None,
@@ -1623,44 +2230,10 @@ class TestSettings:
         assert settings_child(tmp_path, code) == ["2", "2"]
 
 
-# --- messages, tasks, sync mode -------------------------------------------------------------------
+# --- 4. messages ----------------------------------------------------------------------
 
-VALID = {
-    "id": "b1328174-a21c-43d3-b303-964dfcc76efc",
-    "metadata": {"priority": "high", "timestamp": 1460868253255, "version": "1.0"},
-    "headers": {"request_id": "1234"},
-    "task": "tasks.send_email",
-    "args": ["email@automatic.com", "Hello!"],
-    "kwargs": {"from_email": "spam@example.com"},
-}
-ABSENT = object()
 TIMESTAMP_RULE = "expected epoch milliseconds or an ISO 8601 date and time"
 NOT_FINITE = "Out of range float values are not JSON compliant"
-
-
-def edited(path: str, value: object) -> dict[str, Any]:
-    """Return the valid message with one value (metadata.version, say) replaced or removed."""
-    data = copy.deepcopy(VALID)
-    *parents, key = path.split(".")
-    parent = data[parents[0]] if parents else data
-    if value is ABSENT:
-        parent.pop(key, None)
-    else:
-        parent[key] = value
-    return data
-
-
-def queued(
-    priority: taskhawk.Priority = taskhawk.Priority.default,
-) -> list[taskhawk.QueueMessage]:
-    """Receive what was sent to the queue of a priority."""
-    broker = taskhawk._brokers.broker()
-    return broker.receive(broker.destination(priority), 10, 0, None, threading.Event())
-
-
-def run_body(body: Any) -> taskhawk.Outcome:
-    """Process a body as if it had been received."""
-    return taskhawk.process(taskhawk.QueueMessage(body, "sqs-id", "receipt"))
 
 
 def nested(depth: int) -> list[Any]:
@@ -1669,23 +2242,6 @@ def nested(depth: int) -> list[Any]:
     for _ in range(depth - 1):
         value = [value]
     return value
-
-
-def same_json(one: object, other: object) -> bool:
-    """Compare exactly: 1, 1.0 and True differ, and so do 0.0 and -0.0."""
-    return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
-
-
-@pytest.fixture
-def memory(isolated):
-    """Queue in memory."""
-    taskhawk.configure(TASKHAWK_BROKER="sqlite://")
-
-
-@pytest.fixture
-def sync(isolated):
-    """Run what is dispatched, here and now."""
-    taskhawk.configure(TASKHAWK_SYNC=True)
 
 
 @pytest.fixture
@@ -2473,16 +3029,1592 @@ class TestInteropAttributes:
         assert {value["DataType"] for value in attributes.values()} == {"String"}
 
 
+# --- 5. retry policies ----------------------------------------------------------------
+
+
+# === PART II: QUEUES ==================================================================
+
+
+# --- 6. the broker contract -----------------------------------------------------------
+
+STALE = taskhawk.Refusal(0, "ReceiptHandleIsInvalid", "", final=True)
+
+
+@dataclasses.dataclass
+class Queues:
+    """A broker, and one of its queues, which has a dead-letter queue after two receives."""
+
+    broker: taskhawk.Broker
+    name: str
+    refuses_stale: bool
+    clock: Clock
+
+    def pass_a_second(self) -> None:
+        """Move SQLite's clock; a receive from SQS has to wait."""
+        self.clock.now += 1
+
+    def send(self, *bodies: str, delay_s: float = 0) -> None:
+        """Send all in one call."""
+        entries = [taskhawk.Outgoing(body, ATTRIBUTES, delay_s) for body in bodies]
+        assert self.broker.send(self.name, entries) == []
+
+    def receive(
+        self, count: int = 10, wait_s: float = 0, lease_s: float | None = None
+    ) -> list[taskhawk.QueueMessage]:
+        """Receive, by default at once what is visible."""
+        return self.broker.receive(self.name, count, wait_s, lease_s, NEVER)
+
+    def receive_all(
+        self, count: int, lease_s: float | None = None
+    ) -> list[taskhawk.QueueMessage]:
+        """Receive until there are so many, waiting for them."""
+        deadline = time.monotonic() + 15
+        found: list[taskhawk.QueueMessage] = []
+        while len(found) < count:
+            assert time.monotonic() < deadline
+            found += self.receive(10, 5, lease_s)
+        return sorted(found, key=lambda message: message.body)
+
+    def stale(self) -> tuple[str, taskhawk.QueueMessage]:
+        """Return a receipt that is stale, and its message as it was received again."""
+        (first,) = self.receive_all(1)
+        assert (
+            self.broker.change_visibility(self.name, [(first.receipt_handle, 0)]) == []
+        )
+        (second,) = self.receive_all(1)
+        return first.receipt_handle, second
+
+
+class TestBrokerContract:
+    """What every broker does alike, so that a test on SQLite means something for SQS."""
+
+    @pytest.fixture(params=["ministack", "moto", "file", "memory"])
+    def queues(self, request, tmp_path, sqs_client, queue_name):
+        """Yield a fresh queue of each broker."""
+        kind, name, clock = request.param, f"TASKHAWK-{queue_name}", Clock(time.time())
+        if kind in ("ministack", "moto"):
+            endpoint = request.getfixturevalue(kind)
+            make_queue(sqs_client(endpoint), name, 2)
+            configure_aws(endpoint)
+            broker = taskhawk.SqsBroker()
+        else:
+            path = f"/{tmp_path}/queue.db" if kind == "file" else ""
+            broker = taskhawk.SqliteBroker(
+                f"sqlite://{path}?max_receive_count=2", clock
+            )
+        with contextlib.closing(broker):
+            yield Queues(broker, name, kind != "moto", clock)
+
+    def test_a_message_arrives_whole(self, queues):
+        """What is sent is received with its attributes, its time, and the count 1."""
+        queues.send("hello é")
+        (message,) = queues.receive()
+        assert (message.body, message.attempt) == ("hello é", 1)
+        value = message.message_attributes["request_id"]
+        assert (value["DataType"], value["StringValue"]) == ("String", "é1234")
+        assert abs(int(message.attributes["SentTimestamp"]) / 1000 - time.time()) < 60
+        assert (message.queue, message.group_id) == (queues.name, None)
+        assert message.message_id
+        assert message.queue_url
+        assert message.hook_kwargs == {
+            "queue_name": queues.name,
+            "sqs_queue_message": message,
+        }
+
+    def test_ten_in_a_call(self, queues):
+        """Ten are sent in one call, and a receive takes at most what it asks for, and ten."""
+        queues.send(*"abcdefghij")
+        queues.send("k")
+        few = queues.receive(3)
+        assert 1 <= len(few) <= 3
+        rest = queues.receive(50)
+        assert len(rest) <= 10
+        rest += queues.receive_all(11 - len(few) - len(rest))
+        assert sorted(message.body for message in few + rest) == list("abcdefghijk")
+        assert len({message.message_id for message in few + rest}) == 11
+
+    def test_visibility(self, queues):
+        """A message is visible again when its timeout ends, later if extended, sooner if cut."""
+        queues.send("extended")
+        (extended,) = queues.receive(lease_s=1)
+        change = [(extended.receipt_handle, 60)]
+        assert queues.broker.change_visibility(queues.name, change) == []
+        queues.send("left")
+        (left,) = queues.receive(lease_s=1)
+        queues.send("cut")
+        (cut,) = queues.receive()
+        assert (
+            queues.broker.change_visibility(queues.name, [(cut.receipt_handle, 1)])
+            == []
+        )
+        assert queues.receive() == []
+        queues.pass_a_second()
+        again = queues.receive_all(2)
+        assert [(message.body, message.attempt) for message in again] == [
+            ("cut", 2),
+            ("left", 2),
+        ]
+        for before, after in zip((cut, left), again, strict=True):
+            assert before.receipt_handle != after.receipt_handle
+            assert before.message_id == after.message_id
+            assert (
+                before.attributes["SentTimestamp"] == after.attributes["SentTimestamp"]
+            )
+
+    def test_delays_and_depth(self, queues):
+        """A delayed message is counted as such, and received when its delay is over."""
+        queues.send("now", "too")
+        queues.send("later", delay_s=1)
+        assert queues.broker.depth(queues.name) == taskhawk.Depth(2, 0, 1)
+        now = queues.receive_all(2)
+        assert [message.body for message in now] == ["now", "too"]
+        assert queues.broker.depth(queues.name) == taskhawk.Depth(0, 2, 1)
+        queues.pass_a_second()
+        (later,) = queues.receive_all(1)
+        assert later.body == "later"
+        receipts = [message.receipt_handle for message in (*now, later)]
+        assert queues.broker.delete(queues.name, receipts) == []
+        assert queues.broker.depth(queues.name) == taskhawk.Depth(0, 0, 0)
+
+    def test_stale_receipts(self, queues):
+        """A receipt is no good once the message was received again; a delete may say success."""
+        queues.send("x")
+        stale, again = queues.stale()
+        assert (again.attempt, again.receipt_handle != stale) == (2, True)
+        if queues.refuses_stale:  # AWS is free to answer either way on a standard queue
+            changed = queues.broker.change_visibility(queues.name, [(stale, 0)])
+            deleted = queues.broker.delete(queues.name, [stale])
+            assert [refusal._replace(text="") for refusal in changed + deleted] == [
+                STALE,
+                STALE,
+            ]
+            assert queues.broker.depth(queues.name) == taskhawk.Depth(0, 1, 0)
+        assert queues.broker.delete(queues.name, [again.receipt_handle]) == []
+        assert queues.broker.depth(queues.name) == taskhawk.Depth(0, 0, 0)
+
+    def test_batch_answers(self, queues):
+        """The answer to a batch names the entries that failed by their index."""
+        queues.send("a")
+        stale, last = queues.stale()
+        queues.send("b", "c")
+        good = [message.receipt_handle for message in queues.receive_all(2)]
+        bad = stale if queues.refuses_stale else "no receipt"
+        changes = [(good[0], 60), (bad, 60), (good[1], 60)]
+        refusals = queues.broker.change_visibility(queues.name, changes)
+        assert [refusal._replace(text="") for refusal in refusals] == [
+            STALE._replace(index=1)
+        ]
+        refusals = queues.broker.delete(queues.name, [*good, bad, last.receipt_handle])
+        assert [refusal._replace(text="") for refusal in refusals] == [
+            STALE._replace(index=2)
+        ]
+        assert queues.broker.depth(queues.name) == taskhawk.Depth(0, 0, 0)
+
+    def test_dead_letters(self, queues):
+        """After so many receives a message goes, as it was sent, to the dead-letter queue."""
+        dead = dataclasses.replace(queues, name=f"{queues.name}-DLQ")
+        limits = taskhawk.QueueInfo(30.0, dead.name, 2)
+        assert queues.broker.info(queues.name) == limits
+        assert queues.broker.info(dead.name) == taskhawk.QueueInfo(30.0, None, None)
+        queues.send("poison")
+        (second,) = queues.stale()[1:]
+        second.change_visibility(VisibilityTimeout=0)
+        assert queues.receive() == []
+        (found,) = dead.receive_all(1)
+        assert (found.body, found.message_id) == ("poison", second.message_id)
+        assert found.message_attributes == second.message_attributes
+        assert found.attributes["SentTimestamp"] == second.attributes["SentTimestamp"]
+        assert queues.broker.depth(queues.name) == taskhawk.Depth(0, 0, 0)
+
+    def test_long_poll(self, queues):
+        """A receive that waits ends with the send of a message, in this process too."""
+        threading.Timer(0.2, queues.send, ("wake up",)).start()
+        start = time.monotonic()
+        (message,) = queues.receive(wait_s=15)
+        assert message.body == "wake up"
+        assert time.monotonic() - start < 5
+
+    def test_message_acts_at_once(self, queues):
+        """A message changes its visibility and deletes itself like boto3's; a refusal raises."""
+        queues.send("x")
+        (message,) = queues.receive()
+        message.change_visibility(VisibilityTimeout=0)
+        (again,) = queues.receive_all(1)
+        assert again.attempt == 2
+        again.delete()
+        assert queues.broker.depth(queues.name) == taskhawk.Depth(0, 0, 0)
+        with pytest.raises(taskhawk.PartialFailure) as caught:
+            again.change_visibility(VisibilityTimeout=0)
+        assert str(caught.value) == "1 of 1 messages failed: ReceiptHandleIsInvalid"
+        assert (caught.value.success_count, caught.value.failure_count) == (0, 1)
+
+    def test_message_of_no_queue(self):
+        """A message that no queue has, as in sync mode, is deleted and changed without effect."""
+        message = taskhawk.QueueMessage("body", "id", sns_record={"Sns": {}})
+        message.delete()
+        message.change_visibility(VisibilityTimeout=3)
+        assert (message.attempt, message.group_id, message.receipt_handle) == (
+            1,
+            None,
+            None,
+        )
+        assert (message.attributes, message.message_attributes) == ({}, {})
+        assert message.hook_kwargs == {"sns_record": {"Sns": {}}}
+
+    @pytest.mark.parametrize(
+        ("queue", "deduplication_id"), [("Q", None), ("Q.fifo", "sqs-id")]
+    )
+    def test_copy(self, queue, deduplication_id):
+        """A copy keeps the group; on FIFO queues its deduplication id is the SQS MessageId."""
+        attributes = {"MessageGroupId": "customer 7"}
+        message = taskhawk.QueueMessage(
+            "body", "sqs-id", "r", attributes=attributes, queue=queue
+        )
+        expected = taskhawk.Outgoing(
+            "body", ATTRIBUTES, 0, "customer 7", deduplication_id
+        )
+        assert message.copy(ATTRIBUTES) == expected
+
+    def test_size(self):
+        """The size is of body, attribute names, types and values, in bytes."""
+        binary = {"b": {"DataType": "Binary", "BinaryValue": b"\x00\xff"}}
+        assert taskhawk.Outgoing("é", {}).size() == 2
+        assert taskhawk.Outgoing("", ATTRIBUTES).size() == len("request_idString") + 6
+        assert taskhawk.Outgoing("", binary).size() == len("bBinary") + 2
+
+
+# --- 7. SQLite ------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def python_child(code: str, *args: object) -> Iterator[subprocess.Popen[str]]:
+    """Run code in a new interpreter for the length of the block, with pipes to talk to it."""
+    with subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, args)],
+        env=python_env(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+# Hands out the connection that a SqliteBroker makes, which is nobody else's business.
+GRAB_CONNECTIONS = """
+import sys
+connections = []
+grab = lambda event, args: event == 'sqlite3.connect/handle' and connections.append(args[0])
+sys.addaudithook(grab)
+"""
+
+
+class TestSqlite:
+    """The embedded broker, where it is more than the contract: files, processes, crashes."""
+
+    @pytest.fixture
+    def path(self, tmp_path):
+        """Return the path of a database that is not there yet."""
+        return tmp_path / "queue.db"
+
+    @pytest.fixture
+    def url(self, path):
+        """Return its URL."""
+        return f"sqlite:///{path}?max_receive_count=2"
+
+    @pytest.fixture
+    def clock(self):
+        """Return a clock to be moved."""
+        return Clock()
+
+    @pytest.fixture
+    def broker(self, url, clock):
+        """Yield a broker with that clock."""
+        with contextlib.closing(taskhawk.SqliteBroker(url, clock)) as broker:
+            yield broker
+
+    def test_every_commit_is_on_the_disk(self, path):
+        """The file has a write-ahead log, and each transaction waits for the disk."""
+        code = f"""{GRAB_CONNECTIONS}
+import taskhawk
+broker = taskhawk.SqliteBroker('sqlite:///{path}')
+broker.send('Q', [taskhawk.Outgoing('x', {{}})])
+for name in 'journal_mode', 'synchronous', 'user_version':
+    print(connections[-1].execute(f'PRAGMA {{name}}').fetchone()[0])
+"""
+        assert run_python(code).stdout.split() == ["wal", "2", "1"]
+
+    def test_memory_is_gone_with_its_broker(self):
+        """A broker in memory is its own, and empty each time."""
+        for _ in range(2):
+            with contextlib.closing(taskhawk.SqliteBroker("sqlite://")) as broker:
+                assert broker.send("Q", numbered(1)) == []
+                assert broker.depth("Q") == taskhawk.Depth(1, 0, 0)
+
+    def test_queues_need_not_be_made(self, broker):
+        """An unknown queue is an empty one, and queues are apart."""
+        broker.send("A", numbered(1))
+        assert broker.receive("B", 1, 0, None, NEVER) == []
+        assert broker.depth("B") == taskhawk.Depth(0, 0, 0)
+        assert broker.depth("A") == taskhawk.Depth(1, 0, 0)
+
+    def test_destination(self, url):
+        """Queues are named as on SQS; without TASKHAWK_QUEUE they are the default's."""
+        names = ["-HIGH-PRIORITY", "-LOW-PRIORITY", "-BULK"]
+        for settings, name in (({}, "DEFAULT"), ({"TASKHAWK_QUEUE": "dev-x"}, "DEV-X")):
+            taskhawk.configure(TASKHAWK_BROKER=url, **settings)
+            found = [
+                taskhawk._brokers.broker().destination(p) for p in taskhawk.Priority
+            ]
+            assert found == [
+                f"TASKHAWK-{name}",
+                *(f"TASKHAWK-{name}{suffix}" for suffix in names),
+            ]
+
+    def test_options(self, path, clock):
+        """The URL may set the visibility timeout and the receives before the dead letters."""
+        for query, expected in (
+            ("", taskhawk.QueueInfo(30.0, "Q-DLQ", 5)),
+            (
+                "?visibility_timeout_s=1.5&max_receive_count=3",
+                taskhawk.QueueInfo(1.5, "Q-DLQ", 3),
+            ),
+        ):
+            with contextlib.closing(
+                taskhawk.SqliteBroker(f"sqlite:///{path}{query}", clock)
+            ) as b:
+                assert b.info("Q") == expected
+                assert b.info("Q-DLQ") == expected._replace(
+                    dead_letter_queue=None, max_receive_count=None
+                )
+                b.send("Q", numbered(1))
+                assert len(b.receive("Q", 1, 0, None, NEVER)) == 1
+                clock.now += expected.visibility_timeout_s - 0.001
+                assert b.receive("Q", 1, 0, None, NEVER) == []
+                clock.now += 0.001
+                assert drain(b, "Q") == ["0"]
+
+    @pytest.mark.parametrize(
+        "url",
+        [
+            "sqlite://host/queue.db",
+            "sqlite://queue.db",
+            "sqlite:///q.db?visibility_timeout_s=0",
+            "sqlite:///q.db?visibility_timeout_s=nan",
+            "sqlite:///q.db?visibility_timeout_s",
+            "sqlite:///q.db?max_receive_count=2.5",
+            "sqlite:///q.db?max_receive_count=0",
+            "sqlite:///q.db?timeout=3",
+            "sqlite://[q",
+            "sqlite:///q.db\n",
+        ],
+    )
+    def test_url_errors(self, url, tmp_path, monkeypatch):
+        """A URL that is not understood is refused, with one that would be; no file is made."""
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(taskhawk.ConfigurationError) as caught:
+            taskhawk.SqliteBroker(url).close()
+        assert str(caught.value) == (
+            "TASKHAWK_BROKER: expected sqlite:///relative.db or sqlite:////absolute.db, then"
+            f" perhaps ?visibility_timeout_s=30&max_receive_count=5, got {url!r}"
+        )
+        assert list(tmp_path.iterdir()) == []
+
+    def test_paths(self, tmp_path, monkeypatch):
+        """Three slashes begin a relative path, four an absolute one; %20 is a space."""
+        monkeypatch.chdir(tmp_path)
+        taskhawk.SqliteBroker("sqlite:///a b.db").close()
+        taskhawk.SqliteBroker(f"sqlite:///{tmp_path}/c.db").close()
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["a b.db", "c.db"]
+
+    @pytest.mark.parametrize(
+        ("make", "reason"),
+        [
+            (lambda path: None, "unable to open database file"),
+            (
+                lambda path: (
+                    path.parent.mkdir(),
+                    path.write_text("not a database" * 200),
+                ),
+                "file is not a database",
+            ),
+        ],
+        ids=["no directory", "no database"],
+    )
+    def test_unusable_file(self, tmp_path, make, reason):
+        """A file that can't be used is refused at once, by name."""
+        path = tmp_path / "sub" / "queue.db"
+        make(path)
+        start = time.monotonic()
+        with pytest.raises(taskhawk.ConfigurationError) as caught:
+            taskhawk.SqliteBroker(f"sqlite:///{path}")
+        assert str(caught.value) == f"TASKHAWK_BROKER: can't open {path}: {reason}"
+        assert time.monotonic() - start < 10
+
+    def test_full_disk_while_it_opens(self, path):
+        """A file that can't be written is refused at once, by name."""
+        code = f"""
+import resource, taskhawk
+soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+try:
+    taskhawk.SqliteBroker('sqlite:///{path}')
+except taskhawk.ConfigurationError as error:
+    print(error)
+resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+"""
+        expected = f"TASKHAWK_BROKER: can't open {path}: disk I/O error\n"
+        assert run_python(code, timeout=20).stdout == expected
+
+    def test_foreign_version(self, path, url):
+        """A database of another version is refused, and left as it is."""
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            db.execute("PRAGMA user_version = 7")
+        before = path.read_bytes()
+        with pytest.raises(taskhawk.ConfigurationError) as caught:
+            taskhawk.SqliteBroker(url)
+        assert str(caught.value) == (
+            f"TASKHAWK_BROKER: can't open {path}: expected version 1 of its tables, got 7"
+        )
+        assert path.read_bytes() == before
+
+    def test_locked_while_it_opens(self, path, url):
+        """A file that another process is just making is waited for."""
+        other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        with contextlib.closing(other):
+            other.execute("BEGIN IMMEDIATE")
+            release = threading.Timer(0.2, other.execute, ("ROLLBACK",))
+            release.start()
+            with contextlib.closing(taskhawk.SqliteBroker(url)) as broker:
+                release.join()
+                assert broker.send("Q", numbered(1)) == []
+
+    def test_old_sqlite(self, url, monkeypatch):
+        """A SQLite that lacks what we need is refused by its version."""
+        monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 29, 1))
+        monkeypatch.setattr(sqlite3, "sqlite_version", "3.29.1")
+        with pytest.raises(taskhawk.ConfigurationError) as caught:
+            taskhawk.SqliteBroker(url)
+        assert str(caught.value) == "SQLite 3.29.1 is too old: expected 3.30.0 or newer"
+
+    def test_clock(self, broker, clock):
+        """Delays of any length and timeouts are counted on the clock that is passed in."""
+        year = 365 * 86_400
+        broker.send("Q", [taskhawk.Outgoing("late", {}, 10 * year)])
+        clock.now += 10 * year - 0.001
+        assert broker.receive("Q", 1, 0, None, NEVER) == []
+        assert broker.depth("Q") == taskhawk.Depth(0, 0, 1)
+        clock.now += 0.001
+        (message,) = broker.receive("Q", 1, 0, 100, NEVER)
+        assert int(message.attributes["SentTimestamp"]) == 1_700_000_000_000
+        assert broker.change_visibility("Q", [(message.receipt_handle, 5)]) == []
+        clock.now += 5
+        assert drain(broker, "Q") == ["late"]
+
+    def test_first_come_first_served(self, broker):
+        """What became visible first is received first."""
+        for number in range(3):
+            broker.send("Q", numbered(4, number * 4))
+        assert drain(broker, "Q") == [str(number) for number in range(12)]
+
+    def test_redrive(self, broker, clock):
+        """A message moves when it would be received once too often, and from there no further."""
+        broker.send("Q", numbered(1))
+        for attempt in (1, 2):
+            (message,) = broker.receive("Q", 1, 0, None, NEVER)
+            assert message.attempt == attempt
+            clock.now += 30
+        assert broker.depth("Q-DLQ") == taskhawk.Depth(0, 0, 0)
+        assert broker.receive("Q", 1, 0, None, NEVER) == []
+        stale = message.receipt_handle
+        for _ in range(4):
+            (message,) = broker.receive("Q-DLQ", 1, 0, None, NEVER)
+            clock.now += 30
+        assert broker.depth("Q-DLQ") == taskhawk.Depth(1, 0, 0)
+        assert broker.delete("Q", [stale]) != []
+        assert broker.depth("Q-DLQ") == taskhawk.Depth(1, 0, 0)
+
+    def test_receipts(self, broker, clock):
+        """A receipt outlives its timeout until the next receive, for a delete only."""
+        broker.send("Q", numbered(1))
+        (message,) = broker.receive("Q", 1, 0, None, NEVER)
+        clock.now += 31
+        text = "the message is no longer in flight, or was received again"
+        refusal = taskhawk.Refusal(0, "ReceiptHandleIsInvalid", text, final=True)
+        assert broker.change_visibility("Q", [(message.receipt_handle, 5)]) == [refusal]
+        (again,) = broker.receive("Q", 1, 0, None, NEVER)
+        assert broker.delete("Q", [message.receipt_handle]) == [refusal]
+        clock.now += 31
+        assert broker.delete("Q", [again.receipt_handle]) == []
+        assert broker.delete("Q", [again.receipt_handle]) == []  # SQS says the same
+        broker.send("Q", numbered(1, 7))  # must not get the id that the receipt names
+        assert broker.delete("Q", [again.receipt_handle]) == []
+        assert drain(broker, "Q") == ["7"]
+
+    def test_stop(self, broker):
+        """A wait is cut short when it is told to stop, and before that takes what is there."""
+        stop = threading.Event()
+        threading.Timer(0.1, stop.set).start()
+        start = time.monotonic()
+        assert broker.receive("Q", 1, 20, None, stop) == []
+        assert time.monotonic() - start < 5
+        broker.send("Q", numbered(1))
+        assert len(broker.receive("Q", 1, 20, None, stop)) == 1
+
+    def test_waiting_is_cheap(self, url):
+        """An empty queue costs next to no CPU while a receive waits for a message."""
+        with contextlib.closing(taskhawk.SqliteBroker(url)) as broker:
+            start = time.process_time()
+            assert broker.receive("Q", 1, 1, None, NEVER) == []
+            assert time.process_time() - start < 0.1
+
+    def test_another_process_wakes_it(self, url):
+        """A receive that waits has a message of another process within a second."""
+        code = """
+import sys, time, taskhawk
+broker = taskhawk.SqliteBroker(sys.argv[1])
+print('ready', flush=True)
+sys.stdin.readline()
+broker.send('Q', [taskhawk.Outgoing('x', {})])
+print(time.monotonic())
+"""
+        with (
+            contextlib.closing(taskhawk.SqliteBroker(url)) as b,
+            python_child(code, url) as child,
+        ):
+            assert child.stdout.readline() == "ready\n"
+            threading.Timer(0.3, lambda: print(file=child.stdin, flush=True)).start()
+            assert len(b.receive("Q", 1, 20, None, NEVER)) == 1
+            assert time.monotonic() - float(child.stdout.readline()) < 1
+
+    def test_eight_processes_open_a_new_file(self, url):
+        """Any number of processes may make the file at the same moment."""
+        code = """
+import sys, taskhawk
+print('ready', flush=True)
+sys.stdin.readline()
+taskhawk.SqliteBroker(sys.argv[1]).send('Q', [taskhawk.Outgoing(sys.argv[2], {})])
+"""
+        with contextlib.ExitStack() as stack:
+            children = [
+                stack.enter_context(python_child(code, url, i)) for i in range(8)
+            ]
+            assert [child.stdout.readline() for child in children] == ["ready\n"] * 8
+            for child in children:
+                print(file=child.stdin, flush=True)
+            assert [child.wait(60) for child in children] == [0] * 8
+        with contextlib.closing(taskhawk.SqliteBroker(url)) as broker:
+            assert sorted(drain(broker, "Q")) == list("01234567")
+
+    def test_processes_claim_apart(self, url):
+        """Workers that receive at the same time never get the same message, and miss none."""
+        code = """
+import sys, threading, taskhawk
+broker = taskhawk.SqliteBroker(sys.argv[1])
+print('ready', flush=True)
+sys.stdin.readline()
+while received := broker.receive('Q', 3, 0, 600, threading.Event()):
+    print(*(message.body for message in received))
+    refusals = broker.delete('Q', [message.receipt_handle for message in received])
+    assert not refusals, refusals
+"""
+        with (
+            contextlib.closing(taskhawk.SqliteBroker(url)) as broker,
+            contextlib.ExitStack() as s,
+        ):
+            for start in range(0, 300, 10):
+                broker.send("Q", numbered(10, start))
+            children = [s.enter_context(python_child(code, url)) for _ in range(4)]
+            assert [child.stdout.readline() for child in children] == ["ready\n"] * 4
+            for child in children:
+                print(file=child.stdin, flush=True)
+            bodies = [
+                body for child in children for body in child.communicate()[0].split()
+            ]
+            assert [child.returncode for child in children] == [0] * 4
+            assert sorted(map(int, bodies)) == list(range(300))
+            assert broker.depth("Q") == taskhawk.Depth(0, 0, 0)
+
+    def test_kill_while_sending(self, path, url):
+        """A kill -9 loses nothing that was sent, and leaves no part of a batch."""
+        code = """
+import itertools, sys, taskhawk
+broker = taskhawk.SqliteBroker(sys.argv[1])
+for start in itertools.count(0, 3):
+    broker.send(sys.argv[2], [taskhawk.Outgoing(str(start + i), {}) for i in range(3)])
+    print(start + 3, flush=True)
+"""
+        for lines in (1, 17, 40):
+            queue = f"Q{lines}"
+            with python_child(code, url, queue) as child:
+                sent = [child.stdout.readline() for _ in range(lines)]
+                child.kill()
+                sent += child.stdout.readlines()
+            with contextlib.closing(taskhawk.SqliteBroker(url)) as broker:
+                bodies = drain(broker, queue)
+            assert bodies == [str(number) for number in range(len(bodies))]
+            assert len(bodies) - int(sent[-1]) in (0, 3)
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+
+    def test_kill_while_receiving(self, path):
+        """A kill -9 loses nothing that was not deleted, and nothing deleted comes back."""
+        url = f"sqlite:///{path}?max_receive_count=100"
+        code = """
+import sys, threading, taskhawk
+broker = taskhawk.SqliteBroker(sys.argv[1])
+while received := broker.receive('Q', 2, 0, 600, threading.Event()):
+    broker.delete('Q', [message.receipt_handle for message in received])
+    print(*(message.body for message in received), flush=True)
+"""
+        with contextlib.closing(taskhawk.SqliteBroker(url)) as broker:
+            for start in range(0, 400, 10):
+                broker.send("Q", numbered(10, start))
+        done: list[str] = []
+        for lines in (1, 17, 40):
+            with python_child(code, url) as child:
+                for _ in range(lines):
+                    done += child.stdout.readline().split()
+                child.kill()
+                done += child.stdout.read().split()
+        an_hour_later = taskhawk.SqliteBroker(url, lambda: time.time() + 3600)
+        with contextlib.closing(an_hour_later) as broker:
+            left = drain(broker, "Q")
+        assert len(set(done + left)) == len(done) + len(left)
+        missing = 400 - len(done) - len(left)
+        assert missing in (0, 2, 4, 6)  # deleted, and killed before it could say so
+
+    def test_errors_are_raised_and_over(self, path):
+        """A locked file and a full disk are errors of that call; the next one works."""
+        code = f"""{GRAB_CONNECTIONS}
+import sqlite3, threading, taskhawk
+taskhawk.configure(TASKHAWK_BROKER='sqlite:///{path}')
+@taskhawk.task(name='tests.f')
+def f(x): pass
+def attempt(call):
+    try:
+        print(bool(call()))
+    except sqlite3.OperationalError as error:
+        print(error)
+broker = taskhawk._brokers.broker()
+receive = lambda: broker.receive('TASKHAWK-DEFAULT', 1, 0, 600, threading.Event())
+f.dispatch('first')
+connections[-1].execute('PRAGMA busy_timeout = 50')
+other = sqlite3.connect({str(path)!r}, isolation_level=None)
+other.execute('BEGIN IMMEDIATE')
+attempt(lambda: f.dispatch('locked'))
+attempt(receive)
+other.execute('ROLLBACK')
+attempt(receive)
+pages = connections[-2].execute('PRAGMA page_count').fetchone()[0]
+connections[-2].execute(f'PRAGMA max_page_count = {{pages}}')
+attempt(lambda: f.dispatch('x' * 1_000_000))
+connections[-2].execute('PRAGMA max_page_count = 1000000')
+attempt(lambda: f.dispatch('x' * 1_000_000))
+print(*broker.depth('TASKHAWK-DEFAULT'))
+"""
+        result = run_python(code)
+        assert result.stdout.splitlines() == [
+            "database is locked",
+            "database is locked",
+            "True",
+            "database or disk is full",
+            "True",
+            "1 1 0",
+        ]
+
+    def test_interrupted_while_it_waits(self, path, url):
+        """Control-C while the file is locked sends nothing, and leaves no lock behind."""
+        code = """
+import os, signal, sqlite3, sys, threading, time, taskhawk
+broker = taskhawk.SqliteBroker(sys.argv[1])
+other = sqlite3.connect(sys.argv[2], isolation_level=None, check_same_thread=False, timeout=1)
+other.execute('BEGIN IMMEDIATE')
+main = threading.get_ident()
+def interrupt():
+    before = here = None
+    while before is None or here != before:  # until the main thread stands still in SQLite
+        time.sleep(0.05)
+        frame = sys._current_frames()[main]
+        ours = frame.f_code.co_filename == taskhawk.__file__
+        before, here = here, (frame.f_code, frame.f_lasti) if ours else object()
+    os.kill(os.getpid(), signal.SIGINT)
+    other.execute('ROLLBACK')
+thread = threading.Thread(target=interrupt)
+thread.start()
+try:
+    broker.send('Q', [taskhawk.Outgoing('interrupted', {})])
+except KeyboardInterrupt:
+    print('interrupted')
+thread.join()
+other.execute('BEGIN IMMEDIATE')
+other.execute('ROLLBACK')
+broker.send('Q', [taskhawk.Outgoing('after', {})])
+print(*(m.body for m in broker.receive('Q', 10, 0, None, threading.Event())))
+"""
+        result = run_python(["-c", code, url, str(path)])
+        assert (result.stdout, result.stderr) == ("interrupted\nafter\n", "")
+
+
+# --- 8. SQS and SNS -------------------------------------------------------------------
+
+NO_QUEUE = "there is no such queue here: make it, or check TASKHAWK_QUEUE, AWS_REGION and the account"
+
+
+class TestSqs:
+    """Every request that is made to SQS, and what becomes of its answer."""
+
+    def test_one_request_per_dispatch(self, aws, task, queue_name):
+        """A dispatch is one request; the first to a queue looks up its URL, the others do not."""
+        for text in "abc":
+            task.dispatch(text)
+        task.with_priority(taskhawk.Priority.high).dispatch("d")
+        task.with_priority(taskhawk.Priority.high).dispatch("e")
+        once = ["GetQueueUrl", "SendMessage", "SendMessage"]
+        assert aws.actions() == [*once, "SendMessage", *once]
+        names = [
+            call.data["QueueName"] for call in aws.calls if call.action == "GetQueueUrl"
+        ]
+        assert names == [
+            f"TASKHAWK-{queue_name}",
+            f"TASKHAWK-{queue_name}-HIGH-PRIORITY",
+        ]
+        assert aws.calls[1].data["QueueUrl"] == f"{aws.url}/000000000000/{names[0]}"
+        assert json.loads(aws.calls[3].data["MessageBody"])["args"] == ["c"]
+
+    def test_one_request_for_ten(self, aws, task):
+        """A batch is a request for each ten messages, and for each MiB."""
+        with taskhawk.batch():
+            for number in range(25):
+                task.dispatch(number)
+        sent = [call.data for call in aws.calls[1:]]
+        assert aws.actions() == ["GetQueueUrl", *["SendMessageBatch"] * 3]
+        assert [len(data["Entries"]) for data in sent] == [10, 10, 5]
+        assert [entry["Id"] for entry in sent[0]["Entries"]] == list("0123456789")
+        task.dispatch_many(["x" * 600_000] * 3)
+        assert aws.actions()[4:] == ["SendMessage"] * 3
+
+    def test_optional_arguments(self, aws):
+        """Delay, attributes, group and deduplication id are sent where there are any."""
+        everything = taskhawk.Outgoing("b", ATTRIBUTES, 0.2, "group", "once")
+        broker = taskhawk.SqsBroker()
+        broker.send("Q", [taskhawk.Outgoing("a", {})])
+        broker.send("Q", [taskhawk.Outgoing("a", {}), everything])
+        plain, (first, second) = aws.calls[1].data, aws.calls[2].data["Entries"]
+        url = f"{aws.url}/000000000000/Q"
+        assert plain == {"QueueUrl": url, "MessageBody": "a"}
+        assert first == {"Id": "0", "MessageBody": "a"}
+        assert second == {
+            "Id": "1",
+            "MessageBody": "b",
+            "MessageAttributes": ATTRIBUTES,
+            "DelaySeconds": 1,
+            "MessageGroupId": "group",
+            "MessageDeduplicationId": "once",
+        }
+        broker.close()
+
+    def test_fifo(self, ministack, sqs_client, queue_name):
+        """On a FIFO queue the group comes with the message, and a known id is not sent again."""
+        client, name = sqs_client(ministack), f"{queue_name}.fifo"
+        client.create_queue(QueueName=name, Attributes={"FifoQueue": "true"})
+        configure_aws(ministack)
+        with contextlib.closing(taskhawk.SqsBroker()) as broker:
+            broker.send(name, [taskhawk.Outgoing("a", {}, 0, "group", "id")])
+            broker.send(
+                name,
+                [taskhawk.Outgoing("b", {}, 0, "group", i) for i in ("id", "other")],
+            )
+            received = broker.receive(name, 10, 1, None, NEVER)
+            assert [(m.body, m.group_id) for m in received] == [
+                ("a", "group"),
+                ("b", "group"),
+            ]
+
+    @pytest.mark.parametrize(
+        ("count", "wait_s", "lease_s", "expected"),
+        [
+            (1, 0, None, (1, 0, None)),
+            (50, 0.2, 1.5, (10, 1, 2)),
+            (3, 60, 0, (3, 20, 0)),
+        ],
+    )
+    def test_receive(self, aws, count, wait_s, lease_s, expected):
+        """A poll asks for at most ten messages and 20 s, in whole seconds, and for what we read."""
+        with contextlib.closing(taskhawk.SqsBroker()) as broker:
+            assert broker.receive("Q", count, wait_s, lease_s, NEVER) == []
+        data = aws.calls[1].data
+        limits = (data["MaxNumberOfMessages"], data["WaitTimeSeconds"])
+        assert (*limits, data.get("VisibilityTimeout")) == expected
+        names = ["ApproximateReceiveCount", "SentTimestamp", "MessageGroupId"]
+        assert data["MessageSystemAttributeNames"] == names
+        assert data["MessageAttributeNames"] == ["All"]
+
+    def test_whole_seconds(self, aws):
+        """A fraction of a second is rounded up: a retry is never early."""
+        with contextlib.closing(taskhawk.SqsBroker()) as broker:
+            assert broker.change_visibility("Q", [("r", 0), ("s", 0.1)]) == []
+        timeouts = [
+            entry["VisibilityTimeout"] for entry in aws.calls[1].data["Entries"]
+        ]
+        assert timeouts == [0, 1]
+
+    def test_info_is_read_once(self, aws):
+        """A queue's attributes are read once; one without a redrive policy has no dead letters."""
+        aws.answers["GetQueueAttributes"] = {"Attributes": {"VisibilityTimeout": "45"}}
+        with contextlib.closing(taskhawk.SqsBroker()) as broker:
+            for _ in range(2):
+                assert broker.info("Q") == taskhawk.QueueInfo(45.0, None, None)
+        assert aws.actions() == ["GetQueueUrl", "GetQueueAttributes"]
+
+    @pytest.mark.parametrize(
+        ("call", "action", "attempts"),
+        [
+            (lambda broker: broker.send("Q", numbered(1)), "SendMessage", 3),
+            (
+                lambda broker: broker.receive("Q", 1, 0, None, NEVER),
+                "ReceiveMessage",
+                1,
+            ),
+            (lambda broker: broker.delete("Q", ["r"]), "DeleteMessageBatch", 1),
+            (
+                lambda broker: broker.change_visibility("Q", [("r", 1)]),
+                "ChangeMessageVisibilityBatch",
+                1,
+            ),
+        ],
+        ids=["send", "receive", "delete", "change_visibility"],
+    )
+    def test_attempts(self, aws, monkeypatch, call, action, attempts):
+        """A send is tried three times, all else once, whatever botocore's own settings say."""
+        monkeypatch.setenv("AWS_MAX_ATTEMPTS", "7")
+        monkeypatch.setenv("AWS_RETRY_MODE", "legacy")
+        aws.answers[action] = sqs_error("InternalError", status=500)
+        with contextlib.closing(taskhawk.SqsBroker()) as broker:
+            with pytest.raises(botocore.exceptions.ClientError) as caught:
+                call(broker)
+            assert caught.type is not taskhawk.ConfigurationError
+        assert aws.actions() == ["GetQueueUrl", *[action] * attempts]
+
+    @pytest.mark.parametrize(
+        ("call", "action"),
+        [
+            (lambda broker: broker.send("Q", numbered(5)), "SendMessageBatch"),
+            (lambda broker: broker.delete("Q", list("abcde")), "DeleteMessageBatch"),
+            (
+                lambda broker: broker.change_visibility("Q", [(r, 1) for r in "abcde"]),
+                "ChangeMessageVisibilityBatch",
+            ),
+        ],
+        ids=["send", "delete", "change_visibility"],
+    )
+    def test_partial_failure(self, aws, call, action):
+        """An answer of 200 is read entry by entry; what it does not name has failed."""
+        aws.answers[action] = {
+            "Successful": [{"Id": "2", "MessageId": "m"}],
+            "Failed": [
+                {
+                    "Id": "3",
+                    "SenderFault": True,
+                    "Code": "InvalidThing",
+                    "Message": "why",
+                },
+                {"Id": "1", "SenderFault": False, "Code": "InternalError"},
+            ],
+        }
+        unanswered = ("Unanswered", "the answer does not name this entry", False)
+        with contextlib.closing(taskhawk.SqsBroker()) as broker:
+            assert call(broker) == [
+                taskhawk.Refusal(0, *unanswered),
+                taskhawk.Refusal(1, "InternalError", "", final=False),
+                taskhawk.Refusal(3, "InvalidThing", "why", final=True),
+                taskhawk.Refusal(4, *unanswered),
+            ]
+
+    def test_sum_too_long(self, aws):
+        """A batch that SQS finds too long is sent one by one, in order; each has its own answer."""
+        aws.answers["SendMessageBatch"] = sqs_error(
+            "AWS.SimpleQueueService.BatchRequestTooLong"
+        )
+        aws.answers["SendMessage"] = lambda call: (
+            sqs_error("OverLimit") if call.data["MessageBody"] == "1" else None
+        )
+        with contextlib.closing(taskhawk.SqsBroker()) as broker:
+            refusals = broker.send("Q", numbered(3))
+        sent = [c.data["MessageBody"] for c in aws.calls if "MessageBody" in c.data]
+        assert sent == ["0", "1", "2"]
+        assert [(r.index, r.code, r.final) for r in refusals] == [
+            (1, "OverLimit", True)
+        ]
+
+    @pytest.mark.parametrize(
+        ("answer", "remedy"),
+        [
+            (sqs_error("AWS.SimpleQueueService.NonExistentQueue"), NO_QUEUE),
+            ((400, {}, b'{"__type": "com.amazonaws.sqs#QueueDoesNotExist"}'), NO_QUEUE),
+            (sqs_error("AccessDenied", status=403), DENIED),
+            (sqs_error("AccessDeniedException"), DENIED),
+            (sqs_error("InvalidClientTokenId", status=403), UNKNOWN_KEY),
+            (sqs_error("InvalidSecurity", status=403), UNKNOWN_KEY),
+            (sqs_error("UnrecognizedClientException"), UNKNOWN_KEY),
+            (
+                sqs_error("SignatureDoesNotMatch", status=403),
+                "AWS refuses these credentials: check AWS_SECRET_KEY",
+            ),
+        ],
+    )
+    @pytest.mark.parametrize("action", ["GetQueueUrl", "SendMessage"])
+    def test_errors_say_what_to_do(self, aws, task, action, answer, remedy):
+        """What only a person can mend is one sentence with its remedy, at whatever request."""
+        aws.answers[action] = answer
+        with pytest.raises(taskhawk.ConfigurationError) as caught:
+            task.dispatch("secret")
+        error = caught.value.__cause__
+        assert isinstance(error, botocore.exceptions.ClientError)
+        code = error.response["Error"]["Code"].rpartition(".")[2]
+        queue = f"TASKHAWK-{taskhawk.settings.TASKHAWK_QUEUE}"
+        assert str(caught.value) == f"{queue}: {remedy.format(action)} ({code})"
+
+    def test_missing_queue(self, ministack, task, queue_name):
+        """A queue that is not there is said to be missing, by publishers and workers."""
+        configure_aws(ministack, queue_name)
+        text = f"TASKHAWK-{queue_name}: {NO_QUEUE} (NonExistentQueue)"
+        with pytest.raises(taskhawk.ConfigurationError) as caught:
+            task.dispatch("x")
+        assert str(caught.value) == text
+        with pytest.raises(taskhawk.ConfigurationError) as caught:
+            taskhawk.listen_for_messages(taskhawk.Priority.default, loop_count=1)
+        assert str(caught.value) == text
+
+    def test_no_credentials(self, aws, task, queue_name):
+        """Without credentials nothing is sent, and the sentence says where they may come from."""
+        taskhawk.configure(
+            AWS_ENDPOINT_SQS=aws.url, AWS_REGION="us-east-1", TASKHAWK_QUEUE=queue_name
+        )
+        with pytest.raises(taskhawk.ConfigurationError) as caught:
+            task.dispatch("x")
+        assert str(caught.value) == (
+            f"TASKHAWK-{queue_name}: no AWS credentials: set AWS_ACCESS_KEY and AWS_SECRET_KEY, or"
+            " give botocore a profile or role; to try things out without AWS, set TASKHAWK_BROKER"
+            " to sqlite:///queue.db (NoCredentialsError)"
+        )
+        assert aws.calls == []
+
+    def test_no_region(self, task, queue_name):
+        """Without a region, the sentence says how to set one."""
+        taskhawk.configure(AWS_SETTINGS, AWS_REGION=None, TASKHAWK_QUEUE=queue_name)
+        with pytest.raises(taskhawk.ConfigurationError) as caught:
+            task.dispatch("x")
+        assert str(caught.value) == (
+            f"TASKHAWK-{queue_name}: no AWS region: set AWS_REGION, for example eu-west-1"
+            " (NoRegionError)"
+        )
+
+    @pytest.mark.parametrize("fips", [False, True])
+    def test_endpoints(self, monkeypatch, fips):
+        """In each partition, with FIPS or without, endpoints are those that botocore resolves."""
+        monkeypatch.setenv("AWS_USE_FIPS_ENDPOINT", str(fips))
+        plain = botocore.session.Session()
+        regions = [
+            r
+            for p in plain.get_available_partitions()
+            for r in plain.get_available_regions("sqs", p)
+        ]
+        regions += ["us-iso-east-1", "us-isob-east-1", "eusc-de-east-1", "moon-1"]
+        for region in {*regions[::7], "us-gov-west-1", "cn-north-1", *regions[-4:]}:
+            taskhawk.configure(AWS_SETTINGS, AWS_REGION=region)
+            keys = {"aws_access_key_id": "test", "aws_secret_access_key": "test"}
+            for name, broker in (
+                ("sqs", taskhawk.SqsBroker()),
+                ("sns", taskhawk.SnsSender()),
+            ):
+                theirs = plain.create_client(name, region, **keys).meta
+                ours = broker.client("send").meta
+                assert (ours.endpoint_url, ours.partition) == (
+                    theirs.endpoint_url,
+                    theirs.partition,
+                )
+                assert ours.service_model.metadata == theirs.service_model.metadata
+
+    def test_keys_of_ours(self, aws, task, queue_name):
+        """Keys that are set are used, with their token, before any that botocore would find."""
+        keys = {
+            "AWS_ACCESS_KEY": "OURS",
+            "AWS_SECRET_KEY": "s",
+            "AWS_SESSION_TOKEN": "token",
+        }
+        taskhawk.configure(
+            **keys,
+            AWS_REGION="eu-west-1",
+            AWS_ENDPOINT_SQS=aws.url,
+            TASKHAWK_QUEUE=queue_name,
+        )
+        task.dispatch("x")
+        headers = aws.calls[-1].headers
+        assert "Credential=OURS/" in headers["Authorization"]
+        assert "/eu-west-1/sqs/aws4_request" in headers["Authorization"]
+        assert headers["X-Amz-Security-Token"] == "token"
+
+    def test_keys_of_botocore(self, aws, task, queue_name, monkeypatch, tmp_path):
+        """Without keys of ours, profile, region and endpoint come from botocore's own chain."""
+        (tmp_path / "credentials").write_text(
+            "[worker]\naws_access_key_id = PROFILE\naws_secret_access_key = s\n"
+        )
+        (tmp_path / "config").write_text("[profile worker]\nregion = sa-east-1\n")
+        monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+        monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+        monkeypatch.setenv("AWS_PROFILE", "worker")
+        monkeypatch.setenv("AWS_ENDPOINT_URL_SQS", aws.url)
+        taskhawk.configure(TASKHAWK_QUEUE=queue_name)
+        task.dispatch("x")
+        authorization = aws.calls[-1].headers["Authorization"]
+        assert "Credential=PROFILE/" in authorization
+        assert "/sa-east-1/sqs/aws4_request" in authorization
+
+    def test_read_timeout(self, aws):
+        """An answer that does not come is given up after AWS_READ_TIMEOUT_S; a poll waits on."""
+        configure_aws(aws.url, AWS_READ_TIMEOUT_S=0.2)
+        late = threading.Event()
+        aws.answers["DeleteMessageBatch"] = lambda call: aws.closing.wait(20) and {}
+        aws.answers["ReceiveMessage"] = lambda call: late.wait(20) and {}
+        with contextlib.closing(taskhawk.SqsBroker()) as broker:
+            start = time.monotonic()
+            with pytest.raises(botocore.exceptions.ReadTimeoutError):
+                broker.delete("Q", ["r"])
+            assert time.monotonic() - start < 1.9
+            threading.Timer(0.6, late.set).start()
+            assert broker.receive("Q", 1, 1, None, NEVER) == []
+        assert aws.actions() == ["GetQueueUrl", "DeleteMessageBatch", "ReceiveMessage"]
+
+    def test_connect_timeout(self):
+        """A service that can't be reached is given up after AWS_CONNECT_TIMEOUT_S."""
+        with (
+            socket.create_server(("127.0.0.1", 0), backlog=0) as deaf,
+            contextlib.ExitStack() as s,
+        ):
+            address = deaf.getsockname()
+            for _ in range(
+                4
+            ):  # fill its backlog: from then on the kernel drops connections
+                client = s.enter_context(socket.socket())
+                client.setblocking(False)
+                client.connect_ex(address)
+            taskhawk.configure(
+                AWS_SETTINGS,
+                AWS_ENDPOINT_SQS=f"http://127.0.0.1:{address[1]}",
+                AWS_CONNECT_TIMEOUT_S=0.2,
+            )
+            broker = s.enter_context(contextlib.closing(taskhawk.SqsBroker()))
+            start = time.monotonic()
+            with pytest.raises(botocore.exceptions.ConnectTimeoutError):
+                broker.receive("Q", 1, 1, None, NEVER)
+            assert time.monotonic() - start < 1.9
+
+    @pytest.mark.parametrize("server", ["ministack", "moto"])
+    def test_pinned_queue(self, request, server, task, sqs_client, queue_name):
+        """A queue that takes less than SQS is told apart by size, limit and largest argument."""
+        endpoint, pinned = (
+            request.getfixturevalue(server),
+            {"MaximumMessageSize": "1024"},
+        )
+        make_queue(sqs_client(endpoint), f"TASKHAWK-{queue_name}", **pinned)
+        configure_aws(endpoint, queue_name)
+        with pytest.raises(taskhawk.MessageTooLarge) as caught:
+            task.dispatch("x" * 2000)
+        message = taskhawk.Message.new("tests.f", ["x" * 2000])
+        size = len(json.dumps(message.as_dict(), separators=(",", ":")))
+        assert str(caught.value) == (
+            f"tests.f: the message has {size} bytes (body and attributes), and the limit is 1024:"
+            " the largest argument is args[0] with 2002 bytes"
+        )
+        assert caught.value.limit == 1024
+
+    def test_queue_of_a_lambda(self, aws, task):
+        """A Lambda's role may not look queues up: the URL is made from the event's ARN."""
+        arn = "arn:aws:sqs:us-east-1:123456789012:TASKHAWK-X"
+        bodies = [
+            json.dumps(taskhawk.Message.new("tests.f", [1]).as_dict()),
+            "malformed",
+        ]
+        records = [
+            {
+                "messageId": f"m{i}",
+                "receiptHandle": f"r{i}",
+                "body": body,
+                "attributes": {"ApproximateReceiveCount": "1"},
+                "messageAttributes": {},
+                "eventSource": "aws:sqs",
+                "eventSourceARN": arn,
+            }
+            for i, body in enumerate(bodies)
+        ]
+        with pytest.raises(taskhawk.ValidationError):
+            taskhawk.process_messages_for_lambda_consumer({"Records": records})
+        (call,) = aws.calls
+        assert call.action == "DeleteMessageBatch"
+        assert call.data["QueueUrl"] == f"{aws.url}/123456789012/TASKHAWK-X"
+        assert call.data["Entries"] == [{"Id": "0", "ReceiptHandle": "r0"}]
+
+
+NO_TOPIC = "there is no such topic: make it, or check TASKHAWK_QUEUE and AWS_ACCOUNT_ID"
+
+
+class TestSns:
+    """What a Lambda app's publisher sends to topics."""
+
+    @pytest.fixture
+    def sns(self, proxy, queue_name):
+        """Return the proxy to ministack, set up for a Lambda app."""
+        configure_aws(proxy.url, queue_name, IS_LAMBDA_APP=True)
+        return proxy
+
+    @pytest.fixture
+    def received(self, sns, ministack, sqs_client, queue_name):
+        """Subscribe a queue to the high-priority topic; return a function that empties it."""
+        client, name = (
+            sqs_client(ministack, "sns"),
+            f"taskhawk-{queue_name.lower()}-high-priority",
+        )
+        topic = client.create_topic(Name=name)["TopicArn"]
+        sqs_client(ministack).create_queue(QueueName=name)
+        client.subscribe(
+            TopicArn=topic,
+            Protocol="sqs",
+            Endpoint=f"arn:aws:sqs:us-east-1:000000000000:{name}",
+            Attributes={"RawMessageDelivery": "true"},
+        )
+
+        def receive():
+            with contextlib.closing(taskhawk.SqsBroker()) as broker:
+                found = []
+                while messages := broker.receive(name, 10, 0, 60, NEVER):
+                    found += messages
+                return found
+
+        return receive
+
+    def test_publish(self, sns, task, received):
+        """A dispatch is one request, and brings body and headers to the subscribed queue."""
+        invocation = task.with_priority(taskhawk.Priority.high).with_headers(
+            request_id="é1"
+        )
+        ids = [invocation.dispatch("a"), invocation.dispatch("b")]
+        assert sns.actions() == ["Publish", "Publish"]
+        messages = received()
+        assert sorted(json.loads(message.body)["id"] for message in messages) == sorted(
+            ids
+        )
+        for message in messages:
+            assert message.message_attributes["request_id"]["StringValue"] == "é1"
+            assert json.loads(message.body)["headers"] == {"request_id": "é1"}
+
+    def test_publish_batch(self, sns, task, received):
+        """A batch is a request for each ten messages."""
+        high = task.with_priority(taskhawk.Priority.high).with_headers(request_id="1")
+        with taskhawk.batch():
+            ids = [high.dispatch(number) for number in range(12)]
+        assert sns.actions() == ["PublishBatch", "PublishBatch"]
+        messages = received()
+        assert sorted(json.loads(message.body)["id"] for message in messages) == sorted(
+            ids
+        )
+        assert {
+            m.message_attributes["request_id"]["StringValue"] for m in messages
+        } == {"1"}
+
+    def test_partial_failure(self, aws):
+        """An answer of 200 to PublishBatch is read entry by entry."""
+        member = (
+            "<member><Id>{}</Id><Code>{}</Code><SenderFault>{}</SenderFault></member>"
+        )
+        failed = member.format(0, "InvalidParameter", "true") + member.format(
+            2, "Internal", "false"
+        )
+        successful = "<member><Id>1</Id><MessageId>m</MessageId></member>"
+        result = f"<Successful>{successful}</Successful><Failed>{failed}</Failed>"
+        body = (
+            f"<PublishBatchResponse><PublishBatchResult>{result}</PublishBatchResult>"
+        )
+        answer = f"{body}<ResponseMetadata/></PublishBatchResponse>"
+        aws.answers["PublishBatch"] = (
+            200,
+            {"Content-Type": "text/xml"},
+            answer.encode(),
+        )
+        with contextlib.closing(taskhawk.SnsSender()) as sender:
+            assert sender.send("arn:aws:sns:us-east-1:000000000000:t", numbered(4)) == [
+                taskhawk.Refusal(0, "InvalidParameter", "", final=True),
+                taskhawk.Refusal(2, "Internal", "", final=False),
+                taskhawk.Refusal(
+                    3, "Unanswered", "the answer does not name this entry", final=False
+                ),
+            ]
+
+    @pytest.mark.parametrize(
+        ("region", "partition"),
+        [
+            ("eu-west-1", "aws"),
+            ("cn-north-1", "aws-cn"),
+            ("us-gov-west-1", "aws-us-gov"),
+        ],
+    )
+    def test_topics(self, region, partition):
+        """A topic is named by partition, region, account, queue and priority, without a request."""
+        account = {"AWS_ACCOUNT_ID": 12345, "TASKHAWK_QUEUE": "DEV-myApp"}
+        taskhawk.configure(AWS_SETTINGS, AWS_REGION=region, **account)
+        with contextlib.closing(taskhawk.SnsSender()) as sender:
+            names = [sender.destination(priority) for priority in taskhawk.Priority]
+        topic = f"arn:{partition}:sns:{region}:000000012345:taskhawk-dev-myapp"
+        assert names == [
+            topic,
+            f"{topic}-high-priority",
+            f"{topic}-low-priority",
+            f"{topic}-bulk",
+        ]
+
+    @pytest.mark.parametrize(
+        ("code", "status", "remedy"),
+        [
+            ("NotFound", 404, NO_TOPIC),
+            ("AuthorizationError", 403, DENIED),
+            ("InvalidClientTokenId", 403, UNKNOWN_KEY),
+        ],
+    )
+    def test_errors_say_what_to_do(self, sns, task, code, status, remedy):
+        """What only a person can mend is one sentence with its remedy."""
+        sns.answers["Publish"] = sns_error(code, "why", status)
+        with pytest.raises(taskhawk.ConfigurationError) as caught:
+            task.dispatch("x")
+        name = f"taskhawk-{taskhawk.settings.TASKHAWK_QUEUE.lower()}"
+        topic = f"arn:aws:sns:us-east-1:000000000000:{name}"
+        assert str(caught.value) == f"{topic}: {remedy.format('Publish')} ({code})"
+
+    def test_missing_topic(self, ministack, task, queue_name):
+        """A topic that is not there is said to be missing."""
+        configure_aws(ministack, queue_name, IS_LAMBDA_APP=True)
+        with pytest.raises(taskhawk.ConfigurationError) as caught:
+            task.dispatch("x")
+        topic = f"arn:aws:sns:us-east-1:000000000000:taskhawk-{queue_name.lower()}"
+        assert str(caught.value) == f"{topic}: {NO_TOPIC} (NotFound)"
+
+    def test_no_region(self, task, queue_name):
+        """Without a region there is no topic's name: the sentence says how to set one."""
+        lambda_app = {"IS_LAMBDA_APP": True, "TASKHAWK_QUEUE": queue_name}
+        taskhawk.configure(AWS_SETTINGS, AWS_REGION=None, **lambda_app)
+        with pytest.raises(taskhawk.ConfigurationError) as caught:
+            task.dispatch("x")
+        assert str(caught.value) == (
+            f"taskhawk-{queue_name.lower()}: no AWS region: set AWS_REGION, for"
+            " example eu-west-1 (NoRegionError)"
+        )
+
+
+# --- 9. connections -------------------------------------------------------------------
+
+
+def forked(
+    function: Callable[[], object], how: str = "os.fork"
+) -> Callable[[], int | None]:
+    """Run a function in a forked child, and return a function that waits for its exit code."""
+
+    def child():
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(20)  # a child that hangs ends with -SIGALRM
+        function()
+
+    if how == "multiprocessing":
+        process = multiprocessing.get_context("fork").Process(target=child)
+        process.start()
+        return lambda: process.join(30) or process.exitcode
+    pid = os.fork()
+    if not pid:
+        try:
+            child()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return lambda: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+class TestProcesses:
+    """Threads share one broker, and a forked child has its own."""
+
+    @pytest.fixture
+    def queue(self, proxy, ministack, sqs_client, queue_name):
+        """Return the name of the default queue, which is on ministack behind the proxy."""
+        name = f"TASKHAWK-{queue_name}"
+        make_queue(sqs_client(ministack), name, 2)
+        return name
+
+    def test_made_once(self, tmp_path):
+        """However many threads are the first to need a broker, there is one."""
+        for url in ("sqs", f"sqlite:///{tmp_path}/queue.db"):
+            taskhawk.configure(AWS_SETTINGS, TASKHAWK_BROKER=url)
+            barrier = threading.Barrier(16)
+
+            def first(barrier=barrier):
+                barrier.wait(20)
+                return taskhawk._brokers.broker()
+
+            with concurrent.futures.ThreadPoolExecutor(16) as pool:
+                found = [pool.submit(first) for _ in range(16)]
+                assert len({id(future.result()) for future in found}) == 1
+            assert taskhawk._brokers.sender() is taskhawk._brokers.broker()
+
+    def test_sender(self, tmp_path):
+        """A Lambda app publishes to SNS, but on SQLite to its queues."""
+        taskhawk.configure(AWS_SETTINGS, IS_LAMBDA_APP=True)
+        assert isinstance(taskhawk._brokers.sender(), taskhawk.SnsSender)
+        assert isinstance(taskhawk._brokers.broker(), taskhawk.SqsBroker)
+        taskhawk.configure(
+            IS_LAMBDA_APP=True, TASKHAWK_BROKER=f"sqlite:///{tmp_path}/queue.db"
+        )
+        assert isinstance(taskhawk._brokers.sender(), taskhawk.SqliteBroker)
+
+    def test_threads_dispatch(self, proxy, task, queue):
+        """Threads share a client: each dispatch is one request, and none is lost or mixed up."""
+        task.dispatch(0)
+        with concurrent.futures.ThreadPoolExecutor(16) as pool:
+            ids = list(pool.map(task.dispatch, range(1, 160)))
+        assert len(set(ids)) == 159
+        assert proxy.actions() == ["GetQueueUrl", *["SendMessage"] * 160]
+        bodies = drain(taskhawk._brokers.broker(), queue)
+        assert sorted(json.loads(body)["args"][0] for body in bodies) == list(
+            range(160)
+        )
+
+    def test_threads_begin_together(self, aws, task):
+        """Threads that are the first to dispatch send each their own message, and no more."""
+        barrier = threading.Barrier(8)
+
+        def first(number):
+            barrier.wait(20)
+            task.dispatch(number)
+
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            list(pool.map(first, range(8)))
+        sent = [
+            call.data["MessageBody"]
+            for call in aws.calls
+            if call.action == "SendMessage"
+        ]
+        assert sorted(json.loads(body)["args"][0] for body in sent) == list(range(8))
+        known = len(aws.calls)
+        task.dispatch(8)
+        assert aws.actions()[known:] == ["SendMessage"]
+
+    def test_threads_dispatch_to_sqlite(self, task, tmp_path):
+        """Threads share a connection, and none is lost."""
+        taskhawk.configure(TASKHAWK_BROKER=f"sqlite:///{tmp_path}/queue.db")
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            list(pool.map(task.dispatch, range(80)))
+        bodies = drain(taskhawk._brokers.broker(), "TASKHAWK-DEFAULT")
+        assert sorted(json.loads(body)["args"][0] for body in bodies) == list(range(80))
+
+    def test_configure_closes_connections(self, aws, task):
+        """configure() closes the connections to SQS, and the next dispatch makes new ones."""
+        task.dispatch(1)
+        with aws.changed:
+            assert len(aws.connected) == 1
+        configure_aws(aws.url, "x")
+        with aws.changed:
+            assert aws.changed.wait_for(lambda: not aws.connected, timeout=10)
+        task.dispatch(2)
+        assert aws.actions() == ["GetQueueUrl", "SendMessage"] * 2
+
+    @pytest.mark.skipif(
+        not Path("/proc/self/fd").exists(), reason="only Linux lists open files"
+    )
+    def test_configure_closes_files(self, task, tmp_path):
+        """configure() closes the database, and the next dispatch opens it anew."""
+
+        def is_open():
+            files = [os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()]
+            return str(tmp_path / "queue.db") in files
+
+        taskhawk.configure(TASKHAWK_BROKER=f"sqlite:///{tmp_path}/queue.db")
+        assert not is_open()
+        for number in (1, 2):
+            task.dispatch(number)
+            assert is_open()
+            taskhawk.configure(TASKHAWK_BROKER=f"sqlite:///{tmp_path}/queue.db")
+            assert not is_open()
+        assert taskhawk._brokers.broker().depth("TASKHAWK-DEFAULT").visible == 2
+
+    @pytest.mark.parametrize("how", ["os.fork", "multiprocessing"])
+    def test_fork_on_sqs(self, proxy, task, queue, how):
+        """A forked child dispatches over connections of its own while its parent goes on."""
+        task.dispatch("parent before")
+        ours = {call.port for call in proxy.calls}
+
+        def child():
+            for number in range(5):
+                task.dispatch(f"child {number}")
+
+        wait = forked(child, how)
+        for number in range(5):
+            task.dispatch(f"parent {number}")
+        assert wait() == 0
+        sent = {
+            json.loads(call.data["MessageBody"])["args"][0]: call.port
+            for call in proxy.calls
+            if call.action == "SendMessage"
+        }
+        assert {
+            port for text, port in sent.items() if text.startswith("parent")
+        } == ours
+        assert not ours & {
+            port for text, port in sent.items() if text.startswith("child")
+        }
+        assert len(drain(taskhawk._brokers.broker(), queue)) == 11
+
+    @pytest.mark.parametrize("how", ["os.fork", "multiprocessing"])
+    def test_fork_on_sqlite(self, task, tmp_path, how):
+        """What a forked child dispatches is kept, whichever of the two closes the file first."""
+        url = f"sqlite:///{tmp_path}/queue.db"
+        taskhawk.configure(TASKHAWK_BROKER=url)
+        task.dispatch("parent before")
+        dispatched, closed = (
+            multiprocessing.get_context("fork").Event() for _ in range(2)
+        )
+
+        def child():
+            task.dispatch("child 1")
+            dispatched.set()
+            assert closed.wait(20)
+            task.dispatch("child 2")
+
+        wait = forked(child, how)
+        task.dispatch("parent after")
+        assert dispatched.wait(20)
+        taskhawk.configure(TASKHAWK_BROKER=url)
+        closed.set()
+        assert wait() == 0
+        bodies = drain(taskhawk._brokers.broker(), "TASKHAWK-DEFAULT")
+        texts = sorted(json.loads(body)["args"][0] for body in bodies)
+        assert texts == ["child 1", "child 2", "parent after", "parent before"]
+
+    def test_fork_while_threads_dispatch(self, task, tmp_path):
+        """A fork in the middle of other threads' transactions harms neither child nor parent."""
+        taskhawk.configure(TASKHAWK_BROKER=f"sqlite:///{tmp_path}/queue.db")
+        stop = threading.Event()
+
+        def dispatch_on():
+            count = 0
+            while not stop.is_set():
+                task.dispatch(count)
+                count += 1
+            return count
+
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            dispatching = [pool.submit(dispatch_on) for _ in range(2)]
+            waits = [forked(lambda: task.dispatch("child")) for _ in range(8)]
+            codes = [wait() for wait in waits]
+            stop.set()
+            count = sum(future.result() for future in dispatching)
+        assert codes == [0] * 8
+        assert taskhawk._brokers.broker().depth("TASKHAWK-DEFAULT").visible == count + 8
+
+    def test_fork_while_a_thread_adds_to_its_batch(self, task, tmp_path):
+        """A fork waits for what a thread adds, lest a lock stay held in the child for ever."""
+        taskhawk.configure(TASKHAWK_BROKER=f"sqlite:///{tmp_path}/queue.db")
+        adding, forking = threading.Event(), threading.Event()
+        os.register_at_fork(before=forking.set)
+
+        def slowly():
+            adding.set()
+            assert forking.wait(10)
+            yield from ()
+
+        def add():
+            with taskhawk.batch():
+                taskhawk._collect(slowly())
+
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            added = pool.submit(add)
+            assert adding.wait(10)
+            assert forked(lambda: task.dispatch("child"))() == 0
+            added.result()
+
+    def test_fork_elsewhere(self, task, tmp_path, monkeypatch):
+        """A relative path is relative to where it was first used, whatever a task does then."""
+        monkeypatch.chdir(tmp_path)
+        taskhawk.configure(TASKHAWK_BROKER="sqlite:///queue.db")
+        task.dispatch("before")
+        (tmp_path / "elsewhere").mkdir()
+        os.chdir("elsewhere")
+        assert forked(lambda: task.dispatch("child"))() == 0
+        task.dispatch("after")
+        assert taskhawk._brokers.broker().depth("TASKHAWK-DEFAULT").visible == 3
+        assert os.listdir() == []
+
+    def test_odd_directory(self, task, tmp_path, monkeypatch):
+        """A directory that no URL can name is no trouble to a relative path."""
+        (tmp_path / "odd?").mkdir()
+        monkeypatch.chdir(tmp_path / "odd?")
+        taskhawk.configure(TASKHAWK_BROKER="sqlite:///queue.db")
+        task.dispatch(1)
+        assert os.listdir(tmp_path / "odd?") != []
+
+    def test_fork_without_the_file(self, task, tmp_path):
+        """Where the file can't be opened again after a fork, that is an error until it can be."""
+        taskhawk.configure(TASKHAWK_BROKER=f"sqlite:///{tmp_path}/queues/queue.db")
+        (tmp_path / "queues").mkdir()
+        task.dispatch("before")
+        (tmp_path / "queues").rename(tmp_path / "away")
+        assert forked(lambda: None)() == 0
+        with pytest.raises(
+            taskhawk.ConfigurationError, match=r"unable to open database file$"
+        ):
+            task.dispatch("meanwhile")
+        (tmp_path / "away").rename(tmp_path / "queues")
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            pool.submit(task.dispatch, "after").result(20)
+        assert taskhawk._brokers.broker().depth("TASKHAWK-DEFAULT").visible == 2
+        (tmp_path / "queues").rename(tmp_path / "away")
+        assert forked(lambda: None)() == 0
+        taskhawk._brokers.close()  # there is nothing to close
+
+    def test_fork_with_memory(self, task):
+        """Memory is of one process: in a forked child it is refused, and the parent goes on."""
+        taskhawk.configure(TASKHAWK_BROKER="sqlite://")
+        task.dispatch(1)
+        read, write = os.pipe()
+
+        def child():
+            try:
+                task.dispatch(2)
+            except taskhawk.ConfigurationError as error:
+                os.write(write, str(error).encode())
+
+        assert forked(child)() == 0
+        os.close(write)
+        assert os.read(read, 1000).decode() == (
+            "sqlite:// is the memory of one process, and this is another: use a file, such as"
+            " sqlite:///queue.db"
+        )
+        os.close(read)
+        task.dispatch(3)
+        assert taskhawk._brokers.broker().depth("TASKHAWK-DEFAULT") == taskhawk.Depth(
+            2, 0, 0
+        )
+
+
+# === PART III: TASKS ==================================================================
+
+
+# --- 10. tasks ------------------------------------------------------------------------
+
+
 def place(fn: Any) -> str:
     """Return what errors say of where a function is."""
     code = fn.__code__
     return (
         f"{fn.__module__}.{fn.__qualname__} ({code.co_filename}:{code.co_firstlineno})"
     )
-
-
-def plain(value=None):
-    """Do nothing."""
 
 
 class Shop:
@@ -3388,238 +5520,1156 @@ class TestTasks:
         ]
 
 
-class TestSync:
-    """TASKHAWK_SYNC runs a dispatched task here and now, the way a worker would."""
+class TestRefusals:
+    """What can't be a task or a delay."""
 
-    def test_runs(self, sync):
-        """The call goes through JSON and back, and dispatch returns the message's id."""
-        runs = []
-
-        @taskhawk.task(name="shop.sell", priority=taskhawk.Priority.bulk)
-        def sell(what, metadata, headers):
-            runs.append((what, metadata, headers))
-
-        value = ({1: Decimal("1.50")}, (2, Decimal(3)))
-        message_id = sell.with_headers(when=(4,)).dispatch(value)
-        [(what, metadata, headers)] = runs
-        assert same_json(what, [{"1": 1.5}, [2, 3]])
-        assert headers == metadata.headers == {"when": [4]}
-        assert (metadata.id, metadata.priority) == (message_id, taskhawk.Priority.bulk)
-        assert (metadata.receipt, metadata.queue, metadata.attempt) == (None, None, 1)
-        assert not metadata.lease_lost
-        metadata.extend_visibility_timeout(10)  # of no queue: nothing to do
-
-    def test_refuses(self, sync):
-        """What could not be dispatched to a queue is refused all the same."""
-        task = taskhawk.task(name="shop.sell")(plain)
-        with pytest.raises(TypeError) as caught:
-            task.dispatch(1, 2)
-        assert str(caught.value) == "shop.sell: too many positional arguments"
-        with pytest.raises(TypeError) as caught:
-            task.dispatch({1})
-        text = "shop.sell: args[0] is not JSON: set is not a JSON type"
-        assert str(caught.value) == text
-        with pytest.raises(taskhawk.ValidationError):
-            task.dispatch(float("nan"))
-
-    @pytest.mark.parametrize(
-        "error",
-        [
-            ValueError("no milk"),
-            taskhawk.RetryException("later", delay_seconds=5),
-            taskhawk.LoggingException("no milk", extra={"shop": 1}),
-            taskhawk.StopRetry("never"),
-            SystemExit(3),
-            KeyboardInterrupt(),
-        ],
-        ids=lambda error: type(error).__name__,
-    )
-    def test_errors(self, sync, error):
-        """The task's exception, whatever it is, comes out of dispatch, and nothing is retried."""
-        runs, hooks = [], []
-        hook = functools.partial(hooks.append)
-        taskhawk.configure(
-            TASKHAWK_SYNC=True,
-            TASKHAWK_POST_PROCESS_HOOK=lambda **_: hook("post"),
-            TASKHAWK_ERROR_HOOK=lambda **_: hook("error"),
-        )
-
-        @taskhawk.task(name="shop.sell", retry=taskhawk.fixed(0, max_retries=3))
-        def sell():
-            runs.append(1)
-            raise error
-
-        with pytest.raises(type(error)) as caught:
-            sell.dispatch()
-        assert caught.value is error
-        assert (runs, hooks) == ([1], [])
-
-    @pytest.mark.parametrize("queue", [None, "shop"])
-    def test_hooks(self, queue):
-        """The hooks run around the task, also where it raises IgnoreException."""
-        seen = []
-
-        def hook(queue_name, sqs_queue_message):
-            body = json.loads(sqs_queue_message.body)
-            seen.append((queue_name, body["task"], sqs_queue_message.receipt_handle))
-            sqs_queue_message.change_visibility(VisibilityTimeout=3)  # of no queue
-            sqs_queue_message.delete()
-
-        settings = {"TASKHAWK_QUEUE": queue} if queue else {}
-        settings |= {
-            "TASKHAWK_PRE_PROCESS_HOOK": hook,
-            "TASKHAWK_POST_PROCESS_HOOK": hook,
-        }
-        taskhawk.configure(TASKHAWK_SYNC=True, **settings)
-
-        @taskhawk.task(name="shop.sell")
-        def sell():
-            seen.append("sold")
-            raise taskhawk.IgnoreException
-
-        assert sell.with_priority(taskhawk.Priority.high).dispatch()
-        name = "TASKHAWK-SHOP-HIGH-PRIORITY" if queue else "TASKHAWK-SYNC"
-        assert seen == [(name, "shop.sell", None), "sold", (name, "shop.sell", None)]
-
-    def test_hooks_of_lambda(self):
-        """In a Lambda app, the hooks get an SNS record."""
-        seen = []
-
-        def hook(sns_record):
-            seen.append(
-                (
-                    sns_record["Sns"]["MessageId"],
-                    json.loads(sns_record["Sns"]["Message"]),
-                )
-            )
-
-        taskhawk.configure(
-            TASKHAWK_SYNC=True, IS_LAMBDA_APP=True, TASKHAWK_PRE_PROCESS_HOOK=hook
-        )
-        message_id = taskhawk.task(name="shop.sell")(plain).dispatch(5)
-        [(sns_id, message)] = seen
-        assert sns_id == message["id"] == message_id
-        assert message["args"] == [5]
-
-    def test_hook_fails(self):
-        """A failing hook comes out of dispatch too: the pre hook's before the task runs."""
-        runs = []
-
-        def fail(**_):
-            raise OSError("no database")
-
-        @taskhawk.task(name="shop.sell")
-        def sell():
-            runs.append(1)
-
-        for name, count in (("PRE", 0), ("POST", 1)):
-            taskhawk.configure(
-                TASKHAWK_SYNC=True, **{f"TASKHAWK_{name}_PROCESS_HOOK": fail}
-            )
-            with pytest.raises(OSError, match=r"^no database$"):
-                sell.dispatch()
-            assert len(runs) == count
-
-    def test_no_delay(self, sync):
-        """A delay is ignored, however long."""
-        runs = []
-
-        @taskhawk.task(name="shop.sell")
-        def sell():
-            runs.append(1)
-
-        assert sell.with_delay(dt.timedelta(days=30)).dispatch()
-        assert runs == [1]
-
-    def test_default_headers(self):
-        """The default headers are given as they are without sync mode."""
-        seen = []
-
-        @taskhawk.task(name="shop.sell")
-        def sell(headers):
-            seen.append(headers)
-
-        hook = lambda task: {"request_id": task.name}  # noqa: E731
-        taskhawk.configure(TASKHAWK_SYNC=True, TASKHAWK_DEFAULT_HEADERS=hook)
-        sell.dispatch()
-        assert seen == [{"request_id": "shop.sell"}]
-
-    def test_batch(self, sync):
-        """A batch runs its tasks when the block ends, and not at all where the block raises."""
-        runs = []
-
-        @taskhawk.task(name="shop.sell")
-        def sell(what):
-            runs.append(what)
-
-        with taskhawk.batch():
-            sell.dispatch("milk")
-            sell.dispatch_many(["bread"])
-            sell.dispatch("tea")
-            before = list(runs)
-        assert (before, runs) == ([], ["milk", "bread", "tea"])
-        with contextlib.suppress(KeyError), taskhawk.batch():
-            sell.dispatch("milk")
-            raise KeyError
-        assert len(runs) == 3
-
-    def test_async(self, sync):
-        """An async task runs to its end, also where the caller's own event loop is running."""
-        runs = []
-        variable = contextvars.ContextVar("variable")
-
-        @taskhawk.task(name="shop.sell")
-        async def sell(what):
-            await asyncio.sleep(0)
-            runs.append((what, variable.get()))
-            if what == "nothing":
-                raise LookupError(what)
-
-        async def main():
-            variable.set("inside")
-            sell.dispatch("bread")
-            with pytest.raises(LookupError, match=r"^nothing$"):
-                sell.dispatch("nothing")
-
-        variable.set("outside")
-        sell.dispatch("milk")
-        asyncio.run(main())
-        assert runs == [("milk", "outside"), ("bread", "inside"), ("nothing", "inside")]
-
-    def test_needs_nothing(self, tmp_path):
-        """Sync mode needs no queue, no region and no credentials, and imports no botocore."""
-        code = textwrap.dedent("""
-            import sys
-
-            before = set(sys.modules)
-            import taskhawk
+    def test_generator(self):
+        """A generator function is refused: calling it would run none of it."""
+        with pytest.raises(taskhawk.ConfigurationError) as caught:
 
             @taskhawk.task
-            def sell(what):
-                print("sold", what)
+            def numbers():
+                yield 1
 
-            sell.dispatch("milk")
-            print(sorted({"asyncio", "botocore", "sqlite3"} & (set(sys.modules) - before)))
-        """)
-        result = run_python(code, cwd=tmp_path, env={"TASKHAWK_SYNC": "true"})
-        assert (result.stdout, result.stderr) == ("sold milk\n[]\n", "")
+        name = "TestRefusals.test_generator.<locals>.numbers"
+        assert str(caught.value) == (
+            f"{name} is a generator: expected a function that runs when it is called"
+        )
+
+    def test_delay(self):
+        """A delay is seconds or a timedelta."""
+
+        @taskhawk.task
+        def soon() -> None:
+            """Do nothing."""
+
+        with pytest.raises(TypeError) as caught:
+            soon.with_delay("5")
+        assert str(caught.value) == "delay: expected seconds or a timedelta, got '5'"
 
 
-PROCESSING_ID = "b1328174-a21c-43d3-b303-964dfcc76efc"
-PROCESSING_SECRET = "hunter2-0f6b6d1c"
+# --- 11. publishing -------------------------------------------------------------------
+
+NOTHING_CONFIGURED = {
+    "AWS_REGION": "TASKHAWK-X: no AWS region: set AWS_REGION, for example eu-west-1"
+    " (NoRegionError)",
+    "AWS_ACCESS_KEY": "TASKHAWK-X: no AWS credentials: set AWS_ACCESS_KEY and AWS_SECRET_KEY, or"
+    " give botocore a profile or role; to try things out without AWS, set TASKHAWK_BROKER to"
+    " sqlite:///queue.db (NoCredentialsError)",
+    "TASKHAWK_QUEUE": "TASKHAWK_QUEUE is not set: expected at most 71 letters, digits, hyphens and"
+    " underscores, such as 'dev-myapp', from taskhawk.configure(), the module named by"
+    " SETTINGS_MODULE, Django's settings or the environment",
+}
 
 
-def processing_body(task: str = "mail.send", **changes: Any) -> str:
-    """Return the body of a valid message, with some keys changed."""
-    metadata = {"priority": "high", "timestamp": 1460868253255, "version": "1.0"}
-    valid = {
-        "metadata": metadata,
-        "headers": {},
-        "task": task,
-        "args": [],
-        "kwargs": {},
-    }
-    return json.dumps({"id": PROCESSING_ID, **valid, **changes})
+class TestPublishing:
+    """dispatch(): nothing leaves that can't arrive, and what was accepted has an id."""
+
+    def test_id(self, sqlite):
+        """Dispatch returns the id that the task then sees in its metadata."""
+        seen = []
+
+        @taskhawk.task(name="ids.note")
+        def note(metadata):
+            seen.append(metadata.id)
+
+        sent = [note.dispatch(), note.with_priority(Priority.high).dispatch()]
+        for received in [*receive_all(), *receive_all(Priority.high)]:
+            assert taskhawk.process(received).fate is taskhawk.Fate.acknowledge
+        assert seen == sent
+        assert [str(uuid.UUID(text)) for text in sent] == sent
+
+    def test_publish(self, broker, mail):
+        """A message made by hand goes, through publish(), to the queue of its priority."""
+        message = Message.new("mail.send", ["a"], {"text": "b"}, "my-id", {"c": "d"})
+        message.priority = Priority.high
+        assert taskhawk.publish(message) == "my-id"
+        (received,) = receive_all(Priority.high)
+        assert Message(json.loads(received.body)) == message
+
+    def test_one_request(self, scripted, mail):
+        """A dispatch is one request; the first to a queue looks its URL up, and no other does."""
+        for _ in range(3):
+            mail.dispatch()
+        assert scripted.actions == ["GetQueueUrl", *["SendMessage"] * 3]
+        for _ in range(2):
+            mail.with_priority(Priority.high).dispatch()
+        assert scripted.actions[4:] == ["GetQueueUrl", *["SendMessage"] * 2]
+
+    def test_one_request_sns(self, scripted, queue_name, sqs_client, mail):
+        """Over SNS, a dispatch is one Publish to the topic of its priority."""
+        topic = f"taskhawk-{queue_name.lower()}-low-priority"
+        arn = sqs_client(scripted.url, "sns").create_topic(Name=topic)["TopicArn"]
+        configure_aws(scripted.url, queue_name, IS_LAMBDA_APP=True)
+        scripted.requests.clear()
+        for _ in range(2):
+            mail.with_priority(Priority.low).with_headers(a="b").dispatch()
+        assert scripted.actions == ["Publish"] * 2
+        payload = scripted.requests[0][1]
+        assert payload["TopicArn"] == arn
+        assert payload["MessageAttributes.entry.1.Name"] == "a"
+        assert json.loads(payload["Message"])["headers"] == {"a": "b"}
+
+    def test_threads(self, scripted, mail):
+        """Threads that begin at the same time share one client and one look-up of the URL."""
+        together = threading.Barrier(6)
+        release = threading.Event()
+
+        def slowly(
+            payload: dict[str, Any], forward: Callable[..., Any]
+        ) -> tuple[int, Any]:
+            release.wait(0.3)  # time for others to look up too, were they allowed to
+            return 200, forward(payload)
+
+        def send(number: int) -> None:
+            together.wait(10)
+            mail.dispatch(number)
+
+        scripted.always("GetQueueUrl", slowly)
+        threads = [threading.Thread(target=send, args=(n,)) for n in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(scripted.actions) == ["GetQueueUrl", *["SendMessage"] * 6]
+        assert sorted(received_args()) == list(range(6))
+
+    @pytest.mark.parametrize(
+        ("name", "value", "attribute"),
+        [
+            ("request_id", "1234", "1234"),
+            ("number", 5, "5"),
+            ("all.of_it-0", "Ümläut 😀\t\r\n\x7f\ud7ff\ue000\ufffd", ...),
+            ("AWSx", "a", "a"),
+            ("x" * 256, "a", "a"),
+            ("x" * 257, "a", None),
+            ("", "a", None),
+            ("AWS.x", "a", None),
+            ("aws.x", "a", None),
+            ("Amazon.x", "a", None),
+            ("aMAZON.x", "a", None),
+            ("taskhawk.error", "a", None),
+            (".x", "a", None),
+            ("x.", "a", None),
+            ("x..y", "a", None),
+            ("x y", "a", None),
+            ("x\n", "a", None),
+            ("ä", "a", None),
+            ("empty", "", None),
+            ("control", "a\x00", None),
+            ("surrogate", "\ud800", None),
+            ("not_a_character", "\ufffe", None),
+        ],
+    )
+    def test_attributes(self, sqlite, mail, name, value, attribute):
+        """A header is an attribute too, where SQS takes its name and value; the body has it."""
+        mail.with_headers(**{name: value}).dispatch()
+        (received,) = receive_all()
+        assert json.loads(received.body)["headers"] == {name: value}
+        text = value if attribute is ... else attribute
+        expected = {name: {"DataType": "String", "StringValue": text}} if text else {}
+        assert received.message_attributes == expected
+
+    def test_hostile_headers(self, endpoint, sqs_client, queue_name):
+        """A message with more than ten headers, some refused by SQS, arrives with all of them."""
+        seen = []
+
+        @taskhawk.task(name="headers.note")
+        def note(headers):
+            seen.append(headers)
+
+        make_queues(sqs_client(endpoint), queue_name)
+        configure_aws(endpoint, queue_name)
+        sent = {
+            "AWS.trace": "1",
+            "empty": "",
+            "nul": "\0",
+            "half": "\ud800",
+            "ü": {"any": [1]},
+        }
+        sent |= {f"header-{number}": f"é{number}" for number in range(12)}
+        note.with_headers(**sent).dispatch()
+        (received,) = receive_all()
+        names = [f"header-{number}" for number in range(10)]
+        assert sorted(received.message_attributes) == names
+        assert taskhawk.process(received).error is None
+        assert seen == [sent]
+
+    def test_body_is_the_truth(self):
+        """Where attributes and body differ, the task gets what the body says."""
+        seen = []
+
+        @taskhawk.task(name="headers.truth")
+        def note(headers):
+            seen.append(headers)
+
+        body = json.dumps(Message.new("headers.truth", headers={"a": "body"}).as_dict())
+        attributes = {"a": {"DataType": "String", "StringValue": "attribute"}}
+        assert (
+            taskhawk.process(QueueMessage(body, "m", message_attributes=attributes))[1]
+            is None
+        )
+        assert seen == [{"a": "body"}]
+
+    def test_size_sqs(self, scripted, mail):
+        """On SQS, a message of 1 MiB with its attributes is sent, and with one byte more is not."""
+        limit = 1_048_576
+        text = filler(limit, trace="é", name="n")
+        invocation = mail.with_headers(trace="é", name="n")
+        invocation.dispatch(text)
+        (received,) = receive_all()
+        assert service_size(received.body, received.message_attributes) == limit
+        scripted.requests.clear()
+        with pytest.raises(taskhawk.MessageTooLarge) as raised:
+            invocation.dispatch(text + "x")
+        assert str(raised.value) == (
+            "mail.send: the message has 1048577 bytes (body and attributes), and the limit is"
+            f" 1048576: the largest argument is args[0] with {len(text) + 3} bytes"
+        )
+        assert raised.value.limit == limit
+        assert isinstance(raised.value, taskhawk.ValidationError)
+        assert scripted.requests == []
+
+    def test_size_sns(self, scripted, queue_name, sqs_client, mail):
+        """Over SNS, the limit is 256 KiB."""
+        sqs_client(scripted.url, "sns").create_topic(
+            Name=f"taskhawk-{queue_name.lower()}"
+        )
+        configure_aws(scripted.url, queue_name, IS_LAMBDA_APP=True)
+        text = filler(262_144, trace="t")
+        invocation = mail.with_headers(trace="t")
+        invocation.dispatch(text)
+        with pytest.raises(taskhawk.MessageTooLarge) as raised:
+            invocation.dispatch(text + "x")
+        assert str(raised.value) == (
+            "mail.send: the message has 262145 bytes (body and attributes), and the limit is"
+            f" 262144: the largest argument is args[0] with {len(text) + 3} bytes"
+        )
+
+    @pytest.mark.parametrize(
+        ("call", "largest"),
+        [
+            ((["x"], {"text": "é" * 180_000}, {}), "kwargs.text with 1080002 bytes"),
+            ((["y" * 500_000, "x" * 600_000], {}, {}), "args[1] with 600002 bytes"),
+            (([], {}, {"trace": "x" * 1_048_576}), "headers.trace with 1048578 bytes"),
+        ],
+    )
+    def test_largest(self, sqlite, mail, call, largest):
+        """The error names the argument or header that takes most, in bytes as they are sent."""
+        args, kwargs, headers = call
+        with pytest.raises(taskhawk.MessageTooLarge) as raised:
+            mail.with_headers(**headers).dispatch(*args, **kwargs)
+        assert str(raised.value).endswith(
+            f"and the limit is 1048576: the largest argument is {largest}"
+        )
+        assert sqlite.depth("TASKHAWK-DEFAULT") == Depth(0, 0, 0)
+
+    def test_too_large_without_arguments(self, sqlite):
+        """Where it is the task's name that is too large, the error does not blame an argument."""
+
+        @taskhawk.task(name="n" * 1_048_576)
+        def long_name():
+            """Do nothing."""
+
+        with pytest.raises(taskhawk.MessageTooLarge) as raised:
+            long_name.dispatch()
+        assert "the largest argument" not in str(raised.value)
+        assert len(str(raised.value)) < 1000
+
+    def test_pinned_queue(self, endpoint, sqs_client, queue_name, mail):
+        """A size that only this queue refuses, pinned below the service's limit, says the same."""
+        make_queues(sqs_client(endpoint), queue_name, MaximumMessageSize="2048")
+        configure_aws(endpoint, queue_name)
+        mail.dispatch(filler(2048))
+        text = filler(2049)
+        with pytest.raises(taskhawk.MessageTooLarge) as raised:
+            mail.dispatch(text)
+        assert str(raised.value) == (
+            "mail.send: the message has 2049 bytes (body and attributes), and the limit is 2048:"
+            f" the largest argument is args[0] with {len(text) + 2} bytes"
+        )
+        assert raised.value.limit == 2048
+
+    @pytest.mark.parametrize(
+        ("value", "expected"),
+        [
+            (decimal.Decimal(3), "3"),
+            (decimal.Decimal("1E+2"), "100"),
+            (decimal.Decimal("2.50"), "2.5"),
+            (2**64, "18446744073709551616"),
+            ((1, [None, True]), "[1,[null,true]]"),
+            ("\ud800\0é", '"\\ud800\\u0000\\u00e9"'),
+            ({"a": {"b": 1.5}}, '{"a":{"b":1.5}}'),
+        ],
+    )
+    def test_json(self, sqlite, mail, value, expected):
+        """What JSON has is sent, Decimals as numbers, and the body is ASCII."""
+        mail.dispatch(value)
+        (received,) = receive_all()
+        assert f'"args":[{expected}]' in received.body
+        assert received.body.isascii()
+
+    @pytest.mark.parametrize(
+        ("value", "why"),
+        [
+            ({1, 2}, "set is not a JSON type"),
+            ([b"bytes"], "bytes is not a JSON type"),
+            ({"deep": [object()]}, "object is not a JSON type"),
+            (Priority.high, "Priority is not a JSON type"),
+            ({(1, 2): 3}, "keys must be str, int, float, bool or None, not tuple"),
+            (math.nan, "Out of range float values are not JSON compliant"),
+            ([math.inf], "Out of range float values are not JSON compliant"),
+            (-math.inf, "Out of range float values are not JSON compliant"),
+            (
+                decimal.Decimal("NaN"),
+                "Out of range float values are not JSON compliant",
+            ),
+            (decimal.Decimal("sNaN"), "cannot convert signaling NaN to float"),
+            (decimal.Decimal("Infinity"), "Out of range float values"),
+        ],
+    )
+    @pytest.mark.parametrize("where", ["args[1]", "kwargs.text", "headers.trace"])
+    def test_not_json(self, sqlite, mail, value, why, where):
+        """What is not JSON fails at the caller, naming the argument or header."""
+        args = ["fine", value] if where == "args[1]" else ["fine"]
+        kwargs = {"text": value} if where == "kwargs.text" else {}
+        headers = {"trace": value} if where == "headers.trace" else {}
+        number = isinstance(value, float | decimal.Decimal) or value == [math.inf]
+        expected = taskhawk.ValidationError if number else TypeError
+        with pytest.raises(expected) as raised:
+            mail.with_headers(**headers).dispatch(*args, **kwargs)
+        assert type(raised.value) is expected
+        # Newer Pythons add the value: "…JSON compliant: nan".
+        assert str(raised.value).startswith(f"mail.send: {where} is not JSON: {why}")
+        assert sqlite.depth("TASKHAWK-DEFAULT") == Depth(0, 0, 0)
+
+    def test_astronomical(self):
+        """A Decimal with a huge exponent fails too, instead of being written out for minutes."""
+        code = """
+import decimal, taskhawk
+taskhawk.configure(TASKHAWK_BROKER="sqlite://")
+@taskhawk.task(name="mail.send")
+def send(amount): pass
+try:
+    send.dispatch(decimal.Decimal("1E+99999999"))
+except taskhawk.ValidationError as error:
+    print(str(error).partition("JSON:")[0])
+"""
+        assert run_python(code, timeout=30).stdout == "mail.send: args[0] is not \n"
+
+    def test_endless(self, sqlite, mail):
+        """What contains itself, or is nested too deeply, fails naming the argument."""
+        circle: list[Any] = []
+        circle.append(circle)
+        deep: list[Any] = []
+        for _ in range(200_000):
+            deep = [deep]
+        for value in (circle, deep):
+            with pytest.raises(
+                taskhawk.ValidationError, match=r"^mail.send: args\[0\] is not JSON: "
+            ):
+                mail.dispatch(value)
+        while deep:  # or its deallocation is what nests too deeply
+            deep = deep.pop()
+
+    def test_delay_sqs(self, scripted, mail):
+        """A delay of up to 15 minutes is the queue's DelaySeconds, rounded up."""
+        delays = (900, timedelta(minutes=15), 0.2, 59.5, 0)
+        for delay in delays:
+            mail.with_delay(delay).dispatch()
+        with taskhawk.batch():
+            for delay in delays:
+                mail.with_delay(delay).dispatch()
+        one_by_one = [payload for _, payload in scripted.requests[1:6]]
+        for sent in (one_by_one, scripted.requests[6][1]["Entries"]):
+            assert [entry.get("DelaySeconds") for entry in sent] == [
+                900,
+                900,
+                1,
+                60,
+                None,
+            ]
+
+    @pytest.mark.parametrize("delay", [900.001, 3600, timedelta(days=1)])
+    def test_delay_too_long(self, scripted, mail, delay):
+        """A longer delay is refused on SQS before anything is sent."""
+        seconds = delay.total_seconds() if isinstance(delay, timedelta) else delay
+        with pytest.raises(taskhawk.ConfigurationError) as raised:
+            mail.with_delay(delay).dispatch()
+        assert str(raised.value) == (
+            f"mail.send: the queue can hold a message back for at most 900 s, got {seconds:g} s"
+        )
+        assert scripted.requests == []
+
+    def test_delay_sns(self, scripted, queue_name, sqs_client, mail):
+        """SNS delays nothing: any delay is refused, and none is none."""
+        sqs_client(scripted.url, "sns").create_topic(
+            Name=f"taskhawk-{queue_name.lower()}"
+        )
+        configure_aws(scripted.url, queue_name, IS_LAMBDA_APP=True)
+        mail.with_delay(0).dispatch()
+        with pytest.raises(taskhawk.ConfigurationError) as raised:
+            mail.with_delay(1).dispatch()
+        assert str(raised.value) == (
+            "mail.send: the queue can hold a message back for at most 0 s, got 1 s"
+        )
+
+    def test_delay_sqlite(self, tmp_path, mail):
+        """SQLite holds a message back for any time, to the millisecond."""
+        url = f"sqlite:///{tmp_path}/queue.db"
+        taskhawk.configure(TASKHAWK_BROKER=url)
+        mail.with_delay(timedelta(days=400)).dispatch("late")
+        now = time.time()
+        assert taskhawk._brokers.broker().depth("TASKHAWK-DEFAULT") == Depth(0, 0, 1)
+        assert received_args() == []
+        for days, visible in ((399.999, 0), (400.001, 1)):
+            later = taskhawk.SqliteBroker(url, clock=lambda: now + days * 86_400)  # noqa: B023
+            assert later.depth("TASKHAWK-DEFAULT").visible == visible
+            later.close()
+
+    @pytest.mark.parametrize("delay", [-1, math.nan, math.inf, timedelta(seconds=-1)])
+    def test_delay_impossible(self, mail, delay):
+        """A delay is 0 or more seconds, and finite."""
+        seconds = delay.total_seconds() if isinstance(delay, timedelta) else delay
+        with pytest.raises(
+            ValueError, match=f"^delay: expected 0 or more seconds, got {seconds}$"
+        ):
+            mail.with_delay(delay)
+
+    @pytest.mark.parametrize(
+        ("hook", "expected"),
+        [
+            (lambda: {"a": "hook", "b": 1}, {"a": "mine", "b": 1}),
+            (lambda task: {"name": task.name}, {"name": "mail.send", "a": "mine"}),
+            (lambda **kwargs: {"keys": list(kwargs)}, {"keys": ["task"], "a": "mine"}),
+            (lambda: None, {"a": "mine"}),
+            (lambda: {1: "x"}, {"1": "x", "a": "mine"}),
+        ],
+    )
+    def test_default_headers(self, mail, hook, expected):
+        """The default headers are asked for at each dispatch, and give way to with_headers()."""
+        taskhawk.configure(TASKHAWK_BROKER="sqlite://", TASKHAWK_DEFAULT_HEADERS=hook)
+        mail.with_headers(a="mine").dispatch()
+        (received,) = receive_all()
+        assert json.loads(received.body)["headers"] == expected
+
+    def test_missing_queue(self, endpoint, queue_name, mail):
+        """Where the queue does not exist, the error says so, and what to check."""
+        configure_aws(endpoint, queue_name)
+        with pytest.raises(taskhawk.ConfigurationError) as raised:
+            mail.with_priority(Priority.bulk).dispatch()
+        assert str(raised.value) == (
+            f"TASKHAWK-{queue_name}-BULK: there is no such queue here: make it, or check"
+            " TASKHAWK_QUEUE, AWS_REGION and the account (NonExistentQueue)"
+        )
+
+    def test_missing_topic(self, scripted, queue_name, mail):
+        """Where the topic does not exist, the error says so, and what to check."""
+        configure_aws(scripted.url, queue_name, IS_LAMBDA_APP=True)
+        with pytest.raises(taskhawk.ConfigurationError) as raised:
+            mail.dispatch()
+        assert str(raised.value) == (
+            f"arn:aws:sns:us-east-1:000000000000:taskhawk-{queue_name.lower()}: there is no such"
+            " topic: make it, or check TASKHAWK_QUEUE and AWS_ACCOUNT_ID (NotFound)"
+        )
+
+    @pytest.mark.parametrize(
+        ("code", "remedy"),
+        [
+            ("AccessDenied", DENIED),
+            ("AccessDeniedException", DENIED),
+            ("AuthorizationError", DENIED),
+            ("InvalidClientTokenId", UNKNOWN_KEY),
+            ("UnrecognizedClientException", UNKNOWN_KEY),
+            (
+                "SignatureDoesNotMatch",
+                "AWS refuses these credentials: check AWS_SECRET_KEY",
+            ),
+        ],
+    )
+    def test_denied(self, scripted, queue_name, mail, code, remedy):
+        """What a person must mend is a ConfigurationError with one sentence that says how."""
+        sns = code == "AuthorizationError"
+        configure_aws(scripted.url, queue_name, IS_LAMBDA_APP=sns)
+        where = f"TASKHAWK-{queue_name}"
+        if sns:
+            where = f"arn:aws:sns:us-east-1:000000000000:taskhawk-{queue_name.lower()}"
+        scripted.always("SendMessage", fault(code, status=403))
+        scripted.always("Publish", fault(code, status=403))
+        with pytest.raises(taskhawk.ConfigurationError) as raised:
+            mail.dispatch()
+        text = remedy.format("Publish" if sns else "SendMessage")
+        assert str(raised.value) == f"{where}: {text} ({code})"
+        assert raised.value.__cause__.response["Error"]["Code"] == code
+
+    @pytest.mark.parametrize("missing", NOTHING_CONFIGURED)
+    def test_nothing_configured(self, mail, missing):
+        """A first dispatch without a region, credentials or a queue says which to set."""
+        given = {
+            "AWS_ACCESS_KEY": "a",
+            "AWS_SECRET_KEY": "b",
+            "AWS_REGION": "us-east-1",
+        }
+        given |= {"TASKHAWK_QUEUE": "x", "AWS_ENDPOINT_SQS": "http://127.0.0.1:1"}
+        del given[missing]
+        if missing == "AWS_ACCESS_KEY":
+            del given["AWS_SECRET_KEY"]
+        taskhawk.configure(given)
+        with pytest.raises(taskhawk.ConfigurationError) as raised:
+            mail.dispatch()
+        assert str(raised.value) == NOTHING_CONFIGURED[missing]
+
+    def test_other_errors(self, scripted, mail):
+        """An error that no person need mend is raised as botocore raises it."""
+        scripted.always("SendMessage", fault("InvalidMessageContents", "odd"))
+        with pytest.raises(botocore.exceptions.ClientError) as raised:
+            mail.dispatch()
+        assert raised.value.response["Error"]["Code"] == "InvalidMessageContents"
+
+    def test_retried_by_botocore(self, scripted, mail):
+        """A send that the service fails at is made again, within one dispatch."""
+        scripted.script("SendMessage", fault("InternalFailure", status=500))
+        mail.dispatch("once")
+        assert scripted.actions == ["GetQueueUrl", "SendMessage", "SendMessage"]
+        assert received_args() == ["once"]
+
+
+TOO_LONG = fault("AWS.SimpleQueueService.BatchRequestTooLong", "too long")
+
+
+def too_long(most: int) -> ScriptedAnswer:
+    """Refuse a batch of more than so many messages, as SQS does where their sum is too long."""
+    return lambda payload, forward: (
+        TOO_LONG(payload, forward) if len(payload["Entries"]) > most else None
+    )
+
+
+def only_to(queue: str, answer: ScriptedAnswer) -> ScriptedAnswer:
+    """Give an answer to the requests for one queue alone."""
+    return lambda payload, forward: (
+        answer(payload, forward) if payload["QueueUrl"].endswith(f"/{queue}") else None
+    )
+
+
+class TestBatch:
+    """batch() and dispatch_many(): fewer requests, and exactly what was not accepted is raised."""
+
+    def test_ten_to_a_call(self, scripted, mail):
+        """Dispatches are collected, and leave ten to a request, in order, when the block ends."""
+        with taskhawk.batch():
+            ids = [mail.dispatch(number) for number in range(25)]
+            assert scripted.actions == []
+        assert scripted.actions == ["GetQueueUrl", *["SendMessageBatch"] * 3]
+        assert scripted.batches == [10, 10, 5]
+        messages = [json.loads(message.body) for message in receive_all()]
+        assert sorted(message["args"][0] for message in messages) == list(range(25))
+        assert sorted(message["id"] for message in messages) == sorted(ids)
+
+    def test_one_or_none(self, scripted, mail):
+        """A block with one dispatch is one request, and a block with none is none."""
+        with taskhawk.batch():
+            pass
+        assert scripted.actions == []
+        with taskhawk.batch():
+            mail.dispatch()
+        assert scripted.actions == ["GetQueueUrl", "SendMessage"]
+
+    def test_total_size(self, endpoint, sqs_client, queue_name, mail):
+        """Messages of 300 KB leave three to a request, within 1 MiB, which the service checks."""
+        make_queues(sqs_client(endpoint), queue_name)
+        configure_aws(endpoint, queue_name)
+        with taskhawk.batch():
+            for number in range(7):
+                mail.dispatch(number, "x" * 300_000)
+        assert sorted(received_args()) == list(range(7))
+
+    def test_total_size_counted(self, scripted, mail):
+        """A request is filled to the last byte of 1 MiB, attributes included, and no further."""
+        half, header = 524_288, {"trace": "é"}
+        invocation = mail.with_headers(**header)
+        with taskhawk.batch():
+            for size in (half, half, half, half + 1, half, half):
+                invocation.dispatch(filler(size, **header))
+        assert scripted.batches == [2, 1, 1, 2]
+
+    def test_priorities_and_tasks(self, scripted, mail):
+        """One block takes all tasks and priorities; each queue gets its own requests."""
+
+        @taskhawk.task(name="mail.other", priority=Priority.high)
+        def other(number):
+            """Do nothing."""
+
+        with taskhawk.batch():
+            for number in range(8):
+                mail.dispatch(number)
+                other.with_headers(n=str(number)).dispatch(number)
+        assert scripted.actions == ["GetQueueUrl", "SendMessageBatch"] * 2
+        assert scripted.batches == [8, 8]
+        assert (
+            sorted(received_args())
+            == sorted(received_args(Priority.high))
+            == list(range(8))
+        )
+
+    def test_sns(self, scripted, queue_name, sqs_client, mail):
+        """Over SNS, PublishBatch sends ten, and less where the sum would be above 256 KiB."""
+        sns, sqs = sqs_client(scripted.url, "sns"), sqs_client(scripted.url)
+        arn = sns.create_topic(Name=f"taskhawk-{queue_name.lower()}")["TopicArn"]
+        url = sqs.create_queue(QueueName=f"{queue_name}-SNS")["QueueUrl"]
+        endpoint = f"arn:aws:sqs:us-east-1:000000000000:{queue_name}-SNS"
+        raw = {"RawMessageDelivery": "true"}
+        sns.subscribe(TopicArn=arn, Protocol="sqs", Endpoint=endpoint, Attributes=raw)
+        configure_aws(scripted.url, queue_name, IS_LAMBDA_APP=True)
+        scripted.requests.clear()
+        with taskhawk.batch():
+            for number in range(12):
+                mail.with_headers(n=str(number)).dispatch(number)
+            for number in (12, 13):
+                mail.dispatch(number, "x" * 250_000)
+        assert scripted.actions == ["PublishBatch", "PublishBatch", "Publish"]
+        assert scripted.batches == [10, 3, 1]
+        polls = iter(
+            lambda: sqs.receive_message(QueueUrl=url, MaxNumberOfMessages=10).get(
+                "Messages"
+            ),
+            None,
+        )
+        numbers = [
+            json.loads(message["Body"])["args"][0] for poll in polls for message in poll
+        ]
+        assert sorted(numbers) == list(range(14))
+
+    def test_sns_fails(self, scripted, queue_name, mail):
+        """What SNS refuses as a whole is raised, ready to be published again."""
+        configure_aws(scripted.url, queue_name, IS_LAMBDA_APP=True)
+        with pytest.raises(taskhawk.PartialFailure) as raised, taskhawk.batch():
+            ids = [mail.dispatch(number) for number in range(3)]
+        assert [message.id for message in raised.value.unsent] == ids
+        assert str(raised.value) == "3 of 3 messages failed: NotFound"
+
+    def test_nested(self, scripted, mail):
+        """A block inside another joins it: all is sent when the outer one ends."""
+        with taskhawk.batch():
+            mail.dispatch(0)
+            with taskhawk.batch():
+                mail.dispatch(1)
+            assert scripted.actions == []
+            mail.dispatch(2)
+        assert scripted.batches == [3]
+
+    @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+    def test_exception(self, scripted, mail, error):
+        """An exception inside sends nothing; what is dispatched afterwards is sent at once."""
+
+        def fail() -> None:
+            with taskhawk.batch():
+                mail.dispatch(0)
+                with taskhawk.batch():
+                    mail.dispatch(1)
+                raise error
+
+        with pytest.raises(error):
+            fail()
+        assert scripted.actions == []
+        mail.dispatch(2)
+        assert scripted.batches == [1]
+        assert received_args() == [2]
+
+    def test_wrong_dispatch(self, sqlite, mail):
+        """What can't be sent raises where it is dispatched, and the block can go on."""
+        with taskhawk.batch():
+            mail.dispatch(0)
+            with pytest.raises(TypeError):
+                mail.dispatch({1})
+            with pytest.raises(taskhawk.MessageTooLarge):
+                mail.dispatch("x" * 1_048_576)
+        assert received_args() == [0]
+
+    def test_thread(self, sqlite, mail):
+        """A thread started inside has no part in the block: it sends directly."""
+        with taskhawk.batch():
+            mail.dispatch("block")
+            thread = threading.Thread(target=mail.dispatch, args=("thread",))
+            thread.start()
+            thread.join()
+            assert received_args() == ["thread"]
+        assert received_args() == ["block"]
+
+    def test_thread_with_context(self, sqlite, mail):
+        """A thread that runs in a copy of the context joins the block, but sends after its end."""
+        ended = threading.Event()
+
+        def work() -> None:
+            mail.dispatch("inside")
+            joined.set()
+            ended.wait(10)
+            with taskhawk.batch():  # of its own, now
+                mail.dispatch("after")
+                mail.dispatch("after too")
+                late.append(received_args())
+            mail.dispatch("at last")
+
+        joined, late = threading.Event(), []
+        with taskhawk.batch():
+            thread = threading.Thread(
+                target=contextvars.copy_context().run, args=(work,)
+            )
+            thread.start()
+            assert joined.wait(10)
+            assert received_args() == []
+        assert received_args() == ["inside"]
+        ended.set()
+        thread.join()
+        assert late == [[]]
+        assert received_args() == ["after", "after too", "at last"]
+
+    def test_race(self, sqlite, mail):
+        """While a block ends, what threads in its context dispatch is sent, and once."""
+        busy = threading.Barrier(5)
+
+        def work(first: int) -> None:
+            for number in range(first, first + 100):
+                mail.dispatch(number)
+                if number == first + 20:
+                    busy.wait(10)
+
+        with taskhawk.batch():
+            threads = [
+                threading.Thread(
+                    target=contextvars.copy_context().run, args=(work, first)
+                )
+                for first in (0, 100, 200, 300)
+            ]
+            for thread in threads:
+                thread.start()
+            busy.wait(10)
+        for thread in threads:
+            thread.join()
+        assert sorted(received_args()) == list(range(400))
+
+    def test_asyncio(self, sqlite, mail):
+        """Tasks of an event loop join the block they were made in, and send after its end."""
+
+        async def dispatch(number: int, when: asyncio.Event) -> None:
+            await when.wait()
+            mail.dispatch(number)
+
+        async def main() -> None:
+            now, later = asyncio.Event(), asyncio.Event()
+            now.set()
+            async with asyncio.TaskGroup() as group:
+                with taskhawk.batch():
+                    await asyncio.gather(
+                        *(dispatch(number, now) for number in range(3))
+                    )
+                    group.create_task(dispatch(3, later))
+                    assert received_args() == []
+                assert received_args() == [0, 1, 2]
+                outside = group.create_task(dispatch(4, now))
+                await outside
+                assert received_args() == [4]
+                later.set()
+            assert received_args() == [3]
+
+        asyncio.run(main())
+
+    def test_refused_for_now(self, scripted, mail):
+        """What the service refuses by its own fault is sent again, alone, and nobody is told."""
+        scripted.script("SendMessageBatch", refuse(1, 3), refuse(1))
+        with taskhawk.batch():
+            for number in range(4):
+                mail.dispatch(number)
+        assert scripted.batches == [4, 2, 1]
+        assert sorted(received_args()) == [0, 1, 2, 3]
+
+    def test_refused_for_good(self, scripted, mail):
+        """What is refused by its own fault is raised at once, and alone: the rest was sent."""
+        scripted.script(
+            "SendMessageBatch", passed, refuse(1, 9, code="Bad", ours=True), passed
+        )
+        with pytest.raises(taskhawk.PartialFailure) as raised, taskhawk.batch():
+            ids = [mail.dispatch(number) for number in range(25)]
+        assert scripted.batches == [10, 10, 5]
+        error = raised.value
+        assert str(error) == "2 of 25 messages failed: Bad"
+        assert (error.success_count, error.failure_count) == (23, 2)
+        assert error.result["Failed"] == [
+            {"Id": ids[11], "Code": "Bad", "Message": "no"},
+            {"Id": ids[19], "Code": "Bad", "Message": "no"},
+        ]
+        assert error.result["Successful"] == [
+            {"Id": sent} for number, sent in enumerate(ids) if number not in (11, 19)
+        ]
+        assert [message.args for message in error.unsent] == [[11], [19]]
+
+    def test_unsent_as_dispatched(self, scripted, mail):
+        """What is unsent is what was dispatched, though the caller has changed it meanwhile."""
+        scripted.always(
+            "SendMessageBatch",
+            refuse(0, 1, 2, code="InvalidMessageContents", ours=True),
+        )
+        row: dict[str, int] = {}
+        calls = (row.update(number=number) or (row,) for number in range(3))
+        with pytest.raises(taskhawk.PartialFailure) as raised:
+            mail.dispatch_many(calls)
+        rows = [message.args for message in raised.value.unsent]
+        assert rows == [[{"number": 0}], [{"number": 1}], [{"number": 2}]]
+
+    def test_unsent(self, scripted, mail):
+        """After three attempts it is raised too; to publish what is unsent delivers each once."""
+        scripted.script("SendMessageBatch", refuse(2, 5), refuse(0, 1), refuse(0, 1))
+        high = mail.with_priority(Priority.high)
+        calls = [
+            (task.with_headers(n=str(n)), n) for n in range(10) for task in (mail, high)
+        ]
+        with pytest.raises(taskhawk.PartialFailure) as raised, taskhawk.batch():
+            [invocation.dispatch(number) for invocation, number in calls]
+        assert scripted.batches == [10, 2, 2, 10]
+        assert str(raised.value) == "2 of 20 messages failed: InternalError"
+        with taskhawk.batch():
+            for message in raised.value.unsent:
+                taskhawk.publish(message)
+        found = {m.message_attributes["n"]["StringValue"]: m for m in receive_all()}
+        assert sorted(map(int, found)) == list(range(10))
+        assert all(json.loads(m.body)["args"] == [int(n)] for n, m in found.items())
+
+    def test_unsent_keeps(self, scripted, mail):
+        """An unsent message keeps its priority and its delay."""
+        scripted.always("SendMessageBatch", refuse(0, ours=True))
+        with pytest.raises(taskhawk.PartialFailure) as raised, taskhawk.batch():
+            [
+                mail.with_priority(Priority.high).with_delay(7).dispatch()
+                for _ in range(2)
+            ]
+        taskhawk.publish(raised.value.unsent[0])
+        action, payload = scripted.requests[-1]
+        assert (action, payload["DelaySeconds"]) == ("SendMessage", 7)
+        assert payload["QueueUrl"].endswith("-HIGH-PRIORITY")
+
+    def test_unanswered(self, scripted, mail):
+        """A message that the answer does not name is not taken for sent."""
+
+        def silent(
+            payload: dict[str, Any], forward: Callable[..., Any]
+        ) -> tuple[int, Any]:
+            return 200, {"Successful": forward(payload)["Successful"][:1]}
+
+        scripted.script("SendMessageBatch", *[silent] * 3)
+        with pytest.raises(taskhawk.PartialFailure) as raised, taskhawk.batch():
+            [mail.dispatch(number) for number in range(4)]
+        assert scripted.batches == [4, 3, 2]
+        assert str(raised.value) == "1 of 4 messages failed: Unanswered"
+        assert [message.args for message in raised.value.unsent] == [[3]]
+
+    def test_whole_call_fails(self, scripted, mail, queue_name):
+        """Where a request fails, the rest for that queue is unsent; other queues go on."""
+        high = mail.with_priority(Priority.high)
+        scripted.script(
+            "SendMessageBatch",
+            passed,
+            fault("AccessDenied", status=403),
+            only_to(f"TASKHAWK-{queue_name}", fault("AccessDenied", status=403)),
+        )
+        with pytest.raises(taskhawk.PartialFailure) as raised, taskhawk.batch():
+            [mail.dispatch(number) for number in range(25)] + [
+                high.dispatch(n) for n in (0, 1)
+            ]
+        assert str(raised.value) == "15 of 27 messages failed: AccessDenied"
+        assert [message.args for message in raised.value.unsent] == [
+            [n] for n in range(10, 25)
+        ]
+        assert raised.value.result["Failed"][0]["Message"] == (
+            f"TASKHAWK-{queue_name}: access denied: the IAM policy of these credentials does not"
+            " allow SendMessage (AccessDenied)"
+        )
+        assert sorted(received_args()) == list(range(10))
+        assert sorted(received_args(Priority.high)) == [0, 1]
+
+    def test_other_failures(self, scripted, mail):
+        """A failure that no sentence explains is told as the service tells it."""
+        scripted.always("SendMessageBatch", fault("Odd", "because"))
+        with pytest.raises(taskhawk.PartialFailure) as raised, taskhawk.batch():
+            ids = [mail.dispatch() for _ in range(2)]
+        why = "An error occurred (Odd) when calling the SendMessageBatch operation: because"
+        assert raised.value.result == {
+            "Successful": [],
+            "Failed": [{"Id": sent, "Code": "Odd", "Message": why} for sent in ids],
+        }
+
+    def test_second_attempt_fails(self, scripted, mail):
+        """Where the second attempt fails as a whole, what the first one sent is not unsent."""
+        scripted.script("SendMessageBatch", refuse(1))
+        scripted.script("SendMessage", fault("AccessDenied", status=403))
+        with pytest.raises(taskhawk.PartialFailure) as raised, taskhawk.batch():
+            [mail.dispatch(number) for number in range(3)]
+        assert [message.args for message in raised.value.unsent] == [[1]]
+        assert str(raised.value) == "1 of 3 messages failed: AccessDenied"
+        taskhawk.publish(raised.value.unsent[0])
+        assert sorted(received_args()) == [0, 1, 2]
+
+    def test_second_attempt_works(self, scripted, mail):
+        """A second attempt that fails as a whole is followed by a third."""
+        scripted.script("SendMessageBatch", refuse(1, 2), fault("KmsThrottled"))
+        with taskhawk.batch():
+            for number in range(4):
+                mail.dispatch(number)
+        assert sorted(received_args()) == [0, 1, 2, 3]
+
+    def test_sum_too_long(self, scripted, mail):
+        """Where the queue finds the sum too long, the messages are sent one by one."""
+        scripted.always("SendMessageBatch", too_long(1))
+        scripted.script("SendMessage", passed, fault("AccessDenied"), passed, passed)
+        with pytest.raises(taskhawk.PartialFailure) as raised, taskhawk.batch():
+            [mail.dispatch(number) for number in range(4)]
+        assert [message.args for message in raised.value.unsent] == [[1]]
+        assert sorted(received_args()) == [0, 2, 3]
+
+    def test_one_too_long(self, scripted, mail):
+        """A message that is too long for its queue alone is unsent alone."""
+
+        def pinned(payload: dict[str, Any], forward: Callable[..., Any]) -> Any:
+            size = sum(
+                len(entry["MessageBody"]) for entry in payload.get("Entries", [payload])
+            )
+            return TOO_LONG(payload, forward) if size > 262_144 else None
+
+        scripted.always("SendMessageBatch", pinned)
+        scripted.always("SendMessage", pinned)
+        with pytest.raises(taskhawk.PartialFailure) as raised, taskhawk.batch():
+            [
+                mail.dispatch(number, "x" * (300_000 if number == 2 else 100_000))
+                for number in range(5)
+            ]
+        assert [message.args[0] for message in raised.value.unsent] == [2]
+        assert sorted(received_args()) == [0, 1, 3, 4]
+
+    def test_pinned_queue(self, ministack, sqs_client, queue_name, mail):
+        """In a batch, a message that is too large for its queue is the only one refused."""
+        make_queues(sqs_client(ministack), queue_name, MaximumMessageSize="2048")
+        configure_aws(ministack, queue_name)
+        with pytest.raises(taskhawk.PartialFailure) as raised, taskhawk.batch():
+            [mail.dispatch(text) for text in ("small", filler(2049))]
+        assert raised.value.result["Failed"][0]["Message"] == (
+            "One or more parameters are invalid. Reason: Message must be shorter than 2048 bytes."
+        )
+        assert received_args() == ["small"]
+
+    def test_missing_queue(self, ministack, queue_name, mail):
+        """Where the queue is missing, all is unsent, and each entry says what to check."""
+        configure_aws(ministack, queue_name)
+        with pytest.raises(taskhawk.PartialFailure) as raised, taskhawk.batch():
+            mail.dispatch()
+        assert str(raised.value) == "1 of 1 messages failed: NonExistentQueue"
+        assert raised.value.result["Failed"][0]["Message"] == (
+            f"TASKHAWK-{queue_name}: there is no such queue here: make it, or check"
+            " TASKHAWK_QUEUE, AWS_REGION and the account (NonExistentQueue)"
+        )
+
+    def test_sync(self):
+        """In sync mode, the tasks run when the block ends, in order, and nothing is queued."""
+        ran = []
+
+        @taskhawk.task(name="sync.note")
+        def note(number):
+            ran.append(number)
+            if number == 1:
+                note.dispatch(10)  # no block is open any more
+
+        taskhawk.configure(TASKHAWK_SYNC=True)
+        with taskhawk.batch():
+            for number in range(3):
+                note.dispatch(number)
+            assert ran == []
+        assert ran == [0, 1, 10, 2]
+
+    def test_sync_fails(self):
+        """In sync mode, a task's exception comes out of the block."""
+
+        @taskhawk.task(name="sync.fail")
+        def fail():
+            raise ZeroDivisionError
+
+        taskhawk.configure(TASKHAWK_SYNC=True)
+        with pytest.raises(ZeroDivisionError), taskhawk.batch():
+            fail.dispatch()
+
+    def test_dispatch_many(self, sqlite, mail):
+        """A tuple is a call's arguments, a dict its keyword arguments, all else its only one."""
+        calls = [(), (1,), ("a", "b"), {}, {"text": "c"}, [1, 2], "text", None, 5]
+        assert mail.dispatch_many(calls) == 9
+        messages = [json.loads(message.body) for message in receive_all()]
+        assert [(message["args"], message["kwargs"]) for message in messages] == [
+            ([], {}),
+            ([1], {}),
+            (["a", "b"], {}),
+            ([], {}),
+            ([], {"text": "c"}),
+            ([[1, 2]], {}),
+            (["text"], {}),
+            ([None], {}),
+            ([5], {}),
+        ]
+        assert len({message["id"] for message in messages}) == 9
+
+    def test_dispatch_many_options(self, scripted, mail):
+        """An invocation's headers, priority and delay are those of each message."""
+        invocation = mail.with_priority(Priority.high).with_headers(a="b").with_delay(5)
+        assert invocation.dispatch_many(range(12)) == 12
+        assert scripted.batches == [10, 2]
+        for entry in itertools.chain(*(p["Entries"] for _, p in scripted.requests[1:])):
+            assert entry["DelaySeconds"] == 5
+            assert json.loads(entry["MessageBody"])["headers"] == {"a": "b"}
+        assert scripted.requests[1][1]["QueueUrl"].endswith("-HIGH-PRIORITY")
+
+    def test_dispatch_many_of_none(self, scripted, mail):
+        """Of nothing, nothing is sent."""
+        assert mail.dispatch_many([]) == 0
+        assert scripted.actions == []
+
+    def test_dispatch_many_is_lazy(self, sqlite, mail):
+        """No more than ten messages wait in memory: the rest is sent, or not yet read."""
+
+        def numbers() -> Iterator[int]:
+            for number in range(95):
+                assert sqlite.depth("TASKHAWK-DEFAULT").visible == number // 10 * 10
+                yield number
+
+        assert mail.dispatch_many(numbers()) == 95
+        assert received_args() == list(range(95))
+
+    @pytest.mark.parametrize("bad", [{1}, ZeroDivisionError])
+    def test_dispatch_many_stops(self, sqlite, mail, bad):
+        """An iterable that fails, or has what can't be sent, ends it; full tens are sent before."""
+
+        def numbers() -> Iterator[Any]:
+            yield from range(13)
+            if bad is ZeroDivisionError:
+                raise bad
+            yield bad
+            pytest.fail("read on")
+
+        with pytest.raises(bad if bad is ZeroDivisionError else TypeError):
+            mail.dispatch_many(numbers())
+        assert received_args() == list(range(10))
+
+    def test_dispatch_many_hook_fails(self, sqlite, mail):
+        """A hook that has no headers left is not the end of the calls."""
+        hook = iter([{}] * 13).__next__
+        taskhawk.configure(
+            TASKHAWK_BROKER="sqlite://", TASKHAWK_DEFAULT_HEADERS=lambda **_: hook()
+        )
+        with pytest.raises(RuntimeError) as caught:
+            mail.dispatch_many(range(20))
+        assert isinstance(caught.value.__cause__, StopIteration)
+        assert received_args() == list(range(10))
+
+    def test_dispatch_many_snapshot(self, sqlite, mail):
+        """A call is encoded when it is read: what its object becomes later has no part."""
+
+        def rows() -> Iterator[Any]:
+            row = []
+            for number in range(3):
+                row.append(number)
+                yield row
+
+        mail.dispatch_many(rows())
+        assert received_args() == [[0], [0, 1], [0, 1, 2]]
+
+    def test_dispatch_many_refused(self, scripted, mail):
+        """What is not accepted ends it too, and says exactly what it was."""
+        numbers = iter(range(35))
+        scripted.script("SendMessageBatch", passed, refuse(4, ours=True))
+        with pytest.raises(taskhawk.PartialFailure) as raised:
+            mail.dispatch_many(numbers)
+        assert [message.args for message in raised.value.unsent] == [[14]]
+        assert next(numbers) == 20
+        assert sorted(received_args()) == [n for n in range(20) if n != 14]
+
+    def test_dispatch_many_sync(self):
+        """In sync mode, each call runs."""
+        ran = []
+
+        @taskhawk.task(name="sync.many")
+        def note(number):
+            ran.append(number)
+
+        taskhawk.configure(TASKHAWK_SYNC=True)
+        assert note.dispatch_many(range(12)) == 12
+        assert ran == list(range(12))
+
+
+class TestCapture:
+    """capture() collects what would be sent, with arguments as the worker would get them."""
+
+    def test_collects(self):
+        """Each dispatch is there, in order, whatever way it takes; nothing has to be configured."""
+
+        @taskhawk.task(name="mail.send")
+        def send(to, at=None):
+            pytest.fail("ran")
+
+        with taskhawk.capture() as calls:
+            invocation = (
+                send.with_headers(a="1").with_priority(Priority.high).with_delay(60)
+            )
+            message_id = invocation.dispatch("x", at=decimal.Decimal("1.5"))
+            with taskhawk.batch():
+                send.dispatch("y")
+            send.dispatch_many(["z"])
+        assert calls[0] == taskhawk.Captured(
+            "mail.send", ["x"], {"at": 1.5}, {"a": "1"}, Priority.high, 60, message_id
+        )
+        assert [call.args for call in calls] == [["x"], ["y"], ["z"]]
+
+    def test_refuses(self, mail):
+        """What can't be sent raises as it does for real, and is not there."""
+        with taskhawk.capture() as calls:
+            with pytest.raises(
+                TypeError, match=r"mail\.send: too many positional arguments"
+            ):
+                mail.dispatch(1, 2, 3)
+            with pytest.raises(taskhawk.ValidationError):
+                mail.dispatch(math.nan)
+            with pytest.raises(taskhawk.MessageTooLarge):
+                mail.dispatch("x" * 1_048_576)
+            with pytest.raises(taskhawk.ConfigurationError):
+                mail.with_delay(901).dispatch()
+        assert calls == []
+
+    def test_threads(self, mail):
+        """What other threads of the process dispatch is there too."""
+        with taskhawk.capture() as calls:
+            thread = threading.Thread(target=mail.dispatch, args=(1,))
+            thread.start()
+            thread.join()
+        assert [call.args for call in calls] == [[1]]
+
+    def test_ends(self, sqlite, mail):
+        """The inner of two has its own; after the end, also by an error, messages are sent."""
+        with contextlib.suppress(ZeroDivisionError), taskhawk.capture() as outer:
+            with taskhawk.capture() as inner:
+                mail.dispatch("inner")
+            mail.dispatch("outer")
+            raise ZeroDivisionError
+        assert ([call.args for call in inner], [call.args for call in outer]) == (
+            [["inner"]],
+            [["outer"]],
+        )
+        mail.dispatch("sent")
+        assert received_args() == ["sent"]
+
+    def test_sync(self, mail):
+        """It goes before sync mode: nothing runs."""
+        taskhawk.configure(TASKHAWK_SYNC=True)
+        with taskhawk.capture() as calls, taskhawk.batch():
+            mail.dispatch("x")
+        assert [call.args for call in calls] == [["x"]]
+
+
+# === PART IV: WORK ====================================================================
+
+
+# --- 12. processing -------------------------------------------------------------------
 
 
 def processing_run(fn: Callable[..., Any], attempt: int = 1, **options: Any) -> Outcome:
@@ -3634,15 +6684,6 @@ def processing_run(fn: Callable[..., Any], attempt: int = 1, **options: Any) -> 
 
 def nothing() -> None:
     """Be a task that does nothing."""
-
-
-def raising(error: BaseException) -> Callable[..., Any]:
-    """Return a task, hook or policy that raises this error."""
-
-    def raises(_attempt: int = 0, **_: Any) -> Any:
-        raise error
-
-    return raises
 
 
 @contextlib.contextmanager
@@ -3668,6 +6709,7 @@ PROCESSING_ENDS = {
 }
 PROCESSING_LEFT, PROCESSING_AGAIN, PROCESSING_DEAD = PROCESSING_ENDS
 PROCESSING_FIVE = {"retry": taskhawk.fixed(5, 2, jitter=False)}
+
 # What a task raises, its options, and the attempt that it is.
 PROCESSING_FAILURES: dict[str, tuple[BaseException, Mapping[str, Any], int, str]] = {
     "an exception": (ValueError("no"), {}, 1, PROCESSING_LEFT),
@@ -3767,36 +6809,7 @@ PROCESSING_RETRIES: dict[
         "is left to the queue",
     ),
 }
-# Bodies that say a secret in vain, and what is wrong with them.
-PROCESSING_INVALID = {
-    "not JSON": (f"{{{PROCESSING_SECRET}", "message: not JSON at character 1"),
-    "empty": ("", "message: not JSON at character 0"),
-    "nothing": (None, "message: expected a string of JSON, got null"),
-    "too deep": ("[" * 100_000, "message: nested too deeply"),
-    "a huge number": ("9" * 5_000, "message: not JSON"),
-    "an array": (
-        json.dumps([PROCESSING_SECRET]),
-        "message: expected an object, got an array",
-    ),
-    "wrong headers": (
-        processing_body(headers=PROCESSING_SECRET),
-        "headers: expected an object, got a string",
-    ),
-    "wrong arguments": (
-        processing_body(args=PROCESSING_SECRET),
-        "args: expected an array, got a string",
-    ),
-    "wrong version": (
-        processing_body(
-            args=[PROCESSING_SECRET], metadata={"version": 2, "timestamp": 1}
-        ),
-        'metadata.version: expected "1.0", got 2',
-    ),
-    "unknown task": (
-        processing_body("mail.receive", args=[PROCESSING_SECRET]),
-        "no task is registered as 'mail.receive': is its module imported?",
-    ),
-}
+
 # In an interpreter of its own: the limit of these records is the process's, and goes by a clock.
 PROCESSING_CHILD = """
 import json, logging, pathlib, sys, time
@@ -4469,4286 +7482,532 @@ assert [is_open_after_a_run() for _ in range(2)] == [True, False]
         assert done.returncode == 0, done.stderr
 
 
-LAMBDA_ARN = "arn:aws:sqs:us-east-1:123456789012:TASKHAWK-DEV-MYAPP"
-LAMBDA_FIFO_ARN = f"{LAMBDA_ARN}.fifo"
-LAMBDA_DENIED = f"TASKHAWK-DEV-MYAPP: {DENIED} (AccessDenied)"
-
-
-def lambda_sqs_record(body: Any, name: str, **attributes: str) -> dict[str, Any]:
-    """Return a record of an SQS event, as AWS writes it."""
-    return {
-        "messageId": name,
-        "receiptHandle": f"receipt of {name}",
-        "body": body,
-        "attributes": {
-            "ApproximateReceiveCount": "1",
-            "SentTimestamp": "1545082649183",
-            "SenderId": "AIDAIENQZJOLO23YVJ4VO",
-            "ApproximateFirstReceiveTimestamp": "1545082649185",
-            **attributes,
-        },
-        "messageAttributes": {
-            "request_id": {
-                "stringValue": "1234",
-                "stringListValues": [],
-                "binaryListValues": [],
-                "dataType": "String",
-            }
-        },
-        "md5OfBody": "e4e68fb7bd0e697a0ae8f1bb342846b3",
-        "eventSource": "aws:sqs",
-        "eventSourceARN": LAMBDA_ARN,
-        "awsRegion": "us-east-1",
-    }
-
-
-def lambda_sns_record(body: Any, name: str) -> dict[str, Any]:
-    """Return a record of an SNS event, as AWS writes it."""
-    topic = "arn:aws:sns:us-east-1:123456789012:taskhawk-dev-myapp"
-    return {
-        "EventVersion": "1.0",
-        "EventSubscriptionArn": f"{topic}:21be56ed-a058-49f5-8c98-aedd2564c486",
-        "EventSource": "aws:sns",
-        "Sns": {
-            "SignatureVersion": "1",
-            "Timestamp": "2019-01-02T12:45:07.000Z",
-            "Signature": "tcc6faL2yUC6dgZdmrwh1Y4cGa/ebXEkAi6RibDsvpi+tE/1+82j...65r==",
-            "SigningCertUrl": "https://sns.us-east-1.amazonaws.com/SimpleNotificationService.pem",
-            "MessageId": name,
-            "Message": body,
-            "MessageAttributes": {"request_id": {"Type": "String", "Value": "1234"}},
-            "Type": "Notification",
-            "UnsubscribeUrl": "https://sns.us-east-1.amazonaws.com/?Action=Unsubscribe",
-            "TopicArn": topic,
-            "Subject": None,
-        },
-    }
-
-
-LAMBDA_RECORDS = {"SNS": lambda_sns_record, "SQS": lambda_sqs_record}
-
-
-def lambda_event(
-    *calls: Any, make: Callable[..., Any] = lambda_sqs_record
-) -> dict[str, Any]:
-    """Return an event with a message for the task lambda.run for each of the arguments."""
-    bodies = (processing_body("lambda.run", args=[call]) for call in calls)
-    return {"Records": [make(body, f"m{n}") for n, body in enumerate(bodies, 1)]}
-
-
-class LambdaSqs(AwsServer):
-    """Answers as SQS does, in its JSON protocol, and denies or fails some."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = self.requests
-        #: actions that the role may not call
-        self.denied: set[str] = set()
-        #: receipts that are refused
-        self.refused: set[str] = set()
-        #: so many calls get no more than an HTTP status 503
-        self.unavailable = 0
-
-    def reply(self, call: Call) -> tuple[int, dict[str, str], Any]:
-        """Answer a batch call."""
-        if self.unavailable:
-            self.unavailable -= 1
-            return 503, {}, {}
-        if call.action in self.denied:
-            text = f"not authorized to perform: sqs:{call.action}"
-            return sqs_error("AccessDenied", text, 403)
-        found: dict[bool, list[Any]] = {True: [], False: []}
-        for entry in call.data["Entries"]:
-            refusal = {
-                "Code": "ReceiptHandleIsInvalid",
-                "Message": "gone",
-                "SenderFault": True,
-            }
-            found[entry["ReceiptHandle"] in self.refused].append(
-                {"Id": entry["Id"], **refusal}
-            )
-        return 200, {}, {"Successful": found[False], "Failed": found[True]}
-
-    def entries(self, action: str, *keys: str) -> list[list[tuple[Any, ...]]]:
-        """Return what each batch call of this action had in its entries."""
-        calls = [call for name, call in self.calls if name == action]
-        return [
-            [tuple(entry[k] for k in keys) for entry in call["Entries"]]
-            for call in calls
-        ]
-
-
-@pytest.fixture
-def lambda_sqs() -> Iterator[LambdaSqs]:
-    """Yield an SQS that keeps its calls, and configure taskhawk for it as in a Lambda function."""
-    with LambdaSqs().running() as sqs:
-        taskhawk.configure(AWS_KEYS, AWS_ENDPOINT_SQS=sqs.url, IS_LAMBDA_APP=True)
-        yield sqs
-
-
-@pytest.fixture
-def lambda_runs() -> list[Any]:
-    """Register the task lambda.run, and return the list of what it was called with.
-
-    It raises what LAMBDA_ENDS has under its argument.
-    """
-    runs: list[Any] = []
-
-    @taskhawk.task(name="lambda.run")
-    def run(what: Any) -> None:
-        runs.append(what)
-        if what in LAMBDA_ENDS:
-            raise LAMBDA_ENDS[what]
-
-    return runs
-
-
-LAMBDA_ENDS: dict[Any, BaseException] = {
-    "fail": ValueError("no"),
-    "fail too": OSError("nor this"),
-    "exit": SystemExit(3),
-    "give up": taskhawk.StopRetry("enough"),
-    "later": taskhawk.RetryException("later"),
-    "in 90.5 s": taskhawk.RetryException(delay_seconds=90.5),
-    "at once": taskhawk.RetryException(delay_seconds=0),
-    "in a month": taskhawk.RetryException(delay_seconds=2_592_000),
-    "ignore": taskhawk.IgnoreException(),
-    "fail, and say so": taskhawk.LoggingException("no", {"order": 7}),
-}
-LAMBDA_FAILURES = ["fail", "exit", "give up", "later", "in 90.5 s", "fail, and say so"]
-LAMBDA_BAD = lambda_sqs_record(None, "bad")
-LAMBDA_MALFORMED: dict[str, Any] = {
-    "null": None,
-    "text": "text",
-    "empty": {},
-    "Sns null": {"Sns": None},
-    "Sns empty": {"Sns": {}},
-    "Sns of nulls": {"Sns": {"Message": None, "MessageId": None}},
-    "Kinesis": {"kinesis": {"data": "e30="}},
-    "body null": LAMBDA_BAD,
-    "messageAttributes null": {**LAMBDA_BAD, "messageAttributes": None},
-    "messageAttributes of numbers": {**LAMBDA_BAD, "messageAttributes": {"a": 1}},
-    "messageAttributes an array": {**LAMBDA_BAD, "messageAttributes": ["a"]},
-    "attributes null": {**LAMBDA_BAD, "attributes": None},
-    "attributes text": {**LAMBDA_BAD, "attributes": "text"},
-    "receive count text": lambda_sqs_record(
-        None, "bad", ApproximateReceiveCount="many"
-    ),
-    "ARN text": {**LAMBDA_BAD, "eventSourceARN": "text"},
-    "ARN a number": {**LAMBDA_BAD, "eventSourceARN": 5},
-}
-
-
-def lambda_warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """Return the texts of the warnings, without botocore's remark on its attempts."""
-    texts = (r.getMessage() for r in caplog.records if r.levelname == "WARNING")
-    return [text.replace(" (reached max retries: 0)", "") for text in texts]
-
-
-class LambdaTime:
-    """Lambda's context: its time passes as the tasks say."""
-
-    def __init__(self, remaining_ms: int) -> None:
-        self.remaining_ms = remaining_ms
-
-    def get_remaining_time_in_millis(self) -> int:
-        """Return the time until Lambda ends the function."""
-        return self.remaining_ms
-
-
-class TestLambda:
-    """An event's failures always raise, or are in the answer."""
-
-    @pytest.mark.parametrize("kind", LAMBDA_RECORDS)
-    def test_all_succeeded(self, kind, lambda_runs, caplog):
-        """Where all succeeded nothing is called: on this endpoint's port nobody listens."""
-        endpoint = f"http://127.0.0.1:{free_port()}"
-        taskhawk.configure(
-            AWS_KEYS, AWS_ENDPOINT_SQS=endpoint, AWS_ENDPOINT_SNS=endpoint
-        )
-        event = lambda_event(1, "ignore", 2, make=LAMBDA_RECORDS[kind])
-        assert taskhawk.process_messages_for_lambda_consumer(event) is None
-        assert lambda_runs == [1, "ignore", 2]
-        assert caplog.records == []
-
-    def test_all_succeeded_by_the_calls(self, lambda_sqs, lambda_runs):
-        """Lambda deletes what succeeded, whatever the kind of answer that it wants."""
-        event = lambda_event(1, "ignore")
-        assert taskhawk.process_messages_for_lambda_consumer(event) is None
-        answer = taskhawk.process_messages_for_lambda_consumer(
-            event, partial_batch=True
-        )
-        assert answer == {"batchItemFailures": []}
-        assert lambda_sqs.calls == []
-
-    def test_embedded_broker(self, lambda_runs):
-        """A handler can be tried out on a machine whose broker is the embedded one, without AWS."""
-        taskhawk.configure(TASKHAWK_BROKER="sqlite://")
-        with pytest.raises(ValueError, match=r"^no$"):
-            taskhawk.process_messages_for_lambda_consumer(lambda_event(1, "fail"))
-        assert lambda_runs == [1, "fail"]
-
-    @pytest.mark.parametrize("kind", LAMBDA_RECORDS)
-    @pytest.mark.parametrize("end", LAMBDA_FAILURES)
-    def test_one_failed(self, kind, end, lambda_sqs, lambda_runs):
-        """One failure raises that very exception, after the others were run."""
-        event = lambda_event(1, end, 2, make=LAMBDA_RECORDS[kind])
-        with pytest.raises(type(LAMBDA_ENDS[end])) as caught:
-            taskhawk.process_messages_for_lambda_consumer(event)
-        assert caught.value is LAMBDA_ENDS[end]
-        assert lambda_runs == [1, end, 2]
-
-    @pytest.mark.parametrize("kind", LAMBDA_RECORDS)
-    def test_several_failed(self, kind, lambda_sqs, lambda_runs):
-        """Several failures raise a group of those very exceptions, in the order of the event."""
-        event = lambda_event(
-            "fail", 1, "give up", "fail too", make=LAMBDA_RECORDS[kind]
-        )
-        with pytest.raises(ExceptionGroup) as caught:
-            taskhawk.process_messages_for_lambda_consumer(event)
-        ends = ("fail", "give up", "fail too")
-        assert caught.value.exceptions == tuple(LAMBDA_ENDS[end] for end in ends)
-        assert str(caught.value) == "several runs failed (3 sub-exceptions)"
-        assert lambda_runs == ["fail", 1, "give up", "fail too"]
-
-    def test_several_failed_and_one_wants_to_exit(self, lambda_sqs, lambda_runs):
-        """A SystemExit among several failures makes it a BaseExceptionGroup."""
-        with pytest.raises(BaseExceptionGroup) as caught:
-            taskhawk.process_messages_for_lambda_consumer(lambda_event("fail", "exit"))
-        assert caught.value.exceptions == (LAMBDA_ENDS["fail"], LAMBDA_ENDS["exit"])
-
-    def test_partial_batch(self, lambda_sqs, lambda_runs):
-        """partial_batch=True answers what failed instead, and leaves the deletes to Lambda."""
-        event = lambda_event(1, *LAMBDA_FAILURES, 2)
-        answer = taskhawk.process_messages_for_lambda_consumer(
-            event, partial_batch=True
-        )
-        assert answer == {
-            "batchItemFailures": [
-                {"itemIdentifier": f"m{n}"} for n in (2, 3, 4, 5, 6, 7)
-            ]
-        }
-        assert lambda_runs == [1, *LAMBDA_FAILURES, 2]
-        assert lambda_sqs.entries("DeleteMessageBatch", "ReceiptHandle") == []
-
-    def test_partial_batch_of_sns(self, lambda_runs):
-        """SNS has no partial batches, and would take the answer for success: a failure raises."""
-        event = lambda_event("fail", 1, make=lambda_sns_record)
-        with pytest.raises(ValueError, match=r"^no$"):
-            taskhawk.process_messages_for_lambda_consumer(event, partial_batch=True)
-        assert lambda_runs == ["fail", 1]
-
-    def test_succeeded_are_deleted(self, lambda_sqs, lambda_runs):
-        """What succeeded is deleted before a failure is raised: ten a call, nothing looked up."""
-        event = lambda_event("fail", *range(21), "give up")
-        with pytest.raises(ExceptionGroup, match="several runs failed"):
-            taskhawk.process_messages_for_lambda_consumer(event)
-        assert [action for action, _ in lambda_sqs.calls] == ["DeleteMessageBatch"] * 3
-        url = (
-            f"http://127.0.0.1:{lambda_sqs.server_port}/123456789012/TASKHAWK-DEV-MYAPP"
-        )
-        assert {call["QueueUrl"] for _, call in lambda_sqs.calls} == {url}
-        deleted = lambda_sqs.entries("DeleteMessageBatch", "ReceiptHandle")
-        assert [len(entries) for entries in deleted] == [10, 10, 1]
-        assert list(itertools.chain(*deleted)) == [
-            (f"receipt of m{n}",) for n in range(2, 23)
-        ]
-
-    def test_succeeded_are_deleted_from_a_real_queue(
-        self, ministack, sqs_client, queue_name, lambda_runs
-    ):
-        """On a real queue the failed message alone is left, or nothing but the answer is."""
-        client = sqs_client(ministack)
-        url = client.create_queue(QueueName=f"TASKHAWK-{queue_name}")["QueueUrl"]
-        names = [
-            "QueueArn",
-            "ApproximateNumberOfMessages",
-            "ApproximateNumberOfMessagesNotVisible",
-        ]
-
-        def attributes() -> list[str]:
-            found = client.get_queue_attributes(QueueUrl=url, AttributeNames=names)[
-                "Attributes"
-            ]
-            return [found[name] for name in names]
-
-        sent = lambda_event(1, "fail", 2, "ignore")["Records"]
-        for record in sent:
-            client.send_message(QueueUrl=url, MessageBody=record["body"])
-        received: list[Any] = []
-        while len(received) < len(sent):
-            received += client.receive_message(
-                QueueUrl=url,
-                MaxNumberOfMessages=10,
-                MessageSystemAttributeNames=["All"],
-            ).get("Messages", [])
-        keys = {
-            "messageId": "MessageId",
-            "receiptHandle": "ReceiptHandle",
-            "body": "Body",
-        }
-        event = {
-            "Records": [
-                {
-                    **{theirs: message[ours] for theirs, ours in keys.items()},
-                    "attributes": message["Attributes"],
-                    "messageAttributes": {},
-                    "eventSource": "aws:sqs",
-                    "eventSourceARN": attributes()[0],
-                }
-                for message in received
-            ]
-        }
-        assert attributes()[1:] == ["0", "4"]
-        taskhawk.configure(AWS_KEYS, AWS_ENDPOINT_SQS=ministack)
-        with pytest.raises(ValueError, match=r"^no$"):
-            taskhawk.process_messages_for_lambda_consumer(event)
-        assert attributes()[1:] == ["0", "1"]
-        assert sorted(map(str, lambda_runs)) == ["1", "2", "fail", "ignore"]
-        event["Records"] = [r for r in event["Records"] if '"fail"' in r["body"]]
-        event["Records"][0]["body"] = processing_body("lambda.run", args=["at once"])
-        answer = taskhawk.process_messages_for_lambda_consumer(
-            event, partial_batch=True
-        )
-        failed = event["Records"][0]["messageId"]
-        assert answer == {"batchItemFailures": [{"itemIdentifier": failed}]}
-        (again,) = client.receive_message(QueueUrl=url)["Messages"]
-        assert again["MessageId"] == failed
-
-    @pytest.mark.parametrize("how", ["denied", "refused"])
-    def test_succeeded_cannot_be_deleted(self, how, lambda_sqs, lambda_runs, caplog):
-        """Where the delete fails the failure is raised all the same, and a warning says so."""
-        if how == "denied":
-            lambda_sqs.denied = {"DeleteMessageBatch"}
-            why = LAMBDA_DENIED.format("DeleteMessage")
-        else:
-            lambda_sqs.refused = {"receipt of m1", "receipt of m4"}
-            why = "gone"
-        count = 3 if how == "denied" else 2
-        with pytest.raises(ValueError, match=r"^no$"):
-            taskhawk.process_messages_for_lambda_consumer(lambda_event(1, "fail", 2, 3))
-        assert lambda_warnings(caplog) == [
-            f"{count} of 3 messages that succeeded may run again: can't delete them: {why}"
-        ]
-
-    @pytest.mark.parametrize(
-        "action", ["DeleteMessageBatch", "ChangeMessageVisibilityBatch"]
-    )
-    def test_a_passing_fault_of_the_service(
-        self, action, lambda_sqs, lambda_runs, caplog
-    ):
-        """A call that fails in passing is repeated, as nobody comes after the function to do it."""
-        lambda_sqs.unavailable = 1
-        calls = (1, "fail") if action == "DeleteMessageBatch" else ("in 90.5 s",)
-        with pytest.raises((ValueError, taskhawk.RetryException)):
-            taskhawk.process_messages_for_lambda_consumer(lambda_event(*calls))
-        assert [name for name, _ in lambda_sqs.calls] == [action, action]
-        assert lambda_warnings(caplog) == []
-
-    @pytest.mark.parametrize("partial_batch", [False, True])
-    def test_delays(self, partial_batch, lambda_sqs, lambda_runs):
-        """A retry's delay is set on the queue first; whole seconds, and nothing is looked up."""
-        taskhawk.task(name="lambda.policy", retry=taskhawk.fixed(7, jitter=False))(
-            raising(KeyError())
-        )
-        event = lambda_event("in 90.5 s", 1, "later", "fail", "at once")
-        event["Records"].append(
-            lambda_sqs_record(processing_body("lambda.policy"), "m6")
-        )
-        with contextlib.suppress(ExceptionGroup):
-            taskhawk.process_messages_for_lambda_consumer(
-                event, partial_batch=partial_batch
-            )
-        action = "ChangeMessageVisibilityBatch"
-        changes = lambda_sqs.entries(action, "ReceiptHandle", "VisibilityTimeout")
-        assert list(itertools.chain(*changes)) == [
-            ("receipt of m1", 91),
-            ("receipt of m5", 0),
-            ("receipt of m6", 7),
-        ]
-        others = [name for name, _ in lambda_sqs.calls if name != action]
-        assert others == ([] if partial_batch else ["DeleteMessageBatch"])
-        assert lambda_sqs.calls[-1][0] == (others or [action])[-1]
-
-    def test_delay_beyond_12_hours(self, lambda_sqs, lambda_runs):
-        """A delay is clamped to what is left of 12 hours since the receive: SQS refuses more."""
-        with pytest.raises(taskhawk.RetryException):
-            taskhawk.process_messages_for_lambda_consumer(lambda_event("in a month"))
-        (((asked_s,),),) = lambda_sqs.entries(
-            "ChangeMessageVisibilityBatch", "VisibilityTimeout"
-        )
-        longest_s = (
-            900 + 300
-        )  # Lambda's longest run, after its longest wait for a batch
-        assert 40_000 < asked_s <= 43_200 - longest_s
-
-    def test_delays_of_sns(self, lambda_sqs, lambda_runs):
-        """Behind SNS a retry has no delay of ours: Lambda has its own."""
-        event = lambda_event("in 90.5 s", 1, make=lambda_sns_record)
-        with pytest.raises(taskhawk.RetryException) as caught:
-            taskhawk.process_messages_for_lambda_consumer(event)
-        assert caught.value is LAMBDA_ENDS["in 90.5 s"]
-        assert lambda_sqs.calls == []
-
-    def test_delays_are_denied(self, lambda_sqs, lambda_runs, caplog):
-        """A role that may not change the visibility costs one warning, and no message."""
-        lambda_sqs.denied.add("ChangeMessageVisibilityBatch")
-        why = LAMBDA_DENIED.format("ChangeMessageVisibility")
-        event = lambda_event("in 90.5 s", 1, "at once", "in 90.5 s")
-        with pytest.raises(ExceptionGroup) as caught:
-            taskhawk.process_messages_for_lambda_consumer(event)
-        assert len(caught.value.exceptions) == 3
-        assert lambda_warnings(caplog) == [
-            f"can't change when 3 of 3 failed messages run again: {why}"
-        ]
-        deleted = lambda_sqs.entries("DeleteMessageBatch", "ReceiptHandle")
-        assert deleted == [[("receipt of m2",)]]
-
-    def test_one_delay_is_refused(self, lambda_sqs, lambda_runs, caplog):
-        """A delay that SQS refuses for one message is still set for the others."""
-        lambda_sqs.refused.add("receipt of m1")
-        event = lambda_event("in 90.5 s", "at once")
-        taskhawk.process_messages_for_lambda_consumer(event, partial_batch=True)
-        asked = lambda_sqs.entries("ChangeMessageVisibilityBatch", "ReceiptHandle")
-        assert list(itertools.chain(*asked)) == [("receipt of m1",), ("receipt of m2",)]
-        (warning,) = lambda_warnings(caplog)
-        assert warning == "can't change when 1 of 2 failed messages run again: gone"
-
-    def test_task_changes_its_visibility(self, lambda_sqs):
-        """A task may hold its message for longer: by metadata, at once, nothing is looked up."""
-        seen: list[Any] = []
-
-        @taskhawk.task(name="lambda.long")
-        def long(metadata: taskhawk.Metadata) -> None:
-            metadata.extend_visibility_timeout(600)
-            seen.append(lambda_sqs.calls[:])
-
-        record = lambda_sqs_record(processing_body("lambda.long"), "m1")
-        taskhawk.process_messages_for_lambda_consumer({"Records": [record]})
-        url = (
-            f"http://127.0.0.1:{lambda_sqs.server_port}/123456789012/TASKHAWK-DEV-MYAPP"
-        )
-        entry = {"Id": "0", "ReceiptHandle": "receipt of m1", "VisibilityTimeout": 600}
-        call = ("ChangeMessageVisibilityBatch", {"QueueUrl": url, "Entries": [entry]})
-        assert seen == [[call]]
-
-    @pytest.mark.parametrize("kind", LAMBDA_RECORDS)
-    def test_metadata(self, kind, lambda_sqs):
-        """A task is told of its run; behind SNS it has no queue and no receipt."""
-        seen: list[taskhawk.Metadata] = []
-
-        @taskhawk.task(name="lambda.told")
-        def told(metadata: taskhawk.Metadata) -> None:
-            metadata.extend_visibility_timeout(
-                0
-            )  # does nothing where there is no queue
-            seen.append(metadata)
-
-        body = processing_body("lambda.told", headers={"request_id": "1234"})
-        record = LAMBDA_RECORDS[kind](body, "m1")
-        if kind == "SQS":
-            record["attributes"]["ApproximateReceiveCount"] = "3"
-        taskhawk.process_messages_for_lambda_consumer({"Records": [record]})
-        assert seen == [
-            {
-                "id": PROCESSING_ID,
-                "priority": taskhawk.Priority.high,
-                "receipt": "receipt of m1" if kind == "SQS" else None,
-                "timestamp": 1460868253255,
-                "version": "1.0",
-            }
-        ]
-        (metadata,) = seen
-        expected = ("TASKHAWK-DEV-MYAPP", 3) if kind == "SQS" else (None, 1)
-        assert (metadata.queue, metadata.attempt) == expected
-        assert metadata.headers == {"request_id": "1234"}
-        assert metadata.lease_lost is False
-
-    def test_hooks_of_sqs_events(self, lambda_sqs, lambda_runs):
-        """For an SQS event the hooks get what they get in a worker, shaped like boto3's message."""
-        seen: list[Any] = []
-        taskhawk.configure(
-            AWS_KEYS,
-            AWS_ENDPOINT_SQS=f"http://127.0.0.1:{lambda_sqs.server_port}",
-            TASKHAWK_PRE_PROCESS_HOOK=lambda **given: seen.append(given),
-            TASKHAWK_POST_PROCESS_HOOK="test_lambda_hooks.delete",
-        )
-        hooks = type(sys)("test_lambda_hooks")
-        hooks.delete = lambda sqs_queue_message, **_: sqs_queue_message.delete()
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(sys.modules, "test_lambda_hooks", hooks)
-            taskhawk.process_messages_for_lambda_consumer(lambda_event(1))
-        (given,) = seen
-        message = given.pop("sqs_queue_message")
-        assert given == {"queue_name": "TASKHAWK-DEV-MYAPP"}
-        assert message.body == processing_body("lambda.run", args=[1])
-        assert (message.message_id, message.receipt_handle) == ("m1", "receipt of m1")
-        assert message.attributes == lambda_sqs_record("", "m1")["attributes"]
-        attribute = message.message_attributes["request_id"]
-        assert (attribute["StringValue"], attribute["DataType"]) == ("1234", "String")
-        assert lambda_sqs.calls == [
-            (
-                "DeleteMessageBatch",
-                {
-                    "QueueUrl": message.queue_url,
-                    "Entries": [{"Id": "0", "ReceiptHandle": "receipt of m1"}],
-                },
-            )
-        ]
-
-    def test_queue_url_of_aws(self, lambda_runs):
-        """Without an endpoint of one's own, the queue's URL is the one that AWS has."""
-        urls: list[str] = []
-
-        def look(sqs_queue_message: QueueMessage, **_: Any) -> None:
-            urls.append(sqs_queue_message.queue_url)
-
-        taskhawk.configure(AWS_KEYS, TASKHAWK_PRE_PROCESS_HOOK=look)
-        taskhawk.process_messages_for_lambda_consumer(lambda_event(1))
-        assert urls == [
-            "https://sqs.us-east-1.amazonaws.com/123456789012/TASKHAWK-DEV-MYAPP"
-        ]
-
-    def test_hooks_of_sns_events(self, lambda_runs):
-        """For an SNS event the hooks get the record."""
-        seen: list[Any] = []
-        taskhawk.configure(
-            TASKHAWK_PRE_PROCESS_HOOK=lambda **given: seen.append(given),
-            TASKHAWK_POST_PROCESS_HOOK=lambda **given: seen.append(given),
-        )
-        event = lambda_event(1, make=lambda_sns_record)
-        taskhawk.process_messages_for_lambda_consumer(event)
-        assert seen == [{"sns_record": event["Records"][0]}] * 2
-
-    @pytest.mark.parametrize("kind", LAMBDA_RECORDS)
-    def test_records_of_another_type(self, kind, lambda_sqs, lambda_runs):
-        """An event and its records may be any mappings, such as a library's read-only ones."""
-        event = lambda_event(1, 2, make=LAMBDA_RECORDS[kind])
-        records = [types.MappingProxyType(record) for record in event["Records"]]
-        event = types.MappingProxyType({"Records": records})
-        taskhawk.process_messages_for_lambda_consumer(event)
-        assert lambda_runs == [1, 2]
-
-    @pytest.mark.parametrize("kind", LAMBDA_RECORDS)
-    @pytest.mark.parametrize("case", LAMBDA_MALFORMED)
-    def test_malformed_records(self, case, kind, lambda_sqs, lambda_runs):
-        """A record that is none fails as an invalid message does, and does not stop the others."""
-        event = lambda_event(1, 2, make=LAMBDA_RECORDS[kind])
-        event["Records"].insert(1, LAMBDA_MALFORMED[case])
-        with pytest.raises(taskhawk.ValidationError) as caught:
-            taskhawk.process_messages_for_lambda_consumer(event)
-        assert str(caught.value) == "message: expected a string of JSON, got null"
-        assert lambda_runs == [1, 2]
-
-    @pytest.mark.parametrize("kind", LAMBDA_RECORDS)
-    @pytest.mark.parametrize("case", PROCESSING_INVALID)
-    def test_invalid_messages(self, case, kind, lambda_sqs, lambda_runs):
-        """An invalid message, or one for an unknown task, fails and does not stop the others."""
-        body, wrong = PROCESSING_INVALID[case]
-        event = lambda_event(1, 2, make=LAMBDA_RECORDS[kind])
-        event["Records"].insert(1, LAMBDA_RECORDS[kind](body, "bad"))
-        with pytest.raises(taskhawk.ValidationError) as caught:
-            taskhawk.process_messages_for_lambda_consumer(event)
-        assert str(caught.value) == wrong
-        assert lambda_runs == [1, 2]
-
-    @pytest.mark.parametrize(
-        "event", [None, [], "text", {}, {"Records": None}, {"Records": {}}]
-    )
-    def test_malformed_events(self, event):
-        """What is no event with records raises, lest its messages be taken for processed."""
-        with pytest.raises(taskhawk.ValidationError) as caught:
-            taskhawk.process_messages_for_lambda_consumer(event)
-        sentence = "Records: expected an array of SNS or SQS records, got none"
-        assert str(caught.value) == sentence
-
-    @pytest.mark.parametrize(
-        ("partial_batch", "answer"), [(False, None), (True, {"batchItemFailures": []})]
-    )
-    def test_event_without_records(self, partial_batch, answer):
-        """An event of no records is done."""
-        event = {"Records": []}
-        found = taskhawk.process_messages_for_lambda_consumer(
-            event, partial_batch=partial_batch
-        )
-        assert found == answer
-
-    @pytest.mark.parametrize("kind", LAMBDA_RECORDS)
-    def test_time_budget(self, kind, lambda_sqs):
-        """With Lambda's context nothing is started in the last tenth of the time that was left."""
-        context = LambdaTime(10_000)
-        runs: list[int] = []
-
-        @taskhawk.task(name="lambda.run")
-        def run(takes_ms: int) -> None:
-            runs.append(takes_ms)
-            context.remaining_ms -= takes_ms
-
-        event = lambda_event(4_000, 4_900, 101, 1, 1, make=LAMBDA_RECORDS[kind])
-        with pytest.raises(ExceptionGroup) as caught:
-            taskhawk.process_messages_for_lambda_consumer(event, context=context)
-        assert runs == [4_000, 4_900, 101]
-        assert [(type(error), str(error)) for error in caught.value.exceptions] == [
-            (taskhawk.TaskhawkError, f"message m{n} was not started: no time was left")
-            for n in (4, 5)
-        ]
-        deleted = [[(f"receipt of m{n}",) for n in (1, 2, 3)]] if kind == "SQS" else []
-        assert lambda_sqs.entries("DeleteMessageBatch", "ReceiptHandle") == deleted
-        context.remaining_ms = 10_000
-        assert taskhawk.process_messages_for_lambda_consumer(
-            lambda_event(9_999), context=context, partial_batch=True
-        ) == {"batchItemFailures": []}
-
-    def test_time_budget_partial_batch(self, lambda_sqs):
-        """What was not started counts as failed."""
-        context = LambdaTime(10_000)
-
-        @taskhawk.task(name="lambda.run")
-        def run(takes_ms: int) -> None:
-            context.remaining_ms -= takes_ms
-
-        answer = taskhawk.process_messages_for_lambda_consumer(
-            lambda_event(9_500, 1), context=context, partial_batch=True
-        )
-        assert answer == {"batchItemFailures": [{"itemIdentifier": "m2"}]}
-        assert lambda_sqs.calls == []
-
-    @pytest.mark.parametrize("partial_batch", [False, True])
-    @pytest.mark.parametrize("first", ["fail", "in 90.5 s", None])
-    def test_fifo_groups(self, first, partial_batch, lambda_sqs, lambda_runs):
-        """Nothing of a FIFO group runs after its first failure; the rest counts as failed."""
-        event = lambda_event(1, first, 2, 3, 4)
-        for record, group in zip(event["Records"], "aabab", strict=True):
-            record["attributes"]["MessageGroupId"] = group
-            record["eventSourceARN"] = LAMBDA_FIFO_ARN
-        if first is None:
-            event["Records"][1]["body"] = "{"  # what can't be run is a failure too
-        answer, errors = None, ()
-        try:
-            answer = taskhawk.process_messages_for_lambda_consumer(
-                event, partial_batch=partial_batch
-            )
-        except ExceptionGroup as group:
-            errors = group.exceptions
-        assert lambda_runs == [1, *filter(None, [first]), 2, 4]
-        deleted = lambda_sqs.entries("DeleteMessageBatch", "ReceiptHandle")
-        if partial_batch:
-            failures = [{"itemIdentifier": name} for name in ("m2", "m4")]
-            assert (answer, deleted) == ({"batchItemFailures": failures}, [])
-        else:
-            assert deleted == [[(f"receipt of m{n}",) for n in (1, 3, 5)]]
-            text = "message m4 was not started: an earlier one of its group failed"
-            assert (len(errors), type(errors[1])) == (2, taskhawk.TaskhawkError)
-            assert str(errors[1]) == text
-
-    def test_groups_of_standard_queues(self, lambda_sqs, lambda_runs):
-        """On a standard queue a group is for fairness, and a failure does not stop it."""
-        event = lambda_event("fail", 1)
-        for record in event["Records"]:
-            record["attributes"]["MessageGroupId"] = "a"
-        with pytest.raises(ValueError, match=r"^no$"):
-            taskhawk.process_messages_for_lambda_consumer(event)
-        assert lambda_runs == ["fail", 1]
-
-    def test_keyboard_interrupt(self, lambda_sqs, lambda_runs, monkeypatch):
-        """KeyboardInterrupt ends the handler: no run follows."""
-        monkeypatch.setitem(LAMBDA_ENDS, "interrupt", KeyboardInterrupt())
-        with pytest.raises(KeyboardInterrupt):
-            taskhawk.process_messages_for_lambda_consumer(
-                lambda_event(1, "interrupt", 2)
-            )
-        assert lambda_runs == [1, "interrupt"]
-
-
-NEVER = threading.Event()  # for Broker.receive(): nothing cuts the wait short
-ATTRIBUTES = {"request_id": {"DataType": "String", "StringValue": "é1234"}}
-STALE = taskhawk.Refusal(0, "ReceiptHandleIsInvalid", "", final=True)
-NO_QUEUE = "there is no such queue here: make it, or check TASKHAWK_QUEUE, AWS_REGION and the account"
-NO_TOPIC = "there is no such topic: make it, or check TASKHAWK_QUEUE and AWS_ACCOUNT_ID"
-UNKNOWN_KEY = "AWS does not know these credentials: check AWS_ACCESS_KEY"
-
-
-class FakeAws(AwsServer):
-    """It answers as told, else as the emulator behind it, else accepts everything."""
-
-    def __init__(self, behind: str | None = None) -> None:
-        super().__init__(behind)
-        self.calls: list[Call] = []
-        self.answers: dict[
-            str, Any
-        ] = {}  # by action: a function of the request, or its answer
-
-    def note(self, call: Call) -> None:
-        """Keep all that is known of a request."""
-        self.calls.append(call)
-
-    def actions(self) -> list[str]:
-        """Return the names of the requests until now."""
-        return [call.action for call in self.calls]
-
-    def reply(self, call: Call) -> tuple[int, dict[str, str], Any]:
-        """Return status, headers and body."""
-        answer = self.answers.get(call.action)
-        answer = answer(call) if callable(answer) else answer
-        if isinstance(answer, tuple):
-            return answer
-        if answer is None and self.behind:
-            return self.pass_on(call)
-        if answer is None and call.action == "GetQueueUrl":
-            answer = {"QueueUrl": f"{self.url}/000000000000/{call.data['QueueName']}"}
-        elif answer is None:
-            entries = [
-                {"Id": e["Id"], "MessageId": "m"} for e in call.data.get("Entries", ())
-            ]
-            answer = {"Successful": entries, "Failed": []} if entries else {}
-        return 200, {}, answer
-
-
-@pytest.fixture
-def aws(queue_name: str) -> Iterator[FakeAws]:
-    """Yield a server that stands in for AWS and accepts everything, unless told otherwise."""
-    with FakeAws().running(queue_name) as server:
-        yield server
-
-
-@pytest.fixture
-def proxy(queue_name: str, ministack: str) -> Iterator[FakeAws]:
-    """Yield a server that records what it hands on to ministack."""
-    with FakeAws(ministack).running(queue_name) as server:
-        yield server
-
-
-def numbered(count: int, start: int = 0) -> list[taskhawk.Outgoing]:
-    """Return messages whose bodies are numbers."""
-    return [taskhawk.Outgoing(str(start + i), {}) for i in range(count)]
-
-
-def drain(broker: taskhawk.Broker, queue: str, lease_s: float = 60) -> list[str]:
-    """Receive and delete until the queue is empty, and return the bodies."""
-    bodies = []
-    while received := broker.receive(queue, 10, 0, lease_s, NEVER):
-        assert broker.delete(queue, [m.receipt_handle for m in received]) == []
-        bodies += [message.body for message in received]
-    return bodies
-
-
-@contextlib.contextmanager
-def python_child(code: str, *args: object) -> Iterator[subprocess.Popen[str]]:
-    """Run code in a new interpreter for the length of the block, with pipes to talk to it."""
-    with subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, args)],
-        env=python_env(),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def forked(
-    function: Callable[[], object], how: str = "os.fork"
-) -> Callable[[], int | None]:
-    """Run a function in a forked child, and return a function that waits for its exit code."""
-
-    def child():
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(20)  # a child that hangs ends with -SIGALRM
-        function()
-
-    if how == "multiprocessing":
-        process = multiprocessing.get_context("fork").Process(target=child)
-        process.start()
-        return lambda: process.join(30) or process.exitcode
-    pid = os.fork()
-    if not pid:
-        try:
-            child()
-            os._exit(0)
-        finally:
-            os._exit(1)
-    return lambda: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-@pytest.fixture
-def task(isolated):
-    """Return a task that is only dispatched."""
-
-    def f(text: object) -> None:
-        """Do nothing."""
-
-    return taskhawk.task(name="tests.f")(f)
-
-
-@dataclasses.dataclass
-class Queues:
-    """A broker, and one of its queues, which has a dead-letter queue after two receives."""
-
-    broker: taskhawk.Broker
-    name: str
-    refuses_stale: bool
-    clock: Clock
-
-    def pass_a_second(self) -> None:
-        """Move SQLite's clock; a receive from SQS has to wait."""
-        self.clock.now += 1
-
-    def send(self, *bodies: str, delay_s: float = 0) -> None:
-        """Send all in one call."""
-        entries = [taskhawk.Outgoing(body, ATTRIBUTES, delay_s) for body in bodies]
-        assert self.broker.send(self.name, entries) == []
-
-    def receive(
-        self, count: int = 10, wait_s: float = 0, lease_s: float | None = None
-    ) -> list[taskhawk.QueueMessage]:
-        """Receive, by default at once what is visible."""
-        return self.broker.receive(self.name, count, wait_s, lease_s, NEVER)
-
-    def receive_all(
-        self, count: int, lease_s: float | None = None
-    ) -> list[taskhawk.QueueMessage]:
-        """Receive until there are so many, waiting for them."""
-        deadline = time.monotonic() + 15
-        found: list[taskhawk.QueueMessage] = []
-        while len(found) < count:
-            assert time.monotonic() < deadline
-            found += self.receive(10, 5, lease_s)
-        return sorted(found, key=lambda message: message.body)
-
-    def stale(self) -> tuple[str, taskhawk.QueueMessage]:
-        """Return a receipt that is stale, and its message as it was received again."""
-        (first,) = self.receive_all(1)
-        assert (
-            self.broker.change_visibility(self.name, [(first.receipt_handle, 0)]) == []
-        )
-        (second,) = self.receive_all(1)
-        return first.receipt_handle, second
-
-
-class TestBrokerContract:
-    """What every broker does alike, so that a test on SQLite means something for SQS."""
-
-    @pytest.fixture(params=["ministack", "moto", "file", "memory"])
-    def queues(self, request, tmp_path, sqs_client, queue_name):
-        """Yield a fresh queue of each broker."""
-        kind, name, clock = request.param, f"TASKHAWK-{queue_name}", Clock(time.time())
-        if kind in ("ministack", "moto"):
-            endpoint = request.getfixturevalue(kind)
-            make_queue(sqs_client(endpoint), name, 2)
-            configure_aws(endpoint)
-            broker = taskhawk.SqsBroker()
-        else:
-            path = f"/{tmp_path}/queue.db" if kind == "file" else ""
-            broker = taskhawk.SqliteBroker(
-                f"sqlite://{path}?max_receive_count=2", clock
-            )
-        with contextlib.closing(broker):
-            yield Queues(broker, name, kind != "moto", clock)
-
-    def test_a_message_arrives_whole(self, queues):
-        """What is sent is received with its attributes, its time, and the count 1."""
-        queues.send("hello é")
-        (message,) = queues.receive()
-        assert (message.body, message.attempt) == ("hello é", 1)
-        value = message.message_attributes["request_id"]
-        assert (value["DataType"], value["StringValue"]) == ("String", "é1234")
-        assert abs(int(message.attributes["SentTimestamp"]) / 1000 - time.time()) < 60
-        assert (message.queue, message.group_id) == (queues.name, None)
-        assert message.message_id
-        assert message.queue_url
-        assert message.hook_kwargs == {
-            "queue_name": queues.name,
-            "sqs_queue_message": message,
-        }
-
-    def test_ten_in_a_call(self, queues):
-        """Ten are sent in one call, and a receive takes at most what it asks for, and ten."""
-        queues.send(*"abcdefghij")
-        queues.send("k")
-        few = queues.receive(3)
-        assert 1 <= len(few) <= 3
-        rest = queues.receive(50)
-        assert len(rest) <= 10
-        rest += queues.receive_all(11 - len(few) - len(rest))
-        assert sorted(message.body for message in few + rest) == list("abcdefghijk")
-        assert len({message.message_id for message in few + rest}) == 11
-
-    def test_visibility(self, queues):
-        """A message is visible again when its timeout ends, later if extended, sooner if cut."""
-        queues.send("extended")
-        (extended,) = queues.receive(lease_s=1)
-        change = [(extended.receipt_handle, 60)]
-        assert queues.broker.change_visibility(queues.name, change) == []
-        queues.send("left")
-        (left,) = queues.receive(lease_s=1)
-        queues.send("cut")
-        (cut,) = queues.receive()
-        assert (
-            queues.broker.change_visibility(queues.name, [(cut.receipt_handle, 1)])
-            == []
-        )
-        assert queues.receive() == []
-        queues.pass_a_second()
-        again = queues.receive_all(2)
-        assert [(message.body, message.attempt) for message in again] == [
-            ("cut", 2),
-            ("left", 2),
-        ]
-        for before, after in zip((cut, left), again, strict=True):
-            assert before.receipt_handle != after.receipt_handle
-            assert before.message_id == after.message_id
-            assert (
-                before.attributes["SentTimestamp"] == after.attributes["SentTimestamp"]
-            )
-
-    def test_delays_and_depth(self, queues):
-        """A delayed message is counted as such, and received when its delay is over."""
-        queues.send("now", "too")
-        queues.send("later", delay_s=1)
-        assert queues.broker.depth(queues.name) == taskhawk.Depth(2, 0, 1)
-        now = queues.receive_all(2)
-        assert [message.body for message in now] == ["now", "too"]
-        assert queues.broker.depth(queues.name) == taskhawk.Depth(0, 2, 1)
-        queues.pass_a_second()
-        (later,) = queues.receive_all(1)
-        assert later.body == "later"
-        receipts = [message.receipt_handle for message in (*now, later)]
-        assert queues.broker.delete(queues.name, receipts) == []
-        assert queues.broker.depth(queues.name) == taskhawk.Depth(0, 0, 0)
-
-    def test_stale_receipts(self, queues):
-        """A receipt is no good once the message was received again; a delete may say success."""
-        queues.send("x")
-        stale, again = queues.stale()
-        assert (again.attempt, again.receipt_handle != stale) == (2, True)
-        if queues.refuses_stale:  # AWS is free to answer either way on a standard queue
-            changed = queues.broker.change_visibility(queues.name, [(stale, 0)])
-            deleted = queues.broker.delete(queues.name, [stale])
-            assert [refusal._replace(text="") for refusal in changed + deleted] == [
-                STALE,
-                STALE,
-            ]
-            assert queues.broker.depth(queues.name) == taskhawk.Depth(0, 1, 0)
-        assert queues.broker.delete(queues.name, [again.receipt_handle]) == []
-        assert queues.broker.depth(queues.name) == taskhawk.Depth(0, 0, 0)
-
-    def test_batch_answers(self, queues):
-        """The answer to a batch names the entries that failed by their index."""
-        queues.send("a")
-        stale, last = queues.stale()
-        queues.send("b", "c")
-        good = [message.receipt_handle for message in queues.receive_all(2)]
-        bad = stale if queues.refuses_stale else "no receipt"
-        changes = [(good[0], 60), (bad, 60), (good[1], 60)]
-        refusals = queues.broker.change_visibility(queues.name, changes)
-        assert [refusal._replace(text="") for refusal in refusals] == [
-            STALE._replace(index=1)
-        ]
-        refusals = queues.broker.delete(queues.name, [*good, bad, last.receipt_handle])
-        assert [refusal._replace(text="") for refusal in refusals] == [
-            STALE._replace(index=2)
-        ]
-        assert queues.broker.depth(queues.name) == taskhawk.Depth(0, 0, 0)
-
-    def test_dead_letters(self, queues):
-        """After so many receives a message goes, as it was sent, to the dead-letter queue."""
-        dead = dataclasses.replace(queues, name=f"{queues.name}-DLQ")
-        limits = taskhawk.QueueInfo(30.0, dead.name, 2)
-        assert queues.broker.info(queues.name) == limits
-        assert queues.broker.info(dead.name) == taskhawk.QueueInfo(30.0, None, None)
-        queues.send("poison")
-        (second,) = queues.stale()[1:]
-        second.change_visibility(VisibilityTimeout=0)
-        assert queues.receive() == []
-        (found,) = dead.receive_all(1)
-        assert (found.body, found.message_id) == ("poison", second.message_id)
-        assert found.message_attributes == second.message_attributes
-        assert found.attributes["SentTimestamp"] == second.attributes["SentTimestamp"]
-        assert queues.broker.depth(queues.name) == taskhawk.Depth(0, 0, 0)
-
-    def test_long_poll(self, queues):
-        """A receive that waits ends with the send of a message, in this process too."""
-        threading.Timer(0.2, queues.send, ("wake up",)).start()
-        start = time.monotonic()
-        (message,) = queues.receive(wait_s=15)
-        assert message.body == "wake up"
-        assert time.monotonic() - start < 5
-
-    def test_message_acts_at_once(self, queues):
-        """A message changes its visibility and deletes itself like boto3's; a refusal raises."""
-        queues.send("x")
-        (message,) = queues.receive()
-        message.change_visibility(VisibilityTimeout=0)
-        (again,) = queues.receive_all(1)
-        assert again.attempt == 2
-        again.delete()
-        assert queues.broker.depth(queues.name) == taskhawk.Depth(0, 0, 0)
-        with pytest.raises(taskhawk.PartialFailure) as caught:
-            again.change_visibility(VisibilityTimeout=0)
-        assert str(caught.value) == "1 of 1 messages failed: ReceiptHandleIsInvalid"
-        assert (caught.value.success_count, caught.value.failure_count) == (0, 1)
-
-    def test_message_of_no_queue(self):
-        """A message that no queue has, as in sync mode, is deleted and changed without effect."""
-        message = taskhawk.QueueMessage("body", "id", sns_record={"Sns": {}})
-        message.delete()
-        message.change_visibility(VisibilityTimeout=3)
-        assert (message.attempt, message.group_id, message.receipt_handle) == (
-            1,
-            None,
-            None,
-        )
-        assert (message.attributes, message.message_attributes) == ({}, {})
-        assert message.hook_kwargs == {"sns_record": {"Sns": {}}}
-
-    @pytest.mark.parametrize(
-        ("queue", "deduplication_id"), [("Q", None), ("Q.fifo", "sqs-id")]
-    )
-    def test_copy(self, queue, deduplication_id):
-        """A copy keeps the group; on FIFO queues its deduplication id is the SQS MessageId."""
-        attributes = {"MessageGroupId": "customer 7"}
-        message = taskhawk.QueueMessage(
-            "body", "sqs-id", "r", attributes=attributes, queue=queue
-        )
-        expected = taskhawk.Outgoing(
-            "body", ATTRIBUTES, 0, "customer 7", deduplication_id
-        )
-        assert message.copy(ATTRIBUTES) == expected
-
-    def test_size(self):
-        """The size is of body, attribute names, types and values, in bytes."""
-        binary = {"b": {"DataType": "Binary", "BinaryValue": b"\x00\xff"}}
-        assert taskhawk.Outgoing("é", {}).size() == 2
-        assert taskhawk.Outgoing("", ATTRIBUTES).size() == len("request_idString") + 6
-        assert taskhawk.Outgoing("", binary).size() == len("bBinary") + 2
-
-
-class TestSqs:
-    """Every request that is made to SQS, and what becomes of its answer."""
-
-    def test_one_request_per_dispatch(self, aws, task, queue_name):
-        """A dispatch is one request; the first to a queue looks up its URL, the others do not."""
-        for text in "abc":
-            task.dispatch(text)
-        task.with_priority(taskhawk.Priority.high).dispatch("d")
-        task.with_priority(taskhawk.Priority.high).dispatch("e")
-        once = ["GetQueueUrl", "SendMessage", "SendMessage"]
-        assert aws.actions() == [*once, "SendMessage", *once]
-        names = [
-            call.data["QueueName"] for call in aws.calls if call.action == "GetQueueUrl"
-        ]
-        assert names == [
-            f"TASKHAWK-{queue_name}",
-            f"TASKHAWK-{queue_name}-HIGH-PRIORITY",
-        ]
-        assert aws.calls[1].data["QueueUrl"] == f"{aws.url}/000000000000/{names[0]}"
-        assert json.loads(aws.calls[3].data["MessageBody"])["args"] == ["c"]
-
-    def test_one_request_for_ten(self, aws, task):
-        """A batch is a request for each ten messages, and for each MiB."""
-        with taskhawk.batch():
-            for number in range(25):
-                task.dispatch(number)
-        sent = [call.data for call in aws.calls[1:]]
-        assert aws.actions() == ["GetQueueUrl", *["SendMessageBatch"] * 3]
-        assert [len(data["Entries"]) for data in sent] == [10, 10, 5]
-        assert [entry["Id"] for entry in sent[0]["Entries"]] == list("0123456789")
-        task.dispatch_many(["x" * 600_000] * 3)
-        assert aws.actions()[4:] == ["SendMessage"] * 3
-
-    def test_optional_arguments(self, aws):
-        """Delay, attributes, group and deduplication id are sent where there are any."""
-        everything = taskhawk.Outgoing("b", ATTRIBUTES, 0.2, "group", "once")
-        broker = taskhawk.SqsBroker()
-        broker.send("Q", [taskhawk.Outgoing("a", {})])
-        broker.send("Q", [taskhawk.Outgoing("a", {}), everything])
-        plain, (first, second) = aws.calls[1].data, aws.calls[2].data["Entries"]
-        url = f"{aws.url}/000000000000/Q"
-        assert plain == {"QueueUrl": url, "MessageBody": "a"}
-        assert first == {"Id": "0", "MessageBody": "a"}
-        assert second == {
-            "Id": "1",
-            "MessageBody": "b",
-            "MessageAttributes": ATTRIBUTES,
-            "DelaySeconds": 1,
-            "MessageGroupId": "group",
-            "MessageDeduplicationId": "once",
-        }
-        broker.close()
-
-    def test_fifo(self, ministack, sqs_client, queue_name):
-        """On a FIFO queue the group comes with the message, and a known id is not sent again."""
-        client, name = sqs_client(ministack), f"{queue_name}.fifo"
-        client.create_queue(QueueName=name, Attributes={"FifoQueue": "true"})
-        configure_aws(ministack)
-        with contextlib.closing(taskhawk.SqsBroker()) as broker:
-            broker.send(name, [taskhawk.Outgoing("a", {}, 0, "group", "id")])
-            broker.send(
-                name,
-                [taskhawk.Outgoing("b", {}, 0, "group", i) for i in ("id", "other")],
-            )
-            received = broker.receive(name, 10, 1, None, NEVER)
-            assert [(m.body, m.group_id) for m in received] == [
-                ("a", "group"),
-                ("b", "group"),
-            ]
-
-    @pytest.mark.parametrize(
-        ("count", "wait_s", "lease_s", "expected"),
-        [
-            (1, 0, None, (1, 0, None)),
-            (50, 0.2, 1.5, (10, 1, 2)),
-            (3, 60, 0, (3, 20, 0)),
-        ],
-    )
-    def test_receive(self, aws, count, wait_s, lease_s, expected):
-        """A poll asks for at most ten messages and 20 s, in whole seconds, and for what we read."""
-        with contextlib.closing(taskhawk.SqsBroker()) as broker:
-            assert broker.receive("Q", count, wait_s, lease_s, NEVER) == []
-        data = aws.calls[1].data
-        limits = (data["MaxNumberOfMessages"], data["WaitTimeSeconds"])
-        assert (*limits, data.get("VisibilityTimeout")) == expected
-        names = ["ApproximateReceiveCount", "SentTimestamp", "MessageGroupId"]
-        assert data["MessageSystemAttributeNames"] == names
-        assert data["MessageAttributeNames"] == ["All"]
-
-    def test_whole_seconds(self, aws):
-        """A fraction of a second is rounded up: a retry is never early."""
-        with contextlib.closing(taskhawk.SqsBroker()) as broker:
-            assert broker.change_visibility("Q", [("r", 0), ("s", 0.1)]) == []
-        timeouts = [
-            entry["VisibilityTimeout"] for entry in aws.calls[1].data["Entries"]
-        ]
-        assert timeouts == [0, 1]
-
-    def test_info_is_read_once(self, aws):
-        """A queue's attributes are read once; one without a redrive policy has no dead letters."""
-        aws.answers["GetQueueAttributes"] = {"Attributes": {"VisibilityTimeout": "45"}}
-        with contextlib.closing(taskhawk.SqsBroker()) as broker:
-            for _ in range(2):
-                assert broker.info("Q") == taskhawk.QueueInfo(45.0, None, None)
-        assert aws.actions() == ["GetQueueUrl", "GetQueueAttributes"]
-
-    @pytest.mark.parametrize(
-        ("call", "action", "attempts"),
-        [
-            (lambda broker: broker.send("Q", numbered(1)), "SendMessage", 3),
-            (
-                lambda broker: broker.receive("Q", 1, 0, None, NEVER),
-                "ReceiveMessage",
-                1,
-            ),
-            (lambda broker: broker.delete("Q", ["r"]), "DeleteMessageBatch", 1),
-            (
-                lambda broker: broker.change_visibility("Q", [("r", 1)]),
-                "ChangeMessageVisibilityBatch",
-                1,
-            ),
-        ],
-        ids=["send", "receive", "delete", "change_visibility"],
-    )
-    def test_attempts(self, aws, monkeypatch, call, action, attempts):
-        """A send is tried three times, all else once, whatever botocore's own settings say."""
-        monkeypatch.setenv("AWS_MAX_ATTEMPTS", "7")
-        monkeypatch.setenv("AWS_RETRY_MODE", "legacy")
-        aws.answers[action] = sqs_error("InternalError", status=500)
-        with contextlib.closing(taskhawk.SqsBroker()) as broker:
-            with pytest.raises(botocore.exceptions.ClientError) as caught:
-                call(broker)
-            assert caught.type is not taskhawk.ConfigurationError
-        assert aws.actions() == ["GetQueueUrl", *[action] * attempts]
-
-    @pytest.mark.parametrize(
-        ("call", "action"),
-        [
-            (lambda broker: broker.send("Q", numbered(5)), "SendMessageBatch"),
-            (lambda broker: broker.delete("Q", list("abcde")), "DeleteMessageBatch"),
-            (
-                lambda broker: broker.change_visibility("Q", [(r, 1) for r in "abcde"]),
-                "ChangeMessageVisibilityBatch",
-            ),
-        ],
-        ids=["send", "delete", "change_visibility"],
-    )
-    def test_partial_failure(self, aws, call, action):
-        """An answer of 200 is read entry by entry; what it does not name has failed."""
-        aws.answers[action] = {
-            "Successful": [{"Id": "2", "MessageId": "m"}],
-            "Failed": [
-                {
-                    "Id": "3",
-                    "SenderFault": True,
-                    "Code": "InvalidThing",
-                    "Message": "why",
-                },
-                {"Id": "1", "SenderFault": False, "Code": "InternalError"},
-            ],
-        }
-        unanswered = ("Unanswered", "the answer does not name this entry", False)
-        with contextlib.closing(taskhawk.SqsBroker()) as broker:
-            assert call(broker) == [
-                taskhawk.Refusal(0, *unanswered),
-                taskhawk.Refusal(1, "InternalError", "", final=False),
-                taskhawk.Refusal(3, "InvalidThing", "why", final=True),
-                taskhawk.Refusal(4, *unanswered),
-            ]
-
-    def test_sum_too_long(self, aws):
-        """A batch that SQS finds too long is sent one by one, in order; each has its own answer."""
-        aws.answers["SendMessageBatch"] = sqs_error(
-            "AWS.SimpleQueueService.BatchRequestTooLong"
-        )
-        aws.answers["SendMessage"] = lambda call: (
-            sqs_error("OverLimit") if call.data["MessageBody"] == "1" else None
-        )
-        with contextlib.closing(taskhawk.SqsBroker()) as broker:
-            refusals = broker.send("Q", numbered(3))
-        sent = [c.data["MessageBody"] for c in aws.calls if "MessageBody" in c.data]
-        assert sent == ["0", "1", "2"]
-        assert [(r.index, r.code, r.final) for r in refusals] == [
-            (1, "OverLimit", True)
-        ]
-
-    @pytest.mark.parametrize(
-        ("answer", "remedy"),
-        [
-            (sqs_error("AWS.SimpleQueueService.NonExistentQueue"), NO_QUEUE),
-            ((400, {}, b'{"__type": "com.amazonaws.sqs#QueueDoesNotExist"}'), NO_QUEUE),
-            (sqs_error("AccessDenied", status=403), DENIED),
-            (sqs_error("AccessDeniedException"), DENIED),
-            (sqs_error("InvalidClientTokenId", status=403), UNKNOWN_KEY),
-            (sqs_error("InvalidSecurity", status=403), UNKNOWN_KEY),
-            (sqs_error("UnrecognizedClientException"), UNKNOWN_KEY),
-            (
-                sqs_error("SignatureDoesNotMatch", status=403),
-                "AWS refuses these credentials: check AWS_SECRET_KEY",
-            ),
-        ],
-    )
-    @pytest.mark.parametrize("action", ["GetQueueUrl", "SendMessage"])
-    def test_errors_say_what_to_do(self, aws, task, action, answer, remedy):
-        """What only a person can mend is one sentence with its remedy, at whatever request."""
-        aws.answers[action] = answer
-        with pytest.raises(taskhawk.ConfigurationError) as caught:
-            task.dispatch("secret")
-        error = caught.value.__cause__
-        assert isinstance(error, botocore.exceptions.ClientError)
-        code = error.response["Error"]["Code"].rpartition(".")[2]
-        queue = f"TASKHAWK-{taskhawk.settings.TASKHAWK_QUEUE}"
-        assert str(caught.value) == f"{queue}: {remedy.format(action)} ({code})"
-
-    def test_missing_queue(self, ministack, task, queue_name):
-        """A queue that is not there is said to be missing, by publishers and workers."""
-        configure_aws(ministack, queue_name)
-        text = f"TASKHAWK-{queue_name}: {NO_QUEUE} (NonExistentQueue)"
-        with pytest.raises(taskhawk.ConfigurationError) as caught:
-            task.dispatch("x")
+class TestSync:
+    """TASKHAWK_SYNC runs a dispatched task here and now, the way a worker would."""
+
+    def test_runs(self, sync):
+        """The call goes through JSON and back, and dispatch returns the message's id."""
+        runs = []
+
+        @taskhawk.task(name="shop.sell", priority=taskhawk.Priority.bulk)
+        def sell(what, metadata, headers):
+            runs.append((what, metadata, headers))
+
+        value = ({1: Decimal("1.50")}, (2, Decimal(3)))
+        message_id = sell.with_headers(when=(4,)).dispatch(value)
+        [(what, metadata, headers)] = runs
+        assert same_json(what, [{"1": 1.5}, [2, 3]])
+        assert headers == metadata.headers == {"when": [4]}
+        assert (metadata.id, metadata.priority) == (message_id, taskhawk.Priority.bulk)
+        assert (metadata.receipt, metadata.queue, metadata.attempt) == (None, None, 1)
+        assert not metadata.lease_lost
+        metadata.extend_visibility_timeout(10)  # of no queue: nothing to do
+
+    def test_refuses(self, sync):
+        """What could not be dispatched to a queue is refused all the same."""
+        task = taskhawk.task(name="shop.sell")(plain)
+        with pytest.raises(TypeError) as caught:
+            task.dispatch(1, 2)
+        assert str(caught.value) == "shop.sell: too many positional arguments"
+        with pytest.raises(TypeError) as caught:
+            task.dispatch({1})
+        text = "shop.sell: args[0] is not JSON: set is not a JSON type"
         assert str(caught.value) == text
-        with pytest.raises(taskhawk.ConfigurationError) as caught:
-            taskhawk.listen_for_messages(taskhawk.Priority.default, loop_count=1)
-        assert str(caught.value) == text
-
-    def test_no_credentials(self, aws, task, queue_name):
-        """Without credentials nothing is sent, and the sentence says where they may come from."""
-        taskhawk.configure(
-            AWS_ENDPOINT_SQS=aws.url, AWS_REGION="us-east-1", TASKHAWK_QUEUE=queue_name
-        )
-        with pytest.raises(taskhawk.ConfigurationError) as caught:
-            task.dispatch("x")
-        assert str(caught.value) == (
-            f"TASKHAWK-{queue_name}: no AWS credentials: set AWS_ACCESS_KEY and AWS_SECRET_KEY, or"
-            " give botocore a profile or role; to try things out without AWS, set TASKHAWK_BROKER"
-            " to sqlite:///queue.db (NoCredentialsError)"
-        )
-        assert aws.calls == []
-
-    def test_no_region(self, task, queue_name):
-        """Without a region, the sentence says how to set one."""
-        taskhawk.configure(AWS_SETTINGS, AWS_REGION=None, TASKHAWK_QUEUE=queue_name)
-        with pytest.raises(taskhawk.ConfigurationError) as caught:
-            task.dispatch("x")
-        assert str(caught.value) == (
-            f"TASKHAWK-{queue_name}: no AWS region: set AWS_REGION, for example eu-west-1"
-            " (NoRegionError)"
-        )
-
-    @pytest.mark.parametrize("fips", [False, True])
-    def test_endpoints(self, monkeypatch, fips):
-        """In each partition, with FIPS or without, endpoints are those that botocore resolves."""
-        monkeypatch.setenv("AWS_USE_FIPS_ENDPOINT", str(fips))
-        plain = botocore.session.Session()
-        regions = [
-            r
-            for p in plain.get_available_partitions()
-            for r in plain.get_available_regions("sqs", p)
-        ]
-        regions += ["us-iso-east-1", "us-isob-east-1", "eusc-de-east-1", "moon-1"]
-        for region in {*regions[::7], "us-gov-west-1", "cn-north-1", *regions[-4:]}:
-            taskhawk.configure(AWS_SETTINGS, AWS_REGION=region)
-            keys = {"aws_access_key_id": "test", "aws_secret_access_key": "test"}
-            for name, broker in (
-                ("sqs", taskhawk.SqsBroker()),
-                ("sns", taskhawk.SnsSender()),
-            ):
-                theirs = plain.create_client(name, region, **keys).meta
-                ours = broker.client("send").meta
-                assert (ours.endpoint_url, ours.partition) == (
-                    theirs.endpoint_url,
-                    theirs.partition,
-                )
-                assert ours.service_model.metadata == theirs.service_model.metadata
-
-    def test_keys_of_ours(self, aws, task, queue_name):
-        """Keys that are set are used, with their token, before any that botocore would find."""
-        keys = {
-            "AWS_ACCESS_KEY": "OURS",
-            "AWS_SECRET_KEY": "s",
-            "AWS_SESSION_TOKEN": "token",
-        }
-        taskhawk.configure(
-            **keys,
-            AWS_REGION="eu-west-1",
-            AWS_ENDPOINT_SQS=aws.url,
-            TASKHAWK_QUEUE=queue_name,
-        )
-        task.dispatch("x")
-        headers = aws.calls[-1].headers
-        assert "Credential=OURS/" in headers["Authorization"]
-        assert "/eu-west-1/sqs/aws4_request" in headers["Authorization"]
-        assert headers["X-Amz-Security-Token"] == "token"
-
-    def test_keys_of_botocore(self, aws, task, queue_name, monkeypatch, tmp_path):
-        """Without keys of ours, profile, region and endpoint come from botocore's own chain."""
-        (tmp_path / "credentials").write_text(
-            "[worker]\naws_access_key_id = PROFILE\naws_secret_access_key = s\n"
-        )
-        (tmp_path / "config").write_text("[profile worker]\nregion = sa-east-1\n")
-        monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
-        monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
-        monkeypatch.setenv("AWS_PROFILE", "worker")
-        monkeypatch.setenv("AWS_ENDPOINT_URL_SQS", aws.url)
-        taskhawk.configure(TASKHAWK_QUEUE=queue_name)
-        task.dispatch("x")
-        authorization = aws.calls[-1].headers["Authorization"]
-        assert "Credential=PROFILE/" in authorization
-        assert "/sa-east-1/sqs/aws4_request" in authorization
-
-    def test_read_timeout(self, aws):
-        """An answer that does not come is given up after AWS_READ_TIMEOUT_S; a poll waits on."""
-        configure_aws(aws.url, AWS_READ_TIMEOUT_S=0.2)
-        late = threading.Event()
-        aws.answers["DeleteMessageBatch"] = lambda call: aws.closing.wait(20) and {}
-        aws.answers["ReceiveMessage"] = lambda call: late.wait(20) and {}
-        with contextlib.closing(taskhawk.SqsBroker()) as broker:
-            start = time.monotonic()
-            with pytest.raises(botocore.exceptions.ReadTimeoutError):
-                broker.delete("Q", ["r"])
-            assert time.monotonic() - start < 1.9
-            threading.Timer(0.6, late.set).start()
-            assert broker.receive("Q", 1, 1, None, NEVER) == []
-        assert aws.actions() == ["GetQueueUrl", "DeleteMessageBatch", "ReceiveMessage"]
-
-    def test_connect_timeout(self):
-        """A service that can't be reached is given up after AWS_CONNECT_TIMEOUT_S."""
-        with (
-            socket.create_server(("127.0.0.1", 0), backlog=0) as deaf,
-            contextlib.ExitStack() as s,
-        ):
-            address = deaf.getsockname()
-            for _ in range(
-                4
-            ):  # fill its backlog: from then on the kernel drops connections
-                client = s.enter_context(socket.socket())
-                client.setblocking(False)
-                client.connect_ex(address)
-            taskhawk.configure(
-                AWS_SETTINGS,
-                AWS_ENDPOINT_SQS=f"http://127.0.0.1:{address[1]}",
-                AWS_CONNECT_TIMEOUT_S=0.2,
-            )
-            broker = s.enter_context(contextlib.closing(taskhawk.SqsBroker()))
-            start = time.monotonic()
-            with pytest.raises(botocore.exceptions.ConnectTimeoutError):
-                broker.receive("Q", 1, 1, None, NEVER)
-            assert time.monotonic() - start < 1.9
-
-    @pytest.mark.parametrize("server", ["ministack", "moto"])
-    def test_pinned_queue(self, request, server, task, sqs_client, queue_name):
-        """A queue that takes less than SQS is told apart by size, limit and largest argument."""
-        endpoint, pinned = (
-            request.getfixturevalue(server),
-            {"MaximumMessageSize": "1024"},
-        )
-        make_queue(sqs_client(endpoint), f"TASKHAWK-{queue_name}", **pinned)
-        configure_aws(endpoint, queue_name)
-        with pytest.raises(taskhawk.MessageTooLarge) as caught:
-            task.dispatch("x" * 2000)
-        message = taskhawk.Message.new("tests.f", ["x" * 2000])
-        size = len(json.dumps(message.as_dict(), separators=(",", ":")))
-        assert str(caught.value) == (
-            f"tests.f: the message has {size} bytes (body and attributes), and the limit is 1024:"
-            " the largest argument is args[0] with 2002 bytes"
-        )
-        assert caught.value.limit == 1024
-
-    def test_queue_of_a_lambda(self, aws, task):
-        """A Lambda's role may not look queues up: the URL is made from the event's ARN."""
-        arn = "arn:aws:sqs:us-east-1:123456789012:TASKHAWK-X"
-        bodies = [
-            json.dumps(taskhawk.Message.new("tests.f", [1]).as_dict()),
-            "malformed",
-        ]
-        records = [
-            {
-                "messageId": f"m{i}",
-                "receiptHandle": f"r{i}",
-                "body": body,
-                "attributes": {"ApproximateReceiveCount": "1"},
-                "messageAttributes": {},
-                "eventSource": "aws:sqs",
-                "eventSourceARN": arn,
-            }
-            for i, body in enumerate(bodies)
-        ]
         with pytest.raises(taskhawk.ValidationError):
-            taskhawk.process_messages_for_lambda_consumer({"Records": records})
-        (call,) = aws.calls
-        assert call.action == "DeleteMessageBatch"
-        assert call.data["QueueUrl"] == f"{aws.url}/123456789012/TASKHAWK-X"
-        assert call.data["Entries"] == [{"Id": "0", "ReceiptHandle": "r0"}]
-
-
-class TestSns:
-    """What a Lambda app's publisher sends to topics."""
-
-    @pytest.fixture
-    def sns(self, proxy, queue_name):
-        """Return the proxy to ministack, set up for a Lambda app."""
-        configure_aws(proxy.url, queue_name, IS_LAMBDA_APP=True)
-        return proxy
-
-    @pytest.fixture
-    def received(self, sns, ministack, sqs_client, queue_name):
-        """Subscribe a queue to the high-priority topic; return a function that empties it."""
-        client, name = (
-            sqs_client(ministack, "sns"),
-            f"taskhawk-{queue_name.lower()}-high-priority",
-        )
-        topic = client.create_topic(Name=name)["TopicArn"]
-        sqs_client(ministack).create_queue(QueueName=name)
-        client.subscribe(
-            TopicArn=topic,
-            Protocol="sqs",
-            Endpoint=f"arn:aws:sqs:us-east-1:000000000000:{name}",
-            Attributes={"RawMessageDelivery": "true"},
-        )
-
-        def receive():
-            with contextlib.closing(taskhawk.SqsBroker()) as broker:
-                found = []
-                while messages := broker.receive(name, 10, 0, 60, NEVER):
-                    found += messages
-                return found
-
-        return receive
-
-    def test_publish(self, sns, task, received):
-        """A dispatch is one request, and brings body and headers to the subscribed queue."""
-        invocation = task.with_priority(taskhawk.Priority.high).with_headers(
-            request_id="é1"
-        )
-        ids = [invocation.dispatch("a"), invocation.dispatch("b")]
-        assert sns.actions() == ["Publish", "Publish"]
-        messages = received()
-        assert sorted(json.loads(message.body)["id"] for message in messages) == sorted(
-            ids
-        )
-        for message in messages:
-            assert message.message_attributes["request_id"]["StringValue"] == "é1"
-            assert json.loads(message.body)["headers"] == {"request_id": "é1"}
-
-    def test_publish_batch(self, sns, task, received):
-        """A batch is a request for each ten messages."""
-        high = task.with_priority(taskhawk.Priority.high).with_headers(request_id="1")
-        with taskhawk.batch():
-            ids = [high.dispatch(number) for number in range(12)]
-        assert sns.actions() == ["PublishBatch", "PublishBatch"]
-        messages = received()
-        assert sorted(json.loads(message.body)["id"] for message in messages) == sorted(
-            ids
-        )
-        assert {
-            m.message_attributes["request_id"]["StringValue"] for m in messages
-        } == {"1"}
-
-    def test_partial_failure(self, aws):
-        """An answer of 200 to PublishBatch is read entry by entry."""
-        member = (
-            "<member><Id>{}</Id><Code>{}</Code><SenderFault>{}</SenderFault></member>"
-        )
-        failed = member.format(0, "InvalidParameter", "true") + member.format(
-            2, "Internal", "false"
-        )
-        successful = "<member><Id>1</Id><MessageId>m</MessageId></member>"
-        result = f"<Successful>{successful}</Successful><Failed>{failed}</Failed>"
-        body = (
-            f"<PublishBatchResponse><PublishBatchResult>{result}</PublishBatchResult>"
-        )
-        answer = f"{body}<ResponseMetadata/></PublishBatchResponse>"
-        aws.answers["PublishBatch"] = (
-            200,
-            {"Content-Type": "text/xml"},
-            answer.encode(),
-        )
-        with contextlib.closing(taskhawk.SnsSender()) as sender:
-            assert sender.send("arn:aws:sns:us-east-1:000000000000:t", numbered(4)) == [
-                taskhawk.Refusal(0, "InvalidParameter", "", final=True),
-                taskhawk.Refusal(2, "Internal", "", final=False),
-                taskhawk.Refusal(
-                    3, "Unanswered", "the answer does not name this entry", final=False
-                ),
-            ]
+            task.dispatch(float("nan"))
 
     @pytest.mark.parametrize(
-        ("region", "partition"),
+        "error",
         [
-            ("eu-west-1", "aws"),
-            ("cn-north-1", "aws-cn"),
-            ("us-gov-west-1", "aws-us-gov"),
+            ValueError("no milk"),
+            taskhawk.RetryException("later", delay_seconds=5),
+            taskhawk.LoggingException("no milk", extra={"shop": 1}),
+            taskhawk.StopRetry("never"),
+            SystemExit(3),
+            KeyboardInterrupt(),
         ],
+        ids=lambda error: type(error).__name__,
     )
-    def test_topics(self, region, partition):
-        """A topic is named by partition, region, account, queue and priority, without a request."""
-        account = {"AWS_ACCOUNT_ID": 12345, "TASKHAWK_QUEUE": "DEV-myApp"}
-        taskhawk.configure(AWS_SETTINGS, AWS_REGION=region, **account)
-        with contextlib.closing(taskhawk.SnsSender()) as sender:
-            names = [sender.destination(priority) for priority in taskhawk.Priority]
-        topic = f"arn:{partition}:sns:{region}:000000012345:taskhawk-dev-myapp"
-        assert names == [
-            topic,
-            f"{topic}-high-priority",
-            f"{topic}-low-priority",
-            f"{topic}-bulk",
-        ]
-
-    @pytest.mark.parametrize(
-        ("code", "status", "remedy"),
-        [
-            ("NotFound", 404, NO_TOPIC),
-            ("AuthorizationError", 403, DENIED),
-            ("InvalidClientTokenId", 403, UNKNOWN_KEY),
-        ],
-    )
-    def test_errors_say_what_to_do(self, sns, task, code, status, remedy):
-        """What only a person can mend is one sentence with its remedy."""
-        sns.answers["Publish"] = sns_error(code, "why", status)
-        with pytest.raises(taskhawk.ConfigurationError) as caught:
-            task.dispatch("x")
-        name = f"taskhawk-{taskhawk.settings.TASKHAWK_QUEUE.lower()}"
-        topic = f"arn:aws:sns:us-east-1:000000000000:{name}"
-        assert str(caught.value) == f"{topic}: {remedy.format('Publish')} ({code})"
-
-    def test_missing_topic(self, ministack, task, queue_name):
-        """A topic that is not there is said to be missing."""
-        configure_aws(ministack, queue_name, IS_LAMBDA_APP=True)
-        with pytest.raises(taskhawk.ConfigurationError) as caught:
-            task.dispatch("x")
-        topic = f"arn:aws:sns:us-east-1:000000000000:taskhawk-{queue_name.lower()}"
-        assert str(caught.value) == f"{topic}: {NO_TOPIC} (NotFound)"
-
-    def test_no_region(self, task, queue_name):
-        """Without a region there is no topic's name: the sentence says how to set one."""
-        lambda_app = {"IS_LAMBDA_APP": True, "TASKHAWK_QUEUE": queue_name}
-        taskhawk.configure(AWS_SETTINGS, AWS_REGION=None, **lambda_app)
-        with pytest.raises(taskhawk.ConfigurationError) as caught:
-            task.dispatch("x")
-        assert str(caught.value) == (
-            f"taskhawk-{queue_name.lower()}: no AWS region: set AWS_REGION, for"
-            " example eu-west-1 (NoRegionError)"
-        )
-
-
-# Hands out the connection that a SqliteBroker makes, which is nobody else's business.
-GRAB_CONNECTIONS = """
-import sys
-connections = []
-grab = lambda event, args: event == 'sqlite3.connect/handle' and connections.append(args[0])
-sys.addaudithook(grab)
-"""
-
-
-class TestSqlite:
-    """The embedded broker, where it is more than the contract: files, processes, crashes."""
-
-    @pytest.fixture
-    def path(self, tmp_path):
-        """Return the path of a database that is not there yet."""
-        return tmp_path / "queue.db"
-
-    @pytest.fixture
-    def url(self, path):
-        """Return its URL."""
-        return f"sqlite:///{path}?max_receive_count=2"
-
-    @pytest.fixture
-    def clock(self):
-        """Return a clock to be moved."""
-        return Clock()
-
-    @pytest.fixture
-    def broker(self, url, clock):
-        """Yield a broker with that clock."""
-        with contextlib.closing(taskhawk.SqliteBroker(url, clock)) as broker:
-            yield broker
-
-    def test_every_commit_is_on_the_disk(self, path):
-        """The file has a write-ahead log, and each transaction waits for the disk."""
-        code = f"""{GRAB_CONNECTIONS}
-import taskhawk
-broker = taskhawk.SqliteBroker('sqlite:///{path}')
-broker.send('Q', [taskhawk.Outgoing('x', {{}})])
-for name in 'journal_mode', 'synchronous', 'user_version':
-    print(connections[-1].execute(f'PRAGMA {{name}}').fetchone()[0])
-"""
-        assert run_python(code).stdout.split() == ["wal", "2", "1"]
-
-    def test_memory_is_gone_with_its_broker(self):
-        """A broker in memory is its own, and empty each time."""
-        for _ in range(2):
-            with contextlib.closing(taskhawk.SqliteBroker("sqlite://")) as broker:
-                assert broker.send("Q", numbered(1)) == []
-                assert broker.depth("Q") == taskhawk.Depth(1, 0, 0)
-
-    def test_queues_need_not_be_made(self, broker):
-        """An unknown queue is an empty one, and queues are apart."""
-        broker.send("A", numbered(1))
-        assert broker.receive("B", 1, 0, None, NEVER) == []
-        assert broker.depth("B") == taskhawk.Depth(0, 0, 0)
-        assert broker.depth("A") == taskhawk.Depth(1, 0, 0)
-
-    def test_destination(self, url):
-        """Queues are named as on SQS; without TASKHAWK_QUEUE they are the default's."""
-        names = ["-HIGH-PRIORITY", "-LOW-PRIORITY", "-BULK"]
-        for settings, name in (({}, "DEFAULT"), ({"TASKHAWK_QUEUE": "dev-x"}, "DEV-X")):
-            taskhawk.configure(TASKHAWK_BROKER=url, **settings)
-            found = [
-                taskhawk._brokers.broker().destination(p) for p in taskhawk.Priority
-            ]
-            assert found == [
-                f"TASKHAWK-{name}",
-                *(f"TASKHAWK-{name}{suffix}" for suffix in names),
-            ]
-
-    def test_options(self, path, clock):
-        """The URL may set the visibility timeout and the receives before the dead letters."""
-        for query, expected in (
-            ("", taskhawk.QueueInfo(30.0, "Q-DLQ", 5)),
-            (
-                "?visibility_timeout_s=1.5&max_receive_count=3",
-                taskhawk.QueueInfo(1.5, "Q-DLQ", 3),
-            ),
-        ):
-            with contextlib.closing(
-                taskhawk.SqliteBroker(f"sqlite:///{path}{query}", clock)
-            ) as b:
-                assert b.info("Q") == expected
-                assert b.info("Q-DLQ") == expected._replace(
-                    dead_letter_queue=None, max_receive_count=None
-                )
-                b.send("Q", numbered(1))
-                assert len(b.receive("Q", 1, 0, None, NEVER)) == 1
-                clock.now += expected.visibility_timeout_s - 0.001
-                assert b.receive("Q", 1, 0, None, NEVER) == []
-                clock.now += 0.001
-                assert drain(b, "Q") == ["0"]
-
-    @pytest.mark.parametrize(
-        "url",
-        [
-            "sqlite://host/queue.db",
-            "sqlite://queue.db",
-            "sqlite:///q.db?visibility_timeout_s=0",
-            "sqlite:///q.db?visibility_timeout_s=nan",
-            "sqlite:///q.db?visibility_timeout_s",
-            "sqlite:///q.db?max_receive_count=2.5",
-            "sqlite:///q.db?max_receive_count=0",
-            "sqlite:///q.db?timeout=3",
-            "sqlite://[q",
-            "sqlite:///q.db\n",
-        ],
-    )
-    def test_url_errors(self, url, tmp_path, monkeypatch):
-        """A URL that is not understood is refused, with one that would be; no file is made."""
-        monkeypatch.chdir(tmp_path)
-        with pytest.raises(taskhawk.ConfigurationError) as caught:
-            taskhawk.SqliteBroker(url).close()
-        assert str(caught.value) == (
-            "TASKHAWK_BROKER: expected sqlite:///relative.db or sqlite:////absolute.db, then"
-            f" perhaps ?visibility_timeout_s=30&max_receive_count=5, got {url!r}"
-        )
-        assert list(tmp_path.iterdir()) == []
-
-    def test_paths(self, tmp_path, monkeypatch):
-        """Three slashes begin a relative path, four an absolute one; %20 is a space."""
-        monkeypatch.chdir(tmp_path)
-        taskhawk.SqliteBroker("sqlite:///a b.db").close()
-        taskhawk.SqliteBroker(f"sqlite:///{tmp_path}/c.db").close()
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["a b.db", "c.db"]
-
-    @pytest.mark.parametrize(
-        ("make", "reason"),
-        [
-            (lambda path: None, "unable to open database file"),
-            (
-                lambda path: (
-                    path.parent.mkdir(),
-                    path.write_text("not a database" * 200),
-                ),
-                "file is not a database",
-            ),
-        ],
-        ids=["no directory", "no database"],
-    )
-    def test_unusable_file(self, tmp_path, make, reason):
-        """A file that can't be used is refused at once, by name."""
-        path = tmp_path / "sub" / "queue.db"
-        make(path)
-        start = time.monotonic()
-        with pytest.raises(taskhawk.ConfigurationError) as caught:
-            taskhawk.SqliteBroker(f"sqlite:///{path}")
-        assert str(caught.value) == f"TASKHAWK_BROKER: can't open {path}: {reason}"
-        assert time.monotonic() - start < 10
-
-    def test_full_disk_while_it_opens(self, path):
-        """A file that can't be written is refused at once, by name."""
-        code = f"""
-import resource, taskhawk
-soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
-try:
-    taskhawk.SqliteBroker('sqlite:///{path}')
-except taskhawk.ConfigurationError as error:
-    print(error)
-resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-"""
-        expected = f"TASKHAWK_BROKER: can't open {path}: disk I/O error\n"
-        assert run_python(code, timeout=20).stdout == expected
-
-    def test_foreign_version(self, path, url):
-        """A database of another version is refused, and left as it is."""
-        with contextlib.closing(sqlite3.connect(path)) as db:
-            db.execute("PRAGMA user_version = 7")
-        before = path.read_bytes()
-        with pytest.raises(taskhawk.ConfigurationError) as caught:
-            taskhawk.SqliteBroker(url)
-        assert str(caught.value) == (
-            f"TASKHAWK_BROKER: can't open {path}: expected version 1 of its tables, got 7"
-        )
-        assert path.read_bytes() == before
-
-    def test_locked_while_it_opens(self, path, url):
-        """A file that another process is just making is waited for."""
-        other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-        with contextlib.closing(other):
-            other.execute("BEGIN IMMEDIATE")
-            release = threading.Timer(0.2, other.execute, ("ROLLBACK",))
-            release.start()
-            with contextlib.closing(taskhawk.SqliteBroker(url)) as broker:
-                release.join()
-                assert broker.send("Q", numbered(1)) == []
-
-    def test_old_sqlite(self, url, monkeypatch):
-        """A SQLite that lacks what we need is refused by its version."""
-        monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 29, 1))
-        monkeypatch.setattr(sqlite3, "sqlite_version", "3.29.1")
-        with pytest.raises(taskhawk.ConfigurationError) as caught:
-            taskhawk.SqliteBroker(url)
-        assert str(caught.value) == "SQLite 3.29.1 is too old: expected 3.30.0 or newer"
-
-    def test_clock(self, broker, clock):
-        """Delays of any length and timeouts are counted on the clock that is passed in."""
-        year = 365 * 86_400
-        broker.send("Q", [taskhawk.Outgoing("late", {}, 10 * year)])
-        clock.now += 10 * year - 0.001
-        assert broker.receive("Q", 1, 0, None, NEVER) == []
-        assert broker.depth("Q") == taskhawk.Depth(0, 0, 1)
-        clock.now += 0.001
-        (message,) = broker.receive("Q", 1, 0, 100, NEVER)
-        assert int(message.attributes["SentTimestamp"]) == 1_700_000_000_000
-        assert broker.change_visibility("Q", [(message.receipt_handle, 5)]) == []
-        clock.now += 5
-        assert drain(broker, "Q") == ["late"]
-
-    def test_first_come_first_served(self, broker):
-        """What became visible first is received first."""
-        for number in range(3):
-            broker.send("Q", numbered(4, number * 4))
-        assert drain(broker, "Q") == [str(number) for number in range(12)]
-
-    def test_redrive(self, broker, clock):
-        """A message moves when it would be received once too often, and from there no further."""
-        broker.send("Q", numbered(1))
-        for attempt in (1, 2):
-            (message,) = broker.receive("Q", 1, 0, None, NEVER)
-            assert message.attempt == attempt
-            clock.now += 30
-        assert broker.depth("Q-DLQ") == taskhawk.Depth(0, 0, 0)
-        assert broker.receive("Q", 1, 0, None, NEVER) == []
-        stale = message.receipt_handle
-        for _ in range(4):
-            (message,) = broker.receive("Q-DLQ", 1, 0, None, NEVER)
-            clock.now += 30
-        assert broker.depth("Q-DLQ") == taskhawk.Depth(1, 0, 0)
-        assert broker.delete("Q", [stale]) != []
-        assert broker.depth("Q-DLQ") == taskhawk.Depth(1, 0, 0)
-
-    def test_receipts(self, broker, clock):
-        """A receipt outlives its timeout until the next receive, for a delete only."""
-        broker.send("Q", numbered(1))
-        (message,) = broker.receive("Q", 1, 0, None, NEVER)
-        clock.now += 31
-        text = "the message is no longer in flight, or was received again"
-        refusal = taskhawk.Refusal(0, "ReceiptHandleIsInvalid", text, final=True)
-        assert broker.change_visibility("Q", [(message.receipt_handle, 5)]) == [refusal]
-        (again,) = broker.receive("Q", 1, 0, None, NEVER)
-        assert broker.delete("Q", [message.receipt_handle]) == [refusal]
-        clock.now += 31
-        assert broker.delete("Q", [again.receipt_handle]) == []
-        assert broker.delete("Q", [again.receipt_handle]) == []  # SQS says the same
-        broker.send("Q", numbered(1, 7))  # must not get the id that the receipt names
-        assert broker.delete("Q", [again.receipt_handle]) == []
-        assert drain(broker, "Q") == ["7"]
-
-    def test_stop(self, broker):
-        """A wait is cut short when it is told to stop, and before that takes what is there."""
-        stop = threading.Event()
-        threading.Timer(0.1, stop.set).start()
-        start = time.monotonic()
-        assert broker.receive("Q", 1, 20, None, stop) == []
-        assert time.monotonic() - start < 5
-        broker.send("Q", numbered(1))
-        assert len(broker.receive("Q", 1, 20, None, stop)) == 1
-
-    def test_waiting_is_cheap(self, url):
-        """An empty queue costs next to no CPU while a receive waits for a message."""
-        with contextlib.closing(taskhawk.SqliteBroker(url)) as broker:
-            start = time.process_time()
-            assert broker.receive("Q", 1, 1, None, NEVER) == []
-            assert time.process_time() - start < 0.1
-
-    def test_another_process_wakes_it(self, url):
-        """A receive that waits has a message of another process within a second."""
-        code = """
-import sys, time, taskhawk
-broker = taskhawk.SqliteBroker(sys.argv[1])
-print('ready', flush=True)
-sys.stdin.readline()
-broker.send('Q', [taskhawk.Outgoing('x', {})])
-print(time.monotonic())
-"""
-        with (
-            contextlib.closing(taskhawk.SqliteBroker(url)) as b,
-            python_child(code, url) as child,
-        ):
-            assert child.stdout.readline() == "ready\n"
-            threading.Timer(0.3, lambda: print(file=child.stdin, flush=True)).start()
-            assert len(b.receive("Q", 1, 20, None, NEVER)) == 1
-            assert time.monotonic() - float(child.stdout.readline()) < 1
-
-    def test_eight_processes_open_a_new_file(self, url):
-        """Any number of processes may make the file at the same moment."""
-        code = """
-import sys, taskhawk
-print('ready', flush=True)
-sys.stdin.readline()
-taskhawk.SqliteBroker(sys.argv[1]).send('Q', [taskhawk.Outgoing(sys.argv[2], {})])
-"""
-        with contextlib.ExitStack() as stack:
-            children = [
-                stack.enter_context(python_child(code, url, i)) for i in range(8)
-            ]
-            assert [child.stdout.readline() for child in children] == ["ready\n"] * 8
-            for child in children:
-                print(file=child.stdin, flush=True)
-            assert [child.wait(60) for child in children] == [0] * 8
-        with contextlib.closing(taskhawk.SqliteBroker(url)) as broker:
-            assert sorted(drain(broker, "Q")) == list("01234567")
-
-    def test_processes_claim_apart(self, url):
-        """Workers that receive at the same time never get the same message, and miss none."""
-        code = """
-import sys, threading, taskhawk
-broker = taskhawk.SqliteBroker(sys.argv[1])
-print('ready', flush=True)
-sys.stdin.readline()
-while received := broker.receive('Q', 3, 0, 600, threading.Event()):
-    print(*(message.body for message in received))
-    refusals = broker.delete('Q', [message.receipt_handle for message in received])
-    assert not refusals, refusals
-"""
-        with (
-            contextlib.closing(taskhawk.SqliteBroker(url)) as broker,
-            contextlib.ExitStack() as s,
-        ):
-            for start in range(0, 300, 10):
-                broker.send("Q", numbered(10, start))
-            children = [s.enter_context(python_child(code, url)) for _ in range(4)]
-            assert [child.stdout.readline() for child in children] == ["ready\n"] * 4
-            for child in children:
-                print(file=child.stdin, flush=True)
-            bodies = [
-                body for child in children for body in child.communicate()[0].split()
-            ]
-            assert [child.returncode for child in children] == [0] * 4
-            assert sorted(map(int, bodies)) == list(range(300))
-            assert broker.depth("Q") == taskhawk.Depth(0, 0, 0)
-
-    def test_kill_while_sending(self, path, url):
-        """A kill -9 loses nothing that was sent, and leaves no part of a batch."""
-        code = """
-import itertools, sys, taskhawk
-broker = taskhawk.SqliteBroker(sys.argv[1])
-for start in itertools.count(0, 3):
-    broker.send(sys.argv[2], [taskhawk.Outgoing(str(start + i), {}) for i in range(3)])
-    print(start + 3, flush=True)
-"""
-        for lines in (1, 17, 40):
-            queue = f"Q{lines}"
-            with python_child(code, url, queue) as child:
-                sent = [child.stdout.readline() for _ in range(lines)]
-                child.kill()
-                sent += child.stdout.readlines()
-            with contextlib.closing(taskhawk.SqliteBroker(url)) as broker:
-                bodies = drain(broker, queue)
-            assert bodies == [str(number) for number in range(len(bodies))]
-            assert len(bodies) - int(sent[-1]) in (0, 3)
-        with contextlib.closing(sqlite3.connect(path)) as db:
-            assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-
-    def test_kill_while_receiving(self, path):
-        """A kill -9 loses nothing that was not deleted, and nothing deleted comes back."""
-        url = f"sqlite:///{path}?max_receive_count=100"
-        code = """
-import sys, threading, taskhawk
-broker = taskhawk.SqliteBroker(sys.argv[1])
-while received := broker.receive('Q', 2, 0, 600, threading.Event()):
-    broker.delete('Q', [message.receipt_handle for message in received])
-    print(*(message.body for message in received), flush=True)
-"""
-        with contextlib.closing(taskhawk.SqliteBroker(url)) as broker:
-            for start in range(0, 400, 10):
-                broker.send("Q", numbered(10, start))
-        done: list[str] = []
-        for lines in (1, 17, 40):
-            with python_child(code, url) as child:
-                for _ in range(lines):
-                    done += child.stdout.readline().split()
-                child.kill()
-                done += child.stdout.read().split()
-        an_hour_later = taskhawk.SqliteBroker(url, lambda: time.time() + 3600)
-        with contextlib.closing(an_hour_later) as broker:
-            left = drain(broker, "Q")
-        assert len(set(done + left)) == len(done) + len(left)
-        missing = 400 - len(done) - len(left)
-        assert missing in (0, 2, 4, 6)  # deleted, and killed before it could say so
-
-    def test_errors_are_raised_and_over(self, path):
-        """A locked file and a full disk are errors of that call; the next one works."""
-        code = f"""{GRAB_CONNECTIONS}
-import sqlite3, threading, taskhawk
-taskhawk.configure(TASKHAWK_BROKER='sqlite:///{path}')
-@taskhawk.task(name='tests.f')
-def f(x): pass
-def attempt(call):
-    try:
-        print(bool(call()))
-    except sqlite3.OperationalError as error:
-        print(error)
-broker = taskhawk._brokers.broker()
-receive = lambda: broker.receive('TASKHAWK-DEFAULT', 1, 0, 600, threading.Event())
-f.dispatch('first')
-connections[-1].execute('PRAGMA busy_timeout = 50')
-other = sqlite3.connect({str(path)!r}, isolation_level=None)
-other.execute('BEGIN IMMEDIATE')
-attempt(lambda: f.dispatch('locked'))
-attempt(receive)
-other.execute('ROLLBACK')
-attempt(receive)
-pages = connections[-2].execute('PRAGMA page_count').fetchone()[0]
-connections[-2].execute(f'PRAGMA max_page_count = {{pages}}')
-attempt(lambda: f.dispatch('x' * 1_000_000))
-connections[-2].execute('PRAGMA max_page_count = 1000000')
-attempt(lambda: f.dispatch('x' * 1_000_000))
-print(*broker.depth('TASKHAWK-DEFAULT'))
-"""
-        result = run_python(code)
-        assert result.stdout.splitlines() == [
-            "database is locked",
-            "database is locked",
-            "True",
-            "database or disk is full",
-            "True",
-            "1 1 0",
-        ]
-
-    def test_interrupted_while_it_waits(self, path, url):
-        """Control-C while the file is locked sends nothing, and leaves no lock behind."""
-        code = """
-import os, signal, sqlite3, sys, threading, time, taskhawk
-broker = taskhawk.SqliteBroker(sys.argv[1])
-other = sqlite3.connect(sys.argv[2], isolation_level=None, check_same_thread=False, timeout=1)
-other.execute('BEGIN IMMEDIATE')
-main = threading.get_ident()
-def interrupt():
-    before = here = None
-    while before is None or here != before:  # until the main thread stands still in SQLite
-        time.sleep(0.05)
-        frame = sys._current_frames()[main]
-        ours = frame.f_code.co_filename == taskhawk.__file__
-        before, here = here, (frame.f_code, frame.f_lasti) if ours else object()
-    os.kill(os.getpid(), signal.SIGINT)
-    other.execute('ROLLBACK')
-thread = threading.Thread(target=interrupt)
-thread.start()
-try:
-    broker.send('Q', [taskhawk.Outgoing('interrupted', {})])
-except KeyboardInterrupt:
-    print('interrupted')
-thread.join()
-other.execute('BEGIN IMMEDIATE')
-other.execute('ROLLBACK')
-broker.send('Q', [taskhawk.Outgoing('after', {})])
-print(*(m.body for m in broker.receive('Q', 10, 0, None, threading.Event())))
-"""
-        result = run_python(["-c", code, url, str(path)])
-        assert (result.stdout, result.stderr) == ("interrupted\nafter\n", "")
-
-
-@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
-class TestProcesses:
-    """Threads share one broker, and a forked child has its own."""
-
-    @pytest.fixture
-    def queue(self, proxy, ministack, sqs_client, queue_name):
-        """Return the name of the default queue, which is on ministack behind the proxy."""
-        name = f"TASKHAWK-{queue_name}"
-        make_queue(sqs_client(ministack), name, 2)
-        return name
-
-    def test_made_once(self, tmp_path):
-        """However many threads are the first to need a broker, there is one."""
-        for url in ("sqs", f"sqlite:///{tmp_path}/queue.db"):
-            taskhawk.configure(AWS_SETTINGS, TASKHAWK_BROKER=url)
-            barrier = threading.Barrier(16)
-
-            def first(barrier=barrier):
-                barrier.wait(20)
-                return taskhawk._brokers.broker()
-
-            with concurrent.futures.ThreadPoolExecutor(16) as pool:
-                found = [pool.submit(first) for _ in range(16)]
-                assert len({id(future.result()) for future in found}) == 1
-            assert taskhawk._brokers.sender() is taskhawk._brokers.broker()
-
-    def test_sender(self, tmp_path):
-        """A Lambda app publishes to SNS, but on SQLite to its queues."""
-        taskhawk.configure(AWS_SETTINGS, IS_LAMBDA_APP=True)
-        assert isinstance(taskhawk._brokers.sender(), taskhawk.SnsSender)
-        assert isinstance(taskhawk._brokers.broker(), taskhawk.SqsBroker)
+    def test_errors(self, sync, error):
+        """The task's exception, whatever it is, comes out of dispatch, and nothing is retried."""
+        runs, hooks = [], []
+        hook = functools.partial(hooks.append)
         taskhawk.configure(
-            IS_LAMBDA_APP=True, TASKHAWK_BROKER=f"sqlite:///{tmp_path}/queue.db"
-        )
-        assert isinstance(taskhawk._brokers.sender(), taskhawk.SqliteBroker)
-
-    def test_threads_dispatch(self, proxy, task, queue):
-        """Threads share a client: each dispatch is one request, and none is lost or mixed up."""
-        task.dispatch(0)
-        with concurrent.futures.ThreadPoolExecutor(16) as pool:
-            ids = list(pool.map(task.dispatch, range(1, 160)))
-        assert len(set(ids)) == 159
-        assert proxy.actions() == ["GetQueueUrl", *["SendMessage"] * 160]
-        bodies = drain(taskhawk._brokers.broker(), queue)
-        assert sorted(json.loads(body)["args"][0] for body in bodies) == list(
-            range(160)
+            TASKHAWK_SYNC=True,
+            TASKHAWK_POST_PROCESS_HOOK=lambda **_: hook("post"),
+            TASKHAWK_ERROR_HOOK=lambda **_: hook("error"),
         )
 
-    def test_threads_begin_together(self, aws, task):
-        """Threads that are the first to dispatch send each their own message, and no more."""
-        barrier = threading.Barrier(8)
-
-        def first(number):
-            barrier.wait(20)
-            task.dispatch(number)
-
-        with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            list(pool.map(first, range(8)))
-        sent = [
-            call.data["MessageBody"]
-            for call in aws.calls
-            if call.action == "SendMessage"
-        ]
-        assert sorted(json.loads(body)["args"][0] for body in sent) == list(range(8))
-        known = len(aws.calls)
-        task.dispatch(8)
-        assert aws.actions()[known:] == ["SendMessage"]
-
-    def test_threads_dispatch_to_sqlite(self, task, tmp_path):
-        """Threads share a connection, and none is lost."""
-        taskhawk.configure(TASKHAWK_BROKER=f"sqlite:///{tmp_path}/queue.db")
-        with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            list(pool.map(task.dispatch, range(80)))
-        bodies = drain(taskhawk._brokers.broker(), "TASKHAWK-DEFAULT")
-        assert sorted(json.loads(body)["args"][0] for body in bodies) == list(range(80))
-
-    def test_configure_closes_connections(self, aws, task):
-        """configure() closes the connections to SQS, and the next dispatch makes new ones."""
-        task.dispatch(1)
-        with aws.changed:
-            assert len(aws.connected) == 1
-        configure_aws(aws.url, "x")
-        with aws.changed:
-            assert aws.changed.wait_for(lambda: not aws.connected, timeout=10)
-        task.dispatch(2)
-        assert aws.actions() == ["GetQueueUrl", "SendMessage"] * 2
-
-    @pytest.mark.skipif(
-        not Path("/proc/self/fd").exists(), reason="only Linux lists open files"
-    )
-    def test_configure_closes_files(self, task, tmp_path):
-        """configure() closes the database, and the next dispatch opens it anew."""
-
-        def is_open():
-            files = [os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()]
-            return str(tmp_path / "queue.db") in files
-
-        taskhawk.configure(TASKHAWK_BROKER=f"sqlite:///{tmp_path}/queue.db")
-        assert not is_open()
-        for number in (1, 2):
-            task.dispatch(number)
-            assert is_open()
-            taskhawk.configure(TASKHAWK_BROKER=f"sqlite:///{tmp_path}/queue.db")
-            assert not is_open()
-        assert taskhawk._brokers.broker().depth("TASKHAWK-DEFAULT").visible == 2
-
-    @pytest.mark.parametrize("how", ["os.fork", "multiprocessing"])
-    def test_fork_on_sqs(self, proxy, task, queue, how):
-        """A forked child dispatches over connections of its own while its parent goes on."""
-        task.dispatch("parent before")
-        ours = {call.port for call in proxy.calls}
-
-        def child():
-            for number in range(5):
-                task.dispatch(f"child {number}")
-
-        wait = forked(child, how)
-        for number in range(5):
-            task.dispatch(f"parent {number}")
-        assert wait() == 0
-        sent = {
-            json.loads(call.data["MessageBody"])["args"][0]: call.port
-            for call in proxy.calls
-            if call.action == "SendMessage"
-        }
-        assert {
-            port for text, port in sent.items() if text.startswith("parent")
-        } == ours
-        assert not ours & {
-            port for text, port in sent.items() if text.startswith("child")
-        }
-        assert len(drain(taskhawk._brokers.broker(), queue)) == 11
-
-    @pytest.mark.parametrize("how", ["os.fork", "multiprocessing"])
-    def test_fork_on_sqlite(self, task, tmp_path, how):
-        """What a forked child dispatches is kept, whichever of the two closes the file first."""
-        url = f"sqlite:///{tmp_path}/queue.db"
-        taskhawk.configure(TASKHAWK_BROKER=url)
-        task.dispatch("parent before")
-        dispatched, closed = (
-            multiprocessing.get_context("fork").Event() for _ in range(2)
-        )
-
-        def child():
-            task.dispatch("child 1")
-            dispatched.set()
-            assert closed.wait(20)
-            task.dispatch("child 2")
-
-        wait = forked(child, how)
-        task.dispatch("parent after")
-        assert dispatched.wait(20)
-        taskhawk.configure(TASKHAWK_BROKER=url)
-        closed.set()
-        assert wait() == 0
-        bodies = drain(taskhawk._brokers.broker(), "TASKHAWK-DEFAULT")
-        texts = sorted(json.loads(body)["args"][0] for body in bodies)
-        assert texts == ["child 1", "child 2", "parent after", "parent before"]
-
-    def test_fork_while_threads_dispatch(self, task, tmp_path):
-        """A fork in the middle of other threads' transactions harms neither child nor parent."""
-        taskhawk.configure(TASKHAWK_BROKER=f"sqlite:///{tmp_path}/queue.db")
-        stop = threading.Event()
-
-        def dispatch_on():
-            count = 0
-            while not stop.is_set():
-                task.dispatch(count)
-                count += 1
-            return count
-
-        with concurrent.futures.ThreadPoolExecutor(2) as pool:
-            dispatching = [pool.submit(dispatch_on) for _ in range(2)]
-            waits = [forked(lambda: task.dispatch("child")) for _ in range(8)]
-            codes = [wait() for wait in waits]
-            stop.set()
-            count = sum(future.result() for future in dispatching)
-        assert codes == [0] * 8
-        assert taskhawk._brokers.broker().depth("TASKHAWK-DEFAULT").visible == count + 8
-
-    def test_fork_while_a_thread_adds_to_its_batch(self, task, tmp_path):
-        """A fork waits for what a thread adds, lest a lock stay held in the child for ever."""
-        taskhawk.configure(TASKHAWK_BROKER=f"sqlite:///{tmp_path}/queue.db")
-        adding, forking = threading.Event(), threading.Event()
-        os.register_at_fork(before=forking.set)
-
-        def slowly():
-            adding.set()
-            assert forking.wait(10)
-            yield from ()
-
-        def add():
-            with taskhawk.batch():
-                taskhawk._collect(slowly())
-
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            added = pool.submit(add)
-            assert adding.wait(10)
-            assert forked(lambda: task.dispatch("child"))() == 0
-            added.result()
-
-    def test_fork_elsewhere(self, task, tmp_path, monkeypatch):
-        """A relative path is relative to where it was first used, whatever a task does then."""
-        monkeypatch.chdir(tmp_path)
-        taskhawk.configure(TASKHAWK_BROKER="sqlite:///queue.db")
-        task.dispatch("before")
-        (tmp_path / "elsewhere").mkdir()
-        os.chdir("elsewhere")
-        assert forked(lambda: task.dispatch("child"))() == 0
-        task.dispatch("after")
-        assert taskhawk._brokers.broker().depth("TASKHAWK-DEFAULT").visible == 3
-        assert os.listdir() == []
-
-    def test_odd_directory(self, task, tmp_path, monkeypatch):
-        """A directory that no URL can name is no trouble to a relative path."""
-        (tmp_path / "odd?").mkdir()
-        monkeypatch.chdir(tmp_path / "odd?")
-        taskhawk.configure(TASKHAWK_BROKER="sqlite:///queue.db")
-        task.dispatch(1)
-        assert os.listdir(tmp_path / "odd?") != []
-
-    def test_fork_without_the_file(self, task, tmp_path):
-        """Where the file can't be opened again after a fork, that is an error until it can be."""
-        taskhawk.configure(TASKHAWK_BROKER=f"sqlite:///{tmp_path}/queues/queue.db")
-        (tmp_path / "queues").mkdir()
-        task.dispatch("before")
-        (tmp_path / "queues").rename(tmp_path / "away")
-        assert forked(lambda: None)() == 0
-        with pytest.raises(
-            taskhawk.ConfigurationError, match=r"unable to open database file$"
-        ):
-            task.dispatch("meanwhile")
-        (tmp_path / "away").rename(tmp_path / "queues")
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            pool.submit(task.dispatch, "after").result(20)
-        assert taskhawk._brokers.broker().depth("TASKHAWK-DEFAULT").visible == 2
-        (tmp_path / "queues").rename(tmp_path / "away")
-        assert forked(lambda: None)() == 0
-        taskhawk._brokers.close()  # there is nothing to close
-
-    def test_fork_with_memory(self, task):
-        """Memory is of one process: in a forked child it is refused, and the parent goes on."""
-        taskhawk.configure(TASKHAWK_BROKER="sqlite://")
-        task.dispatch(1)
-        read, write = os.pipe()
-
-        def child():
-            try:
-                task.dispatch(2)
-            except taskhawk.ConfigurationError as error:
-                os.write(write, str(error).encode())
-
-        assert forked(child)() == 0
-        os.close(write)
-        assert os.read(read, 1000).decode() == (
-            "sqlite:// is the memory of one process, and this is another: use a file, such as"
-            " sqlite:///queue.db"
-        )
-        os.close(read)
-        task.dispatch(3)
-        assert taskhawk._brokers.broker().depth("TASKHAWK-DEFAULT") == taskhawk.Depth(
-            2, 0, 0
-        )
-
-
-ScriptedAnswer = Callable[[dict[str, Any], Callable[..., Any]], Any]
-
-
-class ScriptedAws(AwsServer):
-    """A proxy before an emulator: it answers some requests by a script."""
-
-    def __init__(self, behind: str) -> None:
-        super().__init__(behind)
-        self.answers: dict[str, Iterator[ScriptedAnswer]] = {}
-        self.lock = (
-            threading.Lock()
-        )  # held to note a request and to take the next answer
-
-    def script(self, action: str, *answers: ScriptedAnswer) -> None:
-        """Give these answers to the next requests of a kind; after them, it answers as before."""
-        self.answers[action] = iter(answers)
-
-    def always(self, action: str, answer: ScriptedAnswer) -> None:
-        """Give this answer to all requests of a kind."""
-        self.answers[action] = itertools.repeat(answer)
-
-    @property
-    def actions(self) -> list[str]:
-        """What was asked for, in order."""
-        return [action for action, _ in self.requests]
-
-    @property
-    def batches(self) -> list[int]:
-        """How many messages each sending request had."""
-        kinds = {
-            "SendMessage": 1,
-            "SendMessageBatch": 0,
-            "Publish": 1,
-            "PublishBatch": 0,
-        }
-        return [
-            kinds[action]
-            or len(payload.get("Entries", ()))
-            or sum(key.endswith(".Message") for key in payload)
-            for action, payload in self.requests
-            if action in kinds
-        ]
-
-    def note(self, call: Call) -> None:
-        """Keep a request, with its answer."""
-        with self.lock:
-            super().note(call)
-            call.answer = next(self.answers.get(call.action, iter(())), None)
-
-    def reply(self, call: Call) -> tuple[int, dict[str, str], Any]:
-        """Answer by the script, or as the emulator does."""
-
-        def forward(payload: dict[str, Any]) -> dict[str, Any]:
-            return json.loads(self.pass_on(call, payload)[2])
-
-        if scripted := call.answer and call.answer(call.data, forward):
-            status, content = scripted
-            if "Action" in call.data:
-                return sns_error(content["__type"], content["message"], status)
-            return status, {}, content
-        return self.pass_on(call)
-
-
-NOT_DELETED = "copied, but not deleted: "
-MESSAGE_ID = "[0-9a-f-]{36}"
-NOTHING_CONFIGURED = {
-    "AWS_REGION": "TASKHAWK-X: no AWS region: set AWS_REGION, for example eu-west-1"
-    " (NoRegionError)",
-    "AWS_ACCESS_KEY": "TASKHAWK-X: no AWS credentials: set AWS_ACCESS_KEY and AWS_SECRET_KEY, or"
-    " give botocore a profile or role; to try things out without AWS, set TASKHAWK_BROKER to"
-    " sqlite:///queue.db (NoCredentialsError)",
-    "TASKHAWK_QUEUE": "TASKHAWK_QUEUE is not set: expected at most 71 letters, digits, hyphens and"
-    " underscores, such as 'dev-myapp', from taskhawk.configure(), the module named by"
-    " SETTINGS_MODULE, Django's settings or the environment",
-}
-
-
-def fault(code: str, text: str = "no", status: int = 400) -> ScriptedAnswer:
-    """Refuse a request as a whole, before it has an effect."""
-    return lambda payload, forward: (status, {"__type": code, "message": text})
-
-
-def fault_after(code: str) -> ScriptedAnswer:
-    """Do what is asked, and answer that it failed: as a lost answer, without its timeout."""
-    return lambda payload, forward: (forward(payload), fault(code)(payload, forward))[1]
-
-
-def passed(payload: dict[str, Any], forward: Callable[..., Any]) -> None:
-    """Leave a request to the emulator."""
-
-
-def refuse(
-    *wrong: int, code: str = "InternalError", ours: bool = False
-) -> ScriptedAnswer:
-    """Do what is asked but for the entries at these places, which are refused."""
-
-    def answer(payload: dict[str, Any], forward: Callable[..., Any]) -> tuple[int, Any]:
-        entries = payload["Entries"]
-        good = [e for i, e in enumerate(entries) if i not in wrong]
-        done = forward({**payload, "Entries": good}) if good else {"Successful": []}
-        no = {"Code": code, "Message": "no", "SenderFault": ours}
-        failed = [{"Id": e["Id"], **no} for i, e in enumerate(entries) if i in wrong]
-        return 200, {"Successful": done["Successful"], "Failed": failed}
-
-    return answer
-
-
-TOO_LONG = fault("AWS.SimpleQueueService.BatchRequestTooLong", "too long")
-
-
-def too_long(most: int) -> ScriptedAnswer:
-    """Refuse a batch of more than so many messages, as SQS does where their sum is too long."""
-    return lambda payload, forward: (
-        TOO_LONG(payload, forward) if len(payload["Entries"]) > most else None
-    )
-
-
-def only_to(queue: str, answer: ScriptedAnswer) -> ScriptedAnswer:
-    """Give an answer to the requests for one queue alone."""
-    return lambda payload, forward: (
-        answer(payload, forward) if payload["QueueUrl"].endswith(f"/{queue}") else None
-    )
-
-
-def make_queues(client: Any, name: str, **attributes: str) -> None:
-    """Make the default and the high-priority queue, and the dead-letter queue of each."""
-    for suffix in ("", "-HIGH-PRIORITY"):
-        make_queue(client, f"TASKHAWK-{name}{suffix}", **attributes)
-
-
-@pytest.fixture
-def scripted(
-    ministack: str, sqs_client: Callable[..., Any], queue_name: str
-) -> Iterator[ScriptedAws]:
-    """Yield a scripted ministack whose queues are made, with taskhawk configured to use it."""
-    make_queues(sqs_client(ministack), queue_name)
-    with ScriptedAws(ministack).running(queue_name) as server:
-        yield server
-
-
-@pytest.fixture
-def sqlite() -> taskhawk.SqliteBroker:
-    """Return the embedded broker, in memory, which taskhawk is configured to use."""
-    taskhawk.configure(TASKHAWK_BROKER="sqlite://")
-    return taskhawk._brokers.broker()
-
-
-@pytest.fixture(params=["ministack", "moto", "sqlite"])
-def broker(
-    request: pytest.FixtureRequest, sqs_client: Callable[..., Any], queue_name: str
-) -> taskhawk.Broker:
-    """Return each of the brokers, with its queues made, which taskhawk is configured to use."""
-    if request.param == "sqlite":
-        taskhawk.configure(TASKHAWK_BROKER="sqlite://", TASKHAWK_QUEUE=queue_name)
-    else:
-        endpoint = request.getfixturevalue(request.param)
-        make_queues(sqs_client(endpoint), queue_name)
-        configure_aws(endpoint, queue_name)
-    return taskhawk._brokers.broker()
-
-
-@pytest.fixture(params=["ministack", "moto"])
-def endpoint(request: pytest.FixtureRequest) -> str:
-    """Return the URL of each of the emulators."""
-    return request.getfixturevalue(request.param)
-
-
-@pytest.fixture
-def mail() -> taskhawk.Task[..., None]:
-    """Return a task to dispatch."""
-
-    @taskhawk.task(name="mail.send")
-    def send(to: Any = None, text: Any = None) -> None:
-        """Do nothing."""
-
-    return send
-
-
-def receive_all(queue: str | Priority = Priority.default) -> list[QueueMessage]:
-    """Receive all that is visible in a queue."""
-    broker = taskhawk._brokers.broker()
-    name = broker.destination(queue) if isinstance(queue, Priority) else queue
-    polls = iter(lambda: broker.receive(name, 10, 0, 60, threading.Event()), [])
-    return [message for poll in polls for message in poll]
-
-
-def received_args(queue: str | Priority = Priority.default) -> list[Any]:
-    """Receive all that is visible in a queue, and return the first argument of each message."""
-    return [json.loads(message.body)["args"][0] for message in receive_all(queue)]
-
-
-def body_of(*args: Any) -> str:
-    """Return the body of a message for mail.send, registered or not."""
-    metadata = {"priority": "default", "timestamp": 1460868253255, "version": "1.0"}
-    data = {
-        "id": str(uuid.uuid4()),
-        "metadata": metadata,
-        "headers": {},
-        "task": "mail.send",
-    }
-    return json.dumps({**data, "args": args, "kwargs": {}})
-
-
-def put_dead_letters(broker: taskhawk.Broker, count: int) -> str:
-    """Send so many messages to the dead letters, and return the name of that queue."""
-    queue = f"{broker.destination(Priority.default)}-DLQ"
-    for number in range(count):
-        assert broker.send(queue, [Outgoing(body_of(number), {})]) == []
-    return queue
-
-
-def work_once(broker: taskhawk.Broker, queue: str | None = None) -> taskhawk.Ledger:
-    """Receive once, run what there is, and return what became of it."""
-    queues = [queue or broker.destination(Priority.default)]
-    return taskhawk.Worker(
-        broker, queues, num_messages=10, loop_count=1, wait_s=0
-    ).run()
-
-
-def service_size(body: str, attributes: Mapping[str, Mapping[str, str]]) -> int:
-    """Count as SQS does."""
-    parts = itertools.chain.from_iterable(
-        (name, value["DataType"], value["StringValue"])
-        for name, value in attributes.items()
-    )
-    return len(body.encode()) + sum(len(part.encode()) for part in parts)
-
-
-def filler(size: int, **headers: Any) -> str:
-    """Return the argument that makes a message of mail.send with exactly so many bytes."""
-    empty = Message.new("mail.send", [""], headers=headers).as_dict()
-    attributes = {
-        n: {"DataType": "String", "StringValue": v} for n, v in headers.items()
-    }
-    body = json.dumps(empty, separators=(",", ":"))
-    return "x" * (size - service_size(body, attributes))
-
-
-class TestPublishing:
-    """dispatch(): nothing leaves that can't arrive, and what was accepted has an id."""
-
-    def test_id(self, sqlite):
-        """Dispatch returns the id that the task then sees in its metadata."""
+        @taskhawk.task(name="shop.sell", retry=taskhawk.fixed(0, max_retries=3))
+        def sell():
+            runs.append(1)
+            raise error
+
+        with pytest.raises(type(error)) as caught:
+            sell.dispatch()
+        assert caught.value is error
+        assert (runs, hooks) == ([1], [])
+
+    @pytest.mark.parametrize("queue", [None, "shop"])
+    def test_hooks(self, queue):
+        """The hooks run around the task, also where it raises IgnoreException."""
         seen = []
 
-        @taskhawk.task(name="ids.note")
-        def note(metadata):
-            seen.append(metadata.id)
+        def hook(queue_name, sqs_queue_message):
+            body = json.loads(sqs_queue_message.body)
+            seen.append((queue_name, body["task"], sqs_queue_message.receipt_handle))
+            sqs_queue_message.change_visibility(VisibilityTimeout=3)  # of no queue
+            sqs_queue_message.delete()
 
-        sent = [note.dispatch(), note.with_priority(Priority.high).dispatch()]
-        for received in [*receive_all(), *receive_all(Priority.high)]:
-            assert taskhawk.process(received).fate is taskhawk.Fate.acknowledge
-        assert seen == sent
-        assert [str(uuid.UUID(text)) for text in sent] == sent
+        settings = {"TASKHAWK_QUEUE": queue} if queue else {}
+        settings |= {
+            "TASKHAWK_PRE_PROCESS_HOOK": hook,
+            "TASKHAWK_POST_PROCESS_HOOK": hook,
+        }
+        taskhawk.configure(TASKHAWK_SYNC=True, **settings)
 
-    def test_publish(self, broker, mail):
-        """A message made by hand goes, through publish(), to the queue of its priority."""
-        message = Message.new("mail.send", ["a"], {"text": "b"}, "my-id", {"c": "d"})
-        message.priority = Priority.high
-        assert taskhawk.publish(message) == "my-id"
-        (received,) = receive_all(Priority.high)
-        assert Message(json.loads(received.body)) == message
+        @taskhawk.task(name="shop.sell")
+        def sell():
+            seen.append("sold")
+            raise taskhawk.IgnoreException
 
-    def test_one_request(self, scripted, mail):
-        """A dispatch is one request; the first to a queue looks its URL up, and no other does."""
-        for _ in range(3):
-            mail.dispatch()
-        assert scripted.actions == ["GetQueueUrl", *["SendMessage"] * 3]
-        for _ in range(2):
-            mail.with_priority(Priority.high).dispatch()
-        assert scripted.actions[4:] == ["GetQueueUrl", *["SendMessage"] * 2]
+        assert sell.with_priority(taskhawk.Priority.high).dispatch()
+        name = "TASKHAWK-SHOP-HIGH-PRIORITY" if queue else "TASKHAWK-SYNC"
+        assert seen == [(name, "shop.sell", None), "sold", (name, "shop.sell", None)]
 
-    def test_one_request_sns(self, scripted, queue_name, sqs_client, mail):
-        """Over SNS, a dispatch is one Publish to the topic of its priority."""
-        topic = f"taskhawk-{queue_name.lower()}-low-priority"
-        arn = sqs_client(scripted.url, "sns").create_topic(Name=topic)["TopicArn"]
-        configure_aws(scripted.url, queue_name, IS_LAMBDA_APP=True)
-        scripted.requests.clear()
-        for _ in range(2):
-            mail.with_priority(Priority.low).with_headers(a="b").dispatch()
-        assert scripted.actions == ["Publish"] * 2
-        payload = scripted.requests[0][1]
-        assert payload["TopicArn"] == arn
-        assert payload["MessageAttributes.entry.1.Name"] == "a"
-        assert json.loads(payload["Message"])["headers"] == {"a": "b"}
-
-    def test_threads(self, scripted, mail):
-        """Threads that begin at the same time share one client and one look-up of the URL."""
-        together = threading.Barrier(6)
-        release = threading.Event()
-
-        def slowly(
-            payload: dict[str, Any], forward: Callable[..., Any]
-        ) -> tuple[int, Any]:
-            release.wait(0.3)  # time for others to look up too, were they allowed to
-            return 200, forward(payload)
-
-        def send(number: int) -> None:
-            together.wait(10)
-            mail.dispatch(number)
-
-        scripted.always("GetQueueUrl", slowly)
-        threads = [threading.Thread(target=send, args=(n,)) for n in range(6)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert sorted(scripted.actions) == ["GetQueueUrl", *["SendMessage"] * 6]
-        assert sorted(received_args()) == list(range(6))
-
-    @pytest.mark.parametrize(
-        ("name", "value", "attribute"),
-        [
-            ("request_id", "1234", "1234"),
-            ("number", 5, "5"),
-            ("all.of_it-0", "Ümläut 😀\t\r\n\x7f\ud7ff\ue000\ufffd", ...),
-            ("AWSx", "a", "a"),
-            ("x" * 256, "a", "a"),
-            ("x" * 257, "a", None),
-            ("", "a", None),
-            ("AWS.x", "a", None),
-            ("aws.x", "a", None),
-            ("Amazon.x", "a", None),
-            ("aMAZON.x", "a", None),
-            ("taskhawk.error", "a", None),
-            (".x", "a", None),
-            ("x.", "a", None),
-            ("x..y", "a", None),
-            ("x y", "a", None),
-            ("x\n", "a", None),
-            ("ä", "a", None),
-            ("empty", "", None),
-            ("control", "a\x00", None),
-            ("surrogate", "\ud800", None),
-            ("not_a_character", "\ufffe", None),
-        ],
-    )
-    def test_attributes(self, sqlite, mail, name, value, attribute):
-        """A header is an attribute too, where SQS takes its name and value; the body has it."""
-        mail.with_headers(**{name: value}).dispatch()
-        (received,) = receive_all()
-        assert json.loads(received.body)["headers"] == {name: value}
-        text = value if attribute is ... else attribute
-        expected = {name: {"DataType": "String", "StringValue": text}} if text else {}
-        assert received.message_attributes == expected
-
-    def test_hostile_headers(self, endpoint, sqs_client, queue_name):
-        """A message with more than ten headers, some refused by SQS, arrives with all of them."""
+    def test_hooks_of_lambda(self):
+        """In a Lambda app, the hooks get an SNS record."""
         seen = []
 
-        @taskhawk.task(name="headers.note")
-        def note(headers):
+        def hook(sns_record):
+            seen.append(
+                (
+                    sns_record["Sns"]["MessageId"],
+                    json.loads(sns_record["Sns"]["Message"]),
+                )
+            )
+
+        taskhawk.configure(
+            TASKHAWK_SYNC=True, IS_LAMBDA_APP=True, TASKHAWK_PRE_PROCESS_HOOK=hook
+        )
+        message_id = taskhawk.task(name="shop.sell")(plain).dispatch(5)
+        [(sns_id, message)] = seen
+        assert sns_id == message["id"] == message_id
+        assert message["args"] == [5]
+
+    def test_hook_fails(self):
+        """A failing hook comes out of dispatch too: the pre hook's before the task runs."""
+        runs = []
+
+        def fail(**_):
+            raise OSError("no database")
+
+        @taskhawk.task(name="shop.sell")
+        def sell():
+            runs.append(1)
+
+        for name, count in (("PRE", 0), ("POST", 1)):
+            taskhawk.configure(
+                TASKHAWK_SYNC=True, **{f"TASKHAWK_{name}_PROCESS_HOOK": fail}
+            )
+            with pytest.raises(OSError, match=r"^no database$"):
+                sell.dispatch()
+            assert len(runs) == count
+
+    def test_no_delay(self, sync):
+        """A delay is ignored, however long."""
+        runs = []
+
+        @taskhawk.task(name="shop.sell")
+        def sell():
+            runs.append(1)
+
+        assert sell.with_delay(dt.timedelta(days=30)).dispatch()
+        assert runs == [1]
+
+    def test_default_headers(self):
+        """The default headers are given as they are without sync mode."""
+        seen = []
+
+        @taskhawk.task(name="shop.sell")
+        def sell(headers):
             seen.append(headers)
 
-        make_queues(sqs_client(endpoint), queue_name)
-        configure_aws(endpoint, queue_name)
-        sent = {
-            "AWS.trace": "1",
-            "empty": "",
-            "nul": "\0",
-            "half": "\ud800",
-            "ü": {"any": [1]},
-        }
-        sent |= {f"header-{number}": f"é{number}" for number in range(12)}
-        note.with_headers(**sent).dispatch()
-        (received,) = receive_all()
-        names = [f"header-{number}" for number in range(10)]
-        assert sorted(received.message_attributes) == names
-        assert taskhawk.process(received).error is None
-        assert seen == [sent]
+        hook = lambda task: {"request_id": task.name}  # noqa: E731
+        taskhawk.configure(TASKHAWK_SYNC=True, TASKHAWK_DEFAULT_HEADERS=hook)
+        sell.dispatch()
+        assert seen == [{"request_id": "shop.sell"}]
 
-    def test_body_is_the_truth(self):
-        """Where attributes and body differ, the task gets what the body says."""
-        seen = []
+    def test_batch(self, sync):
+        """A batch runs its tasks when the block ends, and not at all where the block raises."""
+        runs = []
 
-        @taskhawk.task(name="headers.truth")
-        def note(headers):
-            seen.append(headers)
+        @taskhawk.task(name="shop.sell")
+        def sell(what):
+            runs.append(what)
 
-        body = json.dumps(Message.new("headers.truth", headers={"a": "body"}).as_dict())
-        attributes = {"a": {"DataType": "String", "StringValue": "attribute"}}
-        assert (
-            taskhawk.process(QueueMessage(body, "m", message_attributes=attributes))[1]
-            is None
-        )
-        assert seen == [{"a": "body"}]
+        with taskhawk.batch():
+            sell.dispatch("milk")
+            sell.dispatch_many(["bread"])
+            sell.dispatch("tea")
+            before = list(runs)
+        assert (before, runs) == ([], ["milk", "bread", "tea"])
+        with contextlib.suppress(KeyError), taskhawk.batch():
+            sell.dispatch("milk")
+            raise KeyError
+        assert len(runs) == 3
 
-    def test_size_sqs(self, scripted, mail):
-        """On SQS, a message of 1 MiB with its attributes is sent, and with one byte more is not."""
-        limit = 1_048_576
-        text = filler(limit, trace="é", name="n")
-        invocation = mail.with_headers(trace="é", name="n")
-        invocation.dispatch(text)
-        (received,) = receive_all()
-        assert service_size(received.body, received.message_attributes) == limit
-        scripted.requests.clear()
-        with pytest.raises(taskhawk.MessageTooLarge) as raised:
-            invocation.dispatch(text + "x")
-        assert str(raised.value) == (
-            "mail.send: the message has 1048577 bytes (body and attributes), and the limit is"
-            f" 1048576: the largest argument is args[0] with {len(text) + 3} bytes"
-        )
-        assert raised.value.limit == limit
-        assert isinstance(raised.value, taskhawk.ValidationError)
-        assert scripted.requests == []
+    def test_async(self, sync):
+        """An async task runs to its end, also where the caller's own event loop is running."""
+        runs = []
+        variable = contextvars.ContextVar("variable")
 
-    def test_size_sns(self, scripted, queue_name, sqs_client, mail):
-        """Over SNS, the limit is 256 KiB."""
-        sqs_client(scripted.url, "sns").create_topic(
-            Name=f"taskhawk-{queue_name.lower()}"
-        )
-        configure_aws(scripted.url, queue_name, IS_LAMBDA_APP=True)
-        text = filler(262_144, trace="t")
-        invocation = mail.with_headers(trace="t")
-        invocation.dispatch(text)
-        with pytest.raises(taskhawk.MessageTooLarge) as raised:
-            invocation.dispatch(text + "x")
-        assert str(raised.value) == (
-            "mail.send: the message has 262145 bytes (body and attributes), and the limit is"
-            f" 262144: the largest argument is args[0] with {len(text) + 3} bytes"
-        )
+        @taskhawk.task(name="shop.sell")
+        async def sell(what):
+            await asyncio.sleep(0)
+            runs.append((what, variable.get()))
+            if what == "nothing":
+                raise LookupError(what)
 
-    @pytest.mark.parametrize(
-        ("call", "largest"),
-        [
-            ((["x"], {"text": "é" * 180_000}, {}), "kwargs.text with 1080002 bytes"),
-            ((["y" * 500_000, "x" * 600_000], {}, {}), "args[1] with 600002 bytes"),
-            (([], {}, {"trace": "x" * 1_048_576}), "headers.trace with 1048578 bytes"),
-        ],
-    )
-    def test_largest(self, sqlite, mail, call, largest):
-        """The error names the argument or header that takes most, in bytes as they are sent."""
-        args, kwargs, headers = call
-        with pytest.raises(taskhawk.MessageTooLarge) as raised:
-            mail.with_headers(**headers).dispatch(*args, **kwargs)
-        assert str(raised.value).endswith(
-            f"and the limit is 1048576: the largest argument is {largest}"
-        )
-        assert sqlite.depth("TASKHAWK-DEFAULT") == Depth(0, 0, 0)
+        async def main():
+            variable.set("inside")
+            sell.dispatch("bread")
+            with pytest.raises(LookupError, match=r"^nothing$"):
+                sell.dispatch("nothing")
 
-    def test_too_large_without_arguments(self, sqlite):
-        """Where it is the task's name that is too large, the error does not blame an argument."""
+        variable.set("outside")
+        sell.dispatch("milk")
+        asyncio.run(main())
+        assert runs == [("milk", "outside"), ("bread", "inside"), ("nothing", "inside")]
 
-        @taskhawk.task(name="n" * 1_048_576)
-        def long_name():
-            """Do nothing."""
+    def test_needs_nothing(self, tmp_path):
+        """Sync mode needs no queue, no region and no credentials, and imports no botocore."""
+        code = textwrap.dedent("""
+            import sys
 
-        with pytest.raises(taskhawk.MessageTooLarge) as raised:
-            long_name.dispatch()
-        assert "the largest argument" not in str(raised.value)
-        assert len(str(raised.value)) < 1000
+            before = set(sys.modules)
+            import taskhawk
 
-    def test_pinned_queue(self, endpoint, sqs_client, queue_name, mail):
-        """A size that only this queue refuses, pinned below the service's limit, says the same."""
-        make_queues(sqs_client(endpoint), queue_name, MaximumMessageSize="2048")
-        configure_aws(endpoint, queue_name)
-        mail.dispatch(filler(2048))
-        text = filler(2049)
-        with pytest.raises(taskhawk.MessageTooLarge) as raised:
-            mail.dispatch(text)
-        assert str(raised.value) == (
-            "mail.send: the message has 2049 bytes (body and attributes), and the limit is 2048:"
-            f" the largest argument is args[0] with {len(text) + 2} bytes"
-        )
-        assert raised.value.limit == 2048
+            @taskhawk.task
+            def sell(what):
+                print("sold", what)
 
-    @pytest.mark.parametrize(
-        ("value", "expected"),
-        [
-            (decimal.Decimal(3), "3"),
-            (decimal.Decimal("1E+2"), "100"),
-            (decimal.Decimal("2.50"), "2.5"),
-            (2**64, "18446744073709551616"),
-            ((1, [None, True]), "[1,[null,true]]"),
-            ("\ud800\0é", '"\\ud800\\u0000\\u00e9"'),
-            ({"a": {"b": 1.5}}, '{"a":{"b":1.5}}'),
-        ],
-    )
-    def test_json(self, sqlite, mail, value, expected):
-        """What JSON has is sent, Decimals as numbers, and the body is ASCII."""
-        mail.dispatch(value)
-        (received,) = receive_all()
-        assert f'"args":[{expected}]' in received.body
-        assert received.body.isascii()
+            sell.dispatch("milk")
+            print(sorted({"asyncio", "botocore", "sqlite3"} & (set(sys.modules) - before)))
+        """)
+        result = run_python(code, cwd=tmp_path, env={"TASKHAWK_SYNC": "true"})
+        assert (result.stdout, result.stderr) == ("sold milk\n[]\n", "")
 
-    @pytest.mark.parametrize(
-        ("value", "why"),
-        [
-            ({1, 2}, "set is not a JSON type"),
-            ([b"bytes"], "bytes is not a JSON type"),
-            ({"deep": [object()]}, "object is not a JSON type"),
-            (Priority.high, "Priority is not a JSON type"),
-            ({(1, 2): 3}, "keys must be str, int, float, bool or None, not tuple"),
-            (math.nan, "Out of range float values are not JSON compliant"),
-            ([math.inf], "Out of range float values are not JSON compliant"),
-            (-math.inf, "Out of range float values are not JSON compliant"),
-            (
-                decimal.Decimal("NaN"),
-                "Out of range float values are not JSON compliant",
-            ),
-            (decimal.Decimal("sNaN"), "cannot convert signaling NaN to float"),
-            (decimal.Decimal("Infinity"), "Out of range float values"),
-        ],
-    )
-    @pytest.mark.parametrize("where", ["args[1]", "kwargs.text", "headers.trace"])
-    def test_not_json(self, sqlite, mail, value, why, where):
-        """What is not JSON fails at the caller, naming the argument or header."""
-        args = ["fine", value] if where == "args[1]" else ["fine"]
-        kwargs = {"text": value} if where == "kwargs.text" else {}
-        headers = {"trace": value} if where == "headers.trace" else {}
-        number = isinstance(value, float | decimal.Decimal) or value == [math.inf]
-        expected = taskhawk.ValidationError if number else TypeError
-        with pytest.raises(expected) as raised:
-            mail.with_headers(**headers).dispatch(*args, **kwargs)
-        assert type(raised.value) is expected
-        # Newer Pythons add the value: "…JSON compliant: nan".
-        assert str(raised.value).startswith(f"mail.send: {where} is not JSON: {why}")
-        assert sqlite.depth("TASKHAWK-DEFAULT") == Depth(0, 0, 0)
 
-    def test_astronomical(self):
-        """A Decimal with a huge exponent fails too, instead of being written out for minutes."""
-        code = """
-import decimal, taskhawk
-taskhawk.configure(TASKHAWK_BROKER="sqlite://")
-@taskhawk.task(name="mail.send")
-def send(amount): pass
-try:
-    send.dispatch(decimal.Decimal("1E+99999999"))
-except taskhawk.ValidationError as error:
-    print(str(error).partition("JSON:")[0])
+LOGGING_MODULE = """
+import asyncio
+import contextvars
+import logging
+import threading
+import taskhawk
+
+LOG = logging.getLogger("jobs")
+
+@taskhawk.task(name="jobs.talk")
+def talk():
+    LOG.info("from the task", extra={"order": 7})
+    context = contextvars.copy_context()
+    thread = threading.Thread(target=context.run, args=(LOG.warning, "from its thread"))
+    thread.start()
+    thread.join()
+
+@taskhawk.task(name="jobs.fail", isolate=True)
+def fail():
+    LOG.info("from a child")
+    raise ValueError("for a reason")
+
+@taskhawk.task(name="jobs.break")
+def break_here():
+    raise ValueError("for another")
+
+@taskhawk.task(name="jobs.hang")
+def hang():
+    print("hangs", flush=True)
+    threading.Event().wait()
+
+@taskhawk.task(name="jobs.spin", isolate=True)
+def spin():
+    print("hangs", flush=True)
+    sum(range(10**12))
+
+@taskhawk.task(name="jobs.quick")
+def quick():
+    pass
 """
-        assert run_python(code, timeout=30).stdout == "mail.send: args[0] is not \n"
 
-    def test_endless(self, sqlite, mail):
-        """What contains itself, or is nested too deeply, fails naming the argument."""
-        circle: list[Any] = []
-        circle.append(circle)
-        deep: list[Any] = []
-        for _ in range(200_000):
-            deep = [deep]
-        for value in (circle, deep):
-            with pytest.raises(
-                taskhawk.ValidationError, match=r"^mail.send: args\[0\] is not JSON: "
-            ):
-                mail.dispatch(value)
-        while deep:  # or its deallocation is what nests too deeply
-            deep = deep.pop()
 
-    def test_delay_sqs(self, scripted, mail):
-        """A delay of up to 15 minutes is the queue's DelaySeconds, rounded up."""
-        delays = (900, timedelta(minutes=15), 0.2, 59.5, 0)
-        for delay in delays:
-            mail.with_delay(delay).dispatch()
-        with taskhawk.batch():
-            for delay in delays:
-                mail.with_delay(delay).dispatch()
-        one_by_one = [payload for _, payload in scripted.requests[1:6]]
-        for sent in (one_by_one, scripted.requests[6][1]["Entries"]):
-            assert [entry.get("DelaySeconds") for entry in sent] == [
-                900,
-                900,
-                1,
-                60,
-                None,
-            ]
-
-    @pytest.mark.parametrize("delay", [900.001, 3600, timedelta(days=1)])
-    def test_delay_too_long(self, scripted, mail, delay):
-        """A longer delay is refused on SQS before anything is sent."""
-        seconds = delay.total_seconds() if isinstance(delay, timedelta) else delay
-        with pytest.raises(taskhawk.ConfigurationError) as raised:
-            mail.with_delay(delay).dispatch()
-        assert str(raised.value) == (
-            f"mail.send: the queue can hold a message back for at most 900 s, got {seconds:g} s"
-        )
-        assert scripted.requests == []
-
-    def test_delay_sns(self, scripted, queue_name, sqs_client, mail):
-        """SNS delays nothing: any delay is refused, and none is none."""
-        sqs_client(scripted.url, "sns").create_topic(
-            Name=f"taskhawk-{queue_name.lower()}"
-        )
-        configure_aws(scripted.url, queue_name, IS_LAMBDA_APP=True)
-        mail.with_delay(0).dispatch()
-        with pytest.raises(taskhawk.ConfigurationError) as raised:
-            mail.with_delay(1).dispatch()
-        assert str(raised.value) == (
-            "mail.send: the queue can hold a message back for at most 0 s, got 1 s"
-        )
-
-    def test_delay_sqlite(self, tmp_path, mail):
-        """SQLite holds a message back for any time, to the millisecond."""
-        url = f"sqlite:///{tmp_path}/queue.db"
-        taskhawk.configure(TASKHAWK_BROKER=url)
-        mail.with_delay(timedelta(days=400)).dispatch("late")
-        now = time.time()
-        assert taskhawk._brokers.broker().depth("TASKHAWK-DEFAULT") == Depth(0, 0, 1)
-        assert received_args() == []
-        for days, visible in ((399.999, 0), (400.001, 1)):
-            later = taskhawk.SqliteBroker(url, clock=lambda: now + days * 86_400)  # noqa: B023
-            assert later.depth("TASKHAWK-DEFAULT").visible == visible
-            later.close()
-
-    @pytest.mark.parametrize("delay", [-1, math.nan, math.inf, timedelta(seconds=-1)])
-    def test_delay_impossible(self, mail, delay):
-        """A delay is 0 or more seconds, and finite."""
-        seconds = delay.total_seconds() if isinstance(delay, timedelta) else delay
-        with pytest.raises(
-            ValueError, match=f"^delay: expected 0 or more seconds, got {seconds}$"
-        ):
-            mail.with_delay(delay)
+class TestLogging:
+    """Each run is one record with its facts, and records say in which task they were made."""
 
     @pytest.mark.parametrize(
-        ("hook", "expected"),
+        ("error", "outcome"),
         [
-            (lambda: {"a": "hook", "b": 1}, {"a": "mine", "b": 1}),
-            (lambda task: {"name": task.name}, {"name": "mail.send", "a": "mine"}),
-            (lambda **kwargs: {"keys": list(kwargs)}, {"keys": ["task"], "a": "mine"}),
-            (lambda: None, {"a": "mine"}),
-            (lambda: {1: "x"}, {"1": "x", "a": "mine"}),
+            (None, "done"),
+            (taskhawk.IgnoreException(), "ignored"),
+            (taskhawk.RetryException(), "retry"),
+            (ValueError("no"), "retry"),
+            (taskhawk.LoggingException("no", extra={"outcome": "mine"}), "mine"),
+            (taskhawk.StopRetry("enough"), "dead_letter"),
         ],
     )
-    def test_default_headers(self, mail, hook, expected):
-        """The default headers are asked for at each dispatch, and give way to with_headers()."""
-        taskhawk.configure(TASKHAWK_BROKER="sqlite://", TASKHAWK_DEFAULT_HEADERS=hook)
-        mail.with_headers(a="mine").dispatch()
-        (received,) = receive_all()
-        assert json.loads(received.body)["headers"] == expected
+    def test_outcome(self, memory, caplog, error, outcome):
+        """A run leaves one record with its task, id, attempt, outcome and duration_ms."""
+        caplog.set_level(logging.DEBUG)
 
-    def test_missing_queue(self, endpoint, queue_name, mail):
-        """Where the queue does not exist, the error says so, and what to check."""
-        configure_aws(endpoint, queue_name)
-        with pytest.raises(taskhawk.ConfigurationError) as raised:
-            mail.with_priority(Priority.bulk).dispatch()
-        assert str(raised.value) == (
-            f"TASKHAWK-{queue_name}-BULK: there is no such queue here: make it, or check"
-            " TASKHAWK_QUEUE, AWS_REGION and the account (NonExistentQueue)"
-        )
-
-    def test_missing_topic(self, scripted, queue_name, mail):
-        """Where the topic does not exist, the error says so, and what to check."""
-        configure_aws(scripted.url, queue_name, IS_LAMBDA_APP=True)
-        with pytest.raises(taskhawk.ConfigurationError) as raised:
-            mail.dispatch()
-        assert str(raised.value) == (
-            f"arn:aws:sns:us-east-1:000000000000:taskhawk-{queue_name.lower()}: there is no such"
-            " topic: make it, or check TASKHAWK_QUEUE and AWS_ACCOUNT_ID (NotFound)"
-        )
-
-    @pytest.mark.parametrize(
-        ("code", "remedy"),
-        [
-            ("AccessDenied", DENIED),
-            ("AccessDeniedException", DENIED),
-            ("AuthorizationError", DENIED),
-            ("InvalidClientTokenId", UNKNOWN_KEY),
-            ("UnrecognizedClientException", UNKNOWN_KEY),
-            (
-                "SignatureDoesNotMatch",
-                "AWS refuses these credentials: check AWS_SECRET_KEY",
-            ),
-        ],
-    )
-    def test_denied(self, scripted, queue_name, mail, code, remedy):
-        """What a person must mend is a ConfigurationError with one sentence that says how."""
-        sns = code == "AuthorizationError"
-        configure_aws(scripted.url, queue_name, IS_LAMBDA_APP=sns)
-        where = f"TASKHAWK-{queue_name}"
-        if sns:
-            where = f"arn:aws:sns:us-east-1:000000000000:taskhawk-{queue_name.lower()}"
-        scripted.always("SendMessage", fault(code, status=403))
-        scripted.always("Publish", fault(code, status=403))
-        with pytest.raises(taskhawk.ConfigurationError) as raised:
-            mail.dispatch()
-        text = remedy.format("Publish" if sns else "SendMessage")
-        assert str(raised.value) == f"{where}: {text} ({code})"
-        assert raised.value.__cause__.response["Error"]["Code"] == code
-
-    @pytest.mark.parametrize("missing", NOTHING_CONFIGURED)
-    def test_nothing_configured(self, mail, missing):
-        """A first dispatch without a region, credentials or a queue says which to set."""
-        given = {
-            "AWS_ACCESS_KEY": "a",
-            "AWS_SECRET_KEY": "b",
-            "AWS_REGION": "us-east-1",
-        }
-        given |= {"TASKHAWK_QUEUE": "x", "AWS_ENDPOINT_SQS": "http://127.0.0.1:1"}
-        del given[missing]
-        if missing == "AWS_ACCESS_KEY":
-            del given["AWS_SECRET_KEY"]
-        taskhawk.configure(given)
-        with pytest.raises(taskhawk.ConfigurationError) as raised:
-            mail.dispatch()
-        assert str(raised.value) == NOTHING_CONFIGURED[missing]
-
-    def test_other_errors(self, scripted, mail):
-        """An error that no person need mend is raised as botocore raises it."""
-        scripted.always("SendMessage", fault("InvalidMessageContents", "odd"))
-        with pytest.raises(botocore.exceptions.ClientError) as raised:
-            mail.dispatch()
-        assert raised.value.response["Error"]["Code"] == "InvalidMessageContents"
-
-    def test_retried_by_botocore(self, scripted, mail):
-        """A send that the service fails at is made again, within one dispatch."""
-        scripted.script("SendMessage", fault("InternalFailure", status=500))
-        mail.dispatch("once")
-        assert scripted.actions == ["GetQueueUrl", "SendMessage", "SendMessage"]
-        assert received_args() == ["once"]
-
-
-class TestBatch:
-    """batch() and dispatch_many(): fewer requests, and exactly what was not accepted is raised."""
-
-    def test_ten_to_a_call(self, scripted, mail):
-        """Dispatches are collected, and leave ten to a request, in order, when the block ends."""
-        with taskhawk.batch():
-            ids = [mail.dispatch(number) for number in range(25)]
-            assert scripted.actions == []
-        assert scripted.actions == ["GetQueueUrl", *["SendMessageBatch"] * 3]
-        assert scripted.batches == [10, 10, 5]
-        messages = [json.loads(message.body) for message in receive_all()]
-        assert sorted(message["args"][0] for message in messages) == list(range(25))
-        assert sorted(message["id"] for message in messages) == sorted(ids)
-
-    def test_one_or_none(self, scripted, mail):
-        """A block with one dispatch is one request, and a block with none is none."""
-        with taskhawk.batch():
-            pass
-        assert scripted.actions == []
-        with taskhawk.batch():
-            mail.dispatch()
-        assert scripted.actions == ["GetQueueUrl", "SendMessage"]
-
-    def test_total_size(self, endpoint, sqs_client, queue_name, mail):
-        """Messages of 300 KB leave three to a request, within 1 MiB, which the service checks."""
-        make_queues(sqs_client(endpoint), queue_name)
-        configure_aws(endpoint, queue_name)
-        with taskhawk.batch():
-            for number in range(7):
-                mail.dispatch(number, "x" * 300_000)
-        assert sorted(received_args()) == list(range(7))
-
-    def test_total_size_counted(self, scripted, mail):
-        """A request is filled to the last byte of 1 MiB, attributes included, and no further."""
-        half, header = 524_288, {"trace": "é"}
-        invocation = mail.with_headers(**header)
-        with taskhawk.batch():
-            for size in (half, half, half, half + 1, half, half):
-                invocation.dispatch(filler(size, **header))
-        assert scripted.batches == [2, 1, 1, 2]
-
-    def test_priorities_and_tasks(self, scripted, mail):
-        """One block takes all tasks and priorities; each queue gets its own requests."""
-
-        @taskhawk.task(name="mail.other", priority=Priority.high)
-        def other(number):
-            """Do nothing."""
-
-        with taskhawk.batch():
-            for number in range(8):
-                mail.dispatch(number)
-                other.with_headers(n=str(number)).dispatch(number)
-        assert scripted.actions == ["GetQueueUrl", "SendMessageBatch"] * 2
-        assert scripted.batches == [8, 8]
-        assert (
-            sorted(received_args())
-            == sorted(received_args(Priority.high))
-            == list(range(8))
-        )
-
-    def test_sns(self, scripted, queue_name, sqs_client, mail):
-        """Over SNS, PublishBatch sends ten, and less where the sum would be above 256 KiB."""
-        sns, sqs = sqs_client(scripted.url, "sns"), sqs_client(scripted.url)
-        arn = sns.create_topic(Name=f"taskhawk-{queue_name.lower()}")["TopicArn"]
-        url = sqs.create_queue(QueueName=f"{queue_name}-SNS")["QueueUrl"]
-        endpoint = f"arn:aws:sqs:us-east-1:000000000000:{queue_name}-SNS"
-        raw = {"RawMessageDelivery": "true"}
-        sns.subscribe(TopicArn=arn, Protocol="sqs", Endpoint=endpoint, Attributes=raw)
-        configure_aws(scripted.url, queue_name, IS_LAMBDA_APP=True)
-        scripted.requests.clear()
-        with taskhawk.batch():
-            for number in range(12):
-                mail.with_headers(n=str(number)).dispatch(number)
-            for number in (12, 13):
-                mail.dispatch(number, "x" * 250_000)
-        assert scripted.actions == ["PublishBatch", "PublishBatch", "Publish"]
-        assert scripted.batches == [10, 3, 1]
-        polls = iter(
-            lambda: sqs.receive_message(QueueUrl=url, MaxNumberOfMessages=10).get(
-                "Messages"
-            ),
-            None,
-        )
-        numbers = [
-            json.loads(message["Body"])["args"][0] for poll in polls for message in poll
-        ]
-        assert sorted(numbers) == list(range(14))
-
-    def test_sns_fails(self, scripted, queue_name, mail):
-        """What SNS refuses as a whole is raised, ready to be published again."""
-        configure_aws(scripted.url, queue_name, IS_LAMBDA_APP=True)
-        with pytest.raises(taskhawk.PartialFailure) as raised, taskhawk.batch():
-            ids = [mail.dispatch(number) for number in range(3)]
-        assert [message.id for message in raised.value.unsent] == ids
-        assert str(raised.value) == "3 of 3 messages failed: NotFound"
-
-    def test_nested(self, scripted, mail):
-        """A block inside another joins it: all is sent when the outer one ends."""
-        with taskhawk.batch():
-            mail.dispatch(0)
-            with taskhawk.batch():
-                mail.dispatch(1)
-            assert scripted.actions == []
-            mail.dispatch(2)
-        assert scripted.batches == [3]
-
-    @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-    def test_exception(self, scripted, mail, error):
-        """An exception inside sends nothing; what is dispatched afterwards is sent at once."""
-
-        def fail() -> None:
-            with taskhawk.batch():
-                mail.dispatch(0)
-                with taskhawk.batch():
-                    mail.dispatch(1)
+        @taskhawk.task(name="shop.sell")
+        def sell():
+            if error:
                 raise error
 
-        with pytest.raises(error):
-            fail()
-        assert scripted.actions == []
-        mail.dispatch(2)
-        assert scripted.batches == [1]
-        assert received_args() == [2]
+        message_id = sell.dispatch()
+        [received] = queued()
+        taskhawk.process(received)
+        [record] = [record for record in caplog.records if hasattr(record, "outcome")]
+        assert (record.task, record.id, record.attempt) == ("shop.sell", message_id, 1)
+        assert (record.outcome, type(record.duration_ms)) == (outcome, int)
 
-    def test_wrong_dispatch(self, sqlite, mail):
-        """What can't be sent raises where it is dispatched, and the block can go on."""
-        with taskhawk.batch():
-            mail.dispatch(0)
-            with pytest.raises(TypeError):
-                mail.dispatch({1})
-            with pytest.raises(taskhawk.MessageTooLarge):
-                mail.dispatch("x" * 1_048_576)
-        assert received_args() == [0]
+    def test_outcome_of_an_invalid_message(self, caplog):
+        """A message that is not valid leaves one record too, which knows no task."""
+        taskhawk._last_invalid.clear()
+        run_body("{}")
+        [record] = [record for record in caplog.records if hasattr(record, "outcome")]
+        assert (record.outcome, hasattr(record, "task")) == ("retry", False)
 
-    def test_thread(self, sqlite, mail):
-        """A thread started inside has no part in the block: it sends directly."""
-        with taskhawk.batch():
-            mail.dispatch("block")
-            thread = threading.Thread(target=mail.dispatch, args=("thread",))
-            thread.start()
-            thread.join()
-            assert received_args() == ["thread"]
-        assert received_args() == ["block"]
+    def test_current_task(self):
+        """current_task() is the metadata of the task around it, and None outside."""
+        seen = []
 
-    def test_thread_with_context(self, sqlite, mail):
-        """A thread that runs in a copy of the context joins the block, but sends after its end."""
-        ended = threading.Event()
+        @taskhawk.task(name="shop.inner")
+        def inner():
+            seen.append(taskhawk.current_task().task)
 
-        def work() -> None:
-            mail.dispatch("inside")
-            joined.set()
-            ended.wait(10)
-            with taskhawk.batch():  # of its own, now
-                mail.dispatch("after")
-                mail.dispatch("after too")
-                late.append(received_args())
-            mail.dispatch("at last")
-
-        joined, late = threading.Event(), []
-        with taskhawk.batch():
-            thread = threading.Thread(
-                target=contextvars.copy_context().run, args=(work,)
+        @taskhawk.task(name="shop.outer")
+        async def outer(metadata):
+            await asyncio.to_thread(
+                lambda: seen.append(taskhawk.current_task() is metadata)
             )
-            thread.start()
-            assert joined.wait(10)
-            assert received_args() == []
-        assert received_args() == ["inside"]
-        ended.set()
-        thread.join()
-        assert late == [[]]
-        assert received_args() == ["after", "after too", "at last"]
-
-    def test_race(self, sqlite, mail):
-        """While a block ends, what threads in its context dispatch is sent, and once."""
-        busy = threading.Barrier(5)
-
-        def work(first: int) -> None:
-            for number in range(first, first + 100):
-                mail.dispatch(number)
-                if number == first + 20:
-                    busy.wait(10)
-
-        with taskhawk.batch():
-            threads = [
-                threading.Thread(
-                    target=contextvars.copy_context().run, args=(work, first)
-                )
-                for first in (0, 100, 200, 300)
-            ]
-            for thread in threads:
-                thread.start()
-            busy.wait(10)
-        for thread in threads:
-            thread.join()
-        assert sorted(received_args()) == list(range(400))
-
-    def test_asyncio(self, sqlite, mail):
-        """Tasks of an event loop join the block they were made in, and send after its end."""
-
-        async def dispatch(number: int, when: asyncio.Event) -> None:
-            await when.wait()
-            mail.dispatch(number)
-
-        async def main() -> None:
-            now, later = asyncio.Event(), asyncio.Event()
-            now.set()
-            async with asyncio.TaskGroup() as group:
-                with taskhawk.batch():
-                    await asyncio.gather(
-                        *(dispatch(number, now) for number in range(3))
-                    )
-                    group.create_task(dispatch(3, later))
-                    assert received_args() == []
-                assert received_args() == [0, 1, 2]
-                outside = group.create_task(dispatch(4, now))
-                await outside
-                assert received_args() == [4]
-                later.set()
-            assert received_args() == [3]
-
-        asyncio.run(main())
-
-    def test_refused_for_now(self, scripted, mail):
-        """What the service refuses by its own fault is sent again, alone, and nobody is told."""
-        scripted.script("SendMessageBatch", refuse(1, 3), refuse(1))
-        with taskhawk.batch():
-            for number in range(4):
-                mail.dispatch(number)
-        assert scripted.batches == [4, 2, 1]
-        assert sorted(received_args()) == [0, 1, 2, 3]
-
-    def test_refused_for_good(self, scripted, mail):
-        """What is refused by its own fault is raised at once, and alone: the rest was sent."""
-        scripted.script(
-            "SendMessageBatch", passed, refuse(1, 9, code="Bad", ours=True), passed
-        )
-        with pytest.raises(taskhawk.PartialFailure) as raised, taskhawk.batch():
-            ids = [mail.dispatch(number) for number in range(25)]
-        assert scripted.batches == [10, 10, 5]
-        error = raised.value
-        assert str(error) == "2 of 25 messages failed: Bad"
-        assert (error.success_count, error.failure_count) == (23, 2)
-        assert error.result["Failed"] == [
-            {"Id": ids[11], "Code": "Bad", "Message": "no"},
-            {"Id": ids[19], "Code": "Bad", "Message": "no"},
-        ]
-        assert error.result["Successful"] == [
-            {"Id": sent} for number, sent in enumerate(ids) if number not in (11, 19)
-        ]
-        assert [message.args for message in error.unsent] == [[11], [19]]
-
-    def test_unsent_as_dispatched(self, scripted, mail):
-        """What is unsent is what was dispatched, though the caller has changed it meanwhile."""
-        scripted.always(
-            "SendMessageBatch",
-            refuse(0, 1, 2, code="InvalidMessageContents", ours=True),
-        )
-        row: dict[str, int] = {}
-        calls = (row.update(number=number) or (row,) for number in range(3))
-        with pytest.raises(taskhawk.PartialFailure) as raised:
-            mail.dispatch_many(calls)
-        rows = [message.args for message in raised.value.unsent]
-        assert rows == [[{"number": 0}], [{"number": 1}], [{"number": 2}]]
-
-    def test_unsent(self, scripted, mail):
-        """After three attempts it is raised too; to publish what is unsent delivers each once."""
-        scripted.script("SendMessageBatch", refuse(2, 5), refuse(0, 1), refuse(0, 1))
-        high = mail.with_priority(Priority.high)
-        calls = [
-            (task.with_headers(n=str(n)), n) for n in range(10) for task in (mail, high)
-        ]
-        with pytest.raises(taskhawk.PartialFailure) as raised, taskhawk.batch():
-            [invocation.dispatch(number) for invocation, number in calls]
-        assert scripted.batches == [10, 2, 2, 10]
-        assert str(raised.value) == "2 of 20 messages failed: InternalError"
-        with taskhawk.batch():
-            for message in raised.value.unsent:
-                taskhawk.publish(message)
-        found = {m.message_attributes["n"]["StringValue"]: m for m in receive_all()}
-        assert sorted(map(int, found)) == list(range(10))
-        assert all(json.loads(m.body)["args"] == [int(n)] for n, m in found.items())
-
-    def test_unsent_keeps(self, scripted, mail):
-        """An unsent message keeps its priority and its delay."""
-        scripted.always("SendMessageBatch", refuse(0, ours=True))
-        with pytest.raises(taskhawk.PartialFailure) as raised, taskhawk.batch():
-            [
-                mail.with_priority(Priority.high).with_delay(7).dispatch()
-                for _ in range(2)
-            ]
-        taskhawk.publish(raised.value.unsent[0])
-        action, payload = scripted.requests[-1]
-        assert (action, payload["DelaySeconds"]) == ("SendMessage", 7)
-        assert payload["QueueUrl"].endswith("-HIGH-PRIORITY")
-
-    def test_unanswered(self, scripted, mail):
-        """A message that the answer does not name is not taken for sent."""
-
-        def silent(
-            payload: dict[str, Any], forward: Callable[..., Any]
-        ) -> tuple[int, Any]:
-            return 200, {"Successful": forward(payload)["Successful"][:1]}
-
-        scripted.script("SendMessageBatch", *[silent] * 3)
-        with pytest.raises(taskhawk.PartialFailure) as raised, taskhawk.batch():
-            [mail.dispatch(number) for number in range(4)]
-        assert scripted.batches == [4, 3, 2]
-        assert str(raised.value) == "1 of 4 messages failed: Unanswered"
-        assert [message.args for message in raised.value.unsent] == [[3]]
-
-    def test_whole_call_fails(self, scripted, mail, queue_name):
-        """Where a request fails, the rest for that queue is unsent; other queues go on."""
-        high = mail.with_priority(Priority.high)
-        scripted.script(
-            "SendMessageBatch",
-            passed,
-            fault("AccessDenied", status=403),
-            only_to(f"TASKHAWK-{queue_name}", fault("AccessDenied", status=403)),
-        )
-        with pytest.raises(taskhawk.PartialFailure) as raised, taskhawk.batch():
-            [mail.dispatch(number) for number in range(25)] + [
-                high.dispatch(n) for n in (0, 1)
-            ]
-        assert str(raised.value) == "15 of 27 messages failed: AccessDenied"
-        assert [message.args for message in raised.value.unsent] == [
-            [n] for n in range(10, 25)
-        ]
-        assert raised.value.result["Failed"][0]["Message"] == (
-            f"TASKHAWK-{queue_name}: access denied: the IAM policy of these credentials does not"
-            " allow SendMessage (AccessDenied)"
-        )
-        assert sorted(received_args()) == list(range(10))
-        assert sorted(received_args(Priority.high)) == [0, 1]
-
-    def test_other_failures(self, scripted, mail):
-        """A failure that no sentence explains is told as the service tells it."""
-        scripted.always("SendMessageBatch", fault("Odd", "because"))
-        with pytest.raises(taskhawk.PartialFailure) as raised, taskhawk.batch():
-            ids = [mail.dispatch() for _ in range(2)]
-        why = "An error occurred (Odd) when calling the SendMessageBatch operation: because"
-        assert raised.value.result == {
-            "Successful": [],
-            "Failed": [{"Id": sent, "Code": "Odd", "Message": why} for sent in ids],
-        }
-
-    def test_second_attempt_fails(self, scripted, mail):
-        """Where the second attempt fails as a whole, what the first one sent is not unsent."""
-        scripted.script("SendMessageBatch", refuse(1))
-        scripted.script("SendMessage", fault("AccessDenied", status=403))
-        with pytest.raises(taskhawk.PartialFailure) as raised, taskhawk.batch():
-            [mail.dispatch(number) for number in range(3)]
-        assert [message.args for message in raised.value.unsent] == [[1]]
-        assert str(raised.value) == "1 of 3 messages failed: AccessDenied"
-        taskhawk.publish(raised.value.unsent[0])
-        assert sorted(received_args()) == [0, 1, 2]
-
-    def test_second_attempt_works(self, scripted, mail):
-        """A second attempt that fails as a whole is followed by a third."""
-        scripted.script("SendMessageBatch", refuse(1, 2), fault("KmsThrottled"))
-        with taskhawk.batch():
-            for number in range(4):
-                mail.dispatch(number)
-        assert sorted(received_args()) == [0, 1, 2, 3]
-
-    def test_sum_too_long(self, scripted, mail):
-        """Where the queue finds the sum too long, the messages are sent one by one."""
-        scripted.always("SendMessageBatch", too_long(1))
-        scripted.script("SendMessage", passed, fault("AccessDenied"), passed, passed)
-        with pytest.raises(taskhawk.PartialFailure) as raised, taskhawk.batch():
-            [mail.dispatch(number) for number in range(4)]
-        assert [message.args for message in raised.value.unsent] == [[1]]
-        assert sorted(received_args()) == [0, 2, 3]
-
-    def test_one_too_long(self, scripted, mail):
-        """A message that is too long for its queue alone is unsent alone."""
-
-        def pinned(payload: dict[str, Any], forward: Callable[..., Any]) -> Any:
-            size = sum(
-                len(entry["MessageBody"]) for entry in payload.get("Entries", [payload])
-            )
-            return TOO_LONG(payload, forward) if size > 262_144 else None
-
-        scripted.always("SendMessageBatch", pinned)
-        scripted.always("SendMessage", pinned)
-        with pytest.raises(taskhawk.PartialFailure) as raised, taskhawk.batch():
-            [
-                mail.dispatch(number, "x" * (300_000 if number == 2 else 100_000))
-                for number in range(5)
-            ]
-        assert [message.args[0] for message in raised.value.unsent] == [2]
-        assert sorted(received_args()) == [0, 1, 3, 4]
-
-    def test_pinned_queue(self, ministack, sqs_client, queue_name, mail):
-        """In a batch, a message that is too large for its queue is the only one refused."""
-        make_queues(sqs_client(ministack), queue_name, MaximumMessageSize="2048")
-        configure_aws(ministack, queue_name)
-        with pytest.raises(taskhawk.PartialFailure) as raised, taskhawk.batch():
-            [mail.dispatch(text) for text in ("small", filler(2049))]
-        assert raised.value.result["Failed"][0]["Message"] == (
-            "One or more parameters are invalid. Reason: Message must be shorter than 2048 bytes."
-        )
-        assert received_args() == ["small"]
-
-    def test_missing_queue(self, ministack, queue_name, mail):
-        """Where the queue is missing, all is unsent, and each entry says what to check."""
-        configure_aws(ministack, queue_name)
-        with pytest.raises(taskhawk.PartialFailure) as raised, taskhawk.batch():
-            mail.dispatch()
-        assert str(raised.value) == "1 of 1 messages failed: NonExistentQueue"
-        assert raised.value.result["Failed"][0]["Message"] == (
-            f"TASKHAWK-{queue_name}: there is no such queue here: make it, or check"
-            " TASKHAWK_QUEUE, AWS_REGION and the account (NonExistentQueue)"
-        )
-
-    def test_sync(self):
-        """In sync mode, the tasks run when the block ends, in order, and nothing is queued."""
-        ran = []
-
-        @taskhawk.task(name="sync.note")
-        def note(number):
-            ran.append(number)
-            if number == 1:
-                note.dispatch(10)  # no block is open any more
+            inner.dispatch()
+            seen.append(taskhawk.current_task().task)
 
         taskhawk.configure(TASKHAWK_SYNC=True)
-        with taskhawk.batch():
-            for number in range(3):
-                note.dispatch(number)
-            assert ran == []
-        assert ran == [0, 1, 10, 2]
+        assert taskhawk.current_task() is None
+        outer.dispatch()
+        assert seen == [True, "shop.inner", "shop.outer"]
+        assert taskhawk.current_task() is None
 
-    def test_sync_fails(self):
-        """In sync mode, a task's exception comes out of the block."""
-
-        @taskhawk.task(name="sync.fail")
-        def fail():
-            raise ZeroDivisionError
-
-        taskhawk.configure(TASKHAWK_SYNC=True)
-        with pytest.raises(ZeroDivisionError), taskhawk.batch():
-            fail.dispatch()
-
-    def test_dispatch_many(self, sqlite, mail):
-        """A tuple is a call's arguments, a dict its keyword arguments, all else its only one."""
-        calls = [(), (1,), ("a", "b"), {}, {"text": "c"}, [1, 2], "text", None, 5]
-        assert mail.dispatch_many(calls) == 9
-        messages = [json.loads(message.body) for message in receive_all()]
-        assert [(message["args"], message["kwargs"]) for message in messages] == [
-            ([], {}),
-            ([1], {}),
-            (["a", "b"], {}),
-            ([], {}),
-            ([], {"text": "c"}),
-            ([[1, 2]], {}),
-            (["text"], {}),
-            ([None], {}),
-            ([5], {}),
-        ]
-        assert len({message["id"] for message in messages}) == 9
-
-    def test_dispatch_many_options(self, scripted, mail):
-        """An invocation's headers, priority and delay are those of each message."""
-        invocation = mail.with_priority(Priority.high).with_headers(a="b").with_delay(5)
-        assert invocation.dispatch_many(range(12)) == 12
-        assert scripted.batches == [10, 2]
-        for entry in itertools.chain(*(p["Entries"] for _, p in scripted.requests[1:])):
-            assert entry["DelaySeconds"] == 5
-            assert json.loads(entry["MessageBody"])["headers"] == {"a": "b"}
-        assert scripted.requests[1][1]["QueueUrl"].endswith("-HIGH-PRIORITY")
-
-    def test_dispatch_many_of_none(self, scripted, mail):
-        """Of nothing, nothing is sent."""
-        assert mail.dispatch_many([]) == 0
-        assert scripted.actions == []
-
-    def test_dispatch_many_is_lazy(self, sqlite, mail):
-        """No more than ten messages wait in memory: the rest is sent, or not yet read."""
-
-        def numbers() -> Iterator[int]:
-            for number in range(95):
-                assert sqlite.depth("TASKHAWK-DEFAULT").visible == number // 10 * 10
-                yield number
-
-        assert mail.dispatch_many(numbers()) == 95
-        assert received_args() == list(range(95))
-
-    @pytest.mark.parametrize("bad", [{1}, ZeroDivisionError])
-    def test_dispatch_many_stops(self, sqlite, mail, bad):
-        """An iterable that fails, or has what can't be sent, ends it; full tens are sent before."""
-
-        def numbers() -> Iterator[Any]:
-            yield from range(13)
-            if bad is ZeroDivisionError:
-                raise bad
-            yield bad
-            pytest.fail("read on")
-
-        with pytest.raises(bad if bad is ZeroDivisionError else TypeError):
-            mail.dispatch_many(numbers())
-        assert received_args() == list(range(10))
-
-    def test_dispatch_many_hook_fails(self, sqlite, mail):
-        """A hook that has no headers left is not the end of the calls."""
-        hook = iter([{}] * 13).__next__
-        taskhawk.configure(
-            TASKHAWK_BROKER="sqlite://", TASKHAWK_DEFAULT_HEADERS=lambda **_: hook()
-        )
-        with pytest.raises(RuntimeError) as caught:
-            mail.dispatch_many(range(20))
-        assert isinstance(caught.value.__cause__, StopIteration)
-        assert received_args() == list(range(10))
-
-    def test_dispatch_many_snapshot(self, sqlite, mail):
-        """A call is encoded when it is read: what its object becomes later has no part."""
-
-        def rows() -> Iterator[Any]:
-            row = []
-            for number in range(3):
-                row.append(number)
-                yield row
-
-        mail.dispatch_many(rows())
-        assert received_args() == [[0], [0, 1], [0, 1, 2]]
-
-    def test_dispatch_many_refused(self, scripted, mail):
-        """What is not accepted ends it too, and says exactly what it was."""
-        numbers = iter(range(35))
-        scripted.script("SendMessageBatch", passed, refuse(4, ours=True))
-        with pytest.raises(taskhawk.PartialFailure) as raised:
-            mail.dispatch_many(numbers)
-        assert [message.args for message in raised.value.unsent] == [[14]]
-        assert next(numbers) == 20
-        assert sorted(received_args()) == [n for n in range(20) if n != 14]
-
-    def test_dispatch_many_sync(self):
-        """In sync mode, each call runs."""
-        ran = []
-
-        @taskhawk.task(name="sync.many")
-        def note(number):
-            ran.append(number)
-
-        taskhawk.configure(TASKHAWK_SYNC=True)
-        assert note.dispatch_many(range(12)) == 12
-        assert ran == list(range(12))
-
-
-class TestDeadLetters:
-    """Dead letters go out and come back without one being lost, and say why they are there."""
-
-    def test_requeue(self, broker, mail):
-        """They go back to the queue of their priority as they were, without taskhawk.error."""
-        header = {"n": {"DataType": "String", "StringValue": "é"}}
-        error = {"taskhawk.error": {"DataType": "String", "StringValue": "{}"}}
-        message = Message.new("mail.send", ["a"], priority=Priority.high)
-        body = json.dumps(message.as_dict())
-        queue = broker.destination(Priority.high)
-        broker.send(f"{queue}-DLQ", [Outgoing(body, {**error, **header})])
-        assert taskhawk.requeue_dead_letter(Priority.high) == 1
-        (received,) = receive_all(Priority.high)
-        assert received.body == body
-        assert {
-            n: v["StringValue"] for n, v in received.message_attributes.items()
-        } == {"n": "é"}
-        assert receive_all(f"{queue}-DLQ") == receive_all() == []
-        assert broker.depth(f"{queue}-DLQ") == Depth(0, 0, 0)
-
-    @pytest.mark.parametrize("most", [1, 4, 10, 1000])
-    def test_requeue_many(self, broker, mail, caplog, most):
-        """Any number is received at once, up to ten, and the progress is logged."""
-        caplog.set_level(logging.INFO, "taskhawk")
-        put_dead_letters(broker, 12)
-        assert taskhawk.requeue_dead_letter(Priority.default, num_messages=most) == 12
-        assert sorted(received_args()) == list(range(12))
-        queue = broker.destination(Priority.default)
-        source = f"{queue}-DLQ"
-        assert caplog.messages[0] == f"requeueing about 12 messages from {source}"
-        steps = range(most, 12 + most, most) if most < 10 else (10, 12)
-        assert caplog.messages[1:] == [
-            f"requeued {min(step, 12)} of 12 messages, 0 failed" for step in steps
-        ]
-
-    def test_requeue_none(self, sqlite):
-        """Where there are none, none are sent back."""
-        assert taskhawk.requeue_dead_letter(Priority.default) == 0
-
-    def test_visibility_timeout(self, scripted):
-        """The copies are made in the queue's own visibility timeout, or in the one given."""
-        for timeout in ({"visibility_timeout": 7}, {}):
-            put_dead_letters(taskhawk._brokers.broker(), 1)
-            taskhawk.requeue_dead_letter(Priority.default, **timeout)
-        polls = [
-            payload
-            for action, payload in scripted.requests
-            if action == "ReceiveMessage"
-        ]
-        assert [poll.get("VisibilityTimeout") for poll in polls] == [7, None]
-
-    def test_in_circles(self, scripted):
-        """Messages that fail again and come back are not sent in circles: it ends."""
-        put_dead_letters(taskhawk._brokers.broker(), 5)
-
-        def comes_back(payload: dict[str, Any], forward: Callable[..., Any]) -> None:
-            forward({**payload, "QueueUrl": f"{payload['QueueUrl']}-DLQ"})
-
-        scripted.always("SendMessage", comes_back)
-        scripted.always("SendMessageBatch", comes_back)
-        assert taskhawk.requeue_dead_letter(Priority.default, num_messages=2) == 5
-        queue = taskhawk._brokers.broker().destination(Priority.default)
-        assert (
-            sorted(received_args())
-            == sorted(received_args(f"{queue}-DLQ"))
-            == list(range(5))
-        )
-
-    def test_in_circles_with_a_worker(self, sqlite):
-        """So it ends beside a worker that fails each message once more."""
-
-        @taskhawk.task(name="mail.send")
-        def send(number):
-            raise taskhawk.StopRetry
-
-        put_dead_letters(sqlite, 20)
-        stop = threading.Event()
-        worker = taskhawk.Worker(
-            sqlite, ["TASKHAWK-DEFAULT"], shutdown_event=stop, wait_s=1
-        )
-        thread = threading.Thread(target=worker.run)
-        thread.start()
-        try:
-            assert taskhawk.requeue_dead_letter(Priority.default, num_messages=1) == 20
-        finally:
-            stop.set()
-            thread.join()
-        left = received_args() + received_args("TASKHAWK-DEFAULT-DLQ")
-        assert sorted(left) == list(range(20))
-
-    @pytest.mark.parametrize(("counted", "moved"), [(9, 4), (2, 2), (0, 1)])
-    def test_approximate(self, scripted, counted, moved):
-        """SQS counts approximately: an empty receive ends it too, and no messages are one."""
-        broker = taskhawk._brokers.broker()
-        put_dead_letters(broker, 4)
-
-        def count(payload: dict[str, Any], forward: Callable[..., Any]) -> Any:
-            if "RedrivePolicy" in payload["AttributeNames"]:
-                return None
-            return 200, {
-                "Attributes": dict.fromkeys(payload["AttributeNames"], str(counted))
-            }
-
-        scripted.always("GetQueueAttributes", count)
-        assert taskhawk.requeue_dead_letter(Priority.default) == moved
-        assert len(received_args()) == moved
-
-    def test_large(self, scripted):
-        """Ten dead letters of 300 KB, which are received at once, are sent three at a time."""
-        broker = taskhawk._brokers.broker()
-        queue = broker.destination(Priority.default)
-        for number in range(10):
-            broker.send(f"{queue}-DLQ", [Outgoing(body_of(number, "x" * 300_000), {})])
-        scripted.requests.clear()
-        assert taskhawk.requeue_dead_letter(Priority.default) == 10
-        assert scripted.batches == [3, 3, 3, 1]
-        assert sorted(received_args()) == list(range(10))
-
-    def test_binary(self, scripted):
-        """An attribute that another publisher made stays what it was, in type and bytes."""
-        broker = taskhawk._brokers.broker()
-        queue = broker.destination(Priority.default)
-        attributes = {
-            "b": {"DataType": "Binary.png", "BinaryValue": b"\x89"},
-            "n": {"DataType": "Number", "StringValue": "1"},
-        }
-        broker.send(f"{queue}-DLQ", [Outgoing("not even JSON", attributes)])
-        assert taskhawk.requeue_dead_letter(Priority.default) == 1
-        (received,) = receive_all()
-        assert received.message_attributes == attributes
-        assert received.body == "not even JSON"
-
-    @pytest.mark.parametrize(
-        ("action", "answers", "counts", "failed"),
-        [
-            # sending: refused by fault of the message, of the service once, of the service always
-            (
-                "SendMessageBatch",
-                [refuse(1, 2, ours=True)],
-                (10, 2),
-                ["InternalError"] * 2,
-            ),
-            ("SendMessageBatch", [refuse(1, 2), passed], (12, 0), []),
-            (
-                "SendMessageBatch",
-                [refuse(1, 2), *[refuse(0, 1)] * 2],
-                (10, 2),
-                ["InternalError"] * 2,
-            ),
-            # the call failed, with no effect, or after it, or while it tried again
-            ("SendMessageBatch", [fault("Odd")] * 6, (0, 12), ["Odd"] * 12),
-            ("SendMessageBatch", [fault_after("Odd")] * 2, (12, 12), ["Odd"] * 12),
-            (
-                "SendMessageBatch",
-                [refuse(1, 2), *[fault("Odd")] * 2],
-                (10, 2),
-                ["Odd"] * 2,
-            ),
-            # deleting: refused, or the call failed
-            ("DeleteMessageBatch", [refuse(1, 2), passed], (12, 0), []),
-            (
-                "DeleteMessageBatch",
-                [refuse(0, 3), *[refuse(0, 1)] * 2],
-                (12, 2),
-                [NOT_DELETED + "InternalError"] * 2,
-            ),
-            (
-                "DeleteMessageBatch",
-                [fault("Odd")] * 6,
-                (12, 12),
-                [NOT_DELETED + "Odd"] * 12,
-            ),
-            (
-                "DeleteMessageBatch",
-                [fault_after("Odd")] * 3,
-                (12, 0),
-                [NOT_DELETED + "Odd"] * 10,
-            ),
-        ],
-    )
-    def test_faults(self, scripted, action, answers, counts, failed):
-        """A dead letter is deleted once its copy is confirmed, or stays; the counts are exact."""
-        broker = taskhawk._brokers.broker()
-        source = put_dead_letters(broker, 12)
-        scripted.script(action, *answers)
-        if failed:
-            with pytest.raises(taskhawk.PartialFailure) as raised:
-                taskhawk.requeue_dead_letter(Priority.default)
-            assert [entry["Code"] for entry in raised.value.result["Failed"]] == failed
-            assert raised.value.success_count == 12 - len(failed)
-            reason = failed[0]
-            assert str(raised.value) == f"{len(failed)} of 12 messages failed: {reason}"
-        else:
-            assert taskhawk.requeue_dead_letter(Priority.default) == 12
-        depth = broker.depth(source)
-        assert (len(set(received_args())), depth.visible + depth.in_flight) == counts
-
-    def test_failed_entries(self, scripted):
-        """What failed is named by its message id, which the service's console shows too."""
-        broker = taskhawk._brokers.broker()
-        put_dead_letters(broker, 3)
-        scripted.script("SendMessageBatch", refuse(1, ours=True))
-        with pytest.raises(taskhawk.PartialFailure) as raised:
-            taskhawk.requeue_dead_letter(Priority.default)
-        ids = {
-            entry["Id"] for entries in raised.value.result.values() for entry in entries
-        }
-        moved = {
-            str(uuid.UUID(entry["Id"])) for entry in raised.value.result["Successful"]
-        }
-        assert (len(ids), len(moved)) == (3, 2)
-
-    @pytest.mark.parametrize(("step", "moved"), [("INSERT", []), ("DELETE", [0, 1])])
-    def test_sqlite_faults(self, tmp_path, step, moved):
-        """On SQLite, where a transaction fails, nothing is lost either."""
-        path = tmp_path / "queue.db"
-        taskhawk.configure(TASKHAWK_BROKER=f"sqlite:///{path}")
-        broker = taskhawk._brokers.broker()
-        source = put_dead_letters(broker, 2)
-        with contextlib.closing(sqlite3.connect(path)) as db:
-            full = "SELECT RAISE(ABORT, 'disk full')"
-            db.execute(
-                f"CREATE TRIGGER full BEFORE {step} ON message BEGIN {full}; END"
-            )
-            with pytest.raises(taskhawk.PartialFailure) as raised:
-                taskhawk.requeue_dead_letter(Priority.default)
-            db.execute("DROP TRIGGER full")
-        assert (raised.value.success_count, raised.value.failure_count) == (0, 2)
-        assert received_args() == moved
-        assert broker.depth(source) == Depth(2, 0, 0)
-
-    def test_receive_fails(self, scripted, queue_name):
-        """Where a receive fails midway, what was sent back until then stays so."""
-        broker = taskhawk._brokers.broker()
-        source = put_dead_letters(broker, 12)
-        scripted.script("ReceiveMessage", passed, fault("AccessDenied", status=403))
-        with pytest.raises(
-            taskhawk.ConfigurationError, match=r"access denied: .* \(AccessDenied\)$"
+    def test_json_of_anything(self):
+        """A record whose `extra` JSON can't hold is an object in a line all the same."""
+        circle: list[Any] = [7]
+        circle.append(circle)
+        deep: list[Any] = []
+        for _ in range(100_000):
+            deep = [deep]
+        for odd, shown in (
+            (math.nan, "nan"),
+            ({(1, 2): 3}, "{(1, 2): 3}"),
+            (circle, "[7, [...]]"),
+            (deep, "list (its text can't be made)"),
+            (10**5000, "int (its text can't be made)"),
         ):
-            taskhawk.requeue_dead_letter(Priority.default)
-        assert len(received_args()) == 10
-        assert len(received_args(source)) == 2
+            record = logging.makeLogRecord({"msg": "odd", "odd": odd, "order": 7})
+            line = json.loads(taskhawk._JsonFormatter().format(record))
+            assert (line["message"], line["odd"], line["order"]) == ("odd", shown, 7)
+            vars(record)[1, 2] = 3
+            sent = json.loads(taskhawk._LineFormatter().format(record))  # by a child
+            assert (sent["msg"], sent["created"]) == ("odd", record.created)
 
-    @pytest.mark.parametrize("number", [0, -1])
-    def test_num_messages(self, sqlite, number):
-        """To receive none at once is refused, as by listen_for_messages."""
-        put_dead_letters(sqlite, 1)
-        with pytest.raises(taskhawk.ConfigurationError) as raised:
-            taskhawk.requeue_dead_letter(Priority.default, num_messages=number)
-        assert str(raised.value) == f"num_messages: expected 1 or more, got {number}"
+    def test_fields_of_its_own(self, memory, caplog):
+        """What a record has of its own stays, and the task's id and attempt are added."""
+        caplog.handler.addFilter(taskhawk._add_task)
 
-    def test_no_redrive_policy(self, ministack, sqs_client, queue_name):
-        """Without a RedrivePolicy, there is nothing to send back, and the error says so."""
-        sqs_client(ministack).create_queue(QueueName=f"TASKHAWK-{queue_name}")
-        configure_aws(ministack, queue_name)
-        with pytest.raises(taskhawk.ConfigurationError) as raised:
-            taskhawk.requeue_dead_letter(Priority.default)
-        assert str(raised.value) == (
-            f"TASKHAWK-{queue_name}: it has no dead-letter queue (no RedrivePolicy)"
-        )
+        @taskhawk.task(name="shop.sell")
+        def sell():
+            logging.getLogger("shop").warning("sold", extra={"task": "mine"})
 
-    def test_no_queue(self, ministack, sqs_client, queue_name):
-        """Where one of the two queues does not exist, the error names that one."""
-        client, queue = sqs_client(ministack), f"TASKHAWK-{queue_name}"
-        configure_aws(ministack, queue_name)
-        for missing in (queue, f"{queue}-DLQ"):
-            with pytest.raises(taskhawk.ConfigurationError) as raised:
-                taskhawk.requeue_dead_letter(Priority.default)
-            assert str(raised.value) == (
-                f"{missing}: there is no such queue here: make it, or check TASKHAWK_QUEUE,"
-                " AWS_REGION and the account (NonExistentQueue)"
+        message_id = sell.dispatch()
+        taskhawk.process(*queued())
+        caplog.handler.removeFilter(taskhawk._add_task)
+        [record] = [record for record in caplog.records if record.name == "shop"]
+        assert (record.task, record.id, record.attempt) == ("mine", message_id, 1)
+
+    def test_json(self, tmp_path):
+        """With --log-format json each record is an object in a line, and says in which task."""
+        (tmp_path / "jobs.py").write_text(LOGGING_MODULE)
+        env = {"TASKHAWK_BROKER": f"sqlite:///{tmp_path}/queue.db"}
+        ids = {}
+        for name in ("jobs.talk", "jobs.fail", "jobs.break"):
+            result = run_python(
+                ["-m", "taskhawk", "dispatch", name], cwd=tmp_path, env=env
             )
-            make_queues(client, queue_name)
-            client.delete_queue(
-                QueueUrl=client.get_queue_url(QueueName=f"{queue}-DLQ")["QueueUrl"]
-            )
-
-    def test_lambda_app(self, scripted, queue_name, caplog):
-        """For a Lambda app there is nothing to do, and a warning says so."""
-        configure_aws(scripted.url, queue_name, IS_LAMBDA_APP=True)
-        assert taskhawk.requeue_dead_letter(Priority.default) == 0
-        assert scripted.actions == []
-        assert caplog.messages == [
-            "requeue_dead_letter: not supported for Lambda apps, whose queues are Lambda's"
+            ids[name] = result.stdout.strip()
+        command = [
+            "-m",
+            "taskhawk",
+            "listen",
+            "jobs",
+            "--log-format",
+            "json",
+            "--loop-count",
+            "3",
         ]
-
-    def test_circle(self, broker, mail):
-        """A message whose task gives up goes to the dead letters, comes back, and runs."""
-        broken = [True]
-
-        @taskhawk.task(name="mail.circle", never_retry_on=(ZeroDivisionError,))
-        def circle(number, headers):
-            if broken:
-                raise ZeroDivisionError("é" + "\0\ud800")
-            ran.append((number, headers))
-
-        ran: list[Any] = []
-        circle.with_headers(n="5").dispatch(7)
-        assert work_once(broker) == taskhawk.Ledger(received=1, dead_lettered=1)
-        queue = broker.destination(Priority.default)
-        assert broker.depth(queue) == Depth(0, 0, 0)
-        assert broker.depth(f"{queue}-DLQ") == Depth(1, 0, 0)
-        broken.clear()
-        assert taskhawk.requeue_dead_letter(Priority.default) == 1
-        assert work_once(broker) == taskhawk.Ledger(received=1, acked=1)
-        assert ran == [(7, {"n": "5"})]
-
-    def test_error_attribute(self, broker):
-        """One attribute says why, where, when, and at which attempt; the headers stay."""
-
-        @taskhawk.task(name="mail.fail", never_retry_on=(ZeroDivisionError,))
-        def fail():
-            raise ZeroDivisionError("é" + "\0\ud800")
-
-        fail.with_headers(n="5").dispatch()
-        before = int(time.time())
-        work_once(broker)
-        (letter,) = receive_all(f"{broker.destination(Priority.default)}-DLQ")
-        assert sorted(letter.message_attributes) == ["n", "taskhawk.error"]
-        attribute = letter.message_attributes["taskhawk.error"]
-        assert attribute["DataType"] == "String"
-        record = json.loads(attribute["StringValue"])
-        assert list(record) == [
-            "type",
-            "message",
-            "traceback",
-            "attempt",
-            "worker",
-            "time",
-        ]
-        assert record["type"] == "ZeroDivisionError"
-        assert record["message"] == "é\0\ud800"
-        assert record["traceback"].startswith("Traceback (most recent call last):\n")
-        assert record["traceback"].endswith("ZeroDivisionError: é\0\ud800\n")
-        assert record["attempt"] == 1
-        assert record["worker"] == f"{socket.gethostname()}:{os.getpid()}"
-        at = datetime.strptime(record["time"], "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
-        assert before <= at.timestamp() <= time.time()
-
-    def test_error_replaced(self, sqlite):
-        """A dead letter that came back by other means, and fails again, has the new error alone."""
-
-        @taskhawk.task(name="mail.send")
-        def send(number):
-            raise taskhawk.StopRetry("new")
-
-        old = {"taskhawk.error": {"DataType": "String", "StringValue": "old"}}
-        sqlite.send("TASKHAWK-DEFAULT", [Outgoing(body_of(1), old)])
-        work_once(sqlite)
-        (letter,) = receive_all("TASKHAWK-DEFAULT-DLQ")
-        (attribute,) = letter.message_attributes.values()
-        assert json.loads(attribute["StringValue"])["message"] == "new"
-
-    def test_ten_attributes(self, broker):
-        """Of ten header attributes, one gives way to the error: the body has all."""
-
-        @taskhawk.task(name="mail.fail", retry=taskhawk.fixed(1, max_retries=0))
-        def fail():
-            raise ZeroDivisionError
-
-        headers = {f"h{number}": str(number) for number in range(10)}
-        fail.with_headers(**headers).dispatch()
-        assert work_once(broker).dead_lettered == 1
-        (letter,) = receive_all(f"{broker.destination(Priority.default)}-DLQ")
-        assert len(letter.message_attributes) == 10
-        assert "taskhawk.error" in letter.message_attributes
-        assert json.loads(letter.body)["headers"] == headers
-
-    @pytest.mark.parametrize(
-        ("room", "header", "kept"),
-        [
-            (0, "", []),
-            (100, "", []),
-            (700, "", ["taskhawk.error"]),
-            (0, "h" * 700, ["taskhawk.error"]),
-            (0, "h" * 50, ["h"]),
-            (1500, "h" * 50, ["h", "taskhawk.error"]),
-            (40_000, "h" * 50, ["h", "taskhawk.error"]),
-        ],
-    )
-    def test_near_the_limit(self, sqlite, room, header, kept):
-        """Near 1 MiB, traceback and headers give way, then the error, and never the message."""
-
-        @taskhawk.task(name="mail.send")
-        def send(text):
-            raise taskhawk.StopRetry("why\n" + "é" * 8000 if room == 40_000 else "why")
-
-        headers = {"h": header} if header else {}
-        limit = 1_048_576
-        send.with_headers(**headers).dispatch(filler(limit - room, **headers))
-        assert work_once(sqlite).dead_lettered == 1
-        (letter,) = receive_all("TASKHAWK-DEFAULT-DLQ")
-        assert service_size(letter.body, letter.message_attributes) <= limit
-        assert sorted(letter.message_attributes) == kept
-        if "taskhawk.error" in kept:
-            text = letter.message_attributes["taskhawk.error"]["StringValue"]
-            record = json.loads(text)
-            assert (record["type"], record["message"][:3]) == ("StopRetry", "why")
-            assert len(text) <= 16_384
-            end = "é\n" if room == 40_000 else "StopRetry: why\n"
-            assert not record["traceback"] or record["traceback"].endswith(end)
-
-    def test_no_dead_letter_queue(self, ministack, sqs_client, queue_name, caplog):
-        """Without a dead-letter queue the message is left to its queue, and the log says so."""
-
-        @taskhawk.task(name="mail.send")
-        def send(number):
-            raise taskhawk.StopRetry
-
-        queue = f"TASKHAWK-{queue_name}"
-        sqs_client(ministack).create_queue(QueueName=queue)
-        configure_aws(ministack, queue_name)
-        broker = taskhawk._brokers.broker()
-        send.dispatch(1)
-        assert work_once(broker) == taskhawk.Ledger(received=1, retried=1)
-        assert broker.depth(queue) == Depth(0, 1, 0)
-        (text,) = [text for text in caplog.messages if "can't be" in text]
-        assert re.fullmatch(
-            f"{queue}: message {MESSAGE_ID} can't be dead-lettered and is left to the queue:"
-            " it has no dead-letter queue",
-            text,
-        )
-
-    @pytest.mark.parametrize("action", ["SendMessage", "GetQueueAttributes"])
-    def test_denied(self, scripted, queue_name, caplog, action):
-        """Where the copy is denied, the message is left to its queue, and the log says so."""
-
-        @taskhawk.task(name="mail.send")
-        def send(number):
-            raise taskhawk.StopRetry
-
-        queue = f"TASKHAWK-{queue_name}"
-        send.dispatch(1)
-        scripted.always(action, fault("AccessDenied", status=403))
-        broker = taskhawk._brokers.broker()
-        assert work_once(broker) == taskhawk.Ledger(received=1, retried=1)
-        scripted.answers.clear()
-        assert broker.depth(queue) == Depth(0, 1, 0)
-        (text,) = [text for text in caplog.messages if "can't be" in text]
-        assert re.fullmatch(
-            f"{queue}: message {MESSAGE_ID} can't be dead-lettered and is left to the queue:"
-            rf" {queue}(-DLQ)?: {DENIED.format(action)} \(AccessDenied\)",
-            text,
-        )
-
-    def test_fifo(self, ministack, sqs_client):
-        """On FIFO queues a copy is deduplicated by its own MessageId: the body's id may repeat."""
-
-        @taskhawk.task(name="mail.send")
-        def send(number):
-            raise taskhawk.StopRetry
-
-        client, name = sqs_client(ministack), f"F{uuid.uuid4().hex[:8]}.fifo"
-        fifo = {"FifoQueue": "true"}
-        letters = client.create_queue(QueueName=f"letters-{name}", Attributes=fifo)[
-            "QueueUrl"
-        ]
-        arn = f"arn:aws:sqs:us-east-1:000000000000:letters-{name}"
-        redrive = json.dumps({"deadLetterTargetArn": arn, "maxReceiveCount": 5})
-        url = client.create_queue(
-            QueueName=name, Attributes={**fifo, "RedrivePolicy": redrive}
-        )
-        configure_aws(ministack, "x")
-        body = body_of(1)
-        ids = [
-            client.send_message(
-                QueueUrl=url["QueueUrl"],
-                MessageBody=body,
-                MessageGroupId="group",
-                MessageDeduplicationId=f"once-{number}",
-            )["MessageId"]
-            for number in range(2)
-        ]
-        assert work_once(taskhawk._brokers.broker(), name).dead_lettered == 2
-        found = client.receive_message(
-            QueueUrl=letters,
-            MaxNumberOfMessages=10,
-            MessageSystemAttributeNames=["All"],
-        )["Messages"]
-        names = ("MessageDeduplicationId", "MessageGroupId")
-        assert [
-            tuple(message["Attributes"][name] for name in names) for message in found
-        ] == [(sent, "group") for sent in ids]
-
-
-class TestExtendVisibilityTimeout:
-    """extend_visibility_timeout(), and the same by a task's metadata."""
-
-    def test_sqs(self, scripted, mail):
-        """It sets how long the message stays hidden, from now."""
-        mail.with_priority(Priority.high).dispatch()
-        (received,) = receive_all(Priority.high)
-        taskhawk.extend_visibility_timeout(Priority.high, received.receipt_handle, 600)
-        action, payload = scripted.requests[-1]
-        assert action == "ChangeMessageVisibilityBatch"
-        assert payload["QueueUrl"].endswith("-HIGH-PRIORITY")
-        assert payload["Entries"] == [
-            {
-                "Id": "0",
-                "ReceiptHandle": received.receipt_handle,
-                "VisibilityTimeout": 600,
-            }
-        ]
-
-    def test_sqlite(self, tmp_path, mail):
-        """SQLite does so too."""
-        url = f"sqlite:///{tmp_path}/queue.db"
-        taskhawk.configure(TASKHAWK_BROKER=url)
-        mail.dispatch()
-        (received,) = receive_all()
-        taskhawk.extend_visibility_timeout(
-            Priority.default, received.receipt_handle, 600
-        )
-        now = time.time()
-        for seconds, expected in ((590, Depth(0, 1, 0)), (610, Depth(1, 0, 0))):
-            later = taskhawk.SqliteBroker(url, clock=lambda: now + seconds)  # noqa: B023
-            assert later.depth("TASKHAWK-DEFAULT") == expected
-            later.close()
-
-    def test_zero(self, broker, mail):
-        """With 0, others may have the message at once."""
-        mail.dispatch("a")
-        (received,) = receive_all()
-        assert receive_all() == []
-        taskhawk.extend_visibility_timeout(Priority.default, received.receipt_handle, 0)
-        assert received_args() == ["a"]
-
-    def test_gone(self, scripted, mail):
-        """A message that is not in flight any more is a PartialFailure."""
-        mail.dispatch()
-        (received,) = receive_all()
-        no = refuse(0, code="MessageNotInflight", ours=True)
-        scripted.script("ChangeMessageVisibilityBatch", no)
-        with pytest.raises(taskhawk.PartialFailure) as raised:
-            taskhawk.extend_visibility_timeout(
-                Priority.default, received.receipt_handle, 600
-            )
-        assert str(raised.value) == "1 of 1 messages failed: MessageNotInflight"
-        assert raised.value.result["Failed"] == [
-            {"Id": "0", "Code": "MessageNotInflight", "Message": "no"}
-        ]
-
-    def test_received_again(self, sqlite, mail):
-        """On SQLite, a message that was received again is not the first receiver's any more."""
-        mail.dispatch()
-        (received,) = receive_all()
-        taskhawk.extend_visibility_timeout(Priority.default, received.receipt_handle, 0)
-        (again,) = receive_all()
-        with pytest.raises(taskhawk.PartialFailure) as raised:
-            taskhawk.extend_visibility_timeout(
-                Priority.default, received.receipt_handle, 0
-            )
-        assert str(raised.value) == "1 of 1 messages failed: ReceiptHandleIsInvalid"
-        taskhawk.extend_visibility_timeout(Priority.default, again.receipt_handle, 0)
-        assert len(receive_all()) == 1
-
-    def test_metadata(self, broker):
-        """A task changes how long its own message stays hidden, by its metadata."""
-
-        @taskhawk.task(name="mail.again")
-        def again(metadata):
-            metadata.extend_visibility_timeout(0)
-
-        again.dispatch()
-        (received,) = receive_all()
-        assert taskhawk.process(received) == (taskhawk.Fate.acknowledge, None, None)
-        (seen,) = receive_all()
-        assert (seen.message_id, seen.attempt) == (received.message_id, 2)
-
-    def test_metadata_gone(self, scripted):
-        """Where the message is lost, the task gets the PartialFailure, and may give up."""
-
-        @taskhawk.task(name="mail.lost")
-        def lost(metadata):
-            metadata.extend_visibility_timeout(60)
-
-        lost.dispatch()
-        (received,) = receive_all()
-        scripted.script(
-            "ChangeMessageVisibilityBatch",
-            refuse(0, code="MessageNotInflight", ours=True),
-        )
-        outcome = taskhawk.process(received)
-        assert outcome.fate is taskhawk.Fate.retry
-        assert str(outcome.error) == "1 of 1 messages failed: MessageNotInflight"
-
-    def test_no_queue(self):
-        """Where no queue has the message, in sync mode or behind SNS, it does nothing."""
-        ran = []
-
-        @taskhawk.task(name="mail.nowhere")
-        def nowhere(metadata):
-            metadata.extend_visibility_timeout(60)
-            ran.append(metadata.receipt)
-
-        taskhawk.configure(TASKHAWK_SYNC=True)
-        nowhere.dispatch()
-        nowhere.call(Message.new("mail.nowhere"), None)
-        body = json.dumps(Message.new("mail.nowhere").as_dict())
-        record = {"Sns": {"Message": body, "MessageId": "m", "MessageAttributes": {}}}
-        taskhawk.process_messages_for_lambda_consumer({"Records": [record]})
-        assert ran == [None, None, None]
-
-
-WORKER_QUEUE = "WORKER"  # a queue's name on brokers that need no set-up
-WORKER_PATIENCE_S = 20  # the longest wait for what must happen; no result depends on it
-WORKER_12_HOURS_S = 43_200
-WORKER_MODULE = """
-import sys
-import taskhawk
-
-@taskhawk.task
-def wait(number):
-    print("started", number, flush=True)
-    sys.stdin.readline()
-    print("ended", number, flush=True)
-
-@taskhawk.task
-def note(number):
-    print("noted", number, flush=True)
-"""
-
-
-def worker_noted(name: str) -> Callable[..., Any]:
-    """Return a method of WorkerBroker that notes its call."""
-    return lambda self, *args: self.noted(name, *args)
-
-
-class WorkerBroker(taskhawk.Broker):
-    """A broker that notes the calls of another, and lets a test stand in their way.
-
-    faults[name] is called instead of the method, with the real call as its first argument.
-    """
-
-    max_bytes, max_delay_s = (
-        taskhawk.SqliteBroker.max_bytes,
-        taskhawk.SqliteBroker.max_delay_s,
-    )
-
-    def __init__(self, inner: Any, **faults: Callable[..., Any]) -> None:
-        self.inner, self.faults = inner, faults
-        self.settings: dict[str, Any] = {}
-        self.calls: list[tuple[str, tuple[Any, ...]]] = []
-
-    def noted(self, name: str, *args: Any) -> Any:
-        """Make a call of the other broker, or meet the fault in its way."""
-        self.calls.append((name, args))
-        real = functools.partial(getattr(self.inner, name), *args)
-        return self.faults[name](real, *args) if name in self.faults else real()
-
-    def made(self, name: str) -> list[tuple[Any, ...]]:
-        """Return the arguments of each call of that name so far."""
-        return [args for called, args in self.calls if called == name]
-
-    destination = worker_noted("destination")
-    send = worker_noted("send")
-    close = worker_noted("close")
-    receive = worker_noted("receive")
-    delete = worker_noted("delete")
-    change_visibility = worker_noted("change_visibility")
-    info = worker_noted("info")
-    depth = worker_noted("depth")
-
-    def put(
-        self, task: Any, *calls: tuple[Any, ...], queue: str = WORKER_QUEUE
-    ) -> None:
-        """Queue a run of the task for each tuple of arguments."""
-        for start in range(0, len(calls), 10):
-            messages = (
-                taskhawk.Message.new(task.name, a) for a in calls[start : start + 10]
-            )
-            entries = [taskhawk.Outgoing(json.dumps(m.as_dict()), {}) for m in messages]
-            assert self.inner.send(queue, entries) == []
-
-    def work(self, *queues: str, **options: Any) -> taskhawk.Ledger:
-        """Run a worker on the queues until they are empty, or as the options say; it must end."""
-        options = {
-            "until_empty": "loop_count" not in options,
-            "wait_s": 0.05,
-            **options,
+        result = run_python(command, cwd=tmp_path, env=env)
+        lines = [json.loads(line) for line in result.stderr.splitlines()]
+        by_text = {line["message"]: line for line in lines}
+        for text, name in (
+            ("from the task", "jobs.talk"),
+            ("from its thread", "jobs.talk"),
+            ("from a child", "jobs.fail"),
+        ):
+            line = by_text[text]
+            assert (line["task"], line["id"], line["attempt"]) == (name, ids[name], 1)
+            assert line["logger"] == "jobs"
+        assert by_text["from the task"]["order"] == 7
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", lines[0]["time"])
+        failed = {
+            line["task"]: line for line in lines if line.get("outcome") == "retry"
         }
-        event = options.setdefault("shutdown_event", threading.Event())
-        late = threading.Event()
-        alarm = threading.Timer(WORKER_PATIENCE_S, lambda: (late.set(), event.set()))
-        alarm.start()
-        try:
-            return taskhawk.Worker(self, queues or [WORKER_QUEUE], **options).run()
-        finally:
-            alarm.cancel()
-            assert not late.is_set(), "the worker did not end"
+        for name, reason in (
+            ("jobs.fail", "for a reason"),
+            ("jobs.break", "for another"),
+        ):
+            assert failed[name]["level"] == "ERROR"
+            assert failed[name]["exception"].endswith(f"ValueError: {reason}")
+        assert by_text["worker ended: " + result.stdout.strip()]["level"] == "INFO"
+
+    @pytest.mark.parametrize(("job", "retried"), [("hang", 0), ("spin", 1)])
+    @pytest.mark.parametrize("concurrency", ["1", "2"])
+    def test_grace(self, tmp_path, job, retried, concurrency):
+        """A command ends with its grace, flushes, says what became of messages, exits with 1."""
+        broker = taskhawk.SqliteBroker(f"sqlite:///{tmp_path}/queue.db")
+        call = {"args": [], "kwargs": {}}
+        messages = [
+            {**VALID, "task": f"jobs.{name}", **call} for name in ("quick", job)
+        ]
+        entries = [taskhawk.Outgoing(json.dumps(message), {}) for message in messages]
+        assert broker.send("TASKHAWK-DEFAULT", entries) == []
+        env = {"TASKHAWK_BROKER": f"sqlite:///{tmp_path}/queue.db"}
+        options = (
+            "--grace",
+            "3.1",
+            "--num-messages",
+            "2",
+            "--concurrency",
+            concurrency,
+        )
+        with worker_process(tmp_path, env, *options, module=LOGGING_MODULE) as worker:
+            assert worker.stdout.readline() == "hangs\n"
+            worker.terminate()
+            output = worker.stdout.read()
+            assert worker.wait() == 1
+        counts = f"2 received, 1 acked, {retried} retried, 0 dead-lettered, 0 released, 0 uncertain"
+        assert output == f"{counts}\n"
+        visible, in_flight, _ = broker.depth("TASKHAWK-DEFAULT")
+        assert (visible, in_flight) == (retried, 1 - retried)
+        broker.close()
+
+
+class TestInterrupts:
+    """Control-C is never swallowed."""
+
+    @pytest.mark.parametrize("where", ["policy", "hook"])
+    def test_interrupt(self, where):
+        """Control-C in a retry policy or an error hook ends the process, as in a task."""
+
+        def interrupt(*_args: Any, **_kwargs: Any) -> Any:
+            raise KeyboardInterrupt
+
+        if where == "hook":
+            taskhawk.configure(TASKHAWK_ERROR_HOOK=interrupt)
+
+        @taskhawk.task(
+            name="interrupted", retry=interrupt if where == "policy" else None
+        )
+        def fail() -> None:
+            raise ValueError
+
+        body = json.dumps(taskhawk.Message.new("interrupted").as_dict())
+        with pytest.raises(KeyboardInterrupt):
+            taskhawk.process(taskhawk.QueueMessage(body, "m1"))
+
+
+# --- 13. holdings ---------------------------------------------------------------------
+
+
+class TestStates:
+    """The steps of a message that a worker holds."""
+
+    def test_steps(self):
+        """A message makes no step but those that the docstring draws."""
+        drawing = re.search(
+            r"^ +received -->.*?(?=\n\n)", taskhawk.__doc__, re.DOTALL | re.MULTILINE
+        )
+        first, *others = textwrap.dedent(drawing[0]).splitlines()
+        chain = list(re.finditer(r"\w+", first.split("  ")[0]))
+        drawn = {start[0]: {end[0]} for start, end in itertools.pairwise(chain)}
+        for line in others:  # an arrow comes from the name above its beginning
+            arrow = re.search(r"[|']-+> (\w+)", line)
+            (above,) = (
+                name[0] for name in chain if name.start() < arrow.start() < name.end()
+            )
+            drawn[above].add(arrow[1])
+        assert drawn == taskhawk._STEPS
+        ends = {"acked", "retried", "dead_lettered", "uncertain", "released"}
+        assert ends | {"received"} == set(vars(taskhawk.Ledger()))
+        message = taskhawk.QueueMessage("", "m1", "r1", queue="Q")
+        held = taskhawk._Held(message, 30, 30, 10, 43_190)
+        with pytest.raises(
+            RuntimeError, match=r"^a message can't go from received to acked$"
+        ):
+            held.move("acked")
+
+    def test_delay_during_an_extension(self, worker_broker):
+        """A delay is sent after the extension that was under way when its run ended: it holds."""
+        extending = threading.Event()
+
+        def hang(real: Any, *_args: Any) -> Any:
+            extending.set()
+            # The next receive is made once the run has ended.
+            worker_eventually(lambda: len(worker_broker.made("receive")) > 1)
+            return real()
+
+        @taskhawk.task
+        def later() -> None:
+            assert extending.wait(WORKER_PATIENCE_S)
+            raise taskhawk.RetryException(delay_seconds=600)
+
+        worker_broker.faults["change_visibility"] = worker_first(1, hang)
+        worker_broker.put(later, ())
+        ledger = worker_broker.work(
+            loop_count=2, visibility_timeout_s=1, wait_s=0, clock=time.monotonic
+        )
+        assert ledger == taskhawk.Ledger(received=1, retried=1)
+        asked = [s for _, ((_, s),) in worker_broker.made("change_visibility")]
+        assert asked == [1, 600]
+        assert worker_broker.depth(WORKER_QUEUE) == (0, 1, 0)
+
+
+# --- 14. the keeper -------------------------------------------------------------------
+
+
+# --- 15. the worker -------------------------------------------------------------------
+
+WORKER_12_HOURS_S = 43_200
 
 
 class WorkerDenied(Exception):
     """What botocore raises where IAM does not allow a call, as far as it matters."""
 
-    response = {
+    response = {  # noqa: RUF012
         "Error": {
             "Code": "AccessDenied",
             "Message": "no identity-based policy allows it",
         }
-    }  # noqa: RUF012
+    }
 
 
 def worker_raise(error: BaseException) -> Callable[..., Any]:
@@ -8758,16 +8017,6 @@ def worker_raise(error: BaseException) -> Callable[..., Any]:
         raise error
 
     return fault
-
-
-def worker_first(count: int, fault: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a fault that hits the first calls alone."""
-    left = iter(range(count))
-
-    def only_first(real: Any, *args: Any) -> Any:
-        return real() if next(left, None) is None else fault(real, *args)
-
-    return only_first
 
 
 def worker_refuse(code: str, *, final: bool) -> Callable[..., Any]:
@@ -8781,34 +8030,11 @@ def worker_refuse(code: str, *, final: bool) -> Callable[..., Any]:
     return fault
 
 
-def worker_eventually(condition: Callable[[], Any]) -> Any:
-    """Wait until the condition holds, and return what it returned; fail if it never does."""
-    deadline = time.monotonic() + WORKER_PATIENCE_S
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "it never happened"
-        time.sleep(0.002)
-    return value
-
-
 def worker_logs(
     caplog: pytest.LogCaptureFixture, level: int = logging.WARNING
 ) -> list[str]:
     """Return the texts that were logged at that level or above."""
     return [record.getMessage() for record in caplog.records if record.levelno >= level]
-
-
-@pytest.fixture
-def worker_clock() -> Clock:
-    """Return the clock of worker_broker."""
-    return Clock(1_000_000)
-
-
-@pytest.fixture
-def worker_broker(worker_clock: Clock) -> Iterator[WorkerBroker]:
-    """Yield an embedded queue in memory, whose clock stands and whose calls are noted."""
-    broker = WorkerBroker(taskhawk.SqliteBroker("sqlite://", clock=worker_clock))
-    yield broker
-    broker.close()
 
 
 def worker_made(request: pytest.FixtureRequest) -> WorkerBroker:
@@ -8849,80 +8075,6 @@ def worker_configure(
         values |= {"AWS_ENDPOINT_SQS": request.getfixturevalue("ministack"), **AWS_KEYS}
     taskhawk.configure(values)
     return values
-
-
-class WorkerAws(AwsServer):
-    """A stub of SQS that gives the answers that no emulator gives."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        #: by action: what it answers, an error's code, or a function of the request that tells
-        self.answers: dict[str, Any] = {
-            "GetQueueUrl": {"QueueUrl": f"{self.url}/1/queue"},
-            "GetQueueAttributes": {"Attributes": {"VisibilityTimeout": "30"}},
-        }
-        self.settings = {
-            "AWS_ENDPOINT_SQS": self.url,
-            **AWS_KEYS,
-            "TASKHAWK_QUEUE": "app",
-        }
-
-    def asked(self, action: str) -> list[dict[str, Any]]:
-        """Return the requests for an action."""
-        return [request for asked, request in self.requests if asked == action]
-
-    def reply(self, call: Call) -> tuple[int, dict[str, str], Any]:
-        """Answer as told, or with nothing."""
-        answer = self.answers.get(call.action, {})
-        answer = answer(call.data) if callable(answer) else answer
-        if isinstance(answer, dict):
-            return 200, {}, answer
-        return 400, {}, {"__type": answer, "message": "a stub says so"}
-
-
-@pytest.fixture
-def worker_aws() -> Iterator[WorkerAws]:
-    """Yield a stub of SQS; what it is not told to answer is answered with nothing."""
-    with WorkerAws().running() as stub:
-        taskhawk.configure(stub.settings)
-        yield stub
-
-
-def worker_aws_messages(*messages: taskhawk.Message) -> dict[str, Any]:
-    """Return the answer to a receive that brings these messages."""
-    return {
-        "Messages": [
-            {"MessageId": m.id, "ReceiptHandle": m.id, "Body": json.dumps(m.as_dict())}
-            for m in messages
-        ]
-    }
-
-
-@contextlib.contextmanager
-def worker_process(
-    folder: Path, env: dict[str, str], *options: str, module: str = WORKER_MODULE
-) -> Iterator[subprocess.Popen[str]]:
-    """Run a listener of a module for the length of the block."""
-    (folder / "jobs.py").write_text(module)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "taskhawk", "listen", "jobs", *options],
-        cwd=folder,
-        env=python_env(env),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    alarm = threading.Timer(
-        WORKER_PATIENCE_S, process.kill
-    )  # ends every wait of the test
-    alarm.start()
-    with process:
-        try:
-            yield process
-        finally:
-            process.kill()
-            alarm.cancel()
 
 
 def worker_job(task_name: str) -> Any:
@@ -10635,1463 +9787,304 @@ class TestWorker:
         assert worker_shared.depth(queue) == (0, 0, 0)
 
 
-class TestCapture:
-    """capture() collects what would be sent, with arguments as the worker would get them."""
+class TestDeadLetterCopies:
+    """What a worker gives up is copied to the dead letters, which say why it is there."""
 
-    def test_collects(self):
-        """Each dispatch is there, in order, whatever way it takes; nothing has to be configured."""
+    def test_error_attribute(self, broker):
+        """One attribute says why, where, when, and at which attempt; the headers stay."""
+
+        @taskhawk.task(name="mail.fail", never_retry_on=(ZeroDivisionError,))
+        def fail():
+            raise ZeroDivisionError("é" + "\0\ud800")
+
+        fail.with_headers(n="5").dispatch()
+        before = int(time.time())
+        work_once(broker)
+        (letter,) = receive_all(f"{broker.destination(Priority.default)}-DLQ")
+        assert sorted(letter.message_attributes) == ["n", "taskhawk.error"]
+        attribute = letter.message_attributes["taskhawk.error"]
+        assert attribute["DataType"] == "String"
+        record = json.loads(attribute["StringValue"])
+        assert list(record) == [
+            "type",
+            "message",
+            "traceback",
+            "attempt",
+            "worker",
+            "time",
+        ]
+        assert record["type"] == "ZeroDivisionError"
+        assert record["message"] == "é\0\ud800"
+        assert record["traceback"].startswith("Traceback (most recent call last):\n")
+        assert record["traceback"].endswith("ZeroDivisionError: é\0\ud800\n")
+        assert record["attempt"] == 1
+        assert record["worker"] == f"{socket.gethostname()}:{os.getpid()}"
+        at = datetime.strptime(record["time"], "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
+        assert before <= at.timestamp() <= time.time()
+
+    def test_error_replaced(self, sqlite):
+        """A dead letter that came back by other means, and fails again, has the new error alone."""
 
         @taskhawk.task(name="mail.send")
-        def send(to, at=None):
-            pytest.fail("ran")
+        def send(number):
+            raise taskhawk.StopRetry("new")
 
-        with taskhawk.capture() as calls:
-            invocation = (
-                send.with_headers(a="1").with_priority(Priority.high).with_delay(60)
-            )
-            message_id = invocation.dispatch("x", at=decimal.Decimal("1.5"))
-            with taskhawk.batch():
-                send.dispatch("y")
-            send.dispatch_many(["z"])
-        assert calls[0] == taskhawk.Captured(
-            "mail.send", ["x"], {"at": 1.5}, {"a": "1"}, Priority.high, 60, message_id
-        )
-        assert [call.args for call in calls] == [["x"], ["y"], ["z"]]
+        old = {"taskhawk.error": {"DataType": "String", "StringValue": "old"}}
+        sqlite.send("TASKHAWK-DEFAULT", [Outgoing(body_of(1), old)])
+        work_once(sqlite)
+        (letter,) = receive_all("TASKHAWK-DEFAULT-DLQ")
+        (attribute,) = letter.message_attributes.values()
+        assert json.loads(attribute["StringValue"])["message"] == "new"
 
-    def test_refuses(self, mail):
-        """What can't be sent raises as it does for real, and is not there."""
-        with taskhawk.capture() as calls:
-            with pytest.raises(
-                TypeError, match=r"mail\.send: too many positional arguments"
-            ):
-                mail.dispatch(1, 2, 3)
-            with pytest.raises(taskhawk.ValidationError):
-                mail.dispatch(math.nan)
-            with pytest.raises(taskhawk.MessageTooLarge):
-                mail.dispatch("x" * 1_048_576)
-            with pytest.raises(taskhawk.ConfigurationError):
-                mail.with_delay(901).dispatch()
-        assert calls == []
+    def test_ten_attributes(self, broker):
+        """Of ten header attributes, one gives way to the error: the body has all."""
 
-    def test_threads(self, mail):
-        """What other threads of the process dispatch is there too."""
-        with taskhawk.capture() as calls:
-            thread = threading.Thread(target=mail.dispatch, args=(1,))
-            thread.start()
-            thread.join()
-        assert [call.args for call in calls] == [[1]]
-
-    def test_ends(self, sqlite, mail):
-        """The inner of two has its own; after the end, also by an error, messages are sent."""
-        with contextlib.suppress(ZeroDivisionError), taskhawk.capture() as outer:
-            with taskhawk.capture() as inner:
-                mail.dispatch("inner")
-            mail.dispatch("outer")
+        @taskhawk.task(name="mail.fail", retry=taskhawk.fixed(1, max_retries=0))
+        def fail():
             raise ZeroDivisionError
-        assert ([call.args for call in inner], [call.args for call in outer]) == (
-            [["inner"]],
-            [["outer"]],
-        )
-        mail.dispatch("sent")
-        assert received_args() == ["sent"]
 
-    def test_sync(self, mail):
-        """It goes before sync mode: nothing runs."""
-        taskhawk.configure(TASKHAWK_SYNC=True)
-        with taskhawk.capture() as calls, taskhawk.batch():
-            mail.dispatch("x")
-        assert [call.args for call in calls] == [["x"]]
-
-
-LETTER_ERROR = {
-    "type": "ValueError",
-    "message": "no amount\nat all",
-    "traceback": "Traceback\nValueError: no amount\n",
-    "attempt": 3,
-    "worker": "host:1",
-    "time": "2026-11-21T00:00:00Z",
-}
-
-
-def put_letters(broker: taskhawk.Broker) -> list[str]:
-    """Put three letters there: one of a worker, one that the queue moved, one that is invalid."""
-    ids = [str(uuid.uuid4()) for _ in range(2)]
-    bodies = [
-        {**json.loads(body_of(n)), "id": ids[n], "headers": {"n": f"{n}"}}
-        for n in (0, 1)
-    ]
-    bodies[1]["task"] = "other.task"
-    error = {
-        "taskhawk.error": {
-            "DataType": "String",
-            "StringValue": json.dumps(LETTER_ERROR),
-        }
-    }
-    odd = {"taskhawk.error": {"DataType": "String", "StringValue": "[]"}}
-    queue = f"{broker.destination(Priority.default)}-DLQ"
-    broker.send(queue, [Outgoing(json.dumps(bodies[0]), error)])
-    broker.send(queue, [Outgoing(json.dumps(bodies[1]), odd)])
-    broker.send(queue, [Outgoing("rubbish", {})])
-    return ids
-
-
-@pytest.fixture
-def letters(
-    broker: taskhawk.Broker, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> Callable[..., Any]:
-    """Return a function that runs a command on three dead letters, and returns its lines."""
-    if isinstance(
-        broker, taskhawk.SqliteBroker
-    ):  # the memory of a process is no queue of commands
-        url = f"sqlite:///{tmp_path}/queue.db"
-        taskhawk.configure(
-            TASKHAWK_BROKER=url, TASKHAWK_QUEUE=taskhawk.settings.TASKHAWK_QUEUE
-        )
-
-    def run(*arguments: str, code: int = 0) -> list[str]:
-        assert taskhawk.main(["dead-letters", *arguments]) == code
-        return capsys.readouterr().out.splitlines()
-
-    run.ids = put_letters(taskhawk._brokers.broker())
-    return run
-
-
-def letters_left() -> tuple[Depth, Depth]:
-    """Return the depths of the default queue and of its dead letters."""
-    broker = taskhawk._brokers.broker()
-    queue = broker.destination(Priority.default)
-    return broker.depth(queue), broker.depth(f"{queue}-DLQ")
-
-
-class TestDeadLetterCommands:
-    """Dead letters are looked at where they are, and leave when they are told to."""
-
-    def test_list(self, letters):
-        """Each is a line with its error; they stay, and are visible again at once."""
-        lines = sorted(letters("list"), key=lambda line: line.partition("  ")[2])
-        ages = [re.sub(r"  \d+ s ago  ", "  AGE  ", line) for line in lines]
-        assert ages[1] == f"{letters.ids[0]}  mail.send  AGE  ValueError: no amount"
-        assert ages[2] == (
-            f"{letters.ids[1]}  other.task  AGE  moved by the queue itself, after too many receives"
-        )
-        assert re.fullmatch(
-            "[-0-9a-f]+  None  AGE  message: not JSON at character 0", ages[0]
-        )
-        assert letters_left() == (Depth(0, 0, 0), Depth(3, 0, 0))
+        headers = {f"h{number}": str(number) for number in range(10)}
+        fail.with_headers(**headers).dispatch()
+        assert work_once(broker).dead_lettered == 1
+        (letter,) = receive_all(f"{broker.destination(Priority.default)}-DLQ")
+        assert len(letter.message_attributes) == 10
+        assert "taskhawk.error" in letter.message_attributes
+        assert json.loads(letter.body)["headers"] == headers
 
     @pytest.mark.parametrize(
-        ("arguments", "found"),
+        ("room", "header", "kept"),
         [
-            (("--task", "mail.*"), [0]),
-            (("--task", "mail"), []),
-            (("--error", "ValueError: no"), [0]),
-            (("--header", "n=1"), [1]),
-            (("--header", "tenant=None"), []),
-            (("--header", "n=1", "--task", "mail.send"), []),
-            (("--older-than", "1h"), []),
-            (("--newer-than", "1.5h", "--task", "*.*"), [0, 1]),
-            (("--limit", "1", "--task", "*.*"), [None]),
-            (("--limit", "0"), []),
-            (("--id", "ID", "--id", "nothing"), [0]),
+            (0, "", []),
+            (100, "", []),
+            (700, "", ["taskhawk.error"]),
+            (0, "h" * 700, ["taskhawk.error"]),
+            (0, "h" * 50, ["h"]),
+            (1500, "h" * 50, ["h", "taskhawk.error"]),
+            (40_000, "h" * 50, ["h", "taskhawk.error"]),
         ],
-        ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
     )
-    def test_filters(self, letters, arguments, found):
-        """Filters together say which are meant."""
-        arguments = [letters.ids[0] if word == "ID" else word for word in arguments]
-        shown = [json.loads(line) for line in letters("list", "--json", *arguments)]
-        ids = {letter["id"] for letter in shown}
-        assert (
-            ids == {letters.ids[n] for n in found}
-            if None not in found
-            else len(ids) == 1
-        )
+    def test_near_the_limit(self, sqlite, room, header, kept):
+        """Near 1 MiB, traceback and headers give way, then the error, and never the message."""
 
-    def test_json(self, letters):
-        """For programs, each is an object with all that is known of it."""
-        (letter,) = [
-            json.loads(line)
-            for line in letters("list", "--json", "--task", "mail.send")
-        ]
-        assert letter.pop("age_s") in range(60)
-        assert re.fullmatch(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ", letter.pop("sent"))
-        assert re.fullmatch(MESSAGE_ID, letter.pop("message_id"))
-        assert letter.pop("receives") >= 1
-        assert letter == {
-            "id": letters.ids[0],
-            "task": "mail.send",
-            "headers": {"n": "0"},
-            "args": [0],
-            "kwargs": {},
-            "error": LETTER_ERROR,
-            "invalid": None,
-        }
+        @taskhawk.task(name="mail.send")
+        def send(text):
+            raise taskhawk.StopRetry("why\n" + "é" * 8000 if room == 40_000 else "why")
 
-    def test_show(self, letters):
-        """One is shown with its arguments and its traceback."""
-        lines = letters("show", letters.ids[0])
-        assert lines[0] == f"id: {letters.ids[0]}"
-        expected = {
-            "args: [0]",
-            "error: ValueError: no amount",
-            "error traceback: Traceback",
-        }
-        assert expected | {"error attempt: 3", "error worker: host:1"} <= set(lines)
+        headers = {"h": header} if header else {}
+        limit = 1_048_576
+        send.with_headers(**headers).dispatch(filler(limit - room, **headers))
+        assert work_once(sqlite).dead_lettered == 1
+        (letter,) = receive_all("TASKHAWK-DEFAULT-DLQ")
+        assert service_size(letter.body, letter.message_attributes) <= limit
+        assert sorted(letter.message_attributes) == kept
+        if "taskhawk.error" in kept:
+            text = letter.message_attributes["taskhawk.error"]["StringValue"]
+            record = json.loads(text)
+            assert (record["type"], record["message"][:3]) == ("StopRetry", "why")
+            assert len(text) <= 16_384
+            end = "é\n" if room == 40_000 else "StopRetry: why\n"
+            assert not record["traceback"] or record["traceback"].endswith(end)
 
-    def test_export(self, letters):
-        """An exported one has body and attributes as they are."""
-        (line,) = letters("export", "--task", "mail.send")
-        exported = json.loads(line)
-        assert json.loads(exported["body"])["args"] == [0]
-        assert exported["attributes"]["taskhawk.error"]["DataType"] == "String"
-        assert letters_left()[1] == Depth(3, 0, 0)
+    def test_no_dead_letter_queue(self, ministack, sqs_client, queue_name, caplog):
+        """Without a dead-letter queue the message is left to its queue, and the log says so."""
 
-    def test_requeue(self, letters):
-        """Only those that are meant go back; --dry-run shows which."""
-        (line,) = letters("requeue", "--header", "n=1", "--dry-run")
-        assert line.startswith(letters.ids[1])
-        assert letters_left() == (Depth(0, 0, 0), Depth(3, 0, 0))
-        assert letters("requeue", "--header", "n=1") == ["sent back: 1"]
-        assert letters_left() == (Depth(1, 0, 0), Depth(2, 0, 0))
-        assert letters("requeue", "--task", "nothing") == ["sent back: 0"]
-        assert letters("requeue") == ["sent back: 2"]
-        assert letters_left() == (Depth(3, 0, 0), Depth(0, 0, 0))
+        @taskhawk.task(name="mail.send")
+        def send(number):
+            raise taskhawk.StopRetry
 
-    def test_delete(self, letters, capsys):
-        """A delete wants a filter, or --all."""
-        assert letters("delete", code=2) == []
-        assert len(letters("delete", "--error", "no amount", "--dry-run")) == 1
-        assert letters("delete", "--error", "no amount") == ["deleted: 1"]
-        assert letters_left()[1] == Depth(2, 0, 0)
-        assert letters("delete", "--all") == ["deleted: 2"]
-        assert letters_left() == (Depth(0, 0, 0), Depth(0, 0, 0))
-
-    @pytest.mark.parametrize("broker", ["sqlite"], indirect=True)
-    def test_wrong_age(self, letters, capsys):
-        """An age needs its unit."""
-        assert taskhawk.main(["dead-letters", "list", "--older-than", "36"]) == 2
-        assert capsys.readouterr().err == (
-            "taskhawk: age: expected a number and one of s, m, h, d, such as 36h, got '36'\n"
-        )
-
-    @pytest.mark.parametrize("broker", ["sqlite"], indirect=True)
-    def test_hostile(self, letters):
-        """What a message says does not command the terminal."""
-        body = json.dumps({**json.loads(body_of(1)), "task": "\x1b[2Jevil"})
+        queue = f"TASKHAWK-{queue_name}"
+        sqs_client(ministack).create_queue(QueueName=queue)
+        configure_aws(ministack, queue_name)
         broker = taskhawk._brokers.broker()
-        broker.send(f"{broker.destination(Priority.default)}-DLQ", [Outgoing(body, {})])
-        (line,) = letters("list", "--task", "*evil")
-        assert "  ?[2Jevil  " in line
-        body = json.dumps({**json.loads(body_of(1)), "task": "forged\nline"})
-        broker.send(f"{broker.destination(Priority.default)}-DLQ", [Outgoing(body, {})])
-        (line,) = letters("list", "--task", "forged*")
-        assert "  forged?line  " in line
-
-    @pytest.mark.parametrize("broker", ["sqlite"], indirect=True)
-    def test_show_nothing(self, letters, capsys):
-        """An id that no dead letter has is an error."""
-        assert command_error(
-            capsys, "dead-letters", "show", "nothing", "--newer-than", "1s"
-        ) == (
-            1,
-            "taskhawk: show: no such dead letter, among those that fit all filters",
+        send.dispatch(1)
+        assert work_once(broker) == taskhawk.Ledger(received=1, retried=1)
+        assert broker.depth(queue) == Depth(0, 1, 0)
+        (text,) = [text for text in caplog.messages if "can't be" in text]
+        assert re.fullmatch(
+            f"{queue}: message {MESSAGE_ID} can't be dead-lettered and is left to the queue:"
+            " it has no dead-letter queue",
+            text,
         )
 
-    def test_clock_behind(self):
-        """A dead letter of a clock that is ahead of ours is as old as none."""
-        sent_ms = {"SentTimestamp": str(round((time.time() + 5) * 1000))}
-        received = taskhawk.QueueMessage("", "m1", attributes=sent_ms)
-        assert taskhawk._describe(received)["age_s"] == 0
+    @pytest.mark.parametrize("action", ["SendMessage", "GetQueueAttributes"])
+    def test_denied(self, scripted, queue_name, caplog, action):
+        """Where the copy is denied, the message is left to its queue, and the log says so."""
 
-    def test_interrupted(self, letters, caplog):
-        """Whatever ends it, what was looked at is visible again, and nothing is lost."""
+        @taskhawk.task(name="mail.send")
+        def send(number):
+            raise taskhawk.StopRetry
 
-        def interrupt(messages: Any) -> None:
-            raise KeyboardInterrupt
-
-        caplog.set_level(logging.INFO)
-        with pytest.raises(KeyboardInterrupt):
-            taskhawk._DeadLetters(Priority.default).each(
-                "looking", "looked at", interrupt
-            )
-        assert letters_left() == (Depth(0, 0, 0), Depth(3, 0, 0))
-        text = "stopped: up to 10 more messages may be looked at too"
-        assert text in [record.getMessage() for record in caplog.records]
-
-    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-    def test_signal(self, number):
-        """SIGTERM and the end of a terminal interrupt, as Ctrl-C does; others' handlers stay."""
-        before = signal.signal(number, signal.SIG_DFL)
-        with pytest.raises(KeyboardInterrupt), taskhawk._interruptible():
-            os.kill(os.getpid(), number)
-        assert signal.signal(number, signal.SIG_IGN) == signal.SIG_DFL
-        with taskhawk._interruptible():
-            assert signal.getsignal(number) == signal.SIG_IGN
-        signal.signal(number, before)
-
-    def test_memory(self, letters):
-        """Bodies are let go of once they were looked at: there may be many."""
-        seen = []
-        dead = taskhawk._DeadLetters(Priority.default)
-        assert dead.each("looking", "looked at", seen.extend) == 3
-        assert [message.body for message in seen] == ["", "", ""]
-
-    def test_not_deleted(self, scripted, capsys):
-        """What can't be deleted is still there, and the exit code says so."""
-        put_letters(taskhawk._brokers.broker())
-        scripted.always("DeleteMessageBatch", fault("AccessDenied", status=403))
-        assert taskhawk.main(["dead-letters", "delete", "--task", "mail.send"]) == 1
-        line = "taskhawk: 1 of 1 messages failed: AccessDenied"
-        assert capsys.readouterr().err.splitlines()[-1] == line
-
-
-class TestStats:
-    """How many messages there are, in each state, of each priority."""
-
-    def test_json(self, broker, mail, capsys):
-        """As JSON, a queue that is not there is null."""
-        mail.dispatch()
-        mail.with_delay(60).dispatch()
-        broker.send(f"{broker.destination(Priority.high)}-DLQ", [Outgoing("x", {})])
-        assert taskhawk.main(["stats", "--json"]) == 0
-        found = json.loads(capsys.readouterr().out)
-        empty = {"visible": 0, "in_flight": 0, "delayed": 0, "dead_letters": 0}
-        none = empty if isinstance(broker, taskhawk.SqliteBroker) else None
-        assert found == {
-            "high": empty | {"dead_letters": 1},
-            "default": empty | {"visible": 1, "delayed": 1},
-            "low": none,
-            "bulk": none,
-        }
-
-    def test_text(self, sqs_client, ministack, queue_name, capsys):
-        """As text, it is a table; a queue without dead letters says so."""
-        sqs_client(ministack).create_queue(QueueName=f"TASKHAWK-{queue_name}")
-        configure_aws(ministack, queue_name)
-        assert taskhawk.main(["stats"]) == 0
-        assert capsys.readouterr().out.splitlines() == [
-            "             visible  in flight  delayed  dead letters",
-            "high        no queue or access",
-            "default            0          0        0   none/denied",
-            "low         no queue or access",
-            "bulk        no queue or access",
-        ]
-
-    @pytest.mark.parametrize("option", [[], ["--json"]], ids=["text", "json"])
-    def test_no_queue(self, ministack, queue_name, capsys, option):
-        """Before any queue is made, each is said not to be there."""
-        configure_aws(ministack, queue_name)
-        assert taskhawk.main(["stats", *option]) == 0
-        out = capsys.readouterr().out
-        assert out.count("null" if option else "no queue") == len(Priority)
-
-    def test_denied(self, scripted, capsys):
-        """What is not allowed is an error, not a queue that is not there."""
-        scripted.always("GetQueueAttributes", fault("AccessDenied", status=403))
-        assert taskhawk.main(["stats"]) == 2
-        assert "does not allow GetQueueAttributes" in capsys.readouterr().err
-
-    def test_denied_for_some(self, scripted, capsys):
-        """Where one may look at some of the queues alone, these are counted."""
-
-        def deny_others(data: dict[str, Any], behind: Callable[..., Any]) -> Any:
-            other = re.search("PRIORITY|BULK", data["QueueName"])
-            return (fault("AccessDenied", status=403) if other else passed)(
-                data, behind
-            )
-
-        scripted.always("GetQueueUrl", deny_others)
-        assert taskhawk.main(["stats", "--json"]) == 0
-        found = json.loads(capsys.readouterr().out)
-        assert [name for name, counts in found.items() if counts] == ["default"]
-
-    @pytest.mark.parametrize("interval", ["0", "-1", "nan", "inf"])
-    def test_odd_interval(self, sqlite, capsys, interval):
-        """An interval is a time."""
-        assert command_error(capsys, "stats", "--interval", interval) == (
-            2,
-            f"taskhawk: --interval: expected a number of seconds above 0, got {interval}",
+        queue = f"TASKHAWK-{queue_name}"
+        send.dispatch(1)
+        scripted.always(action, fault("AccessDenied", status=403))
+        broker = taskhawk._brokers.broker()
+        assert work_once(broker) == taskhawk.Ledger(received=1, retried=1)
+        scripted.answers.clear()
+        assert broker.depth(queue) == Depth(0, 1, 0)
+        (text,) = [text for text in caplog.messages if "can't be" in text]
+        assert re.fullmatch(
+            f"{queue}: message {MESSAGE_ID} can't be dead-lettered and is left to the queue:"
+            rf" {queue}(-DLQ)?: {DENIED.format(action)} \(AccessDenied\)",
+            text,
         )
 
-    def test_bars(self, monkeypatch):
-        """In a terminal there are bars, to scale; dead letters are red unless NO_COLOR is set."""
-        counts = {"visible": 60, "in_flight": 20, "delayed": 0, "dead_letters": 2}
-        small = {"visible": 1, "in_flight": 0, "delayed": 4, "dead_letters": 0}
-        depths = {"high": counts, "low": small}
-        before = {"high": counts | {"visible": 70}, "low": None}
-        lines = list(taskhawk._depth_lines(depths, before, 2, bars=True))
-        assert lines[1:] == [
-            "high              60         20        0\x1b[31m             2\x1b[0m      -5.0/s  "
-            + "█" * 23
-            + "▓" * 8,
-            "low                1          0        4             0  █░░",
+    def test_fifo(self, ministack, sqs_client):
+        """On FIFO queues a copy is deduplicated by its own MessageId: the body's id may repeat."""
+
+        @taskhawk.task(name="mail.send")
+        def send(number):
+            raise taskhawk.StopRetry
+
+        client, name = sqs_client(ministack), f"F{uuid.uuid4().hex[:8]}.fifo"
+        fifo = {"FifoQueue": "true"}
+        letters = client.create_queue(QueueName=f"letters-{name}", Attributes=fifo)[
+            "QueueUrl"
         ]
-        monkeypatch.setenv("NO_COLOR", "1")
-        assert "\x1b" not in "".join(taskhawk._depth_lines(depths, {}, 0, bars=True))
-        assert "█" not in "".join(taskhawk._depth_lines(depths, {}, 0, bars=False))
-
-    def test_no_interval(self):
-        """Watched without a pause, there is no trend to tell."""
-        depths = {
-            "high": {"visible": 1, "in_flight": 0, "delayed": 0, "dead_letters": None}
-        }
-        once = list(taskhawk._depth_lines(depths, {}, 0, bars=False))
-        assert list(taskhawk._depth_lines(depths, depths, 0, bars=False)) == once
-
-    @pytest.mark.slow
-    def test_watch(self, tmp_path):
-        """Watched in a terminal, it is drawn again and again, with the trend, until Ctrl-C."""
-        leader, follower = pty.openpty()
-        command = [
-            sys.executable,
-            "-m",
-            "taskhawk",
-            "stats",
-            "--watch",
-            "--interval",
-            "0.05",
+        arn = f"arn:aws:sqs:us-east-1:000000000000:letters-{name}"
+        redrive = json.dumps({"deadLetterTargetArn": arn, "maxReceiveCount": 5})
+        url = client.create_queue(
+            QueueName=name, Attributes={**fifo, "RedrivePolicy": redrive}
+        )
+        configure_aws(ministack, "x")
+        body = body_of(1)
+        ids = [
+            client.send_message(
+                QueueUrl=url["QueueUrl"],
+                MessageBody=body,
+                MessageGroupId="group",
+                MessageDeduplicationId=f"once-{number}",
+            )["MessageId"]
+            for number in range(2)
         ]
-        env = python_env({"TASKHAWK_BROKER": f"sqlite:///{tmp_path}/queue.db"})
-        with subprocess.Popen(
-            command, stdout=follower, env=env, cwd=tmp_path
-        ) as process:
-            os.close(follower)
-            shown = ""
-            while shown.count("\x1b[2J") < 3:
-                shown += os.read(leader, 10_000).decode()
-            process.send_signal(signal.SIGINT)
-            process.wait(30)
-        os.close(leader)
-        assert process.returncode == 0
-        assert "+0.0/s" in shown
+        assert work_once(taskhawk._brokers.broker(), name).dead_lettered == 2
+        found = client.receive_message(
+            QueueUrl=letters,
+            MaxNumberOfMessages=10,
+            MessageSystemAttributeNames=["All"],
+        )["Messages"]
+        names = ("MessageDeduplicationId", "MessageGroupId")
+        assert [
+            tuple(message["Attributes"][name] for name in names) for message in found
+        ] == [(sent, "group") for sent in ids]
 
 
-def configure_account(
-    client: Callable[..., Any], endpoint: str, queue: str, **values: Any
-) -> str:
-    """Configure what an emulator needs for provisioning, and return its account."""
-    configure_aws(endpoint, queue)
-    account = client(endpoint, "sts").get_caller_identity()["Account"]
-    taskhawk.configure(taskhawk.settings.given, AWS_ACCOUNT_ID=account, **values)
-    return account
+class TestExtendVisibilityTimeout:
+    """extend_visibility_timeout(), and the same by a task's metadata."""
 
-
-def attributes_of(client: Any, queue: str) -> dict[str, Any]:
-    """Return the attributes of a queue."""
-    url = client.get_queue_url(QueueName=queue)["QueueUrl"]
-    return client.get_queue_attributes(QueueUrl=url, AttributeNames=["All"])[
-        "Attributes"
-    ]
-
-
-def provision(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
-    """Run the command, and return its lines."""
-    assert taskhawk.main(["provision", *arguments]) == 0
-    return capsys.readouterr().out.splitlines()
-
-
-class TestProvision:
-    """Queues, dead-letter queues and topics: made, mended, or written down for review."""
-
-    def test_queues(self, endpoint, sqs_client, queue_name, capsys):
-        """All are made; the second time there is nothing to do."""
-        configure_account(sqs_client, endpoint, queue_name)
-        names = [
-            f"TASKHAWK-{queue_name}{s}"
-            for s in ("-HIGH-PRIORITY", "", "-LOW-PRIORITY", "-BULK")
-        ]
-        each = [f"queue {name}{dlq}: " for name in names for dlq in ("-DLQ", "")]
-        assert provision(capsys, "--dry-run") == [
-            f"{line}would be made" for line in each
-        ]
-        assert provision(capsys) == [f"{line}made" for line in each]
-        assert provision(capsys) == [f"{line}is as it should be" for line in each]
-        client = sqs_client(endpoint)
-        for name in names:
-            found, dead = (
-                attributes_of(client, name),
-                attributes_of(client, f"{name}-DLQ"),
-            )
-            assert found["MessageRetentionPeriod"] == str(4 * 86_400)
-            assert dead["MessageRetentionPeriod"] == str(14 * 86_400)
-            policy = json.loads(found["RedrivePolicy"])
-            assert policy["deadLetterTargetArn"] == dead["QueueArn"]
-            assert int(policy["maxReceiveCount"]) == 5
-            url = client.get_queue_url(QueueName=name)["QueueUrl"]
-            assert client.list_queue_tags(QueueUrl=url)["Tags"] == {
-                "taskhawk": queue_name
+    def test_sqs(self, scripted, mail):
+        """It sets how long the message stays hidden, from now."""
+        mail.with_priority(Priority.high).dispatch()
+        (received,) = receive_all(Priority.high)
+        taskhawk.extend_visibility_timeout(Priority.high, received.receipt_handle, 600)
+        action, payload = scripted.requests[-1]
+        assert action == "ChangeMessageVisibilityBatch"
+        assert payload["QueueUrl"].endswith("-HIGH-PRIORITY")
+        assert payload["Entries"] == [
+            {
+                "Id": "0",
+                "ReceiptHandle": received.receipt_handle,
+                "VisibilityTimeout": 600,
             }
-
-    def test_mends(self, endpoint, sqs_client, queue_name, capsys):
-        """What is too low is raised, and what someone set higher stays."""
-        client, name = sqs_client(endpoint), f"TASKHAWK-{queue_name}"
-        account = configure_account(sqs_client, endpoint, queue_name)
-        client.create_queue(
-            QueueName=f"{name}-DLQ", Attributes={"MessageRetentionPeriod": "86400"}
-        )
-        attributes = {"MessageRetentionPeriod": "864000", "MaximumMessageSize": "65536"}
-        client.create_queue(QueueName=name, Attributes=attributes)
-        arn = f"arn:aws:sqs:us-east-1:{account}:{name}-DLQ"
-        policy = json.dumps({"deadLetterTargetArn": arn, "maxReceiveCount": 5})
-        changes = {
-            f"{name}-DLQ": "changed: MessageRetentionPeriod from 86400 to 1209600",
-            name: "changed: MaximumMessageSize from 65536 to 1048576,"
-            f" RedrivePolicy from none to {policy}",
-        }
-        only = ("--priority", "default")
-        would = [
-            f"queue {queue}: would be {change}" for queue, change in changes.items()
         ]
-        assert provision(capsys, *only, "--dry-run") == would
-        done = [f"queue {queue}: {change}" for queue, change in changes.items()]
-        assert provision(capsys, *only) == done
-        assert attributes_of(client, name)["MessageRetentionPeriod"] == "864000"
-        (_, line) = provision(capsys, *only, "--max-receive-count", "8")
-        assert '"maxReceiveCount": 8' in line
-        assert provision(capsys, *only)[1] == f"queue {name}: is as it should be"
-        policy = json.loads(attributes_of(client, name)["RedrivePolicy"])
-        assert (int(policy["maxReceiveCount"]), policy["deadLetterTargetArn"]) == (
-            8,
-            arn,
-        )
 
-    def test_terraform(self, ministack, sqs_client, queue_name, capsys):
-        """Terraform's description is, attribute by attribute, what the API was told."""
-        configure_aws(ministack, queue_name)
-        described = json.loads("\n".join(provision(capsys, "--format", "terraform")))[
-            "resource"
-        ]
-        provision(capsys)
-        client, queues = sqs_client(ministack), described["aws_sqs_queue"]
-        assert len(queues) == 8
-        for queue in queues.values():
-            found = attributes_of(client, queue["name"])
-            assert (
-                int(found["MessageRetentionPeriod"])
-                == queue["message_retention_seconds"]
-            )
-            assert (
-                int(found["MaximumMessageSize"])
-                == queue["max_message_size"]
-                == 1_048_576
-            )
-            url = client.get_queue_url(QueueName=queue["name"])["QueueUrl"]
-            assert client.list_queue_tags(QueueUrl=url)["Tags"] == queue["tags"]
-            ours = json.loads(queue.get("redrive_policy", "{}"))
-            theirs = json.loads(found.get("RedrivePolicy", "{}"))
-            if reference := ours.get("deadLetterTargetArn"):
-                label = re.fullmatch(r"\$\{aws_sqs_queue\.(\w+)\.arn\}", reference)[1]
-                target = attributes_of(client, queues[label]["name"])
-                ours["deadLetterTargetArn"] = target["QueueArn"]
-            assert {k: str(v) for k, v in ours.items()} == {
-                k: str(v) for k, v in theirs.items()
-            }
-
-    def test_iam(self, ministack, queue_name, capsys):
-        """The policies allow each role what it needs, on what it needs it for."""
-        configure_aws(ministack, queue_name)
-        roles = json.loads(
-            "\n".join(provision(capsys, "--format=iam", "--priority=default"))
-        )
-        assert set(roles) == {"publisher", "worker", "lambda", "operator"}
-        arn = f"arn:aws:sqs:us-east-1:000000000000:TASKHAWK-{queue_name}"
-        assert roles["publisher"] == {
-            "Version": "2012-10-17",
-            "Statement": [
-                {
-                    "Effect": "Allow",
-                    "Action": ["sqs:SendMessage", "sqs:GetQueueUrl"],
-                    "Resource": [arn],
-                }
-            ],
-        }
-        queue, dead = roles["worker"]["Statement"]
-        assert (queue["Resource"], dead["Resource"]) == ([arn], [f"{arn}-DLQ"])
-        assert "sqs:ChangeMessageVisibility" in queue["Action"]
-        assert dead["Action"] == ["sqs:SendMessage", "sqs:GetQueueUrl"]
-
-    def test_topics(self, endpoint, sqs_client, queue_name, capsys):
-        """A Lambda app has topics, and functions subscribe to them."""
-        account = configure_account(
-            sqs_client, endpoint, queue_name, IS_LAMBDA_APP=True
-        )
-        topic = f"taskhawk-{queue_name.lower()}"
-        function = f"arn:aws:lambda:us-east-1:{account}:function:app"
-        only = ("--priority=default", "--lambda", function)
-        lines = [f"topic {topic}: ", f"subscription {topic}: "]
-        made = ["made", f"made for {function}"]
-        assert provision(capsys, *only, "--dry-run") == [
-            f"{line}would be {done}" for line, done in zip(lines, made, strict=True)
-        ]
-        assert provision(capsys, *only) == [
-            f"{a}{b}" for a, b in zip(lines, made, strict=True)
-        ]
-        assert provision(capsys, *only) == [
-            f"{line}is as it should be" for line in lines
-        ]
-        described = json.loads(
-            "\n".join(provision(capsys, *only, "--format=terraform"))
-        )
-        label = topic.replace("-", "_")
-        reference = f"${{aws_sns_topic.{label}.arn}}"
-        assert described["resource"]["aws_sns_topic_subscription"][label] == {
-            "topic_arn": reference,
-            "protocol": "lambda",
-            "endpoint": function,
-        }
-        assert (
-            described["resource"]["aws_lambda_permission"][label]["source_arn"]
-            == reference
-        )
-        roles = json.loads("\n".join(provision(capsys, *only, "--format=iam")))
-        arn = f"arn:aws:sns:us-east-1:{account}:{topic}"
-        (statement,) = roles["publisher"]["Statement"]
-        assert (statement["Action"], statement["Resource"]) == (["sns:Publish"], [arn])
-        assert list(roles) == ["publisher", "operator"]
-        assert taskhawk.main(["check"]) == 0
-
-    def test_denied(self, scripted, capsys):
-        """What is not allowed is one sentence."""
-        scripted.always("GetQueueAttributes", fault("AccessDenied", status=403))
-        assert taskhawk.main(["provision", "--priority=default"]) == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert line.endswith("does not allow GetQueueAttributes (AccessDenied)")
-
-    def test_account(self, ministack, queue_name, capsys):
-        """The account has to be known."""
-        configure_aws(ministack, queue_name)
-        taskhawk.configure(TASKHAWK_QUEUE=queue_name, AWS_REGION="us-east-1")
-        assert taskhawk.main(["provision"]) == 2
-        assert capsys.readouterr().err.startswith(
-            "taskhawk: AWS_ACCOUNT_ID is not set: expected"
-        )
-
-    def test_sqlite(self, tmp_path, capsys):
-        """On SQLite it makes the file."""
+    def test_sqlite(self, tmp_path, mail):
+        """SQLite does so too."""
         url = f"sqlite:///{tmp_path}/queue.db"
         taskhawk.configure(TASKHAWK_BROKER=url)
-        would = f"would be made, unless it is there: {url}"
-        assert provision(capsys, "--dry-run") == [would]
-        assert not (tmp_path / "queue.db").exists()
-        assert provision(capsys) == [f"ready: {url}"]
-        assert (tmp_path / "queue.db").exists()
-        text = "taskhawk: --format: expected TASKHAWK_BROKER to be sqs"
-        assert command_error(capsys, "provision", "--format", "iam") == (2, text)
-
-    @pytest.mark.parametrize(
-        ("options", "text"),
-        [
-            (
-                ("--max-receive-count", "0"),
-                "--max-receive-count: expected 1 to 1000, got 0",
-            ),
-            (
-                ("--max-receive-count", "1001"),
-                "--max-receive-count: expected 1 to 1000, got 1001",
-            ),
-            (("--lambda", "arn"), "--lambda: expected IS_LAMBDA_APP to be set"),
-        ],
-    )
-    def test_refused(self, ministack, queue_name, capsys, options, text):
-        """What SQS would refuse, or nobody would use, is refused before anything is made."""
-        configure_aws(ministack, queue_name)
-        assert command_error(capsys, "provision", *options) == (2, f"taskhawk: {text}")
-
-
-def check(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, list[str]]:
-    """Run the command, and return its exit code and lines."""
-    code = taskhawk.main(["check", *arguments])
-    return code, capsys.readouterr().out.splitlines()
-
-
-class TestCheck:
-    """What is wrong is found before it loses messages, with what mends it."""
-
-    def test_fresh_machine(self, capsys):
-        """With nothing configured it says what to do first."""
-        assert check(capsys) == (
-            1,
-            [
-                (
-                    "error: TASKHAWK_QUEUE is not set: no queue can be named; without AWS, try"
-                    " TASKHAWK_BROKER=sqlite:///queue.db. Mend it: export TASKHAWK_QUEUE=dev-myapp"
-                ),
-                "1 found",
-            ],
+        mail.dispatch()
+        (received,) = receive_all()
+        taskhawk.extend_visibility_timeout(
+            Priority.default, received.receipt_handle, 600
         )
+        now = time.time()
+        for seconds, expected in ((590, Depth(0, 1, 0)), (610, Depth(1, 0, 0))):
+            later = taskhawk.SqliteBroker(url, clock=lambda: now + seconds)  # noqa: B023
+            assert later.depth("TASKHAWK-DEFAULT") == expected
+            later.close()
 
-    @pytest.mark.parametrize(
-        ("values", "text"),
-        [
-            (
-                {"AWS_REGION": None},
-                "no AWS region: set AWS_REGION, for example eu-west-1",
-            ),
-            (
-                {"AWS_ACCESS_KEY": None, "AWS_SECRET_KEY": None},
-                "no AWS credentials: set",
-            ),
-        ],
-    )
-    def test_aws(self, values, text, ministack, queue_name, capsys):
-        """Credentials and the region are looked for."""
-        configure_aws(ministack, queue_name)
-        given = dict(taskhawk.settings.given) | values
-        taskhawk.configure(given)
-        code, (line, _) = check(capsys)
-        assert code == 1
-        assert line.startswith(f"error: TASKHAWK-{queue_name}: {text}")
+    def test_zero(self, broker, mail):
+        """With 0, others may have the message at once."""
+        mail.dispatch("a")
+        (received,) = receive_all()
+        assert receive_all() == []
+        taskhawk.extend_visibility_timeout(Priority.default, received.receipt_handle, 0)
+        assert received_args() == ["a"]
 
-    def test_good(self, endpoint, sqs_client, queue_name, capsys):
-        """What was provisioned has no fault."""
-        configure_account(sqs_client, endpoint, queue_name)
-        provision(capsys)
-        assert check(capsys, "--priority=high", "--priority=default") == (
-            0,
-            ["nothing is wrong"],
-        )
-        assert check(capsys, "--json") == (0, ["[]"])
-
-    def test_missing(self, ministack, queue_name, capsys):
-        """A queue that is not there is an error: of the tasks' priorities, or the ones named."""
-        configure_aws(ministack, queue_name)
-        code, lines = check(capsys, "--json", "--priority=bulk")
-        assert code == 1
-        assert json.loads("\n".join(lines)) == [
-            {
-                "severity": "error",
-                "what": f"TASKHAWK-{queue_name}-BULK: no such queue",
-                "why": "dispatch raises",
-                "remedy": "python -m taskhawk provision",
-            }
+    def test_gone(self, scripted, mail):
+        """A message that is not in flight any more is a PartialFailure."""
+        mail.dispatch()
+        (received,) = receive_all()
+        no = refuse(0, code="MessageNotInflight", ours=True)
+        scripted.script("ChangeMessageVisibilityBatch", no)
+        with pytest.raises(taskhawk.PartialFailure) as raised:
+            taskhawk.extend_visibility_timeout(
+                Priority.default, received.receipt_handle, 600
+            )
+        assert str(raised.value) == "1 of 1 messages failed: MessageNotInflight"
+        assert raised.value.result["Failed"] == [
+            {"Id": "0", "Code": "MessageNotInflight", "Message": "no"}
         ]
 
-    def test_queue(self, ministack, sqs_client, queue_name, capsys):
-        """Redrive, retention and sizes are held against each other and the tasks."""
-        taskhawk._registry.clear()
-        client, name = sqs_client(ministack), f"TASKHAWK-{queue_name}"
-        configure_aws(ministack, queue_name)
-        client.create_queue(QueueName=name)
-        assert check(capsys)[1][0] == (
-            f"error: {name}: it has no dead-letter queue: what fails is retried until it expires."
-            " Mend it: python -m taskhawk provision"
-        )
-
-        @taskhawk.task(
-            name="slow",
-            time_limit=60,
-            retry=taskhawk.fixed(1, max_retries=2),
-            isolate=True,
-        )
-        def slow() -> None:
-            """Do nothing."""
-
-        for suffix, extra in (("-DLQ", {}), ("", {"MaximumMessageSize": "262144"})):
-            attributes = {"MessageRetentionPeriod": "86400", **extra}
-            if not suffix:
-                arn = attributes_of(client, f"{name}-DLQ")["QueueArn"]
-                redrive = {"deadLetterTargetArn": arn, "maxReceiveCount": 2}
-                attributes["RedrivePolicy"] = json.dumps(redrive)
-                url = client.get_queue_url(QueueName=name)["QueueUrl"]
-                client.set_queue_attributes(QueueUrl=url, Attributes=attributes)
-            else:
-                client.create_queue(QueueName=f"{name}{suffix}", Attributes=attributes)
-        configure_aws(ministack, queue_name)
-        code, lines = check(capsys)
-        assert (code, [line.partition(". Mend")[0] for line in lines]) == (
-            1,
-            [
-                (
-                    f"warning: {name}: its visibility timeout of 30 s is below slow's limit of 60"
-                    " s: after a worker that can't extend it, or in Lambda, the task runs twice at"
-                    " once"
-                ),
-                (
-                    f"error: {name}: its maxReceiveCount of 2 is not above slow's 2 retries: the"
-                    " queue gives up before the task's policy does"
-                ),
-                (
-                    f"warning: {name}: its maxReceiveCount is 2: a few crashes or releases are"
-                    " enough to make a dead letter of a good message"
-                ),
-                (
-                    f"warning: {name}-DLQ: it keeps messages for 86400 s, and {name} for 86400 s:"
-                    " the time counts from the first sending: a dead letter may expire at once"
-                ),
-                (
-                    f"warning: {name}: it takes messages of at most 262144 bytes: SQS takes 1 MiB,"
-                    " and larger ones are refused at dispatch"
-                ),
-                "5 found",
-            ],
-        )
-
-    def test_no_dead_letter_queue(self, ministack, sqs_client, queue_name, capsys):
-        """A dead-letter queue that is gone is an error, and the other queues are looked at too."""
-        client, name = sqs_client(ministack), f"TASKHAWK-{queue_name}"
-        configure_aws(ministack, queue_name)
-        provision(capsys, "--priority=default")
-        dead = attributes_of(client, f"{name}-DLQ")["QueueArn"]
-        policy = json.dumps({"deadLetterTargetArn": dead, "maxReceiveCount": 5})
-        low, attributes = f"{name}-LOW-PRIORITY", {"RedrivePolicy": policy}
-        client.create_queue(QueueName=low, Attributes=attributes)
-        client.delete_queue(
-            QueueUrl=client.get_queue_url(QueueName=f"{name}-DLQ")["QueueUrl"]
-        )
-        configure_aws(ministack, queue_name)
-        (line, _) = check(capsys, "--priority=low")[1]
-        assert line.endswith(". Mend it: make it, or correct the RedrivePolicy")
-        code, lines = check(capsys, "--priority=default", "--priority=bulk")
-        assert (code, [line.partition(". Mend")[0] for line in lines]) == (
-            1,
-            [
-                f"error: {name}-DLQ: no such queue: what fails is retried until it expires",
-                f"error: {name}-BULK: no such queue: dispatch raises",
-                "2 found",
-            ],
-        )
-
-    def test_kept_for_long(self, ministack, sqs_client, queue_name, capsys):
-        """Where provisioning would not mend it, the remedy is another."""
-        client, name = sqs_client(ministack), f"TASKHAWK-{queue_name}"
-        configure_aws(ministack, queue_name)
-        provision(capsys, "--priority=default")
-        url = client.get_queue_url(QueueName=name)["QueueUrl"]
-        client.set_queue_attributes(
-            QueueUrl=url, Attributes={"MessageRetentionPeriod": "1209600"}
-        )
-        (line, _) = check(capsys, "--priority=default")[1]
-        assert line.endswith(
-            f". Mend it: set MessageRetentionPeriod of {name} below that of {name}-DLQ:"
-            " 1209600 is the most"
-        )
-
-    def test_fault(self, scripted, capsys):
-        """What can't be looked at is a finding too, and tells where to look for the reason."""
-        scripted.always("GetQueueUrl", fault("ExpiredToken", status=403))
-        code, lines = check(capsys, "--json", "--priority=default", "--priority=bulk")
-        (finding,) = json.loads("\n".join(lines))
-        assert (code, finding["severity"]) == (1, "error")
-        assert finding["what"].startswith(
-            "An error occurred (ExpiredToken) when calling"
-        )
-        assert finding["remedy"] == (
-            "check credentials, AWS_REGION, AWS_ENDPOINT_SQS and the network"
-        )
-
-    def test_lambda_app_on_sqlite(self, tmp_path, capsys):
-        """A Lambda app that is tried out on SQLite has no topics to look at."""
-        taskhawk._registry.clear()
-        url = f"sqlite:///{tmp_path}/queue.db?max_receive_count=2"
-        taskhawk.configure(TASKHAWK_BROKER=url, IS_LAMBDA_APP=True)
-        code, (line, _) = check(capsys)
-        assert code == 0
-        assert line.startswith("warning: TASKHAWK-DEFAULT: its maxReceiveCount is 2: ")
-        assert line.endswith(". Mend it: in TASKHAWK_BROKER, max_receive_count=5")
-
-    def test_odd_setting(self, ministack, queue_name, capsys):
-        """A setting that is missing or wrong is a finding."""
-        configure_aws(ministack, queue_name)
-        taskhawk.configure(dict(taskhawk.settings.given) | {"TASKHAWK_QUEUE": "my app"})
-        code, (line, _) = check(capsys)
-        assert code == 1
-        assert line.startswith(
-            "error: TASKHAWK_QUEUE in configure(): expected at most 71 letters"
-        )
-
-    def test_topics(self, ministack, queue_name, capsys):
-        """A topic must be there, and have a subscriber."""
-        configure_aws(ministack, queue_name, IS_LAMBDA_APP=True)
-        topic = f"arn:aws:sns:us-east-1:000000000000:taskhawk-{queue_name.lower()}"
-        (line, _) = check(capsys)[1]
-        assert line.startswith(f"error: {topic}: no such topic: dispatch raises.")
-        provision(capsys, "--priority=default")
-        (line, _) = check(capsys)[1]
-        assert line.startswith(
-            f"error: {topic}: nobody subscribes: what is sent is lost."
-        )
-
-    @pytest.mark.parametrize("lambda_app", [False, True])
-    def test_denied(self, scripted, queue_name, capsys, lambda_app):
-        """What is not allowed is an error, with its sentence."""
-        configure_aws(scripted.url, queue_name, IS_LAMBDA_APP=lambda_app)
-        for action in ("GetQueueAttributes", "ListSubscriptionsByTopic"):
-            scripted.always(action, fault("AccessDenied", status=403))
-        code, (line, _) = check(capsys)
-        assert code == 1
-        assert (
-            "access denied: the IAM policy of these credentials does not allow" in line
-        )
-
-    def test_main(self, sqlite, capsys):
-        """A task that is registered under __main__ is found by no worker."""
-        taskhawk._registry.clear()
-        taskhawk.task(name="__main__.job")(lambda_free_function)
-        assert check(capsys) == (
-            1,
-            [
-                (
-                    "error: task __main__.job is of __main__: a worker can't find it under that"
-                    " name. Mend it: move it to a module"
-                ),
-                "1 found",
-            ],
-        )
-
-
-def lambda_free_function() -> None:
-    """Do nothing."""
-
-
-COMMAND_MODULE = """
-import {package} as taskhawk
-
-@taskhawk.task
-def add(one, other=2, headers=None, metadata=None):
-    print("sum", one + other, headers, metadata.priority.name, flush=True)
-
-@taskhawk.task(priority=taskhawk.Priority.high, name="skip")
-def skip():
-    raise taskhawk.IgnoreException  # of the very module that runs the worker
-
-@taskhawk.task(name="job.broken", never_retry_on=(ZeroDivisionError,))
-def broken():
-    1 / 0
-"""
-COMMANDS = [
-    "demo",
-    "listen",
-    "dispatch",
-    "tasks",
-    "schema",
-    "stats",
-    "check",
-    "provision",
-]
-COMMANDS += [
-    "dead-letters",
-    *(f"dead-letters {a}" for a in ["list", "show", "requeue", "delete", "export"]),
-]
-
-
-def command_line(folder: Path, way: str) -> tuple[list[str], str]:
-    """Return how the command line is called in a way, and by which name tasks import taskhawk."""
-    if way == "vendored":
-        package = folder / "service" / "vendor"
-        package.mkdir(parents=True)
-        for parent in (package, package.parent):
-            (parent / "__init__.py").touch()
-        shutil.copy(taskhawk.__file__, package)
-        return ["-m", "service.vendor.taskhawk"], "service.vendor.taskhawk"
-    script = Path(sys.executable).with_name("taskhawk")
-    if way == "script" and not script.exists():
-        pytest.skip("taskhawk is not installed")
-    called = {
-        "module": ["-m", "taskhawk"],
-        "file": [taskhawk.__file__],
-        "script": [str(script)],
-    }
-    return called[way], "taskhawk"
-
-
-@pytest.fixture
-def command_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Yield the current directory of a command that runs in this process."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
-    modules = set(sys.modules)
-    yield tmp_path
-    for name in set(sys.modules) - modules:
-        if getattr(sys.modules[name], "__file__", None) and str(tmp_path) in str(
-            sys.modules[name].__file__
-        ):
-            del sys.modules[name]
-
-
-def command_error(
-    capsys: pytest.CaptureFixture[str], *arguments: str
-) -> tuple[int, str]:
-    """Run a command that fails, and return its exit code and its one line."""
-    code = taskhawk.main(arguments)
-    output, errors = capsys.readouterr()
-    assert output == ""
-    assert errors.count("\n") == 1
-    return code, errors.removesuffix("\n")
-
-
-class TestCommandLine:
-    """Room 15: glue only; 0 done, 1 failed, 2 wrong usage or configuration."""
-
-    def test_shadow(self, tmp_path):
-        """The script's help runs nothing that lies in the current directory."""
-        (tmp_path / "argparse.py").write_text("raise SystemExit(3)")
-        script = "import sys, taskhawk; sys.exit(taskhawk.main(['--version']))"
-        result = run_python(["-P", "-c", script], cwd=tmp_path)
-        assert (result.returncode, result.stdout) == (0, f"{taskhawk.VERSION}\n")
-
-    @pytest.mark.parametrize(
-        ("line", "text"),
-        [
-            ("import os; os.environ['NOT_SET']", "KeyError('NOT_SET')"),
-            ("assert 0", "AssertionError()"),
-            ("raise OSError('in two\\nlines')", "in two lines"),
-        ],
-    )
-    def test_module_fails(self, command_folder, capsys, line, text):
-        """Whatever a module raises when it is imported is one line, and tells what it was."""
-        (command_folder / "failing_jobs.py").write_text(f"{line}\n")
-        assert command_error(capsys, "tasks", "failing_jobs") == (
-            1,
-            f"taskhawk: {text}",
-        )
-
-    @pytest.mark.slow
-    @pytest.mark.parametrize("way", ["module", "vendored", "file", "script"])
-    def test_ways(self, tmp_path, way):
-        """However it is called, the command line and the tasks' modules share one registry."""
-        command, package = command_line(tmp_path, way)
-        (tmp_path / "job.py").write_text(COMMAND_MODULE.format(package=package))
-        env = {"TASKHAWK_BROKER": f"sqlite:///{tmp_path}/queue.db"}
-
-        def run(*arguments: str) -> str:
-            result = run_python([*command, *arguments], cwd=tmp_path, env=env)
-            assert result.returncode == 0, result.stderr
-            return result.stdout
-
-        assert (
-            run("tasks", "job") == "job.add  default\njob.broken  default\nskip  high\n"
-        )
-        arguments = ("--args", "[1]", "--kwargs", '{"other": 3}', "--priority", "high")
-        assert re.fullmatch(
-            "[-0-9a-f]{36}\n",
-            run("dispatch", "job.add", *arguments, "--header", "a=b=c"),
-        )
-        run("dispatch", "skip", "--module", "job")
-        output = run(
-            "listen", "job", "--loop-count", "1", "--priority=high", "--num-messages=2"
-        )
-        assert output == (
-            "sum 4 {'a': 'b=c'} high\n"
-            "2 received, 2 acked, 0 retried, 0 dead-lettered, 0 released, 0 uncertain\n"
-        )
-
-    @pytest.mark.slow
-    def test_dead_letters(self, tmp_path):
-        """A dead letter is sent back to its queue, with its priority, and runs again."""
-        (tmp_path / "job.py").write_text(COMMAND_MODULE.format(package="taskhawk"))
-        env = {"TASKHAWK_BROKER": f"sqlite:///{tmp_path}/queue.db"}
-        ledger = (
-            "1 received, 0 acked, 0 retried, 1 dead-lettered, 0 released, 0 uncertain\n"
-        )
-
-        def run(*arguments: str) -> str:
-            result = run_python(["-m", "taskhawk", *arguments], cwd=tmp_path, env=env)
-            assert result.returncode == 0, result.stderr
-            return result.stdout
-
-        run("dispatch", "job.broken", "--priority", "low", "--delay", "0.01")
-        listen = ("listen", "job", "--loop-count=1", "--priority=low")
-        assert run(*listen) == ledger
-        requeue = ("dead-letters", "requeue", "--priority")
-        assert run(*requeue, "bulk") == "sent back: 0\n"
-        assert run(*requeue, "low") == "sent back: 1\n"
-        assert run(*listen) == ledger
-
-    @pytest.mark.slow
-    def test_demo(self, tmp_path):
-        """In under 5 s, whatever is set, the demo shows a run, a retry, a dead letter's return."""
-        began = time.monotonic()
-        env = {
-            "TASKHAWK_SYNC": "true",
-            "IS_LAMBDA_APP": "true",
-            "TASKHAWK_BROKER": "sqlite:////nonexistent/queue.db",
-        }
-        result = run_python(["-m", "taskhawk", "demo"], cwd=tmp_path, env=env)
-        assert time.monotonic() - began < 5
-        assert (result.returncode, result.stderr) == (0, "")
-        shown = re.sub(r"[-0-9a-f]{36}", "ID", result.stdout)
-        shown = re.sub(r"A queue in \S+queue\.db", "A queue in FILE", shown)
-        for line in (
-            "A queue in FILE: the real broker, and a real worker.",
-            "dispatched     demo.greet    ID",
-            "dispatched     demo.connect  ID",
-            "dispatched     demo.divide   ID",
-            "                             Hello, world!",
-            "ran            demo.greet    attempt 1",
-            "failed         demo.connect  attempt 1: the network is down; again in 0.5 s",
-            "failed         demo.divide   attempt 1: division by zero; again in 0.2 s",
-            "dead-lettered  demo.divide   attempt 2: division by zero",
-            "ran            demo.connect  attempt 2",
-            "requeued       1 message",
-            "ran            demo.divide   attempt 1",
-            "  5 received, 2 acked, 2 retried, 1 dead-lettered, 0 released, 0 uncertain",
-            "  1 received, 1 acked, 0 retried, 0 dead-lettered, 0 released, 0 uncertain",
-        ):
-            assert line in shown.splitlines()
-        assert list(tmp_path.iterdir()) == []
-
-    def test_tasks_of_a_script(self, capsys):
-        """A task of a script, which 1.4 named otherwise, is listed once."""
-
-        def job() -> None:
-            raise NotImplementedError
-
-        taskhawk._registry.clear()
-        job.__module__ = "__main__"
-        name = taskhawk.task(job).name
-        assert taskhawk.main(["tasks"]) == 0
-        assert capsys.readouterr().out == f"{name}  default\n"
-
-    def test_schema(self, capsys):
-        """The schema is printed as JSON."""
-        assert taskhawk.main(["schema"]) == 0
-        assert json.loads(capsys.readouterr().out) == taskhawk.SCHEMA
-
-    @pytest.mark.parametrize("command", COMMANDS)
-    def test_help(self, capsys, command):
-        """The help of every command shows an example, whole on its line, that can be copied."""
-        with pytest.raises(SystemExit) as ended:
-            taskhawk.main([*command.split(), "--help"])
-        assert ended.value.code == 0
-        (example,) = re.findall(
-            r"^(?:example: +| +)(python -m .*)$", capsys.readouterr().out, re.MULTILINE
-        )
-        assert re.search(rf"taskhawk {command}\b", example)
-
-    def test_version(self, capsys):
-        """The version is printed."""
-        with pytest.raises(SystemExit) as ended:
-            taskhawk.main(["--version"])
-        assert (ended.value.code, capsys.readouterr().out) == (
-            0,
-            f"{taskhawk.__version__}\n",
-        )
-
-    @pytest.mark.parametrize(
-        "arguments",
-        [
-            [],
-            ["nonsense"],
-            ["listen", "--nonsense"],
-            ["dead-letters"],
-            ["listen", "--priority=x"],
-        ],
-        ids=" ".join,
-    )
-    def test_wrong_usage(self, capsys, arguments):
-        """What the parser does not know is wrong usage."""
-        with pytest.raises(SystemExit) as ended:
-            taskhawk.main(arguments)
-        assert ended.value.code == 2
-        assert capsys.readouterr().err.startswith("usage: taskhawk")
-
-    @pytest.mark.parametrize(
-        ("arguments", "sentence"),
-        [
-            (
-                "listen",
-                (
-                    "listen: no task is registered: name the modules that define them, such as"
-                    " myapp.tasks"
-                ),
-            ),
-            (
-                "listen nowhere.tasks",
-                "the module 'nowhere.tasks' can't be imported: No module named 'nowhere'",
-            ),
-            (
-                "tasks nowhere",
-                "the module 'nowhere' can't be imported: No module named 'nowhere'",
-            ),
-            (
-                "dispatch nowhere.f",
-                "the module 'nowhere' can't be imported: No module named 'nowhere'",
-            ),
-            ("dispatch f", "no task is registered as 'f': is its module imported?"),
-            (
-                "dispatch job.missing",
-                "no task is registered as 'job.missing': is its module imported?",
-            ),
-            (
-                "dispatch job.add --args [1",
-                "--args: expected an array of JSON, got '[1'",
-            ),
-            (
-                "dispatch job.add --args [NaN]",
-                "--args: expected an array of JSON, got '[NaN]'",
-            ),
-            (
-                "dispatch job.add --args {}",
-                "--args: expected an array of JSON, got '{}'",
-            ),
-            (
-                "dispatch job.add --kwargs []",
-                "--kwargs: expected an object of JSON, got '[]'",
-            ),
-            ("dispatch job.add --header a", "--header: expected K=V, got 'a'"),
-            ("dispatch job.add", "job.add: missing a required argument: 'one'"),
-            (
-                "dispatch job.add --args [1] --delay -1",
-                "delay: expected 0 or more seconds, got -1.0",
-            ),
-            (
-                "dispatch job.add --args [1] --delay nan",
-                "delay: expected 0 or more seconds, got nan",
-            ),
-            ("listen job --num-messages 0", "num_messages: expected 1 or more, got 0"),
-            (
-                "listen job --visibility-timeout 0.5",
-                "visibility_timeout_s: expected 1 to 43200 seconds, got 0.5",
-            ),
-        ],
-    )
-    def test_wrong_arguments(
-        self, capsys, command_folder, monkeypatch, arguments, sentence
-    ):
-        """What can't work is said in one line, and the exit code is 2."""
-        taskhawk._registry.clear()
-        (command_folder / "job.py").write_text(
-            COMMAND_MODULE.format(package="taskhawk")
-        )
-        monkeypatch.setenv("TASKHAWK_BROKER", "sqlite:///queue.db")
-        assert command_error(capsys, *arguments.split()) == (2, f"taskhawk: {sentence}")
-
-    @pytest.mark.parametrize(
-        ("name", "value", "sentence"),
-        [
-            (
-                "TASKHAWK_BROKER",
-                "redis://",
-                (
-                    "TASKHAWK_BROKER in the environment: expected 'sqs' or a URL of SQLite, such as"
-                    " 'sqlite:///queue.db', got 'redis://'"
-                ),
-            ),
-            (
-                "SETTINGS_MODULE",
-                "nowhere",
-                (
-                    "the module named by SETTINGS_MODULE 'nowhere' can't be imported: No module"
-                    " named 'nowhere'"
-                ),
-            ),
-            (
-                "DJANGO_SETTINGS_MODULE",
-                "nowhere",
-                (
-                    "the module named by DJANGO_SETTINGS_MODULE 'nowhere' can't be imported: No"
-                    " module named 'nowhere'"
-                ),
-            ),
-        ],
-    )
-    def test_wrong_configuration(self, tmp_path, name, value, sentence):
-        """Wrong configuration is said in one line, and the exit code is 2."""
-        (tmp_path / "job.py").write_text(COMMAND_MODULE.format(package="taskhawk"))
-        result = run_python(
-            ["-m", "taskhawk", "dispatch", "job.broken"],
-            cwd=tmp_path,
-            env={name: value},
-        )
-        assert (result.returncode, result.stderr) == (2, f"taskhawk: {sentence}\n")
-
-    @pytest.mark.parametrize(
-        "command", ["listen job", "dispatch job.add", "dead-letters requeue"]
-    )
-    @pytest.mark.parametrize("url", ["sqlite://", "sqlite://?max_receive_count=3"])
-    def test_memory(self, capsys, command_folder, monkeypatch, command, url):
-        """A queue in the memory of a process that ends is refused."""
-        (command_folder / "job.py").write_text(
-            COMMAND_MODULE.format(package="taskhawk")
-        )
-        monkeypatch.setenv("TASKHAWK_BROKER", url)
-        name = " ".join(command.split()[: 2 if "dead" in command else 1])
-        assert command_error(capsys, *command.split()) == (
-            2,
-            (
-                f"taskhawk: {name}: sqlite:// is the memory of one process: use a file, such as"
-                " sqlite:///queue.db"
-            ),
-        )
-
-    @pytest.mark.parametrize(
-        "command",
-        ["listen memory_job --until-empty", "dispatch memory_job.add --args [1]"],
-    )
-    def test_memory_of_a_module(self, capsys, command_folder, command):
-        """So is one that the tasks' module configures."""
-        (command_folder / "memory_job.py").write_text(
-            COMMAND_MODULE.format(package="taskhawk")
-            + "taskhawk.configure(TASKHAWK_BROKER='sqlite://')\n"
-        )
-        assert command_error(capsys, *command.split()) == (
-            2,
-            (
-                f"taskhawk: {command.split()[0]}: sqlite:// is the memory of one process: use a"
-                " file, such as sqlite:///queue.db"
-            ),
-        )
-
-    def test_failed(self, capsys, command_folder, worker_aws):
-        """What the service refuses is said in one line, and the exit code is 1."""
-        policy = json.dumps({"deadLetterTargetArn": "arn:aws:sqs:us-east-1:1:letters"})
-        letter = {"MessageId": "m", "ReceiptHandle": "r", "Body": "{}"}
-        worker_aws.answers |= {
-            "GetQueueAttributes": lambda request: {
-                "Attributes": {"VisibilityTimeout": "30", "RedrivePolicy": policy}
-                | dict.fromkeys(request["AttributeNames"][2:], "0")
-                | {
-                    "ApproximateNumberOfMessages": "1",
-                    "ApproximateNumberOfMessagesNotVisible": "0",
-                }
-                | {"ApproximateNumberOfMessagesDelayed": "0"}
-            },
-            "ReceiveMessage": {"Messages": [letter]},
-            "SendMessage": "com.amazonaws.sqs#KmsDisabled",
-        }
-        assert command_error(capsys, "dead-letters", "requeue") == (
-            1,
-            "taskhawk: 1 of 1 messages failed: KmsDisabled",
-        )
-        (command_folder / "job.py").write_text(
-            COMMAND_MODULE.format(package="taskhawk")
-        )
-        code, line = command_error(capsys, "dispatch", "job.broken")
-        assert code == 1
-        assert line.startswith("taskhawk: ")
-        assert "KmsDisabled" in line
-
-    def test_unreachable(self, tmp_path):
-        """A service that can't be reached is said in one line, and the exit code is 1."""
-        url = f"http://127.0.0.1:{free_port()}"
-        env = {
-            "AWS_ENDPOINT_SQS": url,
-            "AWS_REGION": "us-east-1",
-            "TASKHAWK_QUEUE": "app",
-        }
-        env |= {"AWS_ACCESS_KEY": "test", "AWS_SECRET_KEY": "test"}
-        (tmp_path / "job.py").write_text(COMMAND_MODULE.format(package="taskhawk"))
-        result = run_python(
-            ["-m", "taskhawk", "dispatch", "job.broken"], cwd=tmp_path, env=env
-        )
-        assert (result.returncode, result.stdout) == (1, "")
-        assert result.stderr.startswith("taskhawk: ")
-        assert url in result.stderr
-        assert result.stderr.count("\n") == 1
-
-    def test_disk_full(self, capsys, command_folder):
-        """An error of the system is one line too."""
-        (command_folder / "job.py").write_text(
-            f"raise OSError({errno.ENOSPC}, 'No space left on device')"
-        )
-        assert command_error(capsys, "tasks", "job") == (
-            1,
-            f"taskhawk: [Errno {errno.ENOSPC}] No space left on device",
-        )
-
-    def test_uncertain(self, capsys, command_folder, worker_aws):
-        """A worker that does not know whether a message was deleted exits with 1."""
-        failed = {"Id": "0", "Code": "ReceiptHandleIsInvalid", "SenderFault": True}
-        worker_aws.answers |= {
-            "ReceiveMessage": lambda request: worker_aws_messages(
-                taskhawk.Message.new("job.add", [1])
-            ),
-            "DeleteMessageBatch": {"Successful": [], "Failed": [failed]},
-        }
-        (command_folder / "job.py").write_text(
-            COMMAND_MODULE.format(package="taskhawk")
-        )
-        options = ("--loop-count", "1", "--visibility-timeout", "30")
-        assert taskhawk.main(["listen", "job", *options]) == 1
-        assert capsys.readouterr().out == (
-            "sum 3 {} default\n"
-            "1 received, 0 acked, 0 retried, 0 dead-lettered, 0 released, 1 uncertain\n"
-        )
-
-    def test_interrupted(self, command_folder):
-        """A KeyboardInterrupt ends a command without a traceback."""
-        (command_folder / "job.py").write_text("raise KeyboardInterrupt")
-        assert taskhawk.main(["tasks", "job"]) == 130
-
-    @pytest.mark.slow
-    def test_django(self, tmp_path):
-        """Where DJANGO_SETTINGS_MODULE is set, Django is set up before modules are imported."""
-        for name, text in {
-            "site_settings.py": "INSTALLED_APPS = ['shop']\nUSE_TZ = True\nSECRET_KEY = 'x'\n"
-            f"TASKHAWK_BROKER = 'sqlite:///{tmp_path}/queue.db'\n",
-            "shop/__init__.py": "",
-            "shop/models.py": "from django.db import models\nclass Sale(models.Model):\n"
-            "    id = models.BigAutoField(primary_key=True)\n",
-            "shop/tasks.py": "import taskhawk\nfrom shop.models import Sale\n"
-            "@taskhawk.task\ndef sell():\n    print('sold', Sale._meta.label)\n",
-        }.items():
-            path = tmp_path / name
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(text)
-        env = {"DJANGO_SETTINGS_MODULE": "site_settings"}
-        for arguments, output in [
-            (["dispatch", "shop.tasks.sell"], "[-0-9a-f]{36}\n"),
-            (
-                ["listen", "shop.tasks", "--until-empty"],
-                "sold shop.Sale\n1 received, 1 acked,.*\n",
-            ),
-        ]:
-            result = run_python(["-m", "taskhawk", *arguments], cwd=tmp_path, env=env)
-            assert result.returncode == 0, result.stderr
-            assert re.fullmatch(output, result.stdout)
-
-
-class TestStates:
-    """The steps of a message that a worker holds."""
-
-    def test_steps(self):
-        """A message makes no step but those that the docstring draws."""
-        drawing = re.search(
-            r"^ +received -->.*?(?=\n\n)", taskhawk.__doc__, re.DOTALL | re.MULTILINE
-        )
-        first, *others = textwrap.dedent(drawing[0]).splitlines()
-        chain = list(re.finditer(r"\w+", first.split("  ")[0]))
-        drawn = {start[0]: {end[0]} for start, end in itertools.pairwise(chain)}
-        for line in others:  # an arrow comes from the name above its beginning
-            arrow = re.search(r"[|']-+> (\w+)", line)
-            (above,) = (
-                name[0] for name in chain if name.start() < arrow.start() < name.end()
+    def test_received_again(self, sqlite, mail):
+        """On SQLite, a message that was received again is not the first receiver's any more."""
+        mail.dispatch()
+        (received,) = receive_all()
+        taskhawk.extend_visibility_timeout(Priority.default, received.receipt_handle, 0)
+        (again,) = receive_all()
+        with pytest.raises(taskhawk.PartialFailure) as raised:
+            taskhawk.extend_visibility_timeout(
+                Priority.default, received.receipt_handle, 0
             )
-            drawn[above].add(arrow[1])
-        assert drawn == taskhawk._STEPS
-        ends = {"acked", "retried", "dead_lettered", "uncertain", "released"}
-        assert ends | {"received"} == set(vars(taskhawk.Ledger()))
-        message = taskhawk.QueueMessage("", "m1", "r1", queue="Q")
-        held = taskhawk._Held(message, 30, 30, 10, 43_190)
-        with pytest.raises(
-            RuntimeError, match=r"^a message can't go from received to acked$"
-        ):
-            held.move("acked")
+        assert str(raised.value) == "1 of 1 messages failed: ReceiptHandleIsInvalid"
+        taskhawk.extend_visibility_timeout(Priority.default, again.receipt_handle, 0)
+        assert len(receive_all()) == 1
 
-    def test_delay_during_an_extension(self, worker_broker):
-        """A delay is sent after the extension that was under way when its run ended: it holds."""
-        extending = threading.Event()
+    def test_metadata(self, broker):
+        """A task changes how long its own message stays hidden, by its metadata."""
 
-        def hang(real: Any, *_args: Any) -> Any:
-            extending.set()
-            # The next receive is made once the run has ended.
-            worker_eventually(lambda: len(worker_broker.made("receive")) > 1)
-            return real()
+        @taskhawk.task(name="mail.again")
+        def again(metadata):
+            metadata.extend_visibility_timeout(0)
 
-        @taskhawk.task
-        def later() -> None:
-            assert extending.wait(WORKER_PATIENCE_S)
-            raise taskhawk.RetryException(delay_seconds=600)
+        again.dispatch()
+        (received,) = receive_all()
+        assert taskhawk.process(received) == (taskhawk.Fate.acknowledge, None, None)
+        (seen,) = receive_all()
+        assert (seen.message_id, seen.attempt) == (received.message_id, 2)
 
-        worker_broker.faults["change_visibility"] = worker_first(1, hang)
-        worker_broker.put(later, ())
-        ledger = worker_broker.work(
-            loop_count=2, visibility_timeout_s=1, wait_s=0, clock=time.monotonic
+    def test_metadata_gone(self, scripted):
+        """Where the message is lost, the task gets the PartialFailure, and may give up."""
+
+        @taskhawk.task(name="mail.lost")
+        def lost(metadata):
+            metadata.extend_visibility_timeout(60)
+
+        lost.dispatch()
+        (received,) = receive_all()
+        scripted.script(
+            "ChangeMessageVisibilityBatch",
+            refuse(0, code="MessageNotInflight", ours=True),
         )
-        assert ledger == taskhawk.Ledger(received=1, retried=1)
-        asked = [s for _, ((_, s),) in worker_broker.made("change_visibility")]
-        assert asked == [1, 600]
-        assert worker_broker.depth(WORKER_QUEUE) == (0, 1, 0)
+        outcome = taskhawk.process(received)
+        assert outcome.fate is taskhawk.Fate.retry
+        assert str(outcome.error) == "1 of 1 messages failed: MessageNotInflight"
+
+    def test_no_queue(self):
+        """Where no queue has the message, in sync mode or behind SNS, it does nothing."""
+        ran = []
+
+        @taskhawk.task(name="mail.nowhere")
+        def nowhere(metadata):
+            metadata.extend_visibility_timeout(60)
+            ran.append(metadata.receipt)
+
+        taskhawk.configure(TASKHAWK_SYNC=True)
+        nowhere.dispatch()
+        nowhere.call(Message.new("mail.nowhere"), None)
+        body = json.dumps(Message.new("mail.nowhere").as_dict())
+        record = {"Sns": {"Message": body, "MessageId": "m", "MessageAttributes": {}}}
+        taskhawk.process_messages_for_lambda_consumer({"Records": [record]})
+        assert ran == [None, None, None]
 
 
 class ChaosClock(Clock):
@@ -12268,6 +10261,8 @@ class TestSchedules:
         assert (inner.depth(WORKER_QUEUE), bool(dead)) == ((0, 0, 0), bool(broker.dead))
         inner.close()
 
+
+# --- 16. isolation --------------------------------------------------------------------
 
 ISOLATED_MODULE = """
 import asyncio
@@ -12797,268 +10792,2367 @@ class TestIsolation:
         assert isolated_notes(isolated_jobs)[0].split()[0] == str(os.getpid())
 
 
-LOGGING_MODULE = """
-import asyncio
-import contextvars
-import logging
-import threading
-import taskhawk
+# --- 17. Lambda -----------------------------------------------------------------------
 
-LOG = logging.getLogger("jobs")
-
-@taskhawk.task(name="jobs.talk")
-def talk():
-    LOG.info("from the task", extra={"order": 7})
-    context = contextvars.copy_context()
-    thread = threading.Thread(target=context.run, args=(LOG.warning, "from its thread"))
-    thread.start()
-    thread.join()
-
-@taskhawk.task(name="jobs.fail", isolate=True)
-def fail():
-    LOG.info("from a child")
-    raise ValueError("for a reason")
-
-@taskhawk.task(name="jobs.break")
-def break_here():
-    raise ValueError("for another")
-
-@taskhawk.task(name="jobs.hang")
-def hang():
-    print("hangs", flush=True)
-    threading.Event().wait()
-
-@taskhawk.task(name="jobs.spin", isolate=True)
-def spin():
-    print("hangs", flush=True)
-    sum(range(10**12))
-
-@taskhawk.task(name="jobs.quick")
-def quick():
-    pass
-"""
+LAMBDA_ARN = "arn:aws:sqs:us-east-1:123456789012:TASKHAWK-DEV-MYAPP"
+LAMBDA_FIFO_ARN = f"{LAMBDA_ARN}.fifo"
+LAMBDA_DENIED = f"TASKHAWK-DEV-MYAPP: {DENIED} (AccessDenied)"
 
 
-class TestLogging:
-    """Each run is one record with its facts, and records say in which task they were made."""
+def lambda_sqs_record(body: Any, name: str, **attributes: str) -> dict[str, Any]:
+    """Return a record of an SQS event, as AWS writes it."""
+    return {
+        "messageId": name,
+        "receiptHandle": f"receipt of {name}",
+        "body": body,
+        "attributes": {
+            "ApproximateReceiveCount": "1",
+            "SentTimestamp": "1545082649183",
+            "SenderId": "AIDAIENQZJOLO23YVJ4VO",
+            "ApproximateFirstReceiveTimestamp": "1545082649185",
+            **attributes,
+        },
+        "messageAttributes": {
+            "request_id": {
+                "stringValue": "1234",
+                "stringListValues": [],
+                "binaryListValues": [],
+                "dataType": "String",
+            }
+        },
+        "md5OfBody": "e4e68fb7bd0e697a0ae8f1bb342846b3",
+        "eventSource": "aws:sqs",
+        "eventSourceARN": LAMBDA_ARN,
+        "awsRegion": "us-east-1",
+    }
+
+
+def lambda_sns_record(body: Any, name: str) -> dict[str, Any]:
+    """Return a record of an SNS event, as AWS writes it."""
+    topic = "arn:aws:sns:us-east-1:123456789012:taskhawk-dev-myapp"
+    return {
+        "EventVersion": "1.0",
+        "EventSubscriptionArn": f"{topic}:21be56ed-a058-49f5-8c98-aedd2564c486",
+        "EventSource": "aws:sns",
+        "Sns": {
+            "SignatureVersion": "1",
+            "Timestamp": "2019-01-02T12:45:07.000Z",
+            "Signature": "tcc6faL2yUC6dgZdmrwh1Y4cGa/ebXEkAi6RibDsvpi+tE/1+82j...65r==",
+            "SigningCertUrl": "https://sns.us-east-1.amazonaws.com/SimpleNotificationService.pem",
+            "MessageId": name,
+            "Message": body,
+            "MessageAttributes": {"request_id": {"Type": "String", "Value": "1234"}},
+            "Type": "Notification",
+            "UnsubscribeUrl": "https://sns.us-east-1.amazonaws.com/?Action=Unsubscribe",
+            "TopicArn": topic,
+            "Subject": None,
+        },
+    }
+
+
+LAMBDA_RECORDS = {"SNS": lambda_sns_record, "SQS": lambda_sqs_record}
+
+
+def lambda_event(
+    *calls: Any, make: Callable[..., Any] = lambda_sqs_record
+) -> dict[str, Any]:
+    """Return an event with a message for the task lambda.run for each of the arguments."""
+    bodies = (processing_body("lambda.run", args=[call]) for call in calls)
+    return {"Records": [make(body, f"m{n}") for n, body in enumerate(bodies, 1)]}
+
+
+class LambdaSqs(AwsServer):
+    """Answers as SQS does, in its JSON protocol, and denies or fails some."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = self.requests
+        #: actions that the role may not call
+        self.denied: set[str] = set()
+        #: receipts that are refused
+        self.refused: set[str] = set()
+        #: so many calls get no more than an HTTP status 503
+        self.unavailable = 0
+
+    def reply(self, call: Call) -> tuple[int, dict[str, str], Any]:
+        """Answer a batch call."""
+        if self.unavailable:
+            self.unavailable -= 1
+            return 503, {}, {}
+        if call.action in self.denied:
+            text = f"not authorized to perform: sqs:{call.action}"
+            return sqs_error("AccessDenied", text, 403)
+        found: dict[bool, list[Any]] = {True: [], False: []}
+        for entry in call.data["Entries"]:
+            refusal = {
+                "Code": "ReceiptHandleIsInvalid",
+                "Message": "gone",
+                "SenderFault": True,
+            }
+            found[entry["ReceiptHandle"] in self.refused].append(
+                {"Id": entry["Id"], **refusal}
+            )
+        return 200, {}, {"Successful": found[False], "Failed": found[True]}
+
+    def entries(self, action: str, *keys: str) -> list[list[tuple[Any, ...]]]:
+        """Return what each batch call of this action had in its entries."""
+        calls = [call for name, call in self.calls if name == action]
+        return [
+            [tuple(entry[k] for k in keys) for entry in call["Entries"]]
+            for call in calls
+        ]
+
+
+@pytest.fixture
+def lambda_sqs() -> Iterator[LambdaSqs]:
+    """Yield an SQS that keeps its calls, and configure taskhawk for it as in a Lambda function."""
+    with LambdaSqs().running() as sqs:
+        taskhawk.configure(AWS_KEYS, AWS_ENDPOINT_SQS=sqs.url, IS_LAMBDA_APP=True)
+        yield sqs
+
+
+@pytest.fixture
+def lambda_runs() -> list[Any]:
+    """Register the task lambda.run, and return the list of what it was called with.
+
+    It raises what LAMBDA_ENDS has under its argument.
+    """
+    runs: list[Any] = []
+
+    @taskhawk.task(name="lambda.run")
+    def run(what: Any) -> None:
+        runs.append(what)
+        if what in LAMBDA_ENDS:
+            raise LAMBDA_ENDS[what]
+
+    return runs
+
+
+LAMBDA_ENDS: dict[Any, BaseException] = {
+    "fail": ValueError("no"),
+    "fail too": OSError("nor this"),
+    "exit": SystemExit(3),
+    "give up": taskhawk.StopRetry("enough"),
+    "later": taskhawk.RetryException("later"),
+    "in 90.5 s": taskhawk.RetryException(delay_seconds=90.5),
+    "at once": taskhawk.RetryException(delay_seconds=0),
+    "in a month": taskhawk.RetryException(delay_seconds=2_592_000),
+    "ignore": taskhawk.IgnoreException(),
+    "fail, and say so": taskhawk.LoggingException("no", {"order": 7}),
+}
+LAMBDA_FAILURES = ["fail", "exit", "give up", "later", "in 90.5 s", "fail, and say so"]
+LAMBDA_BAD = lambda_sqs_record(None, "bad")
+LAMBDA_MALFORMED: dict[str, Any] = {
+    "null": None,
+    "text": "text",
+    "empty": {},
+    "Sns null": {"Sns": None},
+    "Sns empty": {"Sns": {}},
+    "Sns of nulls": {"Sns": {"Message": None, "MessageId": None}},
+    "Kinesis": {"kinesis": {"data": "e30="}},
+    "body null": LAMBDA_BAD,
+    "messageAttributes null": {**LAMBDA_BAD, "messageAttributes": None},
+    "messageAttributes of numbers": {**LAMBDA_BAD, "messageAttributes": {"a": 1}},
+    "messageAttributes an array": {**LAMBDA_BAD, "messageAttributes": ["a"]},
+    "attributes null": {**LAMBDA_BAD, "attributes": None},
+    "attributes text": {**LAMBDA_BAD, "attributes": "text"},
+    "receive count text": lambda_sqs_record(
+        None, "bad", ApproximateReceiveCount="many"
+    ),
+    "ARN text": {**LAMBDA_BAD, "eventSourceARN": "text"},
+    "ARN a number": {**LAMBDA_BAD, "eventSourceARN": 5},
+}
+
+
+def lambda_warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Return the texts of the warnings, without botocore's remark on its attempts."""
+    texts = (r.getMessage() for r in caplog.records if r.levelname == "WARNING")
+    return [text.replace(" (reached max retries: 0)", "") for text in texts]
+
+
+class LambdaTime:
+    """Lambda's context: its time passes as the tasks say."""
+
+    def __init__(self, remaining_ms: int) -> None:
+        self.remaining_ms = remaining_ms
+
+    def get_remaining_time_in_millis(self) -> int:
+        """Return the time until Lambda ends the function."""
+        return self.remaining_ms
+
+
+class TestLambda:
+    """An event's failures always raise, or are in the answer."""
+
+    @pytest.mark.parametrize("kind", LAMBDA_RECORDS)
+    def test_all_succeeded(self, kind, lambda_runs, caplog):
+        """Where all succeeded nothing is called: on this endpoint's port nobody listens."""
+        endpoint = f"http://127.0.0.1:{free_port()}"
+        taskhawk.configure(
+            AWS_KEYS, AWS_ENDPOINT_SQS=endpoint, AWS_ENDPOINT_SNS=endpoint
+        )
+        event = lambda_event(1, "ignore", 2, make=LAMBDA_RECORDS[kind])
+        assert taskhawk.process_messages_for_lambda_consumer(event) is None
+        assert lambda_runs == [1, "ignore", 2]
+        assert caplog.records == []
+
+    def test_all_succeeded_by_the_calls(self, lambda_sqs, lambda_runs):
+        """Lambda deletes what succeeded, whatever the kind of answer that it wants."""
+        event = lambda_event(1, "ignore")
+        assert taskhawk.process_messages_for_lambda_consumer(event) is None
+        answer = taskhawk.process_messages_for_lambda_consumer(
+            event, partial_batch=True
+        )
+        assert answer == {"batchItemFailures": []}
+        assert lambda_sqs.calls == []
+
+    def test_embedded_broker(self, lambda_runs):
+        """A handler can be tried out on a machine whose broker is the embedded one, without AWS."""
+        taskhawk.configure(TASKHAWK_BROKER="sqlite://")
+        with pytest.raises(ValueError, match=r"^no$"):
+            taskhawk.process_messages_for_lambda_consumer(lambda_event(1, "fail"))
+        assert lambda_runs == [1, "fail"]
+
+    @pytest.mark.parametrize("kind", LAMBDA_RECORDS)
+    @pytest.mark.parametrize("end", LAMBDA_FAILURES)
+    def test_one_failed(self, kind, end, lambda_sqs, lambda_runs):
+        """One failure raises that very exception, after the others were run."""
+        event = lambda_event(1, end, 2, make=LAMBDA_RECORDS[kind])
+        with pytest.raises(type(LAMBDA_ENDS[end])) as caught:
+            taskhawk.process_messages_for_lambda_consumer(event)
+        assert caught.value is LAMBDA_ENDS[end]
+        assert lambda_runs == [1, end, 2]
+
+    @pytest.mark.parametrize("kind", LAMBDA_RECORDS)
+    def test_several_failed(self, kind, lambda_sqs, lambda_runs):
+        """Several failures raise a group of those very exceptions, in the order of the event."""
+        event = lambda_event(
+            "fail", 1, "give up", "fail too", make=LAMBDA_RECORDS[kind]
+        )
+        with pytest.raises(ExceptionGroup) as caught:
+            taskhawk.process_messages_for_lambda_consumer(event)
+        ends = ("fail", "give up", "fail too")
+        assert caught.value.exceptions == tuple(LAMBDA_ENDS[end] for end in ends)
+        assert str(caught.value) == "several runs failed (3 sub-exceptions)"
+        assert lambda_runs == ["fail", 1, "give up", "fail too"]
+
+    def test_several_failed_and_one_wants_to_exit(self, lambda_sqs, lambda_runs):
+        """A SystemExit among several failures makes it a BaseExceptionGroup."""
+        with pytest.raises(BaseExceptionGroup) as caught:
+            taskhawk.process_messages_for_lambda_consumer(lambda_event("fail", "exit"))
+        assert caught.value.exceptions == (LAMBDA_ENDS["fail"], LAMBDA_ENDS["exit"])
+
+    def test_partial_batch(self, lambda_sqs, lambda_runs):
+        """partial_batch=True answers what failed instead, and leaves the deletes to Lambda."""
+        event = lambda_event(1, *LAMBDA_FAILURES, 2)
+        answer = taskhawk.process_messages_for_lambda_consumer(
+            event, partial_batch=True
+        )
+        assert answer == {
+            "batchItemFailures": [
+                {"itemIdentifier": f"m{n}"} for n in (2, 3, 4, 5, 6, 7)
+            ]
+        }
+        assert lambda_runs == [1, *LAMBDA_FAILURES, 2]
+        assert lambda_sqs.entries("DeleteMessageBatch", "ReceiptHandle") == []
+
+    def test_partial_batch_of_sns(self, lambda_runs):
+        """SNS has no partial batches, and would take the answer for success: a failure raises."""
+        event = lambda_event("fail", 1, make=lambda_sns_record)
+        with pytest.raises(ValueError, match=r"^no$"):
+            taskhawk.process_messages_for_lambda_consumer(event, partial_batch=True)
+        assert lambda_runs == ["fail", 1]
+
+    def test_succeeded_are_deleted(self, lambda_sqs, lambda_runs):
+        """What succeeded is deleted before a failure is raised: ten a call, nothing looked up."""
+        event = lambda_event("fail", *range(21), "give up")
+        with pytest.raises(ExceptionGroup, match="several runs failed"):
+            taskhawk.process_messages_for_lambda_consumer(event)
+        assert [action for action, _ in lambda_sqs.calls] == ["DeleteMessageBatch"] * 3
+        url = (
+            f"http://127.0.0.1:{lambda_sqs.server_port}/123456789012/TASKHAWK-DEV-MYAPP"
+        )
+        assert {call["QueueUrl"] for _, call in lambda_sqs.calls} == {url}
+        deleted = lambda_sqs.entries("DeleteMessageBatch", "ReceiptHandle")
+        assert [len(entries) for entries in deleted] == [10, 10, 1]
+        assert list(itertools.chain(*deleted)) == [
+            (f"receipt of m{n}",) for n in range(2, 23)
+        ]
+
+    def test_succeeded_are_deleted_from_a_real_queue(
+        self, ministack, sqs_client, queue_name, lambda_runs
+    ):
+        """On a real queue the failed message alone is left, or nothing but the answer is."""
+        client = sqs_client(ministack)
+        url = client.create_queue(QueueName=f"TASKHAWK-{queue_name}")["QueueUrl"]
+        names = [
+            "QueueArn",
+            "ApproximateNumberOfMessages",
+            "ApproximateNumberOfMessagesNotVisible",
+        ]
+
+        def attributes() -> list[str]:
+            found = client.get_queue_attributes(QueueUrl=url, AttributeNames=names)[
+                "Attributes"
+            ]
+            return [found[name] for name in names]
+
+        sent = lambda_event(1, "fail", 2, "ignore")["Records"]
+        for record in sent:
+            client.send_message(QueueUrl=url, MessageBody=record["body"])
+        received: list[Any] = []
+        while len(received) < len(sent):
+            received += client.receive_message(
+                QueueUrl=url,
+                MaxNumberOfMessages=10,
+                MessageSystemAttributeNames=["All"],
+            ).get("Messages", [])
+        keys = {
+            "messageId": "MessageId",
+            "receiptHandle": "ReceiptHandle",
+            "body": "Body",
+        }
+        event = {
+            "Records": [
+                {
+                    **{theirs: message[ours] for theirs, ours in keys.items()},
+                    "attributes": message["Attributes"],
+                    "messageAttributes": {},
+                    "eventSource": "aws:sqs",
+                    "eventSourceARN": attributes()[0],
+                }
+                for message in received
+            ]
+        }
+        assert attributes()[1:] == ["0", "4"]
+        taskhawk.configure(AWS_KEYS, AWS_ENDPOINT_SQS=ministack)
+        with pytest.raises(ValueError, match=r"^no$"):
+            taskhawk.process_messages_for_lambda_consumer(event)
+        assert attributes()[1:] == ["0", "1"]
+        assert sorted(map(str, lambda_runs)) == ["1", "2", "fail", "ignore"]
+        event["Records"] = [r for r in event["Records"] if '"fail"' in r["body"]]
+        event["Records"][0]["body"] = processing_body("lambda.run", args=["at once"])
+        answer = taskhawk.process_messages_for_lambda_consumer(
+            event, partial_batch=True
+        )
+        failed = event["Records"][0]["messageId"]
+        assert answer == {"batchItemFailures": [{"itemIdentifier": failed}]}
+        (again,) = client.receive_message(QueueUrl=url)["Messages"]
+        assert again["MessageId"] == failed
+
+    @pytest.mark.parametrize("how", ["denied", "refused"])
+    def test_succeeded_cannot_be_deleted(self, how, lambda_sqs, lambda_runs, caplog):
+        """Where the delete fails the failure is raised all the same, and a warning says so."""
+        if how == "denied":
+            lambda_sqs.denied = {"DeleteMessageBatch"}
+            why = LAMBDA_DENIED.format("DeleteMessage")
+        else:
+            lambda_sqs.refused = {"receipt of m1", "receipt of m4"}
+            why = "gone"
+        count = 3 if how == "denied" else 2
+        with pytest.raises(ValueError, match=r"^no$"):
+            taskhawk.process_messages_for_lambda_consumer(lambda_event(1, "fail", 2, 3))
+        assert lambda_warnings(caplog) == [
+            f"{count} of 3 messages that succeeded may run again: can't delete them: {why}"
+        ]
 
     @pytest.mark.parametrize(
-        ("error", "outcome"),
+        "action", ["DeleteMessageBatch", "ChangeMessageVisibilityBatch"]
+    )
+    def test_a_passing_fault_of_the_service(
+        self, action, lambda_sqs, lambda_runs, caplog
+    ):
+        """A call that fails in passing is repeated, as nobody comes after the function to do it."""
+        lambda_sqs.unavailable = 1
+        calls = (1, "fail") if action == "DeleteMessageBatch" else ("in 90.5 s",)
+        with pytest.raises((ValueError, taskhawk.RetryException)):
+            taskhawk.process_messages_for_lambda_consumer(lambda_event(*calls))
+        assert [name for name, _ in lambda_sqs.calls] == [action, action]
+        assert lambda_warnings(caplog) == []
+
+    @pytest.mark.parametrize("partial_batch", [False, True])
+    def test_delays(self, partial_batch, lambda_sqs, lambda_runs):
+        """A retry's delay is set on the queue first; whole seconds, and nothing is looked up."""
+        taskhawk.task(name="lambda.policy", retry=taskhawk.fixed(7, jitter=False))(
+            raising(KeyError())
+        )
+        event = lambda_event("in 90.5 s", 1, "later", "fail", "at once")
+        event["Records"].append(
+            lambda_sqs_record(processing_body("lambda.policy"), "m6")
+        )
+        with contextlib.suppress(ExceptionGroup):
+            taskhawk.process_messages_for_lambda_consumer(
+                event, partial_batch=partial_batch
+            )
+        action = "ChangeMessageVisibilityBatch"
+        changes = lambda_sqs.entries(action, "ReceiptHandle", "VisibilityTimeout")
+        assert list(itertools.chain(*changes)) == [
+            ("receipt of m1", 91),
+            ("receipt of m5", 0),
+            ("receipt of m6", 7),
+        ]
+        others = [name for name, _ in lambda_sqs.calls if name != action]
+        assert others == ([] if partial_batch else ["DeleteMessageBatch"])
+        assert lambda_sqs.calls[-1][0] == (others or [action])[-1]
+
+    def test_delay_beyond_12_hours(self, lambda_sqs, lambda_runs):
+        """A delay is clamped to what is left of 12 hours since the receive: SQS refuses more."""
+        with pytest.raises(taskhawk.RetryException):
+            taskhawk.process_messages_for_lambda_consumer(lambda_event("in a month"))
+        (((asked_s,),),) = lambda_sqs.entries(
+            "ChangeMessageVisibilityBatch", "VisibilityTimeout"
+        )
+        longest_s = (
+            900 + 300
+        )  # Lambda's longest run, after its longest wait for a batch
+        assert 40_000 < asked_s <= 43_200 - longest_s
+
+    def test_delays_of_sns(self, lambda_sqs, lambda_runs):
+        """Behind SNS a retry has no delay of ours: Lambda has its own."""
+        event = lambda_event("in 90.5 s", 1, make=lambda_sns_record)
+        with pytest.raises(taskhawk.RetryException) as caught:
+            taskhawk.process_messages_for_lambda_consumer(event)
+        assert caught.value is LAMBDA_ENDS["in 90.5 s"]
+        assert lambda_sqs.calls == []
+
+    def test_delays_are_denied(self, lambda_sqs, lambda_runs, caplog):
+        """A role that may not change the visibility costs one warning, and no message."""
+        lambda_sqs.denied.add("ChangeMessageVisibilityBatch")
+        why = LAMBDA_DENIED.format("ChangeMessageVisibility")
+        event = lambda_event("in 90.5 s", 1, "at once", "in 90.5 s")
+        with pytest.raises(ExceptionGroup) as caught:
+            taskhawk.process_messages_for_lambda_consumer(event)
+        assert len(caught.value.exceptions) == 3
+        assert lambda_warnings(caplog) == [
+            f"can't change when 3 of 3 failed messages run again: {why}"
+        ]
+        deleted = lambda_sqs.entries("DeleteMessageBatch", "ReceiptHandle")
+        assert deleted == [[("receipt of m2",)]]
+
+    def test_one_delay_is_refused(self, lambda_sqs, lambda_runs, caplog):
+        """A delay that SQS refuses for one message is still set for the others."""
+        lambda_sqs.refused.add("receipt of m1")
+        event = lambda_event("in 90.5 s", "at once")
+        taskhawk.process_messages_for_lambda_consumer(event, partial_batch=True)
+        asked = lambda_sqs.entries("ChangeMessageVisibilityBatch", "ReceiptHandle")
+        assert list(itertools.chain(*asked)) == [("receipt of m1",), ("receipt of m2",)]
+        (warning,) = lambda_warnings(caplog)
+        assert warning == "can't change when 1 of 2 failed messages run again: gone"
+
+    def test_task_changes_its_visibility(self, lambda_sqs):
+        """A task may hold its message for longer: by metadata, at once, nothing is looked up."""
+        seen: list[Any] = []
+
+        @taskhawk.task(name="lambda.long")
+        def long(metadata: taskhawk.Metadata) -> None:
+            metadata.extend_visibility_timeout(600)
+            seen.append(lambda_sqs.calls[:])
+
+        record = lambda_sqs_record(processing_body("lambda.long"), "m1")
+        taskhawk.process_messages_for_lambda_consumer({"Records": [record]})
+        url = (
+            f"http://127.0.0.1:{lambda_sqs.server_port}/123456789012/TASKHAWK-DEV-MYAPP"
+        )
+        entry = {"Id": "0", "ReceiptHandle": "receipt of m1", "VisibilityTimeout": 600}
+        call = ("ChangeMessageVisibilityBatch", {"QueueUrl": url, "Entries": [entry]})
+        assert seen == [[call]]
+
+    @pytest.mark.parametrize("kind", LAMBDA_RECORDS)
+    def test_metadata(self, kind, lambda_sqs):
+        """A task is told of its run; behind SNS it has no queue and no receipt."""
+        seen: list[taskhawk.Metadata] = []
+
+        @taskhawk.task(name="lambda.told")
+        def told(metadata: taskhawk.Metadata) -> None:
+            metadata.extend_visibility_timeout(
+                0
+            )  # does nothing where there is no queue
+            seen.append(metadata)
+
+        body = processing_body("lambda.told", headers={"request_id": "1234"})
+        record = LAMBDA_RECORDS[kind](body, "m1")
+        if kind == "SQS":
+            record["attributes"]["ApproximateReceiveCount"] = "3"
+        taskhawk.process_messages_for_lambda_consumer({"Records": [record]})
+        assert seen == [
+            {
+                "id": PROCESSING_ID,
+                "priority": taskhawk.Priority.high,
+                "receipt": "receipt of m1" if kind == "SQS" else None,
+                "timestamp": 1460868253255,
+                "version": "1.0",
+            }
+        ]
+        (metadata,) = seen
+        expected = ("TASKHAWK-DEV-MYAPP", 3) if kind == "SQS" else (None, 1)
+        assert (metadata.queue, metadata.attempt) == expected
+        assert metadata.headers == {"request_id": "1234"}
+        assert metadata.lease_lost is False
+
+    def test_hooks_of_sqs_events(self, lambda_sqs, lambda_runs):
+        """For an SQS event the hooks get what they get in a worker, shaped like boto3's message."""
+        seen: list[Any] = []
+        taskhawk.configure(
+            AWS_KEYS,
+            AWS_ENDPOINT_SQS=f"http://127.0.0.1:{lambda_sqs.server_port}",
+            TASKHAWK_PRE_PROCESS_HOOK=lambda **given: seen.append(given),
+            TASKHAWK_POST_PROCESS_HOOK="test_lambda_hooks.delete",
+        )
+        hooks = type(sys)("test_lambda_hooks")
+        hooks.delete = lambda sqs_queue_message, **_: sqs_queue_message.delete()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(sys.modules, "test_lambda_hooks", hooks)
+            taskhawk.process_messages_for_lambda_consumer(lambda_event(1))
+        (given,) = seen
+        message = given.pop("sqs_queue_message")
+        assert given == {"queue_name": "TASKHAWK-DEV-MYAPP"}
+        assert message.body == processing_body("lambda.run", args=[1])
+        assert (message.message_id, message.receipt_handle) == ("m1", "receipt of m1")
+        assert message.attributes == lambda_sqs_record("", "m1")["attributes"]
+        attribute = message.message_attributes["request_id"]
+        assert (attribute["StringValue"], attribute["DataType"]) == ("1234", "String")
+        assert lambda_sqs.calls == [
+            (
+                "DeleteMessageBatch",
+                {
+                    "QueueUrl": message.queue_url,
+                    "Entries": [{"Id": "0", "ReceiptHandle": "receipt of m1"}],
+                },
+            )
+        ]
+
+    def test_queue_url_of_aws(self, lambda_runs):
+        """Without an endpoint of one's own, the queue's URL is the one that AWS has."""
+        urls: list[str] = []
+
+        def look(sqs_queue_message: QueueMessage, **_: Any) -> None:
+            urls.append(sqs_queue_message.queue_url)
+
+        taskhawk.configure(AWS_KEYS, TASKHAWK_PRE_PROCESS_HOOK=look)
+        taskhawk.process_messages_for_lambda_consumer(lambda_event(1))
+        assert urls == [
+            "https://sqs.us-east-1.amazonaws.com/123456789012/TASKHAWK-DEV-MYAPP"
+        ]
+
+    def test_hooks_of_sns_events(self, lambda_runs):
+        """For an SNS event the hooks get the record."""
+        seen: list[Any] = []
+        taskhawk.configure(
+            TASKHAWK_PRE_PROCESS_HOOK=lambda **given: seen.append(given),
+            TASKHAWK_POST_PROCESS_HOOK=lambda **given: seen.append(given),
+        )
+        event = lambda_event(1, make=lambda_sns_record)
+        taskhawk.process_messages_for_lambda_consumer(event)
+        assert seen == [{"sns_record": event["Records"][0]}] * 2
+
+    @pytest.mark.parametrize("kind", LAMBDA_RECORDS)
+    def test_records_of_another_type(self, kind, lambda_sqs, lambda_runs):
+        """An event and its records may be any mappings, such as a library's read-only ones."""
+        event = lambda_event(1, 2, make=LAMBDA_RECORDS[kind])
+        records = [types.MappingProxyType(record) for record in event["Records"]]
+        event = types.MappingProxyType({"Records": records})
+        taskhawk.process_messages_for_lambda_consumer(event)
+        assert lambda_runs == [1, 2]
+
+    @pytest.mark.parametrize("kind", LAMBDA_RECORDS)
+    @pytest.mark.parametrize("case", LAMBDA_MALFORMED)
+    def test_malformed_records(self, case, kind, lambda_sqs, lambda_runs):
+        """A record that is none fails as an invalid message does, and does not stop the others."""
+        event = lambda_event(1, 2, make=LAMBDA_RECORDS[kind])
+        event["Records"].insert(1, LAMBDA_MALFORMED[case])
+        with pytest.raises(taskhawk.ValidationError) as caught:
+            taskhawk.process_messages_for_lambda_consumer(event)
+        assert str(caught.value) == "message: expected a string of JSON, got null"
+        assert lambda_runs == [1, 2]
+
+    @pytest.mark.parametrize("kind", LAMBDA_RECORDS)
+    @pytest.mark.parametrize("case", PROCESSING_INVALID)
+    def test_invalid_messages(self, case, kind, lambda_sqs, lambda_runs):
+        """An invalid message, or one for an unknown task, fails and does not stop the others."""
+        body, wrong = PROCESSING_INVALID[case]
+        event = lambda_event(1, 2, make=LAMBDA_RECORDS[kind])
+        event["Records"].insert(1, LAMBDA_RECORDS[kind](body, "bad"))
+        with pytest.raises(taskhawk.ValidationError) as caught:
+            taskhawk.process_messages_for_lambda_consumer(event)
+        assert str(caught.value) == wrong
+        assert lambda_runs == [1, 2]
+
+    @pytest.mark.parametrize(
+        "event", [None, [], "text", {}, {"Records": None}, {"Records": {}}]
+    )
+    def test_malformed_events(self, event):
+        """What is no event with records raises, lest its messages be taken for processed."""
+        with pytest.raises(taskhawk.ValidationError) as caught:
+            taskhawk.process_messages_for_lambda_consumer(event)
+        sentence = "Records: expected an array of SNS or SQS records, got none"
+        assert str(caught.value) == sentence
+
+    @pytest.mark.parametrize(
+        ("partial_batch", "answer"), [(False, None), (True, {"batchItemFailures": []})]
+    )
+    def test_event_without_records(self, partial_batch, answer):
+        """An event of no records is done."""
+        event = {"Records": []}
+        found = taskhawk.process_messages_for_lambda_consumer(
+            event, partial_batch=partial_batch
+        )
+        assert found == answer
+
+    @pytest.mark.parametrize("kind", LAMBDA_RECORDS)
+    def test_time_budget(self, kind, lambda_sqs):
+        """With Lambda's context nothing is started in the last tenth of the time that was left."""
+        context = LambdaTime(10_000)
+        runs: list[int] = []
+
+        @taskhawk.task(name="lambda.run")
+        def run(takes_ms: int) -> None:
+            runs.append(takes_ms)
+            context.remaining_ms -= takes_ms
+
+        event = lambda_event(4_000, 4_900, 101, 1, 1, make=LAMBDA_RECORDS[kind])
+        with pytest.raises(ExceptionGroup) as caught:
+            taskhawk.process_messages_for_lambda_consumer(event, context=context)
+        assert runs == [4_000, 4_900, 101]
+        assert [(type(error), str(error)) for error in caught.value.exceptions] == [
+            (taskhawk.TaskhawkError, f"message m{n} was not started: no time was left")
+            for n in (4, 5)
+        ]
+        deleted = [[(f"receipt of m{n}",) for n in (1, 2, 3)]] if kind == "SQS" else []
+        assert lambda_sqs.entries("DeleteMessageBatch", "ReceiptHandle") == deleted
+        context.remaining_ms = 10_000
+        assert taskhawk.process_messages_for_lambda_consumer(
+            lambda_event(9_999), context=context, partial_batch=True
+        ) == {"batchItemFailures": []}
+
+    def test_time_budget_partial_batch(self, lambda_sqs):
+        """What was not started counts as failed."""
+        context = LambdaTime(10_000)
+
+        @taskhawk.task(name="lambda.run")
+        def run(takes_ms: int) -> None:
+            context.remaining_ms -= takes_ms
+
+        answer = taskhawk.process_messages_for_lambda_consumer(
+            lambda_event(9_500, 1), context=context, partial_batch=True
+        )
+        assert answer == {"batchItemFailures": [{"itemIdentifier": "m2"}]}
+        assert lambda_sqs.calls == []
+
+    @pytest.mark.parametrize("partial_batch", [False, True])
+    @pytest.mark.parametrize("first", ["fail", "in 90.5 s", None])
+    def test_fifo_groups(self, first, partial_batch, lambda_sqs, lambda_runs):
+        """Nothing of a FIFO group runs after its first failure; the rest counts as failed."""
+        event = lambda_event(1, first, 2, 3, 4)
+        for record, group in zip(event["Records"], "aabab", strict=True):
+            record["attributes"]["MessageGroupId"] = group
+            record["eventSourceARN"] = LAMBDA_FIFO_ARN
+        if first is None:
+            event["Records"][1]["body"] = "{"  # what can't be run is a failure too
+        answer, errors = None, ()
+        try:
+            answer = taskhawk.process_messages_for_lambda_consumer(
+                event, partial_batch=partial_batch
+            )
+        except ExceptionGroup as group:
+            errors = group.exceptions
+        assert lambda_runs == [1, *filter(None, [first]), 2, 4]
+        deleted = lambda_sqs.entries("DeleteMessageBatch", "ReceiptHandle")
+        if partial_batch:
+            failures = [{"itemIdentifier": name} for name in ("m2", "m4")]
+            assert (answer, deleted) == ({"batchItemFailures": failures}, [])
+        else:
+            assert deleted == [[(f"receipt of m{n}",) for n in (1, 3, 5)]]
+            text = "message m4 was not started: an earlier one of its group failed"
+            assert (len(errors), type(errors[1])) == (2, taskhawk.TaskhawkError)
+            assert str(errors[1]) == text
+
+    def test_groups_of_standard_queues(self, lambda_sqs, lambda_runs):
+        """On a standard queue a group is for fairness, and a failure does not stop it."""
+        event = lambda_event("fail", 1)
+        for record in event["Records"]:
+            record["attributes"]["MessageGroupId"] = "a"
+        with pytest.raises(ValueError, match=r"^no$"):
+            taskhawk.process_messages_for_lambda_consumer(event)
+        assert lambda_runs == ["fail", 1]
+
+    def test_keyboard_interrupt(self, lambda_sqs, lambda_runs, monkeypatch):
+        """KeyboardInterrupt ends the handler: no run follows."""
+        monkeypatch.setitem(LAMBDA_ENDS, "interrupt", KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            taskhawk.process_messages_for_lambda_consumer(
+                lambda_event(1, "interrupt", 2)
+            )
+        assert lambda_runs == [1, "interrupt"]
+
+
+# === PART V: STATE ====================================================================
+
+
+# === PART VI: PEOPLE ==================================================================
+
+
+# --- 18. dead letters -----------------------------------------------------------------
+
+NOT_DELETED = "copied, but not deleted: "
+
+
+def fault_after(code: str) -> ScriptedAnswer:
+    """Do what is asked, and answer that it failed: as a lost answer, without its timeout."""
+    return lambda payload, forward: (forward(payload), fault(code)(payload, forward))[1]
+
+
+def put_dead_letters(broker: taskhawk.Broker, count: int) -> str:
+    """Send so many messages to the dead letters, and return the name of that queue."""
+    queue = f"{broker.destination(Priority.default)}-DLQ"
+    for number in range(count):
+        assert broker.send(queue, [Outgoing(body_of(number), {})]) == []
+    return queue
+
+
+class TestDeadLetters:
+    """Dead letters go back to their queues without one being lost."""
+
+    def test_requeue(self, broker, mail):
+        """They go back to the queue of their priority as they were, without taskhawk.error."""
+        header = {"n": {"DataType": "String", "StringValue": "é"}}
+        error = {"taskhawk.error": {"DataType": "String", "StringValue": "{}"}}
+        message = Message.new("mail.send", ["a"], priority=Priority.high)
+        body = json.dumps(message.as_dict())
+        queue = broker.destination(Priority.high)
+        broker.send(f"{queue}-DLQ", [Outgoing(body, {**error, **header})])
+        assert taskhawk.requeue_dead_letter(Priority.high) == 1
+        (received,) = receive_all(Priority.high)
+        assert received.body == body
+        assert {
+            n: v["StringValue"] for n, v in received.message_attributes.items()
+        } == {"n": "é"}
+        assert receive_all(f"{queue}-DLQ") == receive_all() == []
+        assert broker.depth(f"{queue}-DLQ") == Depth(0, 0, 0)
+
+    @pytest.mark.parametrize("most", [1, 4, 10, 1000])
+    def test_requeue_many(self, broker, mail, caplog, most):
+        """Any number is received at once, up to ten, and the progress is logged."""
+        caplog.set_level(logging.INFO, "taskhawk")
+        put_dead_letters(broker, 12)
+        assert taskhawk.requeue_dead_letter(Priority.default, num_messages=most) == 12
+        assert sorted(received_args()) == list(range(12))
+        queue = broker.destination(Priority.default)
+        source = f"{queue}-DLQ"
+        assert caplog.messages[0] == f"requeueing about 12 messages from {source}"
+        steps = range(most, 12 + most, most) if most < 10 else (10, 12)
+        assert caplog.messages[1:] == [
+            f"requeued {min(step, 12)} of 12 messages, 0 failed" for step in steps
+        ]
+
+    def test_requeue_none(self, sqlite):
+        """Where there are none, none are sent back."""
+        assert taskhawk.requeue_dead_letter(Priority.default) == 0
+
+    def test_visibility_timeout(self, scripted):
+        """The copies are made in the queue's own visibility timeout, or in the one given."""
+        for timeout in ({"visibility_timeout": 7}, {}):
+            put_dead_letters(taskhawk._brokers.broker(), 1)
+            taskhawk.requeue_dead_letter(Priority.default, **timeout)
+        polls = [
+            payload
+            for action, payload in scripted.requests
+            if action == "ReceiveMessage"
+        ]
+        assert [poll.get("VisibilityTimeout") for poll in polls] == [7, None]
+
+    def test_in_circles(self, scripted):
+        """Messages that fail again and come back are not sent in circles: it ends."""
+        put_dead_letters(taskhawk._brokers.broker(), 5)
+
+        def comes_back(payload: dict[str, Any], forward: Callable[..., Any]) -> None:
+            forward({**payload, "QueueUrl": f"{payload['QueueUrl']}-DLQ"})
+
+        scripted.always("SendMessage", comes_back)
+        scripted.always("SendMessageBatch", comes_back)
+        assert taskhawk.requeue_dead_letter(Priority.default, num_messages=2) == 5
+        queue = taskhawk._brokers.broker().destination(Priority.default)
+        assert (
+            sorted(received_args())
+            == sorted(received_args(f"{queue}-DLQ"))
+            == list(range(5))
+        )
+
+    def test_in_circles_with_a_worker(self, sqlite):
+        """So it ends beside a worker that fails each message once more."""
+
+        @taskhawk.task(name="mail.send")
+        def send(number):
+            raise taskhawk.StopRetry
+
+        put_dead_letters(sqlite, 20)
+        stop = threading.Event()
+        worker = taskhawk.Worker(
+            sqlite, ["TASKHAWK-DEFAULT"], shutdown_event=stop, wait_s=1
+        )
+        thread = threading.Thread(target=worker.run)
+        thread.start()
+        try:
+            assert taskhawk.requeue_dead_letter(Priority.default, num_messages=1) == 20
+        finally:
+            stop.set()
+            thread.join()
+        left = received_args() + received_args("TASKHAWK-DEFAULT-DLQ")
+        assert sorted(left) == list(range(20))
+
+    @pytest.mark.parametrize(("counted", "moved"), [(9, 4), (2, 2), (0, 1)])
+    def test_approximate(self, scripted, counted, moved):
+        """SQS counts approximately: an empty receive ends it too, and no messages are one."""
+        broker = taskhawk._brokers.broker()
+        put_dead_letters(broker, 4)
+
+        def count(payload: dict[str, Any], forward: Callable[..., Any]) -> Any:
+            if "RedrivePolicy" in payload["AttributeNames"]:
+                return None
+            return 200, {
+                "Attributes": dict.fromkeys(payload["AttributeNames"], str(counted))
+            }
+
+        scripted.always("GetQueueAttributes", count)
+        assert taskhawk.requeue_dead_letter(Priority.default) == moved
+        assert len(received_args()) == moved
+
+    def test_large(self, scripted):
+        """Ten dead letters of 300 KB, which are received at once, are sent three at a time."""
+        broker = taskhawk._brokers.broker()
+        queue = broker.destination(Priority.default)
+        for number in range(10):
+            broker.send(f"{queue}-DLQ", [Outgoing(body_of(number, "x" * 300_000), {})])
+        scripted.requests.clear()
+        assert taskhawk.requeue_dead_letter(Priority.default) == 10
+        assert scripted.batches == [3, 3, 3, 1]
+        assert sorted(received_args()) == list(range(10))
+
+    def test_binary(self, scripted):
+        """An attribute that another publisher made stays what it was, in type and bytes."""
+        broker = taskhawk._brokers.broker()
+        queue = broker.destination(Priority.default)
+        attributes = {
+            "b": {"DataType": "Binary.png", "BinaryValue": b"\x89"},
+            "n": {"DataType": "Number", "StringValue": "1"},
+        }
+        broker.send(f"{queue}-DLQ", [Outgoing("not even JSON", attributes)])
+        assert taskhawk.requeue_dead_letter(Priority.default) == 1
+        (received,) = receive_all()
+        assert received.message_attributes == attributes
+        assert received.body == "not even JSON"
+
+    @pytest.mark.parametrize(
+        ("action", "answers", "counts", "failed"),
         [
-            (None, "done"),
-            (taskhawk.IgnoreException(), "ignored"),
-            (taskhawk.RetryException(), "retry"),
-            (ValueError("no"), "retry"),
-            (taskhawk.LoggingException("no", extra={"outcome": "mine"}), "mine"),
-            (taskhawk.StopRetry("enough"), "dead_letter"),
+            # sending: refused by fault of the message, of the service once, of the service always
+            (
+                "SendMessageBatch",
+                [refuse(1, 2, ours=True)],
+                (10, 2),
+                ["InternalError"] * 2,
+            ),
+            ("SendMessageBatch", [refuse(1, 2), passed], (12, 0), []),
+            (
+                "SendMessageBatch",
+                [refuse(1, 2), *[refuse(0, 1)] * 2],
+                (10, 2),
+                ["InternalError"] * 2,
+            ),
+            # the call failed, with no effect, or after it, or while it tried again
+            ("SendMessageBatch", [fault("Odd")] * 6, (0, 12), ["Odd"] * 12),
+            ("SendMessageBatch", [fault_after("Odd")] * 2, (12, 12), ["Odd"] * 12),
+            (
+                "SendMessageBatch",
+                [refuse(1, 2), *[fault("Odd")] * 2],
+                (10, 2),
+                ["Odd"] * 2,
+            ),
+            # deleting: refused, or the call failed
+            ("DeleteMessageBatch", [refuse(1, 2), passed], (12, 0), []),
+            (
+                "DeleteMessageBatch",
+                [refuse(0, 3), *[refuse(0, 1)] * 2],
+                (12, 2),
+                [NOT_DELETED + "InternalError"] * 2,
+            ),
+            (
+                "DeleteMessageBatch",
+                [fault("Odd")] * 6,
+                (12, 12),
+                [NOT_DELETED + "Odd"] * 12,
+            ),
+            (
+                "DeleteMessageBatch",
+                [fault_after("Odd")] * 3,
+                (12, 0),
+                [NOT_DELETED + "Odd"] * 10,
+            ),
         ],
     )
-    def test_outcome(self, memory, caplog, error, outcome):
-        """A run leaves one record with its task, id, attempt, outcome and duration_ms."""
-        caplog.set_level(logging.DEBUG)
+    def test_faults(self, scripted, action, answers, counts, failed):
+        """A dead letter is deleted once its copy is confirmed, or stays; the counts are exact."""
+        broker = taskhawk._brokers.broker()
+        source = put_dead_letters(broker, 12)
+        scripted.script(action, *answers)
+        if failed:
+            with pytest.raises(taskhawk.PartialFailure) as raised:
+                taskhawk.requeue_dead_letter(Priority.default)
+            assert [entry["Code"] for entry in raised.value.result["Failed"]] == failed
+            assert raised.value.success_count == 12 - len(failed)
+            reason = failed[0]
+            assert str(raised.value) == f"{len(failed)} of 12 messages failed: {reason}"
+        else:
+            assert taskhawk.requeue_dead_letter(Priority.default) == 12
+        depth = broker.depth(source)
+        assert (len(set(received_args())), depth.visible + depth.in_flight) == counts
 
-        @taskhawk.task(name="shop.sell")
-        def sell():
-            if error:
-                raise error
-
-        message_id = sell.dispatch()
-        [received] = queued()
-        taskhawk.process(received)
-        [record] = [record for record in caplog.records if hasattr(record, "outcome")]
-        assert (record.task, record.id, record.attempt) == ("shop.sell", message_id, 1)
-        assert (record.outcome, type(record.duration_ms)) == (outcome, int)
-
-    def test_outcome_of_an_invalid_message(self, caplog):
-        """A message that is not valid leaves one record too, which knows no task."""
-        taskhawk._last_invalid.clear()
-        run_body("{}")
-        [record] = [record for record in caplog.records if hasattr(record, "outcome")]
-        assert (record.outcome, hasattr(record, "task")) == ("retry", False)
-
-    def test_current_task(self):
-        """current_task() is the metadata of the task around it, and None outside."""
-        seen = []
-
-        @taskhawk.task(name="shop.inner")
-        def inner():
-            seen.append(taskhawk.current_task().task)
-
-        @taskhawk.task(name="shop.outer")
-        async def outer(metadata):
-            await asyncio.to_thread(
-                lambda: seen.append(taskhawk.current_task() is metadata)
-            )
-            inner.dispatch()
-            seen.append(taskhawk.current_task().task)
-
-        taskhawk.configure(TASKHAWK_SYNC=True)
-        assert taskhawk.current_task() is None
-        outer.dispatch()
-        assert seen == [True, "shop.inner", "shop.outer"]
-        assert taskhawk.current_task() is None
-
-    def test_json_of_anything(self):
-        """A record whose `extra` JSON can't hold is an object in a line all the same."""
-        circle: list[Any] = [7]
-        circle.append(circle)
-        deep: list[Any] = []
-        for _ in range(100_000):
-            deep = [deep]
-        for odd, shown in (
-            (math.nan, "nan"),
-            ({(1, 2): 3}, "{(1, 2): 3}"),
-            (circle, "[7, [...]]"),
-            (deep, "list (its text can't be made)"),
-            (10**5000, "int (its text can't be made)"),
-        ):
-            record = logging.makeLogRecord({"msg": "odd", "odd": odd, "order": 7})
-            line = json.loads(taskhawk._JsonFormatter().format(record))
-            assert (line["message"], line["odd"], line["order"]) == ("odd", shown, 7)
-            vars(record)[1, 2] = 3
-            sent = json.loads(taskhawk._LineFormatter().format(record))  # by a child
-            assert (sent["msg"], sent["created"]) == ("odd", record.created)
-
-    def test_fields_of_its_own(self, memory, caplog):
-        """What a record has of its own stays, and the task's id and attempt are added."""
-        caplog.handler.addFilter(taskhawk._add_task)
-
-        @taskhawk.task(name="shop.sell")
-        def sell():
-            logging.getLogger("shop").warning("sold", extra={"task": "mine"})
-
-        message_id = sell.dispatch()
-        taskhawk.process(*queued())
-        caplog.handler.removeFilter(taskhawk._add_task)
-        [record] = [record for record in caplog.records if record.name == "shop"]
-        assert (record.task, record.id, record.attempt) == ("mine", message_id, 1)
-
-    def test_json(self, tmp_path):
-        """With --log-format json each record is an object in a line, and says in which task."""
-        (tmp_path / "jobs.py").write_text(LOGGING_MODULE)
-        env = {"TASKHAWK_BROKER": f"sqlite:///{tmp_path}/queue.db"}
-        ids = {}
-        for name in ("jobs.talk", "jobs.fail", "jobs.break"):
-            result = run_python(
-                ["-m", "taskhawk", "dispatch", name], cwd=tmp_path, env=env
-            )
-            ids[name] = result.stdout.strip()
-        command = [
-            "-m",
-            "taskhawk",
-            "listen",
-            "jobs",
-            "--log-format",
-            "json",
-            "--loop-count",
-            "3",
-        ]
-        result = run_python(command, cwd=tmp_path, env=env)
-        lines = [json.loads(line) for line in result.stderr.splitlines()]
-        by_text = {line["message"]: line for line in lines}
-        for text, name in (
-            ("from the task", "jobs.talk"),
-            ("from its thread", "jobs.talk"),
-            ("from a child", "jobs.fail"),
-        ):
-            line = by_text[text]
-            assert (line["task"], line["id"], line["attempt"]) == (name, ids[name], 1)
-            assert line["logger"] == "jobs"
-        assert by_text["from the task"]["order"] == 7
-        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", lines[0]["time"])
-        failed = {
-            line["task"]: line for line in lines if line.get("outcome") == "retry"
+    def test_failed_entries(self, scripted):
+        """What failed is named by its message id, which the service's console shows too."""
+        broker = taskhawk._brokers.broker()
+        put_dead_letters(broker, 3)
+        scripted.script("SendMessageBatch", refuse(1, ours=True))
+        with pytest.raises(taskhawk.PartialFailure) as raised:
+            taskhawk.requeue_dead_letter(Priority.default)
+        ids = {
+            entry["Id"] for entries in raised.value.result.values() for entry in entries
         }
-        for name, reason in (
-            ("jobs.fail", "for a reason"),
-            ("jobs.break", "for another"),
+        moved = {
+            str(uuid.UUID(entry["Id"])) for entry in raised.value.result["Successful"]
+        }
+        assert (len(ids), len(moved)) == (3, 2)
+
+    @pytest.mark.parametrize(("step", "moved"), [("INSERT", []), ("DELETE", [0, 1])])
+    def test_sqlite_faults(self, tmp_path, step, moved):
+        """On SQLite, where a transaction fails, nothing is lost either."""
+        path = tmp_path / "queue.db"
+        taskhawk.configure(TASKHAWK_BROKER=f"sqlite:///{path}")
+        broker = taskhawk._brokers.broker()
+        source = put_dead_letters(broker, 2)
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            full = "SELECT RAISE(ABORT, 'disk full')"
+            db.execute(
+                f"CREATE TRIGGER full BEFORE {step} ON message BEGIN {full}; END"
+            )
+            with pytest.raises(taskhawk.PartialFailure) as raised:
+                taskhawk.requeue_dead_letter(Priority.default)
+            db.execute("DROP TRIGGER full")
+        assert (raised.value.success_count, raised.value.failure_count) == (0, 2)
+        assert received_args() == moved
+        assert broker.depth(source) == Depth(2, 0, 0)
+
+    def test_receive_fails(self, scripted, queue_name):
+        """Where a receive fails midway, what was sent back until then stays so."""
+        broker = taskhawk._brokers.broker()
+        source = put_dead_letters(broker, 12)
+        scripted.script("ReceiveMessage", passed, fault("AccessDenied", status=403))
+        with pytest.raises(
+            taskhawk.ConfigurationError, match=r"access denied: .* \(AccessDenied\)$"
         ):
-            assert failed[name]["level"] == "ERROR"
-            assert failed[name]["exception"].endswith(f"ValueError: {reason}")
-        assert by_text["worker ended: " + result.stdout.strip()]["level"] == "INFO"
+            taskhawk.requeue_dead_letter(Priority.default)
+        assert len(received_args()) == 10
+        assert len(received_args(source)) == 2
 
-    @pytest.mark.parametrize(("job", "retried"), [("hang", 0), ("spin", 1)])
-    @pytest.mark.parametrize("concurrency", ["1", "2"])
-    def test_grace(self, tmp_path, job, retried, concurrency):
-        """A command ends with its grace, flushes, says what became of messages, exits with 1."""
-        broker = taskhawk.SqliteBroker(f"sqlite:///{tmp_path}/queue.db")
-        call = {"args": [], "kwargs": {}}
-        messages = [
-            {**VALID, "task": f"jobs.{name}", **call} for name in ("quick", job)
-        ]
-        entries = [taskhawk.Outgoing(json.dumps(message), {}) for message in messages]
-        assert broker.send("TASKHAWK-DEFAULT", entries) == []
-        env = {"TASKHAWK_BROKER": f"sqlite:///{tmp_path}/queue.db"}
-        options = (
-            "--grace",
-            "3.1",
-            "--num-messages",
-            "2",
-            "--concurrency",
-            concurrency,
+    @pytest.mark.parametrize("number", [0, -1])
+    def test_num_messages(self, sqlite, number):
+        """To receive none at once is refused, as by listen_for_messages."""
+        put_dead_letters(sqlite, 1)
+        with pytest.raises(taskhawk.ConfigurationError) as raised:
+            taskhawk.requeue_dead_letter(Priority.default, num_messages=number)
+        assert str(raised.value) == f"num_messages: expected 1 or more, got {number}"
+
+    def test_no_redrive_policy(self, ministack, sqs_client, queue_name):
+        """Without a RedrivePolicy, there is nothing to send back, and the error says so."""
+        sqs_client(ministack).create_queue(QueueName=f"TASKHAWK-{queue_name}")
+        configure_aws(ministack, queue_name)
+        with pytest.raises(taskhawk.ConfigurationError) as raised:
+            taskhawk.requeue_dead_letter(Priority.default)
+        assert str(raised.value) == (
+            f"TASKHAWK-{queue_name}: it has no dead-letter queue (no RedrivePolicy)"
         )
-        with worker_process(tmp_path, env, *options, module=LOGGING_MODULE) as worker:
-            assert worker.stdout.readline() == "hangs\n"
-            worker.terminate()
-            output = worker.stdout.read()
-            assert worker.wait() == 1
-        counts = f"2 received, 1 acked, {retried} retried, 0 dead-lettered, 0 released, 0 uncertain"
-        assert output == f"{counts}\n"
-        visible, in_flight, _ = broker.depth("TASKHAWK-DEFAULT")
-        assert (visible, in_flight) == (retried, 1 - retried)
-        broker.close()
+
+    def test_no_queue(self, ministack, sqs_client, queue_name):
+        """Where one of the two queues does not exist, the error names that one."""
+        client, queue = sqs_client(ministack), f"TASKHAWK-{queue_name}"
+        configure_aws(ministack, queue_name)
+        for missing in (queue, f"{queue}-DLQ"):
+            with pytest.raises(taskhawk.ConfigurationError) as raised:
+                taskhawk.requeue_dead_letter(Priority.default)
+            assert str(raised.value) == (
+                f"{missing}: there is no such queue here: make it, or check TASKHAWK_QUEUE,"
+                " AWS_REGION and the account (NonExistentQueue)"
+            )
+            make_queues(client, queue_name)
+            client.delete_queue(
+                QueueUrl=client.get_queue_url(QueueName=f"{queue}-DLQ")["QueueUrl"]
+            )
+
+    def test_lambda_app(self, scripted, queue_name, caplog):
+        """For a Lambda app there is nothing to do, and a warning says so."""
+        configure_aws(scripted.url, queue_name, IS_LAMBDA_APP=True)
+        assert taskhawk.requeue_dead_letter(Priority.default) == 0
+        assert scripted.actions == []
+        assert caplog.messages == [
+            "requeue_dead_letter: not supported for Lambda apps, whose queues are Lambda's"
+        ]
+
+    def test_circle(self, broker, mail):
+        """A message whose task gives up goes to the dead letters, comes back, and runs."""
+        broken = [True]
+
+        @taskhawk.task(name="mail.circle", never_retry_on=(ZeroDivisionError,))
+        def circle(number, headers):
+            if broken:
+                raise ZeroDivisionError("é" + "\0\ud800")
+            ran.append((number, headers))
+
+        ran: list[Any] = []
+        circle.with_headers(n="5").dispatch(7)
+        assert work_once(broker) == taskhawk.Ledger(received=1, dead_lettered=1)
+        queue = broker.destination(Priority.default)
+        assert broker.depth(queue) == Depth(0, 0, 0)
+        assert broker.depth(f"{queue}-DLQ") == Depth(1, 0, 0)
+        broken.clear()
+        assert taskhawk.requeue_dead_letter(Priority.default) == 1
+        assert work_once(broker) == taskhawk.Ledger(received=1, acked=1)
+        assert ran == [(7, {"n": "5"})]
 
 
-class TestInterrupts:
-    """Control-C is never swallowed."""
+LETTER_ERROR = {
+    "type": "ValueError",
+    "message": "no amount\nat all",
+    "traceback": "Traceback\nValueError: no amount\n",
+    "attempt": 3,
+    "worker": "host:1",
+    "time": "2026-11-21T00:00:00Z",
+}
 
-    @pytest.mark.parametrize("where", ["policy", "hook"])
-    def test_interrupt(self, where):
-        """Control-C in a retry policy or an error hook ends the process, as in a task."""
 
-        def interrupt(*_args: Any, **_kwargs: Any) -> Any:
+def put_letters(broker: taskhawk.Broker) -> list[str]:
+    """Put three letters there: one of a worker, one that the queue moved, one that is invalid."""
+    ids = [str(uuid.uuid4()) for _ in range(2)]
+    bodies = [
+        {**json.loads(body_of(n)), "id": ids[n], "headers": {"n": f"{n}"}}
+        for n in (0, 1)
+    ]
+    bodies[1]["task"] = "other.task"
+    error = {
+        "taskhawk.error": {
+            "DataType": "String",
+            "StringValue": json.dumps(LETTER_ERROR),
+        }
+    }
+    odd = {"taskhawk.error": {"DataType": "String", "StringValue": "[]"}}
+    queue = f"{broker.destination(Priority.default)}-DLQ"
+    broker.send(queue, [Outgoing(json.dumps(bodies[0]), error)])
+    broker.send(queue, [Outgoing(json.dumps(bodies[1]), odd)])
+    broker.send(queue, [Outgoing("rubbish", {})])
+    return ids
+
+
+@pytest.fixture
+def letters(
+    broker: taskhawk.Broker, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Callable[..., Any]:
+    """Return a function that runs a command on three dead letters, and returns its lines."""
+    if isinstance(
+        broker, taskhawk.SqliteBroker
+    ):  # the memory of a process is no queue of commands
+        url = f"sqlite:///{tmp_path}/queue.db"
+        taskhawk.configure(
+            TASKHAWK_BROKER=url, TASKHAWK_QUEUE=taskhawk.settings.TASKHAWK_QUEUE
+        )
+
+    def run(*arguments: str, code: int = 0) -> list[str]:
+        assert taskhawk.main(["dead-letters", *arguments]) == code
+        return capsys.readouterr().out.splitlines()
+
+    run.ids = put_letters(taskhawk._brokers.broker())
+    return run
+
+
+def letters_left() -> tuple[Depth, Depth]:
+    """Return the depths of the default queue and of its dead letters."""
+    broker = taskhawk._brokers.broker()
+    queue = broker.destination(Priority.default)
+    return broker.depth(queue), broker.depth(f"{queue}-DLQ")
+
+
+class TestDeadLetterCommands:
+    """Dead letters are looked at where they are, and leave when they are told to."""
+
+    def test_list(self, letters):
+        """Each is a line with its error; they stay, and are visible again at once."""
+        lines = sorted(letters("list"), key=lambda line: line.partition("  ")[2])
+        ages = [re.sub(r"  \d+ s ago  ", "  AGE  ", line) for line in lines]
+        assert ages[1] == f"{letters.ids[0]}  mail.send  AGE  ValueError: no amount"
+        assert ages[2] == (
+            f"{letters.ids[1]}  other.task  AGE  moved by the queue itself, after too many receives"
+        )
+        assert re.fullmatch(
+            "[-0-9a-f]+  None  AGE  message: not JSON at character 0", ages[0]
+        )
+        assert letters_left() == (Depth(0, 0, 0), Depth(3, 0, 0))
+
+    @pytest.mark.parametrize(
+        ("arguments", "found"),
+        [
+            (("--task", "mail.*"), [0]),
+            (("--task", "mail"), []),
+            (("--error", "ValueError: no"), [0]),
+            (("--header", "n=1"), [1]),
+            (("--header", "tenant=None"), []),
+            (("--header", "n=1", "--task", "mail.send"), []),
+            (("--older-than", "1h"), []),
+            (("--newer-than", "1.5h", "--task", "*.*"), [0, 1]),
+            (("--limit", "1", "--task", "*.*"), [None]),
+            (("--limit", "0"), []),
+            (("--id", "ID", "--id", "nothing"), [0]),
+        ],
+        ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+    )
+    def test_filters(self, letters, arguments, found):
+        """Filters together say which are meant."""
+        arguments = [letters.ids[0] if word == "ID" else word for word in arguments]
+        shown = [json.loads(line) for line in letters("list", "--json", *arguments)]
+        ids = {letter["id"] for letter in shown}
+        assert (
+            ids == {letters.ids[n] for n in found}
+            if None not in found
+            else len(ids) == 1
+        )
+
+    def test_json(self, letters):
+        """For programs, each is an object with all that is known of it."""
+        (letter,) = [
+            json.loads(line)
+            for line in letters("list", "--json", "--task", "mail.send")
+        ]
+        assert letter.pop("age_s") in range(60)
+        assert re.fullmatch(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ", letter.pop("sent"))
+        assert re.fullmatch(MESSAGE_ID, letter.pop("message_id"))
+        assert letter.pop("receives") >= 1
+        assert letter == {
+            "id": letters.ids[0],
+            "task": "mail.send",
+            "headers": {"n": "0"},
+            "args": [0],
+            "kwargs": {},
+            "error": LETTER_ERROR,
+            "invalid": None,
+        }
+
+    def test_show(self, letters):
+        """One is shown with its arguments and its traceback."""
+        lines = letters("show", letters.ids[0])
+        assert lines[0] == f"id: {letters.ids[0]}"
+        expected = {
+            "args: [0]",
+            "error: ValueError: no amount",
+            "error traceback: Traceback",
+        }
+        assert expected | {"error attempt: 3", "error worker: host:1"} <= set(lines)
+
+    def test_export(self, letters):
+        """An exported one has body and attributes as they are."""
+        (line,) = letters("export", "--task", "mail.send")
+        exported = json.loads(line)
+        assert json.loads(exported["body"])["args"] == [0]
+        assert exported["attributes"]["taskhawk.error"]["DataType"] == "String"
+        assert letters_left()[1] == Depth(3, 0, 0)
+
+    def test_requeue(self, letters):
+        """Only those that are meant go back; --dry-run shows which."""
+        (line,) = letters("requeue", "--header", "n=1", "--dry-run")
+        assert line.startswith(letters.ids[1])
+        assert letters_left() == (Depth(0, 0, 0), Depth(3, 0, 0))
+        assert letters("requeue", "--header", "n=1") == ["sent back: 1"]
+        assert letters_left() == (Depth(1, 0, 0), Depth(2, 0, 0))
+        assert letters("requeue", "--task", "nothing") == ["sent back: 0"]
+        assert letters("requeue") == ["sent back: 2"]
+        assert letters_left() == (Depth(3, 0, 0), Depth(0, 0, 0))
+
+    def test_delete(self, letters, capsys):
+        """A delete wants a filter, or --all."""
+        assert letters("delete", code=2) == []
+        assert len(letters("delete", "--error", "no amount", "--dry-run")) == 1
+        assert letters("delete", "--error", "no amount") == ["deleted: 1"]
+        assert letters_left()[1] == Depth(2, 0, 0)
+        assert letters("delete", "--all") == ["deleted: 2"]
+        assert letters_left() == (Depth(0, 0, 0), Depth(0, 0, 0))
+
+    @pytest.mark.parametrize("broker", ["sqlite"], indirect=True)
+    def test_wrong_age(self, letters, capsys):
+        """An age needs its unit."""
+        assert taskhawk.main(["dead-letters", "list", "--older-than", "36"]) == 2
+        assert capsys.readouterr().err == (
+            "taskhawk: age: expected a number and one of s, m, h, d, such as 36h, got '36'\n"
+        )
+
+    @pytest.mark.parametrize("broker", ["sqlite"], indirect=True)
+    def test_hostile(self, letters):
+        """What a message says does not command the terminal."""
+        body = json.dumps({**json.loads(body_of(1)), "task": "\x1b[2Jevil"})
+        broker = taskhawk._brokers.broker()
+        broker.send(f"{broker.destination(Priority.default)}-DLQ", [Outgoing(body, {})])
+        (line,) = letters("list", "--task", "*evil")
+        assert "  ?[2Jevil  " in line
+        body = json.dumps({**json.loads(body_of(1)), "task": "forged\nline"})
+        broker.send(f"{broker.destination(Priority.default)}-DLQ", [Outgoing(body, {})])
+        (line,) = letters("list", "--task", "forged*")
+        assert "  forged?line  " in line
+
+    @pytest.mark.parametrize("broker", ["sqlite"], indirect=True)
+    def test_show_nothing(self, letters, capsys):
+        """An id that no dead letter has is an error."""
+        assert command_error(
+            capsys, "dead-letters", "show", "nothing", "--newer-than", "1s"
+        ) == (
+            1,
+            "taskhawk: show: no such dead letter, among those that fit all filters",
+        )
+
+    def test_clock_behind(self):
+        """A dead letter of a clock that is ahead of ours is as old as none."""
+        sent_ms = {"SentTimestamp": str(round((time.time() + 5) * 1000))}
+        received = taskhawk.QueueMessage("", "m1", attributes=sent_ms)
+        assert taskhawk._describe(received)["age_s"] == 0
+
+    def test_interrupted(self, letters, caplog):
+        """Whatever ends it, what was looked at is visible again, and nothing is lost."""
+
+        def interrupt(messages: Any) -> None:
             raise KeyboardInterrupt
 
-        if where == "hook":
-            taskhawk.configure(TASKHAWK_ERROR_HOOK=interrupt)
+        caplog.set_level(logging.INFO)
+        with pytest.raises(KeyboardInterrupt):
+            taskhawk._DeadLetters(Priority.default).each(
+                "looking", "looked at", interrupt
+            )
+        assert letters_left() == (Depth(0, 0, 0), Depth(3, 0, 0))
+        text = "stopped: up to 10 more messages may be looked at too"
+        assert text in [record.getMessage() for record in caplog.records]
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+    def test_signal(self, number):
+        """SIGTERM and the end of a terminal interrupt, as Ctrl-C does; others' handlers stay."""
+        before = signal.signal(number, signal.SIG_DFL)
+        with pytest.raises(KeyboardInterrupt), taskhawk._interruptible():
+            os.kill(os.getpid(), number)
+        assert signal.signal(number, signal.SIG_IGN) == signal.SIG_DFL
+        with taskhawk._interruptible():
+            assert signal.getsignal(number) == signal.SIG_IGN
+        signal.signal(number, before)
+
+    def test_memory(self, letters):
+        """Bodies are let go of once they were looked at: there may be many."""
+        seen = []
+        dead = taskhawk._DeadLetters(Priority.default)
+        assert dead.each("looking", "looked at", seen.extend) == 3
+        assert [message.body for message in seen] == ["", "", ""]
+
+    def test_not_deleted(self, scripted, capsys):
+        """What can't be deleted is still there, and the exit code says so."""
+        put_letters(taskhawk._brokers.broker())
+        scripted.always("DeleteMessageBatch", fault("AccessDenied", status=403))
+        assert taskhawk.main(["dead-letters", "delete", "--task", "mail.send"]) == 1
+        line = "taskhawk: 1 of 1 messages failed: AccessDenied"
+        assert capsys.readouterr().err.splitlines()[-1] == line
+
+
+# --- 19. infrastructure ---------------------------------------------------------------
+
+
+class TestStats:
+    """How many messages there are, in each state, of each priority."""
+
+    def test_json(self, broker, mail, capsys):
+        """As JSON, a queue that is not there is null."""
+        mail.dispatch()
+        mail.with_delay(60).dispatch()
+        broker.send(f"{broker.destination(Priority.high)}-DLQ", [Outgoing("x", {})])
+        assert taskhawk.main(["stats", "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        empty = {"visible": 0, "in_flight": 0, "delayed": 0, "dead_letters": 0}
+        none = empty if isinstance(broker, taskhawk.SqliteBroker) else None
+        assert found == {
+            "high": empty | {"dead_letters": 1},
+            "default": empty | {"visible": 1, "delayed": 1},
+            "low": none,
+            "bulk": none,
+        }
+
+    def test_text(self, sqs_client, ministack, queue_name, capsys):
+        """As text, it is a table; a queue without dead letters says so."""
+        sqs_client(ministack).create_queue(QueueName=f"TASKHAWK-{queue_name}")
+        configure_aws(ministack, queue_name)
+        assert taskhawk.main(["stats"]) == 0
+        assert capsys.readouterr().out.splitlines() == [
+            "             visible  in flight  delayed  dead letters",
+            "high        no queue or access",
+            "default            0          0        0   none/denied",
+            "low         no queue or access",
+            "bulk        no queue or access",
+        ]
+
+    @pytest.mark.parametrize("option", [[], ["--json"]], ids=["text", "json"])
+    def test_no_queue(self, ministack, queue_name, capsys, option):
+        """Before any queue is made, each is said not to be there."""
+        configure_aws(ministack, queue_name)
+        assert taskhawk.main(["stats", *option]) == 0
+        out = capsys.readouterr().out
+        assert out.count("null" if option else "no queue") == len(Priority)
+
+    def test_denied(self, scripted, capsys):
+        """What is not allowed is an error, not a queue that is not there."""
+        scripted.always("GetQueueAttributes", fault("AccessDenied", status=403))
+        assert taskhawk.main(["stats"]) == 2
+        assert "does not allow GetQueueAttributes" in capsys.readouterr().err
+
+    def test_denied_for_some(self, scripted, capsys):
+        """Where one may look at some of the queues alone, these are counted."""
+
+        def deny_others(data: dict[str, Any], behind: Callable[..., Any]) -> Any:
+            other = re.search("PRIORITY|BULK", data["QueueName"])
+            return (fault("AccessDenied", status=403) if other else passed)(
+                data, behind
+            )
+
+        scripted.always("GetQueueUrl", deny_others)
+        assert taskhawk.main(["stats", "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert [name for name, counts in found.items() if counts] == ["default"]
+
+    @pytest.mark.parametrize("interval", ["0", "-1", "nan", "inf"])
+    def test_odd_interval(self, sqlite, capsys, interval):
+        """An interval is a time."""
+        assert command_error(capsys, "stats", "--interval", interval) == (
+            2,
+            f"taskhawk: --interval: expected a number of seconds above 0, got {interval}",
+        )
+
+    def test_bars(self, monkeypatch):
+        """In a terminal there are bars, to scale; dead letters are red unless NO_COLOR is set."""
+        counts = {"visible": 60, "in_flight": 20, "delayed": 0, "dead_letters": 2}
+        small = {"visible": 1, "in_flight": 0, "delayed": 4, "dead_letters": 0}
+        depths = {"high": counts, "low": small}
+        before = {"high": counts | {"visible": 70}, "low": None}
+        lines = list(taskhawk._depth_lines(depths, before, 2, bars=True))
+        assert lines[1:] == [
+            "high              60         20        0\x1b[31m             2\x1b[0m      -5.0/s  "
+            + "█" * 23
+            + "▓" * 8,
+            "low                1          0        4             0  █░░",
+        ]
+        monkeypatch.setenv("NO_COLOR", "1")
+        assert "\x1b" not in "".join(taskhawk._depth_lines(depths, {}, 0, bars=True))
+        assert "█" not in "".join(taskhawk._depth_lines(depths, {}, 0, bars=False))
+
+    def test_no_interval(self):
+        """Watched without a pause, there is no trend to tell."""
+        depths = {
+            "high": {"visible": 1, "in_flight": 0, "delayed": 0, "dead_letters": None}
+        }
+        once = list(taskhawk._depth_lines(depths, {}, 0, bars=False))
+        assert list(taskhawk._depth_lines(depths, depths, 0, bars=False)) == once
+
+    @pytest.mark.slow
+    def test_watch(self, tmp_path):
+        """Watched in a terminal, it is drawn again and again, with the trend, until Ctrl-C."""
+        leader, follower = pty.openpty()
+        command = [
+            sys.executable,
+            "-m",
+            "taskhawk",
+            "stats",
+            "--watch",
+            "--interval",
+            "0.05",
+        ]
+        env = python_env({"TASKHAWK_BROKER": f"sqlite:///{tmp_path}/queue.db"})
+        with subprocess.Popen(
+            command, stdout=follower, env=env, cwd=tmp_path
+        ) as process:
+            os.close(follower)
+            shown = ""
+            while shown.count("\x1b[2J") < 3:
+                shown += os.read(leader, 10_000).decode()
+            process.send_signal(signal.SIGINT)
+            process.wait(30)
+        os.close(leader)
+        assert process.returncode == 0
+        assert "+0.0/s" in shown
+
+
+def configure_account(
+    client: Callable[..., Any], endpoint: str, queue: str, **values: Any
+) -> str:
+    """Configure what an emulator needs for provisioning, and return its account."""
+    configure_aws(endpoint, queue)
+    account = client(endpoint, "sts").get_caller_identity()["Account"]
+    taskhawk.configure(taskhawk.settings.given, AWS_ACCOUNT_ID=account, **values)
+    return account
+
+
+def attributes_of(client: Any, queue: str) -> dict[str, Any]:
+    """Return the attributes of a queue."""
+    url = client.get_queue_url(QueueName=queue)["QueueUrl"]
+    return client.get_queue_attributes(QueueUrl=url, AttributeNames=["All"])[
+        "Attributes"
+    ]
+
+
+def provision(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
+    """Run the command, and return its lines."""
+    assert taskhawk.main(["provision", *arguments]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+class TestProvision:
+    """Queues, dead-letter queues and topics: made, mended, or written down for review."""
+
+    def test_queues(self, endpoint, sqs_client, queue_name, capsys):
+        """All are made; the second time there is nothing to do."""
+        configure_account(sqs_client, endpoint, queue_name)
+        names = [
+            f"TASKHAWK-{queue_name}{s}"
+            for s in ("-HIGH-PRIORITY", "", "-LOW-PRIORITY", "-BULK")
+        ]
+        each = [f"queue {name}{dlq}: " for name in names for dlq in ("-DLQ", "")]
+        assert provision(capsys, "--dry-run") == [
+            f"{line}would be made" for line in each
+        ]
+        assert provision(capsys) == [f"{line}made" for line in each]
+        assert provision(capsys) == [f"{line}is as it should be" for line in each]
+        client = sqs_client(endpoint)
+        for name in names:
+            found, dead = (
+                attributes_of(client, name),
+                attributes_of(client, f"{name}-DLQ"),
+            )
+            assert found["MessageRetentionPeriod"] == str(4 * 86_400)
+            assert dead["MessageRetentionPeriod"] == str(14 * 86_400)
+            policy = json.loads(found["RedrivePolicy"])
+            assert policy["deadLetterTargetArn"] == dead["QueueArn"]
+            assert int(policy["maxReceiveCount"]) == 5
+            url = client.get_queue_url(QueueName=name)["QueueUrl"]
+            assert client.list_queue_tags(QueueUrl=url)["Tags"] == {
+                "taskhawk": queue_name
+            }
+
+    def test_mends(self, endpoint, sqs_client, queue_name, capsys):
+        """What is too low is raised, and what someone set higher stays."""
+        client, name = sqs_client(endpoint), f"TASKHAWK-{queue_name}"
+        account = configure_account(sqs_client, endpoint, queue_name)
+        client.create_queue(
+            QueueName=f"{name}-DLQ", Attributes={"MessageRetentionPeriod": "86400"}
+        )
+        attributes = {"MessageRetentionPeriod": "864000", "MaximumMessageSize": "65536"}
+        client.create_queue(QueueName=name, Attributes=attributes)
+        arn = f"arn:aws:sqs:us-east-1:{account}:{name}-DLQ"
+        policy = json.dumps({"deadLetterTargetArn": arn, "maxReceiveCount": 5})
+        changes = {
+            f"{name}-DLQ": "changed: MessageRetentionPeriod from 86400 to 1209600",
+            name: "changed: MaximumMessageSize from 65536 to 1048576,"
+            f" RedrivePolicy from none to {policy}",
+        }
+        only = ("--priority", "default")
+        would = [
+            f"queue {queue}: would be {change}" for queue, change in changes.items()
+        ]
+        assert provision(capsys, *only, "--dry-run") == would
+        done = [f"queue {queue}: {change}" for queue, change in changes.items()]
+        assert provision(capsys, *only) == done
+        assert attributes_of(client, name)["MessageRetentionPeriod"] == "864000"
+        (_, line) = provision(capsys, *only, "--max-receive-count", "8")
+        assert '"maxReceiveCount": 8' in line
+        assert provision(capsys, *only)[1] == f"queue {name}: is as it should be"
+        policy = json.loads(attributes_of(client, name)["RedrivePolicy"])
+        assert (int(policy["maxReceiveCount"]), policy["deadLetterTargetArn"]) == (
+            8,
+            arn,
+        )
+
+    def test_terraform(self, ministack, sqs_client, queue_name, capsys):
+        """Terraform's description is, attribute by attribute, what the API was told."""
+        configure_aws(ministack, queue_name)
+        described = json.loads("\n".join(provision(capsys, "--format", "terraform")))[
+            "resource"
+        ]
+        provision(capsys)
+        client, queues = sqs_client(ministack), described["aws_sqs_queue"]
+        assert len(queues) == 8
+        for queue in queues.values():
+            found = attributes_of(client, queue["name"])
+            assert (
+                int(found["MessageRetentionPeriod"])
+                == queue["message_retention_seconds"]
+            )
+            assert (
+                int(found["MaximumMessageSize"])
+                == queue["max_message_size"]
+                == 1_048_576
+            )
+            url = client.get_queue_url(QueueName=queue["name"])["QueueUrl"]
+            assert client.list_queue_tags(QueueUrl=url)["Tags"] == queue["tags"]
+            ours = json.loads(queue.get("redrive_policy", "{}"))
+            theirs = json.loads(found.get("RedrivePolicy", "{}"))
+            if reference := ours.get("deadLetterTargetArn"):
+                label = re.fullmatch(r"\$\{aws_sqs_queue\.(\w+)\.arn\}", reference)[1]
+                target = attributes_of(client, queues[label]["name"])
+                ours["deadLetterTargetArn"] = target["QueueArn"]
+            assert {k: str(v) for k, v in ours.items()} == {
+                k: str(v) for k, v in theirs.items()
+            }
+
+    def test_iam(self, ministack, queue_name, capsys):
+        """The policies allow each role what it needs, on what it needs it for."""
+        configure_aws(ministack, queue_name)
+        roles = json.loads(
+            "\n".join(provision(capsys, "--format=iam", "--priority=default"))
+        )
+        assert set(roles) == {"publisher", "worker", "lambda", "operator"}
+        arn = f"arn:aws:sqs:us-east-1:000000000000:TASKHAWK-{queue_name}"
+        assert roles["publisher"] == {
+            "Version": "2012-10-17",
+            "Statement": [
+                {
+                    "Effect": "Allow",
+                    "Action": ["sqs:SendMessage", "sqs:GetQueueUrl"],
+                    "Resource": [arn],
+                }
+            ],
+        }
+        queue, dead = roles["worker"]["Statement"]
+        assert (queue["Resource"], dead["Resource"]) == ([arn], [f"{arn}-DLQ"])
+        assert "sqs:ChangeMessageVisibility" in queue["Action"]
+        assert dead["Action"] == ["sqs:SendMessage", "sqs:GetQueueUrl"]
+
+    def test_topics(self, endpoint, sqs_client, queue_name, capsys):
+        """A Lambda app has topics, and functions subscribe to them."""
+        account = configure_account(
+            sqs_client, endpoint, queue_name, IS_LAMBDA_APP=True
+        )
+        topic = f"taskhawk-{queue_name.lower()}"
+        function = f"arn:aws:lambda:us-east-1:{account}:function:app"
+        only = ("--priority=default", "--lambda", function)
+        lines = [f"topic {topic}: ", f"subscription {topic}: "]
+        made = ["made", f"made for {function}"]
+        assert provision(capsys, *only, "--dry-run") == [
+            f"{line}would be {done}" for line, done in zip(lines, made, strict=True)
+        ]
+        assert provision(capsys, *only) == [
+            f"{a}{b}" for a, b in zip(lines, made, strict=True)
+        ]
+        assert provision(capsys, *only) == [
+            f"{line}is as it should be" for line in lines
+        ]
+        described = json.loads(
+            "\n".join(provision(capsys, *only, "--format=terraform"))
+        )
+        label = topic.replace("-", "_")
+        reference = f"${{aws_sns_topic.{label}.arn}}"
+        assert described["resource"]["aws_sns_topic_subscription"][label] == {
+            "topic_arn": reference,
+            "protocol": "lambda",
+            "endpoint": function,
+        }
+        assert (
+            described["resource"]["aws_lambda_permission"][label]["source_arn"]
+            == reference
+        )
+        roles = json.loads("\n".join(provision(capsys, *only, "--format=iam")))
+        arn = f"arn:aws:sns:us-east-1:{account}:{topic}"
+        (statement,) = roles["publisher"]["Statement"]
+        assert (statement["Action"], statement["Resource"]) == (["sns:Publish"], [arn])
+        assert list(roles) == ["publisher", "operator"]
+        assert taskhawk.main(["check"]) == 0
+
+    def test_denied(self, scripted, capsys):
+        """What is not allowed is one sentence."""
+        scripted.always("GetQueueAttributes", fault("AccessDenied", status=403))
+        assert taskhawk.main(["provision", "--priority=default"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.endswith("does not allow GetQueueAttributes (AccessDenied)")
+
+    def test_account(self, ministack, queue_name, capsys):
+        """The account has to be known."""
+        configure_aws(ministack, queue_name)
+        taskhawk.configure(TASKHAWK_QUEUE=queue_name, AWS_REGION="us-east-1")
+        assert taskhawk.main(["provision"]) == 2
+        assert capsys.readouterr().err.startswith(
+            "taskhawk: AWS_ACCOUNT_ID is not set: expected"
+        )
+
+    def test_sqlite(self, tmp_path, capsys):
+        """On SQLite it makes the file."""
+        url = f"sqlite:///{tmp_path}/queue.db"
+        taskhawk.configure(TASKHAWK_BROKER=url)
+        would = f"would be made, unless it is there: {url}"
+        assert provision(capsys, "--dry-run") == [would]
+        assert not (tmp_path / "queue.db").exists()
+        assert provision(capsys) == [f"ready: {url}"]
+        assert (tmp_path / "queue.db").exists()
+        text = "taskhawk: --format: expected TASKHAWK_BROKER to be sqs"
+        assert command_error(capsys, "provision", "--format", "iam") == (2, text)
+
+    @pytest.mark.parametrize(
+        ("options", "text"),
+        [
+            (
+                ("--max-receive-count", "0"),
+                "--max-receive-count: expected 1 to 1000, got 0",
+            ),
+            (
+                ("--max-receive-count", "1001"),
+                "--max-receive-count: expected 1 to 1000, got 1001",
+            ),
+            (("--lambda", "arn"), "--lambda: expected IS_LAMBDA_APP to be set"),
+        ],
+    )
+    def test_refused(self, ministack, queue_name, capsys, options, text):
+        """What SQS would refuse, or nobody would use, is refused before anything is made."""
+        configure_aws(ministack, queue_name)
+        assert command_error(capsys, "provision", *options) == (2, f"taskhawk: {text}")
+
+
+def check(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, list[str]]:
+    """Run the command, and return its exit code and lines."""
+    code = taskhawk.main(["check", *arguments])
+    return code, capsys.readouterr().out.splitlines()
+
+
+def lambda_free_function() -> None:
+    """Do nothing."""
+
+
+class TestCheck:
+    """What is wrong is found before it loses messages, with what mends it."""
+
+    def test_fresh_machine(self, capsys):
+        """With nothing configured it says what to do first."""
+        assert check(capsys) == (
+            1,
+            [
+                (
+                    "error: TASKHAWK_QUEUE is not set: no queue can be named; without AWS, try"
+                    " TASKHAWK_BROKER=sqlite:///queue.db. Mend it: export TASKHAWK_QUEUE=dev-myapp"
+                ),
+                "1 found",
+            ],
+        )
+
+    @pytest.mark.parametrize(
+        ("values", "text"),
+        [
+            (
+                {"AWS_REGION": None},
+                "no AWS region: set AWS_REGION, for example eu-west-1",
+            ),
+            (
+                {"AWS_ACCESS_KEY": None, "AWS_SECRET_KEY": None},
+                "no AWS credentials: set",
+            ),
+        ],
+    )
+    def test_aws(self, values, text, ministack, queue_name, capsys):
+        """Credentials and the region are looked for."""
+        configure_aws(ministack, queue_name)
+        given = dict(taskhawk.settings.given) | values
+        taskhawk.configure(given)
+        code, (line, _) = check(capsys)
+        assert code == 1
+        assert line.startswith(f"error: TASKHAWK-{queue_name}: {text}")
+
+    def test_good(self, endpoint, sqs_client, queue_name, capsys):
+        """What was provisioned has no fault."""
+        configure_account(sqs_client, endpoint, queue_name)
+        provision(capsys)
+        assert check(capsys, "--priority=high", "--priority=default") == (
+            0,
+            ["nothing is wrong"],
+        )
+        assert check(capsys, "--json") == (0, ["[]"])
+
+    def test_missing(self, ministack, queue_name, capsys):
+        """A queue that is not there is an error: of the tasks' priorities, or the ones named."""
+        configure_aws(ministack, queue_name)
+        code, lines = check(capsys, "--json", "--priority=bulk")
+        assert code == 1
+        assert json.loads("\n".join(lines)) == [
+            {
+                "severity": "error",
+                "what": f"TASKHAWK-{queue_name}-BULK: no such queue",
+                "why": "dispatch raises",
+                "remedy": "python -m taskhawk provision",
+            }
+        ]
+
+    def test_queue(self, ministack, sqs_client, queue_name, capsys):
+        """Redrive, retention and sizes are held against each other and the tasks."""
+        taskhawk._registry.clear()
+        client, name = sqs_client(ministack), f"TASKHAWK-{queue_name}"
+        configure_aws(ministack, queue_name)
+        client.create_queue(QueueName=name)
+        assert check(capsys)[1][0] == (
+            f"error: {name}: it has no dead-letter queue: what fails is retried until it expires."
+            " Mend it: python -m taskhawk provision"
+        )
 
         @taskhawk.task(
-            name="interrupted", retry=interrupt if where == "policy" else None
+            name="slow",
+            time_limit=60,
+            retry=taskhawk.fixed(1, max_retries=2),
+            isolate=True,
         )
-        def fail() -> None:
-            raise ValueError
-
-        body = json.dumps(taskhawk.Message.new("interrupted").as_dict())
-        with pytest.raises(KeyboardInterrupt):
-            taskhawk.process(taskhawk.QueueMessage(body, "m1"))
-
-
-class TestRefusals:
-    """What can't be a task or a delay."""
-
-    def test_generator(self):
-        """A generator function is refused: calling it would run none of it."""
-        with pytest.raises(taskhawk.ConfigurationError) as caught:
-
-            @taskhawk.task
-            def numbers():
-                yield 1
-
-        name = "TestRefusals.test_generator.<locals>.numbers"
-        assert str(caught.value) == (
-            f"{name} is a generator: expected a function that runs when it is called"
-        )
-
-    def test_delay(self):
-        """A delay is seconds or a timedelta."""
-
-        @taskhawk.task
-        def soon() -> None:
+        def slow() -> None:
             """Do nothing."""
 
-        with pytest.raises(TypeError) as caught:
-            soon.with_delay("5")
-        assert str(caught.value) == "delay: expected seconds or a timedelta, got '5'"
+        for suffix, extra in (("-DLQ", {}), ("", {"MaximumMessageSize": "262144"})):
+            attributes = {"MessageRetentionPeriod": "86400", **extra}
+            if not suffix:
+                arn = attributes_of(client, f"{name}-DLQ")["QueueArn"]
+                redrive = {"deadLetterTargetArn": arn, "maxReceiveCount": 2}
+                attributes["RedrivePolicy"] = json.dumps(redrive)
+                url = client.get_queue_url(QueueName=name)["QueueUrl"]
+                client.set_queue_attributes(QueueUrl=url, Attributes=attributes)
+            else:
+                client.create_queue(QueueName=f"{name}{suffix}", Attributes=attributes)
+        configure_aws(ministack, queue_name)
+        code, lines = check(capsys)
+        assert (code, [line.partition(". Mend")[0] for line in lines]) == (
+            1,
+            [
+                (
+                    f"warning: {name}: its visibility timeout of 30 s is below slow's limit of 60"
+                    " s: after a worker that can't extend it, or in Lambda, the task runs twice at"
+                    " once"
+                ),
+                (
+                    f"error: {name}: its maxReceiveCount of 2 is not above slow's 2 retries: the"
+                    " queue gives up before the task's policy does"
+                ),
+                (
+                    f"warning: {name}: its maxReceiveCount is 2: a few crashes or releases are"
+                    " enough to make a dead letter of a good message"
+                ),
+                (
+                    f"warning: {name}-DLQ: it keeps messages for 86400 s, and {name} for 86400 s:"
+                    " the time counts from the first sending: a dead letter may expire at once"
+                ),
+                (
+                    f"warning: {name}: it takes messages of at most 262144 bytes: SQS takes 1 MiB,"
+                    " and larger ones are refused at dispatch"
+                ),
+                "5 found",
+            ],
+        )
+
+    def test_no_dead_letter_queue(self, ministack, sqs_client, queue_name, capsys):
+        """A dead-letter queue that is gone is an error, and the other queues are looked at too."""
+        client, name = sqs_client(ministack), f"TASKHAWK-{queue_name}"
+        configure_aws(ministack, queue_name)
+        provision(capsys, "--priority=default")
+        dead = attributes_of(client, f"{name}-DLQ")["QueueArn"]
+        policy = json.dumps({"deadLetterTargetArn": dead, "maxReceiveCount": 5})
+        low, attributes = f"{name}-LOW-PRIORITY", {"RedrivePolicy": policy}
+        client.create_queue(QueueName=low, Attributes=attributes)
+        client.delete_queue(
+            QueueUrl=client.get_queue_url(QueueName=f"{name}-DLQ")["QueueUrl"]
+        )
+        configure_aws(ministack, queue_name)
+        (line, _) = check(capsys, "--priority=low")[1]
+        assert line.endswith(". Mend it: make it, or correct the RedrivePolicy")
+        code, lines = check(capsys, "--priority=default", "--priority=bulk")
+        assert (code, [line.partition(". Mend")[0] for line in lines]) == (
+            1,
+            [
+                f"error: {name}-DLQ: no such queue: what fails is retried until it expires",
+                f"error: {name}-BULK: no such queue: dispatch raises",
+                "2 found",
+            ],
+        )
+
+    def test_kept_for_long(self, ministack, sqs_client, queue_name, capsys):
+        """Where provisioning would not mend it, the remedy is another."""
+        client, name = sqs_client(ministack), f"TASKHAWK-{queue_name}"
+        configure_aws(ministack, queue_name)
+        provision(capsys, "--priority=default")
+        url = client.get_queue_url(QueueName=name)["QueueUrl"]
+        client.set_queue_attributes(
+            QueueUrl=url, Attributes={"MessageRetentionPeriod": "1209600"}
+        )
+        (line, _) = check(capsys, "--priority=default")[1]
+        assert line.endswith(
+            f". Mend it: set MessageRetentionPeriod of {name} below that of {name}-DLQ:"
+            " 1209600 is the most"
+        )
+
+    def test_fault(self, scripted, capsys):
+        """What can't be looked at is a finding too, and tells where to look for the reason."""
+        scripted.always("GetQueueUrl", fault("ExpiredToken", status=403))
+        code, lines = check(capsys, "--json", "--priority=default", "--priority=bulk")
+        (finding,) = json.loads("\n".join(lines))
+        assert (code, finding["severity"]) == (1, "error")
+        assert finding["what"].startswith(
+            "An error occurred (ExpiredToken) when calling"
+        )
+        assert finding["remedy"] == (
+            "check credentials, AWS_REGION, AWS_ENDPOINT_SQS and the network"
+        )
+
+    def test_lambda_app_on_sqlite(self, tmp_path, capsys):
+        """A Lambda app that is tried out on SQLite has no topics to look at."""
+        taskhawk._registry.clear()
+        url = f"sqlite:///{tmp_path}/queue.db?max_receive_count=2"
+        taskhawk.configure(TASKHAWK_BROKER=url, IS_LAMBDA_APP=True)
+        code, (line, _) = check(capsys)
+        assert code == 0
+        assert line.startswith("warning: TASKHAWK-DEFAULT: its maxReceiveCount is 2: ")
+        assert line.endswith(". Mend it: in TASKHAWK_BROKER, max_receive_count=5")
+
+    def test_odd_setting(self, ministack, queue_name, capsys):
+        """A setting that is missing or wrong is a finding."""
+        configure_aws(ministack, queue_name)
+        taskhawk.configure(dict(taskhawk.settings.given) | {"TASKHAWK_QUEUE": "my app"})
+        code, (line, _) = check(capsys)
+        assert code == 1
+        assert line.startswith(
+            "error: TASKHAWK_QUEUE in configure(): expected at most 71 letters"
+        )
+
+    def test_topics(self, ministack, queue_name, capsys):
+        """A topic must be there, and have a subscriber."""
+        configure_aws(ministack, queue_name, IS_LAMBDA_APP=True)
+        topic = f"arn:aws:sns:us-east-1:000000000000:taskhawk-{queue_name.lower()}"
+        (line, _) = check(capsys)[1]
+        assert line.startswith(f"error: {topic}: no such topic: dispatch raises.")
+        provision(capsys, "--priority=default")
+        (line, _) = check(capsys)[1]
+        assert line.startswith(
+            f"error: {topic}: nobody subscribes: what is sent is lost."
+        )
+
+    @pytest.mark.parametrize("lambda_app", [False, True])
+    def test_denied(self, scripted, queue_name, capsys, lambda_app):
+        """What is not allowed is an error, with its sentence."""
+        configure_aws(scripted.url, queue_name, IS_LAMBDA_APP=lambda_app)
+        for action in ("GetQueueAttributes", "ListSubscriptionsByTopic"):
+            scripted.always(action, fault("AccessDenied", status=403))
+        code, (line, _) = check(capsys)
+        assert code == 1
+        assert (
+            "access denied: the IAM policy of these credentials does not allow" in line
+        )
+
+    def test_main(self, sqlite, capsys):
+        """A task that is registered under __main__ is found by no worker."""
+        taskhawk._registry.clear()
+        taskhawk.task(name="__main__.job")(lambda_free_function)
+        assert check(capsys) == (
+            1,
+            [
+                (
+                    "error: task __main__.job is of __main__: a worker can't find it under that"
+                    " name. Mend it: move it to a module"
+                ),
+                "1 found",
+            ],
+        )
+
+
+# --- 20. vendoring --------------------------------------------------------------------
+
+
+# --- 21. command line -----------------------------------------------------------------
+
+COMMAND_MODULE = """
+import {package} as taskhawk
+
+@taskhawk.task
+def add(one, other=2, headers=None, metadata=None):
+    print("sum", one + other, headers, metadata.priority.name, flush=True)
+
+@taskhawk.task(priority=taskhawk.Priority.high, name="skip")
+def skip():
+    raise taskhawk.IgnoreException  # of the very module that runs the worker
+
+@taskhawk.task(name="job.broken", never_retry_on=(ZeroDivisionError,))
+def broken():
+    1 / 0
+"""
+COMMANDS = [
+    "demo",
+    "listen",
+    "dispatch",
+    "tasks",
+    "schema",
+    "stats",
+    "check",
+    "provision",
+]
+COMMANDS += [
+    "dead-letters",
+    *(f"dead-letters {a}" for a in ["list", "show", "requeue", "delete", "export"]),
+]
+
+
+def command_line(folder: Path, way: str) -> tuple[list[str], str]:
+    """Return how the command line is called in a way, and by which name tasks import taskhawk."""
+    if way == "vendored":
+        package = folder / "service" / "vendor"
+        package.mkdir(parents=True)
+        for parent in (package, package.parent):
+            (parent / "__init__.py").touch()
+        shutil.copy(taskhawk.__file__, package)
+        return ["-m", "service.vendor.taskhawk"], "service.vendor.taskhawk"
+    script = Path(sys.executable).with_name("taskhawk")
+    if way == "script" and not script.exists():
+        pytest.skip("taskhawk is not installed")
+    called = {
+        "module": ["-m", "taskhawk"],
+        "file": [taskhawk.__file__],
+        "script": [str(script)],
+    }
+    return called[way], "taskhawk"
+
+
+@pytest.fixture
+def command_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Yield the current directory of a command that runs in this process."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    modules = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - modules:
+        if getattr(sys.modules[name], "__file__", None) and str(tmp_path) in str(
+            sys.modules[name].__file__
+        ):
+            del sys.modules[name]
+
+
+class TestCommandLine:
+    """Room 15: glue only; 0 done, 1 failed, 2 wrong usage or configuration."""
+
+    def test_shadow(self, tmp_path):
+        """The script's help runs nothing that lies in the current directory."""
+        (tmp_path / "argparse.py").write_text("raise SystemExit(3)")
+        script = "import sys, taskhawk; sys.exit(taskhawk.main(['--version']))"
+        result = run_python(["-P", "-c", script], cwd=tmp_path)
+        assert (result.returncode, result.stdout) == (0, f"{taskhawk.VERSION}\n")
+
+    @pytest.mark.parametrize(
+        ("line", "text"),
+        [
+            ("import os; os.environ['NOT_SET']", "KeyError('NOT_SET')"),
+            ("assert 0", "AssertionError()"),
+            ("raise OSError('in two\\nlines')", "in two lines"),
+        ],
+    )
+    def test_module_fails(self, command_folder, capsys, line, text):
+        """Whatever a module raises when it is imported is one line, and tells what it was."""
+        (command_folder / "failing_jobs.py").write_text(f"{line}\n")
+        assert command_error(capsys, "tasks", "failing_jobs") == (
+            1,
+            f"taskhawk: {text}",
+        )
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("way", ["module", "vendored", "file", "script"])
+    def test_ways(self, tmp_path, way):
+        """However it is called, the command line and the tasks' modules share one registry."""
+        command, package = command_line(tmp_path, way)
+        (tmp_path / "job.py").write_text(COMMAND_MODULE.format(package=package))
+        env = {"TASKHAWK_BROKER": f"sqlite:///{tmp_path}/queue.db"}
+
+        def run(*arguments: str) -> str:
+            result = run_python([*command, *arguments], cwd=tmp_path, env=env)
+            assert result.returncode == 0, result.stderr
+            return result.stdout
+
+        assert (
+            run("tasks", "job") == "job.add  default\njob.broken  default\nskip  high\n"
+        )
+        arguments = ("--args", "[1]", "--kwargs", '{"other": 3}', "--priority", "high")
+        assert re.fullmatch(
+            "[-0-9a-f]{36}\n",
+            run("dispatch", "job.add", *arguments, "--header", "a=b=c"),
+        )
+        run("dispatch", "skip", "--module", "job")
+        output = run(
+            "listen", "job", "--loop-count", "1", "--priority=high", "--num-messages=2"
+        )
+        assert output == (
+            "sum 4 {'a': 'b=c'} high\n"
+            "2 received, 2 acked, 0 retried, 0 dead-lettered, 0 released, 0 uncertain\n"
+        )
+
+    @pytest.mark.slow
+    def test_dead_letters(self, tmp_path):
+        """A dead letter is sent back to its queue, with its priority, and runs again."""
+        (tmp_path / "job.py").write_text(COMMAND_MODULE.format(package="taskhawk"))
+        env = {"TASKHAWK_BROKER": f"sqlite:///{tmp_path}/queue.db"}
+        ledger = (
+            "1 received, 0 acked, 0 retried, 1 dead-lettered, 0 released, 0 uncertain\n"
+        )
+
+        def run(*arguments: str) -> str:
+            result = run_python(["-m", "taskhawk", *arguments], cwd=tmp_path, env=env)
+            assert result.returncode == 0, result.stderr
+            return result.stdout
+
+        run("dispatch", "job.broken", "--priority", "low", "--delay", "0.01")
+        listen = ("listen", "job", "--loop-count=1", "--priority=low")
+        assert run(*listen) == ledger
+        requeue = ("dead-letters", "requeue", "--priority")
+        assert run(*requeue, "bulk") == "sent back: 0\n"
+        assert run(*requeue, "low") == "sent back: 1\n"
+        assert run(*listen) == ledger
+
+    @pytest.mark.slow
+    def test_demo(self, tmp_path):
+        """In under 5 s, whatever is set, the demo shows a run, a retry, a dead letter's return."""
+        began = time.monotonic()
+        env = {
+            "TASKHAWK_SYNC": "true",
+            "IS_LAMBDA_APP": "true",
+            "TASKHAWK_BROKER": "sqlite:////nonexistent/queue.db",
+        }
+        result = run_python(["-m", "taskhawk", "demo"], cwd=tmp_path, env=env)
+        assert time.monotonic() - began < 5
+        assert (result.returncode, result.stderr) == (0, "")
+        shown = re.sub(r"[-0-9a-f]{36}", "ID", result.stdout)
+        shown = re.sub(r"A queue in \S+queue\.db", "A queue in FILE", shown)
+        for line in (
+            "A queue in FILE: the real broker, and a real worker.",
+            "dispatched     demo.greet    ID",
+            "dispatched     demo.connect  ID",
+            "dispatched     demo.divide   ID",
+            "                             Hello, world!",
+            "ran            demo.greet    attempt 1",
+            "failed         demo.connect  attempt 1: the network is down; again in 0.5 s",
+            "failed         demo.divide   attempt 1: division by zero; again in 0.2 s",
+            "dead-lettered  demo.divide   attempt 2: division by zero",
+            "ran            demo.connect  attempt 2",
+            "requeued       1 message",
+            "ran            demo.divide   attempt 1",
+            "  5 received, 2 acked, 2 retried, 1 dead-lettered, 0 released, 0 uncertain",
+            "  1 received, 1 acked, 0 retried, 0 dead-lettered, 0 released, 0 uncertain",
+        ):
+            assert line in shown.splitlines()
+        assert list(tmp_path.iterdir()) == []
+
+    def test_tasks_of_a_script(self, capsys):
+        """A task of a script, which 1.4 named otherwise, is listed once."""
+
+        def job() -> None:
+            raise NotImplementedError
+
+        taskhawk._registry.clear()
+        job.__module__ = "__main__"
+        name = taskhawk.task(job).name
+        assert taskhawk.main(["tasks"]) == 0
+        assert capsys.readouterr().out == f"{name}  default\n"
+
+    def test_schema(self, capsys):
+        """The schema is printed as JSON."""
+        assert taskhawk.main(["schema"]) == 0
+        assert json.loads(capsys.readouterr().out) == taskhawk.SCHEMA
+
+    @pytest.mark.parametrize("command", COMMANDS)
+    def test_help(self, capsys, command):
+        """The help of every command shows an example, whole on its line, that can be copied."""
+        with pytest.raises(SystemExit) as ended:
+            taskhawk.main([*command.split(), "--help"])
+        assert ended.value.code == 0
+        (example,) = re.findall(
+            r"^(?:example: +| +)(python -m .*)$", capsys.readouterr().out, re.MULTILINE
+        )
+        assert re.search(rf"taskhawk {command}\b", example)
+
+    def test_version(self, capsys):
+        """The version is printed."""
+        with pytest.raises(SystemExit) as ended:
+            taskhawk.main(["--version"])
+        assert (ended.value.code, capsys.readouterr().out) == (
+            0,
+            f"{taskhawk.__version__}\n",
+        )
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            [],
+            ["nonsense"],
+            ["listen", "--nonsense"],
+            ["dead-letters"],
+            ["listen", "--priority=x"],
+        ],
+        ids=" ".join,
+    )
+    def test_wrong_usage(self, capsys, arguments):
+        """What the parser does not know is wrong usage."""
+        with pytest.raises(SystemExit) as ended:
+            taskhawk.main(arguments)
+        assert ended.value.code == 2
+        assert capsys.readouterr().err.startswith("usage: taskhawk")
+
+    @pytest.mark.parametrize(
+        ("arguments", "sentence"),
+        [
+            (
+                "listen",
+                (
+                    "listen: no task is registered: name the modules that define them, such as"
+                    " myapp.tasks"
+                ),
+            ),
+            (
+                "listen nowhere.tasks",
+                "the module 'nowhere.tasks' can't be imported: No module named 'nowhere'",
+            ),
+            (
+                "tasks nowhere",
+                "the module 'nowhere' can't be imported: No module named 'nowhere'",
+            ),
+            (
+                "dispatch nowhere.f",
+                "the module 'nowhere' can't be imported: No module named 'nowhere'",
+            ),
+            ("dispatch f", "no task is registered as 'f': is its module imported?"),
+            (
+                "dispatch job.missing",
+                "no task is registered as 'job.missing': is its module imported?",
+            ),
+            (
+                "dispatch job.add --args [1",
+                "--args: expected an array of JSON, got '[1'",
+            ),
+            (
+                "dispatch job.add --args [NaN]",
+                "--args: expected an array of JSON, got '[NaN]'",
+            ),
+            (
+                "dispatch job.add --args {}",
+                "--args: expected an array of JSON, got '{}'",
+            ),
+            (
+                "dispatch job.add --kwargs []",
+                "--kwargs: expected an object of JSON, got '[]'",
+            ),
+            ("dispatch job.add --header a", "--header: expected K=V, got 'a'"),
+            ("dispatch job.add", "job.add: missing a required argument: 'one'"),
+            (
+                "dispatch job.add --args [1] --delay -1",
+                "delay: expected 0 or more seconds, got -1.0",
+            ),
+            (
+                "dispatch job.add --args [1] --delay nan",
+                "delay: expected 0 or more seconds, got nan",
+            ),
+            ("listen job --num-messages 0", "num_messages: expected 1 or more, got 0"),
+            (
+                "listen job --visibility-timeout 0.5",
+                "visibility_timeout_s: expected 1 to 43200 seconds, got 0.5",
+            ),
+        ],
+    )
+    def test_wrong_arguments(
+        self, capsys, command_folder, monkeypatch, arguments, sentence
+    ):
+        """What can't work is said in one line, and the exit code is 2."""
+        taskhawk._registry.clear()
+        (command_folder / "job.py").write_text(
+            COMMAND_MODULE.format(package="taskhawk")
+        )
+        monkeypatch.setenv("TASKHAWK_BROKER", "sqlite:///queue.db")
+        assert command_error(capsys, *arguments.split()) == (2, f"taskhawk: {sentence}")
+
+    @pytest.mark.parametrize(
+        ("name", "value", "sentence"),
+        [
+            (
+                "TASKHAWK_BROKER",
+                "redis://",
+                (
+                    "TASKHAWK_BROKER in the environment: expected 'sqs' or a URL of SQLite, such as"
+                    " 'sqlite:///queue.db', got 'redis://'"
+                ),
+            ),
+            (
+                "SETTINGS_MODULE",
+                "nowhere",
+                (
+                    "the module named by SETTINGS_MODULE 'nowhere' can't be imported: No module"
+                    " named 'nowhere'"
+                ),
+            ),
+            (
+                "DJANGO_SETTINGS_MODULE",
+                "nowhere",
+                (
+                    "the module named by DJANGO_SETTINGS_MODULE 'nowhere' can't be imported: No"
+                    " module named 'nowhere'"
+                ),
+            ),
+        ],
+    )
+    def test_wrong_configuration(self, tmp_path, name, value, sentence):
+        """Wrong configuration is said in one line, and the exit code is 2."""
+        (tmp_path / "job.py").write_text(COMMAND_MODULE.format(package="taskhawk"))
+        result = run_python(
+            ["-m", "taskhawk", "dispatch", "job.broken"],
+            cwd=tmp_path,
+            env={name: value},
+        )
+        assert (result.returncode, result.stderr) == (2, f"taskhawk: {sentence}\n")
+
+    @pytest.mark.parametrize(
+        "command", ["listen job", "dispatch job.add", "dead-letters requeue"]
+    )
+    @pytest.mark.parametrize("url", ["sqlite://", "sqlite://?max_receive_count=3"])
+    def test_memory(self, capsys, command_folder, monkeypatch, command, url):
+        """A queue in the memory of a process that ends is refused."""
+        (command_folder / "job.py").write_text(
+            COMMAND_MODULE.format(package="taskhawk")
+        )
+        monkeypatch.setenv("TASKHAWK_BROKER", url)
+        name = " ".join(command.split()[: 2 if "dead" in command else 1])
+        assert command_error(capsys, *command.split()) == (
+            2,
+            (
+                f"taskhawk: {name}: sqlite:// is the memory of one process: use a file, such as"
+                " sqlite:///queue.db"
+            ),
+        )
+
+    @pytest.mark.parametrize(
+        "command",
+        ["listen memory_job --until-empty", "dispatch memory_job.add --args [1]"],
+    )
+    def test_memory_of_a_module(self, capsys, command_folder, command):
+        """So is one that the tasks' module configures."""
+        (command_folder / "memory_job.py").write_text(
+            COMMAND_MODULE.format(package="taskhawk")
+            + "taskhawk.configure(TASKHAWK_BROKER='sqlite://')\n"
+        )
+        assert command_error(capsys, *command.split()) == (
+            2,
+            (
+                f"taskhawk: {command.split()[0]}: sqlite:// is the memory of one process: use a"
+                " file, such as sqlite:///queue.db"
+            ),
+        )
+
+    def test_failed(self, capsys, command_folder, worker_aws):
+        """What the service refuses is said in one line, and the exit code is 1."""
+        policy = json.dumps({"deadLetterTargetArn": "arn:aws:sqs:us-east-1:1:letters"})
+        letter = {"MessageId": "m", "ReceiptHandle": "r", "Body": "{}"}
+        worker_aws.answers |= {
+            "GetQueueAttributes": lambda request: {
+                "Attributes": {"VisibilityTimeout": "30", "RedrivePolicy": policy}
+                | dict.fromkeys(request["AttributeNames"][2:], "0")
+                | {
+                    "ApproximateNumberOfMessages": "1",
+                    "ApproximateNumberOfMessagesNotVisible": "0",
+                }
+                | {"ApproximateNumberOfMessagesDelayed": "0"}
+            },
+            "ReceiveMessage": {"Messages": [letter]},
+            "SendMessage": "com.amazonaws.sqs#KmsDisabled",
+        }
+        assert command_error(capsys, "dead-letters", "requeue") == (
+            1,
+            "taskhawk: 1 of 1 messages failed: KmsDisabled",
+        )
+        (command_folder / "job.py").write_text(
+            COMMAND_MODULE.format(package="taskhawk")
+        )
+        code, line = command_error(capsys, "dispatch", "job.broken")
+        assert code == 1
+        assert line.startswith("taskhawk: ")
+        assert "KmsDisabled" in line
+
+    def test_unreachable(self, tmp_path):
+        """A service that can't be reached is said in one line, and the exit code is 1."""
+        url = f"http://127.0.0.1:{free_port()}"
+        env = {
+            "AWS_ENDPOINT_SQS": url,
+            "AWS_REGION": "us-east-1",
+            "TASKHAWK_QUEUE": "app",
+        }
+        env |= {"AWS_ACCESS_KEY": "test", "AWS_SECRET_KEY": "test"}
+        (tmp_path / "job.py").write_text(COMMAND_MODULE.format(package="taskhawk"))
+        result = run_python(
+            ["-m", "taskhawk", "dispatch", "job.broken"], cwd=tmp_path, env=env
+        )
+        assert (result.returncode, result.stdout) == (1, "")
+        assert result.stderr.startswith("taskhawk: ")
+        assert url in result.stderr
+        assert result.stderr.count("\n") == 1
+
+    def test_disk_full(self, capsys, command_folder):
+        """An error of the system is one line too."""
+        (command_folder / "job.py").write_text(
+            f"raise OSError({errno.ENOSPC}, 'No space left on device')"
+        )
+        assert command_error(capsys, "tasks", "job") == (
+            1,
+            f"taskhawk: [Errno {errno.ENOSPC}] No space left on device",
+        )
+
+    def test_uncertain(self, capsys, command_folder, worker_aws):
+        """A worker that does not know whether a message was deleted exits with 1."""
+        failed = {"Id": "0", "Code": "ReceiptHandleIsInvalid", "SenderFault": True}
+        worker_aws.answers |= {
+            "ReceiveMessage": lambda request: worker_aws_messages(
+                taskhawk.Message.new("job.add", [1])
+            ),
+            "DeleteMessageBatch": {"Successful": [], "Failed": [failed]},
+        }
+        (command_folder / "job.py").write_text(
+            COMMAND_MODULE.format(package="taskhawk")
+        )
+        options = ("--loop-count", "1", "--visibility-timeout", "30")
+        assert taskhawk.main(["listen", "job", *options]) == 1
+        assert capsys.readouterr().out == (
+            "sum 3 {} default\n"
+            "1 received, 0 acked, 0 retried, 0 dead-lettered, 0 released, 1 uncertain\n"
+        )
+
+    def test_interrupted(self, command_folder):
+        """A KeyboardInterrupt ends a command without a traceback."""
+        (command_folder / "job.py").write_text("raise KeyboardInterrupt")
+        assert taskhawk.main(["tasks", "job"]) == 130
+
+    @pytest.mark.slow
+    def test_django(self, tmp_path):
+        """Where DJANGO_SETTINGS_MODULE is set, Django is set up before modules are imported."""
+        for name, text in {
+            "site_settings.py": "INSTALLED_APPS = ['shop']\nUSE_TZ = True\nSECRET_KEY = 'x'\n"
+            f"TASKHAWK_BROKER = 'sqlite:///{tmp_path}/queue.db'\n",
+            "shop/__init__.py": "",
+            "shop/models.py": "from django.db import models\nclass Sale(models.Model):\n"
+            "    id = models.BigAutoField(primary_key=True)\n",
+            "shop/tasks.py": "import taskhawk\nfrom shop.models import Sale\n"
+            "@taskhawk.task\ndef sell():\n    print('sold', Sale._meta.label)\n",
+        }.items():
+            path = tmp_path / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+        env = {"DJANGO_SETTINGS_MODULE": "site_settings"}
+        for arguments, output in [
+            (["dispatch", "shop.tasks.sell"], "[-0-9a-f]{36}\n"),
+            (
+                ["listen", "shop.tasks", "--until-empty"],
+                "sold shop.Sale\n1 received, 1 acked,.*\n",
+            ),
+        ]:
+            result = run_python(["-m", "taskhawk", *arguments], cwd=tmp_path, env=env)
+            assert result.returncode == 0, result.stderr
+            assert re.fullmatch(output, result.stdout)
+
+
+# --- README ---------------------------------------------------------------------------
 
 
 class ReadmeBlock(NamedTuple):
