@@ -16,6 +16,7 @@ import datetime as dt
 import decimal
 import errno
 import functools
+import html
 import http.client
 import http.server
 import importlib
@@ -258,6 +259,271 @@ def configure_aws(endpoint: str, queue: str | None = None, **values: Any) -> Non
     """Configure what a server that stands in for AWS needs, and more."""
     endpoints = {"AWS_ENDPOINT_SNS": endpoint, "AWS_ENDPOINT_SQS": endpoint}
     taskhawk.configure(AWS_SETTINGS, **endpoints, TASKHAWK_QUEUE=queue, **values)
+
+
+#: What ScriptedAws does with a request: JSON, which is XML for SNS; or status, headers and bytes;
+#: or None, which is what it does by default; or a function of the request that returns one of them.
+AwsAnswer = (
+    dict[str, Any]
+    | tuple[int, dict[str, str], bytes]
+    | Callable[["AwsCall"], Any]
+    | None
+)
+DROPPED: AwsAnswer = (0, {}, b"")  # the connection ends without an answer
+
+
+@dataclasses.dataclass
+class AwsCall:
+    """A request that a ScriptedAws got; its attributes are what a test may want to see."""
+
+    server: "ScriptedAws" = dataclasses.field(repr=False)
+    action: str
+    data: dict[str, Any]
+    body: bytes
+    path: str
+    headers: dict[str, str]
+    port: int
+    told: AwsAnswer = None
+
+    @property
+    def is_sns(self) -> bool:
+        """Whether it is a form, as SNS reads it, and its answer XML."""
+        return "Action" in self.data
+
+    def forward(self, **changes: Any) -> dict[str, Any]:
+        """Have a request to SQS, with these changes, answered as by default."""
+        data = {**self.data, **changes}
+        if not self.server.behind:
+            return self.server.default(self.action, data)
+        return json.loads(self.server.pass_on(self, json.dumps(data).encode())[2])
+
+
+class ScriptedAws(http.server.ThreadingHTTPServer):
+    """A server that stands in for AWS: it keeps the requests, and answers them by a script.
+
+    What the script does not say is answered by the emulator behind it; without one, as by queues
+    that exist, are empty, and accept everything.
+    """
+
+    daemon_threads = True
+    block_on_close = False  # idle connections end with the clients
+    request_queue_size = 128
+
+    def __init__(self, behind: str | None = None) -> None:
+        super().__init__(("127.0.0.1", 0), AwsConnection)
+        self.url, self.behind = f"http://127.0.0.1:{self.server_port}", behind
+        self.calls: list[AwsCall] = []
+        self.answers: dict[str, Iterator[AwsAnswer]] = {}
+        self.lock = threading.Lock()  # held to keep a call and to take its answer
+        self.connected: set[int] = set()  # the clients' ports
+        self.changed = threading.Condition()  # of the connections
+        self.closing = threading.Event()
+
+    def script(self, action: str, *answers: AwsAnswer) -> None:
+        """Give these answers to the next requests of a kind; after them, it answers as before."""
+        self.answers[action] = iter(answers)
+
+    def always(self, action: str, answer: AwsAnswer) -> None:
+        """Give this answer to all requests of a kind."""
+        self.answers[action] = itertools.repeat(answer)
+
+    @property
+    def actions(self) -> list[str]:
+        """What was asked for, in order."""
+        return [call.action for call in self.calls]
+
+    def asked(self, action: str) -> list[dict[str, Any]]:
+        """Return the data of each request of a kind."""
+        return [call.data for call in self.calls if call.action == action]
+
+    @property
+    def batches(self) -> list[int]:
+        """How many messages each sending request had."""
+        return [
+            len(call.data.get("Entries", ()))
+            or sum(key.endswith(".Message") for key in call.data)
+            or 1
+            for call in self.calls
+            if call.action.startswith(("SendMessage", "Publish"))
+        ]
+
+    def keep(self, call: AwsCall) -> None:
+        """Keep a request, with what the script says of it."""
+        with self.lock:
+            self.calls.append(call)
+            call.told = next(self.answers.get(call.action, iter(())), None)
+
+    def reply(self, call: AwsCall) -> tuple[int, dict[str, str], bytes]:
+        """Return status, headers and body: by the script, or by default."""
+        answer = call.told(call) if callable(call.told) else call.told
+        if answer is None and self.behind:
+            return self.pass_on(call, call.body)
+        if answer is None:
+            answer = self.default(call.action, call.data)
+        if isinstance(answer, tuple):
+            return answer
+        if call.is_sns:
+            xml = aws_xml({f"{call.action}Response": {f"{call.action}Result": answer}})
+            return 200, {"Content-Type": "text/xml"}, xml.encode()
+        return 200, {}, json.dumps(answer).encode()
+
+    def default(self, action: str, data: dict[str, Any]) -> dict[str, Any]:
+        """Answer as a service whose queues and topics exist, are empty, and accept everything."""
+        if action == "GetQueueUrl":
+            return {"QueueUrl": f"{self.url}/000000000000/{data['QueueName']}"}
+        if action == "GetQueueAttributes":
+            number = "ApproximateNumberOfMessages"
+            numbers = (number, f"{number}NotVisible", f"{number}Delayed")
+            return {
+                "Attributes": {"VisibilityTimeout": "30", **dict.fromkeys(numbers, "0")}
+            }
+        if action in ("SendMessage", "Publish"):
+            return {"MessageId": "m"}
+        ids = [entry["Id"] for entry in data.get("Entries", ())]
+        ids += [data[key] for key in data if re.fullmatch(r".+\.member\.\d+\.Id", key)]
+        done = [{"Id": name, "MessageId": "m"} for name in ids]
+        return {"Successful": done, "Failed": []} if done else {}
+
+    def pass_on(self, call: AwsCall, body: bytes) -> tuple[int, dict[str, str], bytes]:
+        """Have the emulator behind it answer a request that has this body."""
+        netloc = urllib.parse.urlsplit(self.behind).netloc
+        connection = http.client.HTTPConnection(netloc, timeout=30)
+        headers = {
+            k: v for k, v in call.headers.items() if k not in ("Host", "Content-Length")
+        }
+        try:
+            connection.request("POST", call.path, body, headers)
+            response = connection.getresponse()
+            kind = {"Content-Type": response.headers["Content-Type"]}
+            return response.status, kind, response.read()
+        finally:
+            connection.close()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Keep quiet: a client that gave up is no failure of the server."""
+
+    @contextlib.contextmanager
+    def running(self, queue: str) -> Iterator["ScriptedAws"]:
+        """Serve for the length of the block, with taskhawk configured to use it."""
+        with self:
+            thread = threading.Thread(target=self.serve_forever, args=(0.01,))
+            thread.start()
+            configure_aws(self.url, queue)
+            try:
+                yield self
+            finally:
+                self.closing.set()
+                taskhawk.configure()  # closes connections
+                self.shutdown()
+                thread.join()
+
+
+class AwsConnection(http.server.BaseHTTPRequestHandler):
+    """One connection to a ScriptedAws: JSON for SQS, forms and XML for SNS."""
+
+    protocol_version = "HTTP/1.1"
+    wbufsize = -1  # an answer is one packet, lest the client wait 40 ms to acknowledge
+    server: ScriptedAws
+
+    def setup(self) -> None:
+        """Count the connection."""
+        super().setup()
+        with self.server.changed:
+            self.server.connected.add(self.client_address[1])
+            self.server.changed.notify_all()
+
+    def finish(self) -> None:
+        """Count it no more."""
+        super().finish()
+        with self.server.changed:
+            self.server.connected.discard(self.client_address[1])
+            self.server.changed.notify_all()
+
+    def do_POST(self) -> None:
+        """Keep the request, then answer."""
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if target := self.headers["X-Amz-Target"]:
+            action, data = target.rpartition(".")[2], json.loads(body)
+        else:
+            data = dict(urllib.parse.parse_qsl(body.decode()))
+            action = data["Action"]
+        where = (self.path, dict(self.headers), self.client_address[1])
+        call = AwsCall(self.server, action, data, body, *where)
+        self.server.keep(call)
+        status, headers, answer = self.server.reply(call)
+        if not status:
+            self.close_connection = True
+            return
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(answer))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *args: object) -> None:
+        """Keep quiet."""
+
+
+def aws_xml(value: Any) -> str:
+    """Return a value of JSON as SNS writes it."""
+    if isinstance(value, dict):
+        return "".join(
+            f"<{name}>{aws_xml(inner)}</{name}>" for name, inner in value.items()
+        )
+    if isinstance(value, list):
+        return "".join(f"<member>{aws_xml(inner)}</member>" for inner in value)
+    return json.dumps(value) if isinstance(value, bool) else html.escape(str(value))
+
+
+def fault(code: str, text: str = "no", status: int = 400) -> AwsAnswer:
+    """Refuse a request as a whole, before it has an effect.
+
+    SQS gives a code of its own name in a header; one with a "#" is in the body alone.
+    """
+
+    def answer(call: AwsCall) -> AwsAnswer:
+        if call.is_sns:
+            error = {"Type": "Sender", "Code": code, "Message": text}
+            xml = aws_xml({"ErrorResponse": {"Error": error, "RequestId": "r"}})
+            return status, {"Content-Type": "text/xml"}, xml.encode()
+        headers, kind = {}, code
+        if "#" not in code:
+            headers = {"x-amzn-query-error": f"{code};Sender"}
+            kind = f"com.amazonaws.sqs#{code.rpartition('.')[2]}"
+        return status, headers, json.dumps({"__type": kind, "message": text}).encode()
+
+    return answer
+
+
+def passed(call: AwsCall) -> None:
+    """Leave a request to what is done by default."""
+
+
+def refuse(*wrong: int, code: str = "InternalError", ours: bool = False) -> AwsAnswer:
+    """Do what a request to SQS asks, but refuse the entries at these places."""
+
+    def answer(call: AwsCall) -> AwsAnswer:
+        entries = call.data["Entries"]
+        good = [e for i, e in enumerate(entries) if i not in wrong]
+        done = call.forward(Entries=good)["Successful"] if good else []
+        no = {"Code": code, "Message": "no", "SenderFault": ours}
+        failed = [{"Id": e["Id"], **no} for i, e in enumerate(entries) if i in wrong]
+        return {"Successful": done, "Failed": failed}
+
+    return answer
+
+
+def late(when: threading.Event | float, answer: AwsAnswer = None) -> AwsAnswer:
+    """Answer, by default as by default, once an event is set or so many seconds are over."""
+
+    def wait(call: AwsCall) -> AwsAnswer:
+        if isinstance(when, threading.Event):
+            when.wait(WORKER_PATIENCE_S)
+        else:
+            time.sleep(when)
+        return answer(call) if callable(answer) else answer
+
+    return wait
 
 
 @dataclasses.dataclass
@@ -618,94 +884,6 @@ def task(isolated):
         """Do nothing."""
 
     return taskhawk.task(name="tests.f")(f)
-
-
-ScriptedAnswer = Callable[[dict[str, Any], Callable[..., Any]], Any]
-
-
-class ScriptedAws(AwsServer):
-    """A proxy before an emulator: it answers some requests by a script."""
-
-    def __init__(self, behind: str) -> None:
-        super().__init__(behind)
-        self.answers: dict[str, Iterator[ScriptedAnswer]] = {}
-        self.lock = (
-            threading.Lock()
-        )  # held to note a request and to take the next answer
-
-    def script(self, action: str, *answers: ScriptedAnswer) -> None:
-        """Give these answers to the next requests of a kind; after them, it answers as before."""
-        self.answers[action] = iter(answers)
-
-    def always(self, action: str, answer: ScriptedAnswer) -> None:
-        """Give this answer to all requests of a kind."""
-        self.answers[action] = itertools.repeat(answer)
-
-    @property
-    def actions(self) -> list[str]:
-        """What was asked for, in order."""
-        return [action for action, _ in self.requests]
-
-    @property
-    def batches(self) -> list[int]:
-        """How many messages each sending request had."""
-        kinds = {
-            "SendMessage": 1,
-            "SendMessageBatch": 0,
-            "Publish": 1,
-            "PublishBatch": 0,
-        }
-        return [
-            kinds[action]
-            or len(payload.get("Entries", ()))
-            or sum(key.endswith(".Message") for key in payload)
-            for action, payload in self.requests
-            if action in kinds
-        ]
-
-    def note(self, call: Call) -> None:
-        """Keep a request, with its answer."""
-        with self.lock:
-            super().note(call)
-            call.answer = next(self.answers.get(call.action, iter(())), None)
-
-    def reply(self, call: Call) -> tuple[int, dict[str, str], Any]:
-        """Answer by the script, or as the emulator does."""
-
-        def forward(payload: dict[str, Any]) -> dict[str, Any]:
-            return json.loads(self.pass_on(call, payload)[2])
-
-        if scripted := call.answer and call.answer(call.data, forward):
-            status, content = scripted
-            if "Action" in call.data:
-                return sns_error(content["__type"], content["message"], status)
-            return status, {}, content
-        return self.pass_on(call)
-
-
-def fault(code: str, text: str = "no", status: int = 400) -> ScriptedAnswer:
-    """Refuse a request as a whole, before it has an effect."""
-    return lambda payload, forward: (status, {"__type": code, "message": text})
-
-
-def passed(payload: dict[str, Any], forward: Callable[..., Any]) -> None:
-    """Leave a request to the emulator."""
-
-
-def refuse(
-    *wrong: int, code: str = "InternalError", ours: bool = False
-) -> ScriptedAnswer:
-    """Do what is asked but for the entries at these places, which are refused."""
-
-    def answer(payload: dict[str, Any], forward: Callable[..., Any]) -> tuple[int, Any]:
-        entries = payload["Entries"]
-        good = [e for i, e in enumerate(entries) if i not in wrong]
-        done = forward({**payload, "Entries": good}) if good else {"Successful": []}
-        no = {"Code": code, "Message": "no", "SenderFault": ours}
-        failed = [{"Id": e["Id"], **no} for i, e in enumerate(entries) if i in wrong]
-        return 200, {"Successful": done["Successful"], "Failed": failed}
-
-    return answer
 
 
 def make_queues(client: Any, name: str, **attributes: str) -> None:
@@ -5601,11 +5779,11 @@ class TestPublishing:
         topic = f"taskhawk-{queue_name.lower()}-low-priority"
         arn = sqs_client(scripted.url, "sns").create_topic(Name=topic)["TopicArn"]
         configure_aws(scripted.url, queue_name, IS_LAMBDA_APP=True)
-        scripted.requests.clear()
+        scripted.calls.clear()
         for _ in range(2):
             mail.with_priority(Priority.low).with_headers(a="b").dispatch()
         assert scripted.actions == ["Publish"] * 2
-        payload = scripted.requests[0][1]
+        payload = scripted.calls[0].data
         assert payload["TopicArn"] == arn
         assert payload["MessageAttributes.entry.1.Name"] == "a"
         assert json.loads(payload["Message"])["headers"] == {"a": "b"}
@@ -5613,19 +5791,13 @@ class TestPublishing:
     def test_threads(self, scripted, mail):
         """Threads that begin at the same time share one client and one look-up of the URL."""
         together = threading.Barrier(6)
-        release = threading.Event()
-
-        def slowly(
-            payload: dict[str, Any], forward: Callable[..., Any]
-        ) -> tuple[int, Any]:
-            release.wait(0.3)  # time for others to look up too, were they allowed to
-            return 200, forward(payload)
 
         def send(number: int) -> None:
             together.wait(10)
             mail.dispatch(number)
 
-        scripted.always("GetQueueUrl", slowly)
+        # Time for others to look up too, were they allowed to.
+        scripted.always("GetQueueUrl", late(0.3))
         threads = [threading.Thread(target=send, args=(n,)) for n in range(6)]
         for thread in threads:
             thread.start()
@@ -5719,7 +5891,7 @@ class TestPublishing:
         invocation.dispatch(text)
         (received,) = receive_all()
         assert service_size(received.body, received.message_attributes) == limit
-        scripted.requests.clear()
+        scripted.calls.clear()
         with pytest.raises(taskhawk.MessageTooLarge) as raised:
             invocation.dispatch(text + "x")
         assert str(raised.value) == (
@@ -5728,7 +5900,7 @@ class TestPublishing:
         )
         assert raised.value.limit == limit
         assert isinstance(raised.value, taskhawk.ValidationError)
-        assert scripted.requests == []
+        assert scripted.calls == []
 
     def test_size_sns(self, scripted, queue_name, sqs_client, mail):
         """Over SNS, the limit is 256 KiB."""
@@ -5880,8 +6052,8 @@ except taskhawk.ValidationError as error:
         with taskhawk.batch():
             for delay in delays:
                 mail.with_delay(delay).dispatch()
-        one_by_one = [payload for _, payload in scripted.requests[1:6]]
-        for sent in (one_by_one, scripted.requests[6][1]["Entries"]):
+        (in_batch,) = scripted.asked("SendMessageBatch")
+        for sent in (scripted.asked("SendMessage"), in_batch["Entries"]):
             assert [entry.get("DelaySeconds") for entry in sent] == [
                 900,
                 900,
@@ -5899,7 +6071,7 @@ except taskhawk.ValidationError as error:
         assert str(raised.value) == (
             f"mail.send: the queue can hold a message back for at most 900 s, got {seconds:g} s"
         )
-        assert scripted.requests == []
+        assert scripted.calls == []
 
     def test_delay_sns(self, scripted, queue_name, sqs_client, mail):
         """SNS delays nothing: any delay is refused, and none is none."""
@@ -6026,9 +6198,14 @@ except taskhawk.ValidationError as error:
             mail.dispatch()
         assert raised.value.response["Error"]["Code"] == "InvalidMessageContents"
 
-    def test_retried_by_botocore(self, scripted, mail):
-        """A send that the service fails at is made again, within one dispatch."""
-        scripted.script("SendMessage", fault("InternalFailure", status=500))
+    @pytest.mark.parametrize(
+        "answer",
+        [fault("InternalFailure", status=500), DROPPED],
+        ids=["fault", "dropped"],
+    )
+    def test_retried_by_botocore(self, scripted, mail, answer):
+        """A send that the service fails at, or cuts short, is made again within one dispatch."""
+        scripted.script("SendMessage", answer)
         mail.dispatch("once")
         assert scripted.actions == ["GetQueueUrl", "SendMessage", "SendMessage"]
         assert received_args() == ["once"]
@@ -6037,17 +6214,15 @@ except taskhawk.ValidationError as error:
 TOO_LONG = fault("AWS.SimpleQueueService.BatchRequestTooLong", "too long")
 
 
-def too_long(most: int) -> ScriptedAnswer:
+def too_long(most: int) -> AwsAnswer:
     """Refuse a batch of more than so many messages, as SQS does where their sum is too long."""
-    return lambda payload, forward: (
-        TOO_LONG(payload, forward) if len(payload["Entries"]) > most else None
-    )
+    return lambda call: TOO_LONG(call) if len(call.data["Entries"]) > most else None
 
 
-def only_to(queue: str, answer: ScriptedAnswer) -> ScriptedAnswer:
+def only_to(queue: str, answer: AwsAnswer) -> AwsAnswer:
     """Give an answer to the requests for one queue alone."""
-    return lambda payload, forward: (
-        answer(payload, forward) if payload["QueueUrl"].endswith(f"/{queue}") else None
+    return lambda call: (
+        answer(call) if call.data["QueueUrl"].endswith(f"/{queue}") else None
     )
 
 
@@ -6120,7 +6295,7 @@ class TestBatch:
         raw = {"RawMessageDelivery": "true"}
         sns.subscribe(TopicArn=arn, Protocol="sqs", Endpoint=endpoint, Attributes=raw)
         configure_aws(scripted.url, queue_name, IS_LAMBDA_APP=True)
-        scripted.requests.clear()
+        scripted.calls.clear()
         with taskhawk.batch():
             for number in range(12):
                 mail.with_headers(n=str(number)).dispatch(number)
@@ -6342,17 +6517,15 @@ class TestBatch:
                 for _ in range(2)
             ]
         taskhawk.publish(raised.value.unsent[0])
-        action, payload = scripted.requests[-1]
-        assert (action, payload["DelaySeconds"]) == ("SendMessage", 7)
-        assert payload["QueueUrl"].endswith("-HIGH-PRIORITY")
+        (sent,) = scripted.asked("SendMessage")
+        assert sent["DelaySeconds"] == 7
+        assert sent["QueueUrl"].endswith("-HIGH-PRIORITY")
 
     def test_unanswered(self, scripted, mail):
         """A message that the answer does not name is not taken for sent."""
 
-        def silent(
-            payload: dict[str, Any], forward: Callable[..., Any]
-        ) -> tuple[int, Any]:
-            return 200, {"Successful": forward(payload)["Successful"][:1]}
+        def silent(call: AwsCall) -> AwsAnswer:
+            return {"Successful": call.forward()["Successful"][:1]}
 
         scripted.script("SendMessageBatch", *[silent] * 3)
         with pytest.raises(taskhawk.PartialFailure) as raised, taskhawk.batch():
@@ -6427,11 +6600,10 @@ class TestBatch:
     def test_one_too_long(self, scripted, mail):
         """A message that is too long for its queue alone is unsent alone."""
 
-        def pinned(payload: dict[str, Any], forward: Callable[..., Any]) -> Any:
-            size = sum(
-                len(entry["MessageBody"]) for entry in payload.get("Entries", [payload])
-            )
-            return TOO_LONG(payload, forward) if size > 262_144 else None
+        def pinned(call: AwsCall) -> AwsAnswer:
+            entries = call.data.get("Entries", [call.data])
+            size = sum(len(entry["MessageBody"]) for entry in entries)
+            return TOO_LONG(call) if size > 262_144 else None
 
         scripted.always("SendMessageBatch", pinned)
         scripted.always("SendMessage", pinned)
@@ -6516,10 +6688,11 @@ class TestBatch:
         invocation = mail.with_priority(Priority.high).with_headers(a="b").with_delay(5)
         assert invocation.dispatch_many(range(12)) == 12
         assert scripted.batches == [10, 2]
-        for entry in itertools.chain(*(p["Entries"] for _, p in scripted.requests[1:])):
-            assert entry["DelaySeconds"] == 5
-            assert json.loads(entry["MessageBody"])["headers"] == {"a": "b"}
-        assert scripted.requests[1][1]["QueueUrl"].endswith("-HIGH-PRIORITY")
+        for request in scripted.asked("SendMessageBatch"):
+            assert request["QueueUrl"].endswith("-HIGH-PRIORITY")
+            for entry in request["Entries"]:
+                assert entry["DelaySeconds"] == 5
+                assert json.loads(entry["MessageBody"])["headers"] == {"a": "b"}
 
     def test_dispatch_many_of_none(self, scripted, mail):
         """Of nothing, nothing is sent."""
@@ -9976,8 +10149,7 @@ class TestExtendVisibilityTimeout:
         mail.with_priority(Priority.high).dispatch()
         (received,) = receive_all(Priority.high)
         taskhawk.extend_visibility_timeout(Priority.high, received.receipt_handle, 600)
-        action, payload = scripted.requests[-1]
-        assert action == "ChangeMessageVisibilityBatch"
+        (payload,) = scripted.asked("ChangeMessageVisibilityBatch")
         assert payload["QueueUrl"].endswith("-HIGH-PRIORITY")
         assert payload["Entries"] == [
             {
@@ -11496,9 +11668,9 @@ class TestLambda:
 NOT_DELETED = "copied, but not deleted: "
 
 
-def fault_after(code: str) -> ScriptedAnswer:
+def fault_after(code: str) -> AwsAnswer:
     """Do what is asked, and answer that it failed: as a lost answer, without its timeout."""
-    return lambda payload, forward: (forward(payload), fault(code)(payload, forward))[1]
+    return lambda call: (call.forward(), fault(code)(call))[1]
 
 
 def put_dead_letters(broker: taskhawk.Broker, count: int) -> str:
@@ -11553,19 +11725,15 @@ class TestDeadLetters:
         for timeout in ({"visibility_timeout": 7}, {}):
             put_dead_letters(taskhawk._brokers.broker(), 1)
             taskhawk.requeue_dead_letter(Priority.default, **timeout)
-        polls = [
-            payload
-            for action, payload in scripted.requests
-            if action == "ReceiveMessage"
-        ]
+        polls = scripted.asked("ReceiveMessage")
         assert [poll.get("VisibilityTimeout") for poll in polls] == [7, None]
 
     def test_in_circles(self, scripted):
         """Messages that fail again and come back are not sent in circles: it ends."""
         put_dead_letters(taskhawk._brokers.broker(), 5)
 
-        def comes_back(payload: dict[str, Any], forward: Callable[..., Any]) -> None:
-            forward({**payload, "QueueUrl": f"{payload['QueueUrl']}-DLQ"})
+        def comes_back(call: AwsCall) -> None:
+            call.forward(QueueUrl=f"{call.data['QueueUrl']}-DLQ")
 
         scripted.always("SendMessage", comes_back)
         scripted.always("SendMessageBatch", comes_back)
@@ -11605,12 +11773,11 @@ class TestDeadLetters:
         broker = taskhawk._brokers.broker()
         put_dead_letters(broker, 4)
 
-        def count(payload: dict[str, Any], forward: Callable[..., Any]) -> Any:
-            if "RedrivePolicy" in payload["AttributeNames"]:
+        def count(call: AwsCall) -> AwsAnswer:
+            names = call.data["AttributeNames"]
+            if "RedrivePolicy" in names:
                 return None
-            return 200, {
-                "Attributes": dict.fromkeys(payload["AttributeNames"], str(counted))
-            }
+            return {"Attributes": dict.fromkeys(names, str(counted))}
 
         scripted.always("GetQueueAttributes", count)
         assert taskhawk.requeue_dead_letter(Priority.default) == moved
@@ -11622,7 +11789,7 @@ class TestDeadLetters:
         queue = broker.destination(Priority.default)
         for number in range(10):
             broker.send(f"{queue}-DLQ", [Outgoing(body_of(number, "x" * 300_000), {})])
-        scripted.requests.clear()
+        scripted.calls.clear()
         assert taskhawk.requeue_dead_letter(Priority.default) == 10
         assert scripted.batches == [3, 3, 3, 1]
         assert sorted(received_args()) == list(range(10))
@@ -12111,11 +12278,9 @@ class TestStats:
     def test_denied_for_some(self, scripted, capsys):
         """Where one may look at some of the queues alone, these are counted."""
 
-        def deny_others(data: dict[str, Any], behind: Callable[..., Any]) -> Any:
-            other = re.search("PRIORITY|BULK", data["QueueName"])
-            return (fault("AccessDenied", status=403) if other else passed)(
-                data, behind
-            )
+        def deny_others(call: AwsCall) -> AwsAnswer:
+            other = re.search("PRIORITY|BULK", call.data["QueueName"])
+            return fault("AccessDenied", status=403)(call) if other else None
 
         scripted.always("GetQueueUrl", deny_others)
         assert taskhawk.main(["stats", "--json"]) == 0
