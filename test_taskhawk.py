@@ -812,53 +812,10 @@ ATTRIBUTES = {"request_id": {"DataType": "String", "StringValue": "é1234"}}
 UNKNOWN_KEY = "AWS does not know these credentials: check AWS_ACCESS_KEY"
 
 
-class FakeAws(AwsServer):
-    """It answers as told, else as the emulator behind it, else accepts everything."""
-
-    def __init__(self, behind: str | None = None) -> None:
-        super().__init__(behind)
-        self.calls: list[Call] = []
-        self.answers: dict[
-            str, Any
-        ] = {}  # by action: a function of the request, or its answer
-
-    def note(self, call: Call) -> None:
-        """Keep all that is known of a request."""
-        self.calls.append(call)
-
-    def actions(self) -> list[str]:
-        """Return the names of the requests until now."""
-        return [call.action for call in self.calls]
-
-    def reply(self, call: Call) -> tuple[int, dict[str, str], Any]:
-        """Return status, headers and body."""
-        answer = self.answers.get(call.action)
-        answer = answer(call) if callable(answer) else answer
-        if isinstance(answer, tuple):
-            return answer
-        if answer is None and self.behind:
-            return self.pass_on(call)
-        if answer is None and call.action == "GetQueueUrl":
-            answer = {"QueueUrl": f"{self.url}/000000000000/{call.data['QueueName']}"}
-        elif answer is None:
-            entries = [
-                {"Id": e["Id"], "MessageId": "m"} for e in call.data.get("Entries", ())
-            ]
-            answer = {"Successful": entries, "Failed": []} if entries else {}
-        return 200, {}, answer
-
-
 @pytest.fixture
-def aws(queue_name: str) -> Iterator[FakeAws]:
-    """Yield a server that stands in for AWS and accepts everything, unless told otherwise."""
-    with FakeAws().running(queue_name) as server:
-        yield server
-
-
-@pytest.fixture
-def proxy(queue_name: str, ministack: str) -> Iterator[FakeAws]:
-    """Yield a server that records what it hands on to ministack."""
-    with FakeAws(ministack).running(queue_name) as server:
+def aws() -> Iterator[ScriptedAws]:
+    """Yield a server that accepts everything, with taskhawk configured to use its queue APP."""
+    with ScriptedAws().running("app") as server:
         yield server
 
 
@@ -3944,21 +3901,16 @@ NO_QUEUE = "there is no such queue here: make it, or check TASKHAWK_QUEUE, AWS_R
 class TestSqs:
     """Every request that is made to SQS, and what becomes of its answer."""
 
-    def test_one_request_per_dispatch(self, aws, task, queue_name):
+    def test_one_request_per_dispatch(self, aws, task):
         """A dispatch is one request; the first to a queue looks up its URL, the others do not."""
         for text in "abc":
             task.dispatch(text)
         task.with_priority(taskhawk.Priority.high).dispatch("d")
         task.with_priority(taskhawk.Priority.high).dispatch("e")
         once = ["GetQueueUrl", "SendMessage", "SendMessage"]
-        assert aws.actions() == [*once, "SendMessage", *once]
-        names = [
-            call.data["QueueName"] for call in aws.calls if call.action == "GetQueueUrl"
-        ]
-        assert names == [
-            f"TASKHAWK-{queue_name}",
-            f"TASKHAWK-{queue_name}-HIGH-PRIORITY",
-        ]
+        assert aws.actions == [*once, "SendMessage", *once]
+        names = [request["QueueName"] for request in aws.asked("GetQueueUrl")]
+        assert names == ["TASKHAWK-APP", "TASKHAWK-APP-HIGH-PRIORITY"]
         assert aws.calls[1].data["QueueUrl"] == f"{aws.url}/000000000000/{names[0]}"
         assert json.loads(aws.calls[3].data["MessageBody"])["args"] == ["c"]
 
@@ -3967,12 +3919,12 @@ class TestSqs:
         with taskhawk.batch():
             for number in range(25):
                 task.dispatch(number)
-        sent = [call.data for call in aws.calls[1:]]
-        assert aws.actions() == ["GetQueueUrl", *["SendMessageBatch"] * 3]
-        assert [len(data["Entries"]) for data in sent] == [10, 10, 5]
-        assert [entry["Id"] for entry in sent[0]["Entries"]] == list("0123456789")
+        assert aws.actions == ["GetQueueUrl", *["SendMessageBatch"] * 3]
+        assert aws.batches == [10, 10, 5]
+        entries = aws.calls[1].data["Entries"]
+        assert [entry["Id"] for entry in entries] == list("0123456789")
         task.dispatch_many(["x" * 600_000] * 3)
-        assert aws.actions()[4:] == ["SendMessage"] * 3
+        assert aws.actions[4:] == ["SendMessage"] * 3
 
     def test_optional_arguments(self, aws):
         """Delay, attributes, group and deduplication id are sent where there are any."""
@@ -4041,11 +3993,11 @@ class TestSqs:
 
     def test_info_is_read_once(self, aws):
         """A queue's attributes are read once; one without a redrive policy has no dead letters."""
-        aws.answers["GetQueueAttributes"] = {"Attributes": {"VisibilityTimeout": "45"}}
+        aws.always("GetQueueAttributes", {"Attributes": {"VisibilityTimeout": "45"}})
         with contextlib.closing(taskhawk.SqsBroker()) as broker:
             for _ in range(2):
                 assert broker.info("Q") == taskhawk.QueueInfo(45.0, None, None)
-        assert aws.actions() == ["GetQueueUrl", "GetQueueAttributes"]
+        assert aws.actions == ["GetQueueUrl", "GetQueueAttributes"]
 
     @pytest.mark.parametrize(
         ("call", "action", "attempts"),
@@ -4069,12 +4021,12 @@ class TestSqs:
         """A send is tried three times, all else once, whatever botocore's own settings say."""
         monkeypatch.setenv("AWS_MAX_ATTEMPTS", "7")
         monkeypatch.setenv("AWS_RETRY_MODE", "legacy")
-        aws.answers[action] = sqs_error("InternalError", status=500)
+        aws.always(action, fault("InternalError", status=500))
         with contextlib.closing(taskhawk.SqsBroker()) as broker:
             with pytest.raises(botocore.exceptions.ClientError) as caught:
                 call(broker)
             assert caught.type is not taskhawk.ConfigurationError
-        assert aws.actions() == ["GetQueueUrl", *[action] * attempts]
+        assert aws.actions == ["GetQueueUrl", *[action] * attempts]
 
     @pytest.mark.parametrize(
         ("call", "action"),
@@ -4090,18 +4042,13 @@ class TestSqs:
     )
     def test_partial_failure(self, aws, call, action):
         """An answer of 200 is read entry by entry; what it does not name has failed."""
-        aws.answers[action] = {
-            "Successful": [{"Id": "2", "MessageId": "m"}],
-            "Failed": [
-                {
-                    "Id": "3",
-                    "SenderFault": True,
-                    "Code": "InvalidThing",
-                    "Message": "why",
-                },
-                {"Id": "1", "SenderFault": False, "Code": "InternalError"},
-            ],
-        }
+        wrong = {"SenderFault": True, "Code": "InvalidThing", "Message": "why"}
+        failed = [
+            {"Id": "3", **wrong},
+            {"Id": "1", "SenderFault": False, "Code": "InternalError"},
+        ]
+        successful = [{"Id": "2", "MessageId": "m"}]
+        aws.always(action, {"Successful": successful, "Failed": failed})
         unanswered = ("Unanswered", "the answer does not name this entry", False)
         with contextlib.closing(taskhawk.SqsBroker()) as broker:
             assert call(broker) == [
@@ -4113,15 +4060,13 @@ class TestSqs:
 
     def test_sum_too_long(self, aws):
         """A batch that SQS finds too long is sent one by one, in order; each has its own answer."""
-        aws.answers["SendMessageBatch"] = sqs_error(
-            "AWS.SimpleQueueService.BatchRequestTooLong"
+        aws.always(
+            "SendMessageBatch", fault("AWS.SimpleQueueService.BatchRequestTooLong")
         )
-        aws.answers["SendMessage"] = lambda call: (
-            sqs_error("OverLimit") if call.data["MessageBody"] == "1" else None
-        )
+        aws.script("SendMessage", passed, fault("OverLimit"))
         with contextlib.closing(taskhawk.SqsBroker()) as broker:
             refusals = broker.send("Q", numbered(3))
-        sent = [c.data["MessageBody"] for c in aws.calls if "MessageBody" in c.data]
+        sent = [request["MessageBody"] for request in aws.asked("SendMessage")]
         assert sent == ["0", "1", "2"]
         assert [(r.index, r.code, r.final) for r in refusals] == [
             (1, "OverLimit", True)
@@ -4130,15 +4075,15 @@ class TestSqs:
     @pytest.mark.parametrize(
         ("answer", "remedy"),
         [
-            (sqs_error("AWS.SimpleQueueService.NonExistentQueue"), NO_QUEUE),
-            ((400, {}, b'{"__type": "com.amazonaws.sqs#QueueDoesNotExist"}'), NO_QUEUE),
-            (sqs_error("AccessDenied", status=403), DENIED),
-            (sqs_error("AccessDeniedException"), DENIED),
-            (sqs_error("InvalidClientTokenId", status=403), UNKNOWN_KEY),
-            (sqs_error("InvalidSecurity", status=403), UNKNOWN_KEY),
-            (sqs_error("UnrecognizedClientException"), UNKNOWN_KEY),
+            (fault("AWS.SimpleQueueService.NonExistentQueue"), NO_QUEUE),
+            (fault("com.amazonaws.sqs#QueueDoesNotExist"), NO_QUEUE),
+            (fault("AccessDenied", status=403), DENIED),
+            (fault("AccessDeniedException"), DENIED),
+            (fault("InvalidClientTokenId", status=403), UNKNOWN_KEY),
+            (fault("InvalidSecurity", status=403), UNKNOWN_KEY),
+            (fault("UnrecognizedClientException"), UNKNOWN_KEY),
             (
-                sqs_error("SignatureDoesNotMatch", status=403),
+                fault("SignatureDoesNotMatch", status=403),
                 "AWS refuses these credentials: check AWS_SECRET_KEY",
             ),
         ],
@@ -4146,14 +4091,13 @@ class TestSqs:
     @pytest.mark.parametrize("action", ["GetQueueUrl", "SendMessage"])
     def test_errors_say_what_to_do(self, aws, task, action, answer, remedy):
         """What only a person can mend is one sentence with its remedy, at whatever request."""
-        aws.answers[action] = answer
+        aws.always(action, answer)
         with pytest.raises(taskhawk.ConfigurationError) as caught:
             task.dispatch("secret")
         error = caught.value.__cause__
         assert isinstance(error, botocore.exceptions.ClientError)
         code = error.response["Error"]["Code"].rpartition(".")[2]
-        queue = f"TASKHAWK-{taskhawk.settings.TASKHAWK_QUEUE}"
-        assert str(caught.value) == f"{queue}: {remedy.format(action)} ({code})"
+        assert str(caught.value) == f"TASKHAWK-APP: {remedy.format(action)} ({code})"
 
     def test_missing_queue(self, ministack, task, queue_name):
         """A queue that is not there is said to be missing, by publishers and workers."""
@@ -4254,17 +4198,17 @@ class TestSqs:
     def test_read_timeout(self, aws):
         """An answer that does not come is given up after AWS_READ_TIMEOUT_S; a poll waits on."""
         configure_aws(aws.url, AWS_READ_TIMEOUT_S=0.2)
-        late = threading.Event()
-        aws.answers["DeleteMessageBatch"] = lambda call: aws.closing.wait(20) and {}
-        aws.answers["ReceiveMessage"] = lambda call: late.wait(20) and {}
+        released = threading.Event()
+        aws.always("DeleteMessageBatch", late(aws.closing))
+        aws.always("ReceiveMessage", late(released))
         with contextlib.closing(taskhawk.SqsBroker()) as broker:
             start = time.monotonic()
             with pytest.raises(botocore.exceptions.ReadTimeoutError):
                 broker.delete("Q", ["r"])
             assert time.monotonic() - start < 1.9
-            threading.Timer(0.6, late.set).start()
+            threading.Timer(0.6, released.set).start()
             assert broker.receive("Q", 1, 1, None, NEVER) == []
-        assert aws.actions() == ["GetQueueUrl", "DeleteMessageBatch", "ReceiveMessage"]
+        assert aws.actions == ["GetQueueUrl", "DeleteMessageBatch", "ReceiveMessage"]
 
     def test_connect_timeout(self):
         """A service that can't be reached is given up after AWS_CONNECT_TIMEOUT_S."""
@@ -4343,10 +4287,10 @@ class TestSns:
     """What a Lambda app's publisher sends to topics."""
 
     @pytest.fixture
-    def sns(self, proxy, queue_name):
-        """Return the proxy to ministack, set up for a Lambda app."""
-        configure_aws(proxy.url, queue_name, IS_LAMBDA_APP=True)
-        return proxy
+    def sns(self, scripted, queue_name):
+        """Return the scripted ministack, set up for a Lambda app."""
+        configure_aws(scripted.url, queue_name, IS_LAMBDA_APP=True)
+        return scripted
 
     @pytest.fixture
     def received(self, sns, ministack, sqs_client, queue_name):
@@ -4379,7 +4323,7 @@ class TestSns:
             request_id="é1"
         )
         ids = [invocation.dispatch("a"), invocation.dispatch("b")]
-        assert sns.actions() == ["Publish", "Publish"]
+        assert sns.actions == ["Publish", "Publish"]
         messages = received()
         assert sorted(json.loads(message.body)["id"] for message in messages) == sorted(
             ids
@@ -4393,7 +4337,7 @@ class TestSns:
         high = task.with_priority(taskhawk.Priority.high).with_headers(request_id="1")
         with taskhawk.batch():
             ids = [high.dispatch(number) for number in range(12)]
-        assert sns.actions() == ["PublishBatch", "PublishBatch"]
+        assert sns.actions == ["PublishBatch", "PublishBatch"]
         messages = received()
         assert sorted(json.loads(message.body)["id"] for message in messages) == sorted(
             ids
@@ -4404,23 +4348,12 @@ class TestSns:
 
     def test_partial_failure(self, aws):
         """An answer of 200 to PublishBatch is read entry by entry."""
-        member = (
-            "<member><Id>{}</Id><Code>{}</Code><SenderFault>{}</SenderFault></member>"
-        )
-        failed = member.format(0, "InvalidParameter", "true") + member.format(
-            2, "Internal", "false"
-        )
-        successful = "<member><Id>1</Id><MessageId>m</MessageId></member>"
-        result = f"<Successful>{successful}</Successful><Failed>{failed}</Failed>"
-        body = (
-            f"<PublishBatchResponse><PublishBatchResult>{result}</PublishBatchResult>"
-        )
-        answer = f"{body}<ResponseMetadata/></PublishBatchResponse>"
-        aws.answers["PublishBatch"] = (
-            200,
-            {"Content-Type": "text/xml"},
-            answer.encode(),
-        )
+        failed = [
+            {"Id": "0", "Code": "InvalidParameter", "SenderFault": True},
+            {"Id": "2", "Code": "Internal", "SenderFault": False},
+        ]
+        successful = [{"Id": "1", "MessageId": "m"}]
+        aws.always("PublishBatch", {"Successful": successful, "Failed": failed})
         with contextlib.closing(taskhawk.SnsSender()) as sender:
             assert sender.send("arn:aws:sns:us-east-1:000000000000:t", numbered(4)) == [
                 taskhawk.Refusal(0, "InvalidParameter", "", final=True),
@@ -4462,7 +4395,7 @@ class TestSns:
     )
     def test_errors_say_what_to_do(self, sns, task, code, status, remedy):
         """What only a person can mend is one sentence with its remedy."""
-        sns.answers["Publish"] = sns_error(code, "why", status)
+        sns.always("Publish", fault(code, "why", status))
         with pytest.raises(taskhawk.ConfigurationError) as caught:
             task.dispatch("x")
         name = f"taskhawk-{taskhawk.settings.TASKHAWK_QUEUE.lower()}"
@@ -4521,11 +4454,9 @@ class TestProcesses:
     """Threads share one broker, and a forked child has its own."""
 
     @pytest.fixture
-    def queue(self, proxy, ministack, sqs_client, queue_name):
-        """Return the name of the default queue, which is on ministack behind the proxy."""
-        name = f"TASKHAWK-{queue_name}"
-        make_queue(sqs_client(ministack), name, 2)
-        return name
+    def queue(self, scripted, queue_name):
+        """Return the name of the default queue, which is on the scripted ministack."""
+        return f"TASKHAWK-{queue_name}"
 
     def test_made_once(self, tmp_path):
         """However many threads are the first to need a broker, there is one."""
@@ -4552,13 +4483,13 @@ class TestProcesses:
         )
         assert isinstance(taskhawk._brokers.sender(), taskhawk.SqliteBroker)
 
-    def test_threads_dispatch(self, proxy, task, queue):
+    def test_threads_dispatch(self, scripted, task, queue):
         """Threads share a client: each dispatch is one request, and none is lost or mixed up."""
         task.dispatch(0)
         with concurrent.futures.ThreadPoolExecutor(16) as pool:
             ids = list(pool.map(task.dispatch, range(1, 160)))
         assert len(set(ids)) == 159
-        assert proxy.actions() == ["GetQueueUrl", *["SendMessage"] * 160]
+        assert scripted.actions == ["GetQueueUrl", *["SendMessage"] * 160]
         bodies = drain(taskhawk._brokers.broker(), queue)
         assert sorted(json.loads(body)["args"][0] for body in bodies) == list(
             range(160)
@@ -4574,15 +4505,11 @@ class TestProcesses:
 
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
             list(pool.map(first, range(8)))
-        sent = [
-            call.data["MessageBody"]
-            for call in aws.calls
-            if call.action == "SendMessage"
-        ]
+        sent = [request["MessageBody"] for request in aws.asked("SendMessage")]
         assert sorted(json.loads(body)["args"][0] for body in sent) == list(range(8))
         known = len(aws.calls)
         task.dispatch(8)
-        assert aws.actions()[known:] == ["SendMessage"]
+        assert aws.actions[known:] == ["SendMessage"]
 
     def test_threads_dispatch_to_sqlite(self, task, tmp_path):
         """Threads share a connection, and none is lost."""
@@ -4601,7 +4528,7 @@ class TestProcesses:
         with aws.changed:
             assert aws.changed.wait_for(lambda: not aws.connected, timeout=10)
         task.dispatch(2)
-        assert aws.actions() == ["GetQueueUrl", "SendMessage"] * 2
+        assert aws.actions == ["GetQueueUrl", "SendMessage"] * 2
 
     @pytest.mark.skipif(
         not Path("/proc/self/fd").exists(), reason="only Linux lists open files"
@@ -4623,10 +4550,10 @@ class TestProcesses:
         assert taskhawk._brokers.broker().depth("TASKHAWK-DEFAULT").visible == 2
 
     @pytest.mark.parametrize("how", ["os.fork", "multiprocessing"])
-    def test_fork_on_sqs(self, proxy, task, queue, how):
+    def test_fork_on_sqs(self, scripted, task, queue, how):
         """A forked child dispatches over connections of its own while its parent goes on."""
         task.dispatch("parent before")
-        ours = {call.port for call in proxy.calls}
+        ours = {call.port for call in scripted.calls}
 
         def child():
             for number in range(5):
@@ -4638,7 +4565,7 @@ class TestProcesses:
         assert wait() == 0
         sent = {
             json.loads(call.data["MessageBody"])["args"][0]: call.port
-            for call in proxy.calls
+            for call in scripted.calls
             if call.action == "SendMessage"
         }
         assert {
