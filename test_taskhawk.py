@@ -526,127 +526,14 @@ def late(when: threading.Event | float, answer: AwsAnswer = None) -> AwsAnswer:
     return wait
 
 
-@dataclasses.dataclass
-class Call:
-    """A request that an AwsServer got; its attributes are what a test may want to see."""
-
-    action: str
-    data: dict[str, Any]
-    body: bytes
-    path: str
-    headers: dict[str, str]
-    port: int
-    answer: Any = None
-
-
-class AwsServer(http.server.ThreadingHTTPServer):
-    """A server that stands in for AWS: it notes the requests, and answers as its reply() says."""
-
-    daemon_threads, block_on_close = (
-        True,
-        False,
-    )  # idle connections end with the clients
-    request_queue_size = 128
-
-    def __init__(self, behind: str | None = None) -> None:
-        super().__init__(("127.0.0.1", 0), AwsRequest)
-        self.url, self.behind = f"http://127.0.0.1:{self.server_port}", behind
-        self.requests: list[tuple[str, dict[str, Any]]] = []
-        self.connected: set[int] = set()  # the clients' ports
-        self.changed = (
-            threading.Condition()
-        )  # notified when a connection is made or closed
-        self.closing = threading.Event()
-
-    def note(self, call: Call) -> None:
-        """Keep a request."""
-        self.requests.append((call.action, call.data))
-
-    def reply(self, call: Call) -> tuple[int, dict[str, str], Any]:
-        """Return status, headers and body; what is not bytes is written as JSON."""
-        raise NotImplementedError
-
-    def pass_on(
-        self, call: Call, data: Any = None
-    ) -> tuple[int, dict[str, str], bytes]:
-        """Have the emulator behind it answer a request, or one with other data (SQS only)."""
-        netloc = urllib.parse.urlsplit(self.behind).netloc
-        connection = http.client.HTTPConnection(netloc, timeout=30)
-        headers = {
-            k: v for k, v in call.headers.items() if k not in ("Host", "Content-Length")
-        }
-        try:
-            body = call.body if data is None else json.dumps(data).encode()
-            connection.request("POST", call.path, body, headers)
-            response = connection.getresponse()
-            kind = {"Content-Type": response.headers["Content-Type"]}
-            return response.status, kind, response.read()
-        finally:
-            connection.close()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Keep quiet: a client that gave up is no failure of the server."""
-
-    @contextlib.contextmanager
-    def running(self, queue: str | None = None) -> Iterator[Any]:
-        """Serve for the length of the block, with taskhawk configured to use it."""
-        with self:
-            thread = threading.Thread(target=self.serve_forever, args=(0.01,))
-            thread.start()
-            configure_aws(self.url, queue)
-            try:
-                yield self
-            finally:
-                self.closing.set()
-                taskhawk.configure()  # closes connections
-                self.shutdown()
-                thread.join()
-
-
-class AwsRequest(http.server.BaseHTTPRequestHandler):
-    """One connection to an AwsServer: JSON for SQS, forms and XML for SNS."""
-
-    protocol_version = "HTTP/1.1"
-    wbufsize = (
-        -1
-    )  # an answer is one packet, or the client acknowledges the first one 40 ms later
-    server: AwsServer
-
-    def setup(self) -> None:
-        """Count the connection."""
-        super().setup()
-        with self.server.changed:
-            self.server.connected.add(self.client_address[1])
-            self.server.changed.notify_all()
-
-    def finish(self) -> None:
-        """Count it no more."""
-        super().finish()
-        with self.server.changed:
-            self.server.connected.discard(self.client_address[1])
-            self.server.changed.notify_all()
-
-    def do_POST(self) -> None:
-        """Note the request, then answer."""
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        if target := self.headers["X-Amz-Target"]:
-            action, data = target.rpartition(".")[2], json.loads(body)
-        else:
-            data = dict(urllib.parse.parse_qsl(body.decode()))
-            action = data["Action"]
-        port = self.client_address[1]
-        call = Call(action, data, body, self.path, dict(self.headers), port)
-        self.server.note(call)
-        status, headers, answer = self.server.reply(call)
-        answer = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
-        self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(answer))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(answer)
-
-    def log_message(self, *args: object) -> None:
-        """Keep quiet."""
+def brings_messages(*messages: taskhawk.Message) -> dict[str, Any]:
+    """Return the answer to a receive that brings these messages."""
+    return {
+        "Messages": [
+            {"MessageId": m.id, "ReceiptHandle": m.id, "Body": json.dumps(m.as_dict())}
+            for m in messages
+        ]
+    }
 
 
 def make_queue(client: Any, name: str, most: int = 5, **attributes: str) -> str:
@@ -673,23 +560,6 @@ class Clock:
     def __call__(self) -> float:
         """Return the time."""
         return self.now
-
-
-def sqs_error(
-    code: str, text: str = "", status: int = 400
-) -> tuple[int, dict[str, str], bytes]:
-    """Return an error as SQS answers it."""
-    body = {"__type": f"com.amazonaws.sqs#{code.rpartition('.')[2]}", "message": text}
-    return status, {"x-amzn-query-error": f"{code};Sender"}, json.dumps(body).encode()
-
-
-def sns_error(
-    code: str, text: str = "", status: int = 400
-) -> tuple[int, dict[str, str], bytes]:
-    """Return an error as SNS answers it."""
-    error = f"<Error><Type>Sender</Type><Code>{code}</Code><Message>{text}</Message></Error>"
-    body = f"<ErrorResponse>{error}<RequestId>r</RequestId></ErrorResponse>"
-    return status, {"Content-Type": "text/xml"}, body.encode()
 
 
 VALID = {
@@ -1048,53 +918,6 @@ def worker_broker(worker_clock: Clock) -> Iterator[WorkerBroker]:
     broker = WorkerBroker(taskhawk.SqliteBroker("sqlite://", clock=worker_clock))
     yield broker
     broker.close()
-
-
-class WorkerAws(AwsServer):
-    """A stub of SQS that gives the answers that no emulator gives."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        #: by action: what it answers, an error's code, or a function of the request that tells
-        self.answers: dict[str, Any] = {
-            "GetQueueUrl": {"QueueUrl": f"{self.url}/1/queue"},
-            "GetQueueAttributes": {"Attributes": {"VisibilityTimeout": "30"}},
-        }
-        self.settings = {
-            "AWS_ENDPOINT_SQS": self.url,
-            **AWS_KEYS,
-            "TASKHAWK_QUEUE": "app",
-        }
-
-    def asked(self, action: str) -> list[dict[str, Any]]:
-        """Return the requests for an action."""
-        return [request for asked, request in self.requests if asked == action]
-
-    def reply(self, call: Call) -> tuple[int, dict[str, str], Any]:
-        """Answer as told, or with nothing."""
-        answer = self.answers.get(call.action, {})
-        answer = answer(call.data) if callable(answer) else answer
-        if isinstance(answer, dict):
-            return 200, {}, answer
-        return 400, {}, {"__type": answer, "message": "a stub says so"}
-
-
-@pytest.fixture
-def worker_aws() -> Iterator[WorkerAws]:
-    """Yield a stub of SQS; what it is not told to answer is answered with nothing."""
-    with WorkerAws().running() as stub:
-        taskhawk.configure(stub.settings)
-        yield stub
-
-
-def worker_aws_messages(*messages: taskhawk.Message) -> dict[str, Any]:
-    """Return the answer to a receive that brings these messages."""
-    return {
-        "Messages": [
-            {"MessageId": m.id, "ReceiptHandle": m.id, "Body": json.dumps(m.as_dict())}
-            for m in messages
-        ]
-    }
 
 
 @contextlib.contextmanager
@@ -1575,18 +1398,11 @@ def settings_module(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def settings_aws():
-    """Yield the URL of an AWS that has no queue, and its list of requests: path and headers."""
-    requests = []
-
-    class NoQueues(AwsServer):
-        def reply(self, call):
-            requests.append((call.path, call.headers))
-            return 400, {}, {"__type": "com.amazonaws.sqs#QueueDoesNotExist"}
-
-    with NoQueues().running() as aws:
-        taskhawk.configure()
-        yield aws.url, requests
+def settings_aws(aws):
+    """Return an AWS that has no queue, and that taskhawk is not configured to use."""
+    aws.always("GetQueueUrl", fault("com.amazonaws.sqs#QueueDoesNotExist"))
+    taskhawk.configure()
+    return aws
 
 
 def settings_child(cwd: Path, code: str, **env: str) -> list[str]:
@@ -2024,13 +1840,15 @@ class TestSettings:
     @staticmethod
     def credentials_used(settings_aws, **given: Any) -> tuple[str, str, str | None]:
         """Return key, region and token of the request that a dispatch makes."""
-        url, requests = settings_aws
-        taskhawk.configure(AWS_ENDPOINT_SQS=url, TASKHAWK_QUEUE="q", **given)
+        taskhawk.configure(
+            AWS_ENDPOINT_SQS=settings_aws.url, TASKHAWK_QUEUE="q", **given
+        )
         with pytest.raises(
             taskhawk.ConfigurationError, match="there is no such queue here"
         ):
             taskhawk.task(settings_task, name="settings.credentials").dispatch()
-        ((_, headers),) = requests
+        (call,) = settings_aws.calls
+        headers = call.headers
         signed = re.search(
             r"Credential=(\w+)/\d+/([\w-]+)/sqs/", headers["Authorization"]
         )
@@ -2215,7 +2033,7 @@ class TestSettings:
 
         Clients are made anew where they depend on it; messages in memory outlive it.
         """
-        url, requests = settings_aws
+        url = settings_aws.url
         code = f"""
             import contextlib
             from django.conf import settings
@@ -2242,7 +2060,8 @@ class TestSettings:
             print(ran)
         """
         assert settings_child(tmp_path, code) == ["one", "two", "one", "[1]"]
-        assert [path.strip("/") for path, _ in requests] == ["one", "two", "one"]
+        paths = [call.path.strip("/") for call in settings_aws.calls]
+        assert paths == ["one", "two", "one"]
 
     #: the start of a script that has a database of Django's in a file, and a task that uses it
     DJANGO_DATABASE = """
@@ -6138,12 +5957,14 @@ except taskhawk.ValidationError as error:
         assert received_args() == ["once"]
 
 
-TOO_LONG = fault("AWS.SimpleQueueService.BatchRequestTooLong", "too long")
+BATCH_TOO_LONG = fault("AWS.SimpleQueueService.BatchRequestTooLong", "too long")
 
 
 def too_long(most: int) -> AwsAnswer:
     """Refuse a batch of more than so many messages, as SQS does where their sum is too long."""
-    return lambda call: TOO_LONG(call) if len(call.data["Entries"]) > most else None
+    return lambda call: (
+        BATCH_TOO_LONG(call) if len(call.data["Entries"]) > most else None
+    )
 
 
 def only_to(queue: str, answer: AwsAnswer) -> AwsAnswer:
@@ -6530,7 +6351,7 @@ class TestBatch:
         def pinned(call: AwsCall) -> AwsAnswer:
             entries = call.data.get("Entries", [call.data])
             size = sum(len(entry["MessageBody"]) for entry in entries)
-            return TOO_LONG(call) if size > 262_144 else None
+            return BATCH_TOO_LONG(call) if size > 262_144 else None
 
         scripted.always("SendMessageBatch", pinned)
         scripted.always("SendMessage", pinned)
@@ -8210,17 +8031,16 @@ class TestWorker:
             0,
         )
 
-    def test_parameters_of_1_4(self, worker_aws):
+    def test_parameters_of_1_4(self, aws):
         """All five of 1.4's parameters are taken by position and reach SQS as they are."""
         ledger = taskhawk.listen_for_messages(
             taskhawk.Priority.high, 7, 90, 2, threading.Event()
         )
         assert ledger == taskhawk.Ledger()
-        assert worker_aws.asked("GetQueueUrl") == [
-            {"QueueName": "TASKHAWK-APP-HIGH-PRIORITY"}
-        ]
+        queue = "TASKHAWK-APP-HIGH-PRIORITY"
+        assert aws.asked("GetQueueUrl") == [{"QueueName": queue}]
         receive = {
-            "QueueUrl": f"{worker_aws.url}/1/queue",
+            "QueueUrl": f"{aws.url}/000000000000/{queue}",
             "MaxNumberOfMessages": 7,
             "WaitTimeSeconds": 20,
             "VisibilityTimeout": 90,
@@ -8231,26 +8051,21 @@ class TestWorker:
                 "MessageGroupId",
             ],
         }
-        assert worker_aws.asked("ReceiveMessage") == [receive, receive]
-        assert worker_aws.asked("GetQueueAttributes") == []  # it was told the timeout
+        assert aws.asked("ReceiveMessage") == [receive, receive]
+        assert aws.asked("GetQueueAttributes") == []  # it was told the timeout
 
-    def test_receives_at_most_ten(self, worker_aws):
+    def test_receives_at_most_ten(self, aws):
         """A num_messages above ten asks for the ten that SQS gives."""
         taskhawk.listen_for_messages(taskhawk.Priority.default, 25, 30, loop_count=1)
-        assert [
-            r["MaxNumberOfMessages"] for r in worker_aws.asked("ReceiveMessage")
-        ] == [10]
+        assert [r["MaxNumberOfMessages"] for r in aws.asked("ReceiveMessage")] == [10]
 
-    def test_queue_timeout(self, worker_aws):
+    def test_queue_timeout(self, aws):
         """Without a visibility timeout the queue's own is read once and left to the queue."""
-        worker_aws.answers["GetQueueAttributes"] = {
-            "Attributes": {"VisibilityTimeout": "45"}
-        }
+        aws.always("GetQueueAttributes", {"Attributes": {"VisibilityTimeout": "45"}})
         taskhawk.listen_for_messages(taskhawk.Priority.default, loop_count=2)
-        assert len(worker_aws.asked("GetQueueAttributes")) == 1
-        assert [
-            "VisibilityTimeout" in r for r in worker_aws.asked("ReceiveMessage")
-        ] == [False] * 2
+        assert len(aws.asked("GetQueueAttributes")) == 1
+        polls = aws.asked("ReceiveMessage")
+        assert ["VisibilityTimeout" in poll for poll in polls] == [False, False]
 
     @pytest.mark.parametrize(
         ("options", "sentence"),
@@ -8274,7 +8089,7 @@ class TestWorker:
             taskhawk.listen_for_messages(taskhawk.Priority.default, **options)
         assert str(raised.value) == sentence
 
-    def test_urgency(self, worker_aws):
+    def test_urgency(self, aws):
         """Of the messages that wait, the one of the highest priority runs first."""
         together, beats, order = threading.Barrier(4), [], []
         urgency = ["high", "default", "low", "bulk"]
@@ -8286,10 +8101,10 @@ class TestWorker:
             )  # the first waits until all are received
             order.append(metadata.priority.name)
 
-        def receive(request: dict[str, Any]) -> dict[str, Any]:
+        def receive(call: AwsCall) -> AwsAnswer:
             together.wait(WORKER_PATIENCE_S)
             name = (
-                request["QueueUrl"]
+                call.data["QueueUrl"]
                 .rpartition("-APP")[2]
                 .strip("-")
                 .partition("-")[0]
@@ -8297,18 +8112,10 @@ class TestWorker:
             )
             priority = taskhawk.Priority[name or "default"]
             message = taskhawk.Message.new(note.name, priority=priority)
-            return worker_aws_messages(message)
+            return brings_messages(message)
 
-        worker_aws.answers["ReceiveMessage"] = receive
-        worker_aws.answers["GetQueueUrl"] = lambda request: {
-            "QueueUrl": f"{worker_aws.url}/1/{request['QueueName']}"
-        }
-        worker_aws.answers["DeleteMessageBatch"] = lambda request: {
-            "Successful": [{"Id": entry["Id"]} for entry in request["Entries"]]
-        }
-        taskhawk.configure(
-            worker_aws.settings, TASKHAWK_HEARTBEAT_HOOK=lambda: beats.append(1)
-        )
+        aws.always("ReceiveMessage", receive)
+        configure_aws(aws.url, "app", TASKHAWK_HEARTBEAT_HOOK=lambda: beats.append(1))
         every = [taskhawk.Priority[name] for name in ("bulk", "low", "default", "high")]
         ledger = taskhawk.listen_for_messages(every, 1, 30, 1)
         assert order[1:] == [name for name in urgency if name != order[0]]
@@ -9199,11 +9006,9 @@ class TestWorker:
             ),
         ],
     )
-    def test_fatal_at_start(self, worker_aws, caplog, action, code, sentence):
+    def test_fatal_at_start(self, aws, caplog, action, code, sentence):
         """What only a person can mend ends the worker at its start, with one sentence."""
-        answers = iter([code] * 2)  # of each role's client, at most
-        good = worker_aws.answers.get(action, {})
-        worker_aws.answers[action] = lambda request: next(answers, good)
+        aws.script(action, *[fault(code)] * 2)  # of each role's client, at most
         with pytest.raises(taskhawk.ConfigurationError) as raised:
             taskhawk.listen_for_messages(taskhawk.Priority.default, loop_count=1)
         assert str(raised.value) == sentence
@@ -9263,22 +9068,21 @@ class TestWorker:
         assert worker_logs(caplog) == []
 
     @pytest.mark.parametrize("code", ["ExpiredToken", "OverLimit"])
-    def test_not_fatal_at_start(self, worker_aws, code, caplog):
+    def test_not_fatal_at_start(self, aws, code, caplog):
         """What passes by itself is waited out at the start too."""
-        answers = iter([f"com.amazonaws.sqs#{code}"])
-        worker_aws.answers["ReceiveMessage"] = lambda request: next(answers, {})
+        aws.script("ReceiveMessage", fault(f"com.amazonaws.sqs#{code}"))
         ledger = taskhawk.listen_for_messages(taskhawk.Priority.default, 1, 30, 1)
         assert ledger == taskhawk.Ledger()
         (text,) = worker_logs(caplog)
         assert text.startswith("TASKHAWK-APP: can't receive, goes on trying: ")
         assert f"({code})" in text
 
-    def test_not_fatal_later(self, worker_aws, caplog):
+    def test_not_fatal_later(self, aws, caplog):
         """A queue that was there once, and is missing now, is waited for."""
-        answers = iter([{}, "com.amazonaws.sqs#QueueDoesNotExist"])
-        worker_aws.answers["ReceiveMessage"] = lambda request: next(answers, {})
+        missing = fault("com.amazonaws.sqs#QueueDoesNotExist")
+        aws.script("ReceiveMessage", passed, missing)
         taskhawk.listen_for_messages(taskhawk.Priority.default, 1, 30, 2)
-        assert len(worker_aws.asked("ReceiveMessage")) == 3
+        assert len(aws.asked("ReceiveMessage")) == 3
         assert len(worker_logs(caplog)) == 1
 
     # -- hooks
@@ -10960,54 +10764,21 @@ def lambda_event(
     return {"Records": [make(body, f"m{n}") for n, body in enumerate(bodies, 1)]}
 
 
-class LambdaSqs(AwsServer):
-    """Answers as SQS does, in its JSON protocol, and denies or fails some."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = self.requests
-        #: actions that the role may not call
-        self.denied: set[str] = set()
-        #: receipts that are refused
-        self.refused: set[str] = set()
-        #: so many calls get no more than an HTTP status 503
-        self.unavailable = 0
-
-    def reply(self, call: Call) -> tuple[int, dict[str, str], Any]:
-        """Answer a batch call."""
-        if self.unavailable:
-            self.unavailable -= 1
-            return 503, {}, {}
-        if call.action in self.denied:
-            text = f"not authorized to perform: sqs:{call.action}"
-            return sqs_error("AccessDenied", text, 403)
-        found: dict[bool, list[Any]] = {True: [], False: []}
-        for entry in call.data["Entries"]:
-            refusal = {
-                "Code": "ReceiptHandleIsInvalid",
-                "Message": "gone",
-                "SenderFault": True,
-            }
-            found[entry["ReceiptHandle"] in self.refused].append(
-                {"Id": entry["Id"], **refusal}
-            )
-        return 200, {}, {"Successful": found[False], "Failed": found[True]}
-
-    def entries(self, action: str, *keys: str) -> list[list[tuple[Any, ...]]]:
-        """Return what each batch call of this action had in its entries."""
-        calls = [call for name, call in self.calls if name == action]
-        return [
-            [tuple(entry[k] for k in keys) for entry in call["Entries"]]
-            for call in calls
-        ]
-
-
 @pytest.fixture
-def lambda_sqs() -> Iterator[LambdaSqs]:
-    """Yield an SQS that keeps its calls, and configure taskhawk for it as in a Lambda function."""
-    with LambdaSqs().running() as sqs:
-        taskhawk.configure(AWS_KEYS, AWS_ENDPOINT_SQS=sqs.url, IS_LAMBDA_APP=True)
-        yield sqs
+def lambda_sqs(aws: ScriptedAws) -> ScriptedAws:
+    """Return an SQS that accepts everything, and configure taskhawk as in a Lambda function."""
+    taskhawk.configure(AWS_KEYS, AWS_ENDPOINT_SQS=aws.url, IS_LAMBDA_APP=True)
+    return aws
+
+
+def lambda_entries(
+    sqs: ScriptedAws, action: str, *keys: str
+) -> list[list[tuple[Any, ...]]]:
+    """Return what each batch call of this action had in its entries."""
+    return [
+        [tuple(entry[key] for key in keys) for entry in data["Entries"]]
+        for data in sqs.asked(action)
+    ]
 
 
 @pytest.fixture
@@ -11153,7 +10924,7 @@ class TestLambda:
             ]
         }
         assert lambda_runs == [1, *LAMBDA_FAILURES, 2]
-        assert lambda_sqs.entries("DeleteMessageBatch", "ReceiptHandle") == []
+        assert lambda_entries(lambda_sqs, "DeleteMessageBatch", "ReceiptHandle") == []
 
     def test_partial_batch_of_sns(self, lambda_runs):
         """SNS has no partial batches, and would take the answer for success: a failure raises."""
@@ -11167,12 +10938,10 @@ class TestLambda:
         event = lambda_event("fail", *range(21), "give up")
         with pytest.raises(ExceptionGroup, match="several runs failed"):
             taskhawk.process_messages_for_lambda_consumer(event)
-        assert [action for action, _ in lambda_sqs.calls] == ["DeleteMessageBatch"] * 3
-        url = (
-            f"http://127.0.0.1:{lambda_sqs.server_port}/123456789012/TASKHAWK-DEV-MYAPP"
-        )
-        assert {call["QueueUrl"] for _, call in lambda_sqs.calls} == {url}
-        deleted = lambda_sqs.entries("DeleteMessageBatch", "ReceiptHandle")
+        assert lambda_sqs.actions == ["DeleteMessageBatch"] * 3
+        url = f"{lambda_sqs.url}/123456789012/TASKHAWK-DEV-MYAPP"
+        assert {call.data["QueueUrl"] for call in lambda_sqs.calls} == {url}
+        deleted = lambda_entries(lambda_sqs, "DeleteMessageBatch", "ReceiptHandle")
         assert [len(entries) for entries in deleted] == [10, 10, 1]
         assert list(itertools.chain(*deleted)) == [
             (f"receipt of m{n}",) for n in range(2, 23)
@@ -11243,11 +11012,12 @@ class TestLambda:
     def test_succeeded_cannot_be_deleted(self, how, lambda_sqs, lambda_runs, caplog):
         """Where the delete fails the failure is raised all the same, and a warning says so."""
         if how == "denied":
-            lambda_sqs.denied = {"DeleteMessageBatch"}
+            answer = fault("AccessDenied", status=403)
             why = LAMBDA_DENIED.format("DeleteMessage")
         else:
-            lambda_sqs.refused = {"receipt of m1", "receipt of m4"}
-            why = "gone"
+            answer = refuse(0, 2, code="ReceiptHandleIsInvalid", ours=True)
+            why = "no"
+        lambda_sqs.always("DeleteMessageBatch", answer)
         count = 3 if how == "denied" else 2
         with pytest.raises(ValueError, match=r"^no$"):
             taskhawk.process_messages_for_lambda_consumer(lambda_event(1, "fail", 2, 3))
@@ -11262,11 +11032,11 @@ class TestLambda:
         self, action, lambda_sqs, lambda_runs, caplog
     ):
         """A call that fails in passing is repeated, as nobody comes after the function to do it."""
-        lambda_sqs.unavailable = 1
+        lambda_sqs.script(action, (503, {}, b"{}"))
         calls = (1, "fail") if action == "DeleteMessageBatch" else ("in 90.5 s",)
         with pytest.raises((ValueError, taskhawk.RetryException)):
             taskhawk.process_messages_for_lambda_consumer(lambda_event(*calls))
-        assert [name for name, _ in lambda_sqs.calls] == [action, action]
+        assert lambda_sqs.actions == [action, action]
         assert lambda_warnings(caplog) == []
 
     @pytest.mark.parametrize("partial_batch", [False, True])
@@ -11284,22 +11054,24 @@ class TestLambda:
                 event, partial_batch=partial_batch
             )
         action = "ChangeMessageVisibilityBatch"
-        changes = lambda_sqs.entries(action, "ReceiptHandle", "VisibilityTimeout")
+        changes = lambda_entries(
+            lambda_sqs, action, "ReceiptHandle", "VisibilityTimeout"
+        )
         assert list(itertools.chain(*changes)) == [
             ("receipt of m1", 91),
             ("receipt of m5", 0),
             ("receipt of m6", 7),
         ]
-        others = [name for name, _ in lambda_sqs.calls if name != action]
+        others = [name for name in lambda_sqs.actions if name != action]
         assert others == ([] if partial_batch else ["DeleteMessageBatch"])
-        assert lambda_sqs.calls[-1][0] == (others or [action])[-1]
+        assert lambda_sqs.actions[-1] == (others or [action])[-1]
 
     def test_delay_beyond_12_hours(self, lambda_sqs, lambda_runs):
         """A delay is clamped to what is left of 12 hours since the receive: SQS refuses more."""
         with pytest.raises(taskhawk.RetryException):
             taskhawk.process_messages_for_lambda_consumer(lambda_event("in a month"))
-        (((asked_s,),),) = lambda_sqs.entries(
-            "ChangeMessageVisibilityBatch", "VisibilityTimeout"
+        (((asked_s,),),) = lambda_entries(
+            lambda_sqs, "ChangeMessageVisibilityBatch", "VisibilityTimeout"
         )
         longest_s = (
             900 + 300
@@ -11316,7 +11088,8 @@ class TestLambda:
 
     def test_delays_are_denied(self, lambda_sqs, lambda_runs, caplog):
         """A role that may not change the visibility costs one warning, and no message."""
-        lambda_sqs.denied.add("ChangeMessageVisibilityBatch")
+        denied = fault("AccessDenied", status=403)
+        lambda_sqs.always("ChangeMessageVisibilityBatch", denied)
         why = LAMBDA_DENIED.format("ChangeMessageVisibility")
         event = lambda_event("in 90.5 s", 1, "at once", "in 90.5 s")
         with pytest.raises(ExceptionGroup) as caught:
@@ -11325,18 +11098,21 @@ class TestLambda:
         assert lambda_warnings(caplog) == [
             f"can't change when 3 of 3 failed messages run again: {why}"
         ]
-        deleted = lambda_sqs.entries("DeleteMessageBatch", "ReceiptHandle")
+        deleted = lambda_entries(lambda_sqs, "DeleteMessageBatch", "ReceiptHandle")
         assert deleted == [[("receipt of m2",)]]
 
     def test_one_delay_is_refused(self, lambda_sqs, lambda_runs, caplog):
         """A delay that SQS refuses for one message is still set for the others."""
-        lambda_sqs.refused.add("receipt of m1")
+        gone = refuse(0, code="ReceiptHandleIsInvalid", ours=True)
+        lambda_sqs.always("ChangeMessageVisibilityBatch", gone)
         event = lambda_event("in 90.5 s", "at once")
         taskhawk.process_messages_for_lambda_consumer(event, partial_batch=True)
-        asked = lambda_sqs.entries("ChangeMessageVisibilityBatch", "ReceiptHandle")
+        asked = lambda_entries(
+            lambda_sqs, "ChangeMessageVisibilityBatch", "ReceiptHandle"
+        )
         assert list(itertools.chain(*asked)) == [("receipt of m1",), ("receipt of m2",)]
         (warning,) = lambda_warnings(caplog)
-        assert warning == "can't change when 1 of 2 failed messages run again: gone"
+        assert warning == "can't change when 1 of 2 failed messages run again: no"
 
     def test_task_changes_its_visibility(self, lambda_sqs):
         """A task may hold its message for longer: by metadata, at once, nothing is looked up."""
@@ -11345,13 +11121,11 @@ class TestLambda:
         @taskhawk.task(name="lambda.long")
         def long(metadata: taskhawk.Metadata) -> None:
             metadata.extend_visibility_timeout(600)
-            seen.append(lambda_sqs.calls[:])
+            seen.append([(call.action, call.data) for call in lambda_sqs.calls])
 
         record = lambda_sqs_record(processing_body("lambda.long"), "m1")
         taskhawk.process_messages_for_lambda_consumer({"Records": [record]})
-        url = (
-            f"http://127.0.0.1:{lambda_sqs.server_port}/123456789012/TASKHAWK-DEV-MYAPP"
-        )
+        url = f"{lambda_sqs.url}/123456789012/TASKHAWK-DEV-MYAPP"
         entry = {"Id": "0", "ReceiptHandle": "receipt of m1", "VisibilityTimeout": 600}
         call = ("ChangeMessageVisibilityBatch", {"QueueUrl": url, "Entries": [entry]})
         assert seen == [[call]]
@@ -11393,7 +11167,7 @@ class TestLambda:
         seen: list[Any] = []
         taskhawk.configure(
             AWS_KEYS,
-            AWS_ENDPOINT_SQS=f"http://127.0.0.1:{lambda_sqs.server_port}",
+            AWS_ENDPOINT_SQS=lambda_sqs.url,
             TASKHAWK_PRE_PROCESS_HOOK=lambda **given: seen.append(given),
             TASKHAWK_POST_PROCESS_HOOK="test_lambda_hooks.delete",
         )
@@ -11410,15 +11184,11 @@ class TestLambda:
         assert message.attributes == lambda_sqs_record("", "m1")["attributes"]
         attribute = message.message_attributes["request_id"]
         assert (attribute["StringValue"], attribute["DataType"]) == ("1234", "String")
-        assert lambda_sqs.calls == [
-            (
-                "DeleteMessageBatch",
-                {
-                    "QueueUrl": message.queue_url,
-                    "Entries": [{"Id": "0", "ReceiptHandle": "receipt of m1"}],
-                },
-            )
-        ]
+        assert lambda_sqs.actions == ["DeleteMessageBatch"]
+        assert lambda_sqs.calls[0].data == {
+            "QueueUrl": message.queue_url,
+            "Entries": [{"Id": "0", "ReceiptHandle": "receipt of m1"}],
+        }
 
     def test_queue_url_of_aws(self, lambda_runs):
         """Without an endpoint of one's own, the queue's URL is the one that AWS has."""
@@ -11517,7 +11287,8 @@ class TestLambda:
             for n in (4, 5)
         ]
         deleted = [[(f"receipt of m{n}",) for n in (1, 2, 3)]] if kind == "SQS" else []
-        assert lambda_sqs.entries("DeleteMessageBatch", "ReceiptHandle") == deleted
+        found = lambda_entries(lambda_sqs, "DeleteMessageBatch", "ReceiptHandle")
+        assert found == deleted
         context.remaining_ms = 10_000
         assert taskhawk.process_messages_for_lambda_consumer(
             lambda_event(9_999), context=context, partial_batch=True
@@ -11555,7 +11326,7 @@ class TestLambda:
         except ExceptionGroup as group:
             errors = group.exceptions
         assert lambda_runs == [1, *filter(None, [first]), 2, 4]
-        deleted = lambda_sqs.entries("DeleteMessageBatch", "ReceiptHandle")
+        deleted = lambda_entries(lambda_sqs, "DeleteMessageBatch", "ReceiptHandle")
         if partial_batch:
             failures = [{"itemIdentifier": name} for name in ("m2", "m4")]
             assert (answer, deleted) == ({"batchItemFailures": failures}, [])
@@ -13135,23 +12906,15 @@ class TestCommandLine:
             ),
         )
 
-    def test_failed(self, capsys, command_folder, worker_aws):
+    def test_failed(self, capsys, command_folder, aws):
         """What the service refuses is said in one line, and the exit code is 1."""
         policy = json.dumps({"deadLetterTargetArn": "arn:aws:sqs:us-east-1:1:letters"})
         letter = {"MessageId": "m", "ReceiptHandle": "r", "Body": "{}"}
-        worker_aws.answers |= {
-            "GetQueueAttributes": lambda request: {
-                "Attributes": {"VisibilityTimeout": "30", "RedrivePolicy": policy}
-                | dict.fromkeys(request["AttributeNames"][2:], "0")
-                | {
-                    "ApproximateNumberOfMessages": "1",
-                    "ApproximateNumberOfMessagesNotVisible": "0",
-                }
-                | {"ApproximateNumberOfMessagesDelayed": "0"}
-            },
-            "ReceiveMessage": {"Messages": [letter]},
-            "SendMessage": "com.amazonaws.sqs#KmsDisabled",
-        }
+        attributes = aws.default("GetQueueAttributes", {})["Attributes"]
+        attributes |= {"RedrivePolicy": policy, "ApproximateNumberOfMessages": "1"}
+        aws.always("GetQueueAttributes", {"Attributes": attributes})
+        aws.always("ReceiveMessage", {"Messages": [letter]})
+        aws.always("SendMessage", fault("com.amazonaws.sqs#KmsDisabled"))
         assert command_error(capsys, "dead-letters", "requeue") == (
             1,
             "taskhawk: 1 of 1 messages failed: KmsDisabled",
@@ -13192,15 +12955,15 @@ class TestCommandLine:
             f"taskhawk: [Errno {errno.ENOSPC}] No space left on device",
         )
 
-    def test_uncertain(self, capsys, command_folder, worker_aws):
+    def test_uncertain(self, capsys, command_folder, aws):
         """A worker that does not know whether a message was deleted exits with 1."""
-        failed = {"Id": "0", "Code": "ReceiptHandleIsInvalid", "SenderFault": True}
-        worker_aws.answers |= {
-            "ReceiveMessage": lambda request: worker_aws_messages(
-                taskhawk.Message.new("job.add", [1])
-            ),
-            "DeleteMessageBatch": {"Successful": [], "Failed": [failed]},
-        }
+
+        def receive(call: AwsCall) -> AwsAnswer:
+            return brings_messages(taskhawk.Message.new("job.add", [1]))
+
+        aws.always("ReceiveMessage", receive)
+        gone = refuse(0, code="ReceiptHandleIsInvalid", ours=True)
+        aws.always("DeleteMessageBatch", gone)
         (command_folder / "job.py").write_text(
             COMMAND_MODULE.format(package="taskhawk")
         )
