@@ -1138,6 +1138,11 @@ class Refusal(NamedTuple):
     text: str
     final: bool
 
+    @property
+    def is_denied(self) -> bool:
+        """Whether the service says that the caller may not do it."""
+        return self.code.startswith("AccessDenied")
+
 
 class QueueInfo(NamedTuple):
     """What a worker wants to know of a queue; None where it has no dead-letter queue."""
@@ -1236,6 +1241,7 @@ class QueueMessage:
         None  # once it is known to be valid and its task to be registered
     )
     lease_lost: bool = False  # set by the worker
+    max_receive_count: int | None = None  # of the queue's redrive policy, if known
 
     #: how often the message was received, from 1
     attempt = property(
@@ -1293,6 +1299,20 @@ def _accepted(refusals: Sequence[Refusal]) -> None:
             {"Id": str(r.index), "Code": r.code, "Message": r.text} for r in refusals
         ]
         raise PartialFailure({"Successful": [], "Failed": failed})
+
+
+def _one_call(
+    call: Callable[[Sequence[Any]], list[Refusal]], entries: Sequence[Any]
+) -> dict[int, Refusal]:
+    """Make one batch call, and return what was refused, by its place in the batch.
+
+    A call that fails as a whole has refused all of them.
+    """
+    try:
+        return {refusal.index: refusal for refusal in call(entries)}
+    except Exception as error:
+        whole = Refusal(0, _error_code(error), str(error), final=False)
+        return dict.fromkeys(range(len(entries)), whole)
 
 
 def _in_batches(
@@ -2990,24 +3010,28 @@ _schemes["sync"] = lambda _url: _SyncSender()  # type: ignore[abstract]
 
 
 # --- 14. holdings ---------------------------------------------------------------------
-
+# What becomes of a message that a worker holds. Pure: it is told the time, and it calls
+# nothing; what it has to say is kept as news for the keeper to log. _STEPS is the one
+# table of states, and _Held.move() the one place that changes one. Each message ends
+# exactly once, and the ledger counts that end.
 
 _STEPS = {  # the allowed steps of a message; nothing else moves one
     "received": {"started", "released"},
-    "started": {"finished"},
+    "started": {"finished", "released"},
     "finished": {"acked", "retried", "dead_lettered", "uncertain"},
 }
 _ACK_WAIT_S = 0.05  # how long an acknowledgement waits for others to share its call
+_LATEST_S = _MAX_HELD_S - 10  # of a lease: SQS counts from a little before the receive
 
 
 @dataclasses.dataclass
 class Ledger:
     """How many messages a worker received, and what became of them.
 
-    In the end, each one received is in exactly one of the others: ``acked`` was deleted after its
-    run, ``retried`` is visible again now or later, ``dead_lettered`` was copied and then deleted,
-    ``released`` was never started, and for ``uncertain`` nobody knows whether its delete was
-    applied: it may run again.
+    In the end, each message received is in exactly one of the other counts: ``acked``
+    was deleted after its run, ``retried`` is visible again now or later,
+    ``dead_lettered`` was copied and then deleted, ``released`` never ran, and of
+    ``uncertain`` nobody knows whether its delete was applied: it may run again.
     """
 
     received: int = 0
@@ -3020,462 +3044,953 @@ class Ledger:
     @property
     def balanced(self) -> bool:
         """Whether every message that was received ended in exactly one way."""
-        return bool(2 * self.received == sum(vars(self).values()))
+        return bool(2 * self.received == sum(dataclasses.astuple(self)))
+
+    def count(self, end: str) -> None:
+        """Count one message more that ended so."""
+        setattr(self, end, getattr(self, end) + 1)
 
     def __str__(self) -> str:
         """Return it as the command prints it."""
-        return ", ".join(
-            f"{count} {name.replace('_', '-')}" for name, count in vars(self).items()
-        )
+        counts = dataclasses.asdict(self).items()
+        return ", ".join(f"{count} {name.replace('_', '-')}" for name, count in counts)
 
 
 @dataclasses.dataclass(eq=False)
 class _Held:
-    """A message that the worker holds, from its receive to its end."""
+    """A message that a worker holds, from its receive to its end.
+
+    Times are those of the worker's clock, in seconds.
+    """
 
     message: QueueMessage
-    hide_s: float  # what the next change of its visibility sets: its lease, in the end its delay
-    lease_until: float
-    renew_at: float  # when the keeper is to extend the lease
-    last_at: float  # SQS lets no lease go beyond
+    lease_s: float  # how long each extension hides it
+    lease_until: float  # before that, nobody else can receive it
+    renew_at: float  # when its lease is to be extended; never, if infinite
+    last_at: float  # no lease can end later
+    is_sure: bool = True  # its lease is known to hold, so that it may be started
     state: str = "received"
-    end: str = (
-        ""  # what it becomes, once that is decided: it stays held until it is done
-    )
-    due_at: float = math.inf  # when the keeper is to do it
-    tries: int = 0
+    end: str = ""  # what it is to become; it is held until that is done
+    delay_s: float = 0  # after which it is visible again, if that is its end
+    due_at: float = math.inf  # when the call that ends it is to be made
+    tries: int = 0  # how often that call has failed
+    in_call: bool = False  # a call with it is under way, so that no other is made
 
-    to_delete = property(lambda self: self.end in ("acked", "dead_lettered"))
+    @property
+    def queue(self) -> str:
+        """The name of its queue."""
+        return self.message.queue or ""
+
+    @property
+    def runs(self) -> bool:
+        """Whether it was started, and it is not decided yet what it becomes."""
+        return self.state == "started" and not self.end
+
+    @property
+    def to_delete(self) -> bool:
+        """Whether a delete ends it."""
+        return self.end in {"acked", "dead_lettered"}
+
+    @property
+    def may_join(self) -> bool:
+        """Whether it may share a delete that is made before its own is due."""
+        return self.to_delete and self.tries == 0
 
     def move(self, state: str) -> None:
-        """Make a step, or raise RuntimeError if _STEPS does not allow it: no message ends twice."""
+        """Make a step, or raise RuntimeError if _STEPS does not allow it."""
         if state not in _STEPS.get(self.state, ()):
             raise RuntimeError(f"a message can't go from {self.state} to {state}")
         self.state = state
 
 
+class _Kind(enum.Enum):
+    """The calls that a keeper makes; the value completes "can't …" in its logs."""
+
+    extend = "extend leases"
+    delete = "delete"
+    delay = "set delays"
+
+
+class _Call(NamedTuple):
+    """A batch call that is due: at most ten messages of one queue."""
+
+    kind: _Kind
+    queue: str
+    batch: list[_Held]
+    asked_at: float
+
+    def entries(self) -> list[Any]:
+        """Return what the broker's method takes for each message."""
+        receipts = [held.message.receipt_handle or "" for held in self.batch]
+        if self.kind is _Kind.delete:
+            return receipts
+        return list(zip(receipts, map(self._hidden_s, self.batch), strict=True))
+
+    def _hidden_s(self, held: _Held) -> float:
+        """Return for how long to hide a message, within the 12 hours that SQS allows."""
+        wanted_s = held.lease_s if self.kind is _Kind.extend else held.delay_s
+        return max(0, min(wanted_s, held.last_at - self.asked_at))
+
+
+class _Holdings:
+    """The messages that a worker holds, and what is due for them.
+
+    It has no lock: whoever shares it between threads guards every call and field.
+
+    :param queues: the names of the queues, the most urgent first
+    :param ack_wait_s: how long an acknowledgement waits for others to share its call
+    """
+
+    def __init__(self, queues: Sequence[str], ack_wait_s: float = _ACK_WAIT_S) -> None:
+        self.ledger = Ledger()
+        self.news: list[tuple[int, str]] = []  # log levels and texts
+        self.closing = False  # leases end: they bound how long deletes are tried
+        self.unanswered = 0  # deletes that were not known to be applied while closing
+        self._urgency = {queue: place for place, queue in enumerate(queues)}
+        self._ack_wait_s = ack_wait_s
+        self._held: dict[_Held, None] = {}  # an ordered set, as are the next two
+        self._waiting: dict[_Held, None] = {}  # received, the most urgent first
+        self._ending: dict[
+            _Held, None
+        ] = {}  # what they become is decided, and not done
+        self._renew_at = math.inf  # no lease is to be extended before
+
+    # What there is.
+
+    @property
+    def waiting(self) -> int:
+        """How many messages wait to be started."""
+        return len(self._waiting)
+
+    @property
+    def ending(self) -> int:
+        """How many messages have ended but for the call that says so to the queue."""
+        return len(self._ending)
+
+    @property
+    def running(self) -> int:
+        """How many messages run."""
+        return len(self._held) - len(self._waiting) - len(self._ending)
+
+    def still_run(self) -> list[QueueMessage]:
+        """Return the messages that run."""
+        return [held.message for held in self._held if held.runs]
+
+    def untried(self, since: float) -> bool:
+        """Return whether a message ended after that time, and no call has said so."""
+        return any(h.due_at >= since and h.tries == 0 for h in self._ending)
+
+    # From a receive to the end of a run.
+
+    def take(
+        self,
+        messages: Iterable[QueueMessage],
+        lease_s: float,
+        asked_at: float,
+        now: float,
+    ) -> None:
+        """Hold received messages from now on.
+
+        The service hid them at some time between the call and its answer. Where that was
+        long, none is started before an extension has shown that its lease still holds.
+
+        :param lease_s: for how long the receive asked to hide them
+        :param asked_at: when the receive was called
+        """
+        is_sure = now - asked_at <= lease_s / 3
+        for message in messages:
+            held = _Held(
+                message,
+                lease_s,
+                lease_until=(asked_at if is_sure else now) + lease_s,
+                renew_at=asked_at + lease_s / 3,
+                last_at=asked_at + _LATEST_S,
+                is_sure=is_sure,
+            )
+            self._held[held] = self._waiting[held] = None
+            self._renew_at = min(self._renew_at, held.renew_at)
+            self.ledger.received += 1
+        if len(self._urgency) > 1:
+            by_urgency = sorted(self._waiting, key=lambda h: self._urgency[h.queue])
+            self._waiting = dict.fromkeys(by_urgency)
+
+    def start(self, now: float) -> _Held | None:
+        """Start the most urgent message whose lease holds; return it, or None."""
+        for held in list(self._waiting):
+            if now >= held.lease_until:
+                self._lose(held, "its lease ended while it waited")
+            elif held.is_sure:
+                del self._waiting[held]
+                held.move("started")
+                return held
+        return None
+
+    def finish(
+        self, held: _Held, end: str, now: float, delay_s: float | None = 0
+    ) -> None:
+        """Note that a run is over, and what its message is to become.
+
+        :param end: one of the ends that _STEPS allows
+        :param delay_s: when a retried message is visible again; None leaves that to the
+            end of its lease
+        """
+        held.move("finished")
+        self._decide(held, end, now, delay_s)
+
+    def release(self, held: _Held, now: float) -> None:
+        """Note that a message did not run after all: it is to be visible at once."""
+        self._decide(held, "released", now, 0)
+
+    def release_waiting(self, now: float) -> None:
+        """Release all messages that were not started."""
+        for held in list(self._waiting):
+            self.release(held, now)
+
+    def _decide(self, held: _Held, end: str, now: float, delay_s: float | None) -> None:
+        """Note what a message is to become, and when the call for it is due."""
+        self._waiting.pop(held, None)
+        self._ending[held] = None
+        held.end, held.due_at = end, now
+        if held.to_delete:
+            if not held.message.is_fifo:  # others of its group wait for it
+                held.due_at = now + self._ack_wait_s
+        elif delay_s is None or held.message.lease_lost:
+            # It shows by itself at the end of its lease, or another has it by now.
+            self._close(held, end)
+        else:
+            # Out of the lease first: a later extension would undo the delay.
+            held.delay_s, held.renew_at = delay_s, math.inf
+
+    # What is due.
+
+    def expire(self, now: float) -> None:
+        """Give up the leases that ended, and those that can't be extended any more."""
+        if now < self._renew_at or self.closing:
+            return
+        due = [h for h in self._held if h.renew_at <= now and not h.in_call]
+        for held in due:
+            if held.last_at - now < 1:
+                self._lose(held, "it was received 12 hours ago")
+            elif now >= held.lease_until:
+                self._lose(held, "its lease ended before it could be extended")
+
+    def next_call(self, now: float) -> _Call | None:
+        """Return the call to make now, if one is due, and mark its messages as in it.
+
+        Leases come first, for a message whose lease ends may run twice. Then comes what
+        has been due for longest: neither deletes nor delays can starve the others.
+        """
+        kind, batch = _Kind.extend, self._due_leases(now)
+        if not batch:
+            batch = self._due_ends(now)
+            if not batch:
+                return None
+            kind = _Kind.delete if batch[0].to_delete else _Kind.delay
+        for held in batch:
+            held.in_call = True
+        return _Call(kind, batch[0].queue, batch, now)
+
+    def next_at(self, now: float) -> float:
+        """Return when the next call is due: now, or later, or never (infinity)."""
+        if self._is_full() or self._is_idle():
+            return now
+        times = [held.due_at for held in self._ending if not held.in_call]
+        if not self.closing:
+            times.append(self._renew_at)
+        return min(times, default=math.inf)
+
+    def _due_leases(self, now: float) -> list[_Held]:
+        """Return messages of one queue whose leases are to be extended now."""
+        if now < self._renew_at or self.closing:
+            return []
+        free = [held for held in self._held if not held.in_call]
+        due = [held for held in free if held.renew_at <= now]
+        batch = _of_one_queue(sorted(due, key=lambda held: held.lease_until))
+        rest = set(free).difference(batch)
+        self._renew_at = min((held.renew_at for held in rest), default=math.inf)
+        return batch
+
+    def _due_ends(self, now: float) -> list[_Held]:
+        """Return messages of one queue that one call can end now."""
+        free = [held for held in self._ending if not held.in_call]
+        due = [held for held in free if held.due_at <= now]
+        if not due and (self._is_full() or self._is_idle()):
+            due = [held for held in free if held.may_join]
+        if not due:
+            return []
+        first = min(due, key=lambda held: held.due_at)
+        # What was refused before is not tried before its time only because others are due.
+        ready = (held for held in free if held.may_join or held.due_at <= now)
+        alike = [held for held in ready if held.to_delete is first.to_delete]
+        return _of_one_queue(sorted(alike, key=lambda held: held is not first))
+
+    def _is_full(self) -> bool:
+        """Return whether some queue has a full batch of new acknowledgements."""
+        new = [h.queue for h in self._ending if h.may_join and not h.in_call]
+        return len(new) >= _MAX_BATCH and any(
+            new.count(queue) >= _MAX_BATCH for queue in self._urgency
+        )
+
+    def _is_idle(self) -> bool:
+        """Return whether new acknowledgements wait, and no other can come soon."""
+        if len(self._ending) < len(self._held):
+            return False
+        return any(held.may_join and not held.in_call for held in self._ending)
+
+    # What the queue answered.
+
+    def answered(self, call: _Call, refused: Mapping[int, Refusal]) -> None:
+        """Note the answer to a call.
+
+        :param refused: what was refused, by its place in the batch
+        """
+        note = {
+            _Kind.extend: self._extended,
+            _Kind.delete: self._deleted,
+            _Kind.delay: self._delayed,
+        }[call.kind]
+        for place, held in enumerate(call.batch):
+            held.in_call = False
+            if held in self._held:  # else it was given up while the call was under way
+                note(held, refused.get(place), call.asked_at)
+                self._renew_at = min(self._renew_at, held.renew_at)
+
+    def _extended(self, held: _Held, refusal: Refusal | None, asked_at: float) -> None:
+        """Note how the extension of a lease went; it counts from the call."""
+        if held.end and not held.to_delete:
+            return  # its run ended meanwhile: its delay is due next
+        if refusal is None:
+            held.is_sure = True
+            held.lease_until = min(asked_at + held.lease_s, held.last_at)
+            held.renew_at = min(asked_at + held.lease_s / 3, held.last_at - 1)
+        elif refusal.is_denied:
+            held.is_sure = True  # no later answer would tell more
+            held.renew_at = asked_at + held.lease_s / 3
+        elif refusal.final:
+            self._lose(held, refusal.text)
+        else:
+            # A dozen tries are left until the lease ends.
+            held.renew_at = asked_at + held.lease_s / 20
+
+    def _deleted(self, held: _Held, refusal: Refusal | None, asked_at: float) -> None:
+        """Note how a delete went; one that was sent after the lease ended proves nothing."""
+        late = asked_at >= held.lease_until
+        if late or (refusal and refusal.final):
+            why = refusal.text if refusal else "its lease had ended"
+            self._warn(held, f"may run again: {why}")
+            self._close(held, "uncertain")
+        elif refusal:
+            self._try_later(held, asked_at)
+        else:
+            self._close(held, held.end)
+
+    def _delayed(self, held: _Held, refusal: Refusal | None, asked_at: float) -> None:
+        """Note how a delay or release went; where it failed, the lease's end shows it."""
+        late = asked_at >= held.lease_until
+        if refusal and not (late or refusal.final or refusal.is_denied):
+            self._try_later(held, asked_at)
+            return
+        if refusal:
+            self._warn(held, f"is visible again when its lease ends: {refusal.text}")
+        self._close(held, held.end)
+
+    def _try_later(self, held: _Held, asked_at: float) -> None:
+        """Make the call again, after a pause that doubles from 0.2 s to 5 s."""
+        held.tries += 1
+        held.due_at = asked_at + min(0.1 * 2**held.tries, 5)
+
+    def _lose(self, held: _Held, why: str) -> None:
+        """Note that others may have a message; if it waits, it is not started."""
+        self._warn(held, f"may run twice: {why}")
+        held.message.lease_lost = True
+        held.renew_at, held.lease_until = math.inf, -math.inf
+        if held in self._waiting:
+            self._close(held, "released")
+
+    # The end.
+
+    def close(self) -> None:
+        """End what is decided, done or not; what still runs stays held."""
+        for held in list(self._held):
+            if held.to_delete:
+                self._close(held, "uncertain")
+            elif held.end:
+                self._close(held, held.end)
+
+    def _close(self, held: _Held, end: str) -> None:
+        """End a message: the ledger counts it, and nothing more is done for it."""
+        held.move(end)
+        self.ledger.count(end)
+        for those in (self._held, self._waiting, self._ending):
+            those.pop(held, None)
+        if self.closing and end == "uncertain":
+            self.unanswered += 1
+
+    def _warn(self, held: _Held, text: str) -> None:
+        """Keep a warning about a message for the log."""
+        self.news.append((logging.WARNING, f"{_name_of(held.message)} {text}"))
+
+
+def _of_one_queue(ready: Sequence[_Held]) -> list[_Held]:
+    """Return at most ten messages: the first, and others of its queue."""
+    alike = (held for held in ready if held.queue == ready[0].queue)
+    return list(itertools.islice(alike, _MAX_BATCH))
+
+
+def _name_of(received: QueueMessage) -> str:
+    """Return what logs call a message: its ids and its task, in one short line."""
+    name = f"message {received.message_id}"
+    if received.message:
+        name += f" ({received.message.task_name} {received.message.id})"
+    return re.sub(r"[^ -~]", "?", name)[:300]
+
+
 # --- 15. the keeper -------------------------------------------------------------------
+# The one place that changes received messages on their queue. So a call never undoes a
+# later one: no message is in two calls, and what leaves the lease is extended no more.
+# It knows holdings, a broker, a clock and a heartbeat, and no worker. No call is made
+# and no record is logged while the lock is held.
 
-
-_TICK_S = 0.2  # how soon a signal or a shutdown_event is seen
+_TICK_S = 0.2  # how soon a shutdown_event is seen, and the longest sleep of a thread
 
 
 class _Faults:
-    """Logs when something begins to fail and when it works again, and not each failure between."""
+    """Logs when something begins to fail and when it works again, and nothing between.
+
+    Each key is used by one thread.
+    """
 
     def __init__(self) -> None:
-        """Have seen no failure yet; each key is of one thread."""
         self._counts: dict[tuple[str, str], int] = {}
 
-    def note(self, queue: str, what: str, error: object) -> int:
-        """Note a failure, or none, and return how many there were one after another."""
-        before = self._counts.get((queue, what), 0)
-        self._counts[queue, what] = now = before + 1 if error else 0
-        if now == 1:
-            _log.warning("%s: can't %s, goes on trying: %s", queue, what, error)
-        elif before and not now:
-            _log.info("%s: can %s again; tries that failed: %d", queue, what, before)
-        return now
+    def failed(
+        self, queue: str, what: str, error: object, level: int = logging.WARNING
+    ) -> int:
+        """Note a failure, and return how many there were one after another."""
+        count = self._counts.get((queue, what), 0) + 1
+        self._counts[queue, what] = count
+        if count == 1:
+            _log.log(level, "%s: can't %s, goes on trying: %s", queue, what, error)
+        return count
+
+    def worked(self, queue: str, what: str) -> None:
+        """Note that it works."""
+        count = self._counts.pop((queue, what), 0)
+        if count:
+            text = "%s: can %s again; tries that failed: %d"
+            _log.info(text, queue, what, count)
 
 
 class _Keeper:
-    """The messages that a worker holds, and the one thread that changes them on the queue.
+    """Makes the calls that holdings say are due, one after another.
 
-    A slot says what is to become of a message, and goes on at once; the keeper has ten of them done
-    in a call. Its client tries once, so that an answer which does not come holds the leases up for
-    one timeout only: what failed is due again, a little later.
+    A slot says what is to become of a message, and goes on at once; the keeper ends ten
+    of them in a call. Its client tries once, so that an answer which does not come holds
+    the leases up for one timeout only: what failed is due again, a little later.
+
+    :param clock: seconds; leases are measured with it
+    :param beat: called after each round of lease extensions that worked
     """
 
-    def __init__(self, worker: Worker) -> None:
-        """Hold nothing yet; the worker starts the thread."""
-        self._worker, self.ledger = worker, Ledger()
-        # Guards all that follows and the fields of what is held. Slots and pollers wait for
-        # `changed`, the keeper for `due`: a thread woken for nothing costs more than the change.
-        lock = threading.RLock()
-        self.changed, self.due = threading.Condition(lock), threading.Condition(lock)
-        self.held: list[_Held] = []
-        self.waiting: list[
-            _Held
-        ] = []  # those of it that are to be started, the most urgent first
-        self._leases = True  # until ChangeMessageVisibility is denied
-        self._closed = False  # nothing will be added or finished any more
-        self.gives_up_at = (
-            math.inf
-        )  # when it ends, once closed, whatever is not done by then
-        self._looks_at = (
-            0.0  # when the keeper will look for what is due, if nobody wakes it
-        )
-        self.thread = threading.Thread(
-            target=worker.guard, args=(self._run,), daemon=True
-        )
-
-    def take(self, messages: Sequence[QueueMessage], lease_s: float) -> None:
-        """Hold received messages from now on."""
-        now = self._worker.clock()
-        # SQS counts its 12 hours from a little before `now`.
-        times = (lease_s, now + lease_s, now + lease_s / 3, now + _MAX_HELD_S - 10)
-        with self.changed:
-            # Held and waiting in one step: what was started without a lease could run twice.
-            taken = [_Held(message, *times) for message in messages]
-            self.held += taken
-            self.waiting += taken
-            self.waiting.sort(
-                key=lambda held: self._worker.queues.index(held.message.queue or "")
-            )
-            self.ledger.received += len(messages)
-            self.changed.notify_all()
-
-    def has_room(self) -> bool:
-        """Return whether no message waits, a slot is free, and no acknowledgements are overdue.
-
-        Those would be a batch beyond the one whose call is under way.
-        """
-        ended = sum(1 for held in self.held if held.end)
-        running = len(self.held) - ended
-        return (
-            not self.waiting
-            and running < self._worker.concurrency
-            and ended < 2 * _MAX_BATCH
-        )
-
-    def start_next(self) -> _Held | None:
-        """Return the most urgent of the messages that wait, started, or None if there is none.
-
-        Called with the condition held, so that no two slots get the same.
-        """
-        while self.waiting:
-            held = self.waiting[0]
-            if not self._leases or held.lease_until > self._worker.clock():
-                held.move("started")
-                return self.waiting.pop(0)
-            # A call that hangs may have kept the keeper from seeing it.
-            self._lose(held, "its lease ended while it waited")
-        return None
-
-    def decide(self, held: _Held, end: str, visible_in_s: float | None = 0) -> None:
-        """Note what a message is to become; None leaves it to its visibility timeout."""
-        with self.changed:
-            # What was never started has no run to finish.
-            if end != "released":
-                held.move("finished")
-            held.end, held.due_at = end, self._worker.clock()
-            # The first of ten waits a little for the others; where nothing else runs, _due() does
-            # not.
-            if held.to_delete:
-                held.due_at += _ACK_WAIT_S
-            # Nothing is to be sent: it shows again by itself, or another has it by now.
-            elif visible_in_s is None or held.message.lease_lost:
-                self._close(held, end)
-            else:
-                # Out of the lease first, or an extension under way could undo the delay.
-                held.hide_s, held.renew_at = visible_in_s, math.inf
-            if (
-                not self.waiting
-            ):  # else this slot takes the next, and the pollers have no room
-                self.changed.notify_all()
-            if not self.waiting or held.due_at < self._looks_at:
-                self.due.notify()
-
-    def close(self, within_s: float | None = None) -> None:
-        """See through all that is decided, and end the thread; what still runs is left to run.
-
-        :param within_s: how long to wait for that; None waits until leases end, or it gives up
-        """
-        with self.changed:
-            self._closed = True
-            self.due.notify()
-        self.thread.join(within_s)
-        with self.changed:
-            for held in [
-                held for held in self.held if held.end or held in self.waiting
-            ]:
-                self._close(
-                    held, "uncertain" if held.to_delete else held.end or "released"
-                )
-            self.waiting.clear()
-
-    def _run(self) -> None:
-        """Make one call after another, each for what is due of one queue."""
-        while (
-            not self._closed
-            or self.waiting
-            or any(held.end for held in list(self.held))
-        ):
-            with self.changed:
-                now = self._worker.clock()
-                kind, due = self._due(now)
-                if self._closed and now >= self.gives_up_at:
-                    # What ended after that, in the calling thread, has one try.
-                    ended = [held for held in self.held if held.end]
-                    if all(
-                        held.tries or held.due_at < self.gives_up_at for held in ended
-                    ):
-                        return
-                if not due:
-                    times = (
-                        time
-                        for held in self.held
-                        for time in (held.due_at, held.renew_at)
-                    )
-                    self._looks_at = min(
-                        [now + _TICK_S, *(time for time in times if time > now)]
-                    )
-                    self.due.wait(self._looks_at - now)
-                    continue
-                queue, broker = due[0].message.queue or "", self._worker.broker
-                batch = [held for held in due if held.message.queue == queue][
-                    :_MAX_BATCH
-                ]
-                entries: list[Any] = [held.message.receipt_handle for held in batch]
-                call: Any = broker.delete
-                if kind != "delete":
-                    call = broker.change_visibility
-                    seconds = (
-                        max(0, min(held.hide_s, held.last_at - now)) for held in batch
-                    )
-                    entries = list(zip(entries, seconds, strict=True))
-            refused = _in_batches(functools.partial(call, queue), entries)
-            with self.changed:
-                for index, held in enumerate(batch):
-                    self._note(kind, held, refused.get(index), now)
-                if len(self.held) >= _MAX_BATCH:  # pollers may have waited for it
-                    self.changed.notify_all()
-            faults = [refusal for refusal in refused.values() if not refusal.final]
-            self._worker.faults.note(queue, kind, faults and faults[0].text)
-            if kind == "extend leases" and len(faults) < len(batch):
-                self._worker.beat()
-
-    def _due(self, now: float) -> tuple[str, list[_Held]]:
-        """Return the most urgent of the changes that are due, and what it is due for.
-
-        Leases come first, for one that ends is a message that runs twice; then deletes, whose
-        leases go on until they are done; then delays and releases: without them, the message
-        still shows again at the end of its lease.
-        """
-        while self.waiting and (self._closed or self._worker.is_over()):
-            self.decide(self.waiting.pop(), "released")
-        # At the end the leases bound how long deletes are tried: none is extended any more.
-        leased = self.held if self._leases and not self._closed else []
-        for held in [h for h in leased if h.renew_at <= now and h.last_at - now < 1]:
-            self._lose(held, "it was received 12 hours ago")
-        if renewals := [held for held in leased if held.renew_at <= now]:
-            return "extend leases", renewals
-        # What was refused is not tried before its time only because others are due.
-        deletes = [
-            h for h in self.held if h.to_delete and (h.due_at <= now or not h.tries)
-        ]
-        full = len(deletes) >= _MAX_BATCH or all(held.end for held in self.held)
-        if deletes and (full or any(held.due_at <= now for held in deletes)):
-            return "delete", deletes
-        return "set delays", [
-            h for h in self.held if h.end and not h.to_delete and h.due_at <= now
-        ]
-
-    def _note(
-        self, kind: str, held: _Held, refusal: Refusal | None, now: float
+    def __init__(
+        self,
+        holdings: _Holdings,
+        broker: Broker,
+        clock: Callable[[], float],
+        beat: Callable[[], object],
     ) -> None:
-        """Note the answer for a message; what the service is at fault for is tried again."""
-        # `now` is when the call was made: a delete after the lease's end proves nothing.
-        late = now >= held.lease_until
-        again = refusal and not (refusal.final or late)
-        # Slots went on while the call was under way: a run that ended has its delay come next.
-        if held.state not in _STEPS or (
-            kind == "extend leases" and held.renew_at == math.inf
-        ):
+        self._broker, self._clock, self._beat = broker, clock, beat
+        self._faults = _Faults()
+        # Guards the holdings, and all that follows. The keeper waits for `_due`; whoever
+        # wants to hold more waits for `ended`: no thread is woken for nothing.
+        self.lock = threading.RLock()
+        self._due = threading.Condition(self.lock)
+        self.ended = threading.Condition(self.lock)  # notified as messages end
+        self.holdings = holdings
+        self._looks_at = 0.0  # when it looks for what is due, if nobody wakes it
+        self._gives_up_at = math.inf  # when it ends, whatever is not done by then
+
+    def wake(self) -> None:
+        """Have the keeper look at once, if something is due before it would."""
+        with self._due:
+            if self.holdings.next_at(self._clock()) < self._looks_at:
+                self._due.notify()
+
+    def give_up_after(self, seconds: float) -> None:
+        """End at the latest in so many seconds, once :meth:`close` is called."""
+        with self._due:
+            self._gives_up_at = self._clock() + seconds
+
+    def close(self) -> None:
+        """Have :meth:`run` end once all that is decided is done: leases end too."""
+        with self._due:
+            self.holdings.closing = True
+            self._due.notify()
+
+    def run(self) -> None:
+        """Make one call after another until closed; the body of a thread."""
+        is_done = False
+        while not is_done:
+            call = None
+            with self._due:
+                now = self._clock()
+                self.holdings.expire(now)
+                is_done = self._is_done(now)
+                if not is_done:
+                    call = self.holdings.next_call(now)
+                news = self._take_news()
+                if not (is_done or call or news):
+                    self._wait(now)
+            self._tell(news)
+            if call:
+                self._make(call)
+
+    def _is_done(self, now: float) -> bool:
+        """Return whether there is nothing left to do; called with the lock held."""
+        if not self.holdings.closing:
+            return False
+        if now >= self._gives_up_at:
+            # What ended after that, in the calling thread, still has one try.
+            return not self.holdings.untried(self._gives_up_at)
+        return not self.holdings.ending
+
+    def _wait(self, now: float) -> None:
+        """Wait until something may be due; called with the lock held."""
+        self._looks_at = min(now + _TICK_S, self.holdings.next_at(now))
+        self._due.wait(self._looks_at - now)
+        self._looks_at = 0.0
+
+    def _make(self, call: _Call) -> None:
+        """Make a call, and note its answer."""
+        change: Callable[..., list[Refusal]] = self._broker.change_visibility
+        if call.kind is _Kind.delete:
+            change = self._broker.delete
+        refused = _one_call(functools.partial(change, call.queue), call.entries())
+        with self._due:
+            self.holdings.answered(call, refused)
+            news = self._take_news()
+            self.ended.notify_all()
+        self._tell(news)
+        faults = [refusal for refusal in refused.values() if not refusal.final]
+        self._note_faults(call, faults)
+        if call.kind is _Kind.extend and len(faults) < len(call.batch):
+            self._beat()
+
+    def _note_faults(self, call: _Call, faults: Sequence[Refusal]) -> None:
+        """Log that calls of this kind begin to fail, or work again."""
+        if not faults:
+            self._faults.worked(call.queue, call.kind.value)
             return
-        if kind == "extend leases" and not refusal:
-            held.lease_until = min(now + held.hide_s, held.last_at)
-            held.renew_at = min(now + held.hide_s / 3, held.last_at - 1)
-        elif kind == "extend leases" and again:
-            # A dozen tries are left until the lease ends.
-            held.renew_at = now + held.hide_s / 20
-        elif (
-            kind == "extend leases"
-            and refusal
-            and refusal.code.startswith("AccessDenied")
-        ):
-            if self._leases:  # the policies of 1.4's workers lack the permission
-                text = "ChangeMessageVisibility is denied, long tasks may run twice: %s"
-                _log.error(text, refusal.text)
-            self._leases = False
-        elif kind == "extend leases" and refusal:
-            self._lose(held, refusal.text)
-        elif again:
-            held.tries += 1
-            held.due_at = now + _jittered(min(0.1 * 2**held.tries, 5))
-        else:
-            lost = kind == "delete" and (refusal or late)
-            if lost or refusal:
-                what = (
-                    "may run again" if lost else "is visible again when its lease ends"
-                )
-                why = refusal.text if refusal else "its lease had ended"
-                _log.warning("message %s %s: %s", held.message.message_id, what, why)
-            self._close(held, "uncertain" if lost else held.end)
+        first = faults[0]
+        # A denied call is for a person to mend: the policies of 1.4 lack permissions.
+        level = logging.ERROR if first.is_denied else logging.WARNING
+        self._faults.failed(call.queue, call.kind.value, first.text, level)
 
-    def _lose(self, held: _Held, why: str) -> None:
-        """Note that others may have the message; one that waits is not started."""
-        _log.warning("message %s may run twice: %s", held.message.message_id, why)
-        held.message.lease_lost = True
-        held.renew_at, held.lease_until = math.inf, -math.inf
-        if held in self.waiting:
-            self.waiting.remove(held)
-            self.decide(held, "released")
+    def _take_news(self) -> list[tuple[int, str]]:
+        """Return what the holdings have to say; called with the lock held."""
+        news, self.holdings.news = self.holdings.news, []
+        return news
 
-    def _close(self, held: _Held, end: str) -> None:
-        """End what is held: the ledger counts it, and nothing more is done for it."""
-        held.move(end)
-        self.held.remove(held)
-        setattr(self.ledger, end, getattr(self.ledger, end) + 1)
-        self._worker.unanswered |= self._closed and end == "uncertain"
+    @staticmethod
+    def _tell(news: Iterable[tuple[int, str]]) -> None:
+        """Log it, without the lock: a handler may take long."""
+        for level, text in news:
+            _log.log(level, "%s", text)
 
 
 # --- 16. the worker -------------------------------------------------------------------
-# Every thread and process of this file that outlives a call. Pollers receive, slots run tasks (the
-# calling thread is one of them), and one keeper alone changes messages on the queue: so an
-# extension under way never undoes a delay or a delete. One lock, the keeper's, guards the messages
-# held; no call to the queue is made under it. Worker.run() is the order of the shutdown.
-
+# Every thread of this file that outlives a call: pollers receive, slots run tasks (the
+# calling thread is one of them), one keeper changes messages on the queue, one heart
+# calls the heartbeat hook, one watch sees the signals and the grace. One lock guards the
+# holdings, the phase and the counts; _move_on() alone moves the phase forward.
 
 _MAX_BACKOFF_S = 60  # between receives that fail
 _FLUSH_S = 3  # of the grace, kept for acknowledgements once running tasks are given up
 
 
-@contextlib.contextmanager
-def _signals_to(seen: list[int]) -> Iterator[None]:
-    """Note SIGTERM and SIGINT, where nobody else handles them; a second one has its default effect.
+class _Phase(enum.IntEnum):
+    """How far a worker is: it only ever moves forward.
 
-    A handler runs between any two instructions of the main thread, so ours does no more than to
-    append to a list, and to put back what was there before.
+    A poll in flight is waited out, for nobody would run what it receives. Waiting
+    messages are released only after that, or our own poll would take them again.
     """
 
-    def note(number: int, _frame: object) -> None:
-        seen.append(number)
-        restore()
+    working = 1  # receives and runs
+    stopping = 2  # receives and starts nothing more; polls in flight are waited out
+    draining = 3  # no poll is in flight: what waits is released, what runs goes on
+    flushing = 4  # nothing runs, or it is left to run: what is decided is done
+    ended = 5
 
-    def restore() -> None:  # a signal may interrupt it, and do it all
-        for number in noted:
-            signal.signal(number, ours[number])
 
-    ours: dict[int, Any]
-    ours = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
-    in_main = threading.current_thread() is threading.main_thread()
-    noted = [
-        n for n, default in ours.items() if in_main and signal.getsignal(n) == default
-    ]
+class _Signals:
+    """Notes SIGTERM and SIGINT where nobody else handles them, while the block lasts.
+
+    A handler runs between any two instructions of the main thread, so ours only sets
+    flags. It does not run while the main thread is in C code: then the wakeup descriptor
+    tells :meth:`wait`, in another thread. Supervisors and shells signal a process and its
+    group, so a second SIGTERM does nothing; a second SIGINT, by hand, ends at once.
+    """
+
+    _again_s = 1  # a SIGINT within that time of the first is the same one, sent twice
+
+    def __init__(self) -> None:
+        self.seen = False
+        self._first_at = math.inf
+        self._replaced: dict[signal.Signals, Any] = {}
+        self._pipe: tuple[int, int] | None = None
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return
+        defaults = {
+            signal.SIGTERM: signal.SIG_DFL,
+            signal.SIGINT: signal.default_int_handler,
+        }
+        for number, default in defaults.items():
+            if signal.getsignal(number) == default:
+                self._replaced[number] = default
+        if not self._replaced:
+            return
+        self._pipe = os.pipe()
+        os.set_blocking(self._pipe[0], False)
+        os.set_blocking(self._pipe[1], False)  # as set_wakeup_fd() asks for
+        self._old_wakeup = signal.set_wakeup_fd(
+            self._pipe[1], warn_on_full_buffer=False
+        )
+        _installed.append(self)
+        for number in self._replaced:
+            signal.signal(number, self._note)
+
+    def __exit__(self, *_: object) -> None:
+        if self._pipe is None:
+            return
+        self.restore()
+        _installed.remove(self)
+        signal.set_wakeup_fd(self._old_wakeup)
+        for descriptor in self._pipe:
+            os.close(descriptor)
+
+    def restore(self) -> None:
+        """Put back the handlers that were there before."""
+        for number, handler in self._replaced.items():
+            signal.signal(number, handler)
+
+    def wait(self, seconds: float) -> None:
+        """Wait for a signal, at most so long; from any thread but the main one."""
+        if self._pipe is None:
+            time.sleep(seconds)
+            return
+        import select
+
+        if select.select([self._pipe[0]], [], [], seconds)[0]:
+            numbers = os.read(self._pipe[0], 4096)
+            self.seen = self.seen or any(n in self._replaced for n in numbers)
+
+    def _note(self, number: int, _frame: object) -> None:
+        """Note a signal; a second Ctrl-C interrupts the main thread."""
+        now = time.monotonic()
+        self.seen = True
+        if number == signal.SIGINT:
+            if now - self._first_at >= self._again_s:
+                raise KeyboardInterrupt
+            self._first_at = min(now, self._first_at)
+
+
+_installed: list[_Signals] = []  # those of the workers that run in this process
+
+
+def _forget_signals() -> None:
+    """Let what a task forks have the handlers that it would have without a worker."""
+    for signals in _installed:
+        signal.set_wakeup_fd(-1)
+        signals.restore()
+
+
+os.register_at_fork(after_in_child=_forget_signals)
+
+
+class _Heart:
+    """Calls the heartbeat hook and touches the liveness file, in a thread of its own.
+
+    So a hook that hangs stops neither polls nor leases. Beats that come while one is
+    under way are one.
+    """
+
+    def __init__(self, liveness_file: str | None) -> None:
+        self._liveness_file = liveness_file
+        self._changed = threading.Condition()  # guards these two
+        self._is_wanted = self._is_over = False
+
+    def beat(self) -> None:
+        """Say that the worker lives: it has just polled, or extended leases."""
+        with self._changed:
+            self._is_wanted = True
+            self._changed.notify()
+
+    def stop(self) -> None:
+        """End :meth:`run`, after the beat that is wanted."""
+        with self._changed:
+            self._is_over = True
+            self._changed.notify()
+
+    def run(self) -> None:
+        """Beat whenever it is wanted; the body of a thread."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._is_wanted or self._is_over)
+                if not self._is_wanted:
+                    return
+                self._is_wanted = False
+            self._touch()
+            _call_safely("TASKHAWK_HEARTBEAT_HOOK")
+
+    def _touch(self) -> None:
+        """Set the liveness file's time to now."""
+        if self._liveness_file is None:
+            return
+        try:
+            with open(self._liveness_file, "a"):
+                os.utime(self._liveness_file)
+        except OSError as error:
+            _log.warning("can't touch the liveness file: %s", error)
+
+
+class _Lease(NamedTuple):
+    """What a poller must know of its queue."""
+
+    seconds: float  # for which each receive asks to hide messages
+    max_receive_count: int | None  # of the queue's redrive policy; None: not known
+
+
+def _find_lease(broker: Broker, queue: str, wanted_s: float | None) -> _Lease:
+    """Return the lease to ask for: the one wanted, or else the queue's own timeout.
+
+    It is always asked for, as the queue's own may be changed while the worker runs.
+    """
     try:
-        for number in noted:
-            signal.signal(number, note)
-        yield
-    finally:
-        restore()
-
-
-def _find_lease_s(
-    broker: Broker, queue: str, wanted_s: float | None
-) -> tuple[float, float | None]:
-    """Return how long a receive hides messages, and what to ask for: None for the queue's own."""
-    if wanted_s is not None:
-        return wanted_s, wanted_s
-    try:
-        # A timeout of 0 would show to all what was just received: then ours is asked for.
-        if (lease_s := broker.info(queue).visibility_timeout_s) >= 1:
-            return lease_s, None
+        info = broker.info(queue)
     except Exception as error:
-        if not (code := _error_code(error)).startswith(
+        if not _error_code(error).startswith(
             "AccessDenied"
-        ):  # as 1.4's policies do
+        ):  # the policies of 1.4's workers lack the permission
             raise
-        _log.warning("%s: can't read its attributes: %s", queue, code)
-    return _DEFAULT_LEASE_S, _DEFAULT_LEASE_S
+        if wanted_s is None:
+            _log.warning("%s: can't read its attributes: %s", queue, _error_code(error))
+        return _Lease(wanted_s or _DEFAULT_LEASE_S, None)
+    if wanted_s is None:
+        # A timeout of 0 would show to all what was just received.
+        wanted_s = info.visibility_timeout_s
+        if wanted_s < 1:
+            wanted_s = _DEFAULT_LEASE_S
+    return _Lease(wanted_s, info.max_receive_count)
 
 
-def _are_empty(broker: Broker, queues: Sequence[str]) -> bool:
-    """Return whether the queues hold nothing at all; a fault is a no, a denied look a yes."""
+def _are_empty(broker: Broker, queues: Iterable[str]) -> bool:
+    """Return whether the queues hold nothing at all; where it is denied, they may."""
     try:
         return not any(any(broker.depth(queue)) for queue in queues)
-    except (
-        Exception
-    ) as error:  # a fault is no reason to end, but what nobody may know is
-        return isinstance(error, ConfigurationError)
-
-
-def _beat(liveness_file: str | None) -> None:
-    """Say that the worker lives: it has just polled, or extended leases."""
-    try:
-        if liveness_file:
-            with open(liveness_file, "a"):
-                os.utime(liveness_file)
-    except OSError as error:
-        _log.warning("can't touch the liveness file: %s", error)
-    _call_safely("TASKHAWK_HEARTBEAT_HOOK")
-
-
-def _dead_letter_copy(
-    received: QueueMessage, error: BaseException | None, limit: int
-) -> Outgoing:
-    """Return the copy for the dead-letter queue, which says in ONE attribute why it is there.
-
-    Attributes that were headers give way to it, where there are too many: the body has them.
-
-    :param limit: of the copy in bytes, attributes included
-    """
-    record: dict[str, Any] = {
-        "type": type(error).__name__,
-        "message": _text_of(error)[:1000],
-    }
-    record |= {"traceback": "".join(traceback.format_exception(error))}
-    record |= {
-        "attempt": received.attempt,
-        "worker": f"{os.uname().nodename}:{os.getpid()}",
-    }
-    record["time"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    # The body stays as it is: a hundred bytes are for the attribute's name and type.
-    room = min(_MAX_ERROR_BYTES, limit - len(received.body.encode()) - 100)
-    for key in (
-        "traceback",
-        "message",
-    ):  # cut to fit: of a traceback, the end says most
-        while len(text := json.dumps(record)) > room and (value := record[key]):
-            cut = math.ceil(
-                (len(text) - room) / 6
-            )  # of 6 bytes at most is a character in JSON
-            record[key] = value[cut:] if key == "traceback" else value[:-cut]
-    attributes: dict[str, Any] = {}
-    if len(text) <= room:
-        attributes[_ERROR_ATTRIBUTE] = {"DataType": "String", "StringValue": text}
-    for name, value in received.message_attributes.items():
-        more = {name: value, **attributes}
-        if len(more) <= _MAX_ATTRIBUTES and received.copy(more).size() <= limit:
-            attributes = more
-    return received.copy(attributes)
-
-
-def _dead_letter(
-    broker: Broker, received: QueueMessage, error: BaseException | None
-) -> bool:
-    """Send a copy to the dead-letter queue; return whether it is there, or log why it is not."""
-    try:
-        target = broker.info(received.queue or "").dead_letter_queue
-        _require(target, "it has no dead-letter queue")
-        copy = _dead_letter_copy(received, error, broker.max_bytes)
-        _accepted(broker.send(target or "", [copy]))
-    except (
-        Exception
-    ) as failure:  # the message is still in its queue, which may redrive it
-        text = "%s: message %s can't be dead-lettered and is left to the queue: %s"
-        _log.warning(text, received.queue, received.message_id, failure)
+    except ConfigurationError:
+        return True  # nobody can know: a person would have to mend it
+    except Exception:  # a fault is no reason to end
         return False
-    return True
+
+
+class _Course:
+    """What the threads of a worker share: the holdings, the phase, and how many go on.
+
+    Every method takes the lock; none makes a call to the queue or runs a task.
+
+    :param is_told: whether somebody told the worker to stop
+    :param slots: how many messages may run at once
+    :param num_messages: how many a receive may bring
+    :param max_tasks: after how many starts to stop; None for no limit
+    :param polls: how many pollers there are
+    """
+
+    def __init__(
+        self,
+        keeper: _Keeper,
+        clock: Callable[[], float],
+        is_told: Callable[[], bool],
+        *,
+        slots: int,
+        num_messages: int,
+        max_tasks: int | None,
+        polls: int,
+    ) -> None:
+        self._keeper, self._clock, self._is_told = keeper, clock, is_told
+        self._most_running, self._num_messages = slots, num_messages
+        self._max_tasks = max_tasks
+        self.stop = threading.Event()  # set after the phase working: ends all waits
+        self.ended = threading.Event()  # set in the phase ended
+        # The keeper's lock guards the holdings, and all that follows. Slots wait for
+        # `_to_start`, pollers for the keeper's `ended`.
+        self._lock, self._room = keeper.lock, keeper.ended
+        self._to_start = threading.Condition(self._lock)
+        self._holdings = keeper.holdings
+        self.phase = _Phase.working
+        self.fatal: BaseException | None = None  # the error that ended a thread
+        self._polls, self._slots = polls, slots  # that have not ended
+        self._paused = 0  # slots that can't run anything for now
+        self._started = 0  # messages, ever
+
+    # For slots.
+
+    def next(self) -> _Held | None:
+        """Wait for a message to run, and start it; None if there will be no more."""
+        with self._lock:
+            while True:
+                self.move_on()
+                if self.phase > _Phase.working:
+                    return None
+                held = self._holdings.start(self._clock())
+                if held:
+                    self._started += 1
+                    return held
+                self._to_start.wait(_TICK_S)
+
+    def finish(self, held: _Held, end: str, delay_s: float | None = 0) -> None:
+        """Note what a message that ran is to become."""
+        with self._lock:
+            self._holdings.finish(held, end, self._clock(), delay_s)
+            self._changed()
+
+    def release(self, held: _Held) -> None:
+        """Note that a message did not run after all, and that its slot can't for now."""
+        with self._lock:
+            self._holdings.release(held, self._clock())
+            self._paused += 1
+            self._changed()
+
+    def resume(self) -> None:
+        """Note that a slot that was paused can run messages again."""
+        with self._lock:
+            self._paused -= 1
+            self._changed()
+
+    def slot_ended(self) -> None:
+        """Note that a slot runs nothing more."""
+        with self._lock:
+            self._slots -= 1
+            self.move_on()
+
+    def still_run(self) -> list[QueueMessage]:
+        """Return the messages that run."""
+        with self._lock:
+            return self._holdings.still_run()
+
+    def pause(self, seconds: float) -> bool:
+        """Wait so long by the worker's clock; return False if the worker stops."""
+        until = self._clock() + seconds
+        while not self.stop.is_set():
+            left_s = until - self._clock()
+            if left_s <= 0:
+                return True
+            self.stop.wait(min(left_s, _TICK_S))
+        return False
+
+    # For pollers.
+
+    def wait_for_room(self) -> int:
+        """Wait until a message can be started soon; return how many to receive.
+
+        :returns: 0 if nothing more is to be received
+        """
+        with self._lock:
+            while True:
+                self.move_on()
+                if self.phase > _Phase.working:
+                    return 0
+                most = self._find_room()
+                if most:
+                    return most
+                self._room.wait(_TICK_S)
+
+    def _find_room(self) -> int:
+        """Return how many messages to receive now."""
+        # A full batch of acknowledgements besides the one whose call is under way.
+        is_overdue = self._holdings.ending >= 2 * _MAX_BATCH
+        free = self._most_running - self._paused - self._holdings.running
+        if self._holdings.waiting or is_overdue or free <= 0:
+            return 0
+        if self._max_tasks is None:
+            return self._num_messages
+        return min(self._num_messages, self._max_tasks - self._started)
+
+    def take(
+        self, messages: Sequence[QueueMessage], lease_s: float, asked_at: float
+    ) -> None:
+        """Hold received messages from now on."""
+        with self._lock:
+            now = self._clock()
+            self._holdings.take(messages, lease_s, asked_at, now)
+            if self.phase >= _Phase.draining:  # a poll that was not waited out
+                self._holdings.release_waiting(now)
+            self._to_start.notify(len(messages))
+            self._keeper.wake()
+
+    def poll_ended(self) -> None:
+        """Note that a poller receives nothing more."""
+        with self._lock:
+            self._polls -= 1
+            self.move_on()
+
+    # The phases.
+
+    def move_on(self, to: _Phase = _Phase.working) -> None:
+        """Move the phase on as far as it can go.
+
+        :param to: the phase to reach at least, whatever still goes on
+        """
+        with self._lock:
+            while self.phase < to or self._is_over():
+                self.phase = _Phase(self.phase + 1)
+                self._enter(self.phase)
+
+    def fail(self, error: BaseException) -> None:
+        """Note an error that ends the worker."""
+        with self._lock:
+            self.fatal = error
+            self.move_on()
+
+    def _is_over(self) -> bool:
+        """Return whether the present phase is."""
+        if self.phase is _Phase.working:
+            if self._is_told() or self.fatal or self._started == self._max_tasks:
+                return True
+            return not self._polls and not self._holdings.waiting
+        if self.phase is _Phase.stopping:
+            return not self._polls
+        return self.phase is _Phase.draining and not self._slots
+
+    def _enter(self, phase: _Phase) -> None:
+        """Do what a phase begins with, and tell all that wait."""
+        if phase is _Phase.stopping:
+            self.stop.set()
+        elif phase is _Phase.draining:
+            self._holdings.release_waiting(self._clock())
+            self._keeper.wake()
+        elif phase is _Phase.ended:
+            self._holdings.close()
+            self.ended.set()
+        self._to_start.notify_all()
+        self._room.notify_all()
+
+    def _changed(self) -> None:
+        """Tell those that wait for what a slot has done."""
+        self._keeper.wake()
+        if self._find_room():
+            self._room.notify_all()
 
 
 @dataclasses.dataclass(eq=False, repr=False)
 class Worker:
     """Runs the messages of some queues, most urgent first, until it is stopped.
 
-    The options are those of :func:`listen_for_messages`; time is passed in by `clock`, and `wait_s`
-    is how long a poll may take. Where runs go on after `grace_s`, `on_overdue` is called with the
-    ledger. `liveness_file` is touched after each poll and round of leases. One worker runs once.
+    The options are those of :func:`listen_for_messages`; time is passed in by `clock`,
+    and `wait_s` is how long a poll may take. Where runs go on after `grace_s`,
+    `on_overdue` is called with the ledger. `liveness_file` is touched after each poll
+    and round of leases. One worker runs once.
     """
 
     broker: Broker
@@ -3490,224 +4005,279 @@ class Worker:
     grace_s: float | None = None
     isolate: bool = False
     max_tasks_per_child: int = 100
+    ack_wait_s: float = _ACK_WAIT_S
     on_overdue: Callable[[Ledger], object] | None = None
     liveness_file: str | None = None
     clock: Callable[[], float] = time.monotonic
     wait_s: float = _LONG_POLL_S
 
     def __post_init__(self) -> None:
+        self._check_options()
+        self._start_of_child = _start_of_children(everything=self.isolate)
+        self._signals, self._faults = _Signals(), _Faults()
+        self._heart = _Heart(self.liveness_file)
+        self._holdings = _Holdings(self.queues, self.ack_wait_s)
+        self.ledger = self._holdings.ledger
+        self._keeper = _Keeper(
+            self._holdings, self.broker, self.clock, self._heart.beat
+        )
+        self._course = _Course(
+            self._keeper,
+            self.clock,
+            self._is_told,
+            slots=self.concurrency,
+            num_messages=self.num_messages,
+            max_tasks=self.max_tasks,
+            polls=len(self.queues),
+        )
+        self.overdue = threading.Event()  # set once the grace is over
+        self._children: list[_Child] = []  # one for each slot
+
+    def _check_options(self) -> None:
+        """Refuse options that make no sense, and fit the length of polls to the grace."""
         for name in ("num_messages", "concurrency", "max_tasks", "max_tasks_per_child"):
             number = getattr(self, name)
-            _require(
-                number is None or number >= 1,
-                f"{name}: expected 1 or more, got {number}",
-            )
+            if number is not None and number < 1:
+                raise ConfigurationError(f"{name}: expected 1 or more, got {number}")
         lease_s = self.visibility_timeout_s
-        text = (
-            f"visibility_timeout_s: expected 1 to {_MAX_HELD_S} seconds, got {lease_s}"
-        )
-        _require(lease_s is None or 1 <= lease_s <= _MAX_HELD_S, text)
-        # A poll in flight is waited out, so that it must end before the grace does.
-        longest_s = math.inf if self.grace_s is None else self.grace_s - _FLUSH_S - 1
-        self.wait_s = min(self.wait_s, 1 if self.until_empty else max(1, longest_s))
-        self._start = _start_of_children(everything=self.isolate)
-        self.beat = functools.partial(_beat, self.liveness_file)
-        self.faults, self._keeper = _Faults(), _Keeper(self)
-        self.unanswered = (
-            False  # whether a delete was not known to be applied at the end
-        )
-        self._changed, self.ledger = self._keeper.changed, self._keeper.ledger
-        # Guarded by the keeper's condition: pollers that have not ended, and messages started.
-        self._polling, self._started = len(self.queues), 0
-        self._signals: list[
-            int
-        ] = []  # a handler may append, but must not wait for a lock
-        self._fatal: BaseException | None = None
-        self._children: list[_Child] = []
-        self._stop = (
-            threading.Event()
-        )  # ends the waits of the broker and of the pollers
-        self._ended = threading.Event()  # nothing runs any more
-        self.overdue = threading.Event()  # the grace is over
-        self._abandoned = threading.Event()  # and something still runs
+        if lease_s is not None and not 1 <= lease_s <= _MAX_HELD_S:
+            wanted = f"expected 1 to {_MAX_HELD_S} seconds"
+            raise ConfigurationError(f"visibility_timeout_s: {wanted}, got {lease_s}")
+        if self.grace_s is not None and not self.grace_s >= 0:
+            wanted = "expected 0 or more seconds"
+            raise ConfigurationError(f"grace_s: {wanted}, got {self.grace_s}")
+        if self.until_empty:
+            self.wait_s = min(self.wait_s, 1)
+        elif self.grace_s is not None:
+            # A poll in flight is waited out, so it must end before the grace does.
+            self.wait_s = min(self.wait_s, max(1, self.grace_s - _FLUSH_S - 1))
+
+    @property
+    def unanswered(self) -> bool:
+        """Whether a delete was not known to be applied at the end."""
+        return self._holdings.unanswered > 0
 
     def run(self) -> Ledger:
-        """Work until stopped; the order of the shutdown is the order of these lines."""
-        # Daemons, for a second signal waits for none.
-        make = functools.partial(threading.Thread, target=self.guard, daemon=True)
-        pollers = [make(args=(self._poll, queue)) for queue in self.queues]
-        slots = [make(args=(self._work,)) for _ in range(self.concurrency - 1)]
-        with _signals_to(self._signals):
-            self._keeper.thread.start()
+        """Work until stopped.
+
+        :returns: what became of the messages
+        :raises ConfigurationError: if a queue is missing or forbidden, or there are no
+            credentials
+        """
+        # Daemons: neither a second Ctrl-C nor an overdue task waits for a thread.
+        slots = [self._thread(self._work) for _ in range(self.concurrency - 1)]
+        pollers = [self._thread(self._poll, queue) for queue in self.queues]
+        self._keeping = self._thread(self._keeper.run)
+        watch, heart = self._thread(self._watch), self._thread(self._heart.run)
+        with self._signals:
             try:
-                for thread in (*pollers, *slots, make(args=(self._watch,))):
+                for thread in (self._keeping, heart, watch, *pollers, *slots):
                     thread.start()
                 self._work()
-                while (
-                    any(slot.is_alive() for slot in slots)
-                    and not self._abandoned.is_set()
-                ):
-                    time.sleep(_TICK_S)
+                self._wait_for(slots)
             finally:
-                # A second signal ends at once.
-                hurried = self._signals and isinstance(
-                    sys.exc_info()[1], KeyboardInterrupt
-                )
-                with self._changed:
-                    self._stop.set()
-                    self._changed.notify_all()
-                # Wait the polls in flight out: what an abandoned one receives, nobody runs.
-                for poller in filter(threading.Thread.is_alive, pollers):
-                    poller.join(0 if hurried else None)
-                # Release only now, or our own poll would take it again; leases end last.
-                self._keeper.close(1 if hurried else None)
-                self._ended.set()
-        if self._fatal:
-            raise self._fatal
+                self._shut_down(pollers, watch)
+        if self._course.fatal:
+            raise self._course.fatal
         level = logging.INFO if self.ledger.balanced else logging.ERROR
         _log.log(level, "worker ended: %s", self.ledger)
         return self.ledger
 
-    def _is_told(self) -> bool:
-        """Return whether the worker was told to stop, or can't go on."""
-        event = self.shutdown_event
-        return bool(self._signals or self._fatal or (event and event.is_set()))
+    def _thread(self, work: Callable[..., object], *args: Any) -> threading.Thread:
+        """Make a thread; an error in it ends the worker, and the caller gets it."""
 
-    def is_over(self) -> bool:
-        """Return whether nothing more is received or started."""
-        return not self._polling and (self._stop.is_set() or self._is_told())
+        def guard() -> None:
+            try:
+                work(*args)
+            except BaseException as error:  # such as a task's KeyboardInterrupt
+                self._course.fail(error)
 
-    def _wait(self, look: Callable[[], Any], until: float = math.inf) -> Any:
-        """Wait until something is found, and return it; None if the worker stops or time is up."""
-        with self._changed:
-            while not (self._stop.is_set() or self._is_told()):
-                if (found := look()) or until <= (now := self.clock()):
-                    return found
-                self._changed.wait(min(_TICK_S, until - now))
-        return None
+        return threading.Thread(target=guard, daemon=True)
 
-    def _watch(self) -> None:
-        """See that the worker stops when it is told to, and what is to be done after its grace.
+    def _wait_for(self, slots: Iterable[threading.Thread]) -> None:
+        """Wait for the other slots, unless they are left to run."""
+        for slot in slots:
+            while slot.is_alive() and self._course.phase < _Phase.flushing:
+                slot.join(_TICK_S)
 
-        Isolated runs are killed. Others can't be: their messages reappear when their leases end.
-        """
-        # A worker that ends by itself has no deadline: nobody waits for it with a kill.
-        while not self._is_told() and not self._ended.wait(_TICK_S):
-            pass
-        self._stop.set()
-        if self.grace_s is None or self._ended.wait(
-            max(self.grace_s - _FLUSH_S, self.grace_s / 2)
-        ):
-            return
-        flush_s = min(_FLUSH_S, self.grace_s / 2)
-        self.overdue.set()
-        with self._changed:
-            self._keeper.gives_up_at = self.clock() + flush_s
-        for child in self._children:
-            child.kill()
-        if not self._ended.wait(flush_s / 2):
-            if (
-                self.on_overdue
-            ):  # it ends the process: before run() returns, and not beside it
-                self._keeper.close(flush_s / 2)
-                self.on_overdue(self.ledger)
-            self._abandoned.set()
-
-    def guard(self, work: Callable[..., None], *args: Any) -> None:
-        """Do the work of a thread; its error ends the worker, and the caller gets it."""
+    def _shut_down(
+        self, pollers: Iterable[threading.Thread], watch: threading.Thread
+    ) -> None:
+        """Go through the phases that are left, in their order."""
+        # A second Ctrl-C ends at once: it waits for no poll, and a second for deletes.
+        error = sys.exc_info()[1]
+        is_hurried = self._signals.seen and isinstance(error, KeyboardInterrupt)
+        self._course.move_on(to=_Phase.stopping)
         try:
-            work(*args)
-        except (
-            BaseException
-        ) as error:  # such as a KeyboardInterrupt of a task, for the caller
-            self._fatal = error
+            for poller in pollers:
+                if poller.is_alive() and not is_hurried:
+                    poller.join()
+        except KeyboardInterrupt:
+            is_hurried = True
+            raise
+        finally:
+            self._course.move_on(to=_Phase.flushing)
+            self._flush(1 if is_hurried else None)
+            self._course.move_on(to=_Phase.ended)
+            self._heart.stop()
+            if watch.is_alive():
+                watch.join(1)  # it reads a descriptor that is closed next
 
-    @_one_event_loop()
+    def _flush(self, within_s: float | None) -> None:
+        """Wait until what is decided is done, or leases end, or time is up."""
+        self._keeper.close()
+        if self._keeping.is_alive():
+            self._keeping.join(within_s)
+
+    # Slots.
+
     def _work(self) -> None:
         """Run one message after another, in this thread or its child."""
-        held = None
-        child = _Child(self._start, self.max_tasks_per_child, self.overdue)
+        child = _Child(self._start_of_child, self.max_tasks_per_child, self.overdue)
         self._children.append(child)
         try:
-            while isinstance(held := self._wait(self._next), _Held):
-                isolated = self._start and child.takes(held.message)
-                outcome = (child.process if isolated else process)(held.message)
-                if outcome is None:  # killed at the end of the grace
-                    break
-                self.settle(held, outcome)
+            while held := self._course.next():
+                self._run(child, held)
         finally:
-            if (
-                isinstance(held, _Held) and held.state == "started"
-            ):  # killed, or interrupted
-                child.kill()  # before others may have the message
-                self._keeper.decide(held, "retried")
             child.close()
+            self._course.slot_ended()
 
-    def _next(self) -> object:
-        """Return a message to run, True if there will be none, or False as yet."""
-        if self._started == self.max_tasks:
-            self._stop.set()
-            return True
-        held = self._keeper.start_next()
-        self._started += held is not None
-        return held or not self._polling
+    def _run(self, child: _Child, held: _Held) -> None:
+        """Run a message, and note what it is to become."""
+        try:
+            if self._start_of_child and child.takes(held.message):
+                outcome = child.process(held.message)
+            else:
+                outcome = process(held.message)
+            if outcome:
+                self.settle(held, outcome)
+        except _CannotStart as error:
+            self._course.release(held)
+            self._wait_for_child(child, error)
+        finally:
+            if held.runs:
+                # It was interrupted, or killed as the grace ended. Where its child still
+                # runs, that must end before others may have the message.
+                child.kill()
+                self._course.finish(held, "retried")
 
-    def _room(self) -> int:
-        """Return how many messages to ask for: as many as can start soon."""
-        left = (
-            self.num_messages
-            if self.max_tasks is None
-            else self.max_tasks - self._started
-        )
-        return min(self.num_messages, left) if self._keeper.has_room() else 0
+    def _wait_for_child(self, child: _Child, error: Exception) -> None:
+        """Try again and again to start a child, before anything else is received."""
+        failures = 1
+        _log.error("can't start a child, goes on trying: %s", error)
+        while self._course.pause(_pause_s(failures)):
+            try:
+                child.start()
+            except _CannotStart:
+                failures += 1
+            else:
+                _log.info("can start a child again; tries that failed: %d", failures)
+                self._course.resume()
+                return
 
     def settle(self, held: _Held, outcome: Outcome) -> None:
-        """Have done what the outcome says; a copy for the dead letters is sent here and now."""
+        """Have done what the outcome says; a copy for the dead letters is sent now."""
         end = "acked" if outcome.fate is Fate.acknowledge else "retried"
         if outcome.fate is Fate.dead_letter:
-            sent = _dead_letter(self.broker, held.message, outcome.error)
-            end = "dead_lettered" if sent else end
-        self._keeper.decide(held, end, outcome.delay_s)
+            copied = _dead_letter(self.broker, held.message, outcome.error)
+            end = "dead_lettered" if copied else "retried"
+        self._course.finish(held, end, outcome.delay_s)
+
+    # Pollers.
 
     def _poll(self, queue: str) -> None:
-        """Receive from a queue, in a thread of its own."""
-        loops = 0
-        lease: tuple[float, float | None] | None = None
+        """Receive from a queue; the body of a thread."""
         try:
-            while loops != self.loop_count and (most := self._wait(self._room)):
-                try:
-                    if not lease:  # it may take long: look again whether to receive
-                        lease = _find_lease_s(
-                            self.broker, queue, self.visibility_timeout_s
-                        )
-                        continue
-                    messages = self.broker.receive(
-                        queue, most, self.wait_s, lease[1], self._stop
-                    )
-                except Exception as error:  # a worker goes on for ever
-                    if not loops and isinstance(error, ConfigurationError):
-                        raise  # but not where only a person can help
-                    failures = self.faults.note(queue, "receive", repr(error))
-                    pause_s = _jittered(
-                        min(0.5 * 2 ** min(failures, 10), _MAX_BACKOFF_S)
-                    )
-                    self._wait(lambda: None, self.clock() + pause_s)
-                    continue
-                # At once: from here on the keeper extends the leases.
-                self._keeper.take(messages, lease[0])
-                self.faults.note(queue, "receive", None)
-                loops += 1
-                self.beat()
-                if (
-                    self.until_empty
-                    and not messages
-                    and _are_empty(self.broker, self.queues)
-                ):
-                    break
+            self._receive_all(queue)
         finally:
-            with self._changed:
-                self._polling -= 1
-                self._changed.notify_all()
+            self._course.poll_ended()
+
+    def _receive_all(self, queue: str) -> None:
+        """Receive from a queue again and again, until there is no more to do."""
+        loops, lease = 0, None
+        while loops != self.loop_count:
+            most = self._course.wait_for_room()
+            if not most:
+                return
+            try:
+                if lease is None:  # it may take long: look again whether to receive
+                    lease = _find_lease(self.broker, queue, self.visibility_timeout_s)
+                    continue
+                count = self._receive(queue, most, lease)
+            except Exception as error:
+                if loops == 0 and isinstance(error, ConfigurationError):
+                    raise  # at the start, this is for a person to mend
+                self._back_off(queue, error)
+                continue
+            loops += 1
+            is_last = self.until_empty and not count
+            if is_last and _are_empty(self.broker, self.queues):
+                return
+
+    def _receive(self, queue: str, most: int, lease: _Lease) -> int:
+        """Receive once, and hold what came; return how many messages came."""
+        asked_at = self.clock()
+        messages = self.broker.receive(
+            queue, most, self.wait_s, lease.seconds, self._course.stop
+        )
+        for message in messages:
+            message.max_receive_count = lease.max_receive_count
+        # At once: from here on the keeper extends the leases.
+        self._course.take(messages, lease.seconds, asked_at)
+        self._faults.worked(queue, "receive")
+        self._heart.beat()
+        return len(messages)
+
+    def _back_off(self, queue: str, error: Exception) -> None:
+        """Wait after a receive that failed: longer each time, up to a minute."""
+        failures = self._faults.failed(queue, "receive", repr(error))
+        self._course.pause(_pause_s(failures))
+
+    # Signals, and the grace.
+
+    def _is_told(self) -> bool:
+        """Return whether somebody told the worker to stop."""
+        event = self.shutdown_event
+        return self._signals.seen or (event is not None and event.is_set())
+
+    def _watch(self) -> None:
+        """Stop the worker when it is told to, and give up what outlives its grace."""
+        while not self._is_told():
+            self._signals.wait(_TICK_S)
+            if self._course.ended.is_set():
+                return  # by itself, so that nobody waits to kill it: it has no deadline
+        self._course.move_on()
+        if self.grace_s is None:
+            return
+        flush_s = min(_FLUSH_S, self.grace_s / 2)
+        if not self._course.ended.wait(self.grace_s - flush_s):
+            self._give_up(flush_s)
+
+    def _give_up(self, flush_s: float) -> None:
+        """Kill isolated runs; leave others to run: their messages reappear by themselves.
+
+        :param flush_s: what is left of the grace
+        """
+        self.overdue.set()
+        self._keeper.give_up_after(flush_s)
+        for received in self._course.still_run():
+            _log.warning("the grace is over, and %s still runs", _name_of(received))
+        for child in self._children:
+            child.kill()
+        if self._course.ended.wait(flush_s / 2):
+            return
+        self._course.move_on(to=_Phase.flushing)
+        if self.on_overdue:
+            # It ends the process, so it comes before run() returns, and not beside it.
+            self._flush(flush_s / 2)
+            with self._keeper.lock:
+                self._holdings.close()
+            self.on_overdue(self.ledger)
+
+
+def _pause_s(failures: int) -> float:
+    """Return how long to wait after so many failures in a row, up to a minute."""
+    return _jittered(min(0.5 * 2 ** min(failures, 10), _MAX_BACKOFF_S))
 
 
 def listen_for_messages(
@@ -3723,40 +4293,139 @@ def listen_for_messages(
     grace_s: float | None = None,
     isolate: bool = False,
     max_tasks_per_child: int = 100,
+    ack_wait_s: float = _ACK_WAIT_S,
 ) -> Ledger:
     """Run the messages of a queue, in the calling thread, until told to stop.
 
-    SIGTERM and SIGINT stop it where the application has no handlers of its own. It stops after the
-    running task, and after the poll in flight, which takes up to 20 s on SQS.
+    SIGTERM and SIGINT stop it where the application has no handlers of its own. It stops
+    after the running task, and after the poll in flight, which takes up to 20 s on SQS.
 
     :param priority: the queue, or several: the most urgent message runs first
     :param num_messages: how many to receive at once, up to 10: they wait for each other
-    :param visibility_timeout_s: how long a received message is hidden from others, until the worker
-        extends it; None takes the queue's own
+    :param visibility_timeout_s: how long a received message is hidden from others, until
+        the worker extends it; None takes the queue's own
     :param loop_count: end after so many receives from each queue; None goes on for ever
     :param shutdown_event: set it to stop
-    :param until_empty: end once the queues have no message, in flight and delayed ones included
-    :param concurrency: how many run at once: 1, in the calling thread, more in threads of their own
+    :param until_empty: end once the queues have no message, neither in flight nor delayed
+    :param concurrency: how many run at once: 1 in the calling thread, more in threads
     :param max_tasks: end after so many runs
-    :param grace_s: how long runs may go on once told to stop; then isolated ones are killed
+    :param grace_s: how long runs may go on once told to stop; then isolated ones are
+        killed
     :param isolate: run all tasks in child processes, one a slot
     :param max_tasks_per_child: replace a child after so many runs
+    :param ack_wait_s: how long an acknowledgement waits for others to share its call; a
+        kill within that time means that finished tasks run again
     :returns: what became of the messages
-    :raises ConfigurationError: if a queue is missing or forbidden, or there are no credentials
+    :raises ConfigurationError: if a queue is missing or forbidden, or there are no
+        credentials
     """
-    options = dict(locals())  # all of these, by name
-    queues = _queues_of(options.pop("priority"))
-    return Worker(_brokers.broker(), queues, **options).run()
+    worker = Worker(
+        _brokers.broker(),
+        _queues_of(priority),
+        num_messages,
+        visibility_timeout_s,
+        loop_count,
+        shutdown_event,
+        until_empty=until_empty,
+        concurrency=concurrency,
+        max_tasks=max_tasks,
+        grace_s=grace_s,
+        isolate=isolate,
+        max_tasks_per_child=max_tasks_per_child,
+        ack_wait_s=ack_wait_s,
+    )
+    return worker.run()
 
 
 def _queues_of(priority: Priority | Iterable[Priority]) -> list[str]:
-    """Return the names of queues, the most urgent first."""
+    """Return the names of queues, the most urgent first, each once."""
     wanted = {priority} if isinstance(priority, Priority) else set(priority)
-    text = f"priority: expected a taskhawk.Priority or several, got {priority!r}"
-    _require(wanted and all(isinstance(each, Priority) for each in wanted), text)
+    if not wanted or not all(isinstance(each, Priority) for each in wanted):
+        expected = "expected a taskhawk.Priority or several"
+        raise ConfigurationError(f"priority: {expected}, got {priority!r}")
     broker = _brokers.broker()
-    # Once each, whatever the order and however often it was named.
     return [broker.destination(each) for each in _URGENCY if each in wanted]
+
+
+# Dead-letter copies.
+
+
+def _dead_letter(
+    broker: Broker, received: QueueMessage, error: BaseException | None
+) -> bool:
+    """Send a copy to the dead-letter queue; return whether it is there, or log why not.
+
+    Where it is not, the message is still in its queue, which may redrive it.
+    """
+    try:
+        target = broker.info(received.queue or "").dead_letter_queue
+        if not target:
+            raise ConfigurationError("it has no dead-letter queue")
+        _send_copy(broker, target, received, error)
+    except Exception as failure:
+        text = "%s: %s can't be dead-lettered and is left to the queue: %s"
+        _log.warning(text, received.queue, _name_of(received), failure)
+        return False
+    return True
+
+
+def _send_copy(
+    broker: Broker, target: str, received: QueueMessage, error: BaseException | None
+) -> None:
+    """Send a copy with the error, or without it where that makes it too large."""
+    copy = _dead_letter_copy(received, error, broker.max_bytes)
+    try:
+        _accepted(broker.send(target, [copy]))
+    except MessageTooLarge:  # a queue may be pinned lower than the service's limit
+        plain = received.copy(received.message_attributes)
+        _accepted(broker.send(target, [plain]))
+
+
+def _dead_letter_copy(
+    received: QueueMessage, error: BaseException | None, limit: int
+) -> Outgoing:
+    """Return the copy for the dead-letter queue, which says in ONE attribute why it is there.
+
+    Attributes that were headers give way to it where there are too many: the body has
+    the headers.
+
+    :param limit: of the copy in bytes, attributes included
+    """
+    attributes: dict[str, Mapping[str, Any]] = {}
+    # The body stays as it is: a hundred bytes are for the attribute's name and type.
+    room = min(_MAX_ERROR_BYTES, limit - len(received.body.encode()) - 100)
+    text = _error_record(received, error, room)
+    if len(text) <= room:
+        attributes[_ERROR_ATTRIBUTE] = {"DataType": "String", "StringValue": text}
+    for name, value in received.message_attributes.items():
+        more = {name: value, **attributes}
+        if len(more) <= _MAX_ATTRIBUTES and received.copy(more).size() <= limit:
+            attributes = more
+    return received.copy(attributes)
+
+
+def _error_record(
+    received: QueueMessage, error: BaseException | None, room: int
+) -> str:
+    """Return why a message was given up, as JSON: cut to fit as far as that can be."""
+    record: dict[str, Any] = {
+        "type": type(error).__name__,
+        "message": _text_of(error)[:1000],
+        "traceback": "".join(traceback.format_exception(error)),
+        "attempt": received.attempt,
+        "worker": f"{os.uname().nodename}:{os.getpid()}",
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    text = json.dumps(record)
+    for key in ("traceback", "message"):
+        while len(text) > room and record[key]:
+            cut = math.ceil((len(text) - room) / 6)  # a character has 6 bytes at most
+            if key == "traceback":
+                record[key] = record[key][cut:]  # its end says most
+            else:
+                record[key] = record[key][:-cut]
+            text = json.dumps(record)
+    return text
 
 
 # --- 17. log records ------------------------------------------------------------------
@@ -3859,6 +4528,10 @@ def _start_of_children(*, everything: bool) -> dict[str, Any]:
     return start if isolated else {}
 
 
+class _CannotStart(TaskhawkError):
+    """A child could not be started, or could not import what it is to run."""
+
+
 class _Child:
     """The process that runs a slot's isolated messages, for it may have to be killed, or crash.
 
@@ -3880,6 +4553,10 @@ class _Child:
         # Held to kill and to reap, so that no other process is killed under a number used again.
         self._lock = threading.Lock()
         self._process: Any = None
+
+    def start(self) -> None:
+        """Start the process."""
+        self._ensure_process()
 
     def takes(self, received: QueueMessage) -> bool:
         """Return whether a message is the child's to run."""
