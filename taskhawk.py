@@ -44,9 +44,10 @@ Words of AWS; lease and acknowledgement are ours
 A message that a worker holds; the :class:`Ledger` counts what each becomes::
 
     received --> started --> finished --> acked          deleted from the queue
-        |                        |------> retried        visible again, now or later
-        |                        |------> dead_lettered  copied, then deleted
-        |                        '------> uncertain      its delete may not be applied
+        |           |            |------> retried        visible again, now or later
+        |           |            |------> dead_lettered  copied, then deleted
+        |           |            '------> uncertain      its delete may not be applied
+        |           '--> released                        its run could not begin
         '--> released                                    never started, visible at once
 
 Parts and rooms; the file still works when it is cut before part IV, V or VI
@@ -3675,6 +3676,11 @@ class _Signals:
         for number, handler in self._replaced.items():
             signal.signal(number, handler)
 
+    def wake(self) -> None:
+        """End :meth:`wait`."""
+        if self._pipe is not None:
+            os.write(self._pipe[1], b"\0")
+
     def wait(self, seconds: float) -> None:
         """Wait for a signal, at most so long; from any thread but the main one."""
         if self._pipe is None:
@@ -4120,8 +4126,9 @@ class Worker:
             self._flush(1 if is_hurried else None)
             self._course.move_on(to=_Phase.ended)
             self._heart.stop()
+            self._signals.wake()
             if watch.is_alive():
-                watch.join(1)  # it reads a descriptor that is closed next
+                watch.join()  # it waits for a descriptor that is closed next
 
     def _flush(self, within_s: float | None) -> None:
         """Wait until what is decided is done, or leases end, or time is up."""
