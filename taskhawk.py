@@ -154,6 +154,7 @@ _MAX_SQS_BYTES = 1_048_576  # a message, or the sum of a batch: body plus attrib
 _MAX_SNS_BYTES = 262_144  # the same for SNS, whose topics may allow more
 _MAX_ATTRIBUTES = 10  # a raw SNS delivery to SQS discards a message that has more
 _MAX_DELAY_S = 900  # DelaySeconds of SQS
+_MAX_QUEUE = 80 - len("TASKHAWK--HIGH-PRIORITY-DLQ")  # the longest name has it inside
 _MAX_HELD_S = 43_200  # SQS counts these 12 hours from the receive, extensions included
 _LONG_POLL_S = 20  # the longest wait of ReceiveMessage, and so the cheapest
 _DEFAULT_LEASE_S = 30  # the visibility timeout of a queue that sets none
@@ -350,6 +351,8 @@ def _text_of(error: object) -> str:
 # the default. A setting is checked at its first use, and the error for a wrong value
 # says where the value came from. No error shows the value of a secret.
 
+# Outer spaces and control characters, which an .env file of Windows may add.
+_UNCLEAN = re.compile(r"^\s|\s$|[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _FLAGS = dict.fromkeys(("", "0", "false", "no", "off"), False)
 _FLAGS |= dict.fromkeys(("1", "true", "yes", "on"), True)
 # Dotted paths of taskhawk's own, and of 1.4's submodules, also in a vendored copy.
@@ -402,7 +405,7 @@ def _parse_flag(value: Any) -> bool:
     """Take words for true and false; any other value counts as Python takes it."""
     if not isinstance(value, str):
         return bool(value)
-    word = value.strip().lower()
+    word = value.lower()
     if word not in _FLAGS:
         raise ValueError
     return _FLAGS[word]
@@ -424,12 +427,12 @@ def _parse_account(value: Any) -> str:
     """Take an account id; as an int, it has lost its leading zeros."""
     if type(value) is int:
         value = f"{value:012d}"
-    return _text_like("[^-].*")(value)
+    return _text_like("[0-9]{12}")(value)
 
 
 def _parse_url(value: Any) -> str:
     """Take a URL of HTTP."""
-    return _text_like("https?://.+")(value).rstrip("/")
+    return _text_like(r"https?://[^\s/]\S*")(value).rstrip("/")
 
 
 def _parse_broker(value: Any) -> str:
@@ -468,18 +471,22 @@ def _do_nothing(**_: object) -> None:
 
 
 _TEXT = _Rule("a string", _text_like(".+"))
-_REGION = _Rule("the name of a region", _text_like(".+"))
-_ACCOUNT = _Rule("an account number", _parse_account)
+# Emulators have regions of any name. One that ends in a digit and a letter is a zone.
+_REGION = _Rule(
+    "the name of a region, not of an availability zone",
+    _text_like(r"(?!.*-[0-9]+[a-z]$)[A-Za-z0-9-]{1,63}"),
+)
+_ACCOUNT = _Rule("an account id of twelve digits", _parse_account)
 _FLAG = _Rule("true or false", _parse_flag)
 _SECONDS = _Rule("a number of seconds above 0", _above_zero(float))
 _COUNT = _Rule("a whole number above 0", _above_zero(int))
 _HOOK = _Rule("a function or its dotted path", _parse_callable)
 _CLASS = _Rule("a class or its dotted path", _parse_callable)
-_URL = _Rule("a URL", _parse_url)
+_URL = _Rule("a URL that begins with http:// or https://", _parse_url)
 _BROKER = _Rule("'sqs' or a URL of SQLite", _parse_broker)
 _QUEUE = _Rule(
-    "at most 71 letters, digits, hyphens and underscores",
-    _text_like("[A-Za-z0-9_-]{1,71}"),
+    f"at most {_MAX_QUEUE} letters, digits, hyphens and underscores",
+    _text_like(f"[A-Za-z0-9_-]{{1,{_MAX_QUEUE}}}"),
 )
 _SETTINGS = {
     "AWS_ACCESS_KEY": _Setting(_TEXT, "AKIAIOSFODNN7EXAMPLE"),
@@ -504,11 +511,14 @@ _SETTINGS = {
     "TASKHAWK_TASK_CLASS": _Setting(_CLASS, "myapp.tasks.MyTask"),
 }
 _SECRETS = ("AWS_ACCESS_KEY", "AWS_SECRET_KEY", "AWS_SESSION_TOKEN")
-_SETTINGS_OF_4_7 = (  # they have no meaning here, and are no mistake either
-    "TASKHAWK_CONSUMER_BACKEND",
-    "TASKHAWK_HEARTBEAT_HOOK_SYNC_CALL_S",
-    "TASKHAWK_PUBLISHER_BACKEND",
-    "TASKHAWK_PUBLISHER_GCP_BATCH_SETTINGS",
+# Names that are no mistake: 4.7's own, and what Kubernetes sets for services such as
+# "taskhawk" or "taskhawk-web": TASKHAWK_SERVICE_HOST, TASKHAWK_PORT_80_TCP_ADDR, ….
+# https://kubernetes.io/docs/concepts/services-networking/service/#environment-variables
+_FOREIGN_NAMES = re.compile(
+    r"TASKHAWK_(CONSUMER_BACKEND|PUBLISHER_BACKEND|PUBLISHER_GCP_BATCH_SETTINGS"
+    r"|HEARTBEAT_HOOK_SYNC_CALL_S"
+    r"|(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?)"
+    r"|(\w+_)?PORT(_[0-9]+_(TCP|UDP|SCTP)(_PROTO|_PORT|_ADDR)?)?)"
 )
 _warned: set[str] = set()  # names already warned about
 
@@ -531,6 +541,11 @@ class _Source(NamedTuple):
         # An empty text means false, but it is not the name of anything.
         if value is None or (value == "" and rule is not _FLAG):
             return None
+        if isinstance(value, str) and _UNCLEAN.search(value):
+            reason = (
+                " (it has outer spaces, or control characters such as a line break)"
+            )
+            raise self._illegal(name, value, reason)
         try:
             return rule.parse(value)
         except ValueError as error:
@@ -612,6 +627,24 @@ class _Settings:
                 )
         return {}
 
+    def errors(self) -> list[ConfigurationError]:
+        """Read all settings, import all hooks, and return what is wrong with them."""
+        found: dict[str, ConfigurationError] = {}
+        reads: list[Callable[[], Any]] = [self.credentials]
+        reads += [functools.partial(self.read, name) for name in _SETTINGS]
+        for read in reads:
+            try:
+                read()
+            except ConfigurationError as error:
+                found.setdefault(str(error), error)  # one wrong module fails them all
+        return list(found.values())
+
+    def check(self) -> None:
+        """Raise what is wrong with the settings, as one ConfigurationError."""
+        errors = self.errors()
+        if errors:
+            raise ConfigurationError("; ".join(map(str, errors))) from errors[0]
+
     def forget(self) -> None:
         """Read each setting anew at its next use."""
         self._forgotten += 1  # first, or a thread that reads one now would not see it
@@ -633,7 +666,10 @@ class _Settings:
         django = _django_settings()
         if django:
             yield _source(django, "Django's settings")
-        yield _source(os.environ, "the environment")
+        environment = dict(os.environ)
+        for name in _credentials_of_lambda():
+            environment.pop(name, None)
+        yield _source(environment, "the environment")
 
 
 settings = _Settings()
@@ -649,10 +685,27 @@ def _source(holder: Any, where: str) -> _Source:
     return _Source(where, lambda name: getattr(holder, name, None))
 
 
+def _credentials_of_lambda() -> set[str]:
+    """Return the variables of the environment that belong to botocore's credentials.
+
+    Lambda sets AWS_ACCESS_KEY_ID and AWS_SESSION_TOKEN to those of the function's role
+    and, by its manual, AWS_ACCESS_KEY too:
+    https://docs.aws.amazon.com/lambda/latest/dg/configuration-envvars.html
+    """
+    botocores_key = os.environ.get("AWS_ACCESS_KEY_ID")
+    if not botocores_key:
+        return set()
+    if os.environ.get("AWS_ACCESS_KEY") != botocores_key:
+        return {"AWS_SESSION_TOKEN"}
+    if not os.environ.get("AWS_SECRET_KEY"):
+        return {"AWS_ACCESS_KEY", "AWS_SESSION_TOKEN"}
+    return set()
+
+
 def _warn_of_unknown(names: Iterable[str], where: str) -> None:
     """Warn once of each name that looks like a setting and is none."""
-    for name in sorted(set(names).difference(_SETTINGS, _SETTINGS_OF_4_7, _warned)):
-        if name.startswith("TASKHAWK_"):
+    for name in sorted(set(names).difference(_SETTINGS, _warned)):
+        if name.startswith("TASKHAWK_") and not _FOREIGN_NAMES.fullmatch(name):
             _warned.add(name)
             _log.warning("%s", _no_setting(name, f" in {where}"))
 
@@ -1237,8 +1290,8 @@ def fixed(
     """Return a retry policy of equal delays.
 
     :param delay_s: seconds from a failed run to the next
-    :param max_retries: how many retries before the message is dead-lettered; None leaves
-        it to the queue's maxReceiveCount
+    :param max_retries: how many retries before the message is dead-lettered; None
+        leaves it to the queue's maxReceiveCount
     :param jitter: take a random part of each delay, at least half of it
     """
     return RetryPolicy(delay_s, 1, 0, max_retries, _MAX_HELD_S, jitter)
@@ -1256,8 +1309,8 @@ def linear(
 
     :param base_s: seconds from the first failed run to the next
     :param step_s: seconds by which each delay is longer than the one before
-    :param max_retries: how many retries before the message is dead-lettered; None leaves
-        it to the queue's maxReceiveCount
+    :param max_retries: how many retries before the message is dead-lettered; None
+        leaves it to the queue's maxReceiveCount
     :param max_delay_s: the longest delay in seconds
     :param jitter: take a random part of each delay, at least half of it
     """
@@ -1276,8 +1329,8 @@ def exponential(
 
     :param base_s: seconds from the first failed run to the next
     :param factor: how many times longer each delay is than the one before
-    :param max_retries: how many retries before the message is dead-lettered; None leaves
-        it to the queue's maxReceiveCount
+    :param max_retries: how many retries before the message is dead-lettered; None
+        leaves it to the queue's maxReceiveCount
     :param max_delay_s: the longest delay in seconds
     :param jitter: take a random part of each delay, at least half of it
     """

@@ -1289,14 +1289,21 @@ class TestErrors:
 
 # --- 3. settings ----------------------------------------------------------------------
 
+SETTINGS_HOOK = "a function or its dotted path, such as 'myapp.hooks.{}'"
+SETTINGS_URL = (
+    "a URL that begins with http:// or https://, such as 'http://127.0.0.1:4566'"
+)
 SETTINGS_TABLE = {  # the default, and how an error goes on after "expected"
     "AWS_ACCESS_KEY": (None, "a string, such as 'AKIAIOSFODNN7EXAMPLE'"),
-    "AWS_ACCOUNT_ID": (None, "an account number, such as '123456789012'"),
+    "AWS_ACCOUNT_ID": (None, "an account id of twelve digits, such as '123456789012'"),
     "AWS_CONNECT_TIMEOUT_S": (2, "a number of seconds above 0, such as '2'"),
-    "AWS_ENDPOINT_SNS": (None, "a URL, such as 'http://127.0.0.1:4566'"),
-    "AWS_ENDPOINT_SQS": (None, "a URL, such as 'http://127.0.0.1:4566'"),
+    "AWS_ENDPOINT_SNS": (None, SETTINGS_URL),
+    "AWS_ENDPOINT_SQS": (None, SETTINGS_URL),
     "AWS_READ_TIMEOUT_S": (2, "a number of seconds above 0, such as '2'"),
-    "AWS_REGION": (None, "the name of a region, such as 'eu-west-1'"),
+    "AWS_REGION": (
+        None,
+        "the name of a region, not of an availability zone, such as 'eu-west-1'",
+    ),
     "AWS_SECRET_KEY": (None, "a string, such as 'wJalrXUtnFEMI/EXAMPLEKEY'"),
     "AWS_SESSION_TOKEN": (None, "a string, such as 'AQoDYXdzEJr/EXAMPLETOKEN'"),
     "IS_LAMBDA_APP": (False, "true or false, such as 'False'"),
@@ -1304,30 +1311,15 @@ SETTINGS_TABLE = {  # the default, and how an error goes on after "expected"
         "sqs",
         "'sqs' or a URL of SQLite, such as 'sqlite:///queue.db'",
     ),
-    "TASKHAWK_DEFAULT_HEADERS": (
-        None,
-        "a function or its dotted path, such as 'myapp.hooks.default_headers'",
-    ),
-    "TASKHAWK_ERROR_HOOK": (
-        None,
-        "a function or its dotted path, such as 'myapp.hooks.report_error'",
-    ),
-    "TASKHAWK_HEARTBEAT_HOOK": (
-        None,
-        "a function or its dotted path, such as 'myapp.hooks.touch_file'",
-    ),
+    "TASKHAWK_DEFAULT_HEADERS": (None, SETTINGS_HOOK.format("default_headers")),
+    "TASKHAWK_ERROR_HOOK": (None, SETTINGS_HOOK.format("report_error")),
+    "TASKHAWK_HEARTBEAT_HOOK": (None, SETTINGS_HOOK.format("touch_file")),
     "TASKHAWK_MAX_DB_REUSE_LOOPS": (5, "a whole number above 0, such as '5'"),
-    "TASKHAWK_POST_PROCESS_HOOK": (
-        None,
-        "a function or its dotted path, such as 'myapp.hooks.after'",
-    ),
-    "TASKHAWK_PRE_PROCESS_HOOK": (
-        None,
-        "a function or its dotted path, such as 'myapp.hooks.before'",
-    ),
+    "TASKHAWK_POST_PROCESS_HOOK": (None, SETTINGS_HOOK.format("after")),
+    "TASKHAWK_PRE_PROCESS_HOOK": (None, SETTINGS_HOOK.format("before")),
     "TASKHAWK_QUEUE": (
         None,
-        "at most 71 letters, digits, hyphens and underscores, such as 'dev-myapp'",
+        "at most 53 letters, digits, hyphens and underscores, such as 'dev-myapp'",
     ),
     "TASKHAWK_SYNC": (False, "true or false, such as 'False'"),
     "TASKHAWK_TASK_CLASS": (
@@ -1494,17 +1486,18 @@ class TestSettings:
             ("AWS_ACCOUNT_ID", 12345, "000000012345"),
             ("AWS_CONNECT_TIMEOUT_S", 0.5, 0.5),
             ("AWS_CONNECT_TIMEOUT_S", "0.5", 0.5),
-            ("AWS_READ_TIMEOUT_S", " 3 ", 3),
+            ("AWS_READ_TIMEOUT_S", "3", 3),
             ("AWS_ENDPOINT_SNS", "https://sns.example.com", "https://sns.example.com"),
             ("AWS_ENDPOINT_SQS", "http://127.0.0.1:4566/", "http://127.0.0.1:4566"),
-            ("AWS_REGION", "eu-west-1", "eu-west-1"),
+            ("AWS_REGION", "us-isob-east-1", "us-isob-east-1"),
+            ("AWS_REGION", "elasticmq", "elasticmq"),
             ("TASKHAWK_BROKER", "sqs", "sqs"),
             ("TASKHAWK_BROKER", "sqlite://", "sqlite://"),
             ("TASKHAWK_BROKER", "sqlite:////a/b.db", "sqlite:////a/b.db"),
             ("TASKHAWK_MAX_DB_REUSE_LOOPS", 1, 1),
             ("TASKHAWK_MAX_DB_REUSE_LOOPS", "20", 20),
             ("TASKHAWK_QUEUE", "Dev_my-app-2", "Dev_my-app-2"),
-            ("TASKHAWK_QUEUE", "q" * 71, "q" * 71),
+            ("TASKHAWK_QUEUE", "q" * 53, "q" * 53),
             ("TASKHAWK_ERROR_HOOK", settings_hook, settings_hook),
             ("TASKHAWK_HEARTBEAT_HOOK", "json.dumps", json.dumps),
             ("TASKHAWK_PRE_PROCESS_HOOK", "collections.abc.Mapping", Mapping),
@@ -1521,8 +1514,8 @@ class TestSettings:
     @pytest.mark.parametrize(
         ("values", "expected"),
         [
-            ((False, 0, "False", "false", "0", "", " no ", "OFF"), False),
-            ((True, 1, "True", "true", "1", " yes ", "ON"), True),
+            ((False, 0, "False", "false", "0", "", "no", "OFF"), False),
+            ((True, 1, "True", "true", "1", "yes", "ON"), True),
         ],
     )
     def test_flag(self, monkeypatch, values, expected):
@@ -1560,6 +1553,9 @@ class TestSettings:
             ("AWS_ACCOUNT_ID", 1.5, "1.5"),
             ("AWS_ACCOUNT_ID", True, "True"),
             ("AWS_ACCOUNT_ID", -1, "-1"),
+            ("AWS_ACCOUNT_ID", 10**12, "1000000000000"),
+            ("AWS_ACCOUNT_ID", "12345", "'12345'"),
+            ("AWS_ACCOUNT_ID", "1234-5678-9012", "'1234-5678-9012'"),
             ("AWS_CONNECT_TIMEOUT_S", 0, "0"),
             ("AWS_CONNECT_TIMEOUT_S", "soon", "'soon'"),
             ("AWS_CONNECT_TIMEOUT_S", True, "True"),
@@ -1570,7 +1566,12 @@ class TestSettings:
             ("AWS_ENDPOINT_SNS", 4566, "4566"),
             ("AWS_ENDPOINT_SQS", "127.0.0.1:4566", "'127.0.0.1:4566'"),
             ("AWS_ENDPOINT_SQS", "http://", "'http://'"),
+            ("AWS_ENDPOINT_SQS", "http:///sqs", "'http:///sqs'"),
+            ("AWS_ENDPOINT_SQS", "http://a b", "'http://a b'"),
             ("AWS_REGION", 1, "1"),
+            ("AWS_REGION", "us-east-1a", "'us-east-1a'"),
+            ("AWS_REGION", "us-west-2-lax-1a", "'us-west-2-lax-1a'"),
+            ("AWS_REGION", "us east 1", "'us east 1'"),
             ("IS_LAMBDA_APP", "perhaps", "'perhaps'"),
             ("TASKHAWK_SYNC", "fasle", "'fasle'"),
             ("TASKHAWK_BROKER", "redis://127.0.0.1", "'redis://127.0.0.1'"),
@@ -1581,8 +1582,7 @@ class TestSettings:
             ("TASKHAWK_MAX_DB_REUSE_LOOPS", 2.5, "2.5"),
             ("TASKHAWK_MAX_DB_REUSE_LOOPS", True, "True"),
             ("TASKHAWK_QUEUE", "my queue", "'my queue'"),
-            ("TASKHAWK_QUEUE", "queue\n", "'queue\\n'"),
-            ("TASKHAWK_QUEUE", "q" * 72, repr("q" * 72)),
+            ("TASKHAWK_QUEUE", "q" * 54, repr("q" * 54)),
             ("TASKHAWK_QUEUE", 7, "7"),
             ("TASKHAWK_DEFAULT_HEADERS", {"a": "b"}, "{'a': 'b'}"),
             ("TASKHAWK_ERROR_HOOK", "print", "'print'"),
@@ -1608,6 +1608,21 @@ class TestSettings:
         for _ in range(2):  # it is not remembered as something else
             sentence = f"{name} in configure(): expected {rule}, got {got}"
             assert refusal_of(name) == sentence
+
+    @pytest.mark.parametrize("name", SETTINGS_TABLE)
+    @pytest.mark.parametrize(
+        "edge", ["{} ", "\t{}", "{}\r", "a\n{}", "\x85{}", "{}\x7f"]
+    )
+    def test_unclean_value(self, monkeypatch, name, edge):
+        """No value may have outer spaces or control characters; no secret is shown."""
+        rule = SETTINGS_TABLE[name][1]
+        value = edge.format(re.search(r"such as '(.+)'$", rule)[1])
+        monkeypatch.setenv(name, value)
+        got = "str" if name in SETTINGS_SECRETS else repr(value)
+        assert refusal_of(name) == (
+            f"{name} in the environment: expected {rule}, got {got}"
+            " (it has outer spaces, or control characters such as a line break)"
+        )
 
     @pytest.mark.parametrize("name", SETTINGS_TABLE)
     def test_legal_value_of_an_error(self, name):
@@ -1686,10 +1701,20 @@ class TestSettings:
             "TASKHAWK_PUBLISHER_BACKEND",
             "TASKHAWK_PUBLISHER_GCP_BATCH_SETTINGS",
             "GOOGLE_CLOUD_PROJECT",
+            "TASKHAWK_SERVICE_HOST",
+            "TASKHAWK_SERVICE_PORT",
+            "TASKHAWK_SERVICE_PORT_HTTPS",
+            "TASKHAWK_PORT",
+            "TASKHAWK_PORT_80_TCP",
+            "TASKHAWK_PORT_80_TCP_ADDR",
+            "TASKHAWK_PORT_80_TCP_PORT",
+            "TASKHAWK_PORT_53_UDP_PROTO",
+            "TASKHAWK_WEB_SERVICE_HOST",
+            "TASKHAWK_WEB_PORT_443_TCP",
         ],
     )
     def test_name_of_others(self, monkeypatch, caplog, settings_module, name):
-        """What only 4.7 has is ignored without a word."""
+        """What 4.7 has, or Kubernetes sets for a service, is ignored without a word."""
         monkeypatch.setenv(name, "1")
         settings_module(f"{name} = 1")
         taskhawk.configure({name: 1})
@@ -1713,12 +1738,21 @@ class TestSettings:
             ("token", "", "key secret", ("AKIAENVIRONMENT", None)),
             ("token", "key secret", "key secret token", ("AKIAMODULE", None)),
             ("", "token", "key secret token", ("AKIAENVIRONMENT", "environment")),
+            ("", "", "key secret token role", ("AKIAENVIRONMENT", None)),
+            ("", "", "key secret token same", ("AKIAENVIRONMENT", "environment")),
+            ("", "", "key token same", ("AKIAENVIRONMENT", "environment")),
+            ("", "key secret", "token role", ("AKIAMODULE", None)),
         ],
     )
     def test_credentials_are_taken_together(  # noqa: PLR0917 - fixtures
         self, monkeypatch, settings_module, aws, configured, module, environment, used
     ):
-        """Key, secret and token come from the one source that has the key."""
+        """Key, secret and token come from the one source that has the key.
+
+        Lambda sets the token, and perhaps the key, of the function's role: they are
+        never paired with another's.
+        """
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret of botocore's own")
         values = self.credentials(module, "module")
         settings_module("\n".join(f"{name} = {values[name]!r}" for name in values))
         for name, value in self.credentials(environment, "environment").items():
@@ -1752,6 +1786,8 @@ class TestSettings:
             "key": ("AWS_ACCESS_KEY", f"AKIA{source.upper()}"),
             "secret": ("AWS_SECRET_KEY", f"{source} secret"),
             "token": ("AWS_SESSION_TOKEN", source),
+            "role": ("AWS_ACCESS_KEY_ID", "AKIAROLE"),
+            "same": ("AWS_ACCESS_KEY_ID", f"AKIA{source.upper()}"),
         }
         return dict(values[part] for part in parts.split())
 
@@ -1764,6 +1800,23 @@ class TestSettings:
         credential = r"Credential=(\w+)/\d+/([\w-]+)/sqs/"
         key, region = re.search(credential, headers["Authorization"]).groups()
         return key, region, headers.get("X-Amz-Security-Token")
+
+    def test_check(self, monkeypatch):
+        """All that is wrong is found at once: values, hooks and halves of credentials."""
+        taskhawk.settings.check()
+        assert taskhawk.settings.errors() == []
+        wrong = {"TASKHAWK_SYNC": "maybe", "TASKHAWK_PRE_PROCESS_HOOK": "json.nope"}
+        taskhawk.configure(wrong, AWS_SECRET_KEY="half")
+        errors = list(map(str, taskhawk.settings.errors()))
+        half = "AWS_SECRET_KEY is set in configure(), but AWS_ACCESS_KEY is not"
+        assert errors == [
+            f"{half}: expected both or neither",
+            *(refusal_of(name) for name in sorted(wrong)),
+        ]
+        assert refusal(taskhawk.settings.check) == "; ".join(errors)
+        taskhawk.configure()
+        monkeypatch.setenv("SETTINGS_MODULE", "no_such_module")
+        assert len(taskhawk.settings.errors()) == 1
 
     @pytest.mark.parametrize(
         ("given", "missing"),
@@ -5307,7 +5360,7 @@ NOTHING_CONFIGURED = {
     "AWS_ACCESS_KEY": "TASKHAWK-X: no AWS credentials: set AWS_ACCESS_KEY and AWS_SECRET_KEY, or"
     " give botocore a profile or role; to try things out without AWS, set TASKHAWK_BROKER to"
     " sqlite:///queue.db (NoCredentialsError)",
-    "TASKHAWK_QUEUE": "TASKHAWK_QUEUE is not set: expected at most 71 letters, digits, hyphens and"
+    "TASKHAWK_QUEUE": "TASKHAWK_QUEUE is not set: expected at most 53 letters, digits, hyphens and"
     " underscores, such as 'dev-myapp', from taskhawk.configure(), the module named by"
     " SETTINGS_MODULE, Django's settings or the environment",
 }
@@ -12188,7 +12241,7 @@ class TestCheck:
         code, (line, _) = check(capsys)
         assert code == 1
         assert line.startswith(
-            "error: TASKHAWK_QUEUE in configure(): expected at most 71 letters"
+            "error: TASKHAWK_QUEUE in configure(): expected at most 53 letters"
         )
 
     def test_topics(self, ministack, queue_name, capsys):
