@@ -1137,7 +1137,10 @@ class Message:  # noqa: PLW1641 - it may change, so it is no key of a dict
 
 
 def _from_decimal(value: object) -> float:
-    """Make a JSON number of a Decimal, which databases return; refuse all else."""
+    """Make a JSON number of a Decimal, which databases return; refuse all else.
+
+    A reader of JSON makes a float of it: one that would change the digits is refused.
+    """
     # Unless something has imported decimal, no value can be a Decimal.
     decimal = sys.modules.get("decimal")
     if decimal is None or not isinstance(value, decimal.Decimal):
@@ -1148,7 +1151,10 @@ def _from_decimal(value: object) -> float:
     small = abs(value.adjusted()) < 4300  # noqa: PLR2004
     if small and value == value.to_integral_value():
         return int(value)
-    return float(value)
+    number = float(value)
+    if math.isfinite(number) and decimal.Decimal(repr(number)) != value:
+        raise ValueError("a Decimal has more digits than a float: send it as a string")
+    return number
 
 
 def _finite(text: str) -> float:
@@ -1171,7 +1177,8 @@ def _encode(message: Message) -> str:
     """Return the body of a message, or raise the error that names what is not JSON.
 
     :raises TypeError: if an argument or header is of a type that JSON does not have
-    :raises ValidationError: if one is NaN or infinite, or nested too deeply
+    :raises ValidationError: if one is NaN or infinite, a Decimal with more digits than
+        a float, or nested too deeply
     """
     try:
         return _ENCODER.encode(message.as_dict())
@@ -1203,16 +1210,55 @@ def _sizes(message: Message) -> dict[str, int]:
     return sizes
 
 
+# What else may be in a queue: the keys that tell it, what it is, and what to do.
+_FOREIGN_BODIES = (
+    (
+        {"TopicArn", "SubscribeURL"},
+        "SNS's request to confirm a subscription: confirm it, and choose raw delivery",
+    ),
+    (
+        {"TopicArn", "Message"},
+        "a notification of SNS: turn on raw message delivery for the subscription",
+    ),
+    ({"detail-type", "detail"}, "an event of EventBridge: send it to another queue"),
+    ({"Records"}, "an event of S3 or a similar service: send it to another queue"),
+    ({"Service", "Event", "Bucket"}, "a test event of S3: send it to another queue"),
+)
+
+
 def _decode(body: Any) -> Message:
     """Return the message of a body; raise ValidationError, whatever is wrong with it.
 
     The body is hostile: an error quotes at most 40 characters of a metadata value, and
     neither nesting nor numbers can do more than have the body refused.
     """
+    data = _parse(body)
+    try:
+        return Message(data)
+    except ValidationError as error:
+        foreign = _foreign(data)
+        if not foreign:
+            raise
+        text = f"message: expected one of taskhawk's, got {foreign}"
+        raise ValidationError(text) from error
+
+
+def _foreign(data: Any) -> str:
+    """Return what another service's body is, and what to do; "" for any other body."""
+    if not isinstance(data, dict):
+        return ""
+    for keys, what in _FOREIGN_BODIES:
+        if keys <= data.keys():
+            return what
+    return ""
+
+
+def _parse(body: Any) -> Any:
+    """Return the JSON value of a body; raise ValidationError if it has none."""
     # It may be anything: in a malformed event of Lambda, it is None.
     _validate(body, _BODY)
     try:
-        return Message(_DECODER.decode(body))
+        return _DECODER.decode(body)
     except RecursionError:
         raise ValidationError("message: nested too deeply") from None
     except json.JSONDecodeError as error:

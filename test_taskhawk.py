@@ -2077,6 +2077,7 @@ MESSAGE_RULES = {  # what errors say is expected, by path
     "kwargs": "an object",
 }
 SCHEMA_VALIDATOR = jsonschema.Draft202012Validator(taskhawk.SCHEMA)
+TOO_EXACT = "a Decimal has more digits than a float: send it as a string"
 NOT_FINITE = "Out of range float values are not JSON compliant"
 
 
@@ -2325,6 +2326,41 @@ class TestMessages:
         """A body that is no message is refused by an error that does not quote it."""
         assert self.refused(body) == f"message: {sentence}"
 
+    @pytest.mark.parametrize(
+        ("keys", "what"),
+        [
+            (
+                "Type MessageId TopicArn Message Timestamp UnsubscribeURL",
+                "a notification of SNS: turn on raw message delivery for the subscription",
+            ),
+            (
+                "Type MessageId Token TopicArn Message SubscribeURL",
+                "SNS's request to confirm a subscription: confirm it, and choose raw delivery",
+            ),
+            (
+                "version id detail-type source account time region resources detail",
+                "an event of EventBridge: send it to another queue",
+            ),
+            (
+                "Records",
+                "an event of S3 or a similar service: send it to another queue",
+            ),
+            (
+                "Service Event Time Bucket RequestId HostId",
+                "a test event of S3: send it to another queue",
+            ),
+        ],
+        ids=["SNS", "SNS's confirmation", "EventBridge", "S3", "S3's test"],
+    )
+    def test_body_of_another_service(self, keys, what):
+        """A body that another service sent is called what it is, and what to do."""
+        sentence = f"message: expected one of taskhawk's, got {what}"
+        assert self.refused(json.dumps(dict.fromkeys(keys.split(), "x"))) == sentence
+        # A message of ours is one, whatever keys it has besides.
+        assert Message(VALID | dict.fromkeys(keys.split(), "x") | VALID) == Message(
+            VALID
+        )
+
     @given(st.text() | st.binary() | JSON_VALUE.map(json.dumps))
     def test_any_body(self, body):
         """Whatever a body is, it is refused by a ValidationError and no other error."""
@@ -2396,6 +2432,10 @@ class TestMessages:
             (-math.inf, taskhawk.ValidationError, NOT_FINITE),
             (Decimal("NaN"), taskhawk.ValidationError, NOT_FINITE),
             (Decimal("Infinity"), taskhawk.ValidationError, NOT_FINITE),
+            (Decimal("1E+5000"), taskhawk.ValidationError, NOT_FINITE),
+            ([Decimal("12345678901234567.89")], taskhawk.ValidationError, TOO_EXACT),
+            (Decimal("0.1234567890123456789"), taskhawk.ValidationError, TOO_EXACT),
+            (Decimal("1E-400"), taskhawk.ValidationError, TOO_EXACT),
             (
                 {(1, 2): 3},
                 TypeError,
@@ -2431,12 +2471,20 @@ class TestMessages:
         assert str(caught.value) == sentence
 
     def test_decimals(self, memory, send_email):
-        """Decimals become numbers: whole ones ints, the others floats."""
-        values = [Decimal("1.10"), Decimal("1E+3"), Decimal("-0.5")]
-        send_email.dispatch(Decimal(2), values)
+        """Decimals become numbers with the same digits: whole ones ints, others floats."""
+        values = {
+            "2": 2,
+            "1.10": 1.1,
+            "1E+3": 1000,
+            "-0.5": -0.5,
+            "12345678901234567890.0": 12345678901234567890,
+            "1234567890123.45": 1234567890123.45,
+            "1E-7": 1e-07,
+        }
+        send_email.dispatch("x", list(map(Decimal, values)))
         [received] = queued()
         data = json.loads(received.body)
-        assert same_json(data["args"], [2, [1.1, 1000, -0.5]])
+        assert same_json(data["args"], ["x", list(values.values())])
 
     def test_round_trip(self, sync):
         """Any JSON call arrives as it was made: arguments, keywords and headers."""
@@ -2599,7 +2647,7 @@ VALUES = [
     Decimal(2),
     Decimal("1.10"),
     Decimal("1E+3"),
-    Decimal("0.1234567890123456789"),
+    0.12345678901234568,
 ]
 VALUES += [10**20, 1e22, -0.0, True, None, 'Žluťoučký 🐎 \u2028 "q" \\ / <&> \n\t\x7f']
 EXTRA = {"tuple": (1, (2,)), 3: {"deep": [[], {}]}, "d": {"x": Decimal("5.0")}}
