@@ -7773,7 +7773,7 @@ class TestLogging:
 
     def test_outcome_of_an_invalid_message(self, caplog):
         """A message that is not valid leaves one record too, which knows no task."""
-        taskhawk._last_invalid.clear()
+        taskhawk._invalid_logged_at.clear()
         run_body("{}")
         [record] = [record for record in caplog.records if hasattr(record, "outcome")]
         assert (record.outcome, hasattr(record, "task")) == ("retry", False)
