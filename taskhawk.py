@@ -2781,7 +2781,7 @@ __all__ += [
 # --- 13. processing -------------------------------------------------------------------
 # process() is the ONE place that decides what becomes of a message, and _verdict() is
 # its table. It does no queue I/O: the worker and Lambda apply its Outcome. It raises
-# nothing but KeyboardInterrupt. A run leaves one log record; what is not a valid message
+# nothing but KeyboardInterrupt. A run leaves one log record; what is no valid message
 # leaves one in ten seconds for each class of error. An error hook changes no outcome.
 
 
