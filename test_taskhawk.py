@@ -7246,7 +7246,9 @@ class TestSync:
 
         def hook(queue_name, sqs_queue_message):
             body = json.loads(sqs_queue_message.body)
-            seen.append((queue_name, body["task"], sqs_queue_message.receipt_handle))
+            shop = sqs_queue_message.message_attributes["shop"]
+            handle = sqs_queue_message.receipt_handle
+            seen.append((queue_name, body["task"], handle, shop))
             sqs_queue_message.change_visibility(VisibilityTimeout=3)  # of no queue
             sqs_queue_message.delete()
 
@@ -7262,8 +7264,9 @@ class TestSync:
             seen.append("sold")
             raise taskhawk.IgnoreException
 
-        assert sell.with_priority(Priority.high).dispatch()
-        assert seen == [(name, "shop.sell", None), "sold", (name, "shop.sell", None)]
+        assert sell.with_priority(Priority.high).with_headers(shop="5").dispatch()
+        hooked = (name, "shop.sell", None, {"DataType": "String", "StringValue": "5"})
+        assert seen == [hooked, "sold", hooked]
 
     def test_hooks_of_lambda(self):
         """In a Lambda app, the hooks get an SNS record."""
@@ -10354,7 +10357,6 @@ class TestIsolation:
 # --- 17. Lambda -----------------------------------------------------------------------
 
 LAMBDA_ARN = "arn:aws:sqs:us-east-1:123456789012:TASKHAWK-DEV-MYAPP"
-LAMBDA_FIFO_ARN = f"{LAMBDA_ARN}.fifo"
 LAMBDA_DENIED = f"TASKHAWK-DEV-MYAPP: {DENIED} (AccessDenied)"
 
 
@@ -10420,6 +10422,27 @@ def lambda_event(
     return {"Records": [make(body, f"m{n}") for n, body in enumerate(bodies, 1)]}
 
 
+def lambda_consume(event: Any, **options: Any) -> tuple[Any, list[BaseException]]:
+    """Consume an event; return the answer, and the error or errors that were raised."""
+    error: BaseException | None = None
+    answer = None
+    try:
+        answer = taskhawk.process_messages_for_lambda_consumer(event, **options)
+    except (Exception, BaseExceptionGroup, SystemExit) as raised:
+        error = raised
+    if not isinstance(error, BaseExceptionGroup):
+        return answer, [error] if error else []
+    errors = error.exceptions
+    assert str(error) == f"several runs failed ({len(errors)} sub-exceptions)"
+    assert len(errors) > 1
+    return None, list(errors)
+
+
+def lambda_failures(*numbers: int) -> dict[str, Any]:
+    """Return the answer that has these messages failed."""
+    return {"batchItemFailures": [{"itemIdentifier": f"m{n}"} for n in numbers]}
+
+
 @pytest.fixture
 def lambda_sqs(aws: ScriptedAws) -> ScriptedAws:
     """Return an SQS that accepts everything, and configure taskhawk as in a Lambda function."""
@@ -10427,14 +10450,22 @@ def lambda_sqs(aws: ScriptedAws) -> ScriptedAws:
     return aws
 
 
-def lambda_entries(
-    sqs: ScriptedAws, action: str, *keys: str
-) -> list[list[tuple[Any, ...]]]:
-    """Return what each batch call of this action had in its entries."""
-    return [
-        [tuple(entry[key] for key in keys) for entry in data["Entries"]]
-        for data in sqs.asked(action)
-    ]
+def lambda_entries(sqs: ScriptedAws, action: str, *keys: str) -> list[tuple[Any, ...]]:
+    """Return what the batch calls of this action had in their entries, in order."""
+    entries = [entry for data in sqs.asked(action) for entry in data["Entries"]]
+    return [tuple(entry[key] for key in keys) for entry in entries]
+
+
+def lambda_deleted(sqs: ScriptedAws) -> list[int]:
+    """Return the numbers of the messages for which a delete was asked."""
+    receipts = lambda_entries(sqs, "DeleteMessageBatch", "ReceiptHandle")
+    return [int(receipt.removeprefix("receipt of m")) for (receipt,) in receipts]
+
+
+def lambda_delays(sqs: ScriptedAws) -> list[tuple[str, int]]:
+    """Return the message and the seconds of each change of a visibility."""
+    keys = ("ReceiptHandle", "VisibilityTimeout")
+    return lambda_entries(sqs, "ChangeMessageVisibilityBatch", *keys)
 
 
 @pytest.fixture
@@ -10455,6 +10486,7 @@ def lambda_runs() -> list[Any]:
 
 
 LAMBDA_ENDS: dict[Any, BaseException] = {
+    "ignore": taskhawk.IgnoreException(),
     "fail": ValueError("no"),
     "fail too": OSError("nor this"),
     "exit": SystemExit(3),
@@ -10463,11 +10495,16 @@ LAMBDA_ENDS: dict[Any, BaseException] = {
     "in 90.5 s": taskhawk.RetryException(delay_seconds=90.5),
     "at once": taskhawk.RetryException(delay_seconds=0),
     "in a month": taskhawk.RetryException(delay_seconds=2_592_000),
-    "ignore": taskhawk.IgnoreException(),
     "fail, and say so": taskhawk.LoggingException("no", {"order": 7}),
 }
-LAMBDA_FAILURES = ["fail", "exit", "give up", "later", "in 90.5 s", "fail, and say so"]
-LAMBDA_BAD = lambda_sqs_record(None, "bad")
+LAMBDA_CALLS = [
+    (1, "fail", 2),
+    ("exit", 1),
+    tuple(LAMBDA_ENDS),
+    ("fail", *range(21), "give up"),
+    (1, "ignore", 2),
+    (),
+]
 LAMBDA_MALFORMED: dict[str, Any] = {
     "null": None,
     "text": "text",
@@ -10476,24 +10513,17 @@ LAMBDA_MALFORMED: dict[str, Any] = {
     "Sns empty": {"Sns": {}},
     "Sns of nulls": {"Sns": {"Message": None, "MessageId": None}},
     "Kinesis": {"kinesis": {"data": "e30="}},
-    "body null": LAMBDA_BAD,
-    "messageAttributes null": {**LAMBDA_BAD, "messageAttributes": None},
-    "messageAttributes of numbers": {**LAMBDA_BAD, "messageAttributes": {"a": 1}},
-    "messageAttributes an array": {**LAMBDA_BAD, "messageAttributes": ["a"]},
-    "attributes null": {**LAMBDA_BAD, "attributes": None},
-    "attributes text": {**LAMBDA_BAD, "attributes": "text"},
-    "receive count text": lambda_sqs_record(
-        None, "bad", ApproximateReceiveCount="many"
-    ),
-    "ARN text": {**LAMBDA_BAD, "eventSourceARN": "text"},
-    "ARN a number": {**LAMBDA_BAD, "eventSourceARN": 5},
+    "body null": {"body": None},
+    "messageAttributes null": {"messageAttributes": None},
+    "messageAttributes of numbers": {"messageAttributes": {"a": 1}},
+    "messageAttributes an array": {"messageAttributes": ["a"]},
+    "attributes null": {"attributes": None},
+    "attributes text": {"attributes": "text"},
+    "receive count text": {"attributes": {"ApproximateReceiveCount": "many"}},
+    "ARN text": {"eventSourceARN": "text"},
+    "ARN a number": {"eventSourceARN": 5},
 }
-
-
-def lambda_warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """Return the texts of the warnings, without botocore's remark on its attempts."""
-    texts = (r.getMessage() for r in caplog.records if r.levelname == "WARNING")
-    return [text.replace(" (reached max retries: 0)", "") for text in texts]
+LAMBDA_NO_BODY = "message: expected a string of JSON, got null"
 
 
 class LambdaTime:
@@ -10510,328 +10540,223 @@ class LambdaTime:
 class TestLambda:
     """An event's failures always raise, or are in the answer."""
 
+    @pytest.mark.parametrize("partial_batch", [False, True])
     @pytest.mark.parametrize("kind", LAMBDA_RECORDS)
-    def test_all_succeeded(self, kind, lambda_runs, caplog):
-        """Where all succeeded nothing is called: on this endpoint's port nobody listens."""
-        endpoint = f"http://127.0.0.1:{free_port()}"
-        taskhawk.configure(
-            AWS_KEYS, AWS_ENDPOINT_SQS=endpoint, AWS_ENDPOINT_SNS=endpoint
-        )
-        event = lambda_event(1, "ignore", 2, make=LAMBDA_RECORDS[kind])
-        assert taskhawk.process_messages_for_lambda_consumer(event) is None
-        assert lambda_runs == [1, "ignore", 2]
-        assert caplog.records == []
+    @pytest.mark.parametrize("calls", LAMBDA_CALLS, ids=str)
+    def test_failures(self, calls, kind, partial_batch, lambda_sqs, lambda_runs):
+        """All are run, and failures are raised; of SQS, what succeeded is deleted before.
 
-    def test_all_succeeded_by_the_calls(self, lambda_sqs, lambda_runs):
-        """Lambda deletes what succeeded, whatever the kind of answer that it wants."""
-        event = lambda_event(1, "ignore")
-        assert taskhawk.process_messages_for_lambda_consumer(event) is None
-        answer = taskhawk.process_messages_for_lambda_consumer(
-            event, partial_batch=True
-        )
-        assert answer == {"batchItemFailures": []}
-        assert lambda_sqs.calls == []
+        Or they are in the answer, where that is wanted, and Lambda deletes the others. SNS
+        has no such answer. Where nothing failed, nothing is called.
+        """
+        event = lambda_event(*calls, make=LAMBDA_RECORDS[kind])
+        answer, errors = lambda_consume(event, partial_batch=partial_batch)
+        failing = LAMBDA_ENDS.keys() - {"ignore"}
+        failed = [n for n, call in enumerate(calls, 1) if call in failing]
+        assert lambda_runs == list(calls)
+        if partial_batch and (kind == "SQS" or not failed):
+            assert (answer, errors) == (lambda_failures(*failed), [])
+        else:
+            raised = [LAMBDA_ENDS[calls[n - 1]] for n in failed]
+            assert (answer, errors) == (None, raised)
+        deletes = kind == "SQS" and failed and not partial_batch
+        done = {n for n in range(1, len(calls) + 1) if deletes and n not in failed}
+        assert lambda_deleted(lambda_sqs) == sorted(done)
+        most = len(lambda_sqs.asked("DeleteMessageBatch"))
+        assert most == math.ceil(len(done) / 10)
+        url = f"{lambda_sqs.url}/123456789012/TASKHAWK-DEV-MYAPP"
+        assert {call.data["QueueUrl"] for call in lambda_sqs.calls} <= {url}
+        assert "GetQueueUrl" not in lambda_sqs.actions  # its role may not look it up
 
     def test_embedded_broker(self, lambda_runs):
         """A handler can be tried out on a machine whose broker is the embedded one, without AWS."""
         taskhawk.configure(TASKHAWK_BROKER="sqlite://")
-        with pytest.raises(ValueError, match=r"^no$"):
-            taskhawk.process_messages_for_lambda_consumer(lambda_event(1, "fail"))
-        assert lambda_runs == [1, "fail"]
+        _, errors = lambda_consume(lambda_event(1, "fail"))
+        assert (lambda_runs, errors) == ([1, "fail"], [LAMBDA_ENDS["fail"]])
 
-    @pytest.mark.parametrize("kind", LAMBDA_RECORDS)
-    @pytest.mark.parametrize("end", LAMBDA_FAILURES)
-    def test_one_failed(self, kind, end, lambda_sqs, lambda_runs):
-        """One failure raises that very exception, after the others were run."""
-        event = lambda_event(1, end, 2, make=LAMBDA_RECORDS[kind])
-        with pytest.raises(type(LAMBDA_ENDS[end])) as caught:
-            taskhawk.process_messages_for_lambda_consumer(event)
-        assert caught.value is LAMBDA_ENDS[end]
-        assert lambda_runs == [1, end, 2]
+    def test_record_without_a_queue(self, lambda_sqs, lambda_runs):
+        """A record that does not say which queue has it is run; nothing can be deleted."""
+        event = lambda_event(1, "fail")
+        for record in event["Records"]:
+            del record["eventSourceARN"]
+        assert lambda_consume(event) == (None, [LAMBDA_ENDS["fail"]])
+        assert (lambda_runs, lambda_sqs.calls) == ([1, "fail"], [])
 
-    @pytest.mark.parametrize("kind", LAMBDA_RECORDS)
-    def test_several_failed(self, kind, lambda_sqs, lambda_runs):
-        """Several failures raise a group of those very exceptions, in the order of the event."""
-        event = lambda_event(
-            "fail", 1, "give up", "fail too", make=LAMBDA_RECORDS[kind]
-        )
-        with pytest.raises(ExceptionGroup) as caught:
-            taskhawk.process_messages_for_lambda_consumer(event)
-        ends = ("fail", "give up", "fail too")
-        assert caught.value.exceptions == tuple(LAMBDA_ENDS[end] for end in ends)
-        assert str(caught.value) == "several runs failed (3 sub-exceptions)"
-        assert lambda_runs == ["fail", 1, "give up", "fail too"]
-
-    def test_several_failed_and_one_wants_to_exit(self, lambda_sqs, lambda_runs):
-        """A SystemExit among several failures makes it a BaseExceptionGroup."""
-        with pytest.raises(BaseExceptionGroup) as caught:
-            taskhawk.process_messages_for_lambda_consumer(lambda_event("fail", "exit"))
-        assert caught.value.exceptions == (LAMBDA_ENDS["fail"], LAMBDA_ENDS["exit"])
-
-    def test_partial_batch(self, lambda_sqs, lambda_runs):
-        """partial_batch=True answers what failed instead, and leaves the deletes to Lambda."""
-        event = lambda_event(1, *LAMBDA_FAILURES, 2)
-        answer = taskhawk.process_messages_for_lambda_consumer(
-            event, partial_batch=True
-        )
-        assert answer == {
-            "batchItemFailures": [
-                {"itemIdentifier": f"m{n}"} for n in (2, 3, 4, 5, 6, 7)
-            ]
-        }
-        assert lambda_runs == [1, *LAMBDA_FAILURES, 2]
-        assert lambda_entries(lambda_sqs, "DeleteMessageBatch", "ReceiptHandle") == []
-
-    def test_partial_batch_of_sns(self, lambda_runs):
-        """SNS has no partial batches, and would take the answer for success: a failure raises."""
-        event = lambda_event("fail", 1, make=lambda_sns_record)
-        with pytest.raises(ValueError, match=r"^no$"):
-            taskhawk.process_messages_for_lambda_consumer(event, partial_batch=True)
-        assert lambda_runs == ["fail", 1]
-
-    def test_succeeded_are_deleted(self, lambda_sqs, lambda_runs):
-        """What succeeded is deleted before a failure is raised: ten a call, nothing looked up."""
-        event = lambda_event("fail", *range(21), "give up")
-        with pytest.raises(ExceptionGroup, match="several runs failed"):
-            taskhawk.process_messages_for_lambda_consumer(event)
-        assert lambda_sqs.actions == ["DeleteMessageBatch"] * 3
-        url = f"{lambda_sqs.url}/123456789012/TASKHAWK-DEV-MYAPP"
-        assert {call.data["QueueUrl"] for call in lambda_sqs.calls} == {url}
-        deleted = lambda_entries(lambda_sqs, "DeleteMessageBatch", "ReceiptHandle")
-        assert [len(entries) for entries in deleted] == [10, 10, 1]
-        assert list(itertools.chain(*deleted)) == [
-            (f"receipt of m{n}",) for n in range(2, 23)
-        ]
-
-    def test_succeeded_are_deleted_from_a_real_queue(
-        self, ministack, sqs_client, queue_name, lambda_runs
-    ):
+    def test_real_queue(self, ministack, sqs_client, queue_name, lambda_runs):
         """On a real queue the failed message alone is left, or nothing but the answer is."""
         client = sqs_client(ministack)
         url = client.create_queue(QueueName=f"TASKHAWK-{queue_name}")["QueueUrl"]
-        names = [
-            "QueueArn",
-            "ApproximateNumberOfMessages",
-            "ApproximateNumberOfMessagesNotVisible",
-        ]
+        names = ["QueueArn", "ApproximateNumberOfMessages"]
+        names.append("ApproximateNumberOfMessagesNotVisible")
 
         def attributes() -> list[str]:
-            found = client.get_queue_attributes(QueueUrl=url, AttributeNames=names)[
-                "Attributes"
-            ]
-            return [found[name] for name in names]
+            found = client.get_queue_attributes(QueueUrl=url, AttributeNames=names)
+            return [found["Attributes"][name] for name in names]
 
         sent = lambda_event(1, "fail", 2, "ignore")["Records"]
         for record in sent:
             client.send_message(QueueUrl=url, MessageBody=record["body"])
         received: list[Any] = []
+        ask = {"MaxNumberOfMessages": 10, "MessageSystemAttributeNames": ["All"]}
         while len(received) < len(sent):
-            received += client.receive_message(
-                QueueUrl=url,
-                MaxNumberOfMessages=10,
-                MessageSystemAttributeNames=["All"],
-            ).get("Messages", [])
-        keys = {
-            "messageId": "MessageId",
-            "receiptHandle": "ReceiptHandle",
-            "body": "Body",
-        }
-        event = {
-            "Records": [
-                {
-                    **{theirs: message[ours] for theirs, ours in keys.items()},
-                    "attributes": message["Attributes"],
-                    "messageAttributes": {},
-                    "eventSource": "aws:sqs",
-                    "eventSourceARN": attributes()[0],
-                }
-                for message in received
-            ]
-        }
+            answer = client.receive_message(QueueUrl=url, **ask)
+            received += answer.get("Messages", [])
+        records = [
+            {
+                "messageId": message["MessageId"],
+                "receiptHandle": message["ReceiptHandle"],
+                "body": message["Body"],
+                "attributes": message["Attributes"],
+                "eventSourceARN": attributes()[0],
+            }
+            for message in received
+        ]
         assert attributes()[1:] == ["0", "4"]
         taskhawk.configure(AWS_KEYS, AWS_ENDPOINT_SQS=ministack)
-        with pytest.raises(ValueError, match=r"^no$"):
-            taskhawk.process_messages_for_lambda_consumer(event)
+        errors = [LAMBDA_ENDS["fail"]]
+        assert lambda_consume({"Records": records}) == (None, errors)
         assert attributes()[1:] == ["0", "1"]
-        assert sorted(map(str, lambda_runs)) == ["1", "2", "fail", "ignore"]
-        event["Records"] = [r for r in event["Records"] if '"fail"' in r["body"]]
-        event["Records"][0]["body"] = processing_body("lambda.run", args=["at once"])
-        answer = taskhawk.process_messages_for_lambda_consumer(
-            event, partial_batch=True
-        )
-        failed = event["Records"][0]["messageId"]
-        assert answer == {"batchItemFailures": [{"itemIdentifier": failed}]}
+        [failed] = [record for record in records if '"fail"' in record["body"]]
+        failed["body"] = processing_body("lambda.run", args=["at once"])
+        answer, _ = lambda_consume({"Records": [failed]}, partial_batch=True)
+        identifier = {"itemIdentifier": failed["messageId"]}
+        assert answer == {"batchItemFailures": [identifier]}
         (again,) = client.receive_message(QueueUrl=url)["Messages"]
-        assert again["MessageId"] == failed
+        assert again["MessageId"] == failed["messageId"]
 
-    @pytest.mark.parametrize("how", ["denied", "refused"])
-    def test_succeeded_cannot_be_deleted(self, how, lambda_sqs, lambda_runs, caplog):
-        """Where the delete fails the failure is raised all the same, and a warning says so."""
-        if how == "denied":
-            answer = fault("AccessDenied", status=403)
-            why = LAMBDA_DENIED.format("DeleteMessage")
-        else:
-            answer = refuse(0, 2, code="ReceiptHandleIsInvalid", ours=True)
-            why = "no"
-        lambda_sqs.always("DeleteMessageBatch", answer)
-        count = 3 if how == "denied" else 2
-        with pytest.raises(ValueError, match=r"^no$"):
-            taskhawk.process_messages_for_lambda_consumer(lambda_event(1, "fail", 2, 3))
-        assert lambda_warnings(caplog) == [
-            f"{count} of 3 messages that succeeded may run again: can't delete them: {why}"
+    @pytest.mark.usefixtures("lambda_runs")
+    @pytest.mark.parametrize(
+        ("action", "told", "warning"),
+        [
+            pytest.param(
+                "DeleteMessageBatch",
+                fault("AccessDenied", status=403),
+                "3 of 3 messages that succeeded may run again: can't delete them:"
+                f" {LAMBDA_DENIED.format('DeleteMessage')}",
+                id="delete denied",
+            ),
+            pytest.param(
+                "DeleteMessageBatch",
+                refuse(0, 2, code="ReceiptHandleIsInvalid", ours=True),
+                "2 of 3 messages that succeeded may run again: can't delete them: no",
+                id="delete refused",
+            ),
+            pytest.param(
+                "ChangeMessageVisibilityBatch",
+                fault("AccessDenied", status=403),
+                "can't change when 2 of 2 failed messages run again:"
+                f" {LAMBDA_DENIED.format('ChangeMessageVisibility')}",
+                id="delay denied",
+            ),
+            pytest.param(
+                "ChangeMessageVisibilityBatch",
+                refuse(0, code="ReceiptHandleIsInvalid", ours=True),
+                "can't change when 1 of 2 failed messages run again: no",
+                id="delay refused",
+            ),
+        ],
+    )
+    def test_refusals(self, action, told, warning, lambda_sqs, caplog):
+        """What the service refuses costs one warning; all else is done, and failures raise."""
+        lambda_sqs.always(action, told)
+        event = lambda_event(1, "in 90.5 s", 2, "at once", 3)
+        errors = [LAMBDA_ENDS["in 90.5 s"], LAMBDA_ENDS["at once"]]
+        assert lambda_consume(event) == (None, errors)
+        warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+        ours = [text.replace(" (reached max retries: 0)", "") for text in warnings]
+        assert ours == [warning]
+        assert lambda_deleted(lambda_sqs) == [1, 3, 5]
+        assert lambda_delays(lambda_sqs) == [
+            ("receipt of m2", 91),
+            ("receipt of m4", 0),
         ]
 
     @pytest.mark.parametrize(
         "action", ["DeleteMessageBatch", "ChangeMessageVisibilityBatch"]
     )
-    def test_a_passing_fault_of_the_service(
-        self, action, lambda_sqs, lambda_runs, caplog
-    ):
+    def test_a_passing_fault(self, action, lambda_sqs, lambda_runs, caplog):
         """A call that fails in passing is repeated, as nobody comes after the function to do it."""
         lambda_sqs.script(action, (503, {}, b"{}"))
-        calls = (1, "fail") if action == "DeleteMessageBatch" else ("in 90.5 s",)
-        with pytest.raises((ValueError, taskhawk.RetryException)):
-            taskhawk.process_messages_for_lambda_consumer(lambda_event(*calls))
-        assert lambda_sqs.actions == [action, action]
-        assert lambda_warnings(caplog) == []
+        assert lambda_consume(lambda_event(1, "at once"))[1] == [LAMBDA_ENDS["at once"]]
+        assert lambda_sqs.actions.count(action) == 2
+        assert len(lambda_sqs.actions) == 3
+        assert [r for r in caplog.records if r.levelname == "WARNING"] == []
 
     @pytest.mark.parametrize("partial_batch", [False, True])
     def test_delays(self, partial_batch, lambda_sqs, lambda_runs):
-        """A retry's delay is set on the queue first; whole seconds, and nothing is looked up."""
-        taskhawk.task(name="lambda.policy", retry=taskhawk.fixed(7, jitter=False))(
-            raising(KeyError())
-        )
-        event = lambda_event("in 90.5 s", 1, "later", "fail", "at once")
+        """A retry's delay is set on the queue first, in whole seconds, within SQS's 12 hours.
+
+        Lambda's longest run (900 s) and longest wait for a batch (300 s) may be over then.
+        """
+        policy = taskhawk.fixed(7, jitter=False)
+        taskhawk.task(name="lambda.policy", retry=policy)(raising(KeyError()))
+        event = lambda_event("in 90.5 s", 1, "later", "fail", "at once", "in a month")
         event["Records"].append(
-            lambda_sqs_record(processing_body("lambda.policy"), "m6")
+            lambda_sqs_record(processing_body("lambda.policy"), "m7")
         )
-        with contextlib.suppress(ExceptionGroup):
-            taskhawk.process_messages_for_lambda_consumer(
-                event, partial_batch=partial_batch
-            )
-        action = "ChangeMessageVisibilityBatch"
-        changes = lambda_entries(
-            lambda_sqs, action, "ReceiptHandle", "VisibilityTimeout"
-        )
-        assert list(itertools.chain(*changes)) == [
+        lambda_consume(event, partial_batch=partial_batch)
+        assert lambda_delays(lambda_sqs) == [
             ("receipt of m1", 91),
             ("receipt of m5", 0),
-            ("receipt of m6", 7),
+            ("receipt of m6", 42_000),
+            ("receipt of m7", 7),
         ]
-        others = [name for name in lambda_sqs.actions if name != action]
-        assert others == ([] if partial_batch else ["DeleteMessageBatch"])
-        assert lambda_sqs.actions[-1] == (others or [action])[-1]
-
-    def test_delay_beyond_12_hours(self, lambda_sqs, lambda_runs):
-        """A delay is clamped to what is left of 12 hours since the receive: SQS refuses more."""
-        with pytest.raises(taskhawk.RetryException):
-            taskhawk.process_messages_for_lambda_consumer(lambda_event("in a month"))
-        (((asked_s,),),) = lambda_entries(
-            lambda_sqs, "ChangeMessageVisibilityBatch", "VisibilityTimeout"
-        )
-        longest_s = (
-            900 + 300
-        )  # Lambda's longest run, after its longest wait for a batch
-        assert 40_000 < asked_s <= 43_200 - longest_s
+        deletes = [] if partial_batch else ["DeleteMessageBatch"]
+        assert lambda_sqs.actions == ["ChangeMessageVisibilityBatch", *deletes]
 
     def test_delays_of_sns(self, lambda_sqs, lambda_runs):
         """Behind SNS a retry has no delay of ours: Lambda has its own."""
-        event = lambda_event("in 90.5 s", 1, make=lambda_sns_record)
-        with pytest.raises(taskhawk.RetryException) as caught:
-            taskhawk.process_messages_for_lambda_consumer(event)
-        assert caught.value is LAMBDA_ENDS["in 90.5 s"]
+        lambda_consume(lambda_event("in 90.5 s", 1, make=lambda_sns_record))
         assert lambda_sqs.calls == []
-
-    def test_delays_are_denied(self, lambda_sqs, lambda_runs, caplog):
-        """A role that may not change the visibility costs one warning, and no message."""
-        denied = fault("AccessDenied", status=403)
-        lambda_sqs.always("ChangeMessageVisibilityBatch", denied)
-        why = LAMBDA_DENIED.format("ChangeMessageVisibility")
-        event = lambda_event("in 90.5 s", 1, "at once", "in 90.5 s")
-        with pytest.raises(ExceptionGroup) as caught:
-            taskhawk.process_messages_for_lambda_consumer(event)
-        assert len(caught.value.exceptions) == 3
-        assert lambda_warnings(caplog) == [
-            f"can't change when 3 of 3 failed messages run again: {why}"
-        ]
-        deleted = lambda_entries(lambda_sqs, "DeleteMessageBatch", "ReceiptHandle")
-        assert deleted == [[("receipt of m2",)]]
-
-    def test_one_delay_is_refused(self, lambda_sqs, lambda_runs, caplog):
-        """A delay that SQS refuses for one message is still set for the others."""
-        gone = refuse(0, code="ReceiptHandleIsInvalid", ours=True)
-        lambda_sqs.always("ChangeMessageVisibilityBatch", gone)
-        event = lambda_event("in 90.5 s", "at once")
-        taskhawk.process_messages_for_lambda_consumer(event, partial_batch=True)
-        asked = lambda_entries(
-            lambda_sqs, "ChangeMessageVisibilityBatch", "ReceiptHandle"
-        )
-        assert list(itertools.chain(*asked)) == [("receipt of m1",), ("receipt of m2",)]
-        (warning,) = lambda_warnings(caplog)
-        assert warning == "can't change when 1 of 2 failed messages run again: no"
-
-    def test_task_changes_its_visibility(self, lambda_sqs):
-        """A task may hold its message for longer: by metadata, at once, nothing is looked up."""
-        seen: list[Any] = []
-
-        @taskhawk.task(name="lambda.long")
-        def long(metadata: taskhawk.Metadata) -> None:
-            metadata.extend_visibility_timeout(600)
-            seen.append([(call.action, call.data) for call in lambda_sqs.calls])
-
-        record = lambda_sqs_record(processing_body("lambda.long"), "m1")
-        taskhawk.process_messages_for_lambda_consumer({"Records": [record]})
-        url = f"{lambda_sqs.url}/123456789012/TASKHAWK-DEV-MYAPP"
-        entry = {"Id": "0", "ReceiptHandle": "receipt of m1", "VisibilityTimeout": 600}
-        call = ("ChangeMessageVisibilityBatch", {"QueueUrl": url, "Entries": [entry]})
-        assert seen == [[call]]
 
     @pytest.mark.parametrize("kind", LAMBDA_RECORDS)
     def test_metadata(self, kind, lambda_sqs):
-        """A task is told of its run; behind SNS it has no queue and no receipt."""
-        seen: list[taskhawk.Metadata] = []
+        """A task is told of its run, and may hold its message: at once, nothing is looked up.
+
+        Behind SNS it has no queue and no receipt.
+        """
+        seen: list[Any] = []
 
         @taskhawk.task(name="lambda.told")
         def told(metadata: taskhawk.Metadata) -> None:
-            metadata.extend_visibility_timeout(
-                0
-            )  # does nothing where there is no queue
-            seen.append(metadata)
+            metadata.extend_visibility_timeout(600)
+            seen.append((metadata, metadata.headers, metadata.queue, metadata.attempt))
+            seen.extend((call.action, call.data) for call in lambda_sqs.calls)
 
         body = processing_body("lambda.told", headers={"request_id": "1234"})
         record = LAMBDA_RECORDS[kind](body, "m1")
         if kind == "SQS":
             record["attributes"]["ApproximateReceiveCount"] = "3"
         taskhawk.process_messages_for_lambda_consumer({"Records": [record]})
-        assert seen == [
-            {
-                "id": PROCESSING_ID,
-                "priority": taskhawk.Priority.high,
-                "receipt": "receipt of m1" if kind == "SQS" else None,
-                "timestamp": 1460868253255,
-                "version": "1.0",
-            }
-        ]
-        (metadata,) = seen
-        expected = ("TASKHAWK-DEV-MYAPP", 3) if kind == "SQS" else (None, 1)
-        assert (metadata.queue, metadata.attempt) == expected
-        assert metadata.headers == {"request_id": "1234"}
-        assert metadata.lease_lost is False
+        metadata = {
+            "id": PROCESSING_ID,
+            "priority": Priority.high,
+            "receipt": "receipt of m1" if kind == "SQS" else None,
+            "timestamp": 1460868253255,
+            "version": "1.0",
+        }
+        where = ("TASKHAWK-DEV-MYAPP", 3) if kind == "SQS" else (None, 1)
+        assert seen[0] == (metadata, {"request_id": "1234"}, *where)
+        assert not seen[0][0].lease_lost
+        url = f"{lambda_sqs.url}/123456789012/TASKHAWK-DEV-MYAPP"
+        entry = {"Id": "0", "ReceiptHandle": "receipt of m1", "VisibilityTimeout": 600}
+        call = ("ChangeMessageVisibilityBatch", {"QueueUrl": url, "Entries": [entry]})
+        assert seen[1:] == ([call] if kind == "SQS" else [])
 
     def test_hooks_of_sqs_events(self, lambda_sqs, lambda_runs):
         """For an SQS event the hooks get what they get in a worker, shaped like boto3's message."""
         seen: list[Any] = []
+
+        def delete(sqs_queue_message: QueueMessage, **_: Any) -> None:
+            sqs_queue_message.delete()
+
         taskhawk.configure(
             AWS_KEYS,
             AWS_ENDPOINT_SQS=lambda_sqs.url,
             TASKHAWK_PRE_PROCESS_HOOK=lambda **given: seen.append(given),
-            TASKHAWK_POST_PROCESS_HOOK="test_lambda_hooks.delete",
+            TASKHAWK_POST_PROCESS_HOOK=delete,
         )
-        hooks = type(sys)("test_lambda_hooks")
-        hooks.delete = lambda sqs_queue_message, **_: sqs_queue_message.delete()
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(sys.modules, "test_lambda_hooks", hooks)
-            taskhawk.process_messages_for_lambda_consumer(lambda_event(1))
+        taskhawk.process_messages_for_lambda_consumer(lambda_event(1))
         (given,) = seen
         message = given.pop("sqs_queue_message")
         assert given == {"queue_name": "TASKHAWK-DEV-MYAPP"}
@@ -10840,11 +10765,7 @@ class TestLambda:
         assert message.attributes == lambda_sqs_record("", "m1")["attributes"]
         attribute = message.message_attributes["request_id"]
         assert (attribute["StringValue"], attribute["DataType"]) == ("1234", "String")
-        assert lambda_sqs.actions == ["DeleteMessageBatch"]
-        assert lambda_sqs.calls[0].data == {
-            "QueueUrl": message.queue_url,
-            "Entries": [{"Id": "0", "ReceiptHandle": "receipt of m1"}],
-        }
+        assert lambda_deleted(lambda_sqs) == [1]
 
     def test_queue_url_of_aws(self, lambda_runs):
         """Without an endpoint of one's own, the queue's URL is the one that AWS has."""
@@ -10855,9 +10776,8 @@ class TestLambda:
 
         taskhawk.configure(AWS_KEYS, TASKHAWK_PRE_PROCESS_HOOK=look)
         taskhawk.process_messages_for_lambda_consumer(lambda_event(1))
-        assert urls == [
-            "https://sqs.us-east-1.amazonaws.com/123456789012/TASKHAWK-DEV-MYAPP"
-        ]
+        url = "https://sqs.us-east-1.amazonaws.com/123456789012/TASKHAWK-DEV-MYAPP"
+        assert urls == [url]
 
     def test_hooks_of_sns_events(self, lambda_runs):
         """For an SNS event the hooks get the record."""
@@ -10871,7 +10791,7 @@ class TestLambda:
         assert seen == [{"sns_record": event["Records"][0]}] * 2
 
     @pytest.mark.parametrize("kind", LAMBDA_RECORDS)
-    def test_records_of_another_type(self, kind, lambda_sqs, lambda_runs):
+    def test_records_of_another_type(self, kind, memory, lambda_runs):
         """An event and its records may be any mappings, such as a library's read-only ones."""
         event = lambda_event(1, 2, make=LAMBDA_RECORDS[kind])
         records = [types.MappingProxyType(record) for record in event["Records"]]
@@ -10879,52 +10799,42 @@ class TestLambda:
         taskhawk.process_messages_for_lambda_consumer(event)
         assert lambda_runs == [1, 2]
 
-    @pytest.mark.parametrize("kind", LAMBDA_RECORDS)
     @pytest.mark.parametrize("case", LAMBDA_MALFORMED)
-    def test_malformed_records(self, case, kind, lambda_sqs, lambda_runs):
+    def test_malformed_records(self, case, memory, lambda_runs):
         """A record that is none fails as an invalid message does, and does not stop the others."""
-        event = lambda_event(1, 2, make=LAMBDA_RECORDS[kind])
-        event["Records"].insert(1, LAMBDA_MALFORMED[case])
-        with pytest.raises(taskhawk.ValidationError) as caught:
-            taskhawk.process_messages_for_lambda_consumer(event)
-        assert str(caught.value) == "message: expected a string of JSON, got null"
+        event = lambda_event(1, "bad", 2)
+        malformed = LAMBDA_MALFORMED[case]
+        if isinstance(malformed, dict) and malformed.keys() & {*event["Records"][1]}:
+            malformed = {**event["Records"][1], **malformed}
+        event["Records"][1] = malformed
+        _, [error] = lambda_consume(event)
+        assert (type(error), str(error)) == (taskhawk.ValidationError, LAMBDA_NO_BODY)
         assert lambda_runs == [1, 2]
 
     @pytest.mark.parametrize("kind", LAMBDA_RECORDS)
     @pytest.mark.parametrize("case", PROCESSING_INVALID)
-    def test_invalid_messages(self, case, kind, lambda_sqs, lambda_runs):
+    def test_invalid_messages(self, case, kind, memory, lambda_runs):
         """An invalid message, or one for an unknown task, fails and does not stop the others."""
         body, wrong = PROCESSING_INVALID[case]
         event = lambda_event(1, 2, make=LAMBDA_RECORDS[kind])
         event["Records"].insert(1, LAMBDA_RECORDS[kind](body, "bad"))
-        with pytest.raises(taskhawk.ValidationError) as caught:
-            taskhawk.process_messages_for_lambda_consumer(event)
-        assert str(caught.value) == wrong
-        assert lambda_runs == [1, 2]
+        _, [error] = lambda_consume(event)
+        assert isinstance(error, taskhawk.ValidationError)
+        assert (str(error), lambda_runs) == (wrong, [1, 2])
 
     @pytest.mark.parametrize(
         "event", [None, [], "text", {}, {"Records": None}, {"Records": {}}]
     )
     def test_malformed_events(self, event):
         """What is no event with records raises, lest its messages be taken for processed."""
-        with pytest.raises(taskhawk.ValidationError) as caught:
-            taskhawk.process_messages_for_lambda_consumer(event)
+        _, [error] = lambda_consume(event)
+        assert isinstance(error, taskhawk.ValidationError)
         sentence = "Records: expected an array of SNS or SQS records, got none"
-        assert str(caught.value) == sentence
+        assert str(error) == sentence
 
-    @pytest.mark.parametrize(
-        ("partial_batch", "answer"), [(False, None), (True, {"batchItemFailures": []})]
-    )
-    def test_event_without_records(self, partial_batch, answer):
-        """An event of no records is done."""
-        event = {"Records": []}
-        found = taskhawk.process_messages_for_lambda_consumer(
-            event, partial_batch=partial_batch
-        )
-        assert found == answer
-
+    @pytest.mark.parametrize("partial_batch", [False, True])
     @pytest.mark.parametrize("kind", LAMBDA_RECORDS)
-    def test_time_budget(self, kind, lambda_sqs):
+    def test_time_budget(self, kind, partial_batch, lambda_sqs):
         """With Lambda's context nothing is started in the last tenth of the time that was left."""
         context = LambdaTime(10_000)
         runs: list[int] = []
@@ -10935,34 +10845,19 @@ class TestLambda:
             context.remaining_ms -= takes_ms
 
         event = lambda_event(4_000, 4_900, 101, 1, 1, make=LAMBDA_RECORDS[kind])
-        with pytest.raises(ExceptionGroup) as caught:
-            taskhawk.process_messages_for_lambda_consumer(event, context=context)
+        options = {"context": context, "partial_batch": partial_batch}
+        answer, errors = lambda_consume(event, **options)
         assert runs == [4_000, 4_900, 101]
-        assert [(type(error), str(error)) for error in caught.value.exceptions] == [
+        of_queue = kind == "SQS"
+        deletes = of_queue and not partial_batch
+        assert lambda_deleted(lambda_sqs) == ([1, 2, 3] if deletes else [])
+        if of_queue and partial_batch:
+            assert (answer, errors) == (lambda_failures(4, 5), [])
+            return
+        assert [(type(error), str(error)) for error in errors] == [
             (taskhawk.TaskhawkError, f"message m{n} was not started: no time was left")
             for n in (4, 5)
         ]
-        deleted = [[(f"receipt of m{n}",) for n in (1, 2, 3)]] if kind == "SQS" else []
-        found = lambda_entries(lambda_sqs, "DeleteMessageBatch", "ReceiptHandle")
-        assert found == deleted
-        context.remaining_ms = 10_000
-        assert taskhawk.process_messages_for_lambda_consumer(
-            lambda_event(9_999), context=context, partial_batch=True
-        ) == {"batchItemFailures": []}
-
-    def test_time_budget_partial_batch(self, lambda_sqs):
-        """What was not started counts as failed."""
-        context = LambdaTime(10_000)
-
-        @taskhawk.task(name="lambda.run")
-        def run(takes_ms: int) -> None:
-            context.remaining_ms -= takes_ms
-
-        answer = taskhawk.process_messages_for_lambda_consumer(
-            lambda_event(9_500, 1), context=context, partial_batch=True
-        )
-        assert answer == {"batchItemFailures": [{"itemIdentifier": "m2"}]}
-        assert lambda_sqs.calls == []
 
     @pytest.mark.parametrize("partial_batch", [False, True])
     @pytest.mark.parametrize("first", ["fail", "in 90.5 s", None])
@@ -10971,43 +10866,32 @@ class TestLambda:
         event = lambda_event(1, first, 2, 3, 4)
         for record, group in zip(event["Records"], "aabab", strict=True):
             record["attributes"]["MessageGroupId"] = group
-            record["eventSourceARN"] = LAMBDA_FIFO_ARN
+            record["eventSourceARN"] = f"{LAMBDA_ARN}.fifo"
         if first is None:
             event["Records"][1]["body"] = "{"  # what can't be run is a failure too
-        answer, errors = None, ()
-        try:
-            answer = taskhawk.process_messages_for_lambda_consumer(
-                event, partial_batch=partial_batch
-            )
-        except ExceptionGroup as group:
-            errors = group.exceptions
+        answer, errors = lambda_consume(event, partial_batch=partial_batch)
         assert lambda_runs == [1, *filter(None, [first]), 2, 4]
-        deleted = lambda_entries(lambda_sqs, "DeleteMessageBatch", "ReceiptHandle")
         if partial_batch:
-            failures = [{"itemIdentifier": name} for name in ("m2", "m4")]
-            assert (answer, deleted) == ({"batchItemFailures": failures}, [])
-        else:
-            assert deleted == [[(f"receipt of m{n}",) for n in (1, 3, 5)]]
-            text = "message m4 was not started: an earlier one of its group failed"
-            assert (len(errors), type(errors[1])) == (2, taskhawk.TaskhawkError)
-            assert str(errors[1]) == text
+            assert (answer, lambda_deleted(lambda_sqs)) == (lambda_failures(2, 4), [])
+            return
+        assert lambda_deleted(lambda_sqs) == [1, 3, 5]
+        text = "message m4 was not started: an earlier one of its group failed"
+        assert (len(errors), type(errors[1])) == (2, taskhawk.TaskhawkError)
+        assert str(errors[1]) == text
 
     def test_groups_of_standard_queues(self, lambda_sqs, lambda_runs):
         """On a standard queue a group is for fairness, and a failure does not stop it."""
         event = lambda_event("fail", 1)
         for record in event["Records"]:
             record["attributes"]["MessageGroupId"] = "a"
-        with pytest.raises(ValueError, match=r"^no$"):
-            taskhawk.process_messages_for_lambda_consumer(event)
+        lambda_consume(event)
         assert lambda_runs == ["fail", 1]
 
     def test_keyboard_interrupt(self, lambda_sqs, lambda_runs, monkeypatch):
         """KeyboardInterrupt ends the handler: no run follows."""
         monkeypatch.setitem(LAMBDA_ENDS, "interrupt", KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
-            taskhawk.process_messages_for_lambda_consumer(
-                lambda_event(1, "interrupt", 2)
-            )
+            lambda_consume(lambda_event(1, "interrupt", 2))
         assert lambda_runs == [1, "interrupt"]
 
 
