@@ -344,6 +344,44 @@ def _text_of(error: object) -> str:
         return f"{type(error).__name__} (its text can't be made)"
 
 
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    """Yield the errors at the ends of an exception group; another error is its own."""
+    if not isinstance(error, BaseExceptionGroup):
+        yield error
+        return
+    for inner in error.exceptions:
+        yield from _leaves(inner)
+
+
+def _raise_interrupt(error: BaseException) -> None:
+    """Raise what is to end the process: Control-C, or a signal handler's exit.
+
+    A handler of the application's may call ``sys.exit()`` while a task or hook runs.
+    The ``sys.exit()`` of the task itself is a failed run, and is not raised here.
+    """
+    for leaf in _leaves(error):
+        if isinstance(leaf, KeyboardInterrupt):
+            raise leaf
+        if isinstance(leaf, SystemExit) and _passed_a_handler(leaf):
+            raise leaf
+
+
+def _passed_a_handler(error: BaseException) -> bool:
+    """Return whether an error came out of a signal handler.
+
+    Python calls a handler with the frame that it interrupted, which is its caller's:
+    https://docs.python.org/3/library/signal.html#signal.signal
+    """
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        arguments = inspect.getargvalues(frame)
+        given = [arguments.locals.get(name) for name in arguments.args]
+        given += arguments.locals.get(arguments.varargs or "", ())
+        interrupted = frame.f_back
+        if interrupted and any(each is interrupted for each in given):
+            return True
+    return False
+
+
 # --- 3. settings ----------------------------------------------------------------------
 # The only place where configuration is read. The first source that has a setting wins:
 # configure(), the module named by SETTINGS_MODULE, Django's settings, the environment,
@@ -707,9 +745,8 @@ def _call_safely(name: str, **kwargs: Any) -> None:
         hook = getattr(settings, name)
         if hook:
             hook(**kwargs)
-    except KeyboardInterrupt:
-        raise
-    except BaseException:  # SystemExit and CancelledError too
+    except BaseException as error:  # SystemExit and CancelledError too
+        _raise_interrupt(error)
         _log.exception("%s failed", name)
 
 
@@ -3029,15 +3066,14 @@ def process(received: QueueMessage) -> Outcome:
 
     :param received: from any source; ``message`` is set once it is known to be valid
     :returns: the message's fate, the error if the run failed, and when to run it again
-    :raises KeyboardInterrupt: and nothing else, even if a task or hook calls
-        ``sys.exit()``
+    :raises KeyboardInterrupt: of Control-C
+    :raises SystemExit: of a signal handler; that of a task or hook is a failed run
     """
     began = time.monotonic()
     try:
         _run(received, began)
-    except KeyboardInterrupt:
-        raise
     except BaseException as error:  # SystemExit and CancelledError are failed runs too
+        _raise_interrupt(error)
         return _failed(received, error, began)
     finally:
         # After a failed run too: the connection may be why it failed.
@@ -3056,12 +3092,19 @@ def _run(received: QueueMessage, began: float) -> None:
     level, end = logging.DEBUG, "done"
     try:
         task.call(message, received.receipt_handle)
-    except IgnoreException:
+    except BaseException as error:
+        if not _are_all(IgnoreException, error):
+            raise
         level, end = logging.INFO, "ignored"
     _call_hook("TASKHAWK_POST_PROCESS_HOOK", received)
     if _log.isEnabledFor(level):
         facts = _facts(received, end, began)
         _log.log(level, "%s %s: %s", task.name, message.id, end, extra=facts)
+
+
+def _are_all(kind: type[BaseException], error: BaseException) -> bool:
+    """Return whether an error, or each one of an exception group, is of this class."""
+    return all(isinstance(leaf, kind) for leaf in _leaves(error))
 
 
 def _call_hook(name: str, received: QueueMessage) -> None:
@@ -3077,20 +3120,21 @@ def _failed(received: QueueMessage, raised: BaseException, began: float) -> Outc
     :param began: when the run began, by ``time.monotonic()``
     """
     outcome = _verdict(received, raised)
-    error = outcome.error
+    error = outcome.error or raised
+    spoken = [leaf for leaf in _leaves(error) if isinstance(leaf, LoggingException)]
     facts = _facts(received, outcome.fate.value, began)
     if received.message is None and isinstance(error, ValidationError):
         text = _text_of_invalid(received, error)
         if text is None:
             return outcome
         _log.error("%s", text, extra=facts)
-    elif isinstance(error, RetryException) and outcome.fate is Fate.retry:
+    elif outcome.fate is Fate.retry and _are_all(RetryException, error):
         text = _sentence(received, "asked to be retried", outcome)
         _log.info("%s", text, extra=facts)
         return outcome
-    elif isinstance(error, LoggingException):
-        facts |= _extra_of(error)
-        _log.error("%s", _text_of(error), exc_info=error, extra=facts)
+    elif spoken:
+        facts |= _extra_of(spoken[0])
+        _log.error("%s", _text_of(spoken[0]), exc_info=error, extra=facts)
     else:
         text = _sentence(received, "failed", outcome)
         _log.error("%s", text, exc_info=error, extra=facts)
@@ -3102,48 +3146,48 @@ def _verdict(received: QueueMessage, error: BaseException) -> Outcome:
     """Decide the fate of a message whose run raised; the first row that fits counts.
 
     ==========================================  ==================================
-    it asked for a delay (RetryException)       visible again after it
     not valid, unknown here, pre hook failed    left to the queue's redrive policy
     StopRetry, or never retried by the task     dead letter
+    it asked for a delay (RetryException)       visible again after it
     the task has no retry policy                left to its visibility timeout
     its retry policy gives a delay              visible again after it
     its retries are used up                     dead letter
     its retry policy fails                      left to its visibility timeout
     ==========================================  ==================================
+
+    An exception group is retried if all its errors may be. The longest delay that one
+    of them asks for counts. A pre hook may ask for a delay, too.
     """
-    delay_s = _asked_delay_s(error)
-    if delay_s is not None:
-        return Outcome(Fate.retry, error, delay_s)
+    leaves = list(_leaves(error))
+    delay_s = _asked_delay_s(leaves)
     if received.message is None:
-        return Outcome(Fate.retry, error)
+        return Outcome(Fate.retry, error, delay_s)
     task = received.message.task
-    if not _may_retry(task, error):
+    if not all(_may_retry(task, leaf) for leaf in leaves):
         return Outcome(Fate.dead_letter, error)
-    if task.retry is None:
-        return Outcome(Fate.retry, error)
+    if delay_s is not None or task.retry is None:
+        return Outcome(Fate.retry, error, delay_s)
     try:
         delay_s = _checked_delay_s(task.name, task.retry(received.attempt))
     except StopRetry:
         return Outcome(Fate.dead_letter, error)
-    except KeyboardInterrupt:
-        raise
     except BaseException as defect:  # of the policy: it must not lose the message
+        _raise_interrupt(defect)
         return Outcome(Fate.retry, defect)
     return Outcome(Fate.retry, error, delay_s)
 
 
-def _asked_delay_s(error: BaseException) -> float | None:
-    """Return the delay that a RetryException asks for, within what SQS allows."""
-    if not isinstance(error, RetryException):
-        return None
-    asked_s = error.delay_seconds
+def _asked_delay_s(leaves: Iterable[BaseException]) -> float | None:
+    """Return the longest delay that a RetryException asks for, or None."""
+    asked = [leaf.delay_seconds for leaf in leaves if isinstance(leaf, RetryException)]
     # A subclass that does not call our __init__ may have set anything.
-    return min(asked_s, _MAX_HELD_S) if _is_delay(asked_s) else None
+    delays = [delay_s for delay_s in asked if _is_delay(delay_s)]
+    return min(max(delays), _MAX_HELD_S) if delays else None
 
 
 def _may_retry(task: Task[Any, Any], error: BaseException) -> bool:
     """Return whether a task may run again after this error."""
-    if isinstance(error, RetryException):
+    if isinstance(error, (RetryException, IgnoreException)):
         return True
     if isinstance(error, (StopRetry, task.never_retry_on)):
         return False

@@ -6462,14 +6462,31 @@ FILES: dict[str, Any] = {**FIVE, "retry_on": (OSError,)}
 NO_FILES: dict[str, Any] = {**FIVE, "never_retry_on": (OSError, ValueError)}
 ONLY_FILES: dict[str, Any] = {"retry_on": OSError, "never_retry_on": FileNotFoundError}
 ASKED, FAILED = "asked to be retried", "failed"
-later = taskhawk.RetryException
+later, Ignored = taskhawk.RetryException, taskhawk.IgnoreException
+
+
+def group(*errors: BaseException) -> BaseExceptionGroup[BaseException]:
+    """Return errors as a task group raises them, the last two in a group of their own."""
+    return BaseExceptionGroup("g", [*errors[:-2], BaseExceptionGroup("h", errors[-2:])])
+
+
 # What a task or hook raises, the task's options, the attempt; what the log says of it.
 PROCESSING_FAILURES = [
     ("an exception", ValueError("no"), {}, 1, FAILED, LEFT),
     ("SystemExit", SystemExit(3), {}, 1, FAILED, LEFT),
     ("GeneratorExit", GeneratorExit(), {}, 1, FAILED, LEFT),
     ("CancelledError", asyncio.CancelledError(), {}, 1, FAILED, LEFT),
-    ("a group", ExceptionGroup("two", [KeyError(), OSError()]), {}, 1, FAILED, LEFT),
+    ("group", group(KeyError(), OSError()), {}, 1, FAILED, LEFT),
+    ("group, policy", group(KeyError(), OSError()), FIVE, 1, FAILED, IN_5_S),
+    ("group, exit", group(SystemExit(), later(5)), {}, 1, FAILED, IN_5_S),
+    ("group, stop", group(later(5), taskhawk.StopRetry()), {}, 1, FAILED, DEAD),
+    ("group, never", group(later(5), KeyError(), OSError()), NO_FILES, 1, FAILED, DEAD),
+    ("group, not in", group(OSError(), KeyError(), OSError()), FILES, 1, FAILED, DEAD),
+    ("group, in", group(FileNotFoundError(), OSError()), FILES, 1, FAILED, IN_5_S),
+    ("group, ignored", group(OSError(), Ignored()), FILES, 1, FAILED, IN_5_S),
+    ("group asks", group(later(5), later(90), later()), {}, 1, ASKED, DELAY.format(90)),
+    ("group asks policy", group(later(), later()), FIVE, 1, ASKED, IN_5_S),
+    ("group asks too often", group(later(), later()), FIVE, 3, FAILED, DEAD),
     ("its own TaskNotFound", taskhawk.TaskNotFound("other"), {}, 1, FAILED, LEFT),
     ("policy", ValueError("no"), FIVE, 2, FAILED, IN_5_S),
     ("policy, SystemExit", SystemExit(), FIVE, 1, FAILED, IN_5_S),
@@ -6497,6 +6514,47 @@ PROCESSING_FAILURES = [
     ("asks past retry_on", later(), FILES, 1, ASKED, IN_5_S),
     ("asks past never", later(), {"never_retry_on": (later,)}, 1, ASKED, LEFT),
 ]
+PROCESSING_PLACES = ["task", "policy", "error hook", "pre hook"]
+
+
+def leave(_number: int, _frame: object) -> None:
+    """Handle a signal, as web servers do."""
+    sys.exit(7)
+
+
+class Leaver:
+    """A signal handler with a state: it hands on the next signal to the system."""
+
+    def __call__(self, number: int, _frame: object) -> None:
+        """Handle a signal."""
+        signal.signal(number, signal.SIG_IGN)
+        self.leave(number, _frame)
+
+    def leave(self, _number: int, _frame: object, _reason: object = None) -> None:
+        """Handle a signal."""
+        sys.exit(7)
+
+
+PROCESSING_HANDLERS: list[tuple[str, Any]] = [
+    ("a function", leave),
+    ("any arguments", lambda *_: sys.exit(7)),
+    ("an object", Leaver()),
+    ("a method", Leaver().leave),
+    ("a partial function", functools.partial(Leaver().leave, _reason="deploy")),
+]
+PROCESSING_SIGNALLED = """
+import os, signal, sys, time
+import taskhawk
+
+@taskhawk.task(name="mail.send")
+def send():
+    print("begins", flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+
+signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(7))
+taskhawk.listen_for_messages(taskhawk.Priority.default, until_empty=True)
+"""
 NO_DELAYS = [-1, math.nan, math.inf, "5", True, (5,)]
 
 
@@ -6507,7 +6565,8 @@ class TestProcessing:
         ("task", "level", "end"),
         [
             (nothing, logging.DEBUG, "done"),
-            (raising(taskhawk.IgnoreException()), logging.INFO, "ignored"),
+            (raising(Ignored()), logging.INFO, "ignored"),
+            (raising(group(Ignored(), Ignored(), Ignored())), logging.INFO, "ignored"),
         ],
     )
     def test_done(self, task, level, end, caplog):
@@ -6572,16 +6631,74 @@ class TestProcessing:
         fate, error, delay_s = processing_run(waits, **FIVE)
         assert (fate, type(error), delay_s) == (Fate.retry, asyncio.CancelledError, 5)
 
-    @pytest.mark.parametrize("where", ["task", "policy", "error hook", "pre hook"])
-    def test_keyboard_interrupt(self, where, caplog):
+    def run_with(self, where: str, fn: Callable[..., Any]) -> Outcome:
+        """Process a message whose task fails, with this function in one place."""
+        hook = {"pre hook": "PRE_PROCESS", "error hook": "ERROR"}.get(where)
+        taskhawk.configure({f"TASKHAWK_{hook}_HOOK": fn} if hook else None)
+        task = fn if where == "task" else raising(ValueError())
+        return processing_run(task, retry=fn if where == "policy" else None)
+
+    @pytest.mark.parametrize("where", PROCESSING_PLACES)
+    @pytest.mark.parametrize("grouped", [False, True])
+    def test_keyboard_interrupt(self, where, grouped):
         """Control-C is the user's and goes on, wherever it comes: nothing swallows it."""
-        interrupt = raising(KeyboardInterrupt())
-        hooks = {"pre hook": "TASKHAWK_PRE_PROCESS_HOOK"}
-        hooks["error hook"] = "TASKHAWK_ERROR_HOOK"
-        taskhawk.configure({hooks[where]: interrupt} if where in hooks else None)
-        task = interrupt if where == "task" else raising(ValueError())
-        with pytest.raises(KeyboardInterrupt):
-            processing_run(task, retry=interrupt if where == "policy" else None)
+        interrupt = KeyboardInterrupt()
+        error = group(KeyError(), interrupt, OSError()) if grouped else interrupt
+        with pytest.raises(KeyboardInterrupt) as caught:
+            self.run_with(where, raising(error))
+        assert caught.value is interrupt
+
+    @pytest.mark.parametrize("where", PROCESSING_PLACES)
+    def test_exit_of_its_own(self, where):
+        """A task, policy or hook that calls sys.exit() has failed; the process goes on."""
+
+        def leave(_attempt: int = 0, **_: Any) -> None:
+            sys.exit(7)
+
+        assert self.run_with(where, leave).fate is Fate.retry
+
+    @pytest.mark.parametrize("where", PROCESSING_PLACES)
+    @pytest.mark.parametrize("handler", PROCESSING_HANDLERS, ids=lambda h: h[0])
+    def test_exit_of_a_signal_handler(self, where, handler):
+        """A signal handler of the application's that calls sys.exit() is obeyed."""
+
+        def is_interrupted(_attempt: int = 0, **_: Any) -> None:
+            signal.raise_signal(signal.SIGUSR1)
+
+        before = signal.signal(signal.SIGUSR1, handler[1])
+        try:
+            with pytest.raises(SystemExit) as caught:
+                self.run_with(where, is_interrupted)
+        finally:
+            signal.signal(signal.SIGUSR1, before)
+        assert caught.value.code == 7
+
+    def test_exit_of_a_signal_handler_in_a_task_group(self):
+        """A handler's exit is obeyed too where a task of asyncio was interrupted."""
+
+        async def is_interrupted() -> None:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(asyncio.sleep(60))
+                signal.raise_signal(signal.SIGUSR1)
+                await asyncio.sleep(60)
+
+        before = signal.signal(signal.SIGUSR1, leave)
+        try:
+            with pytest.raises(SystemExit):
+                processing_run(is_interrupted)
+        finally:
+            signal.signal(signal.SIGUSR1, before)
+
+    def test_worker_with_a_signal_handler(self, tmp_path):
+        """A worker ends by its application's handler of SIGTERM; the message is left."""
+        broker = taskhawk.SqliteBroker(f"sqlite:///{tmp_path}/queue.db")
+        entry = Outgoing(processing_body("mail.send"), {})
+        assert broker.send("TASKHAWK-DEFAULT", [entry]) == []
+        env = {"TASKHAWK_BROKER": f"sqlite:///{tmp_path}/queue.db"}
+        result = run_python(PROCESSING_SIGNALLED, env=env)
+        assert (result.stdout, result.returncode) == ("begins\n", 7), result.stderr
+        assert broker.depth("TASKHAWK-DEFAULT") == Depth(1, 0, 0)
+        broker.close()
 
     def test_duration(self, monkeypatch, caplog):
         """A record says how many milliseconds the run took, hooks included."""
@@ -6614,9 +6731,11 @@ class TestProcessing:
             pytest.param(["order", 7], {"outcome": "retry"}, id="no mapping"),
         ],
     )
-    def test_logging_exception(self, extra, found, caplog):
+    @pytest.mark.parametrize("grouped", [False, True])
+    def test_logging_exception(self, extra, found, grouped, caplog):
         """LoggingException gives the record's text, and fields of the record."""
-        error = taskhawk.LoggingException("lost 100 %", extra=extra)
+        error: BaseException = taskhawk.LoggingException("lost 100 %", extra=extra)
+        error = group(KeyError(), error, OSError()) if grouped else error
         assert processing_run(raising(error)) == Outcome(Fate.retry, error)
         [record] = caplog.records
         assert (record.levelname, record.getMessage()) == ("ERROR", "lost 100 %")
