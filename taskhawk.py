@@ -345,6 +345,44 @@ def _text_of(error: object) -> str:
         return f"{type(error).__name__} (its text can't be made)"
 
 
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    """Yield the errors at the ends of an exception group; another error is its own."""
+    if not isinstance(error, BaseExceptionGroup):
+        yield error
+        return
+    for inner in error.exceptions:
+        yield from _leaves(inner)
+
+
+def _raise_interrupt(error: BaseException) -> None:
+    """Raise what is to end the process: Control-C, or a signal handler's exit.
+
+    A handler of the application's may call ``sys.exit()`` while a task or hook runs.
+    The ``sys.exit()`` of the task itself is a failed run, and is not raised here.
+    """
+    for leaf in _leaves(error):
+        if isinstance(leaf, KeyboardInterrupt):
+            raise leaf
+        if isinstance(leaf, SystemExit) and _passed_a_handler(leaf):
+            raise leaf
+
+
+def _passed_a_handler(error: BaseException) -> bool:
+    """Return whether an error came out of a signal handler.
+
+    Python calls a handler with the frame that it interrupted, which is its caller's:
+    https://docs.python.org/3/library/signal.html#signal.signal
+    """
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        arguments = inspect.getargvalues(frame)
+        given = [arguments.locals.get(name) for name in arguments.args]
+        given += arguments.locals.get(arguments.varargs or "", ())
+        interrupted = frame.f_back
+        if interrupted and any(each is interrupted for each in given):
+            return True
+    return False
+
+
 # --- 3. settings ----------------------------------------------------------------------
 # The only place where configuration is read. The first source that has a setting wins:
 # configure(), the module named by SETTINGS_MODULE, Django's settings, the environment,
@@ -760,9 +798,8 @@ def _call_safely(name: str, **kwargs: Any) -> None:
         hook = getattr(settings, name)
         if hook:
             hook(**kwargs)
-    except KeyboardInterrupt:
-        raise
-    except BaseException:  # SystemExit and CancelledError too
+    except BaseException as error:  # SystemExit and CancelledError too
+        _raise_interrupt(error)
         _log.exception("%s failed", name)
 
 
@@ -3091,28 +3128,28 @@ __all__ += [
 
 
 # --- 13. processing -------------------------------------------------------------------
-# process() is the ONE place that decides what becomes of a message. It does no queue I/O: worker
-# and Lambda apply its Outcome. Nothing makes it raise but KeyboardInterrupt. How a run ended is one
-# log record (of messages that are not valid, one in ten seconds for each kind of error), and an
-# error hook that fails does not change what was decided.
+# process() is the ONE place that decides what becomes of a message, and _verdict() is
+# its table. It does no queue I/O: the worker and Lambda apply its Outcome. It raises
+# nothing but KeyboardInterrupt. A run leaves one log record; what is no valid message
+# leaves one in ten seconds for each class of error. An error hook changes no outcome.
 
 
 class Fate(enum.Enum):
-    """What is to become of a message; a worker does it.
+    """What becomes of a message; a worker carries it out.
 
-    In Lambda, all but the first is a failure, and Lambda decides.
+    In Lambda all but ``acknowledge`` are failures, and Lambda decides.
     """
 
-    acknowledge = "acknowledge"  # it is done with: delete it
+    acknowledge = "acknowledge"  # it is done: delete it
     retry = "retry"  # make it visible again
     dead_letter = "dead_letter"  # copy it to the dead-letter queue, then delete it
 
 
 class Outcome(NamedTuple):
-    """How a run ended: what becomes of the message, and the error if the run failed.
+    """How a run ended: the fate of its message, and the error if the run failed.
 
-    `delay_s` is in how many seconds it is to run again; None leaves that to the lease in force, at
-    whose end the queue shows the message by itself.
+    ``delay_s`` is how many seconds from now the message is to run again. If it is None,
+    the message reappears when the lease in force ends, without a call.
     """
 
     fate: Fate
@@ -3121,184 +3158,243 @@ class Outcome(NamedTuple):
 
 
 def process(received: QueueMessage) -> Outcome:
-    """Run a received message through hooks, decoder and task, and decide what becomes of it.
+    """Run a received message through hooks, decoder and task, and decide its fate.
 
-    Nothing is deleted or changed on the queue: that is for the caller to do, after the Outcome. The
-    same function runs in a worker, in its child processes and in Lambda.
+    Nothing is changed on the queue: the caller does what the Outcome says. The same
+    function runs in a worker, in its child processes and in Lambda.
 
-    :param received: from any source; its ``message`` is set once it is known to be valid
-    :returns: what to do with it, the error if the run failed, and when to run it again
-    :raises KeyboardInterrupt: and nothing else, even if the task or a hook calls ``sys.exit()``
+    :param received: from any source; ``message`` is set once it is known to be valid
+    :returns: the message's fate, the error if the run failed, and when to run it again
+    :raises KeyboardInterrupt: of Control-C
+    :raises SystemExit: of a signal handler; that of a task or hook is a failed run
     """
     began = time.monotonic()
     try:
         _run(received, began)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # SystemExit and CancelledError too are failed runs
+    except BaseException as error:  # SystemExit and CancelledError are failed runs too
+        _raise_interrupt(error)
         return _failed(received, error, began)
     finally:
-        # After a failed run too, for the connection may be why it failed.
+        # After a failed run too: the connection may be why it failed.
         _recycle_django_connections()
     return Outcome(Fate.acknowledge)
 
 
 def _run(received: QueueMessage, began: float) -> None:
-    """Run the hooks and the task; what they raise goes on, but for a task's IgnoreException."""
-    if hook := settings.TASKHAWK_PRE_PROCESS_HOOK:
-        hook(**received.hook_kwargs)
+    """Run the hooks and the task; all that they raise goes on but IgnoreException."""
+    _call_hook("TASKHAWK_PRE_PROCESS_HOOK", received)
     message = _decode(received.body)
-    message.received, task = received, message.task
+    task = message.task
+    message.received = received
     received.message = message  # from here on, an error is the task's
     _log.debug("Received message", extra={"message_body": received.body})
-    level, outcome = logging.DEBUG, "done"
+    level, end = logging.DEBUG, "done"
     try:
         task.call(message, received.receipt_handle)
-    except IgnoreException:
-        level, outcome = logging.INFO, "ignored"
-    if hook := settings.TASKHAWK_POST_PROCESS_HOOK:
-        hook(**received.hook_kwargs)
+    except BaseException as error:
+        if not _are_all(IgnoreException, error):
+            raise
+        level, end = logging.INFO, "ignored"
+    _call_hook("TASKHAWK_POST_PROCESS_HOOK", received)
     if _log.isEnabledFor(level):
-        facts = _facts(received, outcome, began)
-        _log.log(level, "%s %s: %s", task.name, message.id, outcome, extra=facts)
+        facts = _facts(received, end, began)
+        _log.log(level, "%s %s: %s", task.name, message.id, end, extra=facts)
 
 
-def _facts(received: QueueMessage, outcome: str, began: float) -> dict[str, Any]:
-    """Return what the one record of a run says besides its text."""
-    facts = {
-        "outcome": outcome,
-        "duration_ms": round((time.monotonic() - began) * 1000),
-    }
-    if message := received.message:
-        facts |= {
-            "task": message.task_name,
-            "id": message.id,
-            "attempt": received.attempt,
-        }
-    return facts
+def _are_all(kind: type[BaseException], error: BaseException) -> bool:
+    """Return whether an error, or each one of an exception group, is of this class."""
+    return all(isinstance(leaf, kind) for leaf in _leaves(error))
 
 
-_INVALID_EVERY_S = (
-    10  # for each kind of error: a poisoned queue must not fill the disk with logs
-)
-_last_invalid: dict[
-    type, tuple[float, int]
-] = {}  # when one was logged, how many were not
+def _call_hook(name: str, received: QueueMessage) -> None:
+    """Call the pre or post hook if there is one; its error fails the run."""
+    hook = getattr(settings, name)
+    if hook:
+        hook(**received.hook_kwargs)
 
 
 def _failed(received: QueueMessage, raised: BaseException, began: float) -> Outcome:
-    """Decide what becomes of a failed run's message, log it, and tell the hook of an error."""
+    """Decide the fate of a failed run's message, log it, and tell the error hook.
+
+    :param began: when the run began, by ``time.monotonic()``
+    """
     outcome = _verdict(received, raised)
-    message, error, attempt = received.message, outcome.error, received.attempt
+    error = outcome.error or raised
+    spoken = [leaf for leaf in _leaves(error) if isinstance(leaf, LoggingException)]
     facts = _facts(received, outcome.fate.value, began)
-    what = (
-        f"{message.task_name} {message.id}"
-        if message
-        else f"message {received.message_id}"
-    )
-    what = re.sub(r"[^ -~]", "?", what)[
-        :200
-    ]  # ids are free text: one line, and not a long one
-    then = "is left to the queue" if outcome.fate is Fate.retry else "is given up"
-    if outcome.delay_s is not None:
-        then = f"runs again in {outcome.delay_s:g} s"
-    level, trace, text = (
-        logging.ERROR,
-        error,
-        f"{what}: attempt {attempt} failed and {then}",
-    )
-    if message is None and isinstance(error, ValidationError):
-        (last, more), now = (
-            _last_invalid.get(type(error), (-math.inf, 0)),
-            time.monotonic(),
-        )
-        if now - last < _INVALID_EVERY_S:
-            _last_invalid[type(error)] = last, more + 1
+    if received.message is None and isinstance(error, ValidationError):
+        text = _text_of_invalid(received, error)
+        if text is None:
             return outcome
-        _last_invalid[type(error)] = now, 0
-        others = f" ({more} more like it since the last record)" if more else ""
-        trace, text = None, f"{what} {then}: {_text_of(error)}{others}"
-    elif isinstance(error, RetryException) and outcome.fate is Fate.retry:
-        level, trace = logging.INFO, None
-        text = f"{what}: attempt {attempt} asked to be retried and {then}"
-    elif isinstance(error, LoggingException):
-        # logging refuses an `extra` with a name of its own.
-        taken = vars(logging.makeLogRecord({})).keys() | {"message", "asctime"}
-        given = error.extra if isinstance(error.extra, Mapping) else {}
-        facts |= {f"extra_{k}" if k in taken else str(k): v for k, v in given.items()}
-        text = _text_of(error)
-    _log.log(level, "%s", text, exc_info=trace, extra=facts)
-    if level == logging.ERROR:
-        _call_safely("TASKHAWK_ERROR_HOOK", exception=error, message=message)
+        _log.error("%s", text, extra=facts)
+    elif outcome.fate is Fate.retry and _are_all(RetryException, error):
+        text = _sentence(received, "asked to be retried", outcome)
+        _log.info("%s", text, extra=facts)
+        return outcome
+    elif spoken:
+        facts |= _extra_of(spoken[0])
+        _log.error("%s", _text_of(spoken[0]), exc_info=error, extra=facts)
+    else:
+        text = _sentence(received, "failed", outcome)
+        _log.error("%s", text, exc_info=error, extra=facts)
+    _call_safely("TASKHAWK_ERROR_HOOK", exception=error, message=received.message)
     return outcome
 
 
 def _verdict(received: QueueMessage, error: BaseException) -> Outcome:
-    """Decide what becomes of a message whose run raised."""
-    asked = error.delay_seconds if isinstance(error, RetryException) else None
-    delay_s = (
-        asked if _is_number(asked) and 0 <= asked < math.inf else None
-    )  # a subclass may err
-    # What is not valid, or unknown here, is left to the queue's redrive policy.
-    # A delay that the task asks for goes before its policy, and its policy before the queue's.
-    if received.message and delay_s is None:
-        task = received.message.task
-        again = isinstance(error, task.retry_on) and not isinstance(
-            error, task.never_retry_on
+    """Decide the fate of a message whose run raised; the first row that fits counts.
+
+    ==========================================  ==================================
+    not valid, unknown here, pre hook failed    left to the queue's redrive policy
+    StopRetry, or never retried by the task     dead letter
+    it asked for a delay (RetryException)       visible again after it
+    the task has no retry policy                left to its visibility timeout
+    its retry policy gives a delay              visible again after it
+    its retries are used up                     dead letter
+    its retry policy fails                      left to its visibility timeout
+    ==========================================  ==================================
+
+    An exception group is retried if all its errors may be. The longest delay that one
+    of them asks for counts. A pre hook may ask for a delay, too.
+    """
+    leaves = list(_leaves(error))
+    delay_s = _asked_delay_s(leaves)
+    if received.message is None:
+        return Outcome(Fate.retry, error, delay_s)
+    task = received.message.task
+    if not all(_may_retry(task, leaf) for leaf in leaves):
+        return Outcome(Fate.dead_letter, error)
+    if delay_s is not None or task.retry is None:
+        return Outcome(Fate.retry, error, delay_s)
+    try:
+        delay_s = _checked_delay_s(task.name, task.retry(received.attempt))
+    except StopRetry:
+        return Outcome(Fate.dead_letter, error)
+    except BaseException as defect:  # of the policy: it must not lose the message
+        _raise_interrupt(defect)
+        return Outcome(Fate.retry, defect)
+    return Outcome(Fate.retry, error, delay_s)
+
+
+def _asked_delay_s(leaves: Iterable[BaseException]) -> float | None:
+    """Return the longest delay that a RetryException asks for, or None."""
+    asked = [leaf.delay_seconds for leaf in leaves if isinstance(leaf, RetryException)]
+    # A subclass that does not call our __init__ may have set anything.
+    delays = [delay_s for delay_s in asked if _is_delay(delay_s)]
+    return min(max(delays), _MAX_HELD_S) if delays else None
+
+
+def _may_retry(task: Task[Any, Any], error: BaseException) -> bool:
+    """Return whether a task may run again after this error."""
+    if isinstance(error, (RetryException, IgnoreException)):
+        return True
+    if isinstance(error, (StopRetry, task.never_retry_on)):
+        return False
+    return isinstance(error, task.retry_on)
+
+
+def _checked_delay_s(name: str, delay_s: object) -> float:
+    """Return the delay that a task's retry policy gave, within what SQS allows."""
+    if not _is_delay(delay_s):
+        raise ConfigurationError(
+            f"{name}: retry: expected 0 or more seconds, got {delay_s!r}"
         )
-        if isinstance(error, StopRetry) or not (
-            again or isinstance(error, RetryException)
-        ):
-            return Outcome(Fate.dead_letter, error)
-        try:
-            if task.retry is not None:
-                delay_s = task.retry(received.attempt)
-                text = (
-                    f"{task.name}: retry: expected 0 or more seconds, got {delay_s!r}"
-                )
-                _require(_is_number(delay_s) and 0 <= delay_s < math.inf, text)
-        except StopRetry:
-            return Outcome(Fate.dead_letter, error)
-        except KeyboardInterrupt:
-            raise
-        except BaseException as defect:  # of the policy: it must not lose the message
-            return Outcome(Fate.retry, defect)
-    return Outcome(
-        Fate.retry, error, None if delay_s is None else min(delay_s, _MAX_HELD_S)
-    )
+    return min(delay_s, _MAX_HELD_S)
+
+
+def _is_delay(value: object) -> typing.TypeGuard[float]:
+    """Return whether a value is a number of seconds that one can wait."""
+    return _is_number(value) and 0 <= value < math.inf
+
+
+def _sentence(received: QueueMessage, end: str, outcome: Outcome) -> str:
+    """Say which attempt ended how, and what becomes of the message."""
+    then = "is left to the queue"
+    if outcome.fate is Fate.dead_letter:
+        then = "is given up"
+    elif outcome.delay_s is not None:
+        then = f"runs again in {outcome.delay_s:g} s"
+    return f"{_name_of(received)}: attempt {received.attempt} {end} and {then}"
+
+
+def _name_of(received: QueueMessage) -> str:
+    """Return what log texts call a message: one line, not a long one."""
+    name = f"message {received.message_id}"
+    if received.message:
+        name = f"{received.message.task_name} {received.message.id}"
+    return re.sub("[^ -~]", "?", name)[:200]  # an id is free text, and may forge lines
+
+
+def _facts(received: QueueMessage, end: str, began: float) -> dict[str, Any]:
+    """Return the fields of a run's log record, which formatters may use."""
+    duration_ms = round((time.monotonic() - began) * 1000)
+    facts: dict[str, Any] = {"outcome": end, "duration_ms": duration_ms}
+    if received.message:
+        facts |= {"task": received.message.task_name, "id": received.message.id}
+        facts["attempt"] = received.attempt
+    return facts
+
+
+def _extra_of(error: LoggingException) -> dict[str, Any]:
+    """Return the fields that an error gives to its log record."""
+    # Logging refuses a field of a name that each record has.
+    reserved = vars(logging.makeLogRecord({})).keys() | {"message", "asctime"}
+    given = error.extra if isinstance(error.extra, Mapping) else {}
+    taken = {f"extra_{name}": given[name] for name in given if name in reserved}
+    return taken | {str(n): given[n] for n in given if n not in reserved}
+
+
+_INVALID_EVERY_S = 10  # a poisoned queue must not fill the disk with logs
+# When an error of each class was last logged, and how many were not logged since.
+_invalid_logged_at: dict[type, float] = {}
+_invalid_unlogged: dict[type, int] = {}
+
+
+def _text_of_invalid(received: QueueMessage, error: ValidationError) -> str | None:
+    """Return the log text of a message that is not valid, or None if it is too soon."""
+    kind, now = type(error), time.monotonic()
+    if now < _invalid_logged_at.get(kind, -math.inf) + _INVALID_EVERY_S:
+        _invalid_unlogged[kind] = _invalid_unlogged.get(kind, 0) + 1
+        return None
+    _invalid_logged_at[kind] = now
+    text = f"{_name_of(received)} is left to the queue: {_text_of(error)}"
+    unlogged = _invalid_unlogged.pop(kind, 0)
+    if unlogged:
+        text += f" ({unlogged} more like it since the last record)"
+    return text
 
 
 class _SyncSender(Sender):
-    """Runs messages where they are sent: through JSON, decoder and hooks; their errors raise."""
+    """Runs messages where they are sent, through JSON, decoder and hooks.
+
+    Errors come out of :meth:`send`: no policy, delay or dead-letter queue applies.
+    """
 
     max_bytes, max_delay_s = sys.maxsize, math.inf
 
+    def __init__(self, _url: str = "sync") -> None:
+        """Need nothing: there is no service."""
+
     def destination(self, priority: Priority) -> str:
-        """Return the queue's name, which the hooks get."""
-        return (
-            super().destination(priority)
-            if settings.TASKHAWK_QUEUE
-            else "TASKHAWK-SYNC"
-        )
+        """Return the name that the hooks get for a queue."""
+        if settings.TASKHAWK_QUEUE:
+            return super().destination(priority)
+        return "TASKHAWK-SYNC"
 
     def send(self, destination: str, entries: Sequence[Outgoing]) -> list[Refusal]:
-        """Run the messages, and let the first error out."""
-        for body, attributes, *_ in entries:
-            message_id = _decode(body).id
-            record = {
-                "Sns": {
-                    "Message": body,
-                    "MessageId": message_id,
-                    "MessageAttributes": {},
-                }
-            }
-            received = QueueMessage(body, message_id, None, {}, attributes, destination)
-            received.sns_record = record if settings.IS_LAMBDA_APP else None
+        """Run the messages one after another; the first error ends it."""
+        for entry in entries:
+            message_id = _decode(entry.body).id
+            received = QueueMessage(entry.body, message_id, queue=destination)
+            received.message_attributes = entry.attributes
+            if settings.IS_LAMBDA_APP:
+                sns = {"Message": entry.body, "MessageId": message_id}
+                received.sns_record = {"Sns": {**sns, "MessageAttributes": {}}}
             _run(received, time.monotonic())
         return []
 
 
-_schemes["sync"] = lambda _url: _SyncSender()  # type: ignore[abstract]
+_schemes["sync"] = _SyncSender
 
 
 # --- 14. holdings ---------------------------------------------------------------------
@@ -4401,9 +4497,15 @@ _programs["_child"] = _serve_worker
 
 
 # --- 19. Lambda -----------------------------------------------------------------------
-# The same process() as in the worker; Lambda receives, and deletes what the handler returns without
-# an error for. So a failure always raises, or is in the answer; and nothing is deleted here that
-# did not succeed.
+# Lambda receives, and deletes what the handler returns without an error for. So each
+# failure is raised or in the answer. Nothing is deleted here but messages of a batch
+# that succeeded while others failed.
+
+
+# SQS counts 12 hours from the receive, before Lambda's longest wait for a batch (5 min)
+# and its longest run (15 min).
+_MAX_LAMBDA_DELAY_S = _MAX_HELD_S - 1200
+_SOME_ARN = "arn:aws:sqs:eu-west-1:123456789012:queue"  # the shape that is expected
 
 
 def process_messages_for_lambda_consumer(
@@ -4411,96 +4513,156 @@ def process_messages_for_lambda_consumer(
 ) -> dict[str, list[dict[str, str]]] | None:
     """Run the messages of an SNS or SQS event; one that fails does not stop the others.
 
-    Where some of an SQS event failed, the others are deleted before the error is raised: that is
-    safe with and without ReportBatchItemFailures on the event source mapping.
+    If some of an SQS event failed, the others are deleted before the error is raised:
+    that is safe with and without ReportBatchItemFailures on the event source mapping.
 
-    :param lambda_event: as Lambda gives it to the handler
-    :param context: Lambda's; with it, nothing is started in the last tenth of the time
-    :param partial_batch: return the failures of an SQS event instead of raising them: only with
-        ReportBatchItemFailures
+    :param lambda_event: the event that Lambda gives to the handler
+    :param context: Lambda's context; with it, nothing is started in the last tenth of
+        the remaining time
+    :param partial_batch: return the failures of an SQS event instead of raising them:
+        only with ReportBatchItemFailures
         (https://docs.aws.amazon.com/lambda/latest/dg/services-sqs-errorhandling.html)
-    :returns: None, or with `partial_batch` what Lambda wants to know: ``{"batchItemFailures":
-        [...]}``
-    :raises ValidationError: if the event has no records; a record that is malformed is a failed run
-        with this error
-    :raises Exception: the failed run's, or an ExceptionGroup of several
+    :returns: None, or with `partial_batch` the answer that Lambda expects:
+        ``{"batchItemFailures": [...]}``
+    :raises ValidationError: if the event has no records; a malformed record is a failed
+        run with this error
+    :raises Exception: the error of the failed run, or an ExceptionGroup of several
     """
     records = lambda_event.get("Records") if isinstance(lambda_event, Mapping) else None
     if not isinstance(records, list):
         raise ValidationError(
             "Records: expected an array of SNS or SQS records, got none"
         )
-    # A tenth is for what follows the last run: the deletes, and the answer.
-    left_ms = context.get_remaining_time_in_millis if context else lambda: math.inf
-    reserve_ms = left_ms() / 10 if context else 0
+    done, failed = _run_records(records, context)
+    _set_delays(failed)
+    of_topic = any(received.sns_record is not None for received in failed)
+    if partial_batch and not of_topic:  # SNS would take the answer for success
+        return {"batchItemFailures": [{"itemIdentifier": r.message_id} for r in failed]}
+    if not failed:
+        return None
+    _delete_done(done)
+    errors: list[Any] = [outcome.error for outcome in failed.values()]
+    if len(errors) > 1:
+        raise BaseExceptionGroup("several runs failed", errors)
+    raise errors[0]
+
+
+def _run_records(
+    records: Sequence[Any], context: Any
+) -> tuple[list[QueueMessage], dict[QueueMessage, Outcome]]:
+    """Run records in order, which is a FIFO queue's; return what is done and failed."""
     done: list[QueueMessage] = []
     failed: dict[QueueMessage, Outcome] = {}
-    # One after another: a FIFO queue's order is that of the records.
-    for received in map(_from_record, records):
-        why = "no time was left" if left_ms() <= reserve_ms else ""
-        if received.is_fifo and received.group_id in {
-            other.group_id for other in failed
-        }:
-            why = "an earlier one of its group failed"
-        if why:
-            text = f"message {received.message_id} was not started: {why}"
-            failed[received] = Outcome(Fate.retry, TaskhawkError(text))
-        elif (outcome := process(received)).fate is Fate.acknowledge:
+    reserve_ms = _left_ms(context) / 10  # for the deletes and the answer
+    for record in records:
+        received = _from_record(record)
+        if _is_behind(received, failed):
+            outcome = _not_started(received, "an earlier one of its group failed")
+        elif _left_ms(context) < reserve_ms:
+            outcome = _not_started(received, "no time was left")
+        else:
+            outcome = process(received)
+        if outcome.fate is Fate.acknowledge:
             done.append(received)
         else:
             failed[received] = outcome
-    asked = {
-        received: o.delay_s for received, o in failed.items() if o.delay_s is not None
-    }
-    # 20 minutes less than SQS takes: the function's time and the batching window have passed.
-    delays = {
-        r: (r.receipt_handle, min(s, _MAX_HELD_S - 1200)) for r, s in asked.items()
-    }
-    text = "can't change when %d of %d failed messages run again: %s"
-    _change_all("change_visibility", delays, text)
-    if partial_batch and all(received.sns_record is None for received in failed):
-        return {"batchItemFailures": [{"itemIdentifier": r.message_id} for r in failed]}
-    if failed:
-        text = "%d of %d messages that succeeded may run again: can't delete them: %s"
-        _change_all(
-            "delete", {received: received.receipt_handle for received in done}, text
-        )
-        errors: list[Any] = [outcome.error for outcome in failed.values()]
-        raise (
-            errors[0]
-            if len(errors) == 1
-            else BaseExceptionGroup("several runs failed", errors)
-        )
-    return None
+    return done, failed
+
+
+def _left_ms(context: Any) -> float:
+    """Return how much time the function has left; without a context, no end of it."""
+    if context is None:
+        return math.inf
+    return float(context.get_remaining_time_in_millis())
+
+
+def _is_behind(received: QueueMessage, failed: Iterable[QueueMessage]) -> bool:
+    """Return whether a message must wait for one of its FIFO group that failed."""
+    if not received.is_fifo:
+        return False
+    return received.group_id in [earlier.group_id for earlier in failed]
+
+
+def _not_started(received: QueueMessage, reason: str) -> Outcome:
+    """Return the outcome of a message that counts as failed though it was not run."""
+    text = f"message {received.message_id} was not started: {reason}"
+    return Outcome(Fate.retry, TaskhawkError(text))
+
+
+def _set_delays(failed: Mapping[QueueMessage, Outcome]) -> None:
+    """Have the queue show failed messages again when their outcomes say so."""
+    changes = {}
+    for received, outcome in failed.items():
+        if outcome.delay_s is not None:
+            delay_s = min(outcome.delay_s, _MAX_LAMBDA_DELAY_S)
+            changes[received] = (received.receipt_handle, delay_s)
+    warning = "can't change when %d of %d failed messages run again: %s"
+    _change_all("change_visibility", changes, warning)
+
+
+def _delete_done(done: Iterable[QueueMessage]) -> None:
+    """Delete what succeeded, as Lambda will not after an error."""
+    receipts = {received: received.receipt_handle for received in done}
+    warning = "%d of %d messages that succeeded may run again: can't delete them: %s"
+    _change_all("delete", receipts, warning)
 
 
 def _from_record(record: Any) -> QueueMessage:
-    """Read a record of either kind; one that is malformed is an invalid message."""
-    given = record if isinstance(record, Mapping) else {}
-    sns_record = given if "Sns" in given else None
-    with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
-        if sns_record:
-            sns = record["Sns"]
-            return QueueMessage(
-                sns["Message"], str(sns.get("MessageId")), sns_record=record
-            )
-        message_attributes = {
-            name: {
-                kind[:1].upper() + kind[1:]: content for kind, content in value.items()
-            }
-            for name, value in record.get("messageAttributes", {}).items()
-        }
-        attributes = record.get("attributes", {})
-        int(
-            attributes.get("ApproximateReceiveCount", 1)
-        )  # fail here rather than in the run
-        parts = (record["body"], record["messageId"], record.get("receiptHandle"))
-        received = QueueMessage(*parts, attributes, message_attributes)
-        broker, arn = _brokers.broker(), record.get("eventSourceARN")
-        if isinstance(broker, SqsBroker) and arn is not None:
-            received.queue, received.broker = broker.queue_of_arn(arn), broker
-        return received
-    return QueueMessage(None, str(given.get("messageId", "")), sns_record=sns_record)
+    """Read a record; a malformed one becomes a message that is not valid."""
+    if not isinstance(record, Mapping):
+        return QueueMessage(None, "")
+    if "Sns" in record:
+        return _from_topic(record)
+    return _from_queue(record)
+
+
+def _from_topic(record: Mapping[str, Any]) -> QueueMessage:
+    """Read a record of an SNS event."""
+    sns = record["Sns"]
+    if not isinstance(sns, Mapping):
+        return QueueMessage(None, "", sns_record=record)
+    message_id = str(sns.get("MessageId"))
+    return QueueMessage(sns.get("Message"), message_id, sns_record=record)
+
+
+def _from_queue(record: Mapping[str, Any]) -> QueueMessage:
+    """Read a record of an SQS event."""
+    message_id = str(record.get("messageId", ""))
+    if not _is_well_formed(record):
+        return QueueMessage(None, message_id)
+    attributes = record.get("attributes", {})
+    message_attributes = _as_boto3(record.get("messageAttributes", {}))
+    handle = record.get("receiptHandle")
+    received = QueueMessage(
+        record.get("body"), message_id, handle, attributes, message_attributes
+    )
+    arn, broker = record.get("eventSourceARN"), _brokers.broker()
+    if arn is not None and isinstance(broker, SqsBroker):
+        received.queue, received.broker = broker.queue_of_arn(arn), broker
+    return received
+
+
+def _is_well_formed(record: Mapping[str, Any]) -> bool:
+    """Return whether the parts of an SQS event's record are of the types AWS gives."""
+    attributes = record.get("attributes", {})
+    named = record.get("messageAttributes", {})
+    if not isinstance(attributes, Mapping) or not isinstance(named, Mapping):
+        return False
+    if not all(isinstance(attribute, Mapping) for attribute in named.values()):
+        return False
+    count = str(attributes.get("ApproximateReceiveCount", 1))
+    arn = str(record.get("eventSourceARN", _SOME_ARN))
+    return count.isdecimal() and arn.count(":") == _SOME_ARN.count(":")
+
+
+def _as_boto3(
+    attributes: Mapping[str, Mapping[str, Any]],
+) -> dict[str, dict[str, Any]]:
+    """Return message attributes under the names of a receive: Lambda's begin small."""
+    return {
+        name: {part[:1].upper() + part[1:]: it for part, it in value.items()}
+        for name, value in attributes.items()
+    }
 
 
 # === PART V: STATE ====================================================================
