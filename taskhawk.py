@@ -848,24 +848,36 @@ def _set_up_django() -> None:
 _slot = threading.local()
 
 
-def _recycle_django_connections() -> None:
-    """Count a run; at TASKHAWK_MAX_DB_REUSE_LOOPS, close this thread's connections."""
+def _refresh_django_connections(*, ran: bool = False) -> None:
+    """Close this thread's unusable and obsolete connections, before and after each run.
+
+    Django does so around a request, and so CONN_MAX_AGE and CONN_HEALTH_CHECKS hold. A
+    connection inside its caller's transaction, as in a test, is left alone.
+
+    :param ran: this is after a run: after TASKHAWK_MAX_DB_REUSE_LOOPS, all are closed
+    """
     if "django.db" not in sys.modules or not _django_settings():
         return
     try:
-        runs = getattr(_slot, "runs", 0) + 1
-        _slot.runs = runs % settings.TASKHAWK_MAX_DB_REUSE_LOOPS
-        if _slot.runs == 0:
-            _close_django_connections()
-    except Exception:  # the run is over, and its outcome stands
+        worn = ran and _count_run()
+        connections = sys.modules["django.db"].connections
+        for connection in connections.all(initialized_only=True):
+            if connection.in_atomic_block:
+                continue
+            if worn:
+                connection.close()
+            else:
+                connection.close_if_unusable_or_obsolete()
+    except Exception:  # of the database: the run is not to blame
         _log.exception("can't close the database connections")
 
 
-def _close_django_connections() -> None:
-    """Close this thread's connections, but for those inside a transaction of a test."""
-    for connection in sys.modules["django.db"].connections.all(initialized_only=True):
-        if not connection.in_atomic_block:
-            connection.close()
+def _count_run() -> bool:
+    """Count a run of this thread; return whether its connections are to be replaced."""
+    runs: int = getattr(_slot, "runs", 0) + 1
+    limit: int = settings.TASKHAWK_MAX_DB_REUSE_LOOPS
+    _slot.runs = runs % limit
+    return runs >= limit
 
 
 # --- 5. messages ----------------------------------------------------------------------
@@ -3169,6 +3181,7 @@ def process(received: QueueMessage) -> Outcome:
     :raises SystemExit: of a signal handler; that of a task or hook is a failed run
     """
     began = time.monotonic()
+    _refresh_django_connections()
     try:
         _run(received, began)
     except BaseException as error:  # SystemExit and CancelledError are failed runs too
@@ -3176,7 +3189,7 @@ def process(received: QueueMessage) -> Outcome:
         return _failed(received, error, began)
     finally:
         # After a failed run too: the connection may be why it failed.
-        _recycle_django_connections()
+        _refresh_django_connections(ran=True)
     return Outcome(Fate.acknowledge)
 
 

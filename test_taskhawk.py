@@ -1896,8 +1896,9 @@ DJANGO_DATABASE = """
     logging.basicConfig(stream=sys.stdout, format="%(message)s", level="ERROR")
     logging.getLogger().handlers[0].formatter.formatException = lambda info: str(info[1])
 
-    def use(engine="django.db.backends.sqlite3", **more):
+    def use(max_age=None, checks=False, engine="django.db.backends.sqlite3", **more):
         database = {"ENGINE": engine, "NAME": "django.db"}
+        database |= {"CONN_MAX_AGE": max_age, "CONN_HEALTH_CHECKS": checks}
         settings.configure(DATABASES={"default": database}, **more)
         django.setup()
 
@@ -2008,6 +2009,7 @@ class TestDjango:
         ("given", "task", "is_open"),
         [
             ("", "query", "1111011"),
+            ("max_age=0", "query", "0000000"),
             ("TASKHAWK_MAX_DB_REUSE_LOOPS=3", "query", "1101101"),
             ("TASKHAWK_MAX_DB_REUSE_LOOPS=3", "fail", "1101101"),
             ("TASKHAWK_MAX_DB_REUSE_LOOPS=1", "query", "0000000"),
@@ -2034,6 +2036,29 @@ class TestDjango:
     print(connection.connection is mine, mine.execute("SELECT 1").fetchone())
     connection.close()"""
         assert settings_child(tmp_path, code) == ["True (1,)"]
+
+    @pytest.mark.parametrize("checks", [True, False])
+    def test_connection_that_was_dropped(self, tmp_path, checks):
+        """What the database dropped fails at most one run, and none if Django checks."""
+        (tmp_path / "served").mkdir()
+        (tmp_path / "served" / "base.py").write_text("""if True:
+            from django.db.backends.sqlite3 import base
+            class DatabaseWrapper(base.DatabaseWrapper):
+                def is_usable(self): # as a client of a server finds out
+                    try:
+                        return bool(self.connection.execute("SELECT 1"))
+                    except base.Database.Error:
+                        return False
+        """)
+        code = f"""{DJANGO_DATABASE}
+    use(checks={checks}, engine="served", TASKHAWK_MAX_DB_REUSE_LOOPS=100)
+    query()
+    connection.connection.close() # as a server does that is restarted
+    logging.disable()
+    for _ in range(3):
+        print(taskhawk.process(body("__main__.query")).fate.name)"""
+        fates = settings_child(tmp_path, code)
+        assert fates == ["acknowledge" if checks else "retry", *["acknowledge"] * 2]
 
     def test_connection_in_a_transaction(self, tmp_path):
         """A connection inside its caller's transaction is left open until after it."""
