@@ -123,6 +123,7 @@ import threading
 import time
 import traceback
 import typing
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
@@ -1449,26 +1450,34 @@ __all__ += [
 
 
 # --- 7. the broker contract -----------------------------------------------------------
-# All the queue I/O that this library can do. A whole call that fails raises: ConfigurationError, if
-# only a person can mend it. An entry of a batch that fails is in the answer, and an entry that the
-# answer does not name has failed.
+# All the queue I/O that this library can do. A call that fails as a whole raises:
+# ConfigurationError if only a person can fix it. The answer to a batch names the
+# entries that failed; an entry that a service's answer leaves out has failed too. How
+# often the entries of a batch are tried in all is decided here alone.
 
 
-_SUFFIXES = dict(
-    zip(Priority, ("", "-high-priority", "-low-priority", "-bulk"), strict=True)
-)
+_SUFFIXES = {
+    Priority.default: "",
+    Priority.high: "-high-priority",
+    Priority.low: "-low-priority",
+    Priority.bulk: "-bulk",
+}
 # Not the order of the enum, whose numbers are 1.4's.
 _URGENCY = (Priority.high, Priority.default, Priority.low, Priority.bulk)
-
+# The pause before each try of a batch's entries: nobody waits before the first.
+_PAUSES_S = (0, 0.09, 0.3)
 
 # What makes a sender or broker, by the scheme of its URL: later rooms add theirs.
 _schemes: dict[str, Callable[[str], Sender]] = {}
 
 
 class Outgoing(NamedTuple):
-    """A message to send; the attributes are as SQS writes them.
+    """A message to send.
 
-    Group and deduplication id are for FIFO queues; a fair queue takes a group too.
+    :ivar attributes: message attributes, in the form that SQS gives them
+    :ivar delay_s: seconds for which the queue holds the message back
+    :ivar group_id: the message group of a FIFO queue, or the tenant of a fair queue
+    :ivar deduplication_id: a FIFO queue drops a message whose id it has seen
     """
 
     body: str
@@ -1478,20 +1487,28 @@ class Outgoing(NamedTuple):
     deduplication_id: str | None = None
 
     def size(self) -> int:
-        """Count the bytes as the service does: body, attribute names, types and values."""
-        # ASCII, as all of ours is, has a byte a character; copies of others' messages may not.
-        size = len(self.body) if self.body.isascii() else len(self.body.encode())
+        """Count bytes as the service does: body, attribute names, types and values."""
+        size = _byte_count(self.body)
         for name, value in self.attributes.items():
-            for text in (name, *value.values()):
-                size += len(text.encode() if isinstance(text, str) else text)
+            size += _byte_count(name) + sum(map(_byte_count, value.values()))
         return size
+
+
+def _byte_count(content: str | bytes) -> int:
+    """Count the bytes of text, or of the value of a binary attribute."""
+    if content.isascii():  # as all of ours is: a character is a byte
+        return len(content)
+    return len(content.encode() if isinstance(content, str) else content)
 
 
 class Refusal(NamedTuple):
     """An entry of a batch call that failed.
 
-    `index` is its place among the entries of the call; `code` is the service's, or the type of an
-    exception; `final` says not to try again: the entry is at fault, or was tried often enough.
+    :ivar index: the place of the entry among the entries of the call
+    :ivar code: the service's code, or the type of an exception
+    :ivar text: the service's reason
+    :ivar final: whether to try no more: the entry is at fault, a person must act, or
+        it was tried often enough
     """
 
     index: int  # type: ignore[assignment]
@@ -1501,7 +1518,7 @@ class Refusal(NamedTuple):
 
 
 class QueueInfo(NamedTuple):
-    """What a worker wants to know of a queue; None where it has no dead-letter queue."""
+    """What a worker needs to know of a queue; None: it has no dead-letter queue."""
 
     visibility_timeout_s: float
     dead_letter_queue: str | None
@@ -1509,10 +1526,11 @@ class QueueInfo(NamedTuple):
 
 
 class Depth(NamedTuple):
-    """How many messages a queue has; SQS says so approximately, and a minute late or more.
+    """How many messages a queue has; SQS's numbers are approximate and minutes old.
 
-    `visible` can be received, `in_flight` was received and is hidden yet, `delayed` was sent with a
-    delay that is not over.
+    :ivar visible: can be received now
+    :ivar in_flight: were received, and are hidden until their visibility timeout ends
+    :ivar delayed: were sent with a delay that has not passed yet
     """
 
     visible: int
@@ -1521,14 +1539,17 @@ class Depth(NamedTuple):
 
 
 class Sender(typing.Protocol):
-    """What publishing needs of a service, which sets the most bytes and the longest delay.
+    """What publishing needs of a service.
 
-    ``send`` takes at most ten messages, which are together within `max_bytes`, and returns those
-    that were refused. ``before_fork`` lets go of what a child must not share, until ``after_fork``
-    in the parent.
+    ``send`` takes at most ten messages, together no larger than `max_bytes`, and
+    returns the refused ones. ``close`` closes connections; the next call opens new
+    ones.
 
-    Calls may come from any thread at once. One that fails as a whole raises; it may have been done
-    all the same.
+    Any thread may call at any time. A call that raises may have had its effect all the
+    same.
+
+    :ivar max_bytes: the largest message, and the largest sum of a batch
+    :ivar max_delay_s: the longest delay
     """
 
     max_bytes: int
@@ -1536,39 +1557,41 @@ class Sender(typing.Protocol):
 
     def destination(self, priority: Priority) -> str:
         """Return the name of the queue or topic for messages of a priority."""
-        name = settings.TASKHAWK_QUEUE
-        if name is None and settings.TASKHAWK_BROKER != "sqs":
-            name = (
-                "default"  # a file needs no names to be kept apart from others' queues
-            )
-        return f"TASKHAWK-{name or settings.require('TASKHAWK_QUEUE')}{_SUFFIXES[priority]}".upper()
+        queue = settings.TASKHAWK_QUEUE
+        if queue is None and settings.TASKHAWK_BROKER != "sqs":
+            queue = "default"  # nobody else's queues are in the file
+        if queue is None:
+            queue = settings.require("TASKHAWK_QUEUE")
+        return f"TASKHAWK-{queue}{_SUFFIXES[priority]}".upper()
 
     def send(self, destination: str, entries: Sequence[Outgoing]) -> list[Refusal]: ...
     def close(self) -> None: ...
-    def before_fork(self) -> None: ...
-    def after_fork(self) -> None: ...
 
 
 class Broker(Sender, typing.Protocol):
     """What workers and operations need besides; queues are called by name.
 
-    ``receive`` takes at most ten messages and waits for the first, unless `stop` cuts the wait
-    short; they are hidden from others for `lease_s`, or for the queue's own timeout if it is None.
-    ``delete`` and ``change_visibility`` are for at most ten receipts: the latter makes messages
-    visible again so many seconds from now. ``url`` is what the service calls a queue.
+    ``receive`` takes at most ten messages and hides them from others for `lease_s`, or
+    for the queue's own timeout if that is None. It waits `wait_s` for the first
+    message, or until `stop` is set. ``delete`` and ``change_visibility`` take at most
+    ten receipt handles; the latter makes each message visible again so many seconds
+    from now. Both make one attempt, for a worker that tries again by itself, or several
+    with `retry`. ``url`` is what the service calls a queue.
     """
 
     def receive(
         self,
         queue: str,
-        most: int,
+        limit: int,
         wait_s: float,
         lease_s: float | None,
         stop: threading.Event,
     ) -> list[QueueMessage]: ...
-    def delete(self, queue: str, receipts: Sequence[str]) -> list[Refusal]: ...
+    def delete(
+        self, queue: str, receipts: Sequence[str], *, retry: bool = False
+    ) -> list[Refusal]: ...
     def change_visibility(
-        self, queue: str, changes: Sequence[tuple[str, float]]
+        self, queue: str, changes: Sequence[tuple[str, float]], *, retry: bool = False
     ) -> list[Refusal]: ...
     def url(self, queue: str) -> str: ...
     def info(self, queue: str) -> QueueInfo: ...
@@ -1577,10 +1600,17 @@ class Broker(Sender, typing.Protocol):
 
 @dataclasses.dataclass(eq=False, repr=False)
 class QueueMessage:
-    """A received message, as the hooks get it: it reads and acts like boto3's ``sqs.Message``.
+    """A received message, as hooks get it: it works like boto3's ``sqs.Message``.
 
-    Body and attributes are as the service returned them: nothing is checked here. The receipt
-    handle is of this very receive, and None where no queue has the message.
+    Body and attributes are as the service returned them: nothing is checked here.
+
+    :ivar receipt_handle: of this receive; None where no queue has the message
+    :ivar queue: the name of its queue
+    :ivar broker: what to reach the queue by; None where no queue has the message
+    :ivar sns_record: the record, where Lambda received the message from a topic
+    :ivar message: the decoded message, once it is valid and its task is registered
+    :ivar lease_lost: whether others may have received the message; set by the worker
+    :ivar max_receive_count: of the queue's redrive policy, where it is known
     """
 
     body: Any
@@ -1591,188 +1621,463 @@ class QueueMessage:
         default_factory=dict
     )
     queue: str | None = None
-    broker: Broker | None = None  # where a queue has the message
-    sns_record: Mapping[str, Any] | None = None  # where Lambda got it from a topic
-    message: Message | None = (
-        None  # once it is known to be valid and its task to be registered
-    )
-    lease_lost: bool = False  # set by the worker
+    broker: Broker | None = None
+    sns_record: Mapping[str, Any] | None = None
+    message: Message | None = None
+    lease_lost: bool = False
+    max_receive_count: int | None = None
 
-    #: how often the message was received, from 1
-    attempt = property(
-        lambda self: int(self.attributes.get("ApproximateReceiveCount", 1))
-    )
-    #: the URL of the queue; "" where none has the message
-    queue_url = property(
-        lambda self: self.broker.url(self.queue) if self.broker else ""
-    )
-    is_fifo = property(lambda self: (self.queue or "").endswith(".fifo"))
-    #: the message group, on FIFO and fair queues
-    group_id = property(lambda self: self.attributes.get("MessageGroupId"))
+    @property
+    def attempt(self) -> int:
+        """How often the message has been received, from 1."""
+        return int(self.attributes.get("ApproximateReceiveCount", 1))
+
+    @property
+    def is_last_receive(self) -> bool:
+        """Whether the queue's redrive policy allows no further receive."""
+        limit = self.max_receive_count
+        return limit is not None and self.attempt >= limit
+
+    @property
+    def queue_url(self) -> str:
+        """The URL of the queue; "" where no queue has the message."""
+        if self.broker is None or self.queue is None:
+            return ""
+        return self.broker.url(self.queue)
+
+    @property
+    def is_fifo(self) -> bool:
+        """Whether the message is from a FIFO queue."""
+        return self.queue is not None and self.queue.endswith(".fifo")
+
+    @property
+    def group_id(self) -> str | None:
+        """The message group, on FIFO and fair queues."""
+        return self.attributes.get("MessageGroupId")
 
     @property
     def hook_kwargs(self) -> dict[str, Any]:
-        """What the hooks are called with."""
+        """The arguments for hooks."""
         if self.sns_record is not None:
             return {"sns_record": self.sns_record}
         return {"queue_name": self.queue, "sqs_queue_message": self}
 
     def delete(self) -> None:
-        """Delete the message from its queue, at once.
+        """Delete the message from its queue, at once and with retries.
 
-        For hooks and old code: a worker by itself deletes what it has run, ten in a call.
+        For hooks and old code: a worker deletes what it has run, ten in a call.
 
         :raises PartialFailure: if the service refuses
         """
         if self.broker and self.queue and self.receipt_handle:
-            _accepted(self.broker.delete(self.queue, [self.receipt_handle]))
+            call = functools.partial(self.broker.delete, self.queue, retry=True)
+            _insist(call, self.receipt_handle)
 
     def change_visibility(self, *, VisibilityTimeout: float) -> None:  # noqa: N803 - boto3's name
         """Make the message visible again so many seconds from now.
 
-        :param VisibilityTimeout: 0 to 43,200 seconds; SQS counts 12 hours in all from the receive
-        :raises PartialFailure: if the service refuses, such as for a message no longer in flight
+        :param VisibilityTimeout: 0 to 43,200 seconds; SQS allows 12 hours in all from
+            the receive
+        :raises PartialFailure: if the service refuses: the message is no longer in
+            flight, for example
         """
         if self.broker and self.queue and self.receipt_handle:
-            change = (self.receipt_handle, VisibilityTimeout)
-            _accepted(self.broker.change_visibility(self.queue, [change]))
+            change = self.broker.change_visibility
+            call = functools.partial(change, self.queue, retry=True)
+            _insist(call, (self.receipt_handle, VisibilityTimeout))
 
     def copy(self, attributes: Mapping[str, Mapping[str, Any]]) -> Outgoing:
-        """Return the message as it is sent to another queue.
+        """Return the message in the form in which it is sent to another queue.
 
-        On FIFO queues its own MessageId deduplicates it: the body's id was seen before, and SQS
-        would accept the copy and drop it.
+        A FIFO queue knows the body's id and would drop the copy: its own MessageId
+        identifies the copy there.
         """
-        once = self.message_id if self.is_fifo else None
-        return Outgoing(self.body, attributes, 0, self.group_id, once)
+        deduplication_id = None
+        if self.is_fifo:
+            deduplication_id = self.message_id
+        return Outgoing(self.body, attributes, 0, self.group_id, deduplication_id)
+
+
+_BatchCall = Callable[[Sequence[Any]], list[Refusal]]
 
 
 def _accepted(refusals: Sequence[Refusal]) -> None:
-    """Raise PartialFailure if anything was refused, for calls of one entry."""
-    if refusals:
-        failed = [
-            {"Id": str(r.index), "Code": r.code, "Message": r.text} for r in refusals
-        ]
+    """Raise PartialFailure if a call of one entry was refused."""
+    failed = [{"Id": str(r.index), "Code": r.code, "Message": r.text} for r in refusals]
+    if failed:
         raise PartialFailure({"Successful": [], "Failed": failed})
 
 
+def _insist(call: _BatchCall, entry: Any) -> None:
+    """Make a call of one entry; try it again where the service is at fault.
+
+    :raises PartialFailure: if the entry is refused in the end
+    """
+    refusals: list[Refusal] = []
+    for pause_s in _PAUSES_S:
+        time.sleep(_jittered(pause_s))
+        refusals = call([entry])
+        if all(refusal.final for refusal in refusals):
+            break
+    _accepted(refusals)
+
+
+def _one_call(call: _BatchCall, entries: Sequence[Any]) -> dict[int, Refusal]:
+    """Make one batch call of at most ten entries; return the refused ones by index.
+
+    A call that fails as a whole refuses each entry, but not finally: even a permission
+    may come back.
+    """
+    try:
+        refusals = call(entries)
+    except Exception as error:
+        return _all_refused(error, range(len(entries)), final=False)
+    return {refusal.index: refusal for refusal in refusals}
+
+
+def _all_refused(
+    error: Exception, indexes: Iterable[int], *, final: bool
+) -> dict[int, Refusal]:
+    """Return a refusal for each entry of a call that failed as a whole."""
+    code, text = _error_code(error), _text_of(error)
+    return {index: Refusal(index, code, text, final) for index in indexes}
+
+
 def _in_batches(
-    call: Callable[[Sequence[Any]], list[Refusal]],
+    call: _BatchCall,
     entries: Sequence[Any],
     tries: int = 1,
     *,
-    max_bytes: float = 0,
+    max_bytes: int = 0,
     repeated: bool = False,
 ) -> dict[int, Refusal]:
-    """Make batch calls, and return what was refused, by its index among the entries.
+    """Make batch calls for any number of entries; return the refused ones by index.
 
-    A call that fails as a whole has refused its entries and all after them, which are not tried.
+    Entries whose refusal is not final are tried again after a pause.
 
-    :param tries: how often in all to ask for what the service fails at
-    :param max_bytes: of the sum of a call's entries, where they are messages
-    :param repeated: whether botocore has repeated a whole call that failed, which is enough
+    :param tries: how often an entry is tried in all, at most 3 times
+    :param max_bytes: the limit for the sum of a call's entries, where they are messages
+    :param repeated: the caller has repeated a call that failed as a whole, as botocore
+        does for sends: its entries are not tried again
+    """
+    one_round = functools.partial(_one_round, call, max_bytes, repeated=repeated)
+    refused: dict[int, Refusal] = {}
+    remaining: Sequence[int] = range(len(entries))
+    for pause_s in _PAUSES_S[:tries]:
+        if not remaining:
+            break
+        time.sleep(_jittered(pause_s))
+        answer = one_round([entries[index] for index in remaining])
+        for place, index in enumerate(remaining):
+            refused.pop(index, None)
+            if place in answer:
+                refused[index] = answer[place]._replace(index=index)
+        remaining = [i for i, refusal in refused.items() if not refusal.final]
+    return refused
+
+
+def _one_round(
+    call: _BatchCall, max_bytes: int, entries: Sequence[Any], *, repeated: bool
+) -> dict[int, Refusal]:
+    """Make a batch call for each ten entries; return the refused ones by index.
+
+    After a call that fails as a whole, the entries that follow are refused untried.
     """
     refused: dict[int, Refusal] = {}
     start = 0
-    while start < len(entries):
-        part = entries[start : start + _MAX_BATCH]
-        # One entry always goes: if it is too long by itself, the service says so.
-        while (
-            max_bytes
-            and len(part) > 1
-            and sum(entry.size() for entry in part) > max_bytes
-        ):
-            part = part[:-1]
+    for batch in _batches(entries, max_bytes):
         try:
-            refused |= {start + refusal.index: refusal for refusal in call(part)}
+            refusals = call(batch)
         except Exception as error:
-            code = _error_code(error)
-            whole = Refusal(
-                0, code, str(error), repeated or code.startswith("AccessDenied")
-            )
-            refused |= dict.fromkeys(range(start, len(entries)), whole)
-            break
-        start += len(part)
-    again = [index for index, refusal in refused.items() if not refusal.final]
-    if again and tries > 1:
-        time.sleep(_jittered(0.3 ** (tries - 1)))  # 0.09 s, then 0.3 s
-        answer = _in_batches(
-            call, [entries[i] for i in again], tries - 1, max_bytes=max_bytes
-        )
-        refused = {
-            index: refusal for index, refusal in refused.items() if refusal.final
-        }
-        refused |= {again[index]: refusal for index, refusal in answer.items()}
+            final = repeated or isinstance(error, ConfigurationError)
+            rest = range(start, len(entries))
+            return refused | _all_refused(error, rest, final=final)
+        for refusal in refusals:
+            refused[start + refusal.index] = refusal
+        start += len(batch)
     return refused
+
+
+def _batches(entries: Sequence[Any], max_bytes: int) -> Iterator[Sequence[Any]]:
+    """Yield the entries in batches of at most ten, each together within `max_bytes`.
+
+    An entry that is too large by itself is a batch of its own: the service says so.
+    """
+    batch: list[Any] = []
+    batch_bytes = 0
+    for entry in entries:
+        entry_bytes = entry.size() if max_bytes else 0
+        is_full = len(batch) == _MAX_BATCH or batch_bytes + entry_bytes > max_bytes
+        if batch and is_full:
+            yield batch
+            batch, batch_bytes = [], 0
+        batch.append(entry)
+        batch_bytes += entry_bytes
+    if batch:
+        yield batch
 
 
 def _send_all(
     sender: Sender, destination: str, entries: Sequence[Outgoing]
 ) -> dict[int, Refusal]:
-    """Send to one destination; return what was refused, by its index among the entries."""
+    """Send any number of messages to one destination; return the refused by index."""
     send = functools.partial(sender.send, destination)
     return _in_batches(send, entries, 3, max_bytes=sender.max_bytes, repeated=True)
 
 
 def _change_all(call: str, entries: Mapping[QueueMessage, Any], warning: str) -> None:
-    """Make batch calls for the messages that a queue has; Lambda's role may not be allowed to.
+    """Delete or change those of one queue's messages that a queue has.
 
-    :param call: the method of the broker
-    :param entries: what it takes of each message
+    A refusal is a warning only: the role of a Lambda function may not be allowed to.
+
+    :param call: the name of the broker's method
+    :param entries: what the method takes of each message
     :param warning: logged with how many of how many were refused, and why
     """
-    known = [
-        (received, entry) for received, entry in entries.items() if received.broker
-    ]
-    if known:
-        first = known[0][0]
-        made = functools.partial(getattr(first.broker, call), first.queue)
-        if refused := _in_batches(made, [entry for _, entry in known], 3):
-            _log.warning(
-                warning, len(refused), len(known), next(iter(refused.values())).text
-            )
-
-
-def _error_code(error: BaseException) -> str:
-    """Return an AWS error's code without its prefix, or the error's type.
-
-    Where an AWS error was turned into another one, it is found as that one's cause.
-    """
-    origin = error.__cause__ or error
-    # Such as AWS.SimpleQueueService.NonExistentQueue, in the older of SQS's protocols.
-    response = getattr(origin, "response", None) or {}
-    return str(
-        response.get("Error", {}).get("Code") or type(origin).__name__
-    ).rpartition(".")[2]
+    queued = [(message, entry) for message, entry in entries.items() if message.broker]
+    if not queued:
+        return
+    first, _ = queued[0]
+    change = functools.partial(getattr(first.broker, call), first.queue)
+    refused = _in_batches(change, [entry for _, entry in queued], 3)
+    if refused:
+        reason = next(iter(refused.values())).text
+        _log.warning(warning, len(refused), len(queued), reason)
 
 
 # --- 8. SQLite ------------------------------------------------------------------------
-# The embedded broker, with the semantics of SQS, for any number of processes on one machine. Every
-# change is one transaction that is on the disk (synchronous=FULL) before the call returns. A
-# message is hidden while its visible_ms is ahead: that one column is delay, visibility timeout and
-# retry. A receipt is good for a delete until the message is received again or moved to the dead
-# letters, and for a change as long as the message is hidden, too.
+# The embedded broker, with the semantics of SQS, for any number of processes on one
+# machine. Every change is ONE statement, and so one transaction: it is on the disk
+# (synchronous=FULL) before the call returns, and neither a crash nor a signal handler
+# or __del__ that dispatches comes between its halves. A message is hidden while its
+# visible_ms is ahead: delay, visibility timeout and retry in one. A receipt is good for
+# a delete until the message is received again or dead-lettered; for a change, only
+# while the message is hidden too.
 
 
 _SQLITE_SCHEMA = """BEGIN IMMEDIATE;
 CREATE TABLE IF NOT EXISTS message (
-    id INTEGER PRIMARY KEY AUTOINCREMENT, -- a receipt names it, so it is never used again
-    queue TEXT NOT NULL, message_id TEXT NOT NULL, body TEXT NOT NULL, attributes TEXT NOT NULL,
-    sent_ms INTEGER NOT NULL, visible_ms INTEGER NOT NULL,
+    id INTEGER PRIMARY KEY AUTOINCREMENT, -- a receipt names it: it is never used again
+    queue TEXT NOT NULL, message_id TEXT NOT NULL, body TEXT NOT NULL,
+    attributes TEXT NOT NULL, sent_ms INTEGER NOT NULL, visible_ms INTEGER NOT NULL,
     receive_count INTEGER NOT NULL DEFAULT 0, receipt TEXT);
 CREATE INDEX IF NOT EXISTS message_visible ON message (queue, visible_ms);
 PRAGMA user_version = 1; COMMIT;"""
-_memory_pid = functools.cache(os.getpid)  # the first process that had a queue in memory
+_SQLITE_EXAMPLE = (
+    "sqlite:///relative.db or sqlite:////absolute.db, then perhaps"
+    " ?visibility_timeout_s=30&max_receive_count=5"
+)
+# The options of the URL: the default, the form, and what an error calls it.
+_SQLITE_OPTIONS = {
+    "visibility_timeout_s": ("30", r"[0-9]*\.?[0-9]+", "a number of seconds above 0"),
+    "max_receive_count": ("5", "[0-9]+", "a whole number above 0"),
+}
+_LOCKED_S = 30  # how long to wait for a file that another process has locked
+_FIRST_LOOK_S = 0.002  # the pause between looks for a message grows from this…
+_LAST_LOOK_S = 0.05  # …to this: twenty looks a second cost next to no CPU
+# Subtracted from visible_ms once a message is visible: the difference is in the past of
+# any clock, so that a clock that is set back hides nothing, and the order stays.
+_SHOWN_MS = 10**15
+# The first process that had a queue in memory.
+_memory_pid = functools.cache(os.getpid)
+
+
+class _SqliteUrl(NamedTuple):
+    """What the URL of a SqliteBroker says; the path of memory is empty."""
+
+    path: str
+    lease_s: float
+    max_receive_count: int
+
+
+def _parse_sqlite_url(url: str) -> _SqliteUrl:
+    """Read a URL such as sqlite:///queue.db?max_receive_count=3."""
+    match = re.fullmatch(r"sqlite://(?:/([^?\n]+))?(?:\?(.*))?", url)
+    if match is None:
+        raise ConfigurationError(
+            f"TASKHAWK_BROKER: expected {_SQLITE_EXAMPLE}, got {url!r}"
+        )
+    path, query = match.groups("")
+    options = {name: default for name, (default, *_) in _SQLITE_OPTIONS.items()}
+    for pair in filter(None, query.split("&")):
+        name, _, value = pair.partition("=")
+        _check_sqlite_option(name, value, url)
+        options[name] = value
+    if path:
+        path = os.path.abspath(path)  # a task may change the directory
+    return _SqliteUrl(
+        path, float(options["visibility_timeout_s"]), int(options["max_receive_count"])
+    )
+
+
+def _check_sqlite_option(name: str, value: str, url: str) -> None:
+    """Raise ConfigurationError unless the URL's option exists and has a legal value."""
+    if name not in _SQLITE_OPTIONS:
+        raise ConfigurationError(
+            f"TASKHAWK_BROKER: {name!r} is not an option:"
+            f" expected {_SQLITE_EXAMPLE}, got {url!r}"
+        )
+    _, form, meaning = _SQLITE_OPTIONS[name]
+    if not re.fullmatch(form, value) or float(value) == 0:
+        raise ConfigurationError(
+            f"TASKHAWK_BROKER: {name}: expected {meaning}, got {value!r} in {url!r}"
+        )
+
+
+class _SqliteFile:
+    """A process's connection to a file or to its own memory, for all its threads."""
+
+    def __init__(self, path: str) -> None:
+        if not path and _memory_pid() != os.getpid():
+            raise ConfigurationError(
+                "sqlite:// is the memory of one process, and this is another:"
+                " use a file, such as sqlite:///queue.db"
+            )
+        self.path, self.pid = path, os.getpid()
+        # Held for each statement, and over a fork, which must find no file open.
+        # Reentrant: a signal handler or a __del__ may dispatch while its thread has it.
+        self.lock = threading.RLock()
+        self._db: Any = None
+        self._inode: tuple[int, int] | None = None
+        _sqlite_files.add(weakref.ref(self, _sqlite_files.discard))
+
+    def read(self, query: str, parameters: Sequence[Any]) -> list[Any]:
+        """Return the rows that a SELECT finds."""
+        with self.lock:
+            return list(self._connection().execute(query, parameters))
+
+    def change(self, statement: str, parameters: Sequence[Any]) -> int:
+        """Make a change, which is on the disk then; return how many rows it met."""
+        with self.lock:
+            return int(self._connection().execute(statement, parameters).rowcount)
+
+    def open(self) -> None:
+        """Open the file, so that one that is not usable is refused at once."""
+        with self.lock:
+            self._connection()
+
+    def close(self) -> None:
+        """Close the file until the next use; what is in memory is gone."""
+        with self.lock:
+            if self._db is not None:
+                self._db.close()
+                self._db = None
+
+    def _connection(self) -> Any:
+        """Return the connection, opened where there is none; for who holds the lock."""
+        if self._db is not None and self._find_inode() != self._inode:
+            # What is written to a file without a name is lost.
+            _log.warning("%s was removed or replaced: opening it anew", self.path)
+            self.close()
+        if self._db is None:
+            self._db = _open_sqlite(self.path)
+            self._inode = self._find_inode()
+        return self._db
+
+    def _find_inode(self) -> tuple[int, int] | None:
+        """Return which file has the path now; None where there is none."""
+        if not self.path:
+            return None
+        try:
+            status = os.stat(self.path)
+        except OSError:
+            return None
+        return status.st_dev, status.st_ino
+
+
+# Those of this process are closed over a fork that Python sees: SQLite's locks are the
+# process's, and a child with an open file would believe that it has its parent's.
+_sqlite_files: set[weakref.ref[_SqliteFile]] = set()
+_held_over_fork: list[_SqliteFile] = []
+
+
+def _close_sqlite_files() -> None:
+    """Close the files before a fork, and let nobody open them until it is done."""
+    for reference in list(_sqlite_files):
+        file = reference()
+        if file is not None and file.pid == os.getpid():
+            file.lock.acquire()
+            _held_over_fork.append(file)
+            if file.path:  # what is in memory would be gone
+                file.close()
+
+
+def _release_sqlite_files() -> None:
+    """Go on in the parent."""
+    while _held_over_fork:
+        _held_over_fork.pop().lock.release()
+
+
+# For good, once this module is imported. The child has no use for its parent's locks.
+os.register_at_fork(
+    before=_close_sqlite_files,
+    after_in_parent=_release_sqlite_files,
+    after_in_child=_held_over_fork.clear,
+)
+
+
+def _open_sqlite(path: str) -> Any:
+    """Open a file, or memory where the path is empty; make the table it lacks."""
+    import sqlite3
+
+    if sqlite3.sqlite_version_info < (3, 30):  # the first with count(*) FILTER
+        raise ConfigurationError(
+            f"SQLite {sqlite3.sqlite_version} is too old: expected 3.30.0 or newer"
+        )
+    db = None
+    try:
+        db = sqlite3.connect(
+            path or ":memory:",
+            timeout=_LOCKED_S,
+            isolation_level=None,  # each statement commits
+            check_same_thread=False,
+        )
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        if version not in (0, 1):
+            raise sqlite3.OperationalError(
+                f"expected version 1 of its tables, got {version}"
+            )
+        _use_write_ahead_log(db)
+        db.execute("PRAGMA synchronous = FULL")  # a commit outlives a power failure
+        db.executescript(_SQLITE_SCHEMA)
+    except sqlite3.Error as error:
+        if db is not None:
+            db.close()
+        where = path or "memory"
+        raise ConfigurationError(
+            f"TASKHAWK_BROKER: can't open {where}: {error}"
+        ) from error
+    return db
+
+
+def _use_write_ahead_log(db: Any) -> None:
+    """Let readers wait for nobody.
+
+    Alone of all statements, this one does not wait for a locked file by itself.
+    """
+    import sqlite3
+
+    deadline = time.monotonic() + _LOCKED_S
+    while True:
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError as error:
+            is_locked = error.sqlite_errorname == "SQLITE_BUSY"
+            if not is_locked or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+        else:
+            return
 
 
 class SqliteBroker(Broker):
     """Queues in a file; or in memory, for the tests of one process.
 
-    Any number of processes may use a file, on one machine: they share memory, which they can't over
-    a network's file system (https://www.sqlite.org/wal.html).
+    Any number of processes on one machine may use a file: they share memory, which they
+    can't over a network's file system (https://www.sqlite.org/wal.html).
 
-    :param url: ``sqlite:///relative.db``, ``sqlite:////absolute.db`` or ``sqlite://`` (memory), and
-        perhaps ``?visibility_timeout_s=30&max_receive_count=5``
+    :param url: ``sqlite:///relative.db``, ``sqlite:////absolute.db`` or ``sqlite://``
+        (memory), and perhaps ``?visibility_timeout_s=30&max_receive_count=5``
     :param clock: epoch seconds; passed in by tests
     :raises ConfigurationError: if the URL or the file is not usable
     """
@@ -1781,351 +2086,345 @@ class SqliteBroker(Broker):
     max_delay_s = 100 * 365 * 86_400  # a number that SQLite can hold
 
     def __init__(self, url: str, clock: Callable[[], float] = time.time) -> None:
-        """Read the URL, and open the file."""
         self._url, self._clock = url, clock
-        options = {
-            "visibility_timeout_s": str(_DEFAULT_LEASE_S),
-            "max_receive_count": "5",
-        }
-        try:
-            parts: Any = re.fullmatch(r"sqlite://(?:/([^?\n]+))?(?:\?(.*))?", url)
-            self._path, query = parts.groups("")
-            options |= (pair.partition("=")[::2] for pair in query.split("&") if pair)
-            lease_s, most = options.values()
-            self._lease_s, self._most = (
-                _conform(_SECONDS, lease_s),
-                _conform(_COUNT, most),
-            )
-        except (ValueError, AttributeError) as error:
-            text = "TASKHAWK_BROKER: expected sqlite:///relative.db or sqlite:////absolute.db, then"
-            then = "perhaps ?visibility_timeout_s=30&max_receive_count=5"
-            raise ConfigurationError(f"{text} {then}, got {url!r}") from error
-        text = "sqlite:// is the memory of one process, and this is another: use a file, such"
-        _require(
-            self._path or _memory_pid() == os.getpid(), f"{text} as sqlite:///queue.db"
-        )
-        # Held while a thread uses the connection, so that its transaction is that thread's alone:
-        # `with self._lock, self._db` writes all that is in the block, or nothing.
-        self._lock = threading.Lock()
-        self._opened = self._open()
+        path, self._lease_s, self._max_receives = _parse_sqlite_url(url)
+        self._files = _PerProcess(functools.partial(_SqliteFile, path))
+        self._file.open()
 
     @property
-    def _db(self) -> Any:
-        """The connection, opened anew after a fork; for who holds the lock."""
-        self._opened = self._opened or self._open()
-        return self._opened
-
-    def _open(self) -> Any:
-        """Open the file, or memory, and make the tables where there are none."""
-        import sqlite3
-
-        text = f"SQLite {sqlite3.sqlite_version} is too old: expected 3.30.0 or newer"
-        _require(
-            sqlite3.sqlite_version_info >= (3, 30), text
-        )  # the first with count(*) FILTER
-        # IMMEDIATE: a transaction waits for the file's write lock before its first change, for one
-        # that has begun to read can't wait: what it has read may be old by then.
-        options: Any = {
-            "timeout": 30,
-            "isolation_level": "IMMEDIATE",
-            "check_same_thread": False,
-        }
-        db, deadline = None, time.monotonic() + 30
-        try:
-            db = sqlite3.connect(self._path or ":memory:", **options)
-            if (version := db.execute("PRAGMA user_version").fetchone()[0]) not in (
-                0,
-                1,
-            ):
-                raise sqlite3.OperationalError(
-                    f"expected version 1 of its tables, got {version}"
-                )
-            # WAL: who reads waits for nobody.
-            while (
-                True
-            ):  # alone of all statements, this one does not wait for other processes
-                try:
-                    db.execute("PRAGMA journal_mode = WAL")
-                    break
-                except sqlite3.OperationalError as error:
-                    if (
-                        error.sqlite_errorname != "SQLITE_BUSY"
-                        or time.monotonic() > deadline
-                    ):
-                        raise
-                    time.sleep(0.01)
-            # FULL: a COMMIT that returned outlives a power failure.
-            db.execute("PRAGMA synchronous = FULL")
-            db.executescript(_SQLITE_SCHEMA)
-        except sqlite3.Error as error:
-            if db:
-                db.close()
-            where = os.path.abspath(self._path or "memory")
-            raise ConfigurationError(
-                f"TASKHAWK_BROKER: can't open {where}: {error}"
-            ) from error
-        return db
+    def _file(self) -> _SqliteFile:
+        return self._files.get()
 
     def url(self, queue: str) -> str:
         """Return the broker's URL: a queue has none of its own."""
         return self._url
 
     def close(self) -> None:
-        """Close the file; what is in memory is gone."""
-        with self._lock:
-            if self._opened:
-                self._opened.close()
-
-    def before_fork(self) -> None:
-        """Close the file: SQLite's locks are the process's, and a child would take them on."""
-        self._lock.acquire()
-        if self._path and self._opened:
-            self._opened = self._opened.close()
-
-    def after_fork(self) -> None:
-        self._lock.release()
+        """Close the file until the next use; what is in memory is gone."""
+        self._file.close()
 
     def _in_ms(self, seconds: float = 0) -> int:
-        """Return the time so many seconds from now, as the tables have it."""
+        """Return the time so many seconds from now, as the table has it."""
         return math.ceil((self._clock() + seconds) * 1000)
 
     def send(self, destination: str, entries: Sequence[Outgoing]) -> list[Refusal]:
         """Write the messages in one transaction: all, or none if it raises."""
-        insert = "INSERT INTO message VALUES (NULL, ?, ?, ?, ?, ?, ?, 0, NULL)"
-        # One transaction, and so one flush of the disk, for up to ten messages.
-        with self._lock, self._db as db:
-            for body, attributes, delay_s, *_ in entries:
-                what = (destination, _new_id(), body, json.dumps(attributes))
-                db.execute(insert, (*what, self._in_ms(), self._in_ms(delay_s)))
+        now_ms = self._in_ms()
+        values: list[Any] = []
+        for entry in entries:
+            visible_ms = now_ms - _SHOWN_MS
+            if entry.delay_s:
+                visible_ms = self._in_ms(entry.delay_s)
+            values += (destination, _new_id(), entry.body)
+            values += (json.dumps(entry.attributes), now_ms, visible_ms)
+        insert = """INSERT INTO message
+            (queue, message_id, body, attributes, sent_ms, visible_ms) VALUES"""
+        self._file.change(f"{insert} {_marks('(?, ?, ?, ?, ?, ?)', entries)}", values)
         return []
 
     def receive(
         self,
         queue: str,
-        most: int,
+        limit: int,
         wait_s: float,
         lease_s: float | None,
         stop: threading.Event,
     ) -> list[QueueMessage]:
-        """Claim messages; wait for the first without holding any lock.
+        """Claim messages; wait for the first without holding a lock.
 
-        The first look comes at once, the others after pauses that grow: a message waits 50 ms at
-        most, and an idle worker takes next to no CPU.
+        The first look comes at once, the others after pauses that grow to 50 ms: an
+        idle worker takes next to no CPU.
         """
-        deadline, pause_s = time.monotonic() + wait_s, 0.002
-        look = (
-            "SELECT EXISTS (SELECT 1 FROM message WHERE queue = ? AND visible_ms <= ?)"
-        )
-        claim = functools.partial(self._claim, queue, most, lease_s or self._lease_s)
+        deadline, pause_s = time.monotonic() + wait_s, _FIRST_LOOK_S
+        lease_s = lease_s or self._lease_s
         while True:
-            with self._lock:
-                (found,) = self._db.execute(look, (queue, self._in_ms())).fetchone()
-            if (claimed := claim() if found else []) or time.monotonic() >= deadline:
+            claimed = self._claim(queue, min(limit, _MAX_BATCH), lease_s)
+            if claimed or time.monotonic() >= deadline or stop.wait(pause_s):
                 return claimed
-            if stop.wait(pause_s):
-                return []
-            pause_s = min(
-                pause_s * 2, 0.05
-            )  # twenty looks a second cost next to nothing
+            pause_s = min(pause_s * 2, _LAST_LOOK_S)
 
-    def _claim(self, queue: str, most: int, lease_s: float) -> list[QueueMessage]:
-        """Take the first messages; those received too often go to the dead-letter queue.
+    def _claim(self, queue: str, limit: int, lease_s: float) -> list[QueueMessage]:
+        """Take the messages that have been visible longest, if there are any."""
+        now_ms = self._in_ms()
+        look = "SELECT max(visible_ms) FROM message WHERE queue = ? AND visible_ms <= ?"
+        [[newest_ms]] = self._file.read(look, (queue, now_ms))
+        if newest_ms is None:
+            return []
+        if newest_ms > 0:
+            self._show(queue, now_ms)
+        # The claim is this one statement; then its token tells what is ours.
+        until_ms, token = self._in_ms(lease_s), os.urandom(16).hex()
+        claim = """UPDATE message SET receipt = id || '-' || ?, visible_ms = ?,
+            receive_count = receive_count + 1 WHERE id IN (SELECT id FROM message
+            WHERE queue = ? AND visible_ms < 0 ORDER BY visible_ms, id LIMIT ?)"""
+        self._file.change(claim, (token, until_ms, queue, limit))
+        find = """SELECT receipt, receive_count, sent_ms, attributes, body, message_id
+            FROM message WHERE queue = ? AND visible_ms = ? AND receipt = id || '-' || ?
+            ORDER BY id"""
+        rows = self._file.read(find, (queue, until_ms, token))
+        return [self._message(queue, row) for row in rows]
 
-        As on SQS, it is the receive that moves them, and a message keeps its id and its attributes.
+    def _show(self, queue: str, now_ms: int) -> None:
+        """Show for good the messages whose delay or visibility timeout has ended.
+
+        Those that were received too often go to the dead-letter queue instead. As on
+        SQS, it is a receive that moves them, and they keep their ids and attributes.
         """
-        find = """SELECT id, receive_count + 1, sent_ms, attributes, body, message_id FROM message
-            WHERE queue = ? AND visible_ms <= ? ORDER BY visible_ms, id LIMIT ?"""
-        take = "UPDATE message SET receive_count = ?, visible_ms = ?, receipt = ? WHERE id = ?"
-        # It is visible there at once, and counted from the start.
-        redrive = "UPDATE message SET queue = ?, receive_count = 0, receipt = NULL WHERE id = ?"
-        _, dead, limit = self.info(queue)
-        claimed = []
-        with self._lock, self._db as db:
-            db.execute(
-                "BEGIN IMMEDIATE"
-            )  # before the look too, or others would find the same
-            first = db.execute(
-                find, (queue, self._in_ms(), min(most, _MAX_BATCH))
-            ).fetchall()
-            for row, count, sent_ms, attributes, body, message_id in first:
-                if limit and count > limit:
-                    db.execute(redrive, (dead, row))
-                    continue
-                receipt = f"{row}-{os.urandom(16).hex()}"
-                db.execute(take, (count, self._in_ms(lease_s), receipt, row))
-                system = {
-                    "ApproximateReceiveCount": str(count),
-                    "SentTimestamp": str(sent_ms),
-                }
-                parts = (body, message_id, receipt, system, json.loads(attributes))
-                claimed.append(QueueMessage(*parts, queue, self))
-        return claimed
+        _, dead_letter_queue, limit = self.info(queue)
+        redrive = """UPDATE message SET queue = ?, receive_count = 0, receipt = NULL,
+            visible_ms = visible_ms - ? WHERE queue = ?
+            AND visible_ms BETWEEN 0 AND ? AND receive_count >= ?"""
+        values = (dead_letter_queue, _SHOWN_MS, queue, now_ms, limit)
+        self._file.change(redrive, values)  # nothing, where the limit is NULL
+        show = """UPDATE message SET visible_ms = visible_ms - ?
+            WHERE queue = ? AND visible_ms BETWEEN 0 AND ?"""
+        self._file.change(show, (_SHOWN_MS, queue, now_ms))
 
-    def delete(self, queue: str, receipts: Sequence[str]) -> list[Refusal]:
-        """Delete; what was deleted before is no error, what another has received since is."""
-        # A receipt begins with the number of its row, by which the row is found.
-        change = "DELETE FROM message WHERE id = CAST(:receipt AS INTEGER) AND receipt = :receipt"
-        refused = "SELECT 1 FROM message WHERE id = CAST(:receipt AS INTEGER)"
-        return self._change(
-            change, refused, [{"receipt": receipt} for receipt in receipts]
+    def _message(self, queue: str, row: Sequence[Any]) -> QueueMessage:
+        """Return a message that was just received."""
+        receipt, receive_count, sent_ms, attributes, body, message_id = row
+        return QueueMessage(
+            body=body,
+            message_id=message_id,
+            receipt_handle=receipt,
+            attributes={
+                "ApproximateReceiveCount": str(receive_count),
+                "SentTimestamp": str(sent_ms),
+            },
+            message_attributes=json.loads(attributes),
+            queue=queue,
+            broker=self,
+            max_receive_count=self.info(queue).max_receive_count,
         )
+
+    def delete(
+        self, queue: str, receipts: Sequence[str], *, retry: bool = False
+    ) -> list[Refusal]:
+        """Delete; it is an error only if a message was received again since."""
+        given = f"WITH given (receipt) AS (VALUES {_marks('(?)', receipts)})"
+        # A receipt begins with the number of its row, which finds the row.
+        delete = """DELETE FROM message WHERE receipt IN given
+            AND id IN (SELECT CAST(receipt AS INTEGER) FROM given)"""
+        if self._file.change(f"{given} {delete}", receipts) == len(receipts):
+            return []
+        kept = """SELECT receipt FROM given
+            WHERE CAST(receipt AS INTEGER) IN (SELECT id FROM message)"""
+        return _stale(receipts, self._file.read(f"{given} {kept}", receipts))
 
     def change_visibility(
-        self, queue: str, changes: Sequence[tuple[str, float]]
+        self, queue: str, changes: Sequence[tuple[str, float]], *, retry: bool = False
     ) -> list[Refusal]:
         """Change when messages are visible again, while they are in flight."""
-        now = self._in_ms()
-        rows = [{"receipt": r, "until": self._in_ms(s), "now": now} for r, s in changes]
-        change = """UPDATE message SET visible_ms = :until
-            WHERE id = CAST(:receipt AS INTEGER) AND receipt = :receipt AND visible_ms > :now"""
-        return self._change(change, "SELECT 1", rows)
-
-    def _change(
-        self, change: str, refused: str, rows: Sequence[dict[str, Any]]
-    ) -> list[Refusal]:
-        """Make each change; where it meets no row, `refused` asks whether that is an error."""
-        text = "the message is no longer in flight, or was received again"
-        with self._lock, self._db as db:
-            return [
-                Refusal(index, "ReceiptHandleIsInvalid", text, final=True)
-                for index, row in enumerate(rows)
-                if not db.execute(change, row).rowcount
-                and db.execute(refused, row).fetchone()
-            ]
+        given = f"""WITH given (receipt, until_ms) AS
+            (VALUES {_marks("(?, ?)", changes)})"""
+        values: list[Any] = []
+        for receipt, seconds in changes:
+            values += (receipt, self._in_ms(seconds))
+        change = """UPDATE message SET visible_ms =
+            (SELECT until_ms FROM given WHERE given.receipt = message.receipt)
+            WHERE receipt IN (SELECT receipt FROM given) AND visible_ms > ?
+            AND id IN (SELECT CAST(receipt AS INTEGER) FROM given)"""
+        values_now = (*values, self._in_ms())
+        if self._file.change(f"{given} {change}", values_now) == len(changes):
+            return []
+        unchanged = """SELECT receipt FROM given WHERE NOT EXISTS (SELECT 1 FROM message
+            WHERE id = CAST(given.receipt AS INTEGER)
+            AND message.receipt = given.receipt AND visible_ms = until_ms)"""
+        receipts = [receipt for receipt, _ in changes]
+        return _stale(receipts, self._file.read(f"{given} {unchanged}", values))
 
     def info(self, queue: str) -> QueueInfo:
-        """Return what the URL says; the dead-letter queue of a queue has none itself."""
-        limits = (
-            (None, None) if queue.endswith("-DLQ") else (f"{queue}-DLQ", self._most)
-        )
-        return QueueInfo(self._lease_s, *limits)
+        """Return what the URL says; a dead-letter queue has none itself."""
+        if queue.endswith("-DLQ"):
+            return QueueInfo(self._lease_s, None, None)
+        return QueueInfo(self._lease_s, f"{queue}-DLQ", self._max_receives)
 
     def depth(self, queue: str) -> Depth:
         """Count exactly, unlike SQS."""
-        ask = """SELECT count(*) FILTER (WHERE visible_ms <= :now),
-            count(*) FILTER (WHERE visible_ms > :now AND receipt IS NOT NULL),
-            count(*) FILTER (WHERE visible_ms > :now AND receipt IS NULL)
-            FROM message WHERE queue = :queue"""
-        # One statement, and so one moment: no message is counted twice, or not at all.
-        with self._lock:
-            return Depth(
-                *self._db.execute(
-                    ask, {"now": self._in_ms(), "queue": queue}
-                ).fetchone()
-            )
+        now_ms = self._in_ms()
+        # One statement, and so one moment: each message is counted once.
+        count = """SELECT count(*) FILTER (WHERE visible_ms <= ?),
+            count(*) FILTER (WHERE visible_ms > ? AND receipt IS NOT NULL),
+            count(*) FILTER (WHERE visible_ms > ? AND receipt IS NULL)
+            FROM message WHERE queue = ?"""
+        [counts] = self._file.read(count, (now_ms, now_ms, now_ms, queue))
+        return Depth(*counts)
+
+
+def _marks(row: str, rows: Sequence[object]) -> str:
+    """Return the placeholders of so many rows, for VALUES."""
+    return ", ".join([row] * len(rows))
+
+
+def _stale(receipts: Sequence[str], stale: Iterable[tuple[str]]) -> list[Refusal]:
+    """Return refusals of the receipts that a query has found stale."""
+    text = "the message is no longer in flight, or was received again"
+    found = {receipt for (receipt,) in stale}
+    return [
+        Refusal(index, "ReceiptHandleIsInvalid", text, final=True)
+        for index, receipt in enumerate(receipts)
+        if receipt in found
+    ]
 
 
 _schemes["sqlite"] = SqliteBroker
 
 
 # --- 9. SQS and SNS -------------------------------------------------------------------
-# Every AWS call of this library. botocore does credentials, signing, endpoints and, for sends, the
-# retries. Their number is always set: a receive that botocore retries in secret strands what the
-# lost answer held.
+# Every AWS call of the core, and all that it knows of botocore's errors. botocore does
+# credentials, signing, endpoints and, for sends, the retries. The number of attempts is
+# always set: if botocore repeated a receive, the messages of a lost answer would be
+# stranded until their visibility timeout.
 
 
-# The services, and the protocols they speak, have more than one name for the same error.
-_REMEDIES = {  # what a person can do about an error, by its code
-    "NonExistentQueue|QueueDoesNotExist": "there is no such queue here: make it, or check"
-    " TASKHAWK_QUEUE, AWS_REGION and the account",
-    "NotFound": "there is no such topic: make it, or check TASKHAWK_QUEUE and AWS_ACCOUNT_ID",
-    "AccessDenied(Exception)?|AuthorizationError": "access denied: the IAM policy of these"
-    " credentials does not allow {operation}",
-    "(No|Partial)CredentialsError": "no AWS credentials: set AWS_ACCESS_KEY and AWS_SECRET_KEY, or"
-    " give botocore a profile or role; to try things out without AWS, set TASKHAWK_BROKER to"
-    " sqlite:///queue.db",
+# What a person can do about an error, by its code: services, and the protocols that
+# they speak, have more than one name for the same error.
+_REMEDIES = {
+    "NonExistentQueue|QueueDoesNotExist": "there is no such queue here: make it, or"
+    " check TASKHAWK_QUEUE, AWS_REGION and the account",
+    "NotFound": "there is no such topic: make it, or check TASKHAWK_QUEUE and"
+    " AWS_ACCOUNT_ID",
+    "AccessDenied(Exception)?|AuthorizationError": "access denied: the IAM policy of"
+    " these credentials does not allow {operation}",
+    "(No|Partial)CredentialsError": "no AWS credentials: set AWS_ACCESS_KEY and"
+    " AWS_SECRET_KEY, or give botocore a profile or role; to try things out without"
+    " AWS, set TASKHAWK_BROKER to sqlite:///queue.db",
     "NoRegionError": "no AWS region: set AWS_REGION, for example eu-west-1",
-    "InvalidClientTokenId|UnrecognizedClientException|InvalidAccessKeyId|InvalidSecurity": "AWS"
-    " does not know these credentials: check AWS_ACCESS_KEY",
-    "SignatureDoesNotMatch|InvalidSignature(Exception)?": "AWS refuses these credentials: check"
-    " AWS_SECRET_KEY",
+    "InvalidClientTokenId|UnrecognizedClientException|InvalidAccessKeyId"
+    "|InvalidSecurity": "AWS does not know these credentials: check AWS_ACCESS_KEY",
+    "SignatureDoesNotMatch|InvalidSignature(Exception)?": "AWS refuses these"
+    " credentials: check AWS_SECRET_KEY",
 }
+# What the answer to a batch call has not named counts as this failure.
+_UNANSWERED = {
+    "Code": "Unanswered",
+    "Message": "the answer does not name this entry",
+}
+
+
+def _error_code(error: BaseException) -> str:
+    """Return an AWS error's code without its prefix, or else the type of the error.
+
+    Where we turned an AWS error into one of ours, the AWS error is its cause.
+    """
+    origin = error.__cause__ or error
+    response = getattr(origin, "response", None) or {}
+    code = response.get("Error", {}).get("Code") or type(origin).__name__
+    # AWS.SimpleQueueService.NonExistentQueue, for example, has a prefix.
+    return str(code).rpartition(".")[2]
 
 
 @contextlib.contextmanager
 def _explained(where: str) -> Iterator[None]:
-    """Turn the errors that a person must mend into a sentence that says how.
+    """Turn the errors that only a person can fix into a sentence that says how.
 
-    :param where: the queue or topic, which the sentence begins with
+    :param where: the queue or topic, with which the sentence begins
     :raises MessageTooLarge: where the service names a limit that is lower than ours
-    :raises ConfigurationError: for what :data:`_REMEDIES` knows; all else goes on as it is
+    :raises ConfigurationError: for what has a remedy; all else goes on as it is
     """
     try:
         yield
     except Exception as error:
-        if limit := re.search(r"shorter than (\d+) bytes", str(error)):
+        limit = re.search(r"shorter than (\d+) bytes", str(error))
+        if limit is not None:
             text = f"{where} takes messages of at most {limit[1]} bytes"
             raise MessageTooLarge(text, int(limit[1])) from error
-        code = _error_code(error)
-        for codes, remedy in _REMEDIES.items():
-            if re.fullmatch(codes, code):
-                # IAM has no actions of their own for batches.
-                operation = getattr(error, "operation_name", "").removesuffix("Batch")
-                text = remedy.format(operation=operation)
-                raise ConfigurationError(f"{where}: {text} ({code})") from error
+        remedy = _remedy(error)
+        if remedy is not None:
+            text = f"{where}: {remedy} ({_error_code(error)})"
+            raise ConfigurationError(text) from error
         raise
 
 
-class _AwsSender(Sender):
-    """What SQS and SNS share: clients, sending, the answers of batch calls, and errors."""
+def _remedy(error: Exception) -> str | None:
+    """Return what a person can do about an error; None where it may pass by itself."""
+    code = _error_code(error)
+    for codes, remedy in _REMEDIES.items():
+        if re.fullmatch(codes, code):
+            # IAM has no actions of their own for batches.
+            operation = getattr(error, "operation_name", "").removesuffix("Batch")
+            return remedy.format(operation=operation)
+    return None
 
-    # The service's names: its own, of the parameters for the queue or topic and for a batch's
-    # entries, of the operations that send one message or several, of the parts of an Outgoing.
-    service = target_key = entries_key = ""
-    sends: Sequence[str] = ()
-    fields: Sequence[str] = ()
+
+def _make_aws_session() -> Any:
+    """Make botocore's session, with a quicker list of the services that it knows."""
+    from botocore.session import get_session
+
+    session = get_session()
+    loader = session.get_component("data_loader")
+    # botocore looks into 400 folders for this: 8 ms before the first dispatch.
+    loader.list_available_services = lambda _type: os.listdir(loader.BUILTIN_DATA_PATH)
+    return session
+
+
+class _AwsConnections:
+    """The clients of one process, by role; and a lock to look up something once."""
+
+    def __init__(self) -> None:
+        self.clients: dict[str, Any] = {}
+        # Held while a queue's URL is looked up, so that threads do not all look it up.
+        # Reentrant: a signal handler or a __del__ may dispatch while its thread has it.
+        self.lock = threading.RLock()
+
+
+class _AwsSender(Sender):
+    """What SQS and SNS share: clients, sending, the answers of batch calls, and errors.
+
+    :ivar service: botocore's name of the service
+    :ivar target_key: its parameter for the queue or topic
+    :ivar entries_key: its parameter for the entries of a batch
+    :ivar send_one: its operation that sends one message
+    :ivar send_many: its operation that sends several
+    """
+
+    service = target_key = entries_key = send_one = send_many = ""
 
     def __init__(self, _url: str = "") -> None:
-        """Have no client yet: each is made when it is first needed."""
-        self._clients: dict[str, Any] = {}
+        self._connections = _PerProcess(_AwsConnections)
 
     def client(self, role: str) -> Any:
-        """Return the client for "send", "poll" or "keep", which differ in timeouts and retries.
+        """Return the client for a role; roles differ in timeouts and retries.
 
-        "send" is for publishers and for people: botocore tries three times. "poll" outlasts a long
-        poll, and "keep" must be back before a lease ends: both try once, and the worker does the
-        rest.
+        "send" is for publishers and for people: botocore makes three attempts. "poll"
+        outlasts a long poll, and "keep" must be back before a lease ends: both make one
+        attempt, for the worker tries again by itself.
         """
-        if role not in self._clients:
-            with _brokers.lock:
-                self._clients[role] = self._clients.get(role) or self._make_client(role)
-        return self._clients[role]
+        clients = self._connections.get().clients
+        return _made_once(clients, role, _brokers.lock, self._make_client)
 
     def _make_client(self, role: str) -> Any:
-        """Make a client; botocore finds credentials and region where the settings have none."""
+        """Make a client; botocore finds what credentials and region settings lack."""
         from botocore.config import Config
-        from botocore.session import get_session
 
-        if not _brokers.session:
-            _brokers.session = get_session()
-            loader = _brokers.session.get_component("data_loader")
-            # botocore looks into 400 folders for this: 8 ms before the first dispatch.
-            loader.list_available_services = lambda _type: os.listdir(
-                loader.BUILTIN_DATA_PATH
-            )
-        endpoint = getattr(settings, f"AWS_ENDPOINT_{self.service.upper()}")
+        attempts, read_timeout_s = 1, settings.AWS_READ_TIMEOUT_S
+        if role == "send":
+            attempts = 3
+        if role == "poll":
+            read_timeout_s += _LONG_POLL_S
         config = Config(
             connect_timeout=settings.AWS_CONNECT_TIMEOUT_S,
-            read_timeout=settings.AWS_READ_TIMEOUT_S + (role == "poll") * _LONG_POLL_S,
-            max_pool_connections=50,  # one for each thread that dispatches, or they queue
-            user_agent=f"taskhawk/{VERSION}",  # botocore would build its own, twice a call
-            parameter_validation=False,  # ours are right; with the line above, 13 % of a dispatch
-            retries={
-                "mode": "standard",
-                "total_max_attempts": 3 if role == "send" else 1,
-            },
+            read_timeout=read_timeout_s,
+            max_pool_connections=50,  # one for each dispatching thread, or they queue
+            # botocore would build its own twice a call; our parameters are right. The
+            # next two lines together save 13 % of a dispatch.
+            user_agent=f"taskhawk/{VERSION}",
+            parameter_validation=False,
+            retries={"mode": "standard", "total_max_attempts": attempts},
         )
-        more = {
-            "region_name": settings.AWS_REGION,
-            "endpoint_url": endpoint,
-            "config": config,
-        }
-        return _brokers.session.create_client(
-            self.service, **more, **settings.credentials()
+        return _brokers.aws_session().create_client(
+            self.service,
+            region_name=settings.AWS_REGION,
+            endpoint_url=getattr(settings, f"AWS_ENDPOINT_{self.service.upper()}"),
+            config=config,
+            **settings.credentials(),
         )
 
     def close(self) -> None:
-        for client in self._clients.values():
+        """Close the clients; the next call makes new ones, with the latest settings."""
+        connections = self._connections.get()
+        clients, connections.clients = connections.clients, {}
+        for client in clients.values():
             client.close()
 
     def url(self, queue: str, role: str = "send") -> str:
@@ -2137,49 +2436,46 @@ class _AwsSender(Sender):
         account = settings.require("AWS_ACCOUNT_ID")
         with _explained(name):
             meta = self.client("send").meta
-        return (
-            f"arn:{meta.partition}:{self.service}:{meta.region_name}:{account}:{name}"
-        )
+        service, region = self.service, meta.region_name
+        return f"arn:{meta.partition}:{service}:{region}:{account}:{name}"
 
     def call(self, role: str, operation: str, where: str, **parameters: Any) -> Any:
-        """Make a call to a queue or topic, by botocore's name for the call."""
-        to = {self.target_key: self.url(where, role)}
+        """Make a call for a queue or topic, by botocore's name of the operation."""
+        target = {self.target_key: self.url(where, role)}
         with _explained(where):
-            return getattr(self.client(role), operation)(**to, **parameters)
+            return getattr(self.client(role), operation)(**target, **parameters)
 
     def _batch(
-        self, role: str, name: str, where: str, entries: Iterable[Any]
+        self, role: str, operation: str, where: str, entries: Sequence[Any]
     ) -> list[Refusal]:
-        """Make a batch call, and return what its answer does not say was done."""
+        """Make a batch call; return what its answer does not say was done.
+
+        A call that succeeds may have done only a part of its batch.
+        """
         named = [{"Id": str(index), **entry} for index, entry in enumerate(entries)]
-        # A call that succeeds may have done a part of its batch only; what its answer leaves out
-        # counts as failed.
-        answer = self.call(role, name, where, **{self.entries_key: named})
+        answer = self.call(role, operation, where, **{self.entries_key: named})
         done = {entry["Id"] for entry in answer.get("Successful", ())}
         failed = {entry["Id"]: entry for entry in answer.get("Failed", ())}
-        silence = {
-            "Code": "Unanswered",
-            "Message": "the answer does not name this entry",
-        }
-        left = [
-            (e["Id"], failed.get(e["Id"], silence))
-            for e in named
-            if e["Id"] not in done
-        ]
-        return [
-            Refusal(int(i), e["Code"], e.get("Message", ""), bool(e.get("SenderFault")))
-            for i, e in left
-        ]
+        refusals = []
+        for index in range(len(entries)):
+            if str(index) not in done:
+                failure = failed.get(str(index), _UNANSWERED)
+                code, text = failure["Code"], failure.get("Message", "")
+                final = bool(failure.get("SenderFault"))
+                refusals.append(Refusal(index, code, text, final))
+        return refusals
 
     def send(self, destination: str, entries: Sequence[Outgoing]) -> list[Refusal]:
-        """Send one message alone and several in a batch call, without what they do not have."""
-        calls = [
-            {n: v for n, v in zip(self.fields, e, strict=False) if v} for e in entries
-        ]
+        """Send one message by itself, and several in a batch call."""
+        calls = [self._parameters(entry) for entry in entries]
         if len(calls) > 1:
-            return self._batch("send", self.sends[1], destination, calls)
-        self.call("send", self.sends[0], destination, **calls[0])
+            return self._batch("send", self.send_many, destination, calls)
+        self.call("send", self.send_one, destination, **calls[0])
         return []
+
+    def _parameters(self, entry: Outgoing) -> dict[str, Any]:
+        """Return the service's parameters for a message, without the empty ones."""
+        raise NotImplementedError
 
 
 class SnsSender(_AwsSender):
@@ -2190,49 +2486,54 @@ class SnsSender(_AwsSender):
     """
 
     service, target_key, entries_key = "sns", "TopicArn", "PublishBatchRequestEntries"
-    sends, fields = ("publish", "publish_batch"), ("Message", "MessageAttributes")
+    send_one, send_many = "publish", "publish_batch"
     max_bytes, max_delay_s = _MAX_SNS_BYTES, 0
 
     def destination(self, priority: Priority) -> str:
-        """Return the topic's ARN, put together: looking it up would take another permission."""
+        """Return the topic's ARN, put together: a look-up would need a permission."""
         queue = settings.require("TASKHAWK_QUEUE").lower()
         return self.arn(f"taskhawk-{queue}{_SUFFIXES[priority]}")
 
+    def _parameters(self, entry: Outgoing) -> dict[str, Any]:
+        """Return the parameters of Publish."""
+        parameters: dict[str, Any] = {"Message": entry.body}
+        if entry.attributes:
+            parameters["MessageAttributes"] = entry.attributes
+        return parameters
+
 
 class SqsBroker(_AwsSender, Broker):
-    """Queues on SQS: https://docs.aws.amazon.com/AWSSimpleQueueService/latest/APIReference/.
+    """Queues on SQS.
 
-    URLs, visibility timeouts and redrive policies of queues are looked up once: only a new process
-    sees that they were changed.
+    https://docs.aws.amazon.com/AWSSimpleQueueService/latest/APIReference/
+
+    URLs, visibility timeouts and redrive policies of queues are looked up once: only a
+    new process sees that they were changed.
     """
 
     service, target_key, entries_key = "sqs", "QueueUrl", "Entries"
-    sends = ("send_message", "send_message_batch")
-    fields: Sequence[str] = ("MessageBody", "MessageAttributes", "DelaySeconds")
-    fields = (*fields, "MessageGroupId", "MessageDeduplicationId")
+    send_one, send_many = "send_message", "send_message_batch"
     max_bytes, max_delay_s = _MAX_SQS_BYTES, _MAX_DELAY_S
 
     def __init__(self, _url: str = "sqs") -> None:
         super().__init__()
-        self._lock = (
-            threading.Lock()
-        )  # held while a URL is looked up, so that it is once
         self._urls: dict[str, str] = {}
         self._accounts: dict[str, str] = {}  # of queues whose URL need not be looked up
         self._infos: dict[str, QueueInfo] = {}
 
     def url(self, queue: str, role: str = "send") -> str:
-        """Look up a queue's URL, once; a Lambda's role may not, so it is made up there."""
-        if queue not in self._urls:
-            with _explained(queue):
-                client, account = self.client(role), self._accounts.get(queue)
-                made_up = account and f"{client.meta.endpoint_url}/{account}/{queue}"
-                with self._lock:
-                    known = self._urls.get(queue) or made_up
-                    self._urls[queue] = (
-                        known or client.get_queue_url(QueueName=queue)["QueueUrl"]
-                    )
-        return self._urls[queue]
+        """Look up a queue's URL, once."""
+        lock = self._connections.get().lock
+        find = functools.partial(self._find_url, role)
+        return _made_once(self._urls, queue, lock, find)
+
+    def _find_url(self, role: str, queue: str) -> str:
+        """Ask for a queue's URL; a Lambda's role may not, so it is made up there."""
+        with _explained(queue):
+            client = self.client(role)
+            if queue in self._accounts:
+                return f"{client.meta.endpoint_url}/{self._accounts[queue]}/{queue}"
+            return str(client.get_queue_url(QueueName=queue)["QueueUrl"])
 
     def queue_of_arn(self, arn: str) -> str:
         """Return the name of a queue that Lambda receives from."""
@@ -2241,196 +2542,265 @@ class SqsBroker(_AwsSender, Broker):
         return queue
 
     def send(self, destination: str, entries: Sequence[Outgoing]) -> list[Refusal]:
-        """Send, with delays in whole seconds.
+        """Send, in a batch call if the queue takes it as a whole.
 
-        A batch as a whole may be too long for a queue whose limit was set lower than the service's.
-        It is sent again, message by message, so that only those are refused which are too long
-        themselves.
+        A queue's limit may be set lower than the service's. Then the messages are sent
+        one by one, so that only those are refused which are too large themselves.
         """
-        entries = [
-            e._replace(delay_s=math.ceil(e.delay_s)) if e.delay_s else e
-            for e in entries
-        ]
         try:
             return super().send(destination, entries)
         except Exception as error:
             if len(entries) == 1 or _error_code(error) != "BatchRequestTooLong":
                 raise
-        alone = [
-            _in_batches(functools.partial(self.send, destination), [e]) for e in entries
-        ]
-        # final: botocore has repeated what failed; to send it again would help nobody.
-        return [r[0]._replace(index=i, final=True) for i, r in enumerate(alone) if r]
+        send = functools.partial(self.send, destination)
+        refusals: dict[int, Refusal] = {}
+        for index, entry in enumerate(entries):
+            for refusal in _one_call(send, [entry]).values():
+                # Final, for botocore has repeated it.
+                refusals[index] = refusal._replace(index=index, final=True)
+        return list(refusals.values())
+
+    def _parameters(self, entry: Outgoing) -> dict[str, Any]:
+        """Return the parameters of SendMessage; delays are whole seconds."""
+        parameters = {
+            "MessageBody": entry.body,
+            "MessageAttributes": entry.attributes,
+            "DelaySeconds": math.ceil(entry.delay_s),
+            "MessageGroupId": entry.group_id,
+            "MessageDeduplicationId": entry.deduplication_id,
+        }
+        return {name: value for name, value in parameters.items() if value}
 
     def receive(
         self,
         queue: str,
-        most: int,
+        limit: int,
         wait_s: float,
         lease_s: float | None,
         stop: threading.Event,
     ) -> list[QueueMessage]:
-        """Poll once with ReceiveMessage; it is waited out, for its answer may hold messages.
+        """Poll once with ReceiveMessage; wait it out, for its answer may hold messages.
 
-        A long poll asks all of SQS's servers and costs one request in 20 s; a short one asks some,
-        and may miss messages:
+        A long poll asks all of SQS's servers and costs one request in 20 s; a short one
+        asks some of them, and may miss messages:
         https://docs.aws.amazon.com/AWSSimpleQueueService/latest/SQSDeveloperGuide/
         """
-        # Not by AttributeNames, the older parameter for these, which AWS has discontinued.
-        names = ["ApproximateReceiveCount", "SentTimestamp", "MessageGroupId"]
-        ask: Any = {
-            "MessageSystemAttributeNames": names,
+        parameters: dict[str, Any] = {
+            "MaxNumberOfMessages": min(limit, _MAX_BATCH),
+            "WaitTimeSeconds": min(math.ceil(wait_s), _LONG_POLL_S),
+            # AWS has discontinued AttributeNames, the older parameter for these.
+            "MessageSystemAttributeNames": [
+                "ApproximateReceiveCount",
+                "SentTimestamp",
+                "MessageGroupId",
+            ],
             "MessageAttributeNames": ["All"],
         }
-        ask |= {} if lease_s is None else {"VisibilityTimeout": math.ceil(lease_s)}
-        ask["WaitTimeSeconds"] = min(math.ceil(wait_s), _LONG_POLL_S)
-        most = min(most, _MAX_BATCH)
-        answer = self.call(
-            "poll", "receive_message", queue, MaxNumberOfMessages=most, **ask
-        )
-        received = []
-        for found in answer.get("Messages", ()):
-            parts = (found["Body"], found["MessageId"], found["ReceiptHandle"])
-            attributes = (
-                found.get("Attributes", {}),
-                found.get("MessageAttributes", {}),
-            )
-            received.append(QueueMessage(*parts, *attributes, queue, self))
-        return received
+        if lease_s is not None:
+            parameters["VisibilityTimeout"] = math.ceil(lease_s)
+        answer = self.call("poll", "receive_message", queue, **parameters)
+        return [self._message(queue, found) for found in answer.get("Messages", ())]
 
-    def delete(self, queue: str, receipts: Sequence[str]) -> list[Refusal]:
-        """Delete; on a standard queue, a stale receipt is no error to SQS."""
-        entries = ({"ReceiptHandle": receipt} for receipt in receipts)
-        return self._batch("keep", "delete_message_batch", queue, entries)
+    def _message(self, queue: str, found: Mapping[str, Any]) -> QueueMessage:
+        """Return a message of the answer to ReceiveMessage."""
+        return QueueMessage(
+            body=found["Body"],
+            message_id=found["MessageId"],
+            receipt_handle=found["ReceiptHandle"],
+            attributes=found.get("Attributes", {}),
+            message_attributes=found.get("MessageAttributes", {}),
+            queue=queue,
+            broker=self,
+        )
+
+    def delete(
+        self, queue: str, receipts: Sequence[str], *, retry: bool = False
+    ) -> list[Refusal]:
+        """Delete; to a standard queue, a stale receipt handle is no error."""
+        entries = [{"ReceiptHandle": receipt} for receipt in receipts]
+        return self._batch(_role(retry), "delete_message_batch", queue, entries)
 
     def change_visibility(
-        self, queue: str, changes: Sequence[tuple[str, float]]
+        self, queue: str, changes: Sequence[tuple[str, float]], *, retry: bool = False
     ) -> list[Refusal]:
         """Change the visibility timeouts, in whole seconds."""
-        entries = (
-            {"ReceiptHandle": r, "VisibilityTimeout": math.ceil(s)} for r, s in changes
-        )
-        return self._batch("keep", "change_message_visibility_batch", queue, entries)
+        operation = "change_message_visibility_batch"
+        entries = [
+            {"ReceiptHandle": receipt, "VisibilityTimeout": math.ceil(seconds)}
+            for receipt, seconds in changes
+        ]
+        return self._batch(_role(retry), operation, queue, entries)
 
     def attributes(self, queue: str, names: Sequence[str]) -> Any:
         """Read attributes of a queue, by their names on SQS."""
-        return self.call("send", "get_queue_attributes", queue, AttributeNames=names)[
-            "Attributes"
-        ]
+        answer = self.call("send", "get_queue_attributes", queue, AttributeNames=names)
+        return answer["Attributes"]
 
     def info(self, queue: str) -> QueueInfo:
-        """Read the queue's attributes, once: timeout, dead-letter queue, most receives."""
+        """Read the queue's visibility timeout and redrive policy, once."""
         if queue not in self._infos:
-            found = self.attributes(queue, ["VisibilityTimeout", "RedrivePolicy"])
-            redrive = json.loads(found.get("RedrivePolicy") or "{}")
-            target, most = (
-                redrive.get("deadLetterTargetArn"),
-                redrive.get("maxReceiveCount"),
-            )
-            # The policy's number comes back as it was set: it may be a string.
-            lease_s, dead = (
-                float(found["VisibilityTimeout"]),
-                target and target.rpartition(":")[2],
-            )
-            self._infos[queue] = QueueInfo(lease_s, dead, most and int(most))
+            self._infos[queue] = self._read_info(queue)
         return self._infos[queue]
 
+    def _read_info(self, queue: str) -> QueueInfo:
+        """Read the queue's visibility timeout and redrive policy."""
+        found = self.attributes(queue, ["VisibilityTimeout", "RedrivePolicy"])
+        lease_s = float(found["VisibilityTimeout"])
+        policy = json.loads(found.get("RedrivePolicy") or "{}")
+        if not policy:
+            return QueueInfo(lease_s, None, None)
+        dead_letter_queue = policy["deadLetterTargetArn"].rpartition(":")[2]
+        # It comes back as it was set, as a number or a string.
+        return QueueInfo(lease_s, dead_letter_queue, int(policy["maxReceiveCount"]))
+
     def depth(self, queue: str) -> Depth:
-        """Count with three of the queue's attributes, in one call."""
+        """Count by three of the queue's attributes, in one call."""
         names = [
-            f"ApproximateNumberOfMessages{kind}"
-            for kind in ("", "NotVisible", "Delayed")
+            "ApproximateNumberOfMessages",
+            "ApproximateNumberOfMessagesNotVisible",
+            "ApproximateNumberOfMessagesDelayed",
         ]
         found = self.attributes(queue, names)
         return Depth(*(int(found[name]) for name in names))
+
+
+def _role(retry: bool) -> str:  # noqa: FBT001 - it names the client
+    """Return the role of the client that deletes and changes messages."""
+    return "send" if retry else "keep"
 
 
 _schemes["sns"], _schemes["sqs"] = SnsSender, SqsBroker
 
 
 # --- 10. connections ------------------------------------------------------------------
-# The one sender and the one broker of a process, and what a fork must not share.
+# The one sender and the one broker of a process, and what a fork must not share. What a
+# process must not share with the processes that it forks is in a _PerProcess: sockets, a
+# SQLite connection, and locks that another thread may have held at the fork.
+
+_T = TypeVar("_T")
+_K = TypeVar("_K")
+
+# What a parent had at a fork: the child keeps it unused, for closing it would disturb
+# the parent.
+_inherited: list[object] = []
+
+
+class _PerProcess(Generic[_T]):
+    """A value that each process makes for itself.
+
+    The process id is compared at each use, for Python does not see every fork: uWSGI's
+    is one in C.
+    """
+
+    def __init__(self, make: Callable[[], _T]) -> None:
+        self._make = make
+        self._owned = (os.getpid(), make())
+
+    def get(self) -> _T:
+        """Return the value of this process."""
+        pid, value = self._owned
+        if pid != os.getpid():
+            _inherited.append(value)
+            value = self._make()
+            self._owned = (os.getpid(), value)
+        return value
+
+
+def _made_once(
+    made: dict[_K, _T], key: _K, lock: threading.RLock, make: Callable[[_K], _T]
+) -> _T:
+    """Return what is made for a key, once, however many threads ask for it first."""
+    if key not in made:  # each dispatch comes by here, and reading a dict needs no lock
+        with lock:
+            if key not in made:
+                # A signal handler may have made it meanwhile.
+                made.setdefault(key, make(key))
+    return made[key]
+
+
+class _BrokerState:
+    """The senders and brokers of one process, by URL, and botocore's session."""
+
+    def __init__(self) -> None:
+        # Held while a sender, a client or the session is made, so that there is never a
+        # second; while a batch is added to or closed, so that nothing is added to a
+        # closed one; and over a fork, so that a child has no half-made one. Reentrant:
+        # settings that are read meanwhile may be of a module that calls configure().
+        self.lock = threading.RLock()
+        self.made: dict[str, Any] = {}
+        self.session: Any = None
 
 
 class _Brokers:
-    """The one sender and the one broker of this process, made at their first use.
-
-    A process that forks keeps its own, and its child makes new ones: connections to AWS can't be
-    shared, and a SQLite file must not be open over a fork.
-    """
+    """The one sender and the one broker of this process, made at their first use."""
 
     def __init__(self) -> None:
-        # Held while one is made, or a client of its, so that there is never a second; while a batch
-        # is added to or closed, so that nothing is added to a closed one; and over a fork.
-        # botocore's session, one for all services, is not thread-safe either. Reentrant, as
-        # settings that are read meanwhile may be of a module that calls configure().
-        self.lock = threading.RLock()
-        self._made: dict[str, Any] = {}
-        self.session: Any = None
+        self._states = _PerProcess(_BrokerState)
+        #: what takes the messages instead of a queue; for tests
         self.captured_by: Sender | None = None
 
+    @property
+    def lock(self) -> threading.RLock:
+        """The lock of this process; _BrokerState says what it guards."""
+        return self._states.get().lock
+
     def sender(self) -> Sender:
-        """Return what publishes: SNS for a Lambda app, else the broker; in sync mode, neither."""
+        """Return what publishes: SNS for a Lambda app, else the broker, or sync mode."""
         if self.captured_by is not None:
             return self.captured_by
-        name = "sync" if settings.TASKHAWK_SYNC else settings.TASKHAWK_BROKER
-        name = "sns" if name == "sqs" and settings.IS_LAMBDA_APP else name
-        return typing.cast("Sender", self.get(name))
+        url = settings.TASKHAWK_BROKER
+        if settings.TASKHAWK_SYNC:
+            url = "sync"
+        elif url == "sqs" and settings.IS_LAMBDA_APP:
+            url = "sns"
+        return typing.cast("Sender", self.get(url))
 
     def broker(self) -> Broker:
         """Return the broker that TASKHAWK_BROKER names."""
         return typing.cast("Broker", self.get(settings.TASKHAWK_BROKER))
 
     def get(self, url: str) -> Any:
-        """Return the sender or broker of that name."""
-        # First without the lock, for each dispatch comes by here: reading a dict is safe.
-        if (found := self._made.get(url)) is None:
-            with self.lock:
-                found = self._made.get(url)
-                if found is None:
-                    found = self._made[url] = self._make(url)
-        return found
+        """Return the sender or broker of a URL."""
+        state = self._states.get()
+        return _made_once(state.made, url, state.lock, _make_sender)
 
-    @staticmethod
-    def _make(url: str) -> Sender:
-        """Make the sender or broker that a URL's scheme stands for."""
-        scheme = url.partition(":")[0]
-        # A copy of this file may be cut before the part that has it.
-        text = f"{scheme!r} is not in this copy of taskhawk: vendor more of its parts"
-        _require(scheme in _schemes, text)
-        return _schemes[scheme](url)
+    def aws_session(self) -> Any:
+        """Return botocore's session, which is slow to make; for who holds the lock."""
+        state = self._states.get()
+        if state.session is None:
+            state.session = _make_aws_session()
+        return state.session
 
     def close(self) -> None:
-        """Close all; the next use makes them anew."""
-        with self.lock:
-            made, self._made, self.session = self._made, {}, None
+        """Close all connections; the next use opens new ones."""
+        state = self._states.get()
+        with state.lock:
+            made, state.made, state.session = state.made, {}, None
         for sender in made.values():
             sender.close()
 
     def before_fork(self) -> None:
-        """Let go of what a child must not share."""
-        # While it is held, no other thread is making anything: the child would have half of it.
+        """Let no thread make anything during a fork: the child would have half of it."""
         self.lock.acquire()
-        for sender in self._made.values():
-            sender.before_fork()
 
     def after_fork(self) -> None:
         """Go on in the parent."""
-        for sender in self._made.values():
-            sender.after_fork()
         self.lock.release()
 
-    def after_fork_in_child(self) -> None:
-        """Begin anew; keep what is the parent's, for closing it would disturb the parent."""
-        _inherited.append(self._made)
-        self.__init__()  # type: ignore[misc]
+
+def _make_sender(url: str) -> Sender:
+    """Make the sender or broker that a URL's scheme stands for."""
+    scheme = url.partition(":")[0]
+    if scheme not in _schemes:  # a copy of this file may have been cut
+        raise ConfigurationError(
+            f"{scheme!r} is not in this copy of taskhawk: vendor more of its parts"
+        )
+    return _schemes[scheme](url)
 
 
-_inherited: list[object] = []
 _brokers = _Brokers()
-# For good, once this file is imported: each fork of the process calls them.
+# For good, once this module is imported: each fork of the process calls them.
 os.register_at_fork(before=_brokers.before_fork, after_in_parent=_brokers.after_fork)
-os.register_at_fork(after_in_child=_brokers.after_fork_in_child)
 settings.on_change.append(_brokers.close)
 
 
