@@ -281,6 +281,9 @@ class RetryException(TaskhawkError):
     Such a run counts as an attempt: the receive count grows. A task that gives a delay
     overrides its retry policy, so only the queue's redrive policy ends the attempts.
 
+    SQS hides a message for at most 12 hours after its receive. A longer delay is cut to
+    that, and the log says so: raise it again then, or dispatch a new message.
+
     :param args: the text; a number in the first place is the delay, as in taskhawk 4.7
     :param delay_seconds: seconds until the next run; None leaves it to the task's retry
         policy or, without one, to the queue's visibility timeout
@@ -3697,6 +3700,8 @@ def _sentence(received: QueueMessage, end: str, outcome: Outcome) -> str:
         then = "is given up"
     elif outcome.delay_s is not None:
         then = f"runs again in {outcome.delay_s:g} s"
+    if outcome.delay_s == _MAX_HELD_S:  # perhaps because it was cut to that
+        then += ", the most that SQS allows"
     return f"{_name_of(received)}: attempt {received.attempt} {end} and {then}"
 
 

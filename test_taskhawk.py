@@ -6578,10 +6578,12 @@ def processing_log() -> Iterator[io.StringIO]:
 
 # What the log says of a message's end, and the outcome that it stands for.
 LEFT, DEAD, DELAY = "is left to the queue", "is given up", "runs again in {} s"
+IN_12_HOURS = "runs again in 43200 s, the most that SQS allows"
 PROCESSING_ENDS: dict[str, tuple[Fate, float | None]] = {
     LEFT: (Fate.retry, None),
     DEAD: (Fate.dead_letter, None),
-    **{DELAY.format(s): (Fate.retry, s) for s in (0, 1, 5, 7.5, 90, 43200)},
+    **{DELAY.format(s): (Fate.retry, s) for s in (0, 1, 5, 7.5, 90)},
+    IN_12_HOURS: (Fate.retry, 43200),
 }
 FIVE: dict[str, Any] = {"retry": taskhawk.fixed(5, 2, jitter=False)}
 IN_5_S = DELAY.format(5)
@@ -6618,7 +6620,7 @@ PROCESSING_FAILURES = [
     ("policy", ValueError("no"), FIVE, 2, FAILED, IN_5_S),
     ("policy, SystemExit", SystemExit(), FIVE, 1, FAILED, IN_5_S),
     ("policy, 0 s", KeyError(), {"retry": lambda _: 0}, 1, FAILED, DELAY.format(0)),
-    ("huge", KeyError(), {"retry": lambda _: 1e300}, 1, FAILED, DELAY.format(43200)),
+    ("huge", KeyError(), {"retry": lambda _: 1e300}, 1, FAILED, IN_12_HOURS),
     ("used up", ValueError("no"), FIVE, 3, FAILED, DEAD),
     ("no retries", KeyError(), {"retry": taskhawk.linear(1, 1, 0)}, 1, FAILED, DEAD),
     ("RetryException, used up", later(), FIVE, 3, FAILED, DEAD),
@@ -6634,7 +6636,8 @@ PROCESSING_FAILURES = [
     ("asks for a delay", later(delay_seconds=90), {}, 1, ASKED, DELAY.format(90)),
     ("asks for now", later(delay_seconds=0), {}, 1, ASKED, DELAY.format(0)),
     ("asks as in 4.7", later(7.5, "busy"), {}, 1, ASKED, DELAY.format(7.5)),
-    ("asks for ever", later(10**400), {}, 1, ASKED, DELAY.format(43200)),
+    ("asks for ever", later(10**400), {}, 1, ASKED, IN_12_HOURS),
+    ("asks for 2 days", later(delay_seconds=172800), {}, 1, ASKED, IN_12_HOURS),
     ("asks with a bool", later(True), {}, 1, ASKED, LEFT),
     ("asks the policy", later(), FIVE, 1, ASKED, IN_5_S),
     ("asks past the policy", later(1), FIVE, 9, ASKED, DELAY.format(1)),
