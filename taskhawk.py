@@ -75,6 +75,9 @@ Parts and rooms; the file still works when it is cut before part IV, V or VI
 
 from __future__ import annotations
 
+# Neither botocore nor Django ships types. Said here, this holds for a vendored copy too.
+# mypy: disable-error-code="import-untyped,import-not-found"
+
 __version__ = "5.0.0"
 
 # These names are promised to stay; those with an underscore may change at any time.

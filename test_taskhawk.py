@@ -1194,6 +1194,19 @@ class TestHouse:
 # --- 1. names and limits --------------------------------------------------------------
 
 
+class TestNames:
+    """The file is one that an application can own."""
+
+    @pytest.mark.slow
+    def test_vendored_copy_is_typed(self, tmp_path):
+        """A vendored copy passes `mypy --strict` where no configuration is ours."""
+        (tmp_path / "service").mkdir()
+        shutil.copy(taskhawk.__file__, tmp_path / "service")
+        args = ["-m", "mypy", "--strict", "--cache-dir=cache", "service"]
+        result = run_python(args, cwd=tmp_path, env={"PYTHONPATH": ""})
+        assert result.stdout == "Success: no issues found in 1 source file\n"
+
+
 # --- 2. errors ------------------------------------------------------------------------
 
 
