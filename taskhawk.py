@@ -75,7 +75,7 @@ Parts and rooms; the file still works when it is cut before part IV, V or VI
 
 from __future__ import annotations
 
-# Neither botocore nor Django ships types. Said here, this holds for a vendored copy too.
+# Neither botocore nor Django ships types. Said here, it holds for a vendored copy too.
 # mypy: disable-error-code="import-untyped,import-not-found"
 
 __version__ = "5.0.0"
@@ -409,13 +409,17 @@ _OWN_PATHS = {
 }
 
 
+class _Illegal(ValueError):
+    """A value breaks the rule of its setting."""
+
+
 @dataclasses.dataclass(frozen=True)
 class _Rule:
     """What a setting may be.
 
     :param expected: the words that errors use for it
     :param parse: returns a value as taskhawk uses it, and takes text for any value, for
-        the environment has nothing else. It raises ValueError if the value breaks the
+        the environment has nothing else. It raises _Illegal if the value breaks the
         rule, and ImportError or AttributeError if a dotted path leads nowhere
     """
 
@@ -440,7 +444,7 @@ def _text_like(pattern: str) -> Callable[[Any], str]:
 
     def parse(value: Any) -> str:
         if not isinstance(value, str) or not re.fullmatch(pattern, value):
-            raise ValueError
+            raise _Illegal
         return value
 
     return parse
@@ -452,7 +456,7 @@ def _parse_flag(value: Any) -> bool:
         return bool(value)
     word = value.lower()
     if word not in _FLAGS:
-        raise ValueError
+        raise _Illegal
     return _FLAGS[word]
 
 
@@ -460,9 +464,12 @@ def _above_zero(convert: Callable[[str], float]) -> Callable[[Any], float]:
     """Return a parser of a number above 0."""
 
     def parse(value: Any) -> float:
-        number = convert(str(value))  # of its text, so that True is not 1
+        try:
+            number = convert(str(value))  # of its text, so that True is not 1
+        except ValueError as error:
+            raise _Illegal from error
         if not 0 < number < math.inf:
-            raise ValueError
+            raise _Illegal
         return number
 
     return parse
@@ -492,13 +499,13 @@ def _parse_broker(value: Any) -> str:
     return f"sqlite:///{folder}/{relative[1]}"
 
 
-def _parse_callable(value: Any) -> Callable[..., Any]:
+def _parse_callable(value: Any) -> Any:
     """Take a function or class, or import it by its dotted path."""
     if isinstance(value, str):
         value = _import_path(value)
-    if callable(value):
-        return typing.cast("Callable[..., Any]", value)
-    raise ValueError
+    if not callable(value):
+        raise _Illegal
+    return value
 
 
 def _import_path(path: str) -> Any:
@@ -507,7 +514,7 @@ def _import_path(path: str) -> Any:
         return globals()[_OWN_PATHS[path]]
     module, _, name = path.rpartition(".")
     if not module or module.startswith("."):
-        raise ValueError
+        raise _Illegal
     return getattr(importlib.import_module(module), name)
 
 
@@ -587,24 +594,32 @@ class _Source(NamedTuple):
         if value is None or (value == "" and rule is not _FLAG):
             return None
         if isinstance(value, str) and _UNCLEAN.search(value):
-            reason = (
-                " (it has outer spaces, or control characters such as a line break)"
-            )
+            reason = "it has outer spaces, or control characters such as a line break"
             raise self._illegal(name, value, reason)
         try:
             return rule.parse(value)
-        except ValueError as error:
+        except _Illegal as error:
             raise self._illegal(name, value) from error
         except (ImportError, AttributeError) as error:
-            raise self._illegal(name, value, f" ({error})") from error
+            raise self._illegal(name, value, str(error)) from error
 
     def _illegal(self, name: str, value: Any, reason: str = "") -> ConfigurationError:
-        """Return the error for a value that breaks its rule."""
+        """Return the error for a value that breaks its rule; it shows no secret."""
         rule, example, _ = _SETTINGS[name]
-        shown = type(value).__name__ if name in _SECRETS else repr(value)
+        shown = repr(value)
+        if name in _SECRETS:
+            shown = type(value).__name__
+        if reason:
+            shown += f" ({reason})"
         return ConfigurationError(
-            f"{name} in {self.where}: expected {rule}, such as {example!r},"
-            f" got {shown}{reason}"
+            f"{name} in {self.where}: expected {rule}, such as {example!r}, got {shown}"
+        )
+
+    def half_set(self, name: str, missing: str) -> ConfigurationError:
+        """Return the error for a setting without the one that it needs beside it."""
+        return ConfigurationError(
+            f"{name} is set in {self.where}, but {missing} is not:"
+            " expected both or neither"
         )
 
 
@@ -664,12 +679,10 @@ class _Settings:
                     "aws_secret_access_key": secret,
                     "aws_session_token": token,
                 }
-            if key or secret:
-                here, missing = _SECRETS[:2] if key else _SECRETS[1::-1]
-                raise ConfigurationError(
-                    f"{here} is set in {source.where}, but {missing} is not:"
-                    " expected both or neither"
-                )
+            if key:
+                raise source.half_set("AWS_ACCESS_KEY", "AWS_SECRET_KEY")
+            if secret:
+                raise source.half_set("AWS_SECRET_KEY", "AWS_ACCESS_KEY")
         return {}
 
     def errors(self) -> list[ConfigurationError]:

@@ -1648,6 +1648,14 @@ class TestSettings:
             read = str(getattr(taskhawk.settings, name))
             assert read.replace(f"{Path.cwd()}/", "") in (value, f"{value}.0")
 
+    def test_hook_whose_module_is_broken(self, settings_module):
+        """What a hook's module raises while it is imported is reported as it is."""
+        name = settings_module("raise ValueError('no database')")
+        taskhawk.configure(TASKHAWK_ERROR_HOOK=f"{name}.hook")
+        for use in (taskhawk.settings.check, lambda: taskhawk.settings.TASKHAWK_QUEUE):
+            with pytest.raises(ValueError, match=r"^no database$"):
+                use()
+
     def test_illegal_value_of_another_source(self, monkeypatch, settings_module):
         """An error names the environment, or the module, that the value is from."""
         rule = SETTINGS_TABLE["TASKHAWK_QUEUE"][1]
@@ -1679,11 +1687,18 @@ class TestSettings:
             assert "my-secret-value" not in trace
 
     @pytest.mark.parametrize(
-        "where", ["configure()", "a mapping", "the module", "the environment"]
+        ("where", "suffix"),
+        [
+            ("configure()", "A"),
+            ("a mapping", "B"),
+            ("the module", "C"),
+            ("the environment", "D"),
+        ],
     )
-    def test_unknown_name(self, monkeypatch, caplog, settings_module, where):
+    def test_unknown_name(  # noqa: PLR0917 - fixtures
+        self, monkeypatch, caplog, settings_module, where, suffix
+    ):
         """A name that only looks like a setting is one warning, in whatever source."""
-        suffix = uuid.uuid4().hex[:2].upper()
         names = (f"TASKHAWK_SYNC_{suffix}", f"TASKHAWK_{'XYZ' * 8}{suffix}")
         values = {**dict.fromkeys(names, "q"), "DEBUG": "1", "TASKHAWK_QUEUE": "q"}
         if where == "the environment":
