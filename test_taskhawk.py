@@ -1695,7 +1695,7 @@ class TestSettings:
             ("the environment", "D"),
         ],
     )
-    def test_unknown_name(  # noqa: PLR0917 - fixtures
+    def test_unknown_name(
         self, monkeypatch, caplog, settings_module, where, suffix
     ):
         """A name that only looks like a setting is one warning, in whatever source."""
