@@ -69,16 +69,19 @@ Parts and rooms; the file still works when it is cut before part IV, V or VI
 
 
 # --- 1. names and limits --------------------------------------------------------------
-# Importing this file does no I/O, reads no environment and imports no botocore, sqlite3,
-# argparse or asyncio: what is slow to load is imported by the first function that needs
-# it. What AWS allows in one call and for one message stands here once.
+# Importing this file does no I/O, reads no environment and imports no botocore,
+# sqlite3, argparse or asyncio: the first function that needs a slow module imports it.
+# All that AWS allows in one call, and for one message, is written down here once.
 # https://docs.aws.amazon.com/general/latest/gr/sqs-service.html
 
 from __future__ import annotations
 
+# Neither botocore nor Django ships types. Said here, it holds for a vendored copy too.
+# mypy: disable-error-code="import-untyped,import-not-found"
+
 __version__ = "5.0.0"
 
-# These names are promised to stay; a name with an underscore may change with any version.
+# These names are promised to stay; those with an underscore may change at any time.
 # Each later part adds its own.
 __all__ = [
     "SCHEMA",
@@ -124,6 +127,7 @@ import threading
 import time
 import traceback
 import typing
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
@@ -144,9 +148,10 @@ def _run_program(argv: Sequence[str]) -> int:
 
 if __name__ == "__main__":
     # `python -m taskhawk` runs this file as __main__, and the tasks' modules import it
-    # again under its own name: go on in that one, or there would be two registries.
+    # again under its own name. Go on in that one, or there would be two registries.
     _name = __spec__.name if __spec__ else inspect.getmodulename(__file__)
-    sys.exit(importlib.import_module(_name or "")._run_program(sys.argv[1:]))  # noqa: SLF001 - its own
+    _module = importlib.import_module(_name or "")
+    sys.exit(_module._run_program(sys.argv[1:]))  # noqa: SLF001 - its own
 
 VERSION = __version__  # the name that taskhawk 1.4 gave it
 _MAX_BATCH = 10  # entries in a batch call of SQS and SNS, and messages in a receive
@@ -154,31 +159,30 @@ _MAX_SQS_BYTES = 1_048_576  # a message, or the sum of a batch: body plus attrib
 _MAX_SNS_BYTES = 262_144  # the same for SNS, whose topics may allow more
 _MAX_ATTRIBUTES = 10  # a raw SNS delivery to SQS discards a message that has more
 _MAX_DELAY_S = 900  # DelaySeconds of SQS
+_MAX_QUEUE = 80 - len("TASKHAWK--HIGH-PRIORITY-DLQ")  # the longest name has it inside
 _MAX_HELD_S = 43_200  # SQS counts these 12 hours from the receive, extensions included
 _LONG_POLL_S = 20  # the longest wait of ReceiveMessage, and so the cheapest
 _DEFAULT_LEASE_S = 30  # the visibility timeout of a queue that sets none
 _ERROR_ATTRIBUTE = "taskhawk.error"  # says why the worker dead-lettered a message
-_MAX_ERROR_BYTES = (
-    16_384  # of that attribute: enough for a traceback, little against 1 MiB
-)
+_MAX_ERROR_BYTES = 16_384  # its size: enough for a traceback, little beside 1 MiB
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 
 class _Log(logging.LoggerAdapter):  # type: ignore[type-arg]
-    """Logs, and goes on where it can't: a filter that fails must not end a worker or undo a run."""
+    """Logs, and goes on if logging fails: a broken filter must not end a worker."""
 
     def process(self, msg: Any, kwargs: Any) -> tuple[Any, Any]:
         """Leave `extra` to each call."""
         return msg, kwargs
 
     def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
-        """Log; as its place, a record has the line that called us, three frames up."""
+        """Log; the record names the line that called us, which is three frames up."""
         if self.isEnabledFor(level):
             self.safely(super().log, level, msg, *args, stacklevel=3, **kwargs)
 
     def safely(self, call: Callable[..., object], *args: object, **kwargs: Any) -> None:
-        """Make a call of logging; print an error to stderr, as logging does for its handlers."""
+        """Make a call of logging; print its error to stderr, as its handlers do."""
         try:
             call(*args, **kwargs)
         except Exception:
@@ -190,35 +194,36 @@ _log = _Log(logging.getLogger(__name__), {})
 
 
 # --- 2. errors ------------------------------------------------------------------------
-# Every failure has a name and a fate: what a person must mend is a ConfigurationError, what a
-# message has wrong is a ValidationError, and what was not accepted is a PartialFailure. The last
-# four are raised by tasks and retry policies, to say what is to become of the message.
+# Every failure has a name and a fate. A ConfigurationError is for a person to fix; a
+# ValidationError is a fault of a message; a PartialFailure names the messages that were
+# not accepted. Tasks and retry policies raise the last four classes to say what is to
+# become of the message.
 
 
 class TaskhawkError(Exception):
-    """Base of all errors of taskhawk."""
+    """The base class of all errors of taskhawk."""
 
 
 class ConfigurationError(TaskhawkError):
-    """A setting, a task's declaration or the infrastructure is wrong: only a person can mend it.
+    """A setting, a task's declaration or the infrastructure is wrong.
 
-    A worker that meets one before a first receive has succeeded ends with it; later, it goes on
-    trying.
+    Only a person can fix it. A worker that meets one before its first successful
+    receive ends with it; later, it keeps trying.
     """
 
 
 class ValidationError(TaskhawkError):
-    """A message is not of the format that :data:`SCHEMA` describes, or can't be sent.
+    """A message does not have the format of :data:`SCHEMA`, or can't be sent.
 
     A worker leaves such a message to the queue's redrive policy, and never deletes it.
     """
 
 
 class MessageTooLarge(ValidationError):
-    """A message is larger than the service takes, attributes included: it was not sent.
+    """A message, attributes included, is larger than the service takes: it is not sent.
 
-    :ivar limit: what the service takes, in bytes: 1 MiB on SQS and SQLite, 256 KiB on SNS, or less
-        where the queue is set to less
+    :ivar limit: the most bytes that the service takes: 1 MiB on SQS and SQLite, 256 KiB
+        on SNS, or less if the queue is set to less
     """
 
     def __init__(self, text: str, limit: int) -> None:
@@ -227,54 +232,65 @@ class MessageTooLarge(ValidationError):
 
 
 class TaskNotFound(ValidationError):
-    """No task of that name is registered, perhaps as its module was not imported.
+    """No task of that name is registered, perhaps because its module is not imported.
 
-    An older worker may meet a newer message, so a worker leaves such a message to the queue's
-    redrive policy too.
+    A worker leaves such a message to the queue's redrive policy, for the message may be
+    newer than the worker.
     """
 
 
 class PartialFailure(TaskhawkError):
     """Some entries of a batch were not accepted.
 
-    ``result`` has the lists ``Successful`` and ``Failed``, an entry a message: its ``Id``, and for
-    one that failed the ``Code`` and ``Message`` of the service, if it gave any. ``success_count``
-    and ``failure_count`` are their lengths; ``unsent`` are the messages that were not accepted by a
-    dispatch, in order, ready for :func:`publish`.
+    :ivar result: the lists ``Successful`` and ``Failed``. Each entry has the ``Id`` of
+        its message; a failed one also has the service's ``Code`` and ``Message``
+    :ivar success_count: the length of ``Successful``
+    :ivar failure_count: the length of ``Failed``
+    :ivar unsent: the messages of a dispatch that were not accepted, in order, ready for
+        :func:`publish`
     """
 
     def __init__(
         self, result: dict[str, Any], *args: Any, unsent: Sequence[Message] = ()
     ) -> None:
-        done, failed = result["Successful"], result["Failed"]
-        codes = ", ".join(
-            sorted({str(entry.get("Code", "unknown")) for entry in failed})
-        )
-        text = f"{len(failed)} of {len(done) + len(failed)} messages failed: {codes}"
-        super().__init__(*(args or (text,)))
-        self.result, self.unsent = result, list(unsent)
-        self.success_count, self.failure_count = len(done), len(failed)
+        self.result = result
+        self.success_count = len(result["Successful"])
+        self.failure_count = len(result["Failed"])
+        self.unsent = list(unsent)
+        super().__init__(*(args or [self._summary()]))
+
+    def _summary(self) -> str:
+        """Return how many messages failed, and the codes that say why."""
+        codes = {str(entry.get("Code", "unknown")) for entry in self.result["Failed"]}
+        total = self.success_count + self.failure_count
+        reasons = ", ".join(sorted(codes))
+        return f"{self.failure_count} of {total} messages failed: {reasons}"
 
 
 class TimeLimitExceeded(TaskhawkError):
-    """A task ran longer than its time limit, and was killed: a failed run like any other."""
+    """A task ran longer than its time limit and was killed: a failed run like any."""
 
 
 class ChildCrashed(TaskhawkError):
-    """The process that ran an isolated task ended, and not because we ended it: a failed run.
+    """The process that ran an isolated task ended by itself: a failed run like any.
 
-    It was killed for its memory, say, or called ``os._exit()``, or crashed in C code.
+    The task called ``os._exit()`` or crashed in C code, say, or the system was out of
+    memory and killed the process.
     """
 
 
 class RetryException(TaskhawkError):
-    """Raised by a task: run me again later. It is expected, and logged without a traceback.
+    """Raised by a task: run me again later. It is logged without a traceback.
 
-    It counts as a retry like any other: the receive count grows. With a delay of its own it does
-    not ask the task's retry policy, so that only the queue's redrive policy puts an end to it.
+    Such a run counts as an attempt: the receive count grows. A task that gives a delay
+    overrides its retry policy, so only the queue's redrive policy ends the attempts.
 
-    :param args: text; a number in the first place is the delay, as in taskhawk 4.7
-    :param delay_seconds: until the next run; None leaves it to the task's retry policy or the queue
+    SQS hides a message for at most 12 hours after its receive. A longer delay is cut to
+    that, and the log says so: raise it again then, or dispatch a new message.
+
+    :param args: the text; a number in the first place is the delay, as in taskhawk 4.7
+    :param delay_seconds: seconds until the next run; None leaves it to the task's retry
+        policy or, without one, to the queue's visibility timeout
     :raises ValueError: if the delay is negative or not finite
     """
 
@@ -282,7 +298,8 @@ class RetryException(TaskhawkError):
 
     def __init__(self, *args: Any, delay_seconds: float | None = None) -> None:
         if delay_seconds is None and args and _is_number(args[0]):
-            delay_seconds, *args = args  # type: ignore[assignment]
+            delay_seconds = args[0]
+            args = args[1:]
         if delay_seconds is not None and not 0 <= delay_seconds < math.inf:
             raise ValueError(
                 f"delay_seconds: expected 0 or more seconds, got {delay_seconds}"
@@ -292,13 +309,14 @@ class RetryException(TaskhawkError):
 
 
 class LoggingException(TaskhawkError):
-    """Raised by a task: I failed; log this message, with this `extra` for the log's formatter.
+    """Raised by a task: I failed; log this message, with this `extra`.
 
-    In all else it is a failed run: the retry policy decides, and the error hook is told.
+    Otherwise it is a failed run like any other: the retry policy decides, and the error
+    hook is called.
 
     :param message: the text of the log record
-    :param extra: attributes of the log record; a name that logging uses itself gets "extra_" before
-        it
+    :param extra: attributes of the log record; a name that logging itself uses gets the
+        prefix "extra_"
     """
 
     extra: Mapping[str, Any] | None = None
@@ -309,11 +327,11 @@ class LoggingException(TaskhawkError):
 
 
 class IgnoreException(TaskhawkError):
-    """Raised by a task: there is nothing to do; the message is done with, as if it had returned."""
+    """Raised by a task: there is nothing to do, and the message is done with."""
 
 
 class StopRetry(TaskhawkError):
-    """Raised by a retry policy or a task: give up, send the message to the dead letters at once."""
+    """Raised by a retry policy or a task: give up, dead-letter the message at once."""
 
 
 def _require(holds: object, text: str) -> None:
@@ -323,327 +341,577 @@ def _require(holds: object, text: str) -> None:
 
 
 def _is_number(value: object) -> typing.TypeGuard[float]:
-    """Return whether a value is a number: not True or False, which Python takes for numbers."""
+    """Return whether a value is a number. True and False are not, unlike in Python."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _text_of(error: object) -> str:
-    """Return the text of an error, also if its class can't make it."""
+    """Return the text of an error, even of one whose class fails to make it."""
     try:
         return str(error)
-    except Exception:  # an exception class with a bug
+    except Exception:
         return f"{type(error).__name__} (its text can't be made)"
 
 
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    """Yield the errors at the ends of an exception group; another error is its own."""
+    if not isinstance(error, BaseExceptionGroup):
+        yield error
+        return
+    for inner in error.exceptions:
+        yield from _leaves(inner)
+
+
+def _raise_interrupt(error: BaseException) -> None:
+    """Raise what is to end the process: Control-C, or a signal handler's exit.
+
+    A handler of the application's may call ``sys.exit()`` while a task or hook runs.
+    The ``sys.exit()`` of the task itself is a failed run, and is not raised here.
+    """
+    for leaf in _leaves(error):
+        if isinstance(leaf, KeyboardInterrupt):
+            raise leaf
+        if isinstance(leaf, SystemExit) and _passed_a_handler(leaf):
+            raise leaf
+
+
+def _passed_a_handler(error: BaseException) -> bool:
+    """Return whether an error came out of a signal handler.
+
+    Python calls a handler with the frame that it interrupted, which is its caller's:
+    https://docs.python.org/3/library/signal.html#signal.signal
+    """
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        arguments = inspect.getargvalues(frame)
+        given = [arguments.locals.get(name) for name in arguments.args]
+        given += arguments.locals.get(arguments.varargs or "", ())
+        interrupted = frame.f_back
+        if interrupted and any(each is interrupted for each in given):
+            return True
+    return False
+
+
 # --- 3. settings ----------------------------------------------------------------------
-# The only place where configuration is read. The first source that has a setting wins: configure(),
-# the module named by SETTINGS_MODULE, Django's settings, the environment, the default. A value that
-# is wrong is an error which says where it came from, at the first use of the setting; values of
-# secrets are in no error.
+# The only place where configuration is read. The first source that has a setting wins:
+# configure(), the module named by SETTINGS_MODULE, Django's settings, the environment,
+# the default. A setting is checked at its first use, and the error for a wrong value
+# says where the value came from. No error shows the value of a secret.
 
-
-_TEXT, _ACCOUNT, _REGION = "a string", "an account number", "the name of a region"
-_FLAG, _SECONDS, _COUNT = (
-    "true or false",
-    "a number of seconds above 0",
-    "a whole number above 0",
-)
-_HOOK, _CLASS = "a function or its dotted path", "a class or its dotted path"
-_URL, _BROKER = "a URL", "'sqs' or a URL of SQLite"
-_QUEUE = "at most 71 letters, digits, hyphens and underscores"
-_PATTERNS = {
-    _URL: "https?://.+",
-    _BROKER: "sqs|sqlite://.*",
-    _QUEUE: "[A-Za-z0-9_-]{1,71}",
-}
+# Outer spaces and control characters, which an .env file of Windows may add.
+_UNCLEAN = re.compile(r"^\s|\s$|[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _FLAGS = dict.fromkeys(("", "0", "false", "no", "off"), False)
 _FLAGS |= dict.fromkeys(("1", "true", "yes", "on"), True)
-_SETTINGS: dict[str, tuple[str, str, Any]] = {  # the rule, an example, the default
-    "AWS_ACCESS_KEY": (_TEXT, "AKIAIOSFODNN7EXAMPLE", None),
-    "AWS_ACCOUNT_ID": (_ACCOUNT, "123456789012", None),
-    "AWS_CONNECT_TIMEOUT_S": (_SECONDS, "2", 2),
-    "AWS_ENDPOINT_SNS": (_URL, "http://127.0.0.1:4566", None),
-    "AWS_ENDPOINT_SQS": (_URL, "http://127.0.0.1:4566", None),
-    "AWS_READ_TIMEOUT_S": (_SECONDS, "2", 2),
-    "AWS_REGION": (_REGION, "eu-west-1", None),
-    "AWS_SECRET_KEY": (_TEXT, "wJalrXUtnFEMI/EXAMPLEKEY", None),
-    "AWS_SESSION_TOKEN": (_TEXT, "AQoDYXdzEJr/EXAMPLETOKEN", None),
-    "IS_LAMBDA_APP": (_FLAG, "False", False),
-    "TASKHAWK_BROKER": (_BROKER, "sqlite:///queue.db", "sqs"),
-    "TASKHAWK_DEFAULT_HEADERS": (_HOOK, "myapp.hooks.default_headers", None),
-    "TASKHAWK_ERROR_HOOK": (_HOOK, "myapp.hooks.report_error", None),
-    "TASKHAWK_HEARTBEAT_HOOK": (_HOOK, "myapp.hooks.touch_file", None),
-    "TASKHAWK_MAX_DB_REUSE_LOOPS": (_COUNT, "5", 5),
-    "TASKHAWK_POST_PROCESS_HOOK": (_HOOK, "myapp.hooks.after", None),
-    "TASKHAWK_PRE_PROCESS_HOOK": (_HOOK, "myapp.hooks.before", None),
-    "TASKHAWK_QUEUE": (_QUEUE, "dev-myapp", None),
-    "TASKHAWK_SYNC": (_FLAG, "False", False),
-    "TASKHAWK_TASK_CLASS": (_CLASS, "myapp.tasks.MyTask", None),
+# Dotted paths of taskhawk's own, and of 1.4's submodules, also in a vendored copy.
+_OWN_PATHS = {
+    "taskhawk.Task": "Task",
+    "taskhawk.conf.default_headers_hook": "_do_nothing",
+    "taskhawk.conf.noop_hook": "_do_nothing",
+    "taskhawk.task_manager.Task": "Task",
+}
+
+
+class _Illegal(ValueError):
+    """A value breaks the rule of its setting."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rule:
+    """What a setting may be.
+
+    :param expected: the words that errors use for it
+    :param parse: returns a value as taskhawk uses it, and takes text for any value, for
+        the environment has nothing else. It raises _Illegal if the value breaks the
+        rule, and ImportError or AttributeError if a dotted path leads nowhere
+    """
+
+    expected: str
+    parse: Callable[[Any], Any]
+
+    def __str__(self) -> str:
+        """Return the words that errors use."""
+        return self.expected
+
+
+class _Setting(NamedTuple):
+    """A row of the table of settings."""
+
+    rule: _Rule
+    example: str  # a legal value, for errors
+    default: Any = None
+
+
+def _text_like(pattern: str) -> Callable[[Any], str]:
+    """Return a parser of text that the pattern matches as a whole."""
+
+    def parse(value: Any) -> str:
+        if not isinstance(value, str) or not re.fullmatch(pattern, value):
+            raise _Illegal
+        return value
+
+    return parse
+
+
+def _parse_flag(value: Any) -> bool:
+    """Take words for true and false; any other value counts as Python takes it."""
+    if not isinstance(value, str):
+        return bool(value)
+    word = value.lower()
+    if word not in _FLAGS:
+        raise _Illegal
+    return _FLAGS[word]
+
+
+def _above_zero(convert: Callable[[str], float]) -> Callable[[Any], float]:
+    """Return a parser of a number above 0."""
+
+    def parse(value: Any) -> float:
+        try:
+            number = convert(str(value))  # of its text, so that True is not 1
+        except ValueError as error:
+            raise _Illegal from error
+        if not 0 < number < math.inf:
+            raise _Illegal
+        return number
+
+    return parse
+
+
+def _parse_account(value: Any) -> str:
+    """Take an account id; as an int, it has lost its leading zeros."""
+    if type(value) is int:
+        value = f"{value:012d}"
+    return _text_like("[0-9]{12}")(value)
+
+
+def _parse_url(value: Any) -> str:
+    """Take a URL of HTTP."""
+    return _text_like(r"https?://[^\s/]\S*")(value).rstrip("/")
+
+
+def _parse_broker(value: Any) -> str:
+    """Take the name of a broker; make a file's path absolute, for a task may chdir."""
+    url = _text_like("sqs|sqlite://.*")(value)
+    relative = re.fullmatch("sqlite:///([^/?].*)", url)
+    if not relative:
+        return url
+    folder = os.getcwd()
+    if re.search(r"[?\n]", folder):  # which no URL can hold
+        return url
+    return f"sqlite:///{folder}/{relative[1]}"
+
+
+def _parse_callable(value: Any) -> Any:
+    """Take a function or class, or import it by its dotted path."""
+    if isinstance(value, str):
+        value = _import_path(value)
+    if not callable(value):
+        raise _Illegal
+    return value
+
+
+def _import_path(path: str) -> Any:
+    """Return what a dotted path leads to."""
+    if path in _OWN_PATHS:
+        return globals()[_OWN_PATHS[path]]
+    module, _, name = path.rpartition(".")
+    if not module or module.startswith("."):
+        raise _Illegal
+    return getattr(importlib.import_module(module), name)
+
+
+def _do_nothing(**_: object) -> None:
+    """Do what 1.4's default hooks did."""
+
+
+_TEXT = _Rule("a string", _text_like(".+"))
+# Emulators have regions of any name. One that ends in a digit and a letter is a zone.
+_REGION = _Rule(
+    "the name of a region, not of an availability zone",
+    _text_like(r"(?!.*-[0-9]+[a-z]$)[A-Za-z0-9-]{1,63}"),
+)
+_ACCOUNT = _Rule("an account id of twelve digits", _parse_account)
+_FLAG = _Rule("true or false", _parse_flag)
+_SECONDS = _Rule("a number of seconds above 0", _above_zero(float))
+_COUNT = _Rule("a whole number above 0", _above_zero(int))
+_HOOK = _Rule("a function or its dotted path", _parse_callable)
+_CLASS = _Rule("a class or its dotted path", _parse_callable)
+_URL = _Rule("a URL that begins with http:// or https://", _parse_url)
+_BROKER = _Rule("'sqs' or a URL of SQLite", _parse_broker)
+_QUEUE = _Rule(
+    f"at most {_MAX_QUEUE} letters, digits, hyphens and underscores",
+    _text_like(f"[A-Za-z0-9_-]{{1,{_MAX_QUEUE}}}"),
+)
+_SETTINGS = {
+    "AWS_ACCESS_KEY": _Setting(_TEXT, "AKIAIOSFODNN7EXAMPLE"),
+    "AWS_ACCOUNT_ID": _Setting(_ACCOUNT, "123456789012"),
+    "AWS_CONNECT_TIMEOUT_S": _Setting(_SECONDS, "2", 2),
+    "AWS_ENDPOINT_SNS": _Setting(_URL, "http://127.0.0.1:4566"),
+    "AWS_ENDPOINT_SQS": _Setting(_URL, "http://127.0.0.1:4566"),
+    "AWS_READ_TIMEOUT_S": _Setting(_SECONDS, "2", 2),
+    "AWS_REGION": _Setting(_REGION, "eu-west-1"),
+    "AWS_SECRET_KEY": _Setting(_TEXT, "wJalrXUtnFEMI/EXAMPLEKEY"),
+    "AWS_SESSION_TOKEN": _Setting(_TEXT, "AQoDYXdzEJr/EXAMPLETOKEN"),
+    "IS_LAMBDA_APP": _Setting(_FLAG, "False", default=False),
+    "TASKHAWK_BROKER": _Setting(_BROKER, "sqlite:///queue.db", "sqs"),
+    "TASKHAWK_DEFAULT_HEADERS": _Setting(_HOOK, "myapp.hooks.default_headers"),
+    "TASKHAWK_ERROR_HOOK": _Setting(_HOOK, "myapp.hooks.report_error"),
+    "TASKHAWK_HEARTBEAT_HOOK": _Setting(_HOOK, "myapp.hooks.touch_file"),
+    "TASKHAWK_MAX_DB_REUSE_LOOPS": _Setting(_COUNT, "5", 5),
+    "TASKHAWK_POST_PROCESS_HOOK": _Setting(_HOOK, "myapp.hooks.after"),
+    "TASKHAWK_PRE_PROCESS_HOOK": _Setting(_HOOK, "myapp.hooks.before"),
+    "TASKHAWK_QUEUE": _Setting(_QUEUE, "dev-myapp"),
+    "TASKHAWK_SYNC": _Setting(_FLAG, "False", default=False),
+    "TASKHAWK_TASK_CLASS": _Setting(_CLASS, "myapp.tasks.MyTask"),
 }
 _SECRETS = ("AWS_ACCESS_KEY", "AWS_SECRET_KEY", "AWS_SESSION_TOKEN")
-_warned = {  # of these names no warning is due any more; it never is of what only 4.7 has
-    *("TASKHAWK_CONSUMER_BACKEND", "TASKHAWK_PUBLISHER_BACKEND"),
-    *("TASKHAWK_HEARTBEAT_HOOK_SYNC_CALL_S", "TASKHAWK_PUBLISHER_GCP_BATCH_SETTINGS"),
-}
-_Source = tuple[
-    str, Callable[[str], Any]
-]  # what errors call it, and what reads a setting of it
+# Names that are no mistake: 4.7's own, and what Kubernetes sets for services such as
+# "taskhawk" or "taskhawk-web": TASKHAWK_SERVICE_HOST, TASKHAWK_PORT_80_TCP_ADDR, ….
+# https://kubernetes.io/docs/concepts/services-networking/service/#environment-variables
+_FOREIGN_NAMES = re.compile(
+    r"TASKHAWK_(CONSUMER_BACKEND|PUBLISHER_BACKEND|PUBLISHER_GCP_BATCH_SETTINGS"
+    r"|HEARTBEAT_HOOK_SYNC_CALL_S"
+    r"|(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?)"
+    r"|(\w+_)?PORT(_[0-9]+_(TCP|UDP|SCTP)(_PROTO|_PORT|_ADDR)?)?)"
+)
+_warned: set[str] = set()  # names already warned about
 
 
-def _conform(rule: str, value: Any) -> Any:
-    """Return a value as its rule wants it, or raise one of what :meth:`_Settings.read` catches.
+def _conform(rule: _Rule, value: Any) -> Any:
+    """Return a value as its rule makes it; raise as :class:`_Rule` says."""
+    return rule.parse(value)
 
-    Text is as good as the value itself, for an environment variable can be nothing else.
-    """
-    if rule == _FLAG:
-        return _FLAGS[value.strip().lower()] if isinstance(value, str) else bool(value)
-    if rule in (_SECONDS, _COUNT):
-        value = (int if rule == _COUNT else float)(str(value))  # so that True is none
-        valid = 0 < value < math.inf
-    elif rule in (_HOOK, _CLASS):
-        if value in ("taskhawk.conf.default_headers_hook", "taskhawk.conf.noop_hook"):
-            return None  # the defaults of 1.4 do nothing
-        if isinstance(value, str):
-            module, _, name = value.rpartition(".")
-            ours = value in (
-                "taskhawk.Task",
-                "taskhawk.task_manager.Task",
-            )  # the latter is 1.4's
-            value = getattr(importlib.import_module(__name__ if ours else module), name)
-        valid = callable(value)
-    else:
-        if rule == _ACCOUNT and type(value) is int and value >= 0:
-            value = f"{value:012d}"
-        valid = re.fullmatch(_PATTERNS.get(rule, ".+"), value) is not None
-    if not valid:
-        raise ValueError
-    relative = rule == _BROKER and re.match("sqlite:///(?=[^/?])", value)
-    if relative and not re.search(
-        r"[?\n]", here := os.getcwd()
-    ):  # which no URL can hold
-        # From now on the same file, though a task may change the directory.
-        return f"{relative[0]}{here}/{value[relative.end() :]}"
-    return value.rstrip("/") if rule == _URL else value
+
+class _Source(NamedTuple):
+    """A place that may have settings."""
+
+    where: str  # the words that errors use for it
+    get: Callable[[str], Any]  # returns a setting's raw value, or None
+
+    def read(self, name: str) -> Any:
+        """Return a setting as its rule makes it, or None if it is not set here."""
+        value = self.get(name)
+        rule = _SETTINGS[name].rule
+        # An empty text means false, but it is not the name of anything.
+        if value is None or (value == "" and rule is not _FLAG):
+            return None
+        if isinstance(value, str) and _UNCLEAN.search(value):
+            reason = "it has outer spaces, or control characters such as a line break"
+            raise self._illegal(name, value, reason)
+        try:
+            return rule.parse(value)
+        except _Illegal as error:
+            raise self._illegal(name, value) from error
+        except (ImportError, AttributeError) as error:
+            raise self._illegal(name, value, str(error)) from error
+
+    def _illegal(self, name: str, value: Any, reason: str = "") -> ConfigurationError:
+        """Return the error for a value that breaks its rule; it shows no secret."""
+        rule, example, _ = _SETTINGS[name]
+        shown = repr(value)
+        if name in _SECRETS:
+            shown = type(value).__name__
+        if reason:
+            shown += f" ({reason})"
+        return ConfigurationError(
+            f"{name} in {self.where}: expected {rule}, such as {example!r}, got {shown}"
+        )
+
+    def half_set(self, name: str, missing: str) -> ConfigurationError:
+        """Return the error for a setting without the one that it needs beside it."""
+        return ConfigurationError(
+            f"{name} is set in {self.where}, but {missing} is not:"
+            " expected both or neither"
+        )
 
 
 class _Settings:
     """The settings as attributes, each read at its first use and remembered.
 
-    Nothing is read when taskhawk is imported, so that an application may configure it afterwards.
+    Nothing is read when taskhawk is imported, so an application may configure it later.
     """
 
-    given: Mapping[str, Any] = {}  # by configure()
-
     def __init__(self) -> None:
-        # What to do when settings that connections are made with may have changed.
-        self.on_change: list[Callable[[], None]] = []
+        self.given: Mapping[str, Any] = {}  # by configure()
+        self.on_change: list[Callable[[], None]] = []  # closes what was made with them
+        self._forgotten = 0  # times
 
     def __getattr__(self, name: str) -> Any:
-        """Read a setting that is not remembered yet."""
+        """Read a setting that is not remembered as an attribute yet."""
         if name not in _SETTINGS:
             raise AttributeError(_no_setting(name))
-        known = vars(
-            self
-        )  # forget() replaces it: a reader that is late fills the old one
-        known[name] = value = self.read(name)
+        forgotten = self._forgotten
+        value = self.read(name)
+        setattr(self, name, value)
+        # Only now look whether forget() was called meanwhile: the value may be old.
+        if self._forgotten != forgotten:
+            vars(self).pop(name, None)
         return value
 
-    def read(self, name: str, sources: Iterable[_Source] = ()) -> Any:
+    def read(self, name: str) -> Any:
         """Read a setting from its source, whatever is remembered."""
-        rule, example, default = _SETTINGS[name]
-        for where, get in sources or self._sources():
-            value = get(name)
-            if value is None or (value == "" and rule != _FLAG):
-                continue
-            try:
-                return _conform(rule, value)
-            except (
-                ValueError,
-                TypeError,
-                LookupError,
-                ImportError,
-                AttributeError,
-            ) as error:
-                shown = type(value).__name__ if name in _SECRETS else repr(value)
-                why = (
-                    f" ({error})"
-                    if isinstance(error, ImportError | AttributeError)
-                    else ""
-                )
-                text = f"{name} in {where}: expected {rule}, such as {example!r}, got {shown}{why}"
-                raise ConfigurationError(text) from error
-        return default
+        for source in self._sources():
+            value = source.read(name)
+            if value is not None:
+                return value
+        return _SETTINGS[name].default
 
     def require(self, name: str) -> Any:
-        """Return a setting that has no default; raise ConfigurationError if it is not set."""
-        rule, example, _ = _SETTINGS[name]
-        where = (
-            "the module named by SETTINGS_MODULE, Django's settings or the environment"
-        )
-        text = (
-            f"expected {rule}, such as {example!r}, from taskhawk.configure(), {where}"
-        )
-        _require(getattr(self, name) is not None, f"{name} is not set: {text}")
-        return getattr(self, name)
+        """Return a setting that has no default; raise ConfigurationError if unset."""
+        value = getattr(self, name)
+        if value is None:
+            rule, example, _ = _SETTINGS[name]
+            raise ConfigurationError(
+                f"{name} is not set: expected {rule}, such as {example!r}, from"
+                " taskhawk.configure(), the module named by SETTINGS_MODULE, Django's"
+                " settings or the environment"
+            )
+        return value
 
-    def credentials(self) -> dict[str, Any]:
+    def credentials(self) -> dict[str, str]:
         """Return botocore's arguments, or {} to leave it to botocore.
 
-        All are of one source, so that a key never meets the secret or the token of another.
+        All come from one source: a key never meets another's secret or token.
         """
         for source in self._sources():
-            key, secret, token = (self.read(name, [source]) for name in _SECRETS)
-            here, missing = _SECRETS[:2] if key else _SECRETS[1::-1]
-            text = f"{here} is set in {source[0]}, but {missing} is not: expected both or neither"
-            _require(bool(key) == bool(secret), text)
+            key, secret, token = map(source.read, _SECRETS)
+            if key and secret:
+                return {
+                    "aws_access_key_id": key,
+                    "aws_secret_access_key": secret,
+                    "aws_session_token": token,
+                }
             if key:
-                names = (
-                    "aws_access_key_id",
-                    "aws_secret_access_key",
-                    "aws_session_token",
-                )
-                return dict(zip(names, (key, secret, token), strict=True))
+                raise source.half_set("AWS_ACCESS_KEY", "AWS_SECRET_KEY")
+            if secret:
+                raise source.half_set("AWS_SECRET_KEY", "AWS_ACCESS_KEY")
         return {}
 
-    def forget(self, *, setting: str = "AWS_", **_: object) -> None:
-        """Read everything anew: after configure(), or as Django's tests override a setting."""
-        self.__dict__ = {"given": self.given, "on_change": self.on_change}
-        # Clients are made with these. Django's tests name the one setting that they override.
-        if setting.startswith("AWS_"):
-            for callback in self.on_change:
-                callback()
+    def errors(self) -> list[ConfigurationError]:
+        """Read all settings, import all hooks, and return what is wrong with them."""
+        found: dict[str, ConfigurationError] = {}
+        reads: list[Callable[[], Any]] = [self.credentials]
+        reads += [functools.partial(self.read, name) for name in _SETTINGS]
+        for read in reads:
+            try:
+                read()
+            except ConfigurationError as error:
+                found.setdefault(str(error), error)  # one wrong module fails them all
+        return list(found.values())
+
+    def check(self) -> None:
+        """Raise what is wrong with the settings, as one ConfigurationError."""
+        errors = self.errors()
+        if errors:
+            raise ConfigurationError("; ".join(map(str, errors))) from errors[0]
+
+    def forget(self) -> None:
+        """Read each setting anew at its next use."""
+        self._forgotten += 1  # first, or a thread that reads one now would not see it
+        for name in _SETTINGS:
+            vars(self).pop(name, None)
+
+    def changed(self) -> None:
+        """Close what was made with the settings, such as clients of AWS."""
+        for callback in self.on_change:
+            callback()
 
     def _sources(self) -> Iterator[_Source]:
-        """Yield where settings may come from, in the order of precedence."""
-        yield "configure()", self.given.get
-        if path := os.environ.get("SETTINGS_MODULE"):
-            module = _import(path, "the module named by SETTINGS_MODULE")
-            yield _found_in(module, f"the module {path}")
-        if django := _django_settings():
-            yield _found_in(django, "Django's settings")
-        yield _found_in(os.environ, "the environment")
+        """Yield the places that may have settings, in the order of precedence."""
+        yield _Source("configure()", self.given.get)
+        module = os.environ.get("SETTINGS_MODULE")
+        if module:
+            imported = _import(module, "the module named by SETTINGS_MODULE")
+            yield _source(imported, f"the module {module}")
+        django = _django_settings()
+        if django:
+            yield _source(django, "Django's settings")
+        environment = dict(os.environ)
+        for name in _credentials_of_lambda():
+            environment.pop(name, None)
+        yield _source(environment, "the environment")
 
 
 settings = _Settings()
 
 
-def _found_in(source: Any, where: str) -> _Source:
-    """Make a source of an object or mapping; warn once of a name that only looks like a setting."""
-    # os.environ and Flask's config are mappings; modules and Django's settings have attributes.
-    is_mapping = isinstance(source, Mapping)
-    names = map(str, source if is_mapping else dir(source))
-    ours = {name for name in names if name.startswith("TASKHAWK_")}
-    for name in sorted(ours - _SETTINGS.keys() - _warned):
-        _warned.add(name)
-        _log.warning("%s", _no_setting(name, f" in {where}"))
-    return where, source.get if is_mapping else lambda name: getattr(source, name, None)
+def _source(holder: Any, where: str) -> _Source:
+    """Make a source of an object or mapping."""
+    # os.environ and Flask's config are mappings; modules and Django's settings are not.
+    if isinstance(holder, Mapping):
+        _warn_of_unknown(map(str, holder), where)
+        return _Source(where, holder.get)
+    _warn_of_unknown(dir(holder), where)
+    return _Source(where, lambda name: getattr(holder, name, None))
+
+
+def _credentials_of_lambda() -> set[str]:
+    """Return the variables of the environment that belong to botocore's credentials.
+
+    Lambda sets AWS_ACCESS_KEY_ID and AWS_SESSION_TOKEN to those of the function's role
+    and, by its manual, AWS_ACCESS_KEY too:
+    https://docs.aws.amazon.com/lambda/latest/dg/configuration-envvars.html
+    """
+    botocores_key = os.environ.get("AWS_ACCESS_KEY_ID")
+    if not botocores_key:
+        return set()
+    if os.environ.get("AWS_ACCESS_KEY") != botocores_key:
+        return {"AWS_SESSION_TOKEN"}
+    if not os.environ.get("AWS_SECRET_KEY"):
+        return {"AWS_ACCESS_KEY", "AWS_SESSION_TOKEN"}
+    return set()
+
+
+def _warn_of_unknown(names: Iterable[str], where: str) -> None:
+    """Warn once of each name that looks like a setting and is none."""
+    for name in sorted(set(names).difference(_SETTINGS, _warned)):
+        if name.startswith("TASKHAWK_") and not _FOREIGN_NAMES.fullmatch(name):
+            _warned.add(name)
+            _log.warning("%s", _no_setting(name, f" in {where}"))
 
 
 def _no_setting(name: str, where: str = "") -> str:
-    """Return a sentence that refuses a name, and suggests one that is close to it."""
+    """Return a sentence that refuses a name, and suggests a setting if one is near."""
     import difflib
 
-    close = "".join(
-        f"; did you mean {n}?" for n in difflib.get_close_matches(name, _SETTINGS, 1)
-    )
-    return f"{name}{where} is not a setting of taskhawk{close}"
+    sentence = f"{name}{where} is not a setting of taskhawk"
+    for nearest in difflib.get_close_matches(name, _SETTINGS, 1):
+        sentence += f"; did you mean {nearest}?"
+    return sentence
 
 
 def _import(name: str, what: str) -> Any:
-    """Import a module that a person named; a name that is wrong is a ConfigurationError."""
+    """Import a module that a person named; a wrong name is a ConfigurationError."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if f"{name}.".startswith(f"{error.name}."):
-            raise ConfigurationError(
-                f"{what} {name!r} can't be imported: {error}"
-            ) from error
-        raise  # the module is there, and something that it imports is not
+        if not f"{name}.".startswith(f"{error.name}."):
+            raise  # the module exists, but something that it imports does not
+        text = f"{what} {name!r} can't be imported: {error}"
+        raise ConfigurationError(text) from error
 
 
 def configure(obj_or_mapping: object = None, /, **values: Any) -> None:
-    """Set settings by hand, ahead of all other sources; replaces what an earlier call set.
+    """Set settings in code, ahead of all other sources, in place of an earlier call's.
 
-    Call it before tasks are dispatched or run: it closes the connections that are open. What is not
-    set here is looked up in the module named by SETTINGS_MODULE, in Django's settings and in the
-    environment, in this order.
+    Call it before tasks are dispatched or run, for it closes open connections. What is
+    not set here is looked up in the module named by SETTINGS_MODULE, in Django's
+    settings and in the environment, in this order.
 
-    :param obj_or_mapping: an object with settings as attributes, or a mapping such as Flask's
-        ``app.config``; other names are left alone, with a warning if they begin with TASKHAWK_
+    :param obj_or_mapping: an object with settings as attributes, or a mapping such as
+        Flask's ``app.config``; other names in it are ignored, with a warning if they
+        begin with TASKHAWK_
     :param values: settings by name, ahead of those in `obj_or_mapping`
-    :raises ConfigurationError: if a name in `values` is not a setting; a value is looked at when it
-        is first used
+    :raises ConfigurationError: if a name in `values` is not a setting; a value is
+        checked when it is first used
     """
-    # A keyword is typed by hand, so one that is wrong is an error; a module may have any name.
-    for name in values.keys() - _SETTINGS.keys():
-        raise ConfigurationError(_no_setting(name))
-    _, get = _found_in(obj_or_mapping, "configure()")
-    settings.given = {name: get(name) for name in _SETTINGS} | values
+    for name in values:
+        if name not in _SETTINGS:
+            raise ConfigurationError(_no_setting(name))
+    source = _source(obj_or_mapping, "configure()")
+    settings.given = {name: source.get(name) for name in _SETTINGS} | values
     settings.forget()
+    settings.changed()
 
 
 def _call_safely(name: str, **kwargs: Any) -> None:
-    """Call a hook whose failure is logged, no more."""
+    """Call a hook by its setting's name; log its failure, and go on."""
     try:
-        if hook := getattr(settings, name):
+        hook = getattr(settings, name)
+        if hook:
             hook(**kwargs)
-    except KeyboardInterrupt:
-        raise
-    except BaseException:  # SystemExit and CancelledError too
+    except BaseException as error:  # SystemExit and CancelledError too
+        _raise_interrupt(error)
         _log.exception("%s failed", name)
 
 
 # --- 4. Django ------------------------------------------------------------------------
-# All that this file knows of Django. It is never imported unless the application uses it.
+# All that this file knows of Django. It imports Django only where the application uses
+# it: where DJANGO_SETTINGS_MODULE is set, or where django.conf is imported already.
 
 
 def _django_settings() -> Any:
-    """Return Django's settings where Django is in use; it is never imported otherwise."""
+    """Return Django's settings, or None if Django is not in use."""
     named = os.environ.get("DJANGO_SETTINGS_MODULE")
     # An application may also call Django's settings.configure(), and name no module.
     if not named and "django.conf" not in sys.modules:
         return None
-    from django.conf import settings as found
+    from django.conf import settings as django_settings
     from django.core.signals import setting_changed
 
-    # It connects but once. A weak connection would leave a finalizer behind at each call.
-    setting_changed.connect(settings.forget, weak=False)
-    return found if named or found.configured else None
+    # To connect again does nothing. A weak connection would leave a finalizer behind.
+    setting_changed.connect(_django_setting_changed, weak=False)
+    if named or django_settings.configured:
+        return django_settings
+    return None
 
 
-_slot = (
-    threading.local()
-)  # counts its `runs`; a worker's slot keeps a `loop` for them all, too
+def _django_setting_changed(*, setting: str, **_: object) -> None:
+    """Follow Django's override_settings, which changes one setting at a time."""
+    settings.forget()
+    if setting.startswith("AWS_"):  # clients are made with these
+        settings.changed()
 
 
-def _recycle_django_connections() -> None:
-    """Close this thread's database connections after so many runs, where Django is in use."""
+def _set_up_django() -> None:
+    """Call ``django.setup()`` if DJANGO_SETTINGS_MODULE is set.
+
+    For a process of our own, before it imports tasks, which may import models.
+
+    :raises ConfigurationError: if the settings' module, or Django, is not installed
+    """
+    module = os.environ.get("DJANGO_SETTINGS_MODULE")
+    if module:
+        _import(module, "the module named by DJANGO_SETTINGS_MODULE")
+        _import("django", "the package").setup()
+
+
+# A thread's count of `runs`; a worker's slot keeps its event `loop` here, too.
+_slot = threading.local()
+
+
+def _refresh_django_connections(*, ran: bool = False) -> None:
+    """Close this thread's unusable and obsolete connections, before and after each run.
+
+    Django does so around a request, and so CONN_MAX_AGE and CONN_HEALTH_CHECKS hold. A
+    connection inside its caller's transaction, as in a test, is left alone.
+
+    :param ran: this is after a run: after TASKHAWK_MAX_DB_REUSE_LOOPS, all are closed
+    """
     if "django.db" not in sys.modules or not _django_settings():
         return
     try:
-        _slot.runs = (
-            getattr(_slot, "runs", 0) + 1
-        ) % settings.TASKHAWK_MAX_DB_REUSE_LOOPS
-        if _slot.runs == 0:
-            for connection in sys.modules["django.db"].connections.all(
-                initialized_only=True
-            ):
-                if not connection.in_atomic_block:  # a test's transaction
-                    connection.close()
-    except Exception:  # the run is over: what became of it stands
+        worn = ran and _count_run()
+        connections = sys.modules["django.db"].connections
+        for connection in connections.all(initialized_only=True):
+            if connection.in_atomic_block:
+                continue
+            if worn:
+                connection.close()
+            else:
+                connection.close_if_unusable_or_obsolete()
+    except Exception:  # of the database: the run is not to blame
         _log.exception("can't close the database connections")
 
 
+def _count_run() -> bool:
+    """Count a run of this thread; return whether its connections are to be replaced."""
+    runs: int = getattr(_slot, "runs", 0) + 1
+    limit: int = settings.TASKHAWK_MAX_DB_REUSE_LOOPS
+    _slot.runs = runs % limit
+    return runs >= limit
+
+
 # --- 5. messages ----------------------------------------------------------------------
-# Untrusted bytes stop here: what _decode() lets through has the shape that SCHEMA describes, and
-# what it refuses, dispatch refuses too. SCHEMA is what the validator goes by, so they can't differ.
-# To decode is a pure function: it does no I/O, and reads neither a clock nor a setting.
+# Untrusted bytes stop here: what _decode() returns has the shape that SCHEMA describes.
+# Dispatch refuses what _decode() would refuse, and both go by SCHEMA itself. Decoding
+# is pure: it does no I/O, and reads neither a clock nor a setting.
 
 
 class Priority(enum.Enum):
-    """Which queue a message goes through: each has its own workers, to be scaled apart.
+    """The queue of a message: each priority has a queue, and so workers, of its own.
 
-    A worker of several queues runs the most urgent message first: high, default, low, bulk.
+    A worker of several queues runs the most urgent message first: high before default,
+    low and bulk.
     """
 
     default = 1
@@ -652,15 +920,16 @@ class Priority(enum.Enum):
     bulk = 4
 
 
-# The calendar in full, for JSON Schema has nothing else to say that there is no 30th of February.
+# The calendar in full, for JSON Schema can't say otherwise that February has no 30th.
 _ISO_8601 = (
     r"^(?!0000)(?:[0-9]{4}-(?:(?:0[13578]|1[02])-31|(?:0[13-9]|1[0-2])-(?:29|30)"
     r"|(?:0[1-9]|1[0-2])-(?:0[1-9]|1[0-9]|2[0-8]))"
-    r"|(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:[02468][048]|[13579][26])00)-02-29)"
+    r"|(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])"
+    r"|(?:[02468][048]|[13579][26])00)-02-29)"
     r"(?:[T ](?:[01][0-9]|2[0-3]):[0-5][0-9](?::[0-5][0-9](?:[.,][0-9]{1,9})?)?"
     r"(?:Z|[+-](?:[01][0-9]|2[0-3]):?[0-5][0-9])?)?(?![\s\S])"
 )
-# Descriptions are what errors say was expected.
+# An error says the description after "expected".
 _NAME = {"description": "a non-empty string", "type": ["string"], "minLength": 1}
 _OBJECT = {"description": "an object", "type": ["object"]}
 _PRIORITIES = [priority.name for priority in Priority]
@@ -679,7 +948,7 @@ _METADATA = {
     },
     "version": {"description": '"1.0"', "type": ["string"], "enum": ["1.0"]},
 }
-#: the message format as JSON Schema 2020-12: the contract for publishers in other languages
+#: the message format as JSON Schema 2020-12: the contract for other languages
 SCHEMA: dict[str, Any] = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",
     "title": "taskhawk message: the body of an SQS or SNS message",
@@ -698,49 +967,88 @@ SCHEMA: dict[str, Any] = {
         "kwargs": _OBJECT,
     },
 }
-# What errors call the type of a value; one of a subclass is called as what it derives from.
-_KINDS = {dict: "object", list: "array", tuple: "array", str: "string", bool: "boolean"}
-_KINDS |= {int: "number", float: "number", type(None): "null"}
-_MISSING = type("nothing", (), {})()  # errors show the name of its type
+_BODY = {"description": "a string of JSON", "type": ["string"]}
+# What JSON calls a Python type, and how an error shows a value of it.
+_KINDS = {
+    dict: ("object", "an object"),
+    list: ("array", "an array"),
+    tuple: ("array", "an array"),
+    str: ("string", "a string"),
+    bool: ("boolean", "a boolean"),
+    int: ("number", "a number"),
+    float: ("number", "a number"),
+    type(None): ("null", "null"),
+}
+
+
+def _kind(value: object) -> tuple[str, str]:
+    """Return what JSON calls a value's type, and how an error shows the value."""
+    for base in type(value).__mro__:  # a subclass counts as what it derives from
+        if base in _KINDS:
+            return _KINDS[base]
+    return "", type(value).__name__
 
 
 def _validate(value: Any, schema: Mapping[str, Any], path: str = "") -> None:
-    """Check a value by the keywords that SCHEMA uses; an error shows nothing that may be secret.
+    """Check a value by the keywords that SCHEMA uses.
 
-    :param path: what the error calls the value by, such as ``metadata.version``
-    :raises ValidationError: says where the value differs, what was expected and what came
+    :param path: how the error names the value, such as ``metadata.version``
+    :raises ValidationError: says what differs, what was expected and what came; it
+        shows nothing that may be secret
     """
-    kind = _KINDS.get(type(value)) or next(
-        filter(None, map(_KINDS.get, type(value).__mro__)), ""
-    )
-    valid = kind in schema["type"]
-    if valid and kind == "string":
-        valid = len(value) >= schema.get("minLength", 0) and value in schema.get(
-            "enum", (value,)
-        )
-        if valid and "pattern" in schema:
-            valid = re.search(schema["pattern"], value) is not None
-    elif valid and kind == "number":
-        valid = schema["minimum"] <= value <= schema["maximum"]
-    if not valid:
-        article = {"array": "an ", "object": "an ", "null": ""}.get(kind, "a ")
-        shown = article + kind if kind else type(value).__name__
-        if value == "" or (
-            path.startswith("metadata.") and isinstance(value, str | int | float)
-        ):
-            huge = isinstance(value, int) and abs(value) >= 10**18
-            small = value[:40] if isinstance(value, str) else value
-            shown = "a huge number" if huge else json.dumps(small)
-        raise ValidationError(
-            f"{path or 'message'}: expected {schema['description']}, got {shown}"
-        )
+    if not _fits(value, schema):
+        raise _mismatch(path or "message", schema, _shown(value, path))
     for key, inner in schema.get("properties", {}).items():
-        if key in value or key in schema["required"]:
-            _validate(value.get(key, _MISSING), inner, f"{path}.{key}" if path else key)
+        inner_path = f"{path}.{key}" if path else key
+        if key in value:
+            _validate(value[key], inner, inner_path)
+        elif key in schema["required"]:
+            raise _mismatch(inner_path, inner, "nothing")
+
+
+def _fits(value: Any, schema: Mapping[str, Any]) -> bool:
+    """Return whether a value, not counting what it contains, fits its schema."""
+    kind, _ = _kind(value)
+    if kind not in schema["type"]:
+        return False
+    if kind == "number":
+        return bool(schema["minimum"] <= value <= schema["maximum"])
+    if kind != "string":
+        return True
+    if "enum" in schema:
+        return bool(value in schema["enum"])
+    if "pattern" in schema:
+        return re.search(schema["pattern"], value) is not None
+    shortest: int = schema.get("minLength", 0)
+    return len(value) >= shortest
+
+
+def _mismatch(path: str, schema: Mapping[str, Any], shown: str) -> ValidationError:
+    """Return the error for a value that differs from its schema."""
+    return ValidationError(f"{path}: expected {schema['description']}, got {shown}")
+
+
+def _shown(value: object, path: str) -> str:
+    """Return how an error shows a value: by its type, for the value may be secret.
+
+    Metadata are not secret: their texts are shown up to 40 characters.
+    """
+    _, shown = _kind(value)
+    if value == "":
+        return '""'
+    if not path.startswith("metadata."):
+        return shown
+    if isinstance(value, str):
+        return json.dumps(value[:40])
+    if isinstance(value, int) and abs(value) >= 10**18:
+        return "a huge number"
+    if isinstance(value, int | float):
+        return json.dumps(value)
+    return shown
 
 
 def _new_id() -> str:
-    """Return a random UUID (RFC 9562, version 4) in a third of the time that uuid.uuid4() takes."""
+    """Return a random UUID (RFC 9562, version 4), in a third of uuid.uuid4()'s time."""
     digits = os.urandom(16).hex()
     return (
         f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-a{digits[17:20]}-{digits[20:]}"
@@ -752,47 +1060,68 @@ _registry: dict[str, Task[Any, Any]] = {}
 
 
 def _find_task(name: str) -> Task[Any, Any]:
-    """Return the task registered under a name; raise :exc:`TaskNotFound` if there is none."""
-    if found := _registry.get(name):
-        return found
-    raise TaskNotFound(
-        f"no task is registered as {name[:200]!r}: is its module imported?"
-    )
+    """Return the task registered under a name, or raise :exc:`TaskNotFound`."""
+    registered = _registry.get(name)
+    if registered is None:
+        raise TaskNotFound(
+            f"no task is registered as {name[:200]!r}: is its module imported?"
+        )
+    return registered
+
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def _epoch_ms(timestamp: float | str) -> int:
+    """Return a valid timestamp as epoch milliseconds; without an offset, it is UTC."""
+    if not isinstance(timestamp, str):
+        return int(timestamp)
+    moment = datetime.fromisoformat(timestamp)
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=UTC)
+    # Not below 0, so that what was decoded can be sent again.
+    return max(0, (moment - _EPOCH) // timedelta(milliseconds=1))
 
 
 class Message:  # noqa: PLW1641 - it may change, so it is no key of a dict
-    """One request for a run of a task; what the publisher makes and the worker gets.
+    """One request for a run of a task: what the publisher makes and the worker gets.
 
-    It may be changed until it is sent, as in taskhawk 1.4. Two are equal if they are the same on
-    the wire.
+    It may be changed until it is sent, as in taskhawk 1.4. Two messages are equal if
+    they are the same on the wire.
 
     :param data: as :data:`SCHEMA` describes it; unknown keys are ignored
-    :raises ValidationError: says where it differs, what was expected and what came
+    :raises ValidationError: says what differs, what was expected and what came
     """
 
     CURRENT_VERSION = "1.0"
     VERSIONS = ("1.0",)
-    delay_s: float = 0  #: for which the queue holds it back; not a part of the format
-    received: QueueMessage | None = None  #: what it came as; None at the publisher's
+    delay_s: float = 0  #: seconds for which the queue holds it back; not on the wire
+    received: QueueMessage | None = None  #: what it arrived as; None where it was made
+
+    id: str
+    priority: Priority  #: the queue that it goes through
+    timestamp: int  #: when it was dispatched, in epoch milliseconds
+    version: str  #: of the format
+    headers: dict[str, Any]
+    task_name: str  #: of a task that need not be registered here
+    args: list[Any]
+    kwargs: dict[str, Any]
 
     def __init__(self, data: Mapping[str, Any]) -> None:
-        """Check the data, and keep what the format knows: a timestamp as epoch milliseconds."""
         _validate(data, SCHEMA)
-        metadata = {"priority": "default", **data["metadata"]}
-        if isinstance(timestamp := metadata["timestamp"], str):
-            moment = datetime.fromisoformat(timestamp)
-            since = moment.replace(tzinfo=moment.tzinfo or UTC) - datetime(
-                1970, 1, 1, tzinfo=UTC
-            )
-            timestamp = max(0, since // timedelta(milliseconds=1))
-        metadata["timestamp"] = int(timestamp)
-        # Of what the format does not know, nothing is kept, and no task gets to see it. The
-        # arguments become a list in any case: the validator takes a tuple too, and JSON has none.
-        kept = {
-            "args": list(data["args"]),
-            "metadata": {key: metadata[key] for key in _METADATA},
-        }
-        self._data = {key: data[key] for key in SCHEMA["required"]} | kept
+        self._take(data)
+
+    def _take(self, data: Mapping[str, Any]) -> None:
+        """Take over valid data; keys that the format does not have are dropped."""
+        metadata = data["metadata"]
+        self.id = data["id"]
+        self.priority = Priority[metadata.get("priority", "default")]
+        self.timestamp = _epoch_ms(metadata["timestamp"])
+        self.version = metadata["version"]
+        self.headers = data["headers"]
+        self.task_name = data["task"]
+        self.args = list(data["args"])  # it may be a tuple, which JSON does not have
+        self.kwargs = data["kwargs"]
 
     @classmethod
     def new(
@@ -808,49 +1137,37 @@ class Message:  # noqa: PLW1641 - it may change, so it is no key of a dict
         """Make a message for :func:`publish`.
 
         :param task: the name of a registered task
-        :param args: the positional arguments, not checked against the function's signature
-        :param kwargs: the keyword arguments, likewise
-        :param msg_id: a new UUID if None
-        :param headers: of any values that JSON can hold
+        :param args: positional arguments, not checked against the function's signature
+        :param kwargs: keyword arguments, likewise
+        :param msg_id: the message's id; a new UUID if None
+        :param headers: headers, whose values are any JSON
         :raises TaskNotFound: if there is no such task
-        :raises ValidationError: if `msg_id` is empty, or not a string
+        :raises ValidationError: if `msg_id` is empty or not a string
         """
         _find_task(task)
-        if msg_id is not None:
+        if msg_id is None:
+            msg_id = _new_id()
+        else:
             _validate(msg_id, _NAME, "id")
-        message = cls.__new__(cls)  # no look at the rest: what is made here is valid
-        now, version = int(time.time() * 1000), cls.CURRENT_VERSION
-        message._data = {  # noqa: SLF001 - its own
-            "id": msg_id or _new_id(),
-            "metadata": {
-                "priority": priority.name,
-                "timestamp": now,
-                "version": version,
-            },
-            "headers": dict(headers or {}),
-            "task": task,
-            "args": list(args or ()),
-            "kwargs": dict(kwargs or {}),
-        }
+        message = cls.__new__(cls)  # not __init__, which would check what is valid
+        message.id = msg_id
+        message.priority = priority
+        message.timestamp = int(time.time() * 1000)
+        message.version = cls.CURRENT_VERSION
+        message.headers = dict(headers or {})
+        message.task_name = task
+        message.args = list(args or ())
+        message.kwargs = dict(kwargs or {})
         return message
 
-    id: str = property(lambda self: self._data["id"])  # type: ignore[assignment]
-    metadata = property(
-        lambda self: self._data["metadata"], doc="priority, timestamp and version"
-    )
-    timestamp = property(
-        lambda self: self.metadata["timestamp"], doc="epoch milliseconds"
-    )
-    version = property(lambda self: self.metadata["version"], doc="of the format")
-    headers = property(lambda self: self._data["headers"])
-    task_name = property(lambda self: self._data["task"])
-    args = property(lambda self: self._data["args"])
-    kwargs = property(lambda self: self._data["kwargs"])
-    #: the queue that the message goes through; can be set, for 1.4 had no other way to
-    priority: Priority = property(  # type: ignore[assignment]
-        lambda self: Priority[self.metadata["priority"]],
-        lambda self, value: self.metadata.update(priority=value.name),
-    )
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The metadata as they are on the wire."""
+        return {
+            "priority": self.priority.name,
+            "timestamp": self.timestamp,
+            "version": self.version,
+        }
 
     @property
     def task(self) -> Task[Any, Any]:
@@ -860,114 +1177,179 @@ class Message:  # noqa: PLW1641 - it may change, so it is no key of a dict
     def call_task(self, receipt: str | None) -> None:
         """Run the task, here and now.
 
-        :param receipt: the receipt handle, for the task's metadata; None where no queue has the
-            message
-        :raises TaskNotFound: if no such task is registered; what the task raises is not caught
+        :param receipt: the receipt handle, for the task's metadata; None if the message
+            is on no queue
+        :raises TaskNotFound: if no such task is registered
+        :raises Exception: whatever the task raises
         """
         self.task.call(self, receipt)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the message as it is on the wire."""
-        return self._data
+        return {
+            "id": self.id,
+            "metadata": self.metadata,
+            "headers": self.headers,
+            "task": self.task_name,
+            "args": self.args,
+            "kwargs": self.kwargs,
+        }
 
     def items(self) -> typing.ItemsView[str, Any]:
         """Return the items of :meth:`as_dict`."""
-        return self._data.items()
+        return self.as_dict().items()
 
     def __eq__(self, other: object) -> bool:
         """Compare what is on the wire."""
-        return (
-            self._data == other._data if isinstance(other, Message) else NotImplemented
-        )
+        if not isinstance(other, Message):
+            return NotImplemented
+        return self.as_dict() == other.as_dict()
 
 
 def _from_decimal(value: object) -> float:
-    """Make a number of JSON of a Decimal, as databases return them; refuse all else."""
-    # Where nobody has imported decimal, no value can be a Decimal.
-    if "decimal" in sys.modules and isinstance(value, sys.modules["decimal"].Decimal):
-        # Beyond 4300 digits Python writes no int; float() makes it an infinity, which is refused.
-        small = value.is_finite() and abs(value.adjusted()) < 4300  # noqa: PLR2004
-        return (
-            int(value) if small and value == value.to_integral_value() else float(value)
-        )
-    raise TypeError(f"{type(value).__name__} is not a JSON type")
+    """Make a JSON number of a Decimal, which databases return; refuse all else.
+
+    A reader of JSON makes a float of it: one that would change the digits is refused.
+    """
+    # Unless something has imported decimal, no value can be a Decimal.
+    decimal = sys.modules.get("decimal")
+    if decimal is None or not isinstance(value, decimal.Decimal):
+        raise TypeError(f"{type(value).__name__} is not a JSON type")
+    if not value.is_finite():
+        return float(value)  # which the encoder refuses
+    # Python writes no int of over 4300 digits; as a float, it is infinite and refused.
+    small = abs(value.adjusted()) < 4300  # noqa: PLR2004
+    if small and value == value.to_integral_value():
+        return int(value)
+    number = float(value)
+    if math.isfinite(number) and decimal.Decimal(repr(number)) != value:
+        raise ValueError("a Decimal has more digits than a float: send it as a string")
+    return number
 
 
 def _finite(text: str) -> float:
-    """Parse a number of JSON; Python's decoder would take NaN and infinities too."""
-    if math.isfinite(number := float(text)):
-        return number
-    raise ValueError
+    """Parse a JSON number; Python's decoder would take NaN and infinities too."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError
+    return number
 
 
-# ASCII only: all of it passes SQS, which refuses some control characters and surrogates.
+# ASCII always passes SQS, which refuses some control characters and surrogates.
 _DUMP: Any = {"default": _from_decimal, "allow_nan": False, "separators": (",", ":")}
-_ENCODER = json.JSONEncoder(
-    **_DUMP, check_circular=False
-)  # _sizes() says where a circle is
+_CHECKING_ENCODER = json.JSONEncoder(**_DUMP)
+# A circle ends in a RecursionError without a check, too.
+_ENCODER = json.JSONEncoder(**_DUMP, check_circular=False)
 _DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
 
 
 def _encode(message: Message) -> str:
-    """Encode a message, or raise the error that names the argument which can't be.
+    """Return the body of a message, or raise the error that names what is not JSON.
 
-    :raises TypeError: if an argument is of a type that JSON does not have
-    :raises ValidationError: if it is NaN or infinite, or nested too deeply
+    :raises TypeError: if an argument or header is of a type that JSON does not have
+    :raises ValidationError: if one is NaN or infinite, a Decimal with more digits than
+        a float, or nested too deeply
     """
     try:
         return _ENCODER.encode(message.as_dict())
     except (TypeError, ValueError, RecursionError) as error:
-        _sizes(message)
+        _sizes(message)  # the encoder does not say what it failed at: this does
         raise ValidationError(f"{message.task_name}: not JSON: {error}") from error
 
 
 def _sizes(message: Message) -> dict[str, int]:
-    """Return the encoded size of each argument and header, by the path that errors call it by."""
-    parts = {f"args[{index}]": value for index, value in enumerate(message.args)}
-    parts |= {f"kwargs.{key}": value for key, value in message.kwargs.items()}
-    parts |= {f"headers.{key}": value for key, value in message.headers.items()}
-    # Each alone, for the encoder does not say which of them it could not encode.
-    for path, value in parts.items():
+    """Return the encoded size of each argument and header, by its path in errors.
+
+    :raises TypeError, ValidationError: as :func:`_encode`
+    """
+    values = {f"args[{index}]": value for index, value in enumerate(message.args)}
+    values |= {f"kwargs.{key}": value for key, value in message.kwargs.items()}
+    values |= {f"headers.{key}": value for key, value in message.headers.items()}
+    sizes = {}
+    for path, value in values.items():
         try:
-            parts[path] = len(json.JSONEncoder(**_DUMP).encode(value))
-        except (TypeError, ValueError, RecursionError) as error:
-            kind = TypeError if isinstance(error, TypeError) else ValidationError
-            raise kind(f"{message.task_name}: {path} is not JSON: {error}") from error
-    return parts
+            sizes[path] = len(_CHECKING_ENCODER.encode(value))
+        except TypeError as error:
+            raise TypeError(
+                f"{message.task_name}: {path} is not JSON: {error}"
+            ) from error
+        except (ValueError, RecursionError) as error:
+            raise ValidationError(
+                f"{message.task_name}: {path} is not JSON: {error}"
+            ) from error
+    return sizes
+
+
+# What else may be in a queue: the keys that tell it, what it is, and what to do.
+_FOREIGN_BODIES = (
+    (
+        {"TopicArn", "SubscribeURL"},
+        "SNS's request to confirm a subscription: confirm it, and choose raw delivery",
+    ),
+    (
+        {"TopicArn", "Message"},
+        "a notification of SNS: turn on raw message delivery for the subscription",
+    ),
+    ({"detail-type", "detail"}, "an event of EventBridge: send it to another queue"),
+    ({"Records"}, "an event of S3 or a similar service: send it to another queue"),
+    ({"Service", "Event", "Bucket"}, "a test event of S3: send it to another queue"),
+)
 
 
 def _decode(body: Any) -> Message:
-    """Decode a body from the queue; whatever is wrong with it is a ValidationError.
+    """Return the message of a body; raise ValidationError, whatever is wrong with it.
 
-    The body is hostile: an error quotes no more of it than 40 characters of a metadata value, and
-    neither its nesting nor its numbers can do more harm than to be refused.
+    The body is hostile: an error quotes at most 40 characters of a metadata value, and
+    neither nesting nor numbers can do more than have the body refused.
     """
-    # A body may be anything: that of a malformed record of Lambda is None.
-    _validate(body, {"description": "a string of JSON", "type": ["string"]})
+    data = _parse(body)
     try:
-        return Message(_DECODER.decode(body))
+        return Message(data)
+    except ValidationError as error:
+        foreign = _foreign(data)
+        if not foreign:
+            raise
+        text = f"message: expected one of taskhawk's, got {foreign}"
+        raise ValidationError(text) from error
+
+
+def _foreign(data: Any) -> str:
+    """Return what another service's body is, and what to do; "" for any other body."""
+    if not isinstance(data, dict):
+        return ""
+    for keys, what in _FOREIGN_BODIES:
+        if keys <= data.keys():
+            return what
+    return ""
+
+
+def _parse(body: Any) -> Any:
+    """Return the JSON value of a body; raise ValidationError if it has none."""
+    # It may be anything: in a malformed event of Lambda, it is None.
+    _validate(body, _BODY)
+    try:
+        return _DECODER.decode(body)
     except RecursionError:
         raise ValidationError("message: nested too deeply") from None
-    except ValueError as error:
+    except json.JSONDecodeError as error:
         # Only the position: the error's own text may quote the body.
-        where = (
-            f" at character {error.pos}"
-            if isinstance(error, json.JSONDecodeError)
-            else ""
-        )
-        raise ValidationError(f"message: not JSON{where}") from None
+        text = f"message: not JSON at character {error.pos}"
+        raise ValidationError(text) from None
+    except ValueError:
+        raise ValidationError("message: not JSON") from None
 
 
 # --- 6. retry policies ----------------------------------------------------------------
-# A policy is a function of the attempt that returns seconds. It does no I/O and holds no state.
+# A policy is a function of the attempt (the receive count, from 1): it returns seconds,
+# or raises StopRetry. It does no I/O and keeps no state; only its jitter is random.
 
 
 @dataclasses.dataclass(frozen=True)
 class RetryPolicy:
-    """Gives the seconds to the next run: they grow by factor and step, up to `max_retries` times.
+    """Returns the seconds until the next run, which grow by a factor and a step.
 
-    Made by :func:`fixed`, :func:`linear` and :func:`exponential`. Jitter takes between half of a
-    delay and all of it, so that what failed together is spread out:
+    Made by :func:`fixed`, :func:`linear` and :func:`exponential`. Jitter takes a random
+    part of a delay, from half to all of it, to spread out what failed together:
     https://aws.amazon.com/builders-library/timeouts-retries-and-backoff-with-jitter/
 
     :raises ConfigurationError: if a number is negative, or is not a number
@@ -981,42 +1363,38 @@ class RetryPolicy:
     jitter: bool
 
     def __post_init__(self) -> None:
-        """Refuse numbers that make no delay."""
-        numbers = (
-            self.base_s,
-            self.factor,
-            self.step_s,
-            self.max_delay_s,
-            self.max_retries or 0,
-        )
+        numbers = [self.base_s, self.factor, self.step_s, self.max_delay_s]
+        if self.max_retries is not None:
+            numbers.append(self.max_retries)
         for number in numbers:
-            valid = _is_number(number) and number >= 0
-            _require(valid, f"retry policy: expected 0 or more, got {number!r}")
+            if not _is_number(number) or not number >= 0:  # NaN is neither
+                raise ConfigurationError(
+                    f"retry policy: expected 0 or more, got {number!r}"
+                )
 
     def __call__(self, attempt: int) -> float:
-        """Return the delay in seconds after the `attempt`-th run (from 1).
+        """Return the delay after the `attempt`-th run.
 
-        :param attempt: the message's receive count, so that crashes and releases count too
-        :returns: 0 to 43,200, the longest that SQS hides a message
+        :param attempt: the message's receive count, from 1: crashes and releases count
+        :returns: 0 to 43,200 seconds, the longest that SQS hides a message
         :raises StopRetry: if all retries are used up
         """
         if self.max_retries is not None and attempt > self.max_retries:
             raise StopRetry(f"all {self.max_retries} retries are used up")
-        first, step = (
-            min(number, _MAX_HELD_S) for number in (self.base_s, self.step_s)
-        )
-        # 2.0 ** 1024 is more than a float can hold; the longest delay counts long before.
+        first_s = min(self.base_s, _MAX_HELD_S)
+        step_s = min(self.step_s, _MAX_HELD_S)
         growth = sys.float_info.max
-        with contextlib.suppress(OverflowError):
+        with contextlib.suppress(OverflowError):  # 2.0 ** 1024 is too large for a float
             growth = float(self.factor ** (attempt - 1))
-        delay_s = min(
-            first * growth + step * (attempt - 1), self.max_delay_s, _MAX_HELD_S
-        )
-        return _jittered(delay_s) if self.jitter else delay_s
+        grown_s = first_s * growth + step_s * (attempt - 1)
+        delay_s = min(grown_s, self.max_delay_s, _MAX_HELD_S)
+        if self.jitter:
+            return _jittered(delay_s)
+        return delay_s
 
 
 def _jittered(delay_s: float) -> float:
-    """Return between half of a delay and all of it."""
+    """Return a random part of a delay, from half to all of it."""
     import random
 
     return delay_s * random.uniform(0.5, 1)
@@ -1028,7 +1406,8 @@ def fixed(
     """Return a retry policy of equal delays.
 
     :param delay_s: seconds from a failed run to the next
-    :param max_retries: then the dead letters; None leaves that to the queue's maxReceiveCount
+    :param max_retries: how many retries before the message is dead-lettered; None
+        leaves it to the queue's maxReceiveCount
     :param jitter: take a random part of each delay, at least half of it
     """
     return RetryPolicy(delay_s, 1, 0, max_retries, _MAX_HELD_S, jitter)
@@ -1042,11 +1421,12 @@ def linear(
     *,
     jitter: bool = True,
 ) -> RetryPolicy:
-    """Return a retry policy of delays that grow by `step_s` seconds; see :func:`fixed`.
+    """Return a retry policy of delays that grow by `step_s` each time.
 
     :param base_s: seconds from the first failed run to the next
-    :param step_s: seconds that each delay is longer than the one before
-    :param max_retries: then the dead letters; None leaves that to the queue's maxReceiveCount
+    :param step_s: seconds by which each delay is longer than the one before
+    :param max_retries: how many retries before the message is dead-lettered; None
+        leaves it to the queue's maxReceiveCount
     :param max_delay_s: the longest delay in seconds
     :param jitter: take a random part of each delay, at least half of it
     """
@@ -1061,11 +1441,12 @@ def exponential(
     *,
     jitter: bool = True,
 ) -> RetryPolicy:
-    """Return a retry policy of delays that grow by `factor`; see :func:`fixed`.
+    """Return a retry policy of delays that are `factor` times longer each time.
 
     :param base_s: seconds from the first failed run to the next
     :param factor: how many times longer each delay is than the one before
-    :param max_retries: then the dead letters; None leaves that to the queue's maxReceiveCount
+    :param max_retries: how many retries before the message is dead-lettered; None
+        leaves it to the queue's maxReceiveCount
     :param max_delay_s: the longest delay in seconds
     :param jitter: take a random part of each delay, at least half of it
     """
@@ -1089,26 +1470,34 @@ __all__ += [
 
 
 # --- 7. the broker contract -----------------------------------------------------------
-# All the queue I/O that this library can do. A whole call that fails raises: ConfigurationError, if
-# only a person can mend it. An entry of a batch that fails is in the answer, and an entry that the
-# answer does not name has failed.
+# All the queue I/O that this library can do. A call that fails as a whole raises:
+# ConfigurationError if only a person can fix it. The answer to a batch names the
+# entries that failed; an entry that a service's answer leaves out has failed too. How
+# often the entries of a batch are tried in all is decided here alone.
 
 
-_SUFFIXES = dict(
-    zip(Priority, ("", "-high-priority", "-low-priority", "-bulk"), strict=True)
-)
+_SUFFIXES = {
+    Priority.default: "",
+    Priority.high: "-high-priority",
+    Priority.low: "-low-priority",
+    Priority.bulk: "-bulk",
+}
 # Not the order of the enum, whose numbers are 1.4's.
 _URGENCY = (Priority.high, Priority.default, Priority.low, Priority.bulk)
-
+# The pause before each try of a batch's entries: nobody waits before the first.
+_PAUSES_S = (0, 0.09, 0.3)
 
 # What makes a sender or broker, by the scheme of its URL: later rooms add theirs.
 _schemes: dict[str, Callable[[str], Sender]] = {}
 
 
 class Outgoing(NamedTuple):
-    """A message to send; the attributes are as SQS writes them.
+    """A message to send.
 
-    Group and deduplication id are for FIFO queues; a fair queue takes a group too.
+    :ivar attributes: message attributes, in the form that SQS gives them
+    :ivar delay_s: seconds for which the queue holds the message back
+    :ivar group_id: the message group of a FIFO queue, or the tenant of a fair queue
+    :ivar deduplication_id: a FIFO queue drops a message whose id it has seen
     """
 
     body: str
@@ -1118,20 +1507,28 @@ class Outgoing(NamedTuple):
     deduplication_id: str | None = None
 
     def size(self) -> int:
-        """Count the bytes as the service does: body, attribute names, types and values."""
-        # ASCII, as all of ours is, has a byte a character; copies of others' messages may not.
-        size = len(self.body) if self.body.isascii() else len(self.body.encode())
+        """Count bytes as the service does: body, attribute names, types and values."""
+        size = _byte_count(self.body)
         for name, value in self.attributes.items():
-            for text in (name, *value.values()):
-                size += len(text.encode() if isinstance(text, str) else text)
+            size += _byte_count(name) + sum(map(_byte_count, value.values()))
         return size
+
+
+def _byte_count(content: str | bytes) -> int:
+    """Count the bytes of text, or of the value of a binary attribute."""
+    if content.isascii():  # as all of ours is: a character is a byte
+        return len(content)
+    return len(content.encode() if isinstance(content, str) else content)
 
 
 class Refusal(NamedTuple):
     """An entry of a batch call that failed.
 
-    `index` is its place among the entries of the call; `code` is the service's, or the type of an
-    exception; `final` says not to try again: the entry is at fault, or was tried often enough.
+    :ivar index: the place of the entry among the entries of the call
+    :ivar code: the service's code, or the type of an exception
+    :ivar text: the service's reason
+    :ivar final: whether to try no more: the entry is at fault, a person must act, or
+        it was tried often enough
     """
 
     index: int  # type: ignore[assignment]
@@ -1146,7 +1543,7 @@ class Refusal(NamedTuple):
 
 
 class QueueInfo(NamedTuple):
-    """What a worker wants to know of a queue; None where it has no dead-letter queue."""
+    """What a worker needs to know of a queue; None: it has no dead-letter queue."""
 
     visibility_timeout_s: float
     dead_letter_queue: str | None
@@ -1154,10 +1551,11 @@ class QueueInfo(NamedTuple):
 
 
 class Depth(NamedTuple):
-    """How many messages a queue has; SQS says so approximately, and a minute late or more.
+    """How many messages a queue has; SQS's numbers are approximate and minutes old.
 
-    `visible` can be received, `in_flight` was received and is hidden yet, `delayed` was sent with a
-    delay that is not over.
+    :ivar visible: can be received now
+    :ivar in_flight: were received, and are hidden until their visibility timeout ends
+    :ivar delayed: were sent with a delay that has not passed yet
     """
 
     visible: int
@@ -1166,14 +1564,17 @@ class Depth(NamedTuple):
 
 
 class Sender(typing.Protocol):
-    """What publishing needs of a service, which sets the most bytes and the longest delay.
+    """What publishing needs of a service.
 
-    ``send`` takes at most ten messages, which are together within `max_bytes`, and returns those
-    that were refused. ``before_fork`` lets go of what a child must not share, until ``after_fork``
-    in the parent.
+    ``send`` takes at most ten messages, together no larger than `max_bytes`, and
+    returns the refused ones. ``close`` closes connections; the next call opens new
+    ones.
 
-    Calls may come from any thread at once. One that fails as a whole raises; it may have been done
-    all the same.
+    Any thread may call at any time. A call that raises may have had its effect all the
+    same.
+
+    :ivar max_bytes: the largest message, and the largest sum of a batch
+    :ivar max_delay_s: the longest delay
     """
 
     max_bytes: int
@@ -1181,39 +1582,41 @@ class Sender(typing.Protocol):
 
     def destination(self, priority: Priority) -> str:
         """Return the name of the queue or topic for messages of a priority."""
-        name = settings.TASKHAWK_QUEUE
-        if name is None and settings.TASKHAWK_BROKER != "sqs":
-            name = (
-                "default"  # a file needs no names to be kept apart from others' queues
-            )
-        return f"TASKHAWK-{name or settings.require('TASKHAWK_QUEUE')}{_SUFFIXES[priority]}".upper()
+        queue = settings.TASKHAWK_QUEUE
+        if queue is None and settings.TASKHAWK_BROKER != "sqs":
+            queue = "default"  # nobody else's queues are in the file
+        if queue is None:
+            queue = settings.require("TASKHAWK_QUEUE")
+        return f"TASKHAWK-{queue}{_SUFFIXES[priority]}".upper()
 
     def send(self, destination: str, entries: Sequence[Outgoing]) -> list[Refusal]: ...
     def close(self) -> None: ...
-    def before_fork(self) -> None: ...
-    def after_fork(self) -> None: ...
 
 
 class Broker(Sender, typing.Protocol):
     """What workers and operations need besides; queues are called by name.
 
-    ``receive`` takes at most ten messages and waits for the first, unless `stop` cuts the wait
-    short; they are hidden from others for `lease_s`, or for the queue's own timeout if it is None.
-    ``delete`` and ``change_visibility`` are for at most ten receipts: the latter makes messages
-    visible again so many seconds from now. ``url`` is what the service calls a queue.
+    ``receive`` takes at most ten messages and hides them from others for `lease_s`, or
+    for the queue's own timeout if that is None. It waits `wait_s` for the first
+    message, or until `stop` is set. ``delete`` and ``change_visibility`` take at most
+    ten receipt handles; the latter makes each message visible again so many seconds
+    from now. Both make one attempt, for a worker that tries again by itself, or several
+    with `retry`. ``url`` is what the service calls a queue.
     """
 
     def receive(
         self,
         queue: str,
-        most: int,
+        limit: int,
         wait_s: float,
         lease_s: float | None,
         stop: threading.Event,
     ) -> list[QueueMessage]: ...
-    def delete(self, queue: str, receipts: Sequence[str]) -> list[Refusal]: ...
+    def delete(
+        self, queue: str, receipts: Sequence[str], *, retry: bool = False
+    ) -> list[Refusal]: ...
     def change_visibility(
-        self, queue: str, changes: Sequence[tuple[str, float]]
+        self, queue: str, changes: Sequence[tuple[str, float]], *, retry: bool = False
     ) -> list[Refusal]: ...
     def url(self, queue: str) -> str: ...
     def info(self, queue: str) -> QueueInfo: ...
@@ -1222,10 +1625,17 @@ class Broker(Sender, typing.Protocol):
 
 @dataclasses.dataclass(eq=False, repr=False)
 class QueueMessage:
-    """A received message, as the hooks get it: it reads and acts like boto3's ``sqs.Message``.
+    """A received message, as hooks get it: it works like boto3's ``sqs.Message``.
 
-    Body and attributes are as the service returned them: nothing is checked here. The receipt
-    handle is of this very receive, and None where no queue has the message.
+    Body and attributes are as the service returned them: nothing is checked here.
+
+    :ivar receipt_handle: of this receive; None where no queue has the message
+    :ivar queue: the name of its queue
+    :ivar broker: what to reach the queue by; None where no queue has the message
+    :ivar sns_record: the record, where Lambda received the message from a topic
+    :ivar message: the decoded message, once it is valid and its task is registered
+    :ivar lease_lost: whether others may have received the message; set by the worker
+    :ivar max_receive_count: of the queue's redrive policy, where it is known
     """
 
     body: Any
@@ -1236,203 +1646,463 @@ class QueueMessage:
         default_factory=dict
     )
     queue: str | None = None
-    broker: Broker | None = None  # where a queue has the message
-    sns_record: Mapping[str, Any] | None = None  # where Lambda got it from a topic
-    message: Message | None = (
-        None  # once it is known to be valid and its task to be registered
-    )
-    lease_lost: bool = False  # set by the worker
-    max_receive_count: int | None = None  # of the queue's redrive policy, if known
+    broker: Broker | None = None
+    sns_record: Mapping[str, Any] | None = None
+    message: Message | None = None
+    lease_lost: bool = False
+    max_receive_count: int | None = None
 
-    #: how often the message was received, from 1
-    attempt = property(
-        lambda self: int(self.attributes.get("ApproximateReceiveCount", 1))
-    )
-    #: the URL of the queue; "" where none has the message
-    queue_url = property(
-        lambda self: self.broker.url(self.queue) if self.broker else ""
-    )
-    is_fifo = property(lambda self: (self.queue or "").endswith(".fifo"))
-    #: the message group, on FIFO and fair queues
-    group_id = property(lambda self: self.attributes.get("MessageGroupId"))
+    @property
+    def attempt(self) -> int:
+        """How often the message has been received, from 1."""
+        return int(self.attributes.get("ApproximateReceiveCount", 1))
+
+    @property
+    def is_last_receive(self) -> bool:
+        """Whether the queue's redrive policy allows no further receive."""
+        limit = self.max_receive_count
+        return limit is not None and self.attempt >= limit
+
+    @property
+    def queue_url(self) -> str:
+        """The URL of the queue; "" where no queue has the message."""
+        if self.broker is None or self.queue is None:
+            return ""
+        return self.broker.url(self.queue)
+
+    @property
+    def is_fifo(self) -> bool:
+        """Whether the message is from a FIFO queue."""
+        return self.queue is not None and self.queue.endswith(".fifo")
+
+    @property
+    def group_id(self) -> str | None:
+        """The message group, on FIFO and fair queues."""
+        return self.attributes.get("MessageGroupId")
 
     @property
     def hook_kwargs(self) -> dict[str, Any]:
-        """What the hooks are called with."""
+        """The arguments for hooks."""
         if self.sns_record is not None:
             return {"sns_record": self.sns_record}
         return {"queue_name": self.queue, "sqs_queue_message": self}
 
     def delete(self) -> None:
-        """Delete the message from its queue, at once.
+        """Delete the message from its queue, at once and with retries.
 
-        For hooks and old code: a worker by itself deletes what it has run, ten in a call.
+        For hooks and old code: a worker deletes what it has run, ten in a call.
 
         :raises PartialFailure: if the service refuses
         """
         if self.broker and self.queue and self.receipt_handle:
-            _accepted(self.broker.delete(self.queue, [self.receipt_handle]))
+            call = functools.partial(self.broker.delete, self.queue, retry=True)
+            _insist(call, self.receipt_handle)
 
     def change_visibility(self, *, VisibilityTimeout: float) -> None:  # noqa: N803 - boto3's name
         """Make the message visible again so many seconds from now.
 
-        :param VisibilityTimeout: 0 to 43,200 seconds; SQS counts 12 hours in all from the receive
-        :raises PartialFailure: if the service refuses, such as for a message no longer in flight
+        :param VisibilityTimeout: 0 to 43,200 seconds; SQS allows 12 hours in all from
+            the receive
+        :raises PartialFailure: if the service refuses: the message is no longer in
+            flight, for example
         """
         if self.broker and self.queue and self.receipt_handle:
-            change = (self.receipt_handle, VisibilityTimeout)
-            _accepted(self.broker.change_visibility(self.queue, [change]))
+            change = self.broker.change_visibility
+            call = functools.partial(change, self.queue, retry=True)
+            _insist(call, (self.receipt_handle, VisibilityTimeout))
 
     def copy(self, attributes: Mapping[str, Mapping[str, Any]]) -> Outgoing:
-        """Return the message as it is sent to another queue.
+        """Return the message in the form in which it is sent to another queue.
 
-        On FIFO queues its own MessageId deduplicates it: the body's id was seen before, and SQS
-        would accept the copy and drop it.
+        A FIFO queue knows the body's id and would drop the copy: its own MessageId
+        identifies the copy there.
         """
-        once = self.message_id if self.is_fifo else None
-        return Outgoing(self.body, attributes, 0, self.group_id, once)
+        deduplication_id = None
+        if self.is_fifo:
+            deduplication_id = self.message_id
+        return Outgoing(self.body, attributes, 0, self.group_id, deduplication_id)
+
+
+_BatchCall = Callable[[Sequence[Any]], list[Refusal]]
 
 
 def _accepted(refusals: Sequence[Refusal]) -> None:
-    """Raise PartialFailure if anything was refused, for calls of one entry."""
-    if refusals:
-        failed = [
-            {"Id": str(r.index), "Code": r.code, "Message": r.text} for r in refusals
-        ]
+    """Raise PartialFailure if a call of one entry was refused."""
+    failed = [{"Id": str(r.index), "Code": r.code, "Message": r.text} for r in refusals]
+    if failed:
         raise PartialFailure({"Successful": [], "Failed": failed})
 
 
-def _one_call(
-    call: Callable[[Sequence[Any]], list[Refusal]], entries: Sequence[Any]
-) -> dict[int, Refusal]:
-    """Make one batch call, and return what was refused, by its place in the batch.
+def _insist(call: _BatchCall, entry: Any) -> None:
+    """Make a call of one entry; try it again where the service is at fault.
 
-    A call that fails as a whole has refused all of them.
+    :raises PartialFailure: if the entry is refused in the end
+    """
+    refusals: list[Refusal] = []
+    for pause_s in _PAUSES_S:
+        time.sleep(_jittered(pause_s))
+        refusals = call([entry])
+        if all(refusal.final for refusal in refusals):
+            break
+    _accepted(refusals)
+
+
+def _one_call(call: _BatchCall, entries: Sequence[Any]) -> dict[int, Refusal]:
+    """Make one batch call of at most ten entries; return the refused ones by index.
+
+    A call that fails as a whole refuses each entry, but not finally: even a permission
+    may come back.
     """
     try:
-        return {refusal.index: refusal for refusal in call(entries)}
+        refusals = call(entries)
     except Exception as error:
-        whole = Refusal(0, _error_code(error), str(error), final=False)
-        return dict.fromkeys(range(len(entries)), whole)
+        return _all_refused(error, range(len(entries)), final=False)
+    return {refusal.index: refusal for refusal in refusals}
+
+
+def _all_refused(
+    error: Exception, indexes: Iterable[int], *, final: bool
+) -> dict[int, Refusal]:
+    """Return a refusal for each entry of a call that failed as a whole."""
+    code, text = _error_code(error), _text_of(error)
+    return {index: Refusal(index, code, text, final) for index in indexes}
 
 
 def _in_batches(
-    call: Callable[[Sequence[Any]], list[Refusal]],
+    call: _BatchCall,
     entries: Sequence[Any],
     tries: int = 1,
     *,
-    max_bytes: float = 0,
+    max_bytes: int = 0,
     repeated: bool = False,
 ) -> dict[int, Refusal]:
-    """Make batch calls, and return what was refused, by its index among the entries.
+    """Make batch calls for any number of entries; return the refused ones by index.
 
-    A call that fails as a whole has refused its entries and all after them, which are not tried.
+    Entries whose refusal is not final are tried again after a pause.
 
-    :param tries: how often in all to ask for what the service fails at
-    :param max_bytes: of the sum of a call's entries, where they are messages
-    :param repeated: whether botocore has repeated a whole call that failed, which is enough
+    :param tries: how often an entry is tried in all, at most 3 times
+    :param max_bytes: the limit for the sum of a call's entries, where they are messages
+    :param repeated: the caller has repeated a call that failed as a whole, as botocore
+        does for sends: its entries are not tried again
+    """
+    one_round = functools.partial(_one_round, call, max_bytes, repeated=repeated)
+    refused: dict[int, Refusal] = {}
+    remaining: Sequence[int] = range(len(entries))
+    for pause_s in _PAUSES_S[:tries]:
+        if not remaining:
+            break
+        time.sleep(_jittered(pause_s))
+        answer = one_round([entries[index] for index in remaining])
+        for place, index in enumerate(remaining):
+            refused.pop(index, None)
+            if place in answer:
+                refused[index] = answer[place]._replace(index=index)
+        remaining = [i for i, refusal in refused.items() if not refusal.final]
+    return refused
+
+
+def _one_round(
+    call: _BatchCall, max_bytes: int, entries: Sequence[Any], *, repeated: bool
+) -> dict[int, Refusal]:
+    """Make a batch call for each ten entries; return the refused ones by index.
+
+    After a call that fails as a whole, the entries that follow are refused untried.
     """
     refused: dict[int, Refusal] = {}
     start = 0
-    while start < len(entries):
-        part = entries[start : start + _MAX_BATCH]
-        # One entry always goes: if it is too long by itself, the service says so.
-        while (
-            max_bytes
-            and len(part) > 1
-            and sum(entry.size() for entry in part) > max_bytes
-        ):
-            part = part[:-1]
+    for batch in _batches(entries, max_bytes):
         try:
-            refused |= {start + refusal.index: refusal for refusal in call(part)}
+            refusals = call(batch)
         except Exception as error:
-            code = _error_code(error)
-            whole = Refusal(
-                0, code, str(error), repeated or code.startswith("AccessDenied")
-            )
-            refused |= dict.fromkeys(range(start, len(entries)), whole)
-            break
-        start += len(part)
-    again = [index for index, refusal in refused.items() if not refusal.final]
-    if again and tries > 1:
-        time.sleep(_jittered(0.3 ** (tries - 1)))  # 0.09 s, then 0.3 s
-        answer = _in_batches(
-            call, [entries[i] for i in again], tries - 1, max_bytes=max_bytes
-        )
-        refused = {
-            index: refusal for index, refusal in refused.items() if refusal.final
-        }
-        refused |= {again[index]: refusal for index, refusal in answer.items()}
+            final = repeated or isinstance(error, ConfigurationError)
+            rest = range(start, len(entries))
+            return refused | _all_refused(error, rest, final=final)
+        for refusal in refusals:
+            refused[start + refusal.index] = refusal
+        start += len(batch)
     return refused
+
+
+def _batches(entries: Sequence[Any], max_bytes: int) -> Iterator[Sequence[Any]]:
+    """Yield the entries in batches of at most ten, each together within `max_bytes`.
+
+    An entry that is too large by itself is a batch of its own: the service says so.
+    """
+    batch: list[Any] = []
+    batch_bytes = 0
+    for entry in entries:
+        entry_bytes = entry.size() if max_bytes else 0
+        is_full = len(batch) == _MAX_BATCH or batch_bytes + entry_bytes > max_bytes
+        if batch and is_full:
+            yield batch
+            batch, batch_bytes = [], 0
+        batch.append(entry)
+        batch_bytes += entry_bytes
+    if batch:
+        yield batch
 
 
 def _send_all(
     sender: Sender, destination: str, entries: Sequence[Outgoing]
 ) -> dict[int, Refusal]:
-    """Send to one destination; return what was refused, by its index among the entries."""
+    """Send any number of messages to one destination; return the refused by index."""
     send = functools.partial(sender.send, destination)
     return _in_batches(send, entries, 3, max_bytes=sender.max_bytes, repeated=True)
 
 
 def _change_all(call: str, entries: Mapping[QueueMessage, Any], warning: str) -> None:
-    """Make batch calls for the messages that a queue has; Lambda's role may not be allowed to.
+    """Delete or change those of one queue's messages that a queue has.
 
-    :param call: the method of the broker
-    :param entries: what it takes of each message
+    A refusal is a warning only: the role of a Lambda function may not be allowed to.
+
+    :param call: the name of the broker's method
+    :param entries: what the method takes of each message
     :param warning: logged with how many of how many were refused, and why
     """
-    known = [
-        (received, entry) for received, entry in entries.items() if received.broker
-    ]
-    if known:
-        first = known[0][0]
-        made = functools.partial(getattr(first.broker, call), first.queue)
-        if refused := _in_batches(made, [entry for _, entry in known], 3):
-            _log.warning(
-                warning, len(refused), len(known), next(iter(refused.values())).text
-            )
-
-
-def _error_code(error: BaseException) -> str:
-    """Return an AWS error's code without its prefix, or the error's type.
-
-    Where an AWS error was turned into another one, it is found as that one's cause.
-    """
-    origin = error.__cause__ or error
-    # Such as AWS.SimpleQueueService.NonExistentQueue, in the older of SQS's protocols.
-    response = getattr(origin, "response", None) or {}
-    return str(
-        response.get("Error", {}).get("Code") or type(origin).__name__
-    ).rpartition(".")[2]
+    queued = [(message, entry) for message, entry in entries.items() if message.broker]
+    if not queued:
+        return
+    first, _ = queued[0]
+    change = functools.partial(getattr(first.broker, call), first.queue)
+    refused = _in_batches(change, [entry for _, entry in queued], 3)
+    if refused:
+        reason = next(iter(refused.values())).text
+        _log.warning(warning, len(refused), len(queued), reason)
 
 
 # --- 8. SQLite ------------------------------------------------------------------------
-# The embedded broker, with the semantics of SQS, for any number of processes on one machine. Every
-# change is one transaction that is on the disk (synchronous=FULL) before the call returns. A
-# message is hidden while its visible_ms is ahead: that one column is delay, visibility timeout and
-# retry. A receipt is good for a delete until the message is received again or moved to the dead
-# letters, and for a change as long as the message is hidden, too.
+# The embedded broker, with the semantics of SQS, for any number of processes on one
+# machine. Every change is ONE statement, and so one transaction: it is on the disk
+# (synchronous=FULL) before the call returns, and neither a crash nor a signal handler
+# or __del__ that dispatches comes between its halves. A message is hidden while its
+# visible_ms is ahead: delay, visibility timeout and retry in one. A receipt is good for
+# a delete until the message is received again or dead-lettered; for a change, only
+# while the message is hidden too.
 
 
 _SQLITE_SCHEMA = """BEGIN IMMEDIATE;
 CREATE TABLE IF NOT EXISTS message (
-    id INTEGER PRIMARY KEY AUTOINCREMENT, -- a receipt names it, so it is never used again
-    queue TEXT NOT NULL, message_id TEXT NOT NULL, body TEXT NOT NULL, attributes TEXT NOT NULL,
-    sent_ms INTEGER NOT NULL, visible_ms INTEGER NOT NULL,
+    id INTEGER PRIMARY KEY AUTOINCREMENT, -- a receipt names it: it is never used again
+    queue TEXT NOT NULL, message_id TEXT NOT NULL, body TEXT NOT NULL,
+    attributes TEXT NOT NULL, sent_ms INTEGER NOT NULL, visible_ms INTEGER NOT NULL,
     receive_count INTEGER NOT NULL DEFAULT 0, receipt TEXT);
 CREATE INDEX IF NOT EXISTS message_visible ON message (queue, visible_ms);
 PRAGMA user_version = 1; COMMIT;"""
-_memory_pid = functools.cache(os.getpid)  # the first process that had a queue in memory
+_SQLITE_EXAMPLE = (
+    "sqlite:///relative.db or sqlite:////absolute.db, then perhaps"
+    " ?visibility_timeout_s=30&max_receive_count=5"
+)
+# The options of the URL: the default, the form, and what an error calls it.
+_SQLITE_OPTIONS = {
+    "visibility_timeout_s": ("30", r"[0-9]*\.?[0-9]+", "a number of seconds above 0"),
+    "max_receive_count": ("5", "[0-9]+", "a whole number above 0"),
+}
+_LOCKED_S = 30  # how long to wait for a file that another process has locked
+_FIRST_LOOK_S = 0.002  # the pause between looks for a message grows from this…
+_LAST_LOOK_S = 0.05  # …to this: twenty looks a second cost next to no CPU
+# Subtracted from visible_ms once a message is visible: the difference is in the past of
+# any clock, so that a clock that is set back hides nothing, and the order stays.
+_SHOWN_MS = 10**15
+# The first process that had a queue in memory.
+_memory_pid = functools.cache(os.getpid)
+
+
+class _SqliteUrl(NamedTuple):
+    """What the URL of a SqliteBroker says; the path of memory is empty."""
+
+    path: str
+    lease_s: float
+    max_receive_count: int
+
+
+def _parse_sqlite_url(url: str) -> _SqliteUrl:
+    """Read a URL such as sqlite:///queue.db?max_receive_count=3."""
+    match = re.fullmatch(r"sqlite://(?:/([^?\n]+))?(?:\?(.*))?", url)
+    if match is None:
+        raise ConfigurationError(
+            f"TASKHAWK_BROKER: expected {_SQLITE_EXAMPLE}, got {url!r}"
+        )
+    path, query = match.groups("")
+    options = {name: default for name, (default, *_) in _SQLITE_OPTIONS.items()}
+    for pair in filter(None, query.split("&")):
+        name, _, value = pair.partition("=")
+        _check_sqlite_option(name, value, url)
+        options[name] = value
+    if path:
+        path = os.path.abspath(path)  # a task may change the directory
+    return _SqliteUrl(
+        path, float(options["visibility_timeout_s"]), int(options["max_receive_count"])
+    )
+
+
+def _check_sqlite_option(name: str, value: str, url: str) -> None:
+    """Raise ConfigurationError unless the URL's option exists and has a legal value."""
+    if name not in _SQLITE_OPTIONS:
+        raise ConfigurationError(
+            f"TASKHAWK_BROKER: {name!r} is not an option:"
+            f" expected {_SQLITE_EXAMPLE}, got {url!r}"
+        )
+    _, form, meaning = _SQLITE_OPTIONS[name]
+    if not re.fullmatch(form, value) or float(value) == 0:
+        raise ConfigurationError(
+            f"TASKHAWK_BROKER: {name}: expected {meaning}, got {value!r} in {url!r}"
+        )
+
+
+class _SqliteFile:
+    """A process's connection to a file or to its own memory, for all its threads."""
+
+    def __init__(self, path: str) -> None:
+        if not path and _memory_pid() != os.getpid():
+            raise ConfigurationError(
+                "sqlite:// is the memory of one process, and this is another:"
+                " use a file, such as sqlite:///queue.db"
+            )
+        self.path, self.pid = path, os.getpid()
+        # Held for each statement, and over a fork, which must find no file open.
+        # Reentrant: a signal handler or a __del__ may dispatch while its thread has it.
+        self.lock = threading.RLock()
+        self._db: Any = None
+        self._inode: tuple[int, int] | None = None
+        _sqlite_files.add(weakref.ref(self, _sqlite_files.discard))
+
+    def read(self, query: str, parameters: Sequence[Any]) -> list[Any]:
+        """Return the rows that a SELECT finds."""
+        with self.lock:
+            return list(self._connection().execute(query, parameters))
+
+    def change(self, statement: str, parameters: Sequence[Any]) -> int:
+        """Make a change, which is on the disk then; return how many rows it met."""
+        with self.lock:
+            return int(self._connection().execute(statement, parameters).rowcount)
+
+    def open(self) -> None:
+        """Open the file, so that one that is not usable is refused at once."""
+        with self.lock:
+            self._connection()
+
+    def close(self) -> None:
+        """Close the file until the next use; what is in memory is gone."""
+        with self.lock:
+            if self._db is not None:
+                self._db.close()
+                self._db = None
+
+    def _connection(self) -> Any:
+        """Return the connection, opened where there is none; for who holds the lock."""
+        if self._db is not None and self._find_inode() != self._inode:
+            # What is written to a file without a name is lost.
+            _log.warning("%s was removed or replaced: opening it anew", self.path)
+            self.close()
+        if self._db is None:
+            self._db = _open_sqlite(self.path)
+            self._inode = self._find_inode()
+        return self._db
+
+    def _find_inode(self) -> tuple[int, int] | None:
+        """Return which file has the path now; None where there is none."""
+        if not self.path:
+            return None
+        try:
+            status = os.stat(self.path)
+        except OSError:
+            return None
+        return status.st_dev, status.st_ino
+
+
+# Those of this process are closed over a fork that Python sees: SQLite's locks are the
+# process's, and a child with an open file would believe that it has its parent's.
+_sqlite_files: set[weakref.ref[_SqliteFile]] = set()
+_held_over_fork: list[_SqliteFile] = []
+
+
+def _close_sqlite_files() -> None:
+    """Close the files before a fork, and let nobody open them until it is done."""
+    for reference in list(_sqlite_files):
+        file = reference()
+        if file is not None and file.pid == os.getpid():
+            file.lock.acquire()
+            _held_over_fork.append(file)
+            if file.path:  # what is in memory would be gone
+                file.close()
+
+
+def _release_sqlite_files() -> None:
+    """Go on in the parent."""
+    while _held_over_fork:
+        _held_over_fork.pop().lock.release()
+
+
+# For good, once this module is imported. The child has no use for its parent's locks.
+os.register_at_fork(
+    before=_close_sqlite_files,
+    after_in_parent=_release_sqlite_files,
+    after_in_child=_held_over_fork.clear,
+)
+
+
+def _open_sqlite(path: str) -> Any:
+    """Open a file, or memory where the path is empty; make the table it lacks."""
+    import sqlite3
+
+    if sqlite3.sqlite_version_info < (3, 30):  # the first with count(*) FILTER
+        raise ConfigurationError(
+            f"SQLite {sqlite3.sqlite_version} is too old: expected 3.30.0 or newer"
+        )
+    db = None
+    try:
+        db = sqlite3.connect(
+            path or ":memory:",
+            timeout=_LOCKED_S,
+            isolation_level=None,  # each statement commits
+            check_same_thread=False,
+        )
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        if version not in (0, 1):
+            raise sqlite3.OperationalError(
+                f"expected version 1 of its tables, got {version}"
+            )
+        _use_write_ahead_log(db)
+        db.execute("PRAGMA synchronous = FULL")  # a commit outlives a power failure
+        db.executescript(_SQLITE_SCHEMA)
+    except sqlite3.Error as error:
+        if db is not None:
+            db.close()
+        where = path or "memory"
+        raise ConfigurationError(
+            f"TASKHAWK_BROKER: can't open {where}: {error}"
+        ) from error
+    return db
+
+
+def _use_write_ahead_log(db: Any) -> None:
+    """Let readers wait for nobody.
+
+    Alone of all statements, this one does not wait for a locked file by itself.
+    """
+    import sqlite3
+
+    deadline = time.monotonic() + _LOCKED_S
+    while True:
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError as error:
+            is_locked = error.sqlite_errorname == "SQLITE_BUSY"
+            if not is_locked or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+        else:
+            return
 
 
 class SqliteBroker(Broker):
     """Queues in a file; or in memory, for the tests of one process.
 
-    Any number of processes may use a file, on one machine: they share memory, which they can't over
-    a network's file system (https://www.sqlite.org/wal.html).
+    Any number of processes on one machine may use a file: they share memory, which they
+    can't over a network's file system (https://www.sqlite.org/wal.html).
 
-    :param url: ``sqlite:///relative.db``, ``sqlite:////absolute.db`` or ``sqlite://`` (memory), and
-        perhaps ``?visibility_timeout_s=30&max_receive_count=5``
+    :param url: ``sqlite:///relative.db``, ``sqlite:////absolute.db`` or ``sqlite://``
+        (memory), and perhaps ``?visibility_timeout_s=30&max_receive_count=5``
     :param clock: epoch seconds; passed in by tests
     :raises ConfigurationError: if the URL or the file is not usable
     """
@@ -1441,351 +2111,345 @@ class SqliteBroker(Broker):
     max_delay_s = 100 * 365 * 86_400  # a number that SQLite can hold
 
     def __init__(self, url: str, clock: Callable[[], float] = time.time) -> None:
-        """Read the URL, and open the file."""
         self._url, self._clock = url, clock
-        options = {
-            "visibility_timeout_s": str(_DEFAULT_LEASE_S),
-            "max_receive_count": "5",
-        }
-        try:
-            parts: Any = re.fullmatch(r"sqlite://(?:/([^?\n]+))?(?:\?(.*))?", url)
-            self._path, query = parts.groups("")
-            options |= (pair.partition("=")[::2] for pair in query.split("&") if pair)
-            lease_s, most = options.values()
-            self._lease_s, self._most = (
-                _conform(_SECONDS, lease_s),
-                _conform(_COUNT, most),
-            )
-        except (ValueError, AttributeError) as error:
-            text = "TASKHAWK_BROKER: expected sqlite:///relative.db or sqlite:////absolute.db, then"
-            then = "perhaps ?visibility_timeout_s=30&max_receive_count=5"
-            raise ConfigurationError(f"{text} {then}, got {url!r}") from error
-        text = "sqlite:// is the memory of one process, and this is another: use a file, such"
-        _require(
-            self._path or _memory_pid() == os.getpid(), f"{text} as sqlite:///queue.db"
-        )
-        # Held while a thread uses the connection, so that its transaction is that thread's alone:
-        # `with self._lock, self._db` writes all that is in the block, or nothing.
-        self._lock = threading.Lock()
-        self._opened = self._open()
+        path, self._lease_s, self._max_receives = _parse_sqlite_url(url)
+        self._files = _PerProcess(functools.partial(_SqliteFile, path))
+        self._file.open()
 
     @property
-    def _db(self) -> Any:
-        """The connection, opened anew after a fork; for who holds the lock."""
-        self._opened = self._opened or self._open()
-        return self._opened
-
-    def _open(self) -> Any:
-        """Open the file, or memory, and make the tables where there are none."""
-        import sqlite3
-
-        text = f"SQLite {sqlite3.sqlite_version} is too old: expected 3.30.0 or newer"
-        _require(
-            sqlite3.sqlite_version_info >= (3, 30), text
-        )  # the first with count(*) FILTER
-        # IMMEDIATE: a transaction waits for the file's write lock before its first change, for one
-        # that has begun to read can't wait: what it has read may be old by then.
-        options: Any = {
-            "timeout": 30,
-            "isolation_level": "IMMEDIATE",
-            "check_same_thread": False,
-        }
-        db, deadline = None, time.monotonic() + 30
-        try:
-            db = sqlite3.connect(self._path or ":memory:", **options)
-            if (version := db.execute("PRAGMA user_version").fetchone()[0]) not in (
-                0,
-                1,
-            ):
-                raise sqlite3.OperationalError(
-                    f"expected version 1 of its tables, got {version}"
-                )
-            # WAL: who reads waits for nobody.
-            while (
-                True
-            ):  # alone of all statements, this one does not wait for other processes
-                try:
-                    db.execute("PRAGMA journal_mode = WAL")
-                    break
-                except sqlite3.OperationalError as error:
-                    if (
-                        error.sqlite_errorname != "SQLITE_BUSY"
-                        or time.monotonic() > deadline
-                    ):
-                        raise
-                    time.sleep(0.01)
-            # FULL: a COMMIT that returned outlives a power failure.
-            db.execute("PRAGMA synchronous = FULL")
-            db.executescript(_SQLITE_SCHEMA)
-        except sqlite3.Error as error:
-            if db:
-                db.close()
-            where = os.path.abspath(self._path or "memory")
-            raise ConfigurationError(
-                f"TASKHAWK_BROKER: can't open {where}: {error}"
-            ) from error
-        return db
+    def _file(self) -> _SqliteFile:
+        return self._files.get()
 
     def url(self, queue: str) -> str:
         """Return the broker's URL: a queue has none of its own."""
         return self._url
 
     def close(self) -> None:
-        """Close the file; what is in memory is gone."""
-        with self._lock:
-            if self._opened:
-                self._opened.close()
-
-    def before_fork(self) -> None:
-        """Close the file: SQLite's locks are the process's, and a child would take them on."""
-        self._lock.acquire()
-        if self._path and self._opened:
-            self._opened = self._opened.close()
-
-    def after_fork(self) -> None:
-        self._lock.release()
+        """Close the file until the next use; what is in memory is gone."""
+        self._file.close()
 
     def _in_ms(self, seconds: float = 0) -> int:
-        """Return the time so many seconds from now, as the tables have it."""
+        """Return the time so many seconds from now, as the table has it."""
         return math.ceil((self._clock() + seconds) * 1000)
 
     def send(self, destination: str, entries: Sequence[Outgoing]) -> list[Refusal]:
         """Write the messages in one transaction: all, or none if it raises."""
-        insert = "INSERT INTO message VALUES (NULL, ?, ?, ?, ?, ?, ?, 0, NULL)"
-        # One transaction, and so one flush of the disk, for up to ten messages.
-        with self._lock, self._db as db:
-            for body, attributes, delay_s, *_ in entries:
-                what = (destination, _new_id(), body, json.dumps(attributes))
-                db.execute(insert, (*what, self._in_ms(), self._in_ms(delay_s)))
+        now_ms = self._in_ms()
+        values: list[Any] = []
+        for entry in entries:
+            visible_ms = now_ms - _SHOWN_MS
+            if entry.delay_s:
+                visible_ms = self._in_ms(entry.delay_s)
+            values += (destination, _new_id(), entry.body)
+            values += (json.dumps(entry.attributes), now_ms, visible_ms)
+        insert = """INSERT INTO message
+            (queue, message_id, body, attributes, sent_ms, visible_ms) VALUES"""
+        self._file.change(f"{insert} {_marks('(?, ?, ?, ?, ?, ?)', entries)}", values)
         return []
 
     def receive(
         self,
         queue: str,
-        most: int,
+        limit: int,
         wait_s: float,
         lease_s: float | None,
         stop: threading.Event,
     ) -> list[QueueMessage]:
-        """Claim messages; wait for the first without holding any lock.
+        """Claim messages; wait for the first without holding a lock.
 
-        The first look comes at once, the others after pauses that grow: a message waits 50 ms at
-        most, and an idle worker takes next to no CPU.
+        The first look comes at once, the others after pauses that grow to 50 ms: an
+        idle worker takes next to no CPU.
         """
-        deadline, pause_s = time.monotonic() + wait_s, 0.002
-        look = (
-            "SELECT EXISTS (SELECT 1 FROM message WHERE queue = ? AND visible_ms <= ?)"
-        )
-        claim = functools.partial(self._claim, queue, most, lease_s or self._lease_s)
+        deadline, pause_s = time.monotonic() + wait_s, _FIRST_LOOK_S
+        lease_s = lease_s or self._lease_s
         while True:
-            with self._lock:
-                (found,) = self._db.execute(look, (queue, self._in_ms())).fetchone()
-            if (claimed := claim() if found else []) or time.monotonic() >= deadline:
+            claimed = self._claim(queue, min(limit, _MAX_BATCH), lease_s)
+            if claimed or time.monotonic() >= deadline or stop.wait(pause_s):
                 return claimed
-            if stop.wait(pause_s):
-                return []
-            pause_s = min(
-                pause_s * 2, 0.05
-            )  # twenty looks a second cost next to nothing
+            pause_s = min(pause_s * 2, _LAST_LOOK_S)
 
-    def _claim(self, queue: str, most: int, lease_s: float) -> list[QueueMessage]:
-        """Take the first messages; those received too often go to the dead-letter queue.
+    def _claim(self, queue: str, limit: int, lease_s: float) -> list[QueueMessage]:
+        """Take the messages that have been visible longest, if there are any."""
+        now_ms = self._in_ms()
+        look = "SELECT max(visible_ms) FROM message WHERE queue = ? AND visible_ms <= ?"
+        [[newest_ms]] = self._file.read(look, (queue, now_ms))
+        if newest_ms is None:
+            return []
+        if newest_ms > 0:
+            self._show(queue, now_ms)
+        # The claim is this one statement; then its token tells what is ours.
+        until_ms, token = self._in_ms(lease_s), os.urandom(16).hex()
+        claim = """UPDATE message SET receipt = id || '-' || ?, visible_ms = ?,
+            receive_count = receive_count + 1 WHERE id IN (SELECT id FROM message
+            WHERE queue = ? AND visible_ms < 0 ORDER BY visible_ms, id LIMIT ?)"""
+        self._file.change(claim, (token, until_ms, queue, limit))
+        find = """SELECT receipt, receive_count, sent_ms, attributes, body, message_id
+            FROM message WHERE queue = ? AND visible_ms = ? AND receipt = id || '-' || ?
+            ORDER BY id"""
+        rows = self._file.read(find, (queue, until_ms, token))
+        return [self._message(queue, row) for row in rows]
 
-        As on SQS, it is the receive that moves them, and a message keeps its id and its attributes.
+    def _show(self, queue: str, now_ms: int) -> None:
+        """Show for good the messages whose delay or visibility timeout has ended.
+
+        Those that were received too often go to the dead-letter queue instead. As on
+        SQS, it is a receive that moves them, and they keep their ids and attributes.
         """
-        find = """SELECT id, receive_count + 1, sent_ms, attributes, body, message_id FROM message
-            WHERE queue = ? AND visible_ms <= ? ORDER BY visible_ms, id LIMIT ?"""
-        take = "UPDATE message SET receive_count = ?, visible_ms = ?, receipt = ? WHERE id = ?"
-        # It is visible there at once, and counted from the start.
-        redrive = "UPDATE message SET queue = ?, receive_count = 0, receipt = NULL WHERE id = ?"
-        _, dead, limit = self.info(queue)
-        claimed = []
-        with self._lock, self._db as db:
-            db.execute(
-                "BEGIN IMMEDIATE"
-            )  # before the look too, or others would find the same
-            first = db.execute(
-                find, (queue, self._in_ms(), min(most, _MAX_BATCH))
-            ).fetchall()
-            for row, count, sent_ms, attributes, body, message_id in first:
-                if limit and count > limit:
-                    db.execute(redrive, (dead, row))
-                    continue
-                receipt = f"{row}-{os.urandom(16).hex()}"
-                db.execute(take, (count, self._in_ms(lease_s), receipt, row))
-                system = {
-                    "ApproximateReceiveCount": str(count),
-                    "SentTimestamp": str(sent_ms),
-                }
-                parts = (body, message_id, receipt, system, json.loads(attributes))
-                claimed.append(QueueMessage(*parts, queue, self))
-        return claimed
+        _, dead_letter_queue, limit = self.info(queue)
+        redrive = """UPDATE message SET queue = ?, receive_count = 0, receipt = NULL,
+            visible_ms = visible_ms - ? WHERE queue = ?
+            AND visible_ms BETWEEN 0 AND ? AND receive_count >= ?"""
+        values = (dead_letter_queue, _SHOWN_MS, queue, now_ms, limit)
+        self._file.change(redrive, values)  # nothing, where the limit is NULL
+        show = """UPDATE message SET visible_ms = visible_ms - ?
+            WHERE queue = ? AND visible_ms BETWEEN 0 AND ?"""
+        self._file.change(show, (_SHOWN_MS, queue, now_ms))
 
-    def delete(self, queue: str, receipts: Sequence[str]) -> list[Refusal]:
-        """Delete; what was deleted before is no error, what another has received since is."""
-        # A receipt begins with the number of its row, by which the row is found.
-        change = "DELETE FROM message WHERE id = CAST(:receipt AS INTEGER) AND receipt = :receipt"
-        refused = "SELECT 1 FROM message WHERE id = CAST(:receipt AS INTEGER)"
-        return self._change(
-            change, refused, [{"receipt": receipt} for receipt in receipts]
+    def _message(self, queue: str, row: Sequence[Any]) -> QueueMessage:
+        """Return a message that was just received."""
+        receipt, receive_count, sent_ms, attributes, body, message_id = row
+        return QueueMessage(
+            body=body,
+            message_id=message_id,
+            receipt_handle=receipt,
+            attributes={
+                "ApproximateReceiveCount": str(receive_count),
+                "SentTimestamp": str(sent_ms),
+            },
+            message_attributes=json.loads(attributes),
+            queue=queue,
+            broker=self,
+            max_receive_count=self.info(queue).max_receive_count,
         )
+
+    def delete(
+        self, queue: str, receipts: Sequence[str], *, retry: bool = False
+    ) -> list[Refusal]:
+        """Delete; it is an error only if a message was received again since."""
+        given = f"WITH given (receipt) AS (VALUES {_marks('(?)', receipts)})"
+        # A receipt begins with the number of its row, which finds the row.
+        delete = """DELETE FROM message WHERE receipt IN given
+            AND id IN (SELECT CAST(receipt AS INTEGER) FROM given)"""
+        if self._file.change(f"{given} {delete}", receipts) == len(receipts):
+            return []
+        kept = """SELECT receipt FROM given
+            WHERE CAST(receipt AS INTEGER) IN (SELECT id FROM message)"""
+        return _stale(receipts, self._file.read(f"{given} {kept}", receipts))
 
     def change_visibility(
-        self, queue: str, changes: Sequence[tuple[str, float]]
+        self, queue: str, changes: Sequence[tuple[str, float]], *, retry: bool = False
     ) -> list[Refusal]:
         """Change when messages are visible again, while they are in flight."""
-        now = self._in_ms()
-        rows = [{"receipt": r, "until": self._in_ms(s), "now": now} for r, s in changes]
-        change = """UPDATE message SET visible_ms = :until
-            WHERE id = CAST(:receipt AS INTEGER) AND receipt = :receipt AND visible_ms > :now"""
-        return self._change(change, "SELECT 1", rows)
-
-    def _change(
-        self, change: str, refused: str, rows: Sequence[dict[str, Any]]
-    ) -> list[Refusal]:
-        """Make each change; where it meets no row, `refused` asks whether that is an error."""
-        text = "the message is no longer in flight, or was received again"
-        with self._lock, self._db as db:
-            return [
-                Refusal(index, "ReceiptHandleIsInvalid", text, final=True)
-                for index, row in enumerate(rows)
-                if not db.execute(change, row).rowcount
-                and db.execute(refused, row).fetchone()
-            ]
+        given = f"""WITH given (receipt, until_ms) AS
+            (VALUES {_marks("(?, ?)", changes)})"""
+        values: list[Any] = []
+        for receipt, seconds in changes:
+            values += (receipt, self._in_ms(seconds))
+        change = """UPDATE message SET visible_ms =
+            (SELECT until_ms FROM given WHERE given.receipt = message.receipt)
+            WHERE receipt IN (SELECT receipt FROM given) AND visible_ms > ?
+            AND id IN (SELECT CAST(receipt AS INTEGER) FROM given)"""
+        values_now = (*values, self._in_ms())
+        if self._file.change(f"{given} {change}", values_now) == len(changes):
+            return []
+        unchanged = """SELECT receipt FROM given WHERE NOT EXISTS (SELECT 1 FROM message
+            WHERE id = CAST(given.receipt AS INTEGER)
+            AND message.receipt = given.receipt AND visible_ms = until_ms)"""
+        receipts = [receipt for receipt, _ in changes]
+        return _stale(receipts, self._file.read(f"{given} {unchanged}", values))
 
     def info(self, queue: str) -> QueueInfo:
-        """Return what the URL says; the dead-letter queue of a queue has none itself."""
-        limits = (
-            (None, None) if queue.endswith("-DLQ") else (f"{queue}-DLQ", self._most)
-        )
-        return QueueInfo(self._lease_s, *limits)
+        """Return what the URL says; a dead-letter queue has none itself."""
+        if queue.endswith("-DLQ"):
+            return QueueInfo(self._lease_s, None, None)
+        return QueueInfo(self._lease_s, f"{queue}-DLQ", self._max_receives)
 
     def depth(self, queue: str) -> Depth:
         """Count exactly, unlike SQS."""
-        ask = """SELECT count(*) FILTER (WHERE visible_ms <= :now),
-            count(*) FILTER (WHERE visible_ms > :now AND receipt IS NOT NULL),
-            count(*) FILTER (WHERE visible_ms > :now AND receipt IS NULL)
-            FROM message WHERE queue = :queue"""
-        # One statement, and so one moment: no message is counted twice, or not at all.
-        with self._lock:
-            return Depth(
-                *self._db.execute(
-                    ask, {"now": self._in_ms(), "queue": queue}
-                ).fetchone()
-            )
+        now_ms = self._in_ms()
+        # One statement, and so one moment: each message is counted once.
+        count = """SELECT count(*) FILTER (WHERE visible_ms <= ?),
+            count(*) FILTER (WHERE visible_ms > ? AND receipt IS NOT NULL),
+            count(*) FILTER (WHERE visible_ms > ? AND receipt IS NULL)
+            FROM message WHERE queue = ?"""
+        [counts] = self._file.read(count, (now_ms, now_ms, now_ms, queue))
+        return Depth(*counts)
+
+
+def _marks(row: str, rows: Sequence[object]) -> str:
+    """Return the placeholders of so many rows, for VALUES."""
+    return ", ".join([row] * len(rows))
+
+
+def _stale(receipts: Sequence[str], stale: Iterable[tuple[str]]) -> list[Refusal]:
+    """Return refusals of the receipts that a query has found stale."""
+    text = "the message is no longer in flight, or was received again"
+    found = {receipt for (receipt,) in stale}
+    return [
+        Refusal(index, "ReceiptHandleIsInvalid", text, final=True)
+        for index, receipt in enumerate(receipts)
+        if receipt in found
+    ]
 
 
 _schemes["sqlite"] = SqliteBroker
 
 
 # --- 9. SQS and SNS -------------------------------------------------------------------
-# Every AWS call of this library. botocore does credentials, signing, endpoints and, for sends, the
-# retries. Their number is always set: a receive that botocore retries in secret strands what the
-# lost answer held.
+# Every AWS call of the core, and all that it knows of botocore's errors. botocore does
+# credentials, signing, endpoints and, for sends, the retries. The number of attempts is
+# always set: if botocore repeated a receive, the messages of a lost answer would be
+# stranded until their visibility timeout.
 
 
-# The services, and the protocols they speak, have more than one name for the same error.
-_REMEDIES = {  # what a person can do about an error, by its code
-    "NonExistentQueue|QueueDoesNotExist": "there is no such queue here: make it, or check"
-    " TASKHAWK_QUEUE, AWS_REGION and the account",
-    "NotFound": "there is no such topic: make it, or check TASKHAWK_QUEUE and AWS_ACCOUNT_ID",
-    "AccessDenied(Exception)?|AuthorizationError": "access denied: the IAM policy of these"
-    " credentials does not allow {operation}",
-    "(No|Partial)CredentialsError": "no AWS credentials: set AWS_ACCESS_KEY and AWS_SECRET_KEY, or"
-    " give botocore a profile or role; to try things out without AWS, set TASKHAWK_BROKER to"
-    " sqlite:///queue.db",
+# What a person can do about an error, by its code: services, and the protocols that
+# they speak, have more than one name for the same error.
+_REMEDIES = {
+    "NonExistentQueue|QueueDoesNotExist": "there is no such queue here: make it, or"
+    " check TASKHAWK_QUEUE, AWS_REGION and the account",
+    "NotFound": "there is no such topic: make it, or check TASKHAWK_QUEUE and"
+    " AWS_ACCOUNT_ID",
+    "AccessDenied(Exception)?|AuthorizationError": "access denied: the IAM policy of"
+    " these credentials does not allow {operation}",
+    "(No|Partial)CredentialsError": "no AWS credentials: set AWS_ACCESS_KEY and"
+    " AWS_SECRET_KEY, or give botocore a profile or role; to try things out without"
+    " AWS, set TASKHAWK_BROKER to sqlite:///queue.db",
     "NoRegionError": "no AWS region: set AWS_REGION, for example eu-west-1",
-    "InvalidClientTokenId|UnrecognizedClientException|InvalidAccessKeyId|InvalidSecurity": "AWS"
-    " does not know these credentials: check AWS_ACCESS_KEY",
-    "SignatureDoesNotMatch|InvalidSignature(Exception)?": "AWS refuses these credentials: check"
-    " AWS_SECRET_KEY",
+    "InvalidClientTokenId|UnrecognizedClientException|InvalidAccessKeyId"
+    "|InvalidSecurity": "AWS does not know these credentials: check AWS_ACCESS_KEY",
+    "SignatureDoesNotMatch|InvalidSignature(Exception)?": "AWS refuses these"
+    " credentials: check AWS_SECRET_KEY",
 }
+# What the answer to a batch call has not named counts as this failure.
+_UNANSWERED = {
+    "Code": "Unanswered",
+    "Message": "the answer does not name this entry",
+}
+
+
+def _error_code(error: BaseException) -> str:
+    """Return an AWS error's code without its prefix, or else the type of the error.
+
+    Where we turned an AWS error into one of ours, the AWS error is its cause.
+    """
+    origin = error.__cause__ or error
+    response = getattr(origin, "response", None) or {}
+    code = response.get("Error", {}).get("Code") or type(origin).__name__
+    # AWS.SimpleQueueService.NonExistentQueue, for example, has a prefix.
+    return str(code).rpartition(".")[2]
 
 
 @contextlib.contextmanager
 def _explained(where: str) -> Iterator[None]:
-    """Turn the errors that a person must mend into a sentence that says how.
+    """Turn the errors that only a person can fix into a sentence that says how.
 
-    :param where: the queue or topic, which the sentence begins with
+    :param where: the queue or topic, with which the sentence begins
     :raises MessageTooLarge: where the service names a limit that is lower than ours
-    :raises ConfigurationError: for what :data:`_REMEDIES` knows; all else goes on as it is
+    :raises ConfigurationError: for what has a remedy; all else goes on as it is
     """
     try:
         yield
     except Exception as error:
-        if limit := re.search(r"shorter than (\d+) bytes", str(error)):
+        limit = re.search(r"shorter than (\d+) bytes", str(error))
+        if limit is not None:
             text = f"{where} takes messages of at most {limit[1]} bytes"
             raise MessageTooLarge(text, int(limit[1])) from error
-        code = _error_code(error)
-        for codes, remedy in _REMEDIES.items():
-            if re.fullmatch(codes, code):
-                # IAM has no actions of their own for batches.
-                operation = getattr(error, "operation_name", "").removesuffix("Batch")
-                text = remedy.format(operation=operation)
-                raise ConfigurationError(f"{where}: {text} ({code})") from error
+        remedy = _remedy(error)
+        if remedy is not None:
+            text = f"{where}: {remedy} ({_error_code(error)})"
+            raise ConfigurationError(text) from error
         raise
 
 
-class _AwsSender(Sender):
-    """What SQS and SNS share: clients, sending, the answers of batch calls, and errors."""
+def _remedy(error: Exception) -> str | None:
+    """Return what a person can do about an error; None where it may pass by itself."""
+    code = _error_code(error)
+    for codes, remedy in _REMEDIES.items():
+        if re.fullmatch(codes, code):
+            # IAM has no actions of their own for batches.
+            operation = getattr(error, "operation_name", "").removesuffix("Batch")
+            return remedy.format(operation=operation)
+    return None
 
-    # The service's names: its own, of the parameters for the queue or topic and for a batch's
-    # entries, of the operations that send one message or several, of the parts of an Outgoing.
-    service = target_key = entries_key = ""
-    sends: Sequence[str] = ()
-    fields: Sequence[str] = ()
+
+def _make_aws_session() -> Any:
+    """Make botocore's session, with a quicker list of the services that it knows."""
+    from botocore.session import get_session
+
+    session = get_session()
+    loader = session.get_component("data_loader")
+    # botocore looks into 400 folders for this: 8 ms before the first dispatch.
+    loader.list_available_services = lambda _type: os.listdir(loader.BUILTIN_DATA_PATH)
+    return session
+
+
+class _AwsConnections:
+    """The clients of one process, by role; and a lock to look up something once."""
+
+    def __init__(self) -> None:
+        self.clients: dict[str, Any] = {}
+        # Held while a queue's URL is looked up, so that threads do not all look it up.
+        # Reentrant: a signal handler or a __del__ may dispatch while its thread has it.
+        self.lock = threading.RLock()
+
+
+class _AwsSender(Sender):
+    """What SQS and SNS share: clients, sending, the answers of batch calls, and errors.
+
+    :ivar service: botocore's name of the service
+    :ivar target_key: its parameter for the queue or topic
+    :ivar entries_key: its parameter for the entries of a batch
+    :ivar send_one: its operation that sends one message
+    :ivar send_many: its operation that sends several
+    """
+
+    service = target_key = entries_key = send_one = send_many = ""
 
     def __init__(self, _url: str = "") -> None:
-        """Have no client yet: each is made when it is first needed."""
-        self._clients: dict[str, Any] = {}
+        self._connections = _PerProcess(_AwsConnections)
 
     def client(self, role: str) -> Any:
-        """Return the client for "send", "poll" or "keep", which differ in timeouts and retries.
+        """Return the client for a role; roles differ in timeouts and retries.
 
-        "send" is for publishers and for people: botocore tries three times. "poll" outlasts a long
-        poll, and "keep" must be back before a lease ends: both try once, and the worker does the
-        rest.
+        "send" is for publishers and for people: botocore makes three attempts. "poll"
+        outlasts a long poll, and "keep" must be back before a lease ends: both make one
+        attempt, for the worker tries again by itself.
         """
-        if role not in self._clients:
-            with _brokers.lock:
-                self._clients[role] = self._clients.get(role) or self._make_client(role)
-        return self._clients[role]
+        clients = self._connections.get().clients
+        return _made_once(clients, role, _brokers.lock, self._make_client)
 
     def _make_client(self, role: str) -> Any:
-        """Make a client; botocore finds credentials and region where the settings have none."""
+        """Make a client; botocore finds what credentials and region settings lack."""
         from botocore.config import Config
-        from botocore.session import get_session
 
-        if not _brokers.session:
-            _brokers.session = get_session()
-            loader = _brokers.session.get_component("data_loader")
-            # botocore looks into 400 folders for this: 8 ms before the first dispatch.
-            loader.list_available_services = lambda _type: os.listdir(
-                loader.BUILTIN_DATA_PATH
-            )
-        endpoint = getattr(settings, f"AWS_ENDPOINT_{self.service.upper()}")
+        attempts, read_timeout_s = 1, settings.AWS_READ_TIMEOUT_S
+        if role == "send":
+            attempts = 3
+        if role == "poll":
+            read_timeout_s += _LONG_POLL_S
         config = Config(
             connect_timeout=settings.AWS_CONNECT_TIMEOUT_S,
-            read_timeout=settings.AWS_READ_TIMEOUT_S + (role == "poll") * _LONG_POLL_S,
-            max_pool_connections=50,  # one for each thread that dispatches, or they queue
-            user_agent=f"taskhawk/{VERSION}",  # botocore would build its own, twice a call
-            parameter_validation=False,  # ours are right; with the line above, 13 % of a dispatch
-            retries={
-                "mode": "standard",
-                "total_max_attempts": 3 if role == "send" else 1,
-            },
+            read_timeout=read_timeout_s,
+            max_pool_connections=50,  # one for each dispatching thread, or they queue
+            # botocore would build its own twice a call; our parameters are right. The
+            # next two lines together save 13 % of a dispatch.
+            user_agent=f"taskhawk/{VERSION}",
+            parameter_validation=False,
+            retries={"mode": "standard", "total_max_attempts": attempts},
         )
-        more = {
-            "region_name": settings.AWS_REGION,
-            "endpoint_url": endpoint,
-            "config": config,
-        }
-        return _brokers.session.create_client(
-            self.service, **more, **settings.credentials()
+        return _brokers.aws_session().create_client(
+            self.service,
+            region_name=settings.AWS_REGION,
+            endpoint_url=getattr(settings, f"AWS_ENDPOINT_{self.service.upper()}"),
+            config=config,
+            **settings.credentials(),
         )
 
     def close(self) -> None:
-        for client in self._clients.values():
+        """Close the clients; the next call makes new ones, with the latest settings."""
+        connections = self._connections.get()
+        clients, connections.clients = connections.clients, {}
+        for client in clients.values():
             client.close()
 
     def url(self, queue: str, role: str = "send") -> str:
@@ -1797,49 +2461,46 @@ class _AwsSender(Sender):
         account = settings.require("AWS_ACCOUNT_ID")
         with _explained(name):
             meta = self.client("send").meta
-        return (
-            f"arn:{meta.partition}:{self.service}:{meta.region_name}:{account}:{name}"
-        )
+        service, region = self.service, meta.region_name
+        return f"arn:{meta.partition}:{service}:{region}:{account}:{name}"
 
     def call(self, role: str, operation: str, where: str, **parameters: Any) -> Any:
-        """Make a call to a queue or topic, by botocore's name for the call."""
-        to = {self.target_key: self.url(where, role)}
+        """Make a call for a queue or topic, by botocore's name of the operation."""
+        target = {self.target_key: self.url(where, role)}
         with _explained(where):
-            return getattr(self.client(role), operation)(**to, **parameters)
+            return getattr(self.client(role), operation)(**target, **parameters)
 
     def _batch(
-        self, role: str, name: str, where: str, entries: Iterable[Any]
+        self, role: str, operation: str, where: str, entries: Sequence[Any]
     ) -> list[Refusal]:
-        """Make a batch call, and return what its answer does not say was done."""
+        """Make a batch call; return what its answer does not say was done.
+
+        A call that succeeds may have done only a part of its batch.
+        """
         named = [{"Id": str(index), **entry} for index, entry in enumerate(entries)]
-        # A call that succeeds may have done a part of its batch only; what its answer leaves out
-        # counts as failed.
-        answer = self.call(role, name, where, **{self.entries_key: named})
+        answer = self.call(role, operation, where, **{self.entries_key: named})
         done = {entry["Id"] for entry in answer.get("Successful", ())}
         failed = {entry["Id"]: entry for entry in answer.get("Failed", ())}
-        silence = {
-            "Code": "Unanswered",
-            "Message": "the answer does not name this entry",
-        }
-        left = [
-            (e["Id"], failed.get(e["Id"], silence))
-            for e in named
-            if e["Id"] not in done
-        ]
-        return [
-            Refusal(int(i), e["Code"], e.get("Message", ""), bool(e.get("SenderFault")))
-            for i, e in left
-        ]
+        refusals = []
+        for index in range(len(entries)):
+            if str(index) not in done:
+                failure = failed.get(str(index), _UNANSWERED)
+                code, text = failure["Code"], failure.get("Message", "")
+                final = bool(failure.get("SenderFault"))
+                refusals.append(Refusal(index, code, text, final))
+        return refusals
 
     def send(self, destination: str, entries: Sequence[Outgoing]) -> list[Refusal]:
-        """Send one message alone and several in a batch call, without what they do not have."""
-        calls = [
-            {n: v for n, v in zip(self.fields, e, strict=False) if v} for e in entries
-        ]
+        """Send one message by itself, and several in a batch call."""
+        calls = [self._parameters(entry) for entry in entries]
         if len(calls) > 1:
-            return self._batch("send", self.sends[1], destination, calls)
-        self.call("send", self.sends[0], destination, **calls[0])
+            return self._batch("send", self.send_many, destination, calls)
+        self.call("send", self.send_one, destination, **calls[0])
         return []
+
+    def _parameters(self, entry: Outgoing) -> dict[str, Any]:
+        """Return the service's parameters for a message, without the empty ones."""
+        raise NotImplementedError
 
 
 class SnsSender(_AwsSender):
@@ -1850,49 +2511,54 @@ class SnsSender(_AwsSender):
     """
 
     service, target_key, entries_key = "sns", "TopicArn", "PublishBatchRequestEntries"
-    sends, fields = ("publish", "publish_batch"), ("Message", "MessageAttributes")
+    send_one, send_many = "publish", "publish_batch"
     max_bytes, max_delay_s = _MAX_SNS_BYTES, 0
 
     def destination(self, priority: Priority) -> str:
-        """Return the topic's ARN, put together: looking it up would take another permission."""
+        """Return the topic's ARN, put together: a look-up would need a permission."""
         queue = settings.require("TASKHAWK_QUEUE").lower()
         return self.arn(f"taskhawk-{queue}{_SUFFIXES[priority]}")
 
+    def _parameters(self, entry: Outgoing) -> dict[str, Any]:
+        """Return the parameters of Publish."""
+        parameters: dict[str, Any] = {"Message": entry.body}
+        if entry.attributes:
+            parameters["MessageAttributes"] = entry.attributes
+        return parameters
+
 
 class SqsBroker(_AwsSender, Broker):
-    """Queues on SQS: https://docs.aws.amazon.com/AWSSimpleQueueService/latest/APIReference/.
+    """Queues on SQS.
 
-    URLs, visibility timeouts and redrive policies of queues are looked up once: only a new process
-    sees that they were changed.
+    https://docs.aws.amazon.com/AWSSimpleQueueService/latest/APIReference/
+
+    URLs, visibility timeouts and redrive policies of queues are looked up once: only a
+    new process sees that they were changed.
     """
 
     service, target_key, entries_key = "sqs", "QueueUrl", "Entries"
-    sends = ("send_message", "send_message_batch")
-    fields: Sequence[str] = ("MessageBody", "MessageAttributes", "DelaySeconds")
-    fields = (*fields, "MessageGroupId", "MessageDeduplicationId")
+    send_one, send_many = "send_message", "send_message_batch"
     max_bytes, max_delay_s = _MAX_SQS_BYTES, _MAX_DELAY_S
 
     def __init__(self, _url: str = "sqs") -> None:
         super().__init__()
-        self._lock = (
-            threading.Lock()
-        )  # held while a URL is looked up, so that it is once
         self._urls: dict[str, str] = {}
         self._accounts: dict[str, str] = {}  # of queues whose URL need not be looked up
         self._infos: dict[str, QueueInfo] = {}
 
     def url(self, queue: str, role: str = "send") -> str:
-        """Look up a queue's URL, once; a Lambda's role may not, so it is made up there."""
-        if queue not in self._urls:
-            with _explained(queue):
-                client, account = self.client(role), self._accounts.get(queue)
-                made_up = account and f"{client.meta.endpoint_url}/{account}/{queue}"
-                with self._lock:
-                    known = self._urls.get(queue) or made_up
-                    self._urls[queue] = (
-                        known or client.get_queue_url(QueueName=queue)["QueueUrl"]
-                    )
-        return self._urls[queue]
+        """Look up a queue's URL, once."""
+        lock = self._connections.get().lock
+        find = functools.partial(self._find_url, role)
+        return _made_once(self._urls, queue, lock, find)
+
+    def _find_url(self, role: str, queue: str) -> str:
+        """Ask for a queue's URL; a Lambda's role may not, so it is made up there."""
+        with _explained(queue):
+            client = self.client(role)
+            if queue in self._accounts:
+                return f"{client.meta.endpoint_url}/{self._accounts[queue]}/{queue}"
+            return str(client.get_queue_url(QueueName=queue)["QueueUrl"])
 
     def queue_of_arn(self, arn: str) -> str:
         """Return the name of a queue that Lambda receives from."""
@@ -1901,196 +2567,265 @@ class SqsBroker(_AwsSender, Broker):
         return queue
 
     def send(self, destination: str, entries: Sequence[Outgoing]) -> list[Refusal]:
-        """Send, with delays in whole seconds.
+        """Send, in a batch call if the queue takes it as a whole.
 
-        A batch as a whole may be too long for a queue whose limit was set lower than the service's.
-        It is sent again, message by message, so that only those are refused which are too long
-        themselves.
+        A queue's limit may be set lower than the service's. Then the messages are sent
+        one by one, so that only those are refused which are too large themselves.
         """
-        entries = [
-            e._replace(delay_s=math.ceil(e.delay_s)) if e.delay_s else e
-            for e in entries
-        ]
         try:
             return super().send(destination, entries)
         except Exception as error:
             if len(entries) == 1 or _error_code(error) != "BatchRequestTooLong":
                 raise
-        alone = [
-            _in_batches(functools.partial(self.send, destination), [e]) for e in entries
-        ]
-        # final: botocore has repeated what failed; to send it again would help nobody.
-        return [r[0]._replace(index=i, final=True) for i, r in enumerate(alone) if r]
+        send = functools.partial(self.send, destination)
+        refusals: dict[int, Refusal] = {}
+        for index, entry in enumerate(entries):
+            for refusal in _one_call(send, [entry]).values():
+                # Final, for botocore has repeated it.
+                refusals[index] = refusal._replace(index=index, final=True)
+        return list(refusals.values())
+
+    def _parameters(self, entry: Outgoing) -> dict[str, Any]:
+        """Return the parameters of SendMessage; delays are whole seconds."""
+        parameters = {
+            "MessageBody": entry.body,
+            "MessageAttributes": entry.attributes,
+            "DelaySeconds": math.ceil(entry.delay_s),
+            "MessageGroupId": entry.group_id,
+            "MessageDeduplicationId": entry.deduplication_id,
+        }
+        return {name: value for name, value in parameters.items() if value}
 
     def receive(
         self,
         queue: str,
-        most: int,
+        limit: int,
         wait_s: float,
         lease_s: float | None,
         stop: threading.Event,
     ) -> list[QueueMessage]:
-        """Poll once with ReceiveMessage; it is waited out, for its answer may hold messages.
+        """Poll once with ReceiveMessage; wait it out, for its answer may hold messages.
 
-        A long poll asks all of SQS's servers and costs one request in 20 s; a short one asks some,
-        and may miss messages:
+        A long poll asks all of SQS's servers and costs one request in 20 s; a short one
+        asks some of them, and may miss messages:
         https://docs.aws.amazon.com/AWSSimpleQueueService/latest/SQSDeveloperGuide/
         """
-        # Not by AttributeNames, the older parameter for these, which AWS has discontinued.
-        names = ["ApproximateReceiveCount", "SentTimestamp", "MessageGroupId"]
-        ask: Any = {
-            "MessageSystemAttributeNames": names,
+        parameters: dict[str, Any] = {
+            "MaxNumberOfMessages": min(limit, _MAX_BATCH),
+            "WaitTimeSeconds": min(math.ceil(wait_s), _LONG_POLL_S),
+            # AWS has discontinued AttributeNames, the older parameter for these.
+            "MessageSystemAttributeNames": [
+                "ApproximateReceiveCount",
+                "SentTimestamp",
+                "MessageGroupId",
+            ],
             "MessageAttributeNames": ["All"],
         }
-        ask |= {} if lease_s is None else {"VisibilityTimeout": math.ceil(lease_s)}
-        ask["WaitTimeSeconds"] = min(math.ceil(wait_s), _LONG_POLL_S)
-        most = min(most, _MAX_BATCH)
-        answer = self.call(
-            "poll", "receive_message", queue, MaxNumberOfMessages=most, **ask
-        )
-        received = []
-        for found in answer.get("Messages", ()):
-            parts = (found["Body"], found["MessageId"], found["ReceiptHandle"])
-            attributes = (
-                found.get("Attributes", {}),
-                found.get("MessageAttributes", {}),
-            )
-            received.append(QueueMessage(*parts, *attributes, queue, self))
-        return received
+        if lease_s is not None:
+            parameters["VisibilityTimeout"] = math.ceil(lease_s)
+        answer = self.call("poll", "receive_message", queue, **parameters)
+        return [self._message(queue, found) for found in answer.get("Messages", ())]
 
-    def delete(self, queue: str, receipts: Sequence[str]) -> list[Refusal]:
-        """Delete; on a standard queue, a stale receipt is no error to SQS."""
-        entries = ({"ReceiptHandle": receipt} for receipt in receipts)
-        return self._batch("keep", "delete_message_batch", queue, entries)
+    def _message(self, queue: str, found: Mapping[str, Any]) -> QueueMessage:
+        """Return a message of the answer to ReceiveMessage."""
+        return QueueMessage(
+            body=found["Body"],
+            message_id=found["MessageId"],
+            receipt_handle=found["ReceiptHandle"],
+            attributes=found.get("Attributes", {}),
+            message_attributes=found.get("MessageAttributes", {}),
+            queue=queue,
+            broker=self,
+        )
+
+    def delete(
+        self, queue: str, receipts: Sequence[str], *, retry: bool = False
+    ) -> list[Refusal]:
+        """Delete; to a standard queue, a stale receipt handle is no error."""
+        entries = [{"ReceiptHandle": receipt} for receipt in receipts]
+        return self._batch(_role(retry), "delete_message_batch", queue, entries)
 
     def change_visibility(
-        self, queue: str, changes: Sequence[tuple[str, float]]
+        self, queue: str, changes: Sequence[tuple[str, float]], *, retry: bool = False
     ) -> list[Refusal]:
         """Change the visibility timeouts, in whole seconds."""
-        entries = (
-            {"ReceiptHandle": r, "VisibilityTimeout": math.ceil(s)} for r, s in changes
-        )
-        return self._batch("keep", "change_message_visibility_batch", queue, entries)
+        operation = "change_message_visibility_batch"
+        entries = [
+            {"ReceiptHandle": receipt, "VisibilityTimeout": math.ceil(seconds)}
+            for receipt, seconds in changes
+        ]
+        return self._batch(_role(retry), operation, queue, entries)
 
     def attributes(self, queue: str, names: Sequence[str]) -> Any:
         """Read attributes of a queue, by their names on SQS."""
-        return self.call("send", "get_queue_attributes", queue, AttributeNames=names)[
-            "Attributes"
-        ]
+        answer = self.call("send", "get_queue_attributes", queue, AttributeNames=names)
+        return answer["Attributes"]
 
     def info(self, queue: str) -> QueueInfo:
-        """Read the queue's attributes, once: timeout, dead-letter queue, most receives."""
+        """Read the queue's visibility timeout and redrive policy, once."""
         if queue not in self._infos:
-            found = self.attributes(queue, ["VisibilityTimeout", "RedrivePolicy"])
-            redrive = json.loads(found.get("RedrivePolicy") or "{}")
-            target, most = (
-                redrive.get("deadLetterTargetArn"),
-                redrive.get("maxReceiveCount"),
-            )
-            # The policy's number comes back as it was set: it may be a string.
-            lease_s, dead = (
-                float(found["VisibilityTimeout"]),
-                target and target.rpartition(":")[2],
-            )
-            self._infos[queue] = QueueInfo(lease_s, dead, most and int(most))
+            self._infos[queue] = self._read_info(queue)
         return self._infos[queue]
 
+    def _read_info(self, queue: str) -> QueueInfo:
+        """Read the queue's visibility timeout and redrive policy."""
+        found = self.attributes(queue, ["VisibilityTimeout", "RedrivePolicy"])
+        lease_s = float(found["VisibilityTimeout"])
+        policy = json.loads(found.get("RedrivePolicy") or "{}")
+        if not policy:
+            return QueueInfo(lease_s, None, None)
+        dead_letter_queue = policy["deadLetterTargetArn"].rpartition(":")[2]
+        # It comes back as it was set, as a number or a string.
+        return QueueInfo(lease_s, dead_letter_queue, int(policy["maxReceiveCount"]))
+
     def depth(self, queue: str) -> Depth:
-        """Count with three of the queue's attributes, in one call."""
+        """Count by three of the queue's attributes, in one call."""
         names = [
-            f"ApproximateNumberOfMessages{kind}"
-            for kind in ("", "NotVisible", "Delayed")
+            "ApproximateNumberOfMessages",
+            "ApproximateNumberOfMessagesNotVisible",
+            "ApproximateNumberOfMessagesDelayed",
         ]
         found = self.attributes(queue, names)
         return Depth(*(int(found[name]) for name in names))
+
+
+def _role(retry: bool) -> str:  # noqa: FBT001 - it names the client
+    """Return the role of the client that deletes and changes messages."""
+    return "send" if retry else "keep"
 
 
 _schemes["sns"], _schemes["sqs"] = SnsSender, SqsBroker
 
 
 # --- 10. connections ------------------------------------------------------------------
-# The one sender and the one broker of a process, and what a fork must not share.
+# The one sender and the one broker of a process, and what a fork must not share. What a
+# process must not share with the processes that it forks is in a _PerProcess: sockets, a
+# SQLite connection, and locks that another thread may have held at the fork.
+
+_T = TypeVar("_T")
+_K = TypeVar("_K")
+
+# What a parent had at a fork: the child keeps it unused, for closing it would disturb
+# the parent.
+_inherited: list[object] = []
+
+
+class _PerProcess(Generic[_T]):
+    """A value that each process makes for itself.
+
+    The process id is compared at each use, for Python does not see every fork: uWSGI's
+    is one in C.
+    """
+
+    def __init__(self, make: Callable[[], _T]) -> None:
+        self._make = make
+        self._owned = (os.getpid(), make())
+
+    def get(self) -> _T:
+        """Return the value of this process."""
+        pid, value = self._owned
+        if pid != os.getpid():
+            _inherited.append(value)
+            value = self._make()
+            self._owned = (os.getpid(), value)
+        return value
+
+
+def _made_once(
+    made: dict[_K, _T], key: _K, lock: threading.RLock, make: Callable[[_K], _T]
+) -> _T:
+    """Return what is made for a key, once, however many threads ask for it first."""
+    if key not in made:  # each dispatch comes by here, and reading a dict needs no lock
+        with lock:
+            if key not in made:
+                # A signal handler may have made it meanwhile.
+                made.setdefault(key, make(key))
+    return made[key]
+
+
+class _BrokerState:
+    """The senders and brokers of one process, by URL, and botocore's session."""
+
+    def __init__(self) -> None:
+        # Held while a sender, a client or the session is made, so that there is never a
+        # second; while a batch is added to or closed, so that nothing is added to a
+        # closed one; and over a fork, so that a child has no half-made one. Reentrant:
+        # settings that are read meanwhile may be of a module that calls configure().
+        self.lock = threading.RLock()
+        self.made: dict[str, Any] = {}
+        self.session: Any = None
 
 
 class _Brokers:
-    """The one sender and the one broker of this process, made at their first use.
-
-    A process that forks keeps its own, and its child makes new ones: connections to AWS can't be
-    shared, and a SQLite file must not be open over a fork.
-    """
+    """The one sender and the one broker of this process, made at their first use."""
 
     def __init__(self) -> None:
-        # Held while one is made, or a client of its, so that there is never a second; while a batch
-        # is added to or closed, so that nothing is added to a closed one; and over a fork.
-        # botocore's session, one for all services, is not thread-safe either. Reentrant, as
-        # settings that are read meanwhile may be of a module that calls configure().
-        self.lock = threading.RLock()
-        self._made: dict[str, Any] = {}
-        self.session: Any = None
+        self._states = _PerProcess(_BrokerState)
+        #: what takes the messages instead of a queue; for tests
         self.captured_by: Sender | None = None
 
+    @property
+    def lock(self) -> threading.RLock:
+        """The lock of this process; _BrokerState says what it guards."""
+        return self._states.get().lock
+
     def sender(self) -> Sender:
-        """Return what publishes: SNS for a Lambda app, else the broker; in sync mode, neither."""
+        """Return what publishes: SNS for a Lambda app, else the broker, or sync mode."""
         if self.captured_by is not None:
             return self.captured_by
-        name = "sync" if settings.TASKHAWK_SYNC else settings.TASKHAWK_BROKER
-        name = "sns" if name == "sqs" and settings.IS_LAMBDA_APP else name
-        return typing.cast("Sender", self.get(name))
+        url = settings.TASKHAWK_BROKER
+        if settings.TASKHAWK_SYNC:
+            url = "sync"
+        elif url == "sqs" and settings.IS_LAMBDA_APP:
+            url = "sns"
+        return typing.cast("Sender", self.get(url))
 
     def broker(self) -> Broker:
         """Return the broker that TASKHAWK_BROKER names."""
         return typing.cast("Broker", self.get(settings.TASKHAWK_BROKER))
 
     def get(self, url: str) -> Any:
-        """Return the sender or broker of that name."""
-        # First without the lock, for each dispatch comes by here: reading a dict is safe.
-        if (found := self._made.get(url)) is None:
-            with self.lock:
-                found = self._made.get(url)
-                if found is None:
-                    found = self._made[url] = self._make(url)
-        return found
+        """Return the sender or broker of a URL."""
+        state = self._states.get()
+        return _made_once(state.made, url, state.lock, _make_sender)
 
-    @staticmethod
-    def _make(url: str) -> Sender:
-        """Make the sender or broker that a URL's scheme stands for."""
-        scheme = url.partition(":")[0]
-        # A copy of this file may be cut before the part that has it.
-        text = f"{scheme!r} is not in this copy of taskhawk: vendor more of its parts"
-        _require(scheme in _schemes, text)
-        return _schemes[scheme](url)
+    def aws_session(self) -> Any:
+        """Return botocore's session, which is slow to make; for who holds the lock."""
+        state = self._states.get()
+        if state.session is None:
+            state.session = _make_aws_session()
+        return state.session
 
     def close(self) -> None:
-        """Close all; the next use makes them anew."""
-        with self.lock:
-            made, self._made, self.session = self._made, {}, None
+        """Close all connections; the next use opens new ones."""
+        state = self._states.get()
+        with state.lock:
+            made, state.made, state.session = state.made, {}, None
         for sender in made.values():
             sender.close()
 
     def before_fork(self) -> None:
-        """Let go of what a child must not share."""
-        # While it is held, no other thread is making anything: the child would have half of it.
+        """Let no thread make anything during a fork: the child would have half of it."""
         self.lock.acquire()
-        for sender in self._made.values():
-            sender.before_fork()
 
     def after_fork(self) -> None:
         """Go on in the parent."""
-        for sender in self._made.values():
-            sender.after_fork()
         self.lock.release()
 
-    def after_fork_in_child(self) -> None:
-        """Begin anew; keep what is the parent's, for closing it would disturb the parent."""
-        _inherited.append(self._made)
-        self.__init__()  # type: ignore[misc]
+
+def _make_sender(url: str) -> Sender:
+    """Make the sender or broker that a URL's scheme stands for."""
+    scheme = url.partition(":")[0]
+    if scheme not in _schemes:  # a copy of this file may have been cut
+        raise ConfigurationError(
+            f"{scheme!r} is not in this copy of taskhawk: vendor more of its parts"
+        )
+    return _schemes[scheme](url)
 
 
-_inherited: list[object] = []
 _brokers = _Brokers()
-# For good, once this file is imported: each fork of the process calls them.
+# For good, once this module is imported: each fork of the process calls them.
 os.register_at_fork(before=_brokers.before_fork, after_in_parent=_brokers.after_fork)
-os.register_at_fork(after_in_child=_brokers.after_fork_in_child)
 settings.on_change.append(_brokers.close)
 
 
@@ -2732,7 +3467,7 @@ def _publish_all(readies: Sequence[_Ready]) -> None:
             for r, why in lost
         ]
         for ready, _ in lost:  # its arguments may have changed since they were encoded
-            vars(ready.message)["_data"] = json.loads(ready.entry.body)
+            ready.message._take(json.loads(ready.entry.body))  # noqa: SLF001 - its own
         unsent = [ready.message for ready, _ in lost]
         raise PartialFailure({"Successful": sent, "Failed": failed}, unsent=unsent)
 
@@ -2800,28 +3535,28 @@ __all__ += [
 
 
 # --- 13. processing -------------------------------------------------------------------
-# process() is the ONE place that decides what becomes of a message. It does no queue I/O: worker
-# and Lambda apply its Outcome. Nothing makes it raise but KeyboardInterrupt. How a run ended is one
-# log record (of messages that are not valid, one in ten seconds for each kind of error), and an
-# error hook that fails does not change what was decided.
+# process() is the ONE place that decides what becomes of a message, and _verdict() is
+# its table. It does no queue I/O: the worker and Lambda apply its Outcome. It raises
+# nothing but KeyboardInterrupt. A run leaves one log record; what is no valid message
+# leaves one in ten seconds for each class of error. An error hook changes no outcome.
 
 
 class Fate(enum.Enum):
-    """What is to become of a message; a worker does it.
+    """What becomes of a message; a worker carries it out.
 
-    In Lambda, all but the first is a failure, and Lambda decides.
+    In Lambda all but ``acknowledge`` are failures, and Lambda decides.
     """
 
-    acknowledge = "acknowledge"  # it is done with: delete it
+    acknowledge = "acknowledge"  # it is done: delete it
     retry = "retry"  # make it visible again
     dead_letter = "dead_letter"  # copy it to the dead-letter queue, then delete it
 
 
 class Outcome(NamedTuple):
-    """How a run ended: what becomes of the message, and the error if the run failed.
+    """How a run ended: the fate of its message, and the error if the run failed.
 
-    `delay_s` is in how many seconds it is to run again; None leaves that to the lease in force, at
-    whose end the queue shows the message by itself.
+    ``delay_s`` is how many seconds from now the message is to run again. If it is None,
+    the message reappears when the lease in force ends, without a call.
     """
 
     fate: Fate
@@ -2830,184 +3565,246 @@ class Outcome(NamedTuple):
 
 
 def process(received: QueueMessage) -> Outcome:
-    """Run a received message through hooks, decoder and task, and decide what becomes of it.
+    """Run a received message through hooks, decoder and task, and decide its fate.
 
-    Nothing is deleted or changed on the queue: that is for the caller to do, after the Outcome. The
-    same function runs in a worker, in its child processes and in Lambda.
+    Nothing is changed on the queue: the caller does what the Outcome says. The same
+    function runs in a worker, in its child processes and in Lambda.
 
-    :param received: from any source; its ``message`` is set once it is known to be valid
-    :returns: what to do with it, the error if the run failed, and when to run it again
-    :raises KeyboardInterrupt: and nothing else, even if the task or a hook calls ``sys.exit()``
+    :param received: from any source; ``message`` is set once it is known to be valid
+    :returns: the message's fate, the error if the run failed, and when to run it again
+    :raises KeyboardInterrupt: of Control-C
+    :raises SystemExit: of a signal handler; that of a task or hook is a failed run
     """
     began = time.monotonic()
+    _refresh_django_connections()
     try:
         _run(received, began)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # SystemExit and CancelledError too are failed runs
+    except BaseException as error:  # SystemExit and CancelledError are failed runs too
+        _raise_interrupt(error)
         return _failed(received, error, began)
     finally:
-        # After a failed run too, for the connection may be why it failed.
-        _recycle_django_connections()
+        # After a failed run too: the connection may be why it failed.
+        _refresh_django_connections(ran=True)
     return Outcome(Fate.acknowledge)
 
 
 def _run(received: QueueMessage, began: float) -> None:
-    """Run the hooks and the task; what they raise goes on, but for a task's IgnoreException."""
-    if hook := settings.TASKHAWK_PRE_PROCESS_HOOK:
-        hook(**received.hook_kwargs)
+    """Run the hooks and the task; all that they raise goes on but IgnoreException."""
+    _call_hook("TASKHAWK_PRE_PROCESS_HOOK", received)
     message = _decode(received.body)
-    message.received, task = received, message.task
+    task = message.task
+    message.received = received
     received.message = message  # from here on, an error is the task's
     _log.debug("Received message", extra={"message_body": received.body})
-    level, outcome = logging.DEBUG, "done"
+    level, end = logging.DEBUG, "done"
     try:
         task.call(message, received.receipt_handle)
-    except IgnoreException:
-        level, outcome = logging.INFO, "ignored"
-    if hook := settings.TASKHAWK_POST_PROCESS_HOOK:
-        hook(**received.hook_kwargs)
+    except BaseException as error:
+        if not _are_all(IgnoreException, error):
+            raise
+        level, end = logging.INFO, "ignored"
+    _call_hook("TASKHAWK_POST_PROCESS_HOOK", received)
     if _log.isEnabledFor(level):
-        facts = _facts(received, outcome, began)
-        _log.log(level, "%s %s: %s", task.name, message.id, outcome, extra=facts)
+        facts = _facts(received, end, began)
+        _log.log(level, "%s %s: %s", task.name, message.id, end, extra=facts)
 
 
-def _facts(received: QueueMessage, outcome: str, began: float) -> dict[str, Any]:
-    """Return what the one record of a run says besides its text."""
-    facts = {
-        "outcome": outcome,
-        "duration_ms": round((time.monotonic() - began) * 1000),
-    }
-    if message := received.message:
-        facts |= {
-            "task": message.task_name,
-            "id": message.id,
-            "attempt": received.attempt,
-        }
-    return facts
+def _are_all(kind: type[BaseException], error: BaseException) -> bool:
+    """Return whether an error, or each one of an exception group, is of this class."""
+    return all(isinstance(leaf, kind) for leaf in _leaves(error))
 
 
-_INVALID_EVERY_S = (
-    10  # for each kind of error: a poisoned queue must not fill the disk with logs
-)
-_last_invalid: dict[
-    type, tuple[float, int]
-] = {}  # when one was logged, how many were not
+def _call_hook(name: str, received: QueueMessage) -> None:
+    """Call the pre or post hook if there is one; its error fails the run."""
+    hook = getattr(settings, name)
+    if hook:
+        hook(**received.hook_kwargs)
 
 
 def _failed(received: QueueMessage, raised: BaseException, began: float) -> Outcome:
-    """Decide what becomes of a failed run's message, log it, and tell the hook of an error."""
+    """Decide the fate of a failed run's message, log it, and tell the error hook.
+
+    :param began: when the run began, by ``time.monotonic()``
+    """
     outcome = _verdict(received, raised)
-    message, error, attempt = received.message, outcome.error, received.attempt
+    error = outcome.error or raised
+    spoken = [leaf for leaf in _leaves(error) if isinstance(leaf, LoggingException)]
     facts = _facts(received, outcome.fate.value, began)
-    what = (
-        f"{message.task_name} {message.id}"
-        if message
-        else f"message {received.message_id}"
-    )
-    what = re.sub(r"[^ -~]", "?", what)[
-        :200
-    ]  # ids are free text: one line, and not a long one
-    then = "is left to the queue" if outcome.fate is Fate.retry else "is given up"
-    if outcome.delay_s is not None:
-        then = f"runs again in {outcome.delay_s:g} s"
-    level, trace, text = (
-        logging.ERROR,
-        error,
-        f"{what}: attempt {attempt} failed and {then}",
-    )
-    if message is None and isinstance(error, ValidationError):
-        (last, more), now = (
-            _last_invalid.get(type(error), (-math.inf, 0)),
-            time.monotonic(),
-        )
-        if now - last < _INVALID_EVERY_S:
-            _last_invalid[type(error)] = last, more + 1
+    if received.message is None and isinstance(error, ValidationError):
+        text = _text_of_invalid(received, error)
+        if text is None:
             return outcome
-        _last_invalid[type(error)] = now, 0
-        others = f" ({more} more like it since the last record)" if more else ""
-        trace, text = None, f"{what} {then}: {_text_of(error)}{others}"
-    elif isinstance(error, RetryException) and outcome.fate is Fate.retry:
-        level, trace = logging.INFO, None
-        text = f"{what}: attempt {attempt} asked to be retried and {then}"
-    elif isinstance(error, LoggingException):
-        # logging refuses an `extra` with a name of its own.
-        taken = vars(logging.makeLogRecord({})).keys() | {"message", "asctime"}
-        given = error.extra if isinstance(error.extra, Mapping) else {}
-        facts |= {f"extra_{k}" if k in taken else str(k): v for k, v in given.items()}
-        text = _text_of(error)
-    _log.log(level, "%s", text, exc_info=trace, extra=facts)
-    if level == logging.ERROR:
-        _call_safely("TASKHAWK_ERROR_HOOK", exception=error, message=message)
+        _log.error("%s", text, extra=facts)
+    elif outcome.fate is Fate.retry and _are_all(RetryException, error):
+        text = _sentence(received, "asked to be retried", outcome)
+        _log.info("%s", text, extra=facts)
+        return outcome
+    elif spoken:
+        facts |= _extra_of(spoken[0])
+        _log.error("%s", _text_of(spoken[0]), exc_info=error, extra=facts)
+    else:
+        text = _sentence(received, "failed", outcome)
+        _log.error("%s", text, exc_info=error, extra=facts)
+    _call_safely("TASKHAWK_ERROR_HOOK", exception=error, message=received.message)
     return outcome
 
 
 def _verdict(received: QueueMessage, error: BaseException) -> Outcome:
-    """Decide what becomes of a message whose run raised."""
-    asked = error.delay_seconds if isinstance(error, RetryException) else None
-    delay_s = (
-        asked if _is_number(asked) and 0 <= asked < math.inf else None
-    )  # a subclass may err
-    # What is not valid, or unknown here, is left to the queue's redrive policy.
-    # A delay that the task asks for goes before its policy, and its policy before the queue's.
-    if received.message and delay_s is None:
-        task = received.message.task
-        again = isinstance(error, task.retry_on) and not isinstance(
-            error, task.never_retry_on
+    """Decide the fate of a message whose run raised; the first row that fits counts.
+
+    ==========================================  ==================================
+    not valid, unknown here, pre hook failed    left to the queue's redrive policy
+    StopRetry, or never retried by the task     dead letter
+    it asked for a delay (RetryException)       visible again after it
+    the task has no retry policy                left to its visibility timeout
+    its retry policy gives a delay              visible again after it
+    its retries are used up                     dead letter
+    its retry policy fails                      left to its visibility timeout
+    ==========================================  ==================================
+
+    An exception group is retried if all its errors may be. The longest delay that one
+    of them asks for counts. A pre hook may ask for a delay, too.
+    """
+    leaves = list(_leaves(error))
+    delay_s = _asked_delay_s(leaves)
+    if received.message is None:
+        return Outcome(Fate.retry, error, delay_s)
+    task = received.message.task
+    if not all(_may_retry(task, leaf) for leaf in leaves):
+        return Outcome(Fate.dead_letter, error)
+    if delay_s is not None or task.retry is None:
+        return Outcome(Fate.retry, error, delay_s)
+    try:
+        delay_s = _checked_delay_s(task.name, task.retry(received.attempt))
+    except StopRetry:
+        return Outcome(Fate.dead_letter, error)
+    except BaseException as defect:  # of the policy: it must not lose the message
+        _raise_interrupt(defect)
+        return Outcome(Fate.retry, defect)
+    return Outcome(Fate.retry, error, delay_s)
+
+
+def _asked_delay_s(leaves: Iterable[BaseException]) -> float | None:
+    """Return the longest delay that a RetryException asks for, or None."""
+    asked = [leaf.delay_seconds for leaf in leaves if isinstance(leaf, RetryException)]
+    # A subclass that does not call our __init__ may have set anything.
+    delays = [delay_s for delay_s in asked if _is_delay(delay_s)]
+    return min(max(delays), _MAX_HELD_S) if delays else None
+
+
+def _may_retry(task: Task[Any, Any], error: BaseException) -> bool:
+    """Return whether a task may run again after this error."""
+    if isinstance(error, (RetryException, IgnoreException)):
+        return True
+    if isinstance(error, (StopRetry, task.never_retry_on)):
+        return False
+    return isinstance(error, task.retry_on)
+
+
+def _checked_delay_s(name: str, delay_s: object) -> float:
+    """Return the delay that a task's retry policy gave, within what SQS allows."""
+    if not _is_delay(delay_s):
+        raise ConfigurationError(
+            f"{name}: retry: expected 0 or more seconds, got {delay_s!r}"
         )
-        if isinstance(error, StopRetry) or not (
-            again or isinstance(error, RetryException)
-        ):
-            return Outcome(Fate.dead_letter, error)
-        try:
-            if task.retry is not None:
-                delay_s = task.retry(received.attempt)
-                text = (
-                    f"{task.name}: retry: expected 0 or more seconds, got {delay_s!r}"
-                )
-                _require(_is_number(delay_s) and 0 <= delay_s < math.inf, text)
-        except StopRetry:
-            return Outcome(Fate.dead_letter, error)
-        except KeyboardInterrupt:
-            raise
-        except BaseException as defect:  # of the policy: it must not lose the message
-            return Outcome(Fate.retry, defect)
-    return Outcome(
-        Fate.retry, error, None if delay_s is None else min(delay_s, _MAX_HELD_S)
-    )
+    return min(delay_s, _MAX_HELD_S)
+
+
+def _is_delay(value: object) -> typing.TypeGuard[float]:
+    """Return whether a value is a number of seconds that one can wait."""
+    return _is_number(value) and 0 <= value < math.inf
+
+
+def _sentence(received: QueueMessage, end: str, outcome: Outcome) -> str:
+    """Say which attempt ended how, and what becomes of the message."""
+    then = "is left to the queue"
+    if outcome.fate is Fate.dead_letter:
+        then = "is given up"
+    elif outcome.delay_s is not None:
+        then = f"runs again in {outcome.delay_s:g} s"
+    if outcome.delay_s == _MAX_HELD_S:  # perhaps because it was cut to that
+        then += ", the most that SQS allows"
+    return f"{_name_of(received)}: attempt {received.attempt} {end} and {then}"
+
+
+def _name_of(received: QueueMessage) -> str:
+    """Return what log texts call a message: one line, not a long one."""
+    name = f"message {received.message_id}"
+    if received.message:
+        name = f"{received.message.task_name} {received.message.id}"
+    return re.sub("[^ -~]", "?", name)[:200]  # an id is free text, and may forge lines
+
+
+def _facts(received: QueueMessage, end: str, began: float) -> dict[str, Any]:
+    """Return the fields of a run's log record, which formatters may use."""
+    duration_ms = round((time.monotonic() - began) * 1000)
+    facts: dict[str, Any] = {"outcome": end, "duration_ms": duration_ms}
+    if received.message:
+        facts |= {"task": received.message.task_name, "id": received.message.id}
+        facts["attempt"] = received.attempt
+    return facts
+
+
+def _extra_of(error: LoggingException) -> dict[str, Any]:
+    """Return the fields that an error gives to its log record."""
+    # Logging refuses a field of a name that each record has.
+    reserved = vars(logging.makeLogRecord({})).keys() | {"message", "asctime"}
+    given = error.extra if isinstance(error.extra, Mapping) else {}
+    taken = {f"extra_{name}": given[name] for name in given if name in reserved}
+    return taken | {str(n): given[n] for n in given if n not in reserved}
+
+
+_INVALID_EVERY_S = 10  # a poisoned queue must not fill the disk with logs
+# When an error of each class was last logged, and how many were not logged since.
+_invalid_logged_at: dict[type, float] = {}
+_invalid_unlogged: dict[type, int] = {}
+
+
+def _text_of_invalid(received: QueueMessage, error: ValidationError) -> str | None:
+    """Return the log text of a message that is not valid, or None if it is too soon."""
+    kind, now = type(error), time.monotonic()
+    if now < _invalid_logged_at.get(kind, -math.inf) + _INVALID_EVERY_S:
+        _invalid_unlogged[kind] = _invalid_unlogged.get(kind, 0) + 1
+        return None
+    _invalid_logged_at[kind] = now
+    text = f"{_name_of(received)} is left to the queue: {_text_of(error)}"
+    unlogged = _invalid_unlogged.pop(kind, 0)
+    if unlogged:
+        text += f" ({unlogged} more like it since the last record)"
+    return text
 
 
 class _SyncSender(Sender):
-    """Runs messages where they are sent: through JSON, decoder and hooks; their errors raise."""
+    """Runs messages where they are sent, through JSON, decoder and hooks.
+
+    Errors come out of :meth:`send`: no policy, delay or dead-letter queue applies.
+    """
 
     max_bytes, max_delay_s = sys.maxsize, math.inf
 
+    def __init__(self, _url: str = "sync") -> None:
+        """Need nothing: there is no service."""
+
     def destination(self, priority: Priority) -> str:
-        """Return the queue's name, which the hooks get."""
-        return (
-            super().destination(priority)
-            if settings.TASKHAWK_QUEUE
-            else "TASKHAWK-SYNC"
-        )
+        """Return the name that the hooks get for a queue."""
+        if settings.TASKHAWK_QUEUE:
+            return super().destination(priority)
+        return "TASKHAWK-SYNC"
 
     def send(self, destination: str, entries: Sequence[Outgoing]) -> list[Refusal]:
-        """Run the messages, and let the first error out."""
-        for body, attributes, *_ in entries:
-            message_id = _decode(body).id
-            record = {
-                "Sns": {
-                    "Message": body,
-                    "MessageId": message_id,
-                    "MessageAttributes": {},
-                }
-            }
-            received = QueueMessage(body, message_id, None, {}, attributes, destination)
-            received.sns_record = record if settings.IS_LAMBDA_APP else None
+        """Run the messages one after another; the first error ends it."""
+        for entry in entries:
+            message_id = _decode(entry.body).id
+            received = QueueMessage(entry.body, message_id, queue=destination)
+            received.message_attributes = entry.attributes
+            if settings.IS_LAMBDA_APP:
+                sns = {"Message": entry.body, "MessageId": message_id}
+                received.sns_record = {"Sns": {**sns, "MessageAttributes": {}}}
             _run(received, time.monotonic())
         return []
 
 
-_schemes["sync"] = lambda _url: _SyncSender()  # type: ignore[abstract]
+_schemes["sync"] = _SyncSender
 
 
 # --- 14. holdings ---------------------------------------------------------------------
@@ -4773,9 +5570,15 @@ _programs["_child"] = _serve_worker
 
 
 # --- 19. Lambda -----------------------------------------------------------------------
-# The same process() as in the worker; Lambda receives, and deletes what the handler returns without
-# an error for. So a failure always raises, or is in the answer; and nothing is deleted here that
-# did not succeed.
+# Lambda receives, and deletes what the handler returns without an error for. So each
+# failure is raised or in the answer. Nothing is deleted here but messages of a batch
+# that succeeded while others failed.
+
+
+# SQS counts 12 hours from the receive, before Lambda's longest wait for a batch (5 min)
+# and its longest run (15 min).
+_MAX_LAMBDA_DELAY_S = _MAX_HELD_S - 1200
+_SOME_ARN = "arn:aws:sqs:eu-west-1:123456789012:queue"  # the shape that is expected
 
 
 def process_messages_for_lambda_consumer(
@@ -4783,96 +5586,156 @@ def process_messages_for_lambda_consumer(
 ) -> dict[str, list[dict[str, str]]] | None:
     """Run the messages of an SNS or SQS event; one that fails does not stop the others.
 
-    Where some of an SQS event failed, the others are deleted before the error is raised: that is
-    safe with and without ReportBatchItemFailures on the event source mapping.
+    If some of an SQS event failed, the others are deleted before the error is raised:
+    that is safe with and without ReportBatchItemFailures on the event source mapping.
 
-    :param lambda_event: as Lambda gives it to the handler
-    :param context: Lambda's; with it, nothing is started in the last tenth of the time
-    :param partial_batch: return the failures of an SQS event instead of raising them: only with
-        ReportBatchItemFailures
+    :param lambda_event: the event that Lambda gives to the handler
+    :param context: Lambda's context; with it, nothing is started in the last tenth of
+        the remaining time
+    :param partial_batch: return the failures of an SQS event instead of raising them:
+        only with ReportBatchItemFailures
         (https://docs.aws.amazon.com/lambda/latest/dg/services-sqs-errorhandling.html)
-    :returns: None, or with `partial_batch` what Lambda wants to know: ``{"batchItemFailures":
-        [...]}``
-    :raises ValidationError: if the event has no records; a record that is malformed is a failed run
-        with this error
-    :raises Exception: the failed run's, or an ExceptionGroup of several
+    :returns: None, or with `partial_batch` the answer that Lambda expects:
+        ``{"batchItemFailures": [...]}``
+    :raises ValidationError: if the event has no records; a malformed record is a failed
+        run with this error
+    :raises Exception: the error of the failed run, or an ExceptionGroup of several
     """
     records = lambda_event.get("Records") if isinstance(lambda_event, Mapping) else None
     if not isinstance(records, list):
         raise ValidationError(
             "Records: expected an array of SNS or SQS records, got none"
         )
-    # A tenth is for what follows the last run: the deletes, and the answer.
-    left_ms = context.get_remaining_time_in_millis if context else lambda: math.inf
-    reserve_ms = left_ms() / 10 if context else 0
+    done, failed = _run_records(records, context)
+    _set_delays(failed)
+    of_topic = any(received.sns_record is not None for received in failed)
+    if partial_batch and not of_topic:  # SNS would take the answer for success
+        return {"batchItemFailures": [{"itemIdentifier": r.message_id} for r in failed]}
+    if not failed:
+        return None
+    _delete_done(done)
+    errors: list[Any] = [outcome.error for outcome in failed.values()]
+    if len(errors) > 1:
+        raise BaseExceptionGroup("several runs failed", errors)
+    raise errors[0]
+
+
+def _run_records(
+    records: Sequence[Any], context: Any
+) -> tuple[list[QueueMessage], dict[QueueMessage, Outcome]]:
+    """Run records in order, which is a FIFO queue's; return what is done and failed."""
     done: list[QueueMessage] = []
     failed: dict[QueueMessage, Outcome] = {}
-    # One after another: a FIFO queue's order is that of the records.
-    for received in map(_from_record, records):
-        why = "no time was left" if left_ms() <= reserve_ms else ""
-        if received.is_fifo and received.group_id in {
-            other.group_id for other in failed
-        }:
-            why = "an earlier one of its group failed"
-        if why:
-            text = f"message {received.message_id} was not started: {why}"
-            failed[received] = Outcome(Fate.retry, TaskhawkError(text))
-        elif (outcome := process(received)).fate is Fate.acknowledge:
+    reserve_ms = _left_ms(context) / 10  # for the deletes and the answer
+    for record in records:
+        received = _from_record(record)
+        if _is_behind(received, failed):
+            outcome = _not_started(received, "an earlier one of its group failed")
+        elif _left_ms(context) < reserve_ms:
+            outcome = _not_started(received, "no time was left")
+        else:
+            outcome = process(received)
+        if outcome.fate is Fate.acknowledge:
             done.append(received)
         else:
             failed[received] = outcome
-    asked = {
-        received: o.delay_s for received, o in failed.items() if o.delay_s is not None
-    }
-    # 20 minutes less than SQS takes: the function's time and the batching window have passed.
-    delays = {
-        r: (r.receipt_handle, min(s, _MAX_HELD_S - 1200)) for r, s in asked.items()
-    }
-    text = "can't change when %d of %d failed messages run again: %s"
-    _change_all("change_visibility", delays, text)
-    if partial_batch and all(received.sns_record is None for received in failed):
-        return {"batchItemFailures": [{"itemIdentifier": r.message_id} for r in failed]}
-    if failed:
-        text = "%d of %d messages that succeeded may run again: can't delete them: %s"
-        _change_all(
-            "delete", {received: received.receipt_handle for received in done}, text
-        )
-        errors: list[Any] = [outcome.error for outcome in failed.values()]
-        raise (
-            errors[0]
-            if len(errors) == 1
-            else BaseExceptionGroup("several runs failed", errors)
-        )
-    return None
+    return done, failed
+
+
+def _left_ms(context: Any) -> float:
+    """Return how much time the function has left; without a context, no end of it."""
+    if context is None:
+        return math.inf
+    return float(context.get_remaining_time_in_millis())
+
+
+def _is_behind(received: QueueMessage, failed: Iterable[QueueMessage]) -> bool:
+    """Return whether a message must wait for one of its FIFO group that failed."""
+    if not received.is_fifo:
+        return False
+    return received.group_id in [earlier.group_id for earlier in failed]
+
+
+def _not_started(received: QueueMessage, reason: str) -> Outcome:
+    """Return the outcome of a message that counts as failed though it was not run."""
+    text = f"message {received.message_id} was not started: {reason}"
+    return Outcome(Fate.retry, TaskhawkError(text))
+
+
+def _set_delays(failed: Mapping[QueueMessage, Outcome]) -> None:
+    """Have the queue show failed messages again when their outcomes say so."""
+    changes = {}
+    for received, outcome in failed.items():
+        if outcome.delay_s is not None:
+            delay_s = min(outcome.delay_s, _MAX_LAMBDA_DELAY_S)
+            changes[received] = (received.receipt_handle, delay_s)
+    warning = "can't change when %d of %d failed messages run again: %s"
+    _change_all("change_visibility", changes, warning)
+
+
+def _delete_done(done: Iterable[QueueMessage]) -> None:
+    """Delete what succeeded, as Lambda will not after an error."""
+    receipts = {received: received.receipt_handle for received in done}
+    warning = "%d of %d messages that succeeded may run again: can't delete them: %s"
+    _change_all("delete", receipts, warning)
 
 
 def _from_record(record: Any) -> QueueMessage:
-    """Read a record of either kind; one that is malformed is an invalid message."""
-    given = record if isinstance(record, Mapping) else {}
-    sns_record = given if "Sns" in given else None
-    with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
-        if sns_record:
-            sns = record["Sns"]
-            return QueueMessage(
-                sns["Message"], str(sns.get("MessageId")), sns_record=record
-            )
-        message_attributes = {
-            name: {
-                kind[:1].upper() + kind[1:]: content for kind, content in value.items()
-            }
-            for name, value in record.get("messageAttributes", {}).items()
-        }
-        attributes = record.get("attributes", {})
-        int(
-            attributes.get("ApproximateReceiveCount", 1)
-        )  # fail here rather than in the run
-        parts = (record["body"], record["messageId"], record.get("receiptHandle"))
-        received = QueueMessage(*parts, attributes, message_attributes)
-        broker, arn = _brokers.broker(), record.get("eventSourceARN")
-        if isinstance(broker, SqsBroker) and arn is not None:
-            received.queue, received.broker = broker.queue_of_arn(arn), broker
-        return received
-    return QueueMessage(None, str(given.get("messageId", "")), sns_record=sns_record)
+    """Read a record; a malformed one becomes a message that is not valid."""
+    if not isinstance(record, Mapping):
+        return QueueMessage(None, "")
+    if "Sns" in record:
+        return _from_topic(record)
+    return _from_queue(record)
+
+
+def _from_topic(record: Mapping[str, Any]) -> QueueMessage:
+    """Read a record of an SNS event."""
+    sns = record["Sns"]
+    if not isinstance(sns, Mapping):
+        return QueueMessage(None, "", sns_record=record)
+    message_id = str(sns.get("MessageId"))
+    return QueueMessage(sns.get("Message"), message_id, sns_record=record)
+
+
+def _from_queue(record: Mapping[str, Any]) -> QueueMessage:
+    """Read a record of an SQS event."""
+    message_id = str(record.get("messageId", ""))
+    if not _is_well_formed(record):
+        return QueueMessage(None, message_id)
+    attributes = record.get("attributes", {})
+    message_attributes = _as_boto3(record.get("messageAttributes", {}))
+    handle = record.get("receiptHandle")
+    received = QueueMessage(
+        record.get("body"), message_id, handle, attributes, message_attributes
+    )
+    arn, broker = record.get("eventSourceARN"), _brokers.broker()
+    if arn is not None and isinstance(broker, SqsBroker):
+        received.queue, received.broker = broker.queue_of_arn(arn), broker
+    return received
+
+
+def _is_well_formed(record: Mapping[str, Any]) -> bool:
+    """Return whether the parts of an SQS event's record are of the types AWS gives."""
+    attributes = record.get("attributes", {})
+    named = record.get("messageAttributes", {})
+    if not isinstance(attributes, Mapping) or not isinstance(named, Mapping):
+        return False
+    if not all(isinstance(attribute, Mapping) for attribute in named.values()):
+        return False
+    count = str(attributes.get("ApproximateReceiveCount", 1))
+    arn = str(record.get("eventSourceARN", _SOME_ARN))
+    return count.isdecimal() and arn.count(":") == _SOME_ARN.count(":")
+
+
+def _as_boto3(
+    attributes: Mapping[str, Mapping[str, Any]],
+) -> dict[str, dict[str, Any]]:
+    """Return message attributes under the names of a receive: Lambda's begin small."""
+    return {
+        name: {part[:1].upper() + part[1:]: it for part, it in value.items()}
+        for name, value in attributes.items()
+    }
 
 
 # === PART V: STATE ====================================================================
