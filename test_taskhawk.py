@@ -6558,9 +6558,8 @@ class TestBatch:
         taskhawk.configure(
             TASKHAWK_BROKER="sqlite://", TASKHAWK_DEFAULT_HEADERS=lambda **_: hook()
         )
-        with pytest.raises(RuntimeError) as caught:
+        with pytest.raises(StopIteration):
             mail.dispatch_many(range(20))
-        assert isinstance(caught.value.__cause__, StopIteration)
         assert received_args() == list(range(10))
 
     def test_dispatch_many_snapshot(self, sqlite, mail):
