@@ -2174,9 +2174,9 @@ class Task(Generic[_P, _R]):
         self.isolate = False
         functools.update_wrapper(self, fn, updated=())
         # What other decorators left on the function may have names that are ours.
-        for name_there, value in getattr(fn, "__dict__", {}).items():
-            if not hasattr(self, name_there):
-                setattr(self, name_there, value)
+        for attribute, value in getattr(fn, "__dict__", {}).items():
+            if not hasattr(self, attribute):
+                setattr(self, attribute, value)
 
     @property
     def name(self) -> str:
