@@ -4682,7 +4682,7 @@ NO_TASKS = {
 
 
 class TestTasks:
-    """Only what was registered, under the name it was registered by, can be run by a message."""
+    """A message can only run what is registered, under the name of its registration."""
 
     def test_looks_like_its_function(self):
         """A task is called as its function was, and looks like it."""
@@ -4701,7 +4701,7 @@ class TestTasks:
         assert (task(1), task(1, 2), task(1, other=3, self=4)) == (2, 3, 8)
 
     def test_annotations_for_checkers(self, memory):
-        """Annotations may name what exists for type checkers only: nobody evaluates them."""
+        """Annotations that exist for type checkers only are never evaluated."""
         scope: dict[str, Any] = {}
         lazy = sys.version_info >= (3, 14)
         code = "" if lazy else "from __future__ import annotations\n"
@@ -4753,14 +4753,14 @@ class TestTasks:
         ],
     )
     def test_names(self, fn, options, name):
-        """Without name=, a task has its module's and function's name; a copy is called the same."""
+        """A task without name= is called by its module and function; so is a copy."""
         task = taskhawk.task(**options)(fn) if options else taskhawk.task(fn)
         assert (task.name, task.fn) == (name, fn)
         assert task.priority is options.get("priority", Priority.default)
         assert str(copy.copy(task)) == str(task)
 
     def test_function_attributes(self, sync):
-        """What another decorator left on the function does not replace what is the task's own."""
+        """Attributes that another decorator set do not replace the task's own."""
 
         def fetch():
             return "fetched"
@@ -4788,8 +4788,25 @@ class TestTasks:
         task = taskhawk.Task(fn, Priority.default, "shop.f")
         assert (task.accepts_metadata, task.accepts_headers) == (metadata, headers)
 
+    def test_current_task(self):
+        """Code in a task, and in threads with its context, knows the task."""
+
+        @taskhawk.task(name="tasks.send_email")
+        def send_email(to, subject, metadata, from_email=None):
+            threads = concurrent.futures.ThreadPoolExecutor(1)
+            context = contextvars.copy_context()
+            with threads:
+                there = threads.submit(context.run, taskhawk.current_task).result()
+            known.append((taskhawk.current_task() is metadata, there is metadata))
+            raise ValueError
+
+        known = []
+        assert taskhawk.current_task() is None
+        run_body(json.dumps(VALID))
+        assert (known, taskhawk.current_task()) == ([(True, True)], None)
+
     def test_call(self):
-        """Task.call gives metadata and headers where they are taken, whatever their annotations."""
+        """Task.call() gives metadata and headers to parameters of these names."""
 
         @taskhawk.task(name="tasks.send_email")
         def send_email(to, subject, metadata: str, headers: 0, from_email=None):
@@ -4810,7 +4827,7 @@ class TestTasks:
         assert message.as_dict() == VALID
 
     def test_keywords(self):
-        """A task with **kwargs gets metadata and headers in them, and no message can forge them."""
+        """A task gets both in **kwargs, too, and no message can forge them."""
 
         @taskhawk.task(name="tasks.send_email")
         def send_email(to, /, subject, **kwargs):
@@ -4825,7 +4842,7 @@ class TestTasks:
         assert kwargs == {"headers": VALID["headers"], "to": 1}
 
     def test_metadata(self):
-        """Metadata is a dict with 1.4's five keys, which are attributes too; the rest only that."""
+        """Metadata is a dict of 1.4's five keys; they and others are attributes."""
         message = taskhawk.Message(VALID)
         metadata = taskhawk.Metadata(message, "receipt")
         assert isinstance(metadata, dict)
@@ -4842,7 +4859,7 @@ class TestTasks:
         assert copy.copy(metadata) == metadata
 
     def test_metadata_of_queue(self, memory):
-        """Received from a queue, metadata knows its name, the attempt, and a lease that is lost."""
+        """Metadata knows the queue, the attempt, and whether the lease is lost."""
         seen = []
 
         @taskhawk.task(name="tasks.note")
@@ -4893,7 +4910,7 @@ class TestTasks:
         assert send.dispatch(1, three=3)
 
     def test_binding_names(self, memory):
-        """Parameters may be called self, args or priority, and headers h1, task or self."""
+        """Parameters may be called self or args, and headers self or task."""
 
         @taskhawk.task(name="tasks.odd")
         def odd(self, args, priority, headers):
@@ -4906,7 +4923,7 @@ class TestTasks:
         assert runs == [(4, 5, 6, {"self": 1, "task": 2, "h1": 3})]
 
     def test_injecting_decorator(self, memory):
-        """Calls are checked against the signature that inspect reads, which a decorator may set."""
+        """Calls are checked by the signature that inspect reads from a wrapper."""
         sold = []
 
         def with_session(fn):
@@ -4933,7 +4950,7 @@ class TestTasks:
         assert sold == [("session", "milk")]
 
     def test_immutable_invocations(self, memory):
-        """Each with_… returns a new invocation, and the one it was called on stays as it was."""
+        """Each with_… returns a new invocation and leaves the old one as it was."""
         send = taskhawk.task(name="tasks.send", priority=Priority.low)(plain)
         first = send.with_headers(a=1, b=1)
         second = first.with_headers(b=2)
@@ -5000,7 +5017,7 @@ class TestTasks:
         ids=" ".join,
     )
     def test_main(self, tmp_path, args, name):
-        """A script's task has the name that a worker imports it by, and answers to __main__ too."""
+        """A script's task has its importable name, and answers to __main__ too."""
         script = textwrap.dedent("""
             import taskhawk
 
@@ -5026,7 +5043,7 @@ class TestTasks:
         assert (result.stderr, result.stdout) == ("", expected)
 
     def test_script(self, tmp_path):
-        """A script may import itself, pickle its task, and give it to processes that it spawns."""
+        """A script may import itself, and pickle its task for what it spawns."""
         (tmp_path / "shop.py").write_text(
             textwrap.dedent("""
             import multiprocessing, pickle, taskhawk
@@ -5046,7 +5063,7 @@ class TestTasks:
         assert (result.stdout, result.stderr) == (expected, "")
 
     def test_taken_name(self):
-        """Another function under a taken name is refused, by a sentence that names both places."""
+        """Another function under a taken name is refused; the error has both places."""
 
         def make(what):
             def sell():
@@ -5088,7 +5105,7 @@ class TestTasks:
     @pytest.mark.parametrize("edit", ["", "\n\n\n"])
     @pytest.mark.parametrize("cls", ["taskhawk.Task", f"{__name__}.Wrapping"])
     def test_reload(self, tmp_path, monkeypatch, again, edit, cls):
-        """A module read again replaces its tasks, also where they moved to other lines."""
+        """A module that is read again replaces its tasks, on other lines too."""
         monkeypatch.setenv("TASKHAWK_TASK_CLASS", cls)
         source = "import taskhawk\n\n@taskhawk.task\ndef sell():\n    return {}\n"
         path = tmp_path / "reloaded.py"
@@ -5109,7 +5126,7 @@ class TestTasks:
 
     @pytest.mark.parametrize("where", ["interpreter", "notebook"])
     def test_typed_again(self, tmp_path, where):
-        """In the interactive interpreter, and in a notebook's cells, a task can be defined anew."""
+        """In the interactive interpreter and in notebooks, a task can be redefined."""
         code = "import taskhawk\n"
         for number in (1, 2):
             cell = f"@taskhawk.task\ndef sell(): return {number}\n\n"
@@ -5136,7 +5153,7 @@ class TestTasks:
         ("fn", "options", "sentence"), NO_TASKS.values(), ids=NO_TASKS
     )
     def test_refused(self, fn, options, sentence):
-        """What a message can't call, and a wrong option, is refused where it is declared."""
+        """What a message can't call is refused at once; so are wrong options."""
         before = dict(taskhawk._registry)
         assert refusal(taskhawk.task(**options) if options else taskhawk.task, fn) == (
             sentence
@@ -5210,7 +5227,7 @@ class TestTasks:
 
     @pytest.mark.parametrize("kind", ["wrapped", "object", "partial"])
     def test_async_in_disguise(self, kind):
-        """Whatever returns a coroutine is run to its end: none is taken for done unawaited."""
+        """Whatever returns a coroutine is run to its end, and never left unawaited."""
         runs = []
 
         async def sell(*_args, **_kwargs):
@@ -5230,8 +5247,28 @@ class TestTasks:
         assert run_body(json.dumps(VALID)).error is None
         assert runs == ["milk"]
 
+    def test_async_in_a_loop(self, sync):
+        """In sync mode, dispatch waits for an async task, in an event loop too."""
+        user = contextvars.ContextVar("user")
+        runs = []
+
+        @taskhawk.task(name="shop.sell")
+        async def sell(what):
+            await asyncio.sleep(0)
+            runs.append((what, user.get()))
+            if what == "nothing":
+                raise LookupError(what)
+
+        async def main():
+            user.set("Zoë")
+            sell.dispatch("milk")
+            assert runs == [("milk", "Zoë")]
+            assert refusal(sell.dispatch, "nothing", error=LookupError) == "nothing"
+
+        asyncio.run(main())
+
     def test_one_loop_for_a_worker(self, memory):
-        """A worker runs its coroutines on one loop, a worker inside its task on another."""
+        """A worker runs its coroutines on one loop; one inside its task has another."""
         loops = []
 
         @taskhawk.task(name="shop.sell")
@@ -5255,7 +5292,7 @@ class TestTasks:
     # --- TASKHAWK_TASK_CLASS ---
 
     def test_task_class(self, memory, monkeypatch):
-        """TASKHAWK_TASK_CLASS may override call(), which runs whatever way the message came."""
+        """TASKHAWK_TASK_CLASS may override call() and dispatch()."""
         monkeypatch.setattr(HandMade, "runs", [])
         policy = taskhawk.fixed(1)
         taskhawk.configure(TASKHAWK_BROKER="sqlite://", TASKHAWK_TASK_CLASS=HandMade)
@@ -5272,7 +5309,7 @@ class TestTasks:
         assert HandMade.runs == ["dispatch", ran[0], "dispatch", ran[1], ran[2]]
 
     def test_task_class_alone(self, monkeypatch):
-        """The class is read at each decoration, and no other setting is read or remembered."""
+        """The class is read at each decoration, and no other setting is read."""
         monkeypatch.setenv("TASKHAWK_QUEUE", "not a queue!")
         for path, cls in (
             ("taskhawk.task_manager.Task", taskhawk.Task),
@@ -5293,7 +5330,7 @@ class TestTasks:
 
     @pytest.mark.slow
     def test_typing(self, tmp_path):
-        """A type checker sees a wrong argument of a dispatch, of a call, and of the decorator."""
+        """A type checker sees wrong arguments of dispatch, call and decorator."""
         shutil.copy(taskhawk.__file__, tmp_path)
         source = textwrap.dedent("""\
             import taskhawk
@@ -5335,7 +5372,7 @@ class TestTasks:
 
 
 class Wrapping(taskhawk.Task):
-    """A TASKHAWK_TASK_CLASS that has another function run than the one that is decorated."""
+    """A TASKHAWK_TASK_CLASS that runs another function than the one decorated."""
 
     def __init__(self, fn, priority, name):
         super().__init__(functools.partial(fn), priority, name)
@@ -5345,7 +5382,7 @@ class TestExtendVisibilityTimeout:
     """extend_visibility_timeout(), and the same by a task's metadata."""
 
     def test_sqs(self, scripted, mail):
-        """It sets how long the message stays hidden, from now; the service may refuse."""
+        """It sets how long a message stays hidden from now; SQS may refuse."""
         mail.with_priority(Priority.high).dispatch()
         (received,) = receive_all(Priority.high)
         receipt = received.receipt_handle
@@ -5384,7 +5421,7 @@ class TestExtendVisibilityTimeout:
         assert receive_all() == []
 
     def test_gone(self, sqlite, mail):
-        """Where another receiver has the message, a task gets the error, and may give up."""
+        """Where another worker has the message, the task gets the error."""
 
         @taskhawk.task(name="mail.lost")
         def lost(metadata):
@@ -5400,7 +5437,7 @@ class TestExtendVisibilityTimeout:
         assert taskhawk.process(again).error is None
 
     def test_no_queue(self):
-        """Where no queue has the message, in sync mode or behind SNS, it does nothing."""
+        """Where no queue has the message (sync mode, SNS), it does nothing."""
         ran = []
 
         @taskhawk.task(name="mail.nowhere")
@@ -5455,8 +5492,8 @@ NOT_A_NUMBER = [
 def too_large(size: int, limit: int, largest: str) -> str:
     """Return the sentence that refuses a message of so many bytes."""
     return (
-        f"mail.send: the message has {size} bytes (body and attributes), and the limit is"
-        f" {limit}: the largest argument is {largest} bytes"
+        f"mail.send: the message has {size} bytes (body and attributes), and the limit"
+        f" is {limit}: the largest argument is {largest} bytes"
     )
 
 
@@ -5478,7 +5515,7 @@ class TestPublishing:
         assert [str(uuid.UUID(text)) for text in sent] == sent
 
     def test_publish(self, broker, mail):
-        """A message made by hand goes, through publish(), to the queue of its priority."""
+        """publish() sends a message made by hand to the queue of its priority."""
         message = Message.new("mail.send", ["a"], {"text": "b"}, "my-id", {"c": "d"})
         message.priority = Priority.high
         assert taskhawk.publish(message) == "my-id"
@@ -5486,7 +5523,7 @@ class TestPublishing:
         assert Message(json.loads(received.body)) == message
 
     def test_attributes(self, sqlite, mail):
-        """A header is an attribute too, where SQS takes its name and value; the body has it."""
+        """A header that SQS takes is an attribute; the body has every header."""
         for name, value in [*ATTRIBUTE_HEADERS.items(), *OTHER_HEADERS.items()]:
             mail.with_headers(**{name: value}).dispatch()
             (received,) = receive_all()
@@ -5496,7 +5533,7 @@ class TestPublishing:
             assert received.message_attributes == expected
 
     def test_hostile_headers(self, endpoint, sqs_client, queue_name):
-        """A message with more than ten headers, some refused by SQS, arrives with all of them."""
+        """A message arrives with all headers, though SQS takes ten attributes."""
         seen = []
 
         @taskhawk.task(name="headers.note")
@@ -5515,7 +5552,7 @@ class TestPublishing:
 
     @pytest.mark.parametrize("limit", [1_048_576, 262_144], ids=["SQS", "SNS"])
     def test_size(self, aws, mail, limit):
-        """A message of the service's limit with its attributes is sent, one byte more is not."""
+        """A message may have the limit's bytes, attributes included, and no more."""
         configure_aws(aws.url, "app", IS_LAMBDA_APP=limit == 262_144)
         text = filler(limit, trace="é", name="n")
         invocation = mail.with_headers(trace="é", name="n")
@@ -5538,7 +5575,7 @@ class TestPublishing:
         ],
     )
     def test_largest(self, sqlite, mail, call, largest):
-        """The error names the argument or header that takes most, in bytes as they are sent."""
+        """The error names the largest argument or header, with its bytes."""
         error = taskhawk.MessageTooLarge
         if isinstance(call, dict):
             sentence = refusal(mail.dispatch, error=error, **call)
@@ -5550,18 +5587,18 @@ class TestPublishing:
         assert sqlite.depth("TASKHAWK-DEFAULT") == Depth(0, 0, 0)
 
     def test_too_large_without_arguments(self, sqlite):
-        """Where it is the task's name that is too large, the error does not blame an argument."""
+        """Where the task's name is too large, the error blames no argument."""
         name = "n" * 1_048_576
         dispatch = taskhawk.task(name=name)(plain).dispatch
         sentence = refusal(dispatch, error=taskhawk.MessageTooLarge)
         assert re.fullmatch(
-            r"n{200}: the message has \d+ bytes \(body and attributes\), and the limit is"
-            r" 1048576",
+            r"n{200}: the message has \d+ bytes \(body and attributes\), and the limit"
+            r" is 1048576",
             sentence,
         )
 
     def test_pinned_queue(self, endpoint, sqs_client, queue_name, mail):
-        """A size that only this queue refuses, pinned below the service's limit, says the same."""
+        """A size that only this queue refuses raises the same error."""
         make_queues(sqs_client(endpoint), queue_name, MaximumMessageSize="2048")
         configure_aws(endpoint, queue_name)
         mail.dispatch(filler(2048))
@@ -5604,7 +5641,7 @@ class TestPublishing:
         assert sqlite.depth("TASKHAWK-DEFAULT") == Depth(0, 0, 0)
 
     def test_astronomical(self):
-        """A Decimal with a huge exponent fails too, instead of being written out for minutes."""
+        """A Decimal with a huge exponent is refused, not written out for minutes."""
         code = """
 import decimal, taskhawk
 taskhawk.configure(TASKHAWK_BROKER="sqlite://")
@@ -5683,7 +5720,7 @@ except taskhawk.ValidationError as error:
         ],
     )
     def test_default_headers(self, mail, hook, expected):
-        """The default headers are asked for at each dispatch, and give way to with_headers()."""
+        """Default headers are asked for at each dispatch; with_headers() wins."""
         taskhawk.configure(TASKHAWK_BROKER="sqlite://", TASKHAWK_DEFAULT_HEADERS=hook)
         mail.with_headers(a="mine").dispatch()
         (received,) = receive_all()
@@ -5697,7 +5734,7 @@ except taskhawk.ValidationError as error:
         ],
     )
     def test_not_accepted(self, aws, mail, code, error):
-        """What was not accepted raises: one sentence if a person must act, else botocore's error."""
+        """What was not accepted raises our error, or else botocore's."""
         aws.always("SendMessage", fault(code))
         assert f"({code})" in refusal(mail.dispatch, error=error)
 
@@ -5707,7 +5744,7 @@ except taskhawk.ValidationError as error:
         ids=["fault", "dropped"],
     )
     def test_retried_by_botocore(self, scripted, mail, answer):
-        """A send that the service fails at, or cuts short, is made again within one dispatch."""
+        """A send that the service fails at or cuts short is made again."""
         scripted.script("SendMessage", answer)
         mail.dispatch("once")
         assert scripted.actions == ["GetQueueUrl", "SendMessage", "SendMessage"]
@@ -5719,7 +5756,7 @@ DENY = fault("AccessDenied", status=403)
 
 
 def longer_than(limit: int) -> AwsAnswer:
-    """Refuse requests of more characters, as a queue does that is pinned to this size."""
+    """Refuse longer requests, as a queue does that is pinned to this size."""
 
     def answer(call: AwsCall) -> AwsAnswer:
         entries = call.data.get("Entries", [call.data])
@@ -5781,20 +5818,22 @@ BATCH_FAULTS = {
 
 
 class TestBatch:
-    """batch() and dispatch_many(): fewer requests, and exactly what was not accepted is raised."""
+    """batch() and dispatch_many() need few requests and raise exactly what failed."""
 
     def test_ten_to_a_call(self, scripted, mail):
-        """Dispatches are collected, and leave ten to a request, in order, when the block ends."""
+        """Dispatches leave ten to a request, in order, when the block ends."""
         with taskhawk.batch():
-            ids = [mail.dispatch(number) for number in range(25)]
+            ids = [mail.dispatch(number) for number in range(12)]
             with taskhawk.batch():  # joins the outer one
-                ids += [mail.dispatch(25)]
+                ids += [mail.dispatch(12)]
+            mail.dispatch_many(range(13, 25))
             assert scripted.actions == []
         assert scripted.actions == ["GetQueueUrl", *["SendMessageBatch"] * 3]
-        assert scripted.batches == [10, 10, 6]
+        assert scripted.batches == [10, 10, 5]
         messages = [json.loads(message.body) for message in receive_all()]
-        assert sorted(message["args"][0] for message in messages) == list(range(26))
-        assert sorted(message["id"] for message in messages) == sorted(ids)
+        messages.sort(key=lambda message: message["args"][0])
+        assert [message["args"] for message in messages] == [[n] for n in range(25)]
+        assert [message["id"] for message in messages[:13]] == ids
 
     def test_one_or_none(self, aws, mail):
         """A block with one dispatch is one request, and a block with none is none."""
@@ -5806,7 +5845,7 @@ class TestBatch:
         assert aws.actions == ["GetQueueUrl", "SendMessage"]
 
     def test_total_size(self, endpoint, sqs_client, queue_name, mail):
-        """Messages of 300 KB leave three to a request, within 1 MiB, which the service checks."""
+        """Messages of 300 KB leave three to a request, as the service wants it."""
         make_queues(sqs_client(endpoint), queue_name)
         configure_aws(endpoint, queue_name)
         with taskhawk.batch():
@@ -5815,7 +5854,7 @@ class TestBatch:
         assert sorted(received_args()) == list(range(7))
 
     def test_total_size_counted(self, aws, mail):
-        """A request is filled to the last byte of 1 MiB, attributes included, and no further."""
+        """A request may have 1 MiB, attributes included, and no byte more."""
         half, header = 524_288, {"trace": "é"}
         invocation = mail.with_headers(**header)
         with taskhawk.batch():
@@ -5824,7 +5863,7 @@ class TestBatch:
         assert aws.batches == [2, 1, 1, 2]
 
     def test_priorities_and_tasks(self, scripted, mail):
-        """One block takes all tasks and priorities; each queue gets its own requests."""
+        """One block takes all tasks and priorities; each queue has its requests."""
         other = taskhawk.task(name="mail.other", priority=Priority.high)(plain)
         with taskhawk.batch():
             for number in range(8):
@@ -5836,7 +5875,7 @@ class TestBatch:
             assert sorted(received_args(priority)) == list(range(8))
 
     def test_sns(self, aws, mail):
-        """Over SNS, PublishBatch sends ten, and less where the sum would be above 256 KiB."""
+        """Over SNS, a request has ten messages at most and 256 KiB at most."""
         configure_aws(aws.url, "app", IS_LAMBDA_APP=True)
         with taskhawk.batch():
             for number in range(12):
@@ -5853,7 +5892,7 @@ class TestBatch:
 
     @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
     def test_exception(self, sqlite, mail, error):
-        """An exception inside sends nothing; what is dispatched afterwards is sent at once."""
+        """An exception inside sends nothing; later dispatches are sent at once."""
 
         def fail() -> None:
             with taskhawk.batch():
@@ -5889,7 +5928,7 @@ class TestBatch:
         assert received_args() == ["block"]
 
     def test_thread_with_context(self, sqlite, mail):
-        """A thread that runs in a copy of the context joins the block, but sends after its end."""
+        """A thread in a copy of the context joins the block until it ends."""
         joined, ended = threading.Event(), threading.Event()
 
         def work() -> list[Any]:
@@ -5914,7 +5953,7 @@ class TestBatch:
         assert received_args() == ["after", "after too", "at last"]
 
     def test_race(self, sqlite, mail):
-        """While a block ends, what threads in its context dispatch is sent, and once."""
+        """What threads dispatch while their block ends is sent once."""
         busy = threading.Barrier(5)
 
         def work(first: int) -> None:
@@ -5932,7 +5971,7 @@ class TestBatch:
         assert sorted(received_args()) == list(range(400))
 
     def test_asyncio(self, sqlite, mail):
-        """Tasks of an event loop join the block they were made in, and send after its end."""
+        """Tasks of an event loop join the block they were made in until it ends."""
 
         async def dispatch(number: int, when: asyncio.Event) -> None:
             await when.wait()
@@ -5959,7 +5998,7 @@ class TestBatch:
 
     @pytest.mark.parametrize("case", BATCH_FAULTS.values(), ids=BATCH_FAULTS)
     def test_faults(self, scripted, mail, case):
-        """What the service fails at is sent again; exactly what was not accepted is raised."""
+        """What the service fails at is sent again; what is unsent is raised."""
         count, answers, requests, unsent, code = case
         for action, script in answers.items():
             scripted.script(action, *script)
@@ -5985,7 +6024,7 @@ class TestBatch:
         ]
 
     def test_other_queues_go_on(self, aws, mail):
-        """Where a request fails, the other queues get theirs; each entry has the remedy."""
+        """Where a request fails, other queues get theirs; entries have a remedy."""
         aws.script("SendMessageBatch", DENY)
         high = mail.with_priority(Priority.high)
         with pytest.raises(taskhawk.PartialFailure) as raised, taskhawk.batch():
@@ -5997,7 +6036,7 @@ class TestBatch:
         assert aws.calls[-1].data["QueueUrl"].endswith("-HIGH-PRIORITY")
 
     def test_unsent_as_dispatched(self, aws, mail):
-        """What is unsent is what was dispatched, though the caller has changed it meanwhile."""
+        """What is unsent is as it was dispatched, though the caller changed it."""
         aws.always("SendMessageBatch", refuse(0, 1, 2, code="Bad", ours=True))
         row: dict[str, int] = {}
         calls = (row.update(number=number) or (row,) for number in range(3))
@@ -6007,7 +6046,7 @@ class TestBatch:
         assert rows == [[{"number": 0}], [{"number": 1}], [{"number": 2}]]
 
     def test_unsent_again(self, scripted, mail):
-        """To publish what is unsent delivers it once, with its priority, headers and delay."""
+        """What is unsent can be published, with its priority, headers and delay."""
         scripted.script("SendMessageBatch", refuse(0, ours=True))
         invocation = mail.with_priority(Priority.high).with_headers(a="b").with_delay(7)
         with pytest.raises(taskhawk.PartialFailure) as raised, taskhawk.batch():
@@ -6020,7 +6059,7 @@ class TestBatch:
         assert json.loads(sent["MessageBody"])["args"] == [0]
 
     def test_pinned_queue(self, scripted, mail):
-        """A message that is too large for its queue, by itself, is the only one refused."""
+        """Only the message that is too large for its queue is refused."""
         for action in (SEND, SEND_BATCH):
             scripted.always(action, longer_than(262_144))
         sizes = enumerate([100_000, 100_000, 300_000, 100_000])
@@ -6030,7 +6069,7 @@ class TestBatch:
         assert sorted(received_args()) == [0, 1, 3]
 
     def test_sync(self):
-        """In sync mode, the tasks run when the block ends, in order; an error ends it."""
+        """In sync mode the tasks run in order when the block ends, up to an error."""
         ran = []
 
         @taskhawk.task(name="sync.note")
@@ -6055,7 +6094,7 @@ class TestBatch:
     # --- dispatch_many() ---
 
     def test_dispatch_many(self, sqlite, mail):
-        """A tuple is a call's arguments, a dict its keyword arguments, all else its only one."""
+        """A call is a tuple or dict of arguments, or its only argument."""
         calls = {
             (): ([], {}),
             (1,): ([1], {}),
@@ -6084,7 +6123,7 @@ class TestBatch:
                 assert json.loads(entry["MessageBody"])["headers"] == {"a": "b"}
 
     def test_dispatch_many_is_lazy(self, sqlite, mail):
-        """At most ten messages wait in memory, encoded as they were when they were read."""
+        """At most ten messages wait in memory, each as it was when it was read."""
         row = []
 
         def rows() -> Iterator[Any]:
@@ -6098,7 +6137,7 @@ class TestBatch:
 
     @pytest.mark.parametrize("bad", [{1}, ZeroDivisionError, StopIteration])
     def test_dispatch_many_stops(self, sqlite, mail, bad):
-        """An iterable that fails, or has what can't be sent, ends it; full tens are sent before."""
+        """A call that can't be made ends it; full tens were sent before."""
 
         def numbers() -> Iterator[Any]:
             yield from range(13)
@@ -6129,7 +6168,7 @@ class TestBatch:
 
 
 class TestCapture:
-    """capture() collects what would be sent, with arguments as the worker would get them."""
+    """capture() collects what would be sent, as the worker would get it."""
 
     @pytest.mark.parametrize("sync", [False, True])
     def test_collects(self, sync):
@@ -6167,7 +6206,7 @@ class TestCapture:
         assert calls == []
 
     def test_ends(self, sqlite, mail):
-        """The inner of two has its own; after the end, also by an error, messages are sent."""
+        """The inner of two has its own list; after the end, messages are sent."""
         with contextlib.suppress(ZeroDivisionError), taskhawk.capture() as outer:
             with taskhawk.capture() as inner:
                 mail.dispatch("inner")
