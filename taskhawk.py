@@ -68,16 +68,16 @@ Parts and rooms; the file still works when it is cut before part IV, V or VI
 
 
 # --- 1. names and limits --------------------------------------------------------------
-# Importing this file does no I/O, reads no environment and imports no botocore, sqlite3,
-# argparse or asyncio: what is slow to load is imported by the first function that needs
-# it. What AWS allows in one call and for one message stands here once.
+# Importing this file does no I/O, reads no environment and imports no botocore,
+# sqlite3, argparse or asyncio: the first function that needs a slow module imports it.
+# All that AWS allows in one call, and for one message, is written down here once.
 # https://docs.aws.amazon.com/general/latest/gr/sqs-service.html
 
 from __future__ import annotations
 
 __version__ = "5.0.0"
 
-# These names are promised to stay; a name with an underscore may change with any version.
+# These names are promised to stay; those with an underscore may change at any time.
 # Each later part adds its own.
 __all__ = [
     "SCHEMA",
@@ -142,9 +142,10 @@ def _run_program(argv: Sequence[str]) -> int:
 
 if __name__ == "__main__":
     # `python -m taskhawk` runs this file as __main__, and the tasks' modules import it
-    # again under its own name: go on in that one, or there would be two registries.
+    # again under its own name. Go on in that one, or there would be two registries.
     _name = __spec__.name if __spec__ else inspect.getmodulename(__file__)
-    sys.exit(importlib.import_module(_name or "")._run_program(sys.argv[1:]))  # noqa: SLF001 - its own
+    _module = importlib.import_module(_name or "")
+    sys.exit(_module._run_program(sys.argv[1:]))  # noqa: SLF001 - its own
 
 VERSION = __version__  # the name that taskhawk 1.4 gave it
 _MAX_BATCH = 10  # entries in a batch call of SQS and SNS, and messages in a receive
@@ -156,27 +157,25 @@ _MAX_HELD_S = 43_200  # SQS counts these 12 hours from the receive, extensions i
 _LONG_POLL_S = 20  # the longest wait of ReceiveMessage, and so the cheapest
 _DEFAULT_LEASE_S = 30  # the visibility timeout of a queue that sets none
 _ERROR_ATTRIBUTE = "taskhawk.error"  # says why the worker dead-lettered a message
-_MAX_ERROR_BYTES = (
-    16_384  # of that attribute: enough for a traceback, little against 1 MiB
-)
+_MAX_ERROR_BYTES = 16_384  # its size: enough for a traceback, little beside 1 MiB
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 
 class _Log(logging.LoggerAdapter):  # type: ignore[type-arg]
-    """Logs, and goes on where it can't: a filter that fails must not end a worker or undo a run."""
+    """Logs, and goes on if logging fails: a broken filter must not end a worker."""
 
     def process(self, msg: Any, kwargs: Any) -> tuple[Any, Any]:
         """Leave `extra` to each call."""
         return msg, kwargs
 
     def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
-        """Log; as its place, a record has the line that called us, three frames up."""
+        """Log; the record names the line that called us, which is three frames up."""
         if self.isEnabledFor(level):
             self.safely(super().log, level, msg, *args, stacklevel=3, **kwargs)
 
     def safely(self, call: Callable[..., object], *args: object, **kwargs: Any) -> None:
-        """Make a call of logging; print an error to stderr, as logging does for its handlers."""
+        """Make a call of logging; print its error to stderr, as its handlers do."""
         try:
             call(*args, **kwargs)
         except Exception:
@@ -188,35 +187,36 @@ _log = _Log(logging.getLogger(__name__), {})
 
 
 # --- 2. errors ------------------------------------------------------------------------
-# Every failure has a name and a fate: what a person must mend is a ConfigurationError, what a
-# message has wrong is a ValidationError, and what was not accepted is a PartialFailure. The last
-# four are raised by tasks and retry policies, to say what is to become of the message.
+# Every failure has a name and a fate. A ConfigurationError is for a person to fix; a
+# ValidationError is a fault of a message; a PartialFailure names the messages that were
+# not accepted. Tasks and retry policies raise the last four classes to say what is to
+# become of the message.
 
 
 class TaskhawkError(Exception):
-    """Base of all errors of taskhawk."""
+    """The base class of all errors of taskhawk."""
 
 
 class ConfigurationError(TaskhawkError):
-    """A setting, a task's declaration or the infrastructure is wrong: only a person can mend it.
+    """A setting, a task's declaration or the infrastructure is wrong.
 
-    A worker that meets one before a first receive has succeeded ends with it; later, it goes on
-    trying.
+    Only a person can fix it. A worker that meets one before its first successful
+    receive ends with it; later, it keeps trying.
     """
 
 
 class ValidationError(TaskhawkError):
-    """A message is not of the format that :data:`SCHEMA` describes, or can't be sent.
+    """A message does not have the format of :data:`SCHEMA`, or can't be sent.
 
     A worker leaves such a message to the queue's redrive policy, and never deletes it.
     """
 
 
 class MessageTooLarge(ValidationError):
-    """A message is larger than the service takes, attributes included: it was not sent.
+    """A message, attributes included, is larger than the service takes: it is not sent.
 
-    :ivar limit: what the service takes, in bytes: 1 MiB on SQS and SQLite, 256 KiB on SNS, or less
-        where the queue is set to less
+    :ivar limit: the most bytes that the service takes: 1 MiB on SQS and SQLite, 256 KiB
+        on SNS, or less if the queue is set to less
     """
 
     def __init__(self, text: str, limit: int) -> None:
@@ -225,54 +225,62 @@ class MessageTooLarge(ValidationError):
 
 
 class TaskNotFound(ValidationError):
-    """No task of that name is registered, perhaps as its module was not imported.
+    """No task of that name is registered, perhaps because its module is not imported.
 
-    An older worker may meet a newer message, so a worker leaves such a message to the queue's
-    redrive policy too.
+    A worker leaves such a message to the queue's redrive policy, for the message may be
+    newer than the worker.
     """
 
 
 class PartialFailure(TaskhawkError):
     """Some entries of a batch were not accepted.
 
-    ``result`` has the lists ``Successful`` and ``Failed``, an entry a message: its ``Id``, and for
-    one that failed the ``Code`` and ``Message`` of the service, if it gave any. ``success_count``
-    and ``failure_count`` are their lengths; ``unsent`` are the messages that were not accepted by a
-    dispatch, in order, ready for :func:`publish`.
+    :ivar result: the lists ``Successful`` and ``Failed``. Each entry has the ``Id`` of
+        its message; a failed one also has the service's ``Code`` and ``Message``
+    :ivar success_count: the length of ``Successful``
+    :ivar failure_count: the length of ``Failed``
+    :ivar unsent: the messages of a dispatch that were not accepted, in order, ready for
+        :func:`publish`
     """
 
     def __init__(
         self, result: dict[str, Any], *args: Any, unsent: Sequence[Message] = ()
     ) -> None:
-        done, failed = result["Successful"], result["Failed"]
-        codes = ", ".join(
-            sorted({str(entry.get("Code", "unknown")) for entry in failed})
-        )
-        text = f"{len(failed)} of {len(done) + len(failed)} messages failed: {codes}"
-        super().__init__(*(args or (text,)))
-        self.result, self.unsent = result, list(unsent)
-        self.success_count, self.failure_count = len(done), len(failed)
+        self.result = result
+        self.success_count = len(result["Successful"])
+        self.failure_count = len(result["Failed"])
+        self.unsent = list(unsent)
+        super().__init__(*(args or [self._summary()]))
+
+    def _summary(self) -> str:
+        """Return how many messages failed, and the codes that say why."""
+        codes = {str(entry.get("Code", "unknown")) for entry in self.result["Failed"]}
+        total = self.success_count + self.failure_count
+        reasons = ", ".join(sorted(codes))
+        return f"{self.failure_count} of {total} messages failed: {reasons}"
 
 
 class TimeLimitExceeded(TaskhawkError):
-    """A task ran longer than its time limit, and was killed: a failed run like any other."""
+    """A task ran longer than its time limit and was killed: a failed run like any."""
 
 
 class ChildCrashed(TaskhawkError):
-    """The process that ran an isolated task ended, and not because we ended it: a failed run.
+    """The process that ran an isolated task ended by itself: a failed run like any.
 
-    It was killed for its memory, say, or called ``os._exit()``, or crashed in C code.
+    The task called ``os._exit()`` or crashed in C code, say, or the system was out of
+    memory and killed the process.
     """
 
 
 class RetryException(TaskhawkError):
-    """Raised by a task: run me again later. It is expected, and logged without a traceback.
+    """Raised by a task: run me again later. It is logged without a traceback.
 
-    It counts as a retry like any other: the receive count grows. With a delay of its own it does
-    not ask the task's retry policy, so that only the queue's redrive policy puts an end to it.
+    Such a run counts as an attempt: the receive count grows. A task that gives a delay
+    overrides its retry policy, so only the queue's redrive policy ends the attempts.
 
-    :param args: text; a number in the first place is the delay, as in taskhawk 4.7
-    :param delay_seconds: until the next run; None leaves it to the task's retry policy or the queue
+    :param args: the text; a number in the first place is the delay, as in taskhawk 4.7
+    :param delay_seconds: seconds until the next run; None leaves it to the task's retry
+        policy or, without one, to the queue's visibility timeout
     :raises ValueError: if the delay is negative or not finite
     """
 
@@ -280,7 +288,8 @@ class RetryException(TaskhawkError):
 
     def __init__(self, *args: Any, delay_seconds: float | None = None) -> None:
         if delay_seconds is None and args and _is_number(args[0]):
-            delay_seconds, *args = args  # type: ignore[assignment]
+            delay_seconds = args[0]
+            args = args[1:]
         if delay_seconds is not None and not 0 <= delay_seconds < math.inf:
             raise ValueError(
                 f"delay_seconds: expected 0 or more seconds, got {delay_seconds}"
@@ -290,13 +299,14 @@ class RetryException(TaskhawkError):
 
 
 class LoggingException(TaskhawkError):
-    """Raised by a task: I failed; log this message, with this `extra` for the log's formatter.
+    """Raised by a task: I failed; log this message, with this `extra`.
 
-    In all else it is a failed run: the retry policy decides, and the error hook is told.
+    Otherwise it is a failed run like any other: the retry policy decides, and the error
+    hook is called.
 
     :param message: the text of the log record
-    :param extra: attributes of the log record; a name that logging uses itself gets "extra_" before
-        it
+    :param extra: attributes of the log record; a name that logging itself uses gets the
+        prefix "extra_"
     """
 
     extra: Mapping[str, Any] | None = None
@@ -307,11 +317,11 @@ class LoggingException(TaskhawkError):
 
 
 class IgnoreException(TaskhawkError):
-    """Raised by a task: there is nothing to do; the message is done with, as if it had returned."""
+    """Raised by a task: there is nothing to do, and the message is done with."""
 
 
 class StopRetry(TaskhawkError):
-    """Raised by a retry policy or a task: give up, send the message to the dead letters at once."""
+    """Raised by a retry policy or a task: give up, dead-letter the message at once."""
 
 
 def _require(holds: object, text: str) -> None:
@@ -321,269 +331,380 @@ def _require(holds: object, text: str) -> None:
 
 
 def _is_number(value: object) -> typing.TypeGuard[float]:
-    """Return whether a value is a number: not True or False, which Python takes for numbers."""
+    """Return whether a value is a number. True and False are not, unlike in Python."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _text_of(error: object) -> str:
-    """Return the text of an error, also if its class can't make it."""
+    """Return the text of an error, even of one whose class fails to make it."""
     try:
         return str(error)
-    except Exception:  # an exception class with a bug
+    except Exception:
         return f"{type(error).__name__} (its text can't be made)"
 
 
 # --- 3. settings ----------------------------------------------------------------------
-# The only place where configuration is read. The first source that has a setting wins: configure(),
-# the module named by SETTINGS_MODULE, Django's settings, the environment, the default. A value that
-# is wrong is an error which says where it came from, at the first use of the setting; values of
-# secrets are in no error.
+# The only place where configuration is read. The first source that has a setting wins:
+# configure(), the module named by SETTINGS_MODULE, Django's settings, the environment,
+# the default. A setting is checked at its first use, and the error for a wrong value
+# says where the value came from. No error shows the value of a secret.
 
-
-_TEXT, _ACCOUNT, _REGION = "a string", "an account number", "the name of a region"
-_FLAG, _SECONDS, _COUNT = (
-    "true or false",
-    "a number of seconds above 0",
-    "a whole number above 0",
-)
-_HOOK, _CLASS = "a function or its dotted path", "a class or its dotted path"
-_URL, _BROKER = "a URL", "'sqs' or a URL of SQLite"
-_QUEUE = "at most 71 letters, digits, hyphens and underscores"
-_PATTERNS = {
-    _URL: "https?://.+",
-    _BROKER: "sqs|sqlite://.*",
-    _QUEUE: "[A-Za-z0-9_-]{1,71}",
-}
 _FLAGS = dict.fromkeys(("", "0", "false", "no", "off"), False)
 _FLAGS |= dict.fromkeys(("1", "true", "yes", "on"), True)
-_SETTINGS: dict[str, tuple[str, str, Any]] = {  # the rule, an example, the default
-    "AWS_ACCESS_KEY": (_TEXT, "AKIAIOSFODNN7EXAMPLE", None),
-    "AWS_ACCOUNT_ID": (_ACCOUNT, "123456789012", None),
-    "AWS_CONNECT_TIMEOUT_S": (_SECONDS, "2", 2),
-    "AWS_ENDPOINT_SNS": (_URL, "http://127.0.0.1:4566", None),
-    "AWS_ENDPOINT_SQS": (_URL, "http://127.0.0.1:4566", None),
-    "AWS_READ_TIMEOUT_S": (_SECONDS, "2", 2),
-    "AWS_REGION": (_REGION, "eu-west-1", None),
-    "AWS_SECRET_KEY": (_TEXT, "wJalrXUtnFEMI/EXAMPLEKEY", None),
-    "AWS_SESSION_TOKEN": (_TEXT, "AQoDYXdzEJr/EXAMPLETOKEN", None),
-    "IS_LAMBDA_APP": (_FLAG, "False", False),
-    "TASKHAWK_BROKER": (_BROKER, "sqlite:///queue.db", "sqs"),
-    "TASKHAWK_DEFAULT_HEADERS": (_HOOK, "myapp.hooks.default_headers", None),
-    "TASKHAWK_ERROR_HOOK": (_HOOK, "myapp.hooks.report_error", None),
-    "TASKHAWK_HEARTBEAT_HOOK": (_HOOK, "myapp.hooks.touch_file", None),
-    "TASKHAWK_MAX_DB_REUSE_LOOPS": (_COUNT, "5", 5),
-    "TASKHAWK_POST_PROCESS_HOOK": (_HOOK, "myapp.hooks.after", None),
-    "TASKHAWK_PRE_PROCESS_HOOK": (_HOOK, "myapp.hooks.before", None),
-    "TASKHAWK_QUEUE": (_QUEUE, "dev-myapp", None),
-    "TASKHAWK_SYNC": (_FLAG, "False", False),
-    "TASKHAWK_TASK_CLASS": (_CLASS, "myapp.tasks.MyTask", None),
+# Dotted paths of taskhawk's own, and of 1.4's submodules, also in a vendored copy.
+_OWN_PATHS = {
+    "taskhawk.Task": "Task",
+    "taskhawk.conf.default_headers_hook": "_do_nothing",
+    "taskhawk.conf.noop_hook": "_do_nothing",
+    "taskhawk.task_manager.Task": "Task",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rule:
+    """What a setting may be.
+
+    :param expected: the words that errors use for it
+    :param parse: returns a value as taskhawk uses it, and takes text for any value, for
+        the environment has nothing else. It raises ValueError if the value breaks the
+        rule, and ImportError or AttributeError if a dotted path leads nowhere
+    """
+
+    expected: str
+    parse: Callable[[Any], Any]
+
+    def __str__(self) -> str:
+        """Return the words that errors use."""
+        return self.expected
+
+
+class _Setting(NamedTuple):
+    """A row of the table of settings."""
+
+    rule: _Rule
+    example: str  # a legal value, for errors
+    default: Any = None
+
+
+def _text_like(pattern: str) -> Callable[[Any], str]:
+    """Return a parser of text that the pattern matches as a whole."""
+
+    def parse(value: Any) -> str:
+        if not isinstance(value, str) or not re.fullmatch(pattern, value):
+            raise ValueError
+        return value
+
+    return parse
+
+
+def _parse_flag(value: Any) -> bool:
+    """Take words for true and false; any other value counts as Python takes it."""
+    if not isinstance(value, str):
+        return bool(value)
+    word = value.strip().lower()
+    if word not in _FLAGS:
+        raise ValueError
+    return _FLAGS[word]
+
+
+def _above_zero(convert: Callable[[str], float]) -> Callable[[Any], float]:
+    """Return a parser of a number above 0."""
+
+    def parse(value: Any) -> float:
+        number = convert(str(value))  # of its text, so that True is not 1
+        if not 0 < number < math.inf:
+            raise ValueError
+        return number
+
+    return parse
+
+
+def _parse_account(value: Any) -> str:
+    """Take an account id; as an int, it has lost its leading zeros."""
+    if type(value) is int:
+        value = f"{value:012d}"
+    return _text_like("[^-].*")(value)
+
+
+def _parse_url(value: Any) -> str:
+    """Take a URL of HTTP."""
+    return _text_like("https?://.+")(value).rstrip("/")
+
+
+def _parse_broker(value: Any) -> str:
+    """Take the name of a broker; make a file's path absolute, for a task may chdir."""
+    url = _text_like("sqs|sqlite://.*")(value)
+    relative = re.fullmatch("sqlite:///([^/?].*)", url)
+    if not relative:
+        return url
+    folder = os.getcwd()
+    if re.search(r"[?\n]", folder):  # which no URL can hold
+        return url
+    return f"sqlite:///{folder}/{relative[1]}"
+
+
+def _parse_callable(value: Any) -> Callable[..., Any]:
+    """Take a function or class, or import it by its dotted path."""
+    if isinstance(value, str):
+        value = _import_path(value)
+    if callable(value):
+        return typing.cast("Callable[..., Any]", value)
+    raise ValueError
+
+
+def _import_path(path: str) -> Any:
+    """Return what a dotted path leads to."""
+    if path in _OWN_PATHS:
+        return globals()[_OWN_PATHS[path]]
+    module, _, name = path.rpartition(".")
+    if not module or module.startswith("."):
+        raise ValueError
+    return getattr(importlib.import_module(module), name)
+
+
+def _do_nothing(**_: object) -> None:
+    """Do what 1.4's default hooks did."""
+
+
+_TEXT = _Rule("a string", _text_like(".+"))
+_REGION = _Rule("the name of a region", _text_like(".+"))
+_ACCOUNT = _Rule("an account number", _parse_account)
+_FLAG = _Rule("true or false", _parse_flag)
+_SECONDS = _Rule("a number of seconds above 0", _above_zero(float))
+_COUNT = _Rule("a whole number above 0", _above_zero(int))
+_HOOK = _Rule("a function or its dotted path", _parse_callable)
+_CLASS = _Rule("a class or its dotted path", _parse_callable)
+_URL = _Rule("a URL", _parse_url)
+_BROKER = _Rule("'sqs' or a URL of SQLite", _parse_broker)
+_QUEUE = _Rule(
+    "at most 71 letters, digits, hyphens and underscores",
+    _text_like("[A-Za-z0-9_-]{1,71}"),
+)
+_SETTINGS = {
+    "AWS_ACCESS_KEY": _Setting(_TEXT, "AKIAIOSFODNN7EXAMPLE"),
+    "AWS_ACCOUNT_ID": _Setting(_ACCOUNT, "123456789012"),
+    "AWS_CONNECT_TIMEOUT_S": _Setting(_SECONDS, "2", 2),
+    "AWS_ENDPOINT_SNS": _Setting(_URL, "http://127.0.0.1:4566"),
+    "AWS_ENDPOINT_SQS": _Setting(_URL, "http://127.0.0.1:4566"),
+    "AWS_READ_TIMEOUT_S": _Setting(_SECONDS, "2", 2),
+    "AWS_REGION": _Setting(_REGION, "eu-west-1"),
+    "AWS_SECRET_KEY": _Setting(_TEXT, "wJalrXUtnFEMI/EXAMPLEKEY"),
+    "AWS_SESSION_TOKEN": _Setting(_TEXT, "AQoDYXdzEJr/EXAMPLETOKEN"),
+    "IS_LAMBDA_APP": _Setting(_FLAG, "False", default=False),
+    "TASKHAWK_BROKER": _Setting(_BROKER, "sqlite:///queue.db", "sqs"),
+    "TASKHAWK_DEFAULT_HEADERS": _Setting(_HOOK, "myapp.hooks.default_headers"),
+    "TASKHAWK_ERROR_HOOK": _Setting(_HOOK, "myapp.hooks.report_error"),
+    "TASKHAWK_HEARTBEAT_HOOK": _Setting(_HOOK, "myapp.hooks.touch_file"),
+    "TASKHAWK_MAX_DB_REUSE_LOOPS": _Setting(_COUNT, "5", 5),
+    "TASKHAWK_POST_PROCESS_HOOK": _Setting(_HOOK, "myapp.hooks.after"),
+    "TASKHAWK_PRE_PROCESS_HOOK": _Setting(_HOOK, "myapp.hooks.before"),
+    "TASKHAWK_QUEUE": _Setting(_QUEUE, "dev-myapp"),
+    "TASKHAWK_SYNC": _Setting(_FLAG, "False", default=False),
+    "TASKHAWK_TASK_CLASS": _Setting(_CLASS, "myapp.tasks.MyTask"),
 }
 _SECRETS = ("AWS_ACCESS_KEY", "AWS_SECRET_KEY", "AWS_SESSION_TOKEN")
-_warned = {  # of these names no warning is due any more; it never is of what only 4.7 has
-    *("TASKHAWK_CONSUMER_BACKEND", "TASKHAWK_PUBLISHER_BACKEND"),
-    *("TASKHAWK_HEARTBEAT_HOOK_SYNC_CALL_S", "TASKHAWK_PUBLISHER_GCP_BATCH_SETTINGS"),
-}
-_Source = tuple[
-    str, Callable[[str], Any]
-]  # what errors call it, and what reads a setting of it
+_SETTINGS_OF_4_7 = (  # they have no meaning here, and are no mistake either
+    "TASKHAWK_CONSUMER_BACKEND",
+    "TASKHAWK_HEARTBEAT_HOOK_SYNC_CALL_S",
+    "TASKHAWK_PUBLISHER_BACKEND",
+    "TASKHAWK_PUBLISHER_GCP_BATCH_SETTINGS",
+)
+_warned: set[str] = set()  # names already warned about
 
 
-def _conform(rule: str, value: Any) -> Any:
-    """Return a value as its rule wants it, or raise one of what :meth:`_Settings.read` catches.
+def _conform(rule: _Rule, value: Any) -> Any:
+    """Return a value as its rule makes it; raise as :class:`_Rule` says."""
+    return rule.parse(value)
 
-    Text is as good as the value itself, for an environment variable can be nothing else.
-    """
-    if rule == _FLAG:
-        return _FLAGS[value.strip().lower()] if isinstance(value, str) else bool(value)
-    if rule in (_SECONDS, _COUNT):
-        value = (int if rule == _COUNT else float)(str(value))  # so that True is none
-        valid = 0 < value < math.inf
-    elif rule in (_HOOK, _CLASS):
-        if value in ("taskhawk.conf.default_headers_hook", "taskhawk.conf.noop_hook"):
-            return None  # the defaults of 1.4 do nothing
-        if isinstance(value, str):
-            module, _, name = value.rpartition(".")
-            ours = value in (
-                "taskhawk.Task",
-                "taskhawk.task_manager.Task",
-            )  # the latter is 1.4's
-            value = getattr(importlib.import_module(__name__ if ours else module), name)
-        valid = callable(value)
-    else:
-        if rule == _ACCOUNT and type(value) is int and value >= 0:
-            value = f"{value:012d}"
-        valid = re.fullmatch(_PATTERNS.get(rule, ".+"), value) is not None
-    if not valid:
-        raise ValueError
-    relative = rule == _BROKER and re.match("sqlite:///(?=[^/?])", value)
-    if relative and not re.search(
-        r"[?\n]", here := os.getcwd()
-    ):  # which no URL can hold
-        # From now on the same file, though a task may change the directory.
-        return f"{relative[0]}{here}/{value[relative.end() :]}"
-    return value.rstrip("/") if rule == _URL else value
+
+class _Source(NamedTuple):
+    """A place that may have settings."""
+
+    where: str  # the words that errors use for it
+    get: Callable[[str], Any]  # returns a setting's raw value, or None
+
+    def read(self, name: str) -> Any:
+        """Return a setting as its rule makes it, or None if it is not set here."""
+        value = self.get(name)
+        rule = _SETTINGS[name].rule
+        # An empty text means false, but it is not the name of anything.
+        if value is None or (value == "" and rule is not _FLAG):
+            return None
+        try:
+            return rule.parse(value)
+        except ValueError as error:
+            raise self._illegal(name, value) from error
+        except (ImportError, AttributeError) as error:
+            raise self._illegal(name, value, f" ({error})") from error
+
+    def _illegal(self, name: str, value: Any, reason: str = "") -> ConfigurationError:
+        """Return the error for a value that breaks its rule."""
+        rule, example, _ = _SETTINGS[name]
+        shown = type(value).__name__ if name in _SECRETS else repr(value)
+        return ConfigurationError(
+            f"{name} in {self.where}: expected {rule}, such as {example!r},"
+            f" got {shown}{reason}"
+        )
 
 
 class _Settings:
     """The settings as attributes, each read at its first use and remembered.
 
-    Nothing is read when taskhawk is imported, so that an application may configure it afterwards.
+    Nothing is read when taskhawk is imported, so an application may configure it later.
     """
 
-    given: Mapping[str, Any] = {}  # by configure()
-
     def __init__(self) -> None:
-        # What to do when settings that connections are made with may have changed.
-        self.on_change: list[Callable[[], None]] = []
+        self.given: Mapping[str, Any] = {}  # by configure()
+        self.on_change: list[Callable[[], None]] = []  # closes what was made with them
+        self._forgotten = 0  # times
 
     def __getattr__(self, name: str) -> Any:
-        """Read a setting that is not remembered yet."""
+        """Read a setting that is not remembered as an attribute yet."""
         if name not in _SETTINGS:
             raise AttributeError(_no_setting(name))
-        known = vars(
-            self
-        )  # forget() replaces it: a reader that is late fills the old one
-        known[name] = value = self.read(name)
+        forgotten = self._forgotten
+        value = self.read(name)
+        setattr(self, name, value)
+        # Only now look whether forget() was called meanwhile: the value may be old.
+        if self._forgotten != forgotten:
+            vars(self).pop(name, None)
         return value
 
-    def read(self, name: str, sources: Iterable[_Source] = ()) -> Any:
+    def read(self, name: str) -> Any:
         """Read a setting from its source, whatever is remembered."""
-        rule, example, default = _SETTINGS[name]
-        for where, get in sources or self._sources():
-            value = get(name)
-            if value is None or (value == "" and rule != _FLAG):
-                continue
-            try:
-                return _conform(rule, value)
-            except (
-                ValueError,
-                TypeError,
-                LookupError,
-                ImportError,
-                AttributeError,
-            ) as error:
-                shown = type(value).__name__ if name in _SECRETS else repr(value)
-                why = (
-                    f" ({error})"
-                    if isinstance(error, ImportError | AttributeError)
-                    else ""
-                )
-                text = f"{name} in {where}: expected {rule}, such as {example!r}, got {shown}{why}"
-                raise ConfigurationError(text) from error
-        return default
+        for source in self._sources():
+            value = source.read(name)
+            if value is not None:
+                return value
+        return _SETTINGS[name].default
 
     def require(self, name: str) -> Any:
-        """Return a setting that has no default; raise ConfigurationError if it is not set."""
-        rule, example, _ = _SETTINGS[name]
-        where = (
-            "the module named by SETTINGS_MODULE, Django's settings or the environment"
-        )
-        text = (
-            f"expected {rule}, such as {example!r}, from taskhawk.configure(), {where}"
-        )
-        _require(getattr(self, name) is not None, f"{name} is not set: {text}")
-        return getattr(self, name)
+        """Return a setting that has no default; raise ConfigurationError if unset."""
+        value = getattr(self, name)
+        if value is None:
+            rule, example, _ = _SETTINGS[name]
+            raise ConfigurationError(
+                f"{name} is not set: expected {rule}, such as {example!r}, from"
+                " taskhawk.configure(), the module named by SETTINGS_MODULE, Django's"
+                " settings or the environment"
+            )
+        return value
 
-    def credentials(self) -> dict[str, Any]:
+    def credentials(self) -> dict[str, str]:
         """Return botocore's arguments, or {} to leave it to botocore.
 
-        All are of one source, so that a key never meets the secret or the token of another.
+        All come from one source: a key never meets another's secret or token.
         """
         for source in self._sources():
-            key, secret, token = (self.read(name, [source]) for name in _SECRETS)
-            here, missing = _SECRETS[:2] if key else _SECRETS[1::-1]
-            text = f"{here} is set in {source[0]}, but {missing} is not: expected both or neither"
-            _require(bool(key) == bool(secret), text)
-            if key:
-                names = (
-                    "aws_access_key_id",
-                    "aws_secret_access_key",
-                    "aws_session_token",
+            key, secret, token = map(source.read, _SECRETS)
+            if key and secret:
+                return {
+                    "aws_access_key_id": key,
+                    "aws_secret_access_key": secret,
+                    "aws_session_token": token,
+                }
+            if key or secret:
+                here, missing = _SECRETS[:2] if key else _SECRETS[1::-1]
+                raise ConfigurationError(
+                    f"{here} is set in {source.where}, but {missing} is not:"
+                    " expected both or neither"
                 )
-                return dict(zip(names, (key, secret, token), strict=True))
         return {}
 
-    def forget(self, *, setting: str = "AWS_", **_: object) -> None:
-        """Read everything anew: after configure(), or as Django's tests override a setting."""
-        self.__dict__ = {"given": self.given, "on_change": self.on_change}
-        # Clients are made with these. Django's tests name the one setting that they override.
-        if setting.startswith("AWS_"):
-            for callback in self.on_change:
-                callback()
+    def forget(self) -> None:
+        """Read each setting anew at its next use."""
+        self._forgotten += 1  # first, or a thread that reads one now would not see it
+        for name in _SETTINGS:
+            vars(self).pop(name, None)
+
+    def changed(self) -> None:
+        """Close what was made with the settings, such as clients of AWS."""
+        for callback in self.on_change:
+            callback()
 
     def _sources(self) -> Iterator[_Source]:
-        """Yield where settings may come from, in the order of precedence."""
-        yield "configure()", self.given.get
-        if path := os.environ.get("SETTINGS_MODULE"):
-            module = _import(path, "the module named by SETTINGS_MODULE")
-            yield _found_in(module, f"the module {path}")
-        if django := _django_settings():
-            yield _found_in(django, "Django's settings")
-        yield _found_in(os.environ, "the environment")
+        """Yield the places that may have settings, in the order of precedence."""
+        yield _Source("configure()", self.given.get)
+        module = os.environ.get("SETTINGS_MODULE")
+        if module:
+            imported = _import(module, "the module named by SETTINGS_MODULE")
+            yield _source(imported, f"the module {module}")
+        django = _django_settings()
+        if django:
+            yield _source(django, "Django's settings")
+        yield _source(os.environ, "the environment")
 
 
 settings = _Settings()
 
 
-def _found_in(source: Any, where: str) -> _Source:
-    """Make a source of an object or mapping; warn once of a name that only looks like a setting."""
-    # os.environ and Flask's config are mappings; modules and Django's settings have attributes.
-    is_mapping = isinstance(source, Mapping)
-    names = map(str, source if is_mapping else dir(source))
-    ours = {name for name in names if name.startswith("TASKHAWK_")}
-    for name in sorted(ours - _SETTINGS.keys() - _warned):
-        _warned.add(name)
-        _log.warning("%s", _no_setting(name, f" in {where}"))
-    return where, source.get if is_mapping else lambda name: getattr(source, name, None)
+def _source(holder: Any, where: str) -> _Source:
+    """Make a source of an object or mapping."""
+    # os.environ and Flask's config are mappings; modules and Django's settings are not.
+    if isinstance(holder, Mapping):
+        _warn_of_unknown(map(str, holder), where)
+        return _Source(where, holder.get)
+    _warn_of_unknown(dir(holder), where)
+    return _Source(where, lambda name: getattr(holder, name, None))
+
+
+def _warn_of_unknown(names: Iterable[str], where: str) -> None:
+    """Warn once of each name that looks like a setting and is none."""
+    for name in sorted(set(names).difference(_SETTINGS, _SETTINGS_OF_4_7, _warned)):
+        if name.startswith("TASKHAWK_"):
+            _warned.add(name)
+            _log.warning("%s", _no_setting(name, f" in {where}"))
 
 
 def _no_setting(name: str, where: str = "") -> str:
-    """Return a sentence that refuses a name, and suggests one that is close to it."""
+    """Return a sentence that refuses a name, and suggests a setting if one is near."""
     import difflib
 
-    close = "".join(
-        f"; did you mean {n}?" for n in difflib.get_close_matches(name, _SETTINGS, 1)
-    )
-    return f"{name}{where} is not a setting of taskhawk{close}"
+    sentence = f"{name}{where} is not a setting of taskhawk"
+    for nearest in difflib.get_close_matches(name, _SETTINGS, 1):
+        sentence += f"; did you mean {nearest}?"
+    return sentence
 
 
 def _import(name: str, what: str) -> Any:
-    """Import a module that a person named; a name that is wrong is a ConfigurationError."""
+    """Import a module that a person named; a wrong name is a ConfigurationError."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if f"{name}.".startswith(f"{error.name}."):
-            raise ConfigurationError(
-                f"{what} {name!r} can't be imported: {error}"
-            ) from error
-        raise  # the module is there, and something that it imports is not
+        if not f"{name}.".startswith(f"{error.name}."):
+            raise  # the module exists, but something that it imports does not
+        text = f"{what} {name!r} can't be imported: {error}"
+        raise ConfigurationError(text) from error
 
 
 def configure(obj_or_mapping: object = None, /, **values: Any) -> None:
-    """Set settings by hand, ahead of all other sources; replaces what an earlier call set.
+    """Set settings in code, ahead of all other sources, in place of an earlier call's.
 
-    Call it before tasks are dispatched or run: it closes the connections that are open. What is not
-    set here is looked up in the module named by SETTINGS_MODULE, in Django's settings and in the
-    environment, in this order.
+    Call it before tasks are dispatched or run, for it closes open connections. What is
+    not set here is looked up in the module named by SETTINGS_MODULE, in Django's
+    settings and in the environment, in this order.
 
-    :param obj_or_mapping: an object with settings as attributes, or a mapping such as Flask's
-        ``app.config``; other names are left alone, with a warning if they begin with TASKHAWK_
+    :param obj_or_mapping: an object with settings as attributes, or a mapping such as
+        Flask's ``app.config``; other names in it are ignored, with a warning if they
+        begin with TASKHAWK_
     :param values: settings by name, ahead of those in `obj_or_mapping`
-    :raises ConfigurationError: if a name in `values` is not a setting; a value is looked at when it
-        is first used
+    :raises ConfigurationError: if a name in `values` is not a setting; a value is
+        checked when it is first used
     """
-    # A keyword is typed by hand, so one that is wrong is an error; a module may have any name.
-    for name in values.keys() - _SETTINGS.keys():
-        raise ConfigurationError(_no_setting(name))
-    _, get = _found_in(obj_or_mapping, "configure()")
-    settings.given = {name: get(name) for name in _SETTINGS} | values
+    for name in values:
+        if name not in _SETTINGS:
+            raise ConfigurationError(_no_setting(name))
+    source = _source(obj_or_mapping, "configure()")
+    settings.given = {name: source.get(name) for name in _SETTINGS} | values
     settings.forget()
+    settings.changed()
 
 
 def _call_safely(name: str, **kwargs: Any) -> None:
-    """Call a hook whose failure is logged, no more."""
+    """Call a hook by its setting's name; log its failure, and go on."""
     try:
-        if hook := getattr(settings, name):
+        hook = getattr(settings, name)
+        if hook:
             hook(**kwargs)
     except KeyboardInterrupt:
         raise
@@ -592,56 +713,81 @@ def _call_safely(name: str, **kwargs: Any) -> None:
 
 
 # --- 4. Django ------------------------------------------------------------------------
-# All that this file knows of Django. It is never imported unless the application uses it.
+# All that this file knows of Django. It imports Django only where the application uses
+# it: where DJANGO_SETTINGS_MODULE is set, or where django.conf is imported already.
 
 
 def _django_settings() -> Any:
-    """Return Django's settings where Django is in use; it is never imported otherwise."""
+    """Return Django's settings, or None if Django is not in use."""
     named = os.environ.get("DJANGO_SETTINGS_MODULE")
     # An application may also call Django's settings.configure(), and name no module.
     if not named and "django.conf" not in sys.modules:
         return None
-    from django.conf import settings as found
+    from django.conf import settings as django_settings
     from django.core.signals import setting_changed
 
-    # It connects but once. A weak connection would leave a finalizer behind at each call.
-    setting_changed.connect(settings.forget, weak=False)
-    return found if named or found.configured else None
+    # To connect again does nothing. A weak connection would leave a finalizer behind.
+    setting_changed.connect(_django_setting_changed, weak=False)
+    if named or django_settings.configured:
+        return django_settings
+    return None
 
 
-_slot = (
-    threading.local()
-)  # counts its `runs`; a worker's slot keeps a `loop` for them all, too
+def _django_setting_changed(*, setting: str, **_: object) -> None:
+    """Follow Django's override_settings, which changes one setting at a time."""
+    settings.forget()
+    if setting.startswith("AWS_"):  # clients are made with these
+        settings.changed()
+
+
+def _set_up_django() -> None:
+    """Call ``django.setup()`` if DJANGO_SETTINGS_MODULE is set.
+
+    For a process of our own, before it imports tasks, which may import models.
+
+    :raises ConfigurationError: if the settings' module, or Django, is not installed
+    """
+    module = os.environ.get("DJANGO_SETTINGS_MODULE")
+    if module:
+        _import(module, "the module named by DJANGO_SETTINGS_MODULE")
+        _import("django", "the package").setup()
+
+
+# A thread's count of `runs`; a worker's slot keeps its event `loop` here, too.
+_slot = threading.local()
 
 
 def _recycle_django_connections() -> None:
-    """Close this thread's database connections after so many runs, where Django is in use."""
+    """Count a run; at TASKHAWK_MAX_DB_REUSE_LOOPS, close this thread's connections."""
     if "django.db" not in sys.modules or not _django_settings():
         return
     try:
-        _slot.runs = (
-            getattr(_slot, "runs", 0) + 1
-        ) % settings.TASKHAWK_MAX_DB_REUSE_LOOPS
+        runs = getattr(_slot, "runs", 0) + 1
+        _slot.runs = runs % settings.TASKHAWK_MAX_DB_REUSE_LOOPS
         if _slot.runs == 0:
-            for connection in sys.modules["django.db"].connections.all(
-                initialized_only=True
-            ):
-                if not connection.in_atomic_block:  # a test's transaction
-                    connection.close()
-    except Exception:  # the run is over: what became of it stands
+            _close_django_connections()
+    except Exception:  # the run is over, and its outcome stands
         _log.exception("can't close the database connections")
 
 
+def _close_django_connections() -> None:
+    """Close this thread's connections, but for those inside a transaction of a test."""
+    for connection in sys.modules["django.db"].connections.all(initialized_only=True):
+        if not connection.in_atomic_block:
+            connection.close()
+
+
 # --- 5. messages ----------------------------------------------------------------------
-# Untrusted bytes stop here: what _decode() lets through has the shape that SCHEMA describes, and
-# what it refuses, dispatch refuses too. SCHEMA is what the validator goes by, so they can't differ.
-# To decode is a pure function: it does no I/O, and reads neither a clock nor a setting.
+# Untrusted bytes stop here: what _decode() returns has the shape that SCHEMA describes.
+# Dispatch refuses what _decode() would refuse, and both go by SCHEMA itself. Decoding
+# is pure: it does no I/O, and reads neither a clock nor a setting.
 
 
 class Priority(enum.Enum):
-    """Which queue a message goes through: each has its own workers, to be scaled apart.
+    """The queue of a message: each priority has a queue, and so workers, of its own.
 
-    A worker of several queues runs the most urgent message first: high, default, low, bulk.
+    A worker of several queues runs the most urgent message first: high before default,
+    low and bulk.
     """
 
     default = 1
@@ -650,15 +796,16 @@ class Priority(enum.Enum):
     bulk = 4
 
 
-# The calendar in full, for JSON Schema has nothing else to say that there is no 30th of February.
+# The calendar in full, for JSON Schema can't say otherwise that February has no 30th.
 _ISO_8601 = (
     r"^(?!0000)(?:[0-9]{4}-(?:(?:0[13578]|1[02])-31|(?:0[13-9]|1[0-2])-(?:29|30)"
     r"|(?:0[1-9]|1[0-2])-(?:0[1-9]|1[0-9]|2[0-8]))"
-    r"|(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:[02468][048]|[13579][26])00)-02-29)"
+    r"|(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])"
+    r"|(?:[02468][048]|[13579][26])00)-02-29)"
     r"(?:[T ](?:[01][0-9]|2[0-3]):[0-5][0-9](?::[0-5][0-9](?:[.,][0-9]{1,9})?)?"
     r"(?:Z|[+-](?:[01][0-9]|2[0-3]):?[0-5][0-9])?)?(?![\s\S])"
 )
-# Descriptions are what errors say was expected.
+# An error says the description after "expected".
 _NAME = {"description": "a non-empty string", "type": ["string"], "minLength": 1}
 _OBJECT = {"description": "an object", "type": ["object"]}
 _PRIORITIES = [priority.name for priority in Priority]
@@ -677,7 +824,7 @@ _METADATA = {
     },
     "version": {"description": '"1.0"', "type": ["string"], "enum": ["1.0"]},
 }
-#: the message format as JSON Schema 2020-12: the contract for publishers in other languages
+#: the message format as JSON Schema 2020-12: the contract for other languages
 SCHEMA: dict[str, Any] = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",
     "title": "taskhawk message: the body of an SQS or SNS message",
@@ -696,49 +843,88 @@ SCHEMA: dict[str, Any] = {
         "kwargs": _OBJECT,
     },
 }
-# What errors call the type of a value; one of a subclass is called as what it derives from.
-_KINDS = {dict: "object", list: "array", tuple: "array", str: "string", bool: "boolean"}
-_KINDS |= {int: "number", float: "number", type(None): "null"}
-_MISSING = type("nothing", (), {})()  # errors show the name of its type
+_BODY = {"description": "a string of JSON", "type": ["string"]}
+# What JSON calls a Python type, and how an error shows a value of it.
+_KINDS = {
+    dict: ("object", "an object"),
+    list: ("array", "an array"),
+    tuple: ("array", "an array"),
+    str: ("string", "a string"),
+    bool: ("boolean", "a boolean"),
+    int: ("number", "a number"),
+    float: ("number", "a number"),
+    type(None): ("null", "null"),
+}
+
+
+def _kind(value: object) -> tuple[str, str]:
+    """Return what JSON calls a value's type, and how an error shows the value."""
+    for base in type(value).__mro__:  # a subclass counts as what it derives from
+        if base in _KINDS:
+            return _KINDS[base]
+    return "", type(value).__name__
 
 
 def _validate(value: Any, schema: Mapping[str, Any], path: str = "") -> None:
-    """Check a value by the keywords that SCHEMA uses; an error shows nothing that may be secret.
+    """Check a value by the keywords that SCHEMA uses.
 
-    :param path: what the error calls the value by, such as ``metadata.version``
-    :raises ValidationError: says where the value differs, what was expected and what came
+    :param path: how the error names the value, such as ``metadata.version``
+    :raises ValidationError: says what differs, what was expected and what came; it
+        shows nothing that may be secret
     """
-    kind = _KINDS.get(type(value)) or next(
-        filter(None, map(_KINDS.get, type(value).__mro__)), ""
-    )
-    valid = kind in schema["type"]
-    if valid and kind == "string":
-        valid = len(value) >= schema.get("minLength", 0) and value in schema.get(
-            "enum", (value,)
-        )
-        if valid and "pattern" in schema:
-            valid = re.search(schema["pattern"], value) is not None
-    elif valid and kind == "number":
-        valid = schema["minimum"] <= value <= schema["maximum"]
-    if not valid:
-        article = {"array": "an ", "object": "an ", "null": ""}.get(kind, "a ")
-        shown = article + kind if kind else type(value).__name__
-        if value == "" or (
-            path.startswith("metadata.") and isinstance(value, str | int | float)
-        ):
-            huge = isinstance(value, int) and abs(value) >= 10**18
-            small = value[:40] if isinstance(value, str) else value
-            shown = "a huge number" if huge else json.dumps(small)
-        raise ValidationError(
-            f"{path or 'message'}: expected {schema['description']}, got {shown}"
-        )
+    if not _fits(value, schema):
+        raise _mismatch(path or "message", schema, _shown(value, path))
     for key, inner in schema.get("properties", {}).items():
-        if key in value or key in schema["required"]:
-            _validate(value.get(key, _MISSING), inner, f"{path}.{key}" if path else key)
+        inner_path = f"{path}.{key}" if path else key
+        if key in value:
+            _validate(value[key], inner, inner_path)
+        elif key in schema["required"]:
+            raise _mismatch(inner_path, inner, "nothing")
+
+
+def _fits(value: Any, schema: Mapping[str, Any]) -> bool:
+    """Return whether a value, not counting what it contains, fits its schema."""
+    kind, _ = _kind(value)
+    if kind not in schema["type"]:
+        return False
+    if kind == "number":
+        return bool(schema["minimum"] <= value <= schema["maximum"])
+    if kind != "string":
+        return True
+    if "enum" in schema:
+        return bool(value in schema["enum"])
+    if "pattern" in schema:
+        return re.search(schema["pattern"], value) is not None
+    shortest: int = schema.get("minLength", 0)
+    return len(value) >= shortest
+
+
+def _mismatch(path: str, schema: Mapping[str, Any], shown: str) -> ValidationError:
+    """Return the error for a value that differs from its schema."""
+    return ValidationError(f"{path}: expected {schema['description']}, got {shown}")
+
+
+def _shown(value: object, path: str) -> str:
+    """Return how an error shows a value: by its type, for the value may be secret.
+
+    Metadata are not secret: their texts are shown up to 40 characters.
+    """
+    _, shown = _kind(value)
+    if value == "":
+        return '""'
+    if not path.startswith("metadata."):
+        return shown
+    if isinstance(value, str):
+        return json.dumps(value[:40])
+    if isinstance(value, int) and abs(value) >= 10**18:
+        return "a huge number"
+    if isinstance(value, int | float):
+        return json.dumps(value)
+    return shown
 
 
 def _new_id() -> str:
-    """Return a random UUID (RFC 9562, version 4) in a third of the time that uuid.uuid4() takes."""
+    """Return a random UUID (RFC 9562, version 4), in a third of uuid.uuid4()'s time."""
     digits = os.urandom(16).hex()
     return (
         f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-a{digits[17:20]}-{digits[20:]}"
@@ -750,47 +936,68 @@ _registry: dict[str, Task[Any, Any]] = {}
 
 
 def _find_task(name: str) -> Task[Any, Any]:
-    """Return the task registered under a name; raise :exc:`TaskNotFound` if there is none."""
-    if found := _registry.get(name):
-        return found
-    raise TaskNotFound(
-        f"no task is registered as {name[:200]!r}: is its module imported?"
-    )
+    """Return the task registered under a name, or raise :exc:`TaskNotFound`."""
+    registered = _registry.get(name)
+    if registered is None:
+        raise TaskNotFound(
+            f"no task is registered as {name[:200]!r}: is its module imported?"
+        )
+    return registered
+
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def _epoch_ms(timestamp: float | str) -> int:
+    """Return a valid timestamp as epoch milliseconds; without an offset, it is UTC."""
+    if not isinstance(timestamp, str):
+        return int(timestamp)
+    moment = datetime.fromisoformat(timestamp)
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=UTC)
+    # Not below 0, so that what was decoded can be sent again.
+    return max(0, (moment - _EPOCH) // timedelta(milliseconds=1))
 
 
 class Message:  # noqa: PLW1641 - it may change, so it is no key of a dict
-    """One request for a run of a task; what the publisher makes and the worker gets.
+    """One request for a run of a task: what the publisher makes and the worker gets.
 
-    It may be changed until it is sent, as in taskhawk 1.4. Two are equal if they are the same on
-    the wire.
+    It may be changed until it is sent, as in taskhawk 1.4. Two messages are equal if
+    they are the same on the wire.
 
     :param data: as :data:`SCHEMA` describes it; unknown keys are ignored
-    :raises ValidationError: says where it differs, what was expected and what came
+    :raises ValidationError: says what differs, what was expected and what came
     """
 
     CURRENT_VERSION = "1.0"
     VERSIONS = ("1.0",)
-    delay_s: float = 0  #: for which the queue holds it back; not a part of the format
-    received: QueueMessage | None = None  #: what it came as; None at the publisher's
+    delay_s: float = 0  #: seconds for which the queue holds it back; not on the wire
+    received: QueueMessage | None = None  #: what it arrived as; None where it was made
+
+    id: str
+    priority: Priority  #: the queue that it goes through
+    timestamp: int  #: when it was dispatched, in epoch milliseconds
+    version: str  #: of the format
+    headers: dict[str, Any]
+    task_name: str  #: of a task that need not be registered here
+    args: list[Any]
+    kwargs: dict[str, Any]
 
     def __init__(self, data: Mapping[str, Any]) -> None:
-        """Check the data, and keep what the format knows: a timestamp as epoch milliseconds."""
         _validate(data, SCHEMA)
-        metadata = {"priority": "default", **data["metadata"]}
-        if isinstance(timestamp := metadata["timestamp"], str):
-            moment = datetime.fromisoformat(timestamp)
-            since = moment.replace(tzinfo=moment.tzinfo or UTC) - datetime(
-                1970, 1, 1, tzinfo=UTC
-            )
-            timestamp = max(0, since // timedelta(milliseconds=1))
-        metadata["timestamp"] = int(timestamp)
-        # Of what the format does not know, nothing is kept, and no task gets to see it. The
-        # arguments become a list in any case: the validator takes a tuple too, and JSON has none.
-        kept = {
-            "args": list(data["args"]),
-            "metadata": {key: metadata[key] for key in _METADATA},
-        }
-        self._data = {key: data[key] for key in SCHEMA["required"]} | kept
+        self._take(data)
+
+    def _take(self, data: Mapping[str, Any]) -> None:
+        """Take over valid data; keys that the format does not have are dropped."""
+        metadata = data["metadata"]
+        self.id = data["id"]
+        self.priority = Priority[metadata.get("priority", "default")]
+        self.timestamp = _epoch_ms(metadata["timestamp"])
+        self.version = metadata["version"]
+        self.headers = data["headers"]
+        self.task_name = data["task"]
+        self.args = list(data["args"])  # it may be a tuple, which JSON does not have
+        self.kwargs = data["kwargs"]
 
     @classmethod
     def new(
@@ -806,49 +1013,37 @@ class Message:  # noqa: PLW1641 - it may change, so it is no key of a dict
         """Make a message for :func:`publish`.
 
         :param task: the name of a registered task
-        :param args: the positional arguments, not checked against the function's signature
-        :param kwargs: the keyword arguments, likewise
-        :param msg_id: a new UUID if None
-        :param headers: of any values that JSON can hold
+        :param args: positional arguments, not checked against the function's signature
+        :param kwargs: keyword arguments, likewise
+        :param msg_id: the message's id; a new UUID if None
+        :param headers: headers, whose values are any JSON
         :raises TaskNotFound: if there is no such task
-        :raises ValidationError: if `msg_id` is empty, or not a string
+        :raises ValidationError: if `msg_id` is empty or not a string
         """
         _find_task(task)
-        if msg_id is not None:
+        if msg_id is None:
+            msg_id = _new_id()
+        else:
             _validate(msg_id, _NAME, "id")
-        message = cls.__new__(cls)  # no look at the rest: what is made here is valid
-        now, version = int(time.time() * 1000), cls.CURRENT_VERSION
-        message._data = {  # noqa: SLF001 - its own
-            "id": msg_id or _new_id(),
-            "metadata": {
-                "priority": priority.name,
-                "timestamp": now,
-                "version": version,
-            },
-            "headers": dict(headers or {}),
-            "task": task,
-            "args": list(args or ()),
-            "kwargs": dict(kwargs or {}),
-        }
+        message = cls.__new__(cls)  # not __init__, which would check what is valid
+        message.id = msg_id
+        message.priority = priority
+        message.timestamp = int(time.time() * 1000)
+        message.version = cls.CURRENT_VERSION
+        message.headers = dict(headers or {})
+        message.task_name = task
+        message.args = list(args or ())
+        message.kwargs = dict(kwargs or {})
         return message
 
-    id: str = property(lambda self: self._data["id"])  # type: ignore[assignment]
-    metadata = property(
-        lambda self: self._data["metadata"], doc="priority, timestamp and version"
-    )
-    timestamp = property(
-        lambda self: self.metadata["timestamp"], doc="epoch milliseconds"
-    )
-    version = property(lambda self: self.metadata["version"], doc="of the format")
-    headers = property(lambda self: self._data["headers"])
-    task_name = property(lambda self: self._data["task"])
-    args = property(lambda self: self._data["args"])
-    kwargs = property(lambda self: self._data["kwargs"])
-    #: the queue that the message goes through; can be set, for 1.4 had no other way to
-    priority: Priority = property(  # type: ignore[assignment]
-        lambda self: Priority[self.metadata["priority"]],
-        lambda self, value: self.metadata.update(priority=value.name),
-    )
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The metadata as they are on the wire."""
+        return {
+            "priority": self.priority.name,
+            "timestamp": self.timestamp,
+            "version": self.version,
+        }
 
     @property
     def task(self) -> Task[Any, Any]:
@@ -858,114 +1053,133 @@ class Message:  # noqa: PLW1641 - it may change, so it is no key of a dict
     def call_task(self, receipt: str | None) -> None:
         """Run the task, here and now.
 
-        :param receipt: the receipt handle, for the task's metadata; None where no queue has the
-            message
-        :raises TaskNotFound: if no such task is registered; what the task raises is not caught
+        :param receipt: the receipt handle, for the task's metadata; None if the message
+            is on no queue
+        :raises TaskNotFound: if no such task is registered
+        :raises Exception: whatever the task raises
         """
         self.task.call(self, receipt)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the message as it is on the wire."""
-        return self._data
+        return {
+            "id": self.id,
+            "metadata": self.metadata,
+            "headers": self.headers,
+            "task": self.task_name,
+            "args": self.args,
+            "kwargs": self.kwargs,
+        }
 
     def items(self) -> typing.ItemsView[str, Any]:
         """Return the items of :meth:`as_dict`."""
-        return self._data.items()
+        return self.as_dict().items()
 
     def __eq__(self, other: object) -> bool:
         """Compare what is on the wire."""
-        return (
-            self._data == other._data if isinstance(other, Message) else NotImplemented
-        )
+        if not isinstance(other, Message):
+            return NotImplemented
+        return self.as_dict() == other.as_dict()
 
 
 def _from_decimal(value: object) -> float:
-    """Make a number of JSON of a Decimal, as databases return them; refuse all else."""
-    # Where nobody has imported decimal, no value can be a Decimal.
-    if "decimal" in sys.modules and isinstance(value, sys.modules["decimal"].Decimal):
-        # Beyond 4300 digits Python writes no int; float() makes it an infinity, which is refused.
-        small = value.is_finite() and abs(value.adjusted()) < 4300  # noqa: PLR2004
-        return (
-            int(value) if small and value == value.to_integral_value() else float(value)
-        )
-    raise TypeError(f"{type(value).__name__} is not a JSON type")
+    """Make a JSON number of a Decimal, which databases return; refuse all else."""
+    # Unless something has imported decimal, no value can be a Decimal.
+    decimal = sys.modules.get("decimal")
+    if decimal is None or not isinstance(value, decimal.Decimal):
+        raise TypeError(f"{type(value).__name__} is not a JSON type")
+    if not value.is_finite():
+        return float(value)  # which the encoder refuses
+    # Python writes no int of over 4300 digits; as a float, it is infinite and refused.
+    small = abs(value.adjusted()) < 4300  # noqa: PLR2004
+    if small and value == value.to_integral_value():
+        return int(value)
+    return float(value)
 
 
 def _finite(text: str) -> float:
-    """Parse a number of JSON; Python's decoder would take NaN and infinities too."""
-    if math.isfinite(number := float(text)):
-        return number
-    raise ValueError
+    """Parse a JSON number; Python's decoder would take NaN and infinities too."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError
+    return number
 
 
-# ASCII only: all of it passes SQS, which refuses some control characters and surrogates.
+# ASCII always passes SQS, which refuses some control characters and surrogates.
 _DUMP: Any = {"default": _from_decimal, "allow_nan": False, "separators": (",", ":")}
-_ENCODER = json.JSONEncoder(
-    **_DUMP, check_circular=False
-)  # _sizes() says where a circle is
+_CHECKING_ENCODER = json.JSONEncoder(**_DUMP)
+# A circle ends in a RecursionError without a check, too.
+_ENCODER = json.JSONEncoder(**_DUMP, check_circular=False)
 _DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
 
 
 def _encode(message: Message) -> str:
-    """Encode a message, or raise the error that names the argument which can't be.
+    """Return the body of a message, or raise the error that names what is not JSON.
 
-    :raises TypeError: if an argument is of a type that JSON does not have
-    :raises ValidationError: if it is NaN or infinite, or nested too deeply
+    :raises TypeError: if an argument or header is of a type that JSON does not have
+    :raises ValidationError: if one is NaN or infinite, or nested too deeply
     """
     try:
         return _ENCODER.encode(message.as_dict())
     except (TypeError, ValueError, RecursionError) as error:
-        _sizes(message)
+        _sizes(message)  # the encoder does not say what it failed at: this does
         raise ValidationError(f"{message.task_name}: not JSON: {error}") from error
 
 
 def _sizes(message: Message) -> dict[str, int]:
-    """Return the encoded size of each argument and header, by the path that errors call it by."""
-    parts = {f"args[{index}]": value for index, value in enumerate(message.args)}
-    parts |= {f"kwargs.{key}": value for key, value in message.kwargs.items()}
-    parts |= {f"headers.{key}": value for key, value in message.headers.items()}
-    # Each alone, for the encoder does not say which of them it could not encode.
-    for path, value in parts.items():
+    """Return the encoded size of each argument and header, by its path in errors.
+
+    :raises TypeError, ValidationError: as :func:`_encode`
+    """
+    values = {f"args[{index}]": value for index, value in enumerate(message.args)}
+    values |= {f"kwargs.{key}": value for key, value in message.kwargs.items()}
+    values |= {f"headers.{key}": value for key, value in message.headers.items()}
+    sizes = {}
+    for path, value in values.items():
         try:
-            parts[path] = len(json.JSONEncoder(**_DUMP).encode(value))
-        except (TypeError, ValueError, RecursionError) as error:
-            kind = TypeError if isinstance(error, TypeError) else ValidationError
-            raise kind(f"{message.task_name}: {path} is not JSON: {error}") from error
-    return parts
+            sizes[path] = len(_CHECKING_ENCODER.encode(value))
+        except TypeError as error:
+            raise TypeError(
+                f"{message.task_name}: {path} is not JSON: {error}"
+            ) from error
+        except (ValueError, RecursionError) as error:
+            raise ValidationError(
+                f"{message.task_name}: {path} is not JSON: {error}"
+            ) from error
+    return sizes
 
 
 def _decode(body: Any) -> Message:
-    """Decode a body from the queue; whatever is wrong with it is a ValidationError.
+    """Return the message of a body; raise ValidationError, whatever is wrong with it.
 
-    The body is hostile: an error quotes no more of it than 40 characters of a metadata value, and
-    neither its nesting nor its numbers can do more harm than to be refused.
+    The body is hostile: an error quotes at most 40 characters of a metadata value, and
+    neither nesting nor numbers can do more than have the body refused.
     """
-    # A body may be anything: that of a malformed record of Lambda is None.
-    _validate(body, {"description": "a string of JSON", "type": ["string"]})
+    # It may be anything: in a malformed event of Lambda, it is None.
+    _validate(body, _BODY)
     try:
         return Message(_DECODER.decode(body))
     except RecursionError:
         raise ValidationError("message: nested too deeply") from None
-    except ValueError as error:
+    except json.JSONDecodeError as error:
         # Only the position: the error's own text may quote the body.
-        where = (
-            f" at character {error.pos}"
-            if isinstance(error, json.JSONDecodeError)
-            else ""
-        )
-        raise ValidationError(f"message: not JSON{where}") from None
+        text = f"message: not JSON at character {error.pos}"
+        raise ValidationError(text) from None
+    except ValueError:
+        raise ValidationError("message: not JSON") from None
 
 
 # --- 6. retry policies ----------------------------------------------------------------
-# A policy is a function of the attempt that returns seconds. It does no I/O and holds no state.
+# A policy is a function of the attempt (the receive count, from 1): it returns seconds,
+# or raises StopRetry. It does no I/O and keeps no state; only its jitter is random.
 
 
 @dataclasses.dataclass(frozen=True)
 class RetryPolicy:
-    """Gives the seconds to the next run: they grow by factor and step, up to `max_retries` times.
+    """Returns the seconds until the next run, which grow by a factor and a step.
 
-    Made by :func:`fixed`, :func:`linear` and :func:`exponential`. Jitter takes between half of a
-    delay and all of it, so that what failed together is spread out:
+    Made by :func:`fixed`, :func:`linear` and :func:`exponential`. Jitter takes a random
+    part of a delay, from half to all of it, to spread out what failed together:
     https://aws.amazon.com/builders-library/timeouts-retries-and-backoff-with-jitter/
 
     :raises ConfigurationError: if a number is negative, or is not a number
@@ -979,42 +1193,38 @@ class RetryPolicy:
     jitter: bool
 
     def __post_init__(self) -> None:
-        """Refuse numbers that make no delay."""
-        numbers = (
-            self.base_s,
-            self.factor,
-            self.step_s,
-            self.max_delay_s,
-            self.max_retries or 0,
-        )
+        numbers = [self.base_s, self.factor, self.step_s, self.max_delay_s]
+        if self.max_retries is not None:
+            numbers.append(self.max_retries)
         for number in numbers:
-            valid = _is_number(number) and number >= 0
-            _require(valid, f"retry policy: expected 0 or more, got {number!r}")
+            if not _is_number(number) or not number >= 0:  # NaN is neither
+                raise ConfigurationError(
+                    f"retry policy: expected 0 or more, got {number!r}"
+                )
 
     def __call__(self, attempt: int) -> float:
-        """Return the delay in seconds after the `attempt`-th run (from 1).
+        """Return the delay after the `attempt`-th run.
 
-        :param attempt: the message's receive count, so that crashes and releases count too
-        :returns: 0 to 43,200, the longest that SQS hides a message
+        :param attempt: the message's receive count, from 1: crashes and releases count
+        :returns: 0 to 43,200 seconds, the longest that SQS hides a message
         :raises StopRetry: if all retries are used up
         """
         if self.max_retries is not None and attempt > self.max_retries:
             raise StopRetry(f"all {self.max_retries} retries are used up")
-        first, step = (
-            min(number, _MAX_HELD_S) for number in (self.base_s, self.step_s)
-        )
-        # 2.0 ** 1024 is more than a float can hold; the longest delay counts long before.
+        first_s = min(self.base_s, _MAX_HELD_S)
+        step_s = min(self.step_s, _MAX_HELD_S)
         growth = sys.float_info.max
-        with contextlib.suppress(OverflowError):
+        with contextlib.suppress(OverflowError):  # 2.0 ** 1024 is too large for a float
             growth = float(self.factor ** (attempt - 1))
-        delay_s = min(
-            first * growth + step * (attempt - 1), self.max_delay_s, _MAX_HELD_S
-        )
-        return _jittered(delay_s) if self.jitter else delay_s
+        grown_s = first_s * growth + step_s * (attempt - 1)
+        delay_s = min(grown_s, self.max_delay_s, _MAX_HELD_S)
+        if self.jitter:
+            return _jittered(delay_s)
+        return delay_s
 
 
 def _jittered(delay_s: float) -> float:
-    """Return between half of a delay and all of it."""
+    """Return a random part of a delay, from half to all of it."""
     import random
 
     return delay_s * random.uniform(0.5, 1)
@@ -1026,7 +1236,8 @@ def fixed(
     """Return a retry policy of equal delays.
 
     :param delay_s: seconds from a failed run to the next
-    :param max_retries: then the dead letters; None leaves that to the queue's maxReceiveCount
+    :param max_retries: how many retries before the message is dead-lettered; None leaves
+        it to the queue's maxReceiveCount
     :param jitter: take a random part of each delay, at least half of it
     """
     return RetryPolicy(delay_s, 1, 0, max_retries, _MAX_HELD_S, jitter)
@@ -1040,11 +1251,12 @@ def linear(
     *,
     jitter: bool = True,
 ) -> RetryPolicy:
-    """Return a retry policy of delays that grow by `step_s` seconds; see :func:`fixed`.
+    """Return a retry policy of delays that grow by `step_s` each time.
 
     :param base_s: seconds from the first failed run to the next
-    :param step_s: seconds that each delay is longer than the one before
-    :param max_retries: then the dead letters; None leaves that to the queue's maxReceiveCount
+    :param step_s: seconds by which each delay is longer than the one before
+    :param max_retries: how many retries before the message is dead-lettered; None leaves
+        it to the queue's maxReceiveCount
     :param max_delay_s: the longest delay in seconds
     :param jitter: take a random part of each delay, at least half of it
     """
@@ -1059,11 +1271,12 @@ def exponential(
     *,
     jitter: bool = True,
 ) -> RetryPolicy:
-    """Return a retry policy of delays that grow by `factor`; see :func:`fixed`.
+    """Return a retry policy of delays that are `factor` times longer each time.
 
     :param base_s: seconds from the first failed run to the next
     :param factor: how many times longer each delay is than the one before
-    :param max_retries: then the dead letters; None leaves that to the queue's maxReceiveCount
+    :param max_retries: how many retries before the message is dead-lettered; None leaves
+        it to the queue's maxReceiveCount
     :param max_delay_s: the longest delay in seconds
     :param jitter: take a random part of each delay, at least half of it
     """
@@ -3037,28 +3250,28 @@ __all__ += [
 
 
 # --- 13. processing -------------------------------------------------------------------
-# process() is the ONE place that decides what becomes of a message. It does no queue I/O: worker
-# and Lambda apply its Outcome. Nothing makes it raise but KeyboardInterrupt. How a run ended is one
-# log record (of messages that are not valid, one in ten seconds for each kind of error), and an
-# error hook that fails does not change what was decided.
+# process() is the ONE place that decides what becomes of a message, and _verdict() is
+# its table. It does no queue I/O: the worker and Lambda apply its Outcome. It raises
+# nothing but KeyboardInterrupt. A run leaves one log record; what is no valid message
+# leaves one in ten seconds for each class of error. An error hook changes no outcome.
 
 
 class Fate(enum.Enum):
-    """What is to become of a message; a worker does it.
+    """What becomes of a message; a worker carries it out.
 
-    In Lambda, all but the first is a failure, and Lambda decides.
+    In Lambda all but ``acknowledge`` are failures, and Lambda decides.
     """
 
-    acknowledge = "acknowledge"  # it is done with: delete it
+    acknowledge = "acknowledge"  # it is done: delete it
     retry = "retry"  # make it visible again
     dead_letter = "dead_letter"  # copy it to the dead-letter queue, then delete it
 
 
 class Outcome(NamedTuple):
-    """How a run ended: what becomes of the message, and the error if the run failed.
+    """How a run ended: the fate of its message, and the error if the run failed.
 
-    `delay_s` is in how many seconds it is to run again; None leaves that to the lease in force, at
-    whose end the queue shows the message by itself.
+    ``delay_s`` is how many seconds from now the message is to run again. If it is None,
+    the message reappears when the lease in force ends, without a call.
     """
 
     fate: Fate
@@ -3067,184 +3280,236 @@ class Outcome(NamedTuple):
 
 
 def process(received: QueueMessage) -> Outcome:
-    """Run a received message through hooks, decoder and task, and decide what becomes of it.
+    """Run a received message through hooks, decoder and task, and decide its fate.
 
-    Nothing is deleted or changed on the queue: that is for the caller to do, after the Outcome. The
-    same function runs in a worker, in its child processes and in Lambda.
+    Nothing is changed on the queue: the caller does what the Outcome says. The same
+    function runs in a worker, in its child processes and in Lambda.
 
-    :param received: from any source; its ``message`` is set once it is known to be valid
-    :returns: what to do with it, the error if the run failed, and when to run it again
-    :raises KeyboardInterrupt: and nothing else, even if the task or a hook calls ``sys.exit()``
+    :param received: from any source; ``message`` is set once it is known to be valid
+    :returns: the message's fate, the error if the run failed, and when to run it again
+    :raises KeyboardInterrupt: and nothing else, even if a task or hook calls
+        ``sys.exit()``
     """
     began = time.monotonic()
     try:
         _run(received, began)
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # SystemExit and CancelledError too are failed runs
+    except BaseException as error:  # SystemExit and CancelledError are failed runs too
         return _failed(received, error, began)
     finally:
-        # After a failed run too, for the connection may be why it failed.
+        # After a failed run too: the connection may be why it failed.
         _recycle_django_connections()
     return Outcome(Fate.acknowledge)
 
 
 def _run(received: QueueMessage, began: float) -> None:
-    """Run the hooks and the task; what they raise goes on, but for a task's IgnoreException."""
-    if hook := settings.TASKHAWK_PRE_PROCESS_HOOK:
-        hook(**received.hook_kwargs)
+    """Run the hooks and the task; all that they raise goes on but IgnoreException."""
+    _call_hook("TASKHAWK_PRE_PROCESS_HOOK", received)
     message = _decode(received.body)
-    message.received, task = received, message.task
+    task = message.task
+    message.received = received
     received.message = message  # from here on, an error is the task's
     _log.debug("Received message", extra={"message_body": received.body})
-    level, outcome = logging.DEBUG, "done"
+    level, end = logging.DEBUG, "done"
     try:
         task.call(message, received.receipt_handle)
     except IgnoreException:
-        level, outcome = logging.INFO, "ignored"
-    if hook := settings.TASKHAWK_POST_PROCESS_HOOK:
-        hook(**received.hook_kwargs)
+        level, end = logging.INFO, "ignored"
+    _call_hook("TASKHAWK_POST_PROCESS_HOOK", received)
     if _log.isEnabledFor(level):
-        facts = _facts(received, outcome, began)
-        _log.log(level, "%s %s: %s", task.name, message.id, outcome, extra=facts)
+        facts = _facts(received, end, began)
+        _log.log(level, "%s %s: %s", task.name, message.id, end, extra=facts)
 
 
-def _facts(received: QueueMessage, outcome: str, began: float) -> dict[str, Any]:
-    """Return what the one record of a run says besides its text."""
-    facts = {
-        "outcome": outcome,
-        "duration_ms": round((time.monotonic() - began) * 1000),
-    }
-    if message := received.message:
-        facts |= {
-            "task": message.task_name,
-            "id": message.id,
-            "attempt": received.attempt,
-        }
-    return facts
-
-
-_INVALID_EVERY_S = (
-    10  # for each kind of error: a poisoned queue must not fill the disk with logs
-)
-_last_invalid: dict[
-    type, tuple[float, int]
-] = {}  # when one was logged, how many were not
+def _call_hook(name: str, received: QueueMessage) -> None:
+    """Call the pre or post hook if there is one; its error fails the run."""
+    hook = getattr(settings, name)
+    if hook:
+        hook(**received.hook_kwargs)
 
 
 def _failed(received: QueueMessage, raised: BaseException, began: float) -> Outcome:
-    """Decide what becomes of a failed run's message, log it, and tell the hook of an error."""
+    """Decide the fate of a failed run's message, log it, and tell the error hook.
+
+    :param began: when the run began, by ``time.monotonic()``
+    """
     outcome = _verdict(received, raised)
-    message, error, attempt = received.message, outcome.error, received.attempt
+    error = outcome.error
     facts = _facts(received, outcome.fate.value, began)
-    what = (
-        f"{message.task_name} {message.id}"
-        if message
-        else f"message {received.message_id}"
-    )
-    what = re.sub(r"[^ -~]", "?", what)[
-        :200
-    ]  # ids are free text: one line, and not a long one
-    then = "is left to the queue" if outcome.fate is Fate.retry else "is given up"
-    if outcome.delay_s is not None:
-        then = f"runs again in {outcome.delay_s:g} s"
-    level, trace, text = (
-        logging.ERROR,
-        error,
-        f"{what}: attempt {attempt} failed and {then}",
-    )
-    if message is None and isinstance(error, ValidationError):
-        (last, more), now = (
-            _last_invalid.get(type(error), (-math.inf, 0)),
-            time.monotonic(),
-        )
-        if now - last < _INVALID_EVERY_S:
-            _last_invalid[type(error)] = last, more + 1
+    if received.message is None and isinstance(error, ValidationError):
+        text = _text_of_invalid(received, error)
+        if text is None:
             return outcome
-        _last_invalid[type(error)] = now, 0
-        others = f" ({more} more like it since the last record)" if more else ""
-        trace, text = None, f"{what} {then}: {_text_of(error)}{others}"
+        _log.error("%s", text, extra=facts)
     elif isinstance(error, RetryException) and outcome.fate is Fate.retry:
-        level, trace = logging.INFO, None
-        text = f"{what}: attempt {attempt} asked to be retried and {then}"
+        text = _sentence(received, "asked to be retried", outcome)
+        _log.info("%s", text, extra=facts)
+        return outcome
     elif isinstance(error, LoggingException):
-        # logging refuses an `extra` with a name of its own.
-        taken = vars(logging.makeLogRecord({})).keys() | {"message", "asctime"}
-        given = error.extra if isinstance(error.extra, Mapping) else {}
-        facts |= {f"extra_{k}" if k in taken else str(k): v for k, v in given.items()}
-        text = _text_of(error)
-    _log.log(level, "%s", text, exc_info=trace, extra=facts)
-    if level == logging.ERROR:
-        _call_safely("TASKHAWK_ERROR_HOOK", exception=error, message=message)
+        facts |= _extra_of(error)
+        _log.error("%s", _text_of(error), exc_info=error, extra=facts)
+    else:
+        text = _sentence(received, "failed", outcome)
+        _log.error("%s", text, exc_info=error, extra=facts)
+    _call_safely("TASKHAWK_ERROR_HOOK", exception=error, message=received.message)
     return outcome
 
 
 def _verdict(received: QueueMessage, error: BaseException) -> Outcome:
-    """Decide what becomes of a message whose run raised."""
-    asked = error.delay_seconds if isinstance(error, RetryException) else None
-    delay_s = (
-        asked if _is_number(asked) and 0 <= asked < math.inf else None
-    )  # a subclass may err
-    # What is not valid, or unknown here, is left to the queue's redrive policy.
-    # A delay that the task asks for goes before its policy, and its policy before the queue's.
-    if received.message and delay_s is None:
-        task = received.message.task
-        again = isinstance(error, task.retry_on) and not isinstance(
-            error, task.never_retry_on
+    """Decide the fate of a message whose run raised; the first row that fits counts.
+
+    ==========================================  ==================================
+    it asked for a delay (RetryException)       visible again after it
+    not valid, unknown here, pre hook failed    left to the queue's redrive policy
+    StopRetry, or never retried by the task     dead letter
+    the task has no retry policy                left to its visibility timeout
+    its retry policy gives a delay              visible again after it
+    its retries are used up                     dead letter
+    its retry policy fails                      left to its visibility timeout
+    ==========================================  ==================================
+    """
+    delay_s = _asked_delay_s(error)
+    if delay_s is not None:
+        return Outcome(Fate.retry, error, delay_s)
+    if received.message is None:
+        return Outcome(Fate.retry, error)
+    task = received.message.task
+    if not _may_retry(task, error):
+        return Outcome(Fate.dead_letter, error)
+    if task.retry is None:
+        return Outcome(Fate.retry, error)
+    try:
+        delay_s = _checked_delay_s(task.name, task.retry(received.attempt))
+    except StopRetry:
+        return Outcome(Fate.dead_letter, error)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as defect:  # of the policy: it must not lose the message
+        return Outcome(Fate.retry, defect)
+    return Outcome(Fate.retry, error, delay_s)
+
+
+def _asked_delay_s(error: BaseException) -> float | None:
+    """Return the delay that a RetryException asks for, within what SQS allows."""
+    if not isinstance(error, RetryException):
+        return None
+    asked_s = error.delay_seconds
+    # A subclass that does not call our __init__ may have set anything.
+    return min(asked_s, _MAX_HELD_S) if _is_delay(asked_s) else None
+
+
+def _may_retry(task: Task[Any, Any], error: BaseException) -> bool:
+    """Return whether a task may run again after this error."""
+    if isinstance(error, RetryException):
+        return True
+    if isinstance(error, (StopRetry, task.never_retry_on)):
+        return False
+    return isinstance(error, task.retry_on)
+
+
+def _checked_delay_s(name: str, delay_s: object) -> float:
+    """Return the delay that a task's retry policy gave, within what SQS allows."""
+    if not _is_delay(delay_s):
+        raise ConfigurationError(
+            f"{name}: retry: expected 0 or more seconds, got {delay_s!r}"
         )
-        if isinstance(error, StopRetry) or not (
-            again or isinstance(error, RetryException)
-        ):
-            return Outcome(Fate.dead_letter, error)
-        try:
-            if task.retry is not None:
-                delay_s = task.retry(received.attempt)
-                text = (
-                    f"{task.name}: retry: expected 0 or more seconds, got {delay_s!r}"
-                )
-                _require(_is_number(delay_s) and 0 <= delay_s < math.inf, text)
-        except StopRetry:
-            return Outcome(Fate.dead_letter, error)
-        except KeyboardInterrupt:
-            raise
-        except BaseException as defect:  # of the policy: it must not lose the message
-            return Outcome(Fate.retry, defect)
-    return Outcome(
-        Fate.retry, error, None if delay_s is None else min(delay_s, _MAX_HELD_S)
-    )
+    return min(delay_s, _MAX_HELD_S)
+
+
+def _is_delay(value: object) -> typing.TypeGuard[float]:
+    """Return whether a value is a number of seconds that one can wait."""
+    return _is_number(value) and 0 <= value < math.inf
+
+
+def _sentence(received: QueueMessage, end: str, outcome: Outcome) -> str:
+    """Say which attempt ended how, and what becomes of the message."""
+    then = "is left to the queue"
+    if outcome.fate is Fate.dead_letter:
+        then = "is given up"
+    elif outcome.delay_s is not None:
+        then = f"runs again in {outcome.delay_s:g} s"
+    return f"{_name_of(received)}: attempt {received.attempt} {end} and {then}"
+
+
+def _name_of(received: QueueMessage) -> str:
+    """Return what log texts call a message: one line, not a long one."""
+    name = f"message {received.message_id}"
+    if received.message:
+        name = f"{received.message.task_name} {received.message.id}"
+    return re.sub("[^ -~]", "?", name)[:200]  # an id is free text, and may forge lines
+
+
+def _facts(received: QueueMessage, end: str, began: float) -> dict[str, Any]:
+    """Return the fields of a run's log record, which formatters may use."""
+    duration_ms = round((time.monotonic() - began) * 1000)
+    facts: dict[str, Any] = {"outcome": end, "duration_ms": duration_ms}
+    if received.message:
+        facts |= {"task": received.message.task_name, "id": received.message.id}
+        facts["attempt"] = received.attempt
+    return facts
+
+
+def _extra_of(error: LoggingException) -> dict[str, Any]:
+    """Return the fields that an error gives to its log record."""
+    # Logging refuses a field of a name that each record has.
+    reserved = vars(logging.makeLogRecord({})).keys() | {"message", "asctime"}
+    given = error.extra if isinstance(error.extra, Mapping) else {}
+    taken = {f"extra_{name}": given[name] for name in given if name in reserved}
+    return taken | {str(n): given[n] for n in given if n not in reserved}
+
+
+_INVALID_EVERY_S = 10  # a poisoned queue must not fill the disk with logs
+# When an error of each class was last logged, and how many were not logged since.
+_invalid_logged_at: dict[type, float] = {}
+_invalid_unlogged: dict[type, int] = {}
+
+
+def _text_of_invalid(received: QueueMessage, error: ValidationError) -> str | None:
+    """Return the log text of a message that is not valid, or None if it is too soon."""
+    kind, now = type(error), time.monotonic()
+    if now < _invalid_logged_at.get(kind, -math.inf) + _INVALID_EVERY_S:
+        _invalid_unlogged[kind] = _invalid_unlogged.get(kind, 0) + 1
+        return None
+    _invalid_logged_at[kind] = now
+    text = f"{_name_of(received)} is left to the queue: {_text_of(error)}"
+    unlogged = _invalid_unlogged.pop(kind, 0)
+    if unlogged:
+        text += f" ({unlogged} more like it since the last record)"
+    return text
 
 
 class _SyncSender(Sender):
-    """Runs messages where they are sent: through JSON, decoder and hooks; their errors raise."""
+    """Runs messages where they are sent, through JSON, decoder and hooks.
+
+    Errors come out of :meth:`send`: no policy, delay or dead-letter queue applies.
+    """
 
     max_bytes, max_delay_s = sys.maxsize, math.inf
 
+    def __init__(self, _url: str = "sync") -> None:
+        """Need nothing: there is no service."""
+
     def destination(self, priority: Priority) -> str:
-        """Return the queue's name, which the hooks get."""
-        return (
-            super().destination(priority)
-            if settings.TASKHAWK_QUEUE
-            else "TASKHAWK-SYNC"
-        )
+        """Return the name that the hooks get for a queue."""
+        if settings.TASKHAWK_QUEUE:
+            return super().destination(priority)
+        return "TASKHAWK-SYNC"
 
     def send(self, destination: str, entries: Sequence[Outgoing]) -> list[Refusal]:
-        """Run the messages, and let the first error out."""
-        for body, attributes, *_ in entries:
-            message_id = _decode(body).id
-            record = {
-                "Sns": {
-                    "Message": body,
-                    "MessageId": message_id,
-                    "MessageAttributes": {},
-                }
-            }
-            received = QueueMessage(body, message_id, None, {}, attributes, destination)
-            received.sns_record = record if settings.IS_LAMBDA_APP else None
+        """Run the messages one after another; the first error ends it."""
+        for entry in entries:
+            message_id = _decode(entry.body).id
+            received = QueueMessage(entry.body, message_id, queue=destination)
+            received.message_attributes = entry.attributes
+            if settings.IS_LAMBDA_APP:
+                sns = {"Message": entry.body, "MessageId": message_id}
+                received.sns_record = {"Sns": {**sns, "MessageAttributes": {}}}
             _run(received, time.monotonic())
         return []
 
 
-_schemes["sync"] = lambda _url: _SyncSender()  # type: ignore[abstract]
+_schemes["sync"] = _SyncSender
 
 
 # --- 14. holdings ---------------------------------------------------------------------
@@ -4347,9 +4612,15 @@ _programs["_child"] = _serve_worker
 
 
 # --- 19. Lambda -----------------------------------------------------------------------
-# The same process() as in the worker; Lambda receives, and deletes what the handler returns without
-# an error for. So a failure always raises, or is in the answer; and nothing is deleted here that
-# did not succeed.
+# Lambda receives, and deletes what the handler returns without an error for. So each
+# failure is raised or in the answer. Nothing is deleted here but messages of a batch
+# that succeeded while others failed.
+
+
+# SQS counts 12 hours from the receive, before Lambda's longest wait for a batch (5 min)
+# and its longest run (15 min).
+_MAX_LAMBDA_DELAY_S = _MAX_HELD_S - 1200
+_SOME_ARN = "arn:aws:sqs:eu-west-1:123456789012:queue"  # the shape that is expected
 
 
 def process_messages_for_lambda_consumer(
@@ -4357,96 +4628,156 @@ def process_messages_for_lambda_consumer(
 ) -> dict[str, list[dict[str, str]]] | None:
     """Run the messages of an SNS or SQS event; one that fails does not stop the others.
 
-    Where some of an SQS event failed, the others are deleted before the error is raised: that is
-    safe with and without ReportBatchItemFailures on the event source mapping.
+    If some of an SQS event failed, the others are deleted before the error is raised:
+    that is safe with and without ReportBatchItemFailures on the event source mapping.
 
-    :param lambda_event: as Lambda gives it to the handler
-    :param context: Lambda's; with it, nothing is started in the last tenth of the time
-    :param partial_batch: return the failures of an SQS event instead of raising them: only with
-        ReportBatchItemFailures
+    :param lambda_event: the event that Lambda gives to the handler
+    :param context: Lambda's context; with it, nothing is started in the last tenth of
+        the remaining time
+    :param partial_batch: return the failures of an SQS event instead of raising them:
+        only with ReportBatchItemFailures
         (https://docs.aws.amazon.com/lambda/latest/dg/services-sqs-errorhandling.html)
-    :returns: None, or with `partial_batch` what Lambda wants to know: ``{"batchItemFailures":
-        [...]}``
-    :raises ValidationError: if the event has no records; a record that is malformed is a failed run
-        with this error
-    :raises Exception: the failed run's, or an ExceptionGroup of several
+    :returns: None, or with `partial_batch` the answer that Lambda expects:
+        ``{"batchItemFailures": [...]}``
+    :raises ValidationError: if the event has no records; a malformed record is a failed
+        run with this error
+    :raises Exception: the error of the failed run, or an ExceptionGroup of several
     """
     records = lambda_event.get("Records") if isinstance(lambda_event, Mapping) else None
     if not isinstance(records, list):
         raise ValidationError(
             "Records: expected an array of SNS or SQS records, got none"
         )
-    # A tenth is for what follows the last run: the deletes, and the answer.
-    left_ms = context.get_remaining_time_in_millis if context else lambda: math.inf
-    reserve_ms = left_ms() / 10 if context else 0
+    done, failed = _run_records(records, context)
+    _set_delays(failed)
+    of_topic = any(received.sns_record is not None for received in failed)
+    if partial_batch and not of_topic:  # SNS would take the answer for success
+        return {"batchItemFailures": [{"itemIdentifier": r.message_id} for r in failed]}
+    if not failed:
+        return None
+    _delete_done(done)
+    errors: list[Any] = [outcome.error for outcome in failed.values()]
+    if len(errors) > 1:
+        raise BaseExceptionGroup("several runs failed", errors)
+    raise errors[0]
+
+
+def _run_records(
+    records: Sequence[Any], context: Any
+) -> tuple[list[QueueMessage], dict[QueueMessage, Outcome]]:
+    """Run records in order, which is a FIFO queue's; return what is done and failed."""
     done: list[QueueMessage] = []
     failed: dict[QueueMessage, Outcome] = {}
-    # One after another: a FIFO queue's order is that of the records.
-    for received in map(_from_record, records):
-        why = "no time was left" if left_ms() <= reserve_ms else ""
-        if received.is_fifo and received.group_id in {
-            other.group_id for other in failed
-        }:
-            why = "an earlier one of its group failed"
-        if why:
-            text = f"message {received.message_id} was not started: {why}"
-            failed[received] = Outcome(Fate.retry, TaskhawkError(text))
-        elif (outcome := process(received)).fate is Fate.acknowledge:
+    reserve_ms = _left_ms(context) / 10  # for the deletes and the answer
+    for record in records:
+        received = _from_record(record)
+        if _is_behind(received, failed):
+            outcome = _not_started(received, "an earlier one of its group failed")
+        elif _left_ms(context) < reserve_ms:
+            outcome = _not_started(received, "no time was left")
+        else:
+            outcome = process(received)
+        if outcome.fate is Fate.acknowledge:
             done.append(received)
         else:
             failed[received] = outcome
-    asked = {
-        received: o.delay_s for received, o in failed.items() if o.delay_s is not None
-    }
-    # 20 minutes less than SQS takes: the function's time and the batching window have passed.
-    delays = {
-        r: (r.receipt_handle, min(s, _MAX_HELD_S - 1200)) for r, s in asked.items()
-    }
-    text = "can't change when %d of %d failed messages run again: %s"
-    _change_all("change_visibility", delays, text)
-    if partial_batch and all(received.sns_record is None for received in failed):
-        return {"batchItemFailures": [{"itemIdentifier": r.message_id} for r in failed]}
-    if failed:
-        text = "%d of %d messages that succeeded may run again: can't delete them: %s"
-        _change_all(
-            "delete", {received: received.receipt_handle for received in done}, text
-        )
-        errors: list[Any] = [outcome.error for outcome in failed.values()]
-        raise (
-            errors[0]
-            if len(errors) == 1
-            else BaseExceptionGroup("several runs failed", errors)
-        )
-    return None
+    return done, failed
+
+
+def _left_ms(context: Any) -> float:
+    """Return how much time the function has left; without a context, no end of it."""
+    if context is None:
+        return math.inf
+    return float(context.get_remaining_time_in_millis())
+
+
+def _is_behind(received: QueueMessage, failed: Iterable[QueueMessage]) -> bool:
+    """Return whether a message must wait for one of its FIFO group that failed."""
+    if not received.is_fifo:
+        return False
+    return received.group_id in [earlier.group_id for earlier in failed]
+
+
+def _not_started(received: QueueMessage, reason: str) -> Outcome:
+    """Return the outcome of a message that counts as failed though it was not run."""
+    text = f"message {received.message_id} was not started: {reason}"
+    return Outcome(Fate.retry, TaskhawkError(text))
+
+
+def _set_delays(failed: Mapping[QueueMessage, Outcome]) -> None:
+    """Have the queue show failed messages again when their outcomes say so."""
+    changes = {}
+    for received, outcome in failed.items():
+        if outcome.delay_s is not None:
+            delay_s = min(outcome.delay_s, _MAX_LAMBDA_DELAY_S)
+            changes[received] = (received.receipt_handle, delay_s)
+    warning = "can't change when %d of %d failed messages run again: %s"
+    _change_all("change_visibility", changes, warning)
+
+
+def _delete_done(done: Iterable[QueueMessage]) -> None:
+    """Delete what succeeded, as Lambda will not after an error."""
+    receipts = {received: received.receipt_handle for received in done}
+    warning = "%d of %d messages that succeeded may run again: can't delete them: %s"
+    _change_all("delete", receipts, warning)
 
 
 def _from_record(record: Any) -> QueueMessage:
-    """Read a record of either kind; one that is malformed is an invalid message."""
-    given = record if isinstance(record, Mapping) else {}
-    sns_record = given if "Sns" in given else None
-    with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
-        if sns_record:
-            sns = record["Sns"]
-            return QueueMessage(
-                sns["Message"], str(sns.get("MessageId")), sns_record=record
-            )
-        message_attributes = {
-            name: {
-                kind[:1].upper() + kind[1:]: content for kind, content in value.items()
-            }
-            for name, value in record.get("messageAttributes", {}).items()
-        }
-        attributes = record.get("attributes", {})
-        int(
-            attributes.get("ApproximateReceiveCount", 1)
-        )  # fail here rather than in the run
-        parts = (record["body"], record["messageId"], record.get("receiptHandle"))
-        received = QueueMessage(*parts, attributes, message_attributes)
-        broker, arn = _brokers.broker(), record.get("eventSourceARN")
-        if isinstance(broker, SqsBroker) and arn is not None:
-            received.queue, received.broker = broker.queue_of_arn(arn), broker
-        return received
-    return QueueMessage(None, str(given.get("messageId", "")), sns_record=sns_record)
+    """Read a record; a malformed one becomes a message that is not valid."""
+    if not isinstance(record, Mapping):
+        return QueueMessage(None, "")
+    if "Sns" in record:
+        return _from_topic(record)
+    return _from_queue(record)
+
+
+def _from_topic(record: Mapping[str, Any]) -> QueueMessage:
+    """Read a record of an SNS event."""
+    sns = record["Sns"]
+    if not isinstance(sns, Mapping):
+        return QueueMessage(None, "", sns_record=record)
+    message_id = str(sns.get("MessageId"))
+    return QueueMessage(sns.get("Message"), message_id, sns_record=record)
+
+
+def _from_queue(record: Mapping[str, Any]) -> QueueMessage:
+    """Read a record of an SQS event."""
+    message_id = str(record.get("messageId", ""))
+    if not _is_well_formed(record):
+        return QueueMessage(None, message_id)
+    attributes = record.get("attributes", {})
+    message_attributes = _as_boto3(record.get("messageAttributes", {}))
+    handle = record.get("receiptHandle")
+    received = QueueMessage(
+        record.get("body"), message_id, handle, attributes, message_attributes
+    )
+    arn, broker = record.get("eventSourceARN"), _brokers.broker()
+    if arn is not None and isinstance(broker, SqsBroker):
+        received.queue, received.broker = broker.queue_of_arn(arn), broker
+    return received
+
+
+def _is_well_formed(record: Mapping[str, Any]) -> bool:
+    """Return whether the parts of an SQS event's record are of the types AWS gives."""
+    attributes = record.get("attributes", {})
+    named = record.get("messageAttributes", {})
+    if not isinstance(attributes, Mapping) or not isinstance(named, Mapping):
+        return False
+    if not all(isinstance(attribute, Mapping) for attribute in named.values()):
+        return False
+    count = str(attributes.get("ApproximateReceiveCount", 1))
+    arn = str(record.get("eventSourceARN", _SOME_ARN))
+    return count.isdecimal() and arn.count(":") == _SOME_ARN.count(":")
+
+
+def _as_boto3(
+    attributes: Mapping[str, Mapping[str, Any]],
+) -> dict[str, dict[str, Any]]:
+    """Return message attributes under the names of a receive: Lambda's begin small."""
+    return {
+        name: {part[:1].upper() + part[1:]: it for part, it in value.items()}
+        for name, value in attributes.items()
+    }
 
 
 # === PART V: STATE ====================================================================
