@@ -3042,29 +3042,39 @@ def _too_large(message: Message, entry: Outgoing, limit: int) -> MessageTooLarge
 class _Batch:
     """What one ``with batch():`` block collects.
 
-    A task or a thread that was started in the block may outlive it, and finds it
-    closed.
+    A task or thread that outlives the block finds its batch closed; so does a process
+    that was forked in the block, because its copy of the batch is sent by nobody.
     """
 
     def __init__(self) -> None:
-        # Guards both fields: nothing is added to a batch that is closed. Reentrant, for
-        # a signal handler may dispatch while it is held.
+        self._process_id = os.getpid()
+        # Guards the two below: nothing is added to a batch that is closed. Reentrant,
+        # because a signal handler may dispatch while it is held.
         self._lock = threading.RLock()
         self._collected: list[_Ready] = []
-        self.is_open = True
+        self._closed = False
+
+    def is_open(self) -> bool:
+        """Return whether it still collects what this process dispatches."""
+        return not self._closed and self._process_id == os.getpid()
 
     def add(self, readies: Sequence[_Ready]) -> bool:
-        """Add messages if the batch is open, and return whether it is."""
+        """Add messages if it is open, and return whether it is."""
+        # Before the lock, which another thread may have held at the fork.
+        if not self.is_open():
+            return False
         with self._lock:
-            if self.is_open:
+            if not self._closed:
                 self._collected.extend(readies)
-            return self.is_open
+            return not self._closed
 
     def close(self) -> Sequence[_Ready]:
-        """Return what was collected, and take nothing more."""
+        """Collect no more, and return what this process has to send."""
+        if not self.is_open():
+            return ()
         with self._lock:
-            self.is_open = False
-            return self._collected
+            self._closed = True
+        return self._collected
 
 
 _current_batch = contextvars.ContextVar[_Batch | None]("taskhawk batch", default=None)
@@ -3082,12 +3092,12 @@ def batch() -> Iterator[None]:
 
     If the block raises, nothing is sent. A block inside another joins it. A dispatch
     from a thread is sent directly, unless the thread runs in this context; so is a
-    dispatch from a task or thread that outlives the block.
+    dispatch from a forked process, and from a task or thread that outlives the block.
 
     :raises PartialFailure: on exit, with exactly the messages that were not accepted
     """
     outer = _current_batch.get()
-    if outer is not None and outer.is_open:
+    if outer is not None and outer.is_open():
         yield
         return
     collecting = _Batch()

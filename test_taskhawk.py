@@ -5978,6 +5978,32 @@ class TestBatch:
             taskhawk.configure(
                 TASKHAWK_BROKER="sqlite://",
                 TASKHAWK_DEFAULT_HEADERS=lambda **_: next(headers),
+    @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
+    def test_fork(self, tmp_path, mail):
+        """A process forked in a block sends directly, and leaves the block to its parent."""
+        taskhawk.configure(TASKHAWK_BROKER=f"sqlite:///{tmp_path}/queue.db")
+
+        parent = os.getpid()
+        try:
+            with taskhawk.batch():
+                mail.dispatch("parent")
+                child = os.fork()
+                if child:
+                    assert os.waitpid(child, 0)[1] == 0
+                    assert received_args() == ["child", "block"]
+                else:
+                    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+                    signal.alarm(WORKER_PATIENCE_S)
+                    mail.dispatch("child")
+                    with taskhawk.batch():  # of its own
+                        mail.dispatch("block")
+            if not child:
+                os._exit(0)
+        finally:
+            if os.getpid() != parent:
+                os._exit(1)
+        assert received_args() == ["parent"]
+
             )
         with pytest.raises(TypeError if bad == {1} else bad):
             mail.dispatch_many(numbers())
