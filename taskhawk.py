@@ -2405,6 +2405,8 @@ class Task(Generic[_P, _R]):
     def fn(self) -> Callable[_P, _R]:
         """The function."""
         return self._fn
+        #: the module that declares it: importing this module makes the task
+        self.declared_in = str(fn.__module__)
 
     @property
     def task(self) -> Task[_P, _R]:
@@ -2749,6 +2751,7 @@ def _flaw_of_declaration(priority: object, name: object, time_limit: object) -> 
 
 def _flaw_of_retries(retry: object, retry_on: object, never_retry_on: object) -> str:
     """Return which of these options of :func:`task` is wrong, or ""."""
+        made.declared_in = _declaring_module(fn)
     if retry is not None and not callable(retry):
         return f"has {retry=}: expected a function of the attempt"
     if not _are_exceptions(retry_on):
@@ -2890,6 +2893,26 @@ class AsyncInvocation(Generic[_P]):
         delay_s = delay.total_seconds() if isinstance(delay, timedelta) else delay
         if not _is_number(delay_s):
             raise TypeError(f"delay: expected seconds or a timedelta, got {delay!r}")
+def _declaring_module(fn: Any) -> str:
+    """Return the module whose import declares the task that is being made of a function.
+
+    It may be another than the function's: ``send = taskhawk.task(lib.send)``. Where a
+    function declares tasks, it is the module that is being imported, if there is one.
+    """
+    if fn.__module__ in (*_MAINS, __name__):
+        return str(fn.__module__)
+    stack = traceback.walk_stack(inspect.currentframe())
+    callers = [frame for frame, _ in stack if frame.f_globals is not globals()]
+    for frame in callers:
+        name = frame.f_globals.get("__name__")
+        if frame.f_code.co_name != "<module>" or name not in sys.modules:
+            continue
+        # A script calls all that runs: it declares only what itself makes a task.
+        if frame is callers[0] or name not in _MAINS:
+            return str(name)
+    return str(callers[0].f_globals.get("__name__"))
+
+
         if not 0 <= delay_s < math.inf:
             raise ValueError(f"delay: expected 0 or more seconds, got {delay_s}")
         return dataclasses.replace(self, _delay_s=delay_s)

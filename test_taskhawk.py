@@ -4889,6 +4889,56 @@ class TestTasks:
         expected = "True\nTrue\n['milk', 'bread'] ['shop.sell']\n"
         assert (result.stdout, result.stderr) == (expected, "")
 
+    def test_declared_in(self, tmp_path, monkeypatch):
+        """A task knows the module whose import declares it, whatever its function's is."""
+        modules = {
+            "lib": """
+                import taskhawk
+                def send(): pass
+                def declared(name):
+                    return taskhawk.task(name=name)(send)
+                """,
+            "shop": """
+                import functools, lib, taskhawk
+                other = taskhawk.task(name="other")(lib.send)
+                partial = taskhawk.task(name="partial")(functools.partial(lib.send))
+                made = lib.declared("made")
+                class Cart:
+                    @taskhawk.task
+                    def fill(): pass
+                exec("executed = taskhawk.task(name='executed')(lib.send)", {**globals()})
+                exec("odd = taskhawk.task(name='odd')(lib.send)", {
+                    "taskhawk": taskhawk, "lib": lib, "__name__": "nowhere"})
+                def fills(): return taskhawk.task(name="fills")(lib.send)
+                """,
+            "script": """
+                import shop, lib, taskhawk, threading
+                own = taskhawk.task(name="own")(lib.send)
+                @taskhawk.task
+                def sell(): pass
+                def declares(): return taskhawk.task(name="declares")(lib.send)
+                def main():
+                    declares()
+                    shop.fills()
+                    @taskhawk.task
+                    def inner(): pass
+                main()
+                for task in dict.fromkeys(taskhawk._registry.values()):
+                    print(task.name, task.declared_in)
+                """,
+        }
+        for name, source in modules.items():
+            (tmp_path / f"{name}.py").write_text(textwrap.dedent(source))
+        result = run_python(["script.py"], cwd=tmp_path)
+        assert result.stdout.splitlines() == [
+            *("other shop", "partial shop", "made shop", "shop.fill shop"),
+            *("executed shop", "odd shop"),
+            *("own __main__", "script.sell __main__", "declares __main__"),
+            *("fills shop", "script.inner __main__"),
+        ], result.stderr
+        made = taskhawk.Task(plain, Priority.low, "by.hand")
+        assert made.declared_in == taskhawk.task(plain).declared_in == __name__
+
     def test_taken_name(self):
         """Another function under a taken name is refused; the error has both places."""
 
