@@ -122,7 +122,15 @@ import threading
 import time
 import traceback
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    Callable,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from datetime import UTC, datetime, timedelta
 from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 
@@ -753,7 +761,7 @@ def _set_up_django() -> None:
         _import("django", "the package").setup()
 
 
-# A thread's count of `runs`; a worker's slot keeps its event `loop` here, too.
+# A thread's count of `runs`.
 _slot = threading.local()
 
 
@@ -775,6 +783,18 @@ def _close_django_connections() -> None:
     for connection in sys.modules["django.db"].connections.all(initialized_only=True):
         if not connection.in_atomic_block:
             connection.close()
+
+
+def _share_django_caches() -> None:
+    """Make Django's caches in this context, so that its copies share their connections.
+
+    Django keeps a cache's client in the context that first uses it: without this, each
+    message would connect anew.
+    """
+    if "django.core.cache" in sys.modules:
+        # Not set up, or set wrongly: the task that uses such a cache gets the error.
+        with contextlib.suppress(Exception):
+            sys.modules["django.core.cache"].caches.all()
 
 
 # --- 5. messages ----------------------------------------------------------------------
@@ -2385,6 +2405,8 @@ class Task(Generic[_P, _R]):
         self.time_limit: float | None = None
         #: whether a worker runs it in a process of its own
         self.isolate = False
+        #: the module that declares it: importing this module makes the task
+        self.declared_in = str(fn.__module__)
         functools.update_wrapper(self, fn, updated=())
         # What other decorators left on the function may have names that are ours.
         for attribute, value in getattr(fn, "__dict__", {}).items():
@@ -2405,8 +2427,6 @@ class Task(Generic[_P, _R]):
     def fn(self) -> Callable[_P, _R]:
         """The function."""
         return self._fn
-        #: the module that declares it: importing this module makes the task
-        self.declared_in = str(fn.__module__)
 
     @property
     def task(self) -> Task[_P, _R]:
@@ -2467,11 +2487,12 @@ class Task(Generic[_P, _R]):
             raise TypeError(f"{self._name}: {error}") from None
 
     def call(self, message: Message, receipt: str | None) -> None:
-        """Run the function with a message's arguments; a coroutine runs to its end.
+        """Run the function with a message's arguments, and await what can be awaited.
 
         :param message: the message; what its sender gave as ``metadata`` and
             ``headers`` is replaced
         :param receipt: its receipt handle, or None where no queue has the message
+        :raises TypeError: if the function returns a generator, which nothing would read
         """
         metadata = Metadata(message, receipt)
         kwargs = dict(message.kwargs)
@@ -2483,8 +2504,13 @@ class Task(Generic[_P, _R]):
         token = _current.set(metadata)
         try:
             result: Any = self._fn(*message.args, **kwargs)
-            if inspect.iscoroutine(result):
-                _run_coroutine(result)
+            if inspect.isawaitable(result):
+                _run_coroutine(_awaited(result, self._name))
+            elif isinstance(result, Generator | AsyncGenerator):
+                raise TypeError(
+                    f"{self._name} returned a generator, which runs only if something"
+                    " reads it: expected a function that does its work when it is called"
+                )
         finally:
             _current.reset(token)
 
@@ -2550,6 +2576,20 @@ def current_task() -> Metadata | None:
     context: https://docs.python.org/3/library/contextvars.html
     """
     return _current.get()
+
+
+def _in_own_context(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Run each call of a function in a copy of the context.
+
+    So a ContextVar that one message's task or hooks set is not seen by the next.
+    """
+
+    @functools.wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        _share_django_caches()
+        return contextvars.copy_context().run(function, *args, **kwargs)
+
+    return call
 
 
 def extend_visibility_timeout(
@@ -2622,6 +2662,28 @@ def _run_coroutine(coroutine: Any) -> None:
         asyncio.run(coroutine)
 
 
+async def _awaited(awaitable: Any, name: str) -> None:
+    """Await what a task returned, and log which asyncio tasks its run leaves behind.
+
+    A client's connection may need them, so they are not cancelled here. They go on
+    whenever this event loop runs, in other tasks' runs too, and end with it.
+    """
+    import asyncio
+
+    before = asyncio.all_tasks()
+    try:
+        await awaitable
+    finally:
+        left = asyncio.all_tasks() - before
+        if left:
+            _log.warning(
+                "%s left %d asyncio tasks behind, which nothing waits for: %s",
+                name,
+                len(left),
+                ", ".join(sorted(_qualname(each.get_coro()) for each in left)),
+            )
+
+
 def _is_in_coroutine() -> bool:
     """Return whether an event loop runs in this thread."""
     import asyncio
@@ -2689,6 +2751,7 @@ def task(
         made.never_retry_on = never_retry_on
         made.time_limit = time_limit
         made.isolate = isolate or time_limit is not None
+        made.declared_in = _declaring_module(fn)
         _register(made)
         if not name and fn.__module__ == "__main__":
             # Messages that taskhawk 1.4 queued call it by this name.
@@ -2751,7 +2814,6 @@ def _flaw_of_declaration(priority: object, name: object, time_limit: object) -> 
 
 def _flaw_of_retries(retry: object, retry_on: object, never_retry_on: object) -> str:
     """Return which of these options of :func:`task` is wrong, or ""."""
-        made.declared_in = _declaring_module(fn)
     if retry is not None and not callable(retry):
         return f"has {retry=}: expected a function of the attempt"
     if not _are_exceptions(retry_on):
@@ -2831,6 +2893,26 @@ def _place_of(fn: Any) -> _Place:
 _MAINS = ("__main__", "__mp_main__")
 
 
+def _declaring_module(fn: Any) -> str:
+    """Return the module whose import declares the task that is being made of a function.
+
+    It may be another than the function's: ``send = taskhawk.task(lib.send)``. Where a
+    function declares tasks, it is the module that is being imported, if there is one.
+    """
+    if fn.__module__ in (*_MAINS, __name__):
+        return str(fn.__module__)
+    stack = traceback.walk_stack(inspect.currentframe())
+    callers = [frame for frame, _ in stack if frame.f_globals is not globals()]
+    for frame in callers:
+        name = frame.f_globals.get("__name__")
+        if frame.f_code.co_name != "<module>" or name not in sys.modules:
+            continue
+        # A script calls all that runs: it declares only what itself makes a task.
+        if frame is callers[0] or name not in _MAINS:
+            return str(name)
+    return str(callers[0].f_globals.get("__name__"))
+
+
 def _importable_name(module: str) -> str:
     """Return the name that a worker imports a module by, also that of a script."""
     script = sys.modules.get(module)
@@ -2893,26 +2975,6 @@ class AsyncInvocation(Generic[_P]):
         delay_s = delay.total_seconds() if isinstance(delay, timedelta) else delay
         if not _is_number(delay_s):
             raise TypeError(f"delay: expected seconds or a timedelta, got {delay!r}")
-def _declaring_module(fn: Any) -> str:
-    """Return the module whose import declares the task that is being made of a function.
-
-    It may be another than the function's: ``send = taskhawk.task(lib.send)``. Where a
-    function declares tasks, it is the module that is being imported, if there is one.
-    """
-    if fn.__module__ in (*_MAINS, __name__):
-        return str(fn.__module__)
-    stack = traceback.walk_stack(inspect.currentframe())
-    callers = [frame for frame, _ in stack if frame.f_globals is not globals()]
-    for frame in callers:
-        name = frame.f_globals.get("__name__")
-        if frame.f_code.co_name != "<module>" or name not in sys.modules:
-            continue
-        # A script calls all that runs: it declares only what itself makes a task.
-        if frame is callers[0] or name not in _MAINS:
-            return str(name)
-    return str(callers[0].f_globals.get("__name__"))
-
-
         if not 0 <= delay_s < math.inf:
             raise ValueError(f"delay: expected 0 or more seconds, got {delay_s}")
         return dataclasses.replace(self, _delay_s=delay_s)
@@ -3312,6 +3374,7 @@ class Outcome(NamedTuple):
     delay_s: float | None = None
 
 
+@_in_own_context
 def process(received: QueueMessage) -> Outcome:
     """Run a received message through hooks, decoder and task, and decide its fate.
 
@@ -3538,7 +3601,7 @@ class _SyncSender(Sender):
             if settings.IS_LAMBDA_APP:
                 sns = {"Message": entry.body, "MessageId": message_id}
                 received.sns_record = {"Sns": {**sns, "MessageAttributes": {}}}
-            _run(received, time.monotonic())
+            _in_own_context(_run)(received, time.monotonic())
         return []
 
 

@@ -5102,27 +5102,134 @@ class TestTasks:
         assert outcome.error.__context__ is None
         assert outcome.fate is taskhawk.Fate.retry
 
-    @pytest.mark.parametrize("kind", ["wrapped", "object", "partial"])
+    @pytest.mark.parametrize("kind", ["wrapped", "object", "partial", "compiled"])
     def test_async_in_disguise(self, kind):
-        """Whatever returns a coroutine is run to its end, and never left unawaited."""
+        """Whatever can be awaited is awaited: no run counts as done before it is."""
         runs = []
 
         async def sell(*_args, **_kwargs):
             await asyncio.sleep(0)
             runs.append("milk")
 
+        class Compiled:
+            """A coroutine as Cython makes it, which inspect does not know as one."""
+
+            def __await__(self):
+                return (yield from sell().__await__())
+
         class Seller:
             async def __call__(self, to, subject, from_email):
                 await sell()
 
         def wrapped(to, subject, from_email):
-            return sell()
+            return Compiled() if kind == "compiled" else sell()
 
-        things = {"wrapped": wrapped, "object": Seller()}
-        things["partial"] = functools.partial(wrapped)
-        taskhawk.task(name="tasks.send_email")(things[kind])
+        things = {"object": Seller(), "partial": functools.partial(wrapped)}
+        taskhawk.task(name="tasks.send_email")(things.get(kind, wrapped))
         assert run_body(json.dumps(VALID)).error is None
         assert runs == ["milk"]
+
+    @pytest.mark.parametrize("generate", [generates, generates_async])
+    def test_generator_in_disguise(self, memory, generate):
+        """A generator behind a wrapper is a failed run, for nothing would run it."""
+
+        @taskhawk.task(name="shop.sell")
+        def sell():
+            return generate()
+
+        sell.dispatch()
+        outcome = run_queued()
+        assert outcome.fate is taskhawk.Fate.retry
+        assert str(outcome.error) == (
+            "shop.sell returned a generator, which runs only if something reads it:"
+            " expected a function that does its work when it is called"
+        )
+
+    @pytest.mark.parametrize("error", [None, ValueError])
+    def test_left_behind(self, memory, caplog, error):
+        """Asyncio tasks that a run leaves behind are logged, and end with the worker."""
+        ended = []
+
+        async def linger():
+            try:
+                await asyncio.sleep(WORKER_PATIENCE_S)
+            finally:
+                ended.append(len(runs))
+
+        @taskhawk.task(name="shop.sell")
+        async def sell(count):
+            runs.append([asyncio.create_task(linger()) for _ in range(count)])
+            await asyncio.sleep(0)
+            if error:
+                raise error
+
+        runs = []
+        for count in (2, 0, 1):
+            sell.dispatch(count)
+        taskhawk.listen_for_messages(Priority.default, loop_count=3)
+        name = "TestTasks.test_left_behind.<locals>.linger"
+        logged = [r.getMessage() for r in caplog.records if "behind" in r.msg]
+        left = "asyncio tasks behind, which nothing waits for"
+        assert logged == [
+            f"shop.sell left 2 {left}: {name}, {name}",
+            f"shop.sell left 1 {left}: {name}",
+        ]
+        assert ended == [3, 3, 3]
+
+    # --- contexts ---
+
+    @pytest.mark.parametrize("sync", [False, True])
+    def test_context(self, sync):
+        """A ContextVar that a task or hook sets is seen in its run, and in no other."""
+        user = contextvars.ContextVar("user", default="nobody")
+        seen = []
+
+        def note(**_):
+            seen.append(user.get())
+            user.set("hook")
+
+        taskhawk.configure(
+            TASKHAWK_BROKER="sqlite://",
+            TASKHAWK_SYNC=sync,
+            TASKHAWK_PRE_PROCESS_HOOK=note,
+            TASKHAWK_POST_PROCESS_HOOK=note,
+            TASKHAWK_ERROR_HOOK=note,
+        )
+
+        @taskhawk.task(name="shop.sell")
+        def sell(fails=False):
+            seen.append(user.get())
+            user.set("task")
+            if fails:
+                raise taskhawk.StopRetry
+
+        sell.dispatch()
+        sell.dispatch()
+        if not sync:  # there, the error is the caller's
+            sell.dispatch(fails=True)
+            taskhawk.listen_for_messages(Priority.default, loop_count=3)
+        assert seen == ["nobody", "hook", "task"] * (2 if sync else 3)
+        assert user.get() == "nobody"
+
+    def test_context_of_django(self, tmp_path):
+        """All runs of a thread share Django's caches, which belong to a context."""
+        code = """
+            from django.conf import settings
+            settings.configure(CACHES={"default": {
+                "BACKEND": "django.core.cache.backends.locmem.LocMemCache"}})
+            from django.core.cache import caches
+            import taskhawk
+            taskhawk.configure(TASKHAWK_BROKER="sqlite://")
+            seen = []
+            @taskhawk.task
+            def look():
+                seen.append(caches["default"])
+            for _ in range(2):
+                look.dispatch()
+            taskhawk.listen_for_messages(taskhawk.Priority.default, loop_count=2)
+            print(seen[0] is seen[1])
+        """
+        assert settings_child(tmp_path, code) == ["True"]
 
     def test_async_in_a_loop(self, sync):
         """In sync mode, dispatch waits for an async task, in an event loop too."""
@@ -5871,6 +5978,32 @@ class TestBatch:
 
         asyncio.run(main())
 
+    @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
+    def test_fork(self, tmp_path, mail):
+        """A process forked in a block sends directly, and leaves the block to its parent."""
+        taskhawk.configure(TASKHAWK_BROKER=f"sqlite:///{tmp_path}/queue.db")
+
+        parent = os.getpid()
+        try:
+            with taskhawk.batch():
+                mail.dispatch("parent")
+                child = os.fork()
+                if child:
+                    assert os.waitpid(child, 0)[1] == 0
+                    assert received_args() == ["child", "block"]
+                else:
+                    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+                    signal.alarm(WORKER_PATIENCE_S)
+                    mail.dispatch("child")
+                    with taskhawk.batch():  # of its own
+                        mail.dispatch("block")
+            if not child:
+                os._exit(0)
+        finally:
+            if os.getpid() != parent:
+                os._exit(1)
+        assert received_args() == ["parent"]
+
     # --- what is not accepted ---
 
     @pytest.mark.parametrize("case", BATCH_FAULTS.values(), ids=BATCH_FAULTS)
@@ -6028,32 +6161,6 @@ class TestBatch:
             taskhawk.configure(
                 TASKHAWK_BROKER="sqlite://",
                 TASKHAWK_DEFAULT_HEADERS=lambda **_: next(headers),
-    @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
-    def test_fork(self, tmp_path, mail):
-        """A process forked in a block sends directly, and leaves the block to its parent."""
-        taskhawk.configure(TASKHAWK_BROKER=f"sqlite:///{tmp_path}/queue.db")
-
-        parent = os.getpid()
-        try:
-            with taskhawk.batch():
-                mail.dispatch("parent")
-                child = os.fork()
-                if child:
-                    assert os.waitpid(child, 0)[1] == 0
-                    assert received_args() == ["child", "block"]
-                else:
-                    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-                    signal.alarm(WORKER_PATIENCE_S)
-                    mail.dispatch("child")
-                    with taskhawk.batch():  # of its own
-                        mail.dispatch("block")
-            if not child:
-                os._exit(0)
-        finally:
-            if os.getpid() != parent:
-                os._exit(1)
-        assert received_args() == ["parent"]
-
             )
         with pytest.raises(TypeError if bad == {1} else bad):
             mail.dispatch_many(numbers())
