@@ -128,7 +128,15 @@ import time
 import traceback
 import typing
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    Callable,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from datetime import UTC, datetime, timedelta
 from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 
@@ -865,7 +873,7 @@ def _set_up_django() -> None:
         _import("django", "the package").setup()
 
 
-# A thread's count of `runs`; a worker's slot keeps its event `loop` here, too.
+# A thread's count of `runs`.
 _slot = threading.local()
 
 
@@ -899,6 +907,18 @@ def _count_run() -> bool:
     limit: int = settings.TASKHAWK_MAX_DB_REUSE_LOOPS
     _slot.runs = runs % limit
     return runs >= limit
+
+
+def _share_django_caches() -> None:
+    """Make Django's caches in this context, so that its copies share their connections.
+
+    Django keeps a cache's client in the context that first uses it: without this, each
+    message would connect anew.
+    """
+    if "django.core.cache" in sys.modules:
+        # Not set up, or set wrongly: the task that uses such a cache gets the error.
+        with contextlib.suppress(Exception):
+            sys.modules["django.core.cache"].caches.all()
 
 
 # --- 5. messages ----------------------------------------------------------------------
@@ -2846,31 +2866,37 @@ __all__ += [
 
 
 # --- 11. tasks ------------------------------------------------------------------------
-# Only what is in this registry can be invoked by a message. A name, once taken, is never given to
-# another function, so a message can't reach code that its publisher did not mean. A call is held
-# against the function's signature where it is dispatched, for the caller can mend it and the worker
-# can't.
+# A message can only invoke what is in the registry. A name that is taken is never given
+# to another function, so no message reaches code that its publisher did not mean. Each
+# call is checked against the function's signature where it is dispatched, because its
+# caller can correct it and a worker can't.
 
 
 class Metadata(dict[str, Any]):
     """What a task may know of its run: id, priority, receipt, timestamp, version.
 
-    A dict, as in taskhawk 1.4, whose keys are attributes too. Attributes alone are `headers`;
-    `task`, its name; `queue`, None where there is none; `attempt`, counting receives from 1; and
-    `lease_lost`: the worker could not keep the message to itself, and another may run it now.
+    It is a dict, as in taskhawk 1.4, whose keys are attributes too. These are
+    attributes only: `task`, the task's name; `headers`; `queue`, the name of the queue,
+    or None; `attempt`, which counts receives from 1; and `lease_lost`, which says that
+    the worker could not keep the message hidden, so that another worker may run it now.
+
+    :param message: the message that is run
+    :param receipt: its receipt handle, or None where no queue has the message
     """
 
     def __init__(self, message: Message, receipt: str | None) -> None:
-        """Describe a run of a message; a receipt of None is a run that no queue knows of."""
         super().__init__(message.metadata, id=message.id, priority=message.priority)
-        self["receipt"], self._message = receipt, message
+        self["receipt"] = receipt
         self._received = message.received or QueueMessage(None, message.id)
+        self.task = message.task_name
+        self.headers = message.headers
+        self.attempt = self._received.attempt
+        self.queue = self._received.queue if receipt else None
 
-    task = property(lambda self: self._message.task_name)
-    headers = property(lambda self: self._message.headers)
-    attempt = property(lambda self: self._received.attempt)
-    queue = property(lambda self: self["receipt"] and self._received.queue)
-    lease_lost = property(lambda self: self._received.lease_lost)
+    @property
+    def lease_lost(self) -> bool:
+        """Whether the worker could not keep the message hidden from other workers."""
+        return self._received.lease_lost
 
     def __getattr__(self, name: str) -> Any:
         """Return a key as an attribute."""
@@ -2879,246 +2905,168 @@ class Metadata(dict[str, Any]):
         return self[name]
 
     def extend_visibility_timeout(self, visibility_timeout_s: float) -> None:
-        """Hide the message from others for so many seconds from now, where a queue has it.
+        """Hide the message from others for so many seconds from now, if a queue has it.
 
-        Only of use in Lambda behind SQS: a worker does it by itself.
+        Useful in Lambda behind SQS only: a worker extends its leases by itself.
 
-        :param visibility_timeout_s: 0 to 43,200 seconds; SQS counts 12 hours from the receive
-        :raises PartialFailure: if the service refuses, such as for a message no longer in flight
+        :param visibility_timeout_s: 0 to 43,200 seconds; SQS counts 12 hours from the
+            receive
+        :raises PartialFailure: if the service refuses, for example because the message
+            is no longer in flight
         :raises ConfigurationError: if the function's role may not change the visibility
         """
         self._received.change_visibility(VisibilityTimeout=visibility_timeout_s)
 
 
-class AsyncInvocation(Generic[_P]):
-    """How to dispatch a task. Immutable: each ``with_…`` returns another invocation.
+class Task(Generic[_P, _R]):
+    """A function that can be dispatched; to call it runs the function here and now.
 
-    So one can be kept and shared between threads: ``urgent = send.with_priority(Priority.high)``.
-    """
-
-    _options: Mapping[str, Any] = {}  # what was given of headers, priority and delay_s
-
-    def __init__(self, task: Task[_P, Any]) -> None:
-        """Make the plain invocation of a task; it has no options yet."""
-        self._task = task
-
-    def _with(self, **options: Any) -> AsyncInvocation[_P]:
-        """Return another invocation with these options too."""
-        other = AsyncInvocation(self._task)
-        vars(other)["_options"] = {**self._options, **options}
-        return other
-
-    def with_headers(self, /, **headers: Any) -> AsyncInvocation[_P]:
-        """Return an invocation with these headers too; the later value of a name wins.
-
-        :param headers: values are anything that JSON can hold. They are in the message, and up to
-            ten of them, as strings, are attributes that SNS can filter by.
-        """
-        return self._with(headers={**self._options.get("headers", {}), **headers})
-
-    def with_priority(self, priority: Priority) -> AsyncInvocation[_P]:
-        """Return an invocation with this priority, whatever the task's is.
-
-        :raises TypeError: if it is not a :class:`Priority`
-        """
-        if not isinstance(priority, Priority):
-            raise TypeError(f"priority: expected a taskhawk.Priority, got {priority!r}")
-        return self._with(priority=priority)
-
-    def with_delay(self, delay: float | timedelta) -> AsyncInvocation[_P]:
-        """Return an invocation whose messages are held back by the queue.
-
-        :param delay: seconds, or a timedelta: up to 15 minutes on SQS (its DelaySeconds), any
-            length on SQLite, none on SNS
-        :raises TypeError: if it is neither
-        :raises ValueError: if it is negative or not finite; dispatch refuses what is too long
-        """
-        delay_s = getattr(delay, "total_seconds", lambda: delay)()
-        if not _is_number(delay_s):
-            raise TypeError(f"delay: expected seconds or a timedelta, got {delay!r}")
-        if not 0 <= delay_s < math.inf:
-            raise ValueError(f"delay: expected 0 or more seconds, got {delay_s}")
-        return self._with(delay_s=delay_s)
-
-    def dispatch(self, /, *args: _P.args, **kwargs: _P.kwargs) -> str:
-        """Queue a run of the task: one request, and one more at a queue's first use.
-
-        In a :func:`batch` it is queued at the end; with TASKHAWK_SYNC it runs here and now.
-
-        :param args: for the function; as JSON can hold them, and Decimals become numbers
-        :returns: the message's id, which the task finds in its ``metadata``
-        :raises TypeError: if the function can't be called so, or an argument is not JSON
-        :raises ValidationError: if an argument can't be sent: NaN, too deep, too large
-        :raises ConfigurationError: if the queue is missing or forbidden, or the delay too long
-        :raises Exception: of botocore or sqlite3, if the call fails otherwise: it may be queued
-        """
-        return publish(self._message(args, kwargs))
-
-    def dispatch_many(self, calls: Iterable[Any]) -> int:
-        """Queue a run for each of `calls`, ten to a request, with bounded memory.
-
-        :param calls: a tuple is a call's positional arguments, a dict its keyword arguments, and
-            anything else its only argument
-        :returns: how many there were
-        :raises PartialFailure: if some were not accepted; no more of `calls` was read then
-        :raises TypeError: and others, as :meth:`dispatch`; earlier calls may be queued by then
-        """
-
-        def prepare(call: Any) -> _Ready:
-            if isinstance(call, dict):
-                return _prepare(self._message((), call))
-            return _prepare(
-                self._message(call if isinstance(call, tuple) else (call,), {})
-            )
-
-        # Not map(): there, a StopIteration out of prepare() would pass for the end of `calls`.
-        count, ready = 0, (prepare(call) for call in calls)
-        while some := list(itertools.islice(ready, _MAX_BATCH)):
-            # Ten are in memory, and no more, unless a batch() is around this: `calls` may be long.
-            _publish_all(_collect(some))
-            count += len(some)
-        return count
-
-    def _message(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Message:
-        """Make the message of a call, after a check that the worker can make that call."""
-        task, options = self._task, self._options
-        task.bind(args, kwargs)
-        headers = options.get("headers", {})
-        if hook := settings.TASKHAWK_DEFAULT_HEADERS:
-            # The manual of 1.4 says that it gets the task; 1.4.0 called it with nothing.
-            headers = {
-                **((hook(task=task) if _takes_task(hook) else hook()) or {}),
-                **headers,
-            }
-        priority = options.get("priority") or task.priority
-        message = Message.new(
-            task.name, args, kwargs, headers=headers, priority=priority
-        )
-        message.delay_s = options.get("delay_s", 0)
-        return message
-
-
-@functools.lru_cache
-def _takes_task(hook: Callable[..., Any]) -> bool:
-    """Return whether a hook wants the task; remembered, as looking takes long."""
-    parameters = inspect.signature(hook).parameters.values()
-    return any(p.name == "task" or p.kind is p.VAR_KEYWORD for p in parameters)
-
-
-class Task(AsyncInvocation[_P], Generic[_P, _R]):
-    """A function that can be dispatched: its own plain invocation; a call runs it, here and now.
-
-    Made by :func:`task`, which is where its options are described.
+    Made by :func:`task`, which describes its options.
 
     :param fn: the function; a coroutine function is run on an event loop
-    :param priority: of its messages, unless an invocation has another
-    :param name: what messages call it by
+    :param priority: the priority of its messages, unless an invocation has another
+    :param name: what messages call it
     :raises ConfigurationError: if a message can't call the function
     """
 
     def __init__(self, fn: Callable[_P, _R], priority: Priority, name: str) -> None:
-        """Look at the function's parameters; the options of :func:`task` are set afterwards."""
-        super().__init__(self)
-        self._fn, self._priority, self._name = fn, priority, name
-        try:
-            self._signature = inspect.signature(fn)
-        except ValueError as error:
-            text = f"{name} does not tell its parameters: expected a function written in Python"
-            raise ConfigurationError(text) from error
-        kinds = {p.name: p.kind for p in self._signature.parameters.values()}
-        text = f"{name}: *args can't be a task's parameter: name the arguments, or take a list"
-        _require(inspect.Parameter.VAR_POSITIONAL not in kinds.values(), text)
-        # What the worker gives: a parameter of that name, or **kwargs, takes it.
-        named = {
-            n
-            for n, kind in kinds.items()
-            if kind is not inspect.Parameter.POSITIONAL_ONLY
-        }
-        takes_all = inspect.Parameter.VAR_KEYWORD in kinds.values()
-        self._given_by_worker = {
-            n for n in ("metadata", "headers") if takes_all or n in named
-        }
-        # Remembered: the signature's bind() takes as long as the rest of a dispatch.
+        """Read the function's signature; :func:`task` sets the options afterwards."""
+        self._fn = fn
+        self._priority = priority
+        self._name = name
+        self._place = _place_of(fn)
+        self._invocation = AsyncInvocation(self)
+        self._signature = _signature_of(fn, name)
+        self._given_by_worker = _given_by_worker(self._signature)
+        # Cached: the signature's bind() takes as long as the rest of a dispatch.
         self._check_shape = functools.lru_cache(self._bind_shape)
-        #: the retry policy, and the exceptions that it is for: options of :func:`task`
+        #: seconds from a failed run to the next, as a function of the attempt
         self.retry: Callable[[int], float] | None = None
+        #: the exceptions after which a run is repeated
         self.retry_on: tuple[type[BaseException], ...] = (BaseException,)
+        #: the exceptions that send a message to the dead-letter queue at once
         self.never_retry_on: tuple[type[BaseException], ...] = ()
-        #: seconds until a run is killed; whether it has a process of its own
+        #: seconds until a worker kills a run
         self.time_limit: float | None = None
+        #: whether a worker runs it in a process of its own
         self.isolate = False
-        # Tells a function whose module is read again from a second one of that name in it.
-        self.loaded_by = getattr(fn, "__globals__", {}).get("__spec__")
+        #: the module that declares it: importing this module makes the task
+        self.declared_in = str(fn.__module__)
         functools.update_wrapper(self, fn, updated=())
-        extra = getattr(fn, "__dict__", {}).items()  # it may have names of ours
-        vars(self).update(
-            {key: value for key, value in extra if not hasattr(self, key)}
-        )
+        # What other decorators left on the function may have names that are ours.
+        for attribute, value in getattr(fn, "__dict__", {}).items():
+            if not hasattr(self, attribute):
+                setattr(self, attribute, value)
 
-    name = property(lambda self: self._name, doc="what messages call the task by")
-    priority = property(
-        lambda self: self._priority, doc="of its messages, unless they say so"
-    )
-    fn = property(lambda self: self._fn, doc="the function")
-    accepts_metadata = property(lambda self: "metadata" in self._given_by_worker)
-    accepts_headers = property(lambda self: "headers" in self._given_by_worker)
-    task = property(
-        lambda self: self, doc="itself: in 1.4 the decorator returned the function"
-    )
+    @property
+    def name(self) -> str:
+        """What messages call the task."""
+        return self._name
+
+    @property
+    def priority(self) -> Priority:
+        """The priority of its messages, unless an invocation has another."""
+        return self._priority
+
+    @property
+    def fn(self) -> Callable[_P, _R]:
+        """The function."""
+        return self._fn
+
+    @property
+    def task(self) -> Task[_P, _R]:
+        """The task itself: in taskhawk 1.4, the decorator returned the function."""
+        return self
+
+    @property
+    def accepts_metadata(self) -> bool:
+        """Whether the function is given ``metadata``."""
+        return "metadata" in self._given_by_worker
+
+    @property
+    def accepts_headers(self) -> bool:
+        """Whether the function is given ``headers``."""
+        return "headers" in self._given_by_worker
 
     def __call__(self, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
         """Run the function."""
         return self._fn(*args, **kwargs)
 
-    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Check arguments against the signature, exactly as the worker will call the function.
+    def dispatch(self, /, *args: _P.args, **kwargs: _P.kwargs) -> str:
+        """Queue a run of the task and return its id; see AsyncInvocation.dispatch()."""
+        return self._invocation.dispatch(*args, **kwargs)
 
-        :raises TypeError: if the worker's call would fail
+    def dispatch_many(self, calls: Iterable[Any]) -> int:
+        """Queue many runs; see :meth:`AsyncInvocation.dispatch_many`."""
+        return self._invocation.dispatch_many(calls)
+
+    def with_headers(self, /, **headers: Any) -> AsyncInvocation[_P]:
+        """Return an invocation with these headers."""
+        return self._invocation.with_headers(**headers)
+
+    def with_priority(self, priority: Priority) -> AsyncInvocation[_P]:
+        """Return an invocation with this priority in place of the task's."""
+        return self._invocation.with_priority(priority)
+
+    def with_delay(self, delay: float | timedelta) -> AsyncInvocation[_P]:
+        """Return an invocation whose messages the queue holds back for so long."""
+        return self._invocation.with_delay(delay)
+
+    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Check that the worker can call the function with these arguments.
+
+        :raises TypeError: if that call would fail
         """
         self._check_shape(len(args), *kwargs)
 
     def _bind_shape(self, count: int, *names: str) -> None:
-        """Check what alone decides whether a call fits: how many arguments, and which names."""
+        """Check the number of arguments and their names: nothing else decides."""
         for name in sorted(self._given_by_worker.intersection(names)):
             raise TypeError(
                 f"{self._name}: {name!r} is given by the worker: leave it out"
             )
+        keywords = dict.fromkeys([*names, *self._given_by_worker])
         try:
-            self._signature.bind(
-                *range(count), **dict.fromkeys([*names, *self._given_by_worker])
-            )
+            self._signature.bind(*range(count), **keywords)
         except TypeError as error:
             raise TypeError(f"{self._name}: {error}") from None
 
     def call(self, message: Message, receipt: str | None) -> None:
-        """Run the function with a message's arguments; one that is ``async`` to its end.
+        """Run the function with a message's arguments, and await what can be awaited.
 
-        :param receipt: the receipt handle; None where no queue has the message
+        :param message: the message; what its sender gave as ``metadata`` and
+            ``headers`` is replaced
+        :param receipt: its receipt handle, or None where no queue has the message
+        :raises TypeError: if the function returns a generator, which nothing would read
         """
         metadata = Metadata(message, receipt)
-        # A sender can't set these two: what the worker gives goes over it.
-        given = {"metadata": metadata, "headers": dict(message.headers)}
-        kwargs = {
-            **message.kwargs,
-            **{name: given[name] for name in self._given_by_worker},
-        }
-        # A context variable: threads and coroutines that copy the context see it too.
+        kwargs = dict(message.kwargs)
+        if self.accepts_metadata:
+            kwargs["metadata"] = metadata
+        if self.accepts_headers:
+            kwargs["headers"] = dict(message.headers)
+        # Threads and coroutines that copy the context know the task, too.
         token = _current.set(metadata)
         try:
             result: Any = self._fn(*message.args, **kwargs)
-            if inspect.iscoroutine(result):
-                _run_coroutine(result)
+            if inspect.isawaitable(result):
+                _run_coroutine(_awaited(result, self._name))
+            elif isinstance(result, Generator | AsyncGenerator):
+                raise TypeError(
+                    f"{self._name} returned a generator, which runs only if something"
+                    " reads it: expected a function that does its work when it is called"
+                )
         finally:
             _current.reset(token)
 
     @classmethod
     def find_by_name(cls, name: str) -> Task[Any, Any]:
-        """Return the task registered under a name; raise :exc:`TaskNotFound` if there is none."""
+        """Return the task of that name; raise :exc:`TaskNotFound` if there is none."""
         return _find_task(name)
 
     def __reduce__(self) -> str:
         """Be pickled as the function would be: by its name in its module."""
-        return str(vars(self).get("__qualname__", self._name))
+        return str(getattr(self, "__qualname__", self._name))
 
     def __str__(self) -> str:
         return f"Taskhawk task: {self._name}"
@@ -3126,27 +3074,78 @@ class Task(AsyncInvocation[_P], Generic[_P, _R]):
     __repr__ = __str__
 
 
+def _signature_of(fn: Callable[..., Any], name: str) -> inspect.Signature:
+    """Return the signature of a task's function, or refuse the function.
+
+    :raises ConfigurationError: if it can't be read, or does not name all arguments
+    """
+    try:
+        signature = inspect.signature(fn, **_ANNOTATIONS)
+    except ValueError as error:
+        reason = "does not tell its parameters: expected a function written in Python"
+        raise ConfigurationError(f"{name} {reason}") from error
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            raise ConfigurationError(
+                f"{name}: *args can't be a task's parameter: name the arguments, or"
+                " take a list"
+            )
+    return signature
+
+
+# From Python 3.14 on, a signature evaluates annotations, and those that exist for type
+# checkers only would fail. 4 is annotationlib.Format.STRING: annotations as written.
+_ANNOTATIONS: Any = {"annotation_format": 4} if sys.version_info >= (3, 14) else {}
+
+
+def _given_by_worker(signature: inspect.Signature) -> frozenset[str]:
+    """Return which of metadata and headers a function takes, maybe by ``**kwargs``."""
+    given = set()
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            return frozenset(_FROM_WORKER)
+        if parameter.kind is not parameter.POSITIONAL_ONLY:
+            given.add(name)
+    return _FROM_WORKER.intersection(given)
+
+
+_FROM_WORKER = frozenset(["metadata", "headers"])
+
 _current = contextvars.ContextVar[Metadata | None]("taskhawk task", default=None)
 
 
 def current_task() -> Metadata | None:
-    """Return the metadata of the task that this code runs in; None outside of any.
+    """Return the metadata of the task that this code runs in, or None outside of tasks.
 
-    Also in threads and coroutines that the task started, as far as they run in its context:
-    https://docs.python.org/3/library/contextvars.html
+    It is known in threads and coroutines that the task started, too, if they run in its
+    context: https://docs.python.org/3/library/contextvars.html
     """
     return _current.get()
+
+
+def _in_own_context(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Run each call of a function in a copy of the context.
+
+    So a ContextVar that one message's task or hooks set is not seen by the next.
+    """
+
+    @functools.wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        _share_django_caches()
+        return contextvars.copy_context().run(function, *args, **kwargs)
+
+    return call
 
 
 def extend_visibility_timeout(
     priority: Priority, receipt: str, visibility_timeout_s: int
 ) -> None:
-    """Hide a message of a queue from others for so many seconds from now.
+    """Hide a queue's message from others for so many seconds from now.
 
-    A worker does it by itself for as long as a task runs: this is for code that was written for
+    A worker does so by itself while a task runs; this is for code that was written for
     taskhawk 1.4.
 
-    :param priority: says which queue
+    :param priority: the priority of the queue
     :param receipt: the receipt handle, which a task finds in its metadata
     :param visibility_timeout_s: 0 to 43,200 seconds
     :raises PartialFailure: if the message is no longer in flight
@@ -3156,37 +3155,89 @@ def extend_visibility_timeout(
     _accepted(broker.change_visibility(broker.destination(priority), [change]))
 
 
+class _EventLoop:
+    """The event loop of a worker's thread, made for its first coroutine."""
+
+    def __init__(self) -> None:
+        self._runner: Any = None
+
+    def run(self, coroutine: Any) -> None:
+        """Run a coroutine to its end, in a copy of the context."""
+        import asyncio
+
+        if self._runner is None:
+            self._runner = asyncio.Runner()
+        self._runner.run(coroutine, context=contextvars.copy_context())
+
+    def close(self) -> None:
+        """Cancel what coroutines left running, and close the loop."""
+        if self._runner is not None:
+            self._runner.close()
+
+
+_thread = threading.local()  # `event_loop`: that of the worker whose thread this is
+
+
 @contextlib.contextmanager
 def _one_event_loop() -> Iterator[None]:
-    """Keep one event loop for all coroutines of this thread, made for the first of them."""
-    _slot.loop = None
+    """Run all coroutines of this thread on one event loop, inside the block."""
+    outer = getattr(_thread, "event_loop", None)  # where a task runs a worker
+    _thread.event_loop = event_loop = _EventLoop()
     try:
         yield
     finally:
-        if loop := vars(_slot).pop("loop", None):  # it is gone if a task ran a worker
-            loop.close()
+        _thread.event_loop = outer
+        event_loop.close()
 
 
 def _run_coroutine(coroutine: Any) -> None:
-    """Run a coroutine to its end, on the event loop of this thread's slot if it has one."""
+    """Run a coroutine to its end: on the event loop of this thread, if it keeps one."""
     import asyncio
     from concurrent.futures import ThreadPoolExecutor
 
-    context, inside = contextvars.copy_context(), None
-    with contextlib.suppress(
-        RuntimeError
-    ):  # to run in its handler would chain it to our errors
-        inside = asyncio.get_running_loop()
-    if (
-        inside
-    ):  # sync mode inside an application's own loop, which is busy until we return
+    event_loop = getattr(_thread, "event_loop", None)
+    if _is_in_coroutine():
+        # Sync mode in an application's own event loop, which is busy until we return.
+        context = contextvars.copy_context()
         with ThreadPoolExecutor(1) as pool:
             pool.submit(context.run, asyncio.run, coroutine).result()
-    elif hasattr(_slot, "loop"):
-        _slot.loop = _slot.loop or asyncio.Runner()
-        _slot.loop.run(coroutine, context=context)
+    elif event_loop is not None:
+        event_loop.run(coroutine)
     else:
         asyncio.run(coroutine)
+
+
+async def _awaited(awaitable: Any, name: str) -> None:
+    """Await what a task returned, and log which asyncio tasks its run leaves behind.
+
+    A client's connection may need them, so they are not cancelled here. They go on
+    whenever this event loop runs, in other tasks' runs too, and end with it.
+    """
+    import asyncio
+
+    before = asyncio.all_tasks()
+    try:
+        await awaitable
+    finally:
+        left = asyncio.all_tasks() - before
+        if left:
+            _log.warning(
+                "%s left %d asyncio tasks behind, which nothing waits for: %s",
+                name,
+                len(left),
+                ", ".join(sorted(_qualname(each.get_coro()) for each in left)),
+            )
+
+
+def _is_in_coroutine() -> bool:
+    """Return whether an event loop runs in this thread."""
+    import asyncio
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 @typing.overload
@@ -3212,129 +3263,346 @@ def task(
     time_limit: float | None = None,
     isolate: bool = False,
 ) -> Any:
-    """Turn a function into a :class:`Task`: ``@task``, or ``@task(priority=Priority.high)``.
+    """Turn a function into a :class:`Task`: ``@task`` or ``@task(priority=…)``.
 
-    :param priority: of its messages, unless an invocation has another
-    :param name: what messages call it by; its module and name if None
-    :param retry: gives the seconds from a failed run to the next: :func:`fixed`, :func:`linear`,
-        :func:`exponential`, or any function of the attempt (from 1); None leaves it to the queue
-    :param retry_on: exceptions to run again after; all others go to the dead letters at once
-    :param never_retry_on: exceptions that go to the dead letters at once
-    :param time_limit: seconds until a worker kills a run, in whatever code it is; it is isolated
+    :param priority: the priority of its messages, unless an invocation has another
+    :param name: what messages call it; None for the names of its module and function
+    :param retry: returns the seconds from a failed run to the next: :func:`fixed`,
+        :func:`linear`, :func:`exponential`, or any function of the attempt (from 1);
+        None leaves retries to the queue
+    :param retry_on: the exceptions after which a run is repeated; all others send the
+        message to the dead-letter queue at once
+    :param never_retry_on: exceptions that send it there at once all the same
+    :param time_limit: seconds until a worker kills a run, whatever code it is in; such
+        a task is isolated
     :param isolate: have a worker run it in a process of its own, which may crash
-    :raises ConfigurationError: if a message can't call the function, its name is taken, or an
-        option is not as it should be
+    :raises ConfigurationError: if a message can't call the function, if its name is
+        taken, or if an option is wrong
     """
-    options: Any = {
-        "retry": retry,
-        "retry_on": retry_on,
-        "never_retry_on": never_retry_on,
-    }
-    options |= {"time_limit": time_limit, "isolate": isolate or time_limit is not None}
 
     def decorate(fn: Any) -> Task[Any, Any]:
-        _check_declared(fn, priority, name, options)
-        here = _place(fn)
-        cls = settings.read("TASKHAWK_TASK_CLASS") or Task
-        made: Task[Any, Any] = cls(fn, priority, name or f"{here[0]}.{fn.__name__}")
-        text = f"TASKHAWK_TASK_CLASS: expected a subclass of taskhawk.Task, got {cls!r}"
-        _require(isinstance(made, Task), text)
-        vars(made).update(options)
-        # To look at the name and to take it is one step: two threads can't both find it free.
-        taken = _registry.setdefault(made.name, made)
-        # A module may be read again, also as __main__ and by its name, and a function typed anew.
-        there, anew = _place(taken.fn), taken.loaded_by is not made.loaded_by
-        reloaded = here[:2] == there[:2] and (anew or here[0] == "__main__")
-        if taken.fn is not made.fn and not reloaded:
-            text = "{}: the name of {}.{}{} is taken by {}.{}{}: rename one, or pass name= to"
-            raise ConfigurationError(
-                f"{text.format(made.name, *here, *there)} @taskhawk.task"
-            )
-        _registry[made.name] = made
+        flaw = (
+            _flaw_of_function(fn, name)
+            or _flaw_of_declaration(priority, name, time_limit)
+            or _flaw_of_retries(retry, retry_on, never_retry_on)
+        )
+        if flaw:
+            raise ConfigurationError(f"{_qualname(fn)} {flaw}")
+        place = _place_of(fn)
+        made = _make_task(fn, priority, name or f"{place.module}.{fn.__name__}")
+        made._place = place  # noqa: SLF001 - the class may have wrapped the function
+        made.retry = retry
+        made.retry_on = retry_on
+        made.never_retry_on = never_retry_on
+        made.time_limit = time_limit
+        made.isolate = isolate or time_limit is not None
+        made.declared_in = _declaring_module(fn)
+        _register(made)
         if not name and fn.__module__ == "__main__":
-            _registry[f"__main__.{fn.__name__}"] = (
-                made  # as 1.4 named it: messages in flight
-            )
+            # Messages that taskhawk 1.4 queued call it by this name.
+            _registry[f"__main__.{fn.__name__}"] = made
         return made
 
     return decorate(*args) if args else decorate
 
 
-def _check_declared(
-    fn: Any, priority: object, name: object, options: Mapping[str, Any]
-) -> None:
-    """Refuse what a message can't call, and say what to do instead."""
-    shown = getattr(fn, "__qualname__", repr(fn))
-    # These two first, for what follows looks into the function.
-    _require(not isinstance(fn, Task), f"{shown} is a task already: decorate it once")
-    _require(callable(fn), f"{shown} can't be called: expected a function")
-    # In a class body, a method is a function still: its first parameter gives it away.
-    in_class = "." in shown and not shown.rpartition(".")[0].endswith("<locals>")
-    takes_self = in_class and [*inspect.signature(fn).parameters][:1] == ["self"]
-    method = inspect.ismethod(fn) or takes_self
-    generator = inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn)
-    retry, limit = options["retry"], options["time_limit"]
-    flaws = {
-        "is a method: expected a function, which a message can call without an object": method,
-        "is a generator: expected a function that runs when it is called": generator,
-        "is a lambda: expected a function with a name (def)": shown.endswith(
-            "<lambda>"
-        ),
-        "has no name: pass name= to taskhawk.task": not (
-            name or hasattr(fn, "__name__")
-        ),
-        f"has {name=}: expected a string": not isinstance(name, str | None),
-        f"has {priority=}: expected a taskhawk.Priority": not isinstance(
-            priority, Priority
-        ),
-        f"has {retry=}: expected a function of the attempt": retry
-        and not callable(retry),
-        f"has time_limit={limit!r}: expected {_SECONDS}": limit is not None
-        and not (_is_number(limit) and 0 < limit < math.inf),
-    }
-    for option in ("retry_on", "never_retry_on"):
-        kinds = (
-            options[option]
-            if isinstance(options[option], tuple)
-            else (options[option],)
+def _qualname(fn: Any) -> str:
+    """Return what errors call a function, or any other object."""
+    return str(getattr(fn, "__qualname__", repr(fn)))
+
+
+def _flaw_of_function(fn: Any, name: object) -> str:
+    """Return why a message can't call this and what to do instead, or ""."""
+    # These two first: the others look into the function.
+    if isinstance(fn, Task):
+        return "is a task already: decorate it once"
+    if not callable(fn):
+        return "can't be called: expected a function"
+    if _is_method(fn):
+        return (
+            "is a method: expected a function, which a message can call without an"
+            " object"
         )
-        fit = all(
-            isinstance(kind, type) and issubclass(kind, BaseException) for kind in kinds
+    if inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn):
+        return "is a generator: expected a function that runs when it is called"
+    if _qualname(fn).endswith("<lambda>"):
+        return "is a lambda: expected a function with a name (def)"
+    if not name and not hasattr(fn, "__name__"):
+        return "has no name: pass name= to taskhawk.task"
+    return ""
+
+
+def _is_method(fn: Any) -> bool:
+    """Return whether a function needs an object to be called."""
+    if inspect.ismethod(fn):
+        return True
+    # In a class body a method is still a function: its first parameter gives it away.
+    container = _qualname(fn).rpartition(".")[0]
+    if not container or container.endswith("<locals>"):
+        return False
+    parameters = inspect.signature(fn, **_ANNOTATIONS).parameters
+    return next(iter(parameters), None) == "self"
+
+
+def _flaw_of_declaration(priority: object, name: object, time_limit: object) -> str:
+    """Return which of these options of :func:`task` is wrong, or ""."""
+    if not isinstance(name, str | None):
+        return f"has {name=}: expected a string"
+    if not isinstance(priority, Priority):
+        return f"has {priority=}: expected a taskhawk.Priority"
+    if time_limit is None:
+        return ""
+    if not _is_number(time_limit) or not 0 < time_limit < math.inf:
+        return f"has {time_limit=}: expected a number of seconds above 0"
+    return ""
+
+
+def _flaw_of_retries(retry: object, retry_on: object, never_retry_on: object) -> str:
+    """Return which of these options of :func:`task` is wrong, or ""."""
+    if retry is not None and not callable(retry):
+        return f"has {retry=}: expected a function of the attempt"
+    if not _are_exceptions(retry_on):
+        return f"has {retry_on=}: expected exceptions"
+    if not _are_exceptions(never_retry_on):
+        return f"has {never_retry_on=}: expected exceptions"
+    return ""
+
+
+def _are_exceptions(kinds: object) -> bool:
+    """Return whether this is an exception class or a tuple of them."""
+    if isinstance(kinds, tuple):
+        return all(map(_are_exceptions, kinds))
+    return isinstance(kinds, type) and issubclass(kinds, BaseException)
+
+
+def _make_task(fn: Any, priority: Priority, name: str) -> Task[Any, Any]:
+    """Make a task of the class that TASKHAWK_TASK_CLASS names."""
+    cls = settings.read("TASKHAWK_TASK_CLASS") or Task
+    made = cls(fn, priority, name)
+    if not isinstance(made, Task):
+        raise ConfigurationError(
+            f"TASKHAWK_TASK_CLASS: expected a subclass of taskhawk.Task, got {cls!r}"
         )
-        flaws[f"has {option}={options[option]!r}: expected exceptions"] = not fit
-    for flaw, found in flaws.items():
-        _require(not found, f"{shown} {flaw}")
+    return made
 
 
-_MAINS = (
-    "__main__",
-    "__mp_main__",
-)  # a script, the latter in a process of multiprocessing
+def _register(made: Task[Any, Any]) -> None:
+    """Add a task to the registry, unless another function has its name."""
+    # One step finds the name free and takes it: two threads can't both do so.
+    existing = _registry.setdefault(made.name, made)
+    here, there = made._place, existing._place  # noqa: SLF001 - their own
+    if existing.fn is not made.fn and not here.replaces(there):
+        raise ConfigurationError(
+            f"{made.name}: the name of {here} is taken by {there}:"
+            " rename one, or pass name= to @taskhawk.task"
+        )
+    _registry[made.name] = made
 
 
-def _place(fn: Any) -> tuple[str, str, str]:
-    """Return the module that a worker imports a function by, also a script's, its name and line."""
-    module, script = fn.__module__, sys.modules.get(fn.__module__)
-    if module in _MAINS and (path := getattr(script, "__file__", None)):
-        spec = getattr(script, "__spec__", None)
-        module = (spec.name if spec else inspect.getmodulename(path)) or module
+class _Place(NamedTuple):
+    """Where a function is written.
+
+    `module` is the one that a worker imports it from, also if it is a script's; `line`
+    is text for errors; `spec` is the module's, which has another after it is read
+    again.
+    """
+
+    module: str
+    qualname: str
+    line: str
+    spec: object
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.qualname}{self.line}"
+
+    def replaces(self, other: _Place) -> bool:
+        """Return whether a function here is a function there, defined anew.
+
+        A module may be read again, as ``__main__`` and by its name too, and a function
+        may be typed again in an interactive interpreter.
+        """
+        if (self.module, self.qualname) != (other.module, other.qualname):
+            return False
+        return self.spec is not other.spec or self.module == "__main__"
+
+
+def _place_of(fn: Any) -> _Place:
+    """Return where a function is written."""
     code = getattr(fn, "__code__", None)
     line = f" ({code.co_filename}:{code.co_firstlineno})" if code else ""
-    return str(module), getattr(fn, "__qualname__", repr(fn)), line
+    spec = getattr(fn, "__globals__", {}).get("__spec__")
+    return _Place(_importable_name(fn.__module__), _qualname(fn), line, spec)
+
+
+# A script, and the same script in a process of multiprocessing.
+_MAINS = ("__main__", "__mp_main__")
+
+
+def _declaring_module(fn: Any) -> str:
+    """Return the module whose import declares the task that is being made of a function.
+
+    It may be another than the function's: ``send = taskhawk.task(lib.send)``. Where a
+    function declares tasks, it is the module that is being imported, if there is one.
+    """
+    if fn.__module__ in (*_MAINS, __name__):
+        return str(fn.__module__)
+    stack = traceback.walk_stack(inspect.currentframe())
+    callers = [frame for frame, _ in stack if frame.f_globals is not globals()]
+    for frame in callers:
+        name = frame.f_globals.get("__name__")
+        if frame.f_code.co_name != "<module>" or name not in sys.modules:
+            continue
+        # A script calls all that runs: it declares only what itself makes a task.
+        if frame is callers[0] or name not in _MAINS:
+            return str(name)
+    return str(callers[0].f_globals.get("__name__"))
+
+
+def _importable_name(module: str) -> str:
+    """Return the name that a worker imports a module by, also that of a script."""
+    script = sys.modules.get(module)
+    path = getattr(script, "__file__", None)
+    if module not in _MAINS or not path:
+        return str(module)
+    spec = getattr(script, "__spec__", None)
+    name = spec.name if spec else inspect.getmodulename(path)
+    return name or module
 
 
 # --- 12. publishing -------------------------------------------------------------------
-# Nothing leaves that _decode() would refuse or the service can't hold, and what was not accepted
-# raises: after dispatch() returned, the message is in the queue's keeping. In a batch(), all are
-# checked and encoded before the first is sent.
+# Nothing leaves that _decode() would refuse or that the service can't hold. What was
+# not accepted raises: once dispatch() has returned, the message is in the queue's
+# keeping. In a batch(), every message is checked and encoded before the first is sent.
 
 
-# What SQS takes: names with single dots inside, without AWS's prefixes (and ours); characters that
-# XML 1.0 has.
-_ATTRIBUTE_NAME = re.compile(
-    r"(?a)(?!.{257})(?!(?i:aws|amazon|taskhawk)\.)[\w-]+(\.[\w-]+)*"
-)
-_ATTRIBUTE_TEXT = re.compile("[^\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]+")
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class AsyncInvocation(Generic[_P]):
+    """How to dispatch a task: with which headers, priority and delay.
+
+    Each ``with_…`` returns another invocation and leaves this one as it is, so one can
+    be kept and shared between threads: ``urgent = send.with_priority(Priority.high)``.
+
+    :param task: the task to dispatch
+    """
+
+    task: Task[_P, Any]
+    _: dataclasses.KW_ONLY
+    _headers: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    _priority: Priority | None = None  # None for the task's
+    _delay_s: float = 0
+
+    def with_headers(self, /, **headers: Any) -> AsyncInvocation[_P]:
+        """Return an invocation with these headers too; they replace those of one name.
+
+        :param headers: any values that JSON can hold. The message has them all, and up
+            to ten of them are also string attributes, which SNS can filter by.
+        """
+        return dataclasses.replace(self, _headers={**self._headers, **headers})
+
+    def with_priority(self, priority: Priority) -> AsyncInvocation[_P]:
+        """Return an invocation with this priority in place of the task's.
+
+        :raises TypeError: if it is not a :class:`Priority`
+        """
+        if not isinstance(priority, Priority):
+            raise TypeError(f"priority: expected a taskhawk.Priority, got {priority!r}")
+        return dataclasses.replace(self, _priority=priority)
+
+    def with_delay(self, delay: float | timedelta) -> AsyncInvocation[_P]:
+        """Return an invocation whose messages the queue holds back for so long.
+
+        :param delay: seconds or a timedelta: up to 15 minutes on SQS (its
+            DelaySeconds), any length on SQLite, none on SNS
+        :raises TypeError: if it is neither
+        :raises ValueError: if it is negative or not finite; dispatch refuses a delay
+            that the queue can't keep
+        """
+        delay_s = delay.total_seconds() if isinstance(delay, timedelta) else delay
+        if not _is_number(delay_s):
+            raise TypeError(f"delay: expected seconds or a timedelta, got {delay!r}")
+        if not 0 <= delay_s < math.inf:
+            raise ValueError(f"delay: expected 0 or more seconds, got {delay_s}")
+        return dataclasses.replace(self, _delay_s=delay_s)
+
+    def dispatch(self, /, *args: _P.args, **kwargs: _P.kwargs) -> str:
+        """Queue a run of the task: one request, and one more at a queue's first use.
+
+        In a :func:`batch` the message is sent at the end of the block. With
+        TASKHAWK_SYNC the task runs here and now.
+
+        :param args: arguments of the function that JSON can hold; Decimals become
+            numbers
+        :returns: the message's id, which the task finds in its ``metadata``
+        :raises TypeError: if the function can't be called so, or an argument is not
+            JSON
+        :raises ValidationError: if an argument can't be sent: NaN, too deep, too large
+        :raises ConfigurationError: if the queue is missing or forbidden, or if it can't
+            hold the message back for so long
+        :raises Exception: of botocore or sqlite3, if the call fails otherwise; the
+            message may have been queued then
+        """
+        return publish(self._message(args, kwargs))
+
+    def dispatch_many(self, calls: Iterable[Any]) -> int:
+        """Queue a run for each of `calls`, ten to a request, with bounded memory.
+
+        :param calls: a tuple is a call's positional arguments, a dict its keyword
+            arguments, and anything else its only argument
+        :returns: the number of calls
+        :raises PartialFailure: if some were not accepted; no more of `calls` was read
+            then
+        :raises Exception: as :meth:`dispatch`; earlier calls may have been queued then
+        """
+        count = 0
+        waiting: list[_Ready] = []  # at most ten, unless a batch() is around this
+        for call in calls:
+            message = self._message(*_arguments_of(call))
+            waiting.append(_prepare(message))
+            count += 1
+            if len(waiting) == _MAX_BATCH:
+                _send_all_ready(waiting)
+                waiting = []
+        _send_all_ready(waiting)
+        return count
+
+    def _message(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Message:
+        """Make the message of a call, once it is known that the worker can make it."""
+        self.task.bind(args, kwargs)
+        message = Message.new(
+            self.task.name,
+            args,
+            kwargs,
+            headers={**_default_headers(self.task), **self._headers},
+            priority=self._priority or self.task.priority,
+        )
+        message.delay_s = self._delay_s
+        return message
+
+
+def _arguments_of(call: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    """Return the positional and keyword arguments of a call for dispatch_many()."""
+    if isinstance(call, dict):
+        return (), call
+    if isinstance(call, tuple):
+        return call, {}
+    return (call,), {}
+
+
+def _default_headers(task: Task[Any, Any]) -> Mapping[str, Any]:
+    """Return the headers that each message of a task has."""
+    hook = settings.TASKHAWK_DEFAULT_HEADERS
+    if hook is None:
+        return {}
+    # The manual of 1.4 says that the hook gets the task; 1.4.0 called it with nothing.
+    headers = hook(task=task) if _takes_task(hook) else hook()
+    return headers or {}
+
+
+@functools.lru_cache
+def _takes_task(hook: Callable[..., Any]) -> bool:
+    """Return whether a hook takes the task; cached, because a look takes long."""
+    parameters = inspect.signature(hook, **_ANNOTATIONS).parameters.values()
+    return any(p.name == "task" or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 class _Ready(NamedTuple):
@@ -3347,41 +3615,99 @@ class _Ready(NamedTuple):
 
 
 def _prepare(message: Message) -> _Ready:
-    """Check and encode a message, with attributes of the headers that can be: the body has all.
+    """Check and encode a message; nothing is sent yet.
 
-    Nothing is sent here, so that a batch with one message that can't be sent sends none of them.
+    So a batch with one message that can't be sent sends nothing.
     """
-    body, headers = _encode(message), message.headers
-    attributes: dict[str, dict[str, str]] = {}
-    for name, text in zip(map(str, headers), map(str, headers.values()), strict=True):
-        fits = _ATTRIBUTE_NAME.fullmatch(name) and _ATTRIBUTE_TEXT.fullmatch(text)
-        if fits and len(attributes) < _MAX_ATTRIBUTES:
-            attributes[name] = {"DataType": "String", "StringValue": text}
-    entry, sender = Outgoing(body, attributes, message.delay_s), _brokers.sender()
+    body = _encode(message)
+    entry = Outgoing(body, _attributes_of(message.headers), message.delay_s)
+    sender = _brokers.sender()
     if entry.delay_s > sender.max_delay_s:
-        most = f"the queue can hold a message back for at most {sender.max_delay_s:g} s"
         raise ConfigurationError(
-            f"{message.task_name}: {most}, got {entry.delay_s:g} s"
+            f"{message.task_name}: the queue can hold a message back for at most"
+            f" {sender.max_delay_s:g} s, got {entry.delay_s:g} s"
         )
     if entry.size() > sender.max_bytes:
         raise _too_large(message, entry, sender.max_bytes)
     return _Ready(message, sender, sender.destination(message.priority), entry)
 
 
-def _too_large(message: Message, entry: Outgoing, limit: int) -> MessageTooLarge:
-    """Return the error that names the largest argument, for that is what to look at."""
-    has = f"has {entry.size()} bytes (body and attributes), and the limit is {limit}"
-    text = f"{message.task_name[:200]}: the message {has}"
-    if sizes := _sizes(message):
-        largest = max(sizes, key=sizes.__getitem__)
-        text += f": the largest argument is {largest[:200]} with {sizes[largest]} bytes"
-    return MessageTooLarge(text, limit)
-
-
-# What a `with batch():` block collects: a box of one list, and empty once the block has ended.
-_collecting = contextvars.ContextVar[Sequence[list[_Ready]]](
-    "taskhawk batch", default=()
+# SQS takes names with single dots inside, except with AWS's prefixes; one prefix is
+# ours.
+_ATTRIBUTE_NAME = re.compile(
+    r"(?a)(?!.{257})(?!(?i:aws|amazon|taskhawk)\.)[\w-]+(\.[\w-]+)*"
 )
+# SQS takes the characters that XML 1.0 has.
+_ATTRIBUTE_TEXT = re.compile("[^\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]+")
+
+
+def _attributes_of(headers: Mapping[Any, Any]) -> dict[str, dict[str, str]]:
+    """Return ten headers at most that SQS takes as attributes; the body has all."""
+    attributes: dict[str, dict[str, str]] = {}
+    for key, value in headers.items():
+        name, text = str(key), str(value)
+        if not _ATTRIBUTE_NAME.fullmatch(name) or not _ATTRIBUTE_TEXT.fullmatch(text):
+            continue
+        attributes[name] = {"DataType": "String", "StringValue": text}
+        if len(attributes) == _MAX_ATTRIBUTES:
+            break
+    return attributes
+
+
+def _too_large(message: Message, entry: Outgoing, limit: int) -> MessageTooLarge:
+    """Return an error that names the largest argument: that is what to look at."""
+    reason = (
+        f"{message.task_name[:200]}: the message has {entry.size()} bytes (body and"
+        f" attributes), and the limit is {limit}"
+    )
+    sizes = _sizes(message)
+    if sizes:
+        largest = max(sizes, key=sizes.__getitem__)
+        reason += (
+            f": the largest argument is {largest[:200]} with {sizes[largest]} bytes"
+        )
+    return MessageTooLarge(reason, limit)
+
+
+class _Batch:
+    """What one ``with batch():`` block collects.
+
+    A task or thread that outlives the block finds its batch closed; so does a process
+    that was forked in the block, because its copy of the batch is sent by nobody.
+    """
+
+    def __init__(self) -> None:
+        self._process_id = os.getpid()
+        # Guards the two below: nothing is added to a batch that is closed. Reentrant,
+        # because a signal handler may dispatch while it is held.
+        self._lock = threading.RLock()
+        self._collected: list[_Ready] = []
+        self._closed = False
+
+    def is_open(self) -> bool:
+        """Return whether it still collects what this process dispatches."""
+        return not self._closed and self._process_id == os.getpid()
+
+    def add(self, readies: Sequence[_Ready]) -> bool:
+        """Add messages if it is open, and return whether it is."""
+        # Before the lock, which another thread may have held at the fork.
+        if not self.is_open():
+            return False
+        with self._lock:
+            if not self._closed:
+                self._collected.extend(readies)
+            return not self._closed
+
+    def close(self) -> Sequence[_Ready]:
+        """Collect no more, and return what this process has to send."""
+        if not self.is_open():
+            return ()
+        with self._lock:
+            self._closed = True
+        return self._collected
+
+
+_current_batch = contextvars.ContextVar[_Batch | None]("taskhawk batch", default=None)
 
 
 @contextlib.contextmanager
@@ -3394,50 +3720,50 @@ def batch() -> Iterator[None]:
             for user in users:
                 send_email.dispatch(user.email, 'Hello!')
 
-    An exception inside sends nothing. A block inside another joins it. What a thread dispatches is
-    sent directly, unless it runs in this context; so is what a task dispatches after the end.
+    If the block raises, nothing is sent. A block inside another joins it. A dispatch
+    from a thread is sent directly, unless the thread runs in this context; so is a
+    dispatch from a forked process, and from a task or thread that outlives the block.
 
     :raises PartialFailure: on exit, with exactly the messages that were not accepted
     """
-    if _collecting.get():
+    outer = _current_batch.get()
+    if outer is not None and outer.is_open():
         yield
         return
-    # A task or thread that was started inside may outlive the block; it finds the box empty then.
-    box: list[list[_Ready]] = [[]]
-    token = _collecting.set(box)
+    collecting = _Batch()
+    token = _current_batch.set(collecting)
     try:
         yield
     finally:
-        _collecting.reset(token)
-        with _brokers.lock:
-            collected = box.pop()
-    _publish_all(collected)
+        _current_batch.reset(token)
+        collected = collecting.close()
+    _send_all_ready(collected)
 
 
-def _collect(readies: Sequence[_Ready]) -> Sequence[_Ready]:
-    """Add messages to the batch around this call, and return those that it did not take."""
-    with _brokers.lock:
-        if box := _collecting.get():
-            box[0].extend(readies)
-            return ()
-    return readies
+def _collect(readies: Sequence[_Ready]) -> bool:
+    """Add messages to the batch around this call; return whether there is one."""
+    collecting = _current_batch.get()
+    return collecting is not None and collecting.add(readies)
 
 
 def publish(message: Message) -> str:
     """Send a message, or add it to the :func:`batch` around this call.
 
-    For messages that could not be sent: ``for message in failure.unsent: publish(message)``.
+    For messages that could not be sent: ``for message in failure.unsent:
+    publish(message)``.
 
-    :param message: from :meth:`Message.new`; its ``delay_s`` is how long the queue holds it back
+    :param message: from :meth:`Message.new`; the queue holds it back for its
+        ``delay_s``
     :returns: the message's id
     :raises Exception: as :meth:`AsyncInvocation.dispatch`
     """
-    for ready in _collect([_prepare(message)]):
-        _publish_one(ready)
+    ready = _prepare(message)
+    if not _collect([ready]):
+        _send_one(ready)
     return message.id
 
 
-def _publish_one(ready: _Ready) -> None:
+def _send_one(ready: _Ready) -> None:
     """Send one message, or raise why it was not accepted."""
     try:
         _accepted(ready.sender.send(ready.destination, [ready.entry]))
@@ -3446,34 +3772,51 @@ def _publish_one(ready: _Ready) -> None:
     _log.debug("Sent message", extra={"message_body": ready.entry.body})
 
 
-def _publish_all(readies: Sequence[_Ready]) -> None:
-    """Send messages of any priorities; raise PartialFailure if some are not accepted."""
+def _send_all_ready(readies: Sequence[_Ready]) -> None:
+    """Send messages, or add them to the batch around this call.
+
+    :raises PartialFailure: with those that were not accepted
+    """
+    if _collect(readies):
+        return
     if settings.TASKHAWK_SYNC:
         for ready in readies:
-            _publish_one(ready)
+            _send_one(ready)
         return
-    refused: dict[int, Refusal] = {}  # by the id() of what is ready
-    for destination in dict.fromkeys(ready.destination for ready in readies):
-        mine = [ready for ready in readies if ready.destination == destination]
-        found = _send_all(mine[0].sender, destination, [ready.entry for ready in mine])
-        refused |= {id(mine[index]): refusal for index, refusal in found.items()}
+    places: dict[tuple[Sender, str], list[int]] = {}
+    for place, ready in enumerate(readies):
+        places.setdefault((ready.sender, ready.destination), []).append(place)
+    refused: dict[int, Refusal] = {}  # by the place among all messages
+    for (sender, destination), mine in places.items():
+        entries = [readies[place].entry for place in mine]
+        for index, refusal in _send_all(sender, destination, entries).items():
+            refused[mine[index]] = refusal
     if refused:
-        sent = [
-            {"Id": ready.message.id} for ready in readies if id(ready) not in refused
-        ]
-        lost = [(r, refused[id(r)]) for r in readies if id(r) in refused]
-        failed = [
-            {"Id": r.message.id, "Code": why.code, "Message": why.text}
-            for r, why in lost
-        ]
-        for ready, _ in lost:  # its arguments may have changed since they were encoded
-            ready.message._take(json.loads(ready.entry.body))  # noqa: SLF001 - its own
-        unsent = [ready.message for ready, _ in lost]
-        raise PartialFailure({"Successful": sent, "Failed": failed}, unsent=unsent)
+        raise _partial_failure(readies, refused)
+
+
+def _partial_failure(
+    readies: Sequence[_Ready], refused: Mapping[int, Refusal]
+) -> PartialFailure:
+    """Return the error that has the messages which were refused, by their places."""
+    successful, failed, unsent = [], [], []
+    for place, ready in enumerate(readies):
+        refusal = refused.get(place)
+        if refusal is None:
+            successful.append({"Id": ready.message.id})
+            continue
+        reason = {"Code": refusal.code, "Message": refusal.text}
+        failed.append({"Id": ready.message.id, **reason})
+        # As it was encoded: its arguments may have changed since.
+        message = _decode(ready.entry.body)
+        message.delay_s = ready.entry.delay_s
+        unsent.append(message)
+    result = {"Successful": successful, "Failed": failed}
+    return PartialFailure(result, unsent=unsent)
 
 
 class Captured(NamedTuple):
-    """A dispatch that :func:`capture` collected; arguments are as the worker would get them.
+    """A dispatch that :func:`capture` collected, with what the worker would get.
 
     So a tuple has become a list, a Decimal a number, and the key of a dict a string.
     """
@@ -3487,20 +3830,31 @@ class Captured(NamedTuple):
     id: str
 
 
-class _Capture(list[Captured], Sender):
-    """Keeps what it is to send, and needs no setting; the limits are those of SQS."""
+class _CapturingSender(Sender):
+    """Adds what it is to send to a list; it needs no setting and has the limits of SQS."""
 
-    max_bytes, max_delay_s = _MAX_SQS_BYTES, _MAX_DELAY_S
+    max_bytes = _MAX_SQS_BYTES
+    max_delay_s = _MAX_DELAY_S
+
+    def __init__(self, calls: list[Captured]) -> None:
+        self._calls = calls
 
     def destination(self, priority: Priority) -> str:
         return priority.name
 
     def send(self, destination: str, entries: Sequence[Outgoing]) -> list[Refusal]:
-        """Keep the messages as the worker would get them."""
         for entry in entries:
             message = _decode(entry.body)
-            call = (message.task_name, message.args, message.kwargs, message.headers)
-            self.append(Captured(*call, message.priority, entry.delay_s, message.id))
+            call = Captured(
+                message.task_name,
+                message.args,
+                message.kwargs,
+                message.headers,
+                message.priority,
+                entry.delay_s,
+                message.id,
+            )
+            self._calls.append(call)
         return []
 
 
@@ -3508,17 +3862,18 @@ class _Capture(list[Captured], Sender):
 def capture() -> Iterator[list[Captured]]:
     """Collect what this process dispatches instead of sending it, for tests.
 
-    Arguments are bound, checked and encoded as for real, so what can't be sent raises here too. No
-    setting is needed, and nothing runs.
+    Arguments are bound, checked and encoded as for real, so what can't be sent raises
+    here too. No setting is needed, and nothing runs.
 
     :returns: a context manager; its list grows with each dispatch
     """
-    before, calls = _brokers.captured_by, _Capture()  # type: ignore[abstract]
-    _brokers.captured_by = calls
+    calls: list[Captured] = []
+    outer = _brokers.captured_by
+    _brokers.captured_by = _CapturingSender(calls)  # type: ignore[abstract]
     try:
         yield calls
     finally:
-        _brokers.captured_by = before
+        _brokers.captured_by = outer
 
 
 # === PART IV: WORK ====================================================================
@@ -3564,6 +3919,7 @@ class Outcome(NamedTuple):
     delay_s: float | None = None
 
 
+@_in_own_context
 def process(received: QueueMessage) -> Outcome:
     """Run a received message through hooks, decoder and task, and decide its fate.
 
@@ -3800,7 +4156,7 @@ class _SyncSender(Sender):
             if settings.IS_LAMBDA_APP:
                 sns = {"Message": entry.body, "MessageId": message_id}
                 received.sns_record = {"Sns": {**sns, "MessageAttributes": {}}}
-            _run(received, time.monotonic())
+            _in_own_context(_run)(received, time.monotonic())
         return []
 
 
