@@ -4539,8 +4539,9 @@ def _counts(broker: Broker, queue: str) -> _Counts | None:
     if depth is None:
         return None
     dead = broker.info(queue).dead_letter_queue
-    letters = dead and _unless(f"{_ABSENT}|{_DENIED}", broker.depth, dead)
-    return _Counts(*depth, sum(letters) if letters else None)
+    dead_depth = dead and _unless(f"{_ABSENT}|{_DENIED}", broker.depth, dead)
+    dead_letters = sum(dead_depth) if dead_depth else None
+    return _Counts(depth.visible, depth.in_flight, depth.delayed, dead_letters)
 
 
 def _count_all() -> dict[str, _Counts | None]:
