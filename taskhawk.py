@@ -111,6 +111,7 @@ import enum
 import functools
 import importlib
 import inspect
+import io
 import itertools
 import json
 import logging
@@ -123,7 +124,7 @@ import threading
 import time
 import traceback
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 
@@ -3820,6 +3821,20 @@ class _JsonFormatter(logging.Formatter):
         return _to_line(line | extra)
 
 
+class _TextFormatter(logging.Formatter):
+    """One line of text, with the task that a record was made in, unless it names it."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's
+        """Return time, level, task and message; asctime is in the format given."""
+        begin = f"{record.asctime} {record.levelname}"
+        facts = vars(record)
+        if "task" not in facts or str(facts.get("id")) in record.message:
+            return f"{begin} {record.message}"
+        run = f"{facts['task']} {facts.get('id')} attempt {facts.get('attempt')}"
+        run = re.sub(r"[^ -~]", "?", run)[:200]  # ids are free text
+        return f"{begin} [{run}] {record.message}"
+
+
 # --- 18. isolation --------------------------------------------------------------------
 
 
@@ -4231,6 +4246,11 @@ class _DeadLetter:
     kwargs: Mapping[str, Any] | None = None
 
     @property
+    def ids(self) -> set[str]:
+        """The names that it goes by: the message's own id, and that of SQS."""
+        return {self.id or self.message_id, self.message_id}
+
+    @property
     def error_text(self) -> str:
         """Type and message of the recorded error; "" where there is none."""
         if not self.error:
@@ -4295,7 +4315,7 @@ class _LetterFilter:
     headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
     oldest_s: float = math.inf
     newest_s: float = 0
-    ids: Iterable[str] = ()  # of the message or of SQS; any, if empty
+    ids: frozenset[str] = frozenset()  # of the message or of SQS; any, if empty
 
     def matches(self, letter: _DeadLetter) -> bool:
         """Return whether a dead letter is meant."""
@@ -4307,7 +4327,7 @@ class _LetterFilter:
             return False
         if not self.newest_s <= letter.age_s <= self.oldest_s:
             return False
-        if self.ids and not {letter.id, letter.message_id}.intersection(self.ids):
+        if self.ids and self.ids.isdisjoint(letter.ids):
             return False
         headers = {name: str(value) for name, value in letter.headers.items()}
         return self.headers.items() <= headers.items()
@@ -4350,6 +4370,7 @@ class _Scan:
             raise ConfigurationError(text)
         self._source = source
         self.matched = 0
+        self.found_ids: set[str] = set()  # of those that matched
         self._removed: list[str] = []  # the message ids of those moved or deleted
         self._failed: dict[str, str] = {}  # why one could not be, by its message id
         self._hidden: dict[str, str] = {}  # receipt handles, by message id
@@ -4363,7 +4384,7 @@ class _Scan:
 
         What arrives meanwhile is left to the next scan: it may be what was sent back.
         """
-        total = self._broker.depth(self._source).visible
+        total = self.total()
         self.say("%s about %d messages from %s", self.doing, total, self._source)
         total = max(total, 1)  # the count is approximate: look at least once
         while len(self._seen) < total and self.matched < self.limit:
@@ -4373,10 +4394,15 @@ class _Scan:
             letters = [*filter(self.filter.matches, map(_read_dead_letter, new))]
             letters = letters[: self.limit - self.matched]
             self.matched += len(letters)
+            self.found_ids.update(*(letter.ids for letter in letters))
             yield letters
             failed = len(self._failed)
             good = self.matched - failed
             self.say("%s %d of %d messages, %d failed", self.done, good, total, failed)
+
+    def total(self) -> int:
+        """Count the dead letters that are visible; SQS does so approximately."""
+        return self._broker.depth(self._source).visible
 
     def _receive(self, left: int) -> list[QueueMessage]:
         """Receive once, and return what was not met before."""
@@ -4492,8 +4518,8 @@ def requeue_dead_letter(
 
 # --- 21. infrastructure ---------------------------------------------------------------
 # What the tasks need of AWS: counted, made, written down for review, and checked. Here
-# nothing is ever deleted or lowered: what someone set higher than we would stays. A queue
-# that is missing is an answer, not an error.
+# nothing is ever deleted or lowered: what someone set higher than we would stays. A
+# missing queue is an answer, not an error.
 
 
 _PROVISION = "python -m taskhawk provision"  # fixes most of what check finds
@@ -4547,7 +4573,7 @@ def _counts(broker: Broker, queue: str) -> _Counts | None:
 def _count_all() -> dict[str, _Counts | None]:
     """Count the messages of each priority, most urgent first.
 
-    :raises ConfigurationError: if no queue may be seen
+    :raises ConfigurationError: if there is no queue at all, or none may be seen
     """
     broker = _brokers.broker()
     counts = {
@@ -4555,31 +4581,29 @@ def _count_all() -> dict[str, _Counts | None]:
         for priority in _URGENCY
     }
     if not any(counts.values()):
-        for priority in _URGENCY:
-            # It raises where access is denied.
-            _unless(_ABSENT, broker.depth, broker.destination(priority))
+        broker.depth(broker.destination(Priority.default))  # says what is wrong
     return counts
 
 
-_BAR_WIDTH = 30  # marks of a bar: one a message, or shares where a queue has more
+_BAR_WIDTH = 15  # marks: one a message, or shares where a queue has more
 
 
 def _table(counts: _AllCounts, rates: _Rates, *, in_color: bool) -> Iterator[str]:
-    """Draw the lines of a table; in colour, with bars, for a terminal."""
-    yield f"{'':10}{'visible':>10}{'in flight':>11}{'delayed':>9}{'dead letters':>14}"
+    """Draw the lines of a table; in colour, with bars, for a terminal of 80 columns."""
+    yield f"{'':8}{'visible':>9}{'in flight':>11}{'delayed':>9}{'dead letters':>14}"
     queued = [found.queued for found in counts.values() if found]
     scale = _BAR_WIDTH / max([_BAR_WIDTH, *queued])
     for name, found in counts.items():
         if found is None:
-            yield f"{name:10}{'no queue or access':>20}"
+            yield f"{name:8}{'no queue or access':>20}"
             continue
-        line = f"{name:10}{found.visible:>10}{found.in_flight:>11}{found.delayed:>9}"
+        line = f"{name:8}{found.visible:>9}{found.in_flight:>11}{found.delayed:>9}"
         line += _dead_cell(found.dead_letters, in_color=in_color)
         if name in rates:
-            line += f"{rates[name]:>+10.1f}/s"
+            line += f"{rates[name]:>+8.1f}/s"
         if in_color:
             line += f"  {_bar(found, scale)}"
-        yield line
+        yield line.rstrip()
 
 
 def _dead_cell(dead_letters: int | None, *, in_color: bool) -> str:
@@ -4847,16 +4871,33 @@ _error = functools.partial(_Finding, "error")
 _warning = functools.partial(_Finding, "warning")
 
 
-def _check(priorities: Iterable[Priority]) -> Iterator[_Finding]:
-    """Look for what is wrong with tasks, settings and queues."""
-    for name in sorted(_registry):
-        if name.startswith("__main__.") and name == _registry[name].name:
-            why = "a worker can't find it under that name"
-            yield _error(f"task {name} is of __main__", why, "move it to a module")
+def _check(priorities: Collection[Priority]) -> Iterator[_Finding]:
+    """Look for what is wrong with tasks, settings and queues.
+
+    :param priorities: those of the queues that a worker is to serve
+    """
+    yield from _check_tasks(priorities)
     wrong = _check_settings()
-    if wrong:
-        yield wrong
-        return
+    yield from wrong
+    if not wrong:
+        yield from _check_places(priorities)
+
+
+def _check_tasks(priorities: Collection[Priority]) -> Iterator[_Finding]:
+    """Look for tasks that no worker would run."""
+    for task in _tasks_by_name():
+        if task.name.startswith("__main__."):
+            why = "a worker can't find it under that name"
+            yield _error(f"task {task.name} is of __main__", why, "move it to a module")
+        if task.priority not in priorities:
+            priority = task.priority.name
+            why = "a worker that serves these priorities does not run it"
+            remedy = f"serve --priority {priority} too, here or in another worker"
+            yield _warning(f"task {task.name} is of priority {priority}", why, remedy)
+
+
+def _check_places(priorities: Collection[Priority]) -> Iterator[_Finding]:
+    """Look at the queues or topics of these priorities."""
     on_topics = settings.IS_LAMBDA_APP and settings.TASKHAWK_BROKER == "sqs"
     for priority in priorities:
         try:
@@ -4874,17 +4915,28 @@ def _remedy(error: Exception) -> str:
     return "check credentials, AWS_REGION, AWS_ENDPOINT_SQS and the network"
 
 
-def _check_settings() -> _Finding | None:
-    """Look at the settings without which no queue can be looked at."""
-    try:
-        if settings.TASKHAWK_BROKER == "sqs" and settings.TASKHAWK_QUEUE is None:
-            why = "no queue has a name; without AWS, try TASKHAWK_BROKER=sqlite:///queue.db"
-            remedy = "export TASKHAWK_QUEUE=dev-myapp"
-            return _error("TASKHAWK_QUEUE is not set", why, remedy)
-        settings.IS_LAMBDA_APP  # noqa: B018 - read, it raises if it is wrong
-    except ConfigurationError as error:
-        return _error(str(error), "nothing can be sent or received", _remedy(error))
-    return None
+def _check_settings() -> list[_Finding]:
+    """Read all settings, and import the hooks and classes that they name."""
+    findings = [
+        _error(str(error), "what uses it fails", _remedy(error))
+        for error in _settings_errors()
+    ]
+    if findings or settings.TASKHAWK_BROKER != "sqs" or settings.TASKHAWK_QUEUE:
+        return findings
+    why = "no queue has a name; without AWS, try TASKHAWK_BROKER=sqlite:///queue.db"
+    remedy = "export TASKHAWK_QUEUE=dev-myapp"
+    return [_error("TASKHAWK_QUEUE is not set", why, remedy)]
+
+
+def _settings_errors() -> list[ConfigurationError]:
+    """Return what is wrong with the settings."""
+    errors: dict[str, ConfigurationError] = {}
+    for name in _SETTINGS:
+        try:
+            getattr(settings, name)
+        except ConfigurationError as error:
+            errors.setdefault(str(error), error)  # of a wrong module, all say the same
+    return list(errors.values())
 
 
 def _check_topic(priority: Priority) -> Iterator[_Finding]:
@@ -4920,10 +4972,14 @@ def _check_queue(priority: Priority) -> Iterator[_Finding]:
         yield from _check_attributes(broker, queue, info.dead_letter_queue)
 
 
+def _tasks_by_name() -> list[Task[..., Any]]:
+    """Return the registered tasks in order, without aliases."""
+    return [task for name, task in sorted(_registry.items()) if name == task.name]
+
+
 def _tasks_of(priority: Priority) -> list[Task[..., Any]]:
     """Return the tasks of a priority, by name."""
-    named = [task for name, task in sorted(_registry.items()) if name == task.name]
-    return [task for task in named if task.priority is priority]
+    return [task for task in _tasks_by_name() if task.priority is priority]
 
 
 def _check_time_limit(
@@ -4939,7 +4995,7 @@ def _check_time_limit(
     yield _warning(
         f"{queue}: its visibility timeout of {lease_s:g} s"
         f" is below {task.name}'s limit of {limit_s:g} s",
-        "where no worker extends it, as in Lambda, the task runs twice at the same time",
+        "where no worker extends it, such as in Lambda, the task runs twice at once",
         f"set {setting} above {limit_s:g} s",
     )
 
@@ -5011,8 +5067,9 @@ def _check_attributes(broker: SqsBroker, queue: str, dead: str) -> Iterator[_Fin
 
 # --- 22. command line -----------------------------------------------------------------
 # Glue only. Each command is a function around what stands above: its decorator has its
-# options; its docstring is its help and ends with an example; it returns whether it
-# failed. Exit codes: 0 done, 1 failed, 2 wrong usage or configuration.
+# options, each read and checked by its `type`; its docstring is its help and ends with
+# an example; it returns whether it failed. Exit codes: 0 done, 1 failed, 2 wrong usage
+# or configuration. What is asked for goes to stdout, all else to stderr.
 
 
 _Option = tuple[str, dict[str, Any]]  # the arguments of argparse's add_argument()
@@ -5034,13 +5091,88 @@ def _command(name: str, *options: _Option) -> Callable[..., Any]:
     return register
 
 
+def _wrong(expected: str, text: str) -> Exception:
+    """Return what argparse expects of a `type` that refuses a text."""
+    import argparse
+
+    return argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+
+
+def _whole(least: int, most: float = math.inf) -> Callable[[str], int]:
+    """Return what reads a whole number within bounds."""
+
+    def read(text: str) -> int:
+        if re.fullmatch("[0-9]+", text) and least <= int(text) <= most:
+            return int(text)
+        raise _wrong(_bounds(least, most), text)
+
+    return read
+
+
+def _seconds(least: float = 0, most: float = math.inf) -> Callable[[str], float]:
+    """Return what reads a time within bounds, in seconds if it has no unit."""
+    units_s = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
+
+    def read(text: str) -> float:
+        found = re.fullmatch(r"([0-9]+|[0-9]*\.[0-9]+)([smhd]?)", text)
+        if found:
+            value_s = float(found[1]) * units_s[found[2]]
+            if least <= value_s <= most:
+                return value_s
+        raise _wrong(f"{_bounds(least, most)} seconds, such as 90 or 10m", text)
+
+    return read
+
+
+def _bounds(least: float, most: float) -> str:
+    """Return which numbers are within bounds."""
+    return f"{least} or more" if most == math.inf else f"{least} to {most}"
+
+
+def _age(text: str) -> float:
+    """Read an age, in seconds; it must have a unit."""
+    if text.endswith(("s", "m", "h", "d")):
+        return _seconds()(text)
+    raise _wrong("a number and one of s, m, h, d, such as 36h", text)
+
+
+def _pair(text: str) -> tuple[str, str]:
+    """Read a header, K=V."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise _wrong("K=V", text)
+    return name, value
+
+
+def _json_array(text: str) -> list[Any]:
+    """Read an array of JSON."""
+    value = _json_of(text)
+    if not isinstance(value, list):
+        raise _wrong("an array of JSON", text)
+    return value
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    """Read an object of JSON."""
+    value = _json_of(text)
+    if not isinstance(value, dict):
+        raise _wrong("an object of JSON", text)
+    return value
+
+
+def _json_of(text: str) -> Any:
+    """Read JSON; what is not JSON is None."""
+    with contextlib.suppress(ValueError, RecursionError):
+        return _DECODER.decode(text)
+    return None
+
+
 _flag = functools.partial(_option, action="store_true")
 _many = functools.partial(_option, action="append", default=[])
 _MODULES = _option(
     "modules", "modules to import, which define the tasks", nargs="*", metavar="MODULE"
 )
 _MODULE = _many("--module", "module to import first", dest="modules", metavar="MODULE")
-_HEADER = _many("--header", "a header: name and value", metavar="K=V")
 _AS_JSON = _flag("--json", "print JSON, for programs")
 _DRY_RUN = _flag("--dry-run", "only say what would be done")
 
@@ -5057,43 +5189,53 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Such as a worker's child, before all else: it has arguments of its own.
     if argv and argv[0] in _programs:
         return _programs[argv[0]](argv[1:])
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # for ASCII and Latin-1
     arguments = _parser().parse_args(argv)
-    _set_up_logging(arguments.log_format)
-    if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # as `python -m` does, for the script
+    if arguments.run is None:
+        arguments.parser.print_help(sys.stderr)
+        return 2
     try:
-        _set_up_django()
-        _load(arguments.modules, arguments.command)
-        return int(bool(arguments.run(arguments)))
+        failed = _run_command(arguments)
+        sys.stdout.flush()  # here, where a reader that is gone can be told of
     except KeyboardInterrupt:
+        _clear_line()  # of the terminal's ^C
         return 130
+    except BrokenPipeError:  # such as of `head`, which has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except Exception as error:
-        _log.debug("taskhawk %s", arguments.command, exc_info=True)
-        print(f"taskhawk: {_one_line(error)}", file=sys.stderr)
-        wrong = ConfigurationError | ValidationError | TypeError | ValueError
-        return 2 if isinstance(error, wrong) else 1
+        return _report(error)
+    return int(failed)
 
 
 _programs[""] = main
 
 
-def _set_up_logging(log_format: str) -> None:
-    """Log to standard error, with the task that a record was made in."""
-    text = "%(asctime)s %(levelname)s %(message)s"
-    logging.basicConfig(level=logging.INFO, format=text)
-    # On the handlers: a logger's own filters do not see what its children log.
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(_add_task)
-        if log_format == "json":
-            handler.setFormatter(_JsonFormatter())
+def _run_command(arguments: Any) -> bool:
+    """Import the tasks and run the command; return whether it failed."""
+    _set_up_logging(arguments.log_level, arguments.log_format)
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as `python -m` does, for the script
+    with _telling_where("Django can't be set up"):
+        _set_up_django()
+    modules = arguments.modules
+    if arguments.command in ("listen", "check", "tasks"):
+        modules = modules or _django_task_modules()
+    _load(modules, arguments.command)
+    # Again, for Django and the tasks' modules may have configured logging.
+    _set_up_logging(arguments.log_level, arguments.log_format)
+    return bool(arguments.run(arguments))
 
 
-def _set_up_django() -> None:
-    """Set Django up, where the environment names its settings."""
-    name = os.environ.get("DJANGO_SETTINGS_MODULE")
-    if name:
-        _import(name, "the module named by DJANGO_SETTINGS_MODULE")
-        _import("django", "the package").setup()
+def _report(error: Exception) -> int:
+    """Say in one line what went wrong, and return the exit code."""
+    _log.debug("the command failed", exc_info=True)
+    print(f"taskhawk: {_one_line(error)}", file=sys.stderr)
+    if isinstance(error, ConfigurationError | ValidationError | TypeError | ValueError):
+        return 2
+    return 1
 
 
 def _one_line(error: Exception) -> str:
@@ -5104,27 +5246,96 @@ def _one_line(error: Exception) -> str:
     return text
 
 
+def _set_up_logging(level: str | None, log_format: str | None) -> None:
+    """Log to stderr, with the task that a record was made in; it may be called again.
+
+    An application that configures logging keeps its handlers and levels. But its
+    dictConfig(), such as Django's, may disable our logger, and can't know our options.
+
+    :param level: None leaves it to the application, or INFO
+    :param log_format: "text" or "json"; None leaves it to the application, or text
+    """
+    ours = logging.StreamHandler()
+    ours.setFormatter(_TextFormatter("%(asctime)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[ours])
+    _log.logger.disabled = False
+    if level:
+        logging.getLogger().setLevel(level.upper())
+        _log.logger.setLevel(level.upper())
+    for name in ("botocore", "urllib3"):  # what they say of a request is no news
+        logger = logging.getLogger(name)
+        logger.setLevel(logger.level or logging.WARNING)
+    formatters = {"text": _TextFormatter("%(asctime)s"), "json": _JsonFormatter()}
+    for handler in _log_handlers():
+        # On handlers: a logger's own filters do not see what its children log.
+        handler.addFilter(_add_task)
+        to_terminal = getattr(handler, "stream", None) in (sys.stdout, sys.stderr)
+        if log_format and to_terminal:
+            handler.setFormatter(formatters[log_format])
+
+
+def _log_handlers() -> Iterator[logging.Handler]:
+    """Yield the handlers of all loggers."""
+    yield from logging.getLogger().handlers
+    for logger in list(logging.getLogger().manager.loggerDict.values()):
+        if isinstance(logger, logging.Logger):  # and no place for one
+            yield from logger.handlers
+
+
+def _set_up_django() -> None:
+    """Set Django up, where the environment names its settings."""
+    name = os.environ.get("DJANGO_SETTINGS_MODULE")
+    if name:
+        _import(name, "the module named by DJANGO_SETTINGS_MODULE")
+        _import("django", "the package").setup()
+
+
+def _django_task_modules() -> list[str]:
+    """Return the modules named `tasks` of the installed apps, if Django is set up."""
+    if "django.apps" not in sys.modules:
+        return []
+    from django.apps import apps
+    from django.utils.module_loading import module_has_submodule
+
+    return [
+        f"{app.name}.tasks"
+        for app in apps.get_app_configs()
+        if module_has_submodule(app.module, "tasks")
+    ]
+
+
 def _parser() -> Any:
     """Make the parser of all commands."""
     import argparse
 
+    class Parser(argparse.ArgumentParser):
+        """Refuses in one line, and knows no abbreviations: --a is not --all."""
+
+        def __init__(self, **kwargs: Any) -> None:
+            formatter = argparse.RawDescriptionHelpFormatter  # keeps examples in a line
+            kwargs |= {"allow_abbrev": False, "formatter_class": formatter}
+            super().__init__(**kwargs)
+
+        def error(self, message: str) -> typing.NoReturn:
+            self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
     sentence = (__doc__ or "").partition("\n")[0]
-    parser = argparse.ArgumentParser(prog="taskhawk", description=sentence)
+    parser = Parser(prog="taskhawk", description=sentence)
     parser.add_argument("--version", action="version", version=VERSION)
-    parser.set_defaults(modules=(), ids=(), json=False, log_format="text")
-    groups = {"": parser.add_subparsers(required=True, metavar="COMMAND")}
+    parser.set_defaults(run=None, parser=parser, modules=(), ids=())
+    parser.set_defaults(log_level=None, log_format=None)
+    groups = {"": parser.add_subparsers(metavar="COMMAND")}
     for command, (run, options) in _commands.items():
         text, _, example = (inspect.getdoc(run) or command).partition("\n\n")
         group, _, name = command.rpartition(" ")
         if group not in groups:
             about = "look at dead letters, send them back or delete them"
             made = groups[""].add_parser(group, help=about, epilog=example)
-            groups[group] = made.add_subparsers(required=True, metavar="ACTION")
+            made.set_defaults(parser=made)
+            groups[group] = made.add_subparsers(metavar="ACTION")
         made = groups[group].add_parser(
             name, help=text, description=text, epilog=example
         )
-        # It leaves the example in a line.
-        made.formatter_class = argparse.RawDescriptionHelpFormatter
         made.set_defaults(command=command, run=run)
         for option, kwargs in options:
             made.add_argument(option, **kwargs)
@@ -5134,7 +5345,14 @@ def _parser() -> Any:
 def _load(modules: Iterable[str], command: str) -> None:
     """Import the tasks' modules, and refuse a queue in memory that must be shared."""
     for name in modules:
-        _import(name, "the module")
+        if name.endswith(".py") or "/" in name:
+            path = os.path.relpath(name).removesuffix(".py")
+            name_of = path.replace("/", ".")
+            raise ConfigurationError(
+                f"{command}: {name!r} is a file: name the module, such as {name_of}"
+            )
+        with _telling_where(f"the module {name!r} can't be imported"):
+            _import(name, "the module")
     # These share a queue with other processes: in memory, it would end with this one.
     shares_queue = command.startswith(("listen", "dispatch", "dead-letters"))
     if shares_queue and re.match(r"sqlite://(\?|$)", settings.TASKHAWK_BROKER):
@@ -5144,42 +5362,52 @@ def _load(modules: Iterable[str], command: str) -> None:
         )
 
 
-def _named_priorities(names: Iterable[str]) -> list[Priority]:
-    """Return the priorities of these names, most urgent first."""
-    return sorted({Priority[name] for name in names}, key=_URGENCY.index)
+@contextlib.contextmanager
+def _telling_where(failure: str) -> Iterator[None]:
+    """Print the traceback of an application that fails while it is imported."""
+    try:
+        yield
+    except TaskhawkError:
+        raise
+    except Exception as error:
+        trace = error.__traceback__
+        while trace and _is_import(trace.tb_frame.f_code.co_filename):
+            trace = trace.tb_next  # to where the application begins
+        traceback.print_exception(type(error), error, trace)
+        raise TaskhawkError(f"{failure}: {_one_line(error)}") from error
 
 
-def _pairs(texts: Iterable[str]) -> dict[str, str]:
-    """Read headers, K=V each."""
-    headers = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise ConfigurationError(f"--header: expected K=V, got {text!r}")
-        headers[name] = value
-    return headers
+def _is_import(file: str) -> bool:
+    """Return whether a frame of this file is ours, or of Python's import."""
+    return file == __file__ or "importlib" in file
 
 
-def _json_option(text: str, option: str, kind: type) -> Any:
-    """Read an option whose value is JSON of one kind."""
-    with contextlib.suppress(ValueError, RecursionError):
-        value = _DECODER.decode(text)
-        if isinstance(value, kind):
-            return value
-    expected = "an array" if kind is list else "an object"
-    raise ConfigurationError(f"{option}: expected {expected} of JSON, got {text!r}")
+def _clear_line() -> None:
+    """Clear the line of a terminal, to write something else there."""
+    if sys.stderr.isatty():
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
-def _age_s(text: str | None, default_s: float) -> float:
-    """Read an age, in seconds; where none is given, return the default."""
-    if text is None:
-        return default_s
-    if not re.fullmatch(r"\d+(\.\d+)?[smhd]", text):
+def _require_tasks(command: str) -> None:
+    """Refuse to go on without a task."""
+    if not _registry:
         raise ConfigurationError(
-            f"age: expected a number and one of s, m, h, d, such as 36h, got {text!r}"
+            f"{command}: no task is registered:"
+            " name the modules that define them, such as myapp.tasks"
         )
-    units = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
-    return float(text[:-1]) * units[text[-1]]
+
+
+def _priorities(names: Collection[str]) -> list[Priority]:
+    """Return the priorities of these names, most urgent first.
+
+    Without any, return those of the registered tasks; without tasks, the default one.
+    """
+    wanted = {Priority[name] for name in names}
+    if not names:
+        wanted = {found.priority for found in _registry.values()}
+    if not wanted:
+        wanted = {Priority.default}
+    return [priority for priority in _URGENCY if priority in wanted]
 
 
 class _DemoWorker(Worker):
@@ -5254,51 +5482,79 @@ def _play() -> bool:
     return (first.dead_lettered, second.acked) != (1, 1)
 
 
+class _ListenWorker(Worker):
+    """A worker that logs each finished task; processing logs those that failed."""
+
+    def settle(self, held: _Held, outcome: Outcome) -> None:
+        """Do what the outcome says, then log that the task has finished."""
+        super().settle(held, outcome)
+        message = held.message.message
+        if message and outcome.fate is Fate.acknowledge:
+            facts = {"task": message.task_name, "id": message.id}
+            facts["attempt"] = held.message.attempt
+            _log.info("%s %s: finished", message.task_name, message.id, extra=facts)
+
+
 @_command(
     "listen",
     _MODULES,
     _many(
         "--priority",
-        "queue to listen to (default: default)",
+        "queue to listen to (default: those of the tasks)",
         choices=_PRIORITIES,
     ),
-    _option("--num-messages", "messages to receive at once", type=int, default=1),
+    _option(
+        "--num-messages",
+        "messages to receive ahead (default: 1)",
+        type=_whole(1, 100),
+        default=1,
+        metavar="N",
+    ),
     _option(
         "--visibility-timeout",
-        "seconds for which a message is hidden from other workers"
-        " (default: the queue's own)",
-        type=float,
+        "how long a message is hidden from others (default: the queue's own)",
+        type=_seconds(1, _MAX_HELD_S),
         dest="visibility_timeout_s",
         metavar="S",
     ),
-    _option("--loop-count", "end after N receives", type=int, metavar="N"),
+    _option("--loop-count", "end after N receives", type=_whole(1), metavar="N"),
     _flag("--until-empty", "end once nothing is queued"),
-    _option("--concurrency", "tasks to run at once", type=int, default=1),
-    _option("--max-tasks", "end after N runs", type=int, metavar="N"),
+    _option(
+        "--concurrency",
+        "tasks to run at once (default: 1)",
+        type=_whole(1),
+        default=1,
+        metavar="N",
+    ),
+    _option("--max-tasks", "end after N runs", type=_whole(1), metavar="N"),
     _option(
         "--grace",
         "seconds from a signal to the end (default: 25)",
-        type=float,
+        type=_seconds(),
         default=25,
         dest="grace_s",
         metavar="S",
     ),
     _flag("--isolate", "run tasks in child processes"),
-    _option("--log-format", "(default: text)", choices=["text", "json"]),
     _option("--liveness-file", "file to touch while the worker lives", metavar="PATH"),
+    _option(
+        "--log-level",
+        "(default: info)",
+        choices=["debug", "info", "warning", "error"],
+    ),
+    _option("--log-format", "(default: text)", choices=["text", "json"]),
 )
 def _listen(arguments: Any) -> bool:
     """Run a worker.
 
     example: python -m taskhawk listen myapp.tasks --priority high --priority default
     """
-    if not _registry:
-        raise ConfigurationError(
-            "listen: no task is registered:"
-            " name the modules that define them, such as myapp.tasks"
-        )
-    priorities = _named_priorities(arguments.priority or ["default"])
-    worker = Worker(
+    _require_tasks("listen")
+    # A typo, such as in a hook's name, would send the whole queue to the dead letters.
+    for error in _settings_errors():
+        raise error
+    priorities = _priorities(arguments.priority)
+    worker = _ListenWorker(
         _brokers.broker(),
         _queues_of(priorities),
         num_messages=arguments.num_messages,
@@ -5312,30 +5568,63 @@ def _listen(arguments: Any) -> bool:
         liveness_file=arguments.liveness_file,
         on_overdue=_exit_overdue,
     )
+    _log.info("%s", _served(worker.queues, priorities))
     print(worker.run())
     return not worker.ledger.balanced or worker.unanswered or worker.overdue.is_set()
 
 
+def _served(queues: Sequence[str], priorities: Sequence[Priority]) -> str:
+    """Return what a worker serves, and what it leaves to others."""
+    where = f"{', '.join(queues)} ({settings.TASKHAWK_BROKER})"
+    text = f"listening to {where} for {_names_of(priorities) or 'no task'}"
+    others = _names_of(set(Priority).difference(priorities))
+    if others:
+        text += f"; not served here: {others}"
+    return text
+
+
+_MOST_LISTED = 10  # names in a line
+
+
+def _names_of(priorities: Iterable[Priority]) -> str:
+    """Return the names of these priorities' tasks in a line, if many the first ones."""
+    names = sorted(found.name for each in priorities for found in _tasks_of(each))
+    listed = ", ".join(names[:_MOST_LISTED])
+    if len(names) > _MOST_LISTED:
+        listed += f" and {len(names) - _MOST_LISTED} more"
+    return listed
+
+
 def _exit_overdue(ledger: Ledger) -> None:
     """End at once: a task still runs, and its message reappears when its lease ends."""
-    print(ledger, flush=True)
-    # Not sys.exit(): it would only end the thread in which the worker calls this.
-    os._exit(1)
+    try:
+        print(ledger, flush=True)
+    finally:  # though nobody reads it any more
+        # Not sys.exit(): it would only end the thread in which the worker calls this.
+        os._exit(1)
 
 
 @_command(
     "dispatch",
     _option("task", "the task's name"),
-    _option("--args", "an array (default: [])", default="[]", metavar="JSON"),
-    _option("--kwargs", "an object (default: {})", default="{}", metavar="JSON"),
-    _HEADER,
+    _option(
+        "--args", "(default: [])", type=_json_array, default=[], metavar="JSON ARRAY"
+    ),
+    _option(
+        "--kwargs",
+        "(default: {})",
+        type=_json_object,
+        default={},
+        metavar="JSON OBJECT",
+    ),
+    _many("--header", "a header: its name and value", type=_pair, metavar="K=V"),
     _option(
         "--priority", "queue to send to (default: the task's)", choices=_PRIORITIES
     ),
     _option(
         "--delay",
-        "seconds until it may run (default: 0)",
-        type=float,
+        "how long to hold it back: 90, 90s, 10m or 1h (default: 0)",
+        type=_seconds(),
         default=0,
         metavar="S",
     ),
@@ -5344,18 +5633,36 @@ def _exit_overdue(ledger: Ledger) -> None:
 def _dispatch(arguments: Any) -> None:
     """Queue a run of a task, and print its id.
 
-    example: python -m taskhawk dispatch myapp.tasks.send_email --args '["me@example.com"]'
+    example: python -m taskhawk dispatch myapp.tasks.send_email --args '["a@b.example"]'
     """
     module = arguments.task.rpartition(".")[0]
     if module and arguments.task not in _registry:
         _load([module], arguments.command)
-    found = Task.find_by_name(arguments.task)
-    invocation = found.with_headers(**_pairs(arguments.header))
+    invocation = _task_named(arguments.task).with_headers(**dict(arguments.header))
     if arguments.priority:
         invocation = invocation.with_priority(Priority[arguments.priority])
-    args = _json_option(arguments.args, "--args", list)
-    kwargs = _json_option(arguments.kwargs, "--kwargs", dict)
-    print(invocation.with_delay(arguments.delay).dispatch(*args, **kwargs))
+    invocation = invocation.with_delay(arguments.delay)
+    print(invocation.dispatch(*arguments.args, **arguments.kwargs))
+
+
+def _task_named(name: str) -> Task[..., Any]:
+    """Return the task of this name, or suggest another name."""
+    import difflib
+
+    try:
+        return Task.find_by_name(name)
+    except TaskNotFound as error:
+        # Either without its module, or with a typo.
+        known = sorted(known for known in _registry if known.endswith(f".{name}"))
+        known += difflib.get_close_matches(name, _registry, 1)
+        if known:
+            raise TaskNotFound(f"{error} Did you mean {known[0]}?") from error
+        if "." not in name:
+            text = (
+                f"{error} Its name begins with its module, such as myapp.tasks.{name}"
+            )
+            raise TaskNotFound(text) from error
+        raise
 
 
 @_command("tasks", _MODULES)
@@ -5364,9 +5671,9 @@ def _tasks(_arguments: Any) -> None:
 
     example: python -m taskhawk tasks myapp.tasks
     """
-    for name, found in sorted(_registry.items()):
-        if name == found.name:  # not an alias
-            print(f"{name}  {found.priority.name}")
+    _require_tasks("tasks")
+    for found in _tasks_by_name():
+        print(f"{found.name}  {found.priority.name}")
 
 
 @_command("schema")
@@ -5383,8 +5690,8 @@ def _schema(_arguments: Any) -> None:
     _flag("--watch", "again and again, with the trend, until Ctrl-C"),
     _option(
         "--interval",
-        "seconds between two looks (default: 2)",
-        type=float,
+        "time between two looks (default: 2)",
+        type=_seconds(0.1),
         default=2,
         metavar="S",
     ),
@@ -5395,44 +5702,43 @@ def _stats(arguments: Any) -> None:
 
     example: python -m taskhawk stats --watch
     """
-    interval_s = arguments.interval
-    if not 0 < interval_s < math.inf:
-        text = f"--interval: expected {_SECONDS}, got {interval_s:g}"
-        raise ConfigurationError(text)
     show = _show_json if arguments.json else _show_table
-    if not arguments.watch:
-        show(_count_all(), {})
-        return
-    # Ctrl-C is how one stops watching, and no error.
-    with contextlib.suppress(KeyboardInterrupt):
-        _watch(interval_s, show)
+    counts = _count_all()
+    show(counts, {})
+    if arguments.watch:
+        # Ctrl-C is how one stops watching, and no error.
+        with contextlib.suppress(KeyboardInterrupt):
+            _watch(arguments.interval, counts, show)
+        _clear_line()
 
 
-def _watch(interval_s: float, show: Callable[[_AllCounts, _Rates], None]) -> None:
-    """Count again and again, with the trend."""
-    before: _AllCounts = {}
-    before_s = 0.0
+def _watch(
+    interval_s: float, counts: _AllCounts, show: Callable[[_AllCounts, _Rates], None]
+) -> None:
+    """Count again and again, with the trend; a fault is said, and passes."""
     while True:
-        now_s, counts = time.monotonic(), _count_all()
+        before, before_s = counts, time.monotonic()
+        time.sleep(interval_s)
+        try:
+            counts = _count_all()
+        except Exception as error:
+            _log.warning("can't count: %s", _one_line(error))
+            continue
         rates = {}
         for name, found in counts.items():
             earlier = before.get(name)
             if found and earlier:
-                rates[name] = (found.queued - earlier.queued) / (now_s - before_s)
-        if sys.stdout.isatty() and show is _show_table:
-            print(_CLEAR, end="")
+                seconds = time.monotonic() - before_s
+                rates[name] = (found.queued - earlier.queued) / seconds
         show(counts, rates)
-        before, before_s = counts, now_s
-        time.sleep(interval_s)
-
-
-_CLEAR = "\x1b[H\x1b[2J"  # what clears a terminal
 
 
 def _show_table(counts: _AllCounts, rates: _Rates) -> None:
-    """Print counts for people."""
-    lines = _table(counts, rates, in_color=sys.stdout.isatty())
-    print("\n".join(lines), flush=True)
+    """Print counts for people; in a terminal, in place of the last ones."""
+    in_terminal = sys.stdout.isatty()
+    if in_terminal and rates:
+        print("\x1b[H\x1b[2J", end="")
+    print("\n".join(_table(counts, rates, in_color=in_terminal)), flush=True)
 
 
 def _show_json(counts: _AllCounts, _rates: _Rates) -> None:
@@ -5456,9 +5762,7 @@ def _check_all(arguments: Any) -> bool:
 
     example: python -m taskhawk check myapp.tasks --priority high
     """
-    used = {found.priority.name for found in _registry.values()}
-    priorities = _named_priorities(arguments.priority or used or ["default"])
-    findings = list(_check(priorities))
+    findings = list(_check(_priorities(arguments.priority)))
     if arguments.json:
         print(json.dumps([finding._asdict() for finding in findings], indent=2))
     else:
@@ -5474,7 +5778,7 @@ def _check_all(arguments: Any) -> bool:
     _option(
         "--max-receive-count",
         "receives after which a message is a dead letter (default: 5)",
-        type=int,
+        type=_whole(1, 1000),  # what a redrive policy takes
         default=5,
         metavar="N",
     ),
@@ -5492,27 +5796,21 @@ def _provision(arguments: Any) -> None:
 
     example: python -m taskhawk provision --format terraform > taskhawk.tf.json
     """
-    most = arguments.max_receive_count
-    if not 1 <= most <= _MOST_RECEIVES:
-        text = f"--max-receive-count: expected 1 to {_MOST_RECEIVES}, got {most}"
-        raise ConfigurationError(text)
     if settings.TASKHAWK_BROKER != "sqs":
         _provision_file(arguments)
         return
     if arguments.function and not settings.IS_LAMBDA_APP:
         raise ConfigurationError("--lambda: expected IS_LAMBDA_APP to be set")
+    receives, function = arguments.max_receive_count, arguments.function
     resources: list[_Resource] = []
-    for priority in _named_priorities(arguments.priority or _PRIORITIES):
-        resources += _resources(priority, most, arguments.function)
+    for priority in _priorities(arguments.priority or _PRIORITIES):
+        resources += _resources(priority, receives, function)
     write = {"terraform": _terraform, "iam": _iam}.get(arguments.format)
     if write:
         print(json.dumps(write(resources), indent=2))
         return
     for resource in resources:
         print(_provide(resource, dry_run=arguments.dry_run))
-
-
-_MOST_RECEIVES = 1000  # the most that a redrive policy takes
 
 
 def _provision_file(arguments: Any) -> None:
@@ -5533,26 +5831,42 @@ _LETTERS = (
         choices=_PRIORITIES,
         default="default",
     ),
-    _option("--task", "only those of this task, or pattern", metavar="NAME"),
     _option(
-        "--error", "only those with this in the error's type or message", metavar="TEXT"
+        "--task",
+        "only those of this task; * and ? stand for any text",
+        default="*",
+        metavar="NAME",
     ),
-    _many("--header", "only those with this header", metavar="K=V"),
+    _option(
+        "--error",
+        "only those with this in the error's type or message",
+        default="",
+        metavar="TEXT",
+    ),
+    _many("--header", "only those with this header", type=_pair, metavar="K=V"),
     _option(
         "--older-than",
         "only those sent so long ago: 90s, 15m, 36h or 7d",
+        type=_age,
+        default=0,
         metavar="AGE",
     ),
-    _option("--newer-than", "only those sent since then", metavar="AGE"),
-    _many("--id", "only this one, by the message's id or that of SQS"),
-    _option("--limit", "at most N", type=int, metavar="N"),
+    _option(
+        "--newer-than",
+        "only those sent since then",
+        type=_age,
+        default=math.inf,
+        metavar="AGE",
+    ),
+    _many("--id", "only this one, by the message's id or that of SQS", dest="ids"),
+    _option("--limit", "at most N", type=_whole(0), default=sys.maxsize, metavar="N"),
     _MODULE,
 )
 
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """Let SIGTERM and a lost terminal interrupt as Ctrl-C does, so that scans clean up."""
+    """Let SIGTERM and a lost terminal interrupt as Ctrl-C does: scans then clean up."""
     numbers = []
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGHUP):
@@ -5566,38 +5880,69 @@ def _interruptible() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
+def _filter_of(arguments: Any) -> _LetterFilter:
+    """Return the filter that the options of a command ask for."""
+    return _LetterFilter(
+        task=arguments.task,
+        error=arguments.error,
+        headers=dict(arguments.header),
+        newest_s=arguments.older_than,
+        oldest_s=arguments.newer_than,
+        ids=frozenset(arguments.ids),
+    )
+
+
 @contextlib.contextmanager
 def _scan_for(arguments: Any, doing: str, done: str) -> Iterator[_Scan]:
-    """Yield the scan that the options of a command ask for."""
-    wanted = _LetterFilter(
-        task=arguments.task or "*",
-        error=arguments.error or "",
-        headers=_pairs(arguments.header),
-        newest_s=_age_s(arguments.older_than, 0),
-        oldest_s=_age_s(arguments.newer_than, math.inf),
-        ids=[*arguments.id, *arguments.ids],
+    """Yield the scan that the options of a command ask for, and show its progress."""
+    scan = _Scan(
+        Priority[arguments.priority],
+        doing,
+        done,
+        _filter_of(arguments),
+        arguments.limit,
     )
-    scan = _Scan(Priority[arguments.priority], doing, done, wanted)
-    if arguments.limit is not None:
-        scan.limit = arguments.limit
+    if sys.stderr.isatty():
+        scan.say = _rewrite_line
     with _interruptible(), scan:
         yield scan
+    _clear_line()
+
+
+def _rewrite_line(text: str, *args: object) -> None:
+    """Show progress in a terminal, in one line."""
+    _clear_line()
+    print(text % args, end="", file=sys.stderr, flush=True)
+
+
+def _require_found(scan: _Scan) -> None:
+    """Raise an error if an id that was named is that of no dead letter."""
+    missing = scan.filter.ids - scan.found_ids
+    if missing:
+        ids = ", ".join(sorted(missing))
+        raise TaskhawkError(f"no dead letter that fits the filters has this id: {ids}")
 
 
 def _print_letters(
     arguments: Any, doing: str, text_of: Callable[[_DeadLetter], str]
-) -> int:
-    """Print the dead letters that the options ask for, and return their number."""
+) -> None:
+    """Print the dead letters that the options ask for."""
     with _scan_for(arguments, doing, "looked at") as scan:
         for letters in scan:
+            _clear_line()
             for letter in letters:
-                print(_printable(text_of(letter)))
-    return scan.matched
+                print(_printable(text_of(letter)), flush=True)
+    _require_found(scan)
 
 
 def _printable(text: str) -> str:
     """Replace what would command the terminal: messages are hostile input."""
-    return re.sub(r"[^\n]", lambda c: c[0] if c[0].isprintable() else "?", text)
+    return re.sub(r"[^\n]", _visible, text)
+
+
+def _visible(character: re.Match[str]) -> str:
+    """Return a character that shows."""
+    return character[0] if character[0].isprintable() else "?"
 
 
 def _as_line(letter: _DeadLetter) -> str:
@@ -5611,10 +5956,12 @@ def _as_page(letter: _DeadLetter) -> str:
     """Return all that is known of a dead letter, a line each."""
     values = letter.as_dict()
     values["error"] = letter.reason
-    for name, value in (letter.error or {}).items():
-        values[f"error {name}"] = value
-    shown = {name: value for name, value in values.items() if value is not None}
-    return "".join(f"{name}: {value}\n" for name, value in shown.items())
+    if letter.invalid:
+        values["body"] = ascii(letter.received.body)
+    if letter.error:
+        values |= {f"error {name}": value for name, value in letter.error.items()}
+    lines = [f"{key}: {value}\n" for key, value in values.items() if value is not None]
+    return "".join(lines)
 
 
 def _as_json(letter: _DeadLetter) -> str:
@@ -5640,8 +5987,8 @@ def _list(arguments: Any) -> None:
 
 @_command(
     "dead-letters show",
-    _option("ids", "id of the message, or that of SQS", nargs="+", metavar="ID"),
     *_LETTERS,
+    _option("ids", "id of the message, or that of SQS", nargs="+", metavar="ID"),
     _AS_JSON,
 )
 def _show(arguments: Any) -> None:
@@ -5649,11 +5996,7 @@ def _show(arguments: Any) -> None:
 
     example: python -m taskhawk dead-letters show b1328174-a21c-43d3-b303-964dfcc76efc
     """
-    text_of = _as_json if arguments.json else _as_page
-    if not _print_letters(arguments, "showing", text_of):
-        raise TaskhawkError(
-            "show: no such dead letter among those that fit all filters"
-        )
+    _print_letters(arguments, "showing", _as_json if arguments.json else _as_page)
 
 
 @_command("dead-letters export", *_LETTERS)
@@ -5678,12 +6021,14 @@ def _requeue(arguments: Any) -> None:
         for letters in scan:
             scan.requeue(letters)
     print(f"sent back: {scan.count()}")
+    _require_found(scan)
 
 
 @_command(
     "dead-letters delete",
     *_LETTERS,
-    _flag("--all", "delete them without a filter"),
+    _flag("--all", "delete all of them, without a filter"),
+    _flag("--yes", "do not ask, in a terminal, before more than one is deleted"),
     _DRY_RUN,
 )
 def _delete(arguments: Any) -> None:
@@ -5691,14 +6036,27 @@ def _delete(arguments: Any) -> None:
 
     example: python -m taskhawk dead-letters delete --older-than 7d --dry-run
     """
-    a = arguments
-    ages = (a.older_than, a.newer_than)
-    if not any((a.all, a.task, a.error, a.header, *ages, a.id, a.limit)):
+    is_limited = arguments.limit != sys.maxsize
+    is_filtered = _filter_of(arguments) != _LetterFilter()
+    if not any((arguments.all, is_limited, is_filtered)):
         raise ConfigurationError("delete: expected a filter, or --all for every one")
     if arguments.dry_run:
         _print_letters(arguments, "would delete some of", _as_line)
         return
     with _scan_for(arguments, "deleting", "deleted") as scan:
-        for letters in scan:
-            scan.delete(letters)
+        if arguments.yes or _is_agreed(scan):
+            for letters in scan:
+                scan.delete(letters)
     print(f"deleted: {scan.count()}")
+    _require_found(scan)
+
+
+def _is_agreed(scan: _Scan) -> bool:
+    """Ask in a terminal whether to delete, where it may be more than one."""
+    total = scan.total()
+    most = min(total, scan.limit, len(scan.filter.ids) or total)
+    if most <= 1 or not sys.stdin.isatty():
+        return True
+    question = f"delete up to {most} dead letters for good? [y/N] "
+    print(question, end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
