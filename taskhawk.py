@@ -115,6 +115,7 @@ import enum
 import functools
 import importlib
 import inspect
+import io
 import itertools
 import json
 import logging
@@ -131,6 +132,7 @@ import weakref
 from collections.abc import (
     AsyncGenerator,
     Callable,
+    Collection,
     Generator,
     Iterable,
     Iterator,
@@ -5649,6 +5651,20 @@ class _JsonFormatter(logging.Formatter):
         return _to_line(line | extra)
 
 
+class _TextFormatter(logging.Formatter):
+    """One line of text, with the task that a record was made in, unless it names it."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's
+        """Return time, level, task and message; asctime is in the format given."""
+        begin = f"{record.asctime} {record.levelname}"
+        facts = vars(record)
+        if "task" not in facts or str(facts.get("id")) in record.message:
+            return f"{begin} {record.message}"
+        run = f"{facts['task']} {facts.get('id')} attempt {facts.get('attempt')}"
+        run = re.sub(r"[^ -~]", "?", run)[:200]  # ids are free text
+        return f"{begin} [{run}] {record.message}"
+
+
 # --- 18. isolation --------------------------------------------------------------------
 
 
@@ -6106,165 +6122,283 @@ __all__ += [
 
 
 # --- 20. dead letters -----------------------------------------------------------------
-# For people: nothing in production depends on it. Nothing is deleted before its copy is confirmed,
-# so that a crash or a fault in between leaves a message twice, and never not at all. What is looked
-# at is hidden from others for as long, and shown again at the end.
+# For people: nothing in production depends on this room. A dead letter is deleted only
+# once its copy is confirmed, so a crash or a fault in between leaves two copies, never
+# none. A scan hides what it receives from others, and shows what it leaves again.
+
+
+@dataclasses.dataclass(frozen=True)
+class _DeadLetter:
+    """A dead letter as people see it: what it is, since when, and why it is there.
+
+    It may come from anywhere, so neither its body nor its error need be ours. Where the
+    body is not valid, `invalid` says why. `error` is what a worker recorded; None where
+    the queue moved the message.
+    """
+
+    received: QueueMessage
+    message_id: str
+    sent: str
+    age_s: int
+    receives: int
+    error: Mapping[str, Any] | None
+    invalid: str | None = None
+    id: str | None = None
+    task: str | None = None
+    headers: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    args: Sequence[Any] | None = None
+    kwargs: Mapping[str, Any] | None = None
+
+    @property
+    def ids(self) -> set[str]:
+        """The names that it goes by: the message's own id, and that of SQS."""
+        return {self.id or self.message_id, self.message_id}
+
+    @property
+    def error_text(self) -> str:
+        """Type and message of the recorded error; "" where there is none."""
+        if not self.error:
+            return ""
+        return f"{self.error.get('type')}: {self.error.get('message')}"
+
+    @property
+    def reason(self) -> str:
+        """Why it is here, in one line."""
+        moved = "moved by the queue itself, after too many receives"
+        reason = self.error_text or self.invalid or moved
+        return reason.partition("\n")[0]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return all that is known of it but its body, for JSON."""
+        values = dict(vars(self))
+        del values["received"]
+        return values
+
+
+def _read_dead_letter(received: QueueMessage) -> _DeadLetter:
+    """Read a dead letter; nothing in it is trusted."""
+    sent_s = int(received.attributes.get("SentTimestamp", 0)) / 1000
+    letter = _DeadLetter(
+        received,
+        message_id=received.message_id,
+        sent=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(sent_s)),
+        age_s=max(0, round(time.time() - sent_s)),
+        receives=received.attempt,
+        error=_recorded_error(received),
+    )
+    try:
+        message = _decode(received.body)
+    except ValidationError as error:
+        return dataclasses.replace(letter, invalid=str(error))
+    return dataclasses.replace(
+        letter,
+        id=message.id,
+        task=message.task_name,
+        headers=message.headers,
+        args=message.args,
+        kwargs=message.kwargs,
+    )
+
+
+def _recorded_error(received: QueueMessage) -> dict[str, Any] | None:
+    """Return the error that a worker recorded in the attribute taskhawk.error."""
+    attribute = received.message_attributes.get(_ERROR_ATTRIBUTE, {})
+    try:
+        error = _DECODER.decode(attribute.get("StringValue", ""))
+    except (ValueError, RecursionError):
+        return None
+    return error if isinstance(error, dict) else None
+
+
+@dataclasses.dataclass(frozen=True)
+class _LetterFilter:
+    """Says which dead letters are meant: those that fit all of it."""
+
+    task: str = "*"  # a pattern, as the shell's
+    error: str = ""  # a part of the error's type or message
+    headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    oldest_s: float = math.inf
+    newest_s: float = 0
+    ids: frozenset[str] = frozenset()  # of the message or of SQS; any, if empty
+
+    def matches(self, letter: _DeadLetter) -> bool:
+        """Return whether a dead letter is meant."""
+        import fnmatch
+
+        if not fnmatch.fnmatchcase(letter.task or "", self.task):
+            return False
+        if self.error not in letter.error_text:
+            return False
+        if not self.newest_s <= letter.age_s <= self.oldest_s:
+            return False
+        if self.ids and self.ids.isdisjoint(letter.ids):
+            return False
+        headers = {name: str(value) for name, value in letter.headers.items()}
+        return self.headers.items() <= headers.items()
 
 
 @dataclasses.dataclass
-class _DeadLetters:
-    """The dead letters of a queue, each looked at once; those that stay are visible again after.
+class _Scan:
+    """One look at each dead letter of a queue; use it in a ``with`` block.
 
-    :param wanted: tells by its description whether a message is meant
-    :param lease_s: how long others can't see what was received; None takes the queue's own
+    Iterating receives, and yields those that match in lists of at most ten: `requeue`
+    and `delete` act on such a list. When the block ends, what is left is visible again.
+
+    :param doing: what the scan is for, such as "requeueing"; `done` is that afterwards
+    :param num_messages: how many to receive at once, up to ten
+    :param lease_s: how long others can't see what was received; None takes the queue's
+        own visibility timeout
+    :param limit: end after so many that match
+    :param say: shows the progress: a format and its arguments
     """
 
     priority: Priority
+    doing: str
+    done: str
+    filter: _LetterFilter = _LetterFilter()
+    limit: int = sys.maxsize
     num_messages: int = _MAX_BATCH
     lease_s: float | None = 600
-    limit: int = sys.maxsize
-    wanted: Callable[[Mapping[str, Any]], bool] = lambda _: True
+    say: Callable[..., object] = _log.info
 
     def __post_init__(self) -> None:
         """Find the queue and its dead-letter queue; nothing is received yet."""
-        text = f"num_messages: expected 1 or more, got {self.num_messages}"
-        _require(self.num_messages >= 1, text)
+        if self.num_messages < 1:
+            text = f"num_messages: expected 1 or more, got {self.num_messages}"
+            raise ConfigurationError(text)
         self._broker = _brokers.broker()
         self._queue = self._broker.destination(self.priority)
-        self._source = self._broker.info(self._queue).dead_letter_queue or ""
-        _require(
-            self._source,
-            f"{self._queue}: it has no dead-letter queue (no RedrivePolicy)",
-        )
+        source = self._broker.info(self._queue).dead_letter_queue
+        if source is None:
+            text = f"{self._queue}: it has no dead-letter queue (no RedrivePolicy)"
+            raise ConfigurationError(text)
+        self._source = source
+        self.matched = 0
+        self.found_ids: set[str] = set()  # of those that matched
+        self._removed: list[str] = []  # the message ids of those moved or deleted
+        self._failed: dict[str, str] = {}  # why one could not be, by its message id
+        self._hidden: dict[str, str] = {}  # receipt handles, by message id
+        self._seen: set[str] = set()
 
-    def each(
-        self, doing: str, done: str, act: Callable[[list[QueueMessage]], Any]
-    ) -> int:
-        """Do something to those that are wanted, and return to how many.
+    def __enter__(self) -> typing.Self:
+        return self
 
-        Ends after as many as there were at the start, so that what comes back is not met again.
+    def __iter__(self) -> Iterator[list[_DeadLetter]]:
+        """Yield those that match; end after as many as there were at the start.
 
-        :param act: returns what went wrong, by message; None where all of them stay
+        What arrives meanwhile is left to the next scan: it may be what was sent back.
         """
-        # What comes while this runs is for the next time: it may be what was just sent back.
-        total = self._broker.depth(self._source).visible
-        _log.info("%s about %d messages from %s", doing, total, self._source)
-        seen: dict[
-            str, QueueMessage | None
-        ] = {}  # by their ids; None where it does not stay
-        good: list[dict[str, str]] = []
-        bad: list[dict[str, str]] = []
-        try:
-            while len(seen) < max(total, 1) and len(good) + len(bad) < self.limit:
-                most = min(self.num_messages, _MAX_BATCH, max(1, total - len(seen)))
-                found = self._broker.receive(
-                    self._source, most, 1, self.lease_s, threading.Event()
-                )
-                # One that comes back, because its lease ended meanwhile, was looked at already.
-                new = {m.message_id: m for m in found if m.message_id not in seen}
-                if not new:
-                    break
-                seen |= new
-                mine = [m for m in new.values() if self.wanted(_describe(m))]
-                mine = mine[: self.limit - len(good) - len(bad)]
-                errors = act(mine)
-                for m in mine:
-                    error = (errors or {}).get(m, "")
-                    (bad if error else good).append({"Id": m.message_id, "Code": error})
-                    seen[m.message_id] = m if errors is None or error else None
-                for m in new.values():  # a thousand of a megabyte may follow
-                    m.body, m.message_attributes = "", {}
-                _log.info(
-                    "%s %d of %d messages, %d failed", done, len(good), total, len(bad)
-                )
-        except BaseException:
-            _log.info("stopped: up to %d more messages may be %s too", _MAX_BATCH, done)
-            raise
-        finally:
-            stay = {m: (m.receipt_handle, 0) for m in seen.values() if m}
-            text = "%d of %d dead letters that were looked at can't be seen for a while: %s"
-            _change_all("change_visibility", stay, text)
-        if bad:
-            raise PartialFailure({"Successful": good, "Failed": bad})
-        return len(good)
+        total = self.total()
+        self.say("%s about %d messages from %s", self.doing, total, self._source)
+        total = max(total, 1)  # the count is approximate: look at least once
+        while len(self._seen) < total and self.matched < self.limit:
+            new = self._receive(total - len(self._seen))
+            if not new:
+                return
+            letters = [*filter(self.filter.matches, map(_read_dead_letter, new))]
+            letters = letters[: self.limit - self.matched]
+            self.matched += len(letters)
+            self.found_ids.update(*(letter.ids for letter in letters))
+            yield letters
+            failed = len(self._failed)
+            good = self.matched - failed
+            self.say("%s %d of %d messages, %d failed", self.done, good, total, failed)
 
-    def requeue(self, messages: Sequence[QueueMessage]) -> dict[QueueMessage, str]:
-        """Send copies to the queue, delete those whose copy is confirmed, say what went wrong.
+    def total(self) -> int:
+        """Count the dead letters that are visible; SQS does so approximately."""
+        return self._broker.depth(self._source).visible
 
-        After a crash in between, a message is in both queues: it runs again, and is not lost.
+    def _receive(self, left: int) -> list[QueueMessage]:
+        """Receive once, and return what was not met before."""
+        at_once = min(self.num_messages, _MAX_BATCH, left)
+        received = self._broker.receive(
+            self._source, at_once, 1, self.lease_s, threading.Event()
+        )
+        new = {}
+        for message in received:
+            # One comes back if its lease ends before the scan does.
+            if message.message_id not in self._seen:
+                new[message.message_id] = message
+            self._hidden[message.message_id] = message.receipt_handle or ""
+        self._seen.update(new)
+        return list(new.values())
+
+    def requeue(self, letters: Sequence[_DeadLetter]) -> None:
+        """Send copies to the queue, and delete those whose copy is confirmed.
+
+        After a crash in between, a message is in both queues: it runs again.
         """
         copies = []
-        for message in messages:
-            kept = {
-                n: v
-                for n, v in message.message_attributes.items()
-                if n != _ERROR_ATTRIBUTE
-            }
-            copies.append(message.copy(kept))
+        for letter in letters:
+            attributes = dict(letter.received.message_attributes)
+            attributes.pop(_ERROR_ATTRIBUTE, None)
+            copies.append(letter.received.copy(attributes))
         refused = _send_all(self._broker, self._queue, copies)
-        errors = self._errors(messages, refused)
-        deleted = self.delete(
-            [message for message in messages if message not in errors]
-        )
-        return errors | {
-            m: f"copied, but not deleted: {error}" for m, error in deleted.items()
-        }
+        self.delete(self._accepted(letters, refused), "copied, but not deleted: ")
 
-    def delete(self, messages: Sequence[QueueMessage]) -> dict[QueueMessage, str]:
-        """Delete messages, and say what went wrong."""
-        receipts = [message.receipt_handle or "" for message in messages]
-        refused = _in_batches(
-            functools.partial(self._broker.delete, self._source), receipts, 3
-        )
-        return self._errors(messages, refused)
+    def delete(self, letters: Sequence[_DeadLetter], failure: str = "") -> None:
+        """Delete dead letters; `failure` is what is said before the reason of one."""
+        receipts = [self._hidden[letter.message_id] for letter in letters]
+        delete = functools.partial(self._broker.delete, self._source)
+        refused = _in_batches(delete, receipts, 3)
+        for letter in self._accepted(letters, refused, failure):
+            self._removed.append(letter.message_id)
+            del self._hidden[letter.message_id]
 
-    def _errors(
-        self, messages: Sequence[QueueMessage], refused: Mapping[int, Refusal]
-    ) -> dict[QueueMessage, str]:
-        """Return what went wrong, by message; the first is logged in full, with its remedy."""
+    def _accepted(
+        self,
+        letters: Sequence[_DeadLetter],
+        refused: Mapping[int, Refusal],
+        failure: str = "",
+    ) -> list[_DeadLetter]:
+        """Return those that were not refused; log the first refusal with its remedy."""
         for refusal in [*refused.values()][:1]:
             _log.warning("%s: %s", refusal.code, refusal.text)
-        return {messages[index]: refusal.code for index, refusal in refused.items()}
+        accepted = []
+        for index, letter in enumerate(letters):
+            if index in refused:
+                self._failed[letter.message_id] = failure + refused[index].code
+            else:
+                accepted.append(letter)
+        return accepted
 
+    def __exit__(self, kind: object, *_: object) -> None:
+        """Show what is left to others again."""
+        show = functools.partial(self._broker.change_visibility, self._source)
+        refused = _in_batches(show, [(r, 0) for r in self._hidden.values()], 3)
+        for refusal in [*refused.values()][:1]:
+            text = (
+                "%d of %d dead letters that were looked at stay hidden for a while: %s"
+            )
+            _log.warning(text, len(refused), len(self._hidden), refusal.text)
+        if kind:
+            text = "stopped: up to %d more messages may have been %s"
+            self.say(text, _MAX_BATCH, self.done)
 
-def _describe(received: QueueMessage) -> dict[str, Any]:
-    """Describe a dead letter for people: what it is, since when, and why it is there."""
-    sent_s = int(received.attributes.get("SentTimestamp", 0)) / 1000
-    sent = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(sent_s))
-    about: dict[str, Any] = {
-        "id": None,
-        "message_id": received.message_id,
-        "task": None,
-    }
-    about |= {"headers": {}, "sent": sent, "age_s": max(0, round(time.time() - sent_s))}
-    about |= {"receives": received.attempt, "error": None, "invalid": None}
-    try:
-        # Neither body nor error need be what we wrote: a dead letter may come from anywhere.
-        about |= _decode(received.body).as_dict()
-        del about["metadata"]
-    except ValidationError as error:
-        about["invalid"] = str(error)
-    record = received.message_attributes.get(_ERROR_ATTRIBUTE, {}).get(
-        "StringValue", ""
-    )
-    with contextlib.suppress(ValueError, RecursionError):
-        noted = _DECODER.decode(record)
-        about["error"] = noted if isinstance(noted, dict) else None
-    return about
+    def count(self) -> int:
+        """Return how many were moved or deleted.
+
+        :raises PartialFailure: if some were not; they are still among the dead letters
+        """
+        if self._failed:
+            good = [{"Id": message_id} for message_id in self._removed]
+            bad = [{"Id": name, "Code": code} for name, code in self._failed.items()]
+            raise PartialFailure({"Successful": good, "Failed": bad})
+        return len(self._removed)
 
 
 def requeue_dead_letter(
     priority: Priority, num_messages: int = 10, visibility_timeout: float | None = None
 ) -> int:
-    """Send the dead letters of a queue back to it, and delete each once its copy is confirmed.
+    """Send the dead letters of a queue back to it, and delete each that was copied.
 
-    Ends after as many messages as there were at the start, so that what fails again is not sent in
-    circles, or when a receive comes back empty.
+    It ends after as many messages as there were at the start, so that what fails again
+    is not sent in circles, or when a receive comes back empty.
 
-    :param priority: says which queue; its dead-letter queue is the one that its redrive policy
-        names
+    :param priority: says which queue; its redrive policy names its dead-letter queue
     :param num_messages: how many to receive at once, up to 10
-    :param visibility_timeout: seconds that a copied message is hidden; None takes the queue's own
+    :param visibility_timeout: seconds for which a message is hidden while it is copied;
+        None takes the queue's own visibility timeout
     :returns: how many were sent back; 0, with a warning, where IS_LAMBDA_APP is set
     :raises ConfigurationError: if the queue has no dead-letter queue
     :raises PartialFailure: if some were not; they are still among the dead letters
@@ -6273,79 +6407,327 @@ def requeue_dead_letter(
         text = "not supported for Lambda apps, whose queues are Lambda's"
         _log.warning("requeue_dead_letter: %s", text)
         return 0
-    letters = _DeadLetters(priority, num_messages, visibility_timeout)
-    return letters.each("requeueing", "requeued", letters.requeue)
+    scan = _Scan(
+        priority,
+        "requeueing",
+        "requeued",
+        num_messages=num_messages,
+        lease_s=visibility_timeout,
+    )
+    with scan:
+        for letters in scan:
+            scan.requeue(letters)
+    return scan.count()
 
 
 # --- 21. infrastructure ---------------------------------------------------------------
+# What the tasks need of AWS: counted, made, written down for review, and checked. Here
+# nothing is ever deleted or lowered: what someone set higher than we would stays. A
+# missing queue is an answer, not an error.
 
 
-def _if_there(call: Callable[..., Any], *args: Any, or_denied: str = "") -> Any:
-    """Return what a call does; None where there is no such queue or topic, or it is denied."""
+_PROVISION = "python -m taskhawk provision"  # fixes most of what check finds
+_ABSENT = "NonExistentQueue|QueueDoesNotExist|NotFound"  # codes of AWS, as patterns
+_DENIED = "AccessDenied.*|AuthorizationError"
+_RETENTION_S = 4 * 86_400  # SQS's own default
+# SQS counts from the first sending, so dead letters are kept for longer: for the most.
+_DEAD_RETENTION_S = 14 * 86_400
+_FEW_RECEIVES = 5  # AWS advises at least as many before the dead-letter queue
+
+
+def _unless(codes: str, call: Callable[..., Any], *args: Any) -> Any:
+    """Return what a call returns; None if it fails with one of these codes of AWS."""
     try:
         return call(*args)
     except ConfigurationError as error:
-        absent = f"NonExistentQueue|QueueDoesNotExist|NotFound{or_denied}"
-        if not re.fullmatch(absent, _error_code(error)):
-            raise
+        if re.fullmatch(codes, _error_code(error)):
+            return None
+        raise
+
+
+class _Counts(NamedTuple):
+    """How many messages a queue has, and how many its dead-letter queue."""
+
+    visible: int
+    in_flight: int
+    delayed: int
+    dead_letters: int | None  # None: no dead-letter queue, or no access to it
+
+    @property
+    def queued(self) -> int:
+        """All messages of the queue itself."""
+        return self.visible + self.in_flight + self.delayed
+
+
+_AllCounts = Mapping[str, _Counts | None]  # by the priorities' names
+_Rates = Mapping[str, float]  # by how many messages a second each queue grows
+
+
+def _counts(broker: Broker, queue: str) -> _Counts | None:
+    """Count the messages of a queue; None where it is not there or may not be seen."""
+    depth = _unless(f"{_ABSENT}|{_DENIED}", broker.depth, queue)
+    if depth is None:
         return None
+    dead = broker.info(queue).dead_letter_queue
+    dead_depth = dead and _unless(f"{_ABSENT}|{_DENIED}", broker.depth, dead)
+    dead_letters = sum(dead_depth) if dead_depth else None
+    return _Counts(depth.visible, depth.in_flight, depth.delayed, dead_letters)
 
 
-def _depths() -> dict[str, dict[str, int | None] | None]:
-    """Count the messages of each priority, most urgent first; None where none may be seen."""
-    broker, found = _brokers.broker(), {}
-    look = functools.partial(_if_there, broker.depth, or_denied="|AccessDenied.*")
-    for priority in _URGENCY:
-        queue = broker.destination(priority)
-        depth = look(queue)
-        dead = broker.info(queue).dead_letter_queue if depth else None
-        letters = look(dead) if dead else None
-        counts = {"dead_letters": sum(letters) if letters else None}
-        found[priority.name] = {**depth._asdict(), **counts} if depth else None
-    for priority in [] if any(found.values()) else _URGENCY:
-        _if_there(
-            broker.depth, broker.destination(priority)
-        )  # raises, if all is denied
-    return found
+def _count_all() -> dict[str, _Counts | None]:
+    """Count the messages of each priority, most urgent first.
 
-
-def _depth_lines(
-    depths: Mapping[str, Any], before: Mapping[str, Any], seconds: float, *, bars: bool
-) -> Iterator[str]:
-    """Draw what :func:`_depths` found; with what it found some seconds before, also the trend."""
-    yield f"{'':10}{'visible':>10}{'in flight':>11}{'delayed':>9}{'dead letters':>14}"
-    queued = {
-        name: [d[kind] for kind in Depth._fields] for name, d in depths.items() if d
+    :raises ConfigurationError: if there is no queue at all, or none may be seen
+    """
+    broker = _brokers.broker()
+    counts = {
+        priority.name: _counts(broker, broker.destination(priority))
+        for priority in _URGENCY
     }
-    # A mark for each message, as long as no queue has more than 30; then shares of 30.
-    scale = 30 / max([30, *map(sum, queued.values())])
-    for name, counts in depths.items():
-        if counts is None:
-            yield f"{name:10}{'no queue or access':>20}"
+    if not any(counts.values()):
+        broker.depth(broker.destination(Priority.default))  # says what is wrong
+    return counts
+
+
+_BAR_WIDTH = 15  # marks: one a message, or shares where a queue has more
+
+
+def _table(counts: _AllCounts, rates: _Rates, *, in_color: bool) -> Iterator[str]:
+    """Draw the lines of a table; in colour, with bars, for a terminal of 80 columns."""
+    yield f"{'':8}{'visible':>9}{'in flight':>11}{'delayed':>9}{'dead letters':>14}"
+    queued = [found.queued for found in counts.values() if found]
+    scale = _BAR_WIDTH / max([_BAR_WIDTH, *queued])
+    for name, found in counts.items():
+        if found is None:
+            yield f"{name:8}{'no queue or access':>20}"
             continue
-        visible, in_flight, delayed, dead = counts.values()
-        shown = f"{'none/denied' if dead is None else dead:>14}"
-        if dead and bars and not os.environ.get("NO_COLOR"):
-            shown = f"\x1b[31m{shown}\x1b[0m"
-        line = f"{name:10}{visible:>10}{in_flight:>11}{delayed:>9}{shown}"
-        if seconds and (was := before.get(name)):
-            rate = (
-                sum(queued[name]) - sum(was[kind] for kind in Depth._fields)
-            ) / seconds
-            line += f"{rate:>+10.1f}/s"
-        drawn = [
-            mark * math.ceil(n * scale)
-            for mark, n in zip("█▓░", queued[name], strict=True)
-        ]
-        yield line + ("  " + "".join(drawn)) * bars
+        line = f"{name:8}{found.visible:>9}{found.in_flight:>11}{found.delayed:>9}"
+        line += _dead_cell(found.dead_letters, in_color=in_color)
+        if name in rates:
+            line += f"{rates[name]:>+8.1f}/s"
+        if in_color:
+            line += f"  {_bar(found, scale)}"
+        yield line.rstrip()
 
 
-_PROVISION = "python -m taskhawk provision"  # what mends most of what is wrong
-_Resource = tuple[
-    str, str, dict[str, Any]
-]  # Terraform's type, the name, Terraform's attributes
+def _dead_cell(dead_letters: int | None, *, in_color: bool) -> str:
+    """Return the cell of the table that counts dead letters: red, if there are any."""
+    if dead_letters is None:
+        return f"{'none/denied':>14}"
+    cell = f"{dead_letters:>14}"
+    if dead_letters and in_color and not os.environ.get("NO_COLOR"):
+        return f"\x1b[31m{cell}\x1b[0m"
+    return cell
+
+
+def _bar(counts: _Counts, scale: float) -> str:
+    """Draw a queue's messages: visible, in flight and delayed ones have a mark each."""
+    visible = "█" * math.ceil(counts.visible * scale)
+    in_flight = "▓" * math.ceil(counts.in_flight * scale)
+    return visible + in_flight + "░" * math.ceil(counts.delayed * scale)
+
+
+class _Resource(NamedTuple):
+    """A queue, topic or subscription, with Terraform's type and attributes."""
+
+    kind: str
+    name: str
+    attributes: dict[str, Any]
+
+
+def _label(name: str) -> str:
+    """Return Terraform's name for a queue or topic."""
+    return name.lower().replace("-", "_")
+
+
+def _resources(
+    priority: Priority, max_receive_count: int, function: str | None
+) -> list[_Resource]:
+    """Describe what messages of a priority need, in an order in which it can be made.
+
+    :param function: the ARN of a Lambda function to subscribe to the topic
+    """
+    service = settings.require("TASKHAWK_QUEUE")
+    tags = {"taskhawk": service}
+    if settings.IS_LAMBDA_APP:
+        topic = f"taskhawk-{service.lower()}{_SUFFIXES[priority]}"
+        return _topic_resources(topic, tags, function)
+    queue = _brokers.broker().destination(priority)
+    return _queue_resources(queue, tags, max_receive_count)
+
+
+def _queue_resources(
+    queue: str, tags: Mapping[str, str], max_receive_count: int
+) -> list[_Resource]:
+    """Describe a queue and, before it, its dead-letter queue."""
+    dead = f"{queue}-DLQ"
+    redrive = {
+        "deadLetterTargetArn": f"${{aws_sqs_queue.{_label(dead)}.arn}}",
+        "maxReceiveCount": max_receive_count,
+    }
+    # Where no size is given, Terraform sets 256 KiB.
+    both = {"max_message_size": _MAX_SQS_BYTES, "tags": tags}
+    dead_attributes = {
+        "name": dead,
+        "message_retention_seconds": _DEAD_RETENTION_S,
+        **both,
+    }
+    attributes = {
+        "name": queue,
+        "message_retention_seconds": _RETENTION_S,
+        "redrive_policy": json.dumps(redrive),
+        **both,
+    }
+    return [
+        _Resource("aws_sqs_queue", dead, dead_attributes),
+        _Resource("aws_sqs_queue", queue, attributes),
+    ]
+
+
+def _topic_resources(
+    topic: str, tags: Mapping[str, str], function: str | None
+) -> list[_Resource]:
+    """Describe a topic and the subscription of a function to it."""
+    resources = [_Resource("aws_sns_topic", topic, {"name": topic, "tags": tags})]
+    if function:
+        attributes = {
+            "topic_arn": f"${{aws_sns_topic.{_label(topic)}.arn}}",
+            "protocol": "lambda",
+            "endpoint": function,
+        }
+        kind = "aws_sns_topic_subscription"
+        resources.append(_Resource(kind, topic, attributes))
+    return resources
+
+
+def _terraform(resources: Iterable[_Resource]) -> dict[str, Any]:
+    """Write resources in Terraform's JSON syntax."""
+    by_kind: dict[str, dict[str, Any]] = {}
+    for resource in resources:
+        attributes = resource.attributes
+        by_kind.setdefault(resource.kind, {})[_label(resource.name)] = attributes
+        if "endpoint" in attributes:
+            # Besides its subscription, the function's own policy must let SNS call it.
+            by_kind.setdefault("aws_lambda_permission", {})[_label(resource.name)] = {
+                "action": "lambda:InvokeFunction",
+                "principal": "sns.amazonaws.com",
+                "function_name": attributes["endpoint"],
+                "source_arn": attributes["topic_arn"],
+            }
+    return {"resource": by_kind}
+
+
+class _Change(NamedTuple):
+    """A call that makes or changes a resource, and what to say of it."""
+
+    text: str
+    operation: str  # botocore's name
+    parameters: dict[str, Any]
+
+
+def _queue_change(sqs: SqsBroker, resource: _Resource) -> _Change | None:
+    """Compare a queue with what it should be."""
+    name = resource.name
+    arn = sqs.arn(name)  # first of all, for it needs AWS_ACCOUNT_ID
+    existing = _unless(_ABSENT, sqs.attributes, name, ["All"])
+    attributes = _too_low(arn, existing or {}, resource.attributes)
+    if existing is None:
+        tags = resource.attributes["tags"]
+        parameters = {"QueueName": name, "Attributes": attributes, "tags": tags}
+        return _Change("made", "create_queue", parameters)
+    if not attributes:
+        return None
+    changes = []
+    for key, value in attributes.items():
+        changes.append(f"{key} from {existing.get(key, 'none')} to {value}")
+    text = f"changed: {', '.join(changes)}"
+    parameters = {"QueueUrl": sqs.url(name), "Attributes": attributes}
+    return _Change(text, "set_queue_attributes", parameters)
+
+
+def _too_low(
+    arn: str, existing: Mapping[str, str], wanted: Mapping[str, Any]
+) -> dict[str, str]:
+    """Return what to set of a queue's attributes: what is lower than it should be.
+
+    What someone set higher has its reason; a lower one would cost messages.
+    """
+    attributes = {}
+    for key, least in (
+        ("MessageRetentionPeriod", wanted["message_retention_seconds"]),
+        ("MaximumMessageSize", wanted["max_message_size"]),
+    ):
+        if int(existing.get(key, 0)) < least:
+            attributes[key] = str(least)
+    if "redrive_policy" in wanted:
+        least = json.loads(wanted["redrive_policy"])["maxReceiveCount"]
+        policy = json.loads(existing.get("RedrivePolicy") or "{}")
+        policy.setdefault("deadLetterTargetArn", f"{arn}-DLQ")
+        # The policy's number comes back as it was set: it may be a string.
+        if int(policy.get("maxReceiveCount", 0)) < least:
+            policy["maxReceiveCount"] = least
+            attributes["RedrivePolicy"] = json.dumps(policy)
+    return attributes
+
+
+def _topic_change(sns: SnsSender, resource: _Resource) -> _Change | None:
+    """Look whether a topic is there."""
+    if _subscribers(sns, sns.arn(resource.name)) is not None:
+        return None
+    tags = []
+    for key, value in resource.attributes["tags"].items():
+        tags.append({"Key": key, "Value": value})
+    return _Change("made", "create_topic", {"Name": resource.name, "Tags": tags})
+
+
+def _subscription_change(sns: SnsSender, resource: _Resource) -> _Change | None:
+    """Look whether a function is subscribed to a topic."""
+    topic = sns.arn(resource.name)
+    function = resource.attributes["endpoint"]
+    if function in (_subscribers(sns, topic) or ()):
+        return None
+    parameters = {"TopicArn": topic, "Protocol": "lambda", "Endpoint": function}
+    return _Change(f"made for {function}", "subscribe", parameters)
+
+
+def _subscribers(sns: SnsSender, topic: str) -> list[str] | None:
+    """Return who subscribes to a topic; None where there is no such topic."""
+    pages = sns.client("send").get_paginator("list_subscriptions_by_topic")
+    read = _explained(topic)(pages.paginate(TopicArn=topic).build_full_result)
+    found = _unless(_ABSENT, read)
+    if found is None:
+        return None
+    return [subscription["Endpoint"] for subscription in found["Subscriptions"]]
+
+
+# By Terraform's type: which service makes it, and what finds out whether it is there.
+_PROVIDERS: dict[str, tuple[str, Callable[[Any, _Resource], _Change | None]]] = {
+    "aws_sqs_queue": ("sqs", _queue_change),
+    "aws_sns_topic": ("sns", _topic_change),
+    "aws_sns_topic_subscription": ("sns", _subscription_change),
+}
+
+
+def _provide(resource: _Resource, *, dry_run: bool) -> str:
+    """Make what is missing, raise what is too low, and return what to say of it."""
+    service, find_change = _PROVIDERS[resource.kind]
+    sender = _brokers.get(service)
+    what = f"{resource.kind.rpartition('_')[2]} {resource.name}"
+    change = find_change(sender, resource)
+    if change is None:
+        return f"{what}: is as it should be"
+    if dry_run:
+        return f"{what}: would be {change.text}"
+    with _explained(resource.name):
+        getattr(sender.client("send"), change.operation)(**change.parameters)
+    return f"{what}: {change.text}"
+
+
 _SEND = "sqs:SendMessage sqs:GetQueueUrl"
-_RECEIVE = "sqs:ReceiveMessage sqs:DeleteMessage sqs:ChangeMessageVisibility sqs:GetQueueAttributes"
+_RECEIVE = (
+    "sqs:ReceiveMessage sqs:DeleteMessage"
+    " sqs:ChangeMessageVisibility sqs:GetQueueAttributes"
+)
 _GRANTS = [  # the least that each role needs, on topics, queues and dead-letter queues
     ("publisher", "aws_sns_topic", "sns:Publish"),
     ("publisher", "aws_sqs_queue", _SEND),
@@ -6359,135 +6741,29 @@ _GRANTS = [  # the least that each role needs, on topics, queues and dead-letter
 ]
 
 
-def _resources(
-    priority: Priority, most: int, function: str | None
-) -> Iterator[_Resource]:
-    """Describe what messages of a priority need, in an order in which it can be made."""
-    service = settings.require("TASKHAWK_QUEUE")
-    valid = 1 <= most <= 1000  # noqa: PLR2004 - what SQS takes
-    _require(valid, f"--max-receive-count: expected 1 to 1000, got {most}")
-    _require(
-        settings.IS_LAMBDA_APP or not function,
-        "--lambda: expected IS_LAMBDA_APP to be set",
-    )
-    tags = {"taskhawk": service}
-    topic = f"taskhawk-{service.lower()}{_SUFFIXES[priority]}"
-    name = topic if settings.IS_LAMBDA_APP else _brokers.broker().destination(priority)
-    label = name.lower().replace("-", "_")
-    if settings.IS_LAMBDA_APP:
-        yield "aws_sns_topic", name, {"name": name, "tags": tags}
-        if function:
-            to = {"topic_arn": f"${{aws_sns_topic.{label}.arn}}", "protocol": "lambda"}
-            yield "aws_sns_topic_subscription", name, {**to, "endpoint": function}
-        return
-    # SQS counts the retention from the first sending, so that of dead letters is longer. Where no
-    # size is given, Terraform sets 256 KiB.
-    both = {"max_message_size": _MAX_SQS_BYTES, "tags": tags}
-    dead = {"message_retention_seconds": 14 * 86_400, **both}
-    yield "aws_sqs_queue", f"{name}-DLQ", {"name": f"{name}-DLQ", **dead}
-    redrive = {
-        "deadLetterTargetArn": f"${{aws_sqs_queue.{label}_dlq.arn}}",
-        "maxReceiveCount": most,
-    }
-    kept = {
-        "message_retention_seconds": 4 * 86_400,
-        "redrive_policy": json.dumps(redrive),
-    }
-    yield "aws_sqs_queue", name, {"name": name, **kept, **both}
-
-
-def _terraform(resources: Iterable[_Resource]) -> dict[str, Any]:
-    """Write resources in Terraform's JSON syntax."""
-    made: dict[str, dict[str, Any]] = {}
-    for kind, name, wanted in resources:
-        label = name.lower().replace("-", "_")
-        made.setdefault(kind, {})[label] = wanted
-        if function := wanted.get("endpoint"):
-            # Besides its subscription: the function's own policy must let SNS call it.
-            allowed = {
-                "action": "lambda:InvokeFunction",
-                "principal": "sns.amazonaws.com",
-            }
-            allowed |= {"function_name": function, "source_arn": wanted["topic_arn"]}
-            made.setdefault("aws_lambda_permission", {})[label] = allowed
-    return {"resource": made}
-
-
-def _provide(kind: str, name: str, wanted: Mapping[str, Any], *, dry_run: bool) -> str:
-    """Make what is missing and raise what is too low; say what was done, or would be."""
-    sender = _brokers.get(kind.split("_")[1])  # "sqs" or "sns"
-    find = _queue_change if kind == "aws_sqs_queue" else _topic_change
-    told, call, options = find(sender, name, sender.arn(name), wanted)
-    if told and not dry_run:
-        with _explained(name):
-            getattr(sender.client("send"), call)(**options)
-    would_be = "would be " if told and dry_run else ""
-    return f"{kind.rpartition('_')[2]} {name}: {would_be}{told or 'is as it should be'}"
-
-
-def _queue_change(
-    sqs: SqsBroker, name: str, arn: str, wanted: Any
-) -> tuple[str, str, Any]:
-    """Say what a queue lacks, and return the call for it; what is higher by hand stays."""
-    found = _if_there(sqs.attributes, name, ["All"]) or {}
-    numbers = {"MessageRetentionPeriod": wanted["message_retention_seconds"]}
-    numbers |= {"MaximumMessageSize": wanted["max_message_size"]}
-    changes = {key: str(n) for key, n in numbers.items() if int(found.get(key, 0)) < n}
-    ours = json.loads(wanted.get("redrive_policy", "{}"))
-    theirs: dict[str, Any] = {"deadLetterTargetArn": f"{arn}-DLQ", "maxReceiveCount": 0}
-    theirs |= json.loads(found.get("RedrivePolicy") or "{}")
-    # What someone set higher has its reason; a lower one would cost messages.
-    if int(theirs["maxReceiveCount"]) < (most := ours.get("maxReceiveCount", 0)):
-        changes["RedrivePolicy"] = json.dumps({**theirs, "maxReceiveCount": most})
-    if not found:
-        options = {"QueueName": name, "Attributes": changes, "tags": wanted["tags"]}
-        return "made", "create_queue", options
-    told = ", ".join(
-        f"{key} from {found.get(key, 'none')} to {changes[key]}" for key in changes
-    )
-    options = {"QueueUrl": sqs.url(name), "Attributes": changes}
-    return told and f"changed: {told}", "set_queue_attributes", options
-
-
-def _topic_change(
-    sns: SnsSender, name: str, arn: str, wanted: Any
-) -> tuple[str, str, Any]:
-    """Say whether a topic or a subscription to it is missing, and return the call for it."""
-    lists = sns.client("send").get_paginator("list_subscriptions_by_topic")
-    found = _if_there(_explained(name)(lists.paginate(TopicArn=arn).build_full_result))
-    if function := wanted.get("endpoint"):
-        there = found and function in [
-            each["Endpoint"] for each in found["Subscriptions"]
-        ]
-        options = {"TopicArn": arn, "Protocol": "lambda", "Endpoint": function}
-        return "" if there else f"made for {function}", "subscribe", options
-    tags = [{"Key": key, "Value": value} for key, value in wanted["tags"].items()]
-    return "made" if found is None else "", "create_topic", {"Name": name, "Tags": tags}
-
-
 def _iam(resources: Iterable[_Resource]) -> dict[str, Any]:
     """Write the least policies, by role."""
     arns: dict[str, list[str]] = {}
-    for kind, name, _ in resources:
-        arn = _brokers.get(kind.split("_")[1]).arn(name)
-        arns.setdefault("DLQ" if name.endswith("-DLQ") else kind, []).append(arn)
+    for resource in resources:
+        service, _ = _PROVIDERS[resource.kind]
+        kind = "DLQ" if resource.name.endswith("-DLQ") else resource.kind
+        arns.setdefault(kind, []).append(_brokers.get(service).arn(resource.name))
     policies: dict[str, Any] = {}
     for role, kind, actions in _GRANTS:
         if kind in arns:
-            policy = policies.setdefault(
-                role, {"Version": "2012-10-17", "Statement": []}
+            empty = {"Version": "2012-10-17", "Statement": []}
+            policies.setdefault(role, empty)["Statement"].append(
+                {
+                    "Effect": "Allow",
+                    "Action": actions.split(),
+                    "Resource": arns[kind],
+                }
             )
-            grant = {
-                "Effect": "Allow",
-                "Action": actions.split(),
-                "Resource": arns[kind],
-            }
-            policy["Statement"].append(grant)
     return policies
 
 
 class _Finding(NamedTuple):
-    """What :func:`_check` found: an error loses messages or time, a warning may."""
+    """Something that `check` found: an error loses messages or time, a warning may."""
 
     severity: str
     what: str
@@ -6495,126 +6771,209 @@ class _Finding(NamedTuple):
     remedy: str = _PROVISION
 
 
-def _check(priorities: Iterable[Priority]) -> Iterator[_Finding]:
-    """Look for what is wrong with settings, queues and tasks."""
-    for name in sorted(name for name, found in _registry.items() if name == found.name):
-        if name.startswith("__main__."):
+_error = functools.partial(_Finding, "error")
+_warning = functools.partial(_Finding, "warning")
+
+
+def _check(priorities: Collection[Priority]) -> Iterator[_Finding]:
+    """Look for what is wrong with tasks, settings and queues.
+
+    :param priorities: those of the queues that a worker is to serve
+    """
+    yield from _check_tasks(priorities)
+    wrong = _check_settings()
+    yield from wrong
+    if not wrong:
+        yield from _check_places(priorities)
+
+
+def _check_tasks(priorities: Collection[Priority]) -> Iterator[_Finding]:
+    """Look for tasks that no worker would run."""
+    for task in _tasks_by_name():
+        if task.name.startswith("__main__."):
             why = "a worker can't find it under that name"
-            yield _Finding(
-                "error", f"task {name} is of __main__", why, "move it to a module"
-            )
-    try:
-        if settings.TASKHAWK_BROKER == "sqs" and settings.TASKHAWK_QUEUE is None:
-            why = "no queue can be named; without AWS, try TASKHAWK_BROKER=sqlite:///queue.db"
-            remedy = "export TASKHAWK_QUEUE=dev-myapp"
-            yield _Finding("error", "TASKHAWK_QUEUE is not set", why, remedy)
-            return
-        topics = settings.IS_LAMBDA_APP and settings.TASKHAWK_BROKER == "sqs"
-    except ConfigurationError as error:
-        yield _Finding(
-            "error", str(error), "nothing can be sent or received", "as it says"
-        )
-        return
+            yield _error(f"task {task.name} is of __main__", why, "move it to a module")
+        if task.priority not in priorities:
+            priority = task.priority.name
+            why = "a worker that serves these priorities does not run it"
+            remedy = f"serve --priority {priority} too, here or in another worker"
+            yield _warning(f"task {task.name} is of priority {priority}", why, remedy)
+
+
+def _check_places(priorities: Collection[Priority]) -> Iterator[_Finding]:
+    """Look at the queues or topics of these priorities."""
+    on_topics = settings.IS_LAMBDA_APP and settings.TASKHAWK_BROKER == "sqs"
     for priority in priorities:
         try:
-            yield from (_check_topic if topics else _check_queue)(priority)
+            yield from (_check_topic if on_topics else _check_queue)(priority)
         except Exception as error:
-            remedy = "check credentials, AWS_REGION, AWS_ENDPOINT_SQS and the network"
-            remedy = "as it says" if isinstance(error, ConfigurationError) else remedy
-            yield _Finding(
-                "error", _text_of(error), "no more can be seen of it", remedy
-            )
-            if not re.match("AccessDenied|AuthorizationError", _error_code(error)):
+            yield _error(_text_of(error), "the rest can't be checked", _remedy(error))
+            if not re.match(_DENIED, _error_code(error)):
                 return  # the others would say the same
 
 
+def _remedy(error: Exception) -> str:
+    """Return what to do about a queue or topic that can't be looked at."""
+    if isinstance(error, ConfigurationError):
+        return "as the error says"
+    return "check credentials, AWS_REGION, AWS_ENDPOINT_SQS and the network"
+
+
+def _check_settings() -> list[_Finding]:
+    """Read all settings, and import the hooks and classes that they name."""
+    findings = [
+        _error(str(error), "what uses it fails", _remedy(error))
+        for error in _settings_errors()
+    ]
+    if findings or settings.TASKHAWK_BROKER != "sqs" or settings.TASKHAWK_QUEUE:
+        return findings
+    why = "no queue has a name; without AWS, try TASKHAWK_BROKER=sqlite:///queue.db"
+    remedy = "export TASKHAWK_QUEUE=dev-myapp"
+    return [_error("TASKHAWK_QUEUE is not set", why, remedy)]
+
+
+def _settings_errors() -> list[ConfigurationError]:
+    """Return what is wrong with the settings."""
+    errors: dict[str, ConfigurationError] = {}
+    for name in _SETTINGS:
+        try:
+            getattr(settings, name)
+        except ConfigurationError as error:
+            errors.setdefault(str(error), error)  # of a wrong module, all say the same
+    return list(errors.values())
+
+
 def _check_topic(priority: Priority) -> Iterator[_Finding]:
-    sender = _brokers.get("sns")
-    topic = sender.destination(priority)
-    found = _if_there(sender.call, "send", "list_subscriptions_by_topic", topic)
-    if found is None:
-        yield _Finding("error", f"{topic}: no such topic", "dispatch raises")
-    elif not found["Subscriptions"]:
+    """Look at one topic."""
+    sns = _brokers.get("sns")
+    topic = sns.destination(priority)
+    subscribers = _subscribers(sns, topic)
+    if subscribers is None:
+        yield _error(f"{topic}: no such topic", "dispatch raises")
+    elif not subscribers:
         remedy = f"{_PROVISION} --lambda ARN"
-        yield _Finding(
-            "error", f"{topic}: nobody subscribes", "what is sent is lost", remedy
-        )
+        yield _error(f"{topic}: nobody subscribes", "what is sent is lost", remedy)
 
 
 def _check_queue(priority: Priority) -> Iterator[_Finding]:
     """Look at one queue, and at the tasks whose messages it has."""
     broker = _brokers.broker()
     queue = broker.destination(priority)
-    info = _if_there(broker.info, queue)
+    info = _unless(_ABSENT, broker.info, queue)
     if info is None:
-        yield _Finding("error", f"{queue}: no such queue", "dispatch raises")
+        yield _error(f"{queue}: no such queue", "dispatch raises")
         return
-    lease_s, dead, most = info
-    aws = isinstance(broker, SqsBroker)
-    timeout = "VisibilityTimeout" if aws else "visibility_timeout_s in TASKHAWK_BROKER"
-    more = (
-        f"{_PROVISION} --max-receive-count "
-        if aws
-        else "in TASKHAWK_BROKER, max_receive_count="
-    )
-    for found in [
-        task for _, task in sorted(_registry.items()) if task.priority is priority
-    ]:
-        limit, retries = found.time_limit, getattr(found.retry, "max_retries", None)
-        if limit and limit > lease_s:
-            what = f"{queue}: its visibility timeout of {lease_s:g} s is below {found.name}'s limit"
-            why = "after a worker that can't extend it, or in Lambda, the task runs twice at once"
-            remedy = f"set {timeout} above {limit:g} s"
-            yield _Finding("warning", f"{what} of {limit:g} s", why, remedy)
-        if most and retries is not None and most <= retries:
-            what = f"{queue}: its maxReceiveCount of {most} is not above {found.name}'s {retries}"
-            why = "the queue gives up before the task's policy does"
-            yield _Finding("error", f"{what} retries", why, f"{more}{retries + 2}")
-    if not dead or not most:
+    on_sqs = isinstance(broker, SqsBroker)
+    for task in _tasks_of(priority):
+        yield from _check_time_limit(queue, info, task, on_sqs=on_sqs)
+        yield from _check_retries(queue, info, task, on_sqs=on_sqs)
+    if info.dead_letter_queue is None:
         why = "what fails is retried until it expires"
-        yield _Finding("error", f"{queue}: it has no dead-letter queue", why)
+        yield _error(f"{queue}: it has no dead-letter queue", why)
         return
-    if most < 5:  # noqa: PLR2004 - what AWS advises
-        why = "a few crashes or releases are enough to make a dead letter of a good message"
-        yield _Finding(
-            "warning", f"{queue}: its maxReceiveCount is {most}", why, f"{more}5"
-        )
+    yield from _check_receives(queue, info, on_sqs=on_sqs)
     if isinstance(broker, SqsBroker):
-        yield from _check_attributes(broker, queue, dead)
+        yield from _check_attributes(broker, queue, info.dead_letter_queue)
+
+
+def _tasks_by_name() -> list[Task[..., Any]]:
+    """Return the registered tasks in order, without aliases."""
+    return [task for name, task in sorted(_registry.items()) if name == task.name]
+
+
+def _tasks_of(priority: Priority) -> list[Task[..., Any]]:
+    """Return the tasks of a priority, by name."""
+    return [task for task in _tasks_by_name() if task.priority is priority]
+
+
+def _check_time_limit(
+    queue: str, info: QueueInfo, task: Task[..., Any], *, on_sqs: bool
+) -> Iterator[_Finding]:
+    """Look whether a run may take longer than its message is hidden."""
+    lease_s, limit_s = info.visibility_timeout_s, task.time_limit
+    if limit_s is None or limit_s <= lease_s:
+        return
+    setting = "visibility_timeout_s in TASKHAWK_BROKER"
+    if on_sqs:
+        setting = "VisibilityTimeout"
+    yield _warning(
+        f"{queue}: its visibility timeout of {lease_s:g} s"
+        f" is below {task.name}'s limit of {limit_s:g} s",
+        "where no worker extends it, such as in Lambda, the task runs twice at once",
+        f"set {setting} above {limit_s:g} s",
+    )
+
+
+def _check_retries(
+    queue: str, info: QueueInfo, task: Task[..., Any], *, on_sqs: bool
+) -> Iterator[_Finding]:
+    """Look whether the queue gives up before a task's policy does."""
+    receives = info.max_receive_count
+    retries = getattr(task.retry, "max_retries", None)
+    if receives is None or retries is None or receives > retries:
+        return
+    yield _error(
+        f"{queue}: its maxReceiveCount of {receives}"
+        f" is not above {task.name}'s {retries} retries",
+        "the queue gives up before the task's policy does",
+        _raise_receives(retries + 2, on_sqs=on_sqs),
+    )
+
+
+def _check_receives(queue: str, info: QueueInfo, *, on_sqs: bool) -> Iterator[_Finding]:
+    """Look whether a few crashes make a dead letter."""
+    receives = info.max_receive_count
+    if receives is None or receives >= _FEW_RECEIVES:
+        return
+    yield _warning(
+        f"{queue}: its maxReceiveCount is {receives}",
+        "a few crashes or releases make a dead letter of a good message",
+        _raise_receives(_FEW_RECEIVES, on_sqs=on_sqs),
+    )
+
+
+def _raise_receives(receives: int, *, on_sqs: bool) -> str:
+    """Return how to allow so many receives."""
+    if on_sqs:
+        return f"{_PROVISION} --max-receive-count {receives}"
+    return f"set max_receive_count={receives} in TASKHAWK_BROKER"
 
 
 def _check_attributes(broker: SqsBroker, queue: str, dead: str) -> Iterator[_Finding]:
-    """Look at what only a queue on SQS has."""
+    """Look at what only a queue on SQS has: how long it keeps messages, how large."""
     names = ["MessageRetentionPeriod", "MaximumMessageSize"]
-    ours, theirs = (_if_there(broker.attributes, name, names) for name in (queue, dead))
+    ours = broker.attributes(queue, names)
+    theirs = _unless(_ABSENT, broker.attributes, dead, names)
+    is_provisioned = dead == f"{queue}-DLQ"
     if theirs is None:
-        remedy = (
-            _PROVISION
-            if dead == f"{queue}-DLQ"
-            else "make it, or correct the RedrivePolicy"
-        )
+        remedy = "make it, or correct the RedrivePolicy"
+        if is_provisioned:
+            remedy = _PROVISION
         why = "what fails is retried until it expires"
-        yield _Finding("error", f"{dead}: no such queue", why, remedy)
+        yield _error(f"{dead}: no such queue", why, remedy)
         return
-    kept_s, dead_s = (int(found["MessageRetentionPeriod"]) for found in (ours, theirs))
+    kept_s = int(ours["MessageRetentionPeriod"])
+    dead_s = int(theirs["MessageRetentionPeriod"])
     if dead_s <= kept_s:
+        remedy = f"set MessageRetentionPeriod of {queue} below that of {dead}, at most"
+        remedy += f" {_DEAD_RETENTION_S}"
+        if is_provisioned and kept_s < _DEAD_RETENTION_S:
+            remedy = _PROVISION
         what = f"{dead}: it keeps messages for {dead_s} s, and {queue} for {kept_s} s"
         why = "the time counts from the first sending: a dead letter may expire at once"
-        remedy = f"set MessageRetentionPeriod of {queue} below that of {dead}: 1209600 is the most"
-        mends = dead == f"{queue}-DLQ" and kept_s < 14 * 86_400
-        yield _Finding("warning", what, why, _PROVISION if mends else remedy)
-    if int(ours["MaximumMessageSize"]) < _MAX_SQS_BYTES:
-        what = (
-            f"{queue}: it takes messages of at most {ours['MaximumMessageSize']} bytes"
-        )
+        yield _warning(what, why, remedy)
+    max_bytes = int(ours["MaximumMessageSize"])
+    if max_bytes < _MAX_SQS_BYTES:
+        what = f"{queue}: it takes messages of at most {max_bytes} bytes"
         why = "SQS takes 1 MiB, and larger ones are refused at dispatch"
-        yield _Finding("warning", what, why)
+        yield _warning(what, why)
 
 
 # --- 22. command line -----------------------------------------------------------------
-# Glue only. Each command is a function around what is above: its decorator has its options, its
-# docstring is its help and ends with an example, and it returns whether it failed. Exit codes:
-# 0 done, 1 failed, 2 wrong usage or configuration.
+# Glue only. Each command is a function around what stands above: its decorator has its
+# options, each read and checked by its `type`; its docstring is its help and ends with
+# an example; it returns whether it failed. Exit codes: 0 done, 1 failed, 2 wrong usage
+# or configuration. What is asked for goes to stdout, all else to stderr.
 
 
 _Option = tuple[str, dict[str, Any]]  # the arguments of argparse's add_argument()
@@ -6622,11 +6981,12 @@ _commands: dict[str, tuple[Callable[[Any], object], Sequence[_Option]]] = {}
 
 
 def _option(name: str, text: str | None = None, **kwargs: Any) -> _Option:
+    """Describe an option, or an argument if its name has no dashes."""
     return name, {"help": text, **kwargs}
 
 
 def _command(name: str, *options: _Option) -> Callable[..., Any]:
-    """Make a command of a function; its docstring is the help, and ends with an example."""
+    """Make a command of a function; its docstring, with an example, is the help."""
 
     def register(run: Callable[[Any], object]) -> Callable[[Any], object]:
         _commands[name] = run, options
@@ -6635,15 +6995,89 @@ def _command(name: str, *options: _Option) -> Callable[..., Any]:
     return register
 
 
+def _wrong(expected: str, text: str) -> Exception:
+    """Return what argparse expects of a `type` that refuses a text."""
+    import argparse
+
+    return argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+
+
+def _whole(least: int, most: float = math.inf) -> Callable[[str], int]:
+    """Return what reads a whole number within bounds."""
+
+    def read(text: str) -> int:
+        if re.fullmatch("[0-9]+", text) and least <= int(text) <= most:
+            return int(text)
+        raise _wrong(_bounds(least, most), text)
+
+    return read
+
+
+def _seconds(least: float = 0, most: float = math.inf) -> Callable[[str], float]:
+    """Return what reads a time within bounds, in seconds if it has no unit."""
+    units_s = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
+
+    def read(text: str) -> float:
+        found = re.fullmatch(r"([0-9]+|[0-9]*\.[0-9]+)([smhd]?)", text)
+        if found:
+            value_s = float(found[1]) * units_s[found[2]]
+            if least <= value_s <= most:
+                return value_s
+        raise _wrong(f"{_bounds(least, most)} seconds, such as 90 or 10m", text)
+
+    return read
+
+
+def _bounds(least: float, most: float) -> str:
+    """Return which numbers are within bounds."""
+    return f"{least} or more" if most == math.inf else f"{least} to {most}"
+
+
+def _age(text: str) -> float:
+    """Read an age, in seconds; it must have a unit."""
+    if text.endswith(("s", "m", "h", "d")):
+        return _seconds()(text)
+    raise _wrong("a number and one of s, m, h, d, such as 36h", text)
+
+
+def _pair(text: str) -> tuple[str, str]:
+    """Read a header, K=V."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise _wrong("K=V", text)
+    return name, value
+
+
+def _json_array(text: str) -> list[Any]:
+    """Read an array of JSON."""
+    value = _json_of(text)
+    if not isinstance(value, list):
+        raise _wrong("an array of JSON", text)
+    return value
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    """Read an object of JSON."""
+    value = _json_of(text)
+    if not isinstance(value, dict):
+        raise _wrong("an object of JSON", text)
+    return value
+
+
+def _json_of(text: str) -> Any:
+    """Read JSON; what is not JSON is None."""
+    with contextlib.suppress(ValueError, RecursionError):
+        return _DECODER.decode(text)
+    return None
+
+
 _flag = functools.partial(_option, action="store_true")
 _many = functools.partial(_option, action="append", default=[])
 _MODULES = _option(
-    "modules", "to import: it has the tasks", nargs="*", metavar="MODULE"
+    "modules", "modules to import, which define the tasks", nargs="*", metavar="MODULE"
 )
-_MODULE = _many("--module", "to import first", dest="modules", metavar="MODULE")
-_QUEUES = _many("--priority", "which queue: default", choices=_PRIORITIES)
-_HEADER = _many("--header", metavar="K=V")
-_AS_JSON = _flag("--json", "for programs")
+_MODULE = _many("--module", "module to import first", dest="modules", metavar="MODULE")
+_AS_JSON = _flag("--json", "print JSON, for programs")
 _DRY_RUN = _flag("--dry-run", "only say what would be done")
 
 
@@ -6651,67 +7085,161 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     :param argv: the arguments; those of the process if None
-    :returns: the exit code: 0 done, 1 failed, 2 wrong usage or configuration, 130 interrupted
-    :raises SystemExit: for ``--help``, ``--version`` and arguments that argparse refuses
+    :returns: the exit code: 0 done, 1 failed, 2 wrong usage or configuration,
+        130 interrupted
+    :raises SystemExit: for ``--help``, ``--version`` and what argparse refuses
     """
     argv = sys.argv[1:] if argv is None else argv
     # Such as a worker's child, before all else: it has arguments of its own.
     if argv and argv[0] in _programs:
         return _programs[argv[0]](argv[1:])
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # for ASCII and Latin-1
     arguments = _parser().parse_args(argv)
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
-    )
-    # On the handlers, for a logger's own filters do not see what its children log.
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(_add_task)
-        if arguments.log_format == "json":
-            handler.setFormatter(_JsonFormatter())
-    if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # as `python -m` does, for the script
+    if arguments.run is None:
+        arguments.parser.print_help(sys.stderr)
+        return 2
     try:
-        if name := os.environ.get("DJANGO_SETTINGS_MODULE"):
-            _import(name, "the module named by DJANGO_SETTINGS_MODULE")
-            _import("django", "the package").setup()
-        _load(arguments.modules, arguments.command)
-        return int(bool(arguments.run(arguments)))
+        failed = _run_command(arguments)
+        sys.stdout.flush()  # here, where a reader that is gone can be told of
     except KeyboardInterrupt:
+        _clear_line()  # of the terminal's ^C
         return 130
+    except BrokenPipeError:  # such as of `head`, which has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except Exception as error:
-        _log.debug("taskhawk %s", arguments.command, exc_info=True)
-        # In one line, and never an empty one; the text of a KeyError is its key alone.
-        text = "" if isinstance(error, KeyError) else " ".join(_text_of(error).split())
-        print(f"taskhawk: {text or repr(error)}", file=sys.stderr)
-        wrong = ConfigurationError | ValidationError | TypeError | ValueError
-        return 2 if isinstance(error, wrong) else 1
+        return _report(error)
+    return int(failed)
 
 
 _programs[""] = main
 
 
+def _run_command(arguments: Any) -> bool:
+    """Import the tasks and run the command; return whether it failed."""
+    _set_up_logging(arguments.log_level, arguments.log_format)
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as `python -m` does, for the script
+    with _telling_where("Django can't be set up"):
+        _set_up_django()
+    modules = arguments.modules
+    if arguments.command in ("listen", "check", "tasks"):
+        modules = modules or _django_task_modules()
+    _load(modules, arguments.command)
+    # Again, for Django and the tasks' modules may have configured logging.
+    _set_up_logging(arguments.log_level, arguments.log_format)
+    return bool(arguments.run(arguments))
+
+
+def _report(error: Exception) -> int:
+    """Say in one line what went wrong, and return the exit code."""
+    _log.debug("the command failed", exc_info=True)
+    print(f"taskhawk: {_one_line(error)}", file=sys.stderr)
+    if isinstance(error, ConfigurationError | ValidationError | TypeError | ValueError):
+        return 2
+    return 1
+
+
+def _one_line(error: Exception) -> str:
+    """Return an error in one line, and never an empty one."""
+    text = " ".join(_text_of(error).split())
+    if not text or isinstance(error, KeyError):  # whose text is the key alone
+        return repr(error)
+    return text
+
+
+def _set_up_logging(level: str | None, log_format: str | None) -> None:
+    """Log to stderr, with the task that a record was made in; it may be called again.
+
+    An application that configures logging keeps its handlers and levels. But its
+    dictConfig(), such as Django's, may disable our logger, and can't know our options.
+
+    :param level: None leaves it to the application, or INFO
+    :param log_format: "text" or "json"; None leaves it to the application, or text
+    """
+    ours = logging.StreamHandler()
+    ours.setFormatter(_TextFormatter("%(asctime)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[ours])
+    _log.logger.disabled = False
+    if level:
+        logging.getLogger().setLevel(level.upper())
+        _log.logger.setLevel(level.upper())
+    for name in ("botocore", "urllib3"):  # what they say of a request is no news
+        logger = logging.getLogger(name)
+        logger.setLevel(logger.level or logging.WARNING)
+    formatters = {"text": _TextFormatter("%(asctime)s"), "json": _JsonFormatter()}
+    for handler in _log_handlers():
+        # On handlers: a logger's own filters do not see what its children log.
+        handler.addFilter(_add_task)
+        to_terminal = getattr(handler, "stream", None) in (sys.stdout, sys.stderr)
+        if log_format and to_terminal:
+            handler.setFormatter(formatters[log_format])
+
+
+def _log_handlers() -> Iterator[logging.Handler]:
+    """Yield the handlers of all loggers."""
+    yield from logging.getLogger().handlers
+    for logger in list(logging.getLogger().manager.loggerDict.values()):
+        if isinstance(logger, logging.Logger):  # and no place for one
+            yield from logger.handlers
+
+
+def _set_up_django() -> None:
+    """Set Django up, where the environment names its settings."""
+    name = os.environ.get("DJANGO_SETTINGS_MODULE")
+    if name:
+        _import(name, "the module named by DJANGO_SETTINGS_MODULE")
+        _import("django", "the package").setup()
+
+
+def _django_task_modules() -> list[str]:
+    """Return the modules named `tasks` of the installed apps, if Django is set up."""
+    if "django.apps" not in sys.modules:
+        return []
+    from django.apps import apps
+    from django.utils.module_loading import module_has_submodule
+
+    return [
+        f"{app.name}.tasks"
+        for app in apps.get_app_configs()
+        if module_has_submodule(app.module, "tasks")
+    ]
+
+
 def _parser() -> Any:
+    """Make the parser of all commands."""
     import argparse
 
-    parser = argparse.ArgumentParser(
-        prog="taskhawk", description=(__doc__ or "").split("\n")[0]
-    )
+    class Parser(argparse.ArgumentParser):
+        """Refuses in one line, and knows no abbreviations: --a is not --all."""
+
+        def __init__(self, **kwargs: Any) -> None:
+            formatter = argparse.RawDescriptionHelpFormatter  # keeps examples in a line
+            kwargs |= {"allow_abbrev": False, "formatter_class": formatter}
+            super().__init__(**kwargs)
+
+        def error(self, message: str) -> typing.NoReturn:
+            self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+    sentence = (__doc__ or "").partition("\n")[0]
+    parser = Parser(prog="taskhawk", description=sentence)
     parser.add_argument("--version", action="version", version=VERSION)
-    parser.set_defaults(modules=(), ids=(), json=False, log_format="text")
-    groups = {"": parser.add_subparsers(required=True, metavar="COMMAND")}
+    parser.set_defaults(run=None, parser=parser, modules=(), ids=())
+    parser.set_defaults(log_level=None, log_format=None)
+    groups = {"": parser.add_subparsers(metavar="COMMAND")}
     for command, (run, options) in _commands.items():
         text, _, example = (inspect.getdoc(run) or command).partition("\n\n")
         group, _, name = command.rpartition(" ")
         if group not in groups:
-            over = groups[""].add_parser(
-                group, help="mend dead letters", epilog=example
-            )
-            groups[group] = over.add_subparsers(required=True, metavar="ACTION")
+            about = "look at dead letters, send them back or delete them"
+            made = groups[""].add_parser(group, help=about, epilog=example)
+            made.set_defaults(parser=made)
+            groups[group] = made.add_subparsers(metavar="ACTION")
         made = groups[group].add_parser(
             name, help=text, description=text, epilog=example
         )
-        made.formatter_class = (
-            argparse.RawDescriptionHelpFormatter
-        )  # leaves the example in a line
         made.set_defaults(command=command, run=run)
         for option, kwargs in options:
             made.add_argument(option, **kwargs)
@@ -6719,18 +7247,71 @@ def _parser() -> Any:
 
 
 def _load(modules: Iterable[str], command: str) -> None:
-    """Import the tasks' modules, which may configure taskhawk, and look at what they configured."""
+    """Import the tasks' modules, and refuse a queue in memory that must be shared."""
     for name in modules:
-        _import(name, "the module")
-    # A queue in memory would be gone with this process, and its messages with it.
-    shares = re.match(
-        "listen|dispatch|dead-letters", command
-    )  # a queue, with other processes
-    memory = shares and re.match(r"sqlite://(\?|$)", settings.TASKHAWK_BROKER)
-    text = (
-        "sqlite:// is the memory of one process: use a file, such as sqlite:///queue.db"
-    )
-    _require(not memory, f"{command}: {text}")
+        if name.endswith(".py") or "/" in name:
+            path = os.path.relpath(name).removesuffix(".py")
+            name_of = path.replace("/", ".")
+            raise ConfigurationError(
+                f"{command}: {name!r} is a file: name the module, such as {name_of}"
+            )
+        with _telling_where(f"the module {name!r} can't be imported"):
+            _import(name, "the module")
+    # These share a queue with other processes: in memory, it would end with this one.
+    shares_queue = command.startswith(("listen", "dispatch", "dead-letters"))
+    if shares_queue and re.match(r"sqlite://(\?|$)", settings.TASKHAWK_BROKER):
+        raise ConfigurationError(
+            f"{command}: sqlite:// is the memory of one process:"
+            " use a file, such as sqlite:///queue.db"
+        )
+
+
+@contextlib.contextmanager
+def _telling_where(failure: str) -> Iterator[None]:
+    """Print the traceback of an application that fails while it is imported."""
+    try:
+        yield
+    except TaskhawkError:
+        raise
+    except Exception as error:
+        trace = error.__traceback__
+        while trace and _is_import(trace.tb_frame.f_code.co_filename):
+            trace = trace.tb_next  # to where the application begins
+        traceback.print_exception(type(error), error, trace)
+        raise TaskhawkError(f"{failure}: {_one_line(error)}") from error
+
+
+def _is_import(file: str) -> bool:
+    """Return whether a frame of this file is ours, or of Python's import."""
+    return file == __file__ or "importlib" in file
+
+
+def _clear_line() -> None:
+    """Clear the line of a terminal, to write something else there."""
+    if sys.stderr.isatty():
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def _require_tasks(command: str) -> None:
+    """Refuse to go on without a task."""
+    if not _registry:
+        raise ConfigurationError(
+            f"{command}: no task is registered:"
+            " name the modules that define them, such as myapp.tasks"
+        )
+
+
+def _priorities(names: Collection[str]) -> list[Priority]:
+    """Return the priorities of these names, most urgent first.
+
+    Without any, return those of the registered tasks; without tasks, the default one.
+    """
+    wanted = {Priority[name] for name in names}
+    if not names:
+        wanted = {found.priority for found in _registry.values()}
+    if not wanted:
+        wanted = {Priority.default}
+    return [priority for priority in _URGENCY if priority in wanted]
 
 
 class _DemoWorker(Worker):
@@ -6739,15 +7320,18 @@ class _DemoWorker(Worker):
     def settle(self, held: _Held, outcome: Outcome) -> None:
         """Do what the outcome says, then print it."""
         super().settle(held, outcome)
-        names = {
+        verb = {
             Fate.acknowledge: "ran",
             Fate.retry: "failed",
             Fate.dead_letter: "dead-lettered",
-        }
-        then = f": {outcome.error}" if outcome.error else ""
-        then += "" if outcome.delay_s is None else f"; again in {outcome.delay_s:g} s"
+        }[outcome.fate]
         name = held.message.message.task_name if held.message.message else ""
-        print(f"{names[outcome.fate]:15}{name:14}attempt {held.message.attempt}{then}")
+        line = f"{verb:15}{name:14}attempt {held.message.attempt}"
+        if outcome.error:
+            line += f": {outcome.error}"
+        if outcome.delay_s is not None:
+            line += f"; again in {outcome.delay_s:g} s"
+        print(line)
 
 
 @_command("demo")
@@ -6769,7 +7353,7 @@ def _demo(_arguments: Any) -> bool:
 
 
 def _play() -> bool:
-    """Dispatch, run, retry, dead-letter and requeue; return whether any of it went wrong."""
+    """Dispatch, run, retry, dead-letter, requeue; return whether any of it failed."""
     bugs = ["demo.divide"]
 
     @task(name="demo.greet")
@@ -6795,100 +7379,194 @@ def _play() -> bool:
     )
     first = work().run()
     bugs.clear()
-    print("\nThe bug in demo.divide is mended, and its dead letter sent back:")
+    print("\nThe bug in demo.divide is fixed, and its dead letter sent back:")
     print(f"{'requeued':15}{requeue_dead_letter(Priority.default)} message")
     second = work().run()
     print(f"\nThe ledgers of the two workers:\n  {first}\n  {second}")
     return (first.dead_lettered, second.acked) != (1, 1)
 
 
+class _ListenWorker(Worker):
+    """A worker that logs each finished task; processing logs those that failed."""
+
+    def settle(self, held: _Held, outcome: Outcome) -> None:
+        """Do what the outcome says, then log that the task has finished."""
+        super().settle(held, outcome)
+        message = held.message.message
+        if message and outcome.fate is Fate.acknowledge:
+            facts = {"task": message.task_name, "id": message.id}
+            facts["attempt"] = held.message.attempt
+            _log.info("%s %s: finished", message.task_name, message.id, extra=facts)
+
+
 @_command(
     "listen",
     _MODULES,
-    _QUEUES,
-    _option("--num-messages", "to receive at once", type=int, default=1),
-    _option("--visibility-timeout", "seconds", type=float, dest="visibility_timeout_s"),
-    _option("--loop-count", "end after N receives", type=int, metavar="N"),
+    _many(
+        "--priority",
+        "queue to listen to (default: those of the tasks)",
+        choices=_PRIORITIES,
+    ),
+    _option(
+        "--num-messages",
+        "messages to receive ahead (default: 1)",
+        type=_whole(1, 100),
+        default=1,
+        metavar="N",
+    ),
+    _option(
+        "--visibility-timeout",
+        "how long a message is hidden from others (default: the queue's own)",
+        type=_seconds(1, _MAX_HELD_S),
+        dest="visibility_timeout_s",
+        metavar="S",
+    ),
+    _option("--loop-count", "end after N receives", type=_whole(1), metavar="N"),
     _flag("--until-empty", "end once nothing is queued"),
-    _option("--concurrency", "how many to run at once", type=int, default=1),
-    _option("--max-tasks", "end after N runs", type=int, metavar="N"),
+    _option(
+        "--concurrency",
+        "tasks to run at once (default: 1)",
+        type=_whole(1),
+        default=1,
+        metavar="N",
+    ),
+    _option("--max-tasks", "end after N runs", type=_whole(1), metavar="N"),
     _option(
         "--grace",
-        "seconds from a signal to the end",
-        type=float,
+        "seconds from a signal to the end (default: 25)",
+        type=_seconds(),
         default=25,
         dest="grace_s",
+        metavar="S",
     ),
     _flag("--isolate", "run tasks in child processes"),
-    _option("--log-format", choices=["text", "json"], default="text"),
-    _option("--liveness-file", "to touch while it lives", metavar="PATH"),
+    _option("--liveness-file", "file to touch while the worker lives", metavar="PATH"),
+    _option(
+        "--log-level",
+        "(default: info)",
+        choices=["debug", "info", "warning", "error"],
+    ),
+    _option("--log-format", "(default: text)", choices=["text", "json"]),
 )
 def _listen(arguments: Any) -> bool:
     """Run a worker.
 
     example: python -m taskhawk listen myapp.tasks --priority high --priority default
     """
-    text = "listen: no task is registered: name the modules that define them, such as myapp.tasks"
-    _require(_registry, text)
-    queues = _queues_of(Priority[name] for name in arguments.priority or ["default"])
-    names = [
-        field.name for field in dataclasses.fields(Worker) if field.name in arguments
-    ]
-    options = {name: vars(arguments)[name] for name in names}
-    worker = Worker(_brokers.broker(), queues, **options, on_overdue=_exit_overdue)
+    _require_tasks("listen")
+    # A typo, such as in a hook's name, would send the whole queue to the dead letters.
+    for error in _settings_errors():
+        raise error
+    priorities = _priorities(arguments.priority)
+    worker = _ListenWorker(
+        _brokers.broker(),
+        _queues_of(priorities),
+        num_messages=arguments.num_messages,
+        visibility_timeout_s=arguments.visibility_timeout_s,
+        loop_count=arguments.loop_count,
+        until_empty=arguments.until_empty,
+        concurrency=arguments.concurrency,
+        max_tasks=arguments.max_tasks,
+        grace_s=arguments.grace_s,
+        isolate=arguments.isolate,
+        liveness_file=arguments.liveness_file,
+        on_overdue=_exit_overdue,
+    )
+    _log.info("%s", _served(worker.queues, priorities))
     print(worker.run())
     return not worker.ledger.balanced or worker.unanswered or worker.overdue.is_set()
 
 
+def _served(queues: Sequence[str], priorities: Sequence[Priority]) -> str:
+    """Return what a worker serves, and what it leaves to others."""
+    where = f"{', '.join(queues)} ({settings.TASKHAWK_BROKER})"
+    text = f"listening to {where} for {_names_of(priorities) or 'no task'}"
+    others = _names_of(set(Priority).difference(priorities))
+    if others:
+        text += f"; not served here: {others}"
+    return text
+
+
+_MOST_LISTED = 10  # names in a line
+
+
+def _names_of(priorities: Iterable[Priority]) -> str:
+    """Return the names of these priorities' tasks in a line, if many the first ones."""
+    names = sorted(found.name for each in priorities for found in _tasks_of(each))
+    listed = ", ".join(names[:_MOST_LISTED])
+    if len(names) > _MOST_LISTED:
+        listed += f" and {len(names) - _MOST_LISTED} more"
+    return listed
+
+
 def _exit_overdue(ledger: Ledger) -> None:
-    """End at once, for a task still runs: its message is visible again when its lease ends."""
-    print(ledger, flush=True)
-    # Not sys.exit(): the worker calls this in a thread of its own, and only that would end.
-    os._exit(1)
+    """End at once: a task still runs, and its message reappears when its lease ends."""
+    try:
+        print(ledger, flush=True)
+    finally:  # though nobody reads it any more
+        # Not sys.exit(): it would only end the thread in which the worker calls this.
+        os._exit(1)
 
 
 @_command(
     "dispatch",
-    _option("task", "its name"),
-    _option("--args", "an array", default="[]", metavar="JSON"),
-    _option("--kwargs", "an object", default="{}", metavar="JSON"),
-    _HEADER,
-    _option("--priority", "which queue: the task's", choices=_PRIORITIES),
-    _option("--delay", "seconds", type=float, default=0, metavar="S"),
+    _option("task", "the task's name"),
+    _option(
+        "--args", "(default: [])", type=_json_array, default=[], metavar="JSON ARRAY"
+    ),
+    _option(
+        "--kwargs",
+        "(default: {})",
+        type=_json_object,
+        default={},
+        metavar="JSON OBJECT",
+    ),
+    _many("--header", "a header: its name and value", type=_pair, metavar="K=V"),
+    _option(
+        "--priority", "queue to send to (default: the task's)", choices=_PRIORITIES
+    ),
+    _option(
+        "--delay",
+        "how long to hold it back: 90, 90s, 10m or 1h (default: 0)",
+        type=_seconds(),
+        default=0,
+        metavar="S",
+    ),
     _MODULE,
 )
 def _dispatch(arguments: Any) -> None:
     """Queue a run of a task, and print its id.
 
-    example: python -m taskhawk dispatch myapp.tasks.send_email --args '["me@example.com", "Hi"]'
+    example: python -m taskhawk dispatch myapp.tasks.send_email --args '["a@b.example"]'
     """
     module = arguments.task.rpartition(".")[0]
     if module and arguments.task not in _registry:
         _load([module], arguments.command)
-    found = Task.find_by_name(arguments.task)
-    priority = Priority[arguments.priority or found.priority.name]
-    invocation = found.with_headers(**_pairs(arguments.header)).with_priority(priority)
-    args, kwargs = (
-        _json(arguments.args, "--args", list),
-        _json(arguments.kwargs, "--kwargs", dict),
-    )
-    print(invocation.with_delay(arguments.delay).dispatch(*args, **kwargs))
+    invocation = _task_named(arguments.task).with_headers(**dict(arguments.header))
+    if arguments.priority:
+        invocation = invocation.with_priority(Priority[arguments.priority])
+    invocation = invocation.with_delay(arguments.delay)
+    print(invocation.dispatch(*arguments.args, **arguments.kwargs))
 
 
-def _pairs(texts: Iterable[str]) -> dict[str, str]:
-    """Read headers, K=V each."""
-    for text in texts:
-        _require("=" in text, f"--header: expected K=V, got {text!r}")
-    return dict(text.split("=", 1) for text in texts)
+def _task_named(name: str) -> Task[..., Any]:
+    """Return the task of this name, or suggest another name."""
+    import difflib
 
-
-def _json(text: str, option: str, kind: type) -> Any:
-    """Read an option whose value is JSON of one kind."""
-    with contextlib.suppress(ValueError, RecursionError):
-        if isinstance(value := _DECODER.decode(text), kind):
-            return value
-    wanted = "an array" if kind is list else "an object"
-    raise ConfigurationError(f"{option}: expected {wanted} of JSON, got {text!r}")
+    try:
+        return Task.find_by_name(name)
+    except TaskNotFound as error:
+        # Either without its module, or with a typo.
+        known = sorted(known for known in _registry if known.endswith(f".{name}"))
+        known += difflib.get_close_matches(name, _registry, 1)
+        if known:
+            raise TaskNotFound(f"{error} Did you mean {known[0]}?") from error
+        if "." not in name:
+            text = (
+                f"{error} Its name begins with its module, such as myapp.tasks.{name}"
+            )
+            raise TaskNotFound(text) from error
+        raise
 
 
 @_command("tasks", _MODULES)
@@ -6897,9 +7575,9 @@ def _tasks(_arguments: Any) -> None:
 
     example: python -m taskhawk tasks myapp.tasks
     """
-    for name, found in sorted(_registry.items()):
-        if name == found.name:  # not an alias
-            print(f"{name}  {found.priority.name}")
+    _require_tasks("tasks")
+    for found in _tasks_by_name():
+        print(f"{found.name}  {found.priority.name}")
 
 
 @_command("schema")
@@ -6914,7 +7592,13 @@ def _schema(_arguments: Any) -> None:
 @_command(
     "stats",
     _flag("--watch", "again and again, with the trend, until Ctrl-C"),
-    _option("--interval", "seconds", type=float, default=2, metavar="S"),
+    _option(
+        "--interval",
+        "time between two looks (default: 2)",
+        type=_seconds(0.1),
+        default=2,
+        metavar="S",
+    ),
     _AS_JSON,
 )
 def _stats(arguments: Any) -> None:
@@ -6922,55 +7606,89 @@ def _stats(arguments: Any) -> None:
 
     example: python -m taskhawk stats --watch
     """
-    before: Mapping[str, Any] = {}
-    tty, seconds, last_s = sys.stdout.isatty(), arguments.interval, 0.0
-    _require(
-        0 < seconds < math.inf, f"--interval: expected {_SECONDS}, got {seconds:g}"
-    )
-    clear = "\x1b[H\x1b[2J" * (tty and arguments.watch and not arguments.json)
-    # Ctrl-C is how one stops watching, and no error.
-    with contextlib.suppress(KeyboardInterrupt):
-        while True:
-            now_s, depths = time.monotonic(), _depths()
-            table = "\n".join(_depth_lines(depths, before, now_s - last_s, bars=tty))
-            print(json.dumps(depths) if arguments.json else clear + table, flush=True)
-            if not arguments.watch:
-                break
-            before, last_s = depths, now_s
-            time.sleep(seconds)
+    show = _show_json if arguments.json else _show_table
+    counts = _count_all()
+    show(counts, {})
+    if arguments.watch:
+        # Ctrl-C is how one stops watching, and no error.
+        with contextlib.suppress(KeyboardInterrupt):
+            _watch(arguments.interval, counts, show)
+        _clear_line()
 
 
-@_command("check", _MODULES, _QUEUES, _AS_JSON)
+def _watch(
+    interval_s: float, counts: _AllCounts, show: Callable[[_AllCounts, _Rates], None]
+) -> None:
+    """Count again and again, with the trend; a fault is said, and passes."""
+    while True:
+        before, before_s = counts, time.monotonic()
+        time.sleep(interval_s)
+        try:
+            counts = _count_all()
+        except Exception as error:
+            _log.warning("can't count: %s", _one_line(error))
+            continue
+        rates = {}
+        for name, found in counts.items():
+            earlier = before.get(name)
+            if found and earlier:
+                seconds = time.monotonic() - before_s
+                rates[name] = (found.queued - earlier.queued) / seconds
+        show(counts, rates)
+
+
+def _show_table(counts: _AllCounts, rates: _Rates) -> None:
+    """Print counts for people; in a terminal, in place of the last ones."""
+    in_terminal = sys.stdout.isatty()
+    if in_terminal and rates:
+        print("\x1b[H\x1b[2J", end="")
+    print("\n".join(_table(counts, rates, in_color=in_terminal)), flush=True)
+
+
+def _show_json(counts: _AllCounts, _rates: _Rates) -> None:
+    """Print counts for programs."""
+    found = {name: each and each._asdict() for name, each in counts.items()}
+    print(json.dumps(found), flush=True)
+
+
+@_command(
+    "check",
+    _MODULES,
+    _many(
+        "--priority",
+        "queue to check (default: those of the tasks)",
+        choices=_PRIORITIES,
+    ),
+    _AS_JSON,
+)
 def _check_all(arguments: Any) -> bool:
     """Find what is wrong with settings, queues and tasks.
 
     example: python -m taskhawk check myapp.tasks --priority high
     """
-    used = {found.priority for found in _registry.values()} or {Priority.default}
-    wanted = {Priority[name] for name in arguments.priority} or used
-    findings = list(_check(sorted(wanted, key=_URGENCY.index)))
+    findings = list(_check(_priorities(arguments.priority)))
     if arguments.json:
         print(json.dumps([finding._asdict() for finding in findings], indent=2))
     else:
         for severity, what, why, remedy in findings:
-            print(f"{severity}: {what}: {why}. Mend it: {remedy}")
+            print(f"{severity}: {what}: {why}. Fix: {remedy}")
         print(f"{len(findings)} found" if findings else "nothing is wrong")
     return any(finding.severity == "error" for finding in findings)
 
 
 @_command(
     "provision",
-    _many("--priority", "which queues: all", choices=_PRIORITIES),
+    _many("--priority", "queue to make (default: all)", choices=_PRIORITIES),
     _option(
         "--max-receive-count",
-        "before the dead letters",
-        type=int,
+        "receives after which a message is a dead letter (default: 5)",
+        type=_whole(1, 1000),  # what a redrive policy takes
         default=5,
         metavar="N",
     ),
     _option(
         "--lambda",
-        "a function to subscribe to the topics",
+        "function to subscribe to the topics",
         dest="function",
         metavar="ARN",
     ),
@@ -6983,135 +7701,183 @@ def _provision(arguments: Any) -> None:
     example: python -m taskhawk provision --format terraform > taskhawk.tf.json
     """
     if settings.TASKHAWK_BROKER != "sqs":
-        _require(not arguments.format, "--format: expected TASKHAWK_BROKER to be sqs")
-        dry = f"would be made, unless it is there: {settings.TASKHAWK_BROKER}"
-        print(dry if arguments.dry_run else f"ready: {_brokers.broker().url('')}")
+        _provision_file(arguments)
         return
-    wanted = sorted(
-        {Priority[name] for name in arguments.priority} or Priority, key=_URGENCY.index
-    )
-    options = (arguments.max_receive_count, arguments.function)
-    resources = [each for priority in wanted for each in _resources(priority, *options)]
-    if arguments.format:
-        made = _iam(resources) if arguments.format == "iam" else _terraform(resources)
-        print(json.dumps(made, indent=2))
+    if arguments.function and not settings.IS_LAMBDA_APP:
+        raise ConfigurationError("--lambda: expected IS_LAMBDA_APP to be set")
+    receives, function = arguments.max_receive_count, arguments.function
+    resources: list[_Resource] = []
+    for priority in _priorities(arguments.priority or _PRIORITIES):
+        resources += _resources(priority, receives, function)
+    write = {"terraform": _terraform, "iam": _iam}.get(arguments.format)
+    if write:
+        print(json.dumps(write(resources), indent=2))
         return
     for resource in resources:
-        print(_provide(*resource, dry_run=arguments.dry_run))
+        print(_provide(resource, dry_run=arguments.dry_run))
+
+
+def _provision_file(arguments: Any) -> None:
+    """Make the file of an embedded queue."""
+    if arguments.format:
+        raise ConfigurationError("--format: expected TASKHAWK_BROKER to be sqs")
+    if arguments.dry_run:
+        print(f"would be made, unless it is there: {settings.TASKHAWK_BROKER}")
+        return
+    print(f"ready: {_brokers.broker().url('')}")
 
 
 # The same filters for all commands that deal with dead letters.
 _LETTERS = (
     _option(
-        "--priority", "of which queue: default", choices=_PRIORITIES, default="default"
+        "--priority",
+        "queue whose dead letters are meant (default: default)",
+        choices=_PRIORITIES,
+        default="default",
     ),
-    _option("--task", "only those of this task", metavar="NAME"),
     _option(
-        "--error", "only those with this in the error's type or message", metavar="TEXT"
+        "--task",
+        "only those of this task; * and ? stand for any text",
+        default="*",
+        metavar="NAME",
     ),
-    _HEADER,
-    _option("--older-than", "since they were sent: 90s, 15m, 36h or 7d", metavar="AGE"),
-    _option("--newer-than", "likewise", metavar="AGE"),
-    _many("--id", "the message's id, or that of SQS"),
-    _option("--limit", "at most so many", type=int, metavar="N"),
+    _option(
+        "--error",
+        "only those with this in the error's type or message",
+        default="",
+        metavar="TEXT",
+    ),
+    _many("--header", "only those with this header", type=_pair, metavar="K=V"),
+    _option(
+        "--older-than",
+        "only those sent so long ago: 90s, 15m, 36h or 7d",
+        type=_age,
+        default=0,
+        metavar="AGE",
+    ),
+    _option(
+        "--newer-than",
+        "only those sent since then",
+        type=_age,
+        default=math.inf,
+        metavar="AGE",
+    ),
+    _many("--id", "only this one, by the message's id or that of SQS", dest="ids"),
+    _option("--limit", "at most N", type=_whole(0), default=sys.maxsize, metavar="N"),
     _MODULE,
 )
 
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """Let SIGTERM and a lost terminal interrupt as Ctrl-C does: what is hidden is shown again."""
-    in_main, default = (
-        threading.current_thread() is threading.main_thread(),
-        signal.SIG_DFL,
-    )
-    both = (signal.SIGTERM, signal.SIGHUP)
-    numbers = [
-        number for number in both if in_main and signal.getsignal(number) == default
-    ]
-    for number in numbers:
-        signal.signal(number, signal.default_int_handler)
+    """Let SIGTERM and a lost terminal interrupt as Ctrl-C does: scans then clean up."""
+    numbers = []
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) == signal.SIG_DFL:
+                numbers.append(number)
+                signal.signal(number, signal.default_int_handler)
     try:
         yield
     finally:
         for number in numbers:
-            signal.signal(number, default)
+            signal.signal(number, signal.SIG_DFL)
 
 
-@_interruptible()
-def _each_letter(arguments: Any, doing: str, done: str = "", told: str = "") -> int:
-    """Do what the command's name says to the dead letters that fit all filters, and count them.
-
-    Where nothing is `told` of it afterwards, or in a dry run, they are printed and stay.
-    """
-    import fnmatch
-
-    oldest_s, newest_s = (
-        _age_s(arguments.newer_than, math.inf),
-        _age_s(arguments.older_than, 0),
+def _filter_of(arguments: Any) -> _LetterFilter:
+    """Return the filter that the options of a command ask for."""
+    return _LetterFilter(
+        task=arguments.task,
+        error=arguments.error,
+        headers=dict(arguments.header),
+        newest_s=arguments.older_than,
+        oldest_s=arguments.newer_than,
+        ids=frozenset(arguments.ids),
     )
-    headers, ids = _pairs(arguments.header), {*arguments.id, *arguments.ids}
-
-    def wanted(letter: Mapping[str, Any]) -> bool:
-        error = letter["error"] or {}
-        shown = f"{error.get('type')}: {error.get('message')}" if error else ""
-        return (
-            fnmatch.fnmatchcase(letter["task"] or "", arguments.task or "*")
-            and (arguments.error or "") in shown
-            and headers.items()
-            <= {(name, str(value)) for name, value in letter["headers"].items()}
-            and newest_s <= letter["age_s"] <= oldest_s
-            and (not ids or bool(ids & {letter["id"], letter["message_id"]}))
-        )
-
-    action = arguments.command.split()[1]
-    limit = sys.maxsize if arguments.limit is None else arguments.limit
-    letters = _DeadLetters(Priority[arguments.priority], limit=limit, wanted=wanted)
-    if told and not arguments.dry_run:
-        count = letters.each(doing, done, getattr(letters, action))
-        print(f"{told}: {count}")
-        return count
-    doing = f"would {action} some of" if told else doing
-    form = "json" if arguments.json else action
-    return letters.each(doing, "looked at", functools.partial(_print_letters, form))
 
 
-def _age_s(text: str | None, default: float) -> float:
-    """Read an age, in seconds; where none is given, the default."""
-    valid = text is None or re.fullmatch(r"\d+(\.\d+)?[smhd]", text)
-    _require(
-        valid,
-        f"age: expected a number and one of s, m, h, d, such as 36h, got {text!r}",
+@contextlib.contextmanager
+def _scan_for(arguments: Any, doing: str, done: str) -> Iterator[_Scan]:
+    """Yield the scan that the options of a command ask for, and show its progress."""
+    scan = _Scan(
+        Priority[arguments.priority],
+        doing,
+        done,
+        _filter_of(arguments),
+        arguments.limit,
     )
-    units = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
-    return default if text is None else float(text[:-1]) * units[text[-1]]
+    if sys.stderr.isatty():
+        scan.say = _rewrite_line
+    with _interruptible(), scan:
+        yield scan
+    _clear_line()
 
 
-def _print_letters(form: str, messages: Sequence[QueueMessage]) -> None:
-    """Print dead letters in a form: a line each for "list", all of it for "show", or JSON."""
-    for message in messages:
-        letter = _describe(message)
-        error = letter["error"] or {}
-        why = (
-            f"{error.get('type')}: {error.get('message')}"
-            if error
-            else letter["invalid"]
-        )
-        why = str(why or "moved by the queue itself, after too many receives").split(
-            "\n"
-        )[0]
-        name, age = letter["id"] or message.message_id, f"{letter['age_s']} s ago"
-        text = f"{name}  {letter['task']}  {age}  {why}".replace("\n", "?")
-        if form == "show":
-            shown = (
-                letter | {"error": why} | {f"error {key}": error[key] for key in error}
-            )
-            text = "".join(f"{k}: {shown[k]}\n" for k in shown if shown[k] is not None)
-        elif form in ("json", "export"):
-            more = {"body": message.body, "attributes": message.message_attributes}
-            text = json.dumps(letter | (more if form == "export" else {}), default=str)
-        # Messages are hostile input: what would command the terminal is replaced.
-        print("".join(c if c.isprintable() or c == "\n" else "?" for c in text))
+def _rewrite_line(text: str, *args: object) -> None:
+    """Show progress in a terminal, in one line."""
+    _clear_line()
+    print(text % args, end="", file=sys.stderr, flush=True)
+
+
+def _require_found(scan: _Scan) -> None:
+    """Raise an error if an id that was named is that of no dead letter."""
+    missing = scan.filter.ids - scan.found_ids
+    if missing:
+        ids = ", ".join(sorted(missing))
+        raise TaskhawkError(f"no dead letter that fits the filters has this id: {ids}")
+
+
+def _print_letters(
+    arguments: Any, doing: str, text_of: Callable[[_DeadLetter], str]
+) -> None:
+    """Print the dead letters that the options ask for."""
+    with _scan_for(arguments, doing, "looked at") as scan:
+        for letters in scan:
+            _clear_line()
+            for letter in letters:
+                print(_printable(text_of(letter)), flush=True)
+    _require_found(scan)
+
+
+def _printable(text: str) -> str:
+    """Replace what would command the terminal: messages are hostile input."""
+    return re.sub(r"[^\n]", _visible, text)
+
+
+def _visible(character: re.Match[str]) -> str:
+    """Return a character that shows."""
+    return character[0] if character[0].isprintable() else "?"
+
+
+def _as_line(letter: _DeadLetter) -> str:
+    """Return a dead letter in one line."""
+    name = letter.id or letter.message_id
+    line = f"{name}  {letter.task}  {letter.age_s} s ago  {letter.reason}"
+    return line.replace("\n", "?")
+
+
+def _as_page(letter: _DeadLetter) -> str:
+    """Return all that is known of a dead letter, a line each."""
+    values = letter.as_dict()
+    values["error"] = letter.reason
+    if letter.invalid:
+        values["body"] = ascii(letter.received.body)
+    if letter.error:
+        values |= {f"error {name}": value for name, value in letter.error.items()}
+    lines = [f"{key}: {value}\n" for key, value in values.items() if value is not None]
+    return "".join(lines)
+
+
+def _as_json(letter: _DeadLetter) -> str:
+    """Return all that is known of a dead letter, as JSON."""
+    return json.dumps(letter.as_dict(), default=str)
+
+
+def _as_export(letter: _DeadLetter) -> str:
+    """Return a dead letter as JSON, with its body and its attributes."""
+    received = letter.received
+    raw = {"body": received.body, "attributes": received.message_attributes}
+    return json.dumps(letter.as_dict() | raw, default=str)
 
 
 @_command("dead-letters list", *_LETTERS, _AS_JSON)
@@ -7120,21 +7886,21 @@ def _list(arguments: Any) -> None:
 
     example: python -m taskhawk dead-letters list --task 'mail.*'
     """
-    _each_letter(arguments, "listing")
+    _print_letters(arguments, "listing", _as_json if arguments.json else _as_line)
 
 
 @_command(
-    "dead-letters show", _option("ids", nargs="+", metavar="ID"), *_LETTERS, _AS_JSON
+    "dead-letters show",
+    *_LETTERS,
+    _option("ids", "id of the message, or that of SQS", nargs="+", metavar="ID"),
+    _AS_JSON,
 )
 def _show(arguments: Any) -> None:
     """Show dead letters with their arguments and errors.
 
     example: python -m taskhawk dead-letters show b1328174-a21c-43d3-b303-964dfcc76efc
     """
-    if not _each_letter(arguments, "showing"):
-        raise TaskhawkError(
-            "show: no such dead letter, among those that fit all filters"
-        )
+    _print_letters(arguments, "showing", _as_json if arguments.json else _as_page)
 
 
 @_command("dead-letters export", *_LETTERS)
@@ -7143,7 +7909,7 @@ def _export(arguments: Any) -> None:
 
     example: python -m taskhawk dead-letters export > letters.jsonl
     """
-    _each_letter(arguments, "exporting")
+    _print_letters(arguments, "exporting", _as_export)
 
 
 @_command("dead-letters requeue", *_LETTERS, _DRY_RUN)
@@ -7152,27 +7918,49 @@ def _requeue(arguments: Any) -> None:
 
     example: python -m taskhawk dead-letters requeue --error TimeoutError --dry-run
     """
-    _each_letter(arguments, "requeueing", "requeued", told="sent back")
+    if arguments.dry_run:
+        _print_letters(arguments, "would requeue some of", _as_line)
+        return
+    with _scan_for(arguments, "requeueing", "requeued") as scan:
+        for letters in scan:
+            scan.requeue(letters)
+    print(f"sent back: {scan.count()}")
+    _require_found(scan)
 
 
 @_command(
-    "dead-letters delete", *_LETTERS, _flag("--all", "without a filter"), _DRY_RUN
+    "dead-letters delete",
+    *_LETTERS,
+    _flag("--all", "delete all of them, without a filter"),
+    _flag("--yes", "do not ask, in a terminal, before more than one is deleted"),
+    _DRY_RUN,
 )
 def _delete(arguments: Any) -> None:
     """Delete dead letters.
 
     example: python -m taskhawk dead-letters delete --older-than 7d --dry-run
     """
-    filters = (
-        "task",
-        "error",
-        "header",
-        "older_than",
-        "newer_than",
-        "id",
-        "limit",
-        "all",
-    )
-    named = any(vars(arguments)[name] for name in filters)
-    _require(named, "delete: expected a filter, or --all for every one")
-    _each_letter(arguments, "deleting", "deleted", told="deleted")
+    is_limited = arguments.limit != sys.maxsize
+    is_filtered = _filter_of(arguments) != _LetterFilter()
+    if not any((arguments.all, is_limited, is_filtered)):
+        raise ConfigurationError("delete: expected a filter, or --all for every one")
+    if arguments.dry_run:
+        _print_letters(arguments, "would delete some of", _as_line)
+        return
+    with _scan_for(arguments, "deleting", "deleted") as scan:
+        if arguments.yes or _is_agreed(scan):
+            for letters in scan:
+                scan.delete(letters)
+    print(f"deleted: {scan.count()}")
+    _require_found(scan)
+
+
+def _is_agreed(scan: _Scan) -> bool:
+    """Ask in a terminal whether to delete, where it may be more than one."""
+    total = scan.total()
+    most = min(total, scan.limit, len(scan.filter.ids) or total)
+    if most <= 1 or not sys.stdin.isatty():
+        return True
+    question = f"delete up to {most} dead letters for good? [y/N] "
+    print(question, end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
