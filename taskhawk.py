@@ -4240,8 +4240,7 @@ def _serve_worker(argv: Sequence[str]) -> int:
     :param argv: the number of the socket, and the worker's process id
     """
     number, worker = map(int, argv)
-    for each in (signal.SIGINT, signal.SIGTERM):  # they are the worker's to handle
-        signal.signal(each, signal.SIG_IGN)
+    _leave_signals_to_worker()
     _die_with_parent()
     if os.getppid() != worker:  # it died before that
         return 1
@@ -4264,6 +4263,39 @@ def _serve_worker(argv: Sequence[str]) -> int:
 
 
 _programs["_child"] = _serve_worker
+
+
+def _leave_signals_to_worker() -> None:
+    """Have SIGINT and SIGTERM do nothing here, and what they did in what a task starts.
+
+    A program that it starts has no handlers of ours; SIG_IGN would be inherited.
+    """
+    handlers = {
+        number: signal.getsignal(number)
+        for number in (signal.SIGINT, signal.SIGTERM)
+        if signal.getsignal(number) != signal.SIG_IGN  # it is inherited as it is
+    }
+    held = threading.local()
+
+    def hold() -> None:  # or one that comes right after a fork would do nothing there
+        held.mask = signal.pthread_sigmask(signal.SIG_BLOCK, handlers)
+
+    def release() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held.mask)
+
+    def restore() -> None:
+        for number, handler in handlers.items():
+            if signal.getsignal(number) is _do_nothing:  # and not the task's own
+                signal.signal(number, handler)
+        release()
+
+    for number in handlers:
+        signal.signal(number, _do_nothing)
+    os.register_at_fork(before=hold, after_in_parent=release, after_in_child=restore)
+
+
+def _do_nothing(_number: int, _frame: object) -> None:
+    """Handle a signal that is the worker's to handle."""
 
 
 def _die_with_parent() -> None:

@@ -10385,19 +10385,17 @@ def isolated_jobs(tmp_path, monkeypatch):
     """Return ISOLATED_MODULE, imported, with a queue in a file."""
     monkeypatch.syspath_prepend(tmp_path)
     taskhawk.configure(TASKHAWK_BROKER=f"sqlite:///{tmp_path}/queue.db")
-    yield isolated_import(tmp_path, "isolated", ISOLATED_MODULE)
-    for name in isolated_imported:
-        sys.modules.pop(name, None)
+    yield isolated_import(tmp_path, isolated=ISOLATED_MODULE)
+    for name, module in list(sys.modules.items()):
+        if str(tmp_path) in str(getattr(module, "__file__", "")):
+            del sys.modules[name]
 
 
-isolated_imported: set[str] = set()  # modules of the tests, to be forgotten after each
-
-
-def isolated_import(folder: Path, name: str, source: str) -> Any:
-    """Write a module, and import it."""
-    (folder / f"{name}.py").write_text(source)
-    isolated_imported.add(name)
-    sys.modules.pop(name, None)
+def isolated_import(folder: Path, **sources: str) -> Any:
+    """Write modules, and import the last of them."""
+    for name, source in sources.items():
+        (folder / f"{name}.py").write_text(source)
+    importlib.invalidate_caches()
     return importlib.import_module(name)
 
 
@@ -10513,6 +10511,37 @@ ISOLATED_OBSTACLES = {
 }
 
 
+# How a task ends what it started: each notes True.
+ISOLATED_STARTERS = {
+    "a program": "process = subprocess.Popen(['sleep', '60'])\n"
+    "    process.terminate()\n"
+    "    note(process.wait() == -signal.SIGTERM)",
+    "a shell that traps nothing": "import shlex\n"
+    "    process = subprocess.Popen(['sh', '-c', 'kill -INT $$; sleep 60'])\n"
+    "    note(process.wait() == -signal.SIGINT)",
+    "a fork": "forked = os.fork()\n"
+    "    if not forked:\n"
+    "        time.sleep(60)\n"
+    "    os.kill(forked, signal.SIGTERM)\n"
+    "    note(os.waitpid(forked, 0)[1] == signal.SIGTERM)",
+    "a pool": "import multiprocessing\n"
+    "    with multiprocessing.get_context('fork').Pool(2) as pool:\n"
+    "        note(pool.map(abs, [-1, 1]) == [1, 1])",
+    "a coroutine's program": "import asyncio\n"
+    "    async def run():\n"
+    "        process = await asyncio.create_subprocess_exec('sleep', '60')\n"
+    "        process.terminate()\n"
+    "        return await process.wait()\n"
+    "    note(asyncio.run(run()) == -signal.SIGTERM)",
+}
+ISOLATED_STARTER = """
+from isolated import *
+@taskhawk.task(time_limit=20)
+def start():
+    {}
+"""
+
+
 class TestIsolation:
     """A task may have a process of its own, which can be killed and may crash."""
 
@@ -10589,7 +10618,7 @@ class TestIsolation:
             "import sys, taskhawk, time; time.sleep(1.5 * ('_child' in sys.argv))\n"
         )
         source += "@taskhawk.task(time_limit=1)\ndef quick(): pass\n"
-        isolated_import(isolated_jobs.HERE, "slow_to_import", source).quick.dispatch()
+        isolated_import(isolated_jobs.HERE, slow=source).quick.dispatch()
         assert isolated_work() == {"received": 1, "acked": 1}
 
     def test_crash_after_fork(self, isolated_jobs, isolated_child):
@@ -10616,7 +10645,7 @@ class TestIsolation:
         source = "import logging, taskhawk\nfor _ in range(2000):\n"
         source += "    logging.warning('x' * 300)\n"
         source += "@taskhawk.task(time_limit=10)\ndef chatty(text): pass\n"
-        chatty = isolated_import(isolated_jobs.HERE, "chatty", source).chatty
+        chatty = isolated_import(isolated_jobs.HERE, chatty=source).chatty
         chatty.dispatch("x" * 900_000)
         assert isolated_work() == {"received": 1, "acked": 1}
 
@@ -10626,6 +10655,33 @@ class TestIsolation:
         isolated_jobs.signalled.dispatch(name)
         assert isolated_run(isolated_child) == [Outcome(Fate.acknowledge)]
         assert isolated_notes(isolated_jobs) == [name]
+
+    @pytest.mark.parametrize(
+        "source", ISOLATED_STARTERS.values(), ids=list(ISOLATED_STARTERS)
+    )
+    def test_starts(self, isolated_jobs, source):
+        """What a task starts has the signals that it has outside of a worker."""
+        source = ISOLATED_STARTER.format(source)
+        isolated_import(isolated_jobs.HERE, starter=source).start.dispatch()
+        assert isolated_work() == {"received": 1, "acked": 1}
+        assert isolated_notes(isolated_jobs) == ["True"]
+
+    def test_signal_handlers(self, isolated_jobs):
+        """A signal that is ignored stays so, and a task's own handler is its forks', too."""
+        source = ISOLATED_STARTER.format(
+            "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+            "    forked = os.fork()\n"
+            "    if forked:\n"
+            "        os.waitpid(forked, 0)\n"
+            "    note(*map(signal.getsignal, (signal.SIGINT, signal.SIGTERM)))"
+        )
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            isolated_import(isolated_jobs.HERE, starter=source).start.dispatch()
+            assert isolated_work() == {"received": 1, "acked": 1}
+        finally:
+            signal.signal(signal.SIGINT, before)
+        assert isolated_notes(isolated_jobs) == ["1 1"] * 2
 
     def test_died_while_idle(self, isolated_jobs, isolated_child):
         """A child that died between two messages is replaced, and no run failed."""
