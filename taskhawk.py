@@ -2291,6 +2291,8 @@ class Task(AsyncInvocation[_P], Generic[_P, _R]):
         #: seconds until a run is killed; whether it has a process of its own
         self.time_limit: float | None = None
         self.isolate = False
+        #: the modules whose imports led to its declaration, the outermost first
+        self.imported_by: tuple[str, ...] = ()
         # Tells a function whose module is read again from a second one of that name in it.
         self.loaded_by = getattr(fn, "__globals__", {}).get("__spec__")
         functools.update_wrapper(self, fn, updated=())
@@ -2475,6 +2477,7 @@ def task(
         "never_retry_on": never_retry_on,
     }
     options |= {"time_limit": time_limit, "isolate": isolate or time_limit is not None}
+    options["imported_by"] = _imports_under_way()
 
     def decorate(fn: Any) -> Task[Any, Any]:
         _check_declared(fn, priority, name, options)
@@ -2565,6 +2568,18 @@ def _place(fn: Any) -> tuple[str, str, str]:
     code = getattr(fn, "__code__", None)
     line = f" ({code.co_filename}:{code.co_firstlineno})" if code else ""
     return str(module), getattr(fn, "__qualname__", repr(fn)), line
+
+
+def _imports_under_way() -> tuple[str, ...]:
+    """Return the modules whose imports have led to this call, the outermost first."""
+    names = []
+    frame = inspect.currentframe()
+    while frame:
+        name = frame.f_globals.get("__name__")
+        if frame.f_code.co_name == "<module>" and name not in _MAINS:
+            names.append(name)
+        frame = frame.f_back
+    return tuple(reversed(names))
 
 
 # --- 12. publishing -------------------------------------------------------------------
@@ -3837,6 +3852,18 @@ def _log_again(fields: Mapping[str, Any]) -> None:
         logger.handle(record)
 
 
+def _log_only_to(handler: logging.Handler, level: int) -> None:
+    """Have all records go to one handler, whatever the application has configured."""
+    root = logging.getLogger()
+    for logger in list(root.manager.loggerDict.values()):
+        if isinstance(logger, logging.Logger):  # else a place in a dotted name
+            logger.handlers.clear()
+            logger.propagate = True
+    root.handlers[:] = [handler]
+    root.setLevel(level)
+    _log.logger.disabled = False  # as logging.config does to those made before it
+
+
 def _log_as(log_format: str) -> None:
     """Have the root logger's handlers write as ``--log-format`` says."""
     logging.basicConfig(
@@ -3885,19 +3912,48 @@ def _start_of_children(*, everything: bool) -> dict[str, Any]:
     isolated = [each for each in _registry.values() if everything or each.isolate]
     if not isolated:
         return {}
-    for each in isolated:
-        if each.fn.__module__ in _MAINS:
-            raise ConfigurationError(
-                f"{each.name}: a task of __main__ can't be isolated: "
-                "move it to a module"
-            )
+    if getattr(sys, "frozen", False):
+        raise ConfigurationError(
+            f"{isolated[0].name}: a frozen application can't isolate tasks: "
+            "leave out isolate and time_limit, or run it with Python"
+        )
     return {
         "isolated": [each.name for each in isolated],
+        "modules": list(dict.fromkeys(map(_module_to_import, isolated))),
         "settings": _settings_of_children(),
-        "modules": sorted({each.fn.__module__ for each in isolated}),
-        "path": [os.path.abspath(folder) for folder in sys.path],
+        "path": _path_of_children(),
         "level": logging.getLogger().level,
     }
+
+
+def _module_to_import(declared: Task[Any, Any]) -> str:
+    """Return the module whose import declares a task, as it did in the worker.
+
+    That is the outermost: those that it imports may work in this order alone.
+    """
+    for name in declared.imported_by:
+        # Not one that is starting the worker right now: a child would start another.
+        spec = getattr(sys.modules.get(name), "__spec__", None)
+        if not getattr(spec, "_initializing", False):
+            return name
+    module = getattr(declared, "declared_in", declared.fn.__module__)
+    if module in _MAINS:
+        raise ConfigurationError(
+            f"{declared.name}: a task of __main__ can't be isolated: "
+            "move it to a module"
+        )
+    return str(module)
+
+
+def _path_of_children() -> list[str]:
+    """Return sys.path with folders that do not depend on the current one."""
+    path = []
+    for entry in sys.path:
+        if os.path.exists(entry or os.curdir):
+            path.append(os.path.abspath(entry))
+        else:  # it may be for a hook, such as those of editable installs
+            path.append(entry)
+    return path
 
 
 def _settings_of_children() -> dict[str, Any]:
@@ -3906,6 +3962,11 @@ def _settings_of_children() -> dict[str, Any]:
     for name, value in values.items():
         if callable(value):
             values[name] = _path_of_hook(name, value)
+    # Of one source, where another may have a token that does not belong to the key.
+    credentials = settings.credentials()
+    values["AWS_ACCESS_KEY"] = credentials.get("aws_access_key_id")
+    values["AWS_SECRET_KEY"] = credentials.get("aws_secret_access_key")
+    values["AWS_SESSION_TOKEN"] = credentials.get("aws_session_token")
     return values
 
 
@@ -3913,10 +3974,12 @@ def _path_of_hook(name: str, hook: Any) -> str:
     """Return the dotted path by which a child finds the hook of a setting."""
     module = getattr(hook, "__module__", None)
     path = f"{module}.{getattr(hook, '__qualname__', '')}"
-    # The path must lead to this very hook: its name may be another function's by now.
+    found = None
     with contextlib.suppress(ConfigurationError):
-        if settings.read(name, [("the hook itself", {name: path}.get)]) is hook:
-            return path
+        found = settings.read(name, [("the hook itself", {name: path}.get)])
+    # The path must lead to this very hook: its name may be another function's by now.
+    if found is hook and module not in _MAINS:
+        return path
     raise ConfigurationError(
         f"{name}: where tasks are isolated, expected a function with a dotted path, "
         f"got {hook!r}"
@@ -4002,6 +4065,12 @@ class _Child:
         how = ""
         for _ in range(2):  # the process may have died since its last run
             running = self._process or self._start_process()
+            if name in running.unknown:
+                modules = ", ".join(self._start["modules"])
+                raise _CannotStart(
+                    f"{name} is not declared where a child imports {modules}: "
+                    "declare it in a module, not in a function that the worker calls"
+                )
             until = time.monotonic() + _START_S
             try:
                 running.tell(request, until)
@@ -4084,10 +4153,11 @@ class _ChildProcess:
         self._lines = self._socket.makefile("rb")
         number = theirs.fileno()
         program = [__name__, "_child", str(number), str(os.getpid())]
+        flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]  # noqa: SLF001 - multiprocessing uses it, too
         with theirs:
             try:
                 self._process = subprocess.Popen(  # noqa: S603 - it is this file
-                    [sys.executable, "-c", _BOOT, *program],
+                    [sys.executable, *flags, "-c", _BOOT, *program],
                     stdin=subprocess.DEVNULL,
                     start_new_session=True,
                     pass_fds=[number],
@@ -4309,9 +4379,14 @@ def _die_with_parent() -> None:
 def _import_tasks(start: Mapping[str, Any], report: logging.Handler) -> None:
     """Do in a child what its worker did before it began."""
     configure(start["settings"])
-    logging.basicConfig(level=start["level"], handlers=[report])
+    _log_only_to(report, start["level"])
+    if os.environ.get("DJANGO_SETTINGS_MODULE"):
+        importlib.import_module("django").setup()
     for name in start["modules"]:
         importlib.import_module(name)
+    # Again, for modules may set up both when they are imported.
+    configure(start["settings"])
+    _log_only_to(report, start["level"])
     _broker_of_child()
 
 

@@ -10374,6 +10374,10 @@ def hold():
     note(os.getpid())
     sum(range(10**12))
 
+@taskhawk.task(isolate=True)
+def options():
+    note(sys.flags.optimize, sys.warnoptions, sys._xoptions)
+
 @taskhawk.task
 def plain():
     note("plain", os.getpid())
@@ -10445,6 +10449,28 @@ def tell_less(report, kind, *more):
 
 taskhawk._Report.tell = tell_less
 """
+ISOLATED_DJANGO = {
+    "__init__": "",
+    "settings": """
+INSTALLED_APPS = ["shop"]
+DATABASES = {"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"}}
+LOGGING = {"version": 1, "root": {"level": "INFO"}}
+""",
+    "models": """
+from django.db import models
+class Order(models.Model): pass
+""",
+    "tasks": """
+import logging, taskhawk
+from django.db import connection
+from shop.models import Order
+@taskhawk.task(isolate=True)
+def count():
+    with connection.schema_editor() as editor:
+        editor.create_model(Order)
+    logging.getLogger("shop").warning("%s orders", Order.objects.count())
+""",
+}
 # What a run that failed in a child leaves: the type and the text of its error.
 ISOLATED_FAILURES = {
     "an exit": (
@@ -10510,7 +10536,26 @@ ISOLATED_OBSTACLES = {
     ),
 }
 
-
+# What a worker may have imported that a child must import in the same order.
+ISOLATED_IMPORTS = {
+    "a function of another module": {
+        "lib": "def job(): pass",
+        "entry": "import lib, taskhawk; taskhawk.task(isolate=True)(lib.job)",
+    },
+    "a circle that works in one order": {
+        "lib": "import taskhawk; from entry import RULES\n"
+        "@taskhawk.task(isolate=True)\n"
+        "def job(): pass",
+        "entry": "RULES = {}; import lib; JOBS = [lib.job]",
+    },
+    "a factory": {
+        "lib": "import taskhawk\n"
+        "def create_app():\n"
+        "    @taskhawk.task(isolate=True)\n"
+        "    def job(): pass",
+        "entry": "import lib; app = lib.create_app()",
+    },
+}
 # How a task ends what it started: each notes True.
 ISOLATED_STARTERS = {
     "a program": "process = subprocess.Popen(['sleep', '60'])\n"
@@ -10800,6 +10845,119 @@ class TestIsolation:
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
         text = "no process can be started: [Errno 24] Too many open files"
         assert str(raised.value) == text
+
+    @pytest.mark.parametrize(
+        "sources", ISOLATED_IMPORTS.values(), ids=list(ISOLATED_IMPORTS)
+    )
+    def test_imports(self, isolated_jobs, sources):
+        """A child imports what its worker imported, in the same order."""
+        isolated_import(isolated_jobs.HERE, **sources)
+        taskhawk.Task.find_by_name("lib.job").dispatch()
+        assert isolated_work() == {"received": 1, "acked": 1}
+
+    def test_not_declared(self, isolated_jobs):
+        """A task that the worker's modules do not declare is not run, and others are."""
+        source = ISOLATED_IMPORTS["a factory"]["lib"]
+        isolated_import(isolated_jobs.HERE, lib=source).create_app()
+        taskhawk.Task.find_by_name("lib.job").dispatch()
+        isolated_jobs.pid.dispatch()
+        start = taskhawk._start_of_children(everything=False)
+        child = taskhawk._Child(start, 100, threading.Event())
+        lost, found = queued()
+        assert child.takes(lost)
+        assert child.takes(found)
+        with pytest.raises(taskhawk._CannotStart) as raised:
+            child.process(lost)
+        assert str(raised.value) == (
+            "lib.job is not declared where a child imports isolated, lib: "
+            "declare it in a module, not in a function that the worker calls"
+        )
+        assert child.process(found) == Outcome(Fate.acknowledge)
+        child.close()
+
+    def test_worker_started_by_an_import(self, isolated_jobs):
+        """A child does not import the module that starts the worker as it is imported."""
+        source = "import lib, taskhawk; lib.job.dispatch(); print(taskhawk."
+        source += "listen_for_messages(taskhawk.Priority.default, loop_count=1))"
+        lib = ISOLATED_STARTER.format("pass").replace("start", "job")
+        for name, text in (("lib", lib), ("entry", source)):
+            (isolated_jobs.HERE / f"{name}.py").write_text(text)
+        env = {"TASKHAWK_BROKER": taskhawk.settings.TASKHAWK_BROKER}
+        result = run_python("import entry", cwd=isolated_jobs.HERE, env=env)
+        assert result.stdout.startswith("1 received, 1 acked, "), result.stderr
+
+    def test_path(self, isolated_jobs, monkeypatch, tmp_path):
+        """A child looks for modules where its worker does, wherever that is."""
+        hook = "__editable__.shop-1.0.finder.__path_hook__"
+        long = [f"/nowhere/{'x' * 100}/{number}" for number in range(1200)]
+        monkeypatch.setattr(sys, "path", ["", hook, *sys.path, *long])
+        monkeypatch.chdir(tmp_path)
+        source = ISOLATED_STARTER.format("note(sys.path[:2], len(sys.path))")
+        isolated_import(isolated_jobs.HERE, starter=source).start.dispatch()
+        assert isolated_work() == {"received": 1, "acked": 1}
+        [note] = isolated_notes(isolated_jobs)
+        assert note == f"{[str(tmp_path), hook]} {len(sys.path)}"
+
+    def test_interpreter(self, isolated_jobs):
+        """A child has the options of its worker's interpreter."""
+        isolated_jobs.options.dispatch()
+        options = ["-O", "-W", "ignore::UserWarning", "-X", "faulthandler"]
+        command = [*options, "-m", "taskhawk", "listen", "isolated", "--loop-count=1"]
+        env = {"TASKHAWK_BROKER": taskhawk.settings.TASKHAWK_BROKER}
+        result = run_python(command, cwd=isolated_jobs.HERE, env=env)
+        assert result.stdout.startswith("1 received, 1 acked, "), result.stderr
+        assert isolated_notes(isolated_jobs) == [
+            "1 ['ignore::UserWarning'] {'faulthandler': True}"
+        ]
+
+    def test_frozen(self, isolated_jobs, monkeypatch):
+        """An application that starts itself where Python should start is refused."""
+        monkeypatch.setattr(sys, "frozen", True, raising=False)
+        for name in [n for n in taskhawk._registry if n != "isolated.pid"]:
+            del taskhawk._registry[name]
+        with pytest.raises(taskhawk.ConfigurationError) as raised:
+            isolated_work()
+        assert str(raised.value) == (
+            "isolated.pid: a frozen application can't isolate tasks: "
+            "leave out isolate and time_limit, or run it with Python"
+        )
+
+    @pytest.mark.parametrize("name", ["vendored", "shop.vendored"])
+    def test_vendored(self, tmp_path, name):
+        """A file that is cut after part IV isolates tasks, whatever it is called."""
+        text = house_source()
+        folder, _, module = name.rpartition(".")
+        (tmp_path / folder).mkdir(exist_ok=True)
+        file = tmp_path / folder / f"{module}.py"
+        file.write_text(text[: text.index("# === PART V:")])
+        jobs = f"import {name} as taskhawk\n@taskhawk.task(isolate=True)\n"
+        (tmp_path / "jobs.py").write_text(f"{jobs}def job(): pass")
+        if folder:
+            (tmp_path / folder / "__init__.py").write_text("import jobs")
+        code = f"import {name} as taskhawk, jobs; jobs.job.dispatch()\n"
+        code += "print(taskhawk.listen_for_messages(taskhawk.Priority.default, "
+        code += "loop_count=1))"
+        env = {"TASKHAWK_BROKER": f"sqlite:///{tmp_path}/queue.db"}
+        result = run_python(code, cwd=tmp_path, env=env)
+        assert result.stdout.startswith("1 received, 1 acked, "), result.stderr
+
+    def test_django(self, tmp_path):
+        """Where Django is in use, a child sets it up before it imports the tasks."""
+        (tmp_path / "shop").mkdir()
+        for name, source in ISOLATED_DJANGO.items():
+            (tmp_path / "shop" / f"{name}.py").write_text(source)
+        env = {
+            "TASKHAWK_BROKER": f"sqlite:///{tmp_path}/queue.db",
+            "DJANGO_SETTINGS_MODULE": "shop.settings",
+        }
+        for command in (
+            ["dispatch", "shop.tasks.count", "--module", "shop.tasks"],
+            ["listen", "shop.tasks", "--loop-count", "1"],
+        ):
+            result = run_python(["-m", "taskhawk", *command], cwd=tmp_path, env=env)
+        assert result.stdout.startswith("1 received, 1 acked, "), result.stderr
+        # In spite of its LOGGING, what the child logs comes out in the worker.
+        assert "0 orders" in result.stderr
 
     def test_started_too_late(self, isolated_jobs):
         """A child that is started as the grace ends is not waited for, and runs nothing."""
