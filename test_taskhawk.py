@@ -7394,9 +7394,7 @@ class HoldingsMachine(hypothesis.stateful.RuleBasedStateMachine):
     @hypothesis.stateful.rule()
     def start(self) -> None:
         """Start the most urgent message: nobody else can have it by now."""
-        waiting = [
-            h for h in self.holdings._held if h.state == "received" and not h.end
-        ]
+        waiting = [h for h in self.holdings.held if h.state == "received" and not h.end]
         held = self.holdings.start(self.now)
         if held is None:
             assert not any(h.is_sure and h.lease_until > self.now for h in waiting)
@@ -7429,9 +7427,9 @@ class HoldingsMachine(hypothesis.stateful.RuleBasedStateMachine):
     def call(self) -> None:
         """Begin the call that is due, if there is one; others may be under way."""
         self.holdings.expire(self.now)
-        call = self.holdings.next_call(self.now)
+        call = self.holdings.calls.next(self.now)
         if call is None:
-            assert self.holdings.next_at() > self.now
+            assert self.holdings.calls.next_at() > self.now
             return
         under_way = [held for other, _ in self.calls for held in other.batch]
         assert not set(map(id, call.batch)) & set(map(id, under_way))
@@ -7471,7 +7469,7 @@ class HoldingsMachine(hypothesis.stateful.RuleBasedStateMachine):
             self.done |= {call.batch[place].message.receipt_handle for place in places}
         if fault == "denied":
             self.denied |= {held.message.receipt_handle for held in call.batch}
-        self.holdings.answered(call, refused)
+        self.holdings.calls.answered(call, refused)
 
     @hypothesis.stateful.rule(seconds=st.sampled_from([0.05, 0.3, 1, 9, 31, 40_000]))
     def wait(self, seconds: float) -> None:
@@ -7483,11 +7481,11 @@ class HoldingsMachine(hypothesis.stateful.RuleBasedStateMachine):
         """Each message received is held, or ended in one of the ways."""
         counts = dataclasses.asdict(self.holdings.ledger)
         assert counts.pop("received") == self.count
-        assert sum(counts.values()) + len(self.holdings._held) == self.count
+        assert sum(counts.values()) + len(self.holdings.held) == self.count
         holdings = self.holdings
         assert holdings.running == len(self.running)
         assert holdings.waiting + holdings.running + holdings.ending == len(
-            holdings._held
+            holdings.held
         )
 
     def teardown(self) -> None:
@@ -7496,13 +7494,13 @@ class HoldingsMachine(hypothesis.stateful.RuleBasedStateMachine):
         for held in self.running:
             holdings.finish(held, "acked", self.now)
         holdings.release_waiting(self.now)
-        holdings.closing = True
+        holdings.end_leases()
         for call, _ in self.calls:
-            holdings.answered(call, {})
+            holdings.calls.answered(call, {})
         for _ in range(10 * self.count + 10):
-            call = holdings.next_call(self.now)
+            call = holdings.calls.next(self.now)
             if call:
-                holdings.answered(call, {})
+                holdings.calls.answered(call, {})
             self.now += 0.1
         assert holdings.ending == 0
         assert holdings.ledger.balanced
@@ -7607,9 +7605,9 @@ class TestHoldings:
         held = holdings.start(took_s)
         assert (held is not None) is (starts_at == took_s)
         if held is None:
-            call = holdings.next_call(took_s)
+            call = holdings.calls.next(took_s)
             assert call.entries() == [("r1", 30)]
-            holdings.answered(call, answer)
+            holdings.calls.answered(call, answer)
             held = holdings.start(took_s + 0.1)
             assert (held is not None) is (starts_at is not None)
         assert [text for _, text in holdings.news] == news
@@ -7618,23 +7616,23 @@ class TestHoldings:
     def test_lease(self):
         """A lease is extended each third of it, counted from the calls."""
         holdings, _ = holding()
-        assert (holdings.next_at(), holdings.next_call(9.9)) == (10, None)
+        assert (holdings.calls.next_at(), holdings.calls.next(9.9)) == (10, None)
         for asked_at in (10, 20.5, 31):
-            call = holdings.next_call(asked_at)
+            call = holdings.calls.next(asked_at)
             assert (call.kind.value, call.entries()) == ("extend leases", [("r1", 30)])
-            assert holdings.next_call(asked_at) is None  # one is under way
-            holdings.answered(call, {})
-            assert holdings.next_call(asked_at + 9.9) is None
-            assert holdings.next_at() == asked_at + 10
+            assert holdings.calls.next(asked_at) is None  # one is under way
+            holdings.calls.answered(call, {})
+            assert holdings.calls.next(asked_at + 9.9) is None
+            assert holdings.calls.next_at() == asked_at + 10
 
     @pytest.mark.parametrize(("answer", "again_s"), [(BUSY, 1.5), (FORBIDDEN, 10)])
     def test_lease_not_extended(self, answer, again_s):
         """An extension that failed is tried again; a denied one, a third of the lease later."""
         holdings, _ = holding()
-        holdings.answered(holdings.next_call(10), answer)
-        assert holdings.next_call(10 + again_s - 0.1) is None
-        assert holdings.next_at() == 10 + again_s
-        assert receipts(holdings.next_call(10 + again_s)) == ["r1"]
+        holdings.calls.answered(holdings.calls.next(10), answer)
+        assert holdings.calls.next(10 + again_s - 0.1) is None
+        assert holdings.calls.next_at() == 10 + again_s
+        assert receipts(holdings.calls.next(10 + again_s)) == ["r1"]
 
     @pytest.mark.parametrize(
         ("lease_s", "at", "why"),
@@ -7651,7 +7649,7 @@ class TestHoldings:
         holdings.expire(at)
         assert holdings.news == [(logging.WARNING, TWICE + why)]
         assert held.message.lease_lost
-        assert holdings.next_call(at) is None
+        assert holdings.calls.next(at) is None
         holdings.finish(held, "retried", at, 5)  # others have it: no delay is sent
         assert holdings.ledger == taskhawk.Ledger(received=1, retried=1)
 
@@ -7660,17 +7658,17 @@ class TestHoldings:
         holdings = taskhawk._Holdings(["Q"])
         holdings.take(held_messages(1), 30_000, 0, 0)
         held = holdings.start(0)
-        call = holdings.next_call(20_000)
+        call = holdings.calls.next(20_000)
         assert call.entries() == [("r1", 23_190)]
-        holdings.answered(call, {})
+        holdings.calls.answered(call, {})
         holdings.finish(held, "retried", 30_000, 43_200)
-        assert holdings.next_call(30_000).entries() == [("r1", 13_190)]
+        assert holdings.calls.next(30_000).entries() == [("r1", 13_190)]
 
     def test_lost_while_waiting(self):
         """A message whose lease ended, or was lost, while it waited is not started."""
         holdings, _ = holding(2, started=0)
-        call = holdings.next_call(10)
-        holdings.answered(call, FINAL)
+        call = holdings.calls.next(10)
+        holdings.calls.answered(call, FINAL)
         assert holdings.start(29).message.message_id == "m2"
         holdings.take(held_messages(1), 30, 0, 0)
         assert holdings.start(30) is None
@@ -7708,12 +7706,12 @@ class TestHoldings:
         holdings, runs = holding(held, queue=queue, **options)
         for run in runs[:ended]:
             holdings.finish(run, "acked", 1)
-        assert holdings.next_at() == 1 + due_s
-        assert due_s == 0 or holdings.next_call(1 + due_s - 0.01) is None
-        call = holdings.next_call(1 + due_s)
+        assert holdings.calls.next_at() == 1 + due_s
+        assert due_s == 0 or holdings.calls.next(1 + due_s - 0.01) is None
+        call = holdings.calls.next(1 + due_s)
         assert call.kind.value == "delete"
         assert call.entries() == [f"r{n}" for n in range(1, ended + 1)]
-        holdings.answered(call, {})
+        holdings.calls.answered(call, {})
         assert holdings.ledger.acked == ended
 
     def test_shared_call(self):
@@ -7726,7 +7724,7 @@ class TestHoldings:
         holdings.finish(others[0], "dead_lettered", 1)
         holdings.finish(runs[0], "acked", 1.03)
         holdings.finish(runs[1], "acked", 1.07)
-        first, second = holdings.next_call(1.08), holdings.next_call(1.08)
+        first, second = holdings.calls.next(1.08), holdings.calls.next(1.08)
         assert (first.queue, receipts(first)) == ("P", ["r1"])
         assert (second.queue, receipts(second)) == ("Q", ["r1", "r2"])
 
@@ -7758,10 +7756,11 @@ class TestHoldings:
         """What the queue answers to a delete or a delay decides how a message ends."""
         holdings, [held] = holding()
         holdings.finish(held, end, 1, 7)
-        holdings.closing = asked_at == 30  # or the lease would be extended
-        call = holdings.next_call(asked_at)
+        if asked_at == 30:
+            holdings.end_leases()
+        call = holdings.calls.next(asked_at)
         assert call.kind.value == ("set delays" if end == "retried" else "delete")
-        holdings.answered(call, answer)
+        holdings.calls.answered(call, answer)
         assert holdings.ledger == taskhawk.Ledger(received=1, **ledger)
         assert [text for _, text in holdings.news] == news
         assert holdings.unanswered == (asked_at == 30 and "uncertain" in ledger)
@@ -7773,11 +7772,11 @@ class TestHoldings:
         holdings.finish(held, "acked", 1)
         at, pauses = 1, []
         for _ in range(7):
-            call = holdings.next_call(at)
+            call = holdings.calls.next(at)
             if call.kind.value == "extend leases":
-                holdings.answered(call, {})
-                call = holdings.next_call(at)
-            holdings.answered(call, BUSY)
+                holdings.calls.answered(call, {})
+                call = holdings.calls.next(at)
+            holdings.calls.answered(call, BUSY)
             pauses.append(held.due_at - at)
             at = held.due_at
         assert pauses == pytest.approx([0.2, 0.4, 0.8, 1.6, 3.2, 5, 5])
@@ -7786,10 +7785,10 @@ class TestHoldings:
         """What was refused is not tried before its time because others are due."""
         holdings, [first, second, _] = holding(3)
         holdings.finish(first, "acked", 1)
-        holdings.answered(holdings.next_call(1.05), BUSY)
+        holdings.calls.answered(holdings.calls.next(1.05), BUSY)
         holdings.finish(second, "acked", 1.1)
-        assert receipts(holdings.next_call(1.2)) == ["r2"]
-        assert receipts(holdings.next_call(1.3)) == ["r1"]
+        assert receipts(holdings.calls.next(1.2)) == ["r2"]
+        assert receipts(holdings.calls.next(1.3)) == ["r1"]
 
     def test_order_of_calls(self):
         """Leases come first, then what has been due for longest: deletes starve no delay."""
@@ -7799,9 +7798,9 @@ class TestHoldings:
             holdings.finish(run, "acked", 9.01)
         holdings.finish(runs[11], "retried", 9.02)
         kinds = []
-        while call := holdings.next_call(10):
+        while call := holdings.calls.next(10):
             kinds.append((call.kind.name, len(call.batch)))
-            holdings.answered(call, {})
+            holdings.calls.answered(call, {})
         assert kinds == [("extend", 10), ("extend", 1), ("delay", 2), ("delete", 10)]
 
     @pytest.mark.parametrize(
@@ -7811,26 +7810,26 @@ class TestHoldings:
         """A retry is visible again after its delay, or at the end of its lease."""
         holdings, [held] = holding()
         holdings.finish(held, "retried", 1, delay_s)
-        call = holdings.next_call(1)
+        call = holdings.calls.next(1)
         assert (call and call.entries()) == entries
         assert holdings.ledger.retried == (entries is None)
 
     def test_delay_during_an_extension(self):
         """A delay is sent after the extension that was under way when its run ended."""
         holdings, [held] = holding()
-        extension = holdings.next_call(10)
+        extension = holdings.calls.next(10)
         holdings.finish(held, "retried", 10.1, 600)
-        assert holdings.next_call(10.2) is None
-        holdings.answered(extension, {})
-        assert holdings.next_call(10.3).entries() == [("r1", 600)]
-        assert holdings.next_call(25) is None  # out of the lease for good
+        assert holdings.calls.next(10.2) is None
+        holdings.calls.answered(extension, {})
+        assert holdings.calls.next(10.3).entries() == [("r1", 600)]
+        assert holdings.calls.next(25) is None  # out of the lease for good
 
     def test_lost_during_a_call(self):
         """A message that is given up while a call is under way ends once."""
         holdings, _ = holding(1, started=0)
-        call = holdings.next_call(10)
+        call = holdings.calls.next(10)
         assert holdings.start(30) is None
-        holdings.answered(call, {})
+        holdings.calls.answered(call, {})
         assert holdings.ledger == taskhawk.Ledger(received=1, released=1)
 
     def test_release(self):
@@ -7839,19 +7838,19 @@ class TestHoldings:
         holdings.release(held, 1)
         holdings.release_waiting(1)
         assert not holdings.still_run()
-        call = holdings.next_call(1)
+        call = holdings.calls.next(1)
         assert call.entries() == [("r1", 0), ("r2", 0)]
-        holdings.answered(call, {})
+        holdings.calls.answered(call, {})
         assert holdings.ledger == taskhawk.Ledger(received=2, released=2)
 
     def test_closing(self):
         """While it closes, no lease is extended: leases bound how long deletes are tried."""
         holdings, [first, _] = holding(2)
         holdings.finish(first, "acked", 1)
-        holdings.closing = True
+        holdings.end_leases()
         holdings.expire(40)
-        assert holdings.next_at() == 1.05
-        assert receipts(holdings.next_call(10)) == ["r1"]
+        assert holdings.calls.next_at() == 1.05
+        assert receipts(holdings.calls.next(10)) == ["r1"]
 
     def test_close(self):
         """In the end, what is decided ends whatever is done; what runs is left to run."""
@@ -7860,7 +7859,7 @@ class TestHoldings:
         for run, end in zip(runs, ends, strict=False):
             holdings.finish(run, end, 1)
         holdings.release_waiting(1)
-        holdings.closing = True
+        holdings.end_leases()
         holdings.close()
         assert holdings.ledger == taskhawk.Ledger(
             received=5, uncertain=2, retried=1, released=1
@@ -7872,7 +7871,7 @@ class TestHoldings:
         holdings, [held, _] = holding(2)
         holdings.finish(held, "acked", 5)
         assert (holdings.untried(5), holdings.untried(6)) == (True, False)
-        holdings.answered(holdings.next_call(6), BUSY)
+        holdings.calls.answered(holdings.calls.next(6), BUSY)
         assert not holdings.untried(5)
 
     def test_name(self):
