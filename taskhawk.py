@@ -344,12 +344,6 @@ class StopRetry(TaskhawkError):
     """Raised by a retry policy or a task: give up, dead-letter the message at once."""
 
 
-def _require(holds: object, text: str) -> None:
-    """Raise ConfigurationError with this text, unless the first argument is true."""
-    if not holds:
-        raise ConfigurationError(text)
-
-
 def _is_number(value: object) -> typing.TypeGuard[float]:
     """Return whether a value is a number. True and False are not, unlike in Python."""
     return isinstance(value, int | float) and not isinstance(value, bool)
@@ -505,7 +499,7 @@ def _parse_broker(value: Any) -> str:
     if not relative:
         return url
     folder = os.getcwd()
-    if re.search(r"[?\n]", folder):  # which no URL can hold
+    if "?" in folder or _UNCLEAN.search(folder):  # which no URL can hold
         return url
     return f"sqlite:///{folder}/{relative[1]}"
 
@@ -584,11 +578,6 @@ _FOREIGN_NAMES = re.compile(
     r"|(\w+_)?PORT(_[0-9]+_(TCP|UDP|SCTP)(_PROTO|_PORT|_ADDR)?)?)"
 )
 _warned: set[str] = set()  # names already warned about
-
-
-def _conform(rule: _Rule, value: Any) -> Any:
-    """Return a value as its rule makes it; raise as :class:`_Rule` says."""
-    return rule.parse(value)
 
 
 class _Source(NamedTuple):
