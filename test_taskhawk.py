@@ -1917,11 +1917,12 @@ class TestSettings:
 
 #: the start of a script that has a database of Django's, and a task that uses it
 DJANGO_DATABASE = """
-    import logging, sys
+    import logging, sys, threading
     from unittest import mock
     import django
     from django.conf import settings
     from django.db import connection, transaction
+    from django.test.utils import override_settings
     import taskhawk
 
     class Short(logging.Formatter):
@@ -1932,11 +1933,15 @@ DJANGO_DATABASE = """
     handler.setFormatter(Short())
     logging.basicConfig(handlers=[handler], level="ERROR")
 
-    def use(max_age=None, checks=False, engine="django.db.backends.sqlite3", **more):
-        database = {"ENGINE": engine, "NAME": "django.db"}
-        database |= {"CONN_MAX_AGE": max_age, "CONN_HEALTH_CHECKS": checks}
+    def use(engine="django.db.backends.sqlite3", **more):
+        database = {"ENGINE": engine, "NAME": "django.db", "CONN_MAX_AGE": None}
         settings.configure(DATABASES={"default": database}, **more)
         django.setup()
+
+    def in_a_thread(call, *args):
+        thread = threading.Thread(target=call, args=args)
+        thread.start()
+        thread.join()
 
     def body(name):
         return taskhawk.QueueMessage(
@@ -2042,40 +2047,42 @@ class TestDjango:
         one, two = ("one", "TASKHAWK-ONE"), ("two", "TASKHAWK-TWO")
         assert found == [one, two, one]
 
-    @pytest.mark.parametrize(
-        ("given", "task", "is_open"),
-        [
-            ("", "query", "1111011"),
-            ("max_age=0", "query", "0000000"),
-            ("TASKHAWK_MAX_DB_REUSE_LOOPS=3", "query", "1101101"),
-            ("TASKHAWK_MAX_DB_REUSE_LOOPS=3", "fail", "1101101"),
-            ("TASKHAWK_MAX_DB_REUSE_LOOPS=1", "query", "0000000"),
-        ],
-    )
-    def test_connections_are_recycled(self, tmp_path, given, task, is_open):
+    def test_connections_are_recycled(self, tmp_path):
         """After so many runs, failed ones too, the thread's connections are closed."""
-        code = f"{DJANGO_DATABASE}\n    use({given})\n    open_after('{task}', 7)"
-        *_, found = settings_child(tmp_path, code)
-        assert found == is_open
+        cases = {
+            (None, 5, "query"): "1111011",
+            (0, 5, "query"): "0000000",
+            (None, 3, "query"): "1101101",
+            (None, 3, "fail"): "1101101",
+            (None, 1, "query"): "0000000",
+        }
+        code = f"""{DJANGO_DATABASE}
+    use()
+    logging.disable()
+
+    def check(max_age, runs, task):
+        connection.settings_dict["CONN_MAX_AGE"] = max_age
+        with override_settings(TASKHAWK_MAX_DB_REUSE_LOOPS=runs):
+            open_after(task, 7)
+        connection.close()
+
+    for case in {list(cases)}:
+        in_a_thread(check, *case)"""
+        assert settings_child(tmp_path, code) == list(cases.values())
 
     def test_connections_of_other_threads(self, tmp_path):
         """A worker closes the connections of its own thread, and no others."""
         code = f"""{DJANGO_DATABASE}
-    import threading
     use(TASKHAWK_MAX_DB_REUSE_LOOPS=1, TASKHAWK_BROKER="sqlite://")
     connection.ensure_connection()
     mine = connection.connection
     query.dispatch()
-    arguments = (taskhawk.Priority.default, 1, None, 1)
-    worker = threading.Thread(target=taskhawk.listen_for_messages, args=arguments)
-    worker.start()
-    worker.join()
+    in_a_thread(taskhawk.listen_for_messages, taskhawk.Priority.default, 1, None, 1)
     print(connection.connection is mine, mine.execute("SELECT 1").fetchone())
     connection.close()"""
         assert settings_child(tmp_path, code) == ["True (1,)"]
 
-    @pytest.mark.parametrize("checks", [True, False])
-    def test_connection_that_was_dropped(self, tmp_path, checks):
+    def test_connection_that_was_dropped(self, tmp_path):
         """What the database dropped fails one run at most, or none with checks."""
         (tmp_path / "served").mkdir()
         (tmp_path / "served" / "base.py").write_text("""if True:
@@ -2088,14 +2095,21 @@ class TestDjango:
                         return False
         """)
         code = f"""{DJANGO_DATABASE}
-    use(checks={checks}, engine="served", TASKHAWK_MAX_DB_REUSE_LOOPS=100)
-    query()
-    connection.connection.close() # as a server does that is restarted
+    use("served", TASKHAWK_MAX_DB_REUSE_LOOPS=100)
     logging.disable()
-    for _ in range(3):
-        print(taskhawk.process(body("__main__.query")).fate.name)"""
-        fates = settings_child(tmp_path, code)
-        assert fates == ["acknowledge" if checks else "retry", *["acknowledge"] * 2]
+
+    def check(health_checks):
+        connection.settings_dict["CONN_HEALTH_CHECKS"] = health_checks
+        query()
+        connection.connection.close() # as a server does that is restarted
+        print(*(taskhawk.process(body("__main__.query")).fate.name for _ in range(3)))
+        connection.close()
+
+    in_a_thread(check, True)
+    in_a_thread(check, False)"""
+        done = " ".join(["acknowledge"] * 3)
+        fates = [done, done.replace("acknowledge", "retry", 1)]
+        assert settings_child(tmp_path, code) == fates
 
     def test_connection_in_a_transaction(self, tmp_path):
         """A connection inside its caller's transaction is left open until after it."""
