@@ -725,7 +725,7 @@ class _Settings:
         if django:
             yield _source(django, "Django's settings")
         environment = dict(os.environ)
-        for name in _credentials_of_lambda():
+        for name in _variables_of_botocore():
             environment.pop(name, None)
         yield _source(environment, "the environment")
 
@@ -743,7 +743,7 @@ def _source(holder: Any, where: str) -> _Source:
     return _Source(where, lambda name: getattr(holder, name, None))
 
 
-def _credentials_of_lambda() -> set[str]:
+def _variables_of_botocore() -> set[str]:
     """Return the variables of the environment that belong to botocore's credentials.
 
     Lambda sets AWS_ACCESS_KEY_ID and AWS_SESSION_TOKEN to those of the function's role
