@@ -343,12 +343,6 @@ class StopRetry(TaskhawkError):
     """Raised by a retry policy or a task: give up, dead-letter the message at once."""
 
 
-def _require(holds: object, text: str) -> None:
-    """Raise ConfigurationError with this text, unless the first argument is true."""
-    if not holds:
-        raise ConfigurationError(text)
-
-
 def _is_number(value: object) -> typing.TypeGuard[float]:
     """Return whether a value is a number. True and False are not, unlike in Python."""
     return isinstance(value, int | float) and not isinstance(value, bool)
@@ -504,7 +498,7 @@ def _parse_broker(value: Any) -> str:
     if not relative:
         return url
     folder = os.getcwd()
-    if re.search(r"[?\n]", folder):  # which no URL can hold
+    if "?" in folder or _UNCLEAN.search(folder):  # which no URL can hold
         return url
     return f"sqlite:///{folder}/{relative[1]}"
 
@@ -583,11 +577,6 @@ _FOREIGN_NAMES = re.compile(
     r"|(\w+_)?PORT(_[0-9]+_(TCP|UDP|SCTP)(_PROTO|_PORT|_ADDR)?)?)"
 )
 _warned: set[str] = set()  # names already warned about
-
-
-def _conform(rule: _Rule, value: Any) -> Any:
-    """Return a value as its rule makes it; raise as :class:`_Rule` says."""
-    return rule.parse(value)
 
 
 class _Source(NamedTuple):
@@ -735,7 +724,7 @@ class _Settings:
         if django:
             yield _source(django, "Django's settings")
         environment = dict(os.environ)
-        for name in _credentials_of_lambda():
+        for name in _variables_of_botocore():
             environment.pop(name, None)
         yield _source(environment, "the environment")
 
@@ -753,7 +742,7 @@ def _source(holder: Any, where: str) -> _Source:
     return _Source(where, lambda name: getattr(holder, name, None))
 
 
-def _credentials_of_lambda() -> set[str]:
+def _variables_of_botocore() -> set[str]:
     """Return the variables of the environment that belong to botocore's credentials.
 
     Lambda sets AWS_ACCESS_KEY_ID and AWS_SESSION_TOKEN to those of the function's role
