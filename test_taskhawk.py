@@ -3035,7 +3035,7 @@ class TestInteropAttributes:
 # === PART II: QUEUES ==================================================================
 
 
-# --- 6. the broker contract -----------------------------------------------------------
+# --- 7. the broker contract -----------------------------------------------------------
 
 STALE = taskhawk.Refusal(0, "ReceiptHandleIsInvalid", "", final=True)
 
@@ -3049,40 +3049,48 @@ class Queues:
     refuses_stale: bool
     clock: Clock
 
-    def pass_a_second(self) -> None:
-        """Move SQLite's clock; a receive from SQS has to wait."""
-        self.clock.now += 1
-
     def send(self, *bodies: str, delay_s: float = 0) -> None:
         """Send all in one call."""
-        entries = [taskhawk.Outgoing(body, ATTRIBUTES, delay_s) for body in bodies]
+        entries = [Outgoing(body, ATTRIBUTES, delay_s) for body in bodies]
         assert self.broker.send(self.name, entries) == []
 
     def receive(
-        self, count: int = 10, wait_s: float = 0, lease_s: float | None = None
-    ) -> list[taskhawk.QueueMessage]:
+        self, limit: int = 10, wait_s: float = 0, lease_s: float | None = None
+    ) -> list[QueueMessage]:
         """Receive, by default at once what is visible."""
-        return self.broker.receive(self.name, count, wait_s, lease_s, NEVER)
+        return self.broker.receive(self.name, limit, wait_s, lease_s, NEVER)
 
-    def receive_all(
-        self, count: int, lease_s: float | None = None
-    ) -> list[taskhawk.QueueMessage]:
-        """Receive until there are so many, waiting for them."""
+    def receive_all(self, count: int) -> list[QueueMessage]:
+        """Receive until there are so many, waiting for them; sort them by their bodies."""
         deadline = time.monotonic() + 15
-        found: list[taskhawk.QueueMessage] = []
+        found: list[QueueMessage] = []
         while len(found) < count:
             assert time.monotonic() < deadline
-            found += self.receive(10, 5, lease_s)
+            found += self.receive(10, 5)
         return sorted(found, key=lambda message: message.body)
 
-    def stale(self) -> tuple[str, taskhawk.QueueMessage]:
+    def change(self, *changes: tuple[Any, float]) -> list[taskhawk.Refusal]:
+        """Change visibility timeouts; return the refusals without their text."""
+        return self._wordless(self.broker.change_visibility(self.name, changes))
+
+    def delete(self, *receipts: Any) -> list[taskhawk.Refusal]:
+        """Delete; return the refusals without their text."""
+        return self._wordless(self.broker.delete(self.name, receipts))
+
+    def depth(self) -> tuple[int, ...]:
+        """Return how many messages are visible, in flight and delayed."""
+        return tuple(self.broker.depth(self.name))
+
+    def stale(self) -> tuple[Any, QueueMessage]:
         """Return a receipt that is stale, and its message as it was received again."""
         (first,) = self.receive_all(1)
-        assert (
-            self.broker.change_visibility(self.name, [(first.receipt_handle, 0)]) == []
-        )
+        assert self.change((first.receipt_handle, 0)) == []
         (second,) = self.receive_all(1)
         return first.receipt_handle, second
+
+    @staticmethod
+    def _wordless(refusals: list[taskhawk.Refusal]) -> list[taskhawk.Refusal]:
+        return [refusal._replace(text="") for refusal in refusals]
 
 
 class TestBrokerContract:
@@ -3099,9 +3107,8 @@ class TestBrokerContract:
             broker = taskhawk.SqsBroker()
         else:
             path = f"/{tmp_path}/queue.db" if kind == "file" else ""
-            broker = taskhawk.SqliteBroker(
-                f"sqlite://{path}?max_receive_count=2", clock
-            )
+            url = f"sqlite://{path}?max_receive_count=2"
+            broker = taskhawk.SqliteBroker(url, clock)
         with contextlib.closing(broker):
             yield Queues(broker, name, kind != "moto", clock)
 
@@ -3116,180 +3123,291 @@ class TestBrokerContract:
         assert (message.queue, message.group_id) == (queues.name, None)
         assert message.message_id
         assert message.queue_url
-        assert message.hook_kwargs == {
-            "queue_name": queues.name,
-            "sqs_queue_message": message,
-        }
+        hook_kwargs = {"queue_name": queues.name, "sqs_queue_message": message}
+        assert message.hook_kwargs == hook_kwargs
 
     def test_ten_in_a_call(self, queues):
-        """Ten are sent in one call, and a receive takes at most what it asks for, and ten."""
+        """A call sends ten; a receive takes at most what it asks for, and ten."""
         queues.send(*"abcdefghij")
         queues.send("k")
         few = queues.receive(3)
         assert 1 <= len(few) <= 3
-        rest = queues.receive(50)
-        assert len(rest) <= 10
-        rest += queues.receive_all(11 - len(few) - len(rest))
-        assert sorted(message.body for message in few + rest) == list("abcdefghijk")
-        assert len({message.message_id for message in few + rest}) == 11
+        many = queues.receive(50)
+        assert len(many) <= 10
+        found = [*few, *many, *queues.receive_all(11 - len(few) - len(many))]
+        assert sorted(message.body for message in found) == list("abcdefghijk")
+        assert len({message.message_id for message in found}) == 11
 
     def test_visibility(self, queues):
-        """A message is visible again when its timeout ends, later if extended, sooner if cut."""
+        """A message is visible when its timeout ends: later if extended, sooner if cut."""
         queues.send("extended")
         (extended,) = queues.receive(lease_s=1)
-        change = [(extended.receipt_handle, 60)]
-        assert queues.broker.change_visibility(queues.name, change) == []
+        assert queues.change((extended.receipt_handle, 60)) == []
         queues.send("left")
         (left,) = queues.receive(lease_s=1)
         queues.send("cut")
         (cut,) = queues.receive()
-        assert (
-            queues.broker.change_visibility(queues.name, [(cut.receipt_handle, 1)])
-            == []
-        )
+        assert queues.change((cut.receipt_handle, 1)) == []
         assert queues.receive() == []
-        queues.pass_a_second()
+        queues.clock.now += 1
         again = queues.receive_all(2)
-        assert [(message.body, message.attempt) for message in again] == [
-            ("cut", 2),
-            ("left", 2),
-        ]
+        assert [(m.body, m.attempt) for m in again] == [("cut", 2), ("left", 2)]
         for before, after in zip((cut, left), again, strict=True):
             assert before.receipt_handle != after.receipt_handle
             assert before.message_id == after.message_id
-            assert (
-                before.attributes["SentTimestamp"] == after.attributes["SentTimestamp"]
-            )
+            sent = before.attributes["SentTimestamp"]
+            assert after.attributes["SentTimestamp"] == sent
 
     def test_delays_and_depth(self, queues):
         """A delayed message is counted as such, and received when its delay is over."""
         queues.send("now", "too")
         queues.send("later", delay_s=1)
-        assert queues.broker.depth(queues.name) == taskhawk.Depth(2, 0, 1)
+        assert queues.depth() == (2, 0, 1)
         now = queues.receive_all(2)
         assert [message.body for message in now] == ["now", "too"]
-        assert queues.broker.depth(queues.name) == taskhawk.Depth(0, 2, 1)
-        queues.pass_a_second()
+        assert queues.depth() == (0, 2, 1)
+        queues.clock.now += 1
         (later,) = queues.receive_all(1)
         assert later.body == "later"
-        receipts = [message.receipt_handle for message in (*now, later)]
-        assert queues.broker.delete(queues.name, receipts) == []
-        assert queues.broker.depth(queues.name) == taskhawk.Depth(0, 0, 0)
+        assert queues.delete(*(m.receipt_handle for m in (*now, later))) == []
+        assert queues.depth() == (0, 0, 0)
 
     def test_stale_receipts(self, queues):
-        """A receipt is no good once the message was received again; a delete may say success."""
+        """A receipt is void once the message was received again; AWS may not say so."""
         queues.send("x")
         stale, again = queues.stale()
         assert (again.attempt, again.receipt_handle != stale) == (2, True)
-        if queues.refuses_stale:  # AWS is free to answer either way on a standard queue
-            changed = queues.broker.change_visibility(queues.name, [(stale, 0)])
-            deleted = queues.broker.delete(queues.name, [stale])
-            assert [refusal._replace(text="") for refusal in changed + deleted] == [
-                STALE,
-                STALE,
-            ]
-            assert queues.broker.depth(queues.name) == taskhawk.Depth(0, 1, 0)
-        assert queues.broker.delete(queues.name, [again.receipt_handle]) == []
-        assert queues.broker.depth(queues.name) == taskhawk.Depth(0, 0, 0)
+        if queues.refuses_stale:
+            assert queues.change((stale, 0)) == [STALE]
+            assert queues.delete(stale) == [STALE]
+            assert queues.depth() == (0, 1, 0)
+        assert queues.delete(again.receipt_handle) == []
+        assert queues.depth() == (0, 0, 0)
 
     def test_batch_answers(self, queues):
         """The answer to a batch names the entries that failed by their index."""
         queues.send("a")
         stale, last = queues.stale()
         queues.send("b", "c")
-        good = [message.receipt_handle for message in queues.receive_all(2)]
+        first, second = (m.receipt_handle for m in queues.receive_all(2))
         bad = stale if queues.refuses_stale else "no receipt"
-        changes = [(good[0], 60), (bad, 60), (good[1], 60)]
-        refusals = queues.broker.change_visibility(queues.name, changes)
-        assert [refusal._replace(text="") for refusal in refusals] == [
-            STALE._replace(index=1)
-        ]
-        refusals = queues.broker.delete(queues.name, [*good, bad])
-        assert [refusal._replace(text="") for refusal in refusals] == [
-            STALE._replace(index=2)
-        ]
-        last.delete()
-        assert queues.broker.depth(queues.name) == taskhawk.Depth(0, 0, 0)
+        changed = queues.change((first, 60), (bad, 60), (second, 60))
+        assert changed == [STALE._replace(index=1)]
+        assert queues.delete(first, second, bad) == [STALE._replace(index=2)]
+        assert queues.delete(last.receipt_handle) == []
+        assert queues.depth() == (0, 0, 0)
 
     def test_dead_letters(self, queues):
-        """After so many receives a message goes, as it was sent, to the dead-letter queue."""
+        """After two receives a message goes, as it was sent, to the dead-letter queue."""
         dead = dataclasses.replace(queues, name=f"{queues.name}-DLQ")
         limits = taskhawk.QueueInfo(30.0, dead.name, 2)
         assert queues.broker.info(queues.name) == limits
         assert queues.broker.info(dead.name) == taskhawk.QueueInfo(30.0, None, None)
         queues.send("poison")
-        (second,) = queues.stale()[1:]
+        _, second = queues.stale()
         second.change_visibility(VisibilityTimeout=0)
         assert queues.receive() == []
         (found,) = dead.receive_all(1)
         assert (found.body, found.message_id) == ("poison", second.message_id)
         assert found.message_attributes == second.message_attributes
         assert found.attributes["SentTimestamp"] == second.attributes["SentTimestamp"]
-        assert queues.broker.depth(queues.name) == taskhawk.Depth(0, 0, 0)
+        assert queues.depth() == (0, 0, 0)
 
     def test_long_poll(self, queues):
         """A receive that waits ends with the send of a message, in this process too."""
-        threading.Timer(0.2, queues.send, ("wake up",)).start()
+        sending = threading.Timer(0.2, queues.send, ("wake up",))
+        sending.start()
         start = time.monotonic()
         (message,) = queues.receive(wait_s=15)
         assert message.body == "wake up"
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < 10
+        sending.join(10)
 
     def test_message_acts_at_once(self, queues):
-        """A message changes its visibility and deletes itself like boto3's; a refusal raises."""
+        """A message changes its visibility and deletes itself, as boto3's; or raises."""
         queues.send("x")
         (message,) = queues.receive()
         message.change_visibility(VisibilityTimeout=0)
         (again,) = queues.receive_all(1)
         assert again.attempt == 2
         again.delete()
-        assert queues.broker.depth(queues.name) == taskhawk.Depth(0, 0, 0)
+        assert queues.depth() == (0, 0, 0)
         with pytest.raises(taskhawk.PartialFailure) as caught:
             again.change_visibility(VisibilityTimeout=0)
         assert str(caught.value) == "1 of 1 messages failed: ReceiptHandleIsInvalid"
         assert (caught.value.success_count, caught.value.failure_count) == (0, 1)
 
     def test_message_of_no_queue(self):
-        """A message that no queue has, as in sync mode, is deleted and changed without effect."""
-        message = taskhawk.QueueMessage("body", "id", sns_record={"Sns": {}})
+        """A message that no queue has is deleted and changed without effect."""
+        message = QueueMessage("body", "id", sns_record={"Sns": {}})
         message.delete()
         message.change_visibility(VisibilityTimeout=3)
-        assert (message.attempt, message.group_id, message.receipt_handle) == (
-            1,
-            None,
-            None,
-        )
+        assert (message.attempt, message.group_id, message.queue_url) == (1, None, "")
         assert (message.attributes, message.message_attributes) == ({}, {})
         assert message.hook_kwargs == {"sns_record": {"Sns": {}}}
+        assert not message.is_last_receive
+
+    @pytest.mark.parametrize(
+        ("received", "limit", "is_last"),
+        [("1", 2, False), ("2", 2, True), ("3", 2, True), ("9", None, False)],
+    )
+    def test_last_receive(self, received, limit, is_last):
+        """A message says whether its queue's redrive policy allows another receive."""
+        counted = {"ApproximateReceiveCount": received}
+        message = QueueMessage("body", "id", attributes=counted)
+        message.max_receive_count = limit
+        assert message.is_last_receive is is_last
 
     @pytest.mark.parametrize(
         ("queue", "deduplication_id"), [("Q", None), ("Q.fifo", "sqs-id")]
     )
     def test_copy(self, queue, deduplication_id):
-        """A copy keeps the group; on FIFO queues its deduplication id is the SQS MessageId."""
-        attributes = {"MessageGroupId": "customer 7"}
-        message = taskhawk.QueueMessage(
-            "body", "sqs-id", "r", attributes=attributes, queue=queue
-        )
-        expected = taskhawk.Outgoing(
-            "body", ATTRIBUTES, 0, "customer 7", deduplication_id
-        )
+        """A copy keeps the group; on FIFO queues the SQS MessageId deduplicates it."""
+        group = {"MessageGroupId": "customer 7"}
+        message = QueueMessage("body", "sqs-id", "r", group, queue=queue)
+        expected = Outgoing("body", ATTRIBUTES, 0, "customer 7", deduplication_id)
         assert message.copy(ATTRIBUTES) == expected
 
     def test_size(self):
         """The size is of body, attribute names, types and values, in bytes."""
         binary = {"b": {"DataType": "Binary", "BinaryValue": b"\x00\xff"}}
-        assert taskhawk.Outgoing("é", {}).size() == 2
-        assert taskhawk.Outgoing("", ATTRIBUTES).size() == len("request_idString") + 6
-        assert taskhawk.Outgoing("", binary).size() == len("bBinary") + 2
+        assert Outgoing("é", {}).size() == 2
+        assert Outgoing("", ATTRIBUTES).size() == len("request_idString") + 6
+        assert Outgoing("", binary).size() == len("bBinary") + 2
 
 
-# --- 7. SQLite ------------------------------------------------------------------------
+FAULT, MISSING = OSError("no route"), taskhawk.ConfigurationError("no queue")
+# Of batch calls for "abcdefghijkl": each call that is made, with its answer: who is
+# refused (in upper case: for good), or an error; who is refused in the end; how many
+# rounds there are.
+ROUNDS = {
+    "all accepted": ([("abcdefghij", ""), ("kl", "")], "", 1),
+    "refused once": ([("abcdefghij", "bd"), ("kl", "l"), ("bdl", "")], "", 2),
+    "refused for good": ([("abcdefghij", "B"), ("kl", "")], "b", 1),
+    "refused in turn": (
+        [("abcdefghij", "ab"), ("kl", ""), ("ab", "Ab"), ("b", "")],
+        "a",
+        3,
+    ),
+    "refused always": (
+        [("abcdefghij", "a"), ("kl", ""), ("a", "a"), ("a", "a")],
+        "a",
+        3,
+    ),
+    "a fault": ([("abcdefghij", FAULT), ("abcdefghij", ""), ("kl", "")], "", 2),
+    "a fault in the second round": (
+        [("abcdefghij", "a"), ("kl", "l"), ("al", FAULT), ("al", "")],
+        "",
+        3,
+    ),
+    "a mistake": ([("abcdefghij", MISSING)], "abcdefghijkl", 1),
+    "a mistake after a part": ([("abcdefghij", ""), ("kl", MISSING)], "kl", 1),
+}
+# The same where the whole call was repeated before it failed.
+REPEATED = {
+    "at once": ([("abcdefghij", FAULT)], "abcdefghijkl", 1),
+    "after a part": ([("abcdefghij", "a"), ("kl", FAULT), ("a", "")], "kl", 2),
+    "in the second round": (
+        [("abcdefghij", "a"), ("kl", "l"), ("al", FAULT)],
+        "al",
+        2,
+    ),
+}
+
+
+class TestBatchCalls:
+    """How often, and when, the entries of a batch are tried."""
+
+    @pytest.fixture
+    def pauses(self, monkeypatch):
+        """Return a list of the pauses, which take no time and have no jitter."""
+        pauses: list[float] = []
+        monkeypatch.setattr(time, "sleep", pauses.append)
+        monkeypatch.setattr(random, "uniform", lambda low, high: high)
+        return pauses
+
+    @pytest.mark.parametrize(
+        ("repeated", "script", "refused", "rounds"),
+        [
+            *(pytest.param(False, *case, id=name) for name, case in ROUNDS.items()),
+            *(pytest.param(True, *case, id=name) for name, case in REPEATED.items()),
+        ],
+    )
+    def test_rounds(self, pauses, repeated, script, refused, rounds):
+        """What is refused, but not for good, is tried three times, with pauses."""
+        calls = iter(script)
+
+        def call(entries: Sequence[str]) -> list[taskhawk.Refusal]:
+            expected, answer = next(calls)
+            assert "".join(entries) == expected
+            if isinstance(answer, Exception):
+                raise answer
+            return [
+                taskhawk.Refusal(expected.index(c.lower()), "C", "why", c.isupper())
+                for c in answer
+            ]
+
+        letters = "abcdefghijkl"
+        found = taskhawk._in_batches(call, letters, 3, repeated=repeated)
+        assert "".join(letters[index] for index in sorted(found)) == refused
+        assert all(refusal.index == index for index, refusal in found.items())
+        assert next(calls, None) is None
+        assert pauses == [0, 0.09, 0.3][:rounds]
+
+    def test_one_call(self):
+        """An error in place of an answer refuses each entry, but not for good."""
+        for error, code in ((FAULT, "OSError"), (MISSING, "ConfigurationError")):
+            found = taskhawk._one_call(raising(error), "ab")
+            expected = taskhawk.Refusal(0, code, str(error), final=False)
+            assert found == {0: expected, 1: expected._replace(index=1)}
+        refusal = taskhawk.Refusal(1, "C", "why", final=True)
+        assert taskhawk._one_call(lambda entries: [refusal], "ab") == {1: refusal}
+
+    def test_sizes(self):
+        """A batch call has ten messages and max_bytes at most, or one that is too large."""
+        entries = [Outgoing("x" * size, {}) for size in (4, 4, 4, 11, 1, *[1] * 11)]
+        sizes = []
+
+        def call(batch: Sequence[Outgoing]) -> list[taskhawk.Refusal]:
+            sizes.append([entry.size() for entry in batch])
+            return []
+
+        assert taskhawk._in_batches(call, entries, max_bytes=10) == {}
+        assert sizes == [[4, 4], [4], [11], [1] * 10, [1, 1]]
+
+    @pytest.mark.parametrize(
+        ("answers", "pauses_s", "code"),
+        [
+            ([""], [0], None),
+            (["a", ""], [0, 0.09], None),
+            (["A"], [0], "C"),
+            (["a", "a", "a"], [0, 0.09, 0.3], "C"),
+        ],
+    )
+    def test_message_insists(self, pauses, answers, pauses_s, code):
+        """A message that acts at once tries again where the service is at fault."""
+        broker, told = taskhawk.SqliteBroker("sqlite://"), iter(answers)
+
+        def delete(queue: str, receipts: Sequence[str], *, retry: bool) -> Any:
+            assert (queue, receipts, retry) == ("Q", ["r"], True)
+            return [taskhawk.Refusal(0, "C", "", c.isupper()) for c in next(told)]
+
+        broker.delete = delete
+        message = QueueMessage("body", "id", "r", queue="Q", broker=broker)
+        with contextlib.closing(broker), contextlib.ExitStack() as stack:
+            if code:
+                stack.enter_context(pytest.raises(taskhawk.PartialFailure, match=code))
+            message.delete()
+        assert next(told, None) is None
+        assert pauses == pauses_s
+
+
+# --- 8. SQLite ------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def python_child(code: str, *args: object) -> Iterator[subprocess.Popen[str]]:
-    """Run code in a new interpreter for the length of the block, with pipes to talk to it."""
+    """Run code in a new interpreter for the length of the block, with pipes to it."""
     with subprocess.Popen(
         [sys.executable, "-c", code, *map(str, args)],
         env=python_env(),
@@ -3303,17 +3421,51 @@ def python_child(code: str, *args: object) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
-# Hands out the connection that a SqliteBroker makes, which is nobody else's business.
-GRAB_CONNECTIONS = """
-import sys
-connections = []
-grab = lambda event, args: event == 'sqlite3.connect/handle' and connections.append(args[0])
-sys.addaudithook(grab)
+# How the programs here begin. The hook hands out the connection that a SqliteBroker
+# makes, which is nobody else's business.
+SQLITE_PROGRAM = """
+import os, signal, sqlite3, sys, threading, time, taskhawk
+from taskhawk import Outgoing
+connections, url = [], sys.argv[1]
+def hook(event, args):
+    if event == 'sqlite3.connect/handle':
+        connections.append(args[0])
+sys.addaudithook(hook)
+broker = taskhawk.SqliteBroker(url)
+def go_when_told():
+    print('ready', flush=True)
+    sys.stdin.readline()
+def receive(limit, queue='Q'):
+    return broker.receive(queue, limit, 0, 600, threading.Event())
 """
 
 
+def sqlite_program(code: str, url: str, *args: str) -> str:
+    """Run a program on a SQLite file, and return what it prints; nothing may go wrong."""
+    result = run_python(["-c", SQLITE_PROGRAM + code, url, *args], timeout=120)
+    assert (result.returncode, result.stderr) == (0, "")
+    return result.stdout
+
+
+@contextlib.contextmanager
+def sqlite_children(
+    code: str, url: str, *arguments: Sequence[object]
+) -> Iterator[list[subprocess.Popen[str]]]:
+    """Run programs that begin with go_when_told(), and tell all at the same moment."""
+    with contextlib.ExitStack() as stack:
+        children = [
+            stack.enter_context(python_child(SQLITE_PROGRAM + code, url, *given))
+            for given in arguments
+        ]
+        for child in children:
+            assert child.stdout.readline() == "ready\n"
+        for child in children:
+            print(file=child.stdin, flush=True)
+        yield children
+
+
 class TestSqlite:
-    """The embedded broker, where it is more than the contract: files, processes, crashes."""
+    """The embedded broker, where it is more than the contract: files and crashes."""
 
     @pytest.fixture
     def path(self, tmp_path):
@@ -3336,95 +3488,99 @@ class TestSqlite:
         with contextlib.closing(taskhawk.SqliteBroker(url, clock)) as broker:
             yield broker
 
-    def test_every_commit_is_on_the_disk(self, path):
-        """The file has a write-ahead log, and each transaction waits for the disk."""
-        code = f"""{GRAB_CONNECTIONS}
-import taskhawk
-broker = taskhawk.SqliteBroker('sqlite:///{path}')
-broker.send('Q', [taskhawk.Outgoing('x', {{}})])
-for name in 'journal_mode', 'synchronous', 'user_version':
-    print(connections[-1].execute(f'PRAGMA {{name}}').fetchone()[0])
+    def test_every_commit_is_on_the_disk(self, url):
+        """Transactions wait for the disk; a statement waits 30 s for a locked file."""
+        code = """
+for name in 'journal_mode', 'synchronous', 'user_version', 'busy_timeout':
+    print(connections[-1].execute(f'PRAGMA {name}').fetchone()[0])
 """
-        assert run_python(code).stdout.split() == ["wal", "2", "1"]
+        assert sqlite_program(code, url).split() == ["wal", "2", "1", "30000"]
 
     def test_memory_is_gone_with_its_broker(self):
         """A broker in memory is its own, and empty each time."""
         for _ in range(2):
             with contextlib.closing(taskhawk.SqliteBroker("sqlite://")) as broker:
                 assert broker.send("Q", numbered(1)) == []
-                assert broker.depth("Q") == taskhawk.Depth(1, 0, 0)
+                assert broker.depth("Q") == Depth(1, 0, 0)
 
     def test_queues_need_not_be_made(self, broker):
         """An unknown queue is an empty one, and queues are apart."""
         broker.send("A", numbered(1))
         assert broker.receive("B", 1, 0, None, NEVER) == []
-        assert broker.depth("B") == taskhawk.Depth(0, 0, 0)
-        assert broker.depth("A") == taskhawk.Depth(1, 0, 0)
+        assert (broker.depth("B"), broker.depth("A")) == (Depth(0, 0, 0), (1, 0, 0))
 
     def test_destination(self, url):
-        """Queues are named as on SQS; without TASKHAWK_QUEUE they are the default's."""
-        names = ["-HIGH-PRIORITY", "-LOW-PRIORITY", "-BULK"]
+        """Queues are named as on SQS; TASKHAWK_QUEUE may be left out."""
+        suffixes = ["", "-HIGH-PRIORITY", "-LOW-PRIORITY", "-BULK"]
         for settings, name in (({}, "DEFAULT"), ({"TASKHAWK_QUEUE": "dev-x"}, "DEV-X")):
             taskhawk.configure(TASKHAWK_BROKER=url, **settings)
-            found = [
-                taskhawk._brokers.broker().destination(p) for p in taskhawk.Priority
-            ]
-            assert found == [
-                f"TASKHAWK-{name}",
-                *(f"TASKHAWK-{name}{suffix}" for suffix in names),
-            ]
-
-    def test_options(self, path, clock):
-        """The URL may set the visibility timeout and the receives before the dead letters."""
-        for query, expected in (
-            ("", taskhawk.QueueInfo(30.0, "Q-DLQ", 5)),
-            (
-                "?visibility_timeout_s=1.5&max_receive_count=3",
-                taskhawk.QueueInfo(1.5, "Q-DLQ", 3),
-            ),
-        ):
-            with contextlib.closing(
-                taskhawk.SqliteBroker(f"sqlite:///{path}{query}", clock)
-            ) as b:
-                assert b.info("Q") == expected
-                assert b.info("Q-DLQ") == expected._replace(
-                    dead_letter_queue=None, max_receive_count=None
-                )
-                b.send("Q", numbered(1))
-                assert len(b.receive("Q", 1, 0, None, NEVER)) == 1
-                clock.now += expected.visibility_timeout_s - 0.001
-                assert b.receive("Q", 1, 0, None, NEVER) == []
-                clock.now += 0.001
-                assert drain(b, "Q") == ["0"]
+            broker = taskhawk._brokers.broker()
+            found = [broker.destination(priority) for priority in Priority]
+            assert found == [f"TASKHAWK-{name}{suffix}" for suffix in suffixes]
 
     @pytest.mark.parametrize(
-        "url",
+        ("query", "lease_s", "limit"),
         [
-            "sqlite://host/queue.db",
-            "sqlite://queue.db",
-            "sqlite:///q.db?visibility_timeout_s=0",
-            "sqlite:///q.db?visibility_timeout_s=nan",
-            "sqlite:///q.db?visibility_timeout_s",
-            "sqlite:///q.db?max_receive_count=2.5",
-            "sqlite:///q.db?max_receive_count=0",
-            "sqlite:///q.db?timeout=3",
-            "sqlite://[q",
-            "sqlite:///q.db\n",
+            ("", 30.0, 5),
+            ("?visibility_timeout_s=1.5&max_receive_count=3", 1.5, 3),
+            ("?max_receive_count=1", 30.0, 1),
         ],
     )
-    def test_url_errors(self, url, tmp_path, monkeypatch):
-        """A URL that is not understood is refused, with one that would be; no file is made."""
+    def test_options(self, path, clock, query, lease_s, limit):
+        """The URL may set the visibility timeout, and the receives of a message."""
+        with contextlib.closing(
+            taskhawk.SqliteBroker(f"sqlite:///{path}{query}", clock)
+        ) as b:
+            assert b.info("Q") == taskhawk.QueueInfo(lease_s, "Q-DLQ", limit)
+            assert b.info("Q-DLQ") == taskhawk.QueueInfo(lease_s, None, None)
+            b.send("Q", numbered(1))
+            (message,) = b.receive("Q", 1, 0, None, NEVER)
+            assert message.max_receive_count == limit
+            assert message.is_last_receive is (limit == 1)
+            clock.now += lease_s - 0.001
+            assert b.receive("Q", 1, 0, None, NEVER) == []
+            clock.now += 0.001
+            assert len(b.receive("Q", 1, 0, None, NEVER)) == (limit > 1)
+            assert sum(b.depth("Q-DLQ")) == (limit == 1)
+
+    @pytest.mark.parametrize(
+        ("url", "reason"),
+        [
+            ("sqlite://host/queue.db", ""),
+            ("sqlite://queue.db", ""),
+            ("sqlite://[q", ""),
+            ("sqlite:///q.db\n", ""),
+            ("sqlite:///q.db?timeout=3", "'timeout' is not an option: "),
+            ("sqlite:///q.db?max_receive_count=2&&=", "'' is not an option: "),
+            ("sqlite:///q.db?visibility_timeout_s=0", ("visibility_timeout_s", "'0'")),
+            ("sqlite:///q.db?visibility_timeout_s", ("visibility_timeout_s", "''")),
+            (
+                "sqlite:///q.db?visibility_timeout_s=nan",
+                ("visibility_timeout_s", "'nan'"),
+            ),
+            ("sqlite:///q.db?max_receive_count=2.5", ("max_receive_count", "'2.5'")),
+            ("sqlite:///q.db?max_receive_count=0", ("max_receive_count", "'0'")),
+        ],
+    )
+    def test_url_errors(self, url, reason, tmp_path, monkeypatch):
+        """A URL that is not understood is refused, and says why; no file is made."""
         monkeypatch.chdir(tmp_path)
+        if isinstance(reason, tuple):
+            name, value = reason
+            rule = {"v": "a number of seconds above 0", "m": "a whole number above 0"}
+            text = f"{name}: expected {rule[name[0]]}, got {value} in {url!r}"
+        else:
+            text = (
+                f"{reason}expected sqlite:///relative.db or sqlite:////absolute.db, then"
+                f" perhaps ?visibility_timeout_s=30&max_receive_count=5, got {url!r}"
+            )
         with pytest.raises(taskhawk.ConfigurationError) as caught:
-            taskhawk.SqliteBroker(url).close()
-        assert str(caught.value) == (
-            "TASKHAWK_BROKER: expected sqlite:///relative.db or sqlite:////absolute.db, then"
-            f" perhaps ?visibility_timeout_s=30&max_receive_count=5, got {url!r}"
-        )
+            taskhawk.SqliteBroker(url)
+        assert str(caught.value) == f"TASKHAWK_BROKER: {text}"
         assert list(tmp_path.iterdir()) == []
 
     def test_paths(self, tmp_path, monkeypatch):
-        """Three slashes begin a relative path, four an absolute one; %20 is a space."""
+        """Three slashes begin a relative path, four an absolute one; spaces are spaces."""
         monkeypatch.chdir(tmp_path)
         taskhawk.SqliteBroker("sqlite:///a b.db").close()
         taskhawk.SqliteBroker(f"sqlite:///{tmp_path}/c.db").close()
@@ -3433,59 +3589,55 @@ for name in 'journal_mode', 'synchronous', 'user_version':
     @pytest.mark.parametrize(
         ("make", "reason"),
         [
-            (lambda path: None, "unable to open database file"),
+            (lambda path: path.parent.rmdir(), "unable to open database file"),
             (
-                lambda path: (
-                    path.parent.mkdir(),
-                    path.write_text("not a database" * 200),
-                ),
+                lambda path: path.write_text("no database" * 200),
                 "file is not a database",
             ),
+            (
+                lambda path: sqlite3.connect(path).execute("PRAGMA user_version = 7"),
+                "expected version 1 of its tables, got 7",
+            ),
         ],
-        ids=["no directory", "no database"],
+        ids=["no directory", "no database", "another version"],
     )
     def test_unusable_file(self, tmp_path, make, reason):
-        """A file that can't be used is refused at once, by name."""
+        """A file that can't be used is refused at once, by name, and left as it is."""
         path = tmp_path / "sub" / "queue.db"
+        path.parent.mkdir()
         make(path)
-        start = time.monotonic()
+        before = path.read_bytes() if path.exists() else None
         with pytest.raises(taskhawk.ConfigurationError) as caught:
             taskhawk.SqliteBroker(f"sqlite:///{path}")
         assert str(caught.value) == f"TASKHAWK_BROKER: can't open {path}: {reason}"
-        assert time.monotonic() - start < 10
+        assert before == (path.read_bytes() if path.exists() else None)
 
     def test_full_disk_while_it_opens(self, path):
         """A file that can't be written is refused at once, by name."""
-        code = f"""
-import resource, taskhawk
+        code = """
+import resource
 soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
 try:
-    taskhawk.SqliteBroker('sqlite:///{path}')
+    taskhawk.SqliteBroker(f'sqlite:///{sys.argv[2]}')
 except taskhawk.ConfigurationError as error:
     print(error)
 resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 """
         expected = f"TASKHAWK_BROKER: can't open {path}: disk I/O error\n"
-        assert run_python(code, timeout=20).stdout == expected
+        assert sqlite_program(code, "sqlite://", str(path)) == expected
 
-    def test_foreign_version(self, path, url):
-        """A database of another version is refused, and left as it is."""
-        with contextlib.closing(sqlite3.connect(path)) as db:
-            db.execute("PRAGMA user_version = 7")
-        before = path.read_bytes()
-        with pytest.raises(taskhawk.ConfigurationError) as caught:
-            taskhawk.SqliteBroker(url)
-        assert str(caught.value) == (
-            f"TASKHAWK_BROKER: can't open {path}: expected version 1 of its tables, got 7"
-        )
-        assert path.read_bytes() == before
-
-    def test_locked_while_it_opens(self, path, url):
-        """A file that another process is just making is waited for."""
+    def test_locked_while_it_opens(self, path, url, monkeypatch):
+        """A file that another process is just making is waited for, but not for ever."""
         other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         with contextlib.closing(other):
             other.execute("BEGIN IMMEDIATE")
+            monkeypatch.setattr(taskhawk, "_LOCKED_S", 0.1)
+            with pytest.raises(taskhawk.ConfigurationError) as caught:
+                taskhawk.SqliteBroker(url)
+            reason = f"can't open {path}: database is locked"
+            assert str(caught.value) == f"TASKHAWK_BROKER: {reason}"
+            monkeypatch.undo()
             release = threading.Timer(0.2, other.execute, ("ROLLBACK",))
             release.start()
             with contextlib.closing(taskhawk.SqliteBroker(url)) as broker:
@@ -3503,16 +3655,30 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     def test_clock(self, broker, clock):
         """Delays of any length and timeouts are counted on the clock that is passed in."""
         year = 365 * 86_400
-        broker.send("Q", [taskhawk.Outgoing("late", {}, 10 * year)])
+        broker.send("Q", [Outgoing("late", {}, 10 * year)])
         clock.now += 10 * year - 0.001
         assert broker.receive("Q", 1, 0, None, NEVER) == []
-        assert broker.depth("Q") == taskhawk.Depth(0, 0, 1)
+        assert broker.depth("Q") == Depth(0, 0, 1)
         clock.now += 0.001
         (message,) = broker.receive("Q", 1, 0, 100, NEVER)
         assert int(message.attributes["SentTimestamp"]) == 1_700_000_000_000
         assert broker.change_visibility("Q", [(message.receipt_handle, 5)]) == []
         clock.now += 5
         assert drain(broker, "Q") == ["late"]
+
+    def test_clock_set_back(self, broker, clock):
+        """What is visible when the clock is set back stays visible, in its order."""
+        broker.send("Q", numbered(2))
+        (leased,) = broker.receive("Q", 1, 0, None, NEVER)
+        broker.send("Q", [Outgoing("delayed", {}, 10)])
+        clock.now += 30
+        broker.send("Q", [Outgoing("new", {})])
+        (first,) = broker.receive("Q", 1, 0, None, NEVER)
+        assert first.body == "1"  # now the others have been seen, too
+        clock.now -= 3600
+        assert broker.depth("Q") == Depth(3, 1, 0)
+        assert broker.delete("Q", [leased.receipt_handle]) == []
+        assert drain(broker, "Q") == ["delayed", "new"]
 
     def test_first_come_first_served(self, broker):
         """What became visible first is received first."""
@@ -3521,21 +3687,21 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert drain(broker, "Q") == [str(number) for number in range(12)]
 
     def test_redrive(self, broker, clock):
-        """A message moves when it would be received once too often, and from there no further."""
+        """A message moves when it would be received once too often, and no further."""
         broker.send("Q", numbered(1))
         for attempt in (1, 2):
             (message,) = broker.receive("Q", 1, 0, None, NEVER)
             assert message.attempt == attempt
             clock.now += 30
-        assert broker.depth("Q-DLQ") == taskhawk.Depth(0, 0, 0)
+        assert broker.depth("Q-DLQ") == Depth(0, 0, 0)
         assert broker.receive("Q", 1, 0, None, NEVER) == []
         stale = message.receipt_handle
-        for _ in range(4):
+        for attempt in (1, 2, 3, 4):
             (message,) = broker.receive("Q-DLQ", 1, 0, None, NEVER)
+            assert (message.attempt, message.max_receive_count) == (attempt, None)
             clock.now += 30
-        assert broker.depth("Q-DLQ") == taskhawk.Depth(1, 0, 0)
         assert broker.delete("Q", [stale]) != []
-        assert broker.depth("Q-DLQ") == taskhawk.Depth(1, 0, 0)
+        assert broker.depth("Q-DLQ") == Depth(1, 0, 0)
 
     def test_receipts(self, broker, clock):
         """A receipt outlives its timeout until the next receive, for a delete only."""
@@ -3554,102 +3720,79 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert broker.delete("Q", [again.receipt_handle]) == []
         assert drain(broker, "Q") == ["7"]
 
-    def test_stop(self, broker):
-        """A wait is cut short when it is told to stop, and before that takes what is there."""
-        stop = threading.Event()
-        threading.Timer(0.1, stop.set).start()
-        start = time.monotonic()
+    def test_waiting(self, broker):
+        """A receive looks at once, then after pauses of up to 50 ms, until told to stop."""
+
+        class Stop(list[float]):
+            def wait(self, pause_s: float) -> bool:
+                self.append(pause_s)
+                return len(self) == 8
+
+        stop = Stop()
         assert broker.receive("Q", 1, 20, None, stop) == []
-        assert time.monotonic() - start < 5
+        assert stop == [0.002, 0.004, 0.008, 0.016, 0.032, 0.05, 0.05, 0.05]
         broker.send("Q", numbered(1))
         assert len(broker.receive("Q", 1, 20, None, stop)) == 1
-
-    def test_waiting_is_cheap(self, url):
-        """An empty queue costs next to no CPU while a receive waits for a message."""
-        with contextlib.closing(taskhawk.SqliteBroker(url)) as broker:
-            start = time.process_time()
-            assert broker.receive("Q", 1, 1, None, NEVER) == []
-            assert time.process_time() - start < 0.1
+        assert len(stop) == 8
 
     def test_another_process_wakes_it(self, url):
         """A receive that waits has a message of another process within a second."""
         code = """
-import sys, time, taskhawk
-broker = taskhawk.SqliteBroker(sys.argv[1])
-print('ready', flush=True)
-sys.stdin.readline()
-broker.send('Q', [taskhawk.Outgoing('x', {})])
+go_when_told()
+time.sleep(0.3)
+broker.send('Q', [Outgoing('x', {})])
 print(time.monotonic())
 """
         with (
-            contextlib.closing(taskhawk.SqliteBroker(url)) as b,
-            python_child(code, url) as child,
+            contextlib.closing(taskhawk.SqliteBroker(url)) as broker,
+            sqlite_children(code, url, ()) as (child,),
         ):
-            assert child.stdout.readline() == "ready\n"
-            threading.Timer(0.3, lambda: print(file=child.stdin, flush=True)).start()
-            assert len(b.receive("Q", 1, 20, None, NEVER)) == 1
+            assert len(broker.receive("Q", 1, 20, None, NEVER)) == 1
             assert time.monotonic() - float(child.stdout.readline()) < 1
 
-    def test_eight_processes_open_a_new_file(self, url):
+    def test_eight_processes_open_a_new_file(self, path, url):
         """Any number of processes may make the file at the same moment."""
         code = """
-import sys, taskhawk
-print('ready', flush=True)
-sys.stdin.readline()
-taskhawk.SqliteBroker(sys.argv[1]).send('Q', [taskhawk.Outgoing(sys.argv[2], {})])
+go_when_told()
+taskhawk.SqliteBroker(sys.argv[2]).send('Q', [Outgoing(sys.argv[3], {})])
 """
-        with contextlib.ExitStack() as stack:
-            children = [
-                stack.enter_context(python_child(code, url, i)) for i in range(8)
-            ]
-            assert [child.stdout.readline() for child in children] == ["ready\n"] * 8
-            for child in children:
-                print(file=child.stdin, flush=True)
+        arguments = [(url, number) for number in range(8)]
+        with sqlite_children(code, "sqlite://", *arguments) as children:
             assert [child.wait(60) for child in children] == [0] * 8
         with contextlib.closing(taskhawk.SqliteBroker(url)) as broker:
             assert sorted(drain(broker, "Q")) == list("01234567")
 
     def test_processes_claim_apart(self, url):
-        """Workers that receive at the same time never get the same message, and miss none."""
+        """Workers that receive at the same time never share a message, and miss none."""
         code = """
-import sys, threading, taskhawk
-broker = taskhawk.SqliteBroker(sys.argv[1])
-print('ready', flush=True)
-sys.stdin.readline()
-while received := broker.receive('Q', 3, 0, 600, threading.Event()):
+go_when_told()
+while received := receive(3):
     print(*(message.body for message in received))
     refusals = broker.delete('Q', [message.receipt_handle for message in received])
     assert not refusals, refusals
 """
-        with (
-            contextlib.closing(taskhawk.SqliteBroker(url)) as broker,
-            contextlib.ExitStack() as s,
-        ):
+        with contextlib.closing(taskhawk.SqliteBroker(url)) as broker:
             for start in range(0, 300, 10):
                 broker.send("Q", numbered(10, start))
-            children = [s.enter_context(python_child(code, url)) for _ in range(4)]
-            assert [child.stdout.readline() for child in children] == ["ready\n"] * 4
-            for child in children:
-                print(file=child.stdin, flush=True)
-            bodies = [
-                body for child in children for body in child.communicate()[0].split()
-            ]
+            with sqlite_children(code, url, (), (), (), ()) as children:
+                bodies = [
+                    body for c in children for body in c.communicate(timeout=60)[0].split()
+                ]
             assert [child.returncode for child in children] == [0] * 4
             assert sorted(map(int, bodies)) == list(range(300))
-            assert broker.depth("Q") == taskhawk.Depth(0, 0, 0)
+            assert broker.depth("Q") == Depth(0, 0, 0)
 
     def test_kill_while_sending(self, path, url):
         """A kill -9 loses nothing that was sent, and leaves no part of a batch."""
         code = """
-import itertools, sys, taskhawk
-broker = taskhawk.SqliteBroker(sys.argv[1])
+import itertools
 for start in itertools.count(0, 3):
-    broker.send(sys.argv[2], [taskhawk.Outgoing(str(start + i), {}) for i in range(3)])
+    broker.send(sys.argv[2], [Outgoing(str(start + i), {}) for i in range(3)])
     print(start + 3, flush=True)
 """
         for lines in (1, 17, 40):
             queue = f"Q{lines}"
-            with python_child(code, url, queue) as child:
+            with python_child(SQLITE_PROGRAM + code, url, queue) as child:
                 sent = [child.stdout.readline() for _ in range(lines)]
                 child.kill()
                 sent += child.stdout.readlines()
@@ -3661,12 +3804,10 @@ for start in itertools.count(0, 3):
             assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
 
     def test_kill_while_receiving(self, path):
-        """A kill -9 loses nothing that was not deleted, and nothing deleted comes back."""
+        """A kill -9 loses nothing that was not deleted; nothing deleted comes back."""
         url = f"sqlite:///{path}?max_receive_count=100"
         code = """
-import sys, threading, taskhawk
-broker = taskhawk.SqliteBroker(sys.argv[1])
-while received := broker.receive('Q', 2, 0, 600, threading.Event()):
+while received := receive(2):
     broker.delete('Q', [message.receipt_handle for message in received])
     print(*(message.body for message in received), flush=True)
 """
@@ -3675,7 +3816,7 @@ while received := broker.receive('Q', 2, 0, 600, threading.Event()):
                 broker.send("Q", numbered(10, start))
         done: list[str] = []
         for lines in (1, 17, 40):
-            with python_child(code, url) as child:
+            with python_child(SQLITE_PROGRAM + code, url) as child:
                 for _ in range(lines):
                     done += child.stdout.readline().split()
                 child.kill()
@@ -3687,37 +3828,34 @@ while received := broker.receive('Q', 2, 0, 600, threading.Event()):
         missing = 400 - len(done) - len(left)
         assert missing in (0, 2, 4, 6)  # deleted, and killed before it could say so
 
-    def test_errors_are_raised_and_over(self, path):
+    def test_errors_are_raised_and_over(self, path, url):
         """A locked file and a full disk are errors of that call; the next one works."""
-        code = f"""{GRAB_CONNECTIONS}
-import sqlite3, threading, taskhawk
-taskhawk.configure(TASKHAWK_BROKER='sqlite:///{path}')
-@taskhawk.task(name='tests.f')
-def f(x): pass
-def attempt(call):
+        code = """
+def attempt(call, *args):
     try:
-        print(bool(call()))
+        print(bool(call(*args)))
     except sqlite3.OperationalError as error:
         print(error)
-broker = taskhawk._brokers.broker()
-receive = lambda: broker.receive('TASKHAWK-DEFAULT', 1, 0, 600, threading.Event())
+taskhawk.configure(TASKHAWK_BROKER=url)
+@taskhawk.task(name='tests.f')
+def f(x): pass
 f.dispatch('first')
-connections[-1].execute('PRAGMA busy_timeout = 50')
-other = sqlite3.connect({str(path)!r}, isolation_level=None)
+for connection in connections:
+    connection.execute('PRAGMA busy_timeout = 50')
+other = sqlite3.connect(sys.argv[2], isolation_level=None)
 other.execute('BEGIN IMMEDIATE')
-attempt(lambda: f.dispatch('locked'))
-attempt(receive)
+attempt(f.dispatch, 'locked')
+attempt(receive, 1, 'TASKHAWK-DEFAULT')
 other.execute('ROLLBACK')
-attempt(receive)
-pages = connections[-2].execute('PRAGMA page_count').fetchone()[0]
-connections[-2].execute(f'PRAGMA max_page_count = {{pages}}')
-attempt(lambda: f.dispatch('x' * 1_000_000))
-connections[-2].execute('PRAGMA max_page_count = 1000000')
-attempt(lambda: f.dispatch('x' * 1_000_000))
+attempt(receive, 1, 'TASKHAWK-DEFAULT')
+pages = connections[1].execute('PRAGMA page_count').fetchone()[0]
+connections[1].execute(f'PRAGMA max_page_count = {pages}')
+attempt(f.dispatch, 'x' * 1_000_000)
+connections[1].execute('PRAGMA max_page_count = 1000000')
+attempt(f.dispatch, 'x' * 1_000_000)
 print(*broker.depth('TASKHAWK-DEFAULT'))
 """
-        result = run_python(code)
-        assert result.stdout.splitlines() == [
+        assert sqlite_program(code, url, str(path)).splitlines() == [
             "database is locked",
             "database is locked",
             "True",
@@ -3727,36 +3865,83 @@ print(*broker.depth('TASKHAWK-DEFAULT'))
         ]
 
     def test_interrupted_while_it_waits(self, path, url):
-        """Control-C while the file is locked sends nothing, and leaves no lock behind."""
+        """Control-C while the file is locked leaves no lock behind."""
         code = """
-import os, signal, sqlite3, sys, threading, time, taskhawk
-broker = taskhawk.SqliteBroker(sys.argv[1])
-other = sqlite3.connect(sys.argv[2], isolation_level=None, check_same_thread=False, timeout=1)
+other = sqlite3.connect(sys.argv[2], isolation_level=None, check_same_thread=False)
 other.execute('BEGIN IMMEDIATE')
 main = threading.get_ident()
 def interrupt():
     before = here = None
-    while before is None or here != before:  # until the main thread stands still in SQLite
+    while before is None or here != before:  # until the main thread waits in SQLite
         time.sleep(0.05)
         frame = sys._current_frames()[main]
         ours = frame.f_code.co_filename == taskhawk.__file__
         before, here = here, (frame.f_code, frame.f_lasti) if ours else object()
     os.kill(os.getpid(), signal.SIGINT)
     other.execute('ROLLBACK')
+signal.signal(signal.SIGINT, signal.default_int_handler)
 thread = threading.Thread(target=interrupt)
 thread.start()
 try:
-    broker.send('Q', [taskhawk.Outgoing('interrupted', {})])
+    broker.send('Q', [Outgoing('interrupted', {})])
 except KeyboardInterrupt:
     print('interrupted')
 thread.join()
 other.execute('BEGIN IMMEDIATE')
 other.execute('ROLLBACK')
-broker.send('Q', [taskhawk.Outgoing('after', {})])
-print(*(m.body for m in broker.receive('Q', 10, 0, None, threading.Event())))
+broker.send('Q', [Outgoing('after', {})])
+print(receive(10)[-1].body)
 """
-        result = run_python(["-c", code, url, str(path)])
-        assert (result.stdout, result.stderr) == ("interrupted\nafter\n", "")
+        assert sqlite_program(code, url, str(path)) == "interrupted\nafter\n"
+
+    @pytest.mark.parametrize("how", ["signal", "__del__"])
+    def test_dispatch_in_the_midst(self, url, how):
+        """A signal handler or a __del__ may dispatch at any moment, and nothing is lost."""
+        code = """
+import gc
+how, count, own = sys.argv[2], 0, 0
+taskhawk.configure(TASKHAWK_BROKER=url)
+@taskhawk.task(name='tests.f')
+def f(x): pass
+def dispatch(*_):
+    global count
+    if count < 100:
+        f.dispatch('midst')
+        count += 1
+class Garbage:
+    def __init__(self):
+        self.cycle = self
+    __del__ = dispatch
+signal.signal(signal.SIGALRM, dispatch)
+while count < 100:
+    if how == '__del__':
+        Garbage()
+        gc.set_threshold(own % 50 + 1)
+    else:
+        signal.setitimer(signal.ITIMER_REAL, 0.00001 * (own % 20 + 1))
+    f.dispatch('own')
+    own += 1
+signal.signal(signal.SIGALRM, signal.SIG_IGN)
+gc.set_threshold(0)
+print(taskhawk._brokers.broker().depth('TASKHAWK-DEFAULT').visible - own - count)
+"""
+        assert sqlite_program(code, url, how) == "0\n"
+
+    @pytest.mark.parametrize("successor", [True, False])
+    def test_file_replaced(self, path, url, broker, caplog, successor):
+        """A file that is replaced or removed while it is open is opened anew, and logged."""
+        broker.send("Q", numbered(1))
+        for file in path.parent.iterdir():
+            file.rename(f"{file}.old")
+        if successor:
+            with contextlib.closing(taskhawk.SqliteBroker(url)) as other:
+                other.send("Q", numbered(1, 7))
+        assert broker.send("Q", numbered(1, 8)) == []
+        with contextlib.closing(taskhawk.SqliteBroker(url)) as other:
+            assert other.depth("Q").visible == 1 + successor
+        (record,) = caplog.records
+        text = f"{path} was removed or replaced: opening it anew"
+        assert (record.levelname, record.getMessage()) == ("WARNING", text)
 
 
 # --- 8. SQS and SNS -------------------------------------------------------------------
