@@ -16,6 +16,7 @@ import datetime as dt
 import decimal
 import errno
 import functools
+import html
 import http.client
 import http.server
 import importlib
@@ -260,57 +261,137 @@ def configure_aws(endpoint: str, queue: str | None = None, **values: Any) -> Non
     taskhawk.configure(AWS_SETTINGS, **endpoints, TASKHAWK_QUEUE=queue, **values)
 
 
-@dataclasses.dataclass
-class Call:
-    """A request that an AwsServer got; its attributes are what a test may want to see."""
+#: What ScriptedAws does with a request: JSON, which is XML for SNS; or status, headers and bytes;
+#: or None, which is what it does by default; or a function of the request that returns one of them.
+AwsAnswer = (
+    dict[str, Any]
+    | tuple[int, dict[str, str], bytes]
+    | Callable[["AwsCall"], Any]
+    | None
+)
+DROPPED: AwsAnswer = (0, {}, b"")  # the connection ends without an answer
 
+
+@dataclasses.dataclass
+class AwsCall:
+    """A request that a ScriptedAws got; its attributes are what a test may want to see."""
+
+    server: "ScriptedAws" = dataclasses.field(repr=False)
     action: str
     data: dict[str, Any]
     body: bytes
     path: str
     headers: dict[str, str]
     port: int
-    answer: Any = None
+    told: AwsAnswer = None
+
+    @property
+    def is_sns(self) -> bool:
+        """Whether it is a form, as SNS reads it, and its answer XML."""
+        return "Action" in self.data
+
+    def forward(self, **changes: Any) -> dict[str, Any]:
+        """Have a request to SQS, with these changes, answered as by default."""
+        data = {**self.data, **changes}
+        if not self.server.behind:
+            return self.server.default(self.action, data)
+        return json.loads(self.server.pass_on(self, json.dumps(data).encode())[2])
 
 
-class AwsServer(http.server.ThreadingHTTPServer):
-    """A server that stands in for AWS: it notes the requests, and answers as its reply() says."""
+class ScriptedAws(http.server.ThreadingHTTPServer):
+    """A server that stands in for AWS: it keeps the requests, and answers them by a script.
 
-    daemon_threads, block_on_close = (
-        True,
-        False,
-    )  # idle connections end with the clients
+    What the script does not say is answered by the emulator behind it; without one, as by queues
+    that exist, are empty, and accept everything.
+    """
+
+    daemon_threads = True
+    block_on_close = False  # idle connections end with the clients
     request_queue_size = 128
 
     def __init__(self, behind: str | None = None) -> None:
-        super().__init__(("127.0.0.1", 0), AwsRequest)
+        super().__init__(("127.0.0.1", 0), AwsConnection)
         self.url, self.behind = f"http://127.0.0.1:{self.server_port}", behind
-        self.requests: list[tuple[str, dict[str, Any]]] = []
+        self.calls: list[AwsCall] = []
+        self.answers: dict[str, Iterator[AwsAnswer]] = {}
+        self.lock = threading.Lock()  # held to keep a call and to take its answer
         self.connected: set[int] = set()  # the clients' ports
-        self.changed = (
-            threading.Condition()
-        )  # notified when a connection is made or closed
+        self.changed = threading.Condition()  # of the connections
         self.closing = threading.Event()
 
-    def note(self, call: Call) -> None:
-        """Keep a request."""
-        self.requests.append((call.action, call.data))
+    def script(self, action: str, *answers: AwsAnswer) -> None:
+        """Give these answers to the next requests of a kind; after them, it answers as before."""
+        self.answers[action] = iter(answers)
 
-    def reply(self, call: Call) -> tuple[int, dict[str, str], Any]:
-        """Return status, headers and body; what is not bytes is written as JSON."""
-        raise NotImplementedError
+    def always(self, action: str, answer: AwsAnswer) -> None:
+        """Give this answer to all requests of a kind."""
+        self.answers[action] = itertools.repeat(answer)
 
-    def pass_on(
-        self, call: Call, data: Any = None
-    ) -> tuple[int, dict[str, str], bytes]:
-        """Have the emulator behind it answer a request, or one with other data (SQS only)."""
+    @property
+    def actions(self) -> list[str]:
+        """What was asked for, in order."""
+        return [call.action for call in self.calls]
+
+    def asked(self, action: str) -> list[dict[str, Any]]:
+        """Return the data of each request of a kind."""
+        return [call.data for call in self.calls if call.action == action]
+
+    @property
+    def batches(self) -> list[int]:
+        """How many messages each sending request had."""
+        return [
+            len(call.data.get("Entries", ()))
+            or sum(key.endswith(".Message") for key in call.data)
+            or 1
+            for call in self.calls
+            if call.action.startswith(("SendMessage", "Publish"))
+        ]
+
+    def keep(self, call: AwsCall) -> None:
+        """Keep a request, with what the script says of it."""
+        with self.lock:
+            self.calls.append(call)
+            call.told = next(self.answers.get(call.action, iter(())), None)
+
+    def reply(self, call: AwsCall) -> tuple[int, dict[str, str], bytes]:
+        """Return status, headers and body: by the script, or by default."""
+        answer = call.told(call) if callable(call.told) else call.told
+        if answer is None and self.behind:
+            return self.pass_on(call, call.body)
+        if answer is None:
+            answer = self.default(call.action, call.data)
+        if isinstance(answer, tuple):
+            return answer
+        if call.is_sns:
+            xml = aws_xml({f"{call.action}Response": {f"{call.action}Result": answer}})
+            return 200, {"Content-Type": "text/xml"}, xml.encode()
+        return 200, {}, json.dumps(answer).encode()
+
+    def default(self, action: str, data: dict[str, Any]) -> dict[str, Any]:
+        """Answer as a service whose queues and topics exist, are empty, and accept everything."""
+        if action == "GetQueueUrl":
+            return {"QueueUrl": f"{self.url}/000000000000/{data['QueueName']}"}
+        if action == "GetQueueAttributes":
+            number = "ApproximateNumberOfMessages"
+            numbers = (number, f"{number}NotVisible", f"{number}Delayed")
+            return {
+                "Attributes": {"VisibilityTimeout": "30", **dict.fromkeys(numbers, "0")}
+            }
+        if action in ("SendMessage", "Publish"):
+            return {"MessageId": "m"}
+        ids = [entry["Id"] for entry in data.get("Entries", ())]
+        ids += [data[key] for key in data if re.fullmatch(r".+\.member\.\d+\.Id", key)]
+        done = [{"Id": name, "MessageId": "m"} for name in ids]
+        return {"Successful": done, "Failed": []} if done else {}
+
+    def pass_on(self, call: AwsCall, body: bytes) -> tuple[int, dict[str, str], bytes]:
+        """Have the emulator behind it answer a request that has this body."""
         netloc = urllib.parse.urlsplit(self.behind).netloc
         connection = http.client.HTTPConnection(netloc, timeout=30)
         headers = {
             k: v for k, v in call.headers.items() if k not in ("Host", "Content-Length")
         }
         try:
-            body = call.body if data is None else json.dumps(data).encode()
             connection.request("POST", call.path, body, headers)
             response = connection.getresponse()
             kind = {"Content-Type": response.headers["Content-Type"]}
@@ -322,7 +403,7 @@ class AwsServer(http.server.ThreadingHTTPServer):
         """Keep quiet: a client that gave up is no failure of the server."""
 
     @contextlib.contextmanager
-    def running(self, queue: str | None = None) -> Iterator[Any]:
+    def running(self, queue: str) -> Iterator["ScriptedAws"]:
         """Serve for the length of the block, with taskhawk configured to use it."""
         with self:
             thread = threading.Thread(target=self.serve_forever, args=(0.01,))
@@ -337,14 +418,12 @@ class AwsServer(http.server.ThreadingHTTPServer):
                 thread.join()
 
 
-class AwsRequest(http.server.BaseHTTPRequestHandler):
-    """One connection to an AwsServer: JSON for SQS, forms and XML for SNS."""
+class AwsConnection(http.server.BaseHTTPRequestHandler):
+    """One connection to a ScriptedAws: JSON for SQS, forms and XML for SNS."""
 
     protocol_version = "HTTP/1.1"
-    wbufsize = (
-        -1
-    )  # an answer is one packet, or the client acknowledges the first one 40 ms later
-    server: AwsServer
+    wbufsize = -1  # an answer is one packet, lest the client wait 40 ms to acknowledge
+    server: ScriptedAws
 
     def setup(self) -> None:
         """Count the connection."""
@@ -361,18 +440,20 @@ class AwsRequest(http.server.BaseHTTPRequestHandler):
             self.server.changed.notify_all()
 
     def do_POST(self) -> None:
-        """Note the request, then answer."""
+        """Keep the request, then answer."""
         body = self.rfile.read(int(self.headers["Content-Length"]))
         if target := self.headers["X-Amz-Target"]:
             action, data = target.rpartition(".")[2], json.loads(body)
         else:
             data = dict(urllib.parse.parse_qsl(body.decode()))
             action = data["Action"]
-        port = self.client_address[1]
-        call = Call(action, data, body, self.path, dict(self.headers), port)
-        self.server.note(call)
+        where = (self.path, dict(self.headers), self.client_address[1])
+        call = AwsCall(self.server, action, data, body, *where)
+        self.server.keep(call)
         status, headers, answer = self.server.reply(call)
-        answer = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+        if not status:
+            self.close_connection = True
+            return
         self.send_response(status)
         for name, value in {**headers, "Content-Length": str(len(answer))}.items():
             self.send_header(name, value)
@@ -381,6 +462,78 @@ class AwsRequest(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, *args: object) -> None:
         """Keep quiet."""
+
+
+def aws_xml(value: Any) -> str:
+    """Return a value of JSON as SNS writes it."""
+    if isinstance(value, dict):
+        return "".join(
+            f"<{name}>{aws_xml(inner)}</{name}>" for name, inner in value.items()
+        )
+    if isinstance(value, list):
+        return "".join(f"<member>{aws_xml(inner)}</member>" for inner in value)
+    return json.dumps(value) if isinstance(value, bool) else html.escape(str(value))
+
+
+def fault(code: str, text: str = "no", status: int = 400) -> AwsAnswer:
+    """Refuse a request as a whole, before it has an effect.
+
+    SQS gives a code of its own name in a header; one with a "#" is in the body alone.
+    """
+
+    def answer(call: AwsCall) -> AwsAnswer:
+        if call.is_sns:
+            error = {"Type": "Sender", "Code": code, "Message": text}
+            xml = aws_xml({"ErrorResponse": {"Error": error, "RequestId": "r"}})
+            return status, {"Content-Type": "text/xml"}, xml.encode()
+        headers, kind = {}, code
+        if "#" not in code:
+            headers = {"x-amzn-query-error": f"{code};Sender"}
+            kind = f"com.amazonaws.sqs#{code.rpartition('.')[2]}"
+        return status, headers, json.dumps({"__type": kind, "message": text}).encode()
+
+    return answer
+
+
+def passed(call: AwsCall) -> None:
+    """Leave a request to what is done by default."""
+
+
+def refuse(*wrong: int, code: str = "InternalError", ours: bool = False) -> AwsAnswer:
+    """Do what a request to SQS asks, but refuse the entries at these places."""
+
+    def answer(call: AwsCall) -> AwsAnswer:
+        entries = call.data["Entries"]
+        good = [e for i, e in enumerate(entries) if i not in wrong]
+        done = call.forward(Entries=good)["Successful"] if good else []
+        no = {"Code": code, "Message": "no", "SenderFault": ours}
+        failed = [{"Id": e["Id"], **no} for i, e in enumerate(entries) if i in wrong]
+        return {"Successful": done, "Failed": failed}
+
+    return answer
+
+
+def late(when: threading.Event | float, answer: AwsAnswer = None) -> AwsAnswer:
+    """Answer, by default as by default, once an event is set or so many seconds are over."""
+
+    def wait(call: AwsCall) -> AwsAnswer:
+        if isinstance(when, threading.Event):
+            when.wait(WORKER_PATIENCE_S)
+        else:
+            time.sleep(when)
+        return answer(call) if callable(answer) else answer
+
+    return wait
+
+
+def brings_messages(*messages: taskhawk.Message) -> dict[str, Any]:
+    """Return the answer to a receive that brings these messages."""
+    return {
+        "Messages": [
+            {"MessageId": m.id, "ReceiptHandle": m.id, "Body": json.dumps(m.as_dict())}
+            for m in messages
+        ]
+    }
 
 
 def make_queue(client: Any, name: str, most: int = 5, **attributes: str) -> str:
@@ -407,23 +560,6 @@ class Clock:
     def __call__(self) -> float:
         """Return the time."""
         return self.now
-
-
-def sqs_error(
-    code: str, text: str = "", status: int = 400
-) -> tuple[int, dict[str, str], bytes]:
-    """Return an error as SQS answers it."""
-    body = {"__type": f"com.amazonaws.sqs#{code.rpartition('.')[2]}", "message": text}
-    return status, {"x-amzn-query-error": f"{code};Sender"}, json.dumps(body).encode()
-
-
-def sns_error(
-    code: str, text: str = "", status: int = 400
-) -> tuple[int, dict[str, str], bytes]:
-    """Return an error as SNS answers it."""
-    error = f"<Error><Type>Sender</Type><Code>{code}</Code><Message>{text}</Message></Error>"
-    body = f"<ErrorResponse>{error}<RequestId>r</RequestId></ErrorResponse>"
-    return status, {"Content-Type": "text/xml"}, body.encode()
 
 
 VALID = {
@@ -546,53 +682,10 @@ ATTRIBUTES = {"request_id": {"DataType": "String", "StringValue": "é1234"}}
 UNKNOWN_KEY = "AWS does not know these credentials: check AWS_ACCESS_KEY"
 
 
-class FakeAws(AwsServer):
-    """It answers as told, else as the emulator behind it, else accepts everything."""
-
-    def __init__(self, behind: str | None = None) -> None:
-        super().__init__(behind)
-        self.calls: list[Call] = []
-        self.answers: dict[
-            str, Any
-        ] = {}  # by action: a function of the request, or its answer
-
-    def note(self, call: Call) -> None:
-        """Keep all that is known of a request."""
-        self.calls.append(call)
-
-    def actions(self) -> list[str]:
-        """Return the names of the requests until now."""
-        return [call.action for call in self.calls]
-
-    def reply(self, call: Call) -> tuple[int, dict[str, str], Any]:
-        """Return status, headers and body."""
-        answer = self.answers.get(call.action)
-        answer = answer(call) if callable(answer) else answer
-        if isinstance(answer, tuple):
-            return answer
-        if answer is None and self.behind:
-            return self.pass_on(call)
-        if answer is None and call.action == "GetQueueUrl":
-            answer = {"QueueUrl": f"{self.url}/000000000000/{call.data['QueueName']}"}
-        elif answer is None:
-            entries = [
-                {"Id": e["Id"], "MessageId": "m"} for e in call.data.get("Entries", ())
-            ]
-            answer = {"Successful": entries, "Failed": []} if entries else {}
-        return 200, {}, answer
-
-
 @pytest.fixture
-def aws(queue_name: str) -> Iterator[FakeAws]:
-    """Yield a server that stands in for AWS and accepts everything, unless told otherwise."""
-    with FakeAws().running(queue_name) as server:
-        yield server
-
-
-@pytest.fixture
-def proxy(queue_name: str, ministack: str) -> Iterator[FakeAws]:
-    """Yield a server that records what it hands on to ministack."""
-    with FakeAws(ministack).running(queue_name) as server:
+def aws() -> Iterator[ScriptedAws]:
+    """Yield a server that accepts everything, with taskhawk configured to use its queue APP."""
+    with ScriptedAws().running("app") as server:
         yield server
 
 
@@ -618,94 +711,6 @@ def task(isolated):
         """Do nothing."""
 
     return taskhawk.task(name="tests.f")(f)
-
-
-ScriptedAnswer = Callable[[dict[str, Any], Callable[..., Any]], Any]
-
-
-class ScriptedAws(AwsServer):
-    """A proxy before an emulator: it answers some requests by a script."""
-
-    def __init__(self, behind: str) -> None:
-        super().__init__(behind)
-        self.answers: dict[str, Iterator[ScriptedAnswer]] = {}
-        self.lock = (
-            threading.Lock()
-        )  # held to note a request and to take the next answer
-
-    def script(self, action: str, *answers: ScriptedAnswer) -> None:
-        """Give these answers to the next requests of a kind; after them, it answers as before."""
-        self.answers[action] = iter(answers)
-
-    def always(self, action: str, answer: ScriptedAnswer) -> None:
-        """Give this answer to all requests of a kind."""
-        self.answers[action] = itertools.repeat(answer)
-
-    @property
-    def actions(self) -> list[str]:
-        """What was asked for, in order."""
-        return [action for action, _ in self.requests]
-
-    @property
-    def batches(self) -> list[int]:
-        """How many messages each sending request had."""
-        kinds = {
-            "SendMessage": 1,
-            "SendMessageBatch": 0,
-            "Publish": 1,
-            "PublishBatch": 0,
-        }
-        return [
-            kinds[action]
-            or len(payload.get("Entries", ()))
-            or sum(key.endswith(".Message") for key in payload)
-            for action, payload in self.requests
-            if action in kinds
-        ]
-
-    def note(self, call: Call) -> None:
-        """Keep a request, with its answer."""
-        with self.lock:
-            super().note(call)
-            call.answer = next(self.answers.get(call.action, iter(())), None)
-
-    def reply(self, call: Call) -> tuple[int, dict[str, str], Any]:
-        """Answer by the script, or as the emulator does."""
-
-        def forward(payload: dict[str, Any]) -> dict[str, Any]:
-            return json.loads(self.pass_on(call, payload)[2])
-
-        if scripted := call.answer and call.answer(call.data, forward):
-            status, content = scripted
-            if "Action" in call.data:
-                return sns_error(content["__type"], content["message"], status)
-            return status, {}, content
-        return self.pass_on(call)
-
-
-def fault(code: str, text: str = "no", status: int = 400) -> ScriptedAnswer:
-    """Refuse a request as a whole, before it has an effect."""
-    return lambda payload, forward: (status, {"__type": code, "message": text})
-
-
-def passed(payload: dict[str, Any], forward: Callable[..., Any]) -> None:
-    """Leave a request to the emulator."""
-
-
-def refuse(
-    *wrong: int, code: str = "InternalError", ours: bool = False
-) -> ScriptedAnswer:
-    """Do what is asked but for the entries at these places, which are refused."""
-
-    def answer(payload: dict[str, Any], forward: Callable[..., Any]) -> tuple[int, Any]:
-        entries = payload["Entries"]
-        good = [e for i, e in enumerate(entries) if i not in wrong]
-        done = forward({**payload, "Entries": good}) if good else {"Successful": []}
-        no = {"Code": code, "Message": "no", "SenderFault": ours}
-        failed = [{"Id": e["Id"], **no} for i, e in enumerate(entries) if i in wrong]
-        return 200, {"Successful": done["Successful"], "Failed": failed}
-
-    return answer
 
 
 def make_queues(client: Any, name: str, **attributes: str) -> None:
@@ -913,53 +918,6 @@ def worker_broker(worker_clock: Clock) -> Iterator[WorkerBroker]:
     broker = WorkerBroker(taskhawk.SqliteBroker("sqlite://", clock=worker_clock))
     yield broker
     broker.close()
-
-
-class WorkerAws(AwsServer):
-    """A stub of SQS that gives the answers that no emulator gives."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        #: by action: what it answers, an error's code, or a function of the request that tells
-        self.answers: dict[str, Any] = {
-            "GetQueueUrl": {"QueueUrl": f"{self.url}/1/queue"},
-            "GetQueueAttributes": {"Attributes": {"VisibilityTimeout": "30"}},
-        }
-        self.settings = {
-            "AWS_ENDPOINT_SQS": self.url,
-            **AWS_KEYS,
-            "TASKHAWK_QUEUE": "app",
-        }
-
-    def asked(self, action: str) -> list[dict[str, Any]]:
-        """Return the requests for an action."""
-        return [request for asked, request in self.requests if asked == action]
-
-    def reply(self, call: Call) -> tuple[int, dict[str, str], Any]:
-        """Answer as told, or with nothing."""
-        answer = self.answers.get(call.action, {})
-        answer = answer(call.data) if callable(answer) else answer
-        if isinstance(answer, dict):
-            return 200, {}, answer
-        return 400, {}, {"__type": answer, "message": "a stub says so"}
-
-
-@pytest.fixture
-def worker_aws() -> Iterator[WorkerAws]:
-    """Yield a stub of SQS; what it is not told to answer is answered with nothing."""
-    with WorkerAws().running() as stub:
-        taskhawk.configure(stub.settings)
-        yield stub
-
-
-def worker_aws_messages(*messages: taskhawk.Message) -> dict[str, Any]:
-    """Return the answer to a receive that brings these messages."""
-    return {
-        "Messages": [
-            {"MessageId": m.id, "ReceiptHandle": m.id, "Body": json.dumps(m.as_dict())}
-            for m in messages
-        ]
-    }
 
 
 @contextlib.contextmanager
@@ -1440,18 +1398,11 @@ def settings_module(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def settings_aws():
-    """Yield the URL of an AWS that has no queue, and its list of requests: path and headers."""
-    requests = []
-
-    class NoQueues(AwsServer):
-        def reply(self, call):
-            requests.append((call.path, call.headers))
-            return 400, {}, {"__type": "com.amazonaws.sqs#QueueDoesNotExist"}
-
-    with NoQueues().running() as aws:
-        taskhawk.configure()
-        yield aws.url, requests
+def settings_aws(aws):
+    """Return an AWS that has no queue, and that taskhawk is not configured to use."""
+    aws.always("GetQueueUrl", fault("com.amazonaws.sqs#QueueDoesNotExist"))
+    taskhawk.configure()
+    return aws
 
 
 def settings_child(cwd: Path, code: str, **env: str) -> list[str]:
@@ -1889,13 +1840,15 @@ class TestSettings:
     @staticmethod
     def credentials_used(settings_aws, **given: Any) -> tuple[str, str, str | None]:
         """Return key, region and token of the request that a dispatch makes."""
-        url, requests = settings_aws
-        taskhawk.configure(AWS_ENDPOINT_SQS=url, TASKHAWK_QUEUE="q", **given)
+        taskhawk.configure(
+            AWS_ENDPOINT_SQS=settings_aws.url, TASKHAWK_QUEUE="q", **given
+        )
         with pytest.raises(
             taskhawk.ConfigurationError, match="there is no such queue here"
         ):
             taskhawk.task(settings_task, name="settings.credentials").dispatch()
-        ((_, headers),) = requests
+        (call,) = settings_aws.calls
+        headers = call.headers
         signed = re.search(
             r"Credential=(\w+)/\d+/([\w-]+)/sqs/", headers["Authorization"]
         )
@@ -2080,7 +2033,7 @@ class TestSettings:
 
         Clients are made anew where they depend on it; messages in memory outlive it.
         """
-        url, requests = settings_aws
+        url = settings_aws.url
         code = f"""
             import contextlib
             from django.conf import settings
@@ -2107,7 +2060,8 @@ class TestSettings:
             print(ran)
         """
         assert settings_child(tmp_path, code) == ["one", "two", "one", "[1]"]
-        assert [path.strip("/") for path, _ in requests] == ["one", "two", "one"]
+        paths = [call.path.strip("/") for call in settings_aws.calls]
+        assert paths == ["one", "two", "one"]
 
     #: the start of a script that has a database of Django's in a file, and a task that uses it
     DJANGO_DATABASE = """
@@ -3952,21 +3906,16 @@ NO_QUEUE = "there is no such queue here: make it, or check TASKHAWK_QUEUE, AWS_R
 class TestSqs:
     """Every request that is made to SQS, and what becomes of its answer."""
 
-    def test_one_request_per_dispatch(self, aws, task, queue_name):
+    def test_one_request_per_dispatch(self, aws, task):
         """A dispatch is one request; the first to a queue looks up its URL, the others do not."""
         for text in "abc":
             task.dispatch(text)
         task.with_priority(taskhawk.Priority.high).dispatch("d")
         task.with_priority(taskhawk.Priority.high).dispatch("e")
         once = ["GetQueueUrl", "SendMessage", "SendMessage"]
-        assert aws.actions() == [*once, "SendMessage", *once]
-        names = [
-            call.data["QueueName"] for call in aws.calls if call.action == "GetQueueUrl"
-        ]
-        assert names == [
-            f"TASKHAWK-{queue_name}",
-            f"TASKHAWK-{queue_name}-HIGH-PRIORITY",
-        ]
+        assert aws.actions == [*once, "SendMessage", *once]
+        names = [request["QueueName"] for request in aws.asked("GetQueueUrl")]
+        assert names == ["TASKHAWK-APP", "TASKHAWK-APP-HIGH-PRIORITY"]
         assert aws.calls[1].data["QueueUrl"] == f"{aws.url}/000000000000/{names[0]}"
         assert json.loads(aws.calls[3].data["MessageBody"])["args"] == ["c"]
 
@@ -3975,12 +3924,12 @@ class TestSqs:
         with taskhawk.batch():
             for number in range(25):
                 task.dispatch(number)
-        sent = [call.data for call in aws.calls[1:]]
-        assert aws.actions() == ["GetQueueUrl", *["SendMessageBatch"] * 3]
-        assert [len(data["Entries"]) for data in sent] == [10, 10, 5]
-        assert [entry["Id"] for entry in sent[0]["Entries"]] == list("0123456789")
+        assert aws.actions == ["GetQueueUrl", *["SendMessageBatch"] * 3]
+        assert aws.batches == [10, 10, 5]
+        entries = aws.calls[1].data["Entries"]
+        assert [entry["Id"] for entry in entries] == list("0123456789")
         task.dispatch_many(["x" * 600_000] * 3)
-        assert aws.actions()[4:] == ["SendMessage"] * 3
+        assert aws.actions[4:] == ["SendMessage"] * 3
 
     def test_optional_arguments(self, aws):
         """Delay, attributes, group and deduplication id are sent where there are any."""
@@ -4049,11 +3998,11 @@ class TestSqs:
 
     def test_info_is_read_once(self, aws):
         """A queue's attributes are read once; one without a redrive policy has no dead letters."""
-        aws.answers["GetQueueAttributes"] = {"Attributes": {"VisibilityTimeout": "45"}}
+        aws.always("GetQueueAttributes", {"Attributes": {"VisibilityTimeout": "45"}})
         with contextlib.closing(taskhawk.SqsBroker()) as broker:
             for _ in range(2):
                 assert broker.info("Q") == taskhawk.QueueInfo(45.0, None, None)
-        assert aws.actions() == ["GetQueueUrl", "GetQueueAttributes"]
+        assert aws.actions == ["GetQueueUrl", "GetQueueAttributes"]
 
     @pytest.mark.parametrize(
         ("call", "action", "attempts"),
@@ -4077,12 +4026,12 @@ class TestSqs:
         """A send is tried three times, all else once, whatever botocore's own settings say."""
         monkeypatch.setenv("AWS_MAX_ATTEMPTS", "7")
         monkeypatch.setenv("AWS_RETRY_MODE", "legacy")
-        aws.answers[action] = sqs_error("InternalError", status=500)
+        aws.always(action, fault("InternalError", status=500))
         with contextlib.closing(taskhawk.SqsBroker()) as broker:
             with pytest.raises(botocore.exceptions.ClientError) as caught:
                 call(broker)
             assert caught.type is not taskhawk.ConfigurationError
-        assert aws.actions() == ["GetQueueUrl", *[action] * attempts]
+        assert aws.actions == ["GetQueueUrl", *[action] * attempts]
 
     @pytest.mark.parametrize(
         ("call", "action"),
@@ -4098,18 +4047,13 @@ class TestSqs:
     )
     def test_partial_failure(self, aws, call, action):
         """An answer of 200 is read entry by entry; what it does not name has failed."""
-        aws.answers[action] = {
-            "Successful": [{"Id": "2", "MessageId": "m"}],
-            "Failed": [
-                {
-                    "Id": "3",
-                    "SenderFault": True,
-                    "Code": "InvalidThing",
-                    "Message": "why",
-                },
-                {"Id": "1", "SenderFault": False, "Code": "InternalError"},
-            ],
-        }
+        wrong = {"SenderFault": True, "Code": "InvalidThing", "Message": "why"}
+        failed = [
+            {"Id": "3", **wrong},
+            {"Id": "1", "SenderFault": False, "Code": "InternalError"},
+        ]
+        successful = [{"Id": "2", "MessageId": "m"}]
+        aws.always(action, {"Successful": successful, "Failed": failed})
         unanswered = ("Unanswered", "the answer does not name this entry", False)
         with contextlib.closing(taskhawk.SqsBroker()) as broker:
             assert call(broker) == [
@@ -4121,15 +4065,13 @@ class TestSqs:
 
     def test_sum_too_long(self, aws):
         """A batch that SQS finds too long is sent one by one, in order; each has its own answer."""
-        aws.answers["SendMessageBatch"] = sqs_error(
-            "AWS.SimpleQueueService.BatchRequestTooLong"
+        aws.always(
+            "SendMessageBatch", fault("AWS.SimpleQueueService.BatchRequestTooLong")
         )
-        aws.answers["SendMessage"] = lambda call: (
-            sqs_error("OverLimit") if call.data["MessageBody"] == "1" else None
-        )
+        aws.script("SendMessage", passed, fault("OverLimit"))
         with contextlib.closing(taskhawk.SqsBroker()) as broker:
             refusals = broker.send("Q", numbered(3))
-        sent = [c.data["MessageBody"] for c in aws.calls if "MessageBody" in c.data]
+        sent = [request["MessageBody"] for request in aws.asked("SendMessage")]
         assert sent == ["0", "1", "2"]
         assert [(r.index, r.code, r.final) for r in refusals] == [
             (1, "OverLimit", True)
@@ -4138,15 +4080,15 @@ class TestSqs:
     @pytest.mark.parametrize(
         ("answer", "remedy"),
         [
-            (sqs_error("AWS.SimpleQueueService.NonExistentQueue"), NO_QUEUE),
-            ((400, {}, b'{"__type": "com.amazonaws.sqs#QueueDoesNotExist"}'), NO_QUEUE),
-            (sqs_error("AccessDenied", status=403), DENIED),
-            (sqs_error("AccessDeniedException"), DENIED),
-            (sqs_error("InvalidClientTokenId", status=403), UNKNOWN_KEY),
-            (sqs_error("InvalidSecurity", status=403), UNKNOWN_KEY),
-            (sqs_error("UnrecognizedClientException"), UNKNOWN_KEY),
+            (fault("AWS.SimpleQueueService.NonExistentQueue"), NO_QUEUE),
+            (fault("com.amazonaws.sqs#QueueDoesNotExist"), NO_QUEUE),
+            (fault("AccessDenied", status=403), DENIED),
+            (fault("AccessDeniedException"), DENIED),
+            (fault("InvalidClientTokenId", status=403), UNKNOWN_KEY),
+            (fault("InvalidSecurity", status=403), UNKNOWN_KEY),
+            (fault("UnrecognizedClientException"), UNKNOWN_KEY),
             (
-                sqs_error("SignatureDoesNotMatch", status=403),
+                fault("SignatureDoesNotMatch", status=403),
                 "AWS refuses these credentials: check AWS_SECRET_KEY",
             ),
         ],
@@ -4154,14 +4096,13 @@ class TestSqs:
     @pytest.mark.parametrize("action", ["GetQueueUrl", "SendMessage"])
     def test_errors_say_what_to_do(self, aws, task, action, answer, remedy):
         """What only a person can mend is one sentence with its remedy, at whatever request."""
-        aws.answers[action] = answer
+        aws.always(action, answer)
         with pytest.raises(taskhawk.ConfigurationError) as caught:
             task.dispatch("secret")
         error = caught.value.__cause__
         assert isinstance(error, botocore.exceptions.ClientError)
         code = error.response["Error"]["Code"].rpartition(".")[2]
-        queue = f"TASKHAWK-{taskhawk.settings.TASKHAWK_QUEUE}"
-        assert str(caught.value) == f"{queue}: {remedy.format(action)} ({code})"
+        assert str(caught.value) == f"TASKHAWK-APP: {remedy.format(action)} ({code})"
 
     def test_missing_queue(self, ministack, task, queue_name):
         """A queue that is not there is said to be missing, by publishers and workers."""
@@ -4262,17 +4203,17 @@ class TestSqs:
     def test_read_timeout(self, aws):
         """An answer that does not come is given up after AWS_READ_TIMEOUT_S; a poll waits on."""
         configure_aws(aws.url, AWS_READ_TIMEOUT_S=0.2)
-        late = threading.Event()
-        aws.answers["DeleteMessageBatch"] = lambda call: aws.closing.wait(20) and {}
-        aws.answers["ReceiveMessage"] = lambda call: late.wait(20) and {}
+        released = threading.Event()
+        aws.always("DeleteMessageBatch", late(aws.closing))
+        aws.always("ReceiveMessage", late(released))
         with contextlib.closing(taskhawk.SqsBroker()) as broker:
             start = time.monotonic()
             with pytest.raises(botocore.exceptions.ReadTimeoutError):
                 broker.delete("Q", ["r"])
             assert time.monotonic() - start < 1.9
-            threading.Timer(0.6, late.set).start()
+            threading.Timer(0.6, released.set).start()
             assert broker.receive("Q", 1, 1, None, NEVER) == []
-        assert aws.actions() == ["GetQueueUrl", "DeleteMessageBatch", "ReceiveMessage"]
+        assert aws.actions == ["GetQueueUrl", "DeleteMessageBatch", "ReceiveMessage"]
 
     def test_connect_timeout(self):
         """A service that can't be reached is given up after AWS_CONNECT_TIMEOUT_S."""
@@ -4351,10 +4292,10 @@ class TestSns:
     """What a Lambda app's publisher sends to topics."""
 
     @pytest.fixture
-    def sns(self, proxy, queue_name):
-        """Return the proxy to ministack, set up for a Lambda app."""
-        configure_aws(proxy.url, queue_name, IS_LAMBDA_APP=True)
-        return proxy
+    def sns(self, scripted, queue_name):
+        """Return the scripted ministack, set up for a Lambda app."""
+        configure_aws(scripted.url, queue_name, IS_LAMBDA_APP=True)
+        return scripted
 
     @pytest.fixture
     def received(self, sns, ministack, sqs_client, queue_name):
@@ -4387,7 +4328,7 @@ class TestSns:
             request_id="é1"
         )
         ids = [invocation.dispatch("a"), invocation.dispatch("b")]
-        assert sns.actions() == ["Publish", "Publish"]
+        assert sns.actions == ["Publish", "Publish"]
         messages = received()
         assert sorted(json.loads(message.body)["id"] for message in messages) == sorted(
             ids
@@ -4401,7 +4342,7 @@ class TestSns:
         high = task.with_priority(taskhawk.Priority.high).with_headers(request_id="1")
         with taskhawk.batch():
             ids = [high.dispatch(number) for number in range(12)]
-        assert sns.actions() == ["PublishBatch", "PublishBatch"]
+        assert sns.actions == ["PublishBatch", "PublishBatch"]
         messages = received()
         assert sorted(json.loads(message.body)["id"] for message in messages) == sorted(
             ids
@@ -4412,23 +4353,12 @@ class TestSns:
 
     def test_partial_failure(self, aws):
         """An answer of 200 to PublishBatch is read entry by entry."""
-        member = (
-            "<member><Id>{}</Id><Code>{}</Code><SenderFault>{}</SenderFault></member>"
-        )
-        failed = member.format(0, "InvalidParameter", "true") + member.format(
-            2, "Internal", "false"
-        )
-        successful = "<member><Id>1</Id><MessageId>m</MessageId></member>"
-        result = f"<Successful>{successful}</Successful><Failed>{failed}</Failed>"
-        body = (
-            f"<PublishBatchResponse><PublishBatchResult>{result}</PublishBatchResult>"
-        )
-        answer = f"{body}<ResponseMetadata/></PublishBatchResponse>"
-        aws.answers["PublishBatch"] = (
-            200,
-            {"Content-Type": "text/xml"},
-            answer.encode(),
-        )
+        failed = [
+            {"Id": "0", "Code": "InvalidParameter", "SenderFault": True},
+            {"Id": "2", "Code": "Internal", "SenderFault": False},
+        ]
+        successful = [{"Id": "1", "MessageId": "m"}]
+        aws.always("PublishBatch", {"Successful": successful, "Failed": failed})
         with contextlib.closing(taskhawk.SnsSender()) as sender:
             assert sender.send("arn:aws:sns:us-east-1:000000000000:t", numbered(4)) == [
                 taskhawk.Refusal(0, "InvalidParameter", "", final=True),
@@ -4470,7 +4400,7 @@ class TestSns:
     )
     def test_errors_say_what_to_do(self, sns, task, code, status, remedy):
         """What only a person can mend is one sentence with its remedy."""
-        sns.answers["Publish"] = sns_error(code, "why", status)
+        sns.always("Publish", fault(code, "why", status))
         with pytest.raises(taskhawk.ConfigurationError) as caught:
             task.dispatch("x")
         name = f"taskhawk-{taskhawk.settings.TASKHAWK_QUEUE.lower()}"
@@ -4529,11 +4459,9 @@ class TestProcesses:
     """Threads share one broker, and a forked child has its own."""
 
     @pytest.fixture
-    def queue(self, proxy, ministack, sqs_client, queue_name):
-        """Return the name of the default queue, which is on ministack behind the proxy."""
-        name = f"TASKHAWK-{queue_name}"
-        make_queue(sqs_client(ministack), name, 2)
-        return name
+    def queue(self, scripted, queue_name):
+        """Return the name of the default queue, which is on the scripted ministack."""
+        return f"TASKHAWK-{queue_name}"
 
     def test_made_once(self, tmp_path):
         """However many threads are the first to need a broker, there is one."""
@@ -4560,13 +4488,13 @@ class TestProcesses:
         )
         assert isinstance(taskhawk._brokers.sender(), taskhawk.SqliteBroker)
 
-    def test_threads_dispatch(self, proxy, task, queue):
+    def test_threads_dispatch(self, scripted, task, queue):
         """Threads share a client: each dispatch is one request, and none is lost or mixed up."""
         task.dispatch(0)
         with concurrent.futures.ThreadPoolExecutor(16) as pool:
             ids = list(pool.map(task.dispatch, range(1, 160)))
         assert len(set(ids)) == 159
-        assert proxy.actions() == ["GetQueueUrl", *["SendMessage"] * 160]
+        assert scripted.actions == ["GetQueueUrl", *["SendMessage"] * 160]
         bodies = drain(taskhawk._brokers.broker(), queue)
         assert sorted(json.loads(body)["args"][0] for body in bodies) == list(
             range(160)
@@ -4582,15 +4510,11 @@ class TestProcesses:
 
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
             list(pool.map(first, range(8)))
-        sent = [
-            call.data["MessageBody"]
-            for call in aws.calls
-            if call.action == "SendMessage"
-        ]
+        sent = [request["MessageBody"] for request in aws.asked("SendMessage")]
         assert sorted(json.loads(body)["args"][0] for body in sent) == list(range(8))
         known = len(aws.calls)
         task.dispatch(8)
-        assert aws.actions()[known:] == ["SendMessage"]
+        assert aws.actions[known:] == ["SendMessage"]
 
     def test_threads_dispatch_to_sqlite(self, task, tmp_path):
         """Threads share a connection, and none is lost."""
@@ -4609,7 +4533,7 @@ class TestProcesses:
         with aws.changed:
             assert aws.changed.wait_for(lambda: not aws.connected, timeout=10)
         task.dispatch(2)
-        assert aws.actions() == ["GetQueueUrl", "SendMessage"] * 2
+        assert aws.actions == ["GetQueueUrl", "SendMessage"] * 2
 
     @pytest.mark.skipif(
         not Path("/proc/self/fd").exists(), reason="only Linux lists open files"
@@ -4631,10 +4555,10 @@ class TestProcesses:
         assert taskhawk._brokers.broker().depth("TASKHAWK-DEFAULT").visible == 2
 
     @pytest.mark.parametrize("how", ["os.fork", "multiprocessing"])
-    def test_fork_on_sqs(self, proxy, task, queue, how):
+    def test_fork_on_sqs(self, scripted, task, queue, how):
         """A forked child dispatches over connections of its own while its parent goes on."""
         task.dispatch("parent before")
-        ours = {call.port for call in proxy.calls}
+        ours = {call.port for call in scripted.calls}
 
         def child():
             for number in range(5):
@@ -4646,7 +4570,7 @@ class TestProcesses:
         assert wait() == 0
         sent = {
             json.loads(call.data["MessageBody"])["args"][0]: call.port
-            for call in proxy.calls
+            for call in scripted.calls
             if call.action == "SendMessage"
         }
         assert {
@@ -5787,11 +5711,11 @@ class TestPublishing:
         topic = f"taskhawk-{queue_name.lower()}-low-priority"
         arn = sqs_client(scripted.url, "sns").create_topic(Name=topic)["TopicArn"]
         configure_aws(scripted.url, queue_name, IS_LAMBDA_APP=True)
-        scripted.requests.clear()
+        scripted.calls.clear()
         for _ in range(2):
             mail.with_priority(Priority.low).with_headers(a="b").dispatch()
         assert scripted.actions == ["Publish"] * 2
-        payload = scripted.requests[0][1]
+        payload = scripted.calls[0].data
         assert payload["TopicArn"] == arn
         assert payload["MessageAttributes.entry.1.Name"] == "a"
         assert json.loads(payload["Message"])["headers"] == {"a": "b"}
@@ -5799,19 +5723,13 @@ class TestPublishing:
     def test_threads(self, scripted, mail):
         """Threads that begin at the same time share one client and one look-up of the URL."""
         together = threading.Barrier(6)
-        release = threading.Event()
-
-        def slowly(
-            payload: dict[str, Any], forward: Callable[..., Any]
-        ) -> tuple[int, Any]:
-            release.wait(0.3)  # time for others to look up too, were they allowed to
-            return 200, forward(payload)
 
         def send(number: int) -> None:
             together.wait(10)
             mail.dispatch(number)
 
-        scripted.always("GetQueueUrl", slowly)
+        # Time for others to look up too, were they allowed to.
+        scripted.always("GetQueueUrl", late(0.3))
         threads = [threading.Thread(target=send, args=(n,)) for n in range(6)]
         for thread in threads:
             thread.start()
@@ -5905,7 +5823,7 @@ class TestPublishing:
         invocation.dispatch(text)
         (received,) = receive_all()
         assert service_size(received.body, received.message_attributes) == limit
-        scripted.requests.clear()
+        scripted.calls.clear()
         with pytest.raises(taskhawk.MessageTooLarge) as raised:
             invocation.dispatch(text + "x")
         assert str(raised.value) == (
@@ -5914,7 +5832,7 @@ class TestPublishing:
         )
         assert raised.value.limit == limit
         assert isinstance(raised.value, taskhawk.ValidationError)
-        assert scripted.requests == []
+        assert scripted.calls == []
 
     def test_size_sns(self, scripted, queue_name, sqs_client, mail):
         """Over SNS, the limit is 256 KiB."""
@@ -6066,8 +5984,8 @@ except taskhawk.ValidationError as error:
         with taskhawk.batch():
             for delay in delays:
                 mail.with_delay(delay).dispatch()
-        one_by_one = [payload for _, payload in scripted.requests[1:6]]
-        for sent in (one_by_one, scripted.requests[6][1]["Entries"]):
+        (in_batch,) = scripted.asked("SendMessageBatch")
+        for sent in (scripted.asked("SendMessage"), in_batch["Entries"]):
             assert [entry.get("DelaySeconds") for entry in sent] == [
                 900,
                 900,
@@ -6085,7 +6003,7 @@ except taskhawk.ValidationError as error:
         assert str(raised.value) == (
             f"mail.send: the queue can hold a message back for at most 900 s, got {seconds:g} s"
         )
-        assert scripted.requests == []
+        assert scripted.calls == []
 
     def test_delay_sns(self, scripted, queue_name, sqs_client, mail):
         """SNS delays nothing: any delay is refused, and none is none."""
@@ -6212,28 +6130,33 @@ except taskhawk.ValidationError as error:
             mail.dispatch()
         assert raised.value.response["Error"]["Code"] == "InvalidMessageContents"
 
-    def test_retried_by_botocore(self, scripted, mail):
-        """A send that the service fails at is made again, within one dispatch."""
-        scripted.script("SendMessage", fault("InternalFailure", status=500))
+    @pytest.mark.parametrize(
+        "answer",
+        [fault("InternalFailure", status=500), DROPPED],
+        ids=["fault", "dropped"],
+    )
+    def test_retried_by_botocore(self, scripted, mail, answer):
+        """A send that the service fails at, or cuts short, is made again within one dispatch."""
+        scripted.script("SendMessage", answer)
         mail.dispatch("once")
         assert scripted.actions == ["GetQueueUrl", "SendMessage", "SendMessage"]
         assert received_args() == ["once"]
 
 
-TOO_LONG = fault("AWS.SimpleQueueService.BatchRequestTooLong", "too long")
+BATCH_TOO_LONG = fault("AWS.SimpleQueueService.BatchRequestTooLong", "too long")
 
 
-def too_long(most: int) -> ScriptedAnswer:
+def too_long(most: int) -> AwsAnswer:
     """Refuse a batch of more than so many messages, as SQS does where their sum is too long."""
-    return lambda payload, forward: (
-        TOO_LONG(payload, forward) if len(payload["Entries"]) > most else None
+    return lambda call: (
+        BATCH_TOO_LONG(call) if len(call.data["Entries"]) > most else None
     )
 
 
-def only_to(queue: str, answer: ScriptedAnswer) -> ScriptedAnswer:
+def only_to(queue: str, answer: AwsAnswer) -> AwsAnswer:
     """Give an answer to the requests for one queue alone."""
-    return lambda payload, forward: (
-        answer(payload, forward) if payload["QueueUrl"].endswith(f"/{queue}") else None
+    return lambda call: (
+        answer(call) if call.data["QueueUrl"].endswith(f"/{queue}") else None
     )
 
 
@@ -6306,7 +6229,7 @@ class TestBatch:
         raw = {"RawMessageDelivery": "true"}
         sns.subscribe(TopicArn=arn, Protocol="sqs", Endpoint=endpoint, Attributes=raw)
         configure_aws(scripted.url, queue_name, IS_LAMBDA_APP=True)
-        scripted.requests.clear()
+        scripted.calls.clear()
         with taskhawk.batch():
             for number in range(12):
                 mail.with_headers(n=str(number)).dispatch(number)
@@ -6528,17 +6451,15 @@ class TestBatch:
                 for _ in range(2)
             ]
         taskhawk.publish(raised.value.unsent[0])
-        action, payload = scripted.requests[-1]
-        assert (action, payload["DelaySeconds"]) == ("SendMessage", 7)
-        assert payload["QueueUrl"].endswith("-HIGH-PRIORITY")
+        (sent,) = scripted.asked("SendMessage")
+        assert sent["DelaySeconds"] == 7
+        assert sent["QueueUrl"].endswith("-HIGH-PRIORITY")
 
     def test_unanswered(self, scripted, mail):
         """A message that the answer does not name is not taken for sent."""
 
-        def silent(
-            payload: dict[str, Any], forward: Callable[..., Any]
-        ) -> tuple[int, Any]:
-            return 200, {"Successful": forward(payload)["Successful"][:1]}
+        def silent(call: AwsCall) -> AwsAnswer:
+            return {"Successful": call.forward()["Successful"][:1]}
 
         scripted.script("SendMessageBatch", *[silent] * 3)
         with pytest.raises(taskhawk.PartialFailure) as raised, taskhawk.batch():
@@ -6613,11 +6534,10 @@ class TestBatch:
     def test_one_too_long(self, scripted, mail):
         """A message that is too long for its queue alone is unsent alone."""
 
-        def pinned(payload: dict[str, Any], forward: Callable[..., Any]) -> Any:
-            size = sum(
-                len(entry["MessageBody"]) for entry in payload.get("Entries", [payload])
-            )
-            return TOO_LONG(payload, forward) if size > 262_144 else None
+        def pinned(call: AwsCall) -> AwsAnswer:
+            entries = call.data.get("Entries", [call.data])
+            size = sum(len(entry["MessageBody"]) for entry in entries)
+            return BATCH_TOO_LONG(call) if size > 262_144 else None
 
         scripted.always("SendMessageBatch", pinned)
         scripted.always("SendMessage", pinned)
@@ -6702,10 +6622,11 @@ class TestBatch:
         invocation = mail.with_priority(Priority.high).with_headers(a="b").with_delay(5)
         assert invocation.dispatch_many(range(12)) == 12
         assert scripted.batches == [10, 2]
-        for entry in itertools.chain(*(p["Entries"] for _, p in scripted.requests[1:])):
-            assert entry["DelaySeconds"] == 5
-            assert json.loads(entry["MessageBody"])["headers"] == {"a": "b"}
-        assert scripted.requests[1][1]["QueueUrl"].endswith("-HIGH-PRIORITY")
+        for request in scripted.asked("SendMessageBatch"):
+            assert request["QueueUrl"].endswith("-HIGH-PRIORITY")
+            for entry in request["Entries"]:
+                assert entry["DelaySeconds"] == 5
+                assert json.loads(entry["MessageBody"])["headers"] == {"a": "b"}
 
     def test_dispatch_many_of_none(self, scripted, mail):
         """Of nothing, nothing is sent."""
@@ -8296,17 +8217,16 @@ class TestWorker:
             0,
         )
 
-    def test_parameters_of_1_4(self, worker_aws):
+    def test_parameters_of_1_4(self, aws):
         """All five of 1.4's parameters are taken by position and reach SQS as they are."""
         ledger = taskhawk.listen_for_messages(
             taskhawk.Priority.high, 7, 90, 2, threading.Event()
         )
         assert ledger == taskhawk.Ledger()
-        assert worker_aws.asked("GetQueueUrl") == [
-            {"QueueName": "TASKHAWK-APP-HIGH-PRIORITY"}
-        ]
+        queue = "TASKHAWK-APP-HIGH-PRIORITY"
+        assert aws.asked("GetQueueUrl") == [{"QueueName": queue}]
         receive = {
-            "QueueUrl": f"{worker_aws.url}/1/queue",
+            "QueueUrl": f"{aws.url}/000000000000/{queue}",
             "MaxNumberOfMessages": 7,
             "WaitTimeSeconds": 20,
             "VisibilityTimeout": 90,
@@ -8317,26 +8237,21 @@ class TestWorker:
                 "MessageGroupId",
             ],
         }
-        assert worker_aws.asked("ReceiveMessage") == [receive, receive]
-        assert worker_aws.asked("GetQueueAttributes") == []  # it was told the timeout
+        assert aws.asked("ReceiveMessage") == [receive, receive]
+        assert aws.asked("GetQueueAttributes") == []  # it was told the timeout
 
-    def test_receives_at_most_ten(self, worker_aws):
+    def test_receives_at_most_ten(self, aws):
         """A num_messages above ten asks for the ten that SQS gives."""
         taskhawk.listen_for_messages(taskhawk.Priority.default, 25, 30, loop_count=1)
-        assert [
-            r["MaxNumberOfMessages"] for r in worker_aws.asked("ReceiveMessage")
-        ] == [10]
+        assert [r["MaxNumberOfMessages"] for r in aws.asked("ReceiveMessage")] == [10]
 
-    def test_queue_timeout(self, worker_aws):
+    def test_queue_timeout(self, aws):
         """Without a visibility timeout the queue's own is read once and left to the queue."""
-        worker_aws.answers["GetQueueAttributes"] = {
-            "Attributes": {"VisibilityTimeout": "45"}
-        }
+        aws.always("GetQueueAttributes", {"Attributes": {"VisibilityTimeout": "45"}})
         taskhawk.listen_for_messages(taskhawk.Priority.default, loop_count=2)
-        assert len(worker_aws.asked("GetQueueAttributes")) == 1
-        assert [
-            "VisibilityTimeout" in r for r in worker_aws.asked("ReceiveMessage")
-        ] == [False] * 2
+        assert len(aws.asked("GetQueueAttributes")) == 1
+        polls = aws.asked("ReceiveMessage")
+        assert ["VisibilityTimeout" in poll for poll in polls] == [False, False]
 
     @pytest.mark.parametrize(
         ("options", "sentence"),
@@ -8360,7 +8275,7 @@ class TestWorker:
             taskhawk.listen_for_messages(taskhawk.Priority.default, **options)
         assert str(raised.value) == sentence
 
-    def test_urgency(self, worker_aws):
+    def test_urgency(self, aws):
         """Of the messages that wait, the one of the highest priority runs first."""
         together, beats, order = threading.Barrier(4), [], []
         urgency = ["high", "default", "low", "bulk"]
@@ -8372,10 +8287,10 @@ class TestWorker:
             )  # the first waits until all are received
             order.append(metadata.priority.name)
 
-        def receive(request: dict[str, Any]) -> dict[str, Any]:
+        def receive(call: AwsCall) -> AwsAnswer:
             together.wait(WORKER_PATIENCE_S)
             name = (
-                request["QueueUrl"]
+                call.data["QueueUrl"]
                 .rpartition("-APP")[2]
                 .strip("-")
                 .partition("-")[0]
@@ -8383,18 +8298,10 @@ class TestWorker:
             )
             priority = taskhawk.Priority[name or "default"]
             message = taskhawk.Message.new(note.name, priority=priority)
-            return worker_aws_messages(message)
+            return brings_messages(message)
 
-        worker_aws.answers["ReceiveMessage"] = receive
-        worker_aws.answers["GetQueueUrl"] = lambda request: {
-            "QueueUrl": f"{worker_aws.url}/1/{request['QueueName']}"
-        }
-        worker_aws.answers["DeleteMessageBatch"] = lambda request: {
-            "Successful": [{"Id": entry["Id"]} for entry in request["Entries"]]
-        }
-        taskhawk.configure(
-            worker_aws.settings, TASKHAWK_HEARTBEAT_HOOK=lambda: beats.append(1)
-        )
+        aws.always("ReceiveMessage", receive)
+        configure_aws(aws.url, "app", TASKHAWK_HEARTBEAT_HOOK=lambda: beats.append(1))
         every = [taskhawk.Priority[name] for name in ("bulk", "low", "default", "high")]
         ledger = taskhawk.listen_for_messages(every, 1, 30, 1)
         assert order[1:] == [name for name in urgency if name != order[0]]
@@ -9285,11 +9192,9 @@ class TestWorker:
             ),
         ],
     )
-    def test_fatal_at_start(self, worker_aws, caplog, action, code, sentence):
+    def test_fatal_at_start(self, aws, caplog, action, code, sentence):
         """What only a person can mend ends the worker at its start, with one sentence."""
-        answers = iter([code] * 2)  # of each role's client, at most
-        good = worker_aws.answers.get(action, {})
-        worker_aws.answers[action] = lambda request: next(answers, good)
+        aws.script(action, *[fault(code)] * 2)  # of each role's client, at most
         with pytest.raises(taskhawk.ConfigurationError) as raised:
             taskhawk.listen_for_messages(taskhawk.Priority.default, loop_count=1)
         assert str(raised.value) == sentence
@@ -9349,22 +9254,21 @@ class TestWorker:
         assert worker_logs(caplog) == []
 
     @pytest.mark.parametrize("code", ["ExpiredToken", "OverLimit"])
-    def test_not_fatal_at_start(self, worker_aws, code, caplog):
+    def test_not_fatal_at_start(self, aws, code, caplog):
         """What passes by itself is waited out at the start too."""
-        answers = iter([f"com.amazonaws.sqs#{code}"])
-        worker_aws.answers["ReceiveMessage"] = lambda request: next(answers, {})
+        aws.script("ReceiveMessage", fault(f"com.amazonaws.sqs#{code}"))
         ledger = taskhawk.listen_for_messages(taskhawk.Priority.default, 1, 30, 1)
         assert ledger == taskhawk.Ledger()
         (text,) = worker_logs(caplog)
         assert text.startswith("TASKHAWK-APP: can't receive, goes on trying: ")
         assert f"({code})" in text
 
-    def test_not_fatal_later(self, worker_aws, caplog):
+    def test_not_fatal_later(self, aws, caplog):
         """A queue that was there once, and is missing now, is waited for."""
-        answers = iter([{}, "com.amazonaws.sqs#QueueDoesNotExist"])
-        worker_aws.answers["ReceiveMessage"] = lambda request: next(answers, {})
+        missing = fault("com.amazonaws.sqs#QueueDoesNotExist")
+        aws.script("ReceiveMessage", passed, missing)
         taskhawk.listen_for_messages(taskhawk.Priority.default, 1, 30, 2)
-        assert len(worker_aws.asked("ReceiveMessage")) == 3
+        assert len(aws.asked("ReceiveMessage")) == 3
         assert len(worker_logs(caplog)) == 1
 
     # -- hooks
@@ -10162,8 +10066,7 @@ class TestExtendVisibilityTimeout:
         mail.with_priority(Priority.high).dispatch()
         (received,) = receive_all(Priority.high)
         taskhawk.extend_visibility_timeout(Priority.high, received.receipt_handle, 600)
-        action, payload = scripted.requests[-1]
-        assert action == "ChangeMessageVisibilityBatch"
+        (payload,) = scripted.asked("ChangeMessageVisibilityBatch")
         assert payload["QueueUrl"].endswith("-HIGH-PRIORITY")
         assert payload["Entries"] == [
             {
@@ -11047,54 +10950,21 @@ def lambda_event(
     return {"Records": [make(body, f"m{n}") for n, body in enumerate(bodies, 1)]}
 
 
-class LambdaSqs(AwsServer):
-    """Answers as SQS does, in its JSON protocol, and denies or fails some."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = self.requests
-        #: actions that the role may not call
-        self.denied: set[str] = set()
-        #: receipts that are refused
-        self.refused: set[str] = set()
-        #: so many calls get no more than an HTTP status 503
-        self.unavailable = 0
-
-    def reply(self, call: Call) -> tuple[int, dict[str, str], Any]:
-        """Answer a batch call."""
-        if self.unavailable:
-            self.unavailable -= 1
-            return 503, {}, {}
-        if call.action in self.denied:
-            text = f"not authorized to perform: sqs:{call.action}"
-            return sqs_error("AccessDenied", text, 403)
-        found: dict[bool, list[Any]] = {True: [], False: []}
-        for entry in call.data["Entries"]:
-            refusal = {
-                "Code": "ReceiptHandleIsInvalid",
-                "Message": "gone",
-                "SenderFault": True,
-            }
-            found[entry["ReceiptHandle"] in self.refused].append(
-                {"Id": entry["Id"], **refusal}
-            )
-        return 200, {}, {"Successful": found[False], "Failed": found[True]}
-
-    def entries(self, action: str, *keys: str) -> list[list[tuple[Any, ...]]]:
-        """Return what each batch call of this action had in its entries."""
-        calls = [call for name, call in self.calls if name == action]
-        return [
-            [tuple(entry[k] for k in keys) for entry in call["Entries"]]
-            for call in calls
-        ]
-
-
 @pytest.fixture
-def lambda_sqs() -> Iterator[LambdaSqs]:
-    """Yield an SQS that keeps its calls, and configure taskhawk for it as in a Lambda function."""
-    with LambdaSqs().running() as sqs:
-        taskhawk.configure(AWS_KEYS, AWS_ENDPOINT_SQS=sqs.url, IS_LAMBDA_APP=True)
-        yield sqs
+def lambda_sqs(aws: ScriptedAws) -> ScriptedAws:
+    """Return an SQS that accepts everything, and configure taskhawk as in a Lambda function."""
+    taskhawk.configure(AWS_KEYS, AWS_ENDPOINT_SQS=aws.url, IS_LAMBDA_APP=True)
+    return aws
+
+
+def lambda_entries(
+    sqs: ScriptedAws, action: str, *keys: str
+) -> list[list[tuple[Any, ...]]]:
+    """Return what each batch call of this action had in its entries."""
+    return [
+        [tuple(entry[key] for key in keys) for entry in data["Entries"]]
+        for data in sqs.asked(action)
+    ]
 
 
 @pytest.fixture
@@ -11240,7 +11110,7 @@ class TestLambda:
             ]
         }
         assert lambda_runs == [1, *LAMBDA_FAILURES, 2]
-        assert lambda_sqs.entries("DeleteMessageBatch", "ReceiptHandle") == []
+        assert lambda_entries(lambda_sqs, "DeleteMessageBatch", "ReceiptHandle") == []
 
     def test_partial_batch_of_sns(self, lambda_runs):
         """SNS has no partial batches, and would take the answer for success: a failure raises."""
@@ -11254,12 +11124,10 @@ class TestLambda:
         event = lambda_event("fail", *range(21), "give up")
         with pytest.raises(ExceptionGroup, match="several runs failed"):
             taskhawk.process_messages_for_lambda_consumer(event)
-        assert [action for action, _ in lambda_sqs.calls] == ["DeleteMessageBatch"] * 3
-        url = (
-            f"http://127.0.0.1:{lambda_sqs.server_port}/123456789012/TASKHAWK-DEV-MYAPP"
-        )
-        assert {call["QueueUrl"] for _, call in lambda_sqs.calls} == {url}
-        deleted = lambda_sqs.entries("DeleteMessageBatch", "ReceiptHandle")
+        assert lambda_sqs.actions == ["DeleteMessageBatch"] * 3
+        url = f"{lambda_sqs.url}/123456789012/TASKHAWK-DEV-MYAPP"
+        assert {call.data["QueueUrl"] for call in lambda_sqs.calls} == {url}
+        deleted = lambda_entries(lambda_sqs, "DeleteMessageBatch", "ReceiptHandle")
         assert [len(entries) for entries in deleted] == [10, 10, 1]
         assert list(itertools.chain(*deleted)) == [
             (f"receipt of m{n}",) for n in range(2, 23)
@@ -11330,11 +11198,12 @@ class TestLambda:
     def test_succeeded_cannot_be_deleted(self, how, lambda_sqs, lambda_runs, caplog):
         """Where the delete fails the failure is raised all the same, and a warning says so."""
         if how == "denied":
-            lambda_sqs.denied = {"DeleteMessageBatch"}
+            answer = fault("AccessDenied", status=403)
             why = LAMBDA_DENIED.format("DeleteMessage")
         else:
-            lambda_sqs.refused = {"receipt of m1", "receipt of m4"}
-            why = "gone"
+            answer = refuse(0, 2, code="ReceiptHandleIsInvalid", ours=True)
+            why = "no"
+        lambda_sqs.always("DeleteMessageBatch", answer)
         count = 3 if how == "denied" else 2
         with pytest.raises(ValueError, match=r"^no$"):
             taskhawk.process_messages_for_lambda_consumer(lambda_event(1, "fail", 2, 3))
@@ -11349,11 +11218,11 @@ class TestLambda:
         self, action, lambda_sqs, lambda_runs, caplog
     ):
         """A call that fails in passing is repeated, as nobody comes after the function to do it."""
-        lambda_sqs.unavailable = 1
+        lambda_sqs.script(action, (503, {}, b"{}"))
         calls = (1, "fail") if action == "DeleteMessageBatch" else ("in 90.5 s",)
         with pytest.raises((ValueError, taskhawk.RetryException)):
             taskhawk.process_messages_for_lambda_consumer(lambda_event(*calls))
-        assert [name for name, _ in lambda_sqs.calls] == [action, action]
+        assert lambda_sqs.actions == [action, action]
         assert lambda_warnings(caplog) == []
 
     @pytest.mark.parametrize("partial_batch", [False, True])
@@ -11371,22 +11240,24 @@ class TestLambda:
                 event, partial_batch=partial_batch
             )
         action = "ChangeMessageVisibilityBatch"
-        changes = lambda_sqs.entries(action, "ReceiptHandle", "VisibilityTimeout")
+        changes = lambda_entries(
+            lambda_sqs, action, "ReceiptHandle", "VisibilityTimeout"
+        )
         assert list(itertools.chain(*changes)) == [
             ("receipt of m1", 91),
             ("receipt of m5", 0),
             ("receipt of m6", 7),
         ]
-        others = [name for name, _ in lambda_sqs.calls if name != action]
+        others = [name for name in lambda_sqs.actions if name != action]
         assert others == ([] if partial_batch else ["DeleteMessageBatch"])
-        assert lambda_sqs.calls[-1][0] == (others or [action])[-1]
+        assert lambda_sqs.actions[-1] == (others or [action])[-1]
 
     def test_delay_beyond_12_hours(self, lambda_sqs, lambda_runs):
         """A delay is clamped to what is left of 12 hours since the receive: SQS refuses more."""
         with pytest.raises(taskhawk.RetryException):
             taskhawk.process_messages_for_lambda_consumer(lambda_event("in a month"))
-        (((asked_s,),),) = lambda_sqs.entries(
-            "ChangeMessageVisibilityBatch", "VisibilityTimeout"
+        (((asked_s,),),) = lambda_entries(
+            lambda_sqs, "ChangeMessageVisibilityBatch", "VisibilityTimeout"
         )
         longest_s = (
             900 + 300
@@ -11403,7 +11274,8 @@ class TestLambda:
 
     def test_delays_are_denied(self, lambda_sqs, lambda_runs, caplog):
         """A role that may not change the visibility costs one warning, and no message."""
-        lambda_sqs.denied.add("ChangeMessageVisibilityBatch")
+        denied = fault("AccessDenied", status=403)
+        lambda_sqs.always("ChangeMessageVisibilityBatch", denied)
         why = LAMBDA_DENIED.format("ChangeMessageVisibility")
         event = lambda_event("in 90.5 s", 1, "at once", "in 90.5 s")
         with pytest.raises(ExceptionGroup) as caught:
@@ -11412,18 +11284,21 @@ class TestLambda:
         assert lambda_warnings(caplog) == [
             f"can't change when 3 of 3 failed messages run again: {why}"
         ]
-        deleted = lambda_sqs.entries("DeleteMessageBatch", "ReceiptHandle")
+        deleted = lambda_entries(lambda_sqs, "DeleteMessageBatch", "ReceiptHandle")
         assert deleted == [[("receipt of m2",)]]
 
     def test_one_delay_is_refused(self, lambda_sqs, lambda_runs, caplog):
         """A delay that SQS refuses for one message is still set for the others."""
-        lambda_sqs.refused.add("receipt of m1")
+        gone = refuse(0, code="ReceiptHandleIsInvalid", ours=True)
+        lambda_sqs.always("ChangeMessageVisibilityBatch", gone)
         event = lambda_event("in 90.5 s", "at once")
         taskhawk.process_messages_for_lambda_consumer(event, partial_batch=True)
-        asked = lambda_sqs.entries("ChangeMessageVisibilityBatch", "ReceiptHandle")
+        asked = lambda_entries(
+            lambda_sqs, "ChangeMessageVisibilityBatch", "ReceiptHandle"
+        )
         assert list(itertools.chain(*asked)) == [("receipt of m1",), ("receipt of m2",)]
         (warning,) = lambda_warnings(caplog)
-        assert warning == "can't change when 1 of 2 failed messages run again: gone"
+        assert warning == "can't change when 1 of 2 failed messages run again: no"
 
     def test_task_changes_its_visibility(self, lambda_sqs):
         """A task may hold its message for longer: by metadata, at once, nothing is looked up."""
@@ -11432,13 +11307,11 @@ class TestLambda:
         @taskhawk.task(name="lambda.long")
         def long(metadata: taskhawk.Metadata) -> None:
             metadata.extend_visibility_timeout(600)
-            seen.append(lambda_sqs.calls[:])
+            seen.append([(call.action, call.data) for call in lambda_sqs.calls])
 
         record = lambda_sqs_record(processing_body("lambda.long"), "m1")
         taskhawk.process_messages_for_lambda_consumer({"Records": [record]})
-        url = (
-            f"http://127.0.0.1:{lambda_sqs.server_port}/123456789012/TASKHAWK-DEV-MYAPP"
-        )
+        url = f"{lambda_sqs.url}/123456789012/TASKHAWK-DEV-MYAPP"
         entry = {"Id": "0", "ReceiptHandle": "receipt of m1", "VisibilityTimeout": 600}
         call = ("ChangeMessageVisibilityBatch", {"QueueUrl": url, "Entries": [entry]})
         assert seen == [[call]]
@@ -11480,7 +11353,7 @@ class TestLambda:
         seen: list[Any] = []
         taskhawk.configure(
             AWS_KEYS,
-            AWS_ENDPOINT_SQS=f"http://127.0.0.1:{lambda_sqs.server_port}",
+            AWS_ENDPOINT_SQS=lambda_sqs.url,
             TASKHAWK_PRE_PROCESS_HOOK=lambda **given: seen.append(given),
             TASKHAWK_POST_PROCESS_HOOK="test_lambda_hooks.delete",
         )
@@ -11497,15 +11370,11 @@ class TestLambda:
         assert message.attributes == lambda_sqs_record("", "m1")["attributes"]
         attribute = message.message_attributes["request_id"]
         assert (attribute["StringValue"], attribute["DataType"]) == ("1234", "String")
-        assert lambda_sqs.calls == [
-            (
-                "DeleteMessageBatch",
-                {
-                    "QueueUrl": message.queue_url,
-                    "Entries": [{"Id": "0", "ReceiptHandle": "receipt of m1"}],
-                },
-            )
-        ]
+        assert lambda_sqs.actions == ["DeleteMessageBatch"]
+        assert lambda_sqs.calls[0].data == {
+            "QueueUrl": message.queue_url,
+            "Entries": [{"Id": "0", "ReceiptHandle": "receipt of m1"}],
+        }
 
     def test_queue_url_of_aws(self, lambda_runs):
         """Without an endpoint of one's own, the queue's URL is the one that AWS has."""
@@ -11604,7 +11473,8 @@ class TestLambda:
             for n in (4, 5)
         ]
         deleted = [[(f"receipt of m{n}",) for n in (1, 2, 3)]] if kind == "SQS" else []
-        assert lambda_sqs.entries("DeleteMessageBatch", "ReceiptHandle") == deleted
+        found = lambda_entries(lambda_sqs, "DeleteMessageBatch", "ReceiptHandle")
+        assert found == deleted
         context.remaining_ms = 10_000
         assert taskhawk.process_messages_for_lambda_consumer(
             lambda_event(9_999), context=context, partial_batch=True
@@ -11642,7 +11512,7 @@ class TestLambda:
         except ExceptionGroup as group:
             errors = group.exceptions
         assert lambda_runs == [1, *filter(None, [first]), 2, 4]
-        deleted = lambda_sqs.entries("DeleteMessageBatch", "ReceiptHandle")
+        deleted = lambda_entries(lambda_sqs, "DeleteMessageBatch", "ReceiptHandle")
         if partial_batch:
             failures = [{"itemIdentifier": name} for name in ("m2", "m4")]
             assert (answer, deleted) == ({"batchItemFailures": failures}, [])
@@ -11682,9 +11552,9 @@ class TestLambda:
 NOT_DELETED = "copied, but not deleted: "
 
 
-def fault_after(code: str) -> ScriptedAnswer:
+def fault_after(code: str) -> AwsAnswer:
     """Do what is asked, and answer that it failed: as a lost answer, without its timeout."""
-    return lambda payload, forward: (forward(payload), fault(code)(payload, forward))[1]
+    return lambda call: (call.forward(), fault(code)(call))[1]
 
 
 def put_dead_letters(broker: taskhawk.Broker, count: int) -> str:
@@ -11739,19 +11609,15 @@ class TestDeadLetters:
         for timeout in ({"visibility_timeout": 7}, {}):
             put_dead_letters(taskhawk._brokers.broker(), 1)
             taskhawk.requeue_dead_letter(Priority.default, **timeout)
-        polls = [
-            payload
-            for action, payload in scripted.requests
-            if action == "ReceiveMessage"
-        ]
+        polls = scripted.asked("ReceiveMessage")
         assert [poll.get("VisibilityTimeout") for poll in polls] == [7, None]
 
     def test_in_circles(self, scripted):
         """Messages that fail again and come back are not sent in circles: it ends."""
         put_dead_letters(taskhawk._brokers.broker(), 5)
 
-        def comes_back(payload: dict[str, Any], forward: Callable[..., Any]) -> None:
-            forward({**payload, "QueueUrl": f"{payload['QueueUrl']}-DLQ"})
+        def comes_back(call: AwsCall) -> None:
+            call.forward(QueueUrl=f"{call.data['QueueUrl']}-DLQ")
 
         scripted.always("SendMessage", comes_back)
         scripted.always("SendMessageBatch", comes_back)
@@ -11791,12 +11657,11 @@ class TestDeadLetters:
         broker = taskhawk._brokers.broker()
         put_dead_letters(broker, 4)
 
-        def count(payload: dict[str, Any], forward: Callable[..., Any]) -> Any:
-            if "RedrivePolicy" in payload["AttributeNames"]:
+        def count(call: AwsCall) -> AwsAnswer:
+            names = call.data["AttributeNames"]
+            if "RedrivePolicy" in names:
                 return None
-            return 200, {
-                "Attributes": dict.fromkeys(payload["AttributeNames"], str(counted))
-            }
+            return {"Attributes": dict.fromkeys(names, str(counted))}
 
         scripted.always("GetQueueAttributes", count)
         assert taskhawk.requeue_dead_letter(Priority.default) == moved
@@ -11808,7 +11673,7 @@ class TestDeadLetters:
         queue = broker.destination(Priority.default)
         for number in range(10):
             broker.send(f"{queue}-DLQ", [Outgoing(body_of(number, "x" * 300_000), {})])
-        scripted.requests.clear()
+        scripted.calls.clear()
         assert taskhawk.requeue_dead_letter(Priority.default) == 10
         assert scripted.batches == [3, 3, 3, 1]
         assert sorted(received_args()) == list(range(10))
@@ -12297,11 +12162,9 @@ class TestStats:
     def test_denied_for_some(self, scripted, capsys):
         """Where one may look at some of the queues alone, these are counted."""
 
-        def deny_others(data: dict[str, Any], behind: Callable[..., Any]) -> Any:
-            other = re.search("PRIORITY|BULK", data["QueueName"])
-            return (fault("AccessDenied", status=403) if other else passed)(
-                data, behind
-            )
+        def deny_others(call: AwsCall) -> AwsAnswer:
+            other = re.search("PRIORITY|BULK", call.data["QueueName"])
+            return fault("AccessDenied", status=403)(call) if other else None
 
         scripted.always("GetQueueUrl", deny_others)
         assert taskhawk.main(["stats", "--json"]) == 0
@@ -13229,23 +13092,15 @@ class TestCommandLine:
             ),
         )
 
-    def test_failed(self, capsys, command_folder, worker_aws):
+    def test_failed(self, capsys, command_folder, aws):
         """What the service refuses is said in one line, and the exit code is 1."""
         policy = json.dumps({"deadLetterTargetArn": "arn:aws:sqs:us-east-1:1:letters"})
         letter = {"MessageId": "m", "ReceiptHandle": "r", "Body": "{}"}
-        worker_aws.answers |= {
-            "GetQueueAttributes": lambda request: {
-                "Attributes": {"VisibilityTimeout": "30", "RedrivePolicy": policy}
-                | dict.fromkeys(request["AttributeNames"][2:], "0")
-                | {
-                    "ApproximateNumberOfMessages": "1",
-                    "ApproximateNumberOfMessagesNotVisible": "0",
-                }
-                | {"ApproximateNumberOfMessagesDelayed": "0"}
-            },
-            "ReceiveMessage": {"Messages": [letter]},
-            "SendMessage": "com.amazonaws.sqs#KmsDisabled",
-        }
+        attributes = aws.default("GetQueueAttributes", {})["Attributes"]
+        attributes |= {"RedrivePolicy": policy, "ApproximateNumberOfMessages": "1"}
+        aws.always("GetQueueAttributes", {"Attributes": attributes})
+        aws.always("ReceiveMessage", {"Messages": [letter]})
+        aws.always("SendMessage", fault("com.amazonaws.sqs#KmsDisabled"))
         assert command_error(capsys, "dead-letters", "requeue") == (
             1,
             "taskhawk: 1 of 1 messages failed: KmsDisabled",
@@ -13286,15 +13141,15 @@ class TestCommandLine:
             f"taskhawk: [Errno {errno.ENOSPC}] No space left on device",
         )
 
-    def test_uncertain(self, capsys, command_folder, worker_aws):
+    def test_uncertain(self, capsys, command_folder, aws):
         """A worker that does not know whether a message was deleted exits with 1."""
-        failed = {"Id": "0", "Code": "ReceiptHandleIsInvalid", "SenderFault": True}
-        worker_aws.answers |= {
-            "ReceiveMessage": lambda request: worker_aws_messages(
-                taskhawk.Message.new("job.add", [1])
-            ),
-            "DeleteMessageBatch": {"Successful": [], "Failed": [failed]},
-        }
+
+        def receive(call: AwsCall) -> AwsAnswer:
+            return brings_messages(taskhawk.Message.new("job.add", [1]))
+
+        aws.always("ReceiveMessage", receive)
+        gone = refuse(0, code="ReceiptHandleIsInvalid", ours=True)
+        aws.always("DeleteMessageBatch", gone)
         (command_folder / "job.py").write_text(
             COMMAND_MODULE.format(package="taskhawk")
         )
