@@ -11,6 +11,7 @@ import concurrent.futures
 import contextlib
 import contextvars
 import copy
+import ctypes
 import dataclasses
 import datetime as dt
 import decimal
@@ -48,7 +49,7 @@ import types
 import urllib.parse
 import urllib.request
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -679,7 +680,10 @@ PROCESSING_INVALID = {
 NEVER = threading.Event()  # for Broker.receive(): nothing cuts the wait short
 ATTRIBUTES = {"request_id": {"DataType": "String", "StringValue": "é1234"}}
 
-UNKNOWN_KEY = "AWS does not know these credentials: check AWS_ACCESS_KEY"
+UNKNOWN_KEY = (
+    "AWS does not know these credentials: check AWS_ACCESS_KEY, or AWS_ACCESS_KEY_ID and"
+    " the profile"
+)
 
 
 @pytest.fixture
@@ -3730,7 +3734,9 @@ while received := receive(3):
                 broker.send("Q", numbered(10, start))
             with sqlite_children(code, url, (), (), (), ()) as children:
                 bodies = [
-                    body for c in children for body in c.communicate(timeout=60)[0].split()
+                    body
+                    for c in children
+                    for body in c.communicate(timeout=60)[0].split()
                 ]
             assert [child.returncode for child in children] == [0] * 4
             assert sorted(map(int, bodies)) == list(range(300))
@@ -3898,20 +3904,202 @@ print(taskhawk._brokers.broker().depth('TASKHAWK-DEFAULT').visible - own - count
         assert (record.levelname, record.getMessage()) == ("WARNING", text)
 
 
-# --- 8. SQS and SNS -------------------------------------------------------------------
+# --- 9. SQS and SNS -------------------------------------------------------------------
 
-NO_QUEUE = "there is no such queue here: make it, or check TASKHAWK_QUEUE, AWS_REGION and the account"
+NO_QUEUE = (
+    "there is no such queue here: make it, or check TASKHAWK_QUEUE, AWS_REGION and the"
+    " account"
+)
+NO_TOPIC = "there is no such topic: make it, or check TASKHAWK_QUEUE and AWS_ACCOUNT_ID"
+NO_KEY = (
+    "no AWS credentials: set AWS_ACCESS_KEY and AWS_SECRET_KEY, or give botocore a"
+    " profile or role; to try things out without AWS, set TASKHAWK_BROKER to"
+    " sqlite:///queue.db (NoCredentialsError: Unable to locate credentials)"
+)
+NO_REGION = (
+    "no AWS region: set AWS_REGION, for example eu-west-1"
+    " (NoRegionError: You must specify a region.)"
+)
+KMS_DENIED = (
+    "access denied: the policies of these credentials and of the KMS key must allow"
+    " kms:GenerateDataKey and kms:Decrypt"
+)
+KMS_OFF = "the KMS key can't be used: enable it, or encrypt with another one"
+NO_SECRET = (
+    "AWS refuses these credentials: check AWS_SECRET_KEY, or AWS_SECRET_ACCESS_KEY and"
+    " the profile"
+)
+CLOCK_OFF = "the clock of this machine is off: set it"
+BY_ENDPOINT = "access denied: the policy of the VPC endpoint does not allow {}"
+BY_ORGANIZATION = "access denied: a policy of the AWS organization does not allow {}"
+BECAUSE = "User: arn:aws:iam::1:user/u is not authorized to perform: {} because {}"
+# AWS's code and text of what only a person can fix, and what to do about it.
+AWS_MISTAKES = [
+    ("AWS.SimpleQueueService.NonExistentQueue", "no queue", NO_QUEUE),
+    ("com.amazonaws.sqs#QueueDoesNotExist", "no queue", NO_QUEUE),
+    ("AccessDenied", "Access to the resource is denied.", DENIED),
+    ("AccessDeniedException", BECAUSE.format("sqs:x", "no policy allows it"), DENIED),
+    (
+        "AccessDenied",
+        BECAUSE.format("sqs:x", "no VPC endpoint policy allows the sqs:x action"),
+        BY_ENDPOINT,
+    ),
+    (
+        "AccessDenied",
+        BECAUSE.format("sqs:x", "of an explicit deny in a service control policy"),
+        BY_ORGANIZATION,
+    ),
+    (
+        "AccessDeniedException",
+        BECAUSE.format("kms:GenerateDataKey", "no resource-based policy allows it"),
+        KMS_DENIED,
+    ),
+    ("KMS.AccessDeniedException", "The ciphertext…", KMS_DENIED),
+    ("com.amazonaws.sqs#KmsAccessDenied", "The ciphertext…", KMS_DENIED),
+    ("KMS.DisabledException", "key is\ndisabled", KMS_OFF),
+    ("KMSInvalidState", "pending deletion", KMS_OFF),
+    ("InvalidClientTokenId", "unknown", UNKNOWN_KEY),
+    ("InvalidSecurity", "", UNKNOWN_KEY),
+    ("UnrecognizedClientException", "unknown", UNKNOWN_KEY),
+    ("SignatureDoesNotMatch", "The request signature…", NO_SECRET),
+    (
+        "SignatureDoesNotMatch",
+        "Signature expired: 20260101T000000Z is now earlier than 20260101T001000Z",
+        CLOCK_OFF,
+    ),
+    ("InvalidSignatureException", "Signature not yet current: 2026…", CLOCK_OFF),
+]
+# The environment and ~/.aws/config of what only a person can fix before a request is
+# made, the remedy, and botocore's text.
+LOCAL_MISTAKES = {
+    "profile": (
+        {"AWS_PROFILE": "nope"},
+        "",
+        "there is no such profile: check AWS_PROFILE and ~/.aws/config",
+        "ProfileNotFound: The config profile (nope) could not be found",
+    ),
+    "SSO login": (
+        {},
+        (
+            "sso_start_url = https://x\nsso_region = us-east-1\n"
+            "sso_account_id = 1\nsso_role_name = r"
+        ),
+        "nobody is logged in: run aws sso login",
+        "SSOTokenLoadError: Error loading SSO Token: Token for https://x does not exist",
+    ),
+    "web identity file": (
+        {"AWS_WEB_IDENTITY_TOKEN_FILE": "/nonexistent/token", "AWS_ROLE_ARN": "arn:r"},
+        "",
+        (
+            "a file that the credentials need can't be read: check"
+            " AWS_WEB_IDENTITY_TOKEN_FILE and ~/.aws/config"
+        ),
+        "FileNotFoundError: [Errno 2] No such file or directory: '/nonexistent/token'",
+    ),
+    "process": (
+        {},
+        "credential_process = /bin/sh -c 'echo broken >&2; exit 3'",
+        "the credential_process of the profile failed: check ~/.aws/config",
+        (
+            "CredentialRetrievalError: Error when retrieving credentials from"
+            " custom-process: broken"
+        ),
+    ),
+    "process without JSON": (
+        {},
+        "credential_process = /bin/echo hello",
+        "the credential_process of the profile failed: check ~/.aws/config",
+        "JSONDecodeError: Expecting value: line 1 column 1 (char 0)",
+    ),
+    "role": (
+        {},
+        "role_arn = arn:aws:iam::1:role/r\nsource_profile = q",
+        "botocore can't use its settings: check ~/.aws/config",
+        (
+            'InvalidConfigError: The source_profile "q" referenced in the profile "default"'
+            " does not exist."
+        ),
+    ),
+    "region": (
+        {"AWS_DEFAULT_REGION": "us-east-1 "},
+        "",
+        "this is not the name of a region: set AWS_REGION, for example eu-west-1",
+        (
+            "InvalidRegionError: Provided region_name 'us-east-1 ' doesn't match a supported"
+            " format."
+        ),
+    ),
+    "endpoint": (
+        {"AWS_ENDPOINT_URL_SQS": "localhost:4566"},
+        "",
+        (
+            "an endpoint is a URL, such as http://127.0.0.1:4566: check AWS_ENDPOINT_SQS and"
+            " AWS_ENDPOINT_SNS, or AWS_ENDPOINT_URL and the profile"
+        ),
+        "ValueError: Invalid endpoint: localhost:4566",
+    ),
+}
+# Calls of a broker: the action, and how often it is tried.
+SQS_CALLS = {
+    "send": (lambda b: b.send("Q", numbered(1)), "SendMessage", 3),
+    "receive": (lambda b: b.receive("Q", 1, 0, None, NEVER), "ReceiveMessage", 1),
+    "delete": (lambda b: b.delete("Q", ["r"]), "DeleteMessageBatch", 1),
+    "change": (
+        lambda b: b.change_visibility("Q", [("r", 1)]),
+        "ChangeMessageVisibilityBatch",
+        1,
+    ),
+    "message.delete": (
+        lambda b: QueueMessage("", "id", "r", queue="Q", broker=b).delete(),
+        "DeleteMessageBatch",
+        3,
+    ),
+    "message.change": (
+        lambda b: QueueMessage("", "id", "r", queue="Q", broker=b).change_visibility(
+            VisibilityTimeout=1
+        ),
+        "ChangeMessageVisibilityBatch",
+        3,
+    ),
+}
+UNANSWERED = ("Unanswered", "the answer does not name this entry", False)
+
+
+def sqs_record(number: int, body: str, account: str) -> dict[str, Any]:
+    """Return a record of an event that Lambda makes of an account's queue."""
+    return {
+        "messageId": f"m{number}",
+        "receiptHandle": f"r{number}",
+        "body": body,
+        "attributes": {"ApproximateReceiveCount": "1"},
+        "messageAttributes": {},
+        "eventSource": "aws:sqs",
+        "eventSourceARN": f"arn:aws:sqs:us-east-1:{account}:TASKHAWK-APP",
+    }
 
 
 class TestSqs:
     """Every request that is made to SQS, and what becomes of its answer."""
 
+    @pytest.fixture
+    def sqs(self, aws):
+        """Yield a broker on a server that accepts everything."""
+        with contextlib.closing(taskhawk.SqsBroker()) as broker:
+            yield broker
+
+    @pytest.fixture
+    def aws_files(self, tmp_path, monkeypatch):
+        """Let botocore read a folder's `config` and `credentials`; return the folder."""
+        for name, file in (("CONFIG", "config"), ("SHARED_CREDENTIALS", "credentials")):
+            monkeypatch.setenv(f"AWS_{name}_FILE", str(tmp_path / file))
+        return tmp_path
+
     def test_one_request_per_dispatch(self, aws, task):
-        """A dispatch is one request; the first to a queue looks up its URL, the others do not."""
+        """A dispatch is one request; the first to a queue looks up its URL, too."""
         for text in "abc":
             task.dispatch(text)
-        task.with_priority(taskhawk.Priority.high).dispatch("d")
-        task.with_priority(taskhawk.Priority.high).dispatch("e")
+        task.with_priority(Priority.high).dispatch("d")
+        task.with_priority(Priority.high).dispatch("e")
         once = ["GetQueueUrl", "SendMessage", "SendMessage"]
         assert aws.actions == [*once, "SendMessage", *once]
         names = [request["QueueName"] for request in aws.asked("GetQueueUrl")]
@@ -3931,15 +4119,14 @@ class TestSqs:
         task.dispatch_many(["x" * 600_000] * 3)
         assert aws.actions[4:] == ["SendMessage"] * 3
 
-    def test_optional_arguments(self, aws):
+    def test_optional_arguments(self, aws, sqs):
         """Delay, attributes, group and deduplication id are sent where there are any."""
-        everything = taskhawk.Outgoing("b", ATTRIBUTES, 0.2, "group", "once")
-        broker = taskhawk.SqsBroker()
-        broker.send("Q", [taskhawk.Outgoing("a", {})])
-        broker.send("Q", [taskhawk.Outgoing("a", {}), everything])
-        plain, (first, second) = aws.calls[1].data, aws.calls[2].data["Entries"]
+        everything = Outgoing("b", ATTRIBUTES, 0.2, "group", "once")
+        sqs.send("Q", [Outgoing("a", {})])
+        sqs.send("Q", [Outgoing("a", {}), everything])
         url = f"{aws.url}/000000000000/Q"
-        assert plain == {"QueueUrl": url, "MessageBody": "a"}
+        assert aws.asked("SendMessage") == [{"QueueUrl": url, "MessageBody": "a"}]
+        first, second = aws.calls[2].data["Entries"]
         assert first == {"Id": "0", "MessageBody": "a"}
         assert second == {
             "Id": "1",
@@ -3949,37 +4136,29 @@ class TestSqs:
             "MessageGroupId": "group",
             "MessageDeduplicationId": "once",
         }
-        broker.close()
 
     def test_fifo(self, ministack, sqs_client, queue_name):
-        """On a FIFO queue the group comes with the message, and a known id is not sent again."""
+        """A FIFO queue's message has its group; a known id is not sent again."""
         client, name = sqs_client(ministack), f"{queue_name}.fifo"
         client.create_queue(QueueName=name, Attributes={"FifoQueue": "true"})
         configure_aws(ministack)
         with contextlib.closing(taskhawk.SqsBroker()) as broker:
-            broker.send(name, [taskhawk.Outgoing("a", {}, 0, "group", "id")])
-            broker.send(
-                name,
-                [taskhawk.Outgoing("b", {}, 0, "group", i) for i in ("id", "other")],
-            )
-            received = broker.receive(name, 10, 1, None, NEVER)
-            assert [(m.body, m.group_id) for m in received] == [
-                ("a", "group"),
-                ("b", "group"),
-            ]
+            for body, once in (("a", "id"), ("b", "id"), ("c", "other")):
+                broker.send(name, [Outgoing(body, {}, 0, "group", once)])
+            found = broker.receive(name, 10, 1, None, NEVER)
+        assert [(m.body, m.group_id) for m in found] == [("a", "group"), ("c", "group")]
 
     @pytest.mark.parametrize(
-        ("count", "wait_s", "lease_s", "expected"),
+        ("wanted", "expected"),
         [
-            (1, 0, None, (1, 0, None)),
-            (50, 0.2, 1.5, (10, 1, 2)),
-            (3, 60, 0, (3, 20, 0)),
+            ((1, 0, None), (1, 0, None)),
+            ((50, 0.2, 1.5), (10, 1, 2)),
+            ((3, 60, 0), (3, 20, 0)),
         ],
     )
-    def test_receive(self, aws, count, wait_s, lease_s, expected):
-        """A poll asks for at most ten messages and 20 s, in whole seconds, and for what we read."""
-        with contextlib.closing(taskhawk.SqsBroker()) as broker:
-            assert broker.receive("Q", count, wait_s, lease_s, NEVER) == []
+    def test_receive(self, aws, sqs, wanted, expected):
+        """A poll asks for ten messages and 20 s at most, in whole seconds."""
+        assert sqs.receive("Q", *wanted, NEVER) == []
         data = aws.calls[1].data
         limits = (data["MaxNumberOfMessages"], data["WaitTimeSeconds"])
         assert (*limits, data.get("VisibilityTimeout")) == expected
@@ -3987,65 +4166,44 @@ class TestSqs:
         assert data["MessageSystemAttributeNames"] == names
         assert data["MessageAttributeNames"] == ["All"]
 
-    def test_whole_seconds(self, aws):
+    def test_whole_seconds(self, aws, sqs):
         """A fraction of a second is rounded up: a retry is never early."""
-        with contextlib.closing(taskhawk.SqsBroker()) as broker:
-            assert broker.change_visibility("Q", [("r", 0), ("s", 0.1)]) == []
-        timeouts = [
-            entry["VisibilityTimeout"] for entry in aws.calls[1].data["Entries"]
-        ]
-        assert timeouts == [0, 1]
+        assert sqs.change_visibility("Q", [("r", 0), ("s", 0.1)]) == []
+        entries = aws.calls[1].data["Entries"]
+        assert [entry["VisibilityTimeout"] for entry in entries] == [0, 1]
 
-    def test_info_is_read_once(self, aws):
-        """A queue's attributes are read once; one without a redrive policy has no dead letters."""
+    def test_info_is_read_once(self, aws, sqs):
+        """Attributes are read once; without a redrive policy, nothing is dead-lettered."""
         aws.always("GetQueueAttributes", {"Attributes": {"VisibilityTimeout": "45"}})
-        with contextlib.closing(taskhawk.SqsBroker()) as broker:
-            for _ in range(2):
-                assert broker.info("Q") == taskhawk.QueueInfo(45.0, None, None)
+        for _ in range(2):
+            assert sqs.info("Q") == taskhawk.QueueInfo(45.0, None, None)
         assert aws.actions == ["GetQueueUrl", "GetQueueAttributes"]
 
-    @pytest.mark.parametrize(
-        ("call", "action", "attempts"),
-        [
-            (lambda broker: broker.send("Q", numbered(1)), "SendMessage", 3),
-            (
-                lambda broker: broker.receive("Q", 1, 0, None, NEVER),
-                "ReceiveMessage",
-                1,
-            ),
-            (lambda broker: broker.delete("Q", ["r"]), "DeleteMessageBatch", 1),
-            (
-                lambda broker: broker.change_visibility("Q", [("r", 1)]),
-                "ChangeMessageVisibilityBatch",
-                1,
-            ),
-        ],
-        ids=["send", "receive", "delete", "change_visibility"],
-    )
-    def test_attempts(self, aws, monkeypatch, call, action, attempts):
-        """A send is tried three times, all else once, whatever botocore's own settings say."""
+    @pytest.mark.parametrize("name", SQS_CALLS)
+    def test_attempts(self, aws, sqs, monkeypatch, name):
+        """What people ask for is tried three times, what the worker repeats once."""
+        call, action, attempts = SQS_CALLS[name]
+        monkeypatch.setattr(time, "sleep", lambda _: None)  # botocore's pauses
         monkeypatch.setenv("AWS_MAX_ATTEMPTS", "7")
         monkeypatch.setenv("AWS_RETRY_MODE", "legacy")
         aws.always(action, fault("InternalError", status=500))
-        with contextlib.closing(taskhawk.SqsBroker()) as broker:
-            with pytest.raises(botocore.exceptions.ClientError) as caught:
-                call(broker)
-            assert caught.type is not taskhawk.ConfigurationError
+        with pytest.raises(botocore.exceptions.ClientError):
+            call(sqs)
         assert aws.actions == ["GetQueueUrl", *[action] * attempts]
 
     @pytest.mark.parametrize(
         ("call", "action"),
         [
-            (lambda broker: broker.send("Q", numbered(5)), "SendMessageBatch"),
-            (lambda broker: broker.delete("Q", list("abcde")), "DeleteMessageBatch"),
+            (lambda b: b.send("Q", numbered(5)), "SendMessageBatch"),
+            (lambda b: b.delete("Q", list("abcde")), "DeleteMessageBatch"),
             (
-                lambda broker: broker.change_visibility("Q", [(r, 1) for r in "abcde"]),
+                lambda b: b.change_visibility("Q", [(r, 1) for r in "abcde"]),
                 "ChangeMessageVisibilityBatch",
             ),
         ],
         ids=["send", "delete", "change_visibility"],
     )
-    def test_partial_failure(self, aws, call, action):
+    def test_partial_failure(self, aws, sqs, call, action):
         """An answer of 200 is read entry by entry; what it does not name has failed."""
         wrong = {"SenderFault": True, "Code": "InvalidThing", "Message": "why"}
         failed = [
@@ -4054,186 +4212,207 @@ class TestSqs:
         ]
         successful = [{"Id": "2", "MessageId": "m"}]
         aws.always(action, {"Successful": successful, "Failed": failed})
-        unanswered = ("Unanswered", "the answer does not name this entry", False)
-        with contextlib.closing(taskhawk.SqsBroker()) as broker:
-            assert call(broker) == [
-                taskhawk.Refusal(0, *unanswered),
-                taskhawk.Refusal(1, "InternalError", "", final=False),
-                taskhawk.Refusal(3, "InvalidThing", "why", final=True),
-                taskhawk.Refusal(4, *unanswered),
-            ]
-
-    def test_sum_too_long(self, aws):
-        """A batch that SQS finds too long is sent one by one, in order; each has its own answer."""
-        aws.always(
-            "SendMessageBatch", fault("AWS.SimpleQueueService.BatchRequestTooLong")
-        )
-        aws.script("SendMessage", passed, fault("OverLimit"))
-        with contextlib.closing(taskhawk.SqsBroker()) as broker:
-            refusals = broker.send("Q", numbered(3))
-        sent = [request["MessageBody"] for request in aws.asked("SendMessage")]
-        assert sent == ["0", "1", "2"]
-        assert [(r.index, r.code, r.final) for r in refusals] == [
-            (1, "OverLimit", True)
+        assert call(sqs) == [
+            taskhawk.Refusal(0, *UNANSWERED),
+            taskhawk.Refusal(1, "InternalError", "", final=False),
+            taskhawk.Refusal(3, "InvalidThing", "why", final=True),
+            taskhawk.Refusal(4, *UNANSWERED),
         ]
 
-    @pytest.mark.parametrize(
-        ("answer", "remedy"),
-        [
-            (fault("AWS.SimpleQueueService.NonExistentQueue"), NO_QUEUE),
-            (fault("com.amazonaws.sqs#QueueDoesNotExist"), NO_QUEUE),
-            (fault("AccessDenied", status=403), DENIED),
-            (fault("AccessDeniedException"), DENIED),
-            (fault("InvalidClientTokenId", status=403), UNKNOWN_KEY),
-            (fault("InvalidSecurity", status=403), UNKNOWN_KEY),
-            (fault("UnrecognizedClientException"), UNKNOWN_KEY),
-            (
-                fault("SignatureDoesNotMatch", status=403),
-                "AWS refuses these credentials: check AWS_SECRET_KEY",
-            ),
-        ],
-    )
+    def test_sum_too_long(self, aws, sqs):
+        """A batch that SQS finds too long is sent one by one, in order."""
+        code = "AWS.SimpleQueueService.BatchRequestTooLong"
+        aws.always("SendMessageBatch", fault(code))
+        aws.script("SendMessage", passed, fault("OverLimit"))
+        (refusal,) = sqs.send("Q", numbered(3))
+        sent = [request["MessageBody"] for request in aws.asked("SendMessage")]
+        assert sent == ["0", "1", "2"]
+        assert (refusal.index, refusal.code, refusal.final) == (1, "OverLimit", True)
+
+    @pytest.mark.parametrize("mistake", AWS_MISTAKES)
     @pytest.mark.parametrize("action", ["GetQueueUrl", "SendMessage"])
-    def test_errors_say_what_to_do(self, aws, task, action, answer, remedy):
-        """What only a person can mend is one sentence with its remedy, at whatever request."""
-        aws.always(action, answer)
+    def test_mistakes(self, aws, task, action, mistake):
+        """What only a person can fix is one sentence: the remedy, and AWS's own text."""
+        code, text, remedy = mistake
+        aws.always(action, fault(code, text, status=403))
         with pytest.raises(taskhawk.ConfigurationError) as caught:
             task.dispatch("secret")
-        error = caught.value.__cause__
-        assert isinstance(error, botocore.exceptions.ClientError)
-        code = error.response["Error"]["Code"].rpartition(".")[2]
-        assert str(caught.value) == f"TASKHAWK-APP: {remedy.format(action)} ({code})"
+        assert isinstance(caught.value.__cause__, botocore.exceptions.ClientError)
+        told = code.rpartition("#")[2].removeprefix("AWS.SimpleQueueService.")
+        if text:
+            told += f": {' '.join(text.split())}"
+        assert str(caught.value) == f"TASKHAWK-APP: {remedy.format(action)} ({told})"
+
+    @pytest.mark.parametrize("name", LOCAL_MISTAKES)
+    def test_local_mistakes(self, aws_files, monkeypatch, name):
+        """So is what botocore finds wrong before it makes a request, each time."""
+        environment, config, remedy, text = LOCAL_MISTAKES[name]
+        (aws_files / "config").write_text(f"[default]\nregion = us-east-1\n{config}")
+        for variable, value in environment.items():
+            monkeypatch.setenv(variable, value)
+        with contextlib.closing(taskhawk.SqsBroker()) as broker:
+            for _ in range(2):
+                with pytest.raises(taskhawk.ConfigurationError) as caught:
+                    broker.depth("Q")
+                assert str(caught.value) == f"Q: {remedy} ({text})"
+
+    @pytest.mark.parametrize(
+        ("values", "reason"),
+        [
+            ({"AWS_REGION": None}, NO_REGION),
+            ({"AWS_ACCESS_KEY": None, "AWS_SECRET_KEY": None}, NO_KEY),
+        ],
+        ids=["region", "credentials"],
+    )
+    @pytest.mark.parametrize("is_lambda_app", [False, True])
+    def test_missing(self, aws, task, values, reason, is_lambda_app):
+        """Without a region or credentials, the sentence says where to set them."""
+        configure_aws(aws.url, "app", **values, IS_LAMBDA_APP=is_lambda_app)
+        with pytest.raises(taskhawk.ConfigurationError) as caught:
+            task.dispatch("x")
+        where, _, text = str(caught.value).partition(": ")
+        assert text == reason
+        assert where.rpartition(":")[2].upper() == "TASKHAWK-APP"
+        assert aws.calls == []
+
+    @pytest.mark.parametrize(
+        ("url", "fixed"),
+        [
+            ("https://sqs.us-east-1a.amazonaws.com/", "us-east-1a"),
+            ("https://sns.us-esat-1.amazonaws.com/", "us-esat-1"),
+            ("https://sqs.us-east-1.amazonaws.com/", None),
+            ("http://localhost:4566/", None),
+        ],
+    )
+    def test_impossible_region(self, url, fixed):
+        """A host without an address is a fault, unless its region is not one."""
+        error = botocore.exceptions.EndpointConnectionError(endpoint_url=url, error="?")
+        expected = type(error) if fixed is None else taskhawk.ConfigurationError
+        with pytest.raises(expected) as caught, taskhawk._explained("Q"):
+            raise error
+        text = f'Could not connect to the endpoint URL: "{url}"'
+        if fixed is not None:
+            remedy = f"{fixed} is not a region: set AWS_REGION, for example eu-west-1"
+            text = f"Q: {remedy} (EndpointConnectionError: {text})"
+        assert str(caught.value) == text
+
+    def test_unsendable_header(self, aws, task, aws_files):
+        """A secret that no header can hold is in no error, nor in its traceback."""
+        process = aws_files / "process.py"
+        keys = {"Version": 1, "AccessKeyId": "k", "SecretAccessKey": "s"}
+        token = {"SessionToken": "hunter2\r"}
+        process.write_text(f"print({json.dumps({**keys, **token})!r})")
+        config = f"[default]\ncredential_process = {sys.executable} {process}\n"
+        (aws_files / "config").write_text(config)
+        keyless = {"AWS_ACCESS_KEY": None, "AWS_SECRET_KEY": None}
+        configure_aws(aws.url, "app", **keyless)
+        with pytest.raises(taskhawk.ConfigurationError) as caught:
+            task.dispatch("x")
+        assert str(caught.value) == (
+            "TASKHAWK-APP: a credential has a line break or another control character:"
+            " check AWS_SESSION_TOKEN and where else credentials come from"
+        )
+        assert "hunter2" not in "".join(traceback.format_exception(caught.value))
 
     def test_missing_queue(self, ministack, task, queue_name):
         """A queue that is not there is said to be missing, by publishers and workers."""
         configure_aws(ministack, queue_name)
-        text = f"TASKHAWK-{queue_name}: {NO_QUEUE} (NonExistentQueue)"
-        with pytest.raises(taskhawk.ConfigurationError) as caught:
-            task.dispatch("x")
-        assert str(caught.value) == text
-        with pytest.raises(taskhawk.ConfigurationError) as caught:
-            taskhawk.listen_for_messages(taskhawk.Priority.default, loop_count=1)
-        assert str(caught.value) == text
+        for call in (
+            lambda: task.dispatch("x"),
+            lambda: taskhawk.listen_for_messages(Priority.default, loop_count=1),
+        ):
+            with pytest.raises(taskhawk.ConfigurationError) as caught:
+                call()
+            text = f"TASKHAWK-{queue_name}: {NO_QUEUE} (NonExistentQueue"
+            assert str(caught.value).startswith(text)
 
-    def test_no_credentials(self, aws, task, queue_name):
-        """Without credentials nothing is sent, and the sentence says where they may come from."""
-        taskhawk.configure(
-            AWS_ENDPOINT_SQS=aws.url, AWS_REGION="us-east-1", TASKHAWK_QUEUE=queue_name
-        )
-        with pytest.raises(taskhawk.ConfigurationError) as caught:
-            task.dispatch("x")
-        assert str(caught.value) == (
-            f"TASKHAWK-{queue_name}: no AWS credentials: set AWS_ACCESS_KEY and AWS_SECRET_KEY, or"
-            " give botocore a profile or role; to try things out without AWS, set TASKHAWK_BROKER"
-            " to sqlite:///queue.db (NoCredentialsError)"
-        )
-        assert aws.calls == []
-
-    def test_no_region(self, task, queue_name):
-        """Without a region, the sentence says how to set one."""
-        taskhawk.configure(AWS_SETTINGS, AWS_REGION=None, TASKHAWK_QUEUE=queue_name)
-        with pytest.raises(taskhawk.ConfigurationError) as caught:
-            task.dispatch("x")
-        assert str(caught.value) == (
-            f"TASKHAWK-{queue_name}: no AWS region: set AWS_REGION, for example eu-west-1"
-            " (NoRegionError)"
-        )
-
+    @pytest.mark.slow
     @pytest.mark.parametrize("fips", [False, True])
     def test_endpoints(self, monkeypatch, fips):
-        """In each partition, with FIPS or without, endpoints are those that botocore resolves."""
+        """In each partition, with FIPS or without, endpoints are those of botocore."""
         monkeypatch.setenv("AWS_USE_FIPS_ENDPOINT", str(fips))
         plain = botocore.session.Session()
         regions = [
-            r
-            for p in plain.get_available_partitions()
-            for r in plain.get_available_regions("sqs", p)
+            region
+            for partition in plain.get_available_partitions()
+            for region in plain.get_available_regions("sqs", partition)
         ]
-        regions += ["us-iso-east-1", "us-isob-east-1", "eusc-de-east-1", "moon-1"]
-        for region in {*regions[::7], "us-gov-west-1", "cn-north-1", *regions[-4:]}:
+        special = ["us-iso-east-1", "us-isob-east-1", "eusc-de-east-1", "moon-1"]
+        for region in {*regions[::20], "us-gov-west-1", "cn-north-1", *special}:
             taskhawk.configure(AWS_SETTINGS, AWS_REGION=region)
-            keys = {"aws_access_key_id": "test", "aws_secret_access_key": "test"}
-            for name, broker in (
-                ("sqs", taskhawk.SqsBroker()),
-                ("sns", taskhawk.SnsSender()),
-            ):
-                theirs = plain.create_client(name, region, **keys).meta
-                ours = broker.client("send").meta
-                assert (ours.endpoint_url, ours.partition) == (
-                    theirs.endpoint_url,
-                    theirs.partition,
-                )
-                assert ours.service_model.metadata == theirs.service_model.metadata
+            for ours in (taskhawk.SqsBroker(), taskhawk.SnsSender()):
+                keys = {**CREDENTIALS, "region_name": region}
+                theirs = plain.create_client(ours.service, **keys).meta
+                meta = ours.client("send").meta
+                assert meta.endpoint_url == theirs.endpoint_url
+                assert meta.partition == theirs.partition
+                assert meta.service_model.metadata == theirs.service_model.metadata
 
-    def test_keys_of_ours(self, aws, task, queue_name):
-        """Keys that are set are used, with their token, before any that botocore would find."""
-        keys = {
-            "AWS_ACCESS_KEY": "OURS",
-            "AWS_SECRET_KEY": "s",
-            "AWS_SESSION_TOKEN": "token",
-        }
-        taskhawk.configure(
-            **keys,
-            AWS_REGION="eu-west-1",
-            AWS_ENDPOINT_SQS=aws.url,
-            TASKHAWK_QUEUE=queue_name,
-        )
+    def test_keys_of_ours(self, aws, task):
+        """Keys that are set, with their token, are used before any of botocore's."""
+        keys = {"AWS_ACCESS_KEY": "OURS", "AWS_SECRET_KEY": "s"}
+        keys |= {"AWS_SESSION_TOKEN": "token", "AWS_REGION": "eu-west-1"}
+        taskhawk.configure(**keys, AWS_ENDPOINT_SQS=aws.url, TASKHAWK_QUEUE="app")
         task.dispatch("x")
         headers = aws.calls[-1].headers
         assert "Credential=OURS/" in headers["Authorization"]
         assert "/eu-west-1/sqs/aws4_request" in headers["Authorization"]
         assert headers["X-Amz-Security-Token"] == "token"
 
-    def test_keys_of_botocore(self, aws, task, queue_name, monkeypatch, tmp_path):
-        """Without keys of ours, profile, region and endpoint come from botocore's own chain."""
-        (tmp_path / "credentials").write_text(
-            "[worker]\naws_access_key_id = PROFILE\naws_secret_access_key = s\n"
-        )
-        (tmp_path / "config").write_text("[profile worker]\nregion = sa-east-1\n")
-        monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
-        monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    def test_keys_of_botocore(self, aws, task, monkeypatch, aws_files):
+        """Without keys of ours, botocore's chain has profile, region and endpoint."""
+        keys = "aws_access_key_id = PROFILE\naws_secret_access_key = s\n"
+        (aws_files / "credentials").write_text(f"[worker]\n{keys}")
+        (aws_files / "config").write_text("[profile worker]\nregion = sa-east-1\n")
         monkeypatch.setenv("AWS_PROFILE", "worker")
         monkeypatch.setenv("AWS_ENDPOINT_URL_SQS", aws.url)
-        taskhawk.configure(TASKHAWK_QUEUE=queue_name)
+        taskhawk.configure(TASKHAWK_QUEUE="app")
         task.dispatch("x")
         authorization = aws.calls[-1].headers["Authorization"]
         assert "Credential=PROFILE/" in authorization
         assert "/sa-east-1/sqs/aws4_request" in authorization
 
-    def test_read_timeout(self, aws):
-        """An answer that does not come is given up after AWS_READ_TIMEOUT_S; a poll waits on."""
+    def test_keys_that_come_later(self, aws, task, aws_files):
+        """Credentials are looked for again where there were none, or they expired."""
+        configure_aws(aws.url, "app", AWS_ACCESS_KEY=None, AWS_SECRET_KEY=None)
+        with pytest.raises(taskhawk.ConfigurationError, match="no AWS credentials"):
+            task.dispatch("x")
+        aws.script("SendMessage", passed, fault("ExpiredToken", "it has expired", 403))
+        for name in ("FIRST", "SECOND"):
+            keys = f"aws_access_key_id = {name}\naws_secret_access_key = s\n"
+            (aws_files / "credentials").write_text(f"[default]\n{keys}")
+            task.dispatch("x")
+            assert f"Credential={name}/" in aws.calls[-1].headers["Authorization"]
+            if name == "FIRST":
+                with pytest.raises(botocore.exceptions.ClientError, match="expired"):
+                    task.dispatch("x")
+
+    def test_read_timeout(self, aws, sqs):
+        """An answer is given up after AWS_READ_TIMEOUT_S; a poll waits on."""
         configure_aws(aws.url, AWS_READ_TIMEOUT_S=0.2)
         released = threading.Event()
         aws.always("DeleteMessageBatch", late(aws.closing))
         aws.always("ReceiveMessage", late(released))
-        with contextlib.closing(taskhawk.SqsBroker()) as broker:
-            start = time.monotonic()
-            with pytest.raises(botocore.exceptions.ReadTimeoutError):
-                broker.delete("Q", ["r"])
-            assert time.monotonic() - start < 1.9
-            threading.Timer(0.6, released.set).start()
-            assert broker.receive("Q", 1, 1, None, NEVER) == []
+        start = time.monotonic()
+        with pytest.raises(botocore.exceptions.ReadTimeoutError):
+            sqs.delete("Q", ["r"])
+        assert time.monotonic() - start < 1.9
+        threading.Timer(0.6, released.set).start()
+        assert sqs.receive("Q", 1, 1, None, NEVER) == []
         assert aws.actions == ["GetQueueUrl", "DeleteMessageBatch", "ReceiveMessage"]
 
     def test_connect_timeout(self):
         """A service that can't be reached is given up after AWS_CONNECT_TIMEOUT_S."""
-        with (
-            socket.create_server(("127.0.0.1", 0), backlog=0) as deaf,
-            contextlib.ExitStack() as s,
-        ):
-            address = deaf.getsockname()
-            for _ in range(
-                4
-            ):  # fill its backlog: from then on the kernel drops connections
-                client = s.enter_context(socket.socket())
+        with contextlib.ExitStack() as stack:
+            listener = socket.create_server(("127.0.0.1", 0), backlog=0)
+            host, port = stack.enter_context(listener).getsockname()
+            # With the backlog full, the kernel drops connections.
+            for _ in range(4):
+                client = stack.enter_context(socket.socket())
                 client.setblocking(False)
-                client.connect_ex(address)
-            taskhawk.configure(
-                AWS_SETTINGS,
-                AWS_ENDPOINT_SQS=f"http://127.0.0.1:{address[1]}",
-                AWS_CONNECT_TIMEOUT_S=0.2,
-            )
-            broker = s.enter_context(contextlib.closing(taskhawk.SqsBroker()))
+                client.connect_ex((host, port))
+            configure_aws(f"http://{host}:{port}", AWS_CONNECT_TIMEOUT_S=0.2)
+            broker = stack.enter_context(contextlib.closing(taskhawk.SqsBroker()))
             start = time.monotonic()
             with pytest.raises(botocore.exceptions.ConnectTimeoutError):
                 broker.receive("Q", 1, 1, None, NEVER)
@@ -4241,51 +4420,36 @@ class TestSqs:
 
     @pytest.mark.parametrize("server", ["ministack", "moto"])
     def test_pinned_queue(self, request, server, task, sqs_client, queue_name):
-        """A queue that takes less than SQS is told apart by size, limit and largest argument."""
-        endpoint, pinned = (
-            request.getfixturevalue(server),
-            {"MaximumMessageSize": "1024"},
-        )
-        make_queue(sqs_client(endpoint), f"TASKHAWK-{queue_name}", **pinned)
+        """A queue that takes less than SQS is known by its limit when it refuses."""
+        endpoint = request.getfixturevalue(server)
+        name = f"TASKHAWK-{queue_name}"
+        make_queue(sqs_client(endpoint), name, MaximumMessageSize="1024")
         configure_aws(endpoint, queue_name)
         with pytest.raises(taskhawk.MessageTooLarge) as caught:
             task.dispatch("x" * 2000)
-        message = taskhawk.Message.new("tests.f", ["x" * 2000])
+        message = Message.new("tests.f", ["x" * 2000])
         size = len(json.dumps(message.as_dict(), separators=(",", ":")))
         assert str(caught.value) == (
-            f"tests.f: the message has {size} bytes (body and attributes), and the limit is 1024:"
-            " the largest argument is args[0] with 2002 bytes"
+            f"tests.f: the message has {size} bytes (body and attributes), and the limit"
+            " is 1024: the largest argument is args[0] with 2002 bytes"
         )
         assert caught.value.limit == 1024
 
-    def test_queue_of_a_lambda(self, aws, task):
-        """A Lambda's role may not look queues up: the URL is made from the event's ARN."""
-        arn = "arn:aws:sqs:us-east-1:123456789012:TASKHAWK-X"
-        bodies = [
-            json.dumps(taskhawk.Message.new("tests.f", [1]).as_dict()),
-            "malformed",
-        ]
-        records = [
-            {
-                "messageId": f"m{i}",
-                "receiptHandle": f"r{i}",
-                "body": body,
-                "attributes": {"ApproximateReceiveCount": "1"},
-                "messageAttributes": {},
-                "eventSource": "aws:sqs",
-                "eventSourceARN": arn,
-            }
-            for i, body in enumerate(bodies)
-        ]
-        with pytest.raises(taskhawk.ValidationError):
-            taskhawk.process_messages_for_lambda_consumer({"Records": records})
-        (call,) = aws.calls
-        assert call.action == "DeleteMessageBatch"
-        assert call.data["QueueUrl"] == f"{aws.url}/123456789012/TASKHAWK-X"
-        assert call.data["Entries"] == [{"Id": "0", "ReceiptHandle": "r0"}]
-
-
-NO_TOPIC = "there is no such topic: make it, or check TASKHAWK_QUEUE and AWS_ACCOUNT_ID"
+    def test_queues_of_lambda(self, aws, task):
+        """A Lambda's queue is in the account of the event, whatever else has its name."""
+        good = json.dumps(Message.new("tests.f", [1]).as_dict())
+        accounts = ("111111111111", "222222222222", "111111111111")
+        for account in accounts:
+            records = [sqs_record(0, good, account), sqs_record(1, "bad", account)]
+            with pytest.raises(taskhawk.ValidationError):
+                taskhawk.process_messages_for_lambda_consumer({"Records": records})
+        task.dispatch("ours")
+        deletes = ["DeleteMessageBatch"] * 3
+        assert aws.actions == [*deletes, "GetQueueUrl", "SendMessage"]
+        urls = [call.data.get("QueueUrl") for call in aws.calls]
+        assert urls[:3] == [f"{aws.url}/{name}/TASKHAWK-APP" for name in accounts]
+        assert urls[4] == f"{aws.url}/000000000000/TASKHAWK-APP"
+        assert aws.calls[0].data["Entries"] == [{"Id": "0", "ReceiptHandle": "r0"}]
 
 
 class TestSns:
@@ -4299,15 +4463,12 @@ class TestSns:
 
     @pytest.fixture
     def received(self, sns, ministack, sqs_client, queue_name):
-        """Subscribe a queue to the high-priority topic; return a function that empties it."""
-        client, name = (
-            sqs_client(ministack, "sns"),
-            f"taskhawk-{queue_name.lower()}-high-priority",
-        )
-        topic = client.create_topic(Name=name)["TopicArn"]
+        """Subscribe a queue to the high-priority topic; return what empties it."""
+        client = sqs_client(ministack, "sns")
+        name = f"taskhawk-{queue_name.lower()}-high-priority"
         sqs_client(ministack).create_queue(QueueName=name)
         client.subscribe(
-            TopicArn=topic,
+            TopicArn=client.create_topic(Name=name)["TopicArn"],
             Protocol="sqs",
             Endpoint=f"arn:aws:sqs:us-east-1:000000000000:{name}",
             Attributes={"RawMessageDelivery": "true"},
@@ -4323,33 +4484,19 @@ class TestSns:
         return receive
 
     def test_publish(self, sns, task, received):
-        """A dispatch is one request, and brings body and headers to the subscribed queue."""
-        invocation = task.with_priority(taskhawk.Priority.high).with_headers(
-            request_id="é1"
-        )
-        ids = [invocation.dispatch("a"), invocation.dispatch("b")]
-        assert sns.actions == ["Publish", "Publish"]
-        messages = received()
-        assert sorted(json.loads(message.body)["id"] for message in messages) == sorted(
-            ids
-        )
-        for message in messages:
-            assert message.message_attributes["request_id"]["StringValue"] == "é1"
-            assert json.loads(message.body)["headers"] == {"request_id": "é1"}
-
-    def test_publish_batch(self, sns, task, received):
-        """A batch is a request for each ten messages."""
-        high = task.with_priority(taskhawk.Priority.high).with_headers(request_id="1")
+        """One dispatch is one request, and ten in a batch are; headers arrive, too."""
+        high = task.with_priority(Priority.high).with_headers(request_id="é1")
+        ids = [high.dispatch("a")]
         with taskhawk.batch():
-            ids = [high.dispatch(number) for number in range(12)]
-        assert sns.actions == ["PublishBatch", "PublishBatch"]
+            ids += [high.dispatch(number) for number in range(12)]
+        assert sns.actions == ["Publish", "PublishBatch", "PublishBatch"]
+        assert sns.batches == [1, 10, 2]
         messages = received()
-        assert sorted(json.loads(message.body)["id"] for message in messages) == sorted(
-            ids
-        )
-        assert {
-            m.message_attributes["request_id"]["StringValue"] for m in messages
-        } == {"1"}
+        bodies = [json.loads(message.body) for message in messages]
+        assert sorted(body["id"] for body in bodies) == sorted(ids)
+        for body, message in zip(bodies, messages, strict=True):
+            assert body["headers"] == {"request_id": "é1"}
+            assert message.message_attributes["request_id"]["StringValue"] == "é1"
 
     def test_partial_failure(self, aws):
         """An answer of 200 to PublishBatch is read entry by entry."""
@@ -4363,9 +4510,7 @@ class TestSns:
             assert sender.send("arn:aws:sns:us-east-1:000000000000:t", numbered(4)) == [
                 taskhawk.Refusal(0, "InvalidParameter", "", final=True),
                 taskhawk.Refusal(2, "Internal", "", final=False),
-                taskhawk.Refusal(
-                    3, "Unanswered", "the answer does not name this entry", final=False
-                ),
+                taskhawk.Refusal(3, *UNANSWERED),
             ]
 
     @pytest.mark.parametrize(
@@ -4377,18 +4522,14 @@ class TestSns:
         ],
     )
     def test_topics(self, region, partition):
-        """A topic is named by partition, region, account, queue and priority, without a request."""
+        """Partition, region, account, queue and priority name a topic, not a request."""
         account = {"AWS_ACCOUNT_ID": 12345, "TASKHAWK_QUEUE": "DEV-myApp"}
         taskhawk.configure(AWS_SETTINGS, AWS_REGION=region, **account)
         with contextlib.closing(taskhawk.SnsSender()) as sender:
-            names = [sender.destination(priority) for priority in taskhawk.Priority]
+            names = [sender.destination(priority) for priority in Priority]
         topic = f"arn:{partition}:sns:{region}:000000012345:taskhawk-dev-myapp"
-        assert names == [
-            topic,
-            f"{topic}-high-priority",
-            f"{topic}-low-priority",
-            f"{topic}-bulk",
-        ]
+        suffixes = ["", "-high-priority", "-low-priority", "-bulk"]
+        assert names == [f"{topic}{suffix}" for suffix in suffixes]
 
     @pytest.mark.parametrize(
         ("code", "status", "remedy"),
@@ -4396,62 +4537,43 @@ class TestSns:
             ("NotFound", 404, NO_TOPIC),
             ("AuthorizationError", 403, DENIED),
             ("InvalidClientTokenId", 403, UNKNOWN_KEY),
+            ("KMSAccessDenied", 400, KMS_DENIED),
         ],
     )
-    def test_errors_say_what_to_do(self, sns, task, code, status, remedy):
-        """What only a person can mend is one sentence with its remedy."""
-        sns.always("Publish", fault(code, "why", status))
+    def test_mistakes(self, aws, task, code, status, remedy):
+        """What only a person can fix is one sentence with its remedy."""
+        configure_aws(aws.url, "app", IS_LAMBDA_APP=True)
+        aws.always("Publish", fault(code, "why", status))
         with pytest.raises(taskhawk.ConfigurationError) as caught:
             task.dispatch("x")
-        name = f"taskhawk-{taskhawk.settings.TASKHAWK_QUEUE.lower()}"
-        topic = f"arn:aws:sns:us-east-1:000000000000:{name}"
-        assert str(caught.value) == f"{topic}: {remedy.format('Publish')} ({code})"
-
-    def test_missing_topic(self, ministack, task, queue_name):
-        """A topic that is not there is said to be missing."""
-        configure_aws(ministack, queue_name, IS_LAMBDA_APP=True)
-        with pytest.raises(taskhawk.ConfigurationError) as caught:
-            task.dispatch("x")
-        topic = f"arn:aws:sns:us-east-1:000000000000:taskhawk-{queue_name.lower()}"
-        assert str(caught.value) == f"{topic}: {NO_TOPIC} (NotFound)"
-
-    def test_no_region(self, task, queue_name):
-        """Without a region there is no topic's name: the sentence says how to set one."""
-        lambda_app = {"IS_LAMBDA_APP": True, "TASKHAWK_QUEUE": queue_name}
-        taskhawk.configure(AWS_SETTINGS, AWS_REGION=None, **lambda_app)
-        with pytest.raises(taskhawk.ConfigurationError) as caught:
-            task.dispatch("x")
-        assert str(caught.value) == (
-            f"taskhawk-{queue_name.lower()}: no AWS region: set AWS_REGION, for"
-            " example eu-west-1 (NoRegionError)"
-        )
+        topic = "arn:aws:sns:us-east-1:000000000000:taskhawk-app"
+        text = f"{topic}: {remedy.format('Publish')} ({code}: why)"
+        assert str(caught.value) == text
 
 
-# --- 9. connections -------------------------------------------------------------------
+# --- 10. connections ------------------------------------------------------------------
 
 
-def forked(
-    function: Callable[[], object], how: str = "os.fork"
-) -> Callable[[], int | None]:
-    """Run a function in a forked child, and return a function that waits for its exit code."""
+def forked(function: Callable[[], object], how: str = "os") -> Callable[[], int | None]:
+    """Run a function in a forked child; return a function that waits for its exit code.
 
-    def child():
+    :param how: "os", or "C" for a fork that Python does not see
+    """
+    fork = os.fork if how == "os" else ctypes.PyDLL(None).fork
+    if pid := fork():
+        return lambda: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    try:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(20)  # a child that hangs ends with -SIGALRM
         function()
+        os._exit(0)
+    finally:
+        os._exit(1)
 
-    if how == "multiprocessing":
-        process = multiprocessing.get_context("fork").Process(target=child)
-        process.start()
-        return lambda: process.join(30) or process.exitcode
-    pid = os.fork()
-    if not pid:
-        try:
-            child()
-            os._exit(0)
-        finally:
-            os._exit(1)
-    return lambda: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+def sent_texts(messages: Iterable[str]) -> list[Any]:
+    """Return the first argument of each message, in order."""
+    return sorted(json.loads(message)["args"][0] for message in messages)
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
@@ -4459,14 +4581,20 @@ class TestProcesses:
     """Threads share one broker, and a forked child has its own."""
 
     @pytest.fixture
-    def queue(self, scripted, queue_name):
-        """Return the name of the default queue, which is on the scripted ministack."""
-        return f"TASKHAWK-{queue_name}"
+    def url(self, tmp_path):
+        """Queue in a file, and return the broker's URL."""
+        url = f"sqlite:///{tmp_path}/queue.db"
+        taskhawk.configure(TASKHAWK_BROKER=url)
+        return url
 
-    def test_made_once(self, tmp_path):
+    def texts(self, queue: str = "TASKHAWK-DEFAULT") -> list[Any]:
+        """Take all messages, and return their arguments."""
+        return sent_texts(drain(taskhawk._brokers.broker(), queue))
+
+    def test_made_once(self, url):
         """However many threads are the first to need a broker, there is one."""
-        for url in ("sqs", f"sqlite:///{tmp_path}/queue.db"):
-            taskhawk.configure(AWS_SETTINGS, TASKHAWK_BROKER=url)
+        for broker_url in ("sqs", url):
+            taskhawk.configure(AWS_SETTINGS, TASKHAWK_BROKER=broker_url)
             barrier = threading.Barrier(16)
 
             def first(barrier=barrier):
@@ -4478,54 +4606,40 @@ class TestProcesses:
                 assert len({id(future.result()) for future in found}) == 1
             assert taskhawk._brokers.sender() is taskhawk._brokers.broker()
 
-    def test_sender(self, tmp_path):
+    def test_sender(self, url):
         """A Lambda app publishes to SNS, but on SQLite to its queues."""
         taskhawk.configure(AWS_SETTINGS, IS_LAMBDA_APP=True)
         assert isinstance(taskhawk._brokers.sender(), taskhawk.SnsSender)
         assert isinstance(taskhawk._brokers.broker(), taskhawk.SqsBroker)
-        taskhawk.configure(
-            IS_LAMBDA_APP=True, TASKHAWK_BROKER=f"sqlite:///{tmp_path}/queue.db"
-        )
+        taskhawk.configure(IS_LAMBDA_APP=True, TASKHAWK_BROKER=url)
         assert isinstance(taskhawk._brokers.sender(), taskhawk.SqliteBroker)
 
-    def test_threads_dispatch(self, scripted, task, queue):
-        """Threads share a client: each dispatch is one request, and none is lost or mixed up."""
-        task.dispatch(0)
-        with concurrent.futures.ThreadPoolExecutor(16) as pool:
-            ids = list(pool.map(task.dispatch, range(1, 160)))
-        assert len(set(ids)) == 159
-        assert scripted.actions == ["GetQueueUrl", *["SendMessage"] * 160]
-        bodies = drain(taskhawk._brokers.broker(), queue)
-        assert sorted(json.loads(body)["args"][0] for body in bodies) == list(
-            range(160)
-        )
+    @pytest.mark.parametrize("is_first", [True, False])
+    def test_threads_dispatch(self, aws, task, is_first):
+        """Threads share a client: each dispatch is one request, and none is mixed up."""
+        if not is_first:
+            task.dispatch(-1)
+        barrier = threading.Barrier(16)
 
-    def test_threads_begin_together(self, aws, task):
-        """Threads that are the first to dispatch send each their own message, and no more."""
-        barrier = threading.Barrier(8)
-
-        def first(number):
+        def dispatch(number):
             barrier.wait(20)
-            task.dispatch(number)
+            return [task.dispatch(number + i) for i in range(5)]
 
-        with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            list(pool.map(first, range(8)))
+        with concurrent.futures.ThreadPoolExecutor(16) as pool:
+            ids = itertools.chain(*pool.map(dispatch, range(0, 80, 5)))
+        assert len(set(ids)) == 80
         sent = [request["MessageBody"] for request in aws.asked("SendMessage")]
-        assert sorted(json.loads(body)["args"][0] for body in sent) == list(range(8))
-        known = len(aws.calls)
-        task.dispatch(8)
-        assert aws.actions[known:] == ["SendMessage"]
+        assert sent_texts(sent) == [*([] if is_first else [-1]), *range(80)]
+        assert len(aws.asked("GetQueueUrl")) == 1
 
-    def test_threads_dispatch_to_sqlite(self, task, tmp_path):
+    def test_threads_dispatch_to_sqlite(self, task, url):
         """Threads share a connection, and none is lost."""
-        taskhawk.configure(TASKHAWK_BROKER=f"sqlite:///{tmp_path}/queue.db")
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
             list(pool.map(task.dispatch, range(80)))
-        bodies = drain(taskhawk._brokers.broker(), "TASKHAWK-DEFAULT")
-        assert sorted(json.loads(body)["args"][0] for body in bodies) == list(range(80))
+        assert self.texts() == list(range(80))
 
     def test_configure_closes_connections(self, aws, task):
-        """configure() closes the connections to SQS, and the next dispatch makes new ones."""
+        """configure() closes the connections to SQS; the next dispatch makes new ones."""
         task.dispatch(1)
         with aws.changed:
             assert len(aws.connected) == 1
@@ -4538,58 +4652,65 @@ class TestProcesses:
     @pytest.mark.skipif(
         not Path("/proc/self/fd").exists(), reason="only Linux lists open files"
     )
-    def test_configure_closes_files(self, task, tmp_path):
+    def test_configure_closes_files(self, task, url):
         """configure() closes the database, and the next dispatch opens it anew."""
 
         def is_open():
             files = [os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()]
-            return str(tmp_path / "queue.db") in files
+            return url.removeprefix("sqlite:///") in files
 
-        taskhawk.configure(TASKHAWK_BROKER=f"sqlite:///{tmp_path}/queue.db")
         assert not is_open()
         for number in (1, 2):
             task.dispatch(number)
             assert is_open()
-            taskhawk.configure(TASKHAWK_BROKER=f"sqlite:///{tmp_path}/queue.db")
+            taskhawk.configure(TASKHAWK_BROKER=url)
             assert not is_open()
-        assert taskhawk._brokers.broker().depth("TASKHAWK-DEFAULT").visible == 2
+        assert self.texts() == [1, 2]
 
-    @pytest.mark.parametrize("how", ["os.fork", "multiprocessing"])
-    def test_fork_on_sqs(self, scripted, task, queue, how):
-        """A forked child dispatches over connections of its own while its parent goes on."""
-        task.dispatch("parent before")
-        ours = {call.port for call in scripted.calls}
+    @pytest.mark.parametrize("kind", ["sqlite", "sqs"])
+    def test_configure_in_a_task(self, request, kind):
+        """A worker whose task calls configure() goes on with new connections."""
+        request.getfixturevalue("url" if kind == "sqlite" else "scripted")
+        given = dict(taskhawk.settings.given)
 
-        def child():
-            for number in range(5):
-                task.dispatch(f"child {number}")
+        @taskhawk.task(name="tests.configure")
+        def configure() -> None:
+            taskhawk.configure(given)
 
-        wait = forked(child, how)
-        for number in range(5):
-            task.dispatch(f"parent {number}")
-        assert wait() == 0
-        sent = {
-            json.loads(call.data["MessageBody"])["args"][0]: call.port
-            for call in scripted.calls
-            if call.action == "SendMessage"
-        }
-        assert {
-            port for text, port in sent.items() if text.startswith("parent")
-        } == ours
-        assert not ours & {
-            port for text, port in sent.items() if text.startswith("child")
-        }
-        assert len(drain(taskhawk._brokers.broker(), queue)) == 11
-
-    @pytest.mark.parametrize("how", ["os.fork", "multiprocessing"])
-    def test_fork_on_sqlite(self, task, tmp_path, how):
-        """What a forked child dispatches is kept, whichever of the two closes the file first."""
-        url = f"sqlite:///{tmp_path}/queue.db"
-        taskhawk.configure(TASKHAWK_BROKER=url)
-        task.dispatch("parent before")
-        dispatched, closed = (
-            multiprocessing.get_context("fork").Event() for _ in range(2)
+        for _ in range(3):
+            configure.dispatch()
+        stop = threading.Event()
+        alarm = threading.Timer(20, stop.set)
+        alarm.start()
+        ledger = taskhawk.listen_for_messages(
+            Priority.default, until_empty=True, shutdown_event=stop
         )
+        alarm.cancel()
+        assert (ledger.acked, stop.is_set()) == (3, False)
+
+    @pytest.mark.parametrize("how", ["os", "C"])
+    def test_fork_on_sqs(self, aws, task, how):
+        """A forked child dispatches over its own connections while its parent goes on."""
+        task.dispatch("parent")
+        ours = {call.port for call in aws.calls}
+        wait = forked(lambda: [task.dispatch("child") for _ in range(5)], how)
+        for _ in range(5):
+            task.dispatch("parent")
+        assert wait() == 0
+        sent = [call for call in aws.calls if call.action == "SendMessage"]
+        ports = {"parent": [], "child": []}
+        for call in sent:
+            ports[json.loads(call.data["MessageBody"])["args"][0]].append(call.port)
+        assert (len(ports["parent"]), len(ports["child"])) == (6, 5)
+        assert set(ports["parent"]) <= ours
+        assert not ours & set(ports["child"])
+
+    @pytest.mark.parametrize("how", ["os", "C"])
+    def test_fork_on_sqlite(self, task, url, how):
+        """What a forked child dispatches is kept, whichever closes the file first."""
+        task.dispatch("parent before")
+        fork_context = multiprocessing.get_context("fork")
+        dispatched, closed = fork_context.Event(), fork_context.Event()
 
         def child():
             task.dispatch("child 1")
@@ -4600,16 +4721,41 @@ class TestProcesses:
         wait = forked(child, how)
         task.dispatch("parent after")
         assert dispatched.wait(20)
-        taskhawk.configure(TASKHAWK_BROKER=url)
+        if how == "os":  # a child that inherits the open file may not outlive this
+            taskhawk.configure(TASKHAWK_BROKER=url)
         closed.set()
         assert wait() == 0
-        bodies = drain(taskhawk._brokers.broker(), "TASKHAWK-DEFAULT")
-        texts = sorted(json.loads(body)["args"][0] for body in bodies)
-        assert texts == ["child 1", "child 2", "parent after", "parent before"]
+        texts = ["child 1", "child 2", "parent after", "parent before"]
+        assert self.texts() == texts
 
-    def test_fork_while_threads_dispatch(self, task, tmp_path):
-        """A fork in the middle of other threads' transactions harms neither child nor parent."""
-        taskhawk.configure(TASKHAWK_BROKER=f"sqlite:///{tmp_path}/queue.db")
+    @pytest.mark.parametrize("how", ["os", "C"])
+    @pytest.mark.parametrize("kind", ["sqlite", "sqs"])
+    def test_fork_uses_its_message(self, request, kind, how):
+        """A process that a task forks may use the task's message, on its own socket."""
+        if kind == "sqlite":
+            request.getfixturevalue("url")
+        else:
+            scripted = request.getfixturevalue("scripted")
+        codes = []
+
+        @taskhawk.task(name="tests.fork")
+        def fork(metadata: taskhawk.Metadata) -> None:
+            metadata.extend_visibility_timeout(60)
+            codes.append(forked(lambda: metadata.extend_visibility_timeout(60), how)())
+
+        fork.dispatch()
+        taskhawk.listen_for_messages(Priority.default, loop_count=1)
+        assert codes == [0]
+        if kind == "sqs":
+            ours, child = [
+                call.port
+                for call in scripted.calls
+                if call.action == "ChangeMessageVisibilityBatch"
+            ]
+            assert ours != child
+
+    def test_fork_while_threads_dispatch(self, task, url):
+        """A fork amid other threads' transactions harms neither child nor parent."""
         stop = threading.Event()
 
         def dispatch_on():
@@ -4628,9 +4774,8 @@ class TestProcesses:
         assert codes == [0] * 8
         assert taskhawk._brokers.broker().depth("TASKHAWK-DEFAULT").visible == count + 8
 
-    def test_fork_while_a_thread_adds_to_its_batch(self, task, tmp_path):
-        """A fork waits for what a thread adds, lest a lock stay held in the child for ever."""
-        taskhawk.configure(TASKHAWK_BROKER=f"sqlite:///{tmp_path}/queue.db")
+    def test_fork_while_a_thread_adds_to_its_batch(self, task, url):
+        """A fork waits for what a thread adds, lest the child find a lock held."""
         adding, forking = threading.Event(), threading.Event()
         os.register_at_fork(before=forking.set)
 
@@ -4650,7 +4795,7 @@ class TestProcesses:
             added.result()
 
     def test_fork_elsewhere(self, task, tmp_path, monkeypatch):
-        """A relative path is relative to where it was first used, whatever a task does then."""
+        """A relative path is relative to where it was first used."""
         monkeypatch.chdir(tmp_path)
         taskhawk.configure(TASKHAWK_BROKER="sqlite:///queue.db")
         task.dispatch("before")
@@ -4658,7 +4803,7 @@ class TestProcesses:
         os.chdir("elsewhere")
         assert forked(lambda: task.dispatch("child"))() == 0
         task.dispatch("after")
-        assert taskhawk._brokers.broker().depth("TASKHAWK-DEFAULT").visible == 3
+        assert self.texts() == ["after", "before", "child"]
         assert os.listdir() == []
 
     def test_odd_directory(self, task, tmp_path, monkeypatch):
@@ -4670,27 +4815,26 @@ class TestProcesses:
         assert os.listdir(tmp_path / "odd?") != []
 
     def test_fork_without_the_file(self, task, tmp_path):
-        """Where the file can't be opened again after a fork, that is an error until it can be."""
-        taskhawk.configure(TASKHAWK_BROKER=f"sqlite:///{tmp_path}/queues/queue.db")
-        (tmp_path / "queues").mkdir()
+        """A file that can't be opened after a fork is an error until it can be."""
+        queues, away = tmp_path / "queues", tmp_path / "away"
+        taskhawk.configure(TASKHAWK_BROKER=f"sqlite:///{queues}/queue.db")
+        queues.mkdir()
         task.dispatch("before")
-        (tmp_path / "queues").rename(tmp_path / "away")
+        queues.rename(away)
         assert forked(lambda: None)() == 0
-        with pytest.raises(
-            taskhawk.ConfigurationError, match=r"unable to open database file$"
-        ):
+        with pytest.raises(taskhawk.ConfigurationError, match="unable to open"):
             task.dispatch("meanwhile")
-        (tmp_path / "away").rename(tmp_path / "queues")
+        away.rename(queues)
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             pool.submit(task.dispatch, "after").result(20)
-        assert taskhawk._brokers.broker().depth("TASKHAWK-DEFAULT").visible == 2
-        (tmp_path / "queues").rename(tmp_path / "away")
+        assert self.texts() == ["after", "before"]
+        queues.rename(away)
         assert forked(lambda: None)() == 0
         taskhawk._brokers.close()  # there is nothing to close
 
-    def test_fork_with_memory(self, task):
-        """Memory is of one process: in a forked child it is refused, and the parent goes on."""
-        taskhawk.configure(TASKHAWK_BROKER="sqlite://")
+    @pytest.mark.parametrize("how", ["os", "C"])
+    def test_fork_with_memory(self, task, memory, how):
+        """Memory is of one process: a forked child is refused, and the parent goes on."""
         task.dispatch(1)
         read, write = os.pipe()
 
@@ -4700,17 +4844,15 @@ class TestProcesses:
             except taskhawk.ConfigurationError as error:
                 os.write(write, str(error).encode())
 
-        assert forked(child)() == 0
+        assert forked(child, how)() == 0
         os.close(write)
         assert os.read(read, 1000).decode() == (
-            "sqlite:// is the memory of one process, and this is another: use a file, such as"
-            " sqlite:///queue.db"
+            "sqlite:// is the memory of one process, and this is another: use a file,"
+            " such as sqlite:///queue.db"
         )
         os.close(read)
         task.dispatch(3)
-        assert taskhawk._brokers.broker().depth("TASKHAWK-DEFAULT") == taskhawk.Depth(
-            2, 0, 0
-        )
+        assert self.texts() == [1, 3]
 
 
 # === PART III: TASKS ==================================================================
