@@ -104,6 +104,7 @@ __all__ = [
     "settings",
 ]
 
+import abc
 import contextlib
 import contextvars
 import dataclasses
@@ -1438,7 +1439,7 @@ def _one_round(
 
 
 def _batches(entries: Sequence[Any], max_bytes: int) -> Iterator[Sequence[Any]]:
-    """Yield the entries in batches of at most ten, each together within `max_bytes`.
+    """Yield one or more entries in batches of ten, each together within `max_bytes`.
 
     An entry that is too large by itself is a batch of its own: the service says so.
     """
@@ -1452,8 +1453,7 @@ def _batches(entries: Sequence[Any], max_bytes: int) -> Iterator[Sequence[Any]]:
             batch, batch_bytes = [], 0
         batch.append(entry)
         batch_bytes += entry_bytes
-    if batch:
-        yield batch
+    yield batch
 
 
 def _send_all(
@@ -1840,37 +1840,32 @@ class SqliteBroker(Broker):
         self, queue: str, receipts: Sequence[str], *, retry: bool = False
     ) -> list[Refusal]:
         """Delete; it is an error only if a message was received again since."""
-        given = f"WITH given (receipt) AS (VALUES {_marks('(?)', receipts)})"
-        # A receipt begins with the number of its row, which finds the row.
-        delete = """DELETE FROM message WHERE receipt IN given
-            AND id IN (SELECT CAST(receipt AS INTEGER) FROM given)"""
-        if self._file.change(f"{given} {delete}", receipts) == len(receipts):
+        marks, rows = _marks("?", receipts), _rows(receipts)
+        delete = "DELETE FROM message WHERE"
+        where = f"id IN ({marks}) AND receipt IN ({marks})"
+        if self._file.change(f"{delete} {where}", (*rows, *receipts)) == len(receipts):
             return []
-        kept = """SELECT receipt FROM given
-            WHERE CAST(receipt AS INTEGER) IN (SELECT id FROM message)"""
-        return _stale(receipts, self._file.read(f"{given} {kept}", receipts))
+        find = "SELECT CAST(id AS TEXT) FROM message WHERE"
+        kept = {row for (row,) in self._file.read(f"{find} id IN ({marks})", rows)}
+        return _stale(row in kept for row in rows)
 
     def change_visibility(
         self, queue: str, changes: Sequence[tuple[str, float]], *, retry: bool = False
     ) -> list[Refusal]:
         """Change when messages are visible again, while they are in flight."""
-        given = f"""WITH given (receipt, until_ms) AS
-            (VALUES {_marks("(?, ?)", changes)})"""
-        values: list[Any] = []
-        for receipt, seconds in changes:
-            values += (receipt, self._in_ms(seconds))
-        change = """UPDATE message SET visible_ms =
-            (SELECT until_ms FROM given WHERE given.receipt = message.receipt)
-            WHERE receipt IN (SELECT receipt FROM given) AND visible_ms > ?
-            AND id IN (SELECT CAST(receipt AS INTEGER) FROM given)"""
-        values_now = (*values, self._in_ms())
-        if self._file.change(f"{given} {change}", values_now) == len(changes):
-            return []
-        unchanged = """SELECT receipt FROM given WHERE NOT EXISTS (SELECT 1 FROM message
-            WHERE id = CAST(given.receipt AS INTEGER)
-            AND message.receipt = given.receipt AND visible_ms = until_ms)"""
         receipts = [receipt for receipt, _ in changes]
-        return _stale(receipts, self._file.read(f"{given} {unchanged}", values))
+        marks, rows = _marks("?", receipts), _rows(receipts)
+        wanted = [(receipt, self._in_ms(seconds)) for receipt, seconds in changes]
+        change = "UPDATE message SET visible_ms = CASE receipt"
+        cases = " ".join(["WHEN ? THEN ?"] * len(changes))
+        where = f"visible_ms > ? AND id IN ({marks}) AND receipt IN ({marks})"
+        values = (*itertools.chain(*wanted), self._in_ms(), *rows, *receipts)
+        statement = f"{change} {cases} END WHERE {where}"
+        if self._file.change(statement, values) == len(changes):
+            return []
+        find = "SELECT receipt, visible_ms FROM message WHERE"
+        changed = set(self._file.read(f"{find} id IN ({marks})", rows))
+        return _stale(each not in changed for each in wanted)
 
     def info(self, queue: str) -> QueueInfo:
         """Return what the URL says; a dead-letter queue has none itself."""
@@ -1890,20 +1885,22 @@ class SqliteBroker(Broker):
         return Depth(*counts)
 
 
-def _marks(row: str, rows: Sequence[object]) -> str:
-    """Return the placeholders of so many rows, for VALUES."""
-    return ", ".join([row] * len(rows))
+def _marks(mark: str, values: Sequence[object]) -> str:
+    """Return a placeholder for each value."""
+    return ", ".join([mark] * len(values))
 
 
-def _stale(receipts: Sequence[str], stale: Iterable[tuple[str]]) -> list[Refusal]:
-    """Return refusals of the receipts that a query has found stale."""
+def _rows(receipts: Sequence[str]) -> list[str]:
+    """Return the ids of the rows that receipts are of, with which they begin."""
+    return [receipt.partition("-")[0] for receipt in receipts]
+
+
+def _stale(refused: Iterable[bool]) -> list[Refusal]:
+    """Return a refusal for each receipt that is refused."""
     text = "the message is no longer in flight, or was received again"
-    found = {receipt for (receipt,) in stale}
-    return [
-        Refusal(index, "ReceiptHandleIsInvalid", text, final=True)
-        for index, receipt in enumerate(receipts)
-        if receipt in found
-    ]
+    refusal = Refusal(0, "ReceiptHandleIsInvalid", text, final=True)
+    indexes = itertools.compress(itertools.count(), refused)
+    return [refusal._replace(index=index) for index in indexes]
 
 
 _schemes["sqlite"] = SqliteBroker
@@ -2259,9 +2256,9 @@ class _AwsSender(Sender):
         self.call("send", self.send_one, destination, **calls[0])
         return []
 
+    @abc.abstractmethod
     def _parameters(self, entry: Outgoing) -> dict[str, Any]:
         """Return the service's parameters for a message, without the empty ones."""
-        raise NotImplementedError
 
 
 class SnsSender(_AwsSender):
@@ -2465,9 +2462,6 @@ class _SqsOfAccount(SqsBroker):
     def client(self, role: str) -> Any:
         return self._ours.client(role)
 
-    def close(self) -> None:
-        self._ours.close()
-
     def _find_url(self, role: str, queue: str) -> str:
         with self._calling(queue):
             endpoint = self.client(role).meta.endpoint_url
@@ -2596,7 +2590,7 @@ class _Brokers:
             sender.close()
 
     def before_fork(self) -> None:
-        """Let no thread make anything during a fork: the child would have half of it."""
+        """Let no thread make anything during a fork: the child would have a half."""
         self.lock.acquire()
 
     def after_fork(self) -> None:

@@ -3321,6 +3321,29 @@ class TestBatchCalls:
         refusal = taskhawk.Refusal(1, "C", "why", final=True)
         assert taskhawk._one_call(lambda entries: [refusal], "ab") == {1: refusal}
 
+    def test_change_all(self, caplog):
+        """What can't be changed is a warning; a message of no queue is left alone."""
+        with contextlib.closing(taskhawk.SqliteBroker("sqlite://")) as broker:
+            broker.send("Q", numbered(1))
+            (known,) = broker.receive("Q", 1, 0, None, NEVER)
+            stale = dataclasses.replace(
+                known, receipt_handle=f"{known.receipt_handle}x"
+            )
+            foreign = QueueMessage("body", "id", "r")
+            for messages, warnings in (
+                ([foreign], []),
+                ([stale, foreign], ["1 of 1: the message is no longer in flight"]),
+                ([foreign, known], []),
+            ):
+                receipts = {m: m.receipt_handle for m in messages}
+                taskhawk._change_all("delete", receipts, "%d of %d: %s")
+                found = [
+                    record.getMessage().partition(",")[0] for record in caplog.records
+                ]
+                assert found == warnings
+                caplog.clear()
+            assert broker.depth("Q") == Depth(0, 0, 0)
+
     def test_sizes(self):
         """A batch call has ten messages and max_bytes at most, or one that is too large."""
         entries = [Outgoing("x" * size, {}) for size in (4, 4, 4, 11, 1, *[1] * 11)]
@@ -3475,6 +3498,11 @@ for name in 'journal_mode', 'synchronous', 'user_version', 'busy_timeout':
             broker = taskhawk._brokers.broker()
             found = [broker.destination(priority) for priority in Priority]
             assert found == [f"TASKHAWK-{name}{suffix}" for suffix in suffixes]
+        taskhawk.configure(TASKHAWK_BROKER="sqs")
+        with pytest.raises(
+            taskhawk.ConfigurationError, match="TASKHAWK_QUEUE is not set"
+        ):
+            taskhawk._brokers.broker().destination(Priority.default)
 
     @pytest.mark.parametrize(
         ("query", "lease_s", "limit"),
@@ -4275,6 +4303,13 @@ class TestSqs:
         assert where.rpartition(":")[2].upper() == "TASKHAWK-APP"
         assert aws.calls == []
 
+    def test_wrong_setting(self, aws, task):
+        """A setting that is wrong is told by its own name, not by the queue's."""
+        configure_aws(aws.url, "app", AWS_READ_TIMEOUT_S="soon")
+        with pytest.raises(taskhawk.ConfigurationError) as caught:
+            task.dispatch("x")
+        assert str(caught.value).startswith("AWS_READ_TIMEOUT_S in configure(): ")
+
     @pytest.mark.parametrize(
         ("url", "fixed"),
         [
@@ -4613,6 +4648,19 @@ class TestProcesses:
         assert isinstance(taskhawk._brokers.broker(), taskhawk.SqsBroker)
         taskhawk.configure(IS_LAMBDA_APP=True, TASKHAWK_BROKER=url)
         assert isinstance(taskhawk._brokers.sender(), taskhawk.SqliteBroker)
+        with taskhawk.capture() as calls:
+            assert taskhawk._brokers.sender() is calls
+        taskhawk.configure(TASKHAWK_SYNC=True)
+        assert taskhawk._brokers.sender() is not taskhawk._brokers.broker()
+
+    def test_cut_off(self, url, monkeypatch):
+        """A copy of the module without the part that a broker is in says so."""
+        monkeypatch.delitem(taskhawk._schemes, "sqlite")
+        with pytest.raises(taskhawk.ConfigurationError) as caught:
+            taskhawk._brokers.broker()
+        assert str(caught.value) == (
+            "'sqlite' is not in this copy of taskhawk: vendor more of its parts"
+        )
 
     @pytest.mark.parametrize("is_first", [True, False])
     def test_threads_dispatch(self, aws, task, is_first):
@@ -4716,7 +4764,7 @@ class TestProcesses:
             task.dispatch("child 1")
             dispatched.set()
             assert closed.wait(20)
-            task.dispatch("child 2")
+            assert forked(lambda: task.dispatch("child 2"))() == 0
 
         wait = forked(child, how)
         task.dispatch("parent after")
