@@ -3146,16 +3146,17 @@ class _Batch:
     def add(self, readies: Sequence[_Ready]) -> bool:
         """Add messages if it is open, and return whether it is."""
         # Before the lock, which another thread may have held at the fork.
-        if not self.is_open():
+        if self._process_id != os.getpid():
             return False
         with self._lock:
-            if not self._closed:
-                self._collected.extend(readies)
-            return not self._closed
+            if self._closed:
+                return False
+            self._collected.extend(readies)
+            return True
 
     def close(self) -> Sequence[_Ready]:
         """Collect no more, and return what this process has to send."""
-        if not self.is_open():
+        if self._process_id != os.getpid():
             return ()
         with self._lock:
             self._closed = True
