@@ -3345,7 +3345,7 @@ def _is_method(fn: Any) -> bool:
     container = _qualname(fn).rpartition(".")[0]
     if not container or container.endswith("<locals>"):
         return False
-    parameters = inspect.signature(fn, **_ANNOTATIONS).parameters
+    parameters = _signature_of(fn, _qualname(fn)).parameters
     return next(iter(parameters), None) == "self"
 
 
@@ -5309,6 +5309,7 @@ class Worker:
 
     # Slots.
 
+    @_one_event_loop()
     def _work(self) -> None:
         """Run one message after another, in this thread or its child."""
         child = _Child(self._start_of_child, self.max_tasks_per_child, self.overdue)

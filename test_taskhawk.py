@@ -4595,7 +4595,7 @@ A_METHOD = (
     "is a method: expected a function, which a message can call without an object"
 )
 A_GENERATOR = "is a generator: expected a function that runs when it is called"
-SECONDS = "expected a number of seconds above 0"
+NO_PARAMETERS = "does not tell its parameters: expected a function written in Python"
 PARTIAL = functools.partial(plain)
 SHOP = Shop()
 NO_TASKS = {
@@ -4626,10 +4626,15 @@ NO_TASKS = {
         {"name": "x"},
         "x: *args can't be a task's parameter: name the arguments, or take a list",
     ),
+    "method without a signature": (
+        dict.update,
+        {"name": "x"},
+        f"dict.update {NO_PARAMETERS}",
+    ),
     "no signature": (
         dict,
         {"name": "x"},
-        "x does not tell its parameters: expected a function written in Python",
+        f"x {NO_PARAMETERS}",
     ),
     "partial without a name": (
         PARTIAL,
