@@ -3701,12 +3701,8 @@ class _Batch:
         self._collected: list[_Ready] = []
         self._closed = False
 
-    def is_open(self) -> bool:
-        """Return whether it still collects what this process dispatches."""
-        return not self._closed and self._process_id == os.getpid()
-
     def add(self, readies: Sequence[_Ready]) -> bool:
-        """Add messages if it is open, and return whether it is."""
+        """Add messages, or return False if this process has no open batch here."""
         # Before the lock, which another thread may have held at the fork.
         if self._process_id != os.getpid():
             return False
@@ -3738,16 +3734,13 @@ def batch() -> Iterator[None]:
             for user in users:
                 send_email.dispatch(user.email, 'Hello!')
 
-    If the block raises, nothing is sent. A block inside another joins it. A dispatch
-    from a thread is sent directly, unless the thread runs in this context; so is a
-    dispatch from a forked process, and from a task or thread that outlives the block.
+    If the block raises, nothing of it is sent. A block inside another adds what it has
+    collected to the other. A dispatch from a thread is sent directly, unless the thread
+    runs in this context; so is a dispatch from a forked process, and from a task or
+    thread that outlives the block.
 
     :raises PartialFailure: on exit, with exactly the messages that were not accepted
     """
-    outer = _current_batch.get()
-    if outer is not None and outer.is_open():
-        yield
-        return
     collecting = _Batch()
     token = _current_batch.set(collecting)
     try:
@@ -3755,7 +3748,7 @@ def batch() -> Iterator[None]:
     finally:
         _current_batch.reset(token)
         collected = collecting.close()
-    _send_all_ready(collected)
+    _send_all_ready(collected)  # or add them to the block around this one
 
 
 def _collect(readies: Sequence[_Ready]) -> bool:

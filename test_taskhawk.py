@@ -6018,7 +6018,11 @@ class TestBatch:
         with pytest.raises(error):
             fail()
         assert received_args() == []
-        mail.dispatch(2)
+        with taskhawk.batch():
+            mail.dispatch(2)
+            with pytest.raises(error):
+                fail()
+            assert received_args() == []
         assert received_args() == [2]
 
     def test_wrong_dispatch(self, sqlite, mail):
