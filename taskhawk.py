@@ -3225,12 +3225,9 @@ async def _awaited(awaitable: Any, name: str) -> None:
     finally:
         left = asyncio.all_tasks() - before
         if left:
-            _log.warning(
-                "%s left %d asyncio tasks behind, which nothing waits for: %s",
-                name,
-                len(left),
-                ", ".join(sorted(_qualname(each.get_coro()) for each in left)),
-            )
+            names = sorted(_qualname(each.get_coro()) for each in left)
+            text = "%s ended while asyncio tasks that it began were still running: %s"
+            _log.warning(text, name, ", ".join(names))
 
 
 def _is_in_coroutine() -> bool:
