@@ -3057,7 +3057,7 @@ class Task(Generic[_P, _R]):
             elif isinstance(result, Generator | AsyncGenerator):
                 raise TypeError(
                     f"{self._name} returned a generator, which runs only if something"
-                    " reads it: expected a function that does its work when it is called"
+                    " reads it: expected a function that runs when it is called"
                 )
         finally:
             _current.reset(token)
@@ -3440,7 +3440,7 @@ _MAINS = ("__main__", "__mp_main__")
 
 
 def _declaring_module(fn: Any) -> str:
-    """Return the module whose import declares the task that is being made of a function.
+    """Return the module whose import declares the task that is made of a function.
 
     It may be another than the function's: ``send = taskhawk.task(lib.send)``. Where a
     function declares tasks, it is the module that is being imported, if there is one.
@@ -3838,7 +3838,7 @@ class Captured(NamedTuple):
 
 
 class _CapturingSender(Sender):
-    """Adds what it is to send to a list; it needs no setting and has the limits of SQS."""
+    """Adds messages to a list; it needs no setting, and has the limits of SQS."""
 
     max_bytes = _MAX_SQS_BYTES
     max_delay_s = _MAX_DELAY_S

@@ -5272,7 +5272,7 @@ class TestTasks:
         assert outcome.fate is taskhawk.Fate.retry
         assert str(outcome.error) == (
             "shop.sell returned a generator, which runs only if something reads it:"
-            " expected a function that does its work when it is called"
+            " expected a function that runs when it is called"
         )
 
     @pytest.mark.parametrize("error", [None, ValueError])
