@@ -116,6 +116,7 @@ import enum
 import functools
 import importlib
 import inspect
+import itertools
 import io
 import json
 import logging
@@ -3217,7 +3218,7 @@ class Task(Generic[_P, _R]):
             elif isinstance(result, Generator | AsyncGenerator):
                 raise TypeError(
                     f"{self._name} returned a generator, which runs only if something"
-                    " reads it: expected a function that does its work when it is called"
+                    " reads it: expected a function that runs when it is called"
                 )
         finally:
             _current.reset(token)
@@ -3385,12 +3386,9 @@ async def _awaited(awaitable: Any, name: str) -> None:
     finally:
         left = asyncio.all_tasks() - before
         if left:
-            _log.warning(
-                "%s left %d asyncio tasks behind, which nothing waits for: %s",
-                name,
-                len(left),
-                ", ".join(sorted(_qualname(each.get_coro()) for each in left)),
-            )
+            names = sorted(_qualname(each.get_coro()) for each in left)
+            text = "%s ended while asyncio tasks that it began were still running: %s"
+            _log.warning(text, name, ", ".join(names))
 
 
 def _is_in_coroutine() -> bool:
@@ -3505,7 +3503,7 @@ def _is_method(fn: Any) -> bool:
     container = _qualname(fn).rpartition(".")[0]
     if not container or container.endswith("<locals>"):
         return False
-    parameters = inspect.signature(fn, **_ANNOTATIONS).parameters
+    parameters = _signature_of(fn, _qualname(fn)).parameters
     return next(iter(parameters), None) == "self"
 
 
@@ -3604,7 +3602,7 @@ _MAINS = ("__main__", "__mp_main__")
 
 
 def _declaring_module(fn: Any) -> str:
-    """Return the module whose import declares the task that is being made of a function.
+    """Return the module whose import declares the task that is made of a function.
 
     It may be another than the function's: ``send = taskhawk.task(lib.send)``. Where a
     function declares tasks, it is the module that is being imported, if there is one.
@@ -3861,23 +3859,20 @@ class _Batch:
         self._collected: list[_Ready] = []
         self._closed = False
 
-    def is_open(self) -> bool:
-        """Return whether it still collects what this process dispatches."""
-        return not self._closed and self._process_id == os.getpid()
-
     def add(self, readies: Sequence[_Ready]) -> bool:
-        """Add messages if it is open, and return whether it is."""
+        """Add messages, or return False if this process has no open batch here."""
         # Before the lock, which another thread may have held at the fork.
-        if not self.is_open():
+        if self._process_id != os.getpid():
             return False
         with self._lock:
-            if not self._closed:
-                self._collected.extend(readies)
-            return not self._closed
+            if self._closed:
+                return False
+            self._collected.extend(readies)
+            return True
 
     def close(self) -> Sequence[_Ready]:
         """Collect no more, and return what this process has to send."""
-        if not self.is_open():
+        if self._process_id != os.getpid():
             return ()
         with self._lock:
             self._closed = True
@@ -3897,16 +3892,13 @@ def batch() -> Iterator[None]:
             for user in users:
                 send_email.dispatch(user.email, 'Hello!')
 
-    If the block raises, nothing is sent. A block inside another joins it. A dispatch
-    from a thread is sent directly, unless the thread runs in this context; so is a
-    dispatch from a forked process, and from a task or thread that outlives the block.
+    If the block raises, nothing of it is sent. A block inside another adds what it has
+    collected to the other. A dispatch from a thread is sent directly, unless the thread
+    runs in this context; so is a dispatch from a forked process, and from a task or
+    thread that outlives the block.
 
     :raises PartialFailure: on exit, with exactly the messages that were not accepted
     """
-    outer = _current_batch.get()
-    if outer is not None and outer.is_open():
-        yield
-        return
     collecting = _Batch()
     token = _current_batch.set(collecting)
     try:
@@ -3914,7 +3906,7 @@ def batch() -> Iterator[None]:
     finally:
         _current_batch.reset(token)
         collected = collecting.close()
-    _send_all_ready(collected)
+    _send_all_ready(collected)  # or add them to the block around this one
 
 
 def _collect(readies: Sequence[_Ready]) -> bool:
@@ -4008,7 +4000,7 @@ class Captured(NamedTuple):
 
 
 class _CapturingSender(Sender):
-    """Adds what it is to send to a list; it needs no setting and has the limits of SQS."""
+    """Adds messages to a list; it needs no setting, and has the limits of SQS."""
 
     max_bytes = _MAX_SQS_BYTES
     max_delay_s = _MAX_DELAY_S
