@@ -1515,6 +1515,7 @@ class QueueMessage:
     message: Message | None = None
     lease_lost: bool = False
     max_receive_count: int | None = None
+    in_lambda: typing.ClassVar[bool] = False  # whether Lambda decides on retries
 
     @property
     def attempt(self) -> int:
@@ -3446,9 +3447,16 @@ def process(received: QueueMessage) -> Outcome:
         _raise_interrupt(error)
         return _failed(received, error, began)
     finally:
+        _let_go(received)
         # After a failed run too: the connection may be why it failed.
         _recycle_django_connections()
     return Outcome(Fate.acknowledge)
+
+
+def _let_go(received: QueueMessage) -> None:
+    """Break the cycle that would keep a body until the garbage collector runs."""
+    if received.message:
+        received.message.received = None
 
 
 def _run(received: QueueMessage, began: float) -> None:
@@ -3459,17 +3467,18 @@ def _run(received: QueueMessage, began: float) -> None:
     message.received = received
     received.message = message  # from here on, an error is the task's
     _log.debug("Received message", extra={"message_body": received.body})
-    level, end = logging.DEBUG, "done"
+    level, end, reason = logging.DEBUG, "done", ""
     try:
         task.call(message, received.receipt_handle)
     except BaseException as error:
         if not _are_all(IgnoreException, error):
             raise
-        level, end = logging.INFO, "ignored"
+        level, end, reason = logging.INFO, "ignored", _reason(error)
     _call_hook("TASKHAWK_POST_PROCESS_HOOK", received)
     if _log.isEnabledFor(level):
+        name = _one_line(f"{task.name} {message.id}")
         facts = _facts(received, end, began)
-        _log.log(level, "%s %s: %s", task.name, message.id, end, extra=facts)
+        _log.log(level, "%s: %s%s", name, end, reason, extra=facts)
 
 
 def _are_all(kind: type[BaseException], error: BaseException) -> bool:
@@ -3493,14 +3502,14 @@ def _failed(received: QueueMessage, raised: BaseException, began: float) -> Outc
     error = outcome.error or raised
     spoken = [leaf for leaf in _leaves(error) if isinstance(leaf, LoggingException)]
     facts = _facts(received, outcome.fate.value, began)
-    if received.message is None and isinstance(error, ValidationError):
+    if _is_invalid(received, error):
         text = _text_of_invalid(received, error)
         if text is None:
             return outcome
         _log.error("%s", text, extra=facts)
     elif outcome.fate is Fate.retry and _are_all(RetryException, error):
         text = _sentence(received, "asked to be retried", outcome)
-        _log.info("%s", text, extra=facts)
+        _log.info("%s%s", text, _reason(error), extra=facts)
         return outcome
     elif spoken:
         facts |= _extra_of(spoken[0])
@@ -3516,18 +3525,35 @@ def _verdict(received: QueueMessage, error: BaseException) -> Outcome:
     """Decide the fate of a message whose run raised; the first row that fits counts.
 
     ==========================================  ==================================
-    not valid, unknown here, pre hook failed    left to the queue's redrive policy
+    not valid, or its task is unknown here      left to the queue's redrive policy
     StopRetry, or never retried by the task     dead letter
+    the last receive that the queue allows      dead letter
     it asked for a delay (RetryException)       visible again after it
+    the pre hook failed                         left to its visibility timeout
     the task has no retry policy                left to its visibility timeout
     its retry policy gives a delay              visible again after it
     its retries are used up                     dead letter
     its retry policy fails                      left to its visibility timeout
     ==========================================  ==================================
 
-    An exception group is retried if all its errors may be. The longest delay that one
-    of them asks for counts. A pre hook may ask for a delay, too.
+    An exception group is retried if all its errors may be, and the longest delay that
+    one of them asks for counts.
     """
+    if _is_invalid(received, error):
+        return Outcome(Fate.retry, error)
+    wanted = _wanted(received, error)
+    if wanted.fate is Fate.retry and received.is_last_receive:
+        return Outcome(Fate.dead_letter, wanted.error)
+    return wanted
+
+
+def _is_invalid(received: QueueMessage, error: BaseException) -> bool:
+    """Return whether the message was found not to be valid, or for no task here."""
+    return received.message is None and isinstance(error, ValidationError)
+
+
+def _wanted(received: QueueMessage, error: BaseException) -> Outcome:
+    """Return what is wanted for a failed run's message, were receives unlimited."""
     leaves = list(_leaves(error))
     delay_s = _asked_delay_s(leaves)
     if received.message is None:
@@ -3580,20 +3606,44 @@ def _is_delay(value: object) -> typing.TypeGuard[float]:
 
 def _sentence(received: QueueMessage, end: str, outcome: Outcome) -> str:
     """Say which attempt ended how, and what becomes of the message."""
-    then = "is left to the queue"
-    if outcome.fate is Fate.dead_letter:
-        then = "is given up"
-    elif outcome.delay_s is not None:
-        then = f"runs again in {outcome.delay_s:g} s"
+    then = _what_follows(received, outcome)
     return f"{_name_of(received)}: attempt {received.attempt} {end} and {then}"
 
 
+def _what_follows(received: QueueMessage, outcome: Outcome) -> str:
+    """Say what becomes of a failed run's message."""
+    if received.in_lambda:
+        return "is left to Lambda"
+    if outcome.fate is Fate.dead_letter and received.is_last_receive:
+        return "is given up: the queue allows no further receive"
+    if outcome.fate is Fate.dead_letter:
+        return "is given up"
+    if outcome.delay_s is None:
+        return "is left to the queue"
+    if outcome.delay_s < _MAX_HELD_S:
+        return f"runs again in {outcome.delay_s:g} s"
+    return f"runs again in {_MAX_HELD_S} s, the longest that SQS allows"
+
+
 def _name_of(received: QueueMessage) -> str:
-    """Return what log texts call a message: one line, not a long one."""
-    name = f"message {received.message_id}"
-    if received.message:
-        name = f"{received.message.task_name} {received.message.id}"
-    return re.sub("[^ -~]", "?", name)[:200]  # an id is free text, and may forge lines
+    """Return what log texts call a message: its task, its own id and the service's."""
+    name = f"message {_one_line(received.message_id)}"
+    if received.message is None:
+        return name
+    message = received.message
+    return f"{_one_line(f'{message.task_name} {message.id}')} ({name})"
+
+
+def _reason(error: BaseException) -> str:
+    """Return what a task said when it raised, as the end of a sentence."""
+    texts = [_one_line(_text_of(leaf)) for leaf in _leaves(error)]
+    said = "; ".join(filter(None, texts))
+    return f": {said}" if said else ""
+
+
+def _one_line(text: str) -> str:
+    """Return text for a log: one line, not a long one, as free text may forge lines."""
+    return "".join(c if c.isprintable() else "?" for c in text[:200])
 
 
 def _facts(received: QueueMessage, end: str, began: float) -> dict[str, Any]:
@@ -3621,14 +3671,15 @@ _invalid_logged_at: dict[type, float] = {}
 _invalid_unlogged: dict[type, int] = {}
 
 
-def _text_of_invalid(received: QueueMessage, error: ValidationError) -> str | None:
+def _text_of_invalid(received: QueueMessage, error: BaseException) -> str | None:
     """Return the log text of a message that is not valid, or None if it is too soon."""
     kind, now = type(error), time.monotonic()
     if now < _invalid_logged_at.get(kind, -math.inf) + _INVALID_EVERY_S:
         _invalid_unlogged[kind] = _invalid_unlogged.get(kind, 0) + 1
         return None
     _invalid_logged_at[kind] = now
-    text = f"{_name_of(received)} is left to the queue: {_text_of(error)}"
+    then = _what_follows(received, Outcome(Fate.retry, error))
+    text = f"{_name_of(received)} {then}: {_text_of(error)}"
     unlogged = _invalid_unlogged.pop(kind, 0)
     if unlogged:
         text += f" ({unlogged} more like it since the last record)"
@@ -3661,7 +3712,10 @@ class _SyncSender(Sender):
             if settings.IS_LAMBDA_APP:
                 sns = {"Message": entry.body, "MessageId": message_id}
                 received.sns_record = {"Sns": {**sns, "MessageAttributes": {}}}
-            _run(received, time.monotonic())
+            try:
+                _run(received, time.monotonic())
+            finally:
+                _let_go(received)
         return []
 
 
@@ -4856,7 +4910,7 @@ def _is_behind(received: QueueMessage, failed: Iterable[QueueMessage]) -> bool:
 
 def _not_started(received: QueueMessage, reason: str) -> Outcome:
     """Return the outcome of a message that counts as failed though it was not run."""
-    text = f"message {received.message_id} was not started: {reason}"
+    text = f"{_name_of(received)} was not started: {reason}"
     return Outcome(Fate.retry, TaskhawkError(text))
 
 
@@ -4878,10 +4932,16 @@ def _delete_done(done: Iterable[QueueMessage]) -> None:
     _change_all("delete", receipts, warning)
 
 
+class _LambdaMessage(QueueMessage):
+    """A message that Lambda received: it decides when a failed one runs again."""
+
+    in_lambda = True
+
+
 def _from_record(record: Any) -> QueueMessage:
     """Read a record; a malformed one becomes a message that is not valid."""
     if not isinstance(record, Mapping):
-        return QueueMessage(None, "")
+        return _LambdaMessage(None, "")
     if "Sns" in record:
         return _from_topic(record)
     return _from_queue(record)
@@ -4891,20 +4951,20 @@ def _from_topic(record: Mapping[str, Any]) -> QueueMessage:
     """Read a record of an SNS event."""
     sns = record["Sns"]
     if not isinstance(sns, Mapping):
-        return QueueMessage(None, "", sns_record=record)
+        return _LambdaMessage(None, "", sns_record=record)
     message_id = str(sns.get("MessageId"))
-    return QueueMessage(sns.get("Message"), message_id, sns_record=record)
+    return _LambdaMessage(sns.get("Message"), message_id, sns_record=record)
 
 
 def _from_queue(record: Mapping[str, Any]) -> QueueMessage:
     """Read a record of an SQS event."""
     message_id = str(record.get("messageId", ""))
     if not _is_well_formed(record):
-        return QueueMessage(None, message_id)
+        return _LambdaMessage(None, message_id)
     attributes = record.get("attributes", {})
     message_attributes = _as_boto3(record.get("messageAttributes", {}))
     handle = record.get("receiptHandle")
-    received = QueueMessage(
+    received = _LambdaMessage(
         record.get("body"), message_id, handle, attributes, message_attributes
     )
     arn, broker = record.get("eventSourceARN"), _brokers.broker()

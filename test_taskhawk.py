@@ -16,6 +16,7 @@ import datetime as dt
 import decimal
 import errno
 import functools
+import gc
 import html
 import http.client
 import http.server
@@ -48,6 +49,7 @@ import types
 import urllib.parse
 import urllib.request
 import uuid
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -6426,9 +6428,9 @@ def processing_run(fn: Callable[..., Any], attempt: int = 1, **options: Any) -> 
     taskhawk._registry.pop("mail.send", None)
     taskhawk.task(name="mail.send", **options)(fn)
     attributes = {"ApproximateReceiveCount": str(attempt)}
-    return taskhawk.process(
-        QueueMessage(processing_body(), "m1", attributes=attributes, queue="Q")
-    )
+    received = QueueMessage(processing_body(), "m1", attributes=attributes, queue="Q")
+    received.max_receive_count = 10
+    return taskhawk.process(received)
 
 
 def nothing() -> None:
@@ -6450,13 +6452,20 @@ def processing_log() -> Iterator[io.StringIO]:
         logger.setLevel(before)
 
 
-# What the log says of a message's end, and the outcome that it stands for.
+# What the log says of a message, of its end, and the outcome that this stands for.
+PROCESSING_NAME = f"mail.send {PROCESSING_ID} (message m1)"
 LEFT, DEAD, DELAY = "is left to the queue", "is given up", "runs again in {} s"
 PROCESSING_ENDS: dict[str, tuple[Fate, float | None]] = {
     LEFT: (Fate.retry, None),
     DEAD: (Fate.dead_letter, None),
-    **{DELAY.format(s): (Fate.retry, s) for s in (0, 1, 5, 7.5, 90, 43200)},
+    **{DELAY.format(s): (Fate.retry, s) for s in (0, 1, 5, 7.5, 90)},
 }
+LONGEST = "runs again in 43200 s, the longest that SQS allows"
+PROCESSING_ENDS[LONGEST] = (Fate.retry, 43200)
+for said in ("True", "not yet,?hm", "a; b"):
+    PROCESSING_ENDS[f"{LEFT}: {said}"] = (Fate.retry, None)
+LAST = f"{DEAD}: the queue allows no further receive"
+PROCESSING_ENDS[LAST] = (Fate.dead_letter, None)
 FIVE: dict[str, Any] = {"retry": taskhawk.fixed(5, 2, jitter=False)}
 IN_5_S = DELAY.format(5)
 FILES: dict[str, Any] = {**FIVE, "retry_on": (OSError,)}
@@ -6485,14 +6494,22 @@ PROCESSING_FAILURES = [
     ("group, not in", group(OSError(), KeyError(), OSError()), FILES, 1, FAILED, DEAD),
     ("group, in", group(FileNotFoundError(), OSError()), FILES, 1, FAILED, IN_5_S),
     ("group, ignored", group(OSError(), Ignored()), FILES, 1, FAILED, IN_5_S),
-    ("group asks", group(later(5), later(90), later()), {}, 1, ASKED, DELAY.format(90)),
+    (
+        "group asks for",
+        group(later(5), later(90), later()),
+        {},
+        1,
+        ASKED,
+        DELAY.format(90),
+    ),
+    ("group says why", group(later("a"), later("b")), {}, 1, ASKED, f"{LEFT}: a; b"),
     ("group asks policy", group(later(), later()), FIVE, 1, ASKED, IN_5_S),
     ("group asks too often", group(later(), later()), FIVE, 3, FAILED, DEAD),
     ("its own TaskNotFound", taskhawk.TaskNotFound("other"), {}, 1, FAILED, LEFT),
     ("policy", ValueError("no"), FIVE, 2, FAILED, IN_5_S),
     ("policy, SystemExit", SystemExit(), FIVE, 1, FAILED, IN_5_S),
     ("policy, 0 s", KeyError(), {"retry": lambda _: 0}, 1, FAILED, DELAY.format(0)),
-    ("huge", KeyError(), {"retry": lambda _: 1e300}, 1, FAILED, DELAY.format(43200)),
+    ("huge", KeyError(), {"retry": lambda _: 1e300}, 1, FAILED, LONGEST),
     ("used up", ValueError("no"), FIVE, 3, FAILED, DEAD),
     ("no retries", KeyError(), {"retry": taskhawk.linear(1, 1, 0)}, 1, FAILED, DEAD),
     ("RetryException, used up", later(), FIVE, 3, FAILED, DEAD),
@@ -6504,12 +6521,19 @@ PROCESSING_FAILURES = [
     ("not in retry_on", ValueError("no"), FILES, 1, FAILED, DEAD),
     ("in both", FileNotFoundError("no"), ONLY_FILES, 1, FAILED, DEAD),
     ("in one of both", PermissionError("no"), ONLY_FILES, 1, FAILED, LEFT),
-    ("asks, no delay", later("later"), {}, 1, ASKED, LEFT),
+    ("last", ValueError("no"), {}, 10, FAILED, LAST),
+    ("one too many", ValueError("no"), {}, 11, FAILED, LAST),
+    ("last but one", ValueError("no"), {}, 9, FAILED, LEFT),
+    ("last, policy", KeyError(), {"retry": lambda _: 5}, 10, FAILED, LAST),
+    ("last, asks", later(), {}, 10, FAILED, LAST),
+    ("last, asks for a delay", later(5), {}, 10, FAILED, LAST),
+    ("asks, no delay", later(), {}, 1, ASKED, LEFT),
+    ("asks, and says why", later("not yet,\nhm"), {}, 1, ASKED, f"{LEFT}: not yet,?hm"),
     ("asks for a delay", later(delay_seconds=90), {}, 1, ASKED, DELAY.format(90)),
     ("asks for now", later(delay_seconds=0), {}, 1, ASKED, DELAY.format(0)),
-    ("asks as in 4.7", later(7.5, "busy"), {}, 1, ASKED, DELAY.format(7.5)),
-    ("asks for ever", later(10**400), {}, 1, ASKED, DELAY.format(43200)),
-    ("asks with a bool", later(True), {}, 1, ASKED, LEFT),
+    ("asks as in 4.7", later(7.5), {}, 1, ASKED, DELAY.format(7.5)),
+    ("asks for ever", later(10**400), {}, 1, ASKED, LONGEST),
+    ("asks with a bool", later(True), {}, 1, ASKED, f"{LEFT}: True"),
     ("asks the policy", later(), FIVE, 1, ASKED, IN_5_S),
     ("asks past the policy", later(1), FIVE, 9, ASKED, DELAY.format(1)),
     ("asks past retry_on", later(), FILES, 1, ASKED, IN_5_S),
@@ -6607,7 +6631,7 @@ class TestProcessing:
         fate, delay_s = PROCESSING_ENDS[then]
         assert processing_run(task, attempt, **options) == Outcome(fate, error, delay_s)
         [record] = caplog.records
-        text = f"mail.send {PROCESSING_ID}: attempt {attempt} {how} and {then}"
+        text = f"{PROCESSING_NAME}: attempt {attempt} {how} and {then}"
         assert record.getMessage() == text
         assert (record.task, record.id, record.attempt, record.outcome) == (
             "mail.send",
@@ -6783,7 +6807,7 @@ class TestProcessing:
         sentence = f"mail.send: retry: expected 0 or more seconds, got {delay_s!r}"
         assert repr(outcome.error) == repr(taskhawk.ConfigurationError(sentence))
         assert outcome.error.__context__ is error
-        text = f"mail.send {PROCESSING_ID}: attempt 1 failed and is left to the queue"
+        text = f"{PROCESSING_NAME}: attempt 1 failed and is left to the queue"
         assert caplog.messages == [text]
         assert "KeyError: 'no'" in caplog.text
         assert f"ConfigurationError: {sentence}" in caplog.text
@@ -6860,7 +6884,7 @@ class TestProcessing:
         error = ValueError("no")
         assert processing_run(raising(error)) == Outcome(Fate.retry, error)
         assert [(r.getMessage(), r.exc_info[1]) for r in caplog.records] == [
-            (f"mail.send {PROCESSING_ID}: attempt 1 failed and {LEFT}", error),
+            (f"{PROCESSING_NAME}: attempt 1 failed and {LEFT}", error),
             ("TASKHAWK_ERROR_HOOK failed", broken),
         ]
 
@@ -6941,18 +6965,77 @@ class TestProcessing:
         assert {given["message"] for given in told} == {None}
 
     def test_ids_are_free_text(self, caplog):
-        """An id can't forge a line of the log, nor fill it."""
-        taskhawk.task(name="mail.send")(raising(ValueError()))
-        forged = "1\n2026-01-01 ERROR \x1b[2Jü" + "x" * 300
-        run_body(processing_body(id=forged))
+        """An id can't forge a line of the log, nor fill it: whatever became of the run."""
+        caplog.set_level(logging.DEBUG)
+        forged = "1\n2026-01-01 ERROR \x1b[2J\u2028ü" + "x" * 300
+        shown = "1?2026-01-01 ERROR ?[2J?ü" + "x" * 300
+        run, message = f"mail.send {shown}"[:200], f"message {shown[:200]}"
+        end = "attempt 1 failed and is left to the queue"
+        for fn, text in (
+            (nothing, f"{run}: done"),
+            (raising(Ignored("not\nhere")), f"{run}: ignored: not?here"),
+            (raising(ValueError()), f"{run} ({message}): {end}"),
+        ):
+            taskhawk._registry.pop("mail.send", None)
+            taskhawk.task(name="mail.send")(fn)
+            taskhawk.process(QueueMessage(processing_body(id=forged), forged))
+            assert caplog.messages[-1] == text
         taskhawk.configure(TASKHAWK_PRE_PROCESS_HOOK=raising(ValueError()))
         taskhawk.process(QueueMessage(None, forged))
-        shown = "1?2026-01-01 ERROR ?[2J?" + "x" * 300
-        end = "attempt 1 failed and is left to the queue"
-        assert caplog.messages == [
-            f"{f'mail.send {shown}'[:200]}: {end}",
-            f"{f'message {shown}'[:200]}: {end}",
-        ]
+        assert caplog.messages[-1] == f"{message}: {end}"
+
+    def test_hook_fails_at_the_last_receive(self):
+        """What would be moved by the queue is dead-lettered with the error that is why."""
+        received = QueueMessage(processing_body(), "m1", max_receive_count=1)
+        error = OSError("no database")
+        taskhawk.configure(TASKHAWK_PRE_PROCESS_HOOK=raising(error))
+        assert taskhawk.process(received) == Outcome(Fate.dead_letter, error)
+
+    def test_error_at_the_last_receive(self):
+        """The dead letter of a task without a policy says which error put it there."""
+        taskhawk.configure(TASKHAWK_BROKER="sqlite://?max_receive_count=1")
+        taskhawk.task(name="mail.send")(raising(ValueError("no milk"))).dispatch()
+        broker = taskhawk._brokers.broker()
+        assert work_once(broker).dead_lettered == 1
+        [letter] = receive_all("TASKHAWK-DEFAULT-DLQ")
+        error = json.loads(letter.message_attributes["taskhawk.error"]["StringValue"])
+        found = (error["type"], error["message"], error["attempt"])
+        assert found == ("ValueError", "no milk", 1)
+
+    @pytest.mark.parametrize("case", PROCESSING_INVALID)
+    def test_invalid_at_the_last_receive(self, case):
+        """What is not valid is the redrive policy's to move: this worker may be too old."""
+        body, _ = PROCESSING_INVALID[case]
+        received = QueueMessage(body, "m1", max_receive_count=1)
+        assert taskhawk.process(received).fate is Fate.retry
+
+    @pytest.mark.parametrize("end", [None, Ignored, ValueError, later])
+    @pytest.mark.parametrize("how", ["process", "sync"])
+    def test_memory(self, end, how):
+        """Once a run is over, nothing keeps its body until the garbage collector runs."""
+        seen: list[Any] = []
+
+        def hook(sqs_queue_message: QueueMessage, **_: Any) -> None:
+            seen.append(weakref.ref(sqs_queue_message))
+
+        def fn() -> None:
+            if end:
+                raise end
+
+        taskhawk.configure(TASKHAWK_PRE_PROCESS_HOOK=hook, TASKHAWK_SYNC=how == "sync")
+        logging.disable()  # what pytest keeps of the log holds tracebacks
+        gc.collect()
+        gc.disable()
+        try:
+            if how == "process":
+                processing_run(fn)
+            else:
+                with contextlib.suppress(ValueError, later):
+                    taskhawk.task(name="mail.send")(fn).dispatch()
+            assert [reference() for reference in seen] == [None]
+        finally:
+            gc.enable()
+            logging.disable(logging.NOTSET)
 
     @given(data=st.data())
     def test_secrets_stay_out_of_the_log(self, data):
@@ -10531,6 +10614,28 @@ class TestLambda:
         ]
         deletes = [] if partial_batch else ["DeleteMessageBatch"]
         assert lambda_sqs.actions == ["ChangeMessageVisibilityBatch", *deletes]
+
+    @pytest.mark.parametrize("kind", LAMBDA_RECORDS)
+    def test_log(self, kind, lambda_sqs, lambda_runs, caplog):
+        """The log does not say when or whether a failed message runs again: Lambda decides."""
+        caplog.set_level(logging.INFO)
+        calls = ("in 90.5 s", "give up", "later")
+        event = lambda_event(*calls, make=LAMBDA_RECORDS[kind])
+        lambda_consume(event)
+
+        class Bad(taskhawk.ValidationError):
+            """An error of this test alone: one in ten seconds of each class is logged."""
+
+        hook = raising(Bad("wrong"))
+        taskhawk.configure(AWS_KEYS, TASKHAWK_PRE_PROCESS_HOOK=hook)
+        lambda_consume({"Records": [LAMBDA_RECORDS[kind]("{", "m4\n")]})
+        name = f"lambda.run {PROCESSING_ID} (message"
+        assert caplog.messages == [
+            f"{name} m1): attempt 1 asked to be retried and is left to Lambda",
+            f"{name} m2): attempt 1 failed and is left to Lambda",
+            f"{name} m3): attempt 1 asked to be retried and is left to Lambda: later",
+            "message m4? is left to Lambda: wrong",
+        ]
 
     def test_delays_of_sns(self, lambda_sqs, lambda_runs):
         """Behind SNS a retry has no delay of ours: Lambda has its own."""
