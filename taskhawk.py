@@ -4651,21 +4651,13 @@ class _Holdings:
 
     def _warn(self, held: _Held, text: str) -> None:
         """Keep a warning about a message for the log."""
-        self.news.append((logging.WARNING, f"{_full_name_of(held.message)} {text}"))
+        self.news.append((logging.WARNING, f"{_name_of(held.message)} {text}"))
 
 
 def _of_one_queue(ready: Sequence[_Held]) -> list[_Held]:
     """Return at most ten messages: the first, and others of its queue."""
     alike = (held for held in ready if held.queue == ready[0].queue)
     return list(itertools.islice(alike, _MAX_BATCH))
-
-
-def _full_name_of(received: QueueMessage) -> str:
-    """Return what logs call a message on its queue: SQS's id, its task and its own id."""
-    name = f"message {received.message_id}"
-    if received.message:
-        name += f" ({_name_of(received)})"
-    return re.sub("[^ -~]", "?", name)[:300]
 
 
 # --- 15. the keeper -------------------------------------------------------------------
@@ -5490,9 +5482,7 @@ class Worker:
         self.overdue.set()
         self._keeper.give_up_after(flush_s)
         for received in self._course.still_run():
-            _log.warning(
-                "the grace is over, and %s still runs", _full_name_of(received)
-            )
+            _log.warning("the grace is over, and %s still runs", _name_of(received))
         for child in self._children:
             child.kill()
         if self._course.ended.wait(flush_s / 2):
@@ -5595,7 +5585,7 @@ def _dead_letter(
         _send_copy(broker, target, received, error)
     except Exception as failure:
         text = "%s: %s can't be dead-lettered and is left to the queue: %s"
-        _log.warning(text, received.queue, _full_name_of(received), failure)
+        _log.warning(text, received.queue, _name_of(received), failure)
         return False
     return True
 
