@@ -116,7 +116,6 @@ import functools
 import importlib
 import inspect
 import io
-import itertools
 import json
 import logging
 import math
@@ -4289,8 +4288,8 @@ class _Held:
     message: QueueMessage
     lease_s: float  # how long each extension hides it
     lease_until: float  # before that, nobody else can receive it
-    renew_at: float  # when its lease is to be extended; never, if infinite
     last_at: float  # no lease can end later
+    renew_at: float = math.inf  # when its lease is to be extended; never, if infinite
     is_sure: bool = True  # its lease is known to hold, so that it may be started
     state: str = "received"
     end: str = ""  # what it is to become; it is held until that is done
@@ -4355,6 +4354,39 @@ class _Call(NamedTuple):
         return max(0, min(wanted_s, held.last_at - self.asked_at))
 
 
+class _Leases:
+    """The leases that are to be extended, and when."""
+
+    def __init__(self) -> None:
+        self._held: dict[_Held, None] = {}  # an ordered set
+        self._next_at = math.inf  # none is to be extended before
+
+    def renew(self, held: _Held, at: float) -> None:
+        """Have a lease extended at this time."""
+        held.renew_at = at
+        self._held[held] = None
+        self._next_at = min(self._next_at, at)
+
+    def drop(self, held: _Held) -> None:
+        """Have a lease extended no more."""
+        self._held.pop(held, None)
+        held.renew_at = math.inf
+
+    def due(self, now: float) -> list[_Held]:
+        """Return what is to be extended now and is in no call: what ends first, first."""
+        if now < self._next_at:
+            return []
+        free = [held for held in self._held if not held.in_call]
+        later = [held.renew_at for held in free if held.renew_at > now]
+        due = [held for held in free if held.renew_at <= now]
+        self._next_at = now if due else min(later, default=math.inf)
+        return sorted(due, key=lambda held: held.lease_until)
+
+    def next_at(self) -> float:
+        """Return a time before which none is to be extended."""
+        return self._next_at
+
+
 class _Holdings:
     """The messages that a worker holds, and what is due for them.
 
@@ -4376,9 +4408,7 @@ class _Holdings:
         self._ending: dict[
             _Held, None
         ] = {}  # what they become is decided, and not done
-        self._renew_at = math.inf  # no lease is to be extended before
-
-    # What there is.
+        self._leases = _Leases()
 
     @property
     def waiting(self) -> int:
@@ -4399,10 +4429,6 @@ class _Holdings:
         """Return the messages that run."""
         return [held.message for held in self._held if held.runs]
 
-    def untried(self, since: float) -> bool:
-        """Return whether a message ended after that time, and no call has said so."""
-        return any(h.due_at >= since and h.tries == 0 for h in self._ending)
-
     # From a receive to the end of a run.
 
     def take(
@@ -4421,17 +4447,17 @@ class _Holdings:
         :param asked_at: when the receive was called
         """
         is_sure = now - asked_at <= lease_s / 3
+        since = asked_at if is_sure else now
         for message in messages:
             held = _Held(
                 message,
                 lease_s,
-                lease_until=(asked_at if is_sure else now) + lease_s,
-                renew_at=asked_at + lease_s / 3,
+                lease_until=since + lease_s,
                 last_at=asked_at + _LATEST_S,
                 is_sure=is_sure,
             )
             self._held[held] = self._waiting[held] = None
-            self._renew_at = min(self._renew_at, held.renew_at)
+            self._leases.renew(held, asked_at + lease_s / 3)
             self.ledger.received += 1
         if len(self._urgency) > 1:
             by_urgency = sorted(self._waiting, key=lambda h: self._urgency[h.queue])
@@ -4482,16 +4508,27 @@ class _Holdings:
             self._close(held, end)
         else:
             # Out of the lease first: a later extension would undo the delay.
-            held.delay_s, held.renew_at = delay_s, math.inf
+            self._leases.drop(held)
+            held.delay_s = delay_s
+        self._hurry(now)
+
+    def _hurry(self, now: float) -> None:
+        """Make acknowledgements due for which it is in vain to wait for others."""
+        is_idle = len(self._ending) == len(self._held)
+        new = [held for held in self._ending if held.may_join]
+        for queue in self._urgency:
+            batch = [held for held in new if held.queue == queue]
+            if is_idle or len(batch) >= _MAX_BATCH:
+                for held in batch:
+                    held.due_at = min(held.due_at, now)
 
     # What is due.
 
     def expire(self, now: float) -> None:
         """Give up the leases that ended, and those that can't be extended any more."""
-        if now < self._renew_at or self.closing:
+        if self.closing:
             return
-        due = [h for h in self._held if h.renew_at <= now and not h.in_call]
-        for held in due:
+        for held in self._leases.due(now):
             if held.last_at - now < 1:
                 self._lose(held, "it was received 12 hours ago")
             elif now >= held.lease_until:
@@ -4503,7 +4540,8 @@ class _Holdings:
         Leases come first, for a message whose lease ends may run twice. Then comes what
         has been due for longest: neither deletes nor delays can starve the others.
         """
-        kind, batch = _Kind.extend, self._due_leases(now)
+        kind = _Kind.extend
+        batch = [] if self.closing else _of_one_queue(self._leases.due(now))
         if not batch:
             batch = self._due_ends(now)
             if not batch:
@@ -4513,52 +4551,31 @@ class _Holdings:
             held.in_call = True
         return _Call(kind, batch[0].queue, batch, now)
 
-    def next_at(self, now: float) -> float:
-        """Return when the next call is due: now, or later, or never (infinity)."""
-        if self._is_full() or self._is_idle():
-            return now
+    def next_at(self) -> float:
+        """Return when to look for the next call: never (infinity) if none will be due."""
         times = [held.due_at for held in self._ending if not held.in_call]
         if not self.closing:
-            times.append(self._renew_at)
+            times.append(self._leases.next_at())
         return min(times, default=math.inf)
 
-    def _due_leases(self, now: float) -> list[_Held]:
-        """Return messages of one queue whose leases are to be extended now."""
-        if now < self._renew_at or self.closing:
-            return []
-        free = [held for held in self._held if not held.in_call]
-        due = [held for held in free if held.renew_at <= now]
-        batch = _of_one_queue(sorted(due, key=lambda held: held.lease_until))
-        rest = set(free).difference(batch)
-        self._renew_at = min((held.renew_at for held in rest), default=math.inf)
-        return batch
+    def untried(self, since: float) -> bool:
+        """Return whether a message ended after that time, and no call has said so."""
+        new = (held for held in self._ending if held.tries == 0)
+        return any(held.due_at >= since for held in new)
 
     def _due_ends(self, now: float) -> list[_Held]:
         """Return messages of one queue that one call can end now."""
         free = [held for held in self._ending if not held.in_call]
         due = [held for held in free if held.due_at <= now]
-        if not due and (self._is_full() or self._is_idle()):
-            due = [held for held in free if held.may_join]
         if not due:
             return []
         first = min(due, key=lambda held: held.due_at)
-        # What was refused before is not tried before its time only because others are due.
-        ready = (held for held in free if held.may_join or held.due_at <= now)
-        alike = [held for held in ready if held.to_delete is first.to_delete]
-        return _of_one_queue(sorted(alike, key=lambda held: held is not first))
-
-    def _is_full(self) -> bool:
-        """Return whether some queue has a full batch of new acknowledgements."""
-        new = [h.queue for h in self._ending if h.may_join and not h.in_call]
-        return len(new) >= _MAX_BATCH and any(
-            new.count(queue) >= _MAX_BATCH for queue in self._urgency
-        )
-
-    def _is_idle(self) -> bool:
-        """Return whether new acknowledgements wait, and no other can come soon."""
-        if len(self._ending) < len(self._held):
-            return False
-        return any(held.may_join and not held.in_call for held in self._ending)
+        # New acknowledgements share the call. What was refused before is not tried
+        # before its time only because others are due.
+        if first.to_delete:
+            due += [held for held in free if held.may_join]
+        alike = [held for held in due if held.to_delete is first.to_delete]
+        return _of_one_queue(list(dict.fromkeys([first, *alike])))
 
     # What the queue answered.
 
@@ -4576,11 +4593,14 @@ class _Holdings:
             held.in_call = False
             if held in self._held:  # else it was given up while the call was under way
                 note(held, refused.get(place), call.asked_at)
-                self._renew_at = min(self._renew_at, held.renew_at)
+            if held.renew_at < math.inf:
+                self._leases.renew(
+                    held, held.renew_at
+                )  # it was not looked at meanwhile
 
     def _extended(self, held: _Held, refusal: Refusal | None, asked_at: float) -> None:
         """Note how the extension of a lease went; it counts from the call."""
-        if held.end and not held.to_delete:
+        if held.renew_at == math.inf:
             return  # its run ended meanwhile: its delay is due next
         if refusal is None:
             held.is_sure = True
@@ -4597,25 +4617,24 @@ class _Holdings:
 
     def _deleted(self, held: _Held, refusal: Refusal | None, asked_at: float) -> None:
         """Note how a delete went; one that was sent after the lease ended proves nothing."""
-        late = asked_at >= held.lease_until
-        if late or (refusal and refusal.final):
-            why = refusal.text if refusal else "its lease had ended"
-            self._warn(held, f"may run again: {why}")
-            self._close(held, "uncertain")
-        elif refusal:
-            self._try_later(held, asked_at)
-        else:
+        if asked_at >= held.lease_until:
+            self._doubt(held, refusal.text if refusal else "its lease had ended")
+        elif refusal is None:
             self._close(held, held.end)
+        elif refusal.final:
+            self._doubt(held, refusal.text)
+        else:
+            self._try_later(held, asked_at)
 
     def _delayed(self, held: _Held, refusal: Refusal | None, asked_at: float) -> None:
         """Note how a delay or release went; where it failed, the lease's end shows it."""
-        late = asked_at >= held.lease_until
-        if refusal and not (late or refusal.final or refusal.is_denied):
-            self._try_later(held, asked_at)
-            return
-        if refusal:
+        if refusal is None:
+            self._close(held, held.end)
+        elif refusal.final or refusal.is_denied or asked_at >= held.lease_until:
             self._warn(held, f"is visible again when its lease ends: {refusal.text}")
-        self._close(held, held.end)
+            self._close(held, held.end)
+        else:
+            self._try_later(held, asked_at)
 
     def _try_later(self, held: _Held, asked_at: float) -> None:
         """Make the call again, after a pause that doubles from 0.2 s to 5 s."""
@@ -4626,38 +4645,42 @@ class _Holdings:
         """Note that others may have a message; if it waits, it is not started."""
         self._warn(held, f"may run twice: {why}")
         held.message.lease_lost = True
-        held.renew_at, held.lease_until = math.inf, -math.inf
+        held.lease_until = -math.inf
+        self._leases.drop(held)
         if held in self._waiting:
             self._close(held, "released")
 
-    # The end.
-
-    def close(self) -> None:
-        """End what is decided, done or not; what still runs stays held."""
-        for held in list(self._held):
-            if held.to_delete:
-                self._close(held, "uncertain")
-            elif held.end:
-                self._close(held, held.end)
-
-    def _close(self, held: _Held, end: str) -> None:
-        """End a message: the ledger counts it, and nothing more is done for it."""
-        held.move(end)
-        self.ledger.count(end)
-        for those in (self._held, self._waiting, self._ending):
-            those.pop(held, None)
-        if self.closing and end == "uncertain":
-            self.unanswered += 1
+    def _doubt(self, held: _Held, why: str) -> None:
+        """End a message of which nobody knows whether its delete was applied."""
+        self._warn(held, f"may run again: {why}")
+        self._close(held, "uncertain")
 
     def _warn(self, held: _Held, text: str) -> None:
         """Keep a warning about a message for the log."""
         self.news.append((logging.WARNING, f"{_name_of(held.message)} {text}"))
 
+    # The end.
+
+    def close(self) -> None:
+        """End what is decided, done or not; what still runs stays held."""
+        for held in list(self._ending):
+            self._close(held, "uncertain" if held.to_delete else held.end)
+
+    def _close(self, held: _Held, end: str) -> None:
+        """End a message: the ledger counts it, and nothing more is done for it."""
+        held.move(end)
+        self.ledger.count(end)
+        self._leases.drop(held)
+        for those in (self._held, self._waiting, self._ending):
+            those.pop(held, None)
+        if self.closing and end == "uncertain":
+            self.unanswered += 1
+
 
 def _of_one_queue(ready: Sequence[_Held]) -> list[_Held]:
     """Return at most ten messages: the first, and others of its queue."""
-    alike = (held for held in ready if held.queue == ready[0].queue)
-    return list(itertools.islice(alike, _MAX_BATCH))
+    alike = [held for held in ready if held.queue == ready[0].queue]
+    return alike[:_MAX_BATCH]
 
 
 # --- 15. the keeper -------------------------------------------------------------------
@@ -4728,7 +4751,7 @@ class _Keeper:
     def wake(self) -> None:
         """Have the keeper look at once, if something is due before it would."""
         with self._due:
-            if self.holdings.next_at(self._clock()) < self._looks_at:
+            if self.holdings.next_at() < self._looks_at:
                 self._due.notify()
 
     def give_up_after(self, seconds: float) -> None:
@@ -4771,7 +4794,7 @@ class _Keeper:
 
     def _wait(self, now: float) -> None:
         """Wait until something may be due; called with the lock held."""
-        self._looks_at = min(now + _TICK_S, self.holdings.next_at(now))
+        self._looks_at = min(now + _TICK_S, self.holdings.next_at())
         self._due.wait(self._looks_at - now)
         self._looks_at = 0.0
 

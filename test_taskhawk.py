@@ -7511,7 +7511,7 @@ class HoldingsMachine(hypothesis.stateful.RuleBasedStateMachine):
         self.holdings.expire(self.now)
         call = self.holdings.next_call(self.now)
         if call is None:
-            assert self.holdings.next_at(self.now) > self.now
+            assert self.holdings.next_at() > self.now
             return
         under_way = [held for other, _ in self.calls for held in other.batch]
         assert not set(map(id, call.batch)) & set(map(id, under_way))
@@ -7698,20 +7698,22 @@ class TestHoldings:
     def test_lease(self):
         """A lease is extended each third of it, counted from the calls."""
         holdings, _ = holding()
-        assert (holdings.next_at(0), holdings.next_call(9.9)) == (10, None)
+        assert (holdings.next_at(), holdings.next_call(9.9)) == (10, None)
         for asked_at in (10, 20.5, 31):
             call = holdings.next_call(asked_at)
             assert (call.kind.value, call.entries()) == ("extend leases", [("r1", 30)])
             assert holdings.next_call(asked_at) is None  # one is under way
             holdings.answered(call, {})
-            assert holdings.next_at(asked_at) == asked_at + 10
+            assert holdings.next_call(asked_at + 9.9) is None
+            assert holdings.next_at() == asked_at + 10
 
     @pytest.mark.parametrize(("answer", "again_s"), [(BUSY, 1.5), (FORBIDDEN, 10)])
     def test_lease_not_extended(self, answer, again_s):
         """An extension that failed is tried again; a denied one, a third of the lease later."""
         holdings, _ = holding()
         holdings.answered(holdings.next_call(10), answer)
-        assert holdings.next_at(10) == 10 + again_s
+        assert holdings.next_call(10 + again_s - 0.1) is None
+        assert holdings.next_at() == 10 + again_s
         assert receipts(holdings.next_call(10 + again_s)) == ["r1"]
 
     @pytest.mark.parametrize(
@@ -7786,7 +7788,7 @@ class TestHoldings:
         holdings, runs = holding(held, queue=queue, **options)
         for run in runs[:ended]:
             holdings.finish(run, "acked", 1)
-        assert holdings.next_at(1) == 1 + due_s
+        assert holdings.next_at() == 1 + due_s
         assert due_s == 0 or holdings.next_call(1 + due_s - 0.01) is None
         call = holdings.next_call(1 + due_s)
         assert call.kind.value == "delete"
@@ -7872,9 +7874,9 @@ class TestHoldings:
     def test_order_of_calls(self):
         """Leases come first, then what has been due for longest: deletes starve no delay."""
         holdings, runs = holding(13)
-        for run in runs[:10]:
-            holdings.finish(run, "acked", 9)
-        holdings.finish(runs[10], "retried", 9.01, 60)
+        holdings.finish(runs[0], "retried", 9, 60)
+        for run in runs[1:11]:
+            holdings.finish(run, "acked", 9.01)
         holdings.finish(runs[11], "retried", 9.02)
         kinds = []
         while call := holdings.next_call(10):
@@ -7928,7 +7930,7 @@ class TestHoldings:
         holdings.finish(first, "acked", 1)
         holdings.closing = True
         holdings.expire(40)
-        assert holdings.next_at(1) == 1.05
+        assert holdings.next_at() == 1.05
         assert receipts(holdings.next_call(10)) == ["r1"]
 
     def test_close(self):
