@@ -2324,24 +2324,123 @@ _schemes["sqlite"] = SqliteBroker
 # stranded until their visibility timeout.
 
 
-# What a person can do about an error, by its code: services, and the protocols that
-# they speak, have more than one name for the same error.
-_REMEDIES = {
-    "NonExistentQueue|QueueDoesNotExist": "there is no such queue here: make it, or"
-    " check TASKHAWK_QUEUE, AWS_REGION and the account",
-    "NotFound": "there is no such topic: make it, or check TASKHAWK_QUEUE and"
-    " AWS_ACCOUNT_ID",
-    "AccessDenied(Exception)?|AuthorizationError": "access denied: the IAM policy of"
-    " these credentials does not allow {operation}",
-    "(No|Partial)CredentialsError": "no AWS credentials: set AWS_ACCESS_KEY and"
-    " AWS_SECRET_KEY, or give botocore a profile or role; to try things out without"
-    " AWS, set TASKHAWK_BROKER to sqlite:///queue.db",
-    "NoRegionError": "no AWS region: set AWS_REGION, for example eu-west-1",
-    "InvalidClientTokenId|UnrecognizedClientException|InvalidAccessKeyId"
-    "|InvalidSecurity": "AWS does not know these credentials: check AWS_ACCESS_KEY",
-    "SignatureDoesNotMatch|InvalidSignature(Exception)?": "AWS refuses these"
-    " credentials: check AWS_SECRET_KEY",
-}
+# What a person can do about an error, by a pattern for the beginning of its code and
+# text; the first one holds. Services, and the protocols that they speak, have more than
+# one code for the same error.
+_DENIED = "(AccessDenied|AuthorizationError)"
+_REMEDIES = (
+    (
+        rf"KMS\.?AccessDenied|{_DENIED}.* kms:",
+        (
+            "access denied: the policies of these credentials and of the KMS key must"
+            " allow kms:GenerateDataKey and kms:Decrypt"
+        ),
+    ),
+    (
+        r"KMS\.?(Disabled|InvalidState|InvalidKeyUsage|NotFound|OptInRequired)",
+        "the KMS key can't be used: enable it, or encrypt with another one",
+    ),
+    (
+        f"{_DENIED}.* VPC endpoint policy",
+        "access denied: the policy of the VPC endpoint does not allow {operation}",
+    ),
+    (
+        f"{_DENIED}.* (service|resource) control policy",
+        "access denied: a policy of the AWS organization does not allow {operation}",
+    ),
+    (
+        _DENIED,
+        (
+            "access denied: the IAM policy of these credentials does not allow"
+            " {operation}"
+        ),
+    ),
+    (
+        "NonExistentQueue|QueueDoesNotExist",
+        (
+            "there is no such queue here: make it, or check TASKHAWK_QUEUE,"
+            " AWS_REGION and the account"
+        ),
+    ),
+    (
+        "NotFound",
+        ("there is no such topic: make it, or check TASKHAWK_QUEUE and AWS_ACCOUNT_ID"),
+    ),
+    (
+        ".*(Signature expired|Signature not yet current|TooSkewed)",
+        "the clock of this machine is off: set it",
+    ),
+    (
+        "SignatureDoesNotMatch|InvalidSignature",
+        (
+            "AWS refuses these credentials: check AWS_SECRET_KEY, or"
+            " AWS_SECRET_ACCESS_KEY and the profile"
+        ),
+    ),
+    (
+        "InvalidClientTokenId|UnrecognizedClient|InvalidAccessKeyId|InvalidSecurity",
+        (
+            "AWS does not know these credentials: check AWS_ACCESS_KEY, or"
+            " AWS_ACCESS_KEY_ID and the profile"
+        ),
+    ),
+    (
+        "(No|Partial)CredentialsError",
+        (
+            "no AWS credentials: set AWS_ACCESS_KEY and AWS_SECRET_KEY, or give"
+            " botocore a profile or role; to try things out without AWS, set"
+            " TASKHAWK_BROKER to sqlite:///queue.db"
+        ),
+    ),
+    (
+        "ProfileNotFound",
+        "there is no such profile: check AWS_PROFILE and ~/.aws/config",
+    ),
+    (
+        "SSOTokenLoadError|UnauthorizedSSOTokenError|TokenRetrievalError",
+        "nobody is logged in: run aws sso login",
+    ),
+    (
+        "Login",
+        "nobody is logged in: run aws login",
+    ),
+    (
+        "CredentialRetrievalError.* custom-process|JSONDecodeError",
+        "the credential_process of the profile failed: check ~/.aws/config",
+    ),
+    (
+        "FileNotFoundError|PermissionError",
+        (
+            "a file that the credentials need can't be read: check"
+            " AWS_WEB_IDENTITY_TOKEN_FILE and ~/.aws/config"
+        ),
+    ),
+    (
+        (
+            "InvalidConfigError|ConfigParseError|InfiniteLoopConfigError"
+            "|UnknownCredentialError|MissingDependencyException"
+        ),
+        "botocore can't use its settings: check ~/.aws/config",
+    ),
+    (
+        "NoRegionError",
+        "no AWS region: set AWS_REGION, for example eu-west-1",
+    ),
+    (
+        "InvalidRegionError",
+        "this is not the name of a region: set AWS_REGION, for example eu-west-1",
+    ),
+    (
+        "ValueError: Invalid endpoint",
+        (
+            "an endpoint is a URL, such as http://127.0.0.1:4566: check"
+            " AWS_ENDPOINT_SQS and AWS_ENDPOINT_SNS, or AWS_ENDPOINT_URL and the"
+            " profile"
+        ),
+    ),
+)
+# Of clients whose credentials can't be used any more: a new one looks for others.
+_NO_CREDENTIALS = "NoCredentialsError|ExpiredToken.*|RequestExpired"
 # What the answer to a batch call has not named counts as this failure.
 _UNANSWERED = {
     "Code": "Unanswered",
@@ -2350,15 +2449,20 @@ _UNANSWERED = {
 
 
 def _error_code(error: BaseException) -> str:
-    """Return an AWS error's code without its prefix, or else the type of the error.
+    """Return an AWS error's code, or else the type of the error.
 
     Where we turned an AWS error into one of ours, the AWS error is its cause.
     """
     origin = error.__cause__ or error
-    response = getattr(origin, "response", None) or {}
-    code = response.get("Error", {}).get("Code") or type(origin).__name__
-    # AWS.SimpleQueueService.NonExistentQueue, for example, has a prefix.
-    return str(code).rpartition(".")[2]
+    code = _error_details(origin).get("Code") or type(origin).__name__
+    # The older of SQS's protocols puts a prefix before some of its codes.
+    return str(code).removeprefix("AWS.SimpleQueueService.")
+
+
+def _error_details(error: BaseException) -> Mapping[str, Any]:
+    """Return code and message of an error that AWS has answered."""
+    response = getattr(error, "response", None) or {}
+    return typing.cast("Mapping[str, Any]", response.get("Error", {}))
 
 
 @contextlib.contextmanager
@@ -2371,27 +2475,58 @@ def _explained(where: str) -> Iterator[None]:
     """
     try:
         yield
+    except ConfigurationError:
+        raise
     except Exception as error:
         limit = re.search(r"shorter than (\d+) bytes", str(error))
         if limit is not None:
             text = f"{where} takes messages of at most {limit[1]} bytes"
             raise MessageTooLarge(text, int(limit[1])) from error
-        remedy = _remedy(error)
-        if remedy is not None:
-            text = f"{where}: {remedy} ({_error_code(error)})"
-            raise ConfigurationError(text) from error
+        if "Invalid header value" in str(error):
+            # Without its cause, which would show a secret.
+            raise ConfigurationError(
+                f"{where}: a credential has a line break or another control character:"
+                " check AWS_SESSION_TOKEN and where else credentials come from"
+            ) from None
+        explanation = _explanation(error)
+        if explanation is not None:
+            raise ConfigurationError(f"{where}: {explanation}") from error
         raise
 
 
-def _remedy(error: Exception) -> str | None:
-    """Return what a person can do about an error; None where it may pass by itself."""
-    code = _error_code(error)
-    for codes, remedy in _REMEDIES.items():
-        if re.fullmatch(codes, code):
-            # IAM has no actions of their own for batches.
-            operation = getattr(error, "operation_name", "").removesuffix("Batch")
-            return remedy.format(operation=operation)
-    return None
+def _explanation(error: Exception) -> str | None:
+    """Return what a person can do about an error, then AWS's or botocore's own text.
+
+    None is for an error that may pass by itself.
+    """
+    message = _error_details(error).get("Message", error)
+    # In one line, whatever the service says.
+    text = " ".join(f"{_error_code(error)}: {message}".split()).removesuffix(":")
+    remedy = _find_remedy(text)
+    if remedy is None:
+        return None
+    # IAM has no actions of their own for batches.
+    operation = getattr(error, "operation_name", "").removesuffix("Batch")
+    return f"{remedy.format(operation=operation)} ({text})"
+
+
+def _find_remedy(text: str) -> str | None:
+    """Return the remedy for an error with this code and text, if it has one."""
+    for pattern, remedy in _REMEDIES:
+        if re.match(pattern, text, re.IGNORECASE):
+            return remedy
+    host = re.match(r"EndpointConnectionError.*//s[nq]s\.([^.]+)\.amazonaws\.", text)
+    if host is None or _is_region(host[1]):
+        return None
+    return f"{host[1]} is not a region: set AWS_REGION, for example eu-west-1"
+
+
+def _is_region(name: str) -> bool:
+    """Return whether botocore knows a region of this name."""
+    with _brokers.lock:
+        session = _brokers.aws_session()
+    partitions = session.get_available_partitions()
+    return any(name in session.get_available_regions("sqs", p) for p in partitions)
 
 
 def _make_aws_session() -> Any:
@@ -2481,7 +2616,7 @@ class _AwsSender(Sender):
     def arn(self, name: str) -> str:
         """Return what AWS calls a queue or topic of this account."""
         account = settings.require("AWS_ACCOUNT_ID")
-        with _explained(name):
+        with self._calling(name):
             meta = self.client("send").meta
         service, region = self.service, meta.region_name
         return f"arn:{meta.partition}:{service}:{region}:{account}:{name}"
@@ -2489,8 +2624,20 @@ class _AwsSender(Sender):
     def call(self, role: str, operation: str, where: str, **parameters: Any) -> Any:
         """Make a call for a queue or topic, by botocore's name of the operation."""
         target = {self.target_key: self.url(where, role)}
-        with _explained(where):
+        with self._calling(where):
             return getattr(self.client(role), operation)(**target, **parameters)
+
+    @contextlib.contextmanager
+    def _calling(self, where: str) -> Iterator[None]:
+        """Explain errors; drop the clients whose credentials can't be used."""
+        try:
+            with _explained(where):
+                yield
+        except Exception as error:
+            if re.fullmatch(_NO_CREDENTIALS, _error_code(error)):
+                _brokers.forget_aws_session()
+                self.close()
+            raise
 
     def _batch(
         self, role: str, operation: str, where: str, entries: Sequence[Any]
@@ -2565,8 +2712,8 @@ class SqsBroker(_AwsSender, Broker):
     def __init__(self, _url: str = "sqs") -> None:
         super().__init__()
         self._urls: dict[str, str] = {}
-        self._accounts: dict[str, str] = {}  # of queues whose URL need not be looked up
         self._infos: dict[str, QueueInfo] = {}
+        self._of_accounts: dict[str, SqsBroker] = {}
 
     def url(self, queue: str, role: str = "send") -> str:
         """Look up a queue's URL, once."""
@@ -2575,18 +2722,20 @@ class SqsBroker(_AwsSender, Broker):
         return _made_once(self._urls, queue, lock, find)
 
     def _find_url(self, role: str, queue: str) -> str:
-        """Ask for a queue's URL; a Lambda's role may not, so it is made up there."""
-        with _explained(queue):
-            client = self.client(role)
-            if queue in self._accounts:
-                return f"{client.meta.endpoint_url}/{self._accounts[queue]}/{queue}"
-            return str(client.get_queue_url(QueueName=queue)["QueueUrl"])
+        """Ask for a queue's URL."""
+        with self._calling(queue):
+            answer = self.client(role).get_queue_url(QueueName=queue)
+        return str(answer["QueueUrl"])
 
-    def queue_of_arn(self, arn: str) -> str:
-        """Return the name of a queue that Lambda receives from."""
+    def at_arn(self, arn: str) -> tuple[SqsBroker, str]:
+        """Return the broker and the name of a queue that Lambda receives from.
+
+        Its account may be another one, where the same name is another queue.
+        """
         _, _, _, _, account, queue = arn.split(":")
-        self._accounts[queue] = account
-        return queue
+        lock = self._connections.get().lock
+        make = functools.partial(_SqsOfAccount, self)
+        return _made_once(self._of_accounts, account, lock, make), queue
 
     def send(self, destination: str, entries: Sequence[Outgoing]) -> list[Refusal]:
         """Send, in a batch call if the queue takes it as a whole.
@@ -2711,6 +2860,28 @@ class SqsBroker(_AwsSender, Broker):
         return Depth(*(int(found[name]) for name in names))
 
 
+class _SqsOfAccount(SqsBroker):
+    """Queues of an account, by the clients of another broker.
+
+    Their URLs are made up: the role of a Lambda function may not look them up.
+    """
+
+    def __init__(self, ours: SqsBroker, account: str) -> None:
+        super().__init__()
+        self._ours, self._account = ours, account
+
+    def client(self, role: str) -> Any:
+        return self._ours.client(role)
+
+    def close(self) -> None:
+        self._ours.close()
+
+    def _find_url(self, role: str, queue: str) -> str:
+        with self._calling(queue):
+            endpoint = self.client(role).meta.endpoint_url
+        return f"{endpoint}/{self._account}/{queue}"
+
+
 def _role(retry: bool) -> str:  # noqa: FBT001 - it names the client
     """Return the role of the client that deletes and changes messages."""
     return "send" if retry else "keep"
@@ -2721,8 +2892,8 @@ _schemes["sns"], _schemes["sqs"] = SnsSender, SqsBroker
 
 # --- 10. connections ------------------------------------------------------------------
 # The one sender and the one broker of a process, and what a fork must not share. What a
-# process must not share with the processes that it forks is in a _PerProcess: sockets, a
-# SQLite connection, and locks that another thread may have held at the fork.
+# process must not share with the processes that it forks is in a _PerProcess: sockets,
+# a SQLite connection, and locks that another thread may have held at the fork.
 
 _T = TypeVar("_T")
 _K = TypeVar("_K")
@@ -2792,7 +2963,7 @@ class _Brokers:
         return self._states.get().lock
 
     def sender(self) -> Sender:
-        """Return what publishes: SNS for a Lambda app, else the broker, or sync mode."""
+        """Return what publishes: sync mode, SNS for a Lambda app, or the broker."""
         if self.captured_by is not None:
             return self.captured_by
         url = settings.TASKHAWK_BROKER
@@ -2817,6 +2988,12 @@ class _Brokers:
         if state.session is None:
             state.session = _make_aws_session()
         return state.session
+
+    def forget_aws_session(self) -> None:
+        """Make the next client look for credentials anew."""
+        state = self._states.get()
+        with state.lock:
+            state.session = None
 
     def close(self) -> None:
         """Close all connections; the next use opens new ones."""
@@ -3155,8 +3332,9 @@ def extend_visibility_timeout(
     :raises PartialFailure: if the message is no longer in flight
     """
     broker = _brokers.broker()
-    change = (receipt, visibility_timeout_s)
-    _accepted(broker.change_visibility(broker.destination(priority), [change]))
+    queue = broker.destination(priority)
+    call = functools.partial(broker.change_visibility, queue, retry=True)
+    _insist(call, (receipt, visibility_timeout_s))
 
 
 class _EventLoop:
@@ -6460,7 +6638,7 @@ def _from_queue(record: Mapping[str, Any]) -> QueueMessage:
     )
     arn, broker = record.get("eventSourceARN"), _brokers.broker()
     if arn is not None and isinstance(broker, SqsBroker):
-        received.queue, received.broker = broker.queue_of_arn(arn), broker
+        received.broker, received.queue = broker.at_arn(arn)
     return received
 
 
