@@ -391,12 +391,14 @@ def _passed_a_handler(error: BaseException) -> bool:
     https://docs.python.org/3/library/signal.html#signal.signal
     """
     for frame, _ in traceback.walk_tb(error.__traceback__):
-        arguments = inspect.getargvalues(frame)
-        given = [arguments.locals.get(name) for name in arguments.args]
-        given += arguments.locals.get(arguments.varargs or "", ())
-        interrupted = frame.f_back
-        if interrupted and any(each is interrupted for each in given):
-            return True
+        names, rest, _, values = inspect.getargvalues(frame)
+        given = list(map(values.get, names))
+        others = values.get(str(rest))
+        if isinstance(others, tuple):
+            given += others
+        for each in given:
+            if each is frame.f_back and each is not None:
+                return True
     return False
 
 
@@ -4087,8 +4089,9 @@ __all__ += [
 # --- 13. processing -------------------------------------------------------------------
 # process() is the ONE place that decides what becomes of a message, and _verdict() is
 # its table. It does no queue I/O: the worker and Lambda apply its Outcome. It raises
-# nothing but KeyboardInterrupt. A run leaves one log record; what is no valid message
-# leaves one in ten seconds for each class of error. An error hook changes no outcome.
+# only what is to end the process: Control-C, and the exit of a signal handler. A run
+# leaves one log record, in one line but for the task's own text and traceback; what is
+# no valid message leaves one in ten seconds for each class of error.
 
 
 class Fate(enum.Enum):
@@ -4213,7 +4216,7 @@ def _verdict(received: QueueMessage, error: BaseException) -> Outcome:
 
     ==========================================  ==================================
     not valid, or its task is unknown here      left to the queue's redrive policy
-    StopRetry, or never retried by the task     dead letter
+    the task raised StopRetry or never retries  dead letter
     the last receive that the queue allows      dead letter
     it asked for a delay (RetryException)       visible again after it
     the pre hook failed                         left to its visibility timeout
@@ -4264,8 +4267,10 @@ def _asked_delay_s(leaves: Iterable[BaseException]) -> float | None:
     """Return the longest delay that a RetryException asks for, or None."""
     asked = [leaf.delay_seconds for leaf in leaves if isinstance(leaf, RetryException)]
     # A subclass that does not call our __init__ may have set anything.
-    delays = [delay_s for delay_s in asked if _is_delay(delay_s)]
-    return min(max(delays), _MAX_HELD_S) if delays else None
+    delays = list(filter(_is_delay, asked))
+    if not delays:
+        return None
+    return min(max(delays), _MAX_HELD_S)
 
 
 def _may_retry(task: Task[Any, Any], error: BaseException) -> bool:
@@ -4325,7 +4330,9 @@ def _reason(error: BaseException) -> str:
     """Return what a task said when it raised, as the end of a sentence."""
     texts = [_in_one_line(_text_of(leaf)) for leaf in _leaves(error)]
     said = "; ".join(filter(None, texts))
-    return f": {said}" if said else ""
+    if not said:
+        return ""
+    return f": {said}"
 
 
 def _in_one_line(text: str) -> str:
@@ -6097,7 +6104,7 @@ class _Child:
         except ValidationError:
             return False  # process() will say what is wrong with it
         if isolated:
-            received.message, message.received = message, received
+            received.message = message
         return isolated
 
     def process(self, received: QueueMessage) -> Outcome | None:

@@ -6975,8 +6975,12 @@ class TestProcessing:
     def test_exit_of_its_own(self, where):
         """A task, policy or hook that calls sys.exit() has failed; the process goes on."""
 
+        def with_arguments(*arguments: Any) -> Any:
+            arguments = 5
+            return sys.exit(arguments)
+
         def leave(_attempt: int = 0, **_: Any) -> None:
-            sys.exit(7)
+            with_arguments(None, sys._getframe())
 
         assert self.run_with(where, leave).fate is Fate.retry
 
