@@ -7495,48 +7495,6 @@ class TestSync:
         assert sns["MessageId"] == message["id"] == message_id
         assert (message["args"], sns["MessageAttributes"]) == ([5], {})
 
-    def test_batch(self, sync):
-        """A batch runs its tasks when the block ends, and not at all where the block raises."""
-        runs = []
-
-        @taskhawk.task(name="shop.sell")
-        def sell(what):
-            runs.append(what)
-
-        with taskhawk.batch():
-            sell.dispatch("milk")
-            sell.dispatch_many(["bread"])
-            sell.dispatch("tea")
-            before = list(runs)
-        assert (before, runs) == ([], ["milk", "bread", "tea"])
-        with contextlib.suppress(KeyError), taskhawk.batch():
-            sell.dispatch("milk")
-            raise KeyError
-        assert len(runs) == 3
-
-    def test_async(self, sync):
-        """An async task runs to its end, also where the caller's own event loop is running."""
-        runs = []
-        variable = contextvars.ContextVar("variable")
-
-        @taskhawk.task(name="shop.sell")
-        async def sell(what):
-            await asyncio.sleep(0)
-            runs.append((what, variable.get()))
-            if what == "nothing":
-                raise LookupError(what)
-
-        async def main():
-            variable.set("inside")
-            sell.dispatch("bread")
-            with pytest.raises(LookupError, match=r"^nothing$"):
-                sell.dispatch("nothing")
-
-        variable.set("outside")
-        sell.dispatch("milk")
-        asyncio.run(main())
-        assert runs == [("milk", "outside"), ("bread", "inside"), ("nothing", "inside")]
-
     def test_needs_nothing(self, tmp_path):
         """Sync mode needs no queue, no region and no credentials, and imports no botocore."""
         code = textwrap.dedent("""
@@ -7620,25 +7578,22 @@ class TestLogging:
     """Records say in which task they were made, as JSON too, and after a worker's grace."""
 
     def test_current_task(self, sync):
-        """current_task() is the metadata of the task around it, and None outside."""
+        """current_task() is the innermost task's: after a task inside it, again its own."""
         seen = []
 
-        @taskhawk.task(name="shop.inner")
-        def inner():
+        def note():
             seen.append(taskhawk.current_task().task)
+
+        inner = taskhawk.task(name="shop.inner")(note)
 
         @taskhawk.task(name="shop.outer")
-        async def outer(metadata):
-            await asyncio.to_thread(
-                lambda: seen.append(taskhawk.current_task() is metadata)
-            )
+        async def outer():
+            await asyncio.to_thread(note)
             inner.dispatch()
-            seen.append(taskhawk.current_task().task)
+            note()
 
-        assert taskhawk.current_task() is None
         outer.dispatch()
-        assert seen == [True, "shop.inner", "shop.outer"]
-        assert taskhawk.current_task() is None
+        assert seen == ["shop.outer", "shop.inner", "shop.outer"]
 
     def test_json_of_anything(self):
         """A record whose `extra` JSON can't hold is an object in a line all the same."""
