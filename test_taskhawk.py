@@ -13337,7 +13337,7 @@ def readme_normalised(text: str) -> str:
     text = re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}", "TIME", text)
     text = re.sub(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", "TIME", text)
     text = re.sub(r"\d+ s ago", "AGE", text)
-    text = re.sub(r"/\S*/queue\.db", "PATH", text)
+    text = re.sub(r"/\S*/\w+\.db", "PATH", text)
     return re.sub(r"(?m)(^Traceback .*\n)(?: .*\n)+", r"\1  ...\n", text)
 
 
