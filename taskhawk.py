@@ -875,6 +875,20 @@ def _set_up_django() -> None:
         _import("django", "the package").setup()
 
 
+def _django_task_modules() -> list[str]:
+    """Return the modules named `tasks` of the installed apps, if Django is set up."""
+    if "django.apps" not in sys.modules:
+        return []
+    from django.apps import apps
+    from django.utils.module_loading import module_has_submodule
+
+    return [
+        f"{app.name}.tasks"
+        for app in apps.get_app_configs()
+        if module_has_submodule(app.module, "tasks")
+    ]
+
+
 # A thread's count of `runs`.
 _slot = threading.local()
 
@@ -6807,12 +6821,12 @@ def _check_places(priorities: Collection[Priority]) -> Iterator[_Finding]:
         try:
             yield from (_check_topic if on_topics else _check_queue)(priority)
         except Exception as error:
-            yield _error(_text_of(error), "the rest can't be checked", _remedy(error))
+            yield _error(_text_of(error), "the rest can't be checked", _fix(error))
             if not re.match(_DENIED, _error_code(error)):
                 return  # the others would say the same
 
 
-def _remedy(error: Exception) -> str:
+def _fix(error: Exception) -> str:
     """Return what to do about a queue or topic that can't be looked at."""
     if isinstance(error, ConfigurationError):
         return "as the error says"
@@ -6822,25 +6836,14 @@ def _remedy(error: Exception) -> str:
 def _check_settings() -> list[_Finding]:
     """Read all settings, and import the hooks and classes that they name."""
     findings = [
-        _error(str(error), "what uses it fails", _remedy(error))
-        for error in _settings_errors()
+        _error(str(error), "what uses it fails", _fix(error))
+        for error in settings.errors()
     ]
     if findings or settings.TASKHAWK_BROKER != "sqs" or settings.TASKHAWK_QUEUE:
         return findings
     why = "no queue has a name; without AWS, try TASKHAWK_BROKER=sqlite:///queue.db"
     remedy = "export TASKHAWK_QUEUE=dev-myapp"
     return [_error("TASKHAWK_QUEUE is not set", why, remedy)]
-
-
-def _settings_errors() -> list[ConfigurationError]:
-    """Return what is wrong with the settings."""
-    errors: dict[str, ConfigurationError] = {}
-    for name in _SETTINGS:
-        try:
-            getattr(settings, name)
-        except ConfigurationError as error:
-            errors.setdefault(str(error), error)  # of a wrong module, all say the same
-    return list(errors.values())
 
 
 def _check_topic(priority: Priority) -> Iterator[_Finding]:
@@ -7186,28 +7189,6 @@ def _log_handlers() -> Iterator[logging.Handler]:
             yield from logger.handlers
 
 
-def _set_up_django() -> None:
-    """Set Django up, where the environment names its settings."""
-    name = os.environ.get("DJANGO_SETTINGS_MODULE")
-    if name:
-        _import(name, "the module named by DJANGO_SETTINGS_MODULE")
-        _import("django", "the package").setup()
-
-
-def _django_task_modules() -> list[str]:
-    """Return the modules named `tasks` of the installed apps, if Django is set up."""
-    if "django.apps" not in sys.modules:
-        return []
-    from django.apps import apps
-    from django.utils.module_loading import module_has_submodule
-
-    return [
-        f"{app.name}.tasks"
-        for app in apps.get_app_configs()
-        if module_has_submodule(app.module, "tasks")
-    ]
-
-
 def _parser() -> Any:
     """Make the parser of all commands."""
     import argparse
@@ -7394,9 +7375,10 @@ class _ListenWorker(Worker):
         super().settle(held, outcome)
         message = held.message.message
         if message and outcome.fate is Fate.acknowledge:
-            facts = {"task": message.task_name, "id": message.id}
+            facts: dict[str, Any] = {"task": message.task_name, "id": message.id}
             facts["attempt"] = held.message.attempt
-            _log.info("%s %s: finished", message.task_name, message.id, extra=facts)
+            name = re.sub("[^ -~]", "?", f"{message.task_name} {message.id}")[:200]
+            _log.info("%s: finished", name, extra=facts)
 
 
 @_command(
@@ -7455,8 +7437,7 @@ def _listen(arguments: Any) -> bool:
     """
     _require_tasks("listen")
     # A typo, such as in a hook's name, would send the whole queue to the dead letters.
-    for error in _settings_errors():
-        raise error
+    settings.check()
     priorities = _priorities(arguments.priority)
     worker = _ListenWorker(
         _brokers.broker(),

@@ -1700,9 +1700,7 @@ class TestSettings:
             ("the environment", "D"),
         ],
     )
-    def test_unknown_name(
-        self, monkeypatch, caplog, settings_module, where, suffix
-    ):
+    def test_unknown_name(self, monkeypatch, caplog, settings_module, where, suffix):
         """A name that only looks like a setting is one warning, in whatever source."""
         names = (f"TASKHAWK_SYNC_{suffix}", f"TASKHAWK_{'XYZ' * 8}{suffix}")
         values = {**dict.fromkeys(names, "q"), "DEBUG": "1", "TASKHAWK_QUEUE": "q"}
@@ -10849,6 +10847,7 @@ def bring_dead_letters(aws: ScriptedAws, count: int, receipts: Iterator[str]) ->
     """Let each receive bring the same dead letter, of as many as the queue says it has."""
     attributes = aws.default("GetQueueAttributes", {})["Attributes"]
     policy = {"deadLetterTargetArn": "arn:aws:sqs:us-east-1:1:letters"}
+    policy["maxReceiveCount"] = "5"
     attributes["RedrivePolicy"] = json.dumps(policy)
     attributes["ApproximateNumberOfMessages"] = str(count)
     aws.always("GetQueueAttributes", {"Attributes": attributes})
@@ -10983,7 +10982,7 @@ class TestDeadLetters:
             ("SendMessageBatch", [fault_after("Odd")] * 2, (12, 12), ["Odd"] * 12),
             (
                 "SendMessageBatch",
-                [refuse(1, 2), fault("Odd")],
+                [refuse(1, 2), *[fault("Odd")] * 2],
                 (10, 2),
                 ["Odd"] * 2,
             ),
@@ -11774,8 +11773,8 @@ class TestProvision:
                 {"AWS_ACCOUNT_ID": None},
                 "",
                 (
-                    "AWS_ACCOUNT_ID is not set: expected an account number, such as"
-                    " '123456789012', from taskhawk.configure(), the module named by"
+                    "AWS_ACCOUNT_ID is not set: expected an account id of twelve digits,"
+                    " such as '123456789012', from taskhawk.configure(), the module named by"
                     " SETTINGS_MODULE, Django's settings or the environment"
                 ),
             ),
@@ -11825,7 +11824,7 @@ class TestCheck:
             (
                 {"TASKHAWK_QUEUE": "my app"},
                 (
-                    "TASKHAWK_QUEUE in configure(): expected at most 71 letters, digits,"
+                    "TASKHAWK_QUEUE in configure(): expected at most 53 letters, digits,"
                     " hyphens and underscores, such as 'dev-myapp', got 'my app': what uses"
                     " it fails. Fix: as the error says"
                 ),
