@@ -116,7 +116,6 @@ import functools
 import importlib
 import inspect
 import io
-import itertools
 import json
 import logging
 import math
@@ -2968,6 +2967,8 @@ class Task(Generic[_P, _R]):
         self.isolate = False
         #: the module that declares it: importing this module makes the task
         self.declared_in = str(fn.__module__)
+        #: the modules whose imports led to its declaration, the outermost first
+        self.imported_by: tuple[str, ...] = ()
         functools.update_wrapper(self, fn, updated=())
         # What other decorators left on the function may have names that are ours.
         for attribute, value in getattr(fn, "__dict__", {}).items():
@@ -3313,6 +3314,7 @@ def task(
         made.time_limit = time_limit
         made.isolate = isolate or time_limit is not None
         made.declared_in = _declaring_module(fn)
+        made.imported_by = _imports_under_way()
         _register(made)
         if not name and fn.__module__ == "__main__":
             # Messages that taskhawk 1.4 queued call it by this name.
@@ -3483,6 +3485,18 @@ def _importable_name(module: str) -> str:
     spec = getattr(script, "__spec__", None)
     name = spec.name if spec else inspect.getmodulename(path)
     return name or module
+
+
+def _imports_under_way() -> tuple[str, ...]:
+    """Return the modules whose imports have led to this call, the outermost first."""
+    names = []
+    frame = inspect.currentframe()
+    while frame:
+        name = frame.f_globals.get("__name__")
+        if frame.f_code.co_name == "<module>" and name not in _MAINS:
+            names.append(name)
+        frame = frame.f_back
+    return tuple(reversed(names))
 
 
 # --- 12. publishing -------------------------------------------------------------------
@@ -4236,8 +4250,8 @@ class _Held:
     message: QueueMessage
     lease_s: float  # how long each extension hides it
     lease_until: float  # before that, nobody else can receive it
-    renew_at: float  # when its lease is to be extended; never, if infinite
     last_at: float  # no lease can end later
+    renew_at: float = math.inf  # when its lease is to be extended; never, if infinite
     is_sure: bool = True  # its lease is known to hold, so that it may be started
     state: str = "received"
     end: str = ""  # what it is to become; it is held until that is done
@@ -4302,6 +4316,39 @@ class _Call(NamedTuple):
         return max(0, min(wanted_s, held.last_at - self.asked_at))
 
 
+class _Leases:
+    """The leases that are to be extended, and when."""
+
+    def __init__(self) -> None:
+        self._held: dict[_Held, None] = {}  # an ordered set
+        self._next_at = math.inf  # none is to be extended before
+
+    def renew(self, held: _Held, at: float) -> None:
+        """Have a lease extended at this time."""
+        held.renew_at = at
+        self._held[held] = None
+        self._next_at = min(self._next_at, at)
+
+    def drop(self, held: _Held) -> None:
+        """Have a lease extended no more."""
+        self._held.pop(held, None)
+        held.renew_at = math.inf
+
+    def due(self, now: float) -> list[_Held]:
+        """Return what is to be extended now and is in no call: what ends first, first."""
+        if now < self._next_at:
+            return []
+        free = [held for held in self._held if not held.in_call]
+        later = [held.renew_at for held in free if held.renew_at > now]
+        due = [held for held in free if held.renew_at <= now]
+        self._next_at = now if due else min(later, default=math.inf)
+        return sorted(due, key=lambda held: held.lease_until)
+
+    def next_at(self) -> float:
+        """Return a time before which none is to be extended."""
+        return self._next_at
+
+
 class _Holdings:
     """The messages that a worker holds, and what is due for them.
 
@@ -4323,9 +4370,7 @@ class _Holdings:
         self._ending: dict[
             _Held, None
         ] = {}  # what they become is decided, and not done
-        self._renew_at = math.inf  # no lease is to be extended before
-
-    # What there is.
+        self._leases = _Leases()
 
     @property
     def waiting(self) -> int:
@@ -4346,10 +4391,6 @@ class _Holdings:
         """Return the messages that run."""
         return [held.message for held in self._held if held.runs]
 
-    def untried(self, since: float) -> bool:
-        """Return whether a message ended after that time, and no call has said so."""
-        return any(h.due_at >= since and h.tries == 0 for h in self._ending)
-
     # From a receive to the end of a run.
 
     def take(
@@ -4368,17 +4409,17 @@ class _Holdings:
         :param asked_at: when the receive was called
         """
         is_sure = now - asked_at <= lease_s / 3
+        since = asked_at if is_sure else now
         for message in messages:
             held = _Held(
                 message,
                 lease_s,
-                lease_until=(asked_at if is_sure else now) + lease_s,
-                renew_at=asked_at + lease_s / 3,
+                lease_until=since + lease_s,
                 last_at=asked_at + _LATEST_S,
                 is_sure=is_sure,
             )
             self._held[held] = self._waiting[held] = None
-            self._renew_at = min(self._renew_at, held.renew_at)
+            self._leases.renew(held, asked_at + lease_s / 3)
             self.ledger.received += 1
         if len(self._urgency) > 1:
             by_urgency = sorted(self._waiting, key=lambda h: self._urgency[h.queue])
@@ -4429,16 +4470,27 @@ class _Holdings:
             self._close(held, end)
         else:
             # Out of the lease first: a later extension would undo the delay.
-            held.delay_s, held.renew_at = delay_s, math.inf
+            self._leases.drop(held)
+            held.delay_s = delay_s
+        self._hurry(now)
+
+    def _hurry(self, now: float) -> None:
+        """Make acknowledgements due for which it is in vain to wait for others."""
+        is_idle = len(self._ending) == len(self._held)
+        new = [held for held in self._ending if held.may_join]
+        for queue in self._urgency:
+            batch = [held for held in new if held.queue == queue]
+            if is_idle or len(batch) >= _MAX_BATCH:
+                for held in batch:
+                    held.due_at = min(held.due_at, now)
 
     # What is due.
 
     def expire(self, now: float) -> None:
         """Give up the leases that ended, and those that can't be extended any more."""
-        if now < self._renew_at or self.closing:
+        if self.closing:
             return
-        due = [h for h in self._held if h.renew_at <= now and not h.in_call]
-        for held in due:
+        for held in self._leases.due(now):
             if held.last_at - now < 1:
                 self._lose(held, "it was received 12 hours ago")
             elif now >= held.lease_until:
@@ -4450,7 +4502,8 @@ class _Holdings:
         Leases come first, for a message whose lease ends may run twice. Then comes what
         has been due for longest: neither deletes nor delays can starve the others.
         """
-        kind, batch = _Kind.extend, self._due_leases(now)
+        kind = _Kind.extend
+        batch = [] if self.closing else _of_one_queue(self._leases.due(now))
         if not batch:
             batch = self._due_ends(now)
             if not batch:
@@ -4460,52 +4513,31 @@ class _Holdings:
             held.in_call = True
         return _Call(kind, batch[0].queue, batch, now)
 
-    def next_at(self, now: float) -> float:
-        """Return when the next call is due: now, or later, or never (infinity)."""
-        if self._is_full() or self._is_idle():
-            return now
+    def next_at(self) -> float:
+        """Return when to look for the next call: never (infinity) if none will be due."""
         times = [held.due_at for held in self._ending if not held.in_call]
         if not self.closing:
-            times.append(self._renew_at)
+            times.append(self._leases.next_at())
         return min(times, default=math.inf)
 
-    def _due_leases(self, now: float) -> list[_Held]:
-        """Return messages of one queue whose leases are to be extended now."""
-        if now < self._renew_at or self.closing:
-            return []
-        free = [held for held in self._held if not held.in_call]
-        due = [held for held in free if held.renew_at <= now]
-        batch = _of_one_queue(sorted(due, key=lambda held: held.lease_until))
-        rest = set(free).difference(batch)
-        self._renew_at = min((held.renew_at for held in rest), default=math.inf)
-        return batch
+    def untried(self, since: float) -> bool:
+        """Return whether a message ended after that time, and no call has said so."""
+        new = (held for held in self._ending if held.tries == 0)
+        return any(held.due_at >= since for held in new)
 
     def _due_ends(self, now: float) -> list[_Held]:
         """Return messages of one queue that one call can end now."""
         free = [held for held in self._ending if not held.in_call]
         due = [held for held in free if held.due_at <= now]
-        if not due and (self._is_full() or self._is_idle()):
-            due = [held for held in free if held.may_join]
         if not due:
             return []
         first = min(due, key=lambda held: held.due_at)
-        # What was refused before is not tried before its time only because others are due.
-        ready = (held for held in free if held.may_join or held.due_at <= now)
-        alike = [held for held in ready if held.to_delete is first.to_delete]
-        return _of_one_queue(sorted(alike, key=lambda held: held is not first))
-
-    def _is_full(self) -> bool:
-        """Return whether some queue has a full batch of new acknowledgements."""
-        new = [h.queue for h in self._ending if h.may_join and not h.in_call]
-        return len(new) >= _MAX_BATCH and any(
-            new.count(queue) >= _MAX_BATCH for queue in self._urgency
-        )
-
-    def _is_idle(self) -> bool:
-        """Return whether new acknowledgements wait, and no other can come soon."""
-        if len(self._ending) < len(self._held):
-            return False
-        return any(held.may_join and not held.in_call for held in self._ending)
+        # New acknowledgements share the call. What was refused before is not tried
+        # before its time only because others are due.
+        if first.to_delete:
+            due += [held for held in free if held.may_join]
+        alike = [held for held in due if held.to_delete is first.to_delete]
+        return _of_one_queue(list(dict.fromkeys([first, *alike])))
 
     # What the queue answered.
 
@@ -4523,11 +4555,14 @@ class _Holdings:
             held.in_call = False
             if held in self._held:  # else it was given up while the call was under way
                 note(held, refused.get(place), call.asked_at)
-                self._renew_at = min(self._renew_at, held.renew_at)
+            if held.renew_at < math.inf:
+                self._leases.renew(
+                    held, held.renew_at
+                )  # it was not looked at meanwhile
 
     def _extended(self, held: _Held, refusal: Refusal | None, asked_at: float) -> None:
         """Note how the extension of a lease went; it counts from the call."""
-        if held.end and not held.to_delete:
+        if held.renew_at == math.inf:
             return  # its run ended meanwhile: its delay is due next
         if refusal is None:
             held.is_sure = True
@@ -4544,25 +4579,24 @@ class _Holdings:
 
     def _deleted(self, held: _Held, refusal: Refusal | None, asked_at: float) -> None:
         """Note how a delete went; one that was sent after the lease ended proves nothing."""
-        late = asked_at >= held.lease_until
-        if late or (refusal and refusal.final):
-            why = refusal.text if refusal else "its lease had ended"
-            self._warn(held, f"may run again: {why}")
-            self._close(held, "uncertain")
-        elif refusal:
-            self._try_later(held, asked_at)
-        else:
+        if asked_at >= held.lease_until:
+            self._doubt(held, refusal.text if refusal else "its lease had ended")
+        elif refusal is None:
             self._close(held, held.end)
+        elif refusal.final:
+            self._doubt(held, refusal.text)
+        else:
+            self._try_later(held, asked_at)
 
     def _delayed(self, held: _Held, refusal: Refusal | None, asked_at: float) -> None:
         """Note how a delay or release went; where it failed, the lease's end shows it."""
-        late = asked_at >= held.lease_until
-        if refusal and not (late or refusal.final or refusal.is_denied):
-            self._try_later(held, asked_at)
-            return
-        if refusal:
+        if refusal is None:
+            self._close(held, held.end)
+        elif refusal.final or refusal.is_denied or asked_at >= held.lease_until:
             self._warn(held, f"is visible again when its lease ends: {refusal.text}")
-        self._close(held, held.end)
+            self._close(held, held.end)
+        else:
+            self._try_later(held, asked_at)
 
     def _try_later(self, held: _Held, asked_at: float) -> None:
         """Make the call again, after a pause that doubles from 0.2 s to 5 s."""
@@ -4573,46 +4607,50 @@ class _Holdings:
         """Note that others may have a message; if it waits, it is not started."""
         self._warn(held, f"may run twice: {why}")
         held.message.lease_lost = True
-        held.renew_at, held.lease_until = math.inf, -math.inf
+        held.lease_until = -math.inf
+        self._leases.drop(held)
         if held in self._waiting:
             self._close(held, "released")
+
+    def _doubt(self, held: _Held, why: str) -> None:
+        """End a message of which nobody knows whether its delete was applied."""
+        self._warn(held, f"may run again: {why}")
+        self._close(held, "uncertain")
+
+    def _warn(self, held: _Held, text: str) -> None:
+        """Keep a warning about a message for the log."""
+        self.news.append((logging.WARNING, f"{_full_name_of(held.message)} {text}"))
 
     # The end.
 
     def close(self) -> None:
         """End what is decided, done or not; what still runs stays held."""
-        for held in list(self._held):
-            if held.to_delete:
-                self._close(held, "uncertain")
-            elif held.end:
-                self._close(held, held.end)
+        for held in list(self._ending):
+            self._close(held, "uncertain" if held.to_delete else held.end)
 
     def _close(self, held: _Held, end: str) -> None:
         """End a message: the ledger counts it, and nothing more is done for it."""
         held.move(end)
         self.ledger.count(end)
+        self._leases.drop(held)
         for those in (self._held, self._waiting, self._ending):
             those.pop(held, None)
         if self.closing and end == "uncertain":
             self.unanswered += 1
 
-    def _warn(self, held: _Held, text: str) -> None:
-        """Keep a warning about a message for the log."""
-        self.news.append((logging.WARNING, f"{_name_of(held.message)} {text}"))
-
 
 def _of_one_queue(ready: Sequence[_Held]) -> list[_Held]:
     """Return at most ten messages: the first, and others of its queue."""
-    alike = (held for held in ready if held.queue == ready[0].queue)
-    return list(itertools.islice(alike, _MAX_BATCH))
+    alike = [held for held in ready if held.queue == ready[0].queue]
+    return alike[:_MAX_BATCH]
 
 
-def _name_of(received: QueueMessage) -> str:
-    """Return what logs call a message: its ids and its task, in one short line."""
+def _full_name_of(received: QueueMessage) -> str:
+    """Return what logs call a message on its queue: SQS's id, its task and its own id."""
     name = f"message {received.message_id}"
     if received.message:
-        name += f" ({received.message.task_name} {received.message.id})"
-    return re.sub(r"[^ -~]", "?", name)[:300]
+        name += f" ({_name_of(received)})"
+    return re.sub("[^ -~]", "?", name)[:300]
 
 
 # --- 15. the keeper -------------------------------------------------------------------
@@ -4683,7 +4721,7 @@ class _Keeper:
     def wake(self) -> None:
         """Have the keeper look at once, if something is due before it would."""
         with self._due:
-            if self.holdings.next_at(self._clock()) < self._looks_at:
+            if self.holdings.next_at() < self._looks_at:
                 self._due.notify()
 
     def give_up_after(self, seconds: float) -> None:
@@ -4726,7 +4764,7 @@ class _Keeper:
 
     def _wait(self, now: float) -> None:
         """Wait until something may be due; called with the lock held."""
-        self._looks_at = min(now + _TICK_S, self.holdings.next_at(now))
+        self._looks_at = min(now + _TICK_S, self.holdings.next_at())
         self._due.wait(self._looks_at - now)
         self._looks_at = 0.0
 
@@ -5437,7 +5475,9 @@ class Worker:
         self.overdue.set()
         self._keeper.give_up_after(flush_s)
         for received in self._course.still_run():
-            _log.warning("the grace is over, and %s still runs", _name_of(received))
+            _log.warning(
+                "the grace is over, and %s still runs", _full_name_of(received)
+            )
         for child in self._children:
             child.kill()
         if self._course.ended.wait(flush_s / 2):
@@ -5540,7 +5580,7 @@ def _dead_letter(
         _send_copy(broker, target, received, error)
     except Exception as failure:
         text = "%s: %s can't be dead-lettered and is left to the queue: %s"
-        _log.warning(text, received.queue, _name_of(received), failure)
+        _log.warning(text, received.queue, _full_name_of(received), failure)
         return False
     return True
 
@@ -5605,62 +5645,61 @@ def _error_record(
 
 
 # --- 17. log records ------------------------------------------------------------------
+# The one place where records become lines: JSON for the command line's `--log-format`,
+# and JSON for the worker that a child logs to. A record says in which task it was made,
+# and fields that the application gave it stay as they are. Whatever a record carries,
+# its line can be written.
+
+
+# What every record has; all else was given to it as `extra`.
+_RECORD_FIELDS = vars(logging.makeLogRecord({})).keys() | {"message", "asctime"}
 
 
 def _add_task(record: logging.LogRecord) -> bool:
-    """Note in a log record the task that it was made in; a filter of handlers."""
-    if task := current_task():
-        for name in (
-            "task",
-            "id",
-            "attempt",
-        ):  # but what the record has of its own stays
-            vars(record).setdefault(name, getattr(task, name))
+    """Note in a record the task that it was made in; used as a filter of handlers."""
+    current = current_task()
+    if current is not None:
+        for name in ("task", "id", "attempt"):
+            vars(record).setdefault(name, getattr(current, name))
     return True
 
 
 def _to_line(values: Mapping[str, Any]) -> str:
-    """Return an object of JSON, of a log record, whose values may be anything."""
-
-    def plain(value: object) -> object:
-        with contextlib.suppress(Exception):
-            return json.loads(json.dumps(value, default=str, allow_nan=False))
-        return _text_of(value)
-
+    """Return values, which may be anything, as a JSON object in one line."""
     try:
         return json.dumps(values, default=str, allow_nan=False)
-    except (
-        Exception
-    ):  # a key that is no text, NaN, a circle, too deep, a str() with a bug
-        return json.dumps({str(key): plain(value) for key, value in values.items()})
+    except Exception:  # NaN, a circle, too deep, a key that is no text, a failing str()
+        plain = {str(key): _to_plain(value) for key, value in values.items()}
+        return json.dumps(plain)
 
 
-class _LineFormatter(logging.Formatter):
-    """Writes a child's log records for its worker."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return a line of JSON, with text and traceback made: the arguments may not be JSON."""
-        _add_task(record)
-        super().format(record)  # notes the text and the traceback in the record
-        text = {"msg": record.message, "args": None, "exc_info": None}
-        return _to_line(vars(record) | text)
+def _to_plain(value: object) -> object:
+    """Return what JSON makes of a value, or its text where JSON can't hold it."""
+    try:
+        return json.loads(json.dumps(value, default=str, allow_nan=False))
+    except Exception:  # as above
+        return _text_of(value)
 
 
 class _JsonFormatter(logging.Formatter):
-    """One JSON object a line, with what a record carries as `extra`."""
-
-    # What every record has; all else was given to it as `extra`.
-    _own = vars(logging.makeLogRecord({})).keys() | {"message", "asctime"}
+    """Writes a record as a JSON object in one line, with what it carries as `extra`."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return a line of JSON; what JSON can't hold, as text."""
-        super().format(record)  # notes its message, and its traceback as exc_text
+        """Return the line; what JSON can't hold is in it as text."""
+        super().format(record)  # makes the record's text, and its traceback's
         when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-        line = {"time": f"{when}.{record.msecs:03.0f}Z", "level": record.levelname}
-        line |= {"logger": record.name, "message": record.message}
-        line |= {"exception": record.exc_text} if record.exc_text else {}
+        line = {
+            "time": f"{when}.{record.msecs:03.0f}Z",
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.message,
+        }
+        if record.exc_text:
+            line["exception"] = record.exc_text
         extra = {
-            key: value for key, value in vars(record).items() if key not in self._own
+            key: value
+            for key, value in vars(record).items()
+            if key not in _RECORD_FIELDS
         }
         return _to_line(line | extra)
 
@@ -5679,280 +5718,570 @@ class _TextFormatter(logging.Formatter):
         return f"{begin} [{run}] {record.message}"
 
 
+class _LineFormatter(logging.Formatter):
+    """Writes a child's record for its worker, where :func:`_log_again` reads it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return a JSON object in one line that has all of the record as text."""
+        super().format(record)  # makes the record's text, and its traceback's
+        text = {"msg": record.message, "args": None, "exc_info": None}
+        return _to_line(vars(record) | text)
+
+
+def _log_again(fields: Mapping[str, Any]) -> None:
+    """Log in the worker what a child has logged, as far as the worker's levels let it."""
+    record = logging.makeLogRecord(fields)
+    logger = logging.getLogger(record.name)
+    if logger.isEnabledFor(record.levelno):
+        logger.handle(record)
+
+
+def _log_only_to(handler: logging.Handler, level: int) -> None:
+    """Have all records go to one handler, whatever the application has configured."""
+    root = logging.getLogger()
+    for logger in list(root.manager.loggerDict.values()):
+        if isinstance(logger, logging.Logger):  # else a place in a dotted name
+            logger.handlers.clear()
+            logger.propagate = True
+    root.handlers[:] = [handler]
+    root.setLevel(level)
+    _log.logger.disabled = False  # as logging.config does to those made before it
+
+
 # --- 18. isolation --------------------------------------------------------------------
+# A slot of the worker may have a child: a process that runs its isolated messages, and
+# that may be killed or crash without harm to the worker. Only a run that began can have
+# crashed; what did not begin is a _CannotStart. They talk by one socket, in lines of
+# JSON: nothing is unpickled, and no setting is in an argument or the environment. Of
+# what comes from a child, only an answer that is due counts; else the child is killed.
 
 
-_START_S = 60  # how long a child may take to import the tasks
+_START_S = 60  # for a child to import the tasks, and to begin a run
+_END_S = 5  # for a child to end by itself when it is told to, atexit functions included
+_CRASH_S = 1  # for the system to say how a child ended whose socket is closed
+_SIGNAL_NAMES = {number.value: number.name for number in signal.Signals}
 
-
-def _start_of_children(*, everything: bool) -> dict[str, Any]:
-    """Return what a child begins with, and {} where no task is isolated.
-
-    :raises ConfigurationError: if a child can't import what it is to run
-    """
-    isolated = [task for task in _registry.values() if everything or task.isolate]
-    for task in isolated:
-        text = f"{task.name}: a task of __main__ can't be isolated: move it to a module"
-        _require(task.fn.__module__ not in _MAINS, text)
-    values = {name: getattr(settings, name) for name in _SETTINGS} if isolated else {}
-    for name, hook in [
-        (name, value) for name, value in values.items() if callable(value)
-    ]:
-        values[name] = path = f"{hook.__module__}.{getattr(hook, '__qualname__', '')}"
-        # What the path leads to must be the very hook: a name may have been given to another since.
-        found = None
-        with contextlib.suppress(ImportError, AttributeError, ValueError):
-            found = _conform(_HOOK, path)
-        text = (
-            f"{name}: where tasks are isolated, expected a function with a dotted path"
-        )
-        _require(found is hook, f"{text}, got {hook!r}")
-    start = {
-        "isolated": [task.name for task in isolated],
-        "settings": values,
-        "modules": sorted({task.fn.__module__ for task in isolated}),
-        "path": [os.path.abspath(folder) for folder in sys.path],
-        "environ": {k: v for k, v in os.environ.items() if k == "PYTHONPATH"},
-        "level": logging.getLogger().level,
-    }
-    return start if isolated else {}
+# What a child runs. It finds modules as its worker does, this one included, so that the
+# first line of its socket is sys.path. Unbuffered, or it would read the next lines too.
+_BOOT = (
+    "import importlib, json, sys; "
+    "lines = open(int(sys.argv[3]), 'rb', 0, closefd=False); "
+    "sys.path[:] = json.loads(lines.readline()); "
+    "sys.exit(importlib.import_module(sys.argv[1])._run_program(sys.argv[2:]))"
+)
 
 
 class _CannotStart(TaskhawkError):
-    """A child could not be started, or could not import what it is to run."""
+    """No child could begin to run a message: release it, and try again later."""
+
+
+def _start_of_children(*, everything: bool) -> dict[str, Any]:
+    """Return what children are told when they start, or {} if no task is isolated.
+
+    :param everything: whether all tasks are isolated, or those that say so
+    :raises ConfigurationError: if a child can't import a task or a hook
+    """
+    isolated = [each for each in _registry.values() if everything or each.isolate]
+    if not isolated:
+        return {}
+    if getattr(sys, "frozen", False):
+        raise ConfigurationError(
+            f"{isolated[0].name}: a frozen application can't isolate tasks: "
+            "leave out isolate and time_limit, or run it with Python"
+        )
+    return {
+        "isolated": [each.name for each in isolated],
+        "modules": list(dict.fromkeys(map(_module_to_import, isolated))),
+        "settings": _settings_of_children(),
+        "path": _path_of_children(),
+        "level": logging.getLogger().level,
+    }
+
+
+def _module_to_import(declared: Task[Any, Any]) -> str:
+    """Return the module whose import declares a task, as it did in the worker.
+
+    That is the outermost: those that it imports may work in this order alone.
+    """
+    for name in declared.imported_by:
+        # Not one that is starting the worker right now: a child would start another.
+        spec = getattr(sys.modules.get(name), "__spec__", None)
+        if not getattr(spec, "_initializing", False):
+            return name
+    module = getattr(declared, "declared_in", declared.fn.__module__)
+    if module in _MAINS:
+        raise ConfigurationError(
+            f"{declared.name}: a task of __main__ can't be isolated: "
+            "move it to a module"
+        )
+    return str(module)
+
+
+def _path_of_children() -> list[str]:
+    """Return sys.path with folders that do not depend on the current one."""
+    path = []
+    for entry in sys.path:
+        if os.path.exists(entry or os.curdir):
+            path.append(os.path.abspath(entry))
+        else:  # it may be for a hook, such as those of editable installs
+            path.append(entry)
+    return path
+
+
+def _settings_of_children() -> dict[str, Any]:
+    """Return all settings as they are now, with hooks by their dotted paths."""
+    values = {name: getattr(settings, name) for name in _SETTINGS}
+    for name, value in values.items():
+        if callable(value):
+            values[name] = _path_of_hook(name, value)
+    # Of one source, where another may have a token that does not belong to the key.
+    credentials = settings.credentials()
+    values["AWS_ACCESS_KEY"] = credentials.get("aws_access_key_id")
+    values["AWS_SECRET_KEY"] = credentials.get("aws_secret_access_key")
+    values["AWS_SESSION_TOKEN"] = credentials.get("aws_session_token")
+    return values
+
+
+def _path_of_hook(name: str, hook: Any) -> str:
+    """Return the dotted path by which a child finds the hook of a setting."""
+    module = getattr(hook, "__module__", None)
+    path = f"{module}.{getattr(hook, '__qualname__', '')}"
+    found = None
+    with contextlib.suppress(ConfigurationError):
+        found = _Source("the hook itself", {name: path}.get).read(name)
+    # The path must lead to this very hook: its name may be another function's by now.
+    if found is hook and module not in _MAINS:
+        return path
+    raise ConfigurationError(
+        f"{name}: where tasks are isolated, expected a function with a dotted path, "
+        f"got {hook!r}"
+    )
 
 
 class _Child:
-    """The process that runs a slot's isolated messages, for it may have to be killed, or crash.
+    """Runs the isolated messages of a slot, in one process after another.
 
-    It gets JSON by a socket, a line each, and answers so: nothing is unpickled, and no setting is
-    in an argument or the environment.
+    One thread calls its methods; any thread may call :meth:`kill`.
+
+    :param start: what :func:`_start_of_children` returned
+    :param max_tasks: a process is replaced after so many runs
+    :param given_up: set before :meth:`kill` is called, when the worker's grace is over
     """
 
     def __init__(
-        self, start: Mapping[str, Any], max_tasks: int, given_up: threading.Event
+        self, start: Mapping[str, Any] | None, max_tasks: int, given_up: threading.Event
     ) -> None:
-        """Start no process yet.
-
-        :param start: what :func:`_start_of_children` returned
-        :param max_tasks: after how many runs a process is replaced
-        :param given_up: set when the worker's grace is over
-        """
-        self._start, self._max_tasks, self._given_up = start, max_tasks, given_up
-        self._left = 0  # messages until the process is replaced
-        # Held to kill and to reap, so that no other process is killed under a number used again.
-        self._lock = threading.Lock()
-        self._process: Any = None
+        self._start, self._max_tasks, self._given_up = start or {}, max_tasks, given_up
+        self._isolated = frozenset(self._start.get("isolated", ()))
+        self._process: _ChildProcess | None = None
+        self._runs_left = 0  # until the process is replaced
 
     def start(self) -> None:
-        """Start the process."""
-        self._ensure_process()
+        """Start a process unless there is one, or raise _CannotStart."""
+        if self._process is None:
+            self._start_process()
 
     def takes(self, received: QueueMessage) -> bool:
-        """Return whether a message is the child's to run."""
-        with contextlib.suppress(ValidationError):
+        """Return whether a message is for an isolated task; note what it decodes to."""
+        if not self._isolated:
+            return False
+        try:
             message = _decode(received.body)
-            if message.task.name in self._start["isolated"]:
-                received.message, message.received = message, received
-        return received.message is not None
+            isolated = message.task.name in self._isolated
+        except ValidationError:
+            return False  # process() will say what is wrong with it
+        if isolated:
+            received.message, message.received = message, received
+        return isolated
 
     def process(self, received: QueueMessage) -> Outcome | None:
-        """Do as :func:`process` does; None if the worker's grace ended meanwhile."""
-        # The limit is the parent's to keep: code that holds the GIL can't be stopped from inside.
-        task, began = typing.cast("Message", received.message).task, time.monotonic()
-        outcome, why = None, ""
+        """Run a message that it takes, and decide as :func:`process` does.
+
+        :returns: None if the process was killed because the worker's grace is over
+        :raises _CannotStart: if the run did not begin, for another reason
+        """
+        its_task = typing.cast("Message", received.message).task
+        began = time.monotonic()
         try:
-            self._ensure_process()
-            began = time.monotonic()  # the imports of a new process are not the run's
-            with self._killed_after(task.time_limit):
-                # Nobody would kill what begins after the end of the grace.
-                outcome = None if self._given_up.is_set() else self._ask(received)
-        except (
-            OSError,
-            ValueError,
-        ) as error:  # it ended, or something else wrote to its socket
-            why = str(error)
-        self._left -= 1
-        late = task.time_limit and time.monotonic() - began >= task.time_limit
-        if not outcome or late or not self._left:
-            why = self.close() or why
-        if outcome or self._given_up.is_set():
-            return outcome
-        failure: TaskhawkError = ChildCrashed(f"{task.name}: its process ended: {why}")
-        if late:
-            text = (
-                f"{task.name} ran longer than its time limit of {task.time_limit:g} s"
-            )
-            failure = TimeLimitExceeded(text)
-        return _failed(received, failure, began)
-
-    def _ask(self, received: QueueMessage) -> Outcome | None:
-        """Have a message run, and return how it ended, or None if the process did."""
-        self._send(
-            {k: v for k, v in vars(received).items() if k not in ("broker", "message")}
-        )
-        if (answer := self._answer()) is None:
-            return None
-        fate, delay_s, *raised = answer
-        error: BaseException | None = None
-        if raised:  # an error of the same name, with the trace
-            name, text, trace = raised
-            error = type(name, (TaskhawkError,), {})(text)
-            error.add_note(trace)
-        return Outcome(Fate(fate), error, delay_s)
-
-    def _answer(self) -> list[Any] | None:
-        """Return the process's next answer, once the log records before it are handled."""
-        while (line := self._lines.readline()).endswith(b"\n"):
-            frame = json.loads(line)
-            if isinstance(frame, list):
-                return frame
-            record = logging.makeLogRecord(frame)
-            if (logger := logging.getLogger(record.name)).isEnabledFor(record.levelno):
-                _log.safely(logger.handle, record)
-        return None
-
-    def _ensure_process(self) -> None:
-        """Start a process, unless the last one still lives."""
-        import socket
-        import subprocess
-
-        with self._lock:
-            if self._process and self._process.poll() is None:
-                return
-        self.close()
-        self._socket, theirs = socket.socketpair()
-        self._lines = self._socket.makefile("rb")
-        command = [
-            sys.executable,
-            "-m",
-            __name__,
-            "_child",
-            str(theirs.fileno()),
-            str(os.getpid()),
-        ]
-        # It is to find this file and the tasks where we did; tasks then see the variable as it was.
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join(self._start["path"])}
-        options: Any = {
-            "stdin": subprocess.DEVNULL,
-            "start_new_session": True,
-            "env": env,
-        }
-        with theirs:
-            options["pass_fds"] = [theirs.fileno()]
-            self._process = subprocess.Popen(command, **options)  # noqa: S603 - it is this file
-        self._send(self._start)
-        self._left = self._max_tasks
-        with self._killed_after(_START_S):
-            if not self._given_up.is_set():
-                self._answer()  # an empty one: it has imported the tasks
-
-    def _send(self, value: object) -> None:
-        self._socket.sendall(json.dumps(value, default=str).encode() + b"\n")
-
-    @contextlib.contextmanager
-    def _killed_after(self, seconds: float | None) -> Iterator[None]:
-        """Kill the process if what is inside takes longer; it never kills the next one."""
-        timer = threading.Timer(seconds or 0, self.kill)
-        if seconds:
-            timer.start()
-        try:
-            yield
-        finally:
-            timer.cancel()
-            if seconds:
-                timer.join()
+            running = self._begin(its_task.name, received)
+            began = time.monotonic()  # a new process's imports are not the run's
+            return self._finish(running, its_task, began)
+        except TaskhawkError as failure:
+            if self._given_up.is_set():
+                return None
+            if isinstance(failure, _CannotStart):
+                raise
+            # Without our own traceback, which says nothing of the failure.
+            return _failed(received, failure.with_traceback(None), began)
 
     def kill(self) -> None:
         """Kill the process and what it started, also in C code that holds the GIL."""
-        with self._lock:
-            if self._process and self._process.returncode is None:
-                # Not reaped yet, so the number is still its own, and its group's.
-                os.killpg(self._process.pid, signal.SIGKILL)
+        running = self._process
+        if running is not None:
+            running.kill()
 
-    def close(self) -> str:
-        """End the process, and say how it ended."""
+    def close(self) -> None:
+        """Have the process end, if there is one."""
+        self._end(_END_S)
+
+    def _end(self, within_s: float) -> str:
+        """Have the process end, if there is one, and return how it ended."""
+        if self._process is None:
+            return ""
+        how = self._process.end(within_s)
+        self._process = None  # only now: kill() may be called while it ends
+        return how
+
+    def _begin(self, name: str, received: QueueMessage) -> _ChildProcess:
+        """Return a process that has begun to run a message, or raise _CannotStart."""
+        request = {
+            field: value
+            for field, value in vars(received).items()
+            if field not in ("broker", "message")
+        }
+        how = ""
+        for _ in range(2):  # the process may have died since its last run
+            running = self._process or self._start_process()
+            if name in running.unknown:
+                modules = ", ".join(self._start["modules"])
+                raise _CannotStart(
+                    f"{name} is not declared where a child imports {modules}: "
+                    "declare it in a module, not in a function that the worker calls"
+                )
+            until = time.monotonic() + _START_S
+            try:
+                running.tell(request, until)
+                running.hear("began", until)
+            except (OSError, ValueError):
+                how = self._end(_CRASH_S)
+            else:
+                return running
+        raise _CannotStart(f"{name}: its process ended before the run began: {how}")
+
+    def _start_process(self) -> _ChildProcess:
+        """Start a process and have it import the tasks, or raise _CannotStart."""
+        try:
+            self._process = started = _ChildProcess()
+        except OSError as error:
+            raise _CannotStart(f"no process can be started: {error}") from error
+        # Only now: had the grace ended before, kill() would not have seen the process.
+        if self._given_up.is_set():
+            started.kill()
+        until = time.monotonic() + _START_S
+        try:
+            started.tell(self._start["path"], until)
+            started.tell(self._start, until)
+            failure, started.unknown = started.hear("imported", until)
+        except TimeoutError:
+            failure = f"it takes longer than {_START_S} s"
+        except (OSError, ValueError):
+            failure = f"its process ended: {self._end(_CRASH_S)}"
+        if failure:
+            self._end(_CRASH_S)
+            raise _CannotStart(f"a child can't import the tasks: {failure}")
+        self._runs_left = self._max_tasks
+        return started
+
+    def _finish(
+        self, running: _ChildProcess, its_task: Task[Any, Any], began: float
+    ) -> Outcome:
+        """Return how a run that began has ended.
+
+        :raises TimeLimitExceeded: if it took longer; it is killed
+        :raises ChildCrashed: if its process ended, or said what is no answer
+        """
+        name, limit_s = its_task.name, its_task.time_limit
+        until = math.inf if limit_s is None else began + limit_s
+        try:
+            outcome = _to_outcome(running.hear("ended", until))
+        except TimeoutError:
+            self._end(0)
+            raise TimeLimitExceeded(
+                f"{name} ran longer than its time limit of {limit_s:g} s"
+            ) from None
+        except OSError:
+            how = self._end(_CRASH_S)
+            raise ChildCrashed(f"{name}: its process ended: {how}") from None
+        except ValueError:
+            self._end(0)
+            raise ChildCrashed(
+                f"{name}: its process wrote to the socket of its worker"
+            ) from None
+        self._runs_left -= 1
+        if not self._runs_left:
+            self.close()
+        return outcome
+
+
+class _ChildProcess:
+    """A process of a slot, and the worker's end of the socket between them.
+
+    :raises OSError: if it can't be started, for want of memory or file descriptors
+    """
+
+    def __init__(self) -> None:
+        import socket
         import subprocess
 
-        if not self._process:
-            return ""
-        # A thread that the task left behind would keep the process for ever.
-        with (
-            contextlib.suppress(OSError),
-            self._killed_after(5),
-            self._socket,
-            self._lines,
-        ):
-            self._socket.shutdown(1)  # for writing: it ends once it has read all
-            self._lines.read()  # until it is gone
-        with self._lock:
+        self.unknown: list[str] = []  # isolated tasks that it did not find
+        # Held to kill and to reap: what was reaped has a number that may be used again.
+        self._lock = threading.Lock()
+        self._socket, theirs = socket.socketpair()
+        self._lines = self._socket.makefile("rb")
+        number = theirs.fileno()
+        program = [__name__, "_child", str(number), str(os.getpid())]
+        flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]  # noqa: SLF001 - multiprocessing uses it, too
+        with theirs:
             try:
-                code = self._process.wait(5)
-            except subprocess.TimeoutExpired:  # its task closed our socket, and goes on
+                self._process = subprocess.Popen(  # noqa: S603 - it is this file
+                    [sys.executable, *flags, "-c", _BOOT, *program],
+                    stdin=subprocess.DEVNULL,
+                    start_new_session=True,
+                    pass_fds=[number],
+                )
+            except OSError:
+                self._close()
+                raise
+
+    def tell(self, value: object, until: float) -> None:
+        """Send it a line of JSON; raise OSError if it has ended, or time is up."""
+        self._wait_at_most(until)
+        self._socket.sendall(json.dumps(value, default=str).encode() + b"\n")
+
+    def hear(self, kind: str, until: float) -> list[Any]:
+        """Return what it says next of this kind, and log what it logged before.
+
+        :raises TimeoutError: if it does not say it in time
+        :raises OSError: if it has ended
+        :raises ValueError: if it says anything else
+        """
+        while True:
+            self._wait_at_most(until)
+            line = self._lines.readline()
+            if not line.endswith(b"\n"):
+                raise ConnectionError("the process has ended")
+            said = _parse_line(line)
+            if isinstance(said, dict):
+                _log.safely(_log_again, said)
+            elif isinstance(said, list) and said[:1] == [kind]:
+                return said[1:]
+            else:
+                raise ValueError(f"{kind!r} was expected of a child")
+
+    def kill(self) -> None:
+        """Kill it and what it started, also in C code that holds the GIL."""
+        with self._lock:
+            if self._process.returncode is None:
                 os.killpg(self._process.pid, signal.SIGKILL)
-                code = self._process.wait()
-            self._process = (
-                None  # under the lock too, or kill() could meet it half gone
-            )
-        return f"signal {-code}" if code < 0 else f"exit code {code}"
+
+    def end(self, within_s: float) -> str:
+        """Have it end, by a kill if it takes longer, and return how it ended."""
+        until = time.monotonic() + within_s
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(1)  # SHUT_WR: it ends once it has read all
+            self._wait_at_most(until)
+            self._lines.read()  # it may have to write before that
+        if not self._has_ended(until):  # a thread that a task left behind goes on, say
+            self.kill()
+            self._has_ended(math.inf)
+        self._close()
+        return _how_it_ended(self._process.returncode)
+
+    def _wait_at_most(self, until: float) -> None:
+        """Bound what follows on the socket; raise TimeoutError if time is up."""
+        left_s = until - time.monotonic()
+        if left_s <= 0:
+            raise TimeoutError
+        self._socket.settimeout(None if until == math.inf else left_s)
+
+    def _close(self) -> None:
+        """Let go of the socket."""
+        self._lines.close()
+        self._socket.close()
+
+    def _has_ended(self, until: float) -> bool:
+        """Return whether it has ended, and wait for that until a time."""
+        while True:
+            with self._lock:
+                code = self._process.poll()
+            if code is not None:
+                return True
+            if time.monotonic() >= until:
+                return False
+            time.sleep(0.005)
+
+
+def _parse_line(line: bytes) -> Any:
+    """Return the JSON of a line, or raise ValueError."""
+    try:
+        return json.loads(line)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _to_answer(outcome: Outcome) -> list[Any]:
+    """Return an outcome as :func:`_to_outcome` reads it; of an error, its texts."""
+    error, raised = outcome.error, None
+    if error is not None:
+        trace = "".join(traceback.format_exception(error))
+        raised = [type(error).__name__, _text_of(error), trace]
+    return [outcome.fate.value, outcome.delay_s, raised]
+
+
+def _to_outcome(answer: Any) -> Outcome:
+    """Return the outcome that a child answers, or raise ValueError."""
+    match answer:
+        case [str(fate), None | int() | float() as delay_s, None]:
+            error = None
+        case [
+            str(fate),
+            None | int() | float() as delay_s,
+            [str(name), str(text), str(trace)],
+        ]:
+            # Not the class itself: a name in an answer is not to import anything.
+            error = type(name, (TaskhawkError,), {})(text)
+            error.add_note(trace)
+        case _:
+            raise ValueError("not an answer")
+    return Outcome(Fate(fate), error, delay_s)
+
+
+def _how_it_ended(exit_code: int) -> str:
+    """Return in words what :attr:`subprocess.Popen.returncode` says."""
+    if exit_code >= 0:
+        return f"exit code {exit_code}"
+    return _SIGNAL_NAMES.get(-exit_code, f"signal {-exit_code}")
+
+
+class _Report(logging.StreamHandler[typing.TextIO]):
+    """What a child says to its worker: its log records, and how its runs go.
+
+    :param number: of the child's socket
+    """
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+        self._socket = open(number, "w", closefd=False)  # noqa: SIM115 - until the end
+        self._nowhere = os.open(os.devnull, os.O_RDWR)
+        super().__init__(self._socket)
+        self.addFilter(_add_task)
+        self.setFormatter(_LineFormatter())
+        os.register_at_fork(after_in_child=self._leave)
+
+    def tell(self, *frame: object) -> None:
+        """Say how a run goes."""
+        with typing.cast("threading.RLock", self.lock):  # any thread may log
+            self._socket.write(json.dumps(frame) + "\n")
+            self._socket.flush()
+
+    def _leave(self) -> None:
+        """Have what a task forks neither answer, nor keep the socket open, nor log to it."""
+        os.dup2(self._nowhere, self._number, inheritable=False)
+        self.stream = sys.stderr
 
 
 @_one_event_loop()
 def _serve_worker(argv: Sequence[str]) -> int:
-    """Run messages for a worker's slot: what ``python -m taskhawk _child`` does.
+    """Run messages for a slot of a worker, which started this process.
 
     :param argv: the number of the socket, and the worker's process id
     """
     number, worker = map(int, argv)
-    for each in (signal.SIGINT, signal.SIGTERM):  # they are the worker's to handle
-        signal.signal(each, signal.SIG_IGN)
-    import ctypes
-
-    with contextlib.suppress(AttributeError):  # only Linux has it
-        ctypes.CDLL(None).prctl(
-            1, signal.SIGKILL
-        )  # PR_SET_PDEATHSIG: die with the slot's thread
+    _leave_signals_to_worker()
+    _die_with_parent()
     if os.getppid() != worker:  # it died before that
         return 1
-    os.set_inheritable(number, False)  # noqa: FBT003 - what a task starts must not keep it open
-    with (
-        open(number, "rb", closefd=False) as lines,
-        open(number, "w", closefd=False) as answers,
-    ):
+    os.set_inheritable(number, False)  # noqa: FBT003 - what a task starts must not keep it
+    report = _Report(number)
+    with open(number, "rb", closefd=False) as lines:
         start = json.loads(lines.readline())
-        sys.path[:] = start["path"]
-        del os.environ["PYTHONPATH"]
-        os.environ.update(start["environ"])
-        configure(start["settings"])
-        handler: Any = logging.StreamHandler(answers)
-        handler.setFormatter(_LineFormatter())
-        logging.basicConfig(level=start["level"], handlers=[handler])
-
-        def leave() -> (
-            None
-        ):  # what a task forks must neither answer nor keep the socket open
-            os.dup2(nothing, number, inheritable=False)
-            handler.stream = sys.stderr
-
-        nothing = os.open(os.devnull, os.O_RDWR)
-        os.register_at_fork(after_in_child=leave)
-        for module in start["modules"]:
-            importlib.import_module(module)
-        broker = _brokers.broker() if settings.TASKHAWK_BROKER != "sqlite://" else None
-        answer: list[Any] = []  # the first says that we are ready
-        while True:
-            with handler.lock:  # any thread writes log records
-                print(json.dumps(answer), file=answers, flush=True)
-            if not (line := lines.readline()):
-                return 0
-            outcome = process(QueueMessage(**json.loads(line), broker=broker))
-            answer = [outcome.fate.value, outcome.delay_s]
-            if error := outcome.error:
-                trace = "".join(traceback.format_exception(error))
-                answer += [type(error).__name__, _text_of(error), trace]
+        try:
+            _import_tasks(start, report)
+        except BaseException as error:  # SystemExit too
+            report.tell("imported", _where_raised(error), [])
+            return 1
+        unknown = [name for name in start["isolated"] if name not in _registry]
+        report.tell("imported", "", unknown)
+        while line := lines.readline():
+            report.tell("began")
+            received = QueueMessage(**json.loads(line), broker=_broker_of_child())
+            report.tell("ended", *_to_answer(process(received)))
+    return 0
 
 
 _programs["_child"] = _serve_worker
+
+
+def _leave_signals_to_worker() -> None:
+    """Have SIGINT and SIGTERM do nothing here, and what they did in what a task starts.
+
+    A program that it starts has no handlers of ours; SIG_IGN would be inherited.
+    """
+    handlers = {
+        number: signal.getsignal(number)
+        for number in (signal.SIGINT, signal.SIGTERM)
+        if signal.getsignal(number) != signal.SIG_IGN  # it is inherited as it is
+    }
+    held = threading.local()
+
+    def hold() -> None:  # or one that comes right after a fork would do nothing there
+        held.mask = signal.pthread_sigmask(signal.SIG_BLOCK, handlers)
+
+    def release() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held.mask)
+
+    def restore() -> None:
+        for number, handler in handlers.items():
+            if signal.getsignal(number) is _ignore_signal:  # and not the task's own
+                signal.signal(number, handler)
+        release()
+
+    for number in handlers:
+        signal.signal(number, _ignore_signal)
+    os.register_at_fork(before=hold, after_in_parent=release, after_in_child=restore)
+
+
+def _ignore_signal(_number: int, _frame: object) -> None:
+    """Handle a signal that is the worker's to handle."""
+
+
+def _die_with_parent() -> None:
+    """On Linux, have this process killed when the thread ends that started it."""
+    with contextlib.suppress(ImportError, AttributeError):
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def _import_tasks(start: Mapping[str, Any], report: logging.Handler) -> None:
+    """Do in a child what its worker did before it began."""
+    configure(start["settings"])
+    _log_only_to(report, start["level"])
+    _set_up_django()
+    for name in start["modules"]:
+        importlib.import_module(name)
+    # Again, for modules may set up both when they are imported.
+    configure(start["settings"])
+    _log_only_to(report, start["level"])
+    _broker_of_child()
+
+
+def _broker_of_child() -> Broker | None:
+    """Return the broker; None where the queue is in the memory of the worker."""
+    if settings.TASKHAWK_BROKER == "sqlite://":
+        return None
+    return _brokers.broker()
+
+
+def _where_raised(error: BaseException) -> str:
+    """Return an error's type, text and place in one line."""
+    places = [
+        place
+        for place in traceback.extract_tb(error.__traceback__)
+        if not place.filename.startswith("<frozen ")
+    ]
+    last = places[-1]
+    return f"{type(error).__name__}: {_text_of(error)} ({last.filename}:{last.lineno})"
 
 
 # --- 19. Lambda -----------------------------------------------------------------------
@@ -6821,12 +7150,12 @@ def _check_places(priorities: Collection[Priority]) -> Iterator[_Finding]:
         try:
             yield from (_check_topic if on_topics else _check_queue)(priority)
         except Exception as error:
-            yield _error(_text_of(error), "the rest can't be checked", _fix(error))
+            yield _error(_text_of(error), "the rest can't be checked", _advice(error))
             if not re.match(_DENIED, _error_code(error)):
                 return  # the others would say the same
 
 
-def _fix(error: Exception) -> str:
+def _advice(error: Exception) -> str:
     """Return what to do about a queue or topic that can't be looked at."""
     if isinstance(error, ConfigurationError):
         return "as the error says"
@@ -6836,7 +7165,7 @@ def _fix(error: Exception) -> str:
 def _check_settings() -> list[_Finding]:
     """Read all settings, and import the hooks and classes that they name."""
     findings = [
-        _error(str(error), "what uses it fails", _fix(error))
+        _error(str(error), "what uses it fails", _advice(error))
         for error in settings.errors()
     ]
     if findings or settings.TASKHAWK_BROKER != "sqs" or settings.TASKHAWK_QUEUE:
