@@ -6467,7 +6467,7 @@ __all__ += [
 # --- 20. dead letters -----------------------------------------------------------------
 # For people: nothing in production depends on this room. A dead letter is deleted only
 # once its copy is confirmed, so a crash or a fault in between leaves two copies, never
-# none. A scan hides what it receives from others, and shows what it leaves again.
+# none. A scan hides from others what it receives, and shows again what it leaves.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -6555,7 +6555,7 @@ def _recorded_error(received: QueueMessage) -> dict[str, Any] | None:
 
 @dataclasses.dataclass(frozen=True)
 class _LetterFilter:
-    """Says which dead letters are meant: those that fit all of it."""
+    """Says which dead letters are meant: those that fit every field."""
 
     task: str = "*"  # a pattern, as the shell's
     error: str = ""  # a part of the error's type or message
@@ -6598,7 +6598,7 @@ class _Scan:
     priority: Priority
     doing: str
     done: str
-    filter: _LetterFilter = _LetterFilter()
+    wanted: _LetterFilter = _LetterFilter()
     limit: int = sys.maxsize
     num_messages: int = _MAX_BATCH
     lease_s: float | None = 600
@@ -6638,7 +6638,7 @@ class _Scan:
             new = self._receive(total - len(self._seen))
             if not new:
                 return
-            letters = [*filter(self.filter.matches, map(_read_dead_letter, new))]
+            letters = [*filter(self.wanted.matches, map(_read_dead_letter, new))]
             letters = letters[: self.limit - self.matched]
             self.matched += len(letters)
             self.found_ids.update(*(letter.ids for letter in letters))
@@ -6695,8 +6695,9 @@ class _Scan:
         failure: str = "",
     ) -> list[_DeadLetter]:
         """Return those that were not refused; log the first refusal with its remedy."""
-        for refusal in [*refused.values()][:1]:
-            _log.warning("%s: %s", refusal.code, refusal.text)
+        if refused:
+            first = next(iter(refused.values()))
+            _log.warning("%s: %s", first.code, first.text)
         accepted = []
         for index, letter in enumerate(letters):
             if index in refused:
@@ -6709,11 +6710,10 @@ class _Scan:
         """Show what is left to others again."""
         show = functools.partial(self._broker.change_visibility, self._source)
         refused = _in_batches(show, [(r, 0) for r in self._hidden.values()], 3)
-        for refusal in [*refused.values()][:1]:
-            text = (
-                "%d of %d dead letters that were looked at stay hidden for a while: %s"
-            )
-            _log.warning(text, len(refused), len(self._hidden), refusal.text)
+        if refused:
+            reason = next(iter(refused.values())).text
+            text = "%d of %d dead letters looked at stay hidden for a while: %s"
+            _log.warning(text, len(refused), len(self._hidden), reason)
         if kind:
             text = "stopped: up to %d more messages may have been %s"
             self.say(text, _MAX_BATCH, self.done)
@@ -7380,27 +7380,17 @@ def _pair(text: str) -> tuple[str, str]:
     return name, value
 
 
-def _json_array(text: str) -> list[Any]:
-    """Read an array of JSON."""
-    value = _json_of(text)
-    if not isinstance(value, list):
-        raise _wrong("an array of JSON", text)
-    return value
+def _json(kind: type, expected: str) -> Callable[[str], Any]:
+    """Return what reads JSON of one kind."""
 
+    def read(text: str) -> Any:
+        with contextlib.suppress(ValueError, RecursionError):
+            value = _DECODER.decode(text)
+            if isinstance(value, kind):
+                return value
+        raise _wrong(expected, text)
 
-def _json_object(text: str) -> dict[str, Any]:
-    """Read an object of JSON."""
-    value = _json_of(text)
-    if not isinstance(value, dict):
-        raise _wrong("an object of JSON", text)
-    return value
-
-
-def _json_of(text: str) -> Any:
-    """Read JSON; what is not JSON is None."""
-    with contextlib.suppress(ValueError, RecursionError):
-        return _DECODER.decode(text)
-    return None
+    return read
 
 
 _flag = functools.partial(_option, action="store_true")
@@ -7704,10 +7694,10 @@ class _ListenWorker(Worker):
         super().settle(held, outcome)
         message = held.message.message
         if message and outcome.fate is Fate.acknowledge:
-            facts: dict[str, Any] = {"task": message.task_name, "id": message.id}
-            facts["attempt"] = held.message.attempt
+            attempt = held.message.attempt
+            facts = {"task": message.task_name, "id": message.id, "attempt": attempt}
             name = re.sub("[^ -~]", "?", f"{message.task_name} {message.id}")[:200]
-            _log.info("%s: finished", name, extra=facts)
+            _log.info("%s: attempt %d finished", name, attempt, extra=facts)
 
 
 @_command(
@@ -7822,12 +7812,16 @@ def _exit_overdue(ledger: Ledger) -> None:
     "dispatch",
     _option("task", "the task's name"),
     _option(
-        "--args", "(default: [])", type=_json_array, default=[], metavar="JSON ARRAY"
+        "--args",
+        "(default: [])",
+        type=_json(list, "an array of JSON"),
+        default=[],
+        metavar="JSON ARRAY",
     ),
     _option(
         "--kwargs",
         "(default: {})",
-        type=_json_object,
+        type=_json(dict, "an object of JSON"),
         default={},
         metavar="JSON OBJECT",
     ),
@@ -8131,7 +8125,7 @@ def _rewrite_line(text: str, *args: object) -> None:
 
 def _require_found(scan: _Scan) -> None:
     """Raise an error if an id that was named is that of no dead letter."""
-    missing = scan.filter.ids - scan.found_ids
+    missing = scan.wanted.ids - scan.found_ids
     if missing:
         ids = ", ".join(sorted(missing))
         raise TaskhawkError(f"no dead letter that fits the filters has this id: {ids}")
@@ -8268,7 +8262,7 @@ def _delete(arguments: Any) -> None:
 def _is_agreed(scan: _Scan) -> bool:
     """Ask in a terminal whether to delete, where it may be more than one."""
     total = scan.total()
-    most = min(total, scan.limit, len(scan.filter.ids) or total)
+    most = min(total, scan.limit, len(scan.wanted.ids) or total)
     if most <= 1 or not sys.stdin.isatty():
         return True
     question = f"delete up to {most} dead letters for good? [y/N] "

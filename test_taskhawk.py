@@ -11117,7 +11117,9 @@ class TestLambda:
 
 # --- 18. dead letters -----------------------------------------------------------------
 
-NOT_DELETED = "copied, but not deleted: "
+REFUSED = ["InternalError"] * 2
+COPIED = "copied, but not deleted: "
+NOT_DELETED = [f"{COPIED}InternalError"] * 2
 ERROR_RECORD = {
     "type": "ValueError",
     "message": "no amount\nat all",
@@ -11262,55 +11264,25 @@ class TestDeadLetters:
         ("action", "answers", "counts", "failed"),
         [
             # sending is refused: by fault of the message, of the service once, and always
-            (
-                "SendMessageBatch",
-                [refuse(1, 2, ours=True)],
-                (10, 2),
-                ["InternalError"] * 2,
-            ),
-            ("SendMessageBatch", [refuse(1, 2), passed], (12, 0), []),
-            (
-                "SendMessageBatch",
-                [refuse(1, 2), *[refuse(0, 1)] * 2],
-                (10, 2),
-                ["InternalError"] * 2,
-            ),
+            ("Send", [refuse(1, 2, ours=True)], (10, 2), REFUSED),
+            ("Send", [refuse(1, 2), passed], (12, 0), []),
+            ("Send", [refuse(1, 2), *[refuse(0, 1)] * 2], (10, 2), REFUSED),
             # the call failed with no effect, after it, and while it was tried again
-            ("SendMessageBatch", [fault("Odd")] * 6, (0, 12), ["Odd"] * 12),
-            ("SendMessageBatch", [fault_after("Odd")] * 2, (12, 12), ["Odd"] * 12),
-            (
-                "SendMessageBatch",
-                [refuse(1, 2), *[fault("Odd")] * 2],
-                (10, 2),
-                ["Odd"] * 2,
-            ),
+            ("Send", [fault("Odd")] * 6, (0, 12), ["Odd"] * 12),
+            ("Send", [fault_after("Odd")] * 2, (12, 12), ["Odd"] * 12),
+            ("Send", [refuse(1, 2), fault("Odd")], (10, 2), ["Odd"] * 2),
             # deleting is refused, or the call failed
-            ("DeleteMessageBatch", [refuse(1, 2), passed], (12, 0), []),
-            (
-                "DeleteMessageBatch",
-                [refuse(0, 3), *[refuse(0, 1)] * 2],
-                (12, 2),
-                [NOT_DELETED + "InternalError"] * 2,
-            ),
-            (
-                "DeleteMessageBatch",
-                [fault("Odd")] * 6,
-                (12, 12),
-                [NOT_DELETED + "Odd"] * 12,
-            ),
-            (
-                "DeleteMessageBatch",
-                [fault_after("Odd")] * 3,
-                (12, 0),
-                [NOT_DELETED + "Odd"] * 10,
-            ),
+            ("Delete", [refuse(1, 2), passed], (12, 0), []),
+            ("Delete", [refuse(0, 3), *[refuse(0, 1)] * 2], (12, 2), NOT_DELETED),
+            ("Delete", [fault("Odd")] * 6, (12, 12), [f"{COPIED}Odd"] * 12),
+            ("Delete", [fault_after("Odd")] * 3, (12, 0), [f"{COPIED}Odd"] * 10),
         ],
     )
     def test_faults(self, scripted, action, answers, counts, failed):
         """A dead letter is deleted once its copy is confirmed, or stays; the counts are exact."""
         broker = taskhawk._brokers.broker()
         source = put_dead_letters(broker, 12)
-        scripted.script(action, *answers)
+        scripted.script(f"{action}MessageBatch", *answers)
         if failed:
             with pytest.raises(taskhawk.PartialFailure) as raised:
                 taskhawk.requeue_dead_letter(Priority.default)
@@ -11708,7 +11680,7 @@ class TestDeadLetterCommands:
         assert len(letters("list")) == 3
         assert caplog.messages == [
             (
-                "3 of 3 dead letters that were looked at stay hidden for a while:"
+                "3 of 3 dead letters looked at stay hidden for a while:"
                 f" {letters.queue}-DLQ: {DENIED.format('ChangeMessageVisibility')}"
                 " (AccessDenied)"
             )
@@ -12391,6 +12363,31 @@ COMMANDS = [
     "dead-letters",
     *(f"dead-letters {a}" for a in ("list", "show", "requeue", "delete", "export")),
 ]
+WRONG_OPTIONS = """
+dispatch t --args [1                 an array of JSON
+dispatch t --args [NaN]              an array of JSON
+dispatch t --args {}                 an array of JSON
+dispatch t --kwargs []               an object of JSON
+dispatch t --header a                K=V
+dispatch t --delay -1                0 or more seconds, such as 90 or 10m
+dispatch t --delay nan               0 or more seconds, such as 90 or 10m
+dispatch t --delay 1w                0 or more seconds, such as 90 or 10m
+listen --num-messages 0              1 to 100
+listen --num-messages 101            1 to 100
+listen --concurrency 0               1 or more
+listen --max-tasks 1.5               1 or more
+listen --loop-count -1               1 or more
+listen --grace -1                    0 or more seconds, such as 90 or 10m
+listen --visibility-timeout 0.5      1 to 43200 seconds, such as 90 or 10m
+listen --visibility-timeout 13h      1 to 43200 seconds, such as 90 or 10m
+provision --max-receive-count 0      1 to 1000
+provision --max-receive-count 1001   1 to 1000
+stats --interval 0                   0.1 or more seconds, such as 90 or 10m
+stats --interval inf                 0.1 or more seconds, such as 90 or 10m
+dead-letters list --limit x          0 or more
+dead-letters list --older-than 36    a number and one of s, m, h, d, such as 36h
+dead-letters list --older-than h     0 or more seconds, such as 90 or 10m
+"""
 LOG_TIME = r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d,\d\d\d"
 
 
@@ -12640,48 +12637,17 @@ class TestCommandLine:
         monkeypatch.setenv("TASKHAWK_BROKER", "sqlite:///queue.db")
         assert command_error(capsys, *arguments.split()) == (2, f"taskhawk: {sentence}")
 
-    @pytest.mark.parametrize(
-        ("command", "option", "expected"),
-        [
-            ("dispatch t", "--args [1", "an array of JSON"),
-            ("dispatch t", "--args [NaN]", "an array of JSON"),
-            ("dispatch t", "--args {}", "an array of JSON"),
-            ("dispatch t", "--kwargs []", "an object of JSON"),
-            ("dispatch t", "--header a", "K=V"),
-            ("dispatch t", "--delay -1", "0 or more seconds, such as 90 or 10m"),
-            ("dispatch t", "--delay nan", "0 or more seconds, such as 90 or 10m"),
-            ("dispatch t", "--delay 1w", "0 or more seconds, such as 90 or 10m"),
-            ("listen", "--num-messages 0", "1 to 100"),
-            ("listen", "--num-messages 101", "1 to 100"),
-            ("listen", "--concurrency 0", "1 or more"),
-            ("listen", "--max-tasks 1.5", "1 or more"),
-            ("listen", "--loop-count -1", "1 or more"),
-            ("listen", "--grace -1", "0 or more seconds, such as 90 or 10m"),
-            (
-                "listen",
-                "--visibility-timeout 0.5",
-                "1 to 43200 seconds, such as 90 or 10m",
-            ),
-            ("provision", "--max-receive-count 0", "1 to 1000"),
-            ("provision", "--max-receive-count 1001", "1 to 1000"),
-            ("stats", "--interval 0", "0.1 or more seconds, such as 90 or 10m"),
-            ("stats", "--interval inf", "0.1 or more seconds, such as 90 or 10m"),
-            ("dead-letters list", "--limit x", "0 or more"),
-            (
-                "dead-letters list",
-                "--older-than 36",
-                "a number and one of s, m, h, d, such as 36h",
-            ),
-        ],
-    )
-    def test_wrong_options(self, capsys, command, option, expected):
+    @pytest.mark.parametrize("case", WRONG_OPTIONS.strip().splitlines())
+    def test_wrong_options(self, capsys, case):
         """An option that is out of its bounds is refused by name, with what is expected."""
-        name, value = option.split()
-        assert command_error(capsys, *command.split(), name, value) == (
+        words, expected = re.split(" {2,}", case)
+        *command, name, value = words.split()
+        called = " ".join(["taskhawk", *command]).removesuffix(" t")
+        assert command_error(capsys, *command, name, value) == (
             2,
             (
-                f"taskhawk {command.removesuffix(' t')}: argument {name}: expected {expected},"
-                f" got '{value}'; see taskhawk {command.removesuffix(' t')} --help"
+                f"{called}: argument {name}: expected {expected}, got '{value}'; see"
+                f" {called} --help"
             ),
         )
 
@@ -12933,8 +12899,8 @@ class TestCommandLine:
         _, *lines, last = commands.logged("listen", "job", "--until-empty")
         assert sorted(lines) == [
             "INFO [job.add ID attempt 1] added",
-            "INFO job.add ID: finished",
-            "INFO skip ID: finished",
+            "INFO job.add ID: attempt 1 finished",
+            "INFO skip ID: attempt 1 finished",
             "INFO skip ID: ignored",
         ]
         assert last == (
@@ -12991,11 +12957,11 @@ logging.config.dictConfig({{
             assert {"task": "job.add", "message": "added"}.items() <= json.loads(
                 added
             ).items()
-            assert json.loads(finished)["message"] == "job.add ID: finished"
+            assert json.loads(finished)["message"] == "job.add ID: attempt 1 finished"
         else:
             assert added == "theirs job.add added"
             text = "theirs job.add " if root else "INFO "
-            assert finished == f"{text}job.add ID: finished"
+            assert finished == f"{text}job.add ID: attempt 1 finished"
 
     @pytest.mark.slow
     def test_django(self, commands):
