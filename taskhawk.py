@@ -7362,7 +7362,9 @@ def _seconds(least: float = 0, most: float = math.inf) -> Callable[[str], float]
 
 def _bounds(least: float, most: float) -> str:
     """Return which numbers are within bounds."""
-    return f"{least} or more" if most == math.inf else f"{least} to {most}"
+    if most == math.inf:
+        return f"{least} or more"
+    return f"{least} to {most}"
 
 
 def _age(text: str) -> float:
@@ -7527,7 +7529,7 @@ def _parser() -> Any:
     parser = Parser(prog="taskhawk", description=sentence)
     parser.add_argument("--version", action="version", version=VERSION)
     parser.set_defaults(run=None, parser=parser, modules=(), ids=())
-    parser.set_defaults(log_level=None, log_format=None)
+    parser.set_defaults(log_level=None, log_format=None, json=False)
     groups = {"": parser.add_subparsers(metavar="COMMAND")}
     for command, (run, options) in _commands.items():
         text, _, example = (inspect.getdoc(run) or command).partition("\n\n")
@@ -8134,7 +8136,9 @@ def _require_found(scan: _Scan) -> None:
 def _print_letters(
     arguments: Any, doing: str, text_of: Callable[[_DeadLetter], str]
 ) -> None:
-    """Print the dead letters that the options ask for."""
+    """Print the dead letters that the options ask for, with --json as JSON."""
+    if arguments.json:
+        text_of = _as_json
     with _scan_for(arguments, doing, "looked at") as scan:
         for letters in scan:
             _clear_line()
@@ -8190,7 +8194,7 @@ def _list(arguments: Any) -> None:
 
     example: python -m taskhawk dead-letters list --task 'mail.*'
     """
-    _print_letters(arguments, "listing", _as_json if arguments.json else _as_line)
+    _print_letters(arguments, "listing", _as_line)
 
 
 @_command(
@@ -8204,7 +8208,7 @@ def _show(arguments: Any) -> None:
 
     example: python -m taskhawk dead-letters show b1328174-a21c-43d3-b303-964dfcc76efc
     """
-    _print_letters(arguments, "showing", _as_json if arguments.json else _as_page)
+    _print_letters(arguments, "showing", _as_page)
 
 
 @_command("dead-letters export", *_LETTERS)
