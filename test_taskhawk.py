@@ -12165,18 +12165,23 @@ class TestStats:
             run.process.send_signal(signal.SIGINT)
             assert run.end() == 0
         assert "+0.0/s" in run.shown
-        assert run.shown.endswith("\n\r\x1b[K")  # where the terminal wrote ^C
+        assert run.shown.endswith("\r\x1b[K")  # where the terminal wrote ^C
         assert max(map(len, run.shown.splitlines())) <= 80
 
     def test_watch_fault(self, aws, capsys, caplog):
-        """Watching goes on after a fault."""
+        """Watching goes on after a fault; a queue that is not there has no trend."""
 
         def interrupt(call: AwsCall) -> None:
             os.kill(os.getpid(), signal.SIGINT)
 
-        per_look = [None] * 4
+        def all_but_bulk(call: AwsCall) -> AwsAnswer:
+            is_bulk = call.data["QueueName"].endswith("BULK")
+            return fault("QueueDoesNotExist")(call) if is_bulk else None
+
+        aws.always("GetQueueUrl", all_but_bulk)
+        looks = [None] * 12  # of three queues, for their depth and their settings
         expired = fault("ExpiredToken", status=403)
-        aws.script("GetQueueAttributes", *per_look * 2, expired, *per_look, interrupt)
+        aws.script("GetQueueAttributes", *looks, expired, *looks, interrupt)
         assert taskhawk.main(["stats", "--watch", "--interval=0.1"]) == 0
         shown = capsys.readouterr().out
         assert shown.count("default") >= 2
@@ -12840,7 +12845,7 @@ class TestCommandLine:
             assert line in shown.splitlines()
         assert [path.name for path in commands.folder.iterdir()] == ["job.py"]
 
-    def test_tasks_of_a_script(self, capsys):
+    def test_tasks_of_a_script(self):
         """A task of a script, which 1.4 named otherwise, is listed once."""
         taskhawk._registry.clear()
 
@@ -12849,8 +12854,9 @@ class TestCommandLine:
 
         job.__module__ = "__main__"
         name = taskhawk.task(job).name
-        assert taskhawk.main(["tasks"]) == 0
-        assert capsys.readouterr().out == f"{name}  default\n"
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            assert taskhawk.main(["tasks"]) == 0
+        assert output.getvalue() == f"{name}  default\n"
 
     @pytest.mark.parametrize("command", COMMANDS)
     def test_help(self, capsys, command):
@@ -13142,7 +13148,7 @@ class TestCommandLine:
         assert taskhawk.main(["tasks", "job"]) == 130
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("command", ["dead-letters list", "tasks job"])
+    @pytest.mark.parametrize("command", ["dead-letters list", "schema"])
     def test_pipe_is_closed(self, commands, command):
         """Output that nobody reads any more, as of `head`, is no traceback."""
         commands("dispatch", "job.broken")
@@ -13162,6 +13168,28 @@ class TestCommandLine:
         assert "Traceback" not in errors
         assert "BrokenPipeError" not in errors
         assert commands("dead-letters", "list").stdout.count("\n") == 1
+
+    @pytest.mark.slow
+    def test_overdue(self, commands):
+        """A worker ends once its grace is over, though nobody reads its output any more."""
+        (commands.folder / "job.py").write_text(WORKER_MODULE)
+        commands("dispatch", "job.wait", "--args=[1]")
+        process = subprocess.Popen(
+            [sys.executable, "-m", "taskhawk", "listen", "job", "--grace=1"],
+            cwd=commands.folder,
+            env=python_env(commands.env),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            assert process.stdout.readline() == b"started 1\n"
+            process.stdout.close()
+            process.terminate()
+            assert process.wait(WORKER_PATIENCE_S) == 1
+        finally:
+            process.kill()
+            process.stdin.close()
 
     @pytest.mark.slow
     def test_encoding(self, commands):
