@@ -867,6 +867,20 @@ def _set_up_django() -> None:
         _import("django", "the package").setup()
 
 
+def _django_task_modules() -> list[str]:
+    """Return the modules named `tasks` of the installed apps, if Django is set up."""
+    if "django.apps" not in sys.modules:
+        return []
+    from django.apps import apps
+    from django.utils.module_loading import module_has_submodule
+
+    return [
+        f"{app.name}.tasks"
+        for app in apps.get_app_configs()
+        if module_has_submodule(app.module, "tasks")
+    ]
+
+
 # A thread's count of `runs`.
 _slot = threading.local()
 
@@ -6701,7 +6715,7 @@ __all__ += [
 # --- 20. dead letters -----------------------------------------------------------------
 # For people: nothing in production depends on this room. A dead letter is deleted only
 # once its copy is confirmed, so a crash or a fault in between leaves two copies, never
-# none. A scan hides what it receives from others, and shows what it leaves again.
+# none. A scan hides from others what it receives, and shows again what it leaves.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -6789,7 +6803,7 @@ def _recorded_error(received: QueueMessage) -> dict[str, Any] | None:
 
 @dataclasses.dataclass(frozen=True)
 class _LetterFilter:
-    """Says which dead letters are meant: those that fit all of it."""
+    """Says which dead letters are meant: those that fit every field."""
 
     task: str = "*"  # a pattern, as the shell's
     error: str = ""  # a part of the error's type or message
@@ -6832,7 +6846,7 @@ class _Scan:
     priority: Priority
     doing: str
     done: str
-    filter: _LetterFilter = _LetterFilter()
+    wanted: _LetterFilter = _LetterFilter()
     limit: int = sys.maxsize
     num_messages: int = _MAX_BATCH
     lease_s: float | None = 600
@@ -6872,7 +6886,7 @@ class _Scan:
             new = self._receive(total - len(self._seen))
             if not new:
                 return
-            letters = [*filter(self.filter.matches, map(_read_dead_letter, new))]
+            letters = [*filter(self.wanted.matches, map(_read_dead_letter, new))]
             letters = letters[: self.limit - self.matched]
             self.matched += len(letters)
             self.found_ids.update(*(letter.ids for letter in letters))
@@ -6929,8 +6943,9 @@ class _Scan:
         failure: str = "",
     ) -> list[_DeadLetter]:
         """Return those that were not refused; log the first refusal with its remedy."""
-        for refusal in [*refused.values()][:1]:
-            _log.warning("%s: %s", refusal.code, refusal.text)
+        if refused:
+            first = next(iter(refused.values()))
+            _log.warning("%s: %s", first.code, first.text)
         accepted = []
         for index, letter in enumerate(letters):
             if index in refused:
@@ -6943,11 +6958,10 @@ class _Scan:
         """Show what is left to others again."""
         show = functools.partial(self._broker.change_visibility, self._source)
         refused = _in_batches(show, [(r, 0) for r in self._hidden.values()], 3)
-        for refusal in [*refused.values()][:1]:
-            text = (
-                "%d of %d dead letters that were looked at stay hidden for a while: %s"
-            )
-            _log.warning(text, len(refused), len(self._hidden), refusal.text)
+        if refused:
+            reason = next(iter(refused.values())).text
+            text = "%d of %d dead letters looked at stay hidden for a while: %s"
+            _log.warning(text, len(refused), len(self._hidden), reason)
         if kind:
             text = "stopped: up to %d more messages may have been %s"
             self.say(text, _MAX_BATCH, self.done)
@@ -7400,24 +7414,13 @@ def _check_settings() -> list[_Finding]:
     """Read all settings, and import the hooks and classes that they name."""
     findings = [
         _error(str(error), "what uses it fails", _advice(error))
-        for error in _settings_errors()
+        for error in settings.errors()
     ]
     if findings or settings.TASKHAWK_BROKER != "sqs" or settings.TASKHAWK_QUEUE:
         return findings
     why = "no queue has a name; without AWS, try TASKHAWK_BROKER=sqlite:///queue.db"
     remedy = "export TASKHAWK_QUEUE=dev-myapp"
     return [_error("TASKHAWK_QUEUE is not set", why, remedy)]
-
-
-def _settings_errors() -> list[ConfigurationError]:
-    """Return what is wrong with the settings."""
-    errors: dict[str, ConfigurationError] = {}
-    for name in _SETTINGS:
-        try:
-            getattr(settings, name)
-        except ConfigurationError as error:
-            errors.setdefault(str(error), error)  # of a wrong module, all say the same
-    return list(errors.values())
 
 
 def _check_topic(priority: Priority) -> Iterator[_Finding]:
@@ -7607,7 +7610,9 @@ def _seconds(least: float = 0, most: float = math.inf) -> Callable[[str], float]
 
 def _bounds(least: float, most: float) -> str:
     """Return which numbers are within bounds."""
-    return f"{least} or more" if most == math.inf else f"{least} to {most}"
+    if most == math.inf:
+        return f"{least} or more"
+    return f"{least} to {most}"
 
 
 def _age(text: str) -> float:
@@ -7625,27 +7630,17 @@ def _pair(text: str) -> tuple[str, str]:
     return name, value
 
 
-def _json_array(text: str) -> list[Any]:
-    """Read an array of JSON."""
-    value = _json_of(text)
-    if not isinstance(value, list):
-        raise _wrong("an array of JSON", text)
-    return value
+def _json(kind: type, expected: str) -> Callable[[str], Any]:
+    """Return what reads JSON of one kind."""
 
+    def read(text: str) -> Any:
+        with contextlib.suppress(ValueError, RecursionError):
+            value = _DECODER.decode(text)
+            if isinstance(value, kind):
+                return value
+        raise _wrong(expected, text)
 
-def _json_object(text: str) -> dict[str, Any]:
-    """Read an object of JSON."""
-    value = _json_of(text)
-    if not isinstance(value, dict):
-        raise _wrong("an object of JSON", text)
-    return value
-
-
-def _json_of(text: str) -> Any:
-    """Read JSON; what is not JSON is None."""
-    with contextlib.suppress(ValueError, RecursionError):
-        return _DECODER.decode(text)
-    return None
+    return read
 
 
 _flag = functools.partial(_option, action="store_true")
@@ -7763,20 +7758,6 @@ def _log_handlers() -> Iterator[logging.Handler]:
             yield from logger.handlers
 
 
-def _django_task_modules() -> list[str]:
-    """Return the modules named `tasks` of the installed apps, if Django is set up."""
-    if "django.apps" not in sys.modules:
-        return []
-    from django.apps import apps
-    from django.utils.module_loading import module_has_submodule
-
-    return [
-        f"{app.name}.tasks"
-        for app in apps.get_app_configs()
-        if module_has_submodule(app.module, "tasks")
-    ]
-
-
 def _parser() -> Any:
     """Make the parser of all commands."""
     import argparse
@@ -7796,7 +7777,7 @@ def _parser() -> Any:
     parser = Parser(prog="taskhawk", description=sentence)
     parser.add_argument("--version", action="version", version=VERSION)
     parser.set_defaults(run=None, parser=parser, modules=(), ids=())
-    parser.set_defaults(log_level=None, log_format=None)
+    parser.set_defaults(log_level=None, log_format=None, json=False)
     groups = {"": parser.add_subparsers(metavar="COMMAND")}
     for command, (run, options) in _commands.items():
         text, _, example = (inspect.getdoc(run) or command).partition("\n\n")
@@ -7963,9 +7944,10 @@ class _ListenWorker(Worker):
         super().settle(held, outcome)
         message = held.message.message
         if message and outcome.fate is Fate.acknowledge:
-            facts: dict[str, Any] = {"task": message.task_name, "id": message.id}
-            facts["attempt"] = held.message.attempt
-            _log.info("%s %s: finished", message.task_name, message.id, extra=facts)
+            attempt = held.message.attempt
+            facts = {"task": message.task_name, "id": message.id, "attempt": attempt}
+            name = re.sub("[^ -~]", "?", f"{message.task_name} {message.id}")[:200]
+            _log.info("%s: attempt %d finished", name, attempt, extra=facts)
 
 
 @_command(
@@ -8024,8 +8006,7 @@ def _listen(arguments: Any) -> bool:
     """
     _require_tasks("listen")
     # A typo, such as in a hook's name, would send the whole queue to the dead letters.
-    for error in _settings_errors():
-        raise error
+    settings.check()
     priorities = _priorities(arguments.priority)
     worker = _ListenWorker(
         _brokers.broker(),
@@ -8081,12 +8062,16 @@ def _exit_overdue(ledger: Ledger) -> None:
     "dispatch",
     _option("task", "the task's name"),
     _option(
-        "--args", "(default: [])", type=_json_array, default=[], metavar="JSON ARRAY"
+        "--args",
+        "(default: [])",
+        type=_json(list, "an array of JSON"),
+        default=[],
+        metavar="JSON ARRAY",
     ),
     _option(
         "--kwargs",
         "(default: {})",
-        type=_json_object,
+        type=_json(dict, "an object of JSON"),
         default={},
         metavar="JSON OBJECT",
     ),
@@ -8390,7 +8375,7 @@ def _rewrite_line(text: str, *args: object) -> None:
 
 def _require_found(scan: _Scan) -> None:
     """Raise an error if an id that was named is that of no dead letter."""
-    missing = scan.filter.ids - scan.found_ids
+    missing = scan.wanted.ids - scan.found_ids
     if missing:
         ids = ", ".join(sorted(missing))
         raise TaskhawkError(f"no dead letter that fits the filters has this id: {ids}")
@@ -8399,7 +8384,9 @@ def _require_found(scan: _Scan) -> None:
 def _print_letters(
     arguments: Any, doing: str, text_of: Callable[[_DeadLetter], str]
 ) -> None:
-    """Print the dead letters that the options ask for."""
+    """Print the dead letters that the options ask for, with --json as JSON."""
+    if arguments.json:
+        text_of = _as_json
     with _scan_for(arguments, doing, "looked at") as scan:
         for letters in scan:
             _clear_line()
@@ -8455,7 +8442,7 @@ def _list(arguments: Any) -> None:
 
     example: python -m taskhawk dead-letters list --task 'mail.*'
     """
-    _print_letters(arguments, "listing", _as_json if arguments.json else _as_line)
+    _print_letters(arguments, "listing", _as_line)
 
 
 @_command(
@@ -8469,7 +8456,7 @@ def _show(arguments: Any) -> None:
 
     example: python -m taskhawk dead-letters show b1328174-a21c-43d3-b303-964dfcc76efc
     """
-    _print_letters(arguments, "showing", _as_json if arguments.json else _as_page)
+    _print_letters(arguments, "showing", _as_page)
 
 
 @_command("dead-letters export", *_LETTERS)
@@ -8527,7 +8514,7 @@ def _delete(arguments: Any) -> None:
 def _is_agreed(scan: _Scan) -> bool:
     """Ask in a terminal whether to delete, where it may be more than one."""
     total = scan.total()
-    most = min(total, scan.limit, len(scan.filter.ids) or total)
+    most = min(total, scan.limit, len(scan.wanted.ids) or total)
     if most <= 1 or not sys.stdin.isatty():
         return True
     question = f"delete up to {most} dead letters for good? [y/N] "

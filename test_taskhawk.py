@@ -11481,7 +11481,9 @@ class TestLambda:
 
 # --- 18. dead letters -----------------------------------------------------------------
 
-NOT_DELETED = "copied, but not deleted: "
+REFUSED = ["InternalError"] * 2
+COPIED = "copied, but not deleted: "
+NOT_DELETED = [f"{COPIED}InternalError"] * 2
 ERROR_RECORD = {
     "type": "ValueError",
     "message": "no amount\nat all",
@@ -11626,55 +11628,25 @@ class TestDeadLetters:
         ("action", "answers", "counts", "failed"),
         [
             # sending is refused: by fault of the message, of the service once, and always
-            (
-                "SendMessageBatch",
-                [refuse(1, 2, ours=True)],
-                (10, 2),
-                ["InternalError"] * 2,
-            ),
-            ("SendMessageBatch", [refuse(1, 2), passed], (12, 0), []),
-            (
-                "SendMessageBatch",
-                [refuse(1, 2), *[refuse(0, 1)] * 2],
-                (10, 2),
-                ["InternalError"] * 2,
-            ),
+            ("Send", [refuse(1, 2, ours=True)], (10, 2), REFUSED),
+            ("Send", [refuse(1, 2), passed], (12, 0), []),
+            ("Send", [refuse(1, 2), *[refuse(0, 1)] * 2], (10, 2), REFUSED),
             # the call failed with no effect, after it, and while it was tried again
-            ("SendMessageBatch", [fault("Odd")] * 6, (0, 12), ["Odd"] * 12),
-            ("SendMessageBatch", [fault_after("Odd")] * 2, (12, 12), ["Odd"] * 12),
-            (
-                "SendMessageBatch",
-                [refuse(1, 2), fault("Odd")],
-                (10, 2),
-                ["Odd"] * 2,
-            ),
+            ("Send", [fault("Odd")] * 6, (0, 12), ["Odd"] * 12),
+            ("Send", [fault_after("Odd")] * 2, (12, 12), ["Odd"] * 12),
+            ("Send", [refuse(1, 2), fault("Odd")], (10, 2), ["Odd"] * 2),
             # deleting is refused, or the call failed
-            ("DeleteMessageBatch", [refuse(1, 2), passed], (12, 0), []),
-            (
-                "DeleteMessageBatch",
-                [refuse(0, 3), *[refuse(0, 1)] * 2],
-                (12, 2),
-                [NOT_DELETED + "InternalError"] * 2,
-            ),
-            (
-                "DeleteMessageBatch",
-                [fault("Odd")] * 6,
-                (12, 12),
-                [NOT_DELETED + "Odd"] * 12,
-            ),
-            (
-                "DeleteMessageBatch",
-                [fault_after("Odd")] * 3,
-                (12, 0),
-                [NOT_DELETED + "Odd"] * 10,
-            ),
+            ("Delete", [refuse(1, 2), passed], (12, 0), []),
+            ("Delete", [refuse(0, 3), *[refuse(0, 1)] * 2], (12, 2), NOT_DELETED),
+            ("Delete", [fault("Odd")] * 6, (12, 12), [f"{COPIED}Odd"] * 12),
+            ("Delete", [fault_after("Odd")] * 3, (12, 0), [f"{COPIED}Odd"] * 10),
         ],
     )
     def test_faults(self, scripted, action, answers, counts, failed):
         """A dead letter is deleted once its copy is confirmed, or stays; the counts are exact."""
         broker = taskhawk._brokers.broker()
         source = put_dead_letters(broker, 12)
-        scripted.script(action, *answers)
+        scripted.script(f"{action}MessageBatch", *answers)
         if failed:
             with pytest.raises(taskhawk.PartialFailure) as raised:
                 taskhawk.requeue_dead_letter(Priority.default)
@@ -12072,7 +12044,7 @@ class TestDeadLetterCommands:
         assert len(letters("list")) == 3
         assert caplog.messages == [
             (
-                "3 of 3 dead letters that were looked at stay hidden for a while:"
+                "3 of 3 dead letters looked at stay hidden for a while:"
                 f" {letters.queue}-DLQ: {DENIED.format('ChangeMessageVisibility')}"
                 " (AccessDenied)"
             )
@@ -12229,18 +12201,23 @@ class TestStats:
             run.process.send_signal(signal.SIGINT)
             assert run.end() == 0
         assert "+0.0/s" in run.shown
-        assert run.shown.endswith("\n\r\x1b[K")  # where the terminal wrote ^C
+        assert run.shown.endswith("\r\x1b[K")  # where the terminal wrote ^C
         assert max(map(len, run.shown.splitlines())) <= 80
 
     def test_watch_fault(self, aws, capsys, caplog):
-        """Watching goes on after a fault."""
+        """Watching goes on after a fault; a queue that is not there has no trend."""
 
         def interrupt(call: AwsCall) -> None:
             os.kill(os.getpid(), signal.SIGINT)
 
-        per_look = [None] * 4
+        def all_but_bulk(call: AwsCall) -> AwsAnswer:
+            is_bulk = call.data["QueueName"].endswith("BULK")
+            return fault("QueueDoesNotExist")(call) if is_bulk else None
+
+        aws.always("GetQueueUrl", all_but_bulk)
+        looks = [None] * 12  # of three queues, for their depth and their settings
         expired = fault("ExpiredToken", status=403)
-        aws.script("GetQueueAttributes", *per_look * 2, expired, *per_look, interrupt)
+        aws.script("GetQueueAttributes", *looks, expired, *looks, interrupt)
         assert taskhawk.main(["stats", "--watch", "--interval=0.1"]) == 0
         shown = capsys.readouterr().out
         assert shown.count("default") >= 2
@@ -12435,8 +12412,8 @@ class TestProvision:
                 {"AWS_ACCOUNT_ID": None},
                 "",
                 (
-                    "AWS_ACCOUNT_ID is not set: expected an account number, such as"
-                    " '123456789012', from taskhawk.configure(), the module named by"
+                    "AWS_ACCOUNT_ID is not set: expected an account id of twelve digits,"
+                    " such as '123456789012', from taskhawk.configure(), the module named by"
                     " SETTINGS_MODULE, Django's settings or the environment"
                 ),
             ),
@@ -12486,7 +12463,7 @@ class TestCheck:
             (
                 {"TASKHAWK_QUEUE": "my app"},
                 (
-                    "TASKHAWK_QUEUE in configure(): expected at most 71 letters, digits,"
+                    "TASKHAWK_QUEUE in configure(): expected at most 53 letters, digits,"
                     " hyphens and underscores, such as 'dev-myapp', got 'my app': what uses"
                     " it fails. Fix: as the error says"
                 ),
@@ -12755,6 +12732,31 @@ COMMANDS = [
     "dead-letters",
     *(f"dead-letters {a}" for a in ("list", "show", "requeue", "delete", "export")),
 ]
+WRONG_OPTIONS = """
+dispatch t --args [1                 an array of JSON
+dispatch t --args [NaN]              an array of JSON
+dispatch t --args {}                 an array of JSON
+dispatch t --kwargs []               an object of JSON
+dispatch t --header a                K=V
+dispatch t --delay -1                0 or more seconds, such as 90 or 10m
+dispatch t --delay nan               0 or more seconds, such as 90 or 10m
+dispatch t --delay 1w                0 or more seconds, such as 90 or 10m
+listen --num-messages 0              1 to 100
+listen --num-messages 101            1 to 100
+listen --concurrency 0               1 or more
+listen --max-tasks 1.5               1 or more
+listen --loop-count -1               1 or more
+listen --grace -1                    0 or more seconds, such as 90 or 10m
+listen --visibility-timeout 0.5      1 to 43200 seconds, such as 90 or 10m
+listen --visibility-timeout 13h      1 to 43200 seconds, such as 90 or 10m
+provision --max-receive-count 0      1 to 1000
+provision --max-receive-count 1001   1 to 1000
+stats --interval 0                   0.1 or more seconds, such as 90 or 10m
+stats --interval inf                 0.1 or more seconds, such as 90 or 10m
+dead-letters list --limit x          0 or more
+dead-letters list --older-than 36    a number and one of s, m, h, d, such as 36h
+dead-letters list --older-than h     0 or more seconds, such as 90 or 10m
+"""
 LOG_TIME = r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d,\d\d\d"
 
 
@@ -12879,7 +12881,7 @@ class TestCommandLine:
             assert line in shown.splitlines()
         assert [path.name for path in commands.folder.iterdir()] == ["job.py"]
 
-    def test_tasks_of_a_script(self, capsys):
+    def test_tasks_of_a_script(self):
         """A task of a script, which 1.4 named otherwise, is listed once."""
         taskhawk._registry.clear()
 
@@ -12888,8 +12890,9 @@ class TestCommandLine:
 
         job.__module__ = "__main__"
         name = taskhawk.task(job).name
-        assert taskhawk.main(["tasks"]) == 0
-        assert capsys.readouterr().out == f"{name}  default\n"
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            assert taskhawk.main(["tasks"]) == 0
+        assert output.getvalue() == f"{name}  default\n"
 
     @pytest.mark.parametrize("command", COMMANDS)
     def test_help(self, capsys, command):
@@ -13004,48 +13007,17 @@ class TestCommandLine:
         monkeypatch.setenv("TASKHAWK_BROKER", "sqlite:///queue.db")
         assert command_error(capsys, *arguments.split()) == (2, f"taskhawk: {sentence}")
 
-    @pytest.mark.parametrize(
-        ("command", "option", "expected"),
-        [
-            ("dispatch t", "--args [1", "an array of JSON"),
-            ("dispatch t", "--args [NaN]", "an array of JSON"),
-            ("dispatch t", "--args {}", "an array of JSON"),
-            ("dispatch t", "--kwargs []", "an object of JSON"),
-            ("dispatch t", "--header a", "K=V"),
-            ("dispatch t", "--delay -1", "0 or more seconds, such as 90 or 10m"),
-            ("dispatch t", "--delay nan", "0 or more seconds, such as 90 or 10m"),
-            ("dispatch t", "--delay 1w", "0 or more seconds, such as 90 or 10m"),
-            ("listen", "--num-messages 0", "1 to 100"),
-            ("listen", "--num-messages 101", "1 to 100"),
-            ("listen", "--concurrency 0", "1 or more"),
-            ("listen", "--max-tasks 1.5", "1 or more"),
-            ("listen", "--loop-count -1", "1 or more"),
-            ("listen", "--grace -1", "0 or more seconds, such as 90 or 10m"),
-            (
-                "listen",
-                "--visibility-timeout 0.5",
-                "1 to 43200 seconds, such as 90 or 10m",
-            ),
-            ("provision", "--max-receive-count 0", "1 to 1000"),
-            ("provision", "--max-receive-count 1001", "1 to 1000"),
-            ("stats", "--interval 0", "0.1 or more seconds, such as 90 or 10m"),
-            ("stats", "--interval inf", "0.1 or more seconds, such as 90 or 10m"),
-            ("dead-letters list", "--limit x", "0 or more"),
-            (
-                "dead-letters list",
-                "--older-than 36",
-                "a number and one of s, m, h, d, such as 36h",
-            ),
-        ],
-    )
-    def test_wrong_options(self, capsys, command, option, expected):
+    @pytest.mark.parametrize("case", WRONG_OPTIONS.strip().splitlines())
+    def test_wrong_options(self, capsys, case):
         """An option that is out of its bounds is refused by name, with what is expected."""
-        name, value = option.split()
-        assert command_error(capsys, *command.split(), name, value) == (
+        words, expected = re.split(" {2,}", case)
+        *command, name, value = words.split()
+        called = " ".join(["taskhawk", *command]).removesuffix(" t")
+        assert command_error(capsys, *command, name, value) == (
             2,
             (
-                f"taskhawk {command.removesuffix(' t')}: argument {name}: expected {expected},"
-                f" got '{value}'; see taskhawk {command.removesuffix(' t')} --help"
+                f"{called}: argument {name}: expected {expected}, got '{value}'; see"
+                f" {called} --help"
             ),
         )
 
@@ -13212,7 +13184,7 @@ class TestCommandLine:
         assert taskhawk.main(["tasks", "job"]) == 130
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("command", ["dead-letters list", "tasks job"])
+    @pytest.mark.parametrize("command", ["dead-letters list", "schema"])
     def test_pipe_is_closed(self, commands, command):
         """Output that nobody reads any more, as of `head`, is no traceback."""
         commands("dispatch", "job.broken")
@@ -13232,6 +13204,28 @@ class TestCommandLine:
         assert "Traceback" not in errors
         assert "BrokenPipeError" not in errors
         assert commands("dead-letters", "list").stdout.count("\n") == 1
+
+    @pytest.mark.slow
+    def test_overdue(self, commands):
+        """A worker ends once its grace is over, though nobody reads its output any more."""
+        (commands.folder / "job.py").write_text(WORKER_MODULE)
+        commands("dispatch", "job.wait", "--args=[1]")
+        process = subprocess.Popen(
+            [sys.executable, "-m", "taskhawk", "listen", "job", "--grace=1"],
+            cwd=commands.folder,
+            env=python_env(commands.env),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            assert process.stdout.readline() == b"started 1\n"
+            process.stdout.close()
+            process.terminate()
+            assert process.wait(WORKER_PATIENCE_S) == 1
+        finally:
+            process.kill()
+            process.stdin.close()
 
     @pytest.mark.slow
     def test_encoding(self, commands):
@@ -13297,8 +13291,8 @@ class TestCommandLine:
         _, *lines, last = commands.logged("listen", "job", "--until-empty")
         assert sorted(lines) == [
             "INFO [job.add ID attempt 1] added",
-            "INFO job.add ID: finished",
-            "INFO skip ID: finished",
+            "INFO job.add ID: attempt 1 finished",
+            "INFO skip ID: attempt 1 finished",
             "INFO skip ID: ignored",
         ]
         assert last == (
@@ -13355,11 +13349,11 @@ logging.config.dictConfig({{
             assert {"task": "job.add", "message": "added"}.items() <= json.loads(
                 added
             ).items()
-            assert json.loads(finished)["message"] == "job.add ID: finished"
+            assert json.loads(finished)["message"] == "job.add ID: attempt 1 finished"
         else:
             assert added == "theirs job.add added"
             text = "theirs job.add " if root else "INFO "
-            assert finished == f"{text}job.add ID: finished"
+            assert finished == f"{text}job.add ID: attempt 1 finished"
 
     @pytest.mark.slow
     def test_django(self, commands):
@@ -13452,7 +13446,7 @@ def readme_normalised(text: str) -> str:
     text = re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}", "TIME", text)
     text = re.sub(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", "TIME", text)
     text = re.sub(r"\d+ s ago", "AGE", text)
-    text = re.sub(r"/\S*/queue\.db", "PATH", text)
+    text = re.sub(r"/\S*/\w+\.db", "PATH", text)
     return re.sub(r"(?m)(^Traceback .*\n)(?: .*\n)+", r"\1  ...\n", text)
 
 
