@@ -10346,9 +10346,13 @@ def log(**extra):
     LOG.debug("not this")
     LOG.warning("from %s", "afar", extra={"thing": LOG, **extra})
 
+def talk():
+    while not time.sleep(0.01):
+        LOG.warning("still here")
+
 @taskhawk.task(isolate=True)
 def linger():
-    threading.Thread(target=threading.Event().wait).start()
+    threading.Thread(target=talk).start()
 
 @taskhawk.task(isolate=True)
 async def wait(metadata):
