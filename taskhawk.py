@@ -2954,8 +2954,6 @@ class Task(Generic[_P, _R]):
         self.isolate = False
         #: the module that declares it: importing this module makes the task
         self.declared_in = str(fn.__module__)
-        #: the modules whose imports led to its declaration, the outermost first
-        self.imported_by: tuple[str, ...] = ()
         functools.update_wrapper(self, fn, updated=())
         # What other decorators left on the function may have names that are ours.
         for attribute, value in getattr(fn, "__dict__", {}).items():
@@ -3301,7 +3299,6 @@ def task(
         made.time_limit = time_limit
         made.isolate = isolate or time_limit is not None
         made.declared_in = _declaring_module(fn)
-        made.imported_by = _imports_under_way()
         _register(made)
         if not name and fn.__module__ == "__main__":
             # Messages that taskhawk 1.4 queued call it by this name.
@@ -3446,21 +3443,22 @@ _MAINS = ("__main__", "__mp_main__")
 def _declaring_module(fn: Any) -> str:
     """Return the module whose import declares the task that is being made of a function.
 
-    It may be another than the function's: ``send = taskhawk.task(lib.send)``. Where a
-    function declares tasks, it is the module that is being imported, if there is one.
+    It may be another than the function's: ``send = taskhawk.task(lib.send)``. Where
+    modules import each other, it is the outermost: they may work in this order alone.
+    Where a function declares tasks, it is the module that is being imported, if any.
     """
     if fn.__module__ in (*_MAINS, __name__):
         return str(fn.__module__)
     stack = traceback.walk_stack(inspect.currentframe())
     callers = [frame for frame, _ in stack if frame.f_globals is not globals()]
+    declaring = callers[0].f_globals.get("__name__")
     for frame in callers:
         name = frame.f_globals.get("__name__")
-        if frame.f_code.co_name != "<module>" or name not in sys.modules:
-            continue
+        importing = frame.f_code.co_name == "<module>" and name in sys.modules
         # A script calls all that runs: it declares only what itself makes a task.
-        if frame is callers[0] or name not in _MAINS:
-            return str(name)
-    return str(callers[0].f_globals.get("__name__"))
+        if importing and name not in _MAINS:
+            declaring = name
+    return str(declaring)
 
 
 def _importable_name(module: str) -> str:
@@ -3472,18 +3470,6 @@ def _importable_name(module: str) -> str:
     spec = getattr(script, "__spec__", None)
     name = spec.name if spec else inspect.getmodulename(path)
     return name or module
-
-
-def _imports_under_way() -> tuple[str, ...]:
-    """Return the modules whose imports have led to this call, the outermost first."""
-    names = []
-    frame = inspect.currentframe()
-    while frame:
-        name = frame.f_globals.get("__name__")
-        if frame.f_code.co_name == "<module>" and name not in _MAINS:
-            names.append(name)
-        frame = frame.f_back
-    return tuple(reversed(names))
 
 
 # --- 12. publishing -------------------------------------------------------------------
@@ -5763,22 +5749,18 @@ def _start_of_children(*, everything: bool) -> dict[str, Any]:
 
 
 def _module_to_import(declared: Task[Any, Any]) -> str:
-    """Return the module whose import declares a task, as it did in the worker.
-
-    That is the outermost: those that it imports may work in this order alone.
-    """
-    for name in declared.imported_by:
-        # Not one that is starting the worker right now: a child would start another.
-        spec = getattr(sys.modules.get(name), "__spec__", None)
-        if not getattr(spec, "_initializing", False):
-            return name
-    module = getattr(declared, "declared_in", declared.fn.__module__)
+    """Return the module whose import declares a task, as it did in the worker."""
+    module = declared.declared_in
+    # Not one that is starting the worker right now: a child would start another.
+    spec = getattr(sys.modules.get(module), "__spec__", None)
+    if getattr(spec, "_initializing", False):
+        module = declared.fn.__module__
     if module in _MAINS:
         raise ConfigurationError(
             f"{declared.name}: a task of __main__ can't be isolated: "
             "move it to a module"
         )
-    return str(module)
+    return module
 
 
 def _path_of_children() -> list[str]:

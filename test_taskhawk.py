@@ -10301,7 +10301,7 @@ class TestIsolation:
         [received] = queued()
         assert isolated_child.takes(received)
         with monkeypatch.context() as patch:
-            patch.setattr(taskhawk, "_START_S", 0.5 if "time" in source else 60)
+            patch.setattr(taskhawk, "_START_S", 0.5 if "0.5 s" in reason else 60)
             with pytest.raises(taskhawk._CannotStart) as raised:
                 isolated_child.process(received)
         assert str(raised.value) == reason.format(file=file)
