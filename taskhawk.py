@@ -3131,8 +3131,6 @@ class Task(Generic[_P, _R]):
         self.isolate = False
         #: the module that declares it: importing this module makes the task
         self.declared_in = str(fn.__module__)
-        #: the modules whose imports led to its declaration, the outermost first
-        self.imported_by: tuple[str, ...] = ()
         functools.update_wrapper(self, fn, updated=())
         # What other decorators left on the function may have names that are ours.
         for attribute, value in getattr(fn, "__dict__", {}).items():
@@ -3476,7 +3474,6 @@ def task(
         made.time_limit = time_limit
         made.isolate = isolate or time_limit is not None
         made.declared_in = _declaring_module(fn)
-        made.imported_by = _imports_under_way()
         _register(made)
         if not name and fn.__module__ == "__main__":
             # Messages that taskhawk 1.4 queued call it by this name.
@@ -3621,21 +3618,22 @@ _MAINS = ("__main__", "__mp_main__")
 def _declaring_module(fn: Any) -> str:
     """Return the module whose import declares the task that is made of a function.
 
-    It may be another than the function's: ``send = taskhawk.task(lib.send)``. Where a
-    function declares tasks, it is the module that is being imported, if there is one.
+    It may be another than the function's: ``send = taskhawk.task(lib.send)``. Where
+    modules import each other, it is the outermost: they may work in this order alone.
+    Where a function declares tasks, it is the module that is being imported, if any.
     """
     if fn.__module__ in (*_MAINS, __name__):
         return str(fn.__module__)
     stack = traceback.walk_stack(inspect.currentframe())
     callers = [frame for frame, _ in stack if frame.f_globals is not globals()]
+    declaring = callers[0].f_globals.get("__name__")
     for frame in callers:
         name = frame.f_globals.get("__name__")
-        if frame.f_code.co_name != "<module>" or name not in sys.modules:
-            continue
+        importing = frame.f_code.co_name == "<module>" and name in sys.modules
         # A script calls all that runs: it declares only what itself makes a task.
-        if frame is callers[0] or name not in _MAINS:
-            return str(name)
-    return str(callers[0].f_globals.get("__name__"))
+        if importing and name not in _MAINS:
+            declaring = name
+    return str(declaring)
 
 
 def _importable_name(module: str) -> str:
@@ -3647,18 +3645,6 @@ def _importable_name(module: str) -> str:
     spec = getattr(script, "__spec__", None)
     name = spec.name if spec else inspect.getmodulename(path)
     return name or module
-
-
-def _imports_under_way() -> tuple[str, ...]:
-    """Return the modules whose imports have led to this call, the outermost first."""
-    names = []
-    frame = inspect.currentframe()
-    while frame:
-        name = frame.f_globals.get("__name__")
-        if frame.f_code.co_name == "<module>" and name not in _MAINS:
-            names.append(name)
-        frame = frame.f_back
-    return tuple(reversed(names))
 
 
 # --- 12. publishing -------------------------------------------------------------------
@@ -5971,7 +5957,7 @@ class _LineFormatter(logging.Formatter):
 
 
 def _log_again(fields: Mapping[str, Any]) -> None:
-    """Log in the worker what a child has logged, as far as the worker's levels let it."""
+    """Log in the worker what a child has logged, if the worker's levels let it."""
     record = logging.makeLogRecord(fields)
     logger = logging.getLogger(record.name)
     if logger.isEnabledFor(record.levelno):
@@ -6041,22 +6027,18 @@ def _start_of_children(*, everything: bool) -> dict[str, Any]:
 
 
 def _module_to_import(declared: Task[Any, Any]) -> str:
-    """Return the module whose import declares a task, as it did in the worker.
-
-    That is the outermost: those that it imports may work in this order alone.
-    """
-    for name in declared.imported_by:
-        # Not one that is starting the worker right now: a child would start another.
-        spec = getattr(sys.modules.get(name), "__spec__", None)
-        if not getattr(spec, "_initializing", False):
-            return name
-    module = getattr(declared, "declared_in", declared.fn.__module__)
+    """Return the module whose import declares a task, as it did in the worker."""
+    module = declared.declared_in
+    # Not one that is starting the worker right now: a child would start another.
+    spec = getattr(sys.modules.get(module), "__spec__", None)
+    if getattr(spec, "_initializing", False):
+        module = declared.fn.__module__
     if module in _MAINS:
         raise ConfigurationError(
             f"{declared.name}: a task of __main__ can't be isolated: "
             "move it to a module"
         )
-    return str(module)
+    return module
 
 
 def _path_of_children() -> list[str]:
@@ -6263,8 +6245,8 @@ class _ChildProcess:
 
     def __init__(self) -> None:
         import socket
-        import subprocess
 
+        subprocess: Any = importlib.import_module("subprocess")
         self.unknown: list[str] = []  # isolated tasks that it did not find
         # Held to kill and to reap: what was reaped has a number that may be used again.
         self._lock = threading.Lock()
@@ -6272,10 +6254,11 @@ class _ChildProcess:
         self._lines = self._socket.makefile("rb")
         number = theirs.fileno()
         program = [__name__, "_child", str(number), str(os.getpid())]
-        flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]  # noqa: SLF001 - multiprocessing uses it, too
+        # Such as -O and -W; multiprocessing takes them from there, too.
+        flags = subprocess._args_from_interpreter_flags()  # noqa: SLF001
         with theirs:
             try:
-                self._process = subprocess.Popen(  # noqa: S603 - it is this file
+                self._process = subprocess.Popen(
                     [sys.executable, *flags, "-c", _BOOT, *program],
                     stdin=subprocess.DEVNULL,
                     start_new_session=True,
@@ -6312,17 +6295,16 @@ class _ChildProcess:
 
     def kill(self) -> None:
         """Kill it and what it started, also in C code that holds the GIL."""
-        with self._lock:
+        with self._lock, contextlib.suppress(PermissionError):  # macOS, of a zombie
             if self._process.returncode is None:
                 os.killpg(self._process.pid, signal.SIGKILL)
 
     def end(self, within_s: float) -> str:
         """Have it end, by a kill if it takes longer, and return how it ended."""
         until = time.monotonic() + within_s
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(1)  # SHUT_WR: it ends once it has read all
-            self._wait_at_most(until)
-            self._lines.read()  # it may have to write before that
+        with contextlib.suppress(OSError, ValueError):
+            self._socket.shutdown(1)  # SHUT_WR: it ends when it has read all
+            self.hear("nothing", until)  # but log records, and then that it has ended
         if not self._has_ended(until):  # a thread that a task left behind goes on, say
             self.kill()
             self._has_ended(math.inf)
@@ -6417,7 +6399,7 @@ class _Report(logging.StreamHandler[typing.TextIO]):
             self._socket.flush()
 
     def _leave(self) -> None:
-        """Have what a task forks neither answer, nor keep the socket open, nor log to it."""
+        """Keep what a task forks from the socket, and from holding it open."""
         os.dup2(self._nowhere, self._number, inheritable=False)
         self.stream = sys.stderr
 
@@ -6433,7 +6415,8 @@ def _serve_worker(argv: Sequence[str]) -> int:
     _die_with_parent()
     if os.getppid() != worker:  # it died before that
         return 1
-    os.set_inheritable(number, False)  # noqa: FBT003 - what a task starts must not keep it
+    # What a task starts must not keep the socket open.
+    os.set_inheritable(number, False)  # noqa: FBT003
     report = _Report(number)
     with open(number, "rb", closefd=False) as lines:
         start = json.loads(lines.readline())

@@ -10075,10 +10075,12 @@ class TestSchedules:
 
 # --- 16. isolation --------------------------------------------------------------------
 
+REAL_TIME = signal.SIGRTMIN + 1
 ISOLATED_MODULE = """
 import asyncio
 import ctypes
 import logging
+import multiprocessing
 import os
 import pathlib
 import signal
@@ -10157,9 +10159,13 @@ def log(**extra):
     LOG.debug("not this")
     LOG.warning("from %s", "afar", extra={"thing": LOG, **extra})
 
+def talk():
+    while not time.sleep(0.01):
+        LOG.warning("still here")
+
 @taskhawk.task(isolate=True)
 def linger():
-    threading.Thread(target=threading.Event().wait).start()
+    threading.Thread(target=talk).start()
 
 @taskhawk.task(isolate=True)
 async def wait(metadata):
@@ -10185,9 +10191,47 @@ def hold():
     note(os.getpid())
     sum(range(10**12))
 
+@taskhawk.task(time_limit=20)
+def start(how):
+    STARTERS[how]()
+
+def a_program():
+    process = subprocess.Popen(["sleep", "60"])
+    process.terminate()
+    note(process.wait() == -signal.SIGTERM)
+
+def a_shell():
+    process = subprocess.Popen(["sh", "-c", "kill -INT $$; sleep 60"])
+    note(process.wait() == -signal.SIGINT)
+
+def a_fork():
+    forked = os.fork() or time.sleep(60)
+    os.kill(forked, signal.SIGTERM)
+    note(os.waitpid(forked, 0)[1] == signal.SIGTERM)
+
+def a_pool():
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        note(pool.map(abs, [-1, 1]) == [1, 1])
+
+async def run_program():
+    process = await asyncio.create_subprocess_exec("sleep", "60")
+    process.terminate()
+    note(await process.wait() == -signal.SIGTERM)
+
+def own_handler():
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    forked = os.fork()
+    if forked:
+        os.waitpid(forked, 0)
+    note(*map(signal.getsignal, (signal.SIGINT, signal.SIGTERM)))
+
+STARTERS = {each.__name__: each for each in (a_program, a_shell, a_fork, a_pool)}
+STARTERS |= {"a_coroutine": lambda: asyncio.run(run_program()), "own": own_handler}
+
 @taskhawk.task(isolate=True)
-def options():
+def interpreter():
     note(sys.flags.optimize, sys.warnoptions, sys._xoptions)
+    note(sys.path[:2], len(sys.path))
 
 @taskhawk.task
 def plain():
@@ -10242,6 +10286,14 @@ def isolated_run(child: Any) -> list[Outcome | None]:
     return [child.process(message) for message in received]
 
 
+def isolated_refusal(child: Any, received: QueueMessage) -> str:
+    """Return why a child can't run a message."""
+    assert child.takes(received)
+    with pytest.raises(taskhawk._CannotStart) as raised:
+        child.process(received)
+    return str(raised.value)
+
+
 def is_gone(pid: int) -> bool:
     """Return whether a process has ended, be it reaped or not."""
     try:
@@ -10282,120 +10334,48 @@ def count():
     logging.getLogger("shop").warning("%s orders", Order.objects.count())
 """,
 }
-# What a run that failed in a child leaves: the type and the text of its error.
-ISOLATED_FAILURES = {
-    "an exit": (
-        ["exit"],
-        "ChildCrashed",
-        "isolated.fail: its process ended: exit code 3",
+# What a task does, and the error that its dead letter has.
+ISOLATED_FAILURES = [
+    ("exit", "ChildCrashed: isolated.fail: its process ended: exit code 3"),
+    ("segfault", "ChildCrashed: isolated.fail: its process ended: SIGSEGV"),
+    ("kill", "ChildCrashed: isolated.fail: its process ended: SIGKILL"),
+    (
+        "real time",
+        f"ChildCrashed: isolated.fail: its process ended: signal {REAL_TIME}",
     ),
-    "a crash": (
-        ["segfault"],
-        "ChildCrashed",
-        "isolated.fail: its process ended: SIGSEGV",
+    ("close", "ChildCrashed: isolated.fail: its process ended: SIGKILL"),
+    (
+        "write",
+        "ChildCrashed: isolated.fail: its process wrote to the socket of its worker",
     ),
-    "a kill": (["kill"], "ChildCrashed", "isolated.fail: its process ended: SIGKILL"),
-    "a signal without a name": (
-        ["real time"],
-        "ChildCrashed",
-        f"isolated.fail: its process ended: signal {signal.SIGRTMIN + 1}",
-    ),
-    "its files closed": (
-        ["close"],
-        "ChildCrashed",
-        "isolated.fail: its process ended: SIGKILL",
-    ),
-    "SystemExit": (["leave", "bye"], "SystemExit", "bye"),
-    "an exception": (["raise", "order 7"], "KeyError", "'order 7'"),
-}
-# Lines that a task writes to the worker's socket.
-ISOLATED_STRAYS = [
-    "stray",
-    "7",
-    "null",
-    "[]",
-    '["ended"]',
-    '["ended", "done", null, null]',
+    ("leave", "SystemExit: lost"),
+    ("raise", "KeyError: 'lost'"),
 ]
-ISOLATED_STRAYS += [
-    '["ended", "retry", "soon", null]',
-    '["began"]',
-    "[" * 100_000,
-    "\xff",
+# Lines that a task writes to the socket of its worker.
+ISOLATED_STRAYS = ["7", "null", "[]", '["began"]', '["ended", "done", null, null]']
+ISOLATED_STRAYS += ['["ended", "retry", "soon", null]', "[" * 100_000, "\xff"]
+# What the module of the tasks does in a child, and why that can't import the tasks.
+ISOLATED_OBSTACLES = [
+    ("1 / 0", "ZeroDivisionError: division by zero ({file}:1)"),
+    ("raise SystemExit(2)", "SystemExit: 2 ({file}:1)"),
+    ("import os; os._exit(4)", "its process ended: exit code 4"),
+    ("import time; time.sleep(60)", "it takes longer than 0.5 s"),
 ]
-# What keeps a child from starting: a module's source, and the reason that is told.
-ISOLATED_OBSTACLES = {
-    "an error": (
-        "1 / 0",
-        "a child can't import the tasks: ZeroDivisionError: division by zero ({file}:1)",
-    ),
-    "an exit": (
-        "raise SystemExit(2)",
-        "a child can't import the tasks: SystemExit: 2 ({file}:1)",
-    ),
-    "a crash": (
-        "import os; os._exit(4)",
-        "a child can't import the tasks: its process ended: exit code 4",
-    ),
-    "a long time": (
-        "import time; time.sleep(60)",
-        "a child can't import the tasks: it takes longer than 0.5 s",
-    ),
-    "an early end": (
-        ISOLATED_MODULE + ISOLATED_EARLY_END,
-        "isolated.pid: its process ended before the run began: exit code 5",
-    ),
-}
-
 # What a worker may have imported that a child must import in the same order.
-ISOLATED_IMPORTS = {
-    "a function of another module": {
-        "lib": "def job(): pass",
-        "entry": "import lib, taskhawk; taskhawk.task(isolate=True)(lib.job)",
-    },
-    "a circle that works in one order": {
-        "lib": "import taskhawk; from entry import RULES\n"
-        "@taskhawk.task(isolate=True)\n"
-        "def job(): pass",
-        "entry": "RULES = {}; import lib; JOBS = [lib.job]",
-    },
-    "a factory": {
-        "lib": "import taskhawk\n"
-        "def create_app():\n"
-        "    @taskhawk.task(isolate=True)\n"
-        "    def job(): pass",
-        "entry": "import lib; app = lib.create_app()",
-    },
-}
-# How a task ends what it started: each notes True.
-ISOLATED_STARTERS = {
-    "a program": "process = subprocess.Popen(['sleep', '60'])\n"
-    "    process.terminate()\n"
-    "    note(process.wait() == -signal.SIGTERM)",
-    "a shell that traps nothing": "import shlex\n"
-    "    process = subprocess.Popen(['sh', '-c', 'kill -INT $$; sleep 60'])\n"
-    "    note(process.wait() == -signal.SIGINT)",
-    "a fork": "forked = os.fork()\n"
-    "    if not forked:\n"
-    "        time.sleep(60)\n"
-    "    os.kill(forked, signal.SIGTERM)\n"
-    "    note(os.waitpid(forked, 0)[1] == signal.SIGTERM)",
-    "a pool": "import multiprocessing\n"
-    "    with multiprocessing.get_context('fork').Pool(2) as pool:\n"
-    "        note(pool.map(abs, [-1, 1]) == [1, 1])",
-    "a coroutine's program": "import asyncio\n"
-    "    async def run():\n"
-    "        process = await asyncio.create_subprocess_exec('sleep', '60')\n"
-    "        process.terminate()\n"
-    "        return await process.wait()\n"
-    "    note(asyncio.run(run()) == -signal.SIGTERM)",
-}
-ISOLATED_STARTER = """
-from isolated import *
-@taskhawk.task(time_limit=20)
-def start():
-    {}
+ISOLATED_TASK = "@taskhawk.task(isolate=True)\ndef job(): pass"
+ISOLATED_FACTORY = f"""
+import taskhawk
+def create_app():
+{textwrap.indent(ISOLATED_TASK, "    ")}
 """
+ISOLATED_IMPORTS = {
+    "another function": ("def job(): pass", "import lib; task(isolate=True)(lib.job)"),
+    "a circle": (
+        f"from entry import RULES\n{ISOLATED_TASK}",
+        "RULES = 1; import lib; lib.job",
+    ),
+    "a factory": (ISOLATED_FACTORY, "import lib; app = lib.create_app()"),
+}
 
 
 class TestIsolation:
@@ -10403,7 +10383,7 @@ class TestIsolation:
 
     @pytest.mark.parametrize(("runs", "processes"), [(100, 1), (2, 2)])
     def test_process(self, isolated_jobs, runs, processes):
-        """A child of the worker runs one message after another, up to max_tasks_per_child."""
+        """A child runs one message after another, up to max_tasks_per_child."""
         isolated_jobs.pid.dispatch_many([()] * 3)
         done = isolated_work(max_tasks_per_child=runs)
         assert done == {"received": 3, "acked": 3}
@@ -10413,7 +10393,7 @@ class TestIsolation:
 
     @pytest.mark.parametrize("isolate", [False, True])
     def test_which(self, isolated_jobs, isolate):
-        """With isolate=True all tasks are isolated, and without it those that say so."""
+        """With isolate=True all tasks are isolated, otherwise those that say so."""
         isolated_jobs.plain.dispatch()
         isolated_work(isolate=isolate)
         [note] = isolated_notes(isolated_jobs)
@@ -10425,30 +10405,25 @@ class TestIsolation:
         assert isolated_work(concurrency=2) == {"received": 2, "acked": 2}
         assert len(set(isolated_notes(isolated_jobs))) == 2
 
-    @pytest.mark.parametrize(
-        ("args", "kind", "text"), ISOLATED_FAILURES.values(), ids=ISOLATED_FAILURES
-    )
-    def test_failures(self, isolated_jobs, args, kind, text):
+    @pytest.mark.parametrize(("how", "error"), ISOLATED_FAILURES)
+    def test_failures(self, isolated_jobs, how, error):
         """A crash or an error is a failed run, and the next message has its run."""
-        isolated_jobs.fail.dispatch(*args)
+        isolated_jobs.fail.dispatch(how)
         isolated_jobs.pid.dispatch()
         done = isolated_work()
         assert done == {"received": 2, "acked": 1, "dead_lettered": 1}
         broker = taskhawk._brokers.broker()
         [dead] = broker.receive("TASKHAWK-DEFAULT-DLQ", 10, 0, None, NEVER)
-        error = json.loads(dead.message_attributes["taskhawk.error"]["StringValue"])
-        assert (error["type"], error["message"]) == (kind, text)
+        noted = json.loads(dead.message_attributes["taskhawk.error"]["StringValue"])
+        assert f"{noted['type']}: {noted['message']}" == error
 
     @pytest.mark.parametrize("line", ISOLATED_STRAYS)
     def test_strays(self, isolated_jobs, isolated_child, line):
-        """A task that writes to the worker's socket has crashed, whatever it wrote."""
+        """Whatever a task writes to the worker's socket, it has crashed."""
         isolated_jobs.fail.dispatch("write", line)
-        isolated_jobs.pid.dispatch()
-        failed, done = isolated_run(isolated_child)
-        text = "isolated.fail: its process wrote to the socket of its worker"
-        assert (failed.fate, str(failed.error)) == (Fate.dead_letter, text)
-        assert type(failed.error) is taskhawk.ChildCrashed
-        assert done == Outcome(Fate.acknowledge)
+        [outcome] = isolated_run(isolated_child)
+        assert outcome.fate is Fate.dead_letter
+        assert type(outcome.error) is taskhawk.ChildCrashed
 
     def test_stray_record(self, isolated_jobs, isolated_child, capsys):
         """What such a task writes like a log record that is none changes nothing."""
@@ -10469,7 +10444,7 @@ class TestIsolation:
         worker_eventually(lambda: is_gone(int(started)))
 
     def test_time_limit_and_imports(self, isolated_jobs):
-        """A time limit is the run's alone: the imports of a new child may take longer."""
+        """A time limit is the run's alone: a new child's imports may take longer."""
         source = (
             "import sys, taskhawk, time; time.sleep(1.5 * ('_child' in sys.argv))\n"
         )
@@ -10488,7 +10463,7 @@ class TestIsolation:
         os.kill(forked, signal.SIGKILL)
 
     def test_fork(self, isolated_jobs, isolated_child, caplog, capfd):
-        """What a task forks neither answers nor logs in its name, though it returns as well."""
+        """What a task forks does not answer or log in its name, though it returns."""
         isolated_jobs.fork.dispatch("wait")
         assert isolated_run(isolated_child) == [Outcome(Fate.acknowledge)]
         [forked] = isolated_notes(isolated_jobs)
@@ -10513,28 +10488,20 @@ class TestIsolation:
         assert isolated_notes(isolated_jobs) == [name]
 
     @pytest.mark.parametrize(
-        "source", ISOLATED_STARTERS.values(), ids=list(ISOLATED_STARTERS)
+        "how", ["a_program", "a_shell", "a_fork", "a_pool", "a_coroutine"]
     )
-    def test_starts(self, isolated_jobs, source):
+    def test_starts(self, isolated_jobs, isolated_child, how):
         """What a task starts has the signals that it has outside of a worker."""
-        source = ISOLATED_STARTER.format(source)
-        isolated_import(isolated_jobs.HERE, starter=source).start.dispatch()
-        assert isolated_work() == {"received": 1, "acked": 1}
+        isolated_jobs.start.dispatch(how)
+        assert isolated_run(isolated_child) == [Outcome(Fate.acknowledge)]
         assert isolated_notes(isolated_jobs) == ["True"]
 
-    def test_signal_handlers(self, isolated_jobs):
-        """A signal that is ignored stays so, and a task's own handler is its forks', too."""
-        source = ISOLATED_STARTER.format(
-            "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-            "    forked = os.fork()\n"
-            "    if forked:\n"
-            "        os.waitpid(forked, 0)\n"
-            "    note(*map(signal.getsignal, (signal.SIGINT, signal.SIGTERM)))"
-        )
+    def test_signal_handlers(self, isolated_jobs, isolated_child):
+        """An ignored signal stays ignored, and a task's own handler is its forks'."""
+        isolated_jobs.start.dispatch("own")
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
-            isolated_import(isolated_jobs.HERE, starter=source).start.dispatch()
-            assert isolated_work() == {"received": 1, "acked": 1}
+            assert isolated_run(isolated_child) == [Outcome(Fate.acknowledge)]
         finally:
             signal.signal(signal.SIGINT, before)
         assert isolated_notes(isolated_jobs) == ["1 1"] * 2
@@ -10606,7 +10573,7 @@ class TestIsolation:
         assert "AttributeError: no request\n" in capsys.readouterr().err
 
     def test_lingers(self, isolated_jobs, monkeypatch):
-        """A child that does not end when it is told to is killed, and its slot goes on."""
+        """A child that does not end when it is told to is killed: its slot goes on."""
         monkeypatch.setattr(taskhawk, "_END_S", 0.2)
         isolated_jobs.linger.dispatch()
         isolated_jobs.pid.dispatch()
@@ -10617,10 +10584,8 @@ class TestIsolation:
         result = run_python(["-m", "taskhawk", "_child", "0", "1"])
         assert (result.returncode, result.stderr) == (1, "")
 
-    @pytest.mark.parametrize(
-        ("source", "reason"), ISOLATED_OBSTACLES.values(), ids=ISOLATED_OBSTACLES
-    )
-    def test_cannot_start(
+    @pytest.mark.parametrize(("source", "reason"), ISOLATED_OBSTACLES)
+    def test_cannot_import(
         self, isolated_jobs, isolated_child, monkeypatch, source, reason
     ):
         """Where a child can't import the tasks nothing is run, until it can."""
@@ -10628,14 +10593,22 @@ class TestIsolation:
         file.write_text(source)
         isolated_jobs.pid.dispatch()
         [received] = queued()
-        assert isolated_child.takes(received)
         with monkeypatch.context() as patch:
-            patch.setattr(taskhawk, "_START_S", 0.5 if "time" in source else 60)
-            with pytest.raises(taskhawk._CannotStart) as raised:
-                isolated_child.process(received)
-        assert str(raised.value) == reason.format(file=file)
+            if "0.5 s" in reason:
+                patch.setattr(taskhawk, "_START_S", 0.5)
+            text = isolated_refusal(isolated_child, received)
+        assert text == f"a child can't import the tasks: {reason.format(file=file)}"
         file.write_text(ISOLATED_MODULE)
         assert isolated_child.process(received) == Outcome(Fate.acknowledge)
+
+    def test_dies_before_the_run(self, isolated_jobs, isolated_child):
+        """A child that ends again and again before a run began has not failed it."""
+        file = isolated_jobs.HERE / "isolated.py"
+        file.write_text(ISOLATED_MODULE + ISOLATED_EARLY_END)
+        isolated_jobs.pid.dispatch()
+        assert isolated_refusal(isolated_child, *queued()) == (
+            "isolated.pid: its process ended before the run began: exit code 5"
+        )
 
     @pytest.mark.parametrize("left", [0, 2])
     def test_no_process(self, isolated_jobs, isolated_child, left):
@@ -10644,55 +10617,50 @@ class TestIsolation:
 
         isolated_jobs.pid.dispatch()
         [received] = queued()
-        assert isolated_child.takes(received)
         limits = resource.getrlimit(resource.RLIMIT_NOFILE)
         used = {int(path.name) for path in Path("/proc/self/fd").iterdir()}
         free = sorted(set(range(1000)) - used)[left]
         resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
         try:
-            with pytest.raises(taskhawk._CannotStart) as raised:
-                isolated_child.process(received)
+            text = isolated_refusal(isolated_child, received)
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-        text = "no process can be started: [Errno 24] Too many open files"
-        assert str(raised.value) == text
+        assert text == "no process can be started: [Errno 24] Too many open files"
 
     @pytest.mark.parametrize(
-        "sources", ISOLATED_IMPORTS.values(), ids=list(ISOLATED_IMPORTS)
+        ("lib", "entry"), ISOLATED_IMPORTS.values(), ids=list(ISOLATED_IMPORTS)
     )
-    def test_imports(self, isolated_jobs, sources):
+    def test_imports(self, isolated_jobs, lib, entry):
         """A child imports what its worker imported, in the same order."""
-        isolated_import(isolated_jobs.HERE, **sources)
+        begin = "import taskhawk; from taskhawk import task\n"
+        isolated_import(
+            isolated_jobs.HERE, lib=f"{begin}{lib}", entry=f"{begin}{entry}"
+        )
         taskhawk.Task.find_by_name("lib.job").dispatch()
         assert isolated_work() == {"received": 1, "acked": 1}
 
     def test_not_declared(self, isolated_jobs):
-        """A task that the worker's modules do not declare is not run, and others are."""
-        source = ISOLATED_IMPORTS["a factory"]["lib"]
-        isolated_import(isolated_jobs.HERE, lib=source).create_app()
+        """A task that no imported module declares is not run, and others are."""
+        isolated_import(isolated_jobs.HERE, lib=ISOLATED_FACTORY).create_app()
         taskhawk.Task.find_by_name("lib.job").dispatch()
         isolated_jobs.pid.dispatch()
+        lost, found = queued()
         start = taskhawk._start_of_children(everything=False)
         child = taskhawk._Child(start, 100, threading.Event())
-        lost, found = queued()
-        assert child.takes(lost)
-        assert child.takes(found)
-        with pytest.raises(taskhawk._CannotStart) as raised:
-            child.process(lost)
-        assert str(raised.value) == (
+        assert isolated_refusal(child, lost) == (
             "lib.job is not declared where a child imports isolated, lib: "
             "declare it in a module, not in a function that the worker calls"
         )
+        assert child.takes(found)
         assert child.process(found) == Outcome(Fate.acknowledge)
         child.close()
 
     def test_worker_started_by_an_import(self, isolated_jobs):
-        """A child does not import the module that starts the worker as it is imported."""
-        source = "import lib, taskhawk; lib.job.dispatch(); print(taskhawk."
-        source += "listen_for_messages(taskhawk.Priority.default, loop_count=1))"
-        lib = ISOLATED_STARTER.format("pass").replace("start", "job")
-        for name, text in (("lib", lib), ("entry", source)):
-            (isolated_jobs.HERE / f"{name}.py").write_text(text)
+        """A child does not import a module whose import starts the worker."""
+        entry = "import lib, taskhawk; lib.job.dispatch(); print(taskhawk."
+        entry += "listen_for_messages(taskhawk.Priority.default, loop_count=1))"
+        (isolated_jobs.HERE / "lib.py").write_text(f"import taskhawk\n{ISOLATED_TASK}")
+        (isolated_jobs.HERE / "entry.py").write_text(entry)
         env = {"TASKHAWK_BROKER": taskhawk.settings.TASKHAWK_BROKER}
         result = run_python("import entry", cwd=isolated_jobs.HERE, env=env)
         assert result.stdout.startswith("1 received, 1 acked, "), result.stderr
@@ -10703,23 +10671,20 @@ class TestIsolation:
         long = [f"/nowhere/{'x' * 100}/{number}" for number in range(1200)]
         monkeypatch.setattr(sys, "path", ["", hook, *sys.path, *long])
         monkeypatch.chdir(tmp_path)
-        source = ISOLATED_STARTER.format("note(sys.path[:2], len(sys.path))")
-        isolated_import(isolated_jobs.HERE, starter=source).start.dispatch()
+        isolated_jobs.interpreter.dispatch()
         assert isolated_work() == {"received": 1, "acked": 1}
-        [note] = isolated_notes(isolated_jobs)
-        assert note == f"{[str(tmp_path), hook]} {len(sys.path)}"
+        path = isolated_notes(isolated_jobs)[1]
+        assert path == f"{[str(tmp_path), hook]} {len(sys.path)}"
 
     def test_interpreter(self, isolated_jobs):
         """A child has the options of its worker's interpreter."""
-        isolated_jobs.options.dispatch()
-        options = ["-O", "-W", "ignore::UserWarning", "-X", "faulthandler"]
-        command = [*options, "-m", "taskhawk", "listen", "isolated", "--loop-count=1"]
+        isolated_jobs.interpreter.dispatch()
+        command = ["-O", "-W", "ignore::UserWarning", "-X", "faulthandler"]
+        command += ["-m", "taskhawk", "listen", "isolated", "--loop-count=1"]
         env = {"TASKHAWK_BROKER": taskhawk.settings.TASKHAWK_BROKER}
-        result = run_python(command, cwd=isolated_jobs.HERE, env=env)
-        assert result.stdout.startswith("1 received, 1 acked, "), result.stderr
-        assert isolated_notes(isolated_jobs) == [
-            "1 ['ignore::UserWarning'] {'faulthandler': True}"
-        ]
+        run_python(command, cwd=isolated_jobs.HERE, env=env)
+        options = isolated_notes(isolated_jobs)[0]
+        assert options == "1 ['ignore::UserWarning'] {'faulthandler': True}"
 
     def test_frozen(self, isolated_jobs, monkeypatch):
         """An application that starts itself where Python should start is refused."""
@@ -10771,7 +10736,7 @@ class TestIsolation:
         assert "0 orders" in result.stderr
 
     def test_started_too_late(self, isolated_jobs):
-        """A child that is started as the grace ends is not waited for, and runs nothing."""
+        """A child that is started as the grace ends is not waited for and runs nothing."""
         start = taskhawk._start_of_children(everything=True)
         given_up = threading.Event()
         child = taskhawk._Child(start, 1, given_up)
@@ -10785,7 +10750,7 @@ class TestIsolation:
         assert not (isolated_jobs.HERE / "notes").exists()
 
     def test_async(self, isolated_jobs):
-        """Coroutines of a child share an event loop, and metadata is as in the worker."""
+        """Coroutines of a child share an event loop, and have the worker's metadata."""
         isolated_jobs.wait.dispatch_many([(), ()])
         assert isolated_work() == {"received": 2, "acked": 2}
         assert isolated_notes(isolated_jobs) == ["1 TASKHAWK-DEFAULT 1"] * 2
@@ -10856,7 +10821,7 @@ class TestIsolation:
         sys.platform != "linux", reason="elsewhere it ends with its message"
     )
     def test_orphan(self, isolated_jobs):
-        """On Linux no child outlives a worker that is killed, even if it holds the GIL."""
+        """On Linux no child outlives a killed worker, even if it holds the GIL."""
         isolated_jobs.hold.dispatch()
         notes = isolated_jobs.HERE / "notes"
         env = {"TASKHAWK_BROKER": taskhawk.settings.TASKHAWK_BROKER}
@@ -10867,7 +10832,7 @@ class TestIsolation:
 
     @pytest.mark.parametrize("concurrency", [1, 2])
     def test_grace(self, isolated_jobs, concurrency):
-        """When the grace is over, isolated runs are killed, and their messages visible at once."""
+        """After the grace, isolated runs are killed and their messages visible at once."""
         isolated_jobs.hold.dispatch()
         stop = threading.Event()
 
