@@ -68,7 +68,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import taskhawk
-from taskhawk import Depth, Fate, Message, Outcome, Outgoing, Priority, QueueMessage
+from taskhawk import Depth, Message, Outgoing, Priority, QueueMessage
 
 PROJECT = (
     Path(__file__).resolve().parent
@@ -6691,6 +6691,8 @@ class TestCapture:
 
 # === PART IV: WORK ====================================================================
 
+Fate, Outcome = taskhawk.Fate, taskhawk.Outcome  # no name of a later part stands above
+
 
 # --- 12. processing -------------------------------------------------------------------
 
@@ -12670,10 +12672,7 @@ class TestCheck:
         )
 
 
-# --- 20. vendoring --------------------------------------------------------------------
-
-
-# --- 21. command line -----------------------------------------------------------------
+# --- 20. command line -----------------------------------------------------------------
 
 COMMAND_MODULE = """
 import logging
@@ -12693,7 +12692,17 @@ def broken():
     1 / 0
 """
 COMMANDS = [
-    *("demo", "listen", "dispatch", "tasks", "schema", "stats", "check", "provision"),
+    *(
+        "demo",
+        "listen",
+        "dispatch",
+        "tasks",
+        "schema",
+        "stats",
+        "check",
+        "provision",
+        "vendor",
+    ),
     "dead-letters",
     *(f"dead-letters {a}" for a in ("list", "show", "requeue", "delete", "export")),
 ]
@@ -13356,6 +13365,311 @@ logging.config.dictConfig({{
         assert "broken_settings.py" in errors
         last = errors.splitlines()[-1]
         assert last == "taskhawk: Django can't be set up: division by zero"
+
+
+# --- 23. vendoring --------------------------------------------------------------------
+
+# Where a part's copy ends, and the classes of the last part it has: a sample that is quick.
+VENDOR_CUTS = {"publisher": "PART IV:", "service": "PART V:", "production": "PART VI:"}
+VENDOR_CLASSES = {
+    "publisher": ["TestTasks", "TestPublishing", "TestBatch", "TestCapture"],
+    "service": ["TestProcessing", "TestSync"],
+    "production": ["TestHoldings"],
+}
+VENDOR_TASKS = """
+import os
+from service.vendor import taskhawk
+
+@taskhawk.task
+def plain(word):
+    print(word, flush=True)
+
+@taskhawk.task(isolate=True)
+def isolated(word, worker):
+    print(word, os.getpid() != worker, flush=True)
+"""
+VENDOR_PROGRAM = """
+import os
+from service.vendor.taskhawk import *
+from service.vendor import taskhawk
+import jobs
+
+assert {name for name in vars(taskhawk) if name in taskhawk.__all__} <= {*globals()}
+jobs.plain.dispatch("ran")
+jobs.isolated.dispatch("ran apart:", os.getpid())
+print(SqliteBroker("sqlite:///queue.db").depth("TASKHAWK-DEFAULT").visible, "dispatched")
+"""
+VENDOR_WORKER = "print(listen_for_messages(Priority.default, until_empty=True))"
+VENDOR_LEDGER = (
+    "2 received, 2 acked, 0 retried, 0 dead-lettered, 0 released, 0 uncertain\n"
+)
+VENDOR_CONFTEST = """
+def pytest_collection_modifyitems(items):
+    items[:] = [item for item in items if item.originalname not in {unfit!r}]
+"""
+
+
+def vendor(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, Any]:
+    """Run the command with --json, and return its exit code and its report."""
+    code = taskhawk.main(["vendor", "--json", *map(str, arguments)])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def vendor_package(folder: Path) -> Path:
+    """Make the package service.vendor, and return where its taskhawk.py will be."""
+    package = folder / "service" / "vendor"
+    package.mkdir(parents=True)
+    for parent in (package, package.parent):
+        (parent / "__init__.py").touch()
+    return package / "taskhawk.py"
+
+
+def vendor_cut(text: str, part: str) -> str:
+    """Return the module or its test suite up to the end of a part."""
+    return text.partition(f"\n# === {VENDOR_CUTS[part]}")[0].rstrip() + "\n"
+
+
+def vendor_uses(node: ast.AST) -> Iterator[str]:
+    """Yield the names that a piece of source uses, also in programs that it embeds."""
+    for child in ast.walk(node):
+        if isinstance(child, ast.Name):
+            yield child.id
+        elif isinstance(child, ast.arg | ast.keyword):
+            yield child.arg or "**"
+        elif isinstance(child, ast.Attribute):
+            yield ast.unparse(child)
+        elif isinstance(child, ast.Constant) and isinstance(child.value, str):
+            programs = re.sub(r"^taskhawk$|-m taskhawk\b", "taskhawk.main", child.value)
+            yield from re.findall(r"\btaskhawk\.\w+", programs)
+
+
+def vendor_definitions(text: str) -> dict[str, set[str]]:
+    """Return what each name of a file uses; of a test class, each method's name."""
+    uses = collections.defaultdict(set)
+    nodes = ast.parse(text).body
+    for node in nodes:
+        if isinstance(node, ast.ClassDef) and node.name.startswith("Test"):
+            nodes += [each for each in node.body if isinstance(each, HOUSE_FUNCTIONS)]
+        elif isinstance(node, (*HOUSE_FUNCTIONS, ast.ClassDef)):
+            uses[node.name].update(vendor_uses(node))
+        else:
+            for name in ast.walk(node):
+                if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store):
+                    uses[name.id].update(vendor_uses(node))
+    return uses
+
+
+def vendor_unfit(module: str, tests: str, part: str) -> set[str]:
+    """Return the tests of a cut suite that use what was cut off, or a helper that does."""
+    kept = vendor_definitions(vendor_cut(tests, part))
+    gone = {*vendor_definitions(module)} - {
+        *vendor_definitions(vendor_cut(module, part))
+    }
+    unfit = {f"taskhawk.{name}" for name in gone}
+    unfit |= {*vendor_definitions(tests)} - {*kept}
+    if "process" in gone:
+        unfit.add("TASKHAWK_SYNC")  # is part IV's, though it is set in part I
+    while more := {name for name, uses in kept.items() if uses & unfit} - unfit:
+        unfit |= more
+    return {name for name in unfit if name.startswith("test_")}
+
+
+VENDOR_EDITS = {  # what a hand did to a copy, and what the check names
+    "a line in a room": (
+        "\nVERSION = ",
+        "\nOTHER = 1\nVERSION = ",
+        ["names and limits"],
+    ),
+    "a word in the docstring": ("Quickstart", "Start", ["docstring"]),
+    "a part's names": ('    "Broker",\n', "", ["PART II: QUEUES"]),
+    "a room's title": (" errors ---", " faults ---", ["errors", "faults"]),
+    "a room twice": (
+        "# --- 2. errors",
+        "# --- 1. errors -\nraise\n# --- 2. errors",
+        ["errors"],
+    ),
+    "a line above": ("# taskhawk ", "import this\n# taskhawk ", None),
+    "a line below the header": ('"""Run', 'import this\n"""Run', ["docstring"]),
+    "a hash": (r"# \w{16} errors", "# 0123456789abcdef errors", ["errors"]),
+    "a room's number": (" 2. errors", " 22. errors", []),
+    "blank lines": ("\n\n\n# --- 2", "\n# --- 2", []),
+    "line ends": ("\n", "\r\n", []),
+}
+
+
+class TestVendoring:
+    """A copy of the file says what it is, whether it was changed, and what to audit again."""
+
+    def test_whole(self, tmp_path, capsys):
+        """A copy has all the text below a header; it can write and check further copies."""
+        path = vendor_package(tmp_path)
+        code, report = vendor(capsys, path)
+        banners = re.findall(r"(?m)^# (?:===|--- \d+\.) (.+?) [-=]+$", house_source())
+        assert (code, report) == (
+            0,
+            {
+                "path": str(path),
+                "version": taskhawk.VERSION,
+                "part": "whole",
+                "modified": [],
+                "audit": ["docstring", *banners],
+                "gone": [],
+            },
+        )
+        text = path.read_text()
+        assert text.endswith("\n" + house_source())
+        assert re.findall(r"(?m)^# [0-9a-f]{16} (.+)$", text) == report["audit"]
+        assert len(os.listdir(path.parent)) == 2  # with __init__.py
+        copy = ["-m", "service.vendor.taskhawk", "vendor"]
+        for arguments in ([path], ["--check", path], [tmp_path / "other.py"]):
+            result = run_python([*copy, *map(str, arguments)], cwd=tmp_path)
+            assert (result.returncode, result.stderr) == (0, "")
+        assert path.read_text() == (tmp_path / "other.py").read_text() == text
+
+    @pytest.mark.parametrize("edit", VENDOR_EDITS)
+    def test_changed_by_hand(self, edit, tmp_path, capsys):
+        """A check names the sections that are not as they were written, and exits with 1."""
+        old, new, modified = VENDOR_EDITS[edit]
+        path = tmp_path / "taskhawk.py"
+        vendor(capsys, path, "--part", "service")
+        count = 0 if edit == "line ends" else 1
+        edited = re.sub(old, new, path.read_text(), count=count).encode()
+        path.write_bytes(edited)
+        if modified is None:
+            code, error = command_error(capsys, "vendor", "--check", str(path))
+            wrong = "does not begin with the header of a vendored copy"
+            fix = "Fix: name another path, or move that file away"
+            assert (code, error) == (2, f"taskhawk: vendor: {path} {wrong}. {fix}")
+            return
+        code, report = vendor(capsys, "--check", path)
+        assert (code, report["modified"]) == (int(bool(modified)), modified)
+        if modified:
+            code, error = command_error(capsys, "vendor", str(path))
+            changed = f"{path} was changed by hand: {', '.join(modified)}"
+            fix = "Fix: restore it, or move it away"
+            assert (code, error) == (2, f"taskhawk: vendor: {changed}. {fix}")
+            assert path.read_bytes() == edited
+
+    def test_moved_room(self, tmp_path, capsys):
+        """Rooms in another order are a change too."""
+        path = tmp_path / "taskhawk.py"
+        vendor(capsys, path)
+        rooms = re.split(r"(?m)^(?=# ---)", path.read_text())
+        path.write_text("".join([*rooms[:2], rooms[3], rooms[2], *rooms[4:]]))
+        code, report = vendor(capsys, "--check", path)
+        assert (code, report["modified"]) == (1, ["the order of the rooms"])
+
+    def test_upgrade(self, tmp_path, capsys):
+        """A copy of an older version says what it was, and what has changed since."""
+        (tmp_path / "old").mkdir()
+        text = house_source().replace("# --- 2. errors -", "# --- 2. old faults -")
+        text = text.replace(f'_version__ = "{taskhawk.VERSION}', '_version__ = "4.9.9')
+        (tmp_path / "old" / "taskhawk.py").write_text(text)
+        path = tmp_path / "taskhawk.py"
+        program = [str(tmp_path / "old" / "taskhawk.py"), "vendor", str(path)]
+        result = run_python([*program, "--part", "production"], cwd=tmp_path)
+        assert (result.returncode, result.stderr) == (0, "")
+        assert taskhawk.main(["vendor", "--check", str(path)]) == 0
+        report = [
+            f"to audit for {taskhawk.VERSION}: names and limits",
+            f"to audit for {taskhawk.VERSION}: errors",
+            f"gone in {taskhawk.VERSION}: old faults",
+        ]
+        first = f"{path}: taskhawk 4.9.9, part: production, unmodified"
+        assert capsys.readouterr().out.splitlines() == [first, *report]
+        assert taskhawk.main(["vendor", str(path), "--part", "production"]) == 0
+        first = f"{path}: taskhawk {taskhawk.VERSION}, part: production, unmodified"
+        assert capsys.readouterr().out.splitlines() == [first, *report]
+        path.write_text(path.read_text().replace("\nVERSION", "\nOTHER = VERSION"))
+        assert taskhawk.main(["vendor", "--check", str(path)]) == 1
+        first = first.replace("unmodified", "changed by hand")
+        changed = [first, "changed by hand: names and limits"]
+        assert capsys.readouterr().out.splitlines() == changed
+
+    def test_no_folder(self, tmp_path, capsys):
+        """A folder that is missing is not made: it would have to be a package."""
+        path = tmp_path / "vendor" / "taskhawk.py"
+        expected = (
+            f"taskhawk: vendor: {path.parent} is not a folder. Fix: make it first"
+        )
+        assert command_error(capsys, "vendor", str(path)) == (2, expected)
+
+    def test_changed_source(self, tmp_path, capsys):
+        """A copy that was changed by hand checks itself, but writes no further copies."""
+        path = vendor_package(tmp_path)
+        vendor(capsys, path)
+        path.write_text(
+            path.read_text().replace("\nVERSION = ", "\nOTHER = VERSION = ")
+        )
+        copy = ["-m", "service.vendor.taskhawk", "vendor"]
+        result = run_python([*copy, "--check", str(path)], cwd=tmp_path)
+        assert (result.returncode, result.stderr) == (1, "")
+        assert "\nchanged by hand: names and limits\n" in result.stdout
+        result = run_python([*copy, "other.py"], cwd=tmp_path)
+        changed = (
+            "the copy that runs this command was changed by hand: names and limits"
+        )
+        fix = "Fix: restore it, or move it away"
+        assert (result.returncode, result.stdout) == (2, "")
+        assert result.stderr == f"taskhawk: vendor: {changed}. {fix}\n"
+        assert not (tmp_path / "other.py").exists()
+
+    def test_full_disk(self, tmp_path, capsys):
+        """A copy that can't be written leaves the old one as it was, and nothing beside it."""
+        path = tmp_path / "vendored.py"
+        vendor(capsys, path, "--part", "publisher")
+        before = path.read_bytes()
+        code = f"""if True:
+            import resource, sys, taskhawk
+            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+            sys.exit(taskhawk.main(["vendor", {str(path)!r}]))"""
+        result = run_python(code, cwd=tmp_path)
+        error = "taskhawk: [Errno 27] File too large\n"
+        assert (result.returncode, result.stdout, result.stderr) == (1, "", error)
+        assert (os.listdir(tmp_path), path.read_bytes()) == (["vendored.py"], before)
+
+    @pytest.mark.parametrize("part", VENDOR_CUTS)
+    def test_cut_works(self, part, tmp_path, capsys):
+        """A part imports, exports what it has, dispatches, and runs tasks if it can."""
+        path = vendor_package(tmp_path)
+        assert vendor(capsys, path, "--part", part)[0] == 0
+        assert path.read_text().endswith("\n" + vendor_cut(house_source(), part))
+        (tmp_path / "jobs.py").write_text(VENDOR_TASKS)
+        works = part != "publisher"
+        env = {"TASKHAWK_BROKER": "sqlite:///queue.db"}
+        program = VENDOR_PROGRAM + VENDOR_WORKER * works
+        result = run_python(program, cwd=tmp_path, env=env)
+        assert (result.returncode, result.stderr) == (0, "")
+        ran = f"ran\nran apart: True\n{VENDOR_LEDGER}" * works
+        assert result.stdout == f"2 dispatched\n{ran}"
+        result = run_python(["-m", "service.vendor.taskhawk", "demo"], cwd=tmp_path)
+        error = "taskhawk: this copy of the file has no command line\n"
+        assert (result.returncode, result.stderr) == (2, error)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("part", VENDOR_CUTS)
+    def test_cut_is_tested(self, part, tmp_path):
+        """The suite, cut like the module, passes; what uses a later part is left out."""
+        module, tests = house_source(), Path(__file__).read_text(encoding="utf-8")
+        (tmp_path / "taskhawk.py").write_text(vendor_cut(module, part))
+        left = f"from __future__ import annotations\n{vendor_cut(tests, part)}"
+        (tmp_path / "test_taskhawk.py").write_text(left)  # may annotate what is gone
+        unfit = vendor_unfit(module, tests, part)
+        (tmp_path / "conftest.py").write_text(VENDOR_CONFTEST.format(unfit=unfit))
+        shutil.copy(project_file("pyproject.toml"), tmp_path)
+        classes = [f"test_taskhawk.py::{name}" for name in VENDOR_CLASSES[part]]
+        result = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-m", "not slow", *classes],
+            cwd=tmp_path,
+            env={k: v for k, v in os.environ.items() if not k.startswith("COVERAGE_")},
+            timeout=300,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == 0, result.stdout
+        assert int(re.search(r"(\d+) passed", result.stdout)[1]) >= len(classes)
 
 
 # --- README ---------------------------------------------------------------------------
