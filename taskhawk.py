@@ -117,6 +117,7 @@ import functools
 import importlib
 import inspect
 import io
+import itertools
 import json
 import logging
 import math
