@@ -116,8 +116,8 @@ import enum
 import functools
 import importlib
 import inspect
-import itertools
 import io
+import itertools
 import json
 import logging
 import math
