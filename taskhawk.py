@@ -62,7 +62,7 @@ Parts and rooms; the file still works when it is cut before part IV, V or VI
         13 processing, 14 holdings, 15 the keeper, 16 the worker, 17 log records,
         18 isolation, 19 Lambda
     VI people
-        20 dead letters, 21 infrastructure, 22 command line
+        20 dead letters, 21 infrastructure, 22 command line, 23 vendoring
 """
 
 # === PART I: MEANING ==================================================================
@@ -387,12 +387,14 @@ def _passed_a_handler(error: BaseException) -> bool:
     https://docs.python.org/3/library/signal.html#signal.signal
     """
     for frame, _ in traceback.walk_tb(error.__traceback__):
-        arguments = inspect.getargvalues(frame)
-        given = [arguments.locals.get(name) for name in arguments.args]
-        given += arguments.locals.get(arguments.varargs or "", ())
-        interrupted = frame.f_back
-        if interrupted and any(each is interrupted for each in given):
-            return True
+        names, rest, _, values = inspect.getargvalues(frame)
+        given = list(map(values.get, names))
+        others = values.get(str(rest))
+        if isinstance(others, tuple):
+            given += others
+        for each in given:
+            if each is frame.f_back and each is not None:
+                return True
     return False
 
 
@@ -863,6 +865,20 @@ def _set_up_django() -> None:
     if module:
         _import(module, "the module named by DJANGO_SETTINGS_MODULE")
         _import("django", "the package").setup()
+
+
+def _django_task_modules() -> list[str]:
+    """Return the modules named `tasks` of the installed apps, if Django is set up."""
+    if "django.apps" not in sys.modules:
+        return []
+    from django.apps import apps
+    from django.utils.module_loading import module_has_submodule
+
+    return [
+        f"{app.name}.tasks"
+        for app in apps.get_app_configs()
+        if module_has_submodule(app.module, "tasks")
+    ]
 
 
 # A thread's count of `runs`.
@@ -1663,6 +1679,7 @@ class QueueMessage:
     message: Message | None = None
     lease_lost: bool = False
     max_receive_count: int | None = None
+    in_lambda: typing.ClassVar[bool] = False  # whether Lambda decides on retries
 
     @property
     def attempt(self) -> int:
@@ -3114,8 +3131,6 @@ class Task(Generic[_P, _R]):
         self.isolate = False
         #: the module that declares it: importing this module makes the task
         self.declared_in = str(fn.__module__)
-        #: the modules whose imports led to its declaration, the outermost first
-        self.imported_by: tuple[str, ...] = ()
         functools.update_wrapper(self, fn, updated=())
         # What other decorators left on the function may have names that are ours.
         for attribute, value in getattr(fn, "__dict__", {}).items():
@@ -3459,7 +3474,6 @@ def task(
         made.time_limit = time_limit
         made.isolate = isolate or time_limit is not None
         made.declared_in = _declaring_module(fn)
-        made.imported_by = _imports_under_way()
         _register(made)
         if not name and fn.__module__ == "__main__":
             # Messages that taskhawk 1.4 queued call it by this name.
@@ -3604,21 +3618,22 @@ _MAINS = ("__main__", "__mp_main__")
 def _declaring_module(fn: Any) -> str:
     """Return the module whose import declares the task that is made of a function.
 
-    It may be another than the function's: ``send = taskhawk.task(lib.send)``. Where a
-    function declares tasks, it is the module that is being imported, if there is one.
+    It may be another than the function's: ``send = taskhawk.task(lib.send)``. Where
+    modules import each other, it is the outermost: they may work in this order alone.
+    Where a function declares tasks, it is the module that is being imported, if any.
     """
     if fn.__module__ in (*_MAINS, __name__):
         return str(fn.__module__)
     stack = traceback.walk_stack(inspect.currentframe())
     callers = [frame for frame, _ in stack if frame.f_globals is not globals()]
+    declaring = callers[0].f_globals.get("__name__")
     for frame in callers:
         name = frame.f_globals.get("__name__")
-        if frame.f_code.co_name != "<module>" or name not in sys.modules:
-            continue
+        importing = frame.f_code.co_name == "<module>" and name in sys.modules
         # A script calls all that runs: it declares only what itself makes a task.
-        if frame is callers[0] or name not in _MAINS:
-            return str(name)
-    return str(callers[0].f_globals.get("__name__"))
+        if importing and name not in _MAINS:
+            declaring = name
+    return str(declaring)
 
 
 def _importable_name(module: str) -> str:
@@ -3630,18 +3645,6 @@ def _importable_name(module: str) -> str:
     spec = getattr(script, "__spec__", None)
     name = spec.name if spec else inspect.getmodulename(path)
     return name or module
-
-
-def _imports_under_way() -> tuple[str, ...]:
-    """Return the modules whose imports have led to this call, the outermost first."""
-    names = []
-    frame = inspect.currentframe()
-    while frame:
-        name = frame.f_globals.get("__name__")
-        if frame.f_code.co_name == "<module>" and name not in _MAINS:
-            names.append(name)
-        frame = frame.f_back
-    return tuple(reversed(names))
 
 
 # --- 12. publishing -------------------------------------------------------------------
@@ -4061,8 +4064,9 @@ __all__ += [
 # --- 13. processing -------------------------------------------------------------------
 # process() is the ONE place that decides what becomes of a message, and _verdict() is
 # its table. It does no queue I/O: the worker and Lambda apply its Outcome. It raises
-# nothing but KeyboardInterrupt. A run leaves one log record; what is no valid message
-# leaves one in ten seconds for each class of error. An error hook changes no outcome.
+# only what is to end the process: Control-C, and the exit of a signal handler. A run
+# leaves one log record, in one line but for the task's own text and traceback; what is
+# no valid message leaves one in ten seconds for each class of error.
 
 
 class Fate(enum.Enum):
@@ -4108,9 +4112,16 @@ def process(received: QueueMessage) -> Outcome:
         _raise_interrupt(error)
         return _failed(received, error, began)
     finally:
+        _let_go(received)
         # After a failed run too: the connection may be why it failed.
         _refresh_django_connections(ran=True)
     return Outcome(Fate.acknowledge)
+
+
+def _let_go(received: QueueMessage) -> None:
+    """Break the cycle that would keep a body until the garbage collector runs."""
+    if received.message:
+        received.message.received = None
 
 
 def _run(received: QueueMessage, began: float) -> None:
@@ -4121,17 +4132,18 @@ def _run(received: QueueMessage, began: float) -> None:
     message.received = received
     received.message = message  # from here on, an error is the task's
     _log.debug("Received message", extra={"message_body": received.body})
-    level, end = logging.DEBUG, "done"
+    level, end, reason = logging.DEBUG, "done", ""
     try:
         task.call(message, received.receipt_handle)
     except BaseException as error:
         if not _are_all(IgnoreException, error):
             raise
-        level, end = logging.INFO, "ignored"
+        level, end, reason = logging.INFO, "ignored", _reason(error)
     _call_hook("TASKHAWK_POST_PROCESS_HOOK", received)
     if _log.isEnabledFor(level):
+        name = _in_one_line(f"{task.name} {message.id}")
         facts = _facts(received, end, began)
-        _log.log(level, "%s %s: %s", task.name, message.id, end, extra=facts)
+        _log.log(level, "%s: %s%s", name, end, reason, extra=facts)
 
 
 def _are_all(kind: type[BaseException], error: BaseException) -> bool:
@@ -4155,14 +4167,14 @@ def _failed(received: QueueMessage, raised: BaseException, began: float) -> Outc
     error = outcome.error or raised
     spoken = [leaf for leaf in _leaves(error) if isinstance(leaf, LoggingException)]
     facts = _facts(received, outcome.fate.value, began)
-    if received.message is None and isinstance(error, ValidationError):
+    if _is_invalid(received, error):
         text = _text_of_invalid(received, error)
         if text is None:
             return outcome
         _log.error("%s", text, extra=facts)
     elif outcome.fate is Fate.retry and _are_all(RetryException, error):
         text = _sentence(received, "asked to be retried", outcome)
-        _log.info("%s", text, extra=facts)
+        _log.info("%s%s", text, _reason(error), extra=facts)
         return outcome
     elif spoken:
         facts |= _extra_of(spoken[0])
@@ -4178,18 +4190,35 @@ def _verdict(received: QueueMessage, error: BaseException) -> Outcome:
     """Decide the fate of a message whose run raised; the first row that fits counts.
 
     ==========================================  ==================================
-    not valid, unknown here, pre hook failed    left to the queue's redrive policy
-    StopRetry, or never retried by the task     dead letter
+    not valid, or its task is unknown here      left to the queue's redrive policy
+    the task raised StopRetry or never retries  dead letter
+    the last receive that the queue allows      dead letter
     it asked for a delay (RetryException)       visible again after it
+    the pre hook failed                         left to its visibility timeout
     the task has no retry policy                left to its visibility timeout
     its retry policy gives a delay              visible again after it
     its retries are used up                     dead letter
     its retry policy fails                      left to its visibility timeout
     ==========================================  ==================================
 
-    An exception group is retried if all its errors may be. The longest delay that one
-    of them asks for counts. A pre hook may ask for a delay, too.
+    An exception group is retried if all its errors may be, and the longest delay that
+    one of them asks for counts.
     """
+    if _is_invalid(received, error):
+        return Outcome(Fate.retry, error)
+    wanted = _wanted(received, error)
+    if wanted.fate is Fate.retry and received.is_last_receive:
+        return Outcome(Fate.dead_letter, wanted.error)
+    return wanted
+
+
+def _is_invalid(received: QueueMessage, error: BaseException) -> bool:
+    """Return whether the message was found not to be valid, or for no task here."""
+    return received.message is None and isinstance(error, ValidationError)
+
+
+def _wanted(received: QueueMessage, error: BaseException) -> Outcome:
+    """Return what is wanted for a failed run's message, were receives unlimited."""
     leaves = list(_leaves(error))
     delay_s = _asked_delay_s(leaves)
     if received.message is None:
@@ -4213,8 +4242,10 @@ def _asked_delay_s(leaves: Iterable[BaseException]) -> float | None:
     """Return the longest delay that a RetryException asks for, or None."""
     asked = [leaf.delay_seconds for leaf in leaves if isinstance(leaf, RetryException)]
     # A subclass that does not call our __init__ may have set anything.
-    delays = [delay_s for delay_s in asked if _is_delay(delay_s)]
-    return min(max(delays), _MAX_HELD_S) if delays else None
+    delays = list(filter(_is_delay, asked))
+    if not delays:
+        return None
+    return min(max(delays), _MAX_HELD_S)
 
 
 def _may_retry(task: Task[Any, Any], error: BaseException) -> bool:
@@ -4242,22 +4273,46 @@ def _is_delay(value: object) -> typing.TypeGuard[float]:
 
 def _sentence(received: QueueMessage, end: str, outcome: Outcome) -> str:
     """Say which attempt ended how, and what becomes of the message."""
-    then = "is left to the queue"
-    if outcome.fate is Fate.dead_letter:
-        then = "is given up"
-    elif outcome.delay_s is not None:
-        then = f"runs again in {outcome.delay_s:g} s"
-    if outcome.delay_s == _MAX_HELD_S:  # perhaps because it was cut to that
-        then += ", the most that SQS allows"
+    then = _what_follows(received, outcome)
     return f"{_name_of(received)}: attempt {received.attempt} {end} and {then}"
 
 
+def _what_follows(received: QueueMessage, outcome: Outcome) -> str:
+    """Say what becomes of a failed run's message."""
+    if received.in_lambda:
+        return "is left to Lambda"
+    if outcome.fate is Fate.dead_letter and received.is_last_receive:
+        return "is given up: the queue allows no further receive"
+    if outcome.fate is Fate.dead_letter:
+        return "is given up"
+    if outcome.delay_s is None:
+        return "is left to the queue"
+    if outcome.delay_s < _MAX_HELD_S:
+        return f"runs again in {outcome.delay_s:g} s"
+    return f"runs again in {_MAX_HELD_S} s, the most that SQS allows"
+
+
 def _name_of(received: QueueMessage) -> str:
-    """Return what log texts call a message: one line, not a long one."""
-    name = f"message {received.message_id}"
-    if received.message:
-        name = f"{received.message.task_name} {received.message.id}"
-    return re.sub("[^ -~]", "?", name)[:200]  # an id is free text, and may forge lines
+    """Return what log texts call a message: its task, its own id and the service's."""
+    name = f"message {_in_one_line(received.message_id)}"
+    if received.message is None:
+        return name
+    message = received.message
+    return f"{_in_one_line(f'{message.task_name} {message.id}')} ({name})"
+
+
+def _reason(error: BaseException) -> str:
+    """Return what a task said when it raised, as the end of a sentence."""
+    texts = [_in_one_line(_text_of(leaf)) for leaf in _leaves(error)]
+    said = "; ".join(filter(None, texts))
+    if not said:
+        return ""
+    return f": {said}"
+
+
+def _in_one_line(text: str) -> str:
+    """Return text for a log: one line, not a long one, as free text may forge lines."""
+    return "".join(c if c.isprintable() else "?" for c in text[:200])
 
 
 def _facts(received: QueueMessage, end: str, began: float) -> dict[str, Any]:
@@ -4285,14 +4340,15 @@ _invalid_logged_at: dict[type, float] = {}
 _invalid_unlogged: dict[type, int] = {}
 
 
-def _text_of_invalid(received: QueueMessage, error: ValidationError) -> str | None:
+def _text_of_invalid(received: QueueMessage, error: BaseException) -> str | None:
     """Return the log text of a message that is not valid, or None if it is too soon."""
     kind, now = type(error), time.monotonic()
     if now < _invalid_logged_at.get(kind, -math.inf) + _INVALID_EVERY_S:
         _invalid_unlogged[kind] = _invalid_unlogged.get(kind, 0) + 1
         return None
     _invalid_logged_at[kind] = now
-    text = f"{_name_of(received)} is left to the queue: {_text_of(error)}"
+    then = _what_follows(received, Outcome(Fate.retry, error))
+    text = f"{_name_of(received)} {then}: {_text_of(error)}"
     unlogged = _invalid_unlogged.pop(kind, 0)
     if unlogged:
         text += f" ({unlogged} more like it since the last record)"
@@ -4325,7 +4381,10 @@ class _SyncSender(Sender):
             if settings.IS_LAMBDA_APP:
                 sns = {"Message": entry.body, "MessageId": message_id}
                 received.sns_record = {"Sns": {**sns, "MessageAttributes": {}}}
-            _in_own_context(_run)(received, time.monotonic())
+            try:
+                _in_own_context(_run)(received, time.monotonic())
+            finally:
+                _let_go(received)
         return []
 
 
@@ -4674,7 +4733,7 @@ class _Holdings:
 
     def warn(self, held: _Held, text: str) -> None:
         """Keep a warning about a message for the log."""
-        self.news.append((logging.WARNING, f"{_full_name_of(held.message)} {text}"))
+        self.news.append((logging.WARNING, f"{_name_of(held.message)} {text}"))
 
 
 class _Calls:
@@ -4786,14 +4845,6 @@ class _Calls:
         """Make the call again, after a pause that doubles from 0.2 s to 5 s."""
         held.tries += 1
         held.due_at = asked_at + min(0.1 * 2**held.tries, 5)
-
-
-def _full_name_of(received: QueueMessage) -> str:
-    """Return what logs call a message on its queue: SQS's id, its task and its own id."""
-    name = f"message {received.message_id}"
-    if received.message:
-        name += f" ({_name_of(received)})"
-    return re.sub("[^ -~]", "?", name)[:300]
 
 
 # --- 15. the keeper -------------------------------------------------------------------
@@ -5659,9 +5710,7 @@ class Worker:
         self.overdue.set()
         self._keeper.give_up_after(flush_s)
         for received in self._course.still_run():
-            _log.warning(
-                "the grace is over, and %s still runs", _full_name_of(received)
-            )
+            _log.warning("the grace is over, and %s still runs", _name_of(received))
         for slot in self._slots:
             slot.child.kill()
         if self._course.ended.wait(flush_s / 2):
@@ -5759,7 +5808,7 @@ def _dead_letter(
         _send_copy(broker, target, received, error)
     except Exception as failure:
         text = "%s: %s can't be dead-lettered and is left to the queue: %s"
-        _log.warning(text, received.queue, _full_name_of(received), failure)
+        _log.warning(text, received.queue, _name_of(received), failure)
         return False
     return True
 
@@ -5908,7 +5957,7 @@ class _LineFormatter(logging.Formatter):
 
 
 def _log_again(fields: Mapping[str, Any]) -> None:
-    """Log in the worker what a child has logged, as far as the worker's levels let it."""
+    """Log in the worker what a child has logged, if the worker's levels let it."""
     record = logging.makeLogRecord(fields)
     logger = logging.getLogger(record.name)
     if logger.isEnabledFor(record.levelno):
@@ -5978,22 +6027,18 @@ def _start_of_children(*, everything: bool) -> dict[str, Any]:
 
 
 def _module_to_import(declared: Task[Any, Any]) -> str:
-    """Return the module whose import declares a task, as it did in the worker.
-
-    That is the outermost: those that it imports may work in this order alone.
-    """
-    for name in declared.imported_by:
-        # Not one that is starting the worker right now: a child would start another.
-        spec = getattr(sys.modules.get(name), "__spec__", None)
-        if not getattr(spec, "_initializing", False):
-            return name
-    module = getattr(declared, "declared_in", declared.fn.__module__)
+    """Return the module whose import declares a task, as it did in the worker."""
+    module = declared.declared_in
+    # Not one that is starting the worker right now: a child would start another.
+    spec = getattr(sys.modules.get(module), "__spec__", None)
+    if getattr(spec, "_initializing", False):
+        module = declared.fn.__module__
     if module in _MAINS:
         raise ConfigurationError(
             f"{declared.name}: a task of __main__ can't be isolated: "
             "move it to a module"
         )
-    return str(module)
+    return module
 
 
 def _path_of_children() -> list[str]:
@@ -6070,7 +6115,7 @@ class _Child:
         except ValidationError:
             return False  # process() will say what is wrong with it
         if isolated:
-            received.message, message.received = message, received
+            received.message = message
         return isolated
 
     def process(self, received: QueueMessage) -> Outcome | None:
@@ -6200,8 +6245,8 @@ class _ChildProcess:
 
     def __init__(self) -> None:
         import socket
-        import subprocess
 
+        subprocess: Any = importlib.import_module("subprocess")
         self.unknown: list[str] = []  # isolated tasks that it did not find
         # Held to kill and to reap: what was reaped has a number that may be used again.
         self._lock = threading.Lock()
@@ -6209,10 +6254,11 @@ class _ChildProcess:
         self._lines = self._socket.makefile("rb")
         number = theirs.fileno()
         program = [__name__, "_child", str(number), str(os.getpid())]
-        flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]  # noqa: SLF001 - multiprocessing uses it, too
+        # Such as -O and -W; multiprocessing takes them from there, too.
+        flags = subprocess._args_from_interpreter_flags()  # noqa: SLF001
         with theirs:
             try:
-                self._process = subprocess.Popen(  # noqa: S603 - it is this file
+                self._process = subprocess.Popen(
                     [sys.executable, *flags, "-c", _BOOT, *program],
                     stdin=subprocess.DEVNULL,
                     start_new_session=True,
@@ -6249,17 +6295,16 @@ class _ChildProcess:
 
     def kill(self) -> None:
         """Kill it and what it started, also in C code that holds the GIL."""
-        with self._lock:
+        with self._lock, contextlib.suppress(PermissionError):  # macOS, of a zombie
             if self._process.returncode is None:
                 os.killpg(self._process.pid, signal.SIGKILL)
 
     def end(self, within_s: float) -> str:
         """Have it end, by a kill if it takes longer, and return how it ended."""
         until = time.monotonic() + within_s
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(1)  # SHUT_WR: it ends once it has read all
-            self._wait_at_most(until)
-            self._lines.read()  # it may have to write before that
+        with contextlib.suppress(OSError, ValueError):
+            self._socket.shutdown(1)  # SHUT_WR: it ends when it has read all
+            self.hear("nothing", until)  # but log records, and then that it has ended
         if not self._has_ended(until):  # a thread that a task left behind goes on, say
             self.kill()
             self._has_ended(math.inf)
@@ -6354,7 +6399,7 @@ class _Report(logging.StreamHandler[typing.TextIO]):
             self._socket.flush()
 
     def _leave(self) -> None:
-        """Have what a task forks neither answer, nor keep the socket open, nor log to it."""
+        """Keep what a task forks from the socket, and from holding it open."""
         os.dup2(self._nowhere, self._number, inheritable=False)
         self.stream = sys.stderr
 
@@ -6370,7 +6415,8 @@ def _serve_worker(argv: Sequence[str]) -> int:
     _die_with_parent()
     if os.getppid() != worker:  # it died before that
         return 1
-    os.set_inheritable(number, False)  # noqa: FBT003 - what a task starts must not keep it
+    # What a task starts must not keep the socket open.
+    os.set_inheritable(number, False)  # noqa: FBT003
     report = _Report(number)
     with open(number, "rb", closefd=False) as lines:
         start = json.loads(lines.readline())
@@ -6552,7 +6598,7 @@ def _is_behind(received: QueueMessage, failed: Iterable[QueueMessage]) -> bool:
 
 def _not_started(received: QueueMessage, reason: str) -> Outcome:
     """Return the outcome of a message that counts as failed though it was not run."""
-    text = f"message {received.message_id} was not started: {reason}"
+    text = f"{_name_of(received)} was not started: {reason}"
     return Outcome(Fate.retry, TaskhawkError(text))
 
 
@@ -6574,10 +6620,16 @@ def _delete_done(done: Iterable[QueueMessage]) -> None:
     _change_all("delete", receipts, warning)
 
 
+class _LambdaMessage(QueueMessage):
+    """A message that Lambda received: it decides when a failed one runs again."""
+
+    in_lambda = True
+
+
 def _from_record(record: Any) -> QueueMessage:
     """Read a record; a malformed one becomes a message that is not valid."""
     if not isinstance(record, Mapping):
-        return QueueMessage(None, "")
+        return _LambdaMessage(None, "")
     if "Sns" in record:
         return _from_topic(record)
     return _from_queue(record)
@@ -6587,20 +6639,20 @@ def _from_topic(record: Mapping[str, Any]) -> QueueMessage:
     """Read a record of an SNS event."""
     sns = record["Sns"]
     if not isinstance(sns, Mapping):
-        return QueueMessage(None, "", sns_record=record)
+        return _LambdaMessage(None, "", sns_record=record)
     message_id = str(sns.get("MessageId"))
-    return QueueMessage(sns.get("Message"), message_id, sns_record=record)
+    return _LambdaMessage(sns.get("Message"), message_id, sns_record=record)
 
 
 def _from_queue(record: Mapping[str, Any]) -> QueueMessage:
     """Read a record of an SQS event."""
     message_id = str(record.get("messageId", ""))
     if not _is_well_formed(record):
-        return QueueMessage(None, message_id)
+        return _LambdaMessage(None, message_id)
     attributes = record.get("attributes", {})
     message_attributes = _as_boto3(record.get("messageAttributes", {}))
     handle = record.get("receiptHandle")
-    received = QueueMessage(
+    received = _LambdaMessage(
         record.get("body"), message_id, handle, attributes, message_attributes
     )
     arn, broker = record.get("eventSourceARN"), _brokers.broker()
@@ -6633,6 +6685,8 @@ def _as_boto3(
 
 
 # === PART V: STATE ====================================================================
+# There is no room here yet: nothing is remembered between two messages, so the file cut
+# before this part and the file cut after it do the same.
 
 
 # === PART VI: PEOPLE ==================================================================
@@ -6646,7 +6700,7 @@ __all__ += [
 # --- 20. dead letters -----------------------------------------------------------------
 # For people: nothing in production depends on this room. A dead letter is deleted only
 # once its copy is confirmed, so a crash or a fault in between leaves two copies, never
-# none. A scan hides what it receives from others, and shows what it leaves again.
+# none. A scan hides from others what it receives, and shows again what it leaves.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -6734,7 +6788,7 @@ def _recorded_error(received: QueueMessage) -> dict[str, Any] | None:
 
 @dataclasses.dataclass(frozen=True)
 class _LetterFilter:
-    """Says which dead letters are meant: those that fit all of it."""
+    """Says which dead letters are meant: those that fit every field."""
 
     task: str = "*"  # a pattern, as the shell's
     error: str = ""  # a part of the error's type or message
@@ -6777,7 +6831,7 @@ class _Scan:
     priority: Priority
     doing: str
     done: str
-    filter: _LetterFilter = _LetterFilter()
+    wanted: _LetterFilter = _LetterFilter()
     limit: int = sys.maxsize
     num_messages: int = _MAX_BATCH
     lease_s: float | None = 600
@@ -6817,7 +6871,7 @@ class _Scan:
             new = self._receive(total - len(self._seen))
             if not new:
                 return
-            letters = [*filter(self.filter.matches, map(_read_dead_letter, new))]
+            letters = [*filter(self.wanted.matches, map(_read_dead_letter, new))]
             letters = letters[: self.limit - self.matched]
             self.matched += len(letters)
             self.found_ids.update(*(letter.ids for letter in letters))
@@ -6874,8 +6928,9 @@ class _Scan:
         failure: str = "",
     ) -> list[_DeadLetter]:
         """Return those that were not refused; log the first refusal with its remedy."""
-        for refusal in [*refused.values()][:1]:
-            _log.warning("%s: %s", refusal.code, refusal.text)
+        if refused:
+            first = next(iter(refused.values()))
+            _log.warning("%s: %s", first.code, first.text)
         accepted = []
         for index, letter in enumerate(letters):
             if index in refused:
@@ -6888,11 +6943,10 @@ class _Scan:
         """Show what is left to others again."""
         show = functools.partial(self._broker.change_visibility, self._source)
         refused = _in_batches(show, [(r, 0) for r in self._hidden.values()], 3)
-        for refusal in [*refused.values()][:1]:
-            text = (
-                "%d of %d dead letters that were looked at stay hidden for a while: %s"
-            )
-            _log.warning(text, len(refused), len(self._hidden), refusal.text)
+        if refused:
+            reason = next(iter(refused.values())).text
+            text = "%d of %d dead letters looked at stay hidden for a while: %s"
+            _log.warning(text, len(refused), len(self._hidden), reason)
         if kind:
             text = "stopped: up to %d more messages may have been %s"
             self.say(text, _MAX_BATCH, self.done)
@@ -7345,24 +7399,13 @@ def _check_settings() -> list[_Finding]:
     """Read all settings, and import the hooks and classes that they name."""
     findings = [
         _error(str(error), "what uses it fails", _advice(error))
-        for error in _settings_errors()
+        for error in settings.errors()
     ]
     if findings or settings.TASKHAWK_BROKER != "sqs" or settings.TASKHAWK_QUEUE:
         return findings
     why = "no queue has a name; without AWS, try TASKHAWK_BROKER=sqlite:///queue.db"
     remedy = "export TASKHAWK_QUEUE=dev-myapp"
     return [_error("TASKHAWK_QUEUE is not set", why, remedy)]
-
-
-def _settings_errors() -> list[ConfigurationError]:
-    """Return what is wrong with the settings."""
-    errors: dict[str, ConfigurationError] = {}
-    for name in _SETTINGS:
-        try:
-            getattr(settings, name)
-        except ConfigurationError as error:
-            errors.setdefault(str(error), error)  # of a wrong module, all say the same
-    return list(errors.values())
 
 
 def _check_topic(priority: Priority) -> Iterator[_Finding]:
@@ -7552,7 +7595,9 @@ def _seconds(least: float = 0, most: float = math.inf) -> Callable[[str], float]
 
 def _bounds(least: float, most: float) -> str:
     """Return which numbers are within bounds."""
-    return f"{least} or more" if most == math.inf else f"{least} to {most}"
+    if most == math.inf:
+        return f"{least} or more"
+    return f"{least} to {most}"
 
 
 def _age(text: str) -> float:
@@ -7570,27 +7615,17 @@ def _pair(text: str) -> tuple[str, str]:
     return name, value
 
 
-def _json_array(text: str) -> list[Any]:
-    """Read an array of JSON."""
-    value = _json_of(text)
-    if not isinstance(value, list):
-        raise _wrong("an array of JSON", text)
-    return value
+def _json(kind: type, expected: str) -> Callable[[str], Any]:
+    """Return what reads JSON of one kind."""
 
+    def read(text: str) -> Any:
+        with contextlib.suppress(ValueError, RecursionError):
+            value = _DECODER.decode(text)
+            if isinstance(value, kind):
+                return value
+        raise _wrong(expected, text)
 
-def _json_object(text: str) -> dict[str, Any]:
-    """Read an object of JSON."""
-    value = _json_of(text)
-    if not isinstance(value, dict):
-        raise _wrong("an object of JSON", text)
-    return value
-
-
-def _json_of(text: str) -> Any:
-    """Read JSON; what is not JSON is None."""
-    with contextlib.suppress(ValueError, RecursionError):
-        return _DECODER.decode(text)
-    return None
+    return read
 
 
 _flag = functools.partial(_option, action="store_true")
@@ -7708,20 +7743,6 @@ def _log_handlers() -> Iterator[logging.Handler]:
             yield from logger.handlers
 
 
-def _django_task_modules() -> list[str]:
-    """Return the modules named `tasks` of the installed apps, if Django is set up."""
-    if "django.apps" not in sys.modules:
-        return []
-    from django.apps import apps
-    from django.utils.module_loading import module_has_submodule
-
-    return [
-        f"{app.name}.tasks"
-        for app in apps.get_app_configs()
-        if module_has_submodule(app.module, "tasks")
-    ]
-
-
 def _parser() -> Any:
     """Make the parser of all commands."""
     import argparse
@@ -7741,7 +7762,7 @@ def _parser() -> Any:
     parser = Parser(prog="taskhawk", description=sentence)
     parser.add_argument("--version", action="version", version=VERSION)
     parser.set_defaults(run=None, parser=parser, modules=(), ids=())
-    parser.set_defaults(log_level=None, log_format=None)
+    parser.set_defaults(log_level=None, log_format=None, json=False)
     groups = {"": parser.add_subparsers(metavar="COMMAND")}
     for command, (run, options) in _commands.items():
         text, _, example = (inspect.getdoc(run) or command).partition("\n\n")
@@ -7908,9 +7929,10 @@ class _ListenWorker(Worker):
         super().settle(held, outcome)
         message = held.message.message
         if message and outcome.fate is Fate.acknowledge:
-            facts: dict[str, Any] = {"task": message.task_name, "id": message.id}
-            facts["attempt"] = held.message.attempt
-            _log.info("%s %s: finished", message.task_name, message.id, extra=facts)
+            attempt = held.message.attempt
+            facts = {"task": message.task_name, "id": message.id, "attempt": attempt}
+            name = re.sub("[^ -~]", "?", f"{message.task_name} {message.id}")[:200]
+            _log.info("%s: attempt %d finished", name, attempt, extra=facts)
 
 
 @_command(
@@ -7969,8 +7991,7 @@ def _listen(arguments: Any) -> bool:
     """
     _require_tasks("listen")
     # A typo, such as in a hook's name, would send the whole queue to the dead letters.
-    for error in _settings_errors():
-        raise error
+    settings.check()
     priorities = _priorities(arguments.priority)
     worker = _ListenWorker(
         _brokers.broker(),
@@ -8026,12 +8047,16 @@ def _exit_overdue(ledger: Ledger) -> None:
     "dispatch",
     _option("task", "the task's name"),
     _option(
-        "--args", "(default: [])", type=_json_array, default=[], metavar="JSON ARRAY"
+        "--args",
+        "(default: [])",
+        type=_json(list, "an array of JSON"),
+        default=[],
+        metavar="JSON ARRAY",
     ),
     _option(
         "--kwargs",
         "(default: {})",
-        type=_json_object,
+        type=_json(dict, "an object of JSON"),
         default={},
         metavar="JSON OBJECT",
     ),
@@ -8335,7 +8360,7 @@ def _rewrite_line(text: str, *args: object) -> None:
 
 def _require_found(scan: _Scan) -> None:
     """Raise an error if an id that was named is that of no dead letter."""
-    missing = scan.filter.ids - scan.found_ids
+    missing = scan.wanted.ids - scan.found_ids
     if missing:
         ids = ", ".join(sorted(missing))
         raise TaskhawkError(f"no dead letter that fits the filters has this id: {ids}")
@@ -8344,7 +8369,9 @@ def _require_found(scan: _Scan) -> None:
 def _print_letters(
     arguments: Any, doing: str, text_of: Callable[[_DeadLetter], str]
 ) -> None:
-    """Print the dead letters that the options ask for."""
+    """Print the dead letters that the options ask for, with --json as JSON."""
+    if arguments.json:
+        text_of = _as_json
     with _scan_for(arguments, doing, "looked at") as scan:
         for letters in scan:
             _clear_line()
@@ -8400,7 +8427,7 @@ def _list(arguments: Any) -> None:
 
     example: python -m taskhawk dead-letters list --task 'mail.*'
     """
-    _print_letters(arguments, "listing", _as_json if arguments.json else _as_line)
+    _print_letters(arguments, "listing", _as_line)
 
 
 @_command(
@@ -8414,7 +8441,7 @@ def _show(arguments: Any) -> None:
 
     example: python -m taskhawk dead-letters show b1328174-a21c-43d3-b303-964dfcc76efc
     """
-    _print_letters(arguments, "showing", _as_json if arguments.json else _as_page)
+    _print_letters(arguments, "showing", _as_page)
 
 
 @_command("dead-letters export", *_LETTERS)
@@ -8472,9 +8499,212 @@ def _delete(arguments: Any) -> None:
 def _is_agreed(scan: _Scan) -> bool:
     """Ask in a terminal whether to delete, where it may be more than one."""
     total = scan.total()
-    most = min(total, scan.limit, len(scan.filter.ids) or total)
+    most = min(total, scan.limit, len(scan.wanted.ids) or total)
     if most <= 1 or not sys.stdin.isatty():
         return True
     question = f"delete up to {most} dead letters for good? [y/N] "
     print(question, end="", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+# --- 23. vendoring --------------------------------------------------------------------
+# A copy is the text of this very file, whole or cut before a part, below a header that
+# has a hash for each section: the docstring, each part's banner, each room. A file is
+# overwritten only if it is such a copy and still matches its header, and it is replaced
+# whole. Sections are compared by title, because a room's number may change. The hashes
+# find what has changed; they are not a signature.
+
+
+_CUTS = {"publisher": "PART IV:", "service": "PART V:", "production": "PART VI:"}
+_BANNER = r"(?m)^# (?:===|---) (?:\d+\. )?(.+?) (?:=|-)+$"
+_HEADER_PATTERN = (
+    r"# taskhawk (\S+), vendored: (\w+)\n(?:#  .*\n)+((?:# [0-9a-f]{16} .+\n)+)"
+)
+_COPY_HEADER = """\
+# taskhawk {version}, vendored: {part}
+#  SPDX-License-Identifier: MIT. Do not edit this copy; compare it with its hashes by
+#  python -m taskhawk vendor --check PATH
+"""
+_Section = tuple[str, str]  # a section's title, and the hash of its text
+
+
+@dataclasses.dataclass(frozen=True)
+class _Copy:
+    """A vendored copy: what its header says, and the text below it."""
+
+    version: str
+    part: str
+    sections: Sequence[_Section]  # as they were written
+    text: str
+
+    @classmethod
+    def read(cls, text: str) -> _Copy | None:
+        """Return the copy that has this text, or None if it has no header of ours."""
+        header = re.match(_HEADER_PATTERN, text)
+        if header is None:
+            return None
+        version, part, lines = header.groups()
+        pairs = re.findall("# (.{16}) (.+)\n", lines)
+        sections = [(title, digest) for digest, title in pairs]
+        return cls(version, part, sections, text[header.end() :])
+
+    @classmethod
+    def of_this_file(cls, part: str) -> _Copy:
+        """Return a copy of this file, whole or up to the end of a part."""
+        text = _own_text()
+        running = cls.read(text)
+        if running is not None:
+            text = running.text
+        if part in _CUTS:
+            kept, _banner, _later = text.partition(f"\n# === {_CUTS[part]}")
+            text = kept.rstrip() + "\n"
+        return cls(__version__, part, _sections(text), text)
+
+    def __str__(self) -> str:
+        lines = [f"# {digest} {title}\n" for title, digest in self.sections]
+        header = _COPY_HEADER.format(version=self.version, part=self.part)
+        return header + "".join(lines) + self.text
+
+    @property
+    def modified(self) -> list[str]:
+        """The titles of the sections that were changed by hand."""
+        found = _sections(self.text)
+        if found == self.sections:
+            return []
+        titles = {title for title, _ in set(found) ^ set(self.sections)}
+        return sorted(titles) or ["the order of the rooms"]
+
+    def require_unmodified(self, name: str) -> None:
+        """Raise ConfigurationError if a section was changed by hand."""
+        if self.modified:
+            raise ConfigurationError(
+                f"vendor: {name} was changed by hand: {', '.join(self.modified)}. "
+                "Fix: restore it, or move it away"
+            )
+
+
+def _own_text() -> str:
+    """Return the text of this file, with its header if it is a copy itself."""
+    return inspect.getsource(sys.modules[__name__])
+
+
+def _sections(text: str) -> list[_Section]:
+    """Return the title of each section, with a short hash of its text."""
+    import hashlib
+
+    sections = []
+    for title, section in _split_sections(text):
+        digest = hashlib.sha256(section.strip().encode()).hexdigest()
+        sections.append((title, digest[:16]))
+    return sections
+
+
+def _split_sections(text: str) -> Iterator[tuple[str, str]]:
+    """Yield the title and the text of each section; it ends where the next banner is."""
+    title, start = "docstring", 0
+    for banner in re.finditer(_BANNER, text):
+        yield title, text[start : banner.start()]
+        title, start = banner[1], banner.end()
+    yield title, text[start:]
+
+
+def _read_copy(path: str) -> _Copy:
+    """Read a vendored copy.
+
+    :raises ConfigurationError: if the file is something else
+    """
+    with open(path, encoding="utf-8", errors="replace") as file:
+        copy = _Copy.read(file.read())
+    if copy is None:
+        raise ConfigurationError(
+            f"vendor: {path} does not begin with the header of a vendored copy. "
+            "Fix: name another path, or move that file away"
+        )
+    return copy
+
+
+def _write_copy(path: str, copy: _Copy) -> Sequence[_Section]:
+    """Write a copy, whole or not at all; return the sections of the one it replaces.
+
+    :raises ConfigurationError: if the file that stands there, or the copy that runs this
+        command, is not as it was written
+    """
+    running = _Copy.read(_own_text())
+    if running is not None:
+        running.require_unmodified("the copy that runs this command")
+    if not os.path.isdir(os.path.dirname(path)):
+        raise ConfigurationError(
+            f"vendor: {os.path.dirname(path)} is not a folder. Fix: make it first"
+        )
+    replaced: Sequence[_Section] = ()
+    if os.path.exists(path):
+        old = _read_copy(path)
+        old.require_unmodified(path)
+        replaced = old.sections
+    draft = f"{path}.{os.getpid()}"
+    try:
+        with open(draft, "w", encoding="utf-8", newline="\n") as file:
+            file.write(str(copy))
+        os.replace(draft, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(draft)  # still there only if the copy could not be written
+    return replaced
+
+
+@_command(
+    "vendor",
+    _option("path", "the copy, such as service/vendor/taskhawk.py", metavar="PATH"),
+    _option(
+        "--part",
+        "how much of the file to write (default: whole)",
+        choices=[*_CUTS, "whole"],
+        default="whole",
+    ),
+    _flag("--check", "say whether the copy is unmodified, and what to audit again"),
+    _AS_JSON,
+)
+def _vendor(arguments: Any) -> bool:
+    """Write this file into a project, or check such a copy.
+
+    example: python -m taskhawk vendor service/vendor/taskhawk.py --part production
+    """
+    path = os.path.realpath(arguments.path)
+    if arguments.check:
+        copy = _read_copy(path)
+        audited = copy.sections
+        current = _Copy.of_this_file(copy.part)
+    else:
+        copy = current = _Copy.of_this_file(arguments.part)
+        audited = _write_copy(path, copy)
+    titles = {title for title, _ in current.sections}
+    report = {
+        "path": arguments.path,
+        "version": copy.version,
+        "part": copy.part,
+        "modified": copy.modified,
+        "audit": [
+            title
+            for title, digest in current.sections
+            if (title, digest) not in audited
+        ],
+        "gone": [title for title, _ in audited if title not in titles],
+    }
+    if arguments.json:
+        print(json.dumps(report, indent=2))
+    else:
+        _print_report(report)
+    return bool(copy.modified)
+
+
+def _print_report(report: Mapping[str, Any]) -> None:
+    """Print what to know about a copy, a line for each section that is named."""
+    state = "changed by hand" if report["modified"] else "unmodified"
+    what = f"taskhawk {report['version']}, part: {report['part']}"
+    print(f"{report['path']}: {what}, {state}")
+    for title in report["modified"]:
+        print(f"changed by hand: {title}")
+    for title in report["audit"]:
+        print(f"to audit for {__version__}: {title}")
+    for title in report["gone"]:
+        print(f"gone in {__version__}: {title}")
