@@ -4531,12 +4531,27 @@ class TestSns:
 # --- 10. connections ------------------------------------------------------------------
 
 
+def fork_in_c() -> int:
+    """Fork as uWSGI does, so that Python does not see it.
+
+    Nobody may wait for the GIL meanwhile: a child that is asked to give it up waits for
+    ever for a thread that it does not have.
+    """
+    interval_s = sys.getswitchinterval()
+    sys.setswitchinterval(60)
+    time.sleep(0.05)  # those that wait give up their turn, and ask again in a minute
+    try:
+        return ctypes.PyDLL(None).fork()
+    finally:
+        sys.setswitchinterval(interval_s)
+
+
 def forked(function: Callable[[], object], how: str = "os") -> Callable[[], int | None]:
     """Run a function in a forked child; return a function that waits for its exit code.
 
     :param how: "os", or "C" for a fork that Python does not see
     """
-    fork = os.fork if how == "os" else ctypes.PyDLL(None).fork
+    fork = os.fork if how == "os" else fork_in_c
     if pid := fork():
         return lambda: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     try:
