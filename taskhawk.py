@@ -44,9 +44,10 @@ Words of AWS; lease and acknowledgement are ours
 A message that a worker holds; the :class:`Ledger` counts what each becomes::
 
     received --> started --> finished --> acked          deleted from the queue
-        |                        |------> retried        visible again, now or later
-        |                        |------> dead_lettered  copied, then deleted
-        |                        '------> uncertain      its delete may not be applied
+        |           |            |------> retried        visible again, now or later
+        |           |            |------> dead_lettered  copied, then deleted
+        |           |            '------> uncertain      its delete may not be applied
+        |           '--> released                        its run could not begin
         '--> released                                    never started, visible at once
 
 Parts and rooms; the file still works when it is cut before part IV, V or VI
@@ -68,16 +69,19 @@ Parts and rooms; the file still works when it is cut before part IV, V or VI
 
 
 # --- 1. names and limits --------------------------------------------------------------
-# Importing this file does no I/O, reads no environment and imports no botocore, sqlite3,
-# argparse or asyncio: what is slow to load is imported by the first function that needs
-# it. What AWS allows in one call and for one message stands here once.
+# Importing this file does no I/O, reads no environment and imports no botocore,
+# sqlite3, argparse or asyncio: the first function that needs a slow module imports it.
+# All that AWS allows in one call, and for one message, is written down here once.
 # https://docs.aws.amazon.com/general/latest/gr/sqs-service.html
 
 from __future__ import annotations
 
+# Neither botocore nor Django ships types. Said here, it holds for a vendored copy too.
+# mypy: disable-error-code="import-untyped,import-not-found"
+
 __version__ = "5.0.0"
 
-# These names are promised to stay; a name with an underscore may change with any version.
+# These names are promised to stay; those with an underscore may change at any time.
 # Each later part adds its own.
 __all__ = [
     "SCHEMA",
@@ -112,7 +116,7 @@ import enum
 import functools
 import importlib
 import inspect
-import itertools
+import io
 import json
 import logging
 import math
@@ -125,7 +129,16 @@ import time
 import traceback
 import typing
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    Callable,
+    Collection,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from datetime import UTC, datetime, timedelta
 from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 
@@ -145,9 +158,10 @@ def _run_program(argv: Sequence[str]) -> int:
 
 if __name__ == "__main__":
     # `python -m taskhawk` runs this file as __main__, and the tasks' modules import it
-    # again under its own name: go on in that one, or there would be two registries.
+    # again under its own name. Go on in that one, or there would be two registries.
     _name = __spec__.name if __spec__ else inspect.getmodulename(__file__)
-    sys.exit(importlib.import_module(_name or "")._run_program(sys.argv[1:]))  # noqa: SLF001 - its own
+    _module = importlib.import_module(_name or "")
+    sys.exit(_module._run_program(sys.argv[1:]))  # noqa: SLF001 - its own
 
 VERSION = __version__  # the name that taskhawk 1.4 gave it
 _MAX_BATCH = 10  # entries in a batch call of SQS and SNS, and messages in a receive
@@ -155,31 +169,30 @@ _MAX_SQS_BYTES = 1_048_576  # a message, or the sum of a batch: body plus attrib
 _MAX_SNS_BYTES = 262_144  # the same for SNS, whose topics may allow more
 _MAX_ATTRIBUTES = 10  # a raw SNS delivery to SQS discards a message that has more
 _MAX_DELAY_S = 900  # DelaySeconds of SQS
+_MAX_QUEUE = 80 - len("TASKHAWK--HIGH-PRIORITY-DLQ")  # the longest name has it inside
 _MAX_HELD_S = 43_200  # SQS counts these 12 hours from the receive, extensions included
 _LONG_POLL_S = 20  # the longest wait of ReceiveMessage, and so the cheapest
 _DEFAULT_LEASE_S = 30  # the visibility timeout of a queue that sets none
 _ERROR_ATTRIBUTE = "taskhawk.error"  # says why the worker dead-lettered a message
-_MAX_ERROR_BYTES = (
-    16_384  # of that attribute: enough for a traceback, little against 1 MiB
-)
+_MAX_ERROR_BYTES = 16_384  # its size: enough for a traceback, little beside 1 MiB
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 
 class _Log(logging.LoggerAdapter):  # type: ignore[type-arg]
-    """Logs, and goes on where it can't: a filter that fails must not end a worker or undo a run."""
+    """Logs, and goes on if logging fails: a broken filter must not end a worker."""
 
     def process(self, msg: Any, kwargs: Any) -> tuple[Any, Any]:
         """Leave `extra` to each call."""
         return msg, kwargs
 
     def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
-        """Log; as its place, a record has the line that called us, three frames up."""
+        """Log; the record names the line that called us, which is three frames up."""
         if self.isEnabledFor(level):
             self.safely(super().log, level, msg, *args, stacklevel=3, **kwargs)
 
     def safely(self, call: Callable[..., object], *args: object, **kwargs: Any) -> None:
-        """Make a call of logging; print an error to stderr, as logging does for its handlers."""
+        """Make a call of logging; print its error to stderr, as its handlers do."""
         try:
             call(*args, **kwargs)
         except Exception:
@@ -191,35 +204,36 @@ _log = _Log(logging.getLogger(__name__), {})
 
 
 # --- 2. errors ------------------------------------------------------------------------
-# Every failure has a name and a fate: what a person must mend is a ConfigurationError, what a
-# message has wrong is a ValidationError, and what was not accepted is a PartialFailure. The last
-# four are raised by tasks and retry policies, to say what is to become of the message.
+# Every failure has a name and a fate. A ConfigurationError is for a person to fix; a
+# ValidationError is a fault of a message; a PartialFailure names the messages that were
+# not accepted. Tasks and retry policies raise the last four classes to say what is to
+# become of the message.
 
 
 class TaskhawkError(Exception):
-    """Base of all errors of taskhawk."""
+    """The base class of all errors of taskhawk."""
 
 
 class ConfigurationError(TaskhawkError):
-    """A setting, a task's declaration or the infrastructure is wrong: only a person can mend it.
+    """A setting, a task's declaration or the infrastructure is wrong.
 
-    A worker that meets one before a first receive has succeeded ends with it; later, it goes on
-    trying.
+    Only a person can fix it. A worker that meets one before its first successful
+    receive ends with it; later, it keeps trying.
     """
 
 
 class ValidationError(TaskhawkError):
-    """A message is not of the format that :data:`SCHEMA` describes, or can't be sent.
+    """A message does not have the format of :data:`SCHEMA`, or can't be sent.
 
     A worker leaves such a message to the queue's redrive policy, and never deletes it.
     """
 
 
 class MessageTooLarge(ValidationError):
-    """A message is larger than the service takes, attributes included: it was not sent.
+    """A message, attributes included, is larger than the service takes: it is not sent.
 
-    :ivar limit: what the service takes, in bytes: 1 MiB on SQS and SQLite, 256 KiB on SNS, or less
-        where the queue is set to less
+    :ivar limit: the most bytes that the service takes: 1 MiB on SQS and SQLite, 256 KiB
+        on SNS, or less if the queue is set to less
     """
 
     def __init__(self, text: str, limit: int) -> None:
@@ -228,54 +242,65 @@ class MessageTooLarge(ValidationError):
 
 
 class TaskNotFound(ValidationError):
-    """No task of that name is registered, perhaps as its module was not imported.
+    """No task of that name is registered, perhaps because its module is not imported.
 
-    An older worker may meet a newer message, so a worker leaves such a message to the queue's
-    redrive policy too.
+    A worker leaves such a message to the queue's redrive policy, for the message may be
+    newer than the worker.
     """
 
 
 class PartialFailure(TaskhawkError):
     """Some entries of a batch were not accepted.
 
-    ``result`` has the lists ``Successful`` and ``Failed``, an entry a message: its ``Id``, and for
-    one that failed the ``Code`` and ``Message`` of the service, if it gave any. ``success_count``
-    and ``failure_count`` are their lengths; ``unsent`` are the messages that were not accepted by a
-    dispatch, in order, ready for :func:`publish`.
+    :ivar result: the lists ``Successful`` and ``Failed``. Each entry has the ``Id`` of
+        its message; a failed one also has the service's ``Code`` and ``Message``
+    :ivar success_count: the length of ``Successful``
+    :ivar failure_count: the length of ``Failed``
+    :ivar unsent: the messages of a dispatch that were not accepted, in order, ready for
+        :func:`publish`
     """
 
     def __init__(
         self, result: dict[str, Any], *args: Any, unsent: Sequence[Message] = ()
     ) -> None:
-        done, failed = result["Successful"], result["Failed"]
-        codes = ", ".join(
-            sorted({str(entry.get("Code", "unknown")) for entry in failed})
-        )
-        text = f"{len(failed)} of {len(done) + len(failed)} messages failed: {codes}"
-        super().__init__(*(args or (text,)))
-        self.result, self.unsent = result, list(unsent)
-        self.success_count, self.failure_count = len(done), len(failed)
+        self.result = result
+        self.success_count = len(result["Successful"])
+        self.failure_count = len(result["Failed"])
+        self.unsent = list(unsent)
+        super().__init__(*(args or [self._summary()]))
+
+    def _summary(self) -> str:
+        """Return how many messages failed, and the codes that say why."""
+        codes = {str(entry.get("Code", "unknown")) for entry in self.result["Failed"]}
+        total = self.success_count + self.failure_count
+        reasons = ", ".join(sorted(codes))
+        return f"{self.failure_count} of {total} messages failed: {reasons}"
 
 
 class TimeLimitExceeded(TaskhawkError):
-    """A task ran longer than its time limit, and was killed: a failed run like any other."""
+    """A task ran longer than its time limit and was killed: a failed run like any."""
 
 
 class ChildCrashed(TaskhawkError):
-    """The process that ran an isolated task ended, and not because we ended it: a failed run.
+    """The process that ran an isolated task ended by itself: a failed run like any.
 
-    It was killed for its memory, say, or called ``os._exit()``, or crashed in C code.
+    The task called ``os._exit()`` or crashed in C code, say, or the system was out of
+    memory and killed the process.
     """
 
 
 class RetryException(TaskhawkError):
-    """Raised by a task: run me again later. It is expected, and logged without a traceback.
+    """Raised by a task: run me again later. It is logged without a traceback.
 
-    It counts as a retry like any other: the receive count grows. With a delay of its own it does
-    not ask the task's retry policy, so that only the queue's redrive policy puts an end to it.
+    Such a run counts as an attempt: the receive count grows. A task that gives a delay
+    overrides its retry policy, so only the queue's redrive policy ends the attempts.
 
-    :param args: text; a number in the first place is the delay, as in taskhawk 4.7
-    :param delay_seconds: until the next run; None leaves it to the task's retry policy or the queue
+    SQS hides a message for at most 12 hours after its receive. A longer delay is cut to
+    that, and the log says so: raise it again then, or dispatch a new message.
+
+    :param args: the text; a number in the first place is the delay, as in taskhawk 4.7
+    :param delay_seconds: seconds until the next run; None leaves it to the task's retry
+        policy or, without one, to the queue's visibility timeout
     :raises ValueError: if the delay is negative or not finite
     """
 
@@ -283,7 +308,8 @@ class RetryException(TaskhawkError):
 
     def __init__(self, *args: Any, delay_seconds: float | None = None) -> None:
         if delay_seconds is None and args and _is_number(args[0]):
-            delay_seconds, *args = args  # type: ignore[assignment]
+            delay_seconds = args[0]
+            args = args[1:]
         if delay_seconds is not None and not 0 <= delay_seconds < math.inf:
             raise ValueError(
                 f"delay_seconds: expected 0 or more seconds, got {delay_seconds}"
@@ -293,13 +319,14 @@ class RetryException(TaskhawkError):
 
 
 class LoggingException(TaskhawkError):
-    """Raised by a task: I failed; log this message, with this `extra` for the log's formatter.
+    """Raised by a task: I failed; log this message, with this `extra`.
 
-    In all else it is a failed run: the retry policy decides, and the error hook is told.
+    Otherwise it is a failed run like any other: the retry policy decides, and the error
+    hook is called.
 
     :param message: the text of the log record
-    :param extra: attributes of the log record; a name that logging uses itself gets "extra_" before
-        it
+    :param extra: attributes of the log record; a name that logging itself uses gets the
+        prefix "extra_"
     """
 
     extra: Mapping[str, Any] | None = None
@@ -310,11 +337,11 @@ class LoggingException(TaskhawkError):
 
 
 class IgnoreException(TaskhawkError):
-    """Raised by a task: there is nothing to do; the message is done with, as if it had returned."""
+    """Raised by a task: there is nothing to do, and the message is done with."""
 
 
 class StopRetry(TaskhawkError):
-    """Raised by a retry policy or a task: give up, send the message to the dead letters at once."""
+    """Raised by a retry policy or a task: give up, dead-letter the message at once."""
 
 
 def _require(holds: object, text: str) -> None:
@@ -324,327 +351,589 @@ def _require(holds: object, text: str) -> None:
 
 
 def _is_number(value: object) -> typing.TypeGuard[float]:
-    """Return whether a value is a number: not True or False, which Python takes for numbers."""
+    """Return whether a value is a number. True and False are not, unlike in Python."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _text_of(error: object) -> str:
-    """Return the text of an error, also if its class can't make it."""
+    """Return the text of an error, even of one whose class fails to make it."""
     try:
         return str(error)
-    except Exception:  # an exception class with a bug
+    except Exception:
         return f"{type(error).__name__} (its text can't be made)"
 
 
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    """Yield the errors at the ends of an exception group; another error is its own."""
+    if not isinstance(error, BaseExceptionGroup):
+        yield error
+        return
+    for inner in error.exceptions:
+        yield from _leaves(inner)
+
+
+def _raise_interrupt(error: BaseException) -> None:
+    """Raise what is to end the process: Control-C, or a signal handler's exit.
+
+    A handler of the application's may call ``sys.exit()`` while a task or hook runs.
+    The ``sys.exit()`` of the task itself is a failed run, and is not raised here.
+    """
+    for leaf in _leaves(error):
+        if isinstance(leaf, KeyboardInterrupt):
+            raise leaf
+        if isinstance(leaf, SystemExit) and _passed_a_handler(leaf):
+            raise leaf
+
+
+def _passed_a_handler(error: BaseException) -> bool:
+    """Return whether an error came out of a signal handler.
+
+    Python calls a handler with the frame that it interrupted, which is its caller's:
+    https://docs.python.org/3/library/signal.html#signal.signal
+    """
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        arguments = inspect.getargvalues(frame)
+        given = [arguments.locals.get(name) for name in arguments.args]
+        given += arguments.locals.get(arguments.varargs or "", ())
+        interrupted = frame.f_back
+        if interrupted and any(each is interrupted for each in given):
+            return True
+    return False
+
+
 # --- 3. settings ----------------------------------------------------------------------
-# The only place where configuration is read. The first source that has a setting wins: configure(),
-# the module named by SETTINGS_MODULE, Django's settings, the environment, the default. A value that
-# is wrong is an error which says where it came from, at the first use of the setting; values of
-# secrets are in no error.
+# The only place where configuration is read. The first source that has a setting wins:
+# configure(), the module named by SETTINGS_MODULE, Django's settings, the environment,
+# the default. A setting is checked at its first use, and the error for a wrong value
+# says where the value came from. No error shows the value of a secret.
 
-
-_TEXT, _ACCOUNT, _REGION = "a string", "an account number", "the name of a region"
-_FLAG, _SECONDS, _COUNT = (
-    "true or false",
-    "a number of seconds above 0",
-    "a whole number above 0",
-)
-_HOOK, _CLASS = "a function or its dotted path", "a class or its dotted path"
-_URL, _BROKER = "a URL", "'sqs' or a URL of SQLite"
-_QUEUE = "at most 71 letters, digits, hyphens and underscores"
-_PATTERNS = {
-    _URL: "https?://.+",
-    _BROKER: "sqs|sqlite://.*",
-    _QUEUE: "[A-Za-z0-9_-]{1,71}",
-}
+# Outer spaces and control characters, which an .env file of Windows may add.
+_UNCLEAN = re.compile(r"^\s|\s$|[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _FLAGS = dict.fromkeys(("", "0", "false", "no", "off"), False)
 _FLAGS |= dict.fromkeys(("1", "true", "yes", "on"), True)
-_SETTINGS: dict[str, tuple[str, str, Any]] = {  # the rule, an example, the default
-    "AWS_ACCESS_KEY": (_TEXT, "AKIAIOSFODNN7EXAMPLE", None),
-    "AWS_ACCOUNT_ID": (_ACCOUNT, "123456789012", None),
-    "AWS_CONNECT_TIMEOUT_S": (_SECONDS, "2", 2),
-    "AWS_ENDPOINT_SNS": (_URL, "http://127.0.0.1:4566", None),
-    "AWS_ENDPOINT_SQS": (_URL, "http://127.0.0.1:4566", None),
-    "AWS_READ_TIMEOUT_S": (_SECONDS, "2", 2),
-    "AWS_REGION": (_REGION, "eu-west-1", None),
-    "AWS_SECRET_KEY": (_TEXT, "wJalrXUtnFEMI/EXAMPLEKEY", None),
-    "AWS_SESSION_TOKEN": (_TEXT, "AQoDYXdzEJr/EXAMPLETOKEN", None),
-    "IS_LAMBDA_APP": (_FLAG, "False", False),
-    "TASKHAWK_BROKER": (_BROKER, "sqlite:///queue.db", "sqs"),
-    "TASKHAWK_DEFAULT_HEADERS": (_HOOK, "myapp.hooks.default_headers", None),
-    "TASKHAWK_ERROR_HOOK": (_HOOK, "myapp.hooks.report_error", None),
-    "TASKHAWK_HEARTBEAT_HOOK": (_HOOK, "myapp.hooks.touch_file", None),
-    "TASKHAWK_MAX_DB_REUSE_LOOPS": (_COUNT, "5", 5),
-    "TASKHAWK_POST_PROCESS_HOOK": (_HOOK, "myapp.hooks.after", None),
-    "TASKHAWK_PRE_PROCESS_HOOK": (_HOOK, "myapp.hooks.before", None),
-    "TASKHAWK_QUEUE": (_QUEUE, "dev-myapp", None),
-    "TASKHAWK_SYNC": (_FLAG, "False", False),
-    "TASKHAWK_TASK_CLASS": (_CLASS, "myapp.tasks.MyTask", None),
+# Dotted paths of taskhawk's own, and of 1.4's submodules, also in a vendored copy.
+_OWN_PATHS = {
+    "taskhawk.Task": "Task",
+    "taskhawk.conf.default_headers_hook": "_do_nothing",
+    "taskhawk.conf.noop_hook": "_do_nothing",
+    "taskhawk.task_manager.Task": "Task",
+}
+
+
+class _Illegal(ValueError):
+    """A value breaks the rule of its setting."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rule:
+    """What a setting may be.
+
+    :param expected: the words that errors use for it
+    :param parse: returns a value as taskhawk uses it, and takes text for any value, for
+        the environment has nothing else. It raises _Illegal if the value breaks the
+        rule, and ImportError or AttributeError if a dotted path leads nowhere
+    """
+
+    expected: str
+    parse: Callable[[Any], Any]
+
+    def __str__(self) -> str:
+        """Return the words that errors use."""
+        return self.expected
+
+
+class _Setting(NamedTuple):
+    """A row of the table of settings."""
+
+    rule: _Rule
+    example: str  # a legal value, for errors
+    default: Any = None
+
+
+def _text_like(pattern: str) -> Callable[[Any], str]:
+    """Return a parser of text that the pattern matches as a whole."""
+
+    def parse(value: Any) -> str:
+        if not isinstance(value, str) or not re.fullmatch(pattern, value):
+            raise _Illegal
+        return value
+
+    return parse
+
+
+def _parse_flag(value: Any) -> bool:
+    """Take words for true and false; any other value counts as Python takes it."""
+    if not isinstance(value, str):
+        return bool(value)
+    word = value.lower()
+    if word not in _FLAGS:
+        raise _Illegal
+    return _FLAGS[word]
+
+
+def _above_zero(convert: Callable[[str], float]) -> Callable[[Any], float]:
+    """Return a parser of a number above 0."""
+
+    def parse(value: Any) -> float:
+        try:
+            number = convert(str(value))  # of its text, so that True is not 1
+        except ValueError as error:
+            raise _Illegal from error
+        if not 0 < number < math.inf:
+            raise _Illegal
+        return number
+
+    return parse
+
+
+def _parse_account(value: Any) -> str:
+    """Take an account id; as an int, it has lost its leading zeros."""
+    if type(value) is int:
+        value = f"{value:012d}"
+    return _text_like("[0-9]{12}")(value)
+
+
+def _parse_url(value: Any) -> str:
+    """Take a URL of HTTP."""
+    return _text_like(r"https?://[^\s/]\S*")(value).rstrip("/")
+
+
+def _parse_broker(value: Any) -> str:
+    """Take the name of a broker; make a file's path absolute, for a task may chdir."""
+    url = _text_like("sqs|sqlite://.*")(value)
+    relative = re.fullmatch("sqlite:///([^/?].*)", url)
+    if not relative:
+        return url
+    folder = os.getcwd()
+    if re.search(r"[?\n]", folder):  # which no URL can hold
+        return url
+    return f"sqlite:///{folder}/{relative[1]}"
+
+
+def _parse_callable(value: Any) -> Any:
+    """Take a function or class, or import it by its dotted path."""
+    if isinstance(value, str):
+        value = _import_path(value)
+    if not callable(value):
+        raise _Illegal
+    return value
+
+
+def _import_path(path: str) -> Any:
+    """Return what a dotted path leads to."""
+    if path in _OWN_PATHS:
+        return globals()[_OWN_PATHS[path]]
+    module, _, name = path.rpartition(".")
+    if not module or module.startswith("."):
+        raise _Illegal
+    return getattr(importlib.import_module(module), name)
+
+
+def _do_nothing(**_: object) -> None:
+    """Do what 1.4's default hooks did."""
+
+
+_TEXT = _Rule("a string", _text_like(".+"))
+# Emulators have regions of any name. One that ends in a digit and a letter is a zone.
+_REGION = _Rule(
+    "the name of a region, not of an availability zone",
+    _text_like(r"(?!.*-[0-9]+[a-z]$)[A-Za-z0-9-]{1,63}"),
+)
+_ACCOUNT = _Rule("an account id of twelve digits", _parse_account)
+_FLAG = _Rule("true or false", _parse_flag)
+_SECONDS = _Rule("a number of seconds above 0", _above_zero(float))
+_COUNT = _Rule("a whole number above 0", _above_zero(int))
+_HOOK = _Rule("a function or its dotted path", _parse_callable)
+_CLASS = _Rule("a class or its dotted path", _parse_callable)
+_URL = _Rule("a URL that begins with http:// or https://", _parse_url)
+_BROKER = _Rule("'sqs' or a URL of SQLite", _parse_broker)
+_QUEUE = _Rule(
+    f"at most {_MAX_QUEUE} letters, digits, hyphens and underscores",
+    _text_like(f"[A-Za-z0-9_-]{{1,{_MAX_QUEUE}}}"),
+)
+_SETTINGS = {
+    "AWS_ACCESS_KEY": _Setting(_TEXT, "AKIAIOSFODNN7EXAMPLE"),
+    "AWS_ACCOUNT_ID": _Setting(_ACCOUNT, "123456789012"),
+    "AWS_CONNECT_TIMEOUT_S": _Setting(_SECONDS, "2", 2),
+    "AWS_ENDPOINT_SNS": _Setting(_URL, "http://127.0.0.1:4566"),
+    "AWS_ENDPOINT_SQS": _Setting(_URL, "http://127.0.0.1:4566"),
+    "AWS_READ_TIMEOUT_S": _Setting(_SECONDS, "2", 2),
+    "AWS_REGION": _Setting(_REGION, "eu-west-1"),
+    "AWS_SECRET_KEY": _Setting(_TEXT, "wJalrXUtnFEMI/EXAMPLEKEY"),
+    "AWS_SESSION_TOKEN": _Setting(_TEXT, "AQoDYXdzEJr/EXAMPLETOKEN"),
+    "IS_LAMBDA_APP": _Setting(_FLAG, "False", default=False),
+    "TASKHAWK_BROKER": _Setting(_BROKER, "sqlite:///queue.db", "sqs"),
+    "TASKHAWK_DEFAULT_HEADERS": _Setting(_HOOK, "myapp.hooks.default_headers"),
+    "TASKHAWK_ERROR_HOOK": _Setting(_HOOK, "myapp.hooks.report_error"),
+    "TASKHAWK_HEARTBEAT_HOOK": _Setting(_HOOK, "myapp.hooks.touch_file"),
+    "TASKHAWK_MAX_DB_REUSE_LOOPS": _Setting(_COUNT, "5", 5),
+    "TASKHAWK_POST_PROCESS_HOOK": _Setting(_HOOK, "myapp.hooks.after"),
+    "TASKHAWK_PRE_PROCESS_HOOK": _Setting(_HOOK, "myapp.hooks.before"),
+    "TASKHAWK_QUEUE": _Setting(_QUEUE, "dev-myapp"),
+    "TASKHAWK_SYNC": _Setting(_FLAG, "False", default=False),
+    "TASKHAWK_TASK_CLASS": _Setting(_CLASS, "myapp.tasks.MyTask"),
 }
 _SECRETS = ("AWS_ACCESS_KEY", "AWS_SECRET_KEY", "AWS_SESSION_TOKEN")
-_warned = {  # of these names no warning is due any more; it never is of what only 4.7 has
-    *("TASKHAWK_CONSUMER_BACKEND", "TASKHAWK_PUBLISHER_BACKEND"),
-    *("TASKHAWK_HEARTBEAT_HOOK_SYNC_CALL_S", "TASKHAWK_PUBLISHER_GCP_BATCH_SETTINGS"),
-}
-_Source = tuple[
-    str, Callable[[str], Any]
-]  # what errors call it, and what reads a setting of it
+# Names that are no mistake: 4.7's own, and what Kubernetes sets for services such as
+# "taskhawk" or "taskhawk-web": TASKHAWK_SERVICE_HOST, TASKHAWK_PORT_80_TCP_ADDR, ….
+# https://kubernetes.io/docs/concepts/services-networking/service/#environment-variables
+_FOREIGN_NAMES = re.compile(
+    r"TASKHAWK_(CONSUMER_BACKEND|PUBLISHER_BACKEND|PUBLISHER_GCP_BATCH_SETTINGS"
+    r"|HEARTBEAT_HOOK_SYNC_CALL_S"
+    r"|(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?)"
+    r"|(\w+_)?PORT(_[0-9]+_(TCP|UDP|SCTP)(_PROTO|_PORT|_ADDR)?)?)"
+)
+_warned: set[str] = set()  # names already warned about
 
 
-def _conform(rule: str, value: Any) -> Any:
-    """Return a value as its rule wants it, or raise one of what :meth:`_Settings.read` catches.
+def _conform(rule: _Rule, value: Any) -> Any:
+    """Return a value as its rule makes it; raise as :class:`_Rule` says."""
+    return rule.parse(value)
 
-    Text is as good as the value itself, for an environment variable can be nothing else.
-    """
-    if rule == _FLAG:
-        return _FLAGS[value.strip().lower()] if isinstance(value, str) else bool(value)
-    if rule in (_SECONDS, _COUNT):
-        value = (int if rule == _COUNT else float)(str(value))  # so that True is none
-        valid = 0 < value < math.inf
-    elif rule in (_HOOK, _CLASS):
-        if value in ("taskhawk.conf.default_headers_hook", "taskhawk.conf.noop_hook"):
-            return None  # the defaults of 1.4 do nothing
-        if isinstance(value, str):
-            module, _, name = value.rpartition(".")
-            ours = value in (
-                "taskhawk.Task",
-                "taskhawk.task_manager.Task",
-            )  # the latter is 1.4's
-            value = getattr(importlib.import_module(__name__ if ours else module), name)
-        valid = callable(value)
-    else:
-        if rule == _ACCOUNT and type(value) is int and value >= 0:
-            value = f"{value:012d}"
-        valid = re.fullmatch(_PATTERNS.get(rule, ".+"), value) is not None
-    if not valid:
-        raise ValueError
-    relative = rule == _BROKER and re.match("sqlite:///(?=[^/?])", value)
-    if relative and not re.search(
-        r"[?\n]", here := os.getcwd()
-    ):  # which no URL can hold
-        # From now on the same file, though a task may change the directory.
-        return f"{relative[0]}{here}/{value[relative.end() :]}"
-    return value.rstrip("/") if rule == _URL else value
+
+class _Source(NamedTuple):
+    """A place that may have settings."""
+
+    where: str  # the words that errors use for it
+    get: Callable[[str], Any]  # returns a setting's raw value, or None
+
+    def read(self, name: str) -> Any:
+        """Return a setting as its rule makes it, or None if it is not set here."""
+        value = self.get(name)
+        rule = _SETTINGS[name].rule
+        # An empty text means false, but it is not the name of anything.
+        if value is None or (value == "" and rule is not _FLAG):
+            return None
+        if isinstance(value, str) and _UNCLEAN.search(value):
+            reason = "it has outer spaces, or control characters such as a line break"
+            raise self._illegal(name, value, reason)
+        try:
+            return rule.parse(value)
+        except _Illegal as error:
+            raise self._illegal(name, value) from error
+        except (ImportError, AttributeError) as error:
+            raise self._illegal(name, value, str(error)) from error
+
+    def _illegal(self, name: str, value: Any, reason: str = "") -> ConfigurationError:
+        """Return the error for a value that breaks its rule; it shows no secret."""
+        rule, example, _ = _SETTINGS[name]
+        shown = repr(value)
+        if name in _SECRETS:
+            shown = type(value).__name__
+        if reason:
+            shown += f" ({reason})"
+        return ConfigurationError(
+            f"{name} in {self.where}: expected {rule}, such as {example!r}, got {shown}"
+        )
+
+    def half_set(self, name: str, missing: str) -> ConfigurationError:
+        """Return the error for a setting without the one that it needs beside it."""
+        return ConfigurationError(
+            f"{name} is set in {self.where}, but {missing} is not:"
+            " expected both or neither"
+        )
 
 
 class _Settings:
     """The settings as attributes, each read at its first use and remembered.
 
-    Nothing is read when taskhawk is imported, so that an application may configure it afterwards.
+    Nothing is read when taskhawk is imported, so an application may configure it later.
     """
 
-    given: Mapping[str, Any] = {}  # by configure()
-
     def __init__(self) -> None:
-        # What to do when settings that connections are made with may have changed.
-        self.on_change: list[Callable[[], None]] = []
+        self.given: Mapping[str, Any] = {}  # by configure()
+        self.on_change: list[Callable[[], None]] = []  # closes what was made with them
+        self._forgotten = 0  # times
 
     def __getattr__(self, name: str) -> Any:
-        """Read a setting that is not remembered yet."""
+        """Read a setting that is not remembered as an attribute yet."""
         if name not in _SETTINGS:
             raise AttributeError(_no_setting(name))
-        known = vars(
-            self
-        )  # forget() replaces it: a reader that is late fills the old one
-        known[name] = value = self.read(name)
+        forgotten = self._forgotten
+        value = self.read(name)
+        setattr(self, name, value)
+        # Only now look whether forget() was called meanwhile: the value may be old.
+        if self._forgotten != forgotten:
+            vars(self).pop(name, None)
         return value
 
-    def read(self, name: str, sources: Iterable[_Source] = ()) -> Any:
+    def read(self, name: str) -> Any:
         """Read a setting from its source, whatever is remembered."""
-        rule, example, default = _SETTINGS[name]
-        for where, get in sources or self._sources():
-            value = get(name)
-            if value is None or (value == "" and rule != _FLAG):
-                continue
-            try:
-                return _conform(rule, value)
-            except (
-                ValueError,
-                TypeError,
-                LookupError,
-                ImportError,
-                AttributeError,
-            ) as error:
-                shown = type(value).__name__ if name in _SECRETS else repr(value)
-                why = (
-                    f" ({error})"
-                    if isinstance(error, ImportError | AttributeError)
-                    else ""
-                )
-                text = f"{name} in {where}: expected {rule}, such as {example!r}, got {shown}{why}"
-                raise ConfigurationError(text) from error
-        return default
+        for source in self._sources():
+            value = source.read(name)
+            if value is not None:
+                return value
+        return _SETTINGS[name].default
 
     def require(self, name: str) -> Any:
-        """Return a setting that has no default; raise ConfigurationError if it is not set."""
-        rule, example, _ = _SETTINGS[name]
-        where = (
-            "the module named by SETTINGS_MODULE, Django's settings or the environment"
-        )
-        text = (
-            f"expected {rule}, such as {example!r}, from taskhawk.configure(), {where}"
-        )
-        _require(getattr(self, name) is not None, f"{name} is not set: {text}")
-        return getattr(self, name)
+        """Return a setting that has no default; raise ConfigurationError if unset."""
+        value = getattr(self, name)
+        if value is None:
+            rule, example, _ = _SETTINGS[name]
+            raise ConfigurationError(
+                f"{name} is not set: expected {rule}, such as {example!r}, from"
+                " taskhawk.configure(), the module named by SETTINGS_MODULE, Django's"
+                " settings or the environment"
+            )
+        return value
 
-    def credentials(self) -> dict[str, Any]:
+    def credentials(self) -> dict[str, str]:
         """Return botocore's arguments, or {} to leave it to botocore.
 
-        All are of one source, so that a key never meets the secret or the token of another.
+        All come from one source: a key never meets another's secret or token.
         """
         for source in self._sources():
-            key, secret, token = (self.read(name, [source]) for name in _SECRETS)
-            here, missing = _SECRETS[:2] if key else _SECRETS[1::-1]
-            text = f"{here} is set in {source[0]}, but {missing} is not: expected both or neither"
-            _require(bool(key) == bool(secret), text)
+            key, secret, token = map(source.read, _SECRETS)
+            if key and secret:
+                return {
+                    "aws_access_key_id": key,
+                    "aws_secret_access_key": secret,
+                    "aws_session_token": token,
+                }
             if key:
-                names = (
-                    "aws_access_key_id",
-                    "aws_secret_access_key",
-                    "aws_session_token",
-                )
-                return dict(zip(names, (key, secret, token), strict=True))
+                raise source.half_set("AWS_ACCESS_KEY", "AWS_SECRET_KEY")
+            if secret:
+                raise source.half_set("AWS_SECRET_KEY", "AWS_ACCESS_KEY")
         return {}
 
-    def forget(self, *, setting: str = "AWS_", **_: object) -> None:
-        """Read everything anew: after configure(), or as Django's tests override a setting."""
-        self.__dict__ = {"given": self.given, "on_change": self.on_change}
-        # Clients are made with these. Django's tests name the one setting that they override.
-        if setting.startswith("AWS_"):
-            for callback in self.on_change:
-                callback()
+    def errors(self) -> list[ConfigurationError]:
+        """Read all settings, import all hooks, and return what is wrong with them."""
+        found: dict[str, ConfigurationError] = {}
+        reads: list[Callable[[], Any]] = [self.credentials]
+        reads += [functools.partial(self.read, name) for name in _SETTINGS]
+        for read in reads:
+            try:
+                read()
+            except ConfigurationError as error:
+                found.setdefault(str(error), error)  # one wrong module fails them all
+        return list(found.values())
+
+    def check(self) -> None:
+        """Raise what is wrong with the settings, as one ConfigurationError."""
+        errors = self.errors()
+        if errors:
+            raise ConfigurationError("; ".join(map(str, errors))) from errors[0]
+
+    def forget(self) -> None:
+        """Read each setting anew at its next use."""
+        self._forgotten += 1  # first, or a thread that reads one now would not see it
+        for name in _SETTINGS:
+            vars(self).pop(name, None)
+
+    def changed(self) -> None:
+        """Close what was made with the settings, such as clients of AWS."""
+        for callback in self.on_change:
+            callback()
 
     def _sources(self) -> Iterator[_Source]:
-        """Yield where settings may come from, in the order of precedence."""
-        yield "configure()", self.given.get
-        if path := os.environ.get("SETTINGS_MODULE"):
-            module = _import(path, "the module named by SETTINGS_MODULE")
-            yield _found_in(module, f"the module {path}")
-        if django := _django_settings():
-            yield _found_in(django, "Django's settings")
-        yield _found_in(os.environ, "the environment")
+        """Yield the places that may have settings, in the order of precedence."""
+        yield _Source("configure()", self.given.get)
+        module = os.environ.get("SETTINGS_MODULE")
+        if module:
+            imported = _import(module, "the module named by SETTINGS_MODULE")
+            yield _source(imported, f"the module {module}")
+        django = _django_settings()
+        if django:
+            yield _source(django, "Django's settings")
+        environment = dict(os.environ)
+        for name in _credentials_of_lambda():
+            environment.pop(name, None)
+        yield _source(environment, "the environment")
 
 
 settings = _Settings()
 
 
-def _found_in(source: Any, where: str) -> _Source:
-    """Make a source of an object or mapping; warn once of a name that only looks like a setting."""
-    # os.environ and Flask's config are mappings; modules and Django's settings have attributes.
-    is_mapping = isinstance(source, Mapping)
-    names = map(str, source if is_mapping else dir(source))
-    ours = {name for name in names if name.startswith("TASKHAWK_")}
-    for name in sorted(ours - _SETTINGS.keys() - _warned):
-        _warned.add(name)
-        _log.warning("%s", _no_setting(name, f" in {where}"))
-    return where, source.get if is_mapping else lambda name: getattr(source, name, None)
+def _source(holder: Any, where: str) -> _Source:
+    """Make a source of an object or mapping."""
+    # os.environ and Flask's config are mappings; modules and Django's settings are not.
+    if isinstance(holder, Mapping):
+        _warn_of_unknown(map(str, holder), where)
+        return _Source(where, holder.get)
+    _warn_of_unknown(dir(holder), where)
+    return _Source(where, lambda name: getattr(holder, name, None))
+
+
+def _credentials_of_lambda() -> set[str]:
+    """Return the variables of the environment that belong to botocore's credentials.
+
+    Lambda sets AWS_ACCESS_KEY_ID and AWS_SESSION_TOKEN to those of the function's role
+    and, by its manual, AWS_ACCESS_KEY too:
+    https://docs.aws.amazon.com/lambda/latest/dg/configuration-envvars.html
+    """
+    botocores_key = os.environ.get("AWS_ACCESS_KEY_ID")
+    if not botocores_key:
+        return set()
+    if os.environ.get("AWS_ACCESS_KEY") != botocores_key:
+        return {"AWS_SESSION_TOKEN"}
+    if not os.environ.get("AWS_SECRET_KEY"):
+        return {"AWS_ACCESS_KEY", "AWS_SESSION_TOKEN"}
+    return set()
+
+
+def _warn_of_unknown(names: Iterable[str], where: str) -> None:
+    """Warn once of each name that looks like a setting and is none."""
+    for name in sorted(set(names).difference(_SETTINGS, _warned)):
+        if name.startswith("TASKHAWK_") and not _FOREIGN_NAMES.fullmatch(name):
+            _warned.add(name)
+            _log.warning("%s", _no_setting(name, f" in {where}"))
 
 
 def _no_setting(name: str, where: str = "") -> str:
-    """Return a sentence that refuses a name, and suggests one that is close to it."""
+    """Return a sentence that refuses a name, and suggests a setting if one is near."""
     import difflib
 
-    close = "".join(
-        f"; did you mean {n}?" for n in difflib.get_close_matches(name, _SETTINGS, 1)
-    )
-    return f"{name}{where} is not a setting of taskhawk{close}"
+    sentence = f"{name}{where} is not a setting of taskhawk"
+    for nearest in difflib.get_close_matches(name, _SETTINGS, 1):
+        sentence += f"; did you mean {nearest}?"
+    return sentence
 
 
 def _import(name: str, what: str) -> Any:
-    """Import a module that a person named; a name that is wrong is a ConfigurationError."""
+    """Import a module that a person named; a wrong name is a ConfigurationError."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if f"{name}.".startswith(f"{error.name}."):
-            raise ConfigurationError(
-                f"{what} {name!r} can't be imported: {error}"
-            ) from error
-        raise  # the module is there, and something that it imports is not
+        if not f"{name}.".startswith(f"{error.name}."):
+            raise  # the module exists, but something that it imports does not
+        text = f"{what} {name!r} can't be imported: {error}"
+        raise ConfigurationError(text) from error
 
 
 def configure(obj_or_mapping: object = None, /, **values: Any) -> None:
-    """Set settings by hand, ahead of all other sources; replaces what an earlier call set.
+    """Set settings in code, ahead of all other sources, in place of an earlier call's.
 
-    Call it before tasks are dispatched or run: it closes the connections that are open. What is not
-    set here is looked up in the module named by SETTINGS_MODULE, in Django's settings and in the
-    environment, in this order.
+    Call it before tasks are dispatched or run, for it closes open connections. What is
+    not set here is looked up in the module named by SETTINGS_MODULE, in Django's
+    settings and in the environment, in this order.
 
-    :param obj_or_mapping: an object with settings as attributes, or a mapping such as Flask's
-        ``app.config``; other names are left alone, with a warning if they begin with TASKHAWK_
+    :param obj_or_mapping: an object with settings as attributes, or a mapping such as
+        Flask's ``app.config``; other names in it are ignored, with a warning if they
+        begin with TASKHAWK_
     :param values: settings by name, ahead of those in `obj_or_mapping`
-    :raises ConfigurationError: if a name in `values` is not a setting; a value is looked at when it
-        is first used
+    :raises ConfigurationError: if a name in `values` is not a setting; a value is
+        checked when it is first used
     """
-    # A keyword is typed by hand, so one that is wrong is an error; a module may have any name.
-    for name in values.keys() - _SETTINGS.keys():
-        raise ConfigurationError(_no_setting(name))
-    _, get = _found_in(obj_or_mapping, "configure()")
-    settings.given = {name: get(name) for name in _SETTINGS} | values
+    for name in values:
+        if name not in _SETTINGS:
+            raise ConfigurationError(_no_setting(name))
+    source = _source(obj_or_mapping, "configure()")
+    settings.given = {name: source.get(name) for name in _SETTINGS} | values
     settings.forget()
+    settings.changed()
 
 
 def _call_safely(name: str, **kwargs: Any) -> None:
-    """Call a hook whose failure is logged, no more."""
+    """Call a hook by its setting's name; log its failure, and go on."""
     try:
-        if hook := getattr(settings, name):
+        hook = getattr(settings, name)
+        if hook:
             hook(**kwargs)
-    except KeyboardInterrupt:
-        raise
-    except BaseException:  # SystemExit and CancelledError too
+    except BaseException as error:  # SystemExit and CancelledError too
+        _raise_interrupt(error)
         _log.exception("%s failed", name)
 
 
 # --- 4. Django ------------------------------------------------------------------------
-# All that this file knows of Django. It is never imported unless the application uses it.
+# All that this file knows of Django. It imports Django only where the application uses
+# it: where DJANGO_SETTINGS_MODULE is set, or where django.conf is imported already.
 
 
 def _django_settings() -> Any:
-    """Return Django's settings where Django is in use; it is never imported otherwise."""
+    """Return Django's settings, or None if Django is not in use."""
     named = os.environ.get("DJANGO_SETTINGS_MODULE")
     # An application may also call Django's settings.configure(), and name no module.
     if not named and "django.conf" not in sys.modules:
         return None
-    from django.conf import settings as found
+    from django.conf import settings as django_settings
     from django.core.signals import setting_changed
 
-    # It connects but once. A weak connection would leave a finalizer behind at each call.
-    setting_changed.connect(settings.forget, weak=False)
-    return found if named or found.configured else None
+    # To connect again does nothing. A weak connection would leave a finalizer behind.
+    setting_changed.connect(_django_setting_changed, weak=False)
+    if named or django_settings.configured:
+        return django_settings
+    return None
 
 
-_slot = (
-    threading.local()
-)  # counts its `runs`; a worker's slot keeps a `loop` for them all, too
+def _django_setting_changed(*, setting: str, **_: object) -> None:
+    """Follow Django's override_settings, which changes one setting at a time."""
+    settings.forget()
+    if setting.startswith("AWS_"):  # clients are made with these
+        settings.changed()
 
 
-def _recycle_django_connections() -> None:
-    """Close this thread's database connections after so many runs, where Django is in use."""
+def _set_up_django() -> None:
+    """Call ``django.setup()`` if DJANGO_SETTINGS_MODULE is set.
+
+    For a process of our own, before it imports tasks, which may import models.
+
+    :raises ConfigurationError: if the settings' module, or Django, is not installed
+    """
+    module = os.environ.get("DJANGO_SETTINGS_MODULE")
+    if module:
+        _import(module, "the module named by DJANGO_SETTINGS_MODULE")
+        _import("django", "the package").setup()
+
+
+# A thread's count of `runs`.
+_slot = threading.local()
+
+
+def _refresh_django_connections(*, ran: bool = False) -> None:
+    """Close this thread's unusable and obsolete connections, before and after each run.
+
+    Django does so around a request, and so CONN_MAX_AGE and CONN_HEALTH_CHECKS hold. A
+    connection inside its caller's transaction, as in a test, is left alone.
+
+    :param ran: this is after a run: after TASKHAWK_MAX_DB_REUSE_LOOPS, all are closed
+    """
     if "django.db" not in sys.modules or not _django_settings():
         return
     try:
-        _slot.runs = (
-            getattr(_slot, "runs", 0) + 1
-        ) % settings.TASKHAWK_MAX_DB_REUSE_LOOPS
-        if _slot.runs == 0:
-            for connection in sys.modules["django.db"].connections.all(
-                initialized_only=True
-            ):
-                if not connection.in_atomic_block:  # a test's transaction
-                    connection.close()
-    except Exception:  # the run is over: what became of it stands
+        worn = ran and _count_run()
+        connections = sys.modules["django.db"].connections
+        for connection in connections.all(initialized_only=True):
+            if connection.in_atomic_block:
+                continue
+            if worn:
+                connection.close()
+            else:
+                connection.close_if_unusable_or_obsolete()
+    except Exception:  # of the database: the run is not to blame
         _log.exception("can't close the database connections")
 
 
+def _count_run() -> bool:
+    """Count a run of this thread; return whether its connections are to be replaced."""
+    runs: int = getattr(_slot, "runs", 0) + 1
+    limit: int = settings.TASKHAWK_MAX_DB_REUSE_LOOPS
+    _slot.runs = runs % limit
+    return runs >= limit
+
+
+def _share_django_caches() -> None:
+    """Make Django's caches in this context, so that its copies share their connections.
+
+    Django keeps a cache's client in the context that first uses it: without this, each
+    message would connect anew.
+    """
+    if "django.core.cache" in sys.modules:
+        # Not set up, or set wrongly: the task that uses such a cache gets the error.
+        with contextlib.suppress(Exception):
+            sys.modules["django.core.cache"].caches.all()
+
+
 # --- 5. messages ----------------------------------------------------------------------
-# Untrusted bytes stop here: what _decode() lets through has the shape that SCHEMA describes, and
-# what it refuses, dispatch refuses too. SCHEMA is what the validator goes by, so they can't differ.
-# To decode is a pure function: it does no I/O, and reads neither a clock nor a setting.
+# Untrusted bytes stop here: what _decode() returns has the shape that SCHEMA describes.
+# Dispatch refuses what _decode() would refuse, and both go by SCHEMA itself. Decoding
+# is pure: it does no I/O, and reads neither a clock nor a setting.
 
 
 class Priority(enum.Enum):
-    """Which queue a message goes through: each has its own workers, to be scaled apart.
+    """The queue of a message: each priority has a queue, and so workers, of its own.
 
-    A worker of several queues runs the most urgent message first: high, default, low, bulk.
+    A worker of several queues runs the most urgent message first: high before default,
+    low and bulk.
     """
 
     default = 1
@@ -653,15 +942,16 @@ class Priority(enum.Enum):
     bulk = 4
 
 
-# The calendar in full, for JSON Schema has nothing else to say that there is no 30th of February.
+# The calendar in full, for JSON Schema can't say otherwise that February has no 30th.
 _ISO_8601 = (
     r"^(?!0000)(?:[0-9]{4}-(?:(?:0[13578]|1[02])-31|(?:0[13-9]|1[0-2])-(?:29|30)"
     r"|(?:0[1-9]|1[0-2])-(?:0[1-9]|1[0-9]|2[0-8]))"
-    r"|(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:[02468][048]|[13579][26])00)-02-29)"
+    r"|(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])"
+    r"|(?:[02468][048]|[13579][26])00)-02-29)"
     r"(?:[T ](?:[01][0-9]|2[0-3]):[0-5][0-9](?::[0-5][0-9](?:[.,][0-9]{1,9})?)?"
     r"(?:Z|[+-](?:[01][0-9]|2[0-3]):?[0-5][0-9])?)?(?![\s\S])"
 )
-# Descriptions are what errors say was expected.
+# An error says the description after "expected".
 _NAME = {"description": "a non-empty string", "type": ["string"], "minLength": 1}
 _OBJECT = {"description": "an object", "type": ["object"]}
 _PRIORITIES = [priority.name for priority in Priority]
@@ -680,7 +970,7 @@ _METADATA = {
     },
     "version": {"description": '"1.0"', "type": ["string"], "enum": ["1.0"]},
 }
-#: the message format as JSON Schema 2020-12: the contract for publishers in other languages
+#: the message format as JSON Schema 2020-12: the contract for other languages
 SCHEMA: dict[str, Any] = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",
     "title": "taskhawk message: the body of an SQS or SNS message",
@@ -699,49 +989,88 @@ SCHEMA: dict[str, Any] = {
         "kwargs": _OBJECT,
     },
 }
-# What errors call the type of a value; one of a subclass is called as what it derives from.
-_KINDS = {dict: "object", list: "array", tuple: "array", str: "string", bool: "boolean"}
-_KINDS |= {int: "number", float: "number", type(None): "null"}
-_MISSING = type("nothing", (), {})()  # errors show the name of its type
+_BODY = {"description": "a string of JSON", "type": ["string"]}
+# What JSON calls a Python type, and how an error shows a value of it.
+_KINDS = {
+    dict: ("object", "an object"),
+    list: ("array", "an array"),
+    tuple: ("array", "an array"),
+    str: ("string", "a string"),
+    bool: ("boolean", "a boolean"),
+    int: ("number", "a number"),
+    float: ("number", "a number"),
+    type(None): ("null", "null"),
+}
+
+
+def _kind(value: object) -> tuple[str, str]:
+    """Return what JSON calls a value's type, and how an error shows the value."""
+    for base in type(value).__mro__:  # a subclass counts as what it derives from
+        if base in _KINDS:
+            return _KINDS[base]
+    return "", type(value).__name__
 
 
 def _validate(value: Any, schema: Mapping[str, Any], path: str = "") -> None:
-    """Check a value by the keywords that SCHEMA uses; an error shows nothing that may be secret.
+    """Check a value by the keywords that SCHEMA uses.
 
-    :param path: what the error calls the value by, such as ``metadata.version``
-    :raises ValidationError: says where the value differs, what was expected and what came
+    :param path: how the error names the value, such as ``metadata.version``
+    :raises ValidationError: says what differs, what was expected and what came; it
+        shows nothing that may be secret
     """
-    kind = _KINDS.get(type(value)) or next(
-        filter(None, map(_KINDS.get, type(value).__mro__)), ""
-    )
-    valid = kind in schema["type"]
-    if valid and kind == "string":
-        valid = len(value) >= schema.get("minLength", 0) and value in schema.get(
-            "enum", (value,)
-        )
-        if valid and "pattern" in schema:
-            valid = re.search(schema["pattern"], value) is not None
-    elif valid and kind == "number":
-        valid = schema["minimum"] <= value <= schema["maximum"]
-    if not valid:
-        article = {"array": "an ", "object": "an ", "null": ""}.get(kind, "a ")
-        shown = article + kind if kind else type(value).__name__
-        if value == "" or (
-            path.startswith("metadata.") and isinstance(value, str | int | float)
-        ):
-            huge = isinstance(value, int) and abs(value) >= 10**18
-            small = value[:40] if isinstance(value, str) else value
-            shown = "a huge number" if huge else json.dumps(small)
-        raise ValidationError(
-            f"{path or 'message'}: expected {schema['description']}, got {shown}"
-        )
+    if not _fits(value, schema):
+        raise _mismatch(path or "message", schema, _shown(value, path))
     for key, inner in schema.get("properties", {}).items():
-        if key in value or key in schema["required"]:
-            _validate(value.get(key, _MISSING), inner, f"{path}.{key}" if path else key)
+        inner_path = f"{path}.{key}" if path else key
+        if key in value:
+            _validate(value[key], inner, inner_path)
+        elif key in schema["required"]:
+            raise _mismatch(inner_path, inner, "nothing")
+
+
+def _fits(value: Any, schema: Mapping[str, Any]) -> bool:
+    """Return whether a value, not counting what it contains, fits its schema."""
+    kind, _ = _kind(value)
+    if kind not in schema["type"]:
+        return False
+    if kind == "number":
+        return bool(schema["minimum"] <= value <= schema["maximum"])
+    if kind != "string":
+        return True
+    if "enum" in schema:
+        return bool(value in schema["enum"])
+    if "pattern" in schema:
+        return re.search(schema["pattern"], value) is not None
+    shortest: int = schema.get("minLength", 0)
+    return len(value) >= shortest
+
+
+def _mismatch(path: str, schema: Mapping[str, Any], shown: str) -> ValidationError:
+    """Return the error for a value that differs from its schema."""
+    return ValidationError(f"{path}: expected {schema['description']}, got {shown}")
+
+
+def _shown(value: object, path: str) -> str:
+    """Return how an error shows a value: by its type, for the value may be secret.
+
+    Metadata are not secret: their texts are shown up to 40 characters.
+    """
+    _, shown = _kind(value)
+    if value == "":
+        return '""'
+    if not path.startswith("metadata."):
+        return shown
+    if isinstance(value, str):
+        return json.dumps(value[:40])
+    if isinstance(value, int) and abs(value) >= 10**18:
+        return "a huge number"
+    if isinstance(value, int | float):
+        return json.dumps(value)
+    return shown
 
 
 def _new_id() -> str:
-    """Return a random UUID (RFC 9562, version 4) in a third of the time that uuid.uuid4() takes."""
+    """Return a random UUID (RFC 9562, version 4), in a third of uuid.uuid4()'s time."""
     digits = os.urandom(16).hex()
     return (
         f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-a{digits[17:20]}-{digits[20:]}"
@@ -753,47 +1082,68 @@ _registry: dict[str, Task[Any, Any]] = {}
 
 
 def _find_task(name: str) -> Task[Any, Any]:
-    """Return the task registered under a name; raise :exc:`TaskNotFound` if there is none."""
-    if found := _registry.get(name):
-        return found
-    raise TaskNotFound(
-        f"no task is registered as {name[:200]!r}: is its module imported?"
-    )
+    """Return the task registered under a name, or raise :exc:`TaskNotFound`."""
+    registered = _registry.get(name)
+    if registered is None:
+        raise TaskNotFound(
+            f"no task is registered as {name[:200]!r}: is its module imported?"
+        )
+    return registered
+
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def _epoch_ms(timestamp: float | str) -> int:
+    """Return a valid timestamp as epoch milliseconds; without an offset, it is UTC."""
+    if not isinstance(timestamp, str):
+        return int(timestamp)
+    moment = datetime.fromisoformat(timestamp)
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=UTC)
+    # Not below 0, so that what was decoded can be sent again.
+    return max(0, (moment - _EPOCH) // timedelta(milliseconds=1))
 
 
 class Message:  # noqa: PLW1641 - it may change, so it is no key of a dict
-    """One request for a run of a task; what the publisher makes and the worker gets.
+    """One request for a run of a task: what the publisher makes and the worker gets.
 
-    It may be changed until it is sent, as in taskhawk 1.4. Two are equal if they are the same on
-    the wire.
+    It may be changed until it is sent, as in taskhawk 1.4. Two messages are equal if
+    they are the same on the wire.
 
     :param data: as :data:`SCHEMA` describes it; unknown keys are ignored
-    :raises ValidationError: says where it differs, what was expected and what came
+    :raises ValidationError: says what differs, what was expected and what came
     """
 
     CURRENT_VERSION = "1.0"
     VERSIONS = ("1.0",)
-    delay_s: float = 0  #: for which the queue holds it back; not a part of the format
-    received: QueueMessage | None = None  #: what it came as; None at the publisher's
+    delay_s: float = 0  #: seconds for which the queue holds it back; not on the wire
+    received: QueueMessage | None = None  #: what it arrived as; None where it was made
+
+    id: str
+    priority: Priority  #: the queue that it goes through
+    timestamp: int  #: when it was dispatched, in epoch milliseconds
+    version: str  #: of the format
+    headers: dict[str, Any]
+    task_name: str  #: of a task that need not be registered here
+    args: list[Any]
+    kwargs: dict[str, Any]
 
     def __init__(self, data: Mapping[str, Any]) -> None:
-        """Check the data, and keep what the format knows: a timestamp as epoch milliseconds."""
         _validate(data, SCHEMA)
-        metadata = {"priority": "default", **data["metadata"]}
-        if isinstance(timestamp := metadata["timestamp"], str):
-            moment = datetime.fromisoformat(timestamp)
-            since = moment.replace(tzinfo=moment.tzinfo or UTC) - datetime(
-                1970, 1, 1, tzinfo=UTC
-            )
-            timestamp = max(0, since // timedelta(milliseconds=1))
-        metadata["timestamp"] = int(timestamp)
-        # Of what the format does not know, nothing is kept, and no task gets to see it. The
-        # arguments become a list in any case: the validator takes a tuple too, and JSON has none.
-        kept = {
-            "args": list(data["args"]),
-            "metadata": {key: metadata[key] for key in _METADATA},
-        }
-        self._data = {key: data[key] for key in SCHEMA["required"]} | kept
+        self._take(data)
+
+    def _take(self, data: Mapping[str, Any]) -> None:
+        """Take over valid data; keys that the format does not have are dropped."""
+        metadata = data["metadata"]
+        self.id = data["id"]
+        self.priority = Priority[metadata.get("priority", "default")]
+        self.timestamp = _epoch_ms(metadata["timestamp"])
+        self.version = metadata["version"]
+        self.headers = data["headers"]
+        self.task_name = data["task"]
+        self.args = list(data["args"])  # it may be a tuple, which JSON does not have
+        self.kwargs = data["kwargs"]
 
     @classmethod
     def new(
@@ -809,49 +1159,37 @@ class Message:  # noqa: PLW1641 - it may change, so it is no key of a dict
         """Make a message for :func:`publish`.
 
         :param task: the name of a registered task
-        :param args: the positional arguments, not checked against the function's signature
-        :param kwargs: the keyword arguments, likewise
-        :param msg_id: a new UUID if None
-        :param headers: of any values that JSON can hold
+        :param args: positional arguments, not checked against the function's signature
+        :param kwargs: keyword arguments, likewise
+        :param msg_id: the message's id; a new UUID if None
+        :param headers: headers, whose values are any JSON
         :raises TaskNotFound: if there is no such task
-        :raises ValidationError: if `msg_id` is empty, or not a string
+        :raises ValidationError: if `msg_id` is empty or not a string
         """
         _find_task(task)
-        if msg_id is not None:
+        if msg_id is None:
+            msg_id = _new_id()
+        else:
             _validate(msg_id, _NAME, "id")
-        message = cls.__new__(cls)  # no look at the rest: what is made here is valid
-        now, version = int(time.time() * 1000), cls.CURRENT_VERSION
-        message._data = {  # noqa: SLF001 - its own
-            "id": msg_id or _new_id(),
-            "metadata": {
-                "priority": priority.name,
-                "timestamp": now,
-                "version": version,
-            },
-            "headers": dict(headers or {}),
-            "task": task,
-            "args": list(args or ()),
-            "kwargs": dict(kwargs or {}),
-        }
+        message = cls.__new__(cls)  # not __init__, which would check what is valid
+        message.id = msg_id
+        message.priority = priority
+        message.timestamp = int(time.time() * 1000)
+        message.version = cls.CURRENT_VERSION
+        message.headers = dict(headers or {})
+        message.task_name = task
+        message.args = list(args or ())
+        message.kwargs = dict(kwargs or {})
         return message
 
-    id: str = property(lambda self: self._data["id"])  # type: ignore[assignment]
-    metadata = property(
-        lambda self: self._data["metadata"], doc="priority, timestamp and version"
-    )
-    timestamp = property(
-        lambda self: self.metadata["timestamp"], doc="epoch milliseconds"
-    )
-    version = property(lambda self: self.metadata["version"], doc="of the format")
-    headers = property(lambda self: self._data["headers"])
-    task_name = property(lambda self: self._data["task"])
-    args = property(lambda self: self._data["args"])
-    kwargs = property(lambda self: self._data["kwargs"])
-    #: the queue that the message goes through; can be set, for 1.4 had no other way to
-    priority: Priority = property(  # type: ignore[assignment]
-        lambda self: Priority[self.metadata["priority"]],
-        lambda self, value: self.metadata.update(priority=value.name),
-    )
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The metadata as they are on the wire."""
+        return {
+            "priority": self.priority.name,
+            "timestamp": self.timestamp,
+            "version": self.version,
+        }
 
     @property
     def task(self) -> Task[Any, Any]:
@@ -861,114 +1199,179 @@ class Message:  # noqa: PLW1641 - it may change, so it is no key of a dict
     def call_task(self, receipt: str | None) -> None:
         """Run the task, here and now.
 
-        :param receipt: the receipt handle, for the task's metadata; None where no queue has the
-            message
-        :raises TaskNotFound: if no such task is registered; what the task raises is not caught
+        :param receipt: the receipt handle, for the task's metadata; None if the message
+            is on no queue
+        :raises TaskNotFound: if no such task is registered
+        :raises Exception: whatever the task raises
         """
         self.task.call(self, receipt)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the message as it is on the wire."""
-        return self._data
+        return {
+            "id": self.id,
+            "metadata": self.metadata,
+            "headers": self.headers,
+            "task": self.task_name,
+            "args": self.args,
+            "kwargs": self.kwargs,
+        }
 
     def items(self) -> typing.ItemsView[str, Any]:
         """Return the items of :meth:`as_dict`."""
-        return self._data.items()
+        return self.as_dict().items()
 
     def __eq__(self, other: object) -> bool:
         """Compare what is on the wire."""
-        return (
-            self._data == other._data if isinstance(other, Message) else NotImplemented
-        )
+        if not isinstance(other, Message):
+            return NotImplemented
+        return self.as_dict() == other.as_dict()
 
 
 def _from_decimal(value: object) -> float:
-    """Make a number of JSON of a Decimal, as databases return them; refuse all else."""
-    # Where nobody has imported decimal, no value can be a Decimal.
-    if "decimal" in sys.modules and isinstance(value, sys.modules["decimal"].Decimal):
-        # Beyond 4300 digits Python writes no int; float() makes it an infinity, which is refused.
-        small = value.is_finite() and abs(value.adjusted()) < 4300  # noqa: PLR2004
-        return (
-            int(value) if small and value == value.to_integral_value() else float(value)
-        )
-    raise TypeError(f"{type(value).__name__} is not a JSON type")
+    """Make a JSON number of a Decimal, which databases return; refuse all else.
+
+    A reader of JSON makes a float of it: one that would change the digits is refused.
+    """
+    # Unless something has imported decimal, no value can be a Decimal.
+    decimal = sys.modules.get("decimal")
+    if decimal is None or not isinstance(value, decimal.Decimal):
+        raise TypeError(f"{type(value).__name__} is not a JSON type")
+    if not value.is_finite():
+        return float(value)  # which the encoder refuses
+    # Python writes no int of over 4300 digits; as a float, it is infinite and refused.
+    small = abs(value.adjusted()) < 4300  # noqa: PLR2004
+    if small and value == value.to_integral_value():
+        return int(value)
+    number = float(value)
+    if math.isfinite(number) and decimal.Decimal(repr(number)) != value:
+        raise ValueError("a Decimal has more digits than a float: send it as a string")
+    return number
 
 
 def _finite(text: str) -> float:
-    """Parse a number of JSON; Python's decoder would take NaN and infinities too."""
-    if math.isfinite(number := float(text)):
-        return number
-    raise ValueError
+    """Parse a JSON number; Python's decoder would take NaN and infinities too."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError
+    return number
 
 
-# ASCII only: all of it passes SQS, which refuses some control characters and surrogates.
+# ASCII always passes SQS, which refuses some control characters and surrogates.
 _DUMP: Any = {"default": _from_decimal, "allow_nan": False, "separators": (",", ":")}
-_ENCODER = json.JSONEncoder(
-    **_DUMP, check_circular=False
-)  # _sizes() says where a circle is
+_CHECKING_ENCODER = json.JSONEncoder(**_DUMP)
+# A circle ends in a RecursionError without a check, too.
+_ENCODER = json.JSONEncoder(**_DUMP, check_circular=False)
 _DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
 
 
 def _encode(message: Message) -> str:
-    """Encode a message, or raise the error that names the argument which can't be.
+    """Return the body of a message, or raise the error that names what is not JSON.
 
-    :raises TypeError: if an argument is of a type that JSON does not have
-    :raises ValidationError: if it is NaN or infinite, or nested too deeply
+    :raises TypeError: if an argument or header is of a type that JSON does not have
+    :raises ValidationError: if one is NaN or infinite, a Decimal with more digits than
+        a float, or nested too deeply
     """
     try:
         return _ENCODER.encode(message.as_dict())
     except (TypeError, ValueError, RecursionError) as error:
-        _sizes(message)
+        _sizes(message)  # the encoder does not say what it failed at: this does
         raise ValidationError(f"{message.task_name}: not JSON: {error}") from error
 
 
 def _sizes(message: Message) -> dict[str, int]:
-    """Return the encoded size of each argument and header, by the path that errors call it by."""
-    parts = {f"args[{index}]": value for index, value in enumerate(message.args)}
-    parts |= {f"kwargs.{key}": value for key, value in message.kwargs.items()}
-    parts |= {f"headers.{key}": value for key, value in message.headers.items()}
-    # Each alone, for the encoder does not say which of them it could not encode.
-    for path, value in parts.items():
+    """Return the encoded size of each argument and header, by its path in errors.
+
+    :raises TypeError, ValidationError: as :func:`_encode`
+    """
+    values = {f"args[{index}]": value for index, value in enumerate(message.args)}
+    values |= {f"kwargs.{key}": value for key, value in message.kwargs.items()}
+    values |= {f"headers.{key}": value for key, value in message.headers.items()}
+    sizes = {}
+    for path, value in values.items():
         try:
-            parts[path] = len(json.JSONEncoder(**_DUMP).encode(value))
-        except (TypeError, ValueError, RecursionError) as error:
-            kind = TypeError if isinstance(error, TypeError) else ValidationError
-            raise kind(f"{message.task_name}: {path} is not JSON: {error}") from error
-    return parts
+            sizes[path] = len(_CHECKING_ENCODER.encode(value))
+        except TypeError as error:
+            raise TypeError(
+                f"{message.task_name}: {path} is not JSON: {error}"
+            ) from error
+        except (ValueError, RecursionError) as error:
+            raise ValidationError(
+                f"{message.task_name}: {path} is not JSON: {error}"
+            ) from error
+    return sizes
+
+
+# What else may be in a queue: the keys that tell it, what it is, and what to do.
+_FOREIGN_BODIES = (
+    (
+        {"TopicArn", "SubscribeURL"},
+        "SNS's request to confirm a subscription: confirm it, and choose raw delivery",
+    ),
+    (
+        {"TopicArn", "Message"},
+        "a notification of SNS: turn on raw message delivery for the subscription",
+    ),
+    ({"detail-type", "detail"}, "an event of EventBridge: send it to another queue"),
+    ({"Records"}, "an event of S3 or a similar service: send it to another queue"),
+    ({"Service", "Event", "Bucket"}, "a test event of S3: send it to another queue"),
+)
 
 
 def _decode(body: Any) -> Message:
-    """Decode a body from the queue; whatever is wrong with it is a ValidationError.
+    """Return the message of a body; raise ValidationError, whatever is wrong with it.
 
-    The body is hostile: an error quotes no more of it than 40 characters of a metadata value, and
-    neither its nesting nor its numbers can do more harm than to be refused.
+    The body is hostile: an error quotes at most 40 characters of a metadata value, and
+    neither nesting nor numbers can do more than have the body refused.
     """
-    # A body may be anything: that of a malformed record of Lambda is None.
-    _validate(body, {"description": "a string of JSON", "type": ["string"]})
+    data = _parse(body)
     try:
-        return Message(_DECODER.decode(body))
+        return Message(data)
+    except ValidationError as error:
+        foreign = _foreign(data)
+        if not foreign:
+            raise
+        text = f"message: expected one of taskhawk's, got {foreign}"
+        raise ValidationError(text) from error
+
+
+def _foreign(data: Any) -> str:
+    """Return what another service's body is, and what to do; "" for any other body."""
+    if not isinstance(data, dict):
+        return ""
+    for keys, what in _FOREIGN_BODIES:
+        if keys <= data.keys():
+            return what
+    return ""
+
+
+def _parse(body: Any) -> Any:
+    """Return the JSON value of a body; raise ValidationError if it has none."""
+    # It may be anything: in a malformed event of Lambda, it is None.
+    _validate(body, _BODY)
+    try:
+        return _DECODER.decode(body)
     except RecursionError:
         raise ValidationError("message: nested too deeply") from None
-    except ValueError as error:
+    except json.JSONDecodeError as error:
         # Only the position: the error's own text may quote the body.
-        where = (
-            f" at character {error.pos}"
-            if isinstance(error, json.JSONDecodeError)
-            else ""
-        )
-        raise ValidationError(f"message: not JSON{where}") from None
+        text = f"message: not JSON at character {error.pos}"
+        raise ValidationError(text) from None
+    except ValueError:
+        raise ValidationError("message: not JSON") from None
 
 
 # --- 6. retry policies ----------------------------------------------------------------
-# A policy is a function of the attempt that returns seconds. It does no I/O and holds no state.
+# A policy is a function of the attempt (the receive count, from 1): it returns seconds,
+# or raises StopRetry. It does no I/O and keeps no state; only its jitter is random.
 
 
 @dataclasses.dataclass(frozen=True)
 class RetryPolicy:
-    """Gives the seconds to the next run: they grow by factor and step, up to `max_retries` times.
+    """Returns the seconds until the next run, which grow by a factor and a step.
 
-    Made by :func:`fixed`, :func:`linear` and :func:`exponential`. Jitter takes between half of a
-    delay and all of it, so that what failed together is spread out:
+    Made by :func:`fixed`, :func:`linear` and :func:`exponential`. Jitter takes a random
+    part of a delay, from half to all of it, to spread out what failed together:
     https://aws.amazon.com/builders-library/timeouts-retries-and-backoff-with-jitter/
 
     :raises ConfigurationError: if a number is negative, or is not a number
@@ -982,42 +1385,38 @@ class RetryPolicy:
     jitter: bool
 
     def __post_init__(self) -> None:
-        """Refuse numbers that make no delay."""
-        numbers = (
-            self.base_s,
-            self.factor,
-            self.step_s,
-            self.max_delay_s,
-            self.max_retries or 0,
-        )
+        numbers = [self.base_s, self.factor, self.step_s, self.max_delay_s]
+        if self.max_retries is not None:
+            numbers.append(self.max_retries)
         for number in numbers:
-            valid = _is_number(number) and number >= 0
-            _require(valid, f"retry policy: expected 0 or more, got {number!r}")
+            if not _is_number(number) or not number >= 0:  # NaN is neither
+                raise ConfigurationError(
+                    f"retry policy: expected 0 or more, got {number!r}"
+                )
 
     def __call__(self, attempt: int) -> float:
-        """Return the delay in seconds after the `attempt`-th run (from 1).
+        """Return the delay after the `attempt`-th run.
 
-        :param attempt: the message's receive count, so that crashes and releases count too
-        :returns: 0 to 43,200, the longest that SQS hides a message
+        :param attempt: the message's receive count, from 1: crashes and releases count
+        :returns: 0 to 43,200 seconds, the longest that SQS hides a message
         :raises StopRetry: if all retries are used up
         """
         if self.max_retries is not None and attempt > self.max_retries:
             raise StopRetry(f"all {self.max_retries} retries are used up")
-        first, step = (
-            min(number, _MAX_HELD_S) for number in (self.base_s, self.step_s)
-        )
-        # 2.0 ** 1024 is more than a float can hold; the longest delay counts long before.
+        first_s = min(self.base_s, _MAX_HELD_S)
+        step_s = min(self.step_s, _MAX_HELD_S)
         growth = sys.float_info.max
-        with contextlib.suppress(OverflowError):
+        with contextlib.suppress(OverflowError):  # 2.0 ** 1024 is too large for a float
             growth = float(self.factor ** (attempt - 1))
-        delay_s = min(
-            first * growth + step * (attempt - 1), self.max_delay_s, _MAX_HELD_S
-        )
-        return _jittered(delay_s) if self.jitter else delay_s
+        grown_s = first_s * growth + step_s * (attempt - 1)
+        delay_s = min(grown_s, self.max_delay_s, _MAX_HELD_S)
+        if self.jitter:
+            return _jittered(delay_s)
+        return delay_s
 
 
 def _jittered(delay_s: float) -> float:
-    """Return between half of a delay and all of it."""
+    """Return a random part of a delay, from half to all of it."""
     import random
 
     return delay_s * random.uniform(0.5, 1)
@@ -1029,7 +1428,8 @@ def fixed(
     """Return a retry policy of equal delays.
 
     :param delay_s: seconds from a failed run to the next
-    :param max_retries: then the dead letters; None leaves that to the queue's maxReceiveCount
+    :param max_retries: how many retries before the message is dead-lettered; None
+        leaves it to the queue's maxReceiveCount
     :param jitter: take a random part of each delay, at least half of it
     """
     return RetryPolicy(delay_s, 1, 0, max_retries, _MAX_HELD_S, jitter)
@@ -1043,11 +1443,12 @@ def linear(
     *,
     jitter: bool = True,
 ) -> RetryPolicy:
-    """Return a retry policy of delays that grow by `step_s` seconds; see :func:`fixed`.
+    """Return a retry policy of delays that grow by `step_s` each time.
 
     :param base_s: seconds from the first failed run to the next
-    :param step_s: seconds that each delay is longer than the one before
-    :param max_retries: then the dead letters; None leaves that to the queue's maxReceiveCount
+    :param step_s: seconds by which each delay is longer than the one before
+    :param max_retries: how many retries before the message is dead-lettered; None
+        leaves it to the queue's maxReceiveCount
     :param max_delay_s: the longest delay in seconds
     :param jitter: take a random part of each delay, at least half of it
     """
@@ -1062,11 +1463,12 @@ def exponential(
     *,
     jitter: bool = True,
 ) -> RetryPolicy:
-    """Return a retry policy of delays that grow by `factor`; see :func:`fixed`.
+    """Return a retry policy of delays that are `factor` times longer each time.
 
     :param base_s: seconds from the first failed run to the next
     :param factor: how many times longer each delay is than the one before
-    :param max_retries: then the dead letters; None leaves that to the queue's maxReceiveCount
+    :param max_retries: how many retries before the message is dead-lettered; None
+        leaves it to the queue's maxReceiveCount
     :param max_delay_s: the longest delay in seconds
     :param jitter: take a random part of each delay, at least half of it
     """
@@ -1155,6 +1557,11 @@ class Refusal(NamedTuple):
     code: str
     text: str
     final: bool
+
+    @property
+    def is_denied(self) -> bool:
+        """Whether the service says that the caller may not do it."""
+        return self.code.startswith("AccessDenied")
 
 
 class QueueInfo(NamedTuple):
@@ -1425,35 +1832,35 @@ def _one_round(
     """
     refused: dict[int, Refusal] = {}
     start = 0
-    for batch in _batches(entries, max_bytes):
+    for part in _parts(entries, max_bytes):
         try:
-            refusals = call(batch)
+            refusals = call(part)
         except Exception as error:
             final = repeated or isinstance(error, ConfigurationError)
             rest = range(start, len(entries))
             return refused | _all_refused(error, rest, final=final)
         for refusal in refusals:
             refused[start + refusal.index] = refusal
-        start += len(batch)
+        start += len(part)
     return refused
 
 
-def _batches(entries: Sequence[Any], max_bytes: int) -> Iterator[Sequence[Any]]:
-    """Yield one or more entries in batches of ten, each together within `max_bytes`.
+def _parts(entries: Sequence[Any], max_bytes: int) -> Iterator[Sequence[Any]]:
+    """Yield one or more entries in parts of ten, each together within `max_bytes`.
 
-    An entry that is too large by itself is a batch of its own: the service says so.
+    An entry that is too large by itself is a part of its own: the service says so.
     """
-    batch: list[Any] = []
-    batch_bytes = 0
+    part: list[Any] = []
+    part_bytes = 0
     for entry in entries:
         entry_bytes = entry.size() if max_bytes else 0
-        is_full = len(batch) == _MAX_BATCH or batch_bytes + entry_bytes > max_bytes
-        if batch and is_full:
-            yield batch
-            batch, batch_bytes = [], 0
-        batch.append(entry)
-        batch_bytes += entry_bytes
-    yield batch
+        is_full = len(part) == _MAX_BATCH or part_bytes + entry_bytes > max_bytes
+        if part and is_full:
+            yield part
+            part, part_bytes = [], 0
+        part.append(entry)
+        part_bytes += entry_bytes
+    yield part
 
 
 def _send_all(
@@ -1856,10 +2263,11 @@ class SqliteBroker(Broker):
         receipts = [receipt for receipt, _ in changes]
         marks, rows = _marks("?", receipts), _rows(receipts)
         wanted = [(receipt, self._in_ms(seconds)) for receipt, seconds in changes]
+        pairs = [value for pair in wanted for value in pair]
         change = "UPDATE message SET visible_ms = CASE receipt"
         cases = " ".join(["WHEN ? THEN ?"] * len(changes))
         where = f"visible_ms > ? AND id IN ({marks}) AND receipt IN ({marks})"
-        values = (*itertools.chain(*wanted), self._in_ms(), *rows, *receipts)
+        values = (*pairs, self._in_ms(), *rows, *receipts)
         statement = f"{change} {cases} END WHERE {where}"
         if self._file.change(statement, values) == len(changes):
             return []
@@ -1899,8 +2307,7 @@ def _stale(refused: Iterable[bool]) -> list[Refusal]:
     """Return a refusal for each receipt that is refused."""
     text = "the message is no longer in flight, or was received again"
     refusal = Refusal(0, "ReceiptHandleIsInvalid", text, final=True)
-    indexes = itertools.compress(itertools.count(), refused)
-    return [refusal._replace(index=index) for index in indexes]
+    return [refusal._replace(index=i) for i, stale in enumerate(refused) if stale]
 
 
 _schemes["sqlite"] = SqliteBroker
@@ -1916,10 +2323,10 @@ _schemes["sqlite"] = SqliteBroker
 # What a person can do about an error, by a pattern for the beginning of its code and
 # text; the first one holds. Services, and the protocols that they speak, have more than
 # one code for the same error.
-_DENIED = "(AccessDenied|AuthorizationError)"
+_ACCESS_DENIED = "(AccessDenied|AuthorizationError)"
 _REMEDIES = (
     (
-        rf"KMS\.?AccessDenied|{_DENIED}.* kms:",
+        rf"KMS\.?AccessDenied|{_ACCESS_DENIED}.* kms:",
         (
             "access denied: the policies of these credentials and of the KMS key must"
             " allow kms:GenerateDataKey and kms:Decrypt"
@@ -1930,15 +2337,15 @@ _REMEDIES = (
         "the KMS key can't be used: enable it, or encrypt with another one",
     ),
     (
-        f"{_DENIED}.* VPC endpoint policy",
+        f"{_ACCESS_DENIED}.* VPC endpoint policy",
         "access denied: the policy of the VPC endpoint does not allow {operation}",
     ),
     (
-        f"{_DENIED}.* (service|resource) control policy",
+        f"{_ACCESS_DENIED}.* (service|resource) control policy",
         "access denied: a policy of the AWS organization does not allow {operation}",
     ),
     (
-        _DENIED,
+        _ACCESS_DENIED,
         (
             "access denied: the IAM policy of these credentials does not allow"
             " {operation}"
@@ -2631,31 +3038,37 @@ __all__ += [
 
 
 # --- 11. tasks ------------------------------------------------------------------------
-# Only what is in this registry can be invoked by a message. A name, once taken, is never given to
-# another function, so a message can't reach code that its publisher did not mean. A call is held
-# against the function's signature where it is dispatched, for the caller can mend it and the worker
-# can't.
+# A message can only invoke what is in the registry. A name that is taken is never given
+# to another function, so no message reaches code that its publisher did not mean. Each
+# call is checked against the function's signature where it is dispatched, because its
+# caller can correct it and a worker can't.
 
 
 class Metadata(dict[str, Any]):
     """What a task may know of its run: id, priority, receipt, timestamp, version.
 
-    A dict, as in taskhawk 1.4, whose keys are attributes too. Attributes alone are `headers`;
-    `task`, its name; `queue`, None where there is none; `attempt`, counting receives from 1; and
-    `lease_lost`: the worker could not keep the message to itself, and another may run it now.
+    It is a dict, as in taskhawk 1.4, whose keys are attributes too. These are
+    attributes only: `task`, the task's name; `headers`; `queue`, the name of the queue,
+    or None; `attempt`, which counts receives from 1; and `lease_lost`, which says that
+    the worker could not keep the message hidden, so that another worker may run it now.
+
+    :param message: the message that is run
+    :param receipt: its receipt handle, or None where no queue has the message
     """
 
     def __init__(self, message: Message, receipt: str | None) -> None:
-        """Describe a run of a message; a receipt of None is a run that no queue knows of."""
         super().__init__(message.metadata, id=message.id, priority=message.priority)
-        self["receipt"], self._message = receipt, message
+        self["receipt"] = receipt
         self._received = message.received or QueueMessage(None, message.id)
+        self.task = message.task_name
+        self.headers = message.headers
+        self.attempt = self._received.attempt
+        self.queue = self._received.queue if receipt else None
 
-    task = property(lambda self: self._message.task_name)
-    headers = property(lambda self: self._message.headers)
-    attempt = property(lambda self: self._received.attempt)
-    queue = property(lambda self: self["receipt"] and self._received.queue)
-    lease_lost = property(lambda self: self._received.lease_lost)
+    @property
+    def lease_lost(self) -> bool:
+        """Whether the worker could not keep the message hidden from other workers."""
+        return self._received.lease_lost
 
     def __getattr__(self, name: str) -> Any:
         """Return a key as an attribute."""
@@ -2664,246 +3077,170 @@ class Metadata(dict[str, Any]):
         return self[name]
 
     def extend_visibility_timeout(self, visibility_timeout_s: float) -> None:
-        """Hide the message from others for so many seconds from now, where a queue has it.
+        """Hide the message from others for so many seconds from now, if a queue has it.
 
-        Only of use in Lambda behind SQS: a worker does it by itself.
+        Useful in Lambda behind SQS only: a worker extends its leases by itself.
 
-        :param visibility_timeout_s: 0 to 43,200 seconds; SQS counts 12 hours from the receive
-        :raises PartialFailure: if the service refuses, such as for a message no longer in flight
+        :param visibility_timeout_s: 0 to 43,200 seconds; SQS counts 12 hours from the
+            receive
+        :raises PartialFailure: if the service refuses, for example because the message
+            is no longer in flight
         :raises ConfigurationError: if the function's role may not change the visibility
         """
         self._received.change_visibility(VisibilityTimeout=visibility_timeout_s)
 
 
-class AsyncInvocation(Generic[_P]):
-    """How to dispatch a task. Immutable: each ``with_…`` returns another invocation.
+class Task(Generic[_P, _R]):
+    """A function that can be dispatched; to call it runs the function here and now.
 
-    So one can be kept and shared between threads: ``urgent = send.with_priority(Priority.high)``.
-    """
-
-    _options: Mapping[str, Any] = {}  # what was given of headers, priority and delay_s
-
-    def __init__(self, task: Task[_P, Any]) -> None:
-        """Make the plain invocation of a task; it has no options yet."""
-        self._task = task
-
-    def _with(self, **options: Any) -> AsyncInvocation[_P]:
-        """Return another invocation with these options too."""
-        other = AsyncInvocation(self._task)
-        vars(other)["_options"] = {**self._options, **options}
-        return other
-
-    def with_headers(self, /, **headers: Any) -> AsyncInvocation[_P]:
-        """Return an invocation with these headers too; the later value of a name wins.
-
-        :param headers: values are anything that JSON can hold. They are in the message, and up to
-            ten of them, as strings, are attributes that SNS can filter by.
-        """
-        return self._with(headers={**self._options.get("headers", {}), **headers})
-
-    def with_priority(self, priority: Priority) -> AsyncInvocation[_P]:
-        """Return an invocation with this priority, whatever the task's is.
-
-        :raises TypeError: if it is not a :class:`Priority`
-        """
-        if not isinstance(priority, Priority):
-            raise TypeError(f"priority: expected a taskhawk.Priority, got {priority!r}")
-        return self._with(priority=priority)
-
-    def with_delay(self, delay: float | timedelta) -> AsyncInvocation[_P]:
-        """Return an invocation whose messages are held back by the queue.
-
-        :param delay: seconds, or a timedelta: up to 15 minutes on SQS (its DelaySeconds), any
-            length on SQLite, none on SNS
-        :raises TypeError: if it is neither
-        :raises ValueError: if it is negative or not finite; dispatch refuses what is too long
-        """
-        delay_s = getattr(delay, "total_seconds", lambda: delay)()
-        if not _is_number(delay_s):
-            raise TypeError(f"delay: expected seconds or a timedelta, got {delay!r}")
-        if not 0 <= delay_s < math.inf:
-            raise ValueError(f"delay: expected 0 or more seconds, got {delay_s}")
-        return self._with(delay_s=delay_s)
-
-    def dispatch(self, /, *args: _P.args, **kwargs: _P.kwargs) -> str:
-        """Queue a run of the task: one request, and one more at a queue's first use.
-
-        In a :func:`batch` it is queued at the end; with TASKHAWK_SYNC it runs here and now.
-
-        :param args: for the function; as JSON can hold them, and Decimals become numbers
-        :returns: the message's id, which the task finds in its ``metadata``
-        :raises TypeError: if the function can't be called so, or an argument is not JSON
-        :raises ValidationError: if an argument can't be sent: NaN, too deep, too large
-        :raises ConfigurationError: if the queue is missing or forbidden, or the delay too long
-        :raises Exception: of botocore or sqlite3, if the call fails otherwise: it may be queued
-        """
-        return publish(self._message(args, kwargs))
-
-    def dispatch_many(self, calls: Iterable[Any]) -> int:
-        """Queue a run for each of `calls`, ten to a request, with bounded memory.
-
-        :param calls: a tuple is a call's positional arguments, a dict its keyword arguments, and
-            anything else its only argument
-        :returns: how many there were
-        :raises PartialFailure: if some were not accepted; no more of `calls` was read then
-        :raises TypeError: and others, as :meth:`dispatch`; earlier calls may be queued by then
-        """
-
-        def prepare(call: Any) -> _Ready:
-            if isinstance(call, dict):
-                return _prepare(self._message((), call))
-            return _prepare(
-                self._message(call if isinstance(call, tuple) else (call,), {})
-            )
-
-        # Not map(): there, a StopIteration out of prepare() would pass for the end of `calls`.
-        count, ready = 0, (prepare(call) for call in calls)
-        while some := list(itertools.islice(ready, _MAX_BATCH)):
-            # Ten are in memory, and no more, unless a batch() is around this: `calls` may be long.
-            _publish_all(_collect(some))
-            count += len(some)
-        return count
-
-    def _message(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Message:
-        """Make the message of a call, after a check that the worker can make that call."""
-        task, options = self._task, self._options
-        task.bind(args, kwargs)
-        headers = options.get("headers", {})
-        if hook := settings.TASKHAWK_DEFAULT_HEADERS:
-            # The manual of 1.4 says that it gets the task; 1.4.0 called it with nothing.
-            headers = {
-                **((hook(task=task) if _takes_task(hook) else hook()) or {}),
-                **headers,
-            }
-        priority = options.get("priority") or task.priority
-        message = Message.new(
-            task.name, args, kwargs, headers=headers, priority=priority
-        )
-        message.delay_s = options.get("delay_s", 0)
-        return message
-
-
-@functools.lru_cache
-def _takes_task(hook: Callable[..., Any]) -> bool:
-    """Return whether a hook wants the task; remembered, as looking takes long."""
-    parameters = inspect.signature(hook).parameters.values()
-    return any(p.name == "task" or p.kind is p.VAR_KEYWORD for p in parameters)
-
-
-class Task(AsyncInvocation[_P], Generic[_P, _R]):
-    """A function that can be dispatched: its own plain invocation; a call runs it, here and now.
-
-    Made by :func:`task`, which is where its options are described.
+    Made by :func:`task`, which describes its options.
 
     :param fn: the function; a coroutine function is run on an event loop
-    :param priority: of its messages, unless an invocation has another
-    :param name: what messages call it by
+    :param priority: the priority of its messages, unless an invocation has another
+    :param name: what messages call it
     :raises ConfigurationError: if a message can't call the function
     """
 
     def __init__(self, fn: Callable[_P, _R], priority: Priority, name: str) -> None:
-        """Look at the function's parameters; the options of :func:`task` are set afterwards."""
-        super().__init__(self)
-        self._fn, self._priority, self._name = fn, priority, name
-        try:
-            self._signature = inspect.signature(fn)
-        except ValueError as error:
-            text = f"{name} does not tell its parameters: expected a function written in Python"
-            raise ConfigurationError(text) from error
-        kinds = {p.name: p.kind for p in self._signature.parameters.values()}
-        text = f"{name}: *args can't be a task's parameter: name the arguments, or take a list"
-        _require(inspect.Parameter.VAR_POSITIONAL not in kinds.values(), text)
-        # What the worker gives: a parameter of that name, or **kwargs, takes it.
-        named = {
-            n
-            for n, kind in kinds.items()
-            if kind is not inspect.Parameter.POSITIONAL_ONLY
-        }
-        takes_all = inspect.Parameter.VAR_KEYWORD in kinds.values()
-        self._given_by_worker = {
-            n for n in ("metadata", "headers") if takes_all or n in named
-        }
-        # Remembered: the signature's bind() takes as long as the rest of a dispatch.
+        """Read the function's signature; :func:`task` sets the options afterwards."""
+        self._fn = fn
+        self._priority = priority
+        self._name = name
+        self._place = _place_of(fn)
+        self._invocation = AsyncInvocation(self)
+        self._signature = _signature_of(fn, name)
+        self._given_by_worker = _given_by_worker(self._signature)
+        # Cached: the signature's bind() takes as long as the rest of a dispatch.
         self._check_shape = functools.lru_cache(self._bind_shape)
-        #: the retry policy, and the exceptions that it is for: options of :func:`task`
+        #: seconds from a failed run to the next, as a function of the attempt
         self.retry: Callable[[int], float] | None = None
+        #: the exceptions after which a run is repeated
         self.retry_on: tuple[type[BaseException], ...] = (BaseException,)
+        #: the exceptions that send a message to the dead-letter queue at once
         self.never_retry_on: tuple[type[BaseException], ...] = ()
-        #: seconds until a run is killed; whether it has a process of its own
+        #: seconds until a worker kills a run
         self.time_limit: float | None = None
+        #: whether a worker runs it in a process of its own
         self.isolate = False
-        # Tells a function whose module is read again from a second one of that name in it.
-        self.loaded_by = getattr(fn, "__globals__", {}).get("__spec__")
+        #: the module that declares it: importing this module makes the task
+        self.declared_in = str(fn.__module__)
+        #: the modules whose imports led to its declaration, the outermost first
+        self.imported_by: tuple[str, ...] = ()
         functools.update_wrapper(self, fn, updated=())
-        extra = getattr(fn, "__dict__", {}).items()  # it may have names of ours
-        vars(self).update(
-            {key: value for key, value in extra if not hasattr(self, key)}
-        )
+        # What other decorators left on the function may have names that are ours.
+        for attribute, value in getattr(fn, "__dict__", {}).items():
+            if not hasattr(self, attribute):
+                setattr(self, attribute, value)
 
-    name = property(lambda self: self._name, doc="what messages call the task by")
-    priority = property(
-        lambda self: self._priority, doc="of its messages, unless they say so"
-    )
-    fn = property(lambda self: self._fn, doc="the function")
-    accepts_metadata = property(lambda self: "metadata" in self._given_by_worker)
-    accepts_headers = property(lambda self: "headers" in self._given_by_worker)
-    task = property(
-        lambda self: self, doc="itself: in 1.4 the decorator returned the function"
-    )
+    @property
+    def name(self) -> str:
+        """What messages call the task."""
+        return self._name
+
+    @property
+    def priority(self) -> Priority:
+        """The priority of its messages, unless an invocation has another."""
+        return self._priority
+
+    @property
+    def fn(self) -> Callable[_P, _R]:
+        """The function."""
+        return self._fn
+
+    @property
+    def task(self) -> Task[_P, _R]:
+        """The task itself: in taskhawk 1.4, the decorator returned the function."""
+        return self
+
+    @property
+    def accepts_metadata(self) -> bool:
+        """Whether the function is given ``metadata``."""
+        return "metadata" in self._given_by_worker
+
+    @property
+    def accepts_headers(self) -> bool:
+        """Whether the function is given ``headers``."""
+        return "headers" in self._given_by_worker
 
     def __call__(self, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
         """Run the function."""
         return self._fn(*args, **kwargs)
 
-    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Check arguments against the signature, exactly as the worker will call the function.
+    def dispatch(self, /, *args: _P.args, **kwargs: _P.kwargs) -> str:
+        """Queue a run of the task and return its id; see AsyncInvocation.dispatch()."""
+        return self._invocation.dispatch(*args, **kwargs)
 
-        :raises TypeError: if the worker's call would fail
+    def dispatch_many(self, calls: Iterable[Any]) -> int:
+        """Queue many runs; see :meth:`AsyncInvocation.dispatch_many`."""
+        return self._invocation.dispatch_many(calls)
+
+    def with_headers(self, /, **headers: Any) -> AsyncInvocation[_P]:
+        """Return an invocation with these headers."""
+        return self._invocation.with_headers(**headers)
+
+    def with_priority(self, priority: Priority) -> AsyncInvocation[_P]:
+        """Return an invocation with this priority in place of the task's."""
+        return self._invocation.with_priority(priority)
+
+    def with_delay(self, delay: float | timedelta) -> AsyncInvocation[_P]:
+        """Return an invocation whose messages the queue holds back for so long."""
+        return self._invocation.with_delay(delay)
+
+    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Check that the worker can call the function with these arguments.
+
+        :raises TypeError: if that call would fail
         """
         self._check_shape(len(args), *kwargs)
 
     def _bind_shape(self, count: int, *names: str) -> None:
-        """Check what alone decides whether a call fits: how many arguments, and which names."""
+        """Check the number of arguments and their names: nothing else decides."""
         for name in sorted(self._given_by_worker.intersection(names)):
             raise TypeError(
                 f"{self._name}: {name!r} is given by the worker: leave it out"
             )
+        keywords = dict.fromkeys([*names, *self._given_by_worker])
         try:
-            self._signature.bind(
-                *range(count), **dict.fromkeys([*names, *self._given_by_worker])
-            )
+            self._signature.bind(*range(count), **keywords)
         except TypeError as error:
             raise TypeError(f"{self._name}: {error}") from None
 
     def call(self, message: Message, receipt: str | None) -> None:
-        """Run the function with a message's arguments; one that is ``async`` to its end.
+        """Run the function with a message's arguments, and await what can be awaited.
 
-        :param receipt: the receipt handle; None where no queue has the message
+        :param message: the message; what its sender gave as ``metadata`` and
+            ``headers`` is replaced
+        :param receipt: its receipt handle, or None where no queue has the message
+        :raises TypeError: if the function returns a generator, which nothing would read
         """
         metadata = Metadata(message, receipt)
-        # A sender can't set these two: what the worker gives goes over it.
-        given = {"metadata": metadata, "headers": dict(message.headers)}
-        kwargs = {
-            **message.kwargs,
-            **{name: given[name] for name in self._given_by_worker},
-        }
-        # A context variable: threads and coroutines that copy the context see it too.
+        kwargs = dict(message.kwargs)
+        if self.accepts_metadata:
+            kwargs["metadata"] = metadata
+        if self.accepts_headers:
+            kwargs["headers"] = dict(message.headers)
+        # Threads and coroutines that copy the context know the task, too.
         token = _current.set(metadata)
         try:
             result: Any = self._fn(*message.args, **kwargs)
-            if inspect.iscoroutine(result):
-                _run_coroutine(result)
+            if inspect.isawaitable(result):
+                _run_coroutine(_awaited(result, self._name))
+            elif isinstance(result, Generator | AsyncGenerator):
+                raise TypeError(
+                    f"{self._name} returned a generator, which runs only if something"
+                    " reads it: expected a function that does its work when it is called"
+                )
         finally:
             _current.reset(token)
 
     @classmethod
     def find_by_name(cls, name: str) -> Task[Any, Any]:
-        """Return the task registered under a name; raise :exc:`TaskNotFound` if there is none."""
+        """Return the task of that name; raise :exc:`TaskNotFound` if there is none."""
         return _find_task(name)
 
     def __reduce__(self) -> str:
         """Be pickled as the function would be: by its name in its module."""
-        return str(vars(self).get("__qualname__", self._name))
+        return str(getattr(self, "__qualname__", self._name))
 
     def __str__(self) -> str:
         return f"Taskhawk task: {self._name}"
@@ -2911,27 +3248,78 @@ class Task(AsyncInvocation[_P], Generic[_P, _R]):
     __repr__ = __str__
 
 
+def _signature_of(fn: Callable[..., Any], name: str) -> inspect.Signature:
+    """Return the signature of a task's function, or refuse the function.
+
+    :raises ConfigurationError: if it can't be read, or does not name all arguments
+    """
+    try:
+        signature = inspect.signature(fn, **_ANNOTATIONS)
+    except ValueError as error:
+        reason = "does not tell its parameters: expected a function written in Python"
+        raise ConfigurationError(f"{name} {reason}") from error
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            raise ConfigurationError(
+                f"{name}: *args can't be a task's parameter: name the arguments, or"
+                " take a list"
+            )
+    return signature
+
+
+# From Python 3.14 on, a signature evaluates annotations, and those that exist for type
+# checkers only would fail. 4 is annotationlib.Format.STRING: annotations as written.
+_ANNOTATIONS: Any = {"annotation_format": 4} if sys.version_info >= (3, 14) else {}
+
+
+def _given_by_worker(signature: inspect.Signature) -> frozenset[str]:
+    """Return which of metadata and headers a function takes, maybe by ``**kwargs``."""
+    given = set()
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            return frozenset(_FROM_WORKER)
+        if parameter.kind is not parameter.POSITIONAL_ONLY:
+            given.add(name)
+    return _FROM_WORKER.intersection(given)
+
+
+_FROM_WORKER = frozenset(["metadata", "headers"])
+
 _current = contextvars.ContextVar[Metadata | None]("taskhawk task", default=None)
 
 
 def current_task() -> Metadata | None:
-    """Return the metadata of the task that this code runs in; None outside of any.
+    """Return the metadata of the task that this code runs in, or None outside of tasks.
 
-    Also in threads and coroutines that the task started, as far as they run in its context:
-    https://docs.python.org/3/library/contextvars.html
+    It is known in threads and coroutines that the task started, too, if they run in its
+    context: https://docs.python.org/3/library/contextvars.html
     """
     return _current.get()
+
+
+def _in_own_context(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Run each call of a function in a copy of the context.
+
+    So a ContextVar that one message's task or hooks set is not seen by the next.
+    """
+
+    @functools.wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        _share_django_caches()
+        return contextvars.copy_context().run(function, *args, **kwargs)
+
+    return call
 
 
 def extend_visibility_timeout(
     priority: Priority, receipt: str, visibility_timeout_s: int
 ) -> None:
-    """Hide a message of a queue from others for so many seconds from now.
+    """Hide a queue's message from others for so many seconds from now.
 
-    A worker does it by itself for as long as a task runs: this is for code that was written for
+    A worker does so by itself while a task runs; this is for code that was written for
     taskhawk 1.4.
 
-    :param priority: says which queue
+    :param priority: the priority of the queue
     :param receipt: the receipt handle, which a task finds in its metadata
     :param visibility_timeout_s: 0 to 43,200 seconds
     :raises PartialFailure: if the message is no longer in flight
@@ -2942,37 +3330,89 @@ def extend_visibility_timeout(
     _insist(call, (receipt, visibility_timeout_s))
 
 
+class _EventLoop:
+    """The event loop of a worker's thread, made for its first coroutine."""
+
+    def __init__(self) -> None:
+        self._runner: Any = None
+
+    def run(self, coroutine: Any) -> None:
+        """Run a coroutine to its end, in a copy of the context."""
+        import asyncio
+
+        if self._runner is None:
+            self._runner = asyncio.Runner()
+        self._runner.run(coroutine, context=contextvars.copy_context())
+
+    def close(self) -> None:
+        """Cancel what coroutines left running, and close the loop."""
+        if self._runner is not None:
+            self._runner.close()
+
+
+_thread = threading.local()  # `event_loop`: that of the worker whose thread this is
+
+
 @contextlib.contextmanager
 def _one_event_loop() -> Iterator[None]:
-    """Keep one event loop for all coroutines of this thread, made for the first of them."""
-    _slot.loop = None
+    """Run all coroutines of this thread on one event loop, inside the block."""
+    outer = getattr(_thread, "event_loop", None)  # where a task runs a worker
+    _thread.event_loop = event_loop = _EventLoop()
     try:
         yield
     finally:
-        if loop := vars(_slot).pop("loop", None):  # it is gone if a task ran a worker
-            loop.close()
+        _thread.event_loop = outer
+        event_loop.close()
 
 
 def _run_coroutine(coroutine: Any) -> None:
-    """Run a coroutine to its end, on the event loop of this thread's slot if it has one."""
+    """Run a coroutine to its end: on the event loop of this thread, if it keeps one."""
     import asyncio
     from concurrent.futures import ThreadPoolExecutor
 
-    context, inside = contextvars.copy_context(), None
-    with contextlib.suppress(
-        RuntimeError
-    ):  # to run in its handler would chain it to our errors
-        inside = asyncio.get_running_loop()
-    if (
-        inside
-    ):  # sync mode inside an application's own loop, which is busy until we return
+    event_loop = getattr(_thread, "event_loop", None)
+    if _is_in_coroutine():
+        # Sync mode in an application's own event loop, which is busy until we return.
+        context = contextvars.copy_context()
         with ThreadPoolExecutor(1) as pool:
             pool.submit(context.run, asyncio.run, coroutine).result()
-    elif hasattr(_slot, "loop"):
-        _slot.loop = _slot.loop or asyncio.Runner()
-        _slot.loop.run(coroutine, context=context)
+    elif event_loop is not None:
+        event_loop.run(coroutine)
     else:
         asyncio.run(coroutine)
+
+
+async def _awaited(awaitable: Any, name: str) -> None:
+    """Await what a task returned, and log which asyncio tasks its run leaves behind.
+
+    A client's connection may need them, so they are not cancelled here. They go on
+    whenever this event loop runs, in other tasks' runs too, and end with it.
+    """
+    import asyncio
+
+    before = asyncio.all_tasks()
+    try:
+        await awaitable
+    finally:
+        left = asyncio.all_tasks() - before
+        if left:
+            _log.warning(
+                "%s left %d asyncio tasks behind, which nothing waits for: %s",
+                name,
+                len(left),
+                ", ".join(sorted(_qualname(each.get_coro()) for each in left)),
+            )
+
+
+def _is_in_coroutine() -> bool:
+    """Return whether an event loop runs in this thread."""
+    import asyncio
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 @typing.overload
@@ -2998,129 +3438,359 @@ def task(
     time_limit: float | None = None,
     isolate: bool = False,
 ) -> Any:
-    """Turn a function into a :class:`Task`: ``@task``, or ``@task(priority=Priority.high)``.
+    """Turn a function into a :class:`Task`: ``@task`` or ``@task(priority=…)``.
 
-    :param priority: of its messages, unless an invocation has another
-    :param name: what messages call it by; its module and name if None
-    :param retry: gives the seconds from a failed run to the next: :func:`fixed`, :func:`linear`,
-        :func:`exponential`, or any function of the attempt (from 1); None leaves it to the queue
-    :param retry_on: exceptions to run again after; all others go to the dead letters at once
-    :param never_retry_on: exceptions that go to the dead letters at once
-    :param time_limit: seconds until a worker kills a run, in whatever code it is; it is isolated
+    :param priority: the priority of its messages, unless an invocation has another
+    :param name: what messages call it; None for the names of its module and function
+    :param retry: returns the seconds from a failed run to the next: :func:`fixed`,
+        :func:`linear`, :func:`exponential`, or any function of the attempt (from 1);
+        None leaves retries to the queue
+    :param retry_on: the exceptions after which a run is repeated; all others send the
+        message to the dead-letter queue at once
+    :param never_retry_on: exceptions that send it there at once all the same
+    :param time_limit: seconds until a worker kills a run, whatever code it is in; such
+        a task is isolated
     :param isolate: have a worker run it in a process of its own, which may crash
-    :raises ConfigurationError: if a message can't call the function, its name is taken, or an
-        option is not as it should be
+    :raises ConfigurationError: if a message can't call the function, if its name is
+        taken, or if an option is wrong
     """
-    options: Any = {
-        "retry": retry,
-        "retry_on": retry_on,
-        "never_retry_on": never_retry_on,
-    }
-    options |= {"time_limit": time_limit, "isolate": isolate or time_limit is not None}
 
     def decorate(fn: Any) -> Task[Any, Any]:
-        _check_declared(fn, priority, name, options)
-        here = _place(fn)
-        cls = settings.read("TASKHAWK_TASK_CLASS") or Task
-        made: Task[Any, Any] = cls(fn, priority, name or f"{here[0]}.{fn.__name__}")
-        text = f"TASKHAWK_TASK_CLASS: expected a subclass of taskhawk.Task, got {cls!r}"
-        _require(isinstance(made, Task), text)
-        vars(made).update(options)
-        # To look at the name and to take it is one step: two threads can't both find it free.
-        taken = _registry.setdefault(made.name, made)
-        # A module may be read again, also as __main__ and by its name, and a function typed anew.
-        there, anew = _place(taken.fn), taken.loaded_by is not made.loaded_by
-        reloaded = here[:2] == there[:2] and (anew or here[0] == "__main__")
-        if taken.fn is not made.fn and not reloaded:
-            text = "{}: the name of {}.{}{} is taken by {}.{}{}: rename one, or pass name= to"
-            raise ConfigurationError(
-                f"{text.format(made.name, *here, *there)} @taskhawk.task"
-            )
-        _registry[made.name] = made
+        flaw = (
+            _flaw_of_function(fn, name)
+            or _flaw_of_declaration(priority, name, time_limit)
+            or _flaw_of_retries(retry, retry_on, never_retry_on)
+        )
+        if flaw:
+            raise ConfigurationError(f"{_qualname(fn)} {flaw}")
+        place = _place_of(fn)
+        made = _make_task(fn, priority, name or f"{place.module}.{fn.__name__}")
+        made._place = place  # noqa: SLF001 - the class may have wrapped the function
+        made.retry = retry
+        made.retry_on = retry_on
+        made.never_retry_on = never_retry_on
+        made.time_limit = time_limit
+        made.isolate = isolate or time_limit is not None
+        made.declared_in = _declaring_module(fn)
+        made.imported_by = _imports_under_way()
+        _register(made)
         if not name and fn.__module__ == "__main__":
-            _registry[f"__main__.{fn.__name__}"] = (
-                made  # as 1.4 named it: messages in flight
-            )
+            # Messages that taskhawk 1.4 queued call it by this name.
+            _registry[f"__main__.{fn.__name__}"] = made
         return made
 
     return decorate(*args) if args else decorate
 
 
-def _check_declared(
-    fn: Any, priority: object, name: object, options: Mapping[str, Any]
-) -> None:
-    """Refuse what a message can't call, and say what to do instead."""
-    shown = getattr(fn, "__qualname__", repr(fn))
-    # These two first, for what follows looks into the function.
-    _require(not isinstance(fn, Task), f"{shown} is a task already: decorate it once")
-    _require(callable(fn), f"{shown} can't be called: expected a function")
-    # In a class body, a method is a function still: its first parameter gives it away.
-    in_class = "." in shown and not shown.rpartition(".")[0].endswith("<locals>")
-    takes_self = in_class and [*inspect.signature(fn).parameters][:1] == ["self"]
-    method = inspect.ismethod(fn) or takes_self
-    generator = inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn)
-    retry, limit = options["retry"], options["time_limit"]
-    flaws = {
-        "is a method: expected a function, which a message can call without an object": method,
-        "is a generator: expected a function that runs when it is called": generator,
-        "is a lambda: expected a function with a name (def)": shown.endswith(
-            "<lambda>"
-        ),
-        "has no name: pass name= to taskhawk.task": not (
-            name or hasattr(fn, "__name__")
-        ),
-        f"has {name=}: expected a string": not isinstance(name, str | None),
-        f"has {priority=}: expected a taskhawk.Priority": not isinstance(
-            priority, Priority
-        ),
-        f"has {retry=}: expected a function of the attempt": retry
-        and not callable(retry),
-        f"has time_limit={limit!r}: expected {_SECONDS}": limit is not None
-        and not (_is_number(limit) and 0 < limit < math.inf),
-    }
-    for option in ("retry_on", "never_retry_on"):
-        kinds = (
-            options[option]
-            if isinstance(options[option], tuple)
-            else (options[option],)
+def _qualname(fn: Any) -> str:
+    """Return what errors call a function, or any other object."""
+    return str(getattr(fn, "__qualname__", repr(fn)))
+
+
+def _flaw_of_function(fn: Any, name: object) -> str:
+    """Return why a message can't call this and what to do instead, or ""."""
+    # These two first: the others look into the function.
+    if isinstance(fn, Task):
+        return "is a task already: decorate it once"
+    if not callable(fn):
+        return "can't be called: expected a function"
+    if _is_method(fn):
+        return (
+            "is a method: expected a function, which a message can call without an"
+            " object"
         )
-        fit = all(
-            isinstance(kind, type) and issubclass(kind, BaseException) for kind in kinds
+    if inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn):
+        return "is a generator: expected a function that runs when it is called"
+    if _qualname(fn).endswith("<lambda>"):
+        return "is a lambda: expected a function with a name (def)"
+    if not name and not hasattr(fn, "__name__"):
+        return "has no name: pass name= to taskhawk.task"
+    return ""
+
+
+def _is_method(fn: Any) -> bool:
+    """Return whether a function needs an object to be called."""
+    if inspect.ismethod(fn):
+        return True
+    # In a class body a method is still a function: its first parameter gives it away.
+    container = _qualname(fn).rpartition(".")[0]
+    if not container or container.endswith("<locals>"):
+        return False
+    parameters = inspect.signature(fn, **_ANNOTATIONS).parameters
+    return next(iter(parameters), None) == "self"
+
+
+def _flaw_of_declaration(priority: object, name: object, time_limit: object) -> str:
+    """Return which of these options of :func:`task` is wrong, or ""."""
+    if not isinstance(name, str | None):
+        return f"has {name=}: expected a string"
+    if not isinstance(priority, Priority):
+        return f"has {priority=}: expected a taskhawk.Priority"
+    if time_limit is None:
+        return ""
+    if not _is_number(time_limit) or not 0 < time_limit < math.inf:
+        return f"has {time_limit=}: expected a number of seconds above 0"
+    return ""
+
+
+def _flaw_of_retries(retry: object, retry_on: object, never_retry_on: object) -> str:
+    """Return which of these options of :func:`task` is wrong, or ""."""
+    if retry is not None and not callable(retry):
+        return f"has {retry=}: expected a function of the attempt"
+    if not _are_exceptions(retry_on):
+        return f"has {retry_on=}: expected exceptions"
+    if not _are_exceptions(never_retry_on):
+        return f"has {never_retry_on=}: expected exceptions"
+    return ""
+
+
+def _are_exceptions(kinds: object) -> bool:
+    """Return whether this is an exception class or a tuple of them."""
+    if isinstance(kinds, tuple):
+        return all(map(_are_exceptions, kinds))
+    return isinstance(kinds, type) and issubclass(kinds, BaseException)
+
+
+def _make_task(fn: Any, priority: Priority, name: str) -> Task[Any, Any]:
+    """Make a task of the class that TASKHAWK_TASK_CLASS names."""
+    cls = settings.read("TASKHAWK_TASK_CLASS") or Task
+    made = cls(fn, priority, name)
+    if not isinstance(made, Task):
+        raise ConfigurationError(
+            f"TASKHAWK_TASK_CLASS: expected a subclass of taskhawk.Task, got {cls!r}"
         )
-        flaws[f"has {option}={options[option]!r}: expected exceptions"] = not fit
-    for flaw, found in flaws.items():
-        _require(not found, f"{shown} {flaw}")
+    return made
 
 
-_MAINS = (
-    "__main__",
-    "__mp_main__",
-)  # a script, the latter in a process of multiprocessing
+def _register(made: Task[Any, Any]) -> None:
+    """Add a task to the registry, unless another function has its name."""
+    # One step finds the name free and takes it: two threads can't both do so.
+    existing = _registry.setdefault(made.name, made)
+    here, there = made._place, existing._place  # noqa: SLF001 - their own
+    if existing.fn is not made.fn and not here.replaces(there):
+        raise ConfigurationError(
+            f"{made.name}: the name of {here} is taken by {there}:"
+            " rename one, or pass name= to @taskhawk.task"
+        )
+    _registry[made.name] = made
 
 
-def _place(fn: Any) -> tuple[str, str, str]:
-    """Return the module that a worker imports a function by, also a script's, its name and line."""
-    module, script = fn.__module__, sys.modules.get(fn.__module__)
-    if module in _MAINS and (path := getattr(script, "__file__", None)):
-        spec = getattr(script, "__spec__", None)
-        module = (spec.name if spec else inspect.getmodulename(path)) or module
+class _Place(NamedTuple):
+    """Where a function is written.
+
+    `module` is the one that a worker imports it from, also if it is a script's; `line`
+    is text for errors; `spec` is the module's, which has another after it is read
+    again.
+    """
+
+    module: str
+    qualname: str
+    line: str
+    spec: object
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.qualname}{self.line}"
+
+    def replaces(self, other: _Place) -> bool:
+        """Return whether a function here is a function there, defined anew.
+
+        A module may be read again, as ``__main__`` and by its name too, and a function
+        may be typed again in an interactive interpreter.
+        """
+        if (self.module, self.qualname) != (other.module, other.qualname):
+            return False
+        return self.spec is not other.spec or self.module == "__main__"
+
+
+def _place_of(fn: Any) -> _Place:
+    """Return where a function is written."""
     code = getattr(fn, "__code__", None)
     line = f" ({code.co_filename}:{code.co_firstlineno})" if code else ""
-    return str(module), getattr(fn, "__qualname__", repr(fn)), line
+    spec = getattr(fn, "__globals__", {}).get("__spec__")
+    return _Place(_importable_name(fn.__module__), _qualname(fn), line, spec)
+
+
+# A script, and the same script in a process of multiprocessing.
+_MAINS = ("__main__", "__mp_main__")
+
+
+def _declaring_module(fn: Any) -> str:
+    """Return the module whose import declares the task that is being made of a function.
+
+    It may be another than the function's: ``send = taskhawk.task(lib.send)``. Where a
+    function declares tasks, it is the module that is being imported, if there is one.
+    """
+    if fn.__module__ in (*_MAINS, __name__):
+        return str(fn.__module__)
+    stack = traceback.walk_stack(inspect.currentframe())
+    callers = [frame for frame, _ in stack if frame.f_globals is not globals()]
+    for frame in callers:
+        name = frame.f_globals.get("__name__")
+        if frame.f_code.co_name != "<module>" or name not in sys.modules:
+            continue
+        # A script calls all that runs: it declares only what itself makes a task.
+        if frame is callers[0] or name not in _MAINS:
+            return str(name)
+    return str(callers[0].f_globals.get("__name__"))
+
+
+def _importable_name(module: str) -> str:
+    """Return the name that a worker imports a module by, also that of a script."""
+    script = sys.modules.get(module)
+    path = getattr(script, "__file__", None)
+    if module not in _MAINS or not path:
+        return str(module)
+    spec = getattr(script, "__spec__", None)
+    name = spec.name if spec else inspect.getmodulename(path)
+    return name or module
+
+
+def _imports_under_way() -> tuple[str, ...]:
+    """Return the modules whose imports have led to this call, the outermost first."""
+    names = []
+    frame = inspect.currentframe()
+    while frame:
+        name = frame.f_globals.get("__name__")
+        if frame.f_code.co_name == "<module>" and name not in _MAINS:
+            names.append(name)
+        frame = frame.f_back
+    return tuple(reversed(names))
 
 
 # --- 12. publishing -------------------------------------------------------------------
-# Nothing leaves that _decode() would refuse or the service can't hold, and what was not accepted
-# raises: after dispatch() returned, the message is in the queue's keeping. In a batch(), all are
-# checked and encoded before the first is sent.
+# Nothing leaves that _decode() would refuse or that the service can't hold. What was
+# not accepted raises: once dispatch() has returned, the message is in the queue's
+# keeping. In a batch(), every message is checked and encoded before the first is sent.
 
 
-# What SQS takes: names with single dots inside, without AWS's prefixes (and ours); characters that
-# XML 1.0 has.
-_ATTRIBUTE_NAME = re.compile(
-    r"(?a)(?!.{257})(?!(?i:aws|amazon|taskhawk)\.)[\w-]+(\.[\w-]+)*"
-)
-_ATTRIBUTE_TEXT = re.compile("[^\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]+")
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class AsyncInvocation(Generic[_P]):
+    """How to dispatch a task: with which headers, priority and delay.
+
+    Each ``with_…`` returns another invocation and leaves this one as it is, so one can
+    be kept and shared between threads: ``urgent = send.with_priority(Priority.high)``.
+
+    :param task: the task to dispatch
+    """
+
+    task: Task[_P, Any]
+    _: dataclasses.KW_ONLY
+    _headers: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    _priority: Priority | None = None  # None for the task's
+    _delay_s: float = 0
+
+    def with_headers(self, /, **headers: Any) -> AsyncInvocation[_P]:
+        """Return an invocation with these headers too; they replace those of one name.
+
+        :param headers: any values that JSON can hold. The message has them all, and up
+            to ten of them are also string attributes, which SNS can filter by.
+        """
+        return dataclasses.replace(self, _headers={**self._headers, **headers})
+
+    def with_priority(self, priority: Priority) -> AsyncInvocation[_P]:
+        """Return an invocation with this priority in place of the task's.
+
+        :raises TypeError: if it is not a :class:`Priority`
+        """
+        if not isinstance(priority, Priority):
+            raise TypeError(f"priority: expected a taskhawk.Priority, got {priority!r}")
+        return dataclasses.replace(self, _priority=priority)
+
+    def with_delay(self, delay: float | timedelta) -> AsyncInvocation[_P]:
+        """Return an invocation whose messages the queue holds back for so long.
+
+        :param delay: seconds or a timedelta: up to 15 minutes on SQS (its
+            DelaySeconds), any length on SQLite, none on SNS
+        :raises TypeError: if it is neither
+        :raises ValueError: if it is negative or not finite; dispatch refuses a delay
+            that the queue can't keep
+        """
+        delay_s = delay.total_seconds() if isinstance(delay, timedelta) else delay
+        if not _is_number(delay_s):
+            raise TypeError(f"delay: expected seconds or a timedelta, got {delay!r}")
+        if not 0 <= delay_s < math.inf:
+            raise ValueError(f"delay: expected 0 or more seconds, got {delay_s}")
+        return dataclasses.replace(self, _delay_s=delay_s)
+
+    def dispatch(self, /, *args: _P.args, **kwargs: _P.kwargs) -> str:
+        """Queue a run of the task: one request, and one more at a queue's first use.
+
+        In a :func:`batch` the message is sent at the end of the block. With
+        TASKHAWK_SYNC the task runs here and now.
+
+        :param args: arguments of the function that JSON can hold; Decimals become
+            numbers
+        :returns: the message's id, which the task finds in its ``metadata``
+        :raises TypeError: if the function can't be called so, or an argument is not
+            JSON
+        :raises ValidationError: if an argument can't be sent: NaN, too deep, too large
+        :raises ConfigurationError: if the queue is missing or forbidden, or if it can't
+            hold the message back for so long
+        :raises Exception: of botocore or sqlite3, if the call fails otherwise; the
+            message may have been queued then
+        """
+        return publish(self._message(args, kwargs))
+
+    def dispatch_many(self, calls: Iterable[Any]) -> int:
+        """Queue a run for each of `calls`, ten to a request, with bounded memory.
+
+        :param calls: a tuple is a call's positional arguments, a dict its keyword
+            arguments, and anything else its only argument
+        :returns: the number of calls
+        :raises PartialFailure: if some were not accepted; no more of `calls` was read
+            then
+        :raises Exception: as :meth:`dispatch`; earlier calls may have been queued then
+        """
+        count = 0
+        waiting: list[_Ready] = []  # at most ten, unless a batch() is around this
+        for call in calls:
+            message = self._message(*_arguments_of(call))
+            waiting.append(_prepare(message))
+            count += 1
+            if len(waiting) == _MAX_BATCH:
+                _send_all_ready(waiting)
+                waiting = []
+        _send_all_ready(waiting)
+        return count
+
+    def _message(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Message:
+        """Make the message of a call, once it is known that the worker can make it."""
+        self.task.bind(args, kwargs)
+        message = Message.new(
+            self.task.name,
+            args,
+            kwargs,
+            headers={**_default_headers(self.task), **self._headers},
+            priority=self._priority or self.task.priority,
+        )
+        message.delay_s = self._delay_s
+        return message
+
+
+def _arguments_of(call: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    """Return the positional and keyword arguments of a call for dispatch_many()."""
+    if isinstance(call, dict):
+        return (), call
+    if isinstance(call, tuple):
+        return call, {}
+    return (call,), {}
+
+
+def _default_headers(task: Task[Any, Any]) -> Mapping[str, Any]:
+    """Return the headers that each message of a task has."""
+    hook = settings.TASKHAWK_DEFAULT_HEADERS
+    if hook is None:
+        return {}
+    # The manual of 1.4 says that the hook gets the task; 1.4.0 called it with nothing.
+    headers = hook(task=task) if _takes_task(hook) else hook()
+    return headers or {}
+
+
+@functools.lru_cache
+def _takes_task(hook: Callable[..., Any]) -> bool:
+    """Return whether a hook takes the task; cached, because a look takes long."""
+    parameters = inspect.signature(hook, **_ANNOTATIONS).parameters.values()
+    return any(p.name == "task" or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 class _Ready(NamedTuple):
@@ -3133,41 +3803,99 @@ class _Ready(NamedTuple):
 
 
 def _prepare(message: Message) -> _Ready:
-    """Check and encode a message, with attributes of the headers that can be: the body has all.
+    """Check and encode a message; nothing is sent yet.
 
-    Nothing is sent here, so that a batch with one message that can't be sent sends none of them.
+    So a batch with one message that can't be sent sends nothing.
     """
-    body, headers = _encode(message), message.headers
-    attributes: dict[str, dict[str, str]] = {}
-    for name, text in zip(map(str, headers), map(str, headers.values()), strict=True):
-        fits = _ATTRIBUTE_NAME.fullmatch(name) and _ATTRIBUTE_TEXT.fullmatch(text)
-        if fits and len(attributes) < _MAX_ATTRIBUTES:
-            attributes[name] = {"DataType": "String", "StringValue": text}
-    entry, sender = Outgoing(body, attributes, message.delay_s), _brokers.sender()
+    body = _encode(message)
+    entry = Outgoing(body, _attributes_of(message.headers), message.delay_s)
+    sender = _brokers.sender()
     if entry.delay_s > sender.max_delay_s:
-        most = f"the queue can hold a message back for at most {sender.max_delay_s:g} s"
         raise ConfigurationError(
-            f"{message.task_name}: {most}, got {entry.delay_s:g} s"
+            f"{message.task_name}: the queue can hold a message back for at most"
+            f" {sender.max_delay_s:g} s, got {entry.delay_s:g} s"
         )
     if entry.size() > sender.max_bytes:
         raise _too_large(message, entry, sender.max_bytes)
     return _Ready(message, sender, sender.destination(message.priority), entry)
 
 
-def _too_large(message: Message, entry: Outgoing, limit: int) -> MessageTooLarge:
-    """Return the error that names the largest argument, for that is what to look at."""
-    has = f"has {entry.size()} bytes (body and attributes), and the limit is {limit}"
-    text = f"{message.task_name[:200]}: the message {has}"
-    if sizes := _sizes(message):
-        largest = max(sizes, key=sizes.__getitem__)
-        text += f": the largest argument is {largest[:200]} with {sizes[largest]} bytes"
-    return MessageTooLarge(text, limit)
-
-
-# What a `with batch():` block collects: a box of one list, and empty once the block has ended.
-_collecting = contextvars.ContextVar[Sequence[list[_Ready]]](
-    "taskhawk batch", default=()
+# SQS takes names with single dots inside, except with AWS's prefixes; one prefix is
+# ours.
+_ATTRIBUTE_NAME = re.compile(
+    r"(?a)(?!.{257})(?!(?i:aws|amazon|taskhawk)\.)[\w-]+(\.[\w-]+)*"
 )
+# SQS takes the characters that XML 1.0 has.
+_ATTRIBUTE_TEXT = re.compile("[^\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]+")
+
+
+def _attributes_of(headers: Mapping[Any, Any]) -> dict[str, dict[str, str]]:
+    """Return ten headers at most that SQS takes as attributes; the body has all."""
+    attributes: dict[str, dict[str, str]] = {}
+    for key, value in headers.items():
+        name, text = str(key), str(value)
+        if not _ATTRIBUTE_NAME.fullmatch(name) or not _ATTRIBUTE_TEXT.fullmatch(text):
+            continue
+        attributes[name] = {"DataType": "String", "StringValue": text}
+        if len(attributes) == _MAX_ATTRIBUTES:
+            break
+    return attributes
+
+
+def _too_large(message: Message, entry: Outgoing, limit: int) -> MessageTooLarge:
+    """Return an error that names the largest argument: that is what to look at."""
+    reason = (
+        f"{message.task_name[:200]}: the message has {entry.size()} bytes (body and"
+        f" attributes), and the limit is {limit}"
+    )
+    sizes = _sizes(message)
+    if sizes:
+        largest = max(sizes, key=sizes.__getitem__)
+        reason += (
+            f": the largest argument is {largest[:200]} with {sizes[largest]} bytes"
+        )
+    return MessageTooLarge(reason, limit)
+
+
+class _Batch:
+    """What one ``with batch():`` block collects.
+
+    A task or thread that outlives the block finds its batch closed; so does a process
+    that was forked in the block, because its copy of the batch is sent by nobody.
+    """
+
+    def __init__(self) -> None:
+        self._process_id = os.getpid()
+        # Guards the two below: nothing is added to a batch that is closed. Reentrant,
+        # because a signal handler may dispatch while it is held.
+        self._lock = threading.RLock()
+        self._collected: list[_Ready] = []
+        self._closed = False
+
+    def is_open(self) -> bool:
+        """Return whether it still collects what this process dispatches."""
+        return not self._closed and self._process_id == os.getpid()
+
+    def add(self, readies: Sequence[_Ready]) -> bool:
+        """Add messages if it is open, and return whether it is."""
+        # Before the lock, which another thread may have held at the fork.
+        if not self.is_open():
+            return False
+        with self._lock:
+            if not self._closed:
+                self._collected.extend(readies)
+            return not self._closed
+
+    def close(self) -> Sequence[_Ready]:
+        """Collect no more, and return what this process has to send."""
+        if not self.is_open():
+            return ()
+        with self._lock:
+            self._closed = True
+        return self._collected
+
+
+_current_batch = contextvars.ContextVar[_Batch | None]("taskhawk batch", default=None)
 
 
 @contextlib.contextmanager
@@ -3180,50 +3908,50 @@ def batch() -> Iterator[None]:
             for user in users:
                 send_email.dispatch(user.email, 'Hello!')
 
-    An exception inside sends nothing. A block inside another joins it. What a thread dispatches is
-    sent directly, unless it runs in this context; so is what a task dispatches after the end.
+    If the block raises, nothing is sent. A block inside another joins it. A dispatch
+    from a thread is sent directly, unless the thread runs in this context; so is a
+    dispatch from a forked process, and from a task or thread that outlives the block.
 
     :raises PartialFailure: on exit, with exactly the messages that were not accepted
     """
-    if _collecting.get():
+    outer = _current_batch.get()
+    if outer is not None and outer.is_open():
         yield
         return
-    # A task or thread that was started inside may outlive the block; it finds the box empty then.
-    box: list[list[_Ready]] = [[]]
-    token = _collecting.set(box)
+    collecting = _Batch()
+    token = _current_batch.set(collecting)
     try:
         yield
     finally:
-        _collecting.reset(token)
-        with _brokers.lock:
-            collected = box.pop()
-    _publish_all(collected)
+        _current_batch.reset(token)
+        collected = collecting.close()
+    _send_all_ready(collected)
 
 
-def _collect(readies: Sequence[_Ready]) -> Sequence[_Ready]:
-    """Add messages to the batch around this call, and return those that it did not take."""
-    with _brokers.lock:
-        if box := _collecting.get():
-            box[0].extend(readies)
-            return ()
-    return readies
+def _collect(readies: Sequence[_Ready]) -> bool:
+    """Add messages to the batch around this call; return whether there is one."""
+    collecting = _current_batch.get()
+    return collecting is not None and collecting.add(readies)
 
 
 def publish(message: Message) -> str:
     """Send a message, or add it to the :func:`batch` around this call.
 
-    For messages that could not be sent: ``for message in failure.unsent: publish(message)``.
+    For messages that could not be sent: ``for message in failure.unsent:
+    publish(message)``.
 
-    :param message: from :meth:`Message.new`; its ``delay_s`` is how long the queue holds it back
+    :param message: from :meth:`Message.new`; the queue holds it back for its
+        ``delay_s``
     :returns: the message's id
     :raises Exception: as :meth:`AsyncInvocation.dispatch`
     """
-    for ready in _collect([_prepare(message)]):
-        _publish_one(ready)
+    ready = _prepare(message)
+    if not _collect([ready]):
+        _send_one(ready)
     return message.id
 
 
-def _publish_one(ready: _Ready) -> None:
+def _send_one(ready: _Ready) -> None:
     """Send one message, or raise why it was not accepted."""
     try:
         _accepted(ready.sender.send(ready.destination, [ready.entry]))
@@ -3232,34 +3960,51 @@ def _publish_one(ready: _Ready) -> None:
     _log.debug("Sent message", extra={"message_body": ready.entry.body})
 
 
-def _publish_all(readies: Sequence[_Ready]) -> None:
-    """Send messages of any priorities; raise PartialFailure if some are not accepted."""
+def _send_all_ready(readies: Sequence[_Ready]) -> None:
+    """Send messages, or add them to the batch around this call.
+
+    :raises PartialFailure: with those that were not accepted
+    """
+    if _collect(readies):
+        return
     if settings.TASKHAWK_SYNC:
         for ready in readies:
-            _publish_one(ready)
+            _send_one(ready)
         return
-    refused: dict[int, Refusal] = {}  # by the id() of what is ready
-    for destination in dict.fromkeys(ready.destination for ready in readies):
-        mine = [ready for ready in readies if ready.destination == destination]
-        found = _send_all(mine[0].sender, destination, [ready.entry for ready in mine])
-        refused |= {id(mine[index]): refusal for index, refusal in found.items()}
+    places: dict[tuple[Sender, str], list[int]] = {}
+    for place, ready in enumerate(readies):
+        places.setdefault((ready.sender, ready.destination), []).append(place)
+    refused: dict[int, Refusal] = {}  # by the place among all messages
+    for (sender, destination), mine in places.items():
+        entries = [readies[place].entry for place in mine]
+        for index, refusal in _send_all(sender, destination, entries).items():
+            refused[mine[index]] = refusal
     if refused:
-        sent = [
-            {"Id": ready.message.id} for ready in readies if id(ready) not in refused
-        ]
-        lost = [(r, refused[id(r)]) for r in readies if id(r) in refused]
-        failed = [
-            {"Id": r.message.id, "Code": why.code, "Message": why.text}
-            for r, why in lost
-        ]
-        for ready, _ in lost:  # its arguments may have changed since they were encoded
-            vars(ready.message)["_data"] = json.loads(ready.entry.body)
-        unsent = [ready.message for ready, _ in lost]
-        raise PartialFailure({"Successful": sent, "Failed": failed}, unsent=unsent)
+        raise _partial_failure(readies, refused)
+
+
+def _partial_failure(
+    readies: Sequence[_Ready], refused: Mapping[int, Refusal]
+) -> PartialFailure:
+    """Return the error that has the messages which were refused, by their places."""
+    successful, failed, unsent = [], [], []
+    for place, ready in enumerate(readies):
+        refusal = refused.get(place)
+        if refusal is None:
+            successful.append({"Id": ready.message.id})
+            continue
+        reason = {"Code": refusal.code, "Message": refusal.text}
+        failed.append({"Id": ready.message.id, **reason})
+        # As it was encoded: its arguments may have changed since.
+        message = _decode(ready.entry.body)
+        message.delay_s = ready.entry.delay_s
+        unsent.append(message)
+    result = {"Successful": successful, "Failed": failed}
+    return PartialFailure(result, unsent=unsent)
 
 
 class Captured(NamedTuple):
-    """A dispatch that :func:`capture` collected; arguments are as the worker would get them.
+    """A dispatch that :func:`capture` collected, with what the worker would get.
 
     So a tuple has become a list, a Decimal a number, and the key of a dict a string.
     """
@@ -3273,20 +4018,31 @@ class Captured(NamedTuple):
     id: str
 
 
-class _Capture(list[Captured], Sender):
-    """Keeps what it is to send, and needs no setting; the limits are those of SQS."""
+class _CapturingSender(Sender):
+    """Adds what it is to send to a list; it needs no setting and has the limits of SQS."""
 
-    max_bytes, max_delay_s = _MAX_SQS_BYTES, _MAX_DELAY_S
+    max_bytes = _MAX_SQS_BYTES
+    max_delay_s = _MAX_DELAY_S
+
+    def __init__(self, calls: list[Captured]) -> None:
+        self._calls = calls
 
     def destination(self, priority: Priority) -> str:
         return priority.name
 
     def send(self, destination: str, entries: Sequence[Outgoing]) -> list[Refusal]:
-        """Keep the messages as the worker would get them."""
         for entry in entries:
             message = _decode(entry.body)
-            call = (message.task_name, message.args, message.kwargs, message.headers)
-            self.append(Captured(*call, message.priority, entry.delay_s, message.id))
+            call = Captured(
+                message.task_name,
+                message.args,
+                message.kwargs,
+                message.headers,
+                message.priority,
+                entry.delay_s,
+                message.id,
+            )
+            self._calls.append(call)
         return []
 
 
@@ -3294,17 +4050,18 @@ class _Capture(list[Captured], Sender):
 def capture() -> Iterator[list[Captured]]:
     """Collect what this process dispatches instead of sending it, for tests.
 
-    Arguments are bound, checked and encoded as for real, so what can't be sent raises here too. No
-    setting is needed, and nothing runs.
+    Arguments are bound, checked and encoded as for real, so what can't be sent raises
+    here too. No setting is needed, and nothing runs.
 
     :returns: a context manager; its list grows with each dispatch
     """
-    before, calls = _brokers.captured_by, _Capture()  # type: ignore[abstract]
-    _brokers.captured_by = calls
+    calls: list[Captured] = []
+    outer = _brokers.captured_by
+    _brokers.captured_by = _CapturingSender(calls)  # type: ignore[abstract]
     try:
         yield calls
     finally:
-        _brokers.captured_by = before
+        _brokers.captured_by = outer
 
 
 # === PART IV: WORK ====================================================================
@@ -3321,28 +4078,28 @@ __all__ += [
 
 
 # --- 13. processing -------------------------------------------------------------------
-# process() is the ONE place that decides what becomes of a message. It does no queue I/O: worker
-# and Lambda apply its Outcome. Nothing makes it raise but KeyboardInterrupt. How a run ended is one
-# log record (of messages that are not valid, one in ten seconds for each kind of error), and an
-# error hook that fails does not change what was decided.
+# process() is the ONE place that decides what becomes of a message, and _verdict() is
+# its table. It does no queue I/O: the worker and Lambda apply its Outcome. It raises
+# nothing but KeyboardInterrupt. A run leaves one log record; what is no valid message
+# leaves one in ten seconds for each class of error. An error hook changes no outcome.
 
 
 class Fate(enum.Enum):
-    """What is to become of a message; a worker does it.
+    """What becomes of a message; a worker carries it out.
 
-    In Lambda, all but the first is a failure, and Lambda decides.
+    In Lambda all but ``acknowledge`` are failures, and Lambda decides.
     """
 
-    acknowledge = "acknowledge"  # it is done with: delete it
+    acknowledge = "acknowledge"  # it is done: delete it
     retry = "retry"  # make it visible again
     dead_letter = "dead_letter"  # copy it to the dead-letter queue, then delete it
 
 
 class Outcome(NamedTuple):
-    """How a run ended: what becomes of the message, and the error if the run failed.
+    """How a run ended: the fate of its message, and the error if the run failed.
 
-    `delay_s` is in how many seconds it is to run again; None leaves that to the lease in force, at
-    whose end the queue shows the message by itself.
+    ``delay_s`` is how many seconds from now the message is to run again. If it is None,
+    the message reappears when the lease in force ends, without a call.
     """
 
     fate: Fate
@@ -3350,206 +4107,273 @@ class Outcome(NamedTuple):
     delay_s: float | None = None
 
 
+@_in_own_context
 def process(received: QueueMessage) -> Outcome:
-    """Run a received message through hooks, decoder and task, and decide what becomes of it.
+    """Run a received message through hooks, decoder and task, and decide its fate.
 
-    Nothing is deleted or changed on the queue: that is for the caller to do, after the Outcome. The
-    same function runs in a worker, in its child processes and in Lambda.
+    Nothing is changed on the queue: the caller does what the Outcome says. The same
+    function runs in a worker, in its child processes and in Lambda.
 
-    :param received: from any source; its ``message`` is set once it is known to be valid
-    :returns: what to do with it, the error if the run failed, and when to run it again
-    :raises KeyboardInterrupt: and nothing else, even if the task or a hook calls ``sys.exit()``
+    :param received: from any source; ``message`` is set once it is known to be valid
+    :returns: the message's fate, the error if the run failed, and when to run it again
+    :raises KeyboardInterrupt: of Control-C
+    :raises SystemExit: of a signal handler; that of a task or hook is a failed run
     """
     began = time.monotonic()
+    _refresh_django_connections()
     try:
         _run(received, began)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # SystemExit and CancelledError too are failed runs
+    except BaseException as error:  # SystemExit and CancelledError are failed runs too
+        _raise_interrupt(error)
         return _failed(received, error, began)
     finally:
-        # After a failed run too, for the connection may be why it failed.
-        _recycle_django_connections()
+        # After a failed run too: the connection may be why it failed.
+        _refresh_django_connections(ran=True)
     return Outcome(Fate.acknowledge)
 
 
 def _run(received: QueueMessage, began: float) -> None:
-    """Run the hooks and the task; what they raise goes on, but for a task's IgnoreException."""
-    if hook := settings.TASKHAWK_PRE_PROCESS_HOOK:
-        hook(**received.hook_kwargs)
+    """Run the hooks and the task; all that they raise goes on but IgnoreException."""
+    _call_hook("TASKHAWK_PRE_PROCESS_HOOK", received)
     message = _decode(received.body)
-    message.received, task = received, message.task
+    task = message.task
+    message.received = received
     received.message = message  # from here on, an error is the task's
     _log.debug("Received message", extra={"message_body": received.body})
-    level, outcome = logging.DEBUG, "done"
+    level, end = logging.DEBUG, "done"
     try:
         task.call(message, received.receipt_handle)
-    except IgnoreException:
-        level, outcome = logging.INFO, "ignored"
-    if hook := settings.TASKHAWK_POST_PROCESS_HOOK:
-        hook(**received.hook_kwargs)
+    except BaseException as error:
+        if not _are_all(IgnoreException, error):
+            raise
+        level, end = logging.INFO, "ignored"
+    _call_hook("TASKHAWK_POST_PROCESS_HOOK", received)
     if _log.isEnabledFor(level):
-        facts = _facts(received, outcome, began)
-        _log.log(level, "%s %s: %s", task.name, message.id, outcome, extra=facts)
+        facts = _facts(received, end, began)
+        _log.log(level, "%s %s: %s", task.name, message.id, end, extra=facts)
 
 
-def _facts(received: QueueMessage, outcome: str, began: float) -> dict[str, Any]:
-    """Return what the one record of a run says besides its text."""
-    facts = {
-        "outcome": outcome,
-        "duration_ms": round((time.monotonic() - began) * 1000),
-    }
-    if message := received.message:
-        facts |= {
-            "task": message.task_name,
-            "id": message.id,
-            "attempt": received.attempt,
-        }
-    return facts
+def _are_all(kind: type[BaseException], error: BaseException) -> bool:
+    """Return whether an error, or each one of an exception group, is of this class."""
+    return all(isinstance(leaf, kind) for leaf in _leaves(error))
 
 
-_INVALID_EVERY_S = (
-    10  # for each kind of error: a poisoned queue must not fill the disk with logs
-)
-_last_invalid: dict[
-    type, tuple[float, int]
-] = {}  # when one was logged, how many were not
+def _call_hook(name: str, received: QueueMessage) -> None:
+    """Call the pre or post hook if there is one; its error fails the run."""
+    hook = getattr(settings, name)
+    if hook:
+        hook(**received.hook_kwargs)
 
 
 def _failed(received: QueueMessage, raised: BaseException, began: float) -> Outcome:
-    """Decide what becomes of a failed run's message, log it, and tell the hook of an error."""
+    """Decide the fate of a failed run's message, log it, and tell the error hook.
+
+    :param began: when the run began, by ``time.monotonic()``
+    """
     outcome = _verdict(received, raised)
-    message, error, attempt = received.message, outcome.error, received.attempt
+    error = outcome.error or raised
+    spoken = [leaf for leaf in _leaves(error) if isinstance(leaf, LoggingException)]
     facts = _facts(received, outcome.fate.value, began)
-    what = (
-        f"{message.task_name} {message.id}"
-        if message
-        else f"message {received.message_id}"
-    )
-    what = re.sub(r"[^ -~]", "?", what)[
-        :200
-    ]  # ids are free text: one line, and not a long one
-    then = "is left to the queue" if outcome.fate is Fate.retry else "is given up"
-    if outcome.delay_s is not None:
-        then = f"runs again in {outcome.delay_s:g} s"
-    level, trace, text = (
-        logging.ERROR,
-        error,
-        f"{what}: attempt {attempt} failed and {then}",
-    )
-    if message is None and isinstance(error, ValidationError):
-        (last, more), now = (
-            _last_invalid.get(type(error), (-math.inf, 0)),
-            time.monotonic(),
-        )
-        if now - last < _INVALID_EVERY_S:
-            _last_invalid[type(error)] = last, more + 1
+    if received.message is None and isinstance(error, ValidationError):
+        text = _text_of_invalid(received, error)
+        if text is None:
             return outcome
-        _last_invalid[type(error)] = now, 0
-        others = f" ({more} more like it since the last record)" if more else ""
-        trace, text = None, f"{what} {then}: {_text_of(error)}{others}"
-    elif isinstance(error, RetryException) and outcome.fate is Fate.retry:
-        level, trace = logging.INFO, None
-        text = f"{what}: attempt {attempt} asked to be retried and {then}"
-    elif isinstance(error, LoggingException):
-        # logging refuses an `extra` with a name of its own.
-        taken = vars(logging.makeLogRecord({})).keys() | {"message", "asctime"}
-        given = error.extra if isinstance(error.extra, Mapping) else {}
-        facts |= {f"extra_{k}" if k in taken else str(k): v for k, v in given.items()}
-        text = _text_of(error)
-    _log.log(level, "%s", text, exc_info=trace, extra=facts)
-    if level == logging.ERROR:
-        _call_safely("TASKHAWK_ERROR_HOOK", exception=error, message=message)
+        _log.error("%s", text, extra=facts)
+    elif outcome.fate is Fate.retry and _are_all(RetryException, error):
+        text = _sentence(received, "asked to be retried", outcome)
+        _log.info("%s", text, extra=facts)
+        return outcome
+    elif spoken:
+        facts |= _extra_of(spoken[0])
+        _log.error("%s", _text_of(spoken[0]), exc_info=error, extra=facts)
+    else:
+        text = _sentence(received, "failed", outcome)
+        _log.error("%s", text, exc_info=error, extra=facts)
+    _call_safely("TASKHAWK_ERROR_HOOK", exception=error, message=received.message)
     return outcome
 
 
 def _verdict(received: QueueMessage, error: BaseException) -> Outcome:
-    """Decide what becomes of a message whose run raised."""
-    asked = error.delay_seconds if isinstance(error, RetryException) else None
-    delay_s = (
-        asked if _is_number(asked) and 0 <= asked < math.inf else None
-    )  # a subclass may err
-    # What is not valid, or unknown here, is left to the queue's redrive policy.
-    # A delay that the task asks for goes before its policy, and its policy before the queue's.
-    if received.message and delay_s is None:
-        task = received.message.task
-        again = isinstance(error, task.retry_on) and not isinstance(
-            error, task.never_retry_on
+    """Decide the fate of a message whose run raised; the first row that fits counts.
+
+    ==========================================  ==================================
+    not valid, unknown here, pre hook failed    left to the queue's redrive policy
+    StopRetry, or never retried by the task     dead letter
+    it asked for a delay (RetryException)       visible again after it
+    the task has no retry policy                left to its visibility timeout
+    its retry policy gives a delay              visible again after it
+    its retries are used up                     dead letter
+    its retry policy fails                      left to its visibility timeout
+    ==========================================  ==================================
+
+    An exception group is retried if all its errors may be. The longest delay that one
+    of them asks for counts. A pre hook may ask for a delay, too.
+    """
+    leaves = list(_leaves(error))
+    delay_s = _asked_delay_s(leaves)
+    if received.message is None:
+        return Outcome(Fate.retry, error, delay_s)
+    task = received.message.task
+    if not all(_may_retry(task, leaf) for leaf in leaves):
+        return Outcome(Fate.dead_letter, error)
+    if delay_s is not None or task.retry is None:
+        return Outcome(Fate.retry, error, delay_s)
+    try:
+        delay_s = _checked_delay_s(task.name, task.retry(received.attempt))
+    except StopRetry:
+        return Outcome(Fate.dead_letter, error)
+    except BaseException as defect:  # of the policy: it must not lose the message
+        _raise_interrupt(defect)
+        return Outcome(Fate.retry, defect)
+    return Outcome(Fate.retry, error, delay_s)
+
+
+def _asked_delay_s(leaves: Iterable[BaseException]) -> float | None:
+    """Return the longest delay that a RetryException asks for, or None."""
+    asked = [leaf.delay_seconds for leaf in leaves if isinstance(leaf, RetryException)]
+    # A subclass that does not call our __init__ may have set anything.
+    delays = [delay_s for delay_s in asked if _is_delay(delay_s)]
+    return min(max(delays), _MAX_HELD_S) if delays else None
+
+
+def _may_retry(task: Task[Any, Any], error: BaseException) -> bool:
+    """Return whether a task may run again after this error."""
+    if isinstance(error, (RetryException, IgnoreException)):
+        return True
+    if isinstance(error, (StopRetry, task.never_retry_on)):
+        return False
+    return isinstance(error, task.retry_on)
+
+
+def _checked_delay_s(name: str, delay_s: object) -> float:
+    """Return the delay that a task's retry policy gave, within what SQS allows."""
+    if not _is_delay(delay_s):
+        raise ConfigurationError(
+            f"{name}: retry: expected 0 or more seconds, got {delay_s!r}"
         )
-        if isinstance(error, StopRetry) or not (
-            again or isinstance(error, RetryException)
-        ):
-            return Outcome(Fate.dead_letter, error)
-        try:
-            if task.retry is not None:
-                delay_s = task.retry(received.attempt)
-                text = (
-                    f"{task.name}: retry: expected 0 or more seconds, got {delay_s!r}"
-                )
-                _require(_is_number(delay_s) and 0 <= delay_s < math.inf, text)
-        except StopRetry:
-            return Outcome(Fate.dead_letter, error)
-        except KeyboardInterrupt:
-            raise
-        except BaseException as defect:  # of the policy: it must not lose the message
-            return Outcome(Fate.retry, defect)
-    return Outcome(
-        Fate.retry, error, None if delay_s is None else min(delay_s, _MAX_HELD_S)
-    )
+    return min(delay_s, _MAX_HELD_S)
+
+
+def _is_delay(value: object) -> typing.TypeGuard[float]:
+    """Return whether a value is a number of seconds that one can wait."""
+    return _is_number(value) and 0 <= value < math.inf
+
+
+def _sentence(received: QueueMessage, end: str, outcome: Outcome) -> str:
+    """Say which attempt ended how, and what becomes of the message."""
+    then = "is left to the queue"
+    if outcome.fate is Fate.dead_letter:
+        then = "is given up"
+    elif outcome.delay_s is not None:
+        then = f"runs again in {outcome.delay_s:g} s"
+    if outcome.delay_s == _MAX_HELD_S:  # perhaps because it was cut to that
+        then += ", the most that SQS allows"
+    return f"{_name_of(received)}: attempt {received.attempt} {end} and {then}"
+
+
+def _name_of(received: QueueMessage) -> str:
+    """Return what log texts call a message: one line, not a long one."""
+    name = f"message {received.message_id}"
+    if received.message:
+        name = f"{received.message.task_name} {received.message.id}"
+    return re.sub("[^ -~]", "?", name)[:200]  # an id is free text, and may forge lines
+
+
+def _facts(received: QueueMessage, end: str, began: float) -> dict[str, Any]:
+    """Return the fields of a run's log record, which formatters may use."""
+    duration_ms = round((time.monotonic() - began) * 1000)
+    facts: dict[str, Any] = {"outcome": end, "duration_ms": duration_ms}
+    if received.message:
+        facts |= {"task": received.message.task_name, "id": received.message.id}
+        facts["attempt"] = received.attempt
+    return facts
+
+
+def _extra_of(error: LoggingException) -> dict[str, Any]:
+    """Return the fields that an error gives to its log record."""
+    # Logging refuses a field of a name that each record has.
+    reserved = vars(logging.makeLogRecord({})).keys() | {"message", "asctime"}
+    given = error.extra if isinstance(error.extra, Mapping) else {}
+    taken = {f"extra_{name}": given[name] for name in given if name in reserved}
+    return taken | {str(n): given[n] for n in given if n not in reserved}
+
+
+_INVALID_EVERY_S = 10  # a poisoned queue must not fill the disk with logs
+# When an error of each class was last logged, and how many were not logged since.
+_invalid_logged_at: dict[type, float] = {}
+_invalid_unlogged: dict[type, int] = {}
+
+
+def _text_of_invalid(received: QueueMessage, error: ValidationError) -> str | None:
+    """Return the log text of a message that is not valid, or None if it is too soon."""
+    kind, now = type(error), time.monotonic()
+    if now < _invalid_logged_at.get(kind, -math.inf) + _INVALID_EVERY_S:
+        _invalid_unlogged[kind] = _invalid_unlogged.get(kind, 0) + 1
+        return None
+    _invalid_logged_at[kind] = now
+    text = f"{_name_of(received)} is left to the queue: {_text_of(error)}"
+    unlogged = _invalid_unlogged.pop(kind, 0)
+    if unlogged:
+        text += f" ({unlogged} more like it since the last record)"
+    return text
 
 
 class _SyncSender(Sender):
-    """Runs messages where they are sent: through JSON, decoder and hooks; their errors raise."""
+    """Runs messages where they are sent, through JSON, decoder and hooks.
+
+    Errors come out of :meth:`send`: no policy, delay or dead-letter queue applies.
+    """
 
     max_bytes, max_delay_s = sys.maxsize, math.inf
 
+    def __init__(self, _url: str = "sync") -> None:
+        """Need nothing: there is no service."""
+
     def destination(self, priority: Priority) -> str:
-        """Return the queue's name, which the hooks get."""
-        return (
-            super().destination(priority)
-            if settings.TASKHAWK_QUEUE
-            else "TASKHAWK-SYNC"
-        )
+        """Return the name that the hooks get for a queue."""
+        if settings.TASKHAWK_QUEUE:
+            return super().destination(priority)
+        return "TASKHAWK-SYNC"
 
     def send(self, destination: str, entries: Sequence[Outgoing]) -> list[Refusal]:
-        """Run the messages, and let the first error out."""
-        for body, attributes, *_ in entries:
-            message_id = _decode(body).id
-            record = {
-                "Sns": {
-                    "Message": body,
-                    "MessageId": message_id,
-                    "MessageAttributes": {},
-                }
-            }
-            received = QueueMessage(body, message_id, None, {}, attributes, destination)
-            received.sns_record = record if settings.IS_LAMBDA_APP else None
-            _run(received, time.monotonic())
+        """Run the messages one after another; the first error ends it."""
+        for entry in entries:
+            message_id = _decode(entry.body).id
+            received = QueueMessage(entry.body, message_id, queue=destination)
+            received.message_attributes = entry.attributes
+            if settings.IS_LAMBDA_APP:
+                sns = {"Message": entry.body, "MessageId": message_id}
+                received.sns_record = {"Sns": {**sns, "MessageAttributes": {}}}
+            _in_own_context(_run)(received, time.monotonic())
         return []
 
 
-_schemes["sync"] = lambda _url: _SyncSender()  # type: ignore[abstract]
+_schemes["sync"] = _SyncSender
 
 
 # --- 14. holdings ---------------------------------------------------------------------
-
+# What becomes of a message that a worker holds. Pure: it is told the time, and it calls
+# nothing; what it has to say is kept as news for the keeper to log. _STEPS is the one
+# table of states, and _Held.move() the one place that changes one. Each message ends
+# exactly once, and the ledger counts that end.
 
 _STEPS = {  # the allowed steps of a message; nothing else moves one
     "received": {"started", "released"},
-    "started": {"finished"},
+    "started": {"finished", "released"},
     "finished": {"acked", "retried", "dead_lettered", "uncertain"},
 }
 _ACK_WAIT_S = 0.05  # how long an acknowledgement waits for others to share its call
+_LATEST_S = _MAX_HELD_S - 10  # of a lease: SQS counts from a little before the receive
 
 
 @dataclasses.dataclass
 class Ledger:
     """How many messages a worker received, and what became of them.
 
-    In the end, each one received is in exactly one of the others: ``acked`` was deleted after its
-    run, ``retried`` is visible again now or later, ``dead_lettered`` was copied and then deleted,
-    ``released`` was never started, and for ``uncertain`` nobody knows whether its delete was
-    applied: it may run again.
+    In the end, each message received is in exactly one of the other counts: ``acked``
+    was deleted after its run, ``retried`` is visible again now or later,
+    ``dead_lettered`` was copied and then deleted, ``released`` never ran, and of
+    ``uncertain`` nobody knows whether its delete was applied: it may run again.
     """
 
     received: int = 0
@@ -3562,462 +4386,982 @@ class Ledger:
     @property
     def balanced(self) -> bool:
         """Whether every message that was received ended in exactly one way."""
-        return bool(2 * self.received == sum(vars(self).values()))
+        return bool(2 * self.received == sum(dataclasses.astuple(self)))
+
+    def count(self, end: str) -> None:
+        """Count one message more that ended so."""
+        setattr(self, end, getattr(self, end) + 1)
 
     def __str__(self) -> str:
         """Return it as the command prints it."""
-        return ", ".join(
-            f"{count} {name.replace('_', '-')}" for name, count in vars(self).items()
-        )
+        counts = dataclasses.asdict(self).items()
+        return ", ".join(f"{count} {name.replace('_', '-')}" for name, count in counts)
 
 
 @dataclasses.dataclass(eq=False)
 class _Held:
-    """A message that the worker holds, from its receive to its end."""
+    """A message that a worker holds, from its receive to its end.
+
+    Times are those of the worker's clock, in seconds.
+    """
 
     message: QueueMessage
-    hide_s: float  # what the next change of its visibility sets: its lease, in the end its delay
-    lease_until: float
-    renew_at: float  # when the keeper is to extend the lease
-    last_at: float  # SQS lets no lease go beyond
+    lease_s: float  # how long each extension hides it
+    lease_until: float  # before that, nobody else can receive it
+    last_at: float  # no lease can end later
+    renew_at: float = math.inf  # when its lease is to be extended; never, if infinite
+    is_sure: bool = True  # its lease is known to hold, so that it may be started
     state: str = "received"
-    end: str = (
-        ""  # what it becomes, once that is decided: it stays held until it is done
-    )
-    due_at: float = math.inf  # when the keeper is to do it
-    tries: int = 0
+    end: str = ""  # what it is to become; it is held until that is done
+    delay_s: float = 0  # after which it is visible again, if that is its end
+    due_at: float = math.inf  # when the call that ends it is to be made
+    tries: int = 0  # how often that call has failed
+    in_call: bool = False  # a call with it is under way, so that no other is made
 
-    to_delete = property(lambda self: self.end in ("acked", "dead_lettered"))
+    @property
+    def queue(self) -> str:
+        """The name of its queue."""
+        return self.message.queue or ""
+
+    @property
+    def runs(self) -> bool:
+        """Whether it was started, and it is not decided yet what it becomes."""
+        return self.state == "started" and not self.end
+
+    @property
+    def to_delete(self) -> bool:
+        """Whether a delete ends it."""
+        return self.end in {"acked", "dead_lettered"}
+
+    @property
+    def may_join(self) -> bool:
+        """Whether it may share a delete that is made before its own is due."""
+        return self.to_delete and self.tries == 0
 
     def move(self, state: str) -> None:
-        """Make a step, or raise RuntimeError if _STEPS does not allow it: no message ends twice."""
+        """Make a step, or raise RuntimeError if _STEPS does not allow it."""
         if state not in _STEPS.get(self.state, ()):
             raise RuntimeError(f"a message can't go from {self.state} to {state}")
         self.state = state
 
 
+class _Kind(enum.Enum):
+    """The calls that a keeper makes; the value completes "can't …" in its logs."""
+
+    extend = "extend leases"
+    delete = "delete"
+    delay = "set delays"
+
+
+class _Call(NamedTuple):
+    """A batch call that is due: at most ten messages of one queue."""
+
+    kind: _Kind
+    queue: str
+    batch: list[_Held]
+    asked_at: float
+
+    def entries(self) -> list[Any]:
+        """Return what the broker's method takes for each message."""
+        receipts = [held.message.receipt_handle or "" for held in self.batch]
+        if self.kind is _Kind.delete:
+            return receipts
+        return list(zip(receipts, map(self._hidden_s, self.batch), strict=True))
+
+    def _hidden_s(self, held: _Held) -> float:
+        """Return for how long to hide a message, within the 12 hours that SQS allows."""
+        wanted_s = held.lease_s if self.kind is _Kind.extend else held.delay_s
+        return max(0, min(wanted_s, held.last_at - self.asked_at))
+
+
+class _Leases:
+    """The leases that are to be extended, and when."""
+
+    def __init__(self) -> None:
+        self._held: dict[_Held, None] = {}  # an ordered set
+        self._next_at = math.inf  # none is to be extended before
+
+    def renew(self, held: _Held, at: float) -> None:
+        """Have a lease extended at this time."""
+        held.renew_at = at
+        self._held[held] = None
+        self._next_at = min(self._next_at, at)
+
+    def drop(self, held: _Held) -> None:
+        """Have a lease extended no more."""
+        self._held.pop(held, None)
+        held.renew_at = math.inf
+
+    def due(self, now: float) -> list[_Held]:
+        """Return what is to be extended now and is in no call: what ends first, first."""
+        if now < self._next_at:
+            return []
+        free = [held for held in self._held if not held.in_call]
+        later = [held.renew_at for held in free if held.renew_at > now]
+        due = [held for held in free if held.renew_at <= now]
+        self._next_at = now if due else min(later, default=math.inf)
+        return sorted(due, key=lambda held: held.lease_until)
+
+    def next_at(self) -> float:
+        """Return a time before which none is to be extended."""
+        return self._next_at
+
+
+class _Holdings:
+    """The messages that a worker holds, and what is due for them.
+
+    It has no lock: whoever shares it between threads guards every call and field.
+
+    :param queues: the names of the queues, the most urgent first
+    :param ack_wait_s: how long an acknowledgement waits for others to share its call
+    """
+
+    def __init__(self, queues: Sequence[str], ack_wait_s: float = _ACK_WAIT_S) -> None:
+        self.ledger = Ledger()
+        self.news: list[tuple[int, str]] = []  # log levels and texts
+        self.closing = False  # leases end: they bound how long deletes are tried
+        self.unanswered = 0  # deletes that were not known to be applied while closing
+        self._urgency = {queue: place for place, queue in enumerate(queues)}
+        self._ack_wait_s = ack_wait_s
+        self._held: dict[_Held, None] = {}  # an ordered set, as are the next two
+        self._waiting: dict[_Held, None] = {}  # received, the most urgent first
+        self._ending: dict[
+            _Held, None
+        ] = {}  # what they become is decided, and not done
+        self._leases = _Leases()
+
+    @property
+    def waiting(self) -> int:
+        """How many messages wait to be started."""
+        return len(self._waiting)
+
+    @property
+    def ending(self) -> int:
+        """How many messages have ended but for the call that says so to the queue."""
+        return len(self._ending)
+
+    @property
+    def running(self) -> int:
+        """How many messages run."""
+        return len(self._held) - len(self._waiting) - len(self._ending)
+
+    def still_run(self) -> list[QueueMessage]:
+        """Return the messages that run."""
+        return [held.message for held in self._held if held.runs]
+
+    # From a receive to the end of a run.
+
+    def take(
+        self,
+        messages: Iterable[QueueMessage],
+        lease_s: float,
+        asked_at: float,
+        now: float,
+    ) -> None:
+        """Hold received messages from now on.
+
+        The service hid them at some time between the call and its answer. Where that was
+        long, none is started before an extension has shown that its lease still holds.
+
+        :param lease_s: for how long the receive asked to hide them
+        :param asked_at: when the receive was called
+        """
+        is_sure = now - asked_at <= lease_s / 3
+        since = asked_at if is_sure else now
+        for message in messages:
+            held = _Held(
+                message,
+                lease_s,
+                lease_until=since + lease_s,
+                last_at=asked_at + _LATEST_S,
+                is_sure=is_sure,
+            )
+            self._held[held] = self._waiting[held] = None
+            self._leases.renew(held, asked_at + lease_s / 3)
+            self.ledger.received += 1
+        if len(self._urgency) > 1:
+            by_urgency = sorted(self._waiting, key=lambda h: self._urgency[h.queue])
+            self._waiting = dict.fromkeys(by_urgency)
+
+    def start(self, now: float) -> _Held | None:
+        """Start the most urgent message whose lease holds; return it, or None."""
+        for held in list(self._waiting):
+            if now >= held.lease_until:
+                self._lose(held, "its lease ended while it waited")
+            elif held.is_sure:
+                del self._waiting[held]
+                held.move("started")
+                return held
+        return None
+
+    def finish(
+        self, held: _Held, end: str, now: float, delay_s: float | None = 0
+    ) -> None:
+        """Note that a run is over, and what its message is to become.
+
+        :param end: one of the ends that _STEPS allows
+        :param delay_s: when a retried message is visible again; None leaves that to the
+            end of its lease
+        """
+        held.move("finished")
+        self._decide(held, end, now, delay_s)
+
+    def release(self, held: _Held, now: float) -> None:
+        """Note that a message did not run after all: it is to be visible at once."""
+        self._decide(held, "released", now, 0)
+
+    def release_waiting(self, now: float) -> None:
+        """Release all messages that were not started."""
+        for held in list(self._waiting):
+            self.release(held, now)
+
+    def _decide(self, held: _Held, end: str, now: float, delay_s: float | None) -> None:
+        """Note what a message is to become, and when the call for it is due."""
+        self._waiting.pop(held, None)
+        self._ending[held] = None
+        held.end, held.due_at = end, now
+        if held.to_delete:
+            if not held.message.is_fifo:  # others of its group wait for it
+                held.due_at = now + self._ack_wait_s
+        elif delay_s is None or held.message.lease_lost:
+            # It shows by itself at the end of its lease, or another has it by now.
+            self._close(held, end)
+        else:
+            # Out of the lease first: a later extension would undo the delay.
+            self._leases.drop(held)
+            held.delay_s = delay_s
+        self._hurry(now)
+
+    def _hurry(self, now: float) -> None:
+        """Make acknowledgements due for which it is in vain to wait for others."""
+        is_idle = len(self._ending) == len(self._held)
+        new = [held for held in self._ending if held.may_join]
+        for queue in self._urgency:
+            batch = [held for held in new if held.queue == queue]
+            if is_idle or len(batch) >= _MAX_BATCH:
+                for held in batch:
+                    held.due_at = min(held.due_at, now)
+
+    # What is due.
+
+    def expire(self, now: float) -> None:
+        """Give up the leases that ended, and those that can't be extended any more."""
+        if self.closing:
+            return
+        for held in self._leases.due(now):
+            if held.last_at - now < 1:
+                self._lose(held, "it was received 12 hours ago")
+            elif now >= held.lease_until:
+                self._lose(held, "its lease ended before it could be extended")
+
+    def next_call(self, now: float) -> _Call | None:
+        """Return the call to make now, if one is due, and mark its messages as in it.
+
+        Leases come first, for a message whose lease ends may run twice. Then comes what
+        has been due for longest: neither deletes nor delays can starve the others.
+        """
+        kind = _Kind.extend
+        batch = [] if self.closing else _of_one_queue(self._leases.due(now))
+        if not batch:
+            batch = self._due_ends(now)
+            if not batch:
+                return None
+            kind = _Kind.delete if batch[0].to_delete else _Kind.delay
+        for held in batch:
+            held.in_call = True
+        return _Call(kind, batch[0].queue, batch, now)
+
+    def next_at(self) -> float:
+        """Return when to look for the next call: never (infinity) if none will be due."""
+        times = [held.due_at for held in self._ending if not held.in_call]
+        if not self.closing:
+            times.append(self._leases.next_at())
+        return min(times, default=math.inf)
+
+    def untried(self, since: float) -> bool:
+        """Return whether a message ended after that time, and no call has said so."""
+        new = (held for held in self._ending if held.tries == 0)
+        return any(held.due_at >= since for held in new)
+
+    def _due_ends(self, now: float) -> list[_Held]:
+        """Return messages of one queue that one call can end now."""
+        free = [held for held in self._ending if not held.in_call]
+        due = [held for held in free if held.due_at <= now]
+        if not due:
+            return []
+        first = min(due, key=lambda held: held.due_at)
+        # New acknowledgements share the call. What was refused before is not tried
+        # before its time only because others are due.
+        if first.to_delete:
+            due += [held for held in free if held.may_join]
+        alike = [held for held in due if held.to_delete is first.to_delete]
+        return _of_one_queue(list(dict.fromkeys([first, *alike])))
+
+    # What the queue answered.
+
+    def answered(self, call: _Call, refused: Mapping[int, Refusal]) -> None:
+        """Note the answer to a call.
+
+        :param refused: what was refused, by its place in the batch
+        """
+        note = {
+            _Kind.extend: self._extended,
+            _Kind.delete: self._deleted,
+            _Kind.delay: self._delayed,
+        }[call.kind]
+        for place, held in enumerate(call.batch):
+            held.in_call = False
+            if held in self._held:  # else it was given up while the call was under way
+                note(held, refused.get(place), call.asked_at)
+            if held.renew_at < math.inf:
+                self._leases.renew(
+                    held, held.renew_at
+                )  # it was not looked at meanwhile
+
+    def _extended(self, held: _Held, refusal: Refusal | None, asked_at: float) -> None:
+        """Note how the extension of a lease went; it counts from the call."""
+        if held.renew_at == math.inf:
+            return  # its run ended meanwhile: its delay is due next
+        if refusal is None:
+            held.is_sure = True
+            held.lease_until = min(asked_at + held.lease_s, held.last_at)
+            held.renew_at = min(asked_at + held.lease_s / 3, held.last_at - 1)
+        elif refusal.is_denied:
+            held.is_sure = True  # no later answer would tell more
+            held.renew_at = asked_at + held.lease_s / 3
+        elif refusal.final:
+            self._lose(held, refusal.text)
+        else:
+            # A dozen tries are left until the lease ends.
+            held.renew_at = asked_at + held.lease_s / 20
+
+    def _deleted(self, held: _Held, refusal: Refusal | None, asked_at: float) -> None:
+        """Note how a delete went; one that was sent after the lease ended proves nothing."""
+        if asked_at >= held.lease_until:
+            self._doubt(held, refusal.text if refusal else "its lease had ended")
+        elif refusal is None:
+            self._close(held, held.end)
+        elif refusal.final:
+            self._doubt(held, refusal.text)
+        else:
+            self._try_later(held, asked_at)
+
+    def _delayed(self, held: _Held, refusal: Refusal | None, asked_at: float) -> None:
+        """Note how a delay or release went; where it failed, the lease's end shows it."""
+        if refusal is None:
+            self._close(held, held.end)
+        elif refusal.final or refusal.is_denied or asked_at >= held.lease_until:
+            self._warn(held, f"is visible again when its lease ends: {refusal.text}")
+            self._close(held, held.end)
+        else:
+            self._try_later(held, asked_at)
+
+    def _try_later(self, held: _Held, asked_at: float) -> None:
+        """Make the call again, after a pause that doubles from 0.2 s to 5 s."""
+        held.tries += 1
+        held.due_at = asked_at + min(0.1 * 2**held.tries, 5)
+
+    def _lose(self, held: _Held, why: str) -> None:
+        """Note that others may have a message; if it waits, it is not started."""
+        self._warn(held, f"may run twice: {why}")
+        held.message.lease_lost = True
+        held.lease_until = -math.inf
+        self._leases.drop(held)
+        if held in self._waiting:
+            self._close(held, "released")
+
+    def _doubt(self, held: _Held, why: str) -> None:
+        """End a message of which nobody knows whether its delete was applied."""
+        self._warn(held, f"may run again: {why}")
+        self._close(held, "uncertain")
+
+    def _warn(self, held: _Held, text: str) -> None:
+        """Keep a warning about a message for the log."""
+        self.news.append((logging.WARNING, f"{_full_name_of(held.message)} {text}"))
+
+    # The end.
+
+    def close(self) -> None:
+        """End what is decided, done or not; what still runs stays held."""
+        for held in list(self._ending):
+            self._close(held, "uncertain" if held.to_delete else held.end)
+
+    def _close(self, held: _Held, end: str) -> None:
+        """End a message: the ledger counts it, and nothing more is done for it."""
+        held.move(end)
+        self.ledger.count(end)
+        self._leases.drop(held)
+        for those in (self._held, self._waiting, self._ending):
+            those.pop(held, None)
+        if self.closing and end == "uncertain":
+            self.unanswered += 1
+
+
+def _of_one_queue(ready: Sequence[_Held]) -> list[_Held]:
+    """Return at most ten messages: the first, and others of its queue."""
+    alike = [held for held in ready if held.queue == ready[0].queue]
+    return alike[:_MAX_BATCH]
+
+
+def _full_name_of(received: QueueMessage) -> str:
+    """Return what logs call a message on its queue: SQS's id, its task and its own id."""
+    name = f"message {received.message_id}"
+    if received.message:
+        name += f" ({_name_of(received)})"
+    return re.sub("[^ -~]", "?", name)[:300]
+
+
 # --- 15. the keeper -------------------------------------------------------------------
+# The one place that changes received messages on their queue. So a call never undoes a
+# later one: no message is in two calls, and what leaves the lease is extended no more.
+# It knows holdings, a broker, a clock and a heartbeat, and no worker. No call is made
+# and no record is logged while the lock is held.
 
-
-_TICK_S = 0.2  # how soon a signal or a shutdown_event is seen
+_TICK_S = 0.2  # how soon a shutdown_event is seen, and the longest sleep of a thread
 
 
 class _Faults:
-    """Logs when something begins to fail and when it works again, and not each failure between."""
+    """Logs when something begins to fail and when it works again, and nothing between.
+
+    Each key is used by one thread.
+    """
 
     def __init__(self) -> None:
-        """Have seen no failure yet; each key is of one thread."""
         self._counts: dict[tuple[str, str], int] = {}
 
-    def note(self, queue: str, what: str, error: object) -> int:
-        """Note a failure, or none, and return how many there were one after another."""
-        before = self._counts.get((queue, what), 0)
-        self._counts[queue, what] = now = before + 1 if error else 0
-        if now == 1:
-            _log.warning("%s: can't %s, goes on trying: %s", queue, what, error)
-        elif before and not now:
-            _log.info("%s: can %s again; tries that failed: %d", queue, what, before)
-        return now
+    def failed(
+        self, queue: str, what: str, error: object, level: int = logging.WARNING
+    ) -> int:
+        """Note a failure, and return how many there were one after another."""
+        count = self._counts.get((queue, what), 0) + 1
+        self._counts[queue, what] = count
+        if count == 1:
+            _log.log(level, "%s: can't %s, goes on trying: %s", queue, what, error)
+        return count
+
+    def worked(self, queue: str, what: str) -> None:
+        """Note that it works."""
+        count = self._counts.pop((queue, what), 0)
+        if count:
+            text = "%s: can %s again; tries that failed: %d"
+            _log.info(text, queue, what, count)
 
 
 class _Keeper:
-    """The messages that a worker holds, and the one thread that changes them on the queue.
+    """Makes the calls that holdings say are due, one after another.
 
-    A slot says what is to become of a message, and goes on at once; the keeper has ten of them done
-    in a call. Its client tries once, so that an answer which does not come holds the leases up for
-    one timeout only: what failed is due again, a little later.
+    A slot says what is to become of a message, and goes on at once; the keeper ends ten
+    of them in a call. Its client tries once, so that an answer which does not come holds
+    the leases up for one timeout only: what failed is due again, a little later.
+
+    :param clock: seconds; leases are measured with it
+    :param beat: called after each round of lease extensions that worked
     """
 
-    def __init__(self, worker: Worker) -> None:
-        """Hold nothing yet; the worker starts the thread."""
-        self._worker, self.ledger = worker, Ledger()
-        # Guards all that follows and the fields of what is held. Slots and pollers wait for
-        # `changed`, the keeper for `due`: a thread woken for nothing costs more than the change.
-        lock = threading.RLock()
-        self.changed, self.due = threading.Condition(lock), threading.Condition(lock)
-        self.held: list[_Held] = []
-        self.waiting: list[
-            _Held
-        ] = []  # those of it that are to be started, the most urgent first
-        self._leases = True  # until ChangeMessageVisibility is denied
-        self._closed = False  # nothing will be added or finished any more
-        self.gives_up_at = (
-            math.inf
-        )  # when it ends, once closed, whatever is not done by then
-        self._looks_at = (
-            0.0  # when the keeper will look for what is due, if nobody wakes it
-        )
-        self.thread = threading.Thread(
-            target=worker.guard, args=(self._run,), daemon=True
-        )
-
-    def take(self, messages: Sequence[QueueMessage], lease_s: float) -> None:
-        """Hold received messages from now on."""
-        now = self._worker.clock()
-        # SQS counts its 12 hours from a little before `now`.
-        times = (lease_s, now + lease_s, now + lease_s / 3, now + _MAX_HELD_S - 10)
-        with self.changed:
-            # Held and waiting in one step: what was started without a lease could run twice.
-            taken = [_Held(message, *times) for message in messages]
-            self.held += taken
-            self.waiting += taken
-            self.waiting.sort(
-                key=lambda held: self._worker.queues.index(held.message.queue or "")
-            )
-            self.ledger.received += len(messages)
-            self.changed.notify_all()
-
-    def has_room(self) -> bool:
-        """Return whether no message waits, a slot is free, and no acknowledgements are overdue.
-
-        Those would be a batch beyond the one whose call is under way.
-        """
-        ended = sum(1 for held in self.held if held.end)
-        running = len(self.held) - ended
-        return (
-            not self.waiting
-            and running < self._worker.concurrency
-            and ended < 2 * _MAX_BATCH
-        )
-
-    def start_next(self) -> _Held | None:
-        """Return the most urgent of the messages that wait, started, or None if there is none.
-
-        Called with the condition held, so that no two slots get the same.
-        """
-        while self.waiting:
-            held = self.waiting[0]
-            if not self._leases or held.lease_until > self._worker.clock():
-                held.move("started")
-                return self.waiting.pop(0)
-            # A call that hangs may have kept the keeper from seeing it.
-            self._lose(held, "its lease ended while it waited")
-        return None
-
-    def decide(self, held: _Held, end: str, visible_in_s: float | None = 0) -> None:
-        """Note what a message is to become; None leaves it to its visibility timeout."""
-        with self.changed:
-            # What was never started has no run to finish.
-            if end != "released":
-                held.move("finished")
-            held.end, held.due_at = end, self._worker.clock()
-            # The first of ten waits a little for the others; where nothing else runs, _due() does
-            # not.
-            if held.to_delete:
-                held.due_at += _ACK_WAIT_S
-            # Nothing is to be sent: it shows again by itself, or another has it by now.
-            elif visible_in_s is None or held.message.lease_lost:
-                self._close(held, end)
-            else:
-                # Out of the lease first, or an extension under way could undo the delay.
-                held.hide_s, held.renew_at = visible_in_s, math.inf
-            if (
-                not self.waiting
-            ):  # else this slot takes the next, and the pollers have no room
-                self.changed.notify_all()
-            if not self.waiting or held.due_at < self._looks_at:
-                self.due.notify()
-
-    def close(self, within_s: float | None = None) -> None:
-        """See through all that is decided, and end the thread; what still runs is left to run.
-
-        :param within_s: how long to wait for that; None waits until leases end, or it gives up
-        """
-        with self.changed:
-            self._closed = True
-            self.due.notify()
-        self.thread.join(within_s)
-        with self.changed:
-            for held in [
-                held for held in self.held if held.end or held in self.waiting
-            ]:
-                self._close(
-                    held, "uncertain" if held.to_delete else held.end or "released"
-                )
-            self.waiting.clear()
-
-    def _run(self) -> None:
-        """Make one call after another, each for what is due of one queue."""
-        while (
-            not self._closed
-            or self.waiting
-            or any(held.end for held in list(self.held))
-        ):
-            with self.changed:
-                now = self._worker.clock()
-                kind, due = self._due(now)
-                if self._closed and now >= self.gives_up_at:
-                    # What ended after that, in the calling thread, has one try.
-                    ended = [held for held in self.held if held.end]
-                    if all(
-                        held.tries or held.due_at < self.gives_up_at for held in ended
-                    ):
-                        return
-                if not due:
-                    times = (
-                        time
-                        for held in self.held
-                        for time in (held.due_at, held.renew_at)
-                    )
-                    self._looks_at = min(
-                        [now + _TICK_S, *(time for time in times if time > now)]
-                    )
-                    self.due.wait(self._looks_at - now)
-                    continue
-                queue, broker = due[0].message.queue or "", self._worker.broker
-                batch = [held for held in due if held.message.queue == queue][
-                    :_MAX_BATCH
-                ]
-                entries: list[Any] = [held.message.receipt_handle for held in batch]
-                call: Any = broker.delete
-                if kind != "delete":
-                    call = broker.change_visibility
-                    seconds = (
-                        max(0, min(held.hide_s, held.last_at - now)) for held in batch
-                    )
-                    entries = list(zip(entries, seconds, strict=True))
-            refused = _in_batches(functools.partial(call, queue), entries)
-            with self.changed:
-                for index, held in enumerate(batch):
-                    self._note(kind, held, refused.get(index), now)
-                if len(self.held) >= _MAX_BATCH:  # pollers may have waited for it
-                    self.changed.notify_all()
-            faults = [refusal for refusal in refused.values() if not refusal.final]
-            self._worker.faults.note(queue, kind, faults and faults[0].text)
-            if kind == "extend leases" and len(faults) < len(batch):
-                self._worker.beat()
-
-    def _due(self, now: float) -> tuple[str, list[_Held]]:
-        """Return the most urgent of the changes that are due, and what it is due for.
-
-        Leases come first, for one that ends is a message that runs twice; then deletes, whose
-        leases go on until they are done; then delays and releases: without them, the message
-        still shows again at the end of its lease.
-        """
-        while self.waiting and (self._closed or self._worker.is_over()):
-            self.decide(self.waiting.pop(), "released")
-        # At the end the leases bound how long deletes are tried: none is extended any more.
-        leased = self.held if self._leases and not self._closed else []
-        for held in [h for h in leased if h.renew_at <= now and h.last_at - now < 1]:
-            self._lose(held, "it was received 12 hours ago")
-        if renewals := [held for held in leased if held.renew_at <= now]:
-            return "extend leases", renewals
-        # What was refused is not tried before its time only because others are due.
-        deletes = [
-            h for h in self.held if h.to_delete and (h.due_at <= now or not h.tries)
-        ]
-        full = len(deletes) >= _MAX_BATCH or all(held.end for held in self.held)
-        if deletes and (full or any(held.due_at <= now for held in deletes)):
-            return "delete", deletes
-        return "set delays", [
-            h for h in self.held if h.end and not h.to_delete and h.due_at <= now
-        ]
-
-    def _note(
-        self, kind: str, held: _Held, refusal: Refusal | None, now: float
+    def __init__(
+        self,
+        holdings: _Holdings,
+        broker: Broker,
+        clock: Callable[[], float],
+        beat: Callable[[], object],
     ) -> None:
-        """Note the answer for a message; what the service is at fault for is tried again."""
-        # `now` is when the call was made: a delete after the lease's end proves nothing.
-        late = now >= held.lease_until
-        again = refusal and not (refusal.final or late)
-        # Slots went on while the call was under way: a run that ended has its delay come next.
-        if held.state not in _STEPS or (
-            kind == "extend leases" and held.renew_at == math.inf
-        ):
+        self._broker, self._clock, self._beat = broker, clock, beat
+        self._faults = _Faults()
+        # Guards the holdings, and all that follows. The keeper waits for `_due`; whoever
+        # wants to hold more waits for `ended`: no thread is woken for nothing.
+        self.lock = threading.RLock()
+        self._due = threading.Condition(self.lock)
+        self.ended = threading.Condition(self.lock)  # notified as messages end
+        self.holdings = holdings
+        self._looks_at = 0.0  # when it looks for what is due, if nobody wakes it
+        self._gives_up_at = math.inf  # when it ends, whatever is not done by then
+
+    def wake(self) -> None:
+        """Have the keeper look at once, if something is due before it would."""
+        with self._due:
+            if self.holdings.next_at() < self._looks_at:
+                self._due.notify()
+
+    def give_up_after(self, seconds: float) -> None:
+        """End at the latest in so many seconds, once :meth:`close` is called."""
+        with self._due:
+            self._gives_up_at = self._clock() + seconds
+
+    def close(self) -> None:
+        """Have :meth:`run` end once all that is decided is done: leases end too."""
+        with self._due:
+            self.holdings.closing = True
+            self._due.notify()
+
+    def run(self) -> None:
+        """Make one call after another until closed; the body of a thread."""
+        is_done = False
+        while not is_done:
+            call = None
+            with self._due:
+                now = self._clock()
+                self.holdings.expire(now)
+                is_done = self._is_done(now)
+                if not is_done:
+                    call = self.holdings.next_call(now)
+                news = self._take_news()
+                if not (is_done or call or news):
+                    self._wait(now)
+            self._tell(news)
+            if call:
+                self._make(call)
+
+    def _is_done(self, now: float) -> bool:
+        """Return whether there is nothing left to do; called with the lock held."""
+        if not self.holdings.closing:
+            return False
+        if now >= self._gives_up_at:
+            # What ended after that, in the calling thread, still has one try.
+            return not self.holdings.untried(self._gives_up_at)
+        return not self.holdings.ending
+
+    def _wait(self, now: float) -> None:
+        """Wait until something may be due; called with the lock held."""
+        self._looks_at = min(now + _TICK_S, self.holdings.next_at())
+        self._due.wait(self._looks_at - now)
+        self._looks_at = 0.0
+
+    def _make(self, call: _Call) -> None:
+        """Make a call, and note its answer."""
+        change: Callable[..., list[Refusal]] = self._broker.change_visibility
+        if call.kind is _Kind.delete:
+            change = self._broker.delete
+        refused = _one_call(functools.partial(change, call.queue), call.entries())
+        with self._due:
+            self.holdings.answered(call, refused)
+            news = self._take_news()
+            self.ended.notify_all()
+        self._tell(news)
+        faults = [refusal for refusal in refused.values() if not refusal.final]
+        self._note_faults(call, faults)
+        if call.kind is _Kind.extend and len(faults) < len(call.batch):
+            self._beat()
+
+    def _note_faults(self, call: _Call, faults: Sequence[Refusal]) -> None:
+        """Log that calls of this kind begin to fail, or work again."""
+        if not faults:
+            self._faults.worked(call.queue, call.kind.value)
             return
-        if kind == "extend leases" and not refusal:
-            held.lease_until = min(now + held.hide_s, held.last_at)
-            held.renew_at = min(now + held.hide_s / 3, held.last_at - 1)
-        elif kind == "extend leases" and again:
-            # A dozen tries are left until the lease ends.
-            held.renew_at = now + held.hide_s / 20
-        elif (
-            kind == "extend leases"
-            and refusal
-            and refusal.code.startswith("AccessDenied")
-        ):
-            if self._leases:  # the policies of 1.4's workers lack the permission
-                text = "ChangeMessageVisibility is denied, long tasks may run twice: %s"
-                _log.error(text, refusal.text)
-            self._leases = False
-        elif kind == "extend leases" and refusal:
-            self._lose(held, refusal.text)
-        elif again:
-            held.tries += 1
-            held.due_at = now + _jittered(min(0.1 * 2**held.tries, 5))
-        else:
-            lost = kind == "delete" and (refusal or late)
-            if lost or refusal:
-                what = (
-                    "may run again" if lost else "is visible again when its lease ends"
-                )
-                why = refusal.text if refusal else "its lease had ended"
-                _log.warning("message %s %s: %s", held.message.message_id, what, why)
-            self._close(held, "uncertain" if lost else held.end)
+        first = faults[0]
+        # A denied call is for a person to mend: the policies of 1.4 lack permissions.
+        level = logging.ERROR if first.is_denied else logging.WARNING
+        self._faults.failed(call.queue, call.kind.value, first.text, level)
 
-    def _lose(self, held: _Held, why: str) -> None:
-        """Note that others may have the message; one that waits is not started."""
-        _log.warning("message %s may run twice: %s", held.message.message_id, why)
-        held.message.lease_lost = True
-        held.renew_at, held.lease_until = math.inf, -math.inf
-        if held in self.waiting:
-            self.waiting.remove(held)
-            self.decide(held, "released")
+    def _take_news(self) -> list[tuple[int, str]]:
+        """Return what the holdings have to say; called with the lock held."""
+        news, self.holdings.news = self.holdings.news, []
+        return news
 
-    def _close(self, held: _Held, end: str) -> None:
-        """End what is held: the ledger counts it, and nothing more is done for it."""
-        held.move(end)
-        self.held.remove(held)
-        setattr(self.ledger, end, getattr(self.ledger, end) + 1)
-        self._worker.unanswered |= self._closed and end == "uncertain"
+    @staticmethod
+    def _tell(news: Iterable[tuple[int, str]]) -> None:
+        """Log it, without the lock: a handler may take long."""
+        for level, text in news:
+            _log.log(level, "%s", text)
 
 
 # --- 16. the worker -------------------------------------------------------------------
-# Every thread and process of this file that outlives a call. Pollers receive, slots run tasks (the
-# calling thread is one of them), and one keeper alone changes messages on the queue: so an
-# extension under way never undoes a delay or a delete. One lock, the keeper's, guards the messages
-# held; no call to the queue is made under it. Worker.run() is the order of the shutdown.
-
+# Every thread of this file that outlives a call: pollers receive, slots run tasks (the
+# calling thread is one of them), one keeper changes messages on the queue, one heart
+# calls the heartbeat hook, one watch sees the signals and the grace. One lock guards the
+# holdings, the phase and the counts; _move_on() alone moves the phase forward.
 
 _MAX_BACKOFF_S = 60  # between receives that fail
 _FLUSH_S = 3  # of the grace, kept for acknowledgements once running tasks are given up
 
 
-@contextlib.contextmanager
-def _signals_to(seen: list[int]) -> Iterator[None]:
-    """Note SIGTERM and SIGINT, where nobody else handles them; a second one has its default effect.
+class _Phase(enum.IntEnum):
+    """How far a worker is: it only ever moves forward.
 
-    A handler runs between any two instructions of the main thread, so ours does no more than to
-    append to a list, and to put back what was there before.
+    A poll in flight is waited out, for nobody would run what it receives. Waiting
+    messages are released only after that, or our own poll would take them again.
     """
 
-    def note(number: int, _frame: object) -> None:
-        seen.append(number)
-        restore()
+    working = 1  # receives and runs
+    stopping = 2  # receives and starts nothing more; polls in flight are waited out
+    draining = 3  # no poll is in flight: what waits is released, what runs goes on
+    flushing = 4  # nothing runs, or it is left to run: what is decided is done
+    ended = 5
 
-    def restore() -> None:  # a signal may interrupt it, and do it all
-        for number in noted:
-            signal.signal(number, ours[number])
 
-    ours: dict[int, Any]
-    ours = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
-    in_main = threading.current_thread() is threading.main_thread()
-    noted = [
-        n for n, default in ours.items() if in_main and signal.getsignal(n) == default
-    ]
+class _Signals:
+    """Notes SIGTERM and SIGINT where nobody else handles them, while the block lasts.
+
+    A handler runs between any two instructions of the main thread, so ours only sets
+    flags. It does not run while the main thread is in C code: then the wakeup descriptor
+    tells :meth:`wait`, in another thread. Supervisors and shells signal a process and its
+    group, so a second SIGTERM does nothing; a second SIGINT, by hand, ends at once.
+    """
+
+    _again_s = 1  # a SIGINT within that time of the first is the same one, sent twice
+
+    def __init__(self) -> None:
+        self.seen = False
+        self._first_at = math.inf
+        self._replaced: dict[signal.Signals, Any] = {}
+        self._pipe: tuple[int, int] | None = None
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return
+        defaults = {
+            signal.SIGTERM: signal.SIG_DFL,
+            signal.SIGINT: signal.default_int_handler,
+        }
+        for number, default in defaults.items():
+            if signal.getsignal(number) == default:
+                self._replaced[number] = default
+        if not self._replaced:
+            return
+        self._pipe = os.pipe()
+        os.set_blocking(self._pipe[0], False)
+        os.set_blocking(self._pipe[1], False)  # as set_wakeup_fd() asks for
+        self._old_wakeup = signal.set_wakeup_fd(
+            self._pipe[1], warn_on_full_buffer=False
+        )
+        _installed.append(self)
+        for number in self._replaced:
+            signal.signal(number, self._note)
+
+    def __exit__(self, *_: object) -> None:
+        if self._pipe is None:
+            return
+        self.restore()
+        _installed.remove(self)
+        signal.set_wakeup_fd(self._old_wakeup)
+        for descriptor in self._pipe:
+            os.close(descriptor)
+
+    def restore(self) -> None:
+        """Put back the handlers that were there before."""
+        for number, handler in self._replaced.items():
+            signal.signal(number, handler)
+
+    def wake(self) -> None:
+        """End :meth:`wait`."""
+        if self._pipe is not None:
+            os.write(self._pipe[1], b"\0")
+
+    def wait(self, seconds: float) -> None:
+        """Wait for a signal, at most so long; from any thread but the main one."""
+        if self._pipe is None:
+            time.sleep(seconds)
+            return
+        import select
+
+        if select.select([self._pipe[0]], [], [], seconds)[0]:
+            numbers = os.read(self._pipe[0], 4096)
+            self.seen = self.seen or any(n in self._replaced for n in numbers)
+
+    def _note(self, number: int, _frame: object) -> None:
+        """Note a signal; a second Ctrl-C interrupts the main thread."""
+        now = time.monotonic()
+        self.seen = True
+        if number == signal.SIGINT:
+            if now - self._first_at >= self._again_s:
+                raise KeyboardInterrupt
+            self._first_at = min(now, self._first_at)
+
+
+_installed: list[_Signals] = []  # those of the workers that run in this process
+
+
+def _forget_signals() -> None:
+    """Let what a task forks have the handlers that it would have without a worker."""
+    for signals in _installed:
+        signal.set_wakeup_fd(-1)
+        signals.restore()
+
+
+os.register_at_fork(after_in_child=_forget_signals)
+
+
+class _Heart:
+    """Calls the heartbeat hook and touches the liveness file, in a thread of its own.
+
+    So a hook that hangs stops neither polls nor leases. Beats that come while one is
+    under way are one.
+    """
+
+    def __init__(self, liveness_file: str | None) -> None:
+        self._liveness_file = liveness_file
+        self._changed = threading.Condition()  # guards these two
+        self._is_wanted = self._is_over = False
+
+    def beat(self) -> None:
+        """Say that the worker lives: it has just polled, or extended leases."""
+        with self._changed:
+            self._is_wanted = True
+            self._changed.notify()
+
+    def stop(self) -> None:
+        """End :meth:`run`, after the beat that is wanted."""
+        with self._changed:
+            self._is_over = True
+            self._changed.notify()
+
+    def run(self) -> None:
+        """Beat whenever it is wanted; the body of a thread."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._is_wanted or self._is_over)
+                if not self._is_wanted:
+                    return
+                self._is_wanted = False
+            self._touch()
+            _call_safely("TASKHAWK_HEARTBEAT_HOOK")
+
+    def _touch(self) -> None:
+        """Set the liveness file's time to now."""
+        if self._liveness_file is None:
+            return
+        try:
+            with open(self._liveness_file, "a"):
+                os.utime(self._liveness_file)
+        except OSError as error:
+            _log.warning("can't touch the liveness file: %s", error)
+
+
+class _Lease(NamedTuple):
+    """What a poller must know of its queue."""
+
+    seconds: float  # for which each receive asks to hide messages
+    max_receive_count: int | None  # of the queue's redrive policy; None: not known
+
+
+def _find_lease(broker: Broker, queue: str, wanted_s: float | None) -> _Lease:
+    """Return the lease to ask for: the one wanted, or else the queue's own timeout.
+
+    It is always asked for, as the queue's own may be changed while the worker runs.
+    """
     try:
-        for number in noted:
-            signal.signal(number, note)
-        yield
-    finally:
-        restore()
-
-
-def _find_lease_s(
-    broker: Broker, queue: str, wanted_s: float | None
-) -> tuple[float, float | None]:
-    """Return how long a receive hides messages, and what to ask for: None for the queue's own."""
-    if wanted_s is not None:
-        return wanted_s, wanted_s
-    try:
-        # A timeout of 0 would show to all what was just received: then ours is asked for.
-        if (lease_s := broker.info(queue).visibility_timeout_s) >= 1:
-            return lease_s, None
+        info = broker.info(queue)
     except Exception as error:
-        if not (code := _error_code(error)).startswith(
+        if not _error_code(error).startswith(
             "AccessDenied"
-        ):  # as 1.4's policies do
+        ):  # the policies of 1.4's workers lack the permission
             raise
-        _log.warning("%s: can't read its attributes: %s", queue, code)
-    return _DEFAULT_LEASE_S, _DEFAULT_LEASE_S
+        if wanted_s is None:
+            _log.warning("%s: can't read its attributes: %s", queue, _error_code(error))
+        return _Lease(wanted_s or _DEFAULT_LEASE_S, None)
+    if wanted_s is None:
+        # A timeout of 0 would show to all what was just received.
+        wanted_s = info.visibility_timeout_s
+        if wanted_s < 1:
+            wanted_s = _DEFAULT_LEASE_S
+    return _Lease(wanted_s, info.max_receive_count)
 
 
-def _are_empty(broker: Broker, queues: Sequence[str]) -> bool:
-    """Return whether the queues hold nothing at all; a fault is a no, a denied look a yes."""
+def _are_empty(broker: Broker, queues: Iterable[str]) -> bool:
+    """Return whether the queues hold nothing at all; where it is denied, they may."""
     try:
         return not any(any(broker.depth(queue)) for queue in queues)
-    except (
-        Exception
-    ) as error:  # a fault is no reason to end, but what nobody may know is
-        return isinstance(error, ConfigurationError)
-
-
-def _beat(liveness_file: str | None) -> None:
-    """Say that the worker lives: it has just polled, or extended leases."""
-    try:
-        if liveness_file:
-            with open(liveness_file, "a"):
-                os.utime(liveness_file)
-    except OSError as error:
-        _log.warning("can't touch the liveness file: %s", error)
-    _call_safely("TASKHAWK_HEARTBEAT_HOOK")
-
-
-def _dead_letter_copy(
-    received: QueueMessage, error: BaseException | None, limit: int
-) -> Outgoing:
-    """Return the copy for the dead-letter queue, which says in ONE attribute why it is there.
-
-    Attributes that were headers give way to it, where there are too many: the body has them.
-
-    :param limit: of the copy in bytes, attributes included
-    """
-    record: dict[str, Any] = {
-        "type": type(error).__name__,
-        "message": _text_of(error)[:1000],
-    }
-    record |= {"traceback": "".join(traceback.format_exception(error))}
-    record |= {
-        "attempt": received.attempt,
-        "worker": f"{os.uname().nodename}:{os.getpid()}",
-    }
-    record["time"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    # The body stays as it is: a hundred bytes are for the attribute's name and type.
-    room = min(_MAX_ERROR_BYTES, limit - len(received.body.encode()) - 100)
-    for key in (
-        "traceback",
-        "message",
-    ):  # cut to fit: of a traceback, the end says most
-        while len(text := json.dumps(record)) > room and (value := record[key]):
-            cut = math.ceil(
-                (len(text) - room) / 6
-            )  # of 6 bytes at most is a character in JSON
-            record[key] = value[cut:] if key == "traceback" else value[:-cut]
-    attributes: dict[str, Any] = {}
-    if len(text) <= room:
-        attributes[_ERROR_ATTRIBUTE] = {"DataType": "String", "StringValue": text}
-    for name, value in received.message_attributes.items():
-        more = {name: value, **attributes}
-        if len(more) <= _MAX_ATTRIBUTES and received.copy(more).size() <= limit:
-            attributes = more
-    return received.copy(attributes)
-
-
-def _dead_letter(
-    broker: Broker, received: QueueMessage, error: BaseException | None
-) -> bool:
-    """Send a copy to the dead-letter queue; return whether it is there, or log why it is not."""
-    try:
-        target = broker.info(received.queue or "").dead_letter_queue
-        _require(target, "it has no dead-letter queue")
-        copy = _dead_letter_copy(received, error, broker.max_bytes)
-        _accepted(broker.send(target or "", [copy]))
-    except (
-        Exception
-    ) as failure:  # the message is still in its queue, which may redrive it
-        text = "%s: message %s can't be dead-lettered and is left to the queue: %s"
-        _log.warning(text, received.queue, received.message_id, failure)
+    except ConfigurationError:
+        return True  # nobody can know: a person would have to mend it
+    except Exception:  # a fault is no reason to end
         return False
-    return True
+
+
+class _Course:
+    """What the threads of a worker share: the holdings, the phase, and how many go on.
+
+    Every method takes the lock; none makes a call to the queue or runs a task.
+
+    :param is_told: whether somebody told the worker to stop
+    :param slots: how many messages may run at once
+    :param num_messages: how many a receive may bring
+    :param max_tasks: after how many starts to stop; None for no limit
+    :param polls: how many pollers there are
+    """
+
+    def __init__(
+        self,
+        keeper: _Keeper,
+        clock: Callable[[], float],
+        is_told: Callable[[], bool],
+        *,
+        slots: int,
+        num_messages: int,
+        max_tasks: int | None,
+        polls: int,
+    ) -> None:
+        self._keeper, self._clock, self._is_told = keeper, clock, is_told
+        self._most_running, self._num_messages = slots, num_messages
+        self._max_tasks = max_tasks
+        self.stop = threading.Event()  # set after the phase working: ends all waits
+        self.ended = threading.Event()  # set in the phase ended
+        # The keeper's lock guards the holdings, and all that follows. Slots wait for
+        # `_to_start`, pollers for the keeper's `ended`.
+        self._lock, self._room = keeper.lock, keeper.ended
+        self._to_start = threading.Condition(self._lock)
+        self._holdings = keeper.holdings
+        self.phase = _Phase.working
+        self.fatal: BaseException | None = None  # the error that ended a thread
+        self._polls, self._slots = polls, slots  # that have not ended
+        self._paused = 0  # slots that can't run anything for now
+        self._started = 0  # messages, ever
+
+    # For slots.
+
+    def next(self) -> _Held | None:
+        """Wait for a message to run, and start it; None if there will be no more."""
+        with self._lock:
+            while True:
+                self.move_on()
+                if self.phase > _Phase.working:
+                    return None
+                held = self._holdings.start(self._clock())
+                if held:
+                    self._started += 1
+                    return held
+                self._to_start.wait(_TICK_S)
+
+    def finish(self, held: _Held, end: str, delay_s: float | None = 0) -> None:
+        """Note what a message that ran is to become."""
+        with self._lock:
+            self._holdings.finish(held, end, self._clock(), delay_s)
+            self._changed()
+
+    def release(self, held: _Held) -> None:
+        """Note that a message did not run after all, and that its slot can't for now."""
+        with self._lock:
+            self._holdings.release(held, self._clock())
+            self._paused += 1
+            self._changed()
+
+    def resume(self) -> None:
+        """Note that a slot that was paused can run messages again."""
+        with self._lock:
+            self._paused -= 1
+            self._changed()
+
+    def slot_ended(self) -> None:
+        """Note that a slot runs nothing more."""
+        with self._lock:
+            self._slots -= 1
+            self.move_on()
+
+    def still_run(self) -> list[QueueMessage]:
+        """Return the messages that run."""
+        with self._lock:
+            return self._holdings.still_run()
+
+    def pause(self, seconds: float) -> bool:
+        """Wait so long by the worker's clock; return False if the worker stops."""
+        until = self._clock() + seconds
+        while not self.stop.is_set():
+            left_s = until - self._clock()
+            if left_s <= 0:
+                return True
+            self.stop.wait(min(left_s, _TICK_S))
+        return False
+
+    # For pollers.
+
+    def wait_for_room(self) -> int:
+        """Wait until a message can be started soon; return how many to receive.
+
+        :returns: 0 if nothing more is to be received
+        """
+        with self._lock:
+            while True:
+                self.move_on()
+                if self.phase > _Phase.working:
+                    return 0
+                most = self._find_room()
+                if most:
+                    return most
+                self._room.wait(_TICK_S)
+
+    def _find_room(self) -> int:
+        """Return how many messages to receive now."""
+        # A full batch of acknowledgements besides the one whose call is under way.
+        is_overdue = self._holdings.ending >= 2 * _MAX_BATCH
+        free = self._most_running - self._paused - self._holdings.running
+        if self._holdings.waiting or is_overdue or free <= 0:
+            return 0
+        if self._max_tasks is None:
+            return self._num_messages
+        return min(self._num_messages, self._max_tasks - self._started)
+
+    def take(
+        self, messages: Sequence[QueueMessage], lease_s: float, asked_at: float
+    ) -> None:
+        """Hold received messages from now on."""
+        with self._lock:
+            now = self._clock()
+            self._holdings.take(messages, lease_s, asked_at, now)
+            if self.phase >= _Phase.draining:  # a poll that was not waited out
+                self._holdings.release_waiting(now)
+            self._to_start.notify(len(messages))
+            self._keeper.wake()
+
+    def poll_ended(self) -> None:
+        """Note that a poller receives nothing more."""
+        with self._lock:
+            self._polls -= 1
+            self.move_on()
+
+    # The phases.
+
+    def move_on(self, to: _Phase = _Phase.working) -> None:
+        """Move the phase on as far as it can go.
+
+        :param to: the phase to reach at least, whatever still goes on
+        """
+        with self._lock:
+            while self.phase < to or self._is_over():
+                self.phase = _Phase(self.phase + 1)
+                self._enter(self.phase)
+
+    def fail(self, error: BaseException) -> None:
+        """Note an error that ends the worker."""
+        with self._lock:
+            self.fatal = error
+            self.move_on()
+
+    def _is_over(self) -> bool:
+        """Return whether the present phase is."""
+        if self.phase is _Phase.working:
+            if self._is_told() or self.fatal or self._started == self._max_tasks:
+                return True
+            return not self._polls and not self._holdings.waiting
+        if self.phase is _Phase.stopping:
+            return not self._polls
+        return self.phase is _Phase.draining and not self._slots
+
+    def _enter(self, phase: _Phase) -> None:
+        """Do what a phase begins with, and tell all that wait."""
+        if phase is _Phase.stopping:
+            self.stop.set()
+        elif phase is _Phase.draining:
+            self._holdings.release_waiting(self._clock())
+            self._keeper.wake()
+        elif phase is _Phase.ended:
+            self._holdings.close()
+            self.ended.set()
+        self._to_start.notify_all()
+        self._room.notify_all()
+
+    def _changed(self) -> None:
+        """Tell those that wait for what a slot has done."""
+        self._keeper.wake()
+        if self._find_room():
+            self._room.notify_all()
 
 
 @dataclasses.dataclass(eq=False, repr=False)
 class Worker:
     """Runs the messages of some queues, most urgent first, until it is stopped.
 
-    The options are those of :func:`listen_for_messages`; time is passed in by `clock`, and `wait_s`
-    is how long a poll may take. Where runs go on after `grace_s`, `on_overdue` is called with the
-    ledger. `liveness_file` is touched after each poll and round of leases. One worker runs once.
+    The options are those of :func:`listen_for_messages`; time is passed in by `clock`,
+    and `wait_s` is how long a poll may take. Where runs go on after `grace_s`,
+    `on_overdue` is called with the ledger. `liveness_file` is touched after each poll
+    and round of leases. One worker runs once.
     """
 
     broker: Broker
@@ -4032,224 +5376,282 @@ class Worker:
     grace_s: float | None = None
     isolate: bool = False
     max_tasks_per_child: int = 100
+    ack_wait_s: float = _ACK_WAIT_S
     on_overdue: Callable[[Ledger], object] | None = None
     liveness_file: str | None = None
     clock: Callable[[], float] = time.monotonic
     wait_s: float = _LONG_POLL_S
 
     def __post_init__(self) -> None:
+        self._check_options()
+        self._start_of_child = _start_of_children(everything=self.isolate)
+        self._signals, self._faults = _Signals(), _Faults()
+        self._heart = _Heart(self.liveness_file)
+        self._holdings = _Holdings(self.queues, self.ack_wait_s)
+        self.ledger = self._holdings.ledger
+        self._keeper = _Keeper(
+            self._holdings, self.broker, self.clock, self._heart.beat
+        )
+        self._course = _Course(
+            self._keeper,
+            self.clock,
+            self._is_told,
+            slots=self.concurrency,
+            num_messages=self.num_messages,
+            max_tasks=self.max_tasks,
+            polls=len(self.queues),
+        )
+        self.overdue = threading.Event()  # set once the grace is over
+        self._children: list[_Child] = []  # one for each slot
+
+    def _check_options(self) -> None:
+        """Refuse options that make no sense, and fit the length of polls to the grace."""
         for name in ("num_messages", "concurrency", "max_tasks", "max_tasks_per_child"):
             number = getattr(self, name)
-            _require(
-                number is None or number >= 1,
-                f"{name}: expected 1 or more, got {number}",
-            )
+            if number is not None and number < 1:
+                raise ConfigurationError(f"{name}: expected 1 or more, got {number}")
         lease_s = self.visibility_timeout_s
-        text = (
-            f"visibility_timeout_s: expected 1 to {_MAX_HELD_S} seconds, got {lease_s}"
-        )
-        _require(lease_s is None or 1 <= lease_s <= _MAX_HELD_S, text)
-        # A poll in flight is waited out, so that it must end before the grace does.
-        longest_s = math.inf if self.grace_s is None else self.grace_s - _FLUSH_S - 1
-        self.wait_s = min(self.wait_s, 1 if self.until_empty else max(1, longest_s))
-        self._start = _start_of_children(everything=self.isolate)
-        self.beat = functools.partial(_beat, self.liveness_file)
-        self.faults, self._keeper = _Faults(), _Keeper(self)
-        self.unanswered = (
-            False  # whether a delete was not known to be applied at the end
-        )
-        self._changed, self.ledger = self._keeper.changed, self._keeper.ledger
-        # Guarded by the keeper's condition: pollers that have not ended, and messages started.
-        self._polling, self._started = len(self.queues), 0
-        self._signals: list[
-            int
-        ] = []  # a handler may append, but must not wait for a lock
-        self._fatal: BaseException | None = None
-        self._children: list[_Child] = []
-        self._stop = (
-            threading.Event()
-        )  # ends the waits of the broker and of the pollers
-        self._ended = threading.Event()  # nothing runs any more
-        self.overdue = threading.Event()  # the grace is over
-        self._abandoned = threading.Event()  # and something still runs
+        if lease_s is not None and not 1 <= lease_s <= _MAX_HELD_S:
+            wanted = f"expected 1 to {_MAX_HELD_S} seconds"
+            raise ConfigurationError(f"visibility_timeout_s: {wanted}, got {lease_s}")
+        if self.grace_s is not None and not self.grace_s >= 0:
+            wanted = "expected 0 or more seconds"
+            raise ConfigurationError(f"grace_s: {wanted}, got {self.grace_s}")
+        if self.until_empty:
+            self.wait_s = min(self.wait_s, 1)
+        elif self.grace_s is not None:
+            # A poll in flight is waited out, so it must end before the grace does.
+            self.wait_s = min(self.wait_s, max(1, self.grace_s - _FLUSH_S - 1))
+
+    @property
+    def unanswered(self) -> bool:
+        """Whether a delete was not known to be applied at the end."""
+        return self._holdings.unanswered > 0
 
     def run(self) -> Ledger:
-        """Work until stopped; the order of the shutdown is the order of these lines."""
-        # Daemons, for a second signal waits for none.
-        make = functools.partial(threading.Thread, target=self.guard, daemon=True)
-        pollers = [make(args=(self._poll, queue)) for queue in self.queues]
-        slots = [make(args=(self._work,)) for _ in range(self.concurrency - 1)]
-        with _signals_to(self._signals):
-            self._keeper.thread.start()
+        """Work until stopped.
+
+        :returns: what became of the messages
+        :raises ConfigurationError: if a queue is missing or forbidden, or there are no
+            credentials
+        """
+        # Daemons: neither a second Ctrl-C nor an overdue task waits for a thread.
+        slots = [self._thread(self._work) for _ in range(self.concurrency - 1)]
+        pollers = [self._thread(self._poll, queue) for queue in self.queues]
+        self._keeping = self._thread(self._keeper.run)
+        watch, heart = self._thread(self._watch), self._thread(self._heart.run)
+        with self._signals:
             try:
-                for thread in (*pollers, *slots, make(args=(self._watch,))):
+                for thread in (self._keeping, heart, watch, *pollers, *slots):
                     thread.start()
                 self._work()
-                while (
-                    any(slot.is_alive() for slot in slots)
-                    and not self._abandoned.is_set()
-                ):
-                    time.sleep(_TICK_S)
+                self._wait_for(slots)
             finally:
-                # A second signal ends at once.
-                hurried = self._signals and isinstance(
-                    sys.exc_info()[1], KeyboardInterrupt
-                )
-                with self._changed:
-                    self._stop.set()
-                    self._changed.notify_all()
-                # Wait the polls in flight out: what an abandoned one receives, nobody runs.
-                for poller in filter(threading.Thread.is_alive, pollers):
-                    poller.join(0 if hurried else None)
-                # Release only now, or our own poll would take it again; leases end last.
-                self._keeper.close(1 if hurried else None)
-                self._ended.set()
-        if self._fatal:
-            raise self._fatal
+                self._shut_down(pollers, watch)
+        if self._course.fatal:
+            raise self._course.fatal
         level = logging.INFO if self.ledger.balanced else logging.ERROR
         _log.log(level, "worker ended: %s", self.ledger)
         return self.ledger
 
-    def _is_told(self) -> bool:
-        """Return whether the worker was told to stop, or can't go on."""
-        event = self.shutdown_event
-        return bool(self._signals or self._fatal or (event and event.is_set()))
+    def _thread(self, work: Callable[..., object], *args: Any) -> threading.Thread:
+        """Make a thread; an error in it ends the worker, and the caller gets it."""
 
-    def is_over(self) -> bool:
-        """Return whether nothing more is received or started."""
-        return not self._polling and (self._stop.is_set() or self._is_told())
+        def guard() -> None:
+            try:
+                work(*args)
+            except BaseException as error:  # such as a task's KeyboardInterrupt
+                self._course.fail(error)
 
-    def _wait(self, look: Callable[[], Any], until: float = math.inf) -> Any:
-        """Wait until something is found, and return it; None if the worker stops or time is up."""
-        with self._changed:
-            while not (self._stop.is_set() or self._is_told()):
-                if (found := look()) or until <= (now := self.clock()):
-                    return found
-                self._changed.wait(min(_TICK_S, until - now))
-        return None
+        return threading.Thread(target=guard, daemon=True)
 
-    def _watch(self) -> None:
-        """See that the worker stops when it is told to, and what is to be done after its grace.
+    def _wait_for(self, slots: Iterable[threading.Thread]) -> None:
+        """Wait for the other slots, unless they are left to run."""
+        for slot in slots:
+            while slot.is_alive() and self._course.phase < _Phase.flushing:
+                slot.join(_TICK_S)
 
-        Isolated runs are killed. Others can't be: their messages reappear when their leases end.
-        """
-        # A worker that ends by itself has no deadline: nobody waits for it with a kill.
-        while not self._is_told() and not self._ended.wait(_TICK_S):
-            pass
-        self._stop.set()
-        if self.grace_s is None or self._ended.wait(
-            max(self.grace_s - _FLUSH_S, self.grace_s / 2)
-        ):
-            return
-        flush_s = min(_FLUSH_S, self.grace_s / 2)
-        self.overdue.set()
-        with self._changed:
-            self._keeper.gives_up_at = self.clock() + flush_s
-        for child in self._children:
-            child.kill()
-        if not self._ended.wait(flush_s / 2):
-            if (
-                self.on_overdue
-            ):  # it ends the process: before run() returns, and not beside it
-                self._keeper.close(flush_s / 2)
-                self.on_overdue(self.ledger)
-            self._abandoned.set()
-
-    def guard(self, work: Callable[..., None], *args: Any) -> None:
-        """Do the work of a thread; its error ends the worker, and the caller gets it."""
+    def _shut_down(
+        self, pollers: Iterable[threading.Thread], watch: threading.Thread
+    ) -> None:
+        """Go through the phases that are left, in their order."""
+        # A second Ctrl-C ends at once: it waits for no poll, and a second for deletes.
+        error = sys.exc_info()[1]
+        is_hurried = self._signals.seen and isinstance(error, KeyboardInterrupt)
+        self._course.move_on(to=_Phase.stopping)
         try:
-            work(*args)
-        except (
-            BaseException
-        ) as error:  # such as a KeyboardInterrupt of a task, for the caller
-            self._fatal = error
+            for poller in pollers:
+                if poller.is_alive() and not is_hurried:
+                    poller.join()
+        except KeyboardInterrupt:
+            is_hurried = True
+            raise
+        finally:
+            self._course.move_on(to=_Phase.flushing)
+            self._flush(1 if is_hurried else None)
+            self._course.move_on(to=_Phase.ended)
+            self._heart.stop()
+            self._signals.wake()
+            if watch.is_alive():
+                watch.join()  # it waits for a descriptor that is closed next
 
-    @_one_event_loop()
+    def _flush(self, within_s: float | None) -> None:
+        """Wait until what is decided is done, or leases end, or time is up."""
+        self._keeper.close()
+        if self._keeping.is_alive():
+            self._keeping.join(within_s)
+
+    # Slots.
+
     def _work(self) -> None:
         """Run one message after another, in this thread or its child."""
-        held = None
-        child = _Child(self._start, self.max_tasks_per_child, self.overdue)
+        child = _Child(self._start_of_child, self.max_tasks_per_child, self.overdue)
         self._children.append(child)
         try:
-            while isinstance(held := self._wait(self._next), _Held):
-                isolated = self._start and child.takes(held.message)
-                outcome = (child.process if isolated else process)(held.message)
-                if outcome is None:  # killed at the end of the grace
-                    break
-                self.settle(held, outcome)
+            while held := self._course.next():
+                self._run(child, held)
         finally:
-            if (
-                isinstance(held, _Held) and held.state == "started"
-            ):  # killed, or interrupted
-                child.kill()  # before others may have the message
-                self._keeper.decide(held, "retried")
             child.close()
+            self._course.slot_ended()
 
-    def _next(self) -> object:
-        """Return a message to run, True if there will be none, or False as yet."""
-        if self._started == self.max_tasks:
-            self._stop.set()
-            return True
-        held = self._keeper.start_next()
-        self._started += held is not None
-        return held or not self._polling
+    def _run(self, child: _Child, held: _Held) -> None:
+        """Run a message, and note what it is to become."""
+        try:
+            if self._start_of_child and child.takes(held.message):
+                outcome = child.process(held.message)
+            else:
+                outcome = process(held.message)
+            if outcome:
+                self.settle(held, outcome)
+        except _CannotStart as error:
+            self._course.release(held)
+            self._wait_for_child(child, error)
+        finally:
+            if held.runs:
+                # It was interrupted, or killed as the grace ended. Where its child still
+                # runs, that must end before others may have the message.
+                child.kill()
+                self._course.finish(held, "retried")
 
-    def _room(self) -> int:
-        """Return how many messages to ask for: as many as can start soon."""
-        left = (
-            self.num_messages
-            if self.max_tasks is None
-            else self.max_tasks - self._started
-        )
-        return min(self.num_messages, left) if self._keeper.has_room() else 0
+    def _wait_for_child(self, child: _Child, error: Exception) -> None:
+        """Try again and again to start a child, before anything else is received."""
+        failures = 1
+        _log.error("can't start a child, goes on trying: %s", error)
+        while self._course.pause(_pause_s(failures)):
+            try:
+                child.start()
+            except _CannotStart:
+                failures += 1
+            else:
+                _log.info("can start a child again; tries that failed: %d", failures)
+                self._course.resume()
+                return
 
     def settle(self, held: _Held, outcome: Outcome) -> None:
-        """Have done what the outcome says; a copy for the dead letters is sent here and now."""
+        """Have done what the outcome says; a copy for the dead letters is sent now."""
         end = "acked" if outcome.fate is Fate.acknowledge else "retried"
         if outcome.fate is Fate.dead_letter:
-            sent = _dead_letter(self.broker, held.message, outcome.error)
-            end = "dead_lettered" if sent else end
-        self._keeper.decide(held, end, outcome.delay_s)
+            copied = _dead_letter(self.broker, held.message, outcome.error)
+            end = "dead_lettered" if copied else "retried"
+        self._course.finish(held, end, outcome.delay_s)
+
+    # Pollers.
 
     def _poll(self, queue: str) -> None:
-        """Receive from a queue, in a thread of its own."""
-        loops = 0
-        lease: tuple[float, float | None] | None = None
+        """Receive from a queue; the body of a thread."""
         try:
-            while loops != self.loop_count and (most := self._wait(self._room)):
-                try:
-                    if not lease:  # it may take long: look again whether to receive
-                        lease = _find_lease_s(
-                            self.broker, queue, self.visibility_timeout_s
-                        )
-                        continue
-                    messages = self.broker.receive(
-                        queue, most, self.wait_s, lease[1], self._stop
-                    )
-                except Exception as error:  # a worker goes on for ever
-                    if not loops and isinstance(error, ConfigurationError):
-                        raise  # but not where only a person can help
-                    failures = self.faults.note(queue, "receive", repr(error))
-                    pause_s = _jittered(
-                        min(0.5 * 2 ** min(failures, 10), _MAX_BACKOFF_S)
-                    )
-                    self._wait(lambda: None, self.clock() + pause_s)
-                    continue
-                # At once: from here on the keeper extends the leases.
-                self._keeper.take(messages, lease[0])
-                self.faults.note(queue, "receive", None)
-                loops += 1
-                self.beat()
-                if (
-                    self.until_empty
-                    and not messages
-                    and _are_empty(self.broker, self.queues)
-                ):
-                    break
+            self._receive_all(queue)
         finally:
-            with self._changed:
-                self._polling -= 1
-                self._changed.notify_all()
+            self._course.poll_ended()
+
+    def _receive_all(self, queue: str) -> None:
+        """Receive from a queue again and again, until there is no more to do."""
+        loops, lease = 0, None
+        while loops != self.loop_count:
+            most = self._course.wait_for_room()
+            if not most:
+                return
+            try:
+                if lease is None:  # it may take long: look again whether to receive
+                    lease = _find_lease(self.broker, queue, self.visibility_timeout_s)
+                    continue
+                count = self._receive(queue, most, lease)
+            except Exception as error:
+                if loops == 0 and isinstance(error, ConfigurationError):
+                    raise  # at the start, this is for a person to mend
+                self._back_off(queue, error)
+                continue
+            loops += 1
+            is_last = self.until_empty and not count
+            if is_last and _are_empty(self.broker, self.queues):
+                return
+
+    def _receive(self, queue: str, most: int, lease: _Lease) -> int:
+        """Receive once, and hold what came; return how many messages came."""
+        asked_at = self.clock()
+        messages = self.broker.receive(
+            queue, most, self.wait_s, lease.seconds, self._course.stop
+        )
+        for message in messages:
+            message.max_receive_count = lease.max_receive_count
+        # At once: from here on the keeper extends the leases.
+        self._course.take(messages, lease.seconds, asked_at)
+        self._faults.worked(queue, "receive")
+        self._heart.beat()
+        return len(messages)
+
+    def _back_off(self, queue: str, error: Exception) -> None:
+        """Wait after a receive that failed: longer each time, up to a minute."""
+        failures = self._faults.failed(queue, "receive", repr(error))
+        self._course.pause(_pause_s(failures))
+
+    # Signals, and the grace.
+
+    def _is_told(self) -> bool:
+        """Return whether somebody told the worker to stop."""
+        event = self.shutdown_event
+        return self._signals.seen or (event is not None and event.is_set())
+
+    def _watch(self) -> None:
+        """Stop the worker when it is told to, and give up what outlives its grace."""
+        while not self._is_told():
+            self._signals.wait(_TICK_S)
+            if self._course.ended.is_set():
+                return  # by itself, so that nobody waits to kill it: it has no deadline
+        self._course.move_on()
+        if self.grace_s is None:
+            return
+        flush_s = min(_FLUSH_S, self.grace_s / 2)
+        if not self._course.ended.wait(self.grace_s - flush_s):
+            self._give_up(flush_s)
+
+    def _give_up(self, flush_s: float) -> None:
+        """Kill isolated runs; leave others to run: their messages reappear by themselves.
+
+        :param flush_s: what is left of the grace
+        """
+        self.overdue.set()
+        self._keeper.give_up_after(flush_s)
+        for received in self._course.still_run():
+            _log.warning(
+                "the grace is over, and %s still runs", _full_name_of(received)
+            )
+        for child in self._children:
+            child.kill()
+        if self._course.ended.wait(flush_s / 2):
+            return
+        self._course.move_on(to=_Phase.flushing)
+        if self.on_overdue:
+            # It ends the process, so it comes before run() returns, and not beside it.
+            self._flush(flush_s / 2)
+            with self._keeper.lock:
+                self._holdings.close()
+            self.on_overdue(self.ledger)
+
+
+def _pause_s(failures: int) -> float:
+    """Return how long to wait after so many failures in a row, up to a minute."""
+    return _jittered(min(0.5 * 2 ** min(failures, 10), _MAX_BACKOFF_S))
 
 
 def listen_for_messages(
@@ -4265,375 +5667,791 @@ def listen_for_messages(
     grace_s: float | None = None,
     isolate: bool = False,
     max_tasks_per_child: int = 100,
+    ack_wait_s: float = _ACK_WAIT_S,
 ) -> Ledger:
     """Run the messages of a queue, in the calling thread, until told to stop.
 
-    SIGTERM and SIGINT stop it where the application has no handlers of its own. It stops after the
-    running task, and after the poll in flight, which takes up to 20 s on SQS.
+    SIGTERM and SIGINT stop it where the application has no handlers of its own. It stops
+    after the running task, and after the poll in flight, which takes up to 20 s on SQS.
 
     :param priority: the queue, or several: the most urgent message runs first
     :param num_messages: how many to receive at once, up to 10: they wait for each other
-    :param visibility_timeout_s: how long a received message is hidden from others, until the worker
-        extends it; None takes the queue's own
+    :param visibility_timeout_s: how long a received message is hidden from others, until
+        the worker extends it; None takes the queue's own
     :param loop_count: end after so many receives from each queue; None goes on for ever
     :param shutdown_event: set it to stop
-    :param until_empty: end once the queues have no message, in flight and delayed ones included
-    :param concurrency: how many run at once: 1, in the calling thread, more in threads of their own
+    :param until_empty: end once the queues have no message, neither in flight nor delayed
+    :param concurrency: how many run at once: 1 in the calling thread, more in threads
     :param max_tasks: end after so many runs
-    :param grace_s: how long runs may go on once told to stop; then isolated ones are killed
+    :param grace_s: how long runs may go on once told to stop; then isolated ones are
+        killed
     :param isolate: run all tasks in child processes, one a slot
     :param max_tasks_per_child: replace a child after so many runs
+    :param ack_wait_s: how long an acknowledgement waits for others to share its call; a
+        kill within that time means that finished tasks run again
     :returns: what became of the messages
-    :raises ConfigurationError: if a queue is missing or forbidden, or there are no credentials
+    :raises ConfigurationError: if a queue is missing or forbidden, or there are no
+        credentials
     """
-    options = dict(locals())  # all of these, by name
-    queues = _queues_of(options.pop("priority"))
-    return Worker(_brokers.broker(), queues, **options).run()
+    worker = Worker(
+        _brokers.broker(),
+        _queues_of(priority),
+        num_messages,
+        visibility_timeout_s,
+        loop_count,
+        shutdown_event,
+        until_empty=until_empty,
+        concurrency=concurrency,
+        max_tasks=max_tasks,
+        grace_s=grace_s,
+        isolate=isolate,
+        max_tasks_per_child=max_tasks_per_child,
+        ack_wait_s=ack_wait_s,
+    )
+    return worker.run()
 
 
 def _queues_of(priority: Priority | Iterable[Priority]) -> list[str]:
-    """Return the names of queues, the most urgent first."""
+    """Return the names of queues, the most urgent first, each once."""
     wanted = {priority} if isinstance(priority, Priority) else set(priority)
-    text = f"priority: expected a taskhawk.Priority or several, got {priority!r}"
-    _require(wanted and all(isinstance(each, Priority) for each in wanted), text)
+    if not wanted or not all(isinstance(each, Priority) for each in wanted):
+        expected = "expected a taskhawk.Priority or several"
+        raise ConfigurationError(f"priority: {expected}, got {priority!r}")
     broker = _brokers.broker()
-    # Once each, whatever the order and however often it was named.
     return [broker.destination(each) for each in _URGENCY if each in wanted]
 
 
+# Dead-letter copies.
+
+
+def _dead_letter(
+    broker: Broker, received: QueueMessage, error: BaseException | None
+) -> bool:
+    """Send a copy to the dead-letter queue; return whether it is there, or log why not.
+
+    Where it is not, the message is still in its queue, which may redrive it.
+    """
+    try:
+        target = broker.info(received.queue or "").dead_letter_queue
+        if not target:
+            raise ConfigurationError("it has no dead-letter queue")
+        _send_copy(broker, target, received, error)
+    except Exception as failure:
+        text = "%s: %s can't be dead-lettered and is left to the queue: %s"
+        _log.warning(text, received.queue, _full_name_of(received), failure)
+        return False
+    return True
+
+
+def _send_copy(
+    broker: Broker, target: str, received: QueueMessage, error: BaseException | None
+) -> None:
+    """Send a copy with the error, or without it where that makes it too large."""
+    copy = _dead_letter_copy(received, error, broker.max_bytes)
+    try:
+        _accepted(broker.send(target, [copy]))
+    except MessageTooLarge:  # a queue may be pinned lower than the service's limit
+        plain = received.copy(received.message_attributes)
+        _accepted(broker.send(target, [plain]))
+
+
+def _dead_letter_copy(
+    received: QueueMessage, error: BaseException | None, limit: int
+) -> Outgoing:
+    """Return the copy for the dead-letter queue, which says in ONE attribute why it is there.
+
+    Attributes that were headers give way to it where there are too many: the body has
+    the headers.
+
+    :param limit: of the copy in bytes, attributes included
+    """
+    attributes: dict[str, Mapping[str, Any]] = {}
+    # The body stays as it is: a hundred bytes are for the attribute's name and type.
+    room = min(_MAX_ERROR_BYTES, limit - len(received.body.encode()) - 100)
+    text = _error_record(received, error, room)
+    if len(text) <= room:
+        attributes[_ERROR_ATTRIBUTE] = {"DataType": "String", "StringValue": text}
+    for name, value in received.message_attributes.items():
+        more = {name: value, **attributes}
+        if len(more) <= _MAX_ATTRIBUTES and received.copy(more).size() <= limit:
+            attributes = more
+    return received.copy(attributes)
+
+
+def _error_record(
+    received: QueueMessage, error: BaseException | None, room: int
+) -> str:
+    """Return why a message was given up, as JSON: cut to fit as far as that can be."""
+    record: dict[str, Any] = {
+        "type": type(error).__name__,
+        "message": _text_of(error)[:1000],
+        "traceback": "".join(traceback.format_exception(error)),
+        "attempt": received.attempt,
+        "worker": f"{os.uname().nodename}:{os.getpid()}",
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    text = json.dumps(record)
+    for key in ("traceback", "message"):
+        while len(text) > room and record[key]:
+            cut = math.ceil((len(text) - room) / 6)  # a character has 6 bytes at most
+            if key == "traceback":
+                record[key] = record[key][cut:]  # its end says most
+            else:
+                record[key] = record[key][:-cut]
+            text = json.dumps(record)
+    return text
+
+
 # --- 17. log records ------------------------------------------------------------------
+# The one place where records become lines: JSON for the command line's `--log-format`,
+# and JSON for the worker that a child logs to. A record says in which task it was made,
+# and fields that the application gave it stay as they are. Whatever a record carries,
+# its line can be written.
+
+
+# What every record has; all else was given to it as `extra`.
+_RECORD_FIELDS = vars(logging.makeLogRecord({})).keys() | {"message", "asctime"}
 
 
 def _add_task(record: logging.LogRecord) -> bool:
-    """Note in a log record the task that it was made in; a filter of handlers."""
-    if task := current_task():
-        for name in (
-            "task",
-            "id",
-            "attempt",
-        ):  # but what the record has of its own stays
-            vars(record).setdefault(name, getattr(task, name))
+    """Note in a record the task that it was made in; used as a filter of handlers."""
+    current = current_task()
+    if current is not None:
+        for name in ("task", "id", "attempt"):
+            vars(record).setdefault(name, getattr(current, name))
     return True
 
 
 def _to_line(values: Mapping[str, Any]) -> str:
-    """Return an object of JSON, of a log record, whose values may be anything."""
-
-    def plain(value: object) -> object:
-        with contextlib.suppress(Exception):
-            return json.loads(json.dumps(value, default=str, allow_nan=False))
-        return _text_of(value)
-
+    """Return values, which may be anything, as a JSON object in one line."""
     try:
         return json.dumps(values, default=str, allow_nan=False)
-    except (
-        Exception
-    ):  # a key that is no text, NaN, a circle, too deep, a str() with a bug
-        return json.dumps({str(key): plain(value) for key, value in values.items()})
+    except Exception:  # NaN, a circle, too deep, a key that is no text, a failing str()
+        plain = {str(key): _to_plain(value) for key, value in values.items()}
+        return json.dumps(plain)
 
 
-class _LineFormatter(logging.Formatter):
-    """Writes a child's log records for its worker."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return a line of JSON, with text and traceback made: the arguments may not be JSON."""
-        _add_task(record)
-        super().format(record)  # notes the text and the traceback in the record
-        text = {"msg": record.message, "args": None, "exc_info": None}
-        return _to_line(vars(record) | text)
+def _to_plain(value: object) -> object:
+    """Return what JSON makes of a value, or its text where JSON can't hold it."""
+    try:
+        return json.loads(json.dumps(value, default=str, allow_nan=False))
+    except Exception:  # as above
+        return _text_of(value)
 
 
 class _JsonFormatter(logging.Formatter):
-    """One JSON object a line, with what a record carries as `extra`."""
-
-    # What every record has; all else was given to it as `extra`.
-    _own = vars(logging.makeLogRecord({})).keys() | {"message", "asctime"}
+    """Writes a record as a JSON object in one line, with what it carries as `extra`."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return a line of JSON; what JSON can't hold, as text."""
-        super().format(record)  # notes its message, and its traceback as exc_text
+        """Return the line; what JSON can't hold is in it as text."""
+        super().format(record)  # makes the record's text, and its traceback's
         when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-        line = {"time": f"{when}.{record.msecs:03.0f}Z", "level": record.levelname}
-        line |= {"logger": record.name, "message": record.message}
-        line |= {"exception": record.exc_text} if record.exc_text else {}
+        line = {
+            "time": f"{when}.{record.msecs:03.0f}Z",
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.message,
+        }
+        if record.exc_text:
+            line["exception"] = record.exc_text
         extra = {
-            key: value for key, value in vars(record).items() if key not in self._own
+            key: value
+            for key, value in vars(record).items()
+            if key not in _RECORD_FIELDS
         }
         return _to_line(line | extra)
 
 
+class _TextFormatter(logging.Formatter):
+    """One line of text, with the task that a record was made in, unless it names it."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's
+        """Return time, level, task and message; asctime is in the format given."""
+        begin = f"{record.asctime} {record.levelname}"
+        facts = vars(record)
+        if "task" not in facts or str(facts.get("id")) in record.message:
+            return f"{begin} {record.message}"
+        run = f"{facts['task']} {facts.get('id')} attempt {facts.get('attempt')}"
+        run = re.sub(r"[^ -~]", "?", run)[:200]  # ids are free text
+        return f"{begin} [{run}] {record.message}"
+
+
+class _LineFormatter(logging.Formatter):
+    """Writes a child's record for its worker, where :func:`_log_again` reads it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return a JSON object in one line that has all of the record as text."""
+        super().format(record)  # makes the record's text, and its traceback's
+        text = {"msg": record.message, "args": None, "exc_info": None}
+        return _to_line(vars(record) | text)
+
+
+def _log_again(fields: Mapping[str, Any]) -> None:
+    """Log in the worker what a child has logged, as far as the worker's levels let it."""
+    record = logging.makeLogRecord(fields)
+    logger = logging.getLogger(record.name)
+    if logger.isEnabledFor(record.levelno):
+        logger.handle(record)
+
+
+def _log_only_to(handler: logging.Handler, level: int) -> None:
+    """Have all records go to one handler, whatever the application has configured."""
+    root = logging.getLogger()
+    for logger in list(root.manager.loggerDict.values()):
+        if isinstance(logger, logging.Logger):  # else a place in a dotted name
+            logger.handlers.clear()
+            logger.propagate = True
+    root.handlers[:] = [handler]
+    root.setLevel(level)
+    _log.logger.disabled = False  # as logging.config does to those made before it
+
+
 # --- 18. isolation --------------------------------------------------------------------
+# A slot of the worker may have a child: a process that runs its isolated messages, and
+# that may be killed or crash without harm to the worker. Only a run that began can have
+# crashed; what did not begin is a _CannotStart. They talk by one socket, in lines of
+# JSON: nothing is unpickled, and no setting is in an argument or the environment. Of
+# what comes from a child, only an answer that is due counts; else the child is killed.
 
 
-_START_S = 60  # how long a child may take to import the tasks
+_START_S = 60  # for a child to import the tasks, and to begin a run
+_END_S = 5  # for a child to end by itself when it is told to, atexit functions included
+_CRASH_S = 1  # for the system to say how a child ended whose socket is closed
+_SIGNAL_NAMES = {number.value: number.name for number in signal.Signals}
+
+# What a child runs. It finds modules as its worker does, this one included, so that the
+# first line of its socket is sys.path. Unbuffered, or it would read the next lines too.
+_BOOT = (
+    "import importlib, json, sys; "
+    "lines = open(int(sys.argv[3]), 'rb', 0, closefd=False); "
+    "sys.path[:] = json.loads(lines.readline()); "
+    "sys.exit(importlib.import_module(sys.argv[1])._run_program(sys.argv[2:]))"
+)
+
+
+class _CannotStart(TaskhawkError):
+    """No child could begin to run a message: release it, and try again later."""
 
 
 def _start_of_children(*, everything: bool) -> dict[str, Any]:
-    """Return what a child begins with, and {} where no task is isolated.
+    """Return what children are told when they start, or {} if no task is isolated.
 
-    :raises ConfigurationError: if a child can't import what it is to run
+    :param everything: whether all tasks are isolated, or those that say so
+    :raises ConfigurationError: if a child can't import a task or a hook
     """
-    isolated = [task for task in _registry.values() if everything or task.isolate]
-    for task in isolated:
-        text = f"{task.name}: a task of __main__ can't be isolated: move it to a module"
-        _require(task.fn.__module__ not in _MAINS, text)
-    values = {name: getattr(settings, name) for name in _SETTINGS} if isolated else {}
-    for name, hook in [
-        (name, value) for name, value in values.items() if callable(value)
-    ]:
-        values[name] = path = f"{hook.__module__}.{getattr(hook, '__qualname__', '')}"
-        # What the path leads to must be the very hook: a name may have been given to another since.
-        found = None
-        with contextlib.suppress(ImportError, AttributeError, ValueError):
-            found = _conform(_HOOK, path)
-        text = (
-            f"{name}: where tasks are isolated, expected a function with a dotted path"
+    isolated = [each for each in _registry.values() if everything or each.isolate]
+    if not isolated:
+        return {}
+    if getattr(sys, "frozen", False):
+        raise ConfigurationError(
+            f"{isolated[0].name}: a frozen application can't isolate tasks: "
+            "leave out isolate and time_limit, or run it with Python"
         )
-        _require(found is hook, f"{text}, got {hook!r}")
-    start = {
-        "isolated": [task.name for task in isolated],
-        "settings": values,
-        "modules": sorted({task.fn.__module__ for task in isolated}),
-        "path": [os.path.abspath(folder) for folder in sys.path],
-        "environ": {k: v for k, v in os.environ.items() if k == "PYTHONPATH"},
+    return {
+        "isolated": [each.name for each in isolated],
+        "modules": list(dict.fromkeys(map(_module_to_import, isolated))),
+        "settings": _settings_of_children(),
+        "path": _path_of_children(),
         "level": logging.getLogger().level,
     }
-    return start if isolated else {}
+
+
+def _module_to_import(declared: Task[Any, Any]) -> str:
+    """Return the module whose import declares a task, as it did in the worker.
+
+    That is the outermost: those that it imports may work in this order alone.
+    """
+    for name in declared.imported_by:
+        # Not one that is starting the worker right now: a child would start another.
+        spec = getattr(sys.modules.get(name), "__spec__", None)
+        if not getattr(spec, "_initializing", False):
+            return name
+    module = getattr(declared, "declared_in", declared.fn.__module__)
+    if module in _MAINS:
+        raise ConfigurationError(
+            f"{declared.name}: a task of __main__ can't be isolated: "
+            "move it to a module"
+        )
+    return str(module)
+
+
+def _path_of_children() -> list[str]:
+    """Return sys.path with folders that do not depend on the current one."""
+    path = []
+    for entry in sys.path:
+        if os.path.exists(entry or os.curdir):
+            path.append(os.path.abspath(entry))
+        else:  # it may be for a hook, such as those of editable installs
+            path.append(entry)
+    return path
+
+
+def _settings_of_children() -> dict[str, Any]:
+    """Return all settings as they are now, with hooks by their dotted paths."""
+    values = {name: getattr(settings, name) for name in _SETTINGS}
+    for name, value in values.items():
+        if callable(value):
+            values[name] = _path_of_hook(name, value)
+    # Of one source, where another may have a token that does not belong to the key.
+    credentials = settings.credentials()
+    values["AWS_ACCESS_KEY"] = credentials.get("aws_access_key_id")
+    values["AWS_SECRET_KEY"] = credentials.get("aws_secret_access_key")
+    values["AWS_SESSION_TOKEN"] = credentials.get("aws_session_token")
+    return values
+
+
+def _path_of_hook(name: str, hook: Any) -> str:
+    """Return the dotted path by which a child finds the hook of a setting."""
+    module = getattr(hook, "__module__", None)
+    path = f"{module}.{getattr(hook, '__qualname__', '')}"
+    found = None
+    with contextlib.suppress(ConfigurationError):
+        found = _Source("the hook itself", {name: path}.get).read(name)
+    # The path must lead to this very hook: its name may be another function's by now.
+    if found is hook and module not in _MAINS:
+        return path
+    raise ConfigurationError(
+        f"{name}: where tasks are isolated, expected a function with a dotted path, "
+        f"got {hook!r}"
+    )
 
 
 class _Child:
-    """The process that runs a slot's isolated messages, for it may have to be killed, or crash.
+    """Runs the isolated messages of a slot, in one process after another.
 
-    It gets JSON by a socket, a line each, and answers so: nothing is unpickled, and no setting is
-    in an argument or the environment.
+    One thread calls its methods; any thread may call :meth:`kill`.
+
+    :param start: what :func:`_start_of_children` returned
+    :param max_tasks: a process is replaced after so many runs
+    :param given_up: set before :meth:`kill` is called, when the worker's grace is over
     """
 
     def __init__(
-        self, start: Mapping[str, Any], max_tasks: int, given_up: threading.Event
+        self, start: Mapping[str, Any] | None, max_tasks: int, given_up: threading.Event
     ) -> None:
-        """Start no process yet.
+        self._start, self._max_tasks, self._given_up = start or {}, max_tasks, given_up
+        self._isolated = frozenset(self._start.get("isolated", ()))
+        self._process: _ChildProcess | None = None
+        self._runs_left = 0  # until the process is replaced
 
-        :param start: what :func:`_start_of_children` returned
-        :param max_tasks: after how many runs a process is replaced
-        :param given_up: set when the worker's grace is over
-        """
-        self._start, self._max_tasks, self._given_up = start, max_tasks, given_up
-        self._left = 0  # messages until the process is replaced
-        # Held to kill and to reap, so that no other process is killed under a number used again.
-        self._lock = threading.Lock()
-        self._process: Any = None
+    def start(self) -> None:
+        """Start a process unless there is one, or raise _CannotStart."""
+        if self._process is None:
+            self._start_process()
 
     def takes(self, received: QueueMessage) -> bool:
-        """Return whether a message is the child's to run."""
-        with contextlib.suppress(ValidationError):
+        """Return whether a message is for an isolated task; note what it decodes to."""
+        if not self._isolated:
+            return False
+        try:
             message = _decode(received.body)
-            if message.task.name in self._start["isolated"]:
-                received.message, message.received = message, received
-        return received.message is not None
+            isolated = message.task.name in self._isolated
+        except ValidationError:
+            return False  # process() will say what is wrong with it
+        if isolated:
+            received.message, message.received = message, received
+        return isolated
 
     def process(self, received: QueueMessage) -> Outcome | None:
-        """Do as :func:`process` does; None if the worker's grace ended meanwhile."""
-        # The limit is the parent's to keep: code that holds the GIL can't be stopped from inside.
-        task, began = typing.cast("Message", received.message).task, time.monotonic()
-        outcome, why = None, ""
+        """Run a message that it takes, and decide as :func:`process` does.
+
+        :returns: None if the process was killed because the worker's grace is over
+        :raises _CannotStart: if the run did not begin, for another reason
+        """
+        its_task = typing.cast("Message", received.message).task
+        began = time.monotonic()
         try:
-            self._ensure_process()
-            began = time.monotonic()  # the imports of a new process are not the run's
-            with self._killed_after(task.time_limit):
-                # Nobody would kill what begins after the end of the grace.
-                outcome = None if self._given_up.is_set() else self._ask(received)
-        except (
-            OSError,
-            ValueError,
-        ) as error:  # it ended, or something else wrote to its socket
-            why = str(error)
-        self._left -= 1
-        late = task.time_limit and time.monotonic() - began >= task.time_limit
-        if not outcome or late or not self._left:
-            why = self.close() or why
-        if outcome or self._given_up.is_set():
-            return outcome
-        failure: TaskhawkError = ChildCrashed(f"{task.name}: its process ended: {why}")
-        if late:
-            text = (
-                f"{task.name} ran longer than its time limit of {task.time_limit:g} s"
-            )
-            failure = TimeLimitExceeded(text)
-        return _failed(received, failure, began)
-
-    def _ask(self, received: QueueMessage) -> Outcome | None:
-        """Have a message run, and return how it ended, or None if the process did."""
-        self._send(
-            {k: v for k, v in vars(received).items() if k not in ("broker", "message")}
-        )
-        if (answer := self._answer()) is None:
-            return None
-        fate, delay_s, *raised = answer
-        error: BaseException | None = None
-        if raised:  # an error of the same name, with the trace
-            name, text, trace = raised
-            error = type(name, (TaskhawkError,), {})(text)
-            error.add_note(trace)
-        return Outcome(Fate(fate), error, delay_s)
-
-    def _answer(self) -> list[Any] | None:
-        """Return the process's next answer, once the log records before it are handled."""
-        while (line := self._lines.readline()).endswith(b"\n"):
-            frame = json.loads(line)
-            if isinstance(frame, list):
-                return frame
-            record = logging.makeLogRecord(frame)
-            if (logger := logging.getLogger(record.name)).isEnabledFor(record.levelno):
-                _log.safely(logger.handle, record)
-        return None
-
-    def _ensure_process(self) -> None:
-        """Start a process, unless the last one still lives."""
-        import socket
-        import subprocess
-
-        with self._lock:
-            if self._process and self._process.poll() is None:
-                return
-        self.close()
-        self._socket, theirs = socket.socketpair()
-        self._lines = self._socket.makefile("rb")
-        command = [
-            sys.executable,
-            "-m",
-            __name__,
-            "_child",
-            str(theirs.fileno()),
-            str(os.getpid()),
-        ]
-        # It is to find this file and the tasks where we did; tasks then see the variable as it was.
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join(self._start["path"])}
-        options: Any = {
-            "stdin": subprocess.DEVNULL,
-            "start_new_session": True,
-            "env": env,
-        }
-        with theirs:
-            options["pass_fds"] = [theirs.fileno()]
-            self._process = subprocess.Popen(command, **options)  # noqa: S603 - it is this file
-        self._send(self._start)
-        self._left = self._max_tasks
-        with self._killed_after(_START_S):
-            if not self._given_up.is_set():
-                self._answer()  # an empty one: it has imported the tasks
-
-    def _send(self, value: object) -> None:
-        self._socket.sendall(json.dumps(value, default=str).encode() + b"\n")
-
-    @contextlib.contextmanager
-    def _killed_after(self, seconds: float | None) -> Iterator[None]:
-        """Kill the process if what is inside takes longer; it never kills the next one."""
-        timer = threading.Timer(seconds or 0, self.kill)
-        if seconds:
-            timer.start()
-        try:
-            yield
-        finally:
-            timer.cancel()
-            if seconds:
-                timer.join()
+            running = self._begin(its_task.name, received)
+            began = time.monotonic()  # a new process's imports are not the run's
+            return self._finish(running, its_task, began)
+        except TaskhawkError as failure:
+            if self._given_up.is_set():
+                return None
+            if isinstance(failure, _CannotStart):
+                raise
+            # Without our own traceback, which says nothing of the failure.
+            return _failed(received, failure.with_traceback(None), began)
 
     def kill(self) -> None:
         """Kill the process and what it started, also in C code that holds the GIL."""
-        with self._lock:
-            if self._process and self._process.returncode is None:
-                # Not reaped yet, so the number is still its own, and its group's.
-                os.killpg(self._process.pid, signal.SIGKILL)
+        running = self._process
+        if running is not None:
+            running.kill()
 
-    def close(self) -> str:
-        """End the process, and say how it ended."""
+    def close(self) -> None:
+        """Have the process end, if there is one."""
+        self._end(_END_S)
+
+    def _end(self, within_s: float) -> str:
+        """Have the process end, if there is one, and return how it ended."""
+        if self._process is None:
+            return ""
+        how = self._process.end(within_s)
+        self._process = None  # only now: kill() may be called while it ends
+        return how
+
+    def _begin(self, name: str, received: QueueMessage) -> _ChildProcess:
+        """Return a process that has begun to run a message, or raise _CannotStart."""
+        request = {
+            field: value
+            for field, value in vars(received).items()
+            if field not in ("broker", "message")
+        }
+        how = ""
+        for _ in range(2):  # the process may have died since its last run
+            running = self._process or self._start_process()
+            if name in running.unknown:
+                modules = ", ".join(self._start["modules"])
+                raise _CannotStart(
+                    f"{name} is not declared where a child imports {modules}: "
+                    "declare it in a module, not in a function that the worker calls"
+                )
+            until = time.monotonic() + _START_S
+            try:
+                running.tell(request, until)
+                running.hear("began", until)
+            except (OSError, ValueError):
+                how = self._end(_CRASH_S)
+            else:
+                return running
+        raise _CannotStart(f"{name}: its process ended before the run began: {how}")
+
+    def _start_process(self) -> _ChildProcess:
+        """Start a process and have it import the tasks, or raise _CannotStart."""
+        try:
+            self._process = started = _ChildProcess()
+        except OSError as error:
+            raise _CannotStart(f"no process can be started: {error}") from error
+        # Only now: had the grace ended before, kill() would not have seen the process.
+        if self._given_up.is_set():
+            started.kill()
+        until = time.monotonic() + _START_S
+        try:
+            started.tell(self._start["path"], until)
+            started.tell(self._start, until)
+            failure, started.unknown = started.hear("imported", until)
+        except TimeoutError:
+            failure = f"it takes longer than {_START_S} s"
+        except (OSError, ValueError):
+            failure = f"its process ended: {self._end(_CRASH_S)}"
+        if failure:
+            self._end(_CRASH_S)
+            raise _CannotStart(f"a child can't import the tasks: {failure}")
+        self._runs_left = self._max_tasks
+        return started
+
+    def _finish(
+        self, running: _ChildProcess, its_task: Task[Any, Any], began: float
+    ) -> Outcome:
+        """Return how a run that began has ended.
+
+        :raises TimeLimitExceeded: if it took longer; it is killed
+        :raises ChildCrashed: if its process ended, or said what is no answer
+        """
+        name, limit_s = its_task.name, its_task.time_limit
+        until = math.inf if limit_s is None else began + limit_s
+        try:
+            outcome = _to_outcome(running.hear("ended", until))
+        except TimeoutError:
+            self._end(0)
+            raise TimeLimitExceeded(
+                f"{name} ran longer than its time limit of {limit_s:g} s"
+            ) from None
+        except OSError:
+            how = self._end(_CRASH_S)
+            raise ChildCrashed(f"{name}: its process ended: {how}") from None
+        except ValueError:
+            self._end(0)
+            raise ChildCrashed(
+                f"{name}: its process wrote to the socket of its worker"
+            ) from None
+        self._runs_left -= 1
+        if not self._runs_left:
+            self.close()
+        return outcome
+
+
+class _ChildProcess:
+    """A process of a slot, and the worker's end of the socket between them.
+
+    :raises OSError: if it can't be started, for want of memory or file descriptors
+    """
+
+    def __init__(self) -> None:
+        import socket
         import subprocess
 
-        if not self._process:
-            return ""
-        # A thread that the task left behind would keep the process for ever.
-        with (
-            contextlib.suppress(OSError),
-            self._killed_after(5),
-            self._socket,
-            self._lines,
-        ):
-            self._socket.shutdown(1)  # for writing: it ends once it has read all
-            self._lines.read()  # until it is gone
-        with self._lock:
+        self.unknown: list[str] = []  # isolated tasks that it did not find
+        # Held to kill and to reap: what was reaped has a number that may be used again.
+        self._lock = threading.Lock()
+        self._socket, theirs = socket.socketpair()
+        self._lines = self._socket.makefile("rb")
+        number = theirs.fileno()
+        program = [__name__, "_child", str(number), str(os.getpid())]
+        flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]  # noqa: SLF001 - multiprocessing uses it, too
+        with theirs:
             try:
-                code = self._process.wait(5)
-            except subprocess.TimeoutExpired:  # its task closed our socket, and goes on
+                self._process = subprocess.Popen(  # noqa: S603 - it is this file
+                    [sys.executable, *flags, "-c", _BOOT, *program],
+                    stdin=subprocess.DEVNULL,
+                    start_new_session=True,
+                    pass_fds=[number],
+                )
+            except OSError:
+                self._close()
+                raise
+
+    def tell(self, value: object, until: float) -> None:
+        """Send it a line of JSON; raise OSError if it has ended, or time is up."""
+        self._wait_at_most(until)
+        self._socket.sendall(json.dumps(value, default=str).encode() + b"\n")
+
+    def hear(self, kind: str, until: float) -> list[Any]:
+        """Return what it says next of this kind, and log what it logged before.
+
+        :raises TimeoutError: if it does not say it in time
+        :raises OSError: if it has ended
+        :raises ValueError: if it says anything else
+        """
+        while True:
+            self._wait_at_most(until)
+            line = self._lines.readline()
+            if not line.endswith(b"\n"):
+                raise ConnectionError("the process has ended")
+            said = _parse_line(line)
+            if isinstance(said, dict):
+                _log.safely(_log_again, said)
+            elif isinstance(said, list) and said[:1] == [kind]:
+                return said[1:]
+            else:
+                raise ValueError(f"{kind!r} was expected of a child")
+
+    def kill(self) -> None:
+        """Kill it and what it started, also in C code that holds the GIL."""
+        with self._lock:
+            if self._process.returncode is None:
                 os.killpg(self._process.pid, signal.SIGKILL)
-                code = self._process.wait()
-            self._process = (
-                None  # under the lock too, or kill() could meet it half gone
-            )
-        return f"signal {-code}" if code < 0 else f"exit code {code}"
+
+    def end(self, within_s: float) -> str:
+        """Have it end, by a kill if it takes longer, and return how it ended."""
+        until = time.monotonic() + within_s
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(1)  # SHUT_WR: it ends once it has read all
+            self._wait_at_most(until)
+            self._lines.read()  # it may have to write before that
+        if not self._has_ended(until):  # a thread that a task left behind goes on, say
+            self.kill()
+            self._has_ended(math.inf)
+        self._close()
+        return _how_it_ended(self._process.returncode)
+
+    def _wait_at_most(self, until: float) -> None:
+        """Bound what follows on the socket; raise TimeoutError if time is up."""
+        left_s = until - time.monotonic()
+        if left_s <= 0:
+            raise TimeoutError
+        self._socket.settimeout(None if until == math.inf else left_s)
+
+    def _close(self) -> None:
+        """Let go of the socket."""
+        self._lines.close()
+        self._socket.close()
+
+    def _has_ended(self, until: float) -> bool:
+        """Return whether it has ended, and wait for that until a time."""
+        while True:
+            with self._lock:
+                code = self._process.poll()
+            if code is not None:
+                return True
+            if time.monotonic() >= until:
+                return False
+            time.sleep(0.005)
+
+
+def _parse_line(line: bytes) -> Any:
+    """Return the JSON of a line, or raise ValueError."""
+    try:
+        return json.loads(line)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _to_answer(outcome: Outcome) -> list[Any]:
+    """Return an outcome as :func:`_to_outcome` reads it; of an error, its texts."""
+    error, raised = outcome.error, None
+    if error is not None:
+        trace = "".join(traceback.format_exception(error))
+        raised = [type(error).__name__, _text_of(error), trace]
+    return [outcome.fate.value, outcome.delay_s, raised]
+
+
+def _to_outcome(answer: Any) -> Outcome:
+    """Return the outcome that a child answers, or raise ValueError."""
+    match answer:
+        case [str(fate), None | int() | float() as delay_s, None]:
+            error = None
+        case [
+            str(fate),
+            None | int() | float() as delay_s,
+            [str(name), str(text), str(trace)],
+        ]:
+            # Not the class itself: a name in an answer is not to import anything.
+            error = type(name, (TaskhawkError,), {})(text)
+            error.add_note(trace)
+        case _:
+            raise ValueError("not an answer")
+    return Outcome(Fate(fate), error, delay_s)
+
+
+def _how_it_ended(exit_code: int) -> str:
+    """Return in words what :attr:`subprocess.Popen.returncode` says."""
+    if exit_code >= 0:
+        return f"exit code {exit_code}"
+    return _SIGNAL_NAMES.get(-exit_code, f"signal {-exit_code}")
+
+
+class _Report(logging.StreamHandler[typing.TextIO]):
+    """What a child says to its worker: its log records, and how its runs go.
+
+    :param number: of the child's socket
+    """
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+        self._socket = open(number, "w", closefd=False)  # noqa: SIM115 - until the end
+        self._nowhere = os.open(os.devnull, os.O_RDWR)
+        super().__init__(self._socket)
+        self.addFilter(_add_task)
+        self.setFormatter(_LineFormatter())
+        os.register_at_fork(after_in_child=self._leave)
+
+    def tell(self, *frame: object) -> None:
+        """Say how a run goes."""
+        with typing.cast("threading.RLock", self.lock):  # any thread may log
+            self._socket.write(json.dumps(frame) + "\n")
+            self._socket.flush()
+
+    def _leave(self) -> None:
+        """Have what a task forks neither answer, nor keep the socket open, nor log to it."""
+        os.dup2(self._nowhere, self._number, inheritable=False)
+        self.stream = sys.stderr
 
 
 @_one_event_loop()
 def _serve_worker(argv: Sequence[str]) -> int:
-    """Run messages for a worker's slot: what ``python -m taskhawk _child`` does.
+    """Run messages for a slot of a worker, which started this process.
 
     :param argv: the number of the socket, and the worker's process id
     """
     number, worker = map(int, argv)
-    for each in (signal.SIGINT, signal.SIGTERM):  # they are the worker's to handle
-        signal.signal(each, signal.SIG_IGN)
-    import ctypes
-
-    with contextlib.suppress(AttributeError):  # only Linux has it
-        ctypes.CDLL(None).prctl(
-            1, signal.SIGKILL
-        )  # PR_SET_PDEATHSIG: die with the slot's thread
+    _leave_signals_to_worker()
+    _die_with_parent()
     if os.getppid() != worker:  # it died before that
         return 1
-    os.set_inheritable(number, False)  # noqa: FBT003 - what a task starts must not keep it open
-    with (
-        open(number, "rb", closefd=False) as lines,
-        open(number, "w", closefd=False) as answers,
-    ):
+    os.set_inheritable(number, False)  # noqa: FBT003 - what a task starts must not keep it
+    report = _Report(number)
+    with open(number, "rb", closefd=False) as lines:
         start = json.loads(lines.readline())
-        sys.path[:] = start["path"]
-        del os.environ["PYTHONPATH"]
-        os.environ.update(start["environ"])
-        configure(start["settings"])
-        handler: Any = logging.StreamHandler(answers)
-        handler.setFormatter(_LineFormatter())
-        logging.basicConfig(level=start["level"], handlers=[handler])
-
-        def leave() -> (
-            None
-        ):  # what a task forks must neither answer nor keep the socket open
-            os.dup2(nothing, number, inheritable=False)
-            handler.stream = sys.stderr
-
-        nothing = os.open(os.devnull, os.O_RDWR)
-        os.register_at_fork(after_in_child=leave)
-        for module in start["modules"]:
-            importlib.import_module(module)
-        broker = _brokers.broker() if settings.TASKHAWK_BROKER != "sqlite://" else None
-        answer: list[Any] = []  # the first says that we are ready
-        while True:
-            with handler.lock:  # any thread writes log records
-                print(json.dumps(answer), file=answers, flush=True)
-            if not (line := lines.readline()):
-                return 0
-            outcome = process(QueueMessage(**json.loads(line), broker=broker))
-            answer = [outcome.fate.value, outcome.delay_s]
-            if error := outcome.error:
-                trace = "".join(traceback.format_exception(error))
-                answer += [type(error).__name__, _text_of(error), trace]
+        try:
+            _import_tasks(start, report)
+        except BaseException as error:  # SystemExit too
+            report.tell("imported", _where_raised(error), [])
+            return 1
+        unknown = [name for name in start["isolated"] if name not in _registry]
+        report.tell("imported", "", unknown)
+        while line := lines.readline():
+            report.tell("began")
+            received = QueueMessage(**json.loads(line), broker=_broker_of_child())
+            report.tell("ended", *_to_answer(process(received)))
+    return 0
 
 
 _programs["_child"] = _serve_worker
 
 
+def _leave_signals_to_worker() -> None:
+    """Have SIGINT and SIGTERM do nothing here, and what they did in what a task starts.
+
+    A program that it starts has no handlers of ours; SIG_IGN would be inherited.
+    """
+    handlers = {
+        number: signal.getsignal(number)
+        for number in (signal.SIGINT, signal.SIGTERM)
+        if signal.getsignal(number) != signal.SIG_IGN  # it is inherited as it is
+    }
+    held = threading.local()
+
+    def hold() -> None:  # or one that comes right after a fork would do nothing there
+        held.mask = signal.pthread_sigmask(signal.SIG_BLOCK, handlers)
+
+    def release() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held.mask)
+
+    def restore() -> None:
+        for number, handler in handlers.items():
+            if signal.getsignal(number) is _ignore_signal:  # and not the task's own
+                signal.signal(number, handler)
+        release()
+
+    for number in handlers:
+        signal.signal(number, _ignore_signal)
+    os.register_at_fork(before=hold, after_in_parent=release, after_in_child=restore)
+
+
+def _ignore_signal(_number: int, _frame: object) -> None:
+    """Handle a signal that is the worker's to handle."""
+
+
+def _die_with_parent() -> None:
+    """On Linux, have this process killed when the thread ends that started it."""
+    with contextlib.suppress(ImportError, AttributeError):
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def _import_tasks(start: Mapping[str, Any], report: logging.Handler) -> None:
+    """Do in a child what its worker did before it began."""
+    configure(start["settings"])
+    _log_only_to(report, start["level"])
+    _set_up_django()
+    for name in start["modules"]:
+        importlib.import_module(name)
+    # Again, for modules may set up both when they are imported.
+    configure(start["settings"])
+    _log_only_to(report, start["level"])
+    _broker_of_child()
+
+
+def _broker_of_child() -> Broker | None:
+    """Return the broker; None where the queue is in the memory of the worker."""
+    if settings.TASKHAWK_BROKER == "sqlite://":
+        return None
+    return _brokers.broker()
+
+
+def _where_raised(error: BaseException) -> str:
+    """Return an error's type, text and place in one line."""
+    places = [
+        place
+        for place in traceback.extract_tb(error.__traceback__)
+        if not place.filename.startswith("<frozen ")
+    ]
+    last = places[-1]
+    return f"{type(error).__name__}: {_text_of(error)} ({last.filename}:{last.lineno})"
+
+
 # --- 19. Lambda -----------------------------------------------------------------------
-# The same process() as in the worker; Lambda receives, and deletes what the handler returns without
-# an error for. So a failure always raises, or is in the answer; and nothing is deleted here that
-# did not succeed.
+# Lambda receives, and deletes what the handler returns without an error for. So each
+# failure is raised or in the answer. Nothing is deleted here but messages of a batch
+# that succeeded while others failed.
+
+
+# SQS counts 12 hours from the receive, before Lambda's longest wait for a batch (5 min)
+# and its longest run (15 min).
+_MAX_LAMBDA_DELAY_S = _MAX_HELD_S - 1200
+_SOME_ARN = "arn:aws:sqs:eu-west-1:123456789012:queue"  # the shape that is expected
 
 
 def process_messages_for_lambda_consumer(
@@ -4641,96 +6459,156 @@ def process_messages_for_lambda_consumer(
 ) -> dict[str, list[dict[str, str]]] | None:
     """Run the messages of an SNS or SQS event; one that fails does not stop the others.
 
-    Where some of an SQS event failed, the others are deleted before the error is raised: that is
-    safe with and without ReportBatchItemFailures on the event source mapping.
+    If some of an SQS event failed, the others are deleted before the error is raised:
+    that is safe with and without ReportBatchItemFailures on the event source mapping.
 
-    :param lambda_event: as Lambda gives it to the handler
-    :param context: Lambda's; with it, nothing is started in the last tenth of the time
-    :param partial_batch: return the failures of an SQS event instead of raising them: only with
-        ReportBatchItemFailures
+    :param lambda_event: the event that Lambda gives to the handler
+    :param context: Lambda's context; with it, nothing is started in the last tenth of
+        the remaining time
+    :param partial_batch: return the failures of an SQS event instead of raising them:
+        only with ReportBatchItemFailures
         (https://docs.aws.amazon.com/lambda/latest/dg/services-sqs-errorhandling.html)
-    :returns: None, or with `partial_batch` what Lambda wants to know: ``{"batchItemFailures":
-        [...]}``
-    :raises ValidationError: if the event has no records; a record that is malformed is a failed run
-        with this error
-    :raises Exception: the failed run's, or an ExceptionGroup of several
+    :returns: None, or with `partial_batch` the answer that Lambda expects:
+        ``{"batchItemFailures": [...]}``
+    :raises ValidationError: if the event has no records; a malformed record is a failed
+        run with this error
+    :raises Exception: the error of the failed run, or an ExceptionGroup of several
     """
     records = lambda_event.get("Records") if isinstance(lambda_event, Mapping) else None
     if not isinstance(records, list):
         raise ValidationError(
             "Records: expected an array of SNS or SQS records, got none"
         )
-    # A tenth is for what follows the last run: the deletes, and the answer.
-    left_ms = context.get_remaining_time_in_millis if context else lambda: math.inf
-    reserve_ms = left_ms() / 10 if context else 0
+    done, failed = _run_records(records, context)
+    _set_delays(failed)
+    of_topic = any(received.sns_record is not None for received in failed)
+    if partial_batch and not of_topic:  # SNS would take the answer for success
+        return {"batchItemFailures": [{"itemIdentifier": r.message_id} for r in failed]}
+    if not failed:
+        return None
+    _delete_done(done)
+    errors: list[Any] = [outcome.error for outcome in failed.values()]
+    if len(errors) > 1:
+        raise BaseExceptionGroup("several runs failed", errors)
+    raise errors[0]
+
+
+def _run_records(
+    records: Sequence[Any], context: Any
+) -> tuple[list[QueueMessage], dict[QueueMessage, Outcome]]:
+    """Run records in order, which is a FIFO queue's; return what is done and failed."""
     done: list[QueueMessage] = []
     failed: dict[QueueMessage, Outcome] = {}
-    # One after another: a FIFO queue's order is that of the records.
-    for received in map(_from_record, records):
-        why = "no time was left" if left_ms() <= reserve_ms else ""
-        if received.is_fifo and received.group_id in {
-            other.group_id for other in failed
-        }:
-            why = "an earlier one of its group failed"
-        if why:
-            text = f"message {received.message_id} was not started: {why}"
-            failed[received] = Outcome(Fate.retry, TaskhawkError(text))
-        elif (outcome := process(received)).fate is Fate.acknowledge:
+    reserve_ms = _left_ms(context) / 10  # for the deletes and the answer
+    for record in records:
+        received = _from_record(record)
+        if _is_behind(received, failed):
+            outcome = _not_started(received, "an earlier one of its group failed")
+        elif _left_ms(context) < reserve_ms:
+            outcome = _not_started(received, "no time was left")
+        else:
+            outcome = process(received)
+        if outcome.fate is Fate.acknowledge:
             done.append(received)
         else:
             failed[received] = outcome
-    asked = {
-        received: o.delay_s for received, o in failed.items() if o.delay_s is not None
-    }
-    # 20 minutes less than SQS takes: the function's time and the batching window have passed.
-    delays = {
-        r: (r.receipt_handle, min(s, _MAX_HELD_S - 1200)) for r, s in asked.items()
-    }
-    text = "can't change when %d of %d failed messages run again: %s"
-    _change_all("change_visibility", delays, text)
-    if partial_batch and all(received.sns_record is None for received in failed):
-        return {"batchItemFailures": [{"itemIdentifier": r.message_id} for r in failed]}
-    if failed:
-        text = "%d of %d messages that succeeded may run again: can't delete them: %s"
-        _change_all(
-            "delete", {received: received.receipt_handle for received in done}, text
-        )
-        errors: list[Any] = [outcome.error for outcome in failed.values()]
-        raise (
-            errors[0]
-            if len(errors) == 1
-            else BaseExceptionGroup("several runs failed", errors)
-        )
-    return None
+    return done, failed
+
+
+def _left_ms(context: Any) -> float:
+    """Return how much time the function has left; without a context, no end of it."""
+    if context is None:
+        return math.inf
+    return float(context.get_remaining_time_in_millis())
+
+
+def _is_behind(received: QueueMessage, failed: Iterable[QueueMessage]) -> bool:
+    """Return whether a message must wait for one of its FIFO group that failed."""
+    if not received.is_fifo:
+        return False
+    return received.group_id in [earlier.group_id for earlier in failed]
+
+
+def _not_started(received: QueueMessage, reason: str) -> Outcome:
+    """Return the outcome of a message that counts as failed though it was not run."""
+    text = f"message {received.message_id} was not started: {reason}"
+    return Outcome(Fate.retry, TaskhawkError(text))
+
+
+def _set_delays(failed: Mapping[QueueMessage, Outcome]) -> None:
+    """Have the queue show failed messages again when their outcomes say so."""
+    changes = {}
+    for received, outcome in failed.items():
+        if outcome.delay_s is not None:
+            delay_s = min(outcome.delay_s, _MAX_LAMBDA_DELAY_S)
+            changes[received] = (received.receipt_handle, delay_s)
+    warning = "can't change when %d of %d failed messages run again: %s"
+    _change_all("change_visibility", changes, warning)
+
+
+def _delete_done(done: Iterable[QueueMessage]) -> None:
+    """Delete what succeeded, as Lambda will not after an error."""
+    receipts = {received: received.receipt_handle for received in done}
+    warning = "%d of %d messages that succeeded may run again: can't delete them: %s"
+    _change_all("delete", receipts, warning)
 
 
 def _from_record(record: Any) -> QueueMessage:
-    """Read a record of either kind; one that is malformed is an invalid message."""
-    given = record if isinstance(record, Mapping) else {}
-    sns_record = given if "Sns" in given else None
-    with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
-        if sns_record:
-            sns = record["Sns"]
-            return QueueMessage(
-                sns["Message"], str(sns.get("MessageId")), sns_record=record
-            )
-        message_attributes = {
-            name: {
-                kind[:1].upper() + kind[1:]: content for kind, content in value.items()
-            }
-            for name, value in record.get("messageAttributes", {}).items()
-        }
-        attributes = record.get("attributes", {})
-        int(
-            attributes.get("ApproximateReceiveCount", 1)
-        )  # fail here rather than in the run
-        parts = (record["body"], record["messageId"], record.get("receiptHandle"))
-        received = QueueMessage(*parts, attributes, message_attributes)
-        broker, arn = _brokers.broker(), record.get("eventSourceARN")
-        if isinstance(broker, SqsBroker) and arn is not None:
-            received.broker, received.queue = broker.at_arn(arn)
-        return received
-    return QueueMessage(None, str(given.get("messageId", "")), sns_record=sns_record)
+    """Read a record; a malformed one becomes a message that is not valid."""
+    if not isinstance(record, Mapping):
+        return QueueMessage(None, "")
+    if "Sns" in record:
+        return _from_topic(record)
+    return _from_queue(record)
+
+
+def _from_topic(record: Mapping[str, Any]) -> QueueMessage:
+    """Read a record of an SNS event."""
+    sns = record["Sns"]
+    if not isinstance(sns, Mapping):
+        return QueueMessage(None, "", sns_record=record)
+    message_id = str(sns.get("MessageId"))
+    return QueueMessage(sns.get("Message"), message_id, sns_record=record)
+
+
+def _from_queue(record: Mapping[str, Any]) -> QueueMessage:
+    """Read a record of an SQS event."""
+    message_id = str(record.get("messageId", ""))
+    if not _is_well_formed(record):
+        return QueueMessage(None, message_id)
+    attributes = record.get("attributes", {})
+    message_attributes = _as_boto3(record.get("messageAttributes", {}))
+    handle = record.get("receiptHandle")
+    received = QueueMessage(
+        record.get("body"), message_id, handle, attributes, message_attributes
+    )
+    arn, broker = record.get("eventSourceARN"), _brokers.broker()
+    if arn is not None and isinstance(broker, SqsBroker):
+        received.broker, received.queue = broker.at_arn(arn)
+    return received
+
+
+def _is_well_formed(record: Mapping[str, Any]) -> bool:
+    """Return whether the parts of an SQS event's record are of the types AWS gives."""
+    attributes = record.get("attributes", {})
+    named = record.get("messageAttributes", {})
+    if not isinstance(attributes, Mapping) or not isinstance(named, Mapping):
+        return False
+    if not all(isinstance(attribute, Mapping) for attribute in named.values()):
+        return False
+    count = str(attributes.get("ApproximateReceiveCount", 1))
+    arn = str(record.get("eventSourceARN", _SOME_ARN))
+    return count.isdecimal() and arn.count(":") == _SOME_ARN.count(":")
+
+
+def _as_boto3(
+    attributes: Mapping[str, Mapping[str, Any]],
+) -> dict[str, dict[str, Any]]:
+    """Return message attributes under the names of a receive: Lambda's begin small."""
+    return {
+        name: {part[:1].upper() + part[1:]: it for part, it in value.items()}
+        for name, value in attributes.items()
+    }
 
 
 # === PART V: STATE ====================================================================
@@ -4745,165 +6623,283 @@ __all__ += [
 
 
 # --- 20. dead letters -----------------------------------------------------------------
-# For people: nothing in production depends on it. Nothing is deleted before its copy is confirmed,
-# so that a crash or a fault in between leaves a message twice, and never not at all. What is looked
-# at is hidden from others for as long, and shown again at the end.
+# For people: nothing in production depends on this room. A dead letter is deleted only
+# once its copy is confirmed, so a crash or a fault in between leaves two copies, never
+# none. A scan hides what it receives from others, and shows what it leaves again.
+
+
+@dataclasses.dataclass(frozen=True)
+class _DeadLetter:
+    """A dead letter as people see it: what it is, since when, and why it is there.
+
+    It may come from anywhere, so neither its body nor its error need be ours. Where the
+    body is not valid, `invalid` says why. `error` is what a worker recorded; None where
+    the queue moved the message.
+    """
+
+    received: QueueMessage
+    message_id: str
+    sent: str
+    age_s: int
+    receives: int
+    error: Mapping[str, Any] | None
+    invalid: str | None = None
+    id: str | None = None
+    task: str | None = None
+    headers: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    args: Sequence[Any] | None = None
+    kwargs: Mapping[str, Any] | None = None
+
+    @property
+    def ids(self) -> set[str]:
+        """The names that it goes by: the message's own id, and that of SQS."""
+        return {self.id or self.message_id, self.message_id}
+
+    @property
+    def error_text(self) -> str:
+        """Type and message of the recorded error; "" where there is none."""
+        if not self.error:
+            return ""
+        return f"{self.error.get('type')}: {self.error.get('message')}"
+
+    @property
+    def reason(self) -> str:
+        """Why it is here, in one line."""
+        moved = "moved by the queue itself, after too many receives"
+        reason = self.error_text or self.invalid or moved
+        return reason.partition("\n")[0]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return all that is known of it but its body, for JSON."""
+        values = dict(vars(self))
+        del values["received"]
+        return values
+
+
+def _read_dead_letter(received: QueueMessage) -> _DeadLetter:
+    """Read a dead letter; nothing in it is trusted."""
+    sent_s = int(received.attributes.get("SentTimestamp", 0)) / 1000
+    letter = _DeadLetter(
+        received,
+        message_id=received.message_id,
+        sent=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(sent_s)),
+        age_s=max(0, round(time.time() - sent_s)),
+        receives=received.attempt,
+        error=_recorded_error(received),
+    )
+    try:
+        message = _decode(received.body)
+    except ValidationError as error:
+        return dataclasses.replace(letter, invalid=str(error))
+    return dataclasses.replace(
+        letter,
+        id=message.id,
+        task=message.task_name,
+        headers=message.headers,
+        args=message.args,
+        kwargs=message.kwargs,
+    )
+
+
+def _recorded_error(received: QueueMessage) -> dict[str, Any] | None:
+    """Return the error that a worker recorded in the attribute taskhawk.error."""
+    attribute = received.message_attributes.get(_ERROR_ATTRIBUTE, {})
+    try:
+        error = _DECODER.decode(attribute.get("StringValue", ""))
+    except (ValueError, RecursionError):
+        return None
+    return error if isinstance(error, dict) else None
+
+
+@dataclasses.dataclass(frozen=True)
+class _LetterFilter:
+    """Says which dead letters are meant: those that fit all of it."""
+
+    task: str = "*"  # a pattern, as the shell's
+    error: str = ""  # a part of the error's type or message
+    headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    oldest_s: float = math.inf
+    newest_s: float = 0
+    ids: frozenset[str] = frozenset()  # of the message or of SQS; any, if empty
+
+    def matches(self, letter: _DeadLetter) -> bool:
+        """Return whether a dead letter is meant."""
+        import fnmatch
+
+        if not fnmatch.fnmatchcase(letter.task or "", self.task):
+            return False
+        if self.error not in letter.error_text:
+            return False
+        if not self.newest_s <= letter.age_s <= self.oldest_s:
+            return False
+        if self.ids and self.ids.isdisjoint(letter.ids):
+            return False
+        headers = {name: str(value) for name, value in letter.headers.items()}
+        return self.headers.items() <= headers.items()
 
 
 @dataclasses.dataclass
-class _DeadLetters:
-    """The dead letters of a queue, each looked at once; those that stay are visible again after.
+class _Scan:
+    """One look at each dead letter of a queue; use it in a ``with`` block.
 
-    :param wanted: tells by its description whether a message is meant
-    :param lease_s: how long others can't see what was received; None takes the queue's own
+    Iterating receives, and yields those that match in lists of at most ten: `requeue`
+    and `delete` act on such a list. When the block ends, what is left is visible again.
+
+    :param doing: what the scan is for, such as "requeueing"; `done` is that afterwards
+    :param num_messages: how many to receive at once, up to ten
+    :param lease_s: how long others can't see what was received; None takes the queue's
+        own visibility timeout
+    :param limit: end after so many that match
+    :param say: shows the progress: a format and its arguments
     """
 
     priority: Priority
+    doing: str
+    done: str
+    filter: _LetterFilter = _LetterFilter()
+    limit: int = sys.maxsize
     num_messages: int = _MAX_BATCH
     lease_s: float | None = 600
-    limit: int = sys.maxsize
-    wanted: Callable[[Mapping[str, Any]], bool] = lambda _: True
+    say: Callable[..., object] = _log.info
 
     def __post_init__(self) -> None:
         """Find the queue and its dead-letter queue; nothing is received yet."""
-        text = f"num_messages: expected 1 or more, got {self.num_messages}"
-        _require(self.num_messages >= 1, text)
+        if self.num_messages < 1:
+            text = f"num_messages: expected 1 or more, got {self.num_messages}"
+            raise ConfigurationError(text)
         self._broker = _brokers.broker()
         self._queue = self._broker.destination(self.priority)
-        self._source = self._broker.info(self._queue).dead_letter_queue or ""
-        _require(
-            self._source,
-            f"{self._queue}: it has no dead-letter queue (no RedrivePolicy)",
-        )
+        source = self._broker.info(self._queue).dead_letter_queue
+        if source is None:
+            text = f"{self._queue}: it has no dead-letter queue (no RedrivePolicy)"
+            raise ConfigurationError(text)
+        self._source = source
+        self.matched = 0
+        self.found_ids: set[str] = set()  # of those that matched
+        self._removed: list[str] = []  # the message ids of those moved or deleted
+        self._failed: dict[str, str] = {}  # why one could not be, by its message id
+        self._hidden: dict[str, str] = {}  # receipt handles, by message id
+        self._seen: set[str] = set()
 
-    def each(
-        self, doing: str, done: str, act: Callable[[list[QueueMessage]], Any]
-    ) -> int:
-        """Do something to those that are wanted, and return to how many.
+    def __enter__(self) -> typing.Self:
+        return self
 
-        Ends after as many as there were at the start, so that what comes back is not met again.
+    def __iter__(self) -> Iterator[list[_DeadLetter]]:
+        """Yield those that match; end after as many as there were at the start.
 
-        :param act: returns what went wrong, by message; None where all of them stay
+        What arrives meanwhile is left to the next scan: it may be what was sent back.
         """
-        # What comes while this runs is for the next time: it may be what was just sent back.
-        total = self._broker.depth(self._source).visible
-        _log.info("%s about %d messages from %s", doing, total, self._source)
-        seen: dict[
-            str, QueueMessage | None
-        ] = {}  # by their ids; None where it does not stay
-        good: list[dict[str, str]] = []
-        bad: list[dict[str, str]] = []
-        try:
-            while len(seen) < max(total, 1) and len(good) + len(bad) < self.limit:
-                most = min(self.num_messages, _MAX_BATCH, max(1, total - len(seen)))
-                found = self._broker.receive(
-                    self._source, most, 1, self.lease_s, threading.Event()
-                )
-                # One that comes back, because its lease ended meanwhile, was looked at already.
-                new = {m.message_id: m for m in found if m.message_id not in seen}
-                if not new:
-                    break
-                seen |= new
-                mine = [m for m in new.values() if self.wanted(_describe(m))]
-                mine = mine[: self.limit - len(good) - len(bad)]
-                errors = act(mine)
-                for m in mine:
-                    error = (errors or {}).get(m, "")
-                    (bad if error else good).append({"Id": m.message_id, "Code": error})
-                    seen[m.message_id] = m if errors is None or error else None
-                for m in new.values():  # a thousand of a megabyte may follow
-                    m.body, m.message_attributes = "", {}
-                _log.info(
-                    "%s %d of %d messages, %d failed", done, len(good), total, len(bad)
-                )
-        except BaseException:
-            _log.info("stopped: up to %d more messages may be %s too", _MAX_BATCH, done)
-            raise
-        finally:
-            stay = {m: (m.receipt_handle, 0) for m in seen.values() if m}
-            text = "%d of %d dead letters that were looked at can't be seen for a while: %s"
-            _change_all("change_visibility", stay, text)
-        if bad:
-            raise PartialFailure({"Successful": good, "Failed": bad})
-        return len(good)
+        total = self.total()
+        self.say("%s about %d messages from %s", self.doing, total, self._source)
+        total = max(total, 1)  # the count is approximate: look at least once
+        while len(self._seen) < total and self.matched < self.limit:
+            new = self._receive(total - len(self._seen))
+            if not new:
+                return
+            letters = [*filter(self.filter.matches, map(_read_dead_letter, new))]
+            letters = letters[: self.limit - self.matched]
+            self.matched += len(letters)
+            self.found_ids.update(*(letter.ids for letter in letters))
+            yield letters
+            failed = len(self._failed)
+            good = self.matched - failed
+            self.say("%s %d of %d messages, %d failed", self.done, good, total, failed)
 
-    def requeue(self, messages: Sequence[QueueMessage]) -> dict[QueueMessage, str]:
-        """Send copies to the queue, delete those whose copy is confirmed, say what went wrong.
+    def total(self) -> int:
+        """Count the dead letters that are visible; SQS does so approximately."""
+        return self._broker.depth(self._source).visible
 
-        After a crash in between, a message is in both queues: it runs again, and is not lost.
+    def _receive(self, left: int) -> list[QueueMessage]:
+        """Receive once, and return what was not met before."""
+        at_once = min(self.num_messages, _MAX_BATCH, left)
+        received = self._broker.receive(
+            self._source, at_once, 1, self.lease_s, threading.Event()
+        )
+        new = {}
+        for message in received:
+            # One comes back if its lease ends before the scan does.
+            if message.message_id not in self._seen:
+                new[message.message_id] = message
+            self._hidden[message.message_id] = message.receipt_handle or ""
+        self._seen.update(new)
+        return list(new.values())
+
+    def requeue(self, letters: Sequence[_DeadLetter]) -> None:
+        """Send copies to the queue, and delete those whose copy is confirmed.
+
+        After a crash in between, a message is in both queues: it runs again.
         """
         copies = []
-        for message in messages:
-            kept = {
-                n: v
-                for n, v in message.message_attributes.items()
-                if n != _ERROR_ATTRIBUTE
-            }
-            copies.append(message.copy(kept))
+        for letter in letters:
+            attributes = dict(letter.received.message_attributes)
+            attributes.pop(_ERROR_ATTRIBUTE, None)
+            copies.append(letter.received.copy(attributes))
         refused = _send_all(self._broker, self._queue, copies)
-        errors = self._errors(messages, refused)
-        deleted = self.delete(
-            [message for message in messages if message not in errors]
-        )
-        return errors | {
-            m: f"copied, but not deleted: {error}" for m, error in deleted.items()
-        }
+        self.delete(self._accepted(letters, refused), "copied, but not deleted: ")
 
-    def delete(self, messages: Sequence[QueueMessage]) -> dict[QueueMessage, str]:
-        """Delete messages, and say what went wrong."""
-        receipts = [message.receipt_handle or "" for message in messages]
-        refused = _in_batches(
-            functools.partial(self._broker.delete, self._source), receipts, 3
-        )
-        return self._errors(messages, refused)
+    def delete(self, letters: Sequence[_DeadLetter], failure: str = "") -> None:
+        """Delete dead letters; `failure` is what is said before the reason of one."""
+        receipts = [self._hidden[letter.message_id] for letter in letters]
+        delete = functools.partial(self._broker.delete, self._source)
+        refused = _in_batches(delete, receipts, 3)
+        for letter in self._accepted(letters, refused, failure):
+            self._removed.append(letter.message_id)
+            del self._hidden[letter.message_id]
 
-    def _errors(
-        self, messages: Sequence[QueueMessage], refused: Mapping[int, Refusal]
-    ) -> dict[QueueMessage, str]:
-        """Return what went wrong, by message; the first is logged in full, with its remedy."""
+    def _accepted(
+        self,
+        letters: Sequence[_DeadLetter],
+        refused: Mapping[int, Refusal],
+        failure: str = "",
+    ) -> list[_DeadLetter]:
+        """Return those that were not refused; log the first refusal with its remedy."""
         for refusal in [*refused.values()][:1]:
             _log.warning("%s: %s", refusal.code, refusal.text)
-        return {messages[index]: refusal.code for index, refusal in refused.items()}
+        accepted = []
+        for index, letter in enumerate(letters):
+            if index in refused:
+                self._failed[letter.message_id] = failure + refused[index].code
+            else:
+                accepted.append(letter)
+        return accepted
 
+    def __exit__(self, kind: object, *_: object) -> None:
+        """Show what is left to others again."""
+        show = functools.partial(self._broker.change_visibility, self._source)
+        refused = _in_batches(show, [(r, 0) for r in self._hidden.values()], 3)
+        for refusal in [*refused.values()][:1]:
+            text = (
+                "%d of %d dead letters that were looked at stay hidden for a while: %s"
+            )
+            _log.warning(text, len(refused), len(self._hidden), refusal.text)
+        if kind:
+            text = "stopped: up to %d more messages may have been %s"
+            self.say(text, _MAX_BATCH, self.done)
 
-def _describe(received: QueueMessage) -> dict[str, Any]:
-    """Describe a dead letter for people: what it is, since when, and why it is there."""
-    sent_s = int(received.attributes.get("SentTimestamp", 0)) / 1000
-    sent = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(sent_s))
-    about: dict[str, Any] = {
-        "id": None,
-        "message_id": received.message_id,
-        "task": None,
-    }
-    about |= {"headers": {}, "sent": sent, "age_s": max(0, round(time.time() - sent_s))}
-    about |= {"receives": received.attempt, "error": None, "invalid": None}
-    try:
-        # Neither body nor error need be what we wrote: a dead letter may come from anywhere.
-        about |= _decode(received.body).as_dict()
-        del about["metadata"]
-    except ValidationError as error:
-        about["invalid"] = str(error)
-    record = received.message_attributes.get(_ERROR_ATTRIBUTE, {}).get(
-        "StringValue", ""
-    )
-    with contextlib.suppress(ValueError, RecursionError):
-        noted = _DECODER.decode(record)
-        about["error"] = noted if isinstance(noted, dict) else None
-    return about
+    def count(self) -> int:
+        """Return how many were moved or deleted.
+
+        :raises PartialFailure: if some were not; they are still among the dead letters
+        """
+        if self._failed:
+            good = [{"Id": message_id} for message_id in self._removed]
+            bad = [{"Id": name, "Code": code} for name, code in self._failed.items()]
+            raise PartialFailure({"Successful": good, "Failed": bad})
+        return len(self._removed)
 
 
 def requeue_dead_letter(
     priority: Priority, num_messages: int = 10, visibility_timeout: float | None = None
 ) -> int:
-    """Send the dead letters of a queue back to it, and delete each once its copy is confirmed.
+    """Send the dead letters of a queue back to it, and delete each that was copied.
 
-    Ends after as many messages as there were at the start, so that what fails again is not sent in
-    circles, or when a receive comes back empty.
+    It ends after as many messages as there were at the start, so that what fails again
+    is not sent in circles, or when a receive comes back empty.
 
-    :param priority: says which queue; its dead-letter queue is the one that its redrive policy
-        names
+    :param priority: says which queue; its redrive policy names its dead-letter queue
     :param num_messages: how many to receive at once, up to 10
-    :param visibility_timeout: seconds that a copied message is hidden; None takes the queue's own
+    :param visibility_timeout: seconds for which a message is hidden while it is copied;
+        None takes the queue's own visibility timeout
     :returns: how many were sent back; 0, with a warning, where IS_LAMBDA_APP is set
     :raises ConfigurationError: if the queue has no dead-letter queue
     :raises PartialFailure: if some were not; they are still among the dead letters
@@ -4912,79 +6908,327 @@ def requeue_dead_letter(
         text = "not supported for Lambda apps, whose queues are Lambda's"
         _log.warning("requeue_dead_letter: %s", text)
         return 0
-    letters = _DeadLetters(priority, num_messages, visibility_timeout)
-    return letters.each("requeueing", "requeued", letters.requeue)
+    scan = _Scan(
+        priority,
+        "requeueing",
+        "requeued",
+        num_messages=num_messages,
+        lease_s=visibility_timeout,
+    )
+    with scan:
+        for letters in scan:
+            scan.requeue(letters)
+    return scan.count()
 
 
 # --- 21. infrastructure ---------------------------------------------------------------
+# What the tasks need of AWS: counted, made, written down for review, and checked. Here
+# nothing is ever deleted or lowered: what someone set higher than we would stays. A
+# missing queue is an answer, not an error.
 
 
-def _if_there(call: Callable[..., Any], *args: Any, or_denied: str = "") -> Any:
-    """Return what a call does; None where there is no such queue or topic, or it is denied."""
+_PROVISION = "python -m taskhawk provision"  # fixes most of what check finds
+_ABSENT = "NonExistentQueue|QueueDoesNotExist|NotFound"  # codes of AWS, as patterns
+_DENIED = "AccessDenied.*|AuthorizationError"
+_RETENTION_S = 4 * 86_400  # SQS's own default
+# SQS counts from the first sending, so dead letters are kept for longer: for the most.
+_DEAD_RETENTION_S = 14 * 86_400
+_FEW_RECEIVES = 5  # AWS advises at least as many before the dead-letter queue
+
+
+def _unless(codes: str, call: Callable[..., Any], *args: Any) -> Any:
+    """Return what a call returns; None if it fails with one of these codes of AWS."""
     try:
         return call(*args)
     except ConfigurationError as error:
-        absent = f"NonExistentQueue|QueueDoesNotExist|NotFound{or_denied}"
-        if not re.fullmatch(absent, _error_code(error)):
-            raise
+        if re.fullmatch(codes, _error_code(error)):
+            return None
+        raise
+
+
+class _Counts(NamedTuple):
+    """How many messages a queue has, and how many its dead-letter queue."""
+
+    visible: int
+    in_flight: int
+    delayed: int
+    dead_letters: int | None  # None: no dead-letter queue, or no access to it
+
+    @property
+    def queued(self) -> int:
+        """All messages of the queue itself."""
+        return self.visible + self.in_flight + self.delayed
+
+
+_AllCounts = Mapping[str, _Counts | None]  # by the priorities' names
+_Rates = Mapping[str, float]  # by how many messages a second each queue grows
+
+
+def _counts(broker: Broker, queue: str) -> _Counts | None:
+    """Count the messages of a queue; None where it is not there or may not be seen."""
+    depth = _unless(f"{_ABSENT}|{_DENIED}", broker.depth, queue)
+    if depth is None:
         return None
+    dead = broker.info(queue).dead_letter_queue
+    dead_depth = dead and _unless(f"{_ABSENT}|{_DENIED}", broker.depth, dead)
+    dead_letters = sum(dead_depth) if dead_depth else None
+    return _Counts(depth.visible, depth.in_flight, depth.delayed, dead_letters)
 
 
-def _depths() -> dict[str, dict[str, int | None] | None]:
-    """Count the messages of each priority, most urgent first; None where none may be seen."""
-    broker, found = _brokers.broker(), {}
-    look = functools.partial(_if_there, broker.depth, or_denied="|AccessDenied.*")
-    for priority in _URGENCY:
-        queue = broker.destination(priority)
-        depth = look(queue)
-        dead = broker.info(queue).dead_letter_queue if depth else None
-        letters = look(dead) if dead else None
-        counts = {"dead_letters": sum(letters) if letters else None}
-        found[priority.name] = {**depth._asdict(), **counts} if depth else None
-    for priority in [] if any(found.values()) else _URGENCY:
-        _if_there(
-            broker.depth, broker.destination(priority)
-        )  # raises, if all is denied
-    return found
+def _count_all() -> dict[str, _Counts | None]:
+    """Count the messages of each priority, most urgent first.
 
-
-def _depth_lines(
-    depths: Mapping[str, Any], before: Mapping[str, Any], seconds: float, *, bars: bool
-) -> Iterator[str]:
-    """Draw what :func:`_depths` found; with what it found some seconds before, also the trend."""
-    yield f"{'':10}{'visible':>10}{'in flight':>11}{'delayed':>9}{'dead letters':>14}"
-    queued = {
-        name: [d[kind] for kind in Depth._fields] for name, d in depths.items() if d
+    :raises ConfigurationError: if there is no queue at all, or none may be seen
+    """
+    broker = _brokers.broker()
+    counts = {
+        priority.name: _counts(broker, broker.destination(priority))
+        for priority in _URGENCY
     }
-    # A mark for each message, as long as no queue has more than 30; then shares of 30.
-    scale = 30 / max([30, *map(sum, queued.values())])
-    for name, counts in depths.items():
-        if counts is None:
-            yield f"{name:10}{'no queue or access':>20}"
+    if not any(counts.values()):
+        broker.depth(broker.destination(Priority.default))  # says what is wrong
+    return counts
+
+
+_BAR_WIDTH = 15  # marks: one a message, or shares where a queue has more
+
+
+def _table(counts: _AllCounts, rates: _Rates, *, in_color: bool) -> Iterator[str]:
+    """Draw the lines of a table; in colour, with bars, for a terminal of 80 columns."""
+    yield f"{'':8}{'visible':>9}{'in flight':>11}{'delayed':>9}{'dead letters':>14}"
+    queued = [found.queued for found in counts.values() if found]
+    scale = _BAR_WIDTH / max([_BAR_WIDTH, *queued])
+    for name, found in counts.items():
+        if found is None:
+            yield f"{name:8}{'no queue or access':>20}"
             continue
-        visible, in_flight, delayed, dead = counts.values()
-        shown = f"{'none/denied' if dead is None else dead:>14}"
-        if dead and bars and not os.environ.get("NO_COLOR"):
-            shown = f"\x1b[31m{shown}\x1b[0m"
-        line = f"{name:10}{visible:>10}{in_flight:>11}{delayed:>9}{shown}"
-        if seconds and (was := before.get(name)):
-            rate = (
-                sum(queued[name]) - sum(was[kind] for kind in Depth._fields)
-            ) / seconds
-            line += f"{rate:>+10.1f}/s"
-        drawn = [
-            mark * math.ceil(n * scale)
-            for mark, n in zip("█▓░", queued[name], strict=True)
-        ]
-        yield line + ("  " + "".join(drawn)) * bars
+        line = f"{name:8}{found.visible:>9}{found.in_flight:>11}{found.delayed:>9}"
+        line += _dead_cell(found.dead_letters, in_color=in_color)
+        if name in rates:
+            line += f"{rates[name]:>+8.1f}/s"
+        if in_color:
+            line += f"  {_bar(found, scale)}"
+        yield line.rstrip()
 
 
-_PROVISION = "python -m taskhawk provision"  # what mends most of what is wrong
-_Resource = tuple[
-    str, str, dict[str, Any]
-]  # Terraform's type, the name, Terraform's attributes
+def _dead_cell(dead_letters: int | None, *, in_color: bool) -> str:
+    """Return the cell of the table that counts dead letters: red, if there are any."""
+    if dead_letters is None:
+        return f"{'none/denied':>14}"
+    cell = f"{dead_letters:>14}"
+    if dead_letters and in_color and not os.environ.get("NO_COLOR"):
+        return f"\x1b[31m{cell}\x1b[0m"
+    return cell
+
+
+def _bar(counts: _Counts, scale: float) -> str:
+    """Draw a queue's messages: visible, in flight and delayed ones have a mark each."""
+    visible = "█" * math.ceil(counts.visible * scale)
+    in_flight = "▓" * math.ceil(counts.in_flight * scale)
+    return visible + in_flight + "░" * math.ceil(counts.delayed * scale)
+
+
+class _Resource(NamedTuple):
+    """A queue, topic or subscription, with Terraform's type and attributes."""
+
+    kind: str
+    name: str
+    attributes: dict[str, Any]
+
+
+def _label(name: str) -> str:
+    """Return Terraform's name for a queue or topic."""
+    return name.lower().replace("-", "_")
+
+
+def _resources(
+    priority: Priority, max_receive_count: int, function: str | None
+) -> list[_Resource]:
+    """Describe what messages of a priority need, in an order in which it can be made.
+
+    :param function: the ARN of a Lambda function to subscribe to the topic
+    """
+    service = settings.require("TASKHAWK_QUEUE")
+    tags = {"taskhawk": service}
+    if settings.IS_LAMBDA_APP:
+        topic = f"taskhawk-{service.lower()}{_SUFFIXES[priority]}"
+        return _topic_resources(topic, tags, function)
+    queue = _brokers.broker().destination(priority)
+    return _queue_resources(queue, tags, max_receive_count)
+
+
+def _queue_resources(
+    queue: str, tags: Mapping[str, str], max_receive_count: int
+) -> list[_Resource]:
+    """Describe a queue and, before it, its dead-letter queue."""
+    dead = f"{queue}-DLQ"
+    redrive = {
+        "deadLetterTargetArn": f"${{aws_sqs_queue.{_label(dead)}.arn}}",
+        "maxReceiveCount": max_receive_count,
+    }
+    # Where no size is given, Terraform sets 256 KiB.
+    both = {"max_message_size": _MAX_SQS_BYTES, "tags": tags}
+    dead_attributes = {
+        "name": dead,
+        "message_retention_seconds": _DEAD_RETENTION_S,
+        **both,
+    }
+    attributes = {
+        "name": queue,
+        "message_retention_seconds": _RETENTION_S,
+        "redrive_policy": json.dumps(redrive),
+        **both,
+    }
+    return [
+        _Resource("aws_sqs_queue", dead, dead_attributes),
+        _Resource("aws_sqs_queue", queue, attributes),
+    ]
+
+
+def _topic_resources(
+    topic: str, tags: Mapping[str, str], function: str | None
+) -> list[_Resource]:
+    """Describe a topic and the subscription of a function to it."""
+    resources = [_Resource("aws_sns_topic", topic, {"name": topic, "tags": tags})]
+    if function:
+        attributes = {
+            "topic_arn": f"${{aws_sns_topic.{_label(topic)}.arn}}",
+            "protocol": "lambda",
+            "endpoint": function,
+        }
+        kind = "aws_sns_topic_subscription"
+        resources.append(_Resource(kind, topic, attributes))
+    return resources
+
+
+def _terraform(resources: Iterable[_Resource]) -> dict[str, Any]:
+    """Write resources in Terraform's JSON syntax."""
+    by_kind: dict[str, dict[str, Any]] = {}
+    for resource in resources:
+        attributes = resource.attributes
+        by_kind.setdefault(resource.kind, {})[_label(resource.name)] = attributes
+        if "endpoint" in attributes:
+            # Besides its subscription, the function's own policy must let SNS call it.
+            by_kind.setdefault("aws_lambda_permission", {})[_label(resource.name)] = {
+                "action": "lambda:InvokeFunction",
+                "principal": "sns.amazonaws.com",
+                "function_name": attributes["endpoint"],
+                "source_arn": attributes["topic_arn"],
+            }
+    return {"resource": by_kind}
+
+
+class _Change(NamedTuple):
+    """A call that makes or changes a resource, and what to say of it."""
+
+    text: str
+    operation: str  # botocore's name
+    parameters: dict[str, Any]
+
+
+def _queue_change(sqs: SqsBroker, resource: _Resource) -> _Change | None:
+    """Compare a queue with what it should be."""
+    name = resource.name
+    arn = sqs.arn(name)  # first of all, for it needs AWS_ACCOUNT_ID
+    existing = _unless(_ABSENT, sqs.attributes, name, ["All"])
+    attributes = _too_low(arn, existing or {}, resource.attributes)
+    if existing is None:
+        tags = resource.attributes["tags"]
+        parameters = {"QueueName": name, "Attributes": attributes, "tags": tags}
+        return _Change("made", "create_queue", parameters)
+    if not attributes:
+        return None
+    changes = []
+    for key, value in attributes.items():
+        changes.append(f"{key} from {existing.get(key, 'none')} to {value}")
+    text = f"changed: {', '.join(changes)}"
+    parameters = {"QueueUrl": sqs.url(name), "Attributes": attributes}
+    return _Change(text, "set_queue_attributes", parameters)
+
+
+def _too_low(
+    arn: str, existing: Mapping[str, str], wanted: Mapping[str, Any]
+) -> dict[str, str]:
+    """Return what to set of a queue's attributes: what is lower than it should be.
+
+    What someone set higher has its reason; a lower one would cost messages.
+    """
+    attributes = {}
+    for key, least in (
+        ("MessageRetentionPeriod", wanted["message_retention_seconds"]),
+        ("MaximumMessageSize", wanted["max_message_size"]),
+    ):
+        if int(existing.get(key, 0)) < least:
+            attributes[key] = str(least)
+    if "redrive_policy" in wanted:
+        least = json.loads(wanted["redrive_policy"])["maxReceiveCount"]
+        policy = json.loads(existing.get("RedrivePolicy") or "{}")
+        policy.setdefault("deadLetterTargetArn", f"{arn}-DLQ")
+        # The policy's number comes back as it was set: it may be a string.
+        if int(policy.get("maxReceiveCount", 0)) < least:
+            policy["maxReceiveCount"] = least
+            attributes["RedrivePolicy"] = json.dumps(policy)
+    return attributes
+
+
+def _topic_change(sns: SnsSender, resource: _Resource) -> _Change | None:
+    """Look whether a topic is there."""
+    if _subscribers(sns, sns.arn(resource.name)) is not None:
+        return None
+    tags = []
+    for key, value in resource.attributes["tags"].items():
+        tags.append({"Key": key, "Value": value})
+    return _Change("made", "create_topic", {"Name": resource.name, "Tags": tags})
+
+
+def _subscription_change(sns: SnsSender, resource: _Resource) -> _Change | None:
+    """Look whether a function is subscribed to a topic."""
+    topic = sns.arn(resource.name)
+    function = resource.attributes["endpoint"]
+    if function in (_subscribers(sns, topic) or ()):
+        return None
+    parameters = {"TopicArn": topic, "Protocol": "lambda", "Endpoint": function}
+    return _Change(f"made for {function}", "subscribe", parameters)
+
+
+def _subscribers(sns: SnsSender, topic: str) -> list[str] | None:
+    """Return who subscribes to a topic; None where there is no such topic."""
+    pages = sns.client("send").get_paginator("list_subscriptions_by_topic")
+    read = _explained(topic)(pages.paginate(TopicArn=topic).build_full_result)
+    found = _unless(_ABSENT, read)
+    if found is None:
+        return None
+    return [subscription["Endpoint"] for subscription in found["Subscriptions"]]
+
+
+# By Terraform's type: which service makes it, and what finds out whether it is there.
+_PROVIDERS: dict[str, tuple[str, Callable[[Any, _Resource], _Change | None]]] = {
+    "aws_sqs_queue": ("sqs", _queue_change),
+    "aws_sns_topic": ("sns", _topic_change),
+    "aws_sns_topic_subscription": ("sns", _subscription_change),
+}
+
+
+def _provide(resource: _Resource, *, dry_run: bool) -> str:
+    """Make what is missing, raise what is too low, and return what to say of it."""
+    service, find_change = _PROVIDERS[resource.kind]
+    sender = _brokers.get(service)
+    what = f"{resource.kind.rpartition('_')[2]} {resource.name}"
+    change = find_change(sender, resource)
+    if change is None:
+        return f"{what}: is as it should be"
+    if dry_run:
+        return f"{what}: would be {change.text}"
+    with _explained(resource.name):
+        getattr(sender.client("send"), change.operation)(**change.parameters)
+    return f"{what}: {change.text}"
+
+
 _SEND = "sqs:SendMessage sqs:GetQueueUrl"
-_RECEIVE = "sqs:ReceiveMessage sqs:DeleteMessage sqs:ChangeMessageVisibility sqs:GetQueueAttributes"
+_RECEIVE = (
+    "sqs:ReceiveMessage sqs:DeleteMessage"
+    " sqs:ChangeMessageVisibility sqs:GetQueueAttributes"
+)
 _GRANTS = [  # the least that each role needs, on topics, queues and dead-letter queues
     ("publisher", "aws_sns_topic", "sns:Publish"),
     ("publisher", "aws_sqs_queue", _SEND),
@@ -4998,135 +7242,29 @@ _GRANTS = [  # the least that each role needs, on topics, queues and dead-letter
 ]
 
 
-def _resources(
-    priority: Priority, most: int, function: str | None
-) -> Iterator[_Resource]:
-    """Describe what messages of a priority need, in an order in which it can be made."""
-    service = settings.require("TASKHAWK_QUEUE")
-    valid = 1 <= most <= 1000  # noqa: PLR2004 - what SQS takes
-    _require(valid, f"--max-receive-count: expected 1 to 1000, got {most}")
-    _require(
-        settings.IS_LAMBDA_APP or not function,
-        "--lambda: expected IS_LAMBDA_APP to be set",
-    )
-    tags = {"taskhawk": service}
-    topic = f"taskhawk-{service.lower()}{_SUFFIXES[priority]}"
-    name = topic if settings.IS_LAMBDA_APP else _brokers.broker().destination(priority)
-    label = name.lower().replace("-", "_")
-    if settings.IS_LAMBDA_APP:
-        yield "aws_sns_topic", name, {"name": name, "tags": tags}
-        if function:
-            to = {"topic_arn": f"${{aws_sns_topic.{label}.arn}}", "protocol": "lambda"}
-            yield "aws_sns_topic_subscription", name, {**to, "endpoint": function}
-        return
-    # SQS counts the retention from the first sending, so that of dead letters is longer. Where no
-    # size is given, Terraform sets 256 KiB.
-    both = {"max_message_size": _MAX_SQS_BYTES, "tags": tags}
-    dead = {"message_retention_seconds": 14 * 86_400, **both}
-    yield "aws_sqs_queue", f"{name}-DLQ", {"name": f"{name}-DLQ", **dead}
-    redrive = {
-        "deadLetterTargetArn": f"${{aws_sqs_queue.{label}_dlq.arn}}",
-        "maxReceiveCount": most,
-    }
-    kept = {
-        "message_retention_seconds": 4 * 86_400,
-        "redrive_policy": json.dumps(redrive),
-    }
-    yield "aws_sqs_queue", name, {"name": name, **kept, **both}
-
-
-def _terraform(resources: Iterable[_Resource]) -> dict[str, Any]:
-    """Write resources in Terraform's JSON syntax."""
-    made: dict[str, dict[str, Any]] = {}
-    for kind, name, wanted in resources:
-        label = name.lower().replace("-", "_")
-        made.setdefault(kind, {})[label] = wanted
-        if function := wanted.get("endpoint"):
-            # Besides its subscription: the function's own policy must let SNS call it.
-            allowed = {
-                "action": "lambda:InvokeFunction",
-                "principal": "sns.amazonaws.com",
-            }
-            allowed |= {"function_name": function, "source_arn": wanted["topic_arn"]}
-            made.setdefault("aws_lambda_permission", {})[label] = allowed
-    return {"resource": made}
-
-
-def _provide(kind: str, name: str, wanted: Mapping[str, Any], *, dry_run: bool) -> str:
-    """Make what is missing and raise what is too low; say what was done, or would be."""
-    sender = _brokers.get(kind.split("_")[1])  # "sqs" or "sns"
-    find = _queue_change if kind == "aws_sqs_queue" else _topic_change
-    told, call, options = find(sender, name, sender.arn(name), wanted)
-    if told and not dry_run:
-        with _explained(name):
-            getattr(sender.client("send"), call)(**options)
-    would_be = "would be " if told and dry_run else ""
-    return f"{kind.rpartition('_')[2]} {name}: {would_be}{told or 'is as it should be'}"
-
-
-def _queue_change(
-    sqs: SqsBroker, name: str, arn: str, wanted: Any
-) -> tuple[str, str, Any]:
-    """Say what a queue lacks, and return the call for it; what is higher by hand stays."""
-    found = _if_there(sqs.attributes, name, ["All"]) or {}
-    numbers = {"MessageRetentionPeriod": wanted["message_retention_seconds"]}
-    numbers |= {"MaximumMessageSize": wanted["max_message_size"]}
-    changes = {key: str(n) for key, n in numbers.items() if int(found.get(key, 0)) < n}
-    ours = json.loads(wanted.get("redrive_policy", "{}"))
-    theirs: dict[str, Any] = {"deadLetterTargetArn": f"{arn}-DLQ", "maxReceiveCount": 0}
-    theirs |= json.loads(found.get("RedrivePolicy") or "{}")
-    # What someone set higher has its reason; a lower one would cost messages.
-    if int(theirs["maxReceiveCount"]) < (most := ours.get("maxReceiveCount", 0)):
-        changes["RedrivePolicy"] = json.dumps({**theirs, "maxReceiveCount": most})
-    if not found:
-        options = {"QueueName": name, "Attributes": changes, "tags": wanted["tags"]}
-        return "made", "create_queue", options
-    told = ", ".join(
-        f"{key} from {found.get(key, 'none')} to {changes[key]}" for key in changes
-    )
-    options = {"QueueUrl": sqs.url(name), "Attributes": changes}
-    return told and f"changed: {told}", "set_queue_attributes", options
-
-
-def _topic_change(
-    sns: SnsSender, name: str, arn: str, wanted: Any
-) -> tuple[str, str, Any]:
-    """Say whether a topic or a subscription to it is missing, and return the call for it."""
-    lists = sns.client("send").get_paginator("list_subscriptions_by_topic")
-    found = _if_there(_explained(name)(lists.paginate(TopicArn=arn).build_full_result))
-    if function := wanted.get("endpoint"):
-        there = found and function in [
-            each["Endpoint"] for each in found["Subscriptions"]
-        ]
-        options = {"TopicArn": arn, "Protocol": "lambda", "Endpoint": function}
-        return "" if there else f"made for {function}", "subscribe", options
-    tags = [{"Key": key, "Value": value} for key, value in wanted["tags"].items()]
-    return "made" if found is None else "", "create_topic", {"Name": name, "Tags": tags}
-
-
 def _iam(resources: Iterable[_Resource]) -> dict[str, Any]:
     """Write the least policies, by role."""
     arns: dict[str, list[str]] = {}
-    for kind, name, _ in resources:
-        arn = _brokers.get(kind.split("_")[1]).arn(name)
-        arns.setdefault("DLQ" if name.endswith("-DLQ") else kind, []).append(arn)
+    for resource in resources:
+        service, _ = _PROVIDERS[resource.kind]
+        kind = "DLQ" if resource.name.endswith("-DLQ") else resource.kind
+        arns.setdefault(kind, []).append(_brokers.get(service).arn(resource.name))
     policies: dict[str, Any] = {}
     for role, kind, actions in _GRANTS:
         if kind in arns:
-            policy = policies.setdefault(
-                role, {"Version": "2012-10-17", "Statement": []}
+            empty = {"Version": "2012-10-17", "Statement": []}
+            policies.setdefault(role, empty)["Statement"].append(
+                {
+                    "Effect": "Allow",
+                    "Action": actions.split(),
+                    "Resource": arns[kind],
+                }
             )
-            grant = {
-                "Effect": "Allow",
-                "Action": actions.split(),
-                "Resource": arns[kind],
-            }
-            policy["Statement"].append(grant)
     return policies
 
 
 class _Finding(NamedTuple):
-    """What :func:`_check` found: an error loses messages or time, a warning may."""
+    """Something that `check` found: an error loses messages or time, a warning may."""
 
     severity: str
     what: str
@@ -5134,126 +7272,209 @@ class _Finding(NamedTuple):
     remedy: str = _PROVISION
 
 
-def _check(priorities: Iterable[Priority]) -> Iterator[_Finding]:
-    """Look for what is wrong with settings, queues and tasks."""
-    for name in sorted(name for name, found in _registry.items() if name == found.name):
-        if name.startswith("__main__."):
+_error = functools.partial(_Finding, "error")
+_warning = functools.partial(_Finding, "warning")
+
+
+def _check(priorities: Collection[Priority]) -> Iterator[_Finding]:
+    """Look for what is wrong with tasks, settings and queues.
+
+    :param priorities: those of the queues that a worker is to serve
+    """
+    yield from _check_tasks(priorities)
+    wrong = _check_settings()
+    yield from wrong
+    if not wrong:
+        yield from _check_places(priorities)
+
+
+def _check_tasks(priorities: Collection[Priority]) -> Iterator[_Finding]:
+    """Look for tasks that no worker would run."""
+    for task in _tasks_by_name():
+        if task.name.startswith("__main__."):
             why = "a worker can't find it under that name"
-            yield _Finding(
-                "error", f"task {name} is of __main__", why, "move it to a module"
-            )
-    try:
-        if settings.TASKHAWK_BROKER == "sqs" and settings.TASKHAWK_QUEUE is None:
-            why = "no queue can be named; without AWS, try TASKHAWK_BROKER=sqlite:///queue.db"
-            remedy = "export TASKHAWK_QUEUE=dev-myapp"
-            yield _Finding("error", "TASKHAWK_QUEUE is not set", why, remedy)
-            return
-        topics = settings.IS_LAMBDA_APP and settings.TASKHAWK_BROKER == "sqs"
-    except ConfigurationError as error:
-        yield _Finding(
-            "error", str(error), "nothing can be sent or received", "as it says"
-        )
-        return
+            yield _error(f"task {task.name} is of __main__", why, "move it to a module")
+        if task.priority not in priorities:
+            priority = task.priority.name
+            why = "a worker that serves these priorities does not run it"
+            remedy = f"serve --priority {priority} too, here or in another worker"
+            yield _warning(f"task {task.name} is of priority {priority}", why, remedy)
+
+
+def _check_places(priorities: Collection[Priority]) -> Iterator[_Finding]:
+    """Look at the queues or topics of these priorities."""
+    on_topics = settings.IS_LAMBDA_APP and settings.TASKHAWK_BROKER == "sqs"
     for priority in priorities:
         try:
-            yield from (_check_topic if topics else _check_queue)(priority)
+            yield from (_check_topic if on_topics else _check_queue)(priority)
         except Exception as error:
-            remedy = "check credentials, AWS_REGION, AWS_ENDPOINT_SQS and the network"
-            remedy = "as it says" if isinstance(error, ConfigurationError) else remedy
-            yield _Finding(
-                "error", _text_of(error), "no more can be seen of it", remedy
-            )
-            if not re.match("AccessDenied|AuthorizationError", _error_code(error)):
+            yield _error(_text_of(error), "the rest can't be checked", _advice(error))
+            if not re.match(_DENIED, _error_code(error)):
                 return  # the others would say the same
 
 
+def _advice(error: Exception) -> str:
+    """Return what to do about a queue or topic that can't be looked at."""
+    if isinstance(error, ConfigurationError):
+        return "as the error says"
+    return "check credentials, AWS_REGION, AWS_ENDPOINT_SQS and the network"
+
+
+def _check_settings() -> list[_Finding]:
+    """Read all settings, and import the hooks and classes that they name."""
+    findings = [
+        _error(str(error), "what uses it fails", _advice(error))
+        for error in _settings_errors()
+    ]
+    if findings or settings.TASKHAWK_BROKER != "sqs" or settings.TASKHAWK_QUEUE:
+        return findings
+    why = "no queue has a name; without AWS, try TASKHAWK_BROKER=sqlite:///queue.db"
+    remedy = "export TASKHAWK_QUEUE=dev-myapp"
+    return [_error("TASKHAWK_QUEUE is not set", why, remedy)]
+
+
+def _settings_errors() -> list[ConfigurationError]:
+    """Return what is wrong with the settings."""
+    errors: dict[str, ConfigurationError] = {}
+    for name in _SETTINGS:
+        try:
+            getattr(settings, name)
+        except ConfigurationError as error:
+            errors.setdefault(str(error), error)  # of a wrong module, all say the same
+    return list(errors.values())
+
+
 def _check_topic(priority: Priority) -> Iterator[_Finding]:
-    sender = _brokers.get("sns")
-    topic = sender.destination(priority)
-    found = _if_there(sender.call, "send", "list_subscriptions_by_topic", topic)
-    if found is None:
-        yield _Finding("error", f"{topic}: no such topic", "dispatch raises")
-    elif not found["Subscriptions"]:
+    """Look at one topic."""
+    sns = _brokers.get("sns")
+    topic = sns.destination(priority)
+    subscribers = _subscribers(sns, topic)
+    if subscribers is None:
+        yield _error(f"{topic}: no such topic", "dispatch raises")
+    elif not subscribers:
         remedy = f"{_PROVISION} --lambda ARN"
-        yield _Finding(
-            "error", f"{topic}: nobody subscribes", "what is sent is lost", remedy
-        )
+        yield _error(f"{topic}: nobody subscribes", "what is sent is lost", remedy)
 
 
 def _check_queue(priority: Priority) -> Iterator[_Finding]:
     """Look at one queue, and at the tasks whose messages it has."""
     broker = _brokers.broker()
     queue = broker.destination(priority)
-    info = _if_there(broker.info, queue)
+    info = _unless(_ABSENT, broker.info, queue)
     if info is None:
-        yield _Finding("error", f"{queue}: no such queue", "dispatch raises")
+        yield _error(f"{queue}: no such queue", "dispatch raises")
         return
-    lease_s, dead, most = info
-    aws = isinstance(broker, SqsBroker)
-    timeout = "VisibilityTimeout" if aws else "visibility_timeout_s in TASKHAWK_BROKER"
-    more = (
-        f"{_PROVISION} --max-receive-count "
-        if aws
-        else "in TASKHAWK_BROKER, max_receive_count="
-    )
-    for found in [
-        task for _, task in sorted(_registry.items()) if task.priority is priority
-    ]:
-        limit, retries = found.time_limit, getattr(found.retry, "max_retries", None)
-        if limit and limit > lease_s:
-            what = f"{queue}: its visibility timeout of {lease_s:g} s is below {found.name}'s limit"
-            why = "after a worker that can't extend it, or in Lambda, the task runs twice at once"
-            remedy = f"set {timeout} above {limit:g} s"
-            yield _Finding("warning", f"{what} of {limit:g} s", why, remedy)
-        if most and retries is not None and most <= retries:
-            what = f"{queue}: its maxReceiveCount of {most} is not above {found.name}'s {retries}"
-            why = "the queue gives up before the task's policy does"
-            yield _Finding("error", f"{what} retries", why, f"{more}{retries + 2}")
-    if not dead or not most:
+    on_sqs = isinstance(broker, SqsBroker)
+    for task in _tasks_of(priority):
+        yield from _check_time_limit(queue, info, task, on_sqs=on_sqs)
+        yield from _check_retries(queue, info, task, on_sqs=on_sqs)
+    if info.dead_letter_queue is None:
         why = "what fails is retried until it expires"
-        yield _Finding("error", f"{queue}: it has no dead-letter queue", why)
+        yield _error(f"{queue}: it has no dead-letter queue", why)
         return
-    if most < 5:  # noqa: PLR2004 - what AWS advises
-        why = "a few crashes or releases are enough to make a dead letter of a good message"
-        yield _Finding(
-            "warning", f"{queue}: its maxReceiveCount is {most}", why, f"{more}5"
-        )
+    yield from _check_receives(queue, info, on_sqs=on_sqs)
     if isinstance(broker, SqsBroker):
-        yield from _check_attributes(broker, queue, dead)
+        yield from _check_attributes(broker, queue, info.dead_letter_queue)
+
+
+def _tasks_by_name() -> list[Task[..., Any]]:
+    """Return the registered tasks in order, without aliases."""
+    return [task for name, task in sorted(_registry.items()) if name == task.name]
+
+
+def _tasks_of(priority: Priority) -> list[Task[..., Any]]:
+    """Return the tasks of a priority, by name."""
+    return [task for task in _tasks_by_name() if task.priority is priority]
+
+
+def _check_time_limit(
+    queue: str, info: QueueInfo, task: Task[..., Any], *, on_sqs: bool
+) -> Iterator[_Finding]:
+    """Look whether a run may take longer than its message is hidden."""
+    lease_s, limit_s = info.visibility_timeout_s, task.time_limit
+    if limit_s is None or limit_s <= lease_s:
+        return
+    setting = "visibility_timeout_s in TASKHAWK_BROKER"
+    if on_sqs:
+        setting = "VisibilityTimeout"
+    yield _warning(
+        f"{queue}: its visibility timeout of {lease_s:g} s"
+        f" is below {task.name}'s limit of {limit_s:g} s",
+        "where no worker extends it, such as in Lambda, the task runs twice at once",
+        f"set {setting} above {limit_s:g} s",
+    )
+
+
+def _check_retries(
+    queue: str, info: QueueInfo, task: Task[..., Any], *, on_sqs: bool
+) -> Iterator[_Finding]:
+    """Look whether the queue gives up before a task's policy does."""
+    receives = info.max_receive_count
+    retries = getattr(task.retry, "max_retries", None)
+    if receives is None or retries is None or receives > retries:
+        return
+    yield _error(
+        f"{queue}: its maxReceiveCount of {receives}"
+        f" is not above {task.name}'s {retries} retries",
+        "the queue gives up before the task's policy does",
+        _raise_receives(retries + 2, on_sqs=on_sqs),
+    )
+
+
+def _check_receives(queue: str, info: QueueInfo, *, on_sqs: bool) -> Iterator[_Finding]:
+    """Look whether a few crashes make a dead letter."""
+    receives = info.max_receive_count
+    if receives is None or receives >= _FEW_RECEIVES:
+        return
+    yield _warning(
+        f"{queue}: its maxReceiveCount is {receives}",
+        "a few crashes or releases make a dead letter of a good message",
+        _raise_receives(_FEW_RECEIVES, on_sqs=on_sqs),
+    )
+
+
+def _raise_receives(receives: int, *, on_sqs: bool) -> str:
+    """Return how to allow so many receives."""
+    if on_sqs:
+        return f"{_PROVISION} --max-receive-count {receives}"
+    return f"set max_receive_count={receives} in TASKHAWK_BROKER"
 
 
 def _check_attributes(broker: SqsBroker, queue: str, dead: str) -> Iterator[_Finding]:
-    """Look at what only a queue on SQS has."""
+    """Look at what only a queue on SQS has: how long it keeps messages, how large."""
     names = ["MessageRetentionPeriod", "MaximumMessageSize"]
-    ours, theirs = (_if_there(broker.attributes, name, names) for name in (queue, dead))
+    ours = broker.attributes(queue, names)
+    theirs = _unless(_ABSENT, broker.attributes, dead, names)
+    is_provisioned = dead == f"{queue}-DLQ"
     if theirs is None:
-        remedy = (
-            _PROVISION
-            if dead == f"{queue}-DLQ"
-            else "make it, or correct the RedrivePolicy"
-        )
+        remedy = "make it, or correct the RedrivePolicy"
+        if is_provisioned:
+            remedy = _PROVISION
         why = "what fails is retried until it expires"
-        yield _Finding("error", f"{dead}: no such queue", why, remedy)
+        yield _error(f"{dead}: no such queue", why, remedy)
         return
-    kept_s, dead_s = (int(found["MessageRetentionPeriod"]) for found in (ours, theirs))
+    kept_s = int(ours["MessageRetentionPeriod"])
+    dead_s = int(theirs["MessageRetentionPeriod"])
     if dead_s <= kept_s:
+        remedy = f"set MessageRetentionPeriod of {queue} below that of {dead}, at most"
+        remedy += f" {_DEAD_RETENTION_S}"
+        if is_provisioned and kept_s < _DEAD_RETENTION_S:
+            remedy = _PROVISION
         what = f"{dead}: it keeps messages for {dead_s} s, and {queue} for {kept_s} s"
         why = "the time counts from the first sending: a dead letter may expire at once"
-        remedy = f"set MessageRetentionPeriod of {queue} below that of {dead}: 1209600 is the most"
-        mends = dead == f"{queue}-DLQ" and kept_s < 14 * 86_400
-        yield _Finding("warning", what, why, _PROVISION if mends else remedy)
-    if int(ours["MaximumMessageSize"]) < _MAX_SQS_BYTES:
-        what = (
-            f"{queue}: it takes messages of at most {ours['MaximumMessageSize']} bytes"
-        )
+        yield _warning(what, why, remedy)
+    max_bytes = int(ours["MaximumMessageSize"])
+    if max_bytes < _MAX_SQS_BYTES:
+        what = f"{queue}: it takes messages of at most {max_bytes} bytes"
         why = "SQS takes 1 MiB, and larger ones are refused at dispatch"
-        yield _Finding("warning", what, why)
+        yield _warning(what, why)
 
 
 # --- 22. command line -----------------------------------------------------------------
-# Glue only. Each command is a function around what is above: its decorator has its options, its
-# docstring is its help and ends with an example, and it returns whether it failed. Exit codes:
-# 0 done, 1 failed, 2 wrong usage or configuration.
+# Glue only. Each command is a function around what stands above: its decorator has its
+# options, each read and checked by its `type`; its docstring is its help and ends with
+# an example; it returns whether it failed. Exit codes: 0 done, 1 failed, 2 wrong usage
+# or configuration. What is asked for goes to stdout, all else to stderr.
 
 
 _Option = tuple[str, dict[str, Any]]  # the arguments of argparse's add_argument()
@@ -5261,11 +7482,12 @@ _commands: dict[str, tuple[Callable[[Any], object], Sequence[_Option]]] = {}
 
 
 def _option(name: str, text: str | None = None, **kwargs: Any) -> _Option:
+    """Describe an option, or an argument if its name has no dashes."""
     return name, {"help": text, **kwargs}
 
 
 def _command(name: str, *options: _Option) -> Callable[..., Any]:
-    """Make a command of a function; its docstring is the help, and ends with an example."""
+    """Make a command of a function; its docstring, with an example, is the help."""
 
     def register(run: Callable[[Any], object]) -> Callable[[Any], object]:
         _commands[name] = run, options
@@ -5274,15 +7496,89 @@ def _command(name: str, *options: _Option) -> Callable[..., Any]:
     return register
 
 
+def _wrong(expected: str, text: str) -> Exception:
+    """Return what argparse expects of a `type` that refuses a text."""
+    import argparse
+
+    return argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+
+
+def _whole(least: int, most: float = math.inf) -> Callable[[str], int]:
+    """Return what reads a whole number within bounds."""
+
+    def read(text: str) -> int:
+        if re.fullmatch("[0-9]+", text) and least <= int(text) <= most:
+            return int(text)
+        raise _wrong(_bounds(least, most), text)
+
+    return read
+
+
+def _seconds(least: float = 0, most: float = math.inf) -> Callable[[str], float]:
+    """Return what reads a time within bounds, in seconds if it has no unit."""
+    units_s = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
+
+    def read(text: str) -> float:
+        found = re.fullmatch(r"([0-9]+|[0-9]*\.[0-9]+)([smhd]?)", text)
+        if found:
+            value_s = float(found[1]) * units_s[found[2]]
+            if least <= value_s <= most:
+                return value_s
+        raise _wrong(f"{_bounds(least, most)} seconds, such as 90 or 10m", text)
+
+    return read
+
+
+def _bounds(least: float, most: float) -> str:
+    """Return which numbers are within bounds."""
+    return f"{least} or more" if most == math.inf else f"{least} to {most}"
+
+
+def _age(text: str) -> float:
+    """Read an age, in seconds; it must have a unit."""
+    if text.endswith(("s", "m", "h", "d")):
+        return _seconds()(text)
+    raise _wrong("a number and one of s, m, h, d, such as 36h", text)
+
+
+def _pair(text: str) -> tuple[str, str]:
+    """Read a header, K=V."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise _wrong("K=V", text)
+    return name, value
+
+
+def _json_array(text: str) -> list[Any]:
+    """Read an array of JSON."""
+    value = _json_of(text)
+    if not isinstance(value, list):
+        raise _wrong("an array of JSON", text)
+    return value
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    """Read an object of JSON."""
+    value = _json_of(text)
+    if not isinstance(value, dict):
+        raise _wrong("an object of JSON", text)
+    return value
+
+
+def _json_of(text: str) -> Any:
+    """Read JSON; what is not JSON is None."""
+    with contextlib.suppress(ValueError, RecursionError):
+        return _DECODER.decode(text)
+    return None
+
+
 _flag = functools.partial(_option, action="store_true")
 _many = functools.partial(_option, action="append", default=[])
 _MODULES = _option(
-    "modules", "to import: it has the tasks", nargs="*", metavar="MODULE"
+    "modules", "modules to import, which define the tasks", nargs="*", metavar="MODULE"
 )
-_MODULE = _many("--module", "to import first", dest="modules", metavar="MODULE")
-_QUEUES = _many("--priority", "which queue: default", choices=_PRIORITIES)
-_HEADER = _many("--header", metavar="K=V")
-_AS_JSON = _flag("--json", "for programs")
+_MODULE = _many("--module", "module to import first", dest="modules", metavar="MODULE")
+_AS_JSON = _flag("--json", "print JSON, for programs")
 _DRY_RUN = _flag("--dry-run", "only say what would be done")
 
 
@@ -5290,67 +7586,153 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     :param argv: the arguments; those of the process if None
-    :returns: the exit code: 0 done, 1 failed, 2 wrong usage or configuration, 130 interrupted
-    :raises SystemExit: for ``--help``, ``--version`` and arguments that argparse refuses
+    :returns: the exit code: 0 done, 1 failed, 2 wrong usage or configuration,
+        130 interrupted
+    :raises SystemExit: for ``--help``, ``--version`` and what argparse refuses
     """
     argv = sys.argv[1:] if argv is None else argv
     # Such as a worker's child, before all else: it has arguments of its own.
     if argv and argv[0] in _programs:
         return _programs[argv[0]](argv[1:])
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # for ASCII and Latin-1
     arguments = _parser().parse_args(argv)
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
-    )
-    # On the handlers, for a logger's own filters do not see what its children log.
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(_add_task)
-        if arguments.log_format == "json":
-            handler.setFormatter(_JsonFormatter())
-    if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # as `python -m` does, for the script
+    if arguments.run is None:
+        arguments.parser.print_help(sys.stderr)
+        return 2
     try:
-        if name := os.environ.get("DJANGO_SETTINGS_MODULE"):
-            _import(name, "the module named by DJANGO_SETTINGS_MODULE")
-            _import("django", "the package").setup()
-        _load(arguments.modules, arguments.command)
-        return int(bool(arguments.run(arguments)))
+        failed = _run_command(arguments)
+        sys.stdout.flush()  # here, where a reader that is gone can be told of
     except KeyboardInterrupt:
+        _clear_line()  # of the terminal's ^C
         return 130
+    except BrokenPipeError:  # such as of `head`, which has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except Exception as error:
-        _log.debug("taskhawk %s", arguments.command, exc_info=True)
-        # In one line, and never an empty one; the text of a KeyError is its key alone.
-        text = "" if isinstance(error, KeyError) else " ".join(_text_of(error).split())
-        print(f"taskhawk: {text or repr(error)}", file=sys.stderr)
-        wrong = ConfigurationError | ValidationError | TypeError | ValueError
-        return 2 if isinstance(error, wrong) else 1
+        return _report(error)
+    return int(failed)
 
 
 _programs[""] = main
 
 
+def _run_command(arguments: Any) -> bool:
+    """Import the tasks and run the command; return whether it failed."""
+    _set_up_logging(arguments.log_level, arguments.log_format)
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as `python -m` does, for the script
+    with _telling_where("Django can't be set up"):
+        _set_up_django()
+    modules = arguments.modules
+    if arguments.command in ("listen", "check", "tasks"):
+        modules = modules or _django_task_modules()
+    _load(modules, arguments.command)
+    # Again, for Django and the tasks' modules may have configured logging.
+    _set_up_logging(arguments.log_level, arguments.log_format)
+    return bool(arguments.run(arguments))
+
+
+def _report(error: Exception) -> int:
+    """Say in one line what went wrong, and return the exit code."""
+    _log.debug("the command failed", exc_info=True)
+    print(f"taskhawk: {_one_line(error)}", file=sys.stderr)
+    if isinstance(error, ConfigurationError | ValidationError | TypeError | ValueError):
+        return 2
+    return 1
+
+
+def _one_line(error: Exception) -> str:
+    """Return an error in one line, and never an empty one."""
+    text = " ".join(_text_of(error).split())
+    if not text or isinstance(error, KeyError):  # whose text is the key alone
+        return repr(error)
+    return text
+
+
+def _set_up_logging(level: str | None, log_format: str | None) -> None:
+    """Log to stderr, with the task that a record was made in; it may be called again.
+
+    An application that configures logging keeps its handlers and levels. But its
+    dictConfig(), such as Django's, may disable our logger, and can't know our options.
+
+    :param level: None leaves it to the application, or INFO
+    :param log_format: "text" or "json"; None leaves it to the application, or text
+    """
+    ours = logging.StreamHandler()
+    ours.setFormatter(_TextFormatter("%(asctime)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[ours])
+    _log.logger.disabled = False
+    if level:
+        logging.getLogger().setLevel(level.upper())
+        _log.logger.setLevel(level.upper())
+    for name in ("botocore", "urllib3"):  # what they say of a request is no news
+        logger = logging.getLogger(name)
+        logger.setLevel(logger.level or logging.WARNING)
+    formatters = {"text": _TextFormatter("%(asctime)s"), "json": _JsonFormatter()}
+    for handler in _log_handlers():
+        # On handlers: a logger's own filters do not see what its children log.
+        handler.addFilter(_add_task)
+        to_terminal = getattr(handler, "stream", None) in (sys.stdout, sys.stderr)
+        if log_format and to_terminal:
+            handler.setFormatter(formatters[log_format])
+
+
+def _log_handlers() -> Iterator[logging.Handler]:
+    """Yield the handlers of all loggers."""
+    yield from logging.getLogger().handlers
+    for logger in list(logging.getLogger().manager.loggerDict.values()):
+        if isinstance(logger, logging.Logger):  # and no place for one
+            yield from logger.handlers
+
+
+def _django_task_modules() -> list[str]:
+    """Return the modules named `tasks` of the installed apps, if Django is set up."""
+    if "django.apps" not in sys.modules:
+        return []
+    from django.apps import apps
+    from django.utils.module_loading import module_has_submodule
+
+    return [
+        f"{app.name}.tasks"
+        for app in apps.get_app_configs()
+        if module_has_submodule(app.module, "tasks")
+    ]
+
+
 def _parser() -> Any:
+    """Make the parser of all commands."""
     import argparse
 
-    parser = argparse.ArgumentParser(
-        prog="taskhawk", description=(__doc__ or "").split("\n")[0]
-    )
+    class Parser(argparse.ArgumentParser):
+        """Refuses in one line, and knows no abbreviations: --a is not --all."""
+
+        def __init__(self, **kwargs: Any) -> None:
+            formatter = argparse.RawDescriptionHelpFormatter  # keeps examples in a line
+            kwargs |= {"allow_abbrev": False, "formatter_class": formatter}
+            super().__init__(**kwargs)
+
+        def error(self, message: str) -> typing.NoReturn:
+            self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+    sentence = (__doc__ or "").partition("\n")[0]
+    parser = Parser(prog="taskhawk", description=sentence)
     parser.add_argument("--version", action="version", version=VERSION)
-    parser.set_defaults(modules=(), ids=(), json=False, log_format="text")
-    groups = {"": parser.add_subparsers(required=True, metavar="COMMAND")}
+    parser.set_defaults(run=None, parser=parser, modules=(), ids=())
+    parser.set_defaults(log_level=None, log_format=None)
+    groups = {"": parser.add_subparsers(metavar="COMMAND")}
     for command, (run, options) in _commands.items():
         text, _, example = (inspect.getdoc(run) or command).partition("\n\n")
         group, _, name = command.rpartition(" ")
         if group not in groups:
-            over = groups[""].add_parser(
-                group, help="mend dead letters", epilog=example
-            )
-            groups[group] = over.add_subparsers(required=True, metavar="ACTION")
+            about = "look at dead letters, send them back or delete them"
+            made = groups[""].add_parser(group, help=about, epilog=example)
+            made.set_defaults(parser=made)
+            groups[group] = made.add_subparsers(metavar="ACTION")
         made = groups[group].add_parser(
             name, help=text, description=text, epilog=example
         )
-        made.formatter_class = (
-            argparse.RawDescriptionHelpFormatter
-        )  # leaves the example in a line
         made.set_defaults(command=command, run=run)
         for option, kwargs in options:
             made.add_argument(option, **kwargs)
@@ -5358,18 +7740,71 @@ def _parser() -> Any:
 
 
 def _load(modules: Iterable[str], command: str) -> None:
-    """Import the tasks' modules, which may configure taskhawk, and look at what they configured."""
+    """Import the tasks' modules, and refuse a queue in memory that must be shared."""
     for name in modules:
-        _import(name, "the module")
-    # A queue in memory would be gone with this process, and its messages with it.
-    shares = re.match(
-        "listen|dispatch|dead-letters", command
-    )  # a queue, with other processes
-    memory = shares and re.match(r"sqlite://(\?|$)", settings.TASKHAWK_BROKER)
-    text = (
-        "sqlite:// is the memory of one process: use a file, such as sqlite:///queue.db"
-    )
-    _require(not memory, f"{command}: {text}")
+        if name.endswith(".py") or "/" in name:
+            path = os.path.relpath(name).removesuffix(".py")
+            name_of = path.replace("/", ".")
+            raise ConfigurationError(
+                f"{command}: {name!r} is a file: name the module, such as {name_of}"
+            )
+        with _telling_where(f"the module {name!r} can't be imported"):
+            _import(name, "the module")
+    # These share a queue with other processes: in memory, it would end with this one.
+    shares_queue = command.startswith(("listen", "dispatch", "dead-letters"))
+    if shares_queue and re.match(r"sqlite://(\?|$)", settings.TASKHAWK_BROKER):
+        raise ConfigurationError(
+            f"{command}: sqlite:// is the memory of one process:"
+            " use a file, such as sqlite:///queue.db"
+        )
+
+
+@contextlib.contextmanager
+def _telling_where(failure: str) -> Iterator[None]:
+    """Print the traceback of an application that fails while it is imported."""
+    try:
+        yield
+    except TaskhawkError:
+        raise
+    except Exception as error:
+        trace = error.__traceback__
+        while trace and _is_import(trace.tb_frame.f_code.co_filename):
+            trace = trace.tb_next  # to where the application begins
+        traceback.print_exception(type(error), error, trace)
+        raise TaskhawkError(f"{failure}: {_one_line(error)}") from error
+
+
+def _is_import(file: str) -> bool:
+    """Return whether a frame of this file is ours, or of Python's import."""
+    return file == __file__ or "importlib" in file
+
+
+def _clear_line() -> None:
+    """Clear the line of a terminal, to write something else there."""
+    if sys.stderr.isatty():
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def _require_tasks(command: str) -> None:
+    """Refuse to go on without a task."""
+    if not _registry:
+        raise ConfigurationError(
+            f"{command}: no task is registered:"
+            " name the modules that define them, such as myapp.tasks"
+        )
+
+
+def _priorities(names: Collection[str]) -> list[Priority]:
+    """Return the priorities of these names, most urgent first.
+
+    Without any, return those of the registered tasks; without tasks, the default one.
+    """
+    wanted = {Priority[name] for name in names}
+    if not names:
+        wanted = {found.priority for found in _registry.values()}
+    if not wanted:
+        wanted = {Priority.default}
+    return [priority for priority in _URGENCY if priority in wanted]
 
 
 class _DemoWorker(Worker):
@@ -5378,15 +7813,18 @@ class _DemoWorker(Worker):
     def settle(self, held: _Held, outcome: Outcome) -> None:
         """Do what the outcome says, then print it."""
         super().settle(held, outcome)
-        names = {
+        verb = {
             Fate.acknowledge: "ran",
             Fate.retry: "failed",
             Fate.dead_letter: "dead-lettered",
-        }
-        then = f": {outcome.error}" if outcome.error else ""
-        then += "" if outcome.delay_s is None else f"; again in {outcome.delay_s:g} s"
+        }[outcome.fate]
         name = held.message.message.task_name if held.message.message else ""
-        print(f"{names[outcome.fate]:15}{name:14}attempt {held.message.attempt}{then}")
+        line = f"{verb:15}{name:14}attempt {held.message.attempt}"
+        if outcome.error:
+            line += f": {outcome.error}"
+        if outcome.delay_s is not None:
+            line += f"; again in {outcome.delay_s:g} s"
+        print(line)
 
 
 @_command("demo")
@@ -5408,7 +7846,7 @@ def _demo(_arguments: Any) -> bool:
 
 
 def _play() -> bool:
-    """Dispatch, run, retry, dead-letter and requeue; return whether any of it went wrong."""
+    """Dispatch, run, retry, dead-letter, requeue; return whether any of it failed."""
     bugs = ["demo.divide"]
 
     @task(name="demo.greet")
@@ -5434,100 +7872,194 @@ def _play() -> bool:
     )
     first = work().run()
     bugs.clear()
-    print("\nThe bug in demo.divide is mended, and its dead letter sent back:")
+    print("\nThe bug in demo.divide is fixed, and its dead letter sent back:")
     print(f"{'requeued':15}{requeue_dead_letter(Priority.default)} message")
     second = work().run()
     print(f"\nThe ledgers of the two workers:\n  {first}\n  {second}")
     return (first.dead_lettered, second.acked) != (1, 1)
 
 
+class _ListenWorker(Worker):
+    """A worker that logs each finished task; processing logs those that failed."""
+
+    def settle(self, held: _Held, outcome: Outcome) -> None:
+        """Do what the outcome says, then log that the task has finished."""
+        super().settle(held, outcome)
+        message = held.message.message
+        if message and outcome.fate is Fate.acknowledge:
+            facts: dict[str, Any] = {"task": message.task_name, "id": message.id}
+            facts["attempt"] = held.message.attempt
+            _log.info("%s %s: finished", message.task_name, message.id, extra=facts)
+
+
 @_command(
     "listen",
     _MODULES,
-    _QUEUES,
-    _option("--num-messages", "to receive at once", type=int, default=1),
-    _option("--visibility-timeout", "seconds", type=float, dest="visibility_timeout_s"),
-    _option("--loop-count", "end after N receives", type=int, metavar="N"),
+    _many(
+        "--priority",
+        "queue to listen to (default: those of the tasks)",
+        choices=_PRIORITIES,
+    ),
+    _option(
+        "--num-messages",
+        "messages to receive ahead (default: 1)",
+        type=_whole(1, 100),
+        default=1,
+        metavar="N",
+    ),
+    _option(
+        "--visibility-timeout",
+        "how long a message is hidden from others (default: the queue's own)",
+        type=_seconds(1, _MAX_HELD_S),
+        dest="visibility_timeout_s",
+        metavar="S",
+    ),
+    _option("--loop-count", "end after N receives", type=_whole(1), metavar="N"),
     _flag("--until-empty", "end once nothing is queued"),
-    _option("--concurrency", "how many to run at once", type=int, default=1),
-    _option("--max-tasks", "end after N runs", type=int, metavar="N"),
+    _option(
+        "--concurrency",
+        "tasks to run at once (default: 1)",
+        type=_whole(1),
+        default=1,
+        metavar="N",
+    ),
+    _option("--max-tasks", "end after N runs", type=_whole(1), metavar="N"),
     _option(
         "--grace",
-        "seconds from a signal to the end",
-        type=float,
+        "seconds from a signal to the end (default: 25)",
+        type=_seconds(),
         default=25,
         dest="grace_s",
+        metavar="S",
     ),
     _flag("--isolate", "run tasks in child processes"),
-    _option("--log-format", choices=["text", "json"], default="text"),
-    _option("--liveness-file", "to touch while it lives", metavar="PATH"),
+    _option("--liveness-file", "file to touch while the worker lives", metavar="PATH"),
+    _option(
+        "--log-level",
+        "(default: info)",
+        choices=["debug", "info", "warning", "error"],
+    ),
+    _option("--log-format", "(default: text)", choices=["text", "json"]),
 )
 def _listen(arguments: Any) -> bool:
     """Run a worker.
 
     example: python -m taskhawk listen myapp.tasks --priority high --priority default
     """
-    text = "listen: no task is registered: name the modules that define them, such as myapp.tasks"
-    _require(_registry, text)
-    queues = _queues_of(Priority[name] for name in arguments.priority or ["default"])
-    names = [
-        field.name for field in dataclasses.fields(Worker) if field.name in arguments
-    ]
-    options = {name: vars(arguments)[name] for name in names}
-    worker = Worker(_brokers.broker(), queues, **options, on_overdue=_exit_overdue)
+    _require_tasks("listen")
+    # A typo, such as in a hook's name, would send the whole queue to the dead letters.
+    for error in _settings_errors():
+        raise error
+    priorities = _priorities(arguments.priority)
+    worker = _ListenWorker(
+        _brokers.broker(),
+        _queues_of(priorities),
+        num_messages=arguments.num_messages,
+        visibility_timeout_s=arguments.visibility_timeout_s,
+        loop_count=arguments.loop_count,
+        until_empty=arguments.until_empty,
+        concurrency=arguments.concurrency,
+        max_tasks=arguments.max_tasks,
+        grace_s=arguments.grace_s,
+        isolate=arguments.isolate,
+        liveness_file=arguments.liveness_file,
+        on_overdue=_exit_overdue,
+    )
+    _log.info("%s", _served(worker.queues, priorities))
     print(worker.run())
     return not worker.ledger.balanced or worker.unanswered or worker.overdue.is_set()
 
 
+def _served(queues: Sequence[str], priorities: Sequence[Priority]) -> str:
+    """Return what a worker serves, and what it leaves to others."""
+    where = f"{', '.join(queues)} ({settings.TASKHAWK_BROKER})"
+    text = f"listening to {where} for {_names_of(priorities) or 'no task'}"
+    others = _names_of(set(Priority).difference(priorities))
+    if others:
+        text += f"; not served here: {others}"
+    return text
+
+
+_MOST_LISTED = 10  # names in a line
+
+
+def _names_of(priorities: Iterable[Priority]) -> str:
+    """Return the names of these priorities' tasks in a line, if many the first ones."""
+    names = sorted(found.name for each in priorities for found in _tasks_of(each))
+    listed = ", ".join(names[:_MOST_LISTED])
+    if len(names) > _MOST_LISTED:
+        listed += f" and {len(names) - _MOST_LISTED} more"
+    return listed
+
+
 def _exit_overdue(ledger: Ledger) -> None:
-    """End at once, for a task still runs: its message is visible again when its lease ends."""
-    print(ledger, flush=True)
-    # Not sys.exit(): the worker calls this in a thread of its own, and only that would end.
-    os._exit(1)
+    """End at once: a task still runs, and its message reappears when its lease ends."""
+    try:
+        print(ledger, flush=True)
+    finally:  # though nobody reads it any more
+        # Not sys.exit(): it would only end the thread in which the worker calls this.
+        os._exit(1)
 
 
 @_command(
     "dispatch",
-    _option("task", "its name"),
-    _option("--args", "an array", default="[]", metavar="JSON"),
-    _option("--kwargs", "an object", default="{}", metavar="JSON"),
-    _HEADER,
-    _option("--priority", "which queue: the task's", choices=_PRIORITIES),
-    _option("--delay", "seconds", type=float, default=0, metavar="S"),
+    _option("task", "the task's name"),
+    _option(
+        "--args", "(default: [])", type=_json_array, default=[], metavar="JSON ARRAY"
+    ),
+    _option(
+        "--kwargs",
+        "(default: {})",
+        type=_json_object,
+        default={},
+        metavar="JSON OBJECT",
+    ),
+    _many("--header", "a header: its name and value", type=_pair, metavar="K=V"),
+    _option(
+        "--priority", "queue to send to (default: the task's)", choices=_PRIORITIES
+    ),
+    _option(
+        "--delay",
+        "how long to hold it back: 90, 90s, 10m or 1h (default: 0)",
+        type=_seconds(),
+        default=0,
+        metavar="S",
+    ),
     _MODULE,
 )
 def _dispatch(arguments: Any) -> None:
     """Queue a run of a task, and print its id.
 
-    example: python -m taskhawk dispatch myapp.tasks.send_email --args '["me@example.com", "Hi"]'
+    example: python -m taskhawk dispatch myapp.tasks.send_email --args '["a@b.example"]'
     """
     module = arguments.task.rpartition(".")[0]
     if module and arguments.task not in _registry:
         _load([module], arguments.command)
-    found = Task.find_by_name(arguments.task)
-    priority = Priority[arguments.priority or found.priority.name]
-    invocation = found.with_headers(**_pairs(arguments.header)).with_priority(priority)
-    args, kwargs = (
-        _json(arguments.args, "--args", list),
-        _json(arguments.kwargs, "--kwargs", dict),
-    )
-    print(invocation.with_delay(arguments.delay).dispatch(*args, **kwargs))
+    invocation = _task_named(arguments.task).with_headers(**dict(arguments.header))
+    if arguments.priority:
+        invocation = invocation.with_priority(Priority[arguments.priority])
+    invocation = invocation.with_delay(arguments.delay)
+    print(invocation.dispatch(*arguments.args, **arguments.kwargs))
 
 
-def _pairs(texts: Iterable[str]) -> dict[str, str]:
-    """Read headers, K=V each."""
-    for text in texts:
-        _require("=" in text, f"--header: expected K=V, got {text!r}")
-    return dict(text.split("=", 1) for text in texts)
+def _task_named(name: str) -> Task[..., Any]:
+    """Return the task of this name, or suggest another name."""
+    import difflib
 
-
-def _json(text: str, option: str, kind: type) -> Any:
-    """Read an option whose value is JSON of one kind."""
-    with contextlib.suppress(ValueError, RecursionError):
-        if isinstance(value := _DECODER.decode(text), kind):
-            return value
-    wanted = "an array" if kind is list else "an object"
-    raise ConfigurationError(f"{option}: expected {wanted} of JSON, got {text!r}")
+    try:
+        return Task.find_by_name(name)
+    except TaskNotFound as error:
+        # Either without its module, or with a typo.
+        known = sorted(known for known in _registry if known.endswith(f".{name}"))
+        known += difflib.get_close_matches(name, _registry, 1)
+        if known:
+            raise TaskNotFound(f"{error} Did you mean {known[0]}?") from error
+        if "." not in name:
+            text = (
+                f"{error} Its name begins with its module, such as myapp.tasks.{name}"
+            )
+            raise TaskNotFound(text) from error
+        raise
 
 
 @_command("tasks", _MODULES)
@@ -5536,9 +8068,9 @@ def _tasks(_arguments: Any) -> None:
 
     example: python -m taskhawk tasks myapp.tasks
     """
-    for name, found in sorted(_registry.items()):
-        if name == found.name:  # not an alias
-            print(f"{name}  {found.priority.name}")
+    _require_tasks("tasks")
+    for found in _tasks_by_name():
+        print(f"{found.name}  {found.priority.name}")
 
 
 @_command("schema")
@@ -5553,7 +8085,13 @@ def _schema(_arguments: Any) -> None:
 @_command(
     "stats",
     _flag("--watch", "again and again, with the trend, until Ctrl-C"),
-    _option("--interval", "seconds", type=float, default=2, metavar="S"),
+    _option(
+        "--interval",
+        "time between two looks (default: 2)",
+        type=_seconds(0.1),
+        default=2,
+        metavar="S",
+    ),
     _AS_JSON,
 )
 def _stats(arguments: Any) -> None:
@@ -5561,55 +8099,89 @@ def _stats(arguments: Any) -> None:
 
     example: python -m taskhawk stats --watch
     """
-    before: Mapping[str, Any] = {}
-    tty, seconds, last_s = sys.stdout.isatty(), arguments.interval, 0.0
-    _require(
-        0 < seconds < math.inf, f"--interval: expected {_SECONDS}, got {seconds:g}"
-    )
-    clear = "\x1b[H\x1b[2J" * (tty and arguments.watch and not arguments.json)
-    # Ctrl-C is how one stops watching, and no error.
-    with contextlib.suppress(KeyboardInterrupt):
-        while True:
-            now_s, depths = time.monotonic(), _depths()
-            table = "\n".join(_depth_lines(depths, before, now_s - last_s, bars=tty))
-            print(json.dumps(depths) if arguments.json else clear + table, flush=True)
-            if not arguments.watch:
-                break
-            before, last_s = depths, now_s
-            time.sleep(seconds)
+    show = _show_json if arguments.json else _show_table
+    counts = _count_all()
+    show(counts, {})
+    if arguments.watch:
+        # Ctrl-C is how one stops watching, and no error.
+        with contextlib.suppress(KeyboardInterrupt):
+            _watch(arguments.interval, counts, show)
+        _clear_line()
 
 
-@_command("check", _MODULES, _QUEUES, _AS_JSON)
+def _watch(
+    interval_s: float, counts: _AllCounts, show: Callable[[_AllCounts, _Rates], None]
+) -> None:
+    """Count again and again, with the trend; a fault is said, and passes."""
+    while True:
+        before, before_s = counts, time.monotonic()
+        time.sleep(interval_s)
+        try:
+            counts = _count_all()
+        except Exception as error:
+            _log.warning("can't count: %s", _one_line(error))
+            continue
+        rates = {}
+        for name, found in counts.items():
+            earlier = before.get(name)
+            if found and earlier:
+                seconds = time.monotonic() - before_s
+                rates[name] = (found.queued - earlier.queued) / seconds
+        show(counts, rates)
+
+
+def _show_table(counts: _AllCounts, rates: _Rates) -> None:
+    """Print counts for people; in a terminal, in place of the last ones."""
+    in_terminal = sys.stdout.isatty()
+    if in_terminal and rates:
+        print("\x1b[H\x1b[2J", end="")
+    print("\n".join(_table(counts, rates, in_color=in_terminal)), flush=True)
+
+
+def _show_json(counts: _AllCounts, _rates: _Rates) -> None:
+    """Print counts for programs."""
+    found = {name: each and each._asdict() for name, each in counts.items()}
+    print(json.dumps(found), flush=True)
+
+
+@_command(
+    "check",
+    _MODULES,
+    _many(
+        "--priority",
+        "queue to check (default: those of the tasks)",
+        choices=_PRIORITIES,
+    ),
+    _AS_JSON,
+)
 def _check_all(arguments: Any) -> bool:
     """Find what is wrong with settings, queues and tasks.
 
     example: python -m taskhawk check myapp.tasks --priority high
     """
-    used = {found.priority for found in _registry.values()} or {Priority.default}
-    wanted = {Priority[name] for name in arguments.priority} or used
-    findings = list(_check(sorted(wanted, key=_URGENCY.index)))
+    findings = list(_check(_priorities(arguments.priority)))
     if arguments.json:
         print(json.dumps([finding._asdict() for finding in findings], indent=2))
     else:
         for severity, what, why, remedy in findings:
-            print(f"{severity}: {what}: {why}. Mend it: {remedy}")
+            print(f"{severity}: {what}: {why}. Fix: {remedy}")
         print(f"{len(findings)} found" if findings else "nothing is wrong")
     return any(finding.severity == "error" for finding in findings)
 
 
 @_command(
     "provision",
-    _many("--priority", "which queues: all", choices=_PRIORITIES),
+    _many("--priority", "queue to make (default: all)", choices=_PRIORITIES),
     _option(
         "--max-receive-count",
-        "before the dead letters",
-        type=int,
+        "receives after which a message is a dead letter (default: 5)",
+        type=_whole(1, 1000),  # what a redrive policy takes
         default=5,
         metavar="N",
     ),
     _option(
         "--lambda",
-        "a function to subscribe to the topics",
+        "function to subscribe to the topics",
         dest="function",
         metavar="ARN",
     ),
@@ -5622,135 +8194,183 @@ def _provision(arguments: Any) -> None:
     example: python -m taskhawk provision --format terraform > taskhawk.tf.json
     """
     if settings.TASKHAWK_BROKER != "sqs":
-        _require(not arguments.format, "--format: expected TASKHAWK_BROKER to be sqs")
-        dry = f"would be made, unless it is there: {settings.TASKHAWK_BROKER}"
-        print(dry if arguments.dry_run else f"ready: {_brokers.broker().url('')}")
+        _provision_file(arguments)
         return
-    wanted = sorted(
-        {Priority[name] for name in arguments.priority} or Priority, key=_URGENCY.index
-    )
-    options = (arguments.max_receive_count, arguments.function)
-    resources = [each for priority in wanted for each in _resources(priority, *options)]
-    if arguments.format:
-        made = _iam(resources) if arguments.format == "iam" else _terraform(resources)
-        print(json.dumps(made, indent=2))
+    if arguments.function and not settings.IS_LAMBDA_APP:
+        raise ConfigurationError("--lambda: expected IS_LAMBDA_APP to be set")
+    receives, function = arguments.max_receive_count, arguments.function
+    resources: list[_Resource] = []
+    for priority in _priorities(arguments.priority or _PRIORITIES):
+        resources += _resources(priority, receives, function)
+    write = {"terraform": _terraform, "iam": _iam}.get(arguments.format)
+    if write:
+        print(json.dumps(write(resources), indent=2))
         return
     for resource in resources:
-        print(_provide(*resource, dry_run=arguments.dry_run))
+        print(_provide(resource, dry_run=arguments.dry_run))
+
+
+def _provision_file(arguments: Any) -> None:
+    """Make the file of an embedded queue."""
+    if arguments.format:
+        raise ConfigurationError("--format: expected TASKHAWK_BROKER to be sqs")
+    if arguments.dry_run:
+        print(f"would be made, unless it is there: {settings.TASKHAWK_BROKER}")
+        return
+    print(f"ready: {_brokers.broker().url('')}")
 
 
 # The same filters for all commands that deal with dead letters.
 _LETTERS = (
     _option(
-        "--priority", "of which queue: default", choices=_PRIORITIES, default="default"
+        "--priority",
+        "queue whose dead letters are meant (default: default)",
+        choices=_PRIORITIES,
+        default="default",
     ),
-    _option("--task", "only those of this task", metavar="NAME"),
     _option(
-        "--error", "only those with this in the error's type or message", metavar="TEXT"
+        "--task",
+        "only those of this task; * and ? stand for any text",
+        default="*",
+        metavar="NAME",
     ),
-    _HEADER,
-    _option("--older-than", "since they were sent: 90s, 15m, 36h or 7d", metavar="AGE"),
-    _option("--newer-than", "likewise", metavar="AGE"),
-    _many("--id", "the message's id, or that of SQS"),
-    _option("--limit", "at most so many", type=int, metavar="N"),
+    _option(
+        "--error",
+        "only those with this in the error's type or message",
+        default="",
+        metavar="TEXT",
+    ),
+    _many("--header", "only those with this header", type=_pair, metavar="K=V"),
+    _option(
+        "--older-than",
+        "only those sent so long ago: 90s, 15m, 36h or 7d",
+        type=_age,
+        default=0,
+        metavar="AGE",
+    ),
+    _option(
+        "--newer-than",
+        "only those sent since then",
+        type=_age,
+        default=math.inf,
+        metavar="AGE",
+    ),
+    _many("--id", "only this one, by the message's id or that of SQS", dest="ids"),
+    _option("--limit", "at most N", type=_whole(0), default=sys.maxsize, metavar="N"),
     _MODULE,
 )
 
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """Let SIGTERM and a lost terminal interrupt as Ctrl-C does: what is hidden is shown again."""
-    in_main, default = (
-        threading.current_thread() is threading.main_thread(),
-        signal.SIG_DFL,
-    )
-    both = (signal.SIGTERM, signal.SIGHUP)
-    numbers = [
-        number for number in both if in_main and signal.getsignal(number) == default
-    ]
-    for number in numbers:
-        signal.signal(number, signal.default_int_handler)
+    """Let SIGTERM and a lost terminal interrupt as Ctrl-C does: scans then clean up."""
+    numbers = []
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) == signal.SIG_DFL:
+                numbers.append(number)
+                signal.signal(number, signal.default_int_handler)
     try:
         yield
     finally:
         for number in numbers:
-            signal.signal(number, default)
+            signal.signal(number, signal.SIG_DFL)
 
 
-@_interruptible()
-def _each_letter(arguments: Any, doing: str, done: str = "", told: str = "") -> int:
-    """Do what the command's name says to the dead letters that fit all filters, and count them.
-
-    Where nothing is `told` of it afterwards, or in a dry run, they are printed and stay.
-    """
-    import fnmatch
-
-    oldest_s, newest_s = (
-        _age_s(arguments.newer_than, math.inf),
-        _age_s(arguments.older_than, 0),
+def _filter_of(arguments: Any) -> _LetterFilter:
+    """Return the filter that the options of a command ask for."""
+    return _LetterFilter(
+        task=arguments.task,
+        error=arguments.error,
+        headers=dict(arguments.header),
+        newest_s=arguments.older_than,
+        oldest_s=arguments.newer_than,
+        ids=frozenset(arguments.ids),
     )
-    headers, ids = _pairs(arguments.header), {*arguments.id, *arguments.ids}
-
-    def wanted(letter: Mapping[str, Any]) -> bool:
-        error = letter["error"] or {}
-        shown = f"{error.get('type')}: {error.get('message')}" if error else ""
-        return (
-            fnmatch.fnmatchcase(letter["task"] or "", arguments.task or "*")
-            and (arguments.error or "") in shown
-            and headers.items()
-            <= {(name, str(value)) for name, value in letter["headers"].items()}
-            and newest_s <= letter["age_s"] <= oldest_s
-            and (not ids or bool(ids & {letter["id"], letter["message_id"]}))
-        )
-
-    action = arguments.command.split()[1]
-    limit = sys.maxsize if arguments.limit is None else arguments.limit
-    letters = _DeadLetters(Priority[arguments.priority], limit=limit, wanted=wanted)
-    if told and not arguments.dry_run:
-        count = letters.each(doing, done, getattr(letters, action))
-        print(f"{told}: {count}")
-        return count
-    doing = f"would {action} some of" if told else doing
-    form = "json" if arguments.json else action
-    return letters.each(doing, "looked at", functools.partial(_print_letters, form))
 
 
-def _age_s(text: str | None, default: float) -> float:
-    """Read an age, in seconds; where none is given, the default."""
-    valid = text is None or re.fullmatch(r"\d+(\.\d+)?[smhd]", text)
-    _require(
-        valid,
-        f"age: expected a number and one of s, m, h, d, such as 36h, got {text!r}",
+@contextlib.contextmanager
+def _scan_for(arguments: Any, doing: str, done: str) -> Iterator[_Scan]:
+    """Yield the scan that the options of a command ask for, and show its progress."""
+    scan = _Scan(
+        Priority[arguments.priority],
+        doing,
+        done,
+        _filter_of(arguments),
+        arguments.limit,
     )
-    units = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
-    return default if text is None else float(text[:-1]) * units[text[-1]]
+    if sys.stderr.isatty():
+        scan.say = _rewrite_line
+    with _interruptible(), scan:
+        yield scan
+    _clear_line()
 
 
-def _print_letters(form: str, messages: Sequence[QueueMessage]) -> None:
-    """Print dead letters in a form: a line each for "list", all of it for "show", or JSON."""
-    for message in messages:
-        letter = _describe(message)
-        error = letter["error"] or {}
-        why = (
-            f"{error.get('type')}: {error.get('message')}"
-            if error
-            else letter["invalid"]
-        )
-        why = str(why or "moved by the queue itself, after too many receives").split(
-            "\n"
-        )[0]
-        name, age = letter["id"] or message.message_id, f"{letter['age_s']} s ago"
-        text = f"{name}  {letter['task']}  {age}  {why}".replace("\n", "?")
-        if form == "show":
-            shown = (
-                letter | {"error": why} | {f"error {key}": error[key] for key in error}
-            )
-            text = "".join(f"{k}: {shown[k]}\n" for k in shown if shown[k] is not None)
-        elif form in ("json", "export"):
-            more = {"body": message.body, "attributes": message.message_attributes}
-            text = json.dumps(letter | (more if form == "export" else {}), default=str)
-        # Messages are hostile input: what would command the terminal is replaced.
-        print("".join(c if c.isprintable() or c == "\n" else "?" for c in text))
+def _rewrite_line(text: str, *args: object) -> None:
+    """Show progress in a terminal, in one line."""
+    _clear_line()
+    print(text % args, end="", file=sys.stderr, flush=True)
+
+
+def _require_found(scan: _Scan) -> None:
+    """Raise an error if an id that was named is that of no dead letter."""
+    missing = scan.filter.ids - scan.found_ids
+    if missing:
+        ids = ", ".join(sorted(missing))
+        raise TaskhawkError(f"no dead letter that fits the filters has this id: {ids}")
+
+
+def _print_letters(
+    arguments: Any, doing: str, text_of: Callable[[_DeadLetter], str]
+) -> None:
+    """Print the dead letters that the options ask for."""
+    with _scan_for(arguments, doing, "looked at") as scan:
+        for letters in scan:
+            _clear_line()
+            for letter in letters:
+                print(_printable(text_of(letter)), flush=True)
+    _require_found(scan)
+
+
+def _printable(text: str) -> str:
+    """Replace what would command the terminal: messages are hostile input."""
+    return re.sub(r"[^\n]", _visible, text)
+
+
+def _visible(character: re.Match[str]) -> str:
+    """Return a character that shows."""
+    return character[0] if character[0].isprintable() else "?"
+
+
+def _as_line(letter: _DeadLetter) -> str:
+    """Return a dead letter in one line."""
+    name = letter.id or letter.message_id
+    line = f"{name}  {letter.task}  {letter.age_s} s ago  {letter.reason}"
+    return line.replace("\n", "?")
+
+
+def _as_page(letter: _DeadLetter) -> str:
+    """Return all that is known of a dead letter, a line each."""
+    values = letter.as_dict()
+    values["error"] = letter.reason
+    if letter.invalid:
+        values["body"] = ascii(letter.received.body)
+    if letter.error:
+        values |= {f"error {name}": value for name, value in letter.error.items()}
+    lines = [f"{key}: {value}\n" for key, value in values.items() if value is not None]
+    return "".join(lines)
+
+
+def _as_json(letter: _DeadLetter) -> str:
+    """Return all that is known of a dead letter, as JSON."""
+    return json.dumps(letter.as_dict(), default=str)
+
+
+def _as_export(letter: _DeadLetter) -> str:
+    """Return a dead letter as JSON, with its body and its attributes."""
+    received = letter.received
+    raw = {"body": received.body, "attributes": received.message_attributes}
+    return json.dumps(letter.as_dict() | raw, default=str)
 
 
 @_command("dead-letters list", *_LETTERS, _AS_JSON)
@@ -5759,21 +8379,21 @@ def _list(arguments: Any) -> None:
 
     example: python -m taskhawk dead-letters list --task 'mail.*'
     """
-    _each_letter(arguments, "listing")
+    _print_letters(arguments, "listing", _as_json if arguments.json else _as_line)
 
 
 @_command(
-    "dead-letters show", _option("ids", nargs="+", metavar="ID"), *_LETTERS, _AS_JSON
+    "dead-letters show",
+    *_LETTERS,
+    _option("ids", "id of the message, or that of SQS", nargs="+", metavar="ID"),
+    _AS_JSON,
 )
 def _show(arguments: Any) -> None:
     """Show dead letters with their arguments and errors.
 
     example: python -m taskhawk dead-letters show b1328174-a21c-43d3-b303-964dfcc76efc
     """
-    if not _each_letter(arguments, "showing"):
-        raise TaskhawkError(
-            "show: no such dead letter, among those that fit all filters"
-        )
+    _print_letters(arguments, "showing", _as_json if arguments.json else _as_page)
 
 
 @_command("dead-letters export", *_LETTERS)
@@ -5782,7 +8402,7 @@ def _export(arguments: Any) -> None:
 
     example: python -m taskhawk dead-letters export > letters.jsonl
     """
-    _each_letter(arguments, "exporting")
+    _print_letters(arguments, "exporting", _as_export)
 
 
 @_command("dead-letters requeue", *_LETTERS, _DRY_RUN)
@@ -5791,27 +8411,49 @@ def _requeue(arguments: Any) -> None:
 
     example: python -m taskhawk dead-letters requeue --error TimeoutError --dry-run
     """
-    _each_letter(arguments, "requeueing", "requeued", told="sent back")
+    if arguments.dry_run:
+        _print_letters(arguments, "would requeue some of", _as_line)
+        return
+    with _scan_for(arguments, "requeueing", "requeued") as scan:
+        for letters in scan:
+            scan.requeue(letters)
+    print(f"sent back: {scan.count()}")
+    _require_found(scan)
 
 
 @_command(
-    "dead-letters delete", *_LETTERS, _flag("--all", "without a filter"), _DRY_RUN
+    "dead-letters delete",
+    *_LETTERS,
+    _flag("--all", "delete all of them, without a filter"),
+    _flag("--yes", "do not ask, in a terminal, before more than one is deleted"),
+    _DRY_RUN,
 )
 def _delete(arguments: Any) -> None:
     """Delete dead letters.
 
     example: python -m taskhawk dead-letters delete --older-than 7d --dry-run
     """
-    filters = (
-        "task",
-        "error",
-        "header",
-        "older_than",
-        "newer_than",
-        "id",
-        "limit",
-        "all",
-    )
-    named = any(vars(arguments)[name] for name in filters)
-    _require(named, "delete: expected a filter, or --all for every one")
-    _each_letter(arguments, "deleting", "deleted", told="deleted")
+    is_limited = arguments.limit != sys.maxsize
+    is_filtered = _filter_of(arguments) != _LetterFilter()
+    if not any((arguments.all, is_limited, is_filtered)):
+        raise ConfigurationError("delete: expected a filter, or --all for every one")
+    if arguments.dry_run:
+        _print_letters(arguments, "would delete some of", _as_line)
+        return
+    with _scan_for(arguments, "deleting", "deleted") as scan:
+        if arguments.yes or _is_agreed(scan):
+            for letters in scan:
+                scan.delete(letters)
+    print(f"deleted: {scan.count()}")
+    _require_found(scan)
+
+
+def _is_agreed(scan: _Scan) -> bool:
+    """Ask in a terminal whether to delete, where it may be more than one."""
+    total = scan.total()
+    most = min(total, scan.limit, len(scan.filter.ids) or total)
+    if most <= 1 or not sys.stdin.isatty():
+        return True
+    question = f"delete up to {most} dead letters for good? [y/N] "
+    print(question, end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
