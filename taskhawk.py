@@ -1899,12 +1899,11 @@ def _change_all(call: str, entries: Mapping[QueueMessage, Any], warning: str) ->
 
 # --- 8. SQLite ------------------------------------------------------------------------
 # The embedded broker, with the semantics of SQS, for any number of processes on one
-# machine. Every change is ONE statement, and so one transaction: it is on the disk
-# (synchronous=FULL) before the call returns, and neither a crash nor a signal handler
-# or __del__ that dispatches comes between its halves. A message is hidden while its
-# visible_ms is ahead: delay, visibility timeout and retry in one. A receipt is good for
-# a delete until the message is received again or dead-lettered; for a change, only
-# while the message is hidden too.
+# machine. Every change is ONE statement, and so one transaction: it is on the disk when
+# the call returns, and neither a crash nor a signal handler comes between its halves.
+# visible_ms says when a message is visible: delay, visibility timeout and retry in one.
+# A receipt is good for a delete until the message is received again or dead-lettered;
+# for a change, only while the message is hidden too.
 
 
 _SQLITE_SCHEMA = """BEGIN IMMEDIATE;
