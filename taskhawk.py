@@ -2552,7 +2552,7 @@ class _AwsConnections:
 
 
 class _AwsSender(Sender):
-    """What SQS and SNS share: clients, sending, the answers of batch calls, and errors.
+    """What SQS and SNS share: clients, sending, answers of batch calls, and errors.
 
     :ivar service: botocore's name of the service
     :ivar target_key: its parameter for the queue or topic
@@ -2735,7 +2735,7 @@ class SqsBroker(_AwsSender, Broker):
         """
         _, _, _, _, account, queue = arn.split(":")
         lock = self._connections.get().lock
-        make = functools.partial(_SqsOfAccount, self)
+        make = functools.partial(_SqsOfAccount, self._connections)
         return _made_once(self._of_accounts, account, lock, make), queue
 
     def send(self, destination: str, entries: Sequence[Outgoing]) -> list[Refusal]:
@@ -2867,12 +2867,9 @@ class _SqsOfAccount(SqsBroker):
     Their URLs are made up: the role of a Lambda function may not look them up.
     """
 
-    def __init__(self, ours: SqsBroker, account: str) -> None:
+    def __init__(self, connections: _PerProcess[_AwsConnections], account: str) -> None:
         super().__init__()
-        self._ours, self._account = ours, account
-
-    def client(self, role: str) -> Any:
-        return self._ours.client(role)
+        self._connections, self._account = connections, account
 
     def _find_url(self, role: str, queue: str) -> str:
         with self._calling(queue):
@@ -2915,11 +2912,12 @@ class _PerProcess(Generic[_T]):
     def get(self) -> _T:
         """Return the value of this process."""
         pid, value = self._owned
-        if pid != os.getpid():
-            _inherited.append(value)
-            value = self._make()
-            self._owned = (os.getpid(), value)
-        return value
+        if pid == os.getpid():
+            return value
+        own = self._make()
+        _inherited.append(value)
+        self._owned = (os.getpid(), own)
+        return own
 
 
 def _made_once(

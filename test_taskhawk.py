@@ -4028,6 +4028,11 @@ SQS_CALLS = {
         "ChangeMessageVisibilityBatch",
         3,
     ),
+    "extend_visibility_timeout": (
+        lambda b: taskhawk.extend_visibility_timeout(Priority.default, "r", 1),
+        "ChangeMessageVisibilityBatch",
+        3,
+    ),
 }
 UNANSWERED = ("Unanswered", "the answer does not name this entry", False)
 
