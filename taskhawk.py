@@ -2368,6 +2368,13 @@ _REMEDIES = (
         ("there is no such topic: make it, or check TASKHAWK_QUEUE and AWS_ACCOUNT_ID"),
     ),
     (
+        ".*Invalid header value",
+        (
+            "a credential has a line break or another control character: check"
+            " AWS_SESSION_TOKEN and where else credentials come from"
+        ),
+    ),
+    (
         ".*(Signature expired|Signature not yet current|TooSkewed)",
         "the clock of this machine is off: set it",
     ),
@@ -2440,6 +2447,8 @@ _REMEDIES = (
         ),
     ),
 )
+# After these words botocore or AWS shows header values, and so a session token.
+_SHOWS_HEADERS = "Invalid header value|The Canonical String"
 # Of clients whose credentials can't be used any more: a new one looks for others.
 _NO_CREDENTIALS = "NoCredentialsError|ExpiredToken.*|RequestExpired"
 # What the answer to a batch call has not named counts as this failure.
@@ -2483,16 +2492,11 @@ def _explained(where: str) -> Iterator[None]:
         if limit is not None:
             text = f"{where} takes messages of at most {limit[1]} bytes"
             raise MessageTooLarge(text, int(limit[1])) from error
-        if "Invalid header value" in str(error):
-            # Without its cause, which would show a secret.
-            raise ConfigurationError(
-                f"{where}: a credential has a line break or another control character:"
-                " check AWS_SESSION_TOKEN and where else credentials come from"
-            ) from None
         explanation = _explanation(error)
-        if explanation is not None:
-            raise ConfigurationError(f"{where}: {explanation}") from error
-        raise
+        if explanation is None:
+            raise
+        cause = None if re.search(_SHOWS_HEADERS, str(error)) else error
+        raise ConfigurationError(f"{where}: {explanation}") from cause
 
 
 def _explanation(error: Exception) -> str | None:
@@ -2500,7 +2504,8 @@ def _explanation(error: Exception) -> str | None:
 
     None is for an error that may pass by itself.
     """
-    message = _error_details(error).get("Message", error)
+    message = str(_error_details(error).get("Message", error))
+    message = re.sub(f"({_SHOWS_HEADERS}).*", r"\1…", message, flags=re.DOTALL)
     # In one line, whatever the service says.
     text = " ".join(f"{_error_code(error)}: {message}".split()).removesuffix(":")
     remedy = _find_remedy(text)

@@ -3582,6 +3582,8 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         with pytest.raises(taskhawk.ConfigurationError) as caught:
             taskhawk.SqliteBroker(url)
         assert str(caught.value) == "SQLite 3.29.1 is too old: expected 3.30.0 or newer"
+        monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 30, 0))
+        taskhawk.SqliteBroker(url).close()
 
     def test_clock(self, broker, clock):
         """Delays of any length and timeouts are counted on the clock that is passed in."""
@@ -4295,20 +4297,20 @@ class TestSqs:
         assert str(caught.value) == (
             "TASKHAWK-APP: a credential has a line break or another control character:"
             " check AWS_SESSION_TOKEN and where else credentials come from"
+            " (HTTPClientError: An HTTP Client raised an unhandled exception:"
+            " Invalid header value…)"
         )
         assert "hunter2" not in "".join(traceback.format_exception(caught.value))
 
-    def test_missing_queue(self, ministack, task, queue_name):
-        """A queue that is not there is said to be missing, by publishers and workers."""
-        configure_aws(ministack, queue_name)
-        for call in (
-            lambda: task.dispatch("x"),
-            lambda: taskhawk.listen_for_messages(Priority.default, loop_count=1),
-        ):
-            with pytest.raises(taskhawk.ConfigurationError) as caught:
-                call()
-            text = f"TASKHAWK-{queue_name}: {NO_QUEUE} (NonExistentQueue"
-            assert str(caught.value).startswith(text)
+    def test_headers_in_answer(self, aws, task):
+        """Where AWS shows the headers that it got, the error does not."""
+        text = "Check your key.\n\nThe Canonical String should be\n'x:hunter2"
+        aws.always("SendMessage", fault("SignatureDoesNotMatch", text, status=403))
+        with pytest.raises(taskhawk.ConfigurationError) as caught:
+            task.dispatch("x")
+        told = "SignatureDoesNotMatch: Check your key. The Canonical String…"
+        assert str(caught.value) == f"TASKHAWK-APP: {NO_SECRET} ({told})"
+        assert "hunter2" not in "".join(traceback.format_exception(caught.value))
 
     @pytest.mark.slow
     @pytest.mark.parametrize("fips", [False, True])
