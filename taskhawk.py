@@ -1566,7 +1566,7 @@ class Refusal(NamedTuple):
     @property
     def is_denied(self) -> bool:
         """Whether the service says that the caller may not do it."""
-        return self.code.startswith("AccessDenied")
+        return _is_denial(self.code)
 
 
 class QueueInfo(NamedTuple):
@@ -2467,6 +2467,11 @@ def _error_code(error: BaseException) -> str:
     code = _error_details(origin).get("Code") or type(origin).__name__
     # The older of SQS's protocols puts a prefix before some of its codes.
     return str(code).removeprefix("AWS.SimpleQueueService.")
+
+
+def _is_denial(code: str) -> bool:
+    """Return whether a code says that the caller may not make a call."""
+    return re.match(_ACCESS_DENIED, code) is not None
 
 
 def _error_details(error: BaseException) -> Mapping[str, Any]:
@@ -5180,9 +5185,8 @@ def _find_lease(broker: Broker, queue: str, wanted_s: float | None) -> _Lease:
     try:
         info = broker.info(queue)
     except Exception as error:
-        if not _error_code(error).startswith(
-            "AccessDenied"
-        ):  # the policies of 1.4's workers lack the permission
+        # The policies of 1.4's workers lack the permission.
+        if not _is_denial(_error_code(error)):
             raise
         if wanted_s is None:
             _log.warning("%s: can't read its attributes: %s", queue, _error_code(error))

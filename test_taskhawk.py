@@ -3259,6 +3259,8 @@ class TestBatchCalls:
             assert found == {0: expected, 1: expected._replace(index=1)}
         refusal = taskhawk.Refusal(1, "C", "why", final=True)
         assert taskhawk._one_call(lambda entries: [refusal], "ab") == {1: refusal}
+        assert not refusal.is_denied
+        assert refusal._replace(code="AccessDeniedException").is_denied
 
     def test_change_all(self, caplog):
         """What can't be changed is a warning; a message of no queue is left alone."""
