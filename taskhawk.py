@@ -117,7 +117,6 @@ import functools
 import importlib
 import inspect
 import io
-import itertools
 import json
 import logging
 import math
@@ -1567,7 +1566,7 @@ class Refusal(NamedTuple):
     @property
     def is_denied(self) -> bool:
         """Whether the service says that the caller may not do it."""
-        return self.code.startswith("AccessDenied")
+        return _is_denial(self.code)
 
 
 class QueueInfo(NamedTuple):
@@ -1839,35 +1838,35 @@ def _one_round(
     """
     refused: dict[int, Refusal] = {}
     start = 0
-    for batch in _batches(entries, max_bytes):
+    for part in _parts(entries, max_bytes):
         try:
-            refusals = call(batch)
+            refusals = call(part)
         except Exception as error:
             final = repeated or isinstance(error, ConfigurationError)
             rest = range(start, len(entries))
             return refused | _all_refused(error, rest, final=final)
         for refusal in refusals:
             refused[start + refusal.index] = refusal
-        start += len(batch)
+        start += len(part)
     return refused
 
 
-def _batches(entries: Sequence[Any], max_bytes: int) -> Iterator[Sequence[Any]]:
-    """Yield one or more entries in batches of ten, each together within `max_bytes`.
+def _parts(entries: Sequence[Any], max_bytes: int) -> Iterator[Sequence[Any]]:
+    """Yield one or more entries in parts of ten, each together within `max_bytes`.
 
-    An entry that is too large by itself is a batch of its own: the service says so.
+    An entry that is too large by itself is a part of its own: the service says so.
     """
-    batch: list[Any] = []
-    batch_bytes = 0
+    part: list[Any] = []
+    part_bytes = 0
     for entry in entries:
         entry_bytes = entry.size() if max_bytes else 0
-        is_full = len(batch) == _MAX_BATCH or batch_bytes + entry_bytes > max_bytes
-        if batch and is_full:
-            yield batch
-            batch, batch_bytes = [], 0
-        batch.append(entry)
-        batch_bytes += entry_bytes
-    yield batch
+        is_full = len(part) == _MAX_BATCH or part_bytes + entry_bytes > max_bytes
+        if part and is_full:
+            yield part
+            part, part_bytes = [], 0
+        part.append(entry)
+        part_bytes += entry_bytes
+    yield part
 
 
 def _send_all(
@@ -1900,12 +1899,11 @@ def _change_all(call: str, entries: Mapping[QueueMessage, Any], warning: str) ->
 
 # --- 8. SQLite ------------------------------------------------------------------------
 # The embedded broker, with the semantics of SQS, for any number of processes on one
-# machine. Every change is ONE statement, and so one transaction: it is on the disk
-# (synchronous=FULL) before the call returns, and neither a crash nor a signal handler
-# or __del__ that dispatches comes between its halves. A message is hidden while its
-# visible_ms is ahead: delay, visibility timeout and retry in one. A receipt is good for
-# a delete until the message is received again or dead-lettered; for a change, only
-# while the message is hidden too.
+# machine. Every change is ONE statement, and so one transaction: it is on the disk when
+# the call returns, and neither a crash nor a signal handler comes between its halves.
+# visible_ms says when a message is visible: delay, visibility timeout and retry in one.
+# A receipt is good for a delete until the message is received again or dead-lettered;
+# for a change, only while the message is hidden too.
 
 
 _SQLITE_SCHEMA = """BEGIN IMMEDIATE;
@@ -2270,10 +2268,11 @@ class SqliteBroker(Broker):
         receipts = [receipt for receipt, _ in changes]
         marks, rows = _marks("?", receipts), _rows(receipts)
         wanted = [(receipt, self._in_ms(seconds)) for receipt, seconds in changes]
+        pairs = [value for pair in wanted for value in pair]
         change = "UPDATE message SET visible_ms = CASE receipt"
         cases = " ".join(["WHEN ? THEN ?"] * len(changes))
         where = f"visible_ms > ? AND id IN ({marks}) AND receipt IN ({marks})"
-        values = (*itertools.chain(*wanted), self._in_ms(), *rows, *receipts)
+        values = (*pairs, self._in_ms(), *rows, *receipts)
         statement = f"{change} {cases} END WHERE {where}"
         if self._file.change(statement, values) == len(changes):
             return []
@@ -2313,8 +2312,7 @@ def _stale(refused: Iterable[bool]) -> list[Refusal]:
     """Return a refusal for each receipt that is refused."""
     text = "the message is no longer in flight, or was received again"
     refusal = Refusal(0, "ReceiptHandleIsInvalid", text, final=True)
-    indexes = itertools.compress(itertools.count(), refused)
-    return [refusal._replace(index=index) for index in indexes]
+    return [refusal._replace(index=i) for i, stale in enumerate(refused) if stale]
 
 
 _schemes["sqlite"] = SqliteBroker
@@ -2330,10 +2328,10 @@ _schemes["sqlite"] = SqliteBroker
 # What a person can do about an error, by a pattern for the beginning of its code and
 # text; the first one holds. Services, and the protocols that they speak, have more than
 # one code for the same error.
-_DENIED = "(AccessDenied|AuthorizationError)"
+_ACCESS_DENIED = "(AccessDenied|AuthorizationError)"
 _REMEDIES = (
     (
-        rf"KMS\.?AccessDenied|{_DENIED}.* kms:",
+        rf"KMS\.?AccessDenied|{_ACCESS_DENIED}.* kms:",
         (
             "access denied: the policies of these credentials and of the KMS key must"
             " allow kms:GenerateDataKey and kms:Decrypt"
@@ -2344,15 +2342,15 @@ _REMEDIES = (
         "the KMS key can't be used: enable it, or encrypt with another one",
     ),
     (
-        f"{_DENIED}.* VPC endpoint policy",
+        f"{_ACCESS_DENIED}.* VPC endpoint policy",
         "access denied: the policy of the VPC endpoint does not allow {operation}",
     ),
     (
-        f"{_DENIED}.* (service|resource) control policy",
+        f"{_ACCESS_DENIED}.* (service|resource) control policy",
         "access denied: a policy of the AWS organization does not allow {operation}",
     ),
     (
-        _DENIED,
+        _ACCESS_DENIED,
         (
             "access denied: the IAM policy of these credentials does not allow"
             " {operation}"
@@ -2368,6 +2366,13 @@ _REMEDIES = (
     (
         "NotFound",
         ("there is no such topic: make it, or check TASKHAWK_QUEUE and AWS_ACCOUNT_ID"),
+    ),
+    (
+        ".*Invalid header value",
+        (
+            "a credential has a line break or another control character: check"
+            " AWS_SESSION_TOKEN and where else credentials come from"
+        ),
     ),
     (
         ".*(Signature expired|Signature not yet current|TooSkewed)",
@@ -2442,6 +2447,8 @@ _REMEDIES = (
         ),
     ),
 )
+# After these words botocore or AWS shows header values, and so a session token.
+_SHOWS_HEADERS = "Invalid header value|The Canonical String"
 # Of clients whose credentials can't be used any more: a new one looks for others.
 _NO_CREDENTIALS = "NoCredentialsError|ExpiredToken.*|RequestExpired"
 # What the answer to a batch call has not named counts as this failure.
@@ -2460,6 +2467,11 @@ def _error_code(error: BaseException) -> str:
     code = _error_details(origin).get("Code") or type(origin).__name__
     # The older of SQS's protocols puts a prefix before some of its codes.
     return str(code).removeprefix("AWS.SimpleQueueService.")
+
+
+def _is_denial(code: str) -> bool:
+    """Return whether a code says that the caller may not make a call."""
+    return re.match(_ACCESS_DENIED, code) is not None
 
 
 def _error_details(error: BaseException) -> Mapping[str, Any]:
@@ -2485,16 +2497,11 @@ def _explained(where: str) -> Iterator[None]:
         if limit is not None:
             text = f"{where} takes messages of at most {limit[1]} bytes"
             raise MessageTooLarge(text, int(limit[1])) from error
-        if "Invalid header value" in str(error):
-            # Without its cause, which would show a secret.
-            raise ConfigurationError(
-                f"{where}: a credential has a line break or another control character:"
-                " check AWS_SESSION_TOKEN and where else credentials come from"
-            ) from None
         explanation = _explanation(error)
-        if explanation is not None:
-            raise ConfigurationError(f"{where}: {explanation}") from error
-        raise
+        if explanation is None:
+            raise
+        cause = None if re.search(_SHOWS_HEADERS, str(error)) else error
+        raise ConfigurationError(f"{where}: {explanation}") from cause
 
 
 def _explanation(error: Exception) -> str | None:
@@ -2502,7 +2509,8 @@ def _explanation(error: Exception) -> str | None:
 
     None is for an error that may pass by itself.
     """
-    message = _error_details(error).get("Message", error)
+    message = str(_error_details(error).get("Message", error))
+    message = re.sub(f"({_SHOWS_HEADERS}).*", r"\1…", message, flags=re.DOTALL)
     # In one line, whatever the service says.
     text = " ".join(f"{_error_code(error)}: {message}".split()).removesuffix(":")
     remedy = _find_remedy(text)
@@ -2554,7 +2562,7 @@ class _AwsConnections:
 
 
 class _AwsSender(Sender):
-    """What SQS and SNS share: clients, sending, the answers of batch calls, and errors.
+    """What SQS and SNS share: clients, sending, answers of batch calls, and errors.
 
     :ivar service: botocore's name of the service
     :ivar target_key: its parameter for the queue or topic
@@ -2737,7 +2745,7 @@ class SqsBroker(_AwsSender, Broker):
         """
         _, _, _, _, account, queue = arn.split(":")
         lock = self._connections.get().lock
-        make = functools.partial(_SqsOfAccount, self)
+        make = functools.partial(_SqsOfAccount, self._connections)
         return _made_once(self._of_accounts, account, lock, make), queue
 
     def send(self, destination: str, entries: Sequence[Outgoing]) -> list[Refusal]:
@@ -2869,12 +2877,9 @@ class _SqsOfAccount(SqsBroker):
     Their URLs are made up: the role of a Lambda function may not look them up.
     """
 
-    def __init__(self, ours: SqsBroker, account: str) -> None:
+    def __init__(self, connections: _PerProcess[_AwsConnections], account: str) -> None:
         super().__init__()
-        self._ours, self._account = ours, account
-
-    def client(self, role: str) -> Any:
-        return self._ours.client(role)
+        self._connections, self._account = connections, account
 
     def _find_url(self, role: str, queue: str) -> str:
         with self._calling(queue):
@@ -2917,11 +2922,12 @@ class _PerProcess(Generic[_T]):
     def get(self) -> _T:
         """Return the value of this process."""
         pid, value = self._owned
-        if pid != os.getpid():
-            _inherited.append(value)
-            value = self._make()
-            self._owned = (os.getpid(), value)
-        return value
+        if pid == os.getpid():
+            return value
+        own = self._make()
+        _inherited.append(value)
+        self._owned = (os.getpid(), own)
+        return own
 
 
 def _made_once(
@@ -5179,9 +5185,8 @@ def _find_lease(broker: Broker, queue: str, wanted_s: float | None) -> _Lease:
     try:
         info = broker.info(queue)
     except Exception as error:
-        if not _error_code(error).startswith(
-            "AccessDenied"
-        ):  # the policies of 1.4's workers lack the permission
+        # The policies of 1.4's workers lack the permission.
+        if not _is_denial(_error_code(error)):
             raise
         if wanted_s is None:
             _log.warning("%s: can't read its attributes: %s", queue, _error_code(error))

@@ -3262,6 +3262,8 @@ class TestBatchCalls:
             assert found == {0: expected, 1: expected._replace(index=1)}
         refusal = taskhawk.Refusal(1, "C", "why", final=True)
         assert taskhawk._one_call(lambda entries: [refusal], "ab") == {1: refusal}
+        assert not refusal.is_denied
+        assert refusal._replace(code="AccessDeniedException").is_denied
 
     def test_change_all(self, caplog):
         """What can't be changed is a warning; a message of no queue is left alone."""
@@ -3385,6 +3387,12 @@ def sqlite_children(
         for child in children:
             print(file=child.stdin, flush=True)
         yield children
+
+
+def sqlite_execute(path: Path, statement: str) -> list[Any]:
+    """Execute a statement as somebody else who has opened the file."""
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        return db.execute(statement).fetchall()
 
 
 class TestSqlite:
@@ -3523,7 +3531,7 @@ for name in 'journal_mode', 'synchronous', 'user_version', 'busy_timeout':
                 "file is not a database",
             ),
             (
-                lambda path: sqlite3.connect(path).execute("PRAGMA user_version = 7"),
+                lambda path: sqlite_execute(path, "PRAGMA user_version = 7"),
                 "expected version 1 of its tables, got 7",
             ),
         ],
@@ -3579,6 +3587,8 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         with pytest.raises(taskhawk.ConfigurationError) as caught:
             taskhawk.SqliteBroker(url)
         assert str(caught.value) == "SQLite 3.29.1 is too old: expected 3.30.0 or newer"
+        monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 30, 0))
+        taskhawk.SqliteBroker(url).close()
 
     def test_clock(self, broker, clock):
         """Delays of any length and timeouts are counted on the clock that is passed in."""
@@ -3730,8 +3740,7 @@ for start in itertools.count(0, 3):
                 bodies = drain(broker, queue)
             assert bodies == [str(number) for number in range(len(bodies))]
             assert len(bodies) - int(sent[-1]) in (0, 3)
-        with contextlib.closing(sqlite3.connect(path)) as db:
-            assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        assert sqlite_execute(path, "PRAGMA integrity_check") == [("ok",)]
 
     def test_kill_while_receiving(self, path):
         """A kill -9 loses nothing that was not deleted; nothing deleted comes back."""
@@ -4031,6 +4040,11 @@ SQS_CALLS = {
         "ChangeMessageVisibilityBatch",
         3,
     ),
+    "extend_visibility_timeout": (
+        lambda b: taskhawk.extend_visibility_timeout(Priority.default, "r", 1),
+        "ChangeMessageVisibilityBatch",
+        3,
+    ),
 }
 UNANSWERED = ("Unanswered", "the answer does not name this entry", False)
 
@@ -4288,20 +4302,20 @@ class TestSqs:
         assert str(caught.value) == (
             "TASKHAWK-APP: a credential has a line break or another control character:"
             " check AWS_SESSION_TOKEN and where else credentials come from"
+            " (HTTPClientError: An HTTP Client raised an unhandled exception:"
+            " Invalid header value…)"
         )
         assert "hunter2" not in "".join(traceback.format_exception(caught.value))
 
-    def test_missing_queue(self, ministack, task, queue_name):
-        """A queue that is not there is said to be missing, by publishers and workers."""
-        configure_aws(ministack, queue_name)
-        for call in (
-            lambda: task.dispatch("x"),
-            lambda: taskhawk.listen_for_messages(Priority.default, loop_count=1),
-        ):
-            with pytest.raises(taskhawk.ConfigurationError) as caught:
-                call()
-            text = f"TASKHAWK-{queue_name}: {NO_QUEUE} (NonExistentQueue"
-            assert str(caught.value).startswith(text)
+    def test_headers_in_answer(self, aws, task):
+        """Where AWS shows the headers that it got, the error does not."""
+        text = "Check your key.\n\nThe Canonical String should be\n'x:hunter2"
+        aws.always("SendMessage", fault("SignatureDoesNotMatch", text, status=403))
+        with pytest.raises(taskhawk.ConfigurationError) as caught:
+            task.dispatch("x")
+        told = "SignatureDoesNotMatch: Check your key. The Canonical String…"
+        assert str(caught.value) == f"TASKHAWK-APP: {NO_SECRET} ({told})"
+        assert "hunter2" not in "".join(traceback.format_exception(caught.value))
 
     @pytest.mark.slow
     @pytest.mark.parametrize("fips", [False, True])
@@ -4605,8 +4619,8 @@ class TestProcesses:
         assert isinstance(taskhawk._brokers.broker(), taskhawk.SqsBroker)
         taskhawk.configure(IS_LAMBDA_APP=True, TASKHAWK_BROKER=url)
         assert isinstance(taskhawk._brokers.sender(), taskhawk.SqliteBroker)
-        with taskhawk.capture() as calls:
-            assert taskhawk._brokers.sender() is calls
+        with taskhawk.capture():
+            assert taskhawk._brokers.sender() is not taskhawk._brokers.broker()
         taskhawk.configure(TASKHAWK_SYNC=True)
         assert taskhawk._brokers.sender() is not taskhawk._brokers.broker()
 
@@ -9000,7 +9014,7 @@ class TestWorker:
                 "com.amazonaws.sqs#QueueDoesNotExist",
                 (
                     "TASKHAWK-APP: there is no such queue here: make it, or check TASKHAWK_QUEUE,"
-                    " AWS_REGION and the account (QueueDoesNotExist)"
+                    " AWS_REGION and the account (QueueDoesNotExist: no)"
                 ),
             ),
             (
@@ -9008,31 +9022,31 @@ class TestWorker:
                 "com.amazon.coral.service#AccessDeniedException",
                 (
                     "TASKHAWK-APP: access denied: the IAM policy of these credentials does not"
-                    " allow ReceiveMessage (AccessDeniedException)"
+                    " allow ReceiveMessage (AccessDeniedException: no)"
                 ),
             ),
             (
                 "ReceiveMessage",
                 "com.amazon.coral.service#UnrecognizedClientException",
                 (
-                    "TASKHAWK-APP: AWS does not know these credentials: check AWS_ACCESS_KEY"
-                    " (UnrecognizedClientException)"
+                    "TASKHAWK-APP: AWS does not know these credentials: check AWS_ACCESS_KEY,"
+                    " or AWS_ACCESS_KEY_ID and the profile (UnrecognizedClientException: no)"
                 ),
             ),
             (
                 "ReceiveMessage",
                 "com.amazon.coral.service#SignatureDoesNotMatch",
                 (
-                    "TASKHAWK-APP: AWS refuses these credentials: check AWS_SECRET_KEY"
-                    " (SignatureDoesNotMatch)"
+                    "TASKHAWK-APP: AWS refuses these credentials: check AWS_SECRET_KEY, or"
+                    " AWS_SECRET_ACCESS_KEY and the profile (SignatureDoesNotMatch: no)"
                 ),
             ),
             (
                 "ReceiveMessage",
                 "com.amazon.coral.service#InvalidSignatureException",
                 (
-                    "TASKHAWK-APP: AWS refuses these credentials: check AWS_SECRET_KEY"
-                    " (InvalidSignatureException)"
+                    "TASKHAWK-APP: AWS refuses these credentials: check AWS_SECRET_KEY, or"
+                    " AWS_SECRET_ACCESS_KEY and the profile (InvalidSignatureException: no)"
                 ),
             ),
         ],
@@ -9076,7 +9090,7 @@ class TestWorker:
                 {},
                 (
                     "TASKHAWK-APP: no AWS region: set AWS_REGION, for example eu-west-1"
-                    " (NoRegionError)"
+                    " (NoRegionError: You must specify a region.)"
                 ),
             ),
             (
@@ -9084,7 +9098,8 @@ class TestWorker:
                 (
                     "TASKHAWK-APP: no AWS credentials: set AWS_ACCESS_KEY and AWS_SECRET_KEY, or"
                     " give botocore a profile or role; to try things out without AWS, set"
-                    " TASKHAWK_BROKER to sqlite:///queue.db (NoCredentialsError)"
+                    " TASKHAWK_BROKER to sqlite:///queue.db"
+                    " (NoCredentialsError: Unable to locate credentials)"
                 ),
             ),
         ],
@@ -9874,7 +9889,7 @@ class TestDeadLetterCopies:
         (text,) = [text for text in caplog.messages if "can't be" in text]
         assert re.fullmatch(
             rf"{queue}: .* \(message {MESSAGE_ID}\) can't be dead-lettered and is left to the queue:"
-            rf" {queue}(-DLQ)?: {DENIED.format(action)} \(AccessDenied\)",
+            rf" {queue}(-DLQ)?: {DENIED.format(action)} \(AccessDenied: no\)",
             text,
         )
 
@@ -11670,7 +11685,7 @@ class TestDeadLetters:
         with pytest.raises(taskhawk.ConfigurationError) as raised:
             taskhawk.requeue_dead_letter(Priority.default)
         denied = DENIED.format("ReceiveMessage")
-        assert str(raised.value) == f"{source}: {denied} (AccessDenied)"
+        assert str(raised.value) == f"{source}: {denied} (AccessDenied: no)"
         assert len(received_args()) == 10
         assert len(received_args(source)) == 2
 
@@ -11686,7 +11701,8 @@ class TestDeadLetters:
         client, queue = sqs_client(ministack), f"TASKHAWK-{queue_name}"
         gone = (
             "there is no such queue here: make it, or check TASKHAWK_QUEUE,"
-            " AWS_REGION and the account (NonExistentQueue)"
+            " AWS_REGION and the account"
+            " (NonExistentQueue: The specified queue does not exist.)"
         )
 
         def error() -> str:
@@ -12031,7 +12047,7 @@ class TestDeadLetterCommands:
             (
                 "3 of 3 dead letters looked at stay hidden for a while:"
                 f" {letters.queue}-DLQ: {DENIED.format('ChangeMessageVisibility')}"
-                " (AccessDenied)"
+                " (AccessDenied: no)"
             )
         ]
 
@@ -12135,7 +12151,8 @@ class TestStats:
             2,
             (
                 f"taskhawk: TASKHAWK-{queue_name}: there is no such queue here: make it, or"
-                " check TASKHAWK_QUEUE, AWS_REGION and the account (NonExistentQueue)"
+                " check TASKHAWK_QUEUE, AWS_REGION and the account"
+                " (NonExistentQueue: The specified queue does not exist.)"
             ),
         )
 
@@ -12417,7 +12434,7 @@ class TestProvision:
         denied = DENIED.format("GetQueueAttributes")
         assert command_error(capsys, "provision", "--priority=default") == (
             2,
-            f"taskhawk: TASKHAWK-APP-DLQ: {denied} (AccessDenied)",
+            f"taskhawk: TASKHAWK-APP-DLQ: {denied} (AccessDenied: no)",
         )
 
 
@@ -12479,7 +12496,8 @@ class TestCheck:
                 {"AWS_REGION": None},
                 (
                     "TASKHAWK-APP: no AWS region: set AWS_REGION, for example eu-west-1"
-                    " (NoRegionError): the rest can't be checked. Fix: as the error says"
+                    " (NoRegionError: You must specify a region.): the rest can't be checked."
+                    " Fix: as the error says"
                 ),
             ),
             (
@@ -12487,7 +12505,8 @@ class TestCheck:
                 (
                     "TASKHAWK-APP: no AWS credentials: set AWS_ACCESS_KEY and AWS_SECRET_KEY,"
                     " or give botocore a profile or role; to try things out without AWS, set"
-                    " TASKHAWK_BROKER to sqlite:///queue.db (NoCredentialsError): the rest"
+                    " TASKHAWK_BROKER to sqlite:///queue.db"
+                    " (NoCredentialsError: Unable to locate credentials): the rest"
                     " can't be checked. Fix: as the error says"
                 ),
             ),
@@ -13135,15 +13154,15 @@ class TestCommandLine:
     def test_failed(self, capsys, command_folder, aws):
         """What the service refuses is said in one line, and the exit code is 1."""
         bring_dead_letters(aws, 1, itertools.repeat("r"))
-        aws.always("SendMessage", fault("com.amazonaws.sqs#KmsDisabled"))
+        aws.always("SendMessage", fault("com.amazonaws.sqs#OverLimit"))
         assert command_error(capsys, "dead-letters", "requeue") == (
             1,
-            "taskhawk: 1 of 1 messages failed: KmsDisabled",
+            "taskhawk: 1 of 1 messages failed: OverLimit",
         )
         code, line = command_error(capsys, "dispatch", "job.broken")
         assert code == 1
         assert line.startswith("taskhawk: ")
-        assert "KmsDisabled" in line
+        assert "OverLimit" in line
 
     @pytest.mark.slow
     def test_unreachable(self, capsys, command_folder):
