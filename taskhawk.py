@@ -108,6 +108,7 @@ __all__ = [
     "settings",
 ]
 
+import abc
 import contextlib
 import contextvars
 import dataclasses
@@ -116,6 +117,7 @@ import functools
 import importlib
 import inspect
 import io
+import itertools
 import json
 import logging
 import math
@@ -343,12 +345,6 @@ class StopRetry(TaskhawkError):
     """Raised by a retry policy or a task: give up, dead-letter the message at once."""
 
 
-def _require(holds: object, text: str) -> None:
-    """Raise ConfigurationError with this text, unless the first argument is true."""
-    if not holds:
-        raise ConfigurationError(text)
-
-
 def _is_number(value: object) -> typing.TypeGuard[float]:
     """Return whether a value is a number. True and False are not, unlike in Python."""
     return isinstance(value, int | float) and not isinstance(value, bool)
@@ -506,7 +502,7 @@ def _parse_broker(value: Any) -> str:
     if not relative:
         return url
     folder = os.getcwd()
-    if re.search(r"[?\n]", folder):  # which no URL can hold
+    if "?" in folder or _UNCLEAN.search(folder):  # which no URL can hold
         return url
     return f"sqlite:///{folder}/{relative[1]}"
 
@@ -585,11 +581,6 @@ _FOREIGN_NAMES = re.compile(
     r"|(\w+_)?PORT(_[0-9]+_(TCP|UDP|SCTP)(_PROTO|_PORT|_ADDR)?)?)"
 )
 _warned: set[str] = set()  # names already warned about
-
-
-def _conform(rule: _Rule, value: Any) -> Any:
-    """Return a value as its rule makes it; raise as :class:`_Rule` says."""
-    return rule.parse(value)
 
 
 class _Source(NamedTuple):
@@ -737,7 +728,7 @@ class _Settings:
         if django:
             yield _source(django, "Django's settings")
         environment = dict(os.environ)
-        for name in _credentials_of_lambda():
+        for name in _variables_of_botocore():
             environment.pop(name, None)
         yield _source(environment, "the environment")
 
@@ -755,7 +746,7 @@ def _source(holder: Any, where: str) -> _Source:
     return _Source(where, lambda name: getattr(holder, name, None))
 
 
-def _credentials_of_lambda() -> set[str]:
+def _variables_of_botocore() -> set[str]:
     """Return the variables of the environment that belong to botocore's credentials.
 
     Lambda sets AWS_ACCESS_KEY_ID and AWS_SESSION_TOKEN to those of the function's role
@@ -1848,7 +1839,7 @@ def _one_round(
 
 
 def _batches(entries: Sequence[Any], max_bytes: int) -> Iterator[Sequence[Any]]:
-    """Yield the entries in batches of at most ten, each together within `max_bytes`.
+    """Yield one or more entries in batches of ten, each together within `max_bytes`.
 
     An entry that is too large by itself is a batch of its own: the service says so.
     """
@@ -1862,8 +1853,7 @@ def _batches(entries: Sequence[Any], max_bytes: int) -> Iterator[Sequence[Any]]:
             batch, batch_bytes = [], 0
         batch.append(entry)
         batch_bytes += entry_bytes
-    if batch:
-        yield batch
+    yield batch
 
 
 def _send_all(
@@ -2250,37 +2240,32 @@ class SqliteBroker(Broker):
         self, queue: str, receipts: Sequence[str], *, retry: bool = False
     ) -> list[Refusal]:
         """Delete; it is an error only if a message was received again since."""
-        given = f"WITH given (receipt) AS (VALUES {_marks('(?)', receipts)})"
-        # A receipt begins with the number of its row, which finds the row.
-        delete = """DELETE FROM message WHERE receipt IN given
-            AND id IN (SELECT CAST(receipt AS INTEGER) FROM given)"""
-        if self._file.change(f"{given} {delete}", receipts) == len(receipts):
+        marks, rows = _marks("?", receipts), _rows(receipts)
+        delete = "DELETE FROM message WHERE"
+        where = f"id IN ({marks}) AND receipt IN ({marks})"
+        if self._file.change(f"{delete} {where}", (*rows, *receipts)) == len(receipts):
             return []
-        kept = """SELECT receipt FROM given
-            WHERE CAST(receipt AS INTEGER) IN (SELECT id FROM message)"""
-        return _stale(receipts, self._file.read(f"{given} {kept}", receipts))
+        find = "SELECT CAST(id AS TEXT) FROM message WHERE"
+        kept = {row for (row,) in self._file.read(f"{find} id IN ({marks})", rows)}
+        return _stale(row in kept for row in rows)
 
     def change_visibility(
         self, queue: str, changes: Sequence[tuple[str, float]], *, retry: bool = False
     ) -> list[Refusal]:
         """Change when messages are visible again, while they are in flight."""
-        given = f"""WITH given (receipt, until_ms) AS
-            (VALUES {_marks("(?, ?)", changes)})"""
-        values: list[Any] = []
-        for receipt, seconds in changes:
-            values += (receipt, self._in_ms(seconds))
-        change = """UPDATE message SET visible_ms =
-            (SELECT until_ms FROM given WHERE given.receipt = message.receipt)
-            WHERE receipt IN (SELECT receipt FROM given) AND visible_ms > ?
-            AND id IN (SELECT CAST(receipt AS INTEGER) FROM given)"""
-        values_now = (*values, self._in_ms())
-        if self._file.change(f"{given} {change}", values_now) == len(changes):
-            return []
-        unchanged = """SELECT receipt FROM given WHERE NOT EXISTS (SELECT 1 FROM message
-            WHERE id = CAST(given.receipt AS INTEGER)
-            AND message.receipt = given.receipt AND visible_ms = until_ms)"""
         receipts = [receipt for receipt, _ in changes]
-        return _stale(receipts, self._file.read(f"{given} {unchanged}", values))
+        marks, rows = _marks("?", receipts), _rows(receipts)
+        wanted = [(receipt, self._in_ms(seconds)) for receipt, seconds in changes]
+        change = "UPDATE message SET visible_ms = CASE receipt"
+        cases = " ".join(["WHEN ? THEN ?"] * len(changes))
+        where = f"visible_ms > ? AND id IN ({marks}) AND receipt IN ({marks})"
+        values = (*itertools.chain(*wanted), self._in_ms(), *rows, *receipts)
+        statement = f"{change} {cases} END WHERE {where}"
+        if self._file.change(statement, values) == len(changes):
+            return []
+        find = "SELECT receipt, visible_ms FROM message WHERE"
+        changed = set(self._file.read(f"{find} id IN ({marks})", rows))
+        return _stale(each not in changed for each in wanted)
 
     def info(self, queue: str) -> QueueInfo:
         """Return what the URL says; a dead-letter queue has none itself."""
@@ -2300,20 +2285,22 @@ class SqliteBroker(Broker):
         return Depth(*counts)
 
 
-def _marks(row: str, rows: Sequence[object]) -> str:
-    """Return the placeholders of so many rows, for VALUES."""
-    return ", ".join([row] * len(rows))
+def _marks(mark: str, values: Sequence[object]) -> str:
+    """Return a placeholder for each value."""
+    return ", ".join([mark] * len(values))
 
 
-def _stale(receipts: Sequence[str], stale: Iterable[tuple[str]]) -> list[Refusal]:
-    """Return refusals of the receipts that a query has found stale."""
+def _rows(receipts: Sequence[str]) -> list[str]:
+    """Return the ids of the rows that receipts are of, with which they begin."""
+    return [receipt.partition("-")[0] for receipt in receipts]
+
+
+def _stale(refused: Iterable[bool]) -> list[Refusal]:
+    """Return a refusal for each receipt that is refused."""
     text = "the message is no longer in flight, or was received again"
-    found = {receipt for (receipt,) in stale}
-    return [
-        Refusal(index, "ReceiptHandleIsInvalid", text, final=True)
-        for index, receipt in enumerate(receipts)
-        if receipt in found
-    ]
+    refusal = Refusal(0, "ReceiptHandleIsInvalid", text, final=True)
+    indexes = itertools.compress(itertools.count(), refused)
+    return [refusal._replace(index=index) for index in indexes]
 
 
 _schemes["sqlite"] = SqliteBroker
@@ -2669,9 +2656,9 @@ class _AwsSender(Sender):
         self.call("send", self.send_one, destination, **calls[0])
         return []
 
+    @abc.abstractmethod
     def _parameters(self, entry: Outgoing) -> dict[str, Any]:
         """Return the service's parameters for a message, without the empty ones."""
-        raise NotImplementedError
 
 
 class SnsSender(_AwsSender):
@@ -2875,9 +2862,6 @@ class _SqsOfAccount(SqsBroker):
     def client(self, role: str) -> Any:
         return self._ours.client(role)
 
-    def close(self) -> None:
-        self._ours.close()
-
     def _find_url(self, role: str, queue: str) -> str:
         with self._calling(queue):
             endpoint = self.client(role).meta.endpoint_url
@@ -3006,7 +2990,7 @@ class _Brokers:
             sender.close()
 
     def before_fork(self) -> None:
-        """Let no thread make anything during a fork: the child would have half of it."""
+        """Let no thread make anything during a fork: the child would have a half."""
         self.lock.acquire()
 
     def after_fork(self) -> None:
@@ -4584,16 +4568,15 @@ class _Holdings:
     def __init__(self, queues: Sequence[str], ack_wait_s: float = _ACK_WAIT_S) -> None:
         self.ledger = Ledger()
         self.news: list[tuple[int, str]] = []  # log levels and texts
-        self.closing = False  # leases end: they bound how long deletes are tried
-        self.unanswered = 0  # deletes that were not known to be applied while closing
+        self.unanswered = 0  # deletes that were not known to be applied in the end
+        self._is_closing = False
         self._urgency = {queue: place for place, queue in enumerate(queues)}
         self._ack_wait_s = ack_wait_s
-        self._held: dict[_Held, None] = {}  # an ordered set, as are the next two
+        self.held: dict[_Held, None] = {}  # an ordered set, as are the next two
         self._waiting: dict[_Held, None] = {}  # received, the most urgent first
-        self._ending: dict[
-            _Held, None
-        ] = {}  # what they become is decided, and not done
-        self._leases = _Leases()
+        self.decided: dict[_Held, None] = {}  # it is known what they become
+        self.leases = _Leases()
+        self.calls = _Calls(self)
 
     @property
     def waiting(self) -> int:
@@ -4603,16 +4586,16 @@ class _Holdings:
     @property
     def ending(self) -> int:
         """How many messages have ended but for the call that says so to the queue."""
-        return len(self._ending)
+        return len(self.decided)
 
     @property
     def running(self) -> int:
         """How many messages run."""
-        return len(self._held) - len(self._waiting) - len(self._ending)
+        return len(self.held) - len(self._waiting) - len(self.decided)
 
     def still_run(self) -> list[QueueMessage]:
         """Return the messages that run."""
-        return [held.message for held in self._held if held.runs]
+        return [held.message for held in self.held if held.runs]
 
     # From a receive to the end of a run.
 
@@ -4641,8 +4624,8 @@ class _Holdings:
                 last_at=asked_at + _LATEST_S,
                 is_sure=is_sure,
             )
-            self._held[held] = self._waiting[held] = None
-            self._leases.renew(held, asked_at + lease_s / 3)
+            self.held[held] = self._waiting[held] = None
+            self.leases.renew(held, asked_at + lease_s / 3)
             self.ledger.received += 1
         if len(self._urgency) > 1:
             by_urgency = sorted(self._waiting, key=lambda h: self._urgency[h.queue])
@@ -4652,7 +4635,7 @@ class _Holdings:
         """Start the most urgent message whose lease holds; return it, or None."""
         for held in list(self._waiting):
             if now >= held.lease_until:
-                self._lose(held, "its lease ended while it waited")
+                self.lose(held, "its lease ended while it waited")
             elif held.is_sure:
                 del self._waiting[held]
                 held.move("started")
@@ -4683,74 +4666,120 @@ class _Holdings:
     def _decide(self, held: _Held, end: str, now: float, delay_s: float | None) -> None:
         """Note what a message is to become, and when the call for it is due."""
         self._waiting.pop(held, None)
-        self._ending[held] = None
+        self.decided[held] = None
         held.end, held.due_at = end, now
         if held.to_delete:
             if not held.message.is_fifo:  # others of its group wait for it
                 held.due_at = now + self._ack_wait_s
         elif delay_s is None or held.message.lease_lost:
             # It shows by itself at the end of its lease, or another has it by now.
-            self._close(held, end)
+            self.end(held, end)
         else:
             # Out of the lease first: a later extension would undo the delay.
-            self._leases.drop(held)
+            self.leases.drop(held)
             held.delay_s = delay_s
         self._hurry(now)
 
     def _hurry(self, now: float) -> None:
         """Make acknowledgements due for which it is in vain to wait for others."""
-        is_idle = len(self._ending) == len(self._held)
-        new = [held for held in self._ending if held.may_join]
+        is_idle = len(self.decided) == len(self.held)
+        new = [held for held in self.decided if held.may_join]
         for queue in self._urgency:
             batch = [held for held in new if held.queue == queue]
             if is_idle or len(batch) >= _MAX_BATCH:
                 for held in batch:
                     held.due_at = min(held.due_at, now)
 
-    # What is due.
+    # The end.
 
     def expire(self, now: float) -> None:
         """Give up the leases that ended, and those that can't be extended any more."""
-        if self.closing:
-            return
-        for held in self._leases.due(now):
+        for held in self.leases.due(now):
             if held.last_at - now < 1:
-                self._lose(held, "it was received 12 hours ago")
+                self.lose(held, "it was received 12 hours ago")
             elif now >= held.lease_until:
-                self._lose(held, "its lease ended before it could be extended")
+                self.lose(held, "its lease ended before it could be extended")
 
-    def next_call(self, now: float) -> _Call | None:
+    def untried(self, since: float) -> bool:
+        """Return whether a message ended after that time, and no call has said so."""
+        new = (held for held in self.decided if held.tries == 0)
+        return any(held.due_at >= since for held in new)
+
+    def end_leases(self) -> None:
+        """Extend leases no more: they bound how long deletes are tried."""
+        self._is_closing = True
+        for held in self.held:
+            self.leases.drop(held)
+
+    def close(self) -> None:
+        """End what is decided, done or not; what still runs stays held."""
+        for held in list(self.decided):
+            self.end(held, "uncertain" if held.to_delete else held.end)
+
+    def lose(self, held: _Held, why: str) -> None:
+        """Note that others may have a message; if it waits, it is not started."""
+        self.warn(held, f"may run twice: {why}")
+        held.message.lease_lost = True
+        held.lease_until = -math.inf
+        self.leases.drop(held)
+        if held in self._waiting:
+            self.end(held, "released")
+
+    def doubt(self, held: _Held, why: str) -> None:
+        """End a message of which nobody knows whether its delete was applied."""
+        self.warn(held, f"may run again: {why}")
+        self.end(held, "uncertain")
+
+    def end(self, held: _Held, end: str) -> None:
+        """End a message: the ledger counts it, and nothing more is done for it."""
+        held.move(end)
+        self.ledger.count(end)
+        self.leases.drop(held)
+        for those in (self.held, self._waiting, self.decided):
+            those.pop(held, None)
+        if self._is_closing and end == "uncertain":
+            self.unanswered += 1
+
+    def warn(self, held: _Held, text: str) -> None:
+        """Keep a warning about a message for the log."""
+        self.news.append((logging.WARNING, f"{_name_of(held.message)} {text}"))
+
+
+class _Calls:
+    """The calls that are due for what a worker holds, and what their answers mean.
+
+    Pure, as the holdings are, and guarded with them.
+    """
+
+    def __init__(self, holdings: _Holdings) -> None:
+        self._all = holdings
+
+    def next(self, now: float) -> _Call | None:
         """Return the call to make now, if one is due, and mark its messages as in it.
 
         Leases come first, for a message whose lease ends may run twice. Then comes what
         has been due for longest: neither deletes nor delays can starve the others.
         """
-        kind = _Kind.extend
-        batch = [] if self.closing else _of_one_queue(self._leases.due(now))
-        if not batch:
-            batch = self._due_ends(now)
-            if not batch:
+        kind, due = _Kind.extend, self._all.leases.due(now)
+        if not due:
+            due = self._due_ends(now)
+            if not due:
                 return None
-            kind = _Kind.delete if batch[0].to_delete else _Kind.delay
+            kind = _Kind.delete if due[0].to_delete else _Kind.delay
+        queue = due[0].queue
+        batch = [held for held in due if held.queue == queue][:_MAX_BATCH]
         for held in batch:
             held.in_call = True
-        return _Call(kind, batch[0].queue, batch, now)
+        return _Call(kind, queue, batch, now)
 
     def next_at(self) -> float:
         """Return when to look for the next call: never (infinity) if none will be due."""
-        times = [held.due_at for held in self._ending if not held.in_call]
-        if not self.closing:
-            times.append(self._leases.next_at())
-        return min(times, default=math.inf)
-
-    def untried(self, since: float) -> bool:
-        """Return whether a message ended after that time, and no call has said so."""
-        new = (held for held in self._ending if held.tries == 0)
-        return any(held.due_at >= since for held in new)
+        times = [held.due_at for held in self._all.decided if not held.in_call]
+        return min([*times, self._all.leases.next_at()])
 
     def _due_ends(self, now: float) -> list[_Held]:
-        """Return messages of one queue that one call can end now."""
-        free = [held for held in self._ending if not held.in_call]
+        """Return what is to be ended now in one way, what was due first first."""
+        free = [held for held in self._all.decided if not held.in_call]
         due = [held for held in free if held.due_at <= now]
         if not due:
             return []
@@ -4760,9 +4789,7 @@ class _Holdings:
         if first.to_delete:
             due += [held for held in free if held.may_join]
         alike = [held for held in due if held.to_delete is first.to_delete]
-        return _of_one_queue(list(dict.fromkeys([first, *alike])))
-
-    # What the queue answered.
+        return list(dict.fromkeys([first, *alike]))
 
     def answered(self, call: _Call, refused: Mapping[int, Refusal]) -> None:
         """Note the answer to a call.
@@ -4776,12 +4803,12 @@ class _Holdings:
         }[call.kind]
         for place, held in enumerate(call.batch):
             held.in_call = False
-            if held in self._held:  # else it was given up while the call was under way
+            # Else it was given up while the call was under way.
+            if held in self._all.held:
                 note(held, refused.get(place), call.asked_at)
+            # Leases that are in a call are not looked at.
             if held.renew_at < math.inf:
-                self._leases.renew(
-                    held, held.renew_at
-                )  # it was not looked at meanwhile
+                self._all.leases.renew(held, held.renew_at)
 
     def _extended(self, held: _Held, refusal: Refusal | None, asked_at: float) -> None:
         """Note how the extension of a lease went; it counts from the call."""
@@ -4795,7 +4822,7 @@ class _Holdings:
             held.is_sure = True  # no later answer would tell more
             held.renew_at = asked_at + held.lease_s / 3
         elif refusal.final:
-            self._lose(held, refusal.text)
+            self._all.lose(held, refusal.text)
         else:
             # A dozen tries are left until the lease ends.
             held.renew_at = asked_at + held.lease_s / 20
@@ -4803,21 +4830,23 @@ class _Holdings:
     def _deleted(self, held: _Held, refusal: Refusal | None, asked_at: float) -> None:
         """Note how a delete went; one that was sent after the lease ended proves nothing."""
         if asked_at >= held.lease_until:
-            self._doubt(held, refusal.text if refusal else "its lease had ended")
+            self._all.doubt(held, refusal.text if refusal else "its lease had ended")
         elif refusal is None:
-            self._close(held, held.end)
+            self._all.end(held, held.end)
         elif refusal.final:
-            self._doubt(held, refusal.text)
+            self._all.doubt(held, refusal.text)
         else:
             self._try_later(held, asked_at)
 
     def _delayed(self, held: _Held, refusal: Refusal | None, asked_at: float) -> None:
         """Note how a delay or release went; where it failed, the lease's end shows it."""
         if refusal is None:
-            self._close(held, held.end)
+            self._all.end(held, held.end)
         elif refusal.final or refusal.is_denied or asked_at >= held.lease_until:
-            self._warn(held, f"is visible again when its lease ends: {refusal.text}")
-            self._close(held, held.end)
+            self._all.warn(
+                held, f"is visible again when its lease ends: {refusal.text}"
+            )
+            self._all.end(held, held.end)
         else:
             self._try_later(held, asked_at)
 
@@ -4825,47 +4854,6 @@ class _Holdings:
         """Make the call again, after a pause that doubles from 0.2 s to 5 s."""
         held.tries += 1
         held.due_at = asked_at + min(0.1 * 2**held.tries, 5)
-
-    def _lose(self, held: _Held, why: str) -> None:
-        """Note that others may have a message; if it waits, it is not started."""
-        self._warn(held, f"may run twice: {why}")
-        held.message.lease_lost = True
-        held.lease_until = -math.inf
-        self._leases.drop(held)
-        if held in self._waiting:
-            self._close(held, "released")
-
-    def _doubt(self, held: _Held, why: str) -> None:
-        """End a message of which nobody knows whether its delete was applied."""
-        self._warn(held, f"may run again: {why}")
-        self._close(held, "uncertain")
-
-    def _warn(self, held: _Held, text: str) -> None:
-        """Keep a warning about a message for the log."""
-        self.news.append((logging.WARNING, f"{_name_of(held.message)} {text}"))
-
-    # The end.
-
-    def close(self) -> None:
-        """End what is decided, done or not; what still runs stays held."""
-        for held in list(self._ending):
-            self._close(held, "uncertain" if held.to_delete else held.end)
-
-    def _close(self, held: _Held, end: str) -> None:
-        """End a message: the ledger counts it, and nothing more is done for it."""
-        held.move(end)
-        self.ledger.count(end)
-        self._leases.drop(held)
-        for those in (self._held, self._waiting, self._ending):
-            those.pop(held, None)
-        if self.closing and end == "uncertain":
-            self.unanswered += 1
-
-
-def _of_one_queue(ready: Sequence[_Held]) -> list[_Held]:
-    """Return at most ten messages: the first, and others of its queue."""
-    alike = [held for held in ready if held.queue == ready[0].queue]
-    return alike[:_MAX_BATCH]
 
 
 # --- 15. the keeper -------------------------------------------------------------------
@@ -4932,11 +4920,12 @@ class _Keeper:
         self.holdings = holdings
         self._looks_at = 0.0  # when it looks for what is due, if nobody wakes it
         self._gives_up_at = math.inf  # when it ends, whatever is not done by then
+        self._is_closing = False
 
     def wake(self) -> None:
         """Have the keeper look at once, if something is due before it would."""
         with self._due:
-            if self.holdings.next_at() < self._looks_at:
+            if self.holdings.calls.next_at() < self._looks_at:
                 self._due.notify()
 
     def give_up_after(self, seconds: float) -> None:
@@ -4947,7 +4936,8 @@ class _Keeper:
     def close(self) -> None:
         """Have :meth:`run` end once all that is decided is done: leases end too."""
         with self._due:
-            self.holdings.closing = True
+            self._is_closing = True
+            self.holdings.end_leases()
             self._due.notify()
 
     def run(self) -> None:
@@ -4960,7 +4950,7 @@ class _Keeper:
                 self.holdings.expire(now)
                 is_done = self._is_done(now)
                 if not is_done:
-                    call = self.holdings.next_call(now)
+                    call = self.holdings.calls.next(now)
                 news = self._take_news()
                 if not (is_done or call or news):
                     self._wait(now)
@@ -4970,7 +4960,7 @@ class _Keeper:
 
     def _is_done(self, now: float) -> bool:
         """Return whether there is nothing left to do; called with the lock held."""
-        if not self.holdings.closing:
+        if not self._is_closing:
             return False
         if now >= self._gives_up_at:
             # What ended after that, in the calling thread, still has one try.
@@ -4979,7 +4969,7 @@ class _Keeper:
 
     def _wait(self, now: float) -> None:
         """Wait until something may be due; called with the lock held."""
-        self._looks_at = min(now + _TICK_S, self.holdings.next_at())
+        self._looks_at = min(now + _TICK_S, self.holdings.calls.next_at())
         self._due.wait(self._looks_at - now)
         self._looks_at = 0.0
 
@@ -4990,7 +4980,7 @@ class _Keeper:
             change = self._broker.delete
         refused = _one_call(functools.partial(change, call.queue), call.entries())
         with self._due:
-            self.holdings.answered(call, refused)
+            self.holdings.calls.answered(call, refused)
             news = self._take_news()
             self.ended.notify_all()
         self._tell(news)
@@ -5411,6 +5401,144 @@ class _Course:
             self._room.notify_all()
 
 
+class _Slot:
+    """Runs one message after another, in its thread or in its child.
+
+    :param settle: called with each message and the outcome of its run
+    """
+
+    def __init__(
+        self,
+        course: _Course,
+        child: _Child,
+        settle: Callable[[_Held, Outcome], None],
+    ) -> None:
+        self.child = child
+        self._course, self._settle = course, settle
+
+    def work(self) -> None:
+        """Run messages until there are no more; the body of a thread."""
+        try:
+            with _one_event_loop():
+                while held := self._course.next():
+                    self._run(held)
+        finally:
+            self.child.close()
+            self._course.slot_ended()
+
+    def _run(self, held: _Held) -> None:
+        """Run a message, and note what it is to become."""
+        try:
+            run = self.child.process if self.child.takes(held.message) else process
+            outcome = run(held.message)
+            if outcome:
+                self._settle(held, outcome)
+        except _CannotStart as error:
+            self._course.release(held)
+            self._wait_for_child(error)
+        finally:
+            if held.runs:
+                # It was interrupted, or killed as the grace ended. Where its child still
+                # runs, that must end before others may have the message.
+                self.child.kill()
+                self._course.finish(held, "retried")
+
+    def _wait_for_child(self, error: Exception) -> None:
+        """Try again and again to start a child, before anything else is received."""
+        failures = 1
+        _log.error("can't start a child, goes on trying: %s", error)
+        while self._course.pause(_pause_s(failures)):
+            try:
+                self.child.start()
+            except _CannotStart:
+                failures += 1
+            else:
+                _log.info("can start a child again; tries that failed: %d", failures)
+                self._course.resume()
+                return
+
+
+class _Poller:
+    """Receives from one queue, in a thread of its own."""
+
+    def __init__(self, worker: Worker, course: _Course, queue: str) -> None:
+        self._worker, self._course, self._queue = worker, course, queue
+        self._faults = _Faults()
+        self._lease: _Lease | None = None  # once it is known
+        self._loops = 0  # receives that were answered
+        self._count = 0  # messages that the last one brought
+
+    def work(self) -> None:
+        """Receive again and again, until there is no more to do; the body of a thread."""
+        try:
+            while not self._is_done():
+                most = self._course.wait_for_room()
+                if not most:
+                    break
+                self._try(most)
+        finally:
+            self._course.poll_ended()
+
+    def _is_done(self) -> bool:
+        """Return whether the last receive was the last that is wanted."""
+        if self._loops == self._worker.loop_count:
+            return True
+        if not self._worker.until_empty or self._loops == 0 or self._count:
+            return False
+        return _are_empty(self._worker.broker, self._worker.queues)
+
+    def _try(self, most: int) -> None:
+        """Receive at most so many messages, and back off if that fails."""
+        try:
+            if self._lease is None:
+                worker = self._worker
+                self._lease = _find_lease(
+                    worker.broker, self._queue, worker.visibility_timeout_s
+                )
+                return  # that may have taken long: look again whether to receive
+            self._receive(most, self._lease)
+        except Exception as error:
+            if self._loops == 0 and isinstance(error, ConfigurationError):
+                raise  # at the start, this is for a person to mend
+            failures = self._faults.failed(self._queue, "receive", repr(error))
+            self._course.pause(_pause_s(failures))
+
+    def _receive(self, most: int, lease: _Lease) -> None:
+        """Receive once, and hold what came."""
+        worker, asked_at = self._worker, self._worker.clock()
+        messages = worker.broker.receive(
+            self._queue, most, worker.wait_s, lease.seconds, self._course.stop
+        )
+        for message in messages:
+            message.max_receive_count = lease.max_receive_count
+        # At once: from here on the keeper extends the leases.
+        self._course.take(messages, lease.seconds, asked_at)
+        self._faults.worked(self._queue, "receive")
+        self._count = len(messages)
+        self._loops += 1
+        worker.beat()
+
+
+def _pause_s(failures: int) -> float:
+    """Return how long to wait after so many failures in a row, up to a minute."""
+    return _jittered(min(0.5 * 2 ** min(failures, 10), _MAX_BACKOFF_S))
+
+
+def _make_thread(course: _Course, work: Callable[[], object]) -> threading.Thread:
+    """Make a thread; an error in it ends the worker, and the caller gets it.
+
+    It is a daemon: neither a second Ctrl-C nor an overdue task waits for a thread.
+    """
+
+    def guard() -> None:
+        try:
+            work()
+        except BaseException as error:  # such as a task's KeyboardInterrupt
+            course.fail(error)
+
+    return threading.Thread(target=guard, daemon=True)
+
+
 @dataclasses.dataclass(eq=False, repr=False)
 class Worker:
     """Runs the messages of some queues, most urgent first, until it is stopped.
@@ -5441,9 +5569,9 @@ class Worker:
 
     def __post_init__(self) -> None:
         self._check_options()
-        self._start_of_child = _start_of_children(everything=self.isolate)
-        self._signals, self._faults = _Signals(), _Faults()
+        self._signals = _Signals()
         self._heart = _Heart(self.liveness_file)
+        self.beat = self._heart.beat  #: say that the worker lives
         self._holdings = _Holdings(self.queues, self.ack_wait_s)
         self.ledger = self._holdings.ledger
         self._keeper = _Keeper(
@@ -5458,8 +5586,17 @@ class Worker:
             max_tasks=self.max_tasks,
             polls=len(self.queues),
         )
-        self.overdue = threading.Event()  # set once the grace is over
-        self._children: list[_Child] = []  # one for each slot
+        self._keeping = _make_thread(self._course, self._keeper.run)
+        self.overdue = threading.Event()  #: set once the grace is over
+        start = _start_of_children(everything=self.isolate)
+        self._slots = [
+            _Slot(
+                self._course,
+                _Child(start, self.max_tasks_per_child, self.overdue),
+                self.settle,
+            )
+            for _ in range(self.concurrency)
+        ]
 
     def _check_options(self) -> None:
         """Refuse options that make no sense, and fit the length of polls to the grace."""
@@ -5492,35 +5629,28 @@ class Worker:
         :raises ConfigurationError: if a queue is missing or forbidden, or there are no
             credentials
         """
-        # Daemons: neither a second Ctrl-C nor an overdue task waits for a thread.
-        slots = [self._thread(self._work) for _ in range(self.concurrency - 1)]
-        pollers = [self._thread(self._poll, queue) for queue in self.queues]
-        self._keeping = self._thread(self._keeper.run)
-        watch, heart = self._thread(self._watch), self._thread(self._heart.run)
+        make = functools.partial(_make_thread, self._course)
+        slots = [make(slot.work) for slot in self._slots[1:]]
+        receive = [_Poller(self, self._course, queue).work for queue in self.queues]
+        pollers = [make(work) for work in receive]
+        watch, heart = make(self._watch), make(self._heart.run)
         with self._signals:
             try:
                 for thread in (self._keeping, heart, watch, *pollers, *slots):
                     thread.start()
-                self._work()
+                self._slots[0].work()
                 self._wait_for(slots)
             finally:
-                self._shut_down(pollers, watch)
+                self._shut_down(pollers)
+                self._signals.wake()
+                for thread in (watch, heart):
+                    if thread.is_alive():
+                        thread.join(1)
         if self._course.fatal:
             raise self._course.fatal
         level = logging.INFO if self.ledger.balanced else logging.ERROR
         _log.log(level, "worker ended: %s", self.ledger)
         return self.ledger
-
-    def _thread(self, work: Callable[..., object], *args: Any) -> threading.Thread:
-        """Make a thread; an error in it ends the worker, and the caller gets it."""
-
-        def guard() -> None:
-            try:
-                work(*args)
-            except BaseException as error:  # such as a task's KeyboardInterrupt
-                self._course.fail(error)
-
-        return threading.Thread(target=guard, daemon=True)
 
     def _wait_for(self, slots: Iterable[threading.Thread]) -> None:
         """Wait for the other slots, unless they are left to run."""
@@ -5528,9 +5658,7 @@ class Worker:
             while slot.is_alive() and self._course.phase < _Phase.flushing:
                 slot.join(_TICK_S)
 
-    def _shut_down(
-        self, pollers: Iterable[threading.Thread], watch: threading.Thread
-    ) -> None:
+    def _shut_down(self, pollers: Iterable[threading.Thread]) -> None:
         """Go through the phases that are left, in their order."""
         # A second Ctrl-C ends at once: it waits for no poll, and a second for deletes.
         error = sys.exc_info()[1]
@@ -5548,61 +5676,12 @@ class Worker:
             self._flush(1 if is_hurried else None)
             self._course.move_on(to=_Phase.ended)
             self._heart.stop()
-            self._signals.wake()
-            if watch.is_alive():
-                watch.join()  # it waits for a descriptor that is closed next
 
     def _flush(self, within_s: float | None) -> None:
         """Wait until what is decided is done, or leases end, or time is up."""
         self._keeper.close()
         if self._keeping.is_alive():
             self._keeping.join(within_s)
-
-    # Slots.
-
-    def _work(self) -> None:
-        """Run one message after another, in this thread or its child."""
-        child = _Child(self._start_of_child, self.max_tasks_per_child, self.overdue)
-        self._children.append(child)
-        try:
-            while held := self._course.next():
-                self._run(child, held)
-        finally:
-            child.close()
-            self._course.slot_ended()
-
-    def _run(self, child: _Child, held: _Held) -> None:
-        """Run a message, and note what it is to become."""
-        try:
-            if self._start_of_child and child.takes(held.message):
-                outcome = child.process(held.message)
-            else:
-                outcome = process(held.message)
-            if outcome:
-                self.settle(held, outcome)
-        except _CannotStart as error:
-            self._course.release(held)
-            self._wait_for_child(child, error)
-        finally:
-            if held.runs:
-                # It was interrupted, or killed as the grace ended. Where its child still
-                # runs, that must end before others may have the message.
-                child.kill()
-                self._course.finish(held, "retried")
-
-    def _wait_for_child(self, child: _Child, error: Exception) -> None:
-        """Try again and again to start a child, before anything else is received."""
-        failures = 1
-        _log.error("can't start a child, goes on trying: %s", error)
-        while self._course.pause(_pause_s(failures)):
-            try:
-                child.start()
-            except _CannotStart:
-                failures += 1
-            else:
-                _log.info("can start a child again; tries that failed: %d", failures)
-                self._course.resume()
-                return
 
     def settle(self, held: _Held, outcome: Outcome) -> None:
         """Have done what the outcome says; a copy for the dead letters is sent now."""
@@ -5611,56 +5690,6 @@ class Worker:
             copied = _dead_letter(self.broker, held.message, outcome.error)
             end = "dead_lettered" if copied else "retried"
         self._course.finish(held, end, outcome.delay_s)
-
-    # Pollers.
-
-    def _poll(self, queue: str) -> None:
-        """Receive from a queue; the body of a thread."""
-        try:
-            self._receive_all(queue)
-        finally:
-            self._course.poll_ended()
-
-    def _receive_all(self, queue: str) -> None:
-        """Receive from a queue again and again, until there is no more to do."""
-        loops, lease = 0, None
-        while loops != self.loop_count:
-            most = self._course.wait_for_room()
-            if not most:
-                return
-            try:
-                if lease is None:  # it may take long: look again whether to receive
-                    lease = _find_lease(self.broker, queue, self.visibility_timeout_s)
-                    continue
-                count = self._receive(queue, most, lease)
-            except Exception as error:
-                if loops == 0 and isinstance(error, ConfigurationError):
-                    raise  # at the start, this is for a person to mend
-                self._back_off(queue, error)
-                continue
-            loops += 1
-            is_last = self.until_empty and not count
-            if is_last and _are_empty(self.broker, self.queues):
-                return
-
-    def _receive(self, queue: str, most: int, lease: _Lease) -> int:
-        """Receive once, and hold what came; return how many messages came."""
-        asked_at = self.clock()
-        messages = self.broker.receive(
-            queue, most, self.wait_s, lease.seconds, self._course.stop
-        )
-        for message in messages:
-            message.max_receive_count = lease.max_receive_count
-        # At once: from here on the keeper extends the leases.
-        self._course.take(messages, lease.seconds, asked_at)
-        self._faults.worked(queue, "receive")
-        self._heart.beat()
-        return len(messages)
-
-    def _back_off(self, queue: str, error: Exception) -> None:
-        """Wait after a receive that failed: longer each time, up to a minute."""
-        failures = self._faults.failed(queue, "receive", repr(error))
-        self._course.pause(_pause_s(failures))
 
     # Signals, and the grace.
 
@@ -5691,8 +5720,8 @@ class Worker:
         self._keeper.give_up_after(flush_s)
         for received in self._course.still_run():
             _log.warning("the grace is over, and %s still runs", _name_of(received))
-        for child in self._children:
-            child.kill()
+        for slot in self._slots:
+            slot.child.kill()
         if self._course.ended.wait(flush_s / 2):
             return
         self._course.move_on(to=_Phase.flushing)
@@ -5702,11 +5731,6 @@ class Worker:
             with self._keeper.lock:
                 self._holdings.close()
             self.on_overdue(self.ledger)
-
-
-def _pause_s(failures: int) -> float:
-    """Return how long to wait after so many failures in a row, up to a minute."""
-    return _jittered(min(0.5 * 2 ** min(failures, 10), _MAX_BACKOFF_S))
 
 
 def listen_for_messages(
