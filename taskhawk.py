@@ -62,7 +62,7 @@ Parts and rooms; the file still works when it is cut before part IV, V or VI
         13 processing, 14 holdings, 15 the keeper, 16 the worker, 17 log records,
         18 isolation, 19 Lambda
     VI people
-        20 dead letters, 21 infrastructure, 22 command line
+        20 dead letters, 21 infrastructure, 22 command line, 23 vendoring
 """
 
 # === PART I: MEANING ==================================================================
@@ -865,6 +865,20 @@ def _set_up_django() -> None:
     if module:
         _import(module, "the module named by DJANGO_SETTINGS_MODULE")
         _import("django", "the package").setup()
+
+
+def _django_task_modules() -> list[str]:
+    """Return the modules named `tasks` of the installed apps, if Django is set up."""
+    if "django.apps" not in sys.modules:
+        return []
+    from django.apps import apps
+    from django.utils.module_loading import module_has_submodule
+
+    return [
+        f"{app.name}.tasks"
+        for app in apps.get_app_configs()
+        if module_has_submodule(app.module, "tasks")
+    ]
 
 
 # A thread's count of `runs`.
@@ -3117,8 +3131,6 @@ class Task(Generic[_P, _R]):
         self.isolate = False
         #: the module that declares it: importing this module makes the task
         self.declared_in = str(fn.__module__)
-        #: the modules whose imports led to its declaration, the outermost first
-        self.imported_by: tuple[str, ...] = ()
         functools.update_wrapper(self, fn, updated=())
         # What other decorators left on the function may have names that are ours.
         for attribute, value in getattr(fn, "__dict__", {}).items():
@@ -3221,7 +3233,7 @@ class Task(Generic[_P, _R]):
             elif isinstance(result, Generator | AsyncGenerator):
                 raise TypeError(
                     f"{self._name} returned a generator, which runs only if something"
-                    " reads it: expected a function that does its work when it is called"
+                    " reads it: expected a function that runs when it is called"
                 )
         finally:
             _current.reset(token)
@@ -3389,12 +3401,9 @@ async def _awaited(awaitable: Any, name: str) -> None:
     finally:
         left = asyncio.all_tasks() - before
         if left:
-            _log.warning(
-                "%s left %d asyncio tasks behind, which nothing waits for: %s",
-                name,
-                len(left),
-                ", ".join(sorted(_qualname(each.get_coro()) for each in left)),
-            )
+            names = sorted(_qualname(each.get_coro()) for each in left)
+            text = "%s ended while asyncio tasks that it began were still running: %s"
+            _log.warning(text, name, ", ".join(names))
 
 
 def _is_in_coroutine() -> bool:
@@ -3465,7 +3474,6 @@ def task(
         made.time_limit = time_limit
         made.isolate = isolate or time_limit is not None
         made.declared_in = _declaring_module(fn)
-        made.imported_by = _imports_under_way()
         _register(made)
         if not name and fn.__module__ == "__main__":
             # Messages that taskhawk 1.4 queued call it by this name.
@@ -3509,7 +3517,7 @@ def _is_method(fn: Any) -> bool:
     container = _qualname(fn).rpartition(".")[0]
     if not container or container.endswith("<locals>"):
         return False
-    parameters = inspect.signature(fn, **_ANNOTATIONS).parameters
+    parameters = _signature_of(fn, _qualname(fn)).parameters
     return next(iter(parameters), None) == "self"
 
 
@@ -3608,23 +3616,24 @@ _MAINS = ("__main__", "__mp_main__")
 
 
 def _declaring_module(fn: Any) -> str:
-    """Return the module whose import declares the task that is being made of a function.
+    """Return the module whose import declares the task that is made of a function.
 
-    It may be another than the function's: ``send = taskhawk.task(lib.send)``. Where a
-    function declares tasks, it is the module that is being imported, if there is one.
+    It may be another than the function's: ``send = taskhawk.task(lib.send)``. Where
+    modules import each other, it is the outermost: they may work in this order alone.
+    Where a function declares tasks, it is the module that is being imported, if any.
     """
     if fn.__module__ in (*_MAINS, __name__):
         return str(fn.__module__)
     stack = traceback.walk_stack(inspect.currentframe())
     callers = [frame for frame, _ in stack if frame.f_globals is not globals()]
+    declaring = callers[0].f_globals.get("__name__")
     for frame in callers:
         name = frame.f_globals.get("__name__")
-        if frame.f_code.co_name != "<module>" or name not in sys.modules:
-            continue
+        importing = frame.f_code.co_name == "<module>" and name in sys.modules
         # A script calls all that runs: it declares only what itself makes a task.
-        if frame is callers[0] or name not in _MAINS:
-            return str(name)
-    return str(callers[0].f_globals.get("__name__"))
+        if importing and name not in _MAINS:
+            declaring = name
+    return str(declaring)
 
 
 def _importable_name(module: str) -> str:
@@ -3636,18 +3645,6 @@ def _importable_name(module: str) -> str:
     spec = getattr(script, "__spec__", None)
     name = spec.name if spec else inspect.getmodulename(path)
     return name or module
-
-
-def _imports_under_way() -> tuple[str, ...]:
-    """Return the modules whose imports have led to this call, the outermost first."""
-    names = []
-    frame = inspect.currentframe()
-    while frame:
-        name = frame.f_globals.get("__name__")
-        if frame.f_code.co_name == "<module>" and name not in _MAINS:
-            names.append(name)
-        frame = frame.f_back
-    return tuple(reversed(names))
 
 
 # --- 12. publishing -------------------------------------------------------------------
@@ -3865,23 +3862,20 @@ class _Batch:
         self._collected: list[_Ready] = []
         self._closed = False
 
-    def is_open(self) -> bool:
-        """Return whether it still collects what this process dispatches."""
-        return not self._closed and self._process_id == os.getpid()
-
     def add(self, readies: Sequence[_Ready]) -> bool:
-        """Add messages if it is open, and return whether it is."""
+        """Add messages, or return False if this process has no open batch here."""
         # Before the lock, which another thread may have held at the fork.
-        if not self.is_open():
+        if self._process_id != os.getpid():
             return False
         with self._lock:
-            if not self._closed:
-                self._collected.extend(readies)
-            return not self._closed
+            if self._closed:
+                return False
+            self._collected.extend(readies)
+            return True
 
     def close(self) -> Sequence[_Ready]:
         """Collect no more, and return what this process has to send."""
-        if not self.is_open():
+        if self._process_id != os.getpid():
             return ()
         with self._lock:
             self._closed = True
@@ -3901,16 +3895,13 @@ def batch() -> Iterator[None]:
             for user in users:
                 send_email.dispatch(user.email, 'Hello!')
 
-    If the block raises, nothing is sent. A block inside another joins it. A dispatch
-    from a thread is sent directly, unless the thread runs in this context; so is a
-    dispatch from a forked process, and from a task or thread that outlives the block.
+    If the block raises, nothing of it is sent. A block inside another adds what it has
+    collected to the other. A dispatch from a thread is sent directly, unless the thread
+    runs in this context; so is a dispatch from a forked process, and from a task or
+    thread that outlives the block.
 
     :raises PartialFailure: on exit, with exactly the messages that were not accepted
     """
-    outer = _current_batch.get()
-    if outer is not None and outer.is_open():
-        yield
-        return
     collecting = _Batch()
     token = _current_batch.set(collecting)
     try:
@@ -3918,7 +3909,7 @@ def batch() -> Iterator[None]:
     finally:
         _current_batch.reset(token)
         collected = collecting.close()
-    _send_all_ready(collected)
+    _send_all_ready(collected)  # or add them to the block around this one
 
 
 def _collect(readies: Sequence[_Ready]) -> bool:
@@ -4012,7 +4003,7 @@ class Captured(NamedTuple):
 
 
 class _CapturingSender(Sender):
-    """Adds what it is to send to a list; it needs no setting and has the limits of SQS."""
+    """Adds messages to a list; it needs no setting, and has the limits of SQS."""
 
     max_bytes = _MAX_SQS_BYTES
     max_delay_s = _MAX_DELAY_S
@@ -5966,7 +5957,7 @@ class _LineFormatter(logging.Formatter):
 
 
 def _log_again(fields: Mapping[str, Any]) -> None:
-    """Log in the worker what a child has logged, as far as the worker's levels let it."""
+    """Log in the worker what a child has logged, if the worker's levels let it."""
     record = logging.makeLogRecord(fields)
     logger = logging.getLogger(record.name)
     if logger.isEnabledFor(record.levelno):
@@ -6036,22 +6027,18 @@ def _start_of_children(*, everything: bool) -> dict[str, Any]:
 
 
 def _module_to_import(declared: Task[Any, Any]) -> str:
-    """Return the module whose import declares a task, as it did in the worker.
-
-    That is the outermost: those that it imports may work in this order alone.
-    """
-    for name in declared.imported_by:
-        # Not one that is starting the worker right now: a child would start another.
-        spec = getattr(sys.modules.get(name), "__spec__", None)
-        if not getattr(spec, "_initializing", False):
-            return name
-    module = getattr(declared, "declared_in", declared.fn.__module__)
+    """Return the module whose import declares a task, as it did in the worker."""
+    module = declared.declared_in
+    # Not one that is starting the worker right now: a child would start another.
+    spec = getattr(sys.modules.get(module), "__spec__", None)
+    if getattr(spec, "_initializing", False):
+        module = declared.fn.__module__
     if module in _MAINS:
         raise ConfigurationError(
             f"{declared.name}: a task of __main__ can't be isolated: "
             "move it to a module"
         )
-    return str(module)
+    return module
 
 
 def _path_of_children() -> list[str]:
@@ -6258,8 +6245,8 @@ class _ChildProcess:
 
     def __init__(self) -> None:
         import socket
-        import subprocess
 
+        subprocess: Any = importlib.import_module("subprocess")
         self.unknown: list[str] = []  # isolated tasks that it did not find
         # Held to kill and to reap: what was reaped has a number that may be used again.
         self._lock = threading.Lock()
@@ -6267,10 +6254,11 @@ class _ChildProcess:
         self._lines = self._socket.makefile("rb")
         number = theirs.fileno()
         program = [__name__, "_child", str(number), str(os.getpid())]
-        flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]  # noqa: SLF001 - multiprocessing uses it, too
+        # Such as -O and -W; multiprocessing takes them from there, too.
+        flags = subprocess._args_from_interpreter_flags()  # noqa: SLF001
         with theirs:
             try:
-                self._process = subprocess.Popen(  # noqa: S603 - it is this file
+                self._process = subprocess.Popen(
                     [sys.executable, *flags, "-c", _BOOT, *program],
                     stdin=subprocess.DEVNULL,
                     start_new_session=True,
@@ -6307,17 +6295,16 @@ class _ChildProcess:
 
     def kill(self) -> None:
         """Kill it and what it started, also in C code that holds the GIL."""
-        with self._lock:
+        with self._lock, contextlib.suppress(PermissionError):  # macOS, of a zombie
             if self._process.returncode is None:
                 os.killpg(self._process.pid, signal.SIGKILL)
 
     def end(self, within_s: float) -> str:
         """Have it end, by a kill if it takes longer, and return how it ended."""
         until = time.monotonic() + within_s
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(1)  # SHUT_WR: it ends once it has read all
-            self._wait_at_most(until)
-            self._lines.read()  # it may have to write before that
+        with contextlib.suppress(OSError, ValueError):
+            self._socket.shutdown(1)  # SHUT_WR: it ends when it has read all
+            self.hear("nothing", until)  # but log records, and then that it has ended
         if not self._has_ended(until):  # a thread that a task left behind goes on, say
             self.kill()
             self._has_ended(math.inf)
@@ -6412,7 +6399,7 @@ class _Report(logging.StreamHandler[typing.TextIO]):
             self._socket.flush()
 
     def _leave(self) -> None:
-        """Have what a task forks neither answer, nor keep the socket open, nor log to it."""
+        """Keep what a task forks from the socket, and from holding it open."""
         os.dup2(self._nowhere, self._number, inheritable=False)
         self.stream = sys.stderr
 
@@ -6428,7 +6415,8 @@ def _serve_worker(argv: Sequence[str]) -> int:
     _die_with_parent()
     if os.getppid() != worker:  # it died before that
         return 1
-    os.set_inheritable(number, False)  # noqa: FBT003 - what a task starts must not keep it
+    # What a task starts must not keep the socket open.
+    os.set_inheritable(number, False)  # noqa: FBT003
     report = _Report(number)
     with open(number, "rb", closefd=False) as lines:
         start = json.loads(lines.readline())
@@ -6697,6 +6685,8 @@ def _as_boto3(
 
 
 # === PART V: STATE ====================================================================
+# There is no room here yet: nothing is remembered between two messages, so the file cut
+# before this part and the file cut after it do the same.
 
 
 # === PART VI: PEOPLE ==================================================================
@@ -6710,7 +6700,7 @@ __all__ += [
 # --- 20. dead letters -----------------------------------------------------------------
 # For people: nothing in production depends on this room. A dead letter is deleted only
 # once its copy is confirmed, so a crash or a fault in between leaves two copies, never
-# none. A scan hides what it receives from others, and shows what it leaves again.
+# none. A scan hides from others what it receives, and shows again what it leaves.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -6798,7 +6788,7 @@ def _recorded_error(received: QueueMessage) -> dict[str, Any] | None:
 
 @dataclasses.dataclass(frozen=True)
 class _LetterFilter:
-    """Says which dead letters are meant: those that fit all of it."""
+    """Says which dead letters are meant: those that fit every field."""
 
     task: str = "*"  # a pattern, as the shell's
     error: str = ""  # a part of the error's type or message
@@ -6841,7 +6831,7 @@ class _Scan:
     priority: Priority
     doing: str
     done: str
-    filter: _LetterFilter = _LetterFilter()
+    wanted: _LetterFilter = _LetterFilter()
     limit: int = sys.maxsize
     num_messages: int = _MAX_BATCH
     lease_s: float | None = 600
@@ -6881,7 +6871,7 @@ class _Scan:
             new = self._receive(total - len(self._seen))
             if not new:
                 return
-            letters = [*filter(self.filter.matches, map(_read_dead_letter, new))]
+            letters = [*filter(self.wanted.matches, map(_read_dead_letter, new))]
             letters = letters[: self.limit - self.matched]
             self.matched += len(letters)
             self.found_ids.update(*(letter.ids for letter in letters))
@@ -6938,8 +6928,9 @@ class _Scan:
         failure: str = "",
     ) -> list[_DeadLetter]:
         """Return those that were not refused; log the first refusal with its remedy."""
-        for refusal in [*refused.values()][:1]:
-            _log.warning("%s: %s", refusal.code, refusal.text)
+        if refused:
+            first = next(iter(refused.values()))
+            _log.warning("%s: %s", first.code, first.text)
         accepted = []
         for index, letter in enumerate(letters):
             if index in refused:
@@ -6952,11 +6943,10 @@ class _Scan:
         """Show what is left to others again."""
         show = functools.partial(self._broker.change_visibility, self._source)
         refused = _in_batches(show, [(r, 0) for r in self._hidden.values()], 3)
-        for refusal in [*refused.values()][:1]:
-            text = (
-                "%d of %d dead letters that were looked at stay hidden for a while: %s"
-            )
-            _log.warning(text, len(refused), len(self._hidden), refusal.text)
+        if refused:
+            reason = next(iter(refused.values())).text
+            text = "%d of %d dead letters looked at stay hidden for a while: %s"
+            _log.warning(text, len(refused), len(self._hidden), reason)
         if kind:
             text = "stopped: up to %d more messages may have been %s"
             self.say(text, _MAX_BATCH, self.done)
@@ -7409,24 +7399,13 @@ def _check_settings() -> list[_Finding]:
     """Read all settings, and import the hooks and classes that they name."""
     findings = [
         _error(str(error), "what uses it fails", _advice(error))
-        for error in _settings_errors()
+        for error in settings.errors()
     ]
     if findings or settings.TASKHAWK_BROKER != "sqs" or settings.TASKHAWK_QUEUE:
         return findings
     why = "no queue has a name; without AWS, try TASKHAWK_BROKER=sqlite:///queue.db"
     remedy = "export TASKHAWK_QUEUE=dev-myapp"
     return [_error("TASKHAWK_QUEUE is not set", why, remedy)]
-
-
-def _settings_errors() -> list[ConfigurationError]:
-    """Return what is wrong with the settings."""
-    errors: dict[str, ConfigurationError] = {}
-    for name in _SETTINGS:
-        try:
-            getattr(settings, name)
-        except ConfigurationError as error:
-            errors.setdefault(str(error), error)  # of a wrong module, all say the same
-    return list(errors.values())
 
 
 def _check_topic(priority: Priority) -> Iterator[_Finding]:
@@ -7616,7 +7595,9 @@ def _seconds(least: float = 0, most: float = math.inf) -> Callable[[str], float]
 
 def _bounds(least: float, most: float) -> str:
     """Return which numbers are within bounds."""
-    return f"{least} or more" if most == math.inf else f"{least} to {most}"
+    if most == math.inf:
+        return f"{least} or more"
+    return f"{least} to {most}"
 
 
 def _age(text: str) -> float:
@@ -7634,27 +7615,17 @@ def _pair(text: str) -> tuple[str, str]:
     return name, value
 
 
-def _json_array(text: str) -> list[Any]:
-    """Read an array of JSON."""
-    value = _json_of(text)
-    if not isinstance(value, list):
-        raise _wrong("an array of JSON", text)
-    return value
+def _json(kind: type, expected: str) -> Callable[[str], Any]:
+    """Return what reads JSON of one kind."""
 
+    def read(text: str) -> Any:
+        with contextlib.suppress(ValueError, RecursionError):
+            value = _DECODER.decode(text)
+            if isinstance(value, kind):
+                return value
+        raise _wrong(expected, text)
 
-def _json_object(text: str) -> dict[str, Any]:
-    """Read an object of JSON."""
-    value = _json_of(text)
-    if not isinstance(value, dict):
-        raise _wrong("an object of JSON", text)
-    return value
-
-
-def _json_of(text: str) -> Any:
-    """Read JSON; what is not JSON is None."""
-    with contextlib.suppress(ValueError, RecursionError):
-        return _DECODER.decode(text)
-    return None
+    return read
 
 
 _flag = functools.partial(_option, action="store_true")
@@ -7772,20 +7743,6 @@ def _log_handlers() -> Iterator[logging.Handler]:
             yield from logger.handlers
 
 
-def _django_task_modules() -> list[str]:
-    """Return the modules named `tasks` of the installed apps, if Django is set up."""
-    if "django.apps" not in sys.modules:
-        return []
-    from django.apps import apps
-    from django.utils.module_loading import module_has_submodule
-
-    return [
-        f"{app.name}.tasks"
-        for app in apps.get_app_configs()
-        if module_has_submodule(app.module, "tasks")
-    ]
-
-
 def _parser() -> Any:
     """Make the parser of all commands."""
     import argparse
@@ -7805,7 +7762,7 @@ def _parser() -> Any:
     parser = Parser(prog="taskhawk", description=sentence)
     parser.add_argument("--version", action="version", version=VERSION)
     parser.set_defaults(run=None, parser=parser, modules=(), ids=())
-    parser.set_defaults(log_level=None, log_format=None)
+    parser.set_defaults(log_level=None, log_format=None, json=False)
     groups = {"": parser.add_subparsers(metavar="COMMAND")}
     for command, (run, options) in _commands.items():
         text, _, example = (inspect.getdoc(run) or command).partition("\n\n")
@@ -7972,9 +7929,10 @@ class _ListenWorker(Worker):
         super().settle(held, outcome)
         message = held.message.message
         if message and outcome.fate is Fate.acknowledge:
-            facts: dict[str, Any] = {"task": message.task_name, "id": message.id}
-            facts["attempt"] = held.message.attempt
-            _log.info("%s %s: finished", message.task_name, message.id, extra=facts)
+            attempt = held.message.attempt
+            facts = {"task": message.task_name, "id": message.id, "attempt": attempt}
+            name = re.sub("[^ -~]", "?", f"{message.task_name} {message.id}")[:200]
+            _log.info("%s: attempt %d finished", name, attempt, extra=facts)
 
 
 @_command(
@@ -8033,8 +7991,7 @@ def _listen(arguments: Any) -> bool:
     """
     _require_tasks("listen")
     # A typo, such as in a hook's name, would send the whole queue to the dead letters.
-    for error in _settings_errors():
-        raise error
+    settings.check()
     priorities = _priorities(arguments.priority)
     worker = _ListenWorker(
         _brokers.broker(),
@@ -8090,12 +8047,16 @@ def _exit_overdue(ledger: Ledger) -> None:
     "dispatch",
     _option("task", "the task's name"),
     _option(
-        "--args", "(default: [])", type=_json_array, default=[], metavar="JSON ARRAY"
+        "--args",
+        "(default: [])",
+        type=_json(list, "an array of JSON"),
+        default=[],
+        metavar="JSON ARRAY",
     ),
     _option(
         "--kwargs",
         "(default: {})",
-        type=_json_object,
+        type=_json(dict, "an object of JSON"),
         default={},
         metavar="JSON OBJECT",
     ),
@@ -8399,7 +8360,7 @@ def _rewrite_line(text: str, *args: object) -> None:
 
 def _require_found(scan: _Scan) -> None:
     """Raise an error if an id that was named is that of no dead letter."""
-    missing = scan.filter.ids - scan.found_ids
+    missing = scan.wanted.ids - scan.found_ids
     if missing:
         ids = ", ".join(sorted(missing))
         raise TaskhawkError(f"no dead letter that fits the filters has this id: {ids}")
@@ -8408,7 +8369,9 @@ def _require_found(scan: _Scan) -> None:
 def _print_letters(
     arguments: Any, doing: str, text_of: Callable[[_DeadLetter], str]
 ) -> None:
-    """Print the dead letters that the options ask for."""
+    """Print the dead letters that the options ask for, with --json as JSON."""
+    if arguments.json:
+        text_of = _as_json
     with _scan_for(arguments, doing, "looked at") as scan:
         for letters in scan:
             _clear_line()
@@ -8464,7 +8427,7 @@ def _list(arguments: Any) -> None:
 
     example: python -m taskhawk dead-letters list --task 'mail.*'
     """
-    _print_letters(arguments, "listing", _as_json if arguments.json else _as_line)
+    _print_letters(arguments, "listing", _as_line)
 
 
 @_command(
@@ -8478,7 +8441,7 @@ def _show(arguments: Any) -> None:
 
     example: python -m taskhawk dead-letters show b1328174-a21c-43d3-b303-964dfcc76efc
     """
-    _print_letters(arguments, "showing", _as_json if arguments.json else _as_page)
+    _print_letters(arguments, "showing", _as_page)
 
 
 @_command("dead-letters export", *_LETTERS)
@@ -8536,9 +8499,212 @@ def _delete(arguments: Any) -> None:
 def _is_agreed(scan: _Scan) -> bool:
     """Ask in a terminal whether to delete, where it may be more than one."""
     total = scan.total()
-    most = min(total, scan.limit, len(scan.filter.ids) or total)
+    most = min(total, scan.limit, len(scan.wanted.ids) or total)
     if most <= 1 or not sys.stdin.isatty():
         return True
     question = f"delete up to {most} dead letters for good? [y/N] "
     print(question, end="", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+# --- 23. vendoring --------------------------------------------------------------------
+# A copy is the text of this very file, whole or cut before a part, below a header that
+# has a hash for each section: the docstring, each part's banner, each room. A file is
+# overwritten only if it is such a copy and still matches its header, and it is replaced
+# whole. Sections are compared by title, because a room's number may change. The hashes
+# find what has changed; they are not a signature.
+
+
+_CUTS = {"publisher": "PART IV:", "service": "PART V:", "production": "PART VI:"}
+_BANNER = r"(?m)^# (?:===|---) (?:\d+\. )?(.+?) (?:=|-)+$"
+_HEADER_PATTERN = (
+    r"# taskhawk (\S+), vendored: (\w+)\n(?:#  .*\n)+((?:# [0-9a-f]{16} .+\n)+)"
+)
+_COPY_HEADER = """\
+# taskhawk {version}, vendored: {part}
+#  SPDX-License-Identifier: MIT. Do not edit this copy; compare it with its hashes by
+#  python -m taskhawk vendor --check PATH
+"""
+_Section = tuple[str, str]  # a section's title, and the hash of its text
+
+
+@dataclasses.dataclass(frozen=True)
+class _Copy:
+    """A vendored copy: what its header says, and the text below it."""
+
+    version: str
+    part: str
+    sections: Sequence[_Section]  # as they were written
+    text: str
+
+    @classmethod
+    def read(cls, text: str) -> _Copy | None:
+        """Return the copy that has this text, or None if it has no header of ours."""
+        header = re.match(_HEADER_PATTERN, text)
+        if header is None:
+            return None
+        version, part, lines = header.groups()
+        pairs = re.findall("# (.{16}) (.+)\n", lines)
+        sections = [(title, digest) for digest, title in pairs]
+        return cls(version, part, sections, text[header.end() :])
+
+    @classmethod
+    def of_this_file(cls, part: str) -> _Copy:
+        """Return a copy of this file, whole or up to the end of a part."""
+        text = _own_text()
+        running = cls.read(text)
+        if running is not None:
+            text = running.text
+        if part in _CUTS:
+            kept, _banner, _later = text.partition(f"\n# === {_CUTS[part]}")
+            text = kept.rstrip() + "\n"
+        return cls(__version__, part, _sections(text), text)
+
+    def __str__(self) -> str:
+        lines = [f"# {digest} {title}\n" for title, digest in self.sections]
+        header = _COPY_HEADER.format(version=self.version, part=self.part)
+        return header + "".join(lines) + self.text
+
+    @property
+    def modified(self) -> list[str]:
+        """The titles of the sections that were changed by hand."""
+        found = _sections(self.text)
+        if found == self.sections:
+            return []
+        titles = {title for title, _ in set(found) ^ set(self.sections)}
+        return sorted(titles) or ["the order of the rooms"]
+
+    def require_unmodified(self, name: str) -> None:
+        """Raise ConfigurationError if a section was changed by hand."""
+        if self.modified:
+            raise ConfigurationError(
+                f"vendor: {name} was changed by hand: {', '.join(self.modified)}. "
+                "Fix: restore it, or move it away"
+            )
+
+
+def _own_text() -> str:
+    """Return the text of this file, with its header if it is a copy itself."""
+    return inspect.getsource(sys.modules[__name__])
+
+
+def _sections(text: str) -> list[_Section]:
+    """Return the title of each section, with a short hash of its text."""
+    import hashlib
+
+    sections = []
+    for title, section in _split_sections(text):
+        digest = hashlib.sha256(section.strip().encode()).hexdigest()
+        sections.append((title, digest[:16]))
+    return sections
+
+
+def _split_sections(text: str) -> Iterator[tuple[str, str]]:
+    """Yield the title and the text of each section; it ends where the next banner is."""
+    title, start = "docstring", 0
+    for banner in re.finditer(_BANNER, text):
+        yield title, text[start : banner.start()]
+        title, start = banner[1], banner.end()
+    yield title, text[start:]
+
+
+def _read_copy(path: str) -> _Copy:
+    """Read a vendored copy.
+
+    :raises ConfigurationError: if the file is something else
+    """
+    with open(path, encoding="utf-8", errors="replace") as file:
+        copy = _Copy.read(file.read())
+    if copy is None:
+        raise ConfigurationError(
+            f"vendor: {path} does not begin with the header of a vendored copy. "
+            "Fix: name another path, or move that file away"
+        )
+    return copy
+
+
+def _write_copy(path: str, copy: _Copy) -> Sequence[_Section]:
+    """Write a copy, whole or not at all; return the sections of the one it replaces.
+
+    :raises ConfigurationError: if the file that stands there, or the copy that runs this
+        command, is not as it was written
+    """
+    running = _Copy.read(_own_text())
+    if running is not None:
+        running.require_unmodified("the copy that runs this command")
+    if not os.path.isdir(os.path.dirname(path)):
+        raise ConfigurationError(
+            f"vendor: {os.path.dirname(path)} is not a folder. Fix: make it first"
+        )
+    replaced: Sequence[_Section] = ()
+    if os.path.exists(path):
+        old = _read_copy(path)
+        old.require_unmodified(path)
+        replaced = old.sections
+    draft = f"{path}.{os.getpid()}"
+    try:
+        with open(draft, "w", encoding="utf-8", newline="\n") as file:
+            file.write(str(copy))
+        os.replace(draft, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(draft)  # still there only if the copy could not be written
+    return replaced
+
+
+@_command(
+    "vendor",
+    _option("path", "the copy, such as service/vendor/taskhawk.py", metavar="PATH"),
+    _option(
+        "--part",
+        "how much of the file to write (default: whole)",
+        choices=[*_CUTS, "whole"],
+        default="whole",
+    ),
+    _flag("--check", "say whether the copy is unmodified, and what to audit again"),
+    _AS_JSON,
+)
+def _vendor(arguments: Any) -> bool:
+    """Write this file into a project, or check such a copy.
+
+    example: python -m taskhawk vendor service/vendor/taskhawk.py --part production
+    """
+    path = os.path.realpath(arguments.path)
+    if arguments.check:
+        copy = _read_copy(path)
+        audited = copy.sections
+        current = _Copy.of_this_file(copy.part)
+    else:
+        copy = current = _Copy.of_this_file(arguments.part)
+        audited = _write_copy(path, copy)
+    titles = {title for title, _ in current.sections}
+    report = {
+        "path": arguments.path,
+        "version": copy.version,
+        "part": copy.part,
+        "modified": copy.modified,
+        "audit": [
+            title
+            for title, digest in current.sections
+            if (title, digest) not in audited
+        ],
+        "gone": [title for title, _ in audited if title not in titles],
+    }
+    if arguments.json:
+        print(json.dumps(report, indent=2))
+    else:
+        _print_report(report)
+    return bool(copy.modified)
+
+
+def _print_report(report: Mapping[str, Any]) -> None:
+    """Print what to know about a copy, a line for each section that is named."""
+    state = "changed by hand" if report["modified"] else "unmodified"
+    what = f"taskhawk {report['version']}, part: {report['part']}"
+    print(f"{report['path']}: {what}, {state}")
+    for title in report["modified"]:
+        print(f"changed by hand: {title}")
+    for title in report["audit"]:
+        print(f"to audit for {__version__}: {title}")
+    for title in report["gone"]:
+        print(f"gone in {__version__}: {title}")
