@@ -4235,13 +4235,17 @@ def _wanted(received: QueueMessage, error: BaseException) -> Outcome:
     if delay_s is not None or task.retry is None:
         return Outcome(Fate.retry, error, delay_s)
     try:
-        delay_s = _checked_delay_s(task.name, task.retry(received.attempt))
+        delay_s = task.retry(received.attempt)
+        if not _is_delay(delay_s):
+            raise ConfigurationError(
+                f"{task.name}: retry: expected 0 or more seconds, got {delay_s!r}"
+            )
     except StopRetry:
         return Outcome(Fate.dead_letter, error)
     except BaseException as defect:  # of the policy: it must not lose the message
         _raise_interrupt(defect)
         return Outcome(Fate.retry, defect)
-    return Outcome(Fate.retry, error, delay_s)
+    return Outcome(Fate.retry, error, min(delay_s, _MAX_HELD_S))
 
 
 def _asked_delay_s(leaves: Iterable[BaseException]) -> float | None:
@@ -4261,15 +4265,6 @@ def _may_retry(task: Task[Any, Any], error: BaseException) -> bool:
     if isinstance(error, (StopRetry, task.never_retry_on)):
         return False
     return isinstance(error, task.retry_on)
-
-
-def _checked_delay_s(name: str, delay_s: object) -> float:
-    """Return the delay that a task's retry policy gave, within what SQS allows."""
-    if not _is_delay(delay_s):
-        raise ConfigurationError(
-            f"{name}: retry: expected 0 or more seconds, got {delay_s!r}"
-        )
-    return min(delay_s, _MAX_HELD_S)
 
 
 def _is_delay(value: object) -> typing.TypeGuard[float]:
@@ -6546,7 +6541,9 @@ def process_messages_for_lambda_consumer(
         run with this error
     :raises Exception: the error of the failed run, or an ExceptionGroup of several
     """
-    records = lambda_event.get("Records") if isinstance(lambda_event, Mapping) else None
+    records = None
+    if isinstance(lambda_event, Mapping):
+        records = lambda_event.get("Records")
     if not isinstance(records, list):
         raise ValidationError(
             "Records: expected an array of SNS or SQS records, got none"
@@ -6644,7 +6641,7 @@ def _from_topic(record: Mapping[str, Any]) -> QueueMessage:
     """Read a record of an SNS event."""
     sns = record["Sns"]
     if not isinstance(sns, Mapping):
-        return _LambdaMessage(None, "", sns_record=record)
+        sns = {}
     message_id = str(sns.get("MessageId"))
     return _LambdaMessage(sns.get("Message"), message_id, sns_record=record)
 
@@ -6669,11 +6666,12 @@ def _from_queue(record: Mapping[str, Any]) -> QueueMessage:
 def _is_well_formed(record: Mapping[str, Any]) -> bool:
     """Return whether the parts of an SQS event's record are of the types AWS gives."""
     attributes = record.get("attributes", {})
-    named = record.get("messageAttributes", {})
-    if not isinstance(attributes, Mapping) or not isinstance(named, Mapping):
+    message_attributes = record.get("messageAttributes", {})
+    if not isinstance(message_attributes, Mapping):
         return False
-    if not all(isinstance(attribute, Mapping) for attribute in named.values()):
-        return False
+    for part in (attributes, *message_attributes.values()):
+        if not isinstance(part, Mapping):
+            return False
     count = str(attributes.get("ApproximateReceiveCount", 1))
     arn = str(record.get("eventSourceARN", _SOME_ARN))
     return count.isdecimal() and arn.count(":") == _SOME_ARN.count(":")
