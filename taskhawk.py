@@ -7900,7 +7900,7 @@ class _ListenWorker(Worker):
         if message and outcome.fate is Fate.acknowledge:
             attempt = held.message.attempt
             facts = {"task": message.task_name, "id": message.id, "attempt": attempt}
-            name = re.sub("[^ -~]", "?", f"{message.task_name} {message.id}")[:200]
+            name = _name_of(held.message)
             _log.info("%s: attempt %d finished", name, attempt, extra=facts)
 
 

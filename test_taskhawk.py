@@ -12779,7 +12779,10 @@ class Commands:
         """Run a command, and return its log without times and ids."""
         lines = self(*arguments).stderr.splitlines()
         plain = [re.sub(rf"^{LOG_TIME} ", "", line) for line in lines]
-        return [re.sub(MESSAGE_ID, "ID", line) for line in plain]
+        return [
+            re.sub(MESSAGE_ID, "ID", line).replace(" (message ID)", "")
+            for line in plain
+        ]
 
 
 @pytest.fixture
