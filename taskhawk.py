@@ -387,12 +387,14 @@ def _passed_a_handler(error: BaseException) -> bool:
     https://docs.python.org/3/library/signal.html#signal.signal
     """
     for frame, _ in traceback.walk_tb(error.__traceback__):
-        arguments = inspect.getargvalues(frame)
-        given = [arguments.locals.get(name) for name in arguments.args]
-        given += arguments.locals.get(arguments.varargs or "", ())
-        interrupted = frame.f_back
-        if interrupted and any(each is interrupted for each in given):
-            return True
+        names, rest, _, values = inspect.getargvalues(frame)
+        given = list(map(values.get, names))
+        others = values.get(str(rest))
+        if isinstance(others, tuple):
+            given += others
+        for each in given:
+            if each is frame.f_back and each is not None:
+                return True
     return False
 
 
@@ -1677,6 +1679,7 @@ class QueueMessage:
     message: Message | None = None
     lease_lost: bool = False
     max_receive_count: int | None = None
+    in_lambda: typing.ClassVar[bool] = False  # whether Lambda decides on retries
 
     @property
     def attempt(self) -> int:
@@ -3232,7 +3235,7 @@ class Task(Generic[_P, _R]):
             elif isinstance(result, Generator | AsyncGenerator):
                 raise TypeError(
                     f"{self._name} returned a generator, which runs only if something"
-                    " reads it: expected a function that does its work when it is called"
+                    " reads it: expected a function that runs when it is called"
                 )
         finally:
             _current.reset(token)
@@ -3400,12 +3403,9 @@ async def _awaited(awaitable: Any, name: str) -> None:
     finally:
         left = asyncio.all_tasks() - before
         if left:
-            _log.warning(
-                "%s left %d asyncio tasks behind, which nothing waits for: %s",
-                name,
-                len(left),
-                ", ".join(sorted(_qualname(each.get_coro()) for each in left)),
-            )
+            names = sorted(_qualname(each.get_coro()) for each in left)
+            text = "%s ended while asyncio tasks that it began were still running: %s"
+            _log.warning(text, name, ", ".join(names))
 
 
 def _is_in_coroutine() -> bool:
@@ -3520,7 +3520,7 @@ def _is_method(fn: Any) -> bool:
     container = _qualname(fn).rpartition(".")[0]
     if not container or container.endswith("<locals>"):
         return False
-    parameters = inspect.signature(fn, **_ANNOTATIONS).parameters
+    parameters = _signature_of(fn, _qualname(fn)).parameters
     return next(iter(parameters), None) == "self"
 
 
@@ -3619,7 +3619,7 @@ _MAINS = ("__main__", "__mp_main__")
 
 
 def _declaring_module(fn: Any) -> str:
-    """Return the module whose import declares the task that is being made of a function.
+    """Return the module whose import declares the task that is made of a function.
 
     It may be another than the function's: ``send = taskhawk.task(lib.send)``. Where a
     function declares tasks, it is the module that is being imported, if there is one.
@@ -3876,23 +3876,20 @@ class _Batch:
         self._collected: list[_Ready] = []
         self._closed = False
 
-    def is_open(self) -> bool:
-        """Return whether it still collects what this process dispatches."""
-        return not self._closed and self._process_id == os.getpid()
-
     def add(self, readies: Sequence[_Ready]) -> bool:
-        """Add messages if it is open, and return whether it is."""
+        """Add messages, or return False if this process has no open batch here."""
         # Before the lock, which another thread may have held at the fork.
-        if not self.is_open():
+        if self._process_id != os.getpid():
             return False
         with self._lock:
-            if not self._closed:
-                self._collected.extend(readies)
-            return not self._closed
+            if self._closed:
+                return False
+            self._collected.extend(readies)
+            return True
 
     def close(self) -> Sequence[_Ready]:
         """Collect no more, and return what this process has to send."""
-        if not self.is_open():
+        if self._process_id != os.getpid():
             return ()
         with self._lock:
             self._closed = True
@@ -3912,16 +3909,13 @@ def batch() -> Iterator[None]:
             for user in users:
                 send_email.dispatch(user.email, 'Hello!')
 
-    If the block raises, nothing is sent. A block inside another joins it. A dispatch
-    from a thread is sent directly, unless the thread runs in this context; so is a
-    dispatch from a forked process, and from a task or thread that outlives the block.
+    If the block raises, nothing of it is sent. A block inside another adds what it has
+    collected to the other. A dispatch from a thread is sent directly, unless the thread
+    runs in this context; so is a dispatch from a forked process, and from a task or
+    thread that outlives the block.
 
     :raises PartialFailure: on exit, with exactly the messages that were not accepted
     """
-    outer = _current_batch.get()
-    if outer is not None and outer.is_open():
-        yield
-        return
     collecting = _Batch()
     token = _current_batch.set(collecting)
     try:
@@ -3929,7 +3923,7 @@ def batch() -> Iterator[None]:
     finally:
         _current_batch.reset(token)
         collected = collecting.close()
-    _send_all_ready(collected)
+    _send_all_ready(collected)  # or add them to the block around this one
 
 
 def _collect(readies: Sequence[_Ready]) -> bool:
@@ -4023,7 +4017,7 @@ class Captured(NamedTuple):
 
 
 class _CapturingSender(Sender):
-    """Adds what it is to send to a list; it needs no setting and has the limits of SQS."""
+    """Adds messages to a list; it needs no setting, and has the limits of SQS."""
 
     max_bytes = _MAX_SQS_BYTES
     max_delay_s = _MAX_DELAY_S
@@ -4084,8 +4078,9 @@ __all__ += [
 # --- 13. processing -------------------------------------------------------------------
 # process() is the ONE place that decides what becomes of a message, and _verdict() is
 # its table. It does no queue I/O: the worker and Lambda apply its Outcome. It raises
-# nothing but KeyboardInterrupt. A run leaves one log record; what is no valid message
-# leaves one in ten seconds for each class of error. An error hook changes no outcome.
+# only what is to end the process: Control-C, and the exit of a signal handler. A run
+# leaves one log record, in one line but for the task's own text and traceback; what is
+# no valid message leaves one in ten seconds for each class of error.
 
 
 class Fate(enum.Enum):
@@ -4131,9 +4126,16 @@ def process(received: QueueMessage) -> Outcome:
         _raise_interrupt(error)
         return _failed(received, error, began)
     finally:
+        _let_go(received)
         # After a failed run too: the connection may be why it failed.
         _refresh_django_connections(ran=True)
     return Outcome(Fate.acknowledge)
+
+
+def _let_go(received: QueueMessage) -> None:
+    """Break the cycle that would keep a body until the garbage collector runs."""
+    if received.message:
+        received.message.received = None
 
 
 def _run(received: QueueMessage, began: float) -> None:
@@ -4144,17 +4146,18 @@ def _run(received: QueueMessage, began: float) -> None:
     message.received = received
     received.message = message  # from here on, an error is the task's
     _log.debug("Received message", extra={"message_body": received.body})
-    level, end = logging.DEBUG, "done"
+    level, end, reason = logging.DEBUG, "done", ""
     try:
         task.call(message, received.receipt_handle)
     except BaseException as error:
         if not _are_all(IgnoreException, error):
             raise
-        level, end = logging.INFO, "ignored"
+        level, end, reason = logging.INFO, "ignored", _reason(error)
     _call_hook("TASKHAWK_POST_PROCESS_HOOK", received)
     if _log.isEnabledFor(level):
+        name = _in_one_line(f"{task.name} {message.id}")
         facts = _facts(received, end, began)
-        _log.log(level, "%s %s: %s", task.name, message.id, end, extra=facts)
+        _log.log(level, "%s: %s%s", name, end, reason, extra=facts)
 
 
 def _are_all(kind: type[BaseException], error: BaseException) -> bool:
@@ -4178,14 +4181,14 @@ def _failed(received: QueueMessage, raised: BaseException, began: float) -> Outc
     error = outcome.error or raised
     spoken = [leaf for leaf in _leaves(error) if isinstance(leaf, LoggingException)]
     facts = _facts(received, outcome.fate.value, began)
-    if received.message is None and isinstance(error, ValidationError):
+    if _is_invalid(received, error):
         text = _text_of_invalid(received, error)
         if text is None:
             return outcome
         _log.error("%s", text, extra=facts)
     elif outcome.fate is Fate.retry and _are_all(RetryException, error):
         text = _sentence(received, "asked to be retried", outcome)
-        _log.info("%s", text, extra=facts)
+        _log.info("%s%s", text, _reason(error), extra=facts)
         return outcome
     elif spoken:
         facts |= _extra_of(spoken[0])
@@ -4201,18 +4204,35 @@ def _verdict(received: QueueMessage, error: BaseException) -> Outcome:
     """Decide the fate of a message whose run raised; the first row that fits counts.
 
     ==========================================  ==================================
-    not valid, unknown here, pre hook failed    left to the queue's redrive policy
-    StopRetry, or never retried by the task     dead letter
+    not valid, or its task is unknown here      left to the queue's redrive policy
+    the task raised StopRetry or never retries  dead letter
+    the last receive that the queue allows      dead letter
     it asked for a delay (RetryException)       visible again after it
+    the pre hook failed                         left to its visibility timeout
     the task has no retry policy                left to its visibility timeout
     its retry policy gives a delay              visible again after it
     its retries are used up                     dead letter
     its retry policy fails                      left to its visibility timeout
     ==========================================  ==================================
 
-    An exception group is retried if all its errors may be. The longest delay that one
-    of them asks for counts. A pre hook may ask for a delay, too.
+    An exception group is retried if all its errors may be, and the longest delay that
+    one of them asks for counts.
     """
+    if _is_invalid(received, error):
+        return Outcome(Fate.retry, error)
+    wanted = _wanted(received, error)
+    if wanted.fate is Fate.retry and received.is_last_receive:
+        return Outcome(Fate.dead_letter, wanted.error)
+    return wanted
+
+
+def _is_invalid(received: QueueMessage, error: BaseException) -> bool:
+    """Return whether the message was found not to be valid, or for no task here."""
+    return received.message is None and isinstance(error, ValidationError)
+
+
+def _wanted(received: QueueMessage, error: BaseException) -> Outcome:
+    """Return what is wanted for a failed run's message, were receives unlimited."""
     leaves = list(_leaves(error))
     delay_s = _asked_delay_s(leaves)
     if received.message is None:
@@ -4236,8 +4256,10 @@ def _asked_delay_s(leaves: Iterable[BaseException]) -> float | None:
     """Return the longest delay that a RetryException asks for, or None."""
     asked = [leaf.delay_seconds for leaf in leaves if isinstance(leaf, RetryException)]
     # A subclass that does not call our __init__ may have set anything.
-    delays = [delay_s for delay_s in asked if _is_delay(delay_s)]
-    return min(max(delays), _MAX_HELD_S) if delays else None
+    delays = list(filter(_is_delay, asked))
+    if not delays:
+        return None
+    return min(max(delays), _MAX_HELD_S)
 
 
 def _may_retry(task: Task[Any, Any], error: BaseException) -> bool:
@@ -4265,22 +4287,46 @@ def _is_delay(value: object) -> typing.TypeGuard[float]:
 
 def _sentence(received: QueueMessage, end: str, outcome: Outcome) -> str:
     """Say which attempt ended how, and what becomes of the message."""
-    then = "is left to the queue"
-    if outcome.fate is Fate.dead_letter:
-        then = "is given up"
-    elif outcome.delay_s is not None:
-        then = f"runs again in {outcome.delay_s:g} s"
-    if outcome.delay_s == _MAX_HELD_S:  # perhaps because it was cut to that
-        then += ", the most that SQS allows"
+    then = _what_follows(received, outcome)
     return f"{_name_of(received)}: attempt {received.attempt} {end} and {then}"
 
 
+def _what_follows(received: QueueMessage, outcome: Outcome) -> str:
+    """Say what becomes of a failed run's message."""
+    if received.in_lambda:
+        return "is left to Lambda"
+    if outcome.fate is Fate.dead_letter and received.is_last_receive:
+        return "is given up: the queue allows no further receive"
+    if outcome.fate is Fate.dead_letter:
+        return "is given up"
+    if outcome.delay_s is None:
+        return "is left to the queue"
+    if outcome.delay_s < _MAX_HELD_S:
+        return f"runs again in {outcome.delay_s:g} s"
+    return f"runs again in {_MAX_HELD_S} s, the most that SQS allows"
+
+
 def _name_of(received: QueueMessage) -> str:
-    """Return what log texts call a message: one line, not a long one."""
-    name = f"message {received.message_id}"
-    if received.message:
-        name = f"{received.message.task_name} {received.message.id}"
-    return re.sub("[^ -~]", "?", name)[:200]  # an id is free text, and may forge lines
+    """Return what log texts call a message: its task, its own id and the service's."""
+    name = f"message {_in_one_line(received.message_id)}"
+    if received.message is None:
+        return name
+    message = received.message
+    return f"{_in_one_line(f'{message.task_name} {message.id}')} ({name})"
+
+
+def _reason(error: BaseException) -> str:
+    """Return what a task said when it raised, as the end of a sentence."""
+    texts = [_in_one_line(_text_of(leaf)) for leaf in _leaves(error)]
+    said = "; ".join(filter(None, texts))
+    if not said:
+        return ""
+    return f": {said}"
+
+
+def _in_one_line(text: str) -> str:
+    """Return text for a log: one line, not a long one, as free text may forge lines."""
+    return "".join(c if c.isprintable() else "?" for c in text[:200])
 
 
 def _facts(received: QueueMessage, end: str, began: float) -> dict[str, Any]:
@@ -4308,14 +4354,15 @@ _invalid_logged_at: dict[type, float] = {}
 _invalid_unlogged: dict[type, int] = {}
 
 
-def _text_of_invalid(received: QueueMessage, error: ValidationError) -> str | None:
+def _text_of_invalid(received: QueueMessage, error: BaseException) -> str | None:
     """Return the log text of a message that is not valid, or None if it is too soon."""
     kind, now = type(error), time.monotonic()
     if now < _invalid_logged_at.get(kind, -math.inf) + _INVALID_EVERY_S:
         _invalid_unlogged[kind] = _invalid_unlogged.get(kind, 0) + 1
         return None
     _invalid_logged_at[kind] = now
-    text = f"{_name_of(received)} is left to the queue: {_text_of(error)}"
+    then = _what_follows(received, Outcome(Fate.retry, error))
+    text = f"{_name_of(received)} {then}: {_text_of(error)}"
     unlogged = _invalid_unlogged.pop(kind, 0)
     if unlogged:
         text += f" ({unlogged} more like it since the last record)"
@@ -4348,7 +4395,10 @@ class _SyncSender(Sender):
             if settings.IS_LAMBDA_APP:
                 sns = {"Message": entry.body, "MessageId": message_id}
                 received.sns_record = {"Sns": {**sns, "MessageAttributes": {}}}
-            _in_own_context(_run)(received, time.monotonic())
+            try:
+                _in_own_context(_run)(received, time.monotonic())
+            finally:
+                _let_go(received)
         return []
 
 
@@ -4697,7 +4747,7 @@ class _Holdings:
 
     def warn(self, held: _Held, text: str) -> None:
         """Keep a warning about a message for the log."""
-        self.news.append((logging.WARNING, f"{_full_name_of(held.message)} {text}"))
+        self.news.append((logging.WARNING, f"{_name_of(held.message)} {text}"))
 
 
 class _Calls:
@@ -4809,14 +4859,6 @@ class _Calls:
         """Make the call again, after a pause that doubles from 0.2 s to 5 s."""
         held.tries += 1
         held.due_at = asked_at + min(0.1 * 2**held.tries, 5)
-
-
-def _full_name_of(received: QueueMessage) -> str:
-    """Return what logs call a message on its queue: SQS's id, its task and its own id."""
-    name = f"message {received.message_id}"
-    if received.message:
-        name += f" ({_name_of(received)})"
-    return re.sub("[^ -~]", "?", name)[:300]
 
 
 # --- 15. the keeper -------------------------------------------------------------------
@@ -5682,9 +5724,7 @@ class Worker:
         self.overdue.set()
         self._keeper.give_up_after(flush_s)
         for received in self._course.still_run():
-            _log.warning(
-                "the grace is over, and %s still runs", _full_name_of(received)
-            )
+            _log.warning("the grace is over, and %s still runs", _name_of(received))
         for slot in self._slots:
             slot.child.kill()
         if self._course.ended.wait(flush_s / 2):
@@ -5782,7 +5822,7 @@ def _dead_letter(
         _send_copy(broker, target, received, error)
     except Exception as failure:
         text = "%s: %s can't be dead-lettered and is left to the queue: %s"
-        _log.warning(text, received.queue, _full_name_of(received), failure)
+        _log.warning(text, received.queue, _name_of(received), failure)
         return False
     return True
 
@@ -6093,7 +6133,7 @@ class _Child:
         except ValidationError:
             return False  # process() will say what is wrong with it
         if isolated:
-            received.message, message.received = message, received
+            received.message = message
         return isolated
 
     def process(self, received: QueueMessage) -> Outcome | None:
@@ -6575,7 +6615,7 @@ def _is_behind(received: QueueMessage, failed: Iterable[QueueMessage]) -> bool:
 
 def _not_started(received: QueueMessage, reason: str) -> Outcome:
     """Return the outcome of a message that counts as failed though it was not run."""
-    text = f"message {received.message_id} was not started: {reason}"
+    text = f"{_name_of(received)} was not started: {reason}"
     return Outcome(Fate.retry, TaskhawkError(text))
 
 
@@ -6597,10 +6637,16 @@ def _delete_done(done: Iterable[QueueMessage]) -> None:
     _change_all("delete", receipts, warning)
 
 
+class _LambdaMessage(QueueMessage):
+    """A message that Lambda received: it decides when a failed one runs again."""
+
+    in_lambda = True
+
+
 def _from_record(record: Any) -> QueueMessage:
     """Read a record; a malformed one becomes a message that is not valid."""
     if not isinstance(record, Mapping):
-        return QueueMessage(None, "")
+        return _LambdaMessage(None, "")
     if "Sns" in record:
         return _from_topic(record)
     return _from_queue(record)
@@ -6610,20 +6656,20 @@ def _from_topic(record: Mapping[str, Any]) -> QueueMessage:
     """Read a record of an SNS event."""
     sns = record["Sns"]
     if not isinstance(sns, Mapping):
-        return QueueMessage(None, "", sns_record=record)
+        return _LambdaMessage(None, "", sns_record=record)
     message_id = str(sns.get("MessageId"))
-    return QueueMessage(sns.get("Message"), message_id, sns_record=record)
+    return _LambdaMessage(sns.get("Message"), message_id, sns_record=record)
 
 
 def _from_queue(record: Mapping[str, Any]) -> QueueMessage:
     """Read a record of an SQS event."""
     message_id = str(record.get("messageId", ""))
     if not _is_well_formed(record):
-        return QueueMessage(None, message_id)
+        return _LambdaMessage(None, message_id)
     attributes = record.get("attributes", {})
     message_attributes = _as_boto3(record.get("messageAttributes", {}))
     handle = record.get("receiptHandle")
-    received = QueueMessage(
+    received = _LambdaMessage(
         record.get("body"), message_id, handle, attributes, message_attributes
     )
     arn, broker = record.get("eventSourceARN"), _brokers.broker()

@@ -15,6 +15,7 @@ import ctypes
 import dataclasses
 import datetime as dt
 import functools
+import gc
 import html
 import http.client
 import http.server
@@ -4923,76 +4924,51 @@ def many(what, *more):
 A_METHOD = (
     "is a method: expected a function, which a message can call without an object"
 )
+A_LAMBDA = "is a lambda: expected a function with a name (def)"
 A_GENERATOR = "is a generator: expected a function that runs when it is called"
-SECONDS = "expected a number of seconds above 0"
+NO_FUNCTION = "can't be called: expected a function"
+NO_PARAMETERS = "does not tell its parameters: expected a function written in Python"
+NO_NAME = "has no name: pass name= to taskhawk.task"
+STARRED = "*args can't be a task's parameter: name the arguments, or take a list"
 PARTIAL = functools.partial(plain)
 SHOP = Shop()
-NO_TASKS = {
-    "function in a class body": (Shop.method, {}, f"Shop.method {A_METHOD}"),
-    "method": (SHOP.method, {"name": "x"}, f"Shop.method {A_METHOD}"),
-    "class method": (Shop.class_method, {}, f"Shop.class_method {A_METHOD}"),
-    "lambda": (
-        lambda: None,
-        {"name": "x"},
-        "<lambda> is a lambda: expected a function with a name (def)",
-    ),
-    "generator": (generates, {}, f"generates {A_GENERATOR}"),
-    "async generator": (generates_async, {}, f"generates_async {A_GENERATOR}"),
-    "nothing": (None, {}, "None can't be called: expected a function"),
-    "text": ("x.y", {"name": "x"}, "'x.y' can't be called: expected a function"),
-    "descriptor": (
-        classmethod(plain),
-        {},
-        "plain can't be called: expected a function",
-    ),
-    "task": (
-        taskhawk.Task(plain, Priority.low, "x"),
-        {},
-        "plain is a task already: decorate it once",
-    ),
-    "*args": (
-        many,
-        {"name": "x"},
-        "x: *args can't be a task's parameter: name the arguments, or take a list",
-    ),
-    "no signature": (
-        dict,
-        {"name": "x"},
-        "x does not tell its parameters: expected a function written in Python",
-    ),
-    "partial without a name": (
-        PARTIAL,
-        {},
-        f"{PARTIAL!r} has no name: pass name= to taskhawk.task",
-    ),
-    "object without a name": (
-        SHOP,
-        {},
-        f"{SHOP!r} has no name: pass name= to taskhawk.task",
-    ),
-    **{
-        f"{option}={value!r}": (
-            plain,
-            {"name": "x", option: value},
-            f"plain has {option}={value!r}: expected {expected}",
-        )
-        for option, value, expected in (
-            ("name", 5, "a string"),
-            ("priority", "high", "a taskhawk.Priority"),
-            ("priority", 2, "a taskhawk.Priority"),
-            ("retry", 5, "a function of the attempt"),
-            ("retry", 0, "a function of the attempt"),
-            ("retry_on", [ValueError], "exceptions"),
-            ("retry_on", ("ValueError",), "exceptions"),
-            ("never_retry_on", 5, "exceptions"),
-            ("never_retry_on", (ValueError, int), "exceptions"),
-            ("time_limit", "5", "a number of seconds above 0"),
-            ("time_limit", True, "a number of seconds above 0"),
-            ("time_limit", 0, "a number of seconds above 0"),
-            ("time_limit", math.inf, "a number of seconds above 0"),
-        )
-    },
-}
+TASK = taskhawk.Task(plain, Priority.low, "x")
+NO_TASKS: list[tuple[Any, dict[str, Any], str]] = [
+    (Shop.method, {}, f"Shop.method {A_METHOD}"),
+    (SHOP.method, {"name": "x"}, f"Shop.method {A_METHOD}"),
+    (Shop.class_method, {}, f"Shop.class_method {A_METHOD}"),
+    (lambda: None, {"name": "x"}, f"<lambda> {A_LAMBDA}"),
+    (generates, {}, f"generates {A_GENERATOR}"),
+    (generates_async, {}, f"generates_async {A_GENERATOR}"),
+    (None, {}, f"None {NO_FUNCTION}"),
+    ("x.y", {"name": "x"}, f"'x.y' {NO_FUNCTION}"),
+    (classmethod(plain), {}, f"plain {NO_FUNCTION}"),
+    (TASK, {}, "plain is a task already: decorate it once"),
+    (many, {"name": "x"}, f"x: {STARRED}"),
+    (dict, {"name": "x"}, f"x {NO_PARAMETERS}"),
+    (dict.update, {"name": "x"}, f"dict.update {NO_PARAMETERS}"),
+    (PARTIAL, {}, f"{PARTIAL!r} {NO_NAME}"),
+    (SHOP, {}, f"{SHOP!r} {NO_NAME}"),
+]
+WRONG_OPTIONS = [
+    ("name", 5, "a string"),
+    ("priority", "high", "a taskhawk.Priority"),
+    ("priority", 2, "a taskhawk.Priority"),
+    ("retry", 5, "a function of the attempt"),
+    ("retry", 0, "a function of the attempt"),
+    ("retry_on", [ValueError], "exceptions"),
+    ("retry_on", ("ValueError",), "exceptions"),
+    ("never_retry_on", 5, "exceptions"),
+    ("never_retry_on", (ValueError, int), "exceptions"),
+    ("time_limit", "5", "a number of seconds above 0"),
+    ("time_limit", True, "a number of seconds above 0"),
+    ("time_limit", 0, "a number of seconds above 0"),
+    ("time_limit", math.inf, "a number of seconds above 0"),
+]
+NO_TASKS += [
+    (plain, {"name": "x", name: value}, f"plain has {name}={value!r}: expected {rule}")
+    for name, value, rule in WRONG_OPTIONS
+]
 
 
 class TestTasks:
@@ -5255,9 +5231,7 @@ class TestTasks:
         sentence = "shop.sell: missing a required argument: 'what'"
         assert refused(task.dispatch, "milk", error=TypeError) == sentence
         del sell.__wrapped__
-        sentence = "shop.buy: *args can't be a task's parameter: name the arguments, or"
-        sentence += " take a list"
-        assert refused(taskhawk.task(name="shop.buy"), sell) == sentence
+        assert refused(taskhawk.task(name="shop.buy"), sell) == f"shop.buy: {STARRED}"
         sell.__signature__ = inspect.signature(lambda what: None)
         taskhawk.task(name="shop.buy")(sell).dispatch("milk")
         assert run_queued().error is None
@@ -5514,14 +5488,13 @@ class TestTasks:
     # --- refusals ---
 
     @pytest.mark.parametrize(
-        ("fn", "options", "sentence"), NO_TASKS.values(), ids=NO_TASKS
+        ("fn", "options", "sentence"), NO_TASKS, ids=[row[2] for row in NO_TASKS]
     )
     def test_refused(self, fn, options, sentence):
         """What a message can't call is refused at once; so are wrong options."""
         before = dict(taskhawk._registry)
-        assert refused(taskhawk.task(**options) if options else taskhawk.task, fn) == (
-            sentence
-        )
+        declare = taskhawk.task(**options) if options else taskhawk.task
+        assert refused(declare, fn) == sentence
         assert taskhawk._registry == before
 
     def test_refused_in_class(self):
@@ -5629,7 +5602,7 @@ class TestTasks:
         assert outcome.fate is taskhawk.Fate.retry
         assert str(outcome.error) == (
             "shop.sell returned a generator, which runs only if something reads it:"
-            " expected a function that does its work when it is called"
+            " expected a function that runs when it is called"
         )
 
     @pytest.mark.parametrize("error", [None, ValueError])
@@ -5655,12 +5628,9 @@ class TestTasks:
             sell.dispatch(count)
         taskhawk.listen_for_messages(Priority.default, loop_count=3)
         name = "TestTasks.test_left_behind.<locals>.linger"
-        logged = [r.getMessage() for r in caplog.records if "behind" in r.msg]
-        left = "asyncio tasks behind, which nothing waits for"
-        assert logged == [
-            f"shop.sell left 2 {left}: {name}, {name}",
-            f"shop.sell left 1 {left}: {name}",
-        ]
+        logged = [r.getMessage() for r in caplog.records if "asyncio" in r.msg]
+        text = "shop.sell ended while asyncio tasks that it began were still running"
+        assert logged == [f"{text}: {name}, {name}", f"{text}: {name}"]
         assert ended == [3, 3, 3]
 
     # --- contexts ---
@@ -6375,7 +6345,11 @@ class TestBatch:
         with pytest.raises(error):
             fail()
         assert received_args() == []
-        mail.dispatch(2)
+        with taskhawk.batch():
+            mail.dispatch(2)
+            with pytest.raises(error):
+                fail()
+            assert received_args() == []
         assert received_args() == [2]
 
     def test_wrong_dispatch(self, sqlite, mail):
@@ -6726,9 +6700,9 @@ def processing_run(fn: Callable[..., Any], attempt: int = 1, **options: Any) -> 
     taskhawk._registry.pop("mail.send", None)
     taskhawk.task(name="mail.send", **options)(fn)
     attributes = {"ApproximateReceiveCount": str(attempt)}
-    return taskhawk.process(
-        QueueMessage(processing_body(), "m1", attributes=attributes, queue="Q")
-    )
+    received = QueueMessage(processing_body(), "m1", attributes=attributes, queue="Q")
+    received.max_receive_count = 10
+    return taskhawk.process(received)
 
 
 def nothing() -> None:
@@ -6750,15 +6724,20 @@ def processing_log() -> Iterator[io.StringIO]:
         logger.setLevel(before)
 
 
-# What the log says of a message's end, and the outcome that it stands for.
+# What the log says of a message, of its end, and the outcome that this stands for.
+PROCESSING_NAME = f"mail.send {PROCESSING_ID} (message m1)"
 LEFT, DEAD, DELAY = "is left to the queue", "is given up", "runs again in {} s"
 IN_12_HOURS = "runs again in 43200 s, the most that SQS allows"
 PROCESSING_ENDS: dict[str, tuple[Fate, float | None]] = {
     LEFT: (Fate.retry, None),
     DEAD: (Fate.dead_letter, None),
     **{DELAY.format(s): (Fate.retry, s) for s in (0, 1, 5, 7.5, 90)},
-    IN_12_HOURS: (Fate.retry, 43200),
 }
+PROCESSING_ENDS[IN_12_HOURS] = (Fate.retry, 43200)
+for said in ("True", "not yet,?hm", "a; b"):
+    PROCESSING_ENDS[f"{LEFT}: {said}"] = (Fate.retry, None)
+LAST = f"{DEAD}: the queue allows no further receive"
+PROCESSING_ENDS[LAST] = (Fate.dead_letter, None)
 FIVE: dict[str, Any] = {"retry": taskhawk.fixed(5, 2, jitter=False)}
 IN_5_S = DELAY.format(5)
 FILES: dict[str, Any] = {**FIVE, "retry_on": (OSError,)}
@@ -6787,7 +6766,15 @@ PROCESSING_FAILURES = [
     ("group, not in", group(OSError(), KeyError(), OSError()), FILES, 1, FAILED, DEAD),
     ("group, in", group(FileNotFoundError(), OSError()), FILES, 1, FAILED, IN_5_S),
     ("group, ignored", group(OSError(), Ignored()), FILES, 1, FAILED, IN_5_S),
-    ("group asks", group(later(5), later(90), later()), {}, 1, ASKED, DELAY.format(90)),
+    (
+        "group asks for",
+        group(later(5), later(90), later()),
+        {},
+        1,
+        ASKED,
+        DELAY.format(90),
+    ),
+    ("group says why", group(later("a"), later("b")), {}, 1, ASKED, f"{LEFT}: a; b"),
     ("group asks policy", group(later(), later()), FIVE, 1, ASKED, IN_5_S),
     ("group asks too often", group(later(), later()), FIVE, 3, FAILED, DEAD),
     ("its own TaskNotFound", taskhawk.TaskNotFound("other"), {}, 1, FAILED, LEFT),
@@ -6806,13 +6793,20 @@ PROCESSING_FAILURES = [
     ("not in retry_on", ValueError("no"), FILES, 1, FAILED, DEAD),
     ("in both", FileNotFoundError("no"), ONLY_FILES, 1, FAILED, DEAD),
     ("in one of both", PermissionError("no"), ONLY_FILES, 1, FAILED, LEFT),
-    ("asks, no delay", later("later"), {}, 1, ASKED, LEFT),
+    ("last", ValueError("no"), {}, 10, FAILED, LAST),
+    ("one too many", ValueError("no"), {}, 11, FAILED, LAST),
+    ("last but one", ValueError("no"), {}, 9, FAILED, LEFT),
+    ("last, policy", KeyError(), {"retry": lambda _: 5}, 10, FAILED, LAST),
+    ("last, asks", later(), {}, 10, FAILED, LAST),
+    ("last, asks for a delay", later(5), {}, 10, FAILED, LAST),
+    ("asks, no delay", later(), {}, 1, ASKED, LEFT),
+    ("asks, and says why", later("not yet,\nhm"), {}, 1, ASKED, f"{LEFT}: not yet,?hm"),
     ("asks for a delay", later(delay_seconds=90), {}, 1, ASKED, DELAY.format(90)),
     ("asks for now", later(delay_seconds=0), {}, 1, ASKED, DELAY.format(0)),
-    ("asks as in 4.7", later(7.5, "busy"), {}, 1, ASKED, DELAY.format(7.5)),
+    ("asks as in 4.7", later(7.5), {}, 1, ASKED, DELAY.format(7.5)),
     ("asks for ever", later(10**400), {}, 1, ASKED, IN_12_HOURS),
     ("asks for 2 days", later(delay_seconds=172800), {}, 1, ASKED, IN_12_HOURS),
-    ("asks with a bool", later(True), {}, 1, ASKED, LEFT),
+    ("asks with a bool", later(True), {}, 1, ASKED, f"{LEFT}: True"),
     ("asks the policy", later(), FIVE, 1, ASKED, IN_5_S),
     ("asks past the policy", later(1), FIVE, 9, ASKED, DELAY.format(1)),
     ("asks past retry_on", later(), FILES, 1, ASKED, IN_5_S),
@@ -6910,7 +6904,7 @@ class TestProcessing:
         fate, delay_s = PROCESSING_ENDS[then]
         assert processing_run(task, attempt, **options) == Outcome(fate, error, delay_s)
         [record] = caplog.records
-        text = f"mail.send {PROCESSING_ID}: attempt {attempt} {how} and {then}"
+        text = f"{PROCESSING_NAME}: attempt {attempt} {how} and {then}"
         assert record.getMessage() == text
         assert (record.task, record.id, record.attempt, record.outcome) == (
             "mail.send",
@@ -6956,8 +6950,12 @@ class TestProcessing:
     def test_exit_of_its_own(self, where):
         """A task, policy or hook that calls sys.exit() has failed; the process goes on."""
 
+        def with_arguments(*arguments: Any) -> Any:
+            arguments = 5
+            return sys.exit(arguments)
+
         def leave(_attempt: int = 0, **_: Any) -> None:
-            sys.exit(7)
+            with_arguments(None, sys._getframe())
 
         assert self.run_with(where, leave).fate is Fate.retry
 
@@ -7086,7 +7084,7 @@ class TestProcessing:
         sentence = f"mail.send: retry: expected 0 or more seconds, got {delay_s!r}"
         assert repr(outcome.error) == repr(taskhawk.ConfigurationError(sentence))
         assert outcome.error.__context__ is error
-        text = f"mail.send {PROCESSING_ID}: attempt 1 failed and is left to the queue"
+        text = f"{PROCESSING_NAME}: attempt 1 failed and is left to the queue"
         assert caplog.messages == [text]
         assert "KeyError: 'no'" in caplog.text
         assert f"ConfigurationError: {sentence}" in caplog.text
@@ -7163,7 +7161,7 @@ class TestProcessing:
         error = ValueError("no")
         assert processing_run(raising(error)) == Outcome(Fate.retry, error)
         assert [(r.getMessage(), r.exc_info[1]) for r in caplog.records] == [
-            (f"mail.send {PROCESSING_ID}: attempt 1 failed and {LEFT}", error),
+            (f"{PROCESSING_NAME}: attempt 1 failed and {LEFT}", error),
             ("TASKHAWK_ERROR_HOOK failed", broken),
         ]
 
@@ -7244,18 +7242,77 @@ class TestProcessing:
         assert {given["message"] for given in told} == {None}
 
     def test_ids_are_free_text(self, caplog):
-        """An id can't forge a line of the log, nor fill it."""
-        taskhawk.task(name="mail.send")(raising(ValueError()))
-        forged = "1\n2026-01-01 ERROR \x1b[2Jü" + "x" * 300
-        run_body(processing_body(id=forged))
+        """An id can't forge a line of the log, nor fill it: whatever became of the run."""
+        caplog.set_level(logging.DEBUG)
+        forged = "1\n2026-01-01 ERROR \x1b[2J\u2028ü" + "x" * 300
+        shown = "1?2026-01-01 ERROR ?[2J?ü" + "x" * 300
+        run, message = f"mail.send {shown}"[:200], f"message {shown[:200]}"
+        end = "attempt 1 failed and is left to the queue"
+        for fn, text in (
+            (nothing, f"{run}: done"),
+            (raising(Ignored("not\nhere")), f"{run}: ignored: not?here"),
+            (raising(ValueError()), f"{run} ({message}): {end}"),
+        ):
+            taskhawk._registry.pop("mail.send", None)
+            taskhawk.task(name="mail.send")(fn)
+            taskhawk.process(QueueMessage(processing_body(id=forged), forged))
+            assert caplog.messages[-1] == text
         taskhawk.configure(TASKHAWK_PRE_PROCESS_HOOK=raising(ValueError()))
         taskhawk.process(QueueMessage(None, forged))
-        shown = "1?2026-01-01 ERROR ?[2J?" + "x" * 300
-        end = "attempt 1 failed and is left to the queue"
-        assert caplog.messages == [
-            f"{f'mail.send {shown}'[:200]}: {end}",
-            f"{f'message {shown}'[:200]}: {end}",
-        ]
+        assert caplog.messages[-1] == f"{message}: {end}"
+
+    def test_hook_fails_at_the_last_receive(self):
+        """What would be moved by the queue is dead-lettered with the error that is why."""
+        received = QueueMessage(processing_body(), "m1", max_receive_count=1)
+        error = OSError("no database")
+        taskhawk.configure(TASKHAWK_PRE_PROCESS_HOOK=raising(error))
+        assert taskhawk.process(received) == Outcome(Fate.dead_letter, error)
+
+    def test_error_at_the_last_receive(self):
+        """The dead letter of a task without a policy says which error put it there."""
+        taskhawk.configure(TASKHAWK_BROKER="sqlite://?max_receive_count=1")
+        taskhawk.task(name="mail.send")(raising(ValueError("no milk"))).dispatch()
+        broker = taskhawk._brokers.broker()
+        assert work_once(broker).dead_lettered == 1
+        [letter] = receive_all("TASKHAWK-DEFAULT-DLQ")
+        error = json.loads(letter.message_attributes["taskhawk.error"]["StringValue"])
+        found = (error["type"], error["message"], error["attempt"])
+        assert found == ("ValueError", "no milk", 1)
+
+    @pytest.mark.parametrize("case", PROCESSING_INVALID)
+    def test_invalid_at_the_last_receive(self, case):
+        """What is not valid is the redrive policy's to move: this worker may be too old."""
+        body, _ = PROCESSING_INVALID[case]
+        received = QueueMessage(body, "m1", max_receive_count=1)
+        assert taskhawk.process(received).fate is Fate.retry
+
+    @pytest.mark.parametrize("end", [None, Ignored, ValueError, later])
+    @pytest.mark.parametrize("how", ["process", "sync"])
+    def test_memory(self, end, how):
+        """Once a run is over, nothing keeps its body until the garbage collector runs."""
+        seen: list[Any] = []
+
+        def hook(sqs_queue_message: QueueMessage, **_: Any) -> None:
+            seen.append(weakref.ref(sqs_queue_message))
+
+        def fn() -> None:
+            if end:
+                raise end
+
+        taskhawk.configure(TASKHAWK_PRE_PROCESS_HOOK=hook, TASKHAWK_SYNC=how == "sync")
+        logging.disable()  # what pytest keeps of the log holds tracebacks
+        gc.collect()
+        gc.disable()
+        try:
+            if how == "process":
+                processing_run(fn)
+            else:
+                with contextlib.suppress(ValueError, later):
+                    taskhawk.task(name="mail.send")(fn).dispatch()
+            assert [reference() for reference in seen] == [None]
+        finally:
+            gc.enable()
+            logging.disable(logging.NOTSET)
 
     @given(data=st.data())
     def test_secrets_stay_out_of_the_log(self, data):
@@ -7413,48 +7470,6 @@ class TestSync:
         assert sns["MessageId"] == message["id"] == message_id
         assert (message["args"], sns["MessageAttributes"]) == ([5], {})
 
-    def test_batch(self, sync):
-        """A batch runs its tasks when the block ends, and not at all where the block raises."""
-        runs = []
-
-        @taskhawk.task(name="shop.sell")
-        def sell(what):
-            runs.append(what)
-
-        with taskhawk.batch():
-            sell.dispatch("milk")
-            sell.dispatch_many(["bread"])
-            sell.dispatch("tea")
-            before = list(runs)
-        assert (before, runs) == ([], ["milk", "bread", "tea"])
-        with contextlib.suppress(KeyError), taskhawk.batch():
-            sell.dispatch("milk")
-            raise KeyError
-        assert len(runs) == 3
-
-    def test_async(self, sync):
-        """An async task runs to its end, also where the caller's own event loop is running."""
-        runs = []
-        variable = contextvars.ContextVar("variable")
-
-        @taskhawk.task(name="shop.sell")
-        async def sell(what):
-            await asyncio.sleep(0)
-            runs.append((what, variable.get()))
-            if what == "nothing":
-                raise LookupError(what)
-
-        async def main():
-            variable.set("inside")
-            sell.dispatch("bread")
-            with pytest.raises(LookupError, match=r"^nothing$"):
-                sell.dispatch("nothing")
-
-        variable.set("outside")
-        sell.dispatch("milk")
-        asyncio.run(main())
-        assert runs == [("milk", "outside"), ("bread", "inside"), ("nothing", "inside")]
-
     def test_needs_nothing(self, tmp_path):
         """Sync mode needs no queue, no region and no credentials, and imports no botocore."""
         code = textwrap.dedent("""
@@ -7538,25 +7553,22 @@ class TestLogging:
     """Records say in which task they were made, as JSON too, and after a worker's grace."""
 
     def test_current_task(self, sync):
-        """current_task() is the metadata of the task around it, and None outside."""
+        """current_task() is the innermost task's: after a task inside it, again its own."""
         seen = []
 
-        @taskhawk.task(name="shop.inner")
-        def inner():
+        def note():
             seen.append(taskhawk.current_task().task)
+
+        inner = taskhawk.task(name="shop.inner")(note)
 
         @taskhawk.task(name="shop.outer")
-        async def outer(metadata):
-            await asyncio.to_thread(
-                lambda: seen.append(taskhawk.current_task() is metadata)
-            )
+        async def outer():
+            await asyncio.to_thread(note)
             inner.dispatch()
-            seen.append(taskhawk.current_task().task)
+            note()
 
-        assert taskhawk.current_task() is None
         outer.dispatch()
-        assert seen == [True, "shop.inner", "shop.outer"]
-        assert taskhawk.current_task() is None
+        assert seen == ["shop.outer", "shop.inner", "shop.outer"]
 
     def test_json_of_anything(self):
         """A record whose `extra` JSON can't hold is an object in a line all the same."""
@@ -8203,16 +8215,6 @@ class TestHoldings:
         holdings.calls.answered(holdings.calls.next(6), BUSY)
         assert not holdings.untried(5)
 
-    def test_name(self):
-        """A message's name in logs is one short line with both ids and its task."""
-        received = QueueMessage("", "m\n1", "r1")
-        assert taskhawk._full_name_of(received) == "message m?1"
-        received.message = Message(edited("id", "x\r\ny"))
-        name = "message m?1 (tasks.send_email x??y)"
-        assert taskhawk._full_name_of(received) == name
-        received.message = Message(edited("id", "x" * 1000))
-        assert len(taskhawk._full_name_of(received)) < 300
-
 
 # --- 14. the keeper -------------------------------------------------------------------
 
@@ -8599,12 +8601,12 @@ class TestWorker:
         assert ran == [(1, False)]
         assert ledger == taskhawk.Ledger(received=2, released=1, uncertain=1)
         ids = [message.message_id for message in received]
-        task = f"({slow.name} {json.loads(received[0].body)['id']})"
+        run = f"{slow.name} {json.loads(received[0].body)['id']} (message {ids[0]})"
         why = "the message is no longer in flight, or was received again"
         assert worker_logs(caplog) == [
-            f"message {ids[0]} {task} may run twice: {why}",
+            f"{run} may run twice: {why}",
             f"message {ids[1]} may run twice: {why}",
-            f"message {ids[0]} {task} may run again: {why}",
+            f"{run} may run again: {why}",
         ]
 
     @pytest.mark.parametrize(
@@ -8916,8 +8918,8 @@ class TestWorker:
         )
         assert worker_broker.made("delete") == []
         assert re.fullmatch(
-            rf"WORKER: message [-0-9a-f]{{36}} \(.*\) can't be dead-lettered and is left to the queue:"
-            f" {why}",
+            rf"WORKER: .* \(message [-0-9a-f]{{36}}\) can't be dead-lettered"
+            f" and is left to the queue: {why}",
             worker_logs(caplog)[-1],
         )
 
@@ -9829,7 +9831,7 @@ class TestDeadLetterCopies:
         assert broker.depth(queue) == Depth(0, 1, 0)
         (text,) = [text for text in caplog.messages if "can't be" in text]
         assert re.fullmatch(
-            f"{queue}: message {MESSAGE_ID} .* can't be dead-lettered and is left to the queue:"
+            rf"{queue}: .* \(message {MESSAGE_ID}\) can't be dead-lettered and is left to the queue:"
             " it has no dead-letter queue",
             text,
         )
@@ -9851,7 +9853,7 @@ class TestDeadLetterCopies:
         assert broker.depth(queue) == Depth(0, 1, 0)
         (text,) = [text for text in caplog.messages if "can't be" in text]
         assert re.fullmatch(
-            f"{queue}: message {MESSAGE_ID} .* can't be dead-lettered and is left to the queue:"
+            rf"{queue}: .* \(message {MESSAGE_ID}\) can't be dead-lettered and is left to the queue:"
             rf" {queue}(-DLQ)?: {DENIED.format(action)} \(AccessDenied\)",
             text,
         )
@@ -10553,8 +10555,8 @@ class TestIsolation:
     @pytest.mark.parametrize(
         ("how", "done", "level", "text"),
         [
-            ("retry", "retried", "INFO", "asked to be retried and runs again in 5 s"),
-            ("ignore", "acked", "INFO", "ignored"),
+            ("retry", "retried", "INFO", "runs again in 5 s: not yet"),
+            ("ignore", "acked", "INFO", "ignored: no need"),
             ("log", "retried", "ERROR", "it failed"),
             ("error", "retried", "ERROR", "failed and is left to the queue"),
         ],
@@ -10899,7 +10901,7 @@ class TestIsolation:
 # --- 17. Lambda -----------------------------------------------------------------------
 
 LAMBDA_ARN = "arn:aws:sqs:us-east-1:123456789012:TASKHAWK-DEV-MYAPP"
-LAMBDA_DENIED = f"TASKHAWK-DEV-MYAPP: {DENIED} (AccessDenied)"
+LAMBDA_DENIED = f"TASKHAWK-DEV-MYAPP: {DENIED} (AccessDenied: no)"
 
 
 def lambda_sqs_record(body: Any, name: str, **attributes: str) -> dict[str, Any]:
@@ -11246,6 +11248,28 @@ class TestLambda:
         deletes = [] if partial_batch else ["DeleteMessageBatch"]
         assert lambda_sqs.actions == ["ChangeMessageVisibilityBatch", *deletes]
 
+    @pytest.mark.parametrize("kind", LAMBDA_RECORDS)
+    def test_log(self, kind, lambda_sqs, lambda_runs, caplog):
+        """The log does not say when or whether a failed message runs again: Lambda decides."""
+        caplog.set_level(logging.INFO)
+        calls = ("in 90.5 s", "give up", "later")
+        event = lambda_event(*calls, make=LAMBDA_RECORDS[kind])
+        lambda_consume(event)
+
+        class Bad(taskhawk.ValidationError):
+            """An error of this test alone: one in ten seconds of each class is logged."""
+
+        hook = raising(Bad("wrong"))
+        taskhawk.configure(AWS_KEYS, TASKHAWK_PRE_PROCESS_HOOK=hook)
+        lambda_consume({"Records": [LAMBDA_RECORDS[kind]("{", "m4\n")]})
+        name = f"lambda.run {PROCESSING_ID} (message"
+        assert caplog.messages == [
+            f"{name} m1): attempt 1 asked to be retried and is left to Lambda",
+            f"{name} m2): attempt 1 failed and is left to Lambda",
+            f"{name} m3): attempt 1 asked to be retried and is left to Lambda: later",
+            "message m4? is left to Lambda: wrong",
+        ]
+
     def test_delays_of_sns(self, lambda_sqs, lambda_runs):
         """Behind SNS a retry has no delay of ours: Lambda has its own."""
         lambda_consume(lambda_event("in 90.5 s", 1, make=lambda_sns_record))
@@ -11308,6 +11332,18 @@ class TestLambda:
         attribute = message.message_attributes["request_id"]
         assert (attribute["StringValue"], attribute["DataType"]) == ("1234", "String")
         assert lambda_deleted(lambda_sqs) == [1]
+
+    def test_queues_of_two_accounts(self, lambda_sqs, lambda_runs):
+        """A queue is its account's: another account's of the same name is another queue."""
+        urls = []
+        for account in ("123456789012", "210987654321"):
+            event = lambda_event(1, "fail")
+            for record in event["Records"]:
+                record["eventSourceARN"] = LAMBDA_ARN.replace("123456789012", account)
+            lambda_consume(event)
+            urls.append(f"{lambda_sqs.url}/{account}/TASKHAWK-DEV-MYAPP")
+        deletes = lambda_sqs.asked("DeleteMessageBatch")
+        assert [delete["QueueUrl"] for delete in deletes] == urls
 
     def test_queue_url_of_aws(self, lambda_runs):
         """Without an endpoint of one's own, the queue's URL is the one that AWS has."""
@@ -11474,8 +11510,8 @@ def put_dead_letters(broker: taskhawk.Broker, count: int, *args: Any) -> str:
 def bring_dead_letters(aws: ScriptedAws, count: int, receipts: Iterator[str]) -> None:
     """Let each receive bring the same dead letter, of as many as the queue says it has."""
     attributes = aws.default("GetQueueAttributes", {})["Attributes"]
-    policy = {"deadLetterTargetArn": "arn:aws:sqs:us-east-1:1:letters"}
-    policy["maxReceiveCount"] = "5"
+    arn = "arn:aws:sqs:us-east-1:1:letters"
+    policy = {"deadLetterTargetArn": arn, "maxReceiveCount": 5}
     attributes["RedrivePolicy"] = json.dumps(policy)
     attributes["ApproximateNumberOfMessages"] = str(count)
     aws.always("GetQueueAttributes", {"Attributes": attributes})
