@@ -62,7 +62,7 @@ Parts and rooms; the file still works when it is cut before part IV, V or VI
         13 processing, 14 holdings, 15 the keeper, 16 the worker, 17 log records,
         18 isolation, 19 Lambda
     VI people
-        20 dead letters, 21 infrastructure, 22 command line
+        20 dead letters, 21 infrastructure, 22 command line, 23 vendoring
 """
 
 # === PART I: MEANING ==================================================================
@@ -3131,8 +3131,6 @@ class Task(Generic[_P, _R]):
         self.isolate = False
         #: the module that declares it: importing this module makes the task
         self.declared_in = str(fn.__module__)
-        #: the modules whose imports led to its declaration, the outermost first
-        self.imported_by: tuple[str, ...] = ()
         functools.update_wrapper(self, fn, updated=())
         # What other decorators left on the function may have names that are ours.
         for attribute, value in getattr(fn, "__dict__", {}).items():
@@ -3476,7 +3474,6 @@ def task(
         made.time_limit = time_limit
         made.isolate = isolate or time_limit is not None
         made.declared_in = _declaring_module(fn)
-        made.imported_by = _imports_under_way()
         _register(made)
         if not name and fn.__module__ == "__main__":
             # Messages that taskhawk 1.4 queued call it by this name.
@@ -3621,21 +3618,22 @@ _MAINS = ("__main__", "__mp_main__")
 def _declaring_module(fn: Any) -> str:
     """Return the module whose import declares the task that is made of a function.
 
-    It may be another than the function's: ``send = taskhawk.task(lib.send)``. Where a
-    function declares tasks, it is the module that is being imported, if there is one.
+    It may be another than the function's: ``send = taskhawk.task(lib.send)``. Where
+    modules import each other, it is the outermost: they may work in this order alone.
+    Where a function declares tasks, it is the module that is being imported, if any.
     """
     if fn.__module__ in (*_MAINS, __name__):
         return str(fn.__module__)
     stack = traceback.walk_stack(inspect.currentframe())
     callers = [frame for frame, _ in stack if frame.f_globals is not globals()]
+    declaring = callers[0].f_globals.get("__name__")
     for frame in callers:
         name = frame.f_globals.get("__name__")
-        if frame.f_code.co_name != "<module>" or name not in sys.modules:
-            continue
+        importing = frame.f_code.co_name == "<module>" and name in sys.modules
         # A script calls all that runs: it declares only what itself makes a task.
-        if frame is callers[0] or name not in _MAINS:
-            return str(name)
-    return str(callers[0].f_globals.get("__name__"))
+        if importing and name not in _MAINS:
+            declaring = name
+    return str(declaring)
 
 
 def _importable_name(module: str) -> str:
@@ -3647,18 +3645,6 @@ def _importable_name(module: str) -> str:
     spec = getattr(script, "__spec__", None)
     name = spec.name if spec else inspect.getmodulename(path)
     return name or module
-
-
-def _imports_under_way() -> tuple[str, ...]:
-    """Return the modules whose imports have led to this call, the outermost first."""
-    names = []
-    frame = inspect.currentframe()
-    while frame:
-        name = frame.f_globals.get("__name__")
-        if frame.f_code.co_name == "<module>" and name not in _MAINS:
-            names.append(name)
-        frame = frame.f_back
-    return tuple(reversed(names))
 
 
 # --- 12. publishing -------------------------------------------------------------------
@@ -5971,7 +5957,7 @@ class _LineFormatter(logging.Formatter):
 
 
 def _log_again(fields: Mapping[str, Any]) -> None:
-    """Log in the worker what a child has logged, as far as the worker's levels let it."""
+    """Log in the worker what a child has logged, if the worker's levels let it."""
     record = logging.makeLogRecord(fields)
     logger = logging.getLogger(record.name)
     if logger.isEnabledFor(record.levelno):
@@ -6041,22 +6027,18 @@ def _start_of_children(*, everything: bool) -> dict[str, Any]:
 
 
 def _module_to_import(declared: Task[Any, Any]) -> str:
-    """Return the module whose import declares a task, as it did in the worker.
-
-    That is the outermost: those that it imports may work in this order alone.
-    """
-    for name in declared.imported_by:
-        # Not one that is starting the worker right now: a child would start another.
-        spec = getattr(sys.modules.get(name), "__spec__", None)
-        if not getattr(spec, "_initializing", False):
-            return name
-    module = getattr(declared, "declared_in", declared.fn.__module__)
+    """Return the module whose import declares a task, as it did in the worker."""
+    module = declared.declared_in
+    # Not one that is starting the worker right now: a child would start another.
+    spec = getattr(sys.modules.get(module), "__spec__", None)
+    if getattr(spec, "_initializing", False):
+        module = declared.fn.__module__
     if module in _MAINS:
         raise ConfigurationError(
             f"{declared.name}: a task of __main__ can't be isolated: "
             "move it to a module"
         )
-    return str(module)
+    return module
 
 
 def _path_of_children() -> list[str]:
@@ -6263,8 +6245,8 @@ class _ChildProcess:
 
     def __init__(self) -> None:
         import socket
-        import subprocess
 
+        subprocess: Any = importlib.import_module("subprocess")
         self.unknown: list[str] = []  # isolated tasks that it did not find
         # Held to kill and to reap: what was reaped has a number that may be used again.
         self._lock = threading.Lock()
@@ -6272,10 +6254,11 @@ class _ChildProcess:
         self._lines = self._socket.makefile("rb")
         number = theirs.fileno()
         program = [__name__, "_child", str(number), str(os.getpid())]
-        flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]  # noqa: SLF001 - multiprocessing uses it, too
+        # Such as -O and -W; multiprocessing takes them from there, too.
+        flags = subprocess._args_from_interpreter_flags()  # noqa: SLF001
         with theirs:
             try:
-                self._process = subprocess.Popen(  # noqa: S603 - it is this file
+                self._process = subprocess.Popen(
                     [sys.executable, *flags, "-c", _BOOT, *program],
                     stdin=subprocess.DEVNULL,
                     start_new_session=True,
@@ -6312,17 +6295,16 @@ class _ChildProcess:
 
     def kill(self) -> None:
         """Kill it and what it started, also in C code that holds the GIL."""
-        with self._lock:
+        with self._lock, contextlib.suppress(PermissionError):  # macOS, of a zombie
             if self._process.returncode is None:
                 os.killpg(self._process.pid, signal.SIGKILL)
 
     def end(self, within_s: float) -> str:
         """Have it end, by a kill if it takes longer, and return how it ended."""
         until = time.monotonic() + within_s
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(1)  # SHUT_WR: it ends once it has read all
-            self._wait_at_most(until)
-            self._lines.read()  # it may have to write before that
+        with contextlib.suppress(OSError, ValueError):
+            self._socket.shutdown(1)  # SHUT_WR: it ends when it has read all
+            self.hear("nothing", until)  # but log records, and then that it has ended
         if not self._has_ended(until):  # a thread that a task left behind goes on, say
             self.kill()
             self._has_ended(math.inf)
@@ -6417,7 +6399,7 @@ class _Report(logging.StreamHandler[typing.TextIO]):
             self._socket.flush()
 
     def _leave(self) -> None:
-        """Have what a task forks neither answer, nor keep the socket open, nor log to it."""
+        """Keep what a task forks from the socket, and from holding it open."""
         os.dup2(self._nowhere, self._number, inheritable=False)
         self.stream = sys.stderr
 
@@ -6433,7 +6415,8 @@ def _serve_worker(argv: Sequence[str]) -> int:
     _die_with_parent()
     if os.getppid() != worker:  # it died before that
         return 1
-    os.set_inheritable(number, False)  # noqa: FBT003 - what a task starts must not keep it
+    # What a task starts must not keep the socket open.
+    os.set_inheritable(number, False)  # noqa: FBT003
     report = _Report(number)
     with open(number, "rb", closefd=False) as lines:
         start = json.loads(lines.readline())
@@ -6702,6 +6685,8 @@ def _as_boto3(
 
 
 # === PART V: STATE ====================================================================
+# There is no room here yet: nothing is remembered between two messages, so the file cut
+# before this part and the file cut after it do the same.
 
 
 # === PART VI: PEOPLE ==================================================================
@@ -8520,3 +8505,206 @@ def _is_agreed(scan: _Scan) -> bool:
     question = f"delete up to {most} dead letters for good? [y/N] "
     print(question, end="", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+# --- 23. vendoring --------------------------------------------------------------------
+# A copy is the text of this very file, whole or cut before a part, below a header that
+# has a hash for each section: the docstring, each part's banner, each room. A file is
+# overwritten only if it is such a copy and still matches its header, and it is replaced
+# whole. Sections are compared by title, because a room's number may change. The hashes
+# find what has changed; they are not a signature.
+
+
+_CUTS = {"publisher": "PART IV:", "service": "PART V:", "production": "PART VI:"}
+_BANNER = r"(?m)^# (?:===|---) (?:\d+\. )?(.+?) (?:=|-)+$"
+_HEADER_PATTERN = (
+    r"# taskhawk (\S+), vendored: (\w+)\n(?:#  .*\n)+((?:# [0-9a-f]{16} .+\n)+)"
+)
+_COPY_HEADER = """\
+# taskhawk {version}, vendored: {part}
+#  SPDX-License-Identifier: MIT. Do not edit this copy; compare it with its hashes by
+#  python -m taskhawk vendor --check PATH
+"""
+_Section = tuple[str, str]  # a section's title, and the hash of its text
+
+
+@dataclasses.dataclass(frozen=True)
+class _Copy:
+    """A vendored copy: what its header says, and the text below it."""
+
+    version: str
+    part: str
+    sections: Sequence[_Section]  # as they were written
+    text: str
+
+    @classmethod
+    def read(cls, text: str) -> _Copy | None:
+        """Return the copy that has this text, or None if it has no header of ours."""
+        header = re.match(_HEADER_PATTERN, text)
+        if header is None:
+            return None
+        version, part, lines = header.groups()
+        pairs = re.findall("# (.{16}) (.+)\n", lines)
+        sections = [(title, digest) for digest, title in pairs]
+        return cls(version, part, sections, text[header.end() :])
+
+    @classmethod
+    def of_this_file(cls, part: str) -> _Copy:
+        """Return a copy of this file, whole or up to the end of a part."""
+        text = _own_text()
+        running = cls.read(text)
+        if running is not None:
+            text = running.text
+        if part in _CUTS:
+            kept, _banner, _later = text.partition(f"\n# === {_CUTS[part]}")
+            text = kept.rstrip() + "\n"
+        return cls(__version__, part, _sections(text), text)
+
+    def __str__(self) -> str:
+        lines = [f"# {digest} {title}\n" for title, digest in self.sections]
+        header = _COPY_HEADER.format(version=self.version, part=self.part)
+        return header + "".join(lines) + self.text
+
+    @property
+    def modified(self) -> list[str]:
+        """The titles of the sections that were changed by hand."""
+        found = _sections(self.text)
+        if found == self.sections:
+            return []
+        titles = {title for title, _ in set(found) ^ set(self.sections)}
+        return sorted(titles) or ["the order of the rooms"]
+
+    def require_unmodified(self, name: str) -> None:
+        """Raise ConfigurationError if a section was changed by hand."""
+        if self.modified:
+            raise ConfigurationError(
+                f"vendor: {name} was changed by hand: {', '.join(self.modified)}. "
+                "Fix: restore it, or move it away"
+            )
+
+
+def _own_text() -> str:
+    """Return the text of this file, with its header if it is a copy itself."""
+    return inspect.getsource(sys.modules[__name__])
+
+
+def _sections(text: str) -> list[_Section]:
+    """Return the title of each section, with a short hash of its text."""
+    import hashlib
+
+    sections = []
+    for title, section in _split_sections(text):
+        digest = hashlib.sha256(section.strip().encode()).hexdigest()
+        sections.append((title, digest[:16]))
+    return sections
+
+
+def _split_sections(text: str) -> Iterator[tuple[str, str]]:
+    """Yield the title and the text of each section; it ends where the next banner is."""
+    title, start = "docstring", 0
+    for banner in re.finditer(_BANNER, text):
+        yield title, text[start : banner.start()]
+        title, start = banner[1], banner.end()
+    yield title, text[start:]
+
+
+def _read_copy(path: str) -> _Copy:
+    """Read a vendored copy.
+
+    :raises ConfigurationError: if the file is something else
+    """
+    with open(path, encoding="utf-8", errors="replace") as file:
+        copy = _Copy.read(file.read())
+    if copy is None:
+        raise ConfigurationError(
+            f"vendor: {path} does not begin with the header of a vendored copy. "
+            "Fix: name another path, or move that file away"
+        )
+    return copy
+
+
+def _write_copy(path: str, copy: _Copy) -> Sequence[_Section]:
+    """Write a copy, whole or not at all; return the sections of the one it replaces.
+
+    :raises ConfigurationError: if the file that stands there, or the copy that runs this
+        command, is not as it was written
+    """
+    running = _Copy.read(_own_text())
+    if running is not None:
+        running.require_unmodified("the copy that runs this command")
+    if not os.path.isdir(os.path.dirname(path)):
+        raise ConfigurationError(
+            f"vendor: {os.path.dirname(path)} is not a folder. Fix: make it first"
+        )
+    replaced: Sequence[_Section] = ()
+    if os.path.exists(path):
+        old = _read_copy(path)
+        old.require_unmodified(path)
+        replaced = old.sections
+    draft = f"{path}.{os.getpid()}"
+    try:
+        with open(draft, "w", encoding="utf-8", newline="\n") as file:
+            file.write(str(copy))
+        os.replace(draft, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(draft)  # still there only if the copy could not be written
+    return replaced
+
+
+@_command(
+    "vendor",
+    _option("path", "the copy, such as service/vendor/taskhawk.py", metavar="PATH"),
+    _option(
+        "--part",
+        "how much of the file to write (default: whole)",
+        choices=[*_CUTS, "whole"],
+        default="whole",
+    ),
+    _flag("--check", "say whether the copy is unmodified, and what to audit again"),
+    _AS_JSON,
+)
+def _vendor(arguments: Any) -> bool:
+    """Write this file into a project, or check such a copy.
+
+    example: python -m taskhawk vendor service/vendor/taskhawk.py --part production
+    """
+    path = os.path.realpath(arguments.path)
+    if arguments.check:
+        copy = _read_copy(path)
+        audited = copy.sections
+        current = _Copy.of_this_file(copy.part)
+    else:
+        copy = current = _Copy.of_this_file(arguments.part)
+        audited = _write_copy(path, copy)
+    titles = {title for title, _ in current.sections}
+    report = {
+        "path": arguments.path,
+        "version": copy.version,
+        "part": copy.part,
+        "modified": copy.modified,
+        "audit": [
+            title
+            for title, digest in current.sections
+            if (title, digest) not in audited
+        ],
+        "gone": [title for title, _ in audited if title not in titles],
+    }
+    if arguments.json:
+        print(json.dumps(report, indent=2))
+    else:
+        _print_report(report)
+    return bool(copy.modified)
+
+
+def _print_report(report: Mapping[str, Any]) -> None:
+    """Print what to know about a copy, a line for each section that is named."""
+    state = "changed by hand" if report["modified"] else "unmodified"
+    what = f"taskhawk {report['version']}, part: {report['part']}"
+    print(f"{report['path']}: {what}, {state}")
+    for title in report["modified"]:
+        print(f"changed by hand: {title}")
+    for title in report["audit"]:
+        print(f"to audit for {__version__}: {title}")
+    for title in report["gone"]:
+        print(f"gone in {__version__}: {title}")

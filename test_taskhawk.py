@@ -68,7 +68,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import taskhawk
-from taskhawk import Depth, Fate, Message, Outcome, Outgoing, Priority, QueueMessage
+from taskhawk import Depth, Message, Outgoing, Priority, QueueMessage
 
 PROJECT = (
     Path(__file__).resolve().parent
@@ -6691,6 +6691,8 @@ class TestCapture:
 
 # === PART IV: WORK ====================================================================
 
+Fate, Outcome = taskhawk.Fate, taskhawk.Outcome  # no name of a later part stands above
+
 
 # --- 12. processing -------------------------------------------------------------------
 
@@ -10075,10 +10077,12 @@ class TestSchedules:
 
 # --- 16. isolation --------------------------------------------------------------------
 
+REAL_TIME = signal.SIGRTMIN + 1
 ISOLATED_MODULE = """
 import asyncio
 import ctypes
 import logging
+import multiprocessing
 import os
 import pathlib
 import signal
@@ -10157,9 +10161,13 @@ def log(**extra):
     LOG.debug("not this")
     LOG.warning("from %s", "afar", extra={"thing": LOG, **extra})
 
+def talk():
+    while not time.sleep(0.01):
+        LOG.warning("still here")
+
 @taskhawk.task(isolate=True)
 def linger():
-    threading.Thread(target=threading.Event().wait).start()
+    threading.Thread(target=talk).start()
 
 @taskhawk.task(isolate=True)
 async def wait(metadata):
@@ -10185,9 +10193,47 @@ def hold():
     note(os.getpid())
     sum(range(10**12))
 
+@taskhawk.task(time_limit=20)
+def start(how):
+    STARTERS[how]()
+
+def a_program():
+    process = subprocess.Popen(["sleep", "60"])
+    process.terminate()
+    note(process.wait() == -signal.SIGTERM)
+
+def a_shell():
+    process = subprocess.Popen(["sh", "-c", "kill -INT $$; sleep 60"])
+    note(process.wait() == -signal.SIGINT)
+
+def a_fork():
+    forked = os.fork() or time.sleep(60)
+    os.kill(forked, signal.SIGTERM)
+    note(os.waitpid(forked, 0)[1] == signal.SIGTERM)
+
+def a_pool():
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        note(pool.map(abs, [-1, 1]) == [1, 1])
+
+async def run_program():
+    process = await asyncio.create_subprocess_exec("sleep", "60")
+    process.terminate()
+    note(await process.wait() == -signal.SIGTERM)
+
+def own_handler():
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    forked = os.fork()
+    if forked:
+        os.waitpid(forked, 0)
+    note(*map(signal.getsignal, (signal.SIGINT, signal.SIGTERM)))
+
+STARTERS = {each.__name__: each for each in (a_program, a_shell, a_fork, a_pool)}
+STARTERS |= {"a_coroutine": lambda: asyncio.run(run_program()), "own": own_handler}
+
 @taskhawk.task(isolate=True)
-def options():
+def interpreter():
     note(sys.flags.optimize, sys.warnoptions, sys._xoptions)
+    note(sys.path[:2], len(sys.path))
 
 @taskhawk.task
 def plain():
@@ -10242,6 +10288,14 @@ def isolated_run(child: Any) -> list[Outcome | None]:
     return [child.process(message) for message in received]
 
 
+def isolated_refusal(child: Any, received: QueueMessage) -> str:
+    """Return why a child can't run a message."""
+    assert child.takes(received)
+    with pytest.raises(taskhawk._CannotStart) as raised:
+        child.process(received)
+    return str(raised.value)
+
+
 def is_gone(pid: int) -> bool:
     """Return whether a process has ended, be it reaped or not."""
     try:
@@ -10282,120 +10336,48 @@ def count():
     logging.getLogger("shop").warning("%s orders", Order.objects.count())
 """,
 }
-# What a run that failed in a child leaves: the type and the text of its error.
-ISOLATED_FAILURES = {
-    "an exit": (
-        ["exit"],
-        "ChildCrashed",
-        "isolated.fail: its process ended: exit code 3",
+# What a task does, and the error that its dead letter has.
+ISOLATED_FAILURES = [
+    ("exit", "ChildCrashed: isolated.fail: its process ended: exit code 3"),
+    ("segfault", "ChildCrashed: isolated.fail: its process ended: SIGSEGV"),
+    ("kill", "ChildCrashed: isolated.fail: its process ended: SIGKILL"),
+    (
+        "real time",
+        f"ChildCrashed: isolated.fail: its process ended: signal {REAL_TIME}",
     ),
-    "a crash": (
-        ["segfault"],
-        "ChildCrashed",
-        "isolated.fail: its process ended: SIGSEGV",
+    ("close", "ChildCrashed: isolated.fail: its process ended: SIGKILL"),
+    (
+        "write",
+        "ChildCrashed: isolated.fail: its process wrote to the socket of its worker",
     ),
-    "a kill": (["kill"], "ChildCrashed", "isolated.fail: its process ended: SIGKILL"),
-    "a signal without a name": (
-        ["real time"],
-        "ChildCrashed",
-        f"isolated.fail: its process ended: signal {signal.SIGRTMIN + 1}",
-    ),
-    "its files closed": (
-        ["close"],
-        "ChildCrashed",
-        "isolated.fail: its process ended: SIGKILL",
-    ),
-    "SystemExit": (["leave", "bye"], "SystemExit", "bye"),
-    "an exception": (["raise", "order 7"], "KeyError", "'order 7'"),
-}
-# Lines that a task writes to the worker's socket.
-ISOLATED_STRAYS = [
-    "stray",
-    "7",
-    "null",
-    "[]",
-    '["ended"]',
-    '["ended", "done", null, null]',
+    ("leave", "SystemExit: lost"),
+    ("raise", "KeyError: 'lost'"),
 ]
-ISOLATED_STRAYS += [
-    '["ended", "retry", "soon", null]',
-    '["began"]',
-    "[" * 100_000,
-    "\xff",
+# Lines that a task writes to the socket of its worker.
+ISOLATED_STRAYS = ["7", "null", "[]", '["began"]', '["ended", "done", null, null]']
+ISOLATED_STRAYS += ['["ended", "retry", "soon", null]', "[" * 100_000, "\xff"]
+# What the module of the tasks does in a child, and why that can't import the tasks.
+ISOLATED_OBSTACLES = [
+    ("1 / 0", "ZeroDivisionError: division by zero ({file}:1)"),
+    ("raise SystemExit(2)", "SystemExit: 2 ({file}:1)"),
+    ("import os; os._exit(4)", "its process ended: exit code 4"),
+    ("import time; time.sleep(60)", "it takes longer than 0.5 s"),
 ]
-# What keeps a child from starting: a module's source, and the reason that is told.
-ISOLATED_OBSTACLES = {
-    "an error": (
-        "1 / 0",
-        "a child can't import the tasks: ZeroDivisionError: division by zero ({file}:1)",
-    ),
-    "an exit": (
-        "raise SystemExit(2)",
-        "a child can't import the tasks: SystemExit: 2 ({file}:1)",
-    ),
-    "a crash": (
-        "import os; os._exit(4)",
-        "a child can't import the tasks: its process ended: exit code 4",
-    ),
-    "a long time": (
-        "import time; time.sleep(60)",
-        "a child can't import the tasks: it takes longer than 0.5 s",
-    ),
-    "an early end": (
-        ISOLATED_MODULE + ISOLATED_EARLY_END,
-        "isolated.pid: its process ended before the run began: exit code 5",
-    ),
-}
-
 # What a worker may have imported that a child must import in the same order.
-ISOLATED_IMPORTS = {
-    "a function of another module": {
-        "lib": "def job(): pass",
-        "entry": "import lib, taskhawk; taskhawk.task(isolate=True)(lib.job)",
-    },
-    "a circle that works in one order": {
-        "lib": "import taskhawk; from entry import RULES\n"
-        "@taskhawk.task(isolate=True)\n"
-        "def job(): pass",
-        "entry": "RULES = {}; import lib; JOBS = [lib.job]",
-    },
-    "a factory": {
-        "lib": "import taskhawk\n"
-        "def create_app():\n"
-        "    @taskhawk.task(isolate=True)\n"
-        "    def job(): pass",
-        "entry": "import lib; app = lib.create_app()",
-    },
-}
-# How a task ends what it started: each notes True.
-ISOLATED_STARTERS = {
-    "a program": "process = subprocess.Popen(['sleep', '60'])\n"
-    "    process.terminate()\n"
-    "    note(process.wait() == -signal.SIGTERM)",
-    "a shell that traps nothing": "import shlex\n"
-    "    process = subprocess.Popen(['sh', '-c', 'kill -INT $$; sleep 60'])\n"
-    "    note(process.wait() == -signal.SIGINT)",
-    "a fork": "forked = os.fork()\n"
-    "    if not forked:\n"
-    "        time.sleep(60)\n"
-    "    os.kill(forked, signal.SIGTERM)\n"
-    "    note(os.waitpid(forked, 0)[1] == signal.SIGTERM)",
-    "a pool": "import multiprocessing\n"
-    "    with multiprocessing.get_context('fork').Pool(2) as pool:\n"
-    "        note(pool.map(abs, [-1, 1]) == [1, 1])",
-    "a coroutine's program": "import asyncio\n"
-    "    async def run():\n"
-    "        process = await asyncio.create_subprocess_exec('sleep', '60')\n"
-    "        process.terminate()\n"
-    "        return await process.wait()\n"
-    "    note(asyncio.run(run()) == -signal.SIGTERM)",
-}
-ISOLATED_STARTER = """
-from isolated import *
-@taskhawk.task(time_limit=20)
-def start():
-    {}
+ISOLATED_TASK = "@taskhawk.task(isolate=True)\ndef job(): pass"
+ISOLATED_FACTORY = f"""
+import taskhawk
+def create_app():
+{textwrap.indent(ISOLATED_TASK, "    ")}
 """
+ISOLATED_IMPORTS = {
+    "another function": ("def job(): pass", "import lib; task(isolate=True)(lib.job)"),
+    "a circle": (
+        f"from entry import RULES\n{ISOLATED_TASK}",
+        "RULES = 1; import lib; lib.job",
+    ),
+    "a factory": (ISOLATED_FACTORY, "import lib; app = lib.create_app()"),
+}
 
 
 class TestIsolation:
@@ -10403,7 +10385,7 @@ class TestIsolation:
 
     @pytest.mark.parametrize(("runs", "processes"), [(100, 1), (2, 2)])
     def test_process(self, isolated_jobs, runs, processes):
-        """A child of the worker runs one message after another, up to max_tasks_per_child."""
+        """A child runs one message after another, up to max_tasks_per_child."""
         isolated_jobs.pid.dispatch_many([()] * 3)
         done = isolated_work(max_tasks_per_child=runs)
         assert done == {"received": 3, "acked": 3}
@@ -10413,7 +10395,7 @@ class TestIsolation:
 
     @pytest.mark.parametrize("isolate", [False, True])
     def test_which(self, isolated_jobs, isolate):
-        """With isolate=True all tasks are isolated, and without it those that say so."""
+        """With isolate=True all tasks are isolated, otherwise those that say so."""
         isolated_jobs.plain.dispatch()
         isolated_work(isolate=isolate)
         [note] = isolated_notes(isolated_jobs)
@@ -10425,30 +10407,25 @@ class TestIsolation:
         assert isolated_work(concurrency=2) == {"received": 2, "acked": 2}
         assert len(set(isolated_notes(isolated_jobs))) == 2
 
-    @pytest.mark.parametrize(
-        ("args", "kind", "text"), ISOLATED_FAILURES.values(), ids=ISOLATED_FAILURES
-    )
-    def test_failures(self, isolated_jobs, args, kind, text):
+    @pytest.mark.parametrize(("how", "error"), ISOLATED_FAILURES)
+    def test_failures(self, isolated_jobs, how, error):
         """A crash or an error is a failed run, and the next message has its run."""
-        isolated_jobs.fail.dispatch(*args)
+        isolated_jobs.fail.dispatch(how)
         isolated_jobs.pid.dispatch()
         done = isolated_work()
         assert done == {"received": 2, "acked": 1, "dead_lettered": 1}
         broker = taskhawk._brokers.broker()
         [dead] = broker.receive("TASKHAWK-DEFAULT-DLQ", 10, 0, None, NEVER)
-        error = json.loads(dead.message_attributes["taskhawk.error"]["StringValue"])
-        assert (error["type"], error["message"]) == (kind, text)
+        noted = json.loads(dead.message_attributes["taskhawk.error"]["StringValue"])
+        assert f"{noted['type']}: {noted['message']}" == error
 
     @pytest.mark.parametrize("line", ISOLATED_STRAYS)
     def test_strays(self, isolated_jobs, isolated_child, line):
-        """A task that writes to the worker's socket has crashed, whatever it wrote."""
+        """Whatever a task writes to the worker's socket, it has crashed."""
         isolated_jobs.fail.dispatch("write", line)
-        isolated_jobs.pid.dispatch()
-        failed, done = isolated_run(isolated_child)
-        text = "isolated.fail: its process wrote to the socket of its worker"
-        assert (failed.fate, str(failed.error)) == (Fate.dead_letter, text)
-        assert type(failed.error) is taskhawk.ChildCrashed
-        assert done == Outcome(Fate.acknowledge)
+        [outcome] = isolated_run(isolated_child)
+        assert outcome.fate is Fate.dead_letter
+        assert type(outcome.error) is taskhawk.ChildCrashed
 
     def test_stray_record(self, isolated_jobs, isolated_child, capsys):
         """What such a task writes like a log record that is none changes nothing."""
@@ -10469,7 +10446,7 @@ class TestIsolation:
         worker_eventually(lambda: is_gone(int(started)))
 
     def test_time_limit_and_imports(self, isolated_jobs):
-        """A time limit is the run's alone: the imports of a new child may take longer."""
+        """A time limit is the run's alone: a new child's imports may take longer."""
         source = (
             "import sys, taskhawk, time; time.sleep(1.5 * ('_child' in sys.argv))\n"
         )
@@ -10488,7 +10465,7 @@ class TestIsolation:
         os.kill(forked, signal.SIGKILL)
 
     def test_fork(self, isolated_jobs, isolated_child, caplog, capfd):
-        """What a task forks neither answers nor logs in its name, though it returns as well."""
+        """What a task forks does not answer or log in its name, though it returns."""
         isolated_jobs.fork.dispatch("wait")
         assert isolated_run(isolated_child) == [Outcome(Fate.acknowledge)]
         [forked] = isolated_notes(isolated_jobs)
@@ -10513,28 +10490,20 @@ class TestIsolation:
         assert isolated_notes(isolated_jobs) == [name]
 
     @pytest.mark.parametrize(
-        "source", ISOLATED_STARTERS.values(), ids=list(ISOLATED_STARTERS)
+        "how", ["a_program", "a_shell", "a_fork", "a_pool", "a_coroutine"]
     )
-    def test_starts(self, isolated_jobs, source):
+    def test_starts(self, isolated_jobs, isolated_child, how):
         """What a task starts has the signals that it has outside of a worker."""
-        source = ISOLATED_STARTER.format(source)
-        isolated_import(isolated_jobs.HERE, starter=source).start.dispatch()
-        assert isolated_work() == {"received": 1, "acked": 1}
+        isolated_jobs.start.dispatch(how)
+        assert isolated_run(isolated_child) == [Outcome(Fate.acknowledge)]
         assert isolated_notes(isolated_jobs) == ["True"]
 
-    def test_signal_handlers(self, isolated_jobs):
-        """A signal that is ignored stays so, and a task's own handler is its forks', too."""
-        source = ISOLATED_STARTER.format(
-            "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-            "    forked = os.fork()\n"
-            "    if forked:\n"
-            "        os.waitpid(forked, 0)\n"
-            "    note(*map(signal.getsignal, (signal.SIGINT, signal.SIGTERM)))"
-        )
+    def test_signal_handlers(self, isolated_jobs, isolated_child):
+        """An ignored signal stays ignored, and a task's own handler is its forks'."""
+        isolated_jobs.start.dispatch("own")
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
-            isolated_import(isolated_jobs.HERE, starter=source).start.dispatch()
-            assert isolated_work() == {"received": 1, "acked": 1}
+            assert isolated_run(isolated_child) == [Outcome(Fate.acknowledge)]
         finally:
             signal.signal(signal.SIGINT, before)
         assert isolated_notes(isolated_jobs) == ["1 1"] * 2
@@ -10606,7 +10575,7 @@ class TestIsolation:
         assert "AttributeError: no request\n" in capsys.readouterr().err
 
     def test_lingers(self, isolated_jobs, monkeypatch):
-        """A child that does not end when it is told to is killed, and its slot goes on."""
+        """A child that does not end when it is told to is killed: its slot goes on."""
         monkeypatch.setattr(taskhawk, "_END_S", 0.2)
         isolated_jobs.linger.dispatch()
         isolated_jobs.pid.dispatch()
@@ -10617,10 +10586,8 @@ class TestIsolation:
         result = run_python(["-m", "taskhawk", "_child", "0", "1"])
         assert (result.returncode, result.stderr) == (1, "")
 
-    @pytest.mark.parametrize(
-        ("source", "reason"), ISOLATED_OBSTACLES.values(), ids=ISOLATED_OBSTACLES
-    )
-    def test_cannot_start(
+    @pytest.mark.parametrize(("source", "reason"), ISOLATED_OBSTACLES)
+    def test_cannot_import(
         self, isolated_jobs, isolated_child, monkeypatch, source, reason
     ):
         """Where a child can't import the tasks nothing is run, until it can."""
@@ -10628,14 +10595,22 @@ class TestIsolation:
         file.write_text(source)
         isolated_jobs.pid.dispatch()
         [received] = queued()
-        assert isolated_child.takes(received)
         with monkeypatch.context() as patch:
-            patch.setattr(taskhawk, "_START_S", 0.5 if "time" in source else 60)
-            with pytest.raises(taskhawk._CannotStart) as raised:
-                isolated_child.process(received)
-        assert str(raised.value) == reason.format(file=file)
+            if "0.5 s" in reason:
+                patch.setattr(taskhawk, "_START_S", 0.5)
+            text = isolated_refusal(isolated_child, received)
+        assert text == f"a child can't import the tasks: {reason.format(file=file)}"
         file.write_text(ISOLATED_MODULE)
         assert isolated_child.process(received) == Outcome(Fate.acknowledge)
+
+    def test_dies_before_the_run(self, isolated_jobs, isolated_child):
+        """A child that ends again and again before a run began has not failed it."""
+        file = isolated_jobs.HERE / "isolated.py"
+        file.write_text(ISOLATED_MODULE + ISOLATED_EARLY_END)
+        isolated_jobs.pid.dispatch()
+        assert isolated_refusal(isolated_child, *queued()) == (
+            "isolated.pid: its process ended before the run began: exit code 5"
+        )
 
     @pytest.mark.parametrize("left", [0, 2])
     def test_no_process(self, isolated_jobs, isolated_child, left):
@@ -10644,55 +10619,50 @@ class TestIsolation:
 
         isolated_jobs.pid.dispatch()
         [received] = queued()
-        assert isolated_child.takes(received)
         limits = resource.getrlimit(resource.RLIMIT_NOFILE)
         used = {int(path.name) for path in Path("/proc/self/fd").iterdir()}
         free = sorted(set(range(1000)) - used)[left]
         resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
         try:
-            with pytest.raises(taskhawk._CannotStart) as raised:
-                isolated_child.process(received)
+            text = isolated_refusal(isolated_child, received)
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-        text = "no process can be started: [Errno 24] Too many open files"
-        assert str(raised.value) == text
+        assert text == "no process can be started: [Errno 24] Too many open files"
 
     @pytest.mark.parametrize(
-        "sources", ISOLATED_IMPORTS.values(), ids=list(ISOLATED_IMPORTS)
+        ("lib", "entry"), ISOLATED_IMPORTS.values(), ids=list(ISOLATED_IMPORTS)
     )
-    def test_imports(self, isolated_jobs, sources):
+    def test_imports(self, isolated_jobs, lib, entry):
         """A child imports what its worker imported, in the same order."""
-        isolated_import(isolated_jobs.HERE, **sources)
+        begin = "import taskhawk; from taskhawk import task\n"
+        isolated_import(
+            isolated_jobs.HERE, lib=f"{begin}{lib}", entry=f"{begin}{entry}"
+        )
         taskhawk.Task.find_by_name("lib.job").dispatch()
         assert isolated_work() == {"received": 1, "acked": 1}
 
     def test_not_declared(self, isolated_jobs):
-        """A task that the worker's modules do not declare is not run, and others are."""
-        source = ISOLATED_IMPORTS["a factory"]["lib"]
-        isolated_import(isolated_jobs.HERE, lib=source).create_app()
+        """A task that no imported module declares is not run, and others are."""
+        isolated_import(isolated_jobs.HERE, lib=ISOLATED_FACTORY).create_app()
         taskhawk.Task.find_by_name("lib.job").dispatch()
         isolated_jobs.pid.dispatch()
+        lost, found = queued()
         start = taskhawk._start_of_children(everything=False)
         child = taskhawk._Child(start, 100, threading.Event())
-        lost, found = queued()
-        assert child.takes(lost)
-        assert child.takes(found)
-        with pytest.raises(taskhawk._CannotStart) as raised:
-            child.process(lost)
-        assert str(raised.value) == (
+        assert isolated_refusal(child, lost) == (
             "lib.job is not declared where a child imports isolated, lib: "
             "declare it in a module, not in a function that the worker calls"
         )
+        assert child.takes(found)
         assert child.process(found) == Outcome(Fate.acknowledge)
         child.close()
 
     def test_worker_started_by_an_import(self, isolated_jobs):
-        """A child does not import the module that starts the worker as it is imported."""
-        source = "import lib, taskhawk; lib.job.dispatch(); print(taskhawk."
-        source += "listen_for_messages(taskhawk.Priority.default, loop_count=1))"
-        lib = ISOLATED_STARTER.format("pass").replace("start", "job")
-        for name, text in (("lib", lib), ("entry", source)):
-            (isolated_jobs.HERE / f"{name}.py").write_text(text)
+        """A child does not import a module whose import starts the worker."""
+        entry = "import lib, taskhawk; lib.job.dispatch(); print(taskhawk."
+        entry += "listen_for_messages(taskhawk.Priority.default, loop_count=1))"
+        (isolated_jobs.HERE / "lib.py").write_text(f"import taskhawk\n{ISOLATED_TASK}")
+        (isolated_jobs.HERE / "entry.py").write_text(entry)
         env = {"TASKHAWK_BROKER": taskhawk.settings.TASKHAWK_BROKER}
         result = run_python("import entry", cwd=isolated_jobs.HERE, env=env)
         assert result.stdout.startswith("1 received, 1 acked, "), result.stderr
@@ -10703,23 +10673,20 @@ class TestIsolation:
         long = [f"/nowhere/{'x' * 100}/{number}" for number in range(1200)]
         monkeypatch.setattr(sys, "path", ["", hook, *sys.path, *long])
         monkeypatch.chdir(tmp_path)
-        source = ISOLATED_STARTER.format("note(sys.path[:2], len(sys.path))")
-        isolated_import(isolated_jobs.HERE, starter=source).start.dispatch()
+        isolated_jobs.interpreter.dispatch()
         assert isolated_work() == {"received": 1, "acked": 1}
-        [note] = isolated_notes(isolated_jobs)
-        assert note == f"{[str(tmp_path), hook]} {len(sys.path)}"
+        path = isolated_notes(isolated_jobs)[1]
+        assert path == f"{[str(tmp_path), hook]} {len(sys.path)}"
 
     def test_interpreter(self, isolated_jobs):
         """A child has the options of its worker's interpreter."""
-        isolated_jobs.options.dispatch()
-        options = ["-O", "-W", "ignore::UserWarning", "-X", "faulthandler"]
-        command = [*options, "-m", "taskhawk", "listen", "isolated", "--loop-count=1"]
+        isolated_jobs.interpreter.dispatch()
+        command = ["-O", "-W", "ignore::UserWarning", "-X", "faulthandler"]
+        command += ["-m", "taskhawk", "listen", "isolated", "--loop-count=1"]
         env = {"TASKHAWK_BROKER": taskhawk.settings.TASKHAWK_BROKER}
-        result = run_python(command, cwd=isolated_jobs.HERE, env=env)
-        assert result.stdout.startswith("1 received, 1 acked, "), result.stderr
-        assert isolated_notes(isolated_jobs) == [
-            "1 ['ignore::UserWarning'] {'faulthandler': True}"
-        ]
+        run_python(command, cwd=isolated_jobs.HERE, env=env)
+        options = isolated_notes(isolated_jobs)[0]
+        assert options == "1 ['ignore::UserWarning'] {'faulthandler': True}"
 
     def test_frozen(self, isolated_jobs, monkeypatch):
         """An application that starts itself where Python should start is refused."""
@@ -10771,7 +10738,7 @@ class TestIsolation:
         assert "0 orders" in result.stderr
 
     def test_started_too_late(self, isolated_jobs):
-        """A child that is started as the grace ends is not waited for, and runs nothing."""
+        """A child that is started as the grace ends is not waited for and runs nothing."""
         start = taskhawk._start_of_children(everything=True)
         given_up = threading.Event()
         child = taskhawk._Child(start, 1, given_up)
@@ -10785,7 +10752,7 @@ class TestIsolation:
         assert not (isolated_jobs.HERE / "notes").exists()
 
     def test_async(self, isolated_jobs):
-        """Coroutines of a child share an event loop, and metadata is as in the worker."""
+        """Coroutines of a child share an event loop, and have the worker's metadata."""
         isolated_jobs.wait.dispatch_many([(), ()])
         assert isolated_work() == {"received": 2, "acked": 2}
         assert isolated_notes(isolated_jobs) == ["1 TASKHAWK-DEFAULT 1"] * 2
@@ -10856,7 +10823,7 @@ class TestIsolation:
         sys.platform != "linux", reason="elsewhere it ends with its message"
     )
     def test_orphan(self, isolated_jobs):
-        """On Linux no child outlives a worker that is killed, even if it holds the GIL."""
+        """On Linux no child outlives a killed worker, even if it holds the GIL."""
         isolated_jobs.hold.dispatch()
         notes = isolated_jobs.HERE / "notes"
         env = {"TASKHAWK_BROKER": taskhawk.settings.TASKHAWK_BROKER}
@@ -10867,7 +10834,7 @@ class TestIsolation:
 
     @pytest.mark.parametrize("concurrency", [1, 2])
     def test_grace(self, isolated_jobs, concurrency):
-        """When the grace is over, isolated runs are killed, and their messages visible at once."""
+        """After the grace, isolated runs are killed and their messages visible at once."""
         isolated_jobs.hold.dispatch()
         stop = threading.Event()
 
@@ -12705,10 +12672,7 @@ class TestCheck:
         )
 
 
-# --- 20. vendoring --------------------------------------------------------------------
-
-
-# --- 21. command line -----------------------------------------------------------------
+# --- 20. command line -----------------------------------------------------------------
 
 COMMAND_MODULE = """
 import logging
@@ -12728,7 +12692,17 @@ def broken():
     1 / 0
 """
 COMMANDS = [
-    *("demo", "listen", "dispatch", "tasks", "schema", "stats", "check", "provision"),
+    *(
+        "demo",
+        "listen",
+        "dispatch",
+        "tasks",
+        "schema",
+        "stats",
+        "check",
+        "provision",
+        "vendor",
+    ),
     "dead-letters",
     *(f"dead-letters {a}" for a in ("list", "show", "requeue", "delete", "export")),
 ]
@@ -13394,6 +13368,311 @@ logging.config.dictConfig({{
         assert "broken_settings.py" in errors
         last = errors.splitlines()[-1]
         assert last == "taskhawk: Django can't be set up: division by zero"
+
+
+# --- 23. vendoring --------------------------------------------------------------------
+
+# Where a part's copy ends, and the classes of the last part it has: a sample that is quick.
+VENDOR_CUTS = {"publisher": "PART IV:", "service": "PART V:", "production": "PART VI:"}
+VENDOR_CLASSES = {
+    "publisher": ["TestTasks", "TestPublishing", "TestBatch", "TestCapture"],
+    "service": ["TestProcessing", "TestSync"],
+    "production": ["TestHoldings"],
+}
+VENDOR_TASKS = """
+import os
+from service.vendor import taskhawk
+
+@taskhawk.task
+def plain(word):
+    print(word, flush=True)
+
+@taskhawk.task(isolate=True)
+def isolated(word, worker):
+    print(word, os.getpid() != worker, flush=True)
+"""
+VENDOR_PROGRAM = """
+import os
+from service.vendor.taskhawk import *
+from service.vendor import taskhawk
+import jobs
+
+assert {name for name in vars(taskhawk) if name in taskhawk.__all__} <= {*globals()}
+jobs.plain.dispatch("ran")
+jobs.isolated.dispatch("ran apart:", os.getpid())
+print(SqliteBroker("sqlite:///queue.db").depth("TASKHAWK-DEFAULT").visible, "dispatched")
+"""
+VENDOR_WORKER = "print(listen_for_messages(Priority.default, until_empty=True))"
+VENDOR_LEDGER = (
+    "2 received, 2 acked, 0 retried, 0 dead-lettered, 0 released, 0 uncertain\n"
+)
+VENDOR_CONFTEST = """
+def pytest_collection_modifyitems(items):
+    items[:] = [item for item in items if item.originalname not in {unfit!r}]
+"""
+
+
+def vendor(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, Any]:
+    """Run the command with --json, and return its exit code and its report."""
+    code = taskhawk.main(["vendor", "--json", *map(str, arguments)])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def vendor_package(folder: Path) -> Path:
+    """Make the package service.vendor, and return where its taskhawk.py will be."""
+    package = folder / "service" / "vendor"
+    package.mkdir(parents=True)
+    for parent in (package, package.parent):
+        (parent / "__init__.py").touch()
+    return package / "taskhawk.py"
+
+
+def vendor_cut(text: str, part: str) -> str:
+    """Return the module or its test suite up to the end of a part."""
+    return text.partition(f"\n# === {VENDOR_CUTS[part]}")[0].rstrip() + "\n"
+
+
+def vendor_uses(node: ast.AST) -> Iterator[str]:
+    """Yield the names that a piece of source uses, also in programs that it embeds."""
+    for child in ast.walk(node):
+        if isinstance(child, ast.Name):
+            yield child.id
+        elif isinstance(child, ast.arg | ast.keyword):
+            yield child.arg or "**"
+        elif isinstance(child, ast.Attribute):
+            yield ast.unparse(child)
+        elif isinstance(child, ast.Constant) and isinstance(child.value, str):
+            programs = re.sub(r"^taskhawk$|-m taskhawk\b", "taskhawk.main", child.value)
+            yield from re.findall(r"\btaskhawk\.\w+", programs)
+
+
+def vendor_definitions(text: str) -> dict[str, set[str]]:
+    """Return what each name of a file uses; of a test class, each method's name."""
+    uses = collections.defaultdict(set)
+    nodes = ast.parse(text).body
+    for node in nodes:
+        if isinstance(node, ast.ClassDef) and node.name.startswith("Test"):
+            nodes += [each for each in node.body if isinstance(each, HOUSE_FUNCTIONS)]
+        elif isinstance(node, (*HOUSE_FUNCTIONS, ast.ClassDef)):
+            uses[node.name].update(vendor_uses(node))
+        else:
+            for name in ast.walk(node):
+                if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store):
+                    uses[name.id].update(vendor_uses(node))
+    return uses
+
+
+def vendor_unfit(module: str, tests: str, part: str) -> set[str]:
+    """Return the tests of a cut suite that use what was cut off, or a helper that does."""
+    kept = vendor_definitions(vendor_cut(tests, part))
+    gone = {*vendor_definitions(module)} - {
+        *vendor_definitions(vendor_cut(module, part))
+    }
+    unfit = {f"taskhawk.{name}" for name in gone}
+    unfit |= {*vendor_definitions(tests)} - {*kept}
+    if "process" in gone:
+        unfit.add("TASKHAWK_SYNC")  # is part IV's, though it is set in part I
+    while more := {name for name, uses in kept.items() if uses & unfit} - unfit:
+        unfit |= more
+    return {name for name in unfit if name.startswith("test_")}
+
+
+VENDOR_EDITS = {  # what a hand did to a copy, and what the check names
+    "a line in a room": (
+        "\nVERSION = ",
+        "\nOTHER = 1\nVERSION = ",
+        ["names and limits"],
+    ),
+    "a word in the docstring": ("Quickstart", "Start", ["docstring"]),
+    "a part's names": ('    "Broker",\n', "", ["PART II: QUEUES"]),
+    "a room's title": (" errors ---", " faults ---", ["errors", "faults"]),
+    "a room twice": (
+        "# --- 2. errors",
+        "# --- 1. errors -\nraise\n# --- 2. errors",
+        ["errors"],
+    ),
+    "a line above": ("# taskhawk ", "import this\n# taskhawk ", None),
+    "a line below the header": ('"""Run', 'import this\n"""Run', ["docstring"]),
+    "a hash": (r"# \w{16} errors", "# 0123456789abcdef errors", ["errors"]),
+    "a room's number": (" 2. errors", " 22. errors", []),
+    "blank lines": ("\n\n\n# --- 2", "\n# --- 2", []),
+    "line ends": ("\n", "\r\n", []),
+}
+
+
+class TestVendoring:
+    """A copy of the file says what it is, whether it was changed, and what to audit again."""
+
+    def test_whole(self, tmp_path, capsys):
+        """A copy has all the text below a header; it can write and check further copies."""
+        path = vendor_package(tmp_path)
+        code, report = vendor(capsys, path)
+        banners = re.findall(r"(?m)^# (?:===|--- \d+\.) (.+?) [-=]+$", house_source())
+        assert (code, report) == (
+            0,
+            {
+                "path": str(path),
+                "version": taskhawk.VERSION,
+                "part": "whole",
+                "modified": [],
+                "audit": ["docstring", *banners],
+                "gone": [],
+            },
+        )
+        text = path.read_text()
+        assert text.endswith("\n" + house_source())
+        assert re.findall(r"(?m)^# [0-9a-f]{16} (.+)$", text) == report["audit"]
+        assert len(os.listdir(path.parent)) == 2  # with __init__.py
+        copy = ["-m", "service.vendor.taskhawk", "vendor"]
+        for arguments in ([path], ["--check", path], [tmp_path / "other.py"]):
+            result = run_python([*copy, *map(str, arguments)], cwd=tmp_path)
+            assert (result.returncode, result.stderr) == (0, "")
+        assert path.read_text() == (tmp_path / "other.py").read_text() == text
+
+    @pytest.mark.parametrize("edit", VENDOR_EDITS)
+    def test_changed_by_hand(self, edit, tmp_path, capsys):
+        """A check names the sections that are not as they were written, and exits with 1."""
+        old, new, modified = VENDOR_EDITS[edit]
+        path = tmp_path / "taskhawk.py"
+        vendor(capsys, path, "--part", "service")
+        count = 0 if edit == "line ends" else 1
+        edited = re.sub(old, new, path.read_text(), count=count).encode()
+        path.write_bytes(edited)
+        if modified is None:
+            code, error = command_error(capsys, "vendor", "--check", str(path))
+            wrong = "does not begin with the header of a vendored copy"
+            fix = "Fix: name another path, or move that file away"
+            assert (code, error) == (2, f"taskhawk: vendor: {path} {wrong}. {fix}")
+            return
+        code, report = vendor(capsys, "--check", path)
+        assert (code, report["modified"]) == (int(bool(modified)), modified)
+        if modified:
+            code, error = command_error(capsys, "vendor", str(path))
+            changed = f"{path} was changed by hand: {', '.join(modified)}"
+            fix = "Fix: restore it, or move it away"
+            assert (code, error) == (2, f"taskhawk: vendor: {changed}. {fix}")
+            assert path.read_bytes() == edited
+
+    def test_moved_room(self, tmp_path, capsys):
+        """Rooms in another order are a change too."""
+        path = tmp_path / "taskhawk.py"
+        vendor(capsys, path)
+        rooms = re.split(r"(?m)^(?=# ---)", path.read_text())
+        path.write_text("".join([*rooms[:2], rooms[3], rooms[2], *rooms[4:]]))
+        code, report = vendor(capsys, "--check", path)
+        assert (code, report["modified"]) == (1, ["the order of the rooms"])
+
+    def test_upgrade(self, tmp_path, capsys):
+        """A copy of an older version says what it was, and what has changed since."""
+        (tmp_path / "old").mkdir()
+        text = house_source().replace("# --- 2. errors -", "# --- 2. old faults -")
+        text = text.replace(f'_version__ = "{taskhawk.VERSION}', '_version__ = "4.9.9')
+        (tmp_path / "old" / "taskhawk.py").write_text(text)
+        path = tmp_path / "taskhawk.py"
+        program = [str(tmp_path / "old" / "taskhawk.py"), "vendor", str(path)]
+        result = run_python([*program, "--part", "production"], cwd=tmp_path)
+        assert (result.returncode, result.stderr) == (0, "")
+        assert taskhawk.main(["vendor", "--check", str(path)]) == 0
+        report = [
+            f"to audit for {taskhawk.VERSION}: names and limits",
+            f"to audit for {taskhawk.VERSION}: errors",
+            f"gone in {taskhawk.VERSION}: old faults",
+        ]
+        first = f"{path}: taskhawk 4.9.9, part: production, unmodified"
+        assert capsys.readouterr().out.splitlines() == [first, *report]
+        assert taskhawk.main(["vendor", str(path), "--part", "production"]) == 0
+        first = f"{path}: taskhawk {taskhawk.VERSION}, part: production, unmodified"
+        assert capsys.readouterr().out.splitlines() == [first, *report]
+        path.write_text(path.read_text().replace("\nVERSION", "\nOTHER = VERSION"))
+        assert taskhawk.main(["vendor", "--check", str(path)]) == 1
+        first = first.replace("unmodified", "changed by hand")
+        changed = [first, "changed by hand: names and limits"]
+        assert capsys.readouterr().out.splitlines() == changed
+
+    def test_no_folder(self, tmp_path, capsys):
+        """A folder that is missing is not made: it would have to be a package."""
+        path = tmp_path / "vendor" / "taskhawk.py"
+        expected = (
+            f"taskhawk: vendor: {path.parent} is not a folder. Fix: make it first"
+        )
+        assert command_error(capsys, "vendor", str(path)) == (2, expected)
+
+    def test_changed_source(self, tmp_path, capsys):
+        """A copy that was changed by hand checks itself, but writes no further copies."""
+        path = vendor_package(tmp_path)
+        vendor(capsys, path)
+        path.write_text(
+            path.read_text().replace("\nVERSION = ", "\nOTHER = VERSION = ")
+        )
+        copy = ["-m", "service.vendor.taskhawk", "vendor"]
+        result = run_python([*copy, "--check", str(path)], cwd=tmp_path)
+        assert (result.returncode, result.stderr) == (1, "")
+        assert "\nchanged by hand: names and limits\n" in result.stdout
+        result = run_python([*copy, "other.py"], cwd=tmp_path)
+        changed = (
+            "the copy that runs this command was changed by hand: names and limits"
+        )
+        fix = "Fix: restore it, or move it away"
+        assert (result.returncode, result.stdout) == (2, "")
+        assert result.stderr == f"taskhawk: vendor: {changed}. {fix}\n"
+        assert not (tmp_path / "other.py").exists()
+
+    def test_full_disk(self, tmp_path, capsys):
+        """A copy that can't be written leaves the old one as it was, and nothing beside it."""
+        path = tmp_path / "vendored.py"
+        vendor(capsys, path, "--part", "publisher")
+        before = path.read_bytes()
+        code = f"""if True:
+            import resource, sys, taskhawk
+            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+            sys.exit(taskhawk.main(["vendor", {str(path)!r}]))"""
+        result = run_python(code, cwd=tmp_path)
+        error = "taskhawk: [Errno 27] File too large\n"
+        assert (result.returncode, result.stdout, result.stderr) == (1, "", error)
+        assert (os.listdir(tmp_path), path.read_bytes()) == (["vendored.py"], before)
+
+    @pytest.mark.parametrize("part", VENDOR_CUTS)
+    def test_cut_works(self, part, tmp_path, capsys):
+        """A part imports, exports what it has, dispatches, and runs tasks if it can."""
+        path = vendor_package(tmp_path)
+        assert vendor(capsys, path, "--part", part)[0] == 0
+        assert path.read_text().endswith("\n" + vendor_cut(house_source(), part))
+        (tmp_path / "jobs.py").write_text(VENDOR_TASKS)
+        works = part != "publisher"
+        env = {"TASKHAWK_BROKER": "sqlite:///queue.db"}
+        program = VENDOR_PROGRAM + VENDOR_WORKER * works
+        result = run_python(program, cwd=tmp_path, env=env)
+        assert (result.returncode, result.stderr) == (0, "")
+        ran = f"ran\nran apart: True\n{VENDOR_LEDGER}" * works
+        assert result.stdout == f"2 dispatched\n{ran}"
+        result = run_python(["-m", "service.vendor.taskhawk", "demo"], cwd=tmp_path)
+        error = "taskhawk: this copy of the file has no command line\n"
+        assert (result.returncode, result.stderr) == (2, error)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("part", VENDOR_CUTS)
+    def test_cut_is_tested(self, part, tmp_path):
+        """The suite, cut like the module, passes; what uses a later part is left out."""
+        module, tests = house_source(), Path(__file__).read_text(encoding="utf-8")
+        (tmp_path / "taskhawk.py").write_text(vendor_cut(module, part))
+        left = f"from __future__ import annotations\n{vendor_cut(tests, part)}"
+        (tmp_path / "test_taskhawk.py").write_text(left)  # may annotate what is gone
+        unfit = vendor_unfit(module, tests, part)
+        (tmp_path / "conftest.py").write_text(VENDOR_CONFTEST.format(unfit=unfit))
+        shutil.copy(project_file("pyproject.toml"), tmp_path)
+        classes = [f"test_taskhawk.py::{name}" for name in VENDOR_CLASSES[part]]
+        result = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-m", "not slow", *classes],
+            cwd=tmp_path,
+            env={k: v for k, v in os.environ.items() if not k.startswith("COVERAGE_")},
+            timeout=300,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == 0, result.stdout
+        assert int(re.search(r"(\d+) passed", result.stdout)[1]) >= len(classes)
 
 
 # --- README ---------------------------------------------------------------------------
