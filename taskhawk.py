@@ -7004,7 +7004,7 @@ def requeue_dead_letter(
 
 _PROVISION = "python -m taskhawk provision"  # fixes most of what check finds
 _ABSENT = "NonExistentQueue|QueueDoesNotExist|NotFound"  # codes of AWS, as patterns
-_DENIED = "AccessDenied.*|AuthorizationError"
+_FORBIDDEN = "AccessDenied.*|AuthorizationError"
 _RETENTION_S = 4 * 86_400  # SQS's own default
 # SQS counts from the first sending, so dead letters are kept for longer: for the most.
 _DEAD_RETENTION_S = 14 * 86_400
@@ -7041,11 +7041,11 @@ _Rates = Mapping[str, float]  # by how many messages a second each queue grows
 
 def _counts(broker: Broker, queue: str) -> _Counts | None:
     """Count the messages of a queue; None where it is not there or may not be seen."""
-    depth = _unless(f"{_ABSENT}|{_DENIED}", broker.depth, queue)
+    depth = _unless(f"{_ABSENT}|{_FORBIDDEN}", broker.depth, queue)
     if depth is None:
         return None
     dead = broker.info(queue).dead_letter_queue
-    dead_depth = dead and _unless(f"{_ABSENT}|{_DENIED}", broker.depth, dead)
+    dead_depth = dead and _unless(f"{_ABSENT}|{_FORBIDDEN}", broker.depth, dead)
     dead_letters = sum(dead_depth) if dead_depth else None
     return _Counts(depth.visible, depth.in_flight, depth.delayed, dead_letters)
 
@@ -7384,7 +7384,7 @@ def _check_places(priorities: Collection[Priority]) -> Iterator[_Finding]:
             yield from (_check_topic if on_topics else _check_queue)(priority)
         except Exception as error:
             yield _error(_text_of(error), "the rest can't be checked", _advice(error))
-            if not re.match(_DENIED, _error_code(error)):
+            if not re.match(_FORBIDDEN, _error_code(error)):
                 return  # the others would say the same
 
 
