@@ -8355,7 +8355,9 @@ def _scan_for(arguments: Any, doing: str, done: str) -> Iterator[_Scan]:
 def _rewrite_line(text: str, *args: object) -> None:
     """Show progress in a terminal, in one line."""
     _clear_line()
-    print(text % args, end="", file=sys.stderr, flush=True)
+    width = os.get_terminal_size(sys.stderr.fileno()).columns or 80
+    # A line that is wrapped can't be cleared.
+    print((text % args)[: width - 1], end="", file=sys.stderr, flush=True)
 
 
 def _require_found(scan: _Scan) -> None:
@@ -8489,9 +8491,11 @@ def _delete(arguments: Any) -> None:
         _print_letters(arguments, "would delete some of", _as_line)
         return
     with _scan_for(arguments, "deleting", "deleted") as scan:
-        if arguments.yes or _is_agreed(scan):
-            for letters in scan:
-                scan.delete(letters)
+        if not (arguments.yes or _is_agreed(scan)):
+            print("deleted: 0")
+            return
+        for letters in scan:
+            scan.delete(letters)
     print(f"deleted: {scan.count()}")
     _require_found(scan)
 
