@@ -7979,10 +7979,10 @@ class _ListenWorker(Worker):
     _option("--liveness-file", "file to touch while the worker lives", metavar="PATH"),
     _option(
         "--log-level",
-        "(default: info)",
+        "what to log at least (default: info)",
         choices=["debug", "info", "warning", "error"],
     ),
-    _option("--log-format", "(default: text)", choices=["text", "json"]),
+    _option("--log-format", "how to (default: text)", choices=["text", "json"]),
 )
 def _listen(arguments: Any) -> bool:
     """Run a worker.
@@ -8048,17 +8048,17 @@ def _exit_overdue(ledger: Ledger) -> None:
     _option("task", "the task's name"),
     _option(
         "--args",
-        "(default: [])",
+        "its arguments, an array (default: [])",
         type=_json(list, "an array of JSON"),
         default=[],
-        metavar="JSON ARRAY",
+        metavar="JSON",
     ),
     _option(
         "--kwargs",
-        "(default: {})",
+        "its keyword arguments, an object (default: {})",
         type=_json(dict, "an object of JSON"),
         default={},
-        metavar="JSON OBJECT",
+        metavar="JSON",
     ),
     _many("--header", "a header: its name and value", type=_pair, metavar="K=V"),
     _option(
@@ -8301,9 +8301,14 @@ _LETTERS = (
         default=math.inf,
         metavar="AGE",
     ),
-    _many("--id", "only this one, by the message's id or that of SQS", dest="ids"),
     _option("--limit", "at most N", type=_whole(0), default=sys.maxsize, metavar="N"),
     _MODULE,
+)
+_ID = _many(
+    "--id",
+    "only this one, by the message's id or that of SQS",
+    dest="ids",
+    metavar="ID",
 )
 
 
@@ -8423,7 +8428,7 @@ def _as_export(letter: _DeadLetter) -> str:
     return json.dumps(letter.as_dict() | raw, default=str)
 
 
-@_command("dead-letters list", *_LETTERS, _AS_JSON)
+@_command("dead-letters list", *_LETTERS, _ID, _AS_JSON)
 def _list(arguments: Any) -> None:
     """List dead letters, a line each; a look counts as a receive.
 
@@ -8446,7 +8451,7 @@ def _show(arguments: Any) -> None:
     _print_letters(arguments, "showing", _as_page)
 
 
-@_command("dead-letters export", *_LETTERS)
+@_command("dead-letters export", *_LETTERS, _ID)
 def _export(arguments: Any) -> None:
     """Print dead letters as JSON lines, with body and attributes.
 
@@ -8455,7 +8460,7 @@ def _export(arguments: Any) -> None:
     _print_letters(arguments, "exporting", _as_export)
 
 
-@_command("dead-letters requeue", *_LETTERS, _DRY_RUN)
+@_command("dead-letters requeue", *_LETTERS, _ID, _DRY_RUN)
 def _requeue(arguments: Any) -> None:
     """Send dead letters back to their queue.
 
@@ -8474,6 +8479,7 @@ def _requeue(arguments: Any) -> None:
 @_command(
     "dead-letters delete",
     *_LETTERS,
+    _ID,
     _flag("--all", "delete all of them, without a filter"),
     _flag("--yes", "do not ask, in a terminal, before more than one is deleted"),
     _DRY_RUN,

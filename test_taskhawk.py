@@ -13003,7 +13003,14 @@ class TestCommandLine:
 
     @pytest.mark.parametrize(
         "arguments",
-        ["nonsense", "listen --nonsense", "listen --priority=x", "listen --liveness=x"],
+        [
+            "nonsense",
+            "listen --nonsense",
+            "listen --priority=x",
+            "listen --liveness=x",
+            "dead-letters show",
+            "dead-letters show a --id b",
+        ],
     )
     def test_wrong_usage(self, capsys, arguments):
         """What the parser does not know is wrong usage, abbreviations too."""
