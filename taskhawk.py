@@ -7646,10 +7646,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         130 interrupted
     :raises SystemExit: for ``--help``, ``--version`` and what argparse refuses
     """
-    argv = sys.argv[1:] if argv is None else argv
-    # Such as a worker's child, before all else: it has arguments of its own.
-    if argv and argv[0] in _programs:
-        return _programs[argv[0]](argv[1:])
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # for ASCII and Latin-1
@@ -7659,7 +7655,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         failed = _run_command(arguments)
-        sys.stdout.flush()  # here, where a reader that is gone can be told of
+        print(end="", flush=True)  # here, where a reader may be found to be gone
     except KeyboardInterrupt:
         _clear_line()  # of the terminal's ^C
         return 130
@@ -7821,9 +7817,14 @@ def _is_import(file: str) -> bool:
     return file == __file__ or "importlib" in file
 
 
+def _is_terminal(stream: Any) -> bool:
+    """Return whether a stream is a terminal; it is None where it was closed."""
+    return stream is not None and stream.isatty()
+
+
 def _clear_line() -> None:
     """Clear the line of a terminal, to write something else there."""
-    if sys.stderr.isatty():
+    if _is_terminal(sys.stderr):
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
@@ -8178,7 +8179,7 @@ def _watch(
 
 def _show_table(counts: _AllCounts, rates: _Rates) -> None:
     """Print counts for people; in a terminal, in place of the last ones."""
-    in_terminal = sys.stdout.isatty()
+    in_terminal = _is_terminal(sys.stdout)
     if in_terminal and rates:
         print("\x1b[H\x1b[2J", end="")
     print("\n".join(_table(counts, rates, in_color=in_terminal)), flush=True)
@@ -8350,7 +8351,7 @@ def _scan_for(arguments: Any, doing: str, done: str) -> Iterator[_Scan]:
         _filter_of(arguments),
         arguments.limit,
     )
-    if sys.stderr.isatty():
+    if _is_terminal(sys.stderr):
         scan.say = _rewrite_line
     with _interruptible(), scan:
         yield scan
@@ -8510,7 +8511,7 @@ def _is_agreed(scan: _Scan) -> bool:
     """Ask in a terminal whether to delete, where it may be more than one."""
     total = scan.total()
     most = min(total, scan.limit, len(scan.wanted.ids) or total)
-    if most <= 1 or not sys.stdin.isatty():
+    if most <= 1 or not _is_terminal(sys.stdin):
         return True
     question = f"delete up to {most} dead letters for good? [y/N] "
     print(question, end="", file=sys.stderr, flush=True)

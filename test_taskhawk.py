@@ -9859,7 +9859,7 @@ class TestDeadLetterCopies:
         (text,) = [text for text in caplog.messages if "can't be" in text]
         assert re.fullmatch(
             rf"{queue}: .* \(message {MESSAGE_ID}\) can't be dead-lettered and is left to the queue:"
-            rf" {queue}(-DLQ)?: {DENIED.format(action)} \(AccessDenied\)",
+            rf" {queue}(-DLQ)?: {DENIED.format(action)} \(AccessDenied: no\)",
             text,
         )
 
@@ -13194,6 +13194,20 @@ class TestCommandLine:
         assert "Traceback" not in errors
         assert "BrokenPipeError" not in errors
         assert commands("dead-letters", "list").stdout.count("\n") == 1
+
+    @pytest.mark.slow
+    def test_without_streams(self, commands):
+        """A daemon whose standard streams are closed works as any other."""
+        commands("dispatch", "job.broken")
+        code = (
+            "import subprocess, sys; command = [sys.executable, '-m', 'taskhawk']\n"
+            "for line in ('listen job --until-empty', 'dead-letters delete --all'):\n"
+            "    script = ['sh', '-c', 'exec \"$@\" <&- >&- 2>&-', 'sh', *command]\n"
+            "    print(subprocess.run([*script, *line.split()]).returncode)"
+        )
+        result = run_python(code, commands.folder, commands.env)
+        assert result.stdout == "0\n0\n"
+        assert commands("dead-letters", "list").stdout == ""
 
     @pytest.mark.slow
     def test_overdue(self, commands):
