@@ -7777,6 +7777,10 @@ def _parser() -> Any:
     return parser
 
 
+_QUEUE_COMMANDS = ("listen", "dispatch", "stats", "provision", "dead-letters")
+_UNREADABLE = "the settings can't be read"
+
+
 def _load(modules: Iterable[str], command: str) -> None:
     """Import the tasks' modules, and refuse a queue in memory that must be shared."""
     for name in modules:
@@ -7788,9 +7792,12 @@ def _load(modules: Iterable[str], command: str) -> None:
             )
         with _telling_where(f"the module {name!r} can't be imported"):
             _import(name, "the module")
-    # These share a queue with other processes: in memory, it would end with this one.
-    shares_queue = command.startswith(("listen", "dispatch", "dead-letters"))
-    if shares_queue and re.match(r"sqlite://(\?|$)", settings.TASKHAWK_BROKER):
+    if not command.startswith(_QUEUE_COMMANDS):
+        return
+    with _telling_where(_UNREADABLE):
+        broker = settings.TASKHAWK_BROKER
+    shares_queue = command not in ("stats", "provision")
+    if shares_queue and re.match(r"sqlite://(\?|$)", broker):
         raise ConfigurationError(
             f"{command}: sqlite:// is the memory of one process:"
             " use a file, such as sqlite:///queue.db"
@@ -7992,7 +7999,8 @@ def _listen(arguments: Any) -> bool:
     """
     _require_tasks("listen")
     # A typo, such as in a hook's name, would send the whole queue to the dead letters.
-    settings.check()
+    with _telling_where(_UNREADABLE):
+        settings.check()
     priorities = _priorities(arguments.priority)
     worker = _ListenWorker(
         _brokers.broker(),
@@ -8206,7 +8214,8 @@ def _check_all(arguments: Any) -> bool:
 
     example: python -m taskhawk check myapp.tasks --priority high
     """
-    findings = list(_check(_priorities(arguments.priority)))
+    with _telling_where(_UNREADABLE):
+        findings = list(_check(_priorities(arguments.priority)))
     if arguments.json:
         print(json.dumps([finding._asdict() for finding in findings], indent=2))
     else:

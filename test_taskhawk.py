@@ -13027,6 +13027,26 @@ class TestCommandLine:
             f"taskhawk: the module 'failing_jobs' can't be imported: {text}"
         )
 
+    @pytest.mark.parametrize(
+        ("command", "name"),
+        [
+            ("stats", "SETTINGS_MODULE"),
+            ("listen job", "TASKHAWK_POST_PROCESS_HOOK"),
+            ("check job", "TASKHAWK_POST_PROCESS_HOOK"),
+        ],
+    )
+    def test_settings_fail(self, command_folder, capsys, monkeypatch, command, name):
+        """So does a module of settings or hooks."""
+        (command_folder / "failing.py").write_text("raise ValueError('DB down')\n")
+        monkeypatch.setenv("TASKHAWK_BROKER", "sqlite:///queue.db")
+        dotted = "failing" if name == "SETTINGS_MODULE" else "failing.hook"
+        monkeypatch.setenv(name, dotted)
+        assert taskhawk.main(command.split()) == 1
+        head, place, *_, last = capsys.readouterr().err.splitlines()
+        assert head == "Traceback (most recent call last):"
+        assert place.startswith(f'  File "{command_folder}/failing.py"')
+        assert last == "taskhawk: the settings can't be read: DB down"
+
     def test_module_of_tasks_refused(self, command_folder, capsys):
         """What taskhawk itself refuses in a module is one line."""
         (command_folder / "odd.py").write_text(
