@@ -7007,7 +7007,7 @@ def requeue_dead_letter(
 
 _PROVISION = "python -m taskhawk provision"  # fixes most of what check finds
 _ABSENT = "NonExistentQueue|QueueDoesNotExist|NotFound"  # codes of AWS, as patterns
-_DENIED = "AccessDenied.*|AuthorizationError"
+_FORBIDDEN = "AccessDenied.*|AuthorizationError"
 _RETENTION_S = 4 * 86_400  # SQS's own default
 # SQS counts from the first sending, so dead letters are kept for longer: for the most.
 _DEAD_RETENTION_S = 14 * 86_400
@@ -7044,11 +7044,11 @@ _Rates = Mapping[str, float]  # by how many messages a second each queue grows
 
 def _counts(broker: Broker, queue: str) -> _Counts | None:
     """Count the messages of a queue; None where it is not there or may not be seen."""
-    depth = _unless(f"{_ABSENT}|{_DENIED}", broker.depth, queue)
+    depth = _unless(f"{_ABSENT}|{_FORBIDDEN}", broker.depth, queue)
     if depth is None:
         return None
     dead = broker.info(queue).dead_letter_queue
-    dead_depth = dead and _unless(f"{_ABSENT}|{_DENIED}", broker.depth, dead)
+    dead_depth = dead and _unless(f"{_ABSENT}|{_FORBIDDEN}", broker.depth, dead)
     dead_letters = sum(dead_depth) if dead_depth else None
     return _Counts(depth.visible, depth.in_flight, depth.delayed, dead_letters)
 
@@ -7387,7 +7387,7 @@ def _check_places(priorities: Collection[Priority]) -> Iterator[_Finding]:
             yield from (_check_topic if on_topics else _check_queue)(priority)
         except Exception as error:
             yield _error(_text_of(error), "the rest can't be checked", _advice(error))
-            if not re.match(_DENIED, _error_code(error)):
+            if not re.match(_FORBIDDEN, _error_code(error)):
                 return  # the others would say the same
 
 
@@ -7649,10 +7649,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         130 interrupted
     :raises SystemExit: for ``--help``, ``--version`` and what argparse refuses
     """
-    argv = sys.argv[1:] if argv is None else argv
-    # Such as a worker's child, before all else: it has arguments of its own.
-    if argv and argv[0] in _programs:
-        return _programs[argv[0]](argv[1:])
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # for ASCII and Latin-1
@@ -7662,7 +7658,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         failed = _run_command(arguments)
-        sys.stdout.flush()  # here, where a reader that is gone can be told of
+        print(end="", flush=True)  # here, where a reader may be found to be gone
     except KeyboardInterrupt:
         _clear_line()  # of the terminal's ^C
         return 130
@@ -7784,6 +7780,10 @@ def _parser() -> Any:
     return parser
 
 
+_QUEUE_COMMANDS = ("listen", "dispatch", "stats", "provision", "dead-letters")
+_UNREADABLE = "the settings can't be read"
+
+
 def _load(modules: Iterable[str], command: str) -> None:
     """Import the tasks' modules, and refuse a queue in memory that must be shared."""
     for name in modules:
@@ -7795,9 +7795,12 @@ def _load(modules: Iterable[str], command: str) -> None:
             )
         with _telling_where(f"the module {name!r} can't be imported"):
             _import(name, "the module")
-    # These share a queue with other processes: in memory, it would end with this one.
-    shares_queue = command.startswith(("listen", "dispatch", "dead-letters"))
-    if shares_queue and re.match(r"sqlite://(\?|$)", settings.TASKHAWK_BROKER):
+    if not command.startswith(_QUEUE_COMMANDS):
+        return
+    with _telling_where(_UNREADABLE):
+        broker = settings.TASKHAWK_BROKER
+    shares_queue = command not in ("stats", "provision")
+    if shares_queue and re.match(r"sqlite://(\?|$)", broker):
         raise ConfigurationError(
             f"{command}: sqlite:// is the memory of one process:"
             " use a file, such as sqlite:///queue.db"
@@ -7824,9 +7827,14 @@ def _is_import(file: str) -> bool:
     return file == __file__ or "importlib" in file
 
 
+def _is_terminal(stream: Any) -> bool:
+    """Return whether a stream is a terminal; it is None where it was closed."""
+    return stream is not None and stream.isatty()
+
+
 def _clear_line() -> None:
     """Clear the line of a terminal, to write something else there."""
-    if sys.stderr.isatty():
+    if _is_terminal(sys.stderr):
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
@@ -7934,7 +7942,7 @@ class _ListenWorker(Worker):
         if message and outcome.fate is Fate.acknowledge:
             attempt = held.message.attempt
             facts = {"task": message.task_name, "id": message.id, "attempt": attempt}
-            name = re.sub("[^ -~]", "?", f"{message.task_name} {message.id}")[:200]
+            name = _name_of(held.message)
             _log.info("%s: attempt %d finished", name, attempt, extra=facts)
 
 
@@ -7982,10 +7990,10 @@ class _ListenWorker(Worker):
     _option("--liveness-file", "file to touch while the worker lives", metavar="PATH"),
     _option(
         "--log-level",
-        "(default: info)",
+        "what to log at least (default: info)",
         choices=["debug", "info", "warning", "error"],
     ),
-    _option("--log-format", "(default: text)", choices=["text", "json"]),
+    _option("--log-format", "how to (default: text)", choices=["text", "json"]),
 )
 def _listen(arguments: Any) -> bool:
     """Run a worker.
@@ -7994,7 +8002,8 @@ def _listen(arguments: Any) -> bool:
     """
     _require_tasks("listen")
     # A typo, such as in a hook's name, would send the whole queue to the dead letters.
-    settings.check()
+    with _telling_where(_UNREADABLE):
+        settings.check()
     priorities = _priorities(arguments.priority)
     worker = _ListenWorker(
         _brokers.broker(),
@@ -8051,17 +8060,17 @@ def _exit_overdue(ledger: Ledger) -> None:
     _option("task", "the task's name"),
     _option(
         "--args",
-        "(default: [])",
+        "its arguments, an array (default: [])",
         type=_json(list, "an array of JSON"),
         default=[],
-        metavar="JSON ARRAY",
+        metavar="JSON",
     ),
     _option(
         "--kwargs",
-        "(default: {})",
+        "its keyword arguments, an object (default: {})",
         type=_json(dict, "an object of JSON"),
         default={},
-        metavar="JSON OBJECT",
+        metavar="JSON",
     ),
     _many("--header", "a header: its name and value", type=_pair, metavar="K=V"),
     _option(
@@ -8181,7 +8190,7 @@ def _watch(
 
 def _show_table(counts: _AllCounts, rates: _Rates) -> None:
     """Print counts for people; in a terminal, in place of the last ones."""
-    in_terminal = sys.stdout.isatty()
+    in_terminal = _is_terminal(sys.stdout)
     if in_terminal and rates:
         print("\x1b[H\x1b[2J", end="")
     print("\n".join(_table(counts, rates, in_color=in_terminal)), flush=True)
@@ -8208,7 +8217,8 @@ def _check_all(arguments: Any) -> bool:
 
     example: python -m taskhawk check myapp.tasks --priority high
     """
-    findings = list(_check(_priorities(arguments.priority)))
+    with _telling_where(_UNREADABLE):
+        findings = list(_check(_priorities(arguments.priority)))
     if arguments.json:
         print(json.dumps([finding._asdict() for finding in findings], indent=2))
     else:
@@ -8304,9 +8314,14 @@ _LETTERS = (
         default=math.inf,
         metavar="AGE",
     ),
-    _many("--id", "only this one, by the message's id or that of SQS", dest="ids"),
     _option("--limit", "at most N", type=_whole(0), default=sys.maxsize, metavar="N"),
     _MODULE,
+)
+_ID = _many(
+    "--id",
+    "only this one, by the message's id or that of SQS",
+    dest="ids",
+    metavar="ID",
 )
 
 
@@ -8348,7 +8363,7 @@ def _scan_for(arguments: Any, doing: str, done: str) -> Iterator[_Scan]:
         _filter_of(arguments),
         arguments.limit,
     )
-    if sys.stderr.isatty():
+    if _is_terminal(sys.stderr):
         scan.say = _rewrite_line
     with _interruptible(), scan:
         yield scan
@@ -8358,7 +8373,9 @@ def _scan_for(arguments: Any, doing: str, done: str) -> Iterator[_Scan]:
 def _rewrite_line(text: str, *args: object) -> None:
     """Show progress in a terminal, in one line."""
     _clear_line()
-    print(text % args, end="", file=sys.stderr, flush=True)
+    width = os.get_terminal_size(sys.stderr.fileno()).columns or 80
+    # A line that is wrapped can't be cleared.
+    print((text % args)[: width - 1], end="", file=sys.stderr, flush=True)
 
 
 def _require_found(scan: _Scan) -> None:
@@ -8424,7 +8441,7 @@ def _as_export(letter: _DeadLetter) -> str:
     return json.dumps(letter.as_dict() | raw, default=str)
 
 
-@_command("dead-letters list", *_LETTERS, _AS_JSON)
+@_command("dead-letters list", *_LETTERS, _ID, _AS_JSON)
 def _list(arguments: Any) -> None:
     """List dead letters, a line each; a look counts as a receive.
 
@@ -8447,7 +8464,7 @@ def _show(arguments: Any) -> None:
     _print_letters(arguments, "showing", _as_page)
 
 
-@_command("dead-letters export", *_LETTERS)
+@_command("dead-letters export", *_LETTERS, _ID)
 def _export(arguments: Any) -> None:
     """Print dead letters as JSON lines, with body and attributes.
 
@@ -8456,7 +8473,7 @@ def _export(arguments: Any) -> None:
     _print_letters(arguments, "exporting", _as_export)
 
 
-@_command("dead-letters requeue", *_LETTERS, _DRY_RUN)
+@_command("dead-letters requeue", *_LETTERS, _ID, _DRY_RUN)
 def _requeue(arguments: Any) -> None:
     """Send dead letters back to their queue.
 
@@ -8475,6 +8492,7 @@ def _requeue(arguments: Any) -> None:
 @_command(
     "dead-letters delete",
     *_LETTERS,
+    _ID,
     _flag("--all", "delete all of them, without a filter"),
     _flag("--yes", "do not ask, in a terminal, before more than one is deleted"),
     _DRY_RUN,
@@ -8492,9 +8510,11 @@ def _delete(arguments: Any) -> None:
         _print_letters(arguments, "would delete some of", _as_line)
         return
     with _scan_for(arguments, "deleting", "deleted") as scan:
-        if arguments.yes or _is_agreed(scan):
-            for letters in scan:
-                scan.delete(letters)
+        if not (arguments.yes or _is_agreed(scan)):
+            print("deleted: 0")
+            return
+        for letters in scan:
+            scan.delete(letters)
     print(f"deleted: {scan.count()}")
     _require_found(scan)
 
@@ -8503,7 +8523,7 @@ def _is_agreed(scan: _Scan) -> bool:
     """Ask in a terminal whether to delete, where it may be more than one."""
     total = scan.total()
     most = min(total, scan.limit, len(scan.wanted.ids) or total)
-    if most <= 1 or not sys.stdin.isatty():
+    if most <= 1 or not _is_terminal(sys.stdin):
         return True
     question = f"delete up to {most} dead letters for good? [y/N] "
     print(question, end="", file=sys.stderr, flush=True)

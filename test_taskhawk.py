@@ -11541,10 +11541,10 @@ class TestDeadLetters:
         assert broker.depth(f"{queue}-DLQ") == Depth(0, 0, 0)
 
     @pytest.mark.parametrize("num_messages", [1, 4, 10, 1000])
-    def test_requeue_many(self, broker, caplog, num_messages):
+    def test_requeue_many(self, sqlite, caplog, num_messages):
         """Any number is received at once, up to ten, and the progress is logged."""
         caplog.set_level(logging.INFO, "taskhawk")
-        source = put_dead_letters(broker, 12)
+        source = put_dead_letters(sqlite, 12)
         assert taskhawk.requeue_dead_letter(Priority.default, num_messages) == 12
         assert sorted(received_args()) == list(range(12))
         at_once = min(num_messages, 10)
@@ -11701,8 +11701,8 @@ class TestDeadLetters:
         client, queue = sqs_client(ministack), f"TASKHAWK-{queue_name}"
         gone = (
             "there is no such queue here: make it, or check TASKHAWK_QUEUE,"
-            " AWS_REGION and the account"
-            " (NonExistentQueue: The specified queue does not exist.)"
+            " AWS_REGION and the account (NonExistentQueue: The specified queue does not"
+            " exist.)"
         )
 
         def error() -> str:
@@ -11937,7 +11937,7 @@ class TestDeadLetterCommands:
         ("arguments", "answer", "deleted"),
         [
             ("--all", "n", 0),
-            ("--all", "", 0),
+            ("--id ID --id OTHER", "", 0),
             ("--newer-than 1h", "yes", 3),
             ("--all --yes", None, 3),
             ("--error ValueError --limit 1", None, 1),
@@ -11947,10 +11947,11 @@ class TestDeadLetterCommands:
     def test_asks(self, letters, tmp_path, arguments, answer, deleted):
         """In a terminal, a delete of what may be more than one asks first."""
         words = arguments.replace("ID", letters.ids[0]).split()
+        count = words.count("--id") or 3
         env = {"TASKHAWK_BROKER": taskhawk.settings.TASKHAWK_BROKER}
         with in_terminal(tmp_path, env, "dead-letters", "delete", *words) as run:
             if answer is not None:
-                run.wait_for("delete up to 3 dead letters for good? [y/N] ")
+                run.wait_for(f"delete up to {count} dead letters for good? [y/N] ")
                 run.type(f"{answer}\n")
             assert run.end() == 0
         assert f"deleted: {deleted}\r\n" in run.shown
@@ -12055,6 +12056,12 @@ class TestDeadLetterCommands:
 # --- 19. infrastructure ---------------------------------------------------------------
 
 
+def told(text: str) -> list[tuple[str, str]]:
+    """Read cases: a line that begins at the margin, and the sentence below it."""
+    found = re.findall(r"(?m)^(\S.*)\n((?: .*\n)+)", text)
+    return [(case, " ".join(sentence.split())) for case, sentence in found]
+
+
 class Terminal:
     """A command that runs in a terminal, and what it has shown."""
 
@@ -12151,8 +12158,8 @@ class TestStats:
             2,
             (
                 f"taskhawk: TASKHAWK-{queue_name}: there is no such queue here: make it, or"
-                " check TASKHAWK_QUEUE, AWS_REGION and the account"
-                " (NonExistentQueue: The specified queue does not exist.)"
+                " check TASKHAWK_QUEUE, AWS_REGION and the account (NonExistentQueue:"
+                " The specified queue does not exist.)"
             ),
         )
 
@@ -12444,6 +12451,35 @@ def check(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, lis
     return code, capsys.readouterr().out.splitlines()
 
 
+WRONG_SETTINGS = """
+TASKHAWK_QUEUE=
+    TASKHAWK_QUEUE is not set: no queue has a name; without AWS, try
+    TASKHAWK_BROKER=sqlite:///queue.db. Fix: export TASKHAWK_QUEUE=dev-myapp
+TASKHAWK_QUEUE=my app
+    TASKHAWK_QUEUE in configure(): expected at most 53 letters, digits, hyphens and
+    underscores, such as 'dev-myapp', got 'my app': what uses it fails. Fix: as the
+    error says
+IS_LAMBDA_APP=maybe
+    IS_LAMBDA_APP in configure(): expected true or false, such as 'False', got 'maybe':
+    what uses it fails. Fix: as the error says
+TASKHAWK_SYNC=maybe
+    TASKHAWK_SYNC in configure(): expected true or false, such as 'False', got 'maybe':
+    what uses it fails. Fix: as the error says
+TASKHAWK_ERROR_HOOK=nowhere.hook
+    TASKHAWK_ERROR_HOOK in configure(): expected a function or its dotted path, such as
+    'myapp.hooks.report_error', got 'nowhere.hook' (No module named 'nowhere'): what
+    uses it fails. Fix: as the error says
+AWS_REGION=
+    TASKHAWK-APP: no AWS region: set AWS_REGION, for example eu-west-1 (NoRegionError:
+    You must specify a region.): the rest can't be checked. Fix: as the error says
+AWS_ACCESS_KEY=,AWS_SECRET_KEY=
+    TASKHAWK-APP: no AWS credentials: set AWS_ACCESS_KEY and AWS_SECRET_KEY, or give
+    botocore a profile or role; to try things out without AWS, set TASKHAWK_BROKER to
+    sqlite:///queue.db (NoCredentialsError: Unable to locate credentials): the rest
+    can't be checked. Fix: as the error says
+"""
+
+
 class TestCheck:
     """What is wrong is found before it loses messages, with what mends it."""
 
@@ -12452,70 +12488,12 @@ class TestCheck:
         """Forget the tasks of other tests."""
         taskhawk._registry.clear()
 
-    @pytest.mark.parametrize(
-        ("values", "finding"),
-        [
-            (
-                {"TASKHAWK_QUEUE": None},
-                (
-                    "TASKHAWK_QUEUE is not set: no queue has a name; without AWS, try"
-                    " TASKHAWK_BROKER=sqlite:///queue.db. Fix: export TASKHAWK_QUEUE=dev-myapp"
-                ),
-            ),
-            (
-                {"TASKHAWK_QUEUE": "my app"},
-                (
-                    "TASKHAWK_QUEUE in configure(): expected at most 53 letters, digits,"
-                    " hyphens and underscores, such as 'dev-myapp', got 'my app': what uses"
-                    " it fails. Fix: as the error says"
-                ),
-            ),
-            (
-                {"IS_LAMBDA_APP": "maybe"},
-                (
-                    "IS_LAMBDA_APP in configure(): expected true or false, such as 'False',"
-                    " got 'maybe': what uses it fails. Fix: as the error says"
-                ),
-            ),
-            (
-                {"TASKHAWK_SYNC": "maybe"},
-                (
-                    "TASKHAWK_SYNC in configure(): expected true or false, such as 'False',"
-                    " got 'maybe': what uses it fails. Fix: as the error says"
-                ),
-            ),
-            (
-                {"TASKHAWK_ERROR_HOOK": "nowhere.hook"},
-                (
-                    "TASKHAWK_ERROR_HOOK in configure(): expected a function or its dotted"
-                    " path, such as 'myapp.hooks.report_error', got 'nowhere.hook' (No module"
-                    " named 'nowhere'): what uses it fails. Fix: as the error says"
-                ),
-            ),
-            (
-                {"AWS_REGION": None},
-                (
-                    "TASKHAWK-APP: no AWS region: set AWS_REGION, for example eu-west-1"
-                    " (NoRegionError: You must specify a region.): the rest can't be checked."
-                    " Fix: as the error says"
-                ),
-            ),
-            (
-                {"AWS_ACCESS_KEY": None, "AWS_SECRET_KEY": None},
-                (
-                    "TASKHAWK-APP: no AWS credentials: set AWS_ACCESS_KEY and AWS_SECRET_KEY,"
-                    " or give botocore a profile or role; to try things out without AWS, set"
-                    " TASKHAWK_BROKER to sqlite:///queue.db"
-                    " (NoCredentialsError: Unable to locate credentials): the rest"
-                    " can't be checked. Fix: as the error says"
-                ),
-            ),
-        ],
-        ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-    )
-    def test_settings(self, aws, capsys, values, finding):
+    @pytest.mark.parametrize(("settings", "finding"), told(WRONG_SETTINGS))
+    def test_settings(self, aws, capsys, settings, finding):
         """A setting that is missing or wrong is a finding, before anything is asked for."""
-        taskhawk.configure(dict(taskhawk.settings.given) | values)
+        values = dict(pair.split("=") for pair in settings.split(","))
+        wrong = {name: value or None for name, value in values.items()}
+        taskhawk.configure(dict(taskhawk.settings.given) | wrong)
         assert check(capsys) == (1, [f"error: {finding}", "1 found"])
         assert aws.actions == []
 
@@ -12768,6 +12746,60 @@ dead-letters list --limit x          0 or more
 dead-letters list --older-than 36    a number and one of s, m, h, d, such as 36h
 dead-letters list --older-than h     0 or more seconds, such as 90 or 10m
 """
+WRONG_ARGUMENTS = """
+listen
+    listen: no task is registered: name the modules that define them, such as
+    myapp.tasks
+tasks
+    tasks: no task is registered: name the modules that define them, such as myapp.tasks
+listen nowhere.tasks
+    the module 'nowhere.tasks' can't be imported: No module named 'nowhere'
+listen ./job.py
+    listen: './job.py' is a file: name the module, such as job
+check shop/tasks.py
+    check: 'shop/tasks.py' is a file: name the module, such as shop.tasks
+dispatch nowhere.f
+    the module 'nowhere' can't be imported: No module named 'nowhere'
+dispatch f
+    no task is registered as 'f': is its module imported? Its name begins with its
+    module, such as myapp.tasks.f
+dispatch add --module job
+    no task is registered as 'add': is its module imported? Did you mean job.add?
+dispatch job.ad
+    no task is registered as 'job.ad': is its module imported? Did you mean job.add?
+dispatch job.xyz
+    no task is registered as 'job.xyz': is its module imported?
+dispatch job.add
+    job.add: missing a required argument: 'one'
+"""
+WRONG_CONFIGURATION = """
+TASKHAWK_BROKER=redis://
+    TASKHAWK_BROKER in the environment: expected 'sqs' or a URL of SQLite, such as
+    'sqlite:///queue.db', got 'redis://'
+SETTINGS_MODULE=nowhere
+    the module named by SETTINGS_MODULE 'nowhere' can't be imported: No module named
+    'nowhere'
+DJANGO_SETTINGS_MODULE=nowhere
+    the module named by DJANGO_SETTINGS_MODULE 'nowhere' can't be imported: No module
+    named 'nowhere'
+TASKHAWK_SYNC=maybe
+    TASKHAWK_SYNC in the environment: expected true or false, such as 'False', got
+    'maybe'
+TASKHAWK_PRE_PROCESS_HOOK=nowhere.hook
+    TASKHAWK_PRE_PROCESS_HOOK in the environment: expected a function or its dotted
+    path, such as 'myapp.hooks.before', got 'nowhere.hook' (No module named 'nowhere')
+"""
+SERVED = """
+listen job --until-empty
+    listening to TASKHAWK-DEFAULT-HIGH-PRIORITY, TASKHAWK-DEFAULT (BROKER) for job.add,
+    job.broken, skip
+listen job --until-empty --priority=low --priority=default
+    listening to TASKHAWK-DEFAULT, TASKHAWK-DEFAULT-LOW-PRIORITY (BROKER) for job.add,
+    job.broken; not served here: skip
+listen job --until-empty --priority=low
+    listening to TASKHAWK-DEFAULT-LOW-PRIORITY (BROKER) for no task; not served here:
+    job.add, job.broken, skip
+"""
 LOG_TIME = r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d,\d\d\d"
 
 
@@ -12826,7 +12858,10 @@ class Commands:
         """Run a command, and return its log without times and ids."""
         lines = self(*arguments).stderr.splitlines()
         plain = [re.sub(rf"^{LOG_TIME} ", "", line) for line in lines]
-        return [re.sub(MESSAGE_ID, "ID", line) for line in plain]
+        return [
+            re.sub(MESSAGE_ID, "ID", line).replace(" (message ID)", "")
+            for line in plain
+        ]
 
 
 @pytest.fixture
@@ -12950,67 +12985,7 @@ class TestCommandLine:
         assert output == ""
         assert help_text.startswith(f"usage: {usage}")
 
-    @pytest.mark.parametrize(
-        ("arguments", "sentence"),
-        [
-            (
-                "listen",
-                (
-                    "listen: no task is registered: name the modules that define them, such"
-                    " as myapp.tasks"
-                ),
-            ),
-            (
-                "tasks",
-                (
-                    "tasks: no task is registered: name the modules that define them, such"
-                    " as myapp.tasks"
-                ),
-            ),
-            (
-                "listen nowhere.tasks",
-                "the module 'nowhere.tasks' can't be imported: No module named 'nowhere'",
-            ),
-            (
-                "listen ./job.py",
-                "listen: './job.py' is a file: name the module, such as job",
-            ),
-            (
-                "check shop/tasks.py",
-                "check: 'shop/tasks.py' is a file: name the module, such as shop.tasks",
-            ),
-            (
-                "dispatch nowhere.f",
-                "the module 'nowhere' can't be imported: No module named 'nowhere'",
-            ),
-            (
-                "dispatch f",
-                (
-                    "no task is registered as 'f': is its module imported? Its name begins"
-                    " with its module, such as myapp.tasks.f"
-                ),
-            ),
-            (
-                "dispatch add --module job",
-                (
-                    "no task is registered as 'add': is its module imported? Did you mean"
-                    " job.add?"
-                ),
-            ),
-            (
-                "dispatch job.ad",
-                (
-                    "no task is registered as 'job.ad': is its module imported? Did you mean"
-                    " job.add?"
-                ),
-            ),
-            (
-                "dispatch job.xyz",
-                "no task is registered as 'job.xyz': is its module imported?",
-            ),
-            ("dispatch job.add", "job.add: missing a required argument: 'one'"),
-        ],
-    )
+    @pytest.mark.parametrize(("arguments", "sentence"), told(WRONG_ARGUMENTS))
     def test_wrong_arguments(
         self, capsys, command_folder, monkeypatch, arguments, sentence
     ):
@@ -13034,7 +13009,14 @@ class TestCommandLine:
 
     @pytest.mark.parametrize(
         "arguments",
-        ["nonsense", "listen --nonsense", "listen --priority=x", "listen --liveness=x"],
+        [
+            "nonsense",
+            "listen --nonsense",
+            "listen --priority=x",
+            "listen --liveness=x",
+            "dead-letters show",
+            "dead-letters show a --id b",
+        ],
     )
     def test_wrong_usage(self, capsys, arguments):
         """What the parser does not know is wrong usage, abbreviations too."""
@@ -13043,47 +13025,7 @@ class TestCommandLine:
         assert line.startswith("taskhawk")
         assert line.endswith(" --help")
 
-    @pytest.mark.parametrize(
-        ("setting", "sentence"),
-        [
-            (
-                "TASKHAWK_BROKER=redis://",
-                (
-                    "TASKHAWK_BROKER in the environment: expected 'sqs' or a URL of SQLite,"
-                    " such as 'sqlite:///queue.db', got 'redis://'"
-                ),
-            ),
-            (
-                "SETTINGS_MODULE=nowhere",
-                (
-                    "the module named by SETTINGS_MODULE 'nowhere' can't be imported: No"
-                    " module named 'nowhere'"
-                ),
-            ),
-            (
-                "DJANGO_SETTINGS_MODULE=nowhere",
-                (
-                    "the module named by DJANGO_SETTINGS_MODULE 'nowhere' can't be imported:"
-                    " No module named 'nowhere'"
-                ),
-            ),
-            (
-                "TASKHAWK_SYNC=maybe",
-                (
-                    "TASKHAWK_SYNC in the environment: expected true or false, such as"
-                    " 'False', got 'maybe'"
-                ),
-            ),
-            (
-                "TASKHAWK_PRE_PROCESS_HOOK=nowhere.hook",
-                (
-                    "TASKHAWK_PRE_PROCESS_HOOK in the environment: expected a function or its"
-                    " dotted path, such as 'myapp.hooks.before', got 'nowhere.hook' (No module"
-                    " named 'nowhere')"
-                ),
-            ),
-        ],
-    )
+    @pytest.mark.parametrize(("setting", "sentence"), told(WRONG_CONFIGURATION))
     def test_wrong_configuration(
         self, capsys, command_folder, monkeypatch, setting, sentence
     ):
@@ -13114,6 +13056,26 @@ class TestCommandLine:
         assert last == (
             f"taskhawk: the module 'failing_jobs' can't be imported: {text}"
         )
+
+    @pytest.mark.parametrize(
+        ("command", "name"),
+        [
+            ("stats", "SETTINGS_MODULE"),
+            ("listen job", "TASKHAWK_POST_PROCESS_HOOK"),
+            ("check job", "TASKHAWK_POST_PROCESS_HOOK"),
+        ],
+    )
+    def test_settings_fail(self, command_folder, capsys, monkeypatch, command, name):
+        """So does a module of settings or hooks."""
+        (command_folder / "failing.py").write_text("raise ValueError('DB down')\n")
+        monkeypatch.setenv("TASKHAWK_BROKER", "sqlite:///queue.db")
+        dotted = "failing" if name == "SETTINGS_MODULE" else "failing.hook"
+        monkeypatch.setenv(name, dotted)
+        assert taskhawk.main(command.split()) == 1
+        head, place, *_, last = capsys.readouterr().err.splitlines()
+        assert head == "Traceback (most recent call last):"
+        assert place.startswith(f'  File "{command_folder}/failing.py"')
+        assert last == "taskhawk: the settings can't be read: DB down"
 
     def test_module_of_tasks_refused(self, command_folder, capsys):
         """What taskhawk itself refuses in a module is one line."""
@@ -13154,15 +13116,15 @@ class TestCommandLine:
     def test_failed(self, capsys, command_folder, aws):
         """What the service refuses is said in one line, and the exit code is 1."""
         bring_dead_letters(aws, 1, itertools.repeat("r"))
-        aws.always("SendMessage", fault("com.amazonaws.sqs#OverLimit"))
+        aws.always("SendMessage", fault("Odd"))
         assert command_error(capsys, "dead-letters", "requeue") == (
             1,
-            "taskhawk: 1 of 1 messages failed: OverLimit",
+            "taskhawk: 1 of 1 messages failed: Odd",
         )
         code, line = command_error(capsys, "dispatch", "job.broken")
         assert code == 1
         assert line.startswith("taskhawk: ")
-        assert "OverLimit" in line
+        assert "(Odd)" in line
 
     @pytest.mark.slow
     def test_unreachable(self, capsys, command_folder):
@@ -13217,6 +13179,20 @@ class TestCommandLine:
         assert commands("dead-letters", "list").stdout.count("\n") == 1
 
     @pytest.mark.slow
+    def test_without_streams(self, commands):
+        """A daemon whose standard streams are closed works as any other."""
+        commands("dispatch", "job.broken")
+        code = (
+            "import subprocess, sys; command = [sys.executable, '-m', 'taskhawk']\n"
+            "for line in ('listen job --until-empty', 'dead-letters delete --all'):\n"
+            "    script = ['sh', '-c', 'exec \"$@\" <&- >&- 2>&-', 'sh', *command]\n"
+            "    print(subprocess.run([*script, *line.split()]).returncode)"
+        )
+        result = run_python(code, commands.folder, commands.env)
+        assert result.stdout == "0\n0\n"
+        assert commands("dead-letters", "list").stdout == ""
+
+    @pytest.mark.slow
     def test_overdue(self, commands):
         """A worker ends once its grace is over, though nobody reads its output any more."""
         (commands.folder / "job.py").write_text(WORKER_MODULE)
@@ -13252,39 +13228,13 @@ class TestCommandLine:
         line = commands("dead-letters", "list").stdout
         assert line.endswith("  ValueError: Zo\\xeb\n")
 
-    @pytest.mark.parametrize(
-        ("options", "served"),
-        [
-            (
-                [],
-                (
-                    "listening to TASKHAWK-DEFAULT-HIGH-PRIORITY, TASKHAWK-DEFAULT"
-                    " (BROKER) for job.add, job.broken, skip"
-                ),
-            ),
-            (
-                ["--priority=low", "--priority=default"],
-                (
-                    "listening to TASKHAWK-DEFAULT, TASKHAWK-DEFAULT-LOW-PRIORITY"
-                    " (BROKER) for job.add, job.broken; not served here: skip"
-                ),
-            ),
-            (
-                ["--priority=low"],
-                (
-                    "listening to TASKHAWK-DEFAULT-LOW-PRIORITY (BROKER) for no task;"
-                    " not served here: job.add, job.broken, skip"
-                ),
-            ),
-        ],
-        ids=" ".join,
-    )
-    def test_serves(self, command_folder, monkeypatch, caplog, options, served):
+    @pytest.mark.parametrize(("command", "served"), told(SERVED))
+    def test_serves(self, command_folder, monkeypatch, caplog, command, served):
         """At start, a line says what is served, with what, and what is left to others."""
         broker = f"sqlite:///{command_folder}/queue.db"
         monkeypatch.setenv("TASKHAWK_BROKER", broker)
         caplog.set_level(logging.INFO)
-        assert taskhawk.main(["listen", "job", "--until-empty", *options]) == 0
+        assert taskhawk.main(command.split()) == 0
         assert caplog.messages[0] == served.replace("BROKER", broker)
 
     def test_many_tasks(self):
@@ -13295,6 +13245,7 @@ class TestCommandLine:
         served = taskhawk._served(["Q"], [Priority.default])
         assert served.endswith("t07, t08, t09 and 2 more")
 
+    @pytest.mark.slow
     def test_log(self, commands):
         """A worker logs each finished task, and whose a line of another logger is."""
         commands("dispatch", "job.add", "--args=[1]")
