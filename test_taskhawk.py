@@ -9760,6 +9760,7 @@ import taskhawk
 
 HERE = pathlib.Path(__file__).parent
 LOG = logging.getLogger("isolated")
+BELOW = logging.getLogger("nobody.somebody")
 LOOPS = set()
 # The worker's own settings and logging hold, whatever a module sets up for itself.
 taskhawk.configure(AWS_ACCESS_KEY="key", AWS_SECRET_KEY="the module's")
@@ -10105,6 +10106,8 @@ class TestIsolation:
         [dead] = broker.receive("TASKHAWK-DEFAULT-DLQ", 10, 0, None, NEVER)
         noted = json.loads(dead.message_attributes["taskhawk.error"]["StringValue"])
         assert f"{noted['type']}: {noted['message']}" == error
+        raised = not error.startswith("ChildCrashed")
+        assert ("in fail\n" in noted["traceback"]) == raised
 
     @pytest.mark.slow
     @pytest.mark.parametrize("line", ISOLATED_STRAYS)
