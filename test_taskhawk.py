@@ -10482,6 +10482,7 @@ class TestIsolation:
         isolated_import(isolated_jobs.HERE, slow=source).quick.dispatch()
         assert isolated_work() == {"received": 1, "acked": 1}
 
+    @pytest.mark.slow
     def test_crash_after_fork(self, isolated_jobs, isolated_child):
         """A child's crash is seen at once, though what its task forked goes on."""
         isolated_jobs.fork.dispatch("exit")
@@ -10517,6 +10518,7 @@ class TestIsolation:
         assert isolated_run(isolated_child) == [Outcome(Fate.acknowledge)]
         assert isolated_notes(isolated_jobs) == [name]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "how", ["a_program", "a_shell", "a_fork", "a_pool", "a_coroutine"]
     )
@@ -10536,6 +10538,7 @@ class TestIsolation:
             signal.signal(signal.SIGINT, before)
         assert isolated_notes(isolated_jobs) == ["1 1"] * 2
 
+    @pytest.mark.slow
     def test_died_while_idle(self, isolated_jobs, isolated_child):
         """A child that died between two messages is replaced, and no run failed."""
         for count in (1, 2):
@@ -10611,6 +10614,7 @@ class TestIsolation:
             logging.getLogger("isolated").removeFilter(no_request)
         assert "AttributeError: no request\n" in capsys.readouterr().err
 
+    @pytest.mark.slow
     def test_lingers(self, isolated_jobs, monkeypatch):
         """A child that does not end when it is told to is killed: its slot goes on."""
         monkeypatch.setattr(taskhawk, "_END_S", 0.2)
@@ -10623,6 +10627,7 @@ class TestIsolation:
         result = run_python(["-m", "taskhawk", "_child", "0", "1"])
         assert (result.returncode, result.stderr) == (1, "")
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(("source", "reason"), ISOLATED_OBSTACLES)
     def test_cannot_import(
         self, isolated_jobs, isolated_child, monkeypatch, source, reason
@@ -10650,6 +10655,7 @@ class TestIsolation:
             "isolated.pid: its process ended before the run began: exit code 5"
         )
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("left", [0, 2])
     def test_no_process(self, isolated_jobs, isolated_child, left):
         """Where no process can be started nothing is run."""
@@ -10667,6 +10673,7 @@ class TestIsolation:
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
         assert text == "no process can be started: [Errno 24] Too many open files"
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("lib", "entry"), ISOLATED_IMPORTS.values(), ids=list(ISOLATED_IMPORTS)
     )
