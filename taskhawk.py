@@ -153,6 +153,7 @@ __all__ = [
     "settings",
 ]
 
+import abc
 import contextlib
 import contextvars
 import dataclasses
@@ -161,6 +162,7 @@ import functools
 import importlib
 import inspect
 import io
+import itertools
 import json
 import logging
 import math
@@ -388,12 +390,6 @@ class StopRetry(TaskhawkError):
     """Raised by a retry policy or a task: give up, dead-letter the message at once."""
 
 
-def _require(holds: object, text: str) -> None:
-    """Raise ConfigurationError with this text, unless the first argument is true."""
-    if not holds:
-        raise ConfigurationError(text)
-
-
 def _is_number(value: object) -> typing.TypeGuard[float]:
     """Return whether a value is a number. True and False are not, unlike in Python."""
     return isinstance(value, int | float) and not isinstance(value, bool)
@@ -436,12 +432,14 @@ def _passed_a_handler(error: BaseException) -> bool:
     https://docs.python.org/3/library/signal.html#signal.signal
     """
     for frame, _ in traceback.walk_tb(error.__traceback__):
-        arguments = inspect.getargvalues(frame)
-        given = [arguments.locals.get(name) for name in arguments.args]
-        given += arguments.locals.get(arguments.varargs or "", ())
-        interrupted = frame.f_back
-        if interrupted and any(each is interrupted for each in given):
-            return True
+        names, rest, _, values = inspect.getargvalues(frame)
+        given = list(map(values.get, names))
+        others = values.get(str(rest))
+        if isinstance(others, tuple):
+            given += others
+        for each in given:
+            if each is frame.f_back and each is not None:
+                return True
     return False
 
 
@@ -549,7 +547,7 @@ def _parse_broker(value: Any) -> str:
     if not relative:
         return url
     folder = os.getcwd()
-    if re.search(r"[?\n]", folder):  # which no URL can hold
+    if "?" in folder or _UNCLEAN.search(folder):  # which no URL can hold
         return url
     return f"sqlite:///{folder}/{relative[1]}"
 
@@ -628,11 +626,6 @@ _FOREIGN_NAMES = re.compile(
     r"|(\w+_)?PORT(_[0-9]+_(TCP|UDP|SCTP)(_PROTO|_PORT|_ADDR)?)?)"
 )
 _warned: set[str] = set()  # names already warned about
-
-
-def _conform(rule: _Rule, value: Any) -> Any:
-    """Return a value as its rule makes it; raise as :class:`_Rule` says."""
-    return rule.parse(value)
 
 
 class _Source(NamedTuple):
@@ -780,7 +773,7 @@ class _Settings:
         if django:
             yield _source(django, "Django's settings")
         environment = dict(os.environ)
-        for name in _credentials_of_lambda():
+        for name in _variables_of_botocore():
             environment.pop(name, None)
         yield _source(environment, "the environment")
 
@@ -798,7 +791,7 @@ def _source(holder: Any, where: str) -> _Source:
     return _Source(where, lambda name: getattr(holder, name, None))
 
 
-def _credentials_of_lambda() -> set[str]:
+def _variables_of_botocore() -> set[str]:
     """Return the variables of the environment that belong to botocore's credentials.
 
     Lambda sets AWS_ACCESS_KEY_ID and AWS_SESSION_TOKEN to those of the function's role
@@ -917,6 +910,20 @@ def _set_up_django() -> None:
     if module:
         _import(module, "the module named by DJANGO_SETTINGS_MODULE")
         _import("django", "the package").setup()
+
+
+def _django_task_modules() -> list[str]:
+    """Return the modules named `tasks` of the installed apps, if Django is set up."""
+    if "django.apps" not in sys.modules:
+        return []
+    from django.apps import apps
+    from django.utils.module_loading import module_has_submodule
+
+    return [
+        f"{app.name}.tasks"
+        for app in apps.get_app_configs()
+        if module_has_submodule(app.module, "tasks")
+    ]
 
 
 # A thread's count of `runs`.
@@ -1717,6 +1724,7 @@ class QueueMessage:
     message: Message | None = None
     lease_lost: bool = False
     max_receive_count: int | None = None
+    in_lambda: typing.ClassVar[bool] = False  # whether Lambda decides on retries
 
     @property
     def attempt(self) -> int:
@@ -1890,7 +1898,7 @@ def _one_round(
 
 
 def _batches(entries: Sequence[Any], max_bytes: int) -> Iterator[Sequence[Any]]:
-    """Yield the entries in batches of at most ten, each together within `max_bytes`.
+    """Yield one or more entries in batches of ten, each together within `max_bytes`.
 
     An entry that is too large by itself is a batch of its own: the service says so.
     """
@@ -1904,8 +1912,7 @@ def _batches(entries: Sequence[Any], max_bytes: int) -> Iterator[Sequence[Any]]:
             batch, batch_bytes = [], 0
         batch.append(entry)
         batch_bytes += entry_bytes
-    if batch:
-        yield batch
+    yield batch
 
 
 def _send_all(
@@ -2292,37 +2299,32 @@ class SqliteBroker(Broker):
         self, queue: str, receipts: Sequence[str], *, retry: bool = False
     ) -> list[Refusal]:
         """Delete; it is an error only if a message was received again since."""
-        given = f"WITH given (receipt) AS (VALUES {_marks('(?)', receipts)})"
-        # A receipt begins with the number of its row, which finds the row.
-        delete = """DELETE FROM message WHERE receipt IN given
-            AND id IN (SELECT CAST(receipt AS INTEGER) FROM given)"""
-        if self._file.change(f"{given} {delete}", receipts) == len(receipts):
+        marks, rows = _marks("?", receipts), _rows(receipts)
+        delete = "DELETE FROM message WHERE"
+        where = f"id IN ({marks}) AND receipt IN ({marks})"
+        if self._file.change(f"{delete} {where}", (*rows, *receipts)) == len(receipts):
             return []
-        kept = """SELECT receipt FROM given
-            WHERE CAST(receipt AS INTEGER) IN (SELECT id FROM message)"""
-        return _stale(receipts, self._file.read(f"{given} {kept}", receipts))
+        find = "SELECT CAST(id AS TEXT) FROM message WHERE"
+        kept = {row for (row,) in self._file.read(f"{find} id IN ({marks})", rows)}
+        return _stale(row in kept for row in rows)
 
     def change_visibility(
         self, queue: str, changes: Sequence[tuple[str, float]], *, retry: bool = False
     ) -> list[Refusal]:
         """Change when messages are visible again, while they are in flight."""
-        given = f"""WITH given (receipt, until_ms) AS
-            (VALUES {_marks("(?, ?)", changes)})"""
-        values: list[Any] = []
-        for receipt, seconds in changes:
-            values += (receipt, self._in_ms(seconds))
-        change = """UPDATE message SET visible_ms =
-            (SELECT until_ms FROM given WHERE given.receipt = message.receipt)
-            WHERE receipt IN (SELECT receipt FROM given) AND visible_ms > ?
-            AND id IN (SELECT CAST(receipt AS INTEGER) FROM given)"""
-        values_now = (*values, self._in_ms())
-        if self._file.change(f"{given} {change}", values_now) == len(changes):
-            return []
-        unchanged = """SELECT receipt FROM given WHERE NOT EXISTS (SELECT 1 FROM message
-            WHERE id = CAST(given.receipt AS INTEGER)
-            AND message.receipt = given.receipt AND visible_ms = until_ms)"""
         receipts = [receipt for receipt, _ in changes]
-        return _stale(receipts, self._file.read(f"{given} {unchanged}", values))
+        marks, rows = _marks("?", receipts), _rows(receipts)
+        wanted = [(receipt, self._in_ms(seconds)) for receipt, seconds in changes]
+        change = "UPDATE message SET visible_ms = CASE receipt"
+        cases = " ".join(["WHEN ? THEN ?"] * len(changes))
+        where = f"visible_ms > ? AND id IN ({marks}) AND receipt IN ({marks})"
+        values = (*itertools.chain(*wanted), self._in_ms(), *rows, *receipts)
+        statement = f"{change} {cases} END WHERE {where}"
+        if self._file.change(statement, values) == len(changes):
+            return []
+        find = "SELECT receipt, visible_ms FROM message WHERE"
+        changed = set(self._file.read(f"{find} id IN ({marks})", rows))
+        return _stale(each not in changed for each in wanted)
 
     def info(self, queue: str) -> QueueInfo:
         """Return what the URL says; a dead-letter queue has none itself."""
@@ -2342,20 +2344,22 @@ class SqliteBroker(Broker):
         return Depth(*counts)
 
 
-def _marks(row: str, rows: Sequence[object]) -> str:
-    """Return the placeholders of so many rows, for VALUES."""
-    return ", ".join([row] * len(rows))
+def _marks(mark: str, values: Sequence[object]) -> str:
+    """Return a placeholder for each value."""
+    return ", ".join([mark] * len(values))
 
 
-def _stale(receipts: Sequence[str], stale: Iterable[tuple[str]]) -> list[Refusal]:
-    """Return refusals of the receipts that a query has found stale."""
+def _rows(receipts: Sequence[str]) -> list[str]:
+    """Return the ids of the rows that receipts are of, with which they begin."""
+    return [receipt.partition("-")[0] for receipt in receipts]
+
+
+def _stale(refused: Iterable[bool]) -> list[Refusal]:
+    """Return a refusal for each receipt that is refused."""
     text = "the message is no longer in flight, or was received again"
-    found = {receipt for (receipt,) in stale}
-    return [
-        Refusal(index, "ReceiptHandleIsInvalid", text, final=True)
-        for index, receipt in enumerate(receipts)
-        if receipt in found
-    ]
+    refusal = Refusal(0, "ReceiptHandleIsInvalid", text, final=True)
+    indexes = itertools.compress(itertools.count(), refused)
+    return [refusal._replace(index=index) for index in indexes]
 
 
 _schemes["sqlite"] = SqliteBroker
@@ -2368,24 +2372,123 @@ _schemes["sqlite"] = SqliteBroker
 # stranded until their visibility timeout.
 
 
-# What a person can do about an error, by its code: services, and the protocols that
-# they speak, have more than one name for the same error.
-_REMEDIES = {
-    "NonExistentQueue|QueueDoesNotExist": "there is no such queue here: make it, or"
-    " check TASKHAWK_QUEUE, AWS_REGION and the account",
-    "NotFound": "there is no such topic: make it, or check TASKHAWK_QUEUE and"
-    " AWS_ACCOUNT_ID",
-    "AccessDenied(Exception)?|AuthorizationError": "access denied: the IAM policy of"
-    " these credentials does not allow {operation}",
-    "(No|Partial)CredentialsError": "no AWS credentials: set AWS_ACCESS_KEY and"
-    " AWS_SECRET_KEY, or give botocore a profile or role; to try things out without"
-    " AWS, set TASKHAWK_BROKER to sqlite:///queue.db",
-    "NoRegionError": "no AWS region: set AWS_REGION, for example eu-west-1",
-    "InvalidClientTokenId|UnrecognizedClientException|InvalidAccessKeyId"
-    "|InvalidSecurity": "AWS does not know these credentials: check AWS_ACCESS_KEY",
-    "SignatureDoesNotMatch|InvalidSignature(Exception)?": "AWS refuses these"
-    " credentials: check AWS_SECRET_KEY",
-}
+# What a person can do about an error, by a pattern for the beginning of its code and
+# text; the first one holds. Services, and the protocols that they speak, have more than
+# one code for the same error.
+_DENIED = "(AccessDenied|AuthorizationError)"
+_REMEDIES = (
+    (
+        rf"KMS\.?AccessDenied|{_DENIED}.* kms:",
+        (
+            "access denied: the policies of these credentials and of the KMS key must"
+            " allow kms:GenerateDataKey and kms:Decrypt"
+        ),
+    ),
+    (
+        r"KMS\.?(Disabled|InvalidState|InvalidKeyUsage|NotFound|OptInRequired)",
+        "the KMS key can't be used: enable it, or encrypt with another one",
+    ),
+    (
+        f"{_DENIED}.* VPC endpoint policy",
+        "access denied: the policy of the VPC endpoint does not allow {operation}",
+    ),
+    (
+        f"{_DENIED}.* (service|resource) control policy",
+        "access denied: a policy of the AWS organization does not allow {operation}",
+    ),
+    (
+        _DENIED,
+        (
+            "access denied: the IAM policy of these credentials does not allow"
+            " {operation}"
+        ),
+    ),
+    (
+        "NonExistentQueue|QueueDoesNotExist",
+        (
+            "there is no such queue here: make it, or check TASKHAWK_QUEUE,"
+            " AWS_REGION and the account"
+        ),
+    ),
+    (
+        "NotFound",
+        ("there is no such topic: make it, or check TASKHAWK_QUEUE and AWS_ACCOUNT_ID"),
+    ),
+    (
+        ".*(Signature expired|Signature not yet current|TooSkewed)",
+        "the clock of this machine is off: set it",
+    ),
+    (
+        "SignatureDoesNotMatch|InvalidSignature",
+        (
+            "AWS refuses these credentials: check AWS_SECRET_KEY, or"
+            " AWS_SECRET_ACCESS_KEY and the profile"
+        ),
+    ),
+    (
+        "InvalidClientTokenId|UnrecognizedClient|InvalidAccessKeyId|InvalidSecurity",
+        (
+            "AWS does not know these credentials: check AWS_ACCESS_KEY, or"
+            " AWS_ACCESS_KEY_ID and the profile"
+        ),
+    ),
+    (
+        "(No|Partial)CredentialsError",
+        (
+            "no AWS credentials: set AWS_ACCESS_KEY and AWS_SECRET_KEY, or give"
+            " botocore a profile or role; to try things out without AWS, set"
+            " TASKHAWK_BROKER to sqlite:///queue.db"
+        ),
+    ),
+    (
+        "ProfileNotFound",
+        "there is no such profile: check AWS_PROFILE and ~/.aws/config",
+    ),
+    (
+        "SSOTokenLoadError|UnauthorizedSSOTokenError|TokenRetrievalError",
+        "nobody is logged in: run aws sso login",
+    ),
+    (
+        "Login",
+        "nobody is logged in: run aws login",
+    ),
+    (
+        "CredentialRetrievalError.* custom-process|JSONDecodeError",
+        "the credential_process of the profile failed: check ~/.aws/config",
+    ),
+    (
+        "FileNotFoundError|PermissionError",
+        (
+            "a file that the credentials need can't be read: check"
+            " AWS_WEB_IDENTITY_TOKEN_FILE and ~/.aws/config"
+        ),
+    ),
+    (
+        (
+            "InvalidConfigError|ConfigParseError|InfiniteLoopConfigError"
+            "|UnknownCredentialError|MissingDependencyException"
+        ),
+        "botocore can't use its settings: check ~/.aws/config",
+    ),
+    (
+        "NoRegionError",
+        "no AWS region: set AWS_REGION, for example eu-west-1",
+    ),
+    (
+        "InvalidRegionError",
+        "this is not the name of a region: set AWS_REGION, for example eu-west-1",
+    ),
+    (
+        "ValueError: Invalid endpoint",
+        (
+            "an endpoint is a URL, such as http://127.0.0.1:4566: check"
+            " AWS_ENDPOINT_SQS and AWS_ENDPOINT_SNS, or AWS_ENDPOINT_URL and the"
+            " profile"
+        ),
+    ),
+)
+# Of clients whose credentials can't be used any more: a new one looks for others.
+_NO_CREDENTIALS = "NoCredentialsError|ExpiredToken.*|RequestExpired"
 # What the answer to a batch call has not named counts as this failure.
 _UNANSWERED = {
     "Code": "Unanswered",
@@ -2394,15 +2497,20 @@ _UNANSWERED = {
 
 
 def _error_code(error: BaseException) -> str:
-    """Return an AWS error's code without its prefix, or else the type of the error.
+    """Return an AWS error's code, or else the type of the error.
 
     Where we turned an AWS error into one of ours, the AWS error is its cause.
     """
     origin = error.__cause__ or error
-    response = getattr(origin, "response", None) or {}
-    code = response.get("Error", {}).get("Code") or type(origin).__name__
-    # AWS.SimpleQueueService.NonExistentQueue, for example, has a prefix.
-    return str(code).rpartition(".")[2]
+    code = _error_details(origin).get("Code") or type(origin).__name__
+    # The older of SQS's protocols puts a prefix before some of its codes.
+    return str(code).removeprefix("AWS.SimpleQueueService.")
+
+
+def _error_details(error: BaseException) -> Mapping[str, Any]:
+    """Return code and message of an error that AWS has answered."""
+    response = getattr(error, "response", None) or {}
+    return typing.cast("Mapping[str, Any]", response.get("Error", {}))
 
 
 @contextlib.contextmanager
@@ -2415,27 +2523,58 @@ def _explained(where: str) -> Iterator[None]:
     """
     try:
         yield
+    except ConfigurationError:
+        raise
     except Exception as error:
         limit = re.search(r"shorter than (\d+) bytes", str(error))
         if limit is not None:
             text = f"{where} takes messages of at most {limit[1]} bytes"
             raise MessageTooLarge(text, int(limit[1])) from error
-        remedy = _remedy(error)
-        if remedy is not None:
-            text = f"{where}: {remedy} ({_error_code(error)})"
-            raise ConfigurationError(text) from error
+        if "Invalid header value" in str(error):
+            # Without its cause, which would show a secret.
+            raise ConfigurationError(
+                f"{where}: a credential has a line break or another control character:"
+                " check AWS_SESSION_TOKEN and where else credentials come from"
+            ) from None
+        explanation = _explanation(error)
+        if explanation is not None:
+            raise ConfigurationError(f"{where}: {explanation}") from error
         raise
 
 
-def _remedy(error: Exception) -> str | None:
-    """Return what a person can do about an error; None where it may pass by itself."""
-    code = _error_code(error)
-    for codes, remedy in _REMEDIES.items():
-        if re.fullmatch(codes, code):
-            # IAM has no actions of their own for batches.
-            operation = getattr(error, "operation_name", "").removesuffix("Batch")
-            return remedy.format(operation=operation)
-    return None
+def _explanation(error: Exception) -> str | None:
+    """Return what a person can do about an error, then AWS's or botocore's own text.
+
+    None is for an error that may pass by itself.
+    """
+    message = _error_details(error).get("Message", error)
+    # In one line, whatever the service says.
+    text = " ".join(f"{_error_code(error)}: {message}".split()).removesuffix(":")
+    remedy = _find_remedy(text)
+    if remedy is None:
+        return None
+    # IAM has no actions of their own for batches.
+    operation = getattr(error, "operation_name", "").removesuffix("Batch")
+    return f"{remedy.format(operation=operation)} ({text})"
+
+
+def _find_remedy(text: str) -> str | None:
+    """Return the remedy for an error with this code and text, if it has one."""
+    for pattern, remedy in _REMEDIES:
+        if re.match(pattern, text, re.IGNORECASE):
+            return remedy
+    host = re.match(r"EndpointConnectionError.*//s[nq]s\.([^.]+)\.amazonaws\.", text)
+    if host is None or _is_region(host[1]):
+        return None
+    return f"{host[1]} is not a region: set AWS_REGION, for example eu-west-1"
+
+
+def _is_region(name: str) -> bool:
+    """Return whether botocore knows a region of this name."""
+    with _brokers.lock:
+        session = _brokers.aws_session()
+    partitions = session.get_available_partitions()
+    return any(name in session.get_available_regions("sqs", p) for p in partitions)
 
 
 def _make_aws_session() -> Any:
@@ -2525,7 +2664,7 @@ class _AwsSender(Sender):
     def arn(self, name: str) -> str:
         """Return what AWS calls a queue or topic of this account."""
         account = settings.require("AWS_ACCOUNT_ID")
-        with _explained(name):
+        with self._calling(name):
             meta = self.client("send").meta
         service, region = self.service, meta.region_name
         return f"arn:{meta.partition}:{service}:{region}:{account}:{name}"
@@ -2533,8 +2672,20 @@ class _AwsSender(Sender):
     def call(self, role: str, operation: str, where: str, **parameters: Any) -> Any:
         """Make a call for a queue or topic, by botocore's name of the operation."""
         target = {self.target_key: self.url(where, role)}
-        with _explained(where):
+        with self._calling(where):
             return getattr(self.client(role), operation)(**target, **parameters)
+
+    @contextlib.contextmanager
+    def _calling(self, where: str) -> Iterator[None]:
+        """Explain errors; drop the clients whose credentials can't be used."""
+        try:
+            with _explained(where):
+                yield
+        except Exception as error:
+            if re.fullmatch(_NO_CREDENTIALS, _error_code(error)):
+                _brokers.forget_aws_session()
+                self.close()
+            raise
 
     def _batch(
         self, role: str, operation: str, where: str, entries: Sequence[Any]
@@ -2564,9 +2715,9 @@ class _AwsSender(Sender):
         self.call("send", self.send_one, destination, **calls[0])
         return []
 
+    @abc.abstractmethod
     def _parameters(self, entry: Outgoing) -> dict[str, Any]:
         """Return the service's parameters for a message, without the empty ones."""
-        raise NotImplementedError
 
 
 class SnsSender(_AwsSender):
@@ -2609,8 +2760,8 @@ class SqsBroker(_AwsSender, Broker):
     def __init__(self, _url: str = "sqs") -> None:
         super().__init__()
         self._urls: dict[str, str] = {}
-        self._accounts: dict[str, str] = {}  # of queues whose URL need not be looked up
         self._infos: dict[str, QueueInfo] = {}
+        self._of_accounts: dict[str, SqsBroker] = {}
 
     def url(self, queue: str, role: str = "send") -> str:
         """Look up a queue's URL, once."""
@@ -2619,18 +2770,20 @@ class SqsBroker(_AwsSender, Broker):
         return _made_once(self._urls, queue, lock, find)
 
     def _find_url(self, role: str, queue: str) -> str:
-        """Ask for a queue's URL; a Lambda's role may not, so it is made up there."""
-        with _explained(queue):
-            client = self.client(role)
-            if queue in self._accounts:
-                return f"{client.meta.endpoint_url}/{self._accounts[queue]}/{queue}"
-            return str(client.get_queue_url(QueueName=queue)["QueueUrl"])
+        """Ask for a queue's URL."""
+        with self._calling(queue):
+            answer = self.client(role).get_queue_url(QueueName=queue)
+        return str(answer["QueueUrl"])
 
-    def queue_of_arn(self, arn: str) -> str:
-        """Return the name of a queue that Lambda receives from."""
+    def at_arn(self, arn: str) -> tuple[SqsBroker, str]:
+        """Return the broker and the name of a queue that Lambda receives from.
+
+        Its account may be another one, where the same name is another queue.
+        """
         _, _, _, _, account, queue = arn.split(":")
-        self._accounts[queue] = account
-        return queue
+        lock = self._connections.get().lock
+        make = functools.partial(_SqsOfAccount, self)
+        return _made_once(self._of_accounts, account, lock, make), queue
 
     def send(self, destination: str, entries: Sequence[Outgoing]) -> list[Refusal]:
         """Send, in a batch call if the queue takes it as a whole.
@@ -2755,6 +2908,25 @@ class SqsBroker(_AwsSender, Broker):
         return Depth(*(int(found[name]) for name in names))
 
 
+class _SqsOfAccount(SqsBroker):
+    """Queues of an account, by the clients of another broker.
+
+    Their URLs are made up: the role of a Lambda function may not look them up.
+    """
+
+    def __init__(self, ours: SqsBroker, account: str) -> None:
+        super().__init__()
+        self._ours, self._account = ours, account
+
+    def client(self, role: str) -> Any:
+        return self._ours.client(role)
+
+    def _find_url(self, role: str, queue: str) -> str:
+        with self._calling(queue):
+            endpoint = self.client(role).meta.endpoint_url
+        return f"{endpoint}/{self._account}/{queue}"
+
+
 def _role(retry: bool) -> str:  # noqa: FBT001 - it names the client
     """Return the role of the client that deletes and changes messages."""
     return "send" if retry else "keep"
@@ -2765,8 +2937,8 @@ _schemes["sns"], _schemes["sqs"] = SnsSender, SqsBroker
 
 # --- 10. connections ------------------------------------------------------------------
 # The one sender and the one broker of a process, and what a fork must not share. What a
-# process must not share with the processes that it forks is in a _PerProcess: sockets, a
-# SQLite connection, and locks that another thread may have held at the fork.
+# process must not share with the processes that it forks is in a _PerProcess: sockets,
+# a SQLite connection, and locks that another thread may have held at the fork.
 
 _T = TypeVar("_T")
 _K = TypeVar("_K")
@@ -2836,7 +3008,7 @@ class _Brokers:
         return self._states.get().lock
 
     def sender(self) -> Sender:
-        """Return what publishes: SNS for a Lambda app, else the broker, or sync mode."""
+        """Return what publishes: sync mode, SNS for a Lambda app, or the broker."""
         if self.captured_by is not None:
             return self.captured_by
         url = settings.TASKHAWK_BROKER
@@ -2862,6 +3034,12 @@ class _Brokers:
             state.session = _make_aws_session()
         return state.session
 
+    def forget_aws_session(self) -> None:
+        """Make the next client look for credentials anew."""
+        state = self._states.get()
+        with state.lock:
+            state.session = None
+
     def close(self) -> None:
         """Close all connections; the next use opens new ones."""
         state = self._states.get()
@@ -2871,7 +3049,7 @@ class _Brokers:
             sender.close()
 
     def before_fork(self) -> None:
-        """Let no thread make anything during a fork: the child would have half of it."""
+        """Let no thread make anything during a fork: the child would have a half."""
         self.lock.acquire()
 
     def after_fork(self) -> None:
@@ -2998,8 +3176,6 @@ class Task(Generic[_P, _R]):
         self.isolate = False
         #: the module that declares it: importing this module makes the task
         self.declared_in = str(fn.__module__)
-        #: the modules whose imports led to its declaration, the outermost first
-        self.imported_by: tuple[str, ...] = ()
         functools.update_wrapper(self, fn, updated=())
         # What other decorators left on the function may have names that are ours.
         for attribute, value in getattr(fn, "__dict__", {}).items():
@@ -3102,7 +3278,7 @@ class Task(Generic[_P, _R]):
             elif isinstance(result, Generator | AsyncGenerator):
                 raise TypeError(
                     f"{self._name} returned a generator, which runs only if something"
-                    " reads it: expected a function that does its work when it is called"
+                    " reads it: expected a function that runs when it is called"
                 )
         finally:
             _current.reset(token)
@@ -3199,8 +3375,9 @@ def extend_visibility_timeout(
     :raises PartialFailure: if the message is no longer in flight
     """
     broker = _brokers.broker()
-    change = (receipt, visibility_timeout_s)
-    _accepted(broker.change_visibility(broker.destination(priority), [change]))
+    queue = broker.destination(priority)
+    call = functools.partial(broker.change_visibility, queue, retry=True)
+    _insist(call, (receipt, visibility_timeout_s))
 
 
 class _EventLoop:
@@ -3269,12 +3446,9 @@ async def _awaited(awaitable: Any, name: str) -> None:
     finally:
         left = asyncio.all_tasks() - before
         if left:
-            _log.warning(
-                "%s left %d asyncio tasks behind, which nothing waits for: %s",
-                name,
-                len(left),
-                ", ".join(sorted(_qualname(each.get_coro()) for each in left)),
-            )
+            names = sorted(_qualname(each.get_coro()) for each in left)
+            text = "%s ended while asyncio tasks that it began were still running: %s"
+            _log.warning(text, name, ", ".join(names))
 
 
 def _is_in_coroutine() -> bool:
@@ -3345,7 +3519,6 @@ def task(
         made.time_limit = time_limit
         made.isolate = isolate or time_limit is not None
         made.declared_in = _declaring_module(fn)
-        made.imported_by = _imports_under_way()
         _register(made)
         if not name and fn.__module__ == "__main__":
             # Messages that taskhawk 1.4 queued call it by this name.
@@ -3389,7 +3562,7 @@ def _is_method(fn: Any) -> bool:
     container = _qualname(fn).rpartition(".")[0]
     if not container or container.endswith("<locals>"):
         return False
-    parameters = inspect.signature(fn, **_ANNOTATIONS).parameters
+    parameters = _signature_of(fn, _qualname(fn)).parameters
     return next(iter(parameters), None) == "self"
 
 
@@ -3488,23 +3661,24 @@ _MAINS = ("__main__", "__mp_main__")
 
 
 def _declaring_module(fn: Any) -> str:
-    """Return the module whose import declares the task that is being made of a function.
+    """Return the module whose import declares the task that is made of a function.
 
-    It may be another than the function's: ``send = taskhawk.task(lib.send)``. Where a
-    function declares tasks, it is the module that is being imported, if there is one.
+    It may be another than the function's: ``send = taskhawk.task(lib.send)``. Where
+    modules import each other, it is the outermost: they may work in this order alone.
+    Where a function declares tasks, it is the module that is being imported, if any.
     """
     if fn.__module__ in (*_MAINS, __name__):
         return str(fn.__module__)
     stack = traceback.walk_stack(inspect.currentframe())
     callers = [frame for frame, _ in stack if frame.f_globals is not globals()]
+    declaring = callers[0].f_globals.get("__name__")
     for frame in callers:
         name = frame.f_globals.get("__name__")
-        if frame.f_code.co_name != "<module>" or name not in sys.modules:
-            continue
+        importing = frame.f_code.co_name == "<module>" and name in sys.modules
         # A script calls all that runs: it declares only what itself makes a task.
-        if frame is callers[0] or name not in _MAINS:
-            return str(name)
-    return str(callers[0].f_globals.get("__name__"))
+        if importing and name not in _MAINS:
+            declaring = name
+    return str(declaring)
 
 
 def _importable_name(module: str) -> str:
@@ -3516,18 +3690,6 @@ def _importable_name(module: str) -> str:
     spec = getattr(script, "__spec__", None)
     name = spec.name if spec else inspect.getmodulename(path)
     return name or module
-
-
-def _imports_under_way() -> tuple[str, ...]:
-    """Return the modules whose imports have led to this call, the outermost first."""
-    names = []
-    frame = inspect.currentframe()
-    while frame:
-        name = frame.f_globals.get("__name__")
-        if frame.f_code.co_name == "<module>" and name not in _MAINS:
-            names.append(name)
-        frame = frame.f_back
-    return tuple(reversed(names))
 
 
 # --- 12. publishing -------------------------------------------------------------------
@@ -3745,23 +3907,20 @@ class _Batch:
         self._collected: list[_Ready] = []
         self._closed = False
 
-    def is_open(self) -> bool:
-        """Return whether it still collects what this process dispatches."""
-        return not self._closed and self._process_id == os.getpid()
-
     def add(self, readies: Sequence[_Ready]) -> bool:
-        """Add messages if it is open, and return whether it is."""
+        """Add messages, or return False if this process has no open batch here."""
         # Before the lock, which another thread may have held at the fork.
-        if not self.is_open():
+        if self._process_id != os.getpid():
             return False
         with self._lock:
-            if not self._closed:
-                self._collected.extend(readies)
-            return not self._closed
+            if self._closed:
+                return False
+            self._collected.extend(readies)
+            return True
 
     def close(self) -> Sequence[_Ready]:
         """Collect no more, and return what this process has to send."""
-        if not self.is_open():
+        if self._process_id != os.getpid():
             return ()
         with self._lock:
             self._closed = True
@@ -3781,16 +3940,13 @@ def batch() -> Iterator[None]:
             for user in users:
                 send_email.dispatch(user.email, 'Hello!')
 
-    If the block raises, nothing is sent. A block inside another joins it. A dispatch
-    from a thread is sent directly, unless the thread runs in this context; so is a
-    dispatch from a forked process, and from a task or thread that outlives the block.
+    If the block raises, nothing of it is sent. A block inside another adds what it has
+    collected to the other. A dispatch from a thread is sent directly, unless the thread
+    runs in this context; so is a dispatch from a forked process, and from a task or
+    thread that outlives the block.
 
     :raises PartialFailure: on exit, with exactly the messages that were not accepted
     """
-    outer = _current_batch.get()
-    if outer is not None and outer.is_open():
-        yield
-        return
     collecting = _Batch()
     token = _current_batch.set(collecting)
     try:
@@ -3798,7 +3954,7 @@ def batch() -> Iterator[None]:
     finally:
         _current_batch.reset(token)
         collected = collecting.close()
-    _send_all_ready(collected)
+    _send_all_ready(collected)  # or add them to the block around this one
 
 
 def _collect(readies: Sequence[_Ready]) -> bool:
@@ -3892,7 +4048,7 @@ class Captured(NamedTuple):
 
 
 class _CapturingSender(Sender):
-    """Adds what it is to send to a list; it needs no setting and has the limits of SQS."""
+    """Adds messages to a list; it needs no setting, and has the limits of SQS."""
 
     max_bytes = _MAX_SQS_BYTES
     max_delay_s = _MAX_DELAY_S
@@ -3953,8 +4109,9 @@ __all__ += [
 # --- 13. processing -------------------------------------------------------------------
 # process() is the ONE place that decides what becomes of a message, and _verdict() is
 # its table. It does no queue I/O: the worker and Lambda apply its Outcome. It raises
-# nothing but KeyboardInterrupt. A run leaves one log record; what is no valid message
-# leaves one in ten seconds for each class of error. An error hook changes no outcome.
+# only what is to end the process: Control-C, and the exit of a signal handler. A run
+# leaves one log record, in one line but for the task's own text and traceback; what is
+# no valid message leaves one in ten seconds for each class of error.
 
 
 class Fate(enum.Enum):
@@ -4000,9 +4157,16 @@ def process(received: QueueMessage) -> Outcome:
         _raise_interrupt(error)
         return _failed(received, error, began)
     finally:
+        _let_go(received)
         # After a failed run too: the connection may be why it failed.
         _refresh_django_connections(ran=True)
     return Outcome(Fate.acknowledge)
+
+
+def _let_go(received: QueueMessage) -> None:
+    """Break the cycle that would keep a body until the garbage collector runs."""
+    if received.message:
+        received.message.received = None
 
 
 def _run(received: QueueMessage, began: float) -> None:
@@ -4013,17 +4177,18 @@ def _run(received: QueueMessage, began: float) -> None:
     message.received = received
     received.message = message  # from here on, an error is the task's
     _log.debug("Received message", extra={"message_body": received.body})
-    level, end = logging.DEBUG, "done"
+    level, end, reason = logging.DEBUG, "done", ""
     try:
         task.call(message, received.receipt_handle)
     except BaseException as error:
         if not _are_all(IgnoreException, error):
             raise
-        level, end = logging.INFO, "ignored"
+        level, end, reason = logging.INFO, "ignored", _reason(error)
     _call_hook("TASKHAWK_POST_PROCESS_HOOK", received)
     if _log.isEnabledFor(level):
+        name = _in_one_line(f"{task.name} {message.id}")
         facts = _facts(received, end, began)
-        _log.log(level, "%s %s: %s", task.name, message.id, end, extra=facts)
+        _log.log(level, "%s: %s%s", name, end, reason, extra=facts)
 
 
 def _are_all(kind: type[BaseException], error: BaseException) -> bool:
@@ -4047,14 +4212,14 @@ def _failed(received: QueueMessage, raised: BaseException, began: float) -> Outc
     error = outcome.error or raised
     spoken = [leaf for leaf in _leaves(error) if isinstance(leaf, LoggingException)]
     facts = _facts(received, outcome.fate.value, began)
-    if received.message is None and isinstance(error, ValidationError):
+    if _is_invalid(received, error):
         text = _text_of_invalid(received, error)
         if text is None:
             return outcome
         _log.error("%s", text, extra=facts)
     elif outcome.fate is Fate.retry and _are_all(RetryException, error):
         text = _sentence(received, "asked to be retried", outcome)
-        _log.info("%s", text, extra=facts)
+        _log.info("%s%s", text, _reason(error), extra=facts)
         return outcome
     elif spoken:
         facts |= _extra_of(spoken[0])
@@ -4070,18 +4235,35 @@ def _verdict(received: QueueMessage, error: BaseException) -> Outcome:
     """Decide the fate of a message whose run raised; the first row that fits counts.
 
     ==========================================  ==================================
-    not valid, unknown here, pre hook failed    left to the queue's redrive policy
-    StopRetry, or never retried by the task     dead letter
+    not valid, or its task is unknown here      left to the queue's redrive policy
+    the task raised StopRetry or never retries  dead letter
+    the last receive that the queue allows      dead letter
     it asked for a delay (RetryException)       visible again after it
+    the pre hook failed                         left to its visibility timeout
     the task has no retry policy                left to its visibility timeout
     its retry policy gives a delay              visible again after it
     its retries are used up                     dead letter
     its retry policy fails                      left to its visibility timeout
     ==========================================  ==================================
 
-    An exception group is retried if all its errors may be. The longest delay that one
-    of them asks for counts. A pre hook may ask for a delay, too.
+    An exception group is retried if all its errors may be, and the longest delay that
+    one of them asks for counts.
     """
+    if _is_invalid(received, error):
+        return Outcome(Fate.retry, error)
+    wanted = _wanted(received, error)
+    if wanted.fate is Fate.retry and received.is_last_receive:
+        return Outcome(Fate.dead_letter, wanted.error)
+    return wanted
+
+
+def _is_invalid(received: QueueMessage, error: BaseException) -> bool:
+    """Return whether the message was found not to be valid, or for no task here."""
+    return received.message is None and isinstance(error, ValidationError)
+
+
+def _wanted(received: QueueMessage, error: BaseException) -> Outcome:
+    """Return what is wanted for a failed run's message, were receives unlimited."""
     leaves = list(_leaves(error))
     delay_s = _asked_delay_s(leaves)
     if received.message is None:
@@ -4105,8 +4287,10 @@ def _asked_delay_s(leaves: Iterable[BaseException]) -> float | None:
     """Return the longest delay that a RetryException asks for, or None."""
     asked = [leaf.delay_seconds for leaf in leaves if isinstance(leaf, RetryException)]
     # A subclass that does not call our __init__ may have set anything.
-    delays = [delay_s for delay_s in asked if _is_delay(delay_s)]
-    return min(max(delays), _MAX_HELD_S) if delays else None
+    delays = list(filter(_is_delay, asked))
+    if not delays:
+        return None
+    return min(max(delays), _MAX_HELD_S)
 
 
 def _may_retry(task: Task[Any, Any], error: BaseException) -> bool:
@@ -4134,22 +4318,46 @@ def _is_delay(value: object) -> typing.TypeGuard[float]:
 
 def _sentence(received: QueueMessage, end: str, outcome: Outcome) -> str:
     """Say which attempt ended how, and what becomes of the message."""
-    then = "is left to the queue"
-    if outcome.fate is Fate.dead_letter:
-        then = "is given up"
-    elif outcome.delay_s is not None:
-        then = f"runs again in {outcome.delay_s:g} s"
-    if outcome.delay_s == _MAX_HELD_S:  # perhaps because it was cut to that
-        then += ", the most that SQS allows"
+    then = _what_follows(received, outcome)
     return f"{_name_of(received)}: attempt {received.attempt} {end} and {then}"
 
 
+def _what_follows(received: QueueMessage, outcome: Outcome) -> str:
+    """Say what becomes of a failed run's message."""
+    if received.in_lambda:
+        return "is left to Lambda"
+    if outcome.fate is Fate.dead_letter and received.is_last_receive:
+        return "is given up: the queue allows no further receive"
+    if outcome.fate is Fate.dead_letter:
+        return "is given up"
+    if outcome.delay_s is None:
+        return "is left to the queue"
+    if outcome.delay_s < _MAX_HELD_S:
+        return f"runs again in {outcome.delay_s:g} s"
+    return f"runs again in {_MAX_HELD_S} s, the most that SQS allows"
+
+
 def _name_of(received: QueueMessage) -> str:
-    """Return what log texts call a message: one line, not a long one."""
-    name = f"message {received.message_id}"
-    if received.message:
-        name = f"{received.message.task_name} {received.message.id}"
-    return re.sub("[^ -~]", "?", name)[:200]  # an id is free text, and may forge lines
+    """Return what log texts call a message: its task, its own id and the service's."""
+    name = f"message {_in_one_line(received.message_id)}"
+    if received.message is None:
+        return name
+    message = received.message
+    return f"{_in_one_line(f'{message.task_name} {message.id}')} ({name})"
+
+
+def _reason(error: BaseException) -> str:
+    """Return what a task said when it raised, as the end of a sentence."""
+    texts = [_in_one_line(_text_of(leaf)) for leaf in _leaves(error)]
+    said = "; ".join(filter(None, texts))
+    if not said:
+        return ""
+    return f": {said}"
+
+
+def _in_one_line(text: str) -> str:
+    """Return text for a log: one line, not a long one, as free text may forge lines."""
+    return "".join(c if c.isprintable() else "?" for c in text[:200])
 
 
 def _facts(received: QueueMessage, end: str, began: float) -> dict[str, Any]:
@@ -4177,14 +4385,15 @@ _invalid_logged_at: dict[type, float] = {}
 _invalid_unlogged: dict[type, int] = {}
 
 
-def _text_of_invalid(received: QueueMessage, error: ValidationError) -> str | None:
+def _text_of_invalid(received: QueueMessage, error: BaseException) -> str | None:
     """Return the log text of a message that is not valid, or None if it is too soon."""
     kind, now = type(error), time.monotonic()
     if now < _invalid_logged_at.get(kind, -math.inf) + _INVALID_EVERY_S:
         _invalid_unlogged[kind] = _invalid_unlogged.get(kind, 0) + 1
         return None
     _invalid_logged_at[kind] = now
-    text = f"{_name_of(received)} is left to the queue: {_text_of(error)}"
+    then = _what_follows(received, Outcome(Fate.retry, error))
+    text = f"{_name_of(received)} {then}: {_text_of(error)}"
     unlogged = _invalid_unlogged.pop(kind, 0)
     if unlogged:
         text += f" ({unlogged} more like it since the last record)"
@@ -4217,7 +4426,10 @@ class _SyncSender(Sender):
             if settings.IS_LAMBDA_APP:
                 sns = {"Message": entry.body, "MessageId": message_id}
                 received.sns_record = {"Sns": {**sns, "MessageAttributes": {}}}
-            _in_own_context(_run)(received, time.monotonic())
+            try:
+                _in_own_context(_run)(received, time.monotonic())
+            finally:
+                _let_go(received)
         return []
 
 
@@ -4392,16 +4604,15 @@ class _Holdings:
     def __init__(self, queues: Sequence[str], ack_wait_s: float = _ACK_WAIT_S) -> None:
         self.ledger = Ledger()
         self.news: list[tuple[int, str]] = []  # log levels and texts
-        self.closing = False  # leases end: they bound how long deletes are tried
-        self.unanswered = 0  # deletes that were not known to be applied while closing
+        self.unanswered = 0  # deletes that were not known to be applied in the end
+        self._is_closing = False
         self._urgency = {queue: place for place, queue in enumerate(queues)}
         self._ack_wait_s = ack_wait_s
-        self._held: dict[_Held, None] = {}  # an ordered set, as are the next two
+        self.held: dict[_Held, None] = {}  # an ordered set, as are the next two
         self._waiting: dict[_Held, None] = {}  # received, the most urgent first
-        self._ending: dict[
-            _Held, None
-        ] = {}  # what they become is decided, and not done
-        self._leases = _Leases()
+        self.decided: dict[_Held, None] = {}  # it is known what they become
+        self.leases = _Leases()
+        self.calls = _Calls(self)
 
     @property
     def waiting(self) -> int:
@@ -4411,16 +4622,16 @@ class _Holdings:
     @property
     def ending(self) -> int:
         """How many messages have ended but for the call that says so to the queue."""
-        return len(self._ending)
+        return len(self.decided)
 
     @property
     def running(self) -> int:
         """How many messages run."""
-        return len(self._held) - len(self._waiting) - len(self._ending)
+        return len(self.held) - len(self._waiting) - len(self.decided)
 
     def still_run(self) -> list[QueueMessage]:
         """Return the messages that run."""
-        return [held.message for held in self._held if held.runs]
+        return [held.message for held in self.held if held.runs]
 
     # From a receive to the end of a run.
 
@@ -4449,8 +4660,8 @@ class _Holdings:
                 last_at=asked_at + _LATEST_S,
                 is_sure=is_sure,
             )
-            self._held[held] = self._waiting[held] = None
-            self._leases.renew(held, asked_at + lease_s / 3)
+            self.held[held] = self._waiting[held] = None
+            self.leases.renew(held, asked_at + lease_s / 3)
             self.ledger.received += 1
         if len(self._urgency) > 1:
             by_urgency = sorted(self._waiting, key=lambda h: self._urgency[h.queue])
@@ -4460,7 +4671,7 @@ class _Holdings:
         """Start the most urgent message whose lease holds; return it, or None."""
         for held in list(self._waiting):
             if now >= held.lease_until:
-                self._lose(held, "its lease ended while it waited")
+                self.lose(held, "its lease ended while it waited")
             elif held.is_sure:
                 del self._waiting[held]
                 held.move("started")
@@ -4491,74 +4702,120 @@ class _Holdings:
     def _decide(self, held: _Held, end: str, now: float, delay_s: float | None) -> None:
         """Note what a message is to become, and when the call for it is due."""
         self._waiting.pop(held, None)
-        self._ending[held] = None
+        self.decided[held] = None
         held.end, held.due_at = end, now
         if held.to_delete:
             if not held.message.is_fifo:  # others of its group wait for it
                 held.due_at = now + self._ack_wait_s
         elif delay_s is None or held.message.lease_lost:
             # It shows by itself at the end of its lease, or another has it by now.
-            self._close(held, end)
+            self.end(held, end)
         else:
             # Out of the lease first: a later extension would undo the delay.
-            self._leases.drop(held)
+            self.leases.drop(held)
             held.delay_s = delay_s
         self._hurry(now)
 
     def _hurry(self, now: float) -> None:
         """Make acknowledgements due for which it is in vain to wait for others."""
-        is_idle = len(self._ending) == len(self._held)
-        new = [held for held in self._ending if held.may_join]
+        is_idle = len(self.decided) == len(self.held)
+        new = [held for held in self.decided if held.may_join]
         for queue in self._urgency:
             batch = [held for held in new if held.queue == queue]
             if is_idle or len(batch) >= _MAX_BATCH:
                 for held in batch:
                     held.due_at = min(held.due_at, now)
 
-    # What is due.
+    # The end.
 
     def expire(self, now: float) -> None:
         """Give up the leases that ended, and those that can't be extended any more."""
-        if self.closing:
-            return
-        for held in self._leases.due(now):
+        for held in self.leases.due(now):
             if held.last_at - now < 1:
-                self._lose(held, "it was received 12 hours ago")
+                self.lose(held, "it was received 12 hours ago")
             elif now >= held.lease_until:
-                self._lose(held, "its lease ended before it could be extended")
+                self.lose(held, "its lease ended before it could be extended")
 
-    def next_call(self, now: float) -> _Call | None:
+    def untried(self, since: float) -> bool:
+        """Return whether a message ended after that time, and no call has said so."""
+        new = (held for held in self.decided if held.tries == 0)
+        return any(held.due_at >= since for held in new)
+
+    def end_leases(self) -> None:
+        """Extend leases no more: they bound how long deletes are tried."""
+        self._is_closing = True
+        for held in self.held:
+            self.leases.drop(held)
+
+    def close(self) -> None:
+        """End what is decided, done or not; what still runs stays held."""
+        for held in list(self.decided):
+            self.end(held, "uncertain" if held.to_delete else held.end)
+
+    def lose(self, held: _Held, why: str) -> None:
+        """Note that others may have a message; if it waits, it is not started."""
+        self.warn(held, f"may run twice: {why}")
+        held.message.lease_lost = True
+        held.lease_until = -math.inf
+        self.leases.drop(held)
+        if held in self._waiting:
+            self.end(held, "released")
+
+    def doubt(self, held: _Held, why: str) -> None:
+        """End a message of which nobody knows whether its delete was applied."""
+        self.warn(held, f"may run again: {why}")
+        self.end(held, "uncertain")
+
+    def end(self, held: _Held, end: str) -> None:
+        """End a message: the ledger counts it, and nothing more is done for it."""
+        held.move(end)
+        self.ledger.count(end)
+        self.leases.drop(held)
+        for those in (self.held, self._waiting, self.decided):
+            those.pop(held, None)
+        if self._is_closing and end == "uncertain":
+            self.unanswered += 1
+
+    def warn(self, held: _Held, text: str) -> None:
+        """Keep a warning about a message for the log."""
+        self.news.append((logging.WARNING, f"{_name_of(held.message)} {text}"))
+
+
+class _Calls:
+    """The calls that are due for what a worker holds, and what their answers mean.
+
+    Pure, as the holdings are, and guarded with them.
+    """
+
+    def __init__(self, holdings: _Holdings) -> None:
+        self._all = holdings
+
+    def next(self, now: float) -> _Call | None:
         """Return the call to make now, if one is due, and mark its messages as in it.
 
         Leases come first, for a message whose lease ends may run twice. Then comes what
         has been due for longest: neither deletes nor delays can starve the others.
         """
-        kind = _Kind.extend
-        batch = [] if self.closing else _of_one_queue(self._leases.due(now))
-        if not batch:
-            batch = self._due_ends(now)
-            if not batch:
+        kind, due = _Kind.extend, self._all.leases.due(now)
+        if not due:
+            due = self._due_ends(now)
+            if not due:
                 return None
-            kind = _Kind.delete if batch[0].to_delete else _Kind.delay
+            kind = _Kind.delete if due[0].to_delete else _Kind.delay
+        queue = due[0].queue
+        batch = [held for held in due if held.queue == queue][:_MAX_BATCH]
         for held in batch:
             held.in_call = True
-        return _Call(kind, batch[0].queue, batch, now)
+        return _Call(kind, queue, batch, now)
 
     def next_at(self) -> float:
         """Return when to look for the next call: never (infinity) if none will be due."""
-        times = [held.due_at for held in self._ending if not held.in_call]
-        if not self.closing:
-            times.append(self._leases.next_at())
-        return min(times, default=math.inf)
-
-    def untried(self, since: float) -> bool:
-        """Return whether a message ended after that time, and no call has said so."""
-        new = (held for held in self._ending if held.tries == 0)
-        return any(held.due_at >= since for held in new)
+        times = [held.due_at for held in self._all.decided if not held.in_call]
+        return min([*times, self._all.leases.next_at()])
 
     def _due_ends(self, now: float) -> list[_Held]:
-        """Return messages of one queue that one call can end now."""
-        free = [held for held in self._ending if not held.in_call]
+        """Return what is to be ended now in one way, what was due first first."""
+        free = [held for held in self._all.decided if not held.in_call]
         due = [held for held in free if held.due_at <= now]
         if not due:
             return []
@@ -4568,9 +4825,7 @@ class _Holdings:
         if first.to_delete:
             due += [held for held in free if held.may_join]
         alike = [held for held in due if held.to_delete is first.to_delete]
-        return _of_one_queue(list(dict.fromkeys([first, *alike])))
-
-    # What the queue answered.
+        return list(dict.fromkeys([first, *alike]))
 
     def answered(self, call: _Call, refused: Mapping[int, Refusal]) -> None:
         """Note the answer to a call.
@@ -4584,12 +4839,12 @@ class _Holdings:
         }[call.kind]
         for place, held in enumerate(call.batch):
             held.in_call = False
-            if held in self._held:  # else it was given up while the call was under way
+            # Else it was given up while the call was under way.
+            if held in self._all.held:
                 note(held, refused.get(place), call.asked_at)
+            # Leases that are in a call are not looked at.
             if held.renew_at < math.inf:
-                self._leases.renew(
-                    held, held.renew_at
-                )  # it was not looked at meanwhile
+                self._all.leases.renew(held, held.renew_at)
 
     def _extended(self, held: _Held, refusal: Refusal | None, asked_at: float) -> None:
         """Note how the extension of a lease went; it counts from the call."""
@@ -4603,7 +4858,7 @@ class _Holdings:
             held.is_sure = True  # no later answer would tell more
             held.renew_at = asked_at + held.lease_s / 3
         elif refusal.final:
-            self._lose(held, refusal.text)
+            self._all.lose(held, refusal.text)
         else:
             # A dozen tries are left until the lease ends.
             held.renew_at = asked_at + held.lease_s / 20
@@ -4611,21 +4866,23 @@ class _Holdings:
     def _deleted(self, held: _Held, refusal: Refusal | None, asked_at: float) -> None:
         """Note how a delete went; one that was sent after the lease ended proves nothing."""
         if asked_at >= held.lease_until:
-            self._doubt(held, refusal.text if refusal else "its lease had ended")
+            self._all.doubt(held, refusal.text if refusal else "its lease had ended")
         elif refusal is None:
-            self._close(held, held.end)
+            self._all.end(held, held.end)
         elif refusal.final:
-            self._doubt(held, refusal.text)
+            self._all.doubt(held, refusal.text)
         else:
             self._try_later(held, asked_at)
 
     def _delayed(self, held: _Held, refusal: Refusal | None, asked_at: float) -> None:
         """Note how a delay or release went; where it failed, the lease's end shows it."""
         if refusal is None:
-            self._close(held, held.end)
+            self._all.end(held, held.end)
         elif refusal.final or refusal.is_denied or asked_at >= held.lease_until:
-            self._warn(held, f"is visible again when its lease ends: {refusal.text}")
-            self._close(held, held.end)
+            self._all.warn(
+                held, f"is visible again when its lease ends: {refusal.text}"
+            )
+            self._all.end(held, held.end)
         else:
             self._try_later(held, asked_at)
 
@@ -4633,55 +4890,6 @@ class _Holdings:
         """Make the call again, after a pause that doubles from 0.2 s to 5 s."""
         held.tries += 1
         held.due_at = asked_at + min(0.1 * 2**held.tries, 5)
-
-    def _lose(self, held: _Held, why: str) -> None:
-        """Note that others may have a message; if it waits, it is not started."""
-        self._warn(held, f"may run twice: {why}")
-        held.message.lease_lost = True
-        held.lease_until = -math.inf
-        self._leases.drop(held)
-        if held in self._waiting:
-            self._close(held, "released")
-
-    def _doubt(self, held: _Held, why: str) -> None:
-        """End a message of which nobody knows whether its delete was applied."""
-        self._warn(held, f"may run again: {why}")
-        self._close(held, "uncertain")
-
-    def _warn(self, held: _Held, text: str) -> None:
-        """Keep a warning about a message for the log."""
-        self.news.append((logging.WARNING, f"{_full_name_of(held.message)} {text}"))
-
-    # The end.
-
-    def close(self) -> None:
-        """End what is decided, done or not; what still runs stays held."""
-        for held in list(self._ending):
-            self._close(held, "uncertain" if held.to_delete else held.end)
-
-    def _close(self, held: _Held, end: str) -> None:
-        """End a message: the ledger counts it, and nothing more is done for it."""
-        held.move(end)
-        self.ledger.count(end)
-        self._leases.drop(held)
-        for those in (self._held, self._waiting, self._ending):
-            those.pop(held, None)
-        if self.closing and end == "uncertain":
-            self.unanswered += 1
-
-
-def _of_one_queue(ready: Sequence[_Held]) -> list[_Held]:
-    """Return at most ten messages: the first, and others of its queue."""
-    alike = [held for held in ready if held.queue == ready[0].queue]
-    return alike[:_MAX_BATCH]
-
-
-def _full_name_of(received: QueueMessage) -> str:
-    """Return what logs call a message on its queue: SQS's id, its task and its own id."""
-    name = f"message {received.message_id}"
-    if received.message:
-        name += f" ({_name_of(received)})"
-    return re.sub("[^ -~]", "?", name)[:300]
 
 
 # --- 15. the keeper -------------------------------------------------------------------
@@ -4748,11 +4956,12 @@ class _Keeper:
         self.holdings = holdings
         self._looks_at = 0.0  # when it looks for what is due, if nobody wakes it
         self._gives_up_at = math.inf  # when it ends, whatever is not done by then
+        self._is_closing = False
 
     def wake(self) -> None:
         """Have the keeper look at once, if something is due before it would."""
         with self._due:
-            if self.holdings.next_at() < self._looks_at:
+            if self.holdings.calls.next_at() < self._looks_at:
                 self._due.notify()
 
     def give_up_after(self, seconds: float) -> None:
@@ -4763,7 +4972,8 @@ class _Keeper:
     def close(self) -> None:
         """Have :meth:`run` end once all that is decided is done: leases end too."""
         with self._due:
-            self.holdings.closing = True
+            self._is_closing = True
+            self.holdings.end_leases()
             self._due.notify()
 
     def run(self) -> None:
@@ -4776,7 +4986,7 @@ class _Keeper:
                 self.holdings.expire(now)
                 is_done = self._is_done(now)
                 if not is_done:
-                    call = self.holdings.next_call(now)
+                    call = self.holdings.calls.next(now)
                 news = self._take_news()
                 if not (is_done or call or news):
                     self._wait(now)
@@ -4786,7 +4996,7 @@ class _Keeper:
 
     def _is_done(self, now: float) -> bool:
         """Return whether there is nothing left to do; called with the lock held."""
-        if not self.holdings.closing:
+        if not self._is_closing:
             return False
         if now >= self._gives_up_at:
             # What ended after that, in the calling thread, still has one try.
@@ -4795,7 +5005,7 @@ class _Keeper:
 
     def _wait(self, now: float) -> None:
         """Wait until something may be due; called with the lock held."""
-        self._looks_at = min(now + _TICK_S, self.holdings.next_at())
+        self._looks_at = min(now + _TICK_S, self.holdings.calls.next_at())
         self._due.wait(self._looks_at - now)
         self._looks_at = 0.0
 
@@ -4806,7 +5016,7 @@ class _Keeper:
             change = self._broker.delete
         refused = _one_call(functools.partial(change, call.queue), call.entries())
         with self._due:
-            self.holdings.answered(call, refused)
+            self.holdings.calls.answered(call, refused)
             news = self._take_news()
             self.ended.notify_all()
         self._tell(news)
@@ -5227,6 +5437,144 @@ class _Course:
             self._room.notify_all()
 
 
+class _Slot:
+    """Runs one message after another, in its thread or in its child.
+
+    :param settle: called with each message and the outcome of its run
+    """
+
+    def __init__(
+        self,
+        course: _Course,
+        child: _Child,
+        settle: Callable[[_Held, Outcome], None],
+    ) -> None:
+        self.child = child
+        self._course, self._settle = course, settle
+
+    def work(self) -> None:
+        """Run messages until there are no more; the body of a thread."""
+        try:
+            with _one_event_loop():
+                while held := self._course.next():
+                    self._run(held)
+        finally:
+            self.child.close()
+            self._course.slot_ended()
+
+    def _run(self, held: _Held) -> None:
+        """Run a message, and note what it is to become."""
+        try:
+            run = self.child.process if self.child.takes(held.message) else process
+            outcome = run(held.message)
+            if outcome:
+                self._settle(held, outcome)
+        except _CannotStart as error:
+            self._course.release(held)
+            self._wait_for_child(error)
+        finally:
+            if held.runs:
+                # It was interrupted, or killed as the grace ended. Where its child still
+                # runs, that must end before others may have the message.
+                self.child.kill()
+                self._course.finish(held, "retried")
+
+    def _wait_for_child(self, error: Exception) -> None:
+        """Try again and again to start a child, before anything else is received."""
+        failures = 1
+        _log.error("can't start a child, goes on trying: %s", error)
+        while self._course.pause(_pause_s(failures)):
+            try:
+                self.child.start()
+            except _CannotStart:
+                failures += 1
+            else:
+                _log.info("can start a child again; tries that failed: %d", failures)
+                self._course.resume()
+                return
+
+
+class _Poller:
+    """Receives from one queue, in a thread of its own."""
+
+    def __init__(self, worker: Worker, course: _Course, queue: str) -> None:
+        self._worker, self._course, self._queue = worker, course, queue
+        self._faults = _Faults()
+        self._lease: _Lease | None = None  # once it is known
+        self._loops = 0  # receives that were answered
+        self._count = 0  # messages that the last one brought
+
+    def work(self) -> None:
+        """Receive again and again, until there is no more to do; the body of a thread."""
+        try:
+            while not self._is_done():
+                most = self._course.wait_for_room()
+                if not most:
+                    break
+                self._try(most)
+        finally:
+            self._course.poll_ended()
+
+    def _is_done(self) -> bool:
+        """Return whether the last receive was the last that is wanted."""
+        if self._loops == self._worker.loop_count:
+            return True
+        if not self._worker.until_empty or self._loops == 0 or self._count:
+            return False
+        return _are_empty(self._worker.broker, self._worker.queues)
+
+    def _try(self, most: int) -> None:
+        """Receive at most so many messages, and back off if that fails."""
+        try:
+            if self._lease is None:
+                worker = self._worker
+                self._lease = _find_lease(
+                    worker.broker, self._queue, worker.visibility_timeout_s
+                )
+                return  # that may have taken long: look again whether to receive
+            self._receive(most, self._lease)
+        except Exception as error:
+            if self._loops == 0 and isinstance(error, ConfigurationError):
+                raise  # at the start, this is for a person to mend
+            failures = self._faults.failed(self._queue, "receive", repr(error))
+            self._course.pause(_pause_s(failures))
+
+    def _receive(self, most: int, lease: _Lease) -> None:
+        """Receive once, and hold what came."""
+        worker, asked_at = self._worker, self._worker.clock()
+        messages = worker.broker.receive(
+            self._queue, most, worker.wait_s, lease.seconds, self._course.stop
+        )
+        for message in messages:
+            message.max_receive_count = lease.max_receive_count
+        # At once: from here on the keeper extends the leases.
+        self._course.take(messages, lease.seconds, asked_at)
+        self._faults.worked(self._queue, "receive")
+        self._count = len(messages)
+        self._loops += 1
+        worker.beat()
+
+
+def _pause_s(failures: int) -> float:
+    """Return how long to wait after so many failures in a row, up to a minute."""
+    return _jittered(min(0.5 * 2 ** min(failures, 10), _MAX_BACKOFF_S))
+
+
+def _make_thread(course: _Course, work: Callable[[], object]) -> threading.Thread:
+    """Make a thread; an error in it ends the worker, and the caller gets it.
+
+    It is a daemon: neither a second Ctrl-C nor an overdue task waits for a thread.
+    """
+
+    def guard() -> None:
+        try:
+            work()
+        except BaseException as error:  # such as a task's KeyboardInterrupt
+            course.fail(error)
+
+    return threading.Thread(target=guard, daemon=True)
+
+
 @dataclasses.dataclass(eq=False, repr=False)
 class Worker:
     """Runs the messages of some queues, most urgent first, until it is stopped.
@@ -5257,9 +5605,9 @@ class Worker:
 
     def __post_init__(self) -> None:
         self._check_options()
-        self._start_of_child = _start_of_children(everything=self.isolate)
-        self._signals, self._faults = _Signals(), _Faults()
+        self._signals = _Signals()
         self._heart = _Heart(self.liveness_file)
+        self.beat = self._heart.beat  #: say that the worker lives
         self._holdings = _Holdings(self.queues, self.ack_wait_s)
         self.ledger = self._holdings.ledger
         self._keeper = _Keeper(
@@ -5274,8 +5622,17 @@ class Worker:
             max_tasks=self.max_tasks,
             polls=len(self.queues),
         )
-        self.overdue = threading.Event()  # set once the grace is over
-        self._children: list[_Child] = []  # one for each slot
+        self._keeping = _make_thread(self._course, self._keeper.run)
+        self.overdue = threading.Event()  #: set once the grace is over
+        start = _start_of_children(everything=self.isolate)
+        self._slots = [
+            _Slot(
+                self._course,
+                _Child(start, self.max_tasks_per_child, self.overdue),
+                self.settle,
+            )
+            for _ in range(self.concurrency)
+        ]
 
     def _check_options(self) -> None:
         """Refuse options that make no sense, and fit the length of polls to the grace."""
@@ -5308,35 +5665,28 @@ class Worker:
         :raises ConfigurationError: if a queue is missing or forbidden, or there are no
             credentials
         """
-        # Daemons: neither a second Ctrl-C nor an overdue task waits for a thread.
-        slots = [self._thread(self._work) for _ in range(self.concurrency - 1)]
-        pollers = [self._thread(self._poll, queue) for queue in self.queues]
-        self._keeping = self._thread(self._keeper.run)
-        watch, heart = self._thread(self._watch), self._thread(self._heart.run)
+        make = functools.partial(_make_thread, self._course)
+        slots = [make(slot.work) for slot in self._slots[1:]]
+        receive = [_Poller(self, self._course, queue).work for queue in self.queues]
+        pollers = [make(work) for work in receive]
+        watch, heart = make(self._watch), make(self._heart.run)
         with self._signals:
             try:
                 for thread in (self._keeping, heart, watch, *pollers, *slots):
                     thread.start()
-                self._work()
+                self._slots[0].work()
                 self._wait_for(slots)
             finally:
-                self._shut_down(pollers, watch)
+                self._shut_down(pollers)
+                self._signals.wake()
+                for thread in (watch, heart):
+                    if thread.is_alive():
+                        thread.join(1)
         if self._course.fatal:
             raise self._course.fatal
         level = logging.INFO if self.ledger.balanced else logging.ERROR
         _log.log(level, "worker ended: %s", self.ledger)
         return self.ledger
-
-    def _thread(self, work: Callable[..., object], *args: Any) -> threading.Thread:
-        """Make a thread; an error in it ends the worker, and the caller gets it."""
-
-        def guard() -> None:
-            try:
-                work(*args)
-            except BaseException as error:  # such as a task's KeyboardInterrupt
-                self._course.fail(error)
-
-        return threading.Thread(target=guard, daemon=True)
 
     def _wait_for(self, slots: Iterable[threading.Thread]) -> None:
         """Wait for the other slots, unless they are left to run."""
@@ -5344,9 +5694,7 @@ class Worker:
             while slot.is_alive() and self._course.phase < _Phase.flushing:
                 slot.join(_TICK_S)
 
-    def _shut_down(
-        self, pollers: Iterable[threading.Thread], watch: threading.Thread
-    ) -> None:
+    def _shut_down(self, pollers: Iterable[threading.Thread]) -> None:
         """Go through the phases that are left, in their order."""
         # A second Ctrl-C ends at once: it waits for no poll, and a second for deletes.
         error = sys.exc_info()[1]
@@ -5364,61 +5712,12 @@ class Worker:
             self._flush(1 if is_hurried else None)
             self._course.move_on(to=_Phase.ended)
             self._heart.stop()
-            self._signals.wake()
-            if watch.is_alive():
-                watch.join()  # it waits for a descriptor that is closed next
 
     def _flush(self, within_s: float | None) -> None:
         """Wait until what is decided is done, or leases end, or time is up."""
         self._keeper.close()
         if self._keeping.is_alive():
             self._keeping.join(within_s)
-
-    # Slots.
-
-    def _work(self) -> None:
-        """Run one message after another, in this thread or its child."""
-        child = _Child(self._start_of_child, self.max_tasks_per_child, self.overdue)
-        self._children.append(child)
-        try:
-            while held := self._course.next():
-                self._run(child, held)
-        finally:
-            child.close()
-            self._course.slot_ended()
-
-    def _run(self, child: _Child, held: _Held) -> None:
-        """Run a message, and note what it is to become."""
-        try:
-            if self._start_of_child and child.takes(held.message):
-                outcome = child.process(held.message)
-            else:
-                outcome = process(held.message)
-            if outcome:
-                self.settle(held, outcome)
-        except _CannotStart as error:
-            self._course.release(held)
-            self._wait_for_child(child, error)
-        finally:
-            if held.runs:
-                # It was interrupted, or killed as the grace ended. Where its child still
-                # runs, that must end before others may have the message.
-                child.kill()
-                self._course.finish(held, "retried")
-
-    def _wait_for_child(self, child: _Child, error: Exception) -> None:
-        """Try again and again to start a child, before anything else is received."""
-        failures = 1
-        _log.error("can't start a child, goes on trying: %s", error)
-        while self._course.pause(_pause_s(failures)):
-            try:
-                child.start()
-            except _CannotStart:
-                failures += 1
-            else:
-                _log.info("can start a child again; tries that failed: %d", failures)
-                self._course.resume()
-                return
 
     def settle(self, held: _Held, outcome: Outcome) -> None:
         """Have done what the outcome says; a copy for the dead letters is sent now."""
@@ -5427,56 +5726,6 @@ class Worker:
             copied = _dead_letter(self.broker, held.message, outcome.error)
             end = "dead_lettered" if copied else "retried"
         self._course.finish(held, end, outcome.delay_s)
-
-    # Pollers.
-
-    def _poll(self, queue: str) -> None:
-        """Receive from a queue; the body of a thread."""
-        try:
-            self._receive_all(queue)
-        finally:
-            self._course.poll_ended()
-
-    def _receive_all(self, queue: str) -> None:
-        """Receive from a queue again and again, until there is no more to do."""
-        loops, lease = 0, None
-        while loops != self.loop_count:
-            most = self._course.wait_for_room()
-            if not most:
-                return
-            try:
-                if lease is None:  # it may take long: look again whether to receive
-                    lease = _find_lease(self.broker, queue, self.visibility_timeout_s)
-                    continue
-                count = self._receive(queue, most, lease)
-            except Exception as error:
-                if loops == 0 and isinstance(error, ConfigurationError):
-                    raise  # at the start, this is for a person to mend
-                self._back_off(queue, error)
-                continue
-            loops += 1
-            is_last = self.until_empty and not count
-            if is_last and _are_empty(self.broker, self.queues):
-                return
-
-    def _receive(self, queue: str, most: int, lease: _Lease) -> int:
-        """Receive once, and hold what came; return how many messages came."""
-        asked_at = self.clock()
-        messages = self.broker.receive(
-            queue, most, self.wait_s, lease.seconds, self._course.stop
-        )
-        for message in messages:
-            message.max_receive_count = lease.max_receive_count
-        # At once: from here on the keeper extends the leases.
-        self._course.take(messages, lease.seconds, asked_at)
-        self._faults.worked(queue, "receive")
-        self._heart.beat()
-        return len(messages)
-
-    def _back_off(self, queue: str, error: Exception) -> None:
-        """Wait after a receive that failed: longer each time, up to a minute."""
-        failures = self._faults.failed(queue, "receive", repr(error))
-        self._course.pause(_pause_s(failures))
 
     # Signals, and the grace.
 
@@ -5506,11 +5755,9 @@ class Worker:
         self.overdue.set()
         self._keeper.give_up_after(flush_s)
         for received in self._course.still_run():
-            _log.warning(
-                "the grace is over, and %s still runs", _full_name_of(received)
-            )
-        for child in self._children:
-            child.kill()
+            _log.warning("the grace is over, and %s still runs", _name_of(received))
+        for slot in self._slots:
+            slot.child.kill()
         if self._course.ended.wait(flush_s / 2):
             return
         self._course.move_on(to=_Phase.flushing)
@@ -5520,11 +5767,6 @@ class Worker:
             with self._keeper.lock:
                 self._holdings.close()
             self.on_overdue(self.ledger)
-
-
-def _pause_s(failures: int) -> float:
-    """Return how long to wait after so many failures in a row, up to a minute."""
-    return _jittered(min(0.5 * 2 ** min(failures, 10), _MAX_BACKOFF_S))
 
 
 def listen_for_messages(
@@ -5611,7 +5853,7 @@ def _dead_letter(
         _send_copy(broker, target, received, error)
     except Exception as failure:
         text = "%s: %s can't be dead-lettered and is left to the queue: %s"
-        _log.warning(text, received.queue, _full_name_of(received), failure)
+        _log.warning(text, received.queue, _name_of(received), failure)
         return False
     return True
 
@@ -5760,7 +6002,7 @@ class _LineFormatter(logging.Formatter):
 
 
 def _log_again(fields: Mapping[str, Any]) -> None:
-    """Log in the worker what a child has logged, as far as the worker's levels let it."""
+    """Log in the worker what a child has logged, if the worker's levels let it."""
     record = logging.makeLogRecord(fields)
     logger = logging.getLogger(record.name)
     if logger.isEnabledFor(record.levelno):
@@ -5830,22 +6072,18 @@ def _start_of_children(*, everything: bool) -> dict[str, Any]:
 
 
 def _module_to_import(declared: Task[Any, Any]) -> str:
-    """Return the module whose import declares a task, as it did in the worker.
-
-    That is the outermost: those that it imports may work in this order alone.
-    """
-    for name in declared.imported_by:
-        # Not one that is starting the worker right now: a child would start another.
-        spec = getattr(sys.modules.get(name), "__spec__", None)
-        if not getattr(spec, "_initializing", False):
-            return name
-    module = getattr(declared, "declared_in", declared.fn.__module__)
+    """Return the module whose import declares a task, as it did in the worker."""
+    module = declared.declared_in
+    # Not one that is starting the worker right now: a child would start another.
+    spec = getattr(sys.modules.get(module), "__spec__", None)
+    if getattr(spec, "_initializing", False):
+        module = declared.fn.__module__
     if module in _MAINS:
         raise ConfigurationError(
             f"{declared.name}: a task of __main__ can't be isolated: "
             "move it to a module"
         )
-    return str(module)
+    return module
 
 
 def _path_of_children() -> list[str]:
@@ -5922,7 +6160,7 @@ class _Child:
         except ValidationError:
             return False  # process() will say what is wrong with it
         if isolated:
-            received.message, message.received = message, received
+            received.message = message
         return isolated
 
     def process(self, received: QueueMessage) -> Outcome | None:
@@ -6052,8 +6290,8 @@ class _ChildProcess:
 
     def __init__(self) -> None:
         import socket
-        import subprocess
 
+        subprocess: Any = importlib.import_module("subprocess")
         self.unknown: list[str] = []  # isolated tasks that it did not find
         # Held to kill and to reap: what was reaped has a number that may be used again.
         self._lock = threading.Lock()
@@ -6061,10 +6299,11 @@ class _ChildProcess:
         self._lines = self._socket.makefile("rb")
         number = theirs.fileno()
         program = [__name__, "_child", str(number), str(os.getpid())]
-        flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]  # noqa: SLF001 - multiprocessing uses it, too
+        # Such as -O and -W; multiprocessing takes them from there, too.
+        flags = subprocess._args_from_interpreter_flags()  # noqa: SLF001
         with theirs:
             try:
-                self._process = subprocess.Popen(  # noqa: S603 - it is this file
+                self._process = subprocess.Popen(
                     [sys.executable, *flags, "-c", _BOOT, *program],
                     stdin=subprocess.DEVNULL,
                     start_new_session=True,
@@ -6101,17 +6340,16 @@ class _ChildProcess:
 
     def kill(self) -> None:
         """Kill it and what it started, also in C code that holds the GIL."""
-        with self._lock:
+        with self._lock, contextlib.suppress(PermissionError):  # macOS, of a zombie
             if self._process.returncode is None:
                 os.killpg(self._process.pid, signal.SIGKILL)
 
     def end(self, within_s: float) -> str:
         """Have it end, by a kill if it takes longer, and return how it ended."""
         until = time.monotonic() + within_s
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(1)  # SHUT_WR: it ends once it has read all
-            self._wait_at_most(until)
-            self._lines.read()  # it may have to write before that
+        with contextlib.suppress(OSError, ValueError):
+            self._socket.shutdown(1)  # SHUT_WR: it ends when it has read all
+            self.hear("nothing", until)  # but log records, and then that it has ended
         if not self._has_ended(until):  # a thread that a task left behind goes on, say
             self.kill()
             self._has_ended(math.inf)
@@ -6206,7 +6444,7 @@ class _Report(logging.StreamHandler[typing.TextIO]):
             self._socket.flush()
 
     def _leave(self) -> None:
-        """Have what a task forks neither answer, nor keep the socket open, nor log to it."""
+        """Keep what a task forks from the socket, and from holding it open."""
         os.dup2(self._nowhere, self._number, inheritable=False)
         self.stream = sys.stderr
 
@@ -6222,7 +6460,8 @@ def _serve_worker(argv: Sequence[str]) -> int:
     _die_with_parent()
     if os.getppid() != worker:  # it died before that
         return 1
-    os.set_inheritable(number, False)  # noqa: FBT003 - what a task starts must not keep it
+    # What a task starts must not keep the socket open.
+    os.set_inheritable(number, False)  # noqa: FBT003
     report = _Report(number)
     with open(number, "rb", closefd=False) as lines:
         start = json.loads(lines.readline())
@@ -6404,7 +6643,7 @@ def _is_behind(received: QueueMessage, failed: Iterable[QueueMessage]) -> bool:
 
 def _not_started(received: QueueMessage, reason: str) -> Outcome:
     """Return the outcome of a message that counts as failed though it was not run."""
-    text = f"message {received.message_id} was not started: {reason}"
+    text = f"{_name_of(received)} was not started: {reason}"
     return Outcome(Fate.retry, TaskhawkError(text))
 
 
@@ -6426,10 +6665,16 @@ def _delete_done(done: Iterable[QueueMessage]) -> None:
     _change_all("delete", receipts, warning)
 
 
+class _LambdaMessage(QueueMessage):
+    """A message that Lambda received: it decides when a failed one runs again."""
+
+    in_lambda = True
+
+
 def _from_record(record: Any) -> QueueMessage:
     """Read a record; a malformed one becomes a message that is not valid."""
     if not isinstance(record, Mapping):
-        return QueueMessage(None, "")
+        return _LambdaMessage(None, "")
     if "Sns" in record:
         return _from_topic(record)
     return _from_queue(record)
@@ -6439,25 +6684,25 @@ def _from_topic(record: Mapping[str, Any]) -> QueueMessage:
     """Read a record of an SNS event."""
     sns = record["Sns"]
     if not isinstance(sns, Mapping):
-        return QueueMessage(None, "", sns_record=record)
+        return _LambdaMessage(None, "", sns_record=record)
     message_id = str(sns.get("MessageId"))
-    return QueueMessage(sns.get("Message"), message_id, sns_record=record)
+    return _LambdaMessage(sns.get("Message"), message_id, sns_record=record)
 
 
 def _from_queue(record: Mapping[str, Any]) -> QueueMessage:
     """Read a record of an SQS event."""
     message_id = str(record.get("messageId", ""))
     if not _is_well_formed(record):
-        return QueueMessage(None, message_id)
+        return _LambdaMessage(None, message_id)
     attributes = record.get("attributes", {})
     message_attributes = _as_boto3(record.get("messageAttributes", {}))
     handle = record.get("receiptHandle")
-    received = QueueMessage(
+    received = _LambdaMessage(
         record.get("body"), message_id, handle, attributes, message_attributes
     )
     arn, broker = record.get("eventSourceARN"), _brokers.broker()
     if arn is not None and isinstance(broker, SqsBroker):
-        received.queue, received.broker = broker.queue_of_arn(arn), broker
+        received.broker, received.queue = broker.at_arn(arn)
     return received
 
 
@@ -6500,7 +6745,7 @@ __all__ += [
 # --- 20. dead letters -----------------------------------------------------------------
 # For people: nothing in production depends on this room. A dead letter is deleted only
 # once its copy is confirmed, so a crash or a fault in between leaves two copies, never
-# none. A scan hides what it receives from others, and shows what it leaves again.
+# none. A scan hides from others what it receives, and shows again what it leaves.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -6588,7 +6833,7 @@ def _recorded_error(received: QueueMessage) -> dict[str, Any] | None:
 
 @dataclasses.dataclass(frozen=True)
 class _LetterFilter:
-    """Says which dead letters are meant: those that fit all of it."""
+    """Says which dead letters are meant: those that fit every field."""
 
     task: str = "*"  # a pattern, as the shell's
     error: str = ""  # a part of the error's type or message
@@ -6631,7 +6876,7 @@ class _Scan:
     priority: Priority
     doing: str
     done: str
-    filter: _LetterFilter = _LetterFilter()
+    wanted: _LetterFilter = _LetterFilter()
     limit: int = sys.maxsize
     num_messages: int = _MAX_BATCH
     lease_s: float | None = 600
@@ -6671,7 +6916,7 @@ class _Scan:
             new = self._receive(total - len(self._seen))
             if not new:
                 return
-            letters = [*filter(self.filter.matches, map(_read_dead_letter, new))]
+            letters = [*filter(self.wanted.matches, map(_read_dead_letter, new))]
             letters = letters[: self.limit - self.matched]
             self.matched += len(letters)
             self.found_ids.update(*(letter.ids for letter in letters))
@@ -6728,8 +6973,9 @@ class _Scan:
         failure: str = "",
     ) -> list[_DeadLetter]:
         """Return those that were not refused; log the first refusal with its remedy."""
-        for refusal in [*refused.values()][:1]:
-            _log.warning("%s: %s", refusal.code, refusal.text)
+        if refused:
+            first = next(iter(refused.values()))
+            _log.warning("%s: %s", first.code, first.text)
         accepted = []
         for index, letter in enumerate(letters):
             if index in refused:
@@ -6742,11 +6988,10 @@ class _Scan:
         """Show what is left to others again."""
         show = functools.partial(self._broker.change_visibility, self._source)
         refused = _in_batches(show, [(r, 0) for r in self._hidden.values()], 3)
-        for refusal in [*refused.values()][:1]:
-            text = (
-                "%d of %d dead letters that were looked at stay hidden for a while: %s"
-            )
-            _log.warning(text, len(refused), len(self._hidden), refusal.text)
+        if refused:
+            reason = next(iter(refused.values())).text
+            text = "%d of %d dead letters looked at stay hidden for a while: %s"
+            _log.warning(text, len(refused), len(self._hidden), reason)
         if kind:
             text = "stopped: up to %d more messages may have been %s"
             self.say(text, _MAX_BATCH, self.done)
@@ -7199,24 +7444,13 @@ def _check_settings() -> list[_Finding]:
     """Read all settings, and import the hooks and classes that they name."""
     findings = [
         _error(str(error), "what uses it fails", _advice(error))
-        for error in _settings_errors()
+        for error in settings.errors()
     ]
     if findings or settings.TASKHAWK_BROKER != "sqs" or settings.TASKHAWK_QUEUE:
         return findings
     why = "no queue has a name; without AWS, try TASKHAWK_BROKER=sqlite:///queue.db"
     remedy = "export TASKHAWK_QUEUE=dev-myapp"
     return [_error("TASKHAWK_QUEUE is not set", why, remedy)]
-
-
-def _settings_errors() -> list[ConfigurationError]:
-    """Return what is wrong with the settings."""
-    errors: dict[str, ConfigurationError] = {}
-    for name in _SETTINGS:
-        try:
-            getattr(settings, name)
-        except ConfigurationError as error:
-            errors.setdefault(str(error), error)  # of a wrong module, all say the same
-    return list(errors.values())
 
 
 def _check_topic(priority: Priority) -> Iterator[_Finding]:
@@ -7406,7 +7640,9 @@ def _seconds(least: float = 0, most: float = math.inf) -> Callable[[str], float]
 
 def _bounds(least: float, most: float) -> str:
     """Return which numbers are within bounds."""
-    return f"{least} or more" if most == math.inf else f"{least} to {most}"
+    if most == math.inf:
+        return f"{least} or more"
+    return f"{least} to {most}"
 
 
 def _age(text: str) -> float:
@@ -7424,27 +7660,17 @@ def _pair(text: str) -> tuple[str, str]:
     return name, value
 
 
-def _json_array(text: str) -> list[Any]:
-    """Read an array of JSON."""
-    value = _json_of(text)
-    if not isinstance(value, list):
-        raise _wrong("an array of JSON", text)
-    return value
+def _json(kind: type, expected: str) -> Callable[[str], Any]:
+    """Return what reads JSON of one kind."""
 
+    def read(text: str) -> Any:
+        with contextlib.suppress(ValueError, RecursionError):
+            value = _DECODER.decode(text)
+            if isinstance(value, kind):
+                return value
+        raise _wrong(expected, text)
 
-def _json_object(text: str) -> dict[str, Any]:
-    """Read an object of JSON."""
-    value = _json_of(text)
-    if not isinstance(value, dict):
-        raise _wrong("an object of JSON", text)
-    return value
-
-
-def _json_of(text: str) -> Any:
-    """Read JSON; what is not JSON is None."""
-    with contextlib.suppress(ValueError, RecursionError):
-        return _DECODER.decode(text)
-    return None
+    return read
 
 
 _flag = functools.partial(_option, action="store_true")
@@ -7562,20 +7788,6 @@ def _log_handlers() -> Iterator[logging.Handler]:
             yield from logger.handlers
 
 
-def _django_task_modules() -> list[str]:
-    """Return the modules named `tasks` of the installed apps, if Django is set up."""
-    if "django.apps" not in sys.modules:
-        return []
-    from django.apps import apps
-    from django.utils.module_loading import module_has_submodule
-
-    return [
-        f"{app.name}.tasks"
-        for app in apps.get_app_configs()
-        if module_has_submodule(app.module, "tasks")
-    ]
-
-
 def _parser() -> Any:
     """Make the parser of all commands."""
     import argparse
@@ -7595,7 +7807,7 @@ def _parser() -> Any:
     parser = Parser(prog="taskhawk", description=sentence)
     parser.add_argument("--version", action="version", version=VERSION)
     parser.set_defaults(run=None, parser=parser, modules=(), ids=())
-    parser.set_defaults(log_level=None, log_format=None)
+    parser.set_defaults(log_level=None, log_format=None, json=False)
     groups = {"": parser.add_subparsers(metavar="COMMAND")}
     for command, (run, options) in _commands.items():
         text, _, example = (inspect.getdoc(run) or command).partition("\n\n")
@@ -7762,9 +7974,10 @@ class _ListenWorker(Worker):
         super().settle(held, outcome)
         message = held.message.message
         if message and outcome.fate is Fate.acknowledge:
-            facts: dict[str, Any] = {"task": message.task_name, "id": message.id}
-            facts["attempt"] = held.message.attempt
-            _log.info("%s %s: finished", message.task_name, message.id, extra=facts)
+            attempt = held.message.attempt
+            facts = {"task": message.task_name, "id": message.id, "attempt": attempt}
+            name = re.sub("[^ -~]", "?", f"{message.task_name} {message.id}")[:200]
+            _log.info("%s: attempt %d finished", name, attempt, extra=facts)
 
 
 @_command(
@@ -7823,8 +8036,7 @@ def _listen(arguments: Any) -> bool:
     """
     _require_tasks("listen")
     # A typo, such as in a hook's name, would send the whole queue to the dead letters.
-    for error in _settings_errors():
-        raise error
+    settings.check()
     priorities = _priorities(arguments.priority)
     worker = _ListenWorker(
         _brokers.broker(),
@@ -7880,12 +8092,16 @@ def _exit_overdue(ledger: Ledger) -> None:
     "dispatch",
     _option("task", "the task's name"),
     _option(
-        "--args", "(default: [])", type=_json_array, default=[], metavar="JSON ARRAY"
+        "--args",
+        "(default: [])",
+        type=_json(list, "an array of JSON"),
+        default=[],
+        metavar="JSON ARRAY",
     ),
     _option(
         "--kwargs",
         "(default: {})",
-        type=_json_object,
+        type=_json(dict, "an object of JSON"),
         default={},
         metavar="JSON OBJECT",
     ),
@@ -8189,7 +8405,7 @@ def _rewrite_line(text: str, *args: object) -> None:
 
 def _require_found(scan: _Scan) -> None:
     """Raise an error if an id that was named is that of no dead letter."""
-    missing = scan.filter.ids - scan.found_ids
+    missing = scan.wanted.ids - scan.found_ids
     if missing:
         ids = ", ".join(sorted(missing))
         raise TaskhawkError(f"no dead letter that fits the filters has this id: {ids}")
@@ -8198,7 +8414,9 @@ def _require_found(scan: _Scan) -> None:
 def _print_letters(
     arguments: Any, doing: str, text_of: Callable[[_DeadLetter], str]
 ) -> None:
-    """Print the dead letters that the options ask for."""
+    """Print the dead letters that the options ask for, with --json as JSON."""
+    if arguments.json:
+        text_of = _as_json
     with _scan_for(arguments, doing, "looked at") as scan:
         for letters in scan:
             _clear_line()
@@ -8254,7 +8472,7 @@ def _list(arguments: Any) -> None:
 
     example: python -m taskhawk dead-letters list --task 'mail.*'
     """
-    _print_letters(arguments, "listing", _as_json if arguments.json else _as_line)
+    _print_letters(arguments, "listing", _as_line)
 
 
 @_command(
@@ -8268,7 +8486,7 @@ def _show(arguments: Any) -> None:
 
     example: python -m taskhawk dead-letters show b1328174-a21c-43d3-b303-964dfcc76efc
     """
-    _print_letters(arguments, "showing", _as_json if arguments.json else _as_page)
+    _print_letters(arguments, "showing", _as_page)
 
 
 @_command("dead-letters export", *_LETTERS)
@@ -8326,7 +8544,7 @@ def _delete(arguments: Any) -> None:
 def _is_agreed(scan: _Scan) -> bool:
     """Ask in a terminal whether to delete, where it may be more than one."""
     total = scan.total()
-    most = min(total, scan.limit, len(scan.filter.ids) or total)
+    most = min(total, scan.limit, len(scan.wanted.ids) or total)
     if most <= 1 or not sys.stdin.isatty():
         return True
     question = f"delete up to {most} dead letters for good? [y/N] "
