@@ -1,4 +1,4 @@
-"""Run Python functions later, on AWS SQS, SNS and Lambda, from one file with one dependency.
+"""Run Python functions later on AWS SQS, SNS and Lambda: one file, one dependency.
 
 Quickstart, with nothing set up (without TASKHAWK_BROKER, it talks to AWS)::
 
@@ -22,21 +22,21 @@ Promises
     2. While its worker lives, reaches the queue and may extend its leases, a message is
        not run twice at the same time, unless a task in its process holds the GIL for
        longer than the visibility timeout (isolate those), SQS itself delivers it twice,
-       it runs for more than 12 hours, its send was repeated because the answer was lost,
-       or the clock of a SQLite queue is set forward by more than the lease.
+       it runs for over 12 hours, its send was repeated because the answer was lost, or
+       the clock of a SQLite queue is set forward by more than the lease.
     3. No byte of a message is unpickled, evaluated, or used as an import name.
     4. A malformed message never stops a worker and is never silently dropped.
     5. Our log texts never hold bodies, arguments, header values or credentials, nor a
        line break of a message's. A task's own exceptions are logged as they are.
-    6. Idle, a queue costs one 20 s poll after another. Busy, with ``num_messages=10``, a
-       task costs at most 0.12 receives and 0.12 deletes; leases are extra for tasks that
-       take over a third of the visibility timeout. A dispatch in a batch costs 0.1.
+    6. Idle, a queue costs one 20 s poll after another. With ``num_messages=10``, a task
+       costs at most 0.12 receives and 0.12 deletes; leases are extra for tasks of over
+       a third of the visibility timeout. A dispatch in a batch costs 0.1 requests.
     7. A process that a task starts is as it would be without us: its signals, its
        environment, its connections.
 
-Not here: results, chains, soft time limits, purging or browsing a queue, CloudFormation.
+Not here: results, chains, soft time limits, purging or browsing a queue.
 
-The way of a message; an event of Lambda joins it before it is decoded::
+The way of a message; a Lambda event joins it where messages are decoded::
 
     fn.dispatch(...) -> Message -> encode -> Broker.send
         == queue ==> Broker.receive -> decode -> process() -> Outcome
@@ -45,7 +45,7 @@ The way of a message; an event of Lambda joins it before it is decoded::
 Words of AWS; lease and acknowledgement are ours
     receipt handle       the token of one receive, needed to delete or delay the message
     visibility timeout   how long a received message is hidden from other receivers
-    lease                that timeout, extended for as long as a worker holds the message
+    lease                that timeout, extended while a worker holds the message
     acknowledgement      the delete after a run
     dead-letter queue    where a message goes that was received too often or given up
     redrive policy       a queue's setting: its dead-letter queue, and after how many
@@ -61,34 +61,33 @@ A message that a worker holds; the :class:`Ledger` counts what each becomes::
         '--> released                                    never started, visible at once
 
 What to read for each promise, and how many statements that is
-    1 (287): publish, _send_one, _accepted, _send_all_ready, _partial_failure,
+    1 (293): publish, _send_one, _accepted, _send_all_ready, _partial_failure,
         _send_all, _in_batches, _one_round, SqliteBroker.send, SqliteBroker._claim,
         SqliteBroker.delete, _SqliteFile.change, _use_write_ahead_log,
-        _AwsSender._batch, SqsBroker.send, SqsBroker.delete, process, _verdict,
-        Worker._run, Worker.settle, Worker._shut_down, _dead_letter, _send_copy,
+        _AwsSender._batch, SqsBroker.send, SqsBroker.delete, process, _verdict, _wanted,
+        _Slot._run, Worker.settle, Worker._shut_down, _dead_letter, _send_copy,
         _Held.move, _Holdings.finish, _Holdings.release, _Holdings._decide,
-        _Holdings.answered, _Holdings._deleted, _Holdings._delayed,
-        _Holdings._try_later, _Holdings._doubt, _Holdings.close, _Holdings._close
-    2 (257): SqliteBroker.receive, SqliteBroker._claim, SqliteBroker.change_visibility,
-        SqsBroker.receive, _find_lease, Worker._receive, _Course.take, _Call, _Leases,
+        _Calls.answered, _Calls._deleted, _Calls._delayed, _Calls._try_later,
+        _Holdings.doubt, _Holdings.close, _Holdings.end
+    2 (258): SqliteBroker.receive, SqliteBroker._claim, SqliteBroker.change_visibility,
+        SqsBroker.receive, _find_lease, _Poller._receive, _Course.take, _Call, _Leases,
         _Holdings.take, _Holdings.start, _Holdings.release, _Holdings.release_waiting,
-        _Holdings._decide, _Holdings.expire, _Holdings.next_call, _Holdings.answered,
-        _Holdings._extended, _Holdings._deleted, _Holdings._lose, _Keeper.run,
-        _Keeper._make, Worker._run, Worker._give_up, _Child.kill
+        _Holdings._decide, _Holdings.expire, _Holdings.lose, _Calls.next,
+        _Calls.answered, _Calls._extended, _Calls._deleted, _Keeper.run, _Keeper._make,
+        _Slot._run, Worker._give_up, _Child.kill
     3 (112): _decode, _parse, Message._take, _validate, _fits, _find_task,
         Task.find_by_name, Task.call, _register, _import, _import_path, _parse_line,
         _to_outcome, _import_tasks
-    4 (109): process, _run, _decode, _parse, _failed, _verdict, _text_of_invalid,
-        Worker._run, Worker.settle
-    5 (165): _run, _failed, _sentence, _name_of, _facts, _extra_of, _text_of_invalid,
-        _shown, _mismatch, _too_large, _full_name_of, _Holdings._warn, _Keeper._tell,
-        _Faults, _error_code, _explained, _remedy, _Source._illegal, _call_safely,
-        _log_again
-    6 (176): _Course.wait_for_room, _Course._find_room, Worker._receive_all,
-        Worker._receive, Worker._back_off, _pause_s, _Holdings._decide,
-        _Holdings._hurry, _Holdings.next_call, _Holdings._due_ends, _Holdings._extended,
-        _Leases, _of_one_queue, _Keeper._wait, _Keeper._make, SqsBroker.receive,
-        SqsBroker.url, SqsBroker._find_url, _batches
+    4 (104): process, _run, _decode, _parse, _failed, _verdict, _is_invalid,
+        _text_of_invalid, _Slot._run, Worker.settle
+    5 (190): _run, _failed, _sentence, _what_follows, _name_of, _reason, _in_one_line,
+        _facts, _extra_of, _text_of_invalid, _shown, _mismatch, _too_large,
+        _Holdings.warn, _Keeper._tell, _Faults, _error_code, _error_details, _explained,
+        _explanation, _find_remedy, _Source._illegal, _call_safely, _log_again
+    6 (169): _Course.wait_for_room, _Course._find_room, _Poller.work, _Poller._try,
+        _Poller._receive, _pause_s, _Holdings._decide, _Holdings._hurry, _Calls.next,
+        _Calls._due_ends, _Calls._extended, _Leases, _Keeper._wait, _Keeper._make,
+        SqsBroker.receive, SqsBroker.url, SqsBroker._find_url, _batches
     7 (187): _in_own_context, _refresh_django_connections, _PerProcess, _made_once,
         _Brokers.before_fork, _Brokers.after_fork, _close_sqlite_files,
         _release_sqlite_files, _Signals, _forget_signals, _path_of_children,
@@ -1772,7 +1771,7 @@ class QueueMessage:
             call = functools.partial(self.broker.delete, self.queue, retry=True)
             _insist(call, self.receipt_handle)
 
-    def change_visibility(self, *, VisibilityTimeout: float) -> None:  # noqa: N803 - boto3's name
+    def change_visibility(self, *, VisibilityTimeout: float) -> None:  # noqa: N803
         """Make the message visible again so many seconds from now.
 
         :param VisibilityTimeout: 0 to 43,200 seconds; SQS allows 12 hours in all from
@@ -1945,12 +1944,11 @@ def _change_all(call: str, entries: Mapping[QueueMessage, Any], warning: str) ->
 
 # --- 8. SQLite ------------------------------------------------------------------------
 # The embedded broker, with the semantics of SQS, for any number of processes on one
-# machine. Every change is ONE statement, and so one transaction: it is on the disk
-# (synchronous=FULL) before the call returns, and neither a crash nor a signal handler
-# or __del__ that dispatches comes between its halves. A message is hidden while its
-# visible_ms is ahead: delay, visibility timeout and retry in one. A receipt is good for
-# a delete until the message is received again or dead-lettered; for a change, only
-# while the message is hidden too.
+# machine. Every change is ONE statement, so it is on the disk (synchronous=FULL) before
+# the call returns, and no crash, signal handler or __del__ comes between its halves. A
+# message is hidden while its visible_ms is ahead: delay, visibility timeout and retry
+# in one. A receipt is good for a delete until the message is received again or
+# dead-lettered; for a change, only while the message is hidden too.
 
 
 _SQLITE_SCHEMA = """BEGIN IMMEDIATE;
@@ -8645,7 +8643,7 @@ def _sections(text: str) -> list[_Section]:
 
 
 def _split_sections(text: str) -> Iterator[tuple[str, str]]:
-    """Yield the title and the text of each section; it ends where the next banner is."""
+    """Yield the title and text of each section: it ends where the next banner is."""
     title, start = "docstring", 0
     for banner in re.finditer(_BANNER, text):
         yield title, text[start : banner.start()]
@@ -8671,8 +8669,8 @@ def _read_copy(path: str) -> _Copy:
 def _write_copy(path: str, copy: _Copy) -> Sequence[_Section]:
     """Write a copy, whole or not at all; return the sections of the one it replaces.
 
-    :raises ConfigurationError: if the file that stands there, or the copy that runs this
-        command, is not as it was written
+    :raises ConfigurationError: if the file that stands there, or the copy that runs
+        this command, is not as it was written
     """
     running = _Copy.read(_own_text())
     if running is not None:
