@@ -2469,7 +2469,7 @@ class TestMessages:
             ("metadata.version", None, "null"),
             ("metadata.version", False, "false"),
             ("metadata.version", ["1.0"], "an array"),
-            ("metadata.version", 10**99, "a huge number"),
+            ("metadata.version", 10**18, "a huge number"),
             ("metadata.version", "9" * 99, f'"{"9" * 40}"'),
             ("metadata.timestamp", ABSENT, "nothing"),
             ("metadata.timestamp", None, "null"),
@@ -3058,9 +3058,12 @@ class TestRetryPolicies:
             assert make(jitter=False)(attempt + 1) >= whole
         assert whole <= ceiling_s
 
-    def test_jitter_differs(self):
-        """What failed together does not come back together."""
-        policy = taskhawk.fixed(60)
+    @pytest.mark.parametrize(
+        "policy",
+        [taskhawk.fixed(60), taskhawk.linear(60, 1), taskhawk.exponential(60)],
+    )
+    def test_jitter_differs(self, policy):
+        """What failed together does not come back together, unless told otherwise."""
         assert len({policy(1) for _ in range(20)}) > 1
 
     @pytest.mark.parametrize(
@@ -6333,7 +6336,7 @@ except taskhawk.ValidationError as error:
     def test_not_accepted(self, aws, mail, code, error):
         """What was not accepted raises our error, or else botocore's."""
         aws.always("SendMessage", fault(code))
-        assert f"({code})" in refused(mail.dispatch, error=error)
+        assert code in refused(mail.dispatch, error=error)
 
     @pytest.mark.parametrize(
         "answer",
@@ -6659,7 +6662,7 @@ class TestBatch:
         assert str(raised.value) == "2 of 4 messages failed: AccessDenied"
         reasons = {entry["Message"] for entry in raised.value.result["Failed"]}
         reason = DENIED.format("SendMessage")
-        assert reasons == {f"TASKHAWK-APP: {reason} (AccessDenied)"}
+        assert reasons == {f"TASKHAWK-APP: {reason} (AccessDenied: no)"}
         assert aws.calls[-1].data["QueueUrl"].endswith("-HIGH-PRIORITY")
 
     def test_unsent_as_dispatched(self, aws, mail):
