@@ -8594,10 +8594,7 @@ class _Copy:
     @classmethod
     def of_this_file(cls, part: str) -> _Copy:
         """Return a copy of this file, whole or up to the end of a part."""
-        text = _own_text()
-        running = cls.read(text)
-        if running is not None:
-            text = running.text
+        text = _running_copy().text
         if part in _CUTS:
             kept, _banner, _later = text.partition(f"\n# === {_CUTS[part]}")
             text = kept.rstrip() + "\n"
@@ -8626,9 +8623,10 @@ class _Copy:
             )
 
 
-def _own_text() -> str:
-    """Return the text of this file, with its header if it is a copy itself."""
-    return inspect.getsource(sys.modules[__name__])
+def _running_copy() -> _Copy:
+    """Return this file: as the copy that it is, or as one would be that is made now."""
+    text = inspect.getsource(sys.modules[__name__])
+    return _Copy.read(text) or _Copy(__version__, "whole", _sections(text), text)
 
 
 def _sections(text: str) -> list[_Section]:
@@ -8672,9 +8670,7 @@ def _write_copy(path: str, copy: _Copy) -> Sequence[_Section]:
     :raises ConfigurationError: if the file that stands there, or the copy that runs
         this command, is not as it was written
     """
-    running = _Copy.read(_own_text())
-    if running is not None:
-        running.require_unmodified("the copy that runs this command")
+    _running_copy().require_unmodified("the copy that runs this command")
     if not os.path.isdir(os.path.dirname(path)):
         raise ConfigurationError(
             f"vendor: {os.path.dirname(path)} is not a folder. Fix: make it first"

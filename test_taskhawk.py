@@ -13566,6 +13566,9 @@ VENDOR_LEDGER = (
     "2 received, 2 acked, 0 retried, 0 dead-lettered, 0 released, 0 uncertain\n"
 )
 VENDOR_CONFTEST = """
+import pathlib, taskhawk
+assert pathlib.Path(taskhawk.__file__).parent == pathlib.Path(__file__).parent
+
 def pytest_collection_modifyitems(items):
     items[:] = [item for item in items if item.originalname not in {unfit!r}]
 """
@@ -13783,8 +13786,11 @@ class TestVendoring:
         before = path.read_bytes()
         code = f"""if True:
             import resource, sys, taskhawk
-            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-            sys.exit(taskhawk.main(["vendor", {str(path)!r}]))"""
+            soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+            code = taskhawk.main(["vendor", {str(path)!r}])
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            sys.exit(code)"""
         result = run_python(code, cwd=tmp_path)
         error = "taskhawk: [Errno 27] File too large\n"
         assert (result.returncode, result.stdout, result.stderr) == (1, "", error)
