@@ -14003,6 +14003,31 @@ class TestReadme:
                 command
             )
 
+    @pytest.mark.slow
+    def test_five_steps(self, ministack, tmp_path):
+        """The way from the demo to a real queue, on an emulator as README says."""
+        readme_files(tmp_path)
+        shown = [block.text for block in readme_blocks() if block.language == "sh"]
+        (steps,) = [text for text in shown if "# 5." in text]
+        (emulator,) = [text for text in shown if "AWS_ENDPOINT_SQS" in text]
+        emulator = emulator.replace("http://127.0.0.1:4566", ministack)
+        export, _, steps = steps.replace(" # 5.", " --until-empty # 5.").partition("\n")
+        script = f'set -e; python() {{ "$PY" "$@"; }}\n{export}\n{emulator}{steps}'
+        result = subprocess.run(
+            ["bash", "-c", script],
+            cwd=tmp_path,
+            env=python_env({"PY": sys.executable}),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert result.returncode == 0, result.stderr
+        assert "\nnothing is wrong\n" in result.stdout
+        assert re.search(r"\ndefault +1 +0 +0 +0\n", result.stdout)
+        assert "\nHello! -> you@example.com\n1 received, 1 acked," in result.stdout
+
     def test_settings_are_documented(self):
         """The settings' table has each setting, its true default, and an example that is legal."""
         cell = r" *(.*?) *\|"
