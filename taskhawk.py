@@ -4682,7 +4682,7 @@ class _Holdings:
 
     def _all_waiting(self) -> list[_Held]:
         """Return the messages that wait to be started, the most urgent first."""
-        return list(itertools.chain.from_iterable(self._waiting.values()))
+        return [held for each in self._waiting.values() for held in each]
 
     def finish(
         self, held: _Held, end: str, now: float, delay_s: float | None = 0
