@@ -3688,6 +3688,7 @@ print(time.monotonic())
             assert len(broker.receive("Q", 1, 20, None, NEVER)) == 1
             assert time.monotonic() - float(child.stdout.readline()) < 1
 
+    @pytest.mark.slow
     def test_eight_processes_open_a_new_file(self, path, url):
         """Any number of processes may make the file at the same moment."""
         code = """
@@ -3700,6 +3701,7 @@ taskhawk.SqliteBroker(sys.argv[2]).send('Q', [Outgoing(sys.argv[3], {})])
         with contextlib.closing(taskhawk.SqliteBroker(url)) as broker:
             assert sorted(drain(broker, "Q")) == list("01234567")
 
+    @pytest.mark.slow
     def test_processes_claim_apart(self, url):
         """Workers that receive at the same time never share a message, and miss none."""
         code = """
@@ -3722,6 +3724,7 @@ while received := receive(3):
             assert sorted(map(int, bodies)) == list(range(300))
             assert broker.depth("Q") == Depth(0, 0, 0)
 
+    @pytest.mark.slow
     def test_kill_while_sending(self, path, url):
         """A kill -9 loses nothing that was sent, and leaves no part of a batch."""
         code = """
@@ -3742,6 +3745,7 @@ for start in itertools.count(0, 3):
             assert len(bodies) - int(sent[-1]) in (0, 3)
         assert sqlite_execute(path, "PRAGMA integrity_check") == [("ok",)]
 
+    @pytest.mark.slow
     def test_kill_while_receiving(self, path):
         """A kill -9 loses nothing that was not deleted; nothing deleted comes back."""
         url = f"sqlite:///{path}?max_receive_count=100"
@@ -4213,8 +4217,13 @@ class TestSqs:
         assert sent == ["0", "1", "2"]
         assert (refusal.index, refusal.code, refusal.final) == (1, "OverLimit", True)
 
-    @pytest.mark.parametrize("mistake", AWS_MISTAKES)
-    @pytest.mark.parametrize("action", ["GetQueueUrl", "SendMessage"])
+    @pytest.mark.parametrize(
+        ("action", "mistake"),
+        [
+            ("GetQueueUrl", AWS_MISTAKES[0]),
+            *(("SendMessage", mistake) for mistake in AWS_MISTAKES),
+        ],
+    )
     def test_mistakes(self, aws, task, action, mistake):
         """What only a person can fix is one sentence: the remedy, and AWS's own text."""
         code, text, remedy = mistake
