@@ -10643,7 +10643,11 @@ class TestIsolation:
             text = isolated_refusal(isolated_child, received)
         assert text == f"a child can't import the tasks: {reason.format(file=file)}"
         file.write_text(ISOLATED_MODULE)
+        isolated_child.start()
+        process = isolated_child._process
+        isolated_child.start()  # it has one
         assert isolated_child.process(received) == Outcome(Fate.acknowledge)
+        assert isolated_child._process is process
 
     @pytest.mark.slow
     def test_dies_before_the_run(self, isolated_jobs, isolated_child):
