@@ -10893,7 +10893,12 @@ class TestIsolation:
         with worker_process(isolated_jobs.HERE, env, "isolated") as worker:
             worker_eventually(lambda: notes.exists() and "\n" in notes.read_text())
             worker.kill()
-            worker_eventually(lambda: is_gone(int(notes.read_text())))
+            child = int(notes.read_text())
+            try:
+                worker_eventually(lambda: is_gone(child))
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(child, signal.SIGKILL)
 
     @pytest.mark.parametrize("concurrency", [1, 2])
     def test_grace(self, isolated_jobs, concurrency):
