@@ -10832,7 +10832,11 @@ class TestIsolation:
             text = isolated_refusal(isolated_child, received)
         assert text == f"a child can't import the tasks: {reason.format(file=file)}"
         file.write_text(ISOLATED_MODULE)
+        isolated_child.start()
+        process = isolated_child._process
+        isolated_child.start()  # it has one
         assert isolated_child.process(received) == Outcome(Fate.acknowledge)
+        assert isolated_child._process is process
 
     @pytest.mark.slow
     def test_dies_before_the_run(self, isolated_jobs, isolated_child):
@@ -11078,7 +11082,12 @@ class TestIsolation:
         with worker_process(isolated_jobs.HERE, env, "isolated") as worker:
             worker_eventually(lambda: notes.exists() and "\n" in notes.read_text())
             worker.kill()
-            worker_eventually(lambda: is_gone(int(notes.read_text())))
+            child = int(notes.read_text())
+            try:
+                worker_eventually(lambda: is_gone(child))
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(child, signal.SIGKILL)
 
     @pytest.mark.parametrize("concurrency", [1, 2])
     def test_grace(self, isolated_jobs, concurrency):
