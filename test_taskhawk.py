@@ -4892,12 +4892,21 @@ class TestProcesses:
     @pytest.mark.parametrize("how", ["os", "C"])
     def test_fork_on_sqlite(self, task, url, how):
         """What a forked child dispatches is kept, whichever closes the file first."""
+
+        def connections():
+            found = gc.get_objects()
+            return sum(isinstance(each, sqlite3.Connection) for each in found)
+
         task.dispatch("parent before")
+        gc.collect()
+        ours = connections()
         fork_context = multiprocessing.get_context("fork")
         dispatched, closed = fork_context.Event(), fork_context.Event()
 
         def child():
             task.dispatch("child 1")
+            # It has its own, and leaves an inherited one alone: SQLite forbids a close.
+            assert connections() == ours + (how == "C")
             dispatched.set()
             assert closed.wait(20)
             assert forked(lambda: task.dispatch("child 2"))() == 0
@@ -10890,7 +10899,9 @@ class TestIsolation:
 
     def test_not_declared(self, isolated_jobs, caplog, monkeypatch):
         """A task that no imported module declares is left to the queue; others are run."""
-        monkeypatch.setattr(taskhawk, "_INVALID_EVERY_S", 0)  # whatever was logged before
+        monkeypatch.setattr(
+            taskhawk, "_INVALID_EVERY_S", 0
+        )  # whatever was logged before
         isolated_import(isolated_jobs.HERE, lib=ISOLATED_FACTORY).create_app()
         taskhawk.Task.find_by_name("lib.job").dispatch()
         isolated_jobs.pid.dispatch()
