@@ -387,13 +387,13 @@ def _passed_a_handler(error: BaseException) -> bool:
     """
     for frame, _ in traceback.walk_tb(error.__traceback__):
         names, rest, _, values = inspect.getargvalues(frame)
-        given = list(map(values.get, names))
+        given = [values.get(name) for name in names]
         others = values.get(str(rest))
         if isinstance(others, tuple):
             given += others
-        for each in given:
-            if each is frame.f_back and each is not None:
-                return True
+        caller = frame.f_back
+        if caller and any(each is caller for each in given):
+            return True
     return False
 
 
