@@ -420,22 +420,16 @@ class _Illegal(ValueError):
     """A value breaks the rule of its setting."""
 
 
-@dataclasses.dataclass(frozen=True)
-class _Rule:
+class _Rule(NamedTuple):
     """What a setting may be.
 
-    :param expected: the words that errors use for it
-    :param parse: returns a value as taskhawk uses it, and takes text for any value, for
-        the environment has nothing else. It raises _Illegal if the value breaks the
-        rule, and ImportError or AttributeError if a dotted path leads nowhere
+    `parse` returns a value as taskhawk uses it, and takes text for any value, for the
+    environment has nothing else. It raises _Illegal if the value breaks the rule, and
+    ImportError or AttributeError if a dotted path leads nowhere.
     """
 
-    expected: str
+    expected: str  # the words that errors use for it
     parse: Callable[[Any], Any]
-
-    def __str__(self) -> str:
-        """Return the words that errors use."""
-        return self.expected
 
 
 class _Setting(NamedTuple):
@@ -445,16 +439,17 @@ class _Setting(NamedTuple):
     example: str  # a legal value, for errors
     default: Any = None
 
+    @property
+    def expected(self) -> str:
+        """What errors say of a legal value."""
+        return f"{self.rule.expected}, such as {self.example!r}"
 
-def _text_like(pattern: str) -> Callable[[Any], str]:
-    """Return a parser of text that the pattern matches as a whole."""
 
-    def parse(value: Any) -> str:
-        if not isinstance(value, str) or not re.fullmatch(pattern, value):
-            raise _Illegal
-        return value
-
-    return parse
+def _parse_text(pattern: str, value: Any) -> str:
+    """Take text that the pattern matches as a whole."""
+    if not isinstance(value, str) or not re.fullmatch(pattern, value):
+        raise _Illegal
+    return value
 
 
 def _parse_flag(value: Any) -> bool:
@@ -467,36 +462,32 @@ def _parse_flag(value: Any) -> bool:
     return _FLAGS[word]
 
 
-def _above_zero(convert: Callable[[str], float]) -> Callable[[Any], float]:
-    """Return a parser of a number above 0."""
-
-    def parse(value: Any) -> float:
-        try:
-            number = convert(str(value))  # of its text, so that True is not 1
-        except ValueError as error:
-            raise _Illegal from error
-        if not 0 < number < math.inf:
-            raise _Illegal
-        return number
-
-    return parse
+def _parse_number(convert: Callable[[str], float], value: Any) -> float:
+    """Take a number above 0."""
+    try:
+        number = convert(str(value))  # of its text, so that True is not 1
+    except ValueError as error:
+        raise _Illegal from error
+    if not 0 < number < math.inf:
+        raise _Illegal
+    return number
 
 
 def _parse_account(value: Any) -> str:
     """Take an account id; as an int, it has lost its leading zeros."""
     if type(value) is int:
         value = f"{value:012d}"
-    return _text_like("[0-9]{12}")(value)
+    return _parse_text("[0-9]{12}", value)
 
 
 def _parse_url(value: Any) -> str:
     """Take a URL of HTTP."""
-    return _text_like(r"https?://[^\s/]\S*")(value).rstrip("/")
+    return _parse_text(r"https?://[^\s/]\S*", value).rstrip("/")
 
 
 def _parse_broker(value: Any) -> str:
     """Take the name of a broker; make a file's path absolute, for a task may chdir."""
-    url = _text_like("sqs|sqlite://.*")(value)
+    url = _parse_text("sqs|sqlite://.*", value)
     relative = re.fullmatch("sqlite:///([^/?].*)", url)
     if not relative:
         return url
@@ -529,23 +520,23 @@ def _do_nothing(**_: object) -> None:
     """Do what 1.4's default hooks did."""
 
 
-_TEXT = _Rule("a string", _text_like(".+"))
+_TEXT = _Rule("a string", functools.partial(_parse_text, ".+"))
 # Emulators have regions of any name. One that ends in a digit and a letter is a zone.
 _REGION = _Rule(
     "the name of a region, not of an availability zone",
-    _text_like(r"(?!.*-[0-9]+[a-z]$)[A-Za-z0-9-]{1,63}"),
+    functools.partial(_parse_text, r"(?!.*-[0-9]+[a-z]$)[A-Za-z0-9-]{1,63}"),
 )
 _ACCOUNT = _Rule("an account id of twelve digits", _parse_account)
 _FLAG = _Rule("true or false", _parse_flag)
-_SECONDS = _Rule("a number of seconds above 0", _above_zero(float))
-_COUNT = _Rule("a whole number above 0", _above_zero(int))
+_SECONDS = _Rule("a number of seconds above 0", functools.partial(_parse_number, float))
+_COUNT = _Rule("a whole number above 0", functools.partial(_parse_number, int))
 _HOOK = _Rule("a function or its dotted path", _parse_callable)
 _CLASS = _Rule("a class or its dotted path", _parse_callable)
 _URL = _Rule("a URL that begins with http:// or https://", _parse_url)
 _BROKER = _Rule("'sqs' or a URL of SQLite", _parse_broker)
 _QUEUE = _Rule(
     f"at most {_MAX_QUEUE} letters, digits, hyphens and underscores",
-    _text_like(f"[A-Za-z0-9_-]{{1,{_MAX_QUEUE}}}"),
+    functools.partial(_parse_text, f"[A-Za-z0-9_-]{{1,{_MAX_QUEUE}}}"),
 )
 _SETTINGS = {
     "AWS_ACCESS_KEY": _Setting(_TEXT, "AKIAIOSFODNN7EXAMPLE"),
@@ -607,21 +598,13 @@ class _Source(NamedTuple):
 
     def _illegal(self, name: str, value: Any, reason: str = "") -> ConfigurationError:
         """Return the error for a value that breaks its rule; it shows no secret."""
-        rule, example, _ = _SETTINGS[name]
         shown = repr(value)
         if name in _SECRETS:
             shown = type(value).__name__
         if reason:
             shown += f" ({reason})"
         return ConfigurationError(
-            f"{name} in {self.where}: expected {rule}, such as {example!r}, got {shown}"
-        )
-
-    def half_set(self, name: str, missing: str) -> ConfigurationError:
-        """Return the error for a setting without the one that it needs beside it."""
-        return ConfigurationError(
-            f"{name} is set in {self.where}, but {missing} is not:"
-            " expected both or neither"
+            f"{name} in {self.where}: expected {_SETTINGS[name].expected}, got {shown}"
         )
 
 
@@ -660,9 +643,8 @@ class _Settings:
         """Return a setting that has no default; raise ConfigurationError if unset."""
         value = getattr(self, name)
         if value is None:
-            rule, example, _ = _SETTINGS[name]
             raise ConfigurationError(
-                f"{name} is not set: expected {rule}, such as {example!r}, from"
+                f"{name} is not set: expected {_SETTINGS[name].expected}, from"
                 " taskhawk.configure(), the module named by SETTINGS_MODULE, Django's"
                 " settings or the environment"
             )
@@ -681,10 +663,12 @@ class _Settings:
                     "aws_secret_access_key": secret,
                     "aws_session_token": token,
                 }
-            if key:
-                raise source.half_set("AWS_ACCESS_KEY", "AWS_SECRET_KEY")
-            if secret:
-                raise source.half_set("AWS_SECRET_KEY", "AWS_ACCESS_KEY")
+            if key or secret:
+                missing = "AWS_SECRET_KEY" if key else "AWS_ACCESS_KEY"
+                raise ConfigurationError(
+                    f"{missing} is not set in {source.where}, but the other half of the"
+                    " credentials is: expected both or neither"
+                )
         return {}
 
     def errors(self) -> list[ConfigurationError]:

@@ -1780,21 +1780,21 @@ class TestSettings:
         assert found.get("aws_secret_access_key", "secret").endswith("secret")
 
     @pytest.mark.parametrize(
-        ("parts", "here", "missing"),
+        ("parts", "missing"),
         [
-            ("key", "AWS_ACCESS_KEY", "AWS_SECRET_KEY"),
-            ("key token", "AWS_ACCESS_KEY", "AWS_SECRET_KEY"),
-            ("secret", "AWS_SECRET_KEY", "AWS_ACCESS_KEY"),
+            ("key", "AWS_SECRET_KEY"),
+            ("key token", "AWS_SECRET_KEY"),
+            ("secret", "AWS_ACCESS_KEY"),
         ],
     )
-    def test_incomplete_credentials(self, monkeypatch, parts, here, missing):
+    def test_incomplete_credentials(self, monkeypatch, parts, missing):
         """A key without its secret is an error, and so is a secret without its key."""
         taskhawk.configure(self.credentials(parts, "configured"), TASKHAWK_QUEUE="q")
         for name, value in self.credentials("key secret", "environment").items():
             monkeypatch.setenv(name, value)
         assert refusal(taskhawk.task(plain, name="settings.plain").dispatch) == (
-            f"{here} is set in configure(), but {missing} is not:"
-            " expected both or neither"
+            f"{missing} is not set in configure(), but the other half of the"
+            " credentials is: expected both or neither"
         )
 
     @staticmethod
@@ -1816,9 +1816,9 @@ class TestSettings:
         wrong = {"TASKHAWK_SYNC": "maybe", "TASKHAWK_PRE_PROCESS_HOOK": "json.nope"}
         taskhawk.configure(wrong, AWS_SECRET_KEY="half")
         errors = list(map(str, taskhawk.settings.errors()))
-        half = "AWS_SECRET_KEY is set in configure(), but AWS_ACCESS_KEY is not"
+        half = "AWS_ACCESS_KEY is not set in configure(), but the other half of the"
         assert errors == [
-            f"{half}: expected both or neither",
+            f"{half} credentials is: expected both or neither",
             *(refusal_of(name) for name in sorted(wrong)),
         ]
         assert refusal(taskhawk.settings.check) == "; ".join(errors)
