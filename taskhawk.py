@@ -1160,15 +1160,22 @@ class Message:  # noqa: PLW1641 - it may change, so it is no key of a dict
             msg_id = _new_id()
         else:
             _validate(msg_id, _NAME, "id")
+        metadata = {
+            "priority": priority.name,
+            "timestamp": int(time.time() * 1000),
+            "version": cls.CURRENT_VERSION,
+        }
         message = cls.__new__(cls)  # not __init__, which would check what is valid
-        message.id = msg_id
-        message.priority = priority
-        message.timestamp = int(time.time() * 1000)
-        message.version = cls.CURRENT_VERSION
-        message.headers = dict(headers or {})
-        message.task_name = task
-        message.args = list(args or ())
-        message.kwargs = dict(kwargs or {})
+        message._take(  # noqa: SLF001 - its own
+            {
+                "id": msg_id,
+                "metadata": metadata,
+                "headers": dict(headers or {}),
+                "task": task,
+                "args": args or (),
+                "kwargs": dict(kwargs or {}),
+            }
+        )
         return message
 
     @property
