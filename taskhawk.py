@@ -3097,7 +3097,8 @@ class Metadata(dict[str, Any]):
 class Task(Generic[_P, _R]):
     """A function that can be dispatched; to call it runs the function here and now.
 
-    Made by :func:`task`, which describes its options.
+    Made by :func:`task`, which describes its options, and registers it: no message
+    can reach a task that was made by hand.
 
     :param fn: the function; a coroutine function is run on an event loop
     :param priority: the priority of its messages, unless an invocation has another
@@ -3105,15 +3106,24 @@ class Task(Generic[_P, _R]):
     :raises ConfigurationError: if a message can't call the function
     """
 
+    declared_in: str  # the module whose import makes the task, once it is registered
+    _place: _Place  # of the function that was decorated: a subclass may wrap it
+
     def __init__(self, fn: Callable[_P, _R], priority: Priority, name: str) -> None:
         """Read the function's signature; :func:`task` sets the options afterwards."""
-        self._fn = fn
-        self._priority = priority
-        self._name = name
-        self._place = _place_of(fn)
+        #: the function
+        self.fn = fn
+        #: the priority of its messages, unless an invocation has another
+        self.priority = priority
+        #: what messages call the task
+        self.name = name
         self._invocation = AsyncInvocation(self)
         self._signature = _signature_of(fn, name)
         self._given_by_worker = _given_by_worker(self._signature)
+        #: whether the function is given ``metadata``
+        self.accepts_metadata = "metadata" in self._given_by_worker
+        #: whether the function is given ``headers``
+        self.accepts_headers = "headers" in self._given_by_worker
         # Cached: the signature's bind() takes as long as the rest of a dispatch.
         self._check_shape = functools.lru_cache(self._bind_shape)
         #: seconds from a failed run to the next, as a function of the attempt
@@ -3126,8 +3136,6 @@ class Task(Generic[_P, _R]):
         self.time_limit: float | None = None
         #: whether a worker runs it in a process of its own
         self.isolate = False
-        #: the module that declares it: importing this module makes the task
-        self.declared_in = str(fn.__module__)
         functools.update_wrapper(self, fn, updated=())
         # What other decorators left on the function may have names that are ours.
         for attribute, value in getattr(fn, "__dict__", {}).items():
@@ -3135,38 +3143,13 @@ class Task(Generic[_P, _R]):
                 setattr(self, attribute, value)
 
     @property
-    def name(self) -> str:
-        """What messages call the task."""
-        return self._name
-
-    @property
-    def priority(self) -> Priority:
-        """The priority of its messages, unless an invocation has another."""
-        return self._priority
-
-    @property
-    def fn(self) -> Callable[_P, _R]:
-        """The function."""
-        return self._fn
-
-    @property
     def task(self) -> Task[_P, _R]:
         """The task itself: in taskhawk 1.4, the decorator returned the function."""
         return self
 
-    @property
-    def accepts_metadata(self) -> bool:
-        """Whether the function is given ``metadata``."""
-        return "metadata" in self._given_by_worker
-
-    @property
-    def accepts_headers(self) -> bool:
-        """Whether the function is given ``headers``."""
-        return "headers" in self._given_by_worker
-
     def __call__(self, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
         """Run the function."""
-        return self._fn(*args, **kwargs)
+        return self.fn(*args, **kwargs)
 
     def dispatch(self, /, *args: _P.args, **kwargs: _P.kwargs) -> str:
         """Queue a run of the task and return its id; see AsyncInvocation.dispatch()."""
@@ -3199,13 +3182,13 @@ class Task(Generic[_P, _R]):
         """Check the number of arguments and their names: nothing else decides."""
         for name in sorted(self._given_by_worker.intersection(names)):
             raise TypeError(
-                f"{self._name}: {name!r} is given by the worker: leave it out"
+                f"{self.name}: {name!r} is given by the worker: leave it out"
             )
         keywords = dict.fromkeys([*names, *self._given_by_worker])
         try:
             self._signature.bind(*range(count), **keywords)
         except TypeError as error:
-            raise TypeError(f"{self._name}: {error}") from None
+            raise TypeError(f"{self.name}: {error}") from None
 
     def call(self, message: Message, receipt: str | None) -> None:
         """Run the function with a message's arguments, and await what can be awaited.
@@ -3224,12 +3207,12 @@ class Task(Generic[_P, _R]):
         # Threads and coroutines that copy the context know the task, too.
         token = _current.set(metadata)
         try:
-            result: Any = self._fn(*message.args, **kwargs)
+            result: Any = self.fn(*message.args, **kwargs)
             if inspect.isawaitable(result):
-                _run_coroutine(_awaited(result, self._name))
+                _run_coroutine(_awaited(result, self.name))
             elif isinstance(result, Generator | AsyncGenerator):
                 raise TypeError(
-                    f"{self._name} returned a generator, which runs only if something"
+                    f"{self.name} returned a generator, which runs only if something"
                     " reads it: expected a function that runs when it is called"
                 )
         finally:
@@ -3242,10 +3225,10 @@ class Task(Generic[_P, _R]):
 
     def __reduce__(self) -> str:
         """Be pickled as the function would be: by its name in its module."""
-        return str(getattr(self, "__qualname__", self._name))
+        return str(getattr(self, "__qualname__", self.name))
 
     def __str__(self) -> str:
-        return f"Taskhawk task: {self._name}"
+        return f"Taskhawk task: {self.name}"
 
     __repr__ = __str__
 
@@ -3373,7 +3356,7 @@ def _run_coroutine(coroutine: Any) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     event_loop = getattr(_thread, "event_loop", None)
-    if _is_in_coroutine():
+    if asyncio._get_running_loop():  # noqa: SLF001 - exported: it is None outside of one
         # Sync mode in an application's own event loop, which is busy until we return.
         context = contextvars.copy_context()
         with ThreadPoolExecutor(1) as pool:
@@ -3401,17 +3384,6 @@ async def _awaited(awaitable: Any, name: str) -> None:
             names = sorted(_qualname(each.get_coro()) for each in left)
             text = "%s ended while asyncio tasks that it began were still running: %s"
             _log.warning(text, name, ", ".join(names))
-
-
-def _is_in_coroutine() -> bool:
-    """Return whether an event loop runs in this thread."""
-    import asyncio
-
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True
 
 
 @typing.overload
@@ -3455,16 +3427,19 @@ def task(
     """
 
     def decorate(fn: Any) -> Task[Any, Any]:
-        flaw = (
-            _flaw_of_function(fn, name)
-            or _flaw_of_declaration(priority, name, time_limit)
-            or _flaw_of_retries(retry, retry_on, never_retry_on)
+        flaw = _flaw_of_function(fn, name) or _flaw_of_options(
+            name=name,
+            priority=priority,
+            retry=retry,
+            retry_on=retry_on,
+            never_retry_on=never_retry_on,
+            time_limit=time_limit,
         )
         if flaw:
             raise ConfigurationError(f"{_qualname(fn)} {flaw}")
         place = _place_of(fn)
         made = _make_task(fn, priority, name or f"{place.module}.{fn.__name__}")
-        made._place = place  # noqa: SLF001 - the class may have wrapped the function
+        made._place = place  # noqa: SLF001 - its own
         made.retry = retry
         made.retry_on = retry_on
         made.never_retry_on = never_retry_on
@@ -3518,27 +3493,12 @@ def _is_method(fn: Any) -> bool:
     return next(iter(parameters), None) == "self"
 
 
-def _flaw_of_declaration(priority: object, name: object, time_limit: object) -> str:
-    """Return which of these options of :func:`task` is wrong, or ""."""
-    if not isinstance(name, str | None):
-        return f"has {name=}: expected a string"
-    if not isinstance(priority, Priority):
-        return f"has {priority=}: expected a taskhawk.Priority"
-    if time_limit is None:
-        return ""
-    if not _is_number(time_limit) or not 0 < time_limit < math.inf:
-        return f"has {time_limit=}: expected a number of seconds above 0"
-    return ""
-
-
-def _flaw_of_retries(retry: object, retry_on: object, never_retry_on: object) -> str:
-    """Return which of these options of :func:`task` is wrong, or ""."""
-    if retry is not None and not callable(retry):
-        return f"has {retry=}: expected a function of the attempt"
-    if not _are_exceptions(retry_on):
-        return f"has {retry_on=}: expected exceptions"
-    if not _are_exceptions(never_retry_on):
-        return f"has {never_retry_on=}: expected exceptions"
+def _flaw_of_options(**options: Any) -> str:
+    """Return which option of :func:`task` is wrong and what is right, or ""."""
+    for option, value in options.items():
+        is_right, expected = _OPTIONS[option]
+        if not is_right(value):
+            return f"has {option}={value!r}: expected {expected}"
     return ""
 
 
@@ -3547,6 +3507,25 @@ def _are_exceptions(kinds: object) -> bool:
     if isinstance(kinds, tuple):
         return all(map(_are_exceptions, kinds))
     return isinstance(kinds, type) and issubclass(kinds, BaseException)
+
+
+def _is_above_zero(value: object) -> bool:
+    """Return whether this is a number above 0, and finite."""
+    return _is_number(value) and 0 < value < math.inf
+
+
+# The options of task(): what is right, and how an error says so.
+_OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "name": (lambda it: isinstance(it, str | None), "a string"),
+    "priority": (lambda it: isinstance(it, Priority), "a taskhawk.Priority"),
+    "retry": (lambda it: it is None or callable(it), "a function of the attempt"),
+    "retry_on": (_are_exceptions, "exceptions"),
+    "never_retry_on": (_are_exceptions, "exceptions"),
+    "time_limit": (
+        lambda it: it is None or _is_above_zero(it),
+        "a number of seconds above 0",
+    ),
+}
 
 
 def _make_task(fn: Any, priority: Priority, name: str) -> Task[Any, Any]:
