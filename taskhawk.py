@@ -759,8 +759,9 @@ def _no_setting(name: str, where: str = "") -> str:
     import difflib
 
     sentence = f"{name}{where} is not a setting of taskhawk"
-    for nearest in difflib.get_close_matches(name, _SETTINGS, 1):
-        sentence += f"; did you mean {nearest}?"
+    near = difflib.get_close_matches(name, _SETTINGS, 1)
+    if near:
+        sentence += f"; did you mean {near[0]}?"
     return sentence
 
 
@@ -771,8 +772,9 @@ def _import(name: str, what: str) -> Any:
     except ModuleNotFoundError as error:
         if not f"{name}.".startswith(f"{error.name}."):
             raise  # the module exists, but something that it imports does not
-        text = f"{what} {name!r} can't be imported: {error}"
-        raise ConfigurationError(text) from error
+        raise ConfigurationError(
+            f"{what} {name!r} can't be imported: {error}"
+        ) from error
 
 
 def configure(obj_or_mapping: object = None, /, **values: Any) -> None:
@@ -1327,8 +1329,9 @@ def _decode(body: Any) -> Message:
         foreign = _foreign(data)
         if not foreign:
             raise
-        text = f"message: expected one of taskhawk's, got {foreign}"
-        raise ValidationError(text) from error
+        raise ValidationError(
+            f"message: expected one of taskhawk's, got {foreign}"
+        ) from error
 
 
 def _foreign(data: Any) -> str:
@@ -1351,8 +1354,7 @@ def _parse(body: Any) -> Any:
         raise ValidationError("message: nested too deeply") from None
     except json.JSONDecodeError as error:
         # Only the position: the error's own text may quote the body.
-        text = f"message: not JSON at character {error.pos}"
-        raise ValidationError(text) from None
+        raise ValidationError(f"message: not JSON at character {error.pos}") from None
     except ValueError:
         raise ValidationError("message: not JSON") from None
 
@@ -3061,8 +3063,8 @@ class Metadata(dict[str, Any]):
     """
 
     def __init__(self, message: Message, receipt: str | None) -> None:
-        super().__init__(message.metadata, id=message.id, priority=message.priority)
-        self["receipt"] = receipt
+        super().__init__(message.metadata, id=message.id, receipt=receipt)
+        self["priority"] = message.priority  # not its name, which is on the wire
         self._received = message.received or QueueMessage(None, message.id)
         self.task = message.task_name
         self.headers = message.headers
@@ -3241,8 +3243,9 @@ def _signature_of(fn: Callable[..., Any], name: str) -> inspect.Signature:
     try:
         signature = inspect.signature(fn, **_ANNOTATIONS)
     except ValueError as error:
-        reason = "does not tell its parameters: expected a function written in Python"
-        raise ConfigurationError(f"{name} {reason}") from error
+        raise ConfigurationError(
+            f"{name} does not tell its parameters: expected a function written in Python"
+        ) from error
     for parameter in signature.parameters.values():
         if parameter.kind is parameter.VAR_POSITIONAL:
             raise ConfigurationError(
@@ -3382,8 +3385,11 @@ async def _awaited(awaitable: Any, name: str) -> None:
         left = asyncio.all_tasks() - before
         if left:
             names = sorted(_qualname(each.get_coro()) for each in left)
-            text = "%s ended while asyncio tasks that it began were still running: %s"
-            _log.warning(text, name, ", ".join(names))
+            _log.warning(
+                "%s ended while asyncio tasks that it began were still running: %s",
+                name,
+                ", ".join(names),
+            )
 
 
 @typing.overload
@@ -3831,30 +3837,29 @@ class _Batch:
     """
 
     def __init__(self) -> None:
-        self._process_id = os.getpid()
-        # Guards the two below: nothing is added to a batch that is closed. Reentrant,
+        self._sent_by: int | None = os.getpid()  # None once it is closed
+        # Guards the other two: nothing is added to a batch that is closed. Reentrant,
         # because a signal handler may dispatch while it is held.
         self._lock = threading.RLock()
         self._collected: list[_Ready] = []
-        self._closed = False
 
     def add(self, readies: Sequence[_Ready]) -> bool:
         """Add messages, or return False if this process has no open batch here."""
         # Before the lock, which another thread may have held at the fork.
-        if self._process_id != os.getpid():
+        if self._sent_by != os.getpid():
             return False
         with self._lock:
-            if self._closed:
+            if self._sent_by is None:
                 return False
             self._collected.extend(readies)
             return True
 
     def close(self) -> Sequence[_Ready]:
         """Collect no more, and return what this process has to send."""
-        if self._process_id != os.getpid():
+        if self._sent_by != os.getpid():
             return ()
         with self._lock:
-            self._closed = True
+            self._sent_by = None
         return self._collected
 
 
@@ -3953,14 +3958,14 @@ def _partial_failure(
         if refusal is None:
             successful.append({"Id": ready.message.id})
             continue
-        reason = {"Code": refusal.code, "Message": refusal.text}
-        failed.append({"Id": ready.message.id, **reason})
+        failed.append(
+            {"Id": ready.message.id, "Code": refusal.code, "Message": refusal.text}
+        )
         # As it was encoded: its arguments may have changed since.
         message = _decode(ready.entry.body)
         message.delay_s = ready.entry.delay_s
         unsent.append(message)
-    result = {"Successful": successful, "Failed": failed}
-    return PartialFailure(result, unsent=unsent)
+    return PartialFailure({"Successful": successful, "Failed": failed}, unsent=unsent)
 
 
 class Captured(NamedTuple):
