@@ -431,13 +431,13 @@ def _passed_a_handler(error: BaseException) -> bool:
     """
     for frame, _ in traceback.walk_tb(error.__traceback__):
         names, rest, _, values = inspect.getargvalues(frame)
-        given = list(map(values.get, names))
+        given = [values.get(name) for name in names]
         others = values.get(str(rest))
         if isinstance(others, tuple):
             given += others
-        for each in given:
-            if each is frame.f_back and each is not None:
-                return True
+        caller = frame.f_back
+        if caller and any(each is caller for each in given):
+            return True
     return False
 
 
@@ -464,22 +464,16 @@ class _Illegal(ValueError):
     """A value breaks the rule of its setting."""
 
 
-@dataclasses.dataclass(frozen=True)
-class _Rule:
+class _Rule(NamedTuple):
     """What a setting may be.
 
-    :param expected: the words that errors use for it
-    :param parse: returns a value as taskhawk uses it, and takes text for any value, for
-        the environment has nothing else. It raises _Illegal if the value breaks the
-        rule, and ImportError or AttributeError if a dotted path leads nowhere
+    `parse` returns a value as taskhawk uses it, and takes text for any value, for the
+    environment has nothing else. It raises _Illegal if the value breaks the rule, and
+    ImportError or AttributeError if a dotted path leads nowhere.
     """
 
-    expected: str
+    expected: str  # the words that errors use for it
     parse: Callable[[Any], Any]
-
-    def __str__(self) -> str:
-        """Return the words that errors use."""
-        return self.expected
 
 
 class _Setting(NamedTuple):
@@ -489,16 +483,17 @@ class _Setting(NamedTuple):
     example: str  # a legal value, for errors
     default: Any = None
 
+    @property
+    def expected(self) -> str:
+        """What errors say of a legal value."""
+        return f"{self.rule.expected}, such as {self.example!r}"
 
-def _text_like(pattern: str) -> Callable[[Any], str]:
-    """Return a parser of text that the pattern matches as a whole."""
 
-    def parse(value: Any) -> str:
-        if not isinstance(value, str) or not re.fullmatch(pattern, value):
-            raise _Illegal
-        return value
-
-    return parse
+def _parse_text(pattern: str, value: Any) -> str:
+    """Take text that the pattern matches as a whole."""
+    if not isinstance(value, str) or not re.fullmatch(pattern, value):
+        raise _Illegal
+    return value
 
 
 def _parse_flag(value: Any) -> bool:
@@ -511,36 +506,32 @@ def _parse_flag(value: Any) -> bool:
     return _FLAGS[word]
 
 
-def _above_zero(convert: Callable[[str], float]) -> Callable[[Any], float]:
-    """Return a parser of a number above 0."""
-
-    def parse(value: Any) -> float:
-        try:
-            number = convert(str(value))  # of its text, so that True is not 1
-        except ValueError as error:
-            raise _Illegal from error
-        if not 0 < number < math.inf:
-            raise _Illegal
-        return number
-
-    return parse
+def _parse_number(convert: Callable[[str], float], value: Any) -> float:
+    """Take a number above 0."""
+    try:
+        number = convert(str(value))  # of its text, so that True is not 1
+    except ValueError as error:
+        raise _Illegal from error
+    if not 0 < number < math.inf:
+        raise _Illegal
+    return number
 
 
 def _parse_account(value: Any) -> str:
     """Take an account id; as an int, it has lost its leading zeros."""
     if type(value) is int:
         value = f"{value:012d}"
-    return _text_like("[0-9]{12}")(value)
+    return _parse_text("[0-9]{12}", value)
 
 
 def _parse_url(value: Any) -> str:
     """Take a URL of HTTP."""
-    return _text_like(r"https?://[^\s/]\S*")(value).rstrip("/")
+    return _parse_text(r"https?://[^\s/]\S*", value).rstrip("/")
 
 
 def _parse_broker(value: Any) -> str:
     """Take the name of a broker; make a file's path absolute, for a task may chdir."""
-    url = _text_like("sqs|sqlite://.*")(value)
+    url = _parse_text("sqs|sqlite://.*", value)
     relative = re.fullmatch("sqlite:///([^/?].*)", url)
     if not relative:
         return url
@@ -573,23 +564,23 @@ def _do_nothing(**_: object) -> None:
     """Do what 1.4's default hooks did."""
 
 
-_TEXT = _Rule("a string", _text_like(".+"))
+_TEXT = _Rule("a string", functools.partial(_parse_text, ".+"))
 # Emulators have regions of any name. One that ends in a digit and a letter is a zone.
 _REGION = _Rule(
     "the name of a region, not of an availability zone",
-    _text_like(r"(?!.*-[0-9]+[a-z]$)[A-Za-z0-9-]{1,63}"),
+    functools.partial(_parse_text, r"(?!.*-[0-9]+[a-z]$)[A-Za-z0-9-]{1,63}"),
 )
 _ACCOUNT = _Rule("an account id of twelve digits", _parse_account)
 _FLAG = _Rule("true or false", _parse_flag)
-_SECONDS = _Rule("a number of seconds above 0", _above_zero(float))
-_COUNT = _Rule("a whole number above 0", _above_zero(int))
+_SECONDS = _Rule("a number of seconds above 0", functools.partial(_parse_number, float))
+_COUNT = _Rule("a whole number above 0", functools.partial(_parse_number, int))
 _HOOK = _Rule("a function or its dotted path", _parse_callable)
 _CLASS = _Rule("a class or its dotted path", _parse_callable)
 _URL = _Rule("a URL that begins with http:// or https://", _parse_url)
 _BROKER = _Rule("'sqs' or a URL of SQLite", _parse_broker)
 _QUEUE = _Rule(
     f"at most {_MAX_QUEUE} letters, digits, hyphens and underscores",
-    _text_like(f"[A-Za-z0-9_-]{{1,{_MAX_QUEUE}}}"),
+    functools.partial(_parse_text, f"[A-Za-z0-9_-]{{1,{_MAX_QUEUE}}}"),
 )
 _SETTINGS = {
     "AWS_ACCESS_KEY": _Setting(_TEXT, "AKIAIOSFODNN7EXAMPLE"),
@@ -651,21 +642,13 @@ class _Source(NamedTuple):
 
     def _illegal(self, name: str, value: Any, reason: str = "") -> ConfigurationError:
         """Return the error for a value that breaks its rule; it shows no secret."""
-        rule, example, _ = _SETTINGS[name]
         shown = repr(value)
         if name in _SECRETS:
             shown = type(value).__name__
         if reason:
             shown += f" ({reason})"
         return ConfigurationError(
-            f"{name} in {self.where}: expected {rule}, such as {example!r}, got {shown}"
-        )
-
-    def half_set(self, name: str, missing: str) -> ConfigurationError:
-        """Return the error for a setting without the one that it needs beside it."""
-        return ConfigurationError(
-            f"{name} is set in {self.where}, but {missing} is not:"
-            " expected both or neither"
+            f"{name} in {self.where}: expected {_SETTINGS[name].expected}, got {shown}"
         )
 
 
@@ -704,9 +687,8 @@ class _Settings:
         """Return a setting that has no default; raise ConfigurationError if unset."""
         value = getattr(self, name)
         if value is None:
-            rule, example, _ = _SETTINGS[name]
             raise ConfigurationError(
-                f"{name} is not set: expected {rule}, such as {example!r}, from"
+                f"{name} is not set: expected {_SETTINGS[name].expected}, from"
                 " taskhawk.configure(), the module named by SETTINGS_MODULE, Django's"
                 " settings or the environment"
             )
@@ -725,10 +707,12 @@ class _Settings:
                     "aws_secret_access_key": secret,
                     "aws_session_token": token,
                 }
-            if key:
-                raise source.half_set("AWS_ACCESS_KEY", "AWS_SECRET_KEY")
-            if secret:
-                raise source.half_set("AWS_SECRET_KEY", "AWS_ACCESS_KEY")
+            if key or secret:
+                missing = "AWS_SECRET_KEY" if key else "AWS_ACCESS_KEY"
+                raise ConfigurationError(
+                    f"{missing} is not set in {source.where}, but the other half of the"
+                    " credentials is: expected both or neither"
+                )
         return {}
 
     def errors(self) -> list[ConfigurationError]:
@@ -819,8 +803,9 @@ def _no_setting(name: str, where: str = "") -> str:
     import difflib
 
     sentence = f"{name}{where} is not a setting of taskhawk"
-    for nearest in difflib.get_close_matches(name, _SETTINGS, 1):
-        sentence += f"; did you mean {nearest}?"
+    near = difflib.get_close_matches(name, _SETTINGS, 1)
+    if near:
+        sentence += f"; did you mean {near[0]}?"
     return sentence
 
 
@@ -831,8 +816,9 @@ def _import(name: str, what: str) -> Any:
     except ModuleNotFoundError as error:
         if not f"{name}.".startswith(f"{error.name}."):
             raise  # the module exists, but something that it imports does not
-        text = f"{what} {name!r} can't be imported: {error}"
-        raise ConfigurationError(text) from error
+        raise ConfigurationError(
+            f"{what} {name!r} can't be imported: {error}"
+        ) from error
 
 
 def configure(obj_or_mapping: object = None, /, **values: Any) -> None:
@@ -1220,15 +1206,22 @@ class Message:  # noqa: PLW1641 - it may change, so it is no key of a dict
             msg_id = _new_id()
         else:
             _validate(msg_id, _NAME, "id")
+        metadata = {
+            "priority": priority.name,
+            "timestamp": int(time.time() * 1000),
+            "version": cls.CURRENT_VERSION,
+        }
         message = cls.__new__(cls)  # not __init__, which would check what is valid
-        message.id = msg_id
-        message.priority = priority
-        message.timestamp = int(time.time() * 1000)
-        message.version = cls.CURRENT_VERSION
-        message.headers = dict(headers or {})
-        message.task_name = task
-        message.args = list(args or ())
-        message.kwargs = dict(kwargs or {})
+        message._take(  # noqa: SLF001 - its own
+            {
+                "id": msg_id,
+                "metadata": metadata,
+                "headers": dict(headers or {}),
+                "task": task,
+                "args": args or (),
+                "kwargs": dict(kwargs or {}),
+            }
+        )
         return message
 
     @property
@@ -1380,8 +1373,9 @@ def _decode(body: Any) -> Message:
         foreign = _foreign(data)
         if not foreign:
             raise
-        text = f"message: expected one of taskhawk's, got {foreign}"
-        raise ValidationError(text) from error
+        raise ValidationError(
+            f"message: expected one of taskhawk's, got {foreign}"
+        ) from error
 
 
 def _foreign(data: Any) -> str:
@@ -1404,8 +1398,7 @@ def _parse(body: Any) -> Any:
         raise ValidationError("message: nested too deeply") from None
     except json.JSONDecodeError as error:
         # Only the position: the error's own text may quote the body.
-        text = f"message: not JSON at character {error.pos}"
-        raise ValidationError(text) from None
+        raise ValidationError(f"message: not JSON at character {error.pos}") from None
     except ValueError:
         raise ValidationError("message: not JSON") from None
 
@@ -3114,8 +3107,8 @@ class Metadata(dict[str, Any]):
     """
 
     def __init__(self, message: Message, receipt: str | None) -> None:
-        super().__init__(message.metadata, id=message.id, priority=message.priority)
-        self["receipt"] = receipt
+        super().__init__(message.metadata, id=message.id, receipt=receipt)
+        self["priority"] = message.priority  # not its name, which is on the wire
         self._received = message.received or QueueMessage(None, message.id)
         self.task = message.task_name
         self.headers = message.headers
@@ -3150,7 +3143,8 @@ class Metadata(dict[str, Any]):
 class Task(Generic[_P, _R]):
     """A function that can be dispatched; to call it runs the function here and now.
 
-    Made by :func:`task`, which describes its options.
+    Made by :func:`task`, which describes its options, and registers it: no message
+    can reach a task that was made by hand.
 
     :param fn: the function; a coroutine function is run on an event loop
     :param priority: the priority of its messages, unless an invocation has another
@@ -3158,15 +3152,24 @@ class Task(Generic[_P, _R]):
     :raises ConfigurationError: if a message can't call the function
     """
 
+    declared_in: str  # the module whose import makes the task, once it is registered
+    _place: _Place  # of the function that was decorated: a subclass may wrap it
+
     def __init__(self, fn: Callable[_P, _R], priority: Priority, name: str) -> None:
         """Read the function's signature; :func:`task` sets the options afterwards."""
-        self._fn = fn
-        self._priority = priority
-        self._name = name
-        self._place = _place_of(fn)
+        #: the function
+        self.fn = fn
+        #: the priority of its messages, unless an invocation has another
+        self.priority = priority
+        #: what messages call the task
+        self.name = name
         self._invocation = AsyncInvocation(self)
         self._signature = _signature_of(fn, name)
         self._given_by_worker = _given_by_worker(self._signature)
+        #: whether the function is given ``metadata``
+        self.accepts_metadata = "metadata" in self._given_by_worker
+        #: whether the function is given ``headers``
+        self.accepts_headers = "headers" in self._given_by_worker
         # Cached: the signature's bind() takes as long as the rest of a dispatch.
         self._check_shape = functools.lru_cache(self._bind_shape)
         #: seconds from a failed run to the next, as a function of the attempt
@@ -3179,8 +3182,6 @@ class Task(Generic[_P, _R]):
         self.time_limit: float | None = None
         #: whether a worker runs it in a process of its own
         self.isolate = False
-        #: the module that declares it: importing this module makes the task
-        self.declared_in = str(fn.__module__)
         functools.update_wrapper(self, fn, updated=())
         # What other decorators left on the function may have names that are ours.
         for attribute, value in getattr(fn, "__dict__", {}).items():
@@ -3188,38 +3189,13 @@ class Task(Generic[_P, _R]):
                 setattr(self, attribute, value)
 
     @property
-    def name(self) -> str:
-        """What messages call the task."""
-        return self._name
-
-    @property
-    def priority(self) -> Priority:
-        """The priority of its messages, unless an invocation has another."""
-        return self._priority
-
-    @property
-    def fn(self) -> Callable[_P, _R]:
-        """The function."""
-        return self._fn
-
-    @property
     def task(self) -> Task[_P, _R]:
         """The task itself: in taskhawk 1.4, the decorator returned the function."""
         return self
 
-    @property
-    def accepts_metadata(self) -> bool:
-        """Whether the function is given ``metadata``."""
-        return "metadata" in self._given_by_worker
-
-    @property
-    def accepts_headers(self) -> bool:
-        """Whether the function is given ``headers``."""
-        return "headers" in self._given_by_worker
-
     def __call__(self, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
         """Run the function."""
-        return self._fn(*args, **kwargs)
+        return self.fn(*args, **kwargs)
 
     def dispatch(self, /, *args: _P.args, **kwargs: _P.kwargs) -> str:
         """Queue a run of the task and return its id; see AsyncInvocation.dispatch()."""
@@ -3252,13 +3228,13 @@ class Task(Generic[_P, _R]):
         """Check the number of arguments and their names: nothing else decides."""
         for name in sorted(self._given_by_worker.intersection(names)):
             raise TypeError(
-                f"{self._name}: {name!r} is given by the worker: leave it out"
+                f"{self.name}: {name!r} is given by the worker: leave it out"
             )
         keywords = dict.fromkeys([*names, *self._given_by_worker])
         try:
             self._signature.bind(*range(count), **keywords)
         except TypeError as error:
-            raise TypeError(f"{self._name}: {error}") from None
+            raise TypeError(f"{self.name}: {error}") from None
 
     def call(self, message: Message, receipt: str | None) -> None:
         """Run the function with a message's arguments, and await what can be awaited.
@@ -3277,12 +3253,12 @@ class Task(Generic[_P, _R]):
         # Threads and coroutines that copy the context know the task, too.
         token = _current.set(metadata)
         try:
-            result: Any = self._fn(*message.args, **kwargs)
+            result: Any = self.fn(*message.args, **kwargs)
             if inspect.isawaitable(result):
-                _run_coroutine(_awaited(result, self._name))
+                _run_coroutine(_awaited(result, self.name))
             elif isinstance(result, Generator | AsyncGenerator):
                 raise TypeError(
-                    f"{self._name} returned a generator, which runs only if something"
+                    f"{self.name} returned a generator, which runs only if something"
                     " reads it: expected a function that runs when it is called"
                 )
         finally:
@@ -3295,10 +3271,10 @@ class Task(Generic[_P, _R]):
 
     def __reduce__(self) -> str:
         """Be pickled as the function would be: by its name in its module."""
-        return str(getattr(self, "__qualname__", self._name))
+        return str(getattr(self, "__qualname__", self.name))
 
     def __str__(self) -> str:
-        return f"Taskhawk task: {self._name}"
+        return f"Taskhawk task: {self.name}"
 
     __repr__ = __str__
 
@@ -3311,8 +3287,9 @@ def _signature_of(fn: Callable[..., Any], name: str) -> inspect.Signature:
     try:
         signature = inspect.signature(fn, **_ANNOTATIONS)
     except ValueError as error:
-        reason = "does not tell its parameters: expected a function written in Python"
-        raise ConfigurationError(f"{name} {reason}") from error
+        raise ConfigurationError(
+            f"{name} does not tell its parameters: expected a function written in Python"
+        ) from error
     for parameter in signature.parameters.values():
         if parameter.kind is parameter.VAR_POSITIONAL:
             raise ConfigurationError(
@@ -3426,7 +3403,7 @@ def _run_coroutine(coroutine: Any) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     event_loop = getattr(_thread, "event_loop", None)
-    if _is_in_coroutine():
+    if asyncio._get_running_loop():  # noqa: SLF001 - exported: it is None outside of one
         # Sync mode in an application's own event loop, which is busy until we return.
         context = contextvars.copy_context()
         with ThreadPoolExecutor(1) as pool:
@@ -3452,19 +3429,11 @@ async def _awaited(awaitable: Any, name: str) -> None:
         left = asyncio.all_tasks() - before
         if left:
             names = sorted(_qualname(each.get_coro()) for each in left)
-            text = "%s ended while asyncio tasks that it began were still running: %s"
-            _log.warning(text, name, ", ".join(names))
-
-
-def _is_in_coroutine() -> bool:
-    """Return whether an event loop runs in this thread."""
-    import asyncio
-
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True
+            _log.warning(
+                "%s ended while asyncio tasks that it began were still running: %s",
+                name,
+                ", ".join(names),
+            )
 
 
 @typing.overload
@@ -3508,16 +3477,19 @@ def task(
     """
 
     def decorate(fn: Any) -> Task[Any, Any]:
-        flaw = (
-            _flaw_of_function(fn, name)
-            or _flaw_of_declaration(priority, name, time_limit)
-            or _flaw_of_retries(retry, retry_on, never_retry_on)
+        flaw = _flaw_of_function(fn, name) or _flaw_of_options(
+            name=name,
+            priority=priority,
+            retry=retry,
+            retry_on=retry_on,
+            never_retry_on=never_retry_on,
+            time_limit=time_limit,
         )
         if flaw:
             raise ConfigurationError(f"{_qualname(fn)} {flaw}")
         place = _place_of(fn)
         made = _make_task(fn, priority, name or f"{place.module}.{fn.__name__}")
-        made._place = place  # noqa: SLF001 - the class may have wrapped the function
+        made._place = place  # noqa: SLF001 - its own
         made.retry = retry
         made.retry_on = retry_on
         made.never_retry_on = never_retry_on
@@ -3571,27 +3543,12 @@ def _is_method(fn: Any) -> bool:
     return next(iter(parameters), None) == "self"
 
 
-def _flaw_of_declaration(priority: object, name: object, time_limit: object) -> str:
-    """Return which of these options of :func:`task` is wrong, or ""."""
-    if not isinstance(name, str | None):
-        return f"has {name=}: expected a string"
-    if not isinstance(priority, Priority):
-        return f"has {priority=}: expected a taskhawk.Priority"
-    if time_limit is None:
-        return ""
-    if not _is_number(time_limit) or not 0 < time_limit < math.inf:
-        return f"has {time_limit=}: expected a number of seconds above 0"
-    return ""
-
-
-def _flaw_of_retries(retry: object, retry_on: object, never_retry_on: object) -> str:
-    """Return which of these options of :func:`task` is wrong, or ""."""
-    if retry is not None and not callable(retry):
-        return f"has {retry=}: expected a function of the attempt"
-    if not _are_exceptions(retry_on):
-        return f"has {retry_on=}: expected exceptions"
-    if not _are_exceptions(never_retry_on):
-        return f"has {never_retry_on=}: expected exceptions"
+def _flaw_of_options(**options: Any) -> str:
+    """Return which option of :func:`task` is wrong and what is right, or ""."""
+    for option, value in options.items():
+        is_right, expected = _OPTIONS[option]
+        if not is_right(value):
+            return f"has {option}={value!r}: expected {expected}"
     return ""
 
 
@@ -3600,6 +3557,25 @@ def _are_exceptions(kinds: object) -> bool:
     if isinstance(kinds, tuple):
         return all(map(_are_exceptions, kinds))
     return isinstance(kinds, type) and issubclass(kinds, BaseException)
+
+
+def _is_above_zero(value: object) -> bool:
+    """Return whether this is a number above 0, and finite."""
+    return _is_number(value) and 0 < value < math.inf
+
+
+# The options of task(): what is right, and how an error says so.
+_OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "name": (lambda it: isinstance(it, str | None), "a string"),
+    "priority": (lambda it: isinstance(it, Priority), "a taskhawk.Priority"),
+    "retry": (lambda it: it is None or callable(it), "a function of the attempt"),
+    "retry_on": (_are_exceptions, "exceptions"),
+    "never_retry_on": (_are_exceptions, "exceptions"),
+    "time_limit": (
+        lambda it: it is None or _is_above_zero(it),
+        "a number of seconds above 0",
+    ),
+}
 
 
 def _make_task(fn: Any, priority: Priority, name: str) -> Task[Any, Any]:
@@ -3905,30 +3881,29 @@ class _Batch:
     """
 
     def __init__(self) -> None:
-        self._process_id = os.getpid()
-        # Guards the two below: nothing is added to a batch that is closed. Reentrant,
+        self._sent_by: int | None = os.getpid()  # None once it is closed
+        # Guards the other two: nothing is added to a batch that is closed. Reentrant,
         # because a signal handler may dispatch while it is held.
         self._lock = threading.RLock()
         self._collected: list[_Ready] = []
-        self._closed = False
 
     def add(self, readies: Sequence[_Ready]) -> bool:
         """Add messages, or return False if this process has no open batch here."""
         # Before the lock, which another thread may have held at the fork.
-        if self._process_id != os.getpid():
+        if self._sent_by != os.getpid():
             return False
         with self._lock:
-            if self._closed:
+            if self._sent_by is None:
                 return False
             self._collected.extend(readies)
             return True
 
     def close(self) -> Sequence[_Ready]:
         """Collect no more, and return what this process has to send."""
-        if self._process_id != os.getpid():
+        if self._sent_by != os.getpid():
             return ()
         with self._lock:
-            self._closed = True
+            self._sent_by = None
         return self._collected
 
 
@@ -4027,14 +4002,14 @@ def _partial_failure(
         if refusal is None:
             successful.append({"Id": ready.message.id})
             continue
-        reason = {"Code": refusal.code, "Message": refusal.text}
-        failed.append({"Id": ready.message.id, **reason})
+        failed.append(
+            {"Id": ready.message.id, "Code": refusal.code, "Message": refusal.text}
+        )
         # As it was encoded: its arguments may have changed since.
         message = _decode(ready.entry.body)
         message.delay_s = ready.entry.delay_s
         unsent.append(message)
-    result = {"Successful": successful, "Failed": failed}
-    return PartialFailure(result, unsent=unsent)
+    return PartialFailure({"Successful": successful, "Failed": failed}, unsent=unsent)
 
 
 class Captured(NamedTuple):
