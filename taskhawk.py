@@ -4162,16 +4162,9 @@ def process(received: QueueMessage) -> Outcome:
         _raise_interrupt(error)
         return _failed(received, error, began)
     finally:
-        _let_go(received)
         # After a failed run too: the connection may be why it failed.
         _refresh_django_connections(ran=True)
     return Outcome(Fate.acknowledge)
-
-
-def _let_go(received: QueueMessage) -> None:
-    """Break the cycle that would keep a body until the garbage collector runs."""
-    if received.message:
-        received.message.received = None
 
 
 def _run(received: QueueMessage, began: float) -> None:
@@ -4179,8 +4172,8 @@ def _run(received: QueueMessage, began: float) -> None:
     _call_hook("TASKHAWK_PRE_PROCESS_HOOK", received)
     message = _decode(received.body)
     task = message.task
-    message.received = received
     received.message = message  # from here on, an error is the task's
+    message.received = received
     _log.debug("Received message", extra={"message_body": received.body})
     level, end, reason = logging.DEBUG, "done", ""
     try:
@@ -4189,6 +4182,8 @@ def _run(received: QueueMessage, began: float) -> None:
         if not _are_all(IgnoreException, error):
             raise
         level, end, reason = logging.INFO, "ignored", _reason(error)
+    finally:
+        message.received = None  # else a cycle keeps the body until it is collected
     _call_hook("TASKHAWK_POST_PROCESS_HOOK", received)
     if _log.isEnabledFor(level):
         name = _in_one_line(f"{task.name} {message.id}")
@@ -4296,10 +4291,10 @@ def _asked_delay_s(leaves: Iterable[BaseException]) -> float | None:
     """Return the longest delay that a RetryException asks for, or None."""
     asked = [leaf.delay_seconds for leaf in leaves if isinstance(leaf, RetryException)]
     # A subclass that does not call our __init__ may have set anything.
-    delays = list(filter(_is_delay, asked))
-    if not delays:
+    longest = max(filter(_is_delay, asked), default=None)
+    if longest is None:
         return None
-    return min(max(delays), _MAX_HELD_S)
+    return min(longest, _MAX_HELD_S)
 
 
 def _may_retry(task: Task[Any, Any], error: BaseException) -> bool:
@@ -4364,19 +4359,21 @@ def _facts(received: QueueMessage, end: str, began: float) -> dict[str, Any]:
     """Return the fields of a run's log record, which formatters may use."""
     duration_ms = round((time.monotonic() - began) * 1000)
     facts: dict[str, Any] = {"outcome": end, "duration_ms": duration_ms}
-    if received.message:
-        facts |= {"task": received.message.task_name, "id": received.message.id}
-        facts["attempt"] = received.attempt
+    message, attempt = received.message, received.attempt
+    if message:
+        facts |= {"task": message.task_name, "id": message.id, "attempt": attempt}
     return facts
 
 
 def _extra_of(error: LoggingException) -> dict[str, Any]:
     """Return the fields that an error gives to its log record."""
-    # Logging refuses a field of a name that each record has.
-    reserved = vars(logging.makeLogRecord({})).keys() | {"message", "asctime"}
-    given = error.extra if isinstance(error.extra, Mapping) else {}
-    taken = {f"extra_{name}": given[name] for name in given if name in reserved}
-    return taken | {str(n): given[n] for n in given if n not in reserved}
+    fields: dict[str, Any] = {}
+    if isinstance(error.extra, Mapping):
+        for name, value in error.extra.items():
+            # Logging refuses a field of a name that every record has.
+            prefix = "extra_" if name in _RECORD_FIELDS else ""
+            fields[f"{prefix}{name}"] = value
+    return fields
 
 
 _INVALID_EVERY_S = 10  # a poisoned queue must not fill the disk with logs
@@ -4426,10 +4423,7 @@ class _SyncSender(Sender):
             if settings.IS_LAMBDA_APP:
                 sns = {"Message": entry.body, "MessageId": message_id}
                 received.sns_record = {"Sns": {**sns, "MessageAttributes": {}}}
-            try:
-                _in_own_context(_run)(received, time.monotonic())
-            finally:
-                _let_go(received)
+            _in_own_context(_run)(received, time.monotonic())
         return []
 
 
@@ -5986,8 +5980,7 @@ class _TextFormatter(logging.Formatter):
         if "task" not in facts or str(facts.get("id")) in record.message:
             return f"{begin} {record.message}"
         run = f"{facts['task']} {facts.get('id')} attempt {facts.get('attempt')}"
-        run = re.sub(r"[^ -~]", "?", run)[:200]  # ids are free text
-        return f"{begin} [{run}] {record.message}"
+        return f"{begin} [{_in_one_line(run)}] {record.message}"
 
 
 class _LineFormatter(logging.Formatter):
