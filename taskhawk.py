@@ -6679,8 +6679,11 @@ def _from_topic(record: Mapping[str, Any]) -> QueueMessage:
     sns = record["Sns"]
     if not isinstance(sns, Mapping):
         sns = {}
-    message_id = str(sns.get("MessageId"))
-    return _LambdaMessage(sns.get("Message"), message_id, sns_record=record)
+    return _LambdaMessage(
+        body=sns.get("Message"),
+        message_id=str(sns.get("MessageId")),
+        sns_record=record,
+    )
 
 
 def _from_queue(record: Mapping[str, Any]) -> QueueMessage:
@@ -6688,13 +6691,15 @@ def _from_queue(record: Mapping[str, Any]) -> QueueMessage:
     message_id = str(record.get("messageId", ""))
     if not _is_well_formed(record):
         return _LambdaMessage(None, message_id)
-    attributes = record.get("attributes", {})
-    message_attributes = _as_boto3(record.get("messageAttributes", {}))
-    handle = record.get("receiptHandle")
     received = _LambdaMessage(
-        record.get("body"), message_id, handle, attributes, message_attributes
+        body=record.get("body"),
+        message_id=message_id,
+        receipt_handle=record.get("receiptHandle"),
+        attributes=record.get("attributes", {}),
+        message_attributes=_as_boto3(record.get("messageAttributes", {})),
     )
-    arn, broker = record.get("eventSourceARN"), _brokers.broker()
+    arn = record.get("eventSourceARN")
+    broker = _brokers.broker()
     if arn is not None and isinstance(broker, SqsBroker):
         received.broker, received.queue = broker.at_arn(arn)
     return received
@@ -6781,8 +6786,7 @@ class _DeadLetter:
     def reason(self) -> str:
         """Why it is here, in one line."""
         moved = "moved by the queue itself, after too many receives"
-        reason = self.error_text or self.invalid or moved
-        return reason.partition("\n")[0]
+        return (self.error_text or self.invalid or moved).partition("\n")[0]
 
     def as_dict(self) -> dict[str, Any]:
         """Return all that is known of it but its body, for JSON."""
@@ -6880,14 +6884,16 @@ class _Scan:
     def __post_init__(self) -> None:
         """Find the queue and its dead-letter queue; nothing is received yet."""
         if self.num_messages < 1:
-            text = f"num_messages: expected 1 or more, got {self.num_messages}"
-            raise ConfigurationError(text)
+            raise ConfigurationError(
+                f"num_messages: expected 1 or more, got {self.num_messages}"
+            )
         self._broker = _brokers.broker()
         self._queue = self._broker.destination(self.priority)
         source = self._broker.info(self._queue).dead_letter_queue
         if source is None:
-            text = f"{self._queue}: it has no dead-letter queue (no RedrivePolicy)"
-            raise ConfigurationError(text)
+            raise ConfigurationError(
+                f"{self._queue}: it has no dead-letter queue (no RedrivePolicy)"
+            )
         self._source = source
         self.matched = 0
         self.found_ids: set[str] = set()  # of those that matched
@@ -6917,8 +6923,8 @@ class _Scan:
             self.found_ids.update(*(letter.ids for letter in letters))
             yield letters
             failed = len(self._failed)
-            good = self.matched - failed
-            self.say("%s %d of %d messages, %d failed", self.done, good, total, failed)
+            text = "%s %d of %d messages, %d failed"
+            self.say(text, self.done, self.matched - failed, total, failed)
 
     def total(self) -> int:
         """Count the dead letters that are visible; SQS does so approximately."""
@@ -7020,17 +7026,18 @@ def requeue_dead_letter(
     :raises PartialFailure: if some were not; they are still among the dead letters
     """
     if settings.IS_LAMBDA_APP:
-        text = "not supported for Lambda apps, whose queues are Lambda's"
-        _log.warning("requeue_dead_letter: %s", text)
+        _log.warning(
+            "requeue_dead_letter: not supported for Lambda apps, whose queues are"
+            " Lambda's"
+        )
         return 0
-    scan = _Scan(
+    with _Scan(
         priority,
         "requeueing",
         "requeued",
         num_messages=num_messages,
         lease_s=visibility_timeout,
-    )
-    with scan:
+    ) as scan:
         for letters in scan:
             scan.requeue(letters)
     return scan.count()
