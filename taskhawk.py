@@ -6698,10 +6698,11 @@ def _from_queue(record: Mapping[str, Any]) -> QueueMessage:
         attributes=record.get("attributes", {}),
         message_attributes=_as_boto3(record.get("messageAttributes", {})),
     )
-    arn = record.get("eventSourceARN")
+    if "eventSourceARN" not in record:
+        return received
     broker = _brokers.broker()
-    if arn is not None and isinstance(broker, SqsBroker):
-        received.broker, received.queue = broker.at_arn(arn)
+    if isinstance(broker, SqsBroker):  # else a handler is tried out without AWS
+        received.broker, received.queue = broker.at_arn(record["eventSourceARN"])
     return received
 
 
@@ -7050,12 +7051,14 @@ def requeue_dead_letter(
 
 
 _PROVISION = "python -m taskhawk provision"  # fixes most of what check finds
+_TOLD = "as the error says"  # how to fix the rest
 _ABSENT = "NonExistentQueue|QueueDoesNotExist|NotFound"  # codes of AWS, as patterns
 _FORBIDDEN = "AccessDenied.*|AuthorizationError"
 _RETENTION_S = 4 * 86_400  # SQS's own default
 # SQS counts from the first sending, so dead letters are kept for longer: for the most.
 _DEAD_RETENTION_S = 14 * 86_400
 _FEW_RECEIVES = 5  # AWS advises at least as many before the dead-letter queue
+_NEVER_GIVEN_UP = "what fails is retried until it expires"
 
 
 def _unless(codes: str, call: Callable[..., Any], *args: Any) -> Any:
@@ -7088,11 +7091,12 @@ _Rates = Mapping[str, float]  # by how many messages a second each queue grows
 
 def _counts(broker: Broker, queue: str) -> _Counts | None:
     """Count the messages of a queue; None where it is not there or may not be seen."""
-    depth = _unless(f"{_ABSENT}|{_FORBIDDEN}", broker.depth, queue)
+    find_depth = functools.partial(_unless, f"{_ABSENT}|{_FORBIDDEN}", broker.depth)
+    depth = find_depth(queue)
     if depth is None:
         return None
     dead = broker.info(queue).dead_letter_queue
-    dead_depth = dead and _unless(f"{_ABSENT}|{_FORBIDDEN}", broker.depth, dead)
+    dead_depth = find_depth(dead) if dead else None
     dead_letters = sum(dead_depth) if dead_depth else None
     return _Counts(depth.visible, depth.in_flight, depth.delayed, dead_letters)
 
@@ -7188,18 +7192,16 @@ def _queue_resources(
         "deadLetterTargetArn": f"${{aws_sqs_queue.{_label(dead)}.arn}}",
         "maxReceiveCount": max_receive_count,
     }
-    # Where no size is given, Terraform sets 256 KiB.
-    both = {"max_message_size": _MAX_SQS_BYTES, "tags": tags}
     dead_attributes = {
         "name": dead,
         "message_retention_seconds": _DEAD_RETENTION_S,
-        **both,
+        "max_message_size": _MAX_SQS_BYTES,  # else Terraform sets 256 KiB
+        "tags": tags,
     }
-    attributes = {
+    attributes = dead_attributes | {
         "name": queue,
         "message_retention_seconds": _RETENTION_S,
         "redrive_policy": json.dumps(redrive),
-        **both,
     }
     return [
         _Resource("aws_sqs_queue", dead, dead_attributes),
@@ -7260,12 +7262,12 @@ def _queue_change(sqs: SqsBroker, resource: _Resource) -> _Change | None:
         return _Change("made", "create_queue", parameters)
     if not attributes:
         return None
-    changes = []
-    for key, value in attributes.items():
-        changes.append(f"{key} from {existing.get(key, 'none')} to {value}")
-    text = f"changed: {', '.join(changes)}"
+    changes = [
+        f"{key} from {existing.get(key, 'none')} to {value}"
+        for key, value in attributes.items()
+    ]
     parameters = {"QueueUrl": sqs.url(name), "Attributes": attributes}
-    return _Change(text, "set_queue_attributes", parameters)
+    return _Change(f"changed: {', '.join(changes)}", "set_queue_attributes", parameters)
 
 
 def _too_low(
@@ -7297,9 +7299,7 @@ def _topic_change(sns: SnsSender, resource: _Resource) -> _Change | None:
     """Look whether a topic is there."""
     if _subscribers(sns, sns.arn(resource.name)) is not None:
         return None
-    tags = []
-    for key, value in resource.attributes["tags"].items():
-        tags.append({"Key": key, "Value": value})
+    tags = [{"Key": k, "Value": v} for k, v in resource.attributes["tags"].items()]
     return _Change("made", "create_topic", {"Name": resource.name, "Tags": tags})
 
 
@@ -7430,23 +7430,18 @@ def _check_places(priorities: Collection[Priority]) -> Iterator[_Finding]:
         try:
             yield from (_check_topic if on_topics else _check_queue)(priority)
         except Exception as error:
-            yield _error(_text_of(error), "the rest can't be checked", _advice(error))
+            remedy = "check credentials, AWS_REGION, AWS_ENDPOINT_SQS and the network"
+            if isinstance(error, ConfigurationError):
+                remedy = _TOLD
+            yield _error(_text_of(error), "the rest can't be checked", remedy)
             if not re.match(_FORBIDDEN, _error_code(error)):
                 return  # the others would say the same
-
-
-def _advice(error: Exception) -> str:
-    """Return what to do about a queue or topic that can't be looked at."""
-    if isinstance(error, ConfigurationError):
-        return "as the error says"
-    return "check credentials, AWS_REGION, AWS_ENDPOINT_SQS and the network"
 
 
 def _check_settings() -> list[_Finding]:
     """Read all settings, and import the hooks and classes that they name."""
     findings = [
-        _error(str(error), "what uses it fails", _advice(error))
-        for error in settings.errors()
+        _error(str(error), "what uses it fails", _TOLD) for error in settings.errors()
     ]
     if findings or settings.TASKHAWK_BROKER != "sqs" or settings.TASKHAWK_QUEUE:
         return findings
@@ -7475,16 +7470,13 @@ def _check_queue(priority: Priority) -> Iterator[_Finding]:
     if info is None:
         yield _error(f"{queue}: no such queue", "dispatch raises")
         return
-    on_sqs = isinstance(broker, SqsBroker)
-    for task in _tasks_of(priority):
-        yield from _check_time_limit(queue, info, task, on_sqs=on_sqs)
-        yield from _check_retries(queue, info, task, on_sqs=on_sqs)
-    if info.dead_letter_queue is None:
-        why = "what fails is retried until it expires"
-        yield _error(f"{queue}: it has no dead-letter queue", why)
-        return
-    yield from _check_receives(queue, info, on_sqs=on_sqs)
-    if isinstance(broker, SqsBroker):
+    tasks = _tasks_of(priority)
+    yield from _check_time_limits(queue, info.visibility_timeout_s, tasks)
+    if info.max_receive_count is None:
+        yield _error(f"{queue}: it has no dead-letter queue", _NEVER_GIVEN_UP)
+    else:
+        yield from _check_receives(queue, info.max_receive_count, tasks)
+    if isinstance(broker, SqsBroker) and info.dead_letter_queue:
         yield from _check_attributes(broker, queue, info.dead_letter_queue)
 
 
@@ -7498,55 +7490,49 @@ def _tasks_of(priority: Priority) -> list[Task[..., Any]]:
     return [task for task in _tasks_by_name() if task.priority is priority]
 
 
-def _check_time_limit(
-    queue: str, info: QueueInfo, task: Task[..., Any], *, on_sqs: bool
+def _check_time_limits(
+    queue: str, lease_s: float, tasks: Iterable[Task[..., Any]]
 ) -> Iterator[_Finding]:
     """Look whether a run may take longer than its message is hidden."""
-    lease_s, limit_s = info.visibility_timeout_s, task.time_limit
-    if limit_s is None or limit_s <= lease_s:
-        return
     setting = "visibility_timeout_s in TASKHAWK_BROKER"
-    if on_sqs:
+    if settings.TASKHAWK_BROKER == "sqs":
         setting = "VisibilityTimeout"
-    yield _warning(
-        f"{queue}: its visibility timeout of {lease_s:g} s"
-        f" is below {task.name}'s limit of {limit_s:g} s",
-        "where no worker extends it, such as in Lambda, the task runs twice at once",
-        f"set {setting} above {limit_s:g} s",
-    )
+    for task in tasks:
+        limit_s = task.time_limit
+        if limit_s is not None and limit_s > lease_s:
+            yield _warning(
+                f"{queue}: its visibility timeout of {lease_s:g} s"
+                f" is below {task.name}'s limit of {limit_s:g} s",
+                "where no worker extends it, such as in Lambda, the task runs twice at"
+                " once",
+                f"set {setting} above {limit_s:g} s",
+            )
 
 
-def _check_retries(
-    queue: str, info: QueueInfo, task: Task[..., Any], *, on_sqs: bool
+def _check_receives(
+    queue: str, receives: int, tasks: Iterable[Task[..., Any]]
 ) -> Iterator[_Finding]:
-    """Look whether the queue gives up before a task's policy does."""
-    receives = info.max_receive_count
-    retries = getattr(task.retry, "max_retries", None)
-    if receives is None or retries is None or receives > retries:
-        return
-    yield _error(
-        f"{queue}: its maxReceiveCount of {receives}"
-        f" is not above {task.name}'s {retries} retries",
-        "the queue gives up before the task's policy does",
-        _raise_receives(retries + 2, on_sqs=on_sqs),
-    )
+    """Look whether the queue gives up before a task's policy, or after few crashes."""
+    for task in tasks:
+        retries = getattr(task.retry, "max_retries", None) or 0
+        if receives <= retries:
+            yield _error(
+                f"{queue}: its maxReceiveCount of {receives}"
+                f" is not above {task.name}'s {retries} retries",
+                "the queue gives up before the task's policy does",
+                _raise_receives(retries + 2),
+            )
+    if receives < _FEW_RECEIVES:
+        yield _warning(
+            f"{queue}: its maxReceiveCount is {receives}",
+            "a few crashes or releases make a dead letter of a good message",
+            _raise_receives(_FEW_RECEIVES),
+        )
 
 
-def _check_receives(queue: str, info: QueueInfo, *, on_sqs: bool) -> Iterator[_Finding]:
-    """Look whether a few crashes make a dead letter."""
-    receives = info.max_receive_count
-    if receives is None or receives >= _FEW_RECEIVES:
-        return
-    yield _warning(
-        f"{queue}: its maxReceiveCount is {receives}",
-        "a few crashes or releases make a dead letter of a good message",
-        _raise_receives(_FEW_RECEIVES, on_sqs=on_sqs),
-    )
-
-
-def _raise_receives(receives: int, *, on_sqs: bool) -> str:
+def _raise_receives(receives: int) -> str:
     """Return how to allow so many receives."""
-    if on_sqs:
+    if settings.TASKHAWK_BROKER == "sqs":
         return f"{_PROVISION} --max-receive-count {receives}"
     return f"set max_receive_count={receives} in TASKHAWK_BROKER"
 
@@ -7558,11 +7544,9 @@ def _check_attributes(broker: SqsBroker, queue: str, dead: str) -> Iterator[_Fin
     theirs = _unless(_ABSENT, broker.attributes, dead, names)
     is_provisioned = dead == f"{queue}-DLQ"
     if theirs is None:
-        remedy = "make it, or correct the RedrivePolicy"
-        if is_provisioned:
-            remedy = _PROVISION
-        why = "what fails is retried until it expires"
-        yield _error(f"{dead}: no such queue", why, remedy)
+        other = "make it, or correct the RedrivePolicy"
+        remedy = _PROVISION if is_provisioned else other
+        yield _error(f"{dead}: no such queue", _NEVER_GIVEN_UP, remedy)
         return
     kept_s = int(ours["MessageRetentionPeriod"])
     dead_s = int(theirs["MessageRetentionPeriod"])
@@ -7571,14 +7555,17 @@ def _check_attributes(broker: SqsBroker, queue: str, dead: str) -> Iterator[_Fin
         remedy += f" {_DEAD_RETENTION_S}"
         if is_provisioned and kept_s < _DEAD_RETENTION_S:
             remedy = _PROVISION
-        what = f"{dead}: it keeps messages for {dead_s} s, and {queue} for {kept_s} s"
-        why = "the time counts from the first sending: a dead letter may expire at once"
-        yield _warning(what, why, remedy)
+        yield _warning(
+            f"{dead}: it keeps messages for {dead_s} s, and {queue} for {kept_s} s",
+            "the time counts from the first sending: a dead letter may expire at once",
+            remedy,
+        )
     max_bytes = int(ours["MaximumMessageSize"])
     if max_bytes < _MAX_SQS_BYTES:
-        what = f"{queue}: it takes messages of at most {max_bytes} bytes"
-        why = "SQS takes 1 MiB, and larger ones are refused at dispatch"
-        yield _warning(what, why)
+        yield _warning(
+            f"{queue}: it takes messages of at most {max_bytes} bytes",
+            "SQS takes 1 MiB, and larger ones are refused at dispatch",
+        )
 
 
 # --- 22. command line -----------------------------------------------------------------
@@ -8657,20 +8644,12 @@ def _sections(text: str) -> list[_Section]:
     """Return the title of each section, with a short hash of its text."""
     import hashlib
 
+    parts = ["docstring", *re.split(_BANNER, text)]  # a title, its text, a title, …
     sections = []
-    for title, section in _split_sections(text):
+    for title, section in zip(parts[::2], parts[1::2], strict=True):
         digest = hashlib.sha256(section.strip().encode()).hexdigest()
         sections.append((title, digest[:16]))
     return sections
-
-
-def _split_sections(text: str) -> Iterator[tuple[str, str]]:
-    """Yield the title and text of each section: it ends where the next banner is."""
-    title, start = "docstring", 0
-    for banner in re.finditer(_BANNER, text):
-        yield title, text[start : banner.start()]
-        title, start = banner[1], banner.end()
-    yield title, text[start:]
 
 
 def _read_copy(path: str) -> _Copy:
@@ -8765,9 +8744,10 @@ def _print_report(report: Mapping[str, Any]) -> None:
     state = "changed by hand" if report["modified"] else "unmodified"
     what = f"taskhawk {report['version']}, part: {report['part']}"
     print(f"{report['path']}: {what}, {state}")
-    for title in report["modified"]:
-        print(f"changed by hand: {title}")
-    for title in report["audit"]:
-        print(f"to audit for {__version__}: {title}")
-    for title in report["gone"]:
-        print(f"gone in {__version__}: {title}")
+    for key, meaning in (
+        ("modified", "changed by hand"),
+        ("audit", f"to audit for {__version__}"),
+        ("gone", f"gone in {__version__}"),
+    ):
+        for title in report[key]:
+            print(f"{meaning}: {title}")

@@ -12757,13 +12757,13 @@ class TestCheck:
             1,
             [
                 (
-                    f"error: {name}: its maxReceiveCount of 2 is not above quick's 2 retries:"
-                    f" the queue gives up before the task's policy does. {more} 4"
-                ),
-                (
                     f"warning: {name}: its visibility timeout of 30 s is below slow's limit of"
                     " 60 s: where no worker extends it, such as in Lambda, the task runs"
                     " twice at once. Fix: set VisibilityTimeout above 60 s"
+                ),
+                (
+                    f"error: {name}: its maxReceiveCount of 2 is not above quick's 2 retries:"
+                    f" the queue gives up before the task's policy does. {more} 4"
                 ),
                 (
                     f"error: {name}: its maxReceiveCount of 2 is not above slow's 2 retries:"
