@@ -6194,7 +6194,11 @@ class _Child:
         return how
 
     def _begin(self, name: str, received: QueueMessage) -> _ChildProcess:
-        """Return a process that has begun to run a message, or raise _CannotStart."""
+        """Return a process that has begun to run a message.
+
+        :raises _CannotStart: if none can begin
+        :raises TaskNotFound: if the process does not know the task
+        """
         request = {
             field: value
             for field, value in vars(received).items()
@@ -6205,7 +6209,8 @@ class _Child:
             running = self._process or self._start_process()
             if name in running.unknown:
                 modules = ", ".join(self._start["modules"])
-                raise _CannotStart(
+                received.message = None  # as any message whose task is unknown
+                raise TaskNotFound(
                     f"{name} is not declared where a child imports {modules}: "
                     "declare it in a module, not in a function that the worker calls"
                 )

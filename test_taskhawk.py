@@ -10832,7 +10832,11 @@ class TestIsolation:
             text = isolated_refusal(isolated_child, received)
         assert text == f"a child can't import the tasks: {reason.format(file=file)}"
         file.write_text(ISOLATED_MODULE)
+        isolated_child.start()
+        process = isolated_child._process
+        isolated_child.start()  # it has one
         assert isolated_child.process(received) == Outcome(Fate.acknowledge)
+        assert isolated_child._process is process
 
     @pytest.mark.slow
     def test_dies_before_the_run(self, isolated_jobs, isolated_child):
@@ -10875,17 +10879,22 @@ class TestIsolation:
         taskhawk.Task.find_by_name("lib.job").dispatch()
         assert isolated_work() == {"received": 1, "acked": 1}
 
-    def test_not_declared(self, isolated_jobs):
-        """A task that no imported module declares is not run, and others are."""
+    def test_not_declared(self, isolated_jobs, caplog, monkeypatch):
+        """A task that no imported module declares is left to the queue; others are run."""
+        monkeypatch.setattr(taskhawk, "_INVALID_EVERY_S", 0)  # whatever was logged before
         isolated_import(isolated_jobs.HERE, lib=ISOLATED_FACTORY).create_app()
         taskhawk.Task.find_by_name("lib.job").dispatch()
         isolated_jobs.pid.dispatch()
         lost, found = queued()
         start = taskhawk._start_of_children(everything=False)
         child = taskhawk._Child(start, 100, threading.Event())
-        assert isolated_refusal(child, lost) == (
-            "lib.job is not declared where a child imports isolated, lib: "
-            "declare it in a module, not in a function that the worker calls"
+        assert child.takes(lost)
+        outcome = child.process(lost)
+        assert (outcome.fate, outcome.delay_s) == (Fate.retry, None)
+        assert caplog.messages[0].endswith(
+            "is left to the queue: lib.job is not declared where a child imports"
+            " isolated, lib: declare it in a module, not in a function that the worker"
+            " calls"
         )
         assert child.takes(found)
         assert child.process(found) == Outcome(Fate.acknowledge)
@@ -11078,7 +11087,12 @@ class TestIsolation:
         with worker_process(isolated_jobs.HERE, env, "isolated") as worker:
             worker_eventually(lambda: notes.exists() and "\n" in notes.read_text())
             worker.kill()
-            worker_eventually(lambda: is_gone(int(notes.read_text())))
+            child = int(notes.read_text())
+            try:
+                worker_eventually(lambda: is_gone(child))
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(child, signal.SIGKILL)
 
     @pytest.mark.parametrize("concurrency", [1, 2])
     def test_grace(self, isolated_jobs, concurrency):
