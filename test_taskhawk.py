@@ -11676,6 +11676,7 @@ class TestLambda:
 
 # --- 20. dead letters -----------------------------------------------------------------
 
+GONE = f"{NO_QUEUE} (NonExistentQueue: The specified queue does not exist.)"
 REFUSED = ["InternalError"] * 2
 COPIED = "copied, but not deleted: "
 NOT_DELETED = [f"{COPIED}InternalError"] * 2
@@ -11899,11 +11900,6 @@ class TestDeadLetters:
     def test_no_queue(self, ministack, sqs_client, queue_name):
         """Without the queue, its RedrivePolicy or its dead-letter queue, the error says so."""
         client, queue = sqs_client(ministack), f"TASKHAWK-{queue_name}"
-        gone = (
-            "there is no such queue here: make it, or check TASKHAWK_QUEUE,"
-            " AWS_REGION and the account (NonExistentQueue: The specified queue does not"
-            " exist.)"
-        )
 
         def error() -> str:
             configure_aws(ministack, queue_name)
@@ -11911,14 +11907,14 @@ class TestDeadLetters:
                 taskhawk.requeue_dead_letter(Priority.default)
             return str(raised.value)
 
-        assert error() == f"{queue}: {gone}"
+        assert error() == f"{queue}: {GONE}"
         url = client.create_queue(QueueName=queue)["QueueUrl"]
         assert error() == f"{queue}: it has no dead-letter queue (no RedrivePolicy)"
         client.delete_queue(QueueUrl=url)
         make_queue(client, queue)
         url = client.get_queue_url(QueueName=f"{queue}-DLQ")["QueueUrl"]
         client.delete_queue(QueueUrl=url)
-        assert error() == f"{queue}-DLQ: {gone}"
+        assert error() == f"{queue}-DLQ: {GONE}"
 
     def test_lambda_app(self, scripted, queue_name, caplog):
         """For a Lambda app there is nothing to do, and a warning says so."""
@@ -12244,13 +12240,10 @@ class TestDeadLetterCommands:
         letters = Letters(capsys)
         scripted.always("ChangeMessageVisibilityBatch", fault("AccessDenied"))
         assert len(letters("list")) == 3
-        assert caplog.messages == [
-            (
-                "3 of 3 dead letters looked at stay hidden for a while:"
-                f" {letters.queue}-DLQ: {DENIED.format('ChangeMessageVisibility')}"
-                " (AccessDenied: no)"
-            )
-        ]
+        denied = DENIED.format("ChangeMessageVisibility")
+        hidden = "3 of 3 dead letters looked at stay hidden for a while"
+        error = f"{letters.queue}-DLQ: {denied} (AccessDenied: no)"
+        assert caplog.messages == [f"{hidden}: {error}"]
 
 
 # --- 21. infrastructure ---------------------------------------------------------------
@@ -12354,14 +12347,8 @@ class TestStats:
     def test_no_queue(self, ministack, queue_name, capsys):
         """Where there is no queue at all, such as for a mistyped name, it is an error."""
         configure_aws(ministack, queue_name)
-        assert command_error(capsys, "stats") == (
-            2,
-            (
-                f"taskhawk: TASKHAWK-{queue_name}: there is no such queue here: make it, or"
-                " check TASKHAWK_QUEUE, AWS_REGION and the account (NonExistentQueue:"
-                " The specified queue does not exist.)"
-            ),
-        )
+        sentence = f"taskhawk: TASKHAWK-{queue_name}: {GONE}"
+        assert command_error(capsys, "stats") == (2, sentence)
 
     def test_denied(self, scripted, capsys):
         """What is not allowed is an error, not a queue that is not there."""
@@ -12680,6 +12667,32 @@ AWS_ACCESS_KEY=,AWS_SECRET_KEY=
 """
 
 
+FINDINGS = """
+warning
+    {name}: its visibility timeout of 30 s is below slow's limit of 60 s: where no
+    worker extends it, such as in Lambda, the task runs twice at once. Fix: set
+    VisibilityTimeout above 60 s
+error
+    {name}: its maxReceiveCount of 2 is not above quick's 2 retries: the queue gives up
+    before the task's policy does. Fix: python -m taskhawk provision
+    --max-receive-count 4
+error
+    {name}: its maxReceiveCount of 2 is not above slow's 2 retries: the queue gives up
+    before the task's policy does. Fix: python -m taskhawk provision
+    --max-receive-count 4
+warning
+    {name}: its maxReceiveCount is 2: a few crashes or releases make a dead letter of a
+    good message. Fix: python -m taskhawk provision --max-receive-count 5
+warning
+    {name}-DLQ: it keeps messages for 86400 s, and {name} for 86400 s: the time counts
+    from the first sending: a dead letter may expire at once. Fix: python -m taskhawk
+    provision
+warning
+    {name}: it takes messages of at most 262144 bytes: SQS takes 1 MiB, and larger ones
+    are refused at dispatch. Fix: python -m taskhawk provision
+"""
+
+
 class TestCheck:
     """What is wrong is found before it loses messages, with what mends it."""
 
@@ -12737,40 +12750,10 @@ class TestCheck:
         taskhawk.task(name="slow", time_limit=60, retry=retry)(plain)
         taskhawk.task(name="quick", time_limit=30, retry=retry)(plain)
         configure_aws(ministack, queue_name)
-        more = "Fix: python -m taskhawk provision --max-receive-count"
-        assert check(capsys) == (
-            1,
-            [
-                (
-                    f"warning: {name}: its visibility timeout of 30 s is below slow's limit of"
-                    " 60 s: where no worker extends it, such as in Lambda, the task runs"
-                    " twice at once. Fix: set VisibilityTimeout above 60 s"
-                ),
-                (
-                    f"error: {name}: its maxReceiveCount of 2 is not above quick's 2 retries:"
-                    f" the queue gives up before the task's policy does. {more} 4"
-                ),
-                (
-                    f"error: {name}: its maxReceiveCount of 2 is not above slow's 2 retries:"
-                    f" the queue gives up before the task's policy does. {more} 4"
-                ),
-                (
-                    f"warning: {name}: its maxReceiveCount is 2: a few crashes or releases"
-                    f" make a dead letter of a good message. {more} 5"
-                ),
-                (
-                    f"warning: {name}-DLQ: it keeps messages for 86400 s, and {name} for 86400"
-                    " s: the time counts from the first sending: a dead letter may expire at"
-                    " once. Fix: python -m taskhawk provision"
-                ),
-                (
-                    f"warning: {name}: it takes messages of at most 262144 bytes: SQS takes 1"
-                    " MiB, and larger ones are refused at dispatch. Fix: python -m taskhawk"
-                    " provision"
-                ),
-                "6 found",
-            ],
-        )
+        found = [
+            f"{kind}: {sentence}" for kind, sentence in told(FINDINGS.format(name=name))
+        ]
+        assert check(capsys) == (1, [*found, "6 found"])
 
     def test_no_dead_letter_queue(self, ministack, sqs_client, queue_name, capsys):
         """A dead-letter queue that is gone is an error, and the other queues are looked at too."""
@@ -12784,21 +12767,14 @@ class TestCheck:
         client.delete_queue(QueueUrl=url)
         configure_aws(ministack, queue_name)
         gone = (
-            f"error: {name}-DLQ: no such queue: what fails is retried until it expires."
+            f"error: {name}-DLQ: no such queue: what fails is retried until it expires"
         )
-        other = f"{gone} Fix: make it, or correct the RedrivePolicy"
+        other = f"{gone}. Fix: make it, or correct the RedrivePolicy"
         assert check(capsys, "--priority=low") == (1, [other, "1 found"])
-        assert check(capsys, "--priority=default", "--priority=bulk") == (
-            1,
-            [
-                f"{gone} Fix: python -m taskhawk provision",
-                (
-                    f"error: {name}-BULK: no such queue: dispatch raises. Fix: python -m"
-                    " taskhawk provision"
-                ),
-                "2 found",
-            ],
-        )
+        make = "Fix: python -m taskhawk provision"
+        bulk = f"error: {name}-BULK: no such queue: dispatch raises. {make}"
+        found = [f"{gone}. {make}", bulk, "2 found"]
+        assert check(capsys, "--priority=default", "--priority=bulk") == (1, found)
 
     def test_kept_for_long(self, ministack, sqs_client, queue_name, capsys):
         """Where provisioning would not mend it, the remedy is another."""
@@ -12860,31 +12836,20 @@ class TestCheck:
         """A task that a worker of these priorities would not serve is a warning."""
         taskhawk.task(name="resize", priority=Priority.bulk)(plain)
         assert check(capsys) == (0, ["nothing is wrong"])
-        assert check(capsys, "--priority=high") == (
-            0,
-            [
-                (
-                    "warning: task resize is of priority bulk: a worker that serves these"
-                    " priorities does not run it. Fix: serve --priority bulk too, here or in"
-                    " another worker"
-                ),
-                "1 found",
-            ],
+        warning = (
+            "warning: task resize is of priority bulk: a worker that serves these priorities"
+            " does not run it. Fix: serve --priority bulk too, here or in another worker"
         )
+        assert check(capsys, "--priority=high") == (0, [warning, "1 found"])
 
     def test_main(self, sqlite, capsys):
         """A task that is registered under __main__ is found by no worker."""
         taskhawk.task(name="__main__.job")(plain)
-        assert check(capsys) == (
-            1,
-            [
-                (
-                    "error: task __main__.job is of __main__: a worker can't find it under that"
-                    " name. Fix: move it to a module"
-                ),
-                "1 found",
-            ],
+        error = (
+            "error: task __main__.job is of __main__: a worker can't find it under that"
+            " name. Fix: move it to a module"
         )
+        assert check(capsys) == (1, [error, "1 found"])
 
 
 # --- 22. command line -----------------------------------------------------------------
