@@ -4137,16 +4137,9 @@ def process(received: QueueMessage) -> Outcome:
         _raise_interrupt(error)
         return _failed(received, error, began)
     finally:
-        _let_go(received)
         # After a failed run too: the connection may be why it failed.
         _refresh_django_connections(ran=True)
     return Outcome(Fate.acknowledge)
-
-
-def _let_go(received: QueueMessage) -> None:
-    """Break the cycle that would keep a body until the garbage collector runs."""
-    if received.message:
-        received.message.received = None
 
 
 def _run(received: QueueMessage, began: float) -> None:
@@ -4154,8 +4147,8 @@ def _run(received: QueueMessage, began: float) -> None:
     _call_hook("TASKHAWK_PRE_PROCESS_HOOK", received)
     message = _decode(received.body)
     task = message.task
-    message.received = received
     received.message = message  # from here on, an error is the task's
+    message.received = received
     _log.debug("Received message", extra={"message_body": received.body})
     level, end, reason = logging.DEBUG, "done", ""
     try:
@@ -4164,6 +4157,8 @@ def _run(received: QueueMessage, began: float) -> None:
         if not _are_all(IgnoreException, error):
             raise
         level, end, reason = logging.INFO, "ignored", _reason(error)
+    finally:
+        message.received = None  # else a cycle keeps the body until it is collected
     _call_hook("TASKHAWK_POST_PROCESS_HOOK", received)
     if _log.isEnabledFor(level):
         name = _in_one_line(f"{task.name} {message.id}")
@@ -4271,10 +4266,10 @@ def _asked_delay_s(leaves: Iterable[BaseException]) -> float | None:
     """Return the longest delay that a RetryException asks for, or None."""
     asked = [leaf.delay_seconds for leaf in leaves if isinstance(leaf, RetryException)]
     # A subclass that does not call our __init__ may have set anything.
-    delays = list(filter(_is_delay, asked))
-    if not delays:
+    longest = max(filter(_is_delay, asked), default=None)
+    if longest is None:
         return None
-    return min(max(delays), _MAX_HELD_S)
+    return min(longest, _MAX_HELD_S)
 
 
 def _may_retry(task: Task[Any, Any], error: BaseException) -> bool:
@@ -4339,19 +4334,21 @@ def _facts(received: QueueMessage, end: str, began: float) -> dict[str, Any]:
     """Return the fields of a run's log record, which formatters may use."""
     duration_ms = round((time.monotonic() - began) * 1000)
     facts: dict[str, Any] = {"outcome": end, "duration_ms": duration_ms}
-    if received.message:
-        facts |= {"task": received.message.task_name, "id": received.message.id}
-        facts["attempt"] = received.attempt
+    message, attempt = received.message, received.attempt
+    if message:
+        facts |= {"task": message.task_name, "id": message.id, "attempt": attempt}
     return facts
 
 
 def _extra_of(error: LoggingException) -> dict[str, Any]:
     """Return the fields that an error gives to its log record."""
-    # Logging refuses a field of a name that each record has.
-    reserved = vars(logging.makeLogRecord({})).keys() | {"message", "asctime"}
-    given = error.extra if isinstance(error.extra, Mapping) else {}
-    taken = {f"extra_{name}": given[name] for name in given if name in reserved}
-    return taken | {str(n): given[n] for n in given if n not in reserved}
+    fields: dict[str, Any] = {}
+    if isinstance(error.extra, Mapping):
+        for name, value in error.extra.items():
+            # Logging refuses a field of a name that every record has.
+            prefix = "extra_" if name in _RECORD_FIELDS else ""
+            fields[f"{prefix}{name}"] = value
+    return fields
 
 
 _INVALID_EVERY_S = 10  # a poisoned queue must not fill the disk with logs
@@ -4401,10 +4398,7 @@ class _SyncSender(Sender):
             if settings.IS_LAMBDA_APP:
                 sns = {"Message": entry.body, "MessageId": message_id}
                 received.sns_record = {"Sns": {**sns, "MessageAttributes": {}}}
-            try:
-                _in_own_context(_run)(received, time.monotonic())
-            finally:
-                _let_go(received)
+            _in_own_context(_run)(received, time.monotonic())
         return []
 
 
@@ -5961,8 +5955,7 @@ class _TextFormatter(logging.Formatter):
         if "task" not in facts or str(facts.get("id")) in record.message:
             return f"{begin} {record.message}"
         run = f"{facts['task']} {facts.get('id')} attempt {facts.get('attempt')}"
-        run = re.sub(r"[^ -~]", "?", run)[:200]  # ids are free text
-        return f"{begin} [{run}] {record.message}"
+        return f"{begin} [{_in_one_line(run)}] {record.message}"
 
 
 class _LineFormatter(logging.Formatter):
@@ -6666,8 +6659,11 @@ def _from_topic(record: Mapping[str, Any]) -> QueueMessage:
     sns = record["Sns"]
     if not isinstance(sns, Mapping):
         sns = {}
-    message_id = str(sns.get("MessageId"))
-    return _LambdaMessage(sns.get("Message"), message_id, sns_record=record)
+    return _LambdaMessage(
+        body=sns.get("Message"),
+        message_id=str(sns.get("MessageId")),
+        sns_record=record,
+    )
 
 
 def _from_queue(record: Mapping[str, Any]) -> QueueMessage:
@@ -6675,15 +6671,18 @@ def _from_queue(record: Mapping[str, Any]) -> QueueMessage:
     message_id = str(record.get("messageId", ""))
     if not _is_well_formed(record):
         return _LambdaMessage(None, message_id)
-    attributes = record.get("attributes", {})
-    message_attributes = _as_boto3(record.get("messageAttributes", {}))
-    handle = record.get("receiptHandle")
     received = _LambdaMessage(
-        record.get("body"), message_id, handle, attributes, message_attributes
+        body=record.get("body"),
+        message_id=message_id,
+        receipt_handle=record.get("receiptHandle"),
+        attributes=record.get("attributes", {}),
+        message_attributes=_as_boto3(record.get("messageAttributes", {})),
     )
-    arn, broker = record.get("eventSourceARN"), _brokers.broker()
-    if arn is not None and isinstance(broker, SqsBroker):
-        received.broker, received.queue = broker.at_arn(arn)
+    if "eventSourceARN" not in record:
+        return received
+    broker = _brokers.broker()
+    if isinstance(broker, SqsBroker):  # else a handler is tried out without AWS
+        received.broker, received.queue = broker.at_arn(record["eventSourceARN"])
     return received
 
 
@@ -6768,8 +6767,7 @@ class _DeadLetter:
     def reason(self) -> str:
         """Why it is here, in one line."""
         moved = "moved by the queue itself, after too many receives"
-        reason = self.error_text or self.invalid or moved
-        return reason.partition("\n")[0]
+        return (self.error_text or self.invalid or moved).partition("\n")[0]
 
     def as_dict(self) -> dict[str, Any]:
         """Return all that is known of it but its body, for JSON."""
@@ -6867,14 +6865,16 @@ class _Scan:
     def __post_init__(self) -> None:
         """Find the queue and its dead-letter queue; nothing is received yet."""
         if self.num_messages < 1:
-            text = f"num_messages: expected 1 or more, got {self.num_messages}"
-            raise ConfigurationError(text)
+            raise ConfigurationError(
+                f"num_messages: expected 1 or more, got {self.num_messages}"
+            )
         self._broker = _brokers.broker()
         self._queue = self._broker.destination(self.priority)
         source = self._broker.info(self._queue).dead_letter_queue
         if source is None:
-            text = f"{self._queue}: it has no dead-letter queue (no RedrivePolicy)"
-            raise ConfigurationError(text)
+            raise ConfigurationError(
+                f"{self._queue}: it has no dead-letter queue (no RedrivePolicy)"
+            )
         self._source = source
         self.matched = 0
         self.found_ids: set[str] = set()  # of those that matched
@@ -6904,8 +6904,8 @@ class _Scan:
             self.found_ids.update(*(letter.ids for letter in letters))
             yield letters
             failed = len(self._failed)
-            good = self.matched - failed
-            self.say("%s %d of %d messages, %d failed", self.done, good, total, failed)
+            text = "%s %d of %d messages, %d failed"
+            self.say(text, self.done, self.matched - failed, total, failed)
 
     def total(self) -> int:
         """Count the dead letters that are visible; SQS does so approximately."""
@@ -7007,17 +7007,18 @@ def requeue_dead_letter(
     :raises PartialFailure: if some were not; they are still among the dead letters
     """
     if settings.IS_LAMBDA_APP:
-        text = "not supported for Lambda apps, whose queues are Lambda's"
-        _log.warning("requeue_dead_letter: %s", text)
+        _log.warning(
+            "requeue_dead_letter: not supported for Lambda apps, whose queues are"
+            " Lambda's"
+        )
         return 0
-    scan = _Scan(
+    with _Scan(
         priority,
         "requeueing",
         "requeued",
         num_messages=num_messages,
         lease_s=visibility_timeout,
-    )
-    with scan:
+    ) as scan:
         for letters in scan:
             scan.requeue(letters)
     return scan.count()
@@ -7030,12 +7031,14 @@ def requeue_dead_letter(
 
 
 _PROVISION = "python -m taskhawk provision"  # fixes most of what check finds
+_TOLD = "as the error says"  # how to fix the rest
 _ABSENT = "NonExistentQueue|QueueDoesNotExist|NotFound"  # codes of AWS, as patterns
 _FORBIDDEN = "AccessDenied.*|AuthorizationError"
 _RETENTION_S = 4 * 86_400  # SQS's own default
 # SQS counts from the first sending, so dead letters are kept for longer: for the most.
 _DEAD_RETENTION_S = 14 * 86_400
 _FEW_RECEIVES = 5  # AWS advises at least as many before the dead-letter queue
+_NEVER_GIVEN_UP = "what fails is retried until it expires"
 
 
 def _unless(codes: str, call: Callable[..., Any], *args: Any) -> Any:
@@ -7068,11 +7071,12 @@ _Rates = Mapping[str, float]  # by how many messages a second each queue grows
 
 def _counts(broker: Broker, queue: str) -> _Counts | None:
     """Count the messages of a queue; None where it is not there or may not be seen."""
-    depth = _unless(f"{_ABSENT}|{_FORBIDDEN}", broker.depth, queue)
+    find_depth = functools.partial(_unless, f"{_ABSENT}|{_FORBIDDEN}", broker.depth)
+    depth = find_depth(queue)
     if depth is None:
         return None
     dead = broker.info(queue).dead_letter_queue
-    dead_depth = dead and _unless(f"{_ABSENT}|{_FORBIDDEN}", broker.depth, dead)
+    dead_depth = find_depth(dead) if dead else None
     dead_letters = sum(dead_depth) if dead_depth else None
     return _Counts(depth.visible, depth.in_flight, depth.delayed, dead_letters)
 
@@ -7168,18 +7172,16 @@ def _queue_resources(
         "deadLetterTargetArn": f"${{aws_sqs_queue.{_label(dead)}.arn}}",
         "maxReceiveCount": max_receive_count,
     }
-    # Where no size is given, Terraform sets 256 KiB.
-    both = {"max_message_size": _MAX_SQS_BYTES, "tags": tags}
     dead_attributes = {
         "name": dead,
         "message_retention_seconds": _DEAD_RETENTION_S,
-        **both,
+        "max_message_size": _MAX_SQS_BYTES,  # else Terraform sets 256 KiB
+        "tags": tags,
     }
-    attributes = {
+    attributes = dead_attributes | {
         "name": queue,
         "message_retention_seconds": _RETENTION_S,
         "redrive_policy": json.dumps(redrive),
-        **both,
     }
     return [
         _Resource("aws_sqs_queue", dead, dead_attributes),
@@ -7240,12 +7242,12 @@ def _queue_change(sqs: SqsBroker, resource: _Resource) -> _Change | None:
         return _Change("made", "create_queue", parameters)
     if not attributes:
         return None
-    changes = []
-    for key, value in attributes.items():
-        changes.append(f"{key} from {existing.get(key, 'none')} to {value}")
-    text = f"changed: {', '.join(changes)}"
+    changes = [
+        f"{key} from {existing.get(key, 'none')} to {value}"
+        for key, value in attributes.items()
+    ]
     parameters = {"QueueUrl": sqs.url(name), "Attributes": attributes}
-    return _Change(text, "set_queue_attributes", parameters)
+    return _Change(f"changed: {', '.join(changes)}", "set_queue_attributes", parameters)
 
 
 def _too_low(
@@ -7277,9 +7279,7 @@ def _topic_change(sns: SnsSender, resource: _Resource) -> _Change | None:
     """Look whether a topic is there."""
     if _subscribers(sns, sns.arn(resource.name)) is not None:
         return None
-    tags = []
-    for key, value in resource.attributes["tags"].items():
-        tags.append({"Key": key, "Value": value})
+    tags = [{"Key": k, "Value": v} for k, v in resource.attributes["tags"].items()]
     return _Change("made", "create_topic", {"Name": resource.name, "Tags": tags})
 
 
@@ -7410,23 +7410,18 @@ def _check_places(priorities: Collection[Priority]) -> Iterator[_Finding]:
         try:
             yield from (_check_topic if on_topics else _check_queue)(priority)
         except Exception as error:
-            yield _error(_text_of(error), "the rest can't be checked", _advice(error))
+            remedy = "check credentials, AWS_REGION, AWS_ENDPOINT_SQS and the network"
+            if isinstance(error, ConfigurationError):
+                remedy = _TOLD
+            yield _error(_text_of(error), "the rest can't be checked", remedy)
             if not re.match(_FORBIDDEN, _error_code(error)):
                 return  # the others would say the same
-
-
-def _advice(error: Exception) -> str:
-    """Return what to do about a queue or topic that can't be looked at."""
-    if isinstance(error, ConfigurationError):
-        return "as the error says"
-    return "check credentials, AWS_REGION, AWS_ENDPOINT_SQS and the network"
 
 
 def _check_settings() -> list[_Finding]:
     """Read all settings, and import the hooks and classes that they name."""
     findings = [
-        _error(str(error), "what uses it fails", _advice(error))
-        for error in settings.errors()
+        _error(str(error), "what uses it fails", _TOLD) for error in settings.errors()
     ]
     if findings or settings.TASKHAWK_BROKER != "sqs" or settings.TASKHAWK_QUEUE:
         return findings
@@ -7455,16 +7450,13 @@ def _check_queue(priority: Priority) -> Iterator[_Finding]:
     if info is None:
         yield _error(f"{queue}: no such queue", "dispatch raises")
         return
-    on_sqs = isinstance(broker, SqsBroker)
-    for task in _tasks_of(priority):
-        yield from _check_time_limit(queue, info, task, on_sqs=on_sqs)
-        yield from _check_retries(queue, info, task, on_sqs=on_sqs)
-    if info.dead_letter_queue is None:
-        why = "what fails is retried until it expires"
-        yield _error(f"{queue}: it has no dead-letter queue", why)
-        return
-    yield from _check_receives(queue, info, on_sqs=on_sqs)
-    if isinstance(broker, SqsBroker):
+    tasks = _tasks_of(priority)
+    yield from _check_time_limits(queue, info.visibility_timeout_s, tasks)
+    if info.max_receive_count is None:
+        yield _error(f"{queue}: it has no dead-letter queue", _NEVER_GIVEN_UP)
+    else:
+        yield from _check_receives(queue, info.max_receive_count, tasks)
+    if isinstance(broker, SqsBroker) and info.dead_letter_queue:
         yield from _check_attributes(broker, queue, info.dead_letter_queue)
 
 
@@ -7478,55 +7470,49 @@ def _tasks_of(priority: Priority) -> list[Task[..., Any]]:
     return [task for task in _tasks_by_name() if task.priority is priority]
 
 
-def _check_time_limit(
-    queue: str, info: QueueInfo, task: Task[..., Any], *, on_sqs: bool
+def _check_time_limits(
+    queue: str, lease_s: float, tasks: Iterable[Task[..., Any]]
 ) -> Iterator[_Finding]:
     """Look whether a run may take longer than its message is hidden."""
-    lease_s, limit_s = info.visibility_timeout_s, task.time_limit
-    if limit_s is None or limit_s <= lease_s:
-        return
     setting = "visibility_timeout_s in TASKHAWK_BROKER"
-    if on_sqs:
+    if settings.TASKHAWK_BROKER == "sqs":
         setting = "VisibilityTimeout"
-    yield _warning(
-        f"{queue}: its visibility timeout of {lease_s:g} s"
-        f" is below {task.name}'s limit of {limit_s:g} s",
-        "where no worker extends it, such as in Lambda, the task runs twice at once",
-        f"set {setting} above {limit_s:g} s",
-    )
+    for task in tasks:
+        limit_s = task.time_limit
+        if limit_s is not None and limit_s > lease_s:
+            yield _warning(
+                f"{queue}: its visibility timeout of {lease_s:g} s"
+                f" is below {task.name}'s limit of {limit_s:g} s",
+                "where no worker extends it, such as in Lambda, the task runs twice at"
+                " once",
+                f"set {setting} above {limit_s:g} s",
+            )
 
 
-def _check_retries(
-    queue: str, info: QueueInfo, task: Task[..., Any], *, on_sqs: bool
+def _check_receives(
+    queue: str, receives: int, tasks: Iterable[Task[..., Any]]
 ) -> Iterator[_Finding]:
-    """Look whether the queue gives up before a task's policy does."""
-    receives = info.max_receive_count
-    retries = getattr(task.retry, "max_retries", None)
-    if receives is None or retries is None or receives > retries:
-        return
-    yield _error(
-        f"{queue}: its maxReceiveCount of {receives}"
-        f" is not above {task.name}'s {retries} retries",
-        "the queue gives up before the task's policy does",
-        _raise_receives(retries + 2, on_sqs=on_sqs),
-    )
+    """Look whether the queue gives up before a task's policy, or after few crashes."""
+    for task in tasks:
+        retries = getattr(task.retry, "max_retries", None) or 0
+        if receives <= retries:
+            yield _error(
+                f"{queue}: its maxReceiveCount of {receives}"
+                f" is not above {task.name}'s {retries} retries",
+                "the queue gives up before the task's policy does",
+                _raise_receives(retries + 2),
+            )
+    if receives < _FEW_RECEIVES:
+        yield _warning(
+            f"{queue}: its maxReceiveCount is {receives}",
+            "a few crashes or releases make a dead letter of a good message",
+            _raise_receives(_FEW_RECEIVES),
+        )
 
 
-def _check_receives(queue: str, info: QueueInfo, *, on_sqs: bool) -> Iterator[_Finding]:
-    """Look whether a few crashes make a dead letter."""
-    receives = info.max_receive_count
-    if receives is None or receives >= _FEW_RECEIVES:
-        return
-    yield _warning(
-        f"{queue}: its maxReceiveCount is {receives}",
-        "a few crashes or releases make a dead letter of a good message",
-        _raise_receives(_FEW_RECEIVES, on_sqs=on_sqs),
-    )
-
-
-def _raise_receives(receives: int, *, on_sqs: bool) -> str:
+def _raise_receives(receives: int) -> str:
     """Return how to allow so many receives."""
-    if on_sqs:
+    if settings.TASKHAWK_BROKER == "sqs":
         return f"{_PROVISION} --max-receive-count {receives}"
     return f"set max_receive_count={receives} in TASKHAWK_BROKER"
 
@@ -7538,11 +7524,9 @@ def _check_attributes(broker: SqsBroker, queue: str, dead: str) -> Iterator[_Fin
     theirs = _unless(_ABSENT, broker.attributes, dead, names)
     is_provisioned = dead == f"{queue}-DLQ"
     if theirs is None:
-        remedy = "make it, or correct the RedrivePolicy"
-        if is_provisioned:
-            remedy = _PROVISION
-        why = "what fails is retried until it expires"
-        yield _error(f"{dead}: no such queue", why, remedy)
+        other = "make it, or correct the RedrivePolicy"
+        remedy = _PROVISION if is_provisioned else other
+        yield _error(f"{dead}: no such queue", _NEVER_GIVEN_UP, remedy)
         return
     kept_s = int(ours["MessageRetentionPeriod"])
     dead_s = int(theirs["MessageRetentionPeriod"])
@@ -7551,14 +7535,17 @@ def _check_attributes(broker: SqsBroker, queue: str, dead: str) -> Iterator[_Fin
         remedy += f" {_DEAD_RETENTION_S}"
         if is_provisioned and kept_s < _DEAD_RETENTION_S:
             remedy = _PROVISION
-        what = f"{dead}: it keeps messages for {dead_s} s, and {queue} for {kept_s} s"
-        why = "the time counts from the first sending: a dead letter may expire at once"
-        yield _warning(what, why, remedy)
+        yield _warning(
+            f"{dead}: it keeps messages for {dead_s} s, and {queue} for {kept_s} s",
+            "the time counts from the first sending: a dead letter may expire at once",
+            remedy,
+        )
     max_bytes = int(ours["MaximumMessageSize"])
     if max_bytes < _MAX_SQS_BYTES:
-        what = f"{queue}: it takes messages of at most {max_bytes} bytes"
-        why = "SQS takes 1 MiB, and larger ones are refused at dispatch"
-        yield _warning(what, why)
+        yield _warning(
+            f"{queue}: it takes messages of at most {max_bytes} bytes",
+            "SQS takes 1 MiB, and larger ones are refused at dispatch",
+        )
 
 
 # --- 22. command line -----------------------------------------------------------------
@@ -8637,20 +8624,12 @@ def _sections(text: str) -> list[_Section]:
     """Return the title of each section, with a short hash of its text."""
     import hashlib
 
+    parts = ["docstring", *re.split(_BANNER, text)]  # a title, its text, a title, …
     sections = []
-    for title, section in _split_sections(text):
+    for title, section in zip(parts[::2], parts[1::2], strict=True):
         digest = hashlib.sha256(section.strip().encode()).hexdigest()
         sections.append((title, digest[:16]))
     return sections
-
-
-def _split_sections(text: str) -> Iterator[tuple[str, str]]:
-    """Yield the title and text of each section: it ends where the next banner is."""
-    title, start = "docstring", 0
-    for banner in re.finditer(_BANNER, text):
-        yield title, text[start : banner.start()]
-        title, start = banner[1], banner.end()
-    yield title, text[start:]
 
 
 def _read_copy(path: str) -> _Copy:
@@ -8745,9 +8724,10 @@ def _print_report(report: Mapping[str, Any]) -> None:
     state = "changed by hand" if report["modified"] else "unmodified"
     what = f"taskhawk {report['version']}, part: {report['part']}"
     print(f"{report['path']}: {what}, {state}")
-    for title in report["modified"]:
-        print(f"changed by hand: {title}")
-    for title in report["audit"]:
-        print(f"to audit for {__version__}: {title}")
-    for title in report["gone"]:
-        print(f"gone in {__version__}: {title}")
+    for key, meaning in (
+        ("modified", "changed by hand"),
+        ("audit", f"to audit for {__version__}"),
+        ("gone", f"gone in {__version__}"),
+    ):
+        for title in report[key]:
+            print(f"{meaning}: {title}")
