@@ -1,4 +1,4 @@
-"""Run Python functions later, on AWS SQS, SNS and Lambda, from one file with one dependency.
+"""Run Python functions later on AWS SQS, SNS and Lambda: one file, one dependency.
 
 Quickstart, with nothing set up (without TASKHAWK_BROKER, it talks to AWS)::
 
@@ -14,19 +14,29 @@ Quickstart, with nothing set up (without TASKHAWK_BROKER, it talks to AWS)::
     taskhawk.listen_for_messages(taskhawk.Priority.default, until_empty=True)
 
 Promises
-    1. A message whose dispatch returned is run at least once or ends in the dead-letter
-       queue, through ``kill -9``, crashes, network faults and shutdown at any moment.
-    2. While its worker lives and reaches the queue, a message is not run twice at the
-       same time.
+    1. Within the queue's retention, and if it has a dead-letter queue, a message whose
+       dispatch returned is run at least once or ends in the dead-letter queue: through
+       ``kill -9``, crashes, network faults, denied calls and shutdown at any moment, on
+       SQLite also through a power loss. No policy dead-letters what was never started.
+       Lambda behind SNS has Lambda's own retries and dead-letter queue instead.
+    2. While its worker lives, reaches the queue and may extend its leases, a message is
+       not run twice at the same time, unless a task in its process holds the GIL for
+       longer than the visibility timeout (isolate those), SQS itself delivers it twice,
+       it runs for over 12 hours, its send was repeated because the answer was lost, or
+       the clock of a SQLite queue is set forward by more than the lease.
     3. No byte of a message is unpickled, evaluated, or used as an import name.
-    4. A malformed message neither stops a worker nor is it silently dropped.
-    5. Log texts never hold bodies, arguments, header values or credentials.
-    6. Idle, a queue costs one 20 s poll after another; busy, 0.1 receives and 0.1
-       deletes a task.
+    4. A malformed message never stops a worker and is never silently dropped.
+    5. Our log texts never hold bodies, arguments, header values or credentials, nor a
+       line break of a message's. A task's own exceptions are logged as they are.
+    6. Idle, a queue costs one 20 s poll after another. With ``num_messages=10``, a task
+       costs at most 0.12 receives and 0.12 deletes; leases are extra for tasks of over
+       a third of the visibility timeout. A dispatch in a batch costs 0.1 requests.
+    7. A process that a task starts is as it would be without us: its signals, its
+       environment, its connections.
 
-Not here: results, chains, soft time limits, purging or browsing a queue, CloudFormation.
+Not here: results, chains, soft time limits, purging or browsing a queue.
 
-The way of a message; an event of Lambda joins it before it is decoded::
+The way of a message; a Lambda event joins it where messages are decoded::
 
     fn.dispatch(...) -> Message -> encode -> Broker.send
         == queue ==> Broker.receive -> decode -> process() -> Outcome
@@ -35,7 +45,7 @@ The way of a message; an event of Lambda joins it before it is decoded::
 Words of AWS; lease and acknowledgement are ours
     receipt handle       the token of one receive, needed to delete or delay the message
     visibility timeout   how long a received message is hidden from other receivers
-    lease                that timeout, extended for as long as a worker holds the message
+    lease                that timeout, extended while a worker holds the message
     acknowledgement      the delete after a run
     dead-letter queue    where a message goes that was received too often or given up
     redrive policy       a queue's setting: its dead-letter queue, and after how many
@@ -50,17 +60,51 @@ A message that a worker holds; the :class:`Ledger` counts what each becomes::
         |           '--> released                        its run could not begin
         '--> released                                    never started, visible at once
 
-Parts and rooms; the file still works when it is cut before part IV, V or VI
+What to read for each promise, and how many statements that is
+    1 (293): publish, _send_one, _accepted, _send_all_ready, _partial_failure,
+        _send_all, _in_batches, _one_round, SqliteBroker.send, SqliteBroker._claim,
+        SqliteBroker.delete, _SqliteFile.change, _use_write_ahead_log,
+        _AwsSender._batch, SqsBroker.send, SqsBroker.delete, process, _verdict, _wanted,
+        _Slot._run, Worker.settle, Worker._shut_down, _dead_letter, _send_copy,
+        _Held.move, _Holdings.finish, _Holdings.release, _Holdings._decide,
+        _Calls.answered, _Calls._deleted, _Calls._delayed, _Calls._try_later,
+        _Holdings.doubt, _Holdings.close, _Holdings.end
+    2 (258): SqliteBroker.receive, SqliteBroker._claim, SqliteBroker.change_visibility,
+        SqsBroker.receive, _find_lease, _Poller._receive, _Course.take, _Call, _Leases,
+        _Holdings.take, _Holdings.start, _Holdings.release, _Holdings.release_waiting,
+        _Holdings._decide, _Holdings.expire, _Holdings.lose, _Calls.next,
+        _Calls.answered, _Calls._extended, _Calls._deleted, _Keeper.run, _Keeper._make,
+        _Slot._run, Worker._give_up, _Child.kill
+    3 (112): _decode, _parse, Message._take, _validate, _fits, _find_task,
+        Task.find_by_name, Task.call, _register, _import, _import_path, _parse_line,
+        _to_outcome, _import_tasks
+    4 (104): process, _run, _decode, _parse, _failed, _verdict, _is_invalid,
+        _text_of_invalid, _Slot._run, Worker.settle
+    5 (190): _run, _failed, _sentence, _what_follows, _name_of, _reason, _in_one_line,
+        _facts, _extra_of, _text_of_invalid, _shown, _mismatch, _too_large,
+        _Holdings.warn, _Keeper._tell, _Faults, _error_code, _error_details, _explained,
+        _explanation, _find_remedy, _Source._illegal, _call_safely, _log_again
+    6 (169): _Course.wait_for_room, _Course._find_room, _Poller.work, _Poller._try,
+        _Poller._receive, _pause_s, _Holdings._decide, _Holdings._hurry, _Calls.next,
+        _Calls._due_ends, _Calls._extended, _Leases, _Keeper._wait, _Keeper._make,
+        SqsBroker.receive, SqsBroker.url, SqsBroker._find_url, _batches
+    7 (187): _in_own_context, _refresh_django_connections, _PerProcess, _made_once,
+        _Brokers.before_fork, _Brokers.after_fork, _close_sqlite_files,
+        _release_sqlite_files, _Signals, _forget_signals, _path_of_children,
+        _Child._start_process, _ChildProcess.__init__, _serve_worker,
+        _leave_signals_to_worker, _ignore_signal, _die_with_parent
+
+Parts and rooms; the file still works if cut before part IV, V or VI
     I meaning
-        1 names and limits, 2 errors, 3 settings, 4 Django, 5 messages,
-        6 retry policies
+        1 names and limits, 2 errors, 3 settings, 4 Django, 5 messages, 6 retry policies
     II queues
         7 the broker contract, 8 SQLite, 9 SQS and SNS, 10 connections
     III tasks
         11 tasks, 12 publishing
     IV work
-        13 processing, 14 holdings, 15 the keeper, 16 the worker, 17 log records,
-        18 isolation, 19 Lambda
+        13 processing, 14 holdings, 15 the keeper, 16 the worker, 17 log records, 18
+        isolation, 19 Lambda
+    V state
     VI people
         20 dead letters, 21 infrastructure, 22 command line, 23 vendoring
 """
@@ -117,7 +161,6 @@ import functools
 import importlib
 import inspect
 import io
-import itertools
 import json
 import logging
 import math
@@ -1567,7 +1610,7 @@ class Refusal(NamedTuple):
     @property
     def is_denied(self) -> bool:
         """Whether the service says that the caller may not do it."""
-        return self.code.startswith("AccessDenied")
+        return _is_denial(self.code)
 
 
 class QueueInfo(NamedTuple):
@@ -1727,7 +1770,7 @@ class QueueMessage:
             call = functools.partial(self.broker.delete, self.queue, retry=True)
             _insist(call, self.receipt_handle)
 
-    def change_visibility(self, *, VisibilityTimeout: float) -> None:  # noqa: N803 - boto3's name
+    def change_visibility(self, *, VisibilityTimeout: float) -> None:  # noqa: N803
         """Make the message visible again so many seconds from now.
 
         :param VisibilityTimeout: 0 to 43,200 seconds; SQS allows 12 hours in all from
@@ -1839,35 +1882,35 @@ def _one_round(
     """
     refused: dict[int, Refusal] = {}
     start = 0
-    for batch in _batches(entries, max_bytes):
+    for part in _parts(entries, max_bytes):
         try:
-            refusals = call(batch)
+            refusals = call(part)
         except Exception as error:
             final = repeated or isinstance(error, ConfigurationError)
             rest = range(start, len(entries))
             return refused | _all_refused(error, rest, final=final)
         for refusal in refusals:
             refused[start + refusal.index] = refusal
-        start += len(batch)
+        start += len(part)
     return refused
 
 
-def _batches(entries: Sequence[Any], max_bytes: int) -> Iterator[Sequence[Any]]:
-    """Yield one or more entries in batches of ten, each together within `max_bytes`.
+def _parts(entries: Sequence[Any], max_bytes: int) -> Iterator[Sequence[Any]]:
+    """Yield one or more entries in parts of ten, each together within `max_bytes`.
 
-    An entry that is too large by itself is a batch of its own: the service says so.
+    An entry that is too large by itself is a part of its own: the service says so.
     """
-    batch: list[Any] = []
-    batch_bytes = 0
+    part: list[Any] = []
+    part_bytes = 0
     for entry in entries:
         entry_bytes = entry.size() if max_bytes else 0
-        is_full = len(batch) == _MAX_BATCH or batch_bytes + entry_bytes > max_bytes
-        if batch and is_full:
-            yield batch
-            batch, batch_bytes = [], 0
-        batch.append(entry)
-        batch_bytes += entry_bytes
-    yield batch
+        is_full = len(part) == _MAX_BATCH or part_bytes + entry_bytes > max_bytes
+        if part and is_full:
+            yield part
+            part, part_bytes = [], 0
+        part.append(entry)
+        part_bytes += entry_bytes
+    yield part
 
 
 def _send_all(
@@ -1900,12 +1943,11 @@ def _change_all(call: str, entries: Mapping[QueueMessage, Any], warning: str) ->
 
 # --- 8. SQLite ------------------------------------------------------------------------
 # The embedded broker, with the semantics of SQS, for any number of processes on one
-# machine. Every change is ONE statement, and so one transaction: it is on the disk
-# (synchronous=FULL) before the call returns, and neither a crash nor a signal handler
-# or __del__ that dispatches comes between its halves. A message is hidden while its
-# visible_ms is ahead: delay, visibility timeout and retry in one. A receipt is good for
-# a delete until the message is received again or dead-lettered; for a change, only
-# while the message is hidden too.
+# machine. Every change is ONE statement, and so one transaction: it is on the disk when
+# the call returns, and neither a crash nor a signal handler comes between its halves.
+# visible_ms says when a message is visible: delay, visibility timeout and retry in one.
+# A receipt is good for a delete until the message is received again or dead-lettered;
+# for a change, only while the message is hidden too.
 
 
 _SQLITE_SCHEMA = """BEGIN IMMEDIATE;
@@ -2270,10 +2312,11 @@ class SqliteBroker(Broker):
         receipts = [receipt for receipt, _ in changes]
         marks, rows = _marks("?", receipts), _rows(receipts)
         wanted = [(receipt, self._in_ms(seconds)) for receipt, seconds in changes]
+        pairs = [value for pair in wanted for value in pair]
         change = "UPDATE message SET visible_ms = CASE receipt"
         cases = " ".join(["WHEN ? THEN ?"] * len(changes))
         where = f"visible_ms > ? AND id IN ({marks}) AND receipt IN ({marks})"
-        values = (*itertools.chain(*wanted), self._in_ms(), *rows, *receipts)
+        values = (*pairs, self._in_ms(), *rows, *receipts)
         statement = f"{change} {cases} END WHERE {where}"
         if self._file.change(statement, values) == len(changes):
             return []
@@ -2313,8 +2356,7 @@ def _stale(refused: Iterable[bool]) -> list[Refusal]:
     """Return a refusal for each receipt that is refused."""
     text = "the message is no longer in flight, or was received again"
     refusal = Refusal(0, "ReceiptHandleIsInvalid", text, final=True)
-    indexes = itertools.compress(itertools.count(), refused)
-    return [refusal._replace(index=index) for index in indexes]
+    return [refusal._replace(index=i) for i, stale in enumerate(refused) if stale]
 
 
 _schemes["sqlite"] = SqliteBroker
@@ -2330,10 +2372,10 @@ _schemes["sqlite"] = SqliteBroker
 # What a person can do about an error, by a pattern for the beginning of its code and
 # text; the first one holds. Services, and the protocols that they speak, have more than
 # one code for the same error.
-_DENIED = "(AccessDenied|AuthorizationError)"
+_ACCESS_DENIED = "(AccessDenied|AuthorizationError)"
 _REMEDIES = (
     (
-        rf"KMS\.?AccessDenied|{_DENIED}.* kms:",
+        rf"KMS\.?AccessDenied|{_ACCESS_DENIED}.* kms:",
         (
             "access denied: the policies of these credentials and of the KMS key must"
             " allow kms:GenerateDataKey and kms:Decrypt"
@@ -2344,15 +2386,15 @@ _REMEDIES = (
         "the KMS key can't be used: enable it, or encrypt with another one",
     ),
     (
-        f"{_DENIED}.* VPC endpoint policy",
+        f"{_ACCESS_DENIED}.* VPC endpoint policy",
         "access denied: the policy of the VPC endpoint does not allow {operation}",
     ),
     (
-        f"{_DENIED}.* (service|resource) control policy",
+        f"{_ACCESS_DENIED}.* (service|resource) control policy",
         "access denied: a policy of the AWS organization does not allow {operation}",
     ),
     (
-        _DENIED,
+        _ACCESS_DENIED,
         (
             "access denied: the IAM policy of these credentials does not allow"
             " {operation}"
@@ -2368,6 +2410,13 @@ _REMEDIES = (
     (
         "NotFound",
         ("there is no such topic: make it, or check TASKHAWK_QUEUE and AWS_ACCOUNT_ID"),
+    ),
+    (
+        ".*Invalid header value",
+        (
+            "a credential has a line break or another control character: check"
+            " AWS_SESSION_TOKEN and where else credentials come from"
+        ),
     ),
     (
         ".*(Signature expired|Signature not yet current|TooSkewed)",
@@ -2442,6 +2491,8 @@ _REMEDIES = (
         ),
     ),
 )
+# After these words botocore or AWS shows header values, and so a session token.
+_SHOWS_HEADERS = "Invalid header value|The Canonical String"
 # Of clients whose credentials can't be used any more: a new one looks for others.
 _NO_CREDENTIALS = "NoCredentialsError|ExpiredToken.*|RequestExpired"
 # What the answer to a batch call has not named counts as this failure.
@@ -2460,6 +2511,11 @@ def _error_code(error: BaseException) -> str:
     code = _error_details(origin).get("Code") or type(origin).__name__
     # The older of SQS's protocols puts a prefix before some of its codes.
     return str(code).removeprefix("AWS.SimpleQueueService.")
+
+
+def _is_denial(code: str) -> bool:
+    """Return whether a code says that the caller may not make a call."""
+    return re.match(_ACCESS_DENIED, code) is not None
 
 
 def _error_details(error: BaseException) -> Mapping[str, Any]:
@@ -2485,16 +2541,11 @@ def _explained(where: str) -> Iterator[None]:
         if limit is not None:
             text = f"{where} takes messages of at most {limit[1]} bytes"
             raise MessageTooLarge(text, int(limit[1])) from error
-        if "Invalid header value" in str(error):
-            # Without its cause, which would show a secret.
-            raise ConfigurationError(
-                f"{where}: a credential has a line break or another control character:"
-                " check AWS_SESSION_TOKEN and where else credentials come from"
-            ) from None
         explanation = _explanation(error)
-        if explanation is not None:
-            raise ConfigurationError(f"{where}: {explanation}") from error
-        raise
+        if explanation is None:
+            raise
+        cause = None if re.search(_SHOWS_HEADERS, str(error)) else error
+        raise ConfigurationError(f"{where}: {explanation}") from cause
 
 
 def _explanation(error: Exception) -> str | None:
@@ -2502,7 +2553,8 @@ def _explanation(error: Exception) -> str | None:
 
     None is for an error that may pass by itself.
     """
-    message = _error_details(error).get("Message", error)
+    message = str(_error_details(error).get("Message", error))
+    message = re.sub(f"({_SHOWS_HEADERS}).*", r"\1…", message, flags=re.DOTALL)
     # In one line, whatever the service says.
     text = " ".join(f"{_error_code(error)}: {message}".split()).removesuffix(":")
     remedy = _find_remedy(text)
@@ -2554,7 +2606,7 @@ class _AwsConnections:
 
 
 class _AwsSender(Sender):
-    """What SQS and SNS share: clients, sending, the answers of batch calls, and errors.
+    """What SQS and SNS share: clients, sending, answers of batch calls, and errors.
 
     :ivar service: botocore's name of the service
     :ivar target_key: its parameter for the queue or topic
@@ -2737,7 +2789,7 @@ class SqsBroker(_AwsSender, Broker):
         """
         _, _, _, _, account, queue = arn.split(":")
         lock = self._connections.get().lock
-        make = functools.partial(_SqsOfAccount, self)
+        make = functools.partial(_SqsOfAccount, self._connections)
         return _made_once(self._of_accounts, account, lock, make), queue
 
     def send(self, destination: str, entries: Sequence[Outgoing]) -> list[Refusal]:
@@ -2869,12 +2921,9 @@ class _SqsOfAccount(SqsBroker):
     Their URLs are made up: the role of a Lambda function may not look them up.
     """
 
-    def __init__(self, ours: SqsBroker, account: str) -> None:
+    def __init__(self, connections: _PerProcess[_AwsConnections], account: str) -> None:
         super().__init__()
-        self._ours, self._account = ours, account
-
-    def client(self, role: str) -> Any:
-        return self._ours.client(role)
+        self._connections, self._account = connections, account
 
     def _find_url(self, role: str, queue: str) -> str:
         with self._calling(queue):
@@ -2917,11 +2966,12 @@ class _PerProcess(Generic[_T]):
     def get(self) -> _T:
         """Return the value of this process."""
         pid, value = self._owned
-        if pid != os.getpid():
-            _inherited.append(value)
-            value = self._make()
-            self._owned = (os.getpid(), value)
-        return value
+        if pid == os.getpid():
+            return value
+        own = self._make()
+        _inherited.append(value)
+        self._owned = (os.getpid(), own)
+        return own
 
 
 def _made_once(
@@ -4229,13 +4279,17 @@ def _wanted(received: QueueMessage, error: BaseException) -> Outcome:
     if delay_s is not None or task.retry is None:
         return Outcome(Fate.retry, error, delay_s)
     try:
-        delay_s = _checked_delay_s(task.name, task.retry(received.attempt))
+        delay_s = task.retry(received.attempt)
+        if not _is_delay(delay_s):
+            raise ConfigurationError(
+                f"{task.name}: retry: expected 0 or more seconds, got {delay_s!r}"
+            )
     except StopRetry:
         return Outcome(Fate.dead_letter, error)
     except BaseException as defect:  # of the policy: it must not lose the message
         _raise_interrupt(defect)
         return Outcome(Fate.retry, defect)
-    return Outcome(Fate.retry, error, delay_s)
+    return Outcome(Fate.retry, error, min(delay_s, _MAX_HELD_S))
 
 
 def _asked_delay_s(leaves: Iterable[BaseException]) -> float | None:
@@ -4255,15 +4309,6 @@ def _may_retry(task: Task[Any, Any], error: BaseException) -> bool:
     if isinstance(error, (StopRetry, task.never_retry_on)):
         return False
     return isinstance(error, task.retry_on)
-
-
-def _checked_delay_s(name: str, delay_s: object) -> float:
-    """Return the delay that a task's retry policy gave, within what SQS allows."""
-    if not _is_delay(delay_s):
-        raise ConfigurationError(
-            f"{name}: retry: expected 0 or more seconds, got {delay_s!r}"
-        )
-    return min(delay_s, _MAX_HELD_S)
 
 
 def _is_delay(value: object) -> typing.TypeGuard[float]:
@@ -5179,9 +5224,8 @@ def _find_lease(broker: Broker, queue: str, wanted_s: float | None) -> _Lease:
     try:
         info = broker.info(queue)
     except Exception as error:
-        if not _error_code(error).startswith(
-            "AccessDenied"
-        ):  # the policies of 1.4's workers lack the permission
+        # The policies of 1.4's workers lack the permission.
+        if not _is_denial(_error_code(error)):
             raise
         if wanted_s is None:
             _log.warning("%s: can't read its attributes: %s", queue, _error_code(error))
@@ -6157,7 +6201,11 @@ class _Child:
         return how
 
     def _begin(self, name: str, received: QueueMessage) -> _ChildProcess:
-        """Return a process that has begun to run a message, or raise _CannotStart."""
+        """Return a process that has begun to run a message.
+
+        :raises _CannotStart: if none can begin
+        :raises TaskNotFound: if the process does not know the task
+        """
         request = {
             field: value
             for field, value in vars(received).items()
@@ -6168,7 +6216,8 @@ class _Child:
             running = self._process or self._start_process()
             if name in running.unknown:
                 modules = ", ".join(self._start["modules"])
-                raise _CannotStart(
+                received.message = None  # as any message whose task is unknown
+                raise TaskNotFound(
                     f"{name} is not declared where a child imports {modules}: "
                     "declare it in a module, not in a function that the worker calls"
                 )
@@ -6541,7 +6590,9 @@ def process_messages_for_lambda_consumer(
         run with this error
     :raises Exception: the error of the failed run, or an ExceptionGroup of several
     """
-    records = lambda_event.get("Records") if isinstance(lambda_event, Mapping) else None
+    records = None
+    if isinstance(lambda_event, Mapping):
+        records = lambda_event.get("Records")
     if not isinstance(records, list):
         raise ValidationError(
             "Records: expected an array of SNS or SQS records, got none"
@@ -6639,7 +6690,7 @@ def _from_topic(record: Mapping[str, Any]) -> QueueMessage:
     """Read a record of an SNS event."""
     sns = record["Sns"]
     if not isinstance(sns, Mapping):
-        return _LambdaMessage(None, "", sns_record=record)
+        sns = {}
     message_id = str(sns.get("MessageId"))
     return _LambdaMessage(sns.get("Message"), message_id, sns_record=record)
 
@@ -6664,11 +6715,12 @@ def _from_queue(record: Mapping[str, Any]) -> QueueMessage:
 def _is_well_formed(record: Mapping[str, Any]) -> bool:
     """Return whether the parts of an SQS event's record are of the types AWS gives."""
     attributes = record.get("attributes", {})
-    named = record.get("messageAttributes", {})
-    if not isinstance(attributes, Mapping) or not isinstance(named, Mapping):
+    message_attributes = record.get("messageAttributes", {})
+    if not isinstance(message_attributes, Mapping):
         return False
-    if not all(isinstance(attribute, Mapping) for attribute in named.values()):
-        return False
+    for part in (attributes, *message_attributes.values()):
+        if not isinstance(part, Mapping):
+            return False
     count = str(attributes.get("ApproximateReceiveCount", 1))
     arn = str(record.get("eventSourceARN", _SOME_ARN))
     return count.isdecimal() and arn.count(":") == _SOME_ARN.count(":")
@@ -7004,7 +7056,7 @@ def requeue_dead_letter(
 
 _PROVISION = "python -m taskhawk provision"  # fixes most of what check finds
 _ABSENT = "NonExistentQueue|QueueDoesNotExist|NotFound"  # codes of AWS, as patterns
-_DENIED = "AccessDenied.*|AuthorizationError"
+_FORBIDDEN = "AccessDenied.*|AuthorizationError"
 _RETENTION_S = 4 * 86_400  # SQS's own default
 # SQS counts from the first sending, so dead letters are kept for longer: for the most.
 _DEAD_RETENTION_S = 14 * 86_400
@@ -7041,11 +7093,11 @@ _Rates = Mapping[str, float]  # by how many messages a second each queue grows
 
 def _counts(broker: Broker, queue: str) -> _Counts | None:
     """Count the messages of a queue; None where it is not there or may not be seen."""
-    depth = _unless(f"{_ABSENT}|{_DENIED}", broker.depth, queue)
+    depth = _unless(f"{_ABSENT}|{_FORBIDDEN}", broker.depth, queue)
     if depth is None:
         return None
     dead = broker.info(queue).dead_letter_queue
-    dead_depth = dead and _unless(f"{_ABSENT}|{_DENIED}", broker.depth, dead)
+    dead_depth = dead and _unless(f"{_ABSENT}|{_FORBIDDEN}", broker.depth, dead)
     dead_letters = sum(dead_depth) if dead_depth else None
     return _Counts(depth.visible, depth.in_flight, depth.delayed, dead_letters)
 
@@ -7384,7 +7436,7 @@ def _check_places(priorities: Collection[Priority]) -> Iterator[_Finding]:
             yield from (_check_topic if on_topics else _check_queue)(priority)
         except Exception as error:
             yield _error(_text_of(error), "the rest can't be checked", _advice(error))
-            if not re.match(_DENIED, _error_code(error)):
+            if not re.match(_FORBIDDEN, _error_code(error)):
                 return  # the others would say the same
 
 
@@ -7646,10 +7698,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         130 interrupted
     :raises SystemExit: for ``--help``, ``--version`` and what argparse refuses
     """
-    argv = sys.argv[1:] if argv is None else argv
-    # Such as a worker's child, before all else: it has arguments of its own.
-    if argv and argv[0] in _programs:
-        return _programs[argv[0]](argv[1:])
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # for ASCII and Latin-1
@@ -7659,7 +7707,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         failed = _run_command(arguments)
-        sys.stdout.flush()  # here, where a reader that is gone can be told of
+        print(end="", flush=True)  # here, where a reader may be found to be gone
     except KeyboardInterrupt:
         _clear_line()  # of the terminal's ^C
         return 130
@@ -7781,6 +7829,10 @@ def _parser() -> Any:
     return parser
 
 
+_QUEUE_COMMANDS = ("listen", "dispatch", "stats", "provision", "dead-letters")
+_UNREADABLE = "the settings can't be read"
+
+
 def _load(modules: Iterable[str], command: str) -> None:
     """Import the tasks' modules, and refuse a queue in memory that must be shared."""
     for name in modules:
@@ -7792,9 +7844,12 @@ def _load(modules: Iterable[str], command: str) -> None:
             )
         with _telling_where(f"the module {name!r} can't be imported"):
             _import(name, "the module")
-    # These share a queue with other processes: in memory, it would end with this one.
-    shares_queue = command.startswith(("listen", "dispatch", "dead-letters"))
-    if shares_queue and re.match(r"sqlite://(\?|$)", settings.TASKHAWK_BROKER):
+    if not command.startswith(_QUEUE_COMMANDS):
+        return
+    with _telling_where(_UNREADABLE):
+        broker = settings.TASKHAWK_BROKER
+    shares_queue = command not in ("stats", "provision")
+    if shares_queue and re.match(r"sqlite://(\?|$)", broker):
         raise ConfigurationError(
             f"{command}: sqlite:// is the memory of one process:"
             " use a file, such as sqlite:///queue.db"
@@ -7821,9 +7876,14 @@ def _is_import(file: str) -> bool:
     return file == __file__ or "importlib" in file
 
 
+def _is_terminal(stream: Any) -> bool:
+    """Return whether a stream is a terminal; it is None where it was closed."""
+    return stream is not None and stream.isatty()
+
+
 def _clear_line() -> None:
     """Clear the line of a terminal, to write something else there."""
-    if sys.stderr.isatty():
+    if _is_terminal(sys.stderr):
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
@@ -7931,7 +7991,7 @@ class _ListenWorker(Worker):
         if message and outcome.fate is Fate.acknowledge:
             attempt = held.message.attempt
             facts = {"task": message.task_name, "id": message.id, "attempt": attempt}
-            name = re.sub("[^ -~]", "?", f"{message.task_name} {message.id}")[:200]
+            name = _name_of(held.message)
             _log.info("%s: attempt %d finished", name, attempt, extra=facts)
 
 
@@ -7979,10 +8039,10 @@ class _ListenWorker(Worker):
     _option("--liveness-file", "file to touch while the worker lives", metavar="PATH"),
     _option(
         "--log-level",
-        "(default: info)",
+        "what to log at least (default: info)",
         choices=["debug", "info", "warning", "error"],
     ),
-    _option("--log-format", "(default: text)", choices=["text", "json"]),
+    _option("--log-format", "how to (default: text)", choices=["text", "json"]),
 )
 def _listen(arguments: Any) -> bool:
     """Run a worker.
@@ -7991,7 +8051,8 @@ def _listen(arguments: Any) -> bool:
     """
     _require_tasks("listen")
     # A typo, such as in a hook's name, would send the whole queue to the dead letters.
-    settings.check()
+    with _telling_where(_UNREADABLE):
+        settings.check()
     priorities = _priorities(arguments.priority)
     worker = _ListenWorker(
         _brokers.broker(),
@@ -8048,17 +8109,17 @@ def _exit_overdue(ledger: Ledger) -> None:
     _option("task", "the task's name"),
     _option(
         "--args",
-        "(default: [])",
+        "its arguments, an array (default: [])",
         type=_json(list, "an array of JSON"),
         default=[],
-        metavar="JSON ARRAY",
+        metavar="JSON",
     ),
     _option(
         "--kwargs",
-        "(default: {})",
+        "its keyword arguments, an object (default: {})",
         type=_json(dict, "an object of JSON"),
         default={},
-        metavar="JSON OBJECT",
+        metavar="JSON",
     ),
     _many("--header", "a header: its name and value", type=_pair, metavar="K=V"),
     _option(
@@ -8178,7 +8239,7 @@ def _watch(
 
 def _show_table(counts: _AllCounts, rates: _Rates) -> None:
     """Print counts for people; in a terminal, in place of the last ones."""
-    in_terminal = sys.stdout.isatty()
+    in_terminal = _is_terminal(sys.stdout)
     if in_terminal and rates:
         print("\x1b[H\x1b[2J", end="")
     print("\n".join(_table(counts, rates, in_color=in_terminal)), flush=True)
@@ -8205,7 +8266,8 @@ def _check_all(arguments: Any) -> bool:
 
     example: python -m taskhawk check myapp.tasks --priority high
     """
-    findings = list(_check(_priorities(arguments.priority)))
+    with _telling_where(_UNREADABLE):
+        findings = list(_check(_priorities(arguments.priority)))
     if arguments.json:
         print(json.dumps([finding._asdict() for finding in findings], indent=2))
     else:
@@ -8301,9 +8363,14 @@ _LETTERS = (
         default=math.inf,
         metavar="AGE",
     ),
-    _many("--id", "only this one, by the message's id or that of SQS", dest="ids"),
     _option("--limit", "at most N", type=_whole(0), default=sys.maxsize, metavar="N"),
     _MODULE,
+)
+_ID = _many(
+    "--id",
+    "only this one, by the message's id or that of SQS",
+    dest="ids",
+    metavar="ID",
 )
 
 
@@ -8345,7 +8412,7 @@ def _scan_for(arguments: Any, doing: str, done: str) -> Iterator[_Scan]:
         _filter_of(arguments),
         arguments.limit,
     )
-    if sys.stderr.isatty():
+    if _is_terminal(sys.stderr):
         scan.say = _rewrite_line
     with _interruptible(), scan:
         yield scan
@@ -8355,7 +8422,9 @@ def _scan_for(arguments: Any, doing: str, done: str) -> Iterator[_Scan]:
 def _rewrite_line(text: str, *args: object) -> None:
     """Show progress in a terminal, in one line."""
     _clear_line()
-    print(text % args, end="", file=sys.stderr, flush=True)
+    width = os.get_terminal_size(sys.stderr.fileno()).columns or 80
+    # A line that is wrapped can't be cleared.
+    print((text % args)[: width - 1], end="", file=sys.stderr, flush=True)
 
 
 def _require_found(scan: _Scan) -> None:
@@ -8421,7 +8490,7 @@ def _as_export(letter: _DeadLetter) -> str:
     return json.dumps(letter.as_dict() | raw, default=str)
 
 
-@_command("dead-letters list", *_LETTERS, _AS_JSON)
+@_command("dead-letters list", *_LETTERS, _ID, _AS_JSON)
 def _list(arguments: Any) -> None:
     """List dead letters, a line each; a look counts as a receive.
 
@@ -8444,7 +8513,7 @@ def _show(arguments: Any) -> None:
     _print_letters(arguments, "showing", _as_page)
 
 
-@_command("dead-letters export", *_LETTERS)
+@_command("dead-letters export", *_LETTERS, _ID)
 def _export(arguments: Any) -> None:
     """Print dead letters as JSON lines, with body and attributes.
 
@@ -8453,7 +8522,7 @@ def _export(arguments: Any) -> None:
     _print_letters(arguments, "exporting", _as_export)
 
 
-@_command("dead-letters requeue", *_LETTERS, _DRY_RUN)
+@_command("dead-letters requeue", *_LETTERS, _ID, _DRY_RUN)
 def _requeue(arguments: Any) -> None:
     """Send dead letters back to their queue.
 
@@ -8472,6 +8541,7 @@ def _requeue(arguments: Any) -> None:
 @_command(
     "dead-letters delete",
     *_LETTERS,
+    _ID,
     _flag("--all", "delete all of them, without a filter"),
     _flag("--yes", "do not ask, in a terminal, before more than one is deleted"),
     _DRY_RUN,
@@ -8489,9 +8559,11 @@ def _delete(arguments: Any) -> None:
         _print_letters(arguments, "would delete some of", _as_line)
         return
     with _scan_for(arguments, "deleting", "deleted") as scan:
-        if arguments.yes or _is_agreed(scan):
-            for letters in scan:
-                scan.delete(letters)
+        if not (arguments.yes or _is_agreed(scan)):
+            print("deleted: 0")
+            return
+        for letters in scan:
+            scan.delete(letters)
     print(f"deleted: {scan.count()}")
     _require_found(scan)
 
@@ -8500,7 +8572,7 @@ def _is_agreed(scan: _Scan) -> bool:
     """Ask in a terminal whether to delete, where it may be more than one."""
     total = scan.total()
     most = min(total, scan.limit, len(scan.wanted.ids) or total)
-    if most <= 1 or not sys.stdin.isatty():
+    if most <= 1 or not _is_terminal(sys.stdin):
         return True
     question = f"delete up to {most} dead letters for good? [y/N] "
     print(question, end="", file=sys.stderr, flush=True)
@@ -8551,10 +8623,7 @@ class _Copy:
     @classmethod
     def of_this_file(cls, part: str) -> _Copy:
         """Return a copy of this file, whole or up to the end of a part."""
-        text = _own_text()
-        running = cls.read(text)
-        if running is not None:
-            text = running.text
+        text = _running_copy().text
         if part in _CUTS:
             kept, _banner, _later = text.partition(f"\n# === {_CUTS[part]}")
             text = kept.rstrip() + "\n"
@@ -8583,9 +8652,10 @@ class _Copy:
             )
 
 
-def _own_text() -> str:
-    """Return the text of this file, with its header if it is a copy itself."""
-    return inspect.getsource(sys.modules[__name__])
+def _running_copy() -> _Copy:
+    """Return this file: as the copy that it is, or as one would be that is made now."""
+    text = inspect.getsource(sys.modules[__name__])
+    return _Copy.read(text) or _Copy(__version__, "whole", _sections(text), text)
 
 
 def _sections(text: str) -> list[_Section]:
@@ -8600,7 +8670,7 @@ def _sections(text: str) -> list[_Section]:
 
 
 def _split_sections(text: str) -> Iterator[tuple[str, str]]:
-    """Yield the title and the text of each section; it ends where the next banner is."""
+    """Yield the title and text of each section: it ends where the next banner is."""
     title, start = "docstring", 0
     for banner in re.finditer(_BANNER, text):
         yield title, text[start : banner.start()]
@@ -8626,12 +8696,10 @@ def _read_copy(path: str) -> _Copy:
 def _write_copy(path: str, copy: _Copy) -> Sequence[_Section]:
     """Write a copy, whole or not at all; return the sections of the one it replaces.
 
-    :raises ConfigurationError: if the file that stands there, or the copy that runs this
-        command, is not as it was written
+    :raises ConfigurationError: if the file that stands there, or the copy that runs
+        this command, is not as it was written
     """
-    running = _Copy.read(_own_text())
-    if running is not None:
-        running.require_unmodified("the copy that runs this command")
+    _running_copy().require_unmodified("the copy that runs this command")
     if not os.path.isdir(os.path.dirname(path)):
         raise ConfigurationError(
             f"vendor: {os.path.dirname(path)} is not a folder. Fix: make it first"
