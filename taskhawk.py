@@ -164,6 +164,7 @@ import io
 import json
 import logging
 import math
+import operator
 import os
 import re
 import signal
@@ -4475,7 +4476,12 @@ class _Held:
     @property
     def queue(self) -> str:
         """The name of its queue."""
-        return self.message.queue or ""
+        return typing.cast("str", self.message.queue)
+
+    @property
+    def receipt(self) -> str:
+        """What the queue's calls know this receive by."""
+        return typing.cast("str", self.message.receipt_handle)
 
     @property
     def runs(self) -> bool:
@@ -4486,11 +4492,6 @@ class _Held:
     def to_delete(self) -> bool:
         """Whether a delete ends it."""
         return self.end in {"acked", "dead_lettered"}
-
-    @property
-    def may_join(self) -> bool:
-        """Whether it may share a delete that is made before its own is due."""
-        return self.to_delete and self.tries == 0
 
     def move(self, state: str) -> None:
         """Make a step, or raise RuntimeError if _STEPS does not allow it."""
@@ -4517,14 +4518,15 @@ class _Call(NamedTuple):
 
     def entries(self) -> list[Any]:
         """Return what the broker's method takes for each message."""
-        receipts = [held.message.receipt_handle or "" for held in self.batch]
         if self.kind is _Kind.delete:
-            return receipts
-        return list(zip(receipts, map(self._hidden_s, self.batch), strict=True))
+            return [held.receipt for held in self.batch]
+        return [(held.receipt, self._hidden_s(held)) for held in self.batch]
 
     def _hidden_s(self, held: _Held) -> float:
         """Return for how long to hide a message, within the 12 hours that SQS allows."""
-        wanted_s = held.lease_s if self.kind is _Kind.extend else held.delay_s
+        wanted_s = held.delay_s
+        if self.kind is _Kind.extend:
+            wanted_s = held.lease_s
         return max(0, min(wanted_s, held.last_at - self.asked_at))
 
 
@@ -4551,10 +4553,9 @@ class _Leases:
         if now < self._next_at:
             return []
         free = [held for held in self._held if not held.in_call]
-        later = [held.renew_at for held in free if held.renew_at > now]
+        self._next_at = min((held.renew_at for held in free), default=math.inf)
         due = [held for held in free if held.renew_at <= now]
-        self._next_at = now if due else min(later, default=math.inf)
-        return sorted(due, key=lambda held: held.lease_until)
+        return sorted(due, key=operator.attrgetter("lease_until"))
 
     def next_at(self) -> float:
         """Return a time before which none is to be extended."""
@@ -4575,10 +4576,12 @@ class _Holdings:
         self.news: list[tuple[int, str]] = []  # log levels and texts
         self.unanswered = 0  # deletes that were not known to be applied in the end
         self._is_closing = False
-        self._urgency = {queue: place for place, queue in enumerate(queues)}
         self._ack_wait_s = ack_wait_s
-        self.held: dict[_Held, None] = {}  # an ordered set, as are the next two
-        self._waiting: dict[_Held, None] = {}  # received, the most urgent first
+        self.held: dict[_Held, None] = {}  # an ordered set, as are the following
+        # By queue, the most urgent first: received and not started; and what is to be
+        # deleted, and is in no call yet.
+        self._waiting: dict[str, dict[_Held, None]] = {each: {} for each in queues}
+        self.to_delete: dict[str, dict[_Held, None]] = {each: {} for each in queues}
         self.decided: dict[_Held, None] = {}  # it is known what they become
         self.leases = _Leases()
         self.calls = _Calls(self)
@@ -4586,7 +4589,7 @@ class _Holdings:
     @property
     def waiting(self) -> int:
         """How many messages wait to be started."""
-        return len(self._waiting)
+        return sum(map(len, self._waiting.values()))
 
     @property
     def ending(self) -> int:
@@ -4596,7 +4599,7 @@ class _Holdings:
     @property
     def running(self) -> int:
         """How many messages run."""
-        return len(self.held) - len(self._waiting) - len(self.decided)
+        return len(self.held) - self.waiting - len(self.decided)
 
     def still_run(self) -> list[QueueMessage]:
         """Return the messages that run."""
@@ -4620,32 +4623,35 @@ class _Holdings:
         :param asked_at: when the receive was called
         """
         is_sure = now - asked_at <= lease_s / 3
-        since = asked_at if is_sure else now
+        lease_until = asked_at + lease_s
+        if not is_sure:
+            lease_until = now + lease_s
         for message in messages:
             held = _Held(
                 message,
                 lease_s,
-                lease_until=since + lease_s,
+                lease_until=lease_until,
                 last_at=asked_at + _LATEST_S,
                 is_sure=is_sure,
             )
-            self.held[held] = self._waiting[held] = None
+            self.held[held] = self._waiting[held.queue][held] = None
             self.leases.renew(held, asked_at + lease_s / 3)
             self.ledger.received += 1
-        if len(self._urgency) > 1:
-            by_urgency = sorted(self._waiting, key=lambda h: self._urgency[h.queue])
-            self._waiting = dict.fromkeys(by_urgency)
 
     def start(self, now: float) -> _Held | None:
         """Start the most urgent message whose lease holds; return it, or None."""
-        for held in list(self._waiting):
+        for held in self._all_waiting():
             if now >= held.lease_until:
                 self.lose(held, "its lease ended while it waited")
             elif held.is_sure:
-                del self._waiting[held]
+                del self._waiting[held.queue][held]
                 held.move("started")
                 return held
         return None
+
+    def _all_waiting(self) -> list[_Held]:
+        """Return the messages that wait to be started, the most urgent first."""
+        return [held for each in self._waiting.values() for held in each]
 
     def finish(
         self, held: _Held, end: str, now: float, delay_s: float | None = 0
@@ -4665,17 +4671,16 @@ class _Holdings:
 
     def release_waiting(self, now: float) -> None:
         """Release all messages that were not started."""
-        for held in list(self._waiting):
+        for held in self._all_waiting():
             self.release(held, now)
 
     def _decide(self, held: _Held, end: str, now: float, delay_s: float | None) -> None:
         """Note what a message is to become, and when the call for it is due."""
-        self._waiting.pop(held, None)
+        self._waiting[held.queue].pop(held, None)
         self.decided[held] = None
         held.end, held.due_at = end, now
         if held.to_delete:
-            if not held.message.is_fifo:  # others of its group wait for it
-                held.due_at = now + self._ack_wait_s
+            self._acknowledge(held, now)
         elif delay_s is None or held.message.lease_lost:
             # It shows by itself at the end of its lease, or another has it by now.
             self.end(held, end)
@@ -4683,17 +4688,25 @@ class _Holdings:
             # Out of the lease first: a later extension would undo the delay.
             self.leases.drop(held)
             held.delay_s = delay_s
-        self._hurry(now)
+        if len(self.decided) == len(self.held):  # no others can come to share a call
+            for acknowledged in self.to_delete.values():
+                self._hurry(acknowledged, now)
 
-    def _hurry(self, now: float) -> None:
-        """Make acknowledgements due for which it is in vain to wait for others."""
-        is_idle = len(self.decided) == len(self.held)
-        new = [held for held in self.decided if held.may_join]
-        for queue in self._urgency:
-            batch = [held for held in new if held.queue == queue]
-            if is_idle or len(batch) >= _MAX_BATCH:
-                for held in batch:
-                    held.due_at = min(held.due_at, now)
+    def _acknowledge(self, held: _Held, now: float) -> None:
+        """Have a message deleted, in a call that it may share with others."""
+        acknowledged = self.to_delete[held.queue]
+        acknowledged[held] = None
+        held.due_at = now + self._ack_wait_s
+        if len(acknowledged) >= _MAX_BATCH:
+            self._hurry(acknowledged, now)
+        if held.message.is_fifo:  # others of its group wait for it
+            held.due_at = now
+
+    @staticmethod
+    def _hurry(acknowledged: Iterable[_Held], now: float) -> None:
+        """Make deletes due that wait for others to no purpose."""
+        for held in acknowledged:
+            held.due_at = min(held.due_at, now)
 
     # The end.
 
@@ -4719,7 +4732,10 @@ class _Holdings:
     def close(self) -> None:
         """End what is decided, done or not; what still runs stays held."""
         for held in list(self.decided):
-            self.end(held, "uncertain" if held.to_delete else held.end)
+            end = held.end
+            if held.to_delete:
+                end = "uncertain"
+            self.end(held, end)
 
     def lose(self, held: _Held, why: str) -> None:
         """Note that others may have a message; if it waits, it is not started."""
@@ -4727,7 +4743,7 @@ class _Holdings:
         held.message.lease_lost = True
         held.lease_until = -math.inf
         self.leases.drop(held)
-        if held in self._waiting:
+        if held in self._waiting[held.queue]:
             self.end(held, "released")
 
     def doubt(self, held: _Held, why: str) -> None:
@@ -4740,7 +4756,8 @@ class _Holdings:
         held.move(end)
         self.ledger.count(end)
         self.leases.drop(held)
-        for those in (self.held, self._waiting, self.decided):
+        mine = (self._waiting[held.queue], self.to_delete[held.queue])
+        for those in (self.held, self.decided, *mine):
             those.pop(held, None)
         if self._is_closing and end == "uncertain":
             self.unanswered += 1
@@ -4775,6 +4792,8 @@ class _Calls:
         batch = [held for held in due if held.queue == queue][:_MAX_BATCH]
         for held in batch:
             held.in_call = True
+            if kind is _Kind.delete:
+                self._all.to_delete[queue].pop(held, None)
         return _Call(kind, queue, batch, now)
 
     def next_at(self) -> float:
@@ -4783,18 +4802,22 @@ class _Calls:
         return min([*times, self._all.leases.next_at()])
 
     def _due_ends(self, now: float) -> list[_Held]:
-        """Return what is to be ended now in one way, what was due first first."""
+        """Return what one call may end now, what has been due for longest first."""
+        by_time = operator.attrgetter("due_at")
         free = [held for held in self._all.decided if not held.in_call]
-        due = [held for held in free if held.due_at <= now]
-        if not due:
+        first = min(free, key=by_time, default=None)
+        if first is None or first.due_at > now:
             return []
-        first = min(due, key=lambda held: held.due_at)
-        # New acknowledgements share the call. What was refused before is not tried
-        # before its time only because others are due.
-        if first.to_delete:
-            due += [held for held in free if held.may_join]
-        alike = [held for held in due if held.to_delete is first.to_delete]
-        return list(dict.fromkeys([first, *alike]))
+        together = [held for held in free if self._share_call(held, first, now)]
+        return sorted(together, key=by_time)
+
+    def _share_call(self, held: _Held, due: _Held, now: float) -> bool:
+        """Return whether the call that ends what is due may end this message too."""
+        if (held.queue, held.to_delete) != (due.queue, due.to_delete):
+            return False
+        # New acknowledgements share it. What was refused before is not tried before its
+        # time only because others are due.
+        return held.due_at <= now or held in self._all.to_delete[held.queue]
 
     def answered(self, call: _Call, refused: Mapping[int, Refusal]) -> None:
         """Note the answer to a call.
@@ -4834,26 +4857,25 @@ class _Calls:
 
     def _deleted(self, held: _Held, refusal: Refusal | None, asked_at: float) -> None:
         """Note how a delete went; one that was sent after the lease ended proves nothing."""
-        if asked_at >= held.lease_until:
-            self._all.doubt(held, refusal.text if refusal else "its lease had ended")
-        elif refusal is None:
+        if refusal is None and asked_at < held.lease_until:
             self._all.end(held, held.end)
-        elif refusal.final:
+        elif refusal is None:
+            self._all.doubt(held, "its lease had ended")
+        elif refusal.final or asked_at >= held.lease_until:
             self._all.doubt(held, refusal.text)
         else:
             self._try_later(held, asked_at)
 
     def _delayed(self, held: _Held, refusal: Refusal | None, asked_at: float) -> None:
         """Note how a delay or release went; where it failed, the lease's end shows it."""
-        if refusal is None:
-            self._all.end(held, held.end)
-        elif refusal.final or refusal.is_denied or asked_at >= held.lease_until:
-            self._all.warn(
-                held, f"is visible again when its lease ends: {refusal.text}"
-            )
-            self._all.end(held, held.end)
-        else:
-            self._try_later(held, asked_at)
+        if refusal is not None:
+            is_hopeless = refusal.final or refusal.is_denied
+            if not is_hopeless and asked_at < held.lease_until:
+                self._try_later(held, asked_at)
+                return
+            why = f"is visible again when its lease ends: {refusal.text}"
+            self._all.warn(held, why)
+        self._all.end(held, held.end)
 
     def _try_later(self, held: _Held, asked_at: float) -> None:
         """Make the call again, after a pause that doubles from 0.2 s to 5 s."""
@@ -4918,7 +4940,9 @@ class _Keeper:
         self._broker, self._clock, self._beat = broker, clock, beat
         self._faults = _Faults()
         # Guards the holdings, and all that follows. The keeper waits for `_due`; whoever
-        # wants to hold more waits for `ended`: no thread is woken for nothing.
+        # wants to hold more waits for `ended`: no thread is woken for nothing. Who is
+        # in the main thread enters the lock itself: entering a condition takes several
+        # steps, and a signal handler that raises in between would leave it locked.
         self.lock = threading.RLock()
         self._due = threading.Condition(self.lock)
         self.ended = threading.Condition(self.lock)  # notified as messages end
@@ -4929,18 +4953,18 @@ class _Keeper:
 
     def wake(self) -> None:
         """Have the keeper look at once, if something is due before it would."""
-        with self._due:
+        with self.lock:
             if self.holdings.calls.next_at() < self._looks_at:
                 self._due.notify()
 
     def give_up_after(self, seconds: float) -> None:
         """End at the latest in so many seconds, once :meth:`close` is called."""
-        with self._due:
+        with self.lock:
             self._gives_up_at = self._clock() + seconds
 
     def close(self) -> None:
         """Have :meth:`run` end once all that is decided is done: leases end too."""
-        with self._due:
+        with self.lock:
             self._is_closing = True
             self.holdings.end_leases()
             self._due.notify()
@@ -4950,7 +4974,7 @@ class _Keeper:
         is_done = False
         while not is_done:
             call = None
-            with self._due:
+            with self.lock:
                 now = self._clock()
                 self.holdings.expire(now)
                 is_done = self._is_done(now)
@@ -4984,7 +5008,7 @@ class _Keeper:
         if call.kind is _Kind.delete:
             change = self._broker.delete
         refused = _one_call(functools.partial(change, call.queue), call.entries())
-        with self._due:
+        with self.lock:
             self.holdings.calls.answered(call, refused)
             news = self._take_news()
             self.ended.notify_all()
@@ -5024,6 +5048,8 @@ class _Keeper:
 
 _MAX_BACKOFF_S = 60  # between receives that fail
 _FLUSH_S = 3  # of the grace, kept for acknowledgements once running tasks are given up
+_HURRIED_S = 1  # for acknowledgements after a second Ctrl-C
+_HEART_S = 1  # for the last heartbeat: its hook may hang
 
 
 class _Phase(enum.IntEnum):
@@ -5052,13 +5078,32 @@ class _Signals:
     _again_s = 1  # a SIGINT within that time of the first is the same one, sent twice
 
     def __init__(self) -> None:
-        self.seen = False
+        self._is_seen = False
+        self._outer: _Signals | None = None  # of the worker in whose task this one runs
         self._first_at = math.inf
         self._replaced: dict[signal.Signals, Any] = {}
         self._pipe: tuple[int, int] | None = None
+        self._old_wakeup = (
+            -1
+        )  # the application's descriptor, which is told all the same
+
+    @property
+    def seen(self) -> bool:
+        """Whether a signal came."""
+        if self._outer is not None and self._outer.seen:
+            return True
+        return self._is_seen
+
+    @property
+    def has_interrupt(self) -> bool:
+        """Whether SIGINT is noted here."""
+        return signal.SIGINT in self._replaced
 
     def __enter__(self) -> None:
         if threading.current_thread() is not threading.main_thread():
+            return
+        if _installed:
+            self._outer = _installed[-1]
             return
         defaults = {
             signal.SIGTERM: signal.SIG_DFL,
@@ -5084,14 +5129,16 @@ class _Signals:
             return
         self.restore()
         _installed.remove(self)
-        signal.set_wakeup_fd(self._old_wakeup)
+        self._read()
         for descriptor in self._pipe:
             os.close(descriptor)
 
     def restore(self) -> None:
-        """Put back the handlers that were there before."""
+        """Put back what was there before, where a task has not set its own since."""
         for number, handler in self._replaced.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) == self._note:
+                signal.signal(number, handler)
+        signal.set_wakeup_fd(self._old_wakeup)
 
     def wake(self) -> None:
         """End :meth:`wait`."""
@@ -5105,31 +5152,58 @@ class _Signals:
             return
         import select
 
-        if select.select([self._pipe[0]], [], [], seconds)[0]:
-            numbers = os.read(self._pipe[0], 4096)
-            self.seen = self.seen or any(n in self._replaced for n in numbers)
+        poll = select.poll()  # select() refuses descriptors from 1,024 on
+        poll.register(self._pipe[0], select.POLLIN)
+        if poll.poll(seconds * 1000):
+            self._read()
+
+    def _read(self) -> None:
+        """Note the signals that came, and tell the application's own descriptor."""
+        with contextlib.suppress(OSError):  # none came, or the other end is closed
+            numbers = os.read(typing.cast("tuple[int, int]", self._pipe)[0], 4096)
+            if self._replaced.keys() & set(numbers):
+                self._is_seen = True
+            if self._old_wakeup >= 0:
+                os.write(self._old_wakeup, numbers.replace(b"\0", b""))
 
     def _note(self, number: int, _frame: object) -> None:
         """Note a signal; a second Ctrl-C interrupts the main thread."""
         now = time.monotonic()
-        self.seen = True
+        self._is_seen = True
         if number == signal.SIGINT:
             if now - self._first_at >= self._again_s:
                 raise KeyboardInterrupt
             self._first_at = min(now, self._first_at)
 
 
-_installed: list[_Signals] = []  # those of the workers that run in this process
+_installed: list[_Signals] = []  # of the worker in the main thread, if there is one
+_forking = threading.local()  # `mask`: the signals that were blocked before a fork
+
+
+def _hold_signals() -> None:
+    """Have signals wait over a fork: the child would note one, and tell its parent."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+
+
+def _release_signals() -> None:
+    """Let the signals through that came during a fork."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, _forking.mask)
 
 
 def _forget_signals() -> None:
     """Let what a task forks have the handlers that it would have without a worker."""
     for signals in _installed:
-        signal.set_wakeup_fd(-1)
         signals.restore()
+    _installed.clear()
+    _release_signals()
 
 
-os.register_at_fork(after_in_child=_forget_signals)
+os.register_at_fork(
+    before=_hold_signals,
+    after_in_parent=_release_signals,
+    after_in_child=_forget_signals,
+)
 
 
 class _Heart:
@@ -5193,11 +5267,11 @@ def _find_lease(broker: Broker, queue: str, wanted_s: float | None) -> _Lease:
     try:
         info = broker.info(queue)
     except Exception as error:
-        # The policies of 1.4's workers lack the permission.
-        if not _is_denial(_error_code(error)):
+        code = _error_code(error)
+        if not _is_denial(code):  # the policies of 1.4's workers lack the permission
             raise
         if wanted_s is None:
-            _log.warning("%s: can't read its attributes: %s", queue, _error_code(error))
+            _log.warning("%s: can't read its attributes: %s", queue, code)
         return _Lease(wanted_s or _DEFAULT_LEASE_S, None)
     if wanted_s is None:
         # A timeout of 0 would show to all what was just received.
@@ -5277,18 +5351,30 @@ class _Course:
             self._holdings.finish(held, end, self._clock(), delay_s)
             self._changed()
 
-    def release(self, held: _Held) -> None:
-        """Note that a message did not run after all, and that its slot can't for now."""
+    def release(self, held: _Held) -> bool:
+        """Note that a message did not run after all, and that its slot can't for now.
+
+        :returns: whether all other slots can run messages
+        """
         with self._lock:
             self._holdings.release(held, self._clock())
             self._paused += 1
+            self._release_if_stuck()
             self._changed()
+            return self._paused == 1
 
-    def resume(self) -> None:
-        """Note that a slot that was paused can run messages again."""
+    def resume(self) -> bool:
+        """Note that a slot can run messages again; return whether all slots can."""
         with self._lock:
             self._paused -= 1
             self._changed()
+            return self._paused == 0
+
+    def _release_if_stuck(self) -> None:
+        """Leave what waits to other workers, if nothing can be started here."""
+        is_stuck = self._paused == self._most_running
+        if is_stuck or self.phase >= _Phase.draining:  # by a poll not waited out, too
+            self._holdings.release_waiting(self._clock())
 
     def slot_ended(self) -> None:
         """Note that a slot runs nothing more."""
@@ -5344,10 +5430,8 @@ class _Course:
     ) -> None:
         """Hold received messages from now on."""
         with self._lock:
-            now = self._clock()
-            self._holdings.take(messages, lease_s, asked_at, now)
-            if self.phase >= _Phase.draining:  # a poll that was not waited out
-                self._holdings.release_waiting(now)
+            self._holdings.take(messages, lease_s, asked_at, self._clock())
+            self._release_if_stuck()
             self._to_start.notify(len(messages))
             self._keeper.wake()
 
@@ -5370,15 +5454,20 @@ class _Course:
                 self._enter(self.phase)
 
     def fail(self, error: BaseException) -> None:
-        """Note an error that ends the worker."""
+        """Note an error that ends the worker; the first one is the one that counts."""
         with self._lock:
-            self.fatal = error
+            if self.fatal is None:
+                self.fatal = error
             self.move_on()
+
+    def is_told(self) -> bool:
+        """Return whether somebody, or an error, told the worker to stop."""
+        return self.fatal is not None or self._is_told()
 
     def _is_over(self) -> bool:
         """Return whether the present phase is."""
         if self.phase is _Phase.working:
-            if self._is_told() or self.fatal or self._started == self._max_tasks:
+            if self.is_told() or self._started == self._max_tasks:
                 return True
             return not self._polls and not self._holdings.waiting
         if self.phase is _Phase.stopping:
@@ -5433,13 +5522,14 @@ class _Slot:
     def _run(self, held: _Held) -> None:
         """Run a message, and note what it is to become."""
         try:
-            run = self.child.process if self.child.takes(held.message) else process
-            outcome = run(held.message)
+            outcome = self._process(held.message)
             if outcome:
                 self._settle(held, outcome)
         except _CannotStart as error:
-            self._course.release(held)
-            self._wait_for_child(error)
+            is_first = self._course.release(held)
+            if is_first:
+                _log.error("can't start a child, goes on trying: %s", error)
+            self._wait_for_child()
         finally:
             if held.runs:
                 # It was interrupted, or killed as the grace ended. Where its child still
@@ -5447,18 +5537,32 @@ class _Slot:
                 self.child.kill()
                 self._course.finish(held, "retried")
 
-    def _wait_for_child(self, error: Exception) -> None:
-        """Try again and again to start a child, before anything else is received."""
+    def _process(self, received: QueueMessage) -> Outcome | None:
+        """Run a message, in the child if it is for that."""
+        worker = os.getpid()
+        try:
+            if self.child.takes(received):
+                return self.child.process(received)
+            return process(received)
+        finally:
+            if os.getpid() != worker:
+                # A process that the task forked came back from it. The message is its
+                # parent's, as are all threads and the children of slots.
+                os._exit(0)
+
+    def _wait_for_child(self) -> None:
+        """Try again and again to start a child, before anything else is run."""
         failures = 1
-        _log.error("can't start a child, goes on trying: %s", error)
         while self._course.pause(_pause_s(failures)):
             try:
                 self.child.start()
             except _CannotStart:
                 failures += 1
             else:
-                _log.info("can start a child again; tries that failed: %d", failures)
-                self._course.resume()
+                is_last = self._course.resume()
+                if is_last:
+                    text = "can start a child again; tries that failed: %d"
+                    _log.info(text, failures)
                 return
 
 
@@ -5471,6 +5575,7 @@ class _Poller:
         self._lease: _Lease | None = None  # once it is known
         self._loops = 0  # receives that were answered
         self._count = 0  # messages that the last one brought
+        self.is_polling = False  # whether a receive is under way
 
     def work(self) -> None:
         """Receive again and again, until there is no more to do; the body of a thread."""
@@ -5510,9 +5615,13 @@ class _Poller:
     def _receive(self, most: int, lease: _Lease) -> None:
         """Receive once, and hold what came."""
         worker, asked_at = self._worker, self._worker.clock()
-        messages = worker.broker.receive(
-            self._queue, most, worker.wait_s, lease.seconds, self._course.stop
-        )
+        self.is_polling = True
+        try:
+            messages = worker.broker.receive(
+                self._queue, most, worker.wait_s, lease.seconds, self._course.stop
+            )
+        finally:
+            self.is_polling = False
         for message in messages:
             message.max_receive_count = lease.max_receive_count
         # At once: from here on the keeper extends the leases.
@@ -5572,7 +5681,7 @@ class Worker:
     wait_s: float = _LONG_POLL_S
 
     def __post_init__(self) -> None:
-        self._check_options()
+        _check_options(self)
         self._signals = _Signals()
         self._heart = _Heart(self.liveness_file)
         self.beat = self._heart.beat  #: say that the worker lives
@@ -5601,25 +5710,7 @@ class Worker:
             )
             for _ in range(self.concurrency)
         ]
-
-    def _check_options(self) -> None:
-        """Refuse options that make no sense, and fit the length of polls to the grace."""
-        for name in ("num_messages", "concurrency", "max_tasks", "max_tasks_per_child"):
-            number = getattr(self, name)
-            if number is not None and number < 1:
-                raise ConfigurationError(f"{name}: expected 1 or more, got {number}")
-        lease_s = self.visibility_timeout_s
-        if lease_s is not None and not 1 <= lease_s <= _MAX_HELD_S:
-            wanted = f"expected 1 to {_MAX_HELD_S} seconds"
-            raise ConfigurationError(f"visibility_timeout_s: {wanted}, got {lease_s}")
-        if self.grace_s is not None and not self.grace_s >= 0:
-            wanted = "expected 0 or more seconds"
-            raise ConfigurationError(f"grace_s: {wanted}, got {self.grace_s}")
-        if self.until_empty:
-            self.wait_s = min(self.wait_s, 1)
-        elif self.grace_s is not None:
-            # A poll in flight is waited out, so it must end before the grace does.
-            self.wait_s = min(self.wait_s, max(1, self.grace_s - _FLUSH_S - 1))
+        self._pollers = [_Poller(self, self._course, queue) for queue in self.queues]
 
     @property
     def unanswered(self) -> bool:
@@ -5635,57 +5726,56 @@ class Worker:
         """
         make = functools.partial(_make_thread, self._course)
         slots = [make(slot.work) for slot in self._slots[1:]]
-        receive = [_Poller(self, self._course, queue).work for queue in self.queues]
-        pollers = [make(work) for work in receive]
-        watch, heart = make(self._watch), make(self._heart.run)
+        pollers = [make(poller.work) for poller in self._pollers]
+        helpers = [self._keeping, make(self._heart.run), make(self._watch)]
+        within_s: float | None = _HURRIED_S
         with self._signals:
             try:
-                for thread in (self._keeping, heart, watch, *pollers, *slots):
-                    thread.start()
-                self._slots[0].work()
-                self._wait_for(slots)
+                self._work(helpers, [*pollers, *slots])
+                within_s = None  # nothing interrupts it
             finally:
-                self._shut_down(pollers)
-                self._signals.wake()
-                for thread in (watch, heart):
-                    if thread.is_alive():
-                        thread.join(1)
-        if self._course.fatal:
-            raise self._course.fatal
+                self._close(within_s)
+                _, heart, watch = helpers
+                _join(watch, None)
+                _join(heart, _HEART_S)
         level = logging.INFO if self.ledger.balanced else logging.ERROR
         _log.log(level, "worker ended: %s", self.ledger)
+        if self._course.fatal:
+            raise self._course.fatal
         return self.ledger
 
-    def _wait_for(self, slots: Iterable[threading.Thread]) -> None:
-        """Wait for the other slots, unless they are left to run."""
-        for slot in slots:
-            while slot.is_alive() and self._course.phase < _Phase.flushing:
-                slot.join(_TICK_S)
-
-    def _shut_down(self, pollers: Iterable[threading.Thread]) -> None:
-        """Go through the phases that are left, in their order."""
-        # A second Ctrl-C ends at once: it waits for no poll, and a second for deletes.
-        error = sys.exc_info()[1]
-        is_hurried = self._signals.seen and isinstance(error, KeyboardInterrupt)
-        self._course.move_on(to=_Phase.stopping)
+    def _work(
+        self,
+        helpers: Sequence[threading.Thread],
+        others: Sequence[threading.Thread],
+    ) -> None:
+        """Run messages until there are no more, then wait for the other threads."""
         try:
-            for poller in pollers:
-                if poller.is_alive() and not is_hurried:
-                    poller.join()
-        except KeyboardInterrupt:
-            is_hurried = True
-            raise
-        finally:
+            for thread in (*helpers, *others):
+                thread.start()
+            self._slots[0].work()
+        except BaseException as error:  # such as sys.exit() of a signal handler
+            if self._signals.seen and isinstance(error, KeyboardInterrupt):
+                raise  # a second Ctrl-C waits for nothing
+            self._course.fail(error)
+        for thread in others:  # unless they are left to run
+            while thread.is_alive() and self._course.phase < _Phase.flushing:
+                thread.join(_TICK_S)
+
+    def _close(self, within_s: float | None) -> None:
+        """Go through the phases that are left."""
+        try:
             self._course.move_on(to=_Phase.flushing)
-            self._flush(1 if is_hurried else None)
+            self._flush(within_s)
+        finally:
             self._course.move_on(to=_Phase.ended)
             self._heart.stop()
+            self._signals.wake()
 
     def _flush(self, within_s: float | None) -> None:
         """Wait until what is decided is done, or leases end, or time is up."""
         self._keeper.close()
-        if self._keeping.is_alive():
-            self._keeping.join(within_s)
+        _join(self._keeping, within_s)
 
     def settle(self, held: _Held, outcome: Outcome) -> None:
         """Have done what the outcome says; a copy for the dead letters is sent now."""
@@ -5704,16 +5794,26 @@ class Worker:
 
     def _watch(self) -> None:
         """Stop the worker when it is told to, and give up what outlives its grace."""
-        while not self._is_told():
+        while not self._course.is_told():
             self._signals.wait(_TICK_S)
             if self._course.ended.is_set():
                 return  # by itself, so that nobody waits to kill it: it has no deadline
         self._course.move_on()
+        self._say_what_it_waits_for()
         if self.grace_s is None:
             return
         flush_s = min(_FLUSH_S, self.grace_s / 2)
         if not self._course.ended.wait(self.grace_s - flush_s):
             self._give_up(flush_s)
+
+    def _say_what_it_waits_for(self) -> None:
+        """Log why the worker does not end at once."""
+        polls = sum(poller.is_polling for poller in self._pollers)
+        runs = len(self._course.still_run())
+        text = f"stopping: waiting for polls in flight: {polls}, running tasks: {runs}"
+        if self._signals.has_interrupt:
+            text += "; Ctrl-C again ends at once"
+        _log.info("%s", text)
 
     def _give_up(self, flush_s: float) -> None:
         """Kill isolated runs; leave others to run: their messages reappear by themselves.
@@ -5735,6 +5835,32 @@ class Worker:
             with self._keeper.lock:
                 self._holdings.close()
             self.on_overdue(self.ledger)
+
+
+def _check_options(worker: Worker) -> None:
+    """Refuse options that make no sense, and fit the length of polls to the grace."""
+    for name in ("num_messages", "concurrency", "max_tasks", "max_tasks_per_child"):
+        number = getattr(worker, name)
+        if number is not None and number < 1:
+            raise ConfigurationError(f"{name}: expected 1 or more, got {number}")
+    lease_s, grace_s = worker.visibility_timeout_s, worker.grace_s
+    if lease_s is not None and not 1 <= lease_s <= _MAX_HELD_S:
+        wanted = f"expected 1 to {_MAX_HELD_S} seconds"
+        raise ConfigurationError(f"visibility_timeout_s: {wanted}, got {lease_s}")
+    if grace_s is not None and not grace_s >= 0:
+        wanted = "expected 0 or more seconds"
+        raise ConfigurationError(f"grace_s: {wanted}, got {grace_s}")
+    if worker.until_empty:
+        worker.wait_s = min(worker.wait_s, 1)
+    elif grace_s is not None:
+        # A poll in flight is waited out, so it must end before the grace does.
+        worker.wait_s = min(worker.wait_s, max(1, grace_s - _FLUSH_S - 1))
+
+
+def _join(thread: threading.Thread, within_s: float | None) -> None:
+    """Wait for a thread, if it was ever started."""
+    if thread.is_alive():
+        thread.join(within_s)
 
 
 def listen_for_messages(
