@@ -432,13 +432,13 @@ def _passed_a_handler(error: BaseException) -> bool:
     """
     for frame, _ in traceback.walk_tb(error.__traceback__):
         names, rest, _, values = inspect.getargvalues(frame)
-        given = list(map(values.get, names))
+        given = [values.get(name) for name in names]
         others = values.get(str(rest))
         if isinstance(others, tuple):
             given += others
-        for each in given:
-            if each is frame.f_back and each is not None:
-                return True
+        caller = frame.f_back
+        if caller and any(each is caller for each in given):
+            return True
     return False
 
 
@@ -465,22 +465,16 @@ class _Illegal(ValueError):
     """A value breaks the rule of its setting."""
 
 
-@dataclasses.dataclass(frozen=True)
-class _Rule:
+class _Rule(NamedTuple):
     """What a setting may be.
 
-    :param expected: the words that errors use for it
-    :param parse: returns a value as taskhawk uses it, and takes text for any value, for
-        the environment has nothing else. It raises _Illegal if the value breaks the
-        rule, and ImportError or AttributeError if a dotted path leads nowhere
+    `parse` returns a value as taskhawk uses it, and takes text for any value, for the
+    environment has nothing else. It raises _Illegal if the value breaks the rule, and
+    ImportError or AttributeError if a dotted path leads nowhere.
     """
 
-    expected: str
+    expected: str  # the words that errors use for it
     parse: Callable[[Any], Any]
-
-    def __str__(self) -> str:
-        """Return the words that errors use."""
-        return self.expected
 
 
 class _Setting(NamedTuple):
@@ -490,16 +484,17 @@ class _Setting(NamedTuple):
     example: str  # a legal value, for errors
     default: Any = None
 
+    @property
+    def expected(self) -> str:
+        """What errors say of a legal value."""
+        return f"{self.rule.expected}, such as {self.example!r}"
 
-def _text_like(pattern: str) -> Callable[[Any], str]:
-    """Return a parser of text that the pattern matches as a whole."""
 
-    def parse(value: Any) -> str:
-        if not isinstance(value, str) or not re.fullmatch(pattern, value):
-            raise _Illegal
-        return value
-
-    return parse
+def _parse_text(pattern: str, value: Any) -> str:
+    """Take text that the pattern matches as a whole."""
+    if not isinstance(value, str) or not re.fullmatch(pattern, value):
+        raise _Illegal
+    return value
 
 
 def _parse_flag(value: Any) -> bool:
@@ -512,36 +507,32 @@ def _parse_flag(value: Any) -> bool:
     return _FLAGS[word]
 
 
-def _above_zero(convert: Callable[[str], float]) -> Callable[[Any], float]:
-    """Return a parser of a number above 0."""
-
-    def parse(value: Any) -> float:
-        try:
-            number = convert(str(value))  # of its text, so that True is not 1
-        except ValueError as error:
-            raise _Illegal from error
-        if not 0 < number < math.inf:
-            raise _Illegal
-        return number
-
-    return parse
+def _parse_number(convert: Callable[[str], float], value: Any) -> float:
+    """Take a number above 0."""
+    try:
+        number = convert(str(value))  # of its text, so that True is not 1
+    except ValueError as error:
+        raise _Illegal from error
+    if not 0 < number < math.inf:
+        raise _Illegal
+    return number
 
 
 def _parse_account(value: Any) -> str:
     """Take an account id; as an int, it has lost its leading zeros."""
     if type(value) is int:
         value = f"{value:012d}"
-    return _text_like("[0-9]{12}")(value)
+    return _parse_text("[0-9]{12}", value)
 
 
 def _parse_url(value: Any) -> str:
     """Take a URL of HTTP."""
-    return _text_like(r"https?://[^\s/]\S*")(value).rstrip("/")
+    return _parse_text(r"https?://[^\s/]\S*", value).rstrip("/")
 
 
 def _parse_broker(value: Any) -> str:
     """Take the name of a broker; make a file's path absolute, for a task may chdir."""
-    url = _text_like("sqs|sqlite://.*")(value)
+    url = _parse_text("sqs|sqlite://.*", value)
     relative = re.fullmatch("sqlite:///([^/?].*)", url)
     if not relative:
         return url
@@ -574,23 +565,23 @@ def _do_nothing(**_: object) -> None:
     """Do what 1.4's default hooks did."""
 
 
-_TEXT = _Rule("a string", _text_like(".+"))
+_TEXT = _Rule("a string", functools.partial(_parse_text, ".+"))
 # Emulators have regions of any name. One that ends in a digit and a letter is a zone.
 _REGION = _Rule(
     "the name of a region, not of an availability zone",
-    _text_like(r"(?!.*-[0-9]+[a-z]$)[A-Za-z0-9-]{1,63}"),
+    functools.partial(_parse_text, r"(?!.*-[0-9]+[a-z]$)[A-Za-z0-9-]{1,63}"),
 )
 _ACCOUNT = _Rule("an account id of twelve digits", _parse_account)
 _FLAG = _Rule("true or false", _parse_flag)
-_SECONDS = _Rule("a number of seconds above 0", _above_zero(float))
-_COUNT = _Rule("a whole number above 0", _above_zero(int))
+_SECONDS = _Rule("a number of seconds above 0", functools.partial(_parse_number, float))
+_COUNT = _Rule("a whole number above 0", functools.partial(_parse_number, int))
 _HOOK = _Rule("a function or its dotted path", _parse_callable)
 _CLASS = _Rule("a class or its dotted path", _parse_callable)
 _URL = _Rule("a URL that begins with http:// or https://", _parse_url)
 _BROKER = _Rule("'sqs' or a URL of SQLite", _parse_broker)
 _QUEUE = _Rule(
     f"at most {_MAX_QUEUE} letters, digits, hyphens and underscores",
-    _text_like(f"[A-Za-z0-9_-]{{1,{_MAX_QUEUE}}}"),
+    functools.partial(_parse_text, f"[A-Za-z0-9_-]{{1,{_MAX_QUEUE}}}"),
 )
 _SETTINGS = {
     "AWS_ACCESS_KEY": _Setting(_TEXT, "AKIAIOSFODNN7EXAMPLE"),
@@ -652,21 +643,13 @@ class _Source(NamedTuple):
 
     def _illegal(self, name: str, value: Any, reason: str = "") -> ConfigurationError:
         """Return the error for a value that breaks its rule; it shows no secret."""
-        rule, example, _ = _SETTINGS[name]
         shown = repr(value)
         if name in _SECRETS:
             shown = type(value).__name__
         if reason:
             shown += f" ({reason})"
         return ConfigurationError(
-            f"{name} in {self.where}: expected {rule}, such as {example!r}, got {shown}"
-        )
-
-    def half_set(self, name: str, missing: str) -> ConfigurationError:
-        """Return the error for a setting without the one that it needs beside it."""
-        return ConfigurationError(
-            f"{name} is set in {self.where}, but {missing} is not:"
-            " expected both or neither"
+            f"{name} in {self.where}: expected {_SETTINGS[name].expected}, got {shown}"
         )
 
 
@@ -705,9 +688,8 @@ class _Settings:
         """Return a setting that has no default; raise ConfigurationError if unset."""
         value = getattr(self, name)
         if value is None:
-            rule, example, _ = _SETTINGS[name]
             raise ConfigurationError(
-                f"{name} is not set: expected {rule}, such as {example!r}, from"
+                f"{name} is not set: expected {_SETTINGS[name].expected}, from"
                 " taskhawk.configure(), the module named by SETTINGS_MODULE, Django's"
                 " settings or the environment"
             )
@@ -726,10 +708,12 @@ class _Settings:
                     "aws_secret_access_key": secret,
                     "aws_session_token": token,
                 }
-            if key:
-                raise source.half_set("AWS_ACCESS_KEY", "AWS_SECRET_KEY")
-            if secret:
-                raise source.half_set("AWS_SECRET_KEY", "AWS_ACCESS_KEY")
+            if key or secret:
+                missing = "AWS_SECRET_KEY" if key else "AWS_ACCESS_KEY"
+                raise ConfigurationError(
+                    f"{missing} is not set in {source.where}, but the other half of the"
+                    " credentials is: expected both or neither"
+                )
         return {}
 
     def errors(self) -> list[ConfigurationError]:
@@ -820,8 +804,9 @@ def _no_setting(name: str, where: str = "") -> str:
     import difflib
 
     sentence = f"{name}{where} is not a setting of taskhawk"
-    for nearest in difflib.get_close_matches(name, _SETTINGS, 1):
-        sentence += f"; did you mean {nearest}?"
+    near = difflib.get_close_matches(name, _SETTINGS, 1)
+    if near:
+        sentence += f"; did you mean {near[0]}?"
     return sentence
 
 
@@ -832,8 +817,9 @@ def _import(name: str, what: str) -> Any:
     except ModuleNotFoundError as error:
         if not f"{name}.".startswith(f"{error.name}."):
             raise  # the module exists, but something that it imports does not
-        text = f"{what} {name!r} can't be imported: {error}"
-        raise ConfigurationError(text) from error
+        raise ConfigurationError(
+            f"{what} {name!r} can't be imported: {error}"
+        ) from error
 
 
 def configure(obj_or_mapping: object = None, /, **values: Any) -> None:
@@ -1221,15 +1207,22 @@ class Message:  # noqa: PLW1641 - it may change, so it is no key of a dict
             msg_id = _new_id()
         else:
             _validate(msg_id, _NAME, "id")
+        metadata = {
+            "priority": priority.name,
+            "timestamp": int(time.time() * 1000),
+            "version": cls.CURRENT_VERSION,
+        }
         message = cls.__new__(cls)  # not __init__, which would check what is valid
-        message.id = msg_id
-        message.priority = priority
-        message.timestamp = int(time.time() * 1000)
-        message.version = cls.CURRENT_VERSION
-        message.headers = dict(headers or {})
-        message.task_name = task
-        message.args = list(args or ())
-        message.kwargs = dict(kwargs or {})
+        message._take(  # noqa: SLF001 - its own
+            {
+                "id": msg_id,
+                "metadata": metadata,
+                "headers": dict(headers or {}),
+                "task": task,
+                "args": args or (),
+                "kwargs": dict(kwargs or {}),
+            }
+        )
         return message
 
     @property
@@ -1381,8 +1374,9 @@ def _decode(body: Any) -> Message:
         foreign = _foreign(data)
         if not foreign:
             raise
-        text = f"message: expected one of taskhawk's, got {foreign}"
-        raise ValidationError(text) from error
+        raise ValidationError(
+            f"message: expected one of taskhawk's, got {foreign}"
+        ) from error
 
 
 def _foreign(data: Any) -> str:
@@ -1405,8 +1399,7 @@ def _parse(body: Any) -> Any:
         raise ValidationError("message: nested too deeply") from None
     except json.JSONDecodeError as error:
         # Only the position: the error's own text may quote the body.
-        text = f"message: not JSON at character {error.pos}"
-        raise ValidationError(text) from None
+        raise ValidationError(f"message: not JSON at character {error.pos}") from None
     except ValueError:
         raise ValidationError("message: not JSON") from None
 
@@ -3115,8 +3108,8 @@ class Metadata(dict[str, Any]):
     """
 
     def __init__(self, message: Message, receipt: str | None) -> None:
-        super().__init__(message.metadata, id=message.id, priority=message.priority)
-        self["receipt"] = receipt
+        super().__init__(message.metadata, id=message.id, receipt=receipt)
+        self["priority"] = message.priority  # not its name, which is on the wire
         self._received = message.received or QueueMessage(None, message.id)
         self.task = message.task_name
         self.headers = message.headers
@@ -3151,7 +3144,8 @@ class Metadata(dict[str, Any]):
 class Task(Generic[_P, _R]):
     """A function that can be dispatched; to call it runs the function here and now.
 
-    Made by :func:`task`, which describes its options.
+    Made by :func:`task`, which describes its options, and registers it: no message
+    can reach a task that was made by hand.
 
     :param fn: the function; a coroutine function is run on an event loop
     :param priority: the priority of its messages, unless an invocation has another
@@ -3159,15 +3153,24 @@ class Task(Generic[_P, _R]):
     :raises ConfigurationError: if a message can't call the function
     """
 
+    declared_in: str  # the module whose import makes the task, once it is registered
+    _place: _Place  # of the function that was decorated: a subclass may wrap it
+
     def __init__(self, fn: Callable[_P, _R], priority: Priority, name: str) -> None:
         """Read the function's signature; :func:`task` sets the options afterwards."""
-        self._fn = fn
-        self._priority = priority
-        self._name = name
-        self._place = _place_of(fn)
+        #: the function
+        self.fn = fn
+        #: the priority of its messages, unless an invocation has another
+        self.priority = priority
+        #: what messages call the task
+        self.name = name
         self._invocation = AsyncInvocation(self)
         self._signature = _signature_of(fn, name)
         self._given_by_worker = _given_by_worker(self._signature)
+        #: whether the function is given ``metadata``
+        self.accepts_metadata = "metadata" in self._given_by_worker
+        #: whether the function is given ``headers``
+        self.accepts_headers = "headers" in self._given_by_worker
         # Cached: the signature's bind() takes as long as the rest of a dispatch.
         self._check_shape = functools.lru_cache(self._bind_shape)
         #: seconds from a failed run to the next, as a function of the attempt
@@ -3180,8 +3183,6 @@ class Task(Generic[_P, _R]):
         self.time_limit: float | None = None
         #: whether a worker runs it in a process of its own
         self.isolate = False
-        #: the module that declares it: importing this module makes the task
-        self.declared_in = str(fn.__module__)
         functools.update_wrapper(self, fn, updated=())
         # What other decorators left on the function may have names that are ours.
         for attribute, value in getattr(fn, "__dict__", {}).items():
@@ -3189,38 +3190,13 @@ class Task(Generic[_P, _R]):
                 setattr(self, attribute, value)
 
     @property
-    def name(self) -> str:
-        """What messages call the task."""
-        return self._name
-
-    @property
-    def priority(self) -> Priority:
-        """The priority of its messages, unless an invocation has another."""
-        return self._priority
-
-    @property
-    def fn(self) -> Callable[_P, _R]:
-        """The function."""
-        return self._fn
-
-    @property
     def task(self) -> Task[_P, _R]:
         """The task itself: in taskhawk 1.4, the decorator returned the function."""
         return self
 
-    @property
-    def accepts_metadata(self) -> bool:
-        """Whether the function is given ``metadata``."""
-        return "metadata" in self._given_by_worker
-
-    @property
-    def accepts_headers(self) -> bool:
-        """Whether the function is given ``headers``."""
-        return "headers" in self._given_by_worker
-
     def __call__(self, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
         """Run the function."""
-        return self._fn(*args, **kwargs)
+        return self.fn(*args, **kwargs)
 
     def dispatch(self, /, *args: _P.args, **kwargs: _P.kwargs) -> str:
         """Queue a run of the task and return its id; see AsyncInvocation.dispatch()."""
@@ -3253,13 +3229,13 @@ class Task(Generic[_P, _R]):
         """Check the number of arguments and their names: nothing else decides."""
         for name in sorted(self._given_by_worker.intersection(names)):
             raise TypeError(
-                f"{self._name}: {name!r} is given by the worker: leave it out"
+                f"{self.name}: {name!r} is given by the worker: leave it out"
             )
         keywords = dict.fromkeys([*names, *self._given_by_worker])
         try:
             self._signature.bind(*range(count), **keywords)
         except TypeError as error:
-            raise TypeError(f"{self._name}: {error}") from None
+            raise TypeError(f"{self.name}: {error}") from None
 
     def call(self, message: Message, receipt: str | None) -> None:
         """Run the function with a message's arguments, and await what can be awaited.
@@ -3278,12 +3254,12 @@ class Task(Generic[_P, _R]):
         # Threads and coroutines that copy the context know the task, too.
         token = _current.set(metadata)
         try:
-            result: Any = self._fn(*message.args, **kwargs)
+            result: Any = self.fn(*message.args, **kwargs)
             if inspect.isawaitable(result):
-                _run_coroutine(_awaited(result, self._name))
+                _run_coroutine(_awaited(result, self.name))
             elif isinstance(result, Generator | AsyncGenerator):
                 raise TypeError(
-                    f"{self._name} returned a generator, which runs only if something"
+                    f"{self.name} returned a generator, which runs only if something"
                     " reads it: expected a function that runs when it is called"
                 )
         finally:
@@ -3296,10 +3272,10 @@ class Task(Generic[_P, _R]):
 
     def __reduce__(self) -> str:
         """Be pickled as the function would be: by its name in its module."""
-        return str(getattr(self, "__qualname__", self._name))
+        return str(getattr(self, "__qualname__", self.name))
 
     def __str__(self) -> str:
-        return f"Taskhawk task: {self._name}"
+        return f"Taskhawk task: {self.name}"
 
     __repr__ = __str__
 
@@ -3312,8 +3288,9 @@ def _signature_of(fn: Callable[..., Any], name: str) -> inspect.Signature:
     try:
         signature = inspect.signature(fn, **_ANNOTATIONS)
     except ValueError as error:
-        reason = "does not tell its parameters: expected a function written in Python"
-        raise ConfigurationError(f"{name} {reason}") from error
+        raise ConfigurationError(
+            f"{name} does not tell its parameters: expected a function written in Python"
+        ) from error
     for parameter in signature.parameters.values():
         if parameter.kind is parameter.VAR_POSITIONAL:
             raise ConfigurationError(
@@ -3427,7 +3404,7 @@ def _run_coroutine(coroutine: Any) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     event_loop = getattr(_thread, "event_loop", None)
-    if _is_in_coroutine():
+    if asyncio._get_running_loop():  # noqa: SLF001 - exported: it is None outside of one
         # Sync mode in an application's own event loop, which is busy until we return.
         context = contextvars.copy_context()
         with ThreadPoolExecutor(1) as pool:
@@ -3453,19 +3430,11 @@ async def _awaited(awaitable: Any, name: str) -> None:
         left = asyncio.all_tasks() - before
         if left:
             names = sorted(_qualname(each.get_coro()) for each in left)
-            text = "%s ended while asyncio tasks that it began were still running: %s"
-            _log.warning(text, name, ", ".join(names))
-
-
-def _is_in_coroutine() -> bool:
-    """Return whether an event loop runs in this thread."""
-    import asyncio
-
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True
+            _log.warning(
+                "%s ended while asyncio tasks that it began were still running: %s",
+                name,
+                ", ".join(names),
+            )
 
 
 @typing.overload
@@ -3509,16 +3478,19 @@ def task(
     """
 
     def decorate(fn: Any) -> Task[Any, Any]:
-        flaw = (
-            _flaw_of_function(fn, name)
-            or _flaw_of_declaration(priority, name, time_limit)
-            or _flaw_of_retries(retry, retry_on, never_retry_on)
+        flaw = _flaw_of_function(fn, name) or _flaw_of_options(
+            name=name,
+            priority=priority,
+            retry=retry,
+            retry_on=retry_on,
+            never_retry_on=never_retry_on,
+            time_limit=time_limit,
         )
         if flaw:
             raise ConfigurationError(f"{_qualname(fn)} {flaw}")
         place = _place_of(fn)
         made = _make_task(fn, priority, name or f"{place.module}.{fn.__name__}")
-        made._place = place  # noqa: SLF001 - the class may have wrapped the function
+        made._place = place  # noqa: SLF001 - its own
         made.retry = retry
         made.retry_on = retry_on
         made.never_retry_on = never_retry_on
@@ -3572,27 +3544,12 @@ def _is_method(fn: Any) -> bool:
     return next(iter(parameters), None) == "self"
 
 
-def _flaw_of_declaration(priority: object, name: object, time_limit: object) -> str:
-    """Return which of these options of :func:`task` is wrong, or ""."""
-    if not isinstance(name, str | None):
-        return f"has {name=}: expected a string"
-    if not isinstance(priority, Priority):
-        return f"has {priority=}: expected a taskhawk.Priority"
-    if time_limit is None:
-        return ""
-    if not _is_number(time_limit) or not 0 < time_limit < math.inf:
-        return f"has {time_limit=}: expected a number of seconds above 0"
-    return ""
-
-
-def _flaw_of_retries(retry: object, retry_on: object, never_retry_on: object) -> str:
-    """Return which of these options of :func:`task` is wrong, or ""."""
-    if retry is not None and not callable(retry):
-        return f"has {retry=}: expected a function of the attempt"
-    if not _are_exceptions(retry_on):
-        return f"has {retry_on=}: expected exceptions"
-    if not _are_exceptions(never_retry_on):
-        return f"has {never_retry_on=}: expected exceptions"
+def _flaw_of_options(**options: Any) -> str:
+    """Return which option of :func:`task` is wrong and what is right, or ""."""
+    for option, value in options.items():
+        is_right, expected = _OPTIONS[option]
+        if not is_right(value):
+            return f"has {option}={value!r}: expected {expected}"
     return ""
 
 
@@ -3601,6 +3558,25 @@ def _are_exceptions(kinds: object) -> bool:
     if isinstance(kinds, tuple):
         return all(map(_are_exceptions, kinds))
     return isinstance(kinds, type) and issubclass(kinds, BaseException)
+
+
+def _is_above_zero(value: object) -> bool:
+    """Return whether this is a number above 0, and finite."""
+    return _is_number(value) and 0 < value < math.inf
+
+
+# The options of task(): what is right, and how an error says so.
+_OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "name": (lambda it: isinstance(it, str | None), "a string"),
+    "priority": (lambda it: isinstance(it, Priority), "a taskhawk.Priority"),
+    "retry": (lambda it: it is None or callable(it), "a function of the attempt"),
+    "retry_on": (_are_exceptions, "exceptions"),
+    "never_retry_on": (_are_exceptions, "exceptions"),
+    "time_limit": (
+        lambda it: it is None or _is_above_zero(it),
+        "a number of seconds above 0",
+    ),
+}
 
 
 def _make_task(fn: Any, priority: Priority, name: str) -> Task[Any, Any]:
@@ -3906,30 +3882,29 @@ class _Batch:
     """
 
     def __init__(self) -> None:
-        self._process_id = os.getpid()
-        # Guards the two below: nothing is added to a batch that is closed. Reentrant,
+        self._sent_by: int | None = os.getpid()  # None once it is closed
+        # Guards the other two: nothing is added to a batch that is closed. Reentrant,
         # because a signal handler may dispatch while it is held.
         self._lock = threading.RLock()
         self._collected: list[_Ready] = []
-        self._closed = False
 
     def add(self, readies: Sequence[_Ready]) -> bool:
         """Add messages, or return False if this process has no open batch here."""
         # Before the lock, which another thread may have held at the fork.
-        if self._process_id != os.getpid():
+        if self._sent_by != os.getpid():
             return False
         with self._lock:
-            if self._closed:
+            if self._sent_by is None:
                 return False
             self._collected.extend(readies)
             return True
 
     def close(self) -> Sequence[_Ready]:
         """Collect no more, and return what this process has to send."""
-        if self._process_id != os.getpid():
+        if self._sent_by != os.getpid():
             return ()
         with self._lock:
-            self._closed = True
+            self._sent_by = None
         return self._collected
 
 
@@ -4028,14 +4003,14 @@ def _partial_failure(
         if refusal is None:
             successful.append({"Id": ready.message.id})
             continue
-        reason = {"Code": refusal.code, "Message": refusal.text}
-        failed.append({"Id": ready.message.id, **reason})
+        failed.append(
+            {"Id": ready.message.id, "Code": refusal.code, "Message": refusal.text}
+        )
         # As it was encoded: its arguments may have changed since.
         message = _decode(ready.entry.body)
         message.delay_s = ready.entry.delay_s
         unsent.append(message)
-    result = {"Successful": successful, "Failed": failed}
-    return PartialFailure(result, unsent=unsent)
+    return PartialFailure({"Successful": successful, "Failed": failed}, unsent=unsent)
 
 
 class Captured(NamedTuple):
@@ -4163,16 +4138,9 @@ def process(received: QueueMessage) -> Outcome:
         _raise_interrupt(error)
         return _failed(received, error, began)
     finally:
-        _let_go(received)
         # After a failed run too: the connection may be why it failed.
         _refresh_django_connections(ran=True)
     return Outcome(Fate.acknowledge)
-
-
-def _let_go(received: QueueMessage) -> None:
-    """Break the cycle that would keep a body until the garbage collector runs."""
-    if received.message:
-        received.message.received = None
 
 
 def _run(received: QueueMessage, began: float) -> None:
@@ -4180,8 +4148,8 @@ def _run(received: QueueMessage, began: float) -> None:
     _call_hook("TASKHAWK_PRE_PROCESS_HOOK", received)
     message = _decode(received.body)
     task = message.task
-    message.received = received
     received.message = message  # from here on, an error is the task's
+    message.received = received
     _log.debug("Received message", extra={"message_body": received.body})
     level, end, reason = logging.DEBUG, "done", ""
     try:
@@ -4190,6 +4158,8 @@ def _run(received: QueueMessage, began: float) -> None:
         if not _are_all(IgnoreException, error):
             raise
         level, end, reason = logging.INFO, "ignored", _reason(error)
+    finally:
+        message.received = None  # else a cycle keeps the body until it is collected
     _call_hook("TASKHAWK_POST_PROCESS_HOOK", received)
     if _log.isEnabledFor(level):
         name = _in_one_line(f"{task.name} {message.id}")
@@ -4297,10 +4267,10 @@ def _asked_delay_s(leaves: Iterable[BaseException]) -> float | None:
     """Return the longest delay that a RetryException asks for, or None."""
     asked = [leaf.delay_seconds for leaf in leaves if isinstance(leaf, RetryException)]
     # A subclass that does not call our __init__ may have set anything.
-    delays = list(filter(_is_delay, asked))
-    if not delays:
+    longest = max(filter(_is_delay, asked), default=None)
+    if longest is None:
         return None
-    return min(max(delays), _MAX_HELD_S)
+    return min(longest, _MAX_HELD_S)
 
 
 def _may_retry(task: Task[Any, Any], error: BaseException) -> bool:
@@ -4365,19 +4335,21 @@ def _facts(received: QueueMessage, end: str, began: float) -> dict[str, Any]:
     """Return the fields of a run's log record, which formatters may use."""
     duration_ms = round((time.monotonic() - began) * 1000)
     facts: dict[str, Any] = {"outcome": end, "duration_ms": duration_ms}
-    if received.message:
-        facts |= {"task": received.message.task_name, "id": received.message.id}
-        facts["attempt"] = received.attempt
+    message, attempt = received.message, received.attempt
+    if message:
+        facts |= {"task": message.task_name, "id": message.id, "attempt": attempt}
     return facts
 
 
 def _extra_of(error: LoggingException) -> dict[str, Any]:
     """Return the fields that an error gives to its log record."""
-    # Logging refuses a field of a name that each record has.
-    reserved = vars(logging.makeLogRecord({})).keys() | {"message", "asctime"}
-    given = error.extra if isinstance(error.extra, Mapping) else {}
-    taken = {f"extra_{name}": given[name] for name in given if name in reserved}
-    return taken | {str(n): given[n] for n in given if n not in reserved}
+    fields: dict[str, Any] = {}
+    if isinstance(error.extra, Mapping):
+        for name, value in error.extra.items():
+            # Logging refuses a field of a name that every record has.
+            prefix = "extra_" if name in _RECORD_FIELDS else ""
+            fields[f"{prefix}{name}"] = value
+    return fields
 
 
 _INVALID_EVERY_S = 10  # a poisoned queue must not fill the disk with logs
@@ -4427,10 +4399,7 @@ class _SyncSender(Sender):
             if settings.IS_LAMBDA_APP:
                 sns = {"Message": entry.body, "MessageId": message_id}
                 received.sns_record = {"Sns": {**sns, "MessageAttributes": {}}}
-            try:
-                _in_own_context(_run)(received, time.monotonic())
-            finally:
-                _let_go(received)
+            _in_own_context(_run)(received, time.monotonic())
         return []
 
 
@@ -6112,8 +6081,7 @@ class _TextFormatter(logging.Formatter):
         if "task" not in facts or str(facts.get("id")) in record.message:
             return f"{begin} {record.message}"
         run = f"{facts['task']} {facts.get('id')} attempt {facts.get('attempt')}"
-        run = re.sub(r"[^ -~]", "?", run)[:200]  # ids are free text
-        return f"{begin} [{run}] {record.message}"
+        return f"{begin} [{_in_one_line(run)}] {record.message}"
 
 
 class _LineFormatter(logging.Formatter):
@@ -6327,7 +6295,11 @@ class _Child:
         return how
 
     def _begin(self, name: str, received: QueueMessage) -> _ChildProcess:
-        """Return a process that has begun to run a message, or raise _CannotStart."""
+        """Return a process that has begun to run a message.
+
+        :raises _CannotStart: if none can begin
+        :raises TaskNotFound: if the process does not know the task
+        """
         request = {
             field: value
             for field, value in vars(received).items()
@@ -6338,7 +6310,8 @@ class _Child:
             running = self._process or self._start_process()
             if name in running.unknown:
                 modules = ", ".join(self._start["modules"])
-                raise _CannotStart(
+                received.message = None  # as any message whose task is unknown
+                raise TaskNotFound(
                     f"{name} is not declared where a child imports {modules}: "
                     "declare it in a module, not in a function that the worker calls"
                 )
@@ -6812,8 +6785,11 @@ def _from_topic(record: Mapping[str, Any]) -> QueueMessage:
     sns = record["Sns"]
     if not isinstance(sns, Mapping):
         sns = {}
-    message_id = str(sns.get("MessageId"))
-    return _LambdaMessage(sns.get("Message"), message_id, sns_record=record)
+    return _LambdaMessage(
+        body=sns.get("Message"),
+        message_id=str(sns.get("MessageId")),
+        sns_record=record,
+    )
 
 
 def _from_queue(record: Mapping[str, Any]) -> QueueMessage:
@@ -6821,15 +6797,18 @@ def _from_queue(record: Mapping[str, Any]) -> QueueMessage:
     message_id = str(record.get("messageId", ""))
     if not _is_well_formed(record):
         return _LambdaMessage(None, message_id)
-    attributes = record.get("attributes", {})
-    message_attributes = _as_boto3(record.get("messageAttributes", {}))
-    handle = record.get("receiptHandle")
     received = _LambdaMessage(
-        record.get("body"), message_id, handle, attributes, message_attributes
+        body=record.get("body"),
+        message_id=message_id,
+        receipt_handle=record.get("receiptHandle"),
+        attributes=record.get("attributes", {}),
+        message_attributes=_as_boto3(record.get("messageAttributes", {})),
     )
-    arn, broker = record.get("eventSourceARN"), _brokers.broker()
-    if arn is not None and isinstance(broker, SqsBroker):
-        received.broker, received.queue = broker.at_arn(arn)
+    if "eventSourceARN" not in record:
+        return received
+    broker = _brokers.broker()
+    if isinstance(broker, SqsBroker):  # else a handler is tried out without AWS
+        received.broker, received.queue = broker.at_arn(record["eventSourceARN"])
     return received
 
 
@@ -6914,8 +6893,7 @@ class _DeadLetter:
     def reason(self) -> str:
         """Why it is here, in one line."""
         moved = "moved by the queue itself, after too many receives"
-        reason = self.error_text or self.invalid or moved
-        return reason.partition("\n")[0]
+        return (self.error_text or self.invalid or moved).partition("\n")[0]
 
     def as_dict(self) -> dict[str, Any]:
         """Return all that is known of it but its body, for JSON."""
@@ -7013,14 +6991,16 @@ class _Scan:
     def __post_init__(self) -> None:
         """Find the queue and its dead-letter queue; nothing is received yet."""
         if self.num_messages < 1:
-            text = f"num_messages: expected 1 or more, got {self.num_messages}"
-            raise ConfigurationError(text)
+            raise ConfigurationError(
+                f"num_messages: expected 1 or more, got {self.num_messages}"
+            )
         self._broker = _brokers.broker()
         self._queue = self._broker.destination(self.priority)
         source = self._broker.info(self._queue).dead_letter_queue
         if source is None:
-            text = f"{self._queue}: it has no dead-letter queue (no RedrivePolicy)"
-            raise ConfigurationError(text)
+            raise ConfigurationError(
+                f"{self._queue}: it has no dead-letter queue (no RedrivePolicy)"
+            )
         self._source = source
         self.matched = 0
         self.found_ids: set[str] = set()  # of those that matched
@@ -7050,8 +7030,8 @@ class _Scan:
             self.found_ids.update(*(letter.ids for letter in letters))
             yield letters
             failed = len(self._failed)
-            good = self.matched - failed
-            self.say("%s %d of %d messages, %d failed", self.done, good, total, failed)
+            text = "%s %d of %d messages, %d failed"
+            self.say(text, self.done, self.matched - failed, total, failed)
 
     def total(self) -> int:
         """Count the dead letters that are visible; SQS does so approximately."""
@@ -7153,17 +7133,18 @@ def requeue_dead_letter(
     :raises PartialFailure: if some were not; they are still among the dead letters
     """
     if settings.IS_LAMBDA_APP:
-        text = "not supported for Lambda apps, whose queues are Lambda's"
-        _log.warning("requeue_dead_letter: %s", text)
+        _log.warning(
+            "requeue_dead_letter: not supported for Lambda apps, whose queues are"
+            " Lambda's"
+        )
         return 0
-    scan = _Scan(
+    with _Scan(
         priority,
         "requeueing",
         "requeued",
         num_messages=num_messages,
         lease_s=visibility_timeout,
-    )
-    with scan:
+    ) as scan:
         for letters in scan:
             scan.requeue(letters)
     return scan.count()
@@ -7176,12 +7157,14 @@ def requeue_dead_letter(
 
 
 _PROVISION = "python -m taskhawk provision"  # fixes most of what check finds
+_TOLD = "as the error says"  # how to fix the rest
 _ABSENT = "NonExistentQueue|QueueDoesNotExist|NotFound"  # codes of AWS, as patterns
 _FORBIDDEN = "AccessDenied.*|AuthorizationError"
 _RETENTION_S = 4 * 86_400  # SQS's own default
 # SQS counts from the first sending, so dead letters are kept for longer: for the most.
 _DEAD_RETENTION_S = 14 * 86_400
 _FEW_RECEIVES = 5  # AWS advises at least as many before the dead-letter queue
+_NEVER_GIVEN_UP = "what fails is retried until it expires"
 
 
 def _unless(codes: str, call: Callable[..., Any], *args: Any) -> Any:
@@ -7214,11 +7197,12 @@ _Rates = Mapping[str, float]  # by how many messages a second each queue grows
 
 def _counts(broker: Broker, queue: str) -> _Counts | None:
     """Count the messages of a queue; None where it is not there or may not be seen."""
-    depth = _unless(f"{_ABSENT}|{_FORBIDDEN}", broker.depth, queue)
+    find_depth = functools.partial(_unless, f"{_ABSENT}|{_FORBIDDEN}", broker.depth)
+    depth = find_depth(queue)
     if depth is None:
         return None
     dead = broker.info(queue).dead_letter_queue
-    dead_depth = dead and _unless(f"{_ABSENT}|{_FORBIDDEN}", broker.depth, dead)
+    dead_depth = find_depth(dead) if dead else None
     dead_letters = sum(dead_depth) if dead_depth else None
     return _Counts(depth.visible, depth.in_flight, depth.delayed, dead_letters)
 
@@ -7314,18 +7298,16 @@ def _queue_resources(
         "deadLetterTargetArn": f"${{aws_sqs_queue.{_label(dead)}.arn}}",
         "maxReceiveCount": max_receive_count,
     }
-    # Where no size is given, Terraform sets 256 KiB.
-    both = {"max_message_size": _MAX_SQS_BYTES, "tags": tags}
     dead_attributes = {
         "name": dead,
         "message_retention_seconds": _DEAD_RETENTION_S,
-        **both,
+        "max_message_size": _MAX_SQS_BYTES,  # else Terraform sets 256 KiB
+        "tags": tags,
     }
-    attributes = {
+    attributes = dead_attributes | {
         "name": queue,
         "message_retention_seconds": _RETENTION_S,
         "redrive_policy": json.dumps(redrive),
-        **both,
     }
     return [
         _Resource("aws_sqs_queue", dead, dead_attributes),
@@ -7386,12 +7368,12 @@ def _queue_change(sqs: SqsBroker, resource: _Resource) -> _Change | None:
         return _Change("made", "create_queue", parameters)
     if not attributes:
         return None
-    changes = []
-    for key, value in attributes.items():
-        changes.append(f"{key} from {existing.get(key, 'none')} to {value}")
-    text = f"changed: {', '.join(changes)}"
+    changes = [
+        f"{key} from {existing.get(key, 'none')} to {value}"
+        for key, value in attributes.items()
+    ]
     parameters = {"QueueUrl": sqs.url(name), "Attributes": attributes}
-    return _Change(text, "set_queue_attributes", parameters)
+    return _Change(f"changed: {', '.join(changes)}", "set_queue_attributes", parameters)
 
 
 def _too_low(
@@ -7423,9 +7405,7 @@ def _topic_change(sns: SnsSender, resource: _Resource) -> _Change | None:
     """Look whether a topic is there."""
     if _subscribers(sns, sns.arn(resource.name)) is not None:
         return None
-    tags = []
-    for key, value in resource.attributes["tags"].items():
-        tags.append({"Key": key, "Value": value})
+    tags = [{"Key": k, "Value": v} for k, v in resource.attributes["tags"].items()]
     return _Change("made", "create_topic", {"Name": resource.name, "Tags": tags})
 
 
@@ -7556,23 +7536,18 @@ def _check_places(priorities: Collection[Priority]) -> Iterator[_Finding]:
         try:
             yield from (_check_topic if on_topics else _check_queue)(priority)
         except Exception as error:
-            yield _error(_text_of(error), "the rest can't be checked", _advice(error))
+            remedy = "check credentials, AWS_REGION, AWS_ENDPOINT_SQS and the network"
+            if isinstance(error, ConfigurationError):
+                remedy = _TOLD
+            yield _error(_text_of(error), "the rest can't be checked", remedy)
             if not re.match(_FORBIDDEN, _error_code(error)):
                 return  # the others would say the same
-
-
-def _advice(error: Exception) -> str:
-    """Return what to do about a queue or topic that can't be looked at."""
-    if isinstance(error, ConfigurationError):
-        return "as the error says"
-    return "check credentials, AWS_REGION, AWS_ENDPOINT_SQS and the network"
 
 
 def _check_settings() -> list[_Finding]:
     """Read all settings, and import the hooks and classes that they name."""
     findings = [
-        _error(str(error), "what uses it fails", _advice(error))
-        for error in settings.errors()
+        _error(str(error), "what uses it fails", _TOLD) for error in settings.errors()
     ]
     if findings or settings.TASKHAWK_BROKER != "sqs" or settings.TASKHAWK_QUEUE:
         return findings
@@ -7601,16 +7576,13 @@ def _check_queue(priority: Priority) -> Iterator[_Finding]:
     if info is None:
         yield _error(f"{queue}: no such queue", "dispatch raises")
         return
-    on_sqs = isinstance(broker, SqsBroker)
-    for task in _tasks_of(priority):
-        yield from _check_time_limit(queue, info, task, on_sqs=on_sqs)
-        yield from _check_retries(queue, info, task, on_sqs=on_sqs)
-    if info.dead_letter_queue is None:
-        why = "what fails is retried until it expires"
-        yield _error(f"{queue}: it has no dead-letter queue", why)
-        return
-    yield from _check_receives(queue, info, on_sqs=on_sqs)
-    if isinstance(broker, SqsBroker):
+    tasks = _tasks_of(priority)
+    yield from _check_time_limits(queue, info.visibility_timeout_s, tasks)
+    if info.max_receive_count is None:
+        yield _error(f"{queue}: it has no dead-letter queue", _NEVER_GIVEN_UP)
+    else:
+        yield from _check_receives(queue, info.max_receive_count, tasks)
+    if isinstance(broker, SqsBroker) and info.dead_letter_queue:
         yield from _check_attributes(broker, queue, info.dead_letter_queue)
 
 
@@ -7624,55 +7596,49 @@ def _tasks_of(priority: Priority) -> list[Task[..., Any]]:
     return [task for task in _tasks_by_name() if task.priority is priority]
 
 
-def _check_time_limit(
-    queue: str, info: QueueInfo, task: Task[..., Any], *, on_sqs: bool
+def _check_time_limits(
+    queue: str, lease_s: float, tasks: Iterable[Task[..., Any]]
 ) -> Iterator[_Finding]:
     """Look whether a run may take longer than its message is hidden."""
-    lease_s, limit_s = info.visibility_timeout_s, task.time_limit
-    if limit_s is None or limit_s <= lease_s:
-        return
     setting = "visibility_timeout_s in TASKHAWK_BROKER"
-    if on_sqs:
+    if settings.TASKHAWK_BROKER == "sqs":
         setting = "VisibilityTimeout"
-    yield _warning(
-        f"{queue}: its visibility timeout of {lease_s:g} s"
-        f" is below {task.name}'s limit of {limit_s:g} s",
-        "where no worker extends it, such as in Lambda, the task runs twice at once",
-        f"set {setting} above {limit_s:g} s",
-    )
+    for task in tasks:
+        limit_s = task.time_limit
+        if limit_s is not None and limit_s > lease_s:
+            yield _warning(
+                f"{queue}: its visibility timeout of {lease_s:g} s"
+                f" is below {task.name}'s limit of {limit_s:g} s",
+                "where no worker extends it, such as in Lambda, the task runs twice at"
+                " once",
+                f"set {setting} above {limit_s:g} s",
+            )
 
 
-def _check_retries(
-    queue: str, info: QueueInfo, task: Task[..., Any], *, on_sqs: bool
+def _check_receives(
+    queue: str, receives: int, tasks: Iterable[Task[..., Any]]
 ) -> Iterator[_Finding]:
-    """Look whether the queue gives up before a task's policy does."""
-    receives = info.max_receive_count
-    retries = getattr(task.retry, "max_retries", None)
-    if receives is None or retries is None or receives > retries:
-        return
-    yield _error(
-        f"{queue}: its maxReceiveCount of {receives}"
-        f" is not above {task.name}'s {retries} retries",
-        "the queue gives up before the task's policy does",
-        _raise_receives(retries + 2, on_sqs=on_sqs),
-    )
+    """Look whether the queue gives up before a task's policy, or after few crashes."""
+    for task in tasks:
+        retries = getattr(task.retry, "max_retries", None) or 0
+        if receives <= retries:
+            yield _error(
+                f"{queue}: its maxReceiveCount of {receives}"
+                f" is not above {task.name}'s {retries} retries",
+                "the queue gives up before the task's policy does",
+                _raise_receives(retries + 2),
+            )
+    if receives < _FEW_RECEIVES:
+        yield _warning(
+            f"{queue}: its maxReceiveCount is {receives}",
+            "a few crashes or releases make a dead letter of a good message",
+            _raise_receives(_FEW_RECEIVES),
+        )
 
 
-def _check_receives(queue: str, info: QueueInfo, *, on_sqs: bool) -> Iterator[_Finding]:
-    """Look whether a few crashes make a dead letter."""
-    receives = info.max_receive_count
-    if receives is None or receives >= _FEW_RECEIVES:
-        return
-    yield _warning(
-        f"{queue}: its maxReceiveCount is {receives}",
-        "a few crashes or releases make a dead letter of a good message",
-        _raise_receives(_FEW_RECEIVES, on_sqs=on_sqs),
-    )
-
-
-def _raise_receives(receives: int, *, on_sqs: bool) -> str:
+def _raise_receives(receives: int) -> str:
     """Return how to allow so many receives."""
-    if on_sqs:
+    if settings.TASKHAWK_BROKER == "sqs":
         return f"{_PROVISION} --max-receive-count {receives}"
     return f"set max_receive_count={receives} in TASKHAWK_BROKER"
 
@@ -7684,11 +7650,9 @@ def _check_attributes(broker: SqsBroker, queue: str, dead: str) -> Iterator[_Fin
     theirs = _unless(_ABSENT, broker.attributes, dead, names)
     is_provisioned = dead == f"{queue}-DLQ"
     if theirs is None:
-        remedy = "make it, or correct the RedrivePolicy"
-        if is_provisioned:
-            remedy = _PROVISION
-        why = "what fails is retried until it expires"
-        yield _error(f"{dead}: no such queue", why, remedy)
+        other = "make it, or correct the RedrivePolicy"
+        remedy = _PROVISION if is_provisioned else other
+        yield _error(f"{dead}: no such queue", _NEVER_GIVEN_UP, remedy)
         return
     kept_s = int(ours["MessageRetentionPeriod"])
     dead_s = int(theirs["MessageRetentionPeriod"])
@@ -7697,14 +7661,17 @@ def _check_attributes(broker: SqsBroker, queue: str, dead: str) -> Iterator[_Fin
         remedy += f" {_DEAD_RETENTION_S}"
         if is_provisioned and kept_s < _DEAD_RETENTION_S:
             remedy = _PROVISION
-        what = f"{dead}: it keeps messages for {dead_s} s, and {queue} for {kept_s} s"
-        why = "the time counts from the first sending: a dead letter may expire at once"
-        yield _warning(what, why, remedy)
+        yield _warning(
+            f"{dead}: it keeps messages for {dead_s} s, and {queue} for {kept_s} s",
+            "the time counts from the first sending: a dead letter may expire at once",
+            remedy,
+        )
     max_bytes = int(ours["MaximumMessageSize"])
     if max_bytes < _MAX_SQS_BYTES:
-        what = f"{queue}: it takes messages of at most {max_bytes} bytes"
-        why = "SQS takes 1 MiB, and larger ones are refused at dispatch"
-        yield _warning(what, why)
+        yield _warning(
+            f"{queue}: it takes messages of at most {max_bytes} bytes",
+            "SQS takes 1 MiB, and larger ones are refused at dispatch",
+        )
 
 
 # --- 22. command line -----------------------------------------------------------------
@@ -8783,20 +8750,12 @@ def _sections(text: str) -> list[_Section]:
     """Return the title of each section, with a short hash of its text."""
     import hashlib
 
+    parts = ["docstring", *re.split(_BANNER, text)]  # a title, its text, a title, …
     sections = []
-    for title, section in _split_sections(text):
+    for title, section in zip(parts[::2], parts[1::2], strict=True):
         digest = hashlib.sha256(section.strip().encode()).hexdigest()
         sections.append((title, digest[:16]))
     return sections
-
-
-def _split_sections(text: str) -> Iterator[tuple[str, str]]:
-    """Yield the title and text of each section: it ends where the next banner is."""
-    title, start = "docstring", 0
-    for banner in re.finditer(_BANNER, text):
-        yield title, text[start : banner.start()]
-        title, start = banner[1], banner.end()
-    yield title, text[start:]
 
 
 def _read_copy(path: str) -> _Copy:
@@ -8891,9 +8850,10 @@ def _print_report(report: Mapping[str, Any]) -> None:
     state = "changed by hand" if report["modified"] else "unmodified"
     what = f"taskhawk {report['version']}, part: {report['part']}"
     print(f"{report['path']}: {what}, {state}")
-    for title in report["modified"]:
-        print(f"changed by hand: {title}")
-    for title in report["audit"]:
-        print(f"to audit for {__version__}: {title}")
-    for title in report["gone"]:
-        print(f"gone in {__version__}: {title}")
+    for key, meaning in (
+        ("modified", "changed by hand"),
+        ("audit", f"to audit for {__version__}"),
+        ("gone", f"gone in {__version__}"),
+    ):
+        for title in report[key]:
+            print(f"{meaning}: {title}")

@@ -623,21 +623,14 @@ def plain(value=None):
     """Do nothing."""
 
 
-PROCESSING_ID = "b1328174-a21c-43d3-b303-964dfcc76efc"
+PROCESSING_ID = VALID["id"]
 PROCESSING_SECRET = "hunter2-0f6b6d1c"
 
 
 def processing_body(task: str = "mail.send", **changes: Any) -> str:
-    """Return the body of a valid message, with some keys changed."""
-    metadata = {"priority": "high", "timestamp": 1460868253255, "version": "1.0"}
-    valid = {
-        "metadata": metadata,
-        "headers": {},
-        "task": task,
-        "args": [],
-        "kwargs": {},
-    }
-    return json.dumps({"id": PROCESSING_ID, **valid, **changes})
+    """Return the body of a valid message without arguments, with some keys changed."""
+    empty = {"headers": {}, "task": task, "args": [], "kwargs": {}}
+    return json.dumps(VALID | empty | changes)
 
 
 def raising(error: BaseException) -> Callable[..., Any]:
@@ -785,6 +778,18 @@ def receive_all(queue: str | Priority = Priority.default) -> list[QueueMessage]:
 def received_args(queue: str | Priority = Priority.default) -> list[Any]:
     """Receive all that is visible in a queue, and return the first argument of each message."""
     return [json.loads(message.body)["args"][0] for message in receive_all(queue)]
+
+
+def refused(
+    call: Callable[..., Any],
+    *args: Any,
+    error: type[Exception] = taskhawk.ConfigurationError,
+    **kwargs: Any,
+) -> str:
+    """Return the sentence with which a call is refused."""
+    with pytest.raises(error) as caught:
+        call(*args, **kwargs)
+    return str(caught.value)
 
 
 def service_size(body: str, attributes: Mapping[str, Mapping[str, str]]) -> int:
@@ -981,18 +986,6 @@ def command_error(
 
 
 MESSAGE_ID = "[0-9a-f-]{36}"
-
-
-def body_of(*args: Any) -> str:
-    """Return the body of a message for mail.send, registered or not."""
-    metadata = {"priority": "default", "timestamp": 1460868253255, "version": "1.0"}
-    data = {
-        "id": str(uuid.uuid4()),
-        "metadata": metadata,
-        "headers": {},
-        "task": "mail.send",
-    }
-    return json.dumps({**data, "args": args, "kwargs": {}})
 
 
 def work_once(broker: taskhawk.Broker, queue: str | None = None) -> taskhawk.Ledger:
@@ -1458,15 +1451,11 @@ class TestErrors:
     @pytest.mark.parametrize("delay_seconds", [-1, -0.5, math.inf, math.nan])
     def test_retry_at_an_impossible_time(self, delay_seconds):
         """RetryException refuses a delay that no queue can hold."""
-        makers = [
-            lambda: taskhawk.RetryException(delay_seconds),
-            lambda: taskhawk.RetryException(delay_seconds=delay_seconds),
-        ]
-        for make in makers:
-            with pytest.raises(ValueError, match="delay_seconds") as caught:
-                make()
-            sentence = f"delay_seconds: expected 0 or more seconds, got {delay_seconds}"
-            assert str(caught.value) == sentence
+        sentence = f"delay_seconds: expected 0 or more seconds, got {delay_seconds}"
+        named = {"delay_seconds": delay_seconds}
+        for args, kwargs in ((delay_seconds,), {}), ((), named):
+            made = refused(taskhawk.RetryException, *args, error=ValueError, **kwargs)
+            assert made == sentence
 
     def test_data(self):
         """LoggingException has the record's `extra`; MessageTooLarge has the limit."""
@@ -1563,16 +1552,9 @@ SETTINGS_OF_OTHERS = """
 SETTINGS_SECRETS = ("AWS_ACCESS_KEY", "AWS_SECRET_KEY", "AWS_SESSION_TOKEN")
 
 
-def refusal(call: Callable[[], object]) -> str:
-    """Return the text of the ConfigurationError that a call raises."""
-    with pytest.raises(taskhawk.ConfigurationError) as caught:
-        call()
-    return str(caught.value)
-
-
 def refusal_of(name: str) -> str:
     """Return the text of the error that reading a setting raises."""
-    return refusal(lambda: getattr(taskhawk.settings, name))
+    return refused(getattr, taskhawk.settings, name)
 
 
 def settings_task(headers=None):
@@ -1656,20 +1638,16 @@ class TestSettings:
         """configure() refuses a keyword that is no setting, and sets nothing then."""
         taskhawk.configure(TASKHAWK_QUEUE="before")
         wrong = {"TASKHAWK_QUEUE": "after", "TASKHAWK_SINC": True, "colour": "red"}
-        assert refusal(lambda: taskhawk.configure(**wrong)) == (
-            "TASKHAWK_SINC is not a setting of taskhawk; did you mean TASKHAWK_SYNC?"
-        )
+        sentence = "TASKHAWK_SINC is not a setting of taskhawk"
+        suggestion = "; did you mean TASKHAWK_SYNC?"
+        assert refused(taskhawk.configure, **wrong) == sentence + suggestion
         assert taskhawk.settings.TASKHAWK_QUEUE == "before"
-        assert refusal(lambda: taskhawk.configure(colour="red")) == (
+        assert refused(taskhawk.configure, colour="red") == (
             "colour is not a setting of taskhawk"
         )
-
-    def test_unknown_attribute(self):
-        """Reading what is no setting is an AttributeError that suggests one."""
-        with pytest.raises(AttributeError) as caught:
-            taskhawk.settings.AWS_REGIO  # noqa: B018 - reading it is the test
-        sentence = "AWS_REGIO is not a setting of taskhawk; did you mean AWS_REGION?"
-        assert str(caught.value) == sentence
+        # Reading one is an AttributeError.
+        read = (getattr, taskhawk.settings, "TASKHAWK_SINC")
+        assert refused(*read, error=AttributeError) == sentence + suggestion
 
     def test_lazy(self, monkeypatch):
         """A setting is remembered from its first use until configure() is called."""
@@ -1703,9 +1681,9 @@ class TestSettings:
     def test_settings_module_is_broken(self, settings_module):
         """What a settings module itself fails to import is reported as it is."""
         settings_module("import no_such_dependency")
-        with pytest.raises(ModuleNotFoundError) as caught:
-            taskhawk.settings.TASKHAWK_QUEUE  # noqa: B018 - reading it is the test
-        assert str(caught.value) == "No module named 'no_such_dependency'"
+        read = (getattr, taskhawk.settings, "TASKHAWK_QUEUE")
+        sentence = "No module named 'no_such_dependency'"
+        assert refused(*read, error=ModuleNotFoundError) == sentence
 
     @pytest.mark.parametrize(
         ("name", "value", "expected"),
@@ -1949,21 +1927,21 @@ class TestSettings:
         assert found.get("aws_secret_access_key", "secret").endswith("secret")
 
     @pytest.mark.parametrize(
-        ("parts", "here", "missing"),
+        ("parts", "missing"),
         [
-            ("key", "AWS_ACCESS_KEY", "AWS_SECRET_KEY"),
-            ("key token", "AWS_ACCESS_KEY", "AWS_SECRET_KEY"),
-            ("secret", "AWS_SECRET_KEY", "AWS_ACCESS_KEY"),
+            ("key", "AWS_SECRET_KEY"),
+            ("key token", "AWS_SECRET_KEY"),
+            ("secret", "AWS_ACCESS_KEY"),
         ],
     )
-    def test_incomplete_credentials(self, monkeypatch, parts, here, missing):
+    def test_incomplete_credentials(self, monkeypatch, parts, missing):
         """A key without its secret is an error, and so is a secret without its key."""
         taskhawk.configure(self.credentials(parts, "configured"), TASKHAWK_QUEUE="q")
         for name, value in self.credentials("key secret", "environment").items():
             monkeypatch.setenv(name, value)
-        assert refusal(taskhawk.task(plain, name="settings.plain").dispatch) == (
-            f"{here} is set in configure(), but {missing} is not:"
-            " expected both or neither"
+        assert refused(taskhawk.task(plain, name="settings.plain").dispatch) == (
+            f"{missing} is not set in configure(), but the other half of the"
+            " credentials is: expected both or neither"
         )
 
     @staticmethod
@@ -1985,12 +1963,12 @@ class TestSettings:
         wrong = {"TASKHAWK_SYNC": "maybe", "TASKHAWK_PRE_PROCESS_HOOK": "json.nope"}
         taskhawk.configure(wrong, AWS_SECRET_KEY="half")
         errors = list(map(str, taskhawk.settings.errors()))
-        half = "AWS_SECRET_KEY is set in configure(), but AWS_ACCESS_KEY is not"
+        half = "AWS_ACCESS_KEY is not set in configure(), but the other half of the"
         assert errors == [
-            f"{half}: expected both or neither",
+            f"{half} credentials is: expected both or neither",
             *(refusal_of(name) for name in sorted(wrong)),
         ]
-        assert refusal(taskhawk.settings.check) == "; ".join(errors)
+        assert refused(taskhawk.settings.check) == "; ".join(errors)
         taskhawk.configure()
         monkeypatch.setenv("SETTINGS_MODULE", "no_such_module")
         assert len(taskhawk.settings.errors()) == 1
@@ -2006,7 +1984,7 @@ class TestSettings:
     def test_required(self, given, missing):
         """Where a dispatch needs a setting, the error says what to set, and where."""
         taskhawk.configure(given, AWS_REGION="us-east-1")
-        assert refusal(taskhawk.task(plain, name="settings.plain").dispatch) == (
+        assert refused(taskhawk.task(plain, name="settings.plain").dispatch) == (
             f"{missing} is not set: expected {SETTINGS_TABLE[missing][1]}, from"
             " taskhawk.configure(), the module named by SETTINGS_MODULE, Django's"
             " settings or the environment"
@@ -2045,8 +2023,18 @@ class TestSettings:
             (lambda: {"from": "1.4", "own": "2"}, {"from": "1.4"}),
             (lambda more=2: {"more": more}, {"more": 2}),
             (lambda: None, {}),
+            (lambda: {1: "x"}, {"1": "x"}),
         ],
-        ids=["task", "keyword", "any", "partial", "nothing", "another", "None"],
+        ids=[
+            "task",
+            "keyword",
+            "any",
+            "partial",
+            "nothing",
+            "another",
+            "None",
+            "number",
+        ],
     )
     def test_default_headers(self, hook, expected):
         """The hook gets the task if it takes `task`, as in the manual, else nothing.
@@ -2430,8 +2418,9 @@ class TestMessages:
             "args": [1, 2],
             "kwargs": {"from_email": 3},
         }
+        message.priority = Priority.high  # it may be changed until it is sent
         assert taskhawk.publish(message) == "id"
-        [received] = queued()
+        [received] = queued(Priority.high)
         assert json.loads(received.body) == message.as_dict()
         least = Message.new("tasks.send_email", priority=Priority.bulk)
         assert (least.args, least.kwargs, least.headers) == ([], {}, {})
@@ -2440,14 +2429,13 @@ class TestMessages:
 
     def test_new_is_refused(self, send_email):
         """Message.new takes no task that is not registered, and no id but a string."""
-        with pytest.raises(taskhawk.TaskNotFound) as caught:
-            Message.new("tasks.nope")
         sentence = "no task is registered as 'tasks.nope': is its module imported?"
-        assert str(caught.value) == sentence
+        for find in (Message.new, taskhawk.Task.find_by_name):
+            assert refused(find, "tasks.nope", error=taskhawk.TaskNotFound) == sentence
         assert self.refused(json.dumps(edited("task", "tasks.nope"))) == sentence
-        with pytest.raises(taskhawk.ValidationError) as caught:
-            Message.new("tasks.send_email", msg_id=uuid.UUID(VALID["id"]))
-        assert str(caught.value) == "id: expected a non-empty string, got UUID"
+        wrong = {"msg_id": uuid.UUID(VALID["id"]), "error": taskhawk.ValidationError}
+        sentence = "id: expected a non-empty string, got UUID"
+        assert refused(Message.new, "tasks.send_email", **wrong) == sentence
 
     @pytest.mark.parametrize(
         ("path", "value", "shown"),
@@ -2513,9 +2501,7 @@ class TestMessages:
         """An invalid message is refused by the path of what is wrong, and not run."""
         sentence = f"{path}: expected {MESSAGE_RULES[path]}, got {shown}"
         data = edited(path, value)
-        with pytest.raises(taskhawk.ValidationError) as caught:
-            Message(data)
-        assert str(caught.value) == sentence
+        assert refused(Message, data, error=taskhawk.ValidationError) == sentence
         assert self.refused(json.dumps(data)) == sentence
         assert send_email.calls == []
 
@@ -2650,28 +2636,28 @@ class TestMessages:
         assert len(send_email.calls) == 1
 
     @pytest.mark.parametrize(
-        ("value", "error", "reason"),
+        ("value", "reason"),
         [
-            ({1}, TypeError, "set is not a JSON type"),
-            ([{"a": b"x"}], TypeError, "bytes is not a JSON type"),
-            ([float("nan")], taskhawk.ValidationError, NOT_FINITE),
-            (-math.inf, taskhawk.ValidationError, NOT_FINITE),
-            (Decimal("NaN"), taskhawk.ValidationError, NOT_FINITE),
-            (Decimal("Infinity"), taskhawk.ValidationError, NOT_FINITE),
-            (Decimal("1E+5000"), taskhawk.ValidationError, NOT_FINITE),
-            ([Decimal("12345678901234567.89")], taskhawk.ValidationError, TOO_EXACT),
-            (Decimal("0.1234567890123456789"), taskhawk.ValidationError, TOO_EXACT),
-            (Decimal("1E-400"), taskhawk.ValidationError, TOO_EXACT),
-            (
-                {(1, 2): 3},
-                TypeError,
-                "keys must be str, int, float, bool or None, not tuple",
-            ),
+            ({1}, "set is not a JSON type"),
+            ([{"a": b"x"}], "bytes is not a JSON type"),
+            (Priority.high, "Priority is not a JSON type"),
+            ({(1, 2): 3}, "keys must be str, int, float, bool or None, not tuple"),
+            ([math.nan], NOT_FINITE),
+            (-math.inf, NOT_FINITE),
+            (Decimal("NaN"), NOT_FINITE),
+            (Decimal("sNaN"), "cannot convert signaling NaN to float"),
+            (Decimal("Infinity"), NOT_FINITE),
+            (Decimal("1E+5000"), NOT_FINITE),
+            ([Decimal("12345678901234567.89")], TOO_EXACT),
+            (Decimal("0.1234567890123456789"), TOO_EXACT),
+            (Decimal("1E-400"), TOO_EXACT),
         ],
         ids=repr,
     )
-    def test_not_json(self, memory, send_email, value, error, reason):
+    def test_not_json(self, memory, send_email, value, reason):
         """An argument or header that is not JSON fails at the dispatch, by its path."""
+        is_typed = re.search("type|keys", reason)
+        error = TypeError if is_typed else taskhawk.ValidationError
         dispatch, with_headers = send_email.dispatch, send_email.with_headers
         calls = {
             "args[1]": lambda: dispatch("x", value),
@@ -2679,38 +2665,32 @@ class TestMessages:
             "headers.h": lambda: with_headers(h=value).dispatch("x", "y"),
         }
         for path, call in calls.items():
-            with pytest.raises(error) as caught:
-                call()
-            # newer Pythons add the value, which is a float here
-            text = re.sub(r"(compliant): -?(nan|inf)$", r"\1", str(caught.value))
+            # Newer Pythons add the value, which is a float here.
+            text = re.sub(
+                "(compliant): -?(nan|inf)$", r"\1", refused(call, error=error)
+            )
             assert text == f"tasks.send_email: {path} is not JSON: {reason}"
-            assert type(caught.value) is error
         assert queued() == []
 
     def test_not_json_as_a_whole(self, memory, send_email):
         """Where no one argument or header is at fault, the error names the task."""
         message = Message.new("tasks.send_email", [1])
         message.id = b"1"
-        with pytest.raises(taskhawk.ValidationError) as caught:
-            taskhawk.publish(message)
         sentence = "tasks.send_email: not JSON: bytes is not a JSON type"
-        assert str(caught.value) == sentence
+        error = taskhawk.ValidationError
+        assert refused(taskhawk.publish, message, error=error) == sentence
 
-    def test_decimals(self, memory, send_email):
-        """Decimals become numbers of the same digits: ints if whole, else floats."""
-        values = {
-            "2": 2,
-            "1.10": 1.1,
-            "1E+3": 1000,
-            "-0.5": -0.5,
-            "12345678901234567890.0": 12345678901234567890,
-            "1234567890123.45": 1234567890123.45,
-            "1E-7": 1e-07,
-        }
-        send_email.dispatch("x", list(map(Decimal, values)))
+    def test_json(self, memory, send_email):
+        """Decimals become ints if whole, else floats; tuples arrays; the body is ASCII."""
+        decimals = "2 1.10 1E+3 -0.5 12345678901234567890.0 1234567890123.45 1E-7"
+        values = [*map(Decimal, decimals.split()), (1, [None]), "\ud800\0é"]
+        send_email.dispatch("x", values)
         [received] = queued()
-        data = json.loads(received.body)
-        assert same_json(data["args"], ["x", list(values.values())])
+        assert json.dumps(json.loads(received.body)["args"][1]) == (
+            "[2, 1.1, 1000, -0.5, 12345678901234567890, 1234567890123.45, 1e-07,"
+            r' [1, [null]], "\ud800\u0000\u00e9"]'
+        )
+        assert received.body.isascii()
 
     def test_round_trip(self, sync):
         """Any JSON call arrives as it was made: arguments, keywords and headers."""
@@ -3030,9 +3010,8 @@ class TestRetryPolicies:
     def test_gives_up(self, policy):
         """After max_retries retries a policy raises StopRetry."""
         assert all(policy(attempt) <= 3 for attempt in (1, 2))
-        with pytest.raises(taskhawk.StopRetry) as caught:
-            policy(3)
-        assert str(caught.value) == "all 2 retries are used up"
+        sentence = "all 2 retries are used up"
+        assert refused(policy, 3, error=taskhawk.StopRetry) == sentence
 
     @pytest.mark.parametrize(
         ("policy", "attempt", "delay_s"),
@@ -3098,7 +3077,7 @@ class TestRetryPolicies:
     def test_wrong_parameter(self, maker, arguments, wrong):
         """A policy that makes no sense is refused where it is written."""
         sentence = f"retry policy: expected 0 or more, got {wrong}"
-        assert refusal(lambda: maker(*arguments)) == sentence
+        assert refused(maker, *arguments) == sentence
 
 
 # === PART II: QUEUES ==================================================================
@@ -3857,6 +3836,7 @@ print(time.monotonic())
             assert len(broker.receive("Q", 1, 20, None, NEVER)) == 1
             assert time.monotonic() - float(child.stdout.readline()) < 1
 
+    @pytest.mark.slow
     def test_eight_processes_open_a_new_file(self, path, url):
         """Any number of processes may make the file at the same moment."""
         code = """
@@ -3869,6 +3849,7 @@ taskhawk.SqliteBroker(sys.argv[2]).send('Q', [Outgoing(sys.argv[3], {})])
         with contextlib.closing(taskhawk.SqliteBroker(url)) as broker:
             assert sorted(drain(broker, "Q")) == list("01234567")
 
+    @pytest.mark.slow
     def test_processes_claim_apart(self, url):
         """Workers that receive at the same time never share a message, and miss none."""
         code = """
@@ -3891,6 +3872,7 @@ while received := receive(3):
             assert sorted(map(int, bodies)) == list(range(300))
             assert broker.depth("Q") == Depth(0, 0, 0)
 
+    @pytest.mark.slow
     def test_kill_while_sending(self, path, url):
         """A kill -9 loses nothing that was sent, and leaves no part of a batch."""
         code = """
@@ -3911,6 +3893,7 @@ for start in itertools.count(0, 3):
             assert len(bodies) - int(sent[-1]) in (0, 3)
         assert sqlite_execute(path, "PRAGMA integrity_check") == [("ok",)]
 
+    @pytest.mark.slow
     def test_kill_while_receiving(self, path):
         """A kill -9 loses nothing that was not deleted; nothing deleted comes back."""
         url = f"sqlite:///{path}?max_receive_count=100"
@@ -4382,8 +4365,13 @@ class TestSqs:
         assert sent == ["0", "1", "2"]
         assert (refusal.index, refusal.code, refusal.final) == (1, "OverLimit", True)
 
-    @pytest.mark.parametrize("mistake", AWS_MISTAKES)
-    @pytest.mark.parametrize("action", ["GetQueueUrl", "SendMessage"])
+    @pytest.mark.parametrize(
+        ("action", "mistake"),
+        [
+            ("GetQueueUrl", AWS_MISTAKES[0]),
+            *(("SendMessage", mistake) for mistake in AWS_MISTAKES),
+        ],
+    )
     def test_mistakes(self, aws, task, action, mistake):
         """What only a person can fix is one sentence: the remedy, and AWS's own text."""
         code, text, remedy = mistake
@@ -4896,12 +4884,21 @@ class TestProcesses:
     @pytest.mark.parametrize("how", ["os", "C"])
     def test_fork_on_sqlite(self, task, url, how):
         """What a forked child dispatches is kept, whichever closes the file first."""
+
+        def connections():
+            found = gc.get_objects()
+            return sum(isinstance(each, sqlite3.Connection) for each in found)
+
         task.dispatch("parent before")
+        gc.collect()
+        ours = connections()
         fork_context = multiprocessing.get_context("fork")
         dispatched, closed = fork_context.Event(), fork_context.Event()
 
         def child():
             task.dispatch("child 1")
+            # It has its own, and leaves an inherited one alone: SQLite forbids a close.
+            assert connections() == ours + (how == "C")
             dispatched.set()
             assert closed.wait(20)
             assert forked(lambda: task.dispatch("child 2"))() == 0
@@ -5054,18 +5051,6 @@ def place(fn: Any) -> str:
     code = fn.__code__
     where = f"{code.co_filename}:{code.co_firstlineno}"
     return f"{fn.__module__}.{fn.__qualname__} ({where})"
-
-
-def refused(
-    call: Callable[..., Any],
-    *args: Any,
-    error: type[Exception] = taskhawk.ConfigurationError,
-    **kwargs: Any,
-) -> str:
-    """Return the sentence with which a call is refused."""
-    with pytest.raises(error) as caught:
-        call(*args, **kwargs)
-    return str(caught.value)
 
 
 def run_queued(priority: Priority = Priority.default) -> taskhawk.Outcome:
@@ -5223,14 +5208,8 @@ class TestTasks:
         assert (send.name, send.priority) == ("mail.send", Priority.low)
         assert isinstance(send.fn, types.FunctionType)
         assert str(send) == repr(send) == "Taskhawk task: mail.send"
-        for name in ("name", "priority", "fn", "task", "accepts_metadata"):
-            with pytest.raises(AttributeError):
-                setattr(send, name, None)
         made = taskhawk.Task(plain, Priority.bulk, "by.hand")
         assert (made.fn, made.priority, made.name) == (plain, Priority.bulk, "by.hand")
-        sentence = "no task is registered as 'by.hand': is its module imported?"
-        find = taskhawk.Task.find_by_name
-        assert refused(find, "by.hand", error=taskhawk.TaskNotFound) == sentence
         values = {priority.name: priority.value for priority in Priority}
         assert values == {"default": 1, "high": 2, "low": 3, "bulk": 4}
 
@@ -5256,7 +5235,7 @@ class TestTasks:
         def fetch():
             return "fetched"
 
-        for name in ("retry", "dispatch", "call", "_name", "_fn"):
+        for name in ("retry", "dispatch", "call", "name", "fn"):
             setattr(fetch, name, "another decorator's")
         task = taskhawk.task(name="shop.fetch")(fetch)
         assert (task.retry, task.name, task()) == (None, "shop.fetch", "fetched")
@@ -5598,8 +5577,7 @@ class TestTasks:
             *("own __main__", "script.sell __main__", "declares __main__"),
             *("fills shop", "script.inner __main__"),
         ], result.stderr
-        made = taskhawk.Task(plain, Priority.low, "by.hand")
-        assert made.declared_in == taskhawk.task(plain).declared_in == __name__
+        assert taskhawk.task(plain).declared_in == __name__
 
     def test_taken_name(self):
         """Another function under a taken name is refused; the error has both places."""
@@ -6114,21 +6092,6 @@ OTHER_HEADERS = {
     "surrogate": "\ud800",
     "not_a_character": "\ufffe",
 }
-NOT_JSON = [
-    ({1, 2}, "set is not a JSON type"),
-    ([b"bytes"], "bytes is not a JSON type"),
-    ({"deep": [object()]}, "object is not a JSON type"),
-    (Priority.high, "Priority is not a JSON type"),
-    ({(1, 2): 3}, "keys must be str, int, float, bool or None, not tuple"),
-]
-NOT_A_NUMBER = [
-    (math.nan, "Out of range float values are not JSON compliant"),
-    ([math.inf], "Out of range float values are not JSON compliant"),
-    (-math.inf, "Out of range float values are not JSON compliant"),
-    (Decimal("NaN"), "Out of range float values are not JSON compliant"),
-    (Decimal("sNaN"), "cannot convert signaling NaN to float"),
-    (Decimal("Infinity"), "Out of range float values"),
-]
 
 
 def too_large(size: int, limit: int, largest: str) -> str:
@@ -6141,28 +6104,6 @@ def too_large(size: int, limit: int, largest: str) -> str:
 
 class TestPublishing:
     """dispatch(): nothing leaves that can't arrive, and what was accepted has an id."""
-
-    def test_id(self, sqlite):
-        """Dispatch returns the id that the task then sees in its metadata."""
-        seen = []
-
-        @taskhawk.task(name="ids.note")
-        def note(metadata):
-            seen.append(metadata.id)
-
-        sent = [note.dispatch(), note.with_priority(Priority.high).dispatch()]
-        for received in [*receive_all(), *receive_all(Priority.high)]:
-            assert taskhawk.process(received).fate is taskhawk.Fate.acknowledge
-        assert seen == sent
-        assert [str(uuid.UUID(text)) for text in sent] == sent
-
-    def test_publish(self, broker, mail):
-        """publish() sends a message made by hand to the queue of its priority."""
-        message = Message.new("mail.send", ["a"], {"text": "b"}, "my-id", {"c": "d"})
-        message.priority = Priority.high
-        assert taskhawk.publish(message) == "my-id"
-        (received,) = receive_all(Priority.high)
-        assert Message(json.loads(received.body)) == message
 
     def test_attributes(self, sqlite, mail):
         """A header that SQS takes is an attribute; the body has every header."""
@@ -6251,37 +6192,6 @@ class TestPublishing:
         assert str(raised.value) == too_large(2049, 2048, largest)
         assert raised.value.limit == 2048
 
-    def test_json(self, sqlite, mail):
-        """What JSON has is sent, Decimals as numbers, and the body is ASCII."""
-        for value, expected in (
-            (Decimal(3), "3"),
-            (Decimal("1E+2"), "100"),
-            (Decimal("2.50"), "2.5"),
-            (2**64, "18446744073709551616"),
-            ((1, [None, True]), "[1,[null,true]]"),
-            ("\ud800\0é", '"\\ud800\\u0000\\u00e9"'),
-            ({"a": {"b": 1.5}}, '{"a":{"b":1.5}}'),
-        ):
-            mail.dispatch(value)
-            (received,) = receive_all()
-            assert f'"args":[{expected}]' in received.body
-            assert received.body.isascii()
-
-    @pytest.mark.parametrize(("value", "reason"), [*NOT_JSON, *NOT_A_NUMBER])
-    def test_not_json(self, sqlite, mail, value, reason):
-        """What is not JSON fails at the caller, naming the argument or header."""
-        known = (value, reason) in NOT_JSON
-        error = TypeError if known else taskhawk.ValidationError
-        for path, call in (
-            ("args[1]", lambda: mail.dispatch("fine", value)),
-            ("kwargs.text", lambda: mail.dispatch(text=value)),
-            ("headers.trace", lambda: mail.with_headers(trace=value).dispatch()),
-        ):
-            sentence = refused(call, error=error)
-            # Newer Pythons add the value: "…JSON compliant: nan".
-            assert sentence.startswith(f"mail.send: {path} is not JSON: {reason}")
-        assert sqlite.depth("TASKHAWK-DEFAULT") == Depth(0, 0, 0)
-
     def test_astronomical(self):
         """A Decimal with a huge exponent is refused, not written out for minutes."""
         code = """
@@ -6350,35 +6260,6 @@ except taskhawk.ValidationError as error:
             later = Clock(now + days * 86_400)
             with contextlib.closing(taskhawk.SqliteBroker(url, clock=later)) as broker:
                 assert broker.depth("TASKHAWK-DEFAULT").visible == visible
-
-    @pytest.mark.parametrize(
-        ("hook", "expected"),
-        [
-            (lambda: {"a": "hook", "b": 1}, {"a": "mine", "b": 1}),
-            (lambda task: {"name": task.name}, {"name": "mail.send", "a": "mine"}),
-            (lambda **kwargs: {"keys": list(kwargs)}, {"keys": ["task"], "a": "mine"}),
-            (lambda: None, {"a": "mine"}),
-            (lambda: {1: "x"}, {"1": "x", "a": "mine"}),
-        ],
-    )
-    def test_default_headers(self, mail, hook, expected):
-        """Default headers are asked for at each dispatch; with_headers() wins."""
-        taskhawk.configure(TASKHAWK_BROKER="sqlite://", TASKHAWK_DEFAULT_HEADERS=hook)
-        mail.with_headers(a="mine").dispatch()
-        (received,) = receive_all()
-        assert json.loads(received.body)["headers"] == expected
-
-    @pytest.mark.parametrize(
-        ("code", "error"),
-        [
-            ("AccessDenied", taskhawk.ConfigurationError),
-            ("Odd", botocore.exceptions.ClientError),
-        ],
-    )
-    def test_not_accepted(self, aws, mail, code, error):
-        """What was not accepted raises our error, or else botocore's."""
-        aws.always("SendMessage", fault(code))
-        assert code in refused(mail.dispatch, error=error)
 
     @pytest.mark.parametrize(
         "answer",
@@ -6486,16 +6367,7 @@ class TestBatch:
             mail.dispatch()
         assert aws.actions == ["GetQueueUrl", "SendMessage"]
 
-    def test_total_size(self, endpoint, sqs_client, queue_name, mail):
-        """Messages of 300 KB leave three to a request, as the service wants it."""
-        make_queues(sqs_client(endpoint), queue_name)
-        configure_aws(endpoint, queue_name)
-        with taskhawk.batch():
-            for number in range(7):
-                mail.dispatch(number, "x" * 300_000)
-        assert sorted(received_args()) == list(range(7))
-
-    def test_total_size_counted(self, aws, mail):
+    def test_total_size(self, aws, mail):
         """A request may have 1 MiB, attributes included, and no byte more."""
         half, header = 524_288, {"trace": "é"}
         invocation = mail.with_headers(**header)
@@ -6946,6 +6818,7 @@ IN_5_S = DELAY.format(5)
 FILES: dict[str, Any] = {**FIVE, "retry_on": (OSError,)}
 NO_FILES: dict[str, Any] = {**FIVE, "never_retry_on": (OSError, ValueError)}
 ONLY_FILES: dict[str, Any] = {"retry_on": OSError, "never_retry_on": FileNotFoundError}
+GIVES_UP: dict[str, Any] = {"retry": raising(taskhawk.StopRetry())}
 ASKED, FAILED = "asked to be retried", "failed"
 later, Ignored = taskhawk.RetryException, taskhawk.IgnoreException
 
@@ -6998,6 +6871,7 @@ PROCESSING_FAILURES = [
     ("in one of both", PermissionError("no"), ONLY_FILES, 1, FAILED, LEFT),
     ("last", ValueError("no"), {}, 10, FAILED, LAST),
     ("one too many", ValueError("no"), {}, 11, FAILED, LAST),
+    ("the policy gives up", KeyError(), GIVES_UP, 1, FAILED, DEAD),
     ("last but one", ValueError("no"), {}, 9, FAILED, LEFT),
     ("last, policy", KeyError(), {"retry": lambda _: 5}, 10, FAILED, LAST),
     ("last, asks", later(), {}, 10, FAILED, LAST),
@@ -7301,12 +7175,6 @@ class TestProcessing:
         assert broken.__context__ is error
         assert [record.levelname for record in caplog.records] == ["ERROR"]
 
-    def test_policy_that_gives_up(self):
-        """StopRetry of a policy of one's own is the end of the retries."""
-        error = KeyError("no")
-        outcome = processing_run(raising(error), retry=raising(taskhawk.StopRetry()))
-        assert outcome == Outcome(Fate.dead_letter, error)
-
     def test_hooks(self):
         """Pre hook, task and post hook run in this order; hooks get queue and message."""
         seen: list[Any] = []
@@ -7326,16 +7194,20 @@ class TestProcessing:
         assert (message.body, message.message_id) == (processing_body(), "m1")
 
     @pytest.mark.parametrize(
-        ("error", "how", "then"),
+        ("error", "attempt", "how", "then"),
         [
-            (OSError("no"), FAILED, LEFT),
-            (taskhawk.StopRetry(), FAILED, LEFT),
-            (SystemExit(), FAILED, LEFT),
-            (later(delay_seconds=90), ASKED, DELAY.format(90)),
+            (OSError("no"), 1, FAILED, LEFT),
+            (OSError("no"), 10, FAILED, LAST),
+            (taskhawk.StopRetry(), 1, FAILED, LEFT),
+            (SystemExit(), 1, FAILED, LEFT),
+            (later(delay_seconds=90), 1, ASKED, DELAY.format(90)),
         ],
     )
-    def test_pre_hook_that_fails(self, error, how, then, caplog):
-        """A pre hook that fails leaves the message to the queue; its task does not run."""
+    def test_pre_hook_that_fails(self, error, attempt, how, then, caplog):
+        """A pre hook that fails leaves the message to the queue; its task does not run.
+
+        What the queue would move is dead-lettered with the error that is why.
+        """
         runs: list[int] = []
 
         def run() -> None:
@@ -7344,8 +7216,8 @@ class TestProcessing:
         caplog.set_level(logging.INFO)
         taskhawk.configure(TASKHAWK_PRE_PROCESS_HOOK=raising(error))
         fate, delay_s = PROCESSING_ENDS[then]
-        assert processing_run(run, **FIVE) == Outcome(fate, error, delay_s)
-        assert caplog.messages == [f"message m1: attempt 1 {how} and {then}"]
+        assert processing_run(run, attempt, **FIVE) == Outcome(fate, error, delay_s)
+        assert caplog.messages == [f"message m1: attempt {attempt} {how} and {then}"]
         assert (runs, hasattr(caplog.records[0], "task")) == ([], False)
 
     @pytest.mark.parametrize("end", [nothing, raising(taskhawk.IgnoreException())])
@@ -7389,14 +7261,14 @@ class TestProcessing:
     def test_invalid_messages(self, case):
         """What is no message, or for no task here, is left to the queue.
 
-        The pre hook sees it before it is found to be so, the error hook afterwards.
+        So it is at the last receive: this worker may be too old. The pre hook sees it.
         """
         seen: list[Any] = []
         taskhawk.configure(
             TASKHAWK_PRE_PROCESS_HOOK=lambda **given: seen.append(given),
         )
         body, wrong = PROCESSING_INVALID[case]
-        received = QueueMessage(body, "m1", queue="Q")
+        received = QueueMessage(body, "m1", queue="Q", max_receive_count=1)
         fate, error, delay_s = taskhawk.process(received)
         assert (fate, str(error), delay_s) == (Fate.retry, wrong, None)
         unknown = case == "unknown task"
@@ -7464,13 +7336,6 @@ class TestProcessing:
         taskhawk.process(QueueMessage(None, forged))
         assert caplog.messages[-1] == f"{message}: {end}"
 
-    def test_hook_fails_at_the_last_receive(self):
-        """What would be moved by the queue is dead-lettered with the error that is why."""
-        received = QueueMessage(processing_body(), "m1", max_receive_count=1)
-        error = OSError("no database")
-        taskhawk.configure(TASKHAWK_PRE_PROCESS_HOOK=raising(error))
-        assert taskhawk.process(received) == Outcome(Fate.dead_letter, error)
-
     def test_error_at_the_last_receive(self):
         """The dead letter of a task without a policy says which error put it there."""
         taskhawk.configure(TASKHAWK_BROKER="sqlite://?max_receive_count=1")
@@ -7481,13 +7346,6 @@ class TestProcessing:
         error = json.loads(letter.message_attributes["taskhawk.error"]["StringValue"])
         found = (error["type"], error["message"], error["attempt"])
         assert found == ("ValueError", "no milk", 1)
-
-    @pytest.mark.parametrize("case", PROCESSING_INVALID)
-    def test_invalid_at_the_last_receive(self, case):
-        """What is not valid is the redrive policy's to move: this worker may be too old."""
-        body, _ = PROCESSING_INVALID[case]
-        received = QueueMessage(body, "m1", max_receive_count=1)
-        assert taskhawk.process(received).fate is Fate.retry
 
     @pytest.mark.parametrize("end", [None, Ignored, ValueError, later])
     @pytest.mark.parametrize("how", ["process", "sync"])
@@ -10019,7 +9877,7 @@ class TestDeadLetterCopies:
             raise taskhawk.StopRetry("new")
 
         old = {"taskhawk.error": {"DataType": "String", "StringValue": "old"}}
-        sqlite.send("TASKHAWK-DEFAULT", [Outgoing(body_of(1), old)])
+        sqlite.send("TASKHAWK-DEFAULT", [Outgoing(processing_body(args=[1]), old)])
         work_once(sqlite)
         (letter,) = receive_all("TASKHAWK-DEFAULT-DLQ")
         (attribute,) = letter.message_attributes.values()
@@ -10111,7 +9969,7 @@ class TestDeadLetterCopies:
             QueueName=name, Attributes={**fifo, "RedrivePolicy": redrive}
         )
         configure_aws(ministack, "x")
-        body = body_of(1)
+        body = processing_body(args=[1])
         ids = [
             client.send_message(
                 QueueUrl=url["QueueUrl"],
@@ -10881,7 +10739,11 @@ class TestIsolation:
             text = isolated_refusal(isolated_child, received)
         assert text == f"a child can't import the tasks: {reason.format(file=file)}"
         file.write_text(ISOLATED_MODULE)
+        isolated_child.start()
+        process = isolated_child._process
+        isolated_child.start()  # it has one
         assert isolated_child.process(received) == Outcome(Fate.acknowledge)
+        assert isolated_child._process is process
 
     @pytest.mark.slow
     def test_dies_before_the_run(self, isolated_jobs, isolated_child):
@@ -10924,17 +10786,24 @@ class TestIsolation:
         taskhawk.Task.find_by_name("lib.job").dispatch()
         assert isolated_work() == {"received": 1, "acked": 1}
 
-    def test_not_declared(self, isolated_jobs):
-        """A task that no imported module declares is not run, and others are."""
+    def test_not_declared(self, isolated_jobs, caplog, monkeypatch):
+        """A task that no imported module declares is left to the queue; others are run."""
+        monkeypatch.setattr(
+            taskhawk, "_INVALID_EVERY_S", 0
+        )  # whatever was logged before
         isolated_import(isolated_jobs.HERE, lib=ISOLATED_FACTORY).create_app()
         taskhawk.Task.find_by_name("lib.job").dispatch()
         isolated_jobs.pid.dispatch()
         lost, found = queued()
         start = taskhawk._start_of_children(everything=False)
         child = taskhawk._Child(start, 100, threading.Event())
-        assert isolated_refusal(child, lost) == (
-            "lib.job is not declared where a child imports isolated, lib: "
-            "declare it in a module, not in a function that the worker calls"
+        assert child.takes(lost)
+        outcome = child.process(lost)
+        assert (outcome.fate, outcome.delay_s) == (Fate.retry, None)
+        assert caplog.messages[0].endswith(
+            "is left to the queue: lib.job is not declared where a child imports"
+            " isolated, lib: declare it in a module, not in a function that the worker"
+            " calls"
         )
         assert child.takes(found)
         assert child.process(found) == Outcome(Fate.acknowledge)
@@ -11127,7 +10996,12 @@ class TestIsolation:
         with worker_process(isolated_jobs.HERE, env, "isolated") as worker:
             worker_eventually(lambda: notes.exists() and "\n" in notes.read_text())
             worker.kill()
-            worker_eventually(lambda: is_gone(int(notes.read_text())))
+            child = int(notes.read_text())
+            try:
+                worker_eventually(lambda: is_gone(child))
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(child, signal.SIGKILL)
 
     @pytest.mark.parametrize("concurrency", [1, 2])
     def test_grace(self, isolated_jobs, concurrency):
@@ -11355,7 +11229,7 @@ class TestLambda:
         """All are run, and failures are raised; of SQS, what succeeded is deleted before.
 
         Or they are in the answer, where that is wanted, and Lambda deletes the others. SNS
-        has no such answer. Where nothing failed, nothing is called.
+        has no such answer, nor a delay of ours. Where nothing failed, nothing is called.
         """
         event = lambda_event(*calls, make=LAMBDA_RECORDS[kind])
         answer, errors = lambda_consume(event, partial_batch=partial_batch)
@@ -11370,11 +11244,13 @@ class TestLambda:
         deletes = kind == "SQS" and failed and not partial_batch
         done = {n for n in range(1, len(calls) + 1) if deletes and n not in failed}
         assert lambda_deleted(lambda_sqs) == sorted(done)
-        most = len(lambda_sqs.asked("DeleteMessageBatch"))
-        assert most == math.ceil(len(done) / 10)
+        count = len(lambda_sqs.asked("DeleteMessageBatch"))
+        assert count == math.ceil(len(done) / 10)
         url = f"{lambda_sqs.url}/123456789012/TASKHAWK-DEV-MYAPP"
         assert {call.data["QueueUrl"] for call in lambda_sqs.calls} <= {url}
         assert "GetQueueUrl" not in lambda_sqs.actions  # its role may not look it up
+        if kind == "SNS" or not failed:
+            assert lambda_sqs.calls == []
 
     def test_embedded_broker(self, lambda_runs):
         """A handler can be tried out on a machine whose broker is the embedded one, without AWS."""
@@ -11533,11 +11409,6 @@ class TestLambda:
             f"{name} m3): attempt 1 asked to be retried and is left to Lambda: later",
             "message m4? is left to Lambda: wrong",
         ]
-
-    def test_delays_of_sns(self, lambda_sqs, lambda_runs):
-        """Behind SNS a retry has no delay of ours: Lambda has its own."""
-        lambda_consume(lambda_event("in 90.5 s", 1, make=lambda_sns_record))
-        assert lambda_sqs.calls == []
 
     @pytest.mark.parametrize("kind", LAMBDA_RECORDS)
     def test_metadata(self, kind, lambda_sqs):
@@ -11745,6 +11616,7 @@ class TestLambda:
 
 # --- 20. dead letters -----------------------------------------------------------------
 
+GONE = f"{NO_QUEUE} (NonExistentQueue: The specified queue does not exist.)"
 REFUSED = ["InternalError"] * 2
 COPIED = "copied, but not deleted: "
 NOT_DELETED = [f"{COPIED}InternalError"] * 2
@@ -11767,7 +11639,10 @@ def put_dead_letters(broker: taskhawk.Broker, count: int, *args: Any) -> str:
     """Send so many messages to the dead letters, and return the name of that queue."""
     queue = f"{broker.destination(Priority.default)}-DLQ"
     for number in range(count):
-        assert broker.send(queue, [Outgoing(body_of(number, *args), {})]) == []
+        assert (
+            broker.send(queue, [Outgoing(processing_body(args=[number, *args]), {})])
+            == []
+        )
     return queue
 
 
@@ -11795,7 +11670,9 @@ class TestDeadLetters:
         header = {"n": {"DataType": "String", "StringValue": "é"}}
         error = {"taskhawk.error": {"DataType": "String", "StringValue": "{}"}}
         queue = broker.destination(Priority.high)
-        broker.send(f"{queue}-DLQ", [Outgoing(body_of(1), {**error, **header})])
+        broker.send(
+            f"{queue}-DLQ", [Outgoing(processing_body(args=[1]), {**error, **header})]
+        )
         assert taskhawk.requeue_dead_letter(Priority.high) == 1
         (received,) = receive_all(Priority.high)
         assert json.loads(received.body)["args"] == [1]
@@ -11963,11 +11840,6 @@ class TestDeadLetters:
     def test_no_queue(self, ministack, sqs_client, queue_name):
         """Without the queue, its RedrivePolicy or its dead-letter queue, the error says so."""
         client, queue = sqs_client(ministack), f"TASKHAWK-{queue_name}"
-        gone = (
-            "there is no such queue here: make it, or check TASKHAWK_QUEUE,"
-            " AWS_REGION and the account (NonExistentQueue: The specified queue does not"
-            " exist.)"
-        )
 
         def error() -> str:
             configure_aws(ministack, queue_name)
@@ -11975,14 +11847,14 @@ class TestDeadLetters:
                 taskhawk.requeue_dead_letter(Priority.default)
             return str(raised.value)
 
-        assert error() == f"{queue}: {gone}"
+        assert error() == f"{queue}: {GONE}"
         url = client.create_queue(QueueName=queue)["QueueUrl"]
         assert error() == f"{queue}: it has no dead-letter queue (no RedrivePolicy)"
         client.delete_queue(QueueUrl=url)
         make_queue(client, queue)
         url = client.get_queue_url(QueueName=f"{queue}-DLQ")["QueueUrl"]
         client.delete_queue(QueueUrl=url)
-        assert error() == f"{queue}-DLQ: {gone}"
+        assert error() == f"{queue}-DLQ: {GONE}"
 
     def test_lambda_app(self, scripted, queue_name, caplog):
         """For a Lambda app there is nothing to do, and a warning says so."""
@@ -12029,7 +11901,7 @@ class Letters:
 
     def put(self, changes: dict[str, Any], error: Any = None) -> None:
         """Put one more there."""
-        body = json.dumps({**json.loads(body_of(0)), **changes})
+        body = json.dumps({**json.loads(processing_body(args=[0])), **changes})
         recorded = {"DataType": "String", "StringValue": json.dumps(error)}
         self.broker.send(
             f"{self.queue}-DLQ", [Outgoing(body, {"taskhawk.error": recorded})]
@@ -12308,13 +12180,10 @@ class TestDeadLetterCommands:
         letters = Letters(capsys)
         scripted.always("ChangeMessageVisibilityBatch", fault("AccessDenied"))
         assert len(letters("list")) == 3
-        assert caplog.messages == [
-            (
-                "3 of 3 dead letters looked at stay hidden for a while:"
-                f" {letters.queue}-DLQ: {DENIED.format('ChangeMessageVisibility')}"
-                " (AccessDenied: no)"
-            )
-        ]
+        denied = DENIED.format("ChangeMessageVisibility")
+        hidden = "3 of 3 dead letters looked at stay hidden for a while"
+        error = f"{letters.queue}-DLQ: {denied} (AccessDenied: no)"
+        assert caplog.messages == [f"{hidden}: {error}"]
 
 
 # --- 21. infrastructure ---------------------------------------------------------------
@@ -12418,14 +12287,8 @@ class TestStats:
     def test_no_queue(self, ministack, queue_name, capsys):
         """Where there is no queue at all, such as for a mistyped name, it is an error."""
         configure_aws(ministack, queue_name)
-        assert command_error(capsys, "stats") == (
-            2,
-            (
-                f"taskhawk: TASKHAWK-{queue_name}: there is no such queue here: make it, or"
-                " check TASKHAWK_QUEUE, AWS_REGION and the account (NonExistentQueue:"
-                " The specified queue does not exist.)"
-            ),
-        )
+        sentence = f"taskhawk: TASKHAWK-{queue_name}: {GONE}"
+        assert command_error(capsys, "stats") == (2, sentence)
 
     def test_denied(self, scripted, capsys):
         """What is not allowed is an error, not a queue that is not there."""
@@ -12744,6 +12607,32 @@ AWS_ACCESS_KEY=,AWS_SECRET_KEY=
 """
 
 
+FINDINGS = """
+warning
+    {name}: its visibility timeout of 30 s is below slow's limit of 60 s: where no
+    worker extends it, such as in Lambda, the task runs twice at once. Fix: set
+    VisibilityTimeout above 60 s
+error
+    {name}: its maxReceiveCount of 2 is not above quick's 2 retries: the queue gives up
+    before the task's policy does. Fix: python -m taskhawk provision
+    --max-receive-count 4
+error
+    {name}: its maxReceiveCount of 2 is not above slow's 2 retries: the queue gives up
+    before the task's policy does. Fix: python -m taskhawk provision
+    --max-receive-count 4
+warning
+    {name}: its maxReceiveCount is 2: a few crashes or releases make a dead letter of a
+    good message. Fix: python -m taskhawk provision --max-receive-count 5
+warning
+    {name}-DLQ: it keeps messages for 86400 s, and {name} for 86400 s: the time counts
+    from the first sending: a dead letter may expire at once. Fix: python -m taskhawk
+    provision
+warning
+    {name}: it takes messages of at most 262144 bytes: SQS takes 1 MiB, and larger ones
+    are refused at dispatch. Fix: python -m taskhawk provision
+"""
+
+
 class TestCheck:
     """What is wrong is found before it loses messages, with what mends it."""
 
@@ -12801,40 +12690,10 @@ class TestCheck:
         taskhawk.task(name="slow", time_limit=60, retry=retry)(plain)
         taskhawk.task(name="quick", time_limit=30, retry=retry)(plain)
         configure_aws(ministack, queue_name)
-        more = "Fix: python -m taskhawk provision --max-receive-count"
-        assert check(capsys) == (
-            1,
-            [
-                (
-                    f"error: {name}: its maxReceiveCount of 2 is not above quick's 2 retries:"
-                    f" the queue gives up before the task's policy does. {more} 4"
-                ),
-                (
-                    f"warning: {name}: its visibility timeout of 30 s is below slow's limit of"
-                    " 60 s: where no worker extends it, such as in Lambda, the task runs"
-                    " twice at once. Fix: set VisibilityTimeout above 60 s"
-                ),
-                (
-                    f"error: {name}: its maxReceiveCount of 2 is not above slow's 2 retries:"
-                    f" the queue gives up before the task's policy does. {more} 4"
-                ),
-                (
-                    f"warning: {name}: its maxReceiveCount is 2: a few crashes or releases"
-                    f" make a dead letter of a good message. {more} 5"
-                ),
-                (
-                    f"warning: {name}-DLQ: it keeps messages for 86400 s, and {name} for 86400"
-                    " s: the time counts from the first sending: a dead letter may expire at"
-                    " once. Fix: python -m taskhawk provision"
-                ),
-                (
-                    f"warning: {name}: it takes messages of at most 262144 bytes: SQS takes 1"
-                    " MiB, and larger ones are refused at dispatch. Fix: python -m taskhawk"
-                    " provision"
-                ),
-                "6 found",
-            ],
-        )
+        found = [
+            f"{kind}: {sentence}" for kind, sentence in told(FINDINGS.format(name=name))
+        ]
+        assert check(capsys) == (1, [*found, "6 found"])
 
     def test_no_dead_letter_queue(self, ministack, sqs_client, queue_name, capsys):
         """A dead-letter queue that is gone is an error, and the other queues are looked at too."""
@@ -12848,21 +12707,14 @@ class TestCheck:
         client.delete_queue(QueueUrl=url)
         configure_aws(ministack, queue_name)
         gone = (
-            f"error: {name}-DLQ: no such queue: what fails is retried until it expires."
+            f"error: {name}-DLQ: no such queue: what fails is retried until it expires"
         )
-        other = f"{gone} Fix: make it, or correct the RedrivePolicy"
+        other = f"{gone}. Fix: make it, or correct the RedrivePolicy"
         assert check(capsys, "--priority=low") == (1, [other, "1 found"])
-        assert check(capsys, "--priority=default", "--priority=bulk") == (
-            1,
-            [
-                f"{gone} Fix: python -m taskhawk provision",
-                (
-                    f"error: {name}-BULK: no such queue: dispatch raises. Fix: python -m"
-                    " taskhawk provision"
-                ),
-                "2 found",
-            ],
-        )
+        make = "Fix: python -m taskhawk provision"
+        bulk = f"error: {name}-BULK: no such queue: dispatch raises. {make}"
+        found = [f"{gone}. {make}", bulk, "2 found"]
+        assert check(capsys, "--priority=default", "--priority=bulk") == (1, found)
 
     def test_kept_for_long(self, ministack, sqs_client, queue_name, capsys):
         """Where provisioning would not mend it, the remedy is another."""
@@ -12924,31 +12776,20 @@ class TestCheck:
         """A task that a worker of these priorities would not serve is a warning."""
         taskhawk.task(name="resize", priority=Priority.bulk)(plain)
         assert check(capsys) == (0, ["nothing is wrong"])
-        assert check(capsys, "--priority=high") == (
-            0,
-            [
-                (
-                    "warning: task resize is of priority bulk: a worker that serves these"
-                    " priorities does not run it. Fix: serve --priority bulk too, here or in"
-                    " another worker"
-                ),
-                "1 found",
-            ],
+        warning = (
+            "warning: task resize is of priority bulk: a worker that serves these priorities"
+            " does not run it. Fix: serve --priority bulk too, here or in another worker"
         )
+        assert check(capsys, "--priority=high") == (0, [warning, "1 found"])
 
     def test_main(self, sqlite, capsys):
         """A task that is registered under __main__ is found by no worker."""
         taskhawk.task(name="__main__.job")(plain)
-        assert check(capsys) == (
-            1,
-            [
-                (
-                    "error: task __main__.job is of __main__: a worker can't find it under that"
-                    " name. Fix: move it to a module"
-                ),
-                "1 found",
-            ],
+        error = (
+            "error: task __main__.job is of __main__: a worker can't find it under that"
+            " name. Fix: move it to a module"
         )
+        assert check(capsys) == (1, [error, "1 found"])
 
 
 # --- 22. command line -----------------------------------------------------------------
