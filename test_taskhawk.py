@@ -9758,7 +9758,12 @@ class TestWorker:
                 process.send_signal(number)  # none of these is a second Ctrl-C
             with pytest.raises(subprocess.TimeoutExpired):
                 process.wait(1.1)
-            process.send_signal(signal.SIGINT)
+            # Of a burst, the kernel may hand one to a thread that need not wake up the
+            # main one: then that is noted with the next, and one more ends the process.
+            for _ in range(2):
+                process.send_signal(signal.SIGINT)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(2)
             process.wait(WORKER_PATIENCE_S)
             assert process.stdout.read() == ""
         assert process.returncode == 130
