@@ -267,7 +267,9 @@ class PartialFailure(TaskhawkError):
         self.success_count = len(result["Successful"])
         self.failure_count = len(result["Failed"])
         self.unsent = list(unsent)
-        super().__init__(*(args or [self._summary()]))
+        if not args:
+            args = (self._summary(),)
+        super().__init__(*args)
 
     def _summary(self) -> str:
         """Return how many messages failed, and the codes that say why."""
@@ -387,12 +389,11 @@ def _passed_a_handler(error: BaseException) -> bool:
     """
     for frame, _ in traceback.walk_tb(error.__traceback__):
         names, rest, _, values = inspect.getargvalues(frame)
-        given = [values.get(name) for name in names]
+        given = list(map(values.get, names))
         others = values.get(str(rest))
         if isinstance(others, tuple):
             given += others
-        caller = frame.f_back
-        if caller and any(each is caller for each in given):
+        if frame.f_back in list(filter(inspect.isframe, given)):
             return True
     return False
 
