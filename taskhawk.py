@@ -418,7 +418,7 @@ _OWN_PATHS = {
 
 
 class _Illegal(ValueError):
-    """A value breaks the rule of its setting."""
+    """A value breaks the rule of its setting; the text may say more."""
 
 
 class _Rule(NamedTuple):
@@ -581,32 +581,28 @@ class _Source(NamedTuple):
     get: Callable[[str], Any]  # returns a setting's raw value, or None
 
     def read(self, name: str) -> Any:
-        """Return a setting as its rule makes it, or None if it is not set here."""
-        value = self.get(name)
-        rule = _SETTINGS[name].rule
-        # An empty text means false, but it is not the name of anything.
-        if value is None or (value == "" and rule is not _FLAG):
-            return None
-        if isinstance(value, str) and _UNCLEAN.search(value):
-            reason = "it has outer spaces, or control characters such as a line break"
-            raise self._illegal(name, value, reason)
-        try:
-            return rule.parse(value)
-        except _Illegal as error:
-            raise self._illegal(name, value) from error
-        except (ImportError, AttributeError) as error:
-            raise self._illegal(name, value, str(error)) from error
+        """Return a setting as its rule makes it, or None if it is not set here.
 
-    def _illegal(self, name: str, value: Any, reason: str = "") -> ConfigurationError:
-        """Return the error for a value that breaks its rule; it shows no secret."""
-        shown = repr(value)
-        if name in _SECRETS:
-            shown = type(value).__name__
-        if reason:
-            shown += f" ({reason})"
-        return ConfigurationError(
-            f"{name} in {self.where}: expected {_SETTINGS[name].expected}, got {shown}"
-        )
+        :raises ConfigurationError: if the value breaks the rule; it shows no secret
+        """
+        setting = _SETTINGS[name]
+        value = self.get(name)
+        # An empty text means false, but it is not the name of anything.
+        if value is None or (value == "" and setting.rule is not _FLAG):
+            return None
+        try:
+            if isinstance(value, str) and _UNCLEAN.search(value):
+                raise _Illegal(
+                    "it has outer spaces, or control characters such as a line break"
+                )
+            return setting.rule.parse(value)
+        except (_Illegal, ImportError, AttributeError) as error:
+            shown = type(value).__name__ if name in _SECRETS else repr(value)
+            if str(error):
+                shown += f" ({error})"
+            raise ConfigurationError(
+                f"{name} in {self.where}: expected {setting.expected}, got {shown}"
+            ) from error
 
 
 class _Settings:
