@@ -1023,14 +1023,11 @@ def _fits(value: Any, schema: Mapping[str, Any]) -> bool:
         return False
     if kind == "number":
         return bool(schema["minimum"] <= value <= schema["maximum"])
-    if kind != "string":
-        return True
     if "enum" in schema:
         return bool(value in schema["enum"])
     if "pattern" in schema:
         return re.search(schema["pattern"], value) is not None
-    shortest: int = schema.get("minLength", 0)
-    return len(value) >= shortest
+    return bool(value) or "minLength" not in schema  # which is 1
 
 
 def _mismatch(path: str, schema: Mapping[str, Any], shown: str) -> ValidationError:
@@ -1108,15 +1105,6 @@ class Message:  # noqa: PLW1641 - it may change, so it is no key of a dict
     delay_s: float = 0  #: seconds for which the queue holds it back; not on the wire
     received: QueueMessage | None = None  #: what it arrived as; None where it was made
 
-    id: str
-    priority: Priority  #: the queue that it goes through
-    timestamp: int  #: when it was dispatched, in epoch milliseconds
-    version: str  #: of the format
-    headers: dict[str, Any]
-    task_name: str  #: of a task that need not be registered here
-    args: list[Any]
-    kwargs: dict[str, Any]
-
     def __init__(self, data: Mapping[str, Any]) -> None:
         _validate(data, SCHEMA)
         self._take(data)
@@ -1124,14 +1112,19 @@ class Message:  # noqa: PLW1641 - it may change, so it is no key of a dict
     def _take(self, data: Mapping[str, Any]) -> None:
         """Take over valid data; keys that the format does not have are dropped."""
         metadata = data["metadata"]
-        self.id = data["id"]
+        self.id: str = data["id"]
+        #: the queue that it goes through
         self.priority = Priority[metadata.get("priority", "default")]
+        #: when it was dispatched, in epoch milliseconds
         self.timestamp = _epoch_ms(metadata["timestamp"])
-        self.version = metadata["version"]
-        self.headers = data["headers"]
-        self.task_name = data["task"]
-        self.args = list(data["args"])  # it may be a tuple, which JSON does not have
-        self.kwargs = data["kwargs"]
+        #: of the format
+        self.version: str = metadata["version"]
+        self.headers: dict[str, Any] = data["headers"]
+        #: of a task that need not be registered here
+        self.task_name: str = data["task"]
+        # A list, even of a tuple: JSON has no tuples.
+        self.args: list[Any] = list(data["args"])
+        self.kwargs: dict[str, Any] = data["kwargs"]
 
     @classmethod
     def new(
