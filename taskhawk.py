@@ -3117,7 +3117,7 @@ class Task(Generic[_P, _R]):
         #: whether the function is given ``headers``
         self.accepts_headers = "headers" in self._given_by_worker
         # Cached: the signature's bind() takes as long as the rest of a dispatch.
-        self._check_shape = functools.lru_cache(self._bind_shape)
+        self._check_call = functools.lru_cache(self._bind)
         #: seconds from a failed run to the next, as a function of the attempt
         self.retry: Callable[[int], float] | None = None
         #: the exceptions after which a run is repeated
@@ -3163,15 +3163,13 @@ class Task(Generic[_P, _R]):
         """Return an invocation whose messages the queue holds back for so long."""
         return self._invocation.with_delay(delay)
 
-    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Check that the worker can call the function with these arguments.
+    def _bind(self, count: int, *names: str) -> None:
+        """Check that the worker can call the function with such arguments.
 
+        :param count: of positional arguments: their values decide nothing
+        :param names: of keyword arguments
         :raises TypeError: if that call would fail
         """
-        self._check_shape(len(args), *kwargs)
-
-    def _bind_shape(self, count: int, *names: str) -> None:
-        """Check the number of arguments and their names: nothing else decides."""
         for name in sorted(self._given_by_worker.intersection(names)):
             raise TypeError(
                 f"{self.name}: {name!r} is given by the worker: leave it out"
@@ -3489,11 +3487,36 @@ def _is_method(fn: Any) -> bool:
     return next(iter(parameters), None) == "self"
 
 
-def _flaw_of_options(**options: Any) -> str:
+def _flaw_of_options(
+    *,
+    name: object,
+    priority: object,
+    retry: object,
+    retry_on: object,
+    never_retry_on: object,
+    time_limit: object,
+) -> str:
     """Return which option of :func:`task` is wrong and what is right, or ""."""
-    for option, value in options.items():
-        is_right, expected = _OPTIONS[option]
-        if not is_right(value):
+    rows = [
+        ("name", name, isinstance(name, str | None), "a string"),
+        ("priority", priority, isinstance(priority, Priority), "a taskhawk.Priority"),
+        ("retry", retry, retry is None or callable(retry), "a function of the attempt"),
+        ("retry_on", retry_on, _are_exceptions(retry_on), "exceptions"),
+        (
+            "never_retry_on",
+            never_retry_on,
+            _are_exceptions(never_retry_on),
+            "exceptions",
+        ),
+        (
+            "time_limit",
+            time_limit,
+            time_limit is None or _is_above_zero(time_limit),
+            "a number of seconds above 0",
+        ),
+    ]
+    for option, value, is_right, expected in rows:
+        if not is_right:
             return f"has {option}={value!r}: expected {expected}"
     return ""
 
@@ -3508,20 +3531,6 @@ def _are_exceptions(kinds: object) -> bool:
 def _is_above_zero(value: object) -> bool:
     """Return whether this is a number above 0, and finite."""
     return _is_number(value) and 0 < value < math.inf
-
-
-# The options of task(): what is right, and how an error says so.
-_OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "name": (lambda it: isinstance(it, str | None), "a string"),
-    "priority": (lambda it: isinstance(it, Priority), "a taskhawk.Priority"),
-    "retry": (lambda it: it is None or callable(it), "a function of the attempt"),
-    "retry_on": (_are_exceptions, "exceptions"),
-    "never_retry_on": (_are_exceptions, "exceptions"),
-    "time_limit": (
-        lambda it: it is None or _is_above_zero(it),
-        "a number of seconds above 0",
-    ),
-}
 
 
 def _make_task(fn: Any, priority: Priority, name: str) -> Task[Any, Any]:
@@ -3717,7 +3726,7 @@ class AsyncInvocation(Generic[_P]):
 
     def _message(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Message:
         """Make the message of a call, once it is known that the worker can make it."""
-        self.task.bind(args, kwargs)
+        self.task._check_call(len(args), *kwargs)  # noqa: SLF001 - its own
         message = Message.new(
             self.task.name,
             args,
