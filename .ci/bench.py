@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
 """Measure taskhawk beside raw botocore, against a fast local stub of SQS.
 
-usage: python .ci/bench.py [--rounds 5] [--only WORD] [--json]
+usage: python .ci/bench.py [--rounds 5] [--only WORD] [--against FILE] [--json]
 
 Every figure is the median of some rounds; in each round both sides run in turn, each in a process
 of its own. The stub is another process, on the last CPU, so that CPU time is the client's alone.
 Where both sides are compared they run on the first CPU, but for "all CPUs": what a thread costs
 that is woken on another CPU differs more from run to run than what is measured here.
 Prints ratios (taskhawk to botocore, with botocore's default Config) and the targets; it never
-fails a build.
+fails a build. With --against, another version of taskhawk.py takes the place of botocore.
 """
 
 import argparse
@@ -432,23 +432,31 @@ def rss_kb() -> int:
 class Bench:
     """Runs the clients against the stub, and keeps the figures."""
 
-    def __init__(self, rounds: int, only: str) -> None:
-        self.rounds, self.only = rounds, only
+    def __init__(self, rounds: int, only: str, against: str | None = None) -> None:
+        self.rounds, self.only, self.against = rounds, only, against
         self.rows: list[dict[str, Any]] = []
         self.folder = tempfile.TemporaryDirectory()
-        (Path(self.folder.name) / "bench_jobs.py").write_text(JOBS)
-        shutil.copy(
-            ROOT / "taskhawk.py", self.folder.name
-        )  # its bytecode is cached beside it
+        modules = {"raw": against or ROOT / "taskhawk.py", "ours": ROOT / "taskhawk.py"}
+        for side, module in modules.items():
+            folder = Path(self.folder.name) / side  # bytecode is cached there
+            folder.mkdir()
+            (folder / "bench_jobs.py").write_text(JOBS)
+            shutil.copy(module, folder / "taskhawk.py")
         command = [sys.executable, __file__, "--serve"]
         self.stub = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self.stub.stdout
         self.port = int(self.stub.stdout.readline())
 
-    def client(self, kind: str, env: dict[str, str], **options: Any) -> dict[str, Any]:
+    def client(
+        self, kind: str, env: dict[str, str], side: str, **options: Any
+    ) -> dict[str, Any]:
         """Run a client in a process of its own."""
+        path = Path(self.folder.name) / side
+        options["side"] = "ours" if self.against else side
         command = [sys.executable, __file__, "--client", kind, json.dumps(options)]
-        extra = {"BENCH_PORT": str(self.port), "PYTHONPATH": self.folder.name, **env}
+        extra = {"BENCH_PORT": str(self.port), "PYTHONPATH": str(path), **env}
+        if kind == "sqlite":
+            extra["BENCH_BROKER"] = f"sqlite:///{path / str(uuid.uuid4())}"
         extra["PYTHONDONTWRITEBYTECODE"] = ""
         extra["BENCH_BEGAN"] = str(time.perf_counter())
         environ = {**os.environ, **extra}
@@ -469,12 +477,15 @@ class Bench:
         env: dict[str, str] | None = None,
         rounds: int | None = None,
         pinned: bool = True,
-        quiet: bool = False,
         **options: Any,
     ) -> None:
         """Run both sides in turn, and note the medians."""
         if self.only not in name:
             return
+        if self.against:
+            if "tuned" in sides:
+                return
+            sides = ("raw", "ours")
         count = options.get("count", 1)
         env = {"BENCH_CPU": "0" if pinned and len(sides) > 1 else "", **(env or {})}
         found: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
@@ -510,8 +521,7 @@ class Bench:
             ]
             row["ratio"] = statistics.median(ratios)
         self.rows.append(row)
-        if not quiet:
-            print(self.line(row), file=sys.stderr, flush=True)
+        print(self.line(row), file=sys.stderr, flush=True)
 
     @staticmethod
     def line(row: dict[str, Any]) -> str:
@@ -604,24 +614,12 @@ class Bench:
             options = {"count": 2000, "most": most, "concurrency": 8}
             ours(f"10 ms: consume, {most}, concurrency 8", "consume", **options, **slow)
         for number in (1_000, 10_000, 100_000):
-            self.sqlite(f"sqlite: dispatch, {number:,}", count=number)
-            self.sqlite(f"sqlite: batched, {number:,}", count=number, batch=10)
-            self.sqlite(
-                f"sqlite: consume, {number:,}", count=number, batch=10, consume=True
-            )
+            rounds = 1 if number > 10_000 and not self.against else max(3, self.rounds)
+            sqlite = functools.partial(ours, kind="sqlite", count=number, rounds=rounds)
+            sqlite(f"sqlite: dispatch, {number:,}")
+            sqlite(f"sqlite: batched, {number:,}", batch=10)
+            sqlite(f"sqlite: consume, {number:,}", batch=10, consume=True)
         ours("idle for a minute, start included", "idle", figure="requests", rounds=1)
-
-    def sqlite(self, name: str, **options: Any) -> None:
-        """Measure one thing on a file that is new in each round."""
-        if self.only in name:
-            for number in range(1 if options["count"] > 10_000 else 3):
-                file = Path(self.folder.name) / f"{len(self.rows)}-{number}.db"
-                env = {"BENCH_BROKER": f"sqlite:///{file}"}
-                last = number == (0 if options["count"] > 10_000 else 2)
-                rows, self.rows = self.rows, []
-                more: Any = {"env": env, "rounds": 1, "quiet": not last}
-                self.compare(name, "sqlite", sides=("ours",), **more, **options)
-                self.rows = rows + (self.rows if last else [])
 
     def close(self) -> None:
         """End the stub."""
@@ -637,6 +635,9 @@ def main() -> None:
     parser.add_argument(
         "--only", default="", metavar="WORD", help="figures with this in the name"
     )
+    parser.add_argument(
+        "--against", metavar="FILE", help="another taskhawk.py, in place of botocore"
+    )
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--client", nargs=2, help=argparse.SUPPRESS)
@@ -651,12 +652,13 @@ def main() -> None:
         print(json.dumps(run(**json.loads(arguments.client[1]))))
     else:
         versions = f"Python {platform.python_version()}, {os.cpu_count()} CPUs, {platform.machine()}"
+        other = "the other" if arguments.against else "botocore"
         print(f"{versions}; medians of {arguments.rounds} rounds", file=sys.stderr)
         print(
-            f"{'':42}  {'botocore':>29}  {'taskhawk':>29}   ratio  target",
+            f"{'':42}  {other:>29}  {'taskhawk':>29}   ratio  target",
             file=sys.stderr,
         )
-        bench = Bench(arguments.rounds, arguments.only)
+        bench = Bench(arguments.rounds, arguments.only, arguments.against)
         try:
             bench.run()
         finally:
