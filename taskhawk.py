@@ -4218,8 +4218,8 @@ def _failed(received: QueueMessage, raised: BaseException, began: float) -> Outc
             return outcome
         _log.error("%s", text, extra=facts)
     elif outcome.fate is Fate.retry and _are_all(RetryException, error):
-        text = _sentence(received, "asked to be retried", outcome)
-        _log.info("%s%s", text, _reason(error), extra=facts)
+        text = _sentence(received, "asked to be retried", outcome) + _reason(error)
+        _log.info("%s", text, extra=facts)
         return outcome
     elif spoken:
         facts |= _extra_of(spoken[0])
@@ -6642,8 +6642,8 @@ def _is_behind(received: QueueMessage, failed: Iterable[QueueMessage]) -> bool:
 
 def _not_started(received: QueueMessage, reason: str) -> Outcome:
     """Return the outcome of a message that counts as failed though it was not run."""
-    text = f"{_name_of(received)} was not started: {reason}"
-    return Outcome(Fate.retry, TaskhawkError(text))
+    error = TaskhawkError(f"{_name_of(received)} was not started: {reason}")
+    return Outcome(Fate.retry, error)
 
 
 def _set_delays(failed: Mapping[QueueMessage, Outcome]) -> None:
@@ -6983,13 +6983,9 @@ class _Scan:
         if refused:
             first = next(iter(refused.values()))
             _log.warning("%s: %s", first.code, first.text)
-        accepted = []
-        for index, letter in enumerate(letters):
-            if index in refused:
-                self._failed[letter.message_id] = failure + refused[index].code
-            else:
-                accepted.append(letter)
-        return accepted
+        for index, refusal in refused.items():
+            self._failed[letters[index].message_id] = failure + refusal.code
+        return [letters[i] for i in range(len(letters)) if i not in refused]
 
     def __exit__(self, kind: object, *_: object) -> None:
         """Show what is left to others again."""
@@ -7225,8 +7221,7 @@ def _topic_resources(
             "protocol": "lambda",
             "endpoint": function,
         }
-        kind = "aws_sns_topic_subscription"
-        resources.append(_Resource(kind, topic, attributes))
+        resources.append(_Resource("aws_sns_topic_subscription", topic, attributes))
     return resources
 
 
@@ -7262,8 +7257,11 @@ def _queue_change(sqs: SqsBroker, resource: _Resource) -> _Change | None:
     existing = _unless(_ABSENT, sqs.attributes, name, ["All"])
     attributes = _too_low(arn, existing or {}, resource.attributes)
     if existing is None:
-        tags = resource.attributes["tags"]
-        parameters = {"QueueName": name, "Attributes": attributes, "tags": tags}
+        parameters = {
+            "QueueName": name,
+            "Attributes": attributes,
+            "tags": resource.attributes["tags"],
+        }
         return _Change("made", "create_queue", parameters)
     if not attributes:
         return None
@@ -7419,13 +7417,18 @@ def _check_tasks(priorities: Collection[Priority]) -> Iterator[_Finding]:
     """Look for tasks that no worker would run."""
     for task in _tasks_by_name():
         if task.name.startswith("__main__."):
-            why = "a worker can't find it under that name"
-            yield _error(f"task {task.name} is of __main__", why, "move it to a module")
+            yield _error(
+                f"task {task.name} is of __main__",
+                "a worker can't find it under that name",
+                "move it to a module",
+            )
         if task.priority not in priorities:
             priority = task.priority.name
-            why = "a worker that serves these priorities does not run it"
-            remedy = f"serve --priority {priority} too, here or in another worker"
-            yield _warning(f"task {task.name} is of priority {priority}", why, remedy)
+            yield _warning(
+                f"task {task.name} is of priority {priority}",
+                "a worker that serves these priorities does not run it",
+                f"serve --priority {priority} too, here or in another worker",
+            )
 
 
 def _check_places(priorities: Collection[Priority]) -> Iterator[_Finding]:
@@ -7450,9 +7453,12 @@ def _check_settings() -> list[_Finding]:
     ]
     if findings or settings.TASKHAWK_BROKER != "sqs" or settings.TASKHAWK_QUEUE:
         return findings
-    why = "no queue has a name; without AWS, try TASKHAWK_BROKER=sqlite:///queue.db"
-    remedy = "export TASKHAWK_QUEUE=dev-myapp"
-    return [_error("TASKHAWK_QUEUE is not set", why, remedy)]
+    finding = _error(
+        "TASKHAWK_QUEUE is not set",
+        "no queue has a name; without AWS, try TASKHAWK_BROKER=sqlite:///queue.db",
+        "export TASKHAWK_QUEUE=dev-myapp",
+    )
+    return [finding]
 
 
 def _check_topic(priority: Priority) -> Iterator[_Finding]:
@@ -7463,8 +7469,11 @@ def _check_topic(priority: Priority) -> Iterator[_Finding]:
     if subscribers is None:
         yield _error(f"{topic}: no such topic", "dispatch raises")
     elif not subscribers:
-        remedy = f"{_PROVISION} --lambda ARN"
-        yield _error(f"{topic}: nobody subscribes", "what is sent is lost", remedy)
+        yield _error(
+            f"{topic}: nobody subscribes",
+            "what is sent is lost",
+            f"{_PROVISION} --lambda ARN",
+        )
 
 
 def _check_queue(priority: Priority) -> Iterator[_Finding]:
