@@ -4114,9 +4114,9 @@ __all__ += [
 # --- 13. processing -------------------------------------------------------------------
 # process() is the ONE place that decides what becomes of a message, and _verdict() is
 # its table. It does no queue I/O: the worker and Lambda apply its Outcome. It raises
-# only what is to end the process: Control-C, and the exit of a signal handler. A run
-# leaves one log record, in one line but for the task's own text and traceback; what is
-# no valid message leaves one in ten seconds for each class of error.
+# only what must end the process: Control-C, and the exit of a signal handler. Each run
+# leaves one log record, on one line but for the task's own text and traceback; invalid
+# messages leave one in ten seconds for each class of error.
 
 
 class Fate(enum.Enum):
@@ -4168,7 +4168,7 @@ def process(received: QueueMessage) -> Outcome:
 
 
 def _run(received: QueueMessage, began: float) -> None:
-    """Run the hooks and the task; all that they raise goes on but IgnoreException."""
+    """Run the hooks and the task, and catch nothing but the task's IgnoreException."""
     _call_hook("TASKHAWK_PRE_PROCESS_HOOK", received)
     message = _decode(received.body)
     task = message.task
@@ -4263,7 +4263,7 @@ def _is_invalid(received: QueueMessage, error: BaseException) -> bool:
 
 
 def _wanted(received: QueueMessage, error: BaseException) -> Outcome:
-    """Return what is wanted for a failed run's message, were receives unlimited."""
+    """Decide as if the queue allowed any number of receives."""
     leaves = list(_leaves(error))
     delay_s = _asked_delay_s(leaves)
     if received.message is None:
@@ -4351,7 +4351,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _in_one_line(text: str) -> str:
-    """Return text for a log: one line, not a long one, as free text may forge lines."""
+    """Return free text as one short line: it can neither forge nor fill a log."""
     return "".join(c if c.isprintable() else "?" for c in text[:200])
 
 
@@ -5971,7 +5971,7 @@ class _JsonFormatter(logging.Formatter):
 
 
 class _TextFormatter(logging.Formatter):
-    """One line of text, with the task that a record was made in, unless it names it."""
+    """Writes a record as text, and adds the task it was made in unless the text has."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's
         """Return time, level, task and message; asctime is in the format given."""
@@ -5994,7 +5994,7 @@ class _LineFormatter(logging.Formatter):
 
 
 def _log_again(fields: Mapping[str, Any]) -> None:
-    """Log in the worker what a child has logged, if the worker's levels let it."""
+    """Log in the worker what a child has logged, if the worker's levels allow it."""
     record = logging.makeLogRecord(fields)
     logger = logging.getLogger(record.name)
     if logger.isEnabledFor(record.levelno):
@@ -6552,9 +6552,9 @@ def _where_raised(error: BaseException) -> str:
 
 
 # --- 19. Lambda -----------------------------------------------------------------------
-# Lambda receives, and deletes what the handler returns without an error for. So each
-# failure is raised or in the answer. Nothing is deleted here but messages of a batch
-# that succeeded while others failed.
+# Lambda receives the messages, and deletes them if the handler returns without an
+# error. So each failure is raised, or is in the answer. Nothing is deleted here but the
+# messages that succeeded in a batch where others failed.
 
 
 # SQS counts 12 hours from the receive, before Lambda's longest wait for a batch (5 min)
@@ -6627,7 +6627,7 @@ def _run_records(
 
 
 def _left_ms(context: Any) -> float:
-    """Return how much time the function has left; without a context, no end of it."""
+    """Return how much time the function has left; without a context, it is infinite."""
     if context is None:
         return math.inf
     return float(context.get_remaining_time_in_millis())
@@ -6751,7 +6751,7 @@ __all__ += [
 # --- 20. dead letters -----------------------------------------------------------------
 # For people: nothing in production depends on this room. A dead letter is deleted only
 # once its copy is confirmed, so a crash or a fault in between leaves two copies, never
-# none. A scan hides from others what it receives, and shows again what it leaves.
+# none. A scan hides what it receives, and in the end makes what it left visible again.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -7046,9 +7046,9 @@ def requeue_dead_letter(
 
 
 # --- 21. infrastructure ---------------------------------------------------------------
-# What the tasks need of AWS: counted, made, written down for review, and checked. Here
-# nothing is ever deleted or lowered: what someone set higher than we would stays. A
-# missing queue is an answer, not an error.
+# What the tasks need from AWS: counted, made, written down for review, and checked.
+# Nothing is ever deleted or lowered here: a value that someone set higher than we would
+# stays. A missing queue is an answer, not an error.
 
 
 _PROVISION = "python -m taskhawk provision"  # fixes most of what check finds
@@ -7251,7 +7251,7 @@ class _Change(NamedTuple):
 
 
 def _queue_change(sqs: SqsBroker, resource: _Resource) -> _Change | None:
-    """Compare a queue with what it should be."""
+    """Return how to make or raise a queue; None if it is as it should be."""
     name = resource.name
     arn = sqs.arn(name)  # first of all, for it needs AWS_ACCOUNT_ID
     existing = _unless(_ABSENT, sqs.attributes, name, ["All"])
@@ -7278,7 +7278,7 @@ def _too_low(
 ) -> dict[str, str]:
     """Return what to set of a queue's attributes: what is lower than it should be.
 
-    What someone set higher has its reason; a lower one would cost messages.
+    A higher value was set for a reason; a lower one would cost messages.
     """
     attributes = {}
     for key, least in (
@@ -7299,7 +7299,7 @@ def _too_low(
 
 
 def _topic_change(sns: SnsSender, resource: _Resource) -> _Change | None:
-    """Look whether a topic is there."""
+    """Return how to make a topic; None if it is there."""
     if _subscribers(sns, sns.arn(resource.name)) is not None:
         return None
     tags = [{"Key": k, "Value": v} for k, v in resource.attributes["tags"].items()]
@@ -7307,7 +7307,7 @@ def _topic_change(sns: SnsSender, resource: _Resource) -> _Change | None:
 
 
 def _subscription_change(sns: SnsSender, resource: _Resource) -> _Change | None:
-    """Look whether a function is subscribed to a topic."""
+    """Return how to subscribe a function to a topic; None if it is subscribed."""
     topic = sns.arn(resource.name)
     function = resource.attributes["endpoint"]
     if function in (_subscribers(sns, topic) or ()):
@@ -7317,7 +7317,7 @@ def _subscription_change(sns: SnsSender, resource: _Resource) -> _Change | None:
 
 
 def _subscribers(sns: SnsSender, topic: str) -> list[str] | None:
-    """Return who subscribes to a topic; None where there is no such topic."""
+    """Return the endpoints that subscribe to a topic; None if there is none."""
     pages = sns.client("send").get_paginator("list_subscriptions_by_topic")
     read = _explained(topic)(pages.paginate(TopicArn=topic).build_full_result)
     found = _unless(_ABSENT, read)
@@ -7507,7 +7507,7 @@ def _tasks_of(priority: Priority) -> list[Task[..., Any]]:
 def _check_time_limits(
     queue: str, lease_s: float, tasks: Iterable[Task[..., Any]]
 ) -> Iterator[_Finding]:
-    """Look whether a run may take longer than its message is hidden."""
+    """Look for tasks that may run for longer than their message is hidden."""
     setting = "visibility_timeout_s in TASKHAWK_BROKER"
     if settings.TASKHAWK_BROKER == "sqs":
         setting = "VisibilityTimeout"
@@ -7552,7 +7552,7 @@ def _raise_receives(receives: int) -> str:
 
 
 def _check_attributes(broker: SqsBroker, queue: str, dead: str) -> Iterator[_Finding]:
-    """Look at what only a queue on SQS has: how long it keeps messages, how large."""
+    """Look at what only queues on SQS have: a retention and a largest size."""
     names = ["MessageRetentionPeriod", "MaximumMessageSize"]
     ours = broker.attributes(queue, names)
     theirs = _unless(_ABSENT, broker.attributes, dead, names)
