@@ -164,6 +164,7 @@ import io
 import json
 import logging
 import math
+import operator
 import os
 import re
 import signal
@@ -431,13 +432,13 @@ def _passed_a_handler(error: BaseException) -> bool:
     """
     for frame, _ in traceback.walk_tb(error.__traceback__):
         names, rest, _, values = inspect.getargvalues(frame)
-        given = list(map(values.get, names))
+        given = [values.get(name) for name in names]
         others = values.get(str(rest))
         if isinstance(others, tuple):
             given += others
-        for each in given:
-            if each is frame.f_back and each is not None:
-                return True
+        caller = frame.f_back
+        if caller and any(each is caller for each in given):
+            return True
     return False
 
 
@@ -464,22 +465,16 @@ class _Illegal(ValueError):
     """A value breaks the rule of its setting."""
 
 
-@dataclasses.dataclass(frozen=True)
-class _Rule:
+class _Rule(NamedTuple):
     """What a setting may be.
 
-    :param expected: the words that errors use for it
-    :param parse: returns a value as taskhawk uses it, and takes text for any value, for
-        the environment has nothing else. It raises _Illegal if the value breaks the
-        rule, and ImportError or AttributeError if a dotted path leads nowhere
+    `parse` returns a value as taskhawk uses it, and takes text for any value, for the
+    environment has nothing else. It raises _Illegal if the value breaks the rule, and
+    ImportError or AttributeError if a dotted path leads nowhere.
     """
 
-    expected: str
+    expected: str  # the words that errors use for it
     parse: Callable[[Any], Any]
-
-    def __str__(self) -> str:
-        """Return the words that errors use."""
-        return self.expected
 
 
 class _Setting(NamedTuple):
@@ -489,16 +484,17 @@ class _Setting(NamedTuple):
     example: str  # a legal value, for errors
     default: Any = None
 
+    @property
+    def expected(self) -> str:
+        """What errors say of a legal value."""
+        return f"{self.rule.expected}, such as {self.example!r}"
 
-def _text_like(pattern: str) -> Callable[[Any], str]:
-    """Return a parser of text that the pattern matches as a whole."""
 
-    def parse(value: Any) -> str:
-        if not isinstance(value, str) or not re.fullmatch(pattern, value):
-            raise _Illegal
-        return value
-
-    return parse
+def _parse_text(pattern: str, value: Any) -> str:
+    """Take text that the pattern matches as a whole."""
+    if not isinstance(value, str) or not re.fullmatch(pattern, value):
+        raise _Illegal
+    return value
 
 
 def _parse_flag(value: Any) -> bool:
@@ -511,36 +507,32 @@ def _parse_flag(value: Any) -> bool:
     return _FLAGS[word]
 
 
-def _above_zero(convert: Callable[[str], float]) -> Callable[[Any], float]:
-    """Return a parser of a number above 0."""
-
-    def parse(value: Any) -> float:
-        try:
-            number = convert(str(value))  # of its text, so that True is not 1
-        except ValueError as error:
-            raise _Illegal from error
-        if not 0 < number < math.inf:
-            raise _Illegal
-        return number
-
-    return parse
+def _parse_number(convert: Callable[[str], float], value: Any) -> float:
+    """Take a number above 0."""
+    try:
+        number = convert(str(value))  # of its text, so that True is not 1
+    except ValueError as error:
+        raise _Illegal from error
+    if not 0 < number < math.inf:
+        raise _Illegal
+    return number
 
 
 def _parse_account(value: Any) -> str:
     """Take an account id; as an int, it has lost its leading zeros."""
     if type(value) is int:
         value = f"{value:012d}"
-    return _text_like("[0-9]{12}")(value)
+    return _parse_text("[0-9]{12}", value)
 
 
 def _parse_url(value: Any) -> str:
     """Take a URL of HTTP."""
-    return _text_like(r"https?://[^\s/]\S*")(value).rstrip("/")
+    return _parse_text(r"https?://[^\s/]\S*", value).rstrip("/")
 
 
 def _parse_broker(value: Any) -> str:
     """Take the name of a broker; make a file's path absolute, for a task may chdir."""
-    url = _text_like("sqs|sqlite://.*")(value)
+    url = _parse_text("sqs|sqlite://.*", value)
     relative = re.fullmatch("sqlite:///([^/?].*)", url)
     if not relative:
         return url
@@ -573,23 +565,23 @@ def _do_nothing(**_: object) -> None:
     """Do what 1.4's default hooks did."""
 
 
-_TEXT = _Rule("a string", _text_like(".+"))
+_TEXT = _Rule("a string", functools.partial(_parse_text, ".+"))
 # Emulators have regions of any name. One that ends in a digit and a letter is a zone.
 _REGION = _Rule(
     "the name of a region, not of an availability zone",
-    _text_like(r"(?!.*-[0-9]+[a-z]$)[A-Za-z0-9-]{1,63}"),
+    functools.partial(_parse_text, r"(?!.*-[0-9]+[a-z]$)[A-Za-z0-9-]{1,63}"),
 )
 _ACCOUNT = _Rule("an account id of twelve digits", _parse_account)
 _FLAG = _Rule("true or false", _parse_flag)
-_SECONDS = _Rule("a number of seconds above 0", _above_zero(float))
-_COUNT = _Rule("a whole number above 0", _above_zero(int))
+_SECONDS = _Rule("a number of seconds above 0", functools.partial(_parse_number, float))
+_COUNT = _Rule("a whole number above 0", functools.partial(_parse_number, int))
 _HOOK = _Rule("a function or its dotted path", _parse_callable)
 _CLASS = _Rule("a class or its dotted path", _parse_callable)
 _URL = _Rule("a URL that begins with http:// or https://", _parse_url)
 _BROKER = _Rule("'sqs' or a URL of SQLite", _parse_broker)
 _QUEUE = _Rule(
     f"at most {_MAX_QUEUE} letters, digits, hyphens and underscores",
-    _text_like(f"[A-Za-z0-9_-]{{1,{_MAX_QUEUE}}}"),
+    functools.partial(_parse_text, f"[A-Za-z0-9_-]{{1,{_MAX_QUEUE}}}"),
 )
 _SETTINGS = {
     "AWS_ACCESS_KEY": _Setting(_TEXT, "AKIAIOSFODNN7EXAMPLE"),
@@ -651,21 +643,13 @@ class _Source(NamedTuple):
 
     def _illegal(self, name: str, value: Any, reason: str = "") -> ConfigurationError:
         """Return the error for a value that breaks its rule; it shows no secret."""
-        rule, example, _ = _SETTINGS[name]
         shown = repr(value)
         if name in _SECRETS:
             shown = type(value).__name__
         if reason:
             shown += f" ({reason})"
         return ConfigurationError(
-            f"{name} in {self.where}: expected {rule}, such as {example!r}, got {shown}"
-        )
-
-    def half_set(self, name: str, missing: str) -> ConfigurationError:
-        """Return the error for a setting without the one that it needs beside it."""
-        return ConfigurationError(
-            f"{name} is set in {self.where}, but {missing} is not:"
-            " expected both or neither"
+            f"{name} in {self.where}: expected {_SETTINGS[name].expected}, got {shown}"
         )
 
 
@@ -704,9 +688,8 @@ class _Settings:
         """Return a setting that has no default; raise ConfigurationError if unset."""
         value = getattr(self, name)
         if value is None:
-            rule, example, _ = _SETTINGS[name]
             raise ConfigurationError(
-                f"{name} is not set: expected {rule}, such as {example!r}, from"
+                f"{name} is not set: expected {_SETTINGS[name].expected}, from"
                 " taskhawk.configure(), the module named by SETTINGS_MODULE, Django's"
                 " settings or the environment"
             )
@@ -725,10 +708,12 @@ class _Settings:
                     "aws_secret_access_key": secret,
                     "aws_session_token": token,
                 }
-            if key:
-                raise source.half_set("AWS_ACCESS_KEY", "AWS_SECRET_KEY")
-            if secret:
-                raise source.half_set("AWS_SECRET_KEY", "AWS_ACCESS_KEY")
+            if key or secret:
+                missing = "AWS_SECRET_KEY" if key else "AWS_ACCESS_KEY"
+                raise ConfigurationError(
+                    f"{missing} is not set in {source.where}, but the other half of the"
+                    " credentials is: expected both or neither"
+                )
         return {}
 
     def errors(self) -> list[ConfigurationError]:
@@ -819,8 +804,9 @@ def _no_setting(name: str, where: str = "") -> str:
     import difflib
 
     sentence = f"{name}{where} is not a setting of taskhawk"
-    for nearest in difflib.get_close_matches(name, _SETTINGS, 1):
-        sentence += f"; did you mean {nearest}?"
+    near = difflib.get_close_matches(name, _SETTINGS, 1)
+    if near:
+        sentence += f"; did you mean {near[0]}?"
     return sentence
 
 
@@ -831,8 +817,9 @@ def _import(name: str, what: str) -> Any:
     except ModuleNotFoundError as error:
         if not f"{name}.".startswith(f"{error.name}."):
             raise  # the module exists, but something that it imports does not
-        text = f"{what} {name!r} can't be imported: {error}"
-        raise ConfigurationError(text) from error
+        raise ConfigurationError(
+            f"{what} {name!r} can't be imported: {error}"
+        ) from error
 
 
 def configure(obj_or_mapping: object = None, /, **values: Any) -> None:
@@ -1220,15 +1207,22 @@ class Message:  # noqa: PLW1641 - it may change, so it is no key of a dict
             msg_id = _new_id()
         else:
             _validate(msg_id, _NAME, "id")
+        metadata = {
+            "priority": priority.name,
+            "timestamp": int(time.time() * 1000),
+            "version": cls.CURRENT_VERSION,
+        }
         message = cls.__new__(cls)  # not __init__, which would check what is valid
-        message.id = msg_id
-        message.priority = priority
-        message.timestamp = int(time.time() * 1000)
-        message.version = cls.CURRENT_VERSION
-        message.headers = dict(headers or {})
-        message.task_name = task
-        message.args = list(args or ())
-        message.kwargs = dict(kwargs or {})
+        message._take(  # noqa: SLF001 - its own
+            {
+                "id": msg_id,
+                "metadata": metadata,
+                "headers": dict(headers or {}),
+                "task": task,
+                "args": args or (),
+                "kwargs": dict(kwargs or {}),
+            }
+        )
         return message
 
     @property
@@ -1380,8 +1374,9 @@ def _decode(body: Any) -> Message:
         foreign = _foreign(data)
         if not foreign:
             raise
-        text = f"message: expected one of taskhawk's, got {foreign}"
-        raise ValidationError(text) from error
+        raise ValidationError(
+            f"message: expected one of taskhawk's, got {foreign}"
+        ) from error
 
 
 def _foreign(data: Any) -> str:
@@ -1404,8 +1399,7 @@ def _parse(body: Any) -> Any:
         raise ValidationError("message: nested too deeply") from None
     except json.JSONDecodeError as error:
         # Only the position: the error's own text may quote the body.
-        text = f"message: not JSON at character {error.pos}"
-        raise ValidationError(text) from None
+        raise ValidationError(f"message: not JSON at character {error.pos}") from None
     except ValueError:
         raise ValidationError("message: not JSON") from None
 
@@ -3114,8 +3108,8 @@ class Metadata(dict[str, Any]):
     """
 
     def __init__(self, message: Message, receipt: str | None) -> None:
-        super().__init__(message.metadata, id=message.id, priority=message.priority)
-        self["receipt"] = receipt
+        super().__init__(message.metadata, id=message.id, receipt=receipt)
+        self["priority"] = message.priority  # not its name, which is on the wire
         self._received = message.received or QueueMessage(None, message.id)
         self.task = message.task_name
         self.headers = message.headers
@@ -3150,7 +3144,8 @@ class Metadata(dict[str, Any]):
 class Task(Generic[_P, _R]):
     """A function that can be dispatched; to call it runs the function here and now.
 
-    Made by :func:`task`, which describes its options.
+    Made by :func:`task`, which describes its options, and registers it: no message
+    can reach a task that was made by hand.
 
     :param fn: the function; a coroutine function is run on an event loop
     :param priority: the priority of its messages, unless an invocation has another
@@ -3158,15 +3153,24 @@ class Task(Generic[_P, _R]):
     :raises ConfigurationError: if a message can't call the function
     """
 
+    declared_in: str  # the module whose import makes the task, once it is registered
+    _place: _Place  # of the function that was decorated: a subclass may wrap it
+
     def __init__(self, fn: Callable[_P, _R], priority: Priority, name: str) -> None:
         """Read the function's signature; :func:`task` sets the options afterwards."""
-        self._fn = fn
-        self._priority = priority
-        self._name = name
-        self._place = _place_of(fn)
+        #: the function
+        self.fn = fn
+        #: the priority of its messages, unless an invocation has another
+        self.priority = priority
+        #: what messages call the task
+        self.name = name
         self._invocation = AsyncInvocation(self)
         self._signature = _signature_of(fn, name)
         self._given_by_worker = _given_by_worker(self._signature)
+        #: whether the function is given ``metadata``
+        self.accepts_metadata = "metadata" in self._given_by_worker
+        #: whether the function is given ``headers``
+        self.accepts_headers = "headers" in self._given_by_worker
         # Cached: the signature's bind() takes as long as the rest of a dispatch.
         self._check_shape = functools.lru_cache(self._bind_shape)
         #: seconds from a failed run to the next, as a function of the attempt
@@ -3179,8 +3183,6 @@ class Task(Generic[_P, _R]):
         self.time_limit: float | None = None
         #: whether a worker runs it in a process of its own
         self.isolate = False
-        #: the module that declares it: importing this module makes the task
-        self.declared_in = str(fn.__module__)
         functools.update_wrapper(self, fn, updated=())
         # What other decorators left on the function may have names that are ours.
         for attribute, value in getattr(fn, "__dict__", {}).items():
@@ -3188,38 +3190,13 @@ class Task(Generic[_P, _R]):
                 setattr(self, attribute, value)
 
     @property
-    def name(self) -> str:
-        """What messages call the task."""
-        return self._name
-
-    @property
-    def priority(self) -> Priority:
-        """The priority of its messages, unless an invocation has another."""
-        return self._priority
-
-    @property
-    def fn(self) -> Callable[_P, _R]:
-        """The function."""
-        return self._fn
-
-    @property
     def task(self) -> Task[_P, _R]:
         """The task itself: in taskhawk 1.4, the decorator returned the function."""
         return self
 
-    @property
-    def accepts_metadata(self) -> bool:
-        """Whether the function is given ``metadata``."""
-        return "metadata" in self._given_by_worker
-
-    @property
-    def accepts_headers(self) -> bool:
-        """Whether the function is given ``headers``."""
-        return "headers" in self._given_by_worker
-
     def __call__(self, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
         """Run the function."""
-        return self._fn(*args, **kwargs)
+        return self.fn(*args, **kwargs)
 
     def dispatch(self, /, *args: _P.args, **kwargs: _P.kwargs) -> str:
         """Queue a run of the task and return its id; see AsyncInvocation.dispatch()."""
@@ -3252,13 +3229,13 @@ class Task(Generic[_P, _R]):
         """Check the number of arguments and their names: nothing else decides."""
         for name in sorted(self._given_by_worker.intersection(names)):
             raise TypeError(
-                f"{self._name}: {name!r} is given by the worker: leave it out"
+                f"{self.name}: {name!r} is given by the worker: leave it out"
             )
         keywords = dict.fromkeys([*names, *self._given_by_worker])
         try:
             self._signature.bind(*range(count), **keywords)
         except TypeError as error:
-            raise TypeError(f"{self._name}: {error}") from None
+            raise TypeError(f"{self.name}: {error}") from None
 
     def call(self, message: Message, receipt: str | None) -> None:
         """Run the function with a message's arguments, and await what can be awaited.
@@ -3277,12 +3254,12 @@ class Task(Generic[_P, _R]):
         # Threads and coroutines that copy the context know the task, too.
         token = _current.set(metadata)
         try:
-            result: Any = self._fn(*message.args, **kwargs)
+            result: Any = self.fn(*message.args, **kwargs)
             if inspect.isawaitable(result):
-                _run_coroutine(_awaited(result, self._name))
+                _run_coroutine(_awaited(result, self.name))
             elif isinstance(result, Generator | AsyncGenerator):
                 raise TypeError(
-                    f"{self._name} returned a generator, which runs only if something"
+                    f"{self.name} returned a generator, which runs only if something"
                     " reads it: expected a function that runs when it is called"
                 )
         finally:
@@ -3295,10 +3272,10 @@ class Task(Generic[_P, _R]):
 
     def __reduce__(self) -> str:
         """Be pickled as the function would be: by its name in its module."""
-        return str(getattr(self, "__qualname__", self._name))
+        return str(getattr(self, "__qualname__", self.name))
 
     def __str__(self) -> str:
-        return f"Taskhawk task: {self._name}"
+        return f"Taskhawk task: {self.name}"
 
     __repr__ = __str__
 
@@ -3311,8 +3288,9 @@ def _signature_of(fn: Callable[..., Any], name: str) -> inspect.Signature:
     try:
         signature = inspect.signature(fn, **_ANNOTATIONS)
     except ValueError as error:
-        reason = "does not tell its parameters: expected a function written in Python"
-        raise ConfigurationError(f"{name} {reason}") from error
+        raise ConfigurationError(
+            f"{name} does not tell its parameters: expected a function written in Python"
+        ) from error
     for parameter in signature.parameters.values():
         if parameter.kind is parameter.VAR_POSITIONAL:
             raise ConfigurationError(
@@ -3426,7 +3404,7 @@ def _run_coroutine(coroutine: Any) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     event_loop = getattr(_thread, "event_loop", None)
-    if _is_in_coroutine():
+    if asyncio._get_running_loop():  # noqa: SLF001 - exported: it is None outside of one
         # Sync mode in an application's own event loop, which is busy until we return.
         context = contextvars.copy_context()
         with ThreadPoolExecutor(1) as pool:
@@ -3452,19 +3430,11 @@ async def _awaited(awaitable: Any, name: str) -> None:
         left = asyncio.all_tasks() - before
         if left:
             names = sorted(_qualname(each.get_coro()) for each in left)
-            text = "%s ended while asyncio tasks that it began were still running: %s"
-            _log.warning(text, name, ", ".join(names))
-
-
-def _is_in_coroutine() -> bool:
-    """Return whether an event loop runs in this thread."""
-    import asyncio
-
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True
+            _log.warning(
+                "%s ended while asyncio tasks that it began were still running: %s",
+                name,
+                ", ".join(names),
+            )
 
 
 @typing.overload
@@ -3508,16 +3478,19 @@ def task(
     """
 
     def decorate(fn: Any) -> Task[Any, Any]:
-        flaw = (
-            _flaw_of_function(fn, name)
-            or _flaw_of_declaration(priority, name, time_limit)
-            or _flaw_of_retries(retry, retry_on, never_retry_on)
+        flaw = _flaw_of_function(fn, name) or _flaw_of_options(
+            name=name,
+            priority=priority,
+            retry=retry,
+            retry_on=retry_on,
+            never_retry_on=never_retry_on,
+            time_limit=time_limit,
         )
         if flaw:
             raise ConfigurationError(f"{_qualname(fn)} {flaw}")
         place = _place_of(fn)
         made = _make_task(fn, priority, name or f"{place.module}.{fn.__name__}")
-        made._place = place  # noqa: SLF001 - the class may have wrapped the function
+        made._place = place  # noqa: SLF001 - its own
         made.retry = retry
         made.retry_on = retry_on
         made.never_retry_on = never_retry_on
@@ -3571,27 +3544,12 @@ def _is_method(fn: Any) -> bool:
     return next(iter(parameters), None) == "self"
 
 
-def _flaw_of_declaration(priority: object, name: object, time_limit: object) -> str:
-    """Return which of these options of :func:`task` is wrong, or ""."""
-    if not isinstance(name, str | None):
-        return f"has {name=}: expected a string"
-    if not isinstance(priority, Priority):
-        return f"has {priority=}: expected a taskhawk.Priority"
-    if time_limit is None:
-        return ""
-    if not _is_number(time_limit) or not 0 < time_limit < math.inf:
-        return f"has {time_limit=}: expected a number of seconds above 0"
-    return ""
-
-
-def _flaw_of_retries(retry: object, retry_on: object, never_retry_on: object) -> str:
-    """Return which of these options of :func:`task` is wrong, or ""."""
-    if retry is not None and not callable(retry):
-        return f"has {retry=}: expected a function of the attempt"
-    if not _are_exceptions(retry_on):
-        return f"has {retry_on=}: expected exceptions"
-    if not _are_exceptions(never_retry_on):
-        return f"has {never_retry_on=}: expected exceptions"
+def _flaw_of_options(**options: Any) -> str:
+    """Return which option of :func:`task` is wrong and what is right, or ""."""
+    for option, value in options.items():
+        is_right, expected = _OPTIONS[option]
+        if not is_right(value):
+            return f"has {option}={value!r}: expected {expected}"
     return ""
 
 
@@ -3600,6 +3558,25 @@ def _are_exceptions(kinds: object) -> bool:
     if isinstance(kinds, tuple):
         return all(map(_are_exceptions, kinds))
     return isinstance(kinds, type) and issubclass(kinds, BaseException)
+
+
+def _is_above_zero(value: object) -> bool:
+    """Return whether this is a number above 0, and finite."""
+    return _is_number(value) and 0 < value < math.inf
+
+
+# The options of task(): what is right, and how an error says so.
+_OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "name": (lambda it: isinstance(it, str | None), "a string"),
+    "priority": (lambda it: isinstance(it, Priority), "a taskhawk.Priority"),
+    "retry": (lambda it: it is None or callable(it), "a function of the attempt"),
+    "retry_on": (_are_exceptions, "exceptions"),
+    "never_retry_on": (_are_exceptions, "exceptions"),
+    "time_limit": (
+        lambda it: it is None or _is_above_zero(it),
+        "a number of seconds above 0",
+    ),
+}
 
 
 def _make_task(fn: Any, priority: Priority, name: str) -> Task[Any, Any]:
@@ -3905,30 +3882,29 @@ class _Batch:
     """
 
     def __init__(self) -> None:
-        self._process_id = os.getpid()
-        # Guards the two below: nothing is added to a batch that is closed. Reentrant,
+        self._sent_by: int | None = os.getpid()  # None once it is closed
+        # Guards the other two: nothing is added to a batch that is closed. Reentrant,
         # because a signal handler may dispatch while it is held.
         self._lock = threading.RLock()
         self._collected: list[_Ready] = []
-        self._closed = False
 
     def add(self, readies: Sequence[_Ready]) -> bool:
         """Add messages, or return False if this process has no open batch here."""
         # Before the lock, which another thread may have held at the fork.
-        if self._process_id != os.getpid():
+        if self._sent_by != os.getpid():
             return False
         with self._lock:
-            if self._closed:
+            if self._sent_by is None:
                 return False
             self._collected.extend(readies)
             return True
 
     def close(self) -> Sequence[_Ready]:
         """Collect no more, and return what this process has to send."""
-        if self._process_id != os.getpid():
+        if self._sent_by != os.getpid():
             return ()
         with self._lock:
-            self._closed = True
+            self._sent_by = None
         return self._collected
 
 
@@ -4027,14 +4003,14 @@ def _partial_failure(
         if refusal is None:
             successful.append({"Id": ready.message.id})
             continue
-        reason = {"Code": refusal.code, "Message": refusal.text}
-        failed.append({"Id": ready.message.id, **reason})
+        failed.append(
+            {"Id": ready.message.id, "Code": refusal.code, "Message": refusal.text}
+        )
         # As it was encoded: its arguments may have changed since.
         message = _decode(ready.entry.body)
         message.delay_s = ready.entry.delay_s
         unsent.append(message)
-    result = {"Successful": successful, "Failed": failed}
-    return PartialFailure(result, unsent=unsent)
+    return PartialFailure({"Successful": successful, "Failed": failed}, unsent=unsent)
 
 
 class Captured(NamedTuple):
@@ -4500,7 +4476,12 @@ class _Held:
     @property
     def queue(self) -> str:
         """The name of its queue."""
-        return self.message.queue or ""
+        return typing.cast("str", self.message.queue)
+
+    @property
+    def receipt(self) -> str:
+        """What the queue's calls know this receive by."""
+        return typing.cast("str", self.message.receipt_handle)
 
     @property
     def runs(self) -> bool:
@@ -4511,11 +4492,6 @@ class _Held:
     def to_delete(self) -> bool:
         """Whether a delete ends it."""
         return self.end in {"acked", "dead_lettered"}
-
-    @property
-    def may_join(self) -> bool:
-        """Whether it may share a delete that is made before its own is due."""
-        return self.to_delete and self.tries == 0
 
     def move(self, state: str) -> None:
         """Make a step, or raise RuntimeError if _STEPS does not allow it."""
@@ -4542,14 +4518,15 @@ class _Call(NamedTuple):
 
     def entries(self) -> list[Any]:
         """Return what the broker's method takes for each message."""
-        receipts = [held.message.receipt_handle or "" for held in self.batch]
         if self.kind is _Kind.delete:
-            return receipts
-        return list(zip(receipts, map(self._hidden_s, self.batch), strict=True))
+            return [held.receipt for held in self.batch]
+        return [(held.receipt, self._hidden_s(held)) for held in self.batch]
 
     def _hidden_s(self, held: _Held) -> float:
         """Return for how long to hide a message, within the 12 hours that SQS allows."""
-        wanted_s = held.lease_s if self.kind is _Kind.extend else held.delay_s
+        wanted_s = held.delay_s
+        if self.kind is _Kind.extend:
+            wanted_s = held.lease_s
         return max(0, min(wanted_s, held.last_at - self.asked_at))
 
 
@@ -4576,10 +4553,9 @@ class _Leases:
         if now < self._next_at:
             return []
         free = [held for held in self._held if not held.in_call]
-        later = [held.renew_at for held in free if held.renew_at > now]
+        self._next_at = min((held.renew_at for held in free), default=math.inf)
         due = [held for held in free if held.renew_at <= now]
-        self._next_at = now if due else min(later, default=math.inf)
-        return sorted(due, key=lambda held: held.lease_until)
+        return sorted(due, key=operator.attrgetter("lease_until"))
 
     def next_at(self) -> float:
         """Return a time before which none is to be extended."""
@@ -4600,10 +4576,12 @@ class _Holdings:
         self.news: list[tuple[int, str]] = []  # log levels and texts
         self.unanswered = 0  # deletes that were not known to be applied in the end
         self._is_closing = False
-        self._urgency = {queue: place for place, queue in enumerate(queues)}
         self._ack_wait_s = ack_wait_s
-        self.held: dict[_Held, None] = {}  # an ordered set, as are the next two
-        self._waiting: dict[_Held, None] = {}  # received, the most urgent first
+        self.held: dict[_Held, None] = {}  # an ordered set, as are the following
+        # By queue, the most urgent first: received and not started; and what is to be
+        # deleted, and is in no call yet.
+        self._waiting: dict[str, dict[_Held, None]] = {each: {} for each in queues}
+        self.to_delete: dict[str, dict[_Held, None]] = {each: {} for each in queues}
         self.decided: dict[_Held, None] = {}  # it is known what they become
         self.leases = _Leases()
         self.calls = _Calls(self)
@@ -4611,7 +4589,7 @@ class _Holdings:
     @property
     def waiting(self) -> int:
         """How many messages wait to be started."""
-        return len(self._waiting)
+        return sum(map(len, self._waiting.values()))
 
     @property
     def ending(self) -> int:
@@ -4621,7 +4599,7 @@ class _Holdings:
     @property
     def running(self) -> int:
         """How many messages run."""
-        return len(self.held) - len(self._waiting) - len(self.decided)
+        return len(self.held) - self.waiting - len(self.decided)
 
     def still_run(self) -> list[QueueMessage]:
         """Return the messages that run."""
@@ -4645,32 +4623,35 @@ class _Holdings:
         :param asked_at: when the receive was called
         """
         is_sure = now - asked_at <= lease_s / 3
-        since = asked_at if is_sure else now
+        lease_until = asked_at + lease_s
+        if not is_sure:
+            lease_until = now + lease_s
         for message in messages:
             held = _Held(
                 message,
                 lease_s,
-                lease_until=since + lease_s,
+                lease_until=lease_until,
                 last_at=asked_at + _LATEST_S,
                 is_sure=is_sure,
             )
-            self.held[held] = self._waiting[held] = None
+            self.held[held] = self._waiting[held.queue][held] = None
             self.leases.renew(held, asked_at + lease_s / 3)
             self.ledger.received += 1
-        if len(self._urgency) > 1:
-            by_urgency = sorted(self._waiting, key=lambda h: self._urgency[h.queue])
-            self._waiting = dict.fromkeys(by_urgency)
 
     def start(self, now: float) -> _Held | None:
         """Start the most urgent message whose lease holds; return it, or None."""
-        for held in list(self._waiting):
+        for held in self._all_waiting():
             if now >= held.lease_until:
                 self.lose(held, "its lease ended while it waited")
             elif held.is_sure:
-                del self._waiting[held]
+                del self._waiting[held.queue][held]
                 held.move("started")
                 return held
         return None
+
+    def _all_waiting(self) -> list[_Held]:
+        """Return the messages that wait to be started, the most urgent first."""
+        return [held for each in self._waiting.values() for held in each]
 
     def finish(
         self, held: _Held, end: str, now: float, delay_s: float | None = 0
@@ -4690,17 +4671,16 @@ class _Holdings:
 
     def release_waiting(self, now: float) -> None:
         """Release all messages that were not started."""
-        for held in list(self._waiting):
+        for held in self._all_waiting():
             self.release(held, now)
 
     def _decide(self, held: _Held, end: str, now: float, delay_s: float | None) -> None:
         """Note what a message is to become, and when the call for it is due."""
-        self._waiting.pop(held, None)
+        self._waiting[held.queue].pop(held, None)
         self.decided[held] = None
         held.end, held.due_at = end, now
         if held.to_delete:
-            if not held.message.is_fifo:  # others of its group wait for it
-                held.due_at = now + self._ack_wait_s
+            self._acknowledge(held, now)
         elif delay_s is None or held.message.lease_lost:
             # It shows by itself at the end of its lease, or another has it by now.
             self.end(held, end)
@@ -4708,17 +4688,25 @@ class _Holdings:
             # Out of the lease first: a later extension would undo the delay.
             self.leases.drop(held)
             held.delay_s = delay_s
-        self._hurry(now)
+        if len(self.decided) == len(self.held):  # no others can come to share a call
+            for acknowledged in self.to_delete.values():
+                self._hurry(acknowledged, now)
 
-    def _hurry(self, now: float) -> None:
-        """Make acknowledgements due for which it is in vain to wait for others."""
-        is_idle = len(self.decided) == len(self.held)
-        new = [held for held in self.decided if held.may_join]
-        for queue in self._urgency:
-            batch = [held for held in new if held.queue == queue]
-            if is_idle or len(batch) >= _MAX_BATCH:
-                for held in batch:
-                    held.due_at = min(held.due_at, now)
+    def _acknowledge(self, held: _Held, now: float) -> None:
+        """Have a message deleted, in a call that it may share with others."""
+        acknowledged = self.to_delete[held.queue]
+        acknowledged[held] = None
+        held.due_at = now + self._ack_wait_s
+        if len(acknowledged) >= _MAX_BATCH:
+            self._hurry(acknowledged, now)
+        if held.message.is_fifo:  # others of its group wait for it
+            held.due_at = now
+
+    @staticmethod
+    def _hurry(acknowledged: Iterable[_Held], now: float) -> None:
+        """Make deletes due that wait for others to no purpose."""
+        for held in acknowledged:
+            held.due_at = min(held.due_at, now)
 
     # The end.
 
@@ -4744,7 +4732,10 @@ class _Holdings:
     def close(self) -> None:
         """End what is decided, done or not; what still runs stays held."""
         for held in list(self.decided):
-            self.end(held, "uncertain" if held.to_delete else held.end)
+            end = held.end
+            if held.to_delete:
+                end = "uncertain"
+            self.end(held, end)
 
     def lose(self, held: _Held, why: str) -> None:
         """Note that others may have a message; if it waits, it is not started."""
@@ -4752,7 +4743,7 @@ class _Holdings:
         held.message.lease_lost = True
         held.lease_until = -math.inf
         self.leases.drop(held)
-        if held in self._waiting:
+        if held in self._waiting[held.queue]:
             self.end(held, "released")
 
     def doubt(self, held: _Held, why: str) -> None:
@@ -4765,7 +4756,8 @@ class _Holdings:
         held.move(end)
         self.ledger.count(end)
         self.leases.drop(held)
-        for those in (self.held, self._waiting, self.decided):
+        mine = (self._waiting[held.queue], self.to_delete[held.queue])
+        for those in (self.held, self.decided, *mine):
             those.pop(held, None)
         if self._is_closing and end == "uncertain":
             self.unanswered += 1
@@ -4800,6 +4792,8 @@ class _Calls:
         batch = [held for held in due if held.queue == queue][:_MAX_BATCH]
         for held in batch:
             held.in_call = True
+            if kind is _Kind.delete:
+                self._all.to_delete[queue].pop(held, None)
         return _Call(kind, queue, batch, now)
 
     def next_at(self) -> float:
@@ -4808,18 +4802,22 @@ class _Calls:
         return min([*times, self._all.leases.next_at()])
 
     def _due_ends(self, now: float) -> list[_Held]:
-        """Return what is to be ended now in one way, what was due first first."""
+        """Return what one call may end now, what has been due for longest first."""
+        by_time = operator.attrgetter("due_at")
         free = [held for held in self._all.decided if not held.in_call]
-        due = [held for held in free if held.due_at <= now]
-        if not due:
+        first = min(free, key=by_time, default=None)
+        if first is None or first.due_at > now:
             return []
-        first = min(due, key=lambda held: held.due_at)
-        # New acknowledgements share the call. What was refused before is not tried
-        # before its time only because others are due.
-        if first.to_delete:
-            due += [held for held in free if held.may_join]
-        alike = [held for held in due if held.to_delete is first.to_delete]
-        return list(dict.fromkeys([first, *alike]))
+        together = [held for held in free if self._share_call(held, first, now)]
+        return sorted(together, key=by_time)
+
+    def _share_call(self, held: _Held, due: _Held, now: float) -> bool:
+        """Return whether the call that ends what is due may end this message too."""
+        if (held.queue, held.to_delete) != (due.queue, due.to_delete):
+            return False
+        # New acknowledgements share it. What was refused before is not tried before its
+        # time only because others are due.
+        return held.due_at <= now or held in self._all.to_delete[held.queue]
 
     def answered(self, call: _Call, refused: Mapping[int, Refusal]) -> None:
         """Note the answer to a call.
@@ -4859,26 +4857,25 @@ class _Calls:
 
     def _deleted(self, held: _Held, refusal: Refusal | None, asked_at: float) -> None:
         """Note how a delete went; one that was sent after the lease ended proves nothing."""
-        if asked_at >= held.lease_until:
-            self._all.doubt(held, refusal.text if refusal else "its lease had ended")
-        elif refusal is None:
+        if refusal is None and asked_at < held.lease_until:
             self._all.end(held, held.end)
-        elif refusal.final:
+        elif refusal is None:
+            self._all.doubt(held, "its lease had ended")
+        elif refusal.final or asked_at >= held.lease_until:
             self._all.doubt(held, refusal.text)
         else:
             self._try_later(held, asked_at)
 
     def _delayed(self, held: _Held, refusal: Refusal | None, asked_at: float) -> None:
         """Note how a delay or release went; where it failed, the lease's end shows it."""
-        if refusal is None:
-            self._all.end(held, held.end)
-        elif refusal.final or refusal.is_denied or asked_at >= held.lease_until:
-            self._all.warn(
-                held, f"is visible again when its lease ends: {refusal.text}"
-            )
-            self._all.end(held, held.end)
-        else:
-            self._try_later(held, asked_at)
+        if refusal is not None:
+            is_hopeless = refusal.final or refusal.is_denied
+            if not is_hopeless and asked_at < held.lease_until:
+                self._try_later(held, asked_at)
+                return
+            why = f"is visible again when its lease ends: {refusal.text}"
+            self._all.warn(held, why)
+        self._all.end(held, held.end)
 
     def _try_later(self, held: _Held, asked_at: float) -> None:
         """Make the call again, after a pause that doubles from 0.2 s to 5 s."""
@@ -4943,7 +4940,9 @@ class _Keeper:
         self._broker, self._clock, self._beat = broker, clock, beat
         self._faults = _Faults()
         # Guards the holdings, and all that follows. The keeper waits for `_due`; whoever
-        # wants to hold more waits for `ended`: no thread is woken for nothing.
+        # wants to hold more waits for `ended`: no thread is woken for nothing. Who is
+        # in the main thread enters the lock itself: entering a condition takes several
+        # steps, and a signal handler that raises in between would leave it locked.
         self.lock = threading.RLock()
         self._due = threading.Condition(self.lock)
         self.ended = threading.Condition(self.lock)  # notified as messages end
@@ -4954,18 +4953,18 @@ class _Keeper:
 
     def wake(self) -> None:
         """Have the keeper look at once, if something is due before it would."""
-        with self._due:
+        with self.lock:
             if self.holdings.calls.next_at() < self._looks_at:
                 self._due.notify()
 
     def give_up_after(self, seconds: float) -> None:
         """End at the latest in so many seconds, once :meth:`close` is called."""
-        with self._due:
+        with self.lock:
             self._gives_up_at = self._clock() + seconds
 
     def close(self) -> None:
         """Have :meth:`run` end once all that is decided is done: leases end too."""
-        with self._due:
+        with self.lock:
             self._is_closing = True
             self.holdings.end_leases()
             self._due.notify()
@@ -4975,7 +4974,7 @@ class _Keeper:
         is_done = False
         while not is_done:
             call = None
-            with self._due:
+            with self.lock:
                 now = self._clock()
                 self.holdings.expire(now)
                 is_done = self._is_done(now)
@@ -5009,7 +5008,7 @@ class _Keeper:
         if call.kind is _Kind.delete:
             change = self._broker.delete
         refused = _one_call(functools.partial(change, call.queue), call.entries())
-        with self._due:
+        with self.lock:
             self.holdings.calls.answered(call, refused)
             news = self._take_news()
             self.ended.notify_all()
@@ -5049,6 +5048,8 @@ class _Keeper:
 
 _MAX_BACKOFF_S = 60  # between receives that fail
 _FLUSH_S = 3  # of the grace, kept for acknowledgements once running tasks are given up
+_HURRIED_S = 1  # for acknowledgements after a second Ctrl-C
+_HEART_S = 1  # for the last heartbeat: its hook may hang
 
 
 class _Phase(enum.IntEnum):
@@ -5077,13 +5078,32 @@ class _Signals:
     _again_s = 1  # a SIGINT within that time of the first is the same one, sent twice
 
     def __init__(self) -> None:
-        self.seen = False
+        self._is_seen = False
+        self._outer: _Signals | None = None  # of the worker in whose task this one runs
         self._first_at = math.inf
         self._replaced: dict[signal.Signals, Any] = {}
         self._pipe: tuple[int, int] | None = None
+        self._old_wakeup = (
+            -1
+        )  # the application's descriptor, which is told all the same
+
+    @property
+    def seen(self) -> bool:
+        """Whether a signal came."""
+        if self._outer is not None and self._outer.seen:
+            return True
+        return self._is_seen
+
+    @property
+    def has_interrupt(self) -> bool:
+        """Whether SIGINT is noted here."""
+        return signal.SIGINT in self._replaced
 
     def __enter__(self) -> None:
         if threading.current_thread() is not threading.main_thread():
+            return
+        if _installed:
+            self._outer = _installed[-1]
             return
         defaults = {
             signal.SIGTERM: signal.SIG_DFL,
@@ -5109,14 +5129,16 @@ class _Signals:
             return
         self.restore()
         _installed.remove(self)
-        signal.set_wakeup_fd(self._old_wakeup)
+        self._read()
         for descriptor in self._pipe:
             os.close(descriptor)
 
     def restore(self) -> None:
-        """Put back the handlers that were there before."""
+        """Put back what was there before, where a task has not set its own since."""
         for number, handler in self._replaced.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) == self._note:
+                signal.signal(number, handler)
+        signal.set_wakeup_fd(self._old_wakeup)
 
     def wake(self) -> None:
         """End :meth:`wait`."""
@@ -5130,31 +5152,58 @@ class _Signals:
             return
         import select
 
-        if select.select([self._pipe[0]], [], [], seconds)[0]:
-            numbers = os.read(self._pipe[0], 4096)
-            self.seen = self.seen or any(n in self._replaced for n in numbers)
+        poll = select.poll()  # select() refuses descriptors from 1,024 on
+        poll.register(self._pipe[0], select.POLLIN)
+        if poll.poll(seconds * 1000):
+            self._read()
+
+    def _read(self) -> None:
+        """Note the signals that came, and tell the application's own descriptor."""
+        with contextlib.suppress(OSError):  # none came, or the other end is closed
+            numbers = os.read(typing.cast("tuple[int, int]", self._pipe)[0], 4096)
+            if self._replaced.keys() & set(numbers):
+                self._is_seen = True
+            if self._old_wakeup >= 0:
+                os.write(self._old_wakeup, numbers.replace(b"\0", b""))
 
     def _note(self, number: int, _frame: object) -> None:
         """Note a signal; a second Ctrl-C interrupts the main thread."""
         now = time.monotonic()
-        self.seen = True
+        self._is_seen = True
         if number == signal.SIGINT:
             if now - self._first_at >= self._again_s:
                 raise KeyboardInterrupt
             self._first_at = min(now, self._first_at)
 
 
-_installed: list[_Signals] = []  # those of the workers that run in this process
+_installed: list[_Signals] = []  # of the worker in the main thread, if there is one
+_forking = threading.local()  # `mask`: the signals that were blocked before a fork
+
+
+def _hold_signals() -> None:
+    """Have signals wait over a fork: the child would note one, and tell its parent."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+
+
+def _release_signals() -> None:
+    """Let the signals through that came during a fork."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, _forking.mask)
 
 
 def _forget_signals() -> None:
     """Let what a task forks have the handlers that it would have without a worker."""
     for signals in _installed:
-        signal.set_wakeup_fd(-1)
         signals.restore()
+    _installed.clear()
+    _release_signals()
 
 
-os.register_at_fork(after_in_child=_forget_signals)
+os.register_at_fork(
+    before=_hold_signals,
+    after_in_parent=_release_signals,
+    after_in_child=_forget_signals,
+)
 
 
 class _Heart:
@@ -5218,11 +5267,11 @@ def _find_lease(broker: Broker, queue: str, wanted_s: float | None) -> _Lease:
     try:
         info = broker.info(queue)
     except Exception as error:
-        # The policies of 1.4's workers lack the permission.
-        if not _is_denial(_error_code(error)):
+        code = _error_code(error)
+        if not _is_denial(code):  # the policies of 1.4's workers lack the permission
             raise
         if wanted_s is None:
-            _log.warning("%s: can't read its attributes: %s", queue, _error_code(error))
+            _log.warning("%s: can't read its attributes: %s", queue, code)
         return _Lease(wanted_s or _DEFAULT_LEASE_S, None)
     if wanted_s is None:
         # A timeout of 0 would show to all what was just received.
@@ -5302,18 +5351,30 @@ class _Course:
             self._holdings.finish(held, end, self._clock(), delay_s)
             self._changed()
 
-    def release(self, held: _Held) -> None:
-        """Note that a message did not run after all, and that its slot can't for now."""
+    def release(self, held: _Held) -> bool:
+        """Note that a message did not run after all, and that its slot can't for now.
+
+        :returns: whether all other slots can run messages
+        """
         with self._lock:
             self._holdings.release(held, self._clock())
             self._paused += 1
+            self._release_if_stuck()
             self._changed()
+            return self._paused == 1
 
-    def resume(self) -> None:
-        """Note that a slot that was paused can run messages again."""
+    def resume(self) -> bool:
+        """Note that a slot can run messages again; return whether all slots can."""
         with self._lock:
             self._paused -= 1
             self._changed()
+            return self._paused == 0
+
+    def _release_if_stuck(self) -> None:
+        """Leave what waits to other workers, if nothing can be started here."""
+        is_stuck = self._paused == self._most_running
+        if is_stuck or self.phase >= _Phase.draining:  # by a poll not waited out, too
+            self._holdings.release_waiting(self._clock())
 
     def slot_ended(self) -> None:
         """Note that a slot runs nothing more."""
@@ -5369,10 +5430,8 @@ class _Course:
     ) -> None:
         """Hold received messages from now on."""
         with self._lock:
-            now = self._clock()
-            self._holdings.take(messages, lease_s, asked_at, now)
-            if self.phase >= _Phase.draining:  # a poll that was not waited out
-                self._holdings.release_waiting(now)
+            self._holdings.take(messages, lease_s, asked_at, self._clock())
+            self._release_if_stuck()
             self._to_start.notify(len(messages))
             self._keeper.wake()
 
@@ -5395,15 +5454,20 @@ class _Course:
                 self._enter(self.phase)
 
     def fail(self, error: BaseException) -> None:
-        """Note an error that ends the worker."""
+        """Note an error that ends the worker; the first one is the one that counts."""
         with self._lock:
-            self.fatal = error
+            if self.fatal is None:
+                self.fatal = error
             self.move_on()
+
+    def is_told(self) -> bool:
+        """Return whether somebody, or an error, told the worker to stop."""
+        return self.fatal is not None or self._is_told()
 
     def _is_over(self) -> bool:
         """Return whether the present phase is."""
         if self.phase is _Phase.working:
-            if self._is_told() or self.fatal or self._started == self._max_tasks:
+            if self.is_told() or self._started == self._max_tasks:
                 return True
             return not self._polls and not self._holdings.waiting
         if self.phase is _Phase.stopping:
@@ -5458,13 +5522,14 @@ class _Slot:
     def _run(self, held: _Held) -> None:
         """Run a message, and note what it is to become."""
         try:
-            run = self.child.process if self.child.takes(held.message) else process
-            outcome = run(held.message)
+            outcome = self._process(held.message)
             if outcome:
                 self._settle(held, outcome)
         except _CannotStart as error:
-            self._course.release(held)
-            self._wait_for_child(error)
+            is_first = self._course.release(held)
+            if is_first:
+                _log.error("can't start a child, goes on trying: %s", error)
+            self._wait_for_child()
         finally:
             if held.runs:
                 # It was interrupted, or killed as the grace ended. Where its child still
@@ -5472,18 +5537,32 @@ class _Slot:
                 self.child.kill()
                 self._course.finish(held, "retried")
 
-    def _wait_for_child(self, error: Exception) -> None:
-        """Try again and again to start a child, before anything else is received."""
+    def _process(self, received: QueueMessage) -> Outcome | None:
+        """Run a message, in the child if it is for that."""
+        worker = os.getpid()
+        try:
+            if self.child.takes(received):
+                return self.child.process(received)
+            return process(received)
+        finally:
+            if os.getpid() != worker:
+                # A process that the task forked came back from it. The message is its
+                # parent's, as are all threads and the children of slots.
+                os._exit(0)
+
+    def _wait_for_child(self) -> None:
+        """Try again and again to start a child, before anything else is run."""
         failures = 1
-        _log.error("can't start a child, goes on trying: %s", error)
         while self._course.pause(_pause_s(failures)):
             try:
                 self.child.start()
             except _CannotStart:
                 failures += 1
             else:
-                _log.info("can start a child again; tries that failed: %d", failures)
-                self._course.resume()
+                is_last = self._course.resume()
+                if is_last:
+                    text = "can start a child again; tries that failed: %d"
+                    _log.info(text, failures)
                 return
 
 
@@ -5496,6 +5575,7 @@ class _Poller:
         self._lease: _Lease | None = None  # once it is known
         self._loops = 0  # receives that were answered
         self._count = 0  # messages that the last one brought
+        self.is_polling = False  # whether a receive is under way
 
     def work(self) -> None:
         """Receive again and again, until there is no more to do; the body of a thread."""
@@ -5535,9 +5615,13 @@ class _Poller:
     def _receive(self, most: int, lease: _Lease) -> None:
         """Receive once, and hold what came."""
         worker, asked_at = self._worker, self._worker.clock()
-        messages = worker.broker.receive(
-            self._queue, most, worker.wait_s, lease.seconds, self._course.stop
-        )
+        self.is_polling = True
+        try:
+            messages = worker.broker.receive(
+                self._queue, most, worker.wait_s, lease.seconds, self._course.stop
+            )
+        finally:
+            self.is_polling = False
         for message in messages:
             message.max_receive_count = lease.max_receive_count
         # At once: from here on the keeper extends the leases.
@@ -5597,7 +5681,7 @@ class Worker:
     wait_s: float = _LONG_POLL_S
 
     def __post_init__(self) -> None:
-        self._check_options()
+        _check_options(self)
         self._signals = _Signals()
         self._heart = _Heart(self.liveness_file)
         self.beat = self._heart.beat  #: say that the worker lives
@@ -5626,25 +5710,7 @@ class Worker:
             )
             for _ in range(self.concurrency)
         ]
-
-    def _check_options(self) -> None:
-        """Refuse options that make no sense, and fit the length of polls to the grace."""
-        for name in ("num_messages", "concurrency", "max_tasks", "max_tasks_per_child"):
-            number = getattr(self, name)
-            if number is not None and number < 1:
-                raise ConfigurationError(f"{name}: expected 1 or more, got {number}")
-        lease_s = self.visibility_timeout_s
-        if lease_s is not None and not 1 <= lease_s <= _MAX_HELD_S:
-            wanted = f"expected 1 to {_MAX_HELD_S} seconds"
-            raise ConfigurationError(f"visibility_timeout_s: {wanted}, got {lease_s}")
-        if self.grace_s is not None and not self.grace_s >= 0:
-            wanted = "expected 0 or more seconds"
-            raise ConfigurationError(f"grace_s: {wanted}, got {self.grace_s}")
-        if self.until_empty:
-            self.wait_s = min(self.wait_s, 1)
-        elif self.grace_s is not None:
-            # A poll in flight is waited out, so it must end before the grace does.
-            self.wait_s = min(self.wait_s, max(1, self.grace_s - _FLUSH_S - 1))
+        self._pollers = [_Poller(self, self._course, queue) for queue in self.queues]
 
     @property
     def unanswered(self) -> bool:
@@ -5660,57 +5726,56 @@ class Worker:
         """
         make = functools.partial(_make_thread, self._course)
         slots = [make(slot.work) for slot in self._slots[1:]]
-        receive = [_Poller(self, self._course, queue).work for queue in self.queues]
-        pollers = [make(work) for work in receive]
-        watch, heart = make(self._watch), make(self._heart.run)
+        pollers = [make(poller.work) for poller in self._pollers]
+        helpers = [self._keeping, make(self._heart.run), make(self._watch)]
+        within_s: float | None = _HURRIED_S
         with self._signals:
             try:
-                for thread in (self._keeping, heart, watch, *pollers, *slots):
-                    thread.start()
-                self._slots[0].work()
-                self._wait_for(slots)
+                self._work(helpers, [*pollers, *slots])
+                within_s = None  # nothing interrupts it
             finally:
-                self._shut_down(pollers)
-                self._signals.wake()
-                for thread in (watch, heart):
-                    if thread.is_alive():
-                        thread.join(1)
-        if self._course.fatal:
-            raise self._course.fatal
+                self._close(within_s)
+                _, heart, watch = helpers
+                _join(watch, None)
+                _join(heart, _HEART_S)
         level = logging.INFO if self.ledger.balanced else logging.ERROR
         _log.log(level, "worker ended: %s", self.ledger)
+        if self._course.fatal:
+            raise self._course.fatal
         return self.ledger
 
-    def _wait_for(self, slots: Iterable[threading.Thread]) -> None:
-        """Wait for the other slots, unless they are left to run."""
-        for slot in slots:
-            while slot.is_alive() and self._course.phase < _Phase.flushing:
-                slot.join(_TICK_S)
-
-    def _shut_down(self, pollers: Iterable[threading.Thread]) -> None:
-        """Go through the phases that are left, in their order."""
-        # A second Ctrl-C ends at once: it waits for no poll, and a second for deletes.
-        error = sys.exc_info()[1]
-        is_hurried = self._signals.seen and isinstance(error, KeyboardInterrupt)
-        self._course.move_on(to=_Phase.stopping)
+    def _work(
+        self,
+        helpers: Sequence[threading.Thread],
+        others: Sequence[threading.Thread],
+    ) -> None:
+        """Run messages until there are no more, then wait for the other threads."""
         try:
-            for poller in pollers:
-                if poller.is_alive() and not is_hurried:
-                    poller.join()
-        except KeyboardInterrupt:
-            is_hurried = True
-            raise
-        finally:
+            for thread in (*helpers, *others):
+                thread.start()
+            self._slots[0].work()
+        except BaseException as error:  # such as sys.exit() of a signal handler
+            if self._signals.seen and isinstance(error, KeyboardInterrupt):
+                raise  # a second Ctrl-C waits for nothing
+            self._course.fail(error)
+        for thread in others:  # unless they are left to run
+            while thread.is_alive() and self._course.phase < _Phase.flushing:
+                thread.join(_TICK_S)
+
+    def _close(self, within_s: float | None) -> None:
+        """Go through the phases that are left."""
+        try:
             self._course.move_on(to=_Phase.flushing)
-            self._flush(1 if is_hurried else None)
+            self._flush(within_s)
+        finally:
             self._course.move_on(to=_Phase.ended)
             self._heart.stop()
+            self._signals.wake()
 
     def _flush(self, within_s: float | None) -> None:
         """Wait until what is decided is done, or leases end, or time is up."""
         self._keeper.close()
-        if self._keeping.is_alive():
-            self._keeping.join(within_s)
+        _join(self._keeping, within_s)
 
     def settle(self, held: _Held, outcome: Outcome) -> None:
         """Have done what the outcome says; a copy for the dead letters is sent now."""
@@ -5729,16 +5794,26 @@ class Worker:
 
     def _watch(self) -> None:
         """Stop the worker when it is told to, and give up what outlives its grace."""
-        while not self._is_told():
+        while not self._course.is_told():
             self._signals.wait(_TICK_S)
             if self._course.ended.is_set():
                 return  # by itself, so that nobody waits to kill it: it has no deadline
         self._course.move_on()
+        self._say_what_it_waits_for()
         if self.grace_s is None:
             return
         flush_s = min(_FLUSH_S, self.grace_s / 2)
         if not self._course.ended.wait(self.grace_s - flush_s):
             self._give_up(flush_s)
+
+    def _say_what_it_waits_for(self) -> None:
+        """Log why the worker does not end at once."""
+        polls = sum(poller.is_polling for poller in self._pollers)
+        runs = len(self._course.still_run())
+        text = f"stopping: waiting for polls in flight: {polls}, running tasks: {runs}"
+        if self._signals.has_interrupt:
+            text += "; Ctrl-C again ends at once"
+        _log.info("%s", text)
 
     def _give_up(self, flush_s: float) -> None:
         """Kill isolated runs; leave others to run: their messages reappear by themselves.
@@ -5760,6 +5835,32 @@ class Worker:
             with self._keeper.lock:
                 self._holdings.close()
             self.on_overdue(self.ledger)
+
+
+def _check_options(worker: Worker) -> None:
+    """Refuse options that make no sense, and fit the length of polls to the grace."""
+    for name in ("num_messages", "concurrency", "max_tasks", "max_tasks_per_child"):
+        number = getattr(worker, name)
+        if number is not None and number < 1:
+            raise ConfigurationError(f"{name}: expected 1 or more, got {number}")
+    lease_s, grace_s = worker.visibility_timeout_s, worker.grace_s
+    if lease_s is not None and not 1 <= lease_s <= _MAX_HELD_S:
+        wanted = f"expected 1 to {_MAX_HELD_S} seconds"
+        raise ConfigurationError(f"visibility_timeout_s: {wanted}, got {lease_s}")
+    if grace_s is not None and not grace_s >= 0:
+        wanted = "expected 0 or more seconds"
+        raise ConfigurationError(f"grace_s: {wanted}, got {grace_s}")
+    if worker.until_empty:
+        worker.wait_s = min(worker.wait_s, 1)
+    elif grace_s is not None:
+        # A poll in flight is waited out, so it must end before the grace does.
+        worker.wait_s = min(worker.wait_s, max(1, grace_s - _FLUSH_S - 1))
+
+
+def _join(thread: threading.Thread, within_s: float | None) -> None:
+    """Wait for a thread, if it was ever started."""
+    if thread.is_alive():
+        thread.join(within_s)
 
 
 def listen_for_messages(
