@@ -88,11 +88,12 @@ What to read for each promise, and how many statements that is
         _Poller._receive, _pause_s, _Holdings._decide, _Holdings._hurry, _Calls.next,
         _Calls._due_ends, _Calls._extended, _Leases, _Keeper._wait, _Keeper._make,
         SqsBroker.receive, SqsBroker.url, SqsBroker._find_url, _batches
-    7 (187): _in_own_context, _refresh_django_connections, _PerProcess, _made_once,
+    7 (190): _in_own_context, _refresh_django_connections, _PerProcess, _made_once,
         _Brokers.before_fork, _Brokers.after_fork, _close_sqlite_files,
-        _release_sqlite_files, _Signals, _forget_signals, _path_of_children,
-        _Child._start_process, _ChildProcess.__init__, _serve_worker,
-        _leave_signals_to_worker, _ignore_signal, _die_with_parent
+        _release_sqlite_files, _Signals, _hold_signals, _release_signals,
+        _restore_signals, _path_of_children, _Child._start_process,
+        _ChildProcess.__init__, _serve_worker, _leave_signals_to_worker, _ignore_signal,
+        _die_with_parent
 
 Parts and rooms; the file still works if cut before part IV, V or VI
     I meaning
@@ -5106,7 +5107,7 @@ class _Signals:
         self._old_wakeup = signal.set_wakeup_fd(
             self._pipe[1], warn_on_full_buffer=False
         )
-        _installed.append(self)
+        _restorers.append(self._forget)
         for number in self._replaced:
             signal.signal(number, self._note)
 
@@ -5114,7 +5115,7 @@ class _Signals:
         if self._pipe is None:
             return
         self.restore()
-        _installed.remove(self)
+        _restorers.remove(self._forget)
         signal.set_wakeup_fd(self._old_wakeup)
         for descriptor in self._pipe:
             os.close(descriptor)
@@ -5123,6 +5124,11 @@ class _Signals:
         """Put back the handlers that were there before."""
         for number, handler in self._replaced.items():
             signal.signal(number, handler)
+
+    def _forget(self) -> None:
+        """Restore what was there before, in a process that was forked."""
+        signal.set_wakeup_fd(-1)
+        self.restore()
 
     def wake(self) -> None:
         """End :meth:`wait`."""
@@ -5150,17 +5156,34 @@ class _Signals:
             self._first_at = min(now, self._first_at)
 
 
-_installed: list[_Signals] = []  # those of the workers that run in this process
+# Each gives what a task forks the handlers that it would have without a worker.
+_restorers: list[Callable[[], None]] = []
+_held = threading.local()  # the signal mask of a thread that forks
 
 
-def _forget_signals() -> None:
-    """Let what a task forks have the handlers that it would have without a worker."""
-    for signals in _installed:
-        signal.set_wakeup_fd(-1)
-        signals.restore()
+def _hold_signals() -> None:
+    """Before a fork: a signal right after it would be taken for one to the worker."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    _held.mask = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
 
 
-os.register_at_fork(after_in_child=_forget_signals)
+def _release_signals() -> None:
+    """After a fork, in both processes: let signals come that were held."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, _held.mask)
+
+
+def _restore_signals() -> None:
+    """After a fork, in the new process: restore handlers, and then let signals come."""
+    for restore in _restorers:
+        restore()
+    _release_signals()
+
+
+os.register_at_fork(
+    before=_hold_signals,
+    after_in_parent=_release_signals,
+    after_in_child=_restore_signals,
+)
 
 
 class _Heart:
@@ -6496,23 +6519,15 @@ def _leave_signals_to_worker() -> None:
         for number in (signal.SIGINT, signal.SIGTERM)
         if signal.getsignal(number) != signal.SIG_IGN  # it is inherited as it is
     }
-    held = threading.local()
-
-    def hold() -> None:  # or one that comes right after a fork would do nothing there
-        held.mask = signal.pthread_sigmask(signal.SIG_BLOCK, handlers)
-
-    def release() -> None:
-        signal.pthread_sigmask(signal.SIG_SETMASK, held.mask)
 
     def restore() -> None:
         for number, handler in handlers.items():
             if signal.getsignal(number) is _ignore_signal:  # and not the task's own
                 signal.signal(number, handler)
-        release()
 
     for number in handlers:
         signal.signal(number, _ignore_signal)
-    os.register_at_fork(before=hold, after_in_parent=release, after_in_child=restore)
+    _restorers.append(restore)
 
 
 def _ignore_signal(_number: int, _frame: object) -> None:

@@ -1040,8 +1040,8 @@ HOUSE_PROMISES = {
         SqsBroker.receive SqsBroker.url SqsBroker._find_url _batches""",
     7: """_in_own_context _refresh_django_connections _PerProcess _made_once
         _Brokers.before_fork _Brokers.after_fork _close_sqlite_files
-        _release_sqlite_files _Signals _forget_signals _path_of_children
-        _Child._start_process _ChildProcess.__init__ _serve_worker
+        _release_sqlite_files _Signals _hold_signals _release_signals _restore_signals
+        _path_of_children _Child._start_process _ChildProcess.__init__ _serve_worker
         _leave_signals_to_worker _ignore_signal _die_with_parent""",
 }
 
@@ -9831,6 +9831,25 @@ class TestWorker:
         thread.start()
         thread.join(WORKER_PATIENCE_S)
         assert (during, ledgers) == ([before], [taskhawk.Ledger(received=1, acked=1)])
+
+    @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+    def test_signal_right_after_a_fork(self, worker_broker):
+        """SIGTERM ends what a task has forked just before, and not the worker."""
+        ends = []
+
+        @taskhawk.task
+        def fork() -> None:
+            forked = os.fork()
+            if not forked:
+                time.sleep(5)
+                os._exit(0)
+            os.kill(forked, signal.SIGTERM)
+            ends.append(os.waitstatus_to_exitcode(os.waitpid(forked, 0)[1]))
+
+        worker_broker.put(fork, *[()] * 5)
+        ledger = worker_broker.work()
+        assert ends == [-signal.SIGTERM] * 5
+        assert ledger == taskhawk.Ledger(received=5, acked=5)
 
     @pytest.mark.skipif(
         sys.platform != "linux", reason="elsewhere a stack may not count"
