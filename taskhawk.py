@@ -88,11 +88,12 @@ What to read for each promise, and how many statements that is
         _Poller._receive, _pause_s, _Holdings._decide, _Holdings._hurry, _Calls.next,
         _Calls._due_ends, _Calls._extended, _Leases, _Keeper._wait, _Keeper._make,
         SqsBroker.receive, SqsBroker.url, SqsBroker._find_url, _batches
-    7 (187): _in_own_context, _refresh_django_connections, _PerProcess, _made_once,
+    7 (190): _in_own_context, _refresh_django_connections, _PerProcess, _made_once,
         _Brokers.before_fork, _Brokers.after_fork, _close_sqlite_files,
-        _release_sqlite_files, _Signals, _forget_signals, _path_of_children,
-        _Child._start_process, _ChildProcess.__init__, _serve_worker,
-        _leave_signals_to_worker, _ignore_signal, _die_with_parent
+        _release_sqlite_files, _Signals, _hold_signals, _release_signals,
+        _forget_signals, _path_of_children, _Child._start_process,
+        _ChildProcess.__init__, _serve_worker, _leave_signals_to_worker, _ignore_signal,
+        _die_with_parent
 
 Parts and rooms; the file still works if cut before part IV, V or VI
     I meaning
@@ -5120,6 +5121,7 @@ class _Signals:
             self._pipe[1], warn_on_full_buffer=False
         )
         _installed.append(self)
+        _restorers.append(self.restore)
         for number in self._replaced:
             signal.signal(number, self._note)
 
@@ -5128,6 +5130,7 @@ class _Signals:
             return
         self.restore()
         _installed.remove(self)
+        _restorers.remove(self.restore)
         self._read()
         for descriptor in self._pipe:
             os.close(descriptor)
@@ -5176,6 +5179,8 @@ class _Signals:
 
 
 _installed: list[_Signals] = []  # of the worker in the main thread, if there is one
+# Each gives what a task forks the handlers that it would have without a worker.
+_restorers: list[Callable[[], None]] = []
 _forking = threading.local()  # `mask`: the signals that were blocked before a fork
 
 
@@ -5192,9 +5197,9 @@ def _release_signals() -> None:
 
 def _forget_signals() -> None:
     """Let what a task forks have the handlers that it would have without a worker."""
-    for signals in _installed:
-        signals.restore()
-    _installed.clear()
+    for restore in _restorers:
+        restore()
+    _restorers.clear()
     _release_signals()
 
 
@@ -6589,23 +6594,15 @@ def _leave_signals_to_worker() -> None:
         for number in (signal.SIGINT, signal.SIGTERM)
         if signal.getsignal(number) != signal.SIG_IGN  # it is inherited as it is
     }
-    held = threading.local()
-
-    def hold() -> None:  # or one that comes right after a fork would do nothing there
-        held.mask = signal.pthread_sigmask(signal.SIG_BLOCK, handlers)
-
-    def release() -> None:
-        signal.pthread_sigmask(signal.SIG_SETMASK, held.mask)
 
     def restore() -> None:
         for number, handler in handlers.items():
             if signal.getsignal(number) is _ignore_signal:  # and not the task's own
                 signal.signal(number, handler)
-        release()
 
     for number in handlers:
         signal.signal(number, _ignore_signal)
-    os.register_at_fork(before=hold, after_in_parent=release, after_in_child=restore)
+    _restorers.append(restore)
 
 
 def _ignore_signal(_number: int, _frame: object) -> None:

@@ -1045,8 +1045,8 @@ HOUSE_PROMISES = {
         SqsBroker.receive SqsBroker.url SqsBroker._find_url _batches""",
     7: """_in_own_context _refresh_django_connections _PerProcess _made_once
         _Brokers.before_fork _Brokers.after_fork _close_sqlite_files
-        _release_sqlite_files _Signals _forget_signals _path_of_children
-        _Child._start_process _ChildProcess.__init__ _serve_worker
+        _release_sqlite_files _Signals _hold_signals _release_signals _forget_signals
+        _path_of_children _Child._start_process _ChildProcess.__init__ _serve_worker
         _leave_signals_to_worker _ignore_signal _die_with_parent""",
 }
 
