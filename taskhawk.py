@@ -6006,7 +6006,7 @@ def _error_record(
     text = json.dumps(record)
     for key in ("traceback", "message"):
         while len(text) > room and record[key]:
-            cut = math.ceil((len(text) - room) / 6)  # a character has 6 bytes at most
+            cut = math.ceil((len(text) - room) / 6)  # bytes of a character, or fewer
             if key == "traceback":
                 record[key] = record[key][cut:]  # its end says most
             else:
