@@ -1707,6 +1707,7 @@ class QueueMessage:
     :ivar message: the decoded message, once it is valid and its task is registered
     :ivar lease_lost: whether others may have received the message; set by the worker
     :ivar max_receive_count: of the queue's redrive policy, where it is known
+    :ivar done_level: at which a run that returned is logged
     """
 
     body: Any
@@ -1722,6 +1723,7 @@ class QueueMessage:
     message: Message | None = None
     lease_lost: bool = False
     max_receive_count: int | None = None
+    done_level: int = logging.DEBUG
     in_lambda: typing.ClassVar[bool] = False  # whether Lambda decides on retries
 
     @property
@@ -4182,18 +4184,18 @@ def _run(received: QueueMessage, began: float) -> None:
     message.received = received
     received.message = message  # from here on, an error is the task's
     _log.debug("Received message", extra={"message_body": received.body})
-    level, end, reason = logging.DEBUG, "done", ""
+    level, outcome, end = received.done_level, "done", "finished"
     try:
         task.call(message, received.receipt_handle)
     except BaseException as error:
         if not _are_all(IgnoreException, error):
             raise
-        level, end, reason = logging.INFO, "ignored", _reason(error)
+        level, outcome, end = logging.INFO, "ignored", f"ignored{_reason(error)}"
     _call_hook("TASKHAWK_POST_PROCESS_HOOK", received)
     if _log.isEnabledFor(level):
-        name = _in_one_line(f"{task.name} {message.id}")
-        facts = _facts(received, end, began)
-        _log.log(level, "%s: %s%s", name, end, reason, extra=facts)
+        facts = _facts(received, outcome, began)
+        text = f"{_name_of(received)}: attempt {received.attempt} {end}"
+        _log.log(level, "%s", text, extra=facts)
 
 
 def _are_all(kind: type[BaseException], error: BaseException) -> bool:
@@ -5546,6 +5548,7 @@ class _Poller:
         )
         for message in messages:
             message.max_receive_count = lease.max_receive_count
+            message.done_level = worker.done_level
         # At once: from here on the keeper extends the leases.
         self._course.take(messages, lease.seconds, asked_at)
         self._faults.worked(self._queue, "receive")
@@ -5581,7 +5584,8 @@ class Worker:
     The options are those of :func:`listen_for_messages`; time is passed in by `clock`,
     and `wait_s` is how long a poll may take. Where runs go on after `grace_s`,
     `on_overdue` is called with the ledger. `liveness_file` is touched after each poll
-    and round of leases. One worker runs once.
+    and round of leases. `done_level` is the level at which a run that returned is
+    logged. One worker runs once.
     """
 
     broker: Broker
@@ -5599,6 +5603,7 @@ class Worker:
     ack_wait_s: float = _ACK_WAIT_S
     on_overdue: Callable[[Ledger], object] | None = None
     liveness_file: str | None = None
+    done_level: int = logging.DEBUG
     clock: Callable[[], float] = time.monotonic
     wait_s: float = _LONG_POLL_S
 
@@ -7981,20 +7986,6 @@ def _play() -> bool:
     return (first.dead_lettered, second.acked) != (1, 1)
 
 
-class _ListenWorker(Worker):
-    """A worker that logs each finished task; processing logs those that failed."""
-
-    def settle(self, held: _Held, outcome: Outcome) -> None:
-        """Do what the outcome says, then log that the task has finished."""
-        super().settle(held, outcome)
-        message = held.message.message
-        if message and outcome.fate is Fate.acknowledge:
-            attempt = held.message.attempt
-            facts = {"task": message.task_name, "id": message.id, "attempt": attempt}
-            name = _name_of(held.message)
-            _log.info("%s: attempt %d finished", name, attempt, extra=facts)
-
-
 @_command(
     "listen",
     _MODULES,
@@ -8054,7 +8045,7 @@ def _listen(arguments: Any) -> bool:
     with _telling_where(_UNREADABLE):
         settings.check()
     priorities = _priorities(arguments.priority)
-    worker = _ListenWorker(
+    worker = Worker(
         _brokers.broker(),
         _queues_of(priorities),
         num_messages=arguments.num_messages,
@@ -8066,6 +8057,7 @@ def _listen(arguments: Any) -> bool:
         grace_s=arguments.grace_s,
         isolate=arguments.isolate,
         liveness_file=arguments.liveness_file,
+        done_level=logging.INFO,
         on_overdue=_exit_overdue,
     )
     _log.info("%s", _served(worker.queues, priorities))

@@ -7052,7 +7052,7 @@ class TestProcessing:
     @pytest.mark.parametrize(
         ("task", "level", "end"),
         [
-            (nothing, logging.DEBUG, "done"),
+            (nothing, logging.DEBUG, "finished"),
             (raising(Ignored()), logging.INFO, "ignored"),
             (raising(group(Ignored(), Ignored(), Ignored())), logging.INFO, "ignored"),
         ],
@@ -7063,7 +7063,7 @@ class TestProcessing:
         assert processing_run(task, 2) == Outcome(Fate.acknowledge)
         assert caplog.record_tuples == [
             ("taskhawk", logging.DEBUG, "Received message"),
-            ("taskhawk", level, f"mail.send {PROCESSING_ID}: {end}"),
+            ("taskhawk", level, f"mail.send {PROCESSING_ID} (message m1): attempt 2 {end}"),
         ]
         assert caplog.records[0].message_body == processing_body()
         record = caplog.records[1]
@@ -7071,7 +7071,7 @@ class TestProcessing:
             "mail.send",
             PROCESSING_ID,
             2,
-            end,
+            {"finished": "done"}.get(end, end),
         )
 
     @pytest.mark.parametrize("where", ["task", "post hook"])
@@ -7438,15 +7438,15 @@ class TestProcessing:
         shown = "1?2026-01-01 ERROR ?[2J?ü" + "x" * 300
         run, message = f"mail.send {shown}"[:200], f"message {shown[:200]}"
         end = "attempt 1 failed and is left to the queue"
-        for fn, text in (
-            (nothing, f"{run}: done"),
-            (raising(Ignored("not\nhere")), f"{run}: ignored: not?here"),
-            (raising(ValueError()), f"{run} ({message}): {end}"),
+        for fn, how in (
+            (nothing, "attempt 1 finished"),
+            (raising(Ignored("not\nhere")), "attempt 1 ignored: not?here"),
+            (raising(ValueError()), end),
         ):
             taskhawk._registry.pop("mail.send", None)
             taskhawk.task(name="mail.send")(fn)
             taskhawk.process(QueueMessage(processing_body(id=forged), forged))
-            assert caplog.messages[-1] == text
+            assert caplog.messages[-1] == f"{run} ({message}): {how}"
         taskhawk.configure(TASKHAWK_PRE_PROCESS_HOOK=raising(ValueError()))
         taskhawk.process(QueueMessage(None, forged))
         assert caplog.messages[-1] == f"{message}: {end}"
@@ -13483,8 +13483,7 @@ class TestCommandLine:
         assert sorted(lines) == [
             "INFO [job.add ID attempt 1] added",
             "INFO job.add ID: attempt 1 finished",
-            "INFO skip ID: attempt 1 finished",
-            "INFO skip ID: ignored",
+            "INFO skip ID: attempt 1 ignored",
         ]
         assert last == (
             "INFO worker ended: 2 received, 2 acked, 0 retried, 0 dead-lettered, 0"
@@ -13496,7 +13495,7 @@ class TestCommandLine:
         ("level", "shown"),
         [
             ("error", []),
-            ("debug", ["DEBUG Received message", "DEBUG job.add ID: done"]),
+            ("debug", ["DEBUG Received message"]),
         ],
     )
     def test_log_level(self, commands, level, shown):
@@ -13949,6 +13948,7 @@ def readme_normalised(text: str) -> str:
     text = re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}", "TIME", text)
     text = re.sub(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", "TIME", text)
     text = re.sub(r"\d+ s ago", "AGE", text)
+    text = re.sub(r'"duration_ms": \d+', "DURATION", text)
     text = re.sub(r"/\S*/\w+\.db", "PATH", text)
     return re.sub(r"(?m)(^Traceback .*\n)(?: .*\n)+", r"\1  ...\n", text)
 
