@@ -5466,8 +5466,7 @@ class _Slot:
     def _run(self, held: _Held) -> None:
         """Run a message, and note what it is to become."""
         try:
-            run = self.child.process if self.child.takes(held.message) else process
-            outcome = run(held.message)
+            outcome = self.child.process(held.message)
             if outcome:
                 self._settle(held, outcome)
         except _CannotStart as error:
@@ -6109,10 +6108,11 @@ def _settings_of_children() -> dict[str, Any]:
             values[name] = _path_of_hook(name, value)
     # Of one source, where another may have a token that does not belong to the key.
     credentials = settings.credentials()
-    values["AWS_ACCESS_KEY"] = credentials.get("aws_access_key_id")
-    values["AWS_SECRET_KEY"] = credentials.get("aws_secret_access_key")
-    values["AWS_SESSION_TOKEN"] = credentials.get("aws_session_token")
-    return values
+    return values | {
+        "AWS_ACCESS_KEY": credentials.get("aws_access_key_id"),
+        "AWS_SECRET_KEY": credentials.get("aws_secret_access_key"),
+        "AWS_SESSION_TOKEN": credentials.get("aws_session_token"),
+    }
 
 
 def _path_of_hook(name: str, hook: Any) -> str:
@@ -6132,7 +6132,7 @@ def _path_of_hook(name: str, hook: Any) -> str:
 
 
 class _Child:
-    """Runs the isolated messages of a slot, in one process after another.
+    """Runs the messages of a slot; isolated ones in one process after another.
 
     One thread calls its methods; any thread may call :meth:`kill`.
 
@@ -6142,50 +6142,38 @@ class _Child:
     """
 
     def __init__(
-        self, start: Mapping[str, Any] | None, max_tasks: int, given_up: threading.Event
+        self, start: Mapping[str, Any], max_tasks: int, given_up: threading.Event
     ) -> None:
-        self._start, self._max_tasks, self._given_up = start or {}, max_tasks, given_up
-        self._isolated = frozenset(self._start.get("isolated", ()))
+        self._start, self._max_tasks, self._given_up = start, max_tasks, given_up
         self._process: _ChildProcess | None = None
         self._runs_left = 0  # until the process is replaced
 
-    def start(self) -> None:
-        """Start a process unless there is one, or raise _CannotStart."""
-        if self._process is None:
-            self._start_process()
-
-    def takes(self, received: QueueMessage) -> bool:
-        """Return whether a message is for an isolated task; note what it decodes to."""
-        if not self._isolated:
-            return False
-        try:
-            message = _decode(received.body)
-            isolated = message.task.name in self._isolated
-        except ValidationError:
-            return False  # process() will say what is wrong with it
-        if isolated:
-            received.message = message
-        return isolated
-
     def process(self, received: QueueMessage) -> Outcome | None:
-        """Run a message that it takes, and decide as :func:`process` does.
+        """Run a message, and decide its fate as :func:`process` does.
 
         :returns: None if the process was killed because the worker's grace is over
         :raises _CannotStart: if the run did not begin, for another reason
         """
-        its_task = typing.cast("Message", received.message).task
-        began = time.monotonic()
+        message = self._find_isolated(received)
+        if message is None:
+            return process(received)
+        received.message = message
         try:
-            running = self._begin(its_task.name, received)
-            began = time.monotonic()  # a new process's imports are not the run's
-            return self._finish(running, its_task, began)
-        except TaskhawkError as failure:
+            running = self._begin(message.task.name, received)
+        except _CannotStart:
             if self._given_up.is_set():
                 return None
-            if isinstance(failure, _CannotStart):
-                raise
-            # Without our own traceback, which says nothing of the failure.
-            return _failed(received, failure.with_traceback(None), began)
+            raise
+        return self._finish(running, message.task, received)
+
+    def start(self) -> _ChildProcess:
+        """Return a process that lives, a new one if need be.
+
+        :raises _CannotStart: if none can import the tasks
+        """
+        if self._process and self._process.has_ended(time.monotonic()):
+            self._end(0)
+        return self._process or self._start_process()
 
     def kill(self) -> None:
         """Kill the process and what it started, also in C code that holds the GIL."""
@@ -6197,44 +6185,34 @@ class _Child:
         """Have the process end, if there is one."""
         self._end(_END_S)
 
-    def _end(self, within_s: float) -> str:
-        """Have the process end, if there is one, and return how it ended."""
-        if self._process is None:
-            return ""
-        how = self._process.end(within_s)
-        self._process = None  # only now: kill() may be called while it ends
-        return how
+    def _find_isolated(self, received: QueueMessage) -> Message | None:
+        """Return the decoded message if its task is isolated."""
+        if not self._start:
+            return None
+        try:
+            message = _decode(received.body)
+            isolated = message.task.name in self._start["isolated"]
+        except ValidationError:
+            return None  # process() will say what is wrong with it
+        return message if isolated else None
 
     def _begin(self, name: str, received: QueueMessage) -> _ChildProcess:
-        """Return a process that has begun to run a message.
-
-        :raises _CannotStart: if none can begin
-        :raises TaskNotFound: if the process does not know the task
-        """
+        """Return a process that has begun to run a message, or raise _CannotStart."""
         request = {
             field: value
             for field, value in vars(received).items()
             if field not in ("broker", "message")
         }
-        how = ""
-        for _ in range(2):  # the process may have died since its last run
-            running = self._process or self._start_process()
-            if name in running.unknown:
-                modules = ", ".join(self._start["modules"])
-                received.message = None  # as any message whose task is unknown
-                raise TaskNotFound(
-                    f"{name} is not declared where a child imports {modules}: "
-                    "declare it in a module, not in a function that the worker calls"
-                )
-            until = time.monotonic() + _START_S
-            try:
-                running.tell(request, until)
-                running.hear("began", until)
-            except (OSError, ValueError):
-                how = self._end(_CRASH_S)
-            else:
-                return running
-        raise _CannotStart(f"{name}: its process ended before the run began: {how}")
+        running = self.start()
+        until = time.monotonic() + _START_S
+        try:
+            running.tell(request, until)
+            running.hear("began", until)
+        except (OSError, ValueError):
+            how = self._end(_CRASH_S)
+            text = f"{name}: its process ended before the run began: {how}"
+            raise _CannotStart(text) from None
+        return running
 
     def _start_process(self) -> _ChildProcess:
         """Start a process and have it import the tasks, or raise _CannotStart."""
@@ -6249,7 +6227,7 @@ class _Child:
         try:
             started.tell(self._start["path"], until)
             started.tell(self._start, until)
-            failure, started.unknown = started.hear("imported", until)
+            [failure] = started.hear("imported", until)
         except TimeoutError:
             failure = f"it takes longer than {_START_S} s"
         except (OSError, ValueError):
@@ -6261,34 +6239,39 @@ class _Child:
         return started
 
     def _finish(
-        self, running: _ChildProcess, its_task: Task[Any, Any], began: float
-    ) -> Outcome:
-        """Return how a run that began has ended.
-
-        :raises TimeLimitExceeded: if it took longer; it is killed
-        :raises ChildCrashed: if its process ended, or said what is no answer
-        """
-        name, limit_s = its_task.name, its_task.time_limit
-        until = math.inf if limit_s is None else began + limit_s
+        self, running: _ChildProcess, its_task: Task[Any, Any], received: QueueMessage
+    ) -> Outcome | None:
+        """Return how a run that began has ended; None if the grace is over."""
+        name, limit_s, began = its_task.name, its_task.time_limit, time.monotonic()
+        failure: TaskhawkError
         try:
-            outcome = _to_outcome(running.hear("ended", until))
+            outcome = _to_outcome(running.hear("ended", began + (limit_s or math.inf)))
         except TimeoutError:
             self._end(0)
-            raise TimeLimitExceeded(
-                f"{name} ran longer than its time limit of {limit_s:g} s"
-            ) from None
+            text = f"{name} ran longer than its time limit of {limit_s:g} s"
+            failure = TimeLimitExceeded(text)
         except OSError:
-            how = self._end(_CRASH_S)
-            raise ChildCrashed(f"{name}: its process ended: {how}") from None
+            failure = ChildCrashed(f"{name}: its process ended: {self._end(_CRASH_S)}")
         except ValueError:
             self._end(0)
-            raise ChildCrashed(
-                f"{name}: its process wrote to the socket of its worker"
-            ) from None
-        self._runs_left -= 1
-        if not self._runs_left:
-            self.close()
-        return outcome
+            text = f"{name}: its process wrote to the socket of its worker"
+            failure = ChildCrashed(text)
+        else:
+            self._runs_left -= 1
+            if not self._runs_left:
+                self.close()
+            return outcome
+        if self._given_up.is_set():
+            return None
+        return _failed(received, failure, began)
+
+    def _end(self, within_s: float) -> str:
+        """Have the process end, if there is one, and return how it ended."""
+        if self._process is None:
+            return ""
+        how = self._process.end(within_s)
+        self._process = None  # only now: kill() may be called while it ends
+        return how
 
 
 class _ChildProcess:
@@ -6301,11 +6284,9 @@ class _ChildProcess:
         import socket
 
         subprocess: Any = importlib.import_module("subprocess")
-        self.unknown: list[str] = []  # isolated tasks that it did not find
         # Held to kill and to reap: what was reaped has a number that may be used again.
         self._lock = threading.Lock()
         self._socket, theirs = socket.socketpair()
-        self._lines = self._socket.makefile("rb")
         number = theirs.fileno()
         program = [__name__, "_child", str(number), str(os.getpid())]
         # Such as -O and -W; multiprocessing takes them from there, too.
@@ -6319,8 +6300,9 @@ class _ChildProcess:
                     pass_fds=[number],
                 )
             except OSError:
-                self._close()
+                self._socket.close()
                 raise
+        self._lines = self._socket.makefile("rb")
 
     def tell(self, value: object, until: float) -> None:
         """Send it a line of JSON; raise OSError if it has ended, or time is up."""
@@ -6359,10 +6341,11 @@ class _ChildProcess:
         with contextlib.suppress(OSError, ValueError):
             self._socket.shutdown(1)  # SHUT_WR: it ends when it has read all
             self.hear("nothing", until)  # but log records, and then that it has ended
-        if not self._has_ended(until):  # a thread that a task left behind goes on, say
+        if not self.has_ended(until):  # a thread that a task left behind goes on, say
             self.kill()
-            self._has_ended(math.inf)
-        self._close()
+            self.has_ended(math.inf)
+        self._lines.close()
+        self._socket.close()
         return _how_it_ended(self._process.returncode)
 
     def _wait_at_most(self, until: float) -> None:
@@ -6372,13 +6355,8 @@ class _ChildProcess:
             raise TimeoutError
         self._socket.settimeout(None if until == math.inf else left_s)
 
-    def _close(self) -> None:
-        """Let go of the socket."""
-        self._lines.close()
-        self._socket.close()
-
-    def _has_ended(self, until: float) -> bool:
-        """Return whether it has ended, and wait for that until a time."""
+    def has_ended(self, until: float) -> bool:
+        """Wait for its end, at most until a time; return whether it has ended."""
         while True:
             with self._lock:
                 code = self._process.poll()
@@ -6477,10 +6455,9 @@ def _serve_worker(argv: Sequence[str]) -> int:
         try:
             _import_tasks(start, report)
         except BaseException as error:  # SystemExit too
-            report.tell("imported", _where_raised(error), [])
+            report.tell("imported", _where_raised(error))
             return 1
-        unknown = [name for name in start["isolated"] if name not in _registry]
-        report.tell("imported", "", unknown)
+        report.tell("imported", "")
         while line := lines.readline():
             report.tell("began")
             received = QueueMessage(**json.loads(line), broker=_broker_of_child())
@@ -6543,6 +6520,14 @@ def _import_tasks(start: Mapping[str, Any], report: logging.Handler) -> None:
     configure(start["settings"])
     _log_only_to(report, start["level"])
     _broker_of_child()
+    unknown = [name for name in start["isolated"] if name not in _registry]
+    if unknown:
+        # Their messages are left to the queue, as those of any unknown task.
+        _log.error(
+            "a child can't run %s: declare it in a module, not in a function that the "
+            "worker calls",
+            ", ".join(unknown),
+        )
 
 
 def _broker_of_child() -> Broker | None:
@@ -6554,12 +6539,11 @@ def _broker_of_child() -> Broker | None:
 
 def _where_raised(error: BaseException) -> str:
     """Return an error's type, text and place in one line."""
-    places = [
+    last = next(
         place
-        for place in traceback.extract_tb(error.__traceback__)
+        for place in reversed(traceback.extract_tb(error.__traceback__))
         if not place.filename.startswith("<frozen ")
-    ]
-    last = places[-1]
+    )
     return f"{type(error).__name__}: {_text_of(error)} ({last.filename}:{last.lineno})"
 
 
