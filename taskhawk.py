@@ -88,11 +88,12 @@ What to read for each promise, and how many statements that is
         _Poller._receive, _pause_s, _Holdings._decide, _Holdings._hurry, _Calls.next,
         _Calls._due_ends, _Calls._extended, _Leases, _Keeper._wait, _Keeper._make,
         SqsBroker.receive, SqsBroker.url, SqsBroker._find_url, _batches
-    7 (187): _in_own_context, _refresh_django_connections, _PerProcess, _made_once,
+    7 (190): _in_own_context, _refresh_django_connections, _PerProcess, _made_once,
         _Brokers.before_fork, _Brokers.after_fork, _close_sqlite_files,
-        _release_sqlite_files, _Signals, _forget_signals, _path_of_children,
-        _Child._start_process, _ChildProcess.__init__, _serve_worker,
-        _leave_signals_to_worker, _ignore_signal, _die_with_parent
+        _release_sqlite_files, _Signals, _hold_signals, _release_signals,
+        _forget_signals, _path_of_children, _Child._start_process,
+        _ChildProcess.__init__, _serve_worker, _leave_signals_to_worker, _ignore_signal,
+        _die_with_parent
 
 Parts and rooms; the file still works if cut before part IV, V or VI
     I meaning
@@ -312,7 +313,9 @@ class PartialFailure(TaskhawkError):
         self.success_count = len(result["Successful"])
         self.failure_count = len(result["Failed"])
         self.unsent = list(unsent)
-        super().__init__(*(args or [self._summary()]))
+        if not args:
+            args = (self._summary(),)
+        super().__init__(*args)
 
     def _summary(self) -> str:
         """Return how many messages failed, and the codes that say why."""
@@ -432,12 +435,11 @@ def _passed_a_handler(error: BaseException) -> bool:
     """
     for frame, _ in traceback.walk_tb(error.__traceback__):
         names, rest, _, values = inspect.getargvalues(frame)
-        given = [values.get(name) for name in names]
+        given = list(map(values.get, names))
         others = values.get(str(rest))
         if isinstance(others, tuple):
             given += others
-        caller = frame.f_back
-        if caller and any(each is caller for each in given):
+        if frame.f_back in list(filter(inspect.isframe, given)):
             return True
     return False
 
@@ -462,7 +464,7 @@ _OWN_PATHS = {
 
 
 class _Illegal(ValueError):
-    """A value breaks the rule of its setting."""
+    """A value breaks the rule of its setting; the text may say more."""
 
 
 class _Rule(NamedTuple):
@@ -625,32 +627,28 @@ class _Source(NamedTuple):
     get: Callable[[str], Any]  # returns a setting's raw value, or None
 
     def read(self, name: str) -> Any:
-        """Return a setting as its rule makes it, or None if it is not set here."""
-        value = self.get(name)
-        rule = _SETTINGS[name].rule
-        # An empty text means false, but it is not the name of anything.
-        if value is None or (value == "" and rule is not _FLAG):
-            return None
-        if isinstance(value, str) and _UNCLEAN.search(value):
-            reason = "it has outer spaces, or control characters such as a line break"
-            raise self._illegal(name, value, reason)
-        try:
-            return rule.parse(value)
-        except _Illegal as error:
-            raise self._illegal(name, value) from error
-        except (ImportError, AttributeError) as error:
-            raise self._illegal(name, value, str(error)) from error
+        """Return a setting as its rule makes it, or None if it is not set here.
 
-    def _illegal(self, name: str, value: Any, reason: str = "") -> ConfigurationError:
-        """Return the error for a value that breaks its rule; it shows no secret."""
-        shown = repr(value)
-        if name in _SECRETS:
-            shown = type(value).__name__
-        if reason:
-            shown += f" ({reason})"
-        return ConfigurationError(
-            f"{name} in {self.where}: expected {_SETTINGS[name].expected}, got {shown}"
-        )
+        :raises ConfigurationError: if the value breaks the rule; it shows no secret
+        """
+        setting = _SETTINGS[name]
+        value = self.get(name)
+        # An empty text means false, but it is not the name of anything.
+        if value is None or (value == "" and setting.rule is not _FLAG):
+            return None
+        try:
+            if isinstance(value, str) and _UNCLEAN.search(value):
+                raise _Illegal(
+                    "it has outer spaces, or control characters such as a line break"
+                )
+            return setting.rule.parse(value)
+        except (_Illegal, ImportError, AttributeError) as error:
+            shown = type(value).__name__ if name in _SECRETS else repr(value)
+            if str(error):
+                shown += f" ({error})"
+            raise ConfigurationError(
+                f"{name} in {self.where}: expected {setting.expected}, got {shown}"
+            ) from error
 
 
 class _Settings:
@@ -1071,14 +1069,11 @@ def _fits(value: Any, schema: Mapping[str, Any]) -> bool:
         return False
     if kind == "number":
         return bool(schema["minimum"] <= value <= schema["maximum"])
-    if kind != "string":
-        return True
     if "enum" in schema:
         return bool(value in schema["enum"])
     if "pattern" in schema:
         return re.search(schema["pattern"], value) is not None
-    shortest: int = schema.get("minLength", 0)
-    return len(value) >= shortest
+    return bool(value) or "minLength" not in schema  # which is 1
 
 
 def _mismatch(path: str, schema: Mapping[str, Any], shown: str) -> ValidationError:
@@ -1156,15 +1151,6 @@ class Message:  # noqa: PLW1641 - it may change, so it is no key of a dict
     delay_s: float = 0  #: seconds for which the queue holds it back; not on the wire
     received: QueueMessage | None = None  #: what it arrived as; None where it was made
 
-    id: str
-    priority: Priority  #: the queue that it goes through
-    timestamp: int  #: when it was dispatched, in epoch milliseconds
-    version: str  #: of the format
-    headers: dict[str, Any]
-    task_name: str  #: of a task that need not be registered here
-    args: list[Any]
-    kwargs: dict[str, Any]
-
     def __init__(self, data: Mapping[str, Any]) -> None:
         _validate(data, SCHEMA)
         self._take(data)
@@ -1172,14 +1158,19 @@ class Message:  # noqa: PLW1641 - it may change, so it is no key of a dict
     def _take(self, data: Mapping[str, Any]) -> None:
         """Take over valid data; keys that the format does not have are dropped."""
         metadata = data["metadata"]
-        self.id = data["id"]
+        self.id: str = data["id"]
+        #: the queue that it goes through
         self.priority = Priority[metadata.get("priority", "default")]
+        #: when it was dispatched, in epoch milliseconds
         self.timestamp = _epoch_ms(metadata["timestamp"])
-        self.version = metadata["version"]
-        self.headers = data["headers"]
-        self.task_name = data["task"]
-        self.args = list(data["args"])  # it may be a tuple, which JSON does not have
-        self.kwargs = data["kwargs"]
+        #: of the format
+        self.version: str = metadata["version"]
+        self.headers: dict[str, Any] = data["headers"]
+        #: of a task that need not be registered here
+        self.task_name: str = data["task"]
+        # A list, even of a tuple: JSON has no tuples.
+        self.args: list[Any] = list(data["args"])
+        self.kwargs: dict[str, Any] = data["kwargs"]
 
     @classmethod
     def new(
@@ -1701,6 +1692,7 @@ class QueueMessage:
     :ivar message: the decoded message, once it is valid and its task is registered
     :ivar lease_lost: whether others may have received the message; set by the worker
     :ivar max_receive_count: of the queue's redrive policy, where it is known
+    :ivar done_level: at which a run that returned is logged
     """
 
     body: Any
@@ -1716,6 +1708,7 @@ class QueueMessage:
     message: Message | None = None
     lease_lost: bool = False
     max_receive_count: int | None = None
+    done_level: int = logging.DEBUG
     in_lambda: typing.ClassVar[bool] = False  # whether Lambda decides on retries
 
     @property
@@ -3172,7 +3165,7 @@ class Task(Generic[_P, _R]):
         #: whether the function is given ``headers``
         self.accepts_headers = "headers" in self._given_by_worker
         # Cached: the signature's bind() takes as long as the rest of a dispatch.
-        self._check_shape = functools.lru_cache(self._bind_shape)
+        self._check_call = functools.lru_cache(self._bind)
         #: seconds from a failed run to the next, as a function of the attempt
         self.retry: Callable[[int], float] | None = None
         #: the exceptions after which a run is repeated
@@ -3218,15 +3211,13 @@ class Task(Generic[_P, _R]):
         """Return an invocation whose messages the queue holds back for so long."""
         return self._invocation.with_delay(delay)
 
-    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Check that the worker can call the function with these arguments.
+    def _bind(self, count: int, *names: str) -> None:
+        """Check that the worker can call the function with such arguments.
 
+        :param count: of positional arguments: their values decide nothing
+        :param names: of keyword arguments
         :raises TypeError: if that call would fail
         """
-        self._check_shape(len(args), *kwargs)
-
-    def _bind_shape(self, count: int, *names: str) -> None:
-        """Check the number of arguments and their names: nothing else decides."""
         for name in sorted(self._given_by_worker.intersection(names)):
             raise TypeError(
                 f"{self.name}: {name!r} is given by the worker: leave it out"
@@ -3544,11 +3535,36 @@ def _is_method(fn: Any) -> bool:
     return next(iter(parameters), None) == "self"
 
 
-def _flaw_of_options(**options: Any) -> str:
+def _flaw_of_options(
+    *,
+    name: object,
+    priority: object,
+    retry: object,
+    retry_on: object,
+    never_retry_on: object,
+    time_limit: object,
+) -> str:
     """Return which option of :func:`task` is wrong and what is right, or ""."""
-    for option, value in options.items():
-        is_right, expected = _OPTIONS[option]
-        if not is_right(value):
+    rows = [
+        ("name", name, isinstance(name, str | None), "a string"),
+        ("priority", priority, isinstance(priority, Priority), "a taskhawk.Priority"),
+        ("retry", retry, retry is None or callable(retry), "a function of the attempt"),
+        ("retry_on", retry_on, _are_exceptions(retry_on), "exceptions"),
+        (
+            "never_retry_on",
+            never_retry_on,
+            _are_exceptions(never_retry_on),
+            "exceptions",
+        ),
+        (
+            "time_limit",
+            time_limit,
+            time_limit is None or _is_above_zero(time_limit),
+            "a number of seconds above 0",
+        ),
+    ]
+    for option, value, is_right, expected in rows:
+        if not is_right:
             return f"has {option}={value!r}: expected {expected}"
     return ""
 
@@ -3563,20 +3579,6 @@ def _are_exceptions(kinds: object) -> bool:
 def _is_above_zero(value: object) -> bool:
     """Return whether this is a number above 0, and finite."""
     return _is_number(value) and 0 < value < math.inf
-
-
-# The options of task(): what is right, and how an error says so.
-_OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "name": (lambda it: isinstance(it, str | None), "a string"),
-    "priority": (lambda it: isinstance(it, Priority), "a taskhawk.Priority"),
-    "retry": (lambda it: it is None or callable(it), "a function of the attempt"),
-    "retry_on": (_are_exceptions, "exceptions"),
-    "never_retry_on": (_are_exceptions, "exceptions"),
-    "time_limit": (
-        lambda it: it is None or _is_above_zero(it),
-        "a number of seconds above 0",
-    ),
-}
 
 
 def _make_task(fn: Any, priority: Priority, name: str) -> Task[Any, Any]:
@@ -3772,7 +3774,7 @@ class AsyncInvocation(Generic[_P]):
 
     def _message(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Message:
         """Make the message of a call, once it is known that the worker can make it."""
-        self.task.bind(args, kwargs)
+        self.task._check_call(len(args), *kwargs)  # noqa: SLF001 - its own
         message = Message.new(
             self.task.name,
             args,
@@ -4090,9 +4092,9 @@ __all__ += [
 # --- 13. processing -------------------------------------------------------------------
 # process() is the ONE place that decides what becomes of a message, and _verdict() is
 # its table. It does no queue I/O: the worker and Lambda apply its Outcome. It raises
-# only what is to end the process: Control-C, and the exit of a signal handler. A run
-# leaves one log record, in one line but for the task's own text and traceback; what is
-# no valid message leaves one in ten seconds for each class of error.
+# only what must end the process: Control-C, and the exit of a signal handler. Each run
+# leaves one log record, on one line but for the task's own text and traceback; invalid
+# messages leave one in ten seconds for each class of error.
 
 
 class Fate(enum.Enum):
@@ -4144,27 +4146,27 @@ def process(received: QueueMessage) -> Outcome:
 
 
 def _run(received: QueueMessage, began: float) -> None:
-    """Run the hooks and the task; all that they raise goes on but IgnoreException."""
+    """Run the hooks and the task, and catch nothing but the task's IgnoreException."""
     _call_hook("TASKHAWK_PRE_PROCESS_HOOK", received)
     message = _decode(received.body)
     task = message.task
     received.message = message  # from here on, an error is the task's
     message.received = received
     _log.debug("Received message", extra={"message_body": received.body})
-    level, end, reason = logging.DEBUG, "done", ""
+    level, outcome, end = received.done_level, "done", "finished"
     try:
         task.call(message, received.receipt_handle)
     except BaseException as error:
         if not _are_all(IgnoreException, error):
             raise
-        level, end, reason = logging.INFO, "ignored", _reason(error)
+        level, outcome, end = logging.INFO, "ignored", f"ignored{_reason(error)}"
     finally:
         message.received = None  # else a cycle keeps the body until it is collected
     _call_hook("TASKHAWK_POST_PROCESS_HOOK", received)
     if _log.isEnabledFor(level):
-        name = _in_one_line(f"{task.name} {message.id}")
-        facts = _facts(received, end, began)
-        _log.log(level, "%s: %s%s", name, end, reason, extra=facts)
+        facts = _facts(received, outcome, began)
+        text = f"{_name_of(received)}: attempt {received.attempt} {end}"
+        _log.log(level, "%s", text, extra=facts)
 
 
 def _are_all(kind: type[BaseException], error: BaseException) -> bool:
@@ -4194,8 +4196,8 @@ def _failed(received: QueueMessage, raised: BaseException, began: float) -> Outc
             return outcome
         _log.error("%s", text, extra=facts)
     elif outcome.fate is Fate.retry and _are_all(RetryException, error):
-        text = _sentence(received, "asked to be retried", outcome)
-        _log.info("%s%s", text, _reason(error), extra=facts)
+        text = _sentence(received, "asked to be retried", outcome) + _reason(error)
+        _log.info("%s", text, extra=facts)
         return outcome
     elif spoken:
         facts |= _extra_of(spoken[0])
@@ -4239,7 +4241,7 @@ def _is_invalid(received: QueueMessage, error: BaseException) -> bool:
 
 
 def _wanted(received: QueueMessage, error: BaseException) -> Outcome:
-    """Return what is wanted for a failed run's message, were receives unlimited."""
+    """Decide as if the queue allowed any number of receives."""
     leaves = list(_leaves(error))
     delay_s = _asked_delay_s(leaves)
     if received.message is None:
@@ -4327,7 +4329,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _in_one_line(text: str) -> str:
-    """Return text for a log: one line, not a long one, as free text may forge lines."""
+    """Return free text as one short line: it can neither forge nor fill a log."""
     return "".join(c if c.isprintable() else "?" for c in text[:200])
 
 
@@ -5121,6 +5123,7 @@ class _Signals:
             self._pipe[1], warn_on_full_buffer=False
         )
         _installed.append(self)
+        _restorers.append(self.restore)
         for number in self._replaced:
             signal.signal(number, self._note)
 
@@ -5129,6 +5132,7 @@ class _Signals:
             return
         self.restore()
         _installed.remove(self)
+        _restorers.remove(self.restore)
         self._read()
         for descriptor in self._pipe:
             os.close(descriptor)
@@ -5177,6 +5181,8 @@ class _Signals:
 
 
 _installed: list[_Signals] = []  # of the worker in the main thread, if there is one
+# Each gives what a task forks the handlers that it would have without a worker.
+_restorers: list[Callable[[], None]] = []
 _forking = threading.local()  # `mask`: the signals that were blocked before a fork
 
 
@@ -5193,9 +5199,9 @@ def _release_signals() -> None:
 
 def _forget_signals() -> None:
     """Let what a task forks have the handlers that it would have without a worker."""
-    for signals in _installed:
-        signals.restore()
-    _installed.clear()
+    for restore in _restorers:
+        restore()
+    _restorers.clear()
     _release_signals()
 
 
@@ -5541,9 +5547,7 @@ class _Slot:
         """Run a message, in the child if it is for that."""
         worker = os.getpid()
         try:
-            if self.child.takes(received):
-                return self.child.process(received)
-            return process(received)
+            return self.child.process(received)
         finally:
             if os.getpid() != worker:
                 # A process that the task forked came back from it. The message is its
@@ -5624,6 +5628,7 @@ class _Poller:
             self.is_polling = False
         for message in messages:
             message.max_receive_count = lease.max_receive_count
+            message.done_level = worker.done_level
         # At once: from here on the keeper extends the leases.
         self._course.take(messages, lease.seconds, asked_at)
         self._faults.worked(self._queue, "receive")
@@ -5659,7 +5664,8 @@ class Worker:
     The options are those of :func:`listen_for_messages`; time is passed in by `clock`,
     and `wait_s` is how long a poll may take. Where runs go on after `grace_s`,
     `on_overdue` is called with the ledger. `liveness_file` is touched after each poll
-    and round of leases. One worker runs once.
+    and round of leases. `done_level` is the level at which a run that returned is
+    logged. One worker runs once.
     """
 
     broker: Broker
@@ -5677,6 +5683,7 @@ class Worker:
     ack_wait_s: float = _ACK_WAIT_S
     on_overdue: Callable[[Ledger], object] | None = None
     liveness_file: str | None = None
+    done_level: int = logging.DEBUG
     clock: Callable[[], float] = time.monotonic
     wait_s: float = _LONG_POLL_S
 
@@ -6072,7 +6079,7 @@ class _JsonFormatter(logging.Formatter):
 
 
 class _TextFormatter(logging.Formatter):
-    """One line of text, with the task that a record was made in, unless it names it."""
+    """Writes a record as text, and adds the task it was made in unless the text has."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's
         """Return time, level, task and message; asctime is in the format given."""
@@ -6095,7 +6102,7 @@ class _LineFormatter(logging.Formatter):
 
 
 def _log_again(fields: Mapping[str, Any]) -> None:
-    """Log in the worker what a child has logged, if the worker's levels let it."""
+    """Log in the worker what a child has logged, if the worker's levels allow it."""
     record = logging.makeLogRecord(fields)
     logger = logging.getLogger(record.name)
     if logger.isEnabledFor(record.levelno):
@@ -6198,10 +6205,11 @@ def _settings_of_children() -> dict[str, Any]:
             values[name] = _path_of_hook(name, value)
     # Of one source, where another may have a token that does not belong to the key.
     credentials = settings.credentials()
-    values["AWS_ACCESS_KEY"] = credentials.get("aws_access_key_id")
-    values["AWS_SECRET_KEY"] = credentials.get("aws_secret_access_key")
-    values["AWS_SESSION_TOKEN"] = credentials.get("aws_session_token")
-    return values
+    return values | {
+        "AWS_ACCESS_KEY": credentials.get("aws_access_key_id"),
+        "AWS_SECRET_KEY": credentials.get("aws_secret_access_key"),
+        "AWS_SESSION_TOKEN": credentials.get("aws_session_token"),
+    }
 
 
 def _path_of_hook(name: str, hook: Any) -> str:
@@ -6221,7 +6229,7 @@ def _path_of_hook(name: str, hook: Any) -> str:
 
 
 class _Child:
-    """Runs the isolated messages of a slot, in one process after another.
+    """Runs the messages of a slot; isolated ones in one process after another.
 
     One thread calls its methods; any thread may call :meth:`kill`.
 
@@ -6231,50 +6239,38 @@ class _Child:
     """
 
     def __init__(
-        self, start: Mapping[str, Any] | None, max_tasks: int, given_up: threading.Event
+        self, start: Mapping[str, Any], max_tasks: int, given_up: threading.Event
     ) -> None:
-        self._start, self._max_tasks, self._given_up = start or {}, max_tasks, given_up
-        self._isolated = frozenset(self._start.get("isolated", ()))
+        self._start, self._max_tasks, self._given_up = start, max_tasks, given_up
         self._process: _ChildProcess | None = None
         self._runs_left = 0  # until the process is replaced
 
-    def start(self) -> None:
-        """Start a process unless there is one, or raise _CannotStart."""
-        if self._process is None:
-            self._start_process()
-
-    def takes(self, received: QueueMessage) -> bool:
-        """Return whether a message is for an isolated task; note what it decodes to."""
-        if not self._isolated:
-            return False
-        try:
-            message = _decode(received.body)
-            isolated = message.task.name in self._isolated
-        except ValidationError:
-            return False  # process() will say what is wrong with it
-        if isolated:
-            received.message = message
-        return isolated
-
     def process(self, received: QueueMessage) -> Outcome | None:
-        """Run a message that it takes, and decide as :func:`process` does.
+        """Run a message, and decide its fate as :func:`process` does.
 
         :returns: None if the process was killed because the worker's grace is over
         :raises _CannotStart: if the run did not begin, for another reason
         """
-        its_task = typing.cast("Message", received.message).task
-        began = time.monotonic()
+        message = self._find_isolated(received)
+        if message is None:
+            return process(received)
+        received.message = message
         try:
-            running = self._begin(its_task.name, received)
-            began = time.monotonic()  # a new process's imports are not the run's
-            return self._finish(running, its_task, began)
-        except TaskhawkError as failure:
+            running = self._begin(message.task.name, received)
+        except _CannotStart:
             if self._given_up.is_set():
                 return None
-            if isinstance(failure, _CannotStart):
-                raise
-            # Without our own traceback, which says nothing of the failure.
-            return _failed(received, failure.with_traceback(None), began)
+            raise
+        return self._finish(running, message.task, received)
+
+    def start(self) -> _ChildProcess:
+        """Return a process that lives, a new one if need be.
+
+        :raises _CannotStart: if none can import the tasks
+        """
+        if self._process and self._process.has_ended(time.monotonic()):
+            self._end(0)
+        return self._process or self._start_process()
 
     def kill(self) -> None:
         """Kill the process and what it started, also in C code that holds the GIL."""
@@ -6286,44 +6282,34 @@ class _Child:
         """Have the process end, if there is one."""
         self._end(_END_S)
 
-    def _end(self, within_s: float) -> str:
-        """Have the process end, if there is one, and return how it ended."""
-        if self._process is None:
-            return ""
-        how = self._process.end(within_s)
-        self._process = None  # only now: kill() may be called while it ends
-        return how
+    def _find_isolated(self, received: QueueMessage) -> Message | None:
+        """Return the decoded message if its task is isolated."""
+        if not self._start:
+            return None
+        try:
+            message = _decode(received.body)
+            isolated = message.task.name in self._start["isolated"]
+        except ValidationError:
+            return None  # process() will say what is wrong with it
+        return message if isolated else None
 
     def _begin(self, name: str, received: QueueMessage) -> _ChildProcess:
-        """Return a process that has begun to run a message.
-
-        :raises _CannotStart: if none can begin
-        :raises TaskNotFound: if the process does not know the task
-        """
+        """Return a process that has begun to run a message, or raise _CannotStart."""
         request = {
             field: value
             for field, value in vars(received).items()
             if field not in ("broker", "message")
         }
-        how = ""
-        for _ in range(2):  # the process may have died since its last run
-            running = self._process or self._start_process()
-            if name in running.unknown:
-                modules = ", ".join(self._start["modules"])
-                received.message = None  # as any message whose task is unknown
-                raise TaskNotFound(
-                    f"{name} is not declared where a child imports {modules}: "
-                    "declare it in a module, not in a function that the worker calls"
-                )
-            until = time.monotonic() + _START_S
-            try:
-                running.tell(request, until)
-                running.hear("began", until)
-            except (OSError, ValueError):
-                how = self._end(_CRASH_S)
-            else:
-                return running
-        raise _CannotStart(f"{name}: its process ended before the run began: {how}")
+        running = self.start()
+        until = time.monotonic() + _START_S
+        try:
+            running.tell(request, until)
+            running.hear("began", until)
+        except (OSError, ValueError):
+            how = self._end(_CRASH_S)
+            text = f"{name}: its process ended before the run began: {how}"
+            raise _CannotStart(text) from None
+        return running
 
     def _start_process(self) -> _ChildProcess:
         """Start a process and have it import the tasks, or raise _CannotStart."""
@@ -6338,7 +6324,7 @@ class _Child:
         try:
             started.tell(self._start["path"], until)
             started.tell(self._start, until)
-            failure, started.unknown = started.hear("imported", until)
+            [failure] = started.hear("imported", until)
         except TimeoutError:
             failure = f"it takes longer than {_START_S} s"
         except (OSError, ValueError):
@@ -6350,34 +6336,39 @@ class _Child:
         return started
 
     def _finish(
-        self, running: _ChildProcess, its_task: Task[Any, Any], began: float
-    ) -> Outcome:
-        """Return how a run that began has ended.
-
-        :raises TimeLimitExceeded: if it took longer; it is killed
-        :raises ChildCrashed: if its process ended, or said what is no answer
-        """
-        name, limit_s = its_task.name, its_task.time_limit
-        until = math.inf if limit_s is None else began + limit_s
+        self, running: _ChildProcess, its_task: Task[Any, Any], received: QueueMessage
+    ) -> Outcome | None:
+        """Return how a run that began has ended; None if the grace is over."""
+        name, limit_s, began = its_task.name, its_task.time_limit, time.monotonic()
+        failure: TaskhawkError
         try:
-            outcome = _to_outcome(running.hear("ended", until))
+            outcome = _to_outcome(running.hear("ended", began + (limit_s or math.inf)))
         except TimeoutError:
             self._end(0)
-            raise TimeLimitExceeded(
-                f"{name} ran longer than its time limit of {limit_s:g} s"
-            ) from None
+            text = f"{name} ran longer than its time limit of {limit_s:g} s"
+            failure = TimeLimitExceeded(text)
         except OSError:
-            how = self._end(_CRASH_S)
-            raise ChildCrashed(f"{name}: its process ended: {how}") from None
+            failure = ChildCrashed(f"{name}: its process ended: {self._end(_CRASH_S)}")
         except ValueError:
             self._end(0)
-            raise ChildCrashed(
-                f"{name}: its process wrote to the socket of its worker"
-            ) from None
-        self._runs_left -= 1
-        if not self._runs_left:
-            self.close()
-        return outcome
+            text = f"{name}: its process wrote to the socket of its worker"
+            failure = ChildCrashed(text)
+        else:
+            self._runs_left -= 1
+            if not self._runs_left:
+                self.close()
+            return outcome
+        if self._given_up.is_set():
+            return None
+        return _failed(received, failure, began)
+
+    def _end(self, within_s: float) -> str:
+        """Have the process end, if there is one, and return how it ended."""
+        if self._process is None:
+            return ""
+        how = self._process.end(within_s)
+        self._process = None  # only now: kill() may be called while it ends
+        return how
 
 
 class _ChildProcess:
@@ -6390,11 +6381,9 @@ class _ChildProcess:
         import socket
 
         subprocess: Any = importlib.import_module("subprocess")
-        self.unknown: list[str] = []  # isolated tasks that it did not find
         # Held to kill and to reap: what was reaped has a number that may be used again.
         self._lock = threading.Lock()
         self._socket, theirs = socket.socketpair()
-        self._lines = self._socket.makefile("rb")
         number = theirs.fileno()
         program = [__name__, "_child", str(number), str(os.getpid())]
         # Such as -O and -W; multiprocessing takes them from there, too.
@@ -6408,8 +6397,9 @@ class _ChildProcess:
                     pass_fds=[number],
                 )
             except OSError:
-                self._close()
+                self._socket.close()
                 raise
+        self._lines = self._socket.makefile("rb")
 
     def tell(self, value: object, until: float) -> None:
         """Send it a line of JSON; raise OSError if it has ended, or time is up."""
@@ -6448,10 +6438,11 @@ class _ChildProcess:
         with contextlib.suppress(OSError, ValueError):
             self._socket.shutdown(1)  # SHUT_WR: it ends when it has read all
             self.hear("nothing", until)  # but log records, and then that it has ended
-        if not self._has_ended(until):  # a thread that a task left behind goes on, say
+        if not self.has_ended(until):  # a thread that a task left behind goes on, say
             self.kill()
-            self._has_ended(math.inf)
-        self._close()
+            self.has_ended(math.inf)
+        self._lines.close()
+        self._socket.close()
         return _how_it_ended(self._process.returncode)
 
     def _wait_at_most(self, until: float) -> None:
@@ -6461,13 +6452,8 @@ class _ChildProcess:
             raise TimeoutError
         self._socket.settimeout(None if until == math.inf else left_s)
 
-    def _close(self) -> None:
-        """Let go of the socket."""
-        self._lines.close()
-        self._socket.close()
-
-    def _has_ended(self, until: float) -> bool:
-        """Return whether it has ended, and wait for that until a time."""
+    def has_ended(self, until: float) -> bool:
+        """Wait for its end, at most until a time; return whether it has ended."""
         while True:
             with self._lock:
                 code = self._process.poll()
@@ -6566,10 +6552,9 @@ def _serve_worker(argv: Sequence[str]) -> int:
         try:
             _import_tasks(start, report)
         except BaseException as error:  # SystemExit too
-            report.tell("imported", _where_raised(error), [])
+            report.tell("imported", _where_raised(error))
             return 1
-        unknown = [name for name in start["isolated"] if name not in _registry]
-        report.tell("imported", "", unknown)
+        report.tell("imported", "")
         while line := lines.readline():
             report.tell("began")
             received = QueueMessage(**json.loads(line), broker=_broker_of_child())
@@ -6590,23 +6575,15 @@ def _leave_signals_to_worker() -> None:
         for number in (signal.SIGINT, signal.SIGTERM)
         if signal.getsignal(number) != signal.SIG_IGN  # it is inherited as it is
     }
-    held = threading.local()
-
-    def hold() -> None:  # or one that comes right after a fork would do nothing there
-        held.mask = signal.pthread_sigmask(signal.SIG_BLOCK, handlers)
-
-    def release() -> None:
-        signal.pthread_sigmask(signal.SIG_SETMASK, held.mask)
 
     def restore() -> None:
         for number, handler in handlers.items():
             if signal.getsignal(number) is _ignore_signal:  # and not the task's own
                 signal.signal(number, handler)
-        release()
 
     for number in handlers:
         signal.signal(number, _ignore_signal)
-    os.register_at_fork(before=hold, after_in_parent=release, after_in_child=restore)
+    _restorers.append(restore)
 
 
 def _ignore_signal(_number: int, _frame: object) -> None:
@@ -6632,6 +6609,14 @@ def _import_tasks(start: Mapping[str, Any], report: logging.Handler) -> None:
     configure(start["settings"])
     _log_only_to(report, start["level"])
     _broker_of_child()
+    unknown = [name for name in start["isolated"] if name not in _registry]
+    if unknown:
+        # Their messages are left to the queue, as those of any unknown task.
+        _log.error(
+            "a child can't run %s: declare it in a module, not in a function that the "
+            "worker calls",
+            ", ".join(unknown),
+        )
 
 
 def _broker_of_child() -> Broker | None:
@@ -6643,19 +6628,18 @@ def _broker_of_child() -> Broker | None:
 
 def _where_raised(error: BaseException) -> str:
     """Return an error's type, text and place in one line."""
-    places = [
+    last = next(
         place
-        for place in traceback.extract_tb(error.__traceback__)
+        for place in reversed(traceback.extract_tb(error.__traceback__))
         if not place.filename.startswith("<frozen ")
-    ]
-    last = places[-1]
+    )
     return f"{type(error).__name__}: {_text_of(error)} ({last.filename}:{last.lineno})"
 
 
 # --- 19. Lambda -----------------------------------------------------------------------
-# Lambda receives, and deletes what the handler returns without an error for. So each
-# failure is raised or in the answer. Nothing is deleted here but messages of a batch
-# that succeeded while others failed.
+# Lambda receives the messages, and deletes them if the handler returns without an
+# error. So each failure is raised, or is in the answer. Nothing is deleted here but the
+# messages that succeeded in a batch where others failed.
 
 
 # SQS counts 12 hours from the receive, before Lambda's longest wait for a batch (5 min)
@@ -6728,7 +6712,7 @@ def _run_records(
 
 
 def _left_ms(context: Any) -> float:
-    """Return how much time the function has left; without a context, no end of it."""
+    """Return how much time the function has left; without a context, it is infinite."""
     if context is None:
         return math.inf
     return float(context.get_remaining_time_in_millis())
@@ -6743,8 +6727,8 @@ def _is_behind(received: QueueMessage, failed: Iterable[QueueMessage]) -> bool:
 
 def _not_started(received: QueueMessage, reason: str) -> Outcome:
     """Return the outcome of a message that counts as failed though it was not run."""
-    text = f"{_name_of(received)} was not started: {reason}"
-    return Outcome(Fate.retry, TaskhawkError(text))
+    error = TaskhawkError(f"{_name_of(received)} was not started: {reason}")
+    return Outcome(Fate.retry, error)
 
 
 def _set_delays(failed: Mapping[QueueMessage, Outcome]) -> None:
@@ -6852,7 +6836,7 @@ __all__ += [
 # --- 20. dead letters -----------------------------------------------------------------
 # For people: nothing in production depends on this room. A dead letter is deleted only
 # once its copy is confirmed, so a crash or a fault in between leaves two copies, never
-# none. A scan hides from others what it receives, and shows again what it leaves.
+# none. A scan hides what it receives, and in the end makes what it left visible again.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -7084,13 +7068,9 @@ class _Scan:
         if refused:
             first = next(iter(refused.values()))
             _log.warning("%s: %s", first.code, first.text)
-        accepted = []
-        for index, letter in enumerate(letters):
-            if index in refused:
-                self._failed[letter.message_id] = failure + refused[index].code
-            else:
-                accepted.append(letter)
-        return accepted
+        for index, refusal in refused.items():
+            self._failed[letters[index].message_id] = failure + refusal.code
+        return [letters[i] for i in range(len(letters)) if i not in refused]
 
     def __exit__(self, kind: object, *_: object) -> None:
         """Show what is left to others again."""
@@ -7151,9 +7131,9 @@ def requeue_dead_letter(
 
 
 # --- 21. infrastructure ---------------------------------------------------------------
-# What the tasks need of AWS: counted, made, written down for review, and checked. Here
-# nothing is ever deleted or lowered: what someone set higher than we would stays. A
-# missing queue is an answer, not an error.
+# What the tasks need from AWS: counted, made, written down for review, and checked.
+# Nothing is ever deleted or lowered here: a value that someone set higher than we would
+# stays. A missing queue is an answer, not an error.
 
 
 _PROVISION = "python -m taskhawk provision"  # fixes most of what check finds
@@ -7326,8 +7306,7 @@ def _topic_resources(
             "protocol": "lambda",
             "endpoint": function,
         }
-        kind = "aws_sns_topic_subscription"
-        resources.append(_Resource(kind, topic, attributes))
+        resources.append(_Resource("aws_sns_topic_subscription", topic, attributes))
     return resources
 
 
@@ -7357,14 +7336,17 @@ class _Change(NamedTuple):
 
 
 def _queue_change(sqs: SqsBroker, resource: _Resource) -> _Change | None:
-    """Compare a queue with what it should be."""
+    """Return how to make or raise a queue; None if it is as it should be."""
     name = resource.name
     arn = sqs.arn(name)  # first of all, for it needs AWS_ACCOUNT_ID
     existing = _unless(_ABSENT, sqs.attributes, name, ["All"])
     attributes = _too_low(arn, existing or {}, resource.attributes)
     if existing is None:
-        tags = resource.attributes["tags"]
-        parameters = {"QueueName": name, "Attributes": attributes, "tags": tags}
+        parameters = {
+            "QueueName": name,
+            "Attributes": attributes,
+            "tags": resource.attributes["tags"],
+        }
         return _Change("made", "create_queue", parameters)
     if not attributes:
         return None
@@ -7381,7 +7363,7 @@ def _too_low(
 ) -> dict[str, str]:
     """Return what to set of a queue's attributes: what is lower than it should be.
 
-    What someone set higher has its reason; a lower one would cost messages.
+    A higher value was set for a reason; a lower one would cost messages.
     """
     attributes = {}
     for key, least in (
@@ -7402,7 +7384,7 @@ def _too_low(
 
 
 def _topic_change(sns: SnsSender, resource: _Resource) -> _Change | None:
-    """Look whether a topic is there."""
+    """Return how to make a topic; None if it is there."""
     if _subscribers(sns, sns.arn(resource.name)) is not None:
         return None
     tags = [{"Key": k, "Value": v} for k, v in resource.attributes["tags"].items()]
@@ -7410,7 +7392,7 @@ def _topic_change(sns: SnsSender, resource: _Resource) -> _Change | None:
 
 
 def _subscription_change(sns: SnsSender, resource: _Resource) -> _Change | None:
-    """Look whether a function is subscribed to a topic."""
+    """Return how to subscribe a function to a topic; None if it is subscribed."""
     topic = sns.arn(resource.name)
     function = resource.attributes["endpoint"]
     if function in (_subscribers(sns, topic) or ()):
@@ -7420,7 +7402,7 @@ def _subscription_change(sns: SnsSender, resource: _Resource) -> _Change | None:
 
 
 def _subscribers(sns: SnsSender, topic: str) -> list[str] | None:
-    """Return who subscribes to a topic; None where there is no such topic."""
+    """Return the endpoints that subscribe to a topic; None if there is none."""
     pages = sns.client("send").get_paginator("list_subscriptions_by_topic")
     read = _explained(topic)(pages.paginate(TopicArn=topic).build_full_result)
     found = _unless(_ABSENT, read)
@@ -7520,13 +7502,18 @@ def _check_tasks(priorities: Collection[Priority]) -> Iterator[_Finding]:
     """Look for tasks that no worker would run."""
     for task in _tasks_by_name():
         if task.name.startswith("__main__."):
-            why = "a worker can't find it under that name"
-            yield _error(f"task {task.name} is of __main__", why, "move it to a module")
+            yield _error(
+                f"task {task.name} is of __main__",
+                "a worker can't find it under that name",
+                "move it to a module",
+            )
         if task.priority not in priorities:
             priority = task.priority.name
-            why = "a worker that serves these priorities does not run it"
-            remedy = f"serve --priority {priority} too, here or in another worker"
-            yield _warning(f"task {task.name} is of priority {priority}", why, remedy)
+            yield _warning(
+                f"task {task.name} is of priority {priority}",
+                "a worker that serves these priorities does not run it",
+                f"serve --priority {priority} too, here or in another worker",
+            )
 
 
 def _check_places(priorities: Collection[Priority]) -> Iterator[_Finding]:
@@ -7551,9 +7538,12 @@ def _check_settings() -> list[_Finding]:
     ]
     if findings or settings.TASKHAWK_BROKER != "sqs" or settings.TASKHAWK_QUEUE:
         return findings
-    why = "no queue has a name; without AWS, try TASKHAWK_BROKER=sqlite:///queue.db"
-    remedy = "export TASKHAWK_QUEUE=dev-myapp"
-    return [_error("TASKHAWK_QUEUE is not set", why, remedy)]
+    finding = _error(
+        "TASKHAWK_QUEUE is not set",
+        "no queue has a name; without AWS, try TASKHAWK_BROKER=sqlite:///queue.db",
+        "export TASKHAWK_QUEUE=dev-myapp",
+    )
+    return [finding]
 
 
 def _check_topic(priority: Priority) -> Iterator[_Finding]:
@@ -7564,8 +7554,11 @@ def _check_topic(priority: Priority) -> Iterator[_Finding]:
     if subscribers is None:
         yield _error(f"{topic}: no such topic", "dispatch raises")
     elif not subscribers:
-        remedy = f"{_PROVISION} --lambda ARN"
-        yield _error(f"{topic}: nobody subscribes", "what is sent is lost", remedy)
+        yield _error(
+            f"{topic}: nobody subscribes",
+            "what is sent is lost",
+            f"{_PROVISION} --lambda ARN",
+        )
 
 
 def _check_queue(priority: Priority) -> Iterator[_Finding]:
@@ -7599,7 +7592,7 @@ def _tasks_of(priority: Priority) -> list[Task[..., Any]]:
 def _check_time_limits(
     queue: str, lease_s: float, tasks: Iterable[Task[..., Any]]
 ) -> Iterator[_Finding]:
-    """Look whether a run may take longer than its message is hidden."""
+    """Look for tasks that may run for longer than their message is hidden."""
     setting = "visibility_timeout_s in TASKHAWK_BROKER"
     if settings.TASKHAWK_BROKER == "sqs":
         setting = "VisibilityTimeout"
@@ -7644,7 +7637,7 @@ def _raise_receives(receives: int) -> str:
 
 
 def _check_attributes(broker: SqsBroker, queue: str, dead: str) -> Iterator[_Finding]:
-    """Look at what only a queue on SQS has: how long it keeps messages, how large."""
+    """Look at what only queues on SQS have: a retention and a largest size."""
     names = ["MessageRetentionPeriod", "MaximumMessageSize"]
     ours = broker.attributes(queue, names)
     theirs = _unless(_ABSENT, broker.attributes, dead, names)
@@ -8069,20 +8062,6 @@ def _play() -> bool:
     return (first.dead_lettered, second.acked) != (1, 1)
 
 
-class _ListenWorker(Worker):
-    """A worker that logs each finished task; processing logs those that failed."""
-
-    def settle(self, held: _Held, outcome: Outcome) -> None:
-        """Do what the outcome says, then log that the task has finished."""
-        super().settle(held, outcome)
-        message = held.message.message
-        if message and outcome.fate is Fate.acknowledge:
-            attempt = held.message.attempt
-            facts = {"task": message.task_name, "id": message.id, "attempt": attempt}
-            name = _name_of(held.message)
-            _log.info("%s: attempt %d finished", name, attempt, extra=facts)
-
-
 @_command(
     "listen",
     _MODULES,
@@ -8142,7 +8121,7 @@ def _listen(arguments: Any) -> bool:
     with _telling_where(_UNREADABLE):
         settings.check()
     priorities = _priorities(arguments.priority)
-    worker = _ListenWorker(
+    worker = Worker(
         _brokers.broker(),
         _queues_of(priorities),
         num_messages=arguments.num_messages,
@@ -8154,6 +8133,7 @@ def _listen(arguments: Any) -> bool:
         grace_s=arguments.grace_s,
         isolate=arguments.isolate,
         liveness_file=arguments.liveness_file,
+        done_level=logging.INFO,
         on_overdue=_exit_overdue,
     )
     _log.info("%s", _served(worker.queues, priorities))
