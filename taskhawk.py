@@ -4525,7 +4525,7 @@ class _Call(NamedTuple):
         return [(held.receipt, self._hidden_s(held)) for held in self.batch]
 
     def _hidden_s(self, held: _Held) -> float:
-        """Return for how long to hide a message, within the 12 hours that SQS allows."""
+        """Return for how long to hide a message: SQS allows 12 hours in all."""
         wanted_s = held.delay_s
         if self.kind is _Kind.extend:
             wanted_s = held.lease_s
@@ -4551,7 +4551,7 @@ class _Leases:
         held.renew_at = math.inf
 
     def due(self, now: float) -> list[_Held]:
-        """Return what is to be extended now and is in no call: what ends first, first."""
+        """Return what is to be extended now and is in no call, in order of its end."""
         if now < self._next_at:
             return []
         free = [held for held in self._held if not held.in_call]
@@ -4594,11 +4594,6 @@ class _Holdings:
         return sum(map(len, self._waiting.values()))
 
     @property
-    def ending(self) -> int:
-        """How many messages have ended but for the call that says so to the queue."""
-        return len(self.decided)
-
-    @property
     def running(self) -> int:
         """How many messages run."""
         return len(self.held) - self.waiting - len(self.decided)
@@ -4618,8 +4613,8 @@ class _Holdings:
     ) -> None:
         """Hold received messages from now on.
 
-        The service hid them at some time between the call and its answer. Where that was
-        long, none is started before an extension has shown that its lease still holds.
+        The service hid them at some time between the call and its answer. Where that
+        took long, none is started before an extension shows that its lease still holds.
 
         :param lease_s: for how long the receive asked to hide them
         :param asked_at: when the receive was called
@@ -4799,7 +4794,7 @@ class _Calls:
         return _Call(kind, queue, batch, now)
 
     def next_at(self) -> float:
-        """Return when to look for the next call: never (infinity) if none will be due."""
+        """Return when to look for the next call; infinity if none will be due."""
         times = [held.due_at for held in self._all.decided if not held.in_call]
         return min([*times, self._all.leases.next_at()])
 
@@ -4858,7 +4853,7 @@ class _Calls:
             held.renew_at = asked_at + held.lease_s / 20
 
     def _deleted(self, held: _Held, refusal: Refusal | None, asked_at: float) -> None:
-        """Note how a delete went; one that was sent after the lease ended proves nothing."""
+        """Note how a delete went; one sent after the lease ended proves nothing."""
         if refusal is None and asked_at < held.lease_until:
             self._all.end(held, held.end)
         elif refusal is None:
@@ -4869,7 +4864,7 @@ class _Calls:
             self._try_later(held, asked_at)
 
     def _delayed(self, held: _Held, refusal: Refusal | None, asked_at: float) -> None:
-        """Note how a delay or release went; where it failed, the lease's end shows it."""
+        """Note how a delay or release went; else the lease's end does the same."""
         if refusal is not None:
             is_hopeless = refusal.final or refusal.is_denied
             if not is_hopeless and asked_at < held.lease_until:
@@ -4925,8 +4920,8 @@ class _Keeper:
     """Makes the calls that holdings say are due, one after another.
 
     A slot says what is to become of a message, and goes on at once; the keeper ends ten
-    of them in a call. Its client tries once, so that an answer which does not come holds
-    the leases up for one timeout only: what failed is due again, a little later.
+    of them in a call. Its client tries once, so that an answer which does not come
+    holds the leases up for one timeout only: what failed is due again a little later.
 
     :param clock: seconds; leases are measured with it
     :param beat: called after each round of lease extensions that worked
@@ -4941,10 +4936,10 @@ class _Keeper:
     ) -> None:
         self._broker, self._clock, self._beat = broker, clock, beat
         self._faults = _Faults()
-        # Guards the holdings, and all that follows. The keeper waits for `_due`; whoever
-        # wants to hold more waits for `ended`: no thread is woken for nothing. Who is
-        # in the main thread enters the lock itself: entering a condition takes several
-        # steps, and a signal handler that raises in between would leave it locked.
+        # Guards the holdings, and all that follows. The keeper waits for `_due` and
+        # pollers wait for `ended`: no thread is woken for nothing. Enter the lock
+        # itself: entering a condition takes several steps, and a signal handler that
+        # raises in between would leave it locked.
         self.lock = threading.RLock()
         self._due = threading.Condition(self.lock)
         self.ended = threading.Condition(self.lock)  # notified as messages end
@@ -4996,7 +4991,7 @@ class _Keeper:
         if now >= self._gives_up_at:
             # What ended after that, in the calling thread, still has one try.
             return not self.holdings.untried(self._gives_up_at)
-        return not self.holdings.ending
+        return not self.holdings.decided
 
     def _wait(self, now: float) -> None:
         """Wait until something may be due; called with the lock held."""
@@ -5045,8 +5040,8 @@ class _Keeper:
 # --- 16. the worker -------------------------------------------------------------------
 # Every thread of this file that outlives a call: pollers receive, slots run tasks (the
 # calling thread is one of them), one keeper changes messages on the queue, one heart
-# calls the heartbeat hook, one watch sees the signals and the grace. One lock guards the
-# holdings, the phase and the counts; _move_on() alone moves the phase forward.
+# calls the heartbeat hook, one watch sees the signals and the grace. One lock guards
+# the holdings, the phase and the counts; _Course.move_on() alone moves the phase.
 
 _MAX_BACKOFF_S = 60  # between receives that fail
 _FLUSH_S = 3  # of the grace, kept for acknowledgements once running tasks are given up
@@ -5072,9 +5067,10 @@ class _Signals:
     """Notes SIGTERM and SIGINT where nobody else handles them, while the block lasts.
 
     A handler runs between any two instructions of the main thread, so ours only sets
-    flags. It does not run while the main thread is in C code: then the wakeup descriptor
-    tells :meth:`wait`, in another thread. Supervisors and shells signal a process and its
-    group, so a second SIGTERM does nothing; a second SIGINT, by hand, ends at once.
+    flags. It does not run while the main thread is in C code: then the wakeup
+    descriptor tells :meth:`wait`, in another thread. Supervisors and shells signal a
+    process and its group, so a second SIGTERM does nothing; a second SIGINT, by hand,
+    ends at once.
     """
 
     _again_s = 1  # a SIGINT within that time of the first is the same one, sent twice
@@ -5341,15 +5337,13 @@ class _Course:
     def next(self) -> _Held | None:
         """Wait for a message to run, and start it; None if there will be no more."""
         with self._lock:
-            while True:
-                self.move_on()
-                if self.phase > _Phase.working:
-                    return None
+            while self.is_working():
                 held = self._holdings.start(self._clock())
                 if held:
                     self._started += 1
                     return held
                 self._to_start.wait(_TICK_S)
+            return None
 
     def finish(self, held: _Held, end: str, delay_s: float | None = 0) -> None:
         """Note what a message that ran is to become."""
@@ -5411,19 +5405,17 @@ class _Course:
         :returns: 0 if nothing more is to be received
         """
         with self._lock:
-            while True:
-                self.move_on()
-                if self.phase > _Phase.working:
-                    return 0
+            while self.is_working():
                 most = self._find_room()
                 if most:
                     return most
                 self._room.wait(_TICK_S)
+            return 0
 
     def _find_room(self) -> int:
         """Return how many messages to receive now."""
         # A full batch of acknowledgements besides the one whose call is under way.
-        is_overdue = self._holdings.ending >= 2 * _MAX_BATCH
+        is_overdue = len(self._holdings.decided) >= 2 * _MAX_BATCH
         free = self._most_running - self._paused - self._holdings.running
         if self._holdings.waiting or is_overdue or free <= 0:
             return 0
@@ -5458,6 +5450,11 @@ class _Course:
             while self.phase < to or self._is_over():
                 self.phase = _Phase(self.phase + 1)
                 self._enter(self.phase)
+
+    def is_working(self) -> bool:
+        """Return whether messages are still to be received and run."""
+        self.move_on()
+        return self.phase is _Phase.working
 
     def fail(self, error: BaseException) -> None:
         """Note an error that ends the worker; the first one is the one that counts."""
@@ -5538,8 +5535,8 @@ class _Slot:
             self._wait_for_child()
         finally:
             if held.runs:
-                # It was interrupted, or killed as the grace ended. Where its child still
-                # runs, that must end before others may have the message.
+                # It was interrupted, or killed as the grace ended. Where its child
+                # still runs, that must end before others may have the message.
                 self.child.kill()
                 self._course.finish(held, "retried")
 
@@ -5582,7 +5579,7 @@ class _Poller:
         self.is_polling = False  # whether a receive is under way
 
     def work(self) -> None:
-        """Receive again and again, until there is no more to do; the body of a thread."""
+        """Receive until there is no more to do; the body of a thread."""
         try:
             while not self._is_done():
                 most = self._course.wait_for_room()
@@ -5823,7 +5820,7 @@ class Worker:
         _log.info("%s", text)
 
     def _give_up(self, flush_s: float) -> None:
-        """Kill isolated runs; leave others to run: their messages reappear by themselves.
+        """Kill isolated runs, and leave others to run: their messages reappear.
 
         :param flush_s: what is left of the grace
         """
@@ -5887,16 +5884,16 @@ def listen_for_messages(
 ) -> Ledger:
     """Run the messages of a queue, in the calling thread, until told to stop.
 
-    SIGTERM and SIGINT stop it where the application has no handlers of its own. It stops
-    after the running task, and after the poll in flight, which takes up to 20 s on SQS.
+    SIGTERM and SIGINT stop it where the application has no handlers of its own. It
+    stops after the running task and the poll in flight, which takes up to 20 s on SQS.
 
     :param priority: the queue, or several: the most urgent message runs first
     :param num_messages: how many to receive at once, up to 10: they wait for each other
-    :param visibility_timeout_s: how long a received message is hidden from others, until
-        the worker extends it; None takes the queue's own
+    :param visibility_timeout_s: how long a received message is hidden from others,
+        until the worker extends it; None takes the queue's own
     :param loop_count: end after so many receives from each queue; None goes on for ever
     :param shutdown_event: set it to stop
-    :param until_empty: end once the queues have no message, neither in flight nor delayed
+    :param until_empty: end once the queues have no message, in flight or delayed
     :param concurrency: how many run at once: 1 in the calling thread, more in threads
     :param max_tasks: end after so many runs
     :param grace_s: how long runs may go on once told to stop; then isolated ones are
@@ -5974,7 +5971,7 @@ def _send_copy(
 def _dead_letter_copy(
     received: QueueMessage, error: BaseException | None, limit: int
 ) -> Outgoing:
-    """Return the copy for the dead-letter queue, which says in ONE attribute why it is there.
+    """Return the copy for the dead-letter queue; ONE attribute says why it is there.
 
     Attributes that were headers give way to it where there are too many: the body has
     the headers.

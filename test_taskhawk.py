@@ -1020,16 +1020,16 @@ HOUSE_PROMISES = {
         _in_batches _one_round SqliteBroker.send SqliteBroker._claim SqliteBroker.delete
         _SqliteFile.change _use_write_ahead_log _AwsSender._batch SqsBroker.send
         SqsBroker.delete process _verdict _wanted _Slot._run Worker.settle
-        Worker._shut_down _dead_letter _send_copy _Held.move _Holdings.finish
+        Worker._close _dead_letter _send_copy _Held.move _Holdings.finish
         _Holdings.release _Holdings._decide _Calls.answered _Calls._deleted
         _Calls._delayed _Calls._try_later _Holdings.doubt _Holdings.close
         _Holdings.end""",
     2: """SqliteBroker.receive SqliteBroker._claim SqliteBroker.change_visibility
-        SqsBroker.receive _find_lease _Poller._receive _Course.take _Call _Leases
-        _Holdings.take _Holdings.start _Holdings.release _Holdings.release_waiting
+        SqsBroker.receive _find_lease _Poller._receive _Course.take _Course._release_if_stuck
+        _Call _Leases _Holdings.take _Holdings.start _Holdings.release _Holdings.release_waiting
         _Holdings._decide _Holdings.expire _Holdings.lose _Calls.next _Calls.answered
         _Calls._extended _Calls._deleted _Keeper.run _Keeper._make _Slot._run
-        Worker._give_up _Child.kill""",
+        _Slot._process Worker._give_up _Child.kill""",
     3: """_decode _parse Message._take _validate _fits _find_task Task.find_by_name
         Task.call _register _import _import_path _parse_line _to_outcome
         _import_tasks""",
@@ -1040,9 +1040,9 @@ HOUSE_PROMISES = {
         _Keeper._tell _Faults _error_code _error_details _explained _explanation
         _find_remedy _Source._illegal _call_safely _log_again""",
     6: """_Course.wait_for_room _Course._find_room _Poller.work _Poller._try
-        _Poller._receive _pause_s _Holdings._decide _Holdings._hurry _Calls.next
-        _Calls._due_ends _Calls._extended _Leases _Keeper._wait _Keeper._make
-        SqsBroker.receive SqsBroker.url SqsBroker._find_url _batches""",
+        _Poller._receive _pause_s _Holdings._decide _Holdings._acknowledge
+        _Holdings._hurry _Calls.next _Calls._due_ends _Calls._share_call _Calls._extended _Leases _Keeper._wait _Keeper._make
+        SqsBroker.receive SqsBroker.url SqsBroker._find_url _parts""",
     7: """_in_own_context _refresh_django_connections _PerProcess _made_once
         _Brokers.before_fork _Brokers.after_fork _close_sqlite_files
         _release_sqlite_files _Signals _hold_signals _release_signals _forget_signals
@@ -7830,7 +7830,7 @@ class HoldingsMachine(hypothesis.stateful.RuleBasedStateMachine):
         assert sum(counts.values()) + len(self.holdings.held) == self.count
         holdings = self.holdings
         assert holdings.running == len(self.running)
-        assert holdings.waiting + holdings.running + holdings.ending == len(
+        assert holdings.waiting + holdings.running + len(holdings.decided) == len(
             holdings.held
         )
 
@@ -7848,7 +7848,7 @@ class HoldingsMachine(hypothesis.stateful.RuleBasedStateMachine):
             if call:
                 holdings.calls.answered(call, {})
             self.now += 0.1
-        assert holdings.ending == 0
+        assert not holdings.decided
         assert holdings.ledger.balanced
         assert holdings.unanswered <= holdings.ledger.uncertain
 
@@ -7929,7 +7929,7 @@ class TestHoldings:
         """What waits, what runs and what has ended are told apart."""
         holdings, [first, second] = holding(5, started=2)
         holdings.finish(first, "acked", 1)
-        assert (holdings.waiting, holdings.running, holdings.ending) == (3, 1, 1)
+        assert (holdings.waiting, holdings.running, len(holdings.decided)) == (3, 1, 1)
         assert holdings.still_run() == [second.message]
 
     @pytest.mark.parametrize(
@@ -8110,7 +8110,7 @@ class TestHoldings:
         assert holdings.ledger == taskhawk.Ledger(received=1, **ledger)
         assert [text for _, text in holdings.news] == news
         assert holdings.unanswered == (asked_at == 30 and "uncertain" in ledger)
-        assert holdings.ending == (not ledger)
+        assert bool(holdings.decided) == (not ledger)
 
     def test_tries(self):
         """What fails is tried again after pauses that double from 0.2 s to 5 s."""
