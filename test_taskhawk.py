@@ -1038,7 +1038,7 @@ HOUSE_PROMISES = {
     5: """_run _failed _sentence _what_follows _name_of _reason _in_one_line _facts
         _extra_of _text_of_invalid _shown _mismatch _too_large _Holdings.warn
         _Keeper._tell _Faults _error_code _error_details _explained _explanation
-        _find_remedy _Source._illegal _call_safely _log_again""",
+        _find_remedy _Source.read _call_safely _log_again""",
     6: """_Course.wait_for_room _Course._find_room _Poller.work _Poller._try
         _Poller._receive _pause_s _Holdings._decide _Holdings._acknowledge
         _Holdings._hurry _Calls.next _Calls._due_ends _Calls._share_call _Calls._extended _Leases _Keeper._wait _Keeper._make
