@@ -4091,9 +4091,9 @@ __all__ += [
 # --- 13. processing -------------------------------------------------------------------
 # process() is the ONE place that decides what becomes of a message, and _verdict() is
 # its table. It does no queue I/O: the worker and Lambda apply its Outcome. It raises
-# only what is to end the process: Control-C, and the exit of a signal handler. A run
-# leaves one log record, in one line but for the task's own text and traceback; what is
-# no valid message leaves one in ten seconds for each class of error.
+# only what must end the process: Control-C, and the exit of a signal handler. Each run
+# leaves one log record, on one line but for the task's own text and traceback; invalid
+# messages leave one in ten seconds for each class of error.
 
 
 class Fate(enum.Enum):
@@ -4145,7 +4145,7 @@ def process(received: QueueMessage) -> Outcome:
 
 
 def _run(received: QueueMessage, began: float) -> None:
-    """Run the hooks and the task; all that they raise goes on but IgnoreException."""
+    """Run the hooks and the task, and catch nothing but the task's IgnoreException."""
     _call_hook("TASKHAWK_PRE_PROCESS_HOOK", received)
     message = _decode(received.body)
     task = message.task
@@ -4195,8 +4195,8 @@ def _failed(received: QueueMessage, raised: BaseException, began: float) -> Outc
             return outcome
         _log.error("%s", text, extra=facts)
     elif outcome.fate is Fate.retry and _are_all(RetryException, error):
-        text = _sentence(received, "asked to be retried", outcome)
-        _log.info("%s%s", text, _reason(error), extra=facts)
+        text = _sentence(received, "asked to be retried", outcome) + _reason(error)
+        _log.info("%s", text, extra=facts)
         return outcome
     elif spoken:
         facts |= _extra_of(spoken[0])
@@ -4240,7 +4240,7 @@ def _is_invalid(received: QueueMessage, error: BaseException) -> bool:
 
 
 def _wanted(received: QueueMessage, error: BaseException) -> Outcome:
-    """Return what is wanted for a failed run's message, were receives unlimited."""
+    """Decide as if the queue allowed any number of receives."""
     leaves = list(_leaves(error))
     delay_s = _asked_delay_s(leaves)
     if received.message is None:
@@ -4328,7 +4328,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _in_one_line(text: str) -> str:
-    """Return text for a log: one line, not a long one, as free text may forge lines."""
+    """Return free text as one short line: it can neither forge nor fill a log."""
     return "".join(c if c.isprintable() else "?" for c in text[:200])
 
 
@@ -6073,7 +6073,7 @@ class _JsonFormatter(logging.Formatter):
 
 
 class _TextFormatter(logging.Formatter):
-    """One line of text, with the task that a record was made in, unless it names it."""
+    """Writes a record as text, and adds the task it was made in unless the text has."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's
         """Return time, level, task and message; asctime is in the format given."""
@@ -6096,7 +6096,7 @@ class _LineFormatter(logging.Formatter):
 
 
 def _log_again(fields: Mapping[str, Any]) -> None:
-    """Log in the worker what a child has logged, if the worker's levels let it."""
+    """Log in the worker what a child has logged, if the worker's levels allow it."""
     record = logging.makeLogRecord(fields)
     logger = logging.getLogger(record.name)
     if logger.isEnabledFor(record.levelno):
@@ -6654,9 +6654,9 @@ def _where_raised(error: BaseException) -> str:
 
 
 # --- 19. Lambda -----------------------------------------------------------------------
-# Lambda receives, and deletes what the handler returns without an error for. So each
-# failure is raised or in the answer. Nothing is deleted here but messages of a batch
-# that succeeded while others failed.
+# Lambda receives the messages, and deletes them if the handler returns without an
+# error. So each failure is raised, or is in the answer. Nothing is deleted here but the
+# messages that succeeded in a batch where others failed.
 
 
 # SQS counts 12 hours from the receive, before Lambda's longest wait for a batch (5 min)
@@ -6729,7 +6729,7 @@ def _run_records(
 
 
 def _left_ms(context: Any) -> float:
-    """Return how much time the function has left; without a context, no end of it."""
+    """Return how much time the function has left; without a context, it is infinite."""
     if context is None:
         return math.inf
     return float(context.get_remaining_time_in_millis())
@@ -6744,8 +6744,8 @@ def _is_behind(received: QueueMessage, failed: Iterable[QueueMessage]) -> bool:
 
 def _not_started(received: QueueMessage, reason: str) -> Outcome:
     """Return the outcome of a message that counts as failed though it was not run."""
-    text = f"{_name_of(received)} was not started: {reason}"
-    return Outcome(Fate.retry, TaskhawkError(text))
+    error = TaskhawkError(f"{_name_of(received)} was not started: {reason}")
+    return Outcome(Fate.retry, error)
 
 
 def _set_delays(failed: Mapping[QueueMessage, Outcome]) -> None:
@@ -6853,7 +6853,7 @@ __all__ += [
 # --- 20. dead letters -----------------------------------------------------------------
 # For people: nothing in production depends on this room. A dead letter is deleted only
 # once its copy is confirmed, so a crash or a fault in between leaves two copies, never
-# none. A scan hides from others what it receives, and shows again what it leaves.
+# none. A scan hides what it receives, and in the end makes what it left visible again.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -7085,13 +7085,9 @@ class _Scan:
         if refused:
             first = next(iter(refused.values()))
             _log.warning("%s: %s", first.code, first.text)
-        accepted = []
-        for index, letter in enumerate(letters):
-            if index in refused:
-                self._failed[letter.message_id] = failure + refused[index].code
-            else:
-                accepted.append(letter)
-        return accepted
+        for index, refusal in refused.items():
+            self._failed[letters[index].message_id] = failure + refusal.code
+        return [letters[i] for i in range(len(letters)) if i not in refused]
 
     def __exit__(self, kind: object, *_: object) -> None:
         """Show what is left to others again."""
@@ -7152,9 +7148,9 @@ def requeue_dead_letter(
 
 
 # --- 21. infrastructure ---------------------------------------------------------------
-# What the tasks need of AWS: counted, made, written down for review, and checked. Here
-# nothing is ever deleted or lowered: what someone set higher than we would stays. A
-# missing queue is an answer, not an error.
+# What the tasks need from AWS: counted, made, written down for review, and checked.
+# Nothing is ever deleted or lowered here: a value that someone set higher than we would
+# stays. A missing queue is an answer, not an error.
 
 
 _PROVISION = "python -m taskhawk provision"  # fixes most of what check finds
@@ -7327,8 +7323,7 @@ def _topic_resources(
             "protocol": "lambda",
             "endpoint": function,
         }
-        kind = "aws_sns_topic_subscription"
-        resources.append(_Resource(kind, topic, attributes))
+        resources.append(_Resource("aws_sns_topic_subscription", topic, attributes))
     return resources
 
 
@@ -7358,14 +7353,17 @@ class _Change(NamedTuple):
 
 
 def _queue_change(sqs: SqsBroker, resource: _Resource) -> _Change | None:
-    """Compare a queue with what it should be."""
+    """Return how to make or raise a queue; None if it is as it should be."""
     name = resource.name
     arn = sqs.arn(name)  # first of all, for it needs AWS_ACCOUNT_ID
     existing = _unless(_ABSENT, sqs.attributes, name, ["All"])
     attributes = _too_low(arn, existing or {}, resource.attributes)
     if existing is None:
-        tags = resource.attributes["tags"]
-        parameters = {"QueueName": name, "Attributes": attributes, "tags": tags}
+        parameters = {
+            "QueueName": name,
+            "Attributes": attributes,
+            "tags": resource.attributes["tags"],
+        }
         return _Change("made", "create_queue", parameters)
     if not attributes:
         return None
@@ -7382,7 +7380,7 @@ def _too_low(
 ) -> dict[str, str]:
     """Return what to set of a queue's attributes: what is lower than it should be.
 
-    What someone set higher has its reason; a lower one would cost messages.
+    A higher value was set for a reason; a lower one would cost messages.
     """
     attributes = {}
     for key, least in (
@@ -7403,7 +7401,7 @@ def _too_low(
 
 
 def _topic_change(sns: SnsSender, resource: _Resource) -> _Change | None:
-    """Look whether a topic is there."""
+    """Return how to make a topic; None if it is there."""
     if _subscribers(sns, sns.arn(resource.name)) is not None:
         return None
     tags = [{"Key": k, "Value": v} for k, v in resource.attributes["tags"].items()]
@@ -7411,7 +7409,7 @@ def _topic_change(sns: SnsSender, resource: _Resource) -> _Change | None:
 
 
 def _subscription_change(sns: SnsSender, resource: _Resource) -> _Change | None:
-    """Look whether a function is subscribed to a topic."""
+    """Return how to subscribe a function to a topic; None if it is subscribed."""
     topic = sns.arn(resource.name)
     function = resource.attributes["endpoint"]
     if function in (_subscribers(sns, topic) or ()):
@@ -7421,7 +7419,7 @@ def _subscription_change(sns: SnsSender, resource: _Resource) -> _Change | None:
 
 
 def _subscribers(sns: SnsSender, topic: str) -> list[str] | None:
-    """Return who subscribes to a topic; None where there is no such topic."""
+    """Return the endpoints that subscribe to a topic; None if there is none."""
     pages = sns.client("send").get_paginator("list_subscriptions_by_topic")
     read = _explained(topic)(pages.paginate(TopicArn=topic).build_full_result)
     found = _unless(_ABSENT, read)
@@ -7521,13 +7519,18 @@ def _check_tasks(priorities: Collection[Priority]) -> Iterator[_Finding]:
     """Look for tasks that no worker would run."""
     for task in _tasks_by_name():
         if task.name.startswith("__main__."):
-            why = "a worker can't find it under that name"
-            yield _error(f"task {task.name} is of __main__", why, "move it to a module")
+            yield _error(
+                f"task {task.name} is of __main__",
+                "a worker can't find it under that name",
+                "move it to a module",
+            )
         if task.priority not in priorities:
             priority = task.priority.name
-            why = "a worker that serves these priorities does not run it"
-            remedy = f"serve --priority {priority} too, here or in another worker"
-            yield _warning(f"task {task.name} is of priority {priority}", why, remedy)
+            yield _warning(
+                f"task {task.name} is of priority {priority}",
+                "a worker that serves these priorities does not run it",
+                f"serve --priority {priority} too, here or in another worker",
+            )
 
 
 def _check_places(priorities: Collection[Priority]) -> Iterator[_Finding]:
@@ -7552,9 +7555,12 @@ def _check_settings() -> list[_Finding]:
     ]
     if findings or settings.TASKHAWK_BROKER != "sqs" or settings.TASKHAWK_QUEUE:
         return findings
-    why = "no queue has a name; without AWS, try TASKHAWK_BROKER=sqlite:///queue.db"
-    remedy = "export TASKHAWK_QUEUE=dev-myapp"
-    return [_error("TASKHAWK_QUEUE is not set", why, remedy)]
+    finding = _error(
+        "TASKHAWK_QUEUE is not set",
+        "no queue has a name; without AWS, try TASKHAWK_BROKER=sqlite:///queue.db",
+        "export TASKHAWK_QUEUE=dev-myapp",
+    )
+    return [finding]
 
 
 def _check_topic(priority: Priority) -> Iterator[_Finding]:
@@ -7565,8 +7571,11 @@ def _check_topic(priority: Priority) -> Iterator[_Finding]:
     if subscribers is None:
         yield _error(f"{topic}: no such topic", "dispatch raises")
     elif not subscribers:
-        remedy = f"{_PROVISION} --lambda ARN"
-        yield _error(f"{topic}: nobody subscribes", "what is sent is lost", remedy)
+        yield _error(
+            f"{topic}: nobody subscribes",
+            "what is sent is lost",
+            f"{_PROVISION} --lambda ARN",
+        )
 
 
 def _check_queue(priority: Priority) -> Iterator[_Finding]:
@@ -7600,7 +7609,7 @@ def _tasks_of(priority: Priority) -> list[Task[..., Any]]:
 def _check_time_limits(
     queue: str, lease_s: float, tasks: Iterable[Task[..., Any]]
 ) -> Iterator[_Finding]:
-    """Look whether a run may take longer than its message is hidden."""
+    """Look for tasks that may run for longer than their message is hidden."""
     setting = "visibility_timeout_s in TASKHAWK_BROKER"
     if settings.TASKHAWK_BROKER == "sqs":
         setting = "VisibilityTimeout"
@@ -7645,7 +7654,7 @@ def _raise_receives(receives: int) -> str:
 
 
 def _check_attributes(broker: SqsBroker, queue: str, dead: str) -> Iterator[_Finding]:
-    """Look at what only a queue on SQS has: how long it keeps messages, how large."""
+    """Look at what only queues on SQS have: a retention and a largest size."""
     names = ["MessageRetentionPeriod", "MaximumMessageSize"]
     ours = broker.attributes(queue, names)
     theirs = _unless(_ABSENT, broker.attributes, dead, names)

@@ -126,6 +126,13 @@ def python_env(env: Mapping[str, str] | None = None) -> dict[str, str]:
     return merged
 
 
+def python_lines(cwd: Path, code: str, **env: str) -> list[str]:
+    """Run code in a new interpreter, strictly, and return the lines that it printed."""
+    result = run_python(["-W", "error", "-c", textwrap.dedent(code)], cwd=cwd, env=env)
+    assert (result.returncode, result.stderr) == (0, "")
+    return result.stdout.splitlines()
+
+
 def free_port() -> int:
     """Return a port of 127.0.0.1 on which nobody listens now."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -555,6 +562,12 @@ def make_queue(client: Any, name: str, most: int = 5, **attributes: str) -> str:
     return name
 
 
+def make_queues(client: Any, name: str, **attributes: str) -> None:
+    """Make the default and the high-priority queue, and the dead-letter queue of each."""
+    for suffix in ("", "-HIGH-PRIORITY"):
+        make_queue(client, f"TASKHAWK-{name}{suffix}", **attributes)
+
+
 class Clock:
     """A clock that stands still until it is moved."""
 
@@ -587,14 +600,6 @@ def edited(path: str, value: object) -> dict[str, Any]:
     else:
         parent[key] = value
     return data
-
-
-def queued(
-    priority: taskhawk.Priority = taskhawk.Priority.default,
-) -> list[taskhawk.QueueMessage]:
-    """Receive what was sent to the queue of a priority."""
-    broker = taskhawk._brokers.broker()
-    return broker.receive(broker.destination(priority), 10, 0, None, threading.Event())
 
 
 def run_body(body: Any) -> taskhawk.Outcome:
@@ -711,12 +716,6 @@ def task(isolated):
         """Do nothing."""
 
     return taskhawk.task(name="tests.f")(f)
-
-
-def make_queues(client: Any, name: str, **attributes: str) -> None:
-    """Make the default and the high-priority queue, and the dead-letter queue of each."""
-    for suffix in ("", "-HIGH-PRIORITY"):
-        make_queue(client, f"TASKHAWK-{name}{suffix}", **attributes)
 
 
 @pytest.fixture
@@ -1572,13 +1571,6 @@ def settings_module(tmp_path, monkeypatch):
     return write
 
 
-def settings_child(cwd: Path, code: str, **env: str) -> list[str]:
-    """Run code in a new interpreter, strictly, and return the lines that it printed."""
-    result = run_python(["-W", "error", "-c", textwrap.dedent(code)], cwd=cwd, env=env)
-    assert (result.returncode, result.stderr) == (0, "")
-    return result.stdout.splitlines()
-
-
 class TestSettings:
     """Settings are read lazily, in one place, and what is wrong is said in full."""
 
@@ -1601,7 +1593,7 @@ class TestSettings:
                 print(getattr(taskhawk.settings, name))
         """
         env |= {"SETTINGS_MODULE": "own", "DJANGO_SETTINGS_MODULE": "site_settings"}
-        found = settings_child(tmp_path, code, **env)
+        found = python_lines(tmp_path, code, **env)
         assert found == ["configure", "module", "0" * 12, "http://environment", "2"]
 
     @pytest.mark.parametrize(
@@ -2112,7 +2104,7 @@ class TestDjango:
         code += "\nimport sys, taskhawk\nqueue = taskhawk.settings.TASKHAWK_QUEUE"
         code += "\nprint(queue, 'django' in sys.modules)"
         env = {"TASKHAWK_QUEUE": "environment", **env}
-        assert settings_child(tmp_path, code, **env) == [expected]
+        assert python_lines(tmp_path, code, **env) == [expected]
 
     def test_errors(self, tmp_path):
         """Errors and warnings of Django's settings name them as the source."""
@@ -2129,7 +2121,7 @@ class TestDjango:
         """
         rule = SETTINGS_TABLE["TASKHAWK_QUEUE"][1]
         what = "in Django's settings is not a setting of taskhawk"
-        assert settings_child(tmp_path, code) == [
+        assert python_lines(tmp_path, code) == [
             f"TASKHAWK_QUEUEUE {what}; did you mean TASKHAWK_QUEUE?",
             f"TASKHAWK_QUEUE in Django's settings: expected {rule}, got 5",
         ]
@@ -2160,7 +2152,7 @@ class TestDjango:
                 taskhawk.listen_for_messages(taskhawk.Priority.default, loop_count=1)
             print(ran)
         """
-        assert settings_child(tmp_path, code) == ["[1]"]
+        assert python_lines(tmp_path, code) == ["[1]"]
         found = [
             (call.path.strip("/"), call.data["QueueName"])
             for call in aws.calls
@@ -2190,7 +2182,7 @@ class TestDjango:
 
     for case in {list(cases)}:
         in_a_thread(check, *case)"""
-        assert settings_child(tmp_path, code) == list(cases.values())
+        assert python_lines(tmp_path, code) == list(cases.values())
 
     def test_connections_of_other_threads(self, tmp_path):
         """A worker closes the connections of its own thread, and no others."""
@@ -2202,7 +2194,7 @@ class TestDjango:
     in_a_thread(taskhawk.listen_for_messages, taskhawk.Priority.default, 1, None, 1)
     print(connection.connection is mine, mine.execute("SELECT 1").fetchone())
     connection.close()"""
-        assert settings_child(tmp_path, code) == ["True (1,)"]
+        assert python_lines(tmp_path, code) == ["True (1,)"]
 
     def test_connection_that_was_dropped(self, tmp_path):
         """What the database dropped fails one run at most, or none with checks."""
@@ -2231,7 +2223,7 @@ class TestDjango:
     in_a_thread(check, False)"""
         done = " ".join(["acknowledge"] * 3)
         fates = [done, done.replace("acknowledge", "retry", 1)]
-        assert settings_child(tmp_path, code) == fates
+        assert python_lines(tmp_path, code) == fates
 
     def test_connection_in_a_transaction(self, tmp_path):
         """A connection inside its caller's transaction is left open until after it."""
@@ -2243,7 +2235,7 @@ class TestDjango:
         open_after("query", 3)
     print(connection.introspection.table_names())
     open_after("query", 2)"""
-        assert settings_child(tmp_path, code) == ["111", "['kept']", "00"]
+        assert python_lines(tmp_path, code) == ["111", "['kept']", "00"]
 
     def test_connection_that_fails_to_close(self, tmp_path):
         """A database that fails to close its connection is logged; the run stands."""
@@ -2254,7 +2246,7 @@ class TestDjango:
     with mock.patch.object(connection, "_close", side_effect=gone):
         print(taskhawk.process(body("__main__.query")).fate.name)
     connection.close()"""
-        assert settings_child(tmp_path, code) == [
+        assert python_lines(tmp_path, code) == [
             "can't close the database connections",
             "the server has gone away",
             "acknowledge",
@@ -2400,7 +2392,7 @@ class TestMessages:
         before_ms = time.time_ns() // 1_000_000
         call = send_email.with_headers(request_id="1234").with_priority(Priority.high)
         message_id = call.dispatch(*VALID["args"], **VALID["kwargs"])
-        [received] = queued(Priority.high)
+        [received] = receive_all(Priority.high)
         data = json.loads(received.body)
         assert str(uuid.UUID(message_id, version=4)) == message_id
         timestamp = data["metadata"]["timestamp"]
@@ -2459,7 +2451,7 @@ class TestMessages:
         }
         message.priority = Priority.high  # it may be changed until it is sent
         assert taskhawk.publish(message) == "id"
-        [received] = queued(Priority.high)
+        [received] = receive_all(Priority.high)
         assert json.loads(received.body) == message.as_dict()
         least = Message.new("tasks.send_email", priority=Priority.bulk)
         assert (least.args, least.kwargs, least.headers) == ([], {}, {})
@@ -2620,7 +2612,7 @@ class TestMessages:
                 "(compliant): -?(nan|inf)$", r"\1", refused(call, error=error)
             )
             assert text == f"tasks.send_email: {path} is not JSON: {reason}"
-        assert queued() == []
+        assert receive_all() == []
 
     def test_not_json_as_a_whole(self, memory, send_email):
         """Where no one argument or header is at fault, the error names the task."""
@@ -2635,7 +2627,7 @@ class TestMessages:
         decimals = "2 1.10 1E+3 -0.5 12345678901234567890.0 1234567890123.45 1E-7"
         values = [*map(Decimal, decimals.split()), (1, [None]), "\ud800\0é"]
         send_email.dispatch("x", values)
-        [received] = queued()
+        [received] = receive_all()
         assert json.dumps(json.loads(received.body)["args"][1]) == (
             "[2, 1.1, 1000, -0.5, 12345678901234567890, 1234567890123.45, 1e-07,"
             r' [1, [null]], "\ud800\u0000\u00e9"]'
@@ -2890,7 +2882,7 @@ class TestInterop:
         task = taskhawk.Task.find_by_name(f"tasks.{name}")
         invocation = task.with_headers(**headers).with_priority(priority)
         message_id = invocation.dispatch(*args, **kwargs)
-        [received] = queued(priority)
+        [received] = receive_all(priority)
         ours = json.loads(received.body)
         assert ours["metadata"]["timestamp"] > theirs["metadata"]["timestamp"] - 10**12
         theirs["id"] = message_id
@@ -5005,7 +4997,7 @@ def place(fn: Any) -> str:
 
 def run_queued(priority: Priority = Priority.default) -> taskhawk.Outcome:
     """Run the one message that is in the queue of a priority."""
-    [received] = queued(priority)
+    [received] = receive_all(priority)
     return taskhawk.process(received)
 
 
@@ -5291,7 +5283,7 @@ class TestTasks:
 
         note.dispatch()
         for attempt in (1, 2):
-            [received] = queued()
+            [received] = receive_all()
             assert taskhawk.process(received).error is None
             receipt = received.receipt_handle
             assert seen == [("TASKHAWK-DEFAULT", attempt, receipt), True]
@@ -5326,7 +5318,7 @@ class TestTasks:
         for dispatch in (send.dispatch, send.with_headers(a=1).dispatch):
             found = refused(dispatch, *args, error=TypeError, **kwargs)
             assert found == f"tasks.send: {sentence}"
-        assert queued() == []
+        assert receive_all() == []
         assert send.dispatch(1, three=3)
 
     def test_binding_names(self, memory):
@@ -5379,7 +5371,7 @@ class TestTasks:
             assert isinstance(invocation, taskhawk.AsyncInvocation)
         for invocation in (send, first, second, high, bare):
             invocation.dispatch()
-        low, urgent = queued(Priority.low), queued(Priority.high)
+        low, urgent = receive_all(Priority.low), receive_all(Priority.high)
         sent = [json.loads(received.body) for received in low + urgent]
         one = {"a": 1, "b": 1}
         assert [data["headers"] for data in sent] == [
@@ -5390,7 +5382,7 @@ class TestTasks:
             one,
         ]
         assert [data["metadata"]["priority"] for data in sent] == ["low"] * 4 + ["high"]
-        assert queued(Priority.bulk) == []
+        assert receive_all(Priority.bulk) == []
         sentence = refused(send.with_priority, "high", error=TypeError)
         assert sentence == "priority: expected a taskhawk.Priority, got 'high'"
 
@@ -5805,7 +5797,7 @@ class TestTasks:
             taskhawk.listen_for_messages(taskhawk.Priority.default, loop_count=2)
             print(seen[0] is seen[1])
         """
-        assert settings_child(tmp_path, code) == ["True"]
+        assert python_lines(tmp_path, code) == ["True"]
 
     def test_async_in_a_loop(self, sync):
         """In sync mode, dispatch waits for an async task, in an event loop too."""
@@ -5859,7 +5851,7 @@ class TestTasks:
         task = taskhawk.task(name="shop.sell", retry=policy)(plain)
         assert type(task) is HandMade
         task.dispatch()
-        [received] = queued()
+        [received] = receive_all()
         taskhawk.process(received)
         taskhawk.configure(TASKHAWK_SYNC=True)
         task.dispatch()
@@ -7443,7 +7435,7 @@ class TestSync:
 
     def test_needs_nothing(self, tmp_path):
         """Sync mode needs no queue, no region and no credentials, and imports no botocore."""
-        code = textwrap.dedent("""
+        code = """
             import sys
 
             before = set(sys.modules)
@@ -7455,9 +7447,9 @@ class TestSync:
 
             sell.dispatch("milk")
             print(sorted({"asyncio", "botocore", "sqlite3"} & (set(sys.modules) - before)))
-        """)
-        result = run_python(code, cwd=tmp_path, env={"TASKHAWK_SYNC": "true"})
-        assert (result.stdout, result.stderr) == ("sold milk\n[]\n", "")
+        """
+        lines = python_lines(tmp_path, code, TASKHAWK_SYNC="true")
+        assert lines == ["sold milk", "[]"]
 
 
 LOGGING_MODULE = """
@@ -10283,7 +10275,7 @@ def isolated_child(isolated_jobs):
 
 def isolated_run(child: Any) -> list[Outcome | None]:
     """Have a child run what is queued."""
-    received = queued()
+    received = receive_all()
     assert all(map(child.takes, received))
     return [child.process(message) for message in received]
 
@@ -10619,7 +10611,7 @@ class TestIsolation:
         file = isolated_jobs.HERE / "isolated.py"
         file.write_text(source)
         isolated_jobs.pid.dispatch()
-        [received] = queued()
+        [received] = receive_all()
         with monkeypatch.context() as patch:
             if "0.5 s" in reason:
                 patch.setattr(taskhawk, "_START_S", 0.5)
@@ -10638,7 +10630,7 @@ class TestIsolation:
         file = isolated_jobs.HERE / "isolated.py"
         file.write_text(ISOLATED_MODULE + ISOLATED_EARLY_END)
         isolated_jobs.pid.dispatch()
-        assert isolated_refusal(isolated_child, *queued()) == (
+        assert isolated_refusal(isolated_child, *receive_all()) == (
             "isolated.pid: its process ended before the run began: exit code 5"
         )
 
@@ -10649,7 +10641,7 @@ class TestIsolation:
         import resource
 
         isolated_jobs.pid.dispatch()
-        [received] = queued()
+        [received] = receive_all()
         limits = resource.getrlimit(resource.RLIMIT_NOFILE)
         used = {int(path.name) for path in Path("/proc/self/fd").iterdir()}
         free = sorted(set(range(1000)) - used)[left]
@@ -10681,7 +10673,7 @@ class TestIsolation:
         isolated_import(isolated_jobs.HERE, lib=ISOLATED_FACTORY).create_app()
         taskhawk.Task.find_by_name("lib.job").dispatch()
         isolated_jobs.pid.dispatch()
-        lost, found = queued()
+        lost, found = receive_all()
         start = taskhawk._start_of_children(everything=False)
         child = taskhawk._Child(start, 100, threading.Event())
         assert child.takes(lost)
@@ -10785,7 +10777,7 @@ class TestIsolation:
         given_up = threading.Event()
         child = taskhawk._Child(start, 1, given_up)
         isolated_jobs.pid.dispatch()
-        [received] = queued()
+        [received] = receive_all()
         assert child.takes(received)
         given_up.set()
         child.kill()  # there is none yet
@@ -10913,7 +10905,7 @@ class TestIsolation:
         start = taskhawk._start_of_children(everything=False)
         assert start == {}
         isolated_jobs.plain.dispatch()
-        [received] = queued()
+        [received] = receive_all()
         assert not taskhawk._Child(start, 1, threading.Event()).takes(received)
 
     def test_sync(self, isolated_jobs):
