@@ -1152,10 +1152,6 @@ class Message:  # noqa: PLW1641 - it may change, so it is no key of a dict
 
     def __init__(self, data: Mapping[str, Any]) -> None:
         _validate(data, SCHEMA)
-        self._take(data)
-
-    def _take(self, data: Mapping[str, Any]) -> None:
-        """Take over valid data; keys that the format does not have are dropped."""
         metadata = data["metadata"]
         self.id: str = data["id"]
         #: the queue that it goes through
@@ -1197,22 +1193,16 @@ class Message:  # noqa: PLW1641 - it may change, so it is no key of a dict
             msg_id = _new_id()
         else:
             _validate(msg_id, _NAME, "id")
-        metadata = {
-            "priority": priority.name,
-            "timestamp": int(time.time() * 1000),
-            "version": cls.CURRENT_VERSION,
-        }
-        message = cls.__new__(cls)  # not __init__, which would check what is valid
-        message._take(  # noqa: SLF001 - its own
-            {
-                "id": msg_id,
-                "metadata": metadata,
-                "headers": dict(headers or {}),
-                "task": task,
-                "args": args or (),
-                "kwargs": dict(kwargs or {}),
-            }
-        )
+        # Not by __init__, which would check what is valid: that takes long.
+        message = cls.__new__(cls)
+        message.id = msg_id
+        message.priority = priority
+        message.timestamp = int(time.time() * 1000)
+        message.version = cls.CURRENT_VERSION
+        message.headers = dict(headers or {})
+        message.task_name = task
+        message.args = list(args or ())
+        message.kwargs = dict(kwargs or {})
         return message
 
     @property
