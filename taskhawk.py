@@ -662,7 +662,7 @@ class _Settings:
     def __init__(self) -> None:
         self.given: Mapping[str, Any] = {}  # by configure()
         self.on_change: list[Callable[[], None]] = []  # closes what was made with them
-        self._forgotten = 0  # times
+        self._forgotten = 0  # how often forget() was called
 
     def __getattr__(self, name: str) -> Any:
         """Read a setting that is not remembered as an attribute yet."""
@@ -1155,10 +1155,6 @@ class Message:  # noqa: PLW1641 - it may change, so it is no key of a dict
 
     def __init__(self, data: Mapping[str, Any]) -> None:
         _validate(data, SCHEMA)
-        self._take(data)
-
-    def _take(self, data: Mapping[str, Any]) -> None:
-        """Take over valid data; keys that the format does not have are dropped."""
         metadata = data["metadata"]
         self.id: str = data["id"]
         #: the queue that it goes through
@@ -1200,22 +1196,16 @@ class Message:  # noqa: PLW1641 - it may change, so it is no key of a dict
             msg_id = _new_id()
         else:
             _validate(msg_id, _NAME, "id")
-        metadata = {
-            "priority": priority.name,
-            "timestamp": int(time.time() * 1000),
-            "version": cls.CURRENT_VERSION,
-        }
-        message = cls.__new__(cls)  # not __init__, which would check what is valid
-        message._take(  # noqa: SLF001 - its own
-            {
-                "id": msg_id,
-                "metadata": metadata,
-                "headers": dict(headers or {}),
-                "task": task,
-                "args": args or (),
-                "kwargs": dict(kwargs or {}),
-            }
-        )
+        # Not by __init__, which would check what is valid: that takes long.
+        message = cls.__new__(cls)
+        message.id = msg_id
+        message.priority = priority
+        message.timestamp = int(time.time() * 1000)
+        message.version = cls.CURRENT_VERSION
+        message.headers = dict(headers or {})
+        message.task_name = task
+        message.args = list(args or ())
+        message.kwargs = dict(kwargs or {})
         return message
 
     @property
@@ -3137,7 +3127,7 @@ class Metadata(dict[str, Any]):
 
 
 class Task(Generic[_P, _R]):
-    """A function that can be dispatched; to call it runs the function here and now.
+    """A function that can be dispatched; calling it runs the function here and now.
 
     Made by :func:`task`, which describes its options, and registers it: no message
     can reach a task that was made by hand.
@@ -3282,7 +3272,8 @@ def _signature_of(fn: Callable[..., Any], name: str) -> inspect.Signature:
         signature = inspect.signature(fn, **_ANNOTATIONS)
     except ValueError as error:
         raise ConfigurationError(
-            f"{name} does not tell its parameters: expected a function written in Python"
+            f"{name} does not tell its parameters: expected a function written in"
+            " Python"
         ) from error
     for parameter in signature.parameters.values():
         if parameter.kind is parameter.VAR_POSITIONAL:
@@ -3611,8 +3602,8 @@ class _Place(NamedTuple):
     """Where a function is written.
 
     `module` is the one that a worker imports it from, also if it is a script's; `line`
-    is text for errors; `spec` is the module's, which has another after it is read
-    again.
+    is text for errors; `spec` is that of its module, which gets another one when it is
+    read again.
     """
 
     module: str
@@ -3650,7 +3641,7 @@ def _declaring_module(fn: Any) -> str:
     """Return the module whose import declares the task that is made of a function.
 
     It may be another than the function's: ``send = taskhawk.task(lib.send)``. Where
-    modules import each other, it is the outermost: they may work in this order alone.
+    modules import each other, it is the outermost: no other order may work for them.
     Where a function declares tasks, it is the module that is being imported, if any.
     """
     if fn.__module__ in (*_MAINS, __name__):
@@ -3661,7 +3652,7 @@ def _declaring_module(fn: Any) -> str:
     for frame in callers:
         name = frame.f_globals.get("__name__")
         importing = frame.f_code.co_name == "<module>" and name in sys.modules
-        # A script calls all that runs: it declares only what itself makes a task.
+        # A script is below all other frames: it declares only what its own code does.
         if importing and name not in _MAINS:
             declaring = name
     return str(declaring)
@@ -3701,7 +3692,7 @@ class AsyncInvocation(Generic[_P]):
     _delay_s: float = 0
 
     def with_headers(self, /, **headers: Any) -> AsyncInvocation[_P]:
-        """Return an invocation with these headers too; they replace those of one name.
+        """Return an invocation with these headers too, in place of any of their names.
 
         :param headers: any values that JSON can hold. The message has them all, and up
             to ten of them are also string attributes, which SNS can filter by.
@@ -3851,7 +3842,7 @@ _ATTRIBUTE_TEXT = re.compile("[^\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uf
 
 
 def _attributes_of(headers: Mapping[Any, Any]) -> dict[str, dict[str, str]]:
-    """Return ten headers at most that SQS takes as attributes; the body has all."""
+    """Return at most ten headers that SQS takes as attributes; the body has all."""
     attributes: dict[str, dict[str, str]] = {}
     for key, value in headers.items():
         name, text = str(key), str(value)
@@ -3886,29 +3877,30 @@ class _Batch:
     """
 
     def __init__(self) -> None:
-        self._sent_by: int | None = os.getpid()  # None once it is closed
-        # Guards the other two: nothing is added to a batch that is closed. Reentrant,
+        self._process_id = os.getpid()
+        # Guards the two below: nothing is added to a batch that is closed. Reentrant,
         # because a signal handler may dispatch while it is held.
         self._lock = threading.RLock()
         self._collected: list[_Ready] = []
+        self._closed = False
 
     def add(self, readies: Sequence[_Ready]) -> bool:
         """Add messages, or return False if this process has no open batch here."""
         # Before the lock, which another thread may have held at the fork.
-        if self._sent_by != os.getpid():
+        if self._process_id != os.getpid():
             return False
         with self._lock:
-            if self._sent_by is None:
+            if self._closed:
                 return False
             self._collected.extend(readies)
             return True
 
     def close(self) -> Sequence[_Ready]:
         """Collect no more, and return what this process has to send."""
-        if self._sent_by != os.getpid():
+        if self._process_id != os.getpid():
             return ()
         with self._lock:
-            self._sent_by = None
+            self._closed = True
         return self._collected
 
 
@@ -4000,7 +3992,7 @@ def _send_all_ready(readies: Sequence[_Ready]) -> None:
 def _partial_failure(
     readies: Sequence[_Ready], refused: Mapping[int, Refusal]
 ) -> PartialFailure:
-    """Return the error that has the messages which were refused, by their places."""
+    """Return the error that lists which messages were refused, and why."""
     successful, failed, unsent = [], [], []
     for place, ready in enumerate(readies):
         refusal = refused.get(place)

@@ -1978,14 +1978,6 @@ class TestSettings:
             " settings or the environment"
         )
 
-    @pytest.mark.parametrize(
-        "given", [{"TASKHAWK_SYNC": True}, {"TASKHAWK_BROKER": "sqlite://"}]
-    )
-    def test_nothing_is_required(self, given):
-        """Sync mode and the embedded queue need neither AWS nor a queue's name."""
-        taskhawk.configure(given)
-        assert taskhawk.task(plain, name="settings.plain").dispatch()
-
     def test_paths_of_1_4(self):
         """1.4's own defaults, paths into submodules that are gone, still work."""
         hooks = "PRE_PROCESS", "POST_PROCESS", "HEARTBEAT"
@@ -5997,7 +5989,7 @@ class TestExtendVisibilityTimeout:
         assert taskhawk.process(again).error is None
 
     def test_no_queue(self):
-        """Where no queue has the message (sync mode, SNS), it does nothing."""
+        """Where no queue has the message (a call by hand, SNS), it does nothing."""
         ran = []
 
         @taskhawk.task(name="mail.nowhere")
@@ -6005,13 +5997,12 @@ class TestExtendVisibilityTimeout:
             metadata.extend_visibility_timeout(60)
             ran.append(metadata.receipt)
 
-        taskhawk.configure(TASKHAWK_SYNC=True)
-        nowhere.dispatch()
-        nowhere.call(Message.new("mail.nowhere"), None)
-        body = json.dumps(Message.new("mail.nowhere").as_dict())
+        message = Message.new("mail.nowhere")
+        message.call_task(None)
+        body = json.dumps(message.as_dict())
         record = {"Sns": {"Message": body, "MessageId": "m", "MessageAttributes": {}}}
         taskhawk.process_messages_for_lambda_consumer({"Records": [record]})
-        assert ran == [None, None, None]
+        assert ran == [None, None]
 
 
 # --- 12. publishing -------------------------------------------------------------------
@@ -6338,11 +6329,6 @@ class TestBatch:
                 mail.dispatch(number, "x" * 250_000)
         assert aws.actions == ["PublishBatch", "PublishBatch", "Publish"]
         assert aws.batches == [10, 3, 1]
-        aws.always("PublishBatch", DENY)
-        with pytest.raises(taskhawk.PartialFailure) as raised, taskhawk.batch():
-            ids = [mail.dispatch(number) for number in range(3)]
-        assert [message.id for message in raised.value.unsent] == ids
-        assert str(raised.value) == "3 of 3 messages failed: AccessDenied"
 
     @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
     def test_exception(self, sqlite, mail, error):
@@ -6427,30 +6413,6 @@ class TestBatch:
             busy.wait(WORKER_PATIENCE_S)
         pool.shutdown()
         assert sorted(received_args()) == list(range(400))
-
-    def test_asyncio(self, sqlite, mail):
-        """Tasks of an event loop join the block they were made in until it ends."""
-
-        async def dispatch(number: int, when: asyncio.Event) -> None:
-            await when.wait()
-            mail.dispatch(number)
-
-        async def main() -> None:
-            now, later = asyncio.Event(), asyncio.Event()
-            now.set()
-            async with asyncio.TaskGroup() as group:
-                with taskhawk.batch():
-                    await asyncio.gather(*(dispatch(n, now) for n in range(3)))
-                    group.create_task(dispatch(3, later))
-                    assert received_args() == []
-                assert received_args() == [0, 1, 2]
-                outside = group.create_task(dispatch(4, now))
-                await outside
-                assert received_args() == [4]
-                later.set()
-            assert received_args() == [3]
-
-        asyncio.run(main())
 
     @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
     def test_fork(self, tmp_path, mail):
