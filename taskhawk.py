@@ -312,7 +312,9 @@ class PartialFailure(TaskhawkError):
         self.success_count = len(result["Successful"])
         self.failure_count = len(result["Failed"])
         self.unsent = list(unsent)
-        super().__init__(*(args or [self._summary()]))
+        if not args:
+            args = (self._summary(),)
+        super().__init__(*args)
 
     def _summary(self) -> str:
         """Return how many messages failed, and the codes that say why."""
@@ -432,12 +434,11 @@ def _passed_a_handler(error: BaseException) -> bool:
     """
     for frame, _ in traceback.walk_tb(error.__traceback__):
         names, rest, _, values = inspect.getargvalues(frame)
-        given = [values.get(name) for name in names]
+        given = list(map(values.get, names))
         others = values.get(str(rest))
         if isinstance(others, tuple):
             given += others
-        caller = frame.f_back
-        if caller and any(each is caller for each in given):
+        if frame.f_back in list(filter(inspect.isframe, given)):
             return True
     return False
 
@@ -462,7 +463,7 @@ _OWN_PATHS = {
 
 
 class _Illegal(ValueError):
-    """A value breaks the rule of its setting."""
+    """A value breaks the rule of its setting; the text may say more."""
 
 
 class _Rule(NamedTuple):
@@ -625,32 +626,28 @@ class _Source(NamedTuple):
     get: Callable[[str], Any]  # returns a setting's raw value, or None
 
     def read(self, name: str) -> Any:
-        """Return a setting as its rule makes it, or None if it is not set here."""
-        value = self.get(name)
-        rule = _SETTINGS[name].rule
-        # An empty text means false, but it is not the name of anything.
-        if value is None or (value == "" and rule is not _FLAG):
-            return None
-        if isinstance(value, str) and _UNCLEAN.search(value):
-            reason = "it has outer spaces, or control characters such as a line break"
-            raise self._illegal(name, value, reason)
-        try:
-            return rule.parse(value)
-        except _Illegal as error:
-            raise self._illegal(name, value) from error
-        except (ImportError, AttributeError) as error:
-            raise self._illegal(name, value, str(error)) from error
+        """Return a setting as its rule makes it, or None if it is not set here.
 
-    def _illegal(self, name: str, value: Any, reason: str = "") -> ConfigurationError:
-        """Return the error for a value that breaks its rule; it shows no secret."""
-        shown = repr(value)
-        if name in _SECRETS:
-            shown = type(value).__name__
-        if reason:
-            shown += f" ({reason})"
-        return ConfigurationError(
-            f"{name} in {self.where}: expected {_SETTINGS[name].expected}, got {shown}"
-        )
+        :raises ConfigurationError: if the value breaks the rule; it shows no secret
+        """
+        setting = _SETTINGS[name]
+        value = self.get(name)
+        # An empty text means false, but it is not the name of anything.
+        if value is None or (value == "" and setting.rule is not _FLAG):
+            return None
+        try:
+            if isinstance(value, str) and _UNCLEAN.search(value):
+                raise _Illegal(
+                    "it has outer spaces, or control characters such as a line break"
+                )
+            return setting.rule.parse(value)
+        except (_Illegal, ImportError, AttributeError) as error:
+            shown = type(value).__name__ if name in _SECRETS else repr(value)
+            if str(error):
+                shown += f" ({error})"
+            raise ConfigurationError(
+                f"{name} in {self.where}: expected {setting.expected}, got {shown}"
+            ) from error
 
 
 class _Settings:
@@ -1071,14 +1068,11 @@ def _fits(value: Any, schema: Mapping[str, Any]) -> bool:
         return False
     if kind == "number":
         return bool(schema["minimum"] <= value <= schema["maximum"])
-    if kind != "string":
-        return True
     if "enum" in schema:
         return bool(value in schema["enum"])
     if "pattern" in schema:
         return re.search(schema["pattern"], value) is not None
-    shortest: int = schema.get("minLength", 0)
-    return len(value) >= shortest
+    return bool(value) or "minLength" not in schema  # which is 1
 
 
 def _mismatch(path: str, schema: Mapping[str, Any], shown: str) -> ValidationError:
@@ -1156,15 +1150,6 @@ class Message:  # noqa: PLW1641 - it may change, so it is no key of a dict
     delay_s: float = 0  #: seconds for which the queue holds it back; not on the wire
     received: QueueMessage | None = None  #: what it arrived as; None where it was made
 
-    id: str
-    priority: Priority  #: the queue that it goes through
-    timestamp: int  #: when it was dispatched, in epoch milliseconds
-    version: str  #: of the format
-    headers: dict[str, Any]
-    task_name: str  #: of a task that need not be registered here
-    args: list[Any]
-    kwargs: dict[str, Any]
-
     def __init__(self, data: Mapping[str, Any]) -> None:
         _validate(data, SCHEMA)
         self._take(data)
@@ -1172,14 +1157,19 @@ class Message:  # noqa: PLW1641 - it may change, so it is no key of a dict
     def _take(self, data: Mapping[str, Any]) -> None:
         """Take over valid data; keys that the format does not have are dropped."""
         metadata = data["metadata"]
-        self.id = data["id"]
+        self.id: str = data["id"]
+        #: the queue that it goes through
         self.priority = Priority[metadata.get("priority", "default")]
+        #: when it was dispatched, in epoch milliseconds
         self.timestamp = _epoch_ms(metadata["timestamp"])
-        self.version = metadata["version"]
-        self.headers = data["headers"]
-        self.task_name = data["task"]
-        self.args = list(data["args"])  # it may be a tuple, which JSON does not have
-        self.kwargs = data["kwargs"]
+        #: of the format
+        self.version: str = metadata["version"]
+        self.headers: dict[str, Any] = data["headers"]
+        #: of a task that need not be registered here
+        self.task_name: str = data["task"]
+        # A list, even of a tuple: JSON has no tuples.
+        self.args: list[Any] = list(data["args"])
+        self.kwargs: dict[str, Any] = data["kwargs"]
 
     @classmethod
     def new(
@@ -3172,7 +3162,7 @@ class Task(Generic[_P, _R]):
         #: whether the function is given ``headers``
         self.accepts_headers = "headers" in self._given_by_worker
         # Cached: the signature's bind() takes as long as the rest of a dispatch.
-        self._check_shape = functools.lru_cache(self._bind_shape)
+        self._check_call = functools.lru_cache(self._bind)
         #: seconds from a failed run to the next, as a function of the attempt
         self.retry: Callable[[int], float] | None = None
         #: the exceptions after which a run is repeated
@@ -3218,15 +3208,13 @@ class Task(Generic[_P, _R]):
         """Return an invocation whose messages the queue holds back for so long."""
         return self._invocation.with_delay(delay)
 
-    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Check that the worker can call the function with these arguments.
+    def _bind(self, count: int, *names: str) -> None:
+        """Check that the worker can call the function with such arguments.
 
+        :param count: of positional arguments: their values decide nothing
+        :param names: of keyword arguments
         :raises TypeError: if that call would fail
         """
-        self._check_shape(len(args), *kwargs)
-
-    def _bind_shape(self, count: int, *names: str) -> None:
-        """Check the number of arguments and their names: nothing else decides."""
         for name in sorted(self._given_by_worker.intersection(names)):
             raise TypeError(
                 f"{self.name}: {name!r} is given by the worker: leave it out"
@@ -3544,11 +3532,36 @@ def _is_method(fn: Any) -> bool:
     return next(iter(parameters), None) == "self"
 
 
-def _flaw_of_options(**options: Any) -> str:
+def _flaw_of_options(
+    *,
+    name: object,
+    priority: object,
+    retry: object,
+    retry_on: object,
+    never_retry_on: object,
+    time_limit: object,
+) -> str:
     """Return which option of :func:`task` is wrong and what is right, or ""."""
-    for option, value in options.items():
-        is_right, expected = _OPTIONS[option]
-        if not is_right(value):
+    rows = [
+        ("name", name, isinstance(name, str | None), "a string"),
+        ("priority", priority, isinstance(priority, Priority), "a taskhawk.Priority"),
+        ("retry", retry, retry is None or callable(retry), "a function of the attempt"),
+        ("retry_on", retry_on, _are_exceptions(retry_on), "exceptions"),
+        (
+            "never_retry_on",
+            never_retry_on,
+            _are_exceptions(never_retry_on),
+            "exceptions",
+        ),
+        (
+            "time_limit",
+            time_limit,
+            time_limit is None or _is_above_zero(time_limit),
+            "a number of seconds above 0",
+        ),
+    ]
+    for option, value, is_right, expected in rows:
+        if not is_right:
             return f"has {option}={value!r}: expected {expected}"
     return ""
 
@@ -3563,20 +3576,6 @@ def _are_exceptions(kinds: object) -> bool:
 def _is_above_zero(value: object) -> bool:
     """Return whether this is a number above 0, and finite."""
     return _is_number(value) and 0 < value < math.inf
-
-
-# The options of task(): what is right, and how an error says so.
-_OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "name": (lambda it: isinstance(it, str | None), "a string"),
-    "priority": (lambda it: isinstance(it, Priority), "a taskhawk.Priority"),
-    "retry": (lambda it: it is None or callable(it), "a function of the attempt"),
-    "retry_on": (_are_exceptions, "exceptions"),
-    "never_retry_on": (_are_exceptions, "exceptions"),
-    "time_limit": (
-        lambda it: it is None or _is_above_zero(it),
-        "a number of seconds above 0",
-    ),
-}
 
 
 def _make_task(fn: Any, priority: Priority, name: str) -> Task[Any, Any]:
@@ -3772,7 +3771,7 @@ class AsyncInvocation(Generic[_P]):
 
     def _message(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Message:
         """Make the message of a call, once it is known that the worker can make it."""
-        self.task.bind(args, kwargs)
+        self.task._check_call(len(args), *kwargs)  # noqa: SLF001 - its own
         message = Message.new(
             self.task.name,
             args,
