@@ -88,11 +88,12 @@ What to read for each promise, and how many statements that is
         _Poller._receive, _pause_s, _Holdings._decide, _Holdings._hurry, _Calls.next,
         _Calls._due_ends, _Calls._extended, _Leases, _Keeper._wait, _Keeper._make,
         SqsBroker.receive, SqsBroker.url, SqsBroker._find_url, _batches
-    7 (187): _in_own_context, _refresh_django_connections, _PerProcess, _made_once,
+    7 (190): _in_own_context, _refresh_django_connections, _PerProcess, _made_once,
         _Brokers.before_fork, _Brokers.after_fork, _close_sqlite_files,
-        _release_sqlite_files, _Signals, _forget_signals, _path_of_children,
-        _Child._start_process, _ChildProcess.__init__, _serve_worker,
-        _leave_signals_to_worker, _ignore_signal, _die_with_parent
+        _release_sqlite_files, _Signals, _hold_signals, _release_signals,
+        _forget_signals, _path_of_children, _Child._start_process,
+        _ChildProcess.__init__, _serve_worker, _leave_signals_to_worker, _ignore_signal,
+        _die_with_parent
 
 Parts and rooms; the file still works if cut before part IV, V or VI
     I meaning
@@ -1691,6 +1692,7 @@ class QueueMessage:
     :ivar message: the decoded message, once it is valid and its task is registered
     :ivar lease_lost: whether others may have received the message; set by the worker
     :ivar max_receive_count: of the queue's redrive policy, where it is known
+    :ivar done_level: at which a run that returned is logged
     """
 
     body: Any
@@ -1706,6 +1708,7 @@ class QueueMessage:
     message: Message | None = None
     lease_lost: bool = False
     max_receive_count: int | None = None
+    done_level: int = logging.DEBUG
     in_lambda: typing.ClassVar[bool] = False  # whether Lambda decides on retries
 
     @property
@@ -4150,20 +4153,20 @@ def _run(received: QueueMessage, began: float) -> None:
     received.message = message  # from here on, an error is the task's
     message.received = received
     _log.debug("Received message", extra={"message_body": received.body})
-    level, end, reason = logging.DEBUG, "done", ""
+    level, outcome, end = received.done_level, "done", "finished"
     try:
         task.call(message, received.receipt_handle)
     except BaseException as error:
         if not _are_all(IgnoreException, error):
             raise
-        level, end, reason = logging.INFO, "ignored", _reason(error)
+        level, outcome, end = logging.INFO, "ignored", f"ignored{_reason(error)}"
     finally:
         message.received = None  # else a cycle keeps the body until it is collected
     _call_hook("TASKHAWK_POST_PROCESS_HOOK", received)
     if _log.isEnabledFor(level):
-        name = _in_one_line(f"{task.name} {message.id}")
-        facts = _facts(received, end, began)
-        _log.log(level, "%s: %s%s", name, end, reason, extra=facts)
+        facts = _facts(received, outcome, began)
+        text = f"{_name_of(received)}: attempt {received.attempt} {end}"
+        _log.log(level, "%s", text, extra=facts)
 
 
 def _are_all(kind: type[BaseException], error: BaseException) -> bool:
@@ -5120,6 +5123,7 @@ class _Signals:
             self._pipe[1], warn_on_full_buffer=False
         )
         _installed.append(self)
+        _restorers.append(self.restore)
         for number in self._replaced:
             signal.signal(number, self._note)
 
@@ -5128,6 +5132,7 @@ class _Signals:
             return
         self.restore()
         _installed.remove(self)
+        _restorers.remove(self.restore)
         self._read()
         for descriptor in self._pipe:
             os.close(descriptor)
@@ -5176,6 +5181,8 @@ class _Signals:
 
 
 _installed: list[_Signals] = []  # of the worker in the main thread, if there is one
+# Each gives what a task forks the handlers that it would have without a worker.
+_restorers: list[Callable[[], None]] = []
 _forking = threading.local()  # `mask`: the signals that were blocked before a fork
 
 
@@ -5192,9 +5199,9 @@ def _release_signals() -> None:
 
 def _forget_signals() -> None:
     """Let what a task forks have the handlers that it would have without a worker."""
-    for signals in _installed:
-        signals.restore()
-    _installed.clear()
+    for restore in _restorers:
+        restore()
+    _restorers.clear()
     _release_signals()
 
 
@@ -5540,9 +5547,7 @@ class _Slot:
         """Run a message, in the child if it is for that."""
         worker = os.getpid()
         try:
-            if self.child.takes(received):
-                return self.child.process(received)
-            return process(received)
+            return self.child.process(received)
         finally:
             if os.getpid() != worker:
                 # A process that the task forked came back from it. The message is its
@@ -5623,6 +5628,7 @@ class _Poller:
             self.is_polling = False
         for message in messages:
             message.max_receive_count = lease.max_receive_count
+            message.done_level = worker.done_level
         # At once: from here on the keeper extends the leases.
         self._course.take(messages, lease.seconds, asked_at)
         self._faults.worked(self._queue, "receive")
@@ -5658,7 +5664,8 @@ class Worker:
     The options are those of :func:`listen_for_messages`; time is passed in by `clock`,
     and `wait_s` is how long a poll may take. Where runs go on after `grace_s`,
     `on_overdue` is called with the ledger. `liveness_file` is touched after each poll
-    and round of leases. One worker runs once.
+    and round of leases. `done_level` is the level at which a run that returned is
+    logged. One worker runs once.
     """
 
     broker: Broker
@@ -5676,6 +5683,7 @@ class Worker:
     ack_wait_s: float = _ACK_WAIT_S
     on_overdue: Callable[[Ledger], object] | None = None
     liveness_file: str | None = None
+    done_level: int = logging.DEBUG
     clock: Callable[[], float] = time.monotonic
     wait_s: float = _LONG_POLL_S
 
@@ -6001,7 +6009,7 @@ def _error_record(
     text = json.dumps(record)
     for key in ("traceback", "message"):
         while len(text) > room and record[key]:
-            cut = math.ceil((len(text) - room) / 6)  # a character has 6 bytes at most
+            cut = math.ceil((len(text) - room) / 6)  # bytes of a character, or fewer
             if key == "traceback":
                 record[key] = record[key][cut:]  # its end says most
             else:
@@ -6197,10 +6205,11 @@ def _settings_of_children() -> dict[str, Any]:
             values[name] = _path_of_hook(name, value)
     # Of one source, where another may have a token that does not belong to the key.
     credentials = settings.credentials()
-    values["AWS_ACCESS_KEY"] = credentials.get("aws_access_key_id")
-    values["AWS_SECRET_KEY"] = credentials.get("aws_secret_access_key")
-    values["AWS_SESSION_TOKEN"] = credentials.get("aws_session_token")
-    return values
+    return values | {
+        "AWS_ACCESS_KEY": credentials.get("aws_access_key_id"),
+        "AWS_SECRET_KEY": credentials.get("aws_secret_access_key"),
+        "AWS_SESSION_TOKEN": credentials.get("aws_session_token"),
+    }
 
 
 def _path_of_hook(name: str, hook: Any) -> str:
@@ -6220,7 +6229,7 @@ def _path_of_hook(name: str, hook: Any) -> str:
 
 
 class _Child:
-    """Runs the isolated messages of a slot, in one process after another.
+    """Runs the messages of a slot; isolated ones in one process after another.
 
     One thread calls its methods; any thread may call :meth:`kill`.
 
@@ -6230,50 +6239,38 @@ class _Child:
     """
 
     def __init__(
-        self, start: Mapping[str, Any] | None, max_tasks: int, given_up: threading.Event
+        self, start: Mapping[str, Any], max_tasks: int, given_up: threading.Event
     ) -> None:
-        self._start, self._max_tasks, self._given_up = start or {}, max_tasks, given_up
-        self._isolated = frozenset(self._start.get("isolated", ()))
+        self._start, self._max_tasks, self._given_up = start, max_tasks, given_up
         self._process: _ChildProcess | None = None
         self._runs_left = 0  # until the process is replaced
 
-    def start(self) -> None:
-        """Start a process unless there is one, or raise _CannotStart."""
-        if self._process is None:
-            self._start_process()
-
-    def takes(self, received: QueueMessage) -> bool:
-        """Return whether a message is for an isolated task; note what it decodes to."""
-        if not self._isolated:
-            return False
-        try:
-            message = _decode(received.body)
-            isolated = message.task.name in self._isolated
-        except ValidationError:
-            return False  # process() will say what is wrong with it
-        if isolated:
-            received.message = message
-        return isolated
-
     def process(self, received: QueueMessage) -> Outcome | None:
-        """Run a message that it takes, and decide as :func:`process` does.
+        """Run a message, and decide its fate as :func:`process` does.
 
         :returns: None if the process was killed because the worker's grace is over
         :raises _CannotStart: if the run did not begin, for another reason
         """
-        its_task = typing.cast("Message", received.message).task
-        began = time.monotonic()
+        message = self._find_isolated(received)
+        if message is None:
+            return process(received)
+        received.message = message
         try:
-            running = self._begin(its_task.name, received)
-            began = time.monotonic()  # a new process's imports are not the run's
-            return self._finish(running, its_task, began)
-        except TaskhawkError as failure:
+            running = self._begin(message.task.name, received)
+        except _CannotStart:
             if self._given_up.is_set():
                 return None
-            if isinstance(failure, _CannotStart):
-                raise
-            # Without our own traceback, which says nothing of the failure.
-            return _failed(received, failure.with_traceback(None), began)
+            raise
+        return self._finish(running, message.task, received)
+
+    def start(self) -> _ChildProcess:
+        """Return a process that lives, a new one if need be.
+
+        :raises _CannotStart: if none can import the tasks
+        """
+        if self._process and self._process.has_ended(time.monotonic()):
+            self._end(0)
+        return self._process or self._start_process()
 
     def kill(self) -> None:
         """Kill the process and what it started, also in C code that holds the GIL."""
@@ -6285,44 +6282,34 @@ class _Child:
         """Have the process end, if there is one."""
         self._end(_END_S)
 
-    def _end(self, within_s: float) -> str:
-        """Have the process end, if there is one, and return how it ended."""
-        if self._process is None:
-            return ""
-        how = self._process.end(within_s)
-        self._process = None  # only now: kill() may be called while it ends
-        return how
+    def _find_isolated(self, received: QueueMessage) -> Message | None:
+        """Return the decoded message if its task is isolated."""
+        if not self._start:
+            return None
+        try:
+            message = _decode(received.body)
+            isolated = message.task.name in self._start["isolated"]
+        except ValidationError:
+            return None  # process() will say what is wrong with it
+        return message if isolated else None
 
     def _begin(self, name: str, received: QueueMessage) -> _ChildProcess:
-        """Return a process that has begun to run a message.
-
-        :raises _CannotStart: if none can begin
-        :raises TaskNotFound: if the process does not know the task
-        """
+        """Return a process that has begun to run a message, or raise _CannotStart."""
         request = {
             field: value
             for field, value in vars(received).items()
             if field not in ("broker", "message")
         }
-        how = ""
-        for _ in range(2):  # the process may have died since its last run
-            running = self._process or self._start_process()
-            if name in running.unknown:
-                modules = ", ".join(self._start["modules"])
-                received.message = None  # as any message whose task is unknown
-                raise TaskNotFound(
-                    f"{name} is not declared where a child imports {modules}: "
-                    "declare it in a module, not in a function that the worker calls"
-                )
-            until = time.monotonic() + _START_S
-            try:
-                running.tell(request, until)
-                running.hear("began", until)
-            except (OSError, ValueError):
-                how = self._end(_CRASH_S)
-            else:
-                return running
-        raise _CannotStart(f"{name}: its process ended before the run began: {how}")
+        running = self.start()
+        until = time.monotonic() + _START_S
+        try:
+            running.tell(request, until)
+            running.hear("began", until)
+        except (OSError, ValueError):
+            how = self._end(_CRASH_S)
+            text = f"{name}: its process ended before the run began: {how}"
+            raise _CannotStart(text) from None
+        return running
 
     def _start_process(self) -> _ChildProcess:
         """Start a process and have it import the tasks, or raise _CannotStart."""
@@ -6337,7 +6324,7 @@ class _Child:
         try:
             started.tell(self._start["path"], until)
             started.tell(self._start, until)
-            failure, started.unknown = started.hear("imported", until)
+            [failure] = started.hear("imported", until)
         except TimeoutError:
             failure = f"it takes longer than {_START_S} s"
         except (OSError, ValueError):
@@ -6349,34 +6336,39 @@ class _Child:
         return started
 
     def _finish(
-        self, running: _ChildProcess, its_task: Task[Any, Any], began: float
-    ) -> Outcome:
-        """Return how a run that began has ended.
-
-        :raises TimeLimitExceeded: if it took longer; it is killed
-        :raises ChildCrashed: if its process ended, or said what is no answer
-        """
-        name, limit_s = its_task.name, its_task.time_limit
-        until = math.inf if limit_s is None else began + limit_s
+        self, running: _ChildProcess, its_task: Task[Any, Any], received: QueueMessage
+    ) -> Outcome | None:
+        """Return how a run that began has ended; None if the grace is over."""
+        name, limit_s, began = its_task.name, its_task.time_limit, time.monotonic()
+        failure: TaskhawkError
         try:
-            outcome = _to_outcome(running.hear("ended", until))
+            outcome = _to_outcome(running.hear("ended", began + (limit_s or math.inf)))
         except TimeoutError:
             self._end(0)
-            raise TimeLimitExceeded(
-                f"{name} ran longer than its time limit of {limit_s:g} s"
-            ) from None
+            text = f"{name} ran longer than its time limit of {limit_s:g} s"
+            failure = TimeLimitExceeded(text)
         except OSError:
-            how = self._end(_CRASH_S)
-            raise ChildCrashed(f"{name}: its process ended: {how}") from None
+            failure = ChildCrashed(f"{name}: its process ended: {self._end(_CRASH_S)}")
         except ValueError:
             self._end(0)
-            raise ChildCrashed(
-                f"{name}: its process wrote to the socket of its worker"
-            ) from None
-        self._runs_left -= 1
-        if not self._runs_left:
-            self.close()
-        return outcome
+            text = f"{name}: its process wrote to the socket of its worker"
+            failure = ChildCrashed(text)
+        else:
+            self._runs_left -= 1
+            if not self._runs_left:
+                self.close()
+            return outcome
+        if self._given_up.is_set():
+            return None
+        return _failed(received, failure, began)
+
+    def _end(self, within_s: float) -> str:
+        """Have the process end, if there is one, and return how it ended."""
+        if self._process is None:
+            return ""
+        how = self._process.end(within_s)
+        self._process = None  # only now: kill() may be called while it ends
+        return how
 
 
 class _ChildProcess:
@@ -6389,11 +6381,9 @@ class _ChildProcess:
         import socket
 
         subprocess: Any = importlib.import_module("subprocess")
-        self.unknown: list[str] = []  # isolated tasks that it did not find
         # Held to kill and to reap: what was reaped has a number that may be used again.
         self._lock = threading.Lock()
         self._socket, theirs = socket.socketpair()
-        self._lines = self._socket.makefile("rb")
         number = theirs.fileno()
         program = [__name__, "_child", str(number), str(os.getpid())]
         # Such as -O and -W; multiprocessing takes them from there, too.
@@ -6407,8 +6397,9 @@ class _ChildProcess:
                     pass_fds=[number],
                 )
             except OSError:
-                self._close()
+                self._socket.close()
                 raise
+        self._lines = self._socket.makefile("rb")
 
     def tell(self, value: object, until: float) -> None:
         """Send it a line of JSON; raise OSError if it has ended, or time is up."""
@@ -6447,10 +6438,11 @@ class _ChildProcess:
         with contextlib.suppress(OSError, ValueError):
             self._socket.shutdown(1)  # SHUT_WR: it ends when it has read all
             self.hear("nothing", until)  # but log records, and then that it has ended
-        if not self._has_ended(until):  # a thread that a task left behind goes on, say
+        if not self.has_ended(until):  # a thread that a task left behind goes on, say
             self.kill()
-            self._has_ended(math.inf)
-        self._close()
+            self.has_ended(math.inf)
+        self._lines.close()
+        self._socket.close()
         return _how_it_ended(self._process.returncode)
 
     def _wait_at_most(self, until: float) -> None:
@@ -6460,13 +6452,8 @@ class _ChildProcess:
             raise TimeoutError
         self._socket.settimeout(None if until == math.inf else left_s)
 
-    def _close(self) -> None:
-        """Let go of the socket."""
-        self._lines.close()
-        self._socket.close()
-
-    def _has_ended(self, until: float) -> bool:
-        """Return whether it has ended, and wait for that until a time."""
+    def has_ended(self, until: float) -> bool:
+        """Wait for its end, at most until a time; return whether it has ended."""
         while True:
             with self._lock:
                 code = self._process.poll()
@@ -6565,10 +6552,9 @@ def _serve_worker(argv: Sequence[str]) -> int:
         try:
             _import_tasks(start, report)
         except BaseException as error:  # SystemExit too
-            report.tell("imported", _where_raised(error), [])
+            report.tell("imported", _where_raised(error))
             return 1
-        unknown = [name for name in start["isolated"] if name not in _registry]
-        report.tell("imported", "", unknown)
+        report.tell("imported", "")
         while line := lines.readline():
             report.tell("began")
             received = QueueMessage(**json.loads(line), broker=_broker_of_child())
@@ -6589,23 +6575,15 @@ def _leave_signals_to_worker() -> None:
         for number in (signal.SIGINT, signal.SIGTERM)
         if signal.getsignal(number) != signal.SIG_IGN  # it is inherited as it is
     }
-    held = threading.local()
-
-    def hold() -> None:  # or one that comes right after a fork would do nothing there
-        held.mask = signal.pthread_sigmask(signal.SIG_BLOCK, handlers)
-
-    def release() -> None:
-        signal.pthread_sigmask(signal.SIG_SETMASK, held.mask)
 
     def restore() -> None:
         for number, handler in handlers.items():
             if signal.getsignal(number) is _ignore_signal:  # and not the task's own
                 signal.signal(number, handler)
-        release()
 
     for number in handlers:
         signal.signal(number, _ignore_signal)
-    os.register_at_fork(before=hold, after_in_parent=release, after_in_child=restore)
+    _restorers.append(restore)
 
 
 def _ignore_signal(_number: int, _frame: object) -> None:
@@ -6631,6 +6609,14 @@ def _import_tasks(start: Mapping[str, Any], report: logging.Handler) -> None:
     configure(start["settings"])
     _log_only_to(report, start["level"])
     _broker_of_child()
+    unknown = [name for name in start["isolated"] if name not in _registry]
+    if unknown:
+        # Their messages are left to the queue, as those of any unknown task.
+        _log.error(
+            "a child can't run %s: declare it in a module, not in a function that the "
+            "worker calls",
+            ", ".join(unknown),
+        )
 
 
 def _broker_of_child() -> Broker | None:
@@ -6642,12 +6628,11 @@ def _broker_of_child() -> Broker | None:
 
 def _where_raised(error: BaseException) -> str:
     """Return an error's type, text and place in one line."""
-    places = [
+    last = next(
         place
-        for place in traceback.extract_tb(error.__traceback__)
+        for place in reversed(traceback.extract_tb(error.__traceback__))
         if not place.filename.startswith("<frozen ")
-    ]
-    last = places[-1]
+    )
     return f"{type(error).__name__}: {_text_of(error)} ({last.filename}:{last.lineno})"
 
 
@@ -8077,20 +8062,6 @@ def _play() -> bool:
     return (first.dead_lettered, second.acked) != (1, 1)
 
 
-class _ListenWorker(Worker):
-    """A worker that logs each finished task; processing logs those that failed."""
-
-    def settle(self, held: _Held, outcome: Outcome) -> None:
-        """Do what the outcome says, then log that the task has finished."""
-        super().settle(held, outcome)
-        message = held.message.message
-        if message and outcome.fate is Fate.acknowledge:
-            attempt = held.message.attempt
-            facts = {"task": message.task_name, "id": message.id, "attempt": attempt}
-            name = _name_of(held.message)
-            _log.info("%s: attempt %d finished", name, attempt, extra=facts)
-
-
 @_command(
     "listen",
     _MODULES,
@@ -8150,7 +8121,7 @@ def _listen(arguments: Any) -> bool:
     with _telling_where(_UNREADABLE):
         settings.check()
     priorities = _priorities(arguments.priority)
-    worker = _ListenWorker(
+    worker = Worker(
         _brokers.broker(),
         _queues_of(priorities),
         num_messages=arguments.num_messages,
@@ -8162,6 +8133,7 @@ def _listen(arguments: Any) -> bool:
         grace_s=arguments.grace_s,
         isolate=arguments.isolate,
         liveness_file=arguments.liveness_file,
+        done_level=logging.INFO,
         on_overdue=_exit_overdue,
     )
     _log.info("%s", _served(worker.queues, priorities))

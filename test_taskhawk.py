@@ -1045,8 +1045,8 @@ HOUSE_PROMISES = {
         SqsBroker.receive SqsBroker.url SqsBroker._find_url _batches""",
     7: """_in_own_context _refresh_django_connections _PerProcess _made_once
         _Brokers.before_fork _Brokers.after_fork _close_sqlite_files
-        _release_sqlite_files _Signals _forget_signals _path_of_children
-        _Child._start_process _ChildProcess.__init__ _serve_worker
+        _release_sqlite_files _Signals _hold_signals _release_signals _forget_signals
+        _path_of_children _Child._start_process _ChildProcess.__init__ _serve_worker
         _leave_signals_to_worker _ignore_signal _die_with_parent""",
 }
 
@@ -6879,7 +6879,7 @@ class TestProcessing:
     @pytest.mark.parametrize(
         ("task", "level", "end"),
         [
-            (nothing, logging.DEBUG, "done"),
+            (nothing, logging.DEBUG, "finished"),
             (raising(Ignored()), logging.INFO, "ignored"),
             (raising(group(Ignored(), Ignored(), Ignored())), logging.INFO, "ignored"),
         ],
@@ -6890,7 +6890,11 @@ class TestProcessing:
         assert processing_run(task, 2) == Outcome(Fate.acknowledge)
         assert caplog.record_tuples == [
             ("taskhawk", logging.DEBUG, "Received message"),
-            ("taskhawk", level, f"mail.send {PROCESSING_ID}: {end}"),
+            (
+                "taskhawk",
+                level,
+                f"mail.send {PROCESSING_ID} (message m1): attempt 2 {end}",
+            ),
         ]
         assert caplog.records[0].message_body == processing_body()
         record = caplog.records[1]
@@ -6898,7 +6902,7 @@ class TestProcessing:
             "mail.send",
             PROCESSING_ID,
             2,
-            end,
+            {"finished": "done"}.get(end, end),
         )
 
     @pytest.mark.parametrize("where", ["task", "post hook"])
@@ -7263,15 +7267,15 @@ class TestProcessing:
         shown = "1?2026-01-01 ERROR ?[2J?ü" + "x" * 300
         run, message = f"mail.send {shown}"[:200], f"message {shown[:200]}"
         end = "attempt 1 failed and is left to the queue"
-        for fn, text in (
-            (nothing, f"{run}: done"),
-            (raising(Ignored("not\nhere")), f"{run}: ignored: not?here"),
-            (raising(ValueError()), f"{run} ({message}): {end}"),
+        for fn, how in (
+            (nothing, "attempt 1 finished"),
+            (raising(Ignored("not\nhere")), "attempt 1 ignored: not?here"),
+            (raising(ValueError()), end),
         ):
             taskhawk._registry.pop("mail.send", None)
             taskhawk.task(name="mail.send")(fn)
             taskhawk.process(QueueMessage(processing_body(id=forged), forged))
-            assert caplog.messages[-1] == text
+            assert caplog.messages[-1] == f"{run} ({message}): {how}"
         taskhawk.configure(TASKHAWK_PRE_PROCESS_HOOK=raising(ValueError()))
         taskhawk.process(QueueMessage(None, forged))
         assert caplog.messages[-1] == f"{message}: {end}"
@@ -8790,17 +8794,30 @@ class TestWorker:
                 "visibility_timeout_s: expected 1 to 43200 seconds, got 43201",
             ),
             ({"grace_s": -1}, "grace_s: expected 0 or more seconds, got -1"),
+            *[
+                (
+                    {"priority": wrong},
+                    f"priority: expected a taskhawk.Priority or several, got {wrong!r}",
+                )
+                for wrong in ([], "high", [Priority.high, "x"])
+            ],
         ],
     )
     def test_wrong_parameters(self, memory, options, sentence):
         """A parameter that can't work is refused before anything is received."""
         with pytest.raises(taskhawk.ConfigurationError) as raised:
-            taskhawk.listen_for_messages(Priority.default, **options)
+            taskhawk.listen_for_messages(**{"priority": Priority.default, **options})
         assert str(raised.value) == sentence
 
     @pytest.mark.parametrize(
         ("queue_s", "option", "asked_s"),
-        [(300, None, 300), (300, 90, 90), (0, None, 30), (None, None, 30)],
+        [
+            (300, None, 300),
+            (300, 90, 90),
+            (0, None, 30),
+            (None, None, 30),
+            (None, 90, 90),
+        ],
     )
     def test_lease_asked(self, worker_broker, queue_s, option, asked_s):
         """Each receive asks for its lease, which may be the queue's as it was at the start."""
@@ -9175,20 +9192,21 @@ class TestWorker:
         assert ledger == taskhawk.Ledger(received=6, acked=6)
         assert max(held[:3]) == 3
 
-    def test_interrupt_in_a_slot(self, worker_broker, worker_act):
+    @pytest.mark.parametrize("everywhere", [False, True])
+    def test_interrupt_in_a_slot(self, worker_broker, worker_act, everywhere):
         """A KeyboardInterrupt in another slot than the caller's ends the worker, too."""
         both = threading.Barrier(2)
 
         def interrupt() -> None:
             both.wait(WORKER_PATIENCE_S)
-            if threading.current_thread() is not threading.main_thread():
+            if everywhere or threading.current_thread() is not threading.main_thread():
                 raise KeyboardInterrupt
 
         WORKER_ACTS["interrupt"] = interrupt
         worker_broker.put(worker_act, ("interrupt",), ("interrupt",))
         with pytest.raises(KeyboardInterrupt):
             worker_broker.work(concurrency=2, num_messages=2)
-        assert worker_broker.inner.depth(WORKER_QUEUE) == (1, 0, 0)
+        assert worker_broker.depth(WORKER_QUEUE) == (1 + everywhere, 0, 0)
 
     @pytest.mark.parametrize("concurrency", [1, 2])
     def test_child_cannot_start(
@@ -9231,6 +9249,24 @@ class TestWorker:
         )
         assert re.fullmatch(r"can start a child again; tries that failed: \d+", can)
         del sys.modules["startable"]
+
+    def test_stopped_without_a_child(self, worker_broker, tmp_path, monkeypatch):
+        """A worker that can't start a child ends when it is told to."""
+        stop = threading.Event()
+        monkeypatch.syspath_prepend(tmp_path)
+        taskhawk.configure(TASKHAWK_BROKER="sqlite://")
+        module = isolated_import(tmp_path, stoppable=WORKER_ISOLATED)
+        monkeypatch.setattr(sys, "executable", str(tmp_path / "nothing"))
+
+        def released(real: Any, *_: Any) -> Any:
+            stop.set()
+            return real()
+
+        worker_broker.faults["change_visibility"] = released
+        worker_broker.put(module.fine, ())
+        options = {"shutdown_event": stop, "until_empty": False, "clock": Clock()}
+        assert worker_broker.work(**options) == taskhawk.Ledger(1, released=1)
+        del sys.modules["stoppable"]
 
     # -- the end
 
@@ -9438,22 +9474,35 @@ class TestWorker:
             worker_broker.put(worker_act, ("run",))
             assert worker_broker.work(loop_count=1) == taskhawk.Ledger(1, 1)
 
-    def test_handler_of_the_application(self, worker_broker, worker_act):
-        """A handler of the application stays; with a shutdown event it works as in 1.4."""
-        stop = threading.Event()
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    def test_handlers_of_the_application(self, worker_broker, worker_act, number):
+        """Handlers of the application stay; with a shutdown event they work as in 1.4."""
+        both, stop = (signal.SIGTERM, signal.SIGINT), threading.Event()
 
         def own(*_: object) -> None:
             stop.set()
 
-        WORKER_ACTS["kill"] = lambda: signal.raise_signal(signal.SIGTERM)
-        before = signal.signal(signal.SIGTERM, own)
+        WORKER_ACTS["kill"] = lambda: signal.raise_signal(number)
+        before = [signal.signal(each, own) for each in both]
         try:
             worker_broker.put(worker_act, ("kill",), ("kill",))
             ledger = worker_broker.work(shutdown_event=stop, until_empty=False)
-            assert signal.getsignal(signal.SIGTERM) is own
+            assert [*map(signal.getsignal, both)] == [own, own]
+        finally:
+            for each, handler in zip(both, before, strict=True):
+                signal.signal(each, handler)
+        assert ledger == taskhawk.Ledger(received=1, acked=1)
+
+    def test_handler_of_a_task(self, worker_broker, worker_act):
+        """A handler that a task installs is there after the worker, too."""
+        before = signal.getsignal(signal.SIGTERM)
+        WORKER_ACTS["own"] = lambda: signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        worker_broker.put(worker_act, ("own",))
+        try:
+            worker_broker.work(loop_count=1)
+            assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
         finally:
             signal.signal(signal.SIGTERM, before)
-        assert ledger == taskhawk.Ledger(received=1, acked=1)
 
     def test_in_a_thread(self, worker_broker, worker_act):
         """Outside the main thread no handler is installed."""
@@ -9647,8 +9696,10 @@ class TestWorker:
             WorkerBroker(broker).put(worker_job(task), (1,), queue="TASKHAWK-DEFAULT")
         with worker_process(tmp_path, {"TASKHAWK_BROKER": url}) as process:
             assert process.stdout.readline() == "started 1\n"
-            for number in [signal.SIGINT, signal.SIGINT] + [signal.SIGTERM] * 3:
-                process.send_signal(number)  # all of these are the first one
+            process.terminate()
+            assert any("stopping" in line for line in process.stderr)
+            for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+                process.send_signal(number)  # none of these is a second Ctrl-C
             with pytest.raises(subprocess.TimeoutExpired):
                 process.wait(1.1)
             process.send_signal(signal.SIGINT)
@@ -9825,48 +9876,24 @@ class TestDeadLetterCopies:
             end = "é\n" if room == 40_000 else "StopRetry: why\n"
             assert not record["traceback"] or record["traceback"].endswith(end)
 
-    def test_no_dead_letter_queue(self, ministack, sqs_client, queue_name, caplog):
-        """Without a dead-letter queue the message is left to its queue, and the log says so."""
-
-        @taskhawk.task(name="mail.send")
-        def send(number):
-            raise taskhawk.StopRetry
-
-        queue = f"TASKHAWK-{queue_name}"
-        sqs_client(ministack).create_queue(QueueName=queue)
-        configure_aws(ministack, queue_name)
-        broker = taskhawk._brokers.broker()
-        send.dispatch(1)
-        assert work_once(broker) == taskhawk.Ledger(received=1, retried=1)
-        assert broker.depth(queue) == Depth(0, 1, 0)
-        (text,) = [text for text in caplog.messages if "can't be" in text]
-        assert re.fullmatch(
-            rf"{queue}: .* \(message {MESSAGE_ID}\) can't be dead-lettered and is left to the queue:"
-            " it has no dead-letter queue",
-            text,
-        )
-
-    @pytest.mark.parametrize("action", ["SendMessage", "GetQueueAttributes"])
-    def test_denied(self, scripted, queue_name, caplog, action):
-        """Where the copy is denied, the message is left to its queue, and the log says so."""
-
-        @taskhawk.task(name="mail.send")
-        def send(number):
-            raise taskhawk.StopRetry
-
-        queue = f"TASKHAWK-{queue_name}"
-        send.dispatch(1)
-        scripted.always(action, fault("AccessDenied", status=403))
-        broker = taskhawk._brokers.broker()
-        assert work_once(broker) == taskhawk.Ledger(received=1, retried=1)
-        scripted.answers.clear()
-        assert broker.depth(queue) == Depth(0, 1, 0)
-        (text,) = [text for text in caplog.messages if "can't be" in text]
-        assert re.fullmatch(
-            rf"{queue}: .* \(message {MESSAGE_ID}\) can't be dead-lettered and is left to the queue:"
-            rf" {queue}(-DLQ)?: {DENIED.format(action)} \(AccessDenied: no\)",
-            text,
-        )
+    @pytest.mark.parametrize("room", [180, 400, 900, 1500, 2500, 20_000])
+    def test_cut(self, room):
+        """An error is cut as little as needed: its traceback's end and text's start stay."""
+        try:
+            raise ValueError("why " + "é" * 400)
+        except ValueError as caught:
+            error = caught
+        received = QueueMessage("{}", "m1", "receipt")
+        whole = json.loads(taskhawk._error_record(received, error, 99_999))
+        text = taskhawk._error_record(received, error, room)
+        cut = json.loads(text)
+        assert whole["message"] == str(error)
+        assert whole["traceback"] == "".join(traceback.format_exception(error))
+        assert whole["traceback"].endswith(cut["traceback"])
+        assert whole["message"].startswith(cut["message"])
+        assert not cut["traceback"] or cut["message"] == whole["message"]
+        if cut != {**whole, "time": cut["time"]} and cut["message"]:
+            assert room - 6 < len(text) <= room  # a character has 6 bytes at most
 
     def test_fifo(self, ministack, sqs_client):
         """On FIFO queues a copy is deduplicated by its own MessageId: the body's id may repeat."""
@@ -10314,13 +10341,11 @@ def isolated_child(isolated_jobs):
 def isolated_run(child: Any) -> list[Outcome | None]:
     """Have a child run what is queued."""
     received = receive_all()
-    assert all(map(child.takes, received))
     return [child.process(message) for message in received]
 
 
 def isolated_refusal(child: Any, received: QueueMessage) -> str:
     """Return why a child can't run a message."""
-    assert child.takes(received)
     with pytest.raises(taskhawk._CannotStart) as raised:
         child.process(received)
     return str(raised.value)
@@ -10714,15 +10739,16 @@ class TestIsolation:
         lost, found = receive_all()
         start = taskhawk._start_of_children(everything=False)
         child = taskhawk._Child(start, 100, threading.Event())
-        assert child.takes(lost)
         outcome = child.process(lost)
         assert (outcome.fate, outcome.delay_s) == (Fate.retry, None)
-        assert caplog.messages[0].endswith(
-            "is left to the queue: lib.job is not declared where a child imports"
-            " isolated, lib: declare it in a module, not in a function that the worker"
-            " calls"
+        assert caplog.messages[0] == (
+            "a child can't run lib.job: declare it in a module, not in a function that "
+            "the worker calls"
         )
-        assert child.takes(found)
+        assert caplog.messages[1].endswith(
+            "is left to the queue: no task is registered as 'lib.job': is its module "
+            "imported?"
+        )
         assert child.process(found) == Outcome(Fate.acknowledge)
         child.close()
 
@@ -10816,7 +10842,6 @@ class TestIsolation:
         child = taskhawk._Child(start, 1, given_up)
         isolated_jobs.pid.dispatch()
         [received] = receive_all()
-        assert child.takes(received)
         given_up.set()
         child.kill()  # there is none yet
         assert child.process(received) is None
@@ -10944,7 +10969,9 @@ class TestIsolation:
         assert start == {}
         isolated_jobs.plain.dispatch()
         [received] = receive_all()
-        assert not taskhawk._Child(start, 1, threading.Event()).takes(received)
+        child = taskhawk._Child(start, 1, threading.Event())
+        assert child.process(received) == Outcome(Fate.acknowledge)
+        assert isolated_notes(isolated_jobs) == [f"plain {os.getpid()}"]
 
     def test_sync(self, isolated_jobs):
         """Sync mode runs an isolated task where it is."""
@@ -13262,8 +13289,7 @@ class TestCommandLine:
         assert sorted(lines) == [
             "INFO [job.add ID attempt 1] added",
             "INFO job.add ID: attempt 1 finished",
-            "INFO skip ID: attempt 1 finished",
-            "INFO skip ID: ignored",
+            "INFO skip ID: attempt 1 ignored",
         ]
         assert last == (
             "INFO worker ended: 2 received, 2 acked, 0 retried, 0 dead-lettered, 0"
@@ -13275,7 +13301,7 @@ class TestCommandLine:
         ("level", "shown"),
         [
             ("error", []),
-            ("debug", ["DEBUG Received message", "DEBUG job.add ID: done"]),
+            ("debug", ["DEBUG Received message"]),
         ],
     )
     def test_log_level(self, commands, level, shown):
@@ -13728,6 +13754,7 @@ def readme_normalised(text: str) -> str:
     text = re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}", "TIME", text)
     text = re.sub(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", "TIME", text)
     text = re.sub(r"\d+ s ago", "AGE", text)
+    text = re.sub(r'"duration_ms": \d+', "DURATION", text)
     text = re.sub(r"/\S*/\w+\.db", "PATH", text)
     return re.sub(r"(?m)(^Traceback .*\n)(?: .*\n)+", r"\1  ...\n", text)
 
