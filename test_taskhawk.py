@@ -11098,6 +11098,19 @@ LAMBDA_CALLS = [
     (1, "ignore", 2),
     (),
 ]
+# A call, its entries where two of five messages fail, and the warning if it is refused.
+LAMBDA_WARNINGS = [
+    (
+        "DeleteMessage",
+        3,
+        "{} of 3 messages that succeeded may run again: can't delete them: {}",
+    ),
+    (
+        "ChangeMessageVisibility",
+        2,
+        "can't change when {} of 2 failed messages run again: {}",
+    ),
+]
 LAMBDA_MALFORMED: dict[str, Any] = {
     "null": None,
     "text": "text",
@@ -11220,46 +11233,23 @@ class TestLambda:
         assert again["MessageId"] == failed["messageId"]
 
     @pytest.mark.usefixtures("lambda_runs")
-    @pytest.mark.parametrize(
-        ("action", "told", "warning"),
-        [
-            pytest.param(
-                "DeleteMessageBatch",
-                fault("AccessDenied", status=403),
-                "3 of 3 messages that succeeded may run again: can't delete them:"
-                f" {LAMBDA_DENIED.format('DeleteMessage')}",
-                id="delete denied",
-            ),
-            pytest.param(
-                "DeleteMessageBatch",
-                refuse(0, 2, code="ReceiptHandleIsInvalid", ours=True),
-                "2 of 3 messages that succeeded may run again: can't delete them: no",
-                id="delete refused",
-            ),
-            pytest.param(
-                "ChangeMessageVisibilityBatch",
-                fault("AccessDenied", status=403),
-                "can't change when 2 of 2 failed messages run again:"
-                f" {LAMBDA_DENIED.format('ChangeMessageVisibility')}",
-                id="delay denied",
-            ),
-            pytest.param(
-                "ChangeMessageVisibilityBatch",
-                refuse(0, code="ReceiptHandleIsInvalid", ours=True),
-                "can't change when 1 of 2 failed messages run again: no",
-                id="delay refused",
-            ),
-        ],
-    )
-    def test_refusals(self, action, told, warning, lambda_sqs, caplog):
+    @pytest.mark.parametrize("how", ["denied", "refused"])
+    @pytest.mark.parametrize("case", LAMBDA_WARNINGS, ids=lambda case: case[0])
+    def test_refusals(self, case, how, lambda_sqs, caplog):
         """What the service refuses costs one warning; all else is done, and failures raise."""
-        lambda_sqs.always(action, told)
+        action, entries, warning = case
+        answer = refuse(1, code="ReceiptHandleIsInvalid", ours=True)
+        count, reason = 1, "no"
+        if how == "denied":
+            answer, count = fault("AccessDenied", status=403), entries
+            reason = LAMBDA_DENIED.format(action)
+        lambda_sqs.always(f"{action}Batch", answer)
         event = lambda_event(1, "in 90.5 s", 2, "at once", 3)
         errors = [LAMBDA_ENDS["in 90.5 s"], LAMBDA_ENDS["at once"]]
         assert lambda_consume(event) == (None, errors)
         warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
         ours = [text.replace(" (reached max retries: 0)", "") for text in warnings]
-        assert ours == [warning]
+        assert ours == [warning.format(count, reason)]
         assert lambda_deleted(lambda_sqs) == [1, 3, 5]
         assert lambda_delays(lambda_sqs) == [
             ("receipt of m2", 91),
@@ -11734,19 +11724,17 @@ class TestDeadLetters:
         """Where a receive fails midway, what was sent back until then stays so."""
         source = put_dead_letters(taskhawk._brokers.broker(), 12)
         scripted.script("ReceiveMessage", passed, fault("AccessDenied", status=403))
-        with pytest.raises(taskhawk.ConfigurationError) as raised:
-            taskhawk.requeue_dead_letter(Priority.default)
+        error = refused(taskhawk.requeue_dead_letter, Priority.default)
         denied = DENIED.format("ReceiveMessage")
-        assert str(raised.value) == f"{source}: {denied} (AccessDenied: no)"
+        assert error == f"{source}: {denied} (AccessDenied: no)"
         assert len(received_args()) == 10
         assert len(received_args(source)) == 2
 
     @pytest.mark.parametrize("number", [0, -1])
     def test_num_messages(self, sqlite, number):
         """To receive none at once is refused, as by listen_for_messages."""
-        with pytest.raises(taskhawk.ConfigurationError) as raised:
-            taskhawk.requeue_dead_letter(Priority.default, num_messages=number)
-        assert str(raised.value) == f"num_messages: expected 1 or more, got {number}"
+        error = refused(taskhawk.requeue_dead_letter, Priority.default, number)
+        assert error == f"num_messages: expected 1 or more, got {number}"
 
     def test_no_queue(self, ministack, sqs_client, queue_name):
         """Without the queue, its RedrivePolicy or its dead-letter queue, the error says so."""
@@ -11754,9 +11742,7 @@ class TestDeadLetters:
 
         def error() -> str:
             configure_aws(ministack, queue_name)
-            with pytest.raises(taskhawk.ConfigurationError) as raised:
-                taskhawk.requeue_dead_letter(Priority.default)
-            return str(raised.value)
+            return refused(taskhawk.requeue_dead_letter, Priority.default)
 
         assert error() == f"{queue}: {GONE}"
         url = client.create_queue(QueueName=queue)["QueueUrl"]
