@@ -1784,6 +1784,12 @@ def _accepted(refusals: Sequence[Refusal]) -> None:
         raise PartialFailure({"Successful": [], "Failed": failed})
 
 
+def _wait_before_try(pause_s: float) -> None:
+    """Wait about so long; before the first try, not even for other threads to run."""
+    if pause_s:
+        time.sleep(_jittered(pause_s))
+
+
 def _insist(call: _BatchCall, entry: Any) -> None:
     """Make a call of one entry; try it again where the service is at fault.
 
@@ -1791,7 +1797,7 @@ def _insist(call: _BatchCall, entry: Any) -> None:
     """
     refusals: list[Refusal] = []
     for pause_s in _PAUSES_S:
-        time.sleep(_jittered(pause_s))
+        _wait_before_try(pause_s)
         refusals = call([entry])
         if all(refusal.final for refusal in refusals):
             break
@@ -1842,7 +1848,7 @@ def _in_batches(
     for pause_s in _PAUSES_S[:tries]:
         if not remaining:
             break
-        time.sleep(_jittered(pause_s))
+        _wait_before_try(pause_s)
         answer = one_round([entries[index] for index in remaining])
         for place, index in enumerate(remaining):
             refused.pop(index, None)
