@@ -13472,7 +13472,7 @@ class TestCommandLine:
         for number in range(12):
             taskhawk.task(name=f"t{number:02}")(plain)
         served = taskhawk._served(["Q"], [Priority.default])
-        assert served.endswith("t07, t08, t09 and 2 more")
+        assert served.endswith("t07, t08, t09, and 2 more")
 
     @pytest.mark.slow
     def test_log(self, commands):
