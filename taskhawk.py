@@ -88,11 +88,12 @@ What to read for each promise, and how many statements that is
         _Poller._receive, _pause_s, _Holdings._decide, _Holdings._hurry, _Calls.next,
         _Calls._due_ends, _Calls._extended, _Leases, _Keeper._wait, _Keeper._make,
         SqsBroker.receive, SqsBroker.url, SqsBroker._find_url, _batches
-    7 (187): _in_own_context, _refresh_django_connections, _PerProcess, _made_once,
+    7 (190): _in_own_context, _refresh_django_connections, _PerProcess, _made_once,
         _Brokers.before_fork, _Brokers.after_fork, _close_sqlite_files,
-        _release_sqlite_files, _Signals, _forget_signals, _path_of_children,
-        _Child._start_process, _ChildProcess.__init__, _serve_worker,
-        _leave_signals_to_worker, _ignore_signal, _die_with_parent
+        _release_sqlite_files, _Signals, _hold_signals, _release_signals,
+        _forget_signals, _path_of_children, _Child._start_process,
+        _ChildProcess.__init__, _serve_worker, _leave_signals_to_worker, _ignore_signal,
+        _die_with_parent
 
 Parts and rooms; the file still works if cut before part IV, V or VI
     I meaning
@@ -164,6 +165,7 @@ import io
 import json
 import logging
 import math
+import operator
 import os
 import re
 import signal
@@ -311,7 +313,9 @@ class PartialFailure(TaskhawkError):
         self.success_count = len(result["Successful"])
         self.failure_count = len(result["Failed"])
         self.unsent = list(unsent)
-        super().__init__(*(args or [self._summary()]))
+        if not args:
+            args = (self._summary(),)
+        super().__init__(*args)
 
     def _summary(self) -> str:
         """Return how many messages failed, and the codes that say why."""
@@ -435,9 +439,8 @@ def _passed_a_handler(error: BaseException) -> bool:
         others = values.get(str(rest))
         if isinstance(others, tuple):
             given += others
-        for each in given:
-            if each is frame.f_back and each is not None:
-                return True
+        if frame.f_back in list(filter(inspect.isframe, given)):
+            return True
     return False
 
 
@@ -461,25 +464,19 @@ _OWN_PATHS = {
 
 
 class _Illegal(ValueError):
-    """A value breaks the rule of its setting."""
+    """A value breaks the rule of its setting; the text may say more."""
 
 
-@dataclasses.dataclass(frozen=True)
-class _Rule:
+class _Rule(NamedTuple):
     """What a setting may be.
 
-    :param expected: the words that errors use for it
-    :param parse: returns a value as taskhawk uses it, and takes text for any value, for
-        the environment has nothing else. It raises _Illegal if the value breaks the
-        rule, and ImportError or AttributeError if a dotted path leads nowhere
+    `parse` returns a value as taskhawk uses it, and takes text for any value, for the
+    environment has nothing else. It raises _Illegal if the value breaks the rule, and
+    ImportError or AttributeError if a dotted path leads nowhere.
     """
 
-    expected: str
+    expected: str  # the words that errors use for it
     parse: Callable[[Any], Any]
-
-    def __str__(self) -> str:
-        """Return the words that errors use."""
-        return self.expected
 
 
 class _Setting(NamedTuple):
@@ -489,16 +486,17 @@ class _Setting(NamedTuple):
     example: str  # a legal value, for errors
     default: Any = None
 
+    @property
+    def expected(self) -> str:
+        """What errors say of a legal value."""
+        return f"{self.rule.expected}, such as {self.example!r}"
 
-def _text_like(pattern: str) -> Callable[[Any], str]:
-    """Return a parser of text that the pattern matches as a whole."""
 
-    def parse(value: Any) -> str:
-        if not isinstance(value, str) or not re.fullmatch(pattern, value):
-            raise _Illegal
-        return value
-
-    return parse
+def _parse_text(pattern: str, value: Any) -> str:
+    """Take text that the pattern matches as a whole."""
+    if not isinstance(value, str) or not re.fullmatch(pattern, value):
+        raise _Illegal
+    return value
 
 
 def _parse_flag(value: Any) -> bool:
@@ -511,36 +509,32 @@ def _parse_flag(value: Any) -> bool:
     return _FLAGS[word]
 
 
-def _above_zero(convert: Callable[[str], float]) -> Callable[[Any], float]:
-    """Return a parser of a number above 0."""
-
-    def parse(value: Any) -> float:
-        try:
-            number = convert(str(value))  # of its text, so that True is not 1
-        except ValueError as error:
-            raise _Illegal from error
-        if not 0 < number < math.inf:
-            raise _Illegal
-        return number
-
-    return parse
+def _parse_number(convert: Callable[[str], float], value: Any) -> float:
+    """Take a number above 0."""
+    try:
+        number = convert(str(value))  # of its text, so that True is not 1
+    except ValueError as error:
+        raise _Illegal from error
+    if not 0 < number < math.inf:
+        raise _Illegal
+    return number
 
 
 def _parse_account(value: Any) -> str:
     """Take an account id; as an int, it has lost its leading zeros."""
     if type(value) is int:
         value = f"{value:012d}"
-    return _text_like("[0-9]{12}")(value)
+    return _parse_text("[0-9]{12}", value)
 
 
 def _parse_url(value: Any) -> str:
     """Take a URL of HTTP."""
-    return _text_like(r"https?://[^\s/]\S*")(value).rstrip("/")
+    return _parse_text(r"https?://[^\s/]\S*", value).rstrip("/")
 
 
 def _parse_broker(value: Any) -> str:
     """Take the name of a broker; make a file's path absolute, for a task may chdir."""
-    url = _text_like("sqs|sqlite://.*")(value)
+    url = _parse_text("sqs|sqlite://.*", value)
     relative = re.fullmatch("sqlite:///([^/?].*)", url)
     if not relative:
         return url
@@ -573,23 +567,23 @@ def _do_nothing(**_: object) -> None:
     """Do what 1.4's default hooks did."""
 
 
-_TEXT = _Rule("a string", _text_like(".+"))
+_TEXT = _Rule("a string", functools.partial(_parse_text, ".+"))
 # Emulators have regions of any name. One that ends in a digit and a letter is a zone.
 _REGION = _Rule(
     "the name of a region, not of an availability zone",
-    _text_like(r"(?!.*-[0-9]+[a-z]$)[A-Za-z0-9-]{1,63}"),
+    functools.partial(_parse_text, r"(?!.*-[0-9]+[a-z]$)[A-Za-z0-9-]{1,63}"),
 )
 _ACCOUNT = _Rule("an account id of twelve digits", _parse_account)
 _FLAG = _Rule("true or false", _parse_flag)
-_SECONDS = _Rule("a number of seconds above 0", _above_zero(float))
-_COUNT = _Rule("a whole number above 0", _above_zero(int))
+_SECONDS = _Rule("a number of seconds above 0", functools.partial(_parse_number, float))
+_COUNT = _Rule("a whole number above 0", functools.partial(_parse_number, int))
 _HOOK = _Rule("a function or its dotted path", _parse_callable)
 _CLASS = _Rule("a class or its dotted path", _parse_callable)
 _URL = _Rule("a URL that begins with http:// or https://", _parse_url)
 _BROKER = _Rule("'sqs' or a URL of SQLite", _parse_broker)
 _QUEUE = _Rule(
     f"at most {_MAX_QUEUE} letters, digits, hyphens and underscores",
-    _text_like(f"[A-Za-z0-9_-]{{1,{_MAX_QUEUE}}}"),
+    functools.partial(_parse_text, f"[A-Za-z0-9_-]{{1,{_MAX_QUEUE}}}"),
 )
 _SETTINGS = {
     "AWS_ACCESS_KEY": _Setting(_TEXT, "AKIAIOSFODNN7EXAMPLE"),
@@ -633,40 +627,28 @@ class _Source(NamedTuple):
     get: Callable[[str], Any]  # returns a setting's raw value, or None
 
     def read(self, name: str) -> Any:
-        """Return a setting as its rule makes it, or None if it is not set here."""
+        """Return a setting as its rule makes it, or None if it is not set here.
+
+        :raises ConfigurationError: if the value breaks the rule; it shows no secret
+        """
+        setting = _SETTINGS[name]
         value = self.get(name)
-        rule = _SETTINGS[name].rule
         # An empty text means false, but it is not the name of anything.
-        if value is None or (value == "" and rule is not _FLAG):
+        if value is None or (value == "" and setting.rule is not _FLAG):
             return None
-        if isinstance(value, str) and _UNCLEAN.search(value):
-            reason = "it has outer spaces, or control characters such as a line break"
-            raise self._illegal(name, value, reason)
         try:
-            return rule.parse(value)
-        except _Illegal as error:
-            raise self._illegal(name, value) from error
-        except (ImportError, AttributeError) as error:
-            raise self._illegal(name, value, str(error)) from error
-
-    def _illegal(self, name: str, value: Any, reason: str = "") -> ConfigurationError:
-        """Return the error for a value that breaks its rule; it shows no secret."""
-        rule, example, _ = _SETTINGS[name]
-        shown = repr(value)
-        if name in _SECRETS:
-            shown = type(value).__name__
-        if reason:
-            shown += f" ({reason})"
-        return ConfigurationError(
-            f"{name} in {self.where}: expected {rule}, such as {example!r}, got {shown}"
-        )
-
-    def half_set(self, name: str, missing: str) -> ConfigurationError:
-        """Return the error for a setting without the one that it needs beside it."""
-        return ConfigurationError(
-            f"{name} is set in {self.where}, but {missing} is not:"
-            " expected both or neither"
-        )
+            if isinstance(value, str) and _UNCLEAN.search(value):
+                raise _Illegal(
+                    "it has outer spaces, or control characters such as a line break"
+                )
+            return setting.rule.parse(value)
+        except (_Illegal, ImportError, AttributeError) as error:
+            shown = type(value).__name__ if name in _SECRETS else repr(value)
+            if str(error):
+                shown += f" ({error})"
+            raise ConfigurationError(
+                f"{name} in {self.where}: expected {setting.expected}, got {shown}"
+            ) from error
 
 
 class _Settings:
@@ -704,9 +686,8 @@ class _Settings:
         """Return a setting that has no default; raise ConfigurationError if unset."""
         value = getattr(self, name)
         if value is None:
-            rule, example, _ = _SETTINGS[name]
             raise ConfigurationError(
-                f"{name} is not set: expected {rule}, such as {example!r}, from"
+                f"{name} is not set: expected {_SETTINGS[name].expected}, from"
                 " taskhawk.configure(), the module named by SETTINGS_MODULE, Django's"
                 " settings or the environment"
             )
@@ -725,10 +706,12 @@ class _Settings:
                     "aws_secret_access_key": secret,
                     "aws_session_token": token,
                 }
-            if key:
-                raise source.half_set("AWS_ACCESS_KEY", "AWS_SECRET_KEY")
-            if secret:
-                raise source.half_set("AWS_SECRET_KEY", "AWS_ACCESS_KEY")
+            if key or secret:
+                missing = "AWS_SECRET_KEY" if key else "AWS_ACCESS_KEY"
+                raise ConfigurationError(
+                    f"{missing} is not set in {source.where}, but the other half of the"
+                    " credentials is: expected both or neither"
+                )
         return {}
 
     def errors(self) -> list[ConfigurationError]:
@@ -819,8 +802,9 @@ def _no_setting(name: str, where: str = "") -> str:
     import difflib
 
     sentence = f"{name}{where} is not a setting of taskhawk"
-    for nearest in difflib.get_close_matches(name, _SETTINGS, 1):
-        sentence += f"; did you mean {nearest}?"
+    near = difflib.get_close_matches(name, _SETTINGS, 1)
+    if near:
+        sentence += f"; did you mean {near[0]}?"
     return sentence
 
 
@@ -831,8 +815,9 @@ def _import(name: str, what: str) -> Any:
     except ModuleNotFoundError as error:
         if not f"{name}.".startswith(f"{error.name}."):
             raise  # the module exists, but something that it imports does not
-        text = f"{what} {name!r} can't be imported: {error}"
-        raise ConfigurationError(text) from error
+        raise ConfigurationError(
+            f"{what} {name!r} can't be imported: {error}"
+        ) from error
 
 
 def configure(obj_or_mapping: object = None, /, **values: Any) -> None:
@@ -1084,14 +1069,11 @@ def _fits(value: Any, schema: Mapping[str, Any]) -> bool:
         return False
     if kind == "number":
         return bool(schema["minimum"] <= value <= schema["maximum"])
-    if kind != "string":
-        return True
     if "enum" in schema:
         return bool(value in schema["enum"])
     if "pattern" in schema:
         return re.search(schema["pattern"], value) is not None
-    shortest: int = schema.get("minLength", 0)
-    return len(value) >= shortest
+    return bool(value) or "minLength" not in schema  # which is 1
 
 
 def _mismatch(path: str, schema: Mapping[str, Any], shown: str) -> ValidationError:
@@ -1169,15 +1151,6 @@ class Message:  # noqa: PLW1641 - it may change, so it is no key of a dict
     delay_s: float = 0  #: seconds for which the queue holds it back; not on the wire
     received: QueueMessage | None = None  #: what it arrived as; None where it was made
 
-    id: str
-    priority: Priority  #: the queue that it goes through
-    timestamp: int  #: when it was dispatched, in epoch milliseconds
-    version: str  #: of the format
-    headers: dict[str, Any]
-    task_name: str  #: of a task that need not be registered here
-    args: list[Any]
-    kwargs: dict[str, Any]
-
     def __init__(self, data: Mapping[str, Any]) -> None:
         _validate(data, SCHEMA)
         self._take(data)
@@ -1185,14 +1158,19 @@ class Message:  # noqa: PLW1641 - it may change, so it is no key of a dict
     def _take(self, data: Mapping[str, Any]) -> None:
         """Take over valid data; keys that the format does not have are dropped."""
         metadata = data["metadata"]
-        self.id = data["id"]
+        self.id: str = data["id"]
+        #: the queue that it goes through
         self.priority = Priority[metadata.get("priority", "default")]
+        #: when it was dispatched, in epoch milliseconds
         self.timestamp = _epoch_ms(metadata["timestamp"])
-        self.version = metadata["version"]
-        self.headers = data["headers"]
-        self.task_name = data["task"]
-        self.args = list(data["args"])  # it may be a tuple, which JSON does not have
-        self.kwargs = data["kwargs"]
+        #: of the format
+        self.version: str = metadata["version"]
+        self.headers: dict[str, Any] = data["headers"]
+        #: of a task that need not be registered here
+        self.task_name: str = data["task"]
+        # A list, even of a tuple: JSON has no tuples.
+        self.args: list[Any] = list(data["args"])
+        self.kwargs: dict[str, Any] = data["kwargs"]
 
     @classmethod
     def new(
@@ -1220,15 +1198,22 @@ class Message:  # noqa: PLW1641 - it may change, so it is no key of a dict
             msg_id = _new_id()
         else:
             _validate(msg_id, _NAME, "id")
+        metadata = {
+            "priority": priority.name,
+            "timestamp": int(time.time() * 1000),
+            "version": cls.CURRENT_VERSION,
+        }
         message = cls.__new__(cls)  # not __init__, which would check what is valid
-        message.id = msg_id
-        message.priority = priority
-        message.timestamp = int(time.time() * 1000)
-        message.version = cls.CURRENT_VERSION
-        message.headers = dict(headers or {})
-        message.task_name = task
-        message.args = list(args or ())
-        message.kwargs = dict(kwargs or {})
+        message._take(  # noqa: SLF001 - its own
+            {
+                "id": msg_id,
+                "metadata": metadata,
+                "headers": dict(headers or {}),
+                "task": task,
+                "args": args or (),
+                "kwargs": dict(kwargs or {}),
+            }
+        )
         return message
 
     @property
@@ -1380,8 +1365,9 @@ def _decode(body: Any) -> Message:
         foreign = _foreign(data)
         if not foreign:
             raise
-        text = f"message: expected one of taskhawk's, got {foreign}"
-        raise ValidationError(text) from error
+        raise ValidationError(
+            f"message: expected one of taskhawk's, got {foreign}"
+        ) from error
 
 
 def _foreign(data: Any) -> str:
@@ -1404,8 +1390,7 @@ def _parse(body: Any) -> Any:
         raise ValidationError("message: nested too deeply") from None
     except json.JSONDecodeError as error:
         # Only the position: the error's own text may quote the body.
-        text = f"message: not JSON at character {error.pos}"
-        raise ValidationError(text) from None
+        raise ValidationError(f"message: not JSON at character {error.pos}") from None
     except ValueError:
         raise ValidationError("message: not JSON") from None
 
@@ -3116,8 +3101,8 @@ class Metadata(dict[str, Any]):
     """
 
     def __init__(self, message: Message, receipt: str | None) -> None:
-        super().__init__(message.metadata, id=message.id, priority=message.priority)
-        self["receipt"] = receipt
+        super().__init__(message.metadata, id=message.id, receipt=receipt)
+        self["priority"] = message.priority  # not its name, which is on the wire
         self._received = message.received or QueueMessage(None, message.id)
         self.task = message.task_name
         self.headers = message.headers
@@ -3152,7 +3137,8 @@ class Metadata(dict[str, Any]):
 class Task(Generic[_P, _R]):
     """A function that can be dispatched; to call it runs the function here and now.
 
-    Made by :func:`task`, which describes its options.
+    Made by :func:`task`, which describes its options, and registers it: no message
+    can reach a task that was made by hand.
 
     :param fn: the function; a coroutine function is run on an event loop
     :param priority: the priority of its messages, unless an invocation has another
@@ -3160,17 +3146,26 @@ class Task(Generic[_P, _R]):
     :raises ConfigurationError: if a message can't call the function
     """
 
+    declared_in: str  # the module whose import makes the task, once it is registered
+    _place: _Place  # of the function that was decorated: a subclass may wrap it
+
     def __init__(self, fn: Callable[_P, _R], priority: Priority, name: str) -> None:
         """Read the function's signature; :func:`task` sets the options afterwards."""
-        self._fn = fn
-        self._priority = priority
-        self._name = name
-        self._place = _place_of(fn)
+        #: the function
+        self.fn = fn
+        #: the priority of its messages, unless an invocation has another
+        self.priority = priority
+        #: what messages call the task
+        self.name = name
         self._invocation = AsyncInvocation(self)
         self._signature = _signature_of(fn, name)
         self._given_by_worker = _given_by_worker(self._signature)
+        #: whether the function is given ``metadata``
+        self.accepts_metadata = "metadata" in self._given_by_worker
+        #: whether the function is given ``headers``
+        self.accepts_headers = "headers" in self._given_by_worker
         # Cached: the signature's bind() takes as long as the rest of a dispatch.
-        self._check_shape = functools.lru_cache(self._bind_shape)
+        self._check_call = functools.lru_cache(self._bind)
         #: seconds from a failed run to the next, as a function of the attempt
         self.retry: Callable[[int], float] | None = None
         #: the exceptions after which a run is repeated
@@ -3181,8 +3176,6 @@ class Task(Generic[_P, _R]):
         self.time_limit: float | None = None
         #: whether a worker runs it in a process of its own
         self.isolate = False
-        #: the module that declares it: importing this module makes the task
-        self.declared_in = str(fn.__module__)
         functools.update_wrapper(self, fn, updated=())
         # What other decorators left on the function may have names that are ours.
         for attribute, value in getattr(fn, "__dict__", {}).items():
@@ -3190,38 +3183,13 @@ class Task(Generic[_P, _R]):
                 setattr(self, attribute, value)
 
     @property
-    def name(self) -> str:
-        """What messages call the task."""
-        return self._name
-
-    @property
-    def priority(self) -> Priority:
-        """The priority of its messages, unless an invocation has another."""
-        return self._priority
-
-    @property
-    def fn(self) -> Callable[_P, _R]:
-        """The function."""
-        return self._fn
-
-    @property
     def task(self) -> Task[_P, _R]:
         """The task itself: in taskhawk 1.4, the decorator returned the function."""
         return self
 
-    @property
-    def accepts_metadata(self) -> bool:
-        """Whether the function is given ``metadata``."""
-        return "metadata" in self._given_by_worker
-
-    @property
-    def accepts_headers(self) -> bool:
-        """Whether the function is given ``headers``."""
-        return "headers" in self._given_by_worker
-
     def __call__(self, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
         """Run the function."""
-        return self._fn(*args, **kwargs)
+        return self.fn(*args, **kwargs)
 
     def dispatch(self, /, *args: _P.args, **kwargs: _P.kwargs) -> str:
         """Queue a run of the task and return its id; see AsyncInvocation.dispatch()."""
@@ -3243,24 +3211,22 @@ class Task(Generic[_P, _R]):
         """Return an invocation whose messages the queue holds back for so long."""
         return self._invocation.with_delay(delay)
 
-    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Check that the worker can call the function with these arguments.
+    def _bind(self, count: int, *names: str) -> None:
+        """Check that the worker can call the function with such arguments.
 
+        :param count: of positional arguments: their values decide nothing
+        :param names: of keyword arguments
         :raises TypeError: if that call would fail
         """
-        self._check_shape(len(args), *kwargs)
-
-    def _bind_shape(self, count: int, *names: str) -> None:
-        """Check the number of arguments and their names: nothing else decides."""
         for name in sorted(self._given_by_worker.intersection(names)):
             raise TypeError(
-                f"{self._name}: {name!r} is given by the worker: leave it out"
+                f"{self.name}: {name!r} is given by the worker: leave it out"
             )
         keywords = dict.fromkeys([*names, *self._given_by_worker])
         try:
             self._signature.bind(*range(count), **keywords)
         except TypeError as error:
-            raise TypeError(f"{self._name}: {error}") from None
+            raise TypeError(f"{self.name}: {error}") from None
 
     def call(self, message: Message, receipt: str | None) -> None:
         """Run the function with a message's arguments, and await what can be awaited.
@@ -3279,12 +3245,12 @@ class Task(Generic[_P, _R]):
         # Threads and coroutines that copy the context know the task, too.
         token = _current.set(metadata)
         try:
-            result: Any = self._fn(*message.args, **kwargs)
+            result: Any = self.fn(*message.args, **kwargs)
             if inspect.isawaitable(result):
-                _run_coroutine(_awaited(result, self._name))
+                _run_coroutine(_awaited(result, self.name))
             elif isinstance(result, Generator | AsyncGenerator):
                 raise TypeError(
-                    f"{self._name} returned a generator, which runs only if something"
+                    f"{self.name} returned a generator, which runs only if something"
                     " reads it: expected a function that runs when it is called"
                 )
         finally:
@@ -3297,10 +3263,10 @@ class Task(Generic[_P, _R]):
 
     def __reduce__(self) -> str:
         """Be pickled as the function would be: by its name in its module."""
-        return str(getattr(self, "__qualname__", self._name))
+        return str(getattr(self, "__qualname__", self.name))
 
     def __str__(self) -> str:
-        return f"Taskhawk task: {self._name}"
+        return f"Taskhawk task: {self.name}"
 
     __repr__ = __str__
 
@@ -3313,8 +3279,9 @@ def _signature_of(fn: Callable[..., Any], name: str) -> inspect.Signature:
     try:
         signature = inspect.signature(fn, **_ANNOTATIONS)
     except ValueError as error:
-        reason = "does not tell its parameters: expected a function written in Python"
-        raise ConfigurationError(f"{name} {reason}") from error
+        raise ConfigurationError(
+            f"{name} does not tell its parameters: expected a function written in Python"
+        ) from error
     for parameter in signature.parameters.values():
         if parameter.kind is parameter.VAR_POSITIONAL:
             raise ConfigurationError(
@@ -3428,7 +3395,7 @@ def _run_coroutine(coroutine: Any) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     event_loop = getattr(_thread, "event_loop", None)
-    if _is_in_coroutine():
+    if asyncio._get_running_loop():  # noqa: SLF001 - exported: it is None outside of one
         # Sync mode in an application's own event loop, which is busy until we return.
         context = contextvars.copy_context()
         with ThreadPoolExecutor(1) as pool:
@@ -3454,19 +3421,11 @@ async def _awaited(awaitable: Any, name: str) -> None:
         left = asyncio.all_tasks() - before
         if left:
             names = sorted(_qualname(each.get_coro()) for each in left)
-            text = "%s ended while asyncio tasks that it began were still running: %s"
-            _log.warning(text, name, ", ".join(names))
-
-
-def _is_in_coroutine() -> bool:
-    """Return whether an event loop runs in this thread."""
-    import asyncio
-
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True
+            _log.warning(
+                "%s ended while asyncio tasks that it began were still running: %s",
+                name,
+                ", ".join(names),
+            )
 
 
 @typing.overload
@@ -3510,16 +3469,19 @@ def task(
     """
 
     def decorate(fn: Any) -> Task[Any, Any]:
-        flaw = (
-            _flaw_of_function(fn, name)
-            or _flaw_of_declaration(priority, name, time_limit)
-            or _flaw_of_retries(retry, retry_on, never_retry_on)
+        flaw = _flaw_of_function(fn, name) or _flaw_of_options(
+            name=name,
+            priority=priority,
+            retry=retry,
+            retry_on=retry_on,
+            never_retry_on=never_retry_on,
+            time_limit=time_limit,
         )
         if flaw:
             raise ConfigurationError(f"{_qualname(fn)} {flaw}")
         place = _place_of(fn)
         made = _make_task(fn, priority, name or f"{place.module}.{fn.__name__}")
-        made._place = place  # noqa: SLF001 - the class may have wrapped the function
+        made._place = place  # noqa: SLF001 - its own
         made.retry = retry
         made.retry_on = retry_on
         made.never_retry_on = never_retry_on
@@ -3573,27 +3535,37 @@ def _is_method(fn: Any) -> bool:
     return next(iter(parameters), None) == "self"
 
 
-def _flaw_of_declaration(priority: object, name: object, time_limit: object) -> str:
-    """Return which of these options of :func:`task` is wrong, or ""."""
-    if not isinstance(name, str | None):
-        return f"has {name=}: expected a string"
-    if not isinstance(priority, Priority):
-        return f"has {priority=}: expected a taskhawk.Priority"
-    if time_limit is None:
-        return ""
-    if not _is_number(time_limit) or not 0 < time_limit < math.inf:
-        return f"has {time_limit=}: expected a number of seconds above 0"
-    return ""
-
-
-def _flaw_of_retries(retry: object, retry_on: object, never_retry_on: object) -> str:
-    """Return which of these options of :func:`task` is wrong, or ""."""
-    if retry is not None and not callable(retry):
-        return f"has {retry=}: expected a function of the attempt"
-    if not _are_exceptions(retry_on):
-        return f"has {retry_on=}: expected exceptions"
-    if not _are_exceptions(never_retry_on):
-        return f"has {never_retry_on=}: expected exceptions"
+def _flaw_of_options(
+    *,
+    name: object,
+    priority: object,
+    retry: object,
+    retry_on: object,
+    never_retry_on: object,
+    time_limit: object,
+) -> str:
+    """Return which option of :func:`task` is wrong and what is right, or ""."""
+    rows = [
+        ("name", name, isinstance(name, str | None), "a string"),
+        ("priority", priority, isinstance(priority, Priority), "a taskhawk.Priority"),
+        ("retry", retry, retry is None or callable(retry), "a function of the attempt"),
+        ("retry_on", retry_on, _are_exceptions(retry_on), "exceptions"),
+        (
+            "never_retry_on",
+            never_retry_on,
+            _are_exceptions(never_retry_on),
+            "exceptions",
+        ),
+        (
+            "time_limit",
+            time_limit,
+            time_limit is None or _is_above_zero(time_limit),
+            "a number of seconds above 0",
+        ),
+    ]
+    for option, value, is_right, expected in rows:
+        if not is_right:
+            return f"has {option}={value!r}: expected {expected}"
     return ""
 
 
@@ -3602,6 +3574,11 @@ def _are_exceptions(kinds: object) -> bool:
     if isinstance(kinds, tuple):
         return all(map(_are_exceptions, kinds))
     return isinstance(kinds, type) and issubclass(kinds, BaseException)
+
+
+def _is_above_zero(value: object) -> bool:
+    """Return whether this is a number above 0, and finite."""
+    return _is_number(value) and 0 < value < math.inf
 
 
 def _make_task(fn: Any, priority: Priority, name: str) -> Task[Any, Any]:
@@ -3797,7 +3774,7 @@ class AsyncInvocation(Generic[_P]):
 
     def _message(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Message:
         """Make the message of a call, once it is known that the worker can make it."""
-        self.task.bind(args, kwargs)
+        self.task._check_call(len(args), *kwargs)  # noqa: SLF001 - its own
         message = Message.new(
             self.task.name,
             args,
@@ -3907,30 +3884,29 @@ class _Batch:
     """
 
     def __init__(self) -> None:
-        self._process_id = os.getpid()
-        # Guards the two below: nothing is added to a batch that is closed. Reentrant,
+        self._sent_by: int | None = os.getpid()  # None once it is closed
+        # Guards the other two: nothing is added to a batch that is closed. Reentrant,
         # because a signal handler may dispatch while it is held.
         self._lock = threading.RLock()
         self._collected: list[_Ready] = []
-        self._closed = False
 
     def add(self, readies: Sequence[_Ready]) -> bool:
         """Add messages, or return False if this process has no open batch here."""
         # Before the lock, which another thread may have held at the fork.
-        if self._process_id != os.getpid():
+        if self._sent_by != os.getpid():
             return False
         with self._lock:
-            if self._closed:
+            if self._sent_by is None:
                 return False
             self._collected.extend(readies)
             return True
 
     def close(self) -> Sequence[_Ready]:
         """Collect no more, and return what this process has to send."""
-        if self._process_id != os.getpid():
+        if self._sent_by != os.getpid():
             return ()
         with self._lock:
-            self._closed = True
+            self._sent_by = None
         return self._collected
 
 
@@ -4029,14 +4005,14 @@ def _partial_failure(
         if refusal is None:
             successful.append({"Id": ready.message.id})
             continue
-        reason = {"Code": refusal.code, "Message": refusal.text}
-        failed.append({"Id": ready.message.id, **reason})
+        failed.append(
+            {"Id": ready.message.id, "Code": refusal.code, "Message": refusal.text}
+        )
         # As it was encoded: its arguments may have changed since.
         message = _decode(ready.entry.body)
         message.delay_s = ready.entry.delay_s
         unsent.append(message)
-    result = {"Successful": successful, "Failed": failed}
-    return PartialFailure(result, unsent=unsent)
+    return PartialFailure({"Successful": successful, "Failed": failed}, unsent=unsent)
 
 
 class Captured(NamedTuple):
@@ -4116,9 +4092,9 @@ __all__ += [
 # --- 13. processing -------------------------------------------------------------------
 # process() is the ONE place that decides what becomes of a message, and _verdict() is
 # its table. It does no queue I/O: the worker and Lambda apply its Outcome. It raises
-# only what is to end the process: Control-C, and the exit of a signal handler. A run
-# leaves one log record, in one line but for the task's own text and traceback; what is
-# no valid message leaves one in ten seconds for each class of error.
+# only what must end the process: Control-C, and the exit of a signal handler. Each run
+# leaves one log record, on one line but for the task's own text and traceback; invalid
+# messages leave one in ten seconds for each class of error.
 
 
 class Fate(enum.Enum):
@@ -4164,25 +4140,18 @@ def process(received: QueueMessage) -> Outcome:
         _raise_interrupt(error)
         return _failed(received, error, began)
     finally:
-        _let_go(received)
         # After a failed run too: the connection may be why it failed.
         _refresh_django_connections(ran=True)
     return Outcome(Fate.acknowledge)
 
 
-def _let_go(received: QueueMessage) -> None:
-    """Break the cycle that would keep a body until the garbage collector runs."""
-    if received.message:
-        received.message.received = None
-
-
 def _run(received: QueueMessage, began: float) -> None:
-    """Run the hooks and the task; all that they raise goes on but IgnoreException."""
+    """Run the hooks and the task, and catch nothing but the task's IgnoreException."""
     _call_hook("TASKHAWK_PRE_PROCESS_HOOK", received)
     message = _decode(received.body)
     task = message.task
-    message.received = received
     received.message = message  # from here on, an error is the task's
+    message.received = received
     _log.debug("Received message", extra={"message_body": received.body})
     level, outcome, end = received.done_level, "done", "finished"
     try:
@@ -4191,6 +4160,8 @@ def _run(received: QueueMessage, began: float) -> None:
         if not _are_all(IgnoreException, error):
             raise
         level, outcome, end = logging.INFO, "ignored", f"ignored{_reason(error)}"
+    finally:
+        message.received = None  # else a cycle keeps the body until it is collected
     _call_hook("TASKHAWK_POST_PROCESS_HOOK", received)
     if _log.isEnabledFor(level):
         facts = _facts(received, outcome, began)
@@ -4225,8 +4196,8 @@ def _failed(received: QueueMessage, raised: BaseException, began: float) -> Outc
             return outcome
         _log.error("%s", text, extra=facts)
     elif outcome.fate is Fate.retry and _are_all(RetryException, error):
-        text = _sentence(received, "asked to be retried", outcome)
-        _log.info("%s%s", text, _reason(error), extra=facts)
+        text = _sentence(received, "asked to be retried", outcome) + _reason(error)
+        _log.info("%s", text, extra=facts)
         return outcome
     elif spoken:
         facts |= _extra_of(spoken[0])
@@ -4270,7 +4241,7 @@ def _is_invalid(received: QueueMessage, error: BaseException) -> bool:
 
 
 def _wanted(received: QueueMessage, error: BaseException) -> Outcome:
-    """Return what is wanted for a failed run's message, were receives unlimited."""
+    """Decide as if the queue allowed any number of receives."""
     leaves = list(_leaves(error))
     delay_s = _asked_delay_s(leaves)
     if received.message is None:
@@ -4298,10 +4269,10 @@ def _asked_delay_s(leaves: Iterable[BaseException]) -> float | None:
     """Return the longest delay that a RetryException asks for, or None."""
     asked = [leaf.delay_seconds for leaf in leaves if isinstance(leaf, RetryException)]
     # A subclass that does not call our __init__ may have set anything.
-    delays = list(filter(_is_delay, asked))
-    if not delays:
+    longest = max(filter(_is_delay, asked), default=None)
+    if longest is None:
         return None
-    return min(max(delays), _MAX_HELD_S)
+    return min(longest, _MAX_HELD_S)
 
 
 def _may_retry(task: Task[Any, Any], error: BaseException) -> bool:
@@ -4358,7 +4329,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _in_one_line(text: str) -> str:
-    """Return text for a log: one line, not a long one, as free text may forge lines."""
+    """Return free text as one short line: it can neither forge nor fill a log."""
     return "".join(c if c.isprintable() else "?" for c in text[:200])
 
 
@@ -4366,19 +4337,21 @@ def _facts(received: QueueMessage, end: str, began: float) -> dict[str, Any]:
     """Return the fields of a run's log record, which formatters may use."""
     duration_ms = round((time.monotonic() - began) * 1000)
     facts: dict[str, Any] = {"outcome": end, "duration_ms": duration_ms}
-    if received.message:
-        facts |= {"task": received.message.task_name, "id": received.message.id}
-        facts["attempt"] = received.attempt
+    message, attempt = received.message, received.attempt
+    if message:
+        facts |= {"task": message.task_name, "id": message.id, "attempt": attempt}
     return facts
 
 
 def _extra_of(error: LoggingException) -> dict[str, Any]:
     """Return the fields that an error gives to its log record."""
-    # Logging refuses a field of a name that each record has.
-    reserved = vars(logging.makeLogRecord({})).keys() | {"message", "asctime"}
-    given = error.extra if isinstance(error.extra, Mapping) else {}
-    taken = {f"extra_{name}": given[name] for name in given if name in reserved}
-    return taken | {str(n): given[n] for n in given if n not in reserved}
+    fields: dict[str, Any] = {}
+    if isinstance(error.extra, Mapping):
+        for name, value in error.extra.items():
+            # Logging refuses a field of a name that every record has.
+            prefix = "extra_" if name in _RECORD_FIELDS else ""
+            fields[f"{prefix}{name}"] = value
+    return fields
 
 
 _INVALID_EVERY_S = 10  # a poisoned queue must not fill the disk with logs
@@ -4428,10 +4401,7 @@ class _SyncSender(Sender):
             if settings.IS_LAMBDA_APP:
                 sns = {"Message": entry.body, "MessageId": message_id}
                 received.sns_record = {"Sns": {**sns, "MessageAttributes": {}}}
-            try:
-                _in_own_context(_run)(received, time.monotonic())
-            finally:
-                _let_go(received)
+            _in_own_context(_run)(received, time.monotonic())
         return []
 
 
@@ -4508,7 +4478,12 @@ class _Held:
     @property
     def queue(self) -> str:
         """The name of its queue."""
-        return self.message.queue or ""
+        return typing.cast("str", self.message.queue)
+
+    @property
+    def receipt(self) -> str:
+        """What the queue's calls know this receive by."""
+        return typing.cast("str", self.message.receipt_handle)
 
     @property
     def runs(self) -> bool:
@@ -4519,11 +4494,6 @@ class _Held:
     def to_delete(self) -> bool:
         """Whether a delete ends it."""
         return self.end in {"acked", "dead_lettered"}
-
-    @property
-    def may_join(self) -> bool:
-        """Whether it may share a delete that is made before its own is due."""
-        return self.to_delete and self.tries == 0
 
     def move(self, state: str) -> None:
         """Make a step, or raise RuntimeError if _STEPS does not allow it."""
@@ -4550,14 +4520,15 @@ class _Call(NamedTuple):
 
     def entries(self) -> list[Any]:
         """Return what the broker's method takes for each message."""
-        receipts = [held.message.receipt_handle or "" for held in self.batch]
         if self.kind is _Kind.delete:
-            return receipts
-        return list(zip(receipts, map(self._hidden_s, self.batch), strict=True))
+            return [held.receipt for held in self.batch]
+        return [(held.receipt, self._hidden_s(held)) for held in self.batch]
 
     def _hidden_s(self, held: _Held) -> float:
         """Return for how long to hide a message, within the 12 hours that SQS allows."""
-        wanted_s = held.lease_s if self.kind is _Kind.extend else held.delay_s
+        wanted_s = held.delay_s
+        if self.kind is _Kind.extend:
+            wanted_s = held.lease_s
         return max(0, min(wanted_s, held.last_at - self.asked_at))
 
 
@@ -4584,10 +4555,9 @@ class _Leases:
         if now < self._next_at:
             return []
         free = [held for held in self._held if not held.in_call]
-        later = [held.renew_at for held in free if held.renew_at > now]
+        self._next_at = min((held.renew_at for held in free), default=math.inf)
         due = [held for held in free if held.renew_at <= now]
-        self._next_at = now if due else min(later, default=math.inf)
-        return sorted(due, key=lambda held: held.lease_until)
+        return sorted(due, key=operator.attrgetter("lease_until"))
 
     def next_at(self) -> float:
         """Return a time before which none is to be extended."""
@@ -4608,10 +4578,12 @@ class _Holdings:
         self.news: list[tuple[int, str]] = []  # log levels and texts
         self.unanswered = 0  # deletes that were not known to be applied in the end
         self._is_closing = False
-        self._urgency = {queue: place for place, queue in enumerate(queues)}
         self._ack_wait_s = ack_wait_s
-        self.held: dict[_Held, None] = {}  # an ordered set, as are the next two
-        self._waiting: dict[_Held, None] = {}  # received, the most urgent first
+        self.held: dict[_Held, None] = {}  # an ordered set, as are the following
+        # By queue, the most urgent first: received and not started; and what is to be
+        # deleted, and is in no call yet.
+        self._waiting: dict[str, dict[_Held, None]] = {each: {} for each in queues}
+        self.to_delete: dict[str, dict[_Held, None]] = {each: {} for each in queues}
         self.decided: dict[_Held, None] = {}  # it is known what they become
         self.leases = _Leases()
         self.calls = _Calls(self)
@@ -4619,7 +4591,7 @@ class _Holdings:
     @property
     def waiting(self) -> int:
         """How many messages wait to be started."""
-        return len(self._waiting)
+        return sum(map(len, self._waiting.values()))
 
     @property
     def ending(self) -> int:
@@ -4629,7 +4601,7 @@ class _Holdings:
     @property
     def running(self) -> int:
         """How many messages run."""
-        return len(self.held) - len(self._waiting) - len(self.decided)
+        return len(self.held) - self.waiting - len(self.decided)
 
     def still_run(self) -> list[QueueMessage]:
         """Return the messages that run."""
@@ -4653,32 +4625,35 @@ class _Holdings:
         :param asked_at: when the receive was called
         """
         is_sure = now - asked_at <= lease_s / 3
-        since = asked_at if is_sure else now
+        lease_until = asked_at + lease_s
+        if not is_sure:
+            lease_until = now + lease_s
         for message in messages:
             held = _Held(
                 message,
                 lease_s,
-                lease_until=since + lease_s,
+                lease_until=lease_until,
                 last_at=asked_at + _LATEST_S,
                 is_sure=is_sure,
             )
-            self.held[held] = self._waiting[held] = None
+            self.held[held] = self._waiting[held.queue][held] = None
             self.leases.renew(held, asked_at + lease_s / 3)
             self.ledger.received += 1
-        if len(self._urgency) > 1:
-            by_urgency = sorted(self._waiting, key=lambda h: self._urgency[h.queue])
-            self._waiting = dict.fromkeys(by_urgency)
 
     def start(self, now: float) -> _Held | None:
         """Start the most urgent message whose lease holds; return it, or None."""
-        for held in list(self._waiting):
+        for held in self._all_waiting():
             if now >= held.lease_until:
                 self.lose(held, "its lease ended while it waited")
             elif held.is_sure:
-                del self._waiting[held]
+                del self._waiting[held.queue][held]
                 held.move("started")
                 return held
         return None
+
+    def _all_waiting(self) -> list[_Held]:
+        """Return the messages that wait to be started, the most urgent first."""
+        return [held for each in self._waiting.values() for held in each]
 
     def finish(
         self, held: _Held, end: str, now: float, delay_s: float | None = 0
@@ -4698,17 +4673,16 @@ class _Holdings:
 
     def release_waiting(self, now: float) -> None:
         """Release all messages that were not started."""
-        for held in list(self._waiting):
+        for held in self._all_waiting():
             self.release(held, now)
 
     def _decide(self, held: _Held, end: str, now: float, delay_s: float | None) -> None:
         """Note what a message is to become, and when the call for it is due."""
-        self._waiting.pop(held, None)
+        self._waiting[held.queue].pop(held, None)
         self.decided[held] = None
         held.end, held.due_at = end, now
         if held.to_delete:
-            if not held.message.is_fifo:  # others of its group wait for it
-                held.due_at = now + self._ack_wait_s
+            self._acknowledge(held, now)
         elif delay_s is None or held.message.lease_lost:
             # It shows by itself at the end of its lease, or another has it by now.
             self.end(held, end)
@@ -4716,17 +4690,25 @@ class _Holdings:
             # Out of the lease first: a later extension would undo the delay.
             self.leases.drop(held)
             held.delay_s = delay_s
-        self._hurry(now)
+        if len(self.decided) == len(self.held):  # no others can come to share a call
+            for acknowledged in self.to_delete.values():
+                self._hurry(acknowledged, now)
 
-    def _hurry(self, now: float) -> None:
-        """Make acknowledgements due for which it is in vain to wait for others."""
-        is_idle = len(self.decided) == len(self.held)
-        new = [held for held in self.decided if held.may_join]
-        for queue in self._urgency:
-            batch = [held for held in new if held.queue == queue]
-            if is_idle or len(batch) >= _MAX_BATCH:
-                for held in batch:
-                    held.due_at = min(held.due_at, now)
+    def _acknowledge(self, held: _Held, now: float) -> None:
+        """Have a message deleted, in a call that it may share with others."""
+        acknowledged = self.to_delete[held.queue]
+        acknowledged[held] = None
+        held.due_at = now + self._ack_wait_s
+        if len(acknowledged) >= _MAX_BATCH:
+            self._hurry(acknowledged, now)
+        if held.message.is_fifo:  # others of its group wait for it
+            held.due_at = now
+
+    @staticmethod
+    def _hurry(acknowledged: Iterable[_Held], now: float) -> None:
+        """Make deletes due that wait for others to no purpose."""
+        for held in acknowledged:
+            held.due_at = min(held.due_at, now)
 
     # The end.
 
@@ -4752,7 +4734,10 @@ class _Holdings:
     def close(self) -> None:
         """End what is decided, done or not; what still runs stays held."""
         for held in list(self.decided):
-            self.end(held, "uncertain" if held.to_delete else held.end)
+            end = held.end
+            if held.to_delete:
+                end = "uncertain"
+            self.end(held, end)
 
     def lose(self, held: _Held, why: str) -> None:
         """Note that others may have a message; if it waits, it is not started."""
@@ -4760,7 +4745,7 @@ class _Holdings:
         held.message.lease_lost = True
         held.lease_until = -math.inf
         self.leases.drop(held)
-        if held in self._waiting:
+        if held in self._waiting[held.queue]:
             self.end(held, "released")
 
     def doubt(self, held: _Held, why: str) -> None:
@@ -4773,7 +4758,8 @@ class _Holdings:
         held.move(end)
         self.ledger.count(end)
         self.leases.drop(held)
-        for those in (self.held, self._waiting, self.decided):
+        mine = (self._waiting[held.queue], self.to_delete[held.queue])
+        for those in (self.held, self.decided, *mine):
             those.pop(held, None)
         if self._is_closing and end == "uncertain":
             self.unanswered += 1
@@ -4808,6 +4794,8 @@ class _Calls:
         batch = [held for held in due if held.queue == queue][:_MAX_BATCH]
         for held in batch:
             held.in_call = True
+            if kind is _Kind.delete:
+                self._all.to_delete[queue].pop(held, None)
         return _Call(kind, queue, batch, now)
 
     def next_at(self) -> float:
@@ -4816,18 +4804,22 @@ class _Calls:
         return min([*times, self._all.leases.next_at()])
 
     def _due_ends(self, now: float) -> list[_Held]:
-        """Return what is to be ended now in one way, what was due first first."""
+        """Return what one call may end now, what has been due for longest first."""
+        by_time = operator.attrgetter("due_at")
         free = [held for held in self._all.decided if not held.in_call]
-        due = [held for held in free if held.due_at <= now]
-        if not due:
+        first = min(free, key=by_time, default=None)
+        if first is None or first.due_at > now:
             return []
-        first = min(due, key=lambda held: held.due_at)
-        # New acknowledgements share the call. What was refused before is not tried
-        # before its time only because others are due.
-        if first.to_delete:
-            due += [held for held in free if held.may_join]
-        alike = [held for held in due if held.to_delete is first.to_delete]
-        return list(dict.fromkeys([first, *alike]))
+        together = [held for held in free if self._share_call(held, first, now)]
+        return sorted(together, key=by_time)
+
+    def _share_call(self, held: _Held, due: _Held, now: float) -> bool:
+        """Return whether the call that ends what is due may end this message too."""
+        if (held.queue, held.to_delete) != (due.queue, due.to_delete):
+            return False
+        # New acknowledgements share it. What was refused before is not tried before its
+        # time only because others are due.
+        return held.due_at <= now or held in self._all.to_delete[held.queue]
 
     def answered(self, call: _Call, refused: Mapping[int, Refusal]) -> None:
         """Note the answer to a call.
@@ -4867,26 +4859,25 @@ class _Calls:
 
     def _deleted(self, held: _Held, refusal: Refusal | None, asked_at: float) -> None:
         """Note how a delete went; one that was sent after the lease ended proves nothing."""
-        if asked_at >= held.lease_until:
-            self._all.doubt(held, refusal.text if refusal else "its lease had ended")
-        elif refusal is None:
+        if refusal is None and asked_at < held.lease_until:
             self._all.end(held, held.end)
-        elif refusal.final:
+        elif refusal is None:
+            self._all.doubt(held, "its lease had ended")
+        elif refusal.final or asked_at >= held.lease_until:
             self._all.doubt(held, refusal.text)
         else:
             self._try_later(held, asked_at)
 
     def _delayed(self, held: _Held, refusal: Refusal | None, asked_at: float) -> None:
         """Note how a delay or release went; where it failed, the lease's end shows it."""
-        if refusal is None:
-            self._all.end(held, held.end)
-        elif refusal.final or refusal.is_denied or asked_at >= held.lease_until:
-            self._all.warn(
-                held, f"is visible again when its lease ends: {refusal.text}"
-            )
-            self._all.end(held, held.end)
-        else:
-            self._try_later(held, asked_at)
+        if refusal is not None:
+            is_hopeless = refusal.final or refusal.is_denied
+            if not is_hopeless and asked_at < held.lease_until:
+                self._try_later(held, asked_at)
+                return
+            why = f"is visible again when its lease ends: {refusal.text}"
+            self._all.warn(held, why)
+        self._all.end(held, held.end)
 
     def _try_later(self, held: _Held, asked_at: float) -> None:
         """Make the call again, after a pause that doubles from 0.2 s to 5 s."""
@@ -4951,7 +4942,9 @@ class _Keeper:
         self._broker, self._clock, self._beat = broker, clock, beat
         self._faults = _Faults()
         # Guards the holdings, and all that follows. The keeper waits for `_due`; whoever
-        # wants to hold more waits for `ended`: no thread is woken for nothing.
+        # wants to hold more waits for `ended`: no thread is woken for nothing. Who is
+        # in the main thread enters the lock itself: entering a condition takes several
+        # steps, and a signal handler that raises in between would leave it locked.
         self.lock = threading.RLock()
         self._due = threading.Condition(self.lock)
         self.ended = threading.Condition(self.lock)  # notified as messages end
@@ -4962,18 +4955,18 @@ class _Keeper:
 
     def wake(self) -> None:
         """Have the keeper look at once, if something is due before it would."""
-        with self._due:
+        with self.lock:
             if self.holdings.calls.next_at() < self._looks_at:
                 self._due.notify()
 
     def give_up_after(self, seconds: float) -> None:
         """End at the latest in so many seconds, once :meth:`close` is called."""
-        with self._due:
+        with self.lock:
             self._gives_up_at = self._clock() + seconds
 
     def close(self) -> None:
         """Have :meth:`run` end once all that is decided is done: leases end too."""
-        with self._due:
+        with self.lock:
             self._is_closing = True
             self.holdings.end_leases()
             self._due.notify()
@@ -4983,7 +4976,7 @@ class _Keeper:
         is_done = False
         while not is_done:
             call = None
-            with self._due:
+            with self.lock:
                 now = self._clock()
                 self.holdings.expire(now)
                 is_done = self._is_done(now)
@@ -5017,7 +5010,7 @@ class _Keeper:
         if call.kind is _Kind.delete:
             change = self._broker.delete
         refused = _one_call(functools.partial(change, call.queue), call.entries())
-        with self._due:
+        with self.lock:
             self.holdings.calls.answered(call, refused)
             news = self._take_news()
             self.ended.notify_all()
@@ -5057,6 +5050,8 @@ class _Keeper:
 
 _MAX_BACKOFF_S = 60  # between receives that fail
 _FLUSH_S = 3  # of the grace, kept for acknowledgements once running tasks are given up
+_HURRIED_S = 1  # for acknowledgements after a second Ctrl-C
+_HEART_S = 1  # for the last heartbeat: its hook may hang
 
 
 class _Phase(enum.IntEnum):
@@ -5085,13 +5080,32 @@ class _Signals:
     _again_s = 1  # a SIGINT within that time of the first is the same one, sent twice
 
     def __init__(self) -> None:
-        self.seen = False
+        self._is_seen = False
+        self._outer: _Signals | None = None  # of the worker in whose task this one runs
         self._first_at = math.inf
         self._replaced: dict[signal.Signals, Any] = {}
         self._pipe: tuple[int, int] | None = None
+        self._old_wakeup = (
+            -1
+        )  # the application's descriptor, which is told all the same
+
+    @property
+    def seen(self) -> bool:
+        """Whether a signal came."""
+        if self._outer is not None and self._outer.seen:
+            return True
+        return self._is_seen
+
+    @property
+    def has_interrupt(self) -> bool:
+        """Whether SIGINT is noted here."""
+        return signal.SIGINT in self._replaced
 
     def __enter__(self) -> None:
         if threading.current_thread() is not threading.main_thread():
+            return
+        if _installed:
+            self._outer = _installed[-1]
             return
         defaults = {
             signal.SIGTERM: signal.SIG_DFL,
@@ -5109,6 +5123,7 @@ class _Signals:
             self._pipe[1], warn_on_full_buffer=False
         )
         _installed.append(self)
+        _restorers.append(self.restore)
         for number in self._replaced:
             signal.signal(number, self._note)
 
@@ -5117,14 +5132,17 @@ class _Signals:
             return
         self.restore()
         _installed.remove(self)
-        signal.set_wakeup_fd(self._old_wakeup)
+        _restorers.remove(self.restore)
+        self._read()
         for descriptor in self._pipe:
             os.close(descriptor)
 
     def restore(self) -> None:
-        """Put back the handlers that were there before."""
+        """Put back what was there before, where a task has not set its own since."""
         for number, handler in self._replaced.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) == self._note:
+                signal.signal(number, handler)
+        signal.set_wakeup_fd(self._old_wakeup)
 
     def wake(self) -> None:
         """End :meth:`wait`."""
@@ -5138,31 +5156,60 @@ class _Signals:
             return
         import select
 
-        if select.select([self._pipe[0]], [], [], seconds)[0]:
-            numbers = os.read(self._pipe[0], 4096)
-            self.seen = self.seen or any(n in self._replaced for n in numbers)
+        poll = select.poll()  # select() refuses descriptors from 1,024 on
+        poll.register(self._pipe[0], select.POLLIN)
+        if poll.poll(seconds * 1000):
+            self._read()
+
+    def _read(self) -> None:
+        """Note the signals that came, and tell the application's own descriptor."""
+        with contextlib.suppress(OSError):  # none came, or the other end is closed
+            numbers = os.read(typing.cast("tuple[int, int]", self._pipe)[0], 4096)
+            if self._replaced.keys() & set(numbers):
+                self._is_seen = True
+            if self._old_wakeup >= 0:
+                os.write(self._old_wakeup, numbers.replace(b"\0", b""))
 
     def _note(self, number: int, _frame: object) -> None:
         """Note a signal; a second Ctrl-C interrupts the main thread."""
         now = time.monotonic()
-        self.seen = True
+        self._is_seen = True
         if number == signal.SIGINT:
             if now - self._first_at >= self._again_s:
                 raise KeyboardInterrupt
             self._first_at = min(now, self._first_at)
 
 
-_installed: list[_Signals] = []  # those of the workers that run in this process
+_installed: list[_Signals] = []  # of the worker in the main thread, if there is one
+# Each gives what a task forks the handlers that it would have without a worker.
+_restorers: list[Callable[[], None]] = []
+_forking = threading.local()  # `mask`: the signals that were blocked before a fork
+
+
+def _hold_signals() -> None:
+    """Have signals wait over a fork: the child would note one, and tell its parent."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+
+
+def _release_signals() -> None:
+    """Let the signals through that came during a fork."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, _forking.mask)
 
 
 def _forget_signals() -> None:
     """Let what a task forks have the handlers that it would have without a worker."""
-    for signals in _installed:
-        signal.set_wakeup_fd(-1)
-        signals.restore()
+    for restore in _restorers:
+        restore()
+    _restorers.clear()
+    _release_signals()
 
 
-os.register_at_fork(after_in_child=_forget_signals)
+os.register_at_fork(
+    before=_hold_signals,
+    after_in_parent=_release_signals,
+    after_in_child=_forget_signals,
+)
 
 
 class _Heart:
@@ -5226,11 +5273,11 @@ def _find_lease(broker: Broker, queue: str, wanted_s: float | None) -> _Lease:
     try:
         info = broker.info(queue)
     except Exception as error:
-        # The policies of 1.4's workers lack the permission.
-        if not _is_denial(_error_code(error)):
+        code = _error_code(error)
+        if not _is_denial(code):  # the policies of 1.4's workers lack the permission
             raise
         if wanted_s is None:
-            _log.warning("%s: can't read its attributes: %s", queue, _error_code(error))
+            _log.warning("%s: can't read its attributes: %s", queue, code)
         return _Lease(wanted_s or _DEFAULT_LEASE_S, None)
     if wanted_s is None:
         # A timeout of 0 would show to all what was just received.
@@ -5310,18 +5357,30 @@ class _Course:
             self._holdings.finish(held, end, self._clock(), delay_s)
             self._changed()
 
-    def release(self, held: _Held) -> None:
-        """Note that a message did not run after all, and that its slot can't for now."""
+    def release(self, held: _Held) -> bool:
+        """Note that a message did not run after all, and that its slot can't for now.
+
+        :returns: whether all other slots can run messages
+        """
         with self._lock:
             self._holdings.release(held, self._clock())
             self._paused += 1
+            self._release_if_stuck()
             self._changed()
+            return self._paused == 1
 
-    def resume(self) -> None:
-        """Note that a slot that was paused can run messages again."""
+    def resume(self) -> bool:
+        """Note that a slot can run messages again; return whether all slots can."""
         with self._lock:
             self._paused -= 1
             self._changed()
+            return self._paused == 0
+
+    def _release_if_stuck(self) -> None:
+        """Leave what waits to other workers, if nothing can be started here."""
+        is_stuck = self._paused == self._most_running
+        if is_stuck or self.phase >= _Phase.draining:  # by a poll not waited out, too
+            self._holdings.release_waiting(self._clock())
 
     def slot_ended(self) -> None:
         """Note that a slot runs nothing more."""
@@ -5377,10 +5436,8 @@ class _Course:
     ) -> None:
         """Hold received messages from now on."""
         with self._lock:
-            now = self._clock()
-            self._holdings.take(messages, lease_s, asked_at, now)
-            if self.phase >= _Phase.draining:  # a poll that was not waited out
-                self._holdings.release_waiting(now)
+            self._holdings.take(messages, lease_s, asked_at, self._clock())
+            self._release_if_stuck()
             self._to_start.notify(len(messages))
             self._keeper.wake()
 
@@ -5403,15 +5460,20 @@ class _Course:
                 self._enter(self.phase)
 
     def fail(self, error: BaseException) -> None:
-        """Note an error that ends the worker."""
+        """Note an error that ends the worker; the first one is the one that counts."""
         with self._lock:
-            self.fatal = error
+            if self.fatal is None:
+                self.fatal = error
             self.move_on()
+
+    def is_told(self) -> bool:
+        """Return whether somebody, or an error, told the worker to stop."""
+        return self.fatal is not None or self._is_told()
 
     def _is_over(self) -> bool:
         """Return whether the present phase is."""
         if self.phase is _Phase.working:
-            if self._is_told() or self.fatal or self._started == self._max_tasks:
+            if self.is_told() or self._started == self._max_tasks:
                 return True
             return not self._polls and not self._holdings.waiting
         if self.phase is _Phase.stopping:
@@ -5466,12 +5528,14 @@ class _Slot:
     def _run(self, held: _Held) -> None:
         """Run a message, and note what it is to become."""
         try:
-            outcome = self.child.process(held.message)
+            outcome = self._process(held.message)
             if outcome:
                 self._settle(held, outcome)
         except _CannotStart as error:
-            self._course.release(held)
-            self._wait_for_child(error)
+            is_first = self._course.release(held)
+            if is_first:
+                _log.error("can't start a child, goes on trying: %s", error)
+            self._wait_for_child()
         finally:
             if held.runs:
                 # It was interrupted, or killed as the grace ended. Where its child still
@@ -5479,18 +5543,30 @@ class _Slot:
                 self.child.kill()
                 self._course.finish(held, "retried")
 
-    def _wait_for_child(self, error: Exception) -> None:
-        """Try again and again to start a child, before anything else is received."""
+    def _process(self, received: QueueMessage) -> Outcome | None:
+        """Run a message, in the child if it is for that."""
+        worker = os.getpid()
+        try:
+            return self.child.process(received)
+        finally:
+            if os.getpid() != worker:
+                # A process that the task forked came back from it. The message is its
+                # parent's, as are all threads and the children of slots.
+                os._exit(0)
+
+    def _wait_for_child(self) -> None:
+        """Try again and again to start a child, before anything else is run."""
         failures = 1
-        _log.error("can't start a child, goes on trying: %s", error)
         while self._course.pause(_pause_s(failures)):
             try:
                 self.child.start()
             except _CannotStart:
                 failures += 1
             else:
-                _log.info("can start a child again; tries that failed: %d", failures)
-                self._course.resume()
+                is_last = self._course.resume()
+                if is_last:
+                    text = "can start a child again; tries that failed: %d"
+                    _log.info(text, failures)
                 return
 
 
@@ -5503,6 +5579,7 @@ class _Poller:
         self._lease: _Lease | None = None  # once it is known
         self._loops = 0  # receives that were answered
         self._count = 0  # messages that the last one brought
+        self.is_polling = False  # whether a receive is under way
 
     def work(self) -> None:
         """Receive again and again, until there is no more to do; the body of a thread."""
@@ -5542,9 +5619,13 @@ class _Poller:
     def _receive(self, most: int, lease: _Lease) -> None:
         """Receive once, and hold what came."""
         worker, asked_at = self._worker, self._worker.clock()
-        messages = worker.broker.receive(
-            self._queue, most, worker.wait_s, lease.seconds, self._course.stop
-        )
+        self.is_polling = True
+        try:
+            messages = worker.broker.receive(
+                self._queue, most, worker.wait_s, lease.seconds, self._course.stop
+            )
+        finally:
+            self.is_polling = False
         for message in messages:
             message.max_receive_count = lease.max_receive_count
             message.done_level = worker.done_level
@@ -5607,7 +5688,7 @@ class Worker:
     wait_s: float = _LONG_POLL_S
 
     def __post_init__(self) -> None:
-        self._check_options()
+        _check_options(self)
         self._signals = _Signals()
         self._heart = _Heart(self.liveness_file)
         self.beat = self._heart.beat  #: say that the worker lives
@@ -5636,25 +5717,7 @@ class Worker:
             )
             for _ in range(self.concurrency)
         ]
-
-    def _check_options(self) -> None:
-        """Refuse options that make no sense, and fit the length of polls to the grace."""
-        for name in ("num_messages", "concurrency", "max_tasks", "max_tasks_per_child"):
-            number = getattr(self, name)
-            if number is not None and number < 1:
-                raise ConfigurationError(f"{name}: expected 1 or more, got {number}")
-        lease_s = self.visibility_timeout_s
-        if lease_s is not None and not 1 <= lease_s <= _MAX_HELD_S:
-            wanted = f"expected 1 to {_MAX_HELD_S} seconds"
-            raise ConfigurationError(f"visibility_timeout_s: {wanted}, got {lease_s}")
-        if self.grace_s is not None and not self.grace_s >= 0:
-            wanted = "expected 0 or more seconds"
-            raise ConfigurationError(f"grace_s: {wanted}, got {self.grace_s}")
-        if self.until_empty:
-            self.wait_s = min(self.wait_s, 1)
-        elif self.grace_s is not None:
-            # A poll in flight is waited out, so it must end before the grace does.
-            self.wait_s = min(self.wait_s, max(1, self.grace_s - _FLUSH_S - 1))
+        self._pollers = [_Poller(self, self._course, queue) for queue in self.queues]
 
     @property
     def unanswered(self) -> bool:
@@ -5670,57 +5733,56 @@ class Worker:
         """
         make = functools.partial(_make_thread, self._course)
         slots = [make(slot.work) for slot in self._slots[1:]]
-        receive = [_Poller(self, self._course, queue).work for queue in self.queues]
-        pollers = [make(work) for work in receive]
-        watch, heart = make(self._watch), make(self._heart.run)
+        pollers = [make(poller.work) for poller in self._pollers]
+        helpers = [self._keeping, make(self._heart.run), make(self._watch)]
+        within_s: float | None = _HURRIED_S
         with self._signals:
             try:
-                for thread in (self._keeping, heart, watch, *pollers, *slots):
-                    thread.start()
-                self._slots[0].work()
-                self._wait_for(slots)
+                self._work(helpers, [*pollers, *slots])
+                within_s = None  # nothing interrupts it
             finally:
-                self._shut_down(pollers)
-                self._signals.wake()
-                for thread in (watch, heart):
-                    if thread.is_alive():
-                        thread.join(1)
-        if self._course.fatal:
-            raise self._course.fatal
+                self._close(within_s)
+                _, heart, watch = helpers
+                _join(watch, None)
+                _join(heart, _HEART_S)
         level = logging.INFO if self.ledger.balanced else logging.ERROR
         _log.log(level, "worker ended: %s", self.ledger)
+        if self._course.fatal:
+            raise self._course.fatal
         return self.ledger
 
-    def _wait_for(self, slots: Iterable[threading.Thread]) -> None:
-        """Wait for the other slots, unless they are left to run."""
-        for slot in slots:
-            while slot.is_alive() and self._course.phase < _Phase.flushing:
-                slot.join(_TICK_S)
-
-    def _shut_down(self, pollers: Iterable[threading.Thread]) -> None:
-        """Go through the phases that are left, in their order."""
-        # A second Ctrl-C ends at once: it waits for no poll, and a second for deletes.
-        error = sys.exc_info()[1]
-        is_hurried = self._signals.seen and isinstance(error, KeyboardInterrupt)
-        self._course.move_on(to=_Phase.stopping)
+    def _work(
+        self,
+        helpers: Sequence[threading.Thread],
+        others: Sequence[threading.Thread],
+    ) -> None:
+        """Run messages until there are no more, then wait for the other threads."""
         try:
-            for poller in pollers:
-                if poller.is_alive() and not is_hurried:
-                    poller.join()
-        except KeyboardInterrupt:
-            is_hurried = True
-            raise
-        finally:
+            for thread in (*helpers, *others):
+                thread.start()
+            self._slots[0].work()
+        except BaseException as error:  # such as sys.exit() of a signal handler
+            if self._signals.seen and isinstance(error, KeyboardInterrupt):
+                raise  # a second Ctrl-C waits for nothing
+            self._course.fail(error)
+        for thread in others:  # unless they are left to run
+            while thread.is_alive() and self._course.phase < _Phase.flushing:
+                thread.join(_TICK_S)
+
+    def _close(self, within_s: float | None) -> None:
+        """Go through the phases that are left."""
+        try:
             self._course.move_on(to=_Phase.flushing)
-            self._flush(1 if is_hurried else None)
+            self._flush(within_s)
+        finally:
             self._course.move_on(to=_Phase.ended)
             self._heart.stop()
+            self._signals.wake()
 
     def _flush(self, within_s: float | None) -> None:
         """Wait until what is decided is done, or leases end, or time is up."""
         self._keeper.close()
-        if self._keeping.is_alive():
-            self._keeping.join(within_s)
+        _join(self._keeping, within_s)
 
     def settle(self, held: _Held, outcome: Outcome) -> None:
         """Have done what the outcome says; a copy for the dead letters is sent now."""
@@ -5739,16 +5801,26 @@ class Worker:
 
     def _watch(self) -> None:
         """Stop the worker when it is told to, and give up what outlives its grace."""
-        while not self._is_told():
+        while not self._course.is_told():
             self._signals.wait(_TICK_S)
             if self._course.ended.is_set():
                 return  # by itself, so that nobody waits to kill it: it has no deadline
         self._course.move_on()
+        self._say_what_it_waits_for()
         if self.grace_s is None:
             return
         flush_s = min(_FLUSH_S, self.grace_s / 2)
         if not self._course.ended.wait(self.grace_s - flush_s):
             self._give_up(flush_s)
+
+    def _say_what_it_waits_for(self) -> None:
+        """Log why the worker does not end at once."""
+        polls = sum(poller.is_polling for poller in self._pollers)
+        runs = len(self._course.still_run())
+        text = f"stopping: waiting for polls in flight: {polls}, running tasks: {runs}"
+        if self._signals.has_interrupt:
+            text += "; Ctrl-C again ends at once"
+        _log.info("%s", text)
 
     def _give_up(self, flush_s: float) -> None:
         """Kill isolated runs; leave others to run: their messages reappear by themselves.
@@ -5770,6 +5842,32 @@ class Worker:
             with self._keeper.lock:
                 self._holdings.close()
             self.on_overdue(self.ledger)
+
+
+def _check_options(worker: Worker) -> None:
+    """Refuse options that make no sense, and fit the length of polls to the grace."""
+    for name in ("num_messages", "concurrency", "max_tasks", "max_tasks_per_child"):
+        number = getattr(worker, name)
+        if number is not None and number < 1:
+            raise ConfigurationError(f"{name}: expected 1 or more, got {number}")
+    lease_s, grace_s = worker.visibility_timeout_s, worker.grace_s
+    if lease_s is not None and not 1 <= lease_s <= _MAX_HELD_S:
+        wanted = f"expected 1 to {_MAX_HELD_S} seconds"
+        raise ConfigurationError(f"visibility_timeout_s: {wanted}, got {lease_s}")
+    if grace_s is not None and not grace_s >= 0:
+        wanted = "expected 0 or more seconds"
+        raise ConfigurationError(f"grace_s: {wanted}, got {grace_s}")
+    if worker.until_empty:
+        worker.wait_s = min(worker.wait_s, 1)
+    elif grace_s is not None:
+        # A poll in flight is waited out, so it must end before the grace does.
+        worker.wait_s = min(worker.wait_s, max(1, grace_s - _FLUSH_S - 1))
+
+
+def _join(thread: threading.Thread, within_s: float | None) -> None:
+    """Wait for a thread, if it was ever started."""
+    if thread.is_alive():
+        thread.join(within_s)
 
 
 def listen_for_messages(
@@ -5911,7 +6009,7 @@ def _error_record(
     text = json.dumps(record)
     for key in ("traceback", "message"):
         while len(text) > room and record[key]:
-            cut = math.ceil((len(text) - room) / 6)  # a character has 6 bytes at most
+            cut = math.ceil((len(text) - room) / 6)  # bytes of a character, or fewer
             if key == "traceback":
                 record[key] = record[key][cut:]  # its end says most
             else:
@@ -5981,7 +6079,7 @@ class _JsonFormatter(logging.Formatter):
 
 
 class _TextFormatter(logging.Formatter):
-    """One line of text, with the task that a record was made in, unless it names it."""
+    """Writes a record as text, and adds the task it was made in unless the text has."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's
         """Return time, level, task and message; asctime is in the format given."""
@@ -5990,8 +6088,7 @@ class _TextFormatter(logging.Formatter):
         if "task" not in facts or str(facts.get("id")) in record.message:
             return f"{begin} {record.message}"
         run = f"{facts['task']} {facts.get('id')} attempt {facts.get('attempt')}"
-        run = re.sub(r"[^ -~]", "?", run)[:200]  # ids are free text
-        return f"{begin} [{run}] {record.message}"
+        return f"{begin} [{_in_one_line(run)}] {record.message}"
 
 
 class _LineFormatter(logging.Formatter):
@@ -6005,7 +6102,7 @@ class _LineFormatter(logging.Formatter):
 
 
 def _log_again(fields: Mapping[str, Any]) -> None:
-    """Log in the worker what a child has logged, if the worker's levels let it."""
+    """Log in the worker what a child has logged, if the worker's levels allow it."""
     record = logging.makeLogRecord(fields)
     logger = logging.getLogger(record.name)
     if logger.isEnabledFor(record.levelno):
@@ -6486,23 +6583,15 @@ def _leave_signals_to_worker() -> None:
         for number in (signal.SIGINT, signal.SIGTERM)
         if signal.getsignal(number) != signal.SIG_IGN  # it is inherited as it is
     }
-    held = threading.local()
-
-    def hold() -> None:  # or one that comes right after a fork would do nothing there
-        held.mask = signal.pthread_sigmask(signal.SIG_BLOCK, handlers)
-
-    def release() -> None:
-        signal.pthread_sigmask(signal.SIG_SETMASK, held.mask)
 
     def restore() -> None:
         for number, handler in handlers.items():
             if signal.getsignal(number) is _ignore_signal:  # and not the task's own
                 signal.signal(number, handler)
-        release()
 
     for number in handlers:
         signal.signal(number, _ignore_signal)
-    os.register_at_fork(before=hold, after_in_parent=release, after_in_child=restore)
+    _restorers.append(restore)
 
 
 def _ignore_signal(_number: int, _frame: object) -> None:
@@ -6556,9 +6645,9 @@ def _where_raised(error: BaseException) -> str:
 
 
 # --- 19. Lambda -----------------------------------------------------------------------
-# Lambda receives, and deletes what the handler returns without an error for. So each
-# failure is raised or in the answer. Nothing is deleted here but messages of a batch
-# that succeeded while others failed.
+# Lambda receives the messages, and deletes them if the handler returns without an
+# error. So each failure is raised, or is in the answer. Nothing is deleted here but the
+# messages that succeeded in a batch where others failed.
 
 
 # SQS counts 12 hours from the receive, before Lambda's longest wait for a batch (5 min)
@@ -6631,7 +6720,7 @@ def _run_records(
 
 
 def _left_ms(context: Any) -> float:
-    """Return how much time the function has left; without a context, no end of it."""
+    """Return how much time the function has left; without a context, it is infinite."""
     if context is None:
         return math.inf
     return float(context.get_remaining_time_in_millis())
@@ -6646,8 +6735,8 @@ def _is_behind(received: QueueMessage, failed: Iterable[QueueMessage]) -> bool:
 
 def _not_started(received: QueueMessage, reason: str) -> Outcome:
     """Return the outcome of a message that counts as failed though it was not run."""
-    text = f"{_name_of(received)} was not started: {reason}"
-    return Outcome(Fate.retry, TaskhawkError(text))
+    error = TaskhawkError(f"{_name_of(received)} was not started: {reason}")
+    return Outcome(Fate.retry, error)
 
 
 def _set_delays(failed: Mapping[QueueMessage, Outcome]) -> None:
@@ -6688,8 +6777,11 @@ def _from_topic(record: Mapping[str, Any]) -> QueueMessage:
     sns = record["Sns"]
     if not isinstance(sns, Mapping):
         sns = {}
-    message_id = str(sns.get("MessageId"))
-    return _LambdaMessage(sns.get("Message"), message_id, sns_record=record)
+    return _LambdaMessage(
+        body=sns.get("Message"),
+        message_id=str(sns.get("MessageId")),
+        sns_record=record,
+    )
 
 
 def _from_queue(record: Mapping[str, Any]) -> QueueMessage:
@@ -6697,15 +6789,18 @@ def _from_queue(record: Mapping[str, Any]) -> QueueMessage:
     message_id = str(record.get("messageId", ""))
     if not _is_well_formed(record):
         return _LambdaMessage(None, message_id)
-    attributes = record.get("attributes", {})
-    message_attributes = _as_boto3(record.get("messageAttributes", {}))
-    handle = record.get("receiptHandle")
     received = _LambdaMessage(
-        record.get("body"), message_id, handle, attributes, message_attributes
+        body=record.get("body"),
+        message_id=message_id,
+        receipt_handle=record.get("receiptHandle"),
+        attributes=record.get("attributes", {}),
+        message_attributes=_as_boto3(record.get("messageAttributes", {})),
     )
-    arn, broker = record.get("eventSourceARN"), _brokers.broker()
-    if arn is not None and isinstance(broker, SqsBroker):
-        received.broker, received.queue = broker.at_arn(arn)
+    if "eventSourceARN" not in record:
+        return received
+    broker = _brokers.broker()
+    if isinstance(broker, SqsBroker):  # else a handler is tried out without AWS
+        received.broker, received.queue = broker.at_arn(record["eventSourceARN"])
     return received
 
 
@@ -6749,7 +6844,7 @@ __all__ += [
 # --- 20. dead letters -----------------------------------------------------------------
 # For people: nothing in production depends on this room. A dead letter is deleted only
 # once its copy is confirmed, so a crash or a fault in between leaves two copies, never
-# none. A scan hides from others what it receives, and shows again what it leaves.
+# none. A scan hides what it receives, and in the end makes what it left visible again.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -6790,8 +6885,7 @@ class _DeadLetter:
     def reason(self) -> str:
         """Why it is here, in one line."""
         moved = "moved by the queue itself, after too many receives"
-        reason = self.error_text or self.invalid or moved
-        return reason.partition("\n")[0]
+        return (self.error_text or self.invalid or moved).partition("\n")[0]
 
     def as_dict(self) -> dict[str, Any]:
         """Return all that is known of it but its body, for JSON."""
@@ -6889,14 +6983,16 @@ class _Scan:
     def __post_init__(self) -> None:
         """Find the queue and its dead-letter queue; nothing is received yet."""
         if self.num_messages < 1:
-            text = f"num_messages: expected 1 or more, got {self.num_messages}"
-            raise ConfigurationError(text)
+            raise ConfigurationError(
+                f"num_messages: expected 1 or more, got {self.num_messages}"
+            )
         self._broker = _brokers.broker()
         self._queue = self._broker.destination(self.priority)
         source = self._broker.info(self._queue).dead_letter_queue
         if source is None:
-            text = f"{self._queue}: it has no dead-letter queue (no RedrivePolicy)"
-            raise ConfigurationError(text)
+            raise ConfigurationError(
+                f"{self._queue}: it has no dead-letter queue (no RedrivePolicy)"
+            )
         self._source = source
         self.matched = 0
         self.found_ids: set[str] = set()  # of those that matched
@@ -6926,8 +7022,8 @@ class _Scan:
             self.found_ids.update(*(letter.ids for letter in letters))
             yield letters
             failed = len(self._failed)
-            good = self.matched - failed
-            self.say("%s %d of %d messages, %d failed", self.done, good, total, failed)
+            text = "%s %d of %d messages, %d failed"
+            self.say(text, self.done, self.matched - failed, total, failed)
 
     def total(self) -> int:
         """Count the dead letters that are visible; SQS does so approximately."""
@@ -6980,13 +7076,9 @@ class _Scan:
         if refused:
             first = next(iter(refused.values()))
             _log.warning("%s: %s", first.code, first.text)
-        accepted = []
-        for index, letter in enumerate(letters):
-            if index in refused:
-                self._failed[letter.message_id] = failure + refused[index].code
-            else:
-                accepted.append(letter)
-        return accepted
+        for index, refusal in refused.items():
+            self._failed[letters[index].message_id] = failure + refusal.code
+        return [letters[i] for i in range(len(letters)) if i not in refused]
 
     def __exit__(self, kind: object, *_: object) -> None:
         """Show what is left to others again."""
@@ -7029,35 +7121,38 @@ def requeue_dead_letter(
     :raises PartialFailure: if some were not; they are still among the dead letters
     """
     if settings.IS_LAMBDA_APP:
-        text = "not supported for Lambda apps, whose queues are Lambda's"
-        _log.warning("requeue_dead_letter: %s", text)
+        _log.warning(
+            "requeue_dead_letter: not supported for Lambda apps, whose queues are"
+            " Lambda's"
+        )
         return 0
-    scan = _Scan(
+    with _Scan(
         priority,
         "requeueing",
         "requeued",
         num_messages=num_messages,
         lease_s=visibility_timeout,
-    )
-    with scan:
+    ) as scan:
         for letters in scan:
             scan.requeue(letters)
     return scan.count()
 
 
 # --- 21. infrastructure ---------------------------------------------------------------
-# What the tasks need of AWS: counted, made, written down for review, and checked. Here
-# nothing is ever deleted or lowered: what someone set higher than we would stays. A
-# missing queue is an answer, not an error.
+# What the tasks need from AWS: counted, made, written down for review, and checked.
+# Nothing is ever deleted or lowered here: a value that someone set higher than we would
+# stays. A missing queue is an answer, not an error.
 
 
 _PROVISION = "python -m taskhawk provision"  # fixes most of what check finds
+_TOLD = "as the error says"  # how to fix the rest
 _ABSENT = "NonExistentQueue|QueueDoesNotExist|NotFound"  # codes of AWS, as patterns
 _FORBIDDEN = "AccessDenied.*|AuthorizationError"
 _RETENTION_S = 4 * 86_400  # SQS's own default
 # SQS counts from the first sending, so dead letters are kept for longer: for the most.
 _DEAD_RETENTION_S = 14 * 86_400
 _FEW_RECEIVES = 5  # AWS advises at least as many before the dead-letter queue
+_NEVER_GIVEN_UP = "what fails is retried until it expires"
 
 
 def _unless(codes: str, call: Callable[..., Any], *args: Any) -> Any:
@@ -7090,11 +7185,12 @@ _Rates = Mapping[str, float]  # by how many messages a second each queue grows
 
 def _counts(broker: Broker, queue: str) -> _Counts | None:
     """Count the messages of a queue; None where it is not there or may not be seen."""
-    depth = _unless(f"{_ABSENT}|{_FORBIDDEN}", broker.depth, queue)
+    find_depth = functools.partial(_unless, f"{_ABSENT}|{_FORBIDDEN}", broker.depth)
+    depth = find_depth(queue)
     if depth is None:
         return None
     dead = broker.info(queue).dead_letter_queue
-    dead_depth = dead and _unless(f"{_ABSENT}|{_FORBIDDEN}", broker.depth, dead)
+    dead_depth = find_depth(dead) if dead else None
     dead_letters = sum(dead_depth) if dead_depth else None
     return _Counts(depth.visible, depth.in_flight, depth.delayed, dead_letters)
 
@@ -7190,18 +7286,16 @@ def _queue_resources(
         "deadLetterTargetArn": f"${{aws_sqs_queue.{_label(dead)}.arn}}",
         "maxReceiveCount": max_receive_count,
     }
-    # Where no size is given, Terraform sets 256 KiB.
-    both = {"max_message_size": _MAX_SQS_BYTES, "tags": tags}
     dead_attributes = {
         "name": dead,
         "message_retention_seconds": _DEAD_RETENTION_S,
-        **both,
+        "max_message_size": _MAX_SQS_BYTES,  # else Terraform sets 256 KiB
+        "tags": tags,
     }
-    attributes = {
+    attributes = dead_attributes | {
         "name": queue,
         "message_retention_seconds": _RETENTION_S,
         "redrive_policy": json.dumps(redrive),
-        **both,
     }
     return [
         _Resource("aws_sqs_queue", dead, dead_attributes),
@@ -7220,8 +7314,7 @@ def _topic_resources(
             "protocol": "lambda",
             "endpoint": function,
         }
-        kind = "aws_sns_topic_subscription"
-        resources.append(_Resource(kind, topic, attributes))
+        resources.append(_Resource("aws_sns_topic_subscription", topic, attributes))
     return resources
 
 
@@ -7251,23 +7344,26 @@ class _Change(NamedTuple):
 
 
 def _queue_change(sqs: SqsBroker, resource: _Resource) -> _Change | None:
-    """Compare a queue with what it should be."""
+    """Return how to make or raise a queue; None if it is as it should be."""
     name = resource.name
     arn = sqs.arn(name)  # first of all, for it needs AWS_ACCOUNT_ID
     existing = _unless(_ABSENT, sqs.attributes, name, ["All"])
     attributes = _too_low(arn, existing or {}, resource.attributes)
     if existing is None:
-        tags = resource.attributes["tags"]
-        parameters = {"QueueName": name, "Attributes": attributes, "tags": tags}
+        parameters = {
+            "QueueName": name,
+            "Attributes": attributes,
+            "tags": resource.attributes["tags"],
+        }
         return _Change("made", "create_queue", parameters)
     if not attributes:
         return None
-    changes = []
-    for key, value in attributes.items():
-        changes.append(f"{key} from {existing.get(key, 'none')} to {value}")
-    text = f"changed: {', '.join(changes)}"
+    changes = [
+        f"{key} from {existing.get(key, 'none')} to {value}"
+        for key, value in attributes.items()
+    ]
     parameters = {"QueueUrl": sqs.url(name), "Attributes": attributes}
-    return _Change(text, "set_queue_attributes", parameters)
+    return _Change(f"changed: {', '.join(changes)}", "set_queue_attributes", parameters)
 
 
 def _too_low(
@@ -7275,7 +7371,7 @@ def _too_low(
 ) -> dict[str, str]:
     """Return what to set of a queue's attributes: what is lower than it should be.
 
-    What someone set higher has its reason; a lower one would cost messages.
+    A higher value was set for a reason; a lower one would cost messages.
     """
     attributes = {}
     for key, least in (
@@ -7296,17 +7392,15 @@ def _too_low(
 
 
 def _topic_change(sns: SnsSender, resource: _Resource) -> _Change | None:
-    """Look whether a topic is there."""
+    """Return how to make a topic; None if it is there."""
     if _subscribers(sns, sns.arn(resource.name)) is not None:
         return None
-    tags = []
-    for key, value in resource.attributes["tags"].items():
-        tags.append({"Key": key, "Value": value})
+    tags = [{"Key": k, "Value": v} for k, v in resource.attributes["tags"].items()]
     return _Change("made", "create_topic", {"Name": resource.name, "Tags": tags})
 
 
 def _subscription_change(sns: SnsSender, resource: _Resource) -> _Change | None:
-    """Look whether a function is subscribed to a topic."""
+    """Return how to subscribe a function to a topic; None if it is subscribed."""
     topic = sns.arn(resource.name)
     function = resource.attributes["endpoint"]
     if function in (_subscribers(sns, topic) or ()):
@@ -7316,7 +7410,7 @@ def _subscription_change(sns: SnsSender, resource: _Resource) -> _Change | None:
 
 
 def _subscribers(sns: SnsSender, topic: str) -> list[str] | None:
-    """Return who subscribes to a topic; None where there is no such topic."""
+    """Return the endpoints that subscribe to a topic; None if there is none."""
     pages = sns.client("send").get_paginator("list_subscriptions_by_topic")
     read = _explained(topic)(pages.paginate(TopicArn=topic).build_full_result)
     found = _unless(_ABSENT, read)
@@ -7416,13 +7510,18 @@ def _check_tasks(priorities: Collection[Priority]) -> Iterator[_Finding]:
     """Look for tasks that no worker would run."""
     for task in _tasks_by_name():
         if task.name.startswith("__main__."):
-            why = "a worker can't find it under that name"
-            yield _error(f"task {task.name} is of __main__", why, "move it to a module")
+            yield _error(
+                f"task {task.name} is of __main__",
+                "a worker can't find it under that name",
+                "move it to a module",
+            )
         if task.priority not in priorities:
             priority = task.priority.name
-            why = "a worker that serves these priorities does not run it"
-            remedy = f"serve --priority {priority} too, here or in another worker"
-            yield _warning(f"task {task.name} is of priority {priority}", why, remedy)
+            yield _warning(
+                f"task {task.name} is of priority {priority}",
+                "a worker that serves these priorities does not run it",
+                f"serve --priority {priority} too, here or in another worker",
+            )
 
 
 def _check_places(priorities: Collection[Priority]) -> Iterator[_Finding]:
@@ -7432,29 +7531,27 @@ def _check_places(priorities: Collection[Priority]) -> Iterator[_Finding]:
         try:
             yield from (_check_topic if on_topics else _check_queue)(priority)
         except Exception as error:
-            yield _error(_text_of(error), "the rest can't be checked", _advice(error))
+            remedy = "check credentials, AWS_REGION, AWS_ENDPOINT_SQS and the network"
+            if isinstance(error, ConfigurationError):
+                remedy = _TOLD
+            yield _error(_text_of(error), "the rest can't be checked", remedy)
             if not re.match(_FORBIDDEN, _error_code(error)):
                 return  # the others would say the same
-
-
-def _advice(error: Exception) -> str:
-    """Return what to do about a queue or topic that can't be looked at."""
-    if isinstance(error, ConfigurationError):
-        return "as the error says"
-    return "check credentials, AWS_REGION, AWS_ENDPOINT_SQS and the network"
 
 
 def _check_settings() -> list[_Finding]:
     """Read all settings, and import the hooks and classes that they name."""
     findings = [
-        _error(str(error), "what uses it fails", _advice(error))
-        for error in settings.errors()
+        _error(str(error), "what uses it fails", _TOLD) for error in settings.errors()
     ]
     if findings or settings.TASKHAWK_BROKER != "sqs" or settings.TASKHAWK_QUEUE:
         return findings
-    why = "no queue has a name; without AWS, try TASKHAWK_BROKER=sqlite:///queue.db"
-    remedy = "export TASKHAWK_QUEUE=dev-myapp"
-    return [_error("TASKHAWK_QUEUE is not set", why, remedy)]
+    finding = _error(
+        "TASKHAWK_QUEUE is not set",
+        "no queue has a name; without AWS, try TASKHAWK_BROKER=sqlite:///queue.db",
+        "export TASKHAWK_QUEUE=dev-myapp",
+    )
+    return [finding]
 
 
 def _check_topic(priority: Priority) -> Iterator[_Finding]:
@@ -7465,8 +7562,11 @@ def _check_topic(priority: Priority) -> Iterator[_Finding]:
     if subscribers is None:
         yield _error(f"{topic}: no such topic", "dispatch raises")
     elif not subscribers:
-        remedy = f"{_PROVISION} --lambda ARN"
-        yield _error(f"{topic}: nobody subscribes", "what is sent is lost", remedy)
+        yield _error(
+            f"{topic}: nobody subscribes",
+            "what is sent is lost",
+            f"{_PROVISION} --lambda ARN",
+        )
 
 
 def _check_queue(priority: Priority) -> Iterator[_Finding]:
@@ -7477,16 +7577,13 @@ def _check_queue(priority: Priority) -> Iterator[_Finding]:
     if info is None:
         yield _error(f"{queue}: no such queue", "dispatch raises")
         return
-    on_sqs = isinstance(broker, SqsBroker)
-    for task in _tasks_of(priority):
-        yield from _check_time_limit(queue, info, task, on_sqs=on_sqs)
-        yield from _check_retries(queue, info, task, on_sqs=on_sqs)
-    if info.dead_letter_queue is None:
-        why = "what fails is retried until it expires"
-        yield _error(f"{queue}: it has no dead-letter queue", why)
-        return
-    yield from _check_receives(queue, info, on_sqs=on_sqs)
-    if isinstance(broker, SqsBroker):
+    tasks = _tasks_of(priority)
+    yield from _check_time_limits(queue, info.visibility_timeout_s, tasks)
+    if info.max_receive_count is None:
+        yield _error(f"{queue}: it has no dead-letter queue", _NEVER_GIVEN_UP)
+    else:
+        yield from _check_receives(queue, info.max_receive_count, tasks)
+    if isinstance(broker, SqsBroker) and info.dead_letter_queue:
         yield from _check_attributes(broker, queue, info.dead_letter_queue)
 
 
@@ -7500,71 +7597,63 @@ def _tasks_of(priority: Priority) -> list[Task[..., Any]]:
     return [task for task in _tasks_by_name() if task.priority is priority]
 
 
-def _check_time_limit(
-    queue: str, info: QueueInfo, task: Task[..., Any], *, on_sqs: bool
+def _check_time_limits(
+    queue: str, lease_s: float, tasks: Iterable[Task[..., Any]]
 ) -> Iterator[_Finding]:
-    """Look whether a run may take longer than its message is hidden."""
-    lease_s, limit_s = info.visibility_timeout_s, task.time_limit
-    if limit_s is None or limit_s <= lease_s:
-        return
+    """Look for tasks that may run for longer than their message is hidden."""
     setting = "visibility_timeout_s in TASKHAWK_BROKER"
-    if on_sqs:
+    if settings.TASKHAWK_BROKER == "sqs":
         setting = "VisibilityTimeout"
-    yield _warning(
-        f"{queue}: its visibility timeout of {lease_s:g} s"
-        f" is below {task.name}'s limit of {limit_s:g} s",
-        "where no worker extends it, such as in Lambda, the task runs twice at once",
-        f"set {setting} above {limit_s:g} s",
-    )
+    for task in tasks:
+        limit_s = task.time_limit
+        if limit_s is not None and limit_s > lease_s:
+            yield _warning(
+                f"{queue}: its visibility timeout of {lease_s:g} s"
+                f" is below {task.name}'s limit of {limit_s:g} s",
+                "where no worker extends it, such as in Lambda, the task runs twice at"
+                " once",
+                f"set {setting} above {limit_s:g} s",
+            )
 
 
-def _check_retries(
-    queue: str, info: QueueInfo, task: Task[..., Any], *, on_sqs: bool
+def _check_receives(
+    queue: str, receives: int, tasks: Iterable[Task[..., Any]]
 ) -> Iterator[_Finding]:
-    """Look whether the queue gives up before a task's policy does."""
-    receives = info.max_receive_count
-    retries = getattr(task.retry, "max_retries", None)
-    if receives is None or retries is None or receives > retries:
-        return
-    yield _error(
-        f"{queue}: its maxReceiveCount of {receives}"
-        f" is not above {task.name}'s {retries} retries",
-        "the queue gives up before the task's policy does",
-        _raise_receives(retries + 2, on_sqs=on_sqs),
-    )
+    """Look whether the queue gives up before a task's policy, or after few crashes."""
+    for task in tasks:
+        retries = getattr(task.retry, "max_retries", None) or 0
+        if receives <= retries:
+            yield _error(
+                f"{queue}: its maxReceiveCount of {receives}"
+                f" is not above {task.name}'s {retries} retries",
+                "the queue gives up before the task's policy does",
+                _raise_receives(retries + 2),
+            )
+    if receives < _FEW_RECEIVES:
+        yield _warning(
+            f"{queue}: its maxReceiveCount is {receives}",
+            "a few crashes or releases make a dead letter of a good message",
+            _raise_receives(_FEW_RECEIVES),
+        )
 
 
-def _check_receives(queue: str, info: QueueInfo, *, on_sqs: bool) -> Iterator[_Finding]:
-    """Look whether a few crashes make a dead letter."""
-    receives = info.max_receive_count
-    if receives is None or receives >= _FEW_RECEIVES:
-        return
-    yield _warning(
-        f"{queue}: its maxReceiveCount is {receives}",
-        "a few crashes or releases make a dead letter of a good message",
-        _raise_receives(_FEW_RECEIVES, on_sqs=on_sqs),
-    )
-
-
-def _raise_receives(receives: int, *, on_sqs: bool) -> str:
+def _raise_receives(receives: int) -> str:
     """Return how to allow so many receives."""
-    if on_sqs:
+    if settings.TASKHAWK_BROKER == "sqs":
         return f"{_PROVISION} --max-receive-count {receives}"
     return f"set max_receive_count={receives} in TASKHAWK_BROKER"
 
 
 def _check_attributes(broker: SqsBroker, queue: str, dead: str) -> Iterator[_Finding]:
-    """Look at what only a queue on SQS has: how long it keeps messages, how large."""
+    """Look at what only queues on SQS have: a retention and a largest size."""
     names = ["MessageRetentionPeriod", "MaximumMessageSize"]
     ours = broker.attributes(queue, names)
     theirs = _unless(_ABSENT, broker.attributes, dead, names)
     is_provisioned = dead == f"{queue}-DLQ"
     if theirs is None:
-        remedy = "make it, or correct the RedrivePolicy"
-        if is_provisioned:
-            remedy = _PROVISION
-        why = "what fails is retried until it expires"
-        yield _error(f"{dead}: no such queue", why, remedy)
+        other = "make it, or correct the RedrivePolicy"
+        remedy = _PROVISION if is_provisioned else other
+        yield _error(f"{dead}: no such queue", _NEVER_GIVEN_UP, remedy)
         return
     kept_s = int(ours["MessageRetentionPeriod"])
     dead_s = int(theirs["MessageRetentionPeriod"])
@@ -7573,14 +7662,17 @@ def _check_attributes(broker: SqsBroker, queue: str, dead: str) -> Iterator[_Fin
         remedy += f" {_DEAD_RETENTION_S}"
         if is_provisioned and kept_s < _DEAD_RETENTION_S:
             remedy = _PROVISION
-        what = f"{dead}: it keeps messages for {dead_s} s, and {queue} for {kept_s} s"
-        why = "the time counts from the first sending: a dead letter may expire at once"
-        yield _warning(what, why, remedy)
+        yield _warning(
+            f"{dead}: it keeps messages for {dead_s} s, and {queue} for {kept_s} s",
+            "the time counts from the first sending: a dead letter may expire at once",
+            remedy,
+        )
     max_bytes = int(ours["MaximumMessageSize"])
     if max_bytes < _MAX_SQS_BYTES:
-        what = f"{queue}: it takes messages of at most {max_bytes} bytes"
-        why = "SQS takes 1 MiB, and larger ones are refused at dispatch"
-        yield _warning(what, why)
+        yield _warning(
+            f"{queue}: it takes messages of at most {max_bytes} bytes",
+            "SQS takes 1 MiB, and larger ones are refused at dispatch",
+        )
 
 
 # --- 22. command line -----------------------------------------------------------------
@@ -8633,20 +8725,12 @@ def _sections(text: str) -> list[_Section]:
     """Return the title of each section, with a short hash of its text."""
     import hashlib
 
+    parts = ["docstring", *re.split(_BANNER, text)]  # a title, its text, a title, …
     sections = []
-    for title, section in _split_sections(text):
+    for title, section in zip(parts[::2], parts[1::2], strict=True):
         digest = hashlib.sha256(section.strip().encode()).hexdigest()
         sections.append((title, digest[:16]))
     return sections
-
-
-def _split_sections(text: str) -> Iterator[tuple[str, str]]:
-    """Yield the title and text of each section: it ends where the next banner is."""
-    title, start = "docstring", 0
-    for banner in re.finditer(_BANNER, text):
-        yield title, text[start : banner.start()]
-        title, start = banner[1], banner.end()
-    yield title, text[start:]
 
 
 def _read_copy(path: str) -> _Copy:
@@ -8741,9 +8825,10 @@ def _print_report(report: Mapping[str, Any]) -> None:
     state = "changed by hand" if report["modified"] else "unmodified"
     what = f"taskhawk {report['version']}, part: {report['part']}"
     print(f"{report['path']}: {what}, {state}")
-    for title in report["modified"]:
-        print(f"changed by hand: {title}")
-    for title in report["audit"]:
-        print(f"to audit for {__version__}: {title}")
-    for title in report["gone"]:
-        print(f"gone in {__version__}: {title}")
+    for key, meaning in (
+        ("modified", "changed by hand"),
+        ("audit", f"to audit for {__version__}"),
+        ("gone", f"gone in {__version__}"),
+    ):
+        for title in report[key]:
+            print(f"{meaning}: {title}")

@@ -34,6 +34,7 @@ import os
 import pty
 import random
 import re
+import resource
 import select
 import shutil
 import signal
@@ -123,6 +124,13 @@ def python_env(env: Mapping[str, str] | None = None) -> dict[str, str]:
         paths = [str(PROJECT), merged.get("PYTHONPATH", "")]
         merged["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     return merged
+
+
+def python_lines(cwd: Path, code: str, **env: str) -> list[str]:
+    """Run code in a new interpreter, strictly, and return the lines that it printed."""
+    result = run_python(["-W", "error", "-c", textwrap.dedent(code)], cwd=cwd, env=env)
+    assert (result.returncode, result.stderr) == (0, "")
+    return result.stdout.splitlines()
 
 
 def free_port() -> int:
@@ -554,6 +562,12 @@ def make_queue(client: Any, name: str, most: int = 5, **attributes: str) -> str:
     return name
 
 
+def make_queues(client: Any, name: str, **attributes: str) -> None:
+    """Make the default and the high-priority queue, and the dead-letter queue of each."""
+    for suffix in ("", "-HIGH-PRIORITY"):
+        make_queue(client, f"TASKHAWK-{name}{suffix}", **attributes)
+
+
 class Clock:
     """A clock that stands still until it is moved."""
 
@@ -588,14 +602,6 @@ def edited(path: str, value: object) -> dict[str, Any]:
     return data
 
 
-def queued(
-    priority: taskhawk.Priority = taskhawk.Priority.default,
-) -> list[taskhawk.QueueMessage]:
-    """Receive what was sent to the queue of a priority."""
-    broker = taskhawk._brokers.broker()
-    return broker.receive(broker.destination(priority), 10, 0, None, threading.Event())
-
-
 def run_body(body: Any) -> taskhawk.Outcome:
     """Process a body as if it had been received."""
     return taskhawk.process(taskhawk.QueueMessage(body, "sqs-id", "receipt"))
@@ -622,21 +628,14 @@ def plain(value=None):
     """Do nothing."""
 
 
-PROCESSING_ID = "b1328174-a21c-43d3-b303-964dfcc76efc"
+PROCESSING_ID = VALID["id"]
 PROCESSING_SECRET = "hunter2-0f6b6d1c"
 
 
 def processing_body(task: str = "mail.send", **changes: Any) -> str:
-    """Return the body of a valid message, with some keys changed."""
-    metadata = {"priority": "high", "timestamp": 1460868253255, "version": "1.0"}
-    valid = {
-        "metadata": metadata,
-        "headers": {},
-        "task": task,
-        "args": [],
-        "kwargs": {},
-    }
-    return json.dumps({"id": PROCESSING_ID, **valid, **changes})
+    """Return the body of a valid message without arguments, with some keys changed."""
+    empty = {"headers": {}, "task": task, "args": [], "kwargs": {}}
+    return json.dumps(VALID | empty | changes)
 
 
 def raising(error: BaseException) -> Callable[..., Any]:
@@ -719,12 +718,6 @@ def task(isolated):
     return taskhawk.task(name="tests.f")(f)
 
 
-def make_queues(client: Any, name: str, **attributes: str) -> None:
-    """Make the default and the high-priority queue, and the dead-letter queue of each."""
-    for suffix in ("", "-HIGH-PRIORITY"):
-        make_queue(client, f"TASKHAWK-{name}{suffix}", **attributes)
-
-
 @pytest.fixture
 def scripted(
     ministack: str, sqs_client: Callable[..., Any], queue_name: str
@@ -786,6 +779,18 @@ def received_args(queue: str | Priority = Priority.default) -> list[Any]:
     return [json.loads(message.body)["args"][0] for message in receive_all(queue)]
 
 
+def refused(
+    call: Callable[..., Any],
+    *args: Any,
+    error: type[Exception] = taskhawk.ConfigurationError,
+    **kwargs: Any,
+) -> str:
+    """Return the sentence with which a call is refused."""
+    with pytest.raises(error) as caught:
+        call(*args, **kwargs)
+    return str(caught.value)
+
+
 def service_size(body: str, attributes: Mapping[str, Mapping[str, str]]) -> int:
     """Count as SQS does."""
     parts = itertools.chain.from_iterable(
@@ -809,7 +814,9 @@ WORKER_QUEUE = "WORKER"  # a queue's name on brokers that need no set-up
 WORKER_PATIENCE_S = 20  # the longest wait for what must happen; no result depends on it
 
 WORKER_MODULE = """
+import hashlib
 import sys
+import threading
 import taskhawk
 
 @taskhawk.task
@@ -821,6 +828,16 @@ def wait(number):
 @taskhawk.task
 def note(number):
     print("noted", number, flush=True)
+
+@taskhawk.task
+def in_c(number):
+    print("started", number, flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # one call, for minutes
+
+@taskhawk.task
+def delete(number):
+    taskhawk.SqliteBroker.delete = lambda *_, **__: threading.Event().wait()
+    print("started", number, flush=True)
 """
 
 
@@ -970,18 +987,6 @@ def command_error(
 MESSAGE_ID = "[0-9a-f-]{36}"
 
 
-def body_of(*args: Any) -> str:
-    """Return the body of a message for mail.send, registered or not."""
-    metadata = {"priority": "default", "timestamp": 1460868253255, "version": "1.0"}
-    data = {
-        "id": str(uuid.uuid4()),
-        "metadata": metadata,
-        "headers": {},
-        "task": "mail.send",
-    }
-    return json.dumps({**data, "args": args, "kwargs": {}})
-
-
 def work_once(broker: taskhawk.Broker, queue: str | None = None) -> taskhawk.Ledger:
     """Receive once, run what there is, and return what became of it."""
     queues = [queue or broker.destination(Priority.default)]
@@ -1040,8 +1045,8 @@ HOUSE_PROMISES = {
         SqsBroker.receive SqsBroker.url SqsBroker._find_url _batches""",
     7: """_in_own_context _refresh_django_connections _PerProcess _made_once
         _Brokers.before_fork _Brokers.after_fork _close_sqlite_files
-        _release_sqlite_files _Signals _forget_signals _path_of_children
-        _Child._start_process _ChildProcess.__init__ _serve_worker
+        _release_sqlite_files _Signals _hold_signals _release_signals _forget_signals
+        _path_of_children _Child._start_process _ChildProcess.__init__ _serve_worker
         _leave_signals_to_worker _ignore_signal _die_with_parent""",
 }
 
@@ -1386,19 +1391,15 @@ class TestErrors:
             for value in (getattr(taskhawk, name) for name in taskhawk.__all__)
             if inspect.isclass(value) and issubclass(value, Exception)
         ]
-        assert {error.__name__: error.__base__.__name__ for error in ours} == {
-            "ChildCrashed": "TaskhawkError",
-            "ConfigurationError": "TaskhawkError",
-            "IgnoreException": "TaskhawkError",
-            "LoggingException": "TaskhawkError",
-            "MessageTooLarge": "ValidationError",
-            "PartialFailure": "TaskhawkError",
-            "RetryException": "TaskhawkError",
-            "StopRetry": "TaskhawkError",
-            "TaskNotFound": "ValidationError",
-            "TaskhawkError": "Exception",
-            "TimeLimitExceeded": "TaskhawkError",
-            "ValidationError": "TaskhawkError",
+        names = collections.defaultdict(list)
+        for error in ours:
+            names[error.__base__].append(error.__name__)
+        assert {base: " ".join(sorted(its)) for base, its in names.items()} == {
+            Exception: "TaskhawkError",
+            taskhawk.TaskhawkError: "ChildCrashed ConfigurationError IgnoreException"
+            " LoggingException PartialFailure RetryException StopRetry"
+            " TimeLimitExceeded ValidationError",
+            taskhawk.ValidationError: "MessageTooLarge TaskNotFound",
         }
 
     @pytest.mark.parametrize(
@@ -1445,15 +1446,11 @@ class TestErrors:
     @pytest.mark.parametrize("delay_seconds", [-1, -0.5, math.inf, math.nan])
     def test_retry_at_an_impossible_time(self, delay_seconds):
         """RetryException refuses a delay that no queue can hold."""
-        makers = [
-            lambda: taskhawk.RetryException(delay_seconds),
-            lambda: taskhawk.RetryException(delay_seconds=delay_seconds),
-        ]
-        for make in makers:
-            with pytest.raises(ValueError, match="delay_seconds") as caught:
-                make()
-            sentence = f"delay_seconds: expected 0 or more seconds, got {delay_seconds}"
-            assert str(caught.value) == sentence
+        sentence = f"delay_seconds: expected 0 or more seconds, got {delay_seconds}"
+        named = {"delay_seconds": delay_seconds}
+        for args, kwargs in ((delay_seconds,), {}), ((), named):
+            made = refused(taskhawk.RetryException, *args, error=ValueError, **kwargs)
+            assert made == sentence
 
     def test_data(self):
         """LoggingException has the record's `extra`; MessageTooLarge has the limit."""
@@ -1550,16 +1547,9 @@ SETTINGS_OF_OTHERS = """
 SETTINGS_SECRETS = ("AWS_ACCESS_KEY", "AWS_SECRET_KEY", "AWS_SESSION_TOKEN")
 
 
-def refusal(call: Callable[[], object]) -> str:
-    """Return the text of the ConfigurationError that a call raises."""
-    with pytest.raises(taskhawk.ConfigurationError) as caught:
-        call()
-    return str(caught.value)
-
-
 def refusal_of(name: str) -> str:
     """Return the text of the error that reading a setting raises."""
-    return refusal(lambda: getattr(taskhawk.settings, name))
+    return refused(getattr, taskhawk.settings, name)
 
 
 def settings_task(headers=None):
@@ -1579,13 +1569,6 @@ def settings_module(tmp_path, monkeypatch):
         return name
 
     return write
-
-
-def settings_child(cwd: Path, code: str, **env: str) -> list[str]:
-    """Run code in a new interpreter, strictly, and return the lines that it printed."""
-    result = run_python(["-W", "error", "-c", textwrap.dedent(code)], cwd=cwd, env=env)
-    assert (result.returncode, result.stderr) == (0, "")
-    return result.stdout.splitlines()
 
 
 class TestSettings:
@@ -1610,7 +1593,7 @@ class TestSettings:
                 print(getattr(taskhawk.settings, name))
         """
         env |= {"SETTINGS_MODULE": "own", "DJANGO_SETTINGS_MODULE": "site_settings"}
-        found = settings_child(tmp_path, code, **env)
+        found = python_lines(tmp_path, code, **env)
         assert found == ["configure", "module", "0" * 12, "http://environment", "2"]
 
     @pytest.mark.parametrize(
@@ -1643,20 +1626,16 @@ class TestSettings:
         """configure() refuses a keyword that is no setting, and sets nothing then."""
         taskhawk.configure(TASKHAWK_QUEUE="before")
         wrong = {"TASKHAWK_QUEUE": "after", "TASKHAWK_SINC": True, "colour": "red"}
-        assert refusal(lambda: taskhawk.configure(**wrong)) == (
-            "TASKHAWK_SINC is not a setting of taskhawk; did you mean TASKHAWK_SYNC?"
-        )
+        sentence = "TASKHAWK_SINC is not a setting of taskhawk"
+        suggestion = "; did you mean TASKHAWK_SYNC?"
+        assert refused(taskhawk.configure, **wrong) == sentence + suggestion
         assert taskhawk.settings.TASKHAWK_QUEUE == "before"
-        assert refusal(lambda: taskhawk.configure(colour="red")) == (
+        assert refused(taskhawk.configure, colour="red") == (
             "colour is not a setting of taskhawk"
         )
-
-    def test_unknown_attribute(self):
-        """Reading what is no setting is an AttributeError that suggests one."""
-        with pytest.raises(AttributeError) as caught:
-            taskhawk.settings.AWS_REGIO  # noqa: B018 - reading it is the test
-        sentence = "AWS_REGIO is not a setting of taskhawk; did you mean AWS_REGION?"
-        assert str(caught.value) == sentence
+        # Reading one is an AttributeError.
+        read = (getattr, taskhawk.settings, "TASKHAWK_SINC")
+        assert refused(*read, error=AttributeError) == sentence + suggestion
 
     def test_lazy(self, monkeypatch):
         """A setting is remembered from its first use until configure() is called."""
@@ -1690,9 +1669,9 @@ class TestSettings:
     def test_settings_module_is_broken(self, settings_module):
         """What a settings module itself fails to import is reported as it is."""
         settings_module("import no_such_dependency")
-        with pytest.raises(ModuleNotFoundError) as caught:
-            taskhawk.settings.TASKHAWK_QUEUE  # noqa: B018 - reading it is the test
-        assert str(caught.value) == "No module named 'no_such_dependency'"
+        read = (getattr, taskhawk.settings, "TASKHAWK_QUEUE")
+        sentence = "No module named 'no_such_dependency'"
+        assert refused(*read, error=ModuleNotFoundError) == sentence
 
     @pytest.mark.parametrize(
         ("name", "value", "expected"),
@@ -1936,21 +1915,21 @@ class TestSettings:
         assert found.get("aws_secret_access_key", "secret").endswith("secret")
 
     @pytest.mark.parametrize(
-        ("parts", "here", "missing"),
+        ("parts", "missing"),
         [
-            ("key", "AWS_ACCESS_KEY", "AWS_SECRET_KEY"),
-            ("key token", "AWS_ACCESS_KEY", "AWS_SECRET_KEY"),
-            ("secret", "AWS_SECRET_KEY", "AWS_ACCESS_KEY"),
+            ("key", "AWS_SECRET_KEY"),
+            ("key token", "AWS_SECRET_KEY"),
+            ("secret", "AWS_ACCESS_KEY"),
         ],
     )
-    def test_incomplete_credentials(self, monkeypatch, parts, here, missing):
+    def test_incomplete_credentials(self, monkeypatch, parts, missing):
         """A key without its secret is an error, and so is a secret without its key."""
         taskhawk.configure(self.credentials(parts, "configured"), TASKHAWK_QUEUE="q")
         for name, value in self.credentials("key secret", "environment").items():
             monkeypatch.setenv(name, value)
-        assert refusal(taskhawk.task(plain, name="settings.plain").dispatch) == (
-            f"{here} is set in configure(), but {missing} is not:"
-            " expected both or neither"
+        assert refused(taskhawk.task(plain, name="settings.plain").dispatch) == (
+            f"{missing} is not set in configure(), but the other half of the"
+            " credentials is: expected both or neither"
         )
 
     @staticmethod
@@ -1972,12 +1951,12 @@ class TestSettings:
         wrong = {"TASKHAWK_SYNC": "maybe", "TASKHAWK_PRE_PROCESS_HOOK": "json.nope"}
         taskhawk.configure(wrong, AWS_SECRET_KEY="half")
         errors = list(map(str, taskhawk.settings.errors()))
-        half = "AWS_SECRET_KEY is set in configure(), but AWS_ACCESS_KEY is not"
+        half = "AWS_ACCESS_KEY is not set in configure(), but the other half of the"
         assert errors == [
-            f"{half}: expected both or neither",
+            f"{half} credentials is: expected both or neither",
             *(refusal_of(name) for name in sorted(wrong)),
         ]
-        assert refusal(taskhawk.settings.check) == "; ".join(errors)
+        assert refused(taskhawk.settings.check) == "; ".join(errors)
         taskhawk.configure()
         monkeypatch.setenv("SETTINGS_MODULE", "no_such_module")
         assert len(taskhawk.settings.errors()) == 1
@@ -1993,7 +1972,7 @@ class TestSettings:
     def test_required(self, given, missing):
         """Where a dispatch needs a setting, the error says what to set, and where."""
         taskhawk.configure(given, AWS_REGION="us-east-1")
-        assert refusal(taskhawk.task(plain, name="settings.plain").dispatch) == (
+        assert refused(taskhawk.task(plain, name="settings.plain").dispatch) == (
             f"{missing} is not set: expected {SETTINGS_TABLE[missing][1]}, from"
             " taskhawk.configure(), the module named by SETTINGS_MODULE, Django's"
             " settings or the environment"
@@ -2032,8 +2011,18 @@ class TestSettings:
             (lambda: {"from": "1.4", "own": "2"}, {"from": "1.4"}),
             (lambda more=2: {"more": more}, {"more": 2}),
             (lambda: None, {}),
+            (lambda: {1: "x"}, {"1": "x"}),
         ],
-        ids=["task", "keyword", "any", "partial", "nothing", "another", "None"],
+        ids=[
+            "task",
+            "keyword",
+            "any",
+            "partial",
+            "nothing",
+            "another",
+            "None",
+            "number",
+        ],
     )
     def test_default_headers(self, hook, expected):
         """The hook gets the task if it takes `task`, as in the manual, else nothing.
@@ -2123,7 +2112,7 @@ class TestDjango:
         code += "\nimport sys, taskhawk\nqueue = taskhawk.settings.TASKHAWK_QUEUE"
         code += "\nprint(queue, 'django' in sys.modules)"
         env = {"TASKHAWK_QUEUE": "environment", **env}
-        assert settings_child(tmp_path, code, **env) == [expected]
+        assert python_lines(tmp_path, code, **env) == [expected]
 
     def test_errors(self, tmp_path):
         """Errors and warnings of Django's settings name them as the source."""
@@ -2140,7 +2129,7 @@ class TestDjango:
         """
         rule = SETTINGS_TABLE["TASKHAWK_QUEUE"][1]
         what = "in Django's settings is not a setting of taskhawk"
-        assert settings_child(tmp_path, code) == [
+        assert python_lines(tmp_path, code) == [
             f"TASKHAWK_QUEUEUE {what}; did you mean TASKHAWK_QUEUE?",
             f"TASKHAWK_QUEUE in Django's settings: expected {rule}, got 5",
         ]
@@ -2171,7 +2160,7 @@ class TestDjango:
                 taskhawk.listen_for_messages(taskhawk.Priority.default, loop_count=1)
             print(ran)
         """
-        assert settings_child(tmp_path, code) == ["[1]"]
+        assert python_lines(tmp_path, code) == ["[1]"]
         found = [
             (call.path.strip("/"), call.data["QueueName"])
             for call in aws.calls
@@ -2201,7 +2190,7 @@ class TestDjango:
 
     for case in {list(cases)}:
         in_a_thread(check, *case)"""
-        assert settings_child(tmp_path, code) == list(cases.values())
+        assert python_lines(tmp_path, code) == list(cases.values())
 
     def test_connections_of_other_threads(self, tmp_path):
         """A worker closes the connections of its own thread, and no others."""
@@ -2213,7 +2202,7 @@ class TestDjango:
     in_a_thread(taskhawk.listen_for_messages, taskhawk.Priority.default, 1, None, 1)
     print(connection.connection is mine, mine.execute("SELECT 1").fetchone())
     connection.close()"""
-        assert settings_child(tmp_path, code) == ["True (1,)"]
+        assert python_lines(tmp_path, code) == ["True (1,)"]
 
     def test_connection_that_was_dropped(self, tmp_path):
         """What the database dropped fails one run at most, or none with checks."""
@@ -2242,7 +2231,7 @@ class TestDjango:
     in_a_thread(check, False)"""
         done = " ".join(["acknowledge"] * 3)
         fates = [done, done.replace("acknowledge", "retry", 1)]
-        assert settings_child(tmp_path, code) == fates
+        assert python_lines(tmp_path, code) == fates
 
     def test_connection_in_a_transaction(self, tmp_path):
         """A connection inside its caller's transaction is left open until after it."""
@@ -2254,7 +2243,7 @@ class TestDjango:
         open_after("query", 3)
     print(connection.introspection.table_names())
     open_after("query", 2)"""
-        assert settings_child(tmp_path, code) == ["111", "['kept']", "00"]
+        assert python_lines(tmp_path, code) == ["111", "['kept']", "00"]
 
     def test_connection_that_fails_to_close(self, tmp_path):
         """A database that fails to close its connection is logged; the run stands."""
@@ -2265,7 +2254,7 @@ class TestDjango:
     with mock.patch.object(connection, "_close", side_effect=gone):
         print(taskhawk.process(body("__main__.query")).fate.name)
     connection.close()"""
-        assert settings_child(tmp_path, code) == [
+        assert python_lines(tmp_path, code) == [
             "can't close the database connections",
             "the server has gone away",
             "acknowledge",
@@ -2284,6 +2273,58 @@ MESSAGE_RULES = {  # what errors say is expected, by path
     "task": "a non-empty string",
     "args": "an array",
     "kwargs": "an object",
+}
+LATEST_MS = 8_640_000_000_000_000
+#: by path, wrong values as JSON, and how an error shows each
+MESSAGE_FLAWS_TEXT = """
+id: "" is "" | null is null | 5 is a number | 0.5 is a number | true is a boolean
+id: ["x"] is an array | {"x": 1} is an object
+metadata: null is null | [] is an array | "" is ""
+headers: null is null | [["a", "b"]] is an array
+task: "" is "" | ["os.system"] is an array
+args: "ab" is a string | {"0": 1} is an object
+kwargs: [] is an array
+metadata.version: 2 is 2 | 1.0 is 1.0 | "2.0" is "2.0" | null is null | false is false
+metadata.version: ["1.0"] is an array | 1000000000000000000 is a huge number
+metadata.timestamp: null is null | true is true | [] is an array | {} is an object
+metadata.timestamp: "" is "" | -1 is -1 | -0.5 is -0.5
+metadata.timestamp: 8640000000000001 is 8640000000000001 | "yesterday" is "yesterday"
+metadata.timestamp: "2023-02-29" is "2023-02-29" | "1900-02-29" is "1900-02-29"
+metadata.timestamp: "0000-01-01" is "0000-01-01" | "2018-04-31" is "2018-04-31"
+metadata.timestamp: "2018-04-05T24:00Z" is "2018-04-05T24:00Z"
+metadata.priority: null is null | 2 is 2 | "urgent" is "urgent" | "HIGH" is "HIGH"
+metadata.priority: ["high"] is an array
+"""
+MESSAGE_FLAWS = [
+    *(
+        (path, ABSENT, "nothing")
+        for path in MESSAGE_RULES
+        if path != "metadata.priority"
+    ),
+    ("metadata.version", "9" * 99, f'"{"9" * 40}"'),
+    ("metadata.timestamp", 10**400, "a huge number"),
+    ("metadata.timestamp", "2018-04-05T11:22\n", r'"2018-04-05T11:22\n"'),
+    ("metadata.timestamp", "٢018-04-05", r'"\u0662018-04-05"'),
+]
+for line in MESSAGE_FLAWS_TEXT.strip().splitlines():
+    path, _, flaws = line.partition(": ")
+    for flaw in flaws.split(" | "):
+        value, _, shown = flaw.partition(" is ")
+        MESSAGE_FLAWS.append((path, json.loads(value), shown))
+FOREIGN_BODIES = {  # what an error calls a body with these keys
+    "a notification of SNS: turn on raw message delivery for the subscription": (
+        "Type MessageId TopicArn Message Timestamp UnsubscribeURL"
+    ),
+    "SNS's request to confirm a subscription: confirm it, and choose raw delivery": (
+        "Type MessageId Token TopicArn Message SubscribeURL"
+    ),
+    "an event of EventBridge: send it to another queue": (
+        "version id detail-type source account time region resources detail"
+    ),
+    "an event of S3 or a similar service: send it to another queue": "Records",
+    "a test event of S3: send it to another queue": (
+        "Service Event Time Bucket RequestId HostId"
+    ),
 }
 SCHEMA_VALIDATOR = jsonschema.Draft202012Validator(taskhawk.SCHEMA)
 TOO_EXACT = "a Decimal has more digits than a float: send it as a string"
@@ -2324,7 +2365,6 @@ ISO_8601_LIKE = st.builds(
     | st.builds("23:59:59{}{}".format, st.sampled_from(".,;"), st.integers(0, 10**10)),
     st.sampled_from(["", "Z", "z", "+05:30", "-0130", "+23:59", "+24:00", "+1", "\n"]),
 )
-LATEST_MS = 8_640_000_000_000_000
 ALMOST = {
     "metadata.timestamp": ISO_8601_LIKE
     | st.datetimes().map(dt.datetime.isoformat)
@@ -2360,7 +2400,7 @@ class TestMessages:
         before_ms = time.time_ns() // 1_000_000
         call = send_email.with_headers(request_id="1234").with_priority(Priority.high)
         message_id = call.dispatch(*VALID["args"], **VALID["kwargs"])
-        [received] = queued(Priority.high)
+        [received] = receive_all(Priority.high)
         data = json.loads(received.body)
         assert str(uuid.UUID(message_id, version=4)) == message_id
         timestamp = data["metadata"]["timestamp"]
@@ -2417,8 +2457,9 @@ class TestMessages:
             "args": [1, 2],
             "kwargs": {"from_email": 3},
         }
+        message.priority = Priority.high  # it may be changed until it is sent
         assert taskhawk.publish(message) == "id"
-        [received] = queued()
+        [received] = receive_all(Priority.high)
         assert json.loads(received.body) == message.as_dict()
         least = Message.new("tasks.send_email", priority=Priority.bulk)
         assert (least.args, least.kwargs, least.headers) == ([], {}, {})
@@ -2427,82 +2468,20 @@ class TestMessages:
 
     def test_new_is_refused(self, send_email):
         """Message.new takes no task that is not registered, and no id but a string."""
-        with pytest.raises(taskhawk.TaskNotFound) as caught:
-            Message.new("tasks.nope")
         sentence = "no task is registered as 'tasks.nope': is its module imported?"
-        assert str(caught.value) == sentence
+        for find in (Message.new, taskhawk.Task.find_by_name):
+            assert refused(find, "tasks.nope", error=taskhawk.TaskNotFound) == sentence
         assert self.refused(json.dumps(edited("task", "tasks.nope"))) == sentence
-        with pytest.raises(taskhawk.ValidationError) as caught:
-            Message.new("tasks.send_email", msg_id=uuid.UUID(VALID["id"]))
-        assert str(caught.value) == "id: expected a non-empty string, got UUID"
+        wrong = {"msg_id": uuid.UUID(VALID["id"]), "error": taskhawk.ValidationError}
+        sentence = "id: expected a non-empty string, got UUID"
+        assert refused(Message.new, "tasks.send_email", **wrong) == sentence
 
-    @pytest.mark.parametrize(
-        ("path", "value", "shown"),
-        [
-            ("id", ABSENT, "nothing"),
-            ("id", "", '""'),
-            ("id", None, "null"),
-            ("id", 5, "a number"),
-            ("id", 0.5, "a number"),
-            ("id", True, "a boolean"),
-            ("id", ["x"], "an array"),
-            ("id", {"x": 1}, "an object"),
-            ("metadata", ABSENT, "nothing"),
-            ("metadata", None, "null"),
-            ("metadata", [], "an array"),
-            ("metadata", "", '""'),
-            ("headers", ABSENT, "nothing"),
-            ("headers", None, "null"),
-            ("headers", [["a", "b"]], "an array"),
-            ("task", ABSENT, "nothing"),
-            ("task", "", '""'),
-            ("task", ["os.system"], "an array"),
-            ("args", ABSENT, "nothing"),
-            ("args", "ab", "a string"),
-            ("args", {"0": 1}, "an object"),
-            ("kwargs", ABSENT, "nothing"),
-            ("kwargs", [], "an array"),
-            ("metadata.version", ABSENT, "nothing"),
-            ("metadata.version", 2, "2"),
-            ("metadata.version", 1.0, "1.0"),
-            ("metadata.version", "2.0", '"2.0"'),
-            ("metadata.version", None, "null"),
-            ("metadata.version", False, "false"),
-            ("metadata.version", ["1.0"], "an array"),
-            ("metadata.version", 10**18, "a huge number"),
-            ("metadata.version", "9" * 99, f'"{"9" * 40}"'),
-            ("metadata.timestamp", ABSENT, "nothing"),
-            ("metadata.timestamp", None, "null"),
-            ("metadata.timestamp", True, "true"),
-            ("metadata.timestamp", [], "an array"),
-            ("metadata.timestamp", {}, "an object"),
-            ("metadata.timestamp", "", '""'),
-            ("metadata.timestamp", -1, "-1"),
-            ("metadata.timestamp", -0.5, "-0.5"),
-            ("metadata.timestamp", LATEST_MS + 1, "8640000000000001"),
-            ("metadata.timestamp", 10**400, "a huge number"),
-            ("metadata.timestamp", "yesterday", '"yesterday"'),
-            ("metadata.timestamp", "2018-04-05T11:22\n", r'"2018-04-05T11:22\n"'),
-            ("metadata.timestamp", "2023-02-29", '"2023-02-29"'),
-            ("metadata.timestamp", "1900-02-29", '"1900-02-29"'),
-            ("metadata.timestamp", "0000-01-01", '"0000-01-01"'),
-            ("metadata.timestamp", "2018-04-31", '"2018-04-31"'),
-            ("metadata.timestamp", "2018-04-05T24:00Z", '"2018-04-05T24:00Z"'),
-            ("metadata.timestamp", "٢018-04-05", r'"\u0662018-04-05"'),
-            ("metadata.priority", None, "null"),
-            ("metadata.priority", 2, "2"),
-            ("metadata.priority", "urgent", '"urgent"'),
-            ("metadata.priority", "HIGH", '"HIGH"'),
-            ("metadata.priority", ["high"], "an array"),
-        ],
-    )
+    @pytest.mark.parametrize(("path", "value", "shown"), MESSAGE_FLAWS)
     def test_wrong_value(self, send_email, path, value, shown):
         """An invalid message is refused by the path of what is wrong, and not run."""
         sentence = f"{path}: expected {MESSAGE_RULES[path]}, got {shown}"
         data = edited(path, value)
-        with pytest.raises(taskhawk.ValidationError) as caught:
-            Message(data)
-        assert str(caught.value) == sentence
+        assert refused(Message, data, error=taskhawk.ValidationError) == sentence
         assert self.refused(json.dumps(data)) == sentence
         assert send_email.calls == []
 
@@ -2535,40 +2514,10 @@ class TestMessages:
         """A body that is no message is refused by an error that does not quote it."""
         assert self.refused(body) == f"message: {sentence}"
 
-    @pytest.mark.parametrize(
-        ("keys", "what", "remedy"),
-        [
-            (
-                "Type MessageId TopicArn Message Timestamp UnsubscribeURL",
-                "a notification of SNS",
-                "turn on raw message delivery for the subscription",
-            ),
-            (
-                "Type MessageId Token TopicArn Message SubscribeURL",
-                "SNS's request to confirm a subscription",
-                "confirm it, and choose raw delivery",
-            ),
-            (
-                "version id detail-type source account time region resources detail",
-                "an event of EventBridge",
-                "send it to another queue",
-            ),
-            (
-                "Records",
-                "an event of S3 or a similar service",
-                "send it to another queue",
-            ),
-            (
-                "Service Event Time Bucket RequestId HostId",
-                "a test event of S3",
-                "send it to another queue",
-            ),
-        ],
-        ids=["SNS", "SNS's confirmation", "EventBridge", "S3", "S3's test"],
-    )
-    def test_body_of_another_service(self, keys, what, remedy):
+    @pytest.mark.parametrize(("what", "keys"), FOREIGN_BODIES.items())
+    def test_body_of_another_service(self, what, keys):
         """A body that another service sent is called what it is, and what to do."""
-        sentence = f"message: expected one of taskhawk's, got {what}: {remedy}"
+        sentence = f"message: expected one of taskhawk's, got {what}"
         foreign = dict.fromkeys(keys.split(), "x")
         assert self.refused(json.dumps(foreign)) == sentence
         # A message is ours, whatever keys it has besides.
@@ -2637,28 +2586,28 @@ class TestMessages:
         assert len(send_email.calls) == 1
 
     @pytest.mark.parametrize(
-        ("value", "error", "reason"),
+        ("value", "reason"),
         [
-            ({1}, TypeError, "set is not a JSON type"),
-            ([{"a": b"x"}], TypeError, "bytes is not a JSON type"),
-            ([float("nan")], taskhawk.ValidationError, NOT_FINITE),
-            (-math.inf, taskhawk.ValidationError, NOT_FINITE),
-            (Decimal("NaN"), taskhawk.ValidationError, NOT_FINITE),
-            (Decimal("Infinity"), taskhawk.ValidationError, NOT_FINITE),
-            (Decimal("1E+5000"), taskhawk.ValidationError, NOT_FINITE),
-            ([Decimal("12345678901234567.89")], taskhawk.ValidationError, TOO_EXACT),
-            (Decimal("0.1234567890123456789"), taskhawk.ValidationError, TOO_EXACT),
-            (Decimal("1E-400"), taskhawk.ValidationError, TOO_EXACT),
-            (
-                {(1, 2): 3},
-                TypeError,
-                "keys must be str, int, float, bool or None, not tuple",
-            ),
+            ({1}, "set is not a JSON type"),
+            ([{"a": b"x"}], "bytes is not a JSON type"),
+            (Priority.high, "Priority is not a JSON type"),
+            ({(1, 2): 3}, "keys must be str, int, float, bool or None, not tuple"),
+            ([math.nan], NOT_FINITE),
+            (-math.inf, NOT_FINITE),
+            (Decimal("NaN"), NOT_FINITE),
+            (Decimal("sNaN"), "cannot convert signaling NaN to float"),
+            (Decimal("Infinity"), NOT_FINITE),
+            (Decimal("1E+5000"), NOT_FINITE),
+            ([Decimal("12345678901234567.89")], TOO_EXACT),
+            (Decimal("0.1234567890123456789"), TOO_EXACT),
+            (Decimal("1E-400"), TOO_EXACT),
         ],
         ids=repr,
     )
-    def test_not_json(self, memory, send_email, value, error, reason):
+    def test_not_json(self, memory, send_email, value, reason):
         """An argument or header that is not JSON fails at the dispatch, by its path."""
+        is_typed = re.search("type|keys", reason)
+        error = TypeError if is_typed else taskhawk.ValidationError
         dispatch, with_headers = send_email.dispatch, send_email.with_headers
         calls = {
             "args[1]": lambda: dispatch("x", value),
@@ -2666,38 +2615,32 @@ class TestMessages:
             "headers.h": lambda: with_headers(h=value).dispatch("x", "y"),
         }
         for path, call in calls.items():
-            with pytest.raises(error) as caught:
-                call()
-            # newer Pythons add the value, which is a float here
-            text = re.sub(r"(compliant): -?(nan|inf)$", r"\1", str(caught.value))
+            # Newer Pythons add the value, which is a float here.
+            text = re.sub(
+                "(compliant): -?(nan|inf)$", r"\1", refused(call, error=error)
+            )
             assert text == f"tasks.send_email: {path} is not JSON: {reason}"
-            assert type(caught.value) is error
-        assert queued() == []
+        assert receive_all() == []
 
     def test_not_json_as_a_whole(self, memory, send_email):
         """Where no one argument or header is at fault, the error names the task."""
         message = Message.new("tasks.send_email", [1])
         message.id = b"1"
-        with pytest.raises(taskhawk.ValidationError) as caught:
-            taskhawk.publish(message)
         sentence = "tasks.send_email: not JSON: bytes is not a JSON type"
-        assert str(caught.value) == sentence
+        error = taskhawk.ValidationError
+        assert refused(taskhawk.publish, message, error=error) == sentence
 
-    def test_decimals(self, memory, send_email):
-        """Decimals become numbers of the same digits: ints if whole, else floats."""
-        values = {
-            "2": 2,
-            "1.10": 1.1,
-            "1E+3": 1000,
-            "-0.5": -0.5,
-            "12345678901234567890.0": 12345678901234567890,
-            "1234567890123.45": 1234567890123.45,
-            "1E-7": 1e-07,
-        }
-        send_email.dispatch("x", list(map(Decimal, values)))
-        [received] = queued()
-        data = json.loads(received.body)
-        assert same_json(data["args"], ["x", list(values.values())])
+    def test_json(self, memory, send_email):
+        """Decimals become ints if whole, else floats; tuples arrays; the body is ASCII."""
+        decimals = "2 1.10 1E+3 -0.5 12345678901234567890.0 1234567890123.45 1E-7"
+        values = [*map(Decimal, decimals.split()), (1, [None]), "\ud800\0é"]
+        send_email.dispatch("x", values)
+        [received] = receive_all()
+        assert json.dumps(json.loads(received.body)["args"][1]) == (
+            "[2, 1.1, 1000, -0.5, 12345678901234567890, 1234567890123.45, 1e-07,"
+            r' [1, [null]], "\ud800\u0000\u00e9"]'
+        )
+        assert received.body.isascii()
 
     def test_round_trip(self, sync):
         """Any JSON call arrives as it was made: arguments, keywords and headers."""
@@ -2743,7 +2686,7 @@ class TestMessages:
 
     def test_schema_of_the_schema(self):
         """SCHEMA is a valid JSON Schema 2020-12."""
-        jsonschema.Draft202012Validator.check_schema(taskhawk.SCHEMA)
+        SCHEMA_VALIDATOR.check_schema(taskhawk.SCHEMA)
 
 
 # What PyPI's taskhawk 1.4.0 and 4.7.0 sent: the library, how it came to the queue (SNS:
@@ -2947,7 +2890,7 @@ class TestInterop:
         task = taskhawk.Task.find_by_name(f"tasks.{name}")
         invocation = task.with_headers(**headers).with_priority(priority)
         message_id = invocation.dispatch(*args, **kwargs)
-        [received] = queued(priority)
+        [received] = receive_all(priority)
         ours = json.loads(received.body)
         assert ours["metadata"]["timestamp"] > theirs["metadata"]["timestamp"] - 10**12
         theirs["id"] = message_id
@@ -3017,9 +2960,8 @@ class TestRetryPolicies:
     def test_gives_up(self, policy):
         """After max_retries retries a policy raises StopRetry."""
         assert all(policy(attempt) <= 3 for attempt in (1, 2))
-        with pytest.raises(taskhawk.StopRetry) as caught:
-            policy(3)
-        assert str(caught.value) == "all 2 retries are used up"
+        sentence = "all 2 retries are used up"
+        assert refused(policy, 3, error=taskhawk.StopRetry) == sentence
 
     @pytest.mark.parametrize(
         ("policy", "attempt", "delay_s"),
@@ -3085,7 +3027,7 @@ class TestRetryPolicies:
     def test_wrong_parameter(self, maker, arguments, wrong):
         """A policy that makes no sense is refused where it is written."""
         sentence = f"retry policy: expected 0 or more, got {wrong}"
-        assert refusal(lambda: maker(*arguments)) == sentence
+        assert refused(maker, *arguments) == sentence
 
 
 # === PART II: QUEUES ==================================================================
@@ -3844,6 +3786,7 @@ print(time.monotonic())
             assert len(broker.receive("Q", 1, 20, None, NEVER)) == 1
             assert time.monotonic() - float(child.stdout.readline()) < 1
 
+    @pytest.mark.slow
     def test_eight_processes_open_a_new_file(self, path, url):
         """Any number of processes may make the file at the same moment."""
         code = """
@@ -3856,6 +3799,7 @@ taskhawk.SqliteBroker(sys.argv[2]).send('Q', [Outgoing(sys.argv[3], {})])
         with contextlib.closing(taskhawk.SqliteBroker(url)) as broker:
             assert sorted(drain(broker, "Q")) == list("01234567")
 
+    @pytest.mark.slow
     def test_processes_claim_apart(self, url):
         """Workers that receive at the same time never share a message, and miss none."""
         code = """
@@ -3878,6 +3822,7 @@ while received := receive(3):
             assert sorted(map(int, bodies)) == list(range(300))
             assert broker.depth("Q") == Depth(0, 0, 0)
 
+    @pytest.mark.slow
     def test_kill_while_sending(self, path, url):
         """A kill -9 loses nothing that was sent, and leaves no part of a batch."""
         code = """
@@ -3898,6 +3843,7 @@ for start in itertools.count(0, 3):
             assert len(bodies) - int(sent[-1]) in (0, 3)
         assert sqlite_execute(path, "PRAGMA integrity_check") == [("ok",)]
 
+    @pytest.mark.slow
     def test_kill_while_receiving(self, path):
         """A kill -9 loses nothing that was not deleted; nothing deleted comes back."""
         url = f"sqlite:///{path}?max_receive_count=100"
@@ -4369,8 +4315,13 @@ class TestSqs:
         assert sent == ["0", "1", "2"]
         assert (refusal.index, refusal.code, refusal.final) == (1, "OverLimit", True)
 
-    @pytest.mark.parametrize("mistake", AWS_MISTAKES)
-    @pytest.mark.parametrize("action", ["GetQueueUrl", "SendMessage"])
+    @pytest.mark.parametrize(
+        ("action", "mistake"),
+        [
+            ("GetQueueUrl", AWS_MISTAKES[0]),
+            *(("SendMessage", mistake) for mistake in AWS_MISTAKES),
+        ],
+    )
     def test_mistakes(self, aws, task, action, mistake):
         """What only a person can fix is one sentence: the remedy, and AWS's own text."""
         code, text, remedy = mistake
@@ -4883,12 +4834,21 @@ class TestProcesses:
     @pytest.mark.parametrize("how", ["os", "C"])
     def test_fork_on_sqlite(self, task, url, how):
         """What a forked child dispatches is kept, whichever closes the file first."""
+
+        def connections():
+            found = gc.get_objects()
+            return sum(isinstance(each, sqlite3.Connection) for each in found)
+
         task.dispatch("parent before")
+        gc.collect()
+        ours = connections()
         fork_context = multiprocessing.get_context("fork")
         dispatched, closed = fork_context.Event(), fork_context.Event()
 
         def child():
             task.dispatch("child 1")
+            # It has its own, and leaves an inherited one alone: SQLite forbids a close.
+            assert connections() == ours + (how == "C")
             dispatched.set()
             assert closed.wait(20)
             assert forked(lambda: task.dispatch("child 2"))() == 0
@@ -5043,21 +5003,9 @@ def place(fn: Any) -> str:
     return f"{fn.__module__}.{fn.__qualname__} ({where})"
 
 
-def refused(
-    call: Callable[..., Any],
-    *args: Any,
-    error: type[Exception] = taskhawk.ConfigurationError,
-    **kwargs: Any,
-) -> str:
-    """Return the sentence with which a call is refused."""
-    with pytest.raises(error) as caught:
-        call(*args, **kwargs)
-    return str(caught.value)
-
-
 def run_queued(priority: Priority = Priority.default) -> taskhawk.Outcome:
     """Run the one message that is in the queue of a priority."""
-    [received] = queued(priority)
+    [received] = receive_all(priority)
     return taskhawk.process(received)
 
 
@@ -5210,14 +5158,8 @@ class TestTasks:
         assert (send.name, send.priority) == ("mail.send", Priority.low)
         assert isinstance(send.fn, types.FunctionType)
         assert str(send) == repr(send) == "Taskhawk task: mail.send"
-        for name in ("name", "priority", "fn", "task", "accepts_metadata"):
-            with pytest.raises(AttributeError):
-                setattr(send, name, None)
         made = taskhawk.Task(plain, Priority.bulk, "by.hand")
         assert (made.fn, made.priority, made.name) == (plain, Priority.bulk, "by.hand")
-        sentence = "no task is registered as 'by.hand': is its module imported?"
-        find = taskhawk.Task.find_by_name
-        assert refused(find, "by.hand", error=taskhawk.TaskNotFound) == sentence
         values = {priority.name: priority.value for priority in Priority}
         assert values == {"default": 1, "high": 2, "low": 3, "bulk": 4}
 
@@ -5243,7 +5185,7 @@ class TestTasks:
         def fetch():
             return "fetched"
 
-        for name in ("retry", "dispatch", "call", "_name", "_fn"):
+        for name in ("retry", "dispatch", "call", "name", "fn"):
             setattr(fetch, name, "another decorator's")
         task = taskhawk.task(name="shop.fetch")(fetch)
         assert (task.retry, task.name, task()) == (None, "shop.fetch", "fetched")
@@ -5349,7 +5291,7 @@ class TestTasks:
 
         note.dispatch()
         for attempt in (1, 2):
-            [received] = queued()
+            [received] = receive_all()
             assert taskhawk.process(received).error is None
             receipt = received.receipt_handle
             assert seen == [("TASKHAWK-DEFAULT", attempt, receipt), True]
@@ -5384,7 +5326,7 @@ class TestTasks:
         for dispatch in (send.dispatch, send.with_headers(a=1).dispatch):
             found = refused(dispatch, *args, error=TypeError, **kwargs)
             assert found == f"tasks.send: {sentence}"
-        assert queued() == []
+        assert receive_all() == []
         assert send.dispatch(1, three=3)
 
     def test_binding_names(self, memory):
@@ -5437,7 +5379,7 @@ class TestTasks:
             assert isinstance(invocation, taskhawk.AsyncInvocation)
         for invocation in (send, first, second, high, bare):
             invocation.dispatch()
-        low, urgent = queued(Priority.low), queued(Priority.high)
+        low, urgent = receive_all(Priority.low), receive_all(Priority.high)
         sent = [json.loads(received.body) for received in low + urgent]
         one = {"a": 1, "b": 1}
         assert [data["headers"] for data in sent] == [
@@ -5448,35 +5390,25 @@ class TestTasks:
             one,
         ]
         assert [data["metadata"]["priority"] for data in sent] == ["low"] * 4 + ["high"]
-        assert queued(Priority.bulk) == []
+        assert receive_all(Priority.bulk) == []
         sentence = refused(send.with_priority, "high", error=TypeError)
         assert sentence == "priority: expected a taskhawk.Priority, got 'high'"
 
-    @pytest.mark.parametrize("priority", list(Priority))
-    def test_priority(self, memory, priority):
-        """A message goes through the queue of its priority, and says so."""
-        taskhawk.task(plain, priority=priority).dispatch()
-        [received] = queued(priority)
-        assert json.loads(received.body)["metadata"]["priority"] == priority.name
-
     @pytest.mark.parametrize(
-        ("delay", "error", "sentence"),
+        ("delay", "error", "got"),
         [
-            ("5", TypeError, "delay: expected seconds or a timedelta, got '5'"),
-            (True, TypeError, "delay: expected seconds or a timedelta, got True"),
-            (-1, ValueError, "delay: expected 0 or more seconds, got -1"),
-            (math.nan, ValueError, "delay: expected 0 or more seconds, got nan"),
-            (math.inf, ValueError, "delay: expected 0 or more seconds, got inf"),
-            (
-                timedelta(days=-1),
-                ValueError,
-                "delay: expected 0 or more seconds, got -86400.0",
-            ),
+            ("5", TypeError, "seconds or a timedelta, got '5'"),
+            (True, TypeError, "seconds or a timedelta, got True"),
+            (-1, ValueError, "0 or more seconds, got -1"),
+            (math.nan, ValueError, "0 or more seconds, got nan"),
+            (math.inf, ValueError, "0 or more seconds, got inf"),
+            (timedelta(days=-1), ValueError, "0 or more seconds, got -86400.0"),
         ],
     )
-    def test_wrong_delay(self, delay, error, sentence):
+    def test_wrong_delay(self, delay, error, got):
         """A delay is seconds or a timedelta, neither negative nor without end."""
-        assert refused(taskhawk.task(plain).with_delay, delay, error=error) == sentence
+        sentence = refused(taskhawk.task(plain).with_delay, delay, error=error)
+        assert sentence == f"delay: expected {got}"
 
     # --- names ---
 
@@ -5585,8 +5517,7 @@ class TestTasks:
             *("own __main__", "script.sell __main__", "declares __main__"),
             *("fills shop", "script.inner __main__"),
         ], result.stderr
-        made = taskhawk.Task(plain, Priority.low, "by.hand")
-        assert made.declared_in == taskhawk.task(plain).declared_in == __name__
+        assert taskhawk.task(plain).declared_in == __name__
 
     def test_taken_name(self):
         """Another function under a taken name is refused; the error has both places."""
@@ -5874,7 +5805,7 @@ class TestTasks:
             taskhawk.listen_for_messages(taskhawk.Priority.default, loop_count=2)
             print(seen[0] is seen[1])
         """
-        assert settings_child(tmp_path, code) == ["True"]
+        assert python_lines(tmp_path, code) == ["True"]
 
     def test_async_in_a_loop(self, sync):
         """In sync mode, dispatch waits for an async task, in an event loop too."""
@@ -5928,7 +5859,7 @@ class TestTasks:
         task = taskhawk.task(name="shop.sell", retry=policy)(plain)
         assert type(task) is HandMade
         task.dispatch()
-        [received] = queued()
+        [received] = receive_all()
         taskhawk.process(received)
         taskhawk.configure(TASKHAWK_SYNC=True)
         task.dispatch()
@@ -6101,21 +6032,6 @@ OTHER_HEADERS = {
     "surrogate": "\ud800",
     "not_a_character": "\ufffe",
 }
-NOT_JSON = [
-    ({1, 2}, "set is not a JSON type"),
-    ([b"bytes"], "bytes is not a JSON type"),
-    ({"deep": [object()]}, "object is not a JSON type"),
-    (Priority.high, "Priority is not a JSON type"),
-    ({(1, 2): 3}, "keys must be str, int, float, bool or None, not tuple"),
-]
-NOT_A_NUMBER = [
-    (math.nan, "Out of range float values are not JSON compliant"),
-    ([math.inf], "Out of range float values are not JSON compliant"),
-    (-math.inf, "Out of range float values are not JSON compliant"),
-    (Decimal("NaN"), "Out of range float values are not JSON compliant"),
-    (Decimal("sNaN"), "cannot convert signaling NaN to float"),
-    (Decimal("Infinity"), "Out of range float values"),
-]
 
 
 def too_large(size: int, limit: int, largest: str) -> str:
@@ -6128,28 +6044,6 @@ def too_large(size: int, limit: int, largest: str) -> str:
 
 class TestPublishing:
     """dispatch(): nothing leaves that can't arrive, and what was accepted has an id."""
-
-    def test_id(self, sqlite):
-        """Dispatch returns the id that the task then sees in its metadata."""
-        seen = []
-
-        @taskhawk.task(name="ids.note")
-        def note(metadata):
-            seen.append(metadata.id)
-
-        sent = [note.dispatch(), note.with_priority(Priority.high).dispatch()]
-        for received in [*receive_all(), *receive_all(Priority.high)]:
-            assert taskhawk.process(received).fate is taskhawk.Fate.acknowledge
-        assert seen == sent
-        assert [str(uuid.UUID(text)) for text in sent] == sent
-
-    def test_publish(self, broker, mail):
-        """publish() sends a message made by hand to the queue of its priority."""
-        message = Message.new("mail.send", ["a"], {"text": "b"}, "my-id", {"c": "d"})
-        message.priority = Priority.high
-        assert taskhawk.publish(message) == "my-id"
-        (received,) = receive_all(Priority.high)
-        assert Message(json.loads(received.body)) == message
 
     def test_attributes(self, sqlite, mail):
         """A header that SQS takes is an attribute; the body has every header."""
@@ -6238,37 +6132,6 @@ class TestPublishing:
         assert str(raised.value) == too_large(2049, 2048, largest)
         assert raised.value.limit == 2048
 
-    def test_json(self, sqlite, mail):
-        """What JSON has is sent, Decimals as numbers, and the body is ASCII."""
-        for value, expected in (
-            (Decimal(3), "3"),
-            (Decimal("1E+2"), "100"),
-            (Decimal("2.50"), "2.5"),
-            (2**64, "18446744073709551616"),
-            ((1, [None, True]), "[1,[null,true]]"),
-            ("\ud800\0é", '"\\ud800\\u0000\\u00e9"'),
-            ({"a": {"b": 1.5}}, '{"a":{"b":1.5}}'),
-        ):
-            mail.dispatch(value)
-            (received,) = receive_all()
-            assert f'"args":[{expected}]' in received.body
-            assert received.body.isascii()
-
-    @pytest.mark.parametrize(("value", "reason"), [*NOT_JSON, *NOT_A_NUMBER])
-    def test_not_json(self, sqlite, mail, value, reason):
-        """What is not JSON fails at the caller, naming the argument or header."""
-        known = (value, reason) in NOT_JSON
-        error = TypeError if known else taskhawk.ValidationError
-        for path, call in (
-            ("args[1]", lambda: mail.dispatch("fine", value)),
-            ("kwargs.text", lambda: mail.dispatch(text=value)),
-            ("headers.trace", lambda: mail.with_headers(trace=value).dispatch()),
-        ):
-            sentence = refused(call, error=error)
-            # Newer Pythons add the value: "…JSON compliant: nan".
-            assert sentence.startswith(f"mail.send: {path} is not JSON: {reason}")
-        assert sqlite.depth("TASKHAWK-DEFAULT") == Depth(0, 0, 0)
-
     def test_astronomical(self):
         """A Decimal with a huge exponent is refused, not written out for minutes."""
         code = """
@@ -6337,35 +6200,6 @@ except taskhawk.ValidationError as error:
             later = Clock(now + days * 86_400)
             with contextlib.closing(taskhawk.SqliteBroker(url, clock=later)) as broker:
                 assert broker.depth("TASKHAWK-DEFAULT").visible == visible
-
-    @pytest.mark.parametrize(
-        ("hook", "expected"),
-        [
-            (lambda: {"a": "hook", "b": 1}, {"a": "mine", "b": 1}),
-            (lambda task: {"name": task.name}, {"name": "mail.send", "a": "mine"}),
-            (lambda **kwargs: {"keys": list(kwargs)}, {"keys": ["task"], "a": "mine"}),
-            (lambda: None, {"a": "mine"}),
-            (lambda: {1: "x"}, {"1": "x", "a": "mine"}),
-        ],
-    )
-    def test_default_headers(self, mail, hook, expected):
-        """Default headers are asked for at each dispatch; with_headers() wins."""
-        taskhawk.configure(TASKHAWK_BROKER="sqlite://", TASKHAWK_DEFAULT_HEADERS=hook)
-        mail.with_headers(a="mine").dispatch()
-        (received,) = receive_all()
-        assert json.loads(received.body)["headers"] == expected
-
-    @pytest.mark.parametrize(
-        ("code", "error"),
-        [
-            ("AccessDenied", taskhawk.ConfigurationError),
-            ("Odd", botocore.exceptions.ClientError),
-        ],
-    )
-    def test_not_accepted(self, aws, mail, code, error):
-        """What was not accepted raises our error, or else botocore's."""
-        aws.always("SendMessage", fault(code))
-        assert code in refused(mail.dispatch, error=error)
 
     @pytest.mark.parametrize(
         "answer",
@@ -6473,16 +6307,7 @@ class TestBatch:
             mail.dispatch()
         assert aws.actions == ["GetQueueUrl", "SendMessage"]
 
-    def test_total_size(self, endpoint, sqs_client, queue_name, mail):
-        """Messages of 300 KB leave three to a request, as the service wants it."""
-        make_queues(sqs_client(endpoint), queue_name)
-        configure_aws(endpoint, queue_name)
-        with taskhawk.batch():
-            for number in range(7):
-                mail.dispatch(number, "x" * 300_000)
-        assert sorted(received_args()) == list(range(7))
-
-    def test_total_size_counted(self, aws, mail):
+    def test_total_size(self, aws, mail):
         """A request may have 1 MiB, attributes included, and no byte more."""
         half, header = 524_288, {"trace": "é"}
         invocation = mail.with_headers(**header)
@@ -6933,6 +6758,7 @@ IN_5_S = DELAY.format(5)
 FILES: dict[str, Any] = {**FIVE, "retry_on": (OSError,)}
 NO_FILES: dict[str, Any] = {**FIVE, "never_retry_on": (OSError, ValueError)}
 ONLY_FILES: dict[str, Any] = {"retry_on": OSError, "never_retry_on": FileNotFoundError}
+GIVES_UP: dict[str, Any] = {"retry": raising(taskhawk.StopRetry())}
 ASKED, FAILED = "asked to be retried", "failed"
 later, Ignored = taskhawk.RetryException, taskhawk.IgnoreException
 
@@ -6985,6 +6811,7 @@ PROCESSING_FAILURES = [
     ("in one of both", PermissionError("no"), ONLY_FILES, 1, FAILED, LEFT),
     ("last", ValueError("no"), {}, 10, FAILED, LAST),
     ("one too many", ValueError("no"), {}, 11, FAILED, LAST),
+    ("the policy gives up", KeyError(), GIVES_UP, 1, FAILED, DEAD),
     ("last but one", ValueError("no"), {}, 9, FAILED, LEFT),
     ("last, policy", KeyError(), {"retry": lambda _: 5}, 10, FAILED, LAST),
     ("last, asks", later(), {}, 10, FAILED, LAST),
@@ -7063,7 +6890,11 @@ class TestProcessing:
         assert processing_run(task, 2) == Outcome(Fate.acknowledge)
         assert caplog.record_tuples == [
             ("taskhawk", logging.DEBUG, "Received message"),
-            ("taskhawk", level, f"mail.send {PROCESSING_ID} (message m1): attempt 2 {end}"),
+            (
+                "taskhawk",
+                level,
+                f"mail.send {PROCESSING_ID} (message m1): attempt 2 {end}",
+            ),
         ]
         assert caplog.records[0].message_body == processing_body()
         record = caplog.records[1]
@@ -7288,12 +7119,6 @@ class TestProcessing:
         assert broken.__context__ is error
         assert [record.levelname for record in caplog.records] == ["ERROR"]
 
-    def test_policy_that_gives_up(self):
-        """StopRetry of a policy of one's own is the end of the retries."""
-        error = KeyError("no")
-        outcome = processing_run(raising(error), retry=raising(taskhawk.StopRetry()))
-        assert outcome == Outcome(Fate.dead_letter, error)
-
     def test_hooks(self):
         """Pre hook, task and post hook run in this order; hooks get queue and message."""
         seen: list[Any] = []
@@ -7313,16 +7138,20 @@ class TestProcessing:
         assert (message.body, message.message_id) == (processing_body(), "m1")
 
     @pytest.mark.parametrize(
-        ("error", "how", "then"),
+        ("error", "attempt", "how", "then"),
         [
-            (OSError("no"), FAILED, LEFT),
-            (taskhawk.StopRetry(), FAILED, LEFT),
-            (SystemExit(), FAILED, LEFT),
-            (later(delay_seconds=90), ASKED, DELAY.format(90)),
+            (OSError("no"), 1, FAILED, LEFT),
+            (OSError("no"), 10, FAILED, LAST),
+            (taskhawk.StopRetry(), 1, FAILED, LEFT),
+            (SystemExit(), 1, FAILED, LEFT),
+            (later(delay_seconds=90), 1, ASKED, DELAY.format(90)),
         ],
     )
-    def test_pre_hook_that_fails(self, error, how, then, caplog):
-        """A pre hook that fails leaves the message to the queue; its task does not run."""
+    def test_pre_hook_that_fails(self, error, attempt, how, then, caplog):
+        """A pre hook that fails leaves the message to the queue; its task does not run.
+
+        What the queue would move is dead-lettered with the error that is why.
+        """
         runs: list[int] = []
 
         def run() -> None:
@@ -7331,8 +7160,8 @@ class TestProcessing:
         caplog.set_level(logging.INFO)
         taskhawk.configure(TASKHAWK_PRE_PROCESS_HOOK=raising(error))
         fate, delay_s = PROCESSING_ENDS[then]
-        assert processing_run(run, **FIVE) == Outcome(fate, error, delay_s)
-        assert caplog.messages == [f"message m1: attempt 1 {how} and {then}"]
+        assert processing_run(run, attempt, **FIVE) == Outcome(fate, error, delay_s)
+        assert caplog.messages == [f"message m1: attempt {attempt} {how} and {then}"]
         assert (runs, hasattr(caplog.records[0], "task")) == ([], False)
 
     @pytest.mark.parametrize("end", [nothing, raising(taskhawk.IgnoreException())])
@@ -7376,14 +7205,14 @@ class TestProcessing:
     def test_invalid_messages(self, case):
         """What is no message, or for no task here, is left to the queue.
 
-        The pre hook sees it before it is found to be so, the error hook afterwards.
+        So it is at the last receive: this worker may be too old. The pre hook sees it.
         """
         seen: list[Any] = []
         taskhawk.configure(
             TASKHAWK_PRE_PROCESS_HOOK=lambda **given: seen.append(given),
         )
         body, wrong = PROCESSING_INVALID[case]
-        received = QueueMessage(body, "m1", queue="Q")
+        received = QueueMessage(body, "m1", queue="Q", max_receive_count=1)
         fate, error, delay_s = taskhawk.process(received)
         assert (fate, str(error), delay_s) == (Fate.retry, wrong, None)
         unknown = case == "unknown task"
@@ -7451,13 +7280,6 @@ class TestProcessing:
         taskhawk.process(QueueMessage(None, forged))
         assert caplog.messages[-1] == f"{message}: {end}"
 
-    def test_hook_fails_at_the_last_receive(self):
-        """What would be moved by the queue is dead-lettered with the error that is why."""
-        received = QueueMessage(processing_body(), "m1", max_receive_count=1)
-        error = OSError("no database")
-        taskhawk.configure(TASKHAWK_PRE_PROCESS_HOOK=raising(error))
-        assert taskhawk.process(received) == Outcome(Fate.dead_letter, error)
-
     def test_error_at_the_last_receive(self):
         """The dead letter of a task without a policy says which error put it there."""
         taskhawk.configure(TASKHAWK_BROKER="sqlite://?max_receive_count=1")
@@ -7468,13 +7290,6 @@ class TestProcessing:
         error = json.loads(letter.message_attributes["taskhawk.error"]["StringValue"])
         found = (error["type"], error["message"], error["attempt"])
         assert found == ("ValueError", "no milk", 1)
-
-    @pytest.mark.parametrize("case", PROCESSING_INVALID)
-    def test_invalid_at_the_last_receive(self, case):
-        """What is not valid is the redrive policy's to move: this worker may be too old."""
-        body, _ = PROCESSING_INVALID[case]
-        received = QueueMessage(body, "m1", max_receive_count=1)
-        assert taskhawk.process(received).fate is Fate.retry
 
     @pytest.mark.parametrize("end", [None, Ignored, ValueError, later])
     @pytest.mark.parametrize("how", ["process", "sync"])
@@ -7662,7 +7477,7 @@ class TestSync:
 
     def test_needs_nothing(self, tmp_path):
         """Sync mode needs no queue, no region and no credentials, and imports no botocore."""
-        code = textwrap.dedent("""
+        code = """
             import sys
 
             before = set(sys.modules)
@@ -7674,9 +7489,9 @@ class TestSync:
 
             sell.dispatch("milk")
             print(sorted({"asyncio", "botocore", "sqlite3"} & (set(sys.modules) - before)))
-        """)
-        result = run_python(code, cwd=tmp_path, env={"TASKHAWK_SYNC": "true"})
-        assert (result.stdout, result.stderr) == ("sold milk\n[]\n", "")
+        """
+        lines = python_lines(tmp_path, code, TASKHAWK_SYNC="true")
+        assert lines == ["sold milk", "[]"]
 
 
 LOGGING_MODULE = """
@@ -8408,10 +8223,7 @@ class TestHoldings:
 
 # --- 15. the keeper -------------------------------------------------------------------
 
-
-# --- 16. the worker -------------------------------------------------------------------
-
-WORKER_12_HOURS_S = 43_200
+WORKER_TOO_LARGE = taskhawk.MessageTooLarge("it is too large", 256)
 
 
 class WorkerDenied(taskhawk.ConfigurationError):
@@ -8445,11 +8257,31 @@ def worker_refuse(code: str, *, final: bool) -> Callable[..., Any]:
     return fault
 
 
+def worker_lose(error: BaseException) -> Callable[..., Any]:
+    """Return a fault: the call has its effect, and its answer is lost."""
+
+    def fault(real: Any, *args: Any) -> Any:
+        real()
+        raise error
+
+    return fault
+
+
 def worker_logs(
     caplog: pytest.LogCaptureFixture, level: int = logging.WARNING
 ) -> list[str]:
-    """Return the texts that were logged at that level or above."""
-    return [record.getMessage() for record in caplog.records if record.levelno >= level]
+    """Return the texts that were logged at that level or above, with "ID" for ids."""
+    return [
+        re.sub(MESSAGE_ID, "ID", record.getMessage())
+        for record in caplog.records
+        if record.levelno >= level
+    ]
+
+
+def worker_after_a_while(look: Callable[[], Any]) -> Any:
+    """Look at what may not change, after a time in which it could: too short passes."""
+    time.sleep(0.3)
+    return look()
 
 
 def worker_made(request: pytest.FixtureRequest) -> WorkerBroker:
@@ -8501,34 +8333,434 @@ def worker_job(task_name: str) -> Any:
     return taskhawk.task(name=f"jobs.{task_name}")(job)
 
 
+WORKER_ISOLATED = """
+import taskhawk
+
+@taskhawk.task(isolate=True)
+def fine():
+    pass
+"""
+#: A task for each thing that a task may start; it says whether that went as it should.
+WORKER_STARTERS = """
+import asyncio, multiprocessing, os, signal, subprocess, taskhawk
+
+FORKING = multiprocessing.get_context("fork")
+HANDLERS = [signal.SIG_DFL, signal.default_int_handler]
+
+def says(fn):
+    def said():
+        os.write(1, f"{fn.__name__} {fn()}\\n".encode())
+    return taskhawk.task(name=f"jobs.{fn.__name__}")(said)
+
+@says
+def pool():
+    with FORKING.Pool(2) as pool:
+        return pool.map(abs, [-1, 1]) == [1, 1]
+
+@says
+def program():
+    process = subprocess.Popen(["sleep", "60"])
+    process.terminate()
+    return process.wait() == -signal.SIGTERM
+
+@says
+def shell():
+    return subprocess.call(["sh", "-c", "kill -INT $$; sleep 60"]) == -signal.SIGINT
+
+async def sleep():
+    process = await asyncio.create_subprocess_exec("sleep", "60")
+    process.terminate()
+    return await process.wait() == -signal.SIGTERM
+
+@says
+def coroutine():
+    return asyncio.run(sleep())
+
+@says
+def fork():
+    codes = set()
+    for _ in range(10):
+        process = FORKING.Process(target=signal.pause)
+        process.start()
+        process.terminate()
+        process.join()
+        codes.add(process.exitcode)
+    return codes == {-signal.SIGTERM}
+
+@says
+def own():
+    if forked := os.fork():
+        return os.waitpid(forked, 0)[1] == 0
+    found = [*map(signal.getsignal, (signal.SIGTERM, signal.SIGINT))]
+    os._exit((found, signal.set_wakeup_fd(-1)) != (HANDLERS, -1))
+
+@says
+def back():
+    if forked := os.fork():
+        return os.waitpid(forked, 0)[1] == 0
+    raise KeyError("the message is not the child's")
+"""
+WORKER_ACTS: dict[str, Callable[[], Any]] = {
+    "run": plain,
+    "ignore": raising(taskhawk.IgnoreException()),
+    "fail": raising(ValueError("a failed run")),
+    "never": raising(KeyError("never again")),
+    "retry": raising(taskhawk.RetryException(delay_seconds=7)),
+    "leave": raising(taskhawk.RetryException("not now")),
+}
+
+
+@pytest.fixture
+def worker_act() -> Iterator[Any]:
+    """Yield a task that does what WORKER_ACTS says; what a test adds there is removed."""
+    before = dict(WORKER_ACTS)
+
+    @taskhawk.task(name="work.act", never_retry_on=(KeyError,))
+    def act(name: str) -> None:
+        WORKER_ACTS[name]()
+
+    yield act
+    WORKER_ACTS.clear()
+    WORKER_ACTS.update(before)
+
+
+class TestKeeper:
+    """One thread makes the calls that are due, in time, and says what fails."""
+
+    def test_waits_for_no_tick(self, worker_broker, worker_act, monkeypatch):
+        """Whoever waits is woken by what it waits for, and not by a look now and then."""
+        monkeypatch.setattr(taskhawk, "_TICK_S", 60)
+        worker_broker.put(worker_act, *[("run",)] * 30)
+        ledger = worker_broker.work(concurrency=3, loop_count=10, num_messages=3)
+        assert ledger.acked == ledger.received
+
+    def test_lease_in_time(self, worker_broker, worker_act, monkeypatch):
+        """A lease is extended after a third of it, though nothing else is to be done."""
+        monkeypatch.setattr(taskhawk, "_TICK_S", 60)
+        at: list[float] = []
+
+        def extend(real: Any, *_: Any) -> Any:
+            at.append(time.monotonic())
+            return real()
+
+        def slow() -> None:
+            began = time.monotonic()
+            worker_eventually(lambda: at)
+            assert at[0] - began < 0.9  # and not as the lease ends
+
+        WORKER_ACTS["slow"] = slow
+        worker_broker.faults["change_visibility"] = extend
+        worker_broker.put(worker_act, ("slow",))
+        ledger = worker_broker.work(loop_count=1, visibility_timeout_s=1)
+        assert ledger == taskhawk.Ledger(received=1, acked=1)
+
+    @pytest.mark.parametrize(
+        "row",  # the fault, what is logged of it, and how many heartbeats come
+        [
+            (lambda real, *_: real(), [], 3),
+            (
+                worker_first(1, worker_raise(OSError("reset"))),
+                [
+                    "WORKER: can't extend leases, goes on trying: reset",
+                    "WORKER: can extend leases again; tries that failed: 1",
+                ],
+                2,
+            ),
+            (
+                worker_first(1, worker_refuse("Busy", final=False)),
+                [
+                    "WORKER: can't extend leases, goes on trying: refused by Busy",
+                    "WORKER: can extend leases again; tries that failed: 1",
+                ],
+                2,
+            ),
+            (
+                worker_raise(WorkerDenied("denied")),
+                ["WORKER: can't extend leases, goes on trying: denied"],
+                1,
+            ),
+        ],
+        ids=["works", "call fails", "entry fails", "denied"],
+    )
+    def test_rounds(self, worker_broker, worker_act, worker_clock, caplog, row):
+        """Each third of a lease it is extended, whatever came of that the last time.
+
+        Each round that works is a heartbeat, as each poll is.
+        """
+        fault, logs, beats = row
+        beaten: list[int] = []
+
+        def slow() -> None:
+            worker_eventually(lambda: len(beaten) == 1)  # of the poll
+            for step in (1, 2):
+                worker_clock.now += 10
+                worker_eventually(
+                    lambda s=step: len(worker_broker.made("change_visibility")) == s
+                )
+                done = min(beats, step + beats - 2)
+                worker_eventually(lambda n=done: len(beaten) >= n)
+
+        caplog.set_level(logging.INFO)
+        WORKER_ACTS["slow"] = slow
+        taskhawk.configure(TASKHAWK_HEARTBEAT_HOOK=lambda: beaten.append(1))
+        worker_broker.faults["change_visibility"] = fault
+        worker_broker.put(worker_act, ("slow",))
+        ledger = worker_broker.work(loop_count=1, clock=worker_clock)
+        assert ledger == taskhawk.Ledger(received=1, acked=1)
+        assert worker_logs(caplog, logging.INFO)[:-1] == logs
+        assert {record.levelname for record in caplog.records} <= {
+            "INFO",
+            "ERROR" if beats == 1 else "WARNING",
+        }
+        assert len(beaten) == beats
+
+    def test_overdue_acknowledgements(self, worker_broker, worker_act):
+        """Nothing is received while two batches of deletes do not get through."""
+        ran: list[int] = []
+        held: list[int] = []
+
+        def hang(real: Any, *_: Any) -> Any:
+            if not held:
+                held.append(worker_after_a_while(lambda: len(ran)))
+            return real()
+
+        WORKER_ACTS["note"] = lambda: ran.append(1)
+        worker_broker.faults["delete"] = hang
+        worker_broker.put(worker_act, *[("note",)] * 50)
+        ledger = worker_broker.work(num_messages=10)
+        assert held[0] <= 20
+        assert ledger == taskhawk.Ledger(received=50, acked=50)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(
+        ("fails_s", "ledger"), [(1.2, {"acked": 1}), (9, {"uncertain": 1})]
+    )
+    def test_last_delete(self, worker_broker, worker_act, fails_s, ledger):
+        """At the end, deletes are tried for as long as the lease lasts, and no longer."""
+        began = time.monotonic()
+
+        def fail(real: Any, *_: Any) -> Any:
+            if time.monotonic() < began + fails_s:
+                raise OSError("reset")
+            return real()
+
+        worker_broker.faults |= {"delete": fail, "change_visibility": fail}
+        worker_broker.put(worker_act, ("run",))
+        options = {"loop_count": 1, "visibility_timeout_s": 3}
+        expected = taskhawk.Ledger(received=1, **ledger)
+        assert worker_broker.work(**options) == expected
+        assert time.monotonic() < began + 8
+
+
+# --- 16. the worker -------------------------------------------------------------------
+
+RUN = "work.act ID (message ID)"  # as logs name a message of worker_act
+FAILED = f"{RUN}: attempt 1 failed and is "
+LETTER_LEFT = f"WORKER: {RUN} can't be dead-lettered and is left to the queue: "
+LAST = {"info": lambda real, _queue: real()._replace(max_receive_count=1)}
+NO_LETTERS = {"info": lambda real, _queue: real()._replace(dead_letter_queue=None)}
+FORBIDDEN_INFO = {"info": worker_raise(WorkerDenied("denied"))}
+#: What the messages of a queue do, the faults on the way, what the ledger counts
+#: besides the receives, and what is logged as a warning or an error.
+WORKER_SCENARIOS: list[tuple[str, dict[str, Any], dict[str, int], list[str]]] = [
+    ("run run run", {}, {"acked": 3}, []),
+    ("ignore", {}, {"acked": 1}, []),
+    ("retry leave", {}, {"retried": 2}, []),
+    ("fail", {}, {"retried": 1}, [f"{FAILED}left to the queue"]),
+    ("never", {}, {"dead_lettered": 1}, [f"{FAILED}given up"]),
+    (
+        "fail leave",
+        LAST,
+        {"dead_lettered": 2},
+        [f"{FAILED}given up: the queue allows no further receive"] * 2,
+    ),
+    (
+        "never",
+        NO_LETTERS,
+        {"retried": 1},
+        [f"{FAILED}given up", f"{LETTER_LEFT}it has no dead-letter queue"],
+    ),
+    (
+        "never",
+        {"send": worker_raise(WorkerDenied("not allowed"))},
+        {"retried": 1},
+        [f"{FAILED}given up", f"{LETTER_LEFT}not allowed"],
+    ),
+    (
+        "never",
+        {"send": worker_refuse("InternalError", final=False)},
+        {"retried": 1},
+        [
+            f"{FAILED}given up",
+            f"{LETTER_LEFT}1 of 1 messages failed: InternalError",
+        ],
+    ),
+    (
+        "never",  # to a queue that is pinned lower than the service's limit
+        {"send": worker_first(1, worker_raise(WORKER_TOO_LARGE))},
+        {"dead_lettered": 1},
+        [f"{FAILED}given up"],
+    ),
+    (
+        "run",
+        {"delete": worker_first(2, worker_raise(OSError("reset")))},
+        {"acked": 1},
+        ["WORKER: can't delete, goes on trying: reset"],
+    ),
+    (
+        "run",
+        {"delete": worker_first(1, worker_lose(OSError("reset")))},
+        {"acked": 1},
+        ["WORKER: can't delete, goes on trying: reset"],
+    ),
+    (
+        "run run run",
+        {"delete": worker_first(2, worker_refuse("InternalError", final=False))},
+        {"acked": 3},
+        ["WORKER: can't delete, goes on trying: refused by InternalError"],
+    ),
+    (
+        "run",
+        {"delete": worker_first(3, worker_raise(WorkerDenied("not allowed")))},
+        {"acked": 1},
+        ["WORKER: can't delete, goes on trying: not allowed"],
+    ),
+    (
+        "run run",
+        {"delete": worker_refuse("Gone", final=True)},
+        {"acked": 1, "uncertain": 1},
+        [f"{RUN} may run again: refused by Gone"],
+    ),
+    (
+        "retry",
+        {"change_visibility": worker_first(2, worker_raise(OSError("reset")))},
+        {"retried": 1},
+        ["WORKER: can't set delays, goes on trying: reset"],
+    ),
+    (
+        "retry",
+        {"change_visibility": worker_raise(WorkerDenied("not allowed"))},
+        {"retried": 1},
+        [
+            f"{RUN} is visible again when its lease ends: not allowed",
+            "WORKER: can't set delays, goes on trying: not allowed",
+        ],
+    ),
+    (
+        "run",
+        {"receive": worker_first(2, worker_raise(OSError("no route")))},
+        {"acked": 1},
+        ["WORKER: can't receive, goes on trying: OSError('no route')"],
+    ),
+    (
+        "run",
+        {"info": worker_first(1, worker_raise(OSError("reset")))},
+        {"acked": 1},
+        ["WORKER: can't receive, goes on trying: OSError('reset')"],
+    ),
+    (
+        "run",
+        FORBIDDEN_INFO,
+        {"acked": 1},
+        ["WORKER: can't read its attributes: AccessDenied"],
+    ),
+]
+
+
+def worker_fast_clock() -> float:
+    """Tell a time that runs five times faster: pauses are short, leases of minutes long."""
+    return time.monotonic() * 5
+
+
 class TestWorker:
-    """Room 11: pollers receive, the calling thread runs, one keeper changes messages."""
+    """Pollers receive, slots run, and a worker ends in order whatever interrupts it."""
 
-    # -- what it is told
+    # -- what becomes of messages
 
-    def test_runs(self, worker_any):
-        """Each message is run once, acknowledged, and counted in the ledger that is returned."""
-        ran = []
+    @pytest.mark.parametrize("scenario", WORKER_SCENARIOS)
+    def test_scenario(self, worker_broker, worker_act, caplog, scenario):
+        """Each message ends in one way, whatever fails; the log says what failed."""
+        acts, faults, counts, logs = scenario
+        worker_broker.faults = dict(faults)
+        worker_broker.put(worker_act, *[(act,) for act in acts.split()])
+        options = {"loop_count": 1, "num_messages": 10, "clock": worker_fast_clock}
+        ledger = worker_broker.work(**options)
+        assert ledger == taskhawk.Ledger(len(acts.split()), **counts)
+        assert ledger.balanced
+        assert worker_logs(caplog) == logs
+        left = worker_broker.depth(WORKER_QUEUE)
+        gone = ledger.acked + ledger.dead_lettered
+        assert left.visible + left.in_flight == ledger.received - gone
 
-        @taskhawk.task
-        def note(number: int) -> None:
-            ran.append(number)
+    @pytest.mark.parametrize(
+        ("act", "sends", "error"),
+        [
+            ("fail", 1, ("ValueError", "a failed run", 1)),
+            ("leave", 1, ("RetryException", "not now", 1)),
+            ("fail", 2, None),
+        ],
+    )
+    def test_last_receive(self, worker_broker, worker_act, act, sends, error):
+        """A run that fails at the last receive that the queue allows is a dead letter.
 
-        for number in range(3):
-            note.dispatch(number)
-        ledger = taskhawk.listen_for_messages(taskhawk.Priority.default, loop_count=3)
-        assert sorted(ran) == [0, 1, 2]
-        assert ledger == taskhawk.Ledger(received=3, acked=3)
-        assert worker_any.depth(worker_any.destination(taskhawk.Priority.default)) == (
-            0,
-            0,
-            0,
+        The letter has the error, unless that makes it too large for its queue.
+        """
+        too_large = worker_raise(WORKER_TOO_LARGE)
+        worker_broker.faults = {**LAST, "send": worker_first(sends - 1, too_large)}
+        worker_broker.put(worker_act, (act,))
+        worker_broker.work(loop_count=1)
+        names = [name for name, _ in worker_broker.calls]
+        assert names.count("send") == sends
+        assert names.index("send") < names.index("delete")
+        letters = f"{WORKER_QUEUE}-DLQ"
+        (letter,) = worker_broker.receive(letters, 1, 0, None, threading.Event())
+        found = None
+        if letter.message_attributes:
+            text = letter.message_attributes["taskhawk.error"]["StringValue"]
+            record = json.loads(text)
+            found = (record["type"], record["message"], record["attempt"])
+        assert found == error
+
+    def test_ledger(self, worker_broker, worker_act, caplog):
+        """The ledger is logged at the end, and says in words what became of the messages."""
+        caplog.set_level(logging.INFO)
+        worker_broker.put(worker_act, ("never",), ("leave",))
+        ledger = worker_broker.work(loop_count=2)
+        words = (
+            "2 received, 0 acked, 1 retried, 1 dead-lettered, 0 released, 0 uncertain"
         )
+        assert str(ledger) == words
+        assert worker_logs(caplog, logging.INFO)[-1] == f"worker ended: {words}"
+        assert not taskhawk.Ledger(received=1).balanced
+
+    def test_runs(self, worker_any, worker_act):
+        """Busy with ten at a time, a worker makes at most 0.12 receives and deletes a task."""
+        queue = worker_any.destination(Priority.default)
+        worker_any.put(worker_act, *[("run",)] * 200, queue=queue)
+        ledger = worker_any.work(queue, num_messages=10)
+        assert ledger == taskhawk.Ledger(received=200, acked=200)
+        assert len(worker_any.made("receive")) <= 24
+        assert len(worker_any.made("delete")) <= 24
+        assert worker_any.made("change_visibility") == []
+        assert worker_any.depth(queue) == (0, 0, 0)
+
+    def test_delayed(self, worker_broker, worker_act, worker_clock):
+        """A retry makes the same message visible again after its delay."""
+        worker_broker.put(worker_act, ("retry",))
+        for _ in range(2):
+            ran = worker_broker.work(loop_count=1)
+            assert ran == taskhawk.Ledger(received=1, retried=1)
+            assert worker_broker.work(loop_count=1) == taskhawk.Ledger()
+            worker_clock.now += 7
+        changes = worker_broker.made("change_visibility")
+        assert [seconds for _, ((_, seconds),) in changes] == [7, 7]
+
+    # -- what is received
 
     def test_parameters_of_1_4(self, aws):
         """All five of 1.4's parameters are taken by position and reach SQS as they are."""
         ledger = taskhawk.listen_for_messages(
-            taskhawk.Priority.high, 7, 90, 2, threading.Event()
+            Priority.high, 7, 90, 2, threading.Event()
         )
         assert ledger == taskhawk.Ledger()
         queue = "TASKHAWK-APP-HIGH-PRIORITY"
@@ -8548,19 +8780,6 @@ class TestWorker:
         assert aws.asked("ReceiveMessage") == [receive, receive]
         assert len(aws.asked("GetQueueAttributes")) == 1  # for the redrive policy
 
-    def test_receives_at_most_ten(self, aws):
-        """A num_messages above ten asks for the ten that SQS gives."""
-        taskhawk.listen_for_messages(taskhawk.Priority.default, 25, 30, loop_count=1)
-        assert [r["MaxNumberOfMessages"] for r in aws.asked("ReceiveMessage")] == [10]
-
-    def test_queue_timeout(self, aws):
-        """Without a visibility timeout the queue's own is read once, and always asked for."""
-        aws.always("GetQueueAttributes", {"Attributes": {"VisibilityTimeout": "45"}})
-        taskhawk.listen_for_messages(taskhawk.Priority.default, loop_count=2)
-        assert len(aws.asked("GetQueueAttributes")) == 1
-        polls = aws.asked("ReceiveMessage")
-        assert [poll["VisibilityTimeout"] for poll in polls] == [45, 45]
-
     @pytest.mark.parametrize(
         ("options", "sentence"),
         [
@@ -8574,83 +8793,117 @@ class TestWorker:
                 {"visibility_timeout_s": 43_201},
                 "visibility_timeout_s: expected 1 to 43200 seconds, got 43201",
             ),
+            ({"grace_s": -1}, "grace_s: expected 0 or more seconds, got -1"),
+            *[
+                (
+                    {"priority": wrong},
+                    f"priority: expected a taskhawk.Priority or several, got {wrong!r}",
+                )
+                for wrong in ([], "high", [Priority.high, "x"])
+            ],
         ],
     )
-    def test_wrong_parameters(self, options, sentence):
+    def test_wrong_parameters(self, memory, options, sentence):
         """A parameter that can't work is refused before anything is received."""
-        taskhawk.configure(TASKHAWK_BROKER="sqlite://")
         with pytest.raises(taskhawk.ConfigurationError) as raised:
-            taskhawk.listen_for_messages(taskhawk.Priority.default, **options)
+            taskhawk.listen_for_messages(**{"priority": Priority.default, **options})
         assert str(raised.value) == sentence
 
-    def test_loop_count(self, worker_broker):
+    @pytest.mark.parametrize(
+        ("queue_s", "option", "asked_s"),
+        [
+            (300, None, 300),
+            (300, 90, 90),
+            (0, None, 30),
+            (None, None, 30),
+            (None, 90, 90),
+        ],
+    )
+    def test_lease_asked(self, worker_broker, queue_s, option, asked_s):
+        """Each receive asks for its lease, which may be the queue's as it was at the start."""
+
+        def info(real: Any, _queue: str) -> taskhawk.QueueInfo:
+            if queue_s is None:
+                raise WorkerDenied("denied")
+            return real()._replace(visibility_timeout_s=queue_s)
+
+        worker_broker.faults["info"] = info
+        worker_broker.work(loop_count=2, visibility_timeout_s=option)
+        receives = worker_broker.made("receive")
+        assert [asked[1:4] for asked in receives] == [(1, 0.05, asked_s)] * 2
+        assert len(worker_broker.made("info")) == 1
+
+    @pytest.mark.parametrize(
+        ("options", "wait_s"),
+        [
+            ({}, 20),
+            ({"grace_s": 25}, 20),
+            ({"grace_s": 14}, 10),
+            ({"grace_s": 0}, 1),
+            ({"until_empty": True}, 1),
+        ],
+    )
+    def test_wait(self, worker_broker, options, wait_s):
+        """A poll ends before the grace does, and soon where a worker ends by itself."""
+        worker = taskhawk.Worker(worker_broker, [WORKER_QUEUE], **options)
+        assert worker.wait_s == wait_s
+
+    def test_loop_count(self, worker_broker, worker_act):
         """The loop count is receives of each queue; what they brought is run to its end."""
-
-        @taskhawk.task
-        def note() -> None:
-            """Do nothing."""
-
         for queue in ("A", "B"):
-            worker_broker.put(note, *[()] * 5, queue=queue)
+            worker_broker.put(worker_act, *[("run",)] * 5, queue=queue)
         ledger = worker_broker.work("A", "B", loop_count=2)
         assert ledger == taskhawk.Ledger(received=4, acked=4)
         asked = collections.Counter(args[0] for args in worker_broker.made("receive"))
         assert asked == {"A": 2, "B": 2}
 
-    def test_stopped_before(self, worker_any):
-        """A shutdown event that is set already means that nothing is received."""
-        event = threading.Event()
-        event.set()
-        queue = worker_any.destination(taskhawk.Priority.default)
-        assert worker_any.work(queue, shutdown_event=event) == taskhawk.Ledger()
-        assert worker_any.made("receive") == []
+    @pytest.mark.parametrize("concurrency", [1, 2])
+    @pytest.mark.parametrize("num_messages", [3, 6])
+    def test_max_tasks(self, worker_broker, worker_act, concurrency, num_messages):
+        """A worker ends by itself after max_tasks runs, and receives no more than these."""
+        worker_broker.put(worker_act, *[("run",)] * 10)
+        options = {"concurrency": concurrency, "num_messages": num_messages}
+        ledger = worker_broker.work(max_tasks=4, loop_count=None, **options)
+        assert ledger == taskhawk.Ledger(received=4, acked=4)
 
-    def test_stopped_during(self, worker_any):
-        """Set while a task runs, the event ends the worker after it; what waits is released."""
-        event, queue = (
-            threading.Event(),
-            worker_any.destination(taskhawk.Priority.default),
+    def test_no_prefetch(self, worker_broker, worker_act):
+        """By default a worker holds the one message that it runs."""
+        depths: list[int] = []
+        WORKER_ACTS["look"] = lambda: depths.append(
+            worker_broker.inner.depth(WORKER_QUEUE).visible
         )
+        worker_broker.put(worker_act, *[("look",)] * 3)
+        worker_broker.work()
+        assert depths == [2, 1, 0]
 
-        @taskhawk.task
-        def stop(number: int) -> None:
-            event.set()
+    @pytest.mark.parametrize(
+        ("fault", "asked"),
+        [
+            (worker_first(2, worker_raise(OSError("reset"))), 3),
+            (worker_raise(WorkerDenied("denied")), 1),
+        ],
+        ids=["fails twice", "denied"],
+    )
+    def test_until_empty(self, worker_broker, worker_act, fault, asked):
+        """A worker ends once its queue is empty; it asks after an empty receive alone.
 
-        worker_any.put(stop, *[(number,) for number in range(10)], queue=queue)
-        ledger = taskhawk.Worker(
-            worker_any, [queue], num_messages=10, shutdown_event=event, wait_s=1
-        ).run()
-        assert ledger.acked == 1
-        assert ledger.released == ledger.received - 1 > 0
-        assert worker_any.depth(queue) == (9, 0, 0)
+        It asks again where that fails, and takes it for empty where it may not ask.
+        """
+        worker_broker.faults["depth"] = fault
+        worker_broker.put(worker_act, ("run",), ("run",))
+        assert worker_broker.work() == taskhawk.Ledger(received=2, acked=2)
+        names = [n for n, _ in worker_broker.calls if n in {"receive", "depth"}]
+        assert names[:4] == ["receive"] * 3 + ["depth"]
+        assert names[4:] == ["receive", "depth"] * (len(names[4:]) // 2)
+        assert names.count("depth") >= asked
 
-    def test_until_empty_waits_for_delayed(self, worker_any):
-        """A message that is retried in a moment is waited for before the queue counts as empty."""
-        attempts = []
-
-        @taskhawk.task
-        def flaky(metadata: Any = None) -> None:
-            attempts.append(metadata.attempt)
-            if metadata.attempt == 1:
-                raise taskhawk.RetryException(delay_seconds=0.1)
-
-        queue = worker_any.destination(taskhawk.Priority.default)
-        worker_any.put(flaky, (), queue=queue)
-        assert worker_any.work(queue) == taskhawk.Ledger(received=2, acked=1, retried=1)
-        assert attempts == [1, 2]
-
-    def test_until_empty_of_all_queues(self, worker_broker):
-        """A queue that is empty at first is listened to until the others are empty too."""
+    def test_until_empty_of_all(self, worker_broker, worker_act):
+        """A queue is listened to until the others are empty too, delayed messages included."""
         looked = threading.Event()
 
-        @taskhawk.task
-        def urgent() -> None:
-            """Do nothing."""
-
-        @taskhawk.task
         def slow() -> None:
             assert looked.wait(WORKER_PATIENCE_S)
-            worker_broker.put(urgent, (), queue="HIGH")
+            worker_broker.put(worker_act, ("run",), queue="HIGH")
 
         def look(real: Any, queue: str) -> taskhawk.Depth:
             found = real()
@@ -8658,509 +8911,10 @@ class TestWorker:
                 looked.set()
             return found
 
+        WORKER_ACTS["slow"] = slow
         worker_broker.faults["depth"] = look
-        worker_broker.put(slow, (), queue="LOW")
-        assert worker_broker.work("HIGH", "LOW") == taskhawk.Ledger(received=2, acked=2)
-
-    def test_until_empty_asks_again(self, worker_broker):
-        """A depth that can't be read is no reason to end, nor to fail."""
-        worker_broker.faults["depth"] = worker_first(2, worker_raise(OSError("reset")))
-        assert worker_broker.work() == taskhawk.Ledger()
-        assert len(worker_broker.made("depth")) == 3
-
-    def test_requests(self, worker_any):
-        """Busy with ten at a time, a worker makes at most 0.12 receives and deletes a task."""
-        queue = worker_any.destination(taskhawk.Priority.default)
-
-        @taskhawk.task
-        def quick(number: int) -> None:
-            """Do nothing."""
-
-        worker_any.put(quick, *[(number,) for number in range(200)], queue=queue)
-        ledger = worker_any.work(queue, num_messages=10)
-        assert ledger == taskhawk.Ledger(received=200, acked=200)
-        assert len(worker_any.made("receive")) <= 24
-        assert len(worker_any.made("delete")) <= 24
-        assert worker_any.made("change_visibility") == []
-
-    def test_no_prefetch(self, worker_broker):
-        """By default a worker holds the one message that it runs."""
-        depths = []
-
-        @taskhawk.task
-        def look() -> None:
-            depths.append(worker_broker.depth(WORKER_QUEUE).visible)
-
-        worker_broker.put(look, *[()] * 3)
-        worker_broker.work()
-        assert depths == [2, 1, 0]
-
-    def test_ledger(self, worker_broker, caplog):
-        """The ledger is logged at the end, and says in words what became of the messages."""
-        caplog.set_level(logging.INFO)
-
-        @taskhawk.task(never_retry_on=(LookupError,))
-        def fail(kind: str) -> None:
-            raise {"lookup": LookupError, "retry": taskhawk.RetryException}[kind](kind)
-
-        worker_broker.put(fail, ("lookup",), ("retry",))
-        ledger = worker_broker.work(loop_count=2)
-        words = (
-            "2 received, 0 acked, 1 retried, 1 dead-lettered, 0 released, 0 uncertain"
-        )
-        assert (str(ledger), ledger.balanced) == (words, True)
-        assert f"worker ended: {words}" in worker_logs(caplog, logging.INFO)
-        assert not taskhawk.Ledger(received=1).balanced
-
-    # -- leases
-
-    def test_lease(self, worker_broker, worker_clock):
-        """A message is kept from others while it runs, and so is one that waits behind it."""
-        ran, taken = [], []
-
-        @taskhawk.task
-        def slow(number: int, metadata: Any = None) -> None:
-            if not ran:
-                for step in range(
-                    1, 5
-                ):  # 0.8 s each: more than three visibility timeouts
-                    worker_clock.now += 0.8
-                    worker_eventually(
-                        lambda s=step: len(worker_broker.made("change_visibility")) >= s
-                    )
-                    taken.extend(
-                        worker_broker.inner.receive(
-                            WORKER_QUEUE, 10, 0, 1, threading.Event()
-                        )
-                    )
-            ran.append((number, metadata.lease_lost))
-
-        worker_broker.put(slow, (1,), (2,))
-        ledger = worker_broker.work(
-            visibility_timeout_s=1, num_messages=2, clock=worker_clock
-        )
-        assert (ran, taken) == ([(1, False), (2, False)], [])
-        assert ledger == taskhawk.Ledger(received=2, acked=2)
-        assert [
-            len(changes) for _, changes in worker_broker.made("change_visibility")
-        ] == [2] * 4
-
-    @pytest.mark.slow
-    def test_lease_on_sqs(self, ministack, sqs_client, queue_name, request):
-        """On SQS, a task runs once that takes longer than three visibility timeouts of 1 s."""
-        worker_configure(request, "sqs", queue_name)
-        broker = WorkerBroker(taskhawk._brokers.broker())
-        queue = make_queue(sqs_client(ministack), f"TASKHAWK-{queue_name}")
-        ran, taken = [], []
-
-        @taskhawk.task
-        def slow() -> None:
-            end = time.monotonic() + 3.3
-            while time.monotonic() < end:
-                taken.extend(broker.inner.receive(queue, 10, 1, 30, threading.Event()))
-            ran.append(1)
-
-        broker.put(slow, (), queue=queue)
-        ledger = broker.work(queue, visibility_timeout_s=1, wait_s=0)
-        assert (ran, taken, ledger) == ([1], [], taskhawk.Ledger(received=1, acked=1))
-
-    def test_lease_lost(self, worker_broker, caplog):
-        """A task sees that another took its message; one that waits is then not started."""
-        ran, received = [], []
-
-        def receive(real: Any, *args: Any) -> list[taskhawk.QueueMessage]:
-            received.extend(found := real())
-            return found
-
-        @taskhawk.task
-        def slow(number: int, metadata: Any = None) -> None:
-            ran.append((number, metadata.lease_lost))
-            changes = [(message.receipt_handle, 0) for message in received]
-            assert worker_broker.inner.change_visibility(WORKER_QUEUE, changes) == []
-            again = worker_broker.inner.receive(
-                WORKER_QUEUE, 10, 0, 60, threading.Event()
-            )
-            assert len(again) == 2
-            worker_eventually(lambda: metadata.lease_lost)
-
-        worker_broker.faults["receive"] = receive
-        worker_broker.put(slow, (1,), (2,))
-        ledger = worker_broker.work(
-            loop_count=1, visibility_timeout_s=1, num_messages=2, clock=time.monotonic
-        )
-        assert ran == [(1, False)]
-        assert ledger == taskhawk.Ledger(received=2, released=1, uncertain=1)
-        ids = [message.message_id for message in received]
-        run = f"{slow.name} {json.loads(received[0].body)['id']} (message {ids[0]})"
-        why = "the message is no longer in flight, or was received again"
-        assert worker_logs(caplog) == [
-            f"{run} may run twice: {why}",
-            f"message {ids[1]} may run twice: {why}",
-            f"{run} may run again: {why}",
-        ]
-
-    @pytest.mark.parametrize(
-        "fault",
-        [worker_raise(OSError("reset")), worker_refuse("InternalError", final=False)],
-        ids=["call", "entry"],
-    )
-    def test_lease_fault(self, worker_broker, worker_clock, caplog, fault):
-        """An extension that fails for now is tried again before the lease ends."""
-
-        @taskhawk.task
-        def slow() -> None:
-            for step in (1, 2):
-                worker_clock.now += 11
-                worker_eventually(
-                    lambda s=step: len(worker_broker.made("change_visibility")) >= s
-                )
-
-        worker_broker.faults["change_visibility"] = worker_first(1, fault)
-        worker_broker.put(slow, ())
-        caplog.set_level(logging.INFO)
-        beats: list[int] = []
-        taskhawk.configure(TASKHAWK_HEARTBEAT_HOOK=lambda: beats.append(1))
-        ledger = worker_broker.work(loop_count=1, clock=worker_clock)
-        assert ledger == taskhawk.Ledger(received=1, acked=1)
-        assert len(beats) == 2  # after the poll, and the round that was completed
-        failing, works, _ended = worker_logs(caplog, logging.INFO)
-        assert failing.startswith("WORKER: can't extend leases, goes on trying: re")
-        assert works == "WORKER: can extend leases again; tries that failed: 1"
-
-    def test_lease_in_time(self, worker_broker, monkeypatch):
-        """A lease is extended after a third of it, whenever the keeper looks about besides."""
-        monkeypatch.setattr(taskhawk, "_TICK_S", 10)
-
-        @taskhawk.task
-        def slow() -> None:
-            worker_eventually(lambda: worker_broker.made("change_visibility"))
-
-        worker_broker.put(slow, ())
-        options = {"visibility_timeout_s": 3, "clock": time.monotonic}
-        assert worker_broker.work(loop_count=1, **options) == taskhawk.Ledger(
-            received=1, acked=1
-        )
-
-    def test_keeper_ends(self, worker_broker, worker_clock):
-        """A KeyboardInterrupt in the keeper, of a heartbeat hook, ends the worker too."""
-        beats: list[int] = []
-
-        def beat() -> None:
-            beats.append(1)
-            if len(beats) == 2:
-                raise KeyboardInterrupt
-
-        @taskhawk.task
-        def slow() -> None:
-            worker_clock.now += 11
-            worker_eventually(lambda: len(beats) == 2)
-
-        taskhawk.configure(TASKHAWK_HEARTBEAT_HOOK=beat)
-        worker_broker.put(slow, ())
-        with pytest.raises(KeyboardInterrupt):
-            worker_broker.work(clock=worker_clock)
-
-    def test_lease_denied(self, worker_broker, worker_clock, caplog):
-        """Without ChangeMessageVisibility a worker says so once, and goes on trying."""
-
-        @taskhawk.task
-        def slow() -> None:
-            for step in (1, 2):
-                worker_clock.now += 10
-                worker_eventually(
-                    lambda s=step: len(worker_broker.made("change_visibility")) >= s
-                )
-
-        worker_broker.faults["change_visibility"] = worker_raise(WorkerDenied("denied"))
-        worker_broker.put(slow, ())
-        ledger = worker_broker.work(clock=worker_clock, loop_count=1)
-        assert ledger == taskhawk.Ledger(received=1, acked=1)
-        assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
-            ("ERROR", "WORKER: can't extend leases, goes on trying: denied")
-        ]
-
-    @pytest.mark.parametrize("denials", [3])
-    def test_delete_denied(self, worker_broker, caplog, denials):
-        """A denied delete is tried again for as long as the lease lasts."""
-
-        @taskhawk.task
-        def note() -> None:
-            """Do nothing."""
-
-        fault = worker_first(denials, worker_raise(WorkerDenied("not allowed")))
-        worker_broker.faults["delete"] = fault
-        worker_broker.put(note, ())
-        ledger = worker_broker.work(loop_count=1, clock=time.monotonic)
-        assert ledger == taskhawk.Ledger(received=1, acked=1)
-        assert worker_logs(caplog) == [
-            "WORKER: can't delete, goes on trying: not allowed"
-        ]
-
-    def test_timeout_denied(self, worker_broker, caplog):
-        """Without GetQueueAttributes, messages are received with an explicit 30 s."""
-        worker_broker.faults["info"] = worker_raise(WorkerDenied("denied"))
-        assert worker_broker.work("A", loop_count=1) == taskhawk.Ledger()
-        assert [args[:4] for args in worker_broker.made("receive")] == [
-            ("A", 1, 0.05, 30)
-        ]
-        assert worker_logs(caplog) == ["A: can't read its attributes: AccessDenied"]
-
-    def test_timeout_unknown_at_first(self, worker_broker, caplog):
-        """A fault of GetQueueAttributes is one of the receive's: the queue's timeout stays."""
-        worker_broker.faults["info"] = worker_first(1, worker_raise(OSError("reset")))
-        assert worker_broker.work("A", loop_count=1) == taskhawk.Ledger()
-        assert [args[:4] for args in worker_broker.made("receive")] == [
-            ("A", 1, 0.05, 30)
-        ]
-        assert worker_logs(caplog) == [
-            "A: can't receive, goes on trying: OSError('reset')"
-        ]
-
-    def test_timeout_denied_for_one(self, worker_broker):
-        """A queue whose timeout is known keeps it, where another one's can't be read."""
-
-        def info(real: Any, queue: str) -> taskhawk.QueueInfo:
-            if queue == "B":
-                raise WorkerDenied("denied")
-            return real()._replace(visibility_timeout_s=300)
-
-        def receive(real: Any, queue: str, *args: Any) -> Any:
-            asked[queue].append(args[2])
-            worker_eventually(lambda: asked["B"])
-            return real()
-
-        asked: dict[str, list[float | None]] = {"A": [], "B": []}
-        worker_broker.faults |= {"info": info, "receive": receive}
-        worker_broker.work("A", "B", loop_count=2)
-        assert set(asked["A"]) == {300}
-        assert asked["B"] == [30, 30]
-
-    def test_timeout_of_zero(self, worker_broker):
-        """A queue whose visibility timeout is 0 gets an explicit one: a lease of 0 s is none."""
-
-        @taskhawk.task
-        def note() -> None:
-            """Do nothing."""
-
-        worker_broker.faults["info"] = lambda real, queue: real()._replace(
-            visibility_timeout_s=0
-        )
-        worker_broker.put(note, ())
-        ledger = worker_broker.work(loop_count=1)
-        assert ledger == taskhawk.Ledger(received=1, acked=1)
-        assert [args[3] for args in worker_broker.made("receive")] == [30]
-
-    def test_extend_visibility_timeout(self):
-        """A message that somebody holds is kept invisible; one that nobody holds is refused."""
-        taskhawk.configure(TASKHAWK_BROKER="sqlite://")
-        broker = taskhawk._brokers.broker()
-        queue = broker.destination(taskhawk.Priority.low)
-        broker.send(queue, [taskhawk.Outgoing("{}", {})])
-        (message,) = broker.receive(queue, 1, 0, 60, threading.Event())
-        receipt = message.receipt_handle
-        taskhawk.extend_visibility_timeout(taskhawk.Priority.low, receipt, 0)
-        assert broker.depth(queue) == (1, 0, 0)
-        with pytest.raises(taskhawk.PartialFailure) as raised:
-            taskhawk.extend_visibility_timeout(taskhawk.Priority.low, receipt, 60)
-        assert str(raised.value) == "1 of 1 messages failed: ReceiptHandleIsInvalid"
-
-    # -- acknowledgements, delays, dead letters
-
-    @pytest.mark.parametrize(
-        "fault",
-        [
-            worker_raise(OSError("reset")),
-            lambda real, *args: (
-                (real() and None) or worker_raise(OSError("reset"))(real)
-            ),
-            worker_refuse("InternalError", final=False),
-        ],
-        ids=["before its effect", "after its effect", "partly"],
-    )
-    def test_delete_fault(self, worker_broker, caplog, fault):
-        """A delete that fails for now is tried again until it is confirmed."""
-
-        @taskhawk.task
-        def note(number: int) -> None:
-            """Do nothing."""
-
-        caplog.set_level(logging.INFO)
-        worker_broker.faults["delete"] = worker_first(2, fault)
-        worker_broker.put(note, *[(number,) for number in range(10)])
-        ledger = worker_broker.work(num_messages=10, clock=time.monotonic)
-        assert ledger == taskhawk.Ledger(received=10, acked=10)
-        assert worker_broker.depth(WORKER_QUEUE) == (0, 0, 0)
-        assert len(worker_broker.made("delete")) >= 3
-        failing, works, _ended = worker_logs(caplog, logging.INFO)
-        assert failing.startswith("WORKER: can't delete, goes on trying: re")
-        assert works == "WORKER: can delete again; tries that failed: 2"
-
-    def test_refused_deletes_stop_receives(self, worker_broker):
-        """Nothing is received while a full batch of acknowledgements does not get through."""
-        received = []
-
-        @taskhawk.task
-        def note() -> None:
-            received.append(1)
-
-        def fail(real: Any, *args: Any) -> Any:
-            if len(worker_broker.made("delete")) < 14:
-                raise OSError("reset")
-            at_last.append(len(received))
-            return real()
-
-        at_last: list[int] = []
-        worker_broker.faults["delete"] = fail
-        worker_broker.put(note, *[()] * 100)
-        ledger = worker_broker.work(clock=time.monotonic)
-        assert at_last[0] <= 20
-        assert ledger == taskhawk.Ledger(received=100, acked=100)
-
-    def test_hanging_delete_stops_receives(self, worker_broker):
-        """Nor is it while a call that would delete them hangs, however quick the tasks are."""
-        received: list[int] = []
-        many, many_came = threading.Event(), []
-
-        @taskhawk.task
-        def note() -> None:
-            received.append(1)
-            if len(received) == 500:
-                many.set()
-
-        def hang(real: Any, *args: Any) -> Any:
-            many_came.append(many.wait(1))  # a worker that is too slow passes
-            return real()
-
-        worker_broker.faults["delete"] = worker_first(1, hang)
-        worker_broker.put(note, *[()] * 600)
-        ledger = worker_broker.work(clock=time.monotonic, num_messages=10)
-        assert many_came == [False]
-        assert ledger == taskhawk.Ledger(received=600, acked=600)
-        assert len(worker_broker.made("delete")) <= 72
-
-    def test_delayed(self, worker_broker, worker_clock):
-        """A retry makes the same message visible again after the delay, and then it is run."""
-        attempts = []
-
-        @taskhawk.task
-        def later(metadata: Any = None) -> None:
-            attempts.append((metadata.id, metadata.attempt))
-            raise taskhawk.RetryException(delay_seconds=7)
-
-        worker_broker.put(later, ())
-        for _ in range(2):
-            assert worker_broker.work(loop_count=1) == taskhawk.Ledger(
-                received=1, retried=1
-            )
-            assert worker_broker.work(loop_count=1) == taskhawk.Ledger()
-            worker_clock.now += 7
-        assert [attempt for _, attempt in attempts] == [1, 2]
-        assert len({message_id for message_id, _ in attempts}) == 1
-        assert [s for _, ((_, s),) in worker_broker.made("change_visibility")] == [7, 7]
-
-    def test_dead_lettered(self, worker_any):
-        """A run that must not be repeated is copied to the dead-letter queue, then deleted."""
-
-        @taskhawk.task(never_retry_on=(ValueError,))
-        def fail() -> None:
-            raise ValueError("a failed run")
-
-        queue = worker_any.destination(taskhawk.Priority.default)
-        worker_any.put(fail, (), queue=queue)
-        ledger = worker_any.work(queue, loop_count=1)
-        assert ledger == taskhawk.Ledger(received=1, dead_lettered=1)
-        names = [name for name, _ in worker_any.calls]
-        assert names.index("send") < names.index("delete")
-        (letter,) = worker_any.receive(f"{queue}-DLQ", 1, 0, None, threading.Event())
-        record = json.loads(letter.message_attributes["taskhawk.error"]["StringValue"])
-        assert (record["type"], record["message"], record["attempt"]) == (
-            "ValueError",
-            "a failed run",
-            1,
-        )
-
-    @pytest.mark.parametrize(
-        ("faults", "why"),
-        [
-            (
-                {"info": lambda real, q: real()._replace(dead_letter_queue=None)},
-                "it has no dead-letter queue",
-            ),
-            ({"send": worker_raise(WorkerDenied("not allowed"))}, "not allowed"),
-            (
-                {"send": worker_refuse("InternalError", final=False)},
-                "1 of 1 messages failed: InternalError",
-            ),
-        ],
-        ids=["none", "denied", "refused"],
-    )
-    def test_dead_letter_not_copied(self, worker_broker, caplog, faults, why):
-        """Where the copy is not confirmed, nothing is deleted, and the log says why."""
-
-        @taskhawk.task(never_retry_on=(ValueError,))
-        def fail() -> None:
-            raise ValueError("a failed run")
-
-        worker_broker.put(fail, ())
-        worker_broker.faults |= faults
-        assert worker_broker.work(loop_count=1) == taskhawk.Ledger(
-            received=1, retried=1
-        )
-        assert worker_broker.made("delete") == []
-        assert re.fullmatch(
-            rf"WORKER: .* \(message [-0-9a-f]{{36}}\) can't be dead-lettered"
-            f" and is left to the queue: {why}",
-            worker_logs(caplog)[-1],
-        )
-
-    # -- faults of the service
-
-    def test_backs_off(self, worker_broker, caplog):
-        """Receives that fail are repeated at growing, jittered intervals, and logged twice."""
-        caplog.set_level(logging.INFO)
-        at: dict[str, list[float]] = collections.defaultdict(list)
-        event = threading.Event()
-
-        def receive(real: Any, queue: str, *args: Any) -> Any:
-            at[queue].append(time.monotonic())
-            if len(at[queue]) < 3:
-                raise OSError("no route to host")
-            if all(len(times) >= 3 for times in list(at.values())):
-                event.set()
-            return real()
-
-        worker_broker.faults["receive"] = receive
-        queues = ["A", "B", "C", "D"]
-        ledger = worker_broker.work(*queues, shutdown_event=event, until_empty=False)
-        assert ledger == taskhawk.Ledger()
-        firsts = [times[1] - times[0] for times in at.values()]
-        assert len(firsts) == 4
-        assert min(firsts) >= 0.5
-        assert max(firsts) - min(firsts) > 0.001
-        assert min(times[2] - times[1] for times in at.values()) >= 1
-        assert sorted(worker_logs(caplog, logging.INFO))[:-1] == sorted(
-            text
-            for queue in queues
-            for text in (
-                f"{queue}: can't receive, goes on trying: OSError('no route to host')",
-                f"{queue}: can receive again; tries that failed: 2",
-            )
-        )
-
-    def test_stopped_while_backing_off(self, worker_broker):
-        """A shutdown does not wait for the end of a pause between receives."""
-        event = threading.Event()
-
-        def fail(real: Any, *args: Any) -> Any:
-            if len(worker_broker.made("receive")) == 2:
-                stopped_at.append(time.monotonic())
-                event.set()
-            raise OSError("no route to host")
-
-        stopped_at: list[float] = []
-        worker_broker.faults["receive"] = fail
-        assert worker_broker.work(shutdown_event=event) == taskhawk.Ledger()
-        assert time.monotonic() - stopped_at[0] < 0.9  # the pause is 1 s at least
+        worker_broker.put(worker_act, ("slow",), queue="LOW")
+        assert worker_broker.work("HIGH", "LOW") == taskhawk.Ledger(2, 2)
 
     @pytest.mark.parametrize(
         ("action", "code", "sentence"),
@@ -9169,40 +8923,16 @@ class TestWorker:
                 "GetQueueUrl",
                 "com.amazonaws.sqs#QueueDoesNotExist",
                 (
-                    "TASKHAWK-APP: there is no such queue here: make it, or check TASKHAWK_QUEUE,"
-                    " AWS_REGION and the account (QueueDoesNotExist: no)"
+                    "TASKHAWK-APP: there is no such queue here: make it, or check "
+                    "TASKHAWK_QUEUE, AWS_REGION and the account (QueueDoesNotExist: no)"
                 ),
             ),
             (
                 "ReceiveMessage",
                 "com.amazon.coral.service#AccessDeniedException",
                 (
-                    "TASKHAWK-APP: access denied: the IAM policy of these credentials does not"
-                    " allow ReceiveMessage (AccessDeniedException: no)"
-                ),
-            ),
-            (
-                "ReceiveMessage",
-                "com.amazon.coral.service#UnrecognizedClientException",
-                (
-                    "TASKHAWK-APP: AWS does not know these credentials: check AWS_ACCESS_KEY,"
-                    " or AWS_ACCESS_KEY_ID and the profile (UnrecognizedClientException: no)"
-                ),
-            ),
-            (
-                "ReceiveMessage",
-                "com.amazon.coral.service#SignatureDoesNotMatch",
-                (
-                    "TASKHAWK-APP: AWS refuses these credentials: check AWS_SECRET_KEY, or"
-                    " AWS_SECRET_ACCESS_KEY and the profile (SignatureDoesNotMatch: no)"
-                ),
-            ),
-            (
-                "ReceiveMessage",
-                "com.amazon.coral.service#InvalidSignatureException",
-                (
-                    "TASKHAWK-APP: AWS refuses these credentials: check AWS_SECRET_KEY, or"
-                    " AWS_SECRET_ACCESS_KEY and the profile (InvalidSignatureException: no)"
+                    f"TASKHAWK-APP: {DENIED.format('ReceiveMessage')} "
+                    "(AccessDeniedException: no)"
                 ),
             ),
         ],
@@ -9211,115 +8941,175 @@ class TestWorker:
         """What only a person can mend ends the worker at its start, with one sentence."""
         aws.script(action, *[fault(code)] * 2)  # of each role's client, at most
         with pytest.raises(taskhawk.ConfigurationError) as raised:
-            taskhawk.listen_for_messages(taskhawk.Priority.default, loop_count=1)
+            taskhawk.listen_for_messages(Priority.default, loop_count=1)
         assert str(raised.value) == sentence
         assert worker_logs(caplog) == []
 
-    def test_fatal_for_one_of_two(self, worker_broker):
+    def test_fatal_for_one_of_two(self, worker_broker, worker_act):
         """One queue that is missing ends the worker of several; what it holds is released."""
-        together, ran, missing = threading.Barrier(2), [], threading.Event()
+        ran, missing = threading.Event(), threading.Event()
 
-        @taskhawk.task
         def wait() -> None:
-            ran.append(1)
-            missing.wait(WORKER_PATIENCE_S)
+            ran.set()
+            assert missing.wait(WORKER_PATIENCE_S)
 
-        def receive(real: Any, queue: str, *args: Any) -> Any:
-            together.wait(WORKER_PATIENCE_S)
+        def receive(real: Any, queue: str, *_: Any) -> Any:
             if queue == "A":
                 return real()
-            worker_eventually(lambda: ran)
+            assert ran.wait(WORKER_PATIENCE_S)
             missing.set()
             raise taskhawk.ConfigurationError("B: no such")
 
+        WORKER_ACTS["wait"] = wait
         worker_broker.faults["receive"] = receive
-        worker_broker.put(wait, *[()] * 3, queue="A")
-        with pytest.raises(taskhawk.ConfigurationError) as raised:
+        worker_broker.put(worker_act, *[("wait",)] * 3, queue="A")
+        with pytest.raises(taskhawk.ConfigurationError, match=r"^B: no such$"):
             worker_broker.work("A", "B", num_messages=3)
-        assert str(raised.value) == "B: no such"
-        assert worker_broker.depth("A") == (3 - len(ran), 0, 0)
+        left = worker_broker.depth("A")
+        assert left in {(2, 0, 0), (1, 0, 0), (0, 0, 0)}  # it may have begun the next
 
-    @pytest.mark.parametrize(
-        ("settings", "sentence"),
-        [
-            (
-                {},
-                (
-                    "TASKHAWK-APP: no AWS region: set AWS_REGION, for example eu-west-1"
-                    " (NoRegionError: You must specify a region.)"
-                ),
-            ),
-            (
-                {"AWS_REGION": "eu-west-1"},
-                (
-                    "TASKHAWK-APP: no AWS credentials: set AWS_ACCESS_KEY and AWS_SECRET_KEY, or"
-                    " give botocore a profile or role; to try things out without AWS, set"
-                    " TASKHAWK_BROKER to sqlite:///queue.db"
-                    " (NoCredentialsError: Unable to locate credentials)"
-                ),
-            ),
-        ],
-        ids=["region", "credentials"],
-    )
-    def test_fatal_without_aws(self, settings, sentence, caplog):
-        """A worker without a region or credentials ends with that sentence, and no other."""
-        taskhawk.configure(TASKHAWK_QUEUE="app", **settings)
-        with pytest.raises(taskhawk.ConfigurationError) as raised:
-            taskhawk.listen_for_messages(taskhawk.Priority.default)
-        assert str(raised.value) == sentence
-        assert worker_logs(caplog) == []
-
-    @pytest.mark.parametrize("code", ["ExpiredToken", "OverLimit"])
-    def test_not_fatal_at_start(self, aws, code, caplog):
-        """What passes by itself is waited out at the start too."""
-        aws.script("ReceiveMessage", fault(f"com.amazonaws.sqs#{code}"))
-        ledger = taskhawk.listen_for_messages(taskhawk.Priority.default, 1, 30, 1)
-        assert ledger == taskhawk.Ledger()
-        (text,) = worker_logs(caplog)
-        assert text.startswith("TASKHAWK-APP: can't receive, goes on trying: ")
-        assert f"({code})" in text
-
-    def test_not_fatal_later(self, aws, caplog):
+    def test_not_fatal(self, aws, caplog):
         """A queue that was there once, and is missing now, is waited for."""
         missing = fault("com.amazonaws.sqs#QueueDoesNotExist")
         aws.script("ReceiveMessage", passed, missing)
-        taskhawk.listen_for_messages(taskhawk.Priority.default, 1, 30, 2)
+        taskhawk.listen_for_messages(Priority.default, 1, 30, 2)
         assert len(aws.asked("ReceiveMessage")) == 3
         assert len(worker_logs(caplog)) == 1
 
+    def test_back_off(self):
+        """Pauses double from a second to a minute, and are jittered."""
+        pauses = [
+            [taskhawk._pause_s(failures) for _ in range(20)] for failures in (1, 2, 99)
+        ]
+        for least, drawn in zip((1, 2, 60), pauses, strict=True):
+            assert least / 2 <= min(drawn) < max(drawn) <= least * 1.5
+
+    # -- leases
+
+    def test_lease(self, worker_broker, worker_act, worker_clock):
+        """A message is kept from others while it runs, and so is one that waits behind it."""
+        taken: list[Any] = []
+
+        def slow() -> None:
+            for step in range(1, 5):  # 0.8 s each: more than three visibility timeouts
+                worker_clock.now += 0.8
+                worker_eventually(
+                    lambda s=step: len(worker_broker.made("change_visibility")) >= s
+                )
+                never = threading.Event()
+                taken.extend(worker_broker.inner.receive(WORKER_QUEUE, 10, 0, 1, never))
+
+        WORKER_ACTS["slow"] = slow
+        worker_broker.put(worker_act, ("slow",), ("run",))
+        options = {"visibility_timeout_s": 1, "num_messages": 2, "loop_count": 1}
+        ledger = worker_broker.work(clock=worker_clock, **options)
+        assert (taken, ledger) == ([], taskhawk.Ledger(received=2, acked=2))
+
+    @pytest.mark.slow
+    def test_lease_on_sqs(self, ministack, sqs_client, queue_name, request, worker_act):
+        """On SQS, a task runs once that takes longer than two visibility timeouts of 1 s."""
+        worker_configure(request, "sqs", queue_name)
+        broker = WorkerBroker(taskhawk._brokers.broker())
+        queue = make_queue(sqs_client(ministack), f"TASKHAWK-{queue_name}")
+        taken: list[Any] = []
+
+        def slow() -> None:
+            end = time.monotonic() + 2.3
+            while time.monotonic() < end:
+                taken.extend(broker.inner.receive(queue, 10, 1, 30, threading.Event()))
+
+        WORKER_ACTS["slow"] = slow
+        broker.put(worker_act, ("slow",), queue=queue)
+        ledger = broker.work(queue, visibility_timeout_s=1, wait_s=0)
+        assert (taken, ledger) == ([], taskhawk.Ledger(received=1, acked=1))
+
+    def test_slow_receive(self, worker_broker, worker_act, worker_clock):
+        """Where an answer takes most of the lease, nothing runs before that is extended."""
+        extended: list[int] = []
+
+        def receive(real: Any, *_: Any) -> Any:
+            found = real()
+            worker_clock.now += 2.5
+            return found
+
+        WORKER_ACTS["look"] = lambda: extended.append(
+            len(worker_broker.made("change_visibility"))
+        )
+        worker_broker.faults["receive"] = receive
+        worker_broker.put(worker_act, ("look",))
+        options = {"visibility_timeout_s": 3, "clock": worker_clock}
+        assert worker_broker.work(loop_count=1, **options) == taskhawk.Ledger(1, 1)
+        assert extended == [1]
+
+    def test_lease_lost(self, worker_broker, worker_act, caplog):
+        """A task sees that another took its message; one that waits is then not started."""
+        received: list[QueueMessage] = []
+
+        def receive(real: Any, *_: Any) -> list[QueueMessage]:
+            received.extend(found := real())
+            return found
+
+        def slow() -> None:
+            changes = [(message.receipt_handle, 0) for message in received]
+            assert worker_broker.inner.change_visibility(WORKER_QUEUE, changes) == []
+            never = threading.Event()
+            again = worker_broker.inner.receive(WORKER_QUEUE, 10, 0, 60, never)
+            assert len(again) == 2
+            worker_eventually(lambda: received[0].lease_lost)
+
+        WORKER_ACTS["slow"] = slow
+        worker_broker.faults["receive"] = receive
+        worker_broker.put(worker_act, ("slow",), ("run",))
+        options = {"loop_count": 1, "visibility_timeout_s": 1, "num_messages": 2}
+        ledger = worker_broker.work(**options)
+        assert ledger == taskhawk.Ledger(received=2, released=1, uncertain=1)
+        why = "the message is no longer in flight, or was received again"
+        assert worker_logs(caplog) == [
+            f"{RUN} may run twice: {why}",
+            f"message ID may run twice: {why}",
+            f"{RUN} may run again: {why}",
+        ]
+
     # -- hooks
 
-    def test_heartbeat(self, worker_broker, worker_clock):
-        """The heartbeat follows each completed poll and each round of leases."""
+    def test_heartbeat(self, worker_broker, tmp_path, caplog):
+        """The heartbeat follows each poll that works; one that fails is logged, no more."""
         beats: list[int] = []
+        file = tmp_path / "alive"
 
-        @taskhawk.task
-        def slow() -> None:
-            worker_eventually(lambda: len(beats) == 1)  # the poll that brought this
-            for count in (2, 3):
-                worker_clock.now += 10
-                worker_eventually(lambda n=count: len(beats) == n)
+        def beat() -> None:
+            assert file.exists()
+            beats.append(1)
+            raise ZeroDivisionError
 
-        taskhawk.configure(TASKHAWK_HEARTBEAT_HOOK=lambda: beats.append(1))
-        worker_broker.put(slow, ())
-        worker_broker.work(loop_count=1, clock=worker_clock)
-        assert len(beats) == 3
-        assert len(worker_broker.made("change_visibility")) == 2
+        taskhawk.configure(TASKHAWK_HEARTBEAT_HOOK=beat)
+        worker_broker.work(loop_count=1, liveness_file=str(file))
+        worker_eventually(lambda: caplog.records)
+        os.utime(file, (0, 0))
+        worker_broker.work(loop_count=1, liveness_file=str(file))
+        worker_eventually(lambda: file.stat().st_mtime)
+        worker_eventually(lambda: len(caplog.records) == 2)
+        assert worker_logs(caplog) == ["TASKHAWK_HEARTBEAT_HOOK failed"] * 2
+        stop = threading.Event()
 
-    def test_no_heartbeat(self, worker_broker, caplog):
-        """A poll that fails is no heartbeat."""
-        stop, beats = threading.Event(), []
-
-        def fail(real: Any, *_args: Any) -> Any:
+        def fail(_real: Any, *_: Any) -> Any:
             stop.set()
             raise OSError("reset")
 
-        taskhawk.configure(TASKHAWK_HEARTBEAT_HOOK=lambda: beats.append(1))
         worker_broker.faults["receive"] = fail
         worker_broker.work(shutdown_event=stop, until_empty=False)
-        assert beats == []
+        assert beats == [1, 1]
 
-    def test_heartbeat_hangs(self, worker_broker):
+    def test_liveness_file(self, worker_broker, tmp_path, caplog):
+        """A liveness file that can't be touched is logged."""
+        worker_broker.work(loop_count=1, liveness_file=str(tmp_path))
+        worker_eventually(lambda: caplog.records)
+        path = repr(str(tmp_path))
+        assert worker_logs(caplog) == [
+            f"can't touch the liveness file: [Errno 21] Is a directory: {path}"
+        ]
+
+    def test_heartbeat_hangs(self, worker_broker, worker_act):
         """A heartbeat hook that hangs stops neither leases nor the worker's end."""
         hanging, release = threading.Event(), threading.Event()
 
@@ -9327,149 +9117,516 @@ class TestWorker:
             hanging.set()
             release.wait(WORKER_PATIENCE_S)
 
-        @taskhawk.task
-        def slow(metadata: Any = None) -> None:
+        def slow() -> None:
             assert hanging.wait(WORKER_PATIENCE_S)
             worker_eventually(lambda: worker_broker.made("change_visibility"))
 
+        WORKER_ACTS["slow"] = slow
         taskhawk.configure(TASKHAWK_HEARTBEAT_HOOK=hang)
-        worker_broker.put(slow, ())
-        ledger = worker_broker.work(
-            loop_count=1, visibility_timeout_s=1, clock=time.monotonic
-        )
+        worker_broker.put(worker_act, ("slow",))
+        ledger = worker_broker.work(loop_count=1, visibility_timeout_s=1)
         release.set()
         assert ledger == taskhawk.Ledger(received=1, acked=1)
 
-    def test_grace_of_a_library(self, worker_broker):
-        """When the grace is over, a run goes on, for it can't be killed; it is not the worker's."""
-        stop, release = threading.Event(), threading.Event()
+    def test_hooks(self, worker_any, worker_act):
+        """Hooks get the queue's name and the message; the error hook the exception."""
+        seen: list[Any] = []
 
-        @taskhawk.task
-        def hang() -> None:
-            stop.set()
-            release.wait(WORKER_PATIENCE_S)
+        def hook(*, queue_name: str, sqs_queue_message: Any) -> None:
+            attributes = sqs_queue_message.attributes
+            assert attributes["ApproximateReceiveCount"] == "1"
+            (act,) = json.loads(sqs_queue_message.body)["args"]
+            seen.append((threading.current_thread(), queue_name, act))
 
-        worker_broker.put(hang, ())
-        worker = taskhawk.Worker(
-            worker_broker, [WORKER_QUEUE], shutdown_event=stop, grace_s=0.1, wait_s=0
+        def on_error(*, exception: BaseException, message: Any) -> None:
+            seen.append((str(exception), message.args))
+
+        taskhawk.configure(
+            worker_any.settings,
+            TASKHAWK_PRE_PROCESS_HOOK=hook,
+            TASKHAWK_POST_PROCESS_HOOK=hook,
+            TASKHAWK_ERROR_HOOK=on_error,
         )
-        thread = threading.Thread(target=worker.run)
-        thread.start()
-        assert worker.overdue.wait(WORKER_PATIENCE_S)
-        worker_eventually(lambda: worker.clock() > worker._keeper._gives_up_at)
-        release.set()
-        thread.join()
-        assert worker.overdue.is_set()
-        assert worker.ledger == taskhawk.Ledger(received=1, acked=1)
+        worker_any.inner = taskhawk._brokers.broker()
+        queue = worker_any.destination(Priority.default)
+        for act in ("run", "fail"):
+            worker_any.put(worker_act, (act,), queue=queue)
+            worker_any.work(queue, loop_count=1, wait_s=1)
+        run = (threading.main_thread(), queue, "run")
+        assert seen == [run, run, (*run[:2], "fail"), ("a failed run", ["fail"])]
 
-    def test_grace_of_what_waits(self, worker_broker):
-        """What waits when the keeper gives up is released: the ledger knows what it was."""
-        stop, release = threading.Event(), threading.Event()
+    @pytest.mark.parametrize("told", [True, False])
+    def test_filter_fails(self, worker_broker, worker_act, capsys, monkeypatch, told):
+        """A filter of the application that fails on our records changes nothing but the log."""
+        monkeypatch.setattr(logging, "raiseExceptions", told)
 
-        @taskhawk.task
-        def first() -> None:
-            """Do nothing."""
+        def no_request(record: logging.LogRecord) -> bool:
+            raise AttributeError("no request")
 
-        @taskhawk.task
-        def second() -> None:
-            assert deleting.wait(WORKER_PATIENCE_S)
+        worker_broker.put(worker_act, ("run",), ("fail",))
+        logging.getLogger("taskhawk").addFilter(no_request)
+        try:
+            ledger = worker_broker.work(loop_count=1, num_messages=2)
+        finally:
+            logging.getLogger("taskhawk").removeFilter(no_request)
+        assert ledger == taskhawk.Ledger(received=2, acked=1, retried=1)
+        assert ("AttributeError: no request\n" in capsys.readouterr().err) is told
+
+    # -- concurrency
+
+    def test_concurrency(self, worker_any, worker_act):
+        """With concurrency=N, N messages run at once, in threads, and no more are received."""
+        together = threading.Barrier(3)
+        held: list[int] = []
+        queue = worker_any.destination(Priority.default)
+
+        def meet() -> None:
+            together.wait(WORKER_PATIENCE_S)
+            held.append(worker_any.inner.depth(queue).in_flight)
+            together.wait(WORKER_PATIENCE_S)
+
+        WORKER_ACTS["meet"] = meet
+        worker_any.put(worker_act, *[("meet",)] * 6, queue=queue)
+        options = {"concurrency": 3, "ack_wait_s": 0}
+        ledger = worker_any.work(queue, **options)
+        assert ledger == taskhawk.Ledger(received=6, acked=6)
+        assert max(held[:3]) == 3
+
+    @pytest.mark.parametrize("everywhere", [False, True])
+    def test_interrupt_in_a_slot(self, worker_broker, worker_act, everywhere):
+        """A KeyboardInterrupt in another slot than the caller's ends the worker, too."""
+        both = threading.Barrier(2)
+
+        def interrupt() -> None:
+            both.wait(WORKER_PATIENCE_S)
+            if everywhere or threading.current_thread() is not threading.main_thread():
+                raise KeyboardInterrupt
+
+        WORKER_ACTS["interrupt"] = interrupt
+        worker_broker.put(worker_act, ("interrupt",), ("interrupt",))
+        with pytest.raises(KeyboardInterrupt):
+            worker_broker.work(concurrency=2, num_messages=2)
+        assert worker_broker.depth(WORKER_QUEUE) == (1 + everywhere, 0, 0)
+
+    @pytest.mark.parametrize("concurrency", [1, 2])
+    def test_child_cannot_start(
+        self, worker_broker, tmp_path, monkeypatch, caplog, concurrency
+    ):
+        """Where no child can start, messages are released, and nothing is received.
+
+        The log says it once, and once that it works again.
+        """
+        caplog.set_level(logging.INFO)
+        monkeypatch.syspath_prepend(tmp_path)
+        module = isolated_import(tmp_path, startable=WORKER_ISOLATED)
+        python = sys.executable
+        monkeypatch.setattr(sys, "executable", str(tmp_path / "nothing"))
+        receives: list[int] = []
+
+        def released(real: Any, *_: Any) -> Any:
+            answer = real()
+            if worker_broker.inner.depth(WORKER_QUEUE).visible == 3:
+                receives.append(
+                    worker_after_a_while(lambda: len(worker_broker.made("receive")))
+                )
+                monkeypatch.setattr(sys, "executable", python)
+            return answer
+
+        worker_broker.faults["change_visibility"] = released
+        worker_broker.put(module.fine, *[()] * 3)
+        options = {"num_messages": 3}
+        taskhawk.configure(TASKHAWK_BROKER="sqlite://")
+        ledger = worker_broker.work(
+            concurrency=concurrency, clock=worker_fast_clock, **options
+        )
+        assert ledger.released >= 3
+        assert ledger == taskhawk.Ledger(ledger.released + 3, 3, 0, 0, ledger.released)
+        assert receives[0] == 1
+        cannot, can, _ended = worker_logs(caplog, logging.INFO)
+        assert cannot == (
+            "can't start a child, goes on trying: no process can be started: "
+            f"[Errno 2] No such file or directory: '{tmp_path}/nothing'"
+        )
+        assert re.fullmatch(r"can start a child again; tries that failed: \d+", can)
+        del sys.modules["startable"]
+
+    def test_stopped_without_a_child(self, worker_broker, tmp_path, monkeypatch):
+        """A worker that can't start a child ends when it is told to."""
+        stop = threading.Event()
+        monkeypatch.syspath_prepend(tmp_path)
+        taskhawk.configure(TASKHAWK_BROKER="sqlite://")
+        module = isolated_import(tmp_path, stoppable=WORKER_ISOLATED)
+        monkeypatch.setattr(sys, "executable", str(tmp_path / "nothing"))
+
+        def released(real: Any, *_: Any) -> Any:
             stop.set()
-
-        def hang(real: Any, *_args: Any) -> Any:
-            deleting.set()
-            assert release.wait(WORKER_PATIENCE_S)
             return real()
 
-        deleting, told = threading.Event(), []
+        worker_broker.faults["change_visibility"] = released
+        worker_broker.put(module.fine, ())
+        options = {"shutdown_event": stop, "until_empty": False, "clock": Clock()}
+        assert worker_broker.work(**options) == taskhawk.Ledger(1, released=1)
+        del sys.modules["stoppable"]
 
-        def note(ledger: taskhawk.Ledger) -> None:
-            told.append(str(ledger))
-            release.set()
+    # -- the end
 
-        worker_broker.faults["delete"] = hang
-        worker_broker.put(first, ())
-        worker_broker.put(second, *[()] * 9)
-        worker = taskhawk.Worker(
-            worker_broker,
-            [WORKER_QUEUE],
-            num_messages=10,
-            shutdown_event=stop,
-            grace_s=0.4,
-            wait_s=0,
-            on_overdue=note,
-        )
-        ledger = worker.run()
-        assert told == [str(ledger)]
-        assert ledger == taskhawk.Ledger(received=10, uncertain=2, released=8)
-
-    @pytest.mark.parametrize("on_overdue", [False, True])
-    def test_grace_of_a_delete(self, worker_broker, on_overdue):
-        """A delete that is not answered within the grace is uncertain, and waited for no longer."""
-        stop, release, told = threading.Event(), threading.Event(), []
-
-        @taskhawk.task
-        def last() -> None:
-            stop.set()
-
-        def hang(real: Any, *_args: Any) -> Any:
-            assert release.wait(WORKER_PATIENCE_S)
-            return real()
-
-        def note(ledger: taskhawk.Ledger) -> None:
-            told.append(dataclasses.replace(ledger))
-            release.set()
-
-        worker_broker.faults["delete"] = (
-            hang if on_overdue else worker_raise(OSError("reset"))
-        )
-        worker_broker.put(last, ())
-        worker = taskhawk.Worker(
-            worker_broker,
-            [WORKER_QUEUE],
-            shutdown_event=stop,
-            grace_s=0.4,
-            wait_s=0,
-            on_overdue=note if on_overdue else None,
-        )
-        assert worker.run() == taskhawk.Ledger(received=1, uncertain=1)
-        assert told == [worker.ledger] * on_overdue
-        assert (worker.unanswered, worker.overdue.is_set()) == (True, True)
-
-    def test_no_poll_after_the_lookup(self, worker_broker):
-        """No poll begins after the shutdown, though the queue was looked up meanwhile."""
+    @pytest.mark.parametrize("when", ["before", "lookup"])
+    def test_stopped_before(self, worker_broker, when):
+        """A worker that is told to stop before its first poll receives nothing."""
         stop = threading.Event()
 
-        def info(real: Any, *_args: Any) -> Any:
+        def info(real: Any, *_: Any) -> Any:
             stop.set()
             return real()
 
         worker_broker.faults["info"] = info
-        assert (
-            worker_broker.work(shutdown_event=stop, until_empty=False)
-            == taskhawk.Ledger()
-        )
+        if when == "before":
+            stop.set()
+        options = {"shutdown_event": stop, "until_empty": False}
+        assert worker_broker.work(**options) == taskhawk.Ledger()
         assert worker_broker.made("receive") == []
 
-    def test_worker_in_a_task(self, worker_broker):
-        """A task may run a worker itself."""
+    def test_stopped_during(self, worker_any, worker_act, caplog):
+        """Told to stop, a worker runs its task to the end and releases what waits."""
+        caplog.set_level(logging.INFO)
+        stop, queue = threading.Event(), worker_any.destination(Priority.default)
 
-        @taskhawk.task
+        def end() -> None:
+            stop.set()
+            worker_eventually(lambda: worker_logs(caplog, logging.INFO))
+
+        WORKER_ACTS["end"] = end
+        worker_any.put(worker_act, *[("end",)] * 10, queue=queue)
+        options = {"num_messages": 10, "shutdown_event": stop, "until_empty": False}
+        ledger = worker_any.work(queue, wait_s=1, **options)
+        assert ledger == taskhawk.Ledger(
+            ledger.received, acked=1, released=ledger.received - 1
+        )
+        assert worker_any.depth(queue) == (9, 0, 0)
+        assert worker_logs(caplog, logging.INFO)[0] == (
+            "stopping: waiting for polls in flight: 0, running tasks: 1"
+            "; Ctrl-C again ends at once"
+        )
+
+    def test_stopped_while_backing_off(self, worker_broker):
+        """A shutdown does not wait for the end of a pause between receives."""
+        stopped_at: list[float] = []
+        stop = threading.Event()
+
+        def fail(_real: Any, *_: Any) -> Any:
+            stopped_at.append(time.monotonic())
+            stop.set()
+            raise OSError("no route to host")
+
+        worker_broker.faults["receive"] = fail
+        clock = Clock()  # it stands: the pause has no end
+        options = {"shutdown_event": stop, "until_empty": False, "clock": clock}
+        assert worker_broker.work(**options) == taskhawk.Ledger()
+
+    def test_released_after_the_last_poll(self, worker_broker, worker_act):
+        """A poll in flight is waited out, what it brings is released too, and nothing before."""
+        stop, polling = threading.Event(), threading.Event()
+        early: list[int] = []
+
+        def receive(real: Any, queue: str, *_: Any) -> Any:
+            if queue == "A":
+                assert polling.wait(WORKER_PATIENCE_S)
+                return real()
+            polling.set()
+            assert stop.wait(WORKER_PATIENCE_S)
+            # Time enough for a keeper that releases too early.
+            early.append(
+                worker_after_a_while(
+                    lambda: len(worker_broker.made("change_visibility"))
+                )
+            )
+            worker_broker.put(worker_act, ("run",), queue="B")
+            return real()
+
+        WORKER_ACTS["stop"] = stop.set
+        worker_broker.faults["receive"] = receive
+        worker_broker.put(worker_act, *[("stop",)] * 3, queue="A")
+        options = {"num_messages": 3, "shutdown_event": stop, "until_empty": False}
+        ledger = worker_broker.work("A", "B", **options)
+        assert ledger == taskhawk.Ledger(received=4, acked=1, released=3)
+        assert early == [0]
+        assert [worker_broker.depth(queue).visible for queue in ("A", "B")] == [2, 1]
+
+    @pytest.mark.parametrize(
+        ("error", "concurrency"),
+        [(KeyboardInterrupt(), 1), (SystemExit(7), 1), (SystemExit(7), 2)],
+    )
+    def test_raised_by_a_handler(self, worker_broker, worker_act, error, concurrency):
+        """What a handler of the application raises ends the worker in order, then goes on.
+
+        The run that it interrupts is released, and those of other slots are waited for.
+        """
+        both, order = threading.Barrier(concurrency), []
+
+        def halt(*_: object) -> None:
+            order.append("raised")
+            raise error
+
+        def interrupted() -> None:
+            both.wait(WORKER_PATIENCE_S)
+            if threading.current_thread() is threading.main_thread():
+                signal.raise_signal(signal.SIGTERM)
+            worker_eventually(lambda: order)
+            order.append("ran")
+
+        WORKER_ACTS["interrupted"] = interrupted
+        worker_broker.put(worker_act, *[("interrupted",)] * 3)
+        before = signal.signal(signal.SIGTERM, halt)
+        try:
+            with pytest.raises(type(error)) as raised:
+                worker_broker.work(num_messages=3, concurrency=concurrency)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        assert raised.value is error
+        assert order == ["raised", "ran"][:concurrency]
+        assert worker_broker.depth(WORKER_QUEUE) == (4 - concurrency, 0, 0)
+        assert len(worker_broker.made("delete")) == concurrency - 1
+
+    def test_raised_between_runs(self, worker_broker, worker_act):
+        """A handler may raise at any point: the message that was just run is not lost."""
+
+        class Halt(BaseException):
+            pass
+
+        def halt(*_: object) -> None:
+            raise Halt
+
+        def send(_real: Any, *_: Any) -> Any:
+            signal.raise_signal(signal.SIGTERM)
+
+        worker_broker.put(worker_act, ("never",))
+        worker_broker.faults["send"] = send
+        before = signal.signal(signal.SIGTERM, halt)
+        try:
+            with pytest.raises(Halt):
+                worker_broker.work(loop_count=1)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        assert worker_broker.depth(WORKER_QUEUE) == (1, 0, 0)
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    def test_signal_in_process(self, worker_broker, worker_act, number):
+        """A signal ends the worker after the task, and Python's own handlers are back then."""
+        both = (signal.SIGTERM, signal.SIGINT)
+        before, during = [*map(signal.getsignal, both)], []
+
+        def kill() -> None:
+            during.extend(map(signal.getsignal, both))
+            signal.raise_signal(number)
+
+        WORKER_ACTS["kill"] = kill
+        worker_broker.put(worker_act, ("kill",), ("kill",))
+        ledger = worker_broker.work(until_empty=False)
+        assert ledger == taskhawk.Ledger(received=1, acked=1)
+        assert not set(during) & set(before)
+        assert [*map(signal.getsignal, both)] == before
+
+    def test_worker_in_a_task(self, worker_broker, worker_act):
+        """A task may run a worker itself, and both end with one signal."""
+
         def inner() -> None:
-            """Do nothing."""
+            signal.raise_signal(signal.SIGTERM)
 
-        @taskhawk.task
         def outer() -> None:
-            assert worker_broker.work("INNER") == taskhawk.Ledger(received=1, acked=1)
+            ledger = worker_broker.work("INNER", until_empty=False)
+            assert ledger == taskhawk.Ledger(received=1, acked=1)
 
-        worker_broker.put(outer, ())
-        worker_broker.put(inner, (), queue="INNER")
-        assert worker_broker.work() == taskhawk.Ledger(received=1, acked=1)
+        WORKER_ACTS.update(inner=inner, outer=outer)
+        worker_broker.put(worker_act, ("outer",), ("outer",))
+        worker_broker.put(worker_act, ("inner",), queue="INNER")
+        ledger = worker_broker.work(until_empty=False)
+        assert ledger == taskhawk.Ledger(received=1, acked=1)
+
+    def test_wakeup_descriptor(self, worker_broker, worker_act):
+        """The application's wakeup descriptor is told of its signals, and is back at the end."""
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        handled: list[int] = []
+        before = signal.signal(signal.SIGUSR1, lambda number, _: handled.append(number))
+        WORKER_ACTS["kill"] = lambda: signal.raise_signal(signal.SIGUSR1)
+        worker_broker.put(worker_act, ("kill",))
+        signal.set_wakeup_fd(ours.fileno())
+        try:
+            worker_broker.work(loop_count=1)
+            assert signal.set_wakeup_fd(-1) == ours.fileno()
+        finally:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGUSR1, before)
+        assert handled == [signal.SIGUSR1]
+        theirs.settimeout(WORKER_PATIENCE_S)
+        assert theirs.recv(9) == bytes(handled)
+        ours.close()
+        theirs.close()
+
+    def test_many_descriptors(self, worker_broker, worker_act):
+        """A worker runs in a process that has more descriptors open than select() takes."""
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
+        with contextlib.ExitStack() as opened:
+            opened.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+            for _ in range(1100):
+                opened.enter_context(open(os.devnull))
+            worker_broker.put(worker_act, ("run",))
+            assert worker_broker.work(loop_count=1) == taskhawk.Ledger(1, 1)
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    def test_handlers_of_the_application(self, worker_broker, worker_act, number):
+        """Handlers of the application stay; with a shutdown event they work as in 1.4."""
+        both, stop = (signal.SIGTERM, signal.SIGINT), threading.Event()
+
+        def own(*_: object) -> None:
+            stop.set()
+
+        WORKER_ACTS["kill"] = lambda: signal.raise_signal(number)
+        before = [signal.signal(each, own) for each in both]
+        try:
+            worker_broker.put(worker_act, ("kill",), ("kill",))
+            ledger = worker_broker.work(shutdown_event=stop, until_empty=False)
+            assert [*map(signal.getsignal, both)] == [own, own]
+        finally:
+            for each, handler in zip(both, before, strict=True):
+                signal.signal(each, handler)
+        assert ledger == taskhawk.Ledger(received=1, acked=1)
+
+    def test_handler_of_a_task(self, worker_broker, worker_act):
+        """A handler that a task installs is there after the worker, too."""
+        before = signal.getsignal(signal.SIGTERM)
+        WORKER_ACTS["own"] = lambda: signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        worker_broker.put(worker_act, ("own",))
+        try:
+            worker_broker.work(loop_count=1)
+            assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def test_in_a_thread(self, worker_broker, worker_act):
+        """Outside the main thread no handler is installed."""
+        both = (signal.SIGTERM, signal.SIGINT)
+        before, during = [*map(signal.getsignal, both)], []
+        WORKER_ACTS["look"] = lambda: during.extend(map(signal.getsignal, both))
+        worker_broker.put(worker_act, ("look",))
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            ledger = pool.submit(worker_broker.work).result(WORKER_PATIENCE_S)
+        assert (during, ledger) == (before, taskhawk.Ledger(received=1, acked=1))
+
+    def test_second_interrupt(self, worker_broker, worker_act, monkeypatch):
+        """A second SIGINT waits for no poll; what waited and what ran is released."""
+        monkeypatch.setattr(taskhawk._Signals, "_again_s", 0)
+        polling, release = threading.Event(), threading.Event()
+
+        def receive(real: Any, queue: str, *_: Any) -> Any:
+            if queue == "A":
+                assert polling.wait(WORKER_PATIENCE_S)
+                return real()
+            polling.set()
+            assert release.wait(WORKER_PATIENCE_S)
+            return []
+
+        def interrupt() -> None:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+        WORKER_ACTS["interrupt"] = interrupt
+        worker_broker.faults["receive"] = receive
+        worker_broker.put(worker_act, *[("interrupt",)] * 2, queue="A")
+        with pytest.raises(KeyboardInterrupt):
+            worker_broker.work("A", "B", num_messages=2, until_empty=False)
+        assert worker_broker.depth("A") == (2, 0, 0)
+        release.set()
+
+    # -- the grace
+
+    def test_grace_of_a_library(self, worker_broker, worker_act, caplog):
+        """After the grace a run goes on, for it can't be killed; the worker waits for its own.
+
+        A run in another slot than the caller's is left alone, and named.
+        """
+        stop, release = threading.Event(), threading.Event()
+        both, late = threading.Barrier(2), []
+
+        def hang() -> None:
+            both.wait(WORKER_PATIENCE_S)
+            stop.set()
+            if threading.current_thread() is not threading.main_thread():
+                late.append(release.wait(WORKER_PATIENCE_S))
+
+        WORKER_ACTS["hang"] = hang
+        worker_broker.put(worker_act, ("hang",), ("hang",))
+        options = {"num_messages": 2, "grace_s": 0.1, "shutdown_event": stop}
+        ledger = worker_broker.work(concurrency=2, until_empty=False, **options)
+        assert (late, ledger) == ([], taskhawk.Ledger(received=2, acked=1))
+        assert worker_logs(caplog) == [
+            f"the grace is over, and {RUN} still runs",
+            f"worker ended: {ledger}",
+        ]
+        release.set()
+        worker_eventually(lambda: late)
+
+    def test_grace_of_the_caller(self, worker_broker, worker_act):
+        """A run of the calling thread that ends after the grace is acknowledged all the same."""
+        stop, release = threading.Event(), threading.Event()
+
+        def hang() -> None:
+            stop.set()
+            assert release.wait(WORKER_PATIENCE_S)
+
+        WORKER_ACTS["hang"] = hang
+        worker_broker.put(worker_act, ("hang",))
+        options = {"shutdown_event": stop, "grace_s": 0.1, "wait_s": 0}
+        worker = taskhawk.Worker(worker_broker, [WORKER_QUEUE], **options)
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            running = pool.submit(worker.run)
+            assert worker.overdue.wait(WORKER_PATIENCE_S)
+            worker_eventually(lambda: worker.clock() > worker._keeper._gives_up_at)
+            release.set()
+            assert running.result() == taskhawk.Ledger(received=1, acked=1)
+
+    @pytest.mark.parametrize("acts", [["stop"], ["run", *["stop"] * 3]])
+    @pytest.mark.parametrize("is_command", [False, True])
+    def test_grace_of_a_delete(self, worker_broker, worker_act, acts, is_command):
+        """A delete that is not answered within the grace is uncertain; what waits is released."""
+        stop, release, told = threading.Event(), threading.Event(), []
+        deleting = threading.Event()
+
+        def end() -> None:
+            assert acts == ["stop"] or deleting.wait(WORKER_PATIENCE_S)
+            stop.set()
+
+        def fail(_real: Any, *_: Any) -> Any:
+            deleting.set()
+            if is_command:
+                assert release.wait(WORKER_PATIENCE_S)
+            raise OSError("reset")
+
+        def on_overdue(ledger: taskhawk.Ledger) -> None:
+            told.append(dataclasses.replace(ledger))
+            release.set()
+
+        WORKER_ACTS["stop"] = end
+        worker_broker.faults["delete"] = fail
+        worker_broker.put(worker_act, *[(act,) for act in acts])
+        options: dict[str, Any] = {"num_messages": 4, "grace_s": 0.4, "wait_s": 0}
+        if is_command:
+            options["on_overdue"] = on_overdue
+        worker = taskhawk.Worker(
+            worker_broker, [WORKER_QUEUE], shutdown_event=stop, **options
+        )
+        ran = min(2, len(acts))
+        expected = taskhawk.Ledger(len(acts), uncertain=ran, released=len(acts) - ran)
+        assert worker.run() == expected
+        assert told == [expected] * is_command
+        assert (worker.unanswered, worker.overdue.is_set()) == (True, True)
 
     def test_small_grace(self, worker_broker):
         """An idle worker ends within a grace that is shorter than what is kept for flushing."""
         stop = threading.Event()
 
-        def receive(real: Any, *_args: Any) -> Any:
+        def receive(real: Any, *_: Any) -> Any:
             stop.set()
             return real()
 
@@ -9480,361 +9637,23 @@ class TestWorker:
         assert worker.run() == taskhawk.Ledger()
         assert not worker.overdue.is_set()
 
-    def test_no_grace_for_an_end_of_its_own(self, worker_broker):
-        """The grace begins when the worker is told to stop, not when it has run its last task."""
-        idle = threading.Event()
-        overdue = []
+    def test_no_grace_for_an_end_of_its_own(self, worker_broker, worker_act):
+        """The grace begins when a worker is told to stop, not when it has run its last task."""
+        idle, overdue = threading.Event(), []
 
-        @taskhawk.task
         def slow() -> None:
-            idle.wait(WORKER_PATIENCE_S)
-            overdue.append(worker.overdue.wait(0.6))
+            assert idle.wait(WORKER_PATIENCE_S)
+            overdue.append(worker.overdue.wait(0.3))
 
-        @taskhawk.task
-        def quick() -> None:
-            idle.set()
-
-        worker_broker.put(slow, ())
-        worker_broker.put(quick, ())
+        WORKER_ACTS.update(slow=slow, quick=idle.set)
+        worker_broker.put(worker_act, ("slow",), ("quick",))
         options = {"concurrency": 2, "max_tasks": 2, "grace_s": 0.1, "num_messages": 2}
         worker = taskhawk.Worker(worker_broker, [WORKER_QUEUE], wait_s=0, **options)
         assert worker.run() == taskhawk.Ledger(received=2, acked=2)
         assert overdue == [False]
 
-    @pytest.mark.parametrize("told", [True, False])
-    def test_filter_fails(self, worker_broker, caplog, capsys, monkeypatch, told):
-        """A filter of the application that fails on our log records changes nothing but the log."""
-        monkeypatch.setattr(logging, "raiseExceptions", told)
-        caplog.set_level(logging.DEBUG, "taskhawk")
+    # -- whole processes
 
-        @taskhawk.task
-        def fine() -> None:
-            pass
-
-        @taskhawk.task
-        def broken() -> None:
-            raise ValueError
-
-        def no_request(record: logging.LogRecord) -> bool:
-            raise AttributeError("no request")
-
-        worker_broker.put(fine, ())
-        worker_broker.put(broken, ())
-        logging.getLogger("taskhawk").addFilter(no_request)
-        try:
-            ledger = worker_broker.work(loop_count=1, num_messages=2)
-        finally:
-            logging.getLogger("taskhawk").removeFilter(no_request)
-        assert ledger == taskhawk.Ledger(received=2, acked=1, retried=1)
-        assert ("AttributeError: no request\n" in capsys.readouterr().err) is told
-
-    def test_log_place(self, caplog):
-        """A log record has the place in this file where it was made."""
-        taskhawk.configure(TASKHAWK_HEARTBEAT_HOOK=lambda: 1 / 0)
-        taskhawk._call_safely("TASKHAWK_HEARTBEAT_HOOK")
-        assert [record.funcName for record in caplog.records] == ["_call_safely"]
-
-    def test_heartbeat_fails(self, worker_broker, caplog):
-        """A heartbeat hook that fails is logged, no more."""
-        taskhawk.configure(TASKHAWK_HEARTBEAT_HOOK=lambda: 1 / 0)
-        assert worker_broker.work(loop_count=1) == taskhawk.Ledger()
-        assert worker_logs(caplog) == ["TASKHAWK_HEARTBEAT_HOOK failed"]
-
-    def test_liveness_file(self, worker_broker, tmp_path, caplog):
-        """A file is touched wherever the heartbeat hook is called; one that can't be is logged."""
-        file = tmp_path / "alive"
-        worker_broker.work(loop_count=1, liveness_file=str(file))
-        os.utime(file, (0, 0))
-        worker_broker.work(loop_count=1, liveness_file=str(file))
-        assert file.stat().st_mtime > time.time() - 60
-        worker_broker.work(loop_count=1, liveness_file=str(tmp_path))
-        (text,) = worker_logs(caplog)
-        assert text == (
-            "can't touch the liveness file: [Errno 21] Is a directory: "
-            + repr(str(tmp_path))
-        )
-
-    def test_hooks(self, worker_any):
-        """Hooks get the queue's name and the message; the error hook the exception."""
-        seen = []
-
-        def hook(*, queue_name: str, sqs_queue_message: Any) -> None:
-            seen.append((threading.current_thread(), queue_name, sqs_queue_message))
-
-        def on_error(
-            *, exception: BaseException, message: taskhawk.Message | None
-        ) -> None:
-            seen.append((str(exception), message and message.args))
-
-        @taskhawk.task
-        def fail(number: int) -> None:
-            if number:
-                raise ValueError("a failed run")
-
-        taskhawk.configure(
-            worker_any.settings,
-            TASKHAWK_PRE_PROCESS_HOOK=hook,
-            TASKHAWK_POST_PROCESS_HOOK=hook,
-            TASKHAWK_ERROR_HOOK=on_error,
-        )
-        worker_any.inner = taskhawk._brokers.broker()
-        queue = worker_any.destination(taskhawk.Priority.default)
-        for number in (0, 1):
-            worker_any.put(fail, (number,), queue=queue)
-            worker_any.work(queue, loop_count=1, wait_s=1)
-        (thread, name, message), after, before, error = seen
-        assert after == (thread, name, message)
-        assert (thread, name, before[1]) == (threading.main_thread(), queue, queue)
-        assert json.loads(message.body)["args"] == [0]
-        assert message.attributes["ApproximateReceiveCount"] == "1"
-        assert error == ("a failed run", [1])
-
-    # -- shutdown and signals
-
-    # -- concurrency
-
-    def test_concurrency(self, worker_any):
-        """With concurrency=N, N messages run at once, in threads, and no more are received."""
-        together, most = threading.Barrier(3), [0]
-        running, lock = [0], threading.Lock()
-
-        @taskhawk.task
-        def meet() -> None:
-            with lock:
-                running[0] += 1
-                most[0] = max(most[0], running[0])
-            together.wait(WORKER_PATIENCE_S)
-            with lock:
-                running[0] -= 1
-
-        for _ in range(9):
-            meet.dispatch()
-        ledger = taskhawk.listen_for_messages(
-            taskhawk.Priority.default, until_empty=True, concurrency=3
-        )
-        assert (ledger, most) == (taskhawk.Ledger(received=9, acked=9), [3])
-
-    def test_slot_is_free(self, worker_broker):
-        """A message is received while another runs, as long as a slot is free."""
-        others = threading.Event()
-
-        @taskhawk.task
-        def slow() -> None:
-            assert others.wait(WORKER_PATIENCE_S)
-
-        @taskhawk.task
-        def last() -> None:
-            others.set()
-
-        worker_broker.put(slow, ())
-        worker_broker.put(last, ())
-        ledger = worker_broker.work(concurrency=2)
-        assert ledger == taskhawk.Ledger(received=2, acked=2)
-
-    def test_interrupt_in_a_slot(self, worker_broker):
-        """A KeyboardInterrupt that a task raises in a slot ends the worker, as it does in none."""
-        both = threading.Barrier(2)
-
-        @taskhawk.task
-        def interrupt_in_the_other_slot() -> None:
-            both.wait(WORKER_PATIENCE_S)
-            if threading.current_thread() is not threading.main_thread():
-                raise KeyboardInterrupt
-
-        worker_broker.put(interrupt_in_the_other_slot, ())
-        worker_broker.put(interrupt_in_the_other_slot, ())
-        with pytest.raises(KeyboardInterrupt):
-            worker_broker.work(concurrency=2, num_messages=2)
-        assert worker_broker.inner.depth(WORKER_QUEUE) == (1, 0, 0)
-
-    @pytest.mark.parametrize("concurrency", [1, 2])
-    def test_max_tasks(self, worker_broker, concurrency):
-        """A worker ends by itself after max_tasks runs, and receives no more than these."""
-        ran = []
-
-        @taskhawk.task
-        def note() -> None:
-            ran.append(1)
-
-        worker_broker.put(note, *((),) * 10)
-        options = {"loop_count": None, "max_tasks": 4, "num_messages": 6}
-        ledger = worker_broker.work(concurrency=concurrency, **options)
-        assert ledger == taskhawk.Ledger(received=4, acked=4)
-        assert (len(ran), worker_broker.inner.depth(WORKER_QUEUE)) == (4, (6, 0, 0))
-
-    def test_released_after_the_last_poll(self, worker_broker):
-        """A poll in flight is waited out, what it brings is released too, and nothing before."""
-        event, polling, held = threading.Event(), threading.Event(), threading.Event()
-
-        @taskhawk.task
-        def stop() -> None:
-            event.set()
-            held.set()
-
-        def receive(real: Any, queue: str, *args: Any) -> Any:
-            if queue == "A":
-                assert polling.wait(WORKER_PATIENCE_S)
-                return real()
-            polling.set()
-            assert held.wait(WORKER_PATIENCE_S)
-            # Time enough for a keeper that releases too early.
-            assert not early.wait(0.5)
-            worker_broker.put(stop, (), queue="B")
-            return real()
-
-        def change(real: Any, *args: Any) -> Any:
-            early.set()
-            return real()
-
-        early = threading.Event()
-        worker_broker.faults |= {"receive": receive, "change_visibility": change}
-        worker_broker.put(stop, (), (), (), queue="A")
-        ledger = worker_broker.work(
-            "A", "B", num_messages=3, shutdown_event=event, until_empty=False
-        )
-        assert ledger == taskhawk.Ledger(received=4, acked=1, released=3)
-        assert [worker_broker.depth(queue).visible for queue in ("A", "B")] == [2, 1]
-
-    def test_keyboard_interrupt(self, worker_any):
-        """A KeyboardInterrupt from a task releases its message, and is raised again."""
-
-        @taskhawk.task
-        def interrupt() -> None:
-            raise KeyboardInterrupt
-
-        queue = worker_any.destination(taskhawk.Priority.default)
-        worker_any.put(interrupt, (), (), queue=queue)
-        with pytest.raises(KeyboardInterrupt):
-            worker_any.work(queue, num_messages=2, wait_s=1)
-        assert worker_any.depth(queue) == (2, 0, 0)
-
-    def test_interrupted_by_the_application(self, worker_broker):
-        """An application's handler may raise at any point: the message that runs is released."""
-
-        class Halt(BaseException):
-            pass
-
-        def halt(*_: object) -> None:
-            raise Halt
-
-        def pre_process(**_: Any) -> None:
-            """Do nothing: the interrupt comes outside the task."""
-
-        @taskhawk.task(never_retry_on=(ValueError,))
-        def fail() -> None:
-            raise ValueError("a failed run")
-
-        def send(real: Any, *args: Any) -> Any:
-            os.kill(os.getpid(), signal.SIGTERM)
-            worker_eventually(lambda: False)
-
-        taskhawk.configure(TASKHAWK_PRE_PROCESS_HOOK=pre_process)
-        worker_broker.put(fail, ())
-        worker_broker.faults["send"] = send
-        before = signal.signal(signal.SIGTERM, halt)
-        try:
-            worker = taskhawk.Worker(
-                worker_broker, [WORKER_QUEUE], loop_count=1, wait_s=0.05
-            )
-            with pytest.raises(Halt):
-                worker.run()
-        finally:
-            signal.signal(signal.SIGTERM, before)
-        assert worker.ledger == taskhawk.Ledger(received=1, retried=1)
-        assert worker_broker.depth(WORKER_QUEUE) == (1, 0, 0)
-
-    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-    def test_signal_in_process(self, worker_broker, number):
-        """A signal ends the worker after the task, and Python's own handlers are back then."""
-        before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-
-        @taskhawk.task
-        def kill() -> None:
-            during.append(signal.getsignal(number))
-            os.kill(os.getpid(), number)
-
-        during: list[Any] = []
-        worker_broker.put(kill, (), ())
-        ledger = worker_broker.work(until_empty=False)
-        assert ledger == taskhawk.Ledger(received=1, acked=1)
-        assert during[0] not in before
-        assert (
-            signal.getsignal(signal.SIGTERM),
-            signal.getsignal(signal.SIGINT),
-        ) == before
-
-    def test_second_interrupt(self, worker_broker):
-        """A second SIGINT waits for no poll; what waited and what ran is released."""
-        polling, release, polled = (
-            threading.Event(),
-            threading.Event(),
-            threading.Event(),
-        )
-
-        def receive(real: Any, queue: str, *_args: Any) -> Any:
-            if queue == "A":
-                assert polling.wait(WORKER_PATIENCE_S)
-                return real()
-            polling.set()
-            release.wait(WORKER_PATIENCE_S)
-            polled.set()
-            return []
-
-        @taskhawk.task
-        def interrupt() -> None:
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(1.01)  # sooner, it would be the same one, sent twice
-            os.kill(os.getpid(), signal.SIGINT)
-
-        worker_broker.faults["receive"] = receive
-        worker_broker.put(interrupt, (), (), queue="A")
-        with pytest.raises(KeyboardInterrupt):
-            worker_broker.work("A", "B", num_messages=2, until_empty=False)
-        assert not polled.is_set()
-        release.set()
-        assert worker_broker.depth("A") == (2, 0, 0)
-
-    def test_handler_of_the_application(self, worker_broker):
-        """A handler of the application stays; with a shutdown event it works as in 1.4."""
-        event = threading.Event()
-
-        def own(*_: object) -> None:
-            event.set()
-
-        @taskhawk.task
-        def kill() -> None:
-            assert signal.getsignal(signal.SIGTERM) is own
-            os.kill(os.getpid(), signal.SIGTERM)
-
-        before = signal.signal(signal.SIGTERM, own)
-        try:
-            worker_broker.put(kill, (), ())
-            ledger = worker_broker.work(shutdown_event=event, until_empty=False)
-            assert signal.getsignal(signal.SIGTERM) is own
-        finally:
-            signal.signal(signal.SIGTERM, before)
-        assert ledger == taskhawk.Ledger(received=1, acked=1)
-
-    def test_no_handler_in_a_thread(self, worker_broker):
-        """Outside the main thread no handler is installed."""
-        before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-        during, ledgers = [], []
-
-        @taskhawk.task
-        def look() -> None:
-            during.append(
-                (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
-            )
-
-        worker_broker.put(look, ())
-        thread = threading.Thread(target=lambda: ledgers.append(worker_broker.work()))
-        thread.start()
-        thread.join(WORKER_PATIENCE_S)
-        assert (during, ledgers) == ([before], [taskhawk.Ledger(received=1, acked=1)])
-
-    @pytest.mark.skipif(
-        sys.platform != "linux", reason="elsewhere a stack may not count"
-    )
     def test_thread_that_cannot_start(self, tmp_path):
         """Where one of its threads can't start, no other goes on to receive: the worker ends."""
         code = """if True:
@@ -9846,16 +9665,14 @@ class TestWorker:
             except RuntimeError as error:
                 print(error, [thread.name for thread in threading.enumerate()])"""
         env = {"TASKHAWK_BROKER": f"sqlite:///{tmp_path}/queue.db"}
-        assert (
-            run_python(code, env=env).stdout
-            == "can't start new thread ['MainThread']\n"
-        )
+        ended = "can't start new thread ['MainThread']\n"
+        assert run_python(code, env=env).stdout == ended
 
     @pytest.mark.slow
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
     def test_signal(self, worker_shared, number, tmp_path):
         """A signalled listener ends its task, releases what waits, and exits with 0."""
-        queue = worker_shared.destination(taskhawk.Priority.default)
+        queue = worker_shared.destination(Priority.default)
         worker_shared.put(worker_job("wait"), *[(i,) for i in range(3)], queue=queue)
         options = ("--num-messages", "3", "--until-empty")
         with worker_process(tmp_path, worker_shared.settings, *options) as process:
@@ -9871,15 +9688,18 @@ class TestWorker:
         assert worker_shared.depth(queue) == (2, 0, 0)
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("worker_shared", ["disk"], indirect=True)
-    def test_second_signal(self, worker_shared, tmp_path):
-        """A second Ctrl-C a second later ends the listener in the middle of its task."""
-        queue = worker_shared.destination(taskhawk.Priority.default)
-        worker_shared.put(worker_job("wait"), (1,), queue=queue)
-        with worker_process(tmp_path, worker_shared.settings) as process:
+    @pytest.mark.parametrize("task", ["wait", "delete"])
+    def test_second_signal(self, tmp_path, task):
+        """A second Ctrl-C a second later ends a task, or a delete that hangs; nothing else does."""
+        url = f"sqlite:///{tmp_path}/queue.db"
+        with contextlib.closing(taskhawk.SqliteBroker(url)) as broker:
+            WorkerBroker(broker).put(worker_job(task), (1,), queue="TASKHAWK-DEFAULT")
+        with worker_process(tmp_path, {"TASKHAWK_BROKER": url}) as process:
             assert process.stdout.readline() == "started 1\n"
-            for number in [signal.SIGINT, signal.SIGINT] + [signal.SIGTERM] * 3:
-                process.send_signal(number)  # all of these are the first one
+            process.terminate()
+            assert any("stopping" in line for line in process.stderr)
+            for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+                process.send_signal(number)  # none of these is a second Ctrl-C
             with pytest.raises(subprocess.TimeoutExpired):
                 process.wait(1.1)
             process.send_signal(signal.SIGINT)
@@ -9888,9 +9708,60 @@ class TestWorker:
         assert process.returncode == 130
 
     @pytest.mark.slow
+    @pytest.mark.parametrize("is_read", [True, False])
+    def test_grace_in_c(self, tmp_path, is_read):
+        """The grace begins, and ends, while the main thread is in C code, whoever reads it."""
+        url = f"sqlite:///{tmp_path}/queue.db"
+        with contextlib.closing(taskhawk.SqliteBroker(url)) as broker:
+            WorkerBroker(broker).put(worker_job("in_c"), (1,), queue="TASKHAWK-DEFAULT")
+        options = ("--grace", "0.5")
+        with worker_process(tmp_path, {"TASKHAWK_BROKER": url}, *options) as process:
+            assert process.stdout.readline() == "started 1\n"
+            if not is_read:
+                process.stdout.close()
+            process.terminate()
+            process.terminate()
+            errors = process.stderr.read()
+            assert process.wait(WORKER_PATIENCE_S) == 1
+            if is_read:
+                assert process.stdout.read() == (
+                    "1 received, 0 acked, 0 retried, 0 dead-lettered, 0 released,"
+                    " 0 uncertain\n"
+                )
+        lines = re.sub(MESSAGE_ID, "ID", errors).splitlines()
+        assert lines[-2].endswith(
+            "stopping: waiting for polls in flight: 0, running tasks: 1"
+            "; Ctrl-C again ends at once"
+        )
+        over = "the grace is over, and jobs.in_c ID (message ID) still runs"
+        assert lines[-1].endswith(over)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("concurrency", ["1", "2"])
+    def test_what_a_task_starts(self, tmp_path, concurrency):
+        """What a task starts or forks has the signals that it would have without us."""
+        url = f"sqlite:///{tmp_path}/queue.db"
+        names = ["pool", "program", "shell", "coroutine", "fork", "own", "back"]
+        with contextlib.closing(taskhawk.SqliteBroker(url)) as broker:
+            for name in names:
+                job = worker_job(name)
+                WorkerBroker(broker).put(job, (), queue="TASKHAWK-DEFAULT")
+        options = ("--until-empty", "--concurrency", concurrency)
+        with worker_process(
+            tmp_path, {"TASKHAWK_BROKER": url}, *options, module=WORKER_STARTERS
+        ) as process:
+            output, errors = process.communicate()
+        *said, ledger = output.splitlines()
+        assert sorted(said) == sorted(f"{name} True" for name in names), errors
+        assert ledger == (
+            f"{len(names)} received, {len(names)} acked, 0 retried, 0 dead-lettered,"
+            " 0 released, 0 uncertain"
+        )
+
+    @pytest.mark.slow
     def test_killed(self, worker_shared, tmp_path):
         """A listener killed in the middle of a task and started again loses no message."""
-        queue = worker_shared.destination(taskhawk.Priority.default)
+        queue = worker_shared.destination(Priority.default)
         note, wait = worker_job("note"), worker_job("wait")
         for job, number in [(note, 0), (note, 1), (wait, 2), (note, 3)]:
             worker_shared.put(job, (number,), queue=queue)
@@ -9902,9 +9773,8 @@ class TestWorker:
             output, errors = process.communicate("\n")
         assert process.returncode == 0, errors
         assert "started 2\nended 2\n" in output
-        assert {*ran, *output.splitlines(keepends=True)} >= {
-            f"noted {number}\n" for number in (0, 1, 3)
-        }
+        noted = {f"noted {number}\n" for number in (0, 1, 3)}
+        assert {*ran, *output.splitlines(keepends=True)} >= noted
         assert worker_shared.depth(queue) == (0, 0, 0)
 
 
@@ -9951,7 +9821,7 @@ class TestDeadLetterCopies:
             raise taskhawk.StopRetry("new")
 
         old = {"taskhawk.error": {"DataType": "String", "StringValue": "old"}}
-        sqlite.send("TASKHAWK-DEFAULT", [Outgoing(body_of(1), old)])
+        sqlite.send("TASKHAWK-DEFAULT", [Outgoing(processing_body(args=[1]), old)])
         work_once(sqlite)
         (letter,) = receive_all("TASKHAWK-DEFAULT-DLQ")
         (attribute,) = letter.message_attributes.values()
@@ -10006,48 +9876,24 @@ class TestDeadLetterCopies:
             end = "é\n" if room == 40_000 else "StopRetry: why\n"
             assert not record["traceback"] or record["traceback"].endswith(end)
 
-    def test_no_dead_letter_queue(self, ministack, sqs_client, queue_name, caplog):
-        """Without a dead-letter queue the message is left to its queue, and the log says so."""
-
-        @taskhawk.task(name="mail.send")
-        def send(number):
-            raise taskhawk.StopRetry
-
-        queue = f"TASKHAWK-{queue_name}"
-        sqs_client(ministack).create_queue(QueueName=queue)
-        configure_aws(ministack, queue_name)
-        broker = taskhawk._brokers.broker()
-        send.dispatch(1)
-        assert work_once(broker) == taskhawk.Ledger(received=1, retried=1)
-        assert broker.depth(queue) == Depth(0, 1, 0)
-        (text,) = [text for text in caplog.messages if "can't be" in text]
-        assert re.fullmatch(
-            rf"{queue}: .* \(message {MESSAGE_ID}\) can't be dead-lettered and is left to the queue:"
-            " it has no dead-letter queue",
-            text,
-        )
-
-    @pytest.mark.parametrize("action", ["SendMessage", "GetQueueAttributes"])
-    def test_denied(self, scripted, queue_name, caplog, action):
-        """Where the copy is denied, the message is left to its queue, and the log says so."""
-
-        @taskhawk.task(name="mail.send")
-        def send(number):
-            raise taskhawk.StopRetry
-
-        queue = f"TASKHAWK-{queue_name}"
-        send.dispatch(1)
-        scripted.always(action, fault("AccessDenied", status=403))
-        broker = taskhawk._brokers.broker()
-        assert work_once(broker) == taskhawk.Ledger(received=1, retried=1)
-        scripted.answers.clear()
-        assert broker.depth(queue) == Depth(0, 1, 0)
-        (text,) = [text for text in caplog.messages if "can't be" in text]
-        assert re.fullmatch(
-            rf"{queue}: .* \(message {MESSAGE_ID}\) can't be dead-lettered and is left to the queue:"
-            rf" {queue}(-DLQ)?: {DENIED.format(action)} \(AccessDenied: no\)",
-            text,
-        )
+    @pytest.mark.parametrize("room", [180, 400, 900, 1500, 2500, 20_000])
+    def test_cut(self, room):
+        """An error is cut as little as needed: its traceback's end and text's start stay."""
+        try:
+            raise ValueError("why " + "é" * 400)
+        except ValueError as caught:
+            error = caught
+        received = QueueMessage("{}", "m1", "receipt")
+        whole = json.loads(taskhawk._error_record(received, error, 99_999))
+        text = taskhawk._error_record(received, error, room)
+        cut = json.loads(text)
+        assert whole["message"] == str(error)
+        assert whole["traceback"] == "".join(traceback.format_exception(error))
+        assert whole["traceback"].endswith(cut["traceback"])
+        assert whole["message"].startswith(cut["message"])
+        assert not cut["traceback"] or cut["message"] == whole["message"]
+        if cut != {**whole, "time": cut["time"]} and cut["message"]:
+            assert room - 6 < len(text) <= room  # a character has 6 bytes at most
 
     def test_fifo(self, ministack, sqs_client):
         """On FIFO queues a copy is deduplicated by its own MessageId: the body's id may repeat."""
@@ -10067,7 +9913,7 @@ class TestDeadLetterCopies:
             QueueName=name, Attributes={**fifo, "RedrivePolicy": redrive}
         )
         configure_aws(ministack, "x")
-        body = body_of(1)
+        body = processing_body(args=[1])
         ids = [
             client.send_message(
                 QueueUrl=url["QueueUrl"],
@@ -10087,6 +9933,9 @@ class TestDeadLetterCopies:
         assert [
             tuple(message["Attributes"][name] for name in names) for message in found
         ] == [(sent, "group") for sent in ids]
+
+
+WORKER_12_HOURS_S = 43_200
 
 
 class ChaosClock(Clock):
@@ -10194,7 +10043,9 @@ CHAOS_FAULTS = ("before", "after", "part", "part", "slow", "shutdown", "crash")
 class TestSchedules:
     """Thousands of schedules of faults, and in none of them is a message lost."""
 
-    @pytest.mark.parametrize("block", range(10))
+    @pytest.mark.parametrize(
+        "block", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 9))]
+    )
     def test_nothing_is_lost(self, block, monkeypatch):
         """Whatever fails, each message runs or is a dead letter, and the ledgers balance."""
         monkeypatch.setattr(
@@ -10202,7 +10053,7 @@ class TestSchedules:
         )  # the clock goes on as it is looked at
         logging.disable(logging.CRITICAL)
         try:
-            for seed in range(block * 200, block * 200 + 200):
+            for seed in range(block * 50, block * 50 + 50):
                 self.run(seed)
         finally:
             logging.disable(logging.NOTSET)
@@ -10489,7 +10340,7 @@ def isolated_child(isolated_jobs):
 
 def isolated_run(child: Any) -> list[Outcome | None]:
     """Have a child run what is queued."""
-    received = queued()
+    received = receive_all()
     return [child.process(message) for message in received]
 
 
@@ -10823,7 +10674,7 @@ class TestIsolation:
         file = isolated_jobs.HERE / "isolated.py"
         file.write_text(source)
         isolated_jobs.pid.dispatch()
-        [received] = queued()
+        [received] = receive_all()
         with monkeypatch.context() as patch:
             if "0.5 s" in reason:
                 patch.setattr(taskhawk, "_START_S", 0.5)
@@ -10842,7 +10693,7 @@ class TestIsolation:
         file = isolated_jobs.HERE / "isolated.py"
         file.write_text(ISOLATED_MODULE + ISOLATED_EARLY_END)
         isolated_jobs.pid.dispatch()
-        assert isolated_refusal(isolated_child, *queued()) == (
+        assert isolated_refusal(isolated_child, *receive_all()) == (
             "isolated.pid: its process ended before the run began: exit code 5"
         )
 
@@ -10853,7 +10704,7 @@ class TestIsolation:
         import resource
 
         isolated_jobs.pid.dispatch()
-        [received] = queued()
+        [received] = receive_all()
         limits = resource.getrlimit(resource.RLIMIT_NOFILE)
         used = {int(path.name) for path in Path("/proc/self/fd").iterdir()}
         free = sorted(set(range(1000)) - used)[left]
@@ -10879,11 +10730,13 @@ class TestIsolation:
 
     def test_not_declared(self, isolated_jobs, caplog, monkeypatch):
         """A task that no imported module declares is left to the queue; others are run."""
-        monkeypatch.setattr(taskhawk, "_INVALID_EVERY_S", 0)  # whatever was logged before
+        monkeypatch.setattr(
+            taskhawk, "_INVALID_EVERY_S", 0
+        )  # whatever was logged before
         isolated_import(isolated_jobs.HERE, lib=ISOLATED_FACTORY).create_app()
         taskhawk.Task.find_by_name("lib.job").dispatch()
         isolated_jobs.pid.dispatch()
-        lost, found = queued()
+        lost, found = receive_all()
         start = taskhawk._start_of_children(everything=False)
         child = taskhawk._Child(start, 100, threading.Event())
         outcome = child.process(lost)
@@ -10988,7 +10841,7 @@ class TestIsolation:
         given_up = threading.Event()
         child = taskhawk._Child(start, 1, given_up)
         isolated_jobs.pid.dispatch()
-        [received] = queued()
+        [received] = receive_all()
         given_up.set()
         child.kill()  # there is none yet
         assert child.process(received) is None
@@ -11115,7 +10968,7 @@ class TestIsolation:
         start = taskhawk._start_of_children(everything=False)
         assert start == {}
         isolated_jobs.plain.dispatch()
-        [received] = queued()
+        [received] = receive_all()
         child = taskhawk._Child(start, 1, threading.Event())
         assert child.process(received) == Outcome(Fate.acknowledge)
         assert isolated_notes(isolated_jobs) == [f"plain {os.getpid()}"]
@@ -11320,7 +11173,7 @@ class TestLambda:
         """All are run, and failures are raised; of SQS, what succeeded is deleted before.
 
         Or they are in the answer, where that is wanted, and Lambda deletes the others. SNS
-        has no such answer. Where nothing failed, nothing is called.
+        has no such answer, nor a delay of ours. Where nothing failed, nothing is called.
         """
         event = lambda_event(*calls, make=LAMBDA_RECORDS[kind])
         answer, errors = lambda_consume(event, partial_batch=partial_batch)
@@ -11335,11 +11188,13 @@ class TestLambda:
         deletes = kind == "SQS" and failed and not partial_batch
         done = {n for n in range(1, len(calls) + 1) if deletes and n not in failed}
         assert lambda_deleted(lambda_sqs) == sorted(done)
-        most = len(lambda_sqs.asked("DeleteMessageBatch"))
-        assert most == math.ceil(len(done) / 10)
+        count = len(lambda_sqs.asked("DeleteMessageBatch"))
+        assert count == math.ceil(len(done) / 10)
         url = f"{lambda_sqs.url}/123456789012/TASKHAWK-DEV-MYAPP"
         assert {call.data["QueueUrl"] for call in lambda_sqs.calls} <= {url}
         assert "GetQueueUrl" not in lambda_sqs.actions  # its role may not look it up
+        if kind == "SNS" or not failed:
+            assert lambda_sqs.calls == []
 
     def test_embedded_broker(self, lambda_runs):
         """A handler can be tried out on a machine whose broker is the embedded one, without AWS."""
@@ -11498,11 +11353,6 @@ class TestLambda:
             f"{name} m3): attempt 1 asked to be retried and is left to Lambda: later",
             "message m4? is left to Lambda: wrong",
         ]
-
-    def test_delays_of_sns(self, lambda_sqs, lambda_runs):
-        """Behind SNS a retry has no delay of ours: Lambda has its own."""
-        lambda_consume(lambda_event("in 90.5 s", 1, make=lambda_sns_record))
-        assert lambda_sqs.calls == []
 
     @pytest.mark.parametrize("kind", LAMBDA_RECORDS)
     def test_metadata(self, kind, lambda_sqs):
@@ -11710,6 +11560,7 @@ class TestLambda:
 
 # --- 20. dead letters -----------------------------------------------------------------
 
+GONE = f"{NO_QUEUE} (NonExistentQueue: The specified queue does not exist.)"
 REFUSED = ["InternalError"] * 2
 COPIED = "copied, but not deleted: "
 NOT_DELETED = [f"{COPIED}InternalError"] * 2
@@ -11732,7 +11583,10 @@ def put_dead_letters(broker: taskhawk.Broker, count: int, *args: Any) -> str:
     """Send so many messages to the dead letters, and return the name of that queue."""
     queue = f"{broker.destination(Priority.default)}-DLQ"
     for number in range(count):
-        assert broker.send(queue, [Outgoing(body_of(number, *args), {})]) == []
+        assert (
+            broker.send(queue, [Outgoing(processing_body(args=[number, *args]), {})])
+            == []
+        )
     return queue
 
 
@@ -11760,7 +11614,9 @@ class TestDeadLetters:
         header = {"n": {"DataType": "String", "StringValue": "é"}}
         error = {"taskhawk.error": {"DataType": "String", "StringValue": "{}"}}
         queue = broker.destination(Priority.high)
-        broker.send(f"{queue}-DLQ", [Outgoing(body_of(1), {**error, **header})])
+        broker.send(
+            f"{queue}-DLQ", [Outgoing(processing_body(args=[1]), {**error, **header})]
+        )
         assert taskhawk.requeue_dead_letter(Priority.high) == 1
         (received,) = receive_all(Priority.high)
         assert json.loads(received.body)["args"] == [1]
@@ -11928,11 +11784,6 @@ class TestDeadLetters:
     def test_no_queue(self, ministack, sqs_client, queue_name):
         """Without the queue, its RedrivePolicy or its dead-letter queue, the error says so."""
         client, queue = sqs_client(ministack), f"TASKHAWK-{queue_name}"
-        gone = (
-            "there is no such queue here: make it, or check TASKHAWK_QUEUE,"
-            " AWS_REGION and the account (NonExistentQueue: The specified queue does not"
-            " exist.)"
-        )
 
         def error() -> str:
             configure_aws(ministack, queue_name)
@@ -11940,14 +11791,14 @@ class TestDeadLetters:
                 taskhawk.requeue_dead_letter(Priority.default)
             return str(raised.value)
 
-        assert error() == f"{queue}: {gone}"
+        assert error() == f"{queue}: {GONE}"
         url = client.create_queue(QueueName=queue)["QueueUrl"]
         assert error() == f"{queue}: it has no dead-letter queue (no RedrivePolicy)"
         client.delete_queue(QueueUrl=url)
         make_queue(client, queue)
         url = client.get_queue_url(QueueName=f"{queue}-DLQ")["QueueUrl"]
         client.delete_queue(QueueUrl=url)
-        assert error() == f"{queue}-DLQ: {gone}"
+        assert error() == f"{queue}-DLQ: {GONE}"
 
     def test_lambda_app(self, scripted, queue_name, caplog):
         """For a Lambda app there is nothing to do, and a warning says so."""
@@ -11994,7 +11845,7 @@ class Letters:
 
     def put(self, changes: dict[str, Any], error: Any = None) -> None:
         """Put one more there."""
-        body = json.dumps({**json.loads(body_of(0)), **changes})
+        body = json.dumps({**json.loads(processing_body(args=[0])), **changes})
         recorded = {"DataType": "String", "StringValue": json.dumps(error)}
         self.broker.send(
             f"{self.queue}-DLQ", [Outgoing(body, {"taskhawk.error": recorded})]
@@ -12273,13 +12124,10 @@ class TestDeadLetterCommands:
         letters = Letters(capsys)
         scripted.always("ChangeMessageVisibilityBatch", fault("AccessDenied"))
         assert len(letters("list")) == 3
-        assert caplog.messages == [
-            (
-                "3 of 3 dead letters looked at stay hidden for a while:"
-                f" {letters.queue}-DLQ: {DENIED.format('ChangeMessageVisibility')}"
-                " (AccessDenied: no)"
-            )
-        ]
+        denied = DENIED.format("ChangeMessageVisibility")
+        hidden = "3 of 3 dead letters looked at stay hidden for a while"
+        error = f"{letters.queue}-DLQ: {denied} (AccessDenied: no)"
+        assert caplog.messages == [f"{hidden}: {error}"]
 
 
 # --- 21. infrastructure ---------------------------------------------------------------
@@ -12383,14 +12231,8 @@ class TestStats:
     def test_no_queue(self, ministack, queue_name, capsys):
         """Where there is no queue at all, such as for a mistyped name, it is an error."""
         configure_aws(ministack, queue_name)
-        assert command_error(capsys, "stats") == (
-            2,
-            (
-                f"taskhawk: TASKHAWK-{queue_name}: there is no such queue here: make it, or"
-                " check TASKHAWK_QUEUE, AWS_REGION and the account (NonExistentQueue:"
-                " The specified queue does not exist.)"
-            ),
-        )
+        sentence = f"taskhawk: TASKHAWK-{queue_name}: {GONE}"
+        assert command_error(capsys, "stats") == (2, sentence)
 
     def test_denied(self, scripted, capsys):
         """What is not allowed is an error, not a queue that is not there."""
@@ -12709,6 +12551,32 @@ AWS_ACCESS_KEY=,AWS_SECRET_KEY=
 """
 
 
+FINDINGS = """
+warning
+    {name}: its visibility timeout of 30 s is below slow's limit of 60 s: where no
+    worker extends it, such as in Lambda, the task runs twice at once. Fix: set
+    VisibilityTimeout above 60 s
+error
+    {name}: its maxReceiveCount of 2 is not above quick's 2 retries: the queue gives up
+    before the task's policy does. Fix: python -m taskhawk provision
+    --max-receive-count 4
+error
+    {name}: its maxReceiveCount of 2 is not above slow's 2 retries: the queue gives up
+    before the task's policy does. Fix: python -m taskhawk provision
+    --max-receive-count 4
+warning
+    {name}: its maxReceiveCount is 2: a few crashes or releases make a dead letter of a
+    good message. Fix: python -m taskhawk provision --max-receive-count 5
+warning
+    {name}-DLQ: it keeps messages for 86400 s, and {name} for 86400 s: the time counts
+    from the first sending: a dead letter may expire at once. Fix: python -m taskhawk
+    provision
+warning
+    {name}: it takes messages of at most 262144 bytes: SQS takes 1 MiB, and larger ones
+    are refused at dispatch. Fix: python -m taskhawk provision
+"""
+
+
 class TestCheck:
     """What is wrong is found before it loses messages, with what mends it."""
 
@@ -12766,40 +12634,10 @@ class TestCheck:
         taskhawk.task(name="slow", time_limit=60, retry=retry)(plain)
         taskhawk.task(name="quick", time_limit=30, retry=retry)(plain)
         configure_aws(ministack, queue_name)
-        more = "Fix: python -m taskhawk provision --max-receive-count"
-        assert check(capsys) == (
-            1,
-            [
-                (
-                    f"error: {name}: its maxReceiveCount of 2 is not above quick's 2 retries:"
-                    f" the queue gives up before the task's policy does. {more} 4"
-                ),
-                (
-                    f"warning: {name}: its visibility timeout of 30 s is below slow's limit of"
-                    " 60 s: where no worker extends it, such as in Lambda, the task runs"
-                    " twice at once. Fix: set VisibilityTimeout above 60 s"
-                ),
-                (
-                    f"error: {name}: its maxReceiveCount of 2 is not above slow's 2 retries:"
-                    f" the queue gives up before the task's policy does. {more} 4"
-                ),
-                (
-                    f"warning: {name}: its maxReceiveCount is 2: a few crashes or releases"
-                    f" make a dead letter of a good message. {more} 5"
-                ),
-                (
-                    f"warning: {name}-DLQ: it keeps messages for 86400 s, and {name} for 86400"
-                    " s: the time counts from the first sending: a dead letter may expire at"
-                    " once. Fix: python -m taskhawk provision"
-                ),
-                (
-                    f"warning: {name}: it takes messages of at most 262144 bytes: SQS takes 1"
-                    " MiB, and larger ones are refused at dispatch. Fix: python -m taskhawk"
-                    " provision"
-                ),
-                "6 found",
-            ],
-        )
+        found = [
+            f"{kind}: {sentence}" for kind, sentence in told(FINDINGS.format(name=name))
+        ]
+        assert check(capsys) == (1, [*found, "6 found"])
 
     def test_no_dead_letter_queue(self, ministack, sqs_client, queue_name, capsys):
         """A dead-letter queue that is gone is an error, and the other queues are looked at too."""
@@ -12813,21 +12651,14 @@ class TestCheck:
         client.delete_queue(QueueUrl=url)
         configure_aws(ministack, queue_name)
         gone = (
-            f"error: {name}-DLQ: no such queue: what fails is retried until it expires."
+            f"error: {name}-DLQ: no such queue: what fails is retried until it expires"
         )
-        other = f"{gone} Fix: make it, or correct the RedrivePolicy"
+        other = f"{gone}. Fix: make it, or correct the RedrivePolicy"
         assert check(capsys, "--priority=low") == (1, [other, "1 found"])
-        assert check(capsys, "--priority=default", "--priority=bulk") == (
-            1,
-            [
-                f"{gone} Fix: python -m taskhawk provision",
-                (
-                    f"error: {name}-BULK: no such queue: dispatch raises. Fix: python -m"
-                    " taskhawk provision"
-                ),
-                "2 found",
-            ],
-        )
+        make = "Fix: python -m taskhawk provision"
+        bulk = f"error: {name}-BULK: no such queue: dispatch raises. {make}"
+        found = [f"{gone}. {make}", bulk, "2 found"]
+        assert check(capsys, "--priority=default", "--priority=bulk") == (1, found)
 
     def test_kept_for_long(self, ministack, sqs_client, queue_name, capsys):
         """Where provisioning would not mend it, the remedy is another."""
@@ -12889,31 +12720,20 @@ class TestCheck:
         """A task that a worker of these priorities would not serve is a warning."""
         taskhawk.task(name="resize", priority=Priority.bulk)(plain)
         assert check(capsys) == (0, ["nothing is wrong"])
-        assert check(capsys, "--priority=high") == (
-            0,
-            [
-                (
-                    "warning: task resize is of priority bulk: a worker that serves these"
-                    " priorities does not run it. Fix: serve --priority bulk too, here or in"
-                    " another worker"
-                ),
-                "1 found",
-            ],
+        warning = (
+            "warning: task resize is of priority bulk: a worker that serves these priorities"
+            " does not run it. Fix: serve --priority bulk too, here or in another worker"
         )
+        assert check(capsys, "--priority=high") == (0, [warning, "1 found"])
 
     def test_main(self, sqlite, capsys):
         """A task that is registered under __main__ is found by no worker."""
         taskhawk.task(name="__main__.job")(plain)
-        assert check(capsys) == (
-            1,
-            [
-                (
-                    "error: task __main__.job is of __main__: a worker can't find it under that"
-                    " name. Fix: move it to a module"
-                ),
-                "1 found",
-            ],
+        error = (
+            "error: task __main__.job is of __main__: a worker can't find it under that"
+            " name. Fix: move it to a module"
         )
+        assert check(capsys) == (1, [error, "1 found"])
 
 
 # --- 22. command line -----------------------------------------------------------------
