@@ -6103,14 +6103,22 @@ def _log_again(fields: Mapping[str, Any]) -> None:
         logger.handle(record)
 
 
-def _log_only_to(handler: logging.Handler, level: int) -> None:
-    """Have all records go to one handler, whatever the application has configured."""
+def _all_loggers() -> Iterator[logging.Logger]:
+    """Yield all loggers that there are, the root first."""
     root = logging.getLogger()
+    yield root
     for logger in list(root.manager.loggerDict.values()):
         if isinstance(logger, logging.Logger):  # else a place in a dotted name
-            logger.handlers.clear()
-            logger.propagate = True
-    root.handlers[:] = [handler]
+            yield logger
+
+
+def _log_only_to(handler: logging.Handler, level: int) -> None:
+    """Have all records go to one handler, whatever the application has configured."""
+    for logger in _all_loggers():
+        logger.handlers.clear()
+        logger.propagate = True
+    root = logging.getLogger()
+    root.addHandler(handler)
     root.setLevel(level)
     _log.logger.disabled = False  # as logging.config does to those made before it
 
@@ -7839,31 +7847,24 @@ def _set_up_logging(level: str | None, log_format: str | None) -> None:
     :param level: None leaves it to the application, or INFO
     :param log_format: "text" or "json"; None leaves it to the application, or text
     """
+    formatters = {"text": _TextFormatter("%(asctime)s"), "json": _JsonFormatter()}
     ours = logging.StreamHandler()
-    ours.setFormatter(_TextFormatter("%(asctime)s"))
+    ours.setFormatter(formatters["text"])
     logging.basicConfig(level=logging.INFO, handlers=[ours])
     _log.logger.disabled = False
     if level:
         logging.getLogger().setLevel(level.upper())
         _log.logger.setLevel(level.upper())
     for name in ("botocore", "urllib3"):  # what they say of a request is no news
-        logger = logging.getLogger(name)
-        logger.setLevel(logger.level or logging.WARNING)
-    formatters = {"text": _TextFormatter("%(asctime)s"), "json": _JsonFormatter()}
-    for handler in _log_handlers():
-        # On handlers: a logger's own filters do not see what its children log.
-        handler.addFilter(_add_task)
-        to_terminal = getattr(handler, "stream", None) in (sys.stdout, sys.stderr)
-        if log_format and to_terminal:
-            handler.setFormatter(formatters[log_format])
-
-
-def _log_handlers() -> Iterator[logging.Handler]:
-    """Yield the handlers of all loggers."""
-    yield from logging.getLogger().handlers
-    for logger in list(logging.getLogger().manager.loggerDict.values()):
-        if isinstance(logger, logging.Logger):  # and no place for one
-            yield from logger.handlers
+        library = logging.getLogger(name)
+        library.setLevel(library.level or logging.WARNING)
+    for logger in _all_loggers():
+        for handler in logger.handlers:
+            # On handlers: a logger's own filters do not see what its children log.
+            handler.addFilter(_add_task)
+            to_terminal = getattr(handler, "stream", None) in (sys.stdout, sys.stderr)
+            if log_format and to_terminal:
+                handler.setFormatter(formatters[log_format])
 
 
 def _parser() -> Any:
@@ -7871,22 +7872,21 @@ def _parser() -> Any:
     import argparse
 
     class Parser(argparse.ArgumentParser):
-        """Refuses in one line, and knows no abbreviations: --a is not --all."""
-
-        def __init__(self, **kwargs: Any) -> None:
-            formatter = argparse.RawDescriptionHelpFormatter  # keeps examples in a line
-            kwargs |= {"allow_abbrev": False, "formatter_class": formatter}
-            super().__init__(**kwargs)
+        """Refuses in one line."""
 
         def error(self, message: str) -> typing.NoReturn:
             self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
-    sentence = (__doc__ or "").partition("\n")[0]
-    parser = Parser(prog="taskhawk", description=sentence)
+    make: Any = functools.partial(
+        Parser,
+        allow_abbrev=False,  # --a is not --all
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # an example is one line
+    )
+    parser = make(prog="taskhawk", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--version", action="version", version=VERSION)
-    parser.set_defaults(run=None, parser=parser, modules=(), ids=())
-    parser.set_defaults(log_level=None, log_format=None, json=False)
-    groups = {"": parser.add_subparsers(metavar="COMMAND")}
+    defaults = {"modules": (), "ids": (), "log_level": None, "log_format": None}
+    parser.set_defaults(run=None, parser=parser, json=False, **defaults)
+    groups = {"": parser.add_subparsers(metavar="COMMAND", parser_class=make)}
     for command, (run, options) in _commands.items():
         text, _, example = (inspect.getdoc(run) or command).partition("\n\n")
         group, _, name = command.rpartition(" ")
@@ -7894,7 +7894,7 @@ def _parser() -> Any:
             about = "look at dead letters, send them back or delete them"
             made = groups[""].add_parser(group, help=about, epilog=example)
             made.set_defaults(parser=made)
-            groups[group] = made.add_subparsers(metavar="ACTION")
+            groups[group] = made.add_subparsers(metavar="ACTION", parser_class=make)
         made = groups[group].add_parser(
             name, help=text, description=text, epilog=example
         )
@@ -7912,10 +7912,9 @@ def _load(modules: Iterable[str], command: str) -> None:
     """Import the tasks' modules, and refuse a queue in memory that must be shared."""
     for name in modules:
         if name.endswith(".py") or "/" in name:
-            path = os.path.relpath(name).removesuffix(".py")
-            name_of = path.replace("/", ".")
+            module = os.path.relpath(name).removesuffix(".py").replace("/", ".")
             raise ConfigurationError(
-                f"{command}: {name!r} is a file: name the module, such as {name_of}"
+                f"{command}: {name!r} is a file: name the module, such as {module}"
             )
         with _telling_where(f"the module {name!r} can't be imported"):
             _import(name, "the module")
@@ -8151,10 +8150,9 @@ _MOST_LISTED = 10  # names in a line
 def _names_of(priorities: Iterable[Priority]) -> str:
     """Return the names of these priorities' tasks in a line, if many the first ones."""
     names = sorted(found.name for each in priorities for found in _tasks_of(each))
-    listed = ", ".join(names[:_MOST_LISTED])
     if len(names) > _MOST_LISTED:
-        listed += f" and {len(names) - _MOST_LISTED} more"
-    return listed
+        names[_MOST_LISTED:] = [f"and {len(names) - _MOST_LISTED} more"]
+    return ", ".join(names)
 
 
 def _exit_overdue(ledger: Ledger) -> None:
@@ -8222,13 +8220,12 @@ def _task_named(name: str) -> Task[..., Any]:
         known = sorted(known for known in _registry if known.endswith(f".{name}"))
         known += difflib.get_close_matches(name, _registry, 1)
         if known:
-            raise TaskNotFound(f"{error} Did you mean {known[0]}?") from error
-        if "." not in name:
-            text = (
-                f"{error} Its name begins with its module, such as myapp.tasks.{name}"
-            )
-            raise TaskNotFound(text) from error
-        raise
+            hint = f"Did you mean {known[0]}?"
+        elif "." not in name:
+            hint = f"Its name begins with its module, such as myapp.tasks.{name}"
+        else:
+            raise
+        raise TaskNotFound(f"{error} {hint}") from error
 
 
 @_command("tasks", _MODULES)
@@ -8282,21 +8279,22 @@ def _watch(
     interval_s: float, counts: _AllCounts, show: Callable[[_AllCounts, _Rates], None]
 ) -> None:
     """Count again and again, with the trend; a fault is said, and passes."""
+    counted_at = time.monotonic()
     while True:
-        before, before_s = counts, time.monotonic()
         time.sleep(interval_s)
         try:
-            counts = _count_all()
+            new = _count_all()
         except Exception as error:
             _log.warning("can't count: %s", _one_line(error))
             continue
+        now = time.monotonic()
         rates = {}
-        for name, found in counts.items():
-            earlier = before.get(name)
+        for name, found in new.items():
+            earlier = counts[name]
             if found and earlier:
-                seconds = time.monotonic() - before_s
-                rates[name] = (found.queued - earlier.queued) / seconds
-        show(counts, rates)
+                rates[name] = (found.queued - earlier.queued) / (now - counted_at)
+        show(new, rates)
+        counts, counted_at = new, now
 
 
 def _show_table(counts: _AllCounts, rates: _Rates) -> None:
@@ -8368,10 +8366,11 @@ def _provision(arguments: Any) -> None:
         return
     if arguments.function and not settings.IS_LAMBDA_APP:
         raise ConfigurationError("--lambda: expected IS_LAMBDA_APP to be set")
-    receives, function = arguments.max_receive_count, arguments.function
     resources: list[_Resource] = []
     for priority in _priorities(arguments.priority or _PRIORITIES):
-        resources += _resources(priority, receives, function)
+        resources += _resources(
+            priority, arguments.max_receive_count, arguments.function
+        )
     write = {"terraform": _terraform, "iam": _iam}.get(arguments.format)
     if write:
         print(json.dumps(write(resources), indent=2))
@@ -8439,17 +8438,13 @@ _ID = _many(
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
     """Let SIGTERM and a lost terminal interrupt as Ctrl-C does: scans then clean up."""
-    numbers = []
-    if threading.current_thread() is threading.main_thread():
+    with contextlib.ExitStack() as undo:
         for number in (signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) == signal.SIG_DFL:
-                numbers.append(number)
+            in_main = threading.current_thread() is threading.main_thread()
+            if in_main and signal.getsignal(number) == signal.SIG_DFL:
                 signal.signal(number, signal.default_int_handler)
-    try:
+                undo.callback(signal.signal, number, signal.SIG_DFL)
         yield
-    finally:
-        for number in numbers:
-            signal.signal(number, signal.SIG_DFL)
 
 
 def _filter_of(arguments: Any) -> _LetterFilter:
