@@ -2032,8 +2032,12 @@ class _SqliteFile:
             return int(self._connection().execute(statement, parameters).rowcount)
 
     def open(self) -> None:
-        """Open the file, so that one that is not usable is refused at once."""
+        """Open the file that has the path now, unless it is open."""
         with self.lock:
+            if self._db is not None and self._find_inode() != self._inode:
+                # What is written to a file without a name is lost.
+                _log.warning("%s was removed or replaced: opening it anew", self.path)
+                self.close()
             self._connection()
 
     def close(self) -> None:
@@ -2045,10 +2049,6 @@ class _SqliteFile:
 
     def _connection(self) -> Any:
         """Return the connection, opened where there is none; for who holds the lock."""
-        if self._db is not None and self._find_inode() != self._inode:
-            # What is written to a file without a name is lost.
-            _log.warning("%s was removed or replaced: opening it anew", self.path)
-            self.close()
         if self._db is None:
             self._db = _open_sqlite(self.path)
             self._inode = self._find_inode()
@@ -2056,8 +2056,6 @@ class _SqliteFile:
 
     def _find_inode(self) -> tuple[int, int] | None:
         """Return which file has the path now; None where there is none."""
-        if not self.path:
-            return None
         try:
             status = os.stat(self.path)
         except OSError:
@@ -2199,7 +2197,9 @@ class SqliteBroker(Broker):
             values += (json.dumps(entry.attributes), now_ms, visible_ms)
         insert = """INSERT INTO message
             (queue, message_id, body, attributes, sent_ms, visible_ms) VALUES"""
-        self._file.change(f"{insert} {_marks('(?, ?, ?, ?, ?, ?)', entries)}", values)
+        file = self._file
+        file.open()
+        file.change(f"{insert} {_marks('(?, ?, ?, ?, ?, ?)', entries)}", values)
         return []
 
     def receive(
@@ -2225,9 +2225,10 @@ class SqliteBroker(Broker):
 
     def _claim(self, queue: str, limit: int, lease_s: float) -> list[QueueMessage]:
         """Take the messages that have been visible longest, if there are any."""
-        now_ms = self._in_ms()
+        file, now_ms = self._file, self._in_ms()
+        file.open()
         look = "SELECT max(visible_ms) FROM message WHERE queue = ? AND visible_ms <= ?"
-        [[newest_ms]] = self._file.read(look, (queue, now_ms))
+        [[newest_ms]] = file.read(look, (queue, now_ms))
         if newest_ms is None:
             return []
         if newest_ms > 0:
@@ -2237,12 +2238,13 @@ class SqliteBroker(Broker):
         claim = """UPDATE message SET receipt = id || '-' || ?, visible_ms = ?,
             receive_count = receive_count + 1 WHERE id IN (SELECT id FROM message
             WHERE queue = ? AND visible_ms < 0 ORDER BY visible_ms, id LIMIT ?)"""
-        self._file.change(claim, (token, until_ms, queue, limit))
+        file.change(claim, (token, until_ms, queue, limit))
         find = """SELECT receipt, receive_count, sent_ms, attributes, body, message_id
             FROM message WHERE queue = ? AND visible_ms = ? AND receipt = id || '-' || ?
             ORDER BY id"""
-        rows = self._file.read(find, (queue, until_ms, token))
-        return [self._message(queue, row) for row in rows]
+        rows = file.read(find, (queue, until_ms, token))
+        max_receives = self.info(queue).max_receive_count
+        return [self._message(queue, row, max_receives) for row in rows]
 
     def _show(self, queue: str, now_ms: int) -> None:
         """Show for good the messages whose delay or visibility timeout has ended.
@@ -2260,7 +2262,9 @@ class SqliteBroker(Broker):
             WHERE queue = ? AND visible_ms BETWEEN 0 AND ?"""
         self._file.change(show, (_SHOWN_MS, queue, now_ms))
 
-    def _message(self, queue: str, row: Sequence[Any]) -> QueueMessage:
+    def _message(
+        self, queue: str, row: Sequence[Any], max_receives: int | None
+    ) -> QueueMessage:
         """Return a message that was just received."""
         receipt, receive_count, sent_ms, attributes, body, message_id = row
         return QueueMessage(
@@ -2274,7 +2278,7 @@ class SqliteBroker(Broker):
             message_attributes=json.loads(attributes),
             queue=queue,
             broker=self,
-            max_receive_count=self.info(queue).max_receive_count,
+            max_receive_count=max_receives,
         )
 
     def delete(
@@ -2317,6 +2321,7 @@ class SqliteBroker(Broker):
 
     def depth(self, queue: str) -> Depth:
         """Count exactly, unlike SQS."""
+        self._file.open()
         now_ms = self._in_ms()
         # One statement, and so one moment: each message is counted once.
         count = """SELECT count(*) FILTER (WHERE visible_ms <= ?),
