@@ -1532,8 +1532,8 @@ _SUFFIXES = {
 }
 # Not the order of the enum, whose numbers are 1.4's.
 _URGENCY = (Priority.high, Priority.default, Priority.low, Priority.bulk)
-# The pause before each try of a batch's entries: nobody waits before the first.
-_PAUSES_S = (0, 0.09, 0.3)
+# The pauses between the tries of a batch's entries.
+_PAUSES_S = (0.09, 0.3)
 
 # What makes a sender or broker, by the scheme of its URL: later rooms add theirs.
 _schemes: dict[str, Callable[[str], Sender]] = {}
@@ -1564,9 +1564,9 @@ class Outgoing(NamedTuple):
 
 def _byte_count(content: str | bytes) -> int:
     """Count the bytes of text, or of the value of a binary attribute."""
-    if content.isascii():  # as all of ours is: a character is a byte
-        return len(content)
-    return len(content.encode() if isinstance(content, str) else content)
+    if isinstance(content, str):
+        content = content.encode()
+    return len(content)
 
 
 class Refusal(NamedTuple):
@@ -1630,11 +1630,10 @@ class Sender(typing.Protocol):
 
     def destination(self, priority: Priority) -> str:
         """Return the name of the queue or topic for messages of a priority."""
-        queue = settings.TASKHAWK_QUEUE
-        if queue is None and settings.TASKHAWK_BROKER != "sqs":
-            queue = "default"  # nobody else's queues are in the file
-        if queue is None:
+        if settings.TASKHAWK_BROKER == "sqs":
             queue = settings.require("TASKHAWK_QUEUE")
+        else:  # nobody else's queues are in the file
+            queue = settings.TASKHAWK_QUEUE or "default"
         return f"TASKHAWK-{queue}{_SUFFIXES[priority]}".upper()
 
     def send(self, destination: str, entries: Sequence[Outgoing]) -> list[Refusal]: ...
@@ -1746,8 +1745,7 @@ class QueueMessage:
         :raises PartialFailure: if the service refuses
         """
         if self.broker and self.queue and self.receipt_handle:
-            call = functools.partial(self.broker.delete, self.queue, retry=True)
-            _insist(call, self.receipt_handle)
+            _insist(self.broker.delete, self.queue, self.receipt_handle)
 
     def change_visibility(self, *, VisibilityTimeout: float) -> None:  # noqa: N803
         """Make the message visible again so many seconds from now.
@@ -1758,9 +1756,8 @@ class QueueMessage:
             flight, for example
         """
         if self.broker and self.queue and self.receipt_handle:
-            change = self.broker.change_visibility
-            call = functools.partial(change, self.queue, retry=True)
-            _insist(call, (self.receipt_handle, VisibilityTimeout))
+            change = (self.receipt_handle, VisibilityTimeout)
+            _insist(self.broker.change_visibility, self.queue, change)
 
     def copy(self, attributes: Mapping[str, Mapping[str, Any]]) -> Outgoing:
         """Return the message in the form in which it is sent to another queue.
@@ -1784,21 +1781,22 @@ def _accepted(refusals: Sequence[Refusal]) -> None:
         raise PartialFailure({"Successful": [], "Failed": failed})
 
 
-def _wait_before_try(pause_s: float) -> None:
-    """Wait about so long; before the first try, not even for other threads to run."""
-    if pause_s:
+def _tries(limit: int) -> Iterator[None]:
+    """Yield for each try, at most three: at once for the first, then after pauses."""
+    yield
+    for pause_s in _PAUSES_S[: limit - 1]:
         time.sleep(_jittered(pause_s))
+        yield
 
 
-def _insist(call: _BatchCall, entry: Any) -> None:
-    """Make a call of one entry; try it again where the service is at fault.
+def _insist(call: Callable[..., list[Refusal]], queue: str, entry: Any) -> None:
+    """Delete or change one message; try it again where the service is at fault.
 
     :raises PartialFailure: if the entry is refused in the end
     """
     refusals: list[Refusal] = []
-    for pause_s in _PAUSES_S:
-        _wait_before_try(pause_s)
-        refusals = call([entry])
+    for _ in _tries(3):
+        refusals = call(queue, [entry], retry=True)
         if all(refusal.final for refusal in refusals):
             break
     _accepted(refusals)
@@ -1845,16 +1843,15 @@ def _in_batches(
     one_round = functools.partial(_one_round, call, max_bytes, repeated=repeated)
     refused: dict[int, Refusal] = {}
     remaining: Sequence[int] = range(len(entries))
-    for pause_s in _PAUSES_S[:tries]:
-        if not remaining:
-            break
-        _wait_before_try(pause_s)
+    for _ in _tries(tries):
         answer = one_round([entries[index] for index in remaining])
         for place, index in enumerate(remaining):
             refused.pop(index, None)
             if place in answer:
                 refused[index] = answer[place]._replace(index=index)
         remaining = [i for i, refusal in refused.items() if not refusal.final]
+        if not remaining:
+            break
     return refused
 
 
@@ -1881,7 +1878,7 @@ def _one_round(
 
 
 def _parts(entries: Sequence[Any], max_bytes: int) -> Iterator[Sequence[Any]]:
-    """Yield one or more entries in parts of ten, each together within `max_bytes`.
+    """Yield entries in parts of ten, each together within `max_bytes`.
 
     An entry that is too large by itself is a part of its own: the service says so.
     """
@@ -1895,7 +1892,8 @@ def _parts(entries: Sequence[Any], max_bytes: int) -> Iterator[Sequence[Any]]:
             part, part_bytes = [], 0
         part.append(entry)
         part_bytes += entry_bytes
-    yield part
+    if part:
+        yield part
 
 
 def _send_all(
@@ -1962,16 +1960,11 @@ _SHOWN_MS = 10**15
 _memory_pid = functools.cache(os.getpid)
 
 
-class _SqliteUrl(NamedTuple):
-    """What the URL of a SqliteBroker says; the path of memory is empty."""
+def _parse_sqlite_url(url: str) -> tuple[str, float, int]:
+    """Return the path (empty for memory), the lease in seconds, the receives allowed.
 
-    path: str
-    lease_s: float
-    max_receive_count: int
-
-
-def _parse_sqlite_url(url: str) -> _SqliteUrl:
-    """Read a URL such as sqlite:///queue.db?max_receive_count=3."""
+    A URL is, for example, sqlite:///queue.db?max_receive_count=3.
+    """
     match = re.fullmatch(r"sqlite://(?:/([^?\n]+))?(?:\?(.*))?", url)
     if match is None:
         raise ConfigurationError(
@@ -1985,9 +1978,8 @@ def _parse_sqlite_url(url: str) -> _SqliteUrl:
         options[name] = value
     if path:
         path = os.path.abspath(path)  # a task may change the directory
-    return _SqliteUrl(
-        path, float(options["visibility_timeout_s"]), int(options["max_receive_count"])
-    )
+    lease_s = float(options["visibility_timeout_s"])
+    return path, lease_s, int(options["max_receive_count"])
 
 
 def _check_sqlite_option(name: str, value: str, url: str) -> None:
@@ -3354,8 +3346,7 @@ def extend_visibility_timeout(
     """
     broker = _brokers.broker()
     queue = broker.destination(priority)
-    call = functools.partial(broker.change_visibility, queue, retry=True)
-    _insist(call, (receipt, visibility_timeout_s))
+    _insist(broker.change_visibility, queue, (receipt, visibility_timeout_s))
 
 
 class _EventLoop:

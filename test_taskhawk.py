@@ -3342,7 +3342,7 @@ class TestBatchCalls:
         assert "".join(letters[index] for index in sorted(found)) == refused
         assert all(refusal.index == index for index, refusal in found.items())
         assert next(calls, None) is None
-        assert pauses == [0, 0.09, 0.3][:rounds]
+        assert pauses == [0.09, 0.3][: rounds - 1]
 
     def test_one_call(self):
         """An error in place of an answer refuses each entry, but not for good."""
@@ -3388,15 +3388,16 @@ class TestBatchCalls:
             return []
 
         assert taskhawk._in_batches(call, entries, max_bytes=10) == {}
+        assert taskhawk._in_batches(call, [], 3) == {}
         assert sizes == [[4, 4], [4], [11], [1] * 10, [1, 1]]
 
     @pytest.mark.parametrize(
         ("answers", "pauses_s", "code"),
         [
-            ([""], [0], None),
-            (["a", ""], [0, 0.09], None),
-            (["A"], [0], "C"),
-            (["a", "a", "a"], [0, 0.09, 0.3], "C"),
+            ([""], [], None),
+            (["a", ""], [0.09], None),
+            (["A"], [], "C"),
+            (["a", "a", "a"], [0.09, 0.3], "C"),
         ],
     )
     def test_message_insists(self, pauses, answers, pauses_s, code):
