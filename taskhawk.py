@@ -1840,11 +1840,11 @@ def _in_batches(
     :param repeated: the caller has repeated a call that failed as a whole, as botocore
         does for sends: its entries are not tried again
     """
-    one_round = functools.partial(_one_round, call, max_bytes, repeated=repeated)
     refused: dict[int, Refusal] = {}
     remaining: Sequence[int] = range(len(entries))
     for _ in _tries(tries):
-        answer = one_round([entries[index] for index in remaining])
+        left = [entries[index] for index in remaining]
+        answer = _one_round(call, left, max_bytes, repeated=repeated)
         for place, index in enumerate(remaining):
             refused.pop(index, None)
             if place in answer:
@@ -1856,7 +1856,7 @@ def _in_batches(
 
 
 def _one_round(
-    call: _BatchCall, max_bytes: int, entries: Sequence[Any], *, repeated: bool
+    call: _BatchCall, entries: Sequence[Any], max_bytes: int, *, repeated: bool
 ) -> dict[int, Refusal]:
     """Make a batch call for each ten entries; return the refused ones by index.
 

@@ -3962,17 +3962,32 @@ print(taskhawk._brokers.broker().depth('TASKHAWK-DEFAULT').visible - own - count
         assert sqlite_program(code, url, how) == "0\n"
 
     @pytest.mark.parametrize("successor", [True, False])
-    def test_file_replaced(self, path, url, broker, caplog, successor):
-        """A file that is replaced or removed while it is open is opened anew, and logged."""
+    @pytest.mark.parametrize(
+        ("use", "sent"),
+        [
+            (lambda broker: broker.send("Q", numbered(1)), 1),
+            (lambda broker: broker.receive("Q", 1, 0, None, NEVER), 0),
+            (lambda broker: broker.depth("Q"), 0),
+        ],
+        ids=["send", "receive", "depth"],
+    )
+    def test_file_replaced(  # noqa: PLR0917 - fixtures
+        self, path, url, broker, caplog, successor, use, sent
+    ):
+        """A file that is replaced or removed is noticed by what looks at it or sends."""
         broker.send("Q", numbered(1))
+        (message,) = broker.receive("Q", 1, 0, None, NEVER)
         for file in path.parent.iterdir():
             file.rename(f"{file}.old")
         if successor:
             with contextlib.closing(taskhawk.SqliteBroker(url)) as other:
-                other.send("Q", numbered(1, 7))
-        assert broker.send("Q", numbered(1, 8)) == []
+                other.send("Q", numbered(1))
+        assert broker.delete("Q", [message.receipt_handle]) == []
+        # A receipt is of the file that it was received from.
+        assert caplog.records == []
+        use(broker)
         with contextlib.closing(taskhawk.SqliteBroker(url)) as other:
-            assert other.depth("Q").visible == 1 + successor
+            assert sum(other.depth("Q")) == successor + sent
         (record,) = caplog.records
         text = f"{path} was removed or replaced: opening it anew"
         assert (record.levelname, record.getMessage()) == ("WARNING", text)
