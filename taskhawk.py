@@ -1744,7 +1744,7 @@ class QueueMessage:
 
         :raises PartialFailure: if the service refuses
         """
-        if self.broker and self.queue and self.receipt_handle:
+        if self.broker and self.receipt_handle:
             _insist(self.broker.delete, self.queue, self.receipt_handle)
 
     def change_visibility(self, *, VisibilityTimeout: float) -> None:  # noqa: N803
@@ -1755,7 +1755,7 @@ class QueueMessage:
         :raises PartialFailure: if the service refuses: the message is no longer in
             flight, for example
         """
-        if self.broker and self.queue and self.receipt_handle:
+        if self.broker and self.receipt_handle:
             change = (self.receipt_handle, VisibilityTimeout)
             _insist(self.broker.change_visibility, self.queue, change)
 
@@ -1789,7 +1789,9 @@ def _tries(limit: int) -> Iterator[None]:
         yield
 
 
-def _insist(call: Callable[..., list[Refusal]], queue: str, entry: Any) -> None:
+def _insist(
+    call: Callable[..., list[Refusal]], queue: str | None, entry: object
+) -> None:
     """Delete or change one message; try it again where the service is at fault.
 
     :raises PartialFailure: if the entry is refused in the end
