@@ -3342,7 +3342,7 @@ class TestBatchCalls:
         assert "".join(letters[index] for index in sorted(found)) == refused
         assert all(refusal.index == index for index, refusal in found.items())
         assert next(calls, None) is None
-        assert pauses == [0.09, 0.3][: rounds - 1]
+        assert pauses == [0.09, 0.3][: max(0, rounds - 1)]
 
     def test_one_call(self):
         """An error in place of an answer refuses each entry, but not for good."""
