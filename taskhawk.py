@@ -4461,6 +4461,7 @@ class _Held:
     """
 
     message: QueueMessage
+    queue: str  # its name
     lease_s: float  # how long each extension hides it
     lease_until: float  # before that, nobody else can receive it
     last_at: float  # no lease can end later
@@ -4472,11 +4473,6 @@ class _Held:
     due_at: float = math.inf  # when the call that ends it is to be made
     tries: int = 0  # how often that call has failed
     in_call: bool = False  # a call with it is under way, so that no other is made
-
-    @property
-    def queue(self) -> str:
-        """The name of its queue."""
-        return typing.cast("str", self.message.queue)
 
     @property
     def receipt(self) -> str:
@@ -4612,18 +4608,20 @@ class _Holdings:
         """Hold received messages from now on.
 
         The service hid them at some time between the call and its answer. Where that
-        took long, none is started before an extension shows that its lease still holds.
+        took most of the lease, none is started before an extension shows that its lease
+        still holds.
 
         :param lease_s: for how long the receive asked to hide them
         :param asked_at: when the receive was called
         """
-        is_sure = now - asked_at <= lease_s / 3
+        is_sure = now - asked_at <= lease_s * 2 / 3
         lease_until = asked_at + lease_s
         if not is_sure:
             lease_until = now + lease_s
         for message in messages:
             held = _Held(
                 message,
+                message.queue or "",
                 lease_s,
                 lease_until=lease_until,
                 last_at=asked_at + _LATEST_S,
@@ -4770,19 +4768,25 @@ class _Calls:
 
     def __init__(self, holdings: _Holdings) -> None:
         self._all = holdings
+        self._last: _Kind | None = None
 
     def next(self, now: float) -> _Call | None:
         """Return the call to make now, if one is due, and mark its messages as in it.
 
-        Leases come first, for a message whose lease ends may run twice. Then comes what
-        has been due for longest: neither deletes nor delays can starve the others.
+        Leases come first, for a message whose lease ends may run twice; but one call of
+        the others follows, or extensions that hang would starve them. Of these comes
+        first what has been due for longest.
         """
-        kind, due = _Kind.extend, self._all.leases.due(now)
-        if not due:
-            due = self._due_ends(now)
-            if not due:
-                return None
-            kind = _Kind.delete if due[0].to_delete else _Kind.delay
+        leases, ends = self._all.leases.due(now), self._due_ends(now)
+        if leases and not (ends and self._last is _Kind.extend):
+            kind, due = _Kind.extend, leases
+        elif ends:
+            kind, due = _Kind.delay, ends
+            if ends[0].to_delete:
+                kind = _Kind.delete
+        else:
+            return None
+        self._last = kind
         queue = due[0].queue
         batch = [held for held in due if held.queue == queue][:_MAX_BATCH]
         for held in batch:
@@ -4934,12 +4938,13 @@ class _Keeper:
     ) -> None:
         self._broker, self._clock, self._beat = broker, clock, beat
         self._faults = _Faults()
-        # Guards the holdings, and all that follows. The keeper waits for `_due` and
-        # pollers wait for `ended`: no thread is woken for nothing. Enter the lock
-        # itself: entering a condition takes several steps, and a signal handler that
-        # raises in between would leave it locked.
+        # Guards the holdings, and all that follows. The keeper waits for `_due`, slots
+        # wait for `startable` and pollers for `ended`: no thread is woken for nothing.
+        # Enter the lock itself: entering a condition takes several steps, and a signal
+        # handler that raises in between would leave it locked.
         self.lock = threading.RLock()
         self._due = threading.Condition(self.lock)
+        self.startable = threading.Condition(self.lock)  # notified for each message
         self.ended = threading.Condition(self.lock)  # notified as messages end
         self.holdings = holdings
         self._looks_at = 0.0  # when it looks for what is due, if nobody wakes it
@@ -4976,6 +4981,8 @@ class _Keeper:
                 if not is_done:
                     call = self.holdings.calls.next(now)
                 news = self._take_news()
+                if news:
+                    self.ended.notify_all()  # a message was lost
                 if not (is_done or call or news):
                     self._wait(now)
             self._tell(news)
@@ -5006,6 +5013,7 @@ class _Keeper:
         with self.lock:
             self.holdings.calls.answered(call, refused)
             news = self._take_news()
+            self.startable.notify(self.holdings.waiting)  # their leases may be sure now
             self.ended.notify_all()
         self._tell(news)
         faults = [refusal for refusal in refused.values() if not refusal.final]
@@ -5276,7 +5284,7 @@ def _find_lease(broker: Broker, queue: str, wanted_s: float | None) -> _Lease:
     if wanted_s is None:
         # A timeout of 0 would show to all what was just received.
         wanted_s = info.visibility_timeout_s
-        if wanted_s < 1:
+        if wanted_s == 0:
             wanted_s = _DEFAULT_LEASE_S
     return _Lease(wanted_s, info.max_receive_count)
 
@@ -5301,6 +5309,7 @@ class _Course:
     :param num_messages: how many a receive may bring
     :param max_tasks: after how many starts to stop; None for no limit
     :param polls: how many pollers there are
+    :param paused: how many slots can't run anything until they call :meth:`begin`
     """
 
     def __init__(
@@ -5313,21 +5322,23 @@ class _Course:
         num_messages: int,
         max_tasks: int | None,
         polls: int,
+        paused: int,
     ) -> None:
         self._keeper, self._clock, self._is_told = keeper, clock, is_told
         self._most_running, self._num_messages = slots, num_messages
         self._max_tasks = max_tasks
         self.stop = threading.Event()  # set after the phase working: ends all waits
         self.ended = threading.Event()  # set in the phase ended
-        # The keeper's lock guards the holdings, and all that follows. Slots wait for
-        # `_to_start`, pollers for the keeper's `ended`.
-        self._lock, self._room = keeper.lock, keeper.ended
-        self._to_start = threading.Condition(self._lock)
+        # The keeper's lock guards the holdings, and all that follows. Nobody waits with
+        # a timeout: whatever changes what is waited for notifies, and the watch moves on.
+        self._lock = keeper.lock
+        self._to_start, self._room = keeper.startable, keeper.ended
         self._holdings = keeper.holdings
         self.phase = _Phase.working
         self.fatal: BaseException | None = None  # the error that ended a thread
         self._polls, self._slots = polls, slots  # that have not ended
-        self._paused = 0  # slots that can't run anything for now
+        self._paused = paused  # slots that can't run anything for now
+        self._stuck = 0  # those of them that can't start a child
         self._started = 0  # messages, ever
 
     # For slots.
@@ -5339,8 +5350,10 @@ class _Course:
                 held = self._holdings.start(self._clock())
                 if held:
                     self._started += 1
+                    self._tell_pollers()
                     return held
-                self._to_start.wait(_TICK_S)
+                self._tell_pollers()  # a message may have been lost while it waited
+                self._to_start.wait()
             return None
 
     def finish(self, held: _Held, end: str, delay_s: float | None = 0) -> None:
@@ -5349,21 +5362,34 @@ class _Course:
             self._holdings.finish(held, end, self._clock(), delay_s)
             self._changed()
 
-    def release(self, held: _Held) -> bool:
-        """Note that a slot can't run a message; return whether all others still can."""
+    def release(self, held: _Held) -> None:
+        """Note that a message did not run after all."""
         with self._lock:
             self._holdings.release(held, self._clock())
+            self._keeper.wake()
+
+    def begin(self) -> None:
+        """Note that a slot of an isolated worker has a child, and can run messages."""
+        with self._lock:
+            self._paused -= 1
+            self._changed()
+
+    def suspend(self) -> bool:
+        """Note that a slot can't run messages; return whether it is the only one."""
+        with self._lock:
             self._paused += 1
+            self._stuck += 1
             self._release_if_stuck()
             self._changed()
-            return self._paused == 1
+            return self._stuck == 1
 
     def resume(self) -> bool:
         """Note that a slot can run messages again; return whether all slots can."""
         with self._lock:
             self._paused -= 1
+            self._stuck -= 1
             self._changed()
-            return self._paused == 0
+            return self._stuck == 0
 
     def _release_if_stuck(self) -> None:
         """Leave what waits to other workers, if nothing can be started here."""
@@ -5404,7 +5430,7 @@ class _Course:
                 most = self._find_room()
                 if most:
                     return most
-                self._room.wait(_TICK_S)
+                self._room.wait()
             return 0
 
     def _find_room(self) -> int:
@@ -5488,6 +5514,10 @@ class _Course:
     def _changed(self) -> None:
         """Tell those that wait for what a slot has done."""
         self._keeper.wake()
+        self._tell_pollers()
+
+    def _tell_pollers(self) -> None:
+        """Have pollers receive, if there is room."""
         if self._find_room():
             self._room.notify_all()
 
@@ -5496,6 +5526,7 @@ class _Slot:
     """Runs one message after another, in its thread or in its child.
 
     :param settle: called with each message and the outcome of its run
+    :param is_isolated: whether its child runs all messages
     """
 
     def __init__(
@@ -5503,19 +5534,35 @@ class _Slot:
         course: _Course,
         child: _Child,
         settle: Callable[[_Held, Outcome], None],
+        *,
+        is_isolated: bool,
     ) -> None:
         self.child = child
         self._course, self._settle = course, settle
+        self._is_isolated = is_isolated
 
     def work(self) -> None:
         """Run messages until there are no more; the body of a thread."""
-        try:
-            with _one_event_loop():
+        with _one_event_loop():
+            try:
+                if self._is_isolated:
+                    self._start_child()
                 while held := self._course.next():
                     self._run(held)
-        finally:
-            self.child.close()
-            self._course.slot_ended()
+            except BaseException as error:
+                self._course.fail(error)  # before the phases go on
+                raise
+            finally:
+                self.child.close()
+                self._course.slot_ended()
+
+    def _start_child(self) -> None:
+        """Start the child before the first receive, for what it can't run must wait."""
+        try:
+            self.child.start()
+        except _CannotStart as error:
+            self._pause(error)
+        self._course.begin()
 
     def _run(self, held: _Held) -> None:
         """Run a message, and note what it is to become."""
@@ -5524,10 +5571,8 @@ class _Slot:
             if outcome:
                 self._settle(held, outcome)
         except _CannotStart as error:
-            is_first = self._course.release(held)
-            if is_first:
-                _log.error("can't start a child, goes on trying: %s", error)
-            self._wait_for_child()
+            self._course.release(held)
+            self._pause(error)
         finally:
             if held.runs:
                 # It was interrupted, or killed as the grace ended. Where its child
@@ -5546,8 +5591,11 @@ class _Slot:
                 # parent's, as are all threads and the children of slots.
                 os._exit(0)
 
-    def _wait_for_child(self) -> None:
+    def _pause(self, error: _CannotStart) -> None:
         """Try again and again to start a child, before anything else is run."""
+        is_first = self._course.suspend()
+        if is_first:
+            _log.error("can't start a child, goes on trying: %s", error)
         failures = 1
         while self._course.pause(_pause_s(failures)):
             try:
@@ -5581,6 +5629,9 @@ class _Poller:
                 if not most:
                     break
                 self._try(most)
+        except BaseException as error:
+            self._course.fail(error)  # before the phases go on, or nobody would see it
+            raise
         finally:
             self._course.poll_ended()
 
@@ -5689,6 +5740,8 @@ class Worker:
         self._keeper = _Keeper(
             self._holdings, self.broker, self.clock, self._heart.beat
         )
+        start = _start_of_children(everything=self.isolate)
+        is_isolated = self.isolate and bool(start)
         self._course = _Course(
             self._keeper,
             self.clock,
@@ -5697,15 +5750,16 @@ class Worker:
             num_messages=self.num_messages,
             max_tasks=self.max_tasks,
             polls=len(self.queues),
+            paused=self.concurrency if is_isolated else 0,
         )
         self._keeping = _make_thread(self._course, self._keeper.run)
         self.overdue = threading.Event()  #: set once the grace is over
-        start = _start_of_children(everything=self.isolate)
         self._slots = [
             _Slot(
                 self._course,
                 _Child(start, self.max_tasks_per_child, self.overdue),
                 self.settle,
+                is_isolated=is_isolated,
             )
             for _ in range(self.concurrency)
         ]
@@ -5795,6 +5849,7 @@ class Worker:
         """Stop the worker when it is told to, and give up what outlives its grace."""
         while not self._course.is_told():
             self._signals.wait(_TICK_S)
+            self._course.move_on()
             if self._course.ended.is_set():
                 return  # by itself, so that nobody waits to kill it: it has no deadline
         self._course.move_on()

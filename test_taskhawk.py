@@ -7914,11 +7914,11 @@ class TestHoldings:
         ("took_s", "answer", "starts_at", "news"),
         [
             (0, {}, 0, []),
-            (10, {}, 10, []),  # a third of the lease: two thirds are left for sure
-            (11, {}, 11.1, []),
-            (11, BUSY, None, []),
-            (11, FORBIDDEN, 11.1, []),
-            (11, FINAL, None, [TWICE + "no"]),
+            (20, {}, 20, []),  # two thirds of the lease: a third is left for sure
+            (21, {}, 21.1, []),
+            (21, BUSY, None, []),
+            (21, FORBIDDEN, 21.1, []),
+            (21, FINAL, None, [TWICE + "no"]),
             (29, {}, 29.1, []),
         ],
     )
@@ -8115,7 +8115,7 @@ class TestHoldings:
         assert receipts(holdings.calls.next(1.3)) == ["r1"]
 
     def test_order_of_calls(self):
-        """Leases come first, then what has been due for longest: deletes starve no delay."""
+        """Leases and the others take turns; what has been due for longest comes first."""
         holdings, runs = holding(13)
         holdings.finish(runs[0], "retried", 9, 60)
         for run in runs[1:11]:
@@ -8125,7 +8125,7 @@ class TestHoldings:
         while call := holdings.calls.next(10):
             kinds.append((call.kind.name, len(call.batch)))
             holdings.calls.answered(call, {})
-        assert kinds == [("extend", 10), ("extend", 1), ("delay", 2), ("delete", 10)]
+        assert kinds == [("extend", 10), ("delay", 2), ("extend", 1), ("delete", 10)]
 
     @pytest.mark.parametrize(
         ("delay_s", "entries"), [(None, None), (0, [("r1", 0)]), (60, [("r1", 60)])]
@@ -8925,7 +8925,7 @@ class TestWorker:
 
     def test_fatal_for_one_of_two(self, worker_broker, worker_act):
         """One queue that is missing ends the worker of several; what it holds is released."""
-        ran, missing = threading.Event(), threading.Event()
+        ran, missing, both = (threading.Event() for _ in range(3))
 
         def wait() -> None:
             ran.set()
@@ -8933,7 +8933,9 @@ class TestWorker:
 
         def receive(real: Any, queue: str, *_: Any) -> Any:
             if queue == "A":
+                assert both.wait(WORKER_PATIENCE_S)  # later, there would be no room
                 return real()
+            both.set()
             assert ran.wait(WORKER_PATIENCE_S)
             missing.set()
             raise taskhawk.ConfigurationError("B: no such")
@@ -9227,6 +9229,33 @@ class TestWorker:
         )
         assert re.fullmatch(r"can start a child again; tries that failed: \d+", can)
         del sys.modules["startable"]
+
+    def test_isolated_without_a_child(
+        self, worker_broker, tmp_path, monkeypatch, caplog
+    ):
+        """A worker that isolates all receives nothing before its children have started."""
+        monkeypatch.syspath_prepend(tmp_path)
+        taskhawk.configure(TASKHAWK_BROKER="sqlite://")
+        module = isolated_import(tmp_path, waiting=WORKER_ISOLATED)
+        python = sys.executable
+        monkeypatch.setattr(sys, "executable", str(tmp_path / "nothing"))
+        received: list[int] = []
+
+        def mend() -> None:
+            worker_eventually(lambda: worker_logs(caplog))
+            received.append(
+                worker_after_a_while(lambda: len(worker_broker.made("receive")))
+            )
+            monkeypatch.setattr(sys, "executable", python)
+
+        worker_broker.put(module.fine, ())
+        mender = threading.Thread(target=mend)
+        mender.start()
+        options = {"isolate": True, "concurrency": 2, "clock": worker_fast_clock}
+        ledger = worker_broker.work(**options)
+        mender.join()
+        assert (received, ledger) == ([0], taskhawk.Ledger(1, 1))
+        del sys.modules["waiting"]
 
     def test_stopped_without_a_child(self, worker_broker, tmp_path, monkeypatch):
         """A worker that can't start a child ends when it is told to."""
