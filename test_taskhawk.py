@@ -1972,10 +1972,12 @@ class TestSettings:
     def test_required(self, given, missing):
         """Where a dispatch needs a setting, the error says what to set, and where."""
         taskhawk.configure(given, AWS_REGION="us-east-1")
+        without = "; without AWS, try TASKHAWK_BROKER=sqlite:///queue.db"
+        hint = without if missing == "TASKHAWK_QUEUE" else ""
         assert refused(taskhawk.task(plain, name="settings.plain").dispatch) == (
             f"{missing} is not set: expected {SETTINGS_TABLE[missing][1]}, from"
             " taskhawk.configure(), the module named by SETTINGS_MODULE, Django's"
-            " settings or the environment"
+            f" settings or the environment{hint}"
         )
 
     def test_paths_of_1_4(self):
@@ -5054,6 +5056,7 @@ A_METHOD = (
 )
 A_LAMBDA = "is a lambda: expected a function with a name (def)"
 A_GENERATOR = "is a generator: expected a function that runs when it is called"
+RETRY_WANTED = "a function of the attempt, such as taskhawk.fixed(60, max_retries=3)"
 NO_FUNCTION = "can't be called: expected a function"
 NO_PARAMETERS = "does not tell its parameters: expected a function written in Python"
 NO_NAME = "has no name: pass name= to taskhawk.task"
@@ -5082,8 +5085,8 @@ WRONG_OPTIONS = [
     ("name", 5, "a string"),
     ("priority", "high", "a taskhawk.Priority"),
     ("priority", 2, "a taskhawk.Priority"),
-    ("retry", 5, "a function of the attempt"),
-    ("retry", 0, "a function of the attempt"),
+    ("retry", 5, RETRY_WANTED),
+    ("retry", 0, RETRY_WANTED),
     ("retry_on", [ValueError], "exceptions"),
     ("retry_on", ("ValueError",), "exceptions"),
     ("never_retry_on", 5, "exceptions"),
@@ -6168,16 +6171,22 @@ except taskhawk.ValidationError as error:
         [
             (900.001, 900, "900.001"),
             (timedelta(days=1), 900, "86400"),
-            (1, 0, "1"),  # SNS delays nothing
         ],
     )
     def test_delay_too_long(self, aws, mail, delay, limit, shown):
         """A delay that the service can't keep is refused before anything is sent."""
-        configure_aws(aws.url, "app", IS_LAMBDA_APP=limit == 0)
+        configure_aws(aws.url, "app")
         assert refused(mail.with_delay(delay).dispatch) == (
             f"mail.send: the queue can hold a message back for at most {limit} s, got"
             f" {shown} s"
         )
+        assert aws.calls == []
+
+    def test_delay_sns(self, aws, mail):
+        """A delay is refused where a Lambda app publishes, for SNS has none."""
+        configure_aws(aws.url, "app", IS_LAMBDA_APP=True)
+        sentence = "mail.send: SNS can't delay messages"
+        assert refused(mail.with_delay(1).dispatch) == sentence
         assert aws.calls == []
 
     def test_delay_sqlite(self, tmp_path, mail):
@@ -13607,7 +13616,10 @@ class TestVendoring:
         ran = f"ran\nran apart: True\n{VENDOR_LEDGER}" * works
         assert result.stdout == f"2 dispatched\n{ran}"
         result = run_python(["-m", "service.vendor.taskhawk", "demo"], cwd=tmp_path)
-        error = "taskhawk: this copy of the file has no command line\n"
+        error = (
+            "taskhawk: this copy of the file has no command line: vendor it whole, or"
+            " call listen_for_messages() in a script\n"
+        )
         assert (result.returncode, result.stderr) == (2, error)
 
     @pytest.mark.slow
