@@ -3514,12 +3514,8 @@ def _flaw_of_function(fn: Any, name: object) -> str:
     # These two first: the others look into the function.
     if isinstance(fn, Task):
         return "is a task already: decorate it once"
-    if isinstance(fn, str):
-        return "is no function: pass a name as name="
-    if isinstance(fn, Priority):
-        return "is no function: pass a priority as priority="
     if not callable(fn):
-        return "can't be called: expected a function"
+        return _flaw_of_value(fn)
     if _is_method(fn):
         return (
             "is a method: expected a function, which a message can call without an"
@@ -3532,6 +3528,15 @@ def _flaw_of_function(fn: Any, name: object) -> str:
     if not name and not hasattr(fn, "__name__"):
         return "has no name: pass name= to taskhawk.task"
     return ""
+
+
+def _flaw_of_value(value: object) -> str:
+    """Return what to do with a value that can't be called."""
+    if isinstance(value, str):
+        return "is no function: pass a name as name="
+    if isinstance(value, Priority):
+        return "is no function: pass a priority as priority="
+    return "can't be called: expected a function"
 
 
 def _is_method(fn: Any) -> bool:
@@ -7947,7 +7952,7 @@ def _load(modules: Iterable[str], command: str) -> None:
                 f"{command}: {name!r} is a file: name the module, such as {module}"
             )
         with _telling_where(f"the module {name!r} can't be imported"):
-            _import_tasks(name, command)
+            _import_named(name, command)
     if not command.startswith(_QUEUE_COMMANDS):
         return
     with _telling_where(_UNREADABLE):
@@ -7960,7 +7965,7 @@ def _load(modules: Iterable[str], command: str) -> None:
         )
 
 
-def _import_tasks(name: str, command: str) -> None:
+def _import_named(name: str, command: str) -> None:
     """Import a module of tasks; refuse the name of a task, which is a likely slip."""
     try:
         _import(name, "the module")

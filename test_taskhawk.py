@@ -1633,6 +1633,9 @@ class TestSettings:
         assert refused(taskhawk.configure, colour="red") == (
             "colour is not a setting of taskhawk"
         )
+        assert refused(taskhawk.configure, TASKHAWK_FOO=2) == (
+            "TASKHAWK_FOO is not a setting of taskhawk"
+        )
         # Reading one is an AttributeError.
         read = (getattr, taskhawk.settings, "TASKHAWK_SINC")
         assert refused(*read, error=AttributeError) == sentence + suggestion
@@ -5072,7 +5075,13 @@ NO_TASKS: list[tuple[Any, dict[str, Any], str]] = [
     (generates, {}, f"generates {A_GENERATOR}"),
     (generates_async, {}, f"generates_async {A_GENERATOR}"),
     (None, {}, f"None {NO_FUNCTION}"),
-    ("x.y", {"name": "x"}, f"'x.y' {NO_FUNCTION}"),
+    (5, {"name": "x"}, f"5 {NO_FUNCTION}"),
+    ("x.y", {}, "'x.y' is no function: pass a name as name="),
+    (
+        Priority.high,
+        {},
+        f"{Priority.high!r} is no function: pass a priority as priority=",
+    ),
     (classmethod(plain), {}, f"plain {NO_FUNCTION}"),
     (TASK, {}, "plain is a task already: decorate it once"),
     (many, {"name": "x"}, f"x: {STARRED}"),
@@ -6565,6 +6574,22 @@ class TestBatch:
         expected = [*calls.values(), ([], {}), ([], {"text": "c"}), ([[1, 2]], {})]
         assert [(data["args"], data["kwargs"]) for data in messages] == expected
         assert len({message["id"] for message in messages}) == 9
+
+    @pytest.mark.parametrize(
+        ("wrong", "sentence"),
+        [
+            ((1, 2, 3, 4), "mail.send: too many positional arguments"),
+            (b"x", "mail.send: args[0] is not JSON: bytes is not a JSON type"),
+        ],
+    )
+    def test_dispatch_many_names_the_call(self, sqlite, mail, wrong, sentence):
+        """An error about a call has a note that says which one it is."""
+        with pytest.raises((TypeError, taskhawk.ValidationError)) as caught:
+            mail.dispatch_many([1, wrong])
+        assert str(caught.value) == sentence
+        note = "This is call 1 of dispatch_many(), from 0."
+        assert caught.value.__notes__ == [note]
+        assert receive_all() == []
 
     def test_dispatch_many_options(self, aws, mail):
         """An invocation's headers, priority and delay are those of each message."""
@@ -11575,6 +11600,12 @@ def bring_dead_letters(aws: ScriptedAws, count: int, receipts: Iterator[str]) ->
 class TestDeadLetters:
     """Dead letters go back to their queues without one being lost."""
 
+    def test_requeue_of_no_priority(self, sqlite):
+        """What is no Priority is refused."""
+        assert refused(taskhawk.requeue_dead_letter, "default") == (
+            "priority: expected a taskhawk.Priority, got 'default'"
+        )
+
     def test_requeue(self, broker):
         """They go back to the queue of their priority as they were, without taskhawk.error."""
         header = {"n": {"DataType": "String", "StringValue": "é"}}
@@ -12755,6 +12786,11 @@ tasks
     tasks: no task is registered: name the modules that define them, such as myapp.tasks
 listen nowhere.tasks
     the module 'nowhere.tasks' can't be imported: No module named 'nowhere'
+listen job.add
+    listen: job.add is a task: name its module, job
+listen none
+    listen: none: no task of this taskhawk is defined there; if it uses a vendored copy,
+    run python -m PACKAGE.taskhawk listen none
 listen ./job.py
     listen: './job.py' is a file: name the module, such as job
 check shop/tasks.py
@@ -13026,8 +13062,19 @@ class TestCommandLine:
         """What can't work is said in one line, with the exit code 2."""
         odd = "import taskhawk\n@taskhawk.task\ndef f(*args): ..."
         (command_folder / "odd.py").write_text(odd)
+        (command_folder / "none.py").touch()
         monkeypatch.setenv("TASKHAWK_BROKER", "sqlite:///queue.db")
         assert command_error(capsys, *arguments.split()) == (2, f"taskhawk: {sentence}")
+
+    def test_unknown_option(self, capsys):
+        """An unknown option is refused with a pointer to the command's own help."""
+        assert command_error(capsys, "dead-letters", "list", "--older", "3h") == (
+            2,
+            (
+                "taskhawk dead-letters list: unrecognized arguments: --older 3h; see"
+                " taskhawk dead-letters list --help"
+            ),
+        )
 
     @pytest.mark.parametrize("case", WRONG_OPTIONS.strip().splitlines())
     def test_wrong_options(self, capsys, case):
@@ -13242,6 +13289,8 @@ class TestCommandLine:
         caplog.set_level(logging.INFO)
         assert taskhawk.main(command.split()) == 0
         assert caplog.messages[0] == served.replace("BROKER", broker)
+        level = "WARNING" if "for no task" in served else "INFO"
+        assert caplog.records[0].levelname == level
 
     def test_many_tasks(self):
         """Of many tasks, the first ten are named."""
@@ -13475,6 +13524,7 @@ class TestVendoring:
         path = vendor_package(tmp_path)
         code, report = vendor(capsys, path)
         banners = re.findall(r"(?m)^# (?:===|--- \d+\.) (.+?) [-=]+$", house_source())
+        banners.remove("PART I: MEANING")  # has no text of its own
         assert (code, report) == (
             0,
             {
@@ -13495,6 +13545,24 @@ class TestVendoring:
             result = run_python([*copy, *map(str, arguments)], cwd=tmp_path)
             assert (result.returncode, result.stderr) == (0, "")
         assert path.read_text() == (tmp_path / "other.py").read_text() == text
+
+    def test_no_copy(self, tmp_path, capsys):
+        """A folder, or a copy to check that is not there, is refused by name."""
+        folder, gone = f"{tmp_path}", f"{tmp_path}/nosuch.py"
+        assert command_error(capsys, "vendor", f"{folder}/") == (
+            2,
+            (
+                f"taskhawk: vendor: {folder} is a folder. Fix: name the file, such as"
+                f" {folder}/taskhawk.py"
+            ),
+        )
+        assert command_error(capsys, "vendor", "--check", gone) == (
+            2,
+            (
+                f"taskhawk: vendor: {gone} does not exist. Fix: name the file of a"
+                " vendored copy"
+            ),
+        )
 
     @pytest.mark.parametrize("edit", VENDOR_EDITS)
     def test_changed_by_hand(self, edit, tmp_path, capsys):
