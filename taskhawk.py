@@ -200,7 +200,11 @@ def _run_program(argv: Sequence[str]) -> int:
         return _programs[argv[0]](argv[1:])
     if "" in _programs:
         return _programs[""](argv)
-    print("taskhawk: this copy of the file has no command line", file=sys.stderr)
+    print(
+        "taskhawk: this copy of the file has no command line: vendor it whole, or call"
+        " listen_for_messages() in a script",
+        file=sys.stderr,
+    )
     return 2
 
 
@@ -688,11 +692,14 @@ class _Settings:
         """Return a setting that has no default; raise ConfigurationError if unset."""
         value = getattr(self, name)
         if value is None:
-            raise ConfigurationError(
+            sentence = (
                 f"{name} is not set: expected {_SETTINGS[name].expected}, from"
                 " taskhawk.configure(), the module named by SETTINGS_MODULE, Django's"
                 " settings or the environment"
             )
+            if name == "TASKHAWK_QUEUE":
+                sentence += "; without AWS, try TASKHAWK_BROKER=sqlite:///queue.db"
+            raise ConfigurationError(sentence)
         return value
 
     def credentials(self) -> dict[str, str]:
@@ -804,7 +811,8 @@ def _no_setting(name: str, where: str = "") -> str:
     import difflib
 
     sentence = f"{name}{where} is not a setting of taskhawk"
-    near = difflib.get_close_matches(name, _SETTINGS, 1)
+    # The prefix alone makes names alike, so they must be nearer than by default.
+    near = difflib.get_close_matches(name, _SETTINGS, 1, cutoff=0.8)
     if near:
         sentence += f"; did you mean {near[0]}?"
     return sentence
@@ -3505,7 +3513,7 @@ def _flaw_of_function(fn: Any, name: object) -> str:
     if isinstance(fn, Task):
         return "is a task already: decorate it once"
     if not callable(fn):
-        return "can't be called: expected a function"
+        return _flaw_of_value(fn)
     if _is_method(fn):
         return (
             "is a method: expected a function, which a message can call without an"
@@ -3518,6 +3526,15 @@ def _flaw_of_function(fn: Any, name: object) -> str:
     if not name and not hasattr(fn, "__name__"):
         return "has no name: pass name= to taskhawk.task"
     return ""
+
+
+def _flaw_of_value(value: object) -> str:
+    """Return what to do with a value that can't be called."""
+    if isinstance(value, str):
+        return "is no function: pass a name as name="
+    if isinstance(value, Priority):
+        return "is no function: pass a priority as priority="
+    return "can't be called: expected a function"
 
 
 def _is_method(fn: Any) -> bool:
@@ -3545,7 +3562,12 @@ def _flaw_of_options(
     rows = [
         ("name", name, isinstance(name, str | None), "a string"),
         ("priority", priority, isinstance(priority, Priority), "a taskhawk.Priority"),
-        ("retry", retry, retry is None or callable(retry), "a function of the attempt"),
+        (
+            "retry",
+            retry,
+            retry is None or callable(retry),
+            "a function of the attempt, such as taskhawk.fixed(60, max_retries=3)",
+        ),
         ("retry_on", retry_on, _are_exceptions(retry_on), "exceptions"),
         (
             "never_retry_on",
@@ -3755,13 +3777,18 @@ class AsyncInvocation(Generic[_P]):
         :returns: the number of calls
         :raises PartialFailure: if some were not accepted; no more of `calls` was read
             then
-        :raises Exception: as :meth:`dispatch`; earlier calls may have been queued then
+        :raises Exception: as :meth:`dispatch`; earlier calls may have been queued then,
+            and a note on the error says which call is wrong
         """
         count = 0
         waiting: list[_Ready] = []  # at most ten, unless a batch() is around this
         for call in calls:
-            message = self._message(*_arguments_of(call))
-            waiting.append(_prepare(message))
+            try:
+                message = self._message(*_arguments_of(call))
+                waiting.append(_prepare(message))
+            except (TypeError, ValidationError) as error:
+                error.add_note(f"This is call {count} of dispatch_many(), from 0.")
+                raise
             count += 1
             if len(waiting) == _MAX_BATCH:
                 _send_all_ready(waiting)
@@ -3826,6 +3853,8 @@ def _prepare(message: Message) -> _Ready:
     body = _encode(message)
     entry = Outgoing(body, _attributes_of(message.headers), message.delay_s)
     sender = _brokers.sender()
+    if entry.delay_s and not sender.max_delay_s:
+        raise ConfigurationError(f"{message.task_name}: SNS can't delay messages")
     if entry.delay_s > sender.max_delay_s:
         raise ConfigurationError(
             f"{message.task_name}: the queue can hold a message back for at most"
@@ -7167,6 +7196,10 @@ def requeue_dead_letter(
     :raises ConfigurationError: if the queue has no dead-letter queue
     :raises PartialFailure: if some were not; they are still among the dead letters
     """
+    if not isinstance(priority, Priority):
+        raise ConfigurationError(
+            f"priority: expected a taskhawk.Priority, got {priority!r}"
+        )
     if settings.IS_LAMBDA_APP:
         _log.warning(
             "requeue_dead_letter: not supported for Lambda apps, whose queues are"
@@ -7837,7 +7870,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # for ASCII and Latin-1
-    arguments = _parser().parse_args(argv)
+    arguments, unknown = _parser().parse_known_args(argv)
+    if unknown:  # refused by the command itself, whose help lists its options
+        arguments.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if arguments.run is None:
         arguments.parser.print_help(sys.stderr)
         return 2
@@ -7951,7 +7986,7 @@ def _parser() -> Any:
         made = groups[group].add_parser(
             name, help=text, description=text, epilog=example
         )
-        made.set_defaults(command=command, run=run)
+        made.set_defaults(command=command, run=run, parser=made)
         for option, kwargs in options:
             made.add_argument(option, **kwargs)
     return parser
@@ -7970,7 +8005,7 @@ def _load(modules: Iterable[str], command: str) -> None:
                 f"{command}: {name!r} is a file: name the module, such as {module}"
             )
         with _telling_where(f"the module {name!r} can't be imported"):
-            _import(name, "the module")
+            _import_named(name, command)
     if not command.startswith(_QUEUE_COMMANDS):
         return
     with _telling_where(_UNREADABLE):
@@ -7981,6 +8016,19 @@ def _load(modules: Iterable[str], command: str) -> None:
             f"{command}: sqlite:// is the memory of one process:"
             " use a file, such as sqlite:///queue.db"
         )
+
+
+def _import_named(name: str, command: str) -> None:
+    """Import a module of tasks; refuse the name of a task, which is a likely slip."""
+    try:
+        _import(name, "the module")
+    except ConfigurationError as error:
+        if name not in _registry:
+            raise
+        module = _registry[name].declared_in
+        raise ConfigurationError(
+            f"{command}: {name} is a task: name its module, {module}"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -8014,13 +8062,24 @@ def _clear_line() -> None:
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
-def _require_tasks(command: str) -> None:
-    """Refuse to go on without a task."""
-    if not _registry:
+def _require_tasks(command: str, modules: Sequence[str]) -> None:
+    """Refuse to go on without a task.
+
+    :param modules: those that a person named, which have been imported
+    """
+    if _registry:
+        return
+    if modules:
+        named = " ".join(modules)
         raise ConfigurationError(
-            f"{command}: no task is registered:"
-            " name the modules that define them, such as myapp.tasks"
+            f"{command}: {named}: no task of this taskhawk is defined there;"
+            " if it uses a vendored copy, run"
+            f" python -m PACKAGE.taskhawk {command} {named}"
         )
+    raise ConfigurationError(
+        f"{command}: no task is registered:"
+        " name the modules that define them, such as myapp.tasks"
+    )
 
 
 def _priorities(names: Collection[str]) -> list[Priority]:
@@ -8162,7 +8221,7 @@ def _listen(arguments: Any) -> bool:
 
     example: python -m taskhawk listen myapp.tasks --priority high --priority default
     """
-    _require_tasks("listen")
+    _require_tasks("listen", arguments.modules)
     # A typo, such as in a hook's name, would send the whole queue to the dead letters.
     with _telling_where(_UNREADABLE):
         settings.check()
@@ -8182,7 +8241,9 @@ def _listen(arguments: Any) -> bool:
         done_level=logging.INFO,
         on_overdue=_exit_overdue,
     )
-    _log.info("%s", _served(worker.queues, priorities))
+    # Messages would be received and left to the redrive policy, one after another.
+    level = logging.INFO if _names_of(priorities) else logging.WARNING
+    _log.log(level, "%s", _served(worker.queues, priorities))
     print(worker.run())
     return not worker.ledger.balanced or worker.unanswered or worker.overdue.is_set()
 
@@ -8282,12 +8343,12 @@ def _task_named(name: str) -> Task[..., Any]:
 
 
 @_command("tasks", _MODULES)
-def _tasks(_arguments: Any) -> None:
+def _tasks(arguments: Any) -> None:
     """List the registered tasks.
 
     example: python -m taskhawk tasks myapp.tasks
     """
-    _require_tasks("tasks")
+    _require_tasks("tasks", arguments.modules)
     for found in _tasks_by_name():
         print(f"{found.name}  {found.priority.name}")
 
@@ -8691,7 +8752,7 @@ def _is_agreed(scan: _Scan) -> bool:
 
 # --- 23. vendoring --------------------------------------------------------------------
 # A copy is the text of this very file, whole or cut before a part, below a header that
-# has a hash for each section: the docstring, each part's banner, each room. A file is
+# has a hash for each section with text: docstring, banners of parts, rooms. A file is
 # overwritten only if it is such a copy and still matches its header, and it is replaced
 # whole. Sections are compared by title, because a room's number may change. The hashes
 # find what has changed; they are not a signature.
@@ -8769,12 +8830,14 @@ def _running_copy() -> _Copy:
 
 
 def _sections(text: str) -> list[_Section]:
-    """Return the title of each section, with a short hash of its text."""
+    """Return the title of each section that has text, with a short hash of it."""
     import hashlib
 
     parts = ["docstring", *re.split(_BANNER, text)]  # a title, its text, a title, …
     sections = []
     for title, section in zip(parts[::2], parts[1::2], strict=True):
+        if not section.strip():  # a part's banner, right above its first room
+            continue
         digest = hashlib.sha256(section.strip().encode()).hexdigest()
         sections.append((title, digest[:16]))
     return sections
@@ -8783,8 +8846,17 @@ def _sections(text: str) -> list[_Section]:
 def _read_copy(path: str) -> _Copy:
     """Read a vendored copy.
 
-    :raises ConfigurationError: if the file is something else
+    :raises ConfigurationError: if there is none, or the file is something else
     """
+    if os.path.isdir(path):
+        raise ConfigurationError(
+            f"vendor: {path} is a folder. Fix: name the file, such as"
+            f" {path}/taskhawk.py"
+        )
+    if not os.path.exists(path):
+        raise ConfigurationError(
+            f"vendor: {path} does not exist. Fix: name the file of a vendored copy"
+        )
     with open(path, encoding="utf-8", errors="replace") as file:
         copy = _Copy.read(file.read())
     if copy is None:

@@ -1633,6 +1633,9 @@ class TestSettings:
         assert refused(taskhawk.configure, colour="red") == (
             "colour is not a setting of taskhawk"
         )
+        assert refused(taskhawk.configure, TASKHAWK_FOO=2) == (
+            "TASKHAWK_FOO is not a setting of taskhawk"
+        )
         # Reading one is an AttributeError.
         read = (getattr, taskhawk.settings, "TASKHAWK_SINC")
         assert refused(*read, error=AttributeError) == sentence + suggestion
@@ -1972,10 +1975,12 @@ class TestSettings:
     def test_required(self, given, missing):
         """Where a dispatch needs a setting, the error says what to set, and where."""
         taskhawk.configure(given, AWS_REGION="us-east-1")
+        without = "; without AWS, try TASKHAWK_BROKER=sqlite:///queue.db"
+        hint = without if missing == "TASKHAWK_QUEUE" else ""
         assert refused(taskhawk.task(plain, name="settings.plain").dispatch) == (
             f"{missing} is not set: expected {SETTINGS_TABLE[missing][1]}, from"
             " taskhawk.configure(), the module named by SETTINGS_MODULE, Django's"
-            " settings or the environment"
+            f" settings or the environment{hint}"
         )
 
     def test_paths_of_1_4(self):
@@ -5070,6 +5075,7 @@ A_METHOD = (
 )
 A_LAMBDA = "is a lambda: expected a function with a name (def)"
 A_GENERATOR = "is a generator: expected a function that runs when it is called"
+RETRY_WANTED = "a function of the attempt, such as taskhawk.fixed(60, max_retries=3)"
 NO_FUNCTION = "can't be called: expected a function"
 NO_PARAMETERS = "does not tell its parameters: expected a function written in Python"
 NO_NAME = "has no name: pass name= to taskhawk.task"
@@ -5085,7 +5091,13 @@ NO_TASKS: list[tuple[Any, dict[str, Any], str]] = [
     (generates, {}, f"generates {A_GENERATOR}"),
     (generates_async, {}, f"generates_async {A_GENERATOR}"),
     (None, {}, f"None {NO_FUNCTION}"),
-    ("x.y", {"name": "x"}, f"'x.y' {NO_FUNCTION}"),
+    (5, {"name": "x"}, f"5 {NO_FUNCTION}"),
+    ("x.y", {}, "'x.y' is no function: pass a name as name="),
+    (
+        Priority.high,
+        {},
+        f"{Priority.high!r} is no function: pass a priority as priority=",
+    ),
     (classmethod(plain), {}, f"plain {NO_FUNCTION}"),
     (TASK, {}, "plain is a task already: decorate it once"),
     (many, {"name": "x"}, f"x: {STARRED}"),
@@ -5098,8 +5110,8 @@ WRONG_OPTIONS = [
     ("name", 5, "a string"),
     ("priority", "high", "a taskhawk.Priority"),
     ("priority", 2, "a taskhawk.Priority"),
-    ("retry", 5, "a function of the attempt"),
-    ("retry", 0, "a function of the attempt"),
+    ("retry", 5, RETRY_WANTED),
+    ("retry", 0, RETRY_WANTED),
     ("retry_on", [ValueError], "exceptions"),
     ("retry_on", ("ValueError",), "exceptions"),
     ("never_retry_on", 5, "exceptions"),
@@ -6184,16 +6196,22 @@ except taskhawk.ValidationError as error:
         [
             (900.001, 900, "900.001"),
             (timedelta(days=1), 900, "86400"),
-            (1, 0, "1"),  # SNS delays nothing
         ],
     )
     def test_delay_too_long(self, aws, mail, delay, limit, shown):
         """A delay that the service can't keep is refused before anything is sent."""
-        configure_aws(aws.url, "app", IS_LAMBDA_APP=limit == 0)
+        configure_aws(aws.url, "app")
         assert refused(mail.with_delay(delay).dispatch) == (
             f"mail.send: the queue can hold a message back for at most {limit} s, got"
             f" {shown} s"
         )
+        assert aws.calls == []
+
+    def test_delay_sns(self, aws, mail):
+        """A delay is refused where a Lambda app publishes, for SNS has none."""
+        configure_aws(aws.url, "app", IS_LAMBDA_APP=True)
+        sentence = "mail.send: SNS can't delay messages"
+        assert refused(mail.with_delay(1).dispatch) == sentence
         assert aws.calls == []
 
     def test_delay_sqlite(self, tmp_path, mail):
@@ -6572,6 +6590,22 @@ class TestBatch:
         expected = [*calls.values(), ([], {}), ([], {"text": "c"}), ([[1, 2]], {})]
         assert [(data["args"], data["kwargs"]) for data in messages] == expected
         assert len({message["id"] for message in messages}) == 9
+
+    @pytest.mark.parametrize(
+        ("wrong", "sentence"),
+        [
+            ((1, 2, 3, 4), "mail.send: too many positional arguments"),
+            (b"x", "mail.send: args[0] is not JSON: bytes is not a JSON type"),
+        ],
+    )
+    def test_dispatch_many_names_the_call(self, sqlite, mail, wrong, sentence):
+        """An error about a call has a note that says which one it is."""
+        with pytest.raises((TypeError, taskhawk.ValidationError)) as caught:
+            mail.dispatch_many([1, wrong])
+        assert str(caught.value) == sentence
+        note = "This is call 1 of dispatch_many(), from 0."
+        assert caught.value.__notes__ == [note]
+        assert receive_all() == []
 
     def test_dispatch_many_options(self, aws, mail):
         """An invocation's headers, priority and delay are those of each message."""
@@ -11611,6 +11645,12 @@ def bring_dead_letters(aws: ScriptedAws, count: int, receipts: Iterator[str]) ->
 class TestDeadLetters:
     """Dead letters go back to their queues without one being lost."""
 
+    def test_requeue_of_no_priority(self, sqlite):
+        """What is no Priority is refused."""
+        assert refused(taskhawk.requeue_dead_letter, "default") == (
+            "priority: expected a taskhawk.Priority, got 'default'"
+        )
+
     def test_requeue(self, broker):
         """They go back to the queue of their priority as they were, without taskhawk.error."""
         header = {"n": {"DataType": "String", "StringValue": "é"}}
@@ -12791,6 +12831,11 @@ tasks
     tasks: no task is registered: name the modules that define them, such as myapp.tasks
 listen nowhere.tasks
     the module 'nowhere.tasks' can't be imported: No module named 'nowhere'
+listen job.add
+    listen: job.add is a task: name its module, job
+listen none
+    listen: none: no task of this taskhawk is defined there; if it uses a vendored copy,
+    run python -m PACKAGE.taskhawk listen none
 listen ./job.py
     listen: './job.py' is a file: name the module, such as job
 check shop/tasks.py
@@ -13062,8 +13107,19 @@ class TestCommandLine:
         """What can't work is said in one line, with the exit code 2."""
         odd = "import taskhawk\n@taskhawk.task\ndef f(*args): ..."
         (command_folder / "odd.py").write_text(odd)
+        (command_folder / "none.py").touch()
         monkeypatch.setenv("TASKHAWK_BROKER", "sqlite:///queue.db")
         assert command_error(capsys, *arguments.split()) == (2, f"taskhawk: {sentence}")
+
+    def test_unknown_option(self, capsys):
+        """An unknown option is refused with a pointer to the command's own help."""
+        assert command_error(capsys, "dead-letters", "list", "--older", "3h") == (
+            2,
+            (
+                "taskhawk dead-letters list: unrecognized arguments: --older 3h; see"
+                " taskhawk dead-letters list --help"
+            ),
+        )
 
     @pytest.mark.parametrize("case", WRONG_OPTIONS.strip().splitlines())
     def test_wrong_options(self, capsys, case):
@@ -13278,6 +13334,8 @@ class TestCommandLine:
         caplog.set_level(logging.INFO)
         assert taskhawk.main(command.split()) == 0
         assert caplog.messages[0] == served.replace("BROKER", broker)
+        level = "WARNING" if "for no task" in served else "INFO"
+        assert caplog.records[0].levelname == level
 
     def test_many_tasks(self):
         """Of many tasks, the first ten are named."""
@@ -13511,6 +13569,7 @@ class TestVendoring:
         path = vendor_package(tmp_path)
         code, report = vendor(capsys, path)
         banners = re.findall(r"(?m)^# (?:===|--- \d+\.) (.+?) [-=]+$", house_source())
+        banners.remove("PART I: MEANING")  # has no text of its own
         assert (code, report) == (
             0,
             {
@@ -13531,6 +13590,24 @@ class TestVendoring:
             result = run_python([*copy, *map(str, arguments)], cwd=tmp_path)
             assert (result.returncode, result.stderr) == (0, "")
         assert path.read_text() == (tmp_path / "other.py").read_text() == text
+
+    def test_no_copy(self, tmp_path, capsys):
+        """A folder, or a copy to check that is not there, is refused by name."""
+        folder, gone = f"{tmp_path}", f"{tmp_path}/nosuch.py"
+        assert command_error(capsys, "vendor", f"{folder}/") == (
+            2,
+            (
+                f"taskhawk: vendor: {folder} is a folder. Fix: name the file, such as"
+                f" {folder}/taskhawk.py"
+            ),
+        )
+        assert command_error(capsys, "vendor", "--check", gone) == (
+            2,
+            (
+                f"taskhawk: vendor: {gone} does not exist. Fix: name the file of a"
+                " vendored copy"
+            ),
+        )
 
     @pytest.mark.parametrize("edit", VENDOR_EDITS)
     def test_changed_by_hand(self, edit, tmp_path, capsys):
@@ -13652,7 +13729,10 @@ class TestVendoring:
         ran = f"ran\nran apart: True\n{VENDOR_LEDGER}" * works
         assert result.stdout == f"2 dispatched\n{ran}"
         result = run_python(["-m", "service.vendor.taskhawk", "demo"], cwd=tmp_path)
-        error = "taskhawk: this copy of the file has no command line\n"
+        error = (
+            "taskhawk: this copy of the file has no command line: vendor it whole, or"
+            " call listen_for_messages() in a script\n"
+        )
         assert (result.returncode, result.stderr) == (2, error)
 
     @pytest.mark.slow
