@@ -3705,8 +3705,8 @@ def _importable_name(module: str) -> str:
 class AsyncInvocation(Generic[_P]):
     """How to dispatch a task: with which headers, priority and delay.
 
-    Each ``with_…`` returns another invocation and leaves this one as it is, so one can
-    be kept and shared between threads: ``urgent = send.with_priority(Priority.high)``.
+    Each ``with_…`` returns another invocation and leaves this one as it is: one can be
+    kept and shared between threads: ``urgent = send.with_priority(Priority.high)``.
 
     :param task: the task to dispatch
     """
@@ -5252,11 +5252,15 @@ class _Heart:
 
     def __init__(self, liveness_file: str | None) -> None:
         self._liveness_file = liveness_file
+        hook = settings.TASKHAWK_HEARTBEAT_HOOK
+        self._is_heard = liveness_file is not None or hook is not None
         self._changed = threading.Condition()  # guards these two
         self._is_wanted = self._is_over = False
 
     def beat(self) -> None:
         """Say that the worker lives: it has just polled, or extended leases."""
+        if not self._is_heard:
+            return
         with self._changed:
             self._is_wanted = True
             self._changed.notify()
@@ -5328,17 +5332,22 @@ def _are_empty(broker: Broker, queues: Iterable[str]) -> bool:
         return False
 
 
+class _Limits(NamedTuple):
+    """How much a worker does at once, and in all."""
+
+    slots: int  # messages that run at once
+    polls: int  # pollers
+    num_messages: int  # that a receive may bring
+    max_tasks: int | None  # starts, after which it stops; None for no limit
+    paused: int  # slots that can't run anything until they have a child
+
+
 class _Course:
     """What the threads of a worker share: the holdings, the phase, and how many go on.
 
     Every method takes the lock; none makes a call to the queue or runs a task.
 
     :param is_told: whether somebody told the worker to stop
-    :param slots: how many messages may run at once
-    :param num_messages: how many a receive may bring
-    :param max_tasks: after how many starts to stop; None for no limit
-    :param polls: how many pollers there are
-    :param paused: how many slots can't run anything until they call :meth:`begin`
     """
 
     def __init__(
@@ -5346,37 +5355,29 @@ class _Course:
         keeper: _Keeper,
         clock: Callable[[], float],
         is_told: Callable[[], bool],
-        *,
-        slots: int,
-        num_messages: int,
-        max_tasks: int | None,
-        polls: int,
-        paused: int,
+        limits: _Limits,
     ) -> None:
-        self._keeper, self._clock, self._is_told = keeper, clock, is_told
-        self._most_running, self._num_messages = slots, num_messages
-        self._max_tasks = max_tasks
+        self._keeper, self.clock, self._is_told = keeper, clock, is_told
+        self._limits = limits
         self.stop = threading.Event()  # set after the phase working: ends all waits
         self.ended = threading.Event()  # set in the phase ended
         # The keeper's lock guards the holdings, and all that follows. Nobody waits with
-        # a timeout: whatever changes what is waited for notifies, and the watch moves on.
+        # a timeout: what changes what is waited for notifies, and the watch moves on.
         self._lock = keeper.lock
         self._to_start, self._room = keeper.startable, keeper.ended
         self._holdings = keeper.holdings
         self.phase = _Phase.working
         self.fatal: BaseException | None = None  # the error that ended a thread
-        self._polls, self._slots = polls, slots  # that have not ended
-        self._paused = paused  # slots that can't run anything for now
+        self._polls, self._slots = limits.polls, limits.slots  # that have not ended
+        self._paused = limits.paused  # slots that can't run anything for now
         self._stuck = 0  # those of them that can't start a child
         self._started = 0  # messages, ever
-
-    # For slots.
 
     def next(self) -> _Held | None:
         """Wait for a message to run, and start it; None if there will be no more."""
         with self._lock:
             while self.is_working():
-                held = self._holdings.start(self._clock())
+                held = self._holdings.start(self.clock())
                 if held:
                     self._started += 1
                     self._tell_pollers()
@@ -5388,13 +5389,13 @@ class _Course:
     def finish(self, held: _Held, end: str, delay_s: float | None = 0) -> None:
         """Note what a message that ran is to become."""
         with self._lock:
-            self._holdings.finish(held, end, self._clock(), delay_s)
+            self._holdings.finish(held, end, self.clock(), delay_s)
             self._changed()
 
     def release(self, held: _Held) -> None:
         """Note that a message did not run after all."""
         with self._lock:
-            self._holdings.release(held, self._clock())
+            self._holdings.release(held, self.clock())
             self._keeper.wake()
 
     def begin(self) -> None:
@@ -5422,9 +5423,9 @@ class _Course:
 
     def _release_if_stuck(self) -> None:
         """Leave what waits to other workers, if nothing can be started here."""
-        is_stuck = self._paused == self._most_running
+        is_stuck = self._paused == self._limits.slots
         if is_stuck or self.phase >= _Phase.draining:  # by a poll not waited out, too
-            self._holdings.release_waiting(self._clock())
+            self._holdings.release_waiting(self.clock())
 
     def slot_ended(self) -> None:
         """Note that a slot runs nothing more."""
@@ -5436,18 +5437,6 @@ class _Course:
         """Return the messages that run."""
         with self._lock:
             return self._holdings.still_run()
-
-    def pause(self, seconds: float) -> bool:
-        """Wait so long by the worker's clock; return False if the worker stops."""
-        until = self._clock() + seconds
-        while not self.stop.is_set():
-            left_s = until - self._clock()
-            if left_s <= 0:
-                return True
-            self.stop.wait(min(left_s, _TICK_S))
-        return False
-
-    # For pollers.
 
     def wait_for_room(self) -> int:
         """Wait until a message can be started soon; return how many to receive.
@@ -5464,21 +5453,23 @@ class _Course:
 
     def _find_room(self) -> int:
         """Return how many messages to receive now."""
+        if self._holdings.waiting:
+            return 0
+        free = self._limits.slots - self._paused - self._holdings.running
         # A full batch of acknowledgements besides the one whose call is under way.
         is_overdue = len(self._holdings.decided) >= 2 * _MAX_BATCH
-        free = self._most_running - self._paused - self._holdings.running
-        if self._holdings.waiting or is_overdue or free <= 0:
+        if is_overdue or free <= 0:
             return 0
-        if self._max_tasks is None:
-            return self._num_messages
-        return min(self._num_messages, self._max_tasks - self._started)
+        if self._limits.max_tasks is None:
+            return self._limits.num_messages
+        return min(self._limits.num_messages, self._limits.max_tasks - self._started)
 
     def take(
         self, messages: Sequence[QueueMessage], lease_s: float, asked_at: float
     ) -> None:
         """Hold received messages from now on."""
         with self._lock:
-            self._holdings.take(messages, lease_s, asked_at, self._clock())
+            self._holdings.take(messages, lease_s, asked_at, self.clock())
             self._release_if_stuck()
             self._to_start.notify(len(messages))
             self._keeper.wake()
@@ -5520,7 +5511,7 @@ class _Course:
     def _is_over(self) -> bool:
         """Return whether the present phase is."""
         if self.phase is _Phase.working:
-            if self.is_told() or self._started == self._max_tasks:
+            if self.is_told() or self._started == self._limits.max_tasks:
                 return True
             return not self._polls and not self._holdings.waiting
         if self.phase is _Phase.stopping:
@@ -5532,7 +5523,7 @@ class _Course:
         if phase is _Phase.stopping:
             self.stop.set()
         elif phase is _Phase.draining:
-            self._holdings.release_waiting(self._clock())
+            self._holdings.release_waiting(self.clock())
             self._keeper.wake()
         elif phase is _Phase.ended:
             self._holdings.close()
@@ -5626,7 +5617,7 @@ class _Slot:
         if is_first:
             _log.error("can't start a child, goes on trying: %s", error)
         failures = 1
-        while self._course.pause(_pause_s(failures)):
+        while _back_off(self._course.stop, self._course.clock, failures):
             try:
                 self.child.start()
             except _CannotStart:
@@ -5686,7 +5677,7 @@ class _Poller:
             if self._loops == 0 and isinstance(error, ConfigurationError):
                 raise  # at the start, this is for a person to mend
             failures = self._faults.failed(self._queue, "receive", repr(error))
-            self._course.pause(_pause_s(failures))
+            _back_off(self._course.stop, self._worker.clock, failures)
 
     def _receive(self, most: int, lease: _Lease) -> None:
         """Receive once, and hold what came."""
@@ -5712,6 +5703,17 @@ class _Poller:
 def _pause_s(failures: int) -> float:
     """Return how long to wait after so many failures in a row, up to a minute."""
     return _jittered(min(0.5 * 2 ** min(failures, 10), _MAX_BACKOFF_S))
+
+
+def _back_off(stop: threading.Event, clock: Callable[[], float], failures: int) -> bool:
+    """Wait after so many failures in a row; return False if the worker stops."""
+    until = clock() + _pause_s(failures)
+    while not stop.is_set():
+        left_s = until - clock()
+        if left_s <= 0:
+            return True
+        stop.wait(min(left_s, _TICK_S))
+    return False
 
 
 def _make_thread(course: _Course, work: Callable[[], object]) -> threading.Thread:
@@ -5775,11 +5777,13 @@ class Worker:
             self._keeper,
             self.clock,
             self._is_told,
-            slots=self.concurrency,
-            num_messages=self.num_messages,
-            max_tasks=self.max_tasks,
-            polls=len(self.queues),
-            paused=self.concurrency if is_isolated else 0,
+            _Limits(
+                slots=self.concurrency,
+                polls=len(self.queues),
+                num_messages=self.num_messages,
+                max_tasks=self.max_tasks,
+                paused=self.concurrency if is_isolated else 0,
+            ),
         )
         self._keeping = _make_thread(self._course, self._keeper.run)
         self.overdue = threading.Event()  #: set once the grace is over
