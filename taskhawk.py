@@ -61,11 +61,11 @@ A message that a worker holds; the :class:`Ledger` counts what each becomes::
         '--> released                                    never started, visible at once
 
 What to read for each promise, and how many statements that is
-    1 (304): publish, _send_one, _accepted, _send_all_ready, _partial_failure,
+    1 (294): publish, _send_one, _accepted, _send_all_ready, _partial_failure,
         _send_all, _in_batches, _one_round, SqliteBroker.send, SqliteBroker._claim,
         SqliteBroker.delete, _SqliteFile.change, _use_write_ahead_log,
         _AwsSender._batch, SqsBroker.send, SqsBroker.delete, process, _verdict, _wanted,
-        _Slot._run, Worker.settle, Worker._work, Worker._close, _dead_letter,
+        _Slot._run, Worker.settle, Worker._close, Worker._flush, _dead_letter,
         _send_copy, _Held.move, _Holdings.finish, _Holdings.release, _Holdings._decide,
         _Calls.answered, _Calls._deleted, _Calls._delayed, _Calls._try_later,
         _Holdings.doubt, _Holdings.close, _Holdings.end
@@ -3386,7 +3386,7 @@ def _run_coroutine(coroutine: Any) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     event_loop = getattr(_thread, "event_loop", None)
-    if asyncio._get_running_loop():  # noqa: SLF001 - exported: it is None outside of one
+    if asyncio._get_running_loop():  # noqa: SLF001 - it is exported
         # Sync mode in an application's own event loop, which is busy until we return.
         context = contextvars.copy_context()
         with ThreadPoolExecutor(1) as pool:
@@ -3991,12 +3991,14 @@ def _partial_failure(
     readies: Sequence[_Ready], refused: Mapping[int, Refusal]
 ) -> PartialFailure:
     """Return the error that lists which messages were refused, and why."""
-    successful, failed, unsent = [], [], []
-    for place, ready in enumerate(readies):
-        refusal = refused.get(place)
-        if refusal is None:
-            successful.append({"Id": ready.message.id})
-            continue
+    successful = [
+        {"Id": ready.message.id}
+        for place, ready in enumerate(readies)
+        if place not in refused
+    ]
+    failed, unsent = [], []
+    for place, refusal in sorted(refused.items()):
+        ready = readies[place]
         failed.append(
             {"Id": ready.message.id, "Code": refusal.code, "Message": refusal.text}
         )

@@ -1020,7 +1020,7 @@ HOUSE_PROMISES = {
         _in_batches _one_round SqliteBroker.send SqliteBroker._claim SqliteBroker.delete
         _SqliteFile.change _use_write_ahead_log _AwsSender._batch SqsBroker.send
         SqsBroker.delete process _verdict _wanted _Slot._run Worker.settle
-        Worker._work Worker._close _dead_letter _send_copy _Held.move _Holdings.finish
+        Worker._close Worker._flush _dead_letter _send_copy _Held.move _Holdings.finish
         _Holdings.release _Holdings._decide _Calls.answered _Calls._deleted
         _Calls._delayed _Calls._try_later _Holdings.doubt _Holdings.close
         _Holdings.end""",
