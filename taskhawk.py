@@ -61,20 +61,21 @@ A message that a worker holds; the :class:`Ledger` counts what each becomes::
         '--> released                                    never started, visible at once
 
 What to read for each promise, and how many statements that is
-    1 (294): publish, _send_one, _accepted, _send_all_ready, _partial_failure,
+    1 (291): publish, _send_one, _accepted, _send_all_ready, _partial_failure,
         _send_all, _in_batches, _one_round, SqliteBroker.send, SqliteBroker._claim,
         SqliteBroker.delete, _SqliteFile.change, _use_write_ahead_log,
         _AwsSender._batch, SqsBroker.send, SqsBroker.delete, process, _verdict, _wanted,
-        _Slot._run, Worker.settle, Worker._close, Worker._flush, _dead_letter,
-        _send_copy, _Held.move, _Holdings.finish, _Holdings.release, _Holdings._decide,
-        _Calls.answered, _Calls._deleted, _Calls._delayed, _Calls._try_later,
-        _Holdings.doubt, _Holdings.close, _Holdings.end
-    2 (265): SqliteBroker.receive, SqliteBroker._claim, SqliteBroker.change_visibility,
-        SqsBroker.receive, _find_lease, _Poller._receive, _Course.take, _Call, _Leases,
-        _Holdings.take, _Holdings.start, _Holdings.release, _Holdings.release_waiting,
-        _Holdings._decide, _Holdings.expire, _Holdings.lose, _Calls.next,
-        _Calls.answered, _Calls._extended, _Calls._deleted, _Keeper.run, _Keeper._make,
-        _Slot._run, Worker._give_up, _Child.kill
+        _Slot._run, Worker.settle, Worker._close, _dead_letter, _send_copy, _Held.move,
+        _Holdings.finish, _Holdings.release, _Holdings._decide, _Calls.answered,
+        _Calls._deleted, _Calls._delayed, _Calls._try_later, _Holdings.doubt,
+        _Holdings.close, _Holdings.end
+    2 (275): SqliteBroker.receive, SqliteBroker._claim, SqliteBroker.change_visibility,
+        SqsBroker.receive, _find_lease, _Poller._receive, _Course.take,
+        _Course._release_if_stuck, _Call, _Leases, _Holdings.take, _Holdings.start,
+        _Holdings.release, _Holdings.release_waiting, _Holdings._decide,
+        _Holdings.expire, _Holdings.lose, _Calls.next, _Calls.answered,
+        _Calls._extended, _Calls._deleted, _Keeper.run, _Keeper._make, _Slot._run,
+        _Slot._process, Worker._give_up, _Child.kill
     3 (110): _decode, _parse, Message.__init__, _validate, _fits, _find_task,
         Task.find_by_name, Task.call, _register, _import, _import_path, _parse_line,
         _to_outcome, _import_tasks
@@ -84,10 +85,11 @@ What to read for each promise, and how many statements that is
         _facts, _extra_of, _text_of_invalid, _shown, _mismatch, _too_large,
         _Holdings.warn, _Keeper._tell, _Faults, _error_code, _error_details, _explained,
         _explanation, _find_remedy, _Source.read, _call_safely, _log_again
-    6 (168): _Course.wait_for_room, _Course._find_room, _Poller.work, _Poller._try,
-        _Poller._receive, _pause_s, _Holdings._decide, _Holdings._hurry, _Calls.next,
-        _Calls._due_ends, _Calls._extended, _Leases, _Keeper._wait, _Keeper._make,
-        SqsBroker.receive, SqsBroker.url, SqsBroker._find_url, _parts
+    6 (178): _Course.wait_for_room, _Course._find_room, _Poller.work, _Poller._try,
+        _Poller._receive, _pause_s, _Holdings._decide, _Holdings._acknowledge,
+        _Holdings._hurry, _Calls.next, _Calls._due_ends, _Calls._share_call,
+        _Calls._extended, _Leases, _Keeper._wait, _Keeper._make, SqsBroker.receive,
+        SqsBroker.url, SqsBroker._find_url, _parts
     7 (209): _in_own_context, _refresh_django_connections, _PerProcess, _made_once,
         _Brokers.before_fork, _Brokers.after_fork, _close_sqlite_files,
         _release_sqlite_files, _Signals, _hold_signals, _release_signals,
@@ -1782,6 +1784,12 @@ def _accepted(refusals: Sequence[Refusal]) -> None:
         raise PartialFailure({"Successful": [], "Failed": failed})
 
 
+def _wait_before_try(pause_s: float) -> None:
+    """Wait about so long; before the first try, not even for other threads to run."""
+    if pause_s:
+        time.sleep(_jittered(pause_s))
+
+
 def _insist(call: _BatchCall, entry: Any) -> None:
     """Make a call of one entry; try it again where the service is at fault.
 
@@ -1789,7 +1797,7 @@ def _insist(call: _BatchCall, entry: Any) -> None:
     """
     refusals: list[Refusal] = []
     for pause_s in _PAUSES_S:
-        time.sleep(_jittered(pause_s))
+        _wait_before_try(pause_s)
         refusals = call([entry])
         if all(refusal.final for refusal in refusals):
             break
@@ -1840,7 +1848,7 @@ def _in_batches(
     for pause_s in _PAUSES_S[:tries]:
         if not remaining:
             break
-        time.sleep(_jittered(pause_s))
+        _wait_before_try(pause_s)
         answer = one_round([entries[index] for index in remaining])
         for place, index in enumerate(remaining):
             refused.pop(index, None)
@@ -3386,7 +3394,7 @@ def _run_coroutine(coroutine: Any) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     event_loop = getattr(_thread, "event_loop", None)
-    if asyncio._get_running_loop():  # noqa: SLF001 - it is exported
+    if asyncio._get_running_loop():  # noqa: SLF001 - exported; None outside of one
         # Sync mode in an application's own event loop, which is busy until we return.
         context = contextvars.copy_context()
         with ThreadPoolExecutor(1) as pool:
@@ -4519,7 +4527,7 @@ class _Call(NamedTuple):
         return [(held.receipt, self._hidden_s(held)) for held in self.batch]
 
     def _hidden_s(self, held: _Held) -> float:
-        """Return for how long to hide a message, within the 12 hours that SQS allows."""
+        """Return for how long to hide a message: SQS allows 12 hours in all."""
         wanted_s = held.delay_s
         if self.kind is _Kind.extend:
             wanted_s = held.lease_s
@@ -4545,7 +4553,7 @@ class _Leases:
         held.renew_at = math.inf
 
     def due(self, now: float) -> list[_Held]:
-        """Return what is to be extended now and is in no call: what ends first, first."""
+        """Return what is to be extended now and is in no call, in order of its end."""
         if now < self._next_at:
             return []
         free = [held for held in self._held if not held.in_call]
@@ -4588,11 +4596,6 @@ class _Holdings:
         return sum(map(len, self._waiting.values()))
 
     @property
-    def ending(self) -> int:
-        """How many messages have ended but for the call that says so to the queue."""
-        return len(self.decided)
-
-    @property
     def running(self) -> int:
         """How many messages run."""
         return len(self.held) - self.waiting - len(self.decided)
@@ -4612,8 +4615,8 @@ class _Holdings:
     ) -> None:
         """Hold received messages from now on.
 
-        The service hid them at some time between the call and its answer. Where that was
-        long, none is started before an extension has shown that its lease still holds.
+        The service hid them at some time between the call and its answer. Where that
+        took long, none is started before an extension shows that its lease still holds.
 
         :param lease_s: for how long the receive asked to hide them
         :param asked_at: when the receive was called
@@ -4793,7 +4796,7 @@ class _Calls:
         return _Call(kind, queue, batch, now)
 
     def next_at(self) -> float:
-        """Return when to look for the next call: never (infinity) if none will be due."""
+        """Return when to look for the next call; infinity if none will be due."""
         times = [held.due_at for held in self._all.decided if not held.in_call]
         return min([*times, self._all.leases.next_at()])
 
@@ -4852,7 +4855,7 @@ class _Calls:
             held.renew_at = asked_at + held.lease_s / 20
 
     def _deleted(self, held: _Held, refusal: Refusal | None, asked_at: float) -> None:
-        """Note how a delete went; one that was sent after the lease ended proves nothing."""
+        """Note how a delete went; one sent after the lease ended proves nothing."""
         if refusal is None and asked_at < held.lease_until:
             self._all.end(held, held.end)
         elif refusal is None:
@@ -4863,7 +4866,7 @@ class _Calls:
             self._try_later(held, asked_at)
 
     def _delayed(self, held: _Held, refusal: Refusal | None, asked_at: float) -> None:
-        """Note how a delay or release went; where it failed, the lease's end shows it."""
+        """Note how a delay or release went; else the lease's end does the same."""
         if refusal is not None:
             is_hopeless = refusal.final or refusal.is_denied
             if not is_hopeless and asked_at < held.lease_until:
@@ -4919,8 +4922,8 @@ class _Keeper:
     """Makes the calls that holdings say are due, one after another.
 
     A slot says what is to become of a message, and goes on at once; the keeper ends ten
-    of them in a call. Its client tries once, so that an answer which does not come holds
-    the leases up for one timeout only: what failed is due again, a little later.
+    of them in a call. Its client tries once, so that an answer which does not come
+    holds the leases up for one timeout only: what failed is due again a little later.
 
     :param clock: seconds; leases are measured with it
     :param beat: called after each round of lease extensions that worked
@@ -4935,10 +4938,10 @@ class _Keeper:
     ) -> None:
         self._broker, self._clock, self._beat = broker, clock, beat
         self._faults = _Faults()
-        # Guards the holdings, and all that follows. The keeper waits for `_due`; whoever
-        # wants to hold more waits for `ended`: no thread is woken for nothing. Who is
-        # in the main thread enters the lock itself: entering a condition takes several
-        # steps, and a signal handler that raises in between would leave it locked.
+        # Guards the holdings, and all that follows. The keeper waits for `_due` and
+        # pollers wait for `ended`: no thread is woken for nothing. Enter the lock
+        # itself: entering a condition takes several steps, and a signal handler that
+        # raises in between would leave it locked.
         self.lock = threading.RLock()
         self._due = threading.Condition(self.lock)
         self.ended = threading.Condition(self.lock)  # notified as messages end
@@ -4990,7 +4993,7 @@ class _Keeper:
         if now >= self._gives_up_at:
             # What ended after that, in the calling thread, still has one try.
             return not self.holdings.untried(self._gives_up_at)
-        return not self.holdings.ending
+        return not self.holdings.decided
 
     def _wait(self, now: float) -> None:
         """Wait until something may be due; called with the lock held."""
@@ -5039,8 +5042,8 @@ class _Keeper:
 # --- 16. the worker -------------------------------------------------------------------
 # Every thread of this file that outlives a call: pollers receive, slots run tasks (the
 # calling thread is one of them), one keeper changes messages on the queue, one heart
-# calls the heartbeat hook, one watch sees the signals and the grace. One lock guards the
-# holdings, the phase and the counts; _move_on() alone moves the phase forward.
+# calls the heartbeat hook, one watch sees the signals and the grace. One lock guards
+# the holdings, the phase and the counts; _Course.move_on() alone moves the phase.
 
 _MAX_BACKOFF_S = 60  # between receives that fail
 _FLUSH_S = 3  # of the grace, kept for acknowledgements once running tasks are given up
@@ -5066,9 +5069,10 @@ class _Signals:
     """Notes SIGTERM and SIGINT where nobody else handles them, while the block lasts.
 
     A handler runs between any two instructions of the main thread, so ours only sets
-    flags. It does not run while the main thread is in C code: then the wakeup descriptor
-    tells :meth:`wait`, in another thread. Supervisors and shells signal a process and its
-    group, so a second SIGTERM does nothing; a second SIGINT, by hand, ends at once.
+    flags. It does not run while the main thread is in C code: then the wakeup
+    descriptor tells :meth:`wait`, in another thread. Supervisors and shells signal a
+    process and its group, so a second SIGTERM does nothing; a second SIGINT, by hand,
+    ends at once.
     """
 
     _again_s = 1  # a SIGINT within that time of the first is the same one, sent twice
@@ -5335,15 +5339,13 @@ class _Course:
     def next(self) -> _Held | None:
         """Wait for a message to run, and start it; None if there will be no more."""
         with self._lock:
-            while True:
-                self.move_on()
-                if self.phase > _Phase.working:
-                    return None
+            while self.is_working():
                 held = self._holdings.start(self._clock())
                 if held:
                     self._started += 1
                     return held
                 self._to_start.wait(_TICK_S)
+            return None
 
     def finish(self, held: _Held, end: str, delay_s: float | None = 0) -> None:
         """Note what a message that ran is to become."""
@@ -5352,10 +5354,7 @@ class _Course:
             self._changed()
 
     def release(self, held: _Held) -> bool:
-        """Note that a message did not run after all, and that its slot can't for now.
-
-        :returns: whether all other slots can run messages
-        """
+        """Note that a slot can't run a message; return whether all others still can."""
         with self._lock:
             self._holdings.release(held, self._clock())
             self._paused += 1
@@ -5405,19 +5404,17 @@ class _Course:
         :returns: 0 if nothing more is to be received
         """
         with self._lock:
-            while True:
-                self.move_on()
-                if self.phase > _Phase.working:
-                    return 0
+            while self.is_working():
                 most = self._find_room()
                 if most:
                     return most
                 self._room.wait(_TICK_S)
+            return 0
 
     def _find_room(self) -> int:
         """Return how many messages to receive now."""
         # A full batch of acknowledgements besides the one whose call is under way.
-        is_overdue = self._holdings.ending >= 2 * _MAX_BATCH
+        is_overdue = len(self._holdings.decided) >= 2 * _MAX_BATCH
         free = self._most_running - self._paused - self._holdings.running
         if self._holdings.waiting or is_overdue or free <= 0:
             return 0
@@ -5452,6 +5449,11 @@ class _Course:
             while self.phase < to or self._is_over():
                 self.phase = _Phase(self.phase + 1)
                 self._enter(self.phase)
+
+    def is_working(self) -> bool:
+        """Return whether messages are still to be received and run."""
+        self.move_on()
+        return self.phase is _Phase.working
 
     def fail(self, error: BaseException) -> None:
         """Note an error that ends the worker; the first one is the one that counts."""
@@ -5532,8 +5534,8 @@ class _Slot:
             self._wait_for_child()
         finally:
             if held.runs:
-                # It was interrupted, or killed as the grace ended. Where its child still
-                # runs, that must end before others may have the message.
+                # It was interrupted, or killed as the grace ended. Where its child
+                # still runs, that must end before others may have the message.
                 self.child.kill()
                 self._course.finish(held, "retried")
 
@@ -5576,7 +5578,7 @@ class _Poller:
         self.is_polling = False  # whether a receive is under way
 
     def work(self) -> None:
-        """Receive again and again, until there is no more to do; the body of a thread."""
+        """Receive until there is no more to do; the body of a thread."""
         try:
             while not self._is_done():
                 most = self._course.wait_for_room()
@@ -5817,7 +5819,7 @@ class Worker:
         _log.info("%s", text)
 
     def _give_up(self, flush_s: float) -> None:
-        """Kill isolated runs; leave others to run: their messages reappear by themselves.
+        """Kill isolated runs, and leave others to run: their messages reappear.
 
         :param flush_s: what is left of the grace
         """
@@ -5881,16 +5883,16 @@ def listen_for_messages(
 ) -> Ledger:
     """Run the messages of a queue, in the calling thread, until told to stop.
 
-    SIGTERM and SIGINT stop it where the application has no handlers of its own. It stops
-    after the running task, and after the poll in flight, which takes up to 20 s on SQS.
+    SIGTERM and SIGINT stop it where the application has no handlers of its own. It
+    stops after the running task and the poll in flight, which takes up to 20 s on SQS.
 
     :param priority: the queue, or several: the most urgent message runs first
     :param num_messages: how many to receive at once, up to 10: they wait for each other
-    :param visibility_timeout_s: how long a received message is hidden from others, until
-        the worker extends it; None takes the queue's own
+    :param visibility_timeout_s: how long a received message is hidden from others,
+        until the worker extends it; None takes the queue's own
     :param loop_count: end after so many receives from each queue; None goes on for ever
     :param shutdown_event: set it to stop
-    :param until_empty: end once the queues have no message, neither in flight nor delayed
+    :param until_empty: end once the queues have no message, in flight or delayed
     :param concurrency: how many run at once: 1 in the calling thread, more in threads
     :param max_tasks: end after so many runs
     :param grace_s: how long runs may go on once told to stop; then isolated ones are
@@ -5968,7 +5970,7 @@ def _send_copy(
 def _dead_letter_copy(
     received: QueueMessage, error: BaseException | None, limit: int
 ) -> Outgoing:
-    """Return the copy for the dead-letter queue, which says in ONE attribute why it is there.
+    """Return the copy for the dead-letter queue; ONE attribute says why it is there.
 
     Attributes that were headers give way to it where there are too many: the body has
     the headers.
@@ -6103,14 +6105,22 @@ def _log_again(fields: Mapping[str, Any]) -> None:
         logger.handle(record)
 
 
-def _log_only_to(handler: logging.Handler, level: int) -> None:
-    """Have all records go to one handler, whatever the application has configured."""
+def _all_loggers() -> Iterator[logging.Logger]:
+    """Yield all loggers that there are, the root first."""
     root = logging.getLogger()
+    yield root
     for logger in list(root.manager.loggerDict.values()):
         if isinstance(logger, logging.Logger):  # else a place in a dotted name
-            logger.handlers.clear()
-            logger.propagate = True
-    root.handlers[:] = [handler]
+            yield logger
+
+
+def _log_only_to(handler: logging.Handler, level: int) -> None:
+    """Have all records go to one handler, whatever the application has configured."""
+    for logger in _all_loggers():
+        logger.handlers.clear()
+        logger.propagate = True
+    root = logging.getLogger()
+    root.addHandler(handler)
     root.setLevel(level)
     _log.logger.disabled = False  # as logging.config does to those made before it
 
@@ -7839,31 +7849,24 @@ def _set_up_logging(level: str | None, log_format: str | None) -> None:
     :param level: None leaves it to the application, or INFO
     :param log_format: "text" or "json"; None leaves it to the application, or text
     """
+    formatters = {"text": _TextFormatter("%(asctime)s"), "json": _JsonFormatter()}
     ours = logging.StreamHandler()
-    ours.setFormatter(_TextFormatter("%(asctime)s"))
+    ours.setFormatter(formatters["text"])
     logging.basicConfig(level=logging.INFO, handlers=[ours])
     _log.logger.disabled = False
     if level:
         logging.getLogger().setLevel(level.upper())
         _log.logger.setLevel(level.upper())
     for name in ("botocore", "urllib3"):  # what they say of a request is no news
-        logger = logging.getLogger(name)
-        logger.setLevel(logger.level or logging.WARNING)
-    formatters = {"text": _TextFormatter("%(asctime)s"), "json": _JsonFormatter()}
-    for handler in _log_handlers():
-        # On handlers: a logger's own filters do not see what its children log.
-        handler.addFilter(_add_task)
-        to_terminal = getattr(handler, "stream", None) in (sys.stdout, sys.stderr)
-        if log_format and to_terminal:
-            handler.setFormatter(formatters[log_format])
-
-
-def _log_handlers() -> Iterator[logging.Handler]:
-    """Yield the handlers of all loggers."""
-    yield from logging.getLogger().handlers
-    for logger in list(logging.getLogger().manager.loggerDict.values()):
-        if isinstance(logger, logging.Logger):  # and no place for one
-            yield from logger.handlers
+        library = logging.getLogger(name)
+        library.setLevel(library.level or logging.WARNING)
+    for logger in _all_loggers():
+        for handler in logger.handlers:
+            # On handlers: a logger's own filters do not see what its children log.
+            handler.addFilter(_add_task)
+            to_terminal = getattr(handler, "stream", None) in (sys.stdout, sys.stderr)
+            if log_format and to_terminal:
+                handler.setFormatter(formatters[log_format])
 
 
 def _parser() -> Any:
@@ -7871,22 +7874,21 @@ def _parser() -> Any:
     import argparse
 
     class Parser(argparse.ArgumentParser):
-        """Refuses in one line, and knows no abbreviations: --a is not --all."""
-
-        def __init__(self, **kwargs: Any) -> None:
-            formatter = argparse.RawDescriptionHelpFormatter  # keeps examples in a line
-            kwargs |= {"allow_abbrev": False, "formatter_class": formatter}
-            super().__init__(**kwargs)
+        """Refuses in one line."""
 
         def error(self, message: str) -> typing.NoReturn:
             self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
-    sentence = (__doc__ or "").partition("\n")[0]
-    parser = Parser(prog="taskhawk", description=sentence)
+    make: Any = functools.partial(
+        Parser,
+        allow_abbrev=False,  # --a is not --all
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # an example is one line
+    )
+    parser = make(prog="taskhawk", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--version", action="version", version=VERSION)
-    parser.set_defaults(run=None, parser=parser, modules=(), ids=())
-    parser.set_defaults(log_level=None, log_format=None, json=False)
-    groups = {"": parser.add_subparsers(metavar="COMMAND")}
+    defaults = {"modules": (), "ids": (), "log_level": None, "log_format": None}
+    parser.set_defaults(run=None, parser=parser, json=False, **defaults)
+    groups = {"": parser.add_subparsers(metavar="COMMAND", parser_class=make)}
     for command, (run, options) in _commands.items():
         text, _, example = (inspect.getdoc(run) or command).partition("\n\n")
         group, _, name = command.rpartition(" ")
@@ -7894,7 +7896,7 @@ def _parser() -> Any:
             about = "look at dead letters, send them back or delete them"
             made = groups[""].add_parser(group, help=about, epilog=example)
             made.set_defaults(parser=made)
-            groups[group] = made.add_subparsers(metavar="ACTION")
+            groups[group] = made.add_subparsers(metavar="ACTION", parser_class=make)
         made = groups[group].add_parser(
             name, help=text, description=text, epilog=example
         )
@@ -7912,10 +7914,9 @@ def _load(modules: Iterable[str], command: str) -> None:
     """Import the tasks' modules, and refuse a queue in memory that must be shared."""
     for name in modules:
         if name.endswith(".py") or "/" in name:
-            path = os.path.relpath(name).removesuffix(".py")
-            name_of = path.replace("/", ".")
+            module = os.path.relpath(name).removesuffix(".py").replace("/", ".")
             raise ConfigurationError(
-                f"{command}: {name!r} is a file: name the module, such as {name_of}"
+                f"{command}: {name!r} is a file: name the module, such as {module}"
             )
         with _telling_where(f"the module {name!r} can't be imported"):
             _import(name, "the module")
@@ -8151,10 +8152,9 @@ _MOST_LISTED = 10  # names in a line
 def _names_of(priorities: Iterable[Priority]) -> str:
     """Return the names of these priorities' tasks in a line, if many the first ones."""
     names = sorted(found.name for each in priorities for found in _tasks_of(each))
-    listed = ", ".join(names[:_MOST_LISTED])
     if len(names) > _MOST_LISTED:
-        listed += f" and {len(names) - _MOST_LISTED} more"
-    return listed
+        names[_MOST_LISTED:] = [f"and {len(names) - _MOST_LISTED} more"]
+    return ", ".join(names)
 
 
 def _exit_overdue(ledger: Ledger) -> None:
@@ -8222,13 +8222,12 @@ def _task_named(name: str) -> Task[..., Any]:
         known = sorted(known for known in _registry if known.endswith(f".{name}"))
         known += difflib.get_close_matches(name, _registry, 1)
         if known:
-            raise TaskNotFound(f"{error} Did you mean {known[0]}?") from error
-        if "." not in name:
-            text = (
-                f"{error} Its name begins with its module, such as myapp.tasks.{name}"
-            )
-            raise TaskNotFound(text) from error
-        raise
+            hint = f"Did you mean {known[0]}?"
+        elif "." not in name:
+            hint = f"Its name begins with its module, such as myapp.tasks.{name}"
+        else:
+            raise
+        raise TaskNotFound(f"{error} {hint}") from error
 
 
 @_command("tasks", _MODULES)
@@ -8282,21 +8281,22 @@ def _watch(
     interval_s: float, counts: _AllCounts, show: Callable[[_AllCounts, _Rates], None]
 ) -> None:
     """Count again and again, with the trend; a fault is said, and passes."""
+    counted_at = time.monotonic()
     while True:
-        before, before_s = counts, time.monotonic()
         time.sleep(interval_s)
         try:
-            counts = _count_all()
+            new = _count_all()
         except Exception as error:
             _log.warning("can't count: %s", _one_line(error))
             continue
+        now = time.monotonic()
         rates = {}
-        for name, found in counts.items():
-            earlier = before.get(name)
+        for name, found in new.items():
+            earlier = counts[name]
             if found and earlier:
-                seconds = time.monotonic() - before_s
-                rates[name] = (found.queued - earlier.queued) / seconds
-        show(counts, rates)
+                rates[name] = (found.queued - earlier.queued) / (now - counted_at)
+        show(new, rates)
+        counts, counted_at = new, now
 
 
 def _show_table(counts: _AllCounts, rates: _Rates) -> None:
@@ -8368,10 +8368,11 @@ def _provision(arguments: Any) -> None:
         return
     if arguments.function and not settings.IS_LAMBDA_APP:
         raise ConfigurationError("--lambda: expected IS_LAMBDA_APP to be set")
-    receives, function = arguments.max_receive_count, arguments.function
     resources: list[_Resource] = []
     for priority in _priorities(arguments.priority or _PRIORITIES):
-        resources += _resources(priority, receives, function)
+        resources += _resources(
+            priority, arguments.max_receive_count, arguments.function
+        )
     write = {"terraform": _terraform, "iam": _iam}.get(arguments.format)
     if write:
         print(json.dumps(write(resources), indent=2))
@@ -8439,17 +8440,13 @@ _ID = _many(
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
     """Let SIGTERM and a lost terminal interrupt as Ctrl-C does: scans then clean up."""
-    numbers = []
-    if threading.current_thread() is threading.main_thread():
+    with contextlib.ExitStack() as undo:
         for number in (signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) == signal.SIG_DFL:
-                numbers.append(number)
+            in_main = threading.current_thread() is threading.main_thread()
+            if in_main and signal.getsignal(number) == signal.SIG_DFL:
                 signal.signal(number, signal.default_int_handler)
-    try:
+                undo.callback(signal.signal, number, signal.SIG_DFL)
         yield
-    finally:
-        for number in numbers:
-            signal.signal(number, signal.SIG_DFL)
 
 
 def _filter_of(arguments: Any) -> _LetterFilter:

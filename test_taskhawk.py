@@ -1020,16 +1020,16 @@ HOUSE_PROMISES = {
         _in_batches _one_round SqliteBroker.send SqliteBroker._claim SqliteBroker.delete
         _SqliteFile.change _use_write_ahead_log _AwsSender._batch SqsBroker.send
         SqsBroker.delete process _verdict _wanted _Slot._run Worker.settle
-        Worker._close Worker._flush _dead_letter _send_copy _Held.move _Holdings.finish
+        Worker._close _dead_letter _send_copy _Held.move _Holdings.finish
         _Holdings.release _Holdings._decide _Calls.answered _Calls._deleted
         _Calls._delayed _Calls._try_later _Holdings.doubt _Holdings.close
         _Holdings.end""",
     2: """SqliteBroker.receive SqliteBroker._claim SqliteBroker.change_visibility
-        SqsBroker.receive _find_lease _Poller._receive _Course.take _Call _Leases
-        _Holdings.take _Holdings.start _Holdings.release _Holdings.release_waiting
+        SqsBroker.receive _find_lease _Poller._receive _Course.take _Course._release_if_stuck
+        _Call _Leases _Holdings.take _Holdings.start _Holdings.release _Holdings.release_waiting
         _Holdings._decide _Holdings.expire _Holdings.lose _Calls.next _Calls.answered
         _Calls._extended _Calls._deleted _Keeper.run _Keeper._make _Slot._run
-        Worker._give_up _Child.kill""",
+        _Slot._process Worker._give_up _Child.kill""",
     3: """_decode _parse Message.__init__ _validate _fits _find_task Task.find_by_name
         Task.call _register _import _import_path _parse_line _to_outcome
         _import_tasks""",
@@ -1040,8 +1040,8 @@ HOUSE_PROMISES = {
         _Keeper._tell _Faults _error_code _error_details _explained _explanation
         _find_remedy _Source.read _call_safely _log_again""",
     6: """_Course.wait_for_room _Course._find_room _Poller.work _Poller._try
-        _Poller._receive _pause_s _Holdings._decide _Holdings._hurry _Calls.next
-        _Calls._due_ends _Calls._extended _Leases _Keeper._wait _Keeper._make
+        _Poller._receive _pause_s _Holdings._decide _Holdings._acknowledge
+        _Holdings._hurry _Calls.next _Calls._due_ends _Calls._share_call _Calls._extended _Leases _Keeper._wait _Keeper._make
         SqsBroker.receive SqsBroker.url SqsBroker._find_url _parts""",
     7: """_in_own_context _refresh_django_connections _PerProcess _made_once
         _Brokers.before_fork _Brokers.after_fork _close_sqlite_files
@@ -7792,7 +7792,7 @@ class HoldingsMachine(hypothesis.stateful.RuleBasedStateMachine):
         assert sum(counts.values()) + len(self.holdings.held) == self.count
         holdings = self.holdings
         assert holdings.running == len(self.running)
-        assert holdings.waiting + holdings.running + holdings.ending == len(
+        assert holdings.waiting + holdings.running + len(holdings.decided) == len(
             holdings.held
         )
 
@@ -7810,7 +7810,7 @@ class HoldingsMachine(hypothesis.stateful.RuleBasedStateMachine):
             if call:
                 holdings.calls.answered(call, {})
             self.now += 0.1
-        assert holdings.ending == 0
+        assert not holdings.decided
         assert holdings.ledger.balanced
         assert holdings.unanswered <= holdings.ledger.uncertain
 
@@ -7891,7 +7891,7 @@ class TestHoldings:
         """What waits, what runs and what has ended are told apart."""
         holdings, [first, second] = holding(5, started=2)
         holdings.finish(first, "acked", 1)
-        assert (holdings.waiting, holdings.running, holdings.ending) == (3, 1, 1)
+        assert (holdings.waiting, holdings.running, len(holdings.decided)) == (3, 1, 1)
         assert holdings.still_run() == [second.message]
 
     @pytest.mark.parametrize(
@@ -8072,7 +8072,7 @@ class TestHoldings:
         assert holdings.ledger == taskhawk.Ledger(received=1, **ledger)
         assert [text for _, text in holdings.news] == news
         assert holdings.unanswered == (asked_at == 30 and "uncertain" in ledger)
-        assert holdings.ending == (not ledger)
+        assert bool(holdings.decided) == (not ledger)
 
     def test_tries(self):
         """What fails is tried again after pauses that double from 0.2 s to 5 s."""
@@ -9664,7 +9664,12 @@ class TestWorker:
                 process.send_signal(number)  # none of these is a second Ctrl-C
             with pytest.raises(subprocess.TimeoutExpired):
                 process.wait(1.1)
-            process.send_signal(signal.SIGINT)
+            # Of a burst, the kernel may hand one to a thread that need not wake up the
+            # main one: then that is noted with the next, and one more ends the process.
+            for _ in range(2):
+                process.send_signal(signal.SIGINT)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(2)
             process.wait(WORKER_PATIENCE_S)
             assert process.stdout.read() == ""
         assert process.returncode == 130
@@ -11093,6 +11098,19 @@ LAMBDA_CALLS = [
     (1, "ignore", 2),
     (),
 ]
+# A call, its entries where two of five messages fail, and the warning if it is refused.
+LAMBDA_WARNINGS = [
+    (
+        "DeleteMessage",
+        3,
+        "{} of 3 messages that succeeded may run again: can't delete them: {}",
+    ),
+    (
+        "ChangeMessageVisibility",
+        2,
+        "can't change when {} of 2 failed messages run again: {}",
+    ),
+]
 LAMBDA_MALFORMED: dict[str, Any] = {
     "null": None,
     "text": "text",
@@ -11215,46 +11233,23 @@ class TestLambda:
         assert again["MessageId"] == failed["messageId"]
 
     @pytest.mark.usefixtures("lambda_runs")
-    @pytest.mark.parametrize(
-        ("action", "told", "warning"),
-        [
-            pytest.param(
-                "DeleteMessageBatch",
-                fault("AccessDenied", status=403),
-                "3 of 3 messages that succeeded may run again: can't delete them:"
-                f" {LAMBDA_DENIED.format('DeleteMessage')}",
-                id="delete denied",
-            ),
-            pytest.param(
-                "DeleteMessageBatch",
-                refuse(0, 2, code="ReceiptHandleIsInvalid", ours=True),
-                "2 of 3 messages that succeeded may run again: can't delete them: no",
-                id="delete refused",
-            ),
-            pytest.param(
-                "ChangeMessageVisibilityBatch",
-                fault("AccessDenied", status=403),
-                "can't change when 2 of 2 failed messages run again:"
-                f" {LAMBDA_DENIED.format('ChangeMessageVisibility')}",
-                id="delay denied",
-            ),
-            pytest.param(
-                "ChangeMessageVisibilityBatch",
-                refuse(0, code="ReceiptHandleIsInvalid", ours=True),
-                "can't change when 1 of 2 failed messages run again: no",
-                id="delay refused",
-            ),
-        ],
-    )
-    def test_refusals(self, action, told, warning, lambda_sqs, caplog):
+    @pytest.mark.parametrize("how", ["denied", "refused"])
+    @pytest.mark.parametrize("case", LAMBDA_WARNINGS, ids=lambda case: case[0])
+    def test_refusals(self, case, how, lambda_sqs, caplog):
         """What the service refuses costs one warning; all else is done, and failures raise."""
-        lambda_sqs.always(action, told)
+        action, entries, warning = case
+        answer = refuse(1, code="ReceiptHandleIsInvalid", ours=True)
+        count, reason = 1, "no"
+        if how == "denied":
+            answer, count = fault("AccessDenied", status=403), entries
+            reason = LAMBDA_DENIED.format(action)
+        lambda_sqs.always(f"{action}Batch", answer)
         event = lambda_event(1, "in 90.5 s", 2, "at once", 3)
         errors = [LAMBDA_ENDS["in 90.5 s"], LAMBDA_ENDS["at once"]]
         assert lambda_consume(event) == (None, errors)
         warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
         ours = [text.replace(" (reached max retries: 0)", "") for text in warnings]
-        assert ours == [warning]
+        assert ours == [warning.format(count, reason)]
         assert lambda_deleted(lambda_sqs) == [1, 3, 5]
         assert lambda_delays(lambda_sqs) == [
             ("receipt of m2", 91),
@@ -11729,19 +11724,17 @@ class TestDeadLetters:
         """Where a receive fails midway, what was sent back until then stays so."""
         source = put_dead_letters(taskhawk._brokers.broker(), 12)
         scripted.script("ReceiveMessage", passed, fault("AccessDenied", status=403))
-        with pytest.raises(taskhawk.ConfigurationError) as raised:
-            taskhawk.requeue_dead_letter(Priority.default)
+        error = refused(taskhawk.requeue_dead_letter, Priority.default)
         denied = DENIED.format("ReceiveMessage")
-        assert str(raised.value) == f"{source}: {denied} (AccessDenied: no)"
+        assert error == f"{source}: {denied} (AccessDenied: no)"
         assert len(received_args()) == 10
         assert len(received_args(source)) == 2
 
     @pytest.mark.parametrize("number", [0, -1])
     def test_num_messages(self, sqlite, number):
         """To receive none at once is refused, as by listen_for_messages."""
-        with pytest.raises(taskhawk.ConfigurationError) as raised:
-            taskhawk.requeue_dead_letter(Priority.default, num_messages=number)
-        assert str(raised.value) == f"num_messages: expected 1 or more, got {number}"
+        error = refused(taskhawk.requeue_dead_letter, Priority.default, number)
+        assert error == f"num_messages: expected 1 or more, got {number}"
 
     def test_no_queue(self, ministack, sqs_client, queue_name):
         """Without the queue, its RedrivePolicy or its dead-letter queue, the error says so."""
@@ -11749,9 +11742,7 @@ class TestDeadLetters:
 
         def error() -> str:
             configure_aws(ministack, queue_name)
-            with pytest.raises(taskhawk.ConfigurationError) as raised:
-                taskhawk.requeue_dead_letter(Priority.default)
-            return str(raised.value)
+            return refused(taskhawk.requeue_dead_letter, Priority.default)
 
         assert error() == f"{queue}: {GONE}"
         url = client.create_queue(QueueName=queue)["QueueUrl"]
@@ -12717,21 +12708,11 @@ def skip():
 def broken():
     1 / 0
 """
-COMMANDS = [
-    *(
-        "demo",
-        "listen",
-        "dispatch",
-        "tasks",
-        "schema",
-        "stats",
-        "check",
-        "provision",
-        "vendor",
-    ),
-    "dead-letters",
-    *(f"dead-letters {a}" for a in ("list", "show", "requeue", "delete", "export")),
-]
+COMMANDS = """
+demo, listen, dispatch, tasks, schema, stats, check, provision, vendor, dead-letters,
+dead-letters list, dead-letters show, dead-letters requeue, dead-letters delete,
+dead-letters export
+"""
 WRONG_OPTIONS = """
 dispatch t --args [1                 an array of JSON
 dispatch t --args [NaN]              an array of JSON
@@ -12780,6 +12761,8 @@ dispatch job.ad
     no task is registered as 'job.ad': is its module imported? Did you mean job.add?
 dispatch job.xyz
     no task is registered as 'job.xyz': is its module imported?
+tasks odd
+    odd.f: *args can't be a task's parameter: name the arguments, or take a list
 dispatch job.add
     job.add: missing a required argument: 'one'
 """
@@ -12811,6 +12794,33 @@ listen job --until-empty --priority=low
     listening to TASKHAWK-DEFAULT-LOW-PRIORITY (BROKER) for no task; not served here:
     job.add, job.broken, skip
 """
+COMMAND_DJANGO = {
+    "site_settings.py": """
+INSTALLED_APPS = ["shop", "empty"]
+USE_TZ = True
+SECRET_KEY = "x"
+LOGGING = {
+    "version": 1,
+    "disable_existing_loggers": True,
+    "handlers": {"h": {"class": "logging.StreamHandler"}},
+    "root": {"handlers": ["h"]},
+}
+""",
+    "empty/__init__.py": "",
+    "shop/__init__.py": "",
+    "shop/models.py": """
+from django.db import models
+class Sale(models.Model):
+    id = models.BigAutoField(primary_key=True)
+""",
+    "shop/tasks.py": """
+import taskhawk
+from shop.models import Sale
+@taskhawk.task
+def sell():
+    print("sold", Sale._meta.label)
+""",
+}
 LOG_TIME = r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d,\d\d\d"
 
 
@@ -12826,12 +12836,8 @@ def command_line(folder: Path, way: str) -> tuple[list[str], str]:
     script = Path(sys.executable).with_name("taskhawk")
     if way == "script" and not script.exists():
         pytest.skip("taskhawk is not installed")
-    called = {
-        "module": ["-m", "taskhawk"],
-        "file": [taskhawk.__file__],
-        "script": [str(script)],
-    }
-    return called[way], "taskhawk"
+    program = {"module": ["-m", "taskhawk"], "file": [taskhawk.__file__]}
+    return program.get(way, [str(script)]), "taskhawk"
 
 
 @pytest.fixture
@@ -12865,14 +12871,29 @@ class Commands:
         assert result.returncode == code, result.stderr
         return result
 
+    def send(self, name: str, *args: object) -> None:
+        """Put a message in the queue, without the cost of a process."""
+        taskhawk.configure(TASKHAWK_BROKER=self.env["TASKHAWK_BROKER"])
+        body = processing_body(task=name, args=args)
+        broker = taskhawk._brokers.broker()
+        broker.send("TASKHAWK-DEFAULT", [taskhawk.Outgoing(body, {})])
+
+    def popen(self, *arguments: str, **options: Any) -> "subprocess.Popen[bytes]":
+        """Start a command whose output is read by the caller."""
+        return subprocess.Popen(
+            [sys.executable, *self.command, *arguments],
+            cwd=self.folder,
+            env=python_env(self.env),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            **options,
+        )
+
     def logged(self, *arguments: str) -> list[str]:
         """Run a command, and return its log without times and ids."""
         lines = self(*arguments).stderr.splitlines()
-        plain = [re.sub(rf"^{LOG_TIME} ", "", line) for line in lines]
-        return [
-            re.sub(MESSAGE_ID, "ID", line).replace(" (message ID)", "")
-            for line in plain
-        ]
+        ids = re.compile(rf"{MESSAGE_ID}( \(message {MESSAGE_ID}\))?")
+        return [ids.sub("ID", re.sub(rf"^{LOG_TIME} ", "", line)) for line in lines]
 
 
 @pytest.fixture
@@ -12951,7 +12972,7 @@ class TestCommandLine:
             assert taskhawk.main(["tasks"]) == 0
         assert output.getvalue() == f"{name}  default\n"
 
-    @pytest.mark.parametrize("command", COMMANDS)
+    @pytest.mark.parametrize("command", re.split(r",\s+", COMMANDS.strip()))
     def test_help(self, capsys, command):
         """The help of every command shows an example, whole on its line, that can be copied."""
         with pytest.raises(SystemExit) as ended:
@@ -12978,13 +12999,6 @@ class TestCommandLine:
             "text",  # --log-format
         ]
 
-    def test_version(self, capsys):
-        """The version is printed."""
-        with pytest.raises(SystemExit) as ended:
-            taskhawk.main(["--version"])
-        assert ended.value.code == 0
-        assert capsys.readouterr().out == f"{taskhawk.__version__}\n"
-
     @pytest.mark.parametrize(
         ("arguments", "usage"),
         [("", "taskhawk [-h]"), ("dead-letters", "taskhawk dead-letters [-h]")],
@@ -13001,6 +13015,8 @@ class TestCommandLine:
         self, capsys, command_folder, monkeypatch, arguments, sentence
     ):
         """What can't work is said in one line, with the exit code 2."""
+        odd = "import taskhawk\n@taskhawk.task\ndef f(*args): ..."
+        (command_folder / "odd.py").write_text(odd)
         monkeypatch.setenv("TASKHAWK_BROKER", "sqlite:///queue.db")
         assert command_error(capsys, *arguments.split()) == (2, f"taskhawk: {sentence}")
 
@@ -13048,54 +13064,37 @@ class TestCommandLine:
         assert not (command_folder / "queue.db").exists()
 
     @pytest.mark.parametrize(
-        ("line", "text"),
+        ("command", "setting", "line", "text"),
         [
-            ("import os; os.environ['NOT_SET']", "KeyError('NOT_SET')"),
-            ("assert 0", "AssertionError()"),
-            ("raise OSError('in two\\nlines')", "in two lines"),
-            ("raise ValueError('DB down')", "DB down"),
+            ("tasks failing", "", "import os; os.environ['NO']", "KeyError('NO')"),
+            ("tasks failing", "", "assert 0", "AssertionError()"),
+            ("tasks failing", "", "raise OSError('two\\nlines')", "two lines"),
+            ("stats", "SETTINGS_MODULE", "1 / 0", "division by zero"),
+            *(
+                (command, "TASKHAWK_POST_PROCESS_HOOK", "1 / 0", "division by zero")
+                for command in ("listen job", "check job")
+            ),
         ],
     )
-    def test_module_fails(self, command_folder, capsys, line, text):
+    def test_module_fails(  # noqa: PLR0917
+        self, command_folder, capsys, monkeypatch, command, setting, line, text
+    ):
         """A module that fails when it is imported keeps its traceback, which begins there."""
-        path = command_folder / "failing_jobs.py"
+        path = command_folder / "failing.py"
         path.write_text(f"{line}\n")
-        assert taskhawk.main(["tasks", "failing_jobs"]) == 1
-        head, place, *_, last = capsys.readouterr().err.splitlines()
-        assert head == "Traceback (most recent call last):"
-        assert place == f'  File "{path}", line 1, in <module>'
-        assert last == (
-            f"taskhawk: the module 'failing_jobs' can't be imported: {text}"
-        )
-
-    @pytest.mark.parametrize(
-        ("command", "name"),
-        [
-            ("stats", "SETTINGS_MODULE"),
-            ("listen job", "TASKHAWK_POST_PROCESS_HOOK"),
-            ("check job", "TASKHAWK_POST_PROCESS_HOOK"),
-        ],
-    )
-    def test_settings_fail(self, command_folder, capsys, monkeypatch, command, name):
-        """So does a module of settings or hooks."""
-        (command_folder / "failing.py").write_text("raise ValueError('DB down')\n")
         monkeypatch.setenv("TASKHAWK_BROKER", "sqlite:///queue.db")
-        dotted = "failing" if name == "SETTINGS_MODULE" else "failing.hook"
-        monkeypatch.setenv(name, dotted)
+        if setting:
+            monkeypatch.setenv(
+                setting, "failing.hook" if "HOOK" in setting else "failing"
+            )
         assert taskhawk.main(command.split()) == 1
         head, place, *_, last = capsys.readouterr().err.splitlines()
         assert head == "Traceback (most recent call last):"
-        assert place.startswith(f'  File "{command_folder}/failing.py"')
-        assert last == "taskhawk: the settings can't be read: DB down"
-
-    def test_module_of_tasks_refused(self, command_folder, capsys):
-        """What taskhawk itself refuses in a module is one line."""
-        (command_folder / "odd.py").write_text(
-            "import taskhawk\n@taskhawk.task\ndef f(*args): ..."
-        )
-        code, line = command_error(capsys, "tasks", "odd")
-        assert code == 2
-        assert line.startswith("taskhawk: odd.f: ")
+        assert place == f'  File "{path}", line 1, in <module>'
+        what = "the settings can't be read"
+        if not setting:
+            what = "the module 'failing' can't be imported"
+        assert last == f"taskhawk: {what}: {text}"
 
     @pytest.mark.parametrize(
         ("command", "url"),
@@ -13171,16 +13170,9 @@ class TestCommandLine:
     @pytest.mark.parametrize("command", ["dead-letters list", "schema"])
     def test_pipe_is_closed(self, commands, command):
         """Output that nobody reads any more, as of `head`, is no traceback."""
-        commands("dispatch", "job.broken")
+        commands.send("job.broken")
         commands("listen", "job", "--until-empty")
-        process = subprocess.Popen(
-            [sys.executable, "-m", "taskhawk", *command.split()],
-            cwd=commands.folder,
-            env=python_env(commands.env),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        process = commands.popen(*command.split(), text=True)
         process.stdout.close()
         with process.stderr:
             errors = process.stderr.read()
@@ -13192,7 +13184,7 @@ class TestCommandLine:
     @pytest.mark.slow
     def test_without_streams(self, commands):
         """A daemon whose standard streams are closed works as any other."""
-        commands("dispatch", "job.broken")
+        commands.send("job.broken")
         code = (
             "import subprocess, sys; command = [sys.executable, '-m', 'taskhawk']\n"
             "for line in ('listen job --until-empty', 'dead-letters delete --all'):\n"
@@ -13207,15 +13199,8 @@ class TestCommandLine:
     def test_overdue(self, commands):
         """A worker ends once its grace is over, though nobody reads its output any more."""
         (commands.folder / "job.py").write_text(WORKER_MODULE)
-        commands("dispatch", "job.wait", "--args=[1]")
-        process = subprocess.Popen(
-            [sys.executable, "-m", "taskhawk", "listen", "job", "--grace=1"],
-            cwd=commands.folder,
-            env=python_env(commands.env),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        )
+        commands.send("job.wait", 1)
+        process = commands.popen("listen", "job", "--grace=1", stdin=subprocess.PIPE)
         try:
             assert process.stdout.readline() == b"started 1\n"
             process.stdout.close()
@@ -13224,6 +13209,7 @@ class TestCommandLine:
         finally:
             process.kill()
             process.stdin.close()
+            process.stderr.close()
 
     @pytest.mark.slow
     def test_encoding(self, commands):
@@ -13234,7 +13220,7 @@ class TestCommandLine:
             "def broken(): raise ValueError('Zo\\xeb')\n"
         )
         commands.env |= {"PYTHONIOENCODING": "ascii"}
-        commands("dispatch", "job.broken")
+        commands.send("job.broken")
         commands("listen", "job", "--until-empty")
         line = commands("dead-letters", "list").stdout
         assert line.endswith("  ValueError: Zo\\xeb\n")
@@ -13254,37 +13240,24 @@ class TestCommandLine:
         for number in range(12):
             taskhawk.task(name=f"t{number:02}")(plain)
         served = taskhawk._served(["Q"], [Priority.default])
-        assert served.endswith("t07, t08, t09 and 2 more")
+        assert served.endswith("t07, t08, t09, and 2 more")
 
     @pytest.mark.slow
-    def test_log(self, commands):
+    @pytest.mark.parametrize("level", ["debug", "info", "error"])
+    def test_log(self, commands, level):
         """A worker logs each finished task, and whose a line of another logger is."""
-        commands("dispatch", "job.add", "--args=[1]")
-        commands("dispatch", "skip", "--module=job")
-        _, *lines, last = commands.logged("listen", "job", "--until-empty")
-        assert sorted(lines) == [
+        commands.send("job.add", 1)
+        commands.send("skip")
+        lines = commands.logged("listen", "job", "--until-empty", "--log-level", level)
+        levels = [line.split(maxsplit=1)[0] for line in lines]
+        assert levels.count("DEBUG") == (2 if level == "debug" else 0)
+        finished = [
             "INFO [job.add ID attempt 1] added",
             "INFO job.add ID: attempt 1 finished",
             "INFO skip ID: attempt 1 ignored",
         ]
-        assert last == (
-            "INFO worker ended: 2 received, 2 acked, 0 retried, 0 dead-lettered, 0"
-            " released, 0 uncertain"
-        )
-
-    @pytest.mark.slow
-    @pytest.mark.parametrize(
-        ("level", "shown"),
-        [
-            ("error", []),
-            ("debug", ["DEBUG Received message"]),
-        ],
-    )
-    def test_log_level(self, commands, level, shown):
-        """The level of the log can be set."""
-        commands("dispatch", "job.add", "--args=[1]")
-        lines = commands.logged("listen", "job", "--until-empty", "--log-level", level)
-        assert [line for line in lines if not line.startswith("INFO")] == shown
+        informed = [line for line in lines if line.startswith("INFO")][1:-1]
+        assert informed == ([] if level == "error" else finished)
 
     @pytest.mark.slow
     def test_quiet_libraries(self, commands, ministack, queue_name):
@@ -13313,14 +13286,13 @@ logging.config.dictConfig({{
 """
         with (commands.folder / "job.py").open("a") as file:
             file.write(config)
-        commands("dispatch", "job.add", "--args=[1]")
+        commands.send("job.add", 1)
         lines = commands.logged("listen", "job", "--until-empty", *options)
         (added,) = [line for line in lines if "added" in line]
         (finished,) = [line for line in lines if "finished" in line]
         if options:
-            assert {"task": "job.add", "message": "added"}.items() <= json.loads(
-                added
-            ).items()
+            found = json.loads(added)
+            assert (found["task"], found["message"]) == ("job.add", "added")
             assert json.loads(finished)["message"] == "job.add ID: attempt 1 finished"
         else:
             assert added == "theirs job.add added"
@@ -13330,24 +13302,12 @@ logging.config.dictConfig({{
     @pytest.mark.slow
     def test_django(self, commands):
         """Django is set up before modules are imported; without one, the apps' tasks are."""
-        for name, text in {
-            "site_settings.py": "INSTALLED_APPS = ['shop', 'empty']\n"
-            "USE_TZ = True\nSECRET_KEY = 'x'\n"
-            "LOGGING = {'version': 1, 'disable_existing_loggers': True,\n"
-            "    'handlers': {'h': {'class': 'logging.StreamHandler'}},\n"
-            "    'root': {'handlers': ['h']}}\n",
-            "empty/__init__.py": "",
-            "shop/__init__.py": "",
-            "shop/models.py": "from django.db import models\nclass Sale(models.Model):\n"
-            "    id = models.BigAutoField(primary_key=True)\n",
-            "shop/tasks.py": "import taskhawk\nfrom shop.models import Sale\n"
-            "@taskhawk.task\ndef sell():\n    print('sold', Sale._meta.label)\n",
-        }.items():
+        for name, text in COMMAND_DJANGO.items():
             path = commands.folder / name
             path.parent.mkdir(exist_ok=True)
             path.write_text(text)
         commands.env |= {"DJANGO_SETTINGS_MODULE": "site_settings"}
-        commands("dispatch", "shop.tasks.sell")
+        commands.send("shop.tasks.sell")
         result = commands("listen", "--until-empty", "--log-format=json")
         assert re.fullmatch("sold shop.Sale\n1 received, 1 acked,.*\n", result.stdout)
         lines = [json.loads(line) for line in result.stderr.splitlines()]
