@@ -61,7 +61,7 @@ A message that a worker holds; the :class:`Ledger` counts what each becomes::
         '--> released                                    never started, visible at once
 
 What to read for each promise, and how many statements that is
-    1 (293): publish, _send_one, _accepted, _send_all_ready, _partial_failure,
+    1 (291): publish, _send_one, _accepted, _send_all_ready, _partial_failure,
         _send_all, _in_batches, _one_round, SqliteBroker.send, SqliteBroker._claim,
         SqliteBroker.delete, _SqliteFile.change, _use_write_ahead_log,
         _AwsSender._batch, SqsBroker.send, SqsBroker.delete, process, _verdict, _wanted,
@@ -76,7 +76,7 @@ What to read for each promise, and how many statements that is
         _Holdings.expire, _Holdings.lose, _Calls.next, _Calls.answered,
         _Calls._extended, _Calls._deleted, _Keeper.run, _Keeper._make, _Slot._run,
         _Slot._process, Worker._give_up, _Child.kill
-    3 (109): _decode, _parse, Message._take, _validate, _fits, _find_task,
+    3 (110): _decode, _parse, Message.__init__, _validate, _fits, _find_task,
         Task.find_by_name, Task.call, _register, _import, _import_path, _parse_line,
         _to_outcome, _import_tasks
     4 (103): process, _run, _decode, _parse, _failed, _verdict, _is_invalid,
@@ -4026,12 +4026,14 @@ def _partial_failure(
     readies: Sequence[_Ready], refused: Mapping[int, Refusal]
 ) -> PartialFailure:
     """Return the error that lists which messages were refused, and why."""
-    successful, failed, unsent = [], [], []
-    for place, ready in enumerate(readies):
-        refusal = refused.get(place)
-        if refusal is None:
-            successful.append({"Id": ready.message.id})
-            continue
+    successful = [
+        {"Id": ready.message.id}
+        for place, ready in enumerate(readies)
+        if place not in refused
+    ]
+    failed, unsent = [], []
+    for place, refusal in sorted(refused.items()):
+        ready = readies[place]
         failed.append(
             {"Id": ready.message.id, "Code": refusal.code, "Message": refusal.text}
         )

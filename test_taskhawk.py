@@ -1030,7 +1030,7 @@ HOUSE_PROMISES = {
         _Holdings._decide _Holdings.expire _Holdings.lose _Calls.next _Calls.answered
         _Calls._extended _Calls._deleted _Keeper.run _Keeper._make _Slot._run
         _Slot._process Worker._give_up _Child.kill""",
-    3: """_decode _parse Message._take _validate _fits _find_task Task.find_by_name
+    3: """_decode _parse Message.__init__ _validate _fits _find_task Task.find_by_name
         Task.call _register _import _import_path _parse_line _to_outcome
         _import_tasks""",
     4: """process _run _decode _parse _failed _verdict _is_invalid _text_of_invalid
