@@ -6763,15 +6763,15 @@ PROCESSING_ENDS: dict[str, tuple[Fate, float | None]] = {
 PROCESSING_ENDS[IN_12_HOURS] = (Fate.retry, 43200)
 for said in ("True", "not yet,?hm", "a; b"):
     PROCESSING_ENDS[f"{LEFT}: {said}"] = (Fate.retry, None)
-LAST = f"{DEAD}: the queue allows no further receive"
-PROCESSING_ENDS[LAST] = (Fate.dead_letter, None)
+AT_LAST = f"{DEAD}: the queue allows no further receive"
+PROCESSING_ENDS[AT_LAST] = (Fate.dead_letter, None)
 FIVE: dict[str, Any] = {"retry": taskhawk.fixed(5, 2, jitter=False)}
 IN_5_S = DELAY.format(5)
 FILES: dict[str, Any] = {**FIVE, "retry_on": (OSError,)}
 NO_FILES: dict[str, Any] = {**FIVE, "never_retry_on": (OSError, ValueError)}
 ONLY_FILES: dict[str, Any] = {"retry_on": OSError, "never_retry_on": FileNotFoundError}
 GIVES_UP: dict[str, Any] = {"retry": raising(taskhawk.StopRetry())}
-ASKED, FAILED = "asked to be retried", "failed"
+ASKED, FAILS = "asked to be retried", "failed"
 later, Ignored = taskhawk.RetryException, taskhawk.IgnoreException
 
 
@@ -6782,18 +6782,18 @@ def group(*errors: BaseException) -> BaseExceptionGroup[BaseException]:
 
 # What a task or hook raises, the task's options, the attempt; what the log says of it.
 PROCESSING_FAILURES = [
-    ("an exception", ValueError("no"), {}, 1, FAILED, LEFT),
-    ("SystemExit", SystemExit(3), {}, 1, FAILED, LEFT),
-    ("GeneratorExit", GeneratorExit(), {}, 1, FAILED, LEFT),
-    ("CancelledError", asyncio.CancelledError(), {}, 1, FAILED, LEFT),
-    ("group", group(KeyError(), OSError()), {}, 1, FAILED, LEFT),
-    ("group, policy", group(KeyError(), OSError()), FIVE, 1, FAILED, IN_5_S),
-    ("group, exit", group(SystemExit(), later(5)), {}, 1, FAILED, IN_5_S),
-    ("group, stop", group(later(5), taskhawk.StopRetry()), {}, 1, FAILED, DEAD),
-    ("group, never", group(later(5), KeyError(), OSError()), NO_FILES, 1, FAILED, DEAD),
-    ("group, not in", group(OSError(), KeyError(), OSError()), FILES, 1, FAILED, DEAD),
-    ("group, in", group(FileNotFoundError(), OSError()), FILES, 1, FAILED, IN_5_S),
-    ("group, ignored", group(OSError(), Ignored()), FILES, 1, FAILED, IN_5_S),
+    ("an exception", ValueError("no"), {}, 1, FAILS, LEFT),
+    ("SystemExit", SystemExit(3), {}, 1, FAILS, LEFT),
+    ("GeneratorExit", GeneratorExit(), {}, 1, FAILS, LEFT),
+    ("CancelledError", asyncio.CancelledError(), {}, 1, FAILS, LEFT),
+    ("group", group(KeyError(), OSError()), {}, 1, FAILS, LEFT),
+    ("group, policy", group(KeyError(), OSError()), FIVE, 1, FAILS, IN_5_S),
+    ("group, exit", group(SystemExit(), later(5)), {}, 1, FAILS, IN_5_S),
+    ("group, stop", group(later(5), taskhawk.StopRetry()), {}, 1, FAILS, DEAD),
+    ("group, never", group(later(5), KeyError(), OSError()), NO_FILES, 1, FAILS, DEAD),
+    ("group, not in", group(OSError(), KeyError(), OSError()), FILES, 1, FAILS, DEAD),
+    ("group, in", group(FileNotFoundError(), OSError()), FILES, 1, FAILS, IN_5_S),
+    ("group, ignored", group(OSError(), Ignored()), FILES, 1, FAILS, IN_5_S),
     (
         "group asks for",
         group(later(5), later(90), later()),
@@ -6804,30 +6804,30 @@ PROCESSING_FAILURES = [
     ),
     ("group says why", group(later("a"), later("b")), {}, 1, ASKED, f"{LEFT}: a; b"),
     ("group asks policy", group(later(), later()), FIVE, 1, ASKED, IN_5_S),
-    ("group asks too often", group(later(), later()), FIVE, 3, FAILED, DEAD),
-    ("its own TaskNotFound", taskhawk.TaskNotFound("other"), {}, 1, FAILED, LEFT),
-    ("policy", ValueError("no"), FIVE, 2, FAILED, IN_5_S),
-    ("policy, SystemExit", SystemExit(), FIVE, 1, FAILED, IN_5_S),
-    ("policy, 0 s", KeyError(), {"retry": lambda _: 0}, 1, FAILED, DELAY.format(0)),
-    ("huge", KeyError(), {"retry": lambda _: 1e300}, 1, FAILED, IN_12_HOURS),
-    ("used up", ValueError("no"), FIVE, 3, FAILED, DEAD),
-    ("no retries", KeyError(), {"retry": taskhawk.linear(1, 1, 0)}, 1, FAILED, DEAD),
-    ("RetryException, used up", later(), FIVE, 3, FAILED, DEAD),
-    ("StopRetry", taskhawk.StopRetry("enough"), FIVE, 1, FAILED, DEAD),
-    ("StopRetry, no policy", taskhawk.StopRetry("enough"), {}, 1, FAILED, DEAD),
-    ("never retried", FileNotFoundError(), NO_FILES, 1, FAILED, DEAD),
-    ("retried, not never", KeyError("no"), NO_FILES, 1, FAILED, IN_5_S),
-    ("in retry_on", FileNotFoundError("no"), FILES, 1, FAILED, IN_5_S),
-    ("not in retry_on", ValueError("no"), FILES, 1, FAILED, DEAD),
-    ("in both", FileNotFoundError("no"), ONLY_FILES, 1, FAILED, DEAD),
-    ("in one of both", PermissionError("no"), ONLY_FILES, 1, FAILED, LEFT),
-    ("last", ValueError("no"), {}, 10, FAILED, LAST),
-    ("one too many", ValueError("no"), {}, 11, FAILED, LAST),
-    ("the policy gives up", KeyError(), GIVES_UP, 1, FAILED, DEAD),
-    ("last but one", ValueError("no"), {}, 9, FAILED, LEFT),
-    ("last, policy", KeyError(), {"retry": lambda _: 5}, 10, FAILED, LAST),
-    ("last, asks", later(), {}, 10, FAILED, LAST),
-    ("last, asks for a delay", later(5), {}, 10, FAILED, LAST),
+    ("group asks too often", group(later(), later()), FIVE, 3, FAILS, DEAD),
+    ("its own TaskNotFound", taskhawk.TaskNotFound("other"), {}, 1, FAILS, LEFT),
+    ("policy", ValueError("no"), FIVE, 2, FAILS, IN_5_S),
+    ("policy, SystemExit", SystemExit(), FIVE, 1, FAILS, IN_5_S),
+    ("policy, 0 s", KeyError(), {"retry": lambda _: 0}, 1, FAILS, DELAY.format(0)),
+    ("huge", KeyError(), {"retry": lambda _: 1e300}, 1, FAILS, IN_12_HOURS),
+    ("used up", ValueError("no"), FIVE, 3, FAILS, DEAD),
+    ("no retries", KeyError(), {"retry": taskhawk.linear(1, 1, 0)}, 1, FAILS, DEAD),
+    ("RetryException, used up", later(), FIVE, 3, FAILS, DEAD),
+    ("StopRetry", taskhawk.StopRetry("enough"), FIVE, 1, FAILS, DEAD),
+    ("StopRetry, no policy", taskhawk.StopRetry("enough"), {}, 1, FAILS, DEAD),
+    ("never retried", FileNotFoundError(), NO_FILES, 1, FAILS, DEAD),
+    ("retried, not never", KeyError("no"), NO_FILES, 1, FAILS, IN_5_S),
+    ("in retry_on", FileNotFoundError("no"), FILES, 1, FAILS, IN_5_S),
+    ("not in retry_on", ValueError("no"), FILES, 1, FAILS, DEAD),
+    ("in both", FileNotFoundError("no"), ONLY_FILES, 1, FAILS, DEAD),
+    ("in one of both", PermissionError("no"), ONLY_FILES, 1, FAILS, LEFT),
+    ("last", ValueError("no"), {}, 10, FAILS, AT_LAST),
+    ("one too many", ValueError("no"), {}, 11, FAILS, AT_LAST),
+    ("the policy gives up", KeyError(), GIVES_UP, 1, FAILS, DEAD),
+    ("last but one", ValueError("no"), {}, 9, FAILS, LEFT),
+    ("last, policy", KeyError(), {"retry": lambda _: 5}, 10, FAILS, AT_LAST),
+    ("last, asks", later(), {}, 10, FAILS, AT_LAST),
+    ("last, asks for a delay", later(5), {}, 10, FAILS, AT_LAST),
     ("asks, no delay", later(), {}, 1, ASKED, LEFT),
     ("asks, and says why", later("not yet,\nhm"), {}, 1, ASKED, f"{LEFT}: not yet,?hm"),
     ("asks for a delay", later(delay_seconds=90), {}, 1, ASKED, DELAY.format(90)),
@@ -6945,7 +6945,7 @@ class TestProcessing:
             attempt,
             fate.value,
         )
-        if how == FAILED:
+        if how == FAILS:
             assert (record.levelname, record.exc_info[1]) == ("ERROR", error)
             message = Message(json.loads(processing_body()))
             assert told == [{"exception": error, "message": message}]
@@ -7152,10 +7152,10 @@ class TestProcessing:
     @pytest.mark.parametrize(
         ("error", "attempt", "how", "then"),
         [
-            (OSError("no"), 1, FAILED, LEFT),
-            (OSError("no"), 10, FAILED, LAST),
-            (taskhawk.StopRetry(), 1, FAILED, LEFT),
-            (SystemExit(), 1, FAILED, LEFT),
+            (OSError("no"), 1, FAILS, LEFT),
+            (OSError("no"), 10, FAILS, AT_LAST),
+            (taskhawk.StopRetry(), 1, FAILS, LEFT),
+            (SystemExit(), 1, FAILS, LEFT),
             (later(delay_seconds=90), 1, ASKED, DELAY.format(90)),
         ],
     )
