@@ -65,30 +65,32 @@ What to read for each promise, and how many statements that is
         _send_all, _in_batches, _one_round, SqliteBroker.send, SqliteBroker._claim,
         SqliteBroker.delete, _SqliteFile.change, _use_write_ahead_log,
         _AwsSender._batch, SqsBroker.send, SqsBroker.delete, process, _verdict, _wanted,
-        _Slot._run, Worker.settle, Worker._shut_down, _dead_letter, _send_copy,
-        _Held.move, _Holdings.finish, _Holdings.release, _Holdings._decide,
-        _Calls.answered, _Calls._deleted, _Calls._delayed, _Calls._try_later,
-        _Holdings.doubt, _Holdings.close, _Holdings.end
-    2 (258): SqliteBroker.receive, SqliteBroker._claim, SqliteBroker.change_visibility,
-        SqsBroker.receive, _find_lease, _Poller._receive, _Course.take, _Call, _Leases,
-        _Holdings.take, _Holdings.start, _Holdings.release, _Holdings.release_waiting,
-        _Holdings._decide, _Holdings.expire, _Holdings.lose, _Calls.next,
-        _Calls.answered, _Calls._extended, _Calls._deleted, _Keeper.run, _Keeper._make,
-        _Slot._run, Worker._give_up, _Child.kill
-    3 (112): _decode, _parse, Message._take, _validate, _fits, _find_task,
+        _Slot._run, Worker.settle, Worker._close, _dead_letter, _send_copy, _Held.move,
+        _Holdings.finish, _Holdings.release, _Holdings._decide, _Calls.answered,
+        _Calls._deleted, _Calls._delayed, _Calls._try_later, _Holdings.doubt,
+        _Holdings.close, _Holdings.end
+    2 (275): SqliteBroker.receive, SqliteBroker._claim, SqliteBroker.change_visibility,
+        SqsBroker.receive, _find_lease, _Poller._receive, _Course.take,
+        _Course._release_if_stuck, _Call, _Leases, _Holdings.take, _Holdings.start,
+        _Holdings.release, _Holdings.release_waiting, _Holdings._decide,
+        _Holdings.expire, _Holdings.lose, _Calls.next, _Calls.answered,
+        _Calls._extended, _Calls._deleted, _Keeper.run, _Keeper._make, _Slot._run,
+        _Slot._process, Worker._give_up, _Child.kill
+    3 (109): _decode, _parse, Message._take, _validate, _fits, _find_task,
         Task.find_by_name, Task.call, _register, _import, _import_path, _parse_line,
         _to_outcome, _import_tasks
-    4 (104): process, _run, _decode, _parse, _failed, _verdict, _is_invalid,
+    4 (103): process, _run, _decode, _parse, _failed, _verdict, _is_invalid,
         _text_of_invalid, _Slot._run, Worker.settle
-    5 (190): _run, _failed, _sentence, _what_follows, _name_of, _reason, _in_one_line,
+    5 (198): _run, _failed, _sentence, _what_follows, _name_of, _reason, _in_one_line,
         _facts, _extra_of, _text_of_invalid, _shown, _mismatch, _too_large,
         _Holdings.warn, _Keeper._tell, _Faults, _error_code, _error_details, _explained,
-        _explanation, _find_remedy, _Source._illegal, _call_safely, _log_again
-    6 (169): _Course.wait_for_room, _Course._find_room, _Poller.work, _Poller._try,
-        _Poller._receive, _pause_s, _Holdings._decide, _Holdings._hurry, _Calls.next,
-        _Calls._due_ends, _Calls._extended, _Leases, _Keeper._wait, _Keeper._make,
-        SqsBroker.receive, SqsBroker.url, SqsBroker._find_url, _batches
-    7 (190): _in_own_context, _refresh_django_connections, _PerProcess, _made_once,
+        _explanation, _find_remedy, _Source.read, _call_safely, _log_again
+    6 (178): _Course.wait_for_room, _Course._find_room, _Poller.work, _Poller._try,
+        _Poller._receive, _pause_s, _Holdings._decide, _Holdings._acknowledge,
+        _Holdings._hurry, _Calls.next, _Calls._due_ends, _Calls._share_call,
+        _Calls._extended, _Leases, _Keeper._wait, _Keeper._make, SqsBroker.receive,
+        SqsBroker.url, SqsBroker._find_url, _parts
+    7 (209): _in_own_context, _refresh_django_connections, _PerProcess, _made_once,
         _Brokers.before_fork, _Brokers.after_fork, _close_sqlite_files,
         _release_sqlite_files, _Signals, _hold_signals, _release_signals,
         _forget_signals, _path_of_children, _Child._start_process,
@@ -660,7 +662,7 @@ class _Settings:
     def __init__(self) -> None:
         self.given: Mapping[str, Any] = {}  # by configure()
         self.on_change: list[Callable[[], None]] = []  # closes what was made with them
-        self._forgotten = 0  # times
+        self._forgotten = 0  # how often forget() was called
 
     def __getattr__(self, name: str) -> Any:
         """Read a setting that is not remembered as an attribute yet."""
@@ -1153,10 +1155,6 @@ class Message:  # noqa: PLW1641 - it may change, so it is no key of a dict
 
     def __init__(self, data: Mapping[str, Any]) -> None:
         _validate(data, SCHEMA)
-        self._take(data)
-
-    def _take(self, data: Mapping[str, Any]) -> None:
-        """Take over valid data; keys that the format does not have are dropped."""
         metadata = data["metadata"]
         self.id: str = data["id"]
         #: the queue that it goes through
@@ -1198,22 +1196,16 @@ class Message:  # noqa: PLW1641 - it may change, so it is no key of a dict
             msg_id = _new_id()
         else:
             _validate(msg_id, _NAME, "id")
-        metadata = {
-            "priority": priority.name,
-            "timestamp": int(time.time() * 1000),
-            "version": cls.CURRENT_VERSION,
-        }
-        message = cls.__new__(cls)  # not __init__, which would check what is valid
-        message._take(  # noqa: SLF001 - its own
-            {
-                "id": msg_id,
-                "metadata": metadata,
-                "headers": dict(headers or {}),
-                "task": task,
-                "args": args or (),
-                "kwargs": dict(kwargs or {}),
-            }
-        )
+        # Not by __init__, which would check what is valid: that takes long.
+        message = cls.__new__(cls)
+        message.id = msg_id
+        message.priority = priority
+        message.timestamp = int(time.time() * 1000)
+        message.version = cls.CURRENT_VERSION
+        message.headers = dict(headers or {})
+        message.task_name = task
+        message.args = list(args or ())
+        message.kwargs = dict(kwargs or {})
         return message
 
     @property
@@ -1792,6 +1784,12 @@ def _accepted(refusals: Sequence[Refusal]) -> None:
         raise PartialFailure({"Successful": [], "Failed": failed})
 
 
+def _wait_before_try(pause_s: float) -> None:
+    """Wait about so long; before the first try, not even for other threads to run."""
+    if pause_s:
+        time.sleep(_jittered(pause_s))
+
+
 def _insist(call: _BatchCall, entry: Any) -> None:
     """Make a call of one entry; try it again where the service is at fault.
 
@@ -1799,7 +1797,7 @@ def _insist(call: _BatchCall, entry: Any) -> None:
     """
     refusals: list[Refusal] = []
     for pause_s in _PAUSES_S:
-        time.sleep(_jittered(pause_s))
+        _wait_before_try(pause_s)
         refusals = call([entry])
         if all(refusal.final for refusal in refusals):
             break
@@ -1850,7 +1848,7 @@ def _in_batches(
     for pause_s in _PAUSES_S[:tries]:
         if not remaining:
             break
-        time.sleep(_jittered(pause_s))
+        _wait_before_try(pause_s)
         answer = one_round([entries[index] for index in remaining])
         for place, index in enumerate(remaining):
             refused.pop(index, None)
@@ -3135,7 +3133,7 @@ class Metadata(dict[str, Any]):
 
 
 class Task(Generic[_P, _R]):
-    """A function that can be dispatched; to call it runs the function here and now.
+    """A function that can be dispatched; calling it runs the function here and now.
 
     Made by :func:`task`, which describes its options, and registers it: no message
     can reach a task that was made by hand.
@@ -3280,7 +3278,8 @@ def _signature_of(fn: Callable[..., Any], name: str) -> inspect.Signature:
         signature = inspect.signature(fn, **_ANNOTATIONS)
     except ValueError as error:
         raise ConfigurationError(
-            f"{name} does not tell its parameters: expected a function written in Python"
+            f"{name} does not tell its parameters: expected a function written in"
+            " Python"
         ) from error
     for parameter in signature.parameters.values():
         if parameter.kind is parameter.VAR_POSITIONAL:
@@ -3395,7 +3394,7 @@ def _run_coroutine(coroutine: Any) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     event_loop = getattr(_thread, "event_loop", None)
-    if asyncio._get_running_loop():  # noqa: SLF001 - exported: it is None outside of one
+    if asyncio._get_running_loop():  # noqa: SLF001 - exported; None outside of one
         # Sync mode in an application's own event loop, which is busy until we return.
         context = contextvars.copy_context()
         with ThreadPoolExecutor(1) as pool:
@@ -3609,8 +3608,8 @@ class _Place(NamedTuple):
     """Where a function is written.
 
     `module` is the one that a worker imports it from, also if it is a script's; `line`
-    is text for errors; `spec` is the module's, which has another after it is read
-    again.
+    is text for errors; `spec` is that of its module, which gets another one when it is
+    read again.
     """
 
     module: str
@@ -3648,7 +3647,7 @@ def _declaring_module(fn: Any) -> str:
     """Return the module whose import declares the task that is made of a function.
 
     It may be another than the function's: ``send = taskhawk.task(lib.send)``. Where
-    modules import each other, it is the outermost: they may work in this order alone.
+    modules import each other, it is the outermost: no other order may work for them.
     Where a function declares tasks, it is the module that is being imported, if any.
     """
     if fn.__module__ in (*_MAINS, __name__):
@@ -3659,7 +3658,7 @@ def _declaring_module(fn: Any) -> str:
     for frame in callers:
         name = frame.f_globals.get("__name__")
         importing = frame.f_code.co_name == "<module>" and name in sys.modules
-        # A script calls all that runs: it declares only what itself makes a task.
+        # A script is below all other frames: it declares only what its own code does.
         if importing and name not in _MAINS:
             declaring = name
     return str(declaring)
@@ -3699,7 +3698,7 @@ class AsyncInvocation(Generic[_P]):
     _delay_s: float = 0
 
     def with_headers(self, /, **headers: Any) -> AsyncInvocation[_P]:
-        """Return an invocation with these headers too; they replace those of one name.
+        """Return an invocation with these headers too, in place of any of their names.
 
         :param headers: any values that JSON can hold. The message has them all, and up
             to ten of them are also string attributes, which SNS can filter by.
@@ -3849,7 +3848,7 @@ _ATTRIBUTE_TEXT = re.compile("[^\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uf
 
 
 def _attributes_of(headers: Mapping[Any, Any]) -> dict[str, dict[str, str]]:
-    """Return ten headers at most that SQS takes as attributes; the body has all."""
+    """Return at most ten headers that SQS takes as attributes; the body has all."""
     attributes: dict[str, dict[str, str]] = {}
     for key, value in headers.items():
         name, text = str(key), str(value)
@@ -3884,29 +3883,30 @@ class _Batch:
     """
 
     def __init__(self) -> None:
-        self._sent_by: int | None = os.getpid()  # None once it is closed
-        # Guards the other two: nothing is added to a batch that is closed. Reentrant,
+        self._process_id = os.getpid()
+        # Guards the two below: nothing is added to a batch that is closed. Reentrant,
         # because a signal handler may dispatch while it is held.
         self._lock = threading.RLock()
         self._collected: list[_Ready] = []
+        self._closed = False
 
     def add(self, readies: Sequence[_Ready]) -> bool:
         """Add messages, or return False if this process has no open batch here."""
         # Before the lock, which another thread may have held at the fork.
-        if self._sent_by != os.getpid():
+        if self._process_id != os.getpid():
             return False
         with self._lock:
-            if self._sent_by is None:
+            if self._closed:
                 return False
             self._collected.extend(readies)
             return True
 
     def close(self) -> Sequence[_Ready]:
         """Collect no more, and return what this process has to send."""
-        if self._sent_by != os.getpid():
+        if self._process_id != os.getpid():
             return ()
         with self._lock:
-            self._sent_by = None
+            self._closed = True
         return self._collected
 
 
@@ -3998,7 +3998,7 @@ def _send_all_ready(readies: Sequence[_Ready]) -> None:
 def _partial_failure(
     readies: Sequence[_Ready], refused: Mapping[int, Refusal]
 ) -> PartialFailure:
-    """Return the error that has the messages which were refused, by their places."""
+    """Return the error that lists which messages were refused, and why."""
     successful, failed, unsent = [], [], []
     for place, ready in enumerate(readies):
         refusal = refused.get(place)
@@ -4525,7 +4525,7 @@ class _Call(NamedTuple):
         return [(held.receipt, self._hidden_s(held)) for held in self.batch]
 
     def _hidden_s(self, held: _Held) -> float:
-        """Return for how long to hide a message, within the 12 hours that SQS allows."""
+        """Return for how long to hide a message: SQS allows 12 hours in all."""
         wanted_s = held.delay_s
         if self.kind is _Kind.extend:
             wanted_s = held.lease_s
@@ -4551,7 +4551,7 @@ class _Leases:
         held.renew_at = math.inf
 
     def due(self, now: float) -> list[_Held]:
-        """Return what is to be extended now and is in no call: what ends first, first."""
+        """Return what is to be extended now and is in no call, in order of its end."""
         if now < self._next_at:
             return []
         free = [held for held in self._held if not held.in_call]
@@ -4594,11 +4594,6 @@ class _Holdings:
         return sum(map(len, self._waiting.values()))
 
     @property
-    def ending(self) -> int:
-        """How many messages have ended but for the call that says so to the queue."""
-        return len(self.decided)
-
-    @property
     def running(self) -> int:
         """How many messages run."""
         return len(self.held) - self.waiting - len(self.decided)
@@ -4618,8 +4613,8 @@ class _Holdings:
     ) -> None:
         """Hold received messages from now on.
 
-        The service hid them at some time between the call and its answer. Where that was
-        long, none is started before an extension has shown that its lease still holds.
+        The service hid them at some time between the call and its answer. Where that
+        took long, none is started before an extension shows that its lease still holds.
 
         :param lease_s: for how long the receive asked to hide them
         :param asked_at: when the receive was called
@@ -4799,7 +4794,7 @@ class _Calls:
         return _Call(kind, queue, batch, now)
 
     def next_at(self) -> float:
-        """Return when to look for the next call: never (infinity) if none will be due."""
+        """Return when to look for the next call; infinity if none will be due."""
         times = [held.due_at for held in self._all.decided if not held.in_call]
         return min([*times, self._all.leases.next_at()])
 
@@ -4858,7 +4853,7 @@ class _Calls:
             held.renew_at = asked_at + held.lease_s / 20
 
     def _deleted(self, held: _Held, refusal: Refusal | None, asked_at: float) -> None:
-        """Note how a delete went; one that was sent after the lease ended proves nothing."""
+        """Note how a delete went; one sent after the lease ended proves nothing."""
         if refusal is None and asked_at < held.lease_until:
             self._all.end(held, held.end)
         elif refusal is None:
@@ -4869,7 +4864,7 @@ class _Calls:
             self._try_later(held, asked_at)
 
     def _delayed(self, held: _Held, refusal: Refusal | None, asked_at: float) -> None:
-        """Note how a delay or release went; where it failed, the lease's end shows it."""
+        """Note how a delay or release went; else the lease's end does the same."""
         if refusal is not None:
             is_hopeless = refusal.final or refusal.is_denied
             if not is_hopeless and asked_at < held.lease_until:
@@ -4925,8 +4920,8 @@ class _Keeper:
     """Makes the calls that holdings say are due, one after another.
 
     A slot says what is to become of a message, and goes on at once; the keeper ends ten
-    of them in a call. Its client tries once, so that an answer which does not come holds
-    the leases up for one timeout only: what failed is due again, a little later.
+    of them in a call. Its client tries once, so that an answer which does not come
+    holds the leases up for one timeout only: what failed is due again a little later.
 
     :param clock: seconds; leases are measured with it
     :param beat: called after each round of lease extensions that worked
@@ -4941,10 +4936,10 @@ class _Keeper:
     ) -> None:
         self._broker, self._clock, self._beat = broker, clock, beat
         self._faults = _Faults()
-        # Guards the holdings, and all that follows. The keeper waits for `_due`; whoever
-        # wants to hold more waits for `ended`: no thread is woken for nothing. Who is
-        # in the main thread enters the lock itself: entering a condition takes several
-        # steps, and a signal handler that raises in between would leave it locked.
+        # Guards the holdings, and all that follows. The keeper waits for `_due` and
+        # pollers wait for `ended`: no thread is woken for nothing. Enter the lock
+        # itself: entering a condition takes several steps, and a signal handler that
+        # raises in between would leave it locked.
         self.lock = threading.RLock()
         self._due = threading.Condition(self.lock)
         self.ended = threading.Condition(self.lock)  # notified as messages end
@@ -4996,7 +4991,7 @@ class _Keeper:
         if now >= self._gives_up_at:
             # What ended after that, in the calling thread, still has one try.
             return not self.holdings.untried(self._gives_up_at)
-        return not self.holdings.ending
+        return not self.holdings.decided
 
     def _wait(self, now: float) -> None:
         """Wait until something may be due; called with the lock held."""
@@ -5045,8 +5040,8 @@ class _Keeper:
 # --- 16. the worker -------------------------------------------------------------------
 # Every thread of this file that outlives a call: pollers receive, slots run tasks (the
 # calling thread is one of them), one keeper changes messages on the queue, one heart
-# calls the heartbeat hook, one watch sees the signals and the grace. One lock guards the
-# holdings, the phase and the counts; _move_on() alone moves the phase forward.
+# calls the heartbeat hook, one watch sees the signals and the grace. One lock guards
+# the holdings, the phase and the counts; _Course.move_on() alone moves the phase.
 
 _MAX_BACKOFF_S = 60  # between receives that fail
 _FLUSH_S = 3  # of the grace, kept for acknowledgements once running tasks are given up
@@ -5072,9 +5067,10 @@ class _Signals:
     """Notes SIGTERM and SIGINT where nobody else handles them, while the block lasts.
 
     A handler runs between any two instructions of the main thread, so ours only sets
-    flags. It does not run while the main thread is in C code: then the wakeup descriptor
-    tells :meth:`wait`, in another thread. Supervisors and shells signal a process and its
-    group, so a second SIGTERM does nothing; a second SIGINT, by hand, ends at once.
+    flags. It does not run while the main thread is in C code: then the wakeup
+    descriptor tells :meth:`wait`, in another thread. Supervisors and shells signal a
+    process and its group, so a second SIGTERM does nothing; a second SIGINT, by hand,
+    ends at once.
     """
 
     _again_s = 1  # a SIGINT within that time of the first is the same one, sent twice
@@ -5341,15 +5337,13 @@ class _Course:
     def next(self) -> _Held | None:
         """Wait for a message to run, and start it; None if there will be no more."""
         with self._lock:
-            while True:
-                self.move_on()
-                if self.phase > _Phase.working:
-                    return None
+            while self.is_working():
                 held = self._holdings.start(self._clock())
                 if held:
                     self._started += 1
                     return held
                 self._to_start.wait(_TICK_S)
+            return None
 
     def finish(self, held: _Held, end: str, delay_s: float | None = 0) -> None:
         """Note what a message that ran is to become."""
@@ -5358,10 +5352,7 @@ class _Course:
             self._changed()
 
     def release(self, held: _Held) -> bool:
-        """Note that a message did not run after all, and that its slot can't for now.
-
-        :returns: whether all other slots can run messages
-        """
+        """Note that a slot can't run a message; return whether all others still can."""
         with self._lock:
             self._holdings.release(held, self._clock())
             self._paused += 1
@@ -5411,19 +5402,17 @@ class _Course:
         :returns: 0 if nothing more is to be received
         """
         with self._lock:
-            while True:
-                self.move_on()
-                if self.phase > _Phase.working:
-                    return 0
+            while self.is_working():
                 most = self._find_room()
                 if most:
                     return most
                 self._room.wait(_TICK_S)
+            return 0
 
     def _find_room(self) -> int:
         """Return how many messages to receive now."""
         # A full batch of acknowledgements besides the one whose call is under way.
-        is_overdue = self._holdings.ending >= 2 * _MAX_BATCH
+        is_overdue = len(self._holdings.decided) >= 2 * _MAX_BATCH
         free = self._most_running - self._paused - self._holdings.running
         if self._holdings.waiting or is_overdue or free <= 0:
             return 0
@@ -5458,6 +5447,11 @@ class _Course:
             while self.phase < to or self._is_over():
                 self.phase = _Phase(self.phase + 1)
                 self._enter(self.phase)
+
+    def is_working(self) -> bool:
+        """Return whether messages are still to be received and run."""
+        self.move_on()
+        return self.phase is _Phase.working
 
     def fail(self, error: BaseException) -> None:
         """Note an error that ends the worker; the first one is the one that counts."""
@@ -5538,8 +5532,8 @@ class _Slot:
             self._wait_for_child()
         finally:
             if held.runs:
-                # It was interrupted, or killed as the grace ended. Where its child still
-                # runs, that must end before others may have the message.
+                # It was interrupted, or killed as the grace ended. Where its child
+                # still runs, that must end before others may have the message.
                 self.child.kill()
                 self._course.finish(held, "retried")
 
@@ -5582,7 +5576,7 @@ class _Poller:
         self.is_polling = False  # whether a receive is under way
 
     def work(self) -> None:
-        """Receive again and again, until there is no more to do; the body of a thread."""
+        """Receive until there is no more to do; the body of a thread."""
         try:
             while not self._is_done():
                 most = self._course.wait_for_room()
@@ -5823,7 +5817,7 @@ class Worker:
         _log.info("%s", text)
 
     def _give_up(self, flush_s: float) -> None:
-        """Kill isolated runs; leave others to run: their messages reappear by themselves.
+        """Kill isolated runs, and leave others to run: their messages reappear.
 
         :param flush_s: what is left of the grace
         """
@@ -5887,16 +5881,16 @@ def listen_for_messages(
 ) -> Ledger:
     """Run the messages of a queue, in the calling thread, until told to stop.
 
-    SIGTERM and SIGINT stop it where the application has no handlers of its own. It stops
-    after the running task, and after the poll in flight, which takes up to 20 s on SQS.
+    SIGTERM and SIGINT stop it where the application has no handlers of its own. It
+    stops after the running task and the poll in flight, which takes up to 20 s on SQS.
 
     :param priority: the queue, or several: the most urgent message runs first
     :param num_messages: how many to receive at once, up to 10: they wait for each other
-    :param visibility_timeout_s: how long a received message is hidden from others, until
-        the worker extends it; None takes the queue's own
+    :param visibility_timeout_s: how long a received message is hidden from others,
+        until the worker extends it; None takes the queue's own
     :param loop_count: end after so many receives from each queue; None goes on for ever
     :param shutdown_event: set it to stop
-    :param until_empty: end once the queues have no message, neither in flight nor delayed
+    :param until_empty: end once the queues have no message, in flight or delayed
     :param concurrency: how many run at once: 1 in the calling thread, more in threads
     :param max_tasks: end after so many runs
     :param grace_s: how long runs may go on once told to stop; then isolated ones are
@@ -5974,7 +5968,7 @@ def _send_copy(
 def _dead_letter_copy(
     received: QueueMessage, error: BaseException | None, limit: int
 ) -> Outgoing:
-    """Return the copy for the dead-letter queue, which says in ONE attribute why it is there.
+    """Return the copy for the dead-letter queue; ONE attribute says why it is there.
 
     Attributes that were headers give way to it where there are too many: the body has
     the headers.

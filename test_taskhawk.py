@@ -1020,16 +1020,16 @@ HOUSE_PROMISES = {
         _in_batches _one_round SqliteBroker.send SqliteBroker._claim SqliteBroker.delete
         _SqliteFile.change _use_write_ahead_log _AwsSender._batch SqsBroker.send
         SqsBroker.delete process _verdict _wanted _Slot._run Worker.settle
-        Worker._shut_down _dead_letter _send_copy _Held.move _Holdings.finish
+        Worker._close _dead_letter _send_copy _Held.move _Holdings.finish
         _Holdings.release _Holdings._decide _Calls.answered _Calls._deleted
         _Calls._delayed _Calls._try_later _Holdings.doubt _Holdings.close
         _Holdings.end""",
     2: """SqliteBroker.receive SqliteBroker._claim SqliteBroker.change_visibility
-        SqsBroker.receive _find_lease _Poller._receive _Course.take _Call _Leases
-        _Holdings.take _Holdings.start _Holdings.release _Holdings.release_waiting
+        SqsBroker.receive _find_lease _Poller._receive _Course.take _Course._release_if_stuck
+        _Call _Leases _Holdings.take _Holdings.start _Holdings.release _Holdings.release_waiting
         _Holdings._decide _Holdings.expire _Holdings.lose _Calls.next _Calls.answered
         _Calls._extended _Calls._deleted _Keeper.run _Keeper._make _Slot._run
-        Worker._give_up _Child.kill""",
+        _Slot._process Worker._give_up _Child.kill""",
     3: """_decode _parse Message._take _validate _fits _find_task Task.find_by_name
         Task.call _register _import _import_path _parse_line _to_outcome
         _import_tasks""",
@@ -1038,11 +1038,11 @@ HOUSE_PROMISES = {
     5: """_run _failed _sentence _what_follows _name_of _reason _in_one_line _facts
         _extra_of _text_of_invalid _shown _mismatch _too_large _Holdings.warn
         _Keeper._tell _Faults _error_code _error_details _explained _explanation
-        _find_remedy _Source._illegal _call_safely _log_again""",
+        _find_remedy _Source.read _call_safely _log_again""",
     6: """_Course.wait_for_room _Course._find_room _Poller.work _Poller._try
-        _Poller._receive _pause_s _Holdings._decide _Holdings._hurry _Calls.next
-        _Calls._due_ends _Calls._extended _Leases _Keeper._wait _Keeper._make
-        SqsBroker.receive SqsBroker.url SqsBroker._find_url _batches""",
+        _Poller._receive _pause_s _Holdings._decide _Holdings._acknowledge
+        _Holdings._hurry _Calls.next _Calls._due_ends _Calls._share_call _Calls._extended _Leases _Keeper._wait _Keeper._make
+        SqsBroker.receive SqsBroker.url SqsBroker._find_url _parts""",
     7: """_in_own_context _refresh_django_connections _PerProcess _made_once
         _Brokers.before_fork _Brokers.after_fork _close_sqlite_files
         _release_sqlite_files _Signals _hold_signals _release_signals _forget_signals
@@ -1977,14 +1977,6 @@ class TestSettings:
             " taskhawk.configure(), the module named by SETTINGS_MODULE, Django's"
             " settings or the environment"
         )
-
-    @pytest.mark.parametrize(
-        "given", [{"TASKHAWK_SYNC": True}, {"TASKHAWK_BROKER": "sqlite://"}]
-    )
-    def test_nothing_is_required(self, given):
-        """Sync mode and the embedded queue need neither AWS nor a queue's name."""
-        taskhawk.configure(given)
-        assert taskhawk.task(plain, name="settings.plain").dispatch()
 
     def test_paths_of_1_4(self):
         """1.4's own defaults, paths into submodules that are gone, still work."""
@@ -5997,7 +5989,7 @@ class TestExtendVisibilityTimeout:
         assert taskhawk.process(again).error is None
 
     def test_no_queue(self):
-        """Where no queue has the message (sync mode, SNS), it does nothing."""
+        """Where no queue has the message (a call by hand, SNS), it does nothing."""
         ran = []
 
         @taskhawk.task(name="mail.nowhere")
@@ -6005,13 +5997,12 @@ class TestExtendVisibilityTimeout:
             metadata.extend_visibility_timeout(60)
             ran.append(metadata.receipt)
 
-        taskhawk.configure(TASKHAWK_SYNC=True)
-        nowhere.dispatch()
-        nowhere.call(Message.new("mail.nowhere"), None)
-        body = json.dumps(Message.new("mail.nowhere").as_dict())
+        message = Message.new("mail.nowhere")
+        message.call_task(None)
+        body = json.dumps(message.as_dict())
         record = {"Sns": {"Message": body, "MessageId": "m", "MessageAttributes": {}}}
         taskhawk.process_messages_for_lambda_consumer({"Records": [record]})
-        assert ran == [None, None, None]
+        assert ran == [None, None]
 
 
 # --- 12. publishing -------------------------------------------------------------------
@@ -6338,11 +6329,6 @@ class TestBatch:
                 mail.dispatch(number, "x" * 250_000)
         assert aws.actions == ["PublishBatch", "PublishBatch", "Publish"]
         assert aws.batches == [10, 3, 1]
-        aws.always("PublishBatch", DENY)
-        with pytest.raises(taskhawk.PartialFailure) as raised, taskhawk.batch():
-            ids = [mail.dispatch(number) for number in range(3)]
-        assert [message.id for message in raised.value.unsent] == ids
-        assert str(raised.value) == "3 of 3 messages failed: AccessDenied"
 
     @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
     def test_exception(self, sqlite, mail, error):
@@ -6427,30 +6413,6 @@ class TestBatch:
             busy.wait(WORKER_PATIENCE_S)
         pool.shutdown()
         assert sorted(received_args()) == list(range(400))
-
-    def test_asyncio(self, sqlite, mail):
-        """Tasks of an event loop join the block they were made in until it ends."""
-
-        async def dispatch(number: int, when: asyncio.Event) -> None:
-            await when.wait()
-            mail.dispatch(number)
-
-        async def main() -> None:
-            now, later = asyncio.Event(), asyncio.Event()
-            now.set()
-            async with asyncio.TaskGroup() as group:
-                with taskhawk.batch():
-                    await asyncio.gather(*(dispatch(n, now) for n in range(3)))
-                    group.create_task(dispatch(3, later))
-                    assert received_args() == []
-                assert received_args() == [0, 1, 2]
-                outside = group.create_task(dispatch(4, now))
-                await outside
-                assert received_args() == [4]
-                later.set()
-            assert received_args() == [3]
-
-        asyncio.run(main())
 
     @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
     def test_fork(self, tmp_path, mail):
@@ -7830,7 +7792,7 @@ class HoldingsMachine(hypothesis.stateful.RuleBasedStateMachine):
         assert sum(counts.values()) + len(self.holdings.held) == self.count
         holdings = self.holdings
         assert holdings.running == len(self.running)
-        assert holdings.waiting + holdings.running + holdings.ending == len(
+        assert holdings.waiting + holdings.running + len(holdings.decided) == len(
             holdings.held
         )
 
@@ -7848,7 +7810,7 @@ class HoldingsMachine(hypothesis.stateful.RuleBasedStateMachine):
             if call:
                 holdings.calls.answered(call, {})
             self.now += 0.1
-        assert holdings.ending == 0
+        assert not holdings.decided
         assert holdings.ledger.balanced
         assert holdings.unanswered <= holdings.ledger.uncertain
 
@@ -7929,7 +7891,7 @@ class TestHoldings:
         """What waits, what runs and what has ended are told apart."""
         holdings, [first, second] = holding(5, started=2)
         holdings.finish(first, "acked", 1)
-        assert (holdings.waiting, holdings.running, holdings.ending) == (3, 1, 1)
+        assert (holdings.waiting, holdings.running, len(holdings.decided)) == (3, 1, 1)
         assert holdings.still_run() == [second.message]
 
     @pytest.mark.parametrize(
@@ -8110,7 +8072,7 @@ class TestHoldings:
         assert holdings.ledger == taskhawk.Ledger(received=1, **ledger)
         assert [text for _, text in holdings.news] == news
         assert holdings.unanswered == (asked_at == 30 and "uncertain" in ledger)
-        assert holdings.ending == (not ledger)
+        assert bool(holdings.decided) == (not ledger)
 
     def test_tries(self):
         """What fails is tried again after pauses that double from 0.2 s to 5 s."""
@@ -9702,7 +9664,12 @@ class TestWorker:
                 process.send_signal(number)  # none of these is a second Ctrl-C
             with pytest.raises(subprocess.TimeoutExpired):
                 process.wait(1.1)
-            process.send_signal(signal.SIGINT)
+            # Of a burst, the kernel may hand one to a thread that need not wake up the
+            # main one: then that is noted with the next, and one more ends the process.
+            for _ in range(2):
+                process.send_signal(signal.SIGINT)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(2)
             process.wait(WORKER_PATIENCE_S)
             assert process.stdout.read() == ""
         assert process.returncode == 130
@@ -11109,6 +11076,19 @@ LAMBDA_CALLS = [
     (1, "ignore", 2),
     (),
 ]
+# A call, its entries where two of five messages fail, and the warning if it is refused.
+LAMBDA_WARNINGS = [
+    (
+        "DeleteMessage",
+        3,
+        "{} of 3 messages that succeeded may run again: can't delete them: {}",
+    ),
+    (
+        "ChangeMessageVisibility",
+        2,
+        "can't change when {} of 2 failed messages run again: {}",
+    ),
+]
 LAMBDA_MALFORMED: dict[str, Any] = {
     "null": None,
     "text": "text",
@@ -11231,46 +11211,23 @@ class TestLambda:
         assert again["MessageId"] == failed["messageId"]
 
     @pytest.mark.usefixtures("lambda_runs")
-    @pytest.mark.parametrize(
-        ("action", "told", "warning"),
-        [
-            pytest.param(
-                "DeleteMessageBatch",
-                fault("AccessDenied", status=403),
-                "3 of 3 messages that succeeded may run again: can't delete them:"
-                f" {LAMBDA_DENIED.format('DeleteMessage')}",
-                id="delete denied",
-            ),
-            pytest.param(
-                "DeleteMessageBatch",
-                refuse(0, 2, code="ReceiptHandleIsInvalid", ours=True),
-                "2 of 3 messages that succeeded may run again: can't delete them: no",
-                id="delete refused",
-            ),
-            pytest.param(
-                "ChangeMessageVisibilityBatch",
-                fault("AccessDenied", status=403),
-                "can't change when 2 of 2 failed messages run again:"
-                f" {LAMBDA_DENIED.format('ChangeMessageVisibility')}",
-                id="delay denied",
-            ),
-            pytest.param(
-                "ChangeMessageVisibilityBatch",
-                refuse(0, code="ReceiptHandleIsInvalid", ours=True),
-                "can't change when 1 of 2 failed messages run again: no",
-                id="delay refused",
-            ),
-        ],
-    )
-    def test_refusals(self, action, told, warning, lambda_sqs, caplog):
+    @pytest.mark.parametrize("how", ["denied", "refused"])
+    @pytest.mark.parametrize("case", LAMBDA_WARNINGS, ids=lambda case: case[0])
+    def test_refusals(self, case, how, lambda_sqs, caplog):
         """What the service refuses costs one warning; all else is done, and failures raise."""
-        lambda_sqs.always(action, told)
+        action, entries, warning = case
+        answer = refuse(1, code="ReceiptHandleIsInvalid", ours=True)
+        count, reason = 1, "no"
+        if how == "denied":
+            answer, count = fault("AccessDenied", status=403), entries
+            reason = LAMBDA_DENIED.format(action)
+        lambda_sqs.always(f"{action}Batch", answer)
         event = lambda_event(1, "in 90.5 s", 2, "at once", 3)
         errors = [LAMBDA_ENDS["in 90.5 s"], LAMBDA_ENDS["at once"]]
         assert lambda_consume(event) == (None, errors)
         warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
         ours = [text.replace(" (reached max retries: 0)", "") for text in warnings]
-        assert ours == [warning]
+        assert ours == [warning.format(count, reason)]
         assert lambda_deleted(lambda_sqs) == [1, 3, 5]
         assert lambda_delays(lambda_sqs) == [
             ("receipt of m2", 91),
@@ -11745,19 +11702,17 @@ class TestDeadLetters:
         """Where a receive fails midway, what was sent back until then stays so."""
         source = put_dead_letters(taskhawk._brokers.broker(), 12)
         scripted.script("ReceiveMessage", passed, fault("AccessDenied", status=403))
-        with pytest.raises(taskhawk.ConfigurationError) as raised:
-            taskhawk.requeue_dead_letter(Priority.default)
+        error = refused(taskhawk.requeue_dead_letter, Priority.default)
         denied = DENIED.format("ReceiveMessage")
-        assert str(raised.value) == f"{source}: {denied} (AccessDenied: no)"
+        assert error == f"{source}: {denied} (AccessDenied: no)"
         assert len(received_args()) == 10
         assert len(received_args(source)) == 2
 
     @pytest.mark.parametrize("number", [0, -1])
     def test_num_messages(self, sqlite, number):
         """To receive none at once is refused, as by listen_for_messages."""
-        with pytest.raises(taskhawk.ConfigurationError) as raised:
-            taskhawk.requeue_dead_letter(Priority.default, num_messages=number)
-        assert str(raised.value) == f"num_messages: expected 1 or more, got {number}"
+        error = refused(taskhawk.requeue_dead_letter, Priority.default, number)
+        assert error == f"num_messages: expected 1 or more, got {number}"
 
     def test_no_queue(self, ministack, sqs_client, queue_name):
         """Without the queue, its RedrivePolicy or its dead-letter queue, the error says so."""
@@ -11765,9 +11720,7 @@ class TestDeadLetters:
 
         def error() -> str:
             configure_aws(ministack, queue_name)
-            with pytest.raises(taskhawk.ConfigurationError) as raised:
-                taskhawk.requeue_dead_letter(Priority.default)
-            return str(raised.value)
+            return refused(taskhawk.requeue_dead_letter, Priority.default)
 
         assert error() == f"{queue}: {GONE}"
         url = client.create_queue(QueueName=queue)["QueueUrl"]
