@@ -6224,8 +6224,8 @@ _END_S = 5  # for a child to end by itself when it is told to, atexit functions 
 _CRASH_S = 1  # for the system to say how a child ended whose socket is closed
 _SIGNAL_NAMES = {number.value: number.name for number in signal.Signals}
 
-# What a child runs. It finds modules as its worker does, this one included, so that the
-# first line of its socket is sys.path. Unbuffered, or it would read the next lines too.
+# What a child runs. It must find modules where its worker does, this one included, so
+# the first line from its socket is sys.path. Buffered, it would take the next ones too.
 _BOOT = (
     "import importlib, json, sys; "
     "lines = open(int(sys.argv[3]), 'rb', 0, closefd=False); "
@@ -7788,14 +7788,14 @@ def _command(name: str, *options: _Option) -> Callable[..., Any]:
 
 
 def _wrong(expected: str, text: str) -> Exception:
-    """Return what argparse expects of a `type` that refuses a text."""
+    """Return the error by which an option's `type` refuses a text."""
     import argparse
 
     return argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
 
 
 def _whole(least: int, most: float = math.inf) -> Callable[[str], int]:
-    """Return what reads a whole number within bounds."""
+    """Return a reader of whole numbers within bounds."""
 
     def read(text: str) -> int:
         if re.fullmatch("[0-9]+", text) and least <= int(text) <= most:
@@ -7806,7 +7806,7 @@ def _whole(least: int, most: float = math.inf) -> Callable[[str], int]:
 
 
 def _seconds(least: float = 0, most: float = math.inf) -> Callable[[str], float]:
-    """Return what reads a time within bounds, in seconds if it has no unit."""
+    """Return a reader of times within bounds, in seconds where no unit is given."""
     units_s = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
 
     def read(text: str) -> float:
@@ -7821,7 +7821,7 @@ def _seconds(least: float = 0, most: float = math.inf) -> Callable[[str], float]
 
 
 def _bounds(least: float, most: float) -> str:
-    """Return which numbers are within bounds."""
+    """Say which numbers are within bounds."""
     if most == math.inf:
         return f"{least} or more"
     return f"{least} to {most}"
@@ -7843,7 +7843,7 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def _json(kind: type, expected: str) -> Callable[[str], Any]:
-    """Return what reads JSON of one kind."""
+    """Return a reader of JSON of one kind."""
 
     def read(text: str) -> Any:
         with contextlib.suppress(ValueError, RecursionError):
@@ -8217,10 +8217,12 @@ def _play() -> bool:
     _option("--liveness-file", "file to touch while the worker lives", metavar="PATH"),
     _option(
         "--log-level",
-        "what to log at least (default: info)",
+        "least level to log (default: info)",
         choices=["debug", "info", "warning", "error"],
     ),
-    _option("--log-format", "how to (default: text)", choices=["text", "json"]),
+    _option(
+        "--log-format", "format of the log (default: text)", choices=["text", "json"]
+    ),
 )
 def _listen(arguments: Any) -> bool:
     """Run a worker.
@@ -8370,10 +8372,10 @@ def _schema(_arguments: Any) -> None:
 
 @_command(
     "stats",
-    _flag("--watch", "again and again, with the trend, until Ctrl-C"),
+    _flag("--watch", "count again and again, with the trend, until Ctrl-C"),
     _option(
         "--interval",
-        "time between two looks (default: 2)",
+        "time between two counts (default: 2)",
         type=_seconds(0.1),
         default=2,
         metavar="S",
@@ -8473,7 +8475,9 @@ def _check_all(arguments: Any) -> bool:
         dest="function",
         metavar="ARN",
     ),
-    _option("--format", "print it as this", choices=["terraform", "iam"]),
+    _option(
+        "--format", "print it in this format, for review", choices=["terraform", "iam"]
+    ),
     _DRY_RUN,
 )
 def _provision(arguments: Any) -> None:
@@ -8532,24 +8536,30 @@ _LETTERS = (
     _many("--header", "only those with this header", type=_pair, metavar="K=V"),
     _option(
         "--older-than",
-        "only those sent so long ago: 90s, 15m, 36h or 7d",
+        "only those sent at least this long ago: 90s, 15m, 36h or 7d",
         type=_age,
         default=0,
         metavar="AGE",
     ),
     _option(
         "--newer-than",
-        "only those sent since then",
+        "only those sent at most this long ago",
         type=_age,
         default=math.inf,
         metavar="AGE",
     ),
-    _option("--limit", "at most N", type=_whole(0), default=sys.maxsize, metavar="N"),
+    _option(
+        "--limit",
+        "end after N that match",
+        type=_whole(0),
+        default=sys.maxsize,
+        metavar="N",
+    ),
     _MODULE,
 )
 _ID = _many(
     "--id",
-    "only this one, by the message's id or that of SQS",
+    "only this one: the message's own id, or that of SQS",
     dest="ids",
     metavar="ID",
 )
@@ -8605,7 +8615,7 @@ def _rewrite_line(text: str, *args: object) -> None:
 
 
 def _require_found(scan: _Scan) -> None:
-    """Raise an error if an id that was named is that of no dead letter."""
+    """Raise an error if an id was named that no matching dead letter has."""
     missing = scan.wanted.ids - scan.found_ids
     if missing:
         ids = ", ".join(sorted(missing))
@@ -8719,7 +8729,7 @@ def _requeue(arguments: Any) -> None:
     "dead-letters delete",
     *_LETTERS,
     _ID,
-    _flag("--all", "delete all of them, without a filter"),
+    _flag("--all", "delete all of them, where no filter is given"),
     _flag("--yes", "do not ask, in a terminal, before more than one is deleted"),
     _DRY_RUN,
 )

@@ -10168,18 +10168,8 @@ class TestSchedules:
 
 REAL_TIME = signal.SIGRTMIN + 1
 ISOLATED_MODULE = """
-import asyncio
-import atexit
-import ctypes
-import logging.config
-import multiprocessing
-import os
-import pathlib
-import signal
-import subprocess
-import sys
-import threading
-import time
+import asyncio, atexit, ctypes, logging.config, multiprocessing, os, pathlib
+import signal, subprocess, sys, threading, time
 import taskhawk
 
 HERE = pathlib.Path(__file__).parent
@@ -10230,11 +10220,6 @@ def fail(how, text="lost"):
         "write": lambda: os.write(int(sys.argv[-2]), text.encode() + b"\\n"),
         "close": lambda: (os.closerange(3, 256), threading.Event().wait()),
     }[how]()
-
-@taskhawk.task(isolate=True)
-def signalled(name):
-    signal.raise_signal(getattr(signal, name))
-    note(name)
 
 @taskhawk.task(isolate=True, retry=NEVER)
 def fork(how):
@@ -10298,6 +10283,11 @@ def hold():
 def start(how):
     STARTERS[how]()
 
+def itself():
+    signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGTERM)
+    note(True)
+
 def a_program():
     process = subprocess.Popen(["sleep", "60"])
     process.terminate()
@@ -10328,7 +10318,7 @@ def own_handler():
         os.waitpid(forked, 0)
     note(*map(signal.getsignal, (signal.SIGINT, signal.SIGTERM)))
 
-STARTERS = {each.__name__: each for each in (a_program, a_shell, a_fork, a_pool)}
+STARTERS = {f.__name__: f for f in (itself, a_program, a_shell, a_fork, a_pool)}
 STARTERS |= {"at_exit": lambda: atexit.register(LOG.warning, "bye")}
 STARTERS |= {"a_coroutine": lambda: asyncio.run(run_program()), "own": own_handler}
 
@@ -10375,19 +10365,28 @@ def isolated_work(**options: Any) -> dict[str, int]:
     return {name: count for name, count in vars(ledger).items() if count}
 
 
+def isolated_slot(given_up: threading.Event | None = None) -> Any:
+    """Return what runs the isolated messages of a slot."""
+    start = taskhawk._start_of_children(everything=False)
+    return taskhawk._Child(start, 100, given_up or threading.Event())
+
+
 @pytest.fixture
 def isolated_child(isolated_jobs):
     """Return what runs the isolated messages of a slot."""
-    start = taskhawk._start_of_children(everything=False)
-    child = taskhawk._Child(start, 100, threading.Event())
-    yield child
-    child.close()
+    with contextlib.closing(isolated_slot()) as child:
+        yield child
 
 
 def isolated_run(child: Any) -> list[Outcome | None]:
     """Have a child run what is queued."""
     received = receive_all()
     return [child.process(message) for message in received]
+
+
+def isolated_log(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
+    """Return the records of the module's own logger."""
+    return [record for record in caplog.records if record.name == "isolated"]
 
 
 def isolated_refusal(child: Any, received: QueueMessage) -> str:
@@ -10405,7 +10404,9 @@ def is_gone(pid: int) -> bool:
         return True
 
 
-ISOLATED_EARLY_END = """
+ISOLATED_EARLY_END = (
+    ISOLATED_MODULE
+    + """
 tell = taskhawk._Report.tell
 
 def tell_less(report, kind, *more):
@@ -10415,6 +10416,7 @@ def tell_less(report, kind, *more):
 
 taskhawk._Report.tell = tell_less
 """
+)
 ISOLATED_DJANGO = {
     "__init__": "",
     "settings": """
@@ -10437,49 +10439,60 @@ def count():
 """,
 }
 # What a task does, and the error that its dead letter has.
-ISOLATED_FAILURES = [
-    ("exit", "ChildCrashed: isolated.fail: its process ended: exit code 3"),
-    ("segfault", "ChildCrashed: isolated.fail: its process ended: SIGSEGV"),
-    ("kill", "ChildCrashed: isolated.fail: its process ended: SIGKILL"),
-    (
-        "real time",
-        f"ChildCrashed: isolated.fail: its process ended: signal {REAL_TIME}",
-    ),
-    pytest.param(
-        *("close", "ChildCrashed: isolated.fail: its process ended: SIGKILL"),
-        marks=pytest.mark.slow,
-    ),
-    (
-        "write",
-        "ChildCrashed: isolated.fail: its process wrote to the socket of its worker",
-    ),
-    ("leave", "SystemExit: lost"),
-    ("raise", "KeyError: 'lost'"),
-]
+ISOLATED_FAILURES = f"""
+exit       ChildCrashed: isolated.fail: its process ended: exit code 3
+segfault   ChildCrashed: isolated.fail: its process ended: SIGSEGV
+kill       ChildCrashed: isolated.fail: its process ended: SIGKILL
+real time  ChildCrashed: isolated.fail: its process ended: signal {REAL_TIME}
+write      ChildCrashed: isolated.fail: its process wrote to the socket of its worker
+leave      SystemExit: lost
+raise      KeyError: 'lost'
+"""
 # Lines that a task writes to the socket of its worker.
 ISOLATED_STRAYS = ["7", "null", "[]", '["began"]', '["ended", "done", null, null]']
 ISOLATED_STRAYS += ['["ended", "retry", "soon", null]', "[" * 100_000, "\xff"]
-# What the module of the tasks does in a child, and why that can't import the tasks.
+# What the module of the tasks does in a child, and why that can't begin a run.
 ISOLATED_OBSTACLES = [
-    ("1 / 0", "ZeroDivisionError: division by zero ({file}:1)"),
-    ("raise SystemExit(2)", "SystemExit: 2 ({file}:1)"),
-    ("import os; os._exit(4)", "its process ended: exit code 4"),
-    ("import time; time.sleep(60)", "it takes longer than 0.5 s"),
+    ("1 / 0", "{no_import}: ZeroDivisionError: division by zero ({file}:1)"),
+    ("raise SystemExit(2)", "{no_import}: SystemExit: 2 ({file}:1)"),
+    ("import os; os._exit(4)", "{no_import}: its process ended: exit code 4"),
+    ("import time; time.sleep(60)", "{no_import}: it takes longer than 0.5 s"),
+    (
+        ISOLATED_EARLY_END,
+        "isolated.pid: its process ended before the run began: exit code 5",
+    ),
 ]
 # What a worker may have imported that a child must import in the same order.
-ISOLATED_TASK = "@taskhawk.task(isolate=True)\ndef job(): pass"
+ISOLATED_LISTEN = (
+    "print(taskhawk.listen_for_messages(taskhawk.Priority.default, loop_count=1))"
+)
+ISOLATED_TASK = "@taskhawk.task(isolate=True)\ndef job(text=''): pass"
 ISOLATED_FACTORY = f"""
 import taskhawk
 def create_app():
 {textwrap.indent(ISOLATED_TASK, "    ")}
 """
+ISOLATED_SLOW = """
+import sys, taskhawk, time
+time.sleep(1.5 * ('_child' in sys.argv))
+@taskhawk.task(time_limit=1)
+def job(text): pass
+"""
+ISOLATED_CHATTY = f"""
+import logging, taskhawk
+for _ in range(2000):
+    logging.warning("x" * 300)
+{ISOLATED_TASK}
+"""
 ISOLATED_IMPORTS = {
-    "another function": ("def job(): pass", "import lib; task(isolate=True)(lib.job)"),
+    "another function": ("def job(text): pass", "task(isolate=True)(lib.job)"),
     "a circle": (
-        f"from entry import RULES\n{ISOLATED_TASK}",
-        "RULES = 1; import lib; lib.job",
+        f"import taskhawk; from entry import task\n{ISOLATED_TASK}",
+        "lib.job",
     ),
-    "a factory": (ISOLATED_FACTORY, "import lib; app = lib.create_app()"),
+    "a factory": (ISOLATED_FACTORY, "app = lib.create_app()"),
+    "longer than the time limit": (ISOLATED_SLOW, ""),
+    "many log records": (ISOLATED_CHATTY, ""),
 }
 
 
@@ -10517,9 +10530,10 @@ class TestIsolation:
         assert isolated_work(concurrency=2) == {"received": 2, "acked": 2}
         assert len(set(isolated_notes(isolated_jobs))) == 2
 
-    @pytest.mark.parametrize(("how", "error"), ISOLATED_FAILURES)
-    def test_failures(self, isolated_jobs, how, error):
+    @pytest.mark.parametrize("case", ISOLATED_FAILURES.strip().splitlines())
+    def test_failures(self, isolated_jobs, case):
         """A crash or an error is a failed run, and the next message has its run."""
+        how, error = re.split(" {2,}", case)
         isolated_jobs.fail.dispatch(how)
         isolated_jobs.pid.dispatch()
         done = isolated_work()
@@ -10532,10 +10546,12 @@ class TestIsolation:
         assert ("in fail\n" in noted["traceback"]) == raised
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("line", ISOLATED_STRAYS)
-    def test_strays(self, isolated_jobs, isolated_child, line):
-        """Whatever a task writes to the worker's socket, it has crashed."""
-        isolated_jobs.fail.dispatch("write", line)
+    @pytest.mark.parametrize(
+        "call", [*(("write", line) for line in ISOLATED_STRAYS), ("close",)]
+    )
+    def test_strays(self, isolated_jobs, isolated_child, call):
+        """Whatever a task does with the worker's socket, it has crashed."""
+        isolated_jobs.fail.dispatch(*call)
         [outcome] = isolated_run(isolated_child)
         assert outcome.fate is Fate.dead_letter
         assert type(outcome.error) is taskhawk.ChildCrashed
@@ -10557,16 +10573,6 @@ class TestIsolation:
         worker_eventually(lambda: is_gone(int(started)))
 
     @pytest.mark.slow
-    def test_time_limit_and_imports(self, isolated_jobs):
-        """A time limit is the run's alone: a new child's imports may take longer."""
-        source = (
-            "import sys, taskhawk, time; time.sleep(1.5 * ('_child' in sys.argv))\n"
-        )
-        source += "@taskhawk.task(time_limit=1)\ndef quick(): pass\n"
-        isolated_import(isolated_jobs.HERE, slow=source).quick.dispatch()
-        assert isolated_work() == {"received": 1, "acked": 1}
-
-    @pytest.mark.slow
     def test_crash_after_fork(self, isolated_jobs, isolated_child):
         """A child's crash is seen at once, though what its task forked goes on."""
         isolated_jobs.fork.dispatch("exit")
@@ -10581,8 +10587,8 @@ class TestIsolation:
         isolated_jobs.fork.dispatch("wait")
         assert isolated_run(isolated_child) == [Outcome(Fate.acknowledge)]
         [forked] = isolated_notes(isolated_jobs)
-        texts = [r.getMessage() for r in caplog.records if r.name == "isolated"]
-        assert texts == [f"from {forked}"]
+        [record] = isolated_log(caplog)
+        assert record.getMessage() == f"from {forked}"
         assert "from a fork" in capfd.readouterr().err
 
     @pytest.mark.slow
@@ -10595,19 +10601,12 @@ class TestIsolation:
         chatty.dispatch("x" * 900_000)
         assert isolated_work() == {"received": 1, "acked": 1}
 
-    @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-    def test_signals(self, isolated_jobs, isolated_child, name):
-        """A child is not ended by the signals that are the worker's to handle."""
-        isolated_jobs.signalled.dispatch(name)
-        assert isolated_run(isolated_child) == [Outcome(Fate.acknowledge)]
-        assert isolated_notes(isolated_jobs) == [name]
-
     @pytest.mark.slow
     @pytest.mark.parametrize(
-        "how", ["a_program", "a_shell", "a_fork", "a_pool", "a_coroutine"]
+        "how", ["itself", "a_program", "a_shell", "a_fork", "a_pool", "a_coroutine"]
     )
-    def test_starts(self, isolated_jobs, isolated_child, how):
-        """What a task starts has the signals that it has outside of a worker."""
+    def test_signals(self, isolated_jobs, isolated_child, how):
+        """A child is not ended by its worker's signals; what a task starts is."""
         isolated_jobs.start.dispatch(how)
         assert isolated_run(isolated_child) == [Outcome(Fate.acknowledge)]
         assert isolated_notes(isolated_jobs) == ["True"]
@@ -10661,7 +10660,7 @@ class TestIsolation:
         """A child's log records come out in the worker, with what they carry."""
         isolated_jobs.log.dispatch(**extra)
         assert isolated_run(isolated_child) == [Outcome(Fate.acknowledge)]
-        [record] = [r for r in caplog.records if r.name == "isolated"]
+        [record] = isolated_log(caplog)
         assert (record.getMessage(), record.levelname) == ("from afar", "WARNING")
         assert record.thing == "<Logger isolated (WARNING)>"
         assert extra.items() <= vars(record).items()
@@ -10673,16 +10672,14 @@ class TestIsolation:
         isolated_jobs.start.dispatch("at_exit")
         assert isolated_run(isolated_child) == [Outcome(Fate.acknowledge)]
         isolated_child.close()
-        assert [r.getMessage() for r in caplog.records if r.name == "isolated"] == [
-            "bye"
-        ]
+        assert [record.getMessage() for record in isolated_log(caplog)] == ["bye"]
 
     def test_log_level(self, isolated_jobs, isolated_child, caplog):
         """The worker's levels say which of them."""
         caplog.set_level("ERROR", "isolated")
         isolated_jobs.log.dispatch()
         assert isolated_run(isolated_child) == [Outcome(Fate.acknowledge)]
-        assert [r for r in caplog.records if r.name == "isolated"] == []
+        assert isolated_log(caplog) == []
 
     def test_filter_fails(self, isolated_jobs, isolated_child, capsys):
         """A filter that fails on a record of the task's changes nothing but the log."""
@@ -10713,10 +10710,10 @@ class TestIsolation:
 
     @pytest.mark.slow
     @pytest.mark.parametrize(("source", "reason"), ISOLATED_OBSTACLES)
-    def test_cannot_import(
+    def test_cannot_begin(
         self, isolated_jobs, isolated_child, monkeypatch, source, reason
     ):
-        """Where a child can't import the tasks nothing is run, until it can."""
+        """Where no child can begin a run nothing is run, until one can."""
         file = isolated_jobs.HERE / "isolated.py"
         file.write_text(source)
         isolated_jobs.pid.dispatch()
@@ -10725,23 +10722,14 @@ class TestIsolation:
             if "0.5 s" in reason:
                 patch.setattr(taskhawk, "_START_S", 0.5)
             text = isolated_refusal(isolated_child, received)
-        assert text == f"a child can't import the tasks: {reason.format(file=file)}"
+        no_import = "a child can't import the tasks"
+        assert text == reason.format(file=file, no_import=no_import)
         file.write_text(ISOLATED_MODULE)
         isolated_child.start()
         process = isolated_child._process
         isolated_child.start()  # it has one
         assert isolated_child.process(received) == Outcome(Fate.acknowledge)
         assert isolated_child._process is process
-
-    @pytest.mark.slow
-    def test_dies_before_the_run(self, isolated_jobs, isolated_child):
-        """A child that ends again and again before a run began has not failed it."""
-        file = isolated_jobs.HERE / "isolated.py"
-        file.write_text(ISOLATED_MODULE + ISOLATED_EARLY_END)
-        isolated_jobs.pid.dispatch()
-        assert isolated_refusal(isolated_child, *receive_all()) == (
-            "isolated.pid: its process ended before the run began: exit code 5"
-        )
 
     @pytest.mark.slow
     @pytest.mark.parametrize("left", [0, 2])
@@ -10766,12 +10754,10 @@ class TestIsolation:
         ("lib", "entry"), ISOLATED_IMPORTS.values(), ids=list(ISOLATED_IMPORTS)
     )
     def test_imports(self, isolated_jobs, lib, entry):
-        """A child imports what its worker imported, in the same order."""
-        begin = "import taskhawk; from taskhawk import task\n"
-        isolated_import(
-            isolated_jobs.HERE, lib=f"{begin}{lib}", entry=f"{begin}{entry}"
-        )
-        taskhawk.Task.find_by_name("lib.job").dispatch()
+        """A child imports what its worker imported, as it did; then the run begins."""
+        entry = f"from taskhawk import task; import lib; {entry}"
+        isolated_import(isolated_jobs.HERE, lib=lib, entry=entry)
+        taskhawk.Task.find_by_name("lib.job").dispatch("x" * 900_000)
         assert isolated_work() == {"received": 1, "acked": 1}
 
     def test_not_declared(self, isolated_jobs, caplog, monkeypatch):
@@ -10783,8 +10769,7 @@ class TestIsolation:
         taskhawk.Task.find_by_name("lib.job").dispatch()
         isolated_jobs.pid.dispatch()
         lost, found = receive_all()
-        start = taskhawk._start_of_children(everything=False)
-        child = taskhawk._Child(start, 100, threading.Event())
+        child = isolated_slot()
         outcome = child.process(lost)
         assert (outcome.fate, outcome.delay_s) == (Fate.retry, None)
         assert caplog.messages[0] == (
@@ -10801,8 +10786,7 @@ class TestIsolation:
     @pytest.mark.slow
     def test_worker_started_by_an_import(self, isolated_jobs):
         """A child does not import a module whose import starts the worker."""
-        entry = "import lib, taskhawk; lib.job.dispatch(); print(taskhawk."
-        entry += "listen_for_messages(taskhawk.Priority.default, loop_count=1))"
+        entry = f"import lib, taskhawk; lib.job.dispatch(); {ISOLATED_LISTEN}"
         (isolated_jobs.HERE / "lib.py").write_text(f"import taskhawk\n{ISOLATED_TASK}")
         (isolated_jobs.HERE / "entry.py").write_text(entry)
         env = {"TASKHAWK_BROKER": taskhawk.settings.TASKHAWK_BROKER}
@@ -10857,9 +10841,8 @@ class TestIsolation:
         (tmp_path / "jobs.py").write_text(f"{jobs}def job(): pass")
         if folder:
             (tmp_path / folder / "__init__.py").write_text("import jobs")
-        code = f"import {name} as taskhawk, jobs; jobs.job.dispatch()\n"
-        code += "print(taskhawk.listen_for_messages(taskhawk.Priority.default, "
-        code += "loop_count=1))"
+        code = f"import {name} as taskhawk, jobs; jobs.job.dispatch(); "
+        code += ISOLATED_LISTEN
         env = {"TASKHAWK_BROKER": f"sqlite:///{tmp_path}/queue.db"}
         result = run_python(code, cwd=tmp_path, env=env)
         assert result.stdout.startswith("1 received, 1 acked, "), result.stderr
@@ -10883,9 +10866,8 @@ class TestIsolation:
 
     def test_started_too_late(self, isolated_jobs):
         """A child that is started as the grace ends runs nothing."""
-        start = taskhawk._start_of_children(everything=True)
         given_up = threading.Event()
-        child = taskhawk._Child(start, 1, given_up)
+        child = isolated_slot(given_up)
         isolated_jobs.pid.dispatch()
         [received] = receive_all()
         given_up.set()
@@ -11011,13 +10993,9 @@ class TestIsolation:
         """Where no task is isolated nothing is for a child."""
         for name in [name for name in taskhawk._registry if name != "isolated.plain"]:
             del taskhawk._registry[name]
-        start = taskhawk._start_of_children(everything=False)
-        assert start == {}
+        assert taskhawk._start_of_children(everything=False) == {}
         isolated_jobs.plain.dispatch()
-        [received] = receive_all()
-        child = taskhawk._Child(start, 1, threading.Event())
-        assert child.process(received) == Outcome(Fate.acknowledge)
-        assert isolated_notes(isolated_jobs) == [f"plain {os.getpid()}"]
+        assert isolated_run(isolated_slot()) == [Outcome(Fate.acknowledge)]
 
     def test_sync(self, isolated_jobs):
         """Sync mode runs an isolated task where it is."""
