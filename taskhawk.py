@@ -61,7 +61,7 @@ A message that a worker holds; the :class:`Ledger` counts what each becomes::
         '--> released                                    never started, visible at once
 
 What to read for each promise, and how many statements that is
-    1 (291): publish, _send_one, _accepted, _send_all_ready, _partial_failure,
+    1 (292): publish, _send_one, _accepted, _send_all_ready, _partial_failure,
         _send_all, _in_batches, _one_round, SqliteBroker.send, SqliteBroker._claim,
         SqliteBroker.delete, _SqliteFile.change, _use_write_ahead_log,
         _AwsSender._batch, SqsBroker.send, SqsBroker.delete, process, _verdict, _wanted,
@@ -69,7 +69,7 @@ What to read for each promise, and how many statements that is
         _Holdings.finish, _Holdings.release, _Holdings._decide, _Calls.answered,
         _Calls._deleted, _Calls._delayed, _Calls._try_later, _Holdings.doubt,
         _Holdings.close, _Holdings.end
-    2 (275): SqliteBroker.receive, SqliteBroker._claim, SqliteBroker.change_visibility,
+    2 (281): SqliteBroker.receive, SqliteBroker._claim, SqliteBroker.change_visibility,
         SqsBroker.receive, _find_lease, _Poller._receive, _Course.take,
         _Course._release_if_stuck, _Call, _Leases, _Holdings.take, _Holdings.start,
         _Holdings.release, _Holdings.release_waiting, _Holdings._decide,
@@ -79,13 +79,13 @@ What to read for each promise, and how many statements that is
     3 (110): _decode, _parse, Message.__init__, _validate, _fits, _find_task,
         Task.find_by_name, Task.call, _register, _import, _import_path, _parse_line,
         _to_outcome, _import_tasks
-    4 (103): process, _run, _decode, _parse, _failed, _verdict, _is_invalid,
+    4 (101): process, _run, _decode, _parse, _failed, _verdict, _is_invalid,
         _text_of_invalid, _Slot._run, Worker.settle
     5 (198): _run, _failed, _sentence, _what_follows, _name_of, _reason, _in_one_line,
         _facts, _extra_of, _text_of_invalid, _shown, _mismatch, _too_large,
         _Holdings.warn, _Keeper._tell, _Faults, _error_code, _error_details, _explained,
         _explanation, _find_remedy, _Source.read, _call_safely, _log_again
-    6 (178): _Course.wait_for_room, _Course._find_room, _Poller.work, _Poller._try,
+    6 (187): _Course.wait_for_room, _Course._find_room, _Poller.work, _Poller._try,
         _Poller._receive, _pause_s, _Holdings._decide, _Holdings._acknowledge,
         _Holdings._hurry, _Calls.next, _Calls._due_ends, _Calls._share_call,
         _Calls._extended, _Leases, _Keeper._wait, _Keeper._make, SqsBroker.receive,
