@@ -1368,6 +1368,15 @@ class TestHouse:
 class TestNames:
     """The file is one that an application can own."""
 
+    def test_no_command_line(self, monkeypatch, capsys):
+        """A copy that is cut before the command line says so where it is run."""
+        monkeypatch.setattr(taskhawk, "_programs", {})
+        assert taskhawk._run_program(["listen"]) == 2
+        assert capsys.readouterr().err == (
+            "taskhawk: this copy of the file has no command line: vendor it whole, or"
+            " call listen_for_messages() in a script\n"
+        )
+
     @pytest.mark.slow
     def test_vendored_copy_is_typed(self, tmp_path):
         """A vendored copy passes `mypy --strict` where no configuration is ours."""
