@@ -5118,9 +5118,7 @@ class _Signals:
         self._first_at = math.inf
         self._replaced: dict[signal.Signals, Any] = {}
         self._pipe: tuple[int, int] | None = None
-        self._old_wakeup = (
-            -1
-        )  # the application's descriptor, which is told all the same
+        self._old_wakeup = -1  # of the application, which is told all the same
 
     @property
     def seen(self) -> bool:
@@ -5372,7 +5370,7 @@ class _Course:
         self.fatal: BaseException | None = None  # the error that ended a thread
         self._polls, self._slots = limits.polls, limits.slots  # that have not ended
         self._paused = limits.paused  # slots that can't run anything for now
-        self._stuck = 0  # those of them that can't start a child
+        self._can_start = True  # a child, as far as the last try tells
         self._started = 0  # messages, ever
 
     def next(self) -> _Held | None:
@@ -5407,21 +5405,21 @@ class _Course:
             self._changed()
 
     def suspend(self) -> bool:
-        """Note that a slot can't run messages; return whether it is the only one."""
+        """Note that a slot can't start a child; return whether that is news."""
         with self._lock:
             self._paused += 1
-            self._stuck += 1
+            was_able, self._can_start = self._can_start, False
             self._release_if_stuck()
             self._changed()
-            return self._stuck == 1
+            return was_able
 
     def resume(self) -> bool:
-        """Note that a slot can run messages again; return whether all slots can."""
+        """Note that a slot has a child again; return whether that is news."""
         with self._lock:
             self._paused -= 1
-            self._stuck -= 1
+            was_able, self._can_start = self._can_start, True
             self._changed()
-            return self._stuck == 0
+            return not was_able
 
     def _release_if_stuck(self) -> None:
         """Leave what waits to other workers, if nothing can be started here."""
@@ -5615,8 +5613,8 @@ class _Slot:
 
     def _pause(self, error: _CannotStart) -> None:
         """Try again and again to start a child, before anything else is run."""
-        is_first = self._course.suspend()
-        if is_first:
+        is_news = self._course.suspend()
+        if is_news:
             _log.error("can't start a child, goes on trying: %s", error)
         failures = 1
         while _back_off(self._course.stop, self._course.clock, failures):
@@ -5625,8 +5623,8 @@ class _Slot:
             except _CannotStart:
                 failures += 1
             else:
-                is_last = self._course.resume()
-                if is_last:
+                is_news = self._course.resume()
+                if is_news:
                     text = "can start a child again; tries that failed: %d"
                     _log.info(text, failures)
                 return

@@ -128,7 +128,9 @@ def python_env(env: Mapping[str, str] | None = None) -> dict[str, str]:
 
 def python_lines(cwd: Path, code: str, **env: str) -> list[str]:
     """Run code in a new interpreter, strictly, and return the lines that it printed."""
-    result = run_python(["-W", "error", "-c", textwrap.dedent(code)], cwd=cwd, env=env)
+    # From Python 3.13 on, SQLite warns of connections that the interpreter's end closes.
+    strict = ["-W", "error", "-W", "ignore:unclosed database:ResourceWarning"]
+    result = run_python([*strict, "-c", textwrap.dedent(code)], cwd=cwd, env=env)
     assert (result.returncode, result.stderr) == (0, "")
     return result.stdout.splitlines()
 
@@ -1279,6 +1281,7 @@ class TestHouse:
         result = run_python([*args, "schema"], cwd=tmp_path)
         assert (json.loads(result.stdout), result.stderr) == (taskhawk.SCHEMA, "")
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("figure", HOUSE_LIMITS)
     def test_how_it_reads(self, figure):
         """One decision a line, one thought a function, and no use of a later part."""
@@ -1337,6 +1340,7 @@ class TestHouse:
         tests = house_banners(Path(__file__).read_text(encoding="utf-8"))
         assert [(number, title) for _, number, title in tests if number] == banners
 
+    @pytest.mark.slow
     def test_docstring(self, tmp_path):
         """The module's docstring is one sentence, then a quickstart that runs as it stands."""
         first, _, rest = taskhawk.__doc__.partition("\n\n")
@@ -2140,6 +2144,7 @@ class TestDjango:
             f"TASKHAWK_QUEUE in Django's settings: expected {rule}, got 5",
         ]
 
+    @pytest.mark.slow
     def test_override_settings(self, tmp_path, aws):
         """Django's override_settings has its effect at once, in and after the block.
 
@@ -2198,6 +2203,7 @@ class TestDjango:
         in_a_thread(check, *case)"""
         assert python_lines(tmp_path, code) == list(cases.values())
 
+    @pytest.mark.slow
     def test_connections_of_other_threads(self, tmp_path):
         """A worker closes the connections of its own thread, and no others."""
         code = f"""{DJANGO_DATABASE}
@@ -2529,6 +2535,7 @@ class TestMessages:
         # A message is ours, whatever keys it has besides.
         assert Message(foreign | VALID) == Message(VALID)
 
+    @pytest.mark.slow
     @given(st.text() | st.binary() | JSON_VALUE.map(json.dumps))
     def test_any_body(self, body):
         """Whatever a body is, it is refused by a ValidationError and no other error."""
@@ -2648,6 +2655,7 @@ class TestMessages:
         )
         assert received.body.isascii()
 
+    @pytest.mark.slow
     def test_round_trip(self, sync):
         """Any JSON call arrives as it was made: arguments, keywords and headers."""
         runs = []
@@ -2676,6 +2684,7 @@ class TestMessages:
 
         check()
 
+    @pytest.mark.slow
     @given(almost_valid() | JSON_VALUE)
     @hypothesis.example(edited("metadata.timestamp", "0000-01-01"))
     @hypothesis.example(edited("metadata.timestamp", "0000-02-29T00:00:00Z"))
@@ -3778,6 +3787,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert len(broker.receive("Q", 1, 20, None, stop)) == 1
         assert len(stop) == 8
 
+    @pytest.mark.slow
     def test_another_process_wakes_it(self, url):
         """A receive that waits has a message of another process within a second."""
         code = """
@@ -4287,6 +4297,7 @@ class TestSqs:
             assert sqs.info("Q") == taskhawk.QueueInfo(45.0, None, None)
         assert aws.actions == ["GetQueueUrl", "GetQueueAttributes"]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", SQS_CALLS)
     def test_attempts(self, aws, sqs, monkeypatch, name):
         """What people ask for is tried three times, what the worker repeats once."""
@@ -4337,6 +4348,7 @@ class TestSqs:
         assert sent == ["0", "1", "2"]
         assert (refusal.index, refusal.code, refusal.final) == (1, "OverLimit", True)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("action", "mistake"),
         [
@@ -4416,6 +4428,7 @@ class TestSqs:
             text = f"Q: {remedy} (EndpointConnectionError: {text})"
         assert str(caught.value) == text
 
+    @pytest.mark.slow
     def test_unsendable_header(self, aws, task, aws_files):
         """A secret that no header can hold is in no error, nor in its traceback."""
         process = aws_files / "process.py"
@@ -4507,6 +4520,7 @@ class TestSqs:
                 with pytest.raises(botocore.exceptions.ClientError, match="expired"):
                     task.dispatch("x")
 
+    @pytest.mark.slow
     def test_read_timeout(self, aws, sqs):
         """An answer is given up after AWS_READ_TIMEOUT_S; a poll waits on."""
         configure_aws(aws.url, AWS_READ_TIMEOUT_S=0.2)
@@ -4521,6 +4535,7 @@ class TestSqs:
         assert sqs.receive("Q", 1, 1, None, NEVER) == []
         assert aws.actions == ["GetQueueUrl", "DeleteMessageBatch", "ReceiveMessage"]
 
+    @pytest.mark.slow
     def test_connect_timeout(self):
         """A service that can't be reached is given up after AWS_CONNECT_TIMEOUT_S."""
         with contextlib.ExitStack() as stack:
@@ -4762,6 +4777,7 @@ class TestProcesses:
             "'sqlite' is not in this copy of taskhawk: vendor more of its parts"
         )
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("is_first", [True, False])
     def test_threads_dispatch(self, aws, task, is_first):
         """Threads share a client: each dispatch is one request, and none is mixed up."""
@@ -4815,6 +4831,7 @@ class TestProcesses:
             assert not is_open()
         assert self.texts() == [1, 2]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("kind", ["sqlite", "sqs"])
     def test_configure_in_a_task(self, request, kind):
         """A worker whose task calls configure() goes on with new connections."""
@@ -4853,6 +4870,7 @@ class TestProcesses:
         assert set(ports["parent"]) <= ours
         assert not ours & set(ports["child"])
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("how", ["os", "C"])
     def test_fork_on_sqlite(self, task, url, how):
         """What a forked child dispatches is kept, whichever closes the file first."""
@@ -5856,6 +5874,7 @@ class TestTasks:
 
         asyncio.run(main())
 
+    @pytest.mark.slow
     def test_one_loop_for_a_worker(self, memory):
         """A worker runs its coroutines on one loop; one inside its task has another."""
         loops = []
@@ -6235,6 +6254,7 @@ except taskhawk.ValidationError as error:
             with contextlib.closing(taskhawk.SqliteBroker(url, clock=later)) as broker:
                 assert broker.depth("TASKHAWK-DEFAULT").visible == visible
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "answer",
         [fault("InternalFailure", status=500), DROPPED],
@@ -6485,6 +6505,7 @@ class TestBatch:
 
     # --- what is not accepted ---
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("case", BATCH_FAULTS.values(), ids=BATCH_FAULTS)
     def test_faults(self, scripted, mail, case):
         """What the service fails at is sent again; what is unsent is raised."""
@@ -7340,6 +7361,7 @@ class TestProcessing:
             gc.enable()
             logging.disable(logging.NOTSET)
 
+    @pytest.mark.slow
     @given(data=st.data())
     def test_secrets_stay_out_of_the_log(self, data):
         """However a run ends, no log text holds an argument, a header's value or the body."""
@@ -8991,6 +9013,7 @@ class TestWorker:
         left = worker_broker.depth("A")
         assert left in {(2, 0, 0), (1, 0, 0), (0, 0, 0)}  # it may have begun the next
 
+    @pytest.mark.slow
     def test_not_fatal(self, aws, caplog):
         """A queue that was there once, and is missing now, is waited for."""
         missing = fault("com.amazonaws.sqs#QueueDoesNotExist")
@@ -9009,6 +9032,7 @@ class TestWorker:
 
     # -- leases
 
+    @pytest.mark.slow
     def test_lease(self, worker_broker, worker_act, worker_clock):
         """A message is kept from others while it runs, and so is one that waits behind it."""
         taken: list[Any] = []
@@ -9132,6 +9156,7 @@ class TestWorker:
             f"can't touch the liveness file: [Errno 21] Is a directory: {path}"
         ]
 
+    @pytest.mark.slow
     def test_heartbeat_hangs(self, worker_broker, worker_act):
         """A heartbeat hook that hangs stops neither leases nor the worker's end."""
         hanging, release = threading.Event(), threading.Event()
@@ -9197,6 +9222,7 @@ class TestWorker:
 
     # -- concurrency
 
+    @pytest.mark.slow
     def test_concurrency(self, worker_any, worker_act):
         """With concurrency=N, N messages run at once, in threads, and no more are received."""
         together = threading.Barrier(3)
@@ -9231,6 +9257,7 @@ class TestWorker:
             worker_broker.work(concurrency=2, num_messages=2)
         assert worker_broker.depth(WORKER_QUEUE) == (1 + everywhere, 0, 0)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("concurrency", [1, 2])
     def test_child_cannot_start(
         self, worker_broker, tmp_path, monkeypatch, caplog, concurrency
@@ -9273,6 +9300,7 @@ class TestWorker:
         assert re.fullmatch(r"can start a child again; tries that failed: \d+", can)
         del sys.modules["startable"]
 
+    @pytest.mark.slow
     def test_isolated_without_a_child(
         self, worker_broker, tmp_path, monkeypatch, caplog
     ):
@@ -9336,6 +9364,7 @@ class TestWorker:
         assert worker_broker.work(**options) == taskhawk.Ledger()
         assert worker_broker.made("receive") == []
 
+    @pytest.mark.slow
     def test_stopped_during(self, worker_any, worker_act, caplog):
         """Told to stop, a worker runs its task to the end and releases what waits."""
         caplog.set_level(logging.INFO)
@@ -9524,6 +9553,7 @@ class TestWorker:
             worker_broker.put(worker_act, ("run",))
             assert worker_broker.work(loop_count=1) == taskhawk.Ledger(1, 1)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
     def test_handlers_of_the_application(self, worker_broker, worker_act, number):
         """Handlers of the application stay; with a shutdown event they work as in 1.4."""
@@ -9591,6 +9621,7 @@ class TestWorker:
 
     # -- the grace
 
+    @pytest.mark.slow
     def test_grace_of_a_library(self, worker_broker, worker_act, caplog):
         """After the grace a run goes on, for it can't be killed; the worker waits for its own.
 
@@ -9636,6 +9667,7 @@ class TestWorker:
             release.set()
             assert running.result() == taskhawk.Ledger(received=1, acked=1)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("acts", [["stop"], ["run", *["stop"] * 3]])
     @pytest.mark.parametrize("is_command", [False, True])
     def test_grace_of_a_delete(self, worker_broker, worker_act, acts, is_command):
@@ -10515,6 +10547,7 @@ main_hook.__module__ = "__main__"
 class TestIsolation:
     """A task may have a process of its own, which can be killed and may crash."""
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(("runs", "processes"), [(100, 1), (2, 2)])
     def test_process(self, isolated_jobs, runs, processes):
         """A child runs one message after another, up to max_tasks_per_child."""
@@ -10539,6 +10572,7 @@ class TestIsolation:
         assert isolated_work(concurrency=2) == {"received": 2, "acked": 2}
         assert len(set(isolated_notes(isolated_jobs))) == 2
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("case", ISOLATED_FAILURES.strip().splitlines())
     def test_failures(self, isolated_jobs, case):
         """A crash or an error is a failed run, and the next message has its run."""
@@ -10571,6 +10605,7 @@ class TestIsolation:
         assert isolated_run(isolated_child) == [Outcome(Fate.acknowledge)]
         assert "TypeError: A logger name must be a string" in capsys.readouterr().err
 
+    @pytest.mark.slow
     def test_time_limit(self, isolated_jobs, isolated_child):
         """At its limit a run is killed in whatever code it is, with what it started."""
         isolated_jobs.spin.dispatch()
@@ -10982,6 +11017,7 @@ class TestIsolation:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(child, signal.SIGKILL)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("concurrency", [1, 2])
     def test_grace(self, isolated_jobs, concurrency):
         """After the grace, isolated runs are killed, and their messages visible."""
@@ -11689,6 +11725,7 @@ class TestDeadLetters:
         assert sorted(received_args()) == list(range(5))
         assert sorted(received_args(source)) == list(range(5))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("there", "counted", "moved"), [(4, 9, 4), (4, 2, 2), (4, 0, 1), (0, 0, 0)]
     )
@@ -11738,6 +11775,7 @@ class TestDeadLetters:
         assert received.message_attributes == attributes
         assert received.body == "not even JSON"
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("action", "answers", "counts", "failed"),
         [
@@ -12309,6 +12347,7 @@ class TestStats:
         assert run.shown.endswith("\r\x1b[K")  # where the terminal wrote ^C
         assert max(map(len, run.shown.splitlines())) <= 80
 
+    @pytest.mark.slow
     def test_watch_fault(self, aws, capsys, caplog):
         """Watching goes on after a fault; a queue that is not there has no trend."""
 
@@ -13313,6 +13352,7 @@ class TestCommandLine:
         line = commands("dead-letters", "list").stdout
         assert line.endswith("  ValueError: Zo\\xeb\n")
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(("command", "served"), told(SERVED))
     def test_serves(self, command_folder, monkeypatch, caplog, command, served):
         """At start, a line says what is served, with what, and what is left to others."""
@@ -13551,6 +13591,7 @@ VENDOR_EDITS = {  # what a hand did to a copy, and what the check names
 class TestVendoring:
     """A copy of the file says what it is, whether it was changed, and what to audit again."""
 
+    @pytest.mark.slow
     def test_whole(self, tmp_path, capsys):
         """A copy has all the text below a header; it can write and check further copies."""
         path = vendor_package(tmp_path)
@@ -13664,6 +13705,7 @@ class TestVendoring:
         )
         assert command_error(capsys, "vendor", str(path)) == (2, expected)
 
+    @pytest.mark.slow
     def test_changed_source(self, tmp_path, capsys):
         """A copy that was changed by hand checks itself, but writes no further copies."""
         path = vendor_package(tmp_path)
@@ -13843,6 +13885,7 @@ taskhawk.configure()
 class TestReadme:
     """README.md says what is true: its code runs, and its output is real."""
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("group", README_GROUPS)
     def test_python_blocks_run(self, group, request, tmp_path):
         """Each Python block runs, in order, and prints what the block behind it says."""
