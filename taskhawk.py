@@ -2010,18 +2010,23 @@ class _SqliteFile:
     """A process's connection to a file or to its own memory, for all its threads."""
 
     def __init__(self, path: str) -> None:
-        if not path and _memory_pid() != os.getpid():
-            raise ConfigurationError(
-                "sqlite:// is the memory of one process, and this is another:"
-                " use a file, such as sqlite:///queue.db"
-            )
         self.path, self.pid = path, os.getpid()
         # Held for each statement, and over a fork, which must find no file open.
         # Reentrant: a signal handler or a __del__ may dispatch while its thread has it.
         self.lock = threading.RLock()
         self._db: Any = None
         self._inode: tuple[int, int] | None = None
+        if not path and _memory_pid() != os.getpid():
+            raise ConfigurationError(
+                "sqlite:// is the memory of one process, and this is another:"
+                " use a file, such as sqlite:///queue.db"
+            )
         _sqlite_files.add(weakref.ref(self, _sqlite_files.discard))
+
+    def __del__(self) -> None:
+        """Close what a worker opened after configure() had replaced its broker."""
+        if self.pid == os.getpid():  # closing a parent's would disturb the parent
+            self.close()
 
     def read(self, query: str, parameters: Sequence[Any]) -> list[Any]:
         """Return the rows that a SELECT finds."""
@@ -5772,7 +5777,9 @@ class Worker:
             self._holdings, self.broker, self.clock, self._heart.beat
         )
         start = _start_of_children(everything=self.isolate)
-        is_isolated = self.isolate and bool(start)
+        # All by --isolate, or each by its decorator.
+        isolated = start.get("isolated", ())
+        is_isolated = bool(isolated) and len(isolated) == len(_registry)
         self._course = _Course(
             self._keeper,
             self.clock,

@@ -128,9 +128,7 @@ def python_env(env: Mapping[str, str] | None = None) -> dict[str, str]:
 
 def python_lines(cwd: Path, code: str, **env: str) -> list[str]:
     """Run code in a new interpreter, strictly, and return the lines that it printed."""
-    # From Python 3.13 on, SQLite warns of connections that the interpreter's end closes.
-    strict = ["-W", "error", "-W", "ignore:unclosed database:ResourceWarning"]
-    result = run_python([*strict, "-c", textwrap.dedent(code)], cwd=cwd, env=env)
+    result = run_python(["-W", "error", "-c", textwrap.dedent(code)], cwd=cwd, env=env)
     assert (result.returncode, result.stderr) == (0, "")
     return result.stdout.splitlines()
 
@@ -2262,10 +2260,12 @@ class TestDjango:
         code = f"""{DJANGO_DATABASE}
     use(TASKHAWK_MAX_DB_REUSE_LOOPS=1)
     query()
+    forgotten = connection.connection
     gone = django.db.OperationalError("the server has gone away")
     with mock.patch.object(connection, "_close", side_effect=gone):
         print(taskhawk.process(body("__main__.query")).fate.name)
-    connection.close()"""
+    connection.close()
+    forgotten.close()"""
         assert python_lines(tmp_path, code) == [
             "can't close the database connections",
             "the server has gone away",
@@ -8383,6 +8383,8 @@ import taskhawk
 def fine():
     pass
 """
+#: With another task, for which the worker receives before a child has started.
+WORKER_PARTLY_ISOLATED = f"{WORKER_ISOLATED}\n@taskhawk.task\ndef plain():\n    pass\n"
 #: A task for each thing that a task may start; it says whether that went as it should.
 WORKER_STARTERS = """
 import asyncio, multiprocessing, os, signal, subprocess, taskhawk
@@ -9268,7 +9270,7 @@ class TestWorker:
         """
         caplog.set_level(logging.INFO)
         monkeypatch.syspath_prepend(tmp_path)
-        module = isolated_import(tmp_path, startable=WORKER_ISOLATED)
+        module = isolated_import(tmp_path, startable=WORKER_PARTLY_ISOLATED)
         python = sys.executable
         monkeypatch.setattr(sys, "executable", str(tmp_path / "nothing"))
         receives: list[int] = []
@@ -9301,13 +9303,19 @@ class TestWorker:
         del sys.modules["startable"]
 
     @pytest.mark.slow
+    @pytest.mark.parametrize(
+        "case",
+        [(WORKER_ISOLATED, False), (WORKER_PARTLY_ISOLATED, True)],
+        ids=["by decorators", "by an option"],
+    )
     def test_isolated_without_a_child(
-        self, worker_broker, tmp_path, monkeypatch, caplog
+        self, worker_broker, tmp_path, monkeypatch, caplog, case
     ):
         """A worker that isolates all receives nothing before its children have started."""
         monkeypatch.syspath_prepend(tmp_path)
         taskhawk.configure(TASKHAWK_BROKER="sqlite://")
-        module = isolated_import(tmp_path, waiting=WORKER_ISOLATED)
+        module, isolate = case
+        fine = isolated_import(tmp_path, waiting=module).fine
         python = sys.executable
         monkeypatch.setattr(sys, "executable", str(tmp_path / "nothing"))
         received: list[int] = []
@@ -9319,10 +9327,10 @@ class TestWorker:
             )
             monkeypatch.setattr(sys, "executable", python)
 
-        worker_broker.put(module.fine, ())
+        worker_broker.put(fine, ())
         mender = threading.Thread(target=mend)
         mender.start()
-        options = {"isolate": True, "concurrency": 2, "clock": worker_fast_clock}
+        options = {"isolate": isolate, "concurrency": 2, "clock": worker_fast_clock}
         ledger = worker_broker.work(**options)
         mender.join()
         assert (received, ledger) == ([0], taskhawk.Ledger(1, 1))
@@ -9333,7 +9341,7 @@ class TestWorker:
         stop = threading.Event()
         monkeypatch.syspath_prepend(tmp_path)
         taskhawk.configure(TASKHAWK_BROKER="sqlite://")
-        module = isolated_import(tmp_path, stoppable=WORKER_ISOLATED)
+        module = isolated_import(tmp_path, stoppable=WORKER_PARTLY_ISOLATED)
         monkeypatch.setattr(sys, "executable", str(tmp_path / "nothing"))
 
         def released(real: Any, *_: Any) -> Any:
