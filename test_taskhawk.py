@@ -3527,6 +3527,23 @@ class TestSqlite:
         """Return a clock to be moved."""
         return Clock()
 
+    @pytest.mark.parametrize("is_ours", [True, False])
+    def test_dropped(self, tmp_path, is_ours):
+        """A file that nobody uses any more is closed, but for one of a parent process."""
+        file = taskhawk._SqliteFile(f"{tmp_path}/queue.db")
+        file.open()
+        connection = file._connection()
+        if not is_ours:
+            file.pid = os.getppid()
+        del file
+        with contextlib.closing(connection):
+            is_open = True
+            try:
+                connection.execute("SELECT 1")
+            except sqlite3.ProgrammingError:
+                is_open = False
+        assert is_open is not is_ours
+
     @pytest.fixture
     def broker(self, url, clock):
         """Yield a broker with that clock."""
