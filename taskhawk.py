@@ -108,8 +108,9 @@ Parts and rooms; the file still works if cut before part IV, V or VI
         13 processing, 14 holdings, 15 the keeper, 16 the worker, 17 log records, 18
         isolation, 19 Lambda
     V state
+        20 claims, 21 once, unique, limits, 22 schedules, 23 Django's tasks
     VI people
-        20 dead letters, 21 infrastructure, 22 command line, 23 vendoring
+        24 dead letters, 25 infrastructure, 26 command line, 27 vendoring
 """
 
 # === PART I: MEANING ==================================================================
@@ -3186,6 +3187,8 @@ class Task(Generic[_P, _R]):
         self.time_limit: float | None = None
         #: whether a worker runs it in a process of its own
         self.isolate = False
+        #: the options that later parts of this file know
+        self.options: Mapping[str, Any] = {}
         functools.update_wrapper(self, fn, updated=())
         # What other decorators left on the function may have names that are ours.
         for attribute, value in getattr(fn, "__dict__", {}).items():
@@ -3438,6 +3441,15 @@ async def _awaited(awaitable: Any, name: str) -> None:
             )
 
 
+# What checks an option of :func:`task`, by its name: later parts add theirs. It is
+# called with the task, before that is registered, and the option's value.
+_more_options: dict[str, Callable[[Task[Any, Any], Any], object]] = {}
+
+
+class _MoreOptions(typing.TypedDict, total=False):
+    """The options of :func:`task` that later parts add, for type checkers."""
+
+
 @typing.overload
 def task(fn: Callable[_P, _R], /) -> Task[_P, _R]: ...
 @typing.overload
@@ -3450,6 +3462,7 @@ def task(
     never_retry_on: tuple[type[BaseException], ...] = ...,
     time_limit: float | None = ...,
     isolate: bool = ...,
+    **more: typing.Unpack[_MoreOptions],
 ) -> Callable[[Callable[_P, _R]], Task[_P, _R]]: ...
 def task(
     *args: Any,
@@ -3460,6 +3473,7 @@ def task(
     never_retry_on: Any = (),
     time_limit: float | None = None,
     isolate: bool = False,
+    **more: Any,
 ) -> Any:
     """Turn a function into a :class:`Task`: ``@task`` or ``@task(priority=…)``.
 
@@ -3474,30 +3488,32 @@ def task(
     :param time_limit: seconds until a worker kills a run, whatever code it is in; such
         a task is isolated
     :param isolate: have a worker run it in a process of its own, which may crash
+    :param more: options of later parts, see :class:`_MoreOptions`
     :raises ConfigurationError: if a message can't call the function, if its name is
         taken, or if an option is wrong
+    :raises TypeError: if there is no such option
     """
+    _refuse_unknown_options(more)
+    options = {
+        "retry": retry,
+        "retry_on": retry_on,
+        "never_retry_on": never_retry_on,
+        "time_limit": time_limit,
+    }
 
     def decorate(fn: Any) -> Task[Any, Any]:
-        flaw = _flaw_of_function(fn, name) or _flaw_of_options(
-            name=name,
-            priority=priority,
-            retry=retry,
-            retry_on=retry_on,
-            never_retry_on=never_retry_on,
-            time_limit=time_limit,
-        )
+        flaw = _flaw_of_function(fn, name)
+        if not flaw:
+            flaw = _flaw_of_options(name=name, priority=priority, **options)
         if flaw:
             raise ConfigurationError(f"{_qualname(fn)} {flaw}")
-        place = _place_of(fn)
-        made = _make_task(fn, priority, name or f"{place.module}.{fn.__name__}")
-        made._place = place  # noqa: SLF001 - its own
-        made.retry = retry
-        made.retry_on = retry_on
-        made.never_retry_on = never_retry_on
-        made.time_limit = time_limit
+        made = _make_task(fn, priority, name)
+        for option, value in options.items():
+            setattr(made, option, value)
+        made.options = more
         made.isolate = isolate or time_limit is not None
-        made.declared_in = _declaring_module(fn)
+        for option, value in more.items():
+            _more_options[option](made, value)
         _register(made)
         if not name and fn.__module__ == "__main__":
             # Messages that taskhawk 1.4 queued call it by this name.
@@ -3505,6 +3521,13 @@ def task(
         return made
 
     return decorate(*args) if args else decorate
+
+
+def _refuse_unknown_options(options: Iterable[str]) -> None:
+    """Raise TypeError, as any function does, for an option that no part knows."""
+    for option in options:
+        if option not in _more_options:
+            raise TypeError(f"task() got an unexpected keyword argument {option!r}")
 
 
 def _qualname(fn: Any) -> str:
@@ -3605,14 +3628,17 @@ def _is_above_zero(value: object) -> bool:
     return _is_number(value) and 0 < value < math.inf
 
 
-def _make_task(fn: Any, priority: Priority, name: str) -> Task[Any, Any]:
+def _make_task(fn: Any, priority: Priority, name: str | None) -> Task[Any, Any]:
     """Make a task of the class that TASKHAWK_TASK_CLASS names."""
     cls = settings.read("TASKHAWK_TASK_CLASS") or Task
-    made = cls(fn, priority, name)
+    place = _place_of(fn)
+    made = cls(fn, priority, name or f"{place.module}.{fn.__name__}")
     if not isinstance(made, Task):
         raise ConfigurationError(
             f"TASKHAWK_TASK_CLASS: expected a subclass of taskhawk.Task, got {cls!r}"
         )
+    made._place = place
+    made.declared_in = _declaring_module(fn)
     return made
 
 
@@ -6916,8 +6942,28 @@ def _as_boto3(
 
 
 # === PART V: STATE ====================================================================
-# There is no room here yet: nothing is remembered between two messages, so the file cut
-# before this part and the file cut after it do the same.
+# What is remembered between messages, and for how long. Nothing here is needed by who
+# does not use it: no table, no role, no request.
+
+
+# --- 20. claims -----------------------------------------------------------------------
+# Who holds a key, until when.
+# (Invariant.)
+
+
+# --- 21. once, unique, limits ---------------------------------------------------------
+# What claims are for.
+# (Invariant.)
+
+
+# --- 22. schedules --------------------------------------------------------------------
+# What the service sends later.
+# (Invariant.)
+
+
+# --- 23. Django's tasks ---------------------------------------------------------------
+# Django is imported only when the class is asked for.
+# (Invariant.)
 
 
 # === PART VI: PEOPLE ==================================================================
@@ -6928,7 +6974,7 @@ __all__ += [
 ]
 
 
-# --- 20. dead letters -----------------------------------------------------------------
+# --- 24. dead letters -----------------------------------------------------------------
 # For people: nothing in production depends on this room. A dead letter is deleted only
 # once its copy is confirmed, so a crash or a fault in between leaves two copies, never
 # none. A scan hides what it receives, and in the end makes what it left visible again.
@@ -7229,7 +7275,7 @@ def requeue_dead_letter(
     return scan.count()
 
 
-# --- 21. infrastructure ---------------------------------------------------------------
+# --- 25. infrastructure ---------------------------------------------------------------
 # What the tasks need from AWS: counted, made, written down for review, and checked.
 # Nothing is ever deleted or lowered here: a value that someone set higher than we would
 # stays. A missing queue is an answer, not an error.
@@ -7766,7 +7812,7 @@ def _check_attributes(broker: SqsBroker, queue: str, dead: str) -> Iterator[_Fin
         )
 
 
-# --- 22. command line -----------------------------------------------------------------
+# --- 26. command line -----------------------------------------------------------------
 # Glue only. Each command is a function around what stands above: its decorator has its
 # options, each read and checked by its `type`; its docstring is its help and ends with
 # an example; it returns whether it failed. Exit codes: 0 done, 1 failed, 2 wrong usage
@@ -8771,7 +8817,7 @@ def _is_agreed(scan: _Scan) -> bool:
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
-# --- 23. vendoring --------------------------------------------------------------------
+# --- 27. vendoring --------------------------------------------------------------------
 # A copy is the text of this very file, whole or cut before a part, below a header that
 # has a hash for each section with text: docstring, banners of parts, rooms. A file is
 # overwritten only if it is such a copy and still matches its header, and it is replaced

@@ -11639,10 +11639,22 @@ class TestLambda:
 # === PART V: STATE ====================================================================
 
 
+# --- 20. claims -----------------------------------------------------------------------
+
+
+# --- 21. once, unique, limits ---------------------------------------------------------
+
+
+# --- 22. schedules --------------------------------------------------------------------
+
+
+# --- 23. Django's tasks ---------------------------------------------------------------
+
+
 # === PART VI: PEOPLE ==================================================================
 
 
-# --- 20. dead letters -----------------------------------------------------------------
+# --- 24. dead letters -----------------------------------------------------------------
 
 GONE = f"{NO_QUEUE} (NonExistentQueue: The specified queue does not exist.)"
 REFUSED = ["InternalError"] * 2
@@ -12218,7 +12230,7 @@ class TestDeadLetterCommands:
         assert caplog.messages == [f"{hidden}: {error}"]
 
 
-# --- 21. infrastructure ---------------------------------------------------------------
+# --- 25. infrastructure ---------------------------------------------------------------
 
 
 def told(text: str) -> list[tuple[str, str]]:
@@ -12825,7 +12837,7 @@ class TestCheck:
         assert check(capsys) == (1, [error, "1 found"])
 
 
-# --- 22. command line -----------------------------------------------------------------
+# --- 26. command line -----------------------------------------------------------------
 
 COMMAND_MODULE = """
 import logging
@@ -13480,7 +13492,7 @@ logging.config.dictConfig({{
         assert last == "taskhawk: Django can't be set up: division by zero"
 
 
-# --- 23. vendoring --------------------------------------------------------------------
+# --- 27. vendoring --------------------------------------------------------------------
 
 # Where a part's copy ends, and the classes of the last part it has: a sample that is quick.
 VENDOR_CUTS = {"publisher": "PART IV:", "service": "PART V:", "production": "PART VI:"}
