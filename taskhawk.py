@@ -4654,6 +4654,11 @@ class _Holdings:
         """How many messages run."""
         return len(self.held) - self.waiting - len(self.decided)
 
+    @property
+    def is_overdue(self) -> bool:
+        """Whether two full batches are decided and in no call: the keeper is behind."""
+        return sum(not held.in_call for held in self.decided) >= 2 * _MAX_BATCH
+
     def still_run(self) -> list[QueueMessage]:
         """Return the messages that run."""
         return [held.message for held in self.held if held.runs]
@@ -5040,11 +5045,12 @@ class _Keeper:
                 now = self._clock()
                 self.holdings.expire(now)
                 is_done = self._is_done(now)
+                was_overdue = self.holdings.is_overdue
                 if not is_done:
                     call = self.holdings.calls.next(now)
                 news = self._take_news()
-                if news:
-                    self.ended.notify_all()  # a message was lost
+                if news or was_overdue:
+                    self.ended.notify_all()  # a message was lost, or a call begins
                 if not (is_done or call or news):
                     self._wait(now)
             self._tell(news)

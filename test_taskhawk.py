@@ -7992,6 +7992,19 @@ class TestHoldings:
         assert (holdings.waiting, holdings.running, len(holdings.decided)) == (3, 1, 1)
         assert holdings.still_run() == [second.message]
 
+    def test_overdue(self):
+        """What is decided and in no call is overdue once it is two full batches."""
+        holdings, runs = holding(22)
+        overdue = []
+        for run in runs[:21]:
+            holdings.finish(run, "acked", 1)
+            overdue.append(holdings.is_overdue)
+        assert overdue == [False] * 19 + [True] * 2
+        call = holdings.calls.next(1)
+        assert not holdings.is_overdue
+        holdings.calls.answered(call, dict.fromkeys(range(10), BUSY[0]))
+        assert holdings.is_overdue
+
     @pytest.mark.parametrize(
         ("took_s", "answer", "starts_at", "news"),
         [
