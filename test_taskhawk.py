@@ -8858,7 +8858,9 @@ class TestWorker:
     @pytest.mark.parametrize(
         ("options", "sentence"),
         [
-            ({"num_messages": 0}, "num_messages: expected 1 or more, got 0"),
+            ({"num_messages": 0}, "num_messages: expected 1 to 100, got 0"),
+            ({"num_messages": 101}, "num_messages: expected 1 to 100, got 101"),
+            ({"concurrency": 0}, "concurrency: expected 1 or more, got 0"),
             ({"max_tasks": -1}, "max_tasks: expected 1 or more, got -1"),
             (
                 {"visibility_timeout_s": 0},
