@@ -162,9 +162,11 @@ import contextvars
 import dataclasses
 import enum
 import functools
+import heapq
 import importlib
 import inspect
 import io
+import itertools
 import json
 import logging
 import math
@@ -4480,6 +4482,7 @@ _STEPS = {  # the allowed steps of a message; nothing else moves one
     "finished": {"acked", "retried", "dead_lettered", "uncertain"},
 }
 _ACK_WAIT_S = 0.05  # how long an acknowledgement waits for others to share its call
+_PATIENCE_S = 0.1  # how long any waits besides for the calls that are under way
 _LATEST_S = _MAX_HELD_S - 10  # of a lease: SQS counts from a little before the receive
 
 
@@ -4532,7 +4535,8 @@ class _Held:
     state: str = "received"
     end: str = ""  # what it is to become; it is held until that is done
     delay_s: float = 0  # after which it is visible again, if that is its end
-    due_at: float = math.inf  # when the call that ends it is to be made
+    decided_at: float = math.inf  # when that was known
+    due_at: float = math.inf  # when the call that ends it is to be made at the latest
     tries: int = 0  # how often that call has failed
     in_call: bool = False  # a call with it is under way, so that no other is made
 
@@ -4670,11 +4674,9 @@ class _Holdings:
         self._ack_wait_s = ack_wait_s
         self.held: dict[_Held, None] = {}  # an ordered set, as are the following
         self.backlog = _Backlog(queues)  # received and not started
-        # By queue, what is to be deleted and is in no call yet.
-        self.to_delete: dict[str, dict[_Held, None]] = {each: {} for each in queues}
         self.decided: dict[_Held, None] = {}  # it is known what they become
         self.leases = _Leases()
-        self.calls = _Calls(self)
+        self.calls = _Calls(self, queues)
 
     @property
     def waiting(self) -> int:
@@ -4689,7 +4691,7 @@ class _Holdings:
     @property
     def is_overdue(self) -> bool:
         """Whether two full batches are decided and in no call: the keeper is behind."""
-        return sum(not held.in_call for held in self.decided) >= 2 * _MAX_BATCH
+        return self.calls.left >= 2 * _MAX_BATCH
 
     def still_run(self) -> list[QueueMessage]:
         """Return the messages that run."""
@@ -4765,35 +4767,19 @@ class _Holdings:
         """Note what a message is to become, and when the call for it is due."""
         self.backlog.drop(held)
         self.decided[held] = None
-        held.end, held.due_at = end, now
+        held.end, held.decided_at, held.due_at = end, now, now
         if held.to_delete:
-            self._acknowledge(held, now)
+            if not held.message.is_fifo:  # else others of its group wait for it
+                held.due_at = now + self._ack_wait_s
         elif delay_s is None or held.message.lease_lost:
             # It shows by itself at the end of its lease, or another has it by now.
             self.end(held, end)
+            return
         else:
             # Out of the lease first: a later extension would undo the delay.
             self.leases.drop(held)
             held.delay_s = delay_s
-        if len(self.decided) == len(self.held):  # no others can come to share a call
-            for acknowledged in self.to_delete.values():
-                self._hurry(acknowledged, now)
-
-    def _acknowledge(self, held: _Held, now: float) -> None:
-        """Have a message deleted, in a call that it may share with others."""
-        acknowledged = self.to_delete[held.queue]
-        acknowledged[held] = None
-        held.due_at = now + self._ack_wait_s
-        if len(acknowledged) >= _MAX_BATCH:
-            self._hurry(acknowledged, now)
-        if held.message.is_fifo:  # others of its group wait for it
-            held.due_at = now
-
-    @staticmethod
-    def _hurry(acknowledged: Iterable[_Held], now: float) -> None:
-        """Make deletes due that wait for others to no purpose."""
-        for held in acknowledged:
-            held.due_at = min(held.due_at, now)
+        self.calls.add(held)
 
     # The end.
 
@@ -4808,7 +4794,7 @@ class _Holdings:
     def untried(self, since: float) -> bool:
         """Return whether a message ended after that time, and no call has said so."""
         new = (held for held in self.decided if held.tries == 0)
-        return any(held.due_at >= since for held in new)
+        return any(held.decided_at >= since for held in new)
 
     def end_leases(self) -> None:
         """Extend leases no more: they bound how long deletes are tried."""
@@ -4818,6 +4804,7 @@ class _Holdings:
 
     def close(self) -> None:
         """End what is decided, done or not; what still runs stays held."""
+        self.calls.clear()
         for held in list(self.decided):
             end = held.end
             if held.to_delete:
@@ -4844,7 +4831,7 @@ class _Holdings:
         self.ledger.count(end)
         self.leases.drop(held)
         self.backlog.drop(held)
-        for those in (self.held, self.decided, self.to_delete[held.queue]):
+        for those in (self.held, self.decided):
             those.pop(held, None)
         if self._is_closing and end == "uncertain":
             self.unanswered += 1
@@ -4854,15 +4841,103 @@ class _Holdings:
         self.news.append((logging.WARNING, f"{_name_of(held.message)} {text}"))
 
 
+class _Ends:
+    """What one queue's deletes, or its delays, are to end: decided, and in no call.
+
+    What a message costs here does not grow with how many there are.
+    """
+
+    def __init__(self, kind: _Kind, queue: str) -> None:
+        self.kind, self.queue = kind, queue
+        self._new: dict[_Held, None] = {}  # an ordered set, by time
+        # What was refused before, as a heap: it is not tried before its time only
+        # because others are due.
+        self._again: list[tuple[float, int, _Held]] = []
+
+    def __len__(self) -> int:
+        return len(self._new) + len(self._again)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether new ones fill a call: nothing is to be gained by waiting for more."""
+        return len(self._new) >= _MAX_BATCH
+
+    def add(self, held: _Held) -> None:
+        """Have a message ended by one of the next calls."""
+        if held.tries:
+            heapq.heappush(self._again, (held.due_at, id(held), held))
+        else:
+            self._new[held] = None
+
+    def remove(self, held: _Held) -> None:
+        """Leave a message out, whose lease is to be extended before."""
+        self._new.pop(held, None)
+        if held.tries:  # seldom: deletes fail while leases are extended
+            self._again = [each for each in self._again if each[-1] is not held]
+            heapq.heapify(self._again)
+
+    def due_at(self, *, is_last: bool) -> float:
+        """Return when a call is due; infinity if none is.
+
+        :param is_last: whether no others can come to share it
+        """
+        due_at = math.inf
+        if self._again:
+            due_at = self._again[0][0]
+        if not self._new:
+            return due_at
+        first = next(iter(self._new))
+        if self.is_full or is_last:
+            return min(due_at, first.decided_at)
+        return min(due_at, first.due_at)
+
+    def take(self, now: float) -> list[_Held]:
+        """Return what the next call is to end; all new ones share it."""
+        batch: list[_Held] = []
+        while self._again and self._again[0][0] <= now and len(batch) < _MAX_BATCH:
+            batch.append(heapq.heappop(self._again)[-1])
+        batch += itertools.islice(self._new, _MAX_BATCH - len(batch))
+        for held in batch:
+            self._new.pop(held, None)
+        return batch
+
+
 class _Calls:
     """The calls that are due for what a worker holds, and what their answers mean.
 
-    Pure, as the holdings are, and guarded with them.
+    Pure, as the holdings are, and guarded with them. Any number of calls may be under
+    way; a message is in one of them at most.
     """
 
-    def __init__(self, holdings: _Holdings) -> None:
-        self._all = holdings
+    def __init__(self, holdings: _Holdings, queues: Iterable[str]) -> None:
+        self._all, self._queues = holdings, queues
         self._last: _Kind | None = None
+        self._under_way = 0
+        self.clear()
+
+    @property
+    def left(self) -> int:
+        """How many messages are decided and in no call."""
+        return sum(map(len, self._ends.values()))
+
+    def add(self, held: _Held) -> None:
+        """Have a message ended that is decided, once it is in no call."""
+        if not held.in_call:
+            self._ends_of(held).add(held)
+
+    def _ends_of(self, held: _Held) -> _Ends:
+        """Return where a message waits for the call that ends it."""
+        if held.to_delete:
+            return self._ends[held.queue, _Kind.delete]
+        return self._ends[held.queue, _Kind.delay]
+
+    def clear(self) -> None:
+        """Have no message ended any more."""
+        self._ends = {
+            (queue, kind): _Ends(kind, queue)
+            for queue in self._queues
+            for kind in (_Kind.delete, _Kind.delay)
+        }
 
     def next(self, now: float) -> _Call | None:
         """Return the call to make now, if one is due, and mark its messages as in it.
@@ -4871,52 +4946,57 @@ class _Calls:
         the others follows, or extensions that hang would starve them. Of these comes
         first what has been due for longest.
         """
-        leases, ends = self._all.leases.due(now), self._due_ends(now)
-        if leases and not (ends and self._last is _Kind.extend):
-            kind, due = _Kind.extend, leases
-        elif ends:
-            kind, due = _Kind.delay, ends
-            if ends[0].to_delete:
-                kind = _Kind.delete
+        leases: list[_Held] = []
+        if self._leases_at() <= now:
+            leases = self._all.leases.due(now)
+        ends = min(self._ends.values(), key=self._due_at)
+        is_due = self._due_at(ends) <= now
+        if leases and not (is_due and self._last is _Kind.extend):
+            queue = leases[0].queue
+            batch = [held for held in leases if held.queue == queue][:_MAX_BATCH]
+            call = _Call(_Kind.extend, queue, batch, now)
+            for held in batch:
+                self._ends_of(held).remove(held)
+        elif is_due:
+            call = _Call(ends.kind, ends.queue, ends.take(now), now)
         else:
             return None
-        self._last = kind
-        queue = due[0].queue
-        batch = [held for held in due if held.queue == queue][:_MAX_BATCH]
-        for held in batch:
+        for held in call.batch:
             held.in_call = True
-            if kind is _Kind.delete:
-                self._all.to_delete[queue].pop(held, None)
-        return _Call(kind, queue, batch, now)
+        self._last = call.kind
+        self._under_way += 1
+        return call
 
     def next_at(self) -> float:
         """Return when to look for the next call; infinity if none will be due."""
-        times = [held.due_at for held in self._all.decided if not held.in_call]
-        return min([*times, self._all.leases.next_at()])
+        return min(self._leases_at(), *map(self._due_at, self._ends.values()))
 
-    def _due_ends(self, now: float) -> list[_Held]:
-        """Return what one call may end now, what has been due for longest first."""
-        by_time = operator.attrgetter("due_at")
-        free = [held for held in self._all.decided if not held.in_call]
-        first = min(free, key=by_time, default=None)
-        if first is None or first.due_at > now:
-            return []
-        together = [held for held in free if self._share_call(held, first, now)]
-        return sorted(together, key=by_time)
+    def _leases_at(self) -> float:
+        """Return a time before which no leases are to be extended."""
+        return self._all.leases.next_at() + self._patience_s()
 
-    def _share_call(self, held: _Held, due: _Held, now: float) -> bool:
-        """Return whether the call that ends what is due may end this message too."""
-        if (held.queue, held.to_delete) != (due.queue, due.to_delete):
-            return False
-        # New acknowledgements share it. What was refused before is not tried before its
-        # time only because others are due.
-        return held.due_at <= now or held in self._all.to_delete[held.queue]
+    def _due_at(self, ends: _Ends) -> float:
+        """Return when the call for these is to be made."""
+        due_at = ends.due_at(is_last=len(self._all.decided) == len(self._all.held))
+        if ends.is_full:
+            return due_at
+        return due_at + self._patience_s()
+
+    def _patience_s(self) -> float:
+        """Return how much later than it is due a call is made that is not full.
+
+        Until then, one that is under way may be answered, and others come to share it.
+        """
+        if self._under_way:
+            return _PATIENCE_S
+        return 0
 
     def answered(self, call: _Call, refused: Mapping[int, Refusal]) -> None:
         """Note the answer to a call.
 
         :param refused: what was refused, by its place in the batch
         """
+        self._under_way -= 1
         note = {
             _Kind.extend: self._extended,
             _Kind.delete: self._deleted,
@@ -4927,6 +5007,8 @@ class _Calls:
             # Else it was given up while the call was under way.
             if held in self._all.held:
                 note(held, refused.get(place), call.asked_at)
+            if held in self._all.decided:
+                self.add(held)  # its run ended meanwhile, or its call is made again
             # Leases that are in a call are not looked at.
             if held.renew_at < math.inf:
                 self._all.leases.renew(held, held.renew_at)
@@ -4983,41 +5065,50 @@ class _Calls:
 # and no record is logged while the lock is held.
 
 _TICK_S = 0.2  # how soon a shutdown_event is seen, and the longest sleep of a thread
+_MAX_CALLS = 6  # at once: at 30 ms a call, they end 2,000 messages a second
 
 
 class _Faults:
     """Logs when something begins to fail and when it works again, and nothing between.
 
-    Each key is used by one thread.
+    Any thread may call at any time.
     """
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards the counts
         self._counts: dict[tuple[str, str], int] = {}
 
     def failed(
         self, queue: str, what: str, error: object, level: int = logging.WARNING
     ) -> int:
         """Note a failure, and return how many there were one after another."""
-        count = self._counts.get((queue, what), 0) + 1
-        self._counts[queue, what] = count
+        with self._lock:
+            count = self._counts.get((queue, what), 0) + 1
+            self._counts[queue, what] = count
         if count == 1:
             _log.log(level, "%s: can't %s, goes on trying: %s", queue, what, error)
         return count
 
     def worked(self, queue: str, what: str) -> None:
         """Note that it works."""
-        count = self._counts.pop((queue, what), 0)
+        with self._lock:
+            count = self._counts.pop((queue, what), 0)
         if count:
             text = "%s: can %s again; tries that failed: %d"
             _log.info(text, queue, what, count)
 
 
 class _Keeper:
-    """Makes the calls that holdings say are due, one after another.
+    """Makes the calls that holdings say are due, several at once where they are many.
 
     A slot says what is to become of a message, and goes on at once; the keeper ends ten
     of them in a call. Its client tries once, so that an answer which does not come
     holds the leases up for one timeout only: what failed is due again a little later.
+
+    :meth:`run` is the body of _MAX_CALLS threads. Each makes what calls are due, one
+    after another. One of those that are left then watches: it waits for what will be
+    due. While the only one that is awake makes a call, a spare one is woken to watch if
+    anything is decided meanwhile; else the leases wait for it to be back.
 
     :param clock: seconds; leases are measured with it
     :param beat: called after each round of lease extensions that worked
@@ -5032,25 +5123,39 @@ class _Keeper:
     ) -> None:
         self._broker, self._clock, self._beat = broker, clock, beat
         self._faults = _Faults()
-        # Guards the holdings, and all that follows. The keeper waits for `_due`, slots
-        # wait for `startable`: no thread is woken for nothing.
+        # Guards the holdings, and all that follows. Who watches waits for `_due`, spare
+        # threads of the keeper for `_spare`, slots for `startable`: no thread is woken
+        # for nothing.
         # Enter the lock itself: entering a condition takes several steps, and a signal
         # handler that raises in between would leave it locked.
         self.lock = threading.RLock()
         self._due = threading.Condition(self.lock)
+        self._spare = threading.Condition(self.lock)
         self.startable = threading.Condition(self.lock)  # notified for each message
         # Called with the lock held, as there may be room for other messages.
         self.freed: Callable[[], object] = lambda: None
         self.holdings = holdings
-        self._looks_at = 0.0  # when it looks for what is due, if nobody wakes it
+        self._is_watched = False  # whether a thread watches
+        self._looks_at = 0.0  # when that looks for what is due, if nobody wakes it
+        self._is_wanted = False  # whether a spare one was woken, and did not look yet
         self._gives_up_at = math.inf  # when it ends, whatever is not done by then
         self._is_closing = False
+        self._is_over = False  # one thread has ended, and all others are to
 
     def wake(self) -> None:
-        """Have the keeper look at once, if something is due before it would."""
+        """Have a thread look at once, if something is due before one would."""
         with self.lock:
-            if self.holdings.calls.next_at() < self._looks_at:
+            if not self._is_watched:
+                self._call_spare()
+            elif self.holdings.calls.next_at() < self._looks_at:
+                self._looks_at = 0.0  # it need not be woken again
                 self._due.notify()
+
+    def _call_spare(self) -> None:
+        """Have a spare thread watch what is decided, while all others make calls."""
+        if self.holdings.calls.left and not self._is_wanted:
+            self._is_wanted = True
+            self._spare.notify()
 
     def give_up_after(self, seconds: float) -> None:
         """End at the latest in so many seconds, once :meth:`close` is called."""
@@ -5065,25 +5170,42 @@ class _Keeper:
             self._due.notify()
 
     def run(self) -> None:
-        """Make one call after another until closed; the body of a thread."""
-        is_done = False
-        while not is_done:
-            call = None
+        """Make one call after another until closed; the body of each thread."""
+        try:
+            while not self._is_over:
+                call, news = self._next()
+                self._tell(news)
+                if call:
+                    self._make(call)
+        finally:
             with self.lock:
-                now = self._clock()
-                self.holdings.expire(now)
-                is_done = self._is_done(now)
-                was_overdue = self.holdings.is_overdue
-                if not is_done:
-                    call = self.holdings.calls.next(now)
-                news = self._take_news()
-                if news or was_overdue:
-                    self.freed()  # a message was lost, or a call begins
-                if not (is_done or call or news):
-                    self._wait(now)
-            self._tell(news)
-            if call:
-                self._make(call)
+                self._is_over = True
+                self._due.notify()
+                self._spare.notify_all()
+
+    def _next(self) -> tuple[_Call | None, list[tuple[int, str]]]:
+        """Wait until there is something to do; return the call to make, and news."""
+        with self.lock:
+            call = self._look()
+            while not (call or self.holdings.news or self._is_over):
+                self._wait()
+                call = self._look()
+            self.wake()
+            return call, self._take_news()
+
+    def _look(self) -> _Call | None:
+        """Return the call to make now, if one is due; called with the lock held."""
+        self._is_wanted = False
+        now = self._clock()
+        self.holdings.expire(now)
+        if self._is_over or self._is_done(now):
+            self._is_over = True
+            return None
+        was_overdue = self.holdings.is_overdue
+        call = self.holdings.calls.next(now)
+        if self.holdings.news or was_overdue:
+            self.freed()  # a message was lost, or a call begins
+        return call
 
     def _is_done(self, now: float) -> bool:
         """Return whether there is nothing left to do; called with the lock held."""
@@ -5094,11 +5216,16 @@ class _Keeper:
             return not self.holdings.untried(self._gives_up_at)
         return not self.holdings.decided
 
-    def _wait(self, now: float) -> None:
+    def _wait(self) -> None:
         """Wait until something may be due; called with the lock held."""
+        if self._is_watched:
+            self._spare.wait()
+            return
+        self._is_watched = True
+        now = self._clock()
         self._looks_at = min(now + _TICK_S, self.holdings.calls.next_at())
         self._due.wait(self._looks_at - now)
-        self._looks_at = 0.0
+        self._is_watched = False
 
     def _make(self, call: _Call) -> None:
         """Make a call, and note its answer."""
@@ -6013,7 +6140,6 @@ class _Poller:
     def __init__(self, worker: Worker, intake: _Intake, queue: str) -> None:
         self._worker, self._intake, self._queue = worker, intake, queue
         self._faults = _Faults()
-        self._faults_lock = threading.Lock()  # guards these: helpers have them, too
         self._lease: _Lease | None = None  # once it is known
 
     def work(self) -> None:
@@ -6065,8 +6191,7 @@ class _Poller:
             was_answered = self._intake.fail(poll)
             if not was_answered and isinstance(error, ConfigurationError):
                 raise  # at the start, this is for a person to mend
-            with self._faults_lock:
-                return self._faults.failed(self._queue, "receive", repr(error))
+            return self._faults.failed(self._queue, "receive", repr(error))
         self._intake.drop(poll)  # it may have taken long: look again whether to
         return 0
 
@@ -6085,8 +6210,7 @@ class _Poller:
             message.done_level = worker.done_level
         # At once: from here on the keeper extends the leases.
         self._intake.take(poll, messages, lease.seconds)
-        with self._faults_lock:
-            self._faults.worked(self._queue, "receive")
+        self._faults.worked(self._queue, "receive")
         worker.beat()
 
     def _start_helper(self) -> None:
@@ -6095,8 +6219,7 @@ class _Poller:
             _make_thread(self._worker.course, self._help).start()
         except RuntimeError as error:
             self._intake.helper_ended(self._queue)
-            with self._faults_lock:
-                self._faults.failed(self._queue, "start another poller", error)
+            self._faults.failed(self._queue, "start another poller", error)
 
 
 def _pause_s(failures: int) -> float:
@@ -6185,7 +6308,7 @@ class Worker:
                 paused=self.concurrency if is_isolated else 0,
             ),
         )
-        self._keeping = _make_thread(self.course, self._keeper.run)
+        self._keeping: list[threading.Thread] = []
         self.overdue = threading.Event()  #: set once the grace is over
         self._slots = [
             _Slot(
@@ -6216,7 +6339,8 @@ class Worker:
         slots = [make(slot.work) for slot in self._slots[1:]]
         intake = _Intake(self.course, self._keeper, self._polls)
         pollers = [make(_Poller(self, intake, queue).work) for queue in self.queues]
-        helpers = [self._keeping, make(self._heart.run), make(self._watch)]
+        self._keeping = [make(self._keeper.run) for _ in range(_MAX_CALLS)]
+        helpers = [*self._keeping, make(self._heart.run), make(self._watch)]
         within_s: float | None = _HURRIED_S
         with self._signals:
             try:
@@ -6224,7 +6348,7 @@ class Worker:
                 within_s = None  # nothing interrupts it
             finally:
                 self._close(within_s)
-                _, heart, watch = helpers
+                *_, heart, watch = helpers
                 _join(watch, None)
                 _join(heart, _HEART_S)
         level = logging.INFO if self.ledger.balanced else logging.ERROR
@@ -6264,7 +6388,11 @@ class Worker:
     def _flush(self, within_s: float | None) -> None:
         """Wait until what is decided is done, or leases end, or time is up."""
         self._keeper.close()
-        _join(self._keeping, within_s)
+        if within_s is None:
+            within_s = threading.TIMEOUT_MAX
+        until = time.monotonic() + within_s
+        for thread in self._keeping:
+            _join(thread, max(0, until - time.monotonic()))
 
     def settle(self, held: _Held, outcome: Outcome) -> None:
         """Have done what the outcome says; a copy for the dead letters is sent now."""

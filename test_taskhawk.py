@@ -1028,7 +1028,7 @@ HOUSE_PROMISES = {
         SqsBroker.receive _find_lease _Poller._receive _Course.take _Course._release_if_stuck
         _Call _Leases _Holdings.take _Holdings.start _Holdings.release _Holdings.release_waiting
         _Holdings._decide _Holdings.expire _Holdings.lose _Calls.next _Calls.answered
-        _Calls._extended _Calls._deleted _Keeper.run _Keeper._make _Slot._run
+        _Calls._extended _Calls._deleted _Keeper._look _Keeper._make _Slot._run
         _Slot._process Worker._give_up _Child.kill""",
     3: """_decode _parse Message.__init__ _validate _fits _find_task Task.find_by_name
         Task.call _register _import _import_path _parse_line _to_outcome
@@ -1040,8 +1040,9 @@ HOUSE_PROMISES = {
         _Keeper._tell _Faults _error_code _error_details _explained _explanation
         _find_remedy _Source.read _call_safely _log_again""",
     6: """_Course.wait_for_room _Course._find_room _Poller.work _Poller._try
-        _Poller._receive _pause_s _Holdings._decide _Holdings._acknowledge
-        _Holdings._hurry _Calls.next _Calls._due_ends _Calls._share_call _Calls._extended _Leases _Keeper._wait _Keeper._make
+        _Poller._receive _pause_s _Holdings._decide
+        _Ends _Calls.next _Calls._due_at _Calls._patience_s _Calls._extended _Leases
+        _Keeper._wait _Keeper._make
         SqsBroker.receive SqsBroker.url SqsBroker._find_url _parts""",
     7: """_in_own_context _refresh_django_connections _PerProcess _made_once
         _Brokers.before_fork _Brokers.after_fork _close_sqlite_files
@@ -7837,6 +7838,9 @@ class HoldingsMachine(hypothesis.stateful.RuleBasedStateMachine):
         if call is None:
             assert self.holdings.calls.next_at() > self.now
             return
+        is_full = len(call.batch) == 10
+        due_at = [min(h.due_at, h.renew_at, self.now) for h in call.batch]
+        assert not self.calls or is_full or min(due_at) <= self.now - 0.0999
         under_way = [held for other, _ in self.calls for held in other.batch]
         assert not set(map(id, call.batch)) & set(map(id, under_way))
         assert 1 <= len(call.batch) <= 10
@@ -7947,6 +7951,43 @@ def receipts(call: Any) -> list[str] | None:
 def refusing(code: str = "Busy", *, final: bool = False) -> dict[int, taskhawk.Refusal]:
     """Return the answer to a call that refuses its first message."""
     return {0: taskhawk.Refusal(0, code, "no", final)}
+
+
+class Busy:
+    """Holdings whose messages end one after another, and a keeper: time is passed in.
+
+    :param calls: how many the keeper makes at once
+    :param latency_ms: of each
+    """
+
+    def __init__(self, queues: list[str], calls: int, latency_ms: int) -> None:
+        self.holdings = taskhawk._Holdings(queues)
+        self.calls, self.latency_ms = calls, latency_ms
+        self.now_ms = 0
+        self.under_way: collections.deque[tuple[int, Any]] = collections.deque()
+        self.made: collections.Counter[str] = collections.Counter()
+        self.slowest_ms = 0.0  # from the end of a run to its answer
+
+    def end(self, queue: str, end: str) -> None:
+        """Receive a message, run it, and have it end."""
+        now = self.now_ms / 1000
+        self.holdings.take(held_messages(1, queue), 30, now, now)
+        self.holdings.finish(self.holdings.start(now), end, now, 60)
+
+    def step(self) -> None:
+        """Answer calls, begin those that are due, and let a millisecond go by."""
+        while self.under_way and self.under_way[0][0] <= self.now_ms:
+            _, call = self.under_way.popleft()
+            self.holdings.calls.answered(call, {})
+            waited_s = [self.now_ms / 1000 - held.decided_at for held in call.batch]
+            self.slowest_ms = max(self.slowest_ms, *(1000 * s for s in waited_s), 0)
+        while len(self.under_way) < self.calls:
+            call = self.holdings.calls.next(self.now_ms / 1000)
+            if call is None:
+                break
+            self.made[call.kind.name] += 1
+            self.under_way.append((self.now_ms + self.latency_ms, call))
+        self.now_ms += 1
 
 
 FINAL, BUSY = refusing(final=True), refusing()
@@ -8143,9 +8184,11 @@ class TestHoldings:
         holdings.finish(others[0], "dead_lettered", 1)
         holdings.finish(runs[0], "acked", 1.03)
         holdings.finish(runs[1], "acked", 1.07)
-        first, second = holdings.calls.next(1.08), holdings.calls.next(1.08)
-        assert (first.queue, receipts(first)) == ("P", ["r1"])
-        assert (second.queue, receipts(second)) == ("Q", ["r1", "r2"])
+        call = holdings.calls.next(1.08)
+        assert (call.queue, receipts(call)) == ("P", ["r1"])
+        holdings.calls.answered(call, {})
+        call = holdings.calls.next(1.08)
+        assert (call.queue, receipts(call)) == ("Q", ["r1", "r2"])
 
     @pytest.mark.parametrize(
         ("end", "answer", "asked_at", "ledger", "news"),
@@ -8206,7 +8249,9 @@ class TestHoldings:
         holdings.finish(first, "acked", 1)
         holdings.calls.answered(holdings.calls.next(1.05), BUSY)
         holdings.finish(second, "acked", 1.1)
-        assert receipts(holdings.calls.next(1.2)) == ["r2"]
+        call = holdings.calls.next(1.2)
+        assert receipts(call) == ["r2"]
+        holdings.calls.answered(call, {})
         assert receipts(holdings.calls.next(1.3)) == ["r1"]
 
     def test_order_of_calls(self):
@@ -8221,6 +8266,61 @@ class TestHoldings:
             kinds.append((call.kind.name, len(call.batch)))
             holdings.calls.answered(call, {})
         assert kinds == [("extend", 10), ("delay", 2), ("extend", 1), ("delete", 10)]
+
+    def test_calls_at_once(self):
+        """Besides a call under way one is made that is full, or has waited for a while."""
+        holdings, runs = holding(25)
+        holdings.finish(runs[0], "acked", 1)
+        first = holdings.calls.next(1.05)
+        holdings.finish(runs[1], "retried", 1.06, 60)
+        for run in runs[2:13]:
+            holdings.finish(run, "acked", 1.07)
+        full = holdings.calls.next(1.07)
+        assert receipts(full) == [f"r{n}" for n in range(3, 13)]
+        assert holdings.calls.next_at() == pytest.approx(1.16)
+        assert holdings.calls.next(1.15) is None
+        overdue = holdings.calls.next(1.17)
+        assert overdue.entries() == [("r2", 60)]
+        for call in (first, full, overdue):
+            assert holdings.calls.next(1.18) is None
+            holdings.calls.answered(call, {})
+        assert receipts(holdings.calls.next(1.18)) == ["r13"]
+
+    def test_lease_during_a_wait(self):
+        """What waits for a delete is in none while its lease is extended."""
+        holdings, [first, second, _] = holding(3, ack_wait_s=9.5)
+        holdings.finish(first, "acked", 0)
+        holdings.calls.answered(holdings.calls.next(9.5), BUSY)
+        holdings.finish(second, "acked", 9.6)
+        extension = holdings.calls.next(10)
+        assert receipts(extension) == ["r1", "r2", "r3"]
+        assert (holdings.calls.left, holdings.calls.next(30)) == (0, None)
+        holdings.calls.answered(extension, {})
+        assert receipts(holdings.calls.next(19.5)) == ["r1", "r2"]
+
+    def test_many_acknowledgements(self):
+        """At 30 ms a call, 1,000 messages a second are acknowledged as they come."""
+        busy = Busy(["Q"], calls=taskhawk._MAX_CALLS, latency_ms=30)
+        while busy.now_ms < 3_000:
+            assert not busy.holdings.is_overdue
+            busy.end("Q", "acked")
+            busy.step()
+        assert busy.holdings.ledger.acked > 2_900
+        assert busy.holdings.ledger.acked / busy.made["delete"] > 9
+
+    @pytest.mark.parametrize("queues", [["A"], ["A", "B", "C"]])
+    def test_delay_among_deletes(self, queues):
+        """A delay is sent within a second though deletes never cease."""
+        busy = Busy(queues, calls=taskhawk._MAX_CALLS, latency_ms=30)
+        while busy.now_ms < 10_000:
+            if busy.now_ms % 100 == 0:
+                busy.end(queues[-1], "retried")
+            while not busy.holdings.is_overdue:
+                for queue in queues:
+                    busy.end(queue, "acked")
+            busy.step()
+        assert busy.holdings.ledger.retried > 80
+        assert busy.slowest_ms < 1_000
 
     @pytest.mark.parametrize(
         ("delay_s", "entries"), [(None, None), (0, [("r1", 0)]), (60, [("r1", 60)])]
@@ -8589,22 +8689,65 @@ class TestKeeper:
         }
         assert len(beaten) == beats
 
-    def test_overdue_acknowledgements(self, worker_broker, worker_act):
-        """Nothing is received while two batches of deletes do not get through."""
-        ran: list[int] = []
-        held: list[int] = []
+    def test_many_calls(self, worker_broker, worker_act):
+        """Full batches do not wait for calls under way, and no message is in two."""
+        at_once = threading.Barrier(taskhawk._MAX_CALLS)
 
         def hang(real: Any, *_: Any) -> Any:
-            if not held:
+            if len(worker_broker.made("delete")) <= taskhawk._MAX_CALLS:
+                at_once.wait(WORKER_PATIENCE_S)
+            return real()
+
+        worker_broker.faults["delete"] = hang
+        worker_broker.put(worker_act, *[("run",)] * 90)
+        ledger = worker_broker.work(num_messages=10)
+        assert ledger == taskhawk.Ledger(received=90, acked=90)
+        deleted = [r for _, batch in worker_broker.made("delete") for r in batch]
+        assert sorted(deleted) == sorted(set(deleted))
+
+    def test_call_that_hangs(self, worker_broker, worker_act):
+        """While one call hangs, what is overdue is done by another thread."""
+        delayed = threading.Event()
+
+        def hang(real: Any, *_: Any) -> Any:
+            assert delayed.wait(WORKER_PATIENCE_S)
+            return real()
+
+        def delay(real: Any, *_: Any) -> Any:
+            delayed.set()
+            return real()
+
+        worker_broker.faults |= {"delete": hang, "change_visibility": delay}
+        worker_broker.put(worker_act, ("run",), ("retry",))
+        ledger = worker_broker.work(loop_count=2)
+        assert ledger == taskhawk.Ledger(received=2, acked=1, retried=1)
+
+    def test_defect(self, worker_broker, worker_act):
+        """An error that ends one thread of the keeper ends the others and the worker."""
+        worker_broker.faults["delete"] = worker_raise(SystemExit("a defect"))
+        worker_broker.put(worker_act, ("run",))
+        with pytest.raises(SystemExit, match=r"^a defect$"):
+            worker_broker.work()
+
+    def test_overdue_acknowledgements(self, worker_broker, worker_act):
+        """Nothing is received while two batches of deletes wait for all calls to end."""
+        ran: list[int] = []
+        held: list[int] = []
+        measured = threading.Event()
+
+        def hang(real: Any, *_: Any) -> Any:
+            if len(worker_broker.made("delete")) == 1:
                 held.append(worker_after_a_while(lambda: len(ran)))
+                measured.set()
+            assert measured.wait(WORKER_PATIENCE_S)
             return real()
 
         WORKER_ACTS["note"] = lambda: ran.append(1)
         worker_broker.faults["delete"] = hang
-        worker_broker.put(worker_act, *[("note",)] * 50)
+        worker_broker.put(worker_act, *[("note",)] * 120)
         ledger = worker_broker.work(num_messages=10)
-        assert held[0] <= 20
-        assert ledger == taskhawk.Ledger(received=50, acked=50)
+        assert 10 * taskhawk._MAX_CALLS <= held[0] <= 10 * (taskhawk._MAX_CALLS + 3)
+        assert ledger == taskhawk.Ledger(received=120, acked=120)
 
     @pytest.mark.slow
     @pytest.mark.parametrize(
