@@ -5561,6 +5561,7 @@ class _Polled:
 
     rank: int  # of its urgency: 0 is the most urgent
     batch: int  # messages that a receive brings at most
+    most_polls: int  # at once
     left: float  # receives that may still begin
     polls: dict[_Poll, None] = dataclasses.field(default_factory=dict)  # under way
     asked: int = 0  # messages that these may bring
@@ -5608,10 +5609,11 @@ class _Polls:
             receives = loop_count
         self.of: dict[str, _Polled] = {}
         for rank, queue in enumerate(queues):
-            batch = _MAX_BATCH
+            batch, most_polls = _MAX_BATCH, _MAX_POLLS
             if queue.endswith(".fifo"):
-                batch = 1  # it withholds the rest of a group while one message is held
-            self.of[queue] = _Polled(rank, batch, receives)
+                # It withholds the rest of a group while one message of that is held.
+                batch = most_polls = 1
+            self.of[queue] = _Polled(rank, batch, most_polls, receives)
         self._ranked = list(self.of.values())
 
     @property
@@ -5624,9 +5626,10 @@ class _Polls:
         polled = self.of[queue]
         return bool(polled.left or polled.polls)
 
-    def is_full(self, queue: str) -> bool:
-        """Return whether further receives may run beside the one under way."""
-        return self.of[queue].is_full
+    def is_busy(self, queue: str) -> bool:
+        """Return whether receives of a queue may run at the same time."""
+        polled = self.of[queue]
+        return polled.is_full and polled.left > 0
 
     def may_begin_at(self, queue: str, load: _Load) -> float:
         """Return since when, or from when on, a receive may begin.
@@ -5654,7 +5657,7 @@ class _Polls:
         """Return whether to receive for so much room: ten cost the same as one."""
         wanted = self._num_messages
         if polled.polls:
-            if not polled.is_full or len(polled.polls) == _MAX_POLLS:
+            if not polled.is_full or len(polled.polls) == polled.most_polls:
                 return False
             wanted += self._slots - 1
         return room >= 0.9 * min(polled.batch, wanted)
@@ -5763,7 +5766,8 @@ class _Course:
         with self.lock:
             while self.is_working():
                 held = self._holdings.start(self.clock())
-                self._keeper.freed()  # messages may have been lost while they waited
+                if self._holdings.news:  # a message was lost while it waited
+                    self._keeper.freed()
                 if held:
                     self._started += 1
                     return held
@@ -5955,9 +5959,9 @@ class _Intake:
 
     def tell(self) -> None:
         """Have pollers look that may begin earlier than they would look."""
-        load = self._course.load()
+        load, phase = self._course.load(), self._course.phase
         for queue, pollers in self._pollers.items():
-            if self._course.phase is not _Phase.working:
+            if phase is not _Phase.working:
                 pollers.may_look.notify_all()
             elif pollers.looks_at > -math.inf:
                 pollers.tell(self.polls.may_begin_at(queue, load))
@@ -6002,8 +6006,8 @@ class _Intake:
             self._ended(poll)
 
     def _ended(self, poll: _Poll) -> None:
-        """Tell those who wait for that; helpers end where it was not full."""
-        if not self.polls.is_full(poll.queue):
+        """Tell those who wait for that: if it was not full, or the last, threads end."""
+        if not self.polls.is_busy(poll.queue):
             self._pollers[poll.queue].may_look.notify_all()
         self.tell()
 
@@ -6014,10 +6018,10 @@ class _Intake:
             return polled.is_empty and not polled.is_failing
 
     def adds_helper(self, queue: str) -> bool:
-        """Count a helper more, if a receive may begin for which no thread waits."""
+        """Count a helper more, if all receive and yet another receive may begin."""
         with self._lock:
             pollers = self._pollers[queue]
-            if pollers.waiting or not self.polls.is_full(queue):
+            if pollers.count > len(self.polls.of[queue].polls):
                 return False
             may_begin_at = self.polls.may_begin_at(queue, self._course.load())
             if may_begin_at > self._course.clock():
@@ -6163,7 +6167,7 @@ class _Poller:
         """Receive as long as receives are full; the body of a thread."""
         intake = self._intake
         try:
-            while poll := intake.begin(self._queue, intake.polls.is_full):
+            while poll := intake.begin(self._queue, intake.polls.is_busy):
                 self._try(poll)
         except BaseException as error:
             self._worker.course.fail(error)
@@ -6510,7 +6514,8 @@ def listen_for_messages(
     stops after the running task and the poll in flight, which takes up to 20 s on SQS.
 
     :param priority: the queue, or several: the most urgent message runs first
-    :param num_messages: how many to receive at once, up to 10: they wait for each other
+    :param num_messages: how many one slot may hold, the one that it runs included, up
+        to 100; several slots share the others: with N, at most N - 1 of a queue wait
     :param visibility_timeout_s: how long a received message is hidden from others,
         until the worker extends it; None takes the queue's own
     :param loop_count: end after so many receives from each queue; None goes on for ever
@@ -8740,8 +8745,8 @@ def _play() -> bool:
     ),
     _option(
         "--num-messages",
-        "messages to receive ahead (default: 1)",
-        type=_whole(1, 100),
+        "messages that a slot may hold, running and waiting (default: 1)",
+        type=_whole(1, _MAX_WAITING),
         default=1,
         metavar="N",
     ),
