@@ -4640,6 +4640,14 @@ class _Held:
         """Whether a delete ends it."""
         return self.end in {"acked", "dead_lettered", "postponed"}
 
+    @property
+    def needs_copy(self) -> bool:
+        """Whether its queue would dead-letter it, though it never ran, if it showed it.
+
+        It waits for the end of the worker then, when a copy is sent in its place.
+        """
+        return self.is_sure and self.message.would_be_redriven
+
     def move(self, state: str) -> None:
         """Make a step, or raise RuntimeError if _STEPS does not allow it."""
         if state not in _STEPS.get(self.state, ()):
@@ -4803,8 +4811,7 @@ class _Holdings:
         """Note that a run is over, and what its message is to become.
 
         :param end: one of the ends that _STEPS allows
-        :param delay_s: when a retried message is visible again; None leaves that to the
-            end of its lease
+        :param delay_s: until a retried message is visible; None: when its lease ends
         """
         held.move("finished")
         self._decide(held, end, now, delay_s)
@@ -4814,13 +4821,9 @@ class _Holdings:
         self._decide(held, "released", now, 0)
 
     def release_waiting(self, now: float) -> None:
-        """Release the messages that were not started.
-
-        Those that their queue would dead-letter then are left waiting. As they never
-        ran, they are to be released by a copy, which the keeper does not send.
-        """
+        """Release all messages that were not started, but what needs a copy for it."""
         for held in self._all_waiting():
-            if not (held.is_sure and held.message.would_be_redriven):
+            if not held.needs_copy:
                 self.release(held, now)
 
     def _decide(self, held: _Held, end: str, now: float, delay_s: float | None) -> None:
@@ -4880,10 +4883,8 @@ class _Holdings:
 
     def close(self) -> None:
         """End what is decided, done or not; what still runs stays held."""
-        for held in self._all_waiting():
-            self.end(held, "released")
-        for held in list(self.decided):
-            end = held.end
+        for held in [*self._all_waiting(), *self.decided]:
+            end = held.end or "released"
             if held.to_delete:
                 end = "uncertain"
             self.end(held, end)
@@ -5532,11 +5533,6 @@ class _Course:
             self._holdings.release(held, self.clock())
             self._keeper.wake()
 
-    def start_unreleased(self) -> _Held | None:
-        """Start what is to be released by a copy; None if there is no more."""
-        with self._lock:
-            return self._holdings.start(self.clock())
-
     def begin(self) -> None:
         """Note that a slot of an isolated worker has a child, and can run messages."""
         with self._lock:
@@ -5996,7 +5992,7 @@ class Worker:
         """Go through the phases that are left."""
         try:
             self._course.move_on(to=_Phase.flushing)
-            self._release_by_copies()
+            _release_by_copies(self.broker, self._keeper, self._course)
             self._flush(within_s)
         finally:
             self._course.move_on(to=_Phase.ended)
@@ -6008,31 +6004,10 @@ class Worker:
         self._keeper.close()
         _join(self._keeping, within_s)
 
-    def _release_by_copies(self) -> None:
-        """Release what never ran, and what its queue would dead-letter otherwise."""
-        can_send = True
-        while held := self._course.start_unreleased():
-            if can_send:  # else the network is down, and the grace is short
-                can_send = _postpone(self.broker, held.message, 0)
-            if can_send:
-                self._course.finish(held, "postponed")
-            else:
-                self._course.release(held)
-
     def settle(self, held: _Held, outcome: Outcome) -> None:
-        """Have done what the outcome says; a copy is sent now, by the calling thread."""
-        end, delay_s = _ENDS[outcome.fate], outcome.delay_s
-        if not self._send_copy(held.message, outcome):
-            end, delay_s = "retried", None
+        """Have done what the outcome says; a copy is sent by the calling thread."""
+        end, delay_s = _carry_out(outcome, self.broker, held, self.clock())
         self._course.finish(held, end, delay_s)
-
-    def _send_copy(self, received: QueueMessage, outcome: Outcome) -> bool:
-        """Send the copy that the outcome needs; return False if it is not there."""
-        if outcome.fate is Fate.dead_letter:
-            return _dead_letter(self.broker, received, outcome.error)
-        if outcome.fate is Fate.postpone:
-            return _postpone(self.broker, received, outcome.delay_s or 0)
-        return True
 
     # Signals, and the grace.
 
@@ -6183,14 +6158,46 @@ def _queues_of(priority: Priority | Iterable[Priority]) -> list[str]:
 # Copies: for the dead-letter queue, and for the queue itself.
 
 
+def _carry_out(
+    outcome: Outcome, broker: Broker, held: _Held, now: float
+) -> tuple[str, float | None]:
+    """Send the copy that an outcome needs; return how its message ends, and its delay.
+
+    Without its copy, a message is left to its visibility timeout.
+    """
+    is_copied = True
+    if outcome.fate is Fate.dead_letter:
+        is_copied = _dead_letter(broker, held.message, outcome.error)
+    elif outcome.fate is Fate.postpone and now >= held.lease_until:
+        is_copied = False  # another may have it by now: there would be two for good
+    elif outcome.fate is Fate.postpone:
+        is_copied = _postpone(broker, held.message, outcome.delay_s or 0)
+    if not is_copied:
+        return "retried", None
+    return _ENDS[outcome.fate], outcome.delay_s
+
+
+def _release_by_copies(broker: Broker, keeper: _Keeper, course: _Course) -> None:
+    """Release what never ran, and what its queue would dead-letter otherwise."""
+    can_send = True
+    while True:
+        with keeper.lock:
+            held = keeper.holdings.start(course.clock())
+        if held is None:
+            return
+        if can_send:  # else the network is down, and the grace is short
+            can_send = _postpone(broker, held.message, 0)
+        if can_send:
+            course.finish(held, "postponed")
+        else:
+            course.release(held)
+
+
 def _postpone(broker: Broker, received: QueueMessage, delay_s: float) -> bool:
     """Send a copy to the same queue; return whether it is there, or log why not.
 
-    Where it is not, the message is still in its queue. If its lease was lost, another
-    worker may have it: with a copy, there would be two for good.
+    Where it is not, the message is still in its queue.
     """
-    if received.lease_lost:
-        return False
     queue = received.queue or ""
     try:
         copy = _postponed_copy(received, delay_s, broker.max_bytes)

@@ -1019,8 +1019,8 @@ HOUSE_PROMISES = {
     1: """publish _send_one _accepted _send_all_ready _partial_failure _send_all
         _in_batches _one_round SqliteBroker.send SqliteBroker._claim SqliteBroker.delete
         _SqliteFile.change _use_write_ahead_log _AwsSender._batch SqsBroker.send
-        SqsBroker.delete process _verdict _wanted _Slot._run Worker.settle
-        Worker._close _dead_letter _send_copy _Held.move _Holdings.finish
+        SqsBroker.delete process _verdict _wanted _Slot._run Worker.settle _carry_out
+        _postpone Worker._close _dead_letter _send_copy _Held.move _Holdings.finish
         _Holdings.release _Holdings._decide _Calls.answered _Calls._deleted
         _Calls._delayed _Calls._try_later _Holdings.doubt _Holdings.close
         _Holdings.end""",
@@ -10086,7 +10086,7 @@ class TestWorker:
         assert sorted(said) == sorted(f"{name} True" for name in names), errors
         assert ledger == (
             f"{len(names)} received, {len(names)} acked, 0 retried, 0 dead-lettered,"
-            " 0 released, 0 uncertain"
+            " 0 postponed, 0 released, 0 uncertain"
         )
 
     @pytest.mark.slow
@@ -10181,13 +10181,19 @@ class TestPostponedCopies:
         assert len(copy.attributes) - bool(ours) == names["h"]
         assert (copy.body, copy.delay_s, copy.group_id) == ("{}", 5, "g")
 
-    def test_lease_lost(self, worker_broker, worker_act):
+    def test_lease_lost(self, worker_broker, worker_act, worker_clock):
         """No copy is sent of what another may have by now: there would be two for good."""
-        worker_broker.put(worker_act, ("postpone",))
-        [received] = worker_broker.receive(WORKER_QUEUE, 1, 0, None, NEVER)
-        received.lease_lost = True
-        assert not taskhawk._postpone(worker_broker, received, 0)
+
+        def late() -> None:
+            worker_clock.now += 30
+            raise taskhawk.PostponeException
+
+        WORKER_ACTS["late"] = late
+        worker_broker.put(worker_act, ("late",))
+        ledger = worker_broker.work(loop_count=1, clock=worker_clock)
+        assert ledger == taskhawk.Ledger(received=1, retried=1)
         assert worker_broker.made("send") == []
+        assert worker_broker.depth(WORKER_QUEUE) == (1, 0, 0)
 
 
 class TestDeadLetterCopies:
