@@ -56,6 +56,7 @@ A message that a worker holds; the :class:`Ledger` counts what each becomes::
     received --> started --> finished --> acked          deleted from the queue
         |           |            |------> retried        visible again, now or later
         |           |            |------> dead_lettered  copied, then deleted
+        |           |            |------> postponed      copied with a delay, deleted
         |           |            '------> uncertain      its delete may not be applied
         |           '--> released                        its run could not begin
         '--> released                                    never started, visible at once
@@ -141,6 +142,7 @@ __all__ = [
     "Message",
     "MessageTooLarge",
     "PartialFailure",
+    "PostponeException",
     "Priority",
     "RetryException",
     "RetryPolicy",
@@ -230,6 +232,7 @@ _LONG_POLL_S = 20  # the longest wait of ReceiveMessage, and so the cheapest
 _DEFAULT_LEASE_S = 30  # the visibility timeout of a queue that sets none
 _ERROR_ATTRIBUTE = "taskhawk.error"  # says why the worker dead-lettered a message
 _MAX_ERROR_BYTES = 16_384  # its size: enough for a traceback, little beside 1 MiB
+_ATTEMPTS_ATTRIBUTE = "taskhawk.attempts"  # how many there were before it was postponed
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -261,7 +264,7 @@ _log = _Log(logging.getLogger(__name__), {})
 # --- 2. errors ------------------------------------------------------------------------
 # Every failure has a name and a fate. A ConfigurationError is for a person to fix; a
 # ValidationError is a fault of a message; a PartialFailure names the messages that were
-# not accepted. Tasks and retry policies raise the last four classes to say what is to
+# not accepted. Tasks and retry policies raise the last five classes to say what is to
 # become of the message.
 
 
@@ -373,6 +376,23 @@ class RetryException(TaskhawkError):
             )
         self.delay_seconds = delay_seconds
         super().__init__(*args)
+
+
+class PostponeException(RetryException):
+    """Raised by a task: it is not my time yet, and this was no attempt.
+
+    A copy of the message is sent with the delay, and then the message is deleted. So
+    one that waits is not given up, however often it is postponed. It is logged at debug
+    level. A delay over SQS's 15 minutes is cut to that.
+
+    Where no copy can be sent, the run counts as one that raised
+    :class:`RetryException`: on a FIFO queue, whose order a copy would break, and in
+    Lambda behind SNS, or behind SQS if the function may not send.
+
+    :param args: the text; a number in the first place is the delay
+    :param delay_seconds: seconds until the next run; None for a minute
+    :raises ValueError: if the delay is negative or not finite
+    """
 
 
 class LoggingException(TaskhawkError):
@@ -1714,15 +1734,32 @@ class QueueMessage:
     in_lambda: typing.ClassVar[bool] = False  # whether Lambda decides on retries
 
     @property
-    def attempt(self) -> int:
-        """How often the message has been received, from 1."""
+    def receive_count(self) -> int:
+        """How often the queue has delivered the message, from 1."""
         return int(self.attributes.get("ApproximateReceiveCount", 1))
 
     @property
+    def attempt(self) -> int:
+        """How often it has been received, from 1, but for those that postponed it."""
+        attribute = self.message_attributes.get(_ATTEMPTS_ATTRIBUTE, {})
+        before = str(attribute.get("StringValue"))
+        if not re.fullmatch("[0-9]{1,9}", before):
+            before = "0"
+        return self.receive_count + int(before)
+
+    @property
     def is_last_receive(self) -> bool:
-        """Whether the queue's redrive policy allows no further receive."""
+        """Whether its attempts are as many as the queue's redrive policy allows."""
         limit = self.max_receive_count
         return limit is not None and self.attempt >= limit
+
+    @property
+    def would_be_redriven(self) -> bool:
+        """Whether the queue dead-letters it at the next receive, and a copy helps."""
+        limit = self.max_receive_count
+        if limit is None or self.is_fifo:
+            return False
+        return self.receive_count >= limit
 
     @property
     def queue_url(self) -> str:
@@ -4162,12 +4199,16 @@ __all__ += [
 class Fate(enum.Enum):
     """What becomes of a message; a worker carries it out.
 
-    In Lambda all but ``acknowledge`` are failures, and Lambda decides.
+    In Lambda ``retry`` and ``dead_letter`` are failures, and Lambda decides.
     """
 
     acknowledge = "acknowledge"  # it is done: delete it
     retry = "retry"  # make it visible again
     dead_letter = "dead_letter"  # copy it to the dead-letter queue, then delete it
+    postpone = "postpone"  # send a copy with a delay to the same queue, then delete it
+
+
+_POSTPONE_S = 60  # where a PostponeException does not say how long
 
 
 class Outcome(NamedTuple):
@@ -4180,6 +4221,16 @@ class Outcome(NamedTuple):
     fate: Fate
     error: BaseException | None = None
     delay_s: float | None = None
+
+
+# What surrounds a run, in the order in which it is entered: the task's call, and the
+# post hook, which may be the commit. Later parts add theirs. What one raises when it is
+# entered, such as PostponeException or IgnoreException, is the run's end.
+_around_runs: list[
+    Callable[
+        [Task[Any, Any], QueueMessage], contextlib.AbstractContextManager[object, None]
+    ]
+] = []
 
 
 @_in_own_context
@@ -4216,15 +4267,18 @@ def _run(received: QueueMessage, began: float) -> None:
     message.received = received
     _log.debug("Received message", extra={"message_body": received.body})
     level, outcome, end = received.done_level, "done", "finished"
-    try:
-        task.call(message, received.receipt_handle)
-    except BaseException as error:
-        if not _are_all(IgnoreException, error):
-            raise
-        level, outcome, end = logging.INFO, "ignored", f"ignored{_reason(error)}"
-    finally:
-        message.received = None  # else a cycle keeps the body until it is collected
-    _call_hook("TASKHAWK_POST_PROCESS_HOOK", received)
+    with contextlib.ExitStack() as around:
+        try:
+            for surround in _around_runs:
+                around.enter_context(surround(task, received))
+            task.call(message, received.receipt_handle)
+        except BaseException as error:
+            if not _are_all(IgnoreException, error):
+                raise
+            level, outcome, end = logging.INFO, "ignored", f"ignored{_reason(error)}"
+        finally:
+            message.received = None  # else a cycle keeps the body until it is collected
+        _call_hook("TASKHAWK_POST_PROCESS_HOOK", received)
     if _log.isEnabledFor(level):
         facts = _facts(received, outcome, began)
         text = f"{_name_of(received)}: attempt {received.attempt} {end}"
@@ -4257,6 +4311,10 @@ def _failed(received: QueueMessage, raised: BaseException, began: float) -> Outc
         if text is None:
             return outcome
         _log.error("%s", text, extra=facts)
+    elif outcome.fate is Fate.postpone:
+        text = _sentence(received, "was postponed", outcome) + _reason(error)
+        _log.debug("%s", text, extra=facts)
+        return outcome
     elif outcome.fate is Fate.retry and _are_all(RetryException, error):
         text = _sentence(received, "asked to be retried", outcome) + _reason(error)
         _log.info("%s", text, extra=facts)
@@ -4276,6 +4334,7 @@ def _verdict(received: QueueMessage, error: BaseException) -> Outcome:
 
     ==========================================  ==================================
     not valid, or its task is unknown here      left to the queue's redrive policy
+    it was postponed (PostponeException)        a copy is sent with a delay
     the task raised StopRetry or never retries  dead letter
     the last receive that the queue allows      dead letter
     it asked for a delay (RetryException)       visible again after it
@@ -4287,10 +4346,12 @@ def _verdict(received: QueueMessage, error: BaseException) -> Outcome:
     ==========================================  ==================================
 
     An exception group is retried if all its errors may be, and the longest delay that
-    one of them asks for counts.
+    one of them asks for counts. It is postponed if all ask for that.
     """
     if _is_invalid(received, error):
         return Outcome(Fate.retry, error)
+    if _are_all(PostponeException, error) and _can_be_copied(received):
+        return Outcome(Fate.postpone, error, _postpone_s(received, error))
     wanted = _wanted(received, error)
     if wanted.fate is Fate.retry and received.is_last_receive:
         return Outcome(Fate.dead_letter, wanted.error)
@@ -4300,6 +4361,25 @@ def _verdict(received: QueueMessage, error: BaseException) -> Outcome:
 def _is_invalid(received: QueueMessage, error: BaseException) -> bool:
     """Return whether the message was found not to be valid, or for no task here."""
     return received.message is None and isinstance(error, ValidationError)
+
+
+def _can_be_copied(received: QueueMessage) -> bool:
+    """Return whether a copy can take a message's place in its queue.
+
+    A FIFO queue would deliver the copy after others of its group.
+    """
+    return received.queue is not None and not received.is_fifo
+
+
+def _postpone_s(received: QueueMessage, error: BaseException) -> float:
+    """Return for how long a message is postponed: no longer than its queue can."""
+    delay_s = _longest_delay_s(_leaves(error))
+    if delay_s is None:
+        delay_s = _POSTPONE_S
+    most_s: float = _MAX_HELD_S  # in a child whose worker has the queue in its memory
+    if received.broker is not None:
+        most_s = received.broker.max_delay_s
+    return min(delay_s, most_s)
 
 
 def _wanted(received: QueueMessage, error: BaseException) -> Outcome:
@@ -4328,13 +4408,18 @@ def _wanted(received: QueueMessage, error: BaseException) -> Outcome:
 
 
 def _asked_delay_s(leaves: Iterable[BaseException]) -> float | None:
-    """Return the longest delay that a RetryException asks for, or None."""
+    """Return the longest delay that one asks for, as far as SQS can, or None."""
+    longest_s = _longest_delay_s(leaves)
+    if longest_s is None:
+        return None
+    return min(longest_s, _MAX_HELD_S)
+
+
+def _longest_delay_s(leaves: Iterable[BaseException]) -> float | None:
+    """Return the longest delay that a RetryException names, or None."""
     asked = [leaf.delay_seconds for leaf in leaves if isinstance(leaf, RetryException)]
     # A subclass that does not call our __init__ may have set anything.
-    longest = max(filter(_is_delay, asked), default=None)
-    if longest is None:
-        return None
-    return min(longest, _MAX_HELD_S)
+    return max(filter(_is_delay, asked), default=None)
 
 
 def _may_retry(task: Task[Any, Any], error: BaseException) -> bool:
@@ -4359,6 +4444,8 @@ def _sentence(received: QueueMessage, end: str, outcome: Outcome) -> str:
 
 def _what_follows(received: QueueMessage, outcome: Outcome) -> str:
     """Say what becomes of a failed run's message."""
+    if outcome.fate is Fate.postpone:
+        return f"runs again in {outcome.delay_s:g} s"
     if received.in_lambda:
         return "is left to Lambda"
     if outcome.fate is Fate.dead_letter and received.is_last_receive:
@@ -4479,7 +4566,7 @@ _schemes["sync"] = _SyncSender
 _STEPS = {  # the allowed steps of a message; nothing else moves one
     "received": {"started", "released"},
     "started": {"finished", "released"},
-    "finished": {"acked", "retried", "dead_lettered", "uncertain"},
+    "finished": {"acked", "retried", "dead_lettered", "postponed", "uncertain"},
 }
 _ACK_WAIT_S = 0.05  # how long an acknowledgement waits for others to share its call
 _PATIENCE_S = 0.1  # how long any waits besides for the calls that are under way
@@ -4492,14 +4579,16 @@ class Ledger:
 
     In the end, each message received is in exactly one of the other counts: ``acked``
     was deleted after its run, ``retried`` is visible again now or later,
-    ``dead_lettered`` was copied and then deleted, ``released`` never ran, and of
-    ``uncertain`` nobody knows whether its delete was applied: it may run again.
+    ``dead_lettered`` was copied and then deleted, ``postponed`` too, but into the same
+    queue with a delay, ``released`` never ran, and of ``uncertain`` nobody knows
+    whether its delete was applied: it may run again.
     """
 
     received: int = 0
     acked: int = 0
     retried: int = 0
     dead_lettered: int = 0
+    postponed: int = 0
     released: int = 0
     uncertain: int = 0
 
@@ -4553,7 +4642,15 @@ class _Held:
     @property
     def to_delete(self) -> bool:
         """Whether a delete ends it."""
-        return self.end in {"acked", "dead_lettered"}
+        return self.end in {"acked", "dead_lettered", "postponed"}
+
+    @property
+    def needs_copy(self) -> bool:
+        """Whether its queue would dead-letter it, though it never ran, if it showed it.
+
+        It waits for the end of the worker then, when a copy is sent in its place.
+        """
+        return self.is_sure and self.message.would_be_redriven
 
     def move(self, state: str) -> None:
         """Make a step, or raise RuntimeError if _STEPS does not allow it."""
@@ -4721,8 +4818,7 @@ class _Holdings:
         """Note that a run is over, and what its message is to become.
 
         :param end: one of the ends that _STEPS allows
-        :param delay_s: when a retried message is visible again; None leaves that to the
-            end of its lease
+        :param delay_s: until a retried message is visible; None: when its lease ends
         """
         held.move("finished")
         self._decide(held, end, now, delay_s)
@@ -4732,9 +4828,10 @@ class _Holdings:
         self._decide(held, "released", now, 0)
 
     def release_waiting(self, now: float) -> None:
-        """Release all messages that were not started."""
+        """Release all messages that were not started, but what needs a copy for it."""
         for held in self._all_waiting():
-            self.release(held, now)
+            if not held.needs_copy:
+                self.release(held, now)
 
     def _decide(self, held: _Held, end: str, now: float, delay_s: float | None) -> None:
         """Note what a message is to become, and when the call for it is due."""
@@ -4778,8 +4875,8 @@ class _Holdings:
     def close(self) -> None:
         """End what is decided, done or not; what still runs stays held."""
         self.calls.clear()
-        for held in list(self.decided):
-            end = held.end
+        for held in [*self._all_waiting(), *self.decided]:
+            end = held.end or "released"
             if held.to_delete:
                 end = "uncertain"
             self.end(held, end)
@@ -5247,6 +5344,13 @@ _MAX_BACKOFF_S = 60  # between receives that fail
 _FLUSH_S = 3  # of the grace, kept for acknowledgements once running tasks are given up
 _HURRIED_S = 1  # for acknowledgements after a second Ctrl-C
 _HEART_S = 1  # for the last heartbeat: its hook may hang
+# How a message ends, if the copy that its fate may need is sent.
+_ENDS = {
+    Fate.acknowledge: "acked",
+    Fate.retry: "retried",
+    Fate.dead_letter: "dead_lettered",
+    Fate.postpone: "postponed",
+}
 
 
 class _Phase(enum.IntEnum):
@@ -5752,7 +5856,10 @@ class _Slot:
             if outcome:
                 self._settle(held, outcome)
         except _CannotStart as error:
-            self._course.release(held)
+            if held.message.would_be_redriven:
+                self._settle(held, Outcome(Fate.postpone, error, 0))
+            else:
+                self._course.release(held)
             self._pause(error)
         finally:
             if held.runs:
@@ -6017,6 +6124,7 @@ class Worker:
         """Go through the phases that are left."""
         try:
             self._course.move_on(to=_Phase.flushing)
+            _release_by_copies(self.broker, self._keeper, self._course)
             self._flush(within_s)
         finally:
             self._course.move_on(to=_Phase.ended)
@@ -6033,12 +6141,9 @@ class Worker:
             _join(thread, max(0, until - time.monotonic()))
 
     def settle(self, held: _Held, outcome: Outcome) -> None:
-        """Have done what the outcome says; a copy for the dead letters is sent now."""
-        end = "acked" if outcome.fate is Fate.acknowledge else "retried"
-        if outcome.fate is Fate.dead_letter:
-            copied = _dead_letter(self.broker, held.message, outcome.error)
-            end = "dead_lettered" if copied else "retried"
-        self._course.finish(held, end, outcome.delay_s)
+        """Have done what the outcome says; a copy is sent by the calling thread."""
+        end, delay_s = _carry_out(outcome, self.broker, held, self.clock())
+        self._course.finish(held, end, delay_s)
 
     # Signals, and the grace.
 
@@ -6186,7 +6291,86 @@ def _queues_of(priority: Priority | Iterable[Priority]) -> list[str]:
     return [broker.destination(each) for each in _URGENCY if each in wanted]
 
 
-# Dead-letter copies.
+# Copies: for the dead-letter queue, and for the queue itself.
+
+
+def _carry_out(
+    outcome: Outcome, broker: Broker, held: _Held, now: float
+) -> tuple[str, float | None]:
+    """Send the copy that an outcome needs; return how its message ends, and its delay.
+
+    Without its copy, a message is left to its visibility timeout.
+    """
+    is_copied = True
+    if outcome.fate is Fate.dead_letter:
+        is_copied = _dead_letter(broker, held.message, outcome.error)
+    elif outcome.fate is Fate.postpone and now >= held.lease_until:
+        is_copied = False  # another may have it by now: there would be two for good
+    elif outcome.fate is Fate.postpone:
+        is_copied = _postpone(broker, held.message, outcome.delay_s or 0)
+    if not is_copied:
+        return "retried", None
+    return _ENDS[outcome.fate], outcome.delay_s
+
+
+def _release_by_copies(broker: Broker, keeper: _Keeper, course: _Course) -> None:
+    """Release what never ran, and what its queue would dead-letter otherwise."""
+    can_send = True
+    while True:
+        with keeper.lock:
+            held = keeper.holdings.start(course.clock())
+        if held is None:
+            return
+        if can_send:  # else the network is down, and the grace is short
+            can_send = _postpone(broker, held.message, 0)
+        if can_send:
+            course.finish(held, "postponed")
+        else:
+            course.release(held)
+
+
+def _postpone(broker: Broker, received: QueueMessage, delay_s: float) -> bool:
+    """Send a copy to the same queue; return whether it is there, or log why not.
+
+    Where it is not, the message is still in its queue.
+    """
+    queue = received.queue or ""
+    try:
+        copy = _postponed_copy(received, delay_s, broker.max_bytes)
+        _accepted(broker.send(queue, [copy]))
+    except Exception as failure:
+        text = "%s: %s can't be postponed and is left to the queue: %s"
+        _log.warning(text, queue, _name_of(received), failure)
+        return False
+    return True
+
+
+def _postponed_copy(received: QueueMessage, delay_s: float, limit: int) -> Outgoing:
+    """Return the copy for the same queue; this receive of the message counts not.
+
+    :param limit: of the copy in bytes, attributes included
+    """
+    ours: dict[str, Mapping[str, Any]] = {}
+    if received.attempt > 1:
+        before = str(received.attempt - 1)
+        ours[_ATTEMPTS_ATTRIBUTE] = {"DataType": "String", "StringValue": before}
+    copy = received.copy(_add_attributes(received, ours, limit))
+    return copy._replace(delay_s=delay_s)
+
+
+def _add_attributes(
+    received: QueueMessage, ours: Mapping[str, Mapping[str, Any]], limit: int
+) -> Mapping[str, Mapping[str, Any]]:
+    """Return attributes of ours, and of the message's those for which there is room.
+
+    What gives way are headers, which the body has too.
+    """
+    attributes = dict(ours)
+    for name, value in received.message_attributes.items():
+        more = {name: value, **attributes}
+        if len(more) <= _MAX_ATTRIBUTES and received.copy(more).size() <= limit:
+            attributes = more
+    return attributes
 
 
 def _dead_letter(
@@ -6225,9 +6409,6 @@ def _dead_letter_copy(
 ) -> Outgoing:
     """Return the copy for the dead-letter queue; ONE attribute says why it is there.
 
-    Attributes that were headers give way to it where there are too many: the body has
-    the headers.
-
     :param limit: of the copy in bytes, attributes included
     """
     attributes: dict[str, Mapping[str, Any]] = {}
@@ -6236,11 +6417,7 @@ def _dead_letter_copy(
     text = _error_record(received, error, room)
     if len(text) <= room:
         attributes[_ERROR_ATTRIBUTE] = {"DataType": "String", "StringValue": text}
-    for name, value in received.message_attributes.items():
-        more = {name: value, **attributes}
-        if len(more) <= _MAX_ATTRIBUTES and received.copy(more).size() <= limit:
-            attributes = more
-    return received.copy(attributes)
+    return received.copy(_add_attributes(received, attributes, limit))
 
 
 def _error_record(
@@ -6961,11 +7138,21 @@ def _run_records(
             outcome = _not_started(received, "no time was left")
         else:
             outcome = process(received)
-        if outcome.fate is Fate.acknowledge:
+        if outcome.fate is Fate.acknowledge or _is_postponed(received, outcome):
             done.append(received)
         else:
             failed[received] = outcome
     return done, failed
+
+
+def _is_postponed(received: QueueMessage, outcome: Outcome) -> bool:
+    """Send the copy of a message that was postponed; return whether it is sent.
+
+    Where the function may not send, the message counts as failed.
+    """
+    if outcome.fate is not Fate.postpone or received.broker is None:
+        return False
+    return _postpone(received.broker, received, outcome.delay_s or 0)
 
 
 def _left_ms(context: Any) -> float:
@@ -7322,6 +7509,7 @@ class _Scan:
         for letter in letters:
             attributes = dict(letter.received.message_attributes)
             attributes.pop(_ERROR_ATTRIBUTE, None)
+            attributes.pop(_ATTEMPTS_ATTRIBUTE, None)
             copies.append(letter.received.copy(attributes))
         refused = _send_all(self._broker, self._queue, copies)
         self.delete(self._accepted(letters, refused), "copied, but not deleted: ")

@@ -1019,8 +1019,8 @@ HOUSE_PROMISES = {
     1: """publish _send_one _accepted _send_all_ready _partial_failure _send_all
         _in_batches _one_round SqliteBroker.send SqliteBroker._claim SqliteBroker.delete
         _SqliteFile.change _use_write_ahead_log _AwsSender._batch SqsBroker.send
-        SqsBroker.delete process _verdict _wanted _Slot._run Worker.settle
-        Worker._close _dead_letter _send_copy _Held.move _Holdings.finish
+        SqsBroker.delete process _verdict _wanted _Slot._run Worker.settle _carry_out
+        _postpone Worker._close _dead_letter _send_copy _Held.move _Holdings.finish
         _Holdings.release _Holdings._decide _Calls.answered _Calls._deleted
         _Calls._delayed _Calls._try_later _Holdings.doubt _Holdings.close
         _Holdings.end""",
@@ -1411,6 +1411,7 @@ class TestErrors:
             taskhawk.TaskhawkError: "ChildCrashed ConfigurationError IgnoreException"
             " LoggingException PartialFailure RetryException StopRetry"
             " TimeLimitExceeded ValidationError",
+            taskhawk.RetryException: "PostponeException",
             taskhawk.ValidationError: "MessageTooLarge TaskNotFound",
         }
 
@@ -1450,9 +1451,12 @@ class TestErrors:
             ((5,), {"delay_seconds": 60}, 60, "5"),
         ],
     )
-    def test_retry(self, args, kwargs, delay_seconds, text):
-        """RetryException's first argument is a delay if it is a number, else text."""
-        error = taskhawk.RetryException(*args, **kwargs)
+    @pytest.mark.parametrize(
+        "kind", [taskhawk.RetryException, taskhawk.PostponeException]
+    )
+    def test_retry(self, kind, args, kwargs, delay_seconds, text):
+        """The first argument of both is a delay if it is a number, else text."""
+        error = kind(*args, **kwargs)
         assert (error.delay_seconds, str(error)) == (delay_seconds, text)
 
     @pytest.mark.parametrize("delay_seconds", [-1, -0.5, math.inf, math.nan])
@@ -6890,6 +6894,26 @@ PROCESSING_FAILURES = [
     ("asks past never", later(), {"never_retry_on": (later,)}, 1, ASKED, LEFT),
 ]
 PROCESSING_PLACES = ["task", "policy", "error hook", "pre hook"]
+postponed = taskhawk.PostponeException
+# What is raised, at which attempt, in which queue; and what comes of it.
+PROCESSING_POSTPONED: dict[str, tuple[BaseException, int, str | None, Fate, Any]] = {
+    "a minute": (postponed(), 1, "Q", Fate.postpone, 60),
+    "half a minute": (postponed(delay_seconds=30), 1, "Q", Fate.postpone, 30),
+    "at once: now": (postponed(0, "now"), 1, "Q", Fate.postpone, 0),
+    "longer than SQS can": (postponed(86_400), 2, "Q", Fate.postpone, 900),
+    "at the last receive": (postponed(5), 10, "Q", Fate.postpone, 5),
+    "group: a; b; c": (
+        group(postponed("a"), postponed(7, "b"), postponed(5, "c")),
+        1,
+        "Q",
+        Fate.postpone,
+        7,
+    ),
+    "group, one retry": (group(postponed(7), later(5)), 1, "Q", Fate.retry, 7),
+    "FIFO": (postponed(7), 1, "Q.fifo", Fate.retry, 7),
+    "FIFO, last": (postponed(7), 10, "Q.fifo", Fate.dead_letter, None),
+    "no queue": (postponed(7), 1, None, Fate.retry, 7),
+}
 
 
 def leave(_number: int, _frame: object) -> None:
@@ -7224,6 +7248,105 @@ class TestProcessing:
         assert caplog.messages == [f"message m1: attempt {attempt} {how} and {then}"]
         assert (runs, hasattr(caplog.records[0], "task")) == ([], False)
 
+    @pytest.mark.parametrize("where", ["task", "pre hook", "post hook"])
+    @pytest.mark.parametrize("case", PROCESSING_POSTPONED)
+    def test_postponed(self, case, where, caplog):
+        """Who is not to run yet is sent anew with a delay; that is no error, nor news.
+
+        A FIFO queue's order and a queue that nobody knows leave it at a retry.
+        """
+        error, attempt, queue, fate, delay_s = PROCESSING_POSTPONED[case]
+        told: list[Any] = []
+        hooks = {
+            "pre hook": {"TASKHAWK_PRE_PROCESS_HOOK": raising(error)},
+            "post hook": {"TASKHAWK_POST_PROCESS_HOOK": raising(error)},
+        }
+        taskhawk.configure(
+            hooks.get(where, {}), TASKHAWK_ERROR_HOOK=lambda **given: told.append(given)
+        )
+        caplog.set_level(logging.DEBUG)
+        run = raising(error) if where == "task" else nothing
+        taskhawk.task(name="mail.send", never_retry_on=(taskhawk.TaskhawkError,))(run)
+        received = QueueMessage(
+            processing_body(),
+            "m1",
+            attributes={"ApproximateReceiveCount": str(attempt)},
+            queue=queue,
+            broker=taskhawk.SqsBroker(),
+            max_receive_count=10,
+        )
+        assert taskhawk.process(received) == Outcome(fate, error, delay_s)
+        name = "message m1" if where == "pre hook" else PROCESSING_NAME
+        record = caplog.records[-1]
+        if fate is Fate.postpone:
+            end = f"attempt {attempt} was postponed and runs again in {delay_s} s"
+            assert (
+                record.getMessage()
+                == f"{name}: {end}{''.join(case.partition(':')[1:])}"
+            )
+            assert (record.levelname, record.outcome) == ("DEBUG", "postpone")
+        assert bool(told) == (fate is Fate.dead_letter)
+
+    @pytest.mark.parametrize(
+        ("place", "kind", "seen"),
+        [
+            (None, None, "in1 in2 run hook out2 out1"),
+            ("run", Ignored, "in1 in2 run hook out2 out1"),
+            ("run", ValueError, "in1 in2 run bad2 bad1"),
+            ("hook", ValueError, "in1 in2 run hook bad2 bad1"),
+            ("in1", Ignored, "in1 hook"),
+            ("in2", Ignored, "in1 in2 hook out1"),
+            ("in2", taskhawk.PostponeException, "in1 in2 bad1"),
+            ("out2", ValueError, "in1 in2 run hook out2 bad1"),
+        ],
+    )
+    def test_around(self, place, kind, seen, monkeypatch):
+        """What surrounds a run is told how it ended, of the post hook's failure too.
+
+        What it raises before the run is the run's end, and the task is not called.
+        """
+        steps: list[str] = []
+
+        def step(name: str, **_: Any) -> None:
+            steps.append(name)
+            if name == place:
+                raise kind
+
+        @contextlib.contextmanager
+        def surround(number: int, its_task: Any, received: Any) -> Iterator[None]:
+            assert its_task is received.message.task
+            step(f"in{number}")
+            try:
+                yield
+            except (ValueError, taskhawk.PostponeException):
+                steps.append(f"bad{number}")
+                raise
+            step(f"out{number}")
+
+        around = [functools.partial(surround, number) for number in (1, 2)]
+        monkeypatch.setattr(taskhawk, "_around_runs", around)
+        taskhawk.configure(TASKHAWK_POST_PROCESS_HOOK=lambda **_: step("hook"))
+
+        def run() -> None:
+            step("run")
+
+        fates = {ValueError: Fate.retry, taskhawk.PostponeException: Fate.postpone}
+        assert processing_run(run).fate is fates.get(kind, Fate.acknowledge)
+        assert " ".join(steps) == seen
+
+    @pytest.mark.parametrize(
+        ("text", "attempt"),
+        [("4", 6), ("", 2), ("-1", 2), ("1e3", 2), ("9" * 10, 2), (None, 2)],
+    )
+    def test_attempts_before(self, text, attempt):
+        """Attempts before a postponement count; whoever writes nonsense there adds none."""
+        attributes = {"taskhawk.attempts": {"DataType": "String", "StringValue": text}}
+        counts = {"ApproximateReceiveCount": "2"}
+        received = QueueMessage("", "m1", None, counts, attributes, max_receive_count=6)
+        assert (received.attempt, received.receive_count) == (attempt, 2)
+        assert received.is_last_receive == (attempt == 6)
+        assert not received.would_be_redriven
+
     @pytest.mark.parametrize("end", [nothing, raising(taskhawk.IgnoreException())])
     def test_post_hook(self, end):
         """The post hook is for what returned or was ignored, and may fail both."""
@@ -7456,6 +7579,7 @@ class TestSync:
         [
             ValueError("no milk"),
             taskhawk.RetryException("later", delay_seconds=5),
+            taskhawk.PostponeException("later", delay_seconds=5),
             taskhawk.LoggingException("no milk", extra={"shop": 1}),
             taskhawk.StopRetry("never"),
             SystemExit(3),
@@ -7717,7 +7841,7 @@ class TestLogging:
             output = worker.stdout.read()
             assert worker.wait() == 1
         assert output == (
-            f"2 received, 1 acked, {retried} retried, 0 dead-lettered, 0 released,"
+            f"2 received, 1 acked, {retried} retried, 0 dead-lettered, 0 postponed, 0 released,"
             " 0 uncertain\n"
         )
         visible, in_flight, _ = broker.depth("TASKHAWK-DEFAULT")
@@ -7795,7 +7919,9 @@ class HoldingsMachine(hypothesis.stateful.RuleBasedStateMachine):
             self.count += 1
             receipt = f"r{self.count}"
             self.service.receive(receipt, hidden_at, lease_s)
-            messages.append(QueueMessage("", f"m{self.count}", receipt, queue=queue))
+            most = self.service.chance.choice((1, 5))
+            message = QueueMessage("", f"m{self.count}", receipt, queue=queue)
+            messages.append(dataclasses.replace(message, max_receive_count=most))
         self.holdings.take(messages, lease_s, asked_at, self.now)
 
     @hypothesis.stateful.rule()
@@ -7817,7 +7943,9 @@ class HoldingsMachine(hypothesis.stateful.RuleBasedStateMachine):
 
     @hypothesis.stateful.precondition(lambda self: self.running)
     @hypothesis.stateful.rule(
-        end=st.sampled_from(["acked", "retried", "dead_lettered", "released"]),
+        end=st.sampled_from(
+            ["acked", "retried", "dead_lettered", "postponed", "released"]
+        ),
         delay_s=st.sampled_from([None, 0, 5, 60, 50_000]),
         which=st.integers(0, 1_000),
     )
@@ -7850,11 +7978,11 @@ class HoldingsMachine(hypothesis.stateful.RuleBasedStateMachine):
             assert receipt not in self.done
             end = self.ended.get(receipt)
             if call.kind.name == "delete":
-                assert end in {"acked", "dead_lettered"}
+                assert end in {"acked", "dead_lettered", "postponed"}
             elif call.kind.name == "delay":
                 assert end in {"retried", "released"} or held.state == "received"
             else:
-                assert end in {None, "acked", "dead_lettered"}
+                assert end in {None, "acked", "dead_lettered", "postponed"}
         self.calls.append((call, self.now))
 
     @hypothesis.stateful.precondition(lambda self: self.calls)
@@ -7904,6 +8032,9 @@ class HoldingsMachine(hypothesis.stateful.RuleBasedStateMachine):
         for held in self.running:
             holdings.finish(held, "acked", self.now)
         holdings.release_waiting(self.now)
+        while held := holdings.start(self.now):
+            assert held.message.would_be_redriven
+            holdings.finish(held, "postponed", self.now)
         holdings.end_leases()
         for call, _ in self.calls:
             holdings.calls.answered(call, {})
@@ -8195,6 +8326,8 @@ class TestHoldings:
         [
             ("acked", {}, 1, {"acked": 1}, []),
             ("dead_lettered", {}, 1, {"dead_lettered": 1}, []),
+            ("postponed", {}, 1, {"postponed": 1}, []),
+            ("postponed", {}, 30, {"uncertain": 1}, [AGAIN + "its lease had ended"]),
             ("acked", BUSY, 1, {}, []),
             ("acked", FORBIDDEN, 1, {}, []),
             ("acked", FINAL, 1, {"uncertain": 1}, [AGAIN + "no"]),
@@ -8360,6 +8493,24 @@ class TestHoldings:
         call = holdings.calls.next(1)
         assert call.entries() == [("r1", 0), ("r2", 0)]
         holdings.calls.answered(call, {})
+        assert holdings.ledger == taskhawk.Ledger(received=2, released=2)
+
+    @pytest.mark.parametrize(
+        ("queue", "took_s", "waiting"), [("Q", 0, 1), ("Q", 21, 0), ("Q.fifo", 0, 0)]
+    )
+    def test_release_at_the_last_receive(self, queue, took_s, waiting):
+        """What its queue would dead-letter is not released, unless a copy is worse.
+
+        A FIFO queue's order would suffer, and where the lease is not sure, another may
+        have the message.
+        """
+        holdings = taskhawk._Holdings([queue])
+        first, last = held_messages(2, queue)
+        last.max_receive_count = 1
+        holdings.take([first, last], 30, 0, took_s)
+        holdings.release_waiting(took_s)
+        assert (holdings.waiting, len(holdings.decided)) == (waiting, 2 - waiting)
+        holdings.close()
         assert holdings.ledger == taskhawk.Ledger(received=2, released=2)
 
     def test_closing(self):
@@ -8582,6 +8733,7 @@ WORKER_ACTS: dict[str, Callable[[], Any]] = {
     "never": raising(KeyError("never again")),
     "retry": raising(taskhawk.RetryException(delay_seconds=7)),
     "leave": raising(taskhawk.RetryException("not now")),
+    "postpone": raising(taskhawk.PostponeException("not yet", delay_seconds=7)),
 }
 
 
@@ -8775,6 +8927,7 @@ class TestKeeper:
 RUN = "work.act ID (message ID)"  # as logs name a message of worker_act
 FAILED = f"{RUN}: attempt 1 failed and is "
 LETTER_LEFT = f"WORKER: {RUN} can't be dead-lettered and is left to the queue: "
+COPY_LEFT = f"WORKER: {RUN} can't be postponed and is left to the queue: "
 LAST = {"info": lambda real, _queue: real()._replace(max_receive_count=1)}
 NO_LETTERS = {"info": lambda real, _queue: real()._replace(dead_letter_queue=None)}
 FORBIDDEN_INFO = {"info": worker_raise(WorkerDenied("denied"))}
@@ -8784,6 +8937,26 @@ WORKER_SCENARIOS: list[tuple[str, dict[str, Any], dict[str, int], list[str]]] = 
     ("run run run", {}, {"acked": 3}, []),
     ("ignore", {}, {"acked": 1}, []),
     ("retry leave", {}, {"retried": 2}, []),
+    ("postpone", {}, {"postponed": 1}, []),
+    ("postpone", LAST, {"postponed": 1}, []),
+    (
+        "postpone",
+        {"send": worker_raise(WorkerDenied("not allowed"))},
+        {"retried": 1},
+        [f"{COPY_LEFT}not allowed"],
+    ),
+    (
+        "postpone",
+        {"send": worker_refuse("InternalError", final=False)},
+        {"retried": 1},
+        [f"{COPY_LEFT}1 of 1 messages failed: InternalError"],
+    ),
+    (
+        "postpone",
+        {"delete": worker_refuse("Gone", final=True)},
+        {"uncertain": 1},
+        [f"{RUN} may run again: refused by Gone"],
+    ),
     ("fail", {}, {"retried": 1}, [f"{FAILED}left to the queue"]),
     ("never", {}, {"dead_lettered": 1}, [f"{FAILED}given up"]),
     (
@@ -8907,7 +9080,7 @@ class TestWorker:
         assert ledger.balanced
         assert worker_logs(caplog) == logs
         left = worker_broker.depth(WORKER_QUEUE)
-        gone = ledger.acked + ledger.dead_lettered
+        gone = ledger.acked + ledger.dead_lettered + ledger.postponed
         assert left.visible + left.in_flight == ledger.received - gone
 
     @pytest.mark.parametrize(
@@ -8944,9 +9117,7 @@ class TestWorker:
         caplog.set_level(logging.INFO)
         worker_broker.put(worker_act, ("never",), ("leave",))
         ledger = worker_broker.work(loop_count=2)
-        words = (
-            "2 received, 0 acked, 1 retried, 1 dead-lettered, 0 released, 0 uncertain"
-        )
+        words = "2 received, 0 acked, 1 retried, 1 dead-lettered, 0 postponed, 0 released, 0 uncertain"
         assert str(ledger) == words
         assert worker_logs(caplog, logging.INFO)[-1] == f"worker ended: {words}"
         assert not taskhawk.Ledger(received=1).balanced
@@ -9465,7 +9636,9 @@ class TestWorker:
             concurrency=concurrency, clock=worker_fast_clock, **options
         )
         assert ledger.released >= 3
-        assert ledger == taskhawk.Ledger(ledger.released + 3, 3, 0, 0, ledger.released)
+        assert ledger == taskhawk.Ledger(
+            ledger.released + 3, 3, released=ledger.released
+        )
         assert receives[0] == 1
         cannot, can, _ended = worker_logs(caplog, logging.INFO)
         assert cannot == (
@@ -9527,6 +9700,25 @@ class TestWorker:
         assert worker_broker.work(**options) == taskhawk.Ledger(1, released=1)
         del sys.modules["stoppable"]
 
+    def test_last_receive_without_a_child(self, worker_broker, tmp_path, monkeypatch):
+        """What no child can run at its last receive is sent anew: it was never run."""
+        stop = threading.Event()
+        monkeypatch.syspath_prepend(tmp_path)
+        taskhawk.configure(TASKHAWK_BROKER="sqlite://")
+        module = isolated_import(tmp_path, copyable=WORKER_PARTLY_ISOLATED)
+        monkeypatch.setattr(sys, "executable", str(tmp_path / "nothing"))
+
+        def send(real: Any, *_: Any) -> Any:
+            stop.set()
+            return real()
+
+        worker_broker.faults = {**LAST, "send": send}
+        worker_broker.put(module.fine, ())
+        options = {"shutdown_event": stop, "until_empty": False, "clock": Clock()}
+        assert worker_broker.work(**options) == taskhawk.Ledger(1, postponed=1)
+        assert worker_broker.depth(WORKER_QUEUE) == (1, 0, 0)
+        del sys.modules["copyable"]
+
     # -- the end
 
     @pytest.mark.parametrize("when", ["before", "lookup"])
@@ -9567,6 +9759,33 @@ class TestWorker:
             "stopping: waiting for polls in flight: 0, running tasks: 1"
             "; Ctrl-C again ends at once"
         )
+
+    @pytest.mark.parametrize(
+        ("faults", "counts", "sends"),
+        [
+            ({}, {"postponed": 3}, 3),
+            ({"send": worker_raise(OSError("reset"))}, {"released": 3}, 1),
+        ],
+    )
+    def test_stopped_at_the_last_receive(
+        self, worker_broker, worker_act, faults, counts, sends
+    ):
+        """What waits at its last receive is released by a copy: it was never run.
+
+        Where no copy can be sent, it is visible at once, and its queue decides.
+        """
+        queue, stop = f"{WORKER_QUEUE}-LAST", threading.Event()
+        worker_broker.faults = {**LAST, **faults}
+        WORKER_ACTS["stop"] = stop.set
+        worker_broker.put(worker_act, *[("stop",)] * 4, queue=queue)
+        options = {"num_messages": 4, "shutdown_event": stop, "until_empty": False}
+        ledger = worker_broker.work(queue, **options)
+        assert ledger == taskhawk.Ledger(received=4, acked=1, **counts)
+        assert len(worker_broker.made("send")) == sends
+        assert worker_broker.depth(queue) == (3, 0, 0)
+        again = worker_broker.receive(queue, 10, 0, None, threading.Event())
+        attempts = {(found.attempt, found.receive_count) for found in again}
+        assert attempts == {(1, 1) if "postponed" in counts else (2, 2)}
 
     def test_stopped_while_backing_off(self, worker_broker):
         """A shutdown does not wait for the end of a pause between receives."""
@@ -9944,7 +10163,7 @@ class TestWorker:
             output, errors = process.communicate("\n")
         assert process.returncode == 0, errors
         assert re.fullmatch(
-            r"ended \d\n3 received, 1 acked, 0 retried, 0 dead-lettered, 2 released,"
+            r"ended \d\n3 received, 1 acked, 0 retried, 0 dead-lettered, 0 postponed, 2 released,"
             r" 0 uncertain\n",
             output,
         )
@@ -9993,7 +10212,7 @@ class TestWorker:
             assert process.wait(WORKER_PATIENCE_S) == 1
             if is_read:
                 assert process.stdout.read() == (
-                    "1 received, 0 acked, 0 retried, 0 dead-lettered, 0 released,"
+                    "1 received, 0 acked, 0 retried, 0 dead-lettered, 0 postponed, 0 released,"
                     " 0 uncertain\n"
                 )
         lines = re.sub(MESSAGE_ID, "ID", errors).splitlines()
@@ -10023,7 +10242,7 @@ class TestWorker:
         assert sorted(said) == sorted(f"{name} True" for name in names), errors
         assert ledger == (
             f"{len(names)} received, {len(names)} acked, 0 retried, 0 dead-lettered,"
-            " 0 released, 0 uncertain"
+            " 0 postponed, 0 released, 0 uncertain"
         )
 
     @pytest.mark.slow
@@ -10044,6 +10263,93 @@ class TestWorker:
         noted = {f"noted {number}\n" for number in (0, 1, 3)}
         assert {*ran, *output.splitlines(keepends=True)} >= noted
         assert worker_shared.depth(queue) == (0, 0, 0)
+
+
+class TestPostponedCopies:
+    """What is postponed is copied to its own queue, and counts no attempt."""
+
+    def test_attempts(self, broker):
+        """Attempts go on where they were; id, headers and body are the message's own."""
+        seen: list[Any] = []
+
+        @taskhawk.task(name="mail.send")
+        def send(metadata):
+            seen.append((metadata.id, metadata.attempt, dict(metadata.headers)))
+            if len(seen) in (1, 3, 4):
+                raise taskhawk.PostponeException(delay_seconds=0)
+            if len(seen) == 2:
+                raise taskhawk.RetryException(delay_seconds=0)
+
+        sent = send.with_headers(n="5").dispatch()
+        ledgers = [work_once(broker) for _ in range(5)]
+        ends = ["postponed", "retried", "postponed", "postponed", "acked"]
+        assert ledgers == [taskhawk.Ledger(1, **{end: 1}) for end in ends]
+        assert seen == [(sent, attempt, {"n": "5"}) for attempt in (1, 1, 2, 2, 2)]
+        assert broker.depth(broker.destination(Priority.default)) == (0, 0, 0)
+
+    def test_delay(self, scripted):
+        """The copy has the delay, which SQS can keep for 15 minutes, group and headers."""
+
+        @taskhawk.task(name="mail.send")
+        def send():
+            raise taskhawk.PostponeException(delay_seconds=3600)
+
+        send.with_headers(n="5").dispatch()
+        assert work_once(taskhawk._brokers.broker()).postponed == 1
+        first, copy = scripted.asked("SendMessage")
+        assert copy == first | {"DelaySeconds": 900}
+
+    def test_retries_used_up(self, sqlite):
+        """A task that is postponed now and then has no more retries than another."""
+        ends = iter([postponed(0), KeyError(), postponed(0), postponed(0), KeyError()])
+
+        @taskhawk.task(name="mail.send", retry=taskhawk.fixed(0, 1, jitter=False))
+        def send():
+            raise next(ends)
+
+        send.dispatch()
+        ledgers = [work_once(sqlite) for _ in range(5)]
+        assert [ledger.postponed for ledger in ledgers] == [1, 0, 1, 1, 0]
+        assert (ledgers[1].retried, ledgers[4].dead_lettered) == (1, 1)
+        [letter] = receive_all("TASKHAWK-DEFAULT-DLQ")
+        error = json.loads(letter.message_attributes["taskhawk.error"]["StringValue"])
+        assert error["attempt"] == 2
+
+    @pytest.mark.parametrize(
+        ("attempt", "headers", "names"),
+        [
+            (1, 10, {"taskhawk.attempts": False, "h": 10}),
+            (2, 10, {"taskhawk.attempts": True, "h": 9}),
+            (2, 3, {"taskhawk.attempts": True, "h": 3}),
+        ],
+    )
+    def test_ten_attributes(self, attempt, headers, names):
+        """Where attempts count and there are ten headers, one gives way: the body has it."""
+        given = {
+            f"h{number}": {"DataType": "String", "StringValue": "x"}
+            for number in range(headers)
+        }
+        counts = {"ApproximateReceiveCount": str(attempt), "MessageGroupId": "g"}
+        received = QueueMessage("{}", "m1", "r1", counts, given, queue="Q")
+        copy = taskhawk._postponed_copy(received, 5, 1000)
+        ours = copy.attributes.get("taskhawk.attempts", {})
+        assert ours.get("StringValue") == ("1" if names["taskhawk.attempts"] else None)
+        assert len(copy.attributes) - bool(ours) == names["h"]
+        assert (copy.body, copy.delay_s, copy.group_id) == ("{}", 5, "g")
+
+    def test_lease_lost(self, worker_broker, worker_act, worker_clock):
+        """No copy is sent of what another may have by now: there would be two for good."""
+
+        def late() -> None:
+            worker_clock.now += 30
+            raise taskhawk.PostponeException
+
+        WORKER_ACTS["late"] = late
+        worker_broker.put(worker_act, ("late",))
+        ledger = worker_broker.work(loop_count=1, clock=worker_clock)
+        assert ledger == taskhawk.Ledger(received=1, retried=1)
+        assert worker_broker.made("send") == []
+        assert worker_broker.depth(WORKER_QUEUE) == (1, 0, 0)
 
 
 class TestDeadLetterCopies:
@@ -10231,6 +10537,7 @@ class ChaosBroker(WorkerBroker):
         self.running: set[str] = set()  # the receipts that run
         self.done: set[int] = set()  # what ran to its end or was ignored
         self.dead: set[int] = set()  # what was copied to the dead-letter queue
+        self.copied: set[int] = set()  # what was postponed
         self.wrong: list[str] = []  # what must not happen, and did
         self.lock = (
             threading.Lock()
@@ -10292,10 +10599,14 @@ class ChaosBroker(WorkerBroker):
         elif name == "send":
             refused = {refusal.index for refusal in answer}
             entries = [entry for i, entry in enumerate(args[1]) if i not in refused]
-            self.dead |= {json.loads(entry.body)["args"][0] for entry in entries}
+            sent = {json.loads(entry.body)["args"][0] for entry in entries}
+            if args[0] == WORKER_QUEUE:
+                self.copied |= sent
+            else:
+                self.dead |= sent
         elif name == "delete":
             numbers = {self.numbers[receipt] for receipt in args[1]}
-            for number in numbers - self.done - self.dead:
+            for number in numbers - self.done - self.dead - self.copied:
                 self.wrong.append(f"{number} was deleted and had not run")
         elif name == "change_visibility":
             for receipt, seconds in args[1]:
@@ -10350,6 +10661,8 @@ class TestSchedules:
                     )
                 if draw < 0.3:
                     raise ValueError(number)
+                if draw > 0.9:
+                    raise taskhawk.PostponeException(chance.choice((0, 5, 60)))
                 broker.done.add(number)
                 if draw < 0.4:
                     raise taskhawk.IgnoreException
@@ -10457,6 +10770,7 @@ def fork(how):
 def ask(how):
     raise {
         "retry": taskhawk.RetryException("not yet", delay_seconds=5),
+        "postpone": taskhawk.PostponeException("not now", delay_seconds=0),
         "ignore": taskhawk.IgnoreException("no need"),
         "log": taskhawk.LoggingException("it failed", extra={"order": 7}),
         "error": KeyError("lost"),
@@ -10864,6 +11178,7 @@ class TestIsolation:
         ("how", "done", "level", "text"),
         [
             ("retry", "retried", "INFO", "runs again in 5 s: not yet"),
+            ("postpone", "postponed", "DEBUG", "runs again in 0 s: not now"),
             ("ignore", "acked", "INFO", "ignored: no need"),
             ("log", "retried", "ERROR", "it failed"),
             ("error", "retried", "ERROR", "failed and is left to the queue"),
@@ -10871,7 +11186,7 @@ class TestIsolation:
     )
     def test_errors(self, isolated_jobs, caplog, how, done, level, text):  # noqa: PLR0917
         """What a task raises means the same in a child, and its traceback is logged."""
-        caplog.set_level(logging.INFO)
+        caplog.set_level(logging.DEBUG)
         isolated_jobs.ask.dispatch(how)
         assert isolated_work() == {"received": 1, done: 1}
         record = next(r for r in caplog.records if r.getMessage().endswith(text))
@@ -11381,6 +11696,7 @@ LAMBDA_CALLS = [
     (1, "ignore", 2),
     (),
 ]
+LAMBDA_ENDS["not yet"] = taskhawk.PostponeException(delay_seconds=45)
 # A call, its entries where two of five messages fail, and the warning if it is refused.
 LAMBDA_WARNINGS = [
     (
@@ -11571,6 +11887,39 @@ class TestLambda:
         ]
         deletes = [] if partial_batch else ["DeleteMessageBatch"]
         assert lambda_sqs.actions == ["ChangeMessageVisibilityBatch", *deletes]
+
+    @pytest.mark.parametrize("partial_batch", [False, True])
+    @pytest.mark.parametrize("answer", [None, fault("AccessDenied", status=403)])
+    def test_postponed(self, answer, partial_batch, lambda_sqs, lambda_runs, caplog):
+        """A copy is sent of what is postponed, and then it is done.
+
+        Where the function may not send, the message failed, and is visible in time.
+        """
+        lambda_sqs.always("SendMessage", answer)
+        event = lambda_event(1, "not yet", make=lambda_sqs_record)
+        found = lambda_consume(event, partial_batch=partial_batch)
+        [copy] = lambda_sqs.asked("SendMessage")
+        assert copy["MessageBody"] == event["Records"][1]["body"]
+        assert copy["DelaySeconds"] == 45
+        if answer is None:
+            assert found == (lambda_failures() if partial_batch else None, [])
+            assert lambda_sqs.actions == ["SendMessage"]
+            return
+        assert lambda_delays(lambda_sqs) == [("receipt of m2", 45)]
+        if partial_batch:
+            assert found == (lambda_failures(2), [])
+        else:
+            assert found == (None, [LAMBDA_ENDS["not yet"]])
+        text = "TASKHAWK-DEV-MYAPP: lambda.run ID (message m2) can't be postponed and"
+        assert f"{text} is left to the queue: " in caplog.text.replace(
+            PROCESSING_ID, "ID"
+        )
+
+    def test_postponed_of_a_topic(self, lambda_sqs, lambda_runs):
+        """No copy can take the place of a message of a topic: Lambda retries it."""
+        event = lambda_event("not yet", make=lambda_sns_record)
+        assert lambda_consume(event) == (None, [LAMBDA_ENDS["not yet"]])
+        assert lambda_sqs.calls == []
 
     @pytest.mark.parametrize("kind", LAMBDA_RECORDS)
     def test_log(self, kind, lambda_sqs, lambda_runs, caplog):
@@ -11868,12 +12217,13 @@ class TestDeadLetters:
         )
 
     def test_requeue(self, broker):
-        """They go back to the queue of their priority as they were, without taskhawk.error."""
+        """They go back to the queue of their priority as they were, without our attributes."""
         header = {"n": {"DataType": "String", "StringValue": "é"}}
-        error = {"taskhawk.error": {"DataType": "String", "StringValue": "{}"}}
+        value = {"DataType": "String", "StringValue": "3"}
+        ours = dict.fromkeys(("taskhawk.error", "taskhawk.attempts"), value)
         queue = broker.destination(Priority.high)
         broker.send(
-            f"{queue}-DLQ", [Outgoing(processing_body(args=[1]), {**error, **header})]
+            f"{queue}-DLQ", [Outgoing(processing_body(args=[1]), {**ours, **header})]
         )
         assert taskhawk.requeue_dead_letter(Priority.high) == 1
         (received,) = receive_all(Priority.high)
@@ -13237,7 +13587,7 @@ class TestCommandLine:
         listen = ("listen", "job", "--loop-count=1", "--num-messages=2")
         assert run(*listen, "--priority=high").stdout == (
             "sum 4 {'a': 'b=c'} high\n"
-            "2 received, 2 acked, 0 retried, 0 dead-lettered, 0 released, 0 uncertain\n"
+            "2 received, 2 acked, 0 retried, 0 dead-lettered, 0 postponed, 0 released, 0 uncertain\n"
         )
 
     @pytest.mark.slow
@@ -13262,8 +13612,8 @@ class TestCommandLine:
             "The bug in demo.divide is fixed, and its dead letter sent back:",
             "requeued       1 message",
             "ran            demo.divide   attempt 1",
-            "  5 received, 2 acked, 2 retried, 1 dead-lettered, 0 released, 0 uncertain",
-            "  1 received, 1 acked, 0 retried, 0 dead-lettered, 0 released, 0 uncertain",
+            "  5 received, 2 acked, 2 retried, 1 dead-lettered, 0 postponed, 0 released, 0 uncertain",
+            "  1 received, 1 acked, 0 retried, 0 dead-lettered, 0 postponed, 0 released, 0 uncertain",
         ):
             assert line in shown.splitlines()
         assert [path.name for path in commands.folder.iterdir()] == ["job.py"]
@@ -13478,7 +13828,7 @@ class TestCommandLine:
         assert taskhawk.main(["listen", "job", *options]) == 1
         assert capsys.readouterr().out == (
             "sum 3 {} default\n"
-            "1 received, 0 acked, 0 retried, 0 dead-lettered, 0 released, 1 uncertain\n"
+            "1 received, 0 acked, 0 retried, 0 dead-lettered, 0 postponed, 0 released, 1 uncertain\n"
         )
 
     def test_interrupted(self, command_folder):
@@ -13681,9 +14031,7 @@ jobs.isolated.dispatch("ran apart:", os.getpid())
 print(SqliteBroker("sqlite:///queue.db").depth("TASKHAWK-DEFAULT").visible, "dispatched")
 """
 VENDOR_WORKER = "print(listen_for_messages(Priority.default, until_empty=True))"
-VENDOR_LEDGER = (
-    "2 received, 2 acked, 0 retried, 0 dead-lettered, 0 released, 0 uncertain\n"
-)
+VENDOR_LEDGER = "2 received, 2 acked, 0 retried, 0 dead-lettered, 0 postponed, 0 released, 0 uncertain\n"
 VENDOR_CONFTEST = """
 import pathlib, taskhawk
 assert pathlib.Path(taskhawk.__file__).parent == pathlib.Path(__file__).parent
