@@ -609,6 +609,12 @@ _COUNT = _Rule("a whole number above 0", functools.partial(_parse_number, int))
 _HOOK = _Rule("a function or its dotted path", _parse_callable)
 _CLASS = _Rule("a class or its dotted path", _parse_callable)
 _URL = _Rule("a URL that begins with http:// or https://", _parse_url)
+_ROLE = _Rule(
+    "the ARN of an IAM role",
+    functools.partial(
+        _parse_text, r"(?a)arn:aws(-[a-z]+)*:iam::[0-9]{12}:role/[\w+=,.@/-]+"
+    ),
+)
 _BROKER = _Rule("'sqs' or a URL of SQLite", _parse_broker)
 _QUEUE = _Rule(
     f"at most {_MAX_QUEUE} letters, digits, hyphens and underscores",
@@ -618,6 +624,7 @@ _SETTINGS = {
     "AWS_ACCESS_KEY": _Setting(_TEXT, "AKIAIOSFODNN7EXAMPLE"),
     "AWS_ACCOUNT_ID": _Setting(_ACCOUNT, "123456789012"),
     "AWS_CONNECT_TIMEOUT_S": _Setting(_SECONDS, "2", 2),
+    "AWS_ENDPOINT_SCHEDULER": _Setting(_URL, "http://127.0.0.1:4566"),
     "AWS_ENDPOINT_SNS": _Setting(_URL, "http://127.0.0.1:4566"),
     "AWS_ENDPOINT_SQS": _Setting(_URL, "http://127.0.0.1:4566"),
     "AWS_READ_TIMEOUT_S": _Setting(_SECONDS, "2", 2),
@@ -633,6 +640,9 @@ _SETTINGS = {
     "TASKHAWK_POST_PROCESS_HOOK": _Setting(_HOOK, "myapp.hooks.after"),
     "TASKHAWK_PRE_PROCESS_HOOK": _Setting(_HOOK, "myapp.hooks.before"),
     "TASKHAWK_QUEUE": _Setting(_QUEUE, "dev-myapp"),
+    "TASKHAWK_SCHEDULER_ROLE": _Setting(
+        _ROLE, "arn:aws:iam::123456789012:role/taskhawk-dev-myapp"
+    ),
     "TASKHAWK_SYNC": _Setting(_FLAG, "False", default=False),
     "TASKHAWK_TASK_CLASS": _Setting(_CLASS, "myapp.tasks.MyTask"),
 }
@@ -2449,6 +2459,14 @@ _REMEDIES = (
         ("there is no such topic: make it, or check TASKHAWK_QUEUE and AWS_ACCOUNT_ID"),
     ),
     (
+        "ResourceNotFoundException: Schedule group",
+        "there is no such group of schedules: run python -m taskhawk provision",
+    ),
+    (
+        "ValidationException: The execution role",
+        "EventBridge Scheduler can't use this role: check TASKHAWK_SCHEDULER_ROLE",
+    ),
+    (
         ".*Invalid header value",
         (
             "a credential has a line break or another control character: check"
@@ -2759,6 +2777,18 @@ class _AwsSender(Sender):
         self.call("send", self.send_one, destination, **calls[0])
         return []
 
+    def _one_by_one(
+        self, destination: str, entries: Sequence[Outgoing]
+    ) -> list[Refusal]:
+        """Send each message by itself; return the refused ones."""
+        send = functools.partial(self.send, destination)
+        refusals: dict[int, Refusal] = {}
+        for index, entry in enumerate(entries):
+            for refusal in _one_call(send, [entry]).values():
+                # Final, for botocore has repeated it.
+                refusals[index] = refusal._replace(index=index, final=True)
+        return list(refusals.values())
+
     @abc.abstractmethod
     def _parameters(self, entry: Outgoing) -> dict[str, Any]:
         """Return the service's parameters for a message, without the empty ones."""
@@ -2840,13 +2870,7 @@ class SqsBroker(_AwsSender, Broker):
         except Exception as error:
             if len(entries) == 1 or _error_code(error) != "BatchRequestTooLong":
                 raise
-        send = functools.partial(self.send, destination)
-        refusals: dict[int, Refusal] = {}
-        for index, entry in enumerate(entries):
-            for refusal in _one_call(send, [entry]).values():
-                # Final, for botocore has repeated it.
-                refusals[index] = refusal._replace(index=index, final=True)
-        return list(refusals.values())
+        return self._one_by_one(destination, entries)
 
     def _parameters(self, entry: Outgoing) -> dict[str, Any]:
         """Return the parameters of SendMessage; delays are whole seconds."""
@@ -3259,8 +3283,8 @@ class Task(Generic[_P, _R]):
         """Return an invocation with this priority in place of the task's."""
         return self._invocation.with_priority(priority)
 
-    def with_delay(self, delay: float | timedelta) -> AsyncInvocation[_P]:
-        """Return an invocation whose messages the queue holds back for so long."""
+    def with_delay(self, delay: float | timedelta | datetime) -> AsyncInvocation[_P]:
+        """Return an invocation whose messages wait for so long, or until then."""
         return self._invocation.with_delay(delay)
 
     def _bind(self, count: int, *names: str) -> None:
@@ -3785,7 +3809,7 @@ class AsyncInvocation(Generic[_P]):
     _: dataclasses.KW_ONLY
     _headers: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     _priority: Priority | None = None  # None for the task's
-    _delay_s: float = 0
+    _delay: float | datetime = 0
 
     def with_headers(self, /, **headers: Any) -> AsyncInvocation[_P]:
         """Return an invocation with these headers too, in place of any of their names.
@@ -3804,21 +3828,33 @@ class AsyncInvocation(Generic[_P]):
             raise TypeError(f"priority: expected a taskhawk.Priority, got {priority!r}")
         return dataclasses.replace(self, _priority=priority)
 
-    def with_delay(self, delay: float | timedelta) -> AsyncInvocation[_P]:
-        """Return an invocation whose messages the queue holds back for so long.
+    def with_delay(self, delay: float | timedelta | datetime) -> AsyncInvocation[_P]:
+        """Return an invocation whose messages wait for so long, or until then.
 
-        :param delay: seconds or a timedelta: up to 15 minutes on SQS (its
-            DelaySeconds), any length on SQLite, none on SNS
-        :raises TypeError: if it is neither
-        :raises ValueError: if it is negative or not finite; dispatch refuses a delay
-            that the queue can't keep
+        SQS holds a message back for up to 15 minutes, SQLite for any time. Beyond that,
+        and on SNS, it is a schedule of EventBridge's, which counts in minutes and
+        rounds up: that needs TASKHAWK_SCHEDULER_ROLE. See :func:`cancel`.
+
+        :param delay: seconds, a timedelta, or a datetime with a time zone, which is now
+            if it is past
+        :raises TypeError: if it is none of these
+        :raises ValueError: if it is negative or not finite, or has no time zone
         """
+        if isinstance(delay, datetime):
+            if delay.utcoffset() is None:
+                raise ValueError(
+                    "delay: expected a datetime with a time zone, such as"
+                    f" datetime.now(UTC), got {delay}"
+                )
+            return dataclasses.replace(self, _delay=delay)
         delay_s = delay.total_seconds() if isinstance(delay, timedelta) else delay
         if not _is_number(delay_s):
-            raise TypeError(f"delay: expected seconds or a timedelta, got {delay!r}")
+            raise TypeError(
+                f"delay: expected seconds, a timedelta or a datetime, got {delay!r}"
+            )
         if not 0 <= delay_s < math.inf:
             raise ValueError(f"delay: expected 0 or more seconds, got {delay_s}")
-        return dataclasses.replace(self, _delay_s=delay_s)
+        return dataclasses.replace(self, _delay=delay_s)
 
     def dispatch(self, /, *args: _P.args, **kwargs: _P.kwargs) -> str:
         """Queue a run of the task: one request, and one more at a queue's first use.
@@ -3876,8 +3912,15 @@ class AsyncInvocation(Generic[_P]):
             headers={**_default_headers(self.task), **self._headers},
             priority=self._priority or self.task.priority,
         )
-        message.delay_s = self._delay_s
+        message.delay_s = _delay_from(message.timestamp, self._delay)
         return message
+
+
+def _delay_from(timestamp_ms: int, delay: float | datetime) -> float:
+    """Return the seconds from a message's timestamp to the end of its delay."""
+    if isinstance(delay, datetime):
+        return max(0.0, delay.timestamp() - timestamp_ms / 1000)
+    return delay
 
 
 def _arguments_of(call: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
@@ -3923,8 +3966,8 @@ def _prepare(message: Message) -> _Ready:
     body = _encode(message)
     entry = Outgoing(body, _attributes_of(message.headers), message.delay_s)
     sender = _brokers.sender()
-    if entry.delay_s and not sender.max_delay_s:
-        raise ConfigurationError(f"{message.task_name}: SNS can't delay messages")
+    if entry.delay_s > sender.max_delay_s and isinstance(sender, _AwsSender):
+        sender = _brokers.get("schedule")
     if entry.delay_s > sender.max_delay_s:
         raise ConfigurationError(
             f"{message.task_name}: the queue can hold a message back for at most"
@@ -4130,10 +4173,10 @@ class Captured(NamedTuple):
 
 
 class _CapturingSender(Sender):
-    """Adds messages to a list; it needs no setting, and has the limits of SQS."""
+    """Adds messages to a list; it needs no setting, and takes what SQS takes."""
 
     max_bytes = _MAX_SQS_BYTES
-    max_delay_s = _MAX_DELAY_S
+    max_delay_s = math.inf
 
     def __init__(self, calls: list[Captured]) -> None:
         self._calls = calls
@@ -7280,8 +7323,182 @@ def _as_boto3(
 
 
 # --- 22. schedules --------------------------------------------------------------------
-# What the service sends later.
-# (Invariant.)
+# What the service sends later. A long delay is a one-time schedule of EventBridge
+# Scheduler that has the message and its id; dispatch returns once it is made, and
+# Scheduler deletes it once it is sent. A message that it can't deliver within a day
+# goes to the queue's dead-letter queue. SQLite's own delays have no limit.
+# https://docs.aws.amazon.com/scheduler/latest/UserGuide/
+
+
+__all__ += ["cancel"]
+
+_MAX_INPUT_BYTES = 262_144  # what a schedule can send
+_LATER_S = 100 * 365 * 86_400  # a date that a schedule can have, as on SQLite
+_EARLY_S = 10  # a time that is past when the request arrives is refused
+_MINUTE_S = 60  # Scheduler's precision
+# The longest that Scheduler tries to deliver; explicit, for an update to a schedule
+# resets what it leaves out.
+_DELIVERY = {"MaximumEventAgeInSeconds": 86_400, "MaximumRetryAttempts": 185}
+
+
+def _schedule_group() -> str:
+    """Return the name of the group that has all schedules of this service."""
+    return f"taskhawk-{settings.require('TASKHAWK_QUEUE').lower()}"
+
+
+def _schedule_name(message_id: str) -> str:
+    """Return the name of a message's schedule: its id, or a hash where it can't be.
+
+    It has no dot, so it is never the name of a periodic task's schedule.
+    """
+    if re.fullmatch("(?a)[\\w-]{1,64}", message_id):
+        return message_id
+    return _hash(message_id)
+
+
+def _hash(text: str) -> str:
+    """Return 64 characters that stand for a text."""
+    import hashlib
+
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _at(due_s: float, now_s: float) -> str:
+    """Return when a schedule is to send: never early, at most a minute late, in UTC."""
+    minutes = math.ceil(max(due_s, now_s + _EARLY_S) / _MINUTE_S)
+    due = _EPOCH + timedelta(minutes=minutes)
+    return f"at({due:%Y-%m-%dT%H:%M:%S})"
+
+
+def _target(arn: str, body: str, group_id: str | None) -> dict[str, Any]:
+    """Return what a schedule sends, and where: to a queue, or to a topic.
+
+    :param body: the message; Scheduler fills in what looks like ``<aws.scheduler…>``
+    :raises ConfigurationError: if TASKHAWK_SCHEDULER_ROLE is not set
+    """
+    target: dict[str, Any] = {
+        "Arn": arn,
+        "RoleArn": _scheduler_role(),
+        "Input": body,
+        "RetryPolicy": _DELIVERY,
+    }
+    if ":sqs:" in arn and not arn.endswith(".fifo"):  # which can't be such a queue
+        target["DeadLetterConfig"] = {"Arn": f"{arn}-DLQ"}
+    if group_id is not None:
+        target["SqsParameters"] = {"MessageGroupId": group_id}
+    return target
+
+
+def _scheduler_role() -> str:
+    """Return the role that schedules send by."""
+    role = settings.TASKHAWK_SCHEDULER_ROLE
+    if role is None:
+        example = _SETTINGS["TASKHAWK_SCHEDULER_ROLE"].example
+        raise ConfigurationError(
+            "TASKHAWK_SCHEDULER_ROLE is not set: delays of over 15 minutes on SQS, any"
+            " on SNS, and periodic tasks are schedules of EventBridge's, which send by"
+            f" a role: expected its ARN, such as {example!r}"
+        )
+    return str(role)
+
+
+def _target_arn(priority: Priority) -> str:
+    """Return the ARN of the queue or topic for messages of a priority."""
+    sender = _brokers.sender()
+    name = sender.destination(priority)
+    if isinstance(sender, SqsBroker):
+        return sender.arn(name)
+    return name  # of a topic, which is its ARN
+
+
+class _Scheduler(_AwsSender):
+    """Sends messages later, each by a schedule of its own.
+
+    Message attributes are left out, for a schedule has none: the body has all headers.
+    """
+
+    service, target_key = "scheduler", "GroupName"
+    max_bytes, max_delay_s = _MAX_INPUT_BYTES, _LATER_S
+
+    def destination(self, priority: Priority) -> str:
+        """Return the ARN of the queue or topic that the message goes to."""
+        _scheduler_role()  # else another error would be the first
+        return _target_arn(priority)
+
+    def send(self, destination: str, entries: Sequence[Outgoing]) -> list[Refusal]:
+        """Make a schedule for each message."""
+        if len(entries) > 1:
+            return self._one_by_one(destination, entries)
+        [entry] = entries
+        message = _decode(entry.body)
+        due_s = message.timestamp / 1000 + entry.delay_s
+        # What looks like a keyword of Scheduler's is the user's own text. The token
+        # that makes a repeated request harmless is botocore's, new for each call: one
+        # made of the id would have AWS take a message for the one that was cancelled.
+        body = entry.body.replace("<aws.", r"\u003caws.")
+        self.change(
+            "create_schedule",
+            Name=_schedule_name(message.id),
+            ScheduleExpression=_at(due_s, time.time()),
+            ActionAfterCompletion="DELETE",
+            Target=_target(destination, body, entry.group_id),
+        )
+        return []
+
+    def change(self, operation: str, **parameters: Any) -> None:
+        """Make or change a schedule of this service."""
+        parameters["FlexibleTimeWindow"] = {"Mode": "OFF"}
+        self.call("send", operation, _schedule_group(), **parameters)
+
+    def delete(self, name: str) -> bool:
+        """Delete a schedule; return whether it was there."""
+        try:
+            self.call("send", "delete_schedule", _schedule_group(), Name=name)
+        except Exception as error:
+            if _error_code(error) != "ResourceNotFoundException":
+                raise
+            return False
+        return True
+
+    def _parameters(self, entry: Outgoing) -> dict[str, Any]:
+        """Return nothing: what it sends depends on the destination."""
+        return {}
+
+
+_schemes["schedule"] = _Scheduler
+
+
+def cancel(message_id: str) -> bool:
+    """Delete a message that waits for the end of its delay.
+
+    On SQS and SNS it is its schedule that is deleted: what a queue itself delays, up to
+    15 minutes on SQS, can't be cancelled. Nor can what runs or has run.
+
+    :param message_id: what dispatch returned
+    :returns: whether the message was still waiting: now it will never run
+    :raises ConfigurationError: if schedules may not be deleted
+    :raises Exception: of botocore or sqlite3, if the call fails otherwise; the message
+        may have been deleted then
+    """
+    sender = _brokers.sender()
+    if isinstance(sender, _AwsSender):
+        scheduler: _Scheduler = _brokers.get("schedule")
+        return scheduler.delete(_schedule_name(message_id))
+    if isinstance(sender, SqliteBroker):
+        return _cancel_in_file(sender, message_id)
+    return False  # in sync mode and in capture(), nothing waits
+
+
+def _cancel_in_file(broker: SqliteBroker, message_id: str) -> bool:
+    """Delete a message that waits in a file, if nobody has received it."""
+    queues = [broker.destination(priority) for priority in Priority]
+    beginning = _ENCODER.encode({"id": message_id})[:-1] + ","  # of each body
+    delete = "DELETE FROM message WHERE"
+    where = f"""queue IN ({_marks("?", queues)}) AND visible_ms > ?
+        AND receipt IS NULL AND substr(body, 1, ?) = ?"""
+    values = (*queues, broker._in_ms(), len(beginning), beginning)  # noqa: SLF001
+    file = broker._file  # noqa: SLF001 - both are of this very file
+    return file.change(f"{delete} {where}", values) > 0
 
 
 # --- 23. Django's tasks ---------------------------------------------------------------
@@ -8373,7 +8590,14 @@ def _parser() -> Any:
     return parser
 
 
-_QUEUE_COMMANDS = ("listen", "dispatch", "stats", "provision", "dead-letters")
+_QUEUE_COMMANDS = (
+    "listen",
+    "dispatch",
+    "cancel",
+    "stats",
+    "provision",
+    "dead-letters",
+)
 _UNREADABLE = "the settings can't be read"
 
 
@@ -8684,7 +8908,7 @@ def _exit_overdue(ledger: Ledger) -> None:
     ),
     _option(
         "--delay",
-        "how long to hold it back: 90, 90s, 10m or 1h (default: 0)",
+        "how long to hold it back: 90, 90s, 10m, 1h or 2d (default: 0)",
         type=_seconds(),
         default=0,
         metavar="S",
@@ -8723,6 +8947,17 @@ def _task_named(name: str) -> Task[..., Any]:
         else:
             raise
         raise TaskNotFound(f"{error} {hint}") from error
+
+
+@_command("cancel", _option("id", "the message's id, which dispatch printed"))
+def _cancel(arguments: Any) -> bool:
+    """Delete a message that waits for the end of its delay.
+
+    example: python -m taskhawk cancel b1328174-a21c-43d3-b303-964dfcc76efc
+    """
+    is_cancelled = cancel(arguments.id)
+    print("cancelled" if is_cancelled else "not found: it ran, or it is on its way")
+    return not is_cancelled
 
 
 @_command("tasks", _MODULES)

@@ -56,9 +56,12 @@ from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
+from zoneinfo import ZoneInfo
 
 import botocore.exceptions
 import botocore.session
+import botocore.stub
+import botocore.validate
 import flask
 import hypothesis
 import hypothesis.stateful
@@ -268,7 +271,8 @@ DENIED = "access denied: the IAM policy of these credentials does not allow {}"
 
 def configure_aws(endpoint: str, queue: str | None = None, **values: Any) -> None:
     """Configure what a server that stands in for AWS needs, and more."""
-    endpoints = {"AWS_ENDPOINT_SNS": endpoint, "AWS_ENDPOINT_SQS": endpoint}
+    names = ("AWS_ENDPOINT_SCHEDULER", "AWS_ENDPOINT_SNS", "AWS_ENDPOINT_SQS")
+    endpoints = dict.fromkeys(names, endpoint)
     taskhawk.configure(AWS_SETTINGS, **endpoints, TASKHAWK_QUEUE=queue, **values)
 
 
@@ -1487,6 +1491,7 @@ SETTINGS_TABLE = {  # the default, and how an error goes on after "expected"
     "AWS_ACCESS_KEY": (None, "a string, such as 'AKIAIOSFODNN7EXAMPLE'"),
     "AWS_ACCOUNT_ID": (None, "an account id of twelve digits, such as '123456789012'"),
     "AWS_CONNECT_TIMEOUT_S": (2, "a number of seconds above 0, such as '2'"),
+    "AWS_ENDPOINT_SCHEDULER": (None, SETTINGS_URL),
     "AWS_ENDPOINT_SNS": (None, SETTINGS_URL),
     "AWS_ENDPOINT_SQS": (None, SETTINGS_URL),
     "AWS_READ_TIMEOUT_S": (2, "a number of seconds above 0, such as '2'"),
@@ -1511,6 +1516,13 @@ SETTINGS_TABLE = {  # the default, and how an error goes on after "expected"
         None,
         "at most 53 letters, digits, hyphens and underscores, such as 'dev-myapp'",
     ),
+    "TASKHAWK_SCHEDULER_ROLE": (
+        None,
+        (
+            "the ARN of an IAM role, such as"
+            " 'arn:aws:iam::123456789012:role/taskhawk-dev-myapp'"
+        ),
+    ),
     "TASKHAWK_SYNC": (False, "true or false, such as 'False'"),
     "TASKHAWK_TASK_CLASS": (
         None,
@@ -1530,6 +1542,7 @@ SETTINGS_LEGAL = [
     ("TASKHAWK_MAX_DB_REUSE_LOOPS", 1),
     ("TASKHAWK_QUEUE", "Dev_my-app-2"),
     ("TASKHAWK_QUEUE", "q" * 53),
+    ("TASKHAWK_SCHEDULER_ROLE", "arn:aws-us-gov:iam::000000000000:role/a/b+c"),
     ("TASKHAWK_TASK_CLASS", taskhawk.Task),
 ]
 SETTINGS_ILLEGAL = [
@@ -1549,6 +1562,10 @@ SETTINGS_ILLEGAL = [
     ("TASKHAWK_DEFAULT_HEADERS", {"a": "b"}),
     ("TASKHAWK_ERROR_HOOK", "print"),
     *(("TASKHAWK_HEARTBEAT_HOOK", value) for value in ("os.sep", ".hooks.beat")),
+    *(
+        ("TASKHAWK_SCHEDULER_ROLE", value)
+        for value in ("role/a", "arn:aws:iam::1:role/a", 5)
+    ),
     ("TASKHAWK_TASK_CLASS", 5),
 ]
 #: names that are no settings, and no mistakes either: of 4.7, or set by Kubernetes
@@ -5466,16 +5483,24 @@ class TestTasks:
     @pytest.mark.parametrize(
         ("delay", "error", "got"),
         [
-            ("5", TypeError, "seconds or a timedelta, got '5'"),
-            (True, TypeError, "seconds or a timedelta, got True"),
+            ("5", TypeError, "seconds, a timedelta or a datetime, got '5'"),
+            (True, TypeError, "seconds, a timedelta or a datetime, got True"),
             (-1, ValueError, "0 or more seconds, got -1"),
             (math.nan, ValueError, "0 or more seconds, got nan"),
             (math.inf, ValueError, "0 or more seconds, got inf"),
             (timedelta(days=-1), ValueError, "0 or more seconds, got -86400.0"),
+            (
+                datetime(2099, 1, 1),  # noqa: DTZ001 - that is what is wrong
+                ValueError,
+                (
+                    "a datetime with a time zone, such as datetime.now(UTC), got"
+                    " 2099-01-01 00:00:00"
+                ),
+            ),
         ],
     )
     def test_wrong_delay(self, delay, error, got):
-        """A delay is seconds or a timedelta, neither negative nor without end."""
+        """A delay is a time, neither negative nor without end, nor without a time zone."""
         sentence = refused(taskhawk.task(plain).with_delay, delay, error=error)
         assert sentence == f"delay: expected {got}"
 
@@ -6241,28 +6266,12 @@ except taskhawk.ValidationError as error:
             seconds = [entry.get("DelaySeconds") for entry in sent]
             assert seconds == [*delays.values()]
 
-    @pytest.mark.parametrize(
-        ("delay", "limit", "shown"),
-        [
-            (900.001, 900, "900.001"),
-            (timedelta(days=1), 900, "86400"),
-        ],
-    )
-    def test_delay_too_long(self, aws, mail, delay, limit, shown):
-        """A delay that the service can't keep is refused before anything is sent."""
-        configure_aws(aws.url, "app")
-        assert refused(mail.with_delay(delay).dispatch) == (
-            f"mail.send: the queue can hold a message back for at most {limit} s, got"
-            f" {shown} s"
+    def test_delay_too_long(self, sqlite, mail):
+        """A delay that no number of SQLite's can hold is refused."""
+        assert refused(mail.with_delay(timedelta(days=36_501)).dispatch) == (
+            "mail.send: the queue can hold a message back for at most 3.1536e+09 s, got"
+            " 3.15369e+09 s"
         )
-        assert aws.calls == []
-
-    def test_delay_sns(self, aws, mail):
-        """A delay is refused where a Lambda app publishes, for SNS has none."""
-        configure_aws(aws.url, "app", IS_LAMBDA_APP=True)
-        sentence = "mail.send: SNS can't delay messages"
-        assert refused(mail.with_delay(1).dispatch) == sentence
-        assert aws.calls == []
 
     def test_delay_sqlite(self, tmp_path, mail):
         """SQLite holds a message back for any time, to the millisecond."""
@@ -6748,7 +6757,6 @@ class TestCapture:
                 (TypeError, mail.dispatch, 1, 2, 3),
                 (taskhawk.ValidationError, mail.dispatch, math.nan),
                 (taskhawk.MessageTooLarge, mail.dispatch, "x" * 1_048_576),
-                (taskhawk.ConfigurationError, mail.with_delay(901).dispatch),
             ):
                 assert refused(dispatch, *args, error=error)
         assert calls == []
@@ -12151,6 +12159,298 @@ class TestLambda:
 
 
 # --- 22. schedules --------------------------------------------------------------------
+
+ROLE = "arn:aws:iam::000000000000:role/taskhawk-app"
+NO_ROLE = (
+    "TASKHAWK_SCHEDULER_ROLE is not set: delays of over 15 minutes on SQS, any on SNS,"
+    " and periodic tasks are schedules of EventBridge's, which send by a role: expected"
+    " its ARN, such as 'arn:aws:iam::123456789012:role/taskhawk-dev-myapp'"
+)
+
+
+QUEUE_ARN = "arn:aws:sqs:us-east-1:000000000000:TASKHAWK-APP"
+
+
+@pytest.fixture
+def schedules(
+    endpoint: str, sqs_client: Callable[..., Any], queue_name: str
+) -> Iterator[Callable[..., Any]]:
+    """Have schedules on each of the emulators; yield a function that calls the service."""
+    client = sqs_client(endpoint, "scheduler")
+    group = f"taskhawk-{queue_name.lower()}"
+    make_queues(sqs_client(endpoint), queue_name)
+    client.create_schedule_group(Name=group)
+    configure_aws(endpoint, queue_name, TASKHAWK_SCHEDULER_ROLE=ROLE)
+
+    def call(operation: str, **parameters: Any) -> Any:
+        return getattr(client, operation)(GroupName=group, **parameters)
+
+    return call
+
+
+@pytest.fixture
+def stubbed(aws: ScriptedAws) -> Iterator[botocore.stub.Stubber]:
+    """Yield botocore's stand-in for EventBridge Scheduler."""
+    configure_aws(aws.url, "app", TASKHAWK_SCHEDULER_ROLE=ROLE)
+    client = taskhawk._brokers.get("schedule").client("send")
+    with botocore.stub.Stubber(client) as stub:
+        yield stub
+        stub.assert_no_pending_responses()
+
+
+class TestLongDelays:
+    """A message that a queue can't hold back for so long is sent later, once, by a schedule."""
+
+    def test_schedule(self, schedules, mail, queue_name):
+        """It is a one-time schedule with the message and its id; dispatch says what it is."""
+        due = datetime(2099, 3, 27, 1, 30, 1, tzinfo=ZoneInfo("Europe/Berlin"))
+        message_id = mail.with_headers(a="b").with_delay(due).dispatch("you")
+        found = schedules("get_schedule", Name=message_id)
+        assert found["ScheduleExpression"] == "at(2099-03-27T00:31:00)"
+        assert found["ScheduleExpressionTimezone"] == "UTC"
+        assert found["ActionAfterCompletion"] == "DELETE"
+        assert found["FlexibleTimeWindow"] == {"Mode": "OFF"}
+        target = found["Target"]
+        message = Message(json.loads(target.pop("Input")))
+        assert (message.id, message.args) == (message_id, ["you"])
+        assert message.headers == {"a": "b"}
+        arn = f"arn:aws:sqs:us-east-1:000000000000:TASKHAWK-{queue_name}"
+        assert target == {
+            "Arn": arn,
+            "RoleArn": ROLE,
+            "RetryPolicy": {
+                "MaximumEventAgeInSeconds": 86_400,
+                "MaximumRetryAttempts": 185,
+            },
+            "DeadLetterConfig": {"Arn": f"{arn}-DLQ"},
+        }
+
+    def test_model(self, stubbed, mail):
+        """What is sent has the shape that the service's model asks for."""
+        seen = []
+        client = stubbed.client
+        client.meta.events.register(
+            "provide-client-params.scheduler.*", lambda params, **_: seen.append(params)
+        )
+        stubbed.add_response("create_schedule", {"ScheduleArn": "arn"})
+        message = Message.new("mail.send", msg_id="a b")
+        message.delay_s = 901
+        entry = taskhawk._prepare(message).entry._replace(group_id="g1")
+        taskhawk._brokers.get("schedule").send(f"{QUEUE_ARN}.fifo", [entry])
+        (parameters,) = seen
+        shape = client.meta.service_model.operation_model("CreateSchedule").input_shape
+        report = botocore.validate.ParamValidator().validate(parameters, shape)
+        assert not report.has_errors(), report.generate_report()
+        assert parameters["Target"]["SqsParameters"] == {"MessageGroupId": "g1"}
+        assert "DeadLetterConfig" not in parameters["Target"]  # it can't be FIFO
+        assert re.fullmatch("[0-9a-f]{64}", parameters["Name"])
+
+    @given(
+        st.integers(0, 10**7).map(lambda n: n / 100),
+        st.integers(0, 10**7).map(lambda n: n / 100),
+    )
+    def test_never_early(self, due_s, now_s):
+        """It is due at a full minute: never early, at most a minute late, never past."""
+        text = taskhawk._at(due_s, now_s)
+        at = datetime.strptime(text, "at(%Y-%m-%dT%H:%M:00)").replace(tzinfo=UTC)
+        at_s = at.timestamp()
+        assert max(due_s, now_s + 10) <= at_s < max(due_s, now_s + 10) + 60
+
+    def test_on_time(self, stubbed, mail):
+        """A due time with no seconds is met to the minute, however late the batch ends."""
+        due = datetime(2099, 1, 1, tzinfo=UTC)
+        seen = []
+        stubbed.client.meta.events.register(
+            "provide-client-params.scheduler.*",
+            lambda params, **_: seen.append(params["ScheduleExpression"]),
+        )
+        for _ in range(2):
+            stubbed.add_response("create_schedule", {"ScheduleArn": "arn"})
+        with taskhawk.batch():
+            for _ in range(2):
+                mail.with_delay(due).dispatch()
+        assert seen == ["at(2099-01-01T00:00:00)"] * 2
+
+    @pytest.mark.slow
+    def test_arrives(self, ministack, sqs_client, queue_name, mail):
+        """It arrives as it was, though its own text looks like one of Scheduler's keywords."""
+        client = sqs_client(ministack, "scheduler")
+        client.create_schedule_group(Name=f"taskhawk-{queue_name.lower()}")
+        make_queues(sqs_client(ministack), queue_name)
+        configure_aws(ministack, queue_name, TASKHAWK_SCHEDULER_ROLE=ROLE)
+        text = "a < b, \\<aws.scheduler.scheduled-time> <b>"
+        message = Message.new("mail.send", [text], headers={"h": text})
+        message.delay_s = 901
+        assert taskhawk.publish(message) == message.id
+        group = f"taskhawk-{queue_name.lower()}"
+        found = client.get_schedule(GroupName=group, Name=message.id)
+        assert "<aws." not in found["Target"]["Input"]
+        names = ("ActionAfterCompletion", "FlexibleTimeWindow", "Target")
+        client.update_schedule(  # let its time come now
+            GroupName=group,
+            Name=message.id,
+            ScheduleExpression="at(2020-01-01T00:00:00)",
+            **{name: found[name] for name in names},
+        )
+        broker = taskhawk._brokers.broker()
+        queue = broker.destination(Priority.default)
+        (arrived,) = broker.receive(queue, 1, 20, 60, NEVER)
+        assert taskhawk._decode(arrived.body) == message
+        assert taskhawk.cancel(message.id) is False
+
+    def test_topic(self, schedules, mail, queue_name, endpoint):
+        """In a Lambda app any delay is a schedule, whose target is the topic."""
+        configure_aws(
+            endpoint, queue_name, TASKHAWK_SCHEDULER_ROLE=ROLE, IS_LAMBDA_APP=True
+        )
+        message_id = mail.with_priority(Priority.low).with_delay(1).dispatch()
+        target = schedules("get_schedule", Name=message_id)["Target"]
+        topic = f"taskhawk-{queue_name.lower()}-low-priority"
+        assert target["Arn"] == f"arn:aws:sns:us-east-1:000000000000:{topic}"
+        assert "DeadLetterConfig" not in target
+        assert taskhawk.cancel(message_id)
+
+    @pytest.mark.parametrize(
+        ("lambda_app", "delay"),
+        [(False, 900.001), (False, timedelta(days=1)), (True, 1)],
+    )
+    def test_no_role(self, aws, mail, lambda_app, delay):
+        """Without a role it is refused, and the error says what to set."""
+        configure_aws(aws.url, "app", IS_LAMBDA_APP=lambda_app)
+        assert refused(mail.with_delay(delay).dispatch) == NO_ROLE
+        assert aws.calls == []
+
+    def test_short(self, aws, mail):
+        """What the queue itself holds back needs no role, and is no schedule."""
+        mail.with_delay(900).dispatch()
+        mail.with_delay(datetime.now(UTC) - timedelta(days=1)).dispatch()
+        sent = aws.asked("SendMessage")
+        assert [entry.get("DelaySeconds") for entry in sent] == [900, None]
+
+    def test_too_large(self, stubbed, mail):
+        """It may be 256 KiB; more is refused as dispatch does."""
+        error = taskhawk.MessageTooLarge
+        later = mail.with_delay(timedelta(days=2))
+        text = filler(262_145)
+        sentence = refused(later.dispatch, text, error=error)
+        largest = f"args[0] with {len(text) + 2}"
+        assert sentence == too_large(262_145, 262_144, largest)
+
+    def test_batch(self, stubbed, mail):
+        """In a batch each has a schedule; those that were refused are raised, and can be sent."""
+        stubbed.add_response("create_schedule", {"ScheduleArn": "arn"})
+        stubbed.add_client_error("create_schedule", "ServiceQuotaExceededException")
+        stubbed.add_response("create_schedule", {"ScheduleArn": "arn"})
+        with pytest.raises(taskhawk.PartialFailure) as caught, taskhawk.batch():
+            ids = [mail.with_delay(timedelta(days=2)).dispatch(n) for n in range(3)]
+        (failed,) = caught.value.result["Failed"]
+        assert failed["Id"] == ids[1]
+        assert failed["Code"] == "ServiceQuotaExceededException"
+        (unsent,) = caught.value.unsent
+        assert (unsent.id, unsent.delay_s) == (ids[1], 172_800)
+        stubbed.add_response("create_schedule", {"ScheduleArn": "arn"})
+        assert taskhawk.publish(unsent) == ids[1]
+
+    @pytest.mark.parametrize(
+        ("code", "text", "sentence"),
+        [
+            (
+                "AccessDeniedException",
+                "no",
+                f"{DENIED.format('CreateSchedule')} (AccessDeniedException: no)",
+            ),
+            (
+                "ResourceNotFoundException",
+                "Schedule group taskhawk-app does not exist.",
+                (
+                    "there is no such group of schedules: run python -m taskhawk provision"
+                    " (ResourceNotFoundException: Schedule group taskhawk-app does not exist.)"
+                ),
+            ),
+            (
+                "ValidationException",
+                (
+                    "The execution role you provide must allow AWS EventBridge Scheduler to"
+                    " assume the role."
+                ),
+                (
+                    "EventBridge Scheduler can't use this role: check TASKHAWK_SCHEDULER_ROLE"
+                    " (ValidationException: The execution role you provide must allow AWS"
+                    " EventBridge Scheduler to assume the role.)"
+                ),
+            ),
+        ],
+    )
+    def test_explained(self, stubbed, mail, code, text, sentence):
+        """What only a person can mend is said in a sentence, with AWS's own text."""
+        stubbed.add_client_error("create_schedule", code, text)
+        later = mail.with_delay(timedelta(days=2))
+        assert refused(later.dispatch) == f"taskhawk-app: {sentence}"
+
+    def test_capture(self, mail):
+        """Captured and in sync mode, any delay will do, and nothing waits."""
+        with taskhawk.capture() as calls:
+            message_id = mail.with_delay(timedelta(days=2)).dispatch()
+            assert taskhawk.cancel(message_id) is False
+        assert calls[0].delay_s == 172_800
+        taskhawk.configure(TASKHAWK_SYNC=True)
+        assert taskhawk.cancel(mail.with_delay(timedelta(days=2)).dispatch()) is False
+
+
+class TestCancel:
+    """cancel() says whether a message was still waiting, and then it never runs."""
+
+    @pytest.mark.parametrize("message_id", [None, "order 7/ä", "a.b", "x" * 65])
+    def test_schedule(self, schedules, mail, message_id):
+        """A schedule is deleted, whatever the message's id."""
+        message = Message.new("mail.send", msg_id=message_id)
+        message.delay_s = 86_400
+        assert taskhawk.cancel(message.id) is False
+        taskhawk.publish(message)
+        assert taskhawk.cancel(message.id) is True
+        assert taskhawk.cancel(message.id) is False
+        assert schedules("list_schedules")["Schedules"] == []
+
+    @pytest.mark.parametrize("message_id", [None, 'it\'s "7"', "é"])
+    def test_sqlite(self, sqlite, mail, message_id):
+        """On SQLite, it is the row of just that message."""
+        message = Message.new("mail.send", msg_id=message_id, priority=Priority.bulk)
+        message.delay_s = 60
+        other = mail.with_delay(60).dispatch()
+        taskhawk.publish(message)
+        assert taskhawk.cancel(message.id) is True
+        assert taskhawk.cancel(message.id) is False
+        assert sqlite.depth("TASKHAWK-DEFAULT").delayed == 1
+        assert taskhawk.cancel(other) is True
+
+    def test_too_late(self, sqlite, mail):
+        """What is visible, runs or waits for its next attempt is not cancelled."""
+        message_id = mail.dispatch()
+        assert taskhawk.cancel(message_id) is False
+        (received,) = receive_all()
+        assert taskhawk.cancel(message_id) is False
+        received.change_visibility(VisibilityTimeout=60)
+        assert taskhawk.cancel(message_id) is False
+
+    def test_command(self, tmp_path, mail, capsys):
+        """The commands dispatch with a delay of days, and cancel by the id that was printed."""
+        taskhawk.configure(TASKHAWK_BROKER=f"sqlite:///{tmp_path}/queue.db")
+        assert taskhawk.main(["dispatch", "mail.send", "--delay", "2d"]) == 0
+        message_id = capsys.readouterr().out.strip()
+        for code, line in (
+            (0, "cancelled"),
+            (1, "not found: it ran, or it is on its way"),
+        ):
+            assert taskhawk.main(["cancel", message_id]) == code
+            assert capsys.readouterr().out == f"{line}\n"
+
+    def test_fault(self, stubbed):
+        """A fault is raised: nobody knows then whether it was waiting."""
+        stubbed.add_client_error("delete_schedule", "AccessDeniedException", "no")
+        denied = DENIED.format("DeleteSchedule")
+        assert refused(taskhawk.cancel, "some-id") == (
+            f"taskhawk-app: {denied} (AccessDeniedException: no)"
+        )
 
 
 # --- 23. Django's tasks ---------------------------------------------------------------
