@@ -763,6 +763,7 @@ class _Settings:
         django = _django_settings()
         if django:
             yield _source(django, "Django's settings")
+            yield _source(_django_options(django), "OPTIONS of Django's TASKS")
         environment = dict(os.environ)
         for name in _variables_of_botocore():
             environment.pop(name, None)
@@ -886,10 +887,28 @@ def _django_settings() -> Any:
     return None
 
 
+def _django_options(django_settings: Any) -> Mapping[str, Any]:
+    """Return what the OPTIONS of those of Django's task backends have that are ours.
+
+    :raises ConfigurationError: if they differ in a setting: a process has only one
+    """
+    found: dict[str, Any] = {}
+    for params in (getattr(django_settings, "TASKS", None) or {}).values():
+        if params.get("BACKEND") != f"{__name__}.DjangoBackend":
+            continue
+        for name, value in params.get("OPTIONS", {}).items():
+            if found.setdefault(name, value) != value and name in _SETTINGS:
+                raise ConfigurationError(
+                    f"{name} in OPTIONS of Django's TASKS: expected the same value for"
+                    " each backend of taskhawk, got two"
+                )
+    return found
+
+
 def _django_setting_changed(*, setting: str, **_: object) -> None:
     """Follow Django's override_settings, which changes one setting at a time."""
     settings.forget()
-    if setting.startswith("AWS_"):  # clients are made with these
+    if setting == "TASKS" or setting.startswith("AWS_"):  # clients are made with these
         settings.changed()
 
 
@@ -3239,7 +3258,9 @@ class Task(Generic[_P, _R]):
         try:
             self._signature.bind(*range(count), **keywords)
         except TypeError as error:
-            raise TypeError(f"{self.name}: {error}") from None
+            raise TypeError(
+                f"{self.name}: {error}{_hint_of_wrapper(self.fn)}"
+            ) from None
 
     def call(self, message: Message, receipt: str | None) -> None:
         """Run the function with a message's arguments, and await what can be awaited.
@@ -3285,17 +3306,22 @@ class Task(Generic[_P, _R]):
 
 
 def _signature_of(fn: Callable[..., Any], name: str) -> inspect.Signature:
-    """Return the signature of a task's function, or refuse the function.
+    """Return the signature by which a task is called, or refuse the function.
+
+    What a ``__signature__`` says that somebody has set is taken at its word.
 
     :raises ConfigurationError: if it can't be read, or does not name all arguments
     """
     try:
-        signature = inspect.signature(fn, **_ANNOTATIONS)
+        called = _named_part(fn)
+        signature = inspect.signature(called, **_ANNOTATIONS)
     except ValueError as error:
         raise ConfigurationError(
             f"{name} does not tell its parameters: expected a function written in"
             " Python"
         ) from error
+    if hasattr(called, "__signature__"):
+        return signature
     for parameter in signature.parameters.values():
         if parameter.kind is parameter.VAR_POSITIONAL:
             raise ConfigurationError(
@@ -3303,6 +3329,41 @@ def _signature_of(fn: Callable[..., Any], name: str) -> inspect.Signature:
                 " take a list"
             )
     return signature
+
+
+def _named_part(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the outermost of a function's wrappers that names what it takes.
+
+    A decorator's function may take other arguments than the one that it wraps; where it
+    takes ``*args`` or ``**kwargs``, the one inside has to say what these may be.
+    """
+    found: Callable[..., Any] = inspect.unwrap(fn, stop=_names_its_arguments)
+    return found
+
+
+def _names_its_arguments(fn: Callable[..., Any]) -> bool:
+    """Return whether a wrapper tells its arguments, without the function inside."""
+    if hasattr(fn, "__signature__"):
+        return True
+    try:
+        own = inspect.signature(fn, follow_wrapped=False, **_ANNOTATIONS)
+    except ValueError:  # compiled, as what functools.cache makes is
+        return False
+    kinds = {parameter.kind for parameter in own.parameters.values()}
+    return kinds.isdisjoint(_ANY_ARGUMENTS)
+
+
+_ANY_ARGUMENTS = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def _hint_of_wrapper(fn: Callable[..., Any]) -> str:
+    """Return what to do where a decorator, and not its caller, passes an argument."""
+    if _named_part(fn) is fn:
+        return ""
+    return (
+        " (if a decorator passes it, set __signature__ of the function that the"
+        " decorator returns)"
+    )
 
 
 # From Python 3.14 on, a signature evaluates annotations, and those that exist for type
@@ -3683,7 +3744,8 @@ class _Place(NamedTuple):
 
 
 def _place_of(fn: Any) -> _Place:
-    """Return where a function is written."""
+    """Return where a function is written: the one that decorators wrap."""
+    fn = inspect.unwrap(fn)
     code = getattr(fn, "__code__", None)
     line = f" ({code.co_filename}:{code.co_firstlineno})" if code else ""
     spec = getattr(fn, "__globals__", {}).get("__spec__")
@@ -6962,8 +7024,395 @@ def _as_boto3(
 
 
 # --- 23. Django's tasks ---------------------------------------------------------------
-# Django is imported only when the class is asked for.
-# (Invariant.)
+# Django's own API over the same messages and workers. One of Django's tasks becomes one
+# of ours where it is declared, so no message has anything imported. Results are not
+# kept: whoever wants them gets them by the signal task_finished, which is sent once for
+# a message that is done with. Django is imported only when the class is asked for.
+# https://docs.djangoproject.com/en/stable/topics/tasks/
+
+
+class _DjangoBackend:
+    """A backend of Django's tasks, on taskhawk's queues: Django 6.0 or newer has them.
+
+    Its queues are the names of priorities. On the queue "default", a task whose
+    priority is above 0 goes to "high", and one below 0 to "low".
+
+    OPTIONS may have settings of taskhawk; options of :func:`task`, for all tasks of the
+    backend; and ``on_commit``: True, which sends a message once the transaction around
+    ``enqueue`` is committed. From Django 6.1 on, Django's decorator takes options of
+    :func:`task`, too: those in the declaration count, whatever runs the task.
+    """
+
+    supports_async_task = True
+    supports_defer = True  # where the queue can; enqueue() refuses what it can't
+    supports_get_result = False
+    supports_priority = True
+
+    # Set by Django's own base class, which _make_django_backend() adds.
+    alias: str
+    queues: set[str]
+    options: Mapping[str, Any]
+
+    def check(self, **_: Any) -> list[Any]:
+        """Return what is wrong with the settings, for ``manage.py check``."""
+        from django.core.checks import Error
+
+        wrong = [*self._flaws(), *map(str, settings.errors())]
+        where = f"TASKS[{self.alias!r}]"
+        return [Error(text, obj=where, id="taskhawk.E001") for text in wrong]
+
+    def validate_task(self, task: Any) -> None:
+        """Refuse a task that can't be run, and register one that can.
+
+        Django calls it where a task is declared, and for each ``using()``.
+        """
+        from django.tasks.exceptions import InvalidTask
+
+        super().validate_task(task)  # type: ignore[misc]
+        try:
+            _django_priority(task)
+            self._task_of(task)
+        except ConfigurationError as error:
+            raise InvalidTask(str(error)) from error
+
+    def enqueue(self, task: Any, args: Any, kwargs: Any) -> Any:
+        """Queue a run, and return what Django calls its result: its id, above all.
+
+        :raises Exception: as :meth:`AsyncInvocation.dispatch`. With ``on_commit``, the
+            commit raises what the queue does not accept: its rows are committed then
+        """
+        self.validate_task(task)
+        message = self._message(task, args, kwargs)
+        result = _django_result(task, message.id, message.args, message.kwargs)
+        send = functools.partial(self._send, message, result)
+        if self.options.get("on_commit"):
+            from django.db.transaction import on_commit
+
+            _prepare(message)  # the caller is told of what is wrong with the call
+            on_commit(send)
+        else:
+            send()
+        return result
+
+    def _message(self, task: Any, args: Any, kwargs: Any) -> Message:
+        """Make the message of a run."""
+        from django.utils.json import normalize_json
+
+        invocation = self._task_of(task).with_priority(_django_priority(task))
+        if task.run_after is not None:
+            # A naive time, which it may be without USE_TZ, is the process's local time.
+            left_s = task.run_after.timestamp() - time.time()
+            invocation = invocation.with_delay(max(left_s, 0))
+        return invocation._message(  # noqa: SLF001 - its own
+            normalize_json(args), normalize_json(kwargs)
+        )
+
+    def _send(self, message: Message, result: Any) -> None:
+        """Send a message, and tell that it is queued."""
+        from django.tasks.signals import task_enqueued
+        from django.utils import timezone
+
+        publish(message)
+        _set_fields(result, enqueued_at=timezone.now())
+        task_enqueued.send(type(self), task_result=result)
+
+    def _task_of(self, declared: Any) -> Task[Any, Any]:
+        """Return our task for one of Django's; register it if it is new."""
+        place = _place_of(declared.func)
+        name = f"{place.module}.{place.qualname}"
+        known = _registry.get(name)
+        if known is not None and _is_made_of(known, declared):
+            return known
+        for flaw in self._flaws():
+            raise ConfigurationError(flaw)
+        options = {"name": name, "priority": _django_priority(declared)}
+        for option in _django_task_options().intersection(self.options):
+            options[option] = self.options[option]
+        options |= _options_of_declaration(declared)
+        decorator: Any = task
+        made: Task[Any, Any] = decorator(**options, _django=declared)(
+            _django_function(declared, type(self))
+        )
+        return made
+
+    def _flaws(self) -> Iterator[str]:
+        """Yield what is wrong with the backend's entry in TASKS."""
+        where = f"TASKS[{self.alias!r}]"
+        for name in sorted(self.queues.difference(_PRIORITIES)):
+            yield f"{where}: QUEUES: {_expected_queue(name)}"
+        legal = {"on_commit", *_SETTINGS, *_django_task_options()}
+        for name in sorted(set(self.options) - legal):
+            yield (
+                f"{where}: OPTIONS: expected on_commit, settings of taskhawk, or options"
+                f" of taskhawk.task, got {name!r}"
+            )
+
+
+def _expected_queue(name: object) -> str:
+    """Return the sentence that refuses the name of a queue."""
+    return f"expected one of {', '.join(_PRIORITIES)}, got {name!r}"
+
+
+def _django_priority(declared: Any) -> Priority:
+    """Return the queue of one of Django's tasks."""
+    name = declared.queue_name
+    if name not in _PRIORITIES:  # QUEUES = [] allows any
+        raise ConfigurationError(f"queue_name: {_expected_queue(name)}")
+    if name != Priority.default.name or declared.priority == 0:
+        return Priority[name]
+    if declared.priority > 0:
+        return Priority.high
+    return Priority.low
+
+
+@functools.cache
+def _django_task_options() -> frozenset[str]:
+    """Return the options of :func:`task` that are not Django's in another form."""
+    own = inspect.signature(task, **_ANNOTATIONS).parameters
+    return frozenset([*own, *_more_options]) - {
+        "args",
+        "more",
+        "name",
+        "priority",
+        "_django",
+    }
+
+
+def _options_of_declaration(declared: Any) -> dict[str, Any]:
+    """Return the options of :func:`task` that Django's decorator was given."""
+    options = {}
+    for name in _django_task_options():
+        value = getattr(declared, name, None)  # it may be of another backend's class
+        if value is not None:
+            options[name] = value
+    return options
+
+
+def _is_made_of(known: Task[Any, Any], declared: Any) -> bool:
+    """Return whether a task of ours was made of this one of Django's.
+
+    It may be another object: each ``using()`` makes one.
+    """
+    first = known.options.get("_django")
+    if first is None or first.func is not declared.func:
+        return False
+    return _options_of_declaration(first) == _options_of_declaration(declared)
+
+
+def _leave_arguments(made: Task[Any, Any], _declared: Any) -> None:
+    """Have one of Django's tasks called with what its message has, and no more."""
+    made._given_by_worker = frozenset()  # noqa: SLF001 - its own
+    made.accepts_metadata = made.accepts_headers = False
+
+
+_more_options["_django"] = _leave_arguments
+
+
+def _django_function(declared: Any, backend: type) -> Callable[..., Any]:
+    """Return what a worker calls for one of Django's tasks: its function, and signals.
+
+    :param backend: the class, which is the sender of the signals
+    """
+    fn = declared.func
+    # What it takes is Django's to say: `*args`, or arguments that are named as ours.
+    signature = inspect.signature(_named_part(fn), **_ANNOTATIONS)
+    parameters = list(signature.parameters.values())
+    if declared.takes_context:
+        del parameters[0]
+    make = _django_plain_function
+    if inspect.iscoroutinefunction(fn):
+        make = _django_coroutine_function
+    made = functools.wraps(fn)(make(declared, backend))
+    made.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return made
+
+
+def _django_plain_function(declared: Any, backend: type) -> Callable[..., Any]:
+    """Return what runs a function of Django's between its signals."""
+    from django.tasks.signals import task_finished, task_started
+
+    def call(*args: Any, **kwargs: Any) -> None:
+        run = _DjangoRun(declared, args, kwargs)
+        task_started.send(backend, task_result=run.result)
+        try:
+            run.succeeded(declared.func(*run.context, *args, **kwargs))
+        except BaseException as error:
+            run.failed(error)
+            raise
+        finally:
+            if run.result.is_finished:
+                task_finished.send(backend, task_result=run.result)
+
+    return call
+
+
+def _django_coroutine_function(declared: Any, backend: type) -> Callable[..., Any]:
+    """Return what runs a coroutine function of Django's between its signals."""
+    from asgiref.sync import sync_to_async
+    from django.tasks.signals import task_finished, task_started
+
+    # Receivers of signals, and the ORM, run in a thread of asgiref's, which has
+    # connections of its own.
+    refresh = sync_to_async(_refresh_django_connections)
+
+    async def call(*args: Any, **kwargs: Any) -> None:
+        run = _DjangoRun(declared, args, kwargs)
+        await refresh()
+        await task_started.asend(backend, task_result=run.result)
+        try:
+            run.succeeded(await declared.func(*run.context, *args, **kwargs))
+        except BaseException as error:
+            run.failed(error)
+            raise
+        finally:
+            if run.result.is_finished:
+                await task_finished.asend(backend, task_result=run.result)
+            await refresh(ran=True)
+
+    return call
+
+
+class _DjangoRun:
+    """A run of one of Django's tasks, as its context and the signals tell of it.
+
+    Nobody knows what came of earlier runs of the message; how many, its receives tell.
+
+    :param declared: Django's task
+    :param args: the arguments that the message has
+    """
+
+    def __init__(self, declared: Any, args: Any, kwargs: Any) -> None:
+        from django.tasks import TaskContext, TaskResultStatus
+        from django.utils import timezone
+
+        self._metadata = typing.cast("Metadata", current_task())
+        self._status = TaskResultStatus
+        now = timezone.now()
+        earlier = ["unknown"] * (self._metadata.attempt - 1)
+        self.result = _django_result(
+            declared,
+            self._metadata.id,
+            args,
+            kwargs,
+            status=TaskResultStatus.RUNNING,
+            enqueued_at=datetime.fromtimestamp(
+                self._metadata.timestamp / 1000, now.tzinfo
+            ),
+            started_at=now,
+            last_attempted_at=now,
+            worker_ids=[*earlier, f"{os.uname().nodename}:{os.getpid()}"],
+        )
+        #: what the function gets ahead of its arguments
+        self.context: list[Any] = []
+        if declared.takes_context:
+            self.context.append(TaskContext(task_result=self.result))
+
+    def succeeded(self, value: Any) -> None:
+        """Note that the function has returned."""
+        self._ended(self._status.SUCCESSFUL)
+        _set_fields(self.result, _return_value=value)
+
+    def failed(self, error: BaseException) -> None:
+        """Note that it raised: then the message may be done with, or be run again."""
+        from django.tasks.base import TaskError
+
+        if _are_all(IgnoreException, error):
+            self._ended(self._status.SUCCESSFUL)
+            return
+        kind = type(error)
+        path = f"{kind.__module__}.{kind.__qualname__}"
+        text = "".join(traceback.format_exception(error))
+        self.result.errors.append(TaskError(exception_class_path=path, traceback=text))
+        if self._is_last(error):
+            self._ended(self._status.FAILED)
+        else:
+            _set_fields(self.result, status=self._status.READY)
+
+    def _is_last(self, error: BaseException) -> bool:
+        """Return whether nothing runs the message again, by the table of fates."""
+        if settings.TASKHAWK_SYNC:
+            return True
+        verdict = _verdict(self._metadata._received, error)  # noqa: SLF001 - its own
+        return verdict.fate is Fate.dead_letter
+
+    def _ended(self, status: Any) -> None:
+        """Note that the message is done with."""
+        from django.utils import timezone
+
+        _set_fields(self.result, status=status, finished_at=timezone.now())
+
+
+def _django_result(
+    declared: Any, message_id: str, args: Any, kwargs: Any, **fields: Any
+) -> Any:
+    """Make a result of Django's, of a message that is queued unless `fields` differ."""
+    from django.tasks import TaskResult, TaskResultStatus
+
+    queued = {
+        "status": TaskResultStatus.READY,
+        "enqueued_at": None,
+        "started_at": None,
+        "finished_at": None,
+        "last_attempted_at": None,
+        "errors": [],
+        "worker_ids": [],
+    }
+    return TaskResult(
+        task=declared,
+        id=message_id,
+        args=args,
+        kwargs=kwargs,
+        backend=declared.backend,
+        **{**queued, **fields},
+    )
+
+
+def _set_fields(result: Any, **fields: Any) -> None:
+    """Set fields of a result, which is frozen for everybody else."""
+    for name, value in fields.items():
+        object.__setattr__(result, name, value)
+
+
+@functools.cache
+def _make_django_backend() -> type:
+    """Make the class, which needs Django's own as a base."""
+    from django.tasks import Task as DjangoTask
+    from django.tasks.backends.base import BaseTaskBackend
+
+    place = {"__module__": __name__, "__qualname__": "DjangoBackend.task_class"}
+    task_class = dataclasses.make_dataclass(
+        "task_class",
+        [(name, Any, None) for name in sorted(_django_task_options())],
+        bases=(DjangoTask,),
+        namespace=place,
+        frozen=True,
+        slots=True,
+        kw_only=True,
+    )
+    names = {
+        "__doc__": _DjangoBackend.__doc__,
+        "__module__": __name__,
+        "task_class": task_class,
+    }
+    return type("DjangoBackend", (_DjangoBackend, BaseTaskBackend), names)
+
+
+def _get_late(name: str) -> Any:
+    """Return what this module makes when it is asked for, and not before."""
+    if name != "DjangoBackend":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return _make_django_backend()
+    except ImportError as error:
+        raise AttributeError("DjangoBackend needs Django 6.0 or newer") from error
+
+
+if typing.TYPE_CHECKING:
+
+    class DjangoBackend(_DjangoBackend):
+        """A backend of Django's tasks."""
+else:
+    __getattr__ = _get_late
 
 
 # === PART VI: PEOPLE ==================================================================
