@@ -3314,7 +3314,7 @@ def _signature_of(fn: Callable[..., Any], name: str) -> inspect.Signature:
     """
     try:
         called = _named_part(fn)
-        signature = inspect.signature(called, **_ANNOTATIONS)
+        signature = inspect.signature(called, follow_wrapped=False, **_ANNOTATIONS)
     except ValueError as error:
         raise ConfigurationError(
             f"{name} does not tell its parameters: expected a function written in"
@@ -7058,8 +7058,7 @@ class _DjangoBackend:
         from django.core.checks import Error
 
         wrong = [*self._flaws(), *map(str, settings.errors())]
-        where = f"TASKS[{self.alias!r}]"
-        return [Error(text, obj=where, id="taskhawk.E001") for text in wrong]
+        return [Error(text, id="taskhawk.E001") for text in wrong]
 
     def validate_task(self, task: Any) -> None:
         """Refuse a task that can't be run, and register one that can.
@@ -7143,7 +7142,7 @@ class _DjangoBackend:
         legal = {"on_commit", *_SETTINGS, *_django_task_options()}
         for name in sorted(set(self.options) - legal):
             yield (
-                f"{where}: OPTIONS: expected on_commit, settings of taskhawk, or options"
+                f"{where}: OPTIONS: expected on_commit, settings of taskhawk or options"
                 f" of taskhawk.task, got {name!r}"
             )
 
@@ -7215,15 +7214,17 @@ def _django_function(declared: Any, backend: type) -> Callable[..., Any]:
     """
     fn = declared.func
     # What it takes is Django's to say: `*args`, or arguments that are named as ours.
-    signature = inspect.signature(_named_part(fn), **_ANNOTATIONS)
+    called = _named_part(fn)
+    signature = inspect.signature(called, follow_wrapped=False, **_ANNOTATIONS)
     parameters = list(signature.parameters.values())
     if declared.takes_context:
         del parameters[0]
     make = _django_plain_function
     if inspect.iscoroutinefunction(fn):
         make = _django_coroutine_function
-    made = functools.wraps(fn)(make(declared, backend))
-    made.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    made = make(declared, backend)
+    functools.update_wrapper(made, fn)
+    vars(made)["__signature__"] = signature.replace(parameters=parameters)
     return made
 
 
