@@ -1632,10 +1632,13 @@ class Sender(typing.Protocol):
 
     :ivar max_bytes: the largest message, and the largest sum of a batch
     :ivar max_delay_s: the longest delay
+    :ivar shared_calls: how many calls may be under way at once that have messages of
+        several dispatches; 0 where each dispatch makes a call of its own
     """
 
     max_bytes: int
     max_delay_s: float
+    shared_calls: int = 0
 
     def destination(self, priority: Priority) -> str:
         """Return the name of the queue or topic for messages of a priority."""
@@ -2170,6 +2173,7 @@ class SqliteBroker(Broker):
 
     max_bytes = _MAX_SQS_BYTES  # as on SQS, so that what works here works there
     max_delay_s = 100 * 365 * 86_400  # a number that SQLite can hold
+    shared_calls = 1  # the file takes one at a time
 
     def __init__(self, url: str, clock: Callable[[], float] = time.time) -> None:
         self._url, self._clock = url, clock
@@ -2614,6 +2618,7 @@ class _AwsSender(Sender):
     """
 
     service = target_key = entries_key = send_one = send_many = ""
+    shared_calls = 16  # at 10 ms a call, that is all that one CPU can send
 
     def __init__(self, _url: str = "") -> None:
         self._connections = _PerProcess(_AwsConnections)
@@ -4017,8 +4022,16 @@ def publish(message: Message) -> str:
     """
     ready = _prepare(message)
     if not _collect([ready]):
-        _send_one(ready)
+        _send_now(ready)
     return message.id
+
+
+def _send_now(ready: _Ready) -> None:
+    """Send one message, perhaps in a request with those of other dispatches."""
+    if ready.sender.shared_calls:
+        _lanes.get().lane_of(ready).send(ready)
+    else:
+        _send_one(ready)
 
 
 def _send_one(ready: _Ready) -> None:
@@ -4027,7 +4040,355 @@ def _send_one(ready: _Ready) -> None:
         _accepted(ready.sender.send(ready.destination, [ready.entry]))
     except MessageTooLarge as error:  # the queue's limit is below the service's
         raise _too_large(ready.message, ready.entry, error.limit) from error
+    _log_sent(ready)
+
+
+def _log_sent(ready: _Ready) -> None:
+    """Log that a message was accepted."""
     _log.debug("Sent message", extra={"message_body": ready.entry.body})
+
+
+# Dispatches that run at the same time share requests. One that finds its lane empty
+# sends its message itself, as if there were no lanes. The others wait for helpers,
+# threads that send up to ten messages in a call, and that end when there is no more to
+# send. So whatever interrupts a dispatch, the others have somebody who sends for them.
+
+# How long a call may be held back for dispatches that are likely to come at once: those
+# of threads that have just been told that their last message is sent.
+_GATHER_S = 0.002
+# The same, as a part of the time that the last call took.
+_GATHER_PART = 0.2
+# How long a message waits for a call under way at most: that one may hang.
+_PATIENCE_S = 0.2
+_HELPER_IDLE_S = 1  # after which a helper ends
+
+
+class _Parcel:
+    """A message that waits to be sent, and what came of it.
+
+    If it is neither accepted nor in error, it is to be sent by itself: whatever happened
+    to it in company may have been the fault of the others.
+    """
+
+    def __init__(self, entry: Outgoing) -> None:
+        self.entry = entry
+        #: to be called, from any thread, when it is known what came of it
+        self.tell: Callable[[], object] = _do_nothing
+        self.is_accepted = False
+        self.error: Exception | None = None  #: of the call as a whole
+        self.is_left = False  #: nobody waits for it any more
+        self.size = 0
+        self.since = 0.0
+
+
+class _SharedCall(NamedTuple):
+    """A call under way."""
+
+    parcels: Sequence[_Parcel]
+    began: float
+
+
+class _Sharing:
+    """Which messages to one destination are sent when, by whom, and with which others.
+
+    Pure: it is told the time, and calls nothing. Threads are known by any number.
+
+    :param max_bytes: for the sum of a call
+    :param max_calls: how many calls may be under way at once
+    """
+
+    def __init__(self, max_bytes: int, max_calls: int) -> None:
+        self._max_bytes, self._max_calls = max_bytes, max_calls
+        self.waiting: list[_Parcel] = []  #: in the order of their dispatches
+        self.under_way: dict[int, _SharedCall] = {}  #: by the thread that makes it
+        self._expected = 0  # how many are likely to share the next call…
+        self._gather_until = -math.inf  # …if they come before this
+
+    def enter(self, thread: int, parcel: _Parcel, now: float) -> bool:
+        """Begin a call with this parcel alone, if nothing is in its way."""
+        if self.waiting or self.under_way or now < self._gather_until:
+            return False
+        self.under_way[thread] = _SharedCall([parcel], now)
+        return True
+
+    def add(self, parcel: _Parcel, now: float) -> None:
+        """Let a parcel wait for others to go with."""
+        parcel.size, parcel.since = parcel.entry.size(), now
+        self.waiting.append(parcel)
+
+    def is_due(self, now: float) -> bool:
+        """Return whether a call is to begin now."""
+        parcels, _, is_full = self._next_call()
+        if not parcels or len(self.under_way) >= self._max_calls:
+            return False
+        if is_full or now >= parcels[0].since + _PATIENCE_S:
+            return True
+        if self.under_way:
+            return False
+        return len(parcels) >= self._expected or now >= self._gather_until
+
+    def due_at(self) -> float:
+        """Return when a call will be due, unless something happens before."""
+        parcels, _, _ = self._next_call()
+        if not parcels or len(self.under_way) >= self._max_calls:
+            return math.inf
+        patient_until = parcels[0].since + _PATIENCE_S
+        if self.under_way:
+            return patient_until
+        return min(patient_until, self._gather_until)
+
+    def begin(self, thread: int, now: float) -> Sequence[_Parcel]:
+        """Begin the call that is due; return its parcels."""
+        parcels, count, _ = self._next_call()
+        call = _SharedCall(parcels, now)
+        # One step: a thread that dies here has taken all of them, or none.
+        self.waiting, self.under_way[thread] = self.waiting[count:], call
+        return parcels
+
+    def end(self, thread: int, now: float) -> Sequence[_Parcel]:
+        """End this thread's call, if it has one under way; return its parcels."""
+        call = self.under_way.get(thread)
+        if call is None:
+            return ()
+        self._expected = len(call.parcels) + len(self.waiting)
+        if self._expected > 1:
+            pause_s = min(_GATHER_S, _GATHER_PART * (now - call.began))
+            self._gather_until = now + pause_s
+        del self.under_way[thread]  # last: an end that is interrupted is called again
+        return call.parcels
+
+    def give_up(self) -> Sequence[_Parcel]:
+        """Let nobody wait any more; return who did."""
+        parcels, self.waiting = self.waiting, []
+        return parcels
+
+    def _next_call(self) -> tuple[Sequence[_Parcel], int, bool]:
+        """Look at the next call.
+
+        :returns: its parcels; how many of those waiting they end; whether it is full
+        """
+        parcels: list[_Parcel] = []
+        size = 0
+        for place, parcel in enumerate(self.waiting):
+            if parcel.is_left:
+                continue
+            size += parcel.size
+            if parcels and size > self._max_bytes:
+                return parcels, place, True
+            parcels.append(parcel)
+            if len(parcels) == _MAX_BATCH:
+                return parcels, place + 1, True
+        return parcels, len(self.waiting), False
+
+
+class _Lane:
+    """The way of dispatches to one destination, in one process."""
+
+    def __init__(self, sender: Sender, destination: str, busy: set[int]) -> None:
+        self._sender, self._destination, self._busy = sender, destination, busy
+        self._process_id = os.getpid()
+        max_calls = sender.shared_calls
+        if destination.endswith(".fifo"):  # or a later call might overtake an earlier
+            max_calls = 1
+        self._sharing = _Sharing(sender.max_bytes, max_calls)
+        self._max_helpers = max_calls
+        # Guards what is above and below, for moments only: never over a call.
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._helpers: set[threading.Thread] = set()
+        self._idle = 0  # helpers that wait on the condition
+
+    def send(self, ready: _Ready) -> None:
+        """Send a message by itself, or with others; raise why it was not accepted."""
+        me = threading.get_ident()
+        # This thread may hold the lock already, or have a call under way: a signal
+        # handler or a __del__ may dispatch at any point below. A daemon thread's call
+        # may never end when the interpreter does.
+        if me in self._busy or sys.is_finalizing():
+            _send_one(ready)
+            return
+        parcel = _Parcel(ready.entry)
+        try:
+            try:
+                self._busy.add(me)
+                if self._enter(me, parcel):
+                    _send_one(ready)
+                else:
+                    self._wait(parcel)
+                    self._conclude(ready, parcel)
+            finally:
+                self._leave(me, parcel)
+        except BaseException:
+            self._leave(me, parcel)  # again: Control-C may have interrupted the first
+            raise
+
+    def _enter(self, me: int, parcel: _Parcel) -> bool:
+        """Return whether this thread is to send the parcel by itself."""
+        with self._lock:
+            return self._sharing.enter(me, parcel, time.monotonic())
+
+    def _wait(self, parcel: _Parcel) -> None:
+        """Wait until a helper has sent the parcel."""
+        told = threading.Event()
+        parcel.tell = told.set
+        self._add(parcel)
+        told.wait()
+
+    def _add(self, parcel: _Parcel) -> None:
+        """Leave a parcel to a helper."""
+        with self._lock:
+            now = time.monotonic()
+            self._sharing.add(parcel, now)
+            # One helper looks after those that wait, lest the call under way hang.
+            if len(self._sharing.waiting) == 1 or self._sharing.is_due(now):
+                self._wake()
+
+    def _leave(self, me: int, parcel: _Parcel) -> None:
+        """Have nobody wait for this dispatch, and send nothing more for it."""
+        # Of a forked process, the parent's other threads may have held the lock.
+        if self._process_id == os.getpid():
+            parcel.is_left = True
+            self._end(me)
+        self._busy.discard(me)
+
+    def _end(self, me: int) -> Sequence[_Parcel]:
+        """End this thread's call; return its parcels."""
+        with self._lock:
+            parcels = self._sharing.end(me, time.monotonic())
+            if self._sharing.waiting and not self._sharing.under_way:
+                self._wake()
+        return parcels
+
+    def _wake(self) -> None:
+        """Have a helper look what is due, a new one if need be; the lock is held."""
+        if self._idle:
+            self._changed.notify()
+            return
+        self._helpers = {each for each in self._helpers if each.is_alive()}
+        if len(self._helpers) >= self._max_helpers:
+            return
+        helper = threading.Thread(
+            target=self._help, name="taskhawk dispatch", daemon=True
+        )
+        try:
+            helper.start()
+            self._helpers.add(helper)
+        except RuntimeError:  # no more threads can be started
+            if not self._helpers:
+                for parcel in self._sharing.give_up():
+                    parcel.tell()
+
+    def _help(self) -> None:
+        """Send what is due, until nothing is for a while."""
+        me = threading.get_ident()
+        parcels: Sequence[_Parcel] = ()
+        try:
+            self._busy.add(me)
+            while parcels := self._next(me):
+                self._send_together(parcels)
+                self._end(me)
+                for parcel in parcels:
+                    parcel.tell()
+        finally:
+            # Whatever ends this thread, who waits for it is told.
+            with self._lock:
+                self._resign()
+            for parcel in (*parcels, *self._end(me)):
+                parcel.tell()
+            self._busy.discard(me)
+
+    def _resign(self) -> None:
+        """Count this thread as a helper no more."""
+        self._helpers.discard(threading.current_thread())
+
+    def _next(self, me: int) -> Sequence[_Parcel]:
+        """Begin the next call, and return its parcels; none if it is time to end."""
+        with self._lock:
+            while True:
+                now = time.monotonic()
+                if self._sharing.is_due(now):
+                    parcels = self._sharing.begin(me, now)
+                    if self._sharing.is_due(now):
+                        self._wake()
+                    return parcels
+                pause_s = min(self._sharing.due_at() - now, _HELPER_IDLE_S)
+                self._idle += 1
+                try:
+                    self._changed.wait(pause_s)
+                finally:
+                    self._idle -= 1
+                if pause_s == _HELPER_IDLE_S and not self._sharing.waiting:
+                    self._resign()  # while the lock is held: nobody may count on it
+                    return ()
+
+    def _send_together(self, parcels: Sequence[_Parcel]) -> None:
+        """Send parcels in one call, and note what came of each."""
+        entries = [parcel.entry for parcel in parcels]
+        try:
+            refusals = self._sender.send(self._destination, entries)
+        except MessageTooLarge:
+            return  # sent by itself, each learns whether it is its own size
+        except Exception as error:
+            for parcel in parcels:
+                parcel.error = error
+            return
+        refused = {refusal.index for refusal in refusals}
+        for index, parcel in enumerate(parcels):
+            parcel.is_accepted = index not in refused
+
+    def _conclude(self, ready: _Ready, parcel: _Parcel) -> None:
+        """Return if a helper has sent the message; else send it, or raise why not.
+
+        A call that failed as a whole is not made again: botocore has repeated it, and
+        an outage would last twice as long for each dispatch.
+        """
+        if parcel.error is not None:
+            raise _own_copy(parcel.error)
+        if parcel.is_accepted:
+            _log_sent(ready)
+        else:
+            _send_one(ready)
+
+
+def _own_copy(error: Exception) -> Exception:
+    """Return a copy of an error that several threads raise, each with its traceback."""
+    import copy
+
+    try:
+        own = copy.copy(error)
+    except Exception:  # of a class that can't be copied
+        return error
+    own.__cause__ = error.__cause__
+    return own.with_traceback(error.__traceback__)
+
+
+class _Lanes:
+    """The lanes of one process."""
+
+    def __init__(self) -> None:
+        self.lanes: dict[tuple[Sender, str], _Lane] = {}
+        # The threads that are inside of a lane. They wait for no other call, and so
+        # there is no circle of calls that wait for each other.
+        self.busy: set[int] = set()
+
+    def lane_of(self, ready: _Ready) -> _Lane:
+        """Return the lane of a message."""
+        key = ready.sender, ready.destination
+        lane = self.lanes.get(key)
+        if lane is None:
+            lane = self.lanes.setdefault(key, _Lane(*key, self.busy))  # one step
+        return lane
+
+
+_lanes = _PerProcess(_Lanes)
+
+
+def _forget_lanes() -> None:
+    """Let the next dispatches begin anew, with other senders."""
+    _lanes.get().lanes.clear()
+
+
+settings.on_change.append(_forget_lanes)
 
 
 def _send_all_ready(readies: Sequence[_Ready]) -> None:
