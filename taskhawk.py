@@ -223,6 +223,8 @@ _MAX_SNS_BYTES = 262_144  # the same for SNS, whose topics may allow more
 _MAX_ATTRIBUTES = 10  # a raw SNS delivery to SQS discards a message that has more
 _MAX_DELAY_S = 900  # DelaySeconds of SQS
 _MAX_QUEUE = 80 - len("TASKHAWK--HIGH-PRIORITY-DLQ")  # the longest name has it inside
+_FIFO = ".fifo"  # the name of a FIFO queue ends with it, in lower case
+_MAX_GROUP = 128  # characters of MessageGroupId and MessageDeduplicationId
 _MAX_HELD_S = 43_200  # SQS counts these 12 hours from the receive, extensions included
 _LONG_POLL_S = 20  # the longest wait of ReceiveMessage, and so the cheapest
 _DEFAULT_LEASE_S = 30  # the visibility timeout of a queue that sets none
@@ -606,6 +608,7 @@ _SETTINGS = {
     "TASKHAWK_BROKER": _Setting(_BROKER, "sqlite:///queue.db", "sqs"),
     "TASKHAWK_DEFAULT_HEADERS": _Setting(_HOOK, "myapp.hooks.default_headers"),
     "TASKHAWK_ERROR_HOOK": _Setting(_HOOK, "myapp.hooks.report_error"),
+    "TASKHAWK_FIFO": _Setting(_FLAG, "False", default=False),
     "TASKHAWK_HEARTBEAT_HOOK": _Setting(_HOOK, "myapp.hooks.touch_file"),
     "TASKHAWK_MAX_DB_REUSE_LOOPS": _Setting(_COUNT, "5", 5),
     "TASKHAWK_POST_PROCESS_HOOK": _Setting(_HOOK, "myapp.hooks.after"),
@@ -683,11 +686,37 @@ class _Settings:
 
     def read(self, name: str) -> Any:
         """Read a setting from its source, whatever is remembered."""
+        value = self._find(name)
+        if value and name in ("IS_LAMBDA_APP", "TASKHAWK_FIFO"):
+            self._check_fifo()
+        return value
+
+    def _find(self, name: str) -> Any:
+        """Return the value of the first source that has a setting, or its default."""
         for source in self._sources():
             value = source.read(name)
             if value is not None:
                 return value
         return _SETTINGS[name].default
+
+    def _check_fifo(self) -> None:
+        """Refuse the settings that FIFO queues do not go with."""
+        if not self._find("TASKHAWK_FIFO"):
+            return
+        if self._find("IS_LAMBDA_APP"):
+            raise ConfigurationError(
+                "TASKHAWK_FIFO and IS_LAMBDA_APP are both set, but a FIFO topic can't"
+                " call a function: set one of them; with TASKHAWK_FIFO alone, messages"
+                " go to queues, which a function can consume, too"
+            )
+        queue = self._find("TASKHAWK_QUEUE") or ""
+        longest = _MAX_QUEUE - len(_FIFO)
+        if len(queue) > longest:
+            raise ConfigurationError(
+                f"TASKHAWK_QUEUE: expected at most {longest} characters where"
+                f" TASKHAWK_FIFO is set, for the names of FIFO queues end with"
+                f" {_FIFO!r}, got {len(queue)} in {queue!r}"
+            )
 
     def require(self, name: str) -> Any:
         """Return a setting that has no default; raise ConfigurationError if unset."""
@@ -1160,6 +1189,7 @@ class Message:  # noqa: PLW1641 - it may change, so it is no key of a dict
     CURRENT_VERSION = "1.0"
     VERSIONS = ("1.0",)
     delay_s: float = 0  #: seconds for which the queue holds it back; not on the wire
+    group_id: str | None = None  #: its message group, as SQS takes it; not in the body
     received: QueueMessage | None = None  #: what it arrived as; None where it was made
 
     def __init__(self, data: Mapping[str, Any]) -> None:
@@ -1548,6 +1578,26 @@ _PAUSES_S = (0.09, 0.3)
 _schemes: dict[str, Callable[[str], Sender]] = {}
 
 
+def _is_fifo(queue: str) -> bool:
+    """Return whether a queue is a FIFO queue, by its name or its ARN."""
+    return queue.endswith(_FIFO)
+
+
+def _dead_letter_name(queue: str) -> str:
+    """Return what the dead-letter queue of a queue is called, by its name or its ARN.
+
+    That of a FIFO queue is a FIFO queue, too.
+    """
+    if _is_fifo(queue):
+        return f"{queue.removesuffix(_FIFO)}-DLQ{_FIFO}"
+    return f"{queue}-DLQ"
+
+
+def _is_dead_letter_queue(queue: str) -> bool:
+    """Return whether a queue is a dead-letter queue, by its name."""
+    return queue.removesuffix(_FIFO).endswith("-DLQ")
+
+
 class Outgoing(NamedTuple):
     """A message to send.
 
@@ -1643,7 +1693,10 @@ class Sender(typing.Protocol):
             queue = settings.require("TASKHAWK_QUEUE")
         else:  # nobody else's queues are in the file
             queue = settings.TASKHAWK_QUEUE or "default"
-        return f"TASKHAWK-{queue}{_SUFFIXES[priority]}".upper()
+        name = f"TASKHAWK-{queue}{_SUFFIXES[priority]}".upper()
+        if settings.TASKHAWK_FIFO:
+            return name + _FIFO
+        return name
 
     def send(self, destination: str, entries: Sequence[Outgoing]) -> list[Refusal]: ...
     def close(self) -> None: ...
@@ -1732,7 +1785,7 @@ class QueueMessage:
     @property
     def is_fifo(self) -> bool:
         """Whether the message is from a FIFO queue."""
-        return self.queue is not None and self.queue.endswith(".fifo")
+        return self.queue is not None and _is_fifo(self.queue)
 
     @property
     def group_id(self) -> str | None:
@@ -1910,9 +1963,75 @@ def _parts(entries: Sequence[Any], max_bytes: int) -> Iterator[Sequence[Any]]:
 def _send_all(
     sender: Sender, destination: str, entries: Sequence[Outgoing]
 ) -> dict[int, Refusal]:
-    """Send any number of messages to one destination; return the refused by index."""
-    send = functools.partial(sender.send, destination)
+    """Send any number of messages to one destination; return the refused by index.
+
+    On a FIFO queue, what follows a refused message of its group is refused, too.
+    """
+    send = _in_order(destination, functools.partial(sender.send, destination))
     return _in_batches(send, entries, 3, max_bytes=sender.max_bytes, repeated=True)
+
+
+def _in_order(destination: str, send: _BatchCall) -> _BatchCall:
+    """Return what sends to a destination: group by group in order, if it is FIFO."""
+    if _is_fifo(destination):
+        return _OrderedSend(send).send
+    return send
+
+
+class _OrderedSend:
+    """Sends to a FIFO queue, where no message may overtake an earlier one of its group.
+
+    What follows a refused message is held back until that is tried again. It may be too
+    late for that, because the call has accepted one that follows it, or because its
+    refusal is final: then its group stops there.
+    """
+
+    def __init__(self, send: _BatchCall) -> None:
+        self._send = send
+        self._to_retry: dict[str | None, Outgoing] = {}  # the first refused, by group
+        self._stopped: set[str | None] = set()  # groups of which nothing more is sent
+
+    def send(self, entries: Sequence[Outgoing]) -> list[Refusal]:
+        """Make one call for those whose turn it is; return what was not accepted."""
+        sent = [place for place, entry in enumerate(entries) if self._may_go(entry)]
+        answer: dict[int, Refusal] = {}
+        if sent:
+            refusals = self._send([entries[place] for place in sent])
+            answer = {sent[refusal.index]: refusal for refusal in refusals}
+        accepted = {
+            entries[place].group_id: place for place in sent if place not in answer
+        }
+        refused = {}
+        for place, entry in enumerate(entries):
+            if place in answer:
+                is_late = accepted.get(entry.group_id, -1) > place
+                refused[place] = self._refuse(entry, answer[place], is_late=is_late)
+            elif place not in sent:
+                refused[place] = self._hold_back(entry)
+        return [refusal._replace(index=place) for place, refusal in refused.items()]
+
+    def _may_go(self, entry: Outgoing) -> bool:
+        """Return whether no earlier message of the group waits or has failed."""
+        group = entry.group_id
+        if self._to_retry.get(group) is entry:
+            del self._to_retry[group]
+            return True
+        return group not in self._to_retry and group not in self._stopped
+
+    def _refuse(self, entry: Outgoing, refusal: Refusal, *, is_late: bool) -> Refusal:
+        """Note a refusal; return it, final where a later one would break the order."""
+        group = entry.group_id
+        if is_late or refusal.final or group in self._stopped:
+            self._stopped.add(group)
+            return refusal._replace(final=True)
+        self._to_retry.setdefault(group, entry)
+        return refusal
+
+    def _hold_back(self, entry: Outgoing) -> Refusal:
+        """Return the refusal of a message that was not sent."""
+        is_final = entry.group_id in self._stopped
+        text = "an earlier message of its group was refused"
+        return Refusal(0, "GroupStopped", text, is_final)
 
 
 def _change_all(call: str, entries: Mapping[QueueMessage, Any], warning: str) -> None:
@@ -1941,17 +2060,52 @@ def _change_all(call: str, entries: Mapping[QueueMessage, Any], warning: str) ->
 # the call returns, and neither a crash nor a signal handler comes between its halves.
 # visible_ms says when a message is visible: delay, visibility timeout and retry in one.
 # A receipt is good for a delete until the message is received again or dead-lettered;
-# for a change, only while the message is hidden too.
+# for a change, only while the message is hidden too. Visible messages stand in a line,
+# where groups take turns; of a FIFO queue's group, only the first stands in it.
 
 
-_SQLITE_SCHEMA = """BEGIN IMMEDIATE;
-CREATE TABLE IF NOT EXISTS message (
+# A visible message has a place in the line, which is a number below 0: a clock that is
+# set back hides nothing. It joins the line behind all in the first place and, if it has
+# a group, behind the last of that: a tenant that has sent 10,000 messages has one in
+# each place, and no other waits for them.
+_LINE_START = -(10**15) // 2  # earlier versions put times below it: those come first
+# The message waits in a FIFO queue until the one before it in its group has left that.
+_BEHIND = 2**62
+_JOIN = 0  # whatever is set to this joins the line; no clock has this time any more
+_JOIN_LINE = f"""UPDATE message SET visible_ms = CASE
+    WHEN queue GLOB '*{_FIFO}' AND queue NOT GLOB '*-DLQ{_FIFO}' AND EXISTS (
+        SELECT 1 FROM message WHERE queue = new.queue AND group_id = new.group_id
+        AND visible_ms < {_BEHIND} AND id <> new.id) THEN {_BEHIND}
+    ELSE 1 + max({_LINE_START},
+        coalesce((SELECT min(visible_ms) FROM message
+            WHERE queue = new.queue AND visible_ms < 0), {_LINE_START}),
+        coalesce((SELECT max(visible_ms) FROM message WHERE queue = new.queue
+            AND group_id = new.group_id AND visible_ms < 0), {_LINE_START}))
+    END WHERE id = new.id"""  # noqa: S608 - no value is in it
+_NEXT_OF_GROUP = f"""UPDATE message SET visible_ms = {_JOIN} WHERE id = (
+    SELECT id FROM message WHERE queue = old.queue AND group_id = old.group_id
+    AND visible_ms = {_BEHIND} ORDER BY id LIMIT 1)"""  # noqa: S608 - as above
+# Triggers are a part of the one statement that meets them, whoever makes it.
+_SQLITE_SCHEMA = (
+    """CREATE TABLE IF NOT EXISTS message (
     id INTEGER PRIMARY KEY AUTOINCREMENT, -- a receipt names it: it is never used again
     queue TEXT NOT NULL, message_id TEXT NOT NULL, body TEXT NOT NULL,
     attributes TEXT NOT NULL, sent_ms INTEGER NOT NULL, visible_ms INTEGER NOT NULL,
-    receive_count INTEGER NOT NULL DEFAULT 0, receipt TEXT);
-CREATE INDEX IF NOT EXISTS message_visible ON message (queue, visible_ms);
-PRAGMA user_version = 1; COMMIT;"""
+    receive_count INTEGER NOT NULL DEFAULT 0, receipt TEXT)""",
+    "ALTER TABLE message ADD COLUMN group_id TEXT",  # which the first files lack
+    "CREATE INDEX IF NOT EXISTS message_visible ON message (queue, visible_ms)",
+    """CREATE INDEX IF NOT EXISTS message_group ON message
+    (queue, group_id, visible_ms) WHERE group_id IS NOT NULL""",
+    f"""CREATE TRIGGER IF NOT EXISTS message_sent AFTER INSERT ON message
+    WHEN new.visible_ms = {_JOIN} BEGIN {_JOIN_LINE}; END""",
+    f"""CREATE TRIGGER IF NOT EXISTS message_shown AFTER UPDATE OF visible_ms ON message
+    WHEN new.visible_ms = {_JOIN} BEGIN {_JOIN_LINE}; END""",
+    f"""CREATE TRIGGER IF NOT EXISTS message_deleted AFTER DELETE ON message
+    WHEN old.queue GLOB '*{_FIFO}' BEGIN {_NEXT_OF_GROUP}; END""",
+    f"""CREATE TRIGGER IF NOT EXISTS message_moved AFTER UPDATE OF queue ON message
+    WHEN old.queue GLOB '*{_FIFO}' BEGIN {_NEXT_OF_GROUP}; END""",
+    "PRAGMA user_version = 1",
+)
 _SQLITE_EXAMPLE = (
     "sqlite:///relative.db or sqlite:////absolute.db, then perhaps"
     " ?visibility_timeout_s=30&max_receive_count=5"
@@ -1964,9 +2118,6 @@ _SQLITE_OPTIONS = {
 _LOCKED_S = 30  # how long to wait for a file that another process has locked
 _FIRST_LOOK_S = 0.002  # the pause between looks for a message grows from this…
 _LAST_LOOK_S = 0.05  # …to this: twenty looks a second cost next to no CPU
-# Subtracted from visible_ms once a message is visible: the difference is in the past of
-# any clock, so that a clock that is set back hides nothing, and the order stays.
-_SHOWN_MS = 10**15
 # The first process that had a queue in memory.
 _memory_pid = functools.cache(os.getpid)
 
@@ -2125,7 +2276,7 @@ def _open_sqlite(path: str) -> Any:
             )
         _use_write_ahead_log(db)
         db.execute("PRAGMA synchronous = FULL")  # a commit outlives a power failure
-        db.executescript(_SQLITE_SCHEMA)
+        _make_tables(db)
     except sqlite3.Error as error:
         if db is not None:
             db.close()
@@ -2134,6 +2285,16 @@ def _open_sqlite(path: str) -> Any:
             f"TASKHAWK_BROKER: can't open {where}: {error}"
         ) from error
     return db
+
+
+def _make_tables(db: Any) -> None:
+    """Make what the file lacks, in one transaction: processes may open it together."""
+    db.execute("BEGIN IMMEDIATE")
+    columns = [name for _, name, *_ in db.execute("PRAGMA table_info(message)")]
+    for statement in _SQLITE_SCHEMA:
+        if "group_id" not in columns or not statement.startswith("ALTER"):
+            db.execute(statement)
+    db.execute("COMMIT")
 
 
 def _use_write_ahead_log(db: Any) -> None:
@@ -2198,16 +2359,14 @@ class SqliteBroker(Broker):
         now_ms = self._in_ms()
         values: list[Any] = []
         for entry in entries:
-            visible_ms = now_ms - _SHOWN_MS
-            if entry.delay_s:
-                visible_ms = self._in_ms(entry.delay_s)
+            visible_ms = self._in_ms(entry.delay_s) if entry.delay_s else _JOIN
             values += (destination, _new_id(), entry.body)
-            values += (json.dumps(entry.attributes), now_ms, visible_ms)
+            values += (json.dumps(entry.attributes), now_ms, visible_ms, entry.group_id)
         insert = """INSERT INTO message
-            (queue, message_id, body, attributes, sent_ms, visible_ms) VALUES"""
+            (queue, message_id, body, attributes, sent_ms, visible_ms, group_id) VALUES"""
         file = self._file
         file.open()
-        file.change(f"{insert} {_marks('(?, ?, ?, ?, ?, ?)', entries)}", values)
+        file.change(f"{insert} {_marks('(?, ?, ?, ?, ?, ?, ?)', entries)}", values)
         return []
 
     def receive(
@@ -2247,8 +2406,8 @@ class SqliteBroker(Broker):
             receive_count = receive_count + 1 WHERE id IN (SELECT id FROM message
             WHERE queue = ? AND visible_ms < 0 ORDER BY visible_ms, id LIMIT ?)"""
         file.change(claim, (token, until_ms, queue, limit))
-        find = """SELECT receipt, receive_count, sent_ms, attributes, body, message_id
-            FROM message WHERE queue = ? AND visible_ms = ? AND receipt = id || '-' || ?
+        find = """SELECT receipt, receive_count, sent_ms, attributes, body, message_id,
+            group_id FROM message WHERE queue = ? AND visible_ms = ? AND receipt = id || '-' || ?
             ORDER BY id"""
         rows = file.read(find, (queue, until_ms, token))
         max_receives = self.info(queue).max_receive_count
@@ -2262,27 +2421,30 @@ class SqliteBroker(Broker):
         """
         _, dead_letter_queue, limit = self.info(queue)
         redrive = """UPDATE message SET queue = ?, receive_count = 0, receipt = NULL,
-            visible_ms = visible_ms - ? WHERE queue = ?
+            visible_ms = ? WHERE queue = ?
             AND visible_ms BETWEEN 0 AND ? AND receive_count >= ?"""
-        values = (dead_letter_queue, _SHOWN_MS, queue, now_ms, limit)
+        values = (dead_letter_queue, _JOIN, queue, now_ms, limit)
         self._file.change(redrive, values)  # nothing, where the limit is NULL
-        show = """UPDATE message SET visible_ms = visible_ms - ?
+        show = """UPDATE message SET visible_ms = ?
             WHERE queue = ? AND visible_ms BETWEEN 0 AND ?"""
-        self._file.change(show, (_SHOWN_MS, queue, now_ms))
+        self._file.change(show, (_JOIN, queue, now_ms))
 
     def _message(
         self, queue: str, row: Sequence[Any], max_receives: int | None
     ) -> QueueMessage:
         """Return a message that was just received."""
-        receipt, receive_count, sent_ms, attributes, body, message_id = row
+        receipt, receive_count, sent_ms, attributes, body, message_id, group = row
+        system_attributes = {
+            "ApproximateReceiveCount": str(receive_count),
+            "SentTimestamp": str(sent_ms),
+        }
+        if group is not None:
+            system_attributes["MessageGroupId"] = group
         return QueueMessage(
             body=body,
             message_id=message_id,
             receipt_handle=receipt,
-            attributes={
-                "ApproximateReceiveCount": str(receive_count),
-                "SentTimestamp": str(sent_ms),
-            },
+            attributes=system_attributes,
             message_attributes=json.loads(attributes),
             queue=queue,
             broker=self,
@@ -2323,20 +2485,23 @@ class SqliteBroker(Broker):
 
     def info(self, queue: str) -> QueueInfo:
         """Return what the URL says; a dead-letter queue has none itself."""
-        if queue.endswith("-DLQ"):
+        if _is_dead_letter_queue(queue):
             return QueueInfo(self._lease_s, None, None)
-        return QueueInfo(self._lease_s, f"{queue}-DLQ", self._max_receives)
+        return QueueInfo(self._lease_s, _dead_letter_name(queue), self._max_receives)
 
     def depth(self, queue: str) -> Depth:
         """Count exactly, unlike SQS."""
         self._file.open()
         now_ms = self._in_ms()
-        # One statement, and so one moment: each message is counted once.
-        count = """SELECT count(*) FILTER (WHERE visible_ms <= ?),
+        # One statement, and so one moment: each message is counted once. As on SQS, one
+        # that waits for its group is counted as visible.
+        count = """SELECT count(*) FILTER (WHERE visible_ms <= ? OR visible_ms = ?),
             count(*) FILTER (WHERE visible_ms > ? AND receipt IS NOT NULL),
-            count(*) FILTER (WHERE visible_ms > ? AND receipt IS NULL)
+            count(*) FILTER (WHERE visible_ms > ? AND visible_ms < ?
+                AND receipt IS NULL)
             FROM message WHERE queue = ?"""
-        [counts] = self._file.read(count, (now_ms, now_ms, now_ms, queue))
+        values = (now_ms, _BEHIND, now_ms, now_ms, _BEHIND, queue)
+        [counts] = self._file.read(count, values)
         return Depth(*counts)
 
 
@@ -2746,6 +2911,8 @@ class SnsSender(_AwsSender):
         parameters: dict[str, Any] = {"Message": entry.body}
         if entry.attributes:
             parameters["MessageAttributes"] = entry.attributes
+        if entry.group_id:  # for fair queues that subscribe to the topic
+            parameters["MessageGroupId"] = entry.group_id
         return parameters
 
 
@@ -2766,6 +2933,8 @@ class SqsBroker(_AwsSender, Broker):
         super().__init__()
         self._urls: dict[str, str] = {}
         self._infos: dict[str, QueueInfo] = {}
+        # Ids of receives of FIFO queues whose answers were lost, by queue.
+        self._unanswered: dict[str, list[str]] = {}
         self._of_accounts: dict[str, SqsBroker] = {}
 
     def url(self, queue: str, role: str = "send") -> str:
@@ -2801,13 +2970,17 @@ class SqsBroker(_AwsSender, Broker):
         except Exception as error:
             if len(entries) == 1 or _error_code(error) != "BatchRequestTooLong":
                 raise
-        send = functools.partial(self.send, destination)
-        refusals: dict[int, Refusal] = {}
+        send = _in_order(destination, functools.partial(self._send_one, destination))
+        refusals: list[Refusal] = []
         for index, entry in enumerate(entries):
-            for refusal in _one_call(send, [entry]).values():
-                # Final, for botocore has repeated it.
-                refusals[index] = refusal._replace(index=index, final=True)
-        return list(refusals.values())
+            refusals += [r._replace(index=index) for r in send([entry])]
+        return refusals
+
+    def _send_one(self, destination: str, entries: Sequence[Outgoing]) -> list[Refusal]:
+        """Send one message; any error is its refusal."""
+        refused = _one_call(functools.partial(self.send, destination), entries)
+        # Final, for botocore has repeated it.
+        return [refusal._replace(final=True) for refusal in refused.values()]
 
     def _parameters(self, entry: Outgoing) -> dict[str, Any]:
         """Return the parameters of SendMessage; delays are whole seconds."""
@@ -2847,8 +3020,35 @@ class SqsBroker(_AwsSender, Broker):
         }
         if lease_s is not None:
             parameters["VisibilityTimeout"] = math.ceil(lease_s)
+        if _is_fifo(queue):
+            return self._receive_in_order(queue, parameters)
+        return self._receive(queue, parameters)
+
+    def _receive(self, queue: str, parameters: dict[str, Any]) -> list[QueueMessage]:
+        """Call ReceiveMessage."""
         answer = self.call("poll", "receive_message", queue, **parameters)
         return [self._message(queue, found) for found in answer.get("Messages", ())]
+
+    def _receive_in_order(
+        self, queue: str, parameters: dict[str, Any]
+    ) -> list[QueueMessage]:
+        """Receive from a FIFO queue; repeat a receive whose answer was lost.
+
+        Its messages are in flight, and hold up their groups until their visibility
+        timeout ends. With the id of that receive, SQS returns them again:
+        https://docs.aws.amazon.com/AWSSimpleQueueService/latest/APIReference/API_ReceiveMessage.html
+        """
+        unanswered = self._unanswered.setdefault(queue, [])
+        try:
+            attempt_id = unanswered.pop()  # each is repeated by one thread only
+        except IndexError:
+            attempt_id = _new_id()
+        parameters["ReceiveRequestAttemptId"] = attempt_id
+        try:
+            return self._receive(queue, parameters)
+        except Exception:
+            unanswered.append(attempt_id)
+            raise
 
     def _message(self, queue: str, found: Mapping[str, Any]) -> QueueMessage:
         """Return a message of the answer to ReceiveMessage."""
