@@ -1993,22 +1993,26 @@ class _OrderedSend:
 
     def send(self, entries: Sequence[Outgoing]) -> list[Refusal]:
         """Make one call for those whose turn it is; return what was not accepted."""
-        sent = [place for place, entry in enumerate(entries) if self._may_go(entry)]
-        answer: dict[int, Refusal] = {}
-        if sent:
-            refusals = self._send([entries[place] for place in sent])
-            answer = {sent[refusal.index]: refusal for refusal in refusals}
-        accepted = {
-            entries[place].group_id: place for place in sent if place not in answer
-        }
-        refused = {}
+        places = [place for place, entry in enumerate(entries) if self._may_go(entry)]
+        refused = self._send_those(entries, places)
         for place, entry in enumerate(entries):
-            if place in answer:
-                is_late = accepted.get(entry.group_id, -1) > place
-                refused[place] = self._refuse(entry, answer[place], is_late=is_late)
-            elif place not in sent:
+            if place not in places:
                 refused[place] = self._hold_back(entry)
         return [refusal._replace(index=place) for place, refusal in refused.items()]
+
+    def _send_those(
+        self, entries: Sequence[Outgoing], places: Sequence[int]
+    ) -> dict[int, Refusal]:
+        """Send the entries at these places; return the refused ones by their place."""
+        if not places:
+            return {}
+        refusals = self._send([entries[place] for place in places])
+        refused = {places[refusal.index]: refusal for refusal in refusals}
+        last = {entries[p].group_id: p for p in places if p not in refused}  # accepted
+        for place, refusal in sorted(refused.items()):
+            is_late = last.get(entries[place].group_id, -1) > place
+            refused[place] = self._refuse(entries[place], refusal, is_late=is_late)
+        return refused
 
     def _may_go(self, entry: Outgoing) -> bool:
         """Return whether no earlier message of the group waits or has failed."""
@@ -2056,12 +2060,11 @@ def _change_all(call: str, entries: Mapping[QueueMessage, Any], warning: str) ->
 
 # --- 8. SQLite ------------------------------------------------------------------------
 # The embedded broker, with the semantics of SQS, for any number of processes on one
-# machine. Every change is ONE statement, and so one transaction: it is on the disk when
-# the call returns, and neither a crash nor a signal handler comes between its halves.
-# visible_ms says when a message is visible: delay, visibility timeout and retry in one.
-# A receipt is good for a delete until the message is received again or dead-lettered;
-# for a change, only while the message is hidden too. Visible messages stand in a line,
-# where groups take turns; of a FIFO queue's group, only the first stands in it.
+# machine. Every change is ONE statement, its triggers included, and so one transaction:
+# it is on the disk when the call returns, and neither a crash nor a signal handler
+# comes between its halves. visible_ms says when a message is visible: delay, visibility
+# timeout and retry in one. A receipt is good for a delete until the message is received
+# again or dead-lettered; for a change, only while the message is hidden too.
 
 
 # A visible message has a place in the line, which is a number below 0: a clock that is
@@ -2084,7 +2087,7 @@ _JOIN_LINE = f"""UPDATE message SET visible_ms = CASE
     END WHERE id = new.id"""  # noqa: S608 - no value is in it
 _NEXT_OF_GROUP = f"""UPDATE message SET visible_ms = {_JOIN} WHERE id = (
     SELECT id FROM message WHERE queue = old.queue AND group_id = old.group_id
-    AND visible_ms = {_BEHIND} ORDER BY id LIMIT 1)"""  # noqa: S608 - as above
+    AND visible_ms = {_BEHIND} ORDER BY id LIMIT 1)"""  # noqa: S608
 # Triggers are a part of the one statement that meets them, whoever makes it.
 _SQLITE_SCHEMA = (
     """CREATE TABLE IF NOT EXISTS message (
@@ -2362,8 +2365,8 @@ class SqliteBroker(Broker):
             visible_ms = self._in_ms(entry.delay_s) if entry.delay_s else _JOIN
             values += (destination, _new_id(), entry.body)
             values += (json.dumps(entry.attributes), now_ms, visible_ms, entry.group_id)
-        insert = """INSERT INTO message
-            (queue, message_id, body, attributes, sent_ms, visible_ms, group_id) VALUES"""
+        insert = """INSERT INTO message (queue, message_id, body, attributes, sent_ms,
+            visible_ms, group_id) VALUES"""
         file = self._file
         file.open()
         file.change(f"{insert} {_marks('(?, ?, ?, ?, ?, ?, ?)', entries)}", values)
@@ -2407,7 +2410,8 @@ class SqliteBroker(Broker):
             WHERE queue = ? AND visible_ms < 0 ORDER BY visible_ms, id LIMIT ?)"""
         file.change(claim, (token, until_ms, queue, limit))
         find = """SELECT receipt, receive_count, sent_ms, attributes, body, message_id,
-            group_id FROM message WHERE queue = ? AND visible_ms = ? AND receipt = id || '-' || ?
+            group_id FROM message
+            WHERE queue = ? AND visible_ms = ? AND receipt = id || '-' || ?
             ORDER BY id"""
         rows = file.read(find, (queue, until_ms, token))
         max_receives = self.info(queue).max_receive_count
@@ -3035,8 +3039,9 @@ class SqsBroker(_AwsSender, Broker):
         """Receive from a FIFO queue; repeat a receive whose answer was lost.
 
         Its messages are in flight, and hold up their groups until their visibility
-        timeout ends. With the id of that receive, SQS returns them again:
-        https://docs.aws.amazon.com/AWSSimpleQueueService/latest/APIReference/API_ReceiveMessage.html
+        timeout ends. With the id of that receive, SQS returns them again: see
+        ReceiveMessage in
+        https://docs.aws.amazon.com/AWSSimpleQueueService/latest/APIReference/
         """
         unanswered = self._unanswered.setdefault(queue, [])
         try:
@@ -3424,6 +3429,10 @@ class Task(Generic[_P, _R]):
         """Return an invocation whose messages the queue holds back for so long."""
         return self._invocation.with_delay(delay)
 
+    def with_group(self, key: str | int) -> AsyncInvocation[_P]:
+        """Return an invocation whose messages are of this group."""
+        return self._invocation.with_group(key)
+
     def _bind(self, count: int, *names: str) -> None:
         """Check that the worker can call the function with such arguments.
 
@@ -3647,7 +3656,13 @@ _more_options: dict[str, Callable[[Task[Any, Any], Any], object]] = {}
 
 
 class _MoreOptions(typing.TypedDict, total=False):
-    """The options of :func:`task` that later parts add, for type checkers."""
+    """The options of :func:`task` that later parts add, for type checkers.
+
+    `group`: the argument whose value is the message group, or a function that returns
+    it, which is called as the task is; None is no group.
+    """
+
+    group: str | Callable[..., str | int | None] | None
 
 
 @typing.overload
@@ -3947,6 +3962,7 @@ class AsyncInvocation(Generic[_P]):
     _headers: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     _priority: Priority | None = None  # None for the task's
     _delay_s: float = 0
+    _group_id: str | None = None  # None for the task's
 
     def with_headers(self, /, **headers: Any) -> AsyncInvocation[_P]:
         """Return an invocation with these headers too, in place of any of their names.
@@ -3980,6 +3996,19 @@ class AsyncInvocation(Generic[_P]):
         if not 0 <= delay_s < math.inf:
             raise ValueError(f"delay: expected 0 or more seconds, got {delay_s}")
         return dataclasses.replace(self, _delay_s=delay_s)
+
+    def with_group(self, key: str | int) -> AsyncInvocation[_P]:
+        """Return an invocation whose messages are of this group, not of the task's.
+
+        A FIFO queue keeps the order of a group's messages, and has one of them run at a
+        time. Any other serves its groups in turn, as a fair queue.
+
+        :param key: such as the id of a customer; a text that SQS does not take, because
+            it is over 128 characters long or has spaces or non-ASCII letters, stands
+            for itself as a hash
+        :raises TypeError: if it is neither a string nor an int
+        """
+        return dataclasses.replace(self, _group_id=_group_id_of(key, "group"))
 
     def dispatch(self, /, *args: _P.args, **kwargs: _P.kwargs) -> str:
         """Queue a run of the task: one request, and one more at a queue's first use.
@@ -4038,7 +4067,65 @@ class AsyncInvocation(Generic[_P]):
             priority=self._priority or self.task.priority,
         )
         message.delay_s = self._delay_s
+        message.group_id = self._group_id
+        group = self.task.options.get("group")
+        if group is not None and message.group_id is None:
+            message.group_id = _group_id_of_call(self.task, group, args, kwargs)
         return message
+
+
+# What SQS takes as MessageGroupId: letters and digits of ASCII, and punctuation.
+_GROUP_ID = re.compile(f"[!-~]{{1,{_MAX_GROUP}}}")
+
+
+def _group_id_of(key: object, what: str) -> str:
+    """Return the group id that a key stands for: always the same, and legal on SQS."""
+    if isinstance(key, bool) or not isinstance(key, str | int):
+        kind = type(key).__name__  # not its value, which is an argument's
+        raise TypeError(f"{what}: expected a string or an int, got {kind}")
+    text = str(key)
+    if _GROUP_ID.fullmatch(text):
+        return text
+    import hashlib
+
+    # The name of a customer may be anything, and is no reason to refuse a dispatch.
+    digest = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+    return f"sha256:{digest}"
+
+
+def _group_id_of_call(
+    task: Task[Any, Any], group: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> str | None:
+    """Return the group id of a call by the task's option, or None."""
+    if callable(group):
+        key = group(*args, **kwargs)
+    elif group in kwargs:
+        key = kwargs[group]
+    else:
+        bound = task._signature.bind_partial(*args)  # noqa: SLF001 - its own
+        bound.apply_defaults()
+        key = bound.arguments.get(group)
+    if key is None:
+        return None
+    return _group_id_of(key, f"{task.name}: group")
+
+
+def _check_group(task: Task[Any, Any], group: Any) -> None:
+    """Refuse a `group` that is neither an argument nor a function of the arguments."""
+    if group is None or callable(group):
+        return
+    parameters = task._signature.parameters.values()  # noqa: SLF001 - its own
+    names = {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
+    if isinstance(group, str) and len(names) < len(parameters):
+        names.add(group)  # one of the function's **kwargs
+    if group not in names - _FROM_WORKER:
+        raise ConfigurationError(
+            f"{task.name} has group={group!r}: expected the name of one of its"
+            " arguments, or a function of its arguments"
+        )
+
+
+_more_options["group"] = _check_group
 
 
 def _arguments_of(call: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
@@ -4082,8 +4169,12 @@ def _prepare(message: Message) -> _Ready:
     So a batch with one message that can't be sent sends nothing.
     """
     body = _encode(message)
-    entry = Outgoing(body, _attributes_of(message.headers), message.delay_s)
+    attributes = _attributes_of(message.headers)
+    entry = Outgoing(body, attributes, message.delay_s, message.group_id)
     sender = _brokers.sender()
+    destination = sender.destination(message.priority)
+    if _is_fifo(destination):
+        entry = _in_group(message, entry)
     if entry.delay_s and not sender.max_delay_s:
         raise ConfigurationError(f"{message.task_name}: SNS can't delay messages")
     if entry.delay_s > sender.max_delay_s:
@@ -4093,7 +4184,22 @@ def _prepare(message: Message) -> _Ready:
         )
     if entry.size() > sender.max_bytes:
         raise _too_large(message, entry, sender.max_bytes)
-    return _Ready(message, sender, sender.destination(message.priority), entry)
+    return _Ready(message, sender, destination, entry)
+
+
+def _in_group(message: Message, entry: Outgoing) -> Outgoing:
+    """Return a message as a FIFO queue takes it: with a group and a deduplication id.
+
+    Without a group, the message is its own: it waits for none and none waits for it.
+    """
+    if entry.delay_s:
+        raise ConfigurationError(
+            f"{message.task_name}: a FIFO queue can't delay a message: leave the delay"
+            " out, or use a queue without TASKHAWK_FIFO"
+        )
+    own = _group_id_of(message.id, "id")
+    group_id = entry.group_id or own
+    return entry._replace(group_id=group_id, deduplication_id=own)
 
 
 # SQS takes names with single dots inside, except with AWS's prefixes; one prefix is
@@ -4271,6 +4377,7 @@ def _partial_failure(
         # As it was encoded: its arguments may have changed since.
         message = _decode(ready.entry.body)
         message.delay_s = ready.entry.delay_s
+        message.group_id = ready.entry.group_id
         unsent.append(message)
     return PartialFailure({"Successful": successful, "Failed": failed}, unsent=unsent)
 
@@ -4288,6 +4395,7 @@ class Captured(NamedTuple):
     priority: Priority
     delay_s: float
     id: str
+    group_id: str | None = None
 
 
 class _CapturingSender(Sender):
@@ -4313,6 +4421,7 @@ class _CapturingSender(Sender):
                 message.priority,
                 entry.delay_s,
                 message.id,
+                entry.group_id,
             )
             self._calls.append(call)
         return []
@@ -7348,6 +7457,7 @@ class _Scan:
         while len(self._seen) < total and self.matched < self.limit:
             new = self._receive(total - len(self._seen))
             if not new:
+                self._say_what_waits(total - len(self._seen))
                 return
             letters = [*filter(self.wanted.matches, map(_read_dead_letter, new))]
             letters = letters[: self.limit - self.matched]
@@ -7357,6 +7467,12 @@ class _Scan:
             failed = len(self._failed)
             text = "%s %d of %d messages, %d failed"
             self.say(text, self.done, self.matched - failed, total, failed)
+
+    def _say_what_waits(self, left: int) -> None:
+        """Say that a FIFO queue withholds what follows the messages of a group."""
+        if self._hidden and _is_fifo(self._source):
+            text = "about %d more wait in %s behind these, in the same groups"
+            self.say(text, left, self._source)
 
     def total(self) -> int:
         """Count the dead letters that are visible; SQS does so approximately."""
@@ -7595,7 +7711,7 @@ class _Resource(NamedTuple):
 
 def _label(name: str) -> str:
     """Return Terraform's name for a queue or topic."""
-    return name.lower().replace("-", "_")
+    return re.sub("[-.]", "_", name.lower())
 
 
 def _resources(
@@ -7614,11 +7730,20 @@ def _resources(
     return _queue_resources(queue, tags, max_receive_count)
 
 
+# In high throughput mode, which costs the same: a FIFO queue's limits are then those of
+# its groups, not of the queue.
+_FIFO_ATTRIBUTES = {
+    "fifo_queue": True,
+    "deduplication_scope": "messageGroup",
+    "fifo_throughput_limit": "perMessageGroupId",
+}
+
+
 def _queue_resources(
     queue: str, tags: Mapping[str, str], max_receive_count: int
 ) -> list[_Resource]:
     """Describe a queue and, before it, its dead-letter queue."""
-    dead = f"{queue}-DLQ"
+    dead = _dead_letter_name(queue)
     redrive = {
         "deadLetterTargetArn": f"${{aws_sqs_queue.{_label(dead)}.arn}}",
         "maxReceiveCount": max_receive_count,
@@ -7629,6 +7754,8 @@ def _queue_resources(
         "max_message_size": _MAX_SQS_BYTES,  # else Terraform sets 256 KiB
         "tags": tags,
     }
+    if _is_fifo(queue):
+        dead_attributes |= _FIFO_ATTRIBUTES
     attributes = dead_attributes | {
         "name": queue,
         "message_retention_seconds": _RETENTION_S,
@@ -7687,6 +7814,7 @@ def _queue_change(sqs: SqsBroker, resource: _Resource) -> _Change | None:
     existing = _unless(_ABSENT, sqs.attributes, name, ["All"])
     attributes = _too_low(arn, existing or {}, resource.attributes)
     if existing is None:
+        attributes |= _fixed_attributes(resource)
         parameters = {
             "QueueName": name,
             "Attributes": attributes,
@@ -7701,6 +7829,20 @@ def _queue_change(sqs: SqsBroker, resource: _Resource) -> _Change | None:
     ]
     parameters = {"QueueUrl": sqs.url(name), "Attributes": attributes}
     return _Change(f"changed: {', '.join(changes)}", "set_queue_attributes", parameters)
+
+
+def _fixed_attributes(resource: _Resource) -> dict[str, str]:
+    """Return what is set of a queue when it is made, by SQS's names, and never after.
+
+    What makes it a FIFO queue can't be changed; the rest someone may have changed.
+    """
+    if "fifo_queue" not in resource.attributes:
+        return {}
+    return {
+        "FifoQueue": "true",
+        "DeduplicationScope": resource.attributes["deduplication_scope"],
+        "FifoThroughputLimit": resource.attributes["fifo_throughput_limit"],
+    }
 
 
 def _too_low(
@@ -7720,7 +7862,7 @@ def _too_low(
     if "redrive_policy" in wanted:
         least = json.loads(wanted["redrive_policy"])["maxReceiveCount"]
         policy = json.loads(existing.get("RedrivePolicy") or "{}")
-        policy.setdefault("deadLetterTargetArn", f"{arn}-DLQ")
+        policy.setdefault("deadLetterTargetArn", _dead_letter_name(arn))
         # The policy's number comes back as it was set: it may be a string.
         if int(policy.get("maxReceiveCount", 0)) < least:
             policy["maxReceiveCount"] = least
@@ -7802,7 +7944,7 @@ def _iam(resources: Iterable[_Resource]) -> dict[str, Any]:
     arns: dict[str, list[str]] = {}
     for resource in resources:
         service, _ = _PROVIDERS[resource.kind]
-        kind = "DLQ" if resource.name.endswith("-DLQ") else resource.kind
+        kind = "DLQ" if _is_dead_letter_queue(resource.name) else resource.kind
         arns.setdefault(kind, []).append(_brokers.get(service).arn(resource.name))
     policies: dict[str, Any] = {}
     for role, kind, actions in _GRANTS:
@@ -7986,7 +8128,7 @@ def _check_attributes(broker: SqsBroker, queue: str, dead: str) -> Iterator[_Fin
     names = ["MessageRetentionPeriod", "MaximumMessageSize"]
     ours = broker.attributes(queue, names)
     theirs = _unless(_ABSENT, broker.attributes, dead, names)
-    is_provisioned = dead == f"{queue}-DLQ"
+    is_provisioned = dead == _dead_letter_name(queue)
     if theirs is None:
         other = "make it, or correct the RedrivePolicy"
         remedy = _PROVISION if is_provisioned else other
@@ -8565,6 +8707,12 @@ def _exit_overdue(ledger: Ledger) -> None:
         default=0,
         metavar="S",
     ),
+    _option(
+        "--group",
+        "its message group: a tenant, or an order of a FIFO queue (default: the"
+        " task's)",
+        metavar="KEY",
+    ),
     _MODULE,
 )
 def _dispatch(arguments: Any) -> None:
@@ -8578,6 +8726,8 @@ def _dispatch(arguments: Any) -> None:
     invocation = _task_named(arguments.task).with_headers(**dict(arguments.header))
     if arguments.priority:
         invocation = invocation.with_priority(Priority[arguments.priority])
+    if arguments.group is not None:
+        invocation = invocation.with_group(arguments.group)
     invocation = invocation.with_delay(arguments.delay)
     print(invocation.dispatch(*arguments.args, **arguments.kwargs))
 

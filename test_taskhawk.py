@@ -1644,8 +1644,8 @@ class TestSettings:
         assert refused(taskhawk.configure, colour="red") == (
             "colour is not a setting of taskhawk"
         )
-        assert refused(taskhawk.configure, TASKHAWK_FOO=2) == (
-            "TASKHAWK_FOO is not a setting of taskhawk"
+        assert refused(taskhawk.configure, TASKHAWK_BAR=2) == (
+            "TASKHAWK_BAR is not a setting of taskhawk"
         )
         # Reading one is an AttributeError.
         read = (getattr, taskhawk.settings, "TASKHAWK_SINC")
