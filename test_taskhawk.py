@@ -549,9 +549,11 @@ def brings_messages(*messages: taskhawk.Message) -> dict[str, Any]:
 
 def make_queue(client: Any, name: str, most: int = 5, **attributes: str) -> str:
     """Make a queue and its dead-letter queue (after so many receives), and return its name."""
-    dead = client.create_queue(QueueName=f"{name}-DLQ", Attributes=attributes)[
-        "QueueUrl"
-    ]
+    if name.endswith(".fifo"):
+        attributes["FifoQueue"] = "true"
+    dead = client.create_queue(
+        QueueName=taskhawk._dead_letter_name(name), Attributes=attributes
+    )["QueueUrl"]
     found = client.get_queue_attributes(QueueUrl=dead, AttributeNames=["QueueArn"])
     policy = {
         "deadLetterTargetArn": found["Attributes"]["QueueArn"],
@@ -697,6 +699,25 @@ def aws() -> Iterator[ScriptedAws]:
 def numbered(count: int, start: int = 0) -> list[taskhawk.Outgoing]:
     """Return messages whose bodies are numbers."""
     return [taskhawk.Outgoing(str(start + i), {}) for i in range(count)]
+
+
+def grouped(words: str) -> list[taskhawk.Outgoing]:
+    """Return a message for each word: its letter is its group, and "-" is none."""
+    return [
+        Outgoing(
+            word,
+            {},
+            0,
+            word[0].replace("-", "") or None,
+            f"{word}-{os.urandom(8).hex()}",
+        )
+        for word in words.split()
+    ]
+
+
+def bodies_of(messages: Iterable[QueueMessage]) -> str:
+    """Return the words that grouped() has made messages of."""
+    return " ".join(message.body for message in messages)
 
 
 def drain(broker: taskhawk.Broker, queue: str, lease_s: float = 60) -> list[str]:
@@ -1498,6 +1519,7 @@ SETTINGS_TABLE = {  # the default, and how an error goes on after "expected"
     ),
     "TASKHAWK_DEFAULT_HEADERS": (None, SETTINGS_HOOK.format("default_headers")),
     "TASKHAWK_ERROR_HOOK": (None, SETTINGS_HOOK.format("report_error")),
+    "TASKHAWK_FIFO": (False, "true or false, such as 'False'"),
     "TASKHAWK_HEARTBEAT_HOOK": (None, SETTINGS_HOOK.format("touch_file")),
     "TASKHAWK_MAX_DB_REUSE_LOOPS": (5, "a whole number above 0, such as '5'"),
     "TASKHAWK_POST_PROCESS_HOOK": (None, SETTINGS_HOOK.format("after")),
@@ -1537,6 +1559,7 @@ SETTINGS_ILLEGAL = [
     *(("AWS_REGION", value) for value in (1, "us-east-1a", "us-west-2-lax-1a")),
     ("AWS_REGION", "us east 1"),
     ("IS_LAMBDA_APP", "perhaps"),
+    ("TASKHAWK_FIFO", "first in"),
     ("TASKHAWK_SYNC", "fasle"),
     *(("TASKHAWK_BROKER", value) for value in ("redis://127.0.0.1", "SQS", 5)),
     *(("TASKHAWK_MAX_DB_REUSE_LOOPS", value) for value in (0, "five", 2.5, True)),
@@ -1589,6 +1612,45 @@ class TestSettings:
         """These are all the settings, and what they are if nobody sets them."""
         defaults = {name: default for name, (default, _) in SETTINGS_TABLE.items()}
         assert {n: getattr(taskhawk.settings, n) for n in SETTINGS_TABLE} == defaults
+
+    @pytest.mark.parametrize(
+        ("given", "name", "sentence"),
+        [
+            (
+                {"IS_LAMBDA_APP": True},
+                "IS_LAMBDA_APP",
+                (
+                    "TASKHAWK_FIFO and IS_LAMBDA_APP are both set, but a FIFO topic"
+                    " can't call a function: set one of them; with TASKHAWK_FIFO alone,"
+                    " messages go to queues, which a function can consume, too"
+                ),
+            ),
+            (
+                {"TASKHAWK_QUEUE": "q" * 49},
+                "TASKHAWK_FIFO",
+                (
+                    "TASKHAWK_QUEUE: expected at most 48 characters where TASKHAWK_FIFO"
+                    " is set, for the names of FIFO queues end with '.fifo', got 49 in"
+                    f" {'q' * 49!r}"
+                ),
+            ),
+        ],
+    )
+    def test_fifo(self, given, name, sentence):
+        """What FIFO queues do not go with is refused at first use, and by a check."""
+        taskhawk.configure(given, TASKHAWK_FIFO=True)
+        assert refusal_of(name) == sentence
+        assert refusal_of("TASKHAWK_FIFO") == sentence
+        assert [str(error) for error in taskhawk.settings.errors()] == [sentence]
+        taskhawk.configure(given)
+        assert getattr(taskhawk.settings, name) == given.get(name, False)
+
+    def test_longest_fifo_queue(self):
+        """The longest name that is allowed gives queues of 80 characters."""
+        taskhawk.configure(TASKHAWK_FIFO="true", TASKHAWK_QUEUE="q" * 48)
+        queue = taskhawk.SqsBroker().destination(Priority.high)
+        assert queue.endswith("-HIGH-PRIORITY.fifo")
+        assert len(taskhawk._dead_letter_name(queue)) == 80
 
     def test_order_of_sources(self, tmp_path):
         """configure() goes before SETTINGS_MODULE, Django, environment and defaults."""
@@ -1644,8 +1706,8 @@ class TestSettings:
         assert refused(taskhawk.configure, colour="red") == (
             "colour is not a setting of taskhawk"
         )
-        assert refused(taskhawk.configure, TASKHAWK_BAR=2) == (
-            "TASKHAWK_BAR is not a setting of taskhawk"
+        assert refused(taskhawk.configure, TASKHAWK_ZEBRA=2) == (
+            "TASKHAWK_ZEBRA is not a setting of taskhawk"
         )
         # Reading one is an AttributeError.
         read = (getattr, taskhawk.settings, "TASKHAWK_SINC")
@@ -3094,11 +3156,16 @@ class Queues:
         """Return how many messages are visible, in flight and delayed."""
         return tuple(self.broker.depth(self.name))
 
+    def receive_one(self) -> QueueMessage:
+        """Receive one message, waiting for it."""
+        (message,) = self.receive(1, 15)
+        return message
+
     def stale(self) -> tuple[Any, QueueMessage]:
         """Return a receipt that is stale, and its message as it was received again."""
-        (first,) = self.receive_all(1)
+        first = self.receive_one()
         assert self.change((first.receipt_handle, 0)) == []
-        (second,) = self.receive_all(1)
+        second = self.receive_one()
         return first.receipt_handle, second
 
     @staticmethod
@@ -3289,6 +3356,84 @@ class TestBrokerContract:
         assert Outgoing("", binary).size() == len("bBinary") + 2
 
 
+class TestGroups:
+    """What every broker does alike with the groups of messages."""
+
+    @pytest.fixture(params=["ministack", "file", "memory"])
+    def fifo(self, request, tmp_path, sqs_client, queue_name):
+        """Yield a fresh FIFO queue of each broker that can be trusted with one."""
+        name, clock = f"TASKHAWK-{queue_name}.fifo", Clock(time.time())
+        if request.param == "ministack":
+            endpoint = request.getfixturevalue("ministack")
+            make_queue(sqs_client(endpoint), name, 2)
+            configure_aws(endpoint)
+            broker = taskhawk.SqsBroker()
+        else:
+            path = f"/{tmp_path}/queue.db" if request.param == "file" else ""
+            url = f"sqlite://{path}?max_receive_count=2"
+            broker = taskhawk.SqliteBroker(url, clock)
+        with contextlib.closing(broker):
+            yield Queues(broker, name, True, clock)
+
+    @pytest.mark.parametrize(
+        ("queue", "dead"), [("Q", "Q-DLQ"), ("Q-BULK.fifo", "Q-BULK-DLQ.fifo")]
+    )
+    def test_names(self, queue, dead):
+        """The dead-letter queue of a FIFO queue is one, and its name ends like one."""
+        assert taskhawk._dead_letter_name(queue) == dead
+        assert taskhawk._is_dead_letter_queue(dead)
+        assert not taskhawk._is_dead_letter_queue(queue)
+
+    @pytest.mark.parametrize("is_fifo", [False, True])
+    def test_destinations(self, is_fifo):
+        """TASKHAWK_FIFO gives each queue's name an end, in lower case."""
+        taskhawk.configure(TASKHAWK_QUEUE="dev-x", TASKHAWK_FIFO=is_fifo)
+        names = ["DEV-X", "DEV-X-HIGH-PRIORITY", "DEV-X-LOW-PRIORITY", "DEV-X-BULK"]
+        end = ".fifo" if is_fifo else ""
+        found = [taskhawk.SqsBroker().destination(priority) for priority in Priority]
+        assert found == [f"TASKHAWK-{name}{end}" for name in names]
+
+    def test_order(self, fifo):
+        """A group's next message is not given before the one before it is gone.
+
+        It does not matter whether that is in flight, waits for its retry, or is visible
+        again; a delete or the dead-letter queue frees the group. Groups are apart.
+        """
+        assert fifo.broker.send(fifo.name, grouped("a1 b1 a2 a3")) == []
+        (a1,), (b1,) = fifo.receive(1), fifo.receive(1)
+        assert (bodies_of([a1, b1]), a1.group_id, b1.group_id) == ("a1 b1", "a", "b")
+        assert fifo.receive() == []
+        assert fifo.broker.send(fifo.name, grouped("b2")) == []
+        assert fifo.receive() == []
+        assert sum(fifo.depth()) == 5
+        assert fifo.delete(a1.receipt_handle) == []
+        (a2,) = fifo.receive(1)
+        assert a2.body == "a2"
+        assert fifo.change((a2.receipt_handle, 1)) == []
+        assert fifo.delete(b1.receipt_handle) == []
+        assert bodies_of(fifo.receive(1)) == "b2"
+        assert fifo.receive() == []
+        fifo.clock.now += 1
+        a2 = fifo.receive_one()
+        assert (a2.body, a2.attempt) == ("a2", 2)
+        assert fifo.change((a2.receipt_handle, 0)) == []
+        assert fifo.receive_one().body == "a3"
+        dead_letters = fifo.broker.info(fifo.name).dead_letter_queue
+        dead = dataclasses.replace(fifo, name=dead_letters)
+        (found,) = dead.receive_all(1)
+        assert (found.body, found.message_id) == ("a2", a2.message_id)
+        assert (found.group_id, found.queue) == ("a", f"{fifo.name[:-5]}-DLQ.fifo")
+
+    def test_stale_receipt(self, fifo):
+        """A receipt is refused once the message was received again."""
+        assert fifo.broker.send(fifo.name, grouped("a1 a2")) == []
+        stale, again = fifo.stale()
+        assert fifo.delete(stale) == [STALE]
+        assert fifo.receive() == []
+        assert fifo.delete(again.receipt_handle) == []
+        assert fifo.receive_one().body == "a2"
+
+
 FAULT, MISSING = OSError("no route"), taskhawk.ConfigurationError("no queue")
 # Of batch calls for "abcdefghijkl": each call that is made, with its answer: who is
 # refused (in upper case: for good), or an error; who is refused in the end; how many
@@ -3324,6 +3469,66 @@ REPEATED = {
         [("abcdefghij", "a"), ("kl", "l"), ("al", FAULT)],
         "al",
         2,
+    ),
+}
+
+
+# Of sends to a FIFO queue: each call, with the places in it that are refused (negative,
+# from -1: for good), or an error; what is refused in the end, and how many rounds.
+ORDERED = {
+    "all accepted": ("a1 a2 b1", [("a1 a2 b1", [])], "", 1),
+    "tried again in order": (
+        "a1 a2 b1 a3 b2 a4 b3 a5 b4 a6 a7 b5",
+        [
+            ("a1 a2 b1 a3 b2 a4 b3 a5 b4 a6", [7, 9]),
+            ("b5", []),
+            ("a5 a6 a7", []),
+        ],
+        "",
+        2,
+    ),
+    "overtaken": ("a1 a2 b1", [("a1 a2 b1", [0])], "a1", 1),
+    "overtaken, then no more": (
+        "a1 a2 b1 b2 b3 b4 b5 b6 b7 b8 a3 b9",
+        [("a1 a2 b1 b2 b3 b4 b5 b6 b7 b8", [0]), ("b9", [])],
+        "a1 a3",
+        1,
+    ),
+    "for good": (
+        "a1 a2 b1 b2 b3 b4 b5 b6 b7 b8 a3 b9",
+        [("a1 a2 b1 b2 b3 b4 b5 b6 b7 b8", [-2]), ("b9", [])],
+        "a2 a3",
+        1,
+    ),
+    "for good, then one that may be tried": (
+        "a1 a2",
+        [("a1 a2", [-1, 1])],
+        "a1 a2",
+        1,
+    ),
+    "one that may be tried, then for good": (
+        "a1 a2 b1 b2 b3 b4 b5 b6 b7 b8 a3",
+        [("a1 a2 b1 b2 b3 b4 b5 b6 b7 b8", [0, -2]), ("a1", [])],
+        "a2 a3",
+        2,
+    ),
+    "always": (
+        "a1 a2 b1",
+        [("a1 a2 b1", [0, 1]), ("a1 a2", [0, 1]), ("a1 a2", [0, 1])],
+        "a1 a2",
+        3,
+    ),
+    "nothing is left to send": (
+        "b1 a1 a2 a3 a4 a5 a6 a7 a8 a9 a10",
+        [("b1 a1 a2 a3 a4 a5 a6 a7 a8 a9", [-2, 2, 3, 4, 5, 6, 7, 8, 9])],
+        "a1 a2 a3 a4 a5 a6 a7 a8 a9 a10",
+        1,
+    ),
+    "a fault": (
+        "a1 a2 a3 a4 a5 a6 a7 a8 a9 a10 a11",
+        [("a1 a2 a3 a4 a5 a6 a7 a8 a9 a10", []), ("a11", FAULT)],
+        "a11",
+        1,
     ),
 }
 
@@ -3366,6 +3571,44 @@ class TestBatchCalls:
         assert all(refusal.index == index for index, refusal in found.items())
         assert next(calls, None) is None
         assert pauses == [0.09, 0.3][: max(0, rounds - 1)]
+
+    @pytest.mark.parametrize("name", ORDERED)
+    def test_ordered(self, pauses, name):
+        """On a FIFO queue a message never overtakes one of its group by being sent later.
+
+        What a call has accepted all the same is there: then the one before it is not
+        sent any more, and neither is what follows.
+        """
+        words, script, refused, rounds = ORDERED[name]
+        calls = iter(script)
+
+        class Sender(taskhawk.SqliteBroker):
+            def send(self, destination, entries):
+                expected, answer = next(calls)
+                assert [entry.body for entry in entries] == expected.split()
+                if isinstance(answer, Exception):
+                    raise answer
+                return [
+                    taskhawk.Refusal(p if p >= 0 else -1 - p, "C", "why", p < 0)
+                    for p in answer
+                ]
+
+        entries = grouped(words)
+        with contextlib.closing(Sender("sqlite://")) as sender:
+            found = taskhawk._send_all(sender, "Q.fifo", entries)
+        assert [entries[index].body for index in sorted(found)] == refused.split()
+        assert all(refusal.index == index for index, refusal in found.items())
+        assert next(calls, None) is None
+        assert pauses == [0.09, 0.3][: rounds - 1]
+
+    def test_held_back(self):
+        """What was not sent, because of one before it, says so."""
+        answers = [[taskhawk.Refusal(0, "C", "why", final=True)]]
+        send = taskhawk._in_order("Q.fifo", lambda _: answers.pop())
+        first, second = grouped("a1 a2")
+        assert send([first]) == [taskhawk.Refusal(0, "C", "why", final=True)]
+        text = "an earlier message of its group was refused"
+        assert send([second]) == [taskhawk.Refusal(0, "GroupStopped", text, final=True)]
 
     def test_one_call(self):
         """An error in place of an answer refuses each entry, but not for good."""
