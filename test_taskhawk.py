@@ -4277,6 +4277,204 @@ print(taskhawk._brokers.broker().depth('TASKHAWK-DEFAULT').visible - own - count
         assert (record.levelname, record.getMessage()) == ("WARNING", text)
 
 
+# What a file had before there were groups, and how it was filled.
+SQLITE_BEFORE_GROUPS = """BEGIN IMMEDIATE;
+CREATE TABLE message (id INTEGER PRIMARY KEY AUTOINCREMENT,
+    queue TEXT NOT NULL, message_id TEXT NOT NULL, body TEXT NOT NULL,
+    attributes TEXT NOT NULL, sent_ms INTEGER NOT NULL, visible_ms INTEGER NOT NULL,
+    receive_count INTEGER NOT NULL DEFAULT 0, receipt TEXT);
+CREATE INDEX message_visible ON message (queue, visible_ms);
+PRAGMA user_version = 1; COMMIT;"""
+SQLITE_SEND_BEFORE_GROUPS = """INSERT INTO message
+    (queue, message_id, body, attributes, sent_ms, visible_ms)
+    VALUES ('Q', lower(hex(randomblob(16))), '{}', '{{}}', {now}, {visible})"""
+# What is sent, as grouped() reads it, and in which order it is received.
+SQLITE_TURNS = {
+    "one tenant": ("a1 a2 a3", "a1 a2 a3"),
+    "no group": ("-1 -2 -3", "-1 -2 -3"),
+    "three tenants": ("a1 a2 a3 a4 b1 b2 c1", "a1 a2 b1 c1 a3 b2 a4"),
+    "others have no group": ("a1 a2 a3 a4 -1 -2 b1", "a1 a2 -1 -2 b1 a3 a4"),
+}
+SQLITE_STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(("send", "receive", "delete", "retry", "wait")),
+        st.integers(0, 3),
+    ),
+    max_size=60,
+)
+
+
+class TestSqliteGroups:
+    """Groups take turns, and those of a FIFO queue keep their order, at a constant cost."""
+
+    @pytest.fixture
+    def broker(self):
+        """Yield a broker in memory, whose clock stands."""
+        url = "sqlite://?max_receive_count=3"
+        with contextlib.closing(taskhawk.SqliteBroker(url, Clock())) as broker:
+            yield broker
+
+    @staticmethod
+    def receive(broker: taskhawk.Broker, count: int = 1, queue: str = "Q") -> Any:
+        """Receive what is visible, up to so many."""
+        return broker.receive(queue, count, 0, 60, NEVER)
+
+    @pytest.mark.parametrize("at_once", [1, 2, 10])
+    @pytest.mark.parametrize("name", SQLITE_TURNS)
+    def test_turns(self, broker, name, at_once):
+        """A tenant with many messages does not make the others wait for all of them."""
+        sent, expected = SQLITE_TURNS[name]
+        for start in range(0, 10, at_once):
+            if entries := grouped(sent)[start : start + at_once]:
+                broker.send("Q", entries)
+        polls = iter(lambda: self.receive(broker), [])
+        assert bodies_of(m for poll in polls for m in poll) == expected
+
+    @pytest.mark.parametrize("others", ["b", "-", "bcdefghij"])
+    def test_nobody_waits_for_ever(self, broker, others):
+        """However much others send, a message is received after a few of each of them."""
+        broker.send("Q", grouped("a1 a2 a3 a4"))
+        found: list[str] = []
+        for number in range(60):
+            broker.send("Q", grouped(" ".join(f"{o}{number}" for o in others)))
+            found += [message.body for message in self.receive(broker)]
+        waited = [found.index(f"a{number}") for number in (1, 2, 3, 4)]
+        assert waited[-1] <= 4 * (len(others) + 1)
+
+    def test_retries_take_turns(self, broker):
+        """What is visible again joins the end of its tenant's messages."""
+        broker.send("Q", grouped("a1 a2 a3 a4 b1 b2"))
+        first = self.receive(broker)
+        broker.change_visibility("Q", [(m.receipt_handle, 0) for m in first])
+        assert self.receive(broker, 0) == []
+        polls = iter(lambda: self.receive(broker), [])
+        assert bodies_of(m for poll in polls for m in poll) == "a2 b1 a3 b2 a4 a1"
+
+    @pytest.mark.parametrize("queue", ["Q", "Q.fifo"])
+    @pytest.mark.parametrize("words", ["a1 a2 a3 a4", "-1 -2 -3 -4", "a1 b1 c1 d1"])
+    def test_cost(self, queue, words):
+        """A send, a receive and a delete cost the same on 4,000 messages as on 40."""
+        costs = []
+        for rounds in (1, 100):
+            with contextlib.closing(taskhawk.SqliteBroker("sqlite://")) as broker:
+                for _ in range(rounds * 10):
+                    broker.send(queue, grouped(words))
+                steps = [0]
+
+                def count(steps: list[int] = steps) -> int:
+                    steps[0] += 1
+                    return 0
+
+                broker._file._connection().set_progress_handler(count, 1)
+                broker.send(queue, grouped(words))
+                found = self.receive(broker, 2, queue)
+                broker.delete(queue, [m.receipt_handle for m in found])
+                found = self.receive(broker, 2, queue)
+                broker.change_visibility(queue, [(m.receipt_handle, 0) for m in found])
+                self.receive(broker, 2, queue)
+                costs.append(steps[0])
+        assert costs[1] < 1.2 * costs[0]
+
+    @given(steps=SQLITE_STEPS)
+    def test_order(self, steps):
+        """Whatever happens, a FIFO group's messages are received in order, one at a time."""
+        clock, url = Clock(), "sqlite://?max_receive_count=3"
+        with contextlib.closing(taskhawk.SqliteBroker(url, clock)) as broker:
+            self.check_order(broker, clock, steps)
+
+    def check_order(
+        self, broker: taskhawk.Broker, clock: Clock, steps: Sequence[tuple[str, int]]
+    ) -> None:
+        """Take the steps, and compare what is received with lists."""
+        queued: dict[str, list[str]] = {group: [] for group in "abcd"}
+        held: dict[str, QueueMessage] = {}
+        numbers = itertools.count()
+
+        def take(messages: Sequence[QueueMessage]) -> None:
+            for letter in self.receive(broker, 10, "Q-DLQ.fifo"):
+                queued[letter.group_id].remove(letter.body)
+                held.pop(letter.group_id, None)
+            for message in messages:
+                assert queued[message.group_id][0] == message.body
+                held[message.group_id] = message
+
+        for step, number in steps:
+            group = "abcd"[number]
+            if step == "send":
+                names = [f"{group}{next(numbers)}" for _ in range(1 + number % 2)]
+                queued[group] += names
+                broker.send("Q.fifo", grouped(" ".join(names)))
+            elif step == "receive":
+                take(self.receive(broker, 1 + number, "Q.fifo"))
+            elif step == "wait":
+                clock.now += 25 * number
+            elif group in held:
+                receipt = held.pop(group).receipt_handle
+                if step == "delete":
+                    assert broker.delete("Q.fifo", [receipt]) == []
+                    queued[group].pop(0)
+                else:  # which is refused where its lease has ended
+                    broker.change_visibility("Q.fifo", [(receipt, number)])
+        for _ in range(1000):
+            clock.now += 100
+            messages = self.receive(broker, 10, "Q.fifo")
+            take(messages)
+            broker.delete("Q.fifo", [m.receipt_handle for m in messages])
+            for message in messages:
+                queued[message.group_id].pop(0)
+            if not any(queued.values()):
+                break
+        assert not any(queued.values())
+        assert broker.depth("Q.fifo") == Depth(0, 0, 0)
+
+    def test_file_of_before(self, tmp_path):
+        """A file that was made before there were groups is opened, and its messages come first.
+
+        A process that still runs the older version may go on with it.
+        """
+        path, clock = tmp_path / "queue.db", Clock()
+        now = int(clock.now * 1000)
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            db.executescript(SQLITE_BEFORE_GROUPS)
+        send = SQLITE_SEND_BEFORE_GROUPS
+
+        def send_as_before(body: str, visible: int = now - 10**15) -> None:
+            with contextlib.closing(sqlite3.connect(path)) as db, db:
+                db.execute(send.format(body, now=now, visible=visible))
+
+        send_as_before("one")
+        send_as_before("two")
+        send_as_before("delayed", now + 1000)
+        url = f"sqlite:///{path}"
+        with contextlib.closing(taskhawk.SqliteBroker(url, clock)) as broker:
+            broker.send("Q", grouped("a1 a2 b1"))
+            send_as_before("three", now - 10**15 + 1)
+            assert broker.depth("Q") == Depth(6, 0, 1)
+            polls = iter(lambda: self.receive(broker), [])
+            found = bodies_of(m for poll in polls for m in poll)
+            assert found == "one two three a1 b1 a2"
+            clock.now += 1
+            assert bodies_of(self.receive(broker)) == "delayed"
+
+    def test_processes_that_open_a_file_of_before(self, tmp_path):
+        """Any number of processes may find that the file lacks groups at the same time."""
+        path = tmp_path / "queue.db"
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            db.executescript(SQLITE_BEFORE_GROUPS)
+        code = """
+go_when_told()
+broker = taskhawk.SqliteBroker(sys.argv[2])
+print(broker.send('Q', [Outgoing(sys.argv[3], {}, 0, 'group')]))
+"""
+        url = f"sqlite:///{path}"
+        arguments = [(url, str(number)) for number in range(4)]
+        with sqlite_children(code, "sqlite://", *arguments) as children:
+            assert [child.stdout.read() for child in children] == ["[]\n"] * 4
+        with contextlib.closing(taskhawk.SqliteBroker(url)) as broker:
+            found = [(m.body, m.group_id) for m in self.receive(broker, 10)]
+        assert sorted(found) == [(str(number), "group") for number in range(4)]
+
+
 # --- 9. SQS and SNS -------------------------------------------------------------------
 
 NO_QUEUE = (
@@ -4543,6 +4741,61 @@ class TestSqs:
         names = ["ApproximateReceiveCount", "SentTimestamp", "MessageGroupId"]
         assert data["MessageSystemAttributeNames"] == names
         assert data["MessageAttributeNames"] == ["All"]
+
+    def test_lost_answer(self, aws, sqs):
+        """A receive from a FIFO queue whose answer was lost is repeated with its id.
+
+        So SQS returns its messages again, which would hold up their groups until their
+        visibility timeout ends.
+        """
+        aws.script("ReceiveMessage", DROPPED, fault("Throttled"), None, None)
+        for _ in range(2):
+            with pytest.raises(
+                (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError)
+            ):
+                sqs.receive("Q.fifo", 1, 0, None, NEVER)
+        for _ in range(2):
+            assert sqs.receive("Q.fifo", 1, 0, None, NEVER) == []
+        assert sqs.receive("Q", 1, 0, None, NEVER) == []
+        polls = aws.asked("ReceiveMessage")
+        first, second, third, fourth, fifth = (
+            poll.get("ReceiveRequestAttemptId") for poll in polls
+        )
+        assert re.fullmatch(MESSAGE_ID, first)
+        assert first == second == third != fourth
+        assert fifth is None
+
+    def test_receives_at_once(self, aws, sqs):
+        """Receives from a FIFO queue that are under way together have ids of their own."""
+        aws.always("ReceiveMessage", DROPPED)
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            polls = [
+                pool.submit(sqs.receive, "Q.fifo", 1, 0, None, NEVER) for _ in range(4)
+            ]
+            assert all(poll.exception() for poll in polls)
+        repeated = len(aws.calls)
+        aws.answers.clear()
+        for _ in range(4):
+            sqs.receive("Q.fifo", 1, 0, None, NEVER)
+        ids = [poll["ReceiveRequestAttemptId"] for poll in aws.asked("ReceiveMessage")]
+        assert set(ids[-4:]) >= set(ids[:-4])
+        assert len(set(ids[-4:])) == 4
+        assert len(aws.calls) == repeated + 4
+
+    def test_too_large_for_a_fifo_queue(self, aws, sqs):
+        """One by one, too, what follows a refused message of its group is not sent."""
+        too_long = "AWS.SimpleQueueService.BatchRequestTooLong"
+        aws.always("SendMessageBatch", fault(too_long))
+        aws.script("SendMessage", fault("InvalidParameterValue"), None)
+        refusals = sqs.send("Q.fifo", grouped("a1 b1 a2"))
+        assert [(r.index, r.code, r.final) for r in refusals] == [
+            (0, "InvalidParameterValue", True),
+            (2, "GroupStopped", True),
+        ]
+        assert [each["MessageBody"] for each in aws.asked("SendMessage")] == [
+            "a1",
+            "b1",
+        ]
 
     def test_whole_seconds(self, aws, sqs):
         """A fraction of a second is rounded up: a retry is never early."""
@@ -4885,6 +5138,7 @@ class TestSns:
         with taskhawk.batch():
             ids += [high.dispatch(number) for number in range(12)]
         assert sns.actions == ["Publish", "PublishBatch", "PublishBatch"]
+        assert not any("MessageGroupId" in key for key in sns.calls[0].data)
         assert sns.batches == [1, 10, 2]
         messages = received()
         bodies = [json.loads(message.body) for message in messages]
@@ -4892,6 +5146,18 @@ class TestSns:
         for body, message in zip(bodies, messages, strict=True):
             assert body["headers"] == {"request_id": "é1"}
             assert message.message_attributes["request_id"]["StringValue"] == "é1"
+
+    def test_groups(self, aws, task):
+        """A message's group goes along, for the fair queues that subscribe to the topic."""
+        configure_aws(aws.url, "app", IS_LAMBDA_APP=True)
+        invocation = task.with_group("tenant 7")
+        invocation.dispatch("a")
+        invocation.dispatch_many("bc")
+        one, two = (call.data for call in aws.calls)
+        group = taskhawk._group_id_of("tenant 7", "group")
+        entries = "PublishBatchRequestEntries.member"
+        found = [two[f"{entries}.{number}.MessageGroupId"] for number in (1, 2)]
+        assert [one["MessageGroupId"], *found] == [group] * 3
 
     def test_partial_failure(self, aws):
         """An answer of 200 to PublishBatch is read entry by entry."""
