@@ -348,7 +348,8 @@ class RetryException(TaskhawkError):
     """Raised by a task: run me again later. It is logged without a traceback.
 
     Such a run counts as an attempt: the receive count grows. A task that gives a delay
-    overrides its retry policy, so only the queue's redrive policy ends the attempts.
+    overrides its retry policy, so only the queue's redrive policy ends the attempts. A
+    task that gives a policy has it in place of its own for this failure.
 
     SQS hides a message for at most 12 hours after its receive. A longer delay is cut to
     that, and the log says so: raise it again then, or dispatch a new message.
@@ -356,12 +357,26 @@ class RetryException(TaskhawkError):
     :param args: the text; a number in the first place is the delay, as in taskhawk 4.7
     :param delay_seconds: seconds until the next run; None leaves it to the task's retry
         policy or, without one, to the queue's visibility timeout
-    :raises ValueError: if the delay is negative or not finite
+    :param retry: a policy for this failure; when it gives up, the message goes to the
+        dead-letter queue
+    :param log_error: whether the failure is logged as an error, and the error hook
+        called, if it is the last one; False logs a warning, without a traceback
+    :raises ValueError: if the delay is negative or not finite, the policy can't be
+        called, or both are given
     """
 
-    delay_seconds: float | None = None  # for subclasses with an __init__ of their own
+    # For subclasses with an __init__ of their own.
+    delay_seconds: float | None = None
+    retry: Callable[[int], float] | None = None
+    log_error = True
 
-    def __init__(self, *args: Any, delay_seconds: float | None = None) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        delay_seconds: float | None = None,
+        retry: Callable[[int], float] | None = None,
+        log_error: bool = True,
+    ) -> None:
         if delay_seconds is None and args and _is_number(args[0]):
             delay_seconds = args[0]
             args = args[1:]
@@ -369,7 +384,13 @@ class RetryException(TaskhawkError):
             raise ValueError(
                 f"delay_seconds: expected 0 or more seconds, got {delay_seconds}"
             )
+        if retry is not None and not callable(retry):
+            raise ValueError(f"retry: expected a retry policy, got {retry!r}")
+        if retry is not None and delay_seconds is not None:
+            raise ValueError("expected delay_seconds or retry, got both")
         self.delay_seconds = delay_seconds
+        self.retry = retry
+        self.log_error = log_error
         super().__init__(*args)
 
 
@@ -585,6 +606,7 @@ _FLAG = _Rule("true or false", _parse_flag)
 _SECONDS = _Rule("a number of seconds above 0", functools.partial(_parse_number, float))
 _COUNT = _Rule("a whole number above 0", functools.partial(_parse_number, int))
 _HOOK = _Rule("a function or its dotted path", _parse_callable)
+_POLICY = _Rule("a retry policy or its dotted path", _parse_callable)
 _CLASS = _Rule("a class or its dotted path", _parse_callable)
 _URL = _Rule("a URL that begins with http:// or https://", _parse_url)
 _BROKER = _Rule("'sqs' or a URL of SQLite", _parse_broker)
@@ -611,6 +633,8 @@ _SETTINGS = {
     "TASKHAWK_POST_PROCESS_HOOK": _Setting(_HOOK, "myapp.hooks.after"),
     "TASKHAWK_PRE_PROCESS_HOOK": _Setting(_HOOK, "myapp.hooks.before"),
     "TASKHAWK_QUEUE": _Setting(_QUEUE, "dev-myapp"),
+    "TASKHAWK_RETRY": _Setting(_POLICY, "myapp.retries.patient"),
+    "TASKHAWK_RUN_HOOK": _Setting(_HOOK, "myapp.hooks.count_run"),
     "TASKHAWK_SYNC": _Setting(_FLAG, "False", default=False),
     "TASKHAWK_TASK_CLASS": _Setting(_CLASS, "myapp.tasks.MyTask"),
 }
@@ -4227,6 +4251,7 @@ def _run(received: QueueMessage, began: float) -> None:
         facts = _facts(received, outcome, began)
         text = f"{_name_of(received)}: attempt {received.attempt} {end}"
         _log.log(level, "%s", text, extra=facts)
+    _report_run(received, outcome, None, began)
 
 
 def _are_all(kind: type[BaseException], error: BaseException) -> bool:
@@ -4242,23 +4267,33 @@ def _call_hook(name: str, received: QueueMessage) -> None:
 
 
 def _failed(received: QueueMessage, raised: BaseException, began: float) -> Outcome:
-    """Decide the fate of a failed run's message, log it, and tell the error hook.
+    """Decide the fate of a failed run's message, log it, and tell the hooks.
 
     :param began: when the run began, by ``time.monotonic()``
     """
     outcome = _verdict(received, raised)
     error = outcome.error or raised
+    _log_failed(received, outcome, error, began)
+    _report_run(received, outcome.fate.value, error, began)
+    return outcome
+
+
+def _log_failed(
+    received: QueueMessage, outcome: Outcome, error: BaseException, began: float
+) -> None:
+    """Log how a run failed, and tell the error hook if it is an error."""
     spoken = [leaf for leaf in _leaves(error) if isinstance(leaf, LoggingException)]
     facts = _facts(received, outcome.fate.value, began)
     if _is_invalid(received, error):
         text = _text_of_invalid(received, error)
         if text is None:
-            return outcome
+            return
         _log.error("%s", text, extra=facts)
-    elif outcome.fate is Fate.retry and _are_all(RetryException, error):
+    elif _is_asked_for(outcome, error):
+        level = logging.INFO if outcome.fate is Fate.retry else logging.WARNING
         text = _sentence(received, "asked to be retried", outcome) + _reason(error)
-        _log.info("%s", text, extra=facts)
-        return outcome
+        _log.log(level, "%s", text, extra=facts)
+        return
     elif spoken:
         facts |= _extra_of(spoken[0])
         _log.error("%s", _text_of(spoken[0]), exc_info=error, extra=facts)
@@ -4266,7 +4301,33 @@ def _failed(received: QueueMessage, raised: BaseException, began: float) -> Outc
         text = _sentence(received, "failed", outcome)
         _log.error("%s", text, exc_info=error, extra=facts)
     _call_safely("TASKHAWK_ERROR_HOOK", exception=error, message=received.message)
-    return outcome
+
+
+def _is_asked_for(outcome: Outcome, error: BaseException) -> bool:
+    """Return whether a run asked to be retried, and its failure is no error."""
+    leaves = list(_leaves(error))
+    asked = [leaf for leaf in leaves if isinstance(leaf, RetryException)]
+    if len(asked) < len(leaves):
+        return False
+    return outcome.fate is Fate.retry or not any(leaf.log_error for leaf in asked)
+
+
+def _report_run(
+    received: QueueMessage, end: str, error: BaseException | None, began: float
+) -> None:
+    """Tell the run hook how a run ended, in the words of its log record."""
+    _call_safely(
+        "TASKHAWK_RUN_HOOK",
+        message=received.message,
+        outcome=end,
+        exception=error,
+        duration_ms=_duration_ms(began),
+    )
+
+
+def _duration_ms(began: float) -> int:
+    """Return how long a run has taken until now."""
+    return round((time.monotonic() - began) * 1000)
 
 
 def _verdict(received: QueueMessage, error: BaseException) -> Outcome:
@@ -4278,14 +4339,15 @@ def _verdict(received: QueueMessage, error: BaseException) -> Outcome:
     the last receive that the queue allows      dead letter
     it asked for a delay (RetryException)       visible again after it
     the pre hook failed                         left to its visibility timeout
-    the task has no retry policy                left to its visibility timeout
-    its retry policy gives a delay              visible again after it
-    its retries are used up                     dead letter
-    its retry policy fails                      left to its visibility timeout
+    there is no retry policy                    left to its visibility timeout
+    the retry policy gives a delay              visible again after it
+    the retries are used up                     dead letter
+    the retry policy fails                      left to its visibility timeout
     ==========================================  ==================================
 
-    An exception group is retried if all its errors may be, and the longest delay that
-    one of them asks for counts.
+    The retry policy is that of the RetryException, or else the task's, or else
+    TASKHAWK_RETRY. An exception group is retried if all its errors may be, and the
+    longest delay that one of them asks for counts.
     """
     if _is_invalid(received, error):
         return Outcome(Fate.retry, error)
@@ -4303,36 +4365,65 @@ def _is_invalid(received: QueueMessage, error: BaseException) -> bool:
 def _wanted(received: QueueMessage, error: BaseException) -> Outcome:
     """Decide as if the queue allowed any number of receives."""
     leaves = list(_leaves(error))
-    delay_s = _asked_delay_s(leaves)
-    if received.message is None:
-        return Outcome(Fate.retry, error, delay_s)
+    if received.message is None:  # no policy gives up what was never started
+        return Outcome(Fate.retry, error, max(_asked_delays_s(leaves), default=None))
     task = received.message.task
     if not all(_may_retry(task, leaf) for leaf in leaves):
         return Outcome(Fate.dead_letter, error)
-    if delay_s is not None or task.retry is None:
-        return Outcome(Fate.retry, error, delay_s)
     try:
-        delay_s = task.retry(received.attempt)
-        if not _is_delay(delay_s):
-            raise ConfigurationError(
-                f"{task.name}: retry: expected 0 or more seconds, got {delay_s!r}"
-            )
+        delay_s = _delay_s(task, leaves, received.attempt)
     except StopRetry:
         return Outcome(Fate.dead_letter, error)
     except BaseException as defect:  # of the policy: it must not lose the message
         _raise_interrupt(defect)
         return Outcome(Fate.retry, defect)
-    return Outcome(Fate.retry, error, min(delay_s, _MAX_HELD_S))
+    return Outcome(Fate.retry, error, delay_s)
 
 
-def _asked_delay_s(leaves: Iterable[BaseException]) -> float | None:
-    """Return the longest delay that a RetryException asks for, or None."""
+def _delay_s(
+    task: Task[Any, Any], leaves: Sequence[BaseException], attempt: int
+) -> float | None:
+    """Return the seconds until the next run; None leaves it to the lease in force.
+
+    :raises StopRetry: if the retries are used up
+    :raises Exception: if a policy fails
+    """
+    delays_s = _asked_delays_s(leaves)
+    asked = [leaf for leaf in leaves if isinstance(leaf, RetryException)]
+    # A subclass that does not call our __init__ may have set anything.
+    policies = [leaf.retry for leaf in asked if callable(leaf.retry)]
+    if not (delays_s or policies):
+        own = _policy_of(task)
+        if own is None:
+            return None
+        policies = [own]
+    delays_s += [_ask(policy, task, attempt) for policy in policies]
+    return max(delays_s)
+
+
+def _policy_of(task: Task[Any, Any]) -> Callable[[int], float] | None:
+    """Return the task's retry policy, or else the default one, or None."""
+    if task.retry is not None:
+        return task.retry
+    default: Callable[[int], float] | None = settings.TASKHAWK_RETRY
+    return default
+
+
+def _ask(policy: Callable[[int], float], task: Task[Any, Any], attempt: int) -> float:
+    """Return the delay that a retry policy gives, cut to what SQS allows."""
+    delay_s = policy(attempt)
+    if not _is_delay(delay_s):
+        raise ConfigurationError(
+            f"{task.name}: retry: expected 0 or more seconds, got {delay_s!r}"
+        )
+    return min(delay_s, _MAX_HELD_S)
+
+
+def _asked_delays_s(leaves: Iterable[BaseException]) -> list[float]:
+    """Return the delays that RetryExceptions ask for, cut to what SQS allows."""
     asked = [leaf.delay_seconds for leaf in leaves if isinstance(leaf, RetryException)]
     # A subclass that does not call our __init__ may have set anything.
-    longest = max(filter(_is_delay, asked), default=None)
-    if longest is None:
-        return None
-    return min(longest, _MAX_HELD_S)
+    return [min(delay_s, _MAX_HELD_S) for delay_s in asked if _is_delay(delay_s)]
 
 
 def _may_retry(task: Task[Any, Any], error: BaseException) -> bool:
@@ -4395,8 +4486,7 @@ def _in_one_line(text: str) -> str:
 
 def _facts(received: QueueMessage, end: str, began: float) -> dict[str, Any]:
     """Return the fields of a run's log record, which formatters may use."""
-    duration_ms = round((time.monotonic() - began) * 1000)
-    facts: dict[str, Any] = {"outcome": end, "duration_ms": duration_ms}
+    facts: dict[str, Any] = {"outcome": end, "duration_ms": _duration_ms(began)}
     message, attempt = received.message, received.attempt
     if message:
         facts |= {"task": message.task_name, "id": message.id, "attempt": attempt}
@@ -4461,11 +4551,22 @@ class _SyncSender(Sender):
             if settings.IS_LAMBDA_APP:
                 sns = {"Message": entry.body, "MessageId": message_id}
                 received.sns_record = {"Sns": {**sns, "MessageAttributes": {}}}
-            _in_own_context(_run)(received, time.monotonic())
+            _in_own_context(_run_here)(received)
         return []
 
 
 _schemes["sync"] = _SyncSender
+
+
+def _run_here(received: QueueMessage) -> None:
+    """Run a message; its error is the caller's, and the run hook is told."""
+    began = time.monotonic()
+    try:
+        _run(received, began)
+    except BaseException as error:
+        _raise_interrupt(error)
+        _report_run(received, "failed", error, began)
+        raise
 
 
 # --- 14. holdings ---------------------------------------------------------------------
@@ -6322,7 +6423,9 @@ def _settings_of_children() -> dict[str, Any]:
     """Return all settings as they are now, with hooks by their dotted paths."""
     values = {name: getattr(settings, name) for name in _SETTINGS}
     for name, value in values.items():
-        if callable(value):
+        if isinstance(value, RetryPolicy):
+            values[name] = dataclasses.asdict(value)
+        elif callable(value):
             values[name] = _path_of_hook(name, value)
     # Of one source, where another may have a token that does not belong to the key.
     credentials = settings.credentials()
@@ -6721,13 +6824,14 @@ def _die_with_parent() -> None:
 
 def _import_tasks(start: Mapping[str, Any], report: logging.Handler) -> None:
     """Do in a child what its worker did before it began."""
-    configure(start["settings"])
+    settings_of_worker = _read_settings(start["settings"])
+    configure(settings_of_worker)
     _log_only_to(report, start["level"])
     _set_up_django()
     for name in start["modules"]:
         importlib.import_module(name)
     # Again, for modules may set up both when they are imported.
-    configure(start["settings"])
+    configure(settings_of_worker)
     _log_only_to(report, start["level"])
     _broker_of_child()
     unknown = [name for name in start["isolated"] if name not in _registry]
@@ -6738,6 +6842,14 @@ def _import_tasks(start: Mapping[str, Any], report: logging.Handler) -> None:
             "worker calls",
             ", ".join(unknown),
         )
+
+
+def _read_settings(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what :func:`_settings_of_children` wrote, after its way through JSON."""
+    policy = values["TASKHAWK_RETRY"]
+    if isinstance(policy, dict):
+        policy = RetryPolicy(**policy)
+    return {**values, "TASKHAWK_RETRY": policy}
 
 
 def _broker_of_child() -> Broker | None:
@@ -7758,7 +7870,7 @@ def _check_receives(
 ) -> Iterator[_Finding]:
     """Look whether the queue gives up before a task's policy, or after few crashes."""
     for task in tasks:
-        retries = getattr(task.retry, "max_retries", None) or 0
+        retries = getattr(_policy_of(task), "max_retries", None) or 0
         if receives <= retries:
             yield _error(
                 f"{queue}: its maxReceiveCount of {receives}"

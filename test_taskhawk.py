@@ -1463,6 +1463,21 @@ class TestErrors:
             made = refused(taskhawk.RetryException, *args, error=ValueError, **kwargs)
             assert made == sentence
 
+    def test_retry_by_no_policy(self):
+        """RetryException refuses a policy that can't be called."""
+        kwargs = {"error": ValueError, "retry": "soon"}
+        made = refused(taskhawk.RetryException, **kwargs)
+        assert made == "retry: expected a retry policy, got 'soon'"
+
+    @pytest.mark.parametrize(
+        ("args", "named"), [((5,), {}), ((), {"delay_seconds": 0})]
+    )
+    def test_retry_by_both(self, args, named):
+        """RetryException refuses a delay together with a policy, which might differ."""
+        kwargs = {"error": ValueError, "retry": taskhawk.fixed(60, 3), **named}
+        made = refused(taskhawk.RetryException, *args, **kwargs)
+        assert made == "expected delay_seconds or retry, got both"
+
     def test_data(self):
         """LoggingException has the record's `extra`; MessageTooLarge has the limit."""
         failed = taskhawk.LoggingException("out of stock", {"item": 7})
@@ -1506,6 +1521,11 @@ SETTINGS_TABLE = {  # the default, and how an error goes on after "expected"
         None,
         "at most 53 letters, digits, hyphens and underscores, such as 'dev-myapp'",
     ),
+    "TASKHAWK_RETRY": (
+        None,
+        "a retry policy or its dotted path, such as 'myapp.retries.patient'",
+    ),
+    "TASKHAWK_RUN_HOOK": (None, SETTINGS_HOOK.format("count_run")),
     "TASKHAWK_SYNC": (False, "true or false, such as 'False'"),
     "TASKHAWK_TASK_CLASS": (
         None,
@@ -1525,6 +1545,8 @@ SETTINGS_LEGAL = [
     ("TASKHAWK_MAX_DB_REUSE_LOOPS", 1),
     ("TASKHAWK_QUEUE", "Dev_my-app-2"),
     ("TASKHAWK_QUEUE", "q" * 53),
+    ("TASKHAWK_RETRY", taskhawk.fixed(60, 3)),
+    ("TASKHAWK_RETRY", math.sqrt),
     ("TASKHAWK_TASK_CLASS", taskhawk.Task),
 ]
 SETTINGS_ILLEGAL = [
@@ -1544,6 +1566,7 @@ SETTINGS_ILLEGAL = [
     ("TASKHAWK_DEFAULT_HEADERS", {"a": "b"}),
     ("TASKHAWK_ERROR_HOOK", "print"),
     *(("TASKHAWK_HEARTBEAT_HOOK", value) for value in ("os.sep", ".hooks.beat")),
+    ("TASKHAWK_RETRY", 60),
     ("TASKHAWK_TASK_CLASS", 5),
 ]
 #: names that are no settings, and no mistakes either: of 4.7, or set by Kubernetes
@@ -6805,7 +6828,7 @@ IN_12_HOURS = "runs again in 43200 s, the most that SQS allows"
 PROCESSING_ENDS: dict[str, tuple[Fate, float | None]] = {
     LEFT: (Fate.retry, None),
     DEAD: (Fate.dead_letter, None),
-    **{DELAY.format(s): (Fate.retry, s) for s in (0, 1, 5, 7.5, 90)},
+    **{DELAY.format(s): (Fate.retry, s) for s in (0, 1, 5, 7, 7.5, 90)},
 }
 PROCESSING_ENDS[IN_12_HOURS] = (Fate.retry, 43200)
 for said in ("True", "not yet,?hm", "a; b"):
@@ -6813,7 +6836,8 @@ for said in ("True", "not yet,?hm", "a; b"):
 AT_LAST = f"{DEAD}: the queue allows no further receive"
 PROCESSING_ENDS[AT_LAST] = (Fate.dead_letter, None)
 FIVE: dict[str, Any] = {"retry": taskhawk.fixed(5, 2, jitter=False)}
-IN_5_S = DELAY.format(5)
+IN_5_S, IN_7_S = DELAY.format(5), DELAY.format(7)
+IN_7 = taskhawk.fixed(7, 2, jitter=False)
 FILES: dict[str, Any] = {**FIVE, "retry_on": (OSError,)}
 NO_FILES: dict[str, Any] = {**FIVE, "never_retry_on": (OSError, ValueError)}
 ONLY_FILES: dict[str, Any] = {"retry_on": OSError, "never_retry_on": FileNotFoundError}
@@ -6887,8 +6911,16 @@ PROCESSING_FAILURES = [
     ("asks past the policy", later(1), FIVE, 9, ASKED, DELAY.format(1)),
     ("asks past retry_on", later(), FILES, 1, ASKED, IN_5_S),
     ("asks past never", later(), {"never_retry_on": (later,)}, 1, ASKED, LEFT),
+    ("asks by a policy", later(retry=IN_7), {}, 1, ASKED, DELAY.format(7)),
+    ("asks by another policy", later(retry=IN_7), FIVE, 2, ASKED, DELAY.format(7)),
+    ("asks by one, used up", later(retry=IN_7), FIVE, 3, FAILS, DEAD),
+    ("asks by one, last", later(retry=IN_7), {}, 10, FAILS, AT_LAST),
+    ("asks by a huge one", later(retry=lambda _: 1e9), {}, 1, ASKED, IN_12_HOURS),
+    ("group, policies", group(later(retry=IN_7), later(5)), {}, 1, ASKED, IN_7_S),
+    ("group, a policy", group(later(retry=IN_7), KeyError()), FIVE, 1, FAILS, IN_7_S),
+    ("group, used up", group(later(retry=IN_7), later(5)), {}, 3, FAILS, DEAD),
 ]
-PROCESSING_PLACES = ["task", "policy", "error hook", "pre hook"]
+PROCESSING_PLACES = ["task", "policy", "error hook", "run hook", "pre hook"]
 
 
 def leave(_number: int, _frame: object) -> None:
@@ -7011,10 +7043,61 @@ class TestProcessing:
 
     def run_with(self, where: str, fn: Callable[..., Any]) -> Outcome:
         """Process a message whose task fails, with this function in one place."""
-        hook = {"pre hook": "PRE_PROCESS", "error hook": "ERROR"}.get(where)
+        hooks = {"pre hook": "PRE_PROCESS", "error hook": "ERROR", "run hook": "RUN"}
+        hook = hooks.get(where)
         taskhawk.configure({f"TASKHAWK_{hook}_HOOK": fn} if hook else None)
         task = fn if where == "task" else raising(ValueError())
         return processing_run(task, retry=fn if where == "policy" else None)
+
+    @pytest.mark.parametrize(
+        ("error", "attempt", "level", "how", "then"),
+        [
+            (later("no", log_error=False), 3, "WARNING", ASKED, f"{DEAD}: no"),
+            (later(retry=IN_7, log_error=False), 3, "WARNING", ASKED, DEAD),
+            (later(5, log_error=False), 10, "WARNING", ASKED, AT_LAST),
+            (later(log_error=False), 1, "INFO", ASKED, IN_5_S),
+            (group(*[later(log_error=False)] * 2), 3, "WARNING", ASKED, DEAD),
+            (group(later(log_error=False), later()), 3, "ERROR", FAILS, DEAD),
+            (group(later(log_error=False), KeyError()), 3, "ERROR", FAILS, DEAD),
+        ],
+    )
+    def test_no_error(self, error, attempt, level, how, then, caplog):  # noqa: PLR0917
+        """With log_error=False the last failure is a warning, not an error, if all say so.
+
+        The error hook is not told, and the dead letter has the error all the same.
+        """
+        told: list[Any] = []
+        taskhawk.configure(TASKHAWK_ERROR_HOOK=lambda **given: told.append(given))
+        caplog.set_level(logging.INFO, "taskhawk")
+        outcome = processing_run(raising(error), attempt, **FIVE)
+        assert outcome.fate is (Fate.retry if level == "INFO" else Fate.dead_letter)
+        assert outcome.error is error
+        [record] = caplog.records
+        assert (
+            record.getMessage()
+            == f"{PROCESSING_NAME}: attempt {attempt} {how} and {then}"
+        )
+        assert (record.levelname, len(told)) == (level, int(level == "ERROR"))
+        assert (record.exc_info is None) == (level != "ERROR")
+
+    def test_default_policy(self):
+        """TASKHAWK_RETRY is the policy of the tasks that have none."""
+        taskhawk.configure(TASKHAWK_RETRY=IN_7)
+        error = ValueError("no")
+        for attempt, options, fate, delay_s in [
+            (1, {}, Fate.retry, 7),
+            (3, {}, Fate.dead_letter, None),
+            (1, FIVE, Fate.retry, 5),
+        ]:
+            outcome = processing_run(raising(error), attempt, **options)
+            assert outcome == Outcome(fate, error, delay_s)
+        assert processing_run(raising(later(90))).delay_s == 90
+        taskhawk.configure(TASKHAWK_RETRY="json.missing")
+        outcome = processing_run(raising(error))
+        assert (outcome.fate, outcome.delay_s) == (Fate.retry, None)
+        assert str(outcome.error).startswith(
+            "TASKHAWK_RETRY in configure(): expected a"
+        )
 
     @pytest.mark.parametrize("where", PROCESSING_PLACES)
     @pytest.mark.parametrize("grouped", [False, True])
@@ -7135,7 +7218,7 @@ class TestProcessing:
         class Own(base):
             def __init__(self) -> None:
                 if delay_s is not None:
-                    self.delay_seconds = delay_s
+                    self.delay_seconds = self.retry = delay_s
 
         error = Own()
         assert processing_run(raising(error)) == Outcome(Fate.retry, error)
@@ -7242,6 +7325,65 @@ class TestProcessing:
             (f"{PROCESSING_NAME}: attempt 1 failed and {LEFT}", error),
             ("TASKHAWK_ERROR_HOOK failed", broken),
         ]
+
+    @pytest.mark.parametrize(
+        ("task", "hooks", "attempt", "end"),
+        [
+            (nothing, {}, 1, "done"),
+            (raising(Ignored("no")), {}, 1, "ignored"),
+            (raising(ValueError("no")), {}, 1, "retry"),
+            (raising(later(5)), {}, 1, "retry"),
+            (raising(ValueError("no")), {}, 10, "dead_letter"),
+            (nothing, {"TASKHAWK_PRE_PROCESS_HOOK": raising(OSError())}, 1, "retry"),
+            (nothing, {"TASKHAWK_POST_PROCESS_HOOK": raising(OSError())}, 1, "retry"),
+        ],
+    )
+    def test_run_hook(self, monkeypatch, task, hooks, attempt, end):
+        """The run hook is told of each run, how it ended, and what it took.
+
+        A run that its task ignored has no exception: it did not fail.
+        """
+        clock, told = Clock(), []
+        monkeypatch.setattr(time, "monotonic", clock)
+
+        def runs() -> None:
+            clock.now += 1.5
+            task()
+
+        hook = lambda **given: told.append(given)  # noqa: E731
+        taskhawk.configure(hooks, TASKHAWK_RUN_HOOK=hook)
+        outcome = processing_run(runs, attempt)
+        has_run = "TASKHAWK_PRE_PROCESS_HOOK" not in hooks
+        assert told == [
+            {
+                "message": Message(json.loads(processing_body())) if has_run else None,
+                "outcome": end,
+                "exception": outcome.error,
+                "duration_ms": 1500 * has_run,
+            }
+        ]
+
+    @pytest.mark.parametrize("case", PROCESSING_INVALID)
+    def test_run_hook_of_no_message(self, case):
+        """It is told of what is no message, or for no task here, each time."""
+        told: list[Any] = []
+        hook = lambda **given: told.append(given)  # noqa: E731
+        taskhawk.configure(TASKHAWK_RUN_HOOK=hook)
+        received = QueueMessage(PROCESSING_INVALID[case][0], "m1", queue="Q")
+        outcomes = [taskhawk.process(received) for _ in range(2)]
+        errors = [(each["exception"], each["message"]) for each in told]
+        assert errors == [(outcome.error, None) for outcome in outcomes]
+
+    @pytest.mark.parametrize("broken", [OSError("no network"), SystemExit(3)])
+    @pytest.mark.parametrize("task", [nothing, raising(ValueError("no"))])
+    def test_run_hook_that_fails(self, broken, task, caplog):
+        """A run hook's own failure is logged, no more."""
+        before = processing_run(task)
+        caplog.clear()
+        taskhawk.configure(TASKHAWK_RUN_HOOK=raising(broken))
+        assert processing_run(task)[::2] == before[::2]
+        assert caplog.records[-1].getMessage() == "TASKHAWK_RUN_HOOK failed"
+        assert caplog.records[-1].exc_info[1] is broken
 
     def test_hook_that_is_not_there(self, caplog):
         """A hook's setting that is wrong is a failed run, with the sentence that says so."""
@@ -7488,6 +7630,28 @@ class TestSync:
         assert caught.value is error
         order = ["pre", "task", "post"]
         assert ran == order[: order.index(where) + 1]
+
+    @pytest.mark.parametrize(
+        ("error", "end"),
+        [
+            (None, "done"),
+            (taskhawk.IgnoreException(), "ignored"),
+            (OSError(), "failed"),
+        ],
+    )
+    def test_run_hook(self, error, end):
+        """The run hook is told how it ended: "failed" where dispatch raises."""
+        told = []
+        hook = lambda **given: told.append(given)  # noqa: E731
+        taskhawk.configure(TASKHAWK_SYNC=True, TASKHAWK_RUN_HOOK=hook)
+        fn = raising(error) if error else nothing
+        sell = taskhawk.task(name="shop.sell")(fn)
+        with contextlib.suppress(OSError):
+            sell.dispatch()
+        [given] = told
+        assert (given["outcome"], given["message"].task_name) == (end, "shop.sell")
+        assert given["exception"] is (error if end == "failed" else None)
+        assert given["duration_ms"] in range(1000)
 
     @pytest.mark.parametrize(
         ("queue", "name"),
@@ -10251,6 +10415,7 @@ if "_child" in sys.argv:
         "loggers": {"isolated": {"propagate": False}},
     })
 NEVER = taskhawk.fixed(0, max_retries=0)
+IN_7_S = taskhawk.fixed(7, 3, jitter=False)
 
 def note(*words):
     with (HERE / "notes").open("a") as file:
@@ -10258,6 +10423,9 @@ def note(*words):
 
 def before(sqs_queue_message, **_):
     note("before", os.getpid())
+
+def after_run(message, outcome, exception, duration_ms):
+    note(message.task_name, outcome, repr(exception), os.getpid())
 
 @taskhawk.task(isolate=True)
 def pid():
@@ -10301,6 +10469,8 @@ def fork(how):
 def ask(how):
     raise {
         "retry": taskhawk.RetryException("not yet", delay_seconds=5),
+        "policy": taskhawk.RetryException(retry=IN_7_S, log_error=False),
+        "give up": taskhawk.RetryException("so", retry=NEVER, log_error=False),
         "ignore": taskhawk.IgnoreException("no need"),
         "log": taskhawk.LoggingException("it failed", extra={"order": 7}),
         "error": KeyError("lost"),
@@ -10708,6 +10878,8 @@ class TestIsolation:
         ("how", "done", "level", "text"),
         [
             ("retry", "retried", "INFO", "runs again in 5 s: not yet"),
+            ("policy", "retried", "INFO", "asked to be retried and runs again in 7 s"),
+            ("give up", "dead_lettered", "WARNING", "retried and is given up: so"),
             ("ignore", "acked", "INFO", "ignored: no need"),
             ("log", "retried", "ERROR", "it failed"),
             ("error", "retried", "ERROR", "failed and is left to the queue"),
@@ -10988,6 +11160,32 @@ class TestIsolation:
         assert isolated_work() == {"received": 1, "acked": 1}
         before, after = isolated_notes(isolated_jobs)
         assert before.split()[1] == after.split()[0] != str(os.getpid())
+
+    @pytest.mark.slow
+    def test_run_hook(self, isolated_jobs):
+        """The run hook is told by who saw the end: the child, or the worker if it crashed."""
+        url = taskhawk.settings.TASKHAWK_BROKER
+        taskhawk.configure(
+            TASKHAWK_BROKER=url, TASKHAWK_RUN_HOOK=isolated_jobs.after_run
+        )
+        isolated_jobs.ask.dispatch("ignore")
+        isolated_jobs.fail.dispatch("exit")
+        assert isolated_work() == {"received": 2, "acked": 1, "dead_lettered": 1}
+        ignored, crashed = isolated_notes(isolated_jobs)
+        error = "ChildCrashed('isolated.fail: its process ended: exit code 3')"
+        assert crashed == f"isolated.fail dead_letter {error} {os.getpid()}"
+        assert ignored.startswith("isolated.ask ignored None ")
+        assert not ignored.endswith(f" {os.getpid()}")
+
+    @pytest.mark.parametrize("given", ["itself", "its path"])
+    def test_default_policy(self, isolated_jobs, caplog, given):
+        """A default retry policy holds in a child too."""
+        url = taskhawk.settings.TASKHAWK_BROKER
+        policy = {"itself": isolated_jobs.IN_7_S, "its path": "isolated.IN_7_S"}[given]
+        taskhawk.configure(TASKHAWK_BROKER=url, TASKHAWK_RETRY=policy)
+        isolated_jobs.ask.dispatch("error")
+        assert isolated_work() == {"received": 1, "retried": 1}
+        assert caplog.messages[-1].endswith("failed and runs again in 7 s")
 
     @pytest.mark.parametrize("hook", [functools.partial(print), main_hook])
     def test_hook_without_a_path(self, isolated_jobs, monkeypatch, hook):
@@ -11302,6 +11500,18 @@ class TestLambda:
         assert "GetQueueUrl" not in lambda_sqs.actions  # its role may not look it up
         if kind == "SNS" or not failed:
             assert lambda_sqs.calls == []
+
+    def test_run_hook(self, lambda_runs):
+        """The run hook is told of each run, as in a worker."""
+        told: list[Any] = []
+        hook = lambda **given: told.append((given["outcome"], given["exception"]))  # noqa: E731
+        taskhawk.configure(TASKHAWK_BROKER="sqlite://", TASKHAWK_RUN_HOOK=hook)
+        lambda_consume(lambda_event(1, "fail", "ignore"))
+        assert told == [
+            ("done", None),
+            ("retry", LAMBDA_ENDS["fail"]),
+            ("ignored", None),
+        ]
 
     def test_embedded_broker(self, lambda_runs):
         """A handler can be tried out on a machine whose broker is the embedded one, without AWS."""
@@ -12733,8 +12943,8 @@ class TestCheck:
         )
         retry = taskhawk.fixed(1, max_retries=2)
         taskhawk.task(name="slow", time_limit=60, retry=retry)(plain)
-        taskhawk.task(name="quick", time_limit=30, retry=retry)(plain)
-        configure_aws(ministack, queue_name)
+        taskhawk.task(name="quick", time_limit=30)(plain)
+        configure_aws(ministack, queue_name, TASKHAWK_RETRY=retry)
         found = [
             f"{kind}: {sentence}" for kind, sentence in told(FINDINGS.format(name=name))
         ]
