@@ -7081,6 +7081,8 @@ def _as_boto3(
 # === PART VI: PEOPLE ==================================================================
 
 __all__ += [
+    "DeadLetter",
+    "dead_letters",
     "main",
     "requeue_dead_letter",
 ]
@@ -7092,76 +7094,121 @@ __all__ += [
 # none. A scan hides what it receives, and in the end makes what it left visible again.
 
 
-@dataclasses.dataclass(frozen=True)
-class _DeadLetter:
-    """A dead letter as people see it: what it is, since when, and why it is there.
+_MOVED = "moved by the queue itself, after too many receives"
 
-    It may come from anywhere, so neither its body nor its error need be ours. Where the
-    body is not valid, `invalid` says why. `error` is what a worker recorded; None where
-    the queue moved the message.
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class DeadLetter:
+    """A message in a dead-letter queue, as :func:`dead_letters` yields it.
+
+    It may come from anywhere, so neither its body nor its error need be ours. It can be
+    sent back or deleted until the loop that it is of has ended.
+
+    :ivar received: the message as the queue gave it, with its body and attributes
+    :ivar age_s: seconds since it was sent for the first time
+    :ivar record: what a worker recorded of the error: ``type``, ``message``,
+        ``traceback``, ``attempt``, ``worker`` and ``time``; None where it recorded none
+    :ivar message: None where the body is not valid; its task need not be registered
+    :ivar invalid: why the body is not valid; None where it is
     """
 
+    _scan: _Scan
     received: QueueMessage
-    message_id: str
-    sent: str
     age_s: int
-    receives: int
-    error: Mapping[str, Any] | None
+    record: Mapping[str, Any] | None
+    message: Message | None = None
     invalid: str | None = None
-    id: str | None = None
-    task: str | None = None
-    headers: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    args: Sequence[Any] | None = None
-    kwargs: Mapping[str, Any] | None = None
 
     @property
-    def ids(self) -> set[str]:
-        """The names that it goes by: the message's own id, and that of SQS."""
-        return {self.id or self.message_id, self.message_id}
+    def message_id(self) -> str:
+        """The id that the queue gave it."""
+        return self.received.message_id
 
     @property
-    def error_text(self) -> str:
+    def id(self) -> str | None:
+        """The message's own id."""
+        return self.message.id if self.message else None
+
+    @property
+    def task(self) -> str | None:
+        """The name of its task."""
+        return self.message.task_name if self.message else None
+
+    @property
+    def error(self) -> str:
         """Type and message of the recorded error; "" where there is none."""
-        if not self.error:
+        if not self.record:
             return ""
-        return f"{self.error.get('type')}: {self.error.get('message')}"
+        return f"{self.record.get('type')}: {self.record.get('message')}"
 
     @property
-    def reason(self) -> str:
-        """Why it is here, in one line."""
-        moved = "moved by the queue itself, after too many receives"
-        return (self.error_text or self.invalid or moved).partition("\n")[0]
+    def traceback(self) -> str:
+        """The traceback of the recorded error; "" where there is none."""
+        if not self.record:
+            return ""
+        return str(self.record.get("traceback", ""))
+
+    @property
+    def cause(self) -> str:
+        """Why it is here: its error, or what stands for one."""
+        return self.error or self.invalid or _MOVED
+
+    @property
+    def sent(self) -> str:
+        """When it was sent for the first time, in ISO 8601."""
+        return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(_sent_s(self.received)))
+
+    def requeue(self) -> None:
+        """Send it back to the queue of its priority, and delete it here.
+
+        :raises PartialFailure: if it could not be sent, or if its copy was sent and it
+            could not be deleted: then it is in both queues
+        :raises TaskhawkError: if the loop has ended, or it was sent back or deleted
+        """
+        self._scan.requeue([self])
+        self._scan.check([self.message_id])
+
+    def delete(self) -> None:
+        """Delete it for good.
+
+        :raises PartialFailure: if it could not be deleted
+        :raises TaskhawkError: if the loop has ended, or it was sent back or deleted
+        """
+        self._scan.delete([self])
+        self._scan.check([self.message_id])
 
     def as_dict(self) -> dict[str, Any]:
         """Return all that is known of it but its body, for JSON."""
-        values = dict(vars(self))
-        del values["received"]
-        return values
+        message = self.message
+        return {
+            "message_id": self.message_id,
+            "sent": self.sent,
+            "age_s": self.age_s,
+            "receives": self.received.attempt,
+            "error": self.record,
+            "invalid": self.invalid,
+            "id": self.id,
+            "task": self.task,
+            "headers": message.headers if message else {},
+            "args": message.args if message else None,
+            "kwargs": message.kwargs if message else None,
+        }
 
 
-def _read_dead_letter(received: QueueMessage) -> _DeadLetter:
+def _sent_s(received: QueueMessage) -> float:
+    """Return when a message was sent for the first time, in epoch seconds."""
+    return int(received.attributes.get("SentTimestamp", 0)) / 1000
+
+
+def _read_dead_letter(scan: _Scan, received: QueueMessage) -> DeadLetter:
     """Read a dead letter; nothing in it is trusted."""
-    sent_s = int(received.attributes.get("SentTimestamp", 0)) / 1000
-    letter = _DeadLetter(
-        received,
-        message_id=received.message_id,
-        sent=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(sent_s)),
-        age_s=max(0, round(time.time() - sent_s)),
-        receives=received.attempt,
-        error=_recorded_error(received),
-    )
+    age_s = max(0, round(time.time() - _sent_s(received)))
+    record = _recorded_error(received)
     try:
         message = _decode(received.body)
     except ValidationError as error:
-        return dataclasses.replace(letter, invalid=str(error))
-    return dataclasses.replace(
-        letter,
-        id=message.id,
-        task=message.task_name,
-        headers=message.headers,
-        args=message.args,
-        kwargs=message.kwargs,
-    )
+        return DeadLetter(scan, received, age_s, record, invalid=str(error))
+    return DeadLetter(scan, received, age_s, record, message)
 
 
 def _recorded_error(received: QueueMessage) -> dict[str, Any] | None:
@@ -7179,34 +7226,40 @@ class _LetterFilter:
     """Says which dead letters are meant: those that fit every field."""
 
     task: str = "*"  # a pattern, as the shell's
-    error: str = ""  # a part of the error's type or message
+    error: str = ""  # a part of its cause
     headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
     oldest_s: float = math.inf
     newest_s: float = 0
     ids: frozenset[str] = frozenset()  # of the message or of SQS; any, if empty
 
-    def matches(self, letter: _DeadLetter) -> bool:
+    def matches(self, letter: DeadLetter) -> bool:
         """Return whether a dead letter is meant."""
         import fnmatch
 
         if not fnmatch.fnmatchcase(letter.task or "", self.task):
             return False
-        if self.error not in letter.error_text:
+        if self.error not in letter.cause:
             return False
         if not self.newest_s <= letter.age_s <= self.oldest_s:
             return False
-        if self.ids and self.ids.isdisjoint(letter.ids):
+        if self.ids and self.ids.isdisjoint([letter.id, letter.message_id]):
             return False
-        headers = {name: str(value) for name, value in letter.headers.items()}
-        return self.headers.items() <= headers.items()
+        return self.headers.items() <= _texts(letter).items()
+
+
+def _texts(letter: DeadLetter) -> dict[str, str]:
+    """Return the headers of a dead letter as text."""
+    if letter.message is None:
+        return {}
+    return {name: str(value) for name, value in letter.message.headers.items()}
 
 
 @dataclasses.dataclass
 class _Scan:
     """One look at each dead letter of a queue; use it in a ``with`` block.
 
-    Iterating receives, and yields those that match in lists of at most ten: `requeue`
-    and `delete` act on such a list. When the block ends, what is left is visible again.
+    It receives as it is iterated, and yields those that match. When the block ends,
+    what is left is visible again.
 
     :param doing: what the scan is for, such as "requeueing"; `done` is that afterwards
     :param num_messages: how many to receive at once, up to ten
@@ -7238,9 +7291,9 @@ class _Scan:
             raise ConfigurationError(
                 f"{self._queue}: it has no dead-letter queue (no RedrivePolicy)"
             )
-        self._source = source
+        self.source = source
         self.matched = 0
-        self.found_ids: set[str] = set()  # of those that matched
+        self.found_ids: set[str | None] = set()  # of those that matched
         self._removed: list[str] = []  # the message ids of those moved or deleted
         self._failed: dict[str, str] = {}  # why one could not be, by its message id
         self._hidden: dict[str, str] = {}  # receipt handles, by message id
@@ -7249,22 +7302,30 @@ class _Scan:
     def __enter__(self) -> typing.Self:
         return self
 
-    def __iter__(self) -> Iterator[list[_DeadLetter]]:
-        """Yield those that match; end after as many as there were at the start.
+    def __iter__(self) -> Iterator[DeadLetter]:
+        """Yield those that match, one by one."""
+        for page in self.pages():
+            yield from page
 
-        What arrives meanwhile is left to the next scan: it may be what was sent back.
+    def pages(self) -> Iterator[list[DeadLetter]]:
+        """Yield those that match in lists of at most ten, which need one call each.
+
+        End after as many as there were at the start. What arrives meanwhile is left to
+        the next scan: it may be what was sent back.
         """
         total = self.total()
-        self.say("%s about %d messages from %s", self.doing, total, self._source)
+        self.say("%s about %d messages from %s", self.doing, total, self.source)
         total = max(total, 1)  # the count is approximate: look at least once
         while len(self._seen) < total and self.matched < self.limit:
             new = self._receive(total - len(self._seen))
             if not new:
                 return
-            letters = [*filter(self.wanted.matches, map(_read_dead_letter, new))]
+            letters = [_read_dead_letter(self, received) for received in new]
+            letters = [*filter(self.wanted.matches, letters)]
             letters = letters[: self.limit - self.matched]
             self.matched += len(letters)
-            self.found_ids.update(*(letter.ids for letter in letters))
+            for letter in letters:
+                self.found_ids |= {letter.id, letter.message_id}
             yield letters
             failed = len(self._failed)
             text = "%s %d of %d messages, %d failed"
@@ -7272,13 +7333,13 @@ class _Scan:
 
     def total(self) -> int:
         """Count the dead letters that are visible; SQS does so approximately."""
-        return self._broker.depth(self._source).visible
+        return self._broker.depth(self.source).visible
 
     def _receive(self, left: int) -> list[QueueMessage]:
         """Receive once, and return what was not met before."""
         at_once = min(self.num_messages, _MAX_BATCH, left)
         received = self._broker.receive(
-            self._source, at_once, 1, self.lease_s, threading.Event()
+            self.source, at_once, 1, self.lease_s, threading.Event()
         )
         new = {}
         for message in received:
@@ -7289,11 +7350,12 @@ class _Scan:
         self._seen.update(new)
         return list(new.values())
 
-    def requeue(self, letters: Sequence[_DeadLetter]) -> None:
+    def requeue(self, letters: Sequence[DeadLetter]) -> None:
         """Send copies to the queue, and delete those whose copy is confirmed.
 
         After a crash in between, a message is in both queues: it runs again.
         """
+        self._receipts(letters)  # nothing is sent that can't be deleted then
         copies = []
         for letter in letters:
             attributes = dict(letter.received.message_attributes)
@@ -7302,37 +7364,52 @@ class _Scan:
         refused = _send_all(self._broker, self._queue, copies)
         self.delete(self._accepted(letters, refused), "copied, but not deleted: ")
 
-    def delete(self, letters: Sequence[_DeadLetter], failure: str = "") -> None:
+    def delete(self, letters: Sequence[DeadLetter], failure: str = "") -> None:
         """Delete dead letters; `failure` is what is said before the reason of one."""
-        receipts = [self._hidden[letter.message_id] for letter in letters]
-        delete = functools.partial(self._broker.delete, self._source)
+        receipts = self._receipts(letters)
+        delete = functools.partial(self._broker.delete, self.source)
         refused = _in_batches(delete, receipts, 3)
         for letter in self._accepted(letters, refused, failure):
             self._removed.append(letter.message_id)
             del self._hidden[letter.message_id]
 
+    def _receipts(self, letters: Iterable[DeadLetter]) -> list[str]:
+        """Return what they can be deleted by; raise TaskhawkError if one has none."""
+        for letter in letters:
+            if letter.message_id not in self._hidden:
+                raise TaskhawkError(
+                    f"dead letter {letter.message_id}: it was sent back or deleted"
+                    " before, or its loop has ended"
+                )
+        return [self._hidden[letter.message_id] for letter in letters]
+
     def _accepted(
         self,
-        letters: Sequence[_DeadLetter],
+        letters: Sequence[DeadLetter],
         refused: Mapping[int, Refusal],
         failure: str = "",
-    ) -> list[_DeadLetter]:
+    ) -> list[DeadLetter]:
         """Return those that were not refused; log the first refusal with its remedy."""
         if refused:
             first = next(iter(refused.values()))
             _log.warning("%s: %s", first.code, first.text)
         for index, refusal in refused.items():
             self._failed[letters[index].message_id] = failure + refusal.code
-        return [letters[i] for i in range(len(letters)) if i not in refused]
+        accepted = [letters[i] for i in range(len(letters)) if i not in refused]
+        for letter in accepted:
+            self._failed.pop(letter.message_id, None)  # of an earlier try
+        return accepted
 
     def __exit__(self, kind: object, *_: object) -> None:
         """Show what is left to others again."""
-        show = functools.partial(self._broker.change_visibility, self._source)
-        refused = _in_batches(show, [(r, 0) for r in self._hidden.values()], 3)
+        show = functools.partial(self._broker.change_visibility, self.source)
+        changes = [(receipt, 0) for receipt in self._hidden.values()]
+        self._hidden.clear()  # whoever receives them next has receipts of their own
+        refused = _in_batches(show, changes, 3)
         if refused:
             reason = next(iter(refused.values())).text
             text = "%d of %d dead letters looked at stay hidden for a while: %s"
-            _log.warning(text, len(refused), len(self._hidden), reason)
+            _log.warning(text, len(refused), len(changes), reason)
         if kind:
             text = "stopped: up to %d more messages may have been %s"
             self.say(text, _MAX_BATCH, self.done)
@@ -7342,11 +7419,63 @@ class _Scan:
 
         :raises PartialFailure: if some were not; they are still among the dead letters
         """
-        if self._failed:
-            good = [{"Id": message_id} for message_id in self._removed]
-            bad = [{"Id": name, "Code": code} for name, code in self._failed.items()]
-            raise PartialFailure({"Successful": good, "Failed": bad})
+        self.check([*self._removed, *self._failed])
         return len(self._removed)
+
+    def check(self, message_ids: Iterable[str]) -> None:
+        """Raise PartialFailure if one of these could not be moved or deleted."""
+        good, bad = [], []
+        for message_id in message_ids:
+            if message_id in self._failed:
+                bad.append({"Id": message_id, "Code": self._failed[message_id]})
+            else:
+                good.append({"Id": message_id})
+        if bad:
+            raise PartialFailure({"Successful": good, "Failed": bad})
+
+
+def dead_letters(
+    priority: Priority,
+    *,
+    task: str = "*",
+    error: str = "",
+    header: Mapping[str, Any] | None = None,
+    older_than_s: float = 0,
+    newer_than_s: float = math.inf,
+) -> Iterator[DeadLetter]:
+    """Yield the dead letters of a queue, each once, for as many as there are now.
+
+    Those that the loop has come to are hidden from others, for ten minutes at most.
+    What it neither sent back nor deleted is visible again when it ends, also by
+    ``break`` or an exception.
+
+    :param priority: says which queue; its redrive policy names its dead-letter queue
+    :param task: only those of this task; ``*`` and ``?`` stand for any text
+    :param error: only those with this text in their :attr:`DeadLetter.cause`
+    :param header: only those with these headers, whose values are compared as text
+    :param older_than_s: only those first sent at least so many seconds ago
+    :param newer_than_s: only those first sent at most so many seconds ago
+    :raises ConfigurationError: if the queue has no dead-letter queue
+    """
+    _require_priority(priority)
+    headers = {name: str(value) for name, value in (header or {}).items()}
+    wanted = _LetterFilter(task, error, headers, newer_than_s, older_than_s)
+    scan = _Scan(priority, "looking at", "looked at", wanted, say=_log.debug)
+    return _letters_of(scan)
+
+
+def _letters_of(scan: _Scan) -> Iterator[DeadLetter]:
+    """Yield the dead letters of a scan, and show what is left when the loop ends."""
+    with scan:
+        yield from scan
+
+
+def _require_priority(priority: object) -> None:
+    """Refuse what is no Priority."""
+    if not isinstance(priority, Priority):
+        raise ConfigurationError(
+            f"priority: expected a taskhawk.Priority, got {priority!r}"
+        )
 
 
 def requeue_dead_letter(
@@ -7365,10 +7494,7 @@ def requeue_dead_letter(
     :raises ConfigurationError: if the queue has no dead-letter queue
     :raises PartialFailure: if some were not; they are still among the dead letters
     """
-    if not isinstance(priority, Priority):
-        raise ConfigurationError(
-            f"priority: expected a taskhawk.Priority, got {priority!r}"
-        )
+    _require_priority(priority)
     if settings.IS_LAMBDA_APP:
         _log.warning(
             "requeue_dead_letter: not supported for Lambda apps, whose queues are"
@@ -7382,7 +7508,7 @@ def requeue_dead_letter(
         num_messages=num_messages,
         lease_s=visibility_timeout,
     ) as scan:
-        for letters in scan:
+        for letters in scan.pages():
             scan.requeue(letters)
     return scan.count()
 
@@ -8692,7 +8818,7 @@ _LETTERS = (
     ),
     _option(
         "--error",
-        "only those with this in the error's type or message",
+        "only those with this text in their error, or in what is said in its place",
         default="",
         metavar="TEXT",
     ),
@@ -8786,16 +8912,15 @@ def _require_found(scan: _Scan) -> None:
 
 
 def _print_letters(
-    arguments: Any, doing: str, text_of: Callable[[_DeadLetter], str]
+    arguments: Any, doing: str, text_of: Callable[[DeadLetter], str]
 ) -> None:
     """Print the dead letters that the options ask for, with --json as JSON."""
     if arguments.json:
         text_of = _as_json
     with _scan_for(arguments, doing, "looked at") as scan:
-        for letters in scan:
+        for letter in scan:
             _clear_line()
-            for letter in letters:
-                print(_printable(text_of(letter)), flush=True)
+            print(_printable(text_of(letter)), flush=True)
     _require_found(scan)
 
 
@@ -8809,31 +8934,37 @@ def _visible(character: re.Match[str]) -> str:
     return character[0] if character[0].isprintable() else "?"
 
 
-def _as_line(letter: _DeadLetter) -> str:
+def _first_line(text: str) -> str:
+    """Return a text up to its first line break."""
+    return text.partition("\n")[0]
+
+
+def _as_line(letter: DeadLetter) -> str:
     """Return a dead letter in one line."""
     name = letter.id or letter.message_id
-    line = f"{name}  {letter.task}  {letter.age_s} s ago  {letter.reason}"
+    reason = _first_line(letter.cause)
+    line = f"{name}  {letter.task}  {letter.age_s} s ago  {reason}"
     return line.replace("\n", "?")
 
 
-def _as_page(letter: _DeadLetter) -> str:
+def _as_page(letter: DeadLetter) -> str:
     """Return all that is known of a dead letter, a line each."""
     values = letter.as_dict()
-    values["error"] = letter.reason
+    values["error"] = _first_line(letter.cause)
     if letter.invalid:
         values["body"] = ascii(letter.received.body)
-    if letter.error:
-        values |= {f"error {name}": value for name, value in letter.error.items()}
+    if letter.record:
+        values |= {f"error {name}": value for name, value in letter.record.items()}
     lines = [f"{key}: {value}\n" for key, value in values.items() if value is not None]
     return "".join(lines)
 
 
-def _as_json(letter: _DeadLetter) -> str:
+def _as_json(letter: DeadLetter) -> str:
     """Return all that is known of a dead letter, as JSON."""
     return json.dumps(letter.as_dict(), default=str)
 
 
-def _as_export(letter: _DeadLetter) -> str:
+def _as_export(letter: DeadLetter) -> str:
     """Return a dead letter as JSON, with its body and its attributes."""
     received = letter.received
     raw = {"body": received.body, "attributes": received.message_attributes}
@@ -8872,7 +9003,113 @@ def _export(arguments: Any) -> None:
     _print_letters(arguments, "exporting", _as_export)
 
 
-@_command("dead-letters requeue", *_LETTERS, _ID, _DRY_RUN)
+class _Group:
+    """Dead letters of one task that are there for the same kind of error."""
+
+    def __init__(self, first: DeadLetter) -> None:
+        self.count = 1
+        self.oldest = self.newest = first.sent
+        self.example = _first_line(first.cause)  # of the newest
+
+    def add(self, letter: DeadLetter) -> None:
+        """Count one more."""
+        self.count += 1
+        self.oldest = min(self.oldest, letter.sent)
+        if letter.sent >= self.newest:
+            self.newest = letter.sent
+            self.example = _first_line(letter.cause)
+
+
+@_command("dead-letters summary", *_LETTERS, _ID, _AS_JSON)
+def _summary(arguments: Any) -> None:
+    """Count dead letters by task and error; a look counts as a receive.
+
+    example: python -m taskhawk dead-letters summary --newer-than 1d
+    """
+    groups: dict[tuple[str, str], _Group] = {}
+    with _scan_for(arguments, "counting", "counted") as scan:
+        for letter in scan:
+            key = letter.task or "", _kind_of_error(letter)
+            if key in groups:
+                groups[key].add(letter)
+            else:
+                groups[key] = _Group(letter)
+    _require_found(scan)
+    found = [
+        _group_as_dict(arguments, *key, group)
+        for key, group in sorted(groups.items(), key=lambda item: -item[1].count)
+    ]
+    if arguments.json:
+        print(json.dumps(found, indent=2))
+        return
+    for values in found:
+        print(_printable(_group_as_page(values)))
+    print(f"{scan.matched} dead letters")
+
+
+def _kind_of_error(letter: DeadLetter) -> str:
+    """Return the part of its cause by which a dead letter is counted."""
+    if letter.record:
+        return f"{letter.record.get('type')}: "
+    return letter.cause
+
+
+def _group_as_dict(
+    arguments: Any, task: str, error: str, group: _Group
+) -> dict[str, Any]:
+    """Return what is known of a group, with the commands that deal with it."""
+    words = _words_of(arguments, task, error)
+    return {
+        "task": task or None,
+        "error": error.removesuffix(": "),
+        "count": group.count,
+        "oldest": group.oldest,
+        "newest": group.newest,
+        "example": group.example,
+        "list": f"{_LETTERS_COMMAND} list{words}",
+        "requeue": f"{_LETTERS_COMMAND} requeue{words}",
+    }
+
+
+_LETTERS_COMMAND = "python -m taskhawk dead-letters"
+
+
+def _words_of(arguments: Any, task: str, error: str) -> str:
+    """Return the options that mean a group: its own, and those of the summary."""
+    import glob
+    import shlex
+
+    words = ["--error", error]
+    if task:
+        words += ["--task", glob.escape(task)]
+    if arguments.priority != "default":
+        words += ["--priority", arguments.priority]
+    for name, value in arguments.header:
+        words += ["--header", f"{name}={value}"]
+    if arguments.older_than:
+        words += ["--older-than", f"{arguments.older_than:.0f}s"]
+    if arguments.newer_than < math.inf:
+        words += ["--newer-than", f"{arguments.newer_than:.0f}s"]
+    for module in arguments.modules:
+        words += ["--module", module]
+    return "".join(f" {shlex.quote(word)}" for word in words)
+
+
+def _group_as_page(values: Mapping[str, Any]) -> str:
+    """Return a group for people."""
+    return (
+        f"{values['count']}  {values['task']}  {values['error']}\n"
+        f"    from {values['oldest']} to {values['newest']}\n"
+        f"    the newest: {values['example']}\n"
+        f"    {values['list']}\n"
+        f"    {values['requeue']}\n"
+    )
+
+
+_YES = _flag("--yes", "do not ask, in a terminal, before more than one is meant")
+
+
+@_command("dead-letters requeue", *_LETTERS, _ID, _YES, _DRY_RUN)
 def _requeue(arguments: Any) -> None:
     """Send dead letters back to their queue.
 
@@ -8882,7 +9119,10 @@ def _requeue(arguments: Any) -> None:
         _print_letters(arguments, "would requeue some of", _as_line)
         return
     with _scan_for(arguments, "requeueing", "requeued") as scan:
-        for letters in scan:
+        if not _is_agreed(arguments, scan, "requeue", ""):
+            print("sent back: 0")
+            return
+        for letters in scan.pages():
             scan.requeue(letters)
     print(f"sent back: {scan.count()}")
     _require_found(scan)
@@ -8893,7 +9133,7 @@ def _requeue(arguments: Any) -> None:
     *_LETTERS,
     _ID,
     _flag("--all", "delete all of them, where no filter is given"),
-    _flag("--yes", "do not ask, in a terminal, before more than one is deleted"),
+    _YES,
     _DRY_RUN,
 )
 def _delete(arguments: Any) -> None:
@@ -8909,22 +9149,27 @@ def _delete(arguments: Any) -> None:
         _print_letters(arguments, "would delete some of", _as_line)
         return
     with _scan_for(arguments, "deleting", "deleted") as scan:
-        if not (arguments.yes or _is_agreed(scan)):
+        if not _is_agreed(arguments, scan, "delete", " for good"):
             print("deleted: 0")
             return
-        for letters in scan:
+        for letters in scan.pages():
             scan.delete(letters)
     print(f"deleted: {scan.count()}")
     _require_found(scan)
 
 
-def _is_agreed(scan: _Scan) -> bool:
-    """Ask in a terminal whether to delete, where it may be more than one."""
+def _is_agreed(arguments: Any, scan: _Scan, verb: str, how: str) -> bool:
+    """Ask in a terminal whether to go on, where it may be about more than one."""
+    if arguments.yes or not _is_terminal(sys.stdin):
+        return True
     total = scan.total()
     most = min(total, scan.limit, len(scan.wanted.ids) or total)
-    if most <= 1 or not _is_terminal(sys.stdin):
+    if most <= 1:
         return True
-    question = f"delete up to {most} dead letters for good? [y/N] "
+    which = f"dead letters of {scan.source}"
+    if scan.wanted != _LetterFilter():
+        which += " that fit the filters"
+    question = f"{verb} up to {most} {which}{how}? [y/N] "
     print(question, end="", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 

@@ -36,6 +36,7 @@ import random
 import re
 import resource
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -1019,7 +1020,7 @@ HOUSE_PROMISES = {
     1: """publish _send_one _accepted _send_all_ready _partial_failure _send_all
         _in_batches _one_round SqliteBroker.send SqliteBroker._claim SqliteBroker.delete
         _SqliteFile.change _use_write_ahead_log _AwsSender._batch SqsBroker.send
-        SqsBroker.delete process _verdict _wanted _Slot._run Worker.settle
+        SqsBroker.delete process _verdict _wanted _delay_s _ask _Slot._run Worker.settle
         Worker._close _dead_letter _send_copy _Held.move _Holdings.finish
         _Holdings.release _Holdings._decide _Calls.answered _Calls._deleted
         _Calls._delayed _Calls._try_later _Holdings.doubt _Holdings.close
@@ -1033,9 +1034,9 @@ HOUSE_PROMISES = {
     3: """_decode _parse Message.__init__ _validate _fits _find_task Task.find_by_name
         Task.call _register _import _import_path _parse_line _to_outcome
         _import_tasks""",
-    4: """process _run _decode _parse _failed _verdict _is_invalid _text_of_invalid
+    4: """process _run _decode _parse _failed _log_failed _verdict _is_invalid _text_of_invalid
         _Slot._run Worker.settle""",
-    5: """_run _failed _sentence _what_follows _name_of _reason _in_one_line _facts
+    5: """_run _failed _log_failed _sentence _what_follows _name_of _reason _in_one_line _facts
         _extra_of _text_of_invalid _shown _mismatch _too_large _Holdings.warn
         _Keeper._tell _Faults _error_code _error_details _explained _explanation
         _find_remedy _Source.read _call_safely _log_again""",
@@ -12166,6 +12167,12 @@ class Letters:
         assert taskhawk.main(["dead-letters", *arguments]) == code
         return self.capsys.readouterr().out.splitlines()
 
+    def age(self, seconds: int) -> None:
+        """Have those that are in the file been sent so long ago."""
+        path = taskhawk.settings.TASKHAWK_BROKER.removeprefix("sqlite:///")
+        with contextlib.closing(sqlite3.connect(path)) as db, db:
+            db.execute("UPDATE message SET sent_ms = sent_ms - ?", [seconds * 1000])
+
     def depths(self) -> tuple[int, Depth]:
         """Return how many are visible in the queue, and the depth of the dead letters."""
         visible = self.broker.depth(self.queue).visible
@@ -12188,6 +12195,141 @@ def letters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Letters:
     """Return three dead letters in a file."""
     taskhawk.configure(TASKHAWK_BROKER=f"sqlite:///{tmp_path}/queue.db")
     return Letters(capsys)
+
+
+class TestDeadLettersFromPython:
+    """A loop over the dead letters deals with each, and leaves the others as they were."""
+
+    def test_what_is_known(self, every_letters):
+        """Each says what it is and why it is there; they stay, visible again at once."""
+        found = {each.task: each for each in taskhawk.dead_letters(Priority.default)}
+        assert every_letters.depths() == (0, Depth(3, 0, 0))
+        given_up, moved, invalid = map(found.get, ("mail.send", "other.task", None))
+        assert (given_up.id, given_up.message.args) == (every_letters.ids[0], [0])
+        assert given_up.message.headers == {"n": "0"}
+        assert given_up.error == given_up.cause == "ValueError: no amount\nat all"
+        assert given_up.traceback == ERROR_RECORD["traceback"]
+        assert given_up.record == ERROR_RECORD
+        assert given_up.received.body.startswith("{")
+        assert given_up.age_s in range(60)
+        assert re.fullmatch(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ", given_up.sent)
+        assert (moved.error, moved.traceback, moved.record) == ("", "", None)
+        assert moved.cause == "moved by the queue itself, after too many receives"
+        assert (invalid.message, invalid.id) == (None, None)
+        assert invalid.cause == invalid.invalid == "message: not JSON at character 0"
+
+    @pytest.mark.parametrize(
+        ("filters", "found"),
+        [
+            ({}, [None, "mail.send", "other.task"]),
+            ({"task": "mail.*"}, ["mail.send"]),
+            ({"error": "no amount"}, ["mail.send"]),
+            ({"error": "moved by"}, ["other.task"]),
+            ({"error": "not JSON"}, [None]),
+            ({"header": {"n": 1}}, ["other.task"]),
+            ({"header": {"n": "1"}, "task": "mail.*"}, []),
+            ({"older_than_s": 3600}, []),
+            ({"newer_than_s": 3600, "task": "*.*"}, ["mail.send", "other.task"]),
+        ],
+    )
+    def test_filters(self, letters, filters, found):
+        """Filters together say which are meant."""
+        meant = taskhawk.dead_letters(Priority.default, **filters)
+        assert sorted((each.task for each in meant), key=str) == sorted(found, key=str)
+
+    def test_acts(self, every_letters):
+        """Each is sent back, deleted or left, as the loop's body decides."""
+        for letter in taskhawk.dead_letters(Priority.default):
+            if letter.message is None:
+                letter.delete()
+            elif letter.task == "mail.send":
+                letter.requeue()
+        assert every_letters.depths() == (1, Depth(1, 0, 0))
+        [received] = receive_all()
+        assert json.loads(received.body)["id"] == every_letters.ids[0]
+        assert "taskhawk.error" not in received.message_attributes
+
+    def test_purge(self, letters):
+        """A loop with an age deletes the old ones."""
+        letters.age(3600)
+        letters.put({"task": "new.task"})
+        for letter in taskhawk.dead_letters(Priority.default, older_than_s=3600):
+            letter.delete()
+        assert letters.depths() == (0, Depth(1, 0, 0))
+
+    @pytest.mark.parametrize("error", [None, KeyError])
+    def test_ends_early(self, every_letters, error):
+        """After a break or an exception, all that the loop left are visible again."""
+        with contextlib.suppress(KeyError):
+            for letter in taskhawk.dead_letters(Priority.default):
+                letter.delete()
+                if error:
+                    raise error
+                break
+        assert every_letters.depths() == (0, Depth(2, 0, 0))
+
+    @pytest.mark.parametrize("act", ["requeue", "delete"])
+    @pytest.mark.parametrize("before", ["requeue", "delete", "end"])
+    def test_too_late(self, letters, act, before):
+        """Once it was dealt with, or its loop has ended, a letter can't be moved."""
+        loop = taskhawk.dead_letters(Priority.default, task="mail.send")
+        letter = next(loop)
+        if before == "end":
+            loop.close()
+        else:
+            getattr(letter, before)()
+        depths = letters.depths()
+        assert refused(getattr(letter, act), error=taskhawk.TaskhawkError) == (
+            f"dead letter {letter.message_id}: it was sent back or deleted before, or its"
+            " loop has ended"
+        )
+        assert letters.depths() == depths
+
+    def test_no_priority(self, letters):
+        """What is wrong is said by the call, not by the loop."""
+        error = refused(taskhawk.dead_letters, "default")
+        assert error == "priority: expected a taskhawk.Priority, got 'default'"
+
+    def test_no_queue(self, ministack, sqs_client, queue_name):
+        """So is that there is no dead-letter queue."""
+        sqs_client(ministack).create_queue(QueueName=f"TASKHAWK-{queue_name}")
+        configure_aws(ministack, queue_name)
+        assert refused(taskhawk.dead_letters, Priority.default) == (
+            f"TASKHAWK-{queue_name}: it has no dead-letter queue (no RedrivePolicy)"
+        )
+
+    @pytest.mark.parametrize(
+        ("action", "answers", "codes"),
+        [
+            ("SendMessage", [fault("Odd")], ["Odd"]),
+            (
+                "DeleteMessageBatch",
+                [fault("Odd")] * 3,
+                ["copied, but not deleted: Odd"],
+            ),
+        ],
+    )
+    def test_faults(self, scripted, capsys, action, answers, codes):
+        """What could not be sent or deleted is said at once, and can be tried again."""
+        letters = Letters(capsys)
+        scripted.script(action, *answers)
+        for letter in taskhawk.dead_letters(Priority.default, task="mail.send"):
+            with pytest.raises(taskhawk.PartialFailure) as raised:
+                letter.requeue()
+            assert [each["Code"] for each in raised.value.result["Failed"]] == codes
+            letter.requeue()
+        copies = 1 if action == "SendMessage" else 2
+        assert letters.depths() == (copies, Depth(2, 0, 0))
+
+    def test_requests(self, scripted, capsys):
+        """A loop costs one receive for ten, and a send and a delete for each that goes."""
+        Letters(capsys)
+        scripted.calls.clear()
+        for letter in taskhawk.dead_letters(Priority.default):
+            letter.requeue()
+        counts = collections.Counter(scripted.actions)
+        assert (counts["ReceiveMessage"], counts["SendMessage"]) == (1, 3)
+        assert counts["DeleteMessageBatch"] == 3
 
 
 class TestDeadLetterCommands:
@@ -12219,6 +12361,7 @@ class TestDeadLetterCommands:
             ("--newer-than 1.5h --task *.*", [0, 1]),
             ("--limit 0", []),
             ("--id ID", [0]),
+            ("--error moved", [1]),
         ],
     )
     def test_filters(self, letters, arguments, found):
@@ -12272,6 +12415,62 @@ class TestDeadLetterCommands:
         lines = letters("show", name)
         assert "invalid: message: not JSON at character 0" in lines
         assert r"body: '\xe9\x1b[2J\n{'" in lines
+
+    def test_summary(self, every_letters, capsys):
+        """They are counted by task and error, with the commands that deal with each group."""
+        letters = every_letters
+        letters.put({}, ERROR_RECORD | {"message": "no amount\neither"})
+        letters.put({}, ERROR_RECORD | {"type": "KeyError", "message": "'a b'"})
+        lines = letters("summary", "--task", "*.*")
+        assert lines[-1] == "4 dead letters"
+        times = r"    from 20\d\d-\d\d-\d\dT[\d:]{8}Z to 20\d\d-\d\d-\d\dT[\d:]{8}Z"
+        assert [line for line in lines[:-1] if not re.fullmatch(times, line)][:5] == [
+            "2  mail.send  ValueError",
+            "    the newest: ValueError: no amount",
+            "    python -m taskhawk dead-letters list --error 'ValueError: ' --task mail.send",
+            "    python -m taskhawk dead-letters requeue --error 'ValueError: ' --task mail.send",
+            "",
+        ]
+        groups = json.loads("\n".join(letters("summary", "--json")))
+        assert {
+            (group["task"], group["error"], group["count"]) for group in groups
+        } == {
+            ("mail.send", "ValueError", 2),
+            ("mail.send", "KeyError", 1),
+            ("other.task", "moved by the queue itself, after too many receives", 1),
+            (None, "message: not JSON at character 0", 1),
+        }
+        for group in groups:
+            assert group["oldest"] <= group["newest"]
+            words = shlex.split(group["list"])[4:]
+            assert len(letters(*words)) == group["count"]
+        assert letters.depths() == (0, Depth(5, 0, 0))
+        for group in groups:
+            words = shlex.split(group["requeue"])[4:]
+            assert letters(*words) == [f"sent back: {group['count']}"]
+
+    def test_summary_keeps_filters(self, letters):
+        """The commands of a group have the summary's own filters too."""
+        letters.put({"task": "odd[1]*", "headers": {"n": "a b"}})
+        letters.age(100)
+        words = ["--header", "n=a b", "--older-than", "1.5m", "--newer-than", "20d"]
+        words += ["--priority", "default", "--module", "json"]
+        [group] = json.loads("\n".join(letters("summary", "--json", *words)))
+        error = "'moved by the queue itself, after too many receives'"
+        assert group["list"] == (
+            f"python -m taskhawk dead-letters list --error {error} --task 'odd[[]1][*]'"
+            " --header 'n=a b' --older-than 90s --newer-than 1728000s --module json"
+        )
+        assert len(letters(*shlex.split(group["list"])[4:])) == 1
+
+    def test_summary_of_a_priority(self, tmp_path, capsys):
+        """They name the queue, if it is not the default one."""
+        taskhawk.configure(TASKHAWK_BROKER=f"sqlite:///{tmp_path}/queue.db")
+        broker = taskhawk._brokers.broker()
+        queue = broker.destination(Priority.bulk)
+        broker.send(f"{queue}-DLQ", [Outgoing(processing_body(), {})])
+        assert taskhawk.main(["dead-letters", "summary", "--priority", "bulk"]) == 0
+        assert " --task mail.send --priority bulk\n" in capsys.readouterr().out
 
     def test_export(self, letters):
         """An exported one has body and attributes as they are."""
@@ -12341,17 +12540,33 @@ class TestDeadLetterCommands:
         env = {"TASKHAWK_BROKER": taskhawk.settings.TASKHAWK_BROKER}
         with in_terminal(tmp_path, env, "dead-letters", "delete", *words) as run:
             if answer is not None:
-                run.wait_for(f"delete up to {count} dead letters for good? [y/N] ")
+                which = f"dead letters of {letters.queue}-DLQ"
+                if words != ["--all"]:
+                    which += " that fit the filters"
+                run.wait_for(f"delete up to {count} {which} for good? [y/N] ")
                 run.type(f"{answer}\n")
             assert run.end() == 0
         assert f"deleted: {deleted}\r\n" in run.shown
         assert letters.depths()[1] == Depth(3 - deleted, 0, 0)
 
     @pytest.mark.slow
+    @pytest.mark.parametrize(("answer", "sent"), [("n", 0), ("y", 3)])
+    def test_asks_before_requeueing(self, letters, tmp_path, answer, sent):
+        """In a terminal, it says how many may be sent back, and asks."""
+        env = {"TASKHAWK_BROKER": taskhawk.settings.TASKHAWK_BROKER}
+        with in_terminal(tmp_path, env, "dead-letters", "requeue") as run:
+            which = f"dead letters of {letters.queue}-DLQ"
+            run.wait_for(f"requeue up to 3 {which}? [y/N] ")
+            run.type(f"{answer}\n")
+            assert run.end() == 0
+        assert f"sent back: {sent}\r\n" in run.shown
+        assert letters.depths() == (sent, Depth(3 - sent, 0, 0))
+
+    @pytest.mark.slow
     def test_progress(self, letters, tmp_path):
         """In a terminal, the progress is one line that is rewritten, and cleared at the end."""
         env = {"TASKHAWK_BROKER": taskhawk.settings.TASKHAWK_BROKER}
-        with in_terminal(tmp_path, env, "dead-letters", "requeue") as run:
+        with in_terminal(tmp_path, env, "dead-letters", "requeue", "--yes") as run:
             assert run.end() == 0
         assert run.shown == (
             f"\r\x1b[Krequeueing about 3 messages from {letters.queue}-DLQ"
@@ -12373,7 +12588,7 @@ class TestDeadLetterCommands:
         """A dead letter of a clock that is ahead of ours has no age."""
         sent_ms = {"SentTimestamp": str(round((time.time() + 5) * 1000))}
         received = taskhawk.QueueMessage("", "m1", attributes=sent_ms)
-        assert taskhawk._read_dead_letter(received).age_s == 0
+        assert taskhawk._read_dead_letter(None, received).age_s == 0
 
     def test_interrupted(self, every_letters, caplog):
         """Whatever ends it, what was looked at is visible again, and nothing is lost."""
@@ -12381,7 +12596,7 @@ class TestDeadLetterCommands:
 
         def look() -> None:
             with taskhawk._Scan(Priority.default, "looking", "looked at") as scan:
-                for _ in scan:
+                for _ in scan.pages():
                     raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
@@ -12413,7 +12628,7 @@ class TestDeadLetterCommands:
         looked_at = []
         scan = taskhawk._Scan(Priority.default, "looking", "looked at", num_messages=1)
         with scan:
-            for batch in scan:
+            for batch in scan.pages():
                 looked_at += [weakref.ref(letter.received) for letter in batch]
                 del batch
                 alive = [ref for ref in looked_at if ref()]
