@@ -4616,6 +4616,19 @@ class Ledger:
         return ", ".join(f"{count} {name.replace('_', '-')}" for name, count in counts)
 
 
+class _Tally:
+    """The ledger, and the same for each queue."""
+
+    def __init__(self, queues: Iterable[str]) -> None:
+        self.ledger = Ledger()
+        self.ledgers = {queue: Ledger() for queue in queues}
+
+    def count(self, queue: str, end: str) -> None:
+        """Count one message more of a queue that was received, or ended so."""
+        self.ledger.count(end)
+        self.ledgers[queue].count(end)
+
+
 @dataclasses.dataclass(eq=False)
 class _Held:
     """A message that a worker holds, from its receive to its end.
@@ -4631,6 +4644,7 @@ class _Held:
     renew_at: float = math.inf  # when its lease is to be extended; never, if infinite
     is_sure: bool = True  # its lease is known to hold, so that it may be started
     state: str = "received"
+    started_at: float = math.inf  # when its run began
     end: str = ""  # what it is to become; it is held until that is done
     delay_s: float = 0  # after which it is visible again, if that is its end
     due_at: float = math.inf  # when the call that ends it is to be made
@@ -4651,6 +4665,11 @@ class _Held:
     def to_delete(self) -> bool:
         """Whether a delete ends it."""
         return self.end in {"acked", "dead_lettered"}
+
+    def begin(self, now: float) -> None:
+        """Note that its run begins."""
+        self.move("started")
+        self.started_at = now
 
     def move(self, state: str) -> None:
         """Make a step, or raise RuntimeError if _STEPS does not allow it."""
@@ -4731,14 +4750,14 @@ class _Holdings:
     """
 
     def __init__(self, queues: Sequence[str], ack_wait_s: float = _ACK_WAIT_S) -> None:
-        self.ledger = Ledger()
+        self.tally = _Tally(queues)
+        self.ledger = self.tally.ledger
         self.news: list[tuple[int, str]] = []  # log levels and texts
         self.unanswered = 0  # deletes that were not known to be applied in the end
         self._is_closing = False
         self._ack_wait_s = ack_wait_s
         self.held: dict[_Held, None] = {}  # an ordered set, as are the following
-        # By queue, the most urgent first: received and not started; and what is to be
-        # deleted, and is in no call yet.
+        # By queue, the most urgent first: not started; to be deleted, in no call yet.
         self._waiting: dict[str, dict[_Held, None]] = {each: {} for each in queues}
         self.to_delete: dict[str, dict[_Held, None]] = {each: {} for each in queues}
         self.decided: dict[_Held, None] = {}  # it is known what they become
@@ -4792,7 +4811,7 @@ class _Holdings:
             )
             self.held[held] = self._waiting[held.queue][held] = None
             self.leases.renew(held, asked_at + lease_s / 3)
-            self.ledger.received += 1
+            self.tally.count(held.queue, "received")
 
     def start(self, now: float) -> _Held | None:
         """Start the most urgent message whose lease holds; return it, or None."""
@@ -4801,7 +4820,7 @@ class _Holdings:
                 self.lose(held, "its lease ended while it waited")
             elif held.is_sure:
                 del self._waiting[held.queue][held]
-                held.move("started")
+                held.begin(now)
                 return held
         return None
 
@@ -4910,7 +4929,7 @@ class _Holdings:
     def end(self, held: _Held, end: str) -> None:
         """End a message: the ledger counts it, and nothing more is done for it."""
         held.move(end)
-        self.ledger.count(end)
+        self.tally.count(held.queue, end)
         self.leases.drop(held)
         mine = (self._waiting[held.queue], self.to_delete[held.queue])
         for those in (self.held, self.decided, *mine):
@@ -8462,6 +8481,128 @@ def _play() -> bool:
     return (first.dead_lettered, second.acked) != (1, 1)
 
 
+_EMF_EVERY_S = 60  # the resolution of CloudWatch's standard metrics
+_MOST_VALUES = 100  # of a metric in a line
+_UNITS = {"RunDuration": "Milliseconds", "OldestRunAge": "Seconds"}
+
+
+def _namespace(text: str) -> str:
+    """Read a namespace of CloudWatch."""
+    if re.fullmatch(r"(?!AWS/|:)[A-Za-z0-9._/#: -]{1,255}", text):
+        return text
+    raise _wrong("a namespace of CloudWatch, such as myapp", text)
+
+
+class _Runs:
+    """The runs of a queue since its last metrics."""
+
+    def __init__(self) -> None:
+        self.count = self.leases_lost = 0
+        self.durations_ms: list[int] = []  # of all, or of a fair sample
+
+    def add(self, duration_ms: int, *, lost: bool) -> None:
+        """Note a run, and whether its lease was lost."""
+        import random
+
+        place = random.randint(0, self.count)  # so that each run is as likely to stay
+        self.count += 1
+        self.leases_lost += lost
+        if len(self.durations_ms) < _MOST_VALUES:
+            self.durations_ms.append(duration_ms)
+        elif place < _MOST_VALUES:
+            self.durations_ms[place] = duration_ms
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class _MeasuredWorker(Worker):
+    """A worker that prints metrics each minute, a line for each queue.
+
+    Counts are those since the last line. Printing may block, so a thread of its own
+    does it. CloudWatch makes metrics of such lines wherever it gets them as logs. Their
+    form is CloudWatch's "Embedded metric format specification".
+    """
+
+    namespace: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.on_overdue = self._exit_overdue
+        self._printed: dict[str, Mapping[str, float]] = {}  # the totals, by queue
+        self._runs_lock = threading.Lock()  # guards this, which slots change
+        self._runs = {queue: _Runs() for queue in self.queues}
+
+    def settle(self, held: _Held, outcome: Outcome) -> None:
+        """Do what the outcome says, and note how the run went."""
+        duration_ms = round((self.clock() - held.started_at) * 1000)
+        with self._runs_lock:
+            self._runs[held.queue].add(duration_ms, lost=held.message.lease_lost)
+        super().settle(held, outcome)
+
+    def run(self) -> Ledger:
+        """Work until stopped, and print metrics all the while."""
+        is_over = threading.Event()
+        printing = threading.Thread(target=self._go_on, args=(is_over,), daemon=True)
+        printing.start()
+        try:
+            return super().run()
+        finally:
+            is_over.set()
+            printing.join(_HEART_S)
+            self.print_metrics()
+
+    def _go_on(self, is_over: threading.Event) -> None:
+        """Print metrics each minute; the body of a thread."""
+        while not is_over.wait(_EMF_EVERY_S):
+            try:
+                self.print_metrics()
+            except OSError as error:
+                _log.warning("can't print metrics: %s", error)
+
+    def _exit_overdue(self, ledger: Ledger) -> None:
+        """Print the last metrics, and end at once."""
+        try:
+            self.print_metrics()
+        finally:
+            _exit_overdue(ledger)
+
+    def print_metrics(self) -> None:
+        """Print a line for each queue."""
+        now_ms = round(time.time() * 1000)
+        for queue in self.queues:
+            values = self._measure(queue)
+            metrics = [
+                {"Name": name, "Unit": _UNITS.get(name, "Count")} for name in values
+            ]
+            about = {"Namespace": self.namespace, "Dimensions": [["queue"]]}
+            directive = {**about, "Metrics": metrics}
+            aws = {"Timestamp": now_ms, "CloudWatchMetrics": [directive]}
+            line = json.dumps({"_aws": aws, "queue": queue, **values})
+            sys.stdout.write(f"{line}\n")  # at once: tasks print too
+        sys.stdout.flush()
+
+    def _measure(self, queue: str) -> dict[str, Any]:
+        """Return the metrics of a queue by their names, and begin to count anew."""
+        with self._keeper.lock:
+            totals = dataclasses.asdict(self._holdings.tally.ledgers[queue])
+            runs = [held for held in self._holdings.held if held.runs]
+        now = self.clock()
+        began = [held.started_at for held in runs if held.queue == queue]
+        age_s = now - min(began, default=now)
+        with self._runs_lock:
+            since, self._runs[queue] = self._runs[queue], _Runs()
+        printed = self._printed.get(queue, {})
+        self._printed[queue] = totals
+        values: dict[str, Any] = {}
+        for name, total in totals.items():
+            metric = name.title().replace("_", "")  # such as DeadLettered
+            values[metric] = total - printed.get(name, 0)
+        values["LeasesLost"] = since.leases_lost
+        values["OldestRunAge"] = round(age_s, 3)
+        if since.durations_ms:
+            values["RunDuration"] = since.durations_ms
+        return values
+
+
 @_command(
     "listen",
     _MODULES,
@@ -8505,6 +8646,12 @@ def _play() -> bool:
     _flag("--isolate", "run tasks in child processes"),
     _option("--liveness-file", "file to touch while the worker lives", metavar="PATH"),
     _option(
+        "--emf",
+        "CloudWatch namespace of metrics to print, in the Embedded Metric Format",
+        type=_namespace,
+        metavar="NAMESPACE",
+    ),
+    _option(
         "--log-level",
         "least level to log (default: info)",
         choices=["debug", "info", "warning", "error"],
@@ -8523,7 +8670,10 @@ def _listen(arguments: Any) -> bool:
     with _telling_where(_UNREADABLE):
         settings.check()
     priorities = _priorities(arguments.priority)
-    worker = Worker(
+    make: Callable[..., Worker] = Worker
+    if arguments.emf:
+        make = functools.partial(_MeasuredWorker, namespace=arguments.emf)
+    worker = make(
         _brokers.broker(),
         _queues_of(priorities),
         num_messages=arguments.num_messages,

@@ -13917,6 +13917,161 @@ logging.config.dictConfig({{
         assert last == "taskhawk: Django can't be set up: division by zero"
 
 
+EMF_COUNTS = ("Received", "Acked", "Retried", "DeadLettered", "Released", "Uncertain")
+
+
+def emf_lines(text: str) -> list[dict[str, Any]]:
+    """Return the metrics among printed lines, by their names; each line must be legal."""
+    found = []
+    for line in text.splitlines():
+        if not line.startswith("{"):
+            continue
+        values = json.loads(line)
+        aws = values.pop("_aws")
+        assert abs(aws["Timestamp"] / 1000 - time.time()) < 60
+        [directive] = aws["CloudWatchMetrics"]
+        assert directive["Namespace"] == "my app"
+        assert directive["Dimensions"] == [["queue"]]
+        units = {each["Name"]: each["Unit"] for each in directive["Metrics"]}
+        assert units.keys() == values.keys() - {"queue"}
+        units.pop("RunDuration", None)
+        assert units.pop("OldestRunAge") == "Seconds"
+        assert set(units.values()) == {"Count"}
+        found.append(values)
+    return found
+
+
+class TestMetrics:
+    """A worker prints what CloudWatch makes metrics of, each minute and at its end."""
+
+    @pytest.fixture
+    def work(self, worker_broker):
+        """Return a function that runs a worker which prints metrics."""
+
+        def run(*queues: str, **options: Any) -> taskhawk.Ledger:
+            return taskhawk._MeasuredWorker(
+                worker_broker,
+                queues or [WORKER_QUEUE],
+                until_empty=True,
+                wait_s=0.05,
+                namespace="my app",
+                **options,
+            ).run()
+
+        return run
+
+    def test_counts(self, work, worker_broker, worker_act, capsys):
+        """Each end of the ledger is counted for its queue, and each run has a duration."""
+        acts = ["run", "run", "ignore", "never"]
+        worker_broker.put(worker_act, *[(act,) for act in acts])
+        worker_broker.put(worker_act, ("run",), queue=f"{WORKER_QUEUE}-BULK")
+        ledger = work(WORKER_QUEUE, f"{WORKER_QUEUE}-BULK")
+        first, second = emf_lines(capsys.readouterr().out)
+        assert first["queue"] == WORKER_QUEUE
+        assert second["queue"] == f"{WORKER_QUEUE}-BULK"
+        assert [first[name] for name in EMF_COUNTS] == [4, 3, 0, 1, 0, 0]
+        assert [second[name] for name in EMF_COUNTS] == [1, 1, 0, 0, 0, 0]
+        assert (len(first["RunDuration"]), len(second["RunDuration"])) == (4, 1)
+        assert first["OldestRunAge"] == first["LeasesLost"] == 0
+        assert ledger.received == 5
+
+    def test_each_minute(self, work, worker_broker, worker_act, monkeypatch):
+        """Lines tell what is new since the last one, and how old the oldest run is."""
+        monkeypatch.setattr(taskhawk, "_EMF_EVERY_S", 0.01)
+        printed = io.StringIO()
+        monkeypatch.setattr(sys, "stdout", printed)
+
+        def slow() -> None:
+            def oldest() -> list[float]:
+                return [each["OldestRunAge"] for each in emf_lines(printed.getvalue())]
+
+            worker_eventually(lambda: len([age for age in oldest() if age > 0]) > 2)
+
+        WORKER_ACTS["slow"] = slow
+        worker_broker.put(worker_act, ("run",), ("slow",))
+        work()
+        lines = emf_lines(printed.getvalue())
+        assert sum(line["Received"] for line in lines) == 2
+        assert sum(line["Acked"] for line in lines) == 2
+        durations = [ms for line in lines for ms in line.get("RunDuration", ())]
+        assert len(durations) == 2
+        ages = [line["OldestRunAge"] for line in lines]
+        assert max(ages) * 1000 <= max(durations) + 1
+        assert ages[-1] == 0
+
+    def test_lease_lost(self, work, worker_broker, worker_act, capsys):
+        """Runs that lost their lease are counted: others may have run them too."""
+
+        def lose() -> None:
+            taskhawk.current_task()._received.lease_lost = True
+
+        WORKER_ACTS["lose"] = lose
+        worker_broker.put(worker_act, ("lose",), ("run",))
+        work()
+        [line] = emf_lines(capsys.readouterr().out)
+        assert line["LeasesLost"] == 1
+
+    def test_sample(self):
+        """Of very many runs, a hundred durations are a fair sample: a line holds no more."""
+        runs = taskhawk._Runs()
+        for duration_ms in range(10_000):
+            runs.add(duration_ms, lost=False)
+        assert (runs.count, len(set(runs.durations_ms))) == (10_000, 100)
+        assert 3000 < sum(runs.durations_ms) / 100 < 7000
+
+    def test_cannot_print(self, work, worker_broker, worker_act, monkeypatch, caplog):
+        """Where nothing can be printed for a while, the worker goes on."""
+        monkeypatch.setattr(taskhawk, "_EMF_EVERY_S", 0.01)
+
+        class Full(io.StringIO):
+            def flush(self) -> None:
+                if not caplog.messages:
+                    raise OSError("disk full")
+
+        monkeypatch.setattr(sys, "stdout", Full())
+        WORKER_ACTS["slow"] = lambda: worker_eventually(lambda: caplog.messages)
+        worker_broker.put(worker_act, ("slow",))
+        assert work().acked == 1
+        assert caplog.messages == ["can't print metrics: disk full"]
+
+    @pytest.mark.slow
+    def test_command(self, commands):
+        """The command prints the last line before its ledger."""
+        commands.send("skip")
+        result = commands("listen", "job", "--until-empty", "--emf", "my app")
+        assert len(emf_lines(result.stdout)) == 2
+        assert result.stdout.splitlines()[-1].startswith("1 received, 1 acked, ")
+
+    @pytest.mark.slow
+    def test_overdue(self, commands):
+        """So it does where the grace is over, and a run is left."""
+        (commands.folder / "job.py").write_text(WORKER_MODULE)
+        commands.send("job.wait", 1)
+        options = ("--grace=1", "--emf=my app")
+        process = commands.popen("listen", "job", *options, stdin=subprocess.PIPE)
+        try:
+            assert process.stdout.readline() == b"started 1\n"
+            process.terminate()
+            output = process.stdout.read().decode()
+            assert process.wait(WORKER_PATIENCE_S) == 1
+        finally:
+            process.kill()
+            process.stdin.close()
+            process.stdout.close()
+            process.stderr.close()
+        [line] = emf_lines(output)
+        assert line["Received"] == 1
+        assert line["OldestRunAge"] > 0
+
+    @pytest.mark.parametrize("name", ["", "AWS/SQS", ":x", "é", "x" * 256])
+    def test_namespace(self, capsys, name):
+        """What is no namespace of CloudWatch is refused."""
+        code, line = command_error(capsys, "listen", "job", f"--emf={name}")
+        assert code == 2
+        expected = f"expected a namespace of CloudWatch, such as myapp, got {name!r}"
+        assert f"argument --emf: {expected}" in line
+
+
 # --- 27. vendoring --------------------------------------------------------------------
 
 # Where a part's copy ends, and the classes of the last part it has: a sample that is quick.
