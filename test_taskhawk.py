@@ -14459,7 +14459,7 @@ def readme_normalised(text: str) -> str:
     text = re.sub(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", "ID", text)
     text = re.sub(r"(?m)^# [0-9a-f]{16} ", "# HASH ", text)
     text = re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}", "TIME", text)
-    text = re.sub(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", "TIME", text)
+    text = re.sub(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{3})?Z", "TIME", text)
     text = re.sub(r"\d+ s ago", "AGE", text)
     text = re.sub(r'"duration_ms": \d+', "DURATION", text)
     text = re.sub(r"/\S*/\w+\.db", "PATH", text)
@@ -14497,6 +14497,140 @@ for line, source, marks in json.load(open("blocks.json")):
         print(*traceback.format_exception_only(error), end="")
 taskhawk.configure()
 """
+
+
+# A service whose runs end in each way; what is measured of them is printed at the end.
+RECIPE_SERVICE = """
+import os, sys, taskhawk
+broker = {"TASKHAWK_BROKER": "sqlite://"}
+taskhawk.configure(broker, **SETTINGS)
+
+@taskhawk.task(name="shop.sell")
+def sell(how):
+    inside()
+    if how == "fail":
+        raise ValueError("sold out")
+    if how == "ignore":
+        raise taskhawk.IgnoreException
+    if how == "later":
+        raise taskhawk.RetryException("closed", delay_seconds=60)
+
+def serve():
+    for how in ("run", "fail", "ignore", "later"):
+        sell.dispatch(how)
+    queue = taskhawk.Outgoing("rubbish", {})
+    taskhawk._brokers.broker().send("TASKHAWK-DEFAULT", [queue])
+    taskhawk.listen_for_messages(taskhawk.Priority.default, num_messages=9, loop_count=1)
+"""
+RECIPES = {
+    "prometheus": """
+SETTINGS = {"TASKHAWK_RUN_HOOK": "prometheus_hook.count_run"}
+inside = int
+SERVICE
+serve()
+import prometheus_client
+for metric in prometheus_client.REGISTRY.collect():
+    for sample in metric.samples:
+        if sample.name in ("taskhawk_runs_total", "taskhawk_run_seconds_count"):
+            print(*sample.labels.values(), sample.value)
+""",
+    "statsd": """
+import socket
+server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+server.bind(("127.0.0.1", 0))
+import statsd.defaults
+statsd.defaults.HOST, statsd.defaults.PORT = server.getsockname()
+SETTINGS = {"TASKHAWK_RUN_HOOK": "statsd_hook.count_run"}
+inside = int
+SERVICE
+import statsd_hook
+statsd_hook.CLIENT = statsd.StatsClient(*server.getsockname(), prefix="taskhawk")
+serve()
+for _ in range(10):
+    name, _, value = server.recv(100).decode().partition(":")
+    print(name, value if value.endswith("|c") else value.split("|")[1])
+""",
+    "sentry": """
+import sentry_hook, sentry_sdk
+def before_send(event, hint):
+    transaction, tags = event.get("transaction"), event.get("tags", {})
+    error = event["exception"]["values"][-1]["value"]
+    print(transaction, [*tags], error)
+sentry_sdk.init("http://key@127.0.0.1:9/1", before_send=before_send)
+SETTINGS = {"TASKHAWK_ERROR_HOOK": "sentry_hook.report_error"}
+inside = int
+SERVICE
+serve()
+""",
+    "tracing": """
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+exporter = InMemorySpanExporter()
+trace.set_tracer_provider(TracerProvider())
+trace.get_tracer_provider().add_span_processor(SimpleSpanProcessor(exporter))
+tracer = trace.get_tracer("shop")
+SETTINGS = {
+    "TASKHAWK_TASK_CLASS": "tracing.TracedTask",
+    "TASKHAWK_DEFAULT_HEADERS": "tracing.default_headers",
+}
+inside = lambda: tracer.start_span("inside").end()
+SERVICE
+with tracer.start_as_current_span("request"):
+    serve()
+spans = exporter.get_finished_spans()
+names = {span.context.span_id: span.name for span in spans}
+print(len({span.context.trace_id for span in spans}))
+for span in spans:
+    kind = span.attributes.get("messaging.operation.type")
+    parent = span.parent and names[span.parent.span_id]
+    error = span.attributes.get("error.type")
+    print(span.name, span.kind.name, kind, parent, span.status.status_code.name, error)
+""",
+}
+RECIPES_PRINT = {
+    "prometheus": """
+        shop.sell done 1.0
+        shop.sell retry 2.0
+        shop.sell ignored 1.0
+        none retry 1.0
+        shop.sell 4.0
+        none 1.0
+    """,
+    "statsd": """
+        taskhawk.shop.sell.done 1|c
+        taskhawk.shop.sell ms
+        taskhawk.shop.sell.retry 1|c
+        taskhawk.shop.sell ms
+        taskhawk.shop.sell.ignored 1|c
+        taskhawk.shop.sell ms
+        taskhawk.shop.sell.retry 1|c
+        taskhawk.shop.sell ms
+        taskhawk.none.retry 1|c
+        taskhawk.none ms
+    """,
+    "sentry": """
+        shop.sell ['taskhawk.id'] sold out
+        None [] message: not JSON at character 0
+    """,
+    "tracing": """
+        1
+        send shop.sell PRODUCER send request UNSET None
+        send shop.sell PRODUCER send request UNSET None
+        send shop.sell PRODUCER send request UNSET None
+        send shop.sell PRODUCER send request UNSET None
+        inside INTERNAL None process shop.sell UNSET None
+        process shop.sell CONSUMER process send shop.sell UNSET None
+        inside INTERNAL None process shop.sell UNSET None
+        process shop.sell CONSUMER process send shop.sell ERROR ValueError
+        inside INTERNAL None process shop.sell UNSET None
+        process shop.sell CONSUMER process send shop.sell UNSET None
+        inside INTERNAL None process shop.sell UNSET None
+        process shop.sell CONSUMER process send shop.sell ERROR RetryException
+        request INTERNAL None None UNSET None
+    """,
+}
 
 
 class TestReadme:
@@ -14543,6 +14677,17 @@ class TestReadme:
             "AWS_REGION": "eu-west-1",
         }
         return {**keys, **places, "TASKHAWK_QUEUE": "dev-myapp"}
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("recipe", RECIPES)
+    def test_recipes(self, tmp_path, recipe):
+        """The hooks for traces, metrics and errors work with the libraries they are for."""
+        readme_files(tmp_path)
+        code = RECIPES[recipe].replace("SERVICE", RECIPE_SERVICE)
+        result = run_python(code, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        expected = textwrap.dedent(RECIPES_PRINT[recipe]).strip()
+        assert result.stdout.strip() == expected
 
     @pytest.mark.slow
     def test_commands_print_what_is_shown(self, tmp_path):
