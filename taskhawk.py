@@ -62,35 +62,34 @@ A message that a worker holds; the :class:`Ledger` counts what each becomes::
         '--> released                                    never started, visible at once
 
 What to read for each promise, and how many statements that is
-    1 (292): publish, _send_one, _accepted, _send_all_ready, _partial_failure,
+    1 (312): publish, _send_one, _accepted, _send_all_ready, _partial_failure,
         _send_all, _in_batches, _one_round, SqliteBroker.send, SqliteBroker._claim,
         SqliteBroker.delete, _SqliteFile.change, _use_write_ahead_log,
         _AwsSender._batch, SqsBroker.send, SqsBroker.delete, process, _verdict, _wanted,
-        _Slot._run, Worker.settle, Worker._close, _dead_letter, _send_copy, _Held.move,
-        _Holdings.finish, _Holdings.release, _Holdings._decide, _Calls.answered,
-        _Calls._deleted, _Calls._delayed, _Calls._try_later, _Holdings.doubt,
-        _Holdings.close, _Holdings.end
-    2 (281): SqliteBroker.receive, SqliteBroker._claim, SqliteBroker.change_visibility,
+        _Slot._run, Worker.settle, _carry_out, _postpone, Worker._close, _dead_letter,
+        _send_copy, _Held.move, _Holdings.finish, _Holdings.release, _Holdings._decide,
+        _Calls.answered, _Calls._deleted, _Calls._delayed, _Calls._try_later,
+        _Holdings.doubt, _Holdings.close, _Holdings.end
+    2 (284): SqliteBroker.receive, SqliteBroker._claim, SqliteBroker.change_visibility,
         SqsBroker.receive, _find_lease, _Poller._receive, _Course.take,
         _Course._release_if_stuck, _Call, _Leases, _Holdings.take, _Holdings.start,
         _Holdings.release, _Holdings.release_waiting, _Holdings._decide,
         _Holdings.expire, _Holdings.lose, _Calls.next, _Calls.answered,
-        _Calls._extended, _Calls._deleted, _Keeper.run, _Keeper._make, _Slot._run,
+        _Calls._extended, _Calls._deleted, _Keeper._look, _Keeper._make, _Slot._run,
         _Slot._process, Worker._give_up, _Child.kill
     3 (110): _decode, _parse, Message.__init__, _validate, _fits, _find_task,
         Task.find_by_name, Task.call, _register, _import, _import_path, _parse_line,
         _to_outcome, _import_tasks
-    4 (101): process, _run, _decode, _parse, _failed, _verdict, _is_invalid,
+    4 (109): process, _run, _decode, _parse, _failed, _verdict, _is_invalid,
         _text_of_invalid, _Slot._run, Worker.settle
-    5 (198): _run, _failed, _sentence, _what_follows, _name_of, _reason, _in_one_line,
+    5 (210): _run, _failed, _sentence, _what_follows, _name_of, _reason, _in_one_line,
         _facts, _extra_of, _text_of_invalid, _shown, _mismatch, _too_large,
         _Holdings.warn, _Keeper._tell, _Faults, _error_code, _error_details, _explained,
         _explanation, _find_remedy, _Source.read, _call_safely, _log_again
-    6 (187): _Course.wait_for_room, _Course._find_room, _Poller.work, _Poller._try,
-        _Poller._receive, _pause_s, _Holdings._decide, _Holdings._acknowledge,
-        _Holdings._hurry, _Calls.next, _Calls._due_ends, _Calls._share_call,
-        _Calls._extended, _Leases, _Keeper._wait, _Keeper._make, SqsBroker.receive,
-        SqsBroker.url, SqsBroker._find_url, _parts
+    6 (216): _Course.wait_for_room, _Course._find_room, _Poller.work, _Poller._try,
+        _Poller._receive, _pause_s, _Holdings._decide, _Ends, _Calls.next,
+        _Calls._due_at, _Calls._patience_s, _Calls._extended, _Leases, _Keeper._wait,
+        _Keeper._make, SqsBroker.receive, SqsBroker.url, SqsBroker._find_url, _parts
     7 (209): _in_own_context, _refresh_django_connections, _PerProcess, _made_once,
         _Brokers.before_fork, _Brokers.after_fork, _close_sqlite_files,
         _release_sqlite_files, _Signals, _hold_signals, _release_signals,
@@ -795,6 +794,7 @@ class _Settings:
         django = _django_settings()
         if django:
             yield _source(django, "Django's settings")
+            yield _source(_django_options(django), "OPTIONS of Django's TASKS")
         environment = dict(os.environ)
         for name in _variables_of_botocore():
             environment.pop(name, None)
@@ -918,10 +918,28 @@ def _django_settings() -> Any:
     return None
 
 
+def _django_options(django_settings: Any) -> Mapping[str, Any]:
+    """Return what the OPTIONS of those of Django's task backends have that are ours.
+
+    :raises ConfigurationError: if they differ in a setting: a process has only one
+    """
+    found: dict[str, Any] = {}
+    for params in (getattr(django_settings, "TASKS", None) or {}).values():
+        if params.get("BACKEND") != f"{__name__}.DjangoBackend":
+            continue
+        for name, value in params.get("OPTIONS", {}).items():
+            if found.setdefault(name, value) != value and name in _SETTINGS:
+                raise ConfigurationError(
+                    f"{name} in OPTIONS of Django's TASKS: expected the same value for"
+                    " each backend of taskhawk, got two"
+                )
+    return found
+
+
 def _django_setting_changed(*, setting: str, **_: object) -> None:
     """Follow Django's override_settings, which changes one setting at a time."""
     settings.forget()
-    if setting.startswith("AWS_"):  # clients are made with these
+    if setting == "TASKS" or setting.startswith("AWS_"):  # clients are made with these
         settings.changed()
 
 
@@ -1664,10 +1682,13 @@ class Sender(typing.Protocol):
 
     :ivar max_bytes: the largest message, and the largest sum of a batch
     :ivar max_delay_s: the longest delay
+    :ivar shared_calls: how many calls may be under way at once that have messages of
+        several dispatches; 0 where each dispatch makes a call of its own
     """
 
     max_bytes: int
     max_delay_s: float
+    shared_calls: int = 0
 
     def destination(self, priority: Priority) -> str:
         """Return the name of the queue or topic for messages of a priority."""
@@ -2219,6 +2240,7 @@ class SqliteBroker(Broker):
 
     max_bytes = _MAX_SQS_BYTES  # as on SQS, so that what works here works there
     max_delay_s = 100 * 365 * 86_400  # a number that SQLite can hold
+    shared_calls = 1  # the file takes one at a time
 
     def __init__(self, url: str, clock: Callable[[], float] = time.time) -> None:
         self._url, self._clock = url, clock
@@ -2671,6 +2693,7 @@ class _AwsSender(Sender):
     """
 
     service = target_key = entries_key = send_one = send_many = ""
+    shared_calls = 16  # at 10 ms a call, that is all that one CPU can send
 
     def __init__(self, _url: str = "") -> None:
         self._connections = _PerProcess(_AwsConnections)
@@ -3302,7 +3325,9 @@ class Task(Generic[_P, _R]):
         try:
             self._signature.bind(*range(count), **keywords)
         except TypeError as error:
-            raise TypeError(f"{self.name}: {error}") from None
+            raise TypeError(
+                f"{self.name}: {error}{_hint_of_wrapper(self.fn)}"
+            ) from None
 
     def call(self, message: Message, receipt: str | None) -> None:
         """Run the function with a message's arguments, and await what can be awaited.
@@ -3348,17 +3373,22 @@ class Task(Generic[_P, _R]):
 
 
 def _signature_of(fn: Callable[..., Any], name: str) -> inspect.Signature:
-    """Return the signature of a task's function, or refuse the function.
+    """Return the signature by which a task is called, or refuse the function.
+
+    What a ``__signature__`` says that somebody has set is taken at its word.
 
     :raises ConfigurationError: if it can't be read, or does not name all arguments
     """
     try:
-        signature = inspect.signature(fn, **_ANNOTATIONS)
+        called = _named_part(fn)
+        signature = inspect.signature(called, follow_wrapped=False, **_ANNOTATIONS)
     except ValueError as error:
         raise ConfigurationError(
             f"{name} does not tell its parameters: expected a function written in"
             " Python"
         ) from error
+    if hasattr(called, "__signature__"):
+        return signature
     for parameter in signature.parameters.values():
         if parameter.kind is parameter.VAR_POSITIONAL:
             raise ConfigurationError(
@@ -3366,6 +3396,41 @@ def _signature_of(fn: Callable[..., Any], name: str) -> inspect.Signature:
                 " take a list"
             )
     return signature
+
+
+def _named_part(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the outermost of a function's wrappers that names what it takes.
+
+    A decorator's function may take other arguments than the one that it wraps; where it
+    takes ``*args`` or ``**kwargs``, the one inside has to say what these may be.
+    """
+    found: Callable[..., Any] = inspect.unwrap(fn, stop=_names_its_arguments)
+    return found
+
+
+def _names_its_arguments(fn: Callable[..., Any]) -> bool:
+    """Return whether a wrapper tells its arguments, without the function inside."""
+    if hasattr(fn, "__signature__"):
+        return True
+    try:
+        own = inspect.signature(fn, follow_wrapped=False, **_ANNOTATIONS)
+    except ValueError:  # compiled, as what functools.cache makes is
+        return False
+    kinds = {parameter.kind for parameter in own.parameters.values()}
+    return kinds.isdisjoint(_ANY_ARGUMENTS)
+
+
+_ANY_ARGUMENTS = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def _hint_of_wrapper(fn: Callable[..., Any]) -> str:
+    """Return what to do where a decorator, and not its caller, passes an argument."""
+    if _named_part(fn) is fn:
+        return ""
+    return (
+        " (if a decorator passes it, set __signature__ of the function that the"
+        " decorator returns)"
+    )
 
 
 # From Python 3.14 on, a signature evaluates annotations, and those that exist for type
@@ -3855,7 +3920,8 @@ class _Place(NamedTuple):
 
 
 def _place_of(fn: Any) -> _Place:
-    """Return where a function is written."""
+    """Return where a function is written: the one that decorators wrap."""
+    fn = inspect.unwrap(fn)
     code = getattr(fn, "__code__", None)
     line = f" ({code.co_filename}:{code.co_firstlineno})" if code else ""
     spec = getattr(fn, "__globals__", {}).get("__spec__")
@@ -4208,8 +4274,16 @@ def publish(message: Message) -> str:
     """
     ready = _prepare(message)
     if not _collect([ready]):
-        _send_one(ready)
+        _send_now(ready)
     return message.id
+
+
+def _send_now(ready: _Ready) -> None:
+    """Send one message, perhaps in a request with those of other dispatches."""
+    if ready.sender.shared_calls:
+        _lanes.get().lane_of(ready).send(ready)
+    else:
+        _send_one(ready)
 
 
 def _send_one(ready: _Ready) -> None:
@@ -4218,7 +4292,355 @@ def _send_one(ready: _Ready) -> None:
         _accepted(ready.sender.send(ready.destination, [ready.entry]))
     except MessageTooLarge as error:  # the queue's limit is below the service's
         raise _too_large(ready.message, ready.entry, error.limit) from error
+    _log_sent(ready)
+
+
+def _log_sent(ready: _Ready) -> None:
+    """Log that a message was accepted."""
     _log.debug("Sent message", extra={"message_body": ready.entry.body})
+
+
+# Dispatches that run at the same time share requests. One that finds its lane empty
+# sends its message itself, as if there were no lanes. The others wait for helpers,
+# threads that send up to ten messages in a call, and that end when there is no more to
+# send. So whatever interrupts a dispatch, the others have somebody who sends for them.
+
+# How long a call may be held back for dispatches that are likely to come at once: those
+# of threads that have just been told that their last message is sent.
+_GATHER_S = 0.002
+# The same, as a part of the time that the last call took.
+_GATHER_PART = 0.2
+# How long a message waits for a call under way at most: that one may hang.
+_PATIENCE_S = 0.2
+_HELPER_IDLE_S = 1  # after which a helper ends
+
+
+class _Parcel:
+    """A message that waits to be sent, and what came of it.
+
+    If it is neither accepted nor in error, it is to be sent by itself: whatever happened
+    to it in company may have been the fault of the others.
+    """
+
+    def __init__(self, entry: Outgoing) -> None:
+        self.entry = entry
+        #: to be called, from any thread, when it is known what came of it
+        self.tell: Callable[[], object] = _do_nothing
+        self.is_accepted = False
+        self.error: Exception | None = None  #: of the call as a whole
+        self.is_left = False  #: nobody waits for it any more
+        self.size = 0
+        self.since = 0.0
+
+
+class _SharedCall(NamedTuple):
+    """A call under way."""
+
+    parcels: Sequence[_Parcel]
+    began: float
+
+
+class _Sharing:
+    """Which messages to one destination are sent when, by whom, and with which others.
+
+    Pure: it is told the time, and calls nothing. Threads are known by any number.
+
+    :param max_bytes: for the sum of a call
+    :param max_calls: how many calls may be under way at once
+    """
+
+    def __init__(self, max_bytes: int, max_calls: int) -> None:
+        self._max_bytes, self._max_calls = max_bytes, max_calls
+        self.waiting: list[_Parcel] = []  #: in the order of their dispatches
+        self.under_way: dict[int, _SharedCall] = {}  #: by the thread that makes it
+        self._expected = 0  # how many are likely to share the next call…
+        self._gather_until = -math.inf  # …if they come before this
+
+    def enter(self, thread: int, parcel: _Parcel, now: float) -> bool:
+        """Begin a call with this parcel alone, if nothing is in its way."""
+        if self.waiting or self.under_way or now < self._gather_until:
+            return False
+        self.under_way[thread] = _SharedCall([parcel], now)
+        return True
+
+    def add(self, parcel: _Parcel, now: float) -> None:
+        """Let a parcel wait for others to go with."""
+        parcel.size, parcel.since = parcel.entry.size(), now
+        self.waiting.append(parcel)
+
+    def is_due(self, now: float) -> bool:
+        """Return whether a call is to begin now."""
+        parcels, _, is_full = self._next_call()
+        if not parcels or len(self.under_way) >= self._max_calls:
+            return False
+        if is_full or now >= parcels[0].since + _PATIENCE_S:
+            return True
+        if self.under_way:
+            return False
+        return len(parcels) >= self._expected or now >= self._gather_until
+
+    def due_at(self) -> float:
+        """Return when a call will be due, unless something happens before."""
+        parcels, _, _ = self._next_call()
+        if not parcels or len(self.under_way) >= self._max_calls:
+            return math.inf
+        patient_until = parcels[0].since + _PATIENCE_S
+        if self.under_way:
+            return patient_until
+        return min(patient_until, self._gather_until)
+
+    def begin(self, thread: int, now: float) -> Sequence[_Parcel]:
+        """Begin the call that is due; return its parcels."""
+        parcels, count, _ = self._next_call()
+        call = _SharedCall(parcels, now)
+        # One step: a thread that dies here has taken all of them, or none.
+        self.waiting, self.under_way[thread] = self.waiting[count:], call
+        return parcels
+
+    def end(self, thread: int, now: float) -> Sequence[_Parcel]:
+        """End this thread's call, if it has one under way; return its parcels."""
+        call = self.under_way.get(thread)
+        if call is None:
+            return ()
+        self._expected = len(call.parcels) + len(self.waiting)
+        if self._expected > 1:
+            pause_s = min(_GATHER_S, _GATHER_PART * (now - call.began))
+            self._gather_until = now + pause_s
+        del self.under_way[thread]  # last: an end that is interrupted is called again
+        return call.parcels
+
+    def give_up(self) -> Sequence[_Parcel]:
+        """Let nobody wait any more; return who did."""
+        parcels, self.waiting = self.waiting, []
+        return parcels
+
+    def _next_call(self) -> tuple[Sequence[_Parcel], int, bool]:
+        """Look at the next call.
+
+        :returns: its parcels; how many of those waiting they end; whether it is full
+        """
+        parcels: list[_Parcel] = []
+        size = 0
+        for place, parcel in enumerate(self.waiting):
+            if parcel.is_left:
+                continue
+            size += parcel.size
+            if parcels and size > self._max_bytes:
+                return parcels, place, True
+            parcels.append(parcel)
+            if len(parcels) == _MAX_BATCH:
+                return parcels, place + 1, True
+        return parcels, len(self.waiting), False
+
+
+class _Lane:
+    """The way of dispatches to one destination, in one process."""
+
+    def __init__(self, sender: Sender, destination: str, busy: set[int]) -> None:
+        self._sender, self._destination, self._busy = sender, destination, busy
+        self._process_id = os.getpid()
+        max_calls = sender.shared_calls
+        if destination.endswith(".fifo"):  # or a later call might overtake an earlier
+            max_calls = 1
+        self._sharing = _Sharing(sender.max_bytes, max_calls)
+        self._max_helpers = max_calls
+        # Guards what is above and below, for moments only: never over a call.
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._helpers: set[threading.Thread] = set()
+        self._idle = 0  # helpers that wait on the condition
+
+    def send(self, ready: _Ready) -> None:
+        """Send a message by itself, or with others; raise why it was not accepted."""
+        me = threading.get_ident()
+        # This thread may hold the lock already, or have a call under way: a signal
+        # handler or a __del__ may dispatch at any point below. A daemon thread's call
+        # may never end when the interpreter does.
+        if me in self._busy or sys.is_finalizing():
+            _send_one(ready)
+            return
+        parcel = _Parcel(ready.entry)
+        try:
+            try:
+                self._busy.add(me)
+                if self._enter(me, parcel):
+                    _send_one(ready)
+                else:
+                    self._wait(parcel)
+                    self._conclude(ready, parcel)
+            finally:
+                self._leave(me, parcel)
+        except BaseException:
+            self._leave(me, parcel)  # again: Control-C may have interrupted the first
+            raise
+
+    def _enter(self, me: int, parcel: _Parcel) -> bool:
+        """Return whether this thread is to send the parcel by itself."""
+        with self._lock:
+            return self._sharing.enter(me, parcel, time.monotonic())
+
+    def _wait(self, parcel: _Parcel) -> None:
+        """Wait until a helper has sent the parcel."""
+        told = threading.Event()
+        parcel.tell = told.set
+        self._add(parcel)
+        told.wait()
+
+    def _add(self, parcel: _Parcel) -> None:
+        """Leave a parcel to a helper."""
+        with self._lock:
+            now = time.monotonic()
+            self._sharing.add(parcel, now)
+            # One helper looks after those that wait, lest the call under way hang.
+            if len(self._sharing.waiting) == 1 or self._sharing.is_due(now):
+                self._wake()
+
+    def _leave(self, me: int, parcel: _Parcel) -> None:
+        """Have nobody wait for this dispatch, and send nothing more for it."""
+        # Of a forked process, the parent's other threads may have held the lock.
+        if self._process_id == os.getpid():
+            parcel.is_left = True
+            self._end(me)
+        self._busy.discard(me)
+
+    def _end(self, me: int) -> Sequence[_Parcel]:
+        """End this thread's call; return its parcels."""
+        with self._lock:
+            parcels = self._sharing.end(me, time.monotonic())
+            if self._sharing.waiting and not self._sharing.under_way:
+                self._wake()
+        return parcels
+
+    def _wake(self) -> None:
+        """Have a helper look what is due, a new one if need be; the lock is held."""
+        if self._idle:
+            self._changed.notify()
+            return
+        self._helpers = {each for each in self._helpers if each.is_alive()}
+        if len(self._helpers) >= self._max_helpers:
+            return
+        helper = threading.Thread(
+            target=self._help, name="taskhawk dispatch", daemon=True
+        )
+        try:
+            helper.start()
+            self._helpers.add(helper)
+        except RuntimeError:  # no more threads can be started
+            if not self._helpers:
+                for parcel in self._sharing.give_up():
+                    parcel.tell()
+
+    def _help(self) -> None:
+        """Send what is due, until nothing is for a while."""
+        me = threading.get_ident()
+        parcels: Sequence[_Parcel] = ()
+        try:
+            self._busy.add(me)
+            while parcels := self._next(me):
+                self._send_together(parcels)
+                self._end(me)
+                for parcel in parcels:
+                    parcel.tell()
+        finally:
+            # Whatever ends this thread, who waits for it is told.
+            with self._lock:
+                self._resign()
+            for parcel in (*parcels, *self._end(me)):
+                parcel.tell()
+            self._busy.discard(me)
+
+    def _resign(self) -> None:
+        """Count this thread as a helper no more."""
+        self._helpers.discard(threading.current_thread())
+
+    def _next(self, me: int) -> Sequence[_Parcel]:
+        """Begin the next call, and return its parcels; none if it is time to end."""
+        with self._lock:
+            while True:
+                now = time.monotonic()
+                if self._sharing.is_due(now):
+                    parcels = self._sharing.begin(me, now)
+                    if self._sharing.is_due(now):
+                        self._wake()
+                    return parcels
+                pause_s = min(self._sharing.due_at() - now, _HELPER_IDLE_S)
+                self._idle += 1
+                try:
+                    self._changed.wait(pause_s)
+                finally:
+                    self._idle -= 1
+                if pause_s == _HELPER_IDLE_S and not self._sharing.waiting:
+                    self._resign()  # while the lock is held: nobody may count on it
+                    return ()
+
+    def _send_together(self, parcels: Sequence[_Parcel]) -> None:
+        """Send parcels in one call, and note what came of each."""
+        entries = [parcel.entry for parcel in parcels]
+        try:
+            refusals = self._sender.send(self._destination, entries)
+        except MessageTooLarge:
+            return  # sent by itself, each learns whether it is its own size
+        except Exception as error:
+            for parcel in parcels:
+                parcel.error = error
+            return
+        refused = {refusal.index for refusal in refusals}
+        for index, parcel in enumerate(parcels):
+            parcel.is_accepted = index not in refused
+
+    def _conclude(self, ready: _Ready, parcel: _Parcel) -> None:
+        """Return if a helper has sent the message; else send it, or raise why not.
+
+        A call that failed as a whole is not made again: botocore has repeated it, and
+        an outage would last twice as long for each dispatch.
+        """
+        if parcel.error is not None:
+            raise _own_copy(parcel.error)
+        if parcel.is_accepted:
+            _log_sent(ready)
+        else:
+            _send_one(ready)
+
+
+def _own_copy(error: Exception) -> Exception:
+    """Return a copy of an error that several threads raise, each with its traceback."""
+    import copy
+
+    try:
+        own = copy.copy(error)
+    except Exception:  # of a class that can't be copied
+        return error
+    own.__cause__ = error.__cause__
+    return own.with_traceback(error.__traceback__)
+
+
+class _Lanes:
+    """The lanes of one process."""
+
+    def __init__(self) -> None:
+        self.lanes: dict[tuple[Sender, str], _Lane] = {}
+        # The threads that are inside of a lane. They wait for no other call, and so
+        # there is no circle of calls that wait for each other.
+        self.busy: set[int] = set()
+
+    def lane_of(self, ready: _Ready) -> _Lane:
+        """Return the lane of a message."""
+        key = ready.sender, ready.destination
+        lane = self.lanes.get(key)
+        if lane is None:
+            lane = self.lanes.setdefault(key, _Lane(*key, self.busy))  # one step
+        return lane
+
+
+_lanes = _PerProcess(_Lanes)
+
+
+def _forget_lanes() -> None:
+    """Let the next dispatches begin anew, with other senders."""
+    _lanes.get().lanes.clear()
+
+
+settings.on_change.append(_forget_lanes)
 
 
 def _send_all_ready(readies: Sequence[_Ready]) -> None:
@@ -7615,8 +8037,396 @@ def _cancel_in_file(broker: SqliteBroker, message_id: str) -> bool:
 
 
 # --- 23. Django's tasks ---------------------------------------------------------------
-# Django is imported only when the class is asked for.
-# (Invariant.)
+# Django's own API over the same messages and workers. One of Django's tasks becomes one
+# of ours where it is declared, so no message has anything imported. Results are not
+# kept: whoever wants them gets them by the signal task_finished, which is sent once for
+# a message that is done with. Django is imported only when the class is asked for.
+# https://docs.djangoproject.com/en/stable/topics/tasks/
+
+
+class _DjangoBackend:
+    """A backend of Django's tasks, on taskhawk's queues: Django 6.0 or newer has them.
+
+    Its queues are the names of priorities. On the queue "default", a task whose
+    priority is above 0 goes to "high", and one below 0 to "low".
+
+    OPTIONS may have settings of taskhawk; options of :func:`task`, for all tasks of the
+    backend; and ``on_commit``: True, which sends a message once the transaction around
+    ``enqueue`` is committed. From Django 6.1 on, Django's decorator takes options of
+    :func:`task`, too: those in the declaration count, whatever runs the task.
+    """
+
+    supports_async_task = True
+    supports_defer = True  # where the queue can; enqueue() refuses what it can't
+    supports_get_result = False
+    supports_priority = True
+
+    # Set by Django's own base class, which _make_django_backend() adds.
+    alias: str
+    queues: set[str]
+    options: Mapping[str, Any]
+
+    def check(self, **_: Any) -> list[Any]:
+        """Return what is wrong with the settings, for ``manage.py check``."""
+        from django.core.checks import Error
+
+        wrong = [*self._flaws(), *map(str, settings.errors())]
+        return [Error(text, id="taskhawk.E001") for text in wrong]
+
+    def validate_task(self, task: Any) -> None:
+        """Refuse a task that can't be run, and register one that can.
+
+        Django calls it where a task is declared, and for each ``using()``.
+        """
+        from django.tasks.exceptions import InvalidTask
+
+        super().validate_task(task)  # type: ignore[misc]
+        try:
+            _django_priority(task)
+            self._task_of(task)
+        except ConfigurationError as error:
+            raise InvalidTask(str(error)) from error
+
+    def enqueue(self, task: Any, args: Any, kwargs: Any) -> Any:
+        """Queue a run, and return what Django calls its result: its id, above all.
+
+        :raises Exception: as :meth:`AsyncInvocation.dispatch`. With ``on_commit``, the
+            commit raises what the queue does not accept: its rows are committed then
+        """
+        self.validate_task(task)
+        message = self._message(task, args, kwargs)
+        result = _django_result(task, message.id, message.args, message.kwargs)
+        send = functools.partial(self._send, message, result)
+        if self.options.get("on_commit"):
+            from django.db.transaction import on_commit
+
+            _prepare(message)  # the caller is told of what is wrong with the call
+            on_commit(send)
+        else:
+            send()
+        return result
+
+    def _message(self, task: Any, args: Any, kwargs: Any) -> Message:
+        """Make the message of a run."""
+        from django.utils.json import normalize_json
+
+        invocation = self._task_of(task).with_priority(_django_priority(task))
+        if task.run_after is not None:
+            # A naive time, which it may be without USE_TZ, is the process's local time.
+            left_s = task.run_after.timestamp() - time.time()
+            invocation = invocation.with_delay(max(left_s, 0))
+        return invocation._message(  # noqa: SLF001 - its own
+            normalize_json(args), normalize_json(kwargs)
+        )
+
+    def _send(self, message: Message, result: Any) -> None:
+        """Send a message, and tell that it is queued."""
+        from django.tasks.signals import task_enqueued
+        from django.utils import timezone
+
+        publish(message)
+        _set_fields(result, enqueued_at=timezone.now())
+        task_enqueued.send(type(self), task_result=result)
+
+    def _task_of(self, declared: Any) -> Task[Any, Any]:
+        """Return our task for one of Django's; register it if it is new."""
+        place = _place_of(declared.func)
+        name = f"{place.module}.{place.qualname}"
+        known = _registry.get(name)
+        if known is not None and _is_made_of(known, declared):
+            return known
+        for flaw in self._flaws():
+            raise ConfigurationError(flaw)
+        options = {"name": name, "priority": _django_priority(declared)}
+        for option in _django_task_options().intersection(self.options):
+            options[option] = self.options[option]
+        options |= _options_of_declaration(declared)
+        decorator: Any = task
+        made: Task[Any, Any] = decorator(**options, _django=declared)(
+            _django_function(declared, type(self))
+        )
+        return made
+
+    def _flaws(self) -> Iterator[str]:
+        """Yield what is wrong with the backend's entry in TASKS."""
+        where = f"TASKS[{self.alias!r}]"
+        for name in sorted(self.queues.difference(_PRIORITIES)):
+            yield f"{where}: QUEUES: {_expected_queue(name)}"
+        legal = {"on_commit", *_SETTINGS, *_django_task_options()}
+        for name in sorted(set(self.options) - legal):
+            yield (
+                f"{where}: OPTIONS: expected on_commit, settings of taskhawk or options"
+                f" of taskhawk.task, got {name!r}"
+            )
+
+
+def _expected_queue(name: object) -> str:
+    """Return the sentence that refuses the name of a queue."""
+    return f"expected one of {', '.join(_PRIORITIES)}, got {name!r}"
+
+
+def _django_priority(declared: Any) -> Priority:
+    """Return the queue of one of Django's tasks."""
+    name = declared.queue_name
+    if name not in _PRIORITIES:  # QUEUES = [] allows any
+        raise ConfigurationError(f"queue_name: {_expected_queue(name)}")
+    if name != Priority.default.name or declared.priority == 0:
+        return Priority[name]
+    if declared.priority > 0:
+        return Priority.high
+    return Priority.low
+
+
+@functools.cache
+def _django_task_options() -> frozenset[str]:
+    """Return the options of :func:`task` that are not Django's in another form."""
+    own = inspect.signature(task, **_ANNOTATIONS).parameters
+    return frozenset([*own, *_more_options]) - {
+        "args",
+        "more",
+        "name",
+        "priority",
+        "_django",
+    }
+
+
+def _options_of_declaration(declared: Any) -> dict[str, Any]:
+    """Return the options of :func:`task` that Django's decorator was given."""
+    options = {}
+    for name in _django_task_options():
+        value = getattr(declared, name, None)  # it may be of another backend's class
+        if value is not None:
+            options[name] = value
+    return options
+
+
+def _is_made_of(known: Task[Any, Any], declared: Any) -> bool:
+    """Return whether a task of ours was made of this one of Django's.
+
+    It may be another object: each ``using()`` makes one.
+    """
+    first = known.options.get("_django")
+    if first is None or first.func is not declared.func:
+        return False
+    return _options_of_declaration(first) == _options_of_declaration(declared)
+
+
+def _leave_arguments(made: Task[Any, Any], _declared: Any) -> None:
+    """Have one of Django's tasks called with what its message has, and no more."""
+    made._given_by_worker = frozenset()  # noqa: SLF001 - its own
+    made.accepts_metadata = made.accepts_headers = False
+
+
+_more_options["_django"] = _leave_arguments
+
+
+def _django_function(declared: Any, backend: type) -> Callable[..., Any]:
+    """Return what a worker calls for one of Django's tasks: its function, and signals.
+
+    :param backend: the class, which is the sender of the signals
+    """
+    fn = declared.func
+    # What it takes is Django's to say: `*args`, or arguments that are named as ours.
+    called = _named_part(fn)
+    signature = inspect.signature(called, follow_wrapped=False, **_ANNOTATIONS)
+    parameters = list(signature.parameters.values())
+    if declared.takes_context:
+        del parameters[0]
+    make = _django_plain_function
+    if inspect.iscoroutinefunction(fn):
+        make = _django_coroutine_function
+    made = make(declared, backend)
+    functools.update_wrapper(made, fn)
+    vars(made)["__signature__"] = signature.replace(parameters=parameters)
+    return made
+
+
+def _django_plain_function(declared: Any, backend: type) -> Callable[..., Any]:
+    """Return what runs a function of Django's between its signals."""
+    from django.tasks.signals import task_finished, task_started
+
+    def call(*args: Any, **kwargs: Any) -> None:
+        run = _DjangoRun(declared, args, kwargs)
+        task_started.send(backend, task_result=run.result)
+        try:
+            run.succeeded(declared.func(*run.context, *args, **kwargs))
+        except BaseException as error:
+            run.failed(error)
+            raise
+        finally:
+            if run.result.is_finished:
+                task_finished.send(backend, task_result=run.result)
+
+    return call
+
+
+def _django_coroutine_function(declared: Any, backend: type) -> Callable[..., Any]:
+    """Return what runs a coroutine function of Django's between its signals."""
+    from asgiref.sync import sync_to_async
+    from django.tasks.signals import task_finished, task_started
+
+    # Receivers of signals, and the ORM, run in a thread of asgiref's, which has
+    # connections of its own.
+    refresh = sync_to_async(_refresh_django_connections)
+
+    async def call(*args: Any, **kwargs: Any) -> None:
+        run = _DjangoRun(declared, args, kwargs)
+        await refresh()
+        await task_started.asend(backend, task_result=run.result)
+        try:
+            run.succeeded(await declared.func(*run.context, *args, **kwargs))
+        except BaseException as error:
+            run.failed(error)
+            raise
+        finally:
+            if run.result.is_finished:
+                await task_finished.asend(backend, task_result=run.result)
+            await refresh(ran=True)
+
+    return call
+
+
+class _DjangoRun:
+    """A run of one of Django's tasks, as its context and the signals tell of it.
+
+    Nobody knows what came of earlier runs of the message; how many, its receives tell.
+
+    :param declared: Django's task
+    :param args: the arguments that the message has
+    """
+
+    def __init__(self, declared: Any, args: Any, kwargs: Any) -> None:
+        from django.tasks import TaskContext, TaskResultStatus
+        from django.utils import timezone
+
+        self._metadata = typing.cast("Metadata", current_task())
+        self._status = TaskResultStatus
+        now = timezone.now()
+        earlier = ["unknown"] * (self._metadata.attempt - 1)
+        self.result = _django_result(
+            declared,
+            self._metadata.id,
+            args,
+            kwargs,
+            status=TaskResultStatus.RUNNING,
+            enqueued_at=datetime.fromtimestamp(
+                self._metadata.timestamp / 1000, now.tzinfo
+            ),
+            started_at=now,
+            last_attempted_at=now,
+            worker_ids=[*earlier, f"{os.uname().nodename}:{os.getpid()}"],
+        )
+        #: what the function gets ahead of its arguments
+        self.context: list[Any] = []
+        if declared.takes_context:
+            self.context.append(TaskContext(task_result=self.result))
+
+    def succeeded(self, value: Any) -> None:
+        """Note that the function has returned."""
+        self._ended(self._status.SUCCESSFUL)
+        _set_fields(self.result, _return_value=value)
+
+    def failed(self, error: BaseException) -> None:
+        """Note that it raised: then the message may be done with, or be run again."""
+        from django.tasks.base import TaskError
+
+        if _are_all(IgnoreException, error):
+            self._ended(self._status.SUCCESSFUL)
+            return
+        kind = type(error)
+        path = f"{kind.__module__}.{kind.__qualname__}"
+        text = "".join(traceback.format_exception(error))
+        self.result.errors.append(TaskError(exception_class_path=path, traceback=text))
+        if self._is_last(error):
+            self._ended(self._status.FAILED)
+        else:
+            _set_fields(self.result, status=self._status.READY)
+
+    def _is_last(self, error: BaseException) -> bool:
+        """Return whether nothing runs the message again, by the table of fates."""
+        if settings.TASKHAWK_SYNC:
+            return True
+        verdict = _verdict(self._metadata._received, error)  # noqa: SLF001 - its own
+        return verdict.fate is Fate.dead_letter
+
+    def _ended(self, status: Any) -> None:
+        """Note that the message is done with."""
+        from django.utils import timezone
+
+        _set_fields(self.result, status=status, finished_at=timezone.now())
+
+
+def _django_result(
+    declared: Any, message_id: str, args: Any, kwargs: Any, **fields: Any
+) -> Any:
+    """Make a result of Django's, of a message that is queued unless `fields` differ."""
+    from django.tasks import TaskResult, TaskResultStatus
+
+    queued = {
+        "status": TaskResultStatus.READY,
+        "enqueued_at": None,
+        "started_at": None,
+        "finished_at": None,
+        "last_attempted_at": None,
+        "errors": [],
+        "worker_ids": [],
+    }
+    return TaskResult(
+        task=declared,
+        id=message_id,
+        args=args,
+        kwargs=kwargs,
+        backend=declared.backend,
+        **{**queued, **fields},
+    )
+
+
+def _set_fields(result: Any, **fields: Any) -> None:
+    """Set fields of a result, which is frozen for everybody else."""
+    for name, value in fields.items():
+        object.__setattr__(result, name, value)
+
+
+@functools.cache
+def _make_django_backend() -> type:
+    """Make the class, which needs Django's own as a base."""
+    from django.tasks import Task as DjangoTask
+    from django.tasks.backends.base import BaseTaskBackend
+
+    place = {"__module__": __name__, "__qualname__": "DjangoBackend.task_class"}
+    task_class = dataclasses.make_dataclass(
+        "task_class",
+        [(name, Any, None) for name in sorted(_django_task_options())],
+        bases=(DjangoTask,),
+        namespace=place,
+        frozen=True,
+        slots=True,
+        kw_only=True,
+    )
+    names = {
+        "__doc__": _DjangoBackend.__doc__,
+        "__module__": __name__,
+        "task_class": task_class,
+    }
+    return type("DjangoBackend", (_DjangoBackend, BaseTaskBackend), names)
+
+
+def _get_late(name: str) -> Any:
+    """Return what this module makes when it is asked for, and not before."""
+    if name != "DjangoBackend":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return _make_django_backend()
+    except ImportError as error:
+        raise AttributeError("DjangoBackend needs Django 6.0 or newer") from error
+
+
+if typing.TYPE_CHECKING:
+
+    class DjangoBackend(_DjangoBackend):
+        """A backend of Django's tasks."""
+else:
+    __getattr__ = _get_late
 
 
 # === PART VI: PEOPLE ==================================================================
