@@ -3730,43 +3730,107 @@ def extend_visibility_timeout(
     _insist(broker.change_visibility, queue, (receipt, visibility_timeout_s))
 
 
+_LOOP_END_S = 5  # for what coroutines left behind to end, once it is cancelled
+
+
 class _EventLoop:
-    """The event loop of a worker's thread, made for its first coroutine."""
+    """The event loop for a worker's coroutines, in a thread of its own.
+
+    Each thread of the worker hands over the coroutine of its message, and waits for it:
+    hooks, Django's connections and contexts stay the thread's own. The loop is made for
+    the first coroutine, and ends when no thread uses it any more.
+    """
 
     def __init__(self) -> None:
-        self._runner: Any = None
+        self._lock = threading.Lock()  # guards what follows
+        self._users = 0  # threads that may run coroutines here
+        self._serving: tuple[Any, threading.Event, threading.Thread] | None = None
+
+    @contextlib.contextmanager
+    def in_this_thread(self) -> Iterator[None]:
+        """Run the coroutines of this thread's messages here, inside the block."""
+        outer = getattr(_thread, "event_loop", None)  # where a task runs a worker
+        _thread.event_loop = self
+        with self._lock:
+            self._users += 1
+        try:
+            yield
+        finally:
+            _thread.event_loop = outer
+            self._leave()
 
     def run(self, coroutine: Any) -> None:
-        """Run a coroutine to its end, in a copy of the context."""
+        """Run a coroutine to its end, in a copy of this thread's context."""
         import asyncio
 
-        if self._runner is None:
-            self._runner = asyncio.Runner()
-        self._runner.run(coroutine, context=contextvars.copy_context())
+        loop = self._get()
+        running = asyncio.run_coroutine_threadsafe(_caught(coroutine), loop)
+        try:
+            error = running.result()
+        except BaseException:  # Control-C, or the exit of a signal handler
+            running.cancel()
+            raise
+        if error is None:
+            return
+        try:
+            raise error
+        finally:
+            del error  # else it is in a cycle with this frame
 
-    def close(self) -> None:
-        """Cancel what coroutines left running, and close the loop."""
-        if self._runner is not None:
-            self._runner.close()
+    def _get(self) -> Any:
+        """Return the loop, which may have to be made."""
+        with self._lock:
+            if self._serving is None:
+                loop, end = _new_event_loop(), threading.Event()
+                thread = threading.Thread(
+                    target=self._serve, args=(loop, end), daemon=True
+                )
+                thread.start()
+                self._serving = loop, end, thread
+            return self._serving[0]
+
+    @staticmethod
+    def _serve(loop: Any, end: threading.Event) -> None:
+        """Run what is handed over; the body of a thread."""
+        import asyncio
+
+        asyncio.set_event_loop(loop)
+        # At the end, it cancels what coroutines left running.
+        with asyncio.Runner(loop_factory=lambda: loop) as runner:
+            runner.get_loop()
+            while not end.is_set():
+                # An asyncio task that raises them stops the loop, for all other runs.
+                with contextlib.suppress(SystemExit, KeyboardInterrupt):
+                    loop.run_forever()
+
+    def _leave(self) -> None:
+        """Note that a thread runs no more coroutines; after the last, end the loop."""
+        with self._lock:
+            self._users -= 1
+            if self._users or self._serving is None:
+                return
+            loop, end, thread = self._serving
+            self._serving = None
+        end.set()
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(_LOOP_END_S)
+        if thread.is_alive():
+            _log.warning("something that a coroutine began does not end: left to run")
 
 
 _thread = threading.local()  # `event_loop`: that of the worker whose thread this is
 
 
-@contextlib.contextmanager
-def _one_event_loop() -> Iterator[None]:
-    """Run all coroutines of this thread on one event loop, inside the block."""
-    outer = getattr(_thread, "event_loop", None)  # where a task runs a worker
-    _thread.event_loop = event_loop = _EventLoop()
-    try:
-        yield
-    finally:
-        _thread.event_loop = outer
-        event_loop.close()
+def _forget_event_loop() -> None:
+    """Leave the loop to the parent of a forked process, which has no such thread."""
+    _thread.event_loop = None
+
+
+os.register_at_fork(after_in_child=_forget_event_loop)
 
 
 def _run_coroutine(coroutine: Any) -> None:
-    """Run a coroutine to its end: on the event loop of this thread, if it keeps one."""
+    """Run a coroutine to its end: on the loop of a worker, if this is its thread."""
     import asyncio
     from concurrent.futures import ThreadPoolExecutor
 
@@ -3775,26 +3839,71 @@ def _run_coroutine(coroutine: Any) -> None:
         # Sync mode in an application's own event loop, which is busy until we return.
         context = contextvars.copy_context()
         with ThreadPoolExecutor(1) as pool:
-            pool.submit(context.run, asyncio.run, coroutine).result()
+            pool.submit(context.run, _run_alone, coroutine).result()
     elif event_loop is not None:
         event_loop.run(coroutine)
     else:
-        asyncio.run(coroutine)
+        _run_alone(coroutine)
+
+
+def _run_alone(coroutine: Any) -> None:
+    """Run a coroutine on a loop that is made for it, as asyncio.run() does."""
+    import asyncio
+
+    with asyncio.Runner(loop_factory=_new_event_loop) as runner:
+        runner.run(coroutine)
+
+
+async def _caught(coroutine: Any) -> BaseException | None:
+    """Await a coroutine, and return its error: SystemExit would stop the loop."""
+    process = os.getpid()
+    try:
+        await coroutine
+    except BaseException as error:
+        return error
+    finally:
+        if os.getpid() != process:
+            # A process that the coroutine forked came back from it: see _Slot.
+            os._exit(0)  # pragma: no cover - the process is gone
+    return None
+
+
+def _new_event_loop() -> Any:
+    """Return an event loop of asyncio's policy that notes who begins asyncio tasks."""
+    import asyncio
+
+    loop = asyncio.new_event_loop()
+    loop.set_task_factory(_make_asyncio_task)
+    return loop
+
+
+def _make_asyncio_task(loop: Any, coroutine: Any, **options: Any) -> Any:
+    """Make an asyncio task, and note it for the run that began it."""
+    import asyncio
+
+    made = asyncio.Task(coroutine, loop=loop, **options)
+    begun = _begun.get()
+    if begun is not None:
+        begun.add(made)
+    return made
+
+
+# The asyncio tasks that this run began, and those that they began.
+_begun = contextvars.ContextVar[Any]("begun", default=None)
 
 
 async def _awaited(awaitable: Any, name: str) -> None:
     """Await what a task returned, and log which asyncio tasks its run leaves behind.
 
     A client's connection may need them, so they are not cancelled here. They go on
-    whenever this event loop runs, in other tasks' runs too, and end with it.
+    beside other runs of the worker, and end with it.
     """
-    import asyncio
-
-    before = asyncio.all_tasks()
+    begun: weakref.WeakSet[Any] = weakref.WeakSet()
+    _begun.set(begun)
     try:
         await awaitable
     finally:
-        left = asyncio.all_tasks() - before
+        left = [each for each in begun if not each.done()]
         if left:
             names = sorted(_qualname(each.get_coro()) for each in left)
             _log.warning(
@@ -6701,6 +6810,7 @@ class _Slot:
     """Runs one message after another, in its thread or in its child.
 
     :param settle: called with each message and the outcome of its run
+    :param event_loop: the worker's, for its coroutines
     :param is_isolated: whether its child runs all messages
     """
 
@@ -6709,16 +6819,17 @@ class _Slot:
         course: _Course,
         child: _Child,
         settle: Callable[[_Held, Outcome], None],
+        event_loop: _EventLoop,
         *,
         is_isolated: bool,
     ) -> None:
-        self.child = child
+        self.child, self._event_loop = child, event_loop
         self._course, self._settle = course, settle
         self._is_isolated = is_isolated
 
     def work(self) -> None:
         """Run messages until there are no more; the body of a thread."""
-        with _one_event_loop():
+        with self._event_loop.in_this_thread():
             try:
                 if self._is_isolated:
                     self._start_child()
@@ -6948,12 +7059,14 @@ class Worker:
         self._keeping = [
             _make_thread(self._course, self._keeper.run) for _ in range(_MAX_CALLS)
         ]
+        event_loop = _EventLoop()
         self.overdue = threading.Event()  #: set once the grace is over
         self._slots = [
             _Slot(
                 self._course,
                 _Child(start, self.max_tasks_per_child, self.overdue),
                 self.settle,
+                event_loop,
                 is_isolated=is_isolated,
             )
             for _ in range(self.concurrency)
@@ -7859,7 +7972,7 @@ class _Report(logging.StreamHandler[typing.TextIO]):
         self.stream = sys.stderr
 
 
-@_one_event_loop()
+@_EventLoop().in_this_thread()
 def _serve_worker(argv: Sequence[str]) -> int:
     """Run messages for a slot of a worker, which started this process.
 
