@@ -56,40 +56,40 @@ A message that a worker holds; the :class:`Ledger` counts what each becomes::
     received --> started --> finished --> acked          deleted from the queue
         |           |            |------> retried        visible again, now or later
         |           |            |------> dead_lettered  copied, then deleted
+        |           |            |------> postponed      copied with a delay, deleted
         |           |            '------> uncertain      its delete may not be applied
         |           '--> released                        its run could not begin
         '--> released                                    never started, visible at once
 
 What to read for each promise, and how many statements that is
-    1 (292): publish, _send_one, _accepted, _send_all_ready, _partial_failure,
+    1 (323): publish, _send_one, _accepted, _send_all_ready, _partial_failure,
         _send_all, _in_batches, _one_round, SqliteBroker.send, SqliteBroker._claim,
         SqliteBroker.delete, _SqliteFile.change, _use_write_ahead_log,
         _AwsSender._batch, SqsBroker.send, SqsBroker.delete, process, _verdict, _wanted,
-        _Slot._run, Worker.settle, Worker._close, _dead_letter, _send_copy, _Held.move,
-        _Holdings.finish, _Holdings.release, _Holdings._decide, _Calls.answered,
-        _Calls._deleted, _Calls._delayed, _Calls._try_later, _Holdings.doubt,
-        _Holdings.close, _Holdings.end
-    2 (281): SqliteBroker.receive, SqliteBroker._claim, SqliteBroker.change_visibility,
+        _delay_s, _ask, _Slot._run, Worker.settle, _carry_out, _postpone, Worker._close,
+        _dead_letter, _send_copy, _Held.move, _Holdings.finish, _Holdings.release,
+        _Holdings._decide, _Calls.answered, _Calls._deleted, _Calls._delayed,
+        _Calls._try_later, _Holdings.doubt, _Holdings.close, _Holdings.end
+    2 (285): SqliteBroker.receive, SqliteBroker._claim, SqliteBroker.change_visibility,
         SqsBroker.receive, _find_lease, _Poller._receive, _Course.take,
         _Course._release_if_stuck, _Call, _Leases, _Holdings.take, _Holdings.start,
         _Holdings.release, _Holdings.release_waiting, _Holdings._decide,
         _Holdings.expire, _Holdings.lose, _Calls.next, _Calls.answered,
-        _Calls._extended, _Calls._deleted, _Keeper.run, _Keeper._make, _Slot._run,
+        _Calls._extended, _Calls._deleted, _Keeper._look, _Keeper._make, _Slot._run,
         _Slot._process, Worker._give_up, _Child.kill
-    3 (110): _decode, _parse, Message.__init__, _validate, _fits, _find_task,
+    3 (111): _decode, _parse, Message.__init__, _validate, _fits, _find_task,
         Task.find_by_name, Task.call, _register, _import, _import_path, _parse_line,
         _to_outcome, _import_tasks
-    4 (101): process, _run, _decode, _parse, _failed, _verdict, _is_invalid,
-        _text_of_invalid, _Slot._run, Worker.settle
-    5 (198): _run, _failed, _sentence, _what_follows, _name_of, _reason, _in_one_line,
-        _facts, _extra_of, _text_of_invalid, _shown, _mismatch, _too_large,
-        _Holdings.warn, _Keeper._tell, _Faults, _error_code, _error_details, _explained,
-        _explanation, _find_remedy, _Source.read, _call_safely, _log_again
-    6 (187): _Course.wait_for_room, _Course._find_room, _Poller.work, _Poller._try,
-        _Poller._receive, _pause_s, _Holdings._decide, _Holdings._acknowledge,
-        _Holdings._hurry, _Calls.next, _Calls._due_ends, _Calls._share_call,
-        _Calls._extended, _Leases, _Keeper._wait, _Keeper._make, SqsBroker.receive,
-        SqsBroker.url, SqsBroker._find_url, _parts
+    4 (114): process, _run, _decode, _parse, _failed, _log_failed, _verdict,
+        _is_invalid, _text_of_invalid, _Slot._run, Worker.settle
+    5 (214): _run, _failed, _log_failed, _sentence, _what_follows, _name_of, _reason,
+        _in_one_line, _facts, _extra_of, _text_of_invalid, _shown, _mismatch,
+        _too_large, _Holdings.warn, _Keeper._tell, _Faults, _error_code, _error_details,
+        _explained, _explanation, _find_remedy, _Source.read, _call_safely, _log_again
+    6 (217): _Course.wait_for_room, _Course._find_room, _Poller.work, _Poller._try,
+        _Poller._receive, _pause_s, _Holdings._decide, _Ends, _Calls.next,
+        _Calls._due_at, _Calls._patience_s, _Calls._extended, _Leases, _Keeper._wait,
+        _Keeper._make, SqsBroker.receive, SqsBroker.url, SqsBroker._find_url, _parts
     7 (209): _in_own_context, _refresh_django_connections, _PerProcess, _made_once,
         _Brokers.before_fork, _Brokers.after_fork, _close_sqlite_files,
         _release_sqlite_files, _Signals, _hold_signals, _release_signals,
@@ -141,6 +141,7 @@ __all__ = [
     "Message",
     "MessageTooLarge",
     "PartialFailure",
+    "PostponeException",
     "Priority",
     "RetryException",
     "RetryPolicy",
@@ -225,11 +226,14 @@ _MAX_SNS_BYTES = 262_144  # the same for SNS, whose topics may allow more
 _MAX_ATTRIBUTES = 10  # a raw SNS delivery to SQS discards a message that has more
 _MAX_DELAY_S = 900  # DelaySeconds of SQS
 _MAX_QUEUE = 80 - len("TASKHAWK--HIGH-PRIORITY-DLQ")  # the longest name has it inside
+_FIFO = ".fifo"  # the name of a FIFO queue ends with it, in lower case
+_MAX_GROUP = 128  # characters of MessageGroupId and MessageDeduplicationId
 _MAX_HELD_S = 43_200  # SQS counts these 12 hours from the receive, extensions included
 _LONG_POLL_S = 20  # the longest wait of ReceiveMessage, and so the cheapest
 _DEFAULT_LEASE_S = 30  # the visibility timeout of a queue that sets none
 _ERROR_ATTRIBUTE = "taskhawk.error"  # says why the worker dead-lettered a message
 _MAX_ERROR_BYTES = 16_384  # its size: enough for a traceback, little beside 1 MiB
+_ATTEMPTS_ATTRIBUTE = "taskhawk.attempts"  # how many there were before it was postponed
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -261,7 +265,7 @@ _log = _Log(logging.getLogger(__name__), {})
 # --- 2. errors ------------------------------------------------------------------------
 # Every failure has a name and a fate. A ConfigurationError is for a person to fix; a
 # ValidationError is a fault of a message; a PartialFailure names the messages that were
-# not accepted. Tasks and retry policies raise the last four classes to say what is to
+# not accepted. Tasks and retry policies raise the last five classes to say what is to
 # become of the message.
 
 
@@ -350,7 +354,8 @@ class RetryException(TaskhawkError):
     """Raised by a task: run me again later. It is logged without a traceback.
 
     Such a run counts as an attempt: the receive count grows. A task that gives a delay
-    overrides its retry policy, so only the queue's redrive policy ends the attempts.
+    overrides its retry policy, so only the queue's redrive policy ends the attempts. A
+    task that gives a policy has it in place of its own for this failure.
 
     SQS hides a message for at most 12 hours after its receive. A longer delay is cut to
     that, and the log says so: raise it again then, or dispatch a new message.
@@ -358,12 +363,26 @@ class RetryException(TaskhawkError):
     :param args: the text; a number in the first place is the delay, as in taskhawk 4.7
     :param delay_seconds: seconds until the next run; None leaves it to the task's retry
         policy or, without one, to the queue's visibility timeout
-    :raises ValueError: if the delay is negative or not finite
+    :param retry: a policy for this failure; when it gives up, the message goes to the
+        dead-letter queue
+    :param log_error: whether the failure is logged as an error, and the error hook
+        called, if it is the last one; False logs a warning, without a traceback
+    :raises ValueError: if the delay is negative or not finite, the policy can't be
+        called, or both are given
     """
 
-    delay_seconds: float | None = None  # for subclasses with an __init__ of their own
+    # For subclasses with an __init__ of their own.
+    delay_seconds: float | None = None
+    retry: Callable[[int], float] | None = None
+    log_error = True
 
-    def __init__(self, *args: Any, delay_seconds: float | None = None) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        delay_seconds: float | None = None,
+        retry: Callable[[int], float] | None = None,
+        log_error: bool = True,
+    ) -> None:
         if delay_seconds is None and args and _is_number(args[0]):
             delay_seconds = args[0]
             args = args[1:]
@@ -371,8 +390,31 @@ class RetryException(TaskhawkError):
             raise ValueError(
                 f"delay_seconds: expected 0 or more seconds, got {delay_seconds}"
             )
+        if retry is not None and not callable(retry):
+            raise ValueError(f"retry: expected a retry policy, got {retry!r}")
+        if retry is not None and delay_seconds is not None:
+            raise ValueError("expected delay_seconds or retry, got both")
         self.delay_seconds = delay_seconds
+        self.retry = retry
+        self.log_error = log_error
         super().__init__(*args)
+
+
+class PostponeException(RetryException):
+    """Raised by a task: it is not my time yet, and this was no attempt.
+
+    A copy of the message is sent with the delay, and then the message is deleted. So
+    one that waits is not given up, however often it is postponed. It is logged at debug
+    level. A delay over SQS's 15 minutes is cut to that.
+
+    Where no copy can be sent, the run counts as one that raised
+    :class:`RetryException`: on a FIFO queue, whose order a copy would break, and in
+    Lambda behind SNS, or behind SQS if the function may not send.
+
+    :param args: the text; a number in the first place is the delay
+    :param delay_seconds: seconds until the next run; None for a minute
+    :raises ValueError: if the delay is negative or not finite
+    """
 
 
 class LoggingException(TaskhawkError):
@@ -587,8 +629,15 @@ _FLAG = _Rule("true or false", _parse_flag)
 _SECONDS = _Rule("a number of seconds above 0", functools.partial(_parse_number, float))
 _COUNT = _Rule("a whole number above 0", functools.partial(_parse_number, int))
 _HOOK = _Rule("a function or its dotted path", _parse_callable)
+_POLICY = _Rule("a retry policy or its dotted path", _parse_callable)
 _CLASS = _Rule("a class or its dotted path", _parse_callable)
 _URL = _Rule("a URL that begins with http:// or https://", _parse_url)
+_ROLE = _Rule(
+    "the ARN of an IAM role",
+    functools.partial(
+        _parse_text, r"(?a)arn:aws(-[a-z]+)*:iam::[0-9]{12}:role/[\w+=,.@/-]+"
+    ),
+)
 _BROKER = _Rule("'sqs' or a URL of SQLite", _parse_broker)
 _QUEUE = _Rule(
     f"at most {_MAX_QUEUE} letters, digits, hyphens and underscores",
@@ -598,6 +647,7 @@ _SETTINGS = {
     "AWS_ACCESS_KEY": _Setting(_TEXT, "AKIAIOSFODNN7EXAMPLE"),
     "AWS_ACCOUNT_ID": _Setting(_ACCOUNT, "123456789012"),
     "AWS_CONNECT_TIMEOUT_S": _Setting(_SECONDS, "2", 2),
+    "AWS_ENDPOINT_SCHEDULER": _Setting(_URL, "http://127.0.0.1:4566"),
     "AWS_ENDPOINT_SNS": _Setting(_URL, "http://127.0.0.1:4566"),
     "AWS_ENDPOINT_SQS": _Setting(_URL, "http://127.0.0.1:4566"),
     "AWS_READ_TIMEOUT_S": _Setting(_SECONDS, "2", 2),
@@ -608,11 +658,17 @@ _SETTINGS = {
     "TASKHAWK_BROKER": _Setting(_BROKER, "sqlite:///queue.db", "sqs"),
     "TASKHAWK_DEFAULT_HEADERS": _Setting(_HOOK, "myapp.hooks.default_headers"),
     "TASKHAWK_ERROR_HOOK": _Setting(_HOOK, "myapp.hooks.report_error"),
+    "TASKHAWK_FIFO": _Setting(_FLAG, "False", default=False),
     "TASKHAWK_HEARTBEAT_HOOK": _Setting(_HOOK, "myapp.hooks.touch_file"),
     "TASKHAWK_MAX_DB_REUSE_LOOPS": _Setting(_COUNT, "5", 5),
     "TASKHAWK_POST_PROCESS_HOOK": _Setting(_HOOK, "myapp.hooks.after"),
     "TASKHAWK_PRE_PROCESS_HOOK": _Setting(_HOOK, "myapp.hooks.before"),
     "TASKHAWK_QUEUE": _Setting(_QUEUE, "dev-myapp"),
+    "TASKHAWK_RETRY": _Setting(_POLICY, "myapp.retries.patient"),
+    "TASKHAWK_RUN_HOOK": _Setting(_HOOK, "myapp.hooks.count_run"),
+    "TASKHAWK_SCHEDULER_ROLE": _Setting(
+        _ROLE, "arn:aws:iam::123456789012:role/taskhawk-dev-myapp"
+    ),
     "TASKHAWK_SYNC": _Setting(_FLAG, "False", default=False),
     "TASKHAWK_TASK_CLASS": _Setting(_CLASS, "myapp.tasks.MyTask"),
 }
@@ -685,11 +741,37 @@ class _Settings:
 
     def read(self, name: str) -> Any:
         """Read a setting from its source, whatever is remembered."""
+        value = self._find(name)
+        if value and name in ("IS_LAMBDA_APP", "TASKHAWK_FIFO"):
+            self._check_fifo()
+        return value
+
+    def _find(self, name: str) -> Any:
+        """Return the value of the first source that has a setting, or its default."""
         for source in self._sources():
             value = source.read(name)
             if value is not None:
                 return value
         return _SETTINGS[name].default
+
+    def _check_fifo(self) -> None:
+        """Refuse the settings that FIFO queues do not go with."""
+        if not self._find("TASKHAWK_FIFO"):
+            return
+        if self._find("IS_LAMBDA_APP"):
+            raise ConfigurationError(
+                "TASKHAWK_FIFO and IS_LAMBDA_APP are both set, but a FIFO topic can't"
+                " call a function: set one of them; with TASKHAWK_FIFO alone, messages"
+                " go to queues, which a function can consume, too"
+            )
+        queue = self._find("TASKHAWK_QUEUE") or ""
+        longest = _MAX_QUEUE - len(_FIFO)
+        if len(queue) > longest:
+            raise ConfigurationError(
+                f"TASKHAWK_QUEUE: expected at most {longest} characters where"
+                f" TASKHAWK_FIFO is set, for the names of FIFO queues end with"
+                f" {_FIFO!r}, got {len(queue)} in {queue!r}"
+            )
 
     def require(self, name: str) -> Any:
         """Return a setting that has no default; raise ConfigurationError if unset."""
@@ -765,6 +847,7 @@ class _Settings:
         django = _django_settings()
         if django:
             yield _source(django, "Django's settings")
+            yield _source(_django_options(django), "OPTIONS of Django's TASKS")
         environment = dict(os.environ)
         for name in _variables_of_botocore():
             environment.pop(name, None)
@@ -888,10 +971,28 @@ def _django_settings() -> Any:
     return None
 
 
+def _django_options(django_settings: Any) -> Mapping[str, Any]:
+    """Return what the OPTIONS of those of Django's task backends have that are ours.
+
+    :raises ConfigurationError: if they differ in a setting: a process has only one
+    """
+    found: dict[str, Any] = {}
+    for params in (getattr(django_settings, "TASKS", None) or {}).values():
+        if params.get("BACKEND") != f"{__name__}.DjangoBackend":
+            continue
+        for name, value in params.get("OPTIONS", {}).items():
+            if found.setdefault(name, value) != value and name in _SETTINGS:
+                raise ConfigurationError(
+                    f"{name} in OPTIONS of Django's TASKS: expected the same value for"
+                    " each backend of taskhawk, got two"
+                )
+    return found
+
+
 def _django_setting_changed(*, setting: str, **_: object) -> None:
     """Follow Django's override_settings, which changes one setting at a time."""
     settings.forget()
-    if setting.startswith("AWS_"):  # clients are made with these
+    if setting == "TASKS" or setting.startswith("AWS_"):  # clients are made with these
         settings.changed()
 
 
@@ -1162,6 +1263,7 @@ class Message:  # noqa: PLW1641 - it may change, so it is no key of a dict
     CURRENT_VERSION = "1.0"
     VERSIONS = ("1.0",)
     delay_s: float = 0  #: seconds for which the queue holds it back; not on the wire
+    group_id: str | None = None  #: its message group, as SQS takes it; not in the body
     received: QueueMessage | None = None  #: what it arrived as; None where it was made
 
     def __init__(self, data: Mapping[str, Any]) -> None:
@@ -1550,6 +1652,26 @@ _PAUSES_S = (0.09, 0.3)
 _schemes: dict[str, Callable[[str], Sender]] = {}
 
 
+def _is_fifo(queue: str) -> bool:
+    """Return whether a queue is a FIFO queue, by its name or its ARN."""
+    return queue.endswith(_FIFO)
+
+
+def _dead_letter_name(queue: str) -> str:
+    """Return what the dead-letter queue of a queue is called, by its name or its ARN.
+
+    That of a FIFO queue is a FIFO queue, too.
+    """
+    if _is_fifo(queue):
+        return f"{queue.removesuffix(_FIFO)}-DLQ{_FIFO}"
+    return f"{queue}-DLQ"
+
+
+def _is_dead_letter_queue(queue: str) -> bool:
+    """Return whether a queue is a dead-letter queue, by its name."""
+    return queue.removesuffix(_FIFO).endswith("-DLQ")
+
+
 class Outgoing(NamedTuple):
     """A message to send.
 
@@ -1634,10 +1756,13 @@ class Sender(typing.Protocol):
 
     :ivar max_bytes: the largest message, and the largest sum of a batch
     :ivar max_delay_s: the longest delay
+    :ivar shared_calls: how many calls may be under way at once that have messages of
+        several dispatches; 0 where each dispatch makes a call of its own
     """
 
     max_bytes: int
     max_delay_s: float
+    shared_calls: int = 0
 
     def destination(self, priority: Priority) -> str:
         """Return the name of the queue or topic for messages of a priority."""
@@ -1645,7 +1770,10 @@ class Sender(typing.Protocol):
             queue = settings.require("TASKHAWK_QUEUE")
         else:  # nobody else's queues are in the file
             queue = settings.TASKHAWK_QUEUE or "default"
-        return f"TASKHAWK-{queue}{_SUFFIXES[priority]}".upper()
+        name = f"TASKHAWK-{queue}{_SUFFIXES[priority]}".upper()
+        if settings.TASKHAWK_FIFO:
+            return name + _FIFO
+        return name
 
     def send(self, destination: str, entries: Sequence[Outgoing]) -> list[Refusal]: ...
     def close(self) -> None: ...
@@ -1714,15 +1842,32 @@ class QueueMessage:
     in_lambda: typing.ClassVar[bool] = False  # whether Lambda decides on retries
 
     @property
-    def attempt(self) -> int:
-        """How often the message has been received, from 1."""
+    def receive_count(self) -> int:
+        """How often the queue has delivered the message, from 1."""
         return int(self.attributes.get("ApproximateReceiveCount", 1))
 
     @property
+    def attempt(self) -> int:
+        """How often it has been received, from 1, but for those that postponed it."""
+        attribute = self.message_attributes.get(_ATTEMPTS_ATTRIBUTE, {})
+        before = str(attribute.get("StringValue"))
+        if not re.fullmatch("[0-9]{1,9}", before):
+            before = "0"
+        return self.receive_count + int(before)
+
+    @property
     def is_last_receive(self) -> bool:
-        """Whether the queue's redrive policy allows no further receive."""
+        """Whether its attempts are as many as the queue's redrive policy allows."""
         limit = self.max_receive_count
         return limit is not None and self.attempt >= limit
+
+    @property
+    def would_be_redriven(self) -> bool:
+        """Whether the queue dead-letters it at the next receive, and a copy helps."""
+        limit = self.max_receive_count
+        if limit is None or self.is_fifo:
+            return False
+        return self.receive_count >= limit
 
     @property
     def queue_url(self) -> str:
@@ -1734,7 +1879,7 @@ class QueueMessage:
     @property
     def is_fifo(self) -> bool:
         """Whether the message is from a FIFO queue."""
-        return self.queue is not None and self.queue.endswith(".fifo")
+        return self.queue is not None and _is_fifo(self.queue)
 
     @property
     def group_id(self) -> str | None:
@@ -1912,9 +2057,79 @@ def _parts(entries: Sequence[Any], max_bytes: int) -> Iterator[Sequence[Any]]:
 def _send_all(
     sender: Sender, destination: str, entries: Sequence[Outgoing]
 ) -> dict[int, Refusal]:
-    """Send any number of messages to one destination; return the refused by index."""
-    send = functools.partial(sender.send, destination)
+    """Send any number of messages to one destination; return the refused by index.
+
+    On a FIFO queue, what follows a refused message of its group is refused, too.
+    """
+    send = _in_order(destination, functools.partial(sender.send, destination))
     return _in_batches(send, entries, 3, max_bytes=sender.max_bytes, repeated=True)
+
+
+def _in_order(destination: str, send: _BatchCall) -> _BatchCall:
+    """Return what sends to a destination: group by group in order, if it is FIFO."""
+    if _is_fifo(destination):
+        return _OrderedSend(send).send
+    return send
+
+
+class _OrderedSend:
+    """Sends to a FIFO queue, where no message may overtake an earlier one of its group.
+
+    What follows a refused message is held back until that is tried again. It may be too
+    late for that, because the call has accepted one that follows it, or because its
+    refusal is final: then its group stops there.
+    """
+
+    def __init__(self, send: _BatchCall) -> None:
+        self._send = send
+        self._to_retry: dict[str | None, Outgoing] = {}  # the first refused, by group
+        self._stopped: set[str | None] = set()  # groups of which nothing more is sent
+
+    def send(self, entries: Sequence[Outgoing]) -> list[Refusal]:
+        """Make one call for those whose turn it is; return what was not accepted."""
+        places = [place for place, entry in enumerate(entries) if self._may_go(entry)]
+        refused = self._send_those(entries, places)
+        for place, entry in enumerate(entries):
+            if place not in places:
+                refused[place] = self._hold_back(entry)
+        return [refusal._replace(index=place) for place, refusal in refused.items()]
+
+    def _send_those(
+        self, entries: Sequence[Outgoing], places: Sequence[int]
+    ) -> dict[int, Refusal]:
+        """Send the entries at these places; return the refused ones by their place."""
+        if not places:
+            return {}
+        refusals = self._send([entries[place] for place in places])
+        refused = {places[refusal.index]: refusal for refusal in refusals}
+        last = {entries[p].group_id: p for p in places if p not in refused}  # accepted
+        for place, refusal in sorted(refused.items()):
+            is_late = last.get(entries[place].group_id, -1) > place
+            refused[place] = self._refuse(entries[place], refusal, is_late=is_late)
+        return refused
+
+    def _may_go(self, entry: Outgoing) -> bool:
+        """Return whether no earlier message of the group waits or has failed."""
+        group = entry.group_id
+        if self._to_retry.get(group) is entry:
+            del self._to_retry[group]
+            return True
+        return group not in self._to_retry and group not in self._stopped
+
+    def _refuse(self, entry: Outgoing, refusal: Refusal, *, is_late: bool) -> Refusal:
+        """Note a refusal; return it, final where a later one would break the order."""
+        group = entry.group_id
+        if is_late or refusal.final or group in self._stopped:
+            self._stopped.add(group)
+            return refusal._replace(final=True)
+        self._to_retry.setdefault(group, entry)
+        return refusal
+
+    def _hold_back(self, entry: Outgoing) -> Refusal:
+        """Return the refusal of a message that was not sent."""
+        is_final = entry.group_id in self._stopped
+        text = "an earlier message of its group was refused"
+        return Refusal(0, "GroupStopped", text, is_final)
 
 
 def _change_all(call: str, entries: Mapping[QueueMessage, Any], warning: str) -> None:
@@ -1939,21 +2154,55 @@ def _change_all(call: str, entries: Mapping[QueueMessage, Any], warning: str) ->
 
 # --- 8. SQLite ------------------------------------------------------------------------
 # The embedded broker, with the semantics of SQS, for any number of processes on one
-# machine. Every change is ONE statement, and so one transaction: it is on the disk when
-# the call returns, and neither a crash nor a signal handler comes between its halves.
-# visible_ms says when a message is visible: delay, visibility timeout and retry in one.
-# A receipt is good for a delete until the message is received again or dead-lettered;
-# for a change, only while the message is hidden too.
+# machine. Every change is ONE statement, its triggers included, and so one transaction:
+# it is on the disk when the call returns, and neither a crash nor a signal handler
+# comes between its halves. visible_ms says when a message is visible: delay, visibility
+# timeout and retry in one. A receipt is good for a delete until the message is received
+# again or dead-lettered; for a change, only while the message is hidden too.
 
 
-_SQLITE_SCHEMA = """BEGIN IMMEDIATE;
-CREATE TABLE IF NOT EXISTS message (
+# A visible message has a place in the line, which is a number below 0: a clock that is
+# set back hides nothing. It joins the line behind all in the first place and, if it has
+# a group, behind the last of that: a tenant that has sent 10,000 messages has one in
+# each place, and no other waits for them.
+_LINE_START = -(10**15) // 2  # earlier versions put times below it: those come first
+# The message waits in a FIFO queue until the one before it in its group has left that.
+_BEHIND = 2**62
+_JOIN = 0  # whatever is set to this joins the line; no clock has this time any more
+_JOIN_LINE = f"""UPDATE message SET visible_ms = CASE
+    WHEN queue GLOB '*{_FIFO}' AND queue NOT GLOB '*-DLQ{_FIFO}' AND EXISTS (
+        SELECT 1 FROM message WHERE queue = new.queue AND group_id = new.group_id
+        AND visible_ms < {_BEHIND} AND id <> new.id) THEN {_BEHIND}
+    ELSE 1 + max({_LINE_START},
+        coalesce((SELECT min(visible_ms) FROM message
+            WHERE queue = new.queue AND visible_ms < 0), {_LINE_START}),
+        coalesce((SELECT max(visible_ms) FROM message WHERE queue = new.queue
+            AND group_id = new.group_id AND visible_ms < 0), {_LINE_START}))
+    END WHERE id = new.id"""  # noqa: S608 - no value is in it
+_NEXT_OF_GROUP = f"""UPDATE message SET visible_ms = {_JOIN} WHERE id = (
+    SELECT id FROM message WHERE queue = old.queue AND group_id = old.group_id
+    AND visible_ms = {_BEHIND} ORDER BY id LIMIT 1)"""  # noqa: S608
+# Triggers are a part of the one statement that meets them, whoever makes it.
+_SQLITE_SCHEMA = (
+    """CREATE TABLE IF NOT EXISTS message (
     id INTEGER PRIMARY KEY AUTOINCREMENT, -- a receipt names it: it is never used again
     queue TEXT NOT NULL, message_id TEXT NOT NULL, body TEXT NOT NULL,
     attributes TEXT NOT NULL, sent_ms INTEGER NOT NULL, visible_ms INTEGER NOT NULL,
-    receive_count INTEGER NOT NULL DEFAULT 0, receipt TEXT);
-CREATE INDEX IF NOT EXISTS message_visible ON message (queue, visible_ms);
-PRAGMA user_version = 1; COMMIT;"""
+    receive_count INTEGER NOT NULL DEFAULT 0, receipt TEXT)""",
+    "ALTER TABLE message ADD COLUMN group_id TEXT",  # which the first files lack
+    "CREATE INDEX IF NOT EXISTS message_visible ON message (queue, visible_ms)",
+    """CREATE INDEX IF NOT EXISTS message_group ON message
+    (queue, group_id, visible_ms) WHERE group_id IS NOT NULL""",
+    f"""CREATE TRIGGER IF NOT EXISTS message_sent AFTER INSERT ON message
+    WHEN new.visible_ms = {_JOIN} BEGIN {_JOIN_LINE}; END""",
+    f"""CREATE TRIGGER IF NOT EXISTS message_shown AFTER UPDATE OF visible_ms ON message
+    WHEN new.visible_ms = {_JOIN} BEGIN {_JOIN_LINE}; END""",
+    f"""CREATE TRIGGER IF NOT EXISTS message_deleted AFTER DELETE ON message
+    WHEN old.queue GLOB '*{_FIFO}' BEGIN {_NEXT_OF_GROUP}; END""",
+    f"""CREATE TRIGGER IF NOT EXISTS message_moved AFTER UPDATE OF queue ON message
+    WHEN old.queue GLOB '*{_FIFO}' BEGIN {_NEXT_OF_GROUP}; END""",
+    "PRAGMA user_version = 1",
+)
 _SQLITE_EXAMPLE = (
     "sqlite:///relative.db or sqlite:////absolute.db, then perhaps"
     " ?visibility_timeout_s=30&max_receive_count=5"
@@ -1966,9 +2215,6 @@ _SQLITE_OPTIONS = {
 _LOCKED_S = 30  # how long to wait for a file that another process has locked
 _FIRST_LOOK_S = 0.002  # the pause between looks for a message grows from this…
 _LAST_LOOK_S = 0.05  # …to this: twenty looks a second cost next to no CPU
-# Subtracted from visible_ms once a message is visible: the difference is in the past of
-# any clock, so that a clock that is set back hides nothing, and the order stays.
-_SHOWN_MS = 10**15
 # The first process that had a queue in memory.
 _memory_pid = functools.cache(os.getpid)
 
@@ -2127,7 +2373,7 @@ def _open_sqlite(path: str) -> Any:
             )
         _use_write_ahead_log(db)
         db.execute("PRAGMA synchronous = FULL")  # a commit outlives a power failure
-        db.executescript(_SQLITE_SCHEMA)
+        _make_tables(db)
     except sqlite3.Error as error:
         if db is not None:
             db.close()
@@ -2136,6 +2382,16 @@ def _open_sqlite(path: str) -> Any:
             f"TASKHAWK_BROKER: can't open {where}: {error}"
         ) from error
     return db
+
+
+def _make_tables(db: Any) -> None:
+    """Make what the file lacks, in one transaction: processes may open it together."""
+    db.execute("BEGIN IMMEDIATE")
+    columns = [name for _, name, *_ in db.execute("PRAGMA table_info(message)")]
+    for statement in _SQLITE_SCHEMA:
+        if "group_id" not in columns or not statement.startswith("ALTER"):
+            db.execute(statement)
+    db.execute("COMMIT")
 
 
 def _use_write_ahead_log(db: Any) -> None:
@@ -2172,6 +2428,7 @@ class SqliteBroker(Broker):
 
     max_bytes = _MAX_SQS_BYTES  # as on SQS, so that what works here works there
     max_delay_s = 100 * 365 * 86_400  # a number that SQLite can hold
+    shared_calls = 1  # the file takes one at a time
 
     def __init__(self, url: str, clock: Callable[[], float] = time.time) -> None:
         self._url, self._clock = url, clock
@@ -2200,16 +2457,14 @@ class SqliteBroker(Broker):
         now_ms = self._in_ms()
         values: list[Any] = []
         for entry in entries:
-            visible_ms = now_ms - _SHOWN_MS
-            if entry.delay_s:
-                visible_ms = self._in_ms(entry.delay_s)
+            visible_ms = self._in_ms(entry.delay_s) if entry.delay_s else _JOIN
             values += (destination, _new_id(), entry.body)
-            values += (json.dumps(entry.attributes), now_ms, visible_ms)
-        insert = """INSERT INTO message
-            (queue, message_id, body, attributes, sent_ms, visible_ms) VALUES"""
+            values += (json.dumps(entry.attributes), now_ms, visible_ms, entry.group_id)
+        insert = """INSERT INTO message (queue, message_id, body, attributes, sent_ms,
+            visible_ms, group_id) VALUES"""
         file = self._file
         file.open()
-        file.change(f"{insert} {_marks('(?, ?, ?, ?, ?, ?)', entries)}", values)
+        file.change(f"{insert} {_marks('(?, ?, ?, ?, ?, ?, ?)', entries)}", values)
         return []
 
     def receive(
@@ -2249,8 +2504,9 @@ class SqliteBroker(Broker):
             receive_count = receive_count + 1 WHERE id IN (SELECT id FROM message
             WHERE queue = ? AND visible_ms < 0 ORDER BY visible_ms, id LIMIT ?)"""
         file.change(claim, (token, until_ms, queue, limit))
-        find = """SELECT receipt, receive_count, sent_ms, attributes, body, message_id
-            FROM message WHERE queue = ? AND visible_ms = ? AND receipt = id || '-' || ?
+        find = """SELECT receipt, receive_count, sent_ms, attributes, body, message_id,
+            group_id FROM message
+            WHERE queue = ? AND visible_ms = ? AND receipt = id || '-' || ?
             ORDER BY id"""
         rows = file.read(find, (queue, until_ms, token))
         max_receives = self.info(queue).max_receive_count
@@ -2264,27 +2520,30 @@ class SqliteBroker(Broker):
         """
         _, dead_letter_queue, limit = self.info(queue)
         redrive = """UPDATE message SET queue = ?, receive_count = 0, receipt = NULL,
-            visible_ms = visible_ms - ? WHERE queue = ?
+            visible_ms = ? WHERE queue = ?
             AND visible_ms BETWEEN 0 AND ? AND receive_count >= ?"""
-        values = (dead_letter_queue, _SHOWN_MS, queue, now_ms, limit)
+        values = (dead_letter_queue, _JOIN, queue, now_ms, limit)
         self._file.change(redrive, values)  # nothing, where the limit is NULL
-        show = """UPDATE message SET visible_ms = visible_ms - ?
+        show = """UPDATE message SET visible_ms = ?
             WHERE queue = ? AND visible_ms BETWEEN 0 AND ?"""
-        self._file.change(show, (_SHOWN_MS, queue, now_ms))
+        self._file.change(show, (_JOIN, queue, now_ms))
 
     def _message(
         self, queue: str, row: Sequence[Any], max_receives: int | None
     ) -> QueueMessage:
         """Return a message that was just received."""
-        receipt, receive_count, sent_ms, attributes, body, message_id = row
+        receipt, receive_count, sent_ms, attributes, body, message_id, group = row
+        system_attributes = {
+            "ApproximateReceiveCount": str(receive_count),
+            "SentTimestamp": str(sent_ms),
+        }
+        if group is not None:
+            system_attributes["MessageGroupId"] = group
         return QueueMessage(
             body=body,
             message_id=message_id,
             receipt_handle=receipt,
-            attributes={
-                "ApproximateReceiveCount": str(receive_count),
-                "SentTimestamp": str(sent_ms),
-            },
+            attributes=system_attributes,
             message_attributes=json.loads(attributes),
             queue=queue,
             broker=self,
@@ -2325,20 +2584,23 @@ class SqliteBroker(Broker):
 
     def info(self, queue: str) -> QueueInfo:
         """Return what the URL says; a dead-letter queue has none itself."""
-        if queue.endswith("-DLQ"):
+        if _is_dead_letter_queue(queue):
             return QueueInfo(self._lease_s, None, None)
-        return QueueInfo(self._lease_s, f"{queue}-DLQ", self._max_receives)
+        return QueueInfo(self._lease_s, _dead_letter_name(queue), self._max_receives)
 
     def depth(self, queue: str) -> Depth:
         """Count exactly, unlike SQS."""
         self._file.open()
         now_ms = self._in_ms()
-        # One statement, and so one moment: each message is counted once.
-        count = """SELECT count(*) FILTER (WHERE visible_ms <= ?),
+        # One statement, and so one moment: each message is counted once. As on SQS, one
+        # that waits for its group is counted as visible.
+        count = """SELECT count(*) FILTER (WHERE visible_ms <= ? OR visible_ms = ?),
             count(*) FILTER (WHERE visible_ms > ? AND receipt IS NOT NULL),
-            count(*) FILTER (WHERE visible_ms > ? AND receipt IS NULL)
+            count(*) FILTER (WHERE visible_ms > ? AND visible_ms < ?
+                AND receipt IS NULL)
             FROM message WHERE queue = ?"""
-        [counts] = self._file.read(count, (now_ms, now_ms, now_ms, queue))
+        values = (now_ms, _BEHIND, now_ms, now_ms, _BEHIND, queue)
+        [counts] = self._file.read(count, values)
         return Depth(*counts)
 
 
@@ -2410,6 +2672,14 @@ _REMEDIES = (
     (
         "NotFound",
         ("there is no such topic: make it, or check TASKHAWK_QUEUE and AWS_ACCOUNT_ID"),
+    ),
+    (
+        "ResourceNotFoundException: Schedule group",
+        "there is no such group of schedules: run python -m taskhawk provision",
+    ),
+    (
+        "ValidationException: The execution role",
+        "EventBridge Scheduler can't use this role: check TASKHAWK_SCHEDULER_ROLE",
     ),
     (
         ".*Invalid header value",
@@ -2616,6 +2886,7 @@ class _AwsSender(Sender):
     """
 
     service = target_key = entries_key = send_one = send_many = ""
+    shared_calls = 16  # at 10 ms a call, that is all that one CPU can send
 
     def __init__(self, _url: str = "") -> None:
         self._connections = _PerProcess(_AwsConnections)
@@ -2722,6 +2993,24 @@ class _AwsSender(Sender):
         self.call("send", self.send_one, destination, **calls[0])
         return []
 
+    def _one_by_one(
+        self, destination: str, entries: Sequence[Outgoing]
+    ) -> list[Refusal]:
+        """Send each message by itself; return the refused ones."""
+        send = _in_order(destination, functools.partial(self._send_alone, destination))
+        refusals: list[Refusal] = []
+        for index, entry in enumerate(entries):
+            refusals += [each._replace(index=index) for each in send([entry])]
+        return refusals
+
+    def _send_alone(
+        self, destination: str, entries: Sequence[Outgoing]
+    ) -> list[Refusal]:
+        """Send one message; any error is its refusal."""
+        refused = _one_call(functools.partial(self.send, destination), entries)
+        # Final, for botocore has repeated it.
+        return [refusal._replace(final=True) for refusal in refused.values()]
+
     @abc.abstractmethod
     def _parameters(self, entry: Outgoing) -> dict[str, Any]:
         """Return the service's parameters for a message, without the empty ones."""
@@ -2748,6 +3037,8 @@ class SnsSender(_AwsSender):
         parameters: dict[str, Any] = {"Message": entry.body}
         if entry.attributes:
             parameters["MessageAttributes"] = entry.attributes
+        if entry.group_id:  # for fair queues that subscribe to the topic
+            parameters["MessageGroupId"] = entry.group_id
         return parameters
 
 
@@ -2768,6 +3059,8 @@ class SqsBroker(_AwsSender, Broker):
         super().__init__()
         self._urls: dict[str, str] = {}
         self._infos: dict[str, QueueInfo] = {}
+        # Ids of receives of FIFO queues whose answers were lost, by queue.
+        self._unanswered: dict[str, list[str]] = {}
         self._of_accounts: dict[str, SqsBroker] = {}
 
     def url(self, queue: str, role: str = "send") -> str:
@@ -2803,13 +3096,7 @@ class SqsBroker(_AwsSender, Broker):
         except Exception as error:
             if len(entries) == 1 or _error_code(error) != "BatchRequestTooLong":
                 raise
-        send = functools.partial(self.send, destination)
-        refusals: dict[int, Refusal] = {}
-        for index, entry in enumerate(entries):
-            for refusal in _one_call(send, [entry]).values():
-                # Final, for botocore has repeated it.
-                refusals[index] = refusal._replace(index=index, final=True)
-        return list(refusals.values())
+        return self._one_by_one(destination, entries)
 
     def _parameters(self, entry: Outgoing) -> dict[str, Any]:
         """Return the parameters of SendMessage; delays are whole seconds."""
@@ -2849,8 +3136,36 @@ class SqsBroker(_AwsSender, Broker):
         }
         if lease_s is not None:
             parameters["VisibilityTimeout"] = math.ceil(lease_s)
+        if _is_fifo(queue):
+            return self._receive_in_order(queue, parameters)
+        return self._receive(queue, parameters)
+
+    def _receive(self, queue: str, parameters: dict[str, Any]) -> list[QueueMessage]:
+        """Call ReceiveMessage."""
         answer = self.call("poll", "receive_message", queue, **parameters)
         return [self._message(queue, found) for found in answer.get("Messages", ())]
+
+    def _receive_in_order(
+        self, queue: str, parameters: dict[str, Any]
+    ) -> list[QueueMessage]:
+        """Receive from a FIFO queue; repeat a receive whose answer was lost.
+
+        Its messages are in flight, and hold up their groups until their visibility
+        timeout ends. With the id of that receive, SQS returns them again: see
+        ReceiveMessage in
+        https://docs.aws.amazon.com/AWSSimpleQueueService/latest/APIReference/
+        """
+        unanswered = self._unanswered.setdefault(queue, [])
+        try:
+            attempt_id = unanswered.pop()  # each is repeated by one thread only
+        except IndexError:
+            attempt_id = _new_id()
+        parameters["ReceiveRequestAttemptId"] = attempt_id
+        try:
+            return self._receive(queue, parameters)
+        except Exception:
+            unanswered.append(attempt_id)
+            raise
 
     def _message(self, queue: str, found: Mapping[str, Any]) -> QueueMessage:
         """Return a message of the answer to ReceiveMessage."""
@@ -3222,9 +3537,13 @@ class Task(Generic[_P, _R]):
         """Return an invocation with this priority in place of the task's."""
         return self._invocation.with_priority(priority)
 
-    def with_delay(self, delay: float | timedelta) -> AsyncInvocation[_P]:
-        """Return an invocation whose messages the queue holds back for so long."""
+    def with_delay(self, delay: float | timedelta | datetime) -> AsyncInvocation[_P]:
+        """Return an invocation whose messages wait for so long, or until then."""
         return self._invocation.with_delay(delay)
+
+    def with_group(self, key: str | int) -> AsyncInvocation[_P]:
+        """Return an invocation whose messages are of this group."""
+        return self._invocation.with_group(key)
 
     def _bind(self, count: int, *names: str) -> None:
         """Check that the worker can call the function with such arguments.
@@ -3241,7 +3560,9 @@ class Task(Generic[_P, _R]):
         try:
             self._signature.bind(*range(count), **keywords)
         except TypeError as error:
-            raise TypeError(f"{self.name}: {error}") from None
+            raise TypeError(
+                f"{self.name}: {error}{_hint_of_wrapper(self.fn)}"
+            ) from None
 
     def call(self, message: Message, receipt: str | None) -> None:
         """Run the function with a message's arguments, and await what can be awaited.
@@ -3287,17 +3608,22 @@ class Task(Generic[_P, _R]):
 
 
 def _signature_of(fn: Callable[..., Any], name: str) -> inspect.Signature:
-    """Return the signature of a task's function, or refuse the function.
+    """Return the signature by which a task is called, or refuse the function.
+
+    What a ``__signature__`` says that somebody has set is taken at its word.
 
     :raises ConfigurationError: if it can't be read, or does not name all arguments
     """
     try:
-        signature = inspect.signature(fn, **_ANNOTATIONS)
+        called = _named_part(fn)
+        signature = inspect.signature(called, follow_wrapped=False, **_ANNOTATIONS)
     except ValueError as error:
         raise ConfigurationError(
             f"{name} does not tell its parameters: expected a function written in"
             " Python"
         ) from error
+    if hasattr(called, "__signature__"):
+        return signature
     for parameter in signature.parameters.values():
         if parameter.kind is parameter.VAR_POSITIONAL:
             raise ConfigurationError(
@@ -3305,6 +3631,41 @@ def _signature_of(fn: Callable[..., Any], name: str) -> inspect.Signature:
                 " take a list"
             )
     return signature
+
+
+def _named_part(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the outermost of a function's wrappers that names what it takes.
+
+    A decorator's function may take other arguments than the one that it wraps; where it
+    takes ``*args`` or ``**kwargs``, the one inside has to say what these may be.
+    """
+    found: Callable[..., Any] = inspect.unwrap(fn, stop=_names_its_arguments)
+    return found
+
+
+def _names_its_arguments(fn: Callable[..., Any]) -> bool:
+    """Return whether a wrapper tells its arguments, without the function inside."""
+    if hasattr(fn, "__signature__"):
+        return True
+    try:
+        own = inspect.signature(fn, follow_wrapped=False, **_ANNOTATIONS)
+    except ValueError:  # compiled, as what functools.cache makes is
+        return False
+    kinds = {parameter.kind for parameter in own.parameters.values()}
+    return kinds.isdisjoint(_ANY_ARGUMENTS)
+
+
+_ANY_ARGUMENTS = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def _hint_of_wrapper(fn: Callable[..., Any]) -> str:
+    """Return what to do where a decorator, and not its caller, passes an argument."""
+    if _named_part(fn) is fn:
+        return ""
+    return (
+        " (if a decorator passes it, set __signature__ of the function that the"
+        " decorator returns)"
+    )
 
 
 # From Python 3.14 on, a signature evaluates annotations, and those that exist for type
@@ -3369,43 +3730,107 @@ def extend_visibility_timeout(
     _insist(broker.change_visibility, queue, (receipt, visibility_timeout_s))
 
 
+_LOOP_END_S = 5  # for what coroutines left behind to end, once it is cancelled
+
+
 class _EventLoop:
-    """The event loop of a worker's thread, made for its first coroutine."""
+    """The event loop for a worker's coroutines, in a thread of its own.
+
+    Each thread of the worker hands over the coroutine of its message, and waits for it:
+    hooks, Django's connections and contexts stay the thread's own. The loop is made for
+    the first coroutine, and ends when no thread uses it any more.
+    """
 
     def __init__(self) -> None:
-        self._runner: Any = None
+        self._lock = threading.Lock()  # guards what follows
+        self._users = 0  # threads that may run coroutines here
+        self._serving: tuple[Any, threading.Event, threading.Thread] | None = None
+
+    @contextlib.contextmanager
+    def in_this_thread(self) -> Iterator[None]:
+        """Run the coroutines of this thread's messages here, inside the block."""
+        outer = getattr(_thread, "event_loop", None)  # where a task runs a worker
+        _thread.event_loop = self
+        with self._lock:
+            self._users += 1
+        try:
+            yield
+        finally:
+            _thread.event_loop = outer
+            self._leave()
 
     def run(self, coroutine: Any) -> None:
-        """Run a coroutine to its end, in a copy of the context."""
+        """Run a coroutine to its end, in a copy of this thread's context."""
         import asyncio
 
-        if self._runner is None:
-            self._runner = asyncio.Runner()
-        self._runner.run(coroutine, context=contextvars.copy_context())
+        loop = self._get()
+        running = asyncio.run_coroutine_threadsafe(_caught(coroutine), loop)
+        try:
+            error = running.result()
+        except BaseException:  # Control-C, or the exit of a signal handler
+            running.cancel()
+            raise
+        if error is None:
+            return
+        try:
+            raise error
+        finally:
+            del error  # else it is in a cycle with this frame
 
-    def close(self) -> None:
-        """Cancel what coroutines left running, and close the loop."""
-        if self._runner is not None:
-            self._runner.close()
+    def _get(self) -> Any:
+        """Return the loop, which may have to be made."""
+        with self._lock:
+            if self._serving is None:
+                loop, end = _new_event_loop(), threading.Event()
+                thread = threading.Thread(
+                    target=self._serve, args=(loop, end), daemon=True
+                )
+                thread.start()
+                self._serving = loop, end, thread
+            return self._serving[0]
+
+    @staticmethod
+    def _serve(loop: Any, end: threading.Event) -> None:
+        """Run what is handed over; the body of a thread."""
+        import asyncio
+
+        asyncio.set_event_loop(loop)
+        # At the end, it cancels what coroutines left running.
+        with asyncio.Runner(loop_factory=lambda: loop) as runner:
+            runner.get_loop()
+            while not end.is_set():
+                # An asyncio task that raises them stops the loop, for all other runs.
+                with contextlib.suppress(SystemExit, KeyboardInterrupt):
+                    loop.run_forever()
+
+    def _leave(self) -> None:
+        """Note that a thread runs no more coroutines; after the last, end the loop."""
+        with self._lock:
+            self._users -= 1
+            if self._users or self._serving is None:
+                return
+            loop, end, thread = self._serving
+            self._serving = None
+        end.set()
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(_LOOP_END_S)
+        if thread.is_alive():
+            _log.warning("something that a coroutine began does not end: left to run")
 
 
 _thread = threading.local()  # `event_loop`: that of the worker whose thread this is
 
 
-@contextlib.contextmanager
-def _one_event_loop() -> Iterator[None]:
-    """Run all coroutines of this thread on one event loop, inside the block."""
-    outer = getattr(_thread, "event_loop", None)  # where a task runs a worker
-    _thread.event_loop = event_loop = _EventLoop()
-    try:
-        yield
-    finally:
-        _thread.event_loop = outer
-        event_loop.close()
+def _forget_event_loop() -> None:
+    """Leave the loop to the parent of a forked process, which has no such thread."""
+    _thread.event_loop = None
+
+
+os.register_at_fork(after_in_child=_forget_event_loop)
 
 
 def _run_coroutine(coroutine: Any) -> None:
-    """Run a coroutine to its end: on the event loop of this thread, if it keeps one."""
+    """Run a coroutine to its end: on the loop of a worker, if this is its thread."""
     import asyncio
     from concurrent.futures import ThreadPoolExecutor
 
@@ -3414,26 +3839,71 @@ def _run_coroutine(coroutine: Any) -> None:
         # Sync mode in an application's own event loop, which is busy until we return.
         context = contextvars.copy_context()
         with ThreadPoolExecutor(1) as pool:
-            pool.submit(context.run, asyncio.run, coroutine).result()
+            pool.submit(context.run, _run_alone, coroutine).result()
     elif event_loop is not None:
         event_loop.run(coroutine)
     else:
-        asyncio.run(coroutine)
+        _run_alone(coroutine)
+
+
+def _run_alone(coroutine: Any) -> None:
+    """Run a coroutine on a loop that is made for it, as asyncio.run() does."""
+    import asyncio
+
+    with asyncio.Runner(loop_factory=_new_event_loop) as runner:
+        runner.run(coroutine)
+
+
+async def _caught(coroutine: Any) -> BaseException | None:
+    """Await a coroutine, and return its error: SystemExit would stop the loop."""
+    process = os.getpid()
+    try:
+        await coroutine
+    except BaseException as error:
+        return error
+    finally:
+        if os.getpid() != process:
+            # A process that the coroutine forked came back from it: see _Slot.
+            os._exit(0)  # pragma: no cover - the process is gone
+    return None
+
+
+def _new_event_loop() -> Any:
+    """Return an event loop of asyncio's policy that notes who begins asyncio tasks."""
+    import asyncio
+
+    loop = asyncio.new_event_loop()
+    loop.set_task_factory(_make_asyncio_task)
+    return loop
+
+
+def _make_asyncio_task(loop: Any, coroutine: Any, **options: Any) -> Any:
+    """Make an asyncio task, and note it for the run that began it."""
+    import asyncio
+
+    made = asyncio.Task(coroutine, loop=loop, **options)
+    begun = _begun.get()
+    if begun is not None:
+        begun.add(made)
+    return made
+
+
+# The asyncio tasks that this run began, and those that they began.
+_begun = contextvars.ContextVar[Any]("begun", default=None)
 
 
 async def _awaited(awaitable: Any, name: str) -> None:
     """Await what a task returned, and log which asyncio tasks its run leaves behind.
 
     A client's connection may need them, so they are not cancelled here. They go on
-    whenever this event loop runs, in other tasks' runs too, and end with it.
+    beside other runs of the worker, and end with it.
     """
-    import asyncio
-
-    before = asyncio.all_tasks()
+    begun: weakref.WeakSet[Any] = weakref.WeakSet()
+    _begun.set(begun)
     try:
         await awaitable
     finally:
-        left = asyncio.all_tasks() - before
+        left = [each for each in begun if not each.done()]
         if left:
             names = sorted(_qualname(each.get_coro()) for each in left)
             _log.warning(
@@ -3449,7 +3919,13 @@ _more_options: dict[str, Callable[[Task[Any, Any], Any], object]] = {}
 
 
 class _MoreOptions(typing.TypedDict, total=False):
-    """The options of :func:`task` that later parts add, for type checkers."""
+    """The options of :func:`task` that later parts add, for type checkers.
+
+    `group`: the argument whose value is the message group, or a function that returns
+    it, which is called as the task is; None is no group.
+    """
+
+    group: str | Callable[..., str | int | None] | None
 
 
 @typing.overload
@@ -3685,7 +4161,8 @@ class _Place(NamedTuple):
 
 
 def _place_of(fn: Any) -> _Place:
-    """Return where a function is written."""
+    """Return where a function is written: the one that decorators wrap."""
+    fn = inspect.unwrap(fn)
     code = getattr(fn, "__code__", None)
     line = f" ({code.co_filename}:{code.co_firstlineno})" if code else ""
     spec = getattr(fn, "__globals__", {}).get("__spec__")
@@ -3748,7 +4225,8 @@ class AsyncInvocation(Generic[_P]):
     _: dataclasses.KW_ONLY
     _headers: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     _priority: Priority | None = None  # None for the task's
-    _delay_s: float = 0
+    _delay: float | datetime = 0
+    _group_id: str | None = None  # None for the task's
 
     def with_headers(self, /, **headers: Any) -> AsyncInvocation[_P]:
         """Return an invocation with these headers too, in place of any of their names.
@@ -3767,21 +4245,46 @@ class AsyncInvocation(Generic[_P]):
             raise TypeError(f"priority: expected a taskhawk.Priority, got {priority!r}")
         return dataclasses.replace(self, _priority=priority)
 
-    def with_delay(self, delay: float | timedelta) -> AsyncInvocation[_P]:
-        """Return an invocation whose messages the queue holds back for so long.
+    def with_delay(self, delay: float | timedelta | datetime) -> AsyncInvocation[_P]:
+        """Return an invocation whose messages wait for so long, or until then.
 
-        :param delay: seconds or a timedelta: up to 15 minutes on SQS (its
-            DelaySeconds), any length on SQLite, none on SNS
-        :raises TypeError: if it is neither
-        :raises ValueError: if it is negative or not finite; dispatch refuses a delay
-            that the queue can't keep
+        SQS holds a message back for up to 15 minutes, SQLite for any time. Beyond that,
+        and on SNS, it is a schedule of EventBridge's, which counts in minutes and
+        rounds up: that needs TASKHAWK_SCHEDULER_ROLE. See :func:`cancel`.
+
+        :param delay: seconds, a timedelta, or a datetime with a time zone, which is now
+            if it is past
+        :raises TypeError: if it is none of these
+        :raises ValueError: if it is negative or not finite, or has no time zone
         """
+        if isinstance(delay, datetime):
+            if delay.utcoffset() is None:
+                raise ValueError(
+                    "delay: expected a datetime with a time zone, such as"
+                    f" datetime.now(UTC), got {delay}"
+                )
+            return dataclasses.replace(self, _delay=delay)
         delay_s = delay.total_seconds() if isinstance(delay, timedelta) else delay
         if not _is_number(delay_s):
-            raise TypeError(f"delay: expected seconds or a timedelta, got {delay!r}")
+            raise TypeError(
+                f"delay: expected seconds, a timedelta or a datetime, got {delay!r}"
+            )
         if not 0 <= delay_s < math.inf:
             raise ValueError(f"delay: expected 0 or more seconds, got {delay_s}")
-        return dataclasses.replace(self, _delay_s=delay_s)
+        return dataclasses.replace(self, _delay=delay_s)
+
+    def with_group(self, key: str | int) -> AsyncInvocation[_P]:
+        """Return an invocation whose messages are of this group, not of the task's.
+
+        A FIFO queue keeps the order of a group's messages, and has one of them run at a
+        time. Any other serves its groups in turn, as a fair queue.
+
+        :param key: such as the id of a customer; a text that SQS does not take, because
+            it is over 128 characters long or has spaces or non-ASCII letters, stands
+            for itself as a hash
+        :raises TypeError: if it is neither a string nor an int
+        """
+        return dataclasses.replace(self, _group_id=_group_id_of(key, "group"))
 
     def dispatch(self, /, *args: _P.args, **kwargs: _P.kwargs) -> str:
         """Queue a run of the task: one request, and one more at a queue's first use.
@@ -3839,8 +4342,73 @@ class AsyncInvocation(Generic[_P]):
             headers={**_default_headers(self.task), **self._headers},
             priority=self._priority or self.task.priority,
         )
-        message.delay_s = self._delay_s
+        message.delay_s = _delay_from(message.timestamp, self._delay)
+        message.group_id = self._group_id
+        group = self.task.options.get("group")
+        if group is not None and message.group_id is None:
+            message.group_id = _group_id_of_call(self.task, group, args, kwargs)
         return message
+
+
+def _delay_from(timestamp_ms: int, delay: float | datetime) -> float:
+    """Return the seconds from a message's timestamp to the end of its delay."""
+    if isinstance(delay, datetime):
+        return max(0.0, delay.timestamp() - timestamp_ms / 1000)
+    return delay
+
+
+# What SQS takes as MessageGroupId: letters and digits of ASCII, and punctuation.
+_GROUP_ID = re.compile(f"[!-~]{{1,{_MAX_GROUP}}}")
+
+
+def _group_id_of(key: object, what: str) -> str:
+    """Return the group id that a key stands for: always the same, and legal on SQS."""
+    if isinstance(key, bool) or not isinstance(key, str | int):
+        kind = type(key).__name__  # not its value, which is an argument's
+        raise TypeError(f"{what}: expected a string or an int, got {kind}")
+    text = str(key)
+    if _GROUP_ID.fullmatch(text):
+        return text
+    import hashlib
+
+    # The name of a customer may be anything, and is no reason to refuse a dispatch.
+    digest = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+    return f"sha256:{digest}"
+
+
+def _group_id_of_call(
+    task: Task[Any, Any], group: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> str | None:
+    """Return the group id of a call by the task's option, or None."""
+    if callable(group):
+        key = group(*args, **kwargs)
+    elif group in kwargs:
+        key = kwargs[group]
+    else:
+        bound = task._signature.bind_partial(*args)  # noqa: SLF001 - its own
+        bound.apply_defaults()
+        key = bound.arguments.get(group)
+    if key is None:
+        return None
+    return _group_id_of(key, f"{task.name}: group")
+
+
+def _check_group(task: Task[Any, Any], group: Any) -> None:
+    """Refuse a `group` that is neither an argument nor a function of the arguments."""
+    if group is None or callable(group):
+        return
+    parameters = task._signature.parameters.values()  # noqa: SLF001 - its own
+    names = {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
+    if isinstance(group, str) and len(names) < len(parameters):
+        names.add(group)  # one of the function's **kwargs
+    if group not in names - _FROM_WORKER:
+        raise ConfigurationError(
+            f"{task.name} has group={group!r}: expected the name of one of its"
+            " arguments, or a function of its arguments"
+        )
+
+
+_more_options["group"] = _check_group
 
 
 def _arguments_of(call: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
@@ -3884,10 +4452,13 @@ def _prepare(message: Message) -> _Ready:
     So a batch with one message that can't be sent sends nothing.
     """
     body = _encode(message)
-    entry = Outgoing(body, _attributes_of(message.headers), message.delay_s)
+    attributes = _attributes_of(message.headers)
+    entry = Outgoing(body, attributes, message.delay_s, message.group_id)
     sender = _brokers.sender()
-    if entry.delay_s and not sender.max_delay_s:
-        raise ConfigurationError(f"{message.task_name}: SNS can't delay messages")
+    if _is_fifo(sender.destination(message.priority)):
+        entry = _in_group(message, entry)
+    if entry.delay_s > sender.max_delay_s and isinstance(sender, _AwsSender):
+        sender = _brokers.get("schedule")
     if entry.delay_s > sender.max_delay_s:
         raise ConfigurationError(
             f"{message.task_name}: the queue can hold a message back for at most"
@@ -3896,6 +4467,21 @@ def _prepare(message: Message) -> _Ready:
     if entry.size() > sender.max_bytes:
         raise _too_large(message, entry, sender.max_bytes)
     return _Ready(message, sender, sender.destination(message.priority), entry)
+
+
+def _in_group(message: Message, entry: Outgoing) -> Outgoing:
+    """Return a message as a FIFO queue takes it: with a group and a deduplication id.
+
+    Without a group, the message is its own: it waits for none and none waits for it.
+    """
+    if entry.delay_s:
+        raise ConfigurationError(
+            f"{message.task_name}: a FIFO queue can't delay a message: leave the delay"
+            " out, or use a queue without TASKHAWK_FIFO"
+        )
+    own = _group_id_of(message.id, "id")
+    group_id = entry.group_id or own
+    return entry._replace(group_id=group_id, deduplication_id=own)
 
 
 # SQS takes names with single dots inside, except with AWS's prefixes; one prefix is
@@ -4019,8 +4605,16 @@ def publish(message: Message) -> str:
     """
     ready = _prepare(message)
     if not _collect([ready]):
-        _send_one(ready)
+        _send_now(ready)
     return message.id
+
+
+def _send_now(ready: _Ready) -> None:
+    """Send one message, perhaps in a request with those of other dispatches."""
+    if ready.sender.shared_calls:
+        _lanes.get().lane_of(ready).send(ready)
+    else:
+        _send_one(ready)
 
 
 def _send_one(ready: _Ready) -> None:
@@ -4029,7 +4623,355 @@ def _send_one(ready: _Ready) -> None:
         _accepted(ready.sender.send(ready.destination, [ready.entry]))
     except MessageTooLarge as error:  # the queue's limit is below the service's
         raise _too_large(ready.message, ready.entry, error.limit) from error
+    _log_sent(ready)
+
+
+def _log_sent(ready: _Ready) -> None:
+    """Log that a message was accepted."""
     _log.debug("Sent message", extra={"message_body": ready.entry.body})
+
+
+# Dispatches that run at the same time share requests. One that finds its lane empty
+# sends its message itself, as if there were no lanes. The others wait for helpers,
+# threads that send up to ten messages in a call, and that end when there is no more to
+# send. So whatever interrupts a dispatch, the others have somebody who sends for them.
+
+# How long a call may be held back for dispatches that are likely to come at once: those
+# of threads that have just been told that their last message is sent.
+_GATHER_S = 0.002
+# The same, as a part of the time that the last call took.
+_GATHER_PART = 0.2
+# How long a message waits for a call under way at most: that one may hang.
+_PATIENCE_S = 0.2
+_HELPER_IDLE_S = 1  # after which a helper ends
+
+
+class _Parcel:
+    """A message that waits to be sent, and what came of it.
+
+    If it is neither accepted nor in error, it is to be sent by itself: whatever happened
+    to it in company may have been the fault of the others.
+    """
+
+    def __init__(self, entry: Outgoing) -> None:
+        self.entry = entry
+        #: to be called, from any thread, when it is known what came of it
+        self.tell: Callable[[], object] = _do_nothing
+        self.is_accepted = False
+        self.error: Exception | None = None  #: of the call as a whole
+        self.is_left = False  #: nobody waits for it any more
+        self.size = 0
+        self.since = 0.0
+
+
+class _SharedCall(NamedTuple):
+    """A call under way."""
+
+    parcels: Sequence[_Parcel]
+    began: float
+
+
+class _Sharing:
+    """Which messages to one destination are sent when, by whom, and with which others.
+
+    Pure: it is told the time, and calls nothing. Threads are known by any number.
+
+    :param max_bytes: for the sum of a call
+    :param max_calls: how many calls may be under way at once
+    """
+
+    def __init__(self, max_bytes: int, max_calls: int) -> None:
+        self._max_bytes, self._max_calls = max_bytes, max_calls
+        self.waiting: list[_Parcel] = []  #: in the order of their dispatches
+        self.under_way: dict[int, _SharedCall] = {}  #: by the thread that makes it
+        self._expected = 0  # how many are likely to share the next call…
+        self._gather_until = -math.inf  # …if they come before this
+
+    def enter(self, thread: int, parcel: _Parcel, now: float) -> bool:
+        """Begin a call with this parcel alone, if nothing is in its way."""
+        if self.waiting or self.under_way or now < self._gather_until:
+            return False
+        self.under_way[thread] = _SharedCall([parcel], now)
+        return True
+
+    def add(self, parcel: _Parcel, now: float) -> None:
+        """Let a parcel wait for others to go with."""
+        parcel.size, parcel.since = parcel.entry.size(), now
+        self.waiting.append(parcel)
+
+    def is_due(self, now: float) -> bool:
+        """Return whether a call is to begin now."""
+        parcels, _, is_full = self._next_call()
+        if not parcels or len(self.under_way) >= self._max_calls:
+            return False
+        if is_full or now >= parcels[0].since + _PATIENCE_S:
+            return True
+        if self.under_way:
+            return False
+        return len(parcels) >= self._expected or now >= self._gather_until
+
+    def due_at(self) -> float:
+        """Return when a call will be due, unless something happens before."""
+        parcels, _, _ = self._next_call()
+        if not parcels or len(self.under_way) >= self._max_calls:
+            return math.inf
+        patient_until = parcels[0].since + _PATIENCE_S
+        if self.under_way:
+            return patient_until
+        return min(patient_until, self._gather_until)
+
+    def begin(self, thread: int, now: float) -> Sequence[_Parcel]:
+        """Begin the call that is due; return its parcels."""
+        parcels, count, _ = self._next_call()
+        call = _SharedCall(parcels, now)
+        # One step: a thread that dies here has taken all of them, or none.
+        self.waiting, self.under_way[thread] = self.waiting[count:], call
+        return parcels
+
+    def end(self, thread: int, now: float) -> Sequence[_Parcel]:
+        """End this thread's call, if it has one under way; return its parcels."""
+        call = self.under_way.get(thread)
+        if call is None:
+            return ()
+        self._expected = len(call.parcels) + len(self.waiting)
+        if self._expected > 1:
+            pause_s = min(_GATHER_S, _GATHER_PART * (now - call.began))
+            self._gather_until = now + pause_s
+        del self.under_way[thread]  # last: an end that is interrupted is called again
+        return call.parcels
+
+    def give_up(self) -> Sequence[_Parcel]:
+        """Let nobody wait any more; return who did."""
+        parcels, self.waiting = self.waiting, []
+        return parcels
+
+    def _next_call(self) -> tuple[Sequence[_Parcel], int, bool]:
+        """Look at the next call.
+
+        :returns: its parcels; how many of those waiting they end; whether it is full
+        """
+        parcels: list[_Parcel] = []
+        size = 0
+        for place, parcel in enumerate(self.waiting):
+            if parcel.is_left:
+                continue
+            size += parcel.size
+            if parcels and size > self._max_bytes:
+                return parcels, place, True
+            parcels.append(parcel)
+            if len(parcels) == _MAX_BATCH:
+                return parcels, place + 1, True
+        return parcels, len(self.waiting), False
+
+
+class _Lane:
+    """The way of dispatches to one destination, in one process."""
+
+    def __init__(self, sender: Sender, destination: str, busy: set[int]) -> None:
+        self._sender, self._destination, self._busy = sender, destination, busy
+        self._process_id = os.getpid()
+        max_calls = sender.shared_calls
+        if destination.endswith(".fifo"):  # or a later call might overtake an earlier
+            max_calls = 1
+        self._sharing = _Sharing(sender.max_bytes, max_calls)
+        self._max_helpers = max_calls
+        # Guards what is above and below, for moments only: never over a call.
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._helpers: set[threading.Thread] = set()
+        self._idle = 0  # helpers that wait on the condition
+
+    def send(self, ready: _Ready) -> None:
+        """Send a message by itself, or with others; raise why it was not accepted."""
+        me = threading.get_ident()
+        # This thread may hold the lock already, or have a call under way: a signal
+        # handler or a __del__ may dispatch at any point below. A daemon thread's call
+        # may never end when the interpreter does.
+        if me in self._busy or sys.is_finalizing():
+            _send_one(ready)
+            return
+        parcel = _Parcel(ready.entry)
+        try:
+            try:
+                self._busy.add(me)
+                if self._enter(me, parcel):
+                    _send_one(ready)
+                else:
+                    self._wait(parcel)
+                    self._conclude(ready, parcel)
+            finally:
+                self._leave(me, parcel)
+        except BaseException:
+            self._leave(me, parcel)  # again: Control-C may have interrupted the first
+            raise
+
+    def _enter(self, me: int, parcel: _Parcel) -> bool:
+        """Return whether this thread is to send the parcel by itself."""
+        with self._lock:
+            return self._sharing.enter(me, parcel, time.monotonic())
+
+    def _wait(self, parcel: _Parcel) -> None:
+        """Wait until a helper has sent the parcel."""
+        told = threading.Event()
+        parcel.tell = told.set
+        self._add(parcel)
+        told.wait()
+
+    def _add(self, parcel: _Parcel) -> None:
+        """Leave a parcel to a helper."""
+        with self._lock:
+            now = time.monotonic()
+            self._sharing.add(parcel, now)
+            # One helper looks after those that wait, lest the call under way hang.
+            if len(self._sharing.waiting) == 1 or self._sharing.is_due(now):
+                self._wake()
+
+    def _leave(self, me: int, parcel: _Parcel) -> None:
+        """Have nobody wait for this dispatch, and send nothing more for it."""
+        # Of a forked process, the parent's other threads may have held the lock.
+        if self._process_id == os.getpid():
+            parcel.is_left = True
+            self._end(me)
+        self._busy.discard(me)
+
+    def _end(self, me: int) -> Sequence[_Parcel]:
+        """End this thread's call; return its parcels."""
+        with self._lock:
+            parcels = self._sharing.end(me, time.monotonic())
+            if self._sharing.waiting and not self._sharing.under_way:
+                self._wake()
+        return parcels
+
+    def _wake(self) -> None:
+        """Have a helper look what is due, a new one if need be; the lock is held."""
+        if self._idle:
+            self._changed.notify()
+            return
+        self._helpers = {each for each in self._helpers if each.is_alive()}
+        if len(self._helpers) >= self._max_helpers:
+            return
+        helper = threading.Thread(
+            target=self._help, name="taskhawk dispatch", daemon=True
+        )
+        try:
+            helper.start()
+            self._helpers.add(helper)
+        except RuntimeError:  # no more threads can be started
+            if not self._helpers:
+                for parcel in self._sharing.give_up():
+                    parcel.tell()
+
+    def _help(self) -> None:
+        """Send what is due, until nothing is for a while."""
+        me = threading.get_ident()
+        parcels: Sequence[_Parcel] = ()
+        try:
+            self._busy.add(me)
+            while parcels := self._next(me):
+                self._send_together(parcels)
+                self._end(me)
+                for parcel in parcels:
+                    parcel.tell()
+        finally:
+            # Whatever ends this thread, who waits for it is told.
+            with self._lock:
+                self._resign()
+            for parcel in (*parcels, *self._end(me)):
+                parcel.tell()
+            self._busy.discard(me)
+
+    def _resign(self) -> None:
+        """Count this thread as a helper no more."""
+        self._helpers.discard(threading.current_thread())
+
+    def _next(self, me: int) -> Sequence[_Parcel]:
+        """Begin the next call, and return its parcels; none if it is time to end."""
+        with self._lock:
+            while True:
+                now = time.monotonic()
+                if self._sharing.is_due(now):
+                    parcels = self._sharing.begin(me, now)
+                    if self._sharing.is_due(now):
+                        self._wake()
+                    return parcels
+                pause_s = min(self._sharing.due_at() - now, _HELPER_IDLE_S)
+                self._idle += 1
+                try:
+                    self._changed.wait(pause_s)
+                finally:
+                    self._idle -= 1
+                if pause_s == _HELPER_IDLE_S and not self._sharing.waiting:
+                    self._resign()  # while the lock is held: nobody may count on it
+                    return ()
+
+    def _send_together(self, parcels: Sequence[_Parcel]) -> None:
+        """Send parcels in one call, and note what came of each."""
+        entries = [parcel.entry for parcel in parcels]
+        try:
+            refusals = self._sender.send(self._destination, entries)
+        except MessageTooLarge:
+            return  # sent by itself, each learns whether it is its own size
+        except Exception as error:
+            for parcel in parcels:
+                parcel.error = error
+            return
+        refused = {refusal.index for refusal in refusals}
+        for index, parcel in enumerate(parcels):
+            parcel.is_accepted = index not in refused
+
+    def _conclude(self, ready: _Ready, parcel: _Parcel) -> None:
+        """Return if a helper has sent the message; else send it, or raise why not.
+
+        A call that failed as a whole is not made again: botocore has repeated it, and
+        an outage would last twice as long for each dispatch.
+        """
+        if parcel.error is not None:
+            raise _own_copy(parcel.error)
+        if parcel.is_accepted:
+            _log_sent(ready)
+        else:
+            _send_one(ready)
+
+
+def _own_copy(error: Exception) -> Exception:
+    """Return a copy of an error that several threads raise, each with its traceback."""
+    import copy
+
+    try:
+        own = copy.copy(error)
+    except Exception:  # of a class that can't be copied
+        return error
+    own.__cause__ = error.__cause__
+    return own.with_traceback(error.__traceback__)
+
+
+class _Lanes:
+    """The lanes of one process."""
+
+    def __init__(self) -> None:
+        self.lanes: dict[tuple[Sender, str], _Lane] = {}
+        # The threads that are inside of a lane. They wait for no other call, and so
+        # there is no circle of calls that wait for each other.
+        self.busy: set[int] = set()
+
+    def lane_of(self, ready: _Ready) -> _Lane:
+        """Return the lane of a message."""
+        key = ready.sender, ready.destination
+        lane = self.lanes.get(key)
+        if lane is None:
+            lane = self.lanes.setdefault(key, _Lane(*key, self.busy))  # one step
+        return lane
+
+
+_lanes = _PerProcess(_Lanes)
+
+
+def _forget_lanes() -> None:
+    """Let the next dispatches begin anew, with other senders."""
+    _lanes.get().lanes.clear()
+
+
+settings.on_change.append(_forget_lanes)
 
 
 def _send_all_ready(readies: Sequence[_Ready]) -> None:
@@ -4073,6 +5015,7 @@ def _partial_failure(
         # As it was encoded: its arguments may have changed since.
         message = _decode(ready.entry.body)
         message.delay_s = ready.entry.delay_s
+        message.group_id = ready.entry.group_id
         unsent.append(message)
     return PartialFailure({"Successful": successful, "Failed": failed}, unsent=unsent)
 
@@ -4090,13 +5033,14 @@ class Captured(NamedTuple):
     priority: Priority
     delay_s: float
     id: str
+    group_id: str | None = None
 
 
 class _CapturingSender(Sender):
-    """Adds messages to a list; it needs no setting, and has the limits of SQS."""
+    """Adds messages to a list; it needs no setting, and takes what SQS takes."""
 
     max_bytes = _MAX_SQS_BYTES
-    max_delay_s = _MAX_DELAY_S
+    max_delay_s = math.inf
 
     def __init__(self, calls: list[Captured]) -> None:
         self._calls = calls
@@ -4115,6 +5059,7 @@ class _CapturingSender(Sender):
                 message.priority,
                 entry.delay_s,
                 message.id,
+                entry.group_id,
             )
             self._calls.append(call)
         return []
@@ -4162,12 +5107,16 @@ __all__ += [
 class Fate(enum.Enum):
     """What becomes of a message; a worker carries it out.
 
-    In Lambda all but ``acknowledge`` are failures, and Lambda decides.
+    In Lambda ``retry`` and ``dead_letter`` are failures, and Lambda decides.
     """
 
     acknowledge = "acknowledge"  # it is done: delete it
     retry = "retry"  # make it visible again
     dead_letter = "dead_letter"  # copy it to the dead-letter queue, then delete it
+    postpone = "postpone"  # send a copy with a delay to the same queue, then delete it
+
+
+_POSTPONE_S = 60  # where a PostponeException does not say how long
 
 
 class Outcome(NamedTuple):
@@ -4180,6 +5129,16 @@ class Outcome(NamedTuple):
     fate: Fate
     error: BaseException | None = None
     delay_s: float | None = None
+
+
+# What surrounds a run, in the order in which it is entered: the task's call, and the
+# post hook, which may be the commit. Later parts add theirs. What one raises when it is
+# entered, such as PostponeException or IgnoreException, is the run's end.
+_around_runs: list[
+    Callable[
+        [Task[Any, Any], QueueMessage], contextlib.AbstractContextManager[object, None]
+    ]
+] = []
 
 
 @_in_own_context
@@ -4216,19 +5175,23 @@ def _run(received: QueueMessage, began: float) -> None:
     message.received = received
     _log.debug("Received message", extra={"message_body": received.body})
     level, outcome, end = received.done_level, "done", "finished"
-    try:
-        task.call(message, received.receipt_handle)
-    except BaseException as error:
-        if not _are_all(IgnoreException, error):
-            raise
-        level, outcome, end = logging.INFO, "ignored", f"ignored{_reason(error)}"
-    finally:
-        message.received = None  # else a cycle keeps the body until it is collected
-    _call_hook("TASKHAWK_POST_PROCESS_HOOK", received)
+    with contextlib.ExitStack() as around:
+        try:
+            for surround in _around_runs:
+                around.enter_context(surround(task, received))
+            task.call(message, received.receipt_handle)
+        except BaseException as error:
+            if not _are_all(IgnoreException, error):
+                raise
+            level, outcome, end = logging.INFO, "ignored", f"ignored{_reason(error)}"
+        finally:
+            message.received = None  # else a cycle keeps the body until it is collected
+        _call_hook("TASKHAWK_POST_PROCESS_HOOK", received)
     if _log.isEnabledFor(level):
         facts = _facts(received, outcome, began)
         text = f"{_name_of(received)}: attempt {received.attempt} {end}"
         _log.log(level, "%s", text, extra=facts)
+    _report_run(received, outcome, None, began)
 
 
 def _are_all(kind: type[BaseException], error: BaseException) -> bool:
@@ -4244,23 +5207,37 @@ def _call_hook(name: str, received: QueueMessage) -> None:
 
 
 def _failed(received: QueueMessage, raised: BaseException, began: float) -> Outcome:
-    """Decide the fate of a failed run's message, log it, and tell the error hook.
+    """Decide the fate of a failed run's message, log it, and tell the hooks.
 
     :param began: when the run began, by ``time.monotonic()``
     """
     outcome = _verdict(received, raised)
     error = outcome.error or raised
+    _log_failed(received, outcome, error, began)
+    _report_run(received, outcome.fate.value, error, began)
+    return outcome
+
+
+def _log_failed(
+    received: QueueMessage, outcome: Outcome, error: BaseException, began: float
+) -> None:
+    """Log how a run failed, and tell the error hook if it is an error."""
     spoken = [leaf for leaf in _leaves(error) if isinstance(leaf, LoggingException)]
     facts = _facts(received, outcome.fate.value, began)
     if _is_invalid(received, error):
         text = _text_of_invalid(received, error)
         if text is None:
-            return outcome
+            return
         _log.error("%s", text, extra=facts)
-    elif outcome.fate is Fate.retry and _are_all(RetryException, error):
+    elif outcome.fate is Fate.postpone:
+        text = _sentence(received, "was postponed", outcome) + _reason(error)
+        _log.debug("%s", text, extra=facts)
+        return
+    elif _is_asked_for(outcome, error):
+        level = logging.INFO if outcome.fate is Fate.retry else logging.WARNING
         text = _sentence(received, "asked to be retried", outcome) + _reason(error)
-        _log.info("%s", text, extra=facts)
-        return outcome
+        _log.log(level, "%s", text, extra=facts)
+        return
     elif spoken:
         facts |= _extra_of(spoken[0])
         _log.error("%s", _text_of(spoken[0]), exc_info=error, extra=facts)
@@ -4268,7 +5245,33 @@ def _failed(received: QueueMessage, raised: BaseException, began: float) -> Outc
         text = _sentence(received, "failed", outcome)
         _log.error("%s", text, exc_info=error, extra=facts)
     _call_safely("TASKHAWK_ERROR_HOOK", exception=error, message=received.message)
-    return outcome
+
+
+def _is_asked_for(outcome: Outcome, error: BaseException) -> bool:
+    """Return whether a run asked to be retried, and its failure is no error."""
+    leaves = list(_leaves(error))
+    asked = [leaf for leaf in leaves if isinstance(leaf, RetryException)]
+    if len(asked) < len(leaves):
+        return False
+    return outcome.fate is Fate.retry or not any(leaf.log_error for leaf in asked)
+
+
+def _report_run(
+    received: QueueMessage, end: str, error: BaseException | None, began: float
+) -> None:
+    """Tell the run hook how a run ended, in the words of its log record."""
+    _call_safely(
+        "TASKHAWK_RUN_HOOK",
+        message=received.message,
+        outcome=end,
+        exception=error,
+        duration_ms=_duration_ms(began),
+    )
+
+
+def _duration_ms(began: float) -> int:
+    """Return how long a run has taken until now."""
+    return round((time.monotonic() - began) * 1000)
 
 
 def _verdict(received: QueueMessage, error: BaseException) -> Outcome:
@@ -4276,21 +5279,25 @@ def _verdict(received: QueueMessage, error: BaseException) -> Outcome:
 
     ==========================================  ==================================
     not valid, or its task is unknown here      left to the queue's redrive policy
+    it was postponed (PostponeException)        a copy is sent with a delay
     the task raised StopRetry or never retries  dead letter
     the last receive that the queue allows      dead letter
     it asked for a delay (RetryException)       visible again after it
     the pre hook failed                         left to its visibility timeout
-    the task has no retry policy                left to its visibility timeout
-    its retry policy gives a delay              visible again after it
-    its retries are used up                     dead letter
-    its retry policy fails                      left to its visibility timeout
+    there is no retry policy                    left to its visibility timeout
+    the retry policy gives a delay              visible again after it
+    the retries are used up                     dead letter
+    the retry policy fails                      left to its visibility timeout
     ==========================================  ==================================
 
-    An exception group is retried if all its errors may be, and the longest delay that
-    one of them asks for counts.
+    The retry policy is that of the RetryException, or else the task's, or else
+    TASKHAWK_RETRY. An exception group is retried if all its errors may be, and the
+    longest delay that one of them asks for counts. It is postponed if all ask for that.
     """
     if _is_invalid(received, error):
         return Outcome(Fate.retry, error)
+    if _are_all(PostponeException, error) and _can_be_copied(received):
+        return Outcome(Fate.postpone, error, _postpone_s(received, error))
     wanted = _wanted(received, error)
     if wanted.fate is Fate.retry and received.is_last_receive:
         return Outcome(Fate.dead_letter, wanted.error)
@@ -4302,39 +5309,86 @@ def _is_invalid(received: QueueMessage, error: BaseException) -> bool:
     return received.message is None and isinstance(error, ValidationError)
 
 
+def _can_be_copied(received: QueueMessage) -> bool:
+    """Return whether a copy can take a message's place in its queue.
+
+    A FIFO queue would deliver the copy after others of its group.
+    """
+    return received.queue is not None and not received.is_fifo
+
+
+def _postpone_s(received: QueueMessage, error: BaseException) -> float:
+    """Return for how long a message is postponed: no longer than its queue can."""
+    delay_s = max(_asked_delays_s(_leaves(error)), default=_POSTPONE_S)
+    most_s: float = _MAX_HELD_S  # in a child whose worker has the queue in its memory
+    if received.broker is not None:
+        most_s = received.broker.max_delay_s
+    return min(delay_s, most_s)
+
+
 def _wanted(received: QueueMessage, error: BaseException) -> Outcome:
     """Decide as if the queue allowed any number of receives."""
     leaves = list(_leaves(error))
-    delay_s = _asked_delay_s(leaves)
-    if received.message is None:
-        return Outcome(Fate.retry, error, delay_s)
+    if received.message is None:  # no policy gives up what was never started
+        asked_s = max(_asked_delays_s(leaves), default=None)
+        return Outcome(Fate.retry, error, asked_s)
     task = received.message.task
     if not all(_may_retry(task, leaf) for leaf in leaves):
         return Outcome(Fate.dead_letter, error)
-    if delay_s is not None or task.retry is None:
-        return Outcome(Fate.retry, error, delay_s)
     try:
-        delay_s = task.retry(received.attempt)
-        if not _is_delay(delay_s):
-            raise ConfigurationError(
-                f"{task.name}: retry: expected 0 or more seconds, got {delay_s!r}"
-            )
+        delay_s = _delay_s(task, leaves, received.attempt)
     except StopRetry:
         return Outcome(Fate.dead_letter, error)
     except BaseException as defect:  # of the policy: it must not lose the message
         _raise_interrupt(defect)
         return Outcome(Fate.retry, defect)
-    return Outcome(Fate.retry, error, min(delay_s, _MAX_HELD_S))
+    return Outcome(Fate.retry, error, delay_s)
 
 
-def _asked_delay_s(leaves: Iterable[BaseException]) -> float | None:
-    """Return the longest delay that a RetryException asks for, or None."""
+def _delay_s(
+    task: Task[Any, Any], leaves: Sequence[BaseException], attempt: int
+) -> float | None:
+    """Return the seconds until the next run; None leaves it to the lease in force.
+
+    :raises StopRetry: if the retries are used up
+    :raises Exception: if a policy fails
+    """
+    delays_s = _asked_delays_s(leaves)
+    asked = [leaf for leaf in leaves if isinstance(leaf, RetryException)]
+    # A subclass that does not call our __init__ may have set anything.
+    policies = [leaf.retry for leaf in asked if callable(leaf.retry)]
+    if not (delays_s or policies):
+        own = _policy_of(task)
+        if own is None:
+            return None
+        policies = [own]
+    delays_s += [_ask(policy, task, attempt) for policy in policies]
+    return min(max(delays_s), _MAX_HELD_S)
+
+
+def _policy_of(task: Task[Any, Any]) -> Callable[[int], float] | None:
+    """Return the task's retry policy, or else the default one, or None."""
+    if task.retry is not None:
+        return task.retry
+    default: Callable[[int], float] | None = settings.TASKHAWK_RETRY
+    return default
+
+
+def _ask(policy: Callable[[int], float], task: Task[Any, Any], attempt: int) -> float:
+    """Return the delay that a retry policy gives."""
+    delay_s = policy(attempt)
+    if not _is_delay(delay_s):
+        raise ConfigurationError(
+            f"{task.name}: retry: expected 0 or more seconds, got {delay_s!r}"
+        )
+    return delay_s
+
+
+def _asked_delays_s(leaves: Iterable[BaseException]) -> list[float]:
+    """Return the delays that RetryExceptions ask for."""
     asked = [leaf.delay_seconds for leaf in leaves if isinstance(leaf, RetryException)]
     # A subclass that does not call our __init__ may have set anything.
-    longest = max(filter(_is_delay, asked), default=None)
-    if longest is None:
-        return None
-    return min(longest, _MAX_HELD_S)
+    return [*filter(_is_delay, asked)]
 
 
 def _may_retry(task: Task[Any, Any], error: BaseException) -> bool:
@@ -4359,6 +5413,8 @@ def _sentence(received: QueueMessage, end: str, outcome: Outcome) -> str:
 
 def _what_follows(received: QueueMessage, outcome: Outcome) -> str:
     """Say what becomes of a failed run's message."""
+    if outcome.fate is Fate.postpone:
+        return f"runs again in {outcome.delay_s:g} s"
     if received.in_lambda:
         return "is left to Lambda"
     if outcome.fate is Fate.dead_letter and received.is_last_receive:
@@ -4397,8 +5453,7 @@ def _in_one_line(text: str) -> str:
 
 def _facts(received: QueueMessage, end: str, began: float) -> dict[str, Any]:
     """Return the fields of a run's log record, which formatters may use."""
-    duration_ms = round((time.monotonic() - began) * 1000)
-    facts: dict[str, Any] = {"outcome": end, "duration_ms": duration_ms}
+    facts: dict[str, Any] = {"outcome": end, "duration_ms": _duration_ms(began)}
     message, attempt = received.message, received.attempt
     if message:
         facts |= {"task": message.task_name, "id": message.id, "attempt": attempt}
@@ -4463,11 +5518,22 @@ class _SyncSender(Sender):
             if settings.IS_LAMBDA_APP:
                 sns = {"Message": entry.body, "MessageId": message_id}
                 received.sns_record = {"Sns": {**sns, "MessageAttributes": {}}}
-            _in_own_context(_run)(received, time.monotonic())
+            _in_own_context(_run_here)(received)
         return []
 
 
 _schemes["sync"] = _SyncSender
+
+
+def _run_here(received: QueueMessage) -> None:
+    """Run a message; its error is the caller's, and the run hook is told."""
+    began = time.monotonic()
+    try:
+        _run(received, began)
+    except BaseException as error:
+        _raise_interrupt(error)
+        _report_run(received, "failed", error, began)
+        raise
 
 
 # --- 14. holdings ---------------------------------------------------------------------
@@ -4479,7 +5545,7 @@ _schemes["sync"] = _SyncSender
 _STEPS = {  # the allowed steps of a message; nothing else moves one
     "received": {"started", "released"},
     "started": {"finished", "released"},
-    "finished": {"acked", "retried", "dead_lettered", "uncertain"},
+    "finished": {"acked", "retried", "dead_lettered", "postponed", "uncertain"},
 }
 _ACK_WAIT_S = 0.05  # how long an acknowledgement waits for others to share its call
 _PATIENCE_S = 0.1  # how long any waits besides for the calls that are under way
@@ -4492,14 +5558,16 @@ class Ledger:
 
     In the end, each message received is in exactly one of the other counts: ``acked``
     was deleted after its run, ``retried`` is visible again now or later,
-    ``dead_lettered`` was copied and then deleted, ``released`` never ran, and of
-    ``uncertain`` nobody knows whether its delete was applied: it may run again.
+    ``dead_lettered`` was copied and then deleted, ``postponed`` too, but into the same
+    queue with a delay, ``released`` never ran, and of ``uncertain`` nobody knows
+    whether its delete was applied: it may run again.
     """
 
     received: int = 0
     acked: int = 0
     retried: int = 0
     dead_lettered: int = 0
+    postponed: int = 0
     released: int = 0
     uncertain: int = 0
 
@@ -4518,6 +5586,19 @@ class Ledger:
         return ", ".join(f"{count} {name.replace('_', '-')}" for name, count in counts)
 
 
+class _Tally:
+    """The ledger, and the same for each queue."""
+
+    def __init__(self, queues: Iterable[str]) -> None:
+        self.ledger = Ledger()
+        self.ledgers = {queue: Ledger() for queue in queues}
+
+    def count(self, queue: str, end: str) -> None:
+        """Count one message more of a queue that was received, or ended so."""
+        self.ledger.count(end)
+        self.ledgers[queue].count(end)
+
+
 @dataclasses.dataclass(eq=False)
 class _Held:
     """A message that a worker holds, from its receive to its end.
@@ -4533,6 +5614,7 @@ class _Held:
     renew_at: float = math.inf  # when its lease is to be extended; never, if infinite
     is_sure: bool = True  # its lease is known to hold, so that it may be started
     state: str = "received"
+    started_at: float = math.inf  # when its run began
     end: str = ""  # what it is to become; it is held until that is done
     delay_s: float = 0  # after which it is visible again, if that is its end
     decided_at: float = math.inf  # when that was known
@@ -4553,7 +5635,20 @@ class _Held:
     @property
     def to_delete(self) -> bool:
         """Whether a delete ends it."""
-        return self.end in {"acked", "dead_lettered"}
+        return self.end in {"acked", "dead_lettered", "postponed"}
+
+    @property
+    def needs_copy(self) -> bool:
+        """Whether its queue would dead-letter it, though it never ran, if it showed it.
+
+        It waits for the end of the worker then, when a copy is sent in its place.
+        """
+        return self.is_sure and self.message.would_be_redriven
+
+    def begin(self, now: float) -> None:
+        """Note that its run begins."""
+        self.move("started")
+        self.started_at = now
 
     def move(self, state: str) -> None:
         """Make a step, or raise RuntimeError if _STEPS does not allow it."""
@@ -4667,7 +5762,8 @@ class _Holdings:
     """
 
     def __init__(self, queues: Sequence[str], ack_wait_s: float = _ACK_WAIT_S) -> None:
-        self.ledger = Ledger()
+        self.tally = _Tally(queues)
+        self.ledger = self.tally.ledger
         self.news: list[tuple[int, str]] = []  # log levels and texts
         self.unanswered = 0  # deletes that were not known to be applied in the end
         self._is_closing = False
@@ -4731,7 +5827,7 @@ class _Holdings:
             self.held[held] = None
             self.backlog.add(held)
             self.leases.renew(held, asked_at + lease_s / 3)
-            self.ledger.received += 1
+            self.tally.count(held.queue, "received")
 
     def start(self, now: float) -> _Held | None:
         """Start the most urgent message whose lease holds; return it, or None."""
@@ -4739,7 +5835,7 @@ class _Holdings:
             self.lose(held, "its lease ended while it waited")
         if held:
             self.backlog.drop(held)
-            held.move("started")
+            held.begin(now)
         return held
 
     def finish(
@@ -4748,8 +5844,7 @@ class _Holdings:
         """Note that a run is over, and what its message is to become.
 
         :param end: one of the ends that _STEPS allows
-        :param delay_s: when a retried message is visible again; None leaves that to the
-            end of its lease
+        :param delay_s: until a retried message is visible; None: when its lease ends
         """
         held.move("finished")
         self._decide(held, end, now, delay_s)
@@ -4759,9 +5854,10 @@ class _Holdings:
         self._decide(held, "released", now, 0)
 
     def release_waiting(self, now: float) -> None:
-        """Release all messages that were not started."""
+        """Release all messages that were not started, but what needs a copy for it."""
         for held in tuple(self.backlog):
-            self.release(held, now)
+            if not held.needs_copy:
+                self.release(held, now)
 
     def _decide(self, held: _Held, end: str, now: float, delay_s: float | None) -> None:
         """Note what a message is to become, and when the call for it is due."""
@@ -4805,8 +5901,8 @@ class _Holdings:
     def close(self) -> None:
         """End what is decided, done or not; what still runs stays held."""
         self.calls.clear()
-        for held in list(self.decided):
-            end = held.end
+        for held in [*self.backlog, *self.decided]:
+            end = held.end or "released"
             if held.to_delete:
                 end = "uncertain"
             self.end(held, end)
@@ -4828,7 +5924,7 @@ class _Holdings:
     def end(self, held: _Held, end: str) -> None:
         """End a message: the ledger counts it, and nothing more is done for it."""
         held.move(end)
-        self.ledger.count(end)
+        self.tally.count(held.queue, end)
         self.leases.drop(held)
         self.backlog.drop(held)
         for those in (self.held, self.decided):
@@ -5280,6 +6376,13 @@ _MAX_WAITING = 100  # num_messages: more would wait longer than a new worker tak
 _MAX_POLLS = 12  # of a queue at once; those of four fit into botocore's pool of 50
 _QUIET_S = 0.1  # after which a poll that still waits says that its queue is empty
 _SHORT_POLL_S = 1  # where another queue may need what a poll keeps for itself
+# How a message ends, if the copy that its fate may need is sent.
+_ENDS = {
+    Fate.acknowledge: "acked",
+    Fate.retry: "retried",
+    Fate.dead_letter: "dead_lettered",
+    Fate.postpone: "postponed",
+}
 
 
 class _Phase(enum.IntEnum):
@@ -6006,7 +7109,7 @@ class _Intake:
             self._ended(poll)
 
     def _ended(self, poll: _Poll) -> None:
-        """Tell those who wait for that: if it was not full, or the last, threads end."""
+        """Tell those who wait for that; if it was not full, helpers end."""
         if not self.polls.is_busy(poll.queue):
             self._pollers[poll.queue].may_look.notify_all()
         self.tell()
@@ -6050,6 +7153,7 @@ class _Slot:
     """Runs one message after another, in its thread or in its child.
 
     :param settle: called with each message and the outcome of its run
+    :param event_loop: the worker's, for its coroutines
     :param is_isolated: whether its child runs all messages
     """
 
@@ -6058,16 +7162,17 @@ class _Slot:
         course: _Course,
         child: _Child,
         settle: Callable[[_Held, Outcome], None],
+        event_loop: _EventLoop,
         *,
         is_isolated: bool,
     ) -> None:
-        self.child = child
+        self.child, self._event_loop = child, event_loop
         self._course, self._settle = course, settle
         self._is_isolated = is_isolated
 
     def work(self) -> None:
         """Run messages until there are no more; the body of a thread."""
-        with _one_event_loop():
+        with self._event_loop.in_this_thread():
             try:
                 if self._is_isolated:
                     self._start_child()
@@ -6095,7 +7200,10 @@ class _Slot:
             if outcome:
                 self._settle(held, outcome)
         except _CannotStart as error:
-            self._course.release(held)
+            if held.message.would_be_redriven:
+                self._settle(held, Outcome(Fate.postpone, error, 0))
+            else:
+                self._course.release(held)
             self._pause(error)
         finally:
             if held.runs:
@@ -6141,14 +7249,17 @@ class _Poller:
     with the first receive that is not.
     """
 
-    def __init__(self, worker: Worker, intake: _Intake, queue: str) -> None:
-        self._worker, self._intake, self._queue = worker, intake, queue
+    def __init__(
+        self, worker: Worker, course: _Course, intake: _Intake, queue: str
+    ) -> None:
+        self._worker, self._course = worker, course
+        self._intake, self._queue = intake, queue
         self._faults = _Faults()
         self._lease: _Lease | None = None  # once it is known
 
     def work(self) -> None:
         """Receive until there is no more to do; the body of a thread."""
-        intake, course = self._intake, self._worker.course
+        intake, course = self._intake, self._course
         try:
             while not self._is_done():
                 poll = intake.begin(self._queue, intake.polls.is_open)
@@ -6170,7 +7281,7 @@ class _Poller:
             while poll := intake.begin(self._queue, intake.polls.is_busy):
                 self._try(poll)
         except BaseException as error:
-            self._worker.course.fail(error)
+            self._course.fail(error)
             raise
         finally:
             intake.helper_ended(self._queue)
@@ -6207,7 +7318,7 @@ class _Poller:
         if self._intake.adds_helper(self._queue):
             self._start_helper()
         messages = worker.broker.receive(
-            self._queue, poll.most, wait_s, lease.seconds, self._worker.course.stop
+            self._queue, poll.most, wait_s, lease.seconds, self._course.stop
         )
         for message in messages:
             message.max_receive_count = lease.max_receive_count
@@ -6220,7 +7331,7 @@ class _Poller:
     def _start_helper(self) -> None:
         """Start another thread that receives; go on without it if that fails."""
         try:
-            _make_thread(self._worker.course, self._help).start()
+            _make_thread(self._course, self._help).start()
         except RuntimeError as error:
             self._intake.helper_ended(self._queue)
             self._faults.failed(self._queue, "start another poller", error)
@@ -6294,14 +7405,12 @@ class Worker:
         self.beat = self._heart.beat  #: say that the worker lives
         self._holdings = _Holdings(self.queues, self.ack_wait_s)
         self.ledger = self._holdings.ledger
-        self._keeper = _Keeper(
-            self._holdings, self.broker, self.clock, self._heart.beat
-        )
+        self._keeper = _Keeper(self._holdings, self.broker, self.clock, self.beat)
         start = _start_of_children(everything=self.isolate)
         # All by --isolate, or each by its decorator.
         isolated = start.get("isolated", ())
         is_isolated = bool(isolated) and len(isolated) == len(_registry)
-        self.course = _Course(
+        self._course = _Course(
             self._keeper,
             self.clock,
             self._is_told,
@@ -6313,12 +7422,14 @@ class Worker:
             ),
         )
         self._keeping: list[threading.Thread] = []
+        event_loop = _EventLoop()
         self.overdue = threading.Event()  #: set once the grace is over
         self._slots = [
             _Slot(
-                self.course,
+                self._course,
                 _Child(start, self.max_tasks_per_child, self.overdue),
                 self.settle,
+                event_loop,
                 is_isolated=is_isolated,
             )
             for _ in range(self.concurrency)
@@ -6339,10 +7450,11 @@ class Worker:
         :raises ConfigurationError: if a queue is missing or forbidden, or there are no
             credentials
         """
-        make = functools.partial(_make_thread, self.course)
+        make = functools.partial(_make_thread, self._course)
         slots = [make(slot.work) for slot in self._slots[1:]]
-        intake = _Intake(self.course, self._keeper, self._polls)
-        pollers = [make(_Poller(self, intake, queue).work) for queue in self.queues]
+        intake = _Intake(self._course, self._keeper, self._polls)
+        poller = functools.partial(_Poller, self, self._course, intake)
+        pollers = [make(poller(queue).work) for queue in self.queues]
         self._keeping = [make(self._keeper.run) for _ in range(_MAX_CALLS)]
         helpers = [*self._keeping, make(self._heart.run), make(self._watch)]
         within_s: float | None = _HURRIED_S
@@ -6357,8 +7469,8 @@ class Worker:
                 _join(heart, _HEART_S)
         level = logging.INFO if self.ledger.balanced else logging.ERROR
         _log.log(level, "worker ended: %s", self.ledger)
-        if self.course.fatal:
-            raise self.course.fatal
+        if self._course.fatal:
+            raise self._course.fatal
         return self.ledger
 
     def _work(
@@ -6374,18 +7486,19 @@ class Worker:
         except BaseException as error:  # such as sys.exit() of a signal handler
             if self._signals.seen and isinstance(error, KeyboardInterrupt):
                 raise  # a second Ctrl-C waits for nothing
-            self.course.fail(error)
+            self._course.fail(error)
         for thread in others:  # unless they are left to run
-            while thread.is_alive() and self.course.phase < _Phase.flushing:
+            while thread.is_alive() and self._course.phase < _Phase.flushing:
                 thread.join(_TICK_S)
 
     def _close(self, within_s: float | None) -> None:
         """Go through the phases that are left."""
         try:
-            self.course.move_on(to=_Phase.flushing)
+            self._course.move_on(to=_Phase.flushing)
+            _release_by_copies(self.broker, self._keeper, self._course)
             self._flush(within_s)
         finally:
-            self.course.move_on(to=_Phase.ended)
+            self._course.move_on(to=_Phase.ended)
             self._heart.stop()
             self._signals.wake()
 
@@ -6399,12 +7512,9 @@ class Worker:
             _join(thread, max(0, until - time.monotonic()))
 
     def settle(self, held: _Held, outcome: Outcome) -> None:
-        """Have done what the outcome says; a copy for the dead letters is sent now."""
-        end = "acked" if outcome.fate is Fate.acknowledge else "retried"
-        if outcome.fate is Fate.dead_letter:
-            copied = _dead_letter(self.broker, held.message, outcome.error)
-            end = "dead_lettered" if copied else "retried"
-        self.course.finish(held, end, outcome.delay_s)
+        """Have done what the outcome says; a copy is sent by the calling thread."""
+        end, delay_s = _carry_out(outcome, self.broker, held, self.clock())
+        self._course.finish(held, end, delay_s)
 
     # Signals, and the grace.
 
@@ -6415,23 +7525,23 @@ class Worker:
 
     def _watch(self) -> None:
         """Stop the worker when it is told to, and give up what outlives its grace."""
-        while not self.course.is_told():
+        while not self._course.is_told():
             self._signals.wait(_TICK_S)
-            self.course.move_on()
-            if self.course.ended.is_set():
+            self._course.move_on()
+            if self._course.ended.is_set():
                 return  # by itself, so that nobody waits to kill it: it has no deadline
-        self.course.move_on()
+        self._course.move_on()
         self._say_what_it_waits_for()
         if self.grace_s is None:
             return
         flush_s = min(_FLUSH_S, self.grace_s / 2)
-        if not self.course.ended.wait(self.grace_s - flush_s):
+        if not self._course.ended.wait(self.grace_s - flush_s):
             self._give_up(flush_s)
 
     def _say_what_it_waits_for(self) -> None:
         """Log why the worker does not end at once."""
         polls = self._polls.under_way
-        runs = len(self.course.still_run())
+        runs = len(self._course.still_run())
         text = f"stopping: waiting for polls in flight: {polls}, running tasks: {runs}"
         if self._signals.has_interrupt:
             text += "; Ctrl-C again ends at once"
@@ -6444,13 +7554,13 @@ class Worker:
         """
         self.overdue.set()
         self._keeper.give_up_after(flush_s)
-        for received in self.course.still_run():
+        for received in self._course.still_run():
             _log.warning("the grace is over, and %s still runs", _name_of(received))
         for slot in self._slots:
             slot.child.kill()
-        if self.course.ended.wait(flush_s / 2):
+        if self._course.ended.wait(flush_s / 2):
             return
-        self.course.move_on(to=_Phase.flushing)
+        self._course.move_on(to=_Phase.flushing)
         if self.on_overdue:
             # It ends the process, so it comes before run() returns, and not beside it.
             self._flush(flush_s / 2)
@@ -6561,7 +7671,86 @@ def _queues_of(priority: Priority | Iterable[Priority]) -> list[str]:
     return [broker.destination(each) for each in _URGENCY if each in wanted]
 
 
-# Dead-letter copies.
+# Copies: for the dead-letter queue, and for the queue itself.
+
+
+def _carry_out(
+    outcome: Outcome, broker: Broker, held: _Held, now: float
+) -> tuple[str, float | None]:
+    """Send the copy that an outcome needs; return how its message ends, and its delay.
+
+    Without its copy, a message is left to its visibility timeout.
+    """
+    is_copied = True
+    if outcome.fate is Fate.dead_letter:
+        is_copied = _dead_letter(broker, held.message, outcome.error)
+    elif outcome.fate is Fate.postpone and now >= held.lease_until:
+        is_copied = False  # another may have it by now: there would be two for good
+    elif outcome.fate is Fate.postpone:
+        is_copied = _postpone(broker, held.message, outcome.delay_s or 0)
+    if not is_copied:
+        return "retried", None
+    return _ENDS[outcome.fate], outcome.delay_s
+
+
+def _release_by_copies(broker: Broker, keeper: _Keeper, course: _Course) -> None:
+    """Release what never ran, and what its queue would dead-letter otherwise."""
+    can_send = True
+    while True:
+        with keeper.lock:
+            held = keeper.holdings.start(course.clock())
+        if held is None:
+            return
+        if can_send:  # else the network is down, and the grace is short
+            can_send = _postpone(broker, held.message, 0)
+        if can_send:
+            course.finish(held, "postponed")
+        else:
+            course.release(held)
+
+
+def _postpone(broker: Broker, received: QueueMessage, delay_s: float) -> bool:
+    """Send a copy to the same queue; return whether it is there, or log why not.
+
+    Where it is not, the message is still in its queue.
+    """
+    queue = received.queue or ""
+    try:
+        copy = _postponed_copy(received, delay_s, broker.max_bytes)
+        _accepted(broker.send(queue, [copy]))
+    except Exception as failure:
+        text = "%s: %s can't be postponed and is left to the queue: %s"
+        _log.warning(text, queue, _name_of(received), failure)
+        return False
+    return True
+
+
+def _postponed_copy(received: QueueMessage, delay_s: float, limit: int) -> Outgoing:
+    """Return the copy for the same queue; this receive of the message counts not.
+
+    :param limit: of the copy in bytes, attributes included
+    """
+    ours: dict[str, Mapping[str, Any]] = {}
+    if received.attempt > 1:
+        before = str(received.attempt - 1)
+        ours[_ATTEMPTS_ATTRIBUTE] = {"DataType": "String", "StringValue": before}
+    copy = received.copy(_add_attributes(received, ours, limit))
+    return copy._replace(delay_s=delay_s)
+
+
+def _add_attributes(
+    received: QueueMessage, ours: Mapping[str, Mapping[str, Any]], limit: int
+) -> Mapping[str, Mapping[str, Any]]:
+    """Return attributes of ours, and of the message's those for which there is room.
+
+    What gives way are headers, which the body has too.
+    """
+    attributes = dict(ours)
+    for name, value in received.message_attributes.items():
+        more = {name: value, **attributes}
+        if len(more) <= _MAX_ATTRIBUTES and received.copy(more).size() <= limit:
+            attributes = more
+    return attributes
 
 
 def _dead_letter(
@@ -6600,9 +7789,6 @@ def _dead_letter_copy(
 ) -> Outgoing:
     """Return the copy for the dead-letter queue; ONE attribute says why it is there.
 
-    Attributes that were headers give way to it where there are too many: the body has
-    the headers.
-
     :param limit: of the copy in bytes, attributes included
     """
     attributes: dict[str, Mapping[str, Any]] = {}
@@ -6611,11 +7797,7 @@ def _dead_letter_copy(
     text = _error_record(received, error, room)
     if len(text) <= room:
         attributes[_ERROR_ATTRIBUTE] = {"DataType": "String", "StringValue": text}
-    for name, value in received.message_attributes.items():
-        more = {name: value, **attributes}
-        if len(more) <= _MAX_ATTRIBUTES and received.copy(more).size() <= limit:
-            attributes = more
-    return received.copy(attributes)
+    return received.copy(_add_attributes(received, attributes, limit))
 
 
 def _error_record(
@@ -6833,7 +8015,9 @@ def _settings_of_children() -> dict[str, Any]:
     """Return all settings as they are now, with hooks by their dotted paths."""
     values = {name: getattr(settings, name) for name in _SETTINGS}
     for name, value in values.items():
-        if callable(value):
+        if isinstance(value, RetryPolicy):
+            values[name] = dataclasses.asdict(value)
+        elif callable(value):
             values[name] = _path_of_hook(name, value)
     # Of one source, where another may have a token that does not belong to the key.
     credentials = settings.credentials()
@@ -7165,7 +8349,7 @@ class _Report(logging.StreamHandler[typing.TextIO]):
         self.stream = sys.stderr
 
 
-@_one_event_loop()
+@_EventLoop().in_this_thread()
 def _serve_worker(argv: Sequence[str]) -> int:
     """Run messages for a slot of a worker, which started this process.
 
@@ -7232,13 +8416,14 @@ def _die_with_parent() -> None:
 
 def _import_tasks(start: Mapping[str, Any], report: logging.Handler) -> None:
     """Do in a child what its worker did before it began."""
-    configure(start["settings"])
+    settings_of_worker = _read_settings(start["settings"])
+    configure(settings_of_worker)
     _log_only_to(report, start["level"])
     _set_up_django()
     for name in start["modules"]:
         importlib.import_module(name)
     # Again, for modules may set up both when they are imported.
-    configure(start["settings"])
+    configure(settings_of_worker)
     _log_only_to(report, start["level"])
     _broker_of_child()
     unknown = [name for name in start["isolated"] if name not in _registry]
@@ -7249,6 +8434,14 @@ def _import_tasks(start: Mapping[str, Any], report: logging.Handler) -> None:
             "worker calls",
             ", ".join(unknown),
         )
+
+
+def _read_settings(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what :func:`_settings_of_children` wrote, after its way through JSON."""
+    policy = values["TASKHAWK_RETRY"]
+    if isinstance(policy, dict):
+        policy = RetryPolicy(**policy)
+    return {**values, "TASKHAWK_RETRY": policy}
 
 
 def _broker_of_child() -> Broker | None:
@@ -7336,11 +8529,21 @@ def _run_records(
             outcome = _not_started(received, "no time was left")
         else:
             outcome = process(received)
-        if outcome.fate is Fate.acknowledge:
+        if outcome.fate is Fate.acknowledge or _is_postponed(received, outcome):
             done.append(received)
         else:
             failed[received] = outcome
     return done, failed
+
+
+def _is_postponed(received: QueueMessage, outcome: Outcome) -> bool:
+    """Send the copy of a message that was postponed; return whether it is sent.
+
+    Where the function may not send, the message counts as failed.
+    """
+    if outcome.fate is not Fate.postpone or received.broker is None:
+        return False
+    return _postpone(received.broker, received, outcome.delay_s or 0)
 
 
 def _left_ms(context: Any) -> float:
@@ -7468,18 +8671,582 @@ def _as_boto3(
 
 
 # --- 22. schedules --------------------------------------------------------------------
-# What the service sends later.
-# (Invariant.)
+# What the service sends later. A long delay is a one-time schedule of EventBridge
+# Scheduler that has the message and its id; dispatch returns once it is made, and
+# Scheduler deletes it once it is sent. A message that it can't deliver within a day
+# goes to the queue's dead-letter queue. SQLite's own delays have no limit.
+# https://docs.aws.amazon.com/scheduler/latest/UserGuide/
+
+
+__all__ += ["cancel"]
+
+_MAX_INPUT_BYTES = 262_144  # what a schedule can send
+_LATER_S = 100 * 365 * 86_400  # a date that a schedule can have, as on SQLite
+_EARLY_S = 10  # a time that is past when the request arrives is refused
+_MINUTE_S = 60  # Scheduler's precision
+# The longest that Scheduler tries to deliver; explicit, for an update to a schedule
+# resets what it leaves out.
+_DELIVERY = {"MaximumEventAgeInSeconds": 86_400, "MaximumRetryAttempts": 185}
+
+
+def _schedule_group() -> str:
+    """Return the name of the group that has all schedules of this service."""
+    return f"taskhawk-{settings.require('TASKHAWK_QUEUE').lower()}"
+
+
+def _schedule_name(message_id: str) -> str:
+    """Return the name of a message's schedule: its id, or a hash where it can't be.
+
+    It has no dot, so it is never the name of a periodic task's schedule.
+    """
+    if re.fullmatch("(?a)[\\w-]{1,64}", message_id):
+        return message_id
+    return _hash(message_id)
+
+
+def _hash(text: str) -> str:
+    """Return 64 characters that stand for a text."""
+    import hashlib
+
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _at(due_s: float, now_s: float) -> str:
+    """Return when a schedule is to send: never early, at most a minute late, in UTC."""
+    minutes = math.ceil(max(due_s, now_s + _EARLY_S) / _MINUTE_S)
+    due = _EPOCH + timedelta(minutes=minutes)
+    return f"at({due:%Y-%m-%dT%H:%M:%S})"
+
+
+def _target(arn: str, body: str, group_id: str | None) -> dict[str, Any]:
+    """Return what a schedule sends, and where: to a queue, or to a topic.
+
+    :param body: the message; Scheduler fills in what looks like ``<aws.scheduler…>``
+    :raises ConfigurationError: if TASKHAWK_SCHEDULER_ROLE is not set
+    """
+    target: dict[str, Any] = {
+        "Arn": arn,
+        "RoleArn": _scheduler_role(),
+        "Input": body,
+        "RetryPolicy": _DELIVERY,
+    }
+    if ":sqs:" in arn and not arn.endswith(".fifo"):  # which can't be such a queue
+        target["DeadLetterConfig"] = {"Arn": f"{arn}-DLQ"}
+    if group_id is not None:
+        target["SqsParameters"] = {"MessageGroupId": group_id}
+    return target
+
+
+def _scheduler_role() -> str:
+    """Return the role that schedules send by."""
+    role = settings.TASKHAWK_SCHEDULER_ROLE
+    if role is None:
+        example = _SETTINGS["TASKHAWK_SCHEDULER_ROLE"].example
+        raise ConfigurationError(
+            "TASKHAWK_SCHEDULER_ROLE is not set: delays of over 15 minutes on SQS, any"
+            " on SNS, and periodic tasks are schedules of EventBridge's, which send by"
+            f" a role: expected its ARN, such as {example!r}"
+        )
+    return str(role)
+
+
+def _target_arn(priority: Priority) -> str:
+    """Return the ARN of the queue or topic for messages of a priority."""
+    sender = _brokers.sender()
+    name = sender.destination(priority)
+    if isinstance(sender, SqsBroker):
+        return sender.arn(name)
+    return name  # of a topic, which is its ARN
+
+
+class _Scheduler(_AwsSender):
+    """Sends messages later, each by a schedule of its own.
+
+    Message attributes are left out, for a schedule has none: the body has all headers.
+    """
+
+    service, target_key = "scheduler", "GroupName"
+    max_bytes, max_delay_s = _MAX_INPUT_BYTES, _LATER_S
+
+    def destination(self, priority: Priority) -> str:
+        """Return the ARN of the queue or topic that the message goes to."""
+        _scheduler_role()  # else another error would be the first
+        return _target_arn(priority)
+
+    def send(self, destination: str, entries: Sequence[Outgoing]) -> list[Refusal]:
+        """Make a schedule for each message."""
+        if len(entries) > 1:
+            return self._one_by_one(destination, entries)
+        [entry] = entries
+        message = _decode(entry.body)
+        due_s = message.timestamp / 1000 + entry.delay_s
+        # What looks like a keyword of Scheduler's is the user's own text. The token
+        # that makes a repeated request harmless is botocore's, new for each call: one
+        # made of the id would have AWS take a message for the one that was cancelled.
+        body = entry.body.replace("<aws.", r"\u003caws.")
+        self.change(
+            "create_schedule",
+            Name=_schedule_name(message.id),
+            ScheduleExpression=_at(due_s, time.time()),
+            ActionAfterCompletion="DELETE",
+            Target=_target(destination, body, entry.group_id),
+        )
+        return []
+
+    def change(self, operation: str, **parameters: Any) -> None:
+        """Make or change a schedule of this service."""
+        parameters["FlexibleTimeWindow"] = {"Mode": "OFF"}
+        self.call("send", operation, _schedule_group(), **parameters)
+
+    def delete(self, name: str) -> bool:
+        """Delete a schedule; return whether it was there."""
+        try:
+            self.call("send", "delete_schedule", _schedule_group(), Name=name)
+        except Exception as error:
+            if _error_code(error) != "ResourceNotFoundException":
+                raise
+            return False
+        return True
+
+    def _parameters(self, entry: Outgoing) -> dict[str, Any]:
+        """Return nothing: what it sends depends on the destination."""
+        return {}
+
+
+_schemes["schedule"] = _Scheduler
+
+
+def cancel(message_id: str) -> bool:
+    """Delete a message that waits for the end of its delay.
+
+    On SQS and SNS it is its schedule that is deleted: what a queue itself delays, up to
+    15 minutes on SQS, can't be cancelled. Nor can what runs or has run.
+
+    :param message_id: what dispatch returned
+    :returns: whether the message was still waiting: now it will never run
+    :raises ConfigurationError: if schedules may not be deleted
+    :raises Exception: of botocore or sqlite3, if the call fails otherwise; the message
+        may have been deleted then
+    """
+    sender = _brokers.sender()
+    if isinstance(sender, _AwsSender):
+        scheduler: _Scheduler = _brokers.get("schedule")
+        return scheduler.delete(_schedule_name(message_id))
+    if isinstance(sender, SqliteBroker):
+        return _cancel_in_file(sender, message_id)
+    return False  # in sync mode and in capture(), nothing waits
+
+
+def _cancel_in_file(broker: SqliteBroker, message_id: str) -> bool:
+    """Delete a message that waits in a file, if nobody has received it."""
+    queues = [broker.destination(priority) for priority in Priority]
+    beginning = _ENCODER.encode({"id": message_id})[:-1] + ","  # of each body
+    delete = "DELETE FROM message WHERE"
+    where = f"""queue IN ({_marks("?", queues)}) AND visible_ms > ?
+        AND receipt IS NULL AND substr(body, 1, ?) = ?"""
+    values = (*queues, broker._in_ms(), len(beginning), beginning)  # noqa: SLF001
+    file = broker._file  # noqa: SLF001 - both are of this very file
+    return file.change(f"{delete} {where}", values) > 0
 
 
 # --- 23. Django's tasks ---------------------------------------------------------------
-# Django is imported only when the class is asked for.
-# (Invariant.)
+# Django's own API over the same messages and workers. One of Django's tasks becomes one
+# of ours where it is declared, so no message has anything imported. Results are not
+# kept: whoever wants them gets them by the signal task_finished, which is sent once for
+# a message that is done with. Django is imported only when the class is asked for.
+# https://docs.djangoproject.com/en/stable/topics/tasks/
+
+
+class _DjangoBackend:
+    """A backend of Django's tasks, on taskhawk's queues: Django 6.0 or newer has them.
+
+    Its queues are the names of priorities. On the queue "default", a task whose
+    priority is above 0 goes to "high", and one below 0 to "low".
+
+    OPTIONS may have settings of taskhawk; options of :func:`task`, for all tasks of the
+    backend; and ``on_commit``: True, which sends a message once the transaction around
+    ``enqueue`` is committed. From Django 6.1 on, Django's decorator takes options of
+    :func:`task`, too: those in the declaration count, whatever runs the task.
+    """
+
+    supports_async_task = True
+    supports_defer = True  # where the queue can; enqueue() refuses what it can't
+    supports_get_result = False
+    supports_priority = True
+
+    # Set by Django's own base class, which _make_django_backend() adds.
+    alias: str
+    queues: set[str]
+    options: Mapping[str, Any]
+
+    def check(self, **_: Any) -> list[Any]:
+        """Return what is wrong with the settings, for ``manage.py check``."""
+        from django.core.checks import Error
+
+        wrong = [*self._flaws(), *map(str, settings.errors())]
+        return [Error(text, id="taskhawk.E001") for text in wrong]
+
+    def validate_task(self, task: Any) -> None:
+        """Refuse a task that can't be run, and register one that can.
+
+        Django calls it where a task is declared, and for each ``using()``.
+        """
+        from django.tasks.exceptions import InvalidTask
+
+        super().validate_task(task)  # type: ignore[misc]
+        try:
+            _django_priority(task)
+            self._task_of(task)
+        except ConfigurationError as error:
+            raise InvalidTask(str(error)) from error
+
+    def enqueue(self, task: Any, args: Any, kwargs: Any) -> Any:
+        """Queue a run, and return what Django calls its result: its id, above all.
+
+        :raises Exception: as :meth:`AsyncInvocation.dispatch`. With ``on_commit``, the
+            commit raises what the queue does not accept: its rows are committed then
+        """
+        self.validate_task(task)
+        message = self._message(task, args, kwargs)
+        result = _django_result(task, message.id, message.args, message.kwargs)
+        send = functools.partial(self._send, message, result)
+        if self.options.get("on_commit"):
+            from django.db.transaction import on_commit
+
+            _prepare(message)  # the caller is told of what is wrong with the call
+            on_commit(send)
+        else:
+            send()
+        return result
+
+    def _message(self, task: Any, args: Any, kwargs: Any) -> Message:
+        """Make the message of a run."""
+        from django.utils.json import normalize_json
+
+        invocation = self._task_of(task).with_priority(_django_priority(task))
+        if task.run_after is not None:
+            # A naive time, which it may be without USE_TZ, is the process's local time.
+            left_s = task.run_after.timestamp() - time.time()
+            invocation = invocation.with_delay(max(left_s, 0))
+        return invocation._message(  # noqa: SLF001 - its own
+            normalize_json(args), normalize_json(kwargs)
+        )
+
+    def _send(self, message: Message, result: Any) -> None:
+        """Send a message, and tell that it is queued."""
+        from django.tasks.signals import task_enqueued
+        from django.utils import timezone
+
+        publish(message)
+        _set_fields(result, enqueued_at=timezone.now())
+        task_enqueued.send(type(self), task_result=result)
+
+    def _task_of(self, declared: Any) -> Task[Any, Any]:
+        """Return our task for one of Django's; register it if it is new."""
+        place = _place_of(declared.func)
+        name = f"{place.module}.{place.qualname}"
+        known = _registry.get(name)
+        if known is not None and _is_made_of(known, declared):
+            return known
+        for flaw in self._flaws():
+            raise ConfigurationError(flaw)
+        options = {"name": name, "priority": _django_priority(declared)}
+        for option in _django_task_options().intersection(self.options):
+            options[option] = self.options[option]
+        options |= _options_of_declaration(declared)
+        decorator: Any = task
+        made: Task[Any, Any] = decorator(**options, _django=declared)(
+            _django_function(declared, type(self))
+        )
+        return made
+
+    def _flaws(self) -> Iterator[str]:
+        """Yield what is wrong with the backend's entry in TASKS."""
+        where = f"TASKS[{self.alias!r}]"
+        for name in sorted(self.queues.difference(_PRIORITIES)):
+            yield f"{where}: QUEUES: {_expected_queue(name)}"
+        legal = {"on_commit", *_SETTINGS, *_django_task_options()}
+        for name in sorted(set(self.options) - legal):
+            yield (
+                f"{where}: OPTIONS: expected on_commit, settings of taskhawk or options"
+                f" of taskhawk.task, got {name!r}"
+            )
+
+
+def _expected_queue(name: object) -> str:
+    """Return the sentence that refuses the name of a queue."""
+    return f"expected one of {', '.join(_PRIORITIES)}, got {name!r}"
+
+
+def _django_priority(declared: Any) -> Priority:
+    """Return the queue of one of Django's tasks."""
+    name = declared.queue_name
+    if name not in _PRIORITIES:  # QUEUES = [] allows any
+        raise ConfigurationError(f"queue_name: {_expected_queue(name)}")
+    if name != Priority.default.name or declared.priority == 0:
+        return Priority[name]
+    if declared.priority > 0:
+        return Priority.high
+    return Priority.low
+
+
+@functools.cache
+def _django_task_options() -> frozenset[str]:
+    """Return the options of :func:`task` that are not Django's in another form."""
+    own = inspect.signature(task, **_ANNOTATIONS).parameters
+    return frozenset([*own, *_more_options]) - {
+        "args",
+        "more",
+        "name",
+        "priority",
+        "_django",
+    }
+
+
+def _options_of_declaration(declared: Any) -> dict[str, Any]:
+    """Return the options of :func:`task` that Django's decorator was given."""
+    options = {}
+    for name in _django_task_options():
+        value = getattr(declared, name, None)  # it may be of another backend's class
+        if value is not None:
+            options[name] = value
+    return options
+
+
+def _is_made_of(known: Task[Any, Any], declared: Any) -> bool:
+    """Return whether a task of ours was made of this one of Django's.
+
+    It may be another object: each ``using()`` makes one.
+    """
+    first = known.options.get("_django")
+    if first is None or first.func is not declared.func:
+        return False
+    return _options_of_declaration(first) == _options_of_declaration(declared)
+
+
+def _leave_arguments(made: Task[Any, Any], _declared: Any) -> None:
+    """Have one of Django's tasks called with what its message has, and no more."""
+    made._given_by_worker = frozenset()  # noqa: SLF001 - its own
+    made.accepts_metadata = made.accepts_headers = False
+
+
+_more_options["_django"] = _leave_arguments
+
+
+def _django_function(declared: Any, backend: type) -> Callable[..., Any]:
+    """Return what a worker calls for one of Django's tasks: its function, and signals.
+
+    :param backend: the class, which is the sender of the signals
+    """
+    fn = declared.func
+    # What it takes is Django's to say: `*args`, or arguments that are named as ours.
+    called = _named_part(fn)
+    signature = inspect.signature(called, follow_wrapped=False, **_ANNOTATIONS)
+    parameters = list(signature.parameters.values())
+    if declared.takes_context:
+        del parameters[0]
+    make = _django_plain_function
+    if inspect.iscoroutinefunction(fn):
+        make = _django_coroutine_function
+    made = make(declared, backend)
+    functools.update_wrapper(made, fn)
+    vars(made)["__signature__"] = signature.replace(parameters=parameters)
+    return made
+
+
+def _django_plain_function(declared: Any, backend: type) -> Callable[..., Any]:
+    """Return what runs a function of Django's between its signals."""
+    from django.tasks.signals import task_finished, task_started
+
+    def call(*args: Any, **kwargs: Any) -> None:
+        run = _DjangoRun(declared, args, kwargs)
+        task_started.send(backend, task_result=run.result)
+        try:
+            run.succeeded(declared.func(*run.context, *args, **kwargs))
+        except BaseException as error:
+            run.failed(error)
+            raise
+        finally:
+            if run.result.is_finished:
+                task_finished.send(backend, task_result=run.result)
+
+    return call
+
+
+def _django_coroutine_function(declared: Any, backend: type) -> Callable[..., Any]:
+    """Return what runs a coroutine function of Django's between its signals."""
+    from asgiref.sync import sync_to_async
+    from django.tasks.signals import task_finished, task_started
+
+    # Receivers of signals, and the ORM, run in a thread of asgiref's, which has
+    # connections of its own.
+    refresh = sync_to_async(_refresh_django_connections)
+
+    async def call(*args: Any, **kwargs: Any) -> None:
+        run = _DjangoRun(declared, args, kwargs)
+        await refresh()
+        await task_started.asend(backend, task_result=run.result)
+        try:
+            run.succeeded(await declared.func(*run.context, *args, **kwargs))
+        except BaseException as error:
+            run.failed(error)
+            raise
+        finally:
+            if run.result.is_finished:
+                await task_finished.asend(backend, task_result=run.result)
+            await refresh(ran=True)
+
+    return call
+
+
+class _DjangoRun:
+    """A run of one of Django's tasks, as its context and the signals tell of it.
+
+    Nobody knows what came of earlier runs of the message; how many, its receives tell.
+
+    :param declared: Django's task
+    :param args: the arguments that the message has
+    """
+
+    def __init__(self, declared: Any, args: Any, kwargs: Any) -> None:
+        from django.tasks import TaskContext, TaskResultStatus
+        from django.utils import timezone
+
+        self._metadata = typing.cast("Metadata", current_task())
+        self._status = TaskResultStatus
+        now = timezone.now()
+        earlier = ["unknown"] * (self._metadata.attempt - 1)
+        self.result = _django_result(
+            declared,
+            self._metadata.id,
+            args,
+            kwargs,
+            status=TaskResultStatus.RUNNING,
+            enqueued_at=datetime.fromtimestamp(
+                self._metadata.timestamp / 1000, now.tzinfo
+            ),
+            started_at=now,
+            last_attempted_at=now,
+            worker_ids=[*earlier, f"{os.uname().nodename}:{os.getpid()}"],
+        )
+        #: what the function gets ahead of its arguments
+        self.context: list[Any] = []
+        if declared.takes_context:
+            self.context.append(TaskContext(task_result=self.result))
+
+    def succeeded(self, value: Any) -> None:
+        """Note that the function has returned."""
+        self._ended(self._status.SUCCESSFUL)
+        _set_fields(self.result, _return_value=value)
+
+    def failed(self, error: BaseException) -> None:
+        """Note that it raised: then the message may be done with, or be run again."""
+        from django.tasks.base import TaskError
+
+        if _are_all(IgnoreException, error):
+            self._ended(self._status.SUCCESSFUL)
+            return
+        kind = type(error)
+        path = f"{kind.__module__}.{kind.__qualname__}"
+        text = "".join(traceback.format_exception(error))
+        self.result.errors.append(TaskError(exception_class_path=path, traceback=text))
+        if self._is_last(error):
+            self._ended(self._status.FAILED)
+        else:
+            _set_fields(self.result, status=self._status.READY)
+
+    def _is_last(self, error: BaseException) -> bool:
+        """Return whether nothing runs the message again, by the table of fates."""
+        if settings.TASKHAWK_SYNC:
+            return True
+        verdict = _verdict(self._metadata._received, error)  # noqa: SLF001 - its own
+        return verdict.fate is Fate.dead_letter
+
+    def _ended(self, status: Any) -> None:
+        """Note that the message is done with."""
+        from django.utils import timezone
+
+        _set_fields(self.result, status=status, finished_at=timezone.now())
+
+
+def _django_result(
+    declared: Any, message_id: str, args: Any, kwargs: Any, **fields: Any
+) -> Any:
+    """Make a result of Django's, of a message that is queued unless `fields` differ."""
+    from django.tasks import TaskResult, TaskResultStatus
+
+    queued = {
+        "status": TaskResultStatus.READY,
+        "enqueued_at": None,
+        "started_at": None,
+        "finished_at": None,
+        "last_attempted_at": None,
+        "errors": [],
+        "worker_ids": [],
+    }
+    return TaskResult(
+        task=declared,
+        id=message_id,
+        args=args,
+        kwargs=kwargs,
+        backend=declared.backend,
+        **{**queued, **fields},
+    )
+
+
+def _set_fields(result: Any, **fields: Any) -> None:
+    """Set fields of a result, which is frozen for everybody else."""
+    for name, value in fields.items():
+        object.__setattr__(result, name, value)
+
+
+@functools.cache
+def _make_django_backend() -> type:
+    """Make the class, which needs Django's own as a base."""
+    from django.tasks import Task as DjangoTask
+    from django.tasks.backends.base import BaseTaskBackend
+
+    place = {"__module__": __name__, "__qualname__": "DjangoBackend.task_class"}
+    task_class = dataclasses.make_dataclass(
+        "task_class",
+        [(name, Any, None) for name in sorted(_django_task_options())],
+        bases=(DjangoTask,),
+        namespace=place,
+        frozen=True,
+        slots=True,
+        kw_only=True,
+    )
+    names = {
+        "__doc__": _DjangoBackend.__doc__,
+        "__module__": __name__,
+        "task_class": task_class,
+    }
+    return type("DjangoBackend", (_DjangoBackend, BaseTaskBackend), names)
+
+
+def _get_late(name: str) -> Any:
+    """Return what this module makes when it is asked for, and not before."""
+    if name != "DjangoBackend":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return _make_django_backend()
+    except ImportError as error:
+        raise AttributeError("DjangoBackend needs Django 6.0 or newer") from error
+
+
+if typing.TYPE_CHECKING:
+
+    class DjangoBackend(_DjangoBackend):
+        """A backend of Django's tasks."""
+else:
+    __getattr__ = _get_late
 
 
 # === PART VI: PEOPLE ==================================================================
 
 __all__ += [
+    "DeadLetter",
+    "dead_letters",
     "main",
     "requeue_dead_letter",
 ]
@@ -7491,76 +9258,121 @@ __all__ += [
 # none. A scan hides what it receives, and in the end makes what it left visible again.
 
 
-@dataclasses.dataclass(frozen=True)
-class _DeadLetter:
-    """A dead letter as people see it: what it is, since when, and why it is there.
+_MOVED = "moved by the queue itself, after too many receives"
 
-    It may come from anywhere, so neither its body nor its error need be ours. Where the
-    body is not valid, `invalid` says why. `error` is what a worker recorded; None where
-    the queue moved the message.
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class DeadLetter:
+    """A message in a dead-letter queue, as :func:`dead_letters` yields it.
+
+    It may come from anywhere, so neither its body nor its error need be ours. It can be
+    sent back or deleted until the loop that it is of has ended.
+
+    :ivar received: the message as the queue gave it, with its body and attributes
+    :ivar age_s: seconds since it was sent for the first time
+    :ivar record: what a worker recorded of the error: ``type``, ``message``,
+        ``traceback``, ``attempt``, ``worker`` and ``time``; None where it recorded none
+    :ivar message: None where the body is not valid; its task need not be registered
+    :ivar invalid: why the body is not valid; None where it is
     """
 
+    _scan: _Scan
     received: QueueMessage
-    message_id: str
-    sent: str
     age_s: int
-    receives: int
-    error: Mapping[str, Any] | None
+    record: Mapping[str, Any] | None
+    message: Message | None = None
     invalid: str | None = None
-    id: str | None = None
-    task: str | None = None
-    headers: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    args: Sequence[Any] | None = None
-    kwargs: Mapping[str, Any] | None = None
 
     @property
-    def ids(self) -> set[str]:
-        """The names that it goes by: the message's own id, and that of SQS."""
-        return {self.id or self.message_id, self.message_id}
+    def message_id(self) -> str:
+        """The id that the queue gave it."""
+        return self.received.message_id
 
     @property
-    def error_text(self) -> str:
+    def id(self) -> str | None:
+        """The message's own id."""
+        return self.message.id if self.message else None
+
+    @property
+    def task(self) -> str | None:
+        """The name of its task."""
+        return self.message.task_name if self.message else None
+
+    @property
+    def error(self) -> str:
         """Type and message of the recorded error; "" where there is none."""
-        if not self.error:
+        if not self.record:
             return ""
-        return f"{self.error.get('type')}: {self.error.get('message')}"
+        return f"{self.record.get('type')}: {self.record.get('message')}"
 
     @property
-    def reason(self) -> str:
-        """Why it is here, in one line."""
-        moved = "moved by the queue itself, after too many receives"
-        return (self.error_text or self.invalid or moved).partition("\n")[0]
+    def traceback(self) -> str:
+        """The traceback of the recorded error; "" where there is none."""
+        if not self.record:
+            return ""
+        return str(self.record.get("traceback", ""))
+
+    @property
+    def cause(self) -> str:
+        """Why it is here: its error, or what stands for one."""
+        return self.error or self.invalid or _MOVED
+
+    @property
+    def sent(self) -> str:
+        """When it was sent for the first time, in ISO 8601."""
+        return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(_sent_s(self.received)))
+
+    def requeue(self) -> None:
+        """Send it back to the queue of its priority, and delete it here.
+
+        :raises PartialFailure: if it could not be sent, or if its copy was sent and it
+            could not be deleted: then it is in both queues
+        :raises TaskhawkError: if the loop has ended, or it was sent back or deleted
+        """
+        self._scan.requeue([self])
+        self._scan.check([self.message_id])
+
+    def delete(self) -> None:
+        """Delete it for good.
+
+        :raises PartialFailure: if it could not be deleted
+        :raises TaskhawkError: if the loop has ended, or it was sent back or deleted
+        """
+        self._scan.delete([self])
+        self._scan.check([self.message_id])
 
     def as_dict(self) -> dict[str, Any]:
         """Return all that is known of it but its body, for JSON."""
-        values = dict(vars(self))
-        del values["received"]
-        return values
+        message = self.message
+        return {
+            "message_id": self.message_id,
+            "sent": self.sent,
+            "age_s": self.age_s,
+            "receives": self.received.attempt,
+            "error": self.record,
+            "invalid": self.invalid,
+            "id": self.id,
+            "task": self.task,
+            "headers": message.headers if message else {},
+            "args": message.args if message else None,
+            "kwargs": message.kwargs if message else None,
+        }
 
 
-def _read_dead_letter(received: QueueMessage) -> _DeadLetter:
+def _sent_s(received: QueueMessage) -> float:
+    """Return when a message was sent for the first time, in epoch seconds."""
+    return int(received.attributes.get("SentTimestamp", 0)) / 1000
+
+
+def _read_dead_letter(scan: _Scan, received: QueueMessage) -> DeadLetter:
     """Read a dead letter; nothing in it is trusted."""
-    sent_s = int(received.attributes.get("SentTimestamp", 0)) / 1000
-    letter = _DeadLetter(
-        received,
-        message_id=received.message_id,
-        sent=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(sent_s)),
-        age_s=max(0, round(time.time() - sent_s)),
-        receives=received.attempt,
-        error=_recorded_error(received),
-    )
+    age_s = max(0, round(time.time() - _sent_s(received)))
+    record = _recorded_error(received)
     try:
         message = _decode(received.body)
     except ValidationError as error:
-        return dataclasses.replace(letter, invalid=str(error))
-    return dataclasses.replace(
-        letter,
-        id=message.id,
-        task=message.task_name,
-        headers=message.headers,
-        args=message.args,
-        kwargs=message.kwargs,
-    )
+        return DeadLetter(scan, received, age_s, record, invalid=str(error))
+    return DeadLetter(scan, received, age_s, record, message)
 
 
 def _recorded_error(received: QueueMessage) -> dict[str, Any] | None:
@@ -7578,34 +9390,40 @@ class _LetterFilter:
     """Says which dead letters are meant: those that fit every field."""
 
     task: str = "*"  # a pattern, as the shell's
-    error: str = ""  # a part of the error's type or message
+    error: str = ""  # a part of its cause
     headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
     oldest_s: float = math.inf
     newest_s: float = 0
     ids: frozenset[str] = frozenset()  # of the message or of SQS; any, if empty
 
-    def matches(self, letter: _DeadLetter) -> bool:
+    def matches(self, letter: DeadLetter) -> bool:
         """Return whether a dead letter is meant."""
         import fnmatch
 
         if not fnmatch.fnmatchcase(letter.task or "", self.task):
             return False
-        if self.error not in letter.error_text:
+        if self.error not in letter.cause:
             return False
         if not self.newest_s <= letter.age_s <= self.oldest_s:
             return False
-        if self.ids and self.ids.isdisjoint(letter.ids):
+        if self.ids and self.ids.isdisjoint([letter.id, letter.message_id]):
             return False
-        headers = {name: str(value) for name, value in letter.headers.items()}
-        return self.headers.items() <= headers.items()
+        return self.headers.items() <= _texts(letter).items()
+
+
+def _texts(letter: DeadLetter) -> dict[str, str]:
+    """Return the headers of a dead letter as text."""
+    if letter.message is None:
+        return {}
+    return {name: str(value) for name, value in letter.message.headers.items()}
 
 
 @dataclasses.dataclass
 class _Scan:
     """One look at each dead letter of a queue; use it in a ``with`` block.
 
-    Iterating receives, and yields those that match in lists of at most ten: `requeue`
-    and `delete` act on such a list. When the block ends, what is left is visible again.
+    It receives as it is iterated, and yields those that match. When the block ends,
+    what is left is visible again.
 
     :param doing: what the scan is for, such as "requeueing"; `done` is that afterwards
     :param num_messages: how many to receive at once, up to ten
@@ -7637,9 +9455,9 @@ class _Scan:
             raise ConfigurationError(
                 f"{self._queue}: it has no dead-letter queue (no RedrivePolicy)"
             )
-        self._source = source
+        self.source = source
         self.matched = 0
-        self.found_ids: set[str] = set()  # of those that matched
+        self.found_ids: set[str | None] = set()  # of those that matched
         self._removed: list[str] = []  # the message ids of those moved or deleted
         self._failed: dict[str, str] = {}  # why one could not be, by its message id
         self._hidden: dict[str, str] = {}  # receipt handles, by message id
@@ -7648,36 +9466,51 @@ class _Scan:
     def __enter__(self) -> typing.Self:
         return self
 
-    def __iter__(self) -> Iterator[list[_DeadLetter]]:
-        """Yield those that match; end after as many as there were at the start.
+    def __iter__(self) -> Iterator[DeadLetter]:
+        """Yield those that match, one by one."""
+        for page in self.pages():
+            yield from page
 
-        What arrives meanwhile is left to the next scan: it may be what was sent back.
+    def pages(self) -> Iterator[list[DeadLetter]]:
+        """Yield those that match in lists of at most ten, which need one call each.
+
+        End after as many as there were at the start. What arrives meanwhile is left to
+        the next scan: it may be what was sent back.
         """
         total = self.total()
-        self.say("%s about %d messages from %s", self.doing, total, self._source)
+        self.say("%s about %d messages from %s", self.doing, total, self.source)
         total = max(total, 1)  # the count is approximate: look at least once
         while len(self._seen) < total and self.matched < self.limit:
             new = self._receive(total - len(self._seen))
             if not new:
+                self._say_what_waits(total - len(self._seen))
                 return
-            letters = [*filter(self.wanted.matches, map(_read_dead_letter, new))]
+            letters = [_read_dead_letter(self, received) for received in new]
+            letters = [*filter(self.wanted.matches, letters)]
             letters = letters[: self.limit - self.matched]
             self.matched += len(letters)
-            self.found_ids.update(*(letter.ids for letter in letters))
+            for letter in letters:
+                self.found_ids |= {letter.id, letter.message_id}
             yield letters
             failed = len(self._failed)
             text = "%s %d of %d messages, %d failed"
             self.say(text, self.done, self.matched - failed, total, failed)
 
+    def _say_what_waits(self, left: int) -> None:
+        """Say that a FIFO queue withholds what follows the messages of a group."""
+        if self._hidden and _is_fifo(self.source):
+            text = "about %d more wait in %s behind these, in the same groups"
+            self.say(text, left, self.source)
+
     def total(self) -> int:
         """Count the dead letters that are visible; SQS does so approximately."""
-        return self._broker.depth(self._source).visible
+        return self._broker.depth(self.source).visible
 
     def _receive(self, left: int) -> list[QueueMessage]:
         """Receive once, and return what was not met before."""
         at_once = min(self.num_messages, _MAX_BATCH, left)
         received = self._broker.receive(
-            self._source, at_once, 1, self.lease_s, threading.Event()
+            self.source, at_once, 1, self.lease_s, threading.Event()
         )
         new = {}
         for message in received:
@@ -7688,50 +9521,67 @@ class _Scan:
         self._seen.update(new)
         return list(new.values())
 
-    def requeue(self, letters: Sequence[_DeadLetter]) -> None:
+    def requeue(self, letters: Sequence[DeadLetter]) -> None:
         """Send copies to the queue, and delete those whose copy is confirmed.
 
         After a crash in between, a message is in both queues: it runs again.
         """
+        self._receipts(letters)  # nothing is sent that can't be deleted then
         copies = []
         for letter in letters:
             attributes = dict(letter.received.message_attributes)
             attributes.pop(_ERROR_ATTRIBUTE, None)
+            attributes.pop(_ATTEMPTS_ATTRIBUTE, None)
             copies.append(letter.received.copy(attributes))
         refused = _send_all(self._broker, self._queue, copies)
         self.delete(self._accepted(letters, refused), "copied, but not deleted: ")
 
-    def delete(self, letters: Sequence[_DeadLetter], failure: str = "") -> None:
+    def delete(self, letters: Sequence[DeadLetter], failure: str = "") -> None:
         """Delete dead letters; `failure` is what is said before the reason of one."""
-        receipts = [self._hidden[letter.message_id] for letter in letters]
-        delete = functools.partial(self._broker.delete, self._source)
+        receipts = self._receipts(letters)
+        delete = functools.partial(self._broker.delete, self.source)
         refused = _in_batches(delete, receipts, 3)
         for letter in self._accepted(letters, refused, failure):
             self._removed.append(letter.message_id)
             del self._hidden[letter.message_id]
 
+    def _receipts(self, letters: Iterable[DeadLetter]) -> list[str]:
+        """Return what they can be deleted by; raise TaskhawkError if one has none."""
+        for letter in letters:
+            if letter.message_id not in self._hidden:
+                raise TaskhawkError(
+                    f"dead letter {letter.message_id}: it was sent back or deleted"
+                    " before, or its loop has ended"
+                )
+        return [self._hidden[letter.message_id] for letter in letters]
+
     def _accepted(
         self,
-        letters: Sequence[_DeadLetter],
+        letters: Sequence[DeadLetter],
         refused: Mapping[int, Refusal],
         failure: str = "",
-    ) -> list[_DeadLetter]:
+    ) -> list[DeadLetter]:
         """Return those that were not refused; log the first refusal with its remedy."""
         if refused:
             first = next(iter(refused.values()))
             _log.warning("%s: %s", first.code, first.text)
         for index, refusal in refused.items():
             self._failed[letters[index].message_id] = failure + refusal.code
-        return [letters[i] for i in range(len(letters)) if i not in refused]
+        accepted = [letters[i] for i in range(len(letters)) if i not in refused]
+        for letter in accepted:
+            self._failed.pop(letter.message_id, None)  # of an earlier try
+        return accepted
 
     def __exit__(self, kind: object, *_: object) -> None:
         """Show what is left to others again."""
-        show = functools.partial(self._broker.change_visibility, self._source)
-        refused = _in_batches(show, [(r, 0) for r in self._hidden.values()], 3)
+        show = functools.partial(self._broker.change_visibility, self.source)
+        changes = [(receipt, 0) for receipt in self._hidden.values()]
+        self._hidden.clear()  # whoever receives them next has receipts of their own
+        refused = _in_batches(show, changes, 3)
         if refused:
             reason = next(iter(refused.values())).text
             text = "%d of %d dead letters looked at stay hidden for a while: %s"
-            _log.warning(text, len(refused), len(self._hidden), reason)
+            _log.warning(text, len(refused), len(changes), reason)
         if kind:
             text = "stopped: up to %d more messages may have been %s"
             self.say(text, _MAX_BATCH, self.done)
@@ -7741,11 +9591,63 @@ class _Scan:
 
         :raises PartialFailure: if some were not; they are still among the dead letters
         """
-        if self._failed:
-            good = [{"Id": message_id} for message_id in self._removed]
-            bad = [{"Id": name, "Code": code} for name, code in self._failed.items()]
-            raise PartialFailure({"Successful": good, "Failed": bad})
+        self.check([*self._removed, *self._failed])
         return len(self._removed)
+
+    def check(self, message_ids: Iterable[str]) -> None:
+        """Raise PartialFailure if one of these could not be moved or deleted."""
+        good, bad = [], []
+        for message_id in message_ids:
+            if message_id in self._failed:
+                bad.append({"Id": message_id, "Code": self._failed[message_id]})
+            else:
+                good.append({"Id": message_id})
+        if bad:
+            raise PartialFailure({"Successful": good, "Failed": bad})
+
+
+def dead_letters(
+    priority: Priority,
+    *,
+    task: str = "*",
+    error: str = "",
+    header: Mapping[str, Any] | None = None,
+    older_than_s: float = 0,
+    newer_than_s: float = math.inf,
+) -> Iterator[DeadLetter]:
+    """Yield the dead letters of a queue, each once, for as many as there are now.
+
+    Those that the loop has come to are hidden from others, for ten minutes at most.
+    What it neither sent back nor deleted is visible again when it ends, also by
+    ``break`` or an exception.
+
+    :param priority: says which queue; its redrive policy names its dead-letter queue
+    :param task: only those of this task; ``*`` and ``?`` stand for any text
+    :param error: only those with this text in their :attr:`DeadLetter.cause`
+    :param header: only those with these headers, whose values are compared as text
+    :param older_than_s: only those first sent at least so many seconds ago
+    :param newer_than_s: only those first sent at most so many seconds ago
+    :raises ConfigurationError: if the queue has no dead-letter queue
+    """
+    _require_priority(priority)
+    headers = {name: str(value) for name, value in (header or {}).items()}
+    wanted = _LetterFilter(task, error, headers, newer_than_s, older_than_s)
+    scan = _Scan(priority, "looking at", "looked at", wanted, say=_log.debug)
+    return _letters_of(scan)
+
+
+def _letters_of(scan: _Scan) -> Iterator[DeadLetter]:
+    """Yield the dead letters of a scan, and show what is left when the loop ends."""
+    with scan:
+        yield from scan
+
+
+def _require_priority(priority: object) -> None:
+    """Refuse what is no Priority."""
+    if not isinstance(priority, Priority):
+        raise ConfigurationError(
+            f"priority: expected a taskhawk.Priority, got {priority!r}"
+        )
 
 
 def requeue_dead_letter(
@@ -7764,10 +9666,7 @@ def requeue_dead_letter(
     :raises ConfigurationError: if the queue has no dead-letter queue
     :raises PartialFailure: if some were not; they are still among the dead letters
     """
-    if not isinstance(priority, Priority):
-        raise ConfigurationError(
-            f"priority: expected a taskhawk.Priority, got {priority!r}"
-        )
+    _require_priority(priority)
     if settings.IS_LAMBDA_APP:
         _log.warning(
             "requeue_dead_letter: not supported for Lambda apps, whose queues are"
@@ -7781,7 +9680,7 @@ def requeue_dead_letter(
         num_messages=num_messages,
         lease_s=visibility_timeout,
     ) as scan:
-        for letters in scan:
+        for letters in scan.pages():
             scan.requeue(letters)
     return scan.count()
 
@@ -7906,7 +9805,7 @@ class _Resource(NamedTuple):
 
 def _label(name: str) -> str:
     """Return Terraform's name for a queue or topic."""
-    return name.lower().replace("-", "_")
+    return re.sub("[-.]", "_", name.lower())
 
 
 def _resources(
@@ -7925,11 +9824,20 @@ def _resources(
     return _queue_resources(queue, tags, max_receive_count)
 
 
+# In high throughput mode, which costs the same: a FIFO queue's limits are then those of
+# its groups, not of the queue.
+_FIFO_ATTRIBUTES = {
+    "fifo_queue": True,
+    "deduplication_scope": "messageGroup",
+    "fifo_throughput_limit": "perMessageGroupId",
+}
+
+
 def _queue_resources(
     queue: str, tags: Mapping[str, str], max_receive_count: int
 ) -> list[_Resource]:
     """Describe a queue and, before it, its dead-letter queue."""
-    dead = f"{queue}-DLQ"
+    dead = _dead_letter_name(queue)
     redrive = {
         "deadLetterTargetArn": f"${{aws_sqs_queue.{_label(dead)}.arn}}",
         "maxReceiveCount": max_receive_count,
@@ -7940,6 +9848,8 @@ def _queue_resources(
         "max_message_size": _MAX_SQS_BYTES,  # else Terraform sets 256 KiB
         "tags": tags,
     }
+    if _is_fifo(queue):
+        dead_attributes |= _FIFO_ATTRIBUTES
     attributes = dead_attributes | {
         "name": queue,
         "message_retention_seconds": _RETENTION_S,
@@ -7998,6 +9908,7 @@ def _queue_change(sqs: SqsBroker, resource: _Resource) -> _Change | None:
     existing = _unless(_ABSENT, sqs.attributes, name, ["All"])
     attributes = _too_low(arn, existing or {}, resource.attributes)
     if existing is None:
+        attributes |= _fixed_attributes(resource)
         parameters = {
             "QueueName": name,
             "Attributes": attributes,
@@ -8012,6 +9923,20 @@ def _queue_change(sqs: SqsBroker, resource: _Resource) -> _Change | None:
     ]
     parameters = {"QueueUrl": sqs.url(name), "Attributes": attributes}
     return _Change(f"changed: {', '.join(changes)}", "set_queue_attributes", parameters)
+
+
+def _fixed_attributes(resource: _Resource) -> dict[str, str]:
+    """Return what is set of a queue when it is made, by SQS's names, and never after.
+
+    What makes it a FIFO queue can't be changed; the rest someone may have changed.
+    """
+    if "fifo_queue" not in resource.attributes:
+        return {}
+    return {
+        "FifoQueue": "true",
+        "DeduplicationScope": resource.attributes["deduplication_scope"],
+        "FifoThroughputLimit": resource.attributes["fifo_throughput_limit"],
+    }
 
 
 def _too_low(
@@ -8031,7 +9956,7 @@ def _too_low(
     if "redrive_policy" in wanted:
         least = json.loads(wanted["redrive_policy"])["maxReceiveCount"]
         policy = json.loads(existing.get("RedrivePolicy") or "{}")
-        policy.setdefault("deadLetterTargetArn", f"{arn}-DLQ")
+        policy.setdefault("deadLetterTargetArn", _dead_letter_name(arn))
         # The policy's number comes back as it was set: it may be a string.
         if int(policy.get("maxReceiveCount", 0)) < least:
             policy["maxReceiveCount"] = least
@@ -8113,7 +10038,7 @@ def _iam(resources: Iterable[_Resource]) -> dict[str, Any]:
     arns: dict[str, list[str]] = {}
     for resource in resources:
         service, _ = _PROVIDERS[resource.kind]
-        kind = "DLQ" if resource.name.endswith("-DLQ") else resource.kind
+        kind = "DLQ" if _is_dead_letter_queue(resource.name) else resource.kind
         arns.setdefault(kind, []).append(_brokers.get(service).arn(resource.name))
     policies: dict[str, Any] = {}
     for role, kind, actions in _GRANTS:
@@ -8269,7 +10194,7 @@ def _check_receives(
 ) -> Iterator[_Finding]:
     """Look whether the queue gives up before a task's policy, or after few crashes."""
     for task in tasks:
-        retries = getattr(task.retry, "max_retries", None) or 0
+        retries = getattr(_policy_of(task), "max_retries", None) or 0
         if receives <= retries:
             yield _error(
                 f"{queue}: its maxReceiveCount of {receives}"
@@ -8297,7 +10222,7 @@ def _check_attributes(broker: SqsBroker, queue: str, dead: str) -> Iterator[_Fin
     names = ["MessageRetentionPeriod", "MaximumMessageSize"]
     ours = broker.attributes(queue, names)
     theirs = _unless(_ABSENT, broker.attributes, dead, names)
-    is_provisioned = dead == f"{queue}-DLQ"
+    is_provisioned = dead == _dead_letter_name(queue)
     if theirs is None:
         other = "make it, or correct the RedrivePolicy"
         remedy = _PROVISION if is_provisioned else other
@@ -8560,7 +10485,14 @@ def _parser() -> Any:
     return parser
 
 
-_QUEUE_COMMANDS = ("listen", "dispatch", "stats", "provision", "dead-letters")
+_QUEUE_COMMANDS = (
+    "listen",
+    "dispatch",
+    "cancel",
+    "stats",
+    "provision",
+    "dead-letters",
+)
 _UNREADABLE = "the settings can't be read"
 
 
@@ -8735,6 +10667,128 @@ def _play() -> bool:
     return (first.dead_lettered, second.acked) != (1, 1)
 
 
+_EMF_EVERY_S = 60  # the resolution of CloudWatch's standard metrics
+_MOST_VALUES = 100  # of a metric in a line
+_UNITS = {"RunDuration": "Milliseconds", "OldestRunAge": "Seconds"}
+
+
+def _namespace(text: str) -> str:
+    """Read a namespace of CloudWatch."""
+    if re.fullmatch(r"(?!AWS/|:)[A-Za-z0-9._/#: -]{1,255}", text):
+        return text
+    raise _wrong("a namespace of CloudWatch, such as myapp", text)
+
+
+class _Runs:
+    """The runs of a queue since its last metrics."""
+
+    def __init__(self) -> None:
+        self.count = self.leases_lost = 0
+        self.durations_ms: list[int] = []  # of all, or of a fair sample
+
+    def add(self, duration_ms: int, *, lost: bool) -> None:
+        """Note a run, and whether its lease was lost."""
+        import random
+
+        place = random.randint(0, self.count)  # so that each run is as likely to stay
+        self.count += 1
+        self.leases_lost += lost
+        if len(self.durations_ms) < _MOST_VALUES:
+            self.durations_ms.append(duration_ms)
+        elif place < _MOST_VALUES:
+            self.durations_ms[place] = duration_ms
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class _MeasuredWorker(Worker):
+    """A worker that prints metrics each minute, a line for each queue.
+
+    Counts are those since the last line. Printing may block, so a thread of its own
+    does it. CloudWatch makes metrics of such lines wherever it gets them as logs. Their
+    form is CloudWatch's "Embedded metric format specification".
+    """
+
+    namespace: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.on_overdue = self._exit_overdue
+        self._printed: dict[str, Mapping[str, float]] = {}  # the totals, by queue
+        self._runs_lock = threading.Lock()  # guards this, which slots change
+        self._runs = {queue: _Runs() for queue in self.queues}
+
+    def settle(self, held: _Held, outcome: Outcome) -> None:
+        """Do what the outcome says, and note how the run went."""
+        duration_ms = round((self.clock() - held.started_at) * 1000)
+        with self._runs_lock:
+            self._runs[held.queue].add(duration_ms, lost=held.message.lease_lost)
+        super().settle(held, outcome)
+
+    def run(self) -> Ledger:
+        """Work until stopped, and print metrics all the while."""
+        is_over = threading.Event()
+        printing = threading.Thread(target=self._go_on, args=(is_over,), daemon=True)
+        printing.start()
+        try:
+            return super().run()
+        finally:
+            is_over.set()
+            printing.join(_HEART_S)
+            self.print_metrics()
+
+    def _go_on(self, is_over: threading.Event) -> None:
+        """Print metrics each minute; the body of a thread."""
+        while not is_over.wait(_EMF_EVERY_S):
+            try:
+                self.print_metrics()
+            except OSError as error:
+                _log.warning("can't print metrics: %s", error)
+
+    def _exit_overdue(self, ledger: Ledger) -> None:
+        """Print the last metrics, and end at once."""
+        try:
+            self.print_metrics()
+        finally:
+            _exit_overdue(ledger)
+
+    def print_metrics(self) -> None:
+        """Print a line for each queue."""
+        now_ms = round(time.time() * 1000)
+        for queue in self.queues:
+            values = self._measure(queue)
+            metrics = [
+                {"Name": name, "Unit": _UNITS.get(name, "Count")} for name in values
+            ]
+            about = {"Namespace": self.namespace, "Dimensions": [["queue"]]}
+            directive = {**about, "Metrics": metrics}
+            aws = {"Timestamp": now_ms, "CloudWatchMetrics": [directive]}
+            line = json.dumps({"_aws": aws, "queue": queue, **values})
+            sys.stdout.write(f"{line}\n")  # at once: tasks print too
+        sys.stdout.flush()
+
+    def _measure(self, queue: str) -> dict[str, Any]:
+        """Return the metrics of a queue by their names, and begin to count anew."""
+        with self._keeper.lock:
+            totals = dataclasses.asdict(self._holdings.tally.ledgers[queue])
+            runs = [held for held in self._holdings.held if held.runs]
+        now = self.clock()
+        began = [held.started_at for held in runs if held.queue == queue]
+        age_s = now - min(began, default=now)
+        with self._runs_lock:
+            since, self._runs[queue] = self._runs[queue], _Runs()
+        printed = self._printed.get(queue, {})
+        self._printed[queue] = totals
+        values: dict[str, Any] = {}
+        for name, total in totals.items():
+            metric = name.title().replace("_", "")  # such as DeadLettered
+            values[metric] = total - printed.get(name, 0)
+        values["LeasesLost"] = since.leases_lost
+        values["OldestRunAge"] = round(age_s, 3)
+        if since.durations_ms:
+            values["RunDuration"] = since.durations_ms
+        return values
+
+
 @_command(
     "listen",
     _MODULES,
@@ -8778,6 +10832,12 @@ def _play() -> bool:
     _flag("--isolate", "run tasks in child processes"),
     _option("--liveness-file", "file to touch while the worker lives", metavar="PATH"),
     _option(
+        "--emf",
+        "CloudWatch namespace of metrics to print, in the Embedded Metric Format",
+        type=_namespace,
+        metavar="NAMESPACE",
+    ),
+    _option(
         "--log-level",
         "least level to log (default: info)",
         choices=["debug", "info", "warning", "error"],
@@ -8796,7 +10856,10 @@ def _listen(arguments: Any) -> bool:
     with _telling_where(_UNREADABLE):
         settings.check()
     priorities = _priorities(arguments.priority)
-    worker = Worker(
+    make: Callable[..., Worker] = Worker
+    if arguments.emf:
+        make = functools.partial(_MeasuredWorker, namespace=arguments.emf)
+    worker = make(
         _brokers.broker(),
         _queues_of(priorities),
         num_messages=arguments.num_messages,
@@ -8871,10 +10934,16 @@ def _exit_overdue(ledger: Ledger) -> None:
     ),
     _option(
         "--delay",
-        "how long to hold it back: 90, 90s, 10m or 1h (default: 0)",
+        "how long to hold it back: 90, 90s, 10m, 1h or 2d (default: 0)",
         type=_seconds(),
         default=0,
         metavar="S",
+    ),
+    _option(
+        "--group",
+        "its message group: a tenant, or an order of a FIFO queue (default: the"
+        " task's)",
+        metavar="KEY",
     ),
     _MODULE,
 )
@@ -8889,6 +10958,8 @@ def _dispatch(arguments: Any) -> None:
     invocation = _task_named(arguments.task).with_headers(**dict(arguments.header))
     if arguments.priority:
         invocation = invocation.with_priority(Priority[arguments.priority])
+    if arguments.group is not None:
+        invocation = invocation.with_group(arguments.group)
     invocation = invocation.with_delay(arguments.delay)
     print(invocation.dispatch(*arguments.args, **arguments.kwargs))
 
@@ -8910,6 +10981,17 @@ def _task_named(name: str) -> Task[..., Any]:
         else:
             raise
         raise TaskNotFound(f"{error} {hint}") from error
+
+
+@_command("cancel", _option("id", "the message's id, which dispatch printed"))
+def _cancel(arguments: Any) -> bool:
+    """Delete a message that waits for the end of its delay.
+
+    example: python -m taskhawk cancel b1328174-a21c-43d3-b303-964dfcc76efc
+    """
+    is_cancelled = cancel(arguments.id)
+    print("cancelled" if is_cancelled else "not found: it ran, or it is on its way")
+    return not is_cancelled
 
 
 @_command("tasks", _MODULES)
@@ -9091,7 +11173,7 @@ _LETTERS = (
     ),
     _option(
         "--error",
-        "only those with this in the error's type or message",
+        "only those with this text in their error, or in what is said in its place",
         default="",
         metavar="TEXT",
     ),
@@ -9185,16 +11267,15 @@ def _require_found(scan: _Scan) -> None:
 
 
 def _print_letters(
-    arguments: Any, doing: str, text_of: Callable[[_DeadLetter], str]
+    arguments: Any, doing: str, text_of: Callable[[DeadLetter], str]
 ) -> None:
     """Print the dead letters that the options ask for, with --json as JSON."""
     if arguments.json:
         text_of = _as_json
     with _scan_for(arguments, doing, "looked at") as scan:
-        for letters in scan:
+        for letter in scan:
             _clear_line()
-            for letter in letters:
-                print(_printable(text_of(letter)), flush=True)
+            print(_printable(text_of(letter)), flush=True)
     _require_found(scan)
 
 
@@ -9208,31 +11289,37 @@ def _visible(character: re.Match[str]) -> str:
     return character[0] if character[0].isprintable() else "?"
 
 
-def _as_line(letter: _DeadLetter) -> str:
+def _first_line(text: str) -> str:
+    """Return a text up to its first line break."""
+    return text.partition("\n")[0]
+
+
+def _as_line(letter: DeadLetter) -> str:
     """Return a dead letter in one line."""
     name = letter.id or letter.message_id
-    line = f"{name}  {letter.task}  {letter.age_s} s ago  {letter.reason}"
+    reason = _first_line(letter.cause)
+    line = f"{name}  {letter.task}  {letter.age_s} s ago  {reason}"
     return line.replace("\n", "?")
 
 
-def _as_page(letter: _DeadLetter) -> str:
+def _as_page(letter: DeadLetter) -> str:
     """Return all that is known of a dead letter, a line each."""
     values = letter.as_dict()
-    values["error"] = letter.reason
+    values["error"] = _first_line(letter.cause)
     if letter.invalid:
         values["body"] = ascii(letter.received.body)
-    if letter.error:
-        values |= {f"error {name}": value for name, value in letter.error.items()}
+    if letter.record:
+        values |= {f"error {name}": value for name, value in letter.record.items()}
     lines = [f"{key}: {value}\n" for key, value in values.items() if value is not None]
     return "".join(lines)
 
 
-def _as_json(letter: _DeadLetter) -> str:
+def _as_json(letter: DeadLetter) -> str:
     """Return all that is known of a dead letter, as JSON."""
     return json.dumps(letter.as_dict(), default=str)
 
 
-def _as_export(letter: _DeadLetter) -> str:
+def _as_export(letter: DeadLetter) -> str:
     """Return a dead letter as JSON, with its body and its attributes."""
     received = letter.received
     raw = {"body": received.body, "attributes": received.message_attributes}
@@ -9271,7 +11358,113 @@ def _export(arguments: Any) -> None:
     _print_letters(arguments, "exporting", _as_export)
 
 
-@_command("dead-letters requeue", *_LETTERS, _ID, _DRY_RUN)
+class _Group:
+    """Dead letters of one task that are there for the same kind of error."""
+
+    def __init__(self, first: DeadLetter) -> None:
+        self.count = 1
+        self.oldest = self.newest = first.sent
+        self.example = _first_line(first.cause)  # of the newest
+
+    def add(self, letter: DeadLetter) -> None:
+        """Count one more."""
+        self.count += 1
+        self.oldest = min(self.oldest, letter.sent)
+        if letter.sent >= self.newest:
+            self.newest = letter.sent
+            self.example = _first_line(letter.cause)
+
+
+@_command("dead-letters summary", *_LETTERS, _ID, _AS_JSON)
+def _summary(arguments: Any) -> None:
+    """Count dead letters by task and error; a look counts as a receive.
+
+    example: python -m taskhawk dead-letters summary --newer-than 1d
+    """
+    groups: dict[tuple[str, str], _Group] = {}
+    with _scan_for(arguments, "counting", "counted") as scan:
+        for letter in scan:
+            key = letter.task or "", _kind_of_error(letter)
+            if key in groups:
+                groups[key].add(letter)
+            else:
+                groups[key] = _Group(letter)
+    _require_found(scan)
+    found = [
+        _group_as_dict(arguments, *key, group)
+        for key, group in sorted(groups.items(), key=lambda item: -item[1].count)
+    ]
+    if arguments.json:
+        print(json.dumps(found, indent=2))
+        return
+    for values in found:
+        print(_printable(_group_as_page(values)))
+    print(f"{scan.matched} dead letters")
+
+
+def _kind_of_error(letter: DeadLetter) -> str:
+    """Return the part of its cause by which a dead letter is counted."""
+    if letter.record:
+        return f"{letter.record.get('type')}: "
+    return letter.cause
+
+
+def _group_as_dict(
+    arguments: Any, task: str, error: str, group: _Group
+) -> dict[str, Any]:
+    """Return what is known of a group, with the commands that deal with it."""
+    words = _words_of(arguments, task, error)
+    return {
+        "task": task or None,
+        "error": error.removesuffix(": "),
+        "count": group.count,
+        "oldest": group.oldest,
+        "newest": group.newest,
+        "example": group.example,
+        "list": f"{_LETTERS_COMMAND} list{words}",
+        "requeue": f"{_LETTERS_COMMAND} requeue{words}",
+    }
+
+
+_LETTERS_COMMAND = "python -m taskhawk dead-letters"
+
+
+def _words_of(arguments: Any, task: str, error: str) -> str:
+    """Return the options that mean a group: its own, and those of the summary."""
+    import glob
+    import shlex
+
+    words = ["--error", error]
+    if task:
+        words += ["--task", glob.escape(task)]
+    if arguments.priority != "default":
+        words += ["--priority", arguments.priority]
+    for name, value in arguments.header:
+        words += ["--header", f"{name}={value}"]
+    if arguments.older_than:
+        words += ["--older-than", f"{arguments.older_than:.0f}s"]
+    if arguments.newer_than < math.inf:
+        words += ["--newer-than", f"{arguments.newer_than:.0f}s"]
+    for module in arguments.modules:
+        words += ["--module", module]
+    return "".join(f" {shlex.quote(word)}" for word in words)
+
+
+def _group_as_page(values: Mapping[str, Any]) -> str:
+    """Return a group for people."""
+    return (
+        f"{values['count']}  {values['task']}  {values['error']}\n"
+        f"    from {values['oldest']} to {values['newest']}\n"
+        f"    the newest: {values['example']}\n"
+        f"    {values['list']}\n"
+        f"    {values['requeue']}\n"
+    )
+
+
+_YES = _flag("--yes", "do not ask, in a terminal, before more than one is meant")
+
+
+@_command("dead-letters requeue", *_LETTERS, _ID, _YES, _DRY_RUN)
 def _requeue(arguments: Any) -> None:
     """Send dead letters back to their queue.
 
@@ -9281,7 +11474,10 @@ def _requeue(arguments: Any) -> None:
         _print_letters(arguments, "would requeue some of", _as_line)
         return
     with _scan_for(arguments, "requeueing", "requeued") as scan:
-        for letters in scan:
+        if not _is_agreed(arguments, scan, "requeue", ""):
+            print("sent back: 0")
+            return
+        for letters in scan.pages():
             scan.requeue(letters)
     print(f"sent back: {scan.count()}")
     _require_found(scan)
@@ -9292,7 +11488,7 @@ def _requeue(arguments: Any) -> None:
     *_LETTERS,
     _ID,
     _flag("--all", "delete all of them, where no filter is given"),
-    _flag("--yes", "do not ask, in a terminal, before more than one is deleted"),
+    _YES,
     _DRY_RUN,
 )
 def _delete(arguments: Any) -> None:
@@ -9308,22 +11504,27 @@ def _delete(arguments: Any) -> None:
         _print_letters(arguments, "would delete some of", _as_line)
         return
     with _scan_for(arguments, "deleting", "deleted") as scan:
-        if not (arguments.yes or _is_agreed(scan)):
+        if not _is_agreed(arguments, scan, "delete", " for good"):
             print("deleted: 0")
             return
-        for letters in scan:
+        for letters in scan.pages():
             scan.delete(letters)
     print(f"deleted: {scan.count()}")
     _require_found(scan)
 
 
-def _is_agreed(scan: _Scan) -> bool:
-    """Ask in a terminal whether to delete, where it may be more than one."""
+def _is_agreed(arguments: Any, scan: _Scan, verb: str, how: str) -> bool:
+    """Ask in a terminal whether to go on, where it may be about more than one."""
+    if arguments.yes or not _is_terminal(sys.stdin):
+        return True
     total = scan.total()
     most = min(total, scan.limit, len(scan.wanted.ids) or total)
-    if most <= 1 or not _is_terminal(sys.stdin):
+    if most <= 1:
         return True
-    question = f"delete up to {most} dead letters for good? [y/N] "
+    which = f"dead letters of {scan.source}"
+    if scan.wanted != _LetterFilter():
+        which += " that fit the filters"
+    question = f"{verb} up to {most} {which}{how}? [y/N] "
     print(question, end="", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
