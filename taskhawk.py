@@ -7265,11 +7265,12 @@ class _Poller:
                 poll = intake.begin(self._queue, intake.polls.is_open)
                 if not poll:
                     break
-                failures = self._try(poll)
-                if failures:
+                error = self._try(poll)
+                if error:
+                    failures = self._faults.failed(self._queue, "receive", repr(error))
                     _back_off(course.stop, self._worker.clock, failures)
-        except BaseException as error:
-            course.fail(error)  # before the phases go on, or nobody would see it
+        except BaseException as fatal:
+            course.fail(fatal)  # before the phases go on, or nobody would see it
             raise
         finally:
             intake.close(self._queue)
@@ -7279,9 +7280,9 @@ class _Poller:
         intake = self._intake
         try:
             while poll := intake.begin(self._queue, intake.polls.is_busy):
-                self._try(poll)
-        except BaseException as error:
-            self._course.fail(error)
+                self._try(poll)  # if that fails, it ends: the poller backs off for all
+        except BaseException as fatal:
+            self._course.fail(fatal)
             raise
         finally:
             intake.helper_ended(self._queue)
@@ -7292,23 +7293,22 @@ class _Poller:
             return False
         return _are_empty(self._worker.broker, self._worker.queues)
 
-    def _try(self, poll: _Poll) -> int:
-        """Receive; return how often that has failed by now, one after another."""
+    def _try(self, poll: _Poll) -> Exception | None:
+        """Receive; return the error if that fails."""
+        worker = self._worker
         try:
-            if self._lease is not None:
+            if self._lease is None:
+                wanted_s = worker.visibility_timeout_s
+                self._lease = _find_lease(worker.broker, self._queue, wanted_s)
+                self._intake.drop(poll)  # it may have taken long: look again whether to
+            else:
                 self._receive(poll, self._lease)
-                return 0
-            worker = self._worker
-            self._lease = _find_lease(
-                worker.broker, self._queue, worker.visibility_timeout_s
-            )
         except Exception as error:
             was_answered = self._intake.fail(poll)
             if not was_answered and isinstance(error, ConfigurationError):
                 raise  # at the start, this is for a person to mend
-            return self._faults.failed(self._queue, "receive", repr(error))
-        self._intake.drop(poll)  # it may have taken long: look again whether to
-        return 0
+            return error
+        return None
 
     def _receive(self, poll: _Poll, lease: _Lease) -> None:
         """Receive once, and hold what came."""
