@@ -5787,7 +5787,8 @@ class _Holdings:
     @property
     def is_overdue(self) -> bool:
         """Whether two full batches are decided and in no call: the keeper is behind."""
-        return self.calls.left >= 2 * _MAX_BATCH
+        limit = 2 * _MAX_BATCH
+        return len(self.decided) >= limit and self.calls.left >= limit
 
     def still_run(self) -> list[QueueMessage]:
         """Return the messages that run."""
@@ -7062,11 +7063,14 @@ class _Intake:
 
     def tell(self) -> None:
         """Have pollers look that may begin earlier than they would look."""
-        load, phase = self._course.load(), self._course.phase
-        for queue, pollers in self._pollers.items():
-            if phase is not _Phase.working:
+        if self._course.phase is not _Phase.working:
+            for pollers in self._pollers.values():
                 pollers.may_look.notify_all()
-            elif pollers.looks_at > -math.inf:
+            return
+        load = None
+        for queue, pollers in self._pollers.items():
+            if pollers.looks_at > -math.inf:
+                load = load or self._course.load()
                 pollers.tell(self.polls.may_begin_at(queue, load))
 
     def begin(self, queue: str, goes_on: Callable[[str], bool]) -> _Poll | None:
