@@ -1822,6 +1822,7 @@ class QueueMessage:
     :ivar message: the decoded message, once it is valid and its task is registered
     :ivar lease_lost: whether others may have received the message; set by the worker
     :ivar max_receive_count: of the queue's redrive policy, where it is known
+    :ivar batch_task: the name of its task, if others of that task may run with it
     :ivar done_level: at which a run that returned is logged
     """
 
@@ -1838,6 +1839,7 @@ class QueueMessage:
     message: Message | None = None
     lease_lost: bool = False
     max_receive_count: int | None = None
+    batch_task: str | None = None
     done_level: int = logging.DEBUG
     in_lambda: typing.ClassVar[bool] = False  # whether Lambda decides on retries
 
@@ -3397,6 +3399,7 @@ settings.on_change.append(_brokers.close)
 
 __all__ += [
     "AsyncInvocation",
+    "Call",
     "Captured",
     "Metadata",
     "Task",
@@ -3460,6 +3463,39 @@ class Metadata(dict[str, Any]):
         :raises ConfigurationError: if the function's role may not change the visibility
         """
         self._received.change_visibility(VisibilityTimeout=visibility_timeout_s)
+
+
+@dataclasses.dataclass(eq=False)
+class Call:
+    """What one message asks of a batch task: ``@task(batch=50)``.
+
+    :ivar args: the positional arguments of its dispatch
+    :ivar kwargs: the keyword arguments
+    :ivar metadata: of its message; None where a test makes the call
+    :ivar headers: of its message
+    :ivar error: how it failed by itself, if it did
+    """
+
+    args: Sequence[Any] = ()
+    kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    metadata: Metadata | None = None
+    headers: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    error: BaseException | None = None
+
+    @classmethod
+    def of(cls, message: Message, receipt: str | None) -> Call:
+        """Return what a message asks for."""
+        metadata = Metadata(message, receipt)
+        return cls(message.args, message.kwargs, metadata, dict(message.headers))
+
+    def fail(self, error: BaseException) -> None:
+        """Have this message end as if the task had raised an error for it alone.
+
+        :param error: a RetryException or an IgnoreException too
+        """
+        if not isinstance(error, BaseException):
+            raise TypeError(f"error: expected an exception, got {error!r}")
+        self.error = error
 
 
 class Task(Generic[_P, _R]):
@@ -3564,6 +3600,18 @@ class Task(Generic[_P, _R]):
                 f"{self.name}: {error}{_hint_of_wrapper(self.fn)}"
             ) from None
 
+    def take_any_arguments(self) -> None:
+        """Have messages carry any arguments: the function gets calls, not arguments."""
+        try:
+            self._signature.bind([])
+        except TypeError:
+            raise ConfigurationError(
+                f"{self.name}: expected a function of one argument, the list of calls"
+            ) from None
+        self._signature = _signature_of_any()
+        self._given_by_worker = frozenset()
+        self.accepts_metadata = self.accepts_headers = False
+
     def call(self, message: Message, receipt: str | None) -> None:
         """Run the function with a message's arguments, and await what can be awaited.
 
@@ -3572,16 +3620,36 @@ class Task(Generic[_P, _R]):
         :param receipt: its receipt handle, or None where no queue has the message
         :raises TypeError: if the function returns a generator, which nothing would read
         """
+        if "batch" in self.options:
+            call = Call.of(message, receipt)
+            self.call_together([call])
+            if call.error is not None:
+                raise call.error
+            return
         metadata = Metadata(message, receipt)
         kwargs = dict(message.kwargs)
         if self.accepts_metadata:
             kwargs["metadata"] = metadata
         if self.accepts_headers:
             kwargs["headers"] = dict(message.headers)
+        self._run_function(metadata, *message.args, **kwargs)
+
+    def call_together(self, calls: list[Call]) -> None:
+        """Run the function of a batch task once, for several messages."""
+        metadata = calls[0].metadata
+        if len(calls) > 1:
+            metadata = None  # the run is no one message's
+        self._run_function(metadata, calls)
+
+    def _run_function(
+        self, metadata: Metadata | None, /, *args: Any, **kwargs: Any
+    ) -> None:
+        """Run the function, and await what can be awaited."""
+        fn: Callable[..., Any] = self.fn
         # Threads and coroutines that copy the context know the task, too.
         token = _current.set(metadata)
         try:
-            result: Any = self.fn(*message.args, **kwargs)
+            result: Any = fn(*args, **kwargs)
             if inspect.isawaitable(result):
                 _run_coroutine(_awaited(result, self.name))
             elif isinstance(result, Generator | AsyncGenerator):
@@ -3666,6 +3734,15 @@ def _hint_of_wrapper(fn: Callable[..., Any]) -> str:
         " (if a decorator passes it, set __signature__ of the function that the"
         " decorator returns)"
     )
+
+
+def _signature_of_any() -> inspect.Signature:
+    """Return the signature of a function that takes whatever it is called with."""
+    names = {
+        "args": inspect.Parameter.VAR_POSITIONAL,
+        "kwargs": inspect.Parameter.VAR_KEYWORD,
+    }
+    return inspect.Signature([inspect.Parameter(*each) for each in names.items()])
 
 
 # From Python 3.14 on, a signature evaluates annotations, and those that exist for type
@@ -3930,6 +4007,19 @@ class _MoreOptions(typing.TypedDict, total=False):
 
 @typing.overload
 def task(fn: Callable[_P, _R], /) -> Task[_P, _R]: ...
+@typing.overload
+def task(
+    *,
+    batch: int,
+    priority: Priority = ...,
+    name: str | None = ...,
+    retry: Callable[[int], float] | None = ...,
+    retry_on: tuple[type[BaseException], ...] = ...,
+    never_retry_on: tuple[type[BaseException], ...] = ...,
+    time_limit: float | None = ...,
+    isolate: bool = ...,
+    **more: typing.Unpack[_MoreOptions],
+) -> Callable[[Callable[[list[Call]], _R]], Task[..., _R]]: ...
 @typing.overload
 def task(
     *,
@@ -5168,24 +5258,51 @@ def process(received: QueueMessage) -> Outcome:
 
 def _run(received: QueueMessage, began: float) -> None:
     """Run the hooks and the task, and catch nothing but the task's IgnoreException."""
+    message = _begin_run(received)
+    around = contextlib.ExitStack()
+
+    def call() -> None:
+        _surround(around, received)
+        message.task.call(message, received.receipt_handle)
+
+    _end_run(received, began, around, call)
+
+
+def _begin_run(received: QueueMessage) -> Message:
+    """Run the pre hook, and decode the message."""
     _call_hook("TASKHAWK_PRE_PROCESS_HOOK", received)
     message = _decode(received.body)
-    task = message.task
     received.message = message  # from here on, an error is the task's
     message.received = received
     _log.debug("Received message", extra={"message_body": received.body})
+    return message
+
+
+def _surround(around: contextlib.ExitStack, received: QueueMessage) -> None:
+    """Begin what surrounds a run."""
+    message = typing.cast("Message", received.message)
+    for surround in _around_runs:
+        around.enter_context(surround(message.task, received))
+
+
+def _end_run(
+    received: QueueMessage,
+    began: float,
+    around: contextlib.ExitStack,
+    call: Callable[[], object],
+) -> None:
+    """Call the task, run the post hook, end what surrounds the run, and log it."""
     level, outcome, end = received.done_level, "done", "finished"
-    with contextlib.ExitStack() as around:
+    with around:
         try:
-            for surround in _around_runs:
-                around.enter_context(surround(task, received))
-            task.call(message, received.receipt_handle)
+            call()
         except BaseException as error:
             if not _are_all(IgnoreException, error):
                 raise
             level, outcome, end = logging.INFO, "ignored", f"ignored{_reason(error)}"
         finally:
-            message.received = None  # else a cycle keeps the body until it is collected
+            # Else a cycle keeps the body until it is collected.
+            typing.cast("Message", received.message).received = None
         _call_hook("TASKHAWK_POST_PROCESS_HOOK", received)
     if _log.isEnabledFor(level):
         facts = _facts(received, outcome, began)
@@ -5490,6 +5607,146 @@ def _text_of_invalid(received: QueueMessage, error: BaseException) -> str | None
     if unlogged:
         text += f" ({unlogged} more like it since the last record)"
     return text
+
+
+# Batch tasks.
+
+
+_MAX_CALLS_TOGETHER = 100  # that a batch task gets
+
+
+def _check_batch(made: Task[Any, Any], most: object) -> None:
+    """Check the option `batch`: its function takes the calls, and so any arguments."""
+    is_right = isinstance(most, int) and not isinstance(most, bool)
+    if not (is_right and 1 <= typing.cast("int", most) <= _MAX_CALLS_TOGETHER):
+        raise ConfigurationError(
+            f"{made.name} has batch={most!r}: expected 1 to {_MAX_CALLS_TOGETHER}"
+        )
+    made.take_any_arguments()
+    _batch_tasks.add(made.name)
+
+
+_more_options["batch"] = _check_batch
+_batch_tasks: set[str] = set()  # their names; without any, nothing is decoded twice
+
+
+def _find_batch_task(received: QueueMessage) -> str | None:
+    """Return the name of a message's task if that is a batch task.
+
+    Messages of a FIFO queue are run one by one, for each waits for the one before.
+    """
+    if not _batch_tasks or received.is_fifo:
+        return None
+    try:
+        found = _decode(received.body).task
+    except ValidationError:
+        return None  # process() will say what is wrong with it
+    return found.name if "batch" in found.options else None
+
+
+def _most_together(received: QueueMessage) -> int:
+    """Return how many messages may run together with this one, itself included."""
+    if received.batch_task is None:
+        return 1
+    return int(_registry[received.batch_task].options["batch"])
+
+
+def _process_all(batch: Sequence[QueueMessage]) -> list[Outcome]:
+    """Run messages that run together; return an outcome for each."""
+    if len(batch) == 1:
+        return [process(batch[0])]
+    return _process_together(batch)
+
+
+@_in_own_context
+def _process_together(batch: Sequence[QueueMessage]) -> list[Outcome]:
+    """Run messages of one batch task in one call, as :func:`process` runs one."""
+    began = time.monotonic()
+    _refresh_django_connections()
+    try:
+        runs = [_RunOfMany(received, began) for received in batch]
+        for run in runs:
+            run.begin()
+        error = _call_together(run.call for run in runs if run.call)
+        for run in runs:
+            run.end(error)
+        return [run.outcome() for run in runs]
+    finally:
+        _refresh_django_connections(ran=True)
+
+
+def _call_together(ready: Iterable[Call]) -> BaseException | None:
+    """Call the batch task for all messages that are ready; return its error."""
+    calls = list(ready)
+    if not calls:
+        return None
+    metadata = typing.cast("Metadata", calls[0].metadata)
+    try:
+        _registry[metadata.task].call_together(calls)
+    except BaseException as error:
+        return error
+    return None
+
+
+class _RunOfMany:
+    """The run of one message among several of a batch task.
+
+    It goes the way of any run: an error of its own, of a hook or of what surrounds it,
+    ends it alone.
+    """
+
+    def __init__(self, received: QueueMessage, began: float) -> None:
+        self._received, self._began = received, began
+        self._around = contextlib.ExitStack()
+        self._has_begun = False  # the message is valid, and the pre hook is done
+        self._error: BaseException | None = None
+        self.call: Call | None = None  # once the task may be called for it
+
+    def begin(self) -> None:
+        """Do what comes before the task's call."""
+        try:
+            message = _begin_run(self._received)
+            self._has_begun = True
+            _surround(self._around, self._received)
+            self.call = Call.of(message, self._received.receipt_handle)
+        except BaseException as error:
+            self._error = error
+
+    def end(self, error: BaseException | None) -> None:
+        """Do what comes after it.
+
+        :param error: of the call, for all messages that have none of their own
+        """
+        if not self._has_begun:
+            return
+        if self.call is not None:
+            self._error = error
+            if self.call.error is not None:
+                self._error = self.call.error
+        try:
+            _end_run(self._received, self._began, self._around, self._raise)
+        except BaseException as raised:
+            self._error = raised
+        else:
+            self._error = None
+
+    def _raise(self) -> None:
+        """End as the task's call did."""
+        if self._error is None:
+            return
+        trace = self._error.__traceback__
+        try:
+            raise self._error
+        finally:
+            # It is raised for one message after another: its traceback is not to grow.
+            self._error.__traceback__ = trace
+
+    def outcome(self) -> Outcome:
+        """Return what becomes of the message; raise what must end the process."""
+        if self._error is None:
+            return Outcome(Fate.acknowledge)
+        _raise_interrupt(self._error)
+        return _failed(self._received, self._error, self._began)
 
 
 class _SyncSender(Sender):
@@ -6833,8 +7090,8 @@ class _Slot:
             try:
                 if self._is_isolated:
                     self._start_child()
-                while held := self._course.next():
-                    self._run(held)
+                while batch := self._course.next():
+                    self._run(batch)
             except BaseException as error:
                 self._course.fail(error)  # before the phases go on
                 raise
@@ -6850,30 +7107,36 @@ class _Slot:
             self._pause(error)
         self._course.begin()
 
-    def _run(self, held: _Held) -> None:
-        """Run a message, and note what it is to become."""
+    def _run(self, batch: Sequence[_Held]) -> None:
+        """Run messages that run together, and note what each is to become."""
         try:
-            outcome = self._process(held.message)
-            if outcome:
+            outcomes = self._process([held.message for held in batch])
+            for held, outcome in zip(batch, outcomes, strict=False):
                 self._settle(held, outcome)
         except _CannotStart as error:
-            if held.message.would_be_redriven:
-                self._settle(held, Outcome(Fate.postpone, error, 0))
-            else:
-                self._course.release(held)
+            for held in batch:
+                self._give_back(held, error)
             self._pause(error)
         finally:
-            if held.runs:
-                # It was interrupted, or killed as the grace ended. Where its child
-                # still runs, that must end before others may have the message.
-                self.child.kill()
-                self._course.finish(held, "retried")
+            for held in batch:
+                if held.runs:
+                    # It was interrupted, or killed as the grace ended. Where its child
+                    # still runs, that must end before others may have the message.
+                    self.child.kill()
+                    self._course.finish(held, "retried")
 
-    def _process(self, received: QueueMessage) -> Outcome | None:
-        """Run a message, in the child if it is for that."""
+    def _give_back(self, held: _Held, error: _CannotStart) -> None:
+        """Leave a message that could not begin to run to other workers."""
+        if held.message.would_be_redriven:
+            self._settle(held, Outcome(Fate.postpone, error, 0))
+        else:
+            self._course.release(held)
+
+    def _process(self, batch: Sequence[QueueMessage]) -> list[Outcome]:
+        """Run messages, in the child if it is for that."""
         worker = os.getpid()
         try:
-            return self.child.process(received)
+            return self.child.process(batch)
         finally:
             if os.getpid() != worker:
                 # A process that the task forked came back from it. The message is its
@@ -7056,9 +7319,7 @@ class Worker:
                 paused=self.concurrency if is_isolated else 0,
             ),
         )
-        self._keeping = [
-            _make_thread(self._course, self._keeper.run) for _ in range(_MAX_CALLS)
-        ]
+        self._keeping: list[threading.Thread] = []
         event_loop = _EventLoop()
         self.overdue = threading.Event()  #: set once the grace is over
         self._slots = [
@@ -7088,6 +7349,7 @@ class Worker:
         make = functools.partial(_make_thread, self._course)
         slots = [make(slot.work) for slot in self._slots[1:]]
         pollers = [make(poller.work) for poller in self._pollers]
+        self._keeping = [make(self._keeper.run) for _ in range(_MAX_CALLS)]
         helpers = [*self._keeping, make(self._heart.run), make(self._watch)]
         within_s: float | None = _HURRIED_S
         with self._signals:
@@ -7684,23 +7946,24 @@ class _Child:
         self._process: _ChildProcess | None = None
         self._runs_left = 0  # until the process is replaced
 
-    def process(self, received: QueueMessage) -> Outcome | None:
-        """Run a message, and decide its fate as :func:`process` does.
+    def process(self, batch: Sequence[QueueMessage]) -> list[Outcome]:
+        """Run messages that run together, and decide the fate of each.
 
-        :returns: None if the process was killed because the worker's grace is over
+        :returns: none if the process was killed because the worker's grace is over
         :raises _CannotStart: if the run did not begin, for another reason
         """
-        message = self._find_isolated(received)
+        message = self._find_isolated(batch[0])
         if message is None:
-            return process(received)
-        received.message = message
+            return _process_all(batch)
+        for received in batch:
+            received.message = self._find_isolated(received)
         try:
-            running = self._begin(message.task.name, received)
+            running = self._begin(message.task.name, batch)
         except _CannotStart:
             if self._given_up.is_set():
-                return None
+                return []
             raise
-        return self._finish(running, message.task, received)
+        return self._finish(running, message.task, batch)
 
     def start(self) -> _ChildProcess:
         """Return a process that lives, a new one if need be.
@@ -7732,13 +7995,9 @@ class _Child:
             return None  # process() will say what is wrong with it
         return message if isolated else None
 
-    def _begin(self, name: str, received: QueueMessage) -> _ChildProcess:
-        """Return a process that has begun to run a message, or raise _CannotStart."""
-        request = {
-            field: value
-            for field, value in vars(received).items()
-            if field not in ("broker", "message")
-        }
+    def _begin(self, name: str, batch: Sequence[QueueMessage]) -> _ChildProcess:
+        """Return a process that has begun to run messages, or raise _CannotStart."""
+        request = [_fields_of(received) for received in batch]
         running = self.start()
         until = time.monotonic() + _START_S
         try:
@@ -7775,13 +8034,17 @@ class _Child:
         return started
 
     def _finish(
-        self, running: _ChildProcess, its_task: Task[Any, Any], received: QueueMessage
-    ) -> Outcome | None:
-        """Return how a run that began has ended; None if the grace is over."""
+        self,
+        running: _ChildProcess,
+        its_task: Task[Any, Any],
+        batch: Sequence[QueueMessage],
+    ) -> list[Outcome]:
+        """Return how a run that began has ended; none if the grace is over."""
         name, limit_s, began = its_task.name, its_task.time_limit, time.monotonic()
         failure: TaskhawkError
         try:
-            outcome = _to_outcome(running.hear("ended", began + (limit_s or math.inf)))
+            answers = running.hear("ended", began + (limit_s or math.inf))
+            outcomes = _to_outcomes(answers, len(batch))
         except TimeoutError:
             self._end(0)
             text = f"{name} ran longer than its time limit of {limit_s:g} s"
@@ -7796,10 +8059,10 @@ class _Child:
             self._runs_left -= 1
             if not self._runs_left:
                 self.close()
-            return outcome
+            return outcomes
         if self._given_up.is_set():
-            return None
-        return _failed(received, failure, began)
+            return []
+        return [_failed(received, failure, began) for received in batch]
 
     def _end(self, within_s: float) -> str:
         """Have the process end, if there is one, and return how it ended."""
@@ -7903,6 +8166,13 @@ class _ChildProcess:
             time.sleep(0.005)
 
 
+def _fields_of(received: QueueMessage) -> dict[str, Any]:
+    """Return a message as a child is told it."""
+    fields = dict(vars(received))
+    del fields["broker"], fields["message"]
+    return fields
+
+
 def _parse_line(line: bytes) -> Any:
     """Return the JSON of a line, or raise ValueError."""
     try:
@@ -7918,6 +8188,13 @@ def _to_answer(outcome: Outcome) -> list[Any]:
         trace = "".join(traceback.format_exception(error))
         raised = [type(error).__name__, _text_of(error), trace]
     return [outcome.fate.value, outcome.delay_s, raised]
+
+
+def _to_outcomes(answers: Sequence[Any], count: int) -> list[Outcome]:
+    """Return the outcomes that a child answers, one a message, or raise ValueError."""
+    if len(answers) != count:
+        raise ValueError("not an answer for each message")
+    return [_to_outcome(answer) for answer in answers]
 
 
 def _to_outcome(answer: Any) -> Outcome:
@@ -7996,8 +8273,9 @@ def _serve_worker(argv: Sequence[str]) -> int:
         report.tell("imported", "")
         while line := lines.readline():
             report.tell("began")
-            received = QueueMessage(**json.loads(line), broker=_broker_of_child())
-            report.tell("ended", *_to_answer(process(received)))
+            broker = _broker_of_child()
+            batch = [QueueMessage(**it, broker=broker) for it in json.loads(line)]
+            report.tell("ended", *map(_to_answer, _process_all(batch)))
     return 0
 
 
@@ -8144,19 +8422,35 @@ def _run_records(
     done: list[QueueMessage] = []
     failed: dict[QueueMessage, Outcome] = {}
     reserve_ms = _left_ms(context) / 10  # for the deletes and the answer
+    for batch in _batches_of(records):
+        if _is_behind(batch[0], failed):
+            outcomes = _not_started(batch, "an earlier one of its group failed")
+        elif _left_ms(context) < reserve_ms:
+            outcomes = _not_started(batch, "no time was left")
+        else:
+            outcomes = _process_all(batch)
+        for received, outcome in zip(batch, outcomes, strict=True):
+            if outcome.fate is Fate.acknowledge or _is_postponed(received, outcome):
+                done.append(received)
+            else:
+                failed[received] = outcome
+    return done, failed
+
+
+def _batches_of(records: Sequence[Any]) -> Iterator[list[QueueMessage]]:
+    """Yield each record by itself, and those of a batch task together."""
+    waiting: dict[str, list[QueueMessage]] = {}
     for record in records:
         received = _from_record(record)
-        if _is_behind(received, failed):
-            outcome = _not_started(received, "an earlier one of its group failed")
-        elif _left_ms(context) < reserve_ms:
-            outcome = _not_started(received, "no time was left")
-        else:
-            outcome = process(received)
-        if outcome.fate is Fate.acknowledge or _is_postponed(received, outcome):
-            done.append(received)
-        else:
-            failed[received] = outcome
-    return done, failed
+        received.batch_task = _find_batch_task(received)
+        if received.batch_task is None:
+            yield [received]
+            continue
+        batch = waiting.setdefault(received.batch_task, [])
+        batch.append(received)
+        if len(batch) == _most_together(received):
+            yield waiting.pop(received.batch_task)
+    yield from waiting.values()
 
 
 def _is_postponed(received: QueueMessage, outcome: Outcome) -> bool:
@@ -8183,10 +8477,10 @@ def _is_behind(received: QueueMessage, failed: Iterable[QueueMessage]) -> bool:
     return received.group_id in [earlier.group_id for earlier in failed]
 
 
-def _not_started(received: QueueMessage, reason: str) -> Outcome:
-    """Return the outcome of a message that counts as failed though it was not run."""
-    error = TaskhawkError(f"{_name_of(received)} was not started: {reason}")
-    return Outcome(Fate.retry, error)
+def _not_started(batch: Sequence[QueueMessage], reason: str) -> list[Outcome]:
+    """Return the outcomes of messages that count as failed though they were not run."""
+    texts = [f"{_name_of(received)} was not started: {reason}" for received in batch]
+    return [Outcome(Fate.retry, TaskhawkError(text)) for text in texts]
 
 
 def _set_delays(failed: Mapping[QueueMessage, Outcome]) -> None:

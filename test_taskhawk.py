@@ -8464,6 +8464,231 @@ def logging_queue(tmp_path: Path) -> Iterator[Callable[..., taskhawk.SqliteBroke
     broker.close()
 
 
+#: What a call of the batch task does, by its argument.
+TOGETHER_ENDS: dict[str, BaseException] = {
+    "fail": ValueError("this one"),
+    "never": KeyError("this one"),
+    "later": taskhawk.RetryException(delay_seconds=7),
+    "ignore": taskhawk.IgnoreException(),
+}
+
+
+@pytest.fixture
+def together(isolated):
+    """Register a batch task that notes its calls; return the notes."""
+    notes: list[list[Any]] = []
+
+    @taskhawk.task(batch=5, name="shop.index", never_retry_on=(KeyError,))
+    def index(calls: list[taskhawk.Call]) -> None:
+        notes.append([call.args[0] for call in calls])
+        for call in calls:
+            if call.args[0] in TOGETHER_ENDS:
+                call.fail(TOGETHER_ENDS[call.args[0]])
+        if "stop" in notes[-1]:
+            raise LookupError("all of them")
+        if "exit" in notes[-1]:
+            raise KeyboardInterrupt
+
+    return notes
+
+
+def together_batch(*calls: Any) -> list[QueueMessage]:
+    """Return received messages for the batch task; None is one that is not valid."""
+    bodies = [processing_body("shop.index", args=[call]) for call in calls]
+    return [
+        QueueMessage(body if call is not None else "{", f"m{n}", f"r{n}", queue="Q")
+        for n, (call, body) in enumerate(zip(calls, bodies, strict=True), 1)
+    ]
+
+
+def together_no_list(*, calls: Any) -> None:
+    """Take the calls by name alone."""
+
+
+class TestBatchTasks:
+    """A batch task gets what waits for it together, and each message its own outcome."""
+
+    @pytest.mark.parametrize("most", [0, 101, "5", 2.5, True, None])
+    def test_wrong_option(self, isolated, most):
+        """The option says how many calls the task gets at most."""
+        assert refused(taskhawk.task(batch=most, name="shop.index"), plain) == (
+            f"shop.index has batch={most!r}: expected 1 to 100"
+        )
+
+    @pytest.mark.parametrize("fn", [nothing, operator.add, together_no_list])
+    def test_wrong_function(self, isolated, fn):
+        """Its function takes one argument."""
+        assert refused(taskhawk.task(batch=5, name="shop.index"), fn) == (
+            "shop.index: expected a function of one argument, the list of calls"
+        )
+
+    def test_dispatch(self, memory, together):
+        """It is dispatched with any arguments that are JSON, metadata and headers too."""
+        index = taskhawk.Task.find_by_name("shop.index")
+        index.dispatch(1, "two", metadata=3, headers={"four": None})
+        with pytest.raises(TypeError, match=r"args\[0\] is not JSON"):
+            index.dispatch(object())
+        [received] = receive_all()
+        message = json.loads(received.body)
+        assert message["args"] == [1, "two"]
+        assert message["kwargs"] == {"metadata": 3, "headers": {"four": None}}
+        assert not index.accepts_metadata
+
+    def test_alone(self, sync):
+        """In sync mode, and where one message waits, it gets that one."""
+        seen = []
+
+        @taskhawk.task(batch=5, name="shop.index")
+        async def index(calls: list[taskhawk.Call]) -> None:
+            await asyncio.sleep(0)
+            [call] = calls
+            metadata = call.metadata
+            assert metadata is taskhawk.current_task()
+            seen.append((call.args, call.kwargs, call.headers, metadata.task))
+            if call.args:
+                call.fail(ValueError("no milk"))
+
+        index.with_headers(a=1).dispatch(b=2)
+        assert seen == [([], {"b": 2}, {"a": 1}, "shop.index")]
+        assert refused(index.dispatch, 7, error=ValueError) == "no milk"
+
+    def test_in_a_test(self):
+        """A user's test calls the function with calls that it makes."""
+
+        @taskhawk.task(batch=5, name="shop.index")
+        def index(calls: list[taskhawk.Call]) -> int:
+            for call in calls:
+                call.fail(ValueError("no"))
+            return len(calls)
+
+        call = taskhawk.Call([7], {"what": "milk"})
+        assert index([call]) == 1
+        assert (str(call.error), call.metadata, call.headers) == ("no", None, {})
+        text = "error: expected an exception, got 'no'"
+        assert refused(call.fail, "no", error=TypeError) == text
+
+    @pytest.mark.parametrize(
+        ("calls", "fates"),
+        [
+            ("a b c", "acknowledge acknowledge acknowledge"),
+            (
+                "a fail never later ignore",
+                "acknowledge retry dead_letter retry acknowledge",
+            ),
+            ("a stop ignore never", "retry retry acknowledge dead_letter"),
+        ],
+    )
+    def test_outcomes(self, together, calls, fates):
+        """An error of its own is a call's end; the task's error is that of all others."""
+        batch = together_batch(*calls.split())
+        outcomes = taskhawk._process_all(batch)
+        assert together == [calls.split()]
+        assert [outcome.fate.name for outcome in outcomes] == fates.split()
+        for call, outcome in zip(calls.split(), outcomes, strict=True):
+            if outcome.error is not None:
+                error = TOGETHER_ENDS.get(call)
+                assert outcome.error is error or type(outcome.error) is LookupError
+        delays = [outcome.delay_s for outcome in outcomes]
+        assert delays == [7 if call == "later" else None for call in calls.split()]
+
+    def test_hooks(self, together, caplog):
+        """Hooks see each message, and an error of one fails that one; each is logged."""
+        seen, told = [], []
+
+        def hook(name: str, bad: str) -> Callable[..., None]:
+            def note(queue_name: Any, sqs_queue_message: QueueMessage) -> None:
+                seen.append((name, sqs_queue_message.message_id))
+                if sqs_queue_message.message_id == bad:
+                    raise OSError(name)
+
+            return note
+
+        taskhawk.configure(
+            TASKHAWK_PRE_PROCESS_HOOK=hook("pre", "m1"),
+            TASKHAWK_POST_PROCESS_HOOK=hook("post", "m3"),
+            TASKHAWK_RUN_HOOK=lambda **given: told.append(given["outcome"]),
+        )
+        outcomes = taskhawk._process_all(together_batch("a", "b", "c", None, "fail"))
+        assert together == [["b", "c", "fail"]]
+        fates = [outcome.fate.name for outcome in outcomes]
+        assert fates == ["retry", "acknowledge", "retry", "retry", "retry"]
+        errors = [type(outcome.error).__name__ for outcome in outcomes]
+        assert errors == [
+            "OSError",
+            "NoneType",
+            "OSError",
+            "ValidationError",
+            "ValueError",
+        ]
+        post = [("post", "m2"), ("post", "m3")]
+        assert seen == [("pre", f"m{n}") for n in range(1, 6)] + post
+        assert sorted(told) == ["done", "retry", "retry", "retry", "retry"]
+
+    def test_none_is_left(self, together):
+        """Where no message is ready, the task is not called."""
+        taskhawk.configure(TASKHAWK_PRE_PROCESS_HOOK=raising(OSError()))
+        outcomes = taskhawk._process_all(together_batch("a", "b"))
+        assert [outcome.fate for outcome in outcomes] == [Fate.retry] * 2
+        assert together == []
+
+    def test_what_surrounds(self, together, monkeypatch):
+        """What surrounds a run surrounds each message's, and sees its own error."""
+        ends: list[tuple[str, str]] = []
+
+        @contextlib.contextmanager
+        def surround(task: Any, received: QueueMessage) -> Iterator[None]:
+            if received.message_id == "m2":
+                raise taskhawk.PostponeException(delay_seconds=3)
+            if received.message_id == "m3":
+                raise taskhawk.IgnoreException
+            try:
+                yield
+            except BaseException as error:
+                ends.append((received.message_id, type(error).__name__))
+                raise
+            ends.append((received.message_id, "done"))
+
+        monkeypatch.setattr(taskhawk, "_around_runs", [surround])
+        batch = together_batch("a", "b", "c", "fail")
+        outcomes = taskhawk._process_all(batch)
+        assert together == [["a", "fail"]]
+        fates = [outcome.fate.name for outcome in outcomes]
+        assert fates == ["acknowledge", "postpone", "acknowledge", "retry"]
+        assert ends == [("m1", "done"), ("m4", "ValueError")]
+        ends.clear()
+        with pytest.raises(KeyboardInterrupt):
+            taskhawk._process_all(together_batch("exit", "b", "c", "d"))
+        assert ends == [("m1", "KeyboardInterrupt"), ("m4", "KeyboardInterrupt")]
+
+    def test_no_one_message(self, isolated):
+        """While several are run, the run is no single message's."""
+        seen = []
+
+        @taskhawk.task(batch=5, name="shop.index")
+        def index(calls: list[taskhawk.Call]) -> None:
+            seen.append((taskhawk.current_task(), [c.metadata.id for c in calls]))
+
+        batch = together_batch("a", "b")
+        taskhawk._process_all(batch)
+        ids = [json.loads(received.body)["id"] for received in batch]
+        assert seen == [(None, ids)]
+
+    def test_find_batch_task(self, isolated):
+        """What is not valid, another task's, or of a FIFO queue runs by itself."""
+        [received] = together_batch("a")
+        find = taskhawk._find_batch_task
+        taskhawk.task(name="shop.plain")(nothing)
+        assert find(received) is None  # no such task
+        taskhawk.task(batch=5, name="shop.index")(plain)
+        assert (find(received), taskhawk._most_together(received)) == ("shop.index", 1)
+        received.batch_task = "shop.index"
+        assert taskhawk._most_together(received) == 5
+        others = [QueueMessage("{", "m1"), QueueMessage(received.body, "m1")]
+        others[1].queue = "Q.fifo"
+        others.append(QueueMessage(processing_body("shop.plain"), "m1"))
+        assert [*map(find, others)] == [None] * 3
+
+
 class TestLogging:
     """Records say in which task they were made, as JSON too, and after a worker's grace."""
 
@@ -11929,10 +12154,10 @@ def isolated_child(isolated_jobs):
         yield child
 
 
-def isolated_run(child: Any) -> list[Outcome | None]:
+def isolated_run(child: Any) -> list[Outcome]:
     """Have a child run what is queued."""
     received = receive_all()
-    return [child.process(message) for message in received]
+    return [outcome for message in received for outcome in child.process([message])]
 
 
 def isolated_log(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
@@ -11943,7 +12168,7 @@ def isolated_log(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
 def isolated_refusal(child: Any, received: QueueMessage) -> str:
     """Return why a child can't run a message."""
     with pytest.raises(taskhawk._CannotStart) as raised:
-        child.process(received)
+        child.process([received])
     return str(raised.value)
 
 
@@ -12000,8 +12225,9 @@ leave      SystemExit: lost
 raise      KeyError: 'lost'
 """
 # Lines that a task writes to the socket of its worker.
-ISOLATED_STRAYS = ["7", "null", "[]", '["began"]', '["ended", "done", null, null]']
-ISOLATED_STRAYS += ['["ended", "retry", "soon", null]', "[" * 100_000, "\xff"]
+ISOLATED_STRAYS = ["7", "null", "[]", '["began"]', '["ended"]', "[" * 100_000, "\xff"]
+ISOLATED_STRAYS += ['["ended", ["done", null, null]]', '["ended", null]']
+ISOLATED_STRAYS += ['["ended", ["retry", "soon", null]]']
 # What the module of the tasks does in a child, and why that can't begin a run.
 ISOLATED_OBSTACLES = [
     ("1 / 0", "{no_import}: ZeroDivisionError: division by zero ({file}:1)"),
@@ -12285,7 +12511,7 @@ class TestIsolation:
         isolated_child.start()
         process = isolated_child._process
         isolated_child.start()  # it has one
-        assert isolated_child.process(received) == Outcome(Fate.acknowledge)
+        assert isolated_child.process([received]) == [Outcome(Fate.acknowledge)]
         assert isolated_child._process is process
 
     @pytest.mark.slow
@@ -12327,7 +12553,7 @@ class TestIsolation:
         isolated_jobs.pid.dispatch()
         lost, found = receive_all()
         child = isolated_slot()
-        outcome = child.process(lost)
+        [outcome] = child.process([lost])
         assert (outcome.fate, outcome.delay_s) == (Fate.retry, None)
         assert caplog.messages[0] == (
             "a child can't run lib.job: declare it in a module, not in a function that "
@@ -12337,7 +12563,7 @@ class TestIsolation:
             "is left to the queue: no task is registered as 'lib.job': is its module "
             "imported?"
         )
-        assert child.process(found) == Outcome(Fate.acknowledge)
+        assert child.process([found]) == [Outcome(Fate.acknowledge)]
         child.close()
 
     @pytest.mark.slow
@@ -12429,7 +12655,7 @@ class TestIsolation:
         [received] = receive_all()
         given_up.set()
         child.kill()  # there is none yet
-        assert child.process(received) is None
+        assert child.process([received]) == []
         child.close()
         assert not (isolated_jobs.HERE / "notes").exists()
 
