@@ -1053,7 +1053,8 @@ HOUSE_PROMISES = {
         _Calls._delayed _Calls._try_later _Holdings.doubt _Holdings.close
         _Holdings.end""",
     2: """SqliteBroker.receive SqliteBroker._claim SqliteBroker.change_visibility
-        SqsBroker.receive _find_lease _Poller._receive _Course.take _Course._release_if_stuck
+        SqsBroker.receive _find_lease _Poller._receive _Intake.take _Intake.close
+        _Course.take _Course._release_if_stuck _Backlog
         _Call _Leases _Holdings.take _Holdings.start _Holdings.release _Holdings.release_waiting
         _Holdings._decide _Holdings.expire _Holdings.lose _Calls.next _Calls.answered
         _Calls._extended _Calls._deleted _Keeper._look _Keeper._make _Slot._run
@@ -1067,8 +1068,8 @@ HOUSE_PROMISES = {
         _extra_of _text_of_invalid _shown _mismatch _too_large _Holdings.warn
         _Keeper._tell _Faults _error_code _error_details _explained _explanation
         _find_remedy _Source.read _call_safely _log_again""",
-    6: """_Course.wait_for_room _Course._find_room _Poller.work _Poller._try
-        _Poller._receive _pause_s _Holdings._decide
+    6: """_Polls _Intake.begin _Intake.adds_helper _Poller.work _Poller._help
+        _Poller._try _Poller._receive _pause_s _Holdings._decide
         _Ends _Calls.next _Calls._due_at _Calls._patience_s _Calls._extended _Leases
         _Keeper._wait _Keeper._make
         SqsBroker.receive SqsBroker.url SqsBroker._find_url _parts""",
@@ -8841,6 +8842,7 @@ class HoldingsMachine(hypothesis.stateful.RuleBasedStateMachine):
         super().__init__()
         self.now = 1000.0
         self.holdings = taskhawk._Holdings(["HIGH", "LOW"])
+        self.receives: list[tuple[str, float, float]] = []  # under way
         self.running: list[Any] = []
         self.calls: list[tuple[Any, float]] = []  # under way, and how far they got
         self.count = 0
@@ -8854,16 +8856,24 @@ class HoldingsMachine(hypothesis.stateful.RuleBasedStateMachine):
         self.service = Service(random.Random(seed))
 
     @hypothesis.stateful.rule(
-        count=st.integers(1, 10),
         queue=st.sampled_from(["HIGH", "LOW"]),
         lease_s=st.sampled_from([1, 3, 30, 43_200]),
+    )
+    def ask(self, queue: str, lease_s: float) -> None:
+        """Begin a receive; others may be under way."""
+        self.receives.append((queue, lease_s, self.now))
+
+    @hypothesis.stateful.precondition(lambda self: self.receives)
+    @hypothesis.stateful.rule(
+        count=st.integers(1, 10),
+        which=st.integers(0, 99),
         took_s=st.sampled_from([0, 0, 0.5, 2.5, 19]),
     )
-    def receive(self, count: int, queue: str, lease_s: float, took_s: float) -> None:
+    def receive(self, count: int, which: int, took_s: float) -> None:
         """Receive: the service hides the messages at some time during the call."""
-        asked_at = self.now
-        hidden_at = asked_at + took_s * self.service.chance.random()
+        queue, lease_s, asked_at = self.receives.pop(which % len(self.receives))
         self.now += took_s
+        hidden_at = self.service.chance.uniform(asked_at, self.now)
         messages = []
         for _ in range(count):
             self.count += 1
@@ -8981,6 +8991,8 @@ class HoldingsMachine(hypothesis.stateful.RuleBasedStateMachine):
         holdings = self.holdings
         for held in self.running:
             holdings.finish(held, "acked", self.now)
+        while self.receives:
+            self.receive(1, 0, 0)
         holdings.release_waiting(self.now)
         while held := holdings.start(self.now):
             assert held.message.would_be_redriven
@@ -9874,6 +9886,327 @@ class TestKeeper:
 
 # --- 16. the worker -------------------------------------------------------------------
 
+
+class PollsMachine(hypothesis.stateful.RuleBasedStateMachine):
+    """Any order of receives, runs and faults in a worker of several queues; no thread."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 1000.0
+        self.under_way: list[Any] = []
+        self.started = self.running = 0
+        self.last: dict[str, int | None] = {}  # what the last receive brought
+        self.asked: collections.Counter[str] = collections.Counter()
+        self.over: set[str] = set()
+
+    @hypothesis.stateful.initialize(
+        queues=st.sampled_from([["Q"], ["HIGH", "LOW"], ["A", "B.fifo", "C"]]),
+        num_messages=st.sampled_from([1, 2, 5, 10, 12, 40, 100]),
+        slots=st.sampled_from([1, 2, 8, 64]),
+        loop_count=st.sampled_from([None, None, 1, 4]),
+        max_tasks=st.sampled_from([math.inf, math.inf, 1, 2, 7, 30]),
+    )
+    def begin(self, queues, num_messages, slots, loop_count, max_tasks) -> None:
+        """Draw a worker's options."""
+        self.most = num_messages + slots - 1
+        self.slots, self.loops, self.max_tasks = slots, loop_count, max_tasks
+        self.polls = taskhawk._Polls(queues, num_messages, slots, loop_count)
+        self.waiting = dict.fromkeys(queues, 0)
+
+    def load(self) -> Any:
+        """Return what the worker holds."""
+        waiting = list(self.waiting.values())
+        starts = self.max_tasks - self.started - sum(waiting)
+        return taskhawk._Load(self.slots - self.running, waiting, starts)
+
+    def in_flight(self, queue: str) -> list[Any]:
+        """Return the receives of a queue that are under way, the oldest first."""
+        return [poll for poll in self.under_way if poll.queue == queue]
+
+    def is_known_to_be_empty(self, queue: str) -> bool:
+        """Return whether less urgent queues may be asked."""
+        if self.last.get(queue) == 0 or queue in self.over:
+            return True
+        flights = self.in_flight(queue)
+        return bool(flights) and self.now - flights[0].began_at >= 0.1
+
+    @hypothesis.stateful.rule(which=st.integers(0, 2))
+    def ask(self, which: int) -> None:
+        """Begin a receive of a queue, if it may."""
+        queue = list(self.waiting)[which % len(self.waiting)]
+        load, flights = self.load(), self.in_flight(queue)
+        if self.polls.may_begin_at(queue, load) > self.now:
+            return
+        poll = self.polls.begin(queue, load, self.now)
+        self.under_way.append(poll)
+        self.asked[queue] += 1
+        assert 1 <= poll.most <= (1 if queue.endswith("fifo") else 10)
+        assert len(flights) < (1 if queue.endswith("fifo") else 12)
+        assert self.loops is None or self.asked[queue] <= self.loops
+        urgent = list(self.waiting)[: which % len(self.waiting)]
+        assert all(map(self.is_known_to_be_empty, urgent))
+        held = self.running + sum(map(self.waiting.get, [*urgent, queue]))
+        assert held + poll.most + sum(each.most for each in flights) <= self.most
+
+    @hypothesis.stateful.precondition(lambda self: self.under_way)
+    @hypothesis.stateful.rule(
+        which=st.integers(0, 99), share=st.sampled_from([0, 0, 0.5, 1, 1, 1])
+    )
+    def answer(self, which: int, share: float) -> None:
+        """Answer a receive with nothing, with a part of what it may bring, or with all."""
+        poll = self.under_way.pop(which % len(self.under_way))
+        count = math.ceil(poll.most * share)
+        self.polls.answered(poll, count)
+        self.last[poll.queue] = count
+        self.waiting[poll.queue] += count
+
+    @hypothesis.stateful.precondition(lambda self: self.under_way)
+    @hypothesis.stateful.rule(which=st.integers(0, 99), fails=st.booleans())
+    def fail(self, which: int, fails: bool) -> None:
+        """Let a receive fail, or not be made after all."""
+        poll = self.under_way.pop(which % len(self.under_way))
+        self.asked[poll.queue] -= 1
+        if fails:
+            self.polls.failed(poll)
+            self.last[poll.queue] = 0
+        else:
+            self.polls.dropped(poll)
+
+    @hypothesis.stateful.precondition(lambda self: self.running < self.slots)
+    @hypothesis.stateful.rule()
+    def start(self) -> None:
+        """Start the most urgent message: that leaves no room that was not there before."""
+        queue = next((name for name, count in self.waiting.items() if count), None)
+        if queue is None:
+            return
+        before = {name: self.may_begin_at(name) for name in self.waiting}
+        self.waiting[queue] -= 1
+        self.started += 1
+        self.running += 1
+        assert all(self.may_begin_at(name) >= before[name] for name in self.waiting)
+
+    def may_begin_at(self, queue: str) -> float:
+        """Return when a queue may be asked."""
+        return self.polls.may_begin_at(queue, self.load())
+
+    @hypothesis.stateful.precondition(lambda self: self.running)
+    @hypothesis.stateful.rule()
+    def finish(self) -> None:
+        """End a run."""
+        self.running -= 1
+
+    @hypothesis.stateful.rule(seconds=st.sampled_from([0.01, 0.1, 20]))
+    def wait(self, seconds: float) -> None:
+        """Let time go by."""
+        self.now += seconds
+
+    @hypothesis.stateful.rule(which=st.integers(0, 2))
+    def end(self, which: int) -> None:
+        """End the pollers of a queue that is asked no more."""
+        queue = list(self.waiting)[which % len(self.waiting)]
+        if not self.polls.is_open(queue):
+            self.polls.close(queue)
+            self.over.add(queue)
+
+    @hypothesis.stateful.invariant()
+    def nothing_is_too_much(self) -> None:
+        """No more is received than can be started, over all that is under way."""
+        asked = sum(poll.most for poll in self.under_way)
+        assert self.started + sum(self.waiting.values()) + asked <= self.max_tasks
+        assert self.polls.under_way == len(self.under_way)
+
+    @hypothesis.stateful.invariant()
+    def nobody_waits_for_ever(self) -> None:
+        """While nothing waits and a slot is free, something is asked for, unless all is."""
+        asked = sum(poll.most for poll in self.under_way)
+        starts = self.max_tasks - self.started - asked
+        opened = [name for name in self.waiting if self.polls.is_open(name)]
+        if self.running == self.slots or any(self.waiting.values()) or starts < 1:
+            return
+        if self.under_way or opened != [q for q in self.waiting if q not in self.over]:
+            return
+        assert not opened or min(map(self.may_begin_at, opened)) <= self.now
+
+
+TestPollsMachine = PollsMachine.TestCase
+TestPollsMachine.settings = hypothesis.settings(
+    max_examples=100, stateful_step_count=60, deadline=None
+)
+
+
+def load(free: int, *waiting: int, starts: float = math.inf) -> Any:
+    """Return what a worker holds: free slots, and what waits of each queue."""
+    return taskhawk._Load(free, waiting or (0,), starts)
+
+
+def asked(polls: Any, queue: str, held: Any, now: float = 0) -> int | None:
+    """Return for how many messages a queue is asked now, None if it may not be."""
+    if polls.may_begin_at(queue, held) > now:
+        return None
+    return polls.begin(queue, held, now).most
+
+
+class TestPolls:
+    """Which queue is asked, when, and for how much, told without a thread or a clock."""
+
+    @pytest.mark.parametrize(
+        ("num_messages", "slots", "free", "waiting", "most"),
+        [
+            (1, 1, 1, 0, 1),  # the default never holds what can't start
+            (1, 1, 0, 0, None),
+            (1, 8, 8, 0, 8),  # eight start from one receive
+            (1, 8, 3, 1, 2),
+            (1, 8, 1, 1, None),
+            (1, 64, 64, 0, 10),
+            (7, 1, 1, 0, 7),
+            (7, 1, 0, 0, None),  # not full: it waits for the slot
+            (5, 8, 1, 0, 5),
+            (10, 1, 1, 0, 10),
+            (10, 1, 0, 0, 9),  # while the last one runs: nine tenths are enough
+            (10, 1, 0, 1, None),
+            (40, 1, 0, 0, 10),
+            (40, 1, 0, 30, 9),
+            (40, 1, 0, 31, None),
+        ],
+    )
+    def test_room(self, num_messages, slots, free, waiting, most):
+        """A receive asks for what can start, and for what num_messages lets wait."""
+        polls = taskhawk._Polls(["Q"], num_messages, slots)
+        assert asked(polls, "Q", load(free, waiting)) == most
+
+    def test_room_of_several(self):
+        """What waits of a less urgent queue takes no room of a more urgent one."""
+        polls = taskhawk._Polls(["H", "L"], 10)
+        polls.close("H")
+        assert asked(polls, "L", load(0, 1, 0)) is None
+        polls = taskhawk._Polls(["H", "L"], 10)
+        assert asked(polls, "H", load(0, 0, 9)) == 9
+
+    @pytest.mark.parametrize(
+        ("queue", "num_messages", "slots", "brought", "most"),
+        [
+            ("Q", 10, 64, 10, [10] * 7),
+            ("Q", 10, 64, 9, [10]),
+            ("Q", 10, 8, 10, [10]),
+            ("Q", 1, 64, 10, [10] * 6),
+            ("Q", 1, 8, 8, [8]),
+            ("Q", 1, 2, 2, [2]),
+            ("Q", 40, 1, 10, [10] * 4),
+            ("Q", 100, 200, 10, [10] * 12),
+            ("Q.fifo", 40, 8, 1, [1]),
+        ],
+    )
+    def test_at_once(self, queue, num_messages, slots, brought, most):
+        """While receives are full, others run beside them as long as there is room."""
+        polls = taskhawk._Polls([queue], num_messages, slots)
+        first = polls.begin(queue, load(slots), 0)
+        assert polls.may_begin_at(queue, load(slots)) == math.inf
+        polls.answered(first, brought)
+        found = []
+        while number := asked(polls, queue, load(slots)):
+            found.append(number)
+        assert found == most
+        assert polls.is_busy(queue) is (brought >= first.most)
+        assert polls.under_way == len(most)
+
+    @pytest.mark.parametrize(
+        ("what", "may_begin_at"),
+        [
+            ("nothing yet", math.inf),
+            ("begun", 5.1),
+            ("dropped", math.inf),
+            ("failed", -math.inf),
+            ("empty", -math.inf),
+            ("brought", math.inf),
+            ("brought, begun", 7.1),
+            ("empty, begun", -math.inf),
+            ("closed", -math.inf),
+        ],
+    )
+    def test_urgency(self, what, may_begin_at):
+        """A queue is asked only while the more urgent one is known to be empty."""
+        polls = taskhawk._Polls(["H", "L"])
+        steps = {
+            "dropped": polls.dropped,
+            "failed": polls.failed,
+            "empty": lambda poll: polls.answered(poll, 0),
+            "brought": lambda poll: polls.answered(poll, 1),
+        }
+        if what == "closed":
+            polls.close("H")
+        elif what != "nothing yet":
+            poll = polls.begin("H", load(1, 0, 0), 5)
+            ended, _, again = what.partition(", ")
+            if ended != "begun":
+                steps[ended](poll)
+            if again:
+                polls.begin("H", load(1, 0, 0), 7)
+        assert polls.may_begin_at("L", load(1, 0, 0)) == may_begin_at
+
+    def test_urgency_of_several(self):
+        """A queue waits for all that are more urgent, the oldest receive of each."""
+        polls = taskhawk._Polls(["A", "B", "C"], 40)
+        held = load(1, 0, 0, 0)
+        polls.answered(polls.begin("A", held, 0), 10)
+        for now in (1, 2):
+            polls.begin("A", held, now)
+        assert polls.may_begin_at("C", held) == math.inf
+        polls.begin("B", held, 3)
+        assert polls.may_begin_at("C", held) == 3.1
+
+    def test_loop_count(self):
+        """The loop count is of receives that were answered."""
+        polls = taskhawk._Polls(["Q"], loop_count=2)
+        for end in (polls.failed, polls.dropped):
+            end(polls.begin("Q", load(1), 0))
+        assert not polls.failed(polls.begin("Q", load(1), 0))  # nor was one before
+        polls.answered(polls.begin("Q", load(1), 0), 1)
+        last = polls.begin("Q", load(1), 0)
+        assert (polls.may_begin_at("Q", load(1)), polls.is_open("Q")) == (
+            math.inf,
+            True,
+        )
+        polls.answered(last, 1)
+        assert not polls.is_open("Q")
+
+    @pytest.mark.parametrize(
+        ("starts", "first", "second", "is_short"),
+        [
+            (100, 10, 10, False),
+            (18, 9, 9, True),  # what is left is less than the other could receive
+            (4, 2, 2, True),
+            (3, 1, 2, True),
+            (1, 1, None, True),
+            (0, None, None, None),
+        ],
+    )
+    def test_starts(self, starts, first, second, is_short):
+        """What max_tasks leaves is shared, and polls are short if it may be too little."""
+        polls = taskhawk._Polls(["H", "L"], 10)
+        held = load(1, 0, 0, starts=starts)
+        assert asked(polls, "H", held) == first
+        if first:
+            (poll,) = polls.of["H"].polls
+            assert poll.is_short is is_short
+        assert asked(polls, "L", held, 0.1) == second
+
+    def test_turns(self):
+        """For the last start, empty queues take turns, and no other waits for a failing one."""
+        polls = taskhawk._Polls(["A", "B", "C"], 10)
+        held, order = load(1, 0, 0, 0, starts=1), []
+        for now in range(6):
+            (queue,) = [q for q in polls.of if polls.may_begin_at(q, held) <= now]
+            order.append(queue)
+            poll = polls.begin(queue, held, now)
+            if now == 3:
+                polls.failed(poll)
+            else:
+                polls.answered(poll, 0)
+        assert order == ["A", "B", "C", "A", "B", "C"]
+        free = [q for q in polls.of if polls.may_begin_at(q, held) <= now]
+        assert free == ["A", "B"]  # its thread comes back when it likes
+
+
 RUN = "work.act ID (message ID)"  # as logs name a message of worker_act
 FAILED = f"{RUN}: attempt 1 failed and is "
 LETTER_LEFT = f"WORKER: {RUN} can't be dead-lettered and is left to the queue: "
@@ -10122,7 +10455,9 @@ class TestWorker:
     @pytest.mark.parametrize(
         ("options", "sentence"),
         [
-            ({"num_messages": 0}, "num_messages: expected 1 or more, got 0"),
+            ({"num_messages": 0}, "num_messages: expected 1 to 100, got 0"),
+            ({"num_messages": 101}, "num_messages: expected 1 to 100, got 101"),
+            ({"concurrency": 0}, "concurrency: expected 1 or more, got 0"),
             ({"max_tasks": -1}, "max_tasks: expected 1 or more, got -1"),
             (
                 {"visibility_timeout_s": 0},
@@ -10515,6 +10850,198 @@ class TestWorker:
             logging.getLogger("taskhawk").removeFilter(no_request)
         assert ledger == taskhawk.Ledger(received=2, acked=1, retried=1)
         assert ("AttributeError: no request\n" in capsys.readouterr().err) is told
+
+    # -- several receives
+
+    def test_free_slots(self, worker_broker, worker_act):
+        """By default, one receive brings a message for each slot that is free."""
+        together = threading.Barrier(8)
+        WORKER_ACTS["meet"] = lambda: together.wait(WORKER_PATIENCE_S)
+        worker_broker.put(worker_act, *[("meet",)] * 8)
+        ledger = worker_broker.work(concurrency=8, loop_count=1)
+        assert ledger == taskhawk.Ledger(received=8, acked=8)
+        assert [most for _, most, *_ in worker_broker.made("receive")] == [8]
+
+    @pytest.mark.parametrize("loop_count", [None, 6])
+    def test_pollers(self, worker_broker, worker_act, loop_count):
+        """While receives are full, several run at once; the loop count is of them all."""
+        three, numbers = threading.Barrier(3), itertools.count(1)
+
+        def receive(real: Any, *_: Any) -> Any:
+            if next(numbers) in {2, 3, 4}:
+                three.wait(WORKER_PATIENCE_S)
+            return real()
+
+        worker_broker.faults["receive"] = receive
+        worker_broker.put(worker_act, *[("run",)] * 65)
+        options = {"num_messages": 40, "until_empty": loop_count is None}
+        ledger = worker_broker.work(loop_count=loop_count, **options)
+        assert ledger.acked == ledger.received
+        if loop_count:
+            assert len(worker_broker.made("receive")) == loop_count
+        else:
+            assert ledger.received == 65
+
+    def test_idle(self, worker_broker):
+        """An idle queue is asked by one receive after another, whatever may be received."""
+        under_way: list[int] = []
+
+        def receive(real: Any, *_: Any) -> Any:
+            under_way.append(1)
+            found = real()
+            assert len(under_way) == 1
+            under_way.pop()
+            return found
+
+        worker_broker.faults["receive"] = receive
+        worker_broker.work(loop_count=3, num_messages=100, concurrency=8)
+        assert len(worker_broker.made("receive")) == 3
+
+    @pytest.mark.parametrize("fails", [False, True])
+    def test_stopped_with_pollers(self, worker_broker, worker_act, fails):
+        """Told to stop, a worker waits out all its receives, and releases what they bring."""
+        stop, numbers = threading.Event(), itertools.count(1)
+        three = threading.Barrier(3, stop.set)
+
+        def receive(real: Any, *_: Any) -> Any:
+            number = next(numbers)
+            if number > 1:
+                three.wait(WORKER_PATIENCE_S)
+                # Time enough for a keeper that releases too early.
+                made = functools.partial(worker_broker.made, "change_visibility")
+                assert worker_after_a_while(made) == []
+            if number == 3 and fails:
+                raise OSError("reset")
+            return real()
+
+        worker_broker.faults["receive"] = receive
+        WORKER_ACTS["hold"] = lambda: stop.wait(WORKER_PATIENCE_S)
+        worker_broker.put(worker_act, *[("hold",)] * 40)
+        options = {"shutdown_event": stop, "until_empty": False, "num_messages": 40}
+        ledger = worker_broker.work(**options)
+        brought = 10 * (4 - fails)
+        assert ledger == taskhawk.Ledger(brought, acked=1, released=brought - 1)
+        assert worker_broker.depth(WORKER_QUEUE) == (39, 0, 0)
+
+    def test_defect_of_a_poller(self, worker_broker, worker_act):
+        """An error of our own in a second poller ends the worker, and is raised."""
+        both, numbers = threading.Barrier(2), itertools.count(1)
+
+        def receive(real: Any, *_: Any) -> Any:
+            if next(numbers) in {2, 3}:
+                both.wait(WORKER_PATIENCE_S)
+                raise SystemExit("a defect")
+            return real()
+
+        worker_broker.faults["receive"] = receive
+        worker_broker.put(worker_act, *[("run",)] * 40)
+        with pytest.raises(SystemExit, match=r"^a defect$"):
+            worker_broker.work(num_messages=40)
+
+    def test_poller_that_cannot_start(self, tmp_path):
+        """Where a second poller can't start, the worker goes on with one, and says so once."""
+        code = """if True:
+            import resource, threading, taskhawk
+
+            @taskhawk.task
+            def limit():
+                threading.stack_size(1 << 30)
+                used = int(open("/proc/self/statm").read().split()[0]) * 4096
+                resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 29),) * 2)
+                run.dispatch_many([()] * 99)
+
+            @taskhawk.task
+            def run():
+                pass
+
+            limit.dispatch()
+            default, options = taskhawk.Priority.default, {"until_empty": True}
+            print(taskhawk.listen_for_messages(default, 40, **options).acked)"""
+        result = run_python(code, env={"TASKHAWK_BROKER": f"sqlite:///{tmp_path}/q.db"})
+        assert result.stdout == "100\n"
+        assert result.stderr == (
+            "TASKHAWK-DEFAULT: can't start another poller, goes on trying:"
+            " can't start new thread\n"
+        )
+
+    @pytest.mark.parametrize("num_messages", [1, 10])
+    def test_urgency(self, worker_broker, worker_act, num_messages):
+        """With messages in each of four queues, one slot runs them in order of urgency."""
+        ran: list[str] = []
+        queues = ["HIGH", "DEFAULT", "LOW", "BULK"]
+        for queue in queues:
+            WORKER_ACTS[queue] = functools.partial(ran.append, queue)
+            worker_broker.put(worker_act, *[(queue,)] * 10, queue=queue)
+        options = {"num_messages": num_messages, "clock": Clock()}
+        assert worker_broker.work(*queues, **options).acked == 40
+        assert ran == [queue for queue in queues for _ in range(10)]
+
+    def test_urgent_queue_that_waits(self, worker_broker, worker_act):
+        """A less urgent queue is asked a tenth of a second after the other's receive began."""
+        began: dict[str, float] = {}
+        ran = threading.Event()
+
+        def receive(real: Any, queue: str, *_: Any) -> Any:
+            began.setdefault(queue, time.monotonic())
+            if queue == "HIGH":
+                assert ran.wait(WORKER_PATIENCE_S)
+            return real()
+
+        WORKER_ACTS["note"] = ran.set
+        worker_broker.faults["receive"] = receive
+        worker_broker.put(worker_act, ("note",), queue="LOW")
+        ledger = worker_broker.work("HIGH", "LOW", loop_count=1)
+        assert ledger == taskhawk.Ledger(received=1, acked=1)
+        assert began["LOW"] - began["HIGH"] >= 0.09
+
+    def test_urgent_queue_that_fails(self, worker_broker, worker_act, caplog):
+        """A queue that can't be received from does not keep the others from their turn."""
+        ran = threading.Event()
+
+        def receive(real: Any, queue: str, *_: Any) -> Any:
+            if queue == "HIGH" and not ran.is_set():
+                raise OSError("reset")
+            return real()
+
+        WORKER_ACTS["note"] = ran.set
+        worker_broker.faults["receive"] = receive
+        worker_broker.put(worker_act, ("note",), queue="LOW")
+        options = {"loop_count": 1, "clock": worker_fast_clock}
+        assert worker_broker.work("HIGH", "LOW", **options) == taskhawk.Ledger(1, 1)
+
+    @pytest.mark.parametrize("concurrency", [1, 3])
+    def test_fifo(self, worker_broker, worker_act, concurrency):
+        """From a FIFO queue come one message a receive, and several groups run at once."""
+        together = threading.Barrier(concurrency)
+        WORKER_ACTS["meet"] = lambda: together.wait(WORKER_PATIENCE_S)
+        worker_broker.put(worker_act, *[("meet",)] * 6, queue="Q.fifo")
+        options = {"concurrency": concurrency, "num_messages": 10}
+        assert worker_broker.work("Q.fifo", **options).acked == 6
+        assert {most for _, most, *_ in worker_broker.made("receive")} == {1}
+
+    def test_max_tasks_of_several(self, worker_broker, worker_act):
+        """Where few starts are left, no queue keeps them for as long as a long poll takes."""
+        worker_broker.put(worker_act, *[("run",)] * 5, queue="LOW")
+        options = {"max_tasks": 3, "num_messages": 10, "wait_s": 20}
+        ledger = worker_broker.work("HIGH", "LOW", until_empty=False, **options)
+        assert ledger == taskhawk.Ledger(received=3, acked=3)
+        assert max(wait_s for _, _, wait_s, *_ in worker_broker.made("receive")) <= 1
+
+    def test_one_slot_for_a_message(self, worker_broker, worker_act):
+        """A message wakes one slot: that others wait costs nothing."""
+        looks: list[list[float]] = []
+
+        def clock() -> float:
+            looks[-1].append(time.monotonic())
+            return looks[-1][-1]
+
+        for concurrency in (2, 40):
+            looks.append([])
+            worker_broker.put(worker_act, *[("run",)] * 200)
+            options = {"concurrency": concurrency, "num_messages": 10, "clock": clock}
+            assert worker_broker.work(**options).acked == 200
+        few, many = map(len, looks)
+        assert many < 3 * few
 
     # -- concurrency
 
@@ -11910,7 +12437,7 @@ class TestSchedules:
             worker = taskhawk.Worker(
                 broker,
                 [WORKER_QUEUE],
-                num_messages=chance.choice((1, 3, 10)),
+                num_messages=chance.choice((1, 3, 10, 40)),
                 concurrency=chance.choice((1, 1, 3)),
                 loop_count=None if fault_rate == 0 else chance.randrange(1, 6),
                 shutdown_event=broker.stop,
