@@ -62,7 +62,7 @@ A message that a worker holds; the :class:`Ledger` counts what each becomes::
         '--> released                                    never started, visible at once
 
 What to read for each promise, and how many statements that is
-    1 (323): publish, _send_one, _accepted, _send_all_ready, _partial_failure,
+    1 (330): publish, _send_one, _accepted, _send_all_ready, _partial_failure,
         _send_all, _in_batches, _one_round, SqliteBroker.send, SqliteBroker._claim,
         SqliteBroker.delete, _SqliteFile.change, _use_write_ahead_log,
         _AwsSender._batch, SqsBroker.send, SqsBroker.delete, process, _verdict, _wanted,
@@ -70,27 +70,27 @@ What to read for each promise, and how many statements that is
         _dead_letter, _send_copy, _Held.move, _Holdings.finish, _Holdings.release,
         _Holdings._decide, _Calls.answered, _Calls._deleted, _Calls._delayed,
         _Calls._try_later, _Holdings.doubt, _Holdings.close, _Holdings.end
-    2 (285): SqliteBroker.receive, SqliteBroker._claim, SqliteBroker.change_visibility,
-        SqsBroker.receive, _find_lease, _Poller._receive, _Course.take,
-        _Course._release_if_stuck, _Call, _Leases, _Holdings.take, _Holdings.start,
-        _Holdings.release, _Holdings.release_waiting, _Holdings._decide,
-        _Holdings.expire, _Holdings.lose, _Calls.next, _Calls.answered,
-        _Calls._extended, _Calls._deleted, _Keeper._look, _Keeper._make, _Slot._run,
-        _Slot._process, Worker._give_up, _Child.kill
-    3 (111): _decode, _parse, Message.__init__, _validate, _fits, _find_task,
+    2 (316): SqliteBroker.receive, SqliteBroker._claim, SqliteBroker.change_visibility,
+        SqsBroker.receive, _find_lease, _Poller._receive, _Intake.take, _Intake.close,
+        _Course.take, _Course._release_if_stuck, _Backlog, _Call, _Leases,
+        _Holdings.take, _Holdings.start, _Holdings.release, _Holdings.release_waiting,
+        _Holdings._decide, _Holdings.expire, _Holdings.lose, _Calls.next,
+        _Calls.answered, _Calls._extended, _Calls._deleted, _Keeper._look,
+        _Keeper._make, _Slot._run, _Slot._process, Worker._give_up, _Child.kill
+    3 (110): _decode, _parse, Message.__init__, _validate, _fits, _find_task,
         Task.find_by_name, Task.call, _register, _import, _import_path, _parse_line,
         _to_outcome, _import_tasks
-    4 (114): process, _run, _decode, _parse, _failed, _log_failed, _verdict,
-        _is_invalid, _text_of_invalid, _Slot._run, Worker.settle
-    5 (214): _run, _failed, _log_failed, _sentence, _what_follows, _name_of, _reason,
+    4 (98): process, _run, _decode, _parse, _failed, _log_failed, _verdict, _is_invalid,
+        _text_of_invalid, _Slot._run, Worker.settle
+    5 (198): _run, _failed, _log_failed, _sentence, _what_follows, _name_of, _reason,
         _in_one_line, _facts, _extra_of, _text_of_invalid, _shown, _mismatch,
         _too_large, _Holdings.warn, _Keeper._tell, _Faults, _error_code, _error_details,
         _explained, _explanation, _find_remedy, _Source.read, _call_safely, _log_again
-    6 (217): _Course.wait_for_room, _Course._find_room, _Poller.work, _Poller._try,
-        _Poller._receive, _pause_s, _Holdings._decide, _Ends, _Calls.next,
+    6 (321): _Polls, _Intake.begin, _Intake.adds_helper, _Poller.work, _Poller._help,
+        _Poller._try, _Poller._receive, _pause_s, _Holdings._decide, _Ends, _Calls.next,
         _Calls._due_at, _Calls._patience_s, _Calls._extended, _Leases, _Keeper._wait,
         _Keeper._make, SqsBroker.receive, SqsBroker.url, SqsBroker._find_url, _parts
-    7 (209): _in_own_context, _refresh_django_connections, _PerProcess, _made_once,
+    7 (210): _in_own_context, _refresh_django_connections, _PerProcess, _made_once,
         _Brokers.before_fork, _Brokers.after_fork, _close_sqlite_files,
         _release_sqlite_files, _Signals, _hold_signals, _release_signals,
         _forget_signals, _path_of_children, _Child._start_process,
@@ -234,6 +234,7 @@ _DEFAULT_LEASE_S = 30  # the visibility timeout of a queue that sets none
 _ERROR_ATTRIBUTE = "taskhawk.error"  # says why the worker dead-lettered a message
 _MAX_ERROR_BYTES = 16_384  # its size: enough for a traceback, little beside 1 MiB
 _ATTEMPTS_ATTRIBUTE = "taskhawk.attempts"  # how many there were before it was postponed
+_POSTPONED_ATTRIBUTE = "taskhawk.postponed"  # how often it was
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -639,6 +640,10 @@ _ROLE = _Rule(
     ),
 )
 _BROKER = _Rule("'sqs' or a URL of SQLite", _parse_broker)
+_TABLE = _Rule(
+    "3 to 255 letters, digits, dots, hyphens and underscores",
+    functools.partial(_parse_text, "[A-Za-z0-9_.-]{3,255}"),
+)
 _QUEUE = _Rule(
     f"at most {_MAX_QUEUE} letters, digits, hyphens and underscores",
     functools.partial(_parse_text, f"[A-Za-z0-9_-]{{1,{_MAX_QUEUE}}}"),
@@ -647,6 +652,7 @@ _SETTINGS = {
     "AWS_ACCESS_KEY": _Setting(_TEXT, "AKIAIOSFODNN7EXAMPLE"),
     "AWS_ACCOUNT_ID": _Setting(_ACCOUNT, "123456789012"),
     "AWS_CONNECT_TIMEOUT_S": _Setting(_SECONDS, "2", 2),
+    "AWS_ENDPOINT_DYNAMODB": _Setting(_URL, "http://127.0.0.1:4566"),
     "AWS_ENDPOINT_SCHEDULER": _Setting(_URL, "http://127.0.0.1:4566"),
     "AWS_ENDPOINT_SNS": _Setting(_URL, "http://127.0.0.1:4566"),
     "AWS_ENDPOINT_SQS": _Setting(_URL, "http://127.0.0.1:4566"),
@@ -656,6 +662,7 @@ _SETTINGS = {
     "AWS_SESSION_TOKEN": _Setting(_TEXT, "AQoDYXdzEJr/EXAMPLETOKEN"),
     "IS_LAMBDA_APP": _Setting(_FLAG, "False", default=False),
     "TASKHAWK_BROKER": _Setting(_BROKER, "sqlite:///queue.db", "sqs"),
+    "TASKHAWK_CLAIMS_TABLE": _Setting(_TABLE, "taskhawk-claims"),
     "TASKHAWK_DEFAULT_HEADERS": _Setting(_HOOK, "myapp.hooks.default_headers"),
     "TASKHAWK_ERROR_HOOK": _Setting(_HOOK, "myapp.hooks.report_error"),
     "TASKHAWK_FIFO": _Setting(_FLAG, "False", default=False),
@@ -1824,6 +1831,7 @@ class QueueMessage:
     :ivar max_receive_count: of the queue's redrive policy, where it is known
     :ivar batch_task: the name of its task, if others of that task may run with it
     :ivar done_level: at which a run that returned is logged
+    :ivar lease_s: for which the receive hid it; a worker extends that while it runs
     """
 
     body: Any
@@ -1841,6 +1849,7 @@ class QueueMessage:
     max_receive_count: int | None = None
     batch_task: str | None = None
     done_level: int = logging.DEBUG
+    lease_s: float = _DEFAULT_LEASE_S
     in_lambda: typing.ClassVar[bool] = False  # whether Lambda decides on retries
 
     @property
@@ -1851,11 +1860,17 @@ class QueueMessage:
     @property
     def attempt(self) -> int:
         """How often it has been received, from 1, but for those that postponed it."""
-        attribute = self.message_attributes.get(_ATTEMPTS_ATTRIBUTE, {})
-        before = str(attribute.get("StringValue"))
-        if not re.fullmatch("[0-9]{1,9}", before):
-            before = "0"
-        return self.receive_count + int(before)
+        return self.receive_count + self._count(_ATTEMPTS_ATTRIBUTE)
+
+    @property
+    def postponed(self) -> int:
+        """How often it has been postponed."""
+        return self._count(_POSTPONED_ATTRIBUTE)
+
+    def _count(self, name: str) -> int:
+        """Return the number in an attribute; 0 if it has none, whoever wrote it."""
+        text = str(self.message_attributes.get(name, {}).get("StringValue"))
+        return int(text) if re.fullmatch("[0-9]{1,9}", text) else 0
 
     @property
     def is_last_receive(self) -> bool:
@@ -2192,6 +2207,7 @@ _SQLITE_SCHEMA = (
     attributes TEXT NOT NULL, sent_ms INTEGER NOT NULL, visible_ms INTEGER NOT NULL,
     receive_count INTEGER NOT NULL DEFAULT 0, receipt TEXT)""",
     "ALTER TABLE message ADD COLUMN group_id TEXT",  # which the first files lack
+    "ALTER TABLE message ADD COLUMN first_ms INTEGER",  # of the first receive
     "CREATE INDEX IF NOT EXISTS message_visible ON message (queue, visible_ms)",
     """CREATE INDEX IF NOT EXISTS message_group ON message
     (queue, group_id, visible_ms) WHERE group_id IS NOT NULL""",
@@ -2205,6 +2221,7 @@ _SQLITE_SCHEMA = (
     WHEN old.queue GLOB '*{_FIFO}' BEGIN {_NEXT_OF_GROUP}; END""",
     "PRAGMA user_version = 1",
 )
+_more_tables: list[str] = []  # statements that make what later parts keep in a file
 _SQLITE_EXAMPLE = (
     "sqlite:///relative.db or sqlite:////absolute.db, then perhaps"
     " ?visibility_timeout_s=30&max_receive_count=5"
@@ -2390,8 +2407,9 @@ def _make_tables(db: Any) -> None:
     """Make what the file lacks, in one transaction: processes may open it together."""
     db.execute("BEGIN IMMEDIATE")
     columns = [name for _, name, *_ in db.execute("PRAGMA table_info(message)")]
-    for statement in _SQLITE_SCHEMA:
-        if "group_id" not in columns or not statement.startswith("ALTER"):
+    for statement in (*_SQLITE_SCHEMA, *_more_tables):
+        added = re.match(r"ALTER TABLE message ADD COLUMN (\w+)", statement)
+        if added is None or added[1] not in columns:
             db.execute(statement)
     db.execute("COMMIT")
 
@@ -2503,11 +2521,12 @@ class SqliteBroker(Broker):
         # The claim is this one statement; then its token tells what is ours.
         until_ms, token = self._in_ms(lease_s), os.urandom(16).hex()
         claim = """UPDATE message SET receipt = id || '-' || ?, visible_ms = ?,
-            receive_count = receive_count + 1 WHERE id IN (SELECT id FROM message
+            receive_count = receive_count + 1, first_ms = coalesce(first_ms, ?)
+            WHERE id IN (SELECT id FROM message
             WHERE queue = ? AND visible_ms < 0 ORDER BY visible_ms, id LIMIT ?)"""
-        file.change(claim, (token, until_ms, queue, limit))
+        file.change(claim, (token, until_ms, now_ms, queue, limit))
         find = """SELECT receipt, receive_count, sent_ms, attributes, body, message_id,
-            group_id FROM message
+            group_id, first_ms FROM message
             WHERE queue = ? AND visible_ms = ? AND receipt = id || '-' || ?
             ORDER BY id"""
         rows = file.read(find, (queue, until_ms, token))
@@ -2534,10 +2553,12 @@ class SqliteBroker(Broker):
         self, queue: str, row: Sequence[Any], max_receives: int | None
     ) -> QueueMessage:
         """Return a message that was just received."""
-        receipt, receive_count, sent_ms, attributes, body, message_id, group = row
+        receipt, receive_count, sent_ms, attributes, body, message_id, *more = row
+        group, first_ms = more
         system_attributes = {
             "ApproximateReceiveCount": str(receive_count),
             "SentTimestamp": str(sent_ms),
+            "ApproximateFirstReceiveTimestamp": str(first_ms),
         }
         if group is not None:
             system_attributes["MessageGroupId"] = group
@@ -2674,6 +2695,13 @@ _REMEDIES = (
     (
         "NotFound",
         ("there is no such topic: make it, or check TASKHAWK_QUEUE and AWS_ACCOUNT_ID"),
+    ),
+    (
+        "ResourceNotFoundException: (Requested|Cannot|Table)",
+        (
+            "there is no such table: run python -m taskhawk provision, or check"
+            " TASKHAWK_CLAIMS_TABLE and AWS_REGION"
+        ),
     ),
     (
         "ResourceNotFoundException: Schedule group",
@@ -2877,18 +2905,14 @@ class _AwsConnections:
         self.lock = threading.RLock()
 
 
-class _AwsSender(Sender):
-    """What SQS and SNS share: clients, sending, answers of batch calls, and errors.
+class _AwsService:
+    """What all services of AWS share: clients, and errors.
 
     :ivar service: botocore's name of the service
-    :ivar target_key: its parameter for the queue or topic
-    :ivar entries_key: its parameter for the entries of a batch
-    :ivar send_one: its operation that sends one message
-    :ivar send_many: its operation that sends several
+    :ivar target_key: its parameter for the queue, topic or table
     """
 
-    service = target_key = entries_key = send_one = send_many = ""
-    shared_calls = 16  # at 10 ms a call, that is all that one CPU can send
+    service = target_key = ""
 
     def __init__(self, _url: str = "") -> None:
         self._connections = _PerProcess(_AwsConnections)
@@ -2938,7 +2962,7 @@ class _AwsSender(Sender):
             client.close()
 
     def url(self, queue: str, role: str = "send") -> str:
-        """Return what the service calls a queue or topic."""
+        """Return what the service calls a queue, topic or table."""
         return queue
 
     def arn(self, name: str) -> str:
@@ -2950,7 +2974,7 @@ class _AwsSender(Sender):
         return f"arn:{meta.partition}:{service}:{region}:{account}:{name}"
 
     def call(self, role: str, operation: str, where: str, **parameters: Any) -> Any:
-        """Make a call for a queue or topic, by botocore's name of the operation."""
+        """Make a call for a queue, topic or table, by botocore's name of it."""
         target = {self.target_key: self.url(where, role)}
         with self._calling(where):
             return getattr(self.client(role), operation)(**target, **parameters)
@@ -2966,6 +2990,18 @@ class _AwsSender(Sender):
                 _brokers.forget_aws_session()
                 self.close()
             raise
+
+
+class _AwsSender(_AwsService, Sender):
+    """What SQS and SNS share besides: sending, and the answers of batch calls.
+
+    :ivar entries_key: its parameter for the entries of a batch
+    :ivar send_one: its operation that sends one message
+    :ivar send_many: its operation that sends several
+    """
+
+    entries_key = send_one = send_many = ""
+    shared_calls = 16  # at 10 ms a call, that is all that one CPU can send
 
     def _batch(
         self, role: str, operation: str, where: str, entries: Sequence[Any]
@@ -3132,6 +3168,7 @@ class SqsBroker(_AwsSender, Broker):
             "MessageSystemAttributeNames": [
                 "ApproximateReceiveCount",
                 "SentTimestamp",
+                "ApproximateFirstReceiveTimestamp",
                 "MessageGroupId",
             ],
             "MessageAttributeNames": ["All"],
@@ -4000,9 +4037,18 @@ class _MoreOptions(typing.TypedDict, total=False):
 
     `group`: the argument whose value is the message group, or a function that returns
     it, which is called as the task is; None is no group.
+
+    `once`: run a message, or one with these arguments, to its end once; that is
+    remembered for `keep_s` seconds, by default a day. `unique`: ignore a message if a
+    run with the same arguments, or with these the same, started after it was sent.
+    `limit`: how many may run at once, or start in a time: see :func:`limit`.
     """
 
     group: str | Callable[..., str | int | None] | None
+    once: bool | tuple[str, ...]
+    keep_s: float
+    unique: bool | tuple[str, ...]
+    limit: Any
 
 
 @typing.overload
@@ -5226,7 +5272,8 @@ class Outcome(NamedTuple):
 # entered, such as PostponeException or IgnoreException, is the run's end.
 _around_runs: list[
     Callable[
-        [Task[Any, Any], QueueMessage], contextlib.AbstractContextManager[object, None]
+        [Task[Any, Any], QueueMessage],
+        contextlib.AbstractContextManager[object, bool | None],
     ]
 ] = []
 
@@ -7586,6 +7633,7 @@ class _Poller:
         for message in messages:
             message.max_receive_count = lease.max_receive_count
             message.done_level = worker.done_level
+            message.lease_s = lease.seconds
         # At once: from here on the keeper extends the leases.
         self._intake.take(poll, messages, lease.seconds)
         self._faults.worked(self._queue, "receive")
@@ -7832,8 +7880,20 @@ class Worker:
             self.on_overdue(self.ledger)
 
 
+# What must hold before anything is received: later parts add what they need, and raise
+# ConfigurationError.
+_before_work: list[Callable[[], object]] = []
+
+
+def _check_before_work() -> None:
+    """Raise ConfigurationError if a registered task can't be run here."""
+    for check in _before_work:
+        check()
+
+
 def _check_options(worker: Worker) -> None:
-    """Refuse options that make no sense, and fit the length of polls to the grace."""
+    """Refuse what can't work, and fit the length of polls to the grace."""
+    _check_before_work()
     _check_counts(worker)
     lease_s, grace_s = worker.visibility_timeout_s, worker.grace_s
     if lease_s is not None and not 1 <= lease_s <= _MAX_HELD_S:
@@ -7995,21 +8055,30 @@ def _postponed_copy(received: QueueMessage, delay_s: float, limit: int) -> Outgo
     """
     ours: dict[str, Mapping[str, Any]] = {}
     if received.attempt > 1:
-        before = str(received.attempt - 1)
-        ours[_ATTEMPTS_ATTRIBUTE] = {"DataType": "String", "StringValue": before}
-    copy = received.copy(_add_attributes(received, ours, limit))
+        ours[_ATTEMPTS_ATTRIBUTE] = _as_attribute(received.attempt - 1)
+    others = {_POSTPONED_ATTRIBUTE: _as_attribute(0), **received.message_attributes}
+    others[_POSTPONED_ATTRIBUTE] = _as_attribute(received.postponed + 1)
+    copy = received.copy(_add_attributes(received, ours, others, limit))
     return copy._replace(delay_s=delay_s)
 
 
+def _as_attribute(number: int) -> Mapping[str, Any]:
+    """Return a number as a message attribute."""
+    return {"DataType": "String", "StringValue": str(number)}
+
+
 def _add_attributes(
-    received: QueueMessage, ours: Mapping[str, Mapping[str, Any]], limit: int
+    received: QueueMessage,
+    ours: Mapping[str, Mapping[str, Any]],
+    others: Mapping[str, Mapping[str, Any]],
+    limit: int,
 ) -> Mapping[str, Mapping[str, Any]]:
-    """Return attributes of ours, and of the message's those for which there is room.
+    """Return attributes of ours, and of the others those for which there is room.
 
     What gives way are headers, which the body has too.
     """
     attributes = dict(ours)
-    for name, value in received.message_attributes.items():
+    for name, value in others.items():
         more = {name: value, **attributes}
         if len(more) <= _MAX_ATTRIBUTES and received.copy(more).size() <= limit:
             attributes = more
@@ -8060,7 +8129,8 @@ def _dead_letter_copy(
     text = _error_record(received, error, room)
     if len(text) <= room:
         attributes[_ERROR_ATTRIBUTE] = {"DataType": "String", "StringValue": text}
-    return received.copy(_add_attributes(received, attributes, limit))
+    others = received.message_attributes
+    return received.copy(_add_attributes(received, attributes, others, limit))
 
 
 def _error_record(
@@ -8797,6 +8867,7 @@ def _run_records(
     records: Sequence[Any], context: Any
 ) -> tuple[list[QueueMessage], dict[QueueMessage, Outcome]]:
     """Run records in order, which is a FIFO queue's; return what is done and failed."""
+    _check_before_work()
     done: list[QueueMessage] = []
     failed: dict[QueueMessage, Outcome] = {}
     reserve_ms = _left_ms(context) / 10  # for the deletes and the answer
@@ -8956,13 +9027,630 @@ def _as_boto3(
 
 
 # --- 20. claims -----------------------------------------------------------------------
-# Who holds a key, until when.
-# (Invariant.)
+# Who holds a key, until when; in a DynamoDB table or in the SQLite file. Each change is
+# one conditional write, so two workers never both get the same claim. A claim ends when
+# it is released, and at the latest by itself, for who holds it may have died. A key is
+# a hash, so neither a table nor a log has an argument. What fails raises: nobody has a
+# claim that was not confirmed.
+# https://docs.aws.amazon.com/amazondynamodb/latest/developerguide/
+
+
+__all__ += ["Claim", "Claims"]
+
+_SKEW_S = 5  # by which the clocks of workers may differ, added to how long claims last
+_MAX_PLACES = 1000  # of a key: all are in one item, and a write costs 1 KB of it
+_MAX_RETENTION_S = 14 * 86_400  # no queue keeps a message for longer
+_TTL_MARGIN_S = 86_400  # after a claim's end, before DynamoDB may delete its item
+_CLAIM_TRIES = 3  # to get one of the places that are free, while others do too
+
+
+class Claim(NamedTuple):
+    """The answer to a claim.
+
+    :ivar token: what it is finished or released by; "" if others have the key
+    :ivar is_done: whether a run of the key was finished, and is still remembered
+    """
+
+    token: str = ""
+    is_done: bool = False
+
+
+class Claims(typing.Protocol):
+    """Who holds a key, until when.
+
+    ``claim`` takes one of `most` places of a key for `for_s`, unless all are taken or
+    the key is done. ``finish`` has the key done for `keep_s`, whoever has it by now:
+    the run has been. ``release`` gives a place back, unless it is another's by now.
+
+    ``start`` notes that a message is about to run, unless another one's run of the same
+    key started after this message was sent: then it returns False. The times are the
+    queue's. A message may start again, and the times may be equal.
+
+    Any thread may call at any time. A call that raises may have had its effect.
+    """
+
+    def claim(self, key: str, for_s: float, most: int = 1) -> Claim: ...
+    def finish(self, key: str, token: str, keep_s: float) -> None: ...
+    def release(self, key: str, token: str) -> None: ...
+    def start(
+        self, key: str, message_id: str, sent_ms: int, started_ms: int
+    ) -> bool: ...
+
+
+def _hash(text: str) -> str:
+    """Return 64 characters that stand for a text."""
+    import hashlib
+
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _find_claims() -> Claims:
+    """Return where this process's claims are.
+
+    :raises ConfigurationError: on SQS, if TASKHAWK_CLAIMS_TABLE is not set
+    """
+    broker = _brokers.broker()
+    if isinstance(broker, SqliteBroker):
+        return SqliteClaims(broker)
+    table = settings.TASKHAWK_CLAIMS_TABLE
+    if table is None:
+        example = _SETTINGS["TASKHAWK_CLAIMS_TABLE"].example
+        raise ConfigurationError(
+            "TASKHAWK_CLAIMS_TABLE is not set: on SQS, once, unique and limit need a"
+            f" DynamoDB table: set its name, such as {example!r}, and run python -m"
+            " taskhawk provision"
+        )
+    return typing.cast("Claims", _brokers.get(f"dynamodb:{table}"))
+
+
+class DynamoClaims(_AwsService, Claims):
+    """Claims in a DynamoDB table, one item for each key.
+
+    The items have the layout that Powertools for AWS Lambda uses for idempotency:
+    ``id`` (the key), ``status``, ``in_progress_expiration`` in milliseconds, and
+    ``expiration`` in seconds, by which DynamoDB may delete the item. That may take
+    days, so what is expired counts as deleted.
+
+    :param url: ``dynamodb:`` and the name of the table
+    :param clock: epoch seconds; passed in by tests
+    """
+
+    service, target_key = "dynamodb", "TableName"
+
+    def __init__(self, url: str, clock: Callable[[], float] = time.time) -> None:
+        super().__init__()
+        self._table, self._clock = url.partition(":")[2], clock
+
+    def claim(self, key: str, for_s: float, most: int = 1) -> Claim:
+        """Take a place: a free one if the first was not, as the answer then says."""
+        import random
+
+        owner, place = os.urandom(8).hex(), random.randrange(most)
+        for _ in range(_CLAIM_TRIES):
+            item = self._take(key, place, owner, for_s)
+            if item is None or item.get(f"owner_{place}") == {"S": owner}:
+                return Claim(f"{place}-{owner}")
+            if item.get("status") == {"S": "COMPLETED"}:
+                return Claim(is_done=True)
+            free = self._free_places(item, most)
+            if not free:
+                break
+            place = random.choice(free)
+        return Claim()
+
+    def _take(
+        self, key: str, place: int, owner: str, for_s: float
+    ) -> Mapping[str, Any] | None:
+        """Take a place if it is free; else return the item that is in the way.
+
+        It is ours where botocore has repeated a request whose answer was lost.
+        """
+        now_s = self._clock()
+        return self._update(
+            key,
+            "SET #owner = :owner, #until = :until, #status = :running, #expiry = :ttl",
+            "(attribute_not_exists(#status) OR #status = :running OR #expiry < :now)"
+            " AND (attribute_not_exists(#until) OR #until < :now_ms)",
+            names={**_place_names(place), "#status": "status", "#expiry": "expiration"},
+            values={
+                ":owner": owner,
+                ":until": _to_ms(now_s + for_s),
+                ":running": "INPROGRESS",
+                ":ttl": math.ceil(now_s + for_s + _TTL_MARGIN_S),
+                ":now": math.floor(now_s),
+                ":now_ms": _to_ms(now_s),
+            },
+        )
+
+    def _free_places(self, item: Mapping[str, Any], most: int) -> list[int]:
+        """Return the places of an item that nobody has."""
+        now_ms = _to_ms(self._clock())
+        free = []
+        for place in range(most):
+            until = item.get(_place_names(place)["#until"], {"N": "0"})
+            if int(until["N"]) < now_ms:
+                free.append(place)
+        return free
+
+    def finish(self, key: str, token: str, keep_s: float) -> None:
+        """Have the key done for so long."""
+        place, _, _ = token.partition("-")
+        self._update(
+            key,
+            "SET #status = :done, #expiry = :ttl REMOVE #owner, #until",
+            "",
+            names={
+                **_place_names(int(place)),
+                "#status": "status",
+                "#expiry": "expiration",
+            },
+            values={":done": "COMPLETED", ":ttl": math.ceil(self._clock() + keep_s)},
+        )
+
+    def release(self, key: str, token: str) -> None:
+        """Give a place back."""
+        place, _, owner = token.partition("-")
+        self._update(
+            key,
+            "REMOVE #owner, #until",
+            "#owner = :owner",
+            names=_place_names(int(place)),
+            values={":owner": owner},
+        )
+
+    def start(self, key: str, message_id: str, sent_ms: int, started_ms: int) -> bool:
+        """Note that a message is about to run."""
+        now_s = self._clock()
+        in_the_way = self._update(
+            key,
+            "SET #message = :message, #started = :started, #expiry = :ttl",
+            "attribute_not_exists(#started) OR #started <= :sent"
+            " OR #message = :message OR #expiry < :now",
+            names={
+                "#message": "message_id",
+                "#started": "started",
+                "#expiry": "expiration",
+            },
+            values={
+                ":message": message_id,
+                ":started": started_ms,
+                ":sent": sent_ms,
+                ":ttl": math.ceil(now_s + _MAX_RETENTION_S),
+                ":now": math.floor(now_s),
+            },
+        )
+        return in_the_way is None
+
+    def _update(
+        self,
+        key: str,
+        change: str,
+        condition: str,
+        *,
+        names: Mapping[str, str],
+        values: Mapping[str, str | int],
+    ) -> Mapping[str, Any] | None:
+        """Change the item of a key; where the condition fails, return the item."""
+        parameters: dict[str, Any] = {
+            "Key": {"id": {"S": key}},
+            "UpdateExpression": change,
+            "ExpressionAttributeNames": names,
+            "ExpressionAttributeValues": {
+                name: _to_attribute(value) for name, value in values.items()
+            },
+        }
+        if condition:
+            parameters["ConditionExpression"] = condition
+            parameters["ReturnValuesOnConditionCheckFailure"] = "ALL_OLD"
+        try:
+            self.call("send", "update_item", self._table, **parameters)
+        except Exception as error:
+            if _error_code(error) != "ConditionalCheckFailedException":
+                raise
+            answer = getattr(error, "response", {})
+            return typing.cast("Mapping[str, Any]", answer.get("Item", {}))
+        return None
+
+
+def _to_ms(seconds: float) -> int:
+    """Return a time in whole milliseconds."""
+    return math.ceil(seconds * 1000)
+
+
+def _to_attribute(value: str | int) -> dict[str, str]:
+    """Return a value as DynamoDB's protocol has it."""
+    if isinstance(value, int):
+        return {"N": str(value)}
+    return {"S": value}
+
+
+def _place_names(place: int) -> dict[str, str]:
+    """Return the attributes of a place; the first has Powertools' name."""
+    until = "in_progress_expiration"
+    if place:
+        until += f"_{place}"
+    return {"#owner": f"owner_{place}", "#until": until}
+
+
+_schemes["dynamodb"] = DynamoClaims  # type: ignore[assignment]
+
+
+# A row for each claim. Of a start, the token is empty, for there is one for each key.
+_CLAIMS_SCHEMA = (
+    """CREATE TABLE IF NOT EXISTS claim (
+    key TEXT NOT NULL, token TEXT NOT NULL, until_ms INTEGER NOT NULL,
+    is_done INTEGER NOT NULL DEFAULT 0, message_id TEXT, started_ms INTEGER,
+    PRIMARY KEY (key, token)) WITHOUT ROWID""",
+    "CREATE INDEX IF NOT EXISTS claim_until ON claim (until_ms)",
+)
+
+
+class SqliteClaims(Claims):
+    """Claims in the file of a broker, which they die with."""
+
+    def __init__(self, broker: SqliteBroker) -> None:
+        self._broker = broker
+
+    def claim(self, key: str, for_s: float, most: int = 1) -> Claim:
+        """Take a place, if fewer than so many are taken."""
+        token, now_ms = os.urandom(8).hex(), self._in_ms()
+        insert = """INSERT INTO claim (key, token, until_ms) SELECT ?, ?, ?
+            WHERE (SELECT count(*) FROM claim WHERE key = ? AND until_ms >= ?) < ?"""
+        values = (key, token, self._in_ms(for_s), key, now_ms, most)
+        if self._change(insert, values):
+            return Claim(token)
+        find = """SELECT count(*) FROM claim
+            WHERE key = ? AND until_ms >= ? AND is_done"""
+        [[done]] = self._file.read(find, (key, now_ms))
+        return Claim(is_done=done > 0)
+
+    def finish(self, key: str, token: str, keep_s: float) -> None:
+        """Have the key done for so long."""
+        insert = """INSERT INTO claim (key, token, until_ms, is_done)
+            VALUES (?, ?, ?, 1) ON CONFLICT (key, token)
+            DO UPDATE SET until_ms = excluded.until_ms, is_done = 1"""
+        self._change(insert, (key, token, self._in_ms(keep_s)))
+
+    def release(self, key: str, token: str) -> None:
+        """Give a place back."""
+        self._change("DELETE FROM claim WHERE key = ? AND token = ?", (key, token))
+
+    def start(self, key: str, message_id: str, sent_ms: int, started_ms: int) -> bool:
+        """Note that a message is about to run."""
+        insert = """INSERT INTO claim (key, token, until_ms, message_id, started_ms)
+            VALUES (?, '', ?, ?, ?) ON CONFLICT (key, token) DO UPDATE
+            SET until_ms = excluded.until_ms, message_id = excluded.message_id,
+            started_ms = excluded.started_ms
+            WHERE started_ms <= ? OR message_id = excluded.message_id"""
+        until_ms = self._in_ms(_MAX_RETENTION_S)
+        values = (key, until_ms, message_id, started_ms, sent_ms)
+        return self._change(insert, values) > 0
+
+    @property
+    def _file(self) -> _SqliteFile:
+        return self._broker._file  # noqa: SLF001 - the file is the broker's and ours
+
+    def _in_ms(self, seconds: float = 0) -> int:
+        """Return the time so many seconds from now, by the broker's clock."""
+        return self._broker._in_ms(seconds)  # noqa: SLF001 - claims go by it
+
+    def _change(self, statement: str, values: Sequence[Any]) -> int:
+        """Make a change; return how many rows it met. What is expired goes, too."""
+        file = self._file
+        file.open()
+        for part in _CLAIMS_SCHEMA:  # nothing, where they exist
+            file.change(part, ())
+        file.change("DELETE FROM claim WHERE until_ms < ?", (self._in_ms(),))
+        return file.change(statement, values)
 
 
 # --- 21. once, unique, limits ---------------------------------------------------------
-# What claims are for.
-# (Invariant.)
+# What claims are for. All of it acts where a run starts, never at dispatch, so no crash
+# can suppress a message for one that was not sent. A message is ignored only if a run
+# that stands for its own has ended, or has its own message in the queue. One that
+# can't have its claim, or whose claim fails, is postponed: it never runs without it.
+# Where a run has ended, and its claim can't be told, the claim ends by itself.
+
+
+__all__ += ["Limit", "limit"]
+
+_KEEP_S = 86_400  # how long `once` remembers, if keep_s does not say
+_LAMBDA_RUN_S = 900  # a function runs no longer
+_FIRST_WAIT_S = 10  # for a claim that others have; it doubles each time…
+_LONGEST_WAIT_S = 160  # …up to this
+_MEMORY = r"sqlite://(\?|$)"  # a URL of a queue that is in memory
+_claim_faults = _Faults()
+
+
+class Limit(NamedTuple):
+    """What :func:`limit` returns, and the option `limit` of :func:`task` takes."""
+
+    most: int
+    per: tuple[str, ...] = ()
+    every_s: float | None = None
+
+
+def limit(
+    most: int, *, per: tuple[str, ...] = (), every_s: float | None = None
+) -> Limit:
+    """Return how many runs of a task there may be at once, or in a time.
+
+    ``limit(1, per=('customer',))`` is a lock for each customer, ``limit(10)`` allows
+    ten runs at once over all workers, and ``limit(100, every_s=60)`` a hundred starts
+    in any minute.
+
+    :param most: how many, 1 to 1,000
+    :param per: the names of arguments: each of their values has a limit of its own
+    :param every_s: count starts in so many seconds instead of what runs at once
+    :raises ConfigurationError: if one of them is wrong
+    """
+    if type(most) is not int or not 1 <= most <= _MAX_PLACES:
+        raise ConfigurationError(
+            f"limit: most: expected 1 to {_MAX_PLACES} runs, got {most!r}"
+        )
+    if not _are_names(per):
+        raise ConfigurationError(f"limit: per: expected {_NAMES}, got {per!r}")
+    if every_s is not None and not _is_above_zero(every_s):
+        raise ConfigurationError(
+            f"limit: every_s: expected a number of seconds above 0, got {every_s!r}"
+        )
+    return Limit(most, tuple(per), every_s)
+
+
+# The options, when a task is declared.
+
+_NAMES = "a tuple of names of arguments, such as ('order_id',)"
+
+
+def _are_names(value: object) -> bool:
+    """Return whether this is a tuple or list of strings."""
+    if not isinstance(value, tuple | list):
+        return False
+    return all(isinstance(name, str) for name in value)
+
+
+def _check_choice(option: str, made: Task[Any, Any], value: object) -> None:
+    """Check `once` or `unique`: False, True, or arguments of the task."""
+    if isinstance(value, bool):
+        return
+    if not value or not _are_names(value):
+        raise ConfigurationError(
+            f"{made.name}: {option}: expected True or {_NAMES}, got {value!r}"
+        )
+    _check_arguments(option, made, typing.cast("Sequence[str]", value))
+
+
+def _check_arguments(option: str, made: Task[Any, Any], names: Sequence[str]) -> None:
+    """Raise ConfigurationError unless these are arguments of the task."""
+    for name in names:
+        parameter = made._signature.parameters.get(name)  # noqa: SLF001
+        given = name in made._given_by_worker  # noqa: SLF001
+        if parameter is None or given or parameter.kind is parameter.VAR_KEYWORD:
+            raise ConfigurationError(
+                f"{made.name}: {option}: the function has no argument {name!r}"
+            )
+
+
+def _check_keep(made: Task[Any, Any], value: object) -> None:
+    """Check `keep_s`, which goes with `once`."""
+    if not made.options.get("once"):
+        raise ConfigurationError(f"{made.name}: keep_s: expected once=, too")
+    if not _is_above_zero(value):
+        raise ConfigurationError(
+            f"{made.name}: keep_s: expected a number of seconds above 0, got {value!r}"
+        )
+
+
+def _check_limit(made: Task[Any, Any], value: object) -> None:
+    """Check `limit`."""
+    if not isinstance(value, Limit):
+        raise ConfigurationError(
+            f"{made.name}: limit: expected taskhawk.limit(…), got {value!r}"
+        )
+    _check_arguments("limit", made, value.per)
+    if value.every_s is None and made.time_limit is None:
+        raise ConfigurationError(
+            f"{made.name}: limit: expected time_limit=, too, after which the place of a"
+            " worker that died is free again"
+        )
+
+
+_more_options["once"] = functools.partial(_check_choice, "once")
+_more_options["unique"] = functools.partial(_check_choice, "unique")
+_more_options["keep_s"] = _check_keep
+_more_options["limit"] = _check_limit
+_CLAIMING = ("once", "unique", "limit")
+
+
+def _needs_claims(its_task: Task[Any, Any]) -> bool:
+    """Return whether a run of the task begins with a claim."""
+    return any(its_task.options.get(option) for option in _CLAIMING)
+
+
+def _check_claims() -> None:
+    """Raise ConfigurationError if a registered task needs claims, and there are none.
+
+    It is workers that need them, at their start: who only dispatches has no use for the
+    table, nor a permission.
+    """
+    for its_task in _registry.values():
+        if _needs_claims(its_task):
+            _find_claims()
+            if its_task.isolate and re.match(_MEMORY, settings.TASKHAWK_BROKER):
+                raise ConfigurationError(
+                    f"{its_task.name}: sqlite:// is the memory of one process, where"
+                    " the claims of an isolated task can't be: use a file, such as"
+                    " sqlite:///queue.db"
+                )
+
+
+_before_work.append(_check_claims)
+
+
+# A run.
+
+_UNCLAIMED = contextlib.nullcontext()
+
+
+def _around_run(
+    its_task: Task[Any, Any], received: QueueMessage
+) -> contextlib.AbstractContextManager[object, bool | None]:
+    """Return what holds the claims of a run; in sync mode, there is nobody else."""
+    if not its_task.options or not _needs_claims(its_task) or settings.TASKHAWK_SYNC:
+        return _UNCLAIMED
+    return _with_claims(its_task, received)
+
+
+_around_runs.append(_around_run)
+
+
+@contextlib.contextmanager
+def _with_claims(its_task: Task[Any, Any], received: QueueMessage) -> Iterator[None]:
+    """Hold the claims of a run, from before the task's call to after the post hook.
+
+    The order matters. A message that `unique` has noted stands for others, so `once`
+    must not ignore it after that. One that waits for its limit stands for them, too.
+    """
+    options = its_task.options
+    with contextlib.ExitStack() as claims:
+        if options.get("once"):
+            claims.enter_context(_once(its_task, received))
+        if options.get("unique"):
+            _start_unique(its_task, received)
+        if options.get("limit"):
+            claims.enter_context(_within_limit(its_task, received))
+        yield
+
+
+@contextlib.contextmanager
+def _once(its_task: Task[Any, Any], received: QueueMessage) -> Iterator[None]:
+    """Claim a message, or its arguments; if the run succeeds, have the claim done."""
+    message, chosen = _message_of(received), its_task.options["once"]
+    if chosen is True:
+        key = _key(its_task, "once", message.id)
+    else:
+        key = _key(its_task, "once", _arguments(its_task, message, chosen))
+    claim = _ask("claim", key, _void_s(its_task, received))
+    if claim.is_done:
+        raise IgnoreException("it has been done")
+    if not claim.token:
+        raise PostponeException("it runs elsewhere", delay_seconds=_wait_s(received))
+    try:
+        yield
+    except BaseException:
+        _tell("release", key, claim.token)
+        raise
+    _tell("finish", key, claim.token, its_task.options.get("keep_s", _KEEP_S))
+
+
+def _start_unique(its_task: Task[Any, Any], received: QueueMessage) -> None:
+    """Ignore a message if a run of its key started after it was sent.
+
+    The times are the queue's own. The first receive of the message that ran was before
+    its start, so a time between the two says too little, and at worst one runs more.
+    """
+    sent = received.attributes.get("SentTimestamp")
+    first = received.attributes.get("ApproximateFirstReceiveTimestamp")
+    if sent is None or first is None:
+        return  # of a topic: nothing can be compared
+    message, chosen = _message_of(received), its_task.options["unique"]
+    key = _key(its_task, "unique", _arguments(its_task, message, chosen))
+    may_run = _ask("start", key, message.id, int(sent), int(first))
+    if not may_run:
+        raise IgnoreException("a run that started after it was sent stands for it")
+
+
+@contextlib.contextmanager
+def _within_limit(its_task: Task[Any, Any], received: QueueMessage) -> Iterator[None]:
+    """Hold one of the places of a limit; of a rate, a place is taken for its time."""
+    most, per, every_s = its_task.options["limit"]
+    message = _message_of(received)
+    key = _key(its_task, "limit", _arguments(its_task, message, per))
+    for_s = every_s or _void_s(its_task, received)
+    claim = _ask("claim", key, for_s, most)
+    if not claim.token:
+        raise PostponeException("its limit is reached", delay_seconds=_wait_s(received))
+    try:
+        yield
+    finally:
+        if every_s is None:
+            _tell("release", key, claim.token)
+
+
+def _message_of(received: QueueMessage) -> Message:
+    """Return the decoded message of a run that is about to begin."""
+    return typing.cast("Message", received.message)
+
+
+def _void_s(its_task: Task[Any, Any], received: QueueMessage) -> float:
+    """Return after which time the claim of a run is void, for its worker has died."""
+    if received.in_lambda:  # which has no regard for time limits
+        return _LAMBDA_RUN_S + _SKEW_S
+    return (its_task.time_limit or received.lease_s) + _SKEW_S
+
+
+def _wait_s(received: QueueMessage) -> float:
+    """Return when to look again for a claim that others have.
+
+    A look costs a receive, a claim, a copy and a delete. The longer a message waits,
+    the fewer looks; after some minutes that is one request in thirty seconds.
+    """
+    doublings = min(received.postponed, 10)
+    return _jittered(min(_FIRST_WAIT_S * 2**doublings, _LONGEST_WAIT_S))
+
+
+def _key(its_task: Task[Any, Any], kind: str, what: object) -> str:
+    """Return the key of a claim; a table may serve several services."""
+    parts = [settings.TASKHAWK_QUEUE, its_task.name, what]
+    # A default need not be JSON, and its text may differ from process to process.
+    text = json.dumps(parts, sort_keys=True, default=_type_name)
+    return f"{kind}:{_hash(text)}"
+
+
+def _type_name(value: object) -> str:
+    """Return the name of a value's type."""
+    return _qualname(type(value))
+
+
+def _arguments(
+    its_task: Task[Any, Any], message: Message, chosen: Any
+) -> dict[str, Any]:
+    """Return a call's arguments by name, however they were given.
+
+    :param chosen: True for all, or the names of some
+    """
+    given = its_task._given_by_worker  # noqa: SLF001
+    keywords = {**message.kwargs, **dict.fromkeys(given)}
+    bound = its_task._signature.bind(*message.args, **keywords)  # noqa: SLF001
+    bound.apply_defaults()
+    if chosen is True:
+        chosen = [name for name in bound.arguments if name not in given]
+    return {name: bound.arguments[name] for name in chosen}
+
+
+def _ask(operation: str, *values: object) -> Any:
+    """Make a claim, or postpone the run if that fails."""
+    try:
+        answer = getattr(_find_claims(), operation)(*values)
+    except Exception as error:
+        level = logging.WARNING
+        if isinstance(error, ConfigurationError):
+            level = logging.ERROR  # for a person to mend
+        _claim_faults.failed("claims", "claim", _text_of(error), level)
+        delay_s = _jittered(_POSTPONE_S)
+        raise PostponeException("its claim failed", delay_seconds=delay_s) from error
+    _claim_faults.worked("claims", "claim")
+    return answer
+
+
+def _tell(operation: str, *values: object) -> None:
+    """End a claim; where that fails, it ends by itself, and the run has been."""
+    try:
+        getattr(_find_claims(), operation)(*values)
+    except Exception as error:
+        _claim_faults.failed("claims", "end claims", _text_of(error))
+    else:
+        _claim_faults.worked("claims", "end claims")
 
 
 # --- 22. schedules --------------------------------------------------------------------
@@ -8997,13 +9685,6 @@ def _schedule_name(message_id: str) -> str:
     if re.fullmatch("(?a)[\\w-]{1,64}", message_id):
         return message_id
     return _hash(message_id)
-
-
-def _hash(text: str) -> str:
-    """Return 64 characters that stand for a text."""
-    import hashlib
-
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _at(due_s: float, now_s: float) -> str:
@@ -9825,8 +10506,8 @@ class _Scan:
         copies = []
         for letter in letters:
             attributes = dict(letter.received.message_attributes)
-            attributes.pop(_ERROR_ATTRIBUTE, None)
-            attributes.pop(_ATTEMPTS_ATTRIBUTE, None)
+            for name in (_ERROR_ATTRIBUTE, _ATTEMPTS_ATTRIBUTE, _POSTPONED_ATTRIBUTE):
+                attributes.pop(name, None)
             copies.append(letter.received.copy(attributes))
         refused = _send_all(self._broker, self._queue, copies)
         self.delete(self._accepted(letters, refused), "copied, but not deleted: ")

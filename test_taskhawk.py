@@ -273,8 +273,8 @@ DENIED = "access denied: the IAM policy of these credentials does not allow {}"
 
 def configure_aws(endpoint: str, queue: str | None = None, **values: Any) -> None:
     """Configure what a server that stands in for AWS needs, and more."""
-    names = ("AWS_ENDPOINT_SCHEDULER", "AWS_ENDPOINT_SNS", "AWS_ENDPOINT_SQS")
-    endpoints = dict.fromkeys(names, endpoint)
+    services = ("DYNAMODB", "SCHEDULER", "SNS", "SQS")
+    endpoints = {f"AWS_ENDPOINT_{service}": endpoint for service in services}
     taskhawk.configure(AWS_SETTINGS, **endpoints, TASKHAWK_QUEUE=queue, **values)
 
 
@@ -1531,6 +1531,7 @@ SETTINGS_TABLE = {  # the default, and how an error goes on after "expected"
     "AWS_ACCESS_KEY": (None, "a string, such as 'AKIAIOSFODNN7EXAMPLE'"),
     "AWS_ACCOUNT_ID": (None, "an account id of twelve digits, such as '123456789012'"),
     "AWS_CONNECT_TIMEOUT_S": (2, "a number of seconds above 0, such as '2'"),
+    "AWS_ENDPOINT_DYNAMODB": (None, SETTINGS_URL),
     "AWS_ENDPOINT_SCHEDULER": (None, SETTINGS_URL),
     "AWS_ENDPOINT_SNS": (None, SETTINGS_URL),
     "AWS_ENDPOINT_SQS": (None, SETTINGS_URL),
@@ -1545,6 +1546,13 @@ SETTINGS_TABLE = {  # the default, and how an error goes on after "expected"
     "TASKHAWK_BROKER": (
         "sqs",
         "'sqs' or a URL of SQLite, such as 'sqlite:///queue.db'",
+    ),
+    "TASKHAWK_CLAIMS_TABLE": (
+        None,
+        (
+            "3 to 255 letters, digits, dots, hyphens and underscores, such as"
+            " 'taskhawk-claims'"
+        ),
     ),
     "TASKHAWK_DEFAULT_HEADERS": (None, SETTINGS_HOOK.format("default_headers")),
     "TASKHAWK_ERROR_HOOK": (None, SETTINGS_HOOK.format("report_error")),
@@ -4787,8 +4795,12 @@ class TestSqs:
         data = aws.calls[1].data
         limits = (data["MaxNumberOfMessages"], data["WaitTimeSeconds"])
         assert (*limits, data.get("VisibilityTimeout")) == expected
-        names = ["ApproximateReceiveCount", "SentTimestamp", "MessageGroupId"]
-        assert data["MessageSystemAttributeNames"] == names
+        assert data["MessageSystemAttributeNames"] == [
+            "ApproximateReceiveCount",
+            "SentTimestamp",
+            "ApproximateFirstReceiveTimestamp",
+            "MessageGroupId",
+        ]
         assert data["MessageAttributeNames"] == ["All"]
 
     def test_lost_answer(self, aws, sqs):
@@ -10446,6 +10458,7 @@ class TestWorker:
             "MessageSystemAttributeNames": [
                 "ApproximateReceiveCount",
                 "SentTimestamp",
+                "ApproximateFirstReceiveTimestamp",
                 "MessageGroupId",
             ],
         }
@@ -12057,7 +12070,10 @@ class TestPostponedCopies:
         send.with_headers(n="5").dispatch()
         assert work_once(taskhawk._brokers.broker()).postponed == 1
         first, copy = scripted.asked("SendMessage")
-        assert copy == first | {"DelaySeconds": 900}
+        ours = {"taskhawk.postponed": {"DataType": "String", "StringValue": "1"}}
+        attributes = {**first["MessageAttributes"], **ours}
+        changed = {"DelaySeconds": 900, "MessageAttributes": attributes}
+        assert copy == first | changed
 
     def test_retries_used_up(self, sqlite):
         """A task that is postponed now and then has no more retries than another."""
@@ -12076,25 +12092,23 @@ class TestPostponedCopies:
         assert error["attempt"] == 2
 
     @pytest.mark.parametrize(
-        ("attempt", "headers", "names"),
+        ("attempt", "headers", "kept", "ours"),
         [
-            (1, 10, {"taskhawk.attempts": False, "h": 10}),
-            (2, 10, {"taskhawk.attempts": True, "h": 9}),
-            (2, 3, {"taskhawk.attempts": True, "h": 3}),
+            (1, 10, 9, {"taskhawk.postponed": "3"}),
+            (2, 10, 8, {"taskhawk.postponed": "3", "taskhawk.attempts": "1"}),
+            (2, 3, 3, {"taskhawk.postponed": "3", "taskhawk.attempts": "1"}),
         ],
     )
-    def test_ten_attributes(self, attempt, headers, names):
-        """Where attempts count and there are ten headers, one gives way: the body has it."""
-        given = {
-            f"h{number}": {"DataType": "String", "StringValue": "x"}
-            for number in range(headers)
-        }
+    def test_ten_attributes(self, attempt, headers, kept, ours):
+        """Ours come first; of ten headers, some give way: the body has them."""
+        names = [*(f"h{number}" for number in range(headers)), "taskhawk.postponed"]
+        given = dict.fromkeys(names, {"DataType": "String", "StringValue": "2"})
         counts = {"ApproximateReceiveCount": str(attempt), "MessageGroupId": "g"}
         received = QueueMessage("{}", "m1", "r1", counts, given, queue="Q")
         copy = taskhawk._postponed_copy(received, 5, 1000)
-        ours = copy.attributes.get("taskhawk.attempts", {})
-        assert ours.get("StringValue") == ("1" if names["taskhawk.attempts"] else None)
-        assert len(copy.attributes) - bool(ours) == names["h"]
+        values = {name: it["StringValue"] for name, it in copy.attributes.items()}
+        assert {name: values.pop(name) for name in ours} == ours
+        assert len(values) == kept
         assert (copy.body, copy.delay_s, copy.group_id) == ("{}", 5, "g")
 
     def test_lease_lost(self, worker_broker, worker_act, worker_clock):
@@ -13954,6 +13968,240 @@ class TestLambda:
 
 # --- 20. claims -----------------------------------------------------------------------
 
+CLAIMS_TABLE = "taskhawk-claims"
+NO_TABLE = (
+    "TASKHAWK_CLAIMS_TABLE is not set: on SQS, once, unique and limit need a DynamoDB"
+    " table: set its name, such as 'taskhawk-claims', and run python -m taskhawk provision"
+)
+
+
+def make_claims_table(client: Any) -> None:
+    """Make the table as `provision` does, unless it exists."""
+    with contextlib.suppress(client.exceptions.ResourceInUseException):
+        client.create_table(
+            TableName=CLAIMS_TABLE,
+            KeySchema=[{"AttributeName": "id", "KeyType": "HASH"}],
+            AttributeDefinitions=[{"AttributeName": "id", "AttributeType": "S"}],
+            BillingMode="PAY_PER_REQUEST",
+        )
+
+
+@pytest.fixture(params=["ministack", "moto", "sqlite"])
+def claims(
+    request: pytest.FixtureRequest,
+    sqs_client: Callable[..., Any],
+    queue_name: str,
+    tmp_path: Path,
+) -> tuple[Any, Clock]:
+    """Return claims in each kind of place, and the clock that they go by."""
+    clock = Clock()
+    if request.param == "sqlite":
+        url = f"sqlite:///{tmp_path}/queue.db"
+        return taskhawk.SqliteClaims(taskhawk.SqliteBroker(url, clock)), clock
+    endpoint = request.getfixturevalue(request.param)
+    make_claims_table(sqs_client(endpoint, "dynamodb"))
+    configure_aws(endpoint, queue_name)
+    return taskhawk.DynamoClaims(f"dynamodb:{CLAIMS_TABLE}", clock), clock
+
+
+@pytest.fixture
+def key() -> str:
+    """Return the key of a claim that no other test uses."""
+    return f"test:{uuid.uuid4().hex}"
+
+
+class TestClaims:
+    """One holder at a time, until it releases, or until its time is over."""
+
+    def test_held(self, claims, key):
+        """Who has a claim has it alone, until it is released; other keys are others."""
+        store, _ = claims
+        first = store.claim(key, 60)
+        assert first.token
+        assert not first.is_done
+        assert store.claim(key, 60) == taskhawk.Claim()
+        assert store.claim(f"{key}2", 60).token
+        store.release(key, first.token)
+        store.release(key, first.token)  # it makes no difference
+        assert store.claim(key, 60).token
+
+    def test_void(self, claims, key):
+        """A claim ends by itself, and whoever had it can't release it for the next."""
+        store, clock = claims
+        dead = store.claim(key, 60)
+        clock.now += 60
+        assert not store.claim(key, 60).token
+        clock.now += 0.1
+        assert store.claim(key, 60).token
+        store.release(key, dead.token)
+        assert not store.claim(key, 60).token
+
+    @pytest.mark.parametrize("after_s", [1, 61])
+    def test_done(self, claims, key, after_s):
+        """What is finished is done for as long as it is kept, and then forgotten.
+
+        So it is if it was finished after its time: the run has been.
+        """
+        store, clock = claims
+        first = store.claim(key, 60)
+        clock.now += after_s
+        store.finish(key, first.token, 100)
+        clock.now += 99
+        assert store.claim(key, 60) == taskhawk.Claim(is_done=True)
+        store.release(key, first.token)
+        clock.now += 3  # DynamoDB keeps whole seconds
+        assert store.claim(key, 60).token
+
+    def test_finished_behind_the_next(self, claims, key):
+        """A run that outlived its claim is done all the same, whatever the next one does."""
+        store, clock = claims
+        slow = store.claim(key, 60)
+        clock.now += 61
+        quick = store.claim(key, 60)
+        store.finish(key, slow.token, 1000)
+        store.release(key, quick.token)
+        assert store.claim(key, 60) == taskhawk.Claim(is_done=True)
+
+    @pytest.mark.parametrize("most", [2, 7])
+    def test_places(self, claims, key, most):
+        """There are as many places as are asked for; a free one is found."""
+        store, clock = claims
+        taken = [store.claim(key, 60, most).token for _ in range(most)]
+        assert len({*taken, ""}) == most + 1
+        assert store.claim(key, 60, most) == taskhawk.Claim()
+        store.release(key, taken[1])
+        assert store.claim(key, 120, most).token
+        assert store.claim(key, 60, most) == taskhawk.Claim()
+        clock.now += 61  # one of them is left
+        again = [store.claim(key, 60, most).token for _ in range(most)]
+        assert (all(again[:-1]), again[-1]) == (True, "")
+
+    @pytest.mark.parametrize(
+        ("second", "starts"),
+        [
+            (("m2", 900, 1500), False),
+            (("m2", 999, 1500), False),
+            (("m2", 1000, 1500), True),  # equal times say nothing: nothing is lost
+            (("m2", 1001, 1500), True),
+            (("m1", 900, 1000), True),  # its own retry
+        ],
+    )
+    def test_start(self, claims, key, second, starts):
+        """A message starts, unless another's run started after it was sent."""
+        store, clock = claims
+        assert store.start(key, "m1", 900, 1000)
+        clock.now += 13 * 86_400
+        assert store.start(key, *second) is starts
+        assert store.start(key, "m3", 1500, 1600)
+        assert not store.start(key, "m1", 900, 1000)  # by now m3 stands for it
+        clock.now += 14 * 86_400 + 2
+        assert store.start(key, "m1", 900, 1000)  # no queue has kept it for so long
+
+    def test_race(self, claims, key):
+        """However many ask at once, no more get a place than there are."""
+        store, _ = claims
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            asked = [pool.submit(store.claim, key, 60, 3) for _ in range(16)]
+        tokens = [each.result().token for each in asked]
+        assert 1 <= len([*filter(None, tokens)]) <= 3
+        while store.claim(key, 60, 3).token:
+            tokens.append("one more")
+        assert len([*filter(None, tokens)]) == 3
+
+    def test_layout(self, ministack, sqs_client, key):
+        """An item has Powertools' attributes, and an end by which DynamoDB deletes it."""
+        client = sqs_client(ministack, "dynamodb")
+        make_claims_table(client)
+        configure_aws(ministack)
+        store = taskhawk.DynamoClaims(f"dynamodb:{CLAIMS_TABLE}", Clock(1000.5))
+
+        def item() -> dict[str, Any]:
+            found = client.get_item(TableName=CLAIMS_TABLE, Key={"id": {"S": key}})
+            return found["Item"]
+
+        claim = store.claim(key, 60)
+        owner = claim.token.removeprefix("0-")
+        assert item() == {
+            "id": {"S": key},
+            "status": {"S": "INPROGRESS"},
+            "in_progress_expiration": {"N": "1060500"},
+            "expiration": {"N": "87461"},
+            "owner_0": {"S": owner},
+        }
+        store.finish(key, claim.token, 3600)
+        assert item() == {
+            "id": {"S": key},
+            "status": {"S": "COMPLETED"},
+            "expiration": {"N": "4601"},
+        }
+
+    def test_lost_answer(self, ministack, sqs_client, key):
+        """A claim whose answer was lost is ours all the same, as botocore repeats it."""
+        make_claims_table(sqs_client(ministack, "dynamodb"))
+        with ScriptedAws(ministack).running("app") as aws:
+            store = taskhawk.DynamoClaims(f"dynamodb:{CLAIMS_TABLE}")
+
+            def lose(call: AwsCall) -> AwsAnswer:
+                passed(call)
+                return DROPPED
+
+            aws.script("UpdateItem", lose)
+            assert store.claim(key, 60).token
+            assert aws.actions == ["UpdateItem", "UpdateItem"]
+            assert not store.claim(key, 60).token
+
+    @pytest.mark.parametrize(
+        ("answer", "sentence"),
+        [
+            (
+                fault("ResourceNotFoundException", "Requested resource not found"),
+                (
+                    "taskhawk-claims: there is no such table: run python -m taskhawk"
+                    " provision, or check TASKHAWK_CLAIMS_TABLE and AWS_REGION"
+                    " (ResourceNotFoundException: Requested resource not found)"
+                ),
+            ),
+            (
+                fault("AccessDeniedException"),
+                f"taskhawk-claims: {DENIED.format('UpdateItem')} (AccessDeniedException: no)",
+            ),
+        ],
+    )
+    def test_refused(self, aws, key, answer, sentence):
+        """What only a person can mend is said in a sentence, with the remedy."""
+        aws.always("UpdateItem", answer)
+        store = taskhawk.DynamoClaims(f"dynamodb:{CLAIMS_TABLE}")
+        for call in (store.claim, store.release, store.finish):
+            args = (key, "0-x", 60)[: 3 - (call == store.release)]
+            args = (key, 60) if call == store.claim else args
+            assert refused(call, *args) == sentence
+
+    def test_which(self, sqlite):
+        """Claims are in the file on SQLite, and in the table that is set on SQS."""
+        assert isinstance(taskhawk._find_claims(), taskhawk.SqliteClaims)
+        taskhawk.configure(AWS_KEYS)
+        assert refused(taskhawk._find_claims) == NO_TABLE
+        taskhawk.configure(AWS_KEYS, TASKHAWK_CLAIMS_TABLE=CLAIMS_TABLE)
+        store = taskhawk._find_claims()
+        assert isinstance(store, taskhawk.DynamoClaims)
+        assert taskhawk._find_claims() is store
+
+    def test_file(self, tmp_path, key):
+        """Claims are the file's: other processes see them, and they go with it."""
+        path, clock = tmp_path / "queue.db", Clock()
+        one, two = (
+            taskhawk.SqliteClaims(taskhawk.SqliteBroker(f"sqlite:///{path}", clock))
+            for _ in range(2)
+        )
+        assert one.claim(key, 60).token
+        assert not two.claim(key, 60).token
+        clock.now += 61
+        assert two.claim(f"{key}2", 60).token
+        assert sqlite_execute(path, "SELECT key FROM claim") == [(f"{key}2",)]
+        for name in tmp_path.iterdir():
+            name.unlink()
+        assert one.claim(key, 60).token
+
 
 # --- 21. once, unique, limits ---------------------------------------------------------
 
@@ -14820,7 +15068,8 @@ class TestDeadLetters:
         """They go back to the queue of their priority as they were, without our attributes."""
         header = {"n": {"DataType": "String", "StringValue": "é"}}
         value = {"DataType": "String", "StringValue": "3"}
-        ours = dict.fromkeys(("taskhawk.error", "taskhawk.attempts"), value)
+        names = ("taskhawk.error", "taskhawk.attempts", "taskhawk.postponed")
+        ours = dict.fromkeys(names, value)
         queue = broker.destination(Priority.high)
         broker.send(
             f"{queue}-DLQ", [Outgoing(processing_body(args=[1]), {**ours, **header})]
