@@ -7457,7 +7457,7 @@ class _Scan:
         while len(self._seen) < total and self.matched < self.limit:
             new = self._receive(total - len(self._seen))
             if not new:
-                self._say_what_waits(total - len(self._seen))
+                self._warn_of_groups(total - len(self._seen))
                 return
             letters = [*filter(self.wanted.matches, map(_read_dead_letter, new))]
             letters = letters[: self.limit - self.matched]
@@ -7468,11 +7468,11 @@ class _Scan:
             text = "%s %d of %d messages, %d failed"
             self.say(text, self.done, self.matched - failed, total, failed)
 
-    def _say_what_waits(self, left: int) -> None:
-        """Say that a FIFO queue withholds what follows the messages of a group."""
+    def _warn_of_groups(self, left: int) -> None:
+        """Warn of what a FIFO queue withholds: the rest of a group that is looked at."""
         if self._hidden and _is_fifo(self._source):
-            text = "about %d more wait in %s behind these, in the same groups"
-            self.say(text, left, self._source)
+            text = "%s: about %d more wait behind these, in their groups"
+            _log.warning(text, self._source, left)
 
     def total(self) -> int:
         """Count the dead letters that are visible; SQS does so approximately."""
