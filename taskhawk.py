@@ -8819,7 +8819,7 @@ class _Scan:
             self.say(text, self.done, self.matched - failed, total, failed)
 
     def _warn_of_groups(self, left: int) -> None:
-        """Warn of what a FIFO queue withholds: the rest of a group that is looked at."""
+        """Warn of what a FIFO queue withholds: the rest of groups that were met."""
         if self._hidden and _is_fifo(self._source):
             text = "%s: about %d more wait behind these, in their groups"
             _log.warning(text, self._source, left)
