@@ -4591,7 +4591,7 @@ def _prepare(message: Message) -> _Ready:
     attributes = _attributes_of(message.headers)
     entry = Outgoing(body, attributes, message.delay_s, message.group_id)
     sender = _brokers.sender()
-    if _is_fifo(sender.destination(message.priority)):
+    if settings.TASKHAWK_FIFO:
         entry = _in_group(message, entry)
     if entry.delay_s > sender.max_delay_s and isinstance(sender, _AwsSender):
         sender = _brokers.get("schedule")
@@ -4907,7 +4907,7 @@ class _Lane:
         self._sender, self._destination, self._busy = sender, destination, busy
         self._process_id = os.getpid()
         max_calls = sender.shared_calls
-        if destination.endswith(".fifo"):  # or a later call might overtake an earlier
+        if _is_fifo(destination):  # or a later call might overtake an earlier
             max_calls = 1
         self._sharing = _Sharing(sender.max_bytes, max_calls)
         self._max_helpers = max_calls
@@ -9706,9 +9706,9 @@ def _target(arn: str, body: str, group_id: str | None) -> dict[str, Any]:
         "Input": body,
         "RetryPolicy": _DELIVERY,
     }
-    if ":sqs:" in arn and not arn.endswith(".fifo"):  # which can't be such a queue
-        target["DeadLetterConfig"] = {"Arn": f"{arn}-DLQ"}
-    if group_id is not None:
+    if ":sqs:" in arn and not _is_fifo(arn):  # which can't be such a queue
+        target["DeadLetterConfig"] = {"Arn": _dead_letter_name(arn)}
+    if ":sqs:" in arn and group_id is not None:
         target["SqsParameters"] = {"MessageGroupId": group_id}
     return target
 
@@ -9819,8 +9819,9 @@ def _cancel_in_file(broker: SqliteBroker, message_id: str) -> bool:
     beginning = _ENCODER.encode({"id": message_id})[:-1] + ","  # of each body
     delete = "DELETE FROM message WHERE"
     where = f"""queue IN ({_marks("?", queues)}) AND visible_ms > ?
-        AND receipt IS NULL AND substr(body, 1, ?) = ?"""
-    values = (*queues, broker._in_ms(), len(beginning), beginning)  # noqa: SLF001
+        AND visible_ms < ? AND receipt IS NULL AND substr(body, 1, ?) = ?"""
+    now_ms = broker._in_ms()  # noqa: SLF001
+    values = (*queues, now_ms, _BEHIND, len(beginning), beginning)
     file = broker._file  # noqa: SLF001 - both are of this very file
     return file.change(f"{delete} {where}", values) > 0
 
@@ -10459,7 +10460,7 @@ class _Scan:
         while len(self._seen) < total and self.matched < self.limit:
             new = self._receive(total - len(self._seen))
             if not new:
-                self._say_what_waits(total - len(self._seen))
+                self._warn_of_groups(total - len(self._seen))
                 return
             letters = [_read_dead_letter(self, received) for received in new]
             letters = [*filter(self.wanted.matches, letters)]
@@ -10472,11 +10473,11 @@ class _Scan:
             text = "%s %d of %d messages, %d failed"
             self.say(text, self.done, self.matched - failed, total, failed)
 
-    def _say_what_waits(self, left: int) -> None:
-        """Say that a FIFO queue withholds what follows the messages of a group."""
+    def _warn_of_groups(self, left: int) -> None:
+        """Warn of what a FIFO queue withholds: the rest of groups that were met."""
         if self._hidden and _is_fifo(self.source):
-            text = "about %d more wait in %s behind these, in the same groups"
-            self.say(text, left, self.source)
+            text = "%s: about %d more wait behind these, in their groups"
+            _log.warning(text, self.source, left)
 
     def total(self) -> int:
         """Count the dead letters that are visible; SQS does so approximately."""

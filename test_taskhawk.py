@@ -17,6 +17,7 @@ import dataclasses
 import datetime as dt
 import functools
 import gc
+import hashlib
 import html
 import http.client
 import http.server
@@ -7313,6 +7314,192 @@ class TestBatch:
         assert sorted(received_args()) == [n for n in range(20) if n != 14]
 
 
+def sha256(text: str) -> str:
+    """Return the group that stands for a text that SQS does not take."""
+    return f"sha256:{hashlib.sha256(text.encode(errors='surrogatepass')).hexdigest()}"
+
+
+#: Keys of groups, and the group ids that they stand for.
+GROUP_KEYS = {
+    7: "7",
+    -1: "-1",
+    "7": "7",
+    "customer-7": "customer-7",
+    "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~": "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~",
+    "x" * 128: "x" * 128,
+    "x" * 129: sha256("x" * 129),
+    "Müller": sha256("Müller"),
+    "Smith & Sons": sha256("Smith & Sons"),
+    "line\n": sha256("line\n"),
+    "\ud800": sha256("\ud800"),
+    "": sha256(""),
+}
+
+
+def ship(order, customer="nobody", *, to=None, **more):
+    """Do nothing."""
+
+
+def with_metadata(metadata, customer):
+    """Do nothing."""
+
+
+#: The option `group` of ship(), the arguments of a call, and its group.
+GROUP_OPTIONS = [
+    (None, (1,), {}, None),
+    ("customer", (1, "a"), {}, "a"),
+    ("customer", (1,), {"customer": 7}, "7"),
+    ("customer", (1,), {}, "nobody"),
+    ("customer", (1, None), {}, None),
+    ("order", (1,), {}, "1"),
+    ("to", (1,), {"to": "b c"}, sha256("b c")),
+    ("to", (1,), {}, None),
+    ("tenant", (1,), {"tenant": "t"}, "t"),
+    ("tenant", (1,), {}, None),
+    (lambda order, **_: f"order-{order}", (1,), {"customer": "a"}, "order-1"),
+    (lambda *_, **__: None, (1,), {}, None),
+]
+
+
+class TestGroupKeys:
+    """What groups messages: an invocation's key, or what the task's option says."""
+
+    @pytest.mark.parametrize("key", GROUP_KEYS)
+    def test_keys(self, mail, key):
+        """Any key is one that SQS takes; the same key is always the same group."""
+        with taskhawk.capture() as calls:
+            mail.with_group(key).dispatch()
+        assert [call.group_id for call in calls] == [GROUP_KEYS[key]]
+        assert re.fullmatch(r"[!-~]{1,128}", GROUP_KEYS[key])
+
+    @pytest.mark.parametrize("key", [None, True, 1.5, ["a"], b"a"])
+    def test_no_keys(self, mail, key):
+        """What is neither a string nor an int is refused, and not shown."""
+        kind = type(key).__name__
+        sentence = f"group: expected a string or an int, got {kind}"
+        assert refused(mail.with_group, key, error=TypeError) == sentence
+        task = taskhawk.task(name="g.h", group="customer")(ship)
+        if key is not None:
+            call = (task.dispatch, 1, [key])
+            sentence = "g.h: group: expected a string or an int, got list"
+            assert refused(*call, error=TypeError) == sentence
+
+    def test_invocations(self, sqlite, mail):
+        """An invocation with a group is another one, and has all else that it had."""
+        one = mail.with_headers(a="b").with_group("g")
+        two = one.with_group("h").with_priority(Priority.high)
+        for invocation in (one, two, mail.with_group("i").with_delay(0)):
+            invocation.dispatch()
+        groups = [message.group_id for message in receive_all()]
+        (high,) = receive_all(Priority.high)
+        assert (sorted(groups), high.group_id) == (["g", "i"], "h")
+        assert json.loads(high.body)["headers"] == {"a": "b"}
+
+    @pytest.mark.parametrize(("group", "args", "kwargs", "expected"), GROUP_OPTIONS)
+    def test_option(self, group, args, kwargs, expected):
+        """A task's option names the argument that is the group, or is a function of all."""
+        task = taskhawk.task(name="g.ship", group=group)(ship)
+        with taskhawk.capture() as calls:
+            task.dispatch(*args, **kwargs)
+            task.dispatch_many([(*args,)])
+            task.with_group("own").dispatch(*args, **kwargs)
+        assert (calls[0].group_id, calls[2].group_id) == (expected, "own")
+
+    @pytest.mark.parametrize(
+        ("fn", "group"),
+        [
+            (plain, "customer"),
+            (with_metadata, "metadata"),
+            (ship, 7),
+            (ship, "headers"),
+        ],
+    )
+    def test_wrong_option(self, fn, group):
+        """An option that names no argument is refused where it is declared."""
+        assert refused(taskhawk.task(name="g.f", group=group), fn) == (
+            f"g.f has group={group!r}: expected the name of one of its arguments, or a"
+            " function of its arguments"
+        )
+        assert "g.f" not in taskhawk._registry
+
+    def test_fifo(self, aws, mail):
+        """On a FIFO queue a message is deduplicated by its id; without a group, it is its own."""
+        taskhawk.configure(taskhawk.settings.given, TASKHAWK_FIFO=True)
+        ids = [mail.dispatch(), mail.with_group("g").dispatch()]
+        strange = Message.new("mail.send", msg_id="an id")
+        taskhawk.publish(strange)
+        sent = [
+            (call["MessageGroupId"], call["MessageDeduplicationId"])
+            for call in aws.asked("SendMessage")
+        ]
+        own = sha256("an id")
+        assert sent == [(ids[0], ids[0]), ("g", ids[1]), (own, own)]
+        assert aws.asked("GetQueueUrl") == [{"QueueName": "TASKHAWK-APP.fifo"}]
+
+    def test_standard(self, aws, mail):
+        """On a standard queue there is no deduplication, and no group unless one is given."""
+        mail.dispatch()
+        mail.with_group("g").dispatch()
+        one, two = aws.asked("SendMessage")
+        assert "MessageGroupId" not in one
+        assert two["MessageGroupId"] == "g"
+        assert "MessageDeduplicationId" not in {**one, **two}
+
+    @pytest.mark.parametrize("url", ["sqs", "sqlite://"])
+    def test_delays(self, aws, mail, url):
+        """A FIFO queue can't delay a message: that is refused before anything is sent."""
+        given = taskhawk.settings.given
+        taskhawk.configure(given, TASKHAWK_FIFO=True, TASKHAWK_BROKER=url)
+        assert refused(mail.with_delay(1).dispatch) == (
+            "mail.send: a FIFO queue can't delay a message: leave the delay out, or use a"
+            " queue without TASKHAWK_FIFO"
+        )
+        mail.with_delay(0).dispatch()
+        assert [a for a in aws.actions if a != "GetQueueUrl"] == ["SendMessage"] * (
+            url == "sqs"
+        )
+
+    def test_unsent(self, aws, mail):
+        """What was not accepted keeps its group; what follows of the group was not sent."""
+        taskhawk.configure(taskhawk.settings.given, TASKHAWK_FIFO=True)
+        aws.script("SendMessageBatch", refuse(8, 9, ours=True), None)
+        batch = taskhawk.batch()
+        batch.__enter__()
+        for number in range(11):
+            mail.with_group("g").dispatch(number)
+        mail.with_group("h").dispatch("other")
+        with pytest.raises(taskhawk.PartialFailure) as caught:
+            batch.__exit__(None, None, None)
+        failure = caught.value
+        assert [message.args for message in failure.unsent] == [[8], [9], [10]]
+        assert [message.group_id for message in failure.unsent] == ["g"] * 3
+        codes = [entry["Code"] for entry in failure.result["Failed"]]
+        assert codes == ["InternalError"] * 2 + ["GroupStopped"]
+        for message in failure.unsent:
+            taskhawk.publish(message)
+        again = aws.asked("SendMessage")[1:]
+        assert [call["MessageGroupId"] for call in again] == ["g"] * 3
+        ids = [message.id for message in failure.unsent]
+        assert [call["MessageDeduplicationId"] for call in again] == ids
+
+    def test_sync(self, sync):
+        """Sync mode runs a message of a group as any other."""
+        runs = []
+        taskhawk.configure(TASKHAWK_SYNC=True, TASKHAWK_FIFO=True)
+        task = taskhawk.task(name="g.run", group="key")(lambda_of(runs))
+        task.dispatch("x y")
+        assert runs == ["x y"]
+
+
+def lambda_of(runs: list[Any]) -> Any:
+    """Return a function that notes its argument."""
+
+    def run(key: Any) -> None:
+        runs.append(key)
+
+    return run
+
+
 class TestCapture:
     """capture() collects what would be sent, as the worker would get it."""
 
@@ -12471,6 +12658,123 @@ class TestSchedules:
         inner.close()
 
 
+#: A task that notes its runs in a file; some ask for a retry, or are killed with the worker.
+ORDER_MODULE = """
+import os
+import time
+import taskhawk
+
+@taskhawk.task(group="group")
+def note(group, number, metadata):
+    journal = os.open("journal", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.write(journal, f"{group} {number} began\\n".encode())
+    time.sleep(0.02)
+    if number % 5 == 2 and metadata.attempt == 1:
+        raise taskhawk.RetryException(delay_seconds=number % 2)
+    os.write(journal, f"{group} {number} ended\\n".encode())
+    os.close(journal)
+"""
+
+
+class TestOrder:
+    """A FIFO queue's groups are run in order, one message at a time, whatever happens."""
+
+    def test_one_group(self, worker_broker, worker_act):
+        """With ten slots and a prefetch, too, a group has one run at a time, in order."""
+        queue, runs, running = f"{WORKER_QUEUE}.fifo", [], []
+
+        def act(number: int) -> None:
+            running.append(number)
+            worker_eventually(lambda: True)
+            assert running == [number]
+            runs.append(running.pop())
+
+        for number in range(30):
+            WORKER_ACTS[f"run{number}"] = functools.partial(act, number)
+            message = Message.new(worker_act.name, [f"run{number}"])
+            entry = Outgoing(json.dumps(message.as_dict()), {}, 0, "g", message.id)
+            worker_broker.inner.send(queue, [entry])
+        ledger = worker_broker.work(queue, concurrency=10, num_messages=10)
+        assert ledger == taskhawk.Ledger(received=30, acked=30)
+        assert runs == list(range(30))
+
+    def test_refused_delete(self, scripted, queue_name, sqs_client, ministack):
+        """A FIFO queue refuses the delete of a message that was received again: uncertain."""
+        make_queue(sqs_client(ministack), f"TASKHAWK-{queue_name}.fifo")
+        taskhawk.configure(taskhawk.settings.given, TASKHAWK_FIFO=True)
+        broker = taskhawk._brokers.broker()
+        queue = broker.destination(Priority.default)
+
+        @taskhawk.task(name="order.slow")
+        def slow() -> None:
+            (again,) = broker.receive(queue, 1, 5, 30, NEVER)
+            assert again.attempt == 2
+
+        slow.dispatch()
+        scripted.always("ChangeMessageVisibilityBatch", refuse(0))
+        ledger = taskhawk.Worker(
+            broker, [queue], visibility_timeout_s=1, loop_count=1
+        ).run()
+        assert ledger == taskhawk.Ledger(received=1, uncertain=1)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("place", ["ministack", "sqlite"])
+    def test_killed_workers(self, request, place, sqs_client, queue_name, tmp_path):
+        """Through retries, kill -9 and restarts, each group's messages are run in order."""
+        env = {"TASKHAWK_FIFO": "true", "TASKHAWK_QUEUE": queue_name, **AWS_SETTINGS}
+        if place == "ministack":
+            endpoint = request.getfixturevalue("ministack")
+            make_queue(sqs_client(endpoint), f"TASKHAWK-{queue_name}.fifo", 100)
+            env["AWS_ENDPOINT_SQS"] = endpoint
+        else:
+            options = "visibility_timeout_s=2&max_receive_count=100"
+            env["TASKHAWK_BROKER"] = f"sqlite:///{tmp_path}/queue.db?{options}"
+        (tmp_path / "jobs.py").write_text(ORDER_MODULE)
+        send = """
+            import jobs
+            for number in range(20):
+                for group in "abc":
+                    jobs.note.dispatch(group, number)
+        """
+        assert python_lines(tmp_path, send, **env) == []
+        listen = [sys.executable, "-m", "taskhawk", "listen", "jobs"]
+        listen += ["--concurrency=4", "--visibility-timeout=2", "--log-level=error"]
+        workers: list[subprocess.Popen[bytes]] = []
+        journal = tmp_path / "journal"
+
+        def start() -> None:
+            workers.append(subprocess.Popen(listen, cwd=tmp_path, env=python_env(env)))
+
+        def ended() -> int:
+            text = journal.read_text() if journal.exists() else ""
+            return len(re.findall(".* ended", text))
+
+        deadline = time.monotonic() + 90
+        try:
+            start()
+            start()
+            for kill_at in (5, 12, 25, 40):
+                while ended() < kill_at:
+                    assert time.monotonic() < deadline
+                    time.sleep(0.002)
+                victim = workers.pop(0)
+                victim.kill()
+                victim.wait()
+                start()
+            while len(set(journal.read_text().splitlines())) < 2 * 60:
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+        finally:
+            for worker in workers:
+                worker.kill()
+                worker.wait()
+        for group in "abc":
+            lines = re.findall(rf"{group} (\d+) (\w+)", journal.read_text())
+            numbers = [int(number) for number, _ in lines]
+            assert numbers == sorted(numbers)
+            assert set(numbers) == set(range(20))
+
+
 # --- 17. log records ------------------------------------------------------------------
 
 
@@ -15082,6 +15386,43 @@ class TestDeadLetters:
         assert receive_all() == []
         assert broker.depth(f"{queue}-DLQ") == Depth(0, 0, 0)
 
+    @pytest.mark.parametrize("place", ["ministack", "sqlite"])
+    def test_fifo(  # noqa: PLR0917 - fixtures
+        self, request, place, sqs_client, queue_name, capsys, caplog, tmp_path
+    ):
+        """Of a FIFO queue, they go back in the order and group that they had.
+
+        A copy is deduplicated by what it is a copy of: its own id was sent before. What
+        waits behind those that are looked at can't be seen, and that is said.
+        """
+        taskhawk.configure(TASKHAWK_BROKER=f"sqlite:///{tmp_path}/queue.db")
+        if place == "ministack":
+            endpoint = request.getfixturevalue("ministack")
+            make_queue(sqs_client(endpoint), f"TASKHAWK-{queue_name}.fifo")
+            configure_aws(endpoint, queue_name)
+        taskhawk.configure(taskhawk.settings.given, TASKHAWK_FIFO=True)
+        broker = taskhawk._brokers.broker()
+        queue = broker.destination(Priority.default)
+        dead = taskhawk._dead_letter_name(queue)
+        letters = [
+            Outgoing(processing_body(args=[n]), {}, 0, "g", f"{n}") for n in range(12)
+        ]
+        for letter in letters:
+            broker.send(dead, [letter])
+        assert taskhawk.main(["dead-letters", "list", "--json"]) == 0
+        seen, warnings = 12, []
+        if place == "ministack":
+            seen = 10
+            warnings = [f"{dead}: about 2 more wait behind these, in their groups"]
+        assert capsys.readouterr().out.count("\n") == seen
+        assert caplog.messages == warnings
+        assert taskhawk.requeue_dead_letter(Priority.default) == 12
+        found = []
+        while messages := broker.receive(queue, 1, 0, 60, NEVER):
+            found += [(json.loads(m.body)["args"], m.group_id) for m in messages]
+            broker.delete(queue, [m.receipt_handle for m in messages])
+        assert found == [([number], "g") for number in range(12)]
+
     @pytest.mark.parametrize("num_messages", [1, 4, 10, 1000])
     def test_requeue_many(self, sqlite, caplog, num_messages):
         """Any number is received at once, up to ten, and the progress is logged."""
@@ -16034,6 +16375,59 @@ class TestProvision:
             assert policy["deadLetterTargetArn"] == dead["QueueArn"]
             assert int(policy["maxReceiveCount"]) == 5
             assert found["Tags"] == dead["Tags"] == {"taskhawk": queue_name}
+
+    def test_fifo(self, ministack, sqs_client, queue_name, capsys):
+        """FIFO queues are made as such, in high throughput mode, and nothing is wrong then.
+
+        What someone has changed of that mode stays.
+        """
+        account = configure_account(
+            sqs_client, ministack, queue_name, TASKHAWK_FIFO=True
+        )
+        name, only = f"TASKHAWK-{queue_name}", "--priority=default"
+        names = [f"{name}-DLQ.fifo", f"{name}.fifo"]
+        assert provision(capsys, only) == [f"queue {queue}: made" for queue in names]
+        client = sqs_client(ministack)
+        for queue in names:
+            found = attributes_of(client, queue)
+            assert found["FifoQueue"] == "true"
+            assert found["DeduplicationScope"] == "messageGroup"
+            assert found["FifoThroughputLimit"] == "perMessageGroupId"
+        policy = json.loads(found["RedrivePolicy"])
+        arn = f"arn:aws:sqs:us-east-1:{account}:{name}"
+        assert policy["deadLetterTargetArn"] == f"{arn}-DLQ.fifo"
+        url = client.get_queue_url(QueueName=names[1])["QueueUrl"]
+        limit = {"FifoThroughputLimit": "perQueue"}
+        client.set_queue_attributes(QueueUrl=url, Attributes=limit)
+        as_it_should_be = [f"queue {queue}: is as it should be" for queue in names]
+        assert provision(capsys, only) == as_it_should_be
+        assert check(capsys, only) == (0, ["nothing is wrong"])
+        taskhawk._brokers.broker().send(f"{name}.fifo", grouped("a1 a2 b1"))
+        assert taskhawk.main(["stats", "--json"]) == 0
+        counts = json.loads(capsys.readouterr().out)["default"]
+        assert (counts["visible"], counts["dead_letters"]) == (3, 0)
+
+    def test_fifo_described(self, queue_name, aws, capsys):
+        """Terraform and IAM know FIFO queues and their dead-letter queues, too."""
+        taskhawk.configure(taskhawk.settings.given, TASKHAWK_FIFO=True)
+        only = "--priority=default"
+        queues = provision_json(capsys, only, "--format=terraform")["resource"]
+        queues = queues["aws_sqs_queue"]
+        assert list(queues) == ["taskhawk_app_dlq_fifo", "taskhawk_app_fifo"]
+        for queue in queues.values():
+            assert queue["fifo_queue"] is True
+            assert queue["deduplication_scope"] == "messageGroup"
+            assert queue["fifo_throughput_limit"] == "perMessageGroupId"
+        redrive = json.loads(queues["taskhawk_app_fifo"]["redrive_policy"])
+        reference = "${aws_sqs_queue.taskhawk_app_dlq_fifo.arn}"
+        assert redrive["deadLetterTargetArn"] == reference
+        roles = provision_json(capsys, only, "--format=iam")
+        arn = "arn:aws:sqs:us-east-1:000000000000:TASKHAWK-APP"
+        queue, dead = roles["worker"]["Statement"]
+        assert (queue["Resource"], dead["Resource"]) == (
+            [f"{arn}.fifo"],
+            [f"{arn}-DLQ.fifo"],
+        )
 
     def test_raises(self, endpoint, sqs_client, queue_name, capsys):
         """What is too low is raised, and what someone set higher stays."""
