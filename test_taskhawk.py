@@ -50,6 +50,7 @@ import types
 import urllib.parse
 import urllib.request
 import uuid
+import venv
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
@@ -6813,6 +6814,152 @@ class TestCapture:
         assert [call.args for call in outer] == [["outer"]]
         mail.dispatch("sent")
         assert received_args() == ["sent"]
+
+
+#: a user's program: each line with "# wrong" is an error, and no other is
+TYPED_PROGRAM = """
+import datetime
+from collections.abc import Callable
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+IMPORT taskhawk
+from PACKAGE import Priority
+
+P = ParamSpec("P")
+R = TypeVar("R")
+GIVEN: Any = None  # what the worker gives
+
+
+@taskhawk.task
+def send(to: str, subject: str, from_email: str | None = None) -> None: ...
+
+
+@taskhawk.task(priority=Priority.high, retry=taskhawk.fixed(5), time_limit=60)
+async def charge(customer: int, *, cents: int) -> str:
+    return f"{customer} {cents}"
+
+
+@taskhawk.task
+def audit(
+    event: str,
+    metadata: taskhawk.Metadata = GIVEN,
+    headers: dict[str, Any] = GIVEN,
+) -> int:
+    return metadata.attempt + len(headers)
+
+
+@taskhawk.task
+def load(rows: dict[str, Any]) -> None: ...
+
+
+def with_session(fn: Callable[Concatenate[str, P], R]) -> Callable[P, R]:
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        return fn("a session", *args, **kwargs)
+
+    return call
+
+
+@taskhawk.task(name="rename")
+@with_session
+def rename(session: str, user: int) -> None: ...
+
+
+def right() -> str:
+    urgent = send.with_headers(request_id="1").with_priority(Priority.high)
+    urgent.with_delay(datetime.timedelta(seconds=5)).dispatch("a", subject="b")
+    send.with_delay(5).dispatch("a", "b", from_email=None)
+    send.with_priority(Priority.low).dispatch_many([("a", "b"), {"to": "a"}])
+    send("a", "b")
+    audit.dispatch("login")
+    load.dispatch({"a": 1})
+    rename.dispatch(7)
+    rename.dispatch(user=7)
+    with taskhawk.batch():
+        charge.dispatch(7, cents=5)
+    return send.dispatch("a", "b")
+
+
+async def right_too() -> str:
+    return await charge(7, cents=5)
+
+
+def wrong() -> None:
+    send.dispatch("a")  # wrong
+    send.dispatch(1, "b")  # wrong
+    send.dispatch("a", "b", to_email="c")  # wrong
+    send("a")  # wrong
+    charge.dispatch(7, 5)  # wrong
+    charge.dispatch(7, cents="5")  # wrong
+    charge.with_headers(a=1).dispatch("7", cents=5)  # wrong
+    charge.with_priority(Priority.low).with_delay(5).dispatch(7)  # wrong
+    send.with_priority("high")  # wrong
+    send.with_delay("5")  # wrong
+    audit.dispatch(5)  # wrong
+    load.dispatch()  # wrong
+    rename.dispatch("a session", 7)  # wrong
+    number: int = send.dispatch("a", "b")  # wrong
+    print(number)
+
+
+@taskhawk.task(priority=5)  # wrong
+def late() -> None: ...
+
+
+@taskhawk.task(no_option=5)  # wrong
+def later() -> None: ...
+
+
+async def wrong_too() -> None:
+    text: int = await charge(7, cents=5)  # wrong
+    print(text)
+"""
+TYPED_PLACES = {  # where taskhawk is, and how it is imported
+    "installed": ("import", "taskhawk"),
+    "vendored": ("from service.vendor import", "service.vendor.taskhawk"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", TYPED_PLACES)
+class TestTyping:
+    """A type checker knows a task's arguments, and what comes of calling it."""
+
+    @pytest.fixture
+    def folder(self, place, tmp_path):
+        """Return a folder with the program, and an interpreter that has taskhawk."""
+        statement, package = TYPED_PLACES[place]
+        code = TYPED_PROGRAM.replace("IMPORT", statement).replace("PACKAGE", package)
+        (tmp_path / "jobs.py").write_text(code.lstrip())
+        venv.create(tmp_path / "venv")
+        (home,) = (tmp_path / "venv").glob("lib/python3*/site-packages")
+        if place == "vendored":
+            home = vendor_package(tmp_path).parent
+        shutil.copy(taskhawk.__file__, home / "taskhawk.py")
+        return tmp_path
+
+    @staticmethod
+    def check(folder, module, *options):
+        """Assert that a checker finds what is wrong in the program, and nothing else."""
+        result = run_python(["-m", module, *options, "jobs.py"], cwd=folder)
+        found = {
+            int(line) for line in re.findall(r"jobs\.py:(\d+):.*error", result.stdout)
+        }
+        lines = (folder / "jobs.py").read_text().splitlines()
+        wrong = {number for number, line in enumerate(lines, 1) if "# wrong" in line}
+        assert found == wrong, result.stdout
+
+    def test_mypy(self, folder):
+        """The strict mode of mypy, with the two lines that README says for a pip install."""
+        ini = "[mypy]\nstrict = true\n[mypy-taskhawk]\nfollow_untyped_imports = true\n"
+        (folder / "mypy.ini").write_text(ini)
+        self.check(folder, "mypy", "--python-executable", "venv/bin/python")
+
+    def test_pyright(self, folder):
+        """The strict mode of pyright, which can't be told that an installed file has types."""
+        pytest.importorskip("basedpyright")
+        config = {"typeCheckingMode": "strict", "reportMissingTypeStubs": False}
+        (folder / "pyrightconfig.json").write_text(json.dumps(config))
+        self.check(folder, "basedpyright", "--pythonpath", "venv/bin/python")
 
 
 # === PART IV: WORK ====================================================================
