@@ -62,14 +62,14 @@ A message that a worker holds; the :class:`Ledger` counts what each becomes::
         '--> released                                    never started, visible at once
 
 What to read for each promise, and how many statements that is
-    1 (311): publish, _send_one, _accepted, _send_all_ready, _partial_failure,
+    1 (323): publish, _send_one, _accepted, _send_all_ready, _partial_failure,
         _send_all, _in_batches, _one_round, SqliteBroker.send, SqliteBroker._claim,
         SqliteBroker.delete, _SqliteFile.change, _use_write_ahead_log,
         _AwsSender._batch, SqsBroker.send, SqsBroker.delete, process, _verdict, _wanted,
-        _Slot._run, Worker.settle, _carry_out, _postpone, Worker._close, _dead_letter,
-        _send_copy, _Held.move, _Holdings.finish, _Holdings.release, _Holdings._decide,
-        _Calls.answered, _Calls._deleted, _Calls._delayed, _Calls._try_later,
-        _Holdings.doubt, _Holdings.close, _Holdings.end
+        _delay_s, _ask, _Slot._run, Worker.settle, _carry_out, _postpone, Worker._close,
+        _dead_letter, _send_copy, _Held.move, _Holdings.finish, _Holdings.release,
+        _Holdings._decide, _Calls.answered, _Calls._deleted, _Calls._delayed,
+        _Calls._try_later, _Holdings.doubt, _Holdings.close, _Holdings.end
     2 (285): SqliteBroker.receive, SqliteBroker._claim, SqliteBroker.change_visibility,
         SqsBroker.receive, _find_lease, _Poller._receive, _Course.take,
         _Course._release_if_stuck, _Call, _Leases, _Holdings.take, _Holdings.start,
@@ -77,15 +77,15 @@ What to read for each promise, and how many statements that is
         _Holdings.expire, _Holdings.lose, _Calls.next, _Calls.answered,
         _Calls._extended, _Calls._deleted, _Keeper._look, _Keeper._make, _Slot._run,
         _Slot._process, Worker._give_up, _Child.kill
-    3 (110): _decode, _parse, Message.__init__, _validate, _fits, _find_task,
+    3 (111): _decode, _parse, Message.__init__, _validate, _fits, _find_task,
         Task.find_by_name, Task.call, _register, _import, _import_path, _parse_line,
         _to_outcome, _import_tasks
-    4 (109): process, _run, _decode, _parse, _failed, _verdict, _is_invalid,
-        _text_of_invalid, _Slot._run, Worker.settle
-    5 (210): _run, _failed, _sentence, _what_follows, _name_of, _reason, _in_one_line,
-        _facts, _extra_of, _text_of_invalid, _shown, _mismatch, _too_large,
-        _Holdings.warn, _Keeper._tell, _Faults, _error_code, _error_details, _explained,
-        _explanation, _find_remedy, _Source.read, _call_safely, _log_again
+    4 (114): process, _run, _decode, _parse, _failed, _log_failed, _verdict,
+        _is_invalid, _text_of_invalid, _Slot._run, Worker.settle
+    5 (214): _run, _failed, _log_failed, _sentence, _what_follows, _name_of, _reason,
+        _in_one_line, _facts, _extra_of, _text_of_invalid, _shown, _mismatch,
+        _too_large, _Holdings.warn, _Keeper._tell, _Faults, _error_code, _error_details,
+        _explained, _explanation, _find_remedy, _Source.read, _call_safely, _log_again
     6 (217): _Course.wait_for_room, _Course._find_room, _Poller.work, _Poller._try,
         _Poller._receive, _pause_s, _Holdings._decide, _Ends, _Calls.next,
         _Calls._due_at, _Calls._patience_s, _Calls._extended, _Leases, _Keeper._wait,
@@ -354,7 +354,8 @@ class RetryException(TaskhawkError):
     """Raised by a task: run me again later. It is logged without a traceback.
 
     Such a run counts as an attempt: the receive count grows. A task that gives a delay
-    overrides its retry policy, so only the queue's redrive policy ends the attempts.
+    overrides its retry policy, so only the queue's redrive policy ends the attempts. A
+    task that gives a policy has it in place of its own for this failure.
 
     SQS hides a message for at most 12 hours after its receive. A longer delay is cut to
     that, and the log says so: raise it again then, or dispatch a new message.
@@ -362,12 +363,26 @@ class RetryException(TaskhawkError):
     :param args: the text; a number in the first place is the delay, as in taskhawk 4.7
     :param delay_seconds: seconds until the next run; None leaves it to the task's retry
         policy or, without one, to the queue's visibility timeout
-    :raises ValueError: if the delay is negative or not finite
+    :param retry: a policy for this failure; when it gives up, the message goes to the
+        dead-letter queue
+    :param log_error: whether the failure is logged as an error, and the error hook
+        called, if it is the last one; False logs a warning, without a traceback
+    :raises ValueError: if the delay is negative or not finite, the policy can't be
+        called, or both are given
     """
 
-    delay_seconds: float | None = None  # for subclasses with an __init__ of their own
+    # For subclasses with an __init__ of their own.
+    delay_seconds: float | None = None
+    retry: Callable[[int], float] | None = None
+    log_error = True
 
-    def __init__(self, *args: Any, delay_seconds: float | None = None) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        delay_seconds: float | None = None,
+        retry: Callable[[int], float] | None = None,
+        log_error: bool = True,
+    ) -> None:
         if delay_seconds is None and args and _is_number(args[0]):
             delay_seconds = args[0]
             args = args[1:]
@@ -375,7 +390,13 @@ class RetryException(TaskhawkError):
             raise ValueError(
                 f"delay_seconds: expected 0 or more seconds, got {delay_seconds}"
             )
+        if retry is not None and not callable(retry):
+            raise ValueError(f"retry: expected a retry policy, got {retry!r}")
+        if retry is not None and delay_seconds is not None:
+            raise ValueError("expected delay_seconds or retry, got both")
         self.delay_seconds = delay_seconds
+        self.retry = retry
+        self.log_error = log_error
         super().__init__(*args)
 
 
@@ -608,6 +629,7 @@ _FLAG = _Rule("true or false", _parse_flag)
 _SECONDS = _Rule("a number of seconds above 0", functools.partial(_parse_number, float))
 _COUNT = _Rule("a whole number above 0", functools.partial(_parse_number, int))
 _HOOK = _Rule("a function or its dotted path", _parse_callable)
+_POLICY = _Rule("a retry policy or its dotted path", _parse_callable)
 _CLASS = _Rule("a class or its dotted path", _parse_callable)
 _URL = _Rule("a URL that begins with http:// or https://", _parse_url)
 _ROLE = _Rule(
@@ -642,6 +664,8 @@ _SETTINGS = {
     "TASKHAWK_POST_PROCESS_HOOK": _Setting(_HOOK, "myapp.hooks.after"),
     "TASKHAWK_PRE_PROCESS_HOOK": _Setting(_HOOK, "myapp.hooks.before"),
     "TASKHAWK_QUEUE": _Setting(_QUEUE, "dev-myapp"),
+    "TASKHAWK_RETRY": _Setting(_POLICY, "myapp.retries.patient"),
+    "TASKHAWK_RUN_HOOK": _Setting(_HOOK, "myapp.hooks.count_run"),
     "TASKHAWK_SCHEDULER_ROLE": _Setting(
         _ROLE, "arn:aws:iam::123456789012:role/taskhawk-dev-myapp"
     ),
@@ -3706,43 +3730,107 @@ def extend_visibility_timeout(
     _insist(broker.change_visibility, queue, (receipt, visibility_timeout_s))
 
 
+_LOOP_END_S = 5  # for what coroutines left behind to end, once it is cancelled
+
+
 class _EventLoop:
-    """The event loop of a worker's thread, made for its first coroutine."""
+    """The event loop for a worker's coroutines, in a thread of its own.
+
+    Each thread of the worker hands over the coroutine of its message, and waits for it:
+    hooks, Django's connections and contexts stay the thread's own. The loop is made for
+    the first coroutine, and ends when no thread uses it any more.
+    """
 
     def __init__(self) -> None:
-        self._runner: Any = None
+        self._lock = threading.Lock()  # guards what follows
+        self._users = 0  # threads that may run coroutines here
+        self._serving: tuple[Any, threading.Event, threading.Thread] | None = None
+
+    @contextlib.contextmanager
+    def in_this_thread(self) -> Iterator[None]:
+        """Run the coroutines of this thread's messages here, inside the block."""
+        outer = getattr(_thread, "event_loop", None)  # where a task runs a worker
+        _thread.event_loop = self
+        with self._lock:
+            self._users += 1
+        try:
+            yield
+        finally:
+            _thread.event_loop = outer
+            self._leave()
 
     def run(self, coroutine: Any) -> None:
-        """Run a coroutine to its end, in a copy of the context."""
+        """Run a coroutine to its end, in a copy of this thread's context."""
         import asyncio
 
-        if self._runner is None:
-            self._runner = asyncio.Runner()
-        self._runner.run(coroutine, context=contextvars.copy_context())
+        loop = self._get()
+        running = asyncio.run_coroutine_threadsafe(_caught(coroutine), loop)
+        try:
+            error = running.result()
+        except BaseException:  # Control-C, or the exit of a signal handler
+            running.cancel()
+            raise
+        if error is None:
+            return
+        try:
+            raise error
+        finally:
+            del error  # else it is in a cycle with this frame
 
-    def close(self) -> None:
-        """Cancel what coroutines left running, and close the loop."""
-        if self._runner is not None:
-            self._runner.close()
+    def _get(self) -> Any:
+        """Return the loop, which may have to be made."""
+        with self._lock:
+            if self._serving is None:
+                loop, end = _new_event_loop(), threading.Event()
+                thread = threading.Thread(
+                    target=self._serve, args=(loop, end), daemon=True
+                )
+                thread.start()
+                self._serving = loop, end, thread
+            return self._serving[0]
+
+    @staticmethod
+    def _serve(loop: Any, end: threading.Event) -> None:
+        """Run what is handed over; the body of a thread."""
+        import asyncio
+
+        asyncio.set_event_loop(loop)
+        # At the end, it cancels what coroutines left running.
+        with asyncio.Runner(loop_factory=lambda: loop) as runner:
+            runner.get_loop()
+            while not end.is_set():
+                # An asyncio task that raises them stops the loop, for all other runs.
+                with contextlib.suppress(SystemExit, KeyboardInterrupt):
+                    loop.run_forever()
+
+    def _leave(self) -> None:
+        """Note that a thread runs no more coroutines; after the last, end the loop."""
+        with self._lock:
+            self._users -= 1
+            if self._users or self._serving is None:
+                return
+            loop, end, thread = self._serving
+            self._serving = None
+        end.set()
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(_LOOP_END_S)
+        if thread.is_alive():
+            _log.warning("something that a coroutine began does not end: left to run")
 
 
 _thread = threading.local()  # `event_loop`: that of the worker whose thread this is
 
 
-@contextlib.contextmanager
-def _one_event_loop() -> Iterator[None]:
-    """Run all coroutines of this thread on one event loop, inside the block."""
-    outer = getattr(_thread, "event_loop", None)  # where a task runs a worker
-    _thread.event_loop = event_loop = _EventLoop()
-    try:
-        yield
-    finally:
-        _thread.event_loop = outer
-        event_loop.close()
+def _forget_event_loop() -> None:
+    """Leave the loop to the parent of a forked process, which has no such thread."""
+    _thread.event_loop = None
+
+
+os.register_at_fork(after_in_child=_forget_event_loop)
 
 
 def _run_coroutine(coroutine: Any) -> None:
-    """Run a coroutine to its end: on the event loop of this thread, if it keeps one."""
+    """Run a coroutine to its end: on the loop of a worker, if this is its thread."""
     import asyncio
     from concurrent.futures import ThreadPoolExecutor
 
@@ -3751,26 +3839,71 @@ def _run_coroutine(coroutine: Any) -> None:
         # Sync mode in an application's own event loop, which is busy until we return.
         context = contextvars.copy_context()
         with ThreadPoolExecutor(1) as pool:
-            pool.submit(context.run, asyncio.run, coroutine).result()
+            pool.submit(context.run, _run_alone, coroutine).result()
     elif event_loop is not None:
         event_loop.run(coroutine)
     else:
-        asyncio.run(coroutine)
+        _run_alone(coroutine)
+
+
+def _run_alone(coroutine: Any) -> None:
+    """Run a coroutine on a loop that is made for it, as asyncio.run() does."""
+    import asyncio
+
+    with asyncio.Runner(loop_factory=_new_event_loop) as runner:
+        runner.run(coroutine)
+
+
+async def _caught(coroutine: Any) -> BaseException | None:
+    """Await a coroutine, and return its error: SystemExit would stop the loop."""
+    process = os.getpid()
+    try:
+        await coroutine
+    except BaseException as error:
+        return error
+    finally:
+        if os.getpid() != process:
+            # A process that the coroutine forked came back from it: see _Slot.
+            os._exit(0)  # pragma: no cover - the process is gone
+    return None
+
+
+def _new_event_loop() -> Any:
+    """Return an event loop of asyncio's policy that notes who begins asyncio tasks."""
+    import asyncio
+
+    loop = asyncio.new_event_loop()
+    loop.set_task_factory(_make_asyncio_task)
+    return loop
+
+
+def _make_asyncio_task(loop: Any, coroutine: Any, **options: Any) -> Any:
+    """Make an asyncio task, and note it for the run that began it."""
+    import asyncio
+
+    made = asyncio.Task(coroutine, loop=loop, **options)
+    begun = _begun.get()
+    if begun is not None:
+        begun.add(made)
+    return made
+
+
+# The asyncio tasks that this run began, and those that they began.
+_begun = contextvars.ContextVar[Any]("begun", default=None)
 
 
 async def _awaited(awaitable: Any, name: str) -> None:
     """Await what a task returned, and log which asyncio tasks its run leaves behind.
 
     A client's connection may need them, so they are not cancelled here. They go on
-    whenever this event loop runs, in other tasks' runs too, and end with it.
+    beside other runs of the worker, and end with it.
     """
-    import asyncio
-
-    before = asyncio.all_tasks()
+    begun: weakref.WeakSet[Any] = weakref.WeakSet()
+    _begun.set(begun)
     try:
         await awaitable
     finally:
-        left = asyncio.all_tasks() - before
+        left = [each for each in begun if not each.done()]
         if left:
             names = sorted(_qualname(each.get_coro()) for each in left)
             _log.warning(
@@ -4322,8 +4455,7 @@ def _prepare(message: Message) -> _Ready:
     attributes = _attributes_of(message.headers)
     entry = Outgoing(body, attributes, message.delay_s, message.group_id)
     sender = _brokers.sender()
-    destination = sender.destination(message.priority)
-    if _is_fifo(destination):
+    if _is_fifo(sender.destination(message.priority)):
         entry = _in_group(message, entry)
     if entry.delay_s > sender.max_delay_s and isinstance(sender, _AwsSender):
         sender = _brokers.get("schedule")
@@ -4334,7 +4466,7 @@ def _prepare(message: Message) -> _Ready:
         )
     if entry.size() > sender.max_bytes:
         raise _too_large(message, entry, sender.max_bytes)
-    return _Ready(message, sender, destination, entry)
+    return _Ready(message, sender, sender.destination(message.priority), entry)
 
 
 def _in_group(message: Message, entry: Outgoing) -> Outgoing:
@@ -5059,6 +5191,7 @@ def _run(received: QueueMessage, began: float) -> None:
         facts = _facts(received, outcome, began)
         text = f"{_name_of(received)}: attempt {received.attempt} {end}"
         _log.log(level, "%s", text, extra=facts)
+    _report_run(received, outcome, None, began)
 
 
 def _are_all(kind: type[BaseException], error: BaseException) -> bool:
@@ -5074,27 +5207,37 @@ def _call_hook(name: str, received: QueueMessage) -> None:
 
 
 def _failed(received: QueueMessage, raised: BaseException, began: float) -> Outcome:
-    """Decide the fate of a failed run's message, log it, and tell the error hook.
+    """Decide the fate of a failed run's message, log it, and tell the hooks.
 
     :param began: when the run began, by ``time.monotonic()``
     """
     outcome = _verdict(received, raised)
     error = outcome.error or raised
+    _log_failed(received, outcome, error, began)
+    _report_run(received, outcome.fate.value, error, began)
+    return outcome
+
+
+def _log_failed(
+    received: QueueMessage, outcome: Outcome, error: BaseException, began: float
+) -> None:
+    """Log how a run failed, and tell the error hook if it is an error."""
     spoken = [leaf for leaf in _leaves(error) if isinstance(leaf, LoggingException)]
     facts = _facts(received, outcome.fate.value, began)
     if _is_invalid(received, error):
         text = _text_of_invalid(received, error)
         if text is None:
-            return outcome
+            return
         _log.error("%s", text, extra=facts)
     elif outcome.fate is Fate.postpone:
         text = _sentence(received, "was postponed", outcome) + _reason(error)
         _log.debug("%s", text, extra=facts)
-        return outcome
-    elif outcome.fate is Fate.retry and _are_all(RetryException, error):
+        return
+    elif _is_asked_for(outcome, error):
+        level = logging.INFO if outcome.fate is Fate.retry else logging.WARNING
         text = _sentence(received, "asked to be retried", outcome) + _reason(error)
-        _log.info("%s", text, extra=facts)
-        return outcome
+        _log.log(level, "%s", text, extra=facts)
+        return
     elif spoken:
         facts |= _extra_of(spoken[0])
         _log.error("%s", _text_of(spoken[0]), exc_info=error, extra=facts)
@@ -5102,7 +5245,33 @@ def _failed(received: QueueMessage, raised: BaseException, began: float) -> Outc
         text = _sentence(received, "failed", outcome)
         _log.error("%s", text, exc_info=error, extra=facts)
     _call_safely("TASKHAWK_ERROR_HOOK", exception=error, message=received.message)
-    return outcome
+
+
+def _is_asked_for(outcome: Outcome, error: BaseException) -> bool:
+    """Return whether a run asked to be retried, and its failure is no error."""
+    leaves = list(_leaves(error))
+    asked = [leaf for leaf in leaves if isinstance(leaf, RetryException)]
+    if len(asked) < len(leaves):
+        return False
+    return outcome.fate is Fate.retry or not any(leaf.log_error for leaf in asked)
+
+
+def _report_run(
+    received: QueueMessage, end: str, error: BaseException | None, began: float
+) -> None:
+    """Tell the run hook how a run ended, in the words of its log record."""
+    _call_safely(
+        "TASKHAWK_RUN_HOOK",
+        message=received.message,
+        outcome=end,
+        exception=error,
+        duration_ms=_duration_ms(began),
+    )
+
+
+def _duration_ms(began: float) -> int:
+    """Return how long a run has taken until now."""
+    return round((time.monotonic() - began) * 1000)
 
 
 def _verdict(received: QueueMessage, error: BaseException) -> Outcome:
@@ -5115,14 +5284,15 @@ def _verdict(received: QueueMessage, error: BaseException) -> Outcome:
     the last receive that the queue allows      dead letter
     it asked for a delay (RetryException)       visible again after it
     the pre hook failed                         left to its visibility timeout
-    the task has no retry policy                left to its visibility timeout
-    its retry policy gives a delay              visible again after it
-    its retries are used up                     dead letter
-    its retry policy fails                      left to its visibility timeout
+    there is no retry policy                    left to its visibility timeout
+    the retry policy gives a delay              visible again after it
+    the retries are used up                     dead letter
+    the retry policy fails                      left to its visibility timeout
     ==========================================  ==================================
 
-    An exception group is retried if all its errors may be, and the longest delay that
-    one of them asks for counts. It is postponed if all ask for that.
+    The retry policy is that of the RetryException, or else the task's, or else
+    TASKHAWK_RETRY. An exception group is retried if all its errors may be, and the
+    longest delay that one of them asks for counts. It is postponed if all ask for that.
     """
     if _is_invalid(received, error):
         return Outcome(Fate.retry, error)
@@ -5149,9 +5319,7 @@ def _can_be_copied(received: QueueMessage) -> bool:
 
 def _postpone_s(received: QueueMessage, error: BaseException) -> float:
     """Return for how long a message is postponed: no longer than its queue can."""
-    delay_s = _longest_delay_s(_leaves(error))
-    if delay_s is None:
-        delay_s = _POSTPONE_S
+    delay_s = max(_asked_delays_s(_leaves(error)), default=_POSTPONE_S)
     most_s: float = _MAX_HELD_S  # in a child whose worker has the queue in its memory
     if received.broker is not None:
         most_s = received.broker.max_delay_s
@@ -5161,41 +5329,66 @@ def _postpone_s(received: QueueMessage, error: BaseException) -> float:
 def _wanted(received: QueueMessage, error: BaseException) -> Outcome:
     """Decide as if the queue allowed any number of receives."""
     leaves = list(_leaves(error))
-    delay_s = _asked_delay_s(leaves)
-    if received.message is None:
-        return Outcome(Fate.retry, error, delay_s)
+    if received.message is None:  # no policy gives up what was never started
+        asked_s = max(_asked_delays_s(leaves), default=None)
+        return Outcome(Fate.retry, error, asked_s)
     task = received.message.task
     if not all(_may_retry(task, leaf) for leaf in leaves):
         return Outcome(Fate.dead_letter, error)
-    if delay_s is not None or task.retry is None:
-        return Outcome(Fate.retry, error, delay_s)
     try:
-        delay_s = task.retry(received.attempt)
-        if not _is_delay(delay_s):
-            raise ConfigurationError(
-                f"{task.name}: retry: expected 0 or more seconds, got {delay_s!r}"
-            )
+        delay_s = _delay_s(task, leaves, received.attempt)
     except StopRetry:
         return Outcome(Fate.dead_letter, error)
     except BaseException as defect:  # of the policy: it must not lose the message
         _raise_interrupt(defect)
         return Outcome(Fate.retry, defect)
-    return Outcome(Fate.retry, error, min(delay_s, _MAX_HELD_S))
+    return Outcome(Fate.retry, error, delay_s)
 
 
-def _asked_delay_s(leaves: Iterable[BaseException]) -> float | None:
-    """Return the longest delay that one asks for, as far as SQS can, or None."""
-    longest_s = _longest_delay_s(leaves)
-    if longest_s is None:
-        return None
-    return min(longest_s, _MAX_HELD_S)
+def _delay_s(
+    task: Task[Any, Any], leaves: Sequence[BaseException], attempt: int
+) -> float | None:
+    """Return the seconds until the next run; None leaves it to the lease in force.
+
+    :raises StopRetry: if the retries are used up
+    :raises Exception: if a policy fails
+    """
+    delays_s = _asked_delays_s(leaves)
+    asked = [leaf for leaf in leaves if isinstance(leaf, RetryException)]
+    # A subclass that does not call our __init__ may have set anything.
+    policies = [leaf.retry for leaf in asked if callable(leaf.retry)]
+    if not (delays_s or policies):
+        own = _policy_of(task)
+        if own is None:
+            return None
+        policies = [own]
+    delays_s += [_ask(policy, task, attempt) for policy in policies]
+    return min(max(delays_s), _MAX_HELD_S)
 
 
-def _longest_delay_s(leaves: Iterable[BaseException]) -> float | None:
-    """Return the longest delay that a RetryException names, or None."""
+def _policy_of(task: Task[Any, Any]) -> Callable[[int], float] | None:
+    """Return the task's retry policy, or else the default one, or None."""
+    if task.retry is not None:
+        return task.retry
+    default: Callable[[int], float] | None = settings.TASKHAWK_RETRY
+    return default
+
+
+def _ask(policy: Callable[[int], float], task: Task[Any, Any], attempt: int) -> float:
+    """Return the delay that a retry policy gives."""
+    delay_s = policy(attempt)
+    if not _is_delay(delay_s):
+        raise ConfigurationError(
+            f"{task.name}: retry: expected 0 or more seconds, got {delay_s!r}"
+        )
+    return delay_s
+
+
+def _asked_delays_s(leaves: Iterable[BaseException]) -> list[float]:
+    """Return the delays that RetryExceptions ask for."""
     asked = [leaf.delay_seconds for leaf in leaves if isinstance(leaf, RetryException)]
     # A subclass that does not call our __init__ may have set anything.
-    return max(filter(_is_delay, asked), default=None)
+    return [*filter(_is_delay, asked)]
 
 
 def _may_retry(task: Task[Any, Any], error: BaseException) -> bool:
@@ -5260,8 +5453,7 @@ def _in_one_line(text: str) -> str:
 
 def _facts(received: QueueMessage, end: str, began: float) -> dict[str, Any]:
     """Return the fields of a run's log record, which formatters may use."""
-    duration_ms = round((time.monotonic() - began) * 1000)
-    facts: dict[str, Any] = {"outcome": end, "duration_ms": duration_ms}
+    facts: dict[str, Any] = {"outcome": end, "duration_ms": _duration_ms(began)}
     message, attempt = received.message, received.attempt
     if message:
         facts |= {"task": message.task_name, "id": message.id, "attempt": attempt}
@@ -5326,11 +5518,22 @@ class _SyncSender(Sender):
             if settings.IS_LAMBDA_APP:
                 sns = {"Message": entry.body, "MessageId": message_id}
                 received.sns_record = {"Sns": {**sns, "MessageAttributes": {}}}
-            _in_own_context(_run)(received, time.monotonic())
+            _in_own_context(_run_here)(received)
         return []
 
 
 _schemes["sync"] = _SyncSender
+
+
+def _run_here(received: QueueMessage) -> None:
+    """Run a message; its error is the caller's, and the run hook is told."""
+    began = time.monotonic()
+    try:
+        _run(received, began)
+    except BaseException as error:
+        _raise_interrupt(error)
+        _report_run(received, "failed", error, began)
+        raise
 
 
 # --- 14. holdings ---------------------------------------------------------------------
@@ -5383,6 +5586,19 @@ class Ledger:
         return ", ".join(f"{count} {name.replace('_', '-')}" for name, count in counts)
 
 
+class _Tally:
+    """The ledger, and the same for each queue."""
+
+    def __init__(self, queues: Iterable[str]) -> None:
+        self.ledger = Ledger()
+        self.ledgers = {queue: Ledger() for queue in queues}
+
+    def count(self, queue: str, end: str) -> None:
+        """Count one message more of a queue that was received, or ended so."""
+        self.ledger.count(end)
+        self.ledgers[queue].count(end)
+
+
 @dataclasses.dataclass(eq=False)
 class _Held:
     """A message that a worker holds, from its receive to its end.
@@ -5398,6 +5614,7 @@ class _Held:
     renew_at: float = math.inf  # when its lease is to be extended; never, if infinite
     is_sure: bool = True  # its lease is known to hold, so that it may be started
     state: str = "received"
+    started_at: float = math.inf  # when its run began
     end: str = ""  # what it is to become; it is held until that is done
     delay_s: float = 0  # after which it is visible again, if that is its end
     decided_at: float = math.inf  # when that was known
@@ -5427,6 +5644,11 @@ class _Held:
         It waits for the end of the worker then, when a copy is sent in its place.
         """
         return self.is_sure and self.message.would_be_redriven
+
+    def begin(self, now: float) -> None:
+        """Note that its run begins."""
+        self.move("started")
+        self.started_at = now
 
     def move(self, state: str) -> None:
         """Make a step, or raise RuntimeError if _STEPS does not allow it."""
@@ -5507,7 +5729,8 @@ class _Holdings:
     """
 
     def __init__(self, queues: Sequence[str], ack_wait_s: float = _ACK_WAIT_S) -> None:
-        self.ledger = Ledger()
+        self.tally = _Tally(queues)
+        self.ledger = self.tally.ledger
         self.news: list[tuple[int, str]] = []  # log levels and texts
         self.unanswered = 0  # deletes that were not known to be applied in the end
         self._is_closing = False
@@ -5571,7 +5794,7 @@ class _Holdings:
             )
             self.held[held] = self._waiting[held.queue][held] = None
             self.leases.renew(held, asked_at + lease_s / 3)
-            self.ledger.received += 1
+            self.tally.count(held.queue, "received")
 
     def start(self, now: float) -> _Held | None:
         """Start the most urgent message whose lease holds; return it, or None."""
@@ -5580,7 +5803,7 @@ class _Holdings:
                 self.lose(held, "its lease ended while it waited")
             elif held.is_sure:
                 del self._waiting[held.queue][held]
-                held.move("started")
+                held.begin(now)
                 return held
         return None
 
@@ -5674,7 +5897,7 @@ class _Holdings:
     def end(self, held: _Held, end: str) -> None:
         """End a message: the ledger counts it, and nothing more is done for it."""
         held.move(end)
-        self.ledger.count(end)
+        self.tally.count(held.queue, end)
         self.leases.drop(held)
         for those in (self.held, self.decided, self._waiting[held.queue]):
             those.pop(held, None)
@@ -6587,6 +6810,7 @@ class _Slot:
     """Runs one message after another, in its thread or in its child.
 
     :param settle: called with each message and the outcome of its run
+    :param event_loop: the worker's, for its coroutines
     :param is_isolated: whether its child runs all messages
     """
 
@@ -6595,16 +6819,17 @@ class _Slot:
         course: _Course,
         child: _Child,
         settle: Callable[[_Held, Outcome], None],
+        event_loop: _EventLoop,
         *,
         is_isolated: bool,
     ) -> None:
-        self.child = child
+        self.child, self._event_loop = child, event_loop
         self._course, self._settle = course, settle
         self._is_isolated = is_isolated
 
     def work(self) -> None:
         """Run messages until there are no more; the body of a thread."""
-        with _one_event_loop():
+        with self._event_loop.in_this_thread():
             try:
                 if self._is_isolated:
                     self._start_child()
@@ -6834,12 +7059,14 @@ class Worker:
         self._keeping = [
             _make_thread(self._course, self._keeper.run) for _ in range(_MAX_CALLS)
         ]
+        event_loop = _EventLoop()
         self.overdue = threading.Event()  #: set once the grace is over
         self._slots = [
             _Slot(
                 self._course,
                 _Child(start, self.max_tasks_per_child, self.overdue),
                 self.settle,
+                event_loop,
                 is_isolated=is_isolated,
             )
             for _ in range(self.concurrency)
@@ -7411,7 +7638,9 @@ def _settings_of_children() -> dict[str, Any]:
     """Return all settings as they are now, with hooks by their dotted paths."""
     values = {name: getattr(settings, name) for name in _SETTINGS}
     for name, value in values.items():
-        if callable(value):
+        if isinstance(value, RetryPolicy):
+            values[name] = dataclasses.asdict(value)
+        elif callable(value):
             values[name] = _path_of_hook(name, value)
     # Of one source, where another may have a token that does not belong to the key.
     credentials = settings.credentials()
@@ -7743,7 +7972,7 @@ class _Report(logging.StreamHandler[typing.TextIO]):
         self.stream = sys.stderr
 
 
-@_one_event_loop()
+@_EventLoop().in_this_thread()
 def _serve_worker(argv: Sequence[str]) -> int:
     """Run messages for a slot of a worker, which started this process.
 
@@ -7810,13 +8039,14 @@ def _die_with_parent() -> None:
 
 def _import_tasks(start: Mapping[str, Any], report: logging.Handler) -> None:
     """Do in a child what its worker did before it began."""
-    configure(start["settings"])
+    settings_of_worker = _read_settings(start["settings"])
+    configure(settings_of_worker)
     _log_only_to(report, start["level"])
     _set_up_django()
     for name in start["modules"]:
         importlib.import_module(name)
     # Again, for modules may set up both when they are imported.
-    configure(start["settings"])
+    configure(settings_of_worker)
     _log_only_to(report, start["level"])
     _broker_of_child()
     unknown = [name for name in start["isolated"] if name not in _registry]
@@ -7827,6 +8057,14 @@ def _import_tasks(start: Mapping[str, Any], report: logging.Handler) -> None:
             "worker calls",
             ", ".join(unknown),
         )
+
+
+def _read_settings(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what :func:`_settings_of_children` wrote, after its way through JSON."""
+    policy = values["TASKHAWK_RETRY"]
+    if isinstance(policy, dict):
+        policy = RetryPolicy(**policy)
+    return {**values, "TASKHAWK_RETRY": policy}
 
 
 def _broker_of_child() -> Broker | None:
@@ -8630,6 +8868,8 @@ else:
 # === PART VI: PEOPLE ==================================================================
 
 __all__ += [
+    "DeadLetter",
+    "dead_letters",
     "main",
     "requeue_dead_letter",
 ]
@@ -8641,76 +8881,121 @@ __all__ += [
 # none. A scan hides what it receives, and in the end makes what it left visible again.
 
 
-@dataclasses.dataclass(frozen=True)
-class _DeadLetter:
-    """A dead letter as people see it: what it is, since when, and why it is there.
+_MOVED = "moved by the queue itself, after too many receives"
 
-    It may come from anywhere, so neither its body nor its error need be ours. Where the
-    body is not valid, `invalid` says why. `error` is what a worker recorded; None where
-    the queue moved the message.
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class DeadLetter:
+    """A message in a dead-letter queue, as :func:`dead_letters` yields it.
+
+    It may come from anywhere, so neither its body nor its error need be ours. It can be
+    sent back or deleted until the loop that it is of has ended.
+
+    :ivar received: the message as the queue gave it, with its body and attributes
+    :ivar age_s: seconds since it was sent for the first time
+    :ivar record: what a worker recorded of the error: ``type``, ``message``,
+        ``traceback``, ``attempt``, ``worker`` and ``time``; None where it recorded none
+    :ivar message: None where the body is not valid; its task need not be registered
+    :ivar invalid: why the body is not valid; None where it is
     """
 
+    _scan: _Scan
     received: QueueMessage
-    message_id: str
-    sent: str
     age_s: int
-    receives: int
-    error: Mapping[str, Any] | None
+    record: Mapping[str, Any] | None
+    message: Message | None = None
     invalid: str | None = None
-    id: str | None = None
-    task: str | None = None
-    headers: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    args: Sequence[Any] | None = None
-    kwargs: Mapping[str, Any] | None = None
 
     @property
-    def ids(self) -> set[str]:
-        """The names that it goes by: the message's own id, and that of SQS."""
-        return {self.id or self.message_id, self.message_id}
+    def message_id(self) -> str:
+        """The id that the queue gave it."""
+        return self.received.message_id
 
     @property
-    def error_text(self) -> str:
+    def id(self) -> str | None:
+        """The message's own id."""
+        return self.message.id if self.message else None
+
+    @property
+    def task(self) -> str | None:
+        """The name of its task."""
+        return self.message.task_name if self.message else None
+
+    @property
+    def error(self) -> str:
         """Type and message of the recorded error; "" where there is none."""
-        if not self.error:
+        if not self.record:
             return ""
-        return f"{self.error.get('type')}: {self.error.get('message')}"
+        return f"{self.record.get('type')}: {self.record.get('message')}"
 
     @property
-    def reason(self) -> str:
-        """Why it is here, in one line."""
-        moved = "moved by the queue itself, after too many receives"
-        return (self.error_text or self.invalid or moved).partition("\n")[0]
+    def traceback(self) -> str:
+        """The traceback of the recorded error; "" where there is none."""
+        if not self.record:
+            return ""
+        return str(self.record.get("traceback", ""))
+
+    @property
+    def cause(self) -> str:
+        """Why it is here: its error, or what stands for one."""
+        return self.error or self.invalid or _MOVED
+
+    @property
+    def sent(self) -> str:
+        """When it was sent for the first time, in ISO 8601."""
+        return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(_sent_s(self.received)))
+
+    def requeue(self) -> None:
+        """Send it back to the queue of its priority, and delete it here.
+
+        :raises PartialFailure: if it could not be sent, or if its copy was sent and it
+            could not be deleted: then it is in both queues
+        :raises TaskhawkError: if the loop has ended, or it was sent back or deleted
+        """
+        self._scan.requeue([self])
+        self._scan.check([self.message_id])
+
+    def delete(self) -> None:
+        """Delete it for good.
+
+        :raises PartialFailure: if it could not be deleted
+        :raises TaskhawkError: if the loop has ended, or it was sent back or deleted
+        """
+        self._scan.delete([self])
+        self._scan.check([self.message_id])
 
     def as_dict(self) -> dict[str, Any]:
         """Return all that is known of it but its body, for JSON."""
-        values = dict(vars(self))
-        del values["received"]
-        return values
+        message = self.message
+        return {
+            "message_id": self.message_id,
+            "sent": self.sent,
+            "age_s": self.age_s,
+            "receives": self.received.attempt,
+            "error": self.record,
+            "invalid": self.invalid,
+            "id": self.id,
+            "task": self.task,
+            "headers": message.headers if message else {},
+            "args": message.args if message else None,
+            "kwargs": message.kwargs if message else None,
+        }
 
 
-def _read_dead_letter(received: QueueMessage) -> _DeadLetter:
+def _sent_s(received: QueueMessage) -> float:
+    """Return when a message was sent for the first time, in epoch seconds."""
+    return int(received.attributes.get("SentTimestamp", 0)) / 1000
+
+
+def _read_dead_letter(scan: _Scan, received: QueueMessage) -> DeadLetter:
     """Read a dead letter; nothing in it is trusted."""
-    sent_s = int(received.attributes.get("SentTimestamp", 0)) / 1000
-    letter = _DeadLetter(
-        received,
-        message_id=received.message_id,
-        sent=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(sent_s)),
-        age_s=max(0, round(time.time() - sent_s)),
-        receives=received.attempt,
-        error=_recorded_error(received),
-    )
+    age_s = max(0, round(time.time() - _sent_s(received)))
+    record = _recorded_error(received)
     try:
         message = _decode(received.body)
     except ValidationError as error:
-        return dataclasses.replace(letter, invalid=str(error))
-    return dataclasses.replace(
-        letter,
-        id=message.id,
-        task=message.task_name,
-        headers=message.headers,
-        args=message.args,
-        kwargs=message.kwargs,
-    )
+        return DeadLetter(scan, received, age_s, record, invalid=str(error))
+    return DeadLetter(scan, received, age_s, record, message)
 
 
 def _recorded_error(received: QueueMessage) -> dict[str, Any] | None:
@@ -8728,34 +9013,40 @@ class _LetterFilter:
     """Says which dead letters are meant: those that fit every field."""
 
     task: str = "*"  # a pattern, as the shell's
-    error: str = ""  # a part of the error's type or message
+    error: str = ""  # a part of its cause
     headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
     oldest_s: float = math.inf
     newest_s: float = 0
     ids: frozenset[str] = frozenset()  # of the message or of SQS; any, if empty
 
-    def matches(self, letter: _DeadLetter) -> bool:
+    def matches(self, letter: DeadLetter) -> bool:
         """Return whether a dead letter is meant."""
         import fnmatch
 
         if not fnmatch.fnmatchcase(letter.task or "", self.task):
             return False
-        if self.error not in letter.error_text:
+        if self.error not in letter.cause:
             return False
         if not self.newest_s <= letter.age_s <= self.oldest_s:
             return False
-        if self.ids and self.ids.isdisjoint(letter.ids):
+        if self.ids and self.ids.isdisjoint([letter.id, letter.message_id]):
             return False
-        headers = {name: str(value) for name, value in letter.headers.items()}
-        return self.headers.items() <= headers.items()
+        return self.headers.items() <= _texts(letter).items()
+
+
+def _texts(letter: DeadLetter) -> dict[str, str]:
+    """Return the headers of a dead letter as text."""
+    if letter.message is None:
+        return {}
+    return {name: str(value) for name, value in letter.message.headers.items()}
 
 
 @dataclasses.dataclass
 class _Scan:
     """One look at each dead letter of a queue; use it in a ``with`` block.
 
-    Iterating receives, and yields those that match in lists of at most ten: `requeue`
-    and `delete` act on such a list. When the block ends, what is left is visible again.
+    It receives as it is iterated, and yields those that match. When the block ends,
+    what is left is visible again.
 
     :param doing: what the scan is for, such as "requeueing"; `done` is that afterwards
     :param num_messages: how many to receive at once, up to ten
@@ -8787,9 +9078,9 @@ class _Scan:
             raise ConfigurationError(
                 f"{self._queue}: it has no dead-letter queue (no RedrivePolicy)"
             )
-        self._source = source
+        self.source = source
         self.matched = 0
-        self.found_ids: set[str] = set()  # of those that matched
+        self.found_ids: set[str | None] = set()  # of those that matched
         self._removed: list[str] = []  # the message ids of those moved or deleted
         self._failed: dict[str, str] = {}  # why one could not be, by its message id
         self._hidden: dict[str, str] = {}  # receipt handles, by message id
@@ -8798,23 +9089,31 @@ class _Scan:
     def __enter__(self) -> typing.Self:
         return self
 
-    def __iter__(self) -> Iterator[list[_DeadLetter]]:
-        """Yield those that match; end after as many as there were at the start.
+    def __iter__(self) -> Iterator[DeadLetter]:
+        """Yield those that match, one by one."""
+        for page in self.pages():
+            yield from page
 
-        What arrives meanwhile is left to the next scan: it may be what was sent back.
+    def pages(self) -> Iterator[list[DeadLetter]]:
+        """Yield those that match in lists of at most ten, which need one call each.
+
+        End after as many as there were at the start. What arrives meanwhile is left to
+        the next scan: it may be what was sent back.
         """
         total = self.total()
-        self.say("%s about %d messages from %s", self.doing, total, self._source)
+        self.say("%s about %d messages from %s", self.doing, total, self.source)
         total = max(total, 1)  # the count is approximate: look at least once
         while len(self._seen) < total and self.matched < self.limit:
             new = self._receive(total - len(self._seen))
             if not new:
                 self._say_what_waits(total - len(self._seen))
                 return
-            letters = [*filter(self.wanted.matches, map(_read_dead_letter, new))]
+            letters = [_read_dead_letter(self, received) for received in new]
+            letters = [*filter(self.wanted.matches, letters)]
             letters = letters[: self.limit - self.matched]
             self.matched += len(letters)
-            self.found_ids.update(*(letter.ids for letter in letters))
+            for letter in letters:
+                self.found_ids |= {letter.id, letter.message_id}
             yield letters
             failed = len(self._failed)
             text = "%s %d of %d messages, %d failed"
@@ -8822,19 +9121,19 @@ class _Scan:
 
     def _say_what_waits(self, left: int) -> None:
         """Say that a FIFO queue withholds what follows the messages of a group."""
-        if self._hidden and _is_fifo(self._source):
+        if self._hidden and _is_fifo(self.source):
             text = "about %d more wait in %s behind these, in the same groups"
-            self.say(text, left, self._source)
+            self.say(text, left, self.source)
 
     def total(self) -> int:
         """Count the dead letters that are visible; SQS does so approximately."""
-        return self._broker.depth(self._source).visible
+        return self._broker.depth(self.source).visible
 
     def _receive(self, left: int) -> list[QueueMessage]:
         """Receive once, and return what was not met before."""
         at_once = min(self.num_messages, _MAX_BATCH, left)
         received = self._broker.receive(
-            self._source, at_once, 1, self.lease_s, threading.Event()
+            self.source, at_once, 1, self.lease_s, threading.Event()
         )
         new = {}
         for message in received:
@@ -8845,11 +9144,12 @@ class _Scan:
         self._seen.update(new)
         return list(new.values())
 
-    def requeue(self, letters: Sequence[_DeadLetter]) -> None:
+    def requeue(self, letters: Sequence[DeadLetter]) -> None:
         """Send copies to the queue, and delete those whose copy is confirmed.
 
         After a crash in between, a message is in both queues: it runs again.
         """
+        self._receipts(letters)  # nothing is sent that can't be deleted then
         copies = []
         for letter in letters:
             attributes = dict(letter.received.message_attributes)
@@ -8859,37 +9159,52 @@ class _Scan:
         refused = _send_all(self._broker, self._queue, copies)
         self.delete(self._accepted(letters, refused), "copied, but not deleted: ")
 
-    def delete(self, letters: Sequence[_DeadLetter], failure: str = "") -> None:
+    def delete(self, letters: Sequence[DeadLetter], failure: str = "") -> None:
         """Delete dead letters; `failure` is what is said before the reason of one."""
-        receipts = [self._hidden[letter.message_id] for letter in letters]
-        delete = functools.partial(self._broker.delete, self._source)
+        receipts = self._receipts(letters)
+        delete = functools.partial(self._broker.delete, self.source)
         refused = _in_batches(delete, receipts, 3)
         for letter in self._accepted(letters, refused, failure):
             self._removed.append(letter.message_id)
             del self._hidden[letter.message_id]
 
+    def _receipts(self, letters: Iterable[DeadLetter]) -> list[str]:
+        """Return what they can be deleted by; raise TaskhawkError if one has none."""
+        for letter in letters:
+            if letter.message_id not in self._hidden:
+                raise TaskhawkError(
+                    f"dead letter {letter.message_id}: it was sent back or deleted"
+                    " before, or its loop has ended"
+                )
+        return [self._hidden[letter.message_id] for letter in letters]
+
     def _accepted(
         self,
-        letters: Sequence[_DeadLetter],
+        letters: Sequence[DeadLetter],
         refused: Mapping[int, Refusal],
         failure: str = "",
-    ) -> list[_DeadLetter]:
+    ) -> list[DeadLetter]:
         """Return those that were not refused; log the first refusal with its remedy."""
         if refused:
             first = next(iter(refused.values()))
             _log.warning("%s: %s", first.code, first.text)
         for index, refusal in refused.items():
             self._failed[letters[index].message_id] = failure + refusal.code
-        return [letters[i] for i in range(len(letters)) if i not in refused]
+        accepted = [letters[i] for i in range(len(letters)) if i not in refused]
+        for letter in accepted:
+            self._failed.pop(letter.message_id, None)  # of an earlier try
+        return accepted
 
     def __exit__(self, kind: object, *_: object) -> None:
         """Show what is left to others again."""
-        show = functools.partial(self._broker.change_visibility, self._source)
-        refused = _in_batches(show, [(r, 0) for r in self._hidden.values()], 3)
+        show = functools.partial(self._broker.change_visibility, self.source)
+        changes = [(receipt, 0) for receipt in self._hidden.values()]
+        self._hidden.clear()  # whoever receives them next has receipts of their own
+        refused = _in_batches(show, changes, 3)
         if refused:
             reason = next(iter(refused.values())).text
             text = "%d of %d dead letters looked at stay hidden for a while: %s"
-            _log.warning(text, len(refused), len(self._hidden), reason)
+            _log.warning(text, len(refused), len(changes), reason)
         if kind:
             text = "stopped: up to %d more messages may have been %s"
             self.say(text, _MAX_BATCH, self.done)
@@ -8899,11 +9214,63 @@ class _Scan:
 
         :raises PartialFailure: if some were not; they are still among the dead letters
         """
-        if self._failed:
-            good = [{"Id": message_id} for message_id in self._removed]
-            bad = [{"Id": name, "Code": code} for name, code in self._failed.items()]
-            raise PartialFailure({"Successful": good, "Failed": bad})
+        self.check([*self._removed, *self._failed])
         return len(self._removed)
+
+    def check(self, message_ids: Iterable[str]) -> None:
+        """Raise PartialFailure if one of these could not be moved or deleted."""
+        good, bad = [], []
+        for message_id in message_ids:
+            if message_id in self._failed:
+                bad.append({"Id": message_id, "Code": self._failed[message_id]})
+            else:
+                good.append({"Id": message_id})
+        if bad:
+            raise PartialFailure({"Successful": good, "Failed": bad})
+
+
+def dead_letters(
+    priority: Priority,
+    *,
+    task: str = "*",
+    error: str = "",
+    header: Mapping[str, Any] | None = None,
+    older_than_s: float = 0,
+    newer_than_s: float = math.inf,
+) -> Iterator[DeadLetter]:
+    """Yield the dead letters of a queue, each once, for as many as there are now.
+
+    Those that the loop has come to are hidden from others, for ten minutes at most.
+    What it neither sent back nor deleted is visible again when it ends, also by
+    ``break`` or an exception.
+
+    :param priority: says which queue; its redrive policy names its dead-letter queue
+    :param task: only those of this task; ``*`` and ``?`` stand for any text
+    :param error: only those with this text in their :attr:`DeadLetter.cause`
+    :param header: only those with these headers, whose values are compared as text
+    :param older_than_s: only those first sent at least so many seconds ago
+    :param newer_than_s: only those first sent at most so many seconds ago
+    :raises ConfigurationError: if the queue has no dead-letter queue
+    """
+    _require_priority(priority)
+    headers = {name: str(value) for name, value in (header or {}).items()}
+    wanted = _LetterFilter(task, error, headers, newer_than_s, older_than_s)
+    scan = _Scan(priority, "looking at", "looked at", wanted, say=_log.debug)
+    return _letters_of(scan)
+
+
+def _letters_of(scan: _Scan) -> Iterator[DeadLetter]:
+    """Yield the dead letters of a scan, and show what is left when the loop ends."""
+    with scan:
+        yield from scan
+
+
+def _require_priority(priority: object) -> None:
+    """Refuse what is no Priority."""
+    if not isinstance(priority, Priority):
+        raise ConfigurationError(
+            f"priority: expected a taskhawk.Priority, got {priority!r}"
+        )
 
 
 def requeue_dead_letter(
@@ -8922,10 +9289,7 @@ def requeue_dead_letter(
     :raises ConfigurationError: if the queue has no dead-letter queue
     :raises PartialFailure: if some were not; they are still among the dead letters
     """
-    if not isinstance(priority, Priority):
-        raise ConfigurationError(
-            f"priority: expected a taskhawk.Priority, got {priority!r}"
-        )
+    _require_priority(priority)
     if settings.IS_LAMBDA_APP:
         _log.warning(
             "requeue_dead_letter: not supported for Lambda apps, whose queues are"
@@ -8939,7 +9303,7 @@ def requeue_dead_letter(
         num_messages=num_messages,
         lease_s=visibility_timeout,
     ) as scan:
-        for letters in scan:
+        for letters in scan.pages():
             scan.requeue(letters)
     return scan.count()
 
@@ -9453,7 +9817,7 @@ def _check_receives(
 ) -> Iterator[_Finding]:
     """Look whether the queue gives up before a task's policy, or after few crashes."""
     for task in tasks:
-        retries = getattr(task.retry, "max_retries", None) or 0
+        retries = getattr(_policy_of(task), "max_retries", None) or 0
         if receives <= retries:
             yield _error(
                 f"{queue}: its maxReceiveCount of {receives}"
@@ -9926,6 +10290,128 @@ def _play() -> bool:
     return (first.dead_lettered, second.acked) != (1, 1)
 
 
+_EMF_EVERY_S = 60  # the resolution of CloudWatch's standard metrics
+_MOST_VALUES = 100  # of a metric in a line
+_UNITS = {"RunDuration": "Milliseconds", "OldestRunAge": "Seconds"}
+
+
+def _namespace(text: str) -> str:
+    """Read a namespace of CloudWatch."""
+    if re.fullmatch(r"(?!AWS/|:)[A-Za-z0-9._/#: -]{1,255}", text):
+        return text
+    raise _wrong("a namespace of CloudWatch, such as myapp", text)
+
+
+class _Runs:
+    """The runs of a queue since its last metrics."""
+
+    def __init__(self) -> None:
+        self.count = self.leases_lost = 0
+        self.durations_ms: list[int] = []  # of all, or of a fair sample
+
+    def add(self, duration_ms: int, *, lost: bool) -> None:
+        """Note a run, and whether its lease was lost."""
+        import random
+
+        place = random.randint(0, self.count)  # so that each run is as likely to stay
+        self.count += 1
+        self.leases_lost += lost
+        if len(self.durations_ms) < _MOST_VALUES:
+            self.durations_ms.append(duration_ms)
+        elif place < _MOST_VALUES:
+            self.durations_ms[place] = duration_ms
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class _MeasuredWorker(Worker):
+    """A worker that prints metrics each minute, a line for each queue.
+
+    Counts are those since the last line. Printing may block, so a thread of its own
+    does it. CloudWatch makes metrics of such lines wherever it gets them as logs. Their
+    form is CloudWatch's "Embedded metric format specification".
+    """
+
+    namespace: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.on_overdue = self._exit_overdue
+        self._printed: dict[str, Mapping[str, float]] = {}  # the totals, by queue
+        self._runs_lock = threading.Lock()  # guards this, which slots change
+        self._runs = {queue: _Runs() for queue in self.queues}
+
+    def settle(self, held: _Held, outcome: Outcome) -> None:
+        """Do what the outcome says, and note how the run went."""
+        duration_ms = round((self.clock() - held.started_at) * 1000)
+        with self._runs_lock:
+            self._runs[held.queue].add(duration_ms, lost=held.message.lease_lost)
+        super().settle(held, outcome)
+
+    def run(self) -> Ledger:
+        """Work until stopped, and print metrics all the while."""
+        is_over = threading.Event()
+        printing = threading.Thread(target=self._go_on, args=(is_over,), daemon=True)
+        printing.start()
+        try:
+            return super().run()
+        finally:
+            is_over.set()
+            printing.join(_HEART_S)
+            self.print_metrics()
+
+    def _go_on(self, is_over: threading.Event) -> None:
+        """Print metrics each minute; the body of a thread."""
+        while not is_over.wait(_EMF_EVERY_S):
+            try:
+                self.print_metrics()
+            except OSError as error:
+                _log.warning("can't print metrics: %s", error)
+
+    def _exit_overdue(self, ledger: Ledger) -> None:
+        """Print the last metrics, and end at once."""
+        try:
+            self.print_metrics()
+        finally:
+            _exit_overdue(ledger)
+
+    def print_metrics(self) -> None:
+        """Print a line for each queue."""
+        now_ms = round(time.time() * 1000)
+        for queue in self.queues:
+            values = self._measure(queue)
+            metrics = [
+                {"Name": name, "Unit": _UNITS.get(name, "Count")} for name in values
+            ]
+            about = {"Namespace": self.namespace, "Dimensions": [["queue"]]}
+            directive = {**about, "Metrics": metrics}
+            aws = {"Timestamp": now_ms, "CloudWatchMetrics": [directive]}
+            line = json.dumps({"_aws": aws, "queue": queue, **values})
+            sys.stdout.write(f"{line}\n")  # at once: tasks print too
+        sys.stdout.flush()
+
+    def _measure(self, queue: str) -> dict[str, Any]:
+        """Return the metrics of a queue by their names, and begin to count anew."""
+        with self._keeper.lock:
+            totals = dataclasses.asdict(self._holdings.tally.ledgers[queue])
+            runs = [held for held in self._holdings.held if held.runs]
+        now = self.clock()
+        began = [held.started_at for held in runs if held.queue == queue]
+        age_s = now - min(began, default=now)
+        with self._runs_lock:
+            since, self._runs[queue] = self._runs[queue], _Runs()
+        printed = self._printed.get(queue, {})
+        self._printed[queue] = totals
+        values: dict[str, Any] = {}
+        for name, total in totals.items():
+            metric = name.title().replace("_", "")  # such as DeadLettered
+            values[metric] = total - printed.get(name, 0)
+        values["LeasesLost"] = since.leases_lost
+        values["OldestRunAge"] = round(age_s, 3)
+        if since.durations_ms:
+            values["RunDuration"] = since.durations_ms
+        return values
+
+
 @_command(
     "listen",
     _MODULES,
@@ -9969,6 +10455,12 @@ def _play() -> bool:
     _flag("--isolate", "run tasks in child processes"),
     _option("--liveness-file", "file to touch while the worker lives", metavar="PATH"),
     _option(
+        "--emf",
+        "CloudWatch namespace of metrics to print, in the Embedded Metric Format",
+        type=_namespace,
+        metavar="NAMESPACE",
+    ),
+    _option(
         "--log-level",
         "least level to log (default: info)",
         choices=["debug", "info", "warning", "error"],
@@ -9987,7 +10479,10 @@ def _listen(arguments: Any) -> bool:
     with _telling_where(_UNREADABLE):
         settings.check()
     priorities = _priorities(arguments.priority)
-    worker = Worker(
+    make: Callable[..., Worker] = Worker
+    if arguments.emf:
+        make = functools.partial(_MeasuredWorker, namespace=arguments.emf)
+    worker = make(
         _brokers.broker(),
         _queues_of(priorities),
         num_messages=arguments.num_messages,
@@ -10301,7 +10796,7 @@ _LETTERS = (
     ),
     _option(
         "--error",
-        "only those with this in the error's type or message",
+        "only those with this text in their error, or in what is said in its place",
         default="",
         metavar="TEXT",
     ),
@@ -10395,16 +10890,15 @@ def _require_found(scan: _Scan) -> None:
 
 
 def _print_letters(
-    arguments: Any, doing: str, text_of: Callable[[_DeadLetter], str]
+    arguments: Any, doing: str, text_of: Callable[[DeadLetter], str]
 ) -> None:
     """Print the dead letters that the options ask for, with --json as JSON."""
     if arguments.json:
         text_of = _as_json
     with _scan_for(arguments, doing, "looked at") as scan:
-        for letters in scan:
+        for letter in scan:
             _clear_line()
-            for letter in letters:
-                print(_printable(text_of(letter)), flush=True)
+            print(_printable(text_of(letter)), flush=True)
     _require_found(scan)
 
 
@@ -10418,31 +10912,37 @@ def _visible(character: re.Match[str]) -> str:
     return character[0] if character[0].isprintable() else "?"
 
 
-def _as_line(letter: _DeadLetter) -> str:
+def _first_line(text: str) -> str:
+    """Return a text up to its first line break."""
+    return text.partition("\n")[0]
+
+
+def _as_line(letter: DeadLetter) -> str:
     """Return a dead letter in one line."""
     name = letter.id or letter.message_id
-    line = f"{name}  {letter.task}  {letter.age_s} s ago  {letter.reason}"
+    reason = _first_line(letter.cause)
+    line = f"{name}  {letter.task}  {letter.age_s} s ago  {reason}"
     return line.replace("\n", "?")
 
 
-def _as_page(letter: _DeadLetter) -> str:
+def _as_page(letter: DeadLetter) -> str:
     """Return all that is known of a dead letter, a line each."""
     values = letter.as_dict()
-    values["error"] = letter.reason
+    values["error"] = _first_line(letter.cause)
     if letter.invalid:
         values["body"] = ascii(letter.received.body)
-    if letter.error:
-        values |= {f"error {name}": value for name, value in letter.error.items()}
+    if letter.record:
+        values |= {f"error {name}": value for name, value in letter.record.items()}
     lines = [f"{key}: {value}\n" for key, value in values.items() if value is not None]
     return "".join(lines)
 
 
-def _as_json(letter: _DeadLetter) -> str:
+def _as_json(letter: DeadLetter) -> str:
     """Return all that is known of a dead letter, as JSON."""
     return json.dumps(letter.as_dict(), default=str)
 
 
-def _as_export(letter: _DeadLetter) -> str:
+def _as_export(letter: DeadLetter) -> str:
     """Return a dead letter as JSON, with its body and its attributes."""
     received = letter.received
     raw = {"body": received.body, "attributes": received.message_attributes}
@@ -10481,7 +10981,113 @@ def _export(arguments: Any) -> None:
     _print_letters(arguments, "exporting", _as_export)
 
 
-@_command("dead-letters requeue", *_LETTERS, _ID, _DRY_RUN)
+class _Group:
+    """Dead letters of one task that are there for the same kind of error."""
+
+    def __init__(self, first: DeadLetter) -> None:
+        self.count = 1
+        self.oldest = self.newest = first.sent
+        self.example = _first_line(first.cause)  # of the newest
+
+    def add(self, letter: DeadLetter) -> None:
+        """Count one more."""
+        self.count += 1
+        self.oldest = min(self.oldest, letter.sent)
+        if letter.sent >= self.newest:
+            self.newest = letter.sent
+            self.example = _first_line(letter.cause)
+
+
+@_command("dead-letters summary", *_LETTERS, _ID, _AS_JSON)
+def _summary(arguments: Any) -> None:
+    """Count dead letters by task and error; a look counts as a receive.
+
+    example: python -m taskhawk dead-letters summary --newer-than 1d
+    """
+    groups: dict[tuple[str, str], _Group] = {}
+    with _scan_for(arguments, "counting", "counted") as scan:
+        for letter in scan:
+            key = letter.task or "", _kind_of_error(letter)
+            if key in groups:
+                groups[key].add(letter)
+            else:
+                groups[key] = _Group(letter)
+    _require_found(scan)
+    found = [
+        _group_as_dict(arguments, *key, group)
+        for key, group in sorted(groups.items(), key=lambda item: -item[1].count)
+    ]
+    if arguments.json:
+        print(json.dumps(found, indent=2))
+        return
+    for values in found:
+        print(_printable(_group_as_page(values)))
+    print(f"{scan.matched} dead letters")
+
+
+def _kind_of_error(letter: DeadLetter) -> str:
+    """Return the part of its cause by which a dead letter is counted."""
+    if letter.record:
+        return f"{letter.record.get('type')}: "
+    return letter.cause
+
+
+def _group_as_dict(
+    arguments: Any, task: str, error: str, group: _Group
+) -> dict[str, Any]:
+    """Return what is known of a group, with the commands that deal with it."""
+    words = _words_of(arguments, task, error)
+    return {
+        "task": task or None,
+        "error": error.removesuffix(": "),
+        "count": group.count,
+        "oldest": group.oldest,
+        "newest": group.newest,
+        "example": group.example,
+        "list": f"{_LETTERS_COMMAND} list{words}",
+        "requeue": f"{_LETTERS_COMMAND} requeue{words}",
+    }
+
+
+_LETTERS_COMMAND = "python -m taskhawk dead-letters"
+
+
+def _words_of(arguments: Any, task: str, error: str) -> str:
+    """Return the options that mean a group: its own, and those of the summary."""
+    import glob
+    import shlex
+
+    words = ["--error", error]
+    if task:
+        words += ["--task", glob.escape(task)]
+    if arguments.priority != "default":
+        words += ["--priority", arguments.priority]
+    for name, value in arguments.header:
+        words += ["--header", f"{name}={value}"]
+    if arguments.older_than:
+        words += ["--older-than", f"{arguments.older_than:.0f}s"]
+    if arguments.newer_than < math.inf:
+        words += ["--newer-than", f"{arguments.newer_than:.0f}s"]
+    for module in arguments.modules:
+        words += ["--module", module]
+    return "".join(f" {shlex.quote(word)}" for word in words)
+
+
+def _group_as_page(values: Mapping[str, Any]) -> str:
+    """Return a group for people."""
+    return (
+        f"{values['count']}  {values['task']}  {values['error']}\n"
+        f"    from {values['oldest']} to {values['newest']}\n"
+        f"    the newest: {values['example']}\n"
+        f"    {values['list']}\n"
+        f"    {values['requeue']}\n"
+    )
+
+
+_YES = _flag("--yes", "do not ask, in a terminal, before more than one is meant")
+
+
+@_command("dead-letters requeue", *_LETTERS, _ID, _YES, _DRY_RUN)
 def _requeue(arguments: Any) -> None:
     """Send dead letters back to their queue.
 
@@ -10491,7 +11097,10 @@ def _requeue(arguments: Any) -> None:
         _print_letters(arguments, "would requeue some of", _as_line)
         return
     with _scan_for(arguments, "requeueing", "requeued") as scan:
-        for letters in scan:
+        if not _is_agreed(arguments, scan, "requeue", ""):
+            print("sent back: 0")
+            return
+        for letters in scan.pages():
             scan.requeue(letters)
     print(f"sent back: {scan.count()}")
     _require_found(scan)
@@ -10502,7 +11111,7 @@ def _requeue(arguments: Any) -> None:
     *_LETTERS,
     _ID,
     _flag("--all", "delete all of them, where no filter is given"),
-    _flag("--yes", "do not ask, in a terminal, before more than one is deleted"),
+    _YES,
     _DRY_RUN,
 )
 def _delete(arguments: Any) -> None:
@@ -10518,22 +11127,27 @@ def _delete(arguments: Any) -> None:
         _print_letters(arguments, "would delete some of", _as_line)
         return
     with _scan_for(arguments, "deleting", "deleted") as scan:
-        if not (arguments.yes or _is_agreed(scan)):
+        if not _is_agreed(arguments, scan, "delete", " for good"):
             print("deleted: 0")
             return
-        for letters in scan:
+        for letters in scan.pages():
             scan.delete(letters)
     print(f"deleted: {scan.count()}")
     _require_found(scan)
 
 
-def _is_agreed(scan: _Scan) -> bool:
-    """Ask in a terminal whether to delete, where it may be more than one."""
+def _is_agreed(arguments: Any, scan: _Scan, verb: str, how: str) -> bool:
+    """Ask in a terminal whether to go on, where it may be about more than one."""
+    if arguments.yes or not _is_terminal(sys.stdin):
+        return True
     total = scan.total()
     most = min(total, scan.limit, len(scan.wanted.ids) or total)
-    if most <= 1 or not _is_terminal(sys.stdin):
+    if most <= 1:
         return True
-    question = f"delete up to {most} dead letters for good? [y/N] "
+    which = f"dead letters of {scan.source}"
+    if scan.wanted != _LetterFilter():
+        which += " that fit the filters"
+    question = f"{verb} up to {most} {which}{how}? [y/N] "
     print(question, end="", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 

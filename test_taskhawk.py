@@ -36,6 +36,7 @@ import random
 import re
 import resource
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -51,6 +52,7 @@ import urllib.parse
 import urllib.request
 import uuid
 import venv
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
@@ -1045,8 +1047,9 @@ HOUSE_PROMISES = {
     1: """publish _send_one _accepted _send_all_ready _partial_failure _send_all
         _in_batches _one_round SqliteBroker.send SqliteBroker._claim SqliteBroker.delete
         _SqliteFile.change _use_write_ahead_log _AwsSender._batch SqsBroker.send
-        SqsBroker.delete process _verdict _wanted _Slot._run Worker.settle _carry_out
-        _postpone Worker._close _dead_letter _send_copy _Held.move _Holdings.finish
+        SqsBroker.delete process _verdict _wanted _delay_s _ask _Slot._run Worker.settle
+        _carry_out _postpone Worker._close _dead_letter _send_copy _Held.move
+        _Holdings.finish
         _Holdings.release _Holdings._decide _Calls.answered _Calls._deleted
         _Calls._delayed _Calls._try_later _Holdings.doubt _Holdings.close
         _Holdings.end""",
@@ -1059,9 +1062,9 @@ HOUSE_PROMISES = {
     3: """_decode _parse Message.__init__ _validate _fits _find_task Task.find_by_name
         Task.call _register _import _import_path _parse_line _to_outcome
         _import_tasks""",
-    4: """process _run _decode _parse _failed _verdict _is_invalid _text_of_invalid
+    4: """process _run _decode _parse _failed _log_failed _verdict _is_invalid _text_of_invalid
         _Slot._run Worker.settle""",
-    5: """_run _failed _sentence _what_follows _name_of _reason _in_one_line _facts
+    5: """_run _failed _log_failed _sentence _what_follows _name_of _reason _in_one_line _facts
         _extra_of _text_of_invalid _shown _mismatch _too_large _Holdings.warn
         _Keeper._tell _Faults _error_code _error_details _explained _explanation
         _find_remedy _Source.read _call_safely _log_again""",
@@ -1494,6 +1497,21 @@ class TestErrors:
             made = refused(taskhawk.RetryException, *args, error=ValueError, **kwargs)
             assert made == sentence
 
+    def test_retry_by_no_policy(self):
+        """RetryException refuses a policy that can't be called."""
+        kwargs = {"error": ValueError, "retry": "soon"}
+        made = refused(taskhawk.RetryException, **kwargs)
+        assert made == "retry: expected a retry policy, got 'soon'"
+
+    @pytest.mark.parametrize(
+        ("args", "named"), [((5,), {}), ((), {"delay_seconds": 0})]
+    )
+    def test_retry_by_both(self, args, named):
+        """RetryException refuses a delay together with a policy, which might differ."""
+        kwargs = {"error": ValueError, "retry": taskhawk.fixed(60, 3), **named}
+        made = refused(taskhawk.RetryException, *args, **kwargs)
+        assert made == "expected delay_seconds or retry, got both"
+
     def test_data(self):
         """LoggingException has the record's `extra`; MessageTooLarge has the limit."""
         failed = taskhawk.LoggingException("out of stock", {"item": 7})
@@ -1539,6 +1557,11 @@ SETTINGS_TABLE = {  # the default, and how an error goes on after "expected"
         None,
         "at most 53 letters, digits, hyphens and underscores, such as 'dev-myapp'",
     ),
+    "TASKHAWK_RETRY": (
+        None,
+        "a retry policy or its dotted path, such as 'myapp.retries.patient'",
+    ),
+    "TASKHAWK_RUN_HOOK": (None, SETTINGS_HOOK.format("count_run")),
     "TASKHAWK_SCHEDULER_ROLE": (
         None,
         (
@@ -1565,6 +1588,8 @@ SETTINGS_LEGAL = [
     ("TASKHAWK_MAX_DB_REUSE_LOOPS", 1),
     ("TASKHAWK_QUEUE", "Dev_my-app-2"),
     ("TASKHAWK_QUEUE", "q" * 53),
+    ("TASKHAWK_RETRY", taskhawk.fixed(60, 3)),
+    ("TASKHAWK_RETRY", math.sqrt),
     ("TASKHAWK_SCHEDULER_ROLE", "arn:aws-us-gov:iam::000000000000:role/a/b+c"),
     ("TASKHAWK_TASK_CLASS", taskhawk.Task),
 ]
@@ -1586,6 +1611,7 @@ SETTINGS_ILLEGAL = [
     ("TASKHAWK_DEFAULT_HEADERS", {"a": "b"}),
     ("TASKHAWK_ERROR_HOOK", "print"),
     *(("TASKHAWK_HEARTBEAT_HOOK", value) for value in ("os.sep", ".hooks.beat")),
+    ("TASKHAWK_RETRY", 60),
     *(
         ("TASKHAWK_SCHEDULER_ROLE", value)
         for value in ("role/a", "arn:aws:iam::1:role/a", 5)
@@ -7515,7 +7541,7 @@ IN_12_HOURS = "runs again in 43200 s, the most that SQS allows"
 PROCESSING_ENDS: dict[str, tuple[Fate, float | None]] = {
     LEFT: (Fate.retry, None),
     DEAD: (Fate.dead_letter, None),
-    **{DELAY.format(s): (Fate.retry, s) for s in (0, 1, 5, 7.5, 90)},
+    **{DELAY.format(s): (Fate.retry, s) for s in (0, 1, 5, 7, 7.5, 90)},
 }
 PROCESSING_ENDS[IN_12_HOURS] = (Fate.retry, 43200)
 for said in ("True", "not yet,?hm", "a; b"):
@@ -7523,7 +7549,8 @@ for said in ("True", "not yet,?hm", "a; b"):
 AT_LAST = f"{DEAD}: the queue allows no further receive"
 PROCESSING_ENDS[AT_LAST] = (Fate.dead_letter, None)
 FIVE: dict[str, Any] = {"retry": taskhawk.fixed(5, 2, jitter=False)}
-IN_5_S = DELAY.format(5)
+IN_5_S, IN_7_S = DELAY.format(5), DELAY.format(7)
+IN_7 = taskhawk.fixed(7, 2, jitter=False)
 FILES: dict[str, Any] = {**FIVE, "retry_on": (OSError,)}
 NO_FILES: dict[str, Any] = {**FIVE, "never_retry_on": (OSError, ValueError)}
 ONLY_FILES: dict[str, Any] = {"retry_on": OSError, "never_retry_on": FileNotFoundError}
@@ -7597,8 +7624,16 @@ PROCESSING_FAILURES = [
     ("asks past the policy", later(1), FIVE, 9, ASKED, DELAY.format(1)),
     ("asks past retry_on", later(), FILES, 1, ASKED, IN_5_S),
     ("asks past never", later(), {"never_retry_on": (later,)}, 1, ASKED, LEFT),
+    ("asks by a policy", later(retry=IN_7), {}, 1, ASKED, DELAY.format(7)),
+    ("asks by another policy", later(retry=IN_7), FIVE, 2, ASKED, DELAY.format(7)),
+    ("asks by one, used up", later(retry=IN_7), FIVE, 3, FAILS, DEAD),
+    ("asks by one, last", later(retry=IN_7), {}, 10, FAILS, AT_LAST),
+    ("asks by a huge one", later(retry=lambda _: 1e9), {}, 1, ASKED, IN_12_HOURS),
+    ("group, policies", group(later(retry=IN_7), later(5)), {}, 1, ASKED, IN_7_S),
+    ("group, a policy", group(later(retry=IN_7), KeyError()), FIVE, 1, FAILS, IN_7_S),
+    ("group, used up", group(later(retry=IN_7), later(5)), {}, 3, FAILS, DEAD),
 ]
-PROCESSING_PLACES = ["task", "policy", "error hook", "pre hook"]
+PROCESSING_PLACES = ["task", "policy", "error hook", "run hook", "pre hook"]
 postponed = taskhawk.PostponeException
 # What is raised, at which attempt, in which queue; and what comes of it.
 PROCESSING_POSTPONED: dict[str, tuple[BaseException, int, str | None, Fate, Any]] = {
@@ -7741,10 +7776,61 @@ class TestProcessing:
 
     def run_with(self, where: str, fn: Callable[..., Any]) -> Outcome:
         """Process a message whose task fails, with this function in one place."""
-        hook = {"pre hook": "PRE_PROCESS", "error hook": "ERROR"}.get(where)
+        hooks = {"pre hook": "PRE_PROCESS", "error hook": "ERROR", "run hook": "RUN"}
+        hook = hooks.get(where)
         taskhawk.configure({f"TASKHAWK_{hook}_HOOK": fn} if hook else None)
         task = fn if where == "task" else raising(ValueError())
         return processing_run(task, retry=fn if where == "policy" else None)
+
+    @pytest.mark.parametrize(
+        ("error", "attempt", "level", "how", "then"),
+        [
+            (later("no", log_error=False), 3, "WARNING", ASKED, f"{DEAD}: no"),
+            (later(retry=IN_7, log_error=False), 3, "WARNING", ASKED, DEAD),
+            (later(5, log_error=False), 10, "WARNING", ASKED, AT_LAST),
+            (later(log_error=False), 1, "INFO", ASKED, IN_5_S),
+            (group(*[later(log_error=False)] * 2), 3, "WARNING", ASKED, DEAD),
+            (group(later(log_error=False), later()), 3, "ERROR", FAILS, DEAD),
+            (group(later(log_error=False), KeyError()), 3, "ERROR", FAILS, DEAD),
+        ],
+    )
+    def test_no_error(self, error, attempt, level, how, then, caplog):  # noqa: PLR0917
+        """With log_error=False the last failure is a warning, not an error, if all say so.
+
+        The error hook is not told, and the dead letter has the error all the same.
+        """
+        told: list[Any] = []
+        taskhawk.configure(TASKHAWK_ERROR_HOOK=lambda **given: told.append(given))
+        caplog.set_level(logging.INFO, "taskhawk")
+        outcome = processing_run(raising(error), attempt, **FIVE)
+        assert outcome.fate is (Fate.retry if level == "INFO" else Fate.dead_letter)
+        assert outcome.error is error
+        [record] = caplog.records
+        assert (
+            record.getMessage()
+            == f"{PROCESSING_NAME}: attempt {attempt} {how} and {then}"
+        )
+        assert (record.levelname, len(told)) == (level, int(level == "ERROR"))
+        assert (record.exc_info is None) == (level != "ERROR")
+
+    def test_default_policy(self):
+        """TASKHAWK_RETRY is the policy of the tasks that have none."""
+        taskhawk.configure(TASKHAWK_RETRY=IN_7)
+        error = ValueError("no")
+        for attempt, options, fate, delay_s in [
+            (1, {}, Fate.retry, 7),
+            (3, {}, Fate.dead_letter, None),
+            (1, FIVE, Fate.retry, 5),
+        ]:
+            outcome = processing_run(raising(error), attempt, **options)
+            assert outcome == Outcome(fate, error, delay_s)
+        assert processing_run(raising(later(90))).delay_s == 90
+        taskhawk.configure(TASKHAWK_RETRY="json.missing")
+        outcome = processing_run(raising(error))
+        assert (outcome.fate, outcome.delay_s) == (Fate.retry, None)
+        assert str(outcome.error).startswith(
+            "TASKHAWK_RETRY in configure(): expected a"
+        )
 
     @pytest.mark.parametrize("where", PROCESSING_PLACES)
     @pytest.mark.parametrize("grouped", [False, True])
@@ -7865,7 +7951,7 @@ class TestProcessing:
         class Own(base):
             def __init__(self) -> None:
                 if delay_s is not None:
-                    self.delay_seconds = delay_s
+                    self.delay_seconds = self.retry = delay_s
 
         error = Own()
         assert processing_run(raising(error)) == Outcome(Fate.retry, error)
@@ -8071,6 +8157,65 @@ class TestProcessing:
             (f"{PROCESSING_NAME}: attempt 1 failed and {LEFT}", error),
             ("TASKHAWK_ERROR_HOOK failed", broken),
         ]
+
+    @pytest.mark.parametrize(
+        ("task", "hooks", "attempt", "end"),
+        [
+            (nothing, {}, 1, "done"),
+            (raising(Ignored("no")), {}, 1, "ignored"),
+            (raising(ValueError("no")), {}, 1, "retry"),
+            (raising(later(5)), {}, 1, "retry"),
+            (raising(ValueError("no")), {}, 10, "dead_letter"),
+            (nothing, {"TASKHAWK_PRE_PROCESS_HOOK": raising(OSError())}, 1, "retry"),
+            (nothing, {"TASKHAWK_POST_PROCESS_HOOK": raising(OSError())}, 1, "retry"),
+        ],
+    )
+    def test_run_hook(self, monkeypatch, task, hooks, attempt, end):
+        """The run hook is told of each run, how it ended, and what it took.
+
+        A run that its task ignored has no exception: it did not fail.
+        """
+        clock, told = Clock(), []
+        monkeypatch.setattr(time, "monotonic", clock)
+
+        def runs() -> None:
+            clock.now += 1.5
+            task()
+
+        hook = lambda **given: told.append(given)  # noqa: E731
+        taskhawk.configure(hooks, TASKHAWK_RUN_HOOK=hook)
+        outcome = processing_run(runs, attempt)
+        has_run = "TASKHAWK_PRE_PROCESS_HOOK" not in hooks
+        assert told == [
+            {
+                "message": Message(json.loads(processing_body())) if has_run else None,
+                "outcome": end,
+                "exception": outcome.error,
+                "duration_ms": 1500 * has_run,
+            }
+        ]
+
+    @pytest.mark.parametrize("case", PROCESSING_INVALID)
+    def test_run_hook_of_no_message(self, case):
+        """It is told of what is no message, or for no task here, each time."""
+        told: list[Any] = []
+        hook = lambda **given: told.append(given)  # noqa: E731
+        taskhawk.configure(TASKHAWK_RUN_HOOK=hook)
+        received = QueueMessage(PROCESSING_INVALID[case][0], "m1", queue="Q")
+        outcomes = [taskhawk.process(received) for _ in range(2)]
+        errors = [(each["exception"], each["message"]) for each in told]
+        assert errors == [(outcome.error, None) for outcome in outcomes]
+
+    @pytest.mark.parametrize("broken", [OSError("no network"), SystemExit(3)])
+    @pytest.mark.parametrize("task", [nothing, raising(ValueError("no"))])
+    def test_run_hook_that_fails(self, broken, task, caplog):
+        """A run hook's own failure is logged, no more."""
+        before = processing_run(task)
+        caplog.clear()
+        taskhawk.configure(TASKHAWK_RUN_HOOK=raising(broken))
+        assert processing_run(task)[::2] == before[::2]
+        assert caplog.records[-1].getMessage() == "TASKHAWK_RUN_HOOK failed"
+        assert caplog.records[-1].exc_info[1] is broken
 
     def test_hook_that_is_not_there(self, caplog):
         """A hook's setting that is wrong is a failed run, with the sentence that says so."""
@@ -8318,6 +8463,28 @@ class TestSync:
         assert caught.value is error
         order = ["pre", "task", "post"]
         assert ran == order[: order.index(where) + 1]
+
+    @pytest.mark.parametrize(
+        ("error", "end"),
+        [
+            (None, "done"),
+            (taskhawk.IgnoreException(), "ignored"),
+            (OSError(), "failed"),
+        ],
+    )
+    def test_run_hook(self, error, end):
+        """The run hook is told how it ended: "failed" where dispatch raises."""
+        told = []
+        hook = lambda **given: told.append(given)  # noqa: E731
+        taskhawk.configure(TASKHAWK_SYNC=True, TASKHAWK_RUN_HOOK=hook)
+        fn = raising(error) if error else nothing
+        sell = taskhawk.task(name="shop.sell")(fn)
+        with contextlib.suppress(OSError):
+            sell.dispatch()
+        [given] = told
+        assert (given["outcome"], given["message"].task_name) == (end, "shop.sell")
+        assert given["exception"] is (error if end == "failed" else None)
+        assert given["duration_ms"] in range(1000)
 
     @pytest.mark.parametrize(
         ("queue", "name"),
@@ -10970,6 +11137,289 @@ class TestWorker:
         assert worker_shared.depth(queue) == (0, 0, 0)
 
 
+async def cor_eventually(condition: Callable[[], Any]) -> None:
+    """Wait until the condition holds."""
+    async with asyncio.timeout(WORKER_PATIENCE_S):
+        while not condition():  # noqa: ASYNC110 - another thread may make it hold
+            await asyncio.sleep(0.001)
+
+
+async def cor_raise(error: BaseException) -> None:
+    """Raise it after a while."""
+    await asyncio.sleep(0)
+    raise error
+
+
+async def cor_group() -> None:
+    """Fail in two asyncio tasks, which ask for different delays."""
+    async with asyncio.TaskGroup() as tasks:
+        for delay_s in (7, 70):
+            retry = taskhawk.RetryException(delay_seconds=delay_s)
+            tasks.create_task(cor_raise(retry))
+
+
+async def cor_exit() -> None:
+    """Exit in an asyncio task that is awaited."""
+    await asyncio.create_task(cor_raise(SystemExit("of a task")))
+
+
+class TestCoroutines:
+    """All coroutines of a worker run on one event loop, and each as any other task."""
+
+    @pytest.fixture
+    def act(self, worker_act):
+        """Return a coroutine task that does what WORKER_ACTS says."""
+
+        @taskhawk.task(name="work.act_async", never_retry_on=(KeyError,))
+        async def act(name: str) -> None:
+            await WORKER_ACTS[name]()
+
+        return act
+
+    def test_at_the_same_time(self, worker_broker, act):
+        """They run at the same time, as many as there are slots, and share clients."""
+        made: list[Any] = []
+
+        async def meet() -> None:
+            if not made:
+                made.append(asyncio.Barrier(3))
+            async with asyncio.timeout(WORKER_PATIENCE_S):
+                await made[0].wait()
+            made.append(asyncio.get_running_loop())
+
+        WORKER_ACTS["meet"] = meet
+        worker_broker.put(act, *[("meet",)] * 6)
+        ledger = worker_broker.work(concurrency=3, num_messages=10)
+        assert ledger == taskhawk.Ledger(received=6, acked=6)
+        _, *loops = made
+        assert (len(loops), len({*loops})) == (6, 1)
+        assert loops[0].is_closed()
+
+    @pytest.mark.parametrize(
+        ("run", "ledger", "delay_s"),
+        [
+            (functools.partial(asyncio.sleep, 0), {"acked": 1}, None),
+            (lambda: cor_raise(ValueError()), {"retried": 1}, None),
+            (lambda: cor_raise(KeyError()), {"dead_lettered": 1}, None),
+            (lambda: cor_raise(SystemExit()), {"retried": 1}, None),
+            (lambda: cor_raise(KeyboardInterrupt()), {}, None),
+            (lambda: cor_raise(asyncio.CancelledError()), {"retried": 1}, None),
+            (lambda: cor_raise(taskhawk.IgnoreException()), {"acked": 1}, None),
+            (cor_group, {"retried": 1}, 70),
+            (cor_exit, {"retried": 1}, None),
+        ],
+        ids=[
+            "returns",
+            "fails",
+            "never",
+            "exits",
+            "ends",
+            "cancelled",
+            "ignored",
+            "group",
+            "exits_aside",
+        ],
+    )
+    def test_ends(self, worker_broker, act, run, ledger, delay_s):
+        """A coroutine ends as any run does, while others go on."""
+        other = []
+
+        async def wait() -> None:
+            other.append(asyncio.Event())
+            await other[0].wait()
+            await asyncio.sleep(0.01)
+
+        async def end() -> None:
+            await cor_eventually(lambda: other)
+            try:
+                await run()
+            finally:
+                other[0].set()
+
+        WORKER_ACTS.update({"wait": wait, "end": end})
+        worker_broker.faults |= LAST if "dead_lettered" in ledger else {}
+        worker_broker.put(act, ("wait",), ("end",))
+        options = {"concurrency": 2, "num_messages": 2, "loop_count": 1}
+        if not ledger:  # Control-C ends the worker
+            with pytest.raises(KeyboardInterrupt):
+                worker_broker.work(**options)
+            return
+        found = worker_broker.work(**options)
+        expected = taskhawk.Ledger(received=2, **ledger)
+        expected.acked += 1
+        assert found == expected
+        delays = [batch for _, batch in worker_broker.made("change_visibility")]
+        assert [s for batch in delays for _, s in batch] == [delay_s] * bool(delay_s)
+
+    def test_context(self, worker_broker, act):
+        """Each runs in its own message's context, with what its hook has set there."""
+        number = contextvars.ContextVar("number", default=0)
+        counter, seen = itertools.count(1), []
+
+        async def look() -> None:
+            before, metadata = number.get(), taskhawk.current_task()
+            await asyncio.sleep(0.01)
+            seen.append((before, number.get(), metadata is taskhawk.current_task()))
+            number.set(-1)
+
+        WORKER_ACTS["look"] = look
+        taskhawk.configure(
+            TASKHAWK_PRE_PROCESS_HOOK=lambda **_: number.set(next(counter))
+        )
+        worker_broker.put(act, *[("look",)] * 4)
+        worker_broker.work(concurrency=2, num_messages=2)
+        assert sorted(seen) == [(n, n, True) for n in range(1, 5)]
+
+    def test_left_behind(self, worker_broker, act, caplog):
+        """What a run leaves is named for that run alone, and cancelled at the end."""
+        ended, begun = [], []
+
+        async def linger() -> None:
+            try:
+                await asyncio.sleep(WORKER_PATIENCE_S)
+            finally:
+                ended.append(1)
+
+        async def leave() -> None:
+            begun.append(asyncio.create_task(linger()))
+            await asyncio.sleep(0)
+
+        async def watch() -> None:
+            await cor_eventually(lambda: begun)
+
+        WORKER_ACTS.update({"leave": leave, "watch": watch})
+        worker_broker.put(act, ("watch",), ("leave",))
+        worker_broker.work(concurrency=2, num_messages=2)
+        text = (
+            "work.act_async ended while asyncio tasks that it began were still running"
+        )
+        name = "TestCoroutines.test_left_behind.<locals>.linger"
+        assert worker_logs(caplog) == [f"{text}: {name}"]
+        assert ended == [1]
+
+    def test_end_is_bounded(self, worker_broker, act, caplog, monkeypatch):
+        """The worker ends though a thread that a coroutine began does not."""
+        monkeypatch.setattr(taskhawk, "_LOOP_END_S", 0.05)
+        release = threading.Event()
+
+        async def leave() -> None:
+            asyncio.get_running_loop().run_in_executor(None, release.wait)
+
+        WORKER_ACTS["leave"] = leave
+        worker_broker.put(act, ("leave",))
+        assert worker_broker.work().acked == 1
+        release.set()
+        text = "something that a coroutine began does not end: left to run"
+        assert worker_logs(caplog) == [text]
+
+    def test_interrupted(self, worker_broker, act):
+        """The exit of a signal handler in the thread that waits cancels the coroutine."""
+        ended = []
+
+        async def wait() -> None:
+            try:
+                os.kill(os.getpid(), signal.SIGUSR1)
+                await asyncio.sleep(WORKER_PATIENCE_S)
+            finally:
+                ended.append(1)
+
+        WORKER_ACTS["wait"] = wait
+        worker_broker.put(act, ("wait",))
+        before = signal.signal(signal.SIGUSR1, lambda *_: sys.exit("told to"))
+        try:
+            with pytest.raises(SystemExit, match=r"^told to$"):
+                worker_broker.work()
+        finally:
+            signal.signal(signal.SIGUSR1, before)
+        assert ended == [1]
+
+    def test_no_loop(self, worker_broker, act, caplog, monkeypatch):
+        """A loop that can't be made fails the run, and the next one has it."""
+        caplog.set_level(logging.CRITICAL)  # a record would keep the coroutine
+        made = asyncio.new_event_loop
+
+        def fail_once() -> Any:
+            monkeypatch.setattr(asyncio, "new_event_loop", made)
+            raise OSError("too many open files")
+
+        WORKER_ACTS["nothing"] = functools.partial(asyncio.sleep, 0)
+        monkeypatch.setattr(asyncio, "new_event_loop", fail_once)
+        worker_broker.put(act, ("nothing",), ("nothing",))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "coroutine .* was never awaited")
+            ledger = worker_broker.work(loop_count=2)
+            gc.collect()
+        assert ledger == taskhawk.Ledger(received=2, acked=1, retried=1)
+
+    def test_forked(self, worker_broker, act, worker_act):
+        """A process that a task forks runs coroutines on its own; none comes back."""
+        codes = []
+
+        def fork() -> None:
+            if forked := os.fork():
+                codes.append(os.waitpid(forked, 0)[1])
+                return
+            taskhawk._run_coroutine(asyncio.sleep(0))
+            os._exit(7)
+
+        async def come_back() -> None:
+            if forked := os.fork():
+                codes.append(os.waitpid(forked, 0)[1])  # noqa: ASYNC222
+
+        WORKER_ACTS.update({"fork": fork, "come_back": come_back})
+        WORKER_ACTS["nothing"] = functools.partial(asyncio.sleep, 0)
+        worker_broker.put(act, ("nothing",))
+        worker_broker.put(worker_act, ("fork",))
+        worker_broker.put(act, ("come_back",))
+        assert worker_broker.work(num_messages=3).acked == 3
+        assert codes == [7 << 8, 0]
+
+    def test_lease_lost(self, worker_broker, act, worker_clock):
+        """A coroutine sees that its lease was lost."""
+
+        async def wait() -> None:
+            worker_clock.now += 31
+            await cor_eventually(lambda: taskhawk.current_task().lease_lost)
+
+        WORKER_ACTS["wait"] = wait
+        worker_broker.put(act, ("wait",))
+        ledger = worker_broker.work(loop_count=1, clock=worker_clock)
+        assert ledger.received == 1
+
+    def test_grace(self, worker_broker, act, caplog):
+        """A coroutine is waited for when the worker stops, until the grace is over."""
+        stop, release, ended = threading.Event(), threading.Event(), []
+
+        async def hang() -> None:
+            stop.set()
+            await cor_eventually(release.is_set)
+            ended.append(1)
+
+        async def stopped() -> None:
+            await cor_eventually(stop.is_set)
+
+        def work_in_thread() -> taskhawk.Ledger:
+            return worker_broker.work(
+                until_empty=False,
+                num_messages=2,
+                concurrency=2,
+                grace_s=0.1,
+                shutdown_event=stop,
+            )
+
+        WORKER_ACTS.update({"stopped": stopped, "hang": hang})
+        worker_broker.put(act, ("stopped",), ("hang",))
+        name = "work.act_async ID (message ID)"
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            running = pool.submit(work_in_thread)
+            text = f"the grace is over, and {name} still runs"
+            worker_eventually(lambda: text in worker_logs(caplog))
+            release.set()
+            ledger = running.result()
+        assert ledger.received == 2
+        worker_eventually(lambda: ended)
+
+
 class TestPostponedCopies:
     """What is postponed is copied to its own queue, and counts no attempt."""
 
@@ -11375,7 +11825,8 @@ class TestSchedules:
                 broker.running.discard(metadata.receipt)
 
         broker.put(job, *((number,) for number in range(12)))
-        for fault_rate in (0.4, 0.2, 0.1, 0):
+        # The last runs what is left of a run whose lease ended as it was postponed.
+        for fault_rate in (0.4, 0.2, 0.1, 0, 0):
             broker.fault_rate, broker.crashed = fault_rate, False
             broker.stop = threading.Event()
             worker = taskhawk.Worker(
@@ -11425,6 +11876,7 @@ if "_child" in sys.argv:
         "loggers": {"isolated": {"propagate": False}},
     })
 NEVER = taskhawk.fixed(0, max_retries=0)
+IN_7_S = taskhawk.fixed(7, 3, jitter=False)
 
 def note(*words):
     with (HERE / "notes").open("a") as file:
@@ -11432,6 +11884,9 @@ def note(*words):
 
 def before(sqs_queue_message, **_):
     note("before", os.getpid())
+
+def after_run(message, outcome, exception, duration_ms):
+    note(message.task_name, outcome, repr(exception), os.getpid())
 
 @taskhawk.task(isolate=True)
 def pid():
@@ -11476,6 +11931,8 @@ def ask(how):
     raise {
         "retry": taskhawk.RetryException("not yet", delay_seconds=5),
         "postpone": taskhawk.PostponeException("not now", delay_seconds=0),
+        "policy": taskhawk.RetryException(retry=IN_7_S, log_error=False),
+        "give up": taskhawk.RetryException("so", retry=NEVER, log_error=False),
         "ignore": taskhawk.IgnoreException("no need"),
         "log": taskhawk.LoggingException("it failed", extra={"order": 7}),
         "error": KeyError("lost"),
@@ -11884,6 +12341,8 @@ class TestIsolation:
         [
             ("retry", "retried", "INFO", "runs again in 5 s: not yet"),
             ("postpone", "postponed", "DEBUG", "runs again in 0 s: not now"),
+            ("policy", "retried", "INFO", "asked to be retried and runs again in 7 s"),
+            ("give up", "dead_lettered", "WARNING", "retried and is given up: so"),
             ("ignore", "acked", "INFO", "ignored: no need"),
             ("log", "retried", "ERROR", "it failed"),
             ("error", "retried", "ERROR", "failed and is left to the queue"),
@@ -12164,6 +12623,32 @@ class TestIsolation:
         assert isolated_work() == {"received": 1, "acked": 1}
         before, after = isolated_notes(isolated_jobs)
         assert before.split()[1] == after.split()[0] != str(os.getpid())
+
+    @pytest.mark.slow
+    def test_run_hook(self, isolated_jobs):
+        """The run hook is told by who saw the end: the child, or the worker if it crashed."""
+        url = taskhawk.settings.TASKHAWK_BROKER
+        taskhawk.configure(
+            TASKHAWK_BROKER=url, TASKHAWK_RUN_HOOK=isolated_jobs.after_run
+        )
+        isolated_jobs.ask.dispatch("ignore")
+        isolated_jobs.fail.dispatch("exit")
+        assert isolated_work() == {"received": 2, "acked": 1, "dead_lettered": 1}
+        ignored, crashed = isolated_notes(isolated_jobs)
+        error = "ChildCrashed('isolated.fail: its process ended: exit code 3')"
+        assert crashed == f"isolated.fail dead_letter {error} {os.getpid()}"
+        assert ignored.startswith("isolated.ask ignored None ")
+        assert not ignored.endswith(f" {os.getpid()}")
+
+    @pytest.mark.parametrize("given", ["itself", "its path"])
+    def test_default_policy(self, isolated_jobs, caplog, given):
+        """A default retry policy holds in a child too."""
+        url = taskhawk.settings.TASKHAWK_BROKER
+        policy = {"itself": isolated_jobs.IN_7_S, "its path": "isolated.IN_7_S"}[given]
+        taskhawk.configure(TASKHAWK_BROKER=url, TASKHAWK_RETRY=policy)
+        isolated_jobs.ask.dispatch("error")
+        assert isolated_work() == {"received": 1, "retried": 1}
+        assert caplog.messages[-1].endswith("failed and runs again in 7 s")
 
     @pytest.mark.parametrize("hook", [functools.partial(print), main_hook])
     def test_hook_without_a_path(self, isolated_jobs, monkeypatch, hook):
@@ -12479,6 +12964,18 @@ class TestLambda:
         assert "GetQueueUrl" not in lambda_sqs.actions  # its role may not look it up
         if kind == "SNS" or not failed:
             assert lambda_sqs.calls == []
+
+    def test_run_hook(self, lambda_runs):
+        """The run hook is told of each run, as in a worker."""
+        told: list[Any] = []
+        hook = lambda **given: told.append((given["outcome"], given["exception"]))  # noqa: E731
+        taskhawk.configure(TASKHAWK_BROKER="sqlite://", TASKHAWK_RUN_HOOK=hook)
+        lambda_consume(lambda_event(1, "fail", "ignore"))
+        assert told == [
+            ("done", None),
+            ("retry", LAMBDA_ENDS["fail"]),
+            ("ignored", None),
+        ]
 
     def test_embedded_broker(self, lambda_runs):
         """A handler can be tried out on a machine whose broker is the embedded one, without AWS."""
@@ -13959,6 +14456,12 @@ class Letters:
         assert taskhawk.main(["dead-letters", *arguments]) == code
         return self.capsys.readouterr().out.splitlines()
 
+    def age(self, seconds: int) -> None:
+        """Have those that are in the file been sent so long ago."""
+        path = taskhawk.settings.TASKHAWK_BROKER.removeprefix("sqlite:///")
+        with contextlib.closing(sqlite3.connect(path)) as db, db:
+            db.execute("UPDATE message SET sent_ms = sent_ms - ?", [seconds * 1000])
+
     def depths(self) -> tuple[int, Depth]:
         """Return how many are visible in the queue, and the depth of the dead letters."""
         visible = self.broker.depth(self.queue).visible
@@ -13981,6 +14484,141 @@ def letters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Letters:
     """Return three dead letters in a file."""
     taskhawk.configure(TASKHAWK_BROKER=f"sqlite:///{tmp_path}/queue.db")
     return Letters(capsys)
+
+
+class TestDeadLettersFromPython:
+    """A loop over the dead letters deals with each, and leaves the others as they were."""
+
+    def test_what_is_known(self, every_letters):
+        """Each says what it is and why it is there; they stay, visible again at once."""
+        found = {each.task: each for each in taskhawk.dead_letters(Priority.default)}
+        assert every_letters.depths() == (0, Depth(3, 0, 0))
+        given_up, moved, invalid = map(found.get, ("mail.send", "other.task", None))
+        assert (given_up.id, given_up.message.args) == (every_letters.ids[0], [0])
+        assert given_up.message.headers == {"n": "0"}
+        assert given_up.error == given_up.cause == "ValueError: no amount\nat all"
+        assert given_up.traceback == ERROR_RECORD["traceback"]
+        assert given_up.record == ERROR_RECORD
+        assert given_up.received.body.startswith("{")
+        assert given_up.age_s in range(60)
+        assert re.fullmatch(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ", given_up.sent)
+        assert (moved.error, moved.traceback, moved.record) == ("", "", None)
+        assert moved.cause == "moved by the queue itself, after too many receives"
+        assert (invalid.message, invalid.id) == (None, None)
+        assert invalid.cause == invalid.invalid == "message: not JSON at character 0"
+
+    @pytest.mark.parametrize(
+        ("filters", "found"),
+        [
+            ({}, [None, "mail.send", "other.task"]),
+            ({"task": "mail.*"}, ["mail.send"]),
+            ({"error": "no amount"}, ["mail.send"]),
+            ({"error": "moved by"}, ["other.task"]),
+            ({"error": "not JSON"}, [None]),
+            ({"header": {"n": 1}}, ["other.task"]),
+            ({"header": {"n": "1"}, "task": "mail.*"}, []),
+            ({"older_than_s": 3600}, []),
+            ({"newer_than_s": 3600, "task": "*.*"}, ["mail.send", "other.task"]),
+        ],
+    )
+    def test_filters(self, letters, filters, found):
+        """Filters together say which are meant."""
+        meant = taskhawk.dead_letters(Priority.default, **filters)
+        assert sorted((each.task for each in meant), key=str) == sorted(found, key=str)
+
+    def test_acts(self, every_letters):
+        """Each is sent back, deleted or left, as the loop's body decides."""
+        for letter in taskhawk.dead_letters(Priority.default):
+            if letter.message is None:
+                letter.delete()
+            elif letter.task == "mail.send":
+                letter.requeue()
+        assert every_letters.depths() == (1, Depth(1, 0, 0))
+        [received] = receive_all()
+        assert json.loads(received.body)["id"] == every_letters.ids[0]
+        assert "taskhawk.error" not in received.message_attributes
+
+    def test_purge(self, letters):
+        """A loop with an age deletes the old ones."""
+        letters.age(3600)
+        letters.put({"task": "new.task"})
+        for letter in taskhawk.dead_letters(Priority.default, older_than_s=3600):
+            letter.delete()
+        assert letters.depths() == (0, Depth(1, 0, 0))
+
+    @pytest.mark.parametrize("error", [None, KeyError])
+    def test_ends_early(self, every_letters, error):
+        """After a break or an exception, all that the loop left are visible again."""
+        with contextlib.suppress(KeyError):
+            for letter in taskhawk.dead_letters(Priority.default):
+                letter.delete()
+                if error:
+                    raise error
+                break
+        assert every_letters.depths() == (0, Depth(2, 0, 0))
+
+    @pytest.mark.parametrize("act", ["requeue", "delete"])
+    @pytest.mark.parametrize("before", ["requeue", "delete", "end"])
+    def test_too_late(self, letters, act, before):
+        """Once it was dealt with, or its loop has ended, a letter can't be moved."""
+        loop = taskhawk.dead_letters(Priority.default, task="mail.send")
+        letter = next(loop)
+        if before == "end":
+            loop.close()
+        else:
+            getattr(letter, before)()
+        depths = letters.depths()
+        assert refused(getattr(letter, act), error=taskhawk.TaskhawkError) == (
+            f"dead letter {letter.message_id}: it was sent back or deleted before, or its"
+            " loop has ended"
+        )
+        assert letters.depths() == depths
+
+    def test_no_priority(self, letters):
+        """What is wrong is said by the call, not by the loop."""
+        error = refused(taskhawk.dead_letters, "default")
+        assert error == "priority: expected a taskhawk.Priority, got 'default'"
+
+    def test_no_queue(self, ministack, sqs_client, queue_name):
+        """So is that there is no dead-letter queue."""
+        sqs_client(ministack).create_queue(QueueName=f"TASKHAWK-{queue_name}")
+        configure_aws(ministack, queue_name)
+        assert refused(taskhawk.dead_letters, Priority.default) == (
+            f"TASKHAWK-{queue_name}: it has no dead-letter queue (no RedrivePolicy)"
+        )
+
+    @pytest.mark.parametrize(
+        ("action", "answers", "codes"),
+        [
+            ("SendMessage", [fault("Odd")], ["Odd"]),
+            (
+                "DeleteMessageBatch",
+                [fault("Odd")] * 3,
+                ["copied, but not deleted: Odd"],
+            ),
+        ],
+    )
+    def test_faults(self, scripted, capsys, action, answers, codes):
+        """What could not be sent or deleted is said at once, and can be tried again."""
+        letters = Letters(capsys)
+        scripted.script(action, *answers)
+        for letter in taskhawk.dead_letters(Priority.default, task="mail.send"):
+            with pytest.raises(taskhawk.PartialFailure) as raised:
+                letter.requeue()
+            assert [each["Code"] for each in raised.value.result["Failed"]] == codes
+            letter.requeue()
+        copies = 1 if action == "SendMessage" else 2
+        assert letters.depths() == (copies, Depth(2, 0, 0))
+
+    def test_requests(self, scripted, capsys):
+        """A loop costs one receive for ten, and a send and a delete for each that goes."""
+        Letters(capsys)
+        scripted.calls.clear()
+        for letter in taskhawk.dead_letters(Priority.default):
+            letter.requeue()
+        counts = collections.Counter(scripted.actions)
+        assert (counts["ReceiveMessage"], counts["SendMessage"]) == (1, 3)
+        assert counts["DeleteMessageBatch"] == 3
 
 
 class TestDeadLetterCommands:
@@ -14012,6 +14650,7 @@ class TestDeadLetterCommands:
             ("--newer-than 1.5h --task *.*", [0, 1]),
             ("--limit 0", []),
             ("--id ID", [0]),
+            ("--error moved", [1]),
         ],
     )
     def test_filters(self, letters, arguments, found):
@@ -14065,6 +14704,62 @@ class TestDeadLetterCommands:
         lines = letters("show", name)
         assert "invalid: message: not JSON at character 0" in lines
         assert r"body: '\xe9\x1b[2J\n{'" in lines
+
+    def test_summary(self, every_letters, capsys):
+        """They are counted by task and error, with the commands that deal with each group."""
+        letters = every_letters
+        letters.put({}, ERROR_RECORD | {"message": "no amount\neither"})
+        letters.put({}, ERROR_RECORD | {"type": "KeyError", "message": "'a b'"})
+        lines = letters("summary", "--task", "*.*")
+        assert lines[-1] == "4 dead letters"
+        times = r"    from 20\d\d-\d\d-\d\dT[\d:]{8}Z to 20\d\d-\d\d-\d\dT[\d:]{8}Z"
+        assert [line for line in lines[:-1] if not re.fullmatch(times, line)][:5] == [
+            "2  mail.send  ValueError",
+            "    the newest: ValueError: no amount",
+            "    python -m taskhawk dead-letters list --error 'ValueError: ' --task mail.send",
+            "    python -m taskhawk dead-letters requeue --error 'ValueError: ' --task mail.send",
+            "",
+        ]
+        groups = json.loads("\n".join(letters("summary", "--json")))
+        assert {
+            (group["task"], group["error"], group["count"]) for group in groups
+        } == {
+            ("mail.send", "ValueError", 2),
+            ("mail.send", "KeyError", 1),
+            ("other.task", "moved by the queue itself, after too many receives", 1),
+            (None, "message: not JSON at character 0", 1),
+        }
+        for group in groups:
+            assert group["oldest"] <= group["newest"]
+            words = shlex.split(group["list"])[4:]
+            assert len(letters(*words)) == group["count"]
+        assert letters.depths() == (0, Depth(5, 0, 0))
+        for group in groups:
+            words = shlex.split(group["requeue"])[4:]
+            assert letters(*words) == [f"sent back: {group['count']}"]
+
+    def test_summary_keeps_filters(self, letters):
+        """The commands of a group have the summary's own filters too."""
+        letters.put({"task": "odd[1]*", "headers": {"n": "a b"}})
+        letters.age(100)
+        words = ["--header", "n=a b", "--older-than", "1.5m", "--newer-than", "20d"]
+        words += ["--priority", "default", "--module", "json"]
+        [group] = json.loads("\n".join(letters("summary", "--json", *words)))
+        error = "'moved by the queue itself, after too many receives'"
+        assert group["list"] == (
+            f"python -m taskhawk dead-letters list --error {error} --task 'odd[[]1][*]'"
+            " --header 'n=a b' --older-than 90s --newer-than 1728000s --module json"
+        )
+        assert len(letters(*shlex.split(group["list"])[4:])) == 1
+
+    def test_summary_of_a_priority(self, tmp_path, capsys):
+        """They name the queue, if it is not the default one."""
+        taskhawk.configure(TASKHAWK_BROKER=f"sqlite:///{tmp_path}/queue.db")
+        broker = taskhawk._brokers.broker()
+        queue = broker.destination(Priority.bulk)
+        broker.send(f"{queue}-DLQ", [Outgoing(processing_body(), {})])
+        assert taskhawk.main(["dead-letters", "summary", "--priority", "bulk"]) == 0
+        assert " --task mail.send --priority bulk\n" in capsys.readouterr().out
 
     def test_export(self, letters):
         """An exported one has body and attributes as they are."""
@@ -14134,17 +14829,33 @@ class TestDeadLetterCommands:
         env = {"TASKHAWK_BROKER": taskhawk.settings.TASKHAWK_BROKER}
         with in_terminal(tmp_path, env, "dead-letters", "delete", *words) as run:
             if answer is not None:
-                run.wait_for(f"delete up to {count} dead letters for good? [y/N] ")
+                which = f"dead letters of {letters.queue}-DLQ"
+                if words != ["--all"]:
+                    which += " that fit the filters"
+                run.wait_for(f"delete up to {count} {which} for good? [y/N] ")
                 run.type(f"{answer}\n")
             assert run.end() == 0
         assert f"deleted: {deleted}\r\n" in run.shown
         assert letters.depths()[1] == Depth(3 - deleted, 0, 0)
 
     @pytest.mark.slow
+    @pytest.mark.parametrize(("answer", "sent"), [("n", 0), ("y", 3)])
+    def test_asks_before_requeueing(self, letters, tmp_path, answer, sent):
+        """In a terminal, it says how many may be sent back, and asks."""
+        env = {"TASKHAWK_BROKER": taskhawk.settings.TASKHAWK_BROKER}
+        with in_terminal(tmp_path, env, "dead-letters", "requeue") as run:
+            which = f"dead letters of {letters.queue}-DLQ"
+            run.wait_for(f"requeue up to 3 {which}? [y/N] ")
+            run.type(f"{answer}\n")
+            assert run.end() == 0
+        assert f"sent back: {sent}\r\n" in run.shown
+        assert letters.depths() == (sent, Depth(3 - sent, 0, 0))
+
+    @pytest.mark.slow
     def test_progress(self, letters, tmp_path):
         """In a terminal, the progress is one line that is rewritten, and cleared at the end."""
         env = {"TASKHAWK_BROKER": taskhawk.settings.TASKHAWK_BROKER}
-        with in_terminal(tmp_path, env, "dead-letters", "requeue") as run:
+        with in_terminal(tmp_path, env, "dead-letters", "requeue", "--yes") as run:
             assert run.end() == 0
         assert run.shown == (
             f"\r\x1b[Krequeueing about 3 messages from {letters.queue}-DLQ"
@@ -14166,7 +14877,7 @@ class TestDeadLetterCommands:
         """A dead letter of a clock that is ahead of ours has no age."""
         sent_ms = {"SentTimestamp": str(round((time.time() + 5) * 1000))}
         received = taskhawk.QueueMessage("", "m1", attributes=sent_ms)
-        assert taskhawk._read_dead_letter(received).age_s == 0
+        assert taskhawk._read_dead_letter(None, received).age_s == 0
 
     def test_interrupted(self, every_letters, caplog):
         """Whatever ends it, what was looked at is visible again, and nothing is lost."""
@@ -14174,7 +14885,7 @@ class TestDeadLetterCommands:
 
         def look() -> None:
             with taskhawk._Scan(Priority.default, "looking", "looked at") as scan:
-                for _ in scan:
+                for _ in scan.pages():
                     raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
@@ -14206,7 +14917,7 @@ class TestDeadLetterCommands:
         looked_at = []
         scan = taskhawk._Scan(Priority.default, "looking", "looked at", num_messages=1)
         with scan:
-            for batch in scan:
+            for batch in scan.pages():
                 looked_at += [weakref.ref(letter.received) for letter in batch]
                 del batch
                 alive = [ref for ref in looked_at if ref()]
@@ -14736,8 +15447,8 @@ class TestCheck:
         )
         retry = taskhawk.fixed(1, max_retries=2)
         taskhawk.task(name="slow", time_limit=60, retry=retry)(plain)
-        taskhawk.task(name="quick", time_limit=30, retry=retry)(plain)
-        configure_aws(ministack, queue_name)
+        taskhawk.task(name="quick", time_limit=30)(plain)
+        configure_aws(ministack, queue_name, TASKHAWK_RETRY=retry)
         found = [
             f"{kind}: {sentence}" for kind, sentence in told(FINDINGS.format(name=name))
         ]
@@ -15495,6 +16206,161 @@ logging.config.dictConfig({{
         assert last == "taskhawk: Django can't be set up: division by zero"
 
 
+EMF_COUNTS = ("Received", "Acked", "Retried", "DeadLettered", "Released", "Uncertain")
+
+
+def emf_lines(text: str) -> list[dict[str, Any]]:
+    """Return the metrics among printed lines, by their names; each line must be legal."""
+    found = []
+    for line in text.splitlines():
+        if not line.startswith("{"):
+            continue
+        values = json.loads(line)
+        aws = values.pop("_aws")
+        assert abs(aws["Timestamp"] / 1000 - time.time()) < 60
+        [directive] = aws["CloudWatchMetrics"]
+        assert directive["Namespace"] == "my app"
+        assert directive["Dimensions"] == [["queue"]]
+        units = {each["Name"]: each["Unit"] for each in directive["Metrics"]}
+        assert units.keys() == values.keys() - {"queue"}
+        units.pop("RunDuration", None)
+        assert units.pop("OldestRunAge") == "Seconds"
+        assert set(units.values()) == {"Count"}
+        found.append(values)
+    return found
+
+
+class TestMetrics:
+    """A worker prints what CloudWatch makes metrics of, each minute and at its end."""
+
+    @pytest.fixture
+    def work(self, worker_broker):
+        """Return a function that runs a worker which prints metrics."""
+
+        def run(*queues: str, **options: Any) -> taskhawk.Ledger:
+            return taskhawk._MeasuredWorker(
+                worker_broker,
+                queues or [WORKER_QUEUE],
+                until_empty=True,
+                wait_s=0.05,
+                namespace="my app",
+                **options,
+            ).run()
+
+        return run
+
+    def test_counts(self, work, worker_broker, worker_act, capsys):
+        """Each end of the ledger is counted for its queue, and each run has a duration."""
+        acts = ["run", "run", "ignore", "never"]
+        worker_broker.put(worker_act, *[(act,) for act in acts])
+        worker_broker.put(worker_act, ("run",), queue=f"{WORKER_QUEUE}-BULK")
+        ledger = work(WORKER_QUEUE, f"{WORKER_QUEUE}-BULK")
+        first, second = emf_lines(capsys.readouterr().out)
+        assert first["queue"] == WORKER_QUEUE
+        assert second["queue"] == f"{WORKER_QUEUE}-BULK"
+        assert [first[name] for name in EMF_COUNTS] == [4, 3, 0, 1, 0, 0]
+        assert [second[name] for name in EMF_COUNTS] == [1, 1, 0, 0, 0, 0]
+        assert (len(first["RunDuration"]), len(second["RunDuration"])) == (4, 1)
+        assert first["OldestRunAge"] == first["LeasesLost"] == 0
+        assert ledger.received == 5
+
+    def test_each_minute(self, work, worker_broker, worker_act, monkeypatch):
+        """Lines tell what is new since the last one, and how old the oldest run is."""
+        monkeypatch.setattr(taskhawk, "_EMF_EVERY_S", 0.01)
+        printed = io.StringIO()
+        monkeypatch.setattr(sys, "stdout", printed)
+
+        def slow() -> None:
+            def oldest() -> list[float]:
+                return [each["OldestRunAge"] for each in emf_lines(printed.getvalue())]
+
+            worker_eventually(lambda: len([age for age in oldest() if age > 0]) > 2)
+
+        WORKER_ACTS["slow"] = slow
+        worker_broker.put(worker_act, ("run",), ("slow",))
+        work()
+        lines = emf_lines(printed.getvalue())
+        assert sum(line["Received"] for line in lines) == 2
+        assert sum(line["Acked"] for line in lines) == 2
+        durations = [ms for line in lines for ms in line.get("RunDuration", ())]
+        assert len(durations) == 2
+        ages = [line["OldestRunAge"] for line in lines]
+        assert max(ages) * 1000 <= max(durations) + 1
+        assert ages[-1] == 0
+
+    def test_lease_lost(self, work, worker_broker, worker_act, capsys):
+        """Runs that lost their lease are counted: others may have run them too."""
+
+        def lose() -> None:
+            taskhawk.current_task()._received.lease_lost = True
+
+        WORKER_ACTS["lose"] = lose
+        worker_broker.put(worker_act, ("lose",), ("run",))
+        work()
+        [line] = emf_lines(capsys.readouterr().out)
+        assert line["LeasesLost"] == 1
+
+    def test_sample(self):
+        """Of very many runs, a hundred durations are a fair sample: a line holds no more."""
+        runs = taskhawk._Runs()
+        for duration_ms in range(10_000):
+            runs.add(duration_ms, lost=False)
+        assert (runs.count, len(set(runs.durations_ms))) == (10_000, 100)
+        assert 3000 < sum(runs.durations_ms) / 100 < 7000
+
+    def test_cannot_print(self, work, worker_broker, worker_act, monkeypatch, caplog):
+        """Where nothing can be printed for a while, the worker goes on."""
+        monkeypatch.setattr(taskhawk, "_EMF_EVERY_S", 0.01)
+
+        class Full(io.StringIO):
+            def flush(self) -> None:
+                if not caplog.messages:
+                    raise OSError("disk full")
+
+        monkeypatch.setattr(sys, "stdout", Full())
+        WORKER_ACTS["slow"] = lambda: worker_eventually(lambda: caplog.messages)
+        worker_broker.put(worker_act, ("slow",))
+        assert work().acked == 1
+        assert caplog.messages == ["can't print metrics: disk full"]
+
+    @pytest.mark.slow
+    def test_command(self, commands):
+        """The command prints the last line before its ledger."""
+        commands.send("skip")
+        result = commands("listen", "job", "--until-empty", "--emf", "my app")
+        assert len(emf_lines(result.stdout)) == 2
+        assert result.stdout.splitlines()[-1].startswith("1 received, 1 acked, ")
+
+    @pytest.mark.slow
+    def test_overdue(self, commands):
+        """So it does where the grace is over, and a run is left."""
+        (commands.folder / "job.py").write_text(WORKER_MODULE)
+        commands.send("job.wait", 1)
+        options = ("--grace=1", "--emf=my app")
+        process = commands.popen("listen", "job", *options, stdin=subprocess.PIPE)
+        try:
+            assert process.stdout.readline() == b"started 1\n"
+            process.terminate()
+            output = process.stdout.read().decode()
+            assert process.wait(WORKER_PATIENCE_S) == 1
+        finally:
+            process.kill()
+            process.stdin.close()
+            process.stdout.close()
+            process.stderr.close()
+        [line] = emf_lines(output)
+        assert line["Received"] == 1
+        assert line["OldestRunAge"] > 0
+
+    @pytest.mark.parametrize("name", ["", "AWS/SQS", ":x", "é", "x" * 256])
+    def test_namespace(self, capsys, name):
+        """What is no namespace of CloudWatch is refused."""
+        code, line = command_error(capsys, "listen", "job", f"--emf={name}")
+        assert code == 2
+        expected = f"expected a namespace of CloudWatch, such as myapp, got {name!r}"
+        assert f"argument --emf: {expected}" in line
+
+
 # --- 27. vendoring --------------------------------------------------------------------
 
 # Where a part's copy ends, and the classes of the last part it has: a sample that is quick.
@@ -15880,7 +16746,7 @@ def readme_normalised(text: str) -> str:
     text = re.sub(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", "ID", text)
     text = re.sub(r"(?m)^# [0-9a-f]{16} ", "# HASH ", text)
     text = re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}", "TIME", text)
-    text = re.sub(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", "TIME", text)
+    text = re.sub(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{3})?Z", "TIME", text)
     text = re.sub(r"\d+ s ago", "AGE", text)
     text = re.sub(r'"duration_ms": \d+', "DURATION", text)
     text = re.sub(r"/\S*/\w+\.db", "PATH", text)
@@ -15929,6 +16795,140 @@ for line, source, marks in json.load(open("blocks.json")):
         print(*traceback.format_exception_only(error), end="")
 taskhawk.configure()
 """
+
+
+# A service whose runs end in each way; what is measured of them is printed at the end.
+RECIPE_SERVICE = """
+import os, sys, taskhawk
+broker = {"TASKHAWK_BROKER": "sqlite://"}
+taskhawk.configure(broker, **SETTINGS)
+
+@taskhawk.task(name="shop.sell")
+def sell(how):
+    inside()
+    if how == "fail":
+        raise ValueError("sold out")
+    if how == "ignore":
+        raise taskhawk.IgnoreException
+    if how == "later":
+        raise taskhawk.RetryException("closed", delay_seconds=60)
+
+def serve():
+    for how in ("run", "fail", "ignore", "later"):
+        sell.dispatch(how)
+    queue = taskhawk.Outgoing("rubbish", {})
+    taskhawk._brokers.broker().send("TASKHAWK-DEFAULT", [queue])
+    taskhawk.listen_for_messages(taskhawk.Priority.default, num_messages=9, loop_count=1)
+"""
+RECIPES = {
+    "prometheus": """
+SETTINGS = {"TASKHAWK_RUN_HOOK": "prometheus_hook.count_run"}
+inside = int
+SERVICE
+serve()
+import prometheus_client
+for metric in prometheus_client.REGISTRY.collect():
+    for sample in metric.samples:
+        if sample.name in ("taskhawk_runs_total", "taskhawk_run_seconds_count"):
+            print(*sample.labels.values(), sample.value)
+""",
+    "statsd": """
+import socket
+server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+server.bind(("127.0.0.1", 0))
+import statsd.defaults
+statsd.defaults.HOST, statsd.defaults.PORT = server.getsockname()
+SETTINGS = {"TASKHAWK_RUN_HOOK": "statsd_hook.count_run"}
+inside = int
+SERVICE
+import statsd_hook
+statsd_hook.CLIENT = statsd.StatsClient(*server.getsockname(), prefix="taskhawk")
+serve()
+for _ in range(10):
+    name, _, value = server.recv(100).decode().partition(":")
+    print(name, value if value.endswith("|c") else value.split("|")[1])
+""",
+    "sentry": """
+import sentry_hook, sentry_sdk
+def before_send(event, hint):
+    transaction, tags = event.get("transaction"), event.get("tags", {})
+    error = event["exception"]["values"][-1]["value"]
+    print(transaction, [*tags], error)
+sentry_sdk.init("http://key@127.0.0.1:9/1", before_send=before_send)
+SETTINGS = {"TASKHAWK_ERROR_HOOK": "sentry_hook.report_error"}
+inside = int
+SERVICE
+serve()
+""",
+    "tracing": """
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+exporter = InMemorySpanExporter()
+trace.set_tracer_provider(TracerProvider())
+trace.get_tracer_provider().add_span_processor(SimpleSpanProcessor(exporter))
+tracer = trace.get_tracer("shop")
+SETTINGS = {
+    "TASKHAWK_TASK_CLASS": "tracing.TracedTask",
+    "TASKHAWK_DEFAULT_HEADERS": "tracing.default_headers",
+}
+inside = lambda: tracer.start_span("inside").end()
+SERVICE
+with tracer.start_as_current_span("request"):
+    serve()
+spans = exporter.get_finished_spans()
+names = {span.context.span_id: span.name for span in spans}
+print(len({span.context.trace_id for span in spans}))
+for span in spans:
+    kind = span.attributes.get("messaging.operation.type")
+    parent = span.parent and names[span.parent.span_id]
+    error = span.attributes.get("error.type")
+    print(span.name, span.kind.name, kind, parent, span.status.status_code.name, error)
+""",
+}
+RECIPES_PRINT = {
+    "prometheus": """
+        shop.sell done 1.0
+        shop.sell retry 2.0
+        shop.sell ignored 1.0
+        none retry 1.0
+        shop.sell 4.0
+        none 1.0
+    """,
+    "statsd": """
+        taskhawk.shop.sell.done 1|c
+        taskhawk.shop.sell ms
+        taskhawk.shop.sell.retry 1|c
+        taskhawk.shop.sell ms
+        taskhawk.shop.sell.ignored 1|c
+        taskhawk.shop.sell ms
+        taskhawk.shop.sell.retry 1|c
+        taskhawk.shop.sell ms
+        taskhawk.none.retry 1|c
+        taskhawk.none ms
+    """,
+    "sentry": """
+        shop.sell ['taskhawk.id'] sold out
+        None [] message: not JSON at character 0
+    """,
+    "tracing": """
+        1
+        send shop.sell PRODUCER send request UNSET None
+        send shop.sell PRODUCER send request UNSET None
+        send shop.sell PRODUCER send request UNSET None
+        send shop.sell PRODUCER send request UNSET None
+        inside INTERNAL None process shop.sell UNSET None
+        process shop.sell CONSUMER process send shop.sell UNSET None
+        inside INTERNAL None process shop.sell UNSET None
+        process shop.sell CONSUMER process send shop.sell ERROR ValueError
+        inside INTERNAL None process shop.sell UNSET None
+        process shop.sell CONSUMER process send shop.sell UNSET None
+        inside INTERNAL None process shop.sell UNSET None
+        process shop.sell CONSUMER process send shop.sell ERROR RetryException
+        request INTERNAL None None UNSET None
+    """,
+}
 
 
 class TestReadme:
@@ -15980,6 +16980,17 @@ class TestReadme:
             "AWS_REGION": "eu-west-1",
         }
         return {**keys, **places, "TASKHAWK_QUEUE": "dev-myapp"}
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("recipe", RECIPES)
+    def test_recipes(self, tmp_path, recipe):
+        """The hooks for traces, metrics and errors work with the libraries they are for."""
+        readme_files(tmp_path)
+        code = RECIPES[recipe].replace("SERVICE", RECIPE_SERVICE)
+        result = run_python(code, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        expected = textwrap.dedent(RECIPES_PRINT[recipe]).strip()
+        assert result.stdout.strip() == expected
 
     @pytest.mark.slow
     def test_commands_print_what_is_shown(self, tmp_path):
