@@ -62,14 +62,15 @@ A message that a worker holds; the :class:`Ledger` counts what each becomes::
         '--> released                                    never started, visible at once
 
 What to read for each promise, and how many statements that is
-    1 (330): publish, _send_one, _accepted, _send_all_ready, _partial_failure,
+    1 (324): publish, _send_one, _accepted, _send_all_ready, _partial_failure,
         _send_all, _in_batches, _one_round, SqliteBroker.send, SqliteBroker._claim,
         SqliteBroker.delete, _SqliteFile.change, _use_write_ahead_log,
         _AwsSender._batch, SqsBroker.send, SqsBroker.delete, process, _verdict, _wanted,
-        _delay_s, _ask, _Slot._run, Worker.settle, _carry_out, _postpone, Worker._close,
-        _dead_letter, _send_copy, _Held.move, _Holdings.finish, _Holdings.release,
-        _Holdings._decide, _Calls.answered, _Calls._deleted, _Calls._delayed,
-        _Calls._try_later, _Holdings.doubt, _Holdings.close, _Holdings.end
+        _delay_s, _ask_policy, _Slot._run, Worker.settle, _carry_out, _postpone,
+        Worker._close, _dead_letter, _send_copy, _Held.move, _Holdings.finish,
+        _Holdings.release, _Holdings._decide, _Calls.answered, _Calls._deleted,
+        _Calls._delayed, _Calls._try_later, _Holdings.doubt, _Holdings.close,
+        _Holdings.end
     2 (316): SqliteBroker.receive, SqliteBroker._claim, SqliteBroker.change_visibility,
         SqsBroker.receive, _find_lease, _Poller._receive, _Intake.take, _Intake.close,
         _Course.take, _Course._release_if_stuck, _Backlog, _Call, _Leases,
@@ -3853,9 +3854,12 @@ class _EventLoop:
     Each thread of the worker hands over the coroutine of its message, and waits for it:
     hooks, Django's connections and contexts stay the thread's own. The loop is made for
     the first coroutine, and ends when no thread uses it any more.
+
+    :param given: an application's own loop, which runs already, in place of all that
     """
 
-    def __init__(self) -> None:
+    def __init__(self, given: Any = None) -> None:
+        self._given = given
         self._lock = threading.Lock()  # guards what follows
         self._users = 0  # threads that may run coroutines here
         self._serving: tuple[Any, threading.Event, threading.Thread] | None = None
@@ -3893,6 +3897,8 @@ class _EventLoop:
 
     def _get(self) -> Any:
         """Return the loop, which may have to be made."""
+        if self._given is not None:
+            return self._given
         with self._lock:
             if self._serving is None:
                 loop, end = _new_event_loop(), threading.Event()
@@ -5226,6 +5232,7 @@ __all__ += [
     "Ledger",
     "Outcome",
     "Worker",
+    "listen_async",
     "listen_for_messages",
     "process",
     "process_messages_for_lambda_consumer",
@@ -5526,7 +5533,7 @@ def _delay_s(
         if own is None:
             return None
         policies = [own]
-    delays_s += [_ask(policy, task, attempt) for policy in policies]
+    delays_s += [_ask_policy(policy, task, attempt) for policy in policies]
     return min(max(delays_s), _MAX_HELD_S)
 
 
@@ -5538,7 +5545,9 @@ def _policy_of(task: Task[Any, Any]) -> Callable[[int], float] | None:
     return default
 
 
-def _ask(policy: Callable[[int], float], task: Task[Any, Any], attempt: int) -> float:
+def _ask_policy(
+    policy: Callable[[int], float], task: Task[Any, Any], attempt: int
+) -> float:
     """Return the delay that a retry policy gives."""
     delay_s = policy(attempt)
     if not _is_delay(delay_s):
@@ -7679,6 +7688,12 @@ def _make_thread(course: _Course, work: Callable[[], object]) -> threading.Threa
     return threading.Thread(target=guard, daemon=True)
 
 
+class _Event(typing.Protocol):
+    """What tells a worker to stop: threading's and asyncio's events are such."""
+
+    def is_set(self) -> bool: ...
+
+
 @dataclasses.dataclass(eq=False, repr=False)
 class Worker:
     """Runs the messages of some queues, most urgent first, until it is stopped.
@@ -7695,7 +7710,7 @@ class Worker:
     num_messages: int = 1
     visibility_timeout_s: float | None = None
     loop_count: int | None = None
-    shutdown_event: threading.Event | None = None
+    shutdown_event: _Event | None = None
     until_empty: bool = False
     concurrency: int = 1
     max_tasks: int | None = None
@@ -7708,6 +7723,7 @@ class Worker:
     done_level: int = logging.DEBUG
     clock: Callable[[], float] = time.monotonic
     wait_s: float = _LONG_POLL_S
+    event_loop: Any = None  # the application's own, for coroutines
 
     def __post_init__(self) -> None:
         _check_options(self)
@@ -7733,7 +7749,7 @@ class Worker:
             ),
         )
         self._keeping: list[threading.Thread] = []
-        event_loop = _EventLoop()
+        event_loop = _EventLoop(self.event_loop)
         self.overdue = threading.Event()  #: set once the grace is over
         self._slots = [
             _Slot(
@@ -7982,6 +7998,113 @@ def listen_for_messages(
         ack_wait_s=ack_wait_s,
     )
     return worker.run()
+
+
+async def listen_async(
+    priority: Priority | Iterable[Priority],
+    num_messages: int = 1,
+    visibility_timeout_s: float | None = None,
+    loop_count: int | None = None,
+    shutdown_event: _Event | None = None,
+    *,
+    until_empty: bool = False,
+    concurrency: int = 1,
+    max_tasks: int | None = None,
+    grace_s: float | None = None,
+    isolate: bool = False,
+    max_tasks_per_child: int = 100,
+    ack_wait_s: float = _ACK_WAIT_S,
+) -> Ledger:
+    """Run the messages of a queue beside what else an application's event loop does.
+
+    ``async def`` tasks run on that loop, up to `concurrency` at once, and may use the
+    application's clients. All else is done in threads: receives, hooks, and plain
+    tasks. What coroutines leave running is the application's.
+
+    The options are those of :func:`listen_for_messages`. No signal is handled. Where
+    this is cancelled, it stops as by `shutdown_event`, and then raises CancelledError;
+    cancelled again, it waits no longer.
+
+    :param shutdown_event: set it to stop: threading's or asyncio's
+    :returns: what became of the messages
+    :raises ConfigurationError: as :func:`listen_for_messages`
+    """
+    make = functools.partial(
+        Worker,
+        num_messages=num_messages,
+        visibility_timeout_s=visibility_timeout_s,
+        loop_count=loop_count,
+        until_empty=until_empty,
+        concurrency=concurrency,
+        max_tasks=max_tasks,
+        grace_s=grace_s,
+        isolate=isolate,
+        max_tasks_per_child=max_tasks_per_child,
+        ack_wait_s=ack_wait_s,
+    )
+    return await _run_beside_loop(make, priority, shutdown_event)
+
+
+async def _run_beside_loop(
+    make: Callable[..., Worker],
+    priority: Priority | Iterable[Priority],
+    shutdown_event: _Event | None,
+) -> Ledger:
+    """Make a worker that uses this event loop, and run it in a thread."""
+    import asyncio
+
+    told = _EitherEvent(shutdown_event)
+    loop = asyncio.get_running_loop()
+
+    def work() -> Ledger:
+        queues = _queues_of(priority)
+        broker = _brokers.broker()
+        worker = make(broker, queues, shutdown_event=told, event_loop=loop)
+        return worker.run()
+
+    return await _wait_for_thread(work, told.set)
+
+
+class _EitherEvent:
+    """Is set once it, or another event, is."""
+
+    def __init__(self, other: _Event | None) -> None:
+        self._other, self._own = other, threading.Event()
+
+    def set(self) -> None:
+        """Set it, and leave the other one as it is."""
+        self._own.set()
+
+    def is_set(self) -> bool:
+        """Return whether one of the two is set."""
+        return self._own.is_set() or (self._other is not None and self._other.is_set())
+
+
+async def _wait_for_thread(work: Callable[[], _R], stop: Callable[[], object]) -> _R:
+    """Call a function in a thread of its own; if this is cancelled, stop it first.
+
+    Not in the loop's executor, whose threads are few and hold up the interpreter's end.
+    """
+    import asyncio
+    from concurrent.futures import Future
+
+    running: Future[_R] = Future()
+    running.set_running_or_notify_cancel()  # so nothing can cancel it
+
+    def run() -> None:
+        try:
+            running.set_result(work())
+        except BaseException as error:
+            running.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    ended = asyncio.wrap_future(running)
+    try:
+        return await asyncio.shield(ended)
+    except asyncio.CancelledError:
+        stop()
+        await asyncio.shield(ended)
+        raise
 
 
 def _queues_of(priority: Priority | Iterable[Priority]) -> list[str]:

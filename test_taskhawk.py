@@ -52,6 +52,7 @@ import types
 import urllib.parse
 import urllib.request
 import uuid
+import venv
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -1047,7 +1048,7 @@ HOUSE_PROMISES = {
     1: """publish _send_one _accepted _send_all_ready _partial_failure _send_all
         _in_batches _one_round SqliteBroker.send SqliteBroker._claim SqliteBroker.delete
         _SqliteFile.change _use_write_ahead_log _AwsSender._batch SqsBroker.send
-        SqsBroker.delete process _verdict _wanted _delay_s _ask _Slot._run Worker.settle
+        SqsBroker.delete process _verdict _wanted _delay_s _ask_policy _Slot._run Worker.settle
         _carry_out _postpone Worker._close _dead_letter _send_copy _Held.move
         _Holdings.finish
         _Holdings.release _Holdings._decide _Calls.answered _Calls._deleted
@@ -7550,6 +7551,152 @@ class TestCapture:
         assert received_args() == ["sent"]
 
 
+#: a user's program: each line with "# wrong" is an error, and no other is
+TYPED_PROGRAM = """
+import datetime
+from collections.abc import Callable
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+IMPORT taskhawk
+from PACKAGE import Priority
+
+P = ParamSpec("P")
+R = TypeVar("R")
+GIVEN: Any = None  # what the worker gives
+
+
+@taskhawk.task
+def send(to: str, subject: str, from_email: str | None = None) -> None: ...
+
+
+@taskhawk.task(priority=Priority.high, retry=taskhawk.fixed(5), time_limit=60)
+async def charge(customer: int, *, cents: int) -> str:
+    return f"{customer} {cents}"
+
+
+@taskhawk.task
+def audit(
+    event: str,
+    metadata: taskhawk.Metadata = GIVEN,
+    headers: dict[str, Any] = GIVEN,
+) -> int:
+    return metadata.attempt + len(headers)
+
+
+@taskhawk.task
+def load(rows: dict[str, Any]) -> None: ...
+
+
+def with_session(fn: Callable[Concatenate[str, P], R]) -> Callable[P, R]:
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        return fn("a session", *args, **kwargs)
+
+    return call
+
+
+@taskhawk.task(name="rename")
+@with_session
+def rename(session: str, user: int) -> None: ...
+
+
+def right() -> str:
+    urgent = send.with_headers(request_id="1").with_priority(Priority.high)
+    urgent.with_delay(datetime.timedelta(seconds=5)).dispatch("a", subject="b")
+    send.with_delay(5).dispatch("a", "b", from_email=None)
+    send.with_priority(Priority.low).dispatch_many([("a", "b"), {"to": "a"}])
+    send("a", "b")
+    audit.dispatch("login")
+    load.dispatch({"a": 1})
+    rename.dispatch(7)
+    rename.dispatch(user=7)
+    with taskhawk.batch():
+        charge.dispatch(7, cents=5)
+    return send.dispatch("a", "b")
+
+
+async def right_too() -> str:
+    return await charge(7, cents=5)
+
+
+def wrong() -> None:
+    send.dispatch("a")  # wrong
+    send.dispatch(1, "b")  # wrong
+    send.dispatch("a", "b", to_email="c")  # wrong
+    send("a")  # wrong
+    charge.dispatch(7, 5)  # wrong
+    charge.dispatch(7, cents="5")  # wrong
+    charge.with_headers(a=1).dispatch("7", cents=5)  # wrong
+    charge.with_priority(Priority.low).with_delay(5).dispatch(7)  # wrong
+    send.with_priority("high")  # wrong
+    send.with_delay("5")  # wrong
+    audit.dispatch(5)  # wrong
+    load.dispatch()  # wrong
+    rename.dispatch("a session", 7)  # wrong
+    number: int = send.dispatch("a", "b")  # wrong
+    print(number)
+
+
+@taskhawk.task(priority=5)  # wrong
+def late() -> None: ...
+
+
+@taskhawk.task(no_option=5)  # wrong
+def later() -> None: ...
+
+
+async def wrong_too() -> None:
+    text: int = await charge(7, cents=5)  # wrong
+    print(text)
+"""
+TYPED_PLACES = {  # where taskhawk is, and how it is imported
+    "installed": ("import", "taskhawk"),
+    "vendored": ("from service.vendor import", "service.vendor.taskhawk"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", TYPED_PLACES)
+class TestTyping:
+    """A type checker knows a task's arguments, and what comes of calling it."""
+
+    @pytest.fixture
+    def folder(self, place, tmp_path):
+        """Return a folder with the program, and an interpreter that has taskhawk."""
+        statement, package = TYPED_PLACES[place]
+        code = TYPED_PROGRAM.replace("IMPORT", statement).replace("PACKAGE", package)
+        (tmp_path / "jobs.py").write_text(code.lstrip())
+        venv.create(tmp_path / "venv")
+        (home,) = (tmp_path / "venv").glob("lib/python3*/site-packages")
+        if place == "vendored":
+            home = vendor_package(tmp_path).parent
+        shutil.copy(taskhawk.__file__, home / "taskhawk.py")
+        return tmp_path
+
+    @staticmethod
+    def check(folder, module, *options):
+        """Assert that a checker finds what is wrong in the program, and nothing else."""
+        result = run_python(["-m", module, *options, "jobs.py"], cwd=folder)
+        found = {
+            int(line) for line in re.findall(r"jobs\.py:(\d+):.*error", result.stdout)
+        }
+        lines = (folder / "jobs.py").read_text().splitlines()
+        wrong = {number for number, line in enumerate(lines, 1) if "# wrong" in line}
+        assert found == wrong, result.stdout
+
+    def test_mypy(self, folder):
+        """The strict mode of mypy, with the two lines that README says for a pip install."""
+        ini = "[mypy]\nstrict = true\n[mypy-taskhawk]\nfollow_untyped_imports = true\n"
+        (folder / "mypy.ini").write_text(ini)
+        self.check(folder, "mypy", "--python-executable", "venv/bin/python")
+
+    def test_pyright(self, folder):
+        """The strict mode of pyright, which can't be told that an installed file has types."""
+        pytest.importorskip("basedpyright")
+        config = {"typeCheckingMode": "strict", "reportMissingTypeStubs": False}
+        (folder / "pyrightconfig.json").write_text(json.dumps(config))
+        self.check(folder, "basedpyright", "--pythonpath", "venv/bin/python")
+
+
 # === PART IV: WORK ====================================================================
 
 Fate, Outcome = taskhawk.Fate, taskhawk.Outcome  # no name of a later part stands above
@@ -12289,7 +12436,7 @@ class TestPostponedCopies:
     def test_ten_attributes(self, attempt, headers, kept, ours):
         """Ours come first; of ten headers, some give way: the body has them."""
         names = [*(f"h{number}" for number in range(headers)), "taskhawk.postponed"]
-        given = dict.fromkeys(names, {"DataType": "String", "StringValue": "2"})
+        given = {name: {"DataType": "String", "StringValue": "2"} for name in names}
         counts = {"ApproximateReceiveCount": str(attempt), "MessageGroupId": "g"}
         received = QueueMessage("{}", "m1", "r1", counts, given, queue="Q")
         copy = taskhawk._postponed_copy(received, 5, 1000)
@@ -12311,6 +12458,164 @@ class TestPostponedCopies:
         assert ledger == taskhawk.Ledger(received=1, retried=1)
         assert worker_broker.made("send") == []
         assert worker_broker.depth(WORKER_QUEUE) == (1, 0, 0)
+
+
+class TestListenAsync:
+    """A worker beside an application's event loop, which runs its coroutine tasks."""
+
+    @pytest.fixture
+    def ran(self, memory):
+        """Return what the tasks async.aside and async.plain have seen of where they ran."""
+        ran: list[Any] = []
+
+        @taskhawk.task(name="async.aside")
+        async def aside(wait_s=0):
+            await asyncio.sleep(wait_s)
+            ran.append(asyncio.get_running_loop())
+
+        @taskhawk.task(name="async.plain")
+        def plain():
+            ran.append(threading.current_thread())
+
+        return ran
+
+    @staticmethod
+    def dispatch(name, *args):
+        """Queue a run."""
+        taskhawk.Task.find_by_name(f"async.{name}").dispatch(*args)
+
+    def test_loop(self, ran):
+        """Coroutines run on the application's loop, and plain tasks beside it."""
+        for name in ("aside", "plain", "aside"):
+            self.dispatch(name)
+
+        async def serve():
+            ledger = await taskhawk.listen_async(
+                Priority.default, max_tasks=3, num_messages=3
+            )
+            return ledger, asyncio.get_running_loop(), threading.current_thread()
+
+        ledger, loop, thread = asyncio.run(serve())
+        assert ledger == taskhawk.Ledger(received=3, acked=3)
+        assert (ran[0], ran[2]) == (loop, loop)
+        assert isinstance(ran[1], threading.Thread)
+        assert ran[1] is not thread
+
+    def test_concurrency(self, ran):
+        """Coroutines run at the same time, and may wait for the application's own."""
+        meeting = asyncio.Barrier(3)
+
+        @taskhawk.task(name="async.meet")
+        async def meet():
+            await meeting.wait()
+
+        self.dispatch("meet")
+        self.dispatch("meet")
+
+        async def serve():
+            worker = taskhawk.listen_async(
+                Priority.default, max_tasks=2, concurrency=2, num_messages=2
+            )
+            async with asyncio.timeout(WORKER_PATIENCE_S):
+                ledger, _ = await asyncio.gather(worker, meeting.wait())
+            return ledger
+
+        assert asyncio.run(serve()).acked == 2
+
+    @pytest.mark.parametrize("event", [asyncio.Event, threading.Event])
+    def test_shutdown_event(self, event, ran):
+        """An event of either kind stops it, after what runs."""
+
+        async def serve():
+            stop = event()
+            self.dispatch("aside", 0.05)
+            worker = asyncio.create_task(
+                taskhawk.listen_async(Priority.default, shutdown_event=stop)
+            )
+            await cor_eventually(lambda: taskhawk._brokers.broker() and ran)
+            stop.set()
+            return await worker
+
+        assert asyncio.run(serve()) == taskhawk.Ledger(received=1, acked=1)
+
+    def test_cancelled(self, ran):
+        """Cancelled, it stops as by the event, and is cancelled once it has ended."""
+        logs = []
+
+        async def serve():
+            began = asyncio.Event()
+
+            @taskhawk.task(name="async.begin")
+            async def begin():
+                began.set()
+                await asyncio.sleep(0.05)
+                ran.append("ended")
+
+            self.dispatch("begin")
+            worker = asyncio.create_task(taskhawk.listen_async(Priority.default))
+            await began.wait()
+            worker.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await worker
+            logs.extend(ran)
+            return sum(taskhawk._brokers.broker().depth("TASKHAWK-DEFAULT"))
+
+        assert asyncio.run(serve()) == 0
+        assert logs == ["ended"]
+
+    def test_cancelled_again(self, ran):
+        """Cancelled again, it does not wait for what runs, and the worker still ends."""
+        threads = {*threading.enumerate()}
+
+        async def serve():
+            began, go_on = asyncio.Event(), asyncio.Event()
+
+            @taskhawk.task(name="async.wait")
+            async def wait():
+                began.set()
+                await go_on.wait()
+
+            self.dispatch("wait")
+            worker = asyncio.create_task(taskhawk.listen_async(Priority.default))
+            await began.wait()
+            for _ in range(2):
+                worker.cancel()
+                await asyncio.sleep(0)
+                await asyncio.sleep(0)
+            assert worker.cancelled()
+            go_on.set()
+            await cor_eventually(lambda: {*threading.enumerate()} <= threads)
+            return sum(taskhawk._brokers.broker().depth("TASKHAWK-DEFAULT"))
+
+        assert asyncio.run(serve()) == 0
+
+    def test_error(self, ran):
+        """What ends a worker is raised; so are options that make no sense."""
+        coroutine = taskhawk.listen_async(Priority.default, num_messages=0)
+        sentence = "num_messages: expected 1 or more, got 0"
+        assert refused(asyncio.run, coroutine) == sentence
+        coroutine = taskhawk.listen_async("high")
+        sentence = "priority: expected a taskhawk.Priority or several, got 'high'"
+        assert refused(asyncio.run, coroutine) == sentence
+
+    def test_end_of_the_loop(self, ran):
+        """An application that ends with it running cancels its coroutines: no run is lost."""
+
+        async def serve():
+            began = asyncio.Event()
+
+            @taskhawk.task(name="async.endless")
+            async def endless():
+                began.set()
+                await asyncio.sleep(WORKER_PATIENCE_S)
+
+            self.dispatch("endless")
+            worker = asyncio.create_task(taskhawk.listen_async(Priority.default))
+            await began.wait()
+            return worker  # asyncio.run() cancels it, and waits
+
+        assert asyncio.run(serve()).cancelled()
+        assert sum(taskhawk._brokers.broker().depth("TASKHAWK-DEFAULT")) == 1
 
 
 class TestDeadLetterCopies:
@@ -18005,6 +18310,7 @@ def readme_normalised(text: str) -> str:
 README_GROUPS = ["plain", "aws", "django", "flask"]  # blocks that share an interpreter
 README_NEW_DJANGO = pytest.mark.skipif(sys.version_info < (3, 12), reason="Django 6")
 README_BEFORE = {
+    "flask": "import web\n",
     "mall": "import django; django.setup()\n",
     "django": "import django; django.setup()\n"
     "from django.core.management import call_command; call_command('migrate', verbosity=0)\n",
@@ -18012,6 +18318,10 @@ README_BEFORE = {
 README_AFTER = {  # what the blocks dispatched, or can dispatch now, is run
     "aws": "import tasks; tasks.audit.dispatch('ready')\n"
     "print(taskhawk.listen_for_messages(taskhawk.Priority.default, until_empty=True).acked)",
+    "flask": "import web_tasks, taskhawk\n"
+    "web_tasks.confirm.dispatch(1, 'you@example.com')\n"
+    "taskhawk.listen_for_messages(taskhawk.Priority.default, until_empty=True)\n"
+    "print(open('outbox.txt').read(), end='')",
     "django": "import taskhawk\n"
     "taskhawk.listen_for_messages(taskhawk.Priority.default, until_empty=True)",
     "mall": "import taskhawk\n"
@@ -18020,6 +18330,7 @@ README_AFTER = {  # what the blocks dispatched, or can dispatch now, is run
 README_AFTER_OUTPUT = {
     "aws": "ready: attempt 1 of a default message, {}\n1\n",
     "django": "Welcome! -> you@example.com\n",
+    "flask": "you@example.com: we have your order 1\n",
     "mall": "May: attempt 1 of report\nJune: attempt 1 of report\n",
 }
 README_RUNNER = """
@@ -18185,6 +18496,7 @@ class TestReadme:
         """Each Python block runs, in order, and prints what the block behind it says."""
         readme_files(tmp_path)
         python = [block for block in readme_blocks() if block.language == "python"]
+        python = [block for block in python if block.marks.get("run") != "never"]
         assert {block.marks.get("run", "plain") for block in python} == {
             *README_GROUPS,
             "mall",
@@ -18262,6 +18574,24 @@ class TestReadme:
             assert readme_normalised(result.stdout) == readme_normalised(expected), (
                 command
             )
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(
+        ("command", "passed"),
+        [
+            (["pytest", "-q", "test_tasks.py"], "4 passed"),
+            (["unittest", "test_tasks_unittest"], "Ran 2 tests"),
+            (["django", "test", "test_tasks_django"], "Ran 2 tests"),
+        ],
+        ids=["pytest", "unittest", "Django"],
+    )
+    def test_test_recipes(self, command, passed, tmp_path):
+        """The tests of README pass, by the command that people run."""
+        readme_files(tmp_path)
+        env = {"DJANGO_SETTINGS_MODULE": "shop_settings"}
+        result = run_python(["-m", *command], cwd=tmp_path, env=env)
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert passed in result.stdout + result.stderr
 
     @pytest.mark.slow
     def test_five_steps(self, ministack, tmp_path):
@@ -18403,3 +18733,298 @@ class TestReadme:
                 assert link[1:] in anchors
             elif not link.startswith("https://"):
                 assert project_file(link).exists()
+
+
+@contextlib.contextmanager
+def service_worker(
+    folder: Path, env: Mapping[str, str], *modules: str
+) -> Iterator[None]:
+    """Run a worker of some modules for the length of the block, then stop it."""
+    with (folder / "worker.txt").open("w") as output:
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "taskhawk", "listen", "--grace", "5", *modules],
+            cwd=folder,
+            env=python_env(env),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+        )
+    try:
+        yield
+        worker.terminate()
+        assert worker.wait(30) == 0
+    finally:
+        worker.kill()
+        worker.wait()
+
+
+def service_post(url: str, data: object) -> tuple[int, Any]:
+    """Post JSON, and return the status and the answer."""
+    request = urllib.request.Request(url, json.dumps(data).encode())
+    request.add_header("Content-Type", "application/json")
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return answer.status, json.load(answer)
+
+
+def service_wait(is_done: Callable[[], object]) -> None:
+    """Wait for what another process does."""
+    until = time.monotonic() + 60
+    while not is_done():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+class TestServices:
+    """README's services start, take a request, and run its task."""
+
+    @pytest.fixture(params=["SQLite", "ministack"])
+    def env(self, request, tmp_path):
+        """Return an environment with a queue, after the modules of README are written."""
+        readme_files(tmp_path)
+        if request.param == "SQLite":
+            return {"TASKHAWK_BROKER": f"sqlite:///{tmp_path}/web.db"}
+        env = TestReadme.aws(request.getfixturevalue("ministack"))
+        env |= {"AWS_ACCOUNT_ID": "000000000000", "TASKHAWK_QUEUE": "dev-web"}
+        command = ["-m", "taskhawk", "provision"]
+        result = run_python(command, cwd=tmp_path, env=env)
+        assert result.returncode == 0, result.stderr
+        return env
+
+    def test_flask(self, env, tmp_path):
+        """Flask's server dispatches, and a worker runs it in the application's context."""
+        port, outbox = free_port(), tmp_path / "outbox.txt"
+        flask_run = ["-m", "flask", "--app", "web", "run", "--port", str(port)]
+        with (
+            server(port, flask_run, python_env(env), tmp_path) as url,
+            service_worker(tmp_path, env, "web_tasks"),
+        ):
+            order = service_post(f"{url}/orders/7", {"address": "you@example.com"})
+            service_wait(outbox.exists)
+            service_wait(outbox.read_text)
+        status, answer = order
+        assert (status, len(answer["message"])) == (202, 36)
+        assert outbox.read_text() == "you@example.com: we have your order 7\n"
+        ledger = (tmp_path / "worker.txt").read_text()
+        assert ledger.startswith("1 received, 1 acked, ")
+
+    def test_lambda(self, tmp_path):
+        """The handler takes events as AWS has recorded them, and raises what fails."""
+        readme_files(tmp_path)
+        hello = processing_body("tasks.send_email", args=["you@example.com", "Hello!"])
+        fails = processing_body("tasks.pay", args=[7])
+        events = [
+            {"Records": [lambda_sns_record(hello, "1")]},
+            {"Records": [lambda_sqs_record(body, "1") for body in (fails, hello)]},
+        ]
+        (tmp_path / "events.json").write_text(json.dumps(events))
+        code = """if True:
+            import json, handler
+            with open("events.json") as file:
+                for event in json.load(file):
+                    try:
+                        handler.handler(event, None)
+                    except ValueError as error:
+                        print(error)
+        """
+        env = {"AWS_REGION": "us-east-1", "AWS_ENDPOINT_SQS": "http://127.0.0.1:9"}
+        env |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
+        result = run_python(code, cwd=tmp_path, env=env)
+        printed = ["Hello! -> you@example.com"] * 2 + ["bill 7 has no amount"]
+        assert (result.returncode, result.stdout.splitlines()) == (0, printed)
+
+
+#: a solution of the last exercise in README, and of nothing else: see SqliteBroker
+READING_BROKER = """
+import threading
+import time
+import uuid
+
+import taskhawk
+from taskhawk import Depth, QueueInfo, QueueMessage, Refusal
+
+
+class MemoryBroker(taskhawk.Broker):
+    max_bytes = 1_048_576
+    max_delay_s = 900
+
+    def __init__(self, clock=time.time):
+        self.clock = clock
+        # Guards the rows, and tells receivers that wait of what is sent.
+        self.changed = threading.Condition()
+        self.rows = []
+
+    def send(self, destination, entries):
+        with self.changed:
+            for entry in entries:
+                now = self.clock()
+                self.rows.append(
+                    {
+                        "queue": destination,
+                        "entry": entry,
+                        "id": str(uuid.uuid4()),
+                        "sent": now,
+                        "visible_at": now + entry.delay_s,
+                        "receives": 0,
+                        "receipt": None,
+                    }
+                )
+            self.changed.notify_all()
+        return []
+
+    def receive(self, queue, limit, wait_s, lease_s, stop):
+        until = time.monotonic() + wait_s
+        with self.changed:
+            while True:
+                found = self._claim(queue, min(limit, 10), lease_s)
+                left_s = until - time.monotonic()
+                if found or left_s <= 0 or stop.is_set():
+                    return found
+                self.changed.wait(min(left_s, 0.05))  # the clock moves, too
+
+    def _claim(self, queue, limit, lease_s):
+        info, found = self.info(queue), []
+        for row in self.rows:
+            if row["queue"] != queue or row["visible_at"] > self.clock():
+                continue
+            if row["receives"] == info.max_receive_count:
+                row |= {"queue": info.dead_letter_queue, "receives": 0, "receipt": None}
+                continue
+            hidden_s = info.visibility_timeout_s if lease_s is None else lease_s
+            row["visible_at"] = self.clock() + hidden_s
+            row["receives"] += 1
+            row["receipt"] = str(uuid.uuid4())
+            found.append(self._message(row))
+            if len(found) == limit:
+                break
+        return found
+
+    def _message(self, row):
+        counts = {
+            "ApproximateReceiveCount": str(row["receives"]),
+            "SentTimestamp": str(int(row["sent"] * 1000)),
+        }
+        return QueueMessage(
+            row["entry"].body,
+            row["id"],
+            row["receipt"],
+            counts,
+            dict(row["entry"].attributes),
+            row["queue"],
+            self,
+        )
+
+    def delete(self, queue, receipts, *, retry=False):
+        return self._each(queue, receipts, self.rows.remove)
+
+    def change_visibility(self, queue, changes, *, retry=False):
+        seconds = dict(changes)
+
+        def change(row):
+            row["visible_at"] = self.clock() + seconds[row["receipt"]]
+            if seconds[row["receipt"]] == 0:
+                self.changed.notify_all()
+
+        return self._each(queue, list(seconds), change)
+
+    def _each(self, queue, receipts, change):
+        refused = []
+        with self.changed:
+            for index, receipt in enumerate(receipts):
+                rows = [row for row in self.rows if row["receipt"] == receipt]
+                if rows and rows[0]["queue"] == queue:
+                    change(rows[0])
+                else:
+                    code = "ReceiptHandleIsInvalid"
+                    refused.append(Refusal(index, code, "it is stale", final=True))
+        return refused
+
+    def info(self, queue):
+        if queue.endswith("-DLQ"):
+            return QueueInfo(30.0, None, None)
+        return QueueInfo(30.0, f"{queue}-DLQ", 2)
+
+    def depth(self, queue):
+        with self.changed:
+            rows = [row for row in self.rows if row["queue"] == queue]
+        visible = [row for row in rows if row["visible_at"] <= self.clock()]
+        received = [row for row in rows if row["receives"] and row not in visible]
+        delayed = len(rows) - len(visible) - len(received)
+        return Depth(len(visible), len(received), delayed)
+
+    def url(self, queue):
+        return f"memory:{queue}"
+
+    def close(self):
+        pass
+"""
+
+
+@pytest.mark.slow
+class TestReading:
+    """README's page for who reads the source is true, and its exercises can be done."""
+
+    def test_names(self):
+        """What it tells to read is there, in the room that it says."""
+        text = project_file("README.md").read_text()
+        page = text.partition("\n## Read the source\n")[2].partition("\n## ")[0]
+        rows = re.findall(r"(?m)^\| \d+ \| rooms? (\d+)(?: \w+ (\d+))?: (.*?) \|", page)
+        assert len(rows) == 6
+        for first, last, names in rows:
+            source = self.rooms(int(first), int(last or first))
+            for name in re.findall(r"`([\w.]+)`", names):
+                word = name.rpartition(".")[2]
+                assert re.search(rf"(?m)^ *((def|class) {word}\b|{word} =)", source), (
+                    name
+                )
+
+    @staticmethod
+    def rooms(first, last):
+        """Return the source of some rooms."""
+        lines = house_source().splitlines()
+        starts = [line for line, number, _ in house_banners(house_source())]
+        numbers = [number for _, number, _ in house_banners(house_source())]
+        begin = starts[numbers.index(str(first))]
+        end = starts[numbers.index(str(last)) + 1]
+        return "\n".join(lines[begin:end])
+
+    @staticmethod
+    def run_suite(folder, *options):
+        """Run a copy of the suite on a copy of the module, and return what pytest says."""
+        shutil.copy(project_file("pyproject.toml"), folder)
+        shutil.copy(__file__, folder / "test_taskhawk.py")
+        env = {k: v for k, v in os.environ.items() if not k.startswith("COVERAGE_")}
+        return subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options],
+            cwd=folder,
+            env={**env, "PYTHONPATH": str(folder)},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=150,
+            check=False,
+        )
+
+    @pytest.mark.parametrize("breaks", ["TestRetryPolicies", "TestProcessing"])
+    def test_changes_are_noticed(self, breaks, tmp_path):
+        """The tests that README names fail after the change that it proposes."""
+        (block,) = [b for b in readme_blocks() if b.marks.get("breaks") == breaks]
+        old, new = (
+            "".join(
+                f"{line[1:]}\n" for line in block.text.splitlines() if line[0] == sign
+            )
+            for sign in "-+"
+        )
+        source = house_source()
+        assert source.count(old) == 1
+        (tmp_path / "taskhawk.py").write_text(source.replace(old, new))
+        result = self.run_suite(tmp_path, "-x", "-k", breaks, "-m", "not slow")
+        assert (result.returncode, "1 failed" in result.stdout) == (1, True)
+
+    def test_memory_broker(self, tmp_path):
+        """A broker in memory passes the contract, in no more statements than it says."""
+        readme_files(tmp_path)
+        (tmp_path / "memory_broker.py").write_text(READING_BROKER)
+        shutil.copy(taskhawk.__file__, tmp_path / "taskhawk.py")
+        result = self.run_suite(tmp_path, "test_memory_broker.py")
+        assert result.returncode == 0, result.stdout
+        assert house_statements(ast.parse(READING_BROKER)) <= 90
