@@ -56,40 +56,40 @@ A message that a worker holds; the :class:`Ledger` counts what each becomes::
     received --> started --> finished --> acked          deleted from the queue
         |           |            |------> retried        visible again, now or later
         |           |            |------> dead_lettered  copied, then deleted
+        |           |            |------> postponed      copied with a delay, deleted
         |           |            '------> uncertain      its delete may not be applied
         |           '--> released                        its run could not begin
         '--> released                                    never started, visible at once
 
 What to read for each promise, and how many statements that is
-    1 (292): publish, _send_one, _accepted, _send_all_ready, _partial_failure,
+    1 (312): publish, _send_one, _accepted, _send_all_ready, _partial_failure,
         _send_all, _in_batches, _one_round, SqliteBroker.send, SqliteBroker._claim,
         SqliteBroker.delete, _SqliteFile.change, _use_write_ahead_log,
         _AwsSender._batch, SqsBroker.send, SqsBroker.delete, process, _verdict, _wanted,
-        _Slot._run, Worker.settle, Worker._close, _dead_letter, _send_copy, _Held.move,
-        _Holdings.finish, _Holdings.release, _Holdings._decide, _Calls.answered,
-        _Calls._deleted, _Calls._delayed, _Calls._try_later, _Holdings.doubt,
-        _Holdings.close, _Holdings.end
-    2 (281): SqliteBroker.receive, SqliteBroker._claim, SqliteBroker.change_visibility,
+        _Slot._run, Worker.settle, _carry_out, _postpone, Worker._close, _dead_letter,
+        _send_copy, _Held.move, _Holdings.finish, _Holdings.release, _Holdings._decide,
+        _Calls.answered, _Calls._deleted, _Calls._delayed, _Calls._try_later,
+        _Holdings.doubt, _Holdings.close, _Holdings.end
+    2 (284): SqliteBroker.receive, SqliteBroker._claim, SqliteBroker.change_visibility,
         SqsBroker.receive, _find_lease, _Poller._receive, _Course.take,
         _Course._release_if_stuck, _Call, _Leases, _Holdings.take, _Holdings.start,
         _Holdings.release, _Holdings.release_waiting, _Holdings._decide,
         _Holdings.expire, _Holdings.lose, _Calls.next, _Calls.answered,
-        _Calls._extended, _Calls._deleted, _Keeper.run, _Keeper._make, _Slot._run,
+        _Calls._extended, _Calls._deleted, _Keeper._look, _Keeper._make, _Slot._run,
         _Slot._process, Worker._give_up, _Child.kill
     3 (110): _decode, _parse, Message.__init__, _validate, _fits, _find_task,
         Task.find_by_name, Task.call, _register, _import, _import_path, _parse_line,
         _to_outcome, _import_tasks
-    4 (101): process, _run, _decode, _parse, _failed, _verdict, _is_invalid,
+    4 (109): process, _run, _decode, _parse, _failed, _verdict, _is_invalid,
         _text_of_invalid, _Slot._run, Worker.settle
-    5 (198): _run, _failed, _sentence, _what_follows, _name_of, _reason, _in_one_line,
+    5 (210): _run, _failed, _sentence, _what_follows, _name_of, _reason, _in_one_line,
         _facts, _extra_of, _text_of_invalid, _shown, _mismatch, _too_large,
         _Holdings.warn, _Keeper._tell, _Faults, _error_code, _error_details, _explained,
         _explanation, _find_remedy, _Source.read, _call_safely, _log_again
-    6 (187): _Course.wait_for_room, _Course._find_room, _Poller.work, _Poller._try,
-        _Poller._receive, _pause_s, _Holdings._decide, _Holdings._acknowledge,
-        _Holdings._hurry, _Calls.next, _Calls._due_ends, _Calls._share_call,
-        _Calls._extended, _Leases, _Keeper._wait, _Keeper._make, SqsBroker.receive,
-        SqsBroker.url, SqsBroker._find_url, _parts
+    6 (216): _Course.wait_for_room, _Course._find_room, _Poller.work, _Poller._try,
+        _Poller._receive, _pause_s, _Holdings._decide, _Ends, _Calls.next,
+        _Calls._due_at, _Calls._patience_s, _Calls._extended, _Leases, _Keeper._wait,
+        _Keeper._make, SqsBroker.receive, SqsBroker.url, SqsBroker._find_url, _parts
     7 (209): _in_own_context, _refresh_django_connections, _PerProcess, _made_once,
         _Brokers.before_fork, _Brokers.after_fork, _close_sqlite_files,
         _release_sqlite_files, _Signals, _hold_signals, _release_signals,
@@ -141,6 +141,7 @@ __all__ = [
     "Message",
     "MessageTooLarge",
     "PartialFailure",
+    "PostponeException",
     "Priority",
     "RetryException",
     "RetryPolicy",
@@ -162,9 +163,11 @@ import contextvars
 import dataclasses
 import enum
 import functools
+import heapq
 import importlib
 import inspect
 import io
+import itertools
 import json
 import logging
 import math
@@ -228,6 +231,7 @@ _LONG_POLL_S = 20  # the longest wait of ReceiveMessage, and so the cheapest
 _DEFAULT_LEASE_S = 30  # the visibility timeout of a queue that sets none
 _ERROR_ATTRIBUTE = "taskhawk.error"  # says why the worker dead-lettered a message
 _MAX_ERROR_BYTES = 16_384  # its size: enough for a traceback, little beside 1 MiB
+_ATTEMPTS_ATTRIBUTE = "taskhawk.attempts"  # how many there were before it was postponed
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -259,7 +263,7 @@ _log = _Log(logging.getLogger(__name__), {})
 # --- 2. errors ------------------------------------------------------------------------
 # Every failure has a name and a fate. A ConfigurationError is for a person to fix; a
 # ValidationError is a fault of a message; a PartialFailure names the messages that were
-# not accepted. Tasks and retry policies raise the last four classes to say what is to
+# not accepted. Tasks and retry policies raise the last five classes to say what is to
 # become of the message.
 
 
@@ -392,6 +396,23 @@ class RetryException(TaskhawkError):
         self.retry = retry
         self.log_error = log_error
         super().__init__(*args)
+
+
+class PostponeException(RetryException):
+    """Raised by a task: it is not my time yet, and this was no attempt.
+
+    A copy of the message is sent with the delay, and then the message is deleted. So
+    one that waits is not given up, however often it is postponed. It is logged at debug
+    level. A delay over SQS's 15 minutes is cut to that.
+
+    Where no copy can be sent, the run counts as one that raised
+    :class:`RetryException`: on a FIFO queue, whose order a copy would break, and in
+    Lambda behind SNS, or behind SQS if the function may not send.
+
+    :param args: the text; a number in the first place is the delay
+    :param delay_seconds: seconds until the next run; None for a minute
+    :raises ValueError: if the delay is negative or not finite
+    """
 
 
 class LoggingException(TaskhawkError):
@@ -609,6 +630,12 @@ _HOOK = _Rule("a function or its dotted path", _parse_callable)
 _POLICY = _Rule("a retry policy or its dotted path", _parse_callable)
 _CLASS = _Rule("a class or its dotted path", _parse_callable)
 _URL = _Rule("a URL that begins with http:// or https://", _parse_url)
+_ROLE = _Rule(
+    "the ARN of an IAM role",
+    functools.partial(
+        _parse_text, r"(?a)arn:aws(-[a-z]+)*:iam::[0-9]{12}:role/[\w+=,.@/-]+"
+    ),
+)
 _BROKER = _Rule("'sqs' or a URL of SQLite", _parse_broker)
 _QUEUE = _Rule(
     f"at most {_MAX_QUEUE} letters, digits, hyphens and underscores",
@@ -618,6 +645,7 @@ _SETTINGS = {
     "AWS_ACCESS_KEY": _Setting(_TEXT, "AKIAIOSFODNN7EXAMPLE"),
     "AWS_ACCOUNT_ID": _Setting(_ACCOUNT, "123456789012"),
     "AWS_CONNECT_TIMEOUT_S": _Setting(_SECONDS, "2", 2),
+    "AWS_ENDPOINT_SCHEDULER": _Setting(_URL, "http://127.0.0.1:4566"),
     "AWS_ENDPOINT_SNS": _Setting(_URL, "http://127.0.0.1:4566"),
     "AWS_ENDPOINT_SQS": _Setting(_URL, "http://127.0.0.1:4566"),
     "AWS_READ_TIMEOUT_S": _Setting(_SECONDS, "2", 2),
@@ -635,6 +663,9 @@ _SETTINGS = {
     "TASKHAWK_QUEUE": _Setting(_QUEUE, "dev-myapp"),
     "TASKHAWK_RETRY": _Setting(_POLICY, "myapp.retries.patient"),
     "TASKHAWK_RUN_HOOK": _Setting(_HOOK, "myapp.hooks.count_run"),
+    "TASKHAWK_SCHEDULER_ROLE": _Setting(
+        _ROLE, "arn:aws:iam::123456789012:role/taskhawk-dev-myapp"
+    ),
     "TASKHAWK_SYNC": _Setting(_FLAG, "False", default=False),
     "TASKHAWK_TASK_CLASS": _Setting(_CLASS, "myapp.tasks.MyTask"),
 }
@@ -787,6 +818,7 @@ class _Settings:
         django = _django_settings()
         if django:
             yield _source(django, "Django's settings")
+            yield _source(_django_options(django), "OPTIONS of Django's TASKS")
         environment = dict(os.environ)
         for name in _variables_of_botocore():
             environment.pop(name, None)
@@ -910,10 +942,28 @@ def _django_settings() -> Any:
     return None
 
 
+def _django_options(django_settings: Any) -> Mapping[str, Any]:
+    """Return what the OPTIONS of those of Django's task backends have that are ours.
+
+    :raises ConfigurationError: if they differ in a setting: a process has only one
+    """
+    found: dict[str, Any] = {}
+    for params in (getattr(django_settings, "TASKS", None) or {}).values():
+        if params.get("BACKEND") != f"{__name__}.DjangoBackend":
+            continue
+        for name, value in params.get("OPTIONS", {}).items():
+            if found.setdefault(name, value) != value and name in _SETTINGS:
+                raise ConfigurationError(
+                    f"{name} in OPTIONS of Django's TASKS: expected the same value for"
+                    " each backend of taskhawk, got two"
+                )
+    return found
+
+
 def _django_setting_changed(*, setting: str, **_: object) -> None:
     """Follow Django's override_settings, which changes one setting at a time."""
     settings.forget()
-    if setting.startswith("AWS_"):  # clients are made with these
+    if setting == "TASKS" or setting.startswith("AWS_"):  # clients are made with these
         settings.changed()
 
 
@@ -1656,10 +1706,13 @@ class Sender(typing.Protocol):
 
     :ivar max_bytes: the largest message, and the largest sum of a batch
     :ivar max_delay_s: the longest delay
+    :ivar shared_calls: how many calls may be under way at once that have messages of
+        several dispatches; 0 where each dispatch makes a call of its own
     """
 
     max_bytes: int
     max_delay_s: float
+    shared_calls: int = 0
 
     def destination(self, priority: Priority) -> str:
         """Return the name of the queue or topic for messages of a priority."""
@@ -1736,15 +1789,32 @@ class QueueMessage:
     in_lambda: typing.ClassVar[bool] = False  # whether Lambda decides on retries
 
     @property
-    def attempt(self) -> int:
-        """How often the message has been received, from 1."""
+    def receive_count(self) -> int:
+        """How often the queue has delivered the message, from 1."""
         return int(self.attributes.get("ApproximateReceiveCount", 1))
 
     @property
+    def attempt(self) -> int:
+        """How often it has been received, from 1, but for those that postponed it."""
+        attribute = self.message_attributes.get(_ATTEMPTS_ATTRIBUTE, {})
+        before = str(attribute.get("StringValue"))
+        if not re.fullmatch("[0-9]{1,9}", before):
+            before = "0"
+        return self.receive_count + int(before)
+
+    @property
     def is_last_receive(self) -> bool:
-        """Whether the queue's redrive policy allows no further receive."""
+        """Whether its attempts are as many as the queue's redrive policy allows."""
         limit = self.max_receive_count
         return limit is not None and self.attempt >= limit
+
+    @property
+    def would_be_redriven(self) -> bool:
+        """Whether the queue dead-letters it at the next receive, and a copy helps."""
+        limit = self.max_receive_count
+        if limit is None or self.is_fifo:
+            return False
+        return self.receive_count >= limit
 
     @property
     def queue_url(self) -> str:
@@ -2194,6 +2264,7 @@ class SqliteBroker(Broker):
 
     max_bytes = _MAX_SQS_BYTES  # as on SQS, so that what works here works there
     max_delay_s = 100 * 365 * 86_400  # a number that SQLite can hold
+    shared_calls = 1  # the file takes one at a time
 
     def __init__(self, url: str, clock: Callable[[], float] = time.time) -> None:
         self._url, self._clock = url, clock
@@ -2434,6 +2505,14 @@ _REMEDIES = (
         ("there is no such topic: make it, or check TASKHAWK_QUEUE and AWS_ACCOUNT_ID"),
     ),
     (
+        "ResourceNotFoundException: Schedule group",
+        "there is no such group of schedules: run python -m taskhawk provision",
+    ),
+    (
+        "ValidationException: The execution role",
+        "EventBridge Scheduler can't use this role: check TASKHAWK_SCHEDULER_ROLE",
+    ),
+    (
         ".*Invalid header value",
         (
             "a credential has a line break or another control character: check"
@@ -2638,6 +2717,7 @@ class _AwsSender(Sender):
     """
 
     service = target_key = entries_key = send_one = send_many = ""
+    shared_calls = 16  # at 10 ms a call, that is all that one CPU can send
 
     def __init__(self, _url: str = "") -> None:
         self._connections = _PerProcess(_AwsConnections)
@@ -2744,6 +2824,18 @@ class _AwsSender(Sender):
         self.call("send", self.send_one, destination, **calls[0])
         return []
 
+    def _one_by_one(
+        self, destination: str, entries: Sequence[Outgoing]
+    ) -> list[Refusal]:
+        """Send each message by itself; return the refused ones."""
+        send = functools.partial(self.send, destination)
+        refusals: dict[int, Refusal] = {}
+        for index, entry in enumerate(entries):
+            for refusal in _one_call(send, [entry]).values():
+                # Final, for botocore has repeated it.
+                refusals[index] = refusal._replace(index=index, final=True)
+        return list(refusals.values())
+
     @abc.abstractmethod
     def _parameters(self, entry: Outgoing) -> dict[str, Any]:
         """Return the service's parameters for a message, without the empty ones."""
@@ -2825,13 +2917,7 @@ class SqsBroker(_AwsSender, Broker):
         except Exception as error:
             if len(entries) == 1 or _error_code(error) != "BatchRequestTooLong":
                 raise
-        send = functools.partial(self.send, destination)
-        refusals: dict[int, Refusal] = {}
-        for index, entry in enumerate(entries):
-            for refusal in _one_call(send, [entry]).values():
-                # Final, for botocore has repeated it.
-                refusals[index] = refusal._replace(index=index, final=True)
-        return list(refusals.values())
+        return self._one_by_one(destination, entries)
 
     def _parameters(self, entry: Outgoing) -> dict[str, Any]:
         """Return the parameters of SendMessage; delays are whole seconds."""
@@ -3244,8 +3330,8 @@ class Task(Generic[_P, _R]):
         """Return an invocation with this priority in place of the task's."""
         return self._invocation.with_priority(priority)
 
-    def with_delay(self, delay: float | timedelta) -> AsyncInvocation[_P]:
-        """Return an invocation whose messages the queue holds back for so long."""
+    def with_delay(self, delay: float | timedelta | datetime) -> AsyncInvocation[_P]:
+        """Return an invocation whose messages wait for so long, or until then."""
         return self._invocation.with_delay(delay)
 
     def _bind(self, count: int, *names: str) -> None:
@@ -3263,7 +3349,9 @@ class Task(Generic[_P, _R]):
         try:
             self._signature.bind(*range(count), **keywords)
         except TypeError as error:
-            raise TypeError(f"{self.name}: {error}") from None
+            raise TypeError(
+                f"{self.name}: {error}{_hint_of_wrapper(self.fn)}"
+            ) from None
 
     def call(self, message: Message, receipt: str | None) -> None:
         """Run the function with a message's arguments, and await what can be awaited.
@@ -3309,17 +3397,22 @@ class Task(Generic[_P, _R]):
 
 
 def _signature_of(fn: Callable[..., Any], name: str) -> inspect.Signature:
-    """Return the signature of a task's function, or refuse the function.
+    """Return the signature by which a task is called, or refuse the function.
+
+    What a ``__signature__`` says that somebody has set is taken at its word.
 
     :raises ConfigurationError: if it can't be read, or does not name all arguments
     """
     try:
-        signature = inspect.signature(fn, **_ANNOTATIONS)
+        called = _named_part(fn)
+        signature = inspect.signature(called, follow_wrapped=False, **_ANNOTATIONS)
     except ValueError as error:
         raise ConfigurationError(
             f"{name} does not tell its parameters: expected a function written in"
             " Python"
         ) from error
+    if hasattr(called, "__signature__"):
+        return signature
     for parameter in signature.parameters.values():
         if parameter.kind is parameter.VAR_POSITIONAL:
             raise ConfigurationError(
@@ -3327,6 +3420,41 @@ def _signature_of(fn: Callable[..., Any], name: str) -> inspect.Signature:
                 " take a list"
             )
     return signature
+
+
+def _named_part(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the outermost of a function's wrappers that names what it takes.
+
+    A decorator's function may take other arguments than the one that it wraps; where it
+    takes ``*args`` or ``**kwargs``, the one inside has to say what these may be.
+    """
+    found: Callable[..., Any] = inspect.unwrap(fn, stop=_names_its_arguments)
+    return found
+
+
+def _names_its_arguments(fn: Callable[..., Any]) -> bool:
+    """Return whether a wrapper tells its arguments, without the function inside."""
+    if hasattr(fn, "__signature__"):
+        return True
+    try:
+        own = inspect.signature(fn, follow_wrapped=False, **_ANNOTATIONS)
+    except ValueError:  # compiled, as what functools.cache makes is
+        return False
+    kinds = {parameter.kind for parameter in own.parameters.values()}
+    return kinds.isdisjoint(_ANY_ARGUMENTS)
+
+
+_ANY_ARGUMENTS = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def _hint_of_wrapper(fn: Callable[..., Any]) -> str:
+    """Return what to do where a decorator, and not its caller, passes an argument."""
+    if _named_part(fn) is fn:
+        return ""
+    return (
+        " (if a decorator passes it, set __signature__ of the function that the"
+        " decorator returns)"
+    )
 
 
 # From Python 3.14 on, a signature evaluates annotations, and those that exist for type
@@ -3707,7 +3835,8 @@ class _Place(NamedTuple):
 
 
 def _place_of(fn: Any) -> _Place:
-    """Return where a function is written."""
+    """Return where a function is written: the one that decorators wrap."""
+    fn = inspect.unwrap(fn)
     code = getattr(fn, "__code__", None)
     line = f" ({code.co_filename}:{code.co_firstlineno})" if code else ""
     spec = getattr(fn, "__globals__", {}).get("__spec__")
@@ -3770,7 +3899,7 @@ class AsyncInvocation(Generic[_P]):
     _: dataclasses.KW_ONLY
     _headers: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     _priority: Priority | None = None  # None for the task's
-    _delay_s: float = 0
+    _delay: float | datetime = 0
 
     def with_headers(self, /, **headers: Any) -> AsyncInvocation[_P]:
         """Return an invocation with these headers too, in place of any of their names.
@@ -3789,21 +3918,33 @@ class AsyncInvocation(Generic[_P]):
             raise TypeError(f"priority: expected a taskhawk.Priority, got {priority!r}")
         return dataclasses.replace(self, _priority=priority)
 
-    def with_delay(self, delay: float | timedelta) -> AsyncInvocation[_P]:
-        """Return an invocation whose messages the queue holds back for so long.
+    def with_delay(self, delay: float | timedelta | datetime) -> AsyncInvocation[_P]:
+        """Return an invocation whose messages wait for so long, or until then.
 
-        :param delay: seconds or a timedelta: up to 15 minutes on SQS (its
-            DelaySeconds), any length on SQLite, none on SNS
-        :raises TypeError: if it is neither
-        :raises ValueError: if it is negative or not finite; dispatch refuses a delay
-            that the queue can't keep
+        SQS holds a message back for up to 15 minutes, SQLite for any time. Beyond that,
+        and on SNS, it is a schedule of EventBridge's, which counts in minutes and
+        rounds up: that needs TASKHAWK_SCHEDULER_ROLE. See :func:`cancel`.
+
+        :param delay: seconds, a timedelta, or a datetime with a time zone, which is now
+            if it is past
+        :raises TypeError: if it is none of these
+        :raises ValueError: if it is negative or not finite, or has no time zone
         """
+        if isinstance(delay, datetime):
+            if delay.utcoffset() is None:
+                raise ValueError(
+                    "delay: expected a datetime with a time zone, such as"
+                    f" datetime.now(UTC), got {delay}"
+                )
+            return dataclasses.replace(self, _delay=delay)
         delay_s = delay.total_seconds() if isinstance(delay, timedelta) else delay
         if not _is_number(delay_s):
-            raise TypeError(f"delay: expected seconds or a timedelta, got {delay!r}")
+            raise TypeError(
+                f"delay: expected seconds, a timedelta or a datetime, got {delay!r}"
+            )
         if not 0 <= delay_s < math.inf:
             raise ValueError(f"delay: expected 0 or more seconds, got {delay_s}")
-        return dataclasses.replace(self, _delay_s=delay_s)
+        return dataclasses.replace(self, _delay=delay_s)
 
     def dispatch(self, /, *args: _P.args, **kwargs: _P.kwargs) -> str:
         """Queue a run of the task: one request, and one more at a queue's first use.
@@ -3861,8 +4002,15 @@ class AsyncInvocation(Generic[_P]):
             headers={**_default_headers(self.task), **self._headers},
             priority=self._priority or self.task.priority,
         )
-        message.delay_s = self._delay_s
+        message.delay_s = _delay_from(message.timestamp, self._delay)
         return message
+
+
+def _delay_from(timestamp_ms: int, delay: float | datetime) -> float:
+    """Return the seconds from a message's timestamp to the end of its delay."""
+    if isinstance(delay, datetime):
+        return max(0.0, delay.timestamp() - timestamp_ms / 1000)
+    return delay
 
 
 def _arguments_of(call: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
@@ -3908,8 +4056,8 @@ def _prepare(message: Message) -> _Ready:
     body = _encode(message)
     entry = Outgoing(body, _attributes_of(message.headers), message.delay_s)
     sender = _brokers.sender()
-    if entry.delay_s and not sender.max_delay_s:
-        raise ConfigurationError(f"{message.task_name}: SNS can't delay messages")
+    if entry.delay_s > sender.max_delay_s and isinstance(sender, _AwsSender):
+        sender = _brokers.get("schedule")
     if entry.delay_s > sender.max_delay_s:
         raise ConfigurationError(
             f"{message.task_name}: the queue can hold a message back for at most"
@@ -4041,8 +4189,16 @@ def publish(message: Message) -> str:
     """
     ready = _prepare(message)
     if not _collect([ready]):
-        _send_one(ready)
+        _send_now(ready)
     return message.id
+
+
+def _send_now(ready: _Ready) -> None:
+    """Send one message, perhaps in a request with those of other dispatches."""
+    if ready.sender.shared_calls:
+        _lanes.get().lane_of(ready).send(ready)
+    else:
+        _send_one(ready)
 
 
 def _send_one(ready: _Ready) -> None:
@@ -4051,7 +4207,355 @@ def _send_one(ready: _Ready) -> None:
         _accepted(ready.sender.send(ready.destination, [ready.entry]))
     except MessageTooLarge as error:  # the queue's limit is below the service's
         raise _too_large(ready.message, ready.entry, error.limit) from error
+    _log_sent(ready)
+
+
+def _log_sent(ready: _Ready) -> None:
+    """Log that a message was accepted."""
     _log.debug("Sent message", extra={"message_body": ready.entry.body})
+
+
+# Dispatches that run at the same time share requests. One that finds its lane empty
+# sends its message itself, as if there were no lanes. The others wait for helpers,
+# threads that send up to ten messages in a call, and that end when there is no more to
+# send. So whatever interrupts a dispatch, the others have somebody who sends for them.
+
+# How long a call may be held back for dispatches that are likely to come at once: those
+# of threads that have just been told that their last message is sent.
+_GATHER_S = 0.002
+# The same, as a part of the time that the last call took.
+_GATHER_PART = 0.2
+# How long a message waits for a call under way at most: that one may hang.
+_PATIENCE_S = 0.2
+_HELPER_IDLE_S = 1  # after which a helper ends
+
+
+class _Parcel:
+    """A message that waits to be sent, and what came of it.
+
+    If it is neither accepted nor in error, it is to be sent by itself: whatever happened
+    to it in company may have been the fault of the others.
+    """
+
+    def __init__(self, entry: Outgoing) -> None:
+        self.entry = entry
+        #: to be called, from any thread, when it is known what came of it
+        self.tell: Callable[[], object] = _do_nothing
+        self.is_accepted = False
+        self.error: Exception | None = None  #: of the call as a whole
+        self.is_left = False  #: nobody waits for it any more
+        self.size = 0
+        self.since = 0.0
+
+
+class _SharedCall(NamedTuple):
+    """A call under way."""
+
+    parcels: Sequence[_Parcel]
+    began: float
+
+
+class _Sharing:
+    """Which messages to one destination are sent when, by whom, and with which others.
+
+    Pure: it is told the time, and calls nothing. Threads are known by any number.
+
+    :param max_bytes: for the sum of a call
+    :param max_calls: how many calls may be under way at once
+    """
+
+    def __init__(self, max_bytes: int, max_calls: int) -> None:
+        self._max_bytes, self._max_calls = max_bytes, max_calls
+        self.waiting: list[_Parcel] = []  #: in the order of their dispatches
+        self.under_way: dict[int, _SharedCall] = {}  #: by the thread that makes it
+        self._expected = 0  # how many are likely to share the next call…
+        self._gather_until = -math.inf  # …if they come before this
+
+    def enter(self, thread: int, parcel: _Parcel, now: float) -> bool:
+        """Begin a call with this parcel alone, if nothing is in its way."""
+        if self.waiting or self.under_way or now < self._gather_until:
+            return False
+        self.under_way[thread] = _SharedCall([parcel], now)
+        return True
+
+    def add(self, parcel: _Parcel, now: float) -> None:
+        """Let a parcel wait for others to go with."""
+        parcel.size, parcel.since = parcel.entry.size(), now
+        self.waiting.append(parcel)
+
+    def is_due(self, now: float) -> bool:
+        """Return whether a call is to begin now."""
+        parcels, _, is_full = self._next_call()
+        if not parcels or len(self.under_way) >= self._max_calls:
+            return False
+        if is_full or now >= parcels[0].since + _PATIENCE_S:
+            return True
+        if self.under_way:
+            return False
+        return len(parcels) >= self._expected or now >= self._gather_until
+
+    def due_at(self) -> float:
+        """Return when a call will be due, unless something happens before."""
+        parcels, _, _ = self._next_call()
+        if not parcels or len(self.under_way) >= self._max_calls:
+            return math.inf
+        patient_until = parcels[0].since + _PATIENCE_S
+        if self.under_way:
+            return patient_until
+        return min(patient_until, self._gather_until)
+
+    def begin(self, thread: int, now: float) -> Sequence[_Parcel]:
+        """Begin the call that is due; return its parcels."""
+        parcels, count, _ = self._next_call()
+        call = _SharedCall(parcels, now)
+        # One step: a thread that dies here has taken all of them, or none.
+        self.waiting, self.under_way[thread] = self.waiting[count:], call
+        return parcels
+
+    def end(self, thread: int, now: float) -> Sequence[_Parcel]:
+        """End this thread's call, if it has one under way; return its parcels."""
+        call = self.under_way.get(thread)
+        if call is None:
+            return ()
+        self._expected = len(call.parcels) + len(self.waiting)
+        if self._expected > 1:
+            pause_s = min(_GATHER_S, _GATHER_PART * (now - call.began))
+            self._gather_until = now + pause_s
+        del self.under_way[thread]  # last: an end that is interrupted is called again
+        return call.parcels
+
+    def give_up(self) -> Sequence[_Parcel]:
+        """Let nobody wait any more; return who did."""
+        parcels, self.waiting = self.waiting, []
+        return parcels
+
+    def _next_call(self) -> tuple[Sequence[_Parcel], int, bool]:
+        """Look at the next call.
+
+        :returns: its parcels; how many of those waiting they end; whether it is full
+        """
+        parcels: list[_Parcel] = []
+        size = 0
+        for place, parcel in enumerate(self.waiting):
+            if parcel.is_left:
+                continue
+            size += parcel.size
+            if parcels and size > self._max_bytes:
+                return parcels, place, True
+            parcels.append(parcel)
+            if len(parcels) == _MAX_BATCH:
+                return parcels, place + 1, True
+        return parcels, len(self.waiting), False
+
+
+class _Lane:
+    """The way of dispatches to one destination, in one process."""
+
+    def __init__(self, sender: Sender, destination: str, busy: set[int]) -> None:
+        self._sender, self._destination, self._busy = sender, destination, busy
+        self._process_id = os.getpid()
+        max_calls = sender.shared_calls
+        if destination.endswith(".fifo"):  # or a later call might overtake an earlier
+            max_calls = 1
+        self._sharing = _Sharing(sender.max_bytes, max_calls)
+        self._max_helpers = max_calls
+        # Guards what is above and below, for moments only: never over a call.
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._helpers: set[threading.Thread] = set()
+        self._idle = 0  # helpers that wait on the condition
+
+    def send(self, ready: _Ready) -> None:
+        """Send a message by itself, or with others; raise why it was not accepted."""
+        me = threading.get_ident()
+        # This thread may hold the lock already, or have a call under way: a signal
+        # handler or a __del__ may dispatch at any point below. A daemon thread's call
+        # may never end when the interpreter does.
+        if me in self._busy or sys.is_finalizing():
+            _send_one(ready)
+            return
+        parcel = _Parcel(ready.entry)
+        try:
+            try:
+                self._busy.add(me)
+                if self._enter(me, parcel):
+                    _send_one(ready)
+                else:
+                    self._wait(parcel)
+                    self._conclude(ready, parcel)
+            finally:
+                self._leave(me, parcel)
+        except BaseException:
+            self._leave(me, parcel)  # again: Control-C may have interrupted the first
+            raise
+
+    def _enter(self, me: int, parcel: _Parcel) -> bool:
+        """Return whether this thread is to send the parcel by itself."""
+        with self._lock:
+            return self._sharing.enter(me, parcel, time.monotonic())
+
+    def _wait(self, parcel: _Parcel) -> None:
+        """Wait until a helper has sent the parcel."""
+        told = threading.Event()
+        parcel.tell = told.set
+        self._add(parcel)
+        told.wait()
+
+    def _add(self, parcel: _Parcel) -> None:
+        """Leave a parcel to a helper."""
+        with self._lock:
+            now = time.monotonic()
+            self._sharing.add(parcel, now)
+            # One helper looks after those that wait, lest the call under way hang.
+            if len(self._sharing.waiting) == 1 or self._sharing.is_due(now):
+                self._wake()
+
+    def _leave(self, me: int, parcel: _Parcel) -> None:
+        """Have nobody wait for this dispatch, and send nothing more for it."""
+        # Of a forked process, the parent's other threads may have held the lock.
+        if self._process_id == os.getpid():
+            parcel.is_left = True
+            self._end(me)
+        self._busy.discard(me)
+
+    def _end(self, me: int) -> Sequence[_Parcel]:
+        """End this thread's call; return its parcels."""
+        with self._lock:
+            parcels = self._sharing.end(me, time.monotonic())
+            if self._sharing.waiting and not self._sharing.under_way:
+                self._wake()
+        return parcels
+
+    def _wake(self) -> None:
+        """Have a helper look what is due, a new one if need be; the lock is held."""
+        if self._idle:
+            self._changed.notify()
+            return
+        self._helpers = {each for each in self._helpers if each.is_alive()}
+        if len(self._helpers) >= self._max_helpers:
+            return
+        helper = threading.Thread(
+            target=self._help, name="taskhawk dispatch", daemon=True
+        )
+        try:
+            helper.start()
+            self._helpers.add(helper)
+        except RuntimeError:  # no more threads can be started
+            if not self._helpers:
+                for parcel in self._sharing.give_up():
+                    parcel.tell()
+
+    def _help(self) -> None:
+        """Send what is due, until nothing is for a while."""
+        me = threading.get_ident()
+        parcels: Sequence[_Parcel] = ()
+        try:
+            self._busy.add(me)
+            while parcels := self._next(me):
+                self._send_together(parcels)
+                self._end(me)
+                for parcel in parcels:
+                    parcel.tell()
+        finally:
+            # Whatever ends this thread, who waits for it is told.
+            with self._lock:
+                self._resign()
+            for parcel in (*parcels, *self._end(me)):
+                parcel.tell()
+            self._busy.discard(me)
+
+    def _resign(self) -> None:
+        """Count this thread as a helper no more."""
+        self._helpers.discard(threading.current_thread())
+
+    def _next(self, me: int) -> Sequence[_Parcel]:
+        """Begin the next call, and return its parcels; none if it is time to end."""
+        with self._lock:
+            while True:
+                now = time.monotonic()
+                if self._sharing.is_due(now):
+                    parcels = self._sharing.begin(me, now)
+                    if self._sharing.is_due(now):
+                        self._wake()
+                    return parcels
+                pause_s = min(self._sharing.due_at() - now, _HELPER_IDLE_S)
+                self._idle += 1
+                try:
+                    self._changed.wait(pause_s)
+                finally:
+                    self._idle -= 1
+                if pause_s == _HELPER_IDLE_S and not self._sharing.waiting:
+                    self._resign()  # while the lock is held: nobody may count on it
+                    return ()
+
+    def _send_together(self, parcels: Sequence[_Parcel]) -> None:
+        """Send parcels in one call, and note what came of each."""
+        entries = [parcel.entry for parcel in parcels]
+        try:
+            refusals = self._sender.send(self._destination, entries)
+        except MessageTooLarge:
+            return  # sent by itself, each learns whether it is its own size
+        except Exception as error:
+            for parcel in parcels:
+                parcel.error = error
+            return
+        refused = {refusal.index for refusal in refusals}
+        for index, parcel in enumerate(parcels):
+            parcel.is_accepted = index not in refused
+
+    def _conclude(self, ready: _Ready, parcel: _Parcel) -> None:
+        """Return if a helper has sent the message; else send it, or raise why not.
+
+        A call that failed as a whole is not made again: botocore has repeated it, and
+        an outage would last twice as long for each dispatch.
+        """
+        if parcel.error is not None:
+            raise _own_copy(parcel.error)
+        if parcel.is_accepted:
+            _log_sent(ready)
+        else:
+            _send_one(ready)
+
+
+def _own_copy(error: Exception) -> Exception:
+    """Return a copy of an error that several threads raise, each with its traceback."""
+    import copy
+
+    try:
+        own = copy.copy(error)
+    except Exception:  # of a class that can't be copied
+        return error
+    own.__cause__ = error.__cause__
+    return own.with_traceback(error.__traceback__)
+
+
+class _Lanes:
+    """The lanes of one process."""
+
+    def __init__(self) -> None:
+        self.lanes: dict[tuple[Sender, str], _Lane] = {}
+        # The threads that are inside of a lane. They wait for no other call, and so
+        # there is no circle of calls that wait for each other.
+        self.busy: set[int] = set()
+
+    def lane_of(self, ready: _Ready) -> _Lane:
+        """Return the lane of a message."""
+        key = ready.sender, ready.destination
+        lane = self.lanes.get(key)
+        if lane is None:
+            lane = self.lanes.setdefault(key, _Lane(*key, self.busy))  # one step
+        return lane
+
+
+_lanes = _PerProcess(_Lanes)
+
+
+def _forget_lanes() -> None:
+    """Let the next dispatches begin anew, with other senders."""
+    _lanes.get().lanes.clear()
+
+
+settings.on_change.append(_forget_lanes)
 
 
 def _send_all_ready(readies: Sequence[_Ready]) -> None:
@@ -4115,10 +4619,10 @@ class Captured(NamedTuple):
 
 
 class _CapturingSender(Sender):
-    """Adds messages to a list; it needs no setting, and has the limits of SQS."""
+    """Adds messages to a list; it needs no setting, and takes what SQS takes."""
 
     max_bytes = _MAX_SQS_BYTES
-    max_delay_s = _MAX_DELAY_S
+    max_delay_s = math.inf
 
     def __init__(self, calls: list[Captured]) -> None:
         self._calls = calls
@@ -4184,12 +4688,16 @@ __all__ += [
 class Fate(enum.Enum):
     """What becomes of a message; a worker carries it out.
 
-    In Lambda all but ``acknowledge`` are failures, and Lambda decides.
+    In Lambda ``retry`` and ``dead_letter`` are failures, and Lambda decides.
     """
 
     acknowledge = "acknowledge"  # it is done: delete it
     retry = "retry"  # make it visible again
     dead_letter = "dead_letter"  # copy it to the dead-letter queue, then delete it
+    postpone = "postpone"  # send a copy with a delay to the same queue, then delete it
+
+
+_POSTPONE_S = 60  # where a PostponeException does not say how long
 
 
 class Outcome(NamedTuple):
@@ -4202,6 +4710,16 @@ class Outcome(NamedTuple):
     fate: Fate
     error: BaseException | None = None
     delay_s: float | None = None
+
+
+# What surrounds a run, in the order in which it is entered: the task's call, and the
+# post hook, which may be the commit. Later parts add theirs. What one raises when it is
+# entered, such as PostponeException or IgnoreException, is the run's end.
+_around_runs: list[
+    Callable[
+        [Task[Any, Any], QueueMessage], contextlib.AbstractContextManager[object, None]
+    ]
+] = []
 
 
 @_in_own_context
@@ -4238,15 +4756,18 @@ def _run(received: QueueMessage, began: float) -> None:
     message.received = received
     _log.debug("Received message", extra={"message_body": received.body})
     level, outcome, end = received.done_level, "done", "finished"
-    try:
-        task.call(message, received.receipt_handle)
-    except BaseException as error:
-        if not _are_all(IgnoreException, error):
-            raise
-        level, outcome, end = logging.INFO, "ignored", f"ignored{_reason(error)}"
-    finally:
-        message.received = None  # else a cycle keeps the body until it is collected
-    _call_hook("TASKHAWK_POST_PROCESS_HOOK", received)
+    with contextlib.ExitStack() as around:
+        try:
+            for surround in _around_runs:
+                around.enter_context(surround(task, received))
+            task.call(message, received.receipt_handle)
+        except BaseException as error:
+            if not _are_all(IgnoreException, error):
+                raise
+            level, outcome, end = logging.INFO, "ignored", f"ignored{_reason(error)}"
+        finally:
+            message.received = None  # else a cycle keeps the body until it is collected
+        _call_hook("TASKHAWK_POST_PROCESS_HOOK", received)
     if _log.isEnabledFor(level):
         facts = _facts(received, outcome, began)
         text = f"{_name_of(received)}: attempt {received.attempt} {end}"
@@ -4289,6 +4810,10 @@ def _log_failed(
         if text is None:
             return
         _log.error("%s", text, extra=facts)
+    elif outcome.fate is Fate.postpone:
+        text = _sentence(received, "was postponed", outcome) + _reason(error)
+        _log.debug("%s", text, extra=facts)
+        return
     elif _is_asked_for(outcome, error):
         level = logging.INFO if outcome.fate is Fate.retry else logging.WARNING
         text = _sentence(received, "asked to be retried", outcome) + _reason(error)
@@ -4335,6 +4860,7 @@ def _verdict(received: QueueMessage, error: BaseException) -> Outcome:
 
     ==========================================  ==================================
     not valid, or its task is unknown here      left to the queue's redrive policy
+    it was postponed (PostponeException)        a copy is sent with a delay
     the task raised StopRetry or never retries  dead letter
     the last receive that the queue allows      dead letter
     it asked for a delay (RetryException)       visible again after it
@@ -4347,10 +4873,12 @@ def _verdict(received: QueueMessage, error: BaseException) -> Outcome:
 
     The retry policy is that of the RetryException, or else the task's, or else
     TASKHAWK_RETRY. An exception group is retried if all its errors may be, and the
-    longest delay that one of them asks for counts.
+    longest delay that one of them asks for counts. It is postponed if all ask for that.
     """
     if _is_invalid(received, error):
         return Outcome(Fate.retry, error)
+    if _are_all(PostponeException, error) and _can_be_copied(received):
+        return Outcome(Fate.postpone, error, _postpone_s(received, error))
     wanted = _wanted(received, error)
     if wanted.fate is Fate.retry and received.is_last_receive:
         return Outcome(Fate.dead_letter, wanted.error)
@@ -4362,11 +4890,30 @@ def _is_invalid(received: QueueMessage, error: BaseException) -> bool:
     return received.message is None and isinstance(error, ValidationError)
 
 
+def _can_be_copied(received: QueueMessage) -> bool:
+    """Return whether a copy can take a message's place in its queue.
+
+    A FIFO queue would deliver the copy after others of its group.
+    """
+    return received.queue is not None and not received.is_fifo
+
+
+def _postpone_s(received: QueueMessage, error: BaseException) -> float:
+    """Return for how long a message is postponed: no longer than its queue can."""
+    delay_s = _longest_delay_s(_leaves(error))
+    if delay_s is None:
+        delay_s = _POSTPONE_S
+    most_s: float = _MAX_HELD_S  # in a child whose worker has the queue in its memory
+    if received.broker is not None:
+        most_s = received.broker.max_delay_s
+    return min(delay_s, most_s)
+
+
 def _wanted(received: QueueMessage, error: BaseException) -> Outcome:
     """Decide as if the queue allowed any number of receives."""
     leaves = list(_leaves(error))
     if received.message is None:  # no policy gives up what was never started
-        return Outcome(Fate.retry, error, max(_asked_delays_s(leaves), default=None))
+        return Outcome(Fate.retry, error, _asked_delay_s(leaves))
     task = received.message.task
     if not all(_may_retry(task, leaf) for leaf in leaves):
         return Outcome(Fate.dead_letter, error)
@@ -4388,17 +4935,19 @@ def _delay_s(
     :raises StopRetry: if the retries are used up
     :raises Exception: if a policy fails
     """
-    delays_s = _asked_delays_s(leaves)
     asked = [leaf for leaf in leaves if isinstance(leaf, RetryException)]
     # A subclass that does not call our __init__ may have set anything.
     policies = [leaf.retry for leaf in asked if callable(leaf.retry)]
-    if not (delays_s or policies):
-        own = _policy_of(task)
-        if own is None:
-            return None
-        policies = [own]
-    delays_s += [_ask(policy, task, attempt) for policy in policies]
-    return max(delays_s)
+    delays_s = [_ask(policy, task, attempt) for policy in policies]
+    asked_s = _asked_delay_s(leaves)
+    if asked_s is not None:
+        delays_s.append(asked_s)
+    if delays_s:
+        return max(delays_s)
+    own = _policy_of(task)
+    if own is None:
+        return None
+    return _ask(own, task, attempt)
 
 
 def _policy_of(task: Task[Any, Any]) -> Callable[[int], float] | None:
@@ -4419,11 +4968,19 @@ def _ask(policy: Callable[[int], float], task: Task[Any, Any], attempt: int) -> 
     return min(delay_s, _MAX_HELD_S)
 
 
-def _asked_delays_s(leaves: Iterable[BaseException]) -> list[float]:
-    """Return the delays that RetryExceptions ask for, cut to what SQS allows."""
+def _asked_delay_s(leaves: Iterable[BaseException]) -> float | None:
+    """Return the longest delay that one asks for, as far as SQS can, or None."""
+    longest_s = _longest_delay_s(leaves)
+    if longest_s is None:
+        return None
+    return min(longest_s, _MAX_HELD_S)
+
+
+def _longest_delay_s(leaves: Iterable[BaseException]) -> float | None:
+    """Return the longest delay that a RetryException names, or None."""
     asked = [leaf.delay_seconds for leaf in leaves if isinstance(leaf, RetryException)]
     # A subclass that does not call our __init__ may have set anything.
-    return [min(delay_s, _MAX_HELD_S) for delay_s in asked if _is_delay(delay_s)]
+    return max(filter(_is_delay, asked), default=None)
 
 
 def _may_retry(task: Task[Any, Any], error: BaseException) -> bool:
@@ -4448,6 +5005,8 @@ def _sentence(received: QueueMessage, end: str, outcome: Outcome) -> str:
 
 def _what_follows(received: QueueMessage, outcome: Outcome) -> str:
     """Say what becomes of a failed run's message."""
+    if outcome.fate is Fate.postpone:
+        return f"runs again in {outcome.delay_s:g} s"
     if received.in_lambda:
         return "is left to Lambda"
     if outcome.fate is Fate.dead_letter and received.is_last_receive:
@@ -4578,9 +5137,10 @@ def _run_here(received: QueueMessage) -> None:
 _STEPS = {  # the allowed steps of a message; nothing else moves one
     "received": {"started", "released"},
     "started": {"finished", "released"},
-    "finished": {"acked", "retried", "dead_lettered", "uncertain"},
+    "finished": {"acked", "retried", "dead_lettered", "postponed", "uncertain"},
 }
 _ACK_WAIT_S = 0.05  # how long an acknowledgement waits for others to share its call
+_PATIENCE_S = 0.1  # how long any waits besides for the calls that are under way
 _LATEST_S = _MAX_HELD_S - 10  # of a lease: SQS counts from a little before the receive
 
 
@@ -4590,14 +5150,16 @@ class Ledger:
 
     In the end, each message received is in exactly one of the other counts: ``acked``
     was deleted after its run, ``retried`` is visible again now or later,
-    ``dead_lettered`` was copied and then deleted, ``released`` never ran, and of
-    ``uncertain`` nobody knows whether its delete was applied: it may run again.
+    ``dead_lettered`` was copied and then deleted, ``postponed`` too, but into the same
+    queue with a delay, ``released`` never ran, and of ``uncertain`` nobody knows
+    whether its delete was applied: it may run again.
     """
 
     received: int = 0
     acked: int = 0
     retried: int = 0
     dead_lettered: int = 0
+    postponed: int = 0
     released: int = 0
     uncertain: int = 0
 
@@ -4647,7 +5209,8 @@ class _Held:
     started_at: float = math.inf  # when its run began
     end: str = ""  # what it is to become; it is held until that is done
     delay_s: float = 0  # after which it is visible again, if that is its end
-    due_at: float = math.inf  # when the call that ends it is to be made
+    decided_at: float = math.inf  # when that was known
+    due_at: float = math.inf  # when the call that ends it is to be made at the latest
     tries: int = 0  # how often that call has failed
     in_call: bool = False  # a call with it is under way, so that no other is made
 
@@ -4664,7 +5227,15 @@ class _Held:
     @property
     def to_delete(self) -> bool:
         """Whether a delete ends it."""
-        return self.end in {"acked", "dead_lettered"}
+        return self.end in {"acked", "dead_lettered", "postponed"}
+
+    @property
+    def needs_copy(self) -> bool:
+        """Whether its queue would dead-letter it, though it never ran, if it showed it.
+
+        It waits for the end of the worker then, when a copy is sent in its place.
+        """
+        return self.is_sure and self.message.would_be_redriven
 
     def begin(self, now: float) -> None:
         """Note that its run begins."""
@@ -4757,12 +5328,11 @@ class _Holdings:
         self._is_closing = False
         self._ack_wait_s = ack_wait_s
         self.held: dict[_Held, None] = {}  # an ordered set, as are the following
-        # By queue, the most urgent first: not started; to be deleted, in no call yet.
+        # By queue, the most urgent first: received and not started.
         self._waiting: dict[str, dict[_Held, None]] = {each: {} for each in queues}
-        self.to_delete: dict[str, dict[_Held, None]] = {each: {} for each in queues}
         self.decided: dict[_Held, None] = {}  # it is known what they become
         self.leases = _Leases()
-        self.calls = _Calls(self)
+        self.calls = _Calls(self, queues)
 
     @property
     def waiting(self) -> int:
@@ -4773,6 +5343,11 @@ class _Holdings:
     def running(self) -> int:
         """How many messages run."""
         return len(self.held) - self.waiting - len(self.decided)
+
+    @property
+    def is_overdue(self) -> bool:
+        """Whether two full batches are decided and in no call: the keeper is behind."""
+        return self.calls.left >= 2 * _MAX_BATCH
 
     def still_run(self) -> list[QueueMessage]:
         """Return the messages that run."""
@@ -4834,8 +5409,7 @@ class _Holdings:
         """Note that a run is over, and what its message is to become.
 
         :param end: one of the ends that _STEPS allows
-        :param delay_s: when a retried message is visible again; None leaves that to the
-            end of its lease
+        :param delay_s: until a retried message is visible; None: when its lease ends
         """
         held.move("finished")
         self._decide(held, end, now, delay_s)
@@ -4845,43 +5419,28 @@ class _Holdings:
         self._decide(held, "released", now, 0)
 
     def release_waiting(self, now: float) -> None:
-        """Release all messages that were not started."""
+        """Release all messages that were not started, but what needs a copy for it."""
         for held in self._all_waiting():
-            self.release(held, now)
+            if not held.needs_copy:
+                self.release(held, now)
 
     def _decide(self, held: _Held, end: str, now: float, delay_s: float | None) -> None:
         """Note what a message is to become, and when the call for it is due."""
         self._waiting[held.queue].pop(held, None)
         self.decided[held] = None
-        held.end, held.due_at = end, now
+        held.end, held.decided_at, held.due_at = end, now, now
         if held.to_delete:
-            self._acknowledge(held, now)
+            if not held.message.is_fifo:  # else others of its group wait for it
+                held.due_at = now + self._ack_wait_s
         elif delay_s is None or held.message.lease_lost:
             # It shows by itself at the end of its lease, or another has it by now.
             self.end(held, end)
+            return
         else:
             # Out of the lease first: a later extension would undo the delay.
             self.leases.drop(held)
             held.delay_s = delay_s
-        if len(self.decided) == len(self.held):  # no others can come to share a call
-            for acknowledged in self.to_delete.values():
-                self._hurry(acknowledged, now)
-
-    def _acknowledge(self, held: _Held, now: float) -> None:
-        """Have a message deleted, in a call that it may share with others."""
-        acknowledged = self.to_delete[held.queue]
-        acknowledged[held] = None
-        held.due_at = now + self._ack_wait_s
-        if len(acknowledged) >= _MAX_BATCH:
-            self._hurry(acknowledged, now)
-        if held.message.is_fifo:  # others of its group wait for it
-            held.due_at = now
-
-    @staticmethod
-    def _hurry(acknowledged: Iterable[_Held], now: float) -> None:
-        """Make deletes due that wait for others to no purpose."""
-        for held in acknowledged:
-            held.due_at = min(held.due_at, now)
+        self.calls.add(held)
 
     # The end.
 
@@ -4896,7 +5455,7 @@ class _Holdings:
     def untried(self, since: float) -> bool:
         """Return whether a message ended after that time, and no call has said so."""
         new = (held for held in self.decided if held.tries == 0)
-        return any(held.due_at >= since for held in new)
+        return any(held.decided_at >= since for held in new)
 
     def end_leases(self) -> None:
         """Extend leases no more: they bound how long deletes are tried."""
@@ -4906,8 +5465,9 @@ class _Holdings:
 
     def close(self) -> None:
         """End what is decided, done or not; what still runs stays held."""
-        for held in list(self.decided):
-            end = held.end
+        self.calls.clear()
+        for held in [*self._all_waiting(), *self.decided]:
+            end = held.end or "released"
             if held.to_delete:
                 end = "uncertain"
             self.end(held, end)
@@ -4931,8 +5491,7 @@ class _Holdings:
         held.move(end)
         self.tally.count(held.queue, end)
         self.leases.drop(held)
-        mine = (self._waiting[held.queue], self.to_delete[held.queue])
-        for those in (self.held, self.decided, *mine):
+        for those in (self.held, self.decided, self._waiting[held.queue]):
             those.pop(held, None)
         if self._is_closing and end == "uncertain":
             self.unanswered += 1
@@ -4942,15 +5501,103 @@ class _Holdings:
         self.news.append((logging.WARNING, f"{_name_of(held.message)} {text}"))
 
 
+class _Ends:
+    """What one queue's deletes, or its delays, are to end: decided, and in no call.
+
+    What a message costs here does not grow with how many there are.
+    """
+
+    def __init__(self, kind: _Kind, queue: str) -> None:
+        self.kind, self.queue = kind, queue
+        self._new: dict[_Held, None] = {}  # an ordered set, by time
+        # What was refused before, as a heap: it is not tried before its time only
+        # because others are due.
+        self._again: list[tuple[float, int, _Held]] = []
+
+    def __len__(self) -> int:
+        return len(self._new) + len(self._again)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether new ones fill a call: nothing is to be gained by waiting for more."""
+        return len(self._new) >= _MAX_BATCH
+
+    def add(self, held: _Held) -> None:
+        """Have a message ended by one of the next calls."""
+        if held.tries:
+            heapq.heappush(self._again, (held.due_at, id(held), held))
+        else:
+            self._new[held] = None
+
+    def remove(self, held: _Held) -> None:
+        """Leave a message out, whose lease is to be extended before."""
+        self._new.pop(held, None)
+        if held.tries:  # seldom: deletes fail while leases are extended
+            self._again = [each for each in self._again if each[-1] is not held]
+            heapq.heapify(self._again)
+
+    def due_at(self, *, is_last: bool) -> float:
+        """Return when a call is due; infinity if none is.
+
+        :param is_last: whether no others can come to share it
+        """
+        due_at = math.inf
+        if self._again:
+            due_at = self._again[0][0]
+        if not self._new:
+            return due_at
+        first = next(iter(self._new))
+        if self.is_full or is_last:
+            return min(due_at, first.decided_at)
+        return min(due_at, first.due_at)
+
+    def take(self, now: float) -> list[_Held]:
+        """Return what the next call is to end; all new ones share it."""
+        batch: list[_Held] = []
+        while self._again and self._again[0][0] <= now and len(batch) < _MAX_BATCH:
+            batch.append(heapq.heappop(self._again)[-1])
+        batch += itertools.islice(self._new, _MAX_BATCH - len(batch))
+        for held in batch:
+            self._new.pop(held, None)
+        return batch
+
+
 class _Calls:
     """The calls that are due for what a worker holds, and what their answers mean.
 
-    Pure, as the holdings are, and guarded with them.
+    Pure, as the holdings are, and guarded with them. Any number of calls may be under
+    way; a message is in one of them at most.
     """
 
-    def __init__(self, holdings: _Holdings) -> None:
-        self._all = holdings
+    def __init__(self, holdings: _Holdings, queues: Iterable[str]) -> None:
+        self._all, self._queues = holdings, queues
         self._last: _Kind | None = None
+        self._under_way = 0
+        self.clear()
+
+    @property
+    def left(self) -> int:
+        """How many messages are decided and in no call."""
+        return sum(map(len, self._ends.values()))
+
+    def add(self, held: _Held) -> None:
+        """Have a message ended that is decided, once it is in no call."""
+        if not held.in_call:
+            self._ends_of(held).add(held)
+
+    def _ends_of(self, held: _Held) -> _Ends:
+        """Return where a message waits for the call that ends it."""
+        if held.to_delete:
+            return self._ends[held.queue, _Kind.delete]
+        return self._ends[held.queue, _Kind.delay]
+
+    def clear(self) -> None:
+        """Have no message ended any more."""
+        self._ends = {
+            (queue, kind): _Ends(kind, queue)
+            for queue in self._queues
+            for kind in (_Kind.delete, _Kind.delay)
+        }
 
     def next(self, now: float) -> _Call | None:
         """Return the call to make now, if one is due, and mark its messages as in it.
@@ -4959,52 +5606,57 @@ class _Calls:
         the others follows, or extensions that hang would starve them. Of these comes
         first what has been due for longest.
         """
-        leases, ends = self._all.leases.due(now), self._due_ends(now)
-        if leases and not (ends and self._last is _Kind.extend):
-            kind, due = _Kind.extend, leases
-        elif ends:
-            kind, due = _Kind.delay, ends
-            if ends[0].to_delete:
-                kind = _Kind.delete
+        leases: list[_Held] = []
+        if self._leases_at() <= now:
+            leases = self._all.leases.due(now)
+        ends = min(self._ends.values(), key=self._due_at)
+        is_due = self._due_at(ends) <= now
+        if leases and not (is_due and self._last is _Kind.extend):
+            queue = leases[0].queue
+            batch = [held for held in leases if held.queue == queue][:_MAX_BATCH]
+            call = _Call(_Kind.extend, queue, batch, now)
+            for held in batch:
+                self._ends_of(held).remove(held)
+        elif is_due:
+            call = _Call(ends.kind, ends.queue, ends.take(now), now)
         else:
             return None
-        self._last = kind
-        queue = due[0].queue
-        batch = [held for held in due if held.queue == queue][:_MAX_BATCH]
-        for held in batch:
+        for held in call.batch:
             held.in_call = True
-            if kind is _Kind.delete:
-                self._all.to_delete[queue].pop(held, None)
-        return _Call(kind, queue, batch, now)
+        self._last = call.kind
+        self._under_way += 1
+        return call
 
     def next_at(self) -> float:
         """Return when to look for the next call; infinity if none will be due."""
-        times = [held.due_at for held in self._all.decided if not held.in_call]
-        return min([*times, self._all.leases.next_at()])
+        return min(self._leases_at(), *map(self._due_at, self._ends.values()))
 
-    def _due_ends(self, now: float) -> list[_Held]:
-        """Return what one call may end now, what has been due for longest first."""
-        by_time = operator.attrgetter("due_at")
-        free = [held for held in self._all.decided if not held.in_call]
-        first = min(free, key=by_time, default=None)
-        if first is None or first.due_at > now:
-            return []
-        together = [held for held in free if self._share_call(held, first, now)]
-        return sorted(together, key=by_time)
+    def _leases_at(self) -> float:
+        """Return a time before which no leases are to be extended."""
+        return self._all.leases.next_at() + self._patience_s()
 
-    def _share_call(self, held: _Held, due: _Held, now: float) -> bool:
-        """Return whether the call that ends what is due may end this message too."""
-        if (held.queue, held.to_delete) != (due.queue, due.to_delete):
-            return False
-        # New acknowledgements share it. What was refused before is not tried before its
-        # time only because others are due.
-        return held.due_at <= now or held in self._all.to_delete[held.queue]
+    def _due_at(self, ends: _Ends) -> float:
+        """Return when the call for these is to be made."""
+        due_at = ends.due_at(is_last=len(self._all.decided) == len(self._all.held))
+        if ends.is_full:
+            return due_at
+        return due_at + self._patience_s()
+
+    def _patience_s(self) -> float:
+        """Return how much later than it is due a call is made that is not full.
+
+        Until then, one that is under way may be answered, and others come to share it.
+        """
+        if self._under_way:
+            return _PATIENCE_S
+        return 0
 
     def answered(self, call: _Call, refused: Mapping[int, Refusal]) -> None:
         """Note the answer to a call.
 
         :param refused: what was refused, by its place in the batch
         """
+        self._under_way -= 1
         note = {
             _Kind.extend: self._extended,
             _Kind.delete: self._deleted,
@@ -5015,6 +5667,8 @@ class _Calls:
             # Else it was given up while the call was under way.
             if held in self._all.held:
                 note(held, refused.get(place), call.asked_at)
+            if held in self._all.decided:
+                self.add(held)  # its run ended meanwhile, or its call is made again
             # Leases that are in a call are not looked at.
             if held.renew_at < math.inf:
                 self._all.leases.renew(held, held.renew_at)
@@ -5071,41 +5725,50 @@ class _Calls:
 # and no record is logged while the lock is held.
 
 _TICK_S = 0.2  # how soon a shutdown_event is seen, and the longest sleep of a thread
+_MAX_CALLS = 6  # at once: at 30 ms a call, they end 2,000 messages a second
 
 
 class _Faults:
     """Logs when something begins to fail and when it works again, and nothing between.
 
-    Each key is used by one thread.
+    Any thread may call at any time.
     """
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards the counts
         self._counts: dict[tuple[str, str], int] = {}
 
     def failed(
         self, queue: str, what: str, error: object, level: int = logging.WARNING
     ) -> int:
         """Note a failure, and return how many there were one after another."""
-        count = self._counts.get((queue, what), 0) + 1
-        self._counts[queue, what] = count
+        with self._lock:
+            count = self._counts.get((queue, what), 0) + 1
+            self._counts[queue, what] = count
         if count == 1:
             _log.log(level, "%s: can't %s, goes on trying: %s", queue, what, error)
         return count
 
     def worked(self, queue: str, what: str) -> None:
         """Note that it works."""
-        count = self._counts.pop((queue, what), 0)
+        with self._lock:
+            count = self._counts.pop((queue, what), 0)
         if count:
             text = "%s: can %s again; tries that failed: %d"
             _log.info(text, queue, what, count)
 
 
 class _Keeper:
-    """Makes the calls that holdings say are due, one after another.
+    """Makes the calls that holdings say are due, several at once where they are many.
 
     A slot says what is to become of a message, and goes on at once; the keeper ends ten
     of them in a call. Its client tries once, so that an answer which does not come
     holds the leases up for one timeout only: what failed is due again a little later.
+
+    :meth:`run` is the body of _MAX_CALLS threads. Each makes what calls are due, one
+    after another. One of those that are left then watches: it waits for what will be
+    due. While the only one that is awake makes a call, a spare one is woken to watch if
+    anything is decided meanwhile; else the leases wait for it to be back.
 
     :param clock: seconds; leases are measured with it
     :param beat: called after each round of lease extensions that worked
@@ -5120,24 +5783,38 @@ class _Keeper:
     ) -> None:
         self._broker, self._clock, self._beat = broker, clock, beat
         self._faults = _Faults()
-        # Guards the holdings, and all that follows. The keeper waits for `_due`, slots
-        # wait for `startable` and pollers for `ended`: no thread is woken for nothing.
+        # Guards the holdings, and all that follows. Who watches waits for `_due`, spare
+        # threads of the keeper for `_spare`, slots for `startable` and pollers for
+        # `ended`: no thread is woken for nothing.
         # Enter the lock itself: entering a condition takes several steps, and a signal
         # handler that raises in between would leave it locked.
         self.lock = threading.RLock()
         self._due = threading.Condition(self.lock)
+        self._spare = threading.Condition(self.lock)
         self.startable = threading.Condition(self.lock)  # notified for each message
         self.ended = threading.Condition(self.lock)  # notified as messages end
         self.holdings = holdings
-        self._looks_at = 0.0  # when it looks for what is due, if nobody wakes it
+        self._is_watched = False  # whether a thread watches
+        self._looks_at = 0.0  # when that looks for what is due, if nobody wakes it
+        self._is_wanted = False  # whether a spare one was woken, and did not look yet
         self._gives_up_at = math.inf  # when it ends, whatever is not done by then
         self._is_closing = False
+        self._is_over = False  # one thread has ended, and all others are to
 
     def wake(self) -> None:
-        """Have the keeper look at once, if something is due before it would."""
+        """Have a thread look at once, if something is due before one would."""
         with self.lock:
-            if self.holdings.calls.next_at() < self._looks_at:
+            if not self._is_watched:
+                self._call_spare()
+            elif self.holdings.calls.next_at() < self._looks_at:
+                self._looks_at = 0.0  # it need not be woken again
                 self._due.notify()
+
+    def _call_spare(self) -> None:
+        """Have a spare thread watch what is decided, while all others make calls."""
+        if self.holdings.calls.left and not self._is_wanted:
+            self._is_wanted = True
+            self._spare.notify()
 
     def give_up_after(self, seconds: float) -> None:
         """End at the latest in so many seconds, once :meth:`close` is called."""
@@ -5152,24 +5829,42 @@ class _Keeper:
             self._due.notify()
 
     def run(self) -> None:
-        """Make one call after another until closed; the body of a thread."""
-        is_done = False
-        while not is_done:
-            call = None
+        """Make one call after another until closed; the body of each thread."""
+        try:
+            while not self._is_over:
+                call, news = self._next()
+                self._tell(news)
+                if call:
+                    self._make(call)
+        finally:
             with self.lock:
-                now = self._clock()
-                self.holdings.expire(now)
-                is_done = self._is_done(now)
-                if not is_done:
-                    call = self.holdings.calls.next(now)
-                news = self._take_news()
-                if news:
-                    self.ended.notify_all()  # a message was lost
-                if not (is_done or call or news):
-                    self._wait(now)
-            self._tell(news)
-            if call:
-                self._make(call)
+                self._is_over = True
+                self._due.notify()
+                self._spare.notify_all()
+
+    def _next(self) -> tuple[_Call | None, list[tuple[int, str]]]:
+        """Wait until there is something to do; return the call to make, and news."""
+        with self.lock:
+            call = self._look()
+            while not (call or self.holdings.news or self._is_over):
+                self._wait()
+                call = self._look()
+            self.wake()
+            return call, self._take_news()
+
+    def _look(self) -> _Call | None:
+        """Return the call to make now, if one is due; called with the lock held."""
+        self._is_wanted = False
+        now = self._clock()
+        self.holdings.expire(now)
+        if self._is_over or self._is_done(now):
+            self._is_over = True
+            return None
+        was_overdue = self.holdings.is_overdue
+        call = self.holdings.calls.next(now)
+        if self.holdings.news or was_overdue:
+            self.ended.notify_all()  # a message was lost, or a call begins
+        return call
 
     def _is_done(self, now: float) -> bool:
         """Return whether there is nothing left to do; called with the lock held."""
@@ -5180,11 +5875,16 @@ class _Keeper:
             return not self.holdings.untried(self._gives_up_at)
         return not self.holdings.decided
 
-    def _wait(self, now: float) -> None:
+    def _wait(self) -> None:
         """Wait until something may be due; called with the lock held."""
+        if self._is_watched:
+            self._spare.wait()
+            return
+        self._is_watched = True
+        now = self._clock()
         self._looks_at = min(now + _TICK_S, self.holdings.calls.next_at())
         self._due.wait(self._looks_at - now)
-        self._looks_at = 0.0
+        self._is_watched = False
 
     def _make(self, call: _Call) -> None:
         """Make a call, and note its answer."""
@@ -5235,6 +5935,13 @@ _MAX_BACKOFF_S = 60  # between receives that fail
 _FLUSH_S = 3  # of the grace, kept for acknowledgements once running tasks are given up
 _HURRIED_S = 1  # for acknowledgements after a second Ctrl-C
 _HEART_S = 1  # for the last heartbeat: its hook may hang
+# How a message ends, if the copy that its fate may need is sent.
+_ENDS = {
+    Fate.acknowledge: "acked",
+    Fate.retry: "retried",
+    Fate.dead_letter: "dead_lettered",
+    Fate.postpone: "postponed",
+}
 
 
 class _Phase(enum.IntEnum):
@@ -5607,9 +6314,7 @@ class _Course:
         if self._holdings.waiting:
             return 0
         free = self._limits.slots - self._paused - self._holdings.running
-        # A full batch of acknowledgements besides the one whose call is under way.
-        is_overdue = len(self._holdings.decided) >= 2 * _MAX_BATCH
-        if is_overdue or free <= 0:
+        if self._holdings.is_overdue or free <= 0:
             return 0
         if self._limits.max_tasks is None:
             return self._limits.num_messages
@@ -5742,7 +6447,10 @@ class _Slot:
             if outcome:
                 self._settle(held, outcome)
         except _CannotStart as error:
-            self._course.release(held)
+            if held.message.would_be_redriven:
+                self._settle(held, Outcome(Fate.postpone, error, 0))
+            else:
+                self._course.release(held)
             self._pause(error)
         finally:
             if held.runs:
@@ -5938,7 +6646,9 @@ class Worker:
                 paused=self.concurrency if is_isolated else 0,
             ),
         )
-        self._keeping = _make_thread(self._course, self._keeper.run)
+        self._keeping = [
+            _make_thread(self._course, self._keeper.run) for _ in range(_MAX_CALLS)
+        ]
         self.overdue = threading.Event()  #: set once the grace is over
         self._slots = [
             _Slot(
@@ -5966,7 +6676,7 @@ class Worker:
         make = functools.partial(_make_thread, self._course)
         slots = [make(slot.work) for slot in self._slots[1:]]
         pollers = [make(poller.work) for poller in self._pollers]
-        helpers = [self._keeping, make(self._heart.run), make(self._watch)]
+        helpers = [*self._keeping, make(self._heart.run), make(self._watch)]
         within_s: float | None = _HURRIED_S
         with self._signals:
             try:
@@ -5974,7 +6684,7 @@ class Worker:
                 within_s = None  # nothing interrupts it
             finally:
                 self._close(within_s)
-                _, heart, watch = helpers
+                *_, heart, watch = helpers
                 _join(watch, None)
                 _join(heart, _HEART_S)
         level = logging.INFO if self.ledger.balanced else logging.ERROR
@@ -6005,6 +6715,7 @@ class Worker:
         """Go through the phases that are left."""
         try:
             self._course.move_on(to=_Phase.flushing)
+            _release_by_copies(self.broker, self._keeper, self._course)
             self._flush(within_s)
         finally:
             self._course.move_on(to=_Phase.ended)
@@ -6014,15 +6725,16 @@ class Worker:
     def _flush(self, within_s: float | None) -> None:
         """Wait until what is decided is done, or leases end, or time is up."""
         self._keeper.close()
-        _join(self._keeping, within_s)
+        if within_s is None:
+            within_s = threading.TIMEOUT_MAX
+        until = time.monotonic() + within_s
+        for thread in self._keeping:
+            _join(thread, max(0, until - time.monotonic()))
 
     def settle(self, held: _Held, outcome: Outcome) -> None:
-        """Have done what the outcome says; a copy for the dead letters is sent now."""
-        end = "acked" if outcome.fate is Fate.acknowledge else "retried"
-        if outcome.fate is Fate.dead_letter:
-            copied = _dead_letter(self.broker, held.message, outcome.error)
-            end = "dead_lettered" if copied else "retried"
-        self._course.finish(held, end, outcome.delay_s)
+        """Have done what the outcome says; a copy is sent by the calling thread."""
+        end, delay_s = _carry_out(outcome, self.broker, held, self.clock())
+        self._course.finish(held, end, delay_s)
 
     # Signals, and the grace.
 
@@ -6170,7 +6882,86 @@ def _queues_of(priority: Priority | Iterable[Priority]) -> list[str]:
     return [broker.destination(each) for each in _URGENCY if each in wanted]
 
 
-# Dead-letter copies.
+# Copies: for the dead-letter queue, and for the queue itself.
+
+
+def _carry_out(
+    outcome: Outcome, broker: Broker, held: _Held, now: float
+) -> tuple[str, float | None]:
+    """Send the copy that an outcome needs; return how its message ends, and its delay.
+
+    Without its copy, a message is left to its visibility timeout.
+    """
+    is_copied = True
+    if outcome.fate is Fate.dead_letter:
+        is_copied = _dead_letter(broker, held.message, outcome.error)
+    elif outcome.fate is Fate.postpone and now >= held.lease_until:
+        is_copied = False  # another may have it by now: there would be two for good
+    elif outcome.fate is Fate.postpone:
+        is_copied = _postpone(broker, held.message, outcome.delay_s or 0)
+    if not is_copied:
+        return "retried", None
+    return _ENDS[outcome.fate], outcome.delay_s
+
+
+def _release_by_copies(broker: Broker, keeper: _Keeper, course: _Course) -> None:
+    """Release what never ran, and what its queue would dead-letter otherwise."""
+    can_send = True
+    while True:
+        with keeper.lock:
+            held = keeper.holdings.start(course.clock())
+        if held is None:
+            return
+        if can_send:  # else the network is down, and the grace is short
+            can_send = _postpone(broker, held.message, 0)
+        if can_send:
+            course.finish(held, "postponed")
+        else:
+            course.release(held)
+
+
+def _postpone(broker: Broker, received: QueueMessage, delay_s: float) -> bool:
+    """Send a copy to the same queue; return whether it is there, or log why not.
+
+    Where it is not, the message is still in its queue.
+    """
+    queue = received.queue or ""
+    try:
+        copy = _postponed_copy(received, delay_s, broker.max_bytes)
+        _accepted(broker.send(queue, [copy]))
+    except Exception as failure:
+        text = "%s: %s can't be postponed and is left to the queue: %s"
+        _log.warning(text, queue, _name_of(received), failure)
+        return False
+    return True
+
+
+def _postponed_copy(received: QueueMessage, delay_s: float, limit: int) -> Outgoing:
+    """Return the copy for the same queue; this receive of the message counts not.
+
+    :param limit: of the copy in bytes, attributes included
+    """
+    ours: dict[str, Mapping[str, Any]] = {}
+    if received.attempt > 1:
+        before = str(received.attempt - 1)
+        ours[_ATTEMPTS_ATTRIBUTE] = {"DataType": "String", "StringValue": before}
+    copy = received.copy(_add_attributes(received, ours, limit))
+    return copy._replace(delay_s=delay_s)
+
+
+def _add_attributes(
+    received: QueueMessage, ours: Mapping[str, Mapping[str, Any]], limit: int
+) -> Mapping[str, Mapping[str, Any]]:
+    """Return attributes of ours, and of the message's those for which there is room.
+
+    What gives way are headers, which the body has too.
+    """
+    attributes = dict(ours)
+    for name, value in received.message_attributes.items():
+        more = {name: value, **attributes}
+        if len(more) <= _MAX_ATTRIBUTES and received.copy(more).size() <= limit:
+            attributes = more
+    return attributes
 
 
 def _dead_letter(
@@ -6209,9 +7000,6 @@ def _dead_letter_copy(
 ) -> Outgoing:
     """Return the copy for the dead-letter queue; ONE attribute says why it is there.
 
-    Attributes that were headers give way to it where there are too many: the body has
-    the headers.
-
     :param limit: of the copy in bytes, attributes included
     """
     attributes: dict[str, Mapping[str, Any]] = {}
@@ -6220,11 +7008,7 @@ def _dead_letter_copy(
     text = _error_record(received, error, room)
     if len(text) <= room:
         attributes[_ERROR_ATTRIBUTE] = {"DataType": "String", "StringValue": text}
-    for name, value in received.message_attributes.items():
-        more = {name: value, **attributes}
-        if len(more) <= _MAX_ATTRIBUTES and received.copy(more).size() <= limit:
-            attributes = more
-    return received.copy(attributes)
+    return received.copy(_add_attributes(received, attributes, limit))
 
 
 def _error_record(
@@ -6956,11 +7740,21 @@ def _run_records(
             outcome = _not_started(received, "no time was left")
         else:
             outcome = process(received)
-        if outcome.fate is Fate.acknowledge:
+        if outcome.fate is Fate.acknowledge or _is_postponed(received, outcome):
             done.append(received)
         else:
             failed[received] = outcome
     return done, failed
+
+
+def _is_postponed(received: QueueMessage, outcome: Outcome) -> bool:
+    """Send the copy of a message that was postponed; return whether it is sent.
+
+    Where the function may not send, the message counts as failed.
+    """
+    if outcome.fate is not Fate.postpone or received.broker is None:
+        return False
+    return _postpone(received.broker, received, outcome.delay_s or 0)
 
 
 def _left_ms(context: Any) -> float:
@@ -7088,13 +7882,575 @@ def _as_boto3(
 
 
 # --- 22. schedules --------------------------------------------------------------------
-# What the service sends later.
-# (Invariant.)
+# What the service sends later. A long delay is a one-time schedule of EventBridge
+# Scheduler that has the message and its id; dispatch returns once it is made, and
+# Scheduler deletes it once it is sent. A message that it can't deliver within a day
+# goes to the queue's dead-letter queue. SQLite's own delays have no limit.
+# https://docs.aws.amazon.com/scheduler/latest/UserGuide/
+
+
+__all__ += ["cancel"]
+
+_MAX_INPUT_BYTES = 262_144  # what a schedule can send
+_LATER_S = 100 * 365 * 86_400  # a date that a schedule can have, as on SQLite
+_EARLY_S = 10  # a time that is past when the request arrives is refused
+_MINUTE_S = 60  # Scheduler's precision
+# The longest that Scheduler tries to deliver; explicit, for an update to a schedule
+# resets what it leaves out.
+_DELIVERY = {"MaximumEventAgeInSeconds": 86_400, "MaximumRetryAttempts": 185}
+
+
+def _schedule_group() -> str:
+    """Return the name of the group that has all schedules of this service."""
+    return f"taskhawk-{settings.require('TASKHAWK_QUEUE').lower()}"
+
+
+def _schedule_name(message_id: str) -> str:
+    """Return the name of a message's schedule: its id, or a hash where it can't be.
+
+    It has no dot, so it is never the name of a periodic task's schedule.
+    """
+    if re.fullmatch("(?a)[\\w-]{1,64}", message_id):
+        return message_id
+    return _hash(message_id)
+
+
+def _hash(text: str) -> str:
+    """Return 64 characters that stand for a text."""
+    import hashlib
+
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _at(due_s: float, now_s: float) -> str:
+    """Return when a schedule is to send: never early, at most a minute late, in UTC."""
+    minutes = math.ceil(max(due_s, now_s + _EARLY_S) / _MINUTE_S)
+    due = _EPOCH + timedelta(minutes=minutes)
+    return f"at({due:%Y-%m-%dT%H:%M:%S})"
+
+
+def _target(arn: str, body: str, group_id: str | None) -> dict[str, Any]:
+    """Return what a schedule sends, and where: to a queue, or to a topic.
+
+    :param body: the message; Scheduler fills in what looks like ``<aws.scheduler…>``
+    :raises ConfigurationError: if TASKHAWK_SCHEDULER_ROLE is not set
+    """
+    target: dict[str, Any] = {
+        "Arn": arn,
+        "RoleArn": _scheduler_role(),
+        "Input": body,
+        "RetryPolicy": _DELIVERY,
+    }
+    if ":sqs:" in arn and not arn.endswith(".fifo"):  # which can't be such a queue
+        target["DeadLetterConfig"] = {"Arn": f"{arn}-DLQ"}
+    if group_id is not None:
+        target["SqsParameters"] = {"MessageGroupId": group_id}
+    return target
+
+
+def _scheduler_role() -> str:
+    """Return the role that schedules send by."""
+    role = settings.TASKHAWK_SCHEDULER_ROLE
+    if role is None:
+        example = _SETTINGS["TASKHAWK_SCHEDULER_ROLE"].example
+        raise ConfigurationError(
+            "TASKHAWK_SCHEDULER_ROLE is not set: delays of over 15 minutes on SQS, any"
+            " on SNS, and periodic tasks are schedules of EventBridge's, which send by"
+            f" a role: expected its ARN, such as {example!r}"
+        )
+    return str(role)
+
+
+def _target_arn(priority: Priority) -> str:
+    """Return the ARN of the queue or topic for messages of a priority."""
+    sender = _brokers.sender()
+    name = sender.destination(priority)
+    if isinstance(sender, SqsBroker):
+        return sender.arn(name)
+    return name  # of a topic, which is its ARN
+
+
+class _Scheduler(_AwsSender):
+    """Sends messages later, each by a schedule of its own.
+
+    Message attributes are left out, for a schedule has none: the body has all headers.
+    """
+
+    service, target_key = "scheduler", "GroupName"
+    max_bytes, max_delay_s = _MAX_INPUT_BYTES, _LATER_S
+
+    def destination(self, priority: Priority) -> str:
+        """Return the ARN of the queue or topic that the message goes to."""
+        _scheduler_role()  # else another error would be the first
+        return _target_arn(priority)
+
+    def send(self, destination: str, entries: Sequence[Outgoing]) -> list[Refusal]:
+        """Make a schedule for each message."""
+        if len(entries) > 1:
+            return self._one_by_one(destination, entries)
+        [entry] = entries
+        message = _decode(entry.body)
+        due_s = message.timestamp / 1000 + entry.delay_s
+        # What looks like a keyword of Scheduler's is the user's own text. The token
+        # that makes a repeated request harmless is botocore's, new for each call: one
+        # made of the id would have AWS take a message for the one that was cancelled.
+        body = entry.body.replace("<aws.", r"\u003caws.")
+        self.change(
+            "create_schedule",
+            Name=_schedule_name(message.id),
+            ScheduleExpression=_at(due_s, time.time()),
+            ActionAfterCompletion="DELETE",
+            Target=_target(destination, body, entry.group_id),
+        )
+        return []
+
+    def change(self, operation: str, **parameters: Any) -> None:
+        """Make or change a schedule of this service."""
+        parameters["FlexibleTimeWindow"] = {"Mode": "OFF"}
+        self.call("send", operation, _schedule_group(), **parameters)
+
+    def delete(self, name: str) -> bool:
+        """Delete a schedule; return whether it was there."""
+        try:
+            self.call("send", "delete_schedule", _schedule_group(), Name=name)
+        except Exception as error:
+            if _error_code(error) != "ResourceNotFoundException":
+                raise
+            return False
+        return True
+
+    def _parameters(self, entry: Outgoing) -> dict[str, Any]:
+        """Return nothing: what it sends depends on the destination."""
+        return {}
+
+
+_schemes["schedule"] = _Scheduler
+
+
+def cancel(message_id: str) -> bool:
+    """Delete a message that waits for the end of its delay.
+
+    On SQS and SNS it is its schedule that is deleted: what a queue itself delays, up to
+    15 minutes on SQS, can't be cancelled. Nor can what runs or has run.
+
+    :param message_id: what dispatch returned
+    :returns: whether the message was still waiting: now it will never run
+    :raises ConfigurationError: if schedules may not be deleted
+    :raises Exception: of botocore or sqlite3, if the call fails otherwise; the message
+        may have been deleted then
+    """
+    sender = _brokers.sender()
+    if isinstance(sender, _AwsSender):
+        scheduler: _Scheduler = _brokers.get("schedule")
+        return scheduler.delete(_schedule_name(message_id))
+    if isinstance(sender, SqliteBroker):
+        return _cancel_in_file(sender, message_id)
+    return False  # in sync mode and in capture(), nothing waits
+
+
+def _cancel_in_file(broker: SqliteBroker, message_id: str) -> bool:
+    """Delete a message that waits in a file, if nobody has received it."""
+    queues = [broker.destination(priority) for priority in Priority]
+    beginning = _ENCODER.encode({"id": message_id})[:-1] + ","  # of each body
+    delete = "DELETE FROM message WHERE"
+    where = f"""queue IN ({_marks("?", queues)}) AND visible_ms > ?
+        AND receipt IS NULL AND substr(body, 1, ?) = ?"""
+    values = (*queues, broker._in_ms(), len(beginning), beginning)  # noqa: SLF001
+    file = broker._file  # noqa: SLF001 - both are of this very file
+    return file.change(f"{delete} {where}", values) > 0
 
 
 # --- 23. Django's tasks ---------------------------------------------------------------
-# Django is imported only when the class is asked for.
-# (Invariant.)
+# Django's own API over the same messages and workers. One of Django's tasks becomes one
+# of ours where it is declared, so no message has anything imported. Results are not
+# kept: whoever wants them gets them by the signal task_finished, which is sent once for
+# a message that is done with. Django is imported only when the class is asked for.
+# https://docs.djangoproject.com/en/stable/topics/tasks/
+
+
+class _DjangoBackend:
+    """A backend of Django's tasks, on taskhawk's queues: Django 6.0 or newer has them.
+
+    Its queues are the names of priorities. On the queue "default", a task whose
+    priority is above 0 goes to "high", and one below 0 to "low".
+
+    OPTIONS may have settings of taskhawk; options of :func:`task`, for all tasks of the
+    backend; and ``on_commit``: True, which sends a message once the transaction around
+    ``enqueue`` is committed. From Django 6.1 on, Django's decorator takes options of
+    :func:`task`, too: those in the declaration count, whatever runs the task.
+    """
+
+    supports_async_task = True
+    supports_defer = True  # where the queue can; enqueue() refuses what it can't
+    supports_get_result = False
+    supports_priority = True
+
+    # Set by Django's own base class, which _make_django_backend() adds.
+    alias: str
+    queues: set[str]
+    options: Mapping[str, Any]
+
+    def check(self, **_: Any) -> list[Any]:
+        """Return what is wrong with the settings, for ``manage.py check``."""
+        from django.core.checks import Error
+
+        wrong = [*self._flaws(), *map(str, settings.errors())]
+        return [Error(text, id="taskhawk.E001") for text in wrong]
+
+    def validate_task(self, task: Any) -> None:
+        """Refuse a task that can't be run, and register one that can.
+
+        Django calls it where a task is declared, and for each ``using()``.
+        """
+        from django.tasks.exceptions import InvalidTask
+
+        super().validate_task(task)  # type: ignore[misc]
+        try:
+            _django_priority(task)
+            self._task_of(task)
+        except ConfigurationError as error:
+            raise InvalidTask(str(error)) from error
+
+    def enqueue(self, task: Any, args: Any, kwargs: Any) -> Any:
+        """Queue a run, and return what Django calls its result: its id, above all.
+
+        :raises Exception: as :meth:`AsyncInvocation.dispatch`. With ``on_commit``, the
+            commit raises what the queue does not accept: its rows are committed then
+        """
+        self.validate_task(task)
+        message = self._message(task, args, kwargs)
+        result = _django_result(task, message.id, message.args, message.kwargs)
+        send = functools.partial(self._send, message, result)
+        if self.options.get("on_commit"):
+            from django.db.transaction import on_commit
+
+            _prepare(message)  # the caller is told of what is wrong with the call
+            on_commit(send)
+        else:
+            send()
+        return result
+
+    def _message(self, task: Any, args: Any, kwargs: Any) -> Message:
+        """Make the message of a run."""
+        from django.utils.json import normalize_json
+
+        invocation = self._task_of(task).with_priority(_django_priority(task))
+        if task.run_after is not None:
+            # A naive time, which it may be without USE_TZ, is the process's local time.
+            left_s = task.run_after.timestamp() - time.time()
+            invocation = invocation.with_delay(max(left_s, 0))
+        return invocation._message(  # noqa: SLF001 - its own
+            normalize_json(args), normalize_json(kwargs)
+        )
+
+    def _send(self, message: Message, result: Any) -> None:
+        """Send a message, and tell that it is queued."""
+        from django.tasks.signals import task_enqueued
+        from django.utils import timezone
+
+        publish(message)
+        _set_fields(result, enqueued_at=timezone.now())
+        task_enqueued.send(type(self), task_result=result)
+
+    def _task_of(self, declared: Any) -> Task[Any, Any]:
+        """Return our task for one of Django's; register it if it is new."""
+        place = _place_of(declared.func)
+        name = f"{place.module}.{place.qualname}"
+        known = _registry.get(name)
+        if known is not None and _is_made_of(known, declared):
+            return known
+        for flaw in self._flaws():
+            raise ConfigurationError(flaw)
+        options = {"name": name, "priority": _django_priority(declared)}
+        for option in _django_task_options().intersection(self.options):
+            options[option] = self.options[option]
+        options |= _options_of_declaration(declared)
+        decorator: Any = task
+        made: Task[Any, Any] = decorator(**options, _django=declared)(
+            _django_function(declared, type(self))
+        )
+        return made
+
+    def _flaws(self) -> Iterator[str]:
+        """Yield what is wrong with the backend's entry in TASKS."""
+        where = f"TASKS[{self.alias!r}]"
+        for name in sorted(self.queues.difference(_PRIORITIES)):
+            yield f"{where}: QUEUES: {_expected_queue(name)}"
+        legal = {"on_commit", *_SETTINGS, *_django_task_options()}
+        for name in sorted(set(self.options) - legal):
+            yield (
+                f"{where}: OPTIONS: expected on_commit, settings of taskhawk or options"
+                f" of taskhawk.task, got {name!r}"
+            )
+
+
+def _expected_queue(name: object) -> str:
+    """Return the sentence that refuses the name of a queue."""
+    return f"expected one of {', '.join(_PRIORITIES)}, got {name!r}"
+
+
+def _django_priority(declared: Any) -> Priority:
+    """Return the queue of one of Django's tasks."""
+    name = declared.queue_name
+    if name not in _PRIORITIES:  # QUEUES = [] allows any
+        raise ConfigurationError(f"queue_name: {_expected_queue(name)}")
+    if name != Priority.default.name or declared.priority == 0:
+        return Priority[name]
+    if declared.priority > 0:
+        return Priority.high
+    return Priority.low
+
+
+@functools.cache
+def _django_task_options() -> frozenset[str]:
+    """Return the options of :func:`task` that are not Django's in another form."""
+    own = inspect.signature(task, **_ANNOTATIONS).parameters
+    return frozenset([*own, *_more_options]) - {
+        "args",
+        "more",
+        "name",
+        "priority",
+        "_django",
+    }
+
+
+def _options_of_declaration(declared: Any) -> dict[str, Any]:
+    """Return the options of :func:`task` that Django's decorator was given."""
+    options = {}
+    for name in _django_task_options():
+        value = getattr(declared, name, None)  # it may be of another backend's class
+        if value is not None:
+            options[name] = value
+    return options
+
+
+def _is_made_of(known: Task[Any, Any], declared: Any) -> bool:
+    """Return whether a task of ours was made of this one of Django's.
+
+    It may be another object: each ``using()`` makes one.
+    """
+    first = known.options.get("_django")
+    if first is None or first.func is not declared.func:
+        return False
+    return _options_of_declaration(first) == _options_of_declaration(declared)
+
+
+def _leave_arguments(made: Task[Any, Any], _declared: Any) -> None:
+    """Have one of Django's tasks called with what its message has, and no more."""
+    made._given_by_worker = frozenset()  # noqa: SLF001 - its own
+    made.accepts_metadata = made.accepts_headers = False
+
+
+_more_options["_django"] = _leave_arguments
+
+
+def _django_function(declared: Any, backend: type) -> Callable[..., Any]:
+    """Return what a worker calls for one of Django's tasks: its function, and signals.
+
+    :param backend: the class, which is the sender of the signals
+    """
+    fn = declared.func
+    # What it takes is Django's to say: `*args`, or arguments that are named as ours.
+    called = _named_part(fn)
+    signature = inspect.signature(called, follow_wrapped=False, **_ANNOTATIONS)
+    parameters = list(signature.parameters.values())
+    if declared.takes_context:
+        del parameters[0]
+    make = _django_plain_function
+    if inspect.iscoroutinefunction(fn):
+        make = _django_coroutine_function
+    made = make(declared, backend)
+    functools.update_wrapper(made, fn)
+    vars(made)["__signature__"] = signature.replace(parameters=parameters)
+    return made
+
+
+def _django_plain_function(declared: Any, backend: type) -> Callable[..., Any]:
+    """Return what runs a function of Django's between its signals."""
+    from django.tasks.signals import task_finished, task_started
+
+    def call(*args: Any, **kwargs: Any) -> None:
+        run = _DjangoRun(declared, args, kwargs)
+        task_started.send(backend, task_result=run.result)
+        try:
+            run.succeeded(declared.func(*run.context, *args, **kwargs))
+        except BaseException as error:
+            run.failed(error)
+            raise
+        finally:
+            if run.result.is_finished:
+                task_finished.send(backend, task_result=run.result)
+
+    return call
+
+
+def _django_coroutine_function(declared: Any, backend: type) -> Callable[..., Any]:
+    """Return what runs a coroutine function of Django's between its signals."""
+    from asgiref.sync import sync_to_async
+    from django.tasks.signals import task_finished, task_started
+
+    # Receivers of signals, and the ORM, run in a thread of asgiref's, which has
+    # connections of its own.
+    refresh = sync_to_async(_refresh_django_connections)
+
+    async def call(*args: Any, **kwargs: Any) -> None:
+        run = _DjangoRun(declared, args, kwargs)
+        await refresh()
+        await task_started.asend(backend, task_result=run.result)
+        try:
+            run.succeeded(await declared.func(*run.context, *args, **kwargs))
+        except BaseException as error:
+            run.failed(error)
+            raise
+        finally:
+            if run.result.is_finished:
+                await task_finished.asend(backend, task_result=run.result)
+            await refresh(ran=True)
+
+    return call
+
+
+class _DjangoRun:
+    """A run of one of Django's tasks, as its context and the signals tell of it.
+
+    Nobody knows what came of earlier runs of the message; how many, its receives tell.
+
+    :param declared: Django's task
+    :param args: the arguments that the message has
+    """
+
+    def __init__(self, declared: Any, args: Any, kwargs: Any) -> None:
+        from django.tasks import TaskContext, TaskResultStatus
+        from django.utils import timezone
+
+        self._metadata = typing.cast("Metadata", current_task())
+        self._status = TaskResultStatus
+        now = timezone.now()
+        earlier = ["unknown"] * (self._metadata.attempt - 1)
+        self.result = _django_result(
+            declared,
+            self._metadata.id,
+            args,
+            kwargs,
+            status=TaskResultStatus.RUNNING,
+            enqueued_at=datetime.fromtimestamp(
+                self._metadata.timestamp / 1000, now.tzinfo
+            ),
+            started_at=now,
+            last_attempted_at=now,
+            worker_ids=[*earlier, f"{os.uname().nodename}:{os.getpid()}"],
+        )
+        #: what the function gets ahead of its arguments
+        self.context: list[Any] = []
+        if declared.takes_context:
+            self.context.append(TaskContext(task_result=self.result))
+
+    def succeeded(self, value: Any) -> None:
+        """Note that the function has returned."""
+        self._ended(self._status.SUCCESSFUL)
+        _set_fields(self.result, _return_value=value)
+
+    def failed(self, error: BaseException) -> None:
+        """Note that it raised: then the message may be done with, or be run again."""
+        from django.tasks.base import TaskError
+
+        if _are_all(IgnoreException, error):
+            self._ended(self._status.SUCCESSFUL)
+            return
+        kind = type(error)
+        path = f"{kind.__module__}.{kind.__qualname__}"
+        text = "".join(traceback.format_exception(error))
+        self.result.errors.append(TaskError(exception_class_path=path, traceback=text))
+        if self._is_last(error):
+            self._ended(self._status.FAILED)
+        else:
+            _set_fields(self.result, status=self._status.READY)
+
+    def _is_last(self, error: BaseException) -> bool:
+        """Return whether nothing runs the message again, by the table of fates."""
+        if settings.TASKHAWK_SYNC:
+            return True
+        verdict = _verdict(self._metadata._received, error)  # noqa: SLF001 - its own
+        return verdict.fate is Fate.dead_letter
+
+    def _ended(self, status: Any) -> None:
+        """Note that the message is done with."""
+        from django.utils import timezone
+
+        _set_fields(self.result, status=status, finished_at=timezone.now())
+
+
+def _django_result(
+    declared: Any, message_id: str, args: Any, kwargs: Any, **fields: Any
+) -> Any:
+    """Make a result of Django's, of a message that is queued unless `fields` differ."""
+    from django.tasks import TaskResult, TaskResultStatus
+
+    queued = {
+        "status": TaskResultStatus.READY,
+        "enqueued_at": None,
+        "started_at": None,
+        "finished_at": None,
+        "last_attempted_at": None,
+        "errors": [],
+        "worker_ids": [],
+    }
+    return TaskResult(
+        task=declared,
+        id=message_id,
+        args=args,
+        kwargs=kwargs,
+        backend=declared.backend,
+        **{**queued, **fields},
+    )
+
+
+def _set_fields(result: Any, **fields: Any) -> None:
+    """Set fields of a result, which is frozen for everybody else."""
+    for name, value in fields.items():
+        object.__setattr__(result, name, value)
+
+
+@functools.cache
+def _make_django_backend() -> type:
+    """Make the class, which needs Django's own as a base."""
+    from django.tasks import Task as DjangoTask
+    from django.tasks.backends.base import BaseTaskBackend
+
+    place = {"__module__": __name__, "__qualname__": "DjangoBackend.task_class"}
+    task_class = dataclasses.make_dataclass(
+        "task_class",
+        [(name, Any, None) for name in sorted(_django_task_options())],
+        bases=(DjangoTask,),
+        namespace=place,
+        frozen=True,
+        slots=True,
+        kw_only=True,
+    )
+    names = {
+        "__doc__": _DjangoBackend.__doc__,
+        "__module__": __name__,
+        "task_class": task_class,
+    }
+    return type("DjangoBackend", (_DjangoBackend, BaseTaskBackend), names)
+
+
+def _get_late(name: str) -> Any:
+    """Return what this module makes when it is asked for, and not before."""
+    if name != "DjangoBackend":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return _make_django_backend()
+    except ImportError as error:
+        raise AttributeError("DjangoBackend needs Django 6.0 or newer") from error
+
+
+if typing.TYPE_CHECKING:
+
+    class DjangoBackend(_DjangoBackend):
+        """A backend of Django's tasks."""
+else:
+    __getattr__ = _get_late
 
 
 # === PART VI: PEOPLE ==================================================================
@@ -7379,6 +8735,7 @@ class _Scan:
         for letter in letters:
             attributes = dict(letter.received.message_attributes)
             attributes.pop(_ERROR_ATTRIBUTE, None)
+            attributes.pop(_ATTEMPTS_ATTRIBUTE, None)
             copies.append(letter.received.copy(attributes))
         refused = _send_all(self._broker, self._queue, copies)
         self.delete(self._accepted(letters, refused), "copied, but not deleted: ")
@@ -8306,7 +9663,14 @@ def _parser() -> Any:
     return parser
 
 
-_QUEUE_COMMANDS = ("listen", "dispatch", "stats", "provision", "dead-letters")
+_QUEUE_COMMANDS = (
+    "listen",
+    "dispatch",
+    "cancel",
+    "stats",
+    "provision",
+    "dead-letters",
+)
 _UNREADABLE = "the settings can't be read"
 
 
@@ -8748,7 +10112,7 @@ def _exit_overdue(ledger: Ledger) -> None:
     ),
     _option(
         "--delay",
-        "how long to hold it back: 90, 90s, 10m or 1h (default: 0)",
+        "how long to hold it back: 90, 90s, 10m, 1h or 2d (default: 0)",
         type=_seconds(),
         default=0,
         metavar="S",
@@ -8787,6 +10151,17 @@ def _task_named(name: str) -> Task[..., Any]:
         else:
             raise
         raise TaskNotFound(f"{error} {hint}") from error
+
+
+@_command("cancel", _option("id", "the message's id, which dispatch printed"))
+def _cancel(arguments: Any) -> bool:
+    """Delete a message that waits for the end of its delay.
+
+    example: python -m taskhawk cancel b1328174-a21c-43d3-b303-964dfcc76efc
+    """
+    is_cancelled = cancel(arguments.id)
+    print("cancelled" if is_cancelled else "not found: it ran, or it is on its way")
+    return not is_cancelled
 
 
 @_command("tasks", _MODULES)

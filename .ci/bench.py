@@ -596,7 +596,7 @@ class Bench:
                 **options,
             )
         slow: Any = {"latency_s": 0.01, "figure": "wall_s"}
-        for threads in (1, 8):
+        for threads in (1, 8, 32):
             name, options = (
                 f"10 ms: dispatch, {threads} threads",
                 {"count": 800, "threads": threads},
