@@ -62,7 +62,7 @@ A message that a worker holds; the :class:`Ledger` counts what each becomes::
         '--> released                                    never started, visible at once
 
 What to read for each promise, and how many statements that is
-    1 (312): publish, _send_one, _accepted, _send_all_ready, _partial_failure,
+    1 (311): publish, _send_one, _accepted, _send_all_ready, _partial_failure,
         _send_all, _in_batches, _one_round, SqliteBroker.send, SqliteBroker._claim,
         SqliteBroker.delete, _SqliteFile.change, _use_write_ahead_log,
         _AwsSender._batch, SqsBroker.send, SqsBroker.delete, process, _verdict, _wanted,
@@ -70,7 +70,7 @@ What to read for each promise, and how many statements that is
         _send_copy, _Held.move, _Holdings.finish, _Holdings.release, _Holdings._decide,
         _Calls.answered, _Calls._deleted, _Calls._delayed, _Calls._try_later,
         _Holdings.doubt, _Holdings.close, _Holdings.end
-    2 (284): SqliteBroker.receive, SqliteBroker._claim, SqliteBroker.change_visibility,
+    2 (285): SqliteBroker.receive, SqliteBroker._claim, SqliteBroker.change_visibility,
         SqsBroker.receive, _find_lease, _Poller._receive, _Course.take,
         _Course._release_if_stuck, _Call, _Leases, _Holdings.take, _Holdings.start,
         _Holdings.release, _Holdings.release_waiting, _Holdings._decide,
@@ -86,7 +86,7 @@ What to read for each promise, and how many statements that is
         _facts, _extra_of, _text_of_invalid, _shown, _mismatch, _too_large,
         _Holdings.warn, _Keeper._tell, _Faults, _error_code, _error_details, _explained,
         _explanation, _find_remedy, _Source.read, _call_safely, _log_again
-    6 (216): _Course.wait_for_room, _Course._find_room, _Poller.work, _Poller._try,
+    6 (217): _Course.wait_for_room, _Course._find_room, _Poller.work, _Poller._try,
         _Poller._receive, _pause_s, _Holdings._decide, _Ends, _Calls.next,
         _Calls._due_at, _Calls._patience_s, _Calls._extended, _Leases, _Keeper._wait,
         _Keeper._make, SqsBroker.receive, SqsBroker.url, SqsBroker._find_url, _parts
@@ -226,6 +226,8 @@ _MAX_SNS_BYTES = 262_144  # the same for SNS, whose topics may allow more
 _MAX_ATTRIBUTES = 10  # a raw SNS delivery to SQS discards a message that has more
 _MAX_DELAY_S = 900  # DelaySeconds of SQS
 _MAX_QUEUE = 80 - len("TASKHAWK--HIGH-PRIORITY-DLQ")  # the longest name has it inside
+_FIFO = ".fifo"  # the name of a FIFO queue ends with it, in lower case
+_MAX_GROUP = 128  # characters of MessageGroupId and MessageDeduplicationId
 _MAX_HELD_S = 43_200  # SQS counts these 12 hours from the receive, extensions included
 _LONG_POLL_S = 20  # the longest wait of ReceiveMessage, and so the cheapest
 _DEFAULT_LEASE_S = 30  # the visibility timeout of a queue that sets none
@@ -656,6 +658,7 @@ _SETTINGS = {
     "TASKHAWK_BROKER": _Setting(_BROKER, "sqlite:///queue.db", "sqs"),
     "TASKHAWK_DEFAULT_HEADERS": _Setting(_HOOK, "myapp.hooks.default_headers"),
     "TASKHAWK_ERROR_HOOK": _Setting(_HOOK, "myapp.hooks.report_error"),
+    "TASKHAWK_FIFO": _Setting(_FLAG, "False", default=False),
     "TASKHAWK_HEARTBEAT_HOOK": _Setting(_HOOK, "myapp.hooks.touch_file"),
     "TASKHAWK_MAX_DB_REUSE_LOOPS": _Setting(_COUNT, "5", 5),
     "TASKHAWK_POST_PROCESS_HOOK": _Setting(_HOOK, "myapp.hooks.after"),
@@ -738,11 +741,37 @@ class _Settings:
 
     def read(self, name: str) -> Any:
         """Read a setting from its source, whatever is remembered."""
+        value = self._find(name)
+        if value and name in ("IS_LAMBDA_APP", "TASKHAWK_FIFO"):
+            self._check_fifo()
+        return value
+
+    def _find(self, name: str) -> Any:
+        """Return the value of the first source that has a setting, or its default."""
         for source in self._sources():
             value = source.read(name)
             if value is not None:
                 return value
         return _SETTINGS[name].default
+
+    def _check_fifo(self) -> None:
+        """Refuse the settings that FIFO queues do not go with."""
+        if not self._find("TASKHAWK_FIFO"):
+            return
+        if self._find("IS_LAMBDA_APP"):
+            raise ConfigurationError(
+                "TASKHAWK_FIFO and IS_LAMBDA_APP are both set, but a FIFO topic can't"
+                " call a function: set one of them; with TASKHAWK_FIFO alone, messages"
+                " go to queues, which a function can consume, too"
+            )
+        queue = self._find("TASKHAWK_QUEUE") or ""
+        longest = _MAX_QUEUE - len(_FIFO)
+        if len(queue) > longest:
+            raise ConfigurationError(
+                f"TASKHAWK_QUEUE: expected at most {longest} characters where"
+                f" TASKHAWK_FIFO is set, for the names of FIFO queues end with"
+                f" {_FIFO!r}, got {len(queue)} in {queue!r}"
+            )
 
     def require(self, name: str) -> Any:
         """Return a setting that has no default; raise ConfigurationError if unset."""
@@ -1234,6 +1263,7 @@ class Message:  # noqa: PLW1641 - it may change, so it is no key of a dict
     CURRENT_VERSION = "1.0"
     VERSIONS = ("1.0",)
     delay_s: float = 0  #: seconds for which the queue holds it back; not on the wire
+    group_id: str | None = None  #: its message group, as SQS takes it; not in the body
     received: QueueMessage | None = None  #: what it arrived as; None where it was made
 
     def __init__(self, data: Mapping[str, Any]) -> None:
@@ -1622,6 +1652,26 @@ _PAUSES_S = (0.09, 0.3)
 _schemes: dict[str, Callable[[str], Sender]] = {}
 
 
+def _is_fifo(queue: str) -> bool:
+    """Return whether a queue is a FIFO queue, by its name or its ARN."""
+    return queue.endswith(_FIFO)
+
+
+def _dead_letter_name(queue: str) -> str:
+    """Return what the dead-letter queue of a queue is called, by its name or its ARN.
+
+    That of a FIFO queue is a FIFO queue, too.
+    """
+    if _is_fifo(queue):
+        return f"{queue.removesuffix(_FIFO)}-DLQ{_FIFO}"
+    return f"{queue}-DLQ"
+
+
+def _is_dead_letter_queue(queue: str) -> bool:
+    """Return whether a queue is a dead-letter queue, by its name."""
+    return queue.removesuffix(_FIFO).endswith("-DLQ")
+
+
 class Outgoing(NamedTuple):
     """A message to send.
 
@@ -1720,7 +1770,10 @@ class Sender(typing.Protocol):
             queue = settings.require("TASKHAWK_QUEUE")
         else:  # nobody else's queues are in the file
             queue = settings.TASKHAWK_QUEUE or "default"
-        return f"TASKHAWK-{queue}{_SUFFIXES[priority]}".upper()
+        name = f"TASKHAWK-{queue}{_SUFFIXES[priority]}".upper()
+        if settings.TASKHAWK_FIFO:
+            return name + _FIFO
+        return name
 
     def send(self, destination: str, entries: Sequence[Outgoing]) -> list[Refusal]: ...
     def close(self) -> None: ...
@@ -1826,7 +1879,7 @@ class QueueMessage:
     @property
     def is_fifo(self) -> bool:
         """Whether the message is from a FIFO queue."""
-        return self.queue is not None and self.queue.endswith(".fifo")
+        return self.queue is not None and _is_fifo(self.queue)
 
     @property
     def group_id(self) -> str | None:
@@ -2004,9 +2057,79 @@ def _parts(entries: Sequence[Any], max_bytes: int) -> Iterator[Sequence[Any]]:
 def _send_all(
     sender: Sender, destination: str, entries: Sequence[Outgoing]
 ) -> dict[int, Refusal]:
-    """Send any number of messages to one destination; return the refused by index."""
-    send = functools.partial(sender.send, destination)
+    """Send any number of messages to one destination; return the refused by index.
+
+    On a FIFO queue, what follows a refused message of its group is refused, too.
+    """
+    send = _in_order(destination, functools.partial(sender.send, destination))
     return _in_batches(send, entries, 3, max_bytes=sender.max_bytes, repeated=True)
+
+
+def _in_order(destination: str, send: _BatchCall) -> _BatchCall:
+    """Return what sends to a destination: group by group in order, if it is FIFO."""
+    if _is_fifo(destination):
+        return _OrderedSend(send).send
+    return send
+
+
+class _OrderedSend:
+    """Sends to a FIFO queue, where no message may overtake an earlier one of its group.
+
+    What follows a refused message is held back until that is tried again. It may be too
+    late for that, because the call has accepted one that follows it, or because its
+    refusal is final: then its group stops there.
+    """
+
+    def __init__(self, send: _BatchCall) -> None:
+        self._send = send
+        self._to_retry: dict[str | None, Outgoing] = {}  # the first refused, by group
+        self._stopped: set[str | None] = set()  # groups of which nothing more is sent
+
+    def send(self, entries: Sequence[Outgoing]) -> list[Refusal]:
+        """Make one call for those whose turn it is; return what was not accepted."""
+        places = [place for place, entry in enumerate(entries) if self._may_go(entry)]
+        refused = self._send_those(entries, places)
+        for place, entry in enumerate(entries):
+            if place not in places:
+                refused[place] = self._hold_back(entry)
+        return [refusal._replace(index=place) for place, refusal in refused.items()]
+
+    def _send_those(
+        self, entries: Sequence[Outgoing], places: Sequence[int]
+    ) -> dict[int, Refusal]:
+        """Send the entries at these places; return the refused ones by their place."""
+        if not places:
+            return {}
+        refusals = self._send([entries[place] for place in places])
+        refused = {places[refusal.index]: refusal for refusal in refusals}
+        last = {entries[p].group_id: p for p in places if p not in refused}  # accepted
+        for place, refusal in sorted(refused.items()):
+            is_late = last.get(entries[place].group_id, -1) > place
+            refused[place] = self._refuse(entries[place], refusal, is_late=is_late)
+        return refused
+
+    def _may_go(self, entry: Outgoing) -> bool:
+        """Return whether no earlier message of the group waits or has failed."""
+        group = entry.group_id
+        if self._to_retry.get(group) is entry:
+            del self._to_retry[group]
+            return True
+        return group not in self._to_retry and group not in self._stopped
+
+    def _refuse(self, entry: Outgoing, refusal: Refusal, *, is_late: bool) -> Refusal:
+        """Note a refusal; return it, final where a later one would break the order."""
+        group = entry.group_id
+        if is_late or refusal.final or group in self._stopped:
+            self._stopped.add(group)
+            return refusal._replace(final=True)
+        self._to_retry.setdefault(group, entry)
+        return refusal
+
+    def _hold_back(self, entry: Outgoing) -> Refusal:
+        """Return the refusal of a message that was not sent."""
+        is_final = entry.group_id in self._stopped
+        text = "an earlier message of its group was refused"
+        return Refusal(0, "GroupStopped", text, is_final)
 
 
 def _change_all(call: str, entries: Mapping[QueueMessage, Any], warning: str) -> None:
@@ -2031,21 +2154,55 @@ def _change_all(call: str, entries: Mapping[QueueMessage, Any], warning: str) ->
 
 # --- 8. SQLite ------------------------------------------------------------------------
 # The embedded broker, with the semantics of SQS, for any number of processes on one
-# machine. Every change is ONE statement, and so one transaction: it is on the disk when
-# the call returns, and neither a crash nor a signal handler comes between its halves.
-# visible_ms says when a message is visible: delay, visibility timeout and retry in one.
-# A receipt is good for a delete until the message is received again or dead-lettered;
-# for a change, only while the message is hidden too.
+# machine. Every change is ONE statement, its triggers included, and so one transaction:
+# it is on the disk when the call returns, and neither a crash nor a signal handler
+# comes between its halves. visible_ms says when a message is visible: delay, visibility
+# timeout and retry in one. A receipt is good for a delete until the message is received
+# again or dead-lettered; for a change, only while the message is hidden too.
 
 
-_SQLITE_SCHEMA = """BEGIN IMMEDIATE;
-CREATE TABLE IF NOT EXISTS message (
+# A visible message has a place in the line, which is a number below 0: a clock that is
+# set back hides nothing. It joins the line behind all in the first place and, if it has
+# a group, behind the last of that: a tenant that has sent 10,000 messages has one in
+# each place, and no other waits for them.
+_LINE_START = -(10**15) // 2  # earlier versions put times below it: those come first
+# The message waits in a FIFO queue until the one before it in its group has left that.
+_BEHIND = 2**62
+_JOIN = 0  # whatever is set to this joins the line; no clock has this time any more
+_JOIN_LINE = f"""UPDATE message SET visible_ms = CASE
+    WHEN queue GLOB '*{_FIFO}' AND queue NOT GLOB '*-DLQ{_FIFO}' AND EXISTS (
+        SELECT 1 FROM message WHERE queue = new.queue AND group_id = new.group_id
+        AND visible_ms < {_BEHIND} AND id <> new.id) THEN {_BEHIND}
+    ELSE 1 + max({_LINE_START},
+        coalesce((SELECT min(visible_ms) FROM message
+            WHERE queue = new.queue AND visible_ms < 0), {_LINE_START}),
+        coalesce((SELECT max(visible_ms) FROM message WHERE queue = new.queue
+            AND group_id = new.group_id AND visible_ms < 0), {_LINE_START}))
+    END WHERE id = new.id"""  # noqa: S608 - no value is in it
+_NEXT_OF_GROUP = f"""UPDATE message SET visible_ms = {_JOIN} WHERE id = (
+    SELECT id FROM message WHERE queue = old.queue AND group_id = old.group_id
+    AND visible_ms = {_BEHIND} ORDER BY id LIMIT 1)"""  # noqa: S608
+# Triggers are a part of the one statement that meets them, whoever makes it.
+_SQLITE_SCHEMA = (
+    """CREATE TABLE IF NOT EXISTS message (
     id INTEGER PRIMARY KEY AUTOINCREMENT, -- a receipt names it: it is never used again
     queue TEXT NOT NULL, message_id TEXT NOT NULL, body TEXT NOT NULL,
     attributes TEXT NOT NULL, sent_ms INTEGER NOT NULL, visible_ms INTEGER NOT NULL,
-    receive_count INTEGER NOT NULL DEFAULT 0, receipt TEXT);
-CREATE INDEX IF NOT EXISTS message_visible ON message (queue, visible_ms);
-PRAGMA user_version = 1; COMMIT;"""
+    receive_count INTEGER NOT NULL DEFAULT 0, receipt TEXT)""",
+    "ALTER TABLE message ADD COLUMN group_id TEXT",  # which the first files lack
+    "CREATE INDEX IF NOT EXISTS message_visible ON message (queue, visible_ms)",
+    """CREATE INDEX IF NOT EXISTS message_group ON message
+    (queue, group_id, visible_ms) WHERE group_id IS NOT NULL""",
+    f"""CREATE TRIGGER IF NOT EXISTS message_sent AFTER INSERT ON message
+    WHEN new.visible_ms = {_JOIN} BEGIN {_JOIN_LINE}; END""",
+    f"""CREATE TRIGGER IF NOT EXISTS message_shown AFTER UPDATE OF visible_ms ON message
+    WHEN new.visible_ms = {_JOIN} BEGIN {_JOIN_LINE}; END""",
+    f"""CREATE TRIGGER IF NOT EXISTS message_deleted AFTER DELETE ON message
+    WHEN old.queue GLOB '*{_FIFO}' BEGIN {_NEXT_OF_GROUP}; END""",
+    f"""CREATE TRIGGER IF NOT EXISTS message_moved AFTER UPDATE OF queue ON message
+    WHEN old.queue GLOB '*{_FIFO}' BEGIN {_NEXT_OF_GROUP}; END""",
+    "PRAGMA user_version = 1",
+)
 _SQLITE_EXAMPLE = (
     "sqlite:///relative.db or sqlite:////absolute.db, then perhaps"
     " ?visibility_timeout_s=30&max_receive_count=5"
@@ -2058,9 +2215,6 @@ _SQLITE_OPTIONS = {
 _LOCKED_S = 30  # how long to wait for a file that another process has locked
 _FIRST_LOOK_S = 0.002  # the pause between looks for a message grows from this…
 _LAST_LOOK_S = 0.05  # …to this: twenty looks a second cost next to no CPU
-# Subtracted from visible_ms once a message is visible: the difference is in the past of
-# any clock, so that a clock that is set back hides nothing, and the order stays.
-_SHOWN_MS = 10**15
 # The first process that had a queue in memory.
 _memory_pid = functools.cache(os.getpid)
 
@@ -2219,7 +2373,7 @@ def _open_sqlite(path: str) -> Any:
             )
         _use_write_ahead_log(db)
         db.execute("PRAGMA synchronous = FULL")  # a commit outlives a power failure
-        db.executescript(_SQLITE_SCHEMA)
+        _make_tables(db)
     except sqlite3.Error as error:
         if db is not None:
             db.close()
@@ -2228,6 +2382,16 @@ def _open_sqlite(path: str) -> Any:
             f"TASKHAWK_BROKER: can't open {where}: {error}"
         ) from error
     return db
+
+
+def _make_tables(db: Any) -> None:
+    """Make what the file lacks, in one transaction: processes may open it together."""
+    db.execute("BEGIN IMMEDIATE")
+    columns = [name for _, name, *_ in db.execute("PRAGMA table_info(message)")]
+    for statement in _SQLITE_SCHEMA:
+        if "group_id" not in columns or not statement.startswith("ALTER"):
+            db.execute(statement)
+    db.execute("COMMIT")
 
 
 def _use_write_ahead_log(db: Any) -> None:
@@ -2293,16 +2457,14 @@ class SqliteBroker(Broker):
         now_ms = self._in_ms()
         values: list[Any] = []
         for entry in entries:
-            visible_ms = now_ms - _SHOWN_MS
-            if entry.delay_s:
-                visible_ms = self._in_ms(entry.delay_s)
+            visible_ms = self._in_ms(entry.delay_s) if entry.delay_s else _JOIN
             values += (destination, _new_id(), entry.body)
-            values += (json.dumps(entry.attributes), now_ms, visible_ms)
-        insert = """INSERT INTO message
-            (queue, message_id, body, attributes, sent_ms, visible_ms) VALUES"""
+            values += (json.dumps(entry.attributes), now_ms, visible_ms, entry.group_id)
+        insert = """INSERT INTO message (queue, message_id, body, attributes, sent_ms,
+            visible_ms, group_id) VALUES"""
         file = self._file
         file.open()
-        file.change(f"{insert} {_marks('(?, ?, ?, ?, ?, ?)', entries)}", values)
+        file.change(f"{insert} {_marks('(?, ?, ?, ?, ?, ?, ?)', entries)}", values)
         return []
 
     def receive(
@@ -2342,8 +2504,9 @@ class SqliteBroker(Broker):
             receive_count = receive_count + 1 WHERE id IN (SELECT id FROM message
             WHERE queue = ? AND visible_ms < 0 ORDER BY visible_ms, id LIMIT ?)"""
         file.change(claim, (token, until_ms, queue, limit))
-        find = """SELECT receipt, receive_count, sent_ms, attributes, body, message_id
-            FROM message WHERE queue = ? AND visible_ms = ? AND receipt = id || '-' || ?
+        find = """SELECT receipt, receive_count, sent_ms, attributes, body, message_id,
+            group_id FROM message
+            WHERE queue = ? AND visible_ms = ? AND receipt = id || '-' || ?
             ORDER BY id"""
         rows = file.read(find, (queue, until_ms, token))
         max_receives = self.info(queue).max_receive_count
@@ -2357,27 +2520,30 @@ class SqliteBroker(Broker):
         """
         _, dead_letter_queue, limit = self.info(queue)
         redrive = """UPDATE message SET queue = ?, receive_count = 0, receipt = NULL,
-            visible_ms = visible_ms - ? WHERE queue = ?
+            visible_ms = ? WHERE queue = ?
             AND visible_ms BETWEEN 0 AND ? AND receive_count >= ?"""
-        values = (dead_letter_queue, _SHOWN_MS, queue, now_ms, limit)
+        values = (dead_letter_queue, _JOIN, queue, now_ms, limit)
         self._file.change(redrive, values)  # nothing, where the limit is NULL
-        show = """UPDATE message SET visible_ms = visible_ms - ?
+        show = """UPDATE message SET visible_ms = ?
             WHERE queue = ? AND visible_ms BETWEEN 0 AND ?"""
-        self._file.change(show, (_SHOWN_MS, queue, now_ms))
+        self._file.change(show, (_JOIN, queue, now_ms))
 
     def _message(
         self, queue: str, row: Sequence[Any], max_receives: int | None
     ) -> QueueMessage:
         """Return a message that was just received."""
-        receipt, receive_count, sent_ms, attributes, body, message_id = row
+        receipt, receive_count, sent_ms, attributes, body, message_id, group = row
+        system_attributes = {
+            "ApproximateReceiveCount": str(receive_count),
+            "SentTimestamp": str(sent_ms),
+        }
+        if group is not None:
+            system_attributes["MessageGroupId"] = group
         return QueueMessage(
             body=body,
             message_id=message_id,
             receipt_handle=receipt,
-            attributes={
-                "ApproximateReceiveCount": str(receive_count),
-                "SentTimestamp": str(sent_ms),
-            },
+            attributes=system_attributes,
             message_attributes=json.loads(attributes),
             queue=queue,
             broker=self,
@@ -2418,20 +2584,23 @@ class SqliteBroker(Broker):
 
     def info(self, queue: str) -> QueueInfo:
         """Return what the URL says; a dead-letter queue has none itself."""
-        if queue.endswith("-DLQ"):
+        if _is_dead_letter_queue(queue):
             return QueueInfo(self._lease_s, None, None)
-        return QueueInfo(self._lease_s, f"{queue}-DLQ", self._max_receives)
+        return QueueInfo(self._lease_s, _dead_letter_name(queue), self._max_receives)
 
     def depth(self, queue: str) -> Depth:
         """Count exactly, unlike SQS."""
         self._file.open()
         now_ms = self._in_ms()
-        # One statement, and so one moment: each message is counted once.
-        count = """SELECT count(*) FILTER (WHERE visible_ms <= ?),
+        # One statement, and so one moment: each message is counted once. As on SQS, one
+        # that waits for its group is counted as visible.
+        count = """SELECT count(*) FILTER (WHERE visible_ms <= ? OR visible_ms = ?),
             count(*) FILTER (WHERE visible_ms > ? AND receipt IS NOT NULL),
-            count(*) FILTER (WHERE visible_ms > ? AND receipt IS NULL)
+            count(*) FILTER (WHERE visible_ms > ? AND visible_ms < ?
+                AND receipt IS NULL)
             FROM message WHERE queue = ?"""
-        [counts] = self._file.read(count, (now_ms, now_ms, now_ms, queue))
+        values = (now_ms, _BEHIND, now_ms, now_ms, _BEHIND, queue)
+        [counts] = self._file.read(count, values)
         return Depth(*counts)
 
 
@@ -2828,13 +2997,19 @@ class _AwsSender(Sender):
         self, destination: str, entries: Sequence[Outgoing]
     ) -> list[Refusal]:
         """Send each message by itself; return the refused ones."""
-        send = functools.partial(self.send, destination)
-        refusals: dict[int, Refusal] = {}
+        send = _in_order(destination, functools.partial(self._send_alone, destination))
+        refusals: list[Refusal] = []
         for index, entry in enumerate(entries):
-            for refusal in _one_call(send, [entry]).values():
-                # Final, for botocore has repeated it.
-                refusals[index] = refusal._replace(index=index, final=True)
-        return list(refusals.values())
+            refusals += [each._replace(index=index) for each in send([entry])]
+        return refusals
+
+    def _send_alone(
+        self, destination: str, entries: Sequence[Outgoing]
+    ) -> list[Refusal]:
+        """Send one message; any error is its refusal."""
+        refused = _one_call(functools.partial(self.send, destination), entries)
+        # Final, for botocore has repeated it.
+        return [refusal._replace(final=True) for refusal in refused.values()]
 
     @abc.abstractmethod
     def _parameters(self, entry: Outgoing) -> dict[str, Any]:
@@ -2862,6 +3037,8 @@ class SnsSender(_AwsSender):
         parameters: dict[str, Any] = {"Message": entry.body}
         if entry.attributes:
             parameters["MessageAttributes"] = entry.attributes
+        if entry.group_id:  # for fair queues that subscribe to the topic
+            parameters["MessageGroupId"] = entry.group_id
         return parameters
 
 
@@ -2882,6 +3059,8 @@ class SqsBroker(_AwsSender, Broker):
         super().__init__()
         self._urls: dict[str, str] = {}
         self._infos: dict[str, QueueInfo] = {}
+        # Ids of receives of FIFO queues whose answers were lost, by queue.
+        self._unanswered: dict[str, list[str]] = {}
         self._of_accounts: dict[str, SqsBroker] = {}
 
     def url(self, queue: str, role: str = "send") -> str:
@@ -2957,8 +3136,36 @@ class SqsBroker(_AwsSender, Broker):
         }
         if lease_s is not None:
             parameters["VisibilityTimeout"] = math.ceil(lease_s)
+        if _is_fifo(queue):
+            return self._receive_in_order(queue, parameters)
+        return self._receive(queue, parameters)
+
+    def _receive(self, queue: str, parameters: dict[str, Any]) -> list[QueueMessage]:
+        """Call ReceiveMessage."""
         answer = self.call("poll", "receive_message", queue, **parameters)
         return [self._message(queue, found) for found in answer.get("Messages", ())]
+
+    def _receive_in_order(
+        self, queue: str, parameters: dict[str, Any]
+    ) -> list[QueueMessage]:
+        """Receive from a FIFO queue; repeat a receive whose answer was lost.
+
+        Its messages are in flight, and hold up their groups until their visibility
+        timeout ends. With the id of that receive, SQS returns them again: see
+        ReceiveMessage in
+        https://docs.aws.amazon.com/AWSSimpleQueueService/latest/APIReference/
+        """
+        unanswered = self._unanswered.setdefault(queue, [])
+        try:
+            attempt_id = unanswered.pop()  # each is repeated by one thread only
+        except IndexError:
+            attempt_id = _new_id()
+        parameters["ReceiveRequestAttemptId"] = attempt_id
+        try:
+            return self._receive(queue, parameters)
+        except Exception:
+            unanswered.append(attempt_id)
+            raise
 
     def _message(self, queue: str, found: Mapping[str, Any]) -> QueueMessage:
         """Return a message of the answer to ReceiveMessage."""
@@ -3334,6 +3541,10 @@ class Task(Generic[_P, _R]):
         """Return an invocation whose messages wait for so long, or until then."""
         return self._invocation.with_delay(delay)
 
+    def with_group(self, key: str | int) -> AsyncInvocation[_P]:
+        """Return an invocation whose messages are of this group."""
+        return self._invocation.with_group(key)
+
     def _bind(self, count: int, *names: str) -> None:
         """Check that the worker can call the function with such arguments.
 
@@ -3599,7 +3810,13 @@ _more_options: dict[str, Callable[[Task[Any, Any], Any], object]] = {}
 
 
 class _MoreOptions(typing.TypedDict, total=False):
-    """The options of :func:`task` that later parts add, for type checkers."""
+    """The options of :func:`task` that later parts add, for type checkers.
+
+    `group`: the argument whose value is the message group, or a function that returns
+    it, which is called as the task is; None is no group.
+    """
+
+    group: str | Callable[..., str | int | None] | None
 
 
 @typing.overload
@@ -3900,6 +4117,7 @@ class AsyncInvocation(Generic[_P]):
     _headers: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     _priority: Priority | None = None  # None for the task's
     _delay: float | datetime = 0
+    _group_id: str | None = None  # None for the task's
 
     def with_headers(self, /, **headers: Any) -> AsyncInvocation[_P]:
         """Return an invocation with these headers too, in place of any of their names.
@@ -3945,6 +4163,19 @@ class AsyncInvocation(Generic[_P]):
         if not 0 <= delay_s < math.inf:
             raise ValueError(f"delay: expected 0 or more seconds, got {delay_s}")
         return dataclasses.replace(self, _delay=delay_s)
+
+    def with_group(self, key: str | int) -> AsyncInvocation[_P]:
+        """Return an invocation whose messages are of this group, not of the task's.
+
+        A FIFO queue keeps the order of a group's messages, and has one of them run at a
+        time. Any other serves its groups in turn, as a fair queue.
+
+        :param key: such as the id of a customer; a text that SQS does not take, because
+            it is over 128 characters long or has spaces or non-ASCII letters, stands
+            for itself as a hash
+        :raises TypeError: if it is neither a string nor an int
+        """
+        return dataclasses.replace(self, _group_id=_group_id_of(key, "group"))
 
     def dispatch(self, /, *args: _P.args, **kwargs: _P.kwargs) -> str:
         """Queue a run of the task: one request, and one more at a queue's first use.
@@ -4003,6 +4234,10 @@ class AsyncInvocation(Generic[_P]):
             priority=self._priority or self.task.priority,
         )
         message.delay_s = _delay_from(message.timestamp, self._delay)
+        message.group_id = self._group_id
+        group = self.task.options.get("group")
+        if group is not None and message.group_id is None:
+            message.group_id = _group_id_of_call(self.task, group, args, kwargs)
         return message
 
 
@@ -4011,6 +4246,60 @@ def _delay_from(timestamp_ms: int, delay: float | datetime) -> float:
     if isinstance(delay, datetime):
         return max(0.0, delay.timestamp() - timestamp_ms / 1000)
     return delay
+
+
+# What SQS takes as MessageGroupId: letters and digits of ASCII, and punctuation.
+_GROUP_ID = re.compile(f"[!-~]{{1,{_MAX_GROUP}}}")
+
+
+def _group_id_of(key: object, what: str) -> str:
+    """Return the group id that a key stands for: always the same, and legal on SQS."""
+    if isinstance(key, bool) or not isinstance(key, str | int):
+        kind = type(key).__name__  # not its value, which is an argument's
+        raise TypeError(f"{what}: expected a string or an int, got {kind}")
+    text = str(key)
+    if _GROUP_ID.fullmatch(text):
+        return text
+    import hashlib
+
+    # The name of a customer may be anything, and is no reason to refuse a dispatch.
+    digest = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+    return f"sha256:{digest}"
+
+
+def _group_id_of_call(
+    task: Task[Any, Any], group: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> str | None:
+    """Return the group id of a call by the task's option, or None."""
+    if callable(group):
+        key = group(*args, **kwargs)
+    elif group in kwargs:
+        key = kwargs[group]
+    else:
+        bound = task._signature.bind_partial(*args)  # noqa: SLF001 - its own
+        bound.apply_defaults()
+        key = bound.arguments.get(group)
+    if key is None:
+        return None
+    return _group_id_of(key, f"{task.name}: group")
+
+
+def _check_group(task: Task[Any, Any], group: Any) -> None:
+    """Refuse a `group` that is neither an argument nor a function of the arguments."""
+    if group is None or callable(group):
+        return
+    parameters = task._signature.parameters.values()  # noqa: SLF001 - its own
+    names = {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
+    if isinstance(group, str) and len(names) < len(parameters):
+        names.add(group)  # one of the function's **kwargs
+    if group not in names - _FROM_WORKER:
+        raise ConfigurationError(
+            f"{task.name} has group={group!r}: expected the name of one of its"
+            " arguments, or a function of its arguments"
+        )
+
+
+_more_options["group"] = _check_group
 
 
 def _arguments_of(call: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
@@ -4054,8 +4343,12 @@ def _prepare(message: Message) -> _Ready:
     So a batch with one message that can't be sent sends nothing.
     """
     body = _encode(message)
-    entry = Outgoing(body, _attributes_of(message.headers), message.delay_s)
+    attributes = _attributes_of(message.headers)
+    entry = Outgoing(body, attributes, message.delay_s, message.group_id)
     sender = _brokers.sender()
+    destination = sender.destination(message.priority)
+    if _is_fifo(destination):
+        entry = _in_group(message, entry)
     if entry.delay_s > sender.max_delay_s and isinstance(sender, _AwsSender):
         sender = _brokers.get("schedule")
     if entry.delay_s > sender.max_delay_s:
@@ -4065,7 +4358,22 @@ def _prepare(message: Message) -> _Ready:
         )
     if entry.size() > sender.max_bytes:
         raise _too_large(message, entry, sender.max_bytes)
-    return _Ready(message, sender, sender.destination(message.priority), entry)
+    return _Ready(message, sender, destination, entry)
+
+
+def _in_group(message: Message, entry: Outgoing) -> Outgoing:
+    """Return a message as a FIFO queue takes it: with a group and a deduplication id.
+
+    Without a group, the message is its own: it waits for none and none waits for it.
+    """
+    if entry.delay_s:
+        raise ConfigurationError(
+            f"{message.task_name}: a FIFO queue can't delay a message: leave the delay"
+            " out, or use a queue without TASKHAWK_FIFO"
+        )
+    own = _group_id_of(message.id, "id")
+    group_id = entry.group_id or own
+    return entry._replace(group_id=group_id, deduplication_id=own)
 
 
 # SQS takes names with single dots inside, except with AWS's prefixes; one prefix is
@@ -4599,6 +4907,7 @@ def _partial_failure(
         # As it was encoded: its arguments may have changed since.
         message = _decode(ready.entry.body)
         message.delay_s = ready.entry.delay_s
+        message.group_id = ready.entry.group_id
         unsent.append(message)
     return PartialFailure({"Successful": successful, "Failed": failed}, unsent=unsent)
 
@@ -4616,6 +4925,7 @@ class Captured(NamedTuple):
     priority: Priority
     delay_s: float
     id: str
+    group_id: str | None = None
 
 
 class _CapturingSender(Sender):
@@ -4641,6 +4951,7 @@ class _CapturingSender(Sender):
                 message.priority,
                 entry.delay_s,
                 message.id,
+                entry.group_id,
             )
             self._calls.append(call)
         return []
@@ -8694,6 +9005,7 @@ class _Scan:
         while len(self._seen) < total and self.matched < self.limit:
             new = self._receive(total - len(self._seen))
             if not new:
+                self._say_what_waits(total - len(self._seen))
                 return
             letters = [_read_dead_letter(self, received) for received in new]
             letters = [*filter(self.wanted.matches, letters)]
@@ -8705,6 +9017,12 @@ class _Scan:
             failed = len(self._failed)
             text = "%s %d of %d messages, %d failed"
             self.say(text, self.done, self.matched - failed, total, failed)
+
+    def _say_what_waits(self, left: int) -> None:
+        """Say that a FIFO queue withholds what follows the messages of a group."""
+        if self._hidden and _is_fifo(self._source):
+            text = "about %d more wait in %s behind these, in the same groups"
+            self.say(text, left, self._source)
 
     def total(self) -> int:
         """Count the dead letters that are visible; SQS does so approximately."""
@@ -9009,7 +9327,7 @@ class _Resource(NamedTuple):
 
 def _label(name: str) -> str:
     """Return Terraform's name for a queue or topic."""
-    return name.lower().replace("-", "_")
+    return re.sub("[-.]", "_", name.lower())
 
 
 def _resources(
@@ -9028,11 +9346,20 @@ def _resources(
     return _queue_resources(queue, tags, max_receive_count)
 
 
+# In high throughput mode, which costs the same: a FIFO queue's limits are then those of
+# its groups, not of the queue.
+_FIFO_ATTRIBUTES = {
+    "fifo_queue": True,
+    "deduplication_scope": "messageGroup",
+    "fifo_throughput_limit": "perMessageGroupId",
+}
+
+
 def _queue_resources(
     queue: str, tags: Mapping[str, str], max_receive_count: int
 ) -> list[_Resource]:
     """Describe a queue and, before it, its dead-letter queue."""
-    dead = f"{queue}-DLQ"
+    dead = _dead_letter_name(queue)
     redrive = {
         "deadLetterTargetArn": f"${{aws_sqs_queue.{_label(dead)}.arn}}",
         "maxReceiveCount": max_receive_count,
@@ -9043,6 +9370,8 @@ def _queue_resources(
         "max_message_size": _MAX_SQS_BYTES,  # else Terraform sets 256 KiB
         "tags": tags,
     }
+    if _is_fifo(queue):
+        dead_attributes |= _FIFO_ATTRIBUTES
     attributes = dead_attributes | {
         "name": queue,
         "message_retention_seconds": _RETENTION_S,
@@ -9101,6 +9430,7 @@ def _queue_change(sqs: SqsBroker, resource: _Resource) -> _Change | None:
     existing = _unless(_ABSENT, sqs.attributes, name, ["All"])
     attributes = _too_low(arn, existing or {}, resource.attributes)
     if existing is None:
+        attributes |= _fixed_attributes(resource)
         parameters = {
             "QueueName": name,
             "Attributes": attributes,
@@ -9115,6 +9445,20 @@ def _queue_change(sqs: SqsBroker, resource: _Resource) -> _Change | None:
     ]
     parameters = {"QueueUrl": sqs.url(name), "Attributes": attributes}
     return _Change(f"changed: {', '.join(changes)}", "set_queue_attributes", parameters)
+
+
+def _fixed_attributes(resource: _Resource) -> dict[str, str]:
+    """Return what is set of a queue when it is made, by SQS's names, and never after.
+
+    What makes it a FIFO queue can't be changed; the rest someone may have changed.
+    """
+    if "fifo_queue" not in resource.attributes:
+        return {}
+    return {
+        "FifoQueue": "true",
+        "DeduplicationScope": resource.attributes["deduplication_scope"],
+        "FifoThroughputLimit": resource.attributes["fifo_throughput_limit"],
+    }
 
 
 def _too_low(
@@ -9134,7 +9478,7 @@ def _too_low(
     if "redrive_policy" in wanted:
         least = json.loads(wanted["redrive_policy"])["maxReceiveCount"]
         policy = json.loads(existing.get("RedrivePolicy") or "{}")
-        policy.setdefault("deadLetterTargetArn", f"{arn}-DLQ")
+        policy.setdefault("deadLetterTargetArn", _dead_letter_name(arn))
         # The policy's number comes back as it was set: it may be a string.
         if int(policy.get("maxReceiveCount", 0)) < least:
             policy["maxReceiveCount"] = least
@@ -9216,7 +9560,7 @@ def _iam(resources: Iterable[_Resource]) -> dict[str, Any]:
     arns: dict[str, list[str]] = {}
     for resource in resources:
         service, _ = _PROVIDERS[resource.kind]
-        kind = "DLQ" if resource.name.endswith("-DLQ") else resource.kind
+        kind = "DLQ" if _is_dead_letter_queue(resource.name) else resource.kind
         arns.setdefault(kind, []).append(_brokers.get(service).arn(resource.name))
     policies: dict[str, Any] = {}
     for role, kind, actions in _GRANTS:
@@ -9400,7 +9744,7 @@ def _check_attributes(broker: SqsBroker, queue: str, dead: str) -> Iterator[_Fin
     names = ["MessageRetentionPeriod", "MaximumMessageSize"]
     ours = broker.attributes(queue, names)
     theirs = _unless(_ABSENT, broker.attributes, dead, names)
-    is_provisioned = dead == f"{queue}-DLQ"
+    is_provisioned = dead == _dead_letter_name(queue)
     if theirs is None:
         other = "make it, or correct the RedrivePolicy"
         remedy = _PROVISION if is_provisioned else other
@@ -10117,6 +10461,12 @@ def _exit_overdue(ledger: Ledger) -> None:
         default=0,
         metavar="S",
     ),
+    _option(
+        "--group",
+        "its message group: a tenant, or an order of a FIFO queue (default: the"
+        " task's)",
+        metavar="KEY",
+    ),
     _MODULE,
 )
 def _dispatch(arguments: Any) -> None:
@@ -10130,6 +10480,8 @@ def _dispatch(arguments: Any) -> None:
     invocation = _task_named(arguments.task).with_headers(**dict(arguments.header))
     if arguments.priority:
         invocation = invocation.with_priority(Priority[arguments.priority])
+    if arguments.group is not None:
+        invocation = invocation.with_group(arguments.group)
     invocation = invocation.with_delay(arguments.delay)
     print(invocation.dispatch(*arguments.args, **arguments.kwargs))
 
