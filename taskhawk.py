@@ -9020,9 +9020,9 @@ class _Scan:
 
     def _say_what_waits(self, left: int) -> None:
         """Say that a FIFO queue withholds what follows the messages of a group."""
-        if self._hidden and _is_fifo(self._source):
+        if self._hidden and _is_fifo(self.source):
             text = "about %d more wait in %s behind these, in the same groups"
-            self.say(text, left, self._source)
+            self.say(text, left, self.source)
 
     def total(self) -> int:
         """Count the dead letters that are visible; SQS does so approximately."""
