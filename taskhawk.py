@@ -62,14 +62,14 @@ A message that a worker holds; the :class:`Ledger` counts what each becomes::
         '--> released                                    never started, visible at once
 
 What to read for each promise, and how many statements that is
-    1 (311): publish, _send_one, _accepted, _send_all_ready, _partial_failure,
+    1 (323): publish, _send_one, _accepted, _send_all_ready, _partial_failure,
         _send_all, _in_batches, _one_round, SqliteBroker.send, SqliteBroker._claim,
         SqliteBroker.delete, _SqliteFile.change, _use_write_ahead_log,
         _AwsSender._batch, SqsBroker.send, SqsBroker.delete, process, _verdict, _wanted,
-        _Slot._run, Worker.settle, _carry_out, _postpone, Worker._close, _dead_letter,
-        _send_copy, _Held.move, _Holdings.finish, _Holdings.release, _Holdings._decide,
-        _Calls.answered, _Calls._deleted, _Calls._delayed, _Calls._try_later,
-        _Holdings.doubt, _Holdings.close, _Holdings.end
+        _delay_s, _ask, _Slot._run, Worker.settle, _carry_out, _postpone, Worker._close,
+        _dead_letter, _send_copy, _Held.move, _Holdings.finish, _Holdings.release,
+        _Holdings._decide, _Calls.answered, _Calls._deleted, _Calls._delayed,
+        _Calls._try_later, _Holdings.doubt, _Holdings.close, _Holdings.end
     2 (285): SqliteBroker.receive, SqliteBroker._claim, SqliteBroker.change_visibility,
         SqsBroker.receive, _find_lease, _Poller._receive, _Course.take,
         _Course._release_if_stuck, _Call, _Leases, _Holdings.take, _Holdings.start,
@@ -77,15 +77,15 @@ What to read for each promise, and how many statements that is
         _Holdings.expire, _Holdings.lose, _Calls.next, _Calls.answered,
         _Calls._extended, _Calls._deleted, _Keeper._look, _Keeper._make, _Slot._run,
         _Slot._process, Worker._give_up, _Child.kill
-    3 (110): _decode, _parse, Message.__init__, _validate, _fits, _find_task,
+    3 (111): _decode, _parse, Message.__init__, _validate, _fits, _find_task,
         Task.find_by_name, Task.call, _register, _import, _import_path, _parse_line,
         _to_outcome, _import_tasks
-    4 (109): process, _run, _decode, _parse, _failed, _verdict, _is_invalid,
-        _text_of_invalid, _Slot._run, Worker.settle
-    5 (210): _run, _failed, _sentence, _what_follows, _name_of, _reason, _in_one_line,
-        _facts, _extra_of, _text_of_invalid, _shown, _mismatch, _too_large,
-        _Holdings.warn, _Keeper._tell, _Faults, _error_code, _error_details, _explained,
-        _explanation, _find_remedy, _Source.read, _call_safely, _log_again
+    4 (114): process, _run, _decode, _parse, _failed, _log_failed, _verdict,
+        _is_invalid, _text_of_invalid, _Slot._run, Worker.settle
+    5 (214): _run, _failed, _log_failed, _sentence, _what_follows, _name_of, _reason,
+        _in_one_line, _facts, _extra_of, _text_of_invalid, _shown, _mismatch,
+        _too_large, _Holdings.warn, _Keeper._tell, _Faults, _error_code, _error_details,
+        _explained, _explanation, _find_remedy, _Source.read, _call_safely, _log_again
     6 (217): _Course.wait_for_room, _Course._find_room, _Poller.work, _Poller._try,
         _Poller._receive, _pause_s, _Holdings._decide, _Ends, _Calls.next,
         _Calls._due_at, _Calls._patience_s, _Calls._extended, _Leases, _Keeper._wait,
@@ -3730,43 +3730,107 @@ def extend_visibility_timeout(
     _insist(broker.change_visibility, queue, (receipt, visibility_timeout_s))
 
 
+_LOOP_END_S = 5  # for what coroutines left behind to end, once it is cancelled
+
+
 class _EventLoop:
-    """The event loop of a worker's thread, made for its first coroutine."""
+    """The event loop for a worker's coroutines, in a thread of its own.
+
+    Each thread of the worker hands over the coroutine of its message, and waits for it:
+    hooks, Django's connections and contexts stay the thread's own. The loop is made for
+    the first coroutine, and ends when no thread uses it any more.
+    """
 
     def __init__(self) -> None:
-        self._runner: Any = None
+        self._lock = threading.Lock()  # guards what follows
+        self._users = 0  # threads that may run coroutines here
+        self._serving: tuple[Any, threading.Event, threading.Thread] | None = None
+
+    @contextlib.contextmanager
+    def in_this_thread(self) -> Iterator[None]:
+        """Run the coroutines of this thread's messages here, inside the block."""
+        outer = getattr(_thread, "event_loop", None)  # where a task runs a worker
+        _thread.event_loop = self
+        with self._lock:
+            self._users += 1
+        try:
+            yield
+        finally:
+            _thread.event_loop = outer
+            self._leave()
 
     def run(self, coroutine: Any) -> None:
-        """Run a coroutine to its end, in a copy of the context."""
+        """Run a coroutine to its end, in a copy of this thread's context."""
         import asyncio
 
-        if self._runner is None:
-            self._runner = asyncio.Runner()
-        self._runner.run(coroutine, context=contextvars.copy_context())
+        loop = self._get()
+        running = asyncio.run_coroutine_threadsafe(_caught(coroutine), loop)
+        try:
+            error = running.result()
+        except BaseException:  # Control-C, or the exit of a signal handler
+            running.cancel()
+            raise
+        if error is None:
+            return
+        try:
+            raise error
+        finally:
+            del error  # else it is in a cycle with this frame
 
-    def close(self) -> None:
-        """Cancel what coroutines left running, and close the loop."""
-        if self._runner is not None:
-            self._runner.close()
+    def _get(self) -> Any:
+        """Return the loop, which may have to be made."""
+        with self._lock:
+            if self._serving is None:
+                loop, end = _new_event_loop(), threading.Event()
+                thread = threading.Thread(
+                    target=self._serve, args=(loop, end), daemon=True
+                )
+                thread.start()
+                self._serving = loop, end, thread
+            return self._serving[0]
+
+    @staticmethod
+    def _serve(loop: Any, end: threading.Event) -> None:
+        """Run what is handed over; the body of a thread."""
+        import asyncio
+
+        asyncio.set_event_loop(loop)
+        # At the end, it cancels what coroutines left running.
+        with asyncio.Runner(loop_factory=lambda: loop) as runner:
+            runner.get_loop()
+            while not end.is_set():
+                # An asyncio task that raises them stops the loop, for all other runs.
+                with contextlib.suppress(SystemExit, KeyboardInterrupt):
+                    loop.run_forever()
+
+    def _leave(self) -> None:
+        """Note that a thread runs no more coroutines; after the last, end the loop."""
+        with self._lock:
+            self._users -= 1
+            if self._users or self._serving is None:
+                return
+            loop, end, thread = self._serving
+            self._serving = None
+        end.set()
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(_LOOP_END_S)
+        if thread.is_alive():
+            _log.warning("something that a coroutine began does not end: left to run")
 
 
 _thread = threading.local()  # `event_loop`: that of the worker whose thread this is
 
 
-@contextlib.contextmanager
-def _one_event_loop() -> Iterator[None]:
-    """Run all coroutines of this thread on one event loop, inside the block."""
-    outer = getattr(_thread, "event_loop", None)  # where a task runs a worker
-    _thread.event_loop = event_loop = _EventLoop()
-    try:
-        yield
-    finally:
-        _thread.event_loop = outer
-        event_loop.close()
+def _forget_event_loop() -> None:
+    """Leave the loop to the parent of a forked process, which has no such thread."""
+    _thread.event_loop = None
+
+
+os.register_at_fork(after_in_child=_forget_event_loop)
 
 
 def _run_coroutine(coroutine: Any) -> None:
-    """Run a coroutine to its end: on the event loop of this thread, if it keeps one."""
+    """Run a coroutine to its end: on the loop of a worker, if this is its thread."""
     import asyncio
     from concurrent.futures import ThreadPoolExecutor
 
@@ -3775,26 +3839,71 @@ def _run_coroutine(coroutine: Any) -> None:
         # Sync mode in an application's own event loop, which is busy until we return.
         context = contextvars.copy_context()
         with ThreadPoolExecutor(1) as pool:
-            pool.submit(context.run, asyncio.run, coroutine).result()
+            pool.submit(context.run, _run_alone, coroutine).result()
     elif event_loop is not None:
         event_loop.run(coroutine)
     else:
-        asyncio.run(coroutine)
+        _run_alone(coroutine)
+
+
+def _run_alone(coroutine: Any) -> None:
+    """Run a coroutine on a loop that is made for it, as asyncio.run() does."""
+    import asyncio
+
+    with asyncio.Runner(loop_factory=_new_event_loop) as runner:
+        runner.run(coroutine)
+
+
+async def _caught(coroutine: Any) -> BaseException | None:
+    """Await a coroutine, and return its error: SystemExit would stop the loop."""
+    process = os.getpid()
+    try:
+        await coroutine
+    except BaseException as error:
+        return error
+    finally:
+        if os.getpid() != process:
+            # A process that the coroutine forked came back from it: see _Slot.
+            os._exit(0)  # pragma: no cover - the process is gone
+    return None
+
+
+def _new_event_loop() -> Any:
+    """Return an event loop of asyncio's policy that notes who begins asyncio tasks."""
+    import asyncio
+
+    loop = asyncio.new_event_loop()
+    loop.set_task_factory(_make_asyncio_task)
+    return loop
+
+
+def _make_asyncio_task(loop: Any, coroutine: Any, **options: Any) -> Any:
+    """Make an asyncio task, and note it for the run that began it."""
+    import asyncio
+
+    made = asyncio.Task(coroutine, loop=loop, **options)
+    begun = _begun.get()
+    if begun is not None:
+        begun.add(made)
+    return made
+
+
+# The asyncio tasks that this run began, and those that they began.
+_begun = contextvars.ContextVar[Any]("begun", default=None)
 
 
 async def _awaited(awaitable: Any, name: str) -> None:
     """Await what a task returned, and log which asyncio tasks its run leaves behind.
 
     A client's connection may need them, so they are not cancelled here. They go on
-    whenever this event loop runs, in other tasks' runs too, and end with it.
+    beside other runs of the worker, and end with it.
     """
-    import asyncio
-
-    before = asyncio.all_tasks()
+    begun: weakref.WeakSet[Any] = weakref.WeakSet()
+    _begun.set(begun)
     try:
         await awaitable
     finally:
-        left = asyncio.all_tasks() - before
+        left = [each for each in begun if not each.done()]
         if left:
             names = sorted(_qualname(each.get_coro()) for each in left)
             _log.warning(
@@ -4346,8 +4455,7 @@ def _prepare(message: Message) -> _Ready:
     attributes = _attributes_of(message.headers)
     entry = Outgoing(body, attributes, message.delay_s, message.group_id)
     sender = _brokers.sender()
-    destination = sender.destination(message.priority)
-    if _is_fifo(destination):
+    if _is_fifo(sender.destination(message.priority)):
         entry = _in_group(message, entry)
     if entry.delay_s > sender.max_delay_s and isinstance(sender, _AwsSender):
         sender = _brokers.get("schedule")
@@ -4358,7 +4466,7 @@ def _prepare(message: Message) -> _Ready:
         )
     if entry.size() > sender.max_bytes:
         raise _too_large(message, entry, sender.max_bytes)
-    return _Ready(message, sender, destination, entry)
+    return _Ready(message, sender, sender.destination(message.priority), entry)
 
 
 def _in_group(message: Message, entry: Outgoing) -> Outgoing:
@@ -5211,9 +5319,7 @@ def _can_be_copied(received: QueueMessage) -> bool:
 
 def _postpone_s(received: QueueMessage, error: BaseException) -> float:
     """Return for how long a message is postponed: no longer than its queue can."""
-    delay_s = _longest_delay_s(_leaves(error))
-    if delay_s is None:
-        delay_s = _POSTPONE_S
+    delay_s = max(_asked_delays_s(_leaves(error)), default=_POSTPONE_S)
     most_s: float = _MAX_HELD_S  # in a child whose worker has the queue in its memory
     if received.broker is not None:
         most_s = received.broker.max_delay_s
@@ -5224,7 +5330,7 @@ def _wanted(received: QueueMessage, error: BaseException) -> Outcome:
     """Decide as if the queue allowed any number of receives."""
     leaves = list(_leaves(error))
     if received.message is None:  # no policy gives up what was never started
-        return Outcome(Fate.retry, error, _asked_delay_s(leaves))
+        return Outcome(Fate.retry, error, _longest_s(_asked_delays_s(leaves)))
     task = received.message.task
     if not all(_may_retry(task, leaf) for leaf in leaves):
         return Outcome(Fate.dead_letter, error)
@@ -5246,19 +5352,24 @@ def _delay_s(
     :raises StopRetry: if the retries are used up
     :raises Exception: if a policy fails
     """
+    delays_s = _asked_delays_s(leaves)
     asked = [leaf for leaf in leaves if isinstance(leaf, RetryException)]
     # A subclass that does not call our __init__ may have set anything.
     policies = [leaf.retry for leaf in asked if callable(leaf.retry)]
-    delays_s = [_ask(policy, task, attempt) for policy in policies]
-    asked_s = _asked_delay_s(leaves)
-    if asked_s is not None:
-        delays_s.append(asked_s)
-    if delays_s:
-        return max(delays_s)
-    own = _policy_of(task)
-    if own is None:
+    if not (delays_s or policies):
+        own = _policy_of(task)
+        if own is None:
+            return None
+        policies = [own]
+    delays_s += [_ask(policy, task, attempt) for policy in policies]
+    return _longest_s(delays_s)
+
+
+def _longest_s(delays_s: Sequence[float]) -> float | None:
+    """Return the longest delay, cut to what SQS allows, or None if there is none."""
+    if not delays_s:
         return None
-    return _ask(own, task, attempt)
+    return min(max(delays_s), _MAX_HELD_S)
 
 
 def _policy_of(task: Task[Any, Any]) -> Callable[[int], float] | None:
@@ -5270,28 +5381,20 @@ def _policy_of(task: Task[Any, Any]) -> Callable[[int], float] | None:
 
 
 def _ask(policy: Callable[[int], float], task: Task[Any, Any], attempt: int) -> float:
-    """Return the delay that a retry policy gives, cut to what SQS allows."""
+    """Return the delay that a retry policy gives."""
     delay_s = policy(attempt)
     if not _is_delay(delay_s):
         raise ConfigurationError(
             f"{task.name}: retry: expected 0 or more seconds, got {delay_s!r}"
         )
-    return min(delay_s, _MAX_HELD_S)
+    return delay_s
 
 
-def _asked_delay_s(leaves: Iterable[BaseException]) -> float | None:
-    """Return the longest delay that one asks for, as far as SQS can, or None."""
-    longest_s = _longest_delay_s(leaves)
-    if longest_s is None:
-        return None
-    return min(longest_s, _MAX_HELD_S)
-
-
-def _longest_delay_s(leaves: Iterable[BaseException]) -> float | None:
-    """Return the longest delay that a RetryException names, or None."""
+def _asked_delays_s(leaves: Iterable[BaseException]) -> list[float]:
+    """Return the delays that RetryExceptions ask for."""
     asked = [leaf.delay_seconds for leaf in leaves if isinstance(leaf, RetryException)]
     # A subclass that does not call our __init__ may have set anything.
-    return max(filter(_is_delay, asked), default=None)
+    return [*filter(_is_delay, asked)]
 
 
 def _may_retry(task: Task[Any, Any], error: BaseException) -> bool:
@@ -6713,6 +6816,7 @@ class _Slot:
     """Runs one message after another, in its thread or in its child.
 
     :param settle: called with each message and the outcome of its run
+    :param event_loop: the worker's, for its coroutines
     :param is_isolated: whether its child runs all messages
     """
 
@@ -6721,16 +6825,17 @@ class _Slot:
         course: _Course,
         child: _Child,
         settle: Callable[[_Held, Outcome], None],
+        event_loop: _EventLoop,
         *,
         is_isolated: bool,
     ) -> None:
-        self.child = child
+        self.child, self._event_loop = child, event_loop
         self._course, self._settle = course, settle
         self._is_isolated = is_isolated
 
     def work(self) -> None:
         """Run messages until there are no more; the body of a thread."""
-        with _one_event_loop():
+        with self._event_loop.in_this_thread():
             try:
                 if self._is_isolated:
                     self._start_child()
@@ -6960,12 +7065,14 @@ class Worker:
         self._keeping = [
             _make_thread(self._course, self._keeper.run) for _ in range(_MAX_CALLS)
         ]
+        event_loop = _EventLoop()
         self.overdue = threading.Event()  #: set once the grace is over
         self._slots = [
             _Slot(
                 self._course,
                 _Child(start, self.max_tasks_per_child, self.overdue),
                 self.settle,
+                event_loop,
                 is_isolated=is_isolated,
             )
             for _ in range(self.concurrency)
@@ -7871,7 +7978,7 @@ class _Report(logging.StreamHandler[typing.TextIO]):
         self.stream = sys.stderr
 
 
-@_one_event_loop()
+@_EventLoop().in_this_thread()
 def _serve_worker(argv: Sequence[str]) -> int:
     """Run messages for a slot of a worker, which started this process.
 

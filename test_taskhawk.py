@@ -51,6 +51,7 @@ import types
 import urllib.parse
 import urllib.request
 import uuid
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
@@ -1045,9 +1046,9 @@ HOUSE_PROMISES = {
     1: """publish _send_one _accepted _send_all_ready _partial_failure _send_all
         _in_batches _one_round SqliteBroker.send SqliteBroker._claim SqliteBroker.delete
         _SqliteFile.change _use_write_ahead_log _AwsSender._batch SqsBroker.send
-        SqsBroker.delete process _verdict _wanted _delay_s _ask
-        _Slot._run Worker.settle _carry_out
-        _postpone Worker._close _dead_letter _send_copy _Held.move _Holdings.finish
+        SqsBroker.delete process _verdict _wanted _delay_s _ask _Slot._run Worker.settle
+        _carry_out _postpone Worker._close _dead_letter _send_copy _Held.move
+        _Holdings.finish
         _Holdings.release _Holdings._decide _Calls.answered _Calls._deleted
         _Calls._delayed _Calls._try_later _Holdings.doubt _Holdings.close
         _Holdings.end""",
@@ -7872,6 +7873,7 @@ class TestProcessing:
             (taskhawk.StopRetry(), 1, FAILS, LEFT),
             (SystemExit(), 1, FAILS, LEFT),
             (later(delay_seconds=90), 1, ASKED, DELAY.format(90)),
+            (later(delay_seconds=172800), 1, ASKED, IN_12_HOURS),
         ],
     )
     def test_pre_hook_that_fails(self, error, attempt, how, then, caplog):
@@ -10990,6 +10992,289 @@ class TestWorker:
         assert worker_shared.depth(queue) == (0, 0, 0)
 
 
+async def cor_eventually(condition: Callable[[], Any]) -> None:
+    """Wait until the condition holds."""
+    async with asyncio.timeout(WORKER_PATIENCE_S):
+        while not condition():  # noqa: ASYNC110 - another thread may make it hold
+            await asyncio.sleep(0.001)
+
+
+async def cor_raise(error: BaseException) -> None:
+    """Raise it after a while."""
+    await asyncio.sleep(0)
+    raise error
+
+
+async def cor_group() -> None:
+    """Fail in two asyncio tasks, which ask for different delays."""
+    async with asyncio.TaskGroup() as tasks:
+        for delay_s in (7, 70):
+            retry = taskhawk.RetryException(delay_seconds=delay_s)
+            tasks.create_task(cor_raise(retry))
+
+
+async def cor_exit() -> None:
+    """Exit in an asyncio task that is awaited."""
+    await asyncio.create_task(cor_raise(SystemExit("of a task")))
+
+
+class TestCoroutines:
+    """All coroutines of a worker run on one event loop, and each as any other task."""
+
+    @pytest.fixture
+    def act(self, worker_act):
+        """Return a coroutine task that does what WORKER_ACTS says."""
+
+        @taskhawk.task(name="work.act_async", never_retry_on=(KeyError,))
+        async def act(name: str) -> None:
+            await WORKER_ACTS[name]()
+
+        return act
+
+    def test_at_the_same_time(self, worker_broker, act):
+        """They run at the same time, as many as there are slots, and share clients."""
+        made: list[Any] = []
+
+        async def meet() -> None:
+            if not made:
+                made.append(asyncio.Barrier(3))
+            async with asyncio.timeout(WORKER_PATIENCE_S):
+                await made[0].wait()
+            made.append(asyncio.get_running_loop())
+
+        WORKER_ACTS["meet"] = meet
+        worker_broker.put(act, *[("meet",)] * 6)
+        ledger = worker_broker.work(concurrency=3, num_messages=10)
+        assert ledger == taskhawk.Ledger(received=6, acked=6)
+        _, *loops = made
+        assert (len(loops), len({*loops})) == (6, 1)
+        assert loops[0].is_closed()
+
+    @pytest.mark.parametrize(
+        ("run", "ledger", "delay_s"),
+        [
+            (functools.partial(asyncio.sleep, 0), {"acked": 1}, None),
+            (lambda: cor_raise(ValueError()), {"retried": 1}, None),
+            (lambda: cor_raise(KeyError()), {"dead_lettered": 1}, None),
+            (lambda: cor_raise(SystemExit()), {"retried": 1}, None),
+            (lambda: cor_raise(KeyboardInterrupt()), {}, None),
+            (lambda: cor_raise(asyncio.CancelledError()), {"retried": 1}, None),
+            (lambda: cor_raise(taskhawk.IgnoreException()), {"acked": 1}, None),
+            (cor_group, {"retried": 1}, 70),
+            (cor_exit, {"retried": 1}, None),
+        ],
+        ids=[
+            "returns",
+            "fails",
+            "never",
+            "exits",
+            "ends",
+            "cancelled",
+            "ignored",
+            "group",
+            "exits_aside",
+        ],
+    )
+    def test_ends(self, worker_broker, act, run, ledger, delay_s):
+        """A coroutine ends as any run does, while others go on."""
+        other = []
+
+        async def wait() -> None:
+            other.append(asyncio.Event())
+            await other[0].wait()
+            await asyncio.sleep(0.01)
+
+        async def end() -> None:
+            await cor_eventually(lambda: other)
+            try:
+                await run()
+            finally:
+                other[0].set()
+
+        WORKER_ACTS.update({"wait": wait, "end": end})
+        worker_broker.faults |= LAST if "dead_lettered" in ledger else {}
+        worker_broker.put(act, ("wait",), ("end",))
+        options = {"concurrency": 2, "num_messages": 2, "loop_count": 1}
+        if not ledger:  # Control-C ends the worker
+            with pytest.raises(KeyboardInterrupt):
+                worker_broker.work(**options)
+            return
+        found = worker_broker.work(**options)
+        expected = taskhawk.Ledger(received=2, **ledger)
+        expected.acked += 1
+        assert found == expected
+        delays = [batch for _, batch in worker_broker.made("change_visibility")]
+        assert [s for batch in delays for _, s in batch] == [delay_s] * bool(delay_s)
+
+    def test_context(self, worker_broker, act):
+        """Each runs in its own message's context, with what its hook has set there."""
+        number = contextvars.ContextVar("number", default=0)
+        counter, seen = itertools.count(1), []
+
+        async def look() -> None:
+            before, metadata = number.get(), taskhawk.current_task()
+            await asyncio.sleep(0.01)
+            seen.append((before, number.get(), metadata is taskhawk.current_task()))
+            number.set(-1)
+
+        WORKER_ACTS["look"] = look
+        taskhawk.configure(
+            TASKHAWK_PRE_PROCESS_HOOK=lambda **_: number.set(next(counter))
+        )
+        worker_broker.put(act, *[("look",)] * 4)
+        worker_broker.work(concurrency=2, num_messages=2)
+        assert sorted(seen) == [(n, n, True) for n in range(1, 5)]
+
+    def test_left_behind(self, worker_broker, act, caplog):
+        """What a run leaves is named for that run alone, and cancelled at the end."""
+        ended, begun = [], []
+
+        async def linger() -> None:
+            try:
+                await asyncio.sleep(WORKER_PATIENCE_S)
+            finally:
+                ended.append(1)
+
+        async def leave() -> None:
+            begun.append(asyncio.create_task(linger()))
+            await asyncio.sleep(0)
+
+        async def watch() -> None:
+            await cor_eventually(lambda: begun)
+
+        WORKER_ACTS.update({"leave": leave, "watch": watch})
+        worker_broker.put(act, ("watch",), ("leave",))
+        worker_broker.work(concurrency=2, num_messages=2)
+        text = (
+            "work.act_async ended while asyncio tasks that it began were still running"
+        )
+        name = "TestCoroutines.test_left_behind.<locals>.linger"
+        assert worker_logs(caplog) == [f"{text}: {name}"]
+        assert ended == [1]
+
+    def test_end_is_bounded(self, worker_broker, act, caplog, monkeypatch):
+        """The worker ends though a thread that a coroutine began does not."""
+        monkeypatch.setattr(taskhawk, "_LOOP_END_S", 0.05)
+        release = threading.Event()
+
+        async def leave() -> None:
+            asyncio.get_running_loop().run_in_executor(None, release.wait)
+
+        WORKER_ACTS["leave"] = leave
+        worker_broker.put(act, ("leave",))
+        assert worker_broker.work().acked == 1
+        release.set()
+        text = "something that a coroutine began does not end: left to run"
+        assert worker_logs(caplog) == [text]
+
+    def test_interrupted(self, worker_broker, act):
+        """The exit of a signal handler in the thread that waits cancels the coroutine."""
+        ended = []
+
+        async def wait() -> None:
+            try:
+                os.kill(os.getpid(), signal.SIGUSR1)
+                await asyncio.sleep(WORKER_PATIENCE_S)
+            finally:
+                ended.append(1)
+
+        WORKER_ACTS["wait"] = wait
+        worker_broker.put(act, ("wait",))
+        before = signal.signal(signal.SIGUSR1, lambda *_: sys.exit("told to"))
+        try:
+            with pytest.raises(SystemExit, match=r"^told to$"):
+                worker_broker.work()
+        finally:
+            signal.signal(signal.SIGUSR1, before)
+        assert ended == [1]
+
+    def test_no_loop(self, worker_broker, act, caplog, monkeypatch):
+        """A loop that can't be made fails the run, and the next one has it."""
+        caplog.set_level(logging.CRITICAL)  # a record would keep the coroutine
+        made = asyncio.new_event_loop
+
+        def fail_once() -> Any:
+            monkeypatch.setattr(asyncio, "new_event_loop", made)
+            raise OSError("too many open files")
+
+        WORKER_ACTS["nothing"] = functools.partial(asyncio.sleep, 0)
+        monkeypatch.setattr(asyncio, "new_event_loop", fail_once)
+        worker_broker.put(act, ("nothing",), ("nothing",))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "coroutine .* was never awaited")
+            ledger = worker_broker.work(loop_count=2)
+            gc.collect()
+        assert ledger == taskhawk.Ledger(received=2, acked=1, retried=1)
+
+    def test_forked(self, worker_broker, act, worker_act):
+        """A process that a task forks runs coroutines on its own; none comes back."""
+        codes = []
+
+        def fork() -> None:
+            if forked := os.fork():
+                codes.append(os.waitpid(forked, 0)[1])
+                return
+            taskhawk._run_coroutine(asyncio.sleep(0))
+            os._exit(7)
+
+        async def come_back() -> None:
+            if forked := os.fork():
+                codes.append(os.waitpid(forked, 0)[1])  # noqa: ASYNC222
+
+        WORKER_ACTS.update({"fork": fork, "come_back": come_back})
+        WORKER_ACTS["nothing"] = functools.partial(asyncio.sleep, 0)
+        worker_broker.put(act, ("nothing",))
+        worker_broker.put(worker_act, ("fork",))
+        worker_broker.put(act, ("come_back",))
+        assert worker_broker.work(num_messages=3).acked == 3
+        assert codes == [7 << 8, 0]
+
+    def test_lease_lost(self, worker_broker, act, worker_clock):
+        """A coroutine sees that its lease was lost."""
+
+        async def wait() -> None:
+            worker_clock.now += 31
+            await cor_eventually(lambda: taskhawk.current_task().lease_lost)
+
+        WORKER_ACTS["wait"] = wait
+        worker_broker.put(act, ("wait",))
+        ledger = worker_broker.work(loop_count=1, clock=worker_clock)
+        assert ledger.received == 1
+
+    def test_grace(self, worker_broker, act, caplog):
+        """A coroutine is waited for when the worker stops, until the grace is over."""
+        stop, release, ended = threading.Event(), threading.Event(), []
+
+        async def hang() -> None:
+            stop.set()
+            await cor_eventually(release.is_set)
+            ended.append(1)
+
+        async def stopped() -> None:
+            await cor_eventually(stop.is_set)
+
+        def work_in_thread() -> taskhawk.Ledger:
+            return worker_broker.work(
+                until_empty=False,
+                num_messages=2,
+                concurrency=2,
+                grace_s=0.1,
+                shutdown_event=stop,
+            )
+
+        WORKER_ACTS.update({"stopped": stopped, "hang": hang})
+        worker_broker.put(act, ("stopped",), ("hang",))
+        name = "work.act_async ID (message ID)"
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            running = pool.submit(work_in_thread)
+            text = f"the grace is over, and {name} still runs"
+            worker_eventually(lambda: text in worker_logs(caplog))
+            release.set()
+            ledger = running.result()
+        assert ledger.received == 2
+        worker_eventually(lambda: ended)
+
+
 class TestPostponedCopies:
     """What is postponed is copied to its own queue, and counts no attempt."""
 
@@ -11500,9 +11785,9 @@ def fork(how):
 def ask(how):
     raise {
         "retry": taskhawk.RetryException("not yet", delay_seconds=5),
+        "postpone": taskhawk.PostponeException("not now", delay_seconds=0),
         "policy": taskhawk.RetryException(retry=IN_7_S, log_error=False),
         "give up": taskhawk.RetryException("so", retry=NEVER, log_error=False),
-        "postpone": taskhawk.PostponeException("not now", delay_seconds=0),
         "ignore": taskhawk.IgnoreException("no need"),
         "log": taskhawk.LoggingException("it failed", extra={"order": 7}),
         "error": KeyError("lost"),
@@ -11910,9 +12195,9 @@ class TestIsolation:
         ("how", "done", "level", "text"),
         [
             ("retry", "retried", "INFO", "runs again in 5 s: not yet"),
+            ("postpone", "postponed", "DEBUG", "runs again in 0 s: not now"),
             ("policy", "retried", "INFO", "asked to be retried and runs again in 7 s"),
             ("give up", "dead_lettered", "WARNING", "retried and is given up: so"),
-            ("postpone", "postponed", "DEBUG", "runs again in 0 s: not now"),
             ("ignore", "acked", "INFO", "ignored: no need"),
             ("log", "retried", "ERROR", "it failed"),
             ("error", "retried", "ERROR", "failed and is left to the queue"),
