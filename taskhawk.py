@@ -62,7 +62,7 @@ A message that a worker holds; the :class:`Ledger` counts what each becomes::
         '--> released                                    never started, visible at once
 
 What to read for each promise, and how many statements that is
-    1 (324): publish, _send_one, _accepted, _send_all_ready, _partial_failure,
+    1 (323): publish, _send_one, _accepted, _send_all_ready, _partial_failure,
         _send_all, _in_batches, _one_round, SqliteBroker.send, SqliteBroker._claim,
         SqliteBroker.delete, _SqliteFile.change, _use_write_ahead_log,
         _AwsSender._batch, SqsBroker.send, SqsBroker.delete, process, _verdict, _wanted,
@@ -4041,14 +4041,16 @@ _more_options: dict[str, Callable[[Task[Any, Any], Any], object]] = {}
 class _MoreOptions(typing.TypedDict, total=False):
     """The options of :func:`task` that later parts add, for type checkers.
 
-<<<<<<< HEAD
-    `group`: the argument whose value is the message group, or a function that returns
-    it, which is called as the task is; None is no group.
-
-    `once`: run a message, or one with these arguments, to its end once; that is
-    remembered for `keep_s` seconds, by default a day. `unique`: ignore a message if a
-    run with the same arguments, or with these the same, started after it was sent.
-    `limit`: how many may run at once, or start in a time: see :func:`limit`.
+    :ivar group: the argument whose value is the message group, or a function that
+        returns it, which is called as the task is; None is no group
+    :ivar once: run a message, or one with these arguments, to its end once
+    :ivar keep_s: for how many seconds that is remembered, by default a day
+    :ivar unique: ignore a message if a run with the same arguments, or with these the
+        same, started after it was sent
+    :ivar limit: how many may run at once, or start in a time: see :func:`limit`
+    :ivar schedule: queues a run without arguments again and again:
+        ``'rate(5 minutes)'``, ``'cron(0 9 ? * MON-FRI *)'`` or a timedelta of minutes
+    :ivar timezone: of the schedule, such as ``'Europe/Berlin'``; UTC without it
     """
 
     group: str | Callable[..., str | int | None] | None
@@ -4056,18 +4058,8 @@ class _MoreOptions(typing.TypedDict, total=False):
     keep_s: float
     unique: bool | tuple[str, ...]
     limit: Any
-=======
-    :ivar group: the argument whose value is the message group, or a function that
-        returns it, which is called as the task is; None is no group
-    :ivar schedule: queues a run without arguments again and again:
-        ``'rate(5 minutes)'``, ``'cron(0 9 ? * MON-FRI *)'`` or a timedelta of minutes
-    :ivar timezone: of the schedule, such as ``'Europe/Berlin'``; UTC without it
-    """
-
-    group: str | Callable[..., str | int | None] | None
     schedule: str | timedelta
     timezone: str
->>>>>>> h-s
 
 
 @typing.overload
@@ -5514,8 +5506,7 @@ def _wanted(received: QueueMessage, error: BaseException) -> Outcome:
     """Decide as if the queue allowed any number of receives."""
     leaves = list(_leaves(error))
     if received.message is None:  # no policy gives up what was never started
-        asked_s = max(_asked_delays_s(leaves), default=None)
-        return Outcome(Fate.retry, error, asked_s)
+        return Outcome(Fate.retry, error, _longest_s(_asked_delays_s(leaves)))
     task = received.message.task
     if not all(_may_retry(task, leaf) for leaf in leaves):
         return Outcome(Fate.dead_letter, error)
@@ -5547,6 +5538,13 @@ def _delay_s(
             return None
         policies = [own]
     delays_s += [_ask_policy(policy, task, attempt) for policy in policies]
+    return _longest_s(delays_s)
+
+
+def _longest_s(delays_s: Sequence[float]) -> float | None:
+    """Return the longest delay, cut to what SQS allows, or None if there is none."""
+    if not delays_s:
+        return None
     return min(max(delays_s), _MAX_HELD_S)
 
 
@@ -7701,21 +7699,18 @@ def _make_thread(course: _Course, work: Callable[[], object]) -> threading.Threa
     return threading.Thread(target=guard, daemon=True)
 
 
-<<<<<<< HEAD
 class _Event(typing.Protocol):
     """What tells a worker to stop: threading's and asyncio's events are such."""
 
     def is_set(self) -> bool: ...
 
 
-=======
 # What later parts run beside each worker. Each is called before the first receive, with
 # the worker and the event that is set once it stops, and returns what a thread is to run
 # until then, or None.
 _beside_workers: list[
     Callable[[Worker, threading.Event], Callable[[], object] | None]
 ] = []
->>>>>>> h-s
 
 
 @dataclasses.dataclass(eq=False, repr=False)

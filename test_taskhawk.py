@@ -8236,6 +8236,7 @@ class TestProcessing:
             (taskhawk.StopRetry(), 1, FAILS, LEFT),
             (SystemExit(), 1, FAILS, LEFT),
             (later(delay_seconds=90), 1, ASKED, DELAY.format(90)),
+            (later(delay_seconds=172800), 1, ASKED, IN_12_HOURS),
         ],
     )
     def test_pre_hook_that_fails(self, error, attempt, how, then, caplog):
@@ -8381,6 +8382,7 @@ class TestProcessing:
             (raising(Ignored("no")), {}, 1, "ignored"),
             (raising(ValueError("no")), {}, 1, "retry"),
             (raising(later(5)), {}, 1, "retry"),
+            (raising(taskhawk.PostponeException(5)), {}, 1, "postpone"),
             (raising(ValueError("no")), {}, 10, "dead_letter"),
             (nothing, {"TASKHAWK_PRE_PROCESS_HOOK": raising(OSError())}, 1, "retry"),
             (nothing, {"TASKHAWK_POST_PROCESS_HOOK": raising(OSError())}, 1, "retry"),
@@ -18257,7 +18259,7 @@ logging.config.dictConfig({{
         assert last == "taskhawk: Django can't be set up: division by zero"
 
 
-EMF_COUNTS = ("Received", "Acked", "Retried", "DeadLettered", "Released", "Uncertain")
+EMF_COUNTS = ("Received", "Acked", "Retried", "DeadLettered", "Postponed")
 
 
 def emf_lines(text: str) -> list[dict[str, Any]]:
@@ -18309,8 +18311,8 @@ class TestMetrics:
         first, second = emf_lines(capsys.readouterr().out)
         assert first["queue"] == WORKER_QUEUE
         assert second["queue"] == f"{WORKER_QUEUE}-BULK"
-        assert [first[name] for name in EMF_COUNTS] == [4, 3, 0, 1, 0, 0]
-        assert [second[name] for name in EMF_COUNTS] == [1, 1, 0, 0, 0, 0]
+        assert [first[name] for name in EMF_COUNTS] == [4, 3, 0, 1, 0]
+        assert [second[name] for name in EMF_COUNTS] == [1, 1, 0, 0, 0]
         assert (len(first["RunDuration"]), len(second["RunDuration"])) == (4, 1)
         assert first["OldestRunAge"] == first["LeasesLost"] == 0
         assert ledger.received == 5
