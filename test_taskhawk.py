@@ -17,6 +17,7 @@ import dataclasses
 import datetime as dt
 import functools
 import gc
+import hashlib
 import html
 import http.client
 import http.server
@@ -51,6 +52,7 @@ import types
 import urllib.parse
 import urllib.request
 import uuid
+import venv
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -273,8 +275,8 @@ DENIED = "access denied: the IAM policy of these credentials does not allow {}"
 
 def configure_aws(endpoint: str, queue: str | None = None, **values: Any) -> None:
     """Configure what a server that stands in for AWS needs, and more."""
-    names = ("AWS_ENDPOINT_SCHEDULER", "AWS_ENDPOINT_SNS", "AWS_ENDPOINT_SQS")
-    endpoints = dict.fromkeys(names, endpoint)
+    services = ("DYNAMODB", "SCHEDULER", "SNS", "SQS")
+    endpoints = {f"AWS_ENDPOINT_{service}": endpoint for service in services}
     taskhawk.configure(AWS_SETTINGS, **endpoints, TASKHAWK_QUEUE=queue, **values)
 
 
@@ -634,6 +636,16 @@ def sync(isolated):
 
 def plain(value=None):
     """Do nothing."""
+
+
+def another(name: str) -> Callable[[], None]:
+    """Return a function that does nothing, unlike all others."""
+
+    def f():
+        """Do nothing."""
+
+    f.__qualname__ = name
+    return f
 
 
 PROCESSING_ID = VALID["id"]
@@ -1011,6 +1023,12 @@ def command_error(
     return code, errors.removesuffix("\n")
 
 
+def told(text: str) -> list[tuple[str, str]]:
+    """Read cases: a line that begins at the margin, and the sentence below it."""
+    found = re.findall(r"(?m)^(\S.*)\n((?: .*\n)+)", text)
+    return [(case, " ".join(sentence.split())) for case, sentence in found]
+
+
 MESSAGE_ID = "[0-9a-f-]{36}"
 
 
@@ -1046,7 +1064,7 @@ HOUSE_PROMISES = {
     1: """publish _send_one _accepted _send_all_ready _partial_failure _send_all
         _in_batches _one_round SqliteBroker.send SqliteBroker._claim SqliteBroker.delete
         _SqliteFile.change _use_write_ahead_log _AwsSender._batch SqsBroker.send
-        SqsBroker.delete process _verdict _wanted _delay_s _ask _Slot._run Worker.settle
+        SqsBroker.delete process _verdict _wanted _delay_s _ask_policy _Slot._run Worker.settle
         _carry_out _postpone Worker._close _dead_letter _send_copy _Held.move
         _Holdings.finish
         _Holdings.release _Holdings._decide _Calls.answered _Calls._deleted
@@ -1531,6 +1549,7 @@ SETTINGS_TABLE = {  # the default, and how an error goes on after "expected"
     "AWS_ACCESS_KEY": (None, "a string, such as 'AKIAIOSFODNN7EXAMPLE'"),
     "AWS_ACCOUNT_ID": (None, "an account id of twelve digits, such as '123456789012'"),
     "AWS_CONNECT_TIMEOUT_S": (2, "a number of seconds above 0, such as '2'"),
+    "AWS_ENDPOINT_DYNAMODB": (None, SETTINGS_URL),
     "AWS_ENDPOINT_SCHEDULER": (None, SETTINGS_URL),
     "AWS_ENDPOINT_SNS": (None, SETTINGS_URL),
     "AWS_ENDPOINT_SQS": (None, SETTINGS_URL),
@@ -1545,6 +1564,13 @@ SETTINGS_TABLE = {  # the default, and how an error goes on after "expected"
     "TASKHAWK_BROKER": (
         "sqs",
         "'sqs' or a URL of SQLite, such as 'sqlite:///queue.db'",
+    ),
+    "TASKHAWK_CLAIMS_TABLE": (
+        None,
+        (
+            "3 to 255 letters, digits, dots, hyphens and underscores, such as"
+            " 'taskhawk-claims'"
+        ),
     ),
     "TASKHAWK_DEFAULT_HEADERS": (None, SETTINGS_HOOK.format("default_headers")),
     "TASKHAWK_ERROR_HOOK": (None, SETTINGS_HOOK.format("report_error")),
@@ -4787,8 +4813,12 @@ class TestSqs:
         data = aws.calls[1].data
         limits = (data["MaxNumberOfMessages"], data["WaitTimeSeconds"])
         assert (*limits, data.get("VisibilityTimeout")) == expected
-        names = ["ApproximateReceiveCount", "SentTimestamp", "MessageGroupId"]
-        assert data["MessageSystemAttributeNames"] == names
+        assert data["MessageSystemAttributeNames"] == [
+            "ApproximateReceiveCount",
+            "SentTimestamp",
+            "ApproximateFirstReceiveTimestamp",
+            "MessageGroupId",
+        ]
         assert data["MessageAttributeNames"] == ["All"]
 
     def test_lost_answer(self, aws, sqs):
@@ -7301,6 +7331,192 @@ class TestBatch:
         assert sorted(received_args()) == [n for n in range(20) if n != 14]
 
 
+def sha256(text: str) -> str:
+    """Return the group that stands for a text that SQS does not take."""
+    return f"sha256:{hashlib.sha256(text.encode(errors='surrogatepass')).hexdigest()}"
+
+
+#: Keys of groups, and the group ids that they stand for.
+GROUP_KEYS = {
+    7: "7",
+    -1: "-1",
+    "7": "7",
+    "customer-7": "customer-7",
+    "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~": "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~",
+    "x" * 128: "x" * 128,
+    "x" * 129: sha256("x" * 129),
+    "Müller": sha256("Müller"),
+    "Smith & Sons": sha256("Smith & Sons"),
+    "line\n": sha256("line\n"),
+    "\ud800": sha256("\ud800"),
+    "": sha256(""),
+}
+
+
+def ship(order, customer="nobody", *, to=None, **more):
+    """Do nothing."""
+
+
+def with_metadata(metadata, customer):
+    """Do nothing."""
+
+
+#: The option `group` of ship(), the arguments of a call, and its group.
+GROUP_OPTIONS = [
+    (None, (1,), {}, None),
+    ("customer", (1, "a"), {}, "a"),
+    ("customer", (1,), {"customer": 7}, "7"),
+    ("customer", (1,), {}, "nobody"),
+    ("customer", (1, None), {}, None),
+    ("order", (1,), {}, "1"),
+    ("to", (1,), {"to": "b c"}, sha256("b c")),
+    ("to", (1,), {}, None),
+    ("tenant", (1,), {"tenant": "t"}, "t"),
+    ("tenant", (1,), {}, None),
+    (lambda order, **_: f"order-{order}", (1,), {"customer": "a"}, "order-1"),
+    (lambda *_, **__: None, (1,), {}, None),
+]
+
+
+class TestGroupKeys:
+    """What groups messages: an invocation's key, or what the task's option says."""
+
+    @pytest.mark.parametrize("key", GROUP_KEYS)
+    def test_keys(self, mail, key):
+        """Any key is one that SQS takes; the same key is always the same group."""
+        with taskhawk.capture() as calls:
+            mail.with_group(key).dispatch()
+        assert [call.group_id for call in calls] == [GROUP_KEYS[key]]
+        assert re.fullmatch(r"[!-~]{1,128}", GROUP_KEYS[key])
+
+    @pytest.mark.parametrize("key", [None, True, 1.5, ["a"], b"a"])
+    def test_no_keys(self, mail, key):
+        """What is neither a string nor an int is refused, and not shown."""
+        kind = type(key).__name__
+        sentence = f"group: expected a string or an int, got {kind}"
+        assert refused(mail.with_group, key, error=TypeError) == sentence
+        task = taskhawk.task(name="g.h", group="customer")(ship)
+        if key is not None:
+            call = (task.dispatch, 1, [key])
+            sentence = "g.h: group: expected a string or an int, got list"
+            assert refused(*call, error=TypeError) == sentence
+
+    def test_invocations(self, sqlite, mail):
+        """An invocation with a group is another one, and has all else that it had."""
+        one = mail.with_headers(a="b").with_group("g")
+        two = one.with_group("h").with_priority(Priority.high)
+        for invocation in (one, two, mail.with_group("i").with_delay(0)):
+            invocation.dispatch()
+        groups = [message.group_id for message in receive_all()]
+        (high,) = receive_all(Priority.high)
+        assert (sorted(groups), high.group_id) == (["g", "i"], "h")
+        assert json.loads(high.body)["headers"] == {"a": "b"}
+
+    @pytest.mark.parametrize(("group", "args", "kwargs", "expected"), GROUP_OPTIONS)
+    def test_option(self, group, args, kwargs, expected):
+        """A task's option names the argument that is the group, or is a function of all."""
+        task = taskhawk.task(name="g.ship", group=group)(ship)
+        with taskhawk.capture() as calls:
+            task.dispatch(*args, **kwargs)
+            task.dispatch_many([(*args,)])
+            task.with_group("own").dispatch(*args, **kwargs)
+        assert (calls[0].group_id, calls[2].group_id) == (expected, "own")
+
+    @pytest.mark.parametrize(
+        ("fn", "group"),
+        [
+            (plain, "customer"),
+            (with_metadata, "metadata"),
+            (ship, 7),
+            (ship, "headers"),
+        ],
+    )
+    def test_wrong_option(self, fn, group):
+        """An option that names no argument is refused where it is declared."""
+        assert refused(taskhawk.task(name="g.f", group=group), fn) == (
+            f"g.f has group={group!r}: expected the name of one of its arguments, or a"
+            " function of its arguments"
+        )
+        assert "g.f" not in taskhawk._registry
+
+    def test_fifo(self, aws, mail):
+        """On a FIFO queue a message is deduplicated by its id; without a group, it is its own."""
+        taskhawk.configure(taskhawk.settings.given, TASKHAWK_FIFO=True)
+        ids = [mail.dispatch(), mail.with_group("g").dispatch()]
+        strange = Message.new("mail.send", msg_id="an id")
+        taskhawk.publish(strange)
+        sent = [
+            (call["MessageGroupId"], call["MessageDeduplicationId"])
+            for call in aws.asked("SendMessage")
+        ]
+        own = sha256("an id")
+        assert sent == [(ids[0], ids[0]), ("g", ids[1]), (own, own)]
+        assert aws.asked("GetQueueUrl") == [{"QueueName": "TASKHAWK-APP.fifo"}]
+
+    def test_standard(self, aws, mail):
+        """On a standard queue there is no deduplication, and no group unless one is given."""
+        mail.dispatch()
+        mail.with_group("g").dispatch()
+        one, two = aws.asked("SendMessage")
+        assert "MessageGroupId" not in one
+        assert two["MessageGroupId"] == "g"
+        assert "MessageDeduplicationId" not in {**one, **two}
+
+    @pytest.mark.parametrize("url", ["sqs", "sqlite://"])
+    def test_delays(self, aws, mail, url):
+        """A FIFO queue can't delay a message: that is refused before anything is sent."""
+        given = taskhawk.settings.given
+        taskhawk.configure(given, TASKHAWK_FIFO=True, TASKHAWK_BROKER=url)
+        assert refused(mail.with_delay(1).dispatch) == (
+            "mail.send: a FIFO queue can't delay a message: leave the delay out, or use a"
+            " queue without TASKHAWK_FIFO"
+        )
+        mail.with_delay(0).dispatch()
+        assert [a for a in aws.actions if a != "GetQueueUrl"] == ["SendMessage"] * (
+            url == "sqs"
+        )
+
+    def test_unsent(self, aws, mail):
+        """What was not accepted keeps its group; what follows of the group was not sent."""
+        taskhawk.configure(taskhawk.settings.given, TASKHAWK_FIFO=True)
+        aws.script("SendMessageBatch", refuse(8, 9, ours=True), None)
+        batch = taskhawk.batch()
+        batch.__enter__()
+        for number in range(11):
+            mail.with_group("g").dispatch(number)
+        mail.with_group("h").dispatch("other")
+        with pytest.raises(taskhawk.PartialFailure) as caught:
+            batch.__exit__(None, None, None)
+        failure = caught.value
+        assert [message.args for message in failure.unsent] == [[8], [9], [10]]
+        assert [message.group_id for message in failure.unsent] == ["g"] * 3
+        codes = [entry["Code"] for entry in failure.result["Failed"]]
+        assert codes == ["InternalError"] * 2 + ["GroupStopped"]
+        for message in failure.unsent:
+            taskhawk.publish(message)
+        again = aws.asked("SendMessage")[1:]
+        assert [call["MessageGroupId"] for call in again] == ["g"] * 3
+        ids = [message.id for message in failure.unsent]
+        assert [call["MessageDeduplicationId"] for call in again] == ids
+
+    def test_sync(self, sync):
+        """Sync mode runs a message of a group as any other."""
+        runs = []
+        taskhawk.configure(TASKHAWK_SYNC=True, TASKHAWK_FIFO=True)
+        task = taskhawk.task(name="g.run", group="key")(lambda_of(runs))
+        task.dispatch("x y")
+        assert runs == ["x y"]
+
+
+def lambda_of(runs: list[Any]) -> Any:
+    """Return a function that notes its argument."""
+
+    def run(key: Any) -> None:
+        runs.append(key)
+
+    return run
+
+
 class TestCapture:
     """capture() collects what would be sent, as the worker would get it."""
 
@@ -7349,6 +7565,152 @@ class TestCapture:
         assert [call.args for call in outer] == [["outer"]]
         mail.dispatch("sent")
         assert received_args() == ["sent"]
+
+
+#: a user's program: each line with "# wrong" is an error, and no other is
+TYPED_PROGRAM = """
+import datetime
+from collections.abc import Callable
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+IMPORT taskhawk
+from PACKAGE import Priority
+
+P = ParamSpec("P")
+R = TypeVar("R")
+GIVEN: Any = None  # what the worker gives
+
+
+@taskhawk.task
+def send(to: str, subject: str, from_email: str | None = None) -> None: ...
+
+
+@taskhawk.task(priority=Priority.high, retry=taskhawk.fixed(5), time_limit=60)
+async def charge(customer: int, *, cents: int) -> str:
+    return f"{customer} {cents}"
+
+
+@taskhawk.task
+def audit(
+    event: str,
+    metadata: taskhawk.Metadata = GIVEN,
+    headers: dict[str, Any] = GIVEN,
+) -> int:
+    return metadata.attempt + len(headers)
+
+
+@taskhawk.task
+def load(rows: dict[str, Any]) -> None: ...
+
+
+def with_session(fn: Callable[Concatenate[str, P], R]) -> Callable[P, R]:
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        return fn("a session", *args, **kwargs)
+
+    return call
+
+
+@taskhawk.task(name="rename")
+@with_session
+def rename(session: str, user: int) -> None: ...
+
+
+def right() -> str:
+    urgent = send.with_headers(request_id="1").with_priority(Priority.high)
+    urgent.with_delay(datetime.timedelta(seconds=5)).dispatch("a", subject="b")
+    send.with_delay(5).dispatch("a", "b", from_email=None)
+    send.with_priority(Priority.low).dispatch_many([("a", "b"), {"to": "a"}])
+    send("a", "b")
+    audit.dispatch("login")
+    load.dispatch({"a": 1})
+    rename.dispatch(7)
+    rename.dispatch(user=7)
+    with taskhawk.batch():
+        charge.dispatch(7, cents=5)
+    return send.dispatch("a", "b")
+
+
+async def right_too() -> str:
+    return await charge(7, cents=5)
+
+
+def wrong() -> None:
+    send.dispatch("a")  # wrong
+    send.dispatch(1, "b")  # wrong
+    send.dispatch("a", "b", to_email="c")  # wrong
+    send("a")  # wrong
+    charge.dispatch(7, 5)  # wrong
+    charge.dispatch(7, cents="5")  # wrong
+    charge.with_headers(a=1).dispatch("7", cents=5)  # wrong
+    charge.with_priority(Priority.low).with_delay(5).dispatch(7)  # wrong
+    send.with_priority("high")  # wrong
+    send.with_delay("5")  # wrong
+    audit.dispatch(5)  # wrong
+    load.dispatch()  # wrong
+    rename.dispatch("a session", 7)  # wrong
+    number: int = send.dispatch("a", "b")  # wrong
+    print(number)
+
+
+@taskhawk.task(priority=5)  # wrong
+def late() -> None: ...
+
+
+@taskhawk.task(no_option=5)  # wrong
+def later() -> None: ...
+
+
+async def wrong_too() -> None:
+    text: int = await charge(7, cents=5)  # wrong
+    print(text)
+"""
+TYPED_PLACES = {  # where taskhawk is, and how it is imported
+    "installed": ("import", "taskhawk"),
+    "vendored": ("from service.vendor import", "service.vendor.taskhawk"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", TYPED_PLACES)
+class TestTyping:
+    """A type checker knows a task's arguments, and what comes of calling it."""
+
+    @pytest.fixture
+    def folder(self, place, tmp_path):
+        """Return a folder with the program, and an interpreter that has taskhawk."""
+        statement, package = TYPED_PLACES[place]
+        code = TYPED_PROGRAM.replace("IMPORT", statement).replace("PACKAGE", package)
+        (tmp_path / "jobs.py").write_text(code.lstrip())
+        venv.create(tmp_path / "venv")
+        (home,) = (tmp_path / "venv").glob("lib/python3*/site-packages")
+        if place == "vendored":
+            home = vendor_package(tmp_path).parent
+        shutil.copy(taskhawk.__file__, home / "taskhawk.py")
+        return tmp_path
+
+    @staticmethod
+    def check(folder, module, *options):
+        """Assert that a checker finds what is wrong in the program, and nothing else."""
+        result = run_python(["-m", module, *options, "jobs.py"], cwd=folder)
+        found = {
+            int(line) for line in re.findall(r"jobs\.py:(\d+):.*error", result.stdout)
+        }
+        lines = (folder / "jobs.py").read_text().splitlines()
+        wrong = {number for number, line in enumerate(lines, 1) if "# wrong" in line}
+        assert found == wrong, result.stdout
+
+    def test_mypy(self, folder):
+        """The strict mode of mypy, with the two lines that README says for a pip install."""
+        ini = "[mypy]\nstrict = true\n[mypy-taskhawk]\nfollow_untyped_imports = true\n"
+        (folder / "mypy.ini").write_text(ini)
+        self.check(folder, "mypy", "--python-executable", "venv/bin/python")
+
+    def test_pyright(self, folder):
+        """The strict mode of pyright, which can't be told that an installed file has types."""
+        pytest.importorskip("basedpyright")
+        config = {"typeCheckingMode": "strict", "reportMissingTypeStubs": False}
+        (folder / "pyrightconfig.json").write_text(json.dumps(config))
+        self.check(folder, "basedpyright", "--pythonpath", "venv/bin/python")
 
 
 # === PART IV: WORK ====================================================================
@@ -7874,6 +8236,7 @@ class TestProcessing:
             (taskhawk.StopRetry(), 1, FAILS, LEFT),
             (SystemExit(), 1, FAILS, LEFT),
             (later(delay_seconds=90), 1, ASKED, DELAY.format(90)),
+            (later(delay_seconds=172800), 1, ASKED, IN_12_HOURS),
         ],
     )
     def test_pre_hook_that_fails(self, error, attempt, how, then, caplog):
@@ -8019,6 +8382,7 @@ class TestProcessing:
             (raising(Ignored("no")), {}, 1, "ignored"),
             (raising(ValueError("no")), {}, 1, "retry"),
             (raising(later(5)), {}, 1, "retry"),
+            (raising(taskhawk.PostponeException(5)), {}, 1, "postpone"),
             (raising(ValueError("no")), {}, 10, "dead_letter"),
             (nothing, {"TASKHAWK_PRE_PROCESS_HOOK": raising(OSError())}, 1, "retry"),
             (nothing, {"TASKHAWK_POST_PROCESS_HOOK": raising(OSError())}, 1, "retry"),
@@ -10446,6 +10810,7 @@ class TestWorker:
             "MessageSystemAttributeNames": [
                 "ApproximateReceiveCount",
                 "SentTimestamp",
+                "ApproximateFirstReceiveTimestamp",
                 "MessageGroupId",
             ],
         }
@@ -12057,7 +12422,10 @@ class TestPostponedCopies:
         send.with_headers(n="5").dispatch()
         assert work_once(taskhawk._brokers.broker()).postponed == 1
         first, copy = scripted.asked("SendMessage")
-        assert copy == first | {"DelaySeconds": 900}
+        ours = {"taskhawk.postponed": {"DataType": "String", "StringValue": "1"}}
+        attributes = {**first["MessageAttributes"], **ours}
+        changed = {"DelaySeconds": 900, "MessageAttributes": attributes}
+        assert copy == first | changed
 
     def test_retries_used_up(self, sqlite):
         """A task that is postponed now and then has no more retries than another."""
@@ -12076,25 +12444,23 @@ class TestPostponedCopies:
         assert error["attempt"] == 2
 
     @pytest.mark.parametrize(
-        ("attempt", "headers", "names"),
+        ("attempt", "headers", "kept", "ours"),
         [
-            (1, 10, {"taskhawk.attempts": False, "h": 10}),
-            (2, 10, {"taskhawk.attempts": True, "h": 9}),
-            (2, 3, {"taskhawk.attempts": True, "h": 3}),
+            (1, 10, 9, {"taskhawk.postponed": "3"}),
+            (2, 10, 8, {"taskhawk.postponed": "3", "taskhawk.attempts": "1"}),
+            (2, 3, 3, {"taskhawk.postponed": "3", "taskhawk.attempts": "1"}),
         ],
     )
-    def test_ten_attributes(self, attempt, headers, names):
-        """Where attempts count and there are ten headers, one gives way: the body has it."""
-        given = {
-            f"h{number}": {"DataType": "String", "StringValue": "x"}
-            for number in range(headers)
-        }
+    def test_ten_attributes(self, attempt, headers, kept, ours):
+        """Ours come first; of ten headers, some give way: the body has them."""
+        names = [*(f"h{number}" for number in range(headers)), "taskhawk.postponed"]
+        given = {name: {"DataType": "String", "StringValue": "2"} for name in names}
         counts = {"ApproximateReceiveCount": str(attempt), "MessageGroupId": "g"}
         received = QueueMessage("{}", "m1", "r1", counts, given, queue="Q")
         copy = taskhawk._postponed_copy(received, 5, 1000)
-        ours = copy.attributes.get("taskhawk.attempts", {})
-        assert ours.get("StringValue") == ("1" if names["taskhawk.attempts"] else None)
-        assert len(copy.attributes) - bool(ours) == names["h"]
+        values = {name: it["StringValue"] for name, it in copy.attributes.items()}
+        assert {name: values.pop(name) for name in ours} == ours
+        assert len(values) == kept
         assert (copy.body, copy.delay_s, copy.group_id) == ("{}", 5, "g")
 
     def test_lease_lost(self, worker_broker, worker_act, worker_clock):
@@ -12110,6 +12476,164 @@ class TestPostponedCopies:
         assert ledger == taskhawk.Ledger(received=1, retried=1)
         assert worker_broker.made("send") == []
         assert worker_broker.depth(WORKER_QUEUE) == (1, 0, 0)
+
+
+class TestListenAsync:
+    """A worker beside an application's event loop, which runs its coroutine tasks."""
+
+    @pytest.fixture
+    def ran(self, memory):
+        """Return what the tasks async.aside and async.plain have seen of where they ran."""
+        ran: list[Any] = []
+
+        @taskhawk.task(name="async.aside")
+        async def aside(wait_s=0):
+            await asyncio.sleep(wait_s)
+            ran.append(asyncio.get_running_loop())
+
+        @taskhawk.task(name="async.plain")
+        def plain():
+            ran.append(threading.current_thread())
+
+        return ran
+
+    @staticmethod
+    def dispatch(name, *args):
+        """Queue a run."""
+        taskhawk.Task.find_by_name(f"async.{name}").dispatch(*args)
+
+    def test_loop(self, ran):
+        """Coroutines run on the application's loop, and plain tasks beside it."""
+        for name in ("aside", "plain", "aside"):
+            self.dispatch(name)
+
+        async def serve():
+            ledger = await taskhawk.listen_async(
+                Priority.default, max_tasks=3, num_messages=3
+            )
+            return ledger, asyncio.get_running_loop(), threading.current_thread()
+
+        ledger, loop, thread = asyncio.run(serve())
+        assert ledger == taskhawk.Ledger(received=3, acked=3)
+        assert (ran[0], ran[2]) == (loop, loop)
+        assert isinstance(ran[1], threading.Thread)
+        assert ran[1] is not thread
+
+    def test_concurrency(self, ran):
+        """Coroutines run at the same time, and may wait for the application's own."""
+        meeting = asyncio.Barrier(3)
+
+        @taskhawk.task(name="async.meet")
+        async def meet():
+            await meeting.wait()
+
+        self.dispatch("meet")
+        self.dispatch("meet")
+
+        async def serve():
+            worker = taskhawk.listen_async(
+                Priority.default, max_tasks=2, concurrency=2, num_messages=2
+            )
+            async with asyncio.timeout(WORKER_PATIENCE_S):
+                ledger, _ = await asyncio.gather(worker, meeting.wait())
+            return ledger
+
+        assert asyncio.run(serve()).acked == 2
+
+    @pytest.mark.parametrize("event", [asyncio.Event, threading.Event])
+    def test_shutdown_event(self, event, ran):
+        """An event of either kind stops it, after what runs."""
+
+        async def serve():
+            stop = event()
+            self.dispatch("aside", 0.05)
+            worker = asyncio.create_task(
+                taskhawk.listen_async(Priority.default, shutdown_event=stop)
+            )
+            await cor_eventually(lambda: taskhawk._brokers.broker() and ran)
+            stop.set()
+            return await worker
+
+        assert asyncio.run(serve()) == taskhawk.Ledger(received=1, acked=1)
+
+    def test_cancelled(self, ran):
+        """Cancelled, it stops as by the event, and is cancelled once it has ended."""
+        logs = []
+
+        async def serve():
+            began = asyncio.Event()
+
+            @taskhawk.task(name="async.begin")
+            async def begin():
+                began.set()
+                await asyncio.sleep(0.05)
+                ran.append("ended")
+
+            self.dispatch("begin")
+            worker = asyncio.create_task(taskhawk.listen_async(Priority.default))
+            await began.wait()
+            worker.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await worker
+            logs.extend(ran)
+            return sum(taskhawk._brokers.broker().depth("TASKHAWK-DEFAULT"))
+
+        assert asyncio.run(serve()) == 0
+        assert logs == ["ended"]
+
+    def test_cancelled_again(self, ran):
+        """Cancelled again, it does not wait for what runs, and the worker still ends."""
+        threads = {*threading.enumerate()}
+
+        async def serve():
+            began, go_on = asyncio.Event(), asyncio.Event()
+
+            @taskhawk.task(name="async.wait")
+            async def wait():
+                began.set()
+                await go_on.wait()
+
+            self.dispatch("wait")
+            worker = asyncio.create_task(taskhawk.listen_async(Priority.default))
+            await began.wait()
+            for _ in range(2):
+                worker.cancel()
+                await asyncio.sleep(0)
+                await asyncio.sleep(0)
+            assert worker.cancelled()
+            go_on.set()
+            await cor_eventually(lambda: {*threading.enumerate()} <= threads)
+            return sum(taskhawk._brokers.broker().depth("TASKHAWK-DEFAULT"))
+
+        assert asyncio.run(serve()) == 0
+
+    def test_error(self, ran):
+        """What ends a worker is raised; so are options that make no sense."""
+        coroutine = taskhawk.listen_async(Priority.default, num_messages=0)
+        sentence = "num_messages: expected 1 or more, got 0"
+        assert refused(asyncio.run, coroutine) == sentence
+        coroutine = taskhawk.listen_async("high")
+        sentence = "priority: expected a taskhawk.Priority or several, got 'high'"
+        assert refused(asyncio.run, coroutine) == sentence
+
+    def test_end_of_the_loop(self, ran):
+        """An application that ends with it running cancels its coroutines: no run is lost."""
+
+        async def serve():
+            began = asyncio.Event()
+
+            @taskhawk.task(name="async.endless")
+            async def endless():
+                began.set()
+                await asyncio.sleep(WORKER_PATIENCE_S)
+
+            self.dispatch("endless")
+            worker = asyncio.create_task(taskhawk.listen_async(Priority.default))
+            await began.wait()
+            return worker  # asyncio.run() cancels it, and waits
+
+        assert asyncio.run(serve()).cancelled()
+        assert sum(taskhawk._brokers.broker().depth("TASKHAWK-DEFAULT")) == 1
 
 
 class TestDeadLetterCopies:
@@ -12455,6 +12979,123 @@ class TestSchedules:
         assert broker.done | broker.dead == set(range(12)), f"seed {seed}"
         assert (inner.depth(WORKER_QUEUE), bool(dead)) == ((0, 0, 0), bool(broker.dead))
         inner.close()
+
+
+#: A task that notes its runs in a file; some ask for a retry, or are killed with the worker.
+ORDER_MODULE = """
+import os
+import time
+import taskhawk
+
+@taskhawk.task(group="group")
+def note(group, number, metadata):
+    journal = os.open("journal", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.write(journal, f"{group} {number} began\\n".encode())
+    time.sleep(0.02)
+    if number % 5 == 2 and metadata.attempt == 1:
+        raise taskhawk.RetryException(delay_seconds=number % 2)
+    os.write(journal, f"{group} {number} ended\\n".encode())
+    os.close(journal)
+"""
+
+
+class TestOrder:
+    """A FIFO queue's groups are run in order, one message at a time, whatever happens."""
+
+    def test_one_group(self, worker_broker, worker_act):
+        """With ten slots and a prefetch, too, a group has one run at a time, in order."""
+        queue, runs, running = f"{WORKER_QUEUE}.fifo", [], []
+
+        def act(number: int) -> None:
+            running.append(number)
+            worker_eventually(lambda: True)
+            assert running == [number]
+            runs.append(running.pop())
+
+        for number in range(30):
+            WORKER_ACTS[f"run{number}"] = functools.partial(act, number)
+            message = Message.new(worker_act.name, [f"run{number}"])
+            entry = Outgoing(json.dumps(message.as_dict()), {}, 0, "g", message.id)
+            worker_broker.inner.send(queue, [entry])
+        ledger = worker_broker.work(queue, concurrency=10, num_messages=10)
+        assert ledger == taskhawk.Ledger(received=30, acked=30)
+        assert runs == list(range(30))
+
+    def test_refused_delete(self, scripted, queue_name, sqs_client, ministack):
+        """A FIFO queue refuses the delete of a message that was received again: uncertain."""
+        make_queue(sqs_client(ministack), f"TASKHAWK-{queue_name}.fifo")
+        taskhawk.configure(taskhawk.settings.given, TASKHAWK_FIFO=True)
+        broker = taskhawk._brokers.broker()
+        queue = broker.destination(Priority.default)
+
+        @taskhawk.task(name="order.slow")
+        def slow() -> None:
+            (again,) = broker.receive(queue, 1, 5, 30, NEVER)
+            assert again.attempt == 2
+
+        slow.dispatch()
+        scripted.always("ChangeMessageVisibilityBatch", refuse(0))
+        ledger = taskhawk.Worker(
+            broker, [queue], visibility_timeout_s=1, loop_count=1
+        ).run()
+        assert ledger == taskhawk.Ledger(received=1, uncertain=1)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("place", ["ministack", "sqlite"])
+    def test_killed_workers(self, request, place, sqs_client, queue_name, tmp_path):
+        """Through retries, kill -9 and restarts, each group's messages are run in order."""
+        env = {"TASKHAWK_FIFO": "true", "TASKHAWK_QUEUE": queue_name, **AWS_SETTINGS}
+        if place == "ministack":
+            endpoint = request.getfixturevalue("ministack")
+            make_queue(sqs_client(endpoint), f"TASKHAWK-{queue_name}.fifo", 100)
+            env["AWS_ENDPOINT_SQS"] = endpoint
+        else:
+            options = "visibility_timeout_s=2&max_receive_count=100"
+            env["TASKHAWK_BROKER"] = f"sqlite:///{tmp_path}/queue.db?{options}"
+        (tmp_path / "jobs.py").write_text(ORDER_MODULE)
+        send = """
+            import jobs
+            for number in range(20):
+                for group in "abc":
+                    jobs.note.dispatch(group, number)
+        """
+        assert python_lines(tmp_path, send, **env) == []
+        listen = [sys.executable, "-m", "taskhawk", "listen", "jobs"]
+        listen += ["--concurrency=4", "--visibility-timeout=2", "--log-level=error"]
+        workers: list[subprocess.Popen[bytes]] = []
+        journal = tmp_path / "journal"
+
+        def start() -> None:
+            workers.append(subprocess.Popen(listen, cwd=tmp_path, env=python_env(env)))
+
+        def ended() -> int:
+            text = journal.read_text() if journal.exists() else ""
+            return len(re.findall(".* ended", text))
+
+        deadline = time.monotonic() + 90
+        try:
+            start()
+            start()
+            for kill_at in (5, 12, 25, 40):
+                while ended() < kill_at:
+                    assert time.monotonic() < deadline
+                    time.sleep(0.002)
+                victim = workers.pop(0)
+                victim.kill()
+                victim.wait()
+                start()
+            while len(set(journal.read_text().splitlines())) < 2 * 60:
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+        finally:
+            for worker in workers:
+                worker.kill()
+                worker.wait()
+        for group in "abc":
+            lines = re.findall(rf"{group} (\d+) (\w+)", journal.read_text())
+            numbers = [int(number) for number, _ in lines]
+            assert numbers == sorted(numbers)
+            assert set(numbers) == set(range(20))
 
 
 # --- 17. log records ------------------------------------------------------------------
@@ -13954,6 +14595,240 @@ class TestLambda:
 
 # --- 20. claims -----------------------------------------------------------------------
 
+CLAIMS_TABLE = "taskhawk-claims"
+NO_TABLE = (
+    "TASKHAWK_CLAIMS_TABLE is not set: on SQS, once, unique and limit need a DynamoDB"
+    " table: set its name, such as 'taskhawk-claims', and run python -m taskhawk provision"
+)
+
+
+def make_claims_table(client: Any) -> None:
+    """Make the table as `provision` does, unless it exists."""
+    with contextlib.suppress(client.exceptions.ResourceInUseException):
+        client.create_table(
+            TableName=CLAIMS_TABLE,
+            KeySchema=[{"AttributeName": "id", "KeyType": "HASH"}],
+            AttributeDefinitions=[{"AttributeName": "id", "AttributeType": "S"}],
+            BillingMode="PAY_PER_REQUEST",
+        )
+
+
+@pytest.fixture(params=["ministack", "moto", "sqlite"])
+def claims(
+    request: pytest.FixtureRequest,
+    sqs_client: Callable[..., Any],
+    queue_name: str,
+    tmp_path: Path,
+) -> tuple[Any, Clock]:
+    """Return claims in each kind of place, and the clock that they go by."""
+    clock = Clock()
+    if request.param == "sqlite":
+        url = f"sqlite:///{tmp_path}/queue.db"
+        return taskhawk.SqliteClaims(taskhawk.SqliteBroker(url, clock)), clock
+    endpoint = request.getfixturevalue(request.param)
+    make_claims_table(sqs_client(endpoint, "dynamodb"))
+    configure_aws(endpoint, queue_name)
+    return taskhawk.DynamoClaims(f"dynamodb:{CLAIMS_TABLE}", clock), clock
+
+
+@pytest.fixture
+def key() -> str:
+    """Return the key of a claim that no other test uses."""
+    return f"test:{uuid.uuid4().hex}"
+
+
+class TestClaims:
+    """One holder at a time, until it releases, or until its time is over."""
+
+    def test_held(self, claims, key):
+        """Who has a claim has it alone, until it is released; other keys are others."""
+        store, _ = claims
+        first = store.claim(key, 60)
+        assert first.token
+        assert not first.is_done
+        assert store.claim(key, 60) == taskhawk.Claim()
+        assert store.claim(f"{key}2", 60).token
+        store.release(key, first.token)
+        store.release(key, first.token)  # it makes no difference
+        assert store.claim(key, 60).token
+
+    def test_void(self, claims, key):
+        """A claim ends by itself, and whoever had it can't release it for the next."""
+        store, clock = claims
+        dead = store.claim(key, 60)
+        clock.now += 60
+        assert not store.claim(key, 60).token
+        clock.now += 0.1
+        assert store.claim(key, 60).token
+        store.release(key, dead.token)
+        assert not store.claim(key, 60).token
+
+    @pytest.mark.parametrize("after_s", [1, 61])
+    def test_done(self, claims, key, after_s):
+        """What is finished is done for as long as it is kept, and then forgotten.
+
+        So it is if it was finished after its time: the run has been.
+        """
+        store, clock = claims
+        first = store.claim(key, 60)
+        clock.now += after_s
+        store.finish(key, first.token, 100)
+        clock.now += 99
+        assert store.claim(key, 60) == taskhawk.Claim(is_done=True)
+        store.release(key, first.token)
+        clock.now += 3  # DynamoDB keeps whole seconds
+        assert store.claim(key, 60).token
+
+    def test_finished_behind_the_next(self, claims, key):
+        """A run that outlived its claim is done all the same, whatever the next one does."""
+        store, clock = claims
+        slow = store.claim(key, 60)
+        clock.now += 61
+        quick = store.claim(key, 60)
+        store.finish(key, slow.token, 1000)
+        store.release(key, quick.token)
+        assert store.claim(key, 60) == taskhawk.Claim(is_done=True)
+
+    @pytest.mark.parametrize("most", [2, 7])
+    def test_places(self, claims, key, most):
+        """There are as many places as are asked for; a free one is found."""
+        store, clock = claims
+        taken = [store.claim(key, 60, most).token for _ in range(most)]
+        assert len({*taken, ""}) == most + 1
+        assert store.claim(key, 60, most) == taskhawk.Claim()
+        store.release(key, taken[1])
+        assert store.claim(key, 120, most).token
+        assert store.claim(key, 60, most) == taskhawk.Claim()
+        clock.now += 61  # one of them is left
+        again = [store.claim(key, 60, most).token for _ in range(most)]
+        assert (all(again[:-1]), again[-1]) == (True, "")
+
+    @pytest.mark.parametrize(
+        ("second", "starts"),
+        [
+            (("m2", 900, 1500), False),
+            (("m2", 999, 1500), False),
+            (("m2", 1000, 1500), True),  # equal times say nothing: nothing is lost
+            (("m2", 1001, 1500), True),
+            (("m1", 900, 1000), True),  # its own retry
+        ],
+    )
+    def test_start(self, claims, key, second, starts):
+        """A message starts, unless another's run started after it was sent."""
+        store, clock = claims
+        assert store.start(key, "m1", 900, 1000)
+        clock.now += 13 * 86_400
+        assert store.start(key, *second) is starts
+        assert store.start(key, "m3", 1500, 1600)
+        assert not store.start(key, "m1", 900, 1000)  # by now m3 stands for it
+        clock.now += 14 * 86_400 + 2
+        assert store.start(key, "m1", 900, 1000)  # no queue has kept it for so long
+
+    def test_race(self, claims, key):
+        """However many ask at once, no more get a place than there are."""
+        store, _ = claims
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            asked = [pool.submit(store.claim, key, 60, 3) for _ in range(16)]
+        tokens = [each.result().token for each in asked]
+        assert 1 <= len([*filter(None, tokens)]) <= 3
+        while store.claim(key, 60, 3).token:
+            tokens.append("one more")
+        assert len([*filter(None, tokens)]) == 3
+
+    def test_layout(self, ministack, sqs_client, key):
+        """An item has Powertools' attributes, and an end by which DynamoDB deletes it."""
+        client = sqs_client(ministack, "dynamodb")
+        make_claims_table(client)
+        configure_aws(ministack)
+        store = taskhawk.DynamoClaims(f"dynamodb:{CLAIMS_TABLE}", Clock(1000.5))
+
+        def item() -> dict[str, Any]:
+            found = client.get_item(TableName=CLAIMS_TABLE, Key={"id": {"S": key}})
+            return found["Item"]
+
+        claim = store.claim(key, 60)
+        owner = claim.token.removeprefix("0-")
+        assert item() == {
+            "id": {"S": key},
+            "status": {"S": "INPROGRESS"},
+            "in_progress_expiration": {"N": "1060500"},
+            "expiration": {"N": "87461"},
+            "owner_0": {"S": owner},
+        }
+        store.finish(key, claim.token, 3600)
+        assert item() == {
+            "id": {"S": key},
+            "status": {"S": "COMPLETED"},
+            "expiration": {"N": "4601"},
+        }
+
+    def test_lost_answer(self, ministack, sqs_client, key):
+        """A claim whose answer was lost is ours all the same, as botocore repeats it."""
+        make_claims_table(sqs_client(ministack, "dynamodb"))
+        with ScriptedAws(ministack).running("app") as aws:
+            store = taskhawk.DynamoClaims(f"dynamodb:{CLAIMS_TABLE}")
+
+            def lose(call: AwsCall) -> AwsAnswer:
+                passed(call)
+                return DROPPED
+
+            aws.script("UpdateItem", lose)
+            assert store.claim(key, 60).token
+            assert aws.actions == ["UpdateItem", "UpdateItem"]
+            assert not store.claim(key, 60).token
+
+    @pytest.mark.parametrize(
+        ("answer", "sentence"),
+        [
+            (
+                fault("ResourceNotFoundException", "Requested resource not found"),
+                (
+                    "taskhawk-claims: there is no such table: run python -m taskhawk"
+                    " provision, or check TASKHAWK_CLAIMS_TABLE and AWS_REGION"
+                    " (ResourceNotFoundException: Requested resource not found)"
+                ),
+            ),
+            (
+                fault("AccessDeniedException"),
+                f"taskhawk-claims: {DENIED.format('UpdateItem')} (AccessDeniedException: no)",
+            ),
+        ],
+    )
+    def test_refused(self, aws, key, answer, sentence):
+        """What only a person can mend is said in a sentence, with the remedy."""
+        aws.always("UpdateItem", answer)
+        store = taskhawk.DynamoClaims(f"dynamodb:{CLAIMS_TABLE}")
+        for call in (store.claim, store.release, store.finish):
+            args = (key, "0-x", 60)[: 3 - (call == store.release)]
+            args = (key, 60) if call == store.claim else args
+            assert refused(call, *args) == sentence
+
+    def test_which(self, sqlite):
+        """Claims are in the file on SQLite, and in the table that is set on SQS."""
+        assert isinstance(taskhawk._find_claims(), taskhawk.SqliteClaims)
+        taskhawk.configure(AWS_KEYS)
+        assert refused(taskhawk._find_claims) == NO_TABLE
+        taskhawk.configure(AWS_KEYS, TASKHAWK_CLAIMS_TABLE=CLAIMS_TABLE)
+        store = taskhawk._find_claims()
+        assert isinstance(store, taskhawk.DynamoClaims)
+        assert taskhawk._find_claims() is store
+
+    def test_file(self, tmp_path, key):
+        """Claims are the file's: other processes see them, and they go with it."""
+        path, clock = tmp_path / "queue.db", Clock()
+        one, two = (
+            taskhawk.SqliteClaims(taskhawk.SqliteBroker(f"sqlite:///{path}", clock))
+            for _ in range(2)
+        )
+        assert one.claim(key, 60).token
+        assert not two.claim(key, 60).token
+        clock.now += 61
+        assert two.claim(f"{key}2", 60).token
+        assert sqlite_execute(path, "SELECT key FROM claim") == [(f"{key}2",)]
+        for name in tmp_path.iterdir():
+            name.unlink()
+        assert one.claim(key, 60).token
+
 
 # --- 21. once, unique, limits ---------------------------------------------------------
 
@@ -14251,6 +15126,493 @@ class TestCancel:
         assert refused(taskhawk.cancel, "some-id") == (
             f"taskhawk-app: {denied} (AccessDeniedException: no)"
         )
+
+
+#: What is refused at declaration, and what the error says after the task's name.
+WRONG_SCHEDULES = """
+every day
+    expected 'rate(5 minutes)', 'cron(0 9 ? * MON-FRI *)' or a timedelta of minutes
+at(2099-01-01T00:00:00)
+    expected 'rate(5 minutes)', 'cron(0 9 ? * MON-FRI *)' or a timedelta of minutes
+rate(0 minutes)
+    expected 'rate(5 minutes)', 'cron(0 9 ? * MON-FRI *)' or a timedelta of minutes
+rate(5 seconds)
+    expected 'rate(5 minutes)', 'cron(0 9 ? * MON-FRI *)' or a timedelta of minutes
+cron(0 9 * * MON)
+    expected six fields (minutes, hours, day-of-month, month, day-of-week, year), got 5
+cron(0 9 * * MON *)
+    expected ? for either day-of-month or day-of-week
+cron(0 9 ? * ? *)
+    expected ? for either day-of-month or day-of-week
+cron(? 9 * * MON *)
+    expected ? for either day-of-month or day-of-week
+cron(60 9 ? * MON *)
+    minutes: expected 0 to 59, lists, ranges or steps of them, got '60'
+cron(0,a 9 ? * MON *)
+    minutes: expected 0 to 59, lists, ranges or steps of them, got 'a'
+cron(0 9- ? * MON *)
+    hours: expected 0 to 23, lists, ranges or steps of them, got '9-'
+cron(0 17-9 ? * MON *)
+    hours: expected 0 to 23, lists, ranges or steps of them, got '17-9'
+cron(0 */0 ? * MON *)
+    hours: expected 0 to 23, lists, ranges or steps of them, got '*/0'
+cron(0 9 0 * ? *)
+    day-of-month: expected 1 to 31, lists, ranges or steps of them, got '0'
+cron(0 9 32W * ? *)
+    day-of-month: expected 1 to 31, lists, ranges or steps of them, got '32W'
+cron(0 9 ? MON MON *)
+    month: expected 1 to 12, lists, ranges or steps of them, got 'MON'
+cron(0 9 ? * 0 *)
+    day-of-week: expected 1 to 7, lists, ranges or steps of them, got '0'
+cron(0 9 ? * MON#6 *)
+    day-of-week: expected 1 to 7, lists, ranges or steps of them, got 'MON#6'
+cron(0 9 ? * MON 1969)
+    year: expected 1970 to 2199, lists, ranges or steps of them, got '1969'
+cron(0 9 ? * MON L)
+    year: expected 1970 to 2199, lists, ranges or steps of them, got 'L'
+"""
+#: An expression, a moment, and the next time after it; "-" for none.
+NEXT_TIMES = """
+rate(5 minutes)                  UTC               2026-11-28T13:00:00  2026-11-28T13:05:00
+rate(1 day)                      Europe/Berlin     2026-03-28T23:59:59  2026-03-29T00:00:00
+cron(0 9 ? * MON-FRI *)          UTC               2026-11-27T09:00:00  2026-11-30T09:00:00
+cron(0 9 ? * 2-6 *)              UTC               2026-11-27T08:59:59  2026-11-27T09:00:00
+cron(0/20 8,18 1 jan-mar/2 ? *)  UTC               2026-01-01T18:40:00  2026-03-01T08:00:00
+cron(*/25 */12 ? * SUN,sat *)    UTC               2026-11-28T12:00:00  2026-11-28T12:25:00
+cron(0 0 29 2 ? *)               UTC               2026-01-01T00:00:00  2028-02-29T00:00:00
+cron(0 0 1 1 ? 2030-2031)        UTC               2031-01-01T00:00:00  -
+cron(0 0 30 2 ? *)               UTC               2026-01-01T00:00:00  -
+cron(0 9 L * ? *)                UTC               2026-01-01T00:00:00  -
+cron(30 2 * * ? *)               Europe/Berlin     2026-03-28T01:30:00  2026-03-30T00:30:00
+cron(30 2 * * ? *)               Europe/Berlin     2026-10-24T00:30:00  2026-10-25T00:30:00
+cron(30 2 * * ? *)               Europe/Berlin     2026-10-25T00:30:00  2026-10-26T01:30:00
+cron(0/30 * * * ? *)             Europe/Berlin     2026-10-25T00:30:00  2026-10-25T02:00:00
+cron(30 1 * * ? *)               America/New_York  2026-11-01T05:30:00  2026-11-02T06:30:00
+cron(15 2 * * ? *)               Australia/Lord_Howe  2026-10-03T15:29:00  2026-10-04T15:15:00
+"""
+#: Around both changes of 2026 in each of the time zones.
+ZONE_CHANGES = {
+    "Europe/Berlin": ("2026-03-29T01:00Z", "2026-10-25T01:00Z"),
+    "America/New_York": ("2026-03-08T07:00Z", "2026-11-01T06:00Z"),
+    "Australia/Lord_Howe": ("2026-04-04T15:00Z", "2026-10-03T15:30Z"),
+}
+
+
+def field_texts(low: int, high: int) -> st.SearchStrategy[str]:
+    """Draw what AWS takes for a field of numbers."""
+    number = st.integers(low, high)
+    pair = st.tuples(number, number).map(sorted)
+    part = st.one_of(
+        st.just("*"),
+        number.map(str),
+        pair.map(lambda ends: "{}-{}".format(*ends)),
+        st.tuples(number, st.integers(1, 20)).map(lambda step: "{}/{}".format(*step)),
+    )
+    return st.lists(part, min_size=1, max_size=3).map(",".join)
+
+
+def brute_force(schedule: Any, moment: datetime, days: int) -> datetime | None:
+    """Return the next time by looking at every minute of UTC, for so many days."""
+    zone = ZoneInfo(schedule.timezone)
+    minute = moment.replace(second=0, microsecond=0)
+    for _ in range(days * 24 * 60):
+        minute += timedelta(minutes=1)
+        local = minute.astimezone(zone)
+        weekday = local.isoweekday() % 7 + 1
+        found = (local.minute, local.hour, local.day, local.month, weekday, local.year)
+        is_first = local.fold == 0
+        if is_first and all(map(operator.contains, schedule.fields, found)):
+            return minute
+    return None
+
+
+class TestScheduleExpressions:
+    """AWS's expressions: what is one, and when it is due."""
+
+    @pytest.mark.parametrize(("expression", "sentence"), told(WRONG_SCHEDULES))
+    def test_wrong(self, expression, sentence):
+        """A wrong one is refused where the task is declared, by one sentence."""
+        declare = taskhawk.task(name="audit", schedule=expression)
+        assert refused(declare, plain) == (
+            f"audit has schedule={expression!r}: {sentence}"
+        )
+
+    @pytest.mark.parametrize(
+        ("options", "sentence"),
+        [
+            (
+                {"schedule": 5},
+                (
+                    "schedule=5: expected 'rate(5 minutes)', 'cron(0 9 ? * MON-FRI *)'"
+                    " or a timedelta of minutes"
+                ),
+            ),
+            *(
+                (
+                    {"schedule": wrong},
+                    f"schedule={wrong!r}: expected whole minutes, from 1 to 99999",
+                )
+                for wrong in (
+                    timedelta(),
+                    timedelta(minutes=-1),
+                    timedelta(seconds=90),
+                    timedelta(days=70),
+                )
+            ),
+            ({"timezone": "UTC"}, "timezone='UTC': expected a schedule too"),
+            *(
+                (
+                    {"schedule": "rate(1 day)", "timezone": wrong},
+                    (
+                        f"timezone={wrong!r}: expected the name of a time zone that"
+                        " this system has, such as 'Europe/Berlin'"
+                    ),
+                )
+                for wrong in ("Berlin", "../etc/passwd", "Europe", "", None)
+            ),
+        ],
+    )
+    def test_wrong_options(self, options, sentence):
+        """What is no schedule or no time zone is refused likewise."""
+        declare = taskhawk.task(name="audit", **options)
+        assert refused(declare, plain) == f"audit has {sentence}"
+
+    def test_arguments(self):
+        """A periodic task can be called without arguments, or it is refused."""
+
+        def resize(image, *, metadata, size=1):
+            """Do nothing."""
+
+        declare = taskhawk.task(name="resize", schedule="rate(1 day)")
+        assert refused(declare, resize) == (
+            "resize has schedule='rate(1 day)': expected a function that can be called"
+            " without arguments (resize: missing a required argument: 'image')"
+        )
+
+    @pytest.mark.parametrize(
+        ("minutes", "text"), [(1, "rate(1 minute)"), (90, "rate(90 minutes)")]
+    )
+    def test_timedelta(self, minutes, text):
+        """A timedelta is a rate."""
+        interval = timedelta(minutes=minutes)
+        task = taskhawk.task(name="audit", schedule=interval)(plain)
+        schedule = taskhawk._schedule_of(task)
+        assert (schedule.text, schedule.interval_s) == (text, minutes * 60)
+
+    @pytest.mark.parametrize(
+        ("expression", "zone", "moment", "expected"),
+        [re.split(r"\s{2,}", line) for line in NEXT_TIMES.strip().splitlines()],
+    )
+    def test_next(self, expression, zone, moment, expected):
+        """The next time is strictly after a moment; daylight saving skips, and repeats none."""
+        schedule = taskhawk._parse_schedule(expression, zone)
+        due = schedule.next_after(datetime.fromisoformat(f"{moment}Z"))
+        assert (f"{due:%Y-%m-%dT%H:%M:%S}" if due else "-") == expected
+
+    @pytest.mark.parametrize("zone", ZONE_CHANGES)
+    @hypothesis.settings(max_examples=60)
+    @given(data=st.data())
+    def test_like_brute_force(self, zone, data):
+        """Around both changes of a year, it is what a look at every minute finds."""
+        minutes, hours = data.draw(field_texts(0, 59)), data.draw(field_texts(0, 23))
+        days = data.draw(st.sampled_from(["* * ?", "? * *", "? * 1,7", "25-31 * ?"]))
+        expression = f"cron({minutes} {hours} {days} *)"
+        schedule = taskhawk._parse_schedule(expression, zone)
+        change = data.draw(st.sampled_from(ZONE_CHANGES[zone]))
+        moment = datetime.fromisoformat(change) + timedelta(
+            seconds=data.draw(st.integers(-90_000, 10_000))
+        )
+        expected = brute_force(schedule, moment, 2)
+        if expected:
+            assert schedule.next_after(moment) == expected
+        else:
+            due = schedule.next_after(moment)
+            assert due is None or due > moment + timedelta(days=2, minutes=-1)
+
+    @given(
+        st.integers(1, 99_999),
+        st.sampled_from(["minute", "hour", "day"]),
+        st.integers(0, 4_000_000_000),
+    )
+    def test_rate(self, count, unit, now_s):
+        """A rate is due at each multiple of its interval, whatever the time zone does."""
+        schedule = taskhawk._parse_schedule(f"rate({count} {unit}s)", "Europe/Berlin")
+        moment = datetime.fromtimestamp(now_s, UTC)
+        due_s = schedule.next_after(moment).timestamp()
+        assert due_s % schedule.interval_s == 0
+        assert now_s < due_s <= now_s + schedule.interval_s
+
+
+MINUTELY = timedelta(minutes=1)
+#: Three workers at any time, of which one is killed again and again.
+TICKING = """
+import os, random, signal, sys, threading, time
+from datetime import timedelta
+import taskhawk
+
+began = time.time()
+url = f"sqlite:///{sys.argv[1]}"
+taskhawk.configure(TASKHAWK_BROKER=url)
+
+@taskhawk.task(name="audit", schedule=timedelta(minutes=1))
+def audit():
+    pass
+
+def clock():
+    return began + (time.time() - began) * 2000  # a minute takes 30 ms
+
+def work():
+    broker = taskhawk.SqliteBroker(url, clock=clock)
+    while True:
+        taskhawk._Ticker(broker, [audit], threading.Event()).look()
+
+workers = []
+for number in range(33):
+    workers.append(os.fork())
+    if not workers[-1]:
+        work()
+    if len(workers) == 3:
+        time.sleep(random.random() / 10)
+        os.kill(workers[0], signal.SIGKILL)
+        os.waitpid(workers.pop(0), 0)
+for worker in workers:
+    os.kill(worker, signal.SIGKILL)
+    os.waitpid(worker, 0)
+"""
+
+
+def periodic_ids(path: Path) -> list[str]:
+    """Return the ids of the messages of all queues, in the order of their sending."""
+    bodies = sqlite_execute(path, "SELECT body FROM message ORDER BY sent_ms, id")
+    return [json.loads(body)["id"] for (body,) in bodies]
+
+
+class TestPeriodicTasks:
+    """On SQLite any worker queues what is due: each firing once, whoever dies when."""
+
+    @pytest.fixture
+    def runs(self, isolated):
+        """Return the metadata of each run of a task that is due each minute."""
+        runs = []
+
+        @taskhawk.task(name="audit", schedule=MINUTELY, priority=Priority.high)
+        def audit(metadata):
+            runs.append(metadata)
+
+        return runs
+
+    @pytest.fixture
+    def clock(self):
+        """Return a clock that stands half a minute past."""
+        return Clock(1_700_000_000 // 60 * 60 + 30)
+
+    @pytest.fixture
+    def ticking(self, tmp_path, clock, runs):
+        """Return a broker on disk with that clock, which taskhawk is configured to use."""
+        url = f"sqlite:///{tmp_path}/queue.db"
+        taskhawk.configure(TASKHAWK_BROKER=url)
+        broker = taskhawk.SqliteBroker(url, clock=clock)
+        yield broker
+        broker.close()
+
+    @staticmethod
+    def ticker(broker):
+        """Return what a worker on a broker runs beside itself."""
+        tasks = taskhawk._periodic_tasks().values()
+        return taskhawk._Ticker(broker, tasks, threading.Event())
+
+    def test_runs(self, ticking, clock, runs):
+        """It is due from the first look on, runs once when it is, and has an id made of the time."""
+        queue = ticking.destination(Priority.high)
+        assert work_once(ticking, queue).received == 0
+        clock.now += 30
+        assert work_once(ticking, queue).acked == 1
+        assert work_once(ticking, queue).received == 0
+        (metadata,) = runs
+        due_s = clock.now // 60 * 60
+        due = datetime.fromtimestamp(due_s, UTC)
+        assert metadata.id == f"task.audit-{due:%Y-%m-%dT%H:%M:%SZ}"
+        assert metadata.timestamp == due_s * 1000
+        assert metadata.priority is Priority.high
+
+    def test_once_after_a_stop(self, ticking, clock, tmp_path):
+        """What was missed while no worker ran is queued once, and then it goes on."""
+        self.ticker(ticking).look()
+        clock.now += 86_400
+        for _ in range(2):
+            self.ticker(ticking).look()
+        clock.now += 60
+        self.ticker(ticking).look()
+        assert len(periodic_ids(tmp_path / "queue.db")) == 2
+
+    def test_changed(self, ticking, clock, tmp_path):
+        """A schedule that is changed begins anew: nothing is due at once."""
+        self.ticker(ticking).look()
+        taskhawk._registry.clear()
+        clock.now += 86_400
+        taskhawk.task(name="audit", schedule="cron(0 0 1 1 ? *)")(plain)
+        taskhawk.task(name="over", schedule="cron(0 0 1 1 ? 2001)")(plain)
+        ticker = self.ticker(ticking)
+        ticker.look()
+        assert periodic_ids(tmp_path / "queue.db") == []
+        assert ticker._due_ms / 1000 == datetime(2024, 1, 1, tzinfo=UTC).timestamp()
+
+    @pytest.mark.slow
+    def test_many_workers(self, ticking, clock, tmp_path):
+        """Of workers that look at the same moment, one queues it."""
+        tickers = [
+            self.ticker(taskhawk.SqliteBroker(ticking.url(""), clock=clock))
+            for _ in range(6)
+        ]
+        ticking.close()
+        with concurrent.futures.ThreadPoolExecutor(len(tickers)) as pool:
+            for _ in range(20):
+                for done in [pool.submit(ticker.look) for ticker in tickers]:
+                    done.result()
+                clock.now += 60
+        ids = periodic_ids(tmp_path / "queue.db")
+        assert len(ids) == len({*ids}) == 19
+        for ticker in tickers:
+            ticker._broker.close()
+
+    @pytest.mark.slow
+    def test_kill(self, tmp_path):
+        """Workers that are killed at any moment queue each firing once, and lose none."""
+        path = tmp_path / "queue.db"
+        result = run_python(["-c", TICKING, str(path)])
+        assert (result.returncode, result.stderr) == (0, "")
+        sent = sqlite_execute(
+            path, "SELECT body, sent_ms FROM message ORDER BY sent_ms"
+        )
+        assert len(sent) > 20
+        next_ms = None
+        for body, sent_ms in sent:
+            data = json.loads(body)
+            due_ms = Message(data).timestamp
+            assert data["id"].endswith(data["metadata"]["timestamp"])
+            assert due_ms == next_ms or next_ms is None
+            next_ms = (sent_ms // 60_000 + 1) * 60_000
+        [(due_ms,)] = sqlite_execute(path, "SELECT due_ms FROM schedule")
+        assert due_ms == next_ms
+
+    def test_while_it_works(self, tmp_path, runs):
+        """A worker queues what becomes due while it runs, then runs it."""
+        url = f"sqlite:///{tmp_path}/queue.db"
+        taskhawk.configure(TASKHAWK_BROKER=url)
+        late_s = 59.7 - time.time() % 60  # its next minute begins soon
+        broker = taskhawk.SqliteBroker(url, clock=lambda: time.time() + late_s)
+        queues = [broker.destination(Priority.high)]
+        assert taskhawk.Worker(broker, queues, max_tasks=1).run().acked == 1
+        assert len(runs) == 1
+        broker.close()
+
+    def test_fault(self, ticking, clock, tmp_path, caplog):
+        """A fault is said once, and tried again; a file that was removed is made anew."""
+        caplog.set_level(logging.INFO)
+        ticker = self.ticker(ticking)
+        ticker.look()
+        ticking.close()
+        (tmp_path / "queue.db").unlink()
+        (tmp_path / "queue.db").mkdir()
+        for _ in range(2):
+            ticker.look()
+            assert clock.now * 1000 < ticker._due_ms < (clock.now + 60) * 1000
+        (tmp_path / "queue.db").rmdir()
+        ticker.look()
+        assert ticker._due_ms == (clock.now + 30) * 1000
+        cant, can = caplog.messages
+        where = f"sqlite:///{tmp_path}/queue.db"
+        assert cant.startswith(
+            f"{where}: can't queue periodic tasks, goes on trying: ConfigurationError("
+        )
+        assert can == f"{where}: can queue periodic tasks again; tries that failed: 2"
+
+    @pytest.mark.parametrize(
+        "expression",
+        [
+            "cron(0 9 L * ? *)",
+            "cron(0 9 LW * ? *)",
+            "cron(0 9 15W * ? *)",
+            "cron(0 9 ? * FRIL *)",
+            "cron(0 9 ? * 2#1 *)",
+        ],
+    )
+    def test_foreign(self, worker_broker, tmp_path, expression):
+        """What AWS alone understands is declared, but no worker on SQLite begins with it."""
+        taskhawk._registry.clear()
+        task = taskhawk.task(name="audit", schedule=expression)(plain)
+        assert task.options["schedule"] == expression
+        broker = taskhawk.SqliteBroker(f"sqlite:///{tmp_path}/queue.db")
+        assert refused(taskhawk.Worker(broker, [WORKER_QUEUE]).run) == (
+            f"audit has schedule={expression!r}: L, W and # are AWS's alone: expected"
+            " numbers, lists, ranges and steps on SQLite"
+        )
+        broker.close()
+        # On SQS it is Scheduler that sends: a worker has nothing to do with it.
+        assert work_once(worker_broker, WORKER_QUEUE).received == 0
+
+    @pytest.mark.parametrize(
+        ("fifo", "options", "group"),
+        [
+            (False, {}, None),
+            (True, {}, "task.count"),
+            (True, {"group": "customer"}, "7"),
+            (False, {"group": lambda customer=None: None}, None),
+        ],
+    )
+    def test_group(self, tmp_path, clock, fifo, options, group):
+        """Its message has the group that a dispatch would have; a FIFO queue needs one."""
+
+        def count(customer=7):
+            """Do nothing."""
+
+        url = f"sqlite:///{tmp_path}/queue.db"
+        taskhawk.configure(TASKHAWK_BROKER=url, TASKHAWK_FIFO=fifo)
+        task = taskhawk.task(name="count", schedule=MINUTELY, **options)(count)
+        broker = taskhawk.SqliteBroker(url, clock=clock)
+        ticker = taskhawk._Ticker(broker, [task], threading.Event())
+        ticker.look()
+        clock.now += 60
+        ticker.look()
+        queue = broker.destination(Priority.default)
+        (received,) = broker.receive(queue, 1, 0, 60, NEVER)
+        assert received.group_id == group
+        broker.close()
+
+    def test_names(self):
+        """A schedule's name tells the task; a name that can't be one is a hash."""
+        names = ["audit", "ä", "x" * 60, "app.tasks.audit"]
+        for name in names:
+            taskhawk.task(name=name, schedule=MINUTELY)(another(name))
+        tasks = taskhawk._periodic_tasks()
+        for schedule, task in tasks.items():
+            assert re.fullmatch(r"task\.[0-9a-zA-Z_.-]{1,59}", schedule)
+            is_plain = task.name in ("audit", "app.tasks.audit")
+            assert (schedule == f"task.{task.name}") is is_plain
+        assert {task.name for task in tasks.values()} >= {*names}
+
+    def test_list(self, sqlite, capsys):
+        """The command lists them with the time when each is due next."""
+        taskhawk._registry.clear()
+        taskhawk.task(name="a", schedule="rate(1 day)", timezone="Europe/Berlin")(plain)
+        taskhawk.task(name="b", schedule="cron(0 9 L * ? *)")(another("b"))
+        taskhawk.task(name="c")(another("c"))
+        day = datetime.now(UTC).date() + timedelta(days=1)
+        assert taskhawk.main(["schedules"]) == 0
+        assert capsys.readouterr().out.splitlines() == [
+            f"a  rate(1 day)  Europe/Berlin  {day}T00:00:00+00:00",
+            "b  cron(0 9 L * ? *)  UTC  when AWS says",
+        ]
+        taskhawk.configure(TASKHAWK_QUEUE="app")
+        assert taskhawk.main(["schedules", "--json"]) == 0
+        (row, _) = json.loads(capsys.readouterr().out)
+        assert row == {
+            "task": "a",
+            "priority": "default",
+            "schedule": "rate(1 day)",
+            "timezone": "Europe/Berlin",
+            "next": None,
+        }
 
 
 # --- 23. Django's tasks ---------------------------------------------------------------
@@ -14820,7 +16182,8 @@ class TestDeadLetters:
         """They go back to the queue of their priority as they were, without our attributes."""
         header = {"n": {"DataType": "String", "StringValue": "é"}}
         value = {"DataType": "String", "StringValue": "3"}
-        ours = dict.fromkeys(("taskhawk.error", "taskhawk.attempts"), value)
+        names = ("taskhawk.error", "taskhawk.attempts", "taskhawk.postponed")
+        ours = dict.fromkeys(names, value)
         queue = broker.destination(Priority.high)
         broker.send(
             f"{queue}-DLQ", [Outgoing(processing_body(args=[1]), {**ours, **header})]
@@ -14832,6 +16195,43 @@ class TestDeadLetters:
         assert received.message_attributes["n"]["StringValue"] == "é"
         assert receive_all() == []
         assert broker.depth(f"{queue}-DLQ") == Depth(0, 0, 0)
+
+    @pytest.mark.parametrize("place", ["ministack", "sqlite"])
+    def test_fifo(  # noqa: PLR0917 - fixtures
+        self, request, place, sqs_client, queue_name, capsys, caplog, tmp_path
+    ):
+        """Of a FIFO queue, they go back in the order and group that they had.
+
+        A copy is deduplicated by what it is a copy of: its own id was sent before. What
+        waits behind those that are looked at can't be seen, and that is said.
+        """
+        taskhawk.configure(TASKHAWK_BROKER=f"sqlite:///{tmp_path}/queue.db")
+        if place == "ministack":
+            endpoint = request.getfixturevalue("ministack")
+            make_queue(sqs_client(endpoint), f"TASKHAWK-{queue_name}.fifo")
+            configure_aws(endpoint, queue_name)
+        taskhawk.configure(taskhawk.settings.given, TASKHAWK_FIFO=True)
+        broker = taskhawk._brokers.broker()
+        queue = broker.destination(Priority.default)
+        dead = taskhawk._dead_letter_name(queue)
+        letters = [
+            Outgoing(processing_body(args=[n]), {}, 0, "g", f"{n}") for n in range(12)
+        ]
+        for letter in letters:
+            broker.send(dead, [letter])
+        assert taskhawk.main(["dead-letters", "list", "--json"]) == 0
+        seen, warnings = 12, []
+        if place == "ministack":
+            seen = 10
+            warnings = [f"{dead}: about 2 more wait behind these, in their groups"]
+        assert capsys.readouterr().out.count("\n") == seen
+        assert caplog.messages == warnings
+        assert taskhawk.requeue_dead_letter(Priority.default) == 12
+        found = []
+        while messages := broker.receive(queue, 1, 0, 60, NEVER):
+            found += [(json.loads(m.body)["args"], m.group_id) for m in messages]
+            broker.delete(queue, [m.receipt_handle for m in messages])
+        assert found == [([number], "g") for number in range(12)]
 
     @pytest.mark.parametrize("num_messages", [1, 4, 10, 1000])
     def test_requeue_many(self, sqlite, caplog, num_messages):
@@ -15553,12 +16953,6 @@ class TestDeadLetterCommands:
 # --- 25. infrastructure ---------------------------------------------------------------
 
 
-def told(text: str) -> list[tuple[str, str]]:
-    """Read cases: a line that begins at the margin, and the sentence below it."""
-    found = re.findall(r"(?m)^(\S.*)\n((?: .*\n)+)", text)
-    return [(case, " ".join(sentence.split())) for case, sentence in found]
-
-
 class Terminal:
     """A command that runs in a terminal, and what it has shown."""
 
@@ -15785,6 +17179,59 @@ class TestProvision:
             assert policy["deadLetterTargetArn"] == dead["QueueArn"]
             assert int(policy["maxReceiveCount"]) == 5
             assert found["Tags"] == dead["Tags"] == {"taskhawk": queue_name}
+
+    def test_fifo(self, ministack, sqs_client, queue_name, capsys):
+        """FIFO queues are made as such, in high throughput mode, and nothing is wrong then.
+
+        What someone has changed of that mode stays.
+        """
+        account = configure_account(
+            sqs_client, ministack, queue_name, TASKHAWK_FIFO=True
+        )
+        name, only = f"TASKHAWK-{queue_name}", "--priority=default"
+        names = [f"{name}-DLQ.fifo", f"{name}.fifo"]
+        assert provision(capsys, only) == [f"queue {queue}: made" for queue in names]
+        client = sqs_client(ministack)
+        for queue in names:
+            found = attributes_of(client, queue)
+            assert found["FifoQueue"] == "true"
+            assert found["DeduplicationScope"] == "messageGroup"
+            assert found["FifoThroughputLimit"] == "perMessageGroupId"
+        policy = json.loads(found["RedrivePolicy"])
+        arn = f"arn:aws:sqs:us-east-1:{account}:{name}"
+        assert policy["deadLetterTargetArn"] == f"{arn}-DLQ.fifo"
+        url = client.get_queue_url(QueueName=names[1])["QueueUrl"]
+        limit = {"FifoThroughputLimit": "perQueue"}
+        client.set_queue_attributes(QueueUrl=url, Attributes=limit)
+        as_it_should_be = [f"queue {queue}: is as it should be" for queue in names]
+        assert provision(capsys, only) == as_it_should_be
+        assert check(capsys, only) == (0, ["nothing is wrong"])
+        taskhawk._brokers.broker().send(f"{name}.fifo", grouped("a1 a2 b1"))
+        assert taskhawk.main(["stats", "--json"]) == 0
+        counts = json.loads(capsys.readouterr().out)["default"]
+        assert (counts["visible"], counts["dead_letters"]) == (3, 0)
+
+    def test_fifo_described(self, queue_name, aws, capsys):
+        """Terraform and IAM know FIFO queues and their dead-letter queues, too."""
+        taskhawk.configure(taskhawk.settings.given, TASKHAWK_FIFO=True)
+        only = "--priority=default"
+        queues = provision_json(capsys, only, "--format=terraform")["resource"]
+        queues = queues["aws_sqs_queue"]
+        assert list(queues) == ["taskhawk_app_dlq_fifo", "taskhawk_app_fifo"]
+        for queue in queues.values():
+            assert queue["fifo_queue"] is True
+            assert queue["deduplication_scope"] == "messageGroup"
+            assert queue["fifo_throughput_limit"] == "perMessageGroupId"
+        redrive = json.loads(queues["taskhawk_app_fifo"]["redrive_policy"])
+        reference = "${aws_sqs_queue.taskhawk_app_dlq_fifo.arn}"
+        assert redrive["deadLetterTargetArn"] == reference
+        roles = provision_json(capsys, only, "--format=iam")
+        arn = "arn:aws:sqs:us-east-1:000000000000:TASKHAWK-APP"
+        queue, dead = roles["worker"]["Statement"]
+        assert (queue["Resource"], dead["Resource"]) == (
+            [f"{arn}.fifo"],
+            [f"{arn}-DLQ.fifo"],
+        )
 
     def test_raises(self, endpoint, sqs_client, queue_name, capsys):
         """What is too low is raised, and what someone set higher stays."""
@@ -16812,7 +18259,7 @@ logging.config.dictConfig({{
         assert last == "taskhawk: Django can't be set up: division by zero"
 
 
-EMF_COUNTS = ("Received", "Acked", "Retried", "DeadLettered", "Released", "Uncertain")
+EMF_COUNTS = ("Received", "Acked", "Retried", "DeadLettered", "Postponed")
 
 
 def emf_lines(text: str) -> list[dict[str, Any]]:
@@ -16864,8 +18311,8 @@ class TestMetrics:
         first, second = emf_lines(capsys.readouterr().out)
         assert first["queue"] == WORKER_QUEUE
         assert second["queue"] == f"{WORKER_QUEUE}-BULK"
-        assert [first[name] for name in EMF_COUNTS] == [4, 3, 0, 1, 0, 0]
-        assert [second[name] for name in EMF_COUNTS] == [1, 1, 0, 0, 0, 0]
+        assert [first[name] for name in EMF_COUNTS] == [4, 3, 0, 1, 0]
+        assert [second[name] for name in EMF_COUNTS] == [1, 1, 0, 0, 0]
         assert (len(first["RunDuration"]), len(second["RunDuration"])) == (4, 1)
         assert first["OldestRunAge"] == first["LeasesLost"] == 0
         assert ledger.received == 5
@@ -17362,6 +18809,7 @@ def readme_normalised(text: str) -> str:
 README_GROUPS = ["plain", "aws", "django", "flask"]  # blocks that share an interpreter
 README_NEW_DJANGO = pytest.mark.skipif(sys.version_info < (3, 12), reason="Django 6")
 README_BEFORE = {
+    "flask": "import web\n",
     "mall": "import django; django.setup()\n",
     "django": "import django; django.setup()\n"
     "from django.core.management import call_command; call_command('migrate', verbosity=0)\n",
@@ -17369,6 +18817,10 @@ README_BEFORE = {
 README_AFTER = {  # what the blocks dispatched, or can dispatch now, is run
     "aws": "import tasks; tasks.audit.dispatch('ready')\n"
     "print(taskhawk.listen_for_messages(taskhawk.Priority.default, until_empty=True).acked)",
+    "flask": "import web_tasks, taskhawk\n"
+    "web_tasks.confirm.dispatch(1, 'you@example.com')\n"
+    "taskhawk.listen_for_messages(taskhawk.Priority.default, until_empty=True)\n"
+    "print(open('outbox.txt').read(), end='')",
     "django": "import taskhawk\n"
     "taskhawk.listen_for_messages(taskhawk.Priority.default, until_empty=True)",
     "mall": "import taskhawk\n"
@@ -17377,6 +18829,7 @@ README_AFTER = {  # what the blocks dispatched, or can dispatch now, is run
 README_AFTER_OUTPUT = {
     "aws": "ready: attempt 1 of a default message, {}\n1\n",
     "django": "Welcome! -> you@example.com\n",
+    "flask": "you@example.com: we have your order 1\n",
     "mall": "May: attempt 1 of report\nJune: attempt 1 of report\n",
 }
 README_RUNNER = """
@@ -17542,6 +18995,7 @@ class TestReadme:
         """Each Python block runs, in order, and prints what the block behind it says."""
         readme_files(tmp_path)
         python = [block for block in readme_blocks() if block.language == "python"]
+        python = [block for block in python if block.marks.get("run") != "never"]
         assert {block.marks.get("run", "plain") for block in python} == {
             *README_GROUPS,
             "mall",
@@ -17619,6 +19073,24 @@ class TestReadme:
             assert readme_normalised(result.stdout) == readme_normalised(expected), (
                 command
             )
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(
+        ("command", "passed"),
+        [
+            (["pytest", "-q", "test_tasks.py"], "4 passed"),
+            (["unittest", "test_tasks_unittest"], "Ran 2 tests"),
+            (["django", "test", "test_tasks_django"], "Ran 2 tests"),
+        ],
+        ids=["pytest", "unittest", "Django"],
+    )
+    def test_test_recipes(self, command, passed, tmp_path):
+        """The tests of README pass, by the command that people run."""
+        readme_files(tmp_path)
+        env = {"DJANGO_SETTINGS_MODULE": "shop_settings"}
+        result = run_python(["-m", *command], cwd=tmp_path, env=env)
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert passed in result.stdout + result.stderr
 
     @pytest.mark.slow
     def test_five_steps(self, ministack, tmp_path):
@@ -17760,3 +19232,298 @@ class TestReadme:
                 assert link[1:] in anchors
             elif not link.startswith("https://"):
                 assert project_file(link).exists()
+
+
+@contextlib.contextmanager
+def service_worker(
+    folder: Path, env: Mapping[str, str], *modules: str
+) -> Iterator[None]:
+    """Run a worker of some modules for the length of the block, then stop it."""
+    with (folder / "worker.txt").open("w") as output:
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "taskhawk", "listen", "--grace", "5", *modules],
+            cwd=folder,
+            env=python_env(env),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+        )
+    try:
+        yield
+        worker.terminate()
+        assert worker.wait(30) == 0
+    finally:
+        worker.kill()
+        worker.wait()
+
+
+def service_post(url: str, data: object) -> tuple[int, Any]:
+    """Post JSON, and return the status and the answer."""
+    request = urllib.request.Request(url, json.dumps(data).encode())
+    request.add_header("Content-Type", "application/json")
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return answer.status, json.load(answer)
+
+
+def service_wait(is_done: Callable[[], object]) -> None:
+    """Wait for what another process does."""
+    until = time.monotonic() + 60
+    while not is_done():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+class TestServices:
+    """README's services start, take a request, and run its task."""
+
+    @pytest.fixture(params=["SQLite", "ministack"])
+    def env(self, request, tmp_path):
+        """Return an environment with a queue, after the modules of README are written."""
+        readme_files(tmp_path)
+        if request.param == "SQLite":
+            return {"TASKHAWK_BROKER": f"sqlite:///{tmp_path}/web.db"}
+        env = TestReadme.aws(request.getfixturevalue("ministack"))
+        env |= {"AWS_ACCOUNT_ID": "000000000000", "TASKHAWK_QUEUE": "dev-web"}
+        command = ["-m", "taskhawk", "provision"]
+        result = run_python(command, cwd=tmp_path, env=env)
+        assert result.returncode == 0, result.stderr
+        return env
+
+    def test_flask(self, env, tmp_path):
+        """Flask's server dispatches, and a worker runs it in the application's context."""
+        port, outbox = free_port(), tmp_path / "outbox.txt"
+        flask_run = ["-m", "flask", "--app", "web", "run", "--port", str(port)]
+        with (
+            server(port, flask_run, python_env(env), tmp_path) as url,
+            service_worker(tmp_path, env, "web_tasks"),
+        ):
+            order = service_post(f"{url}/orders/7", {"address": "you@example.com"})
+            service_wait(outbox.exists)
+            service_wait(outbox.read_text)
+        status, answer = order
+        assert (status, len(answer["message"])) == (202, 36)
+        assert outbox.read_text() == "you@example.com: we have your order 7\n"
+        ledger = (tmp_path / "worker.txt").read_text()
+        assert ledger.startswith("1 received, 1 acked, ")
+
+    def test_lambda(self, tmp_path):
+        """The handler takes events as AWS has recorded them, and raises what fails."""
+        readme_files(tmp_path)
+        hello = processing_body("tasks.send_email", args=["you@example.com", "Hello!"])
+        fails = processing_body("tasks.pay", args=[7])
+        events = [
+            {"Records": [lambda_sns_record(hello, "1")]},
+            {"Records": [lambda_sqs_record(body, "1") for body in (fails, hello)]},
+        ]
+        (tmp_path / "events.json").write_text(json.dumps(events))
+        code = """if True:
+            import json, handler
+            with open("events.json") as file:
+                for event in json.load(file):
+                    try:
+                        handler.handler(event, None)
+                    except ValueError as error:
+                        print(error)
+        """
+        env = {"AWS_REGION": "us-east-1", "AWS_ENDPOINT_SQS": "http://127.0.0.1:9"}
+        env |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
+        result = run_python(code, cwd=tmp_path, env=env)
+        printed = ["Hello! -> you@example.com"] * 2 + ["bill 7 has no amount"]
+        assert (result.returncode, result.stdout.splitlines()) == (0, printed)
+
+
+#: a solution of the last exercise in README, and of nothing else: see SqliteBroker
+READING_BROKER = """
+import threading
+import time
+import uuid
+
+import taskhawk
+from taskhawk import Depth, QueueInfo, QueueMessage, Refusal
+
+
+class MemoryBroker(taskhawk.Broker):
+    max_bytes = 1_048_576
+    max_delay_s = 900
+
+    def __init__(self, clock=time.time):
+        self.clock = clock
+        # Guards the rows, and tells receivers that wait of what is sent.
+        self.changed = threading.Condition()
+        self.rows = []
+
+    def send(self, destination, entries):
+        with self.changed:
+            for entry in entries:
+                now = self.clock()
+                self.rows.append(
+                    {
+                        "queue": destination,
+                        "entry": entry,
+                        "id": str(uuid.uuid4()),
+                        "sent": now,
+                        "visible_at": now + entry.delay_s,
+                        "receives": 0,
+                        "receipt": None,
+                    }
+                )
+            self.changed.notify_all()
+        return []
+
+    def receive(self, queue, limit, wait_s, lease_s, stop):
+        until = time.monotonic() + wait_s
+        with self.changed:
+            while True:
+                found = self._claim(queue, min(limit, 10), lease_s)
+                left_s = until - time.monotonic()
+                if found or left_s <= 0 or stop.is_set():
+                    return found
+                self.changed.wait(min(left_s, 0.05))  # the clock moves, too
+
+    def _claim(self, queue, limit, lease_s):
+        info, found = self.info(queue), []
+        for row in self.rows:
+            if row["queue"] != queue or row["visible_at"] > self.clock():
+                continue
+            if row["receives"] == info.max_receive_count:
+                row |= {"queue": info.dead_letter_queue, "receives": 0, "receipt": None}
+                continue
+            hidden_s = info.visibility_timeout_s if lease_s is None else lease_s
+            row["visible_at"] = self.clock() + hidden_s
+            row["receives"] += 1
+            row["receipt"] = str(uuid.uuid4())
+            found.append(self._message(row))
+            if len(found) == limit:
+                break
+        return found
+
+    def _message(self, row):
+        counts = {
+            "ApproximateReceiveCount": str(row["receives"]),
+            "SentTimestamp": str(int(row["sent"] * 1000)),
+        }
+        return QueueMessage(
+            row["entry"].body,
+            row["id"],
+            row["receipt"],
+            counts,
+            dict(row["entry"].attributes),
+            row["queue"],
+            self,
+        )
+
+    def delete(self, queue, receipts, *, retry=False):
+        return self._each(queue, receipts, self.rows.remove)
+
+    def change_visibility(self, queue, changes, *, retry=False):
+        seconds = dict(changes)
+
+        def change(row):
+            row["visible_at"] = self.clock() + seconds[row["receipt"]]
+            if seconds[row["receipt"]] == 0:
+                self.changed.notify_all()
+
+        return self._each(queue, list(seconds), change)
+
+    def _each(self, queue, receipts, change):
+        refused = []
+        with self.changed:
+            for index, receipt in enumerate(receipts):
+                rows = [row for row in self.rows if row["receipt"] == receipt]
+                if rows and rows[0]["queue"] == queue:
+                    change(rows[0])
+                else:
+                    code = "ReceiptHandleIsInvalid"
+                    refused.append(Refusal(index, code, "it is stale", final=True))
+        return refused
+
+    def info(self, queue):
+        if queue.endswith("-DLQ"):
+            return QueueInfo(30.0, None, None)
+        return QueueInfo(30.0, f"{queue}-DLQ", 2)
+
+    def depth(self, queue):
+        with self.changed:
+            rows = [row for row in self.rows if row["queue"] == queue]
+        visible = [row for row in rows if row["visible_at"] <= self.clock()]
+        received = [row for row in rows if row["receives"] and row not in visible]
+        delayed = len(rows) - len(visible) - len(received)
+        return Depth(len(visible), len(received), delayed)
+
+    def url(self, queue):
+        return f"memory:{queue}"
+
+    def close(self):
+        pass
+"""
+
+
+@pytest.mark.slow
+class TestReading:
+    """README's page for who reads the source is true, and its exercises can be done."""
+
+    def test_names(self):
+        """What it tells to read is there, in the room that it says."""
+        text = project_file("README.md").read_text()
+        page = text.partition("\n## Read the source\n")[2].partition("\n## ")[0]
+        rows = re.findall(r"(?m)^\| \d+ \| rooms? (\d+)(?: \w+ (\d+))?: (.*?) \|", page)
+        assert len(rows) == 6
+        for first, last, names in rows:
+            source = self.rooms(int(first), int(last or first))
+            for name in re.findall(r"`([\w.]+)`", names):
+                word = name.rpartition(".")[2]
+                assert re.search(rf"(?m)^ *((def|class) {word}\b|{word} =)", source), (
+                    name
+                )
+
+    @staticmethod
+    def rooms(first, last):
+        """Return the source of some rooms."""
+        lines = house_source().splitlines()
+        starts = [line for line, number, _ in house_banners(house_source())]
+        numbers = [number for _, number, _ in house_banners(house_source())]
+        begin = starts[numbers.index(str(first))]
+        end = starts[numbers.index(str(last)) + 1]
+        return "\n".join(lines[begin:end])
+
+    @staticmethod
+    def run_suite(folder, *options):
+        """Run a copy of the suite on a copy of the module, and return what pytest says."""
+        shutil.copy(project_file("pyproject.toml"), folder)
+        shutil.copy(__file__, folder / "test_taskhawk.py")
+        env = {k: v for k, v in os.environ.items() if not k.startswith("COVERAGE_")}
+        return subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options],
+            cwd=folder,
+            env={**env, "PYTHONPATH": str(folder)},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=150,
+            check=False,
+        )
+
+    @pytest.mark.parametrize("breaks", ["TestRetryPolicies", "TestProcessing"])
+    def test_changes_are_noticed(self, breaks, tmp_path):
+        """The tests that README names fail after the change that it proposes."""
+        (block,) = [b for b in readme_blocks() if b.marks.get("breaks") == breaks]
+        old, new = (
+            "".join(
+                f"{line[1:]}\n" for line in block.text.splitlines() if line[0] == sign
+            )
+            for sign in "-+"
+        )
+        source = house_source()
+        assert source.count(old) == 1
+        (tmp_path / "taskhawk.py").write_text(source.replace(old, new))
+        result = self.run_suite(tmp_path, "-x", "-k", breaks, "-m", "not slow")
+        assert (result.returncode, "1 failed" in result.stdout) == (1, True)
+
+    def test_memory_broker(self, tmp_path):
+        """A broker in memory passes the contract, in no more statements than it says."""
+        readme_files(tmp_path)
+        (tmp_path / "memory_broker.py").write_text(READING_BROKER)
+        shutil.copy(taskhawk.__file__, tmp_path / "taskhawk.py")
+        result = self.run_suite(tmp_path, "test_memory_broker.py")
+        assert result.returncode == 0, result.stdout
+        assert house_statements(ast.parse(READING_BROKER)) <= 90
