@@ -9216,8 +9216,6 @@ def _as_boto3(
 # https://docs.aws.amazon.com/amazondynamodb/latest/developerguide/
 
 
-__all__ += ["Claim", "Claims"]
-
 _SKEW_S = 5  # by which the clocks of workers may differ, added to how long claims last
 _MAX_PLACES = 1000  # of a key: all are in one item, and a write costs 1 KB of it
 _MAX_RETENTION_S = 14 * 86_400  # no queue keeps a message for longer
@@ -9225,7 +9223,7 @@ _TTL_MARGIN_S = 86_400  # after a claim's end, before DynamoDB may delete its it
 _CLAIM_TRIES = 3  # to get one of the places that are free, while others do too
 
 
-class Claim(NamedTuple):
+class _Claim(NamedTuple):
     """The answer to a claim.
 
     :ivar token: what it is finished or released by; "" if others have the key
@@ -9236,7 +9234,7 @@ class Claim(NamedTuple):
     is_done: bool = False
 
 
-class Claims(typing.Protocol):
+class _Claims(typing.Protocol):
     """Who holds a key, until when.
 
     ``claim`` takes one of `most` places of a key for `for_s`, unless all are taken or
@@ -9250,7 +9248,7 @@ class Claims(typing.Protocol):
     Any thread may call at any time. A call that raises may have had its effect.
     """
 
-    def claim(self, key: str, for_s: float, most: int = 1) -> Claim: ...
+    def claim(self, key: str, for_s: float, most: int = 1) -> _Claim: ...
     def finish(self, key: str, token: str, keep_s: float) -> None: ...
     def release(self, key: str, token: str) -> None: ...
     def start(
@@ -9265,14 +9263,14 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _find_claims() -> Claims:
+def _find_claims() -> _Claims:
     """Return where this process's claims are.
 
     :raises ConfigurationError: on SQS, if TASKHAWK_CLAIMS_TABLE is not set
     """
     broker = _brokers.broker()
     if isinstance(broker, SqliteBroker):
-        return SqliteClaims(broker)
+        return _SqliteClaims(broker)
     table = settings.TASKHAWK_CLAIMS_TABLE
     if table is None:
         example = _SETTINGS["TASKHAWK_CLAIMS_TABLE"].example
@@ -9281,10 +9279,10 @@ def _find_claims() -> Claims:
             f" DynamoDB table: set its name, such as {example!r}, and run python -m"
             " taskhawk provision"
         )
-    return typing.cast("Claims", _brokers.get(f"dynamodb:{table}"))
+    return typing.cast("_Claims", _brokers.get(f"dynamodb:{table}"))
 
 
-class DynamoClaims(_AwsService, Claims):
+class _DynamoClaims(_AwsService, _Claims):
     """Claims in a DynamoDB table, one item for each key.
 
     The items have the layout that Powertools for AWS Lambda uses for idempotency:
@@ -9302,7 +9300,7 @@ class DynamoClaims(_AwsService, Claims):
         super().__init__()
         self._table, self._clock = url.partition(":")[2], clock
 
-    def claim(self, key: str, for_s: float, most: int = 1) -> Claim:
+    def claim(self, key: str, for_s: float, most: int = 1) -> _Claim:
         """Take a place: a free one if the first was not, as the answer then says."""
         import random
 
@@ -9310,14 +9308,14 @@ class DynamoClaims(_AwsService, Claims):
         for _ in range(_CLAIM_TRIES):
             item = self._take(key, place, owner, for_s)
             if item is None or item.get(f"owner_{place}") == {"S": owner}:
-                return Claim(f"{place}-{owner}")
+                return _Claim(f"{place}-{owner}")
             if item.get("status") == {"S": "COMPLETED"}:
-                return Claim(is_done=True)
+                return _Claim(is_done=True)
             free = self._free_places(item, most)
             if not free:
                 break
             place = random.choice(free)
-        return Claim()
+        return _Claim()
 
     def _take(
         self, key: str, place: int, owner: str, for_s: float
@@ -9453,7 +9451,7 @@ def _place_names(place: int) -> dict[str, str]:
     return {"#owner": f"owner_{place}", "#until": until}
 
 
-_schemes["dynamodb"] = DynamoClaims  # type: ignore[assignment]
+_schemes["dynamodb"] = _DynamoClaims  # type: ignore[assignment]
 
 
 # A row for each claim. Of a start, the token is empty, for there is one for each key.
@@ -9466,24 +9464,24 @@ _CLAIMS_SCHEMA = (
 )
 
 
-class SqliteClaims(Claims):
+class _SqliteClaims(_Claims):
     """Claims in the file of a broker, which they die with."""
 
     def __init__(self, broker: SqliteBroker) -> None:
         self._broker = broker
 
-    def claim(self, key: str, for_s: float, most: int = 1) -> Claim:
+    def claim(self, key: str, for_s: float, most: int = 1) -> _Claim:
         """Take a place, if fewer than so many are taken."""
         token, now_ms = os.urandom(8).hex(), self._in_ms()
         insert = """INSERT INTO claim (key, token, until_ms) SELECT ?, ?, ?
             WHERE (SELECT count(*) FROM claim WHERE key = ? AND until_ms >= ?) < ?"""
         values = (key, token, self._in_ms(for_s), key, now_ms, most)
         if self._change(insert, values):
-            return Claim(token)
+            return _Claim(token)
         find = """SELECT count(*) FROM claim
             WHERE key = ? AND until_ms >= ? AND is_done"""
         [[done]] = self._file.read(find, (key, now_ms))
-        return Claim(is_done=done > 0)
+        return _Claim(is_done=done > 0)
 
     def finish(self, key: str, token: str, keep_s: float) -> None:
         """Have the key done for so long."""

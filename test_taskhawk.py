@@ -14624,11 +14624,11 @@ def claims(
     clock = Clock()
     if request.param == "sqlite":
         url = f"sqlite:///{tmp_path}/queue.db"
-        return taskhawk.SqliteClaims(taskhawk.SqliteBroker(url, clock)), clock
+        return taskhawk._SqliteClaims(taskhawk.SqliteBroker(url, clock)), clock
     endpoint = request.getfixturevalue(request.param)
     make_claims_table(sqs_client(endpoint, "dynamodb"))
     configure_aws(endpoint, queue_name)
-    return taskhawk.DynamoClaims(f"dynamodb:{CLAIMS_TABLE}", clock), clock
+    return taskhawk._DynamoClaims(f"dynamodb:{CLAIMS_TABLE}", clock), clock
 
 
 @pytest.fixture
@@ -14646,7 +14646,7 @@ class TestClaims:
         first = store.claim(key, 60)
         assert first.token
         assert not first.is_done
-        assert store.claim(key, 60) == taskhawk.Claim()
+        assert store.claim(key, 60) == taskhawk._Claim()
         assert store.claim(f"{key}2", 60).token
         store.release(key, first.token)
         store.release(key, first.token)  # it makes no difference
@@ -14674,7 +14674,7 @@ class TestClaims:
         clock.now += after_s
         store.finish(key, first.token, 100)
         clock.now += 99
-        assert store.claim(key, 60) == taskhawk.Claim(is_done=True)
+        assert store.claim(key, 60) == taskhawk._Claim(is_done=True)
         store.release(key, first.token)
         clock.now += 3  # DynamoDB keeps whole seconds
         assert store.claim(key, 60).token
@@ -14687,7 +14687,7 @@ class TestClaims:
         quick = store.claim(key, 60)
         store.finish(key, slow.token, 1000)
         store.release(key, quick.token)
-        assert store.claim(key, 60) == taskhawk.Claim(is_done=True)
+        assert store.claim(key, 60) == taskhawk._Claim(is_done=True)
 
     @pytest.mark.parametrize("most", [2, 7])
     def test_places(self, claims, key, most):
@@ -14695,10 +14695,10 @@ class TestClaims:
         store, clock = claims
         taken = [store.claim(key, 60, most).token for _ in range(most)]
         assert len({*taken, ""}) == most + 1
-        assert store.claim(key, 60, most) == taskhawk.Claim()
+        assert store.claim(key, 60, most) == taskhawk._Claim()
         store.release(key, taken[1])
         assert store.claim(key, 120, most).token
-        assert store.claim(key, 60, most) == taskhawk.Claim()
+        assert store.claim(key, 60, most) == taskhawk._Claim()
         clock.now += 61  # one of them is left
         again = [store.claim(key, 60, most).token for _ in range(most)]
         assert (all(again[:-1]), again[-1]) == (True, "")
@@ -14724,8 +14724,12 @@ class TestClaims:
         clock.now += 14 * 86_400 + 2
         assert store.start(key, "m1", 900, 1000)  # no queue has kept it for so long
 
+    @pytest.mark.parametrize("claims", ["ministack", "sqlite"], indirect=True)
     def test_race(self, claims, key):
-        """However many ask at once, no more get a place than there are."""
+        """However many ask at once, no more get a place than there are.
+
+        moto is left out, whose conditional writes are not atomic.
+        """
         store, _ = claims
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
             asked = [pool.submit(store.claim, key, 60, 3) for _ in range(16)]
@@ -14740,7 +14744,7 @@ class TestClaims:
         client = sqs_client(ministack, "dynamodb")
         make_claims_table(client)
         configure_aws(ministack)
-        store = taskhawk.DynamoClaims(f"dynamodb:{CLAIMS_TABLE}", Clock(1000.5))
+        store = taskhawk._DynamoClaims(f"dynamodb:{CLAIMS_TABLE}", Clock(1000.5))
 
         def item() -> dict[str, Any]:
             found = client.get_item(TableName=CLAIMS_TABLE, Key={"id": {"S": key}})
@@ -14766,7 +14770,7 @@ class TestClaims:
         """A claim whose answer was lost is ours all the same, as botocore repeats it."""
         make_claims_table(sqs_client(ministack, "dynamodb"))
         with ScriptedAws(ministack).running("app") as aws:
-            store = taskhawk.DynamoClaims(f"dynamodb:{CLAIMS_TABLE}")
+            store = taskhawk._DynamoClaims(f"dynamodb:{CLAIMS_TABLE}")
 
             def lose(call: AwsCall) -> AwsAnswer:
                 passed(call)
@@ -14797,7 +14801,7 @@ class TestClaims:
     def test_refused(self, aws, key, answer, sentence):
         """What only a person can mend is said in a sentence, with the remedy."""
         aws.always("UpdateItem", answer)
-        store = taskhawk.DynamoClaims(f"dynamodb:{CLAIMS_TABLE}")
+        store = taskhawk._DynamoClaims(f"dynamodb:{CLAIMS_TABLE}")
         for call in (store.claim, store.release, store.finish):
             args = (key, "0-x", 60)[: 3 - (call == store.release)]
             args = (key, 60) if call == store.claim else args
@@ -14805,19 +14809,19 @@ class TestClaims:
 
     def test_which(self, sqlite):
         """Claims are in the file on SQLite, and in the table that is set on SQS."""
-        assert isinstance(taskhawk._find_claims(), taskhawk.SqliteClaims)
+        assert isinstance(taskhawk._find_claims(), taskhawk._SqliteClaims)
         taskhawk.configure(AWS_KEYS)
         assert refused(taskhawk._find_claims) == NO_TABLE
         taskhawk.configure(AWS_KEYS, TASKHAWK_CLAIMS_TABLE=CLAIMS_TABLE)
         store = taskhawk._find_claims()
-        assert isinstance(store, taskhawk.DynamoClaims)
+        assert isinstance(store, taskhawk._DynamoClaims)
         assert taskhawk._find_claims() is store
 
     def test_file(self, tmp_path, key):
         """Claims are the file's: other processes see them, and they go with it."""
         path, clock = tmp_path / "queue.db", Clock()
         one, two = (
-            taskhawk.SqliteClaims(taskhawk.SqliteBroker(f"sqlite:///{path}", clock))
+            taskhawk._SqliteClaims(taskhawk.SqliteBroker(f"sqlite:///{path}", clock))
             for _ in range(2)
         )
         assert one.claim(key, 60).token
@@ -14831,6 +14835,578 @@ class TestClaims:
 
 
 # --- 21. once, unique, limits ---------------------------------------------------------
+
+#: Options of a task `stock(item, shop="A", metadata=None, **more)`, and why they are refused.
+STATE_OPTIONS: list[tuple[dict[str, Any], str]] = [
+    (
+        {"once": 5},
+        "once: expected True or a tuple of names of arguments, such as ('order_id',), got 5",
+    ),
+    (
+        {"once": "item"},
+        (
+            "once: expected True or a tuple of names of arguments, such as ('order_id',),"
+            " got 'item'"
+        ),
+    ),
+    (
+        {"unique": ()},
+        (
+            "unique: expected True or a tuple of names of arguments, such as ('order_id',),"
+            " got ()"
+        ),
+    ),
+    ({"unique": ("item", "size")}, "unique: the function has no argument 'size'"),
+    ({"unique": ("metadata",)}, "unique: the function has no argument 'metadata'"),
+    ({"once": ("more",)}, "once: the function has no argument 'more'"),
+    ({"keep_s": 60}, "keep_s: expected once=, too"),
+    (
+        {"once": True, "keep_s": 0},
+        "keep_s: expected a number of seconds above 0, got 0",
+    ),
+    ({"limit": 5}, "limit: expected taskhawk.limit(…), got 5"),
+    (
+        {"limit": taskhawk.limit(1, per=("size",)), "time_limit": 5},
+        "limit: the function has no argument 'size'",
+    ),
+    (
+        {"limit": taskhawk.limit(1)},
+        (
+            "limit: expected time_limit=, too, after which the place of a worker that died is"
+            " free again"
+        ),
+    ),
+]
+EVERY_ARGUMENT: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
+    ((7,), {}),
+    ((7, "A"), {}),
+    ((), {"item": 7}),
+    ((), {"shop": "A", "item": 7}),
+    ((7,), {"shop": "A"}),
+]
+
+
+@pytest.fixture(params=["sqlite", "ministack"])
+def state(
+    request: pytest.FixtureRequest, sqs_client: Callable[..., Any], queue_name: str
+) -> Any:
+    """Return a broker that has claims, which taskhawk is configured to use."""
+    if request.param == "sqlite":
+        taskhawk.configure(TASKHAWK_BROKER="sqlite://", TASKHAWK_QUEUE=queue_name)
+    else:
+        endpoint = request.getfixturevalue(request.param)
+        make_queues(sqs_client(endpoint), queue_name)
+        make_claims_table(sqs_client(endpoint, "dynamodb"))
+        configure_aws(endpoint, queue_name, TASKHAWK_CLAIMS_TABLE=CLAIMS_TABLE)
+    return taskhawk._brokers.broker()
+
+
+@pytest.fixture
+def stored(isolated) -> tuple[Any, Clock]:
+    """Return the embedded broker in memory, and the clock that it and its claims go by."""
+    taskhawk.configure(TASKHAWK_BROKER="sqlite://")
+    broker = taskhawk._brokers.broker()
+    broker._clock = clock = Clock()
+    return broker, clock
+
+
+def until_visible(broker: Any, clock: Clock) -> None:
+    """Let time pass until a message is visible."""
+    [[visible_ms]] = broker._file.read("SELECT min(visible_ms) FROM message", ())
+    clock.now = max(clock.now, visible_ms / 1000)
+
+
+def work_all(broker: Any) -> taskhawk.Ledger:
+    """Run all that is visible, one after another."""
+    total = taskhawk.Ledger()
+    while not total.balanced or broker.depth(broker.destination(Priority.default))[0]:
+        for name, count in dataclasses.asdict(work_once(broker)).items():
+            setattr(total, name, getattr(total, name) + count)
+    return total
+
+
+class FaultyClaims:
+    """Claims that a test lets fail: faults[name] is called in place of the method.
+
+    It gets the real call, as WorkerBroker's faults do.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **faults: Any) -> None:
+        self.find, self.faults = taskhawk._find_claims, faults
+        self.calls: list[str] = []
+        monkeypatch.setattr(taskhawk, "_find_claims", lambda: self)
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        """Return a method that notes its call."""
+
+        def call(*args: Any) -> Any:
+            self.calls.append(name)
+            real = functools.partial(getattr(self.find(), name), *args)
+            return self.faults[name](real, *args) if name in self.faults else real()
+
+        return call
+
+
+class TestOptionsOfState:
+    """Options are checked where a task is declared, and cost nothing where there are none."""
+
+    @pytest.mark.parametrize(("options", "sentence"), STATE_OPTIONS)
+    def test_refused(self, options, sentence):
+        """A wrong option is refused in one sentence."""
+
+        def stock(
+            item: int, shop: str = "A", metadata: Any = None, **more: Any
+        ) -> None:
+            """Do nothing."""
+
+        declare = taskhawk.task(name="shop.stock", **options)
+        assert refused(declare, stock) == f"shop.stock: {sentence}"
+        assert "shop.stock" not in taskhawk._registry
+
+    @pytest.mark.parametrize(
+        ("call", "sentence"),
+        [
+            (((0,), {}), "most: expected 1 to 1000 runs, got 0"),
+            (((1001,), {}), "most: expected 1 to 1000 runs, got 1001"),
+            (((True,), {}), "most: expected 1 to 1000 runs, got True"),
+            (
+                ((1,), {"per": "customer"}),
+                (
+                    "per: expected a tuple of names of arguments, such as ('order_id',), got"
+                    " 'customer'"
+                ),
+            ),
+            (
+                ((1,), {"every_s": 0}),
+                "every_s: expected a number of seconds above 0, got 0",
+            ),
+        ],
+    )
+    def test_limit_refused(self, call, sentence):
+        """A limit that makes no sense is refused where it is written."""
+        args, kwargs = call
+        assert refused(taskhawk.limit, *args, **kwargs) == f"limit: {sentence}"
+
+    def test_switched_off(self, stored):
+        """False is as good as leaving an option out."""
+        broker, _ = stored
+        runs: list[int] = []
+        off: dict[str, Any] = {"once": False, "unique": False}
+        index = taskhawk.task(name="shop.index", **off)(runs.append)
+        for _ in range(2):
+            index.dispatch(7)
+        work_all(broker)
+        assert runs == [7, 7]
+
+    @pytest.mark.parametrize("lambda_app", [False, True])
+    def test_no_table(self, aws, lambda_app):
+        """A worker, or a Lambda function, without the table ends before it runs anything.
+
+        Who only dispatches needs none.
+        """
+        job = taskhawk.task(name="mail.send", once=True)(nothing)
+        job.dispatch()
+        if lambda_app:
+            event = lambda_event(make=lambda_sqs_record)
+            process = taskhawk.process_messages_for_lambda_consumer
+            assert refused(process, event) == NO_TABLE
+        else:
+            listen = taskhawk.listen_for_messages
+            assert refused(listen, Priority.default) == NO_TABLE
+        assert aws.actions == ["GetQueueUrl", "SendMessage"]
+
+    def test_memory(self, isolated):
+        """The memory of a worker can't have the claims of another process."""
+        taskhawk.configure(TASKHAWK_BROKER="sqlite://?max_receive_count=3")
+        options = {"limit": taskhawk.limit(1), "time_limit": 5}
+        taskhawk.task(name="mail.send", **options)(nothing)
+        assert refused(taskhawk.listen_for_messages, Priority.default) == (
+            "mail.send: sqlite:// is the memory of one process, where the claims of an"
+            " isolated task can't be: use a file, such as sqlite:///queue.db"
+        )
+
+    def test_sync(self, sync):
+        """In sync mode there is nobody else: nothing is claimed, and all is run."""
+        runs: list[int] = []
+        options = {"once": ("item",), "unique": True, "limit": taskhawk.limit(1)}
+        job = taskhawk.task(name="mail.send", time_limit=5, **options)
+
+        def run(item: int) -> None:
+            runs.append(item)
+
+        job = job(run)
+        job.dispatch(7)
+        job.dispatch(7)
+        assert runs == [7, 7]
+
+    @pytest.mark.parametrize(
+        ("options", "actions"),
+        [
+            ({}, []),
+            ({"once": True}, ["UpdateItem"] * 2),
+            ({"unique": True}, ["UpdateItem"]),
+            ({"limit": taskhawk.limit(3), "time_limit": 9}, ["UpdateItem"] * 2),
+            ({"limit": taskhawk.limit(3, every_s=9)}, ["UpdateItem"]),
+        ],
+    )
+    def test_requests(self, aws, options, actions):
+        """A run makes a request to begin a claim and one to end it; without options none."""
+        table = {"TASKHAWK_CLAIMS_TABLE": CLAIMS_TABLE}
+        taskhawk.configure({**taskhawk.settings.given, **table})
+        taskhawk.task(name="mail.send", **options)(nothing)
+        attributes = {
+            "SentTimestamp": "1000",
+            "ApproximateFirstReceiveTimestamp": "2000",
+        }
+        received = QueueMessage(processing_body(), "m1", "r1", attributes, queue="Q")
+        assert taskhawk.process(received) == Outcome(Fate.acknowledge)
+        assert aws.actions == actions
+
+    @pytest.mark.parametrize("option", ["once", "unique", "limit"])
+    @pytest.mark.parametrize(
+        ("error", "level", "text"),
+        [
+            (OSError("no route"), "WARNING", "no route"),
+            (WorkerDenied("not allowed"), "ERROR", "not allowed"),
+        ],
+    )
+    def test_claim_fails(self, stored, monkeypatch, caplog, option, error, level, text):  # noqa: PLR0917
+        """A message never runs without its claim: it is postponed, and the log says so once."""
+        broker, clock = stored
+        caplog.set_level(logging.INFO)
+        runs: list[int] = []
+        value = taskhawk.limit(1, every_s=1) if option == "limit" else ("item",)
+        job = taskhawk.task(name="shop.index", **{option: value})
+
+        def index(item: int) -> None:
+            runs.append(item)
+
+        job(index).dispatch(7)
+        fault = worker_first(3, worker_raise(error))
+        faulty = FaultyClaims(monkeypatch, claim=fault, start=fault)
+        for _ in range(3):
+            assert work_once(broker) == taskhawk.Ledger(received=1, postponed=1)
+            [delayed] = broker._file.read("SELECT visible_ms FROM message", ())
+            assert 30 <= delayed[0] / 1000 - clock.now <= 60
+            clock.now += 60
+        assert work_once(broker).acked == 1
+        assert (runs, len(faulty.calls)) == ([7], 5 if option == "once" else 4)
+        said = [r for r in caplog.records if "claim" in r.getMessage()]
+        assert [(r.levelname, r.getMessage()) for r in said] == [
+            (level, f"claims: can't claim, goes on trying: {text}"),
+            ("INFO", "claims: can claim again; tries that failed: 3"),
+        ]
+
+
+class TestOnce:
+    """A message, or a call with these arguments, is run to its end once."""
+
+    @pytest.mark.parametrize("case", [(True, [1, 2]), (("item",), [1])])
+    def test_duplicates(self, state, case):
+        """Duplicates are acknowledged and ignored, with the message's id as the key or not."""
+        once, expected = case
+        runs: list[Any] = []
+
+        def index(item: int, number: int) -> None:
+            runs.append(number)
+
+        job = taskhawk.task(name="shop.index", once=once)(index)
+        for number in (1, 2):
+            message = Message.new(job.name, [7], {"number": number})
+            for _ in range(2):  # SQS delivers it twice
+                taskhawk.publish(message)
+        assert work_all(state) == taskhawk.Ledger(received=4, acked=4)
+        assert sorted(runs) == expected
+
+    @pytest.mark.parametrize("call", EVERY_ARGUMENT)
+    def test_key(self, stored, call):
+        """However a call is written, it has one key; other values have others."""
+        broker, _ = stored
+        runs: list[Any] = []
+
+        def stock(
+            item: int, shop: str = "A", headers: Any = None, *, by: Any = ABSENT
+        ) -> None:
+            runs.append((item, shop))
+
+        args, kwargs = call
+        job = taskhawk.task(name="shop.stock", once=("shop", "item", "by"))(stock)
+        for other in ((7,), (8,), (7, "B")):
+            job.with_headers(number=1).dispatch(*other)
+        job.dispatch(*args, **kwargs)
+        work_all(broker)
+        assert runs == [(7, "A"), (8, "A"), (7, "B")]
+
+    def test_keys_of_services(self, stored):
+        """Tasks of the same name in other services, and other tasks, have their own keys."""
+        keys = set()
+        for queue in ("one", "two"):
+            taskhawk.configure(TASKHAWK_QUEUE=queue)
+            for name in ("a", "b"):
+                job = taskhawk.task(name=f"{queue}.{name}")(nothing)
+                job.name = name
+                keys |= {taskhawk._key(job, kind, {}) for kind in ("once", "unique")}
+        assert len(keys) == 8
+        assert all(re.fullmatch("(once|unique):[0-9a-f]{64}", key) for key in keys)
+
+    @pytest.mark.parametrize(
+        ("fails", "runs"),
+        [("nothing", 1), ("task", 2), ("post hook", 2), ("finish", 1)],
+    )
+    def test_failures(self, stored, monkeypatch, caplog, fails, runs):
+        """A failed run may run again, one whose commit failed too; a done one may not.
+
+        Where the claim can't be told, the run has been, and the message is done with.
+        """
+        broker, clock = stored
+        seen: list[int] = []
+        first = worker_first(1, worker_raise(OSError("no route")))
+
+        def run() -> None:
+            seen.append(1)
+            if fails == "task":
+                first(int)
+
+        hook = (lambda **_: first(int)) if fails == "post hook" else None
+        taskhawk.configure(
+            {**taskhawk.settings.given, "TASKHAWK_POST_PROCESS_HOOK": hook}
+        )
+        broker = taskhawk._brokers.broker()
+        broker._clock = clock
+        faults = {"finish": first} if fails == "finish" else {}
+        FaultyClaims(monkeypatch, **faults)
+        job = taskhawk.task(name="mail.send", once=True, retry=lambda _: 0)(run)
+        job.dispatch()
+        assert work_all(broker).acked == 1
+        assert len(seen) == runs
+        if fails == "finish":
+            assert worker_logs(caplog) == [
+                "claims: can't end claims, goes on trying: no route"
+            ]
+
+    def test_acknowledgement_lost(self, stored):
+        """What ran to its end is ignored when it is delivered again, for a day by default."""
+        broker, clock = stored
+        runs: list[int] = []
+        job = taskhawk.task(name="mail.send", once=True)(lambda_free(runs))
+        message = Message.new(job.name)
+        for after_s in (0, 86_399, 2):
+            clock.now += after_s
+            taskhawk.publish(message)
+            work_all(broker)
+        assert len(runs) == 2
+
+    def test_keep(self, stored):
+        """It is remembered for as long as keep_s says."""
+        broker, clock = stored
+        runs: list[int] = []
+        job = taskhawk.task(name="mail.send", once=True, keep_s=60)(lambda_free(runs))
+        message = Message.new(job.name)
+        for after_s in (0, 59, 2):
+            clock.now += after_s
+            taskhawk.publish(message)
+            work_all(broker)
+        assert len(runs) == 2
+
+    @pytest.mark.parametrize(
+        ("options", "lease_s", "void_s"),
+        [({}, 40, 45), ({"time_limit": 600}, 40, 605)],
+    )
+    def test_crash(self, stored, options, lease_s, void_s):
+        """A run that died is repeated once its claim is void, and not before.
+
+        The claim lasts for the task's time limit, or else for the visibility timeout.
+        """
+        broker, clock = stored
+        runs: list[int] = []
+        job = taskhawk.task(name="mail.send", once=True, **options)(lambda_free(runs))
+        job.isolate = False
+        job.dispatch()
+        queue = broker.destination(Priority.default)
+        began = clock.now
+        [received] = broker.receive(queue, 1, 0, lease_s, NEVER)
+        received.message, received.lease_s = Message(json.loads(received.body)), lease_s
+        held = taskhawk._with_claims(job, received)
+        held.__enter__()  # and the worker dies
+        ends: list[taskhawk.Ledger] = []
+        while not runs:
+            until_visible(broker, clock)
+            ends.append(work_once(broker))
+        assert {each.postponed for each in ends[:-1]} == {1}
+        assert ends[-1].acked == 1
+        assert void_s < clock.now - began <= void_s + 161
+
+
+def lambda_free(runs: list[int]) -> Callable[[], None]:
+    """Return a task's function that notes its runs."""
+
+    def run() -> None:
+        runs.append(1)
+
+    return run
+
+
+class TestUnique:
+    """Queued duplicates collapse into one run, which starts after the last was sent."""
+
+    def test_collapses(self, stored):
+        """A thousand dispatches while it runs cost one more run, after the last of them."""
+        broker, clock = stored
+        states: list[int] = []
+        latest = [0]
+
+        def index(document: int) -> None:
+            states.append(latest[0])
+            if len(states) == 1:
+                for _ in range(100):
+                    latest[0] += 10
+                    clock.now += 0.001
+                    job.dispatch_many([document] * 10)
+                clock.now += 0.001
+
+        job = taskhawk.task(name="shop.index", unique=("document",))(index)
+        job.dispatch(7)
+        assert work_all(broker) == taskhawk.Ledger(received=1001, acked=1001)
+        assert states == [0, 1000]
+
+    def test_queued_while_it_runs(self, state):
+        """One that is sent while its like runs does run: it may have come too late for that."""
+        runs: list[Any] = []
+
+        def index(document: int, shop: str = "A") -> None:
+            runs.append((document, shop))
+            if len(runs) == 1:
+                job.dispatch(document, shop=shop)
+
+        job = taskhawk.task(name="shop.index", unique=True)(index)
+        job.dispatch(7)
+        job.dispatch(7, "B")
+        work_all(state)
+        assert sorted(runs) == [(7, "A"), (7, "A"), (7, "B")]
+
+    def test_own_retries(self, stored):
+        """The message that ran may run again, also where it stands for others."""
+        broker, clock = stored
+        runs: list[str] = []
+
+        def index(metadata: Any) -> None:
+            runs.append(metadata.id)
+            if len(runs) < 3:
+                raise OSError
+
+        job = taskhawk.task(name="shop.index", unique=True, retry=lambda _: 0)(index)
+        first, _ = job.dispatch(), job.dispatch()
+        clock.now += 0.001
+        assert work_all(broker) == taskhawk.Ledger(received=4, acked=2, retried=2)
+        assert runs == [first] * 3
+
+    def test_of_a_topic(self, isolated):
+        """Messages of a topic have no times to compare: each runs."""
+        taskhawk.configure(AWS_KEYS, TASKHAWK_CLAIMS_TABLE=CLAIMS_TABLE)
+        runs: list[int] = []
+        taskhawk.task(name="mail.send", unique=True)(lambda_free(runs))
+        event = {"Records": [lambda_sns_record(processing_body(), "m1")] * 2}
+        assert lambda_consume(event) == (None, [])
+        assert len(runs) == 2
+
+
+class TestLimits:
+    """At most so many at once or in a time; who waits uses up no attempts."""
+
+    def test_rate(self, stored):
+        """At most so many start in any time of that length; the others wait for theirs."""
+        broker, clock = stored
+        starts: list[float] = []
+
+        def call() -> None:
+            starts.append(clock.now)
+
+        job = taskhawk.task(name="mail.call", limit=taskhawk.limit(3, every_s=60))(call)
+        for _ in range(10):
+            job.dispatch()
+        while len(starts) < 10:
+            until_visible(broker, clock)
+            work_once(broker)
+        for first, fourth in zip(starts, starts[3:], strict=False):
+            assert fourth - first >= 60
+        assert starts[-1] - starts[0] <= 3 * 60 + 4 * 160
+
+    def test_lock(self, state):
+        """While one runs, the others of its customer wait, and only they."""
+        runs: list[Any] = []
+        option = {"limit": taskhawk.limit(1, per=("customer",)), "time_limit": 60}
+
+        def bill(customer: str) -> None:
+            runs.append(customer)
+            if len(runs) == 1:
+                inner.append(work_once(state))
+
+        inner: list[taskhawk.Ledger] = []
+        job = taskhawk.task(name="shop.bill", **option)(bill)
+        job.isolate = False
+        for customer in "aab":
+            job.dispatch(customer)
+        queue = state.destination(Priority.default)
+        found: list[QueueMessage] = []
+        while not found:
+            found = state.receive(queue, 1, 1, 60, NEVER)
+        assert taskhawk.process(found[0]).fate is Fate.acknowledge
+        total = len(runs) + sum(ledger.postponed for ledger in inner)
+        assert sum(ledger.received for ledger in inner) == total - 1
+        first = runs[0]
+        assert all(customer != first for customer in runs[1:])
+
+    def test_failed_run(self, stored):
+        """However a run ends, its place is free again."""
+        broker, _ = stored
+        runs: list[int] = []
+
+        def run() -> None:
+            runs.append(1)
+            raise KeyError
+
+        options = {"limit": taskhawk.limit(1), "time_limit": 3600}
+        job = taskhawk.task(name="mail.send", retry=lambda _: 0, **options)(run)
+        job.isolate = False
+        job.dispatch()
+        for attempt in range(1, 4):
+            assert work_once(broker).retried == 1
+            assert len(runs) == attempt
+
+    def test_waiting(self, stored):
+        """Waiting for hours is no attempt, and costs a request in ten seconds at most."""
+        broker, clock = stored
+        options = {"limit": taskhawk.limit(1), "time_limit": 5 * 3600}
+        seen: list[Any] = []
+
+        def run(metadata: Any) -> None:
+            seen.append(metadata.attempt)
+
+        job = taskhawk.task(name="mail.send", **options)(run)
+        job.isolate = False
+        job.dispatch()
+        key, began = taskhawk._key(job, "limit", {}), clock.now
+        taskhawk._SqliteClaims(broker).claim(key, 4 * 3600)
+        looks = []
+        while not seen:
+            until_visible(broker, clock)
+            looks.append(clock.now)
+            work_once(broker)
+        assert seen == [1]
+        assert 4 * 3600 < clock.now - began <= 4 * 3600 + 170
+        for count, at in enumerate(looks):
+            # A receive, a claim, a copy and a delete; and the first minutes are quicker.
+            assert 4 * count <= (at - began) / 10 + 16
+
+    def test_lambda(self, lambda_sqs, lambda_runs, sqlite):
+        """A function's claim lasts as long as a function may run, whatever its time limit."""
+        job = taskhawk.task(name="lambda.slow", time_limit=5, limit=taskhawk.limit(1))(
+            nothing
+        )
+        record = lambda_sqs_record(processing_body("lambda.slow"), "m1")
+        received = taskhawk._from_record(record)
+        assert taskhawk._void_s(job, received) == 905
+        assert taskhawk._void_s(job, QueueMessage("", "m1")) == 10
 
 
 # --- 22. schedules --------------------------------------------------------------------
