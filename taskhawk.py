@@ -9449,9 +9449,11 @@ def _resources(
 
 
 # In high throughput mode, which costs the same: a FIFO queue's limits are then those of
-# its groups, not of the queue.
+# its groups, not of the queue. What we send has ids of its own for deduplication; what
+# schedules send has none, and its content identifies it.
 _FIFO_ATTRIBUTES = {
     "fifo_queue": True,
+    "content_based_deduplication": True,
     "deduplication_scope": "messageGroup",
     "fifo_throughput_limit": "perMessageGroupId",
 }
@@ -9558,6 +9560,7 @@ def _fixed_attributes(resource: _Resource) -> dict[str, str]:
         return {}
     return {
         "FifoQueue": "true",
+        "ContentBasedDeduplication": "true",
         "DeduplicationScope": resource.attributes["deduplication_scope"],
         "FifoThroughputLimit": resource.attributes["fifo_throughput_limit"],
     }
