@@ -7037,7 +7037,7 @@ class _Polls:
         self.of: dict[str, _Polled] = {}
         for rank, queue in enumerate(queues):
             batch, most_polls = _MAX_BATCH, _MAX_POLLS
-            if queue.endswith(".fifo"):
+            if _is_fifo(queue):
                 # It withholds the rest of a group while one message of that is held.
                 batch = most_polls = 1
             self.of[queue] = _Polled(rank, batch, most_polls, receives)
