@@ -7345,7 +7345,7 @@ class _Polls:
         self.of: dict[str, _Polled] = {}
         for rank, queue in enumerate(queues):
             batch, most_polls = _MAX_BATCH, _MAX_POLLS
-            if queue.endswith(".fifo"):
+            if _is_fifo(queue):
                 # It withholds the rest of a group while one message of that is held.
                 batch = most_polls = 1
             self.of[queue] = _Polled(rank, batch, most_polls, receives)
@@ -11680,9 +11680,11 @@ def _resources(
 
 
 # In high throughput mode, which costs the same: a FIFO queue's limits are then those of
-# its groups, not of the queue.
+# its groups, not of the queue. What we send has ids of its own for deduplication; what
+# schedules send has none, and its content identifies it.
 _FIFO_ATTRIBUTES = {
     "fifo_queue": True,
+    "content_based_deduplication": True,
     "deduplication_scope": "messageGroup",
     "fifo_throughput_limit": "perMessageGroupId",
 }
@@ -11789,6 +11791,7 @@ def _fixed_attributes(resource: _Resource) -> dict[str, str]:
         return {}
     return {
         "FifoQueue": "true",
+        "ContentBasedDeduplication": "true",
         "DeduplicationScope": resource.attributes["deduplication_scope"],
         "FifoThroughputLimit": resource.attributes["fifo_throughput_limit"],
     }

@@ -7472,6 +7472,9 @@ class TestGroupKeys:
             "mail.send: a FIFO queue can't delay a message: leave the delay out, or use a"
             " queue without TASKHAWK_FIFO"
         )
+        with taskhawk.capture() as calls:
+            assert refused(mail.with_delay(1).dispatch).startswith("mail.send: a FIFO")
+        assert calls == []
         mail.with_delay(0).dispatch()
         assert [a for a in aws.actions if a != "GetQueueUrl"] == ["SendMessage"] * (
             url == "sqs"
@@ -16297,6 +16300,13 @@ class TestLongDelays:
 class TestCancel:
     """cancel() says whether a message was still waiting, and then it never runs."""
 
+    def test_behind_its_group(self, mail):
+        """What waits for others of its group, and for no delay, is not cancelled."""
+        taskhawk.configure(TASKHAWK_BROKER="sqlite://", TASKHAWK_FIFO=True)
+        ids = [mail.with_group("g").dispatch() for _ in range(2)]
+        assert [taskhawk.cancel(each) for each in ids] == [False, False]
+        assert sum(taskhawk._brokers.broker().depth("TASKHAWK-DEFAULT.fifo")) == 2
+
     @pytest.mark.parametrize("message_id", [None, "order 7/ä", "a.b", "x" * 65])
     def test_schedule(self, schedules, mail, message_id):
         """A schedule is deleted, whatever the message's id."""
@@ -18416,7 +18426,7 @@ class TestProvision:
         client = sqs_client(ministack)
         for queue in names:
             found = attributes_of(client, queue)
-            assert found["FifoQueue"] == "true"
+            assert found["FifoQueue"] == found["ContentBasedDeduplication"] == "true"
             assert found["DeduplicationScope"] == "messageGroup"
             assert found["FifoThroughputLimit"] == "perMessageGroupId"
         policy = json.loads(found["RedrivePolicy"])
@@ -18441,7 +18451,7 @@ class TestProvision:
         queues = queues["aws_sqs_queue"]
         assert list(queues) == ["taskhawk_app_dlq_fifo", "taskhawk_app_fifo"]
         for queue in queues.values():
-            assert queue["fifo_queue"] is True
+            assert queue["fifo_queue"] is queue["content_based_deduplication"] is True
             assert queue["deduplication_scope"] == "messageGroup"
             assert queue["fifo_throughput_limit"] == "perMessageGroupId"
         redrive = json.loads(queues["taskhawk_app_fifo"]["redrive_policy"])
@@ -19053,6 +19063,17 @@ class TestCommandLine:
         script = "import sys, taskhawk; sys.exit(taskhawk.main(['--version']))"
         result = run_python(["-P", "-c", script], cwd=tmp_path)
         assert (result.returncode, result.stdout) == (0, f"{taskhawk.VERSION}\n")
+
+    @pytest.mark.parametrize(
+        ("options", "group"), [([], None), (["--group", "7"], "7")]
+    )
+    def test_group(self, tmp_path, mail, capsys, options, group):
+        """A message that is dispatched by hand may have a group."""
+        taskhawk.configure(TASKHAWK_BROKER=f"sqlite:///{tmp_path}/queue.db")
+        assert taskhawk.main(["dispatch", "mail.send", *options]) == 0
+        (received,) = receive_all()
+        assert received.group_id == group
+        assert capsys.readouterr().out == f"{json.loads(received.body)['id']}\n"
 
     @pytest.mark.slow
     @pytest.mark.parametrize("way", ["module", "vendored", "file", "script"])
