@@ -3030,7 +3030,9 @@ class _AwsService:
         return _brokers.aws_session().create_client(
             self.service,
             region_name=settings.AWS_REGION,
-            endpoint_url=getattr(settings, f"AWS_ENDPOINT_{self.service.upper()}"),
+            endpoint_url=getattr(
+                settings, f"AWS_ENDPOINT_{self.service.upper()}", None
+            ),
             config=config,
             **settings.credentials(),
         )
@@ -10236,7 +10238,8 @@ class _Scheduler(_AwsSender):
         # What looks like a keyword of Scheduler's is the user's own text.
         body = entry.body.replace("<aws.", r"\u003caws.")
         target = _target(destination, body, entry.group_id)
-        self.change("create_schedule", Target=target, **self._parameters(entry))
+        parameters = {**self._parameters(entry), "Target": target}
+        self.call("send", "create_schedule", _schedule_group(), **parameters)
         return []
 
     def _parameters(self, entry: Outgoing) -> dict[str, Any]:
@@ -10252,12 +10255,8 @@ class _Scheduler(_AwsSender):
             "Name": _schedule_name(message.id),
             "ScheduleExpression": _at(due_s, time.time()),
             "ActionAfterCompletion": "DELETE",
+            "FlexibleTimeWindow": {"Mode": "OFF"},
         }
-
-    def change(self, operation: str, **parameters: Any) -> None:
-        """Make or change a schedule of this service."""
-        parameters["FlexibleTimeWindow"] = {"Mode": "OFF"}
-        self.call("send", operation, _schedule_group(), **parameters)
 
     def delete(self, name: str) -> bool:
         """Delete a schedule; return whether it was there."""
@@ -10576,6 +10575,22 @@ def _periodic_group(task: Task[..., Any], destination: str) -> str | None:
     if group is None and _is_fifo(destination):
         return _periodic_name(task)
     return group
+
+
+def _periodic_schedule(task: Task[..., Any]) -> dict[str, Any]:
+    """Return the schedule of a periodic task as Scheduler has it."""
+    schedule, arn = _schedule_of(task), _target_arn(task.priority)
+    # Scheduler fills in the time, the same for each attempt of a delivery.
+    body = _periodic_body(task, "<aws.scheduler.scheduled-time>")
+    return {
+        "Name": _periodic_name(task),
+        "GroupName": _schedule_group(),
+        "Description": f"taskhawk: {task.name}"[:512],
+        "ScheduleExpression": schedule.text,
+        "ScheduleExpressionTimezone": schedule.timezone,
+        "FlexibleTimeWindow": {"Mode": "OFF"},
+        "Target": _target(arn, body, _periodic_group(task, arn)),
+    }
 
 
 # Periodic tasks on SQLite: any worker queues what is due. A schedule's row has when that
@@ -11561,7 +11576,7 @@ def _unless(codes: str, call: Callable[..., Any], *args: Any) -> Any:
     """Return what a call returns; None if it fails with one of these codes of AWS."""
     try:
         return call(*args)
-    except ConfigurationError as error:
+    except Exception as error:
         if re.fullmatch(codes, _error_code(error)):
             return None
         raise
@@ -11660,7 +11675,7 @@ class _Resource(NamedTuple):
 
 def _label(name: str) -> str:
     """Return Terraform's name for a queue or topic."""
-    return re.sub("[-.]", "_", name.lower())
+    return re.sub(r"\W", "_", name.lower().replace(".", "__"))
 
 
 def _resources(
@@ -11684,7 +11699,7 @@ def _resources(
 # schedules send has none, and its content identifies it.
 _FIFO_ATTRIBUTES = {
     "fifo_queue": True,
-    "content_based_deduplication": True,
+    "content_based_deduplication": True,  # for schedules, which send no id
     "deduplication_scope": "messageGroup",
     "fifo_throughput_limit": "perMessageGroupId",
 }
@@ -11733,6 +11748,78 @@ def _topic_resources(
     return resources
 
 
+def _schedule_resources() -> list[_Resource]:
+    """Describe what long delays and periodic tasks need, if they are used."""
+    tasks = _periodic_tasks()
+    if not tasks and not settings.TASKHAWK_SCHEDULER_ROLE:
+        return []
+    role_path, _, role = _scheduler_role().partition(":role")[2].rpartition("/")
+    group, tags = _schedule_group(), {"taskhawk": settings.TASKHAWK_QUEUE}
+    attributes = {
+        "name": role,
+        "path": f"{role_path}/",
+        "assume_role_policy": json.dumps(_trust()),
+        "tags": tags,
+    }
+    policy = {
+        "name": _SCHEDULE_POLICY,
+        "role": role,
+        "policy": json.dumps(_may_send()),
+        "depends_on": [f"aws_iam_role.{_label(role)}"],
+    }
+    resources = [
+        _Resource("aws_scheduler_schedule_group", group, {"name": group, "tags": tags}),
+        _Resource("aws_iam_role", role, attributes),
+        _Resource("aws_iam_role_policy", role, policy),
+    ]
+    for name, task in tasks.items():
+        # Terraform has the names that the service has, in snake_case.
+        schedule = _in_snake_case(_periodic_schedule(task))
+        schedule["depends_on"] = [
+            f"aws_scheduler_schedule_group.{_label(group)}",
+            f"aws_iam_role_policy.{_label(role)}",
+        ]
+        resources.append(_Resource("aws_scheduler_schedule", name, schedule))
+    return resources
+
+
+_SCHEDULE_POLICY = "taskhawk"  # the name of the role's inline policy
+
+
+def _trust() -> dict[str, Any]:
+    """Return the policy that lets Scheduler use the role, for this account alone."""
+    statement = {
+        "Effect": "Allow",
+        "Principal": {"Service": "scheduler.amazonaws.com"},
+        "Action": "sts:AssumeRole",
+        "Condition": {
+            "StringEquals": {"aws:SourceAccount": settings.require("AWS_ACCOUNT_ID")}
+        },
+    }
+    return {"Version": "2012-10-17", "Statement": [statement]}
+
+
+def _may_send() -> dict[str, Any]:
+    """Return the policy that lets the role send to what the service has."""
+    arns = [_target_arn(priority) for priority in _URGENCY]
+    action = "sns:Publish"
+    if not settings.IS_LAMBDA_APP:
+        action = "sqs:SendMessage"
+        arns += [_dead_letter_name(arn) for arn in arns]
+    statement = {"Effect": "Allow", "Action": action, "Resource": arns}
+    return {"Version": "2012-10-17", "Statement": [statement]}
+
+
+def _in_snake_case(value: Any) -> Any:
+    """Return parameters of AWS with names as Terraform has them."""
+    if not isinstance(value, dict):
+        return value
+    return {
+        re.sub("(?<!^)(?=[A-Z])", "_", name).lower(): _in_snake_case(inner)
+        for name, inner in value.items()
+    }
+
+
 def _terraform(resources: Iterable[_Resource]) -> dict[str, Any]:
     """Write resources in Terraform's JSON syntax."""
     by_kind: dict[str, dict[str, Any]] = {}
@@ -11748,6 +11835,13 @@ def _terraform(resources: Iterable[_Resource]) -> dict[str, Any]:
                 "source_arn": attributes["topic_arn"],
             }
     return {"resource": by_kind}
+
+
+def _find(service: _AwsSender, operation: str, **parameters: Any) -> Any:
+    """Return what a call of a service finds; None if there is no such thing."""
+    explain = _explained(f"{service.service}:{operation}")
+    call = functools.partial(getattr(service.client("send"), operation), **parameters)
+    return _unless("ResourceNotFoundException|NoSuchEntity.*", explain(call))
 
 
 class _Change(NamedTuple):
@@ -11850,19 +11944,113 @@ def _subscribers(sns: SnsSender, topic: str) -> list[str] | None:
     return [subscription["Endpoint"] for subscription in found["Subscriptions"]]
 
 
+def _group_change(scheduler: _Scheduler, resource: _Resource) -> _Change | None:
+    """Return how to make the group of schedules; None if it is there."""
+    if _find(scheduler, "get_schedule_group", Name=resource.name) is not None:
+        return None
+    tags = [{"Key": k, "Value": v} for k, v in resource.attributes["tags"].items()]
+    parameters = {"Name": resource.name, "Tags": tags}
+    return _Change("made", "create_schedule_group", parameters)
+
+
+def _schedule_change(scheduler: _Scheduler, resource: _Resource) -> _Change | None:
+    """Return how to make or correct a periodic task's schedule; None if it is right."""
+    wanted = _periodic_schedule(_periodic_tasks()[resource.name])
+    group = wanted["GroupName"]
+    existing = _find(scheduler, "get_schedule", GroupName=group, Name=resource.name)
+    if existing is None:
+        return _Change("made", "create_schedule", wanted)
+    differing = [
+        key for key, value in wanted.items() if not _has_all(existing.get(key), value)
+    ]
+    if not differing:
+        return None
+    # An update resets what it leaves out, and someone may have disabled it.
+    parameters = {**wanted, "State": existing["State"]}
+    return _Change(f"changed: {', '.join(differing)}", "update_schedule", parameters)
+
+
+def _abandoned_schedules() -> list[str]:
+    """Return the names of our schedules whose tasks are not registered."""
+    if not _schedule_resources():
+        return []
+    scheduler, group = _brokers.get("schedule"), _schedule_group()
+    pages = scheduler.client("send").get_paginator("list_schedules")
+    # Of messages with a long delay there may be millions: their names have no dot.
+    found = pages.paginate(GroupName=group, NamePrefix="task.")
+    read = _explained(group)(found.build_full_result)
+    answer = _unless("ResourceNotFoundException", read) or {"Schedules": []}
+    names = {schedule["Name"] for schedule in answer["Schedules"]}
+    return sorted(names.difference(_periodic_tasks()))
+
+
+def _has_all(existing: Any, wanted: Any) -> bool:
+    """Return whether a value of AWS's has all that is wanted of it."""
+    if isinstance(wanted, dict) and isinstance(existing, dict):
+        return all(_has_all(existing.get(key), wanted[key]) for key in wanted)
+    return bool(existing == wanted)
+
+
+def _role_change(iam: _Iam, resource: _Resource) -> _Change | None:
+    """Return how to make the role that schedules send by; None if it is there."""
+    if _find(iam, "get_role", RoleName=resource.name) is not None:
+        return None
+    attributes = resource.attributes
+    parameters = {
+        "RoleName": resource.name,
+        "Path": attributes["path"],
+        "AssumeRolePolicyDocument": attributes["assume_role_policy"],
+        "Tags": [{"Key": k, "Value": v} for k, v in attributes["tags"].items()],
+    }
+    return _Change("made", "create_role", parameters)
+
+
+def _policy_change(iam: _Iam, resource: _Resource) -> _Change | None:
+    """Return how to let the role send; None if it may."""
+    wanted = resource.attributes["policy"]
+    of_role = {"RoleName": resource.name, "PolicyName": _SCHEDULE_POLICY}
+    found = _find(iam, "get_role_policy", **of_role)
+    if found is not None and found["PolicyDocument"] == json.loads(wanted):
+        return None
+    text = "changed" if found else "made"
+    return _Change(text, "put_role_policy", {**of_role, "PolicyDocument": wanted})
+
+
+class _Iam(_AwsSender):
+    """IAM, which has the role that schedules send by."""
+
+    service = "iam"
+
+    def _parameters(self, entry: Outgoing) -> dict[str, Any]:
+        """Refuse to send."""
+        raise NotImplementedError
+
+
+_schemes["iam"] = _Iam
+
+
 # By Terraform's type: which service makes it, and what finds out whether it is there.
 _PROVIDERS: dict[str, tuple[str, Callable[[Any, _Resource], _Change | None]]] = {
     "aws_sqs_queue": ("sqs", _queue_change),
     "aws_sns_topic": ("sns", _topic_change),
     "aws_sns_topic_subscription": ("sns", _subscription_change),
+    "aws_scheduler_schedule_group": ("schedule", _group_change),
+    "aws_iam_role": ("iam", _role_change),
+    "aws_iam_role_policy": ("iam", _policy_change),
+    "aws_scheduler_schedule": ("schedule", _schedule_change),
 }
+
+
+def _what_is(resource: _Resource) -> str:
+    """Return what people call a resource."""
+    return f"{resource.kind.rpartition('_')[2]} {resource.name}"
 
 
 def _provide(resource: _Resource, *, dry_run: bool) -> str:
     """Make what is missing, raise what is too low, and return what to say of it."""
     service, find_change = _PROVIDERS[resource.kind]
     sender = _brokers.get(service)
-    what = f"{resource.kind.rpartition('_')[2]} {resource.name}"
+    what = _what_is(resource)
     change = find_change(sender, resource)
     if change is None:
         return f"{what}: is as it should be"
@@ -11878,38 +12066,60 @@ _RECEIVE = (
     "sqs:ReceiveMessage sqs:DeleteMessage"
     " sqs:ChangeMessageVisibility sqs:GetQueueAttributes"
 )
+_SCHEDULE = "scheduler:CreateSchedule scheduler:DeleteSchedule"
+_LOOK_AT_SCHEDULES = (
+    "scheduler:GetScheduleGroup scheduler:GetSchedule"
+    " scheduler:ListSchedules scheduler:DeleteSchedule"
+)
 _GRANTS = [  # the least that each role needs, on topics, queues and dead-letter queues
     ("publisher", "aws_sns_topic", "sns:Publish"),
     ("publisher", "aws_sqs_queue", _SEND),
-    ("worker", "aws_sqs_queue", f"{_RECEIVE} sqs:GetQueueUrl"),
+    ("worker", "aws_sqs_queue", f"{_RECEIVE} {_SEND}"),  # it postpones by copies
     ("worker", "DLQ", _SEND),
     # No sqs:GetQueueUrl: the URL is put together from the event's ARN.
-    ("lambda", "aws_sqs_queue", _RECEIVE),
+    ("lambda", "aws_sqs_queue", f"{_RECEIVE} sqs:SendMessage"),
+    ("publisher", "aws_scheduler_schedule_group", _SCHEDULE),
+    ("publisher", "aws_iam_role", "iam:PassRole"),
     ("operator", "aws_sns_topic", "sns:ListSubscriptionsByTopic"),
     ("operator", "aws_sqs_queue", f"{_SEND} sqs:GetQueueAttributes"),
     ("operator", "DLQ", f"{_RECEIVE} sqs:GetQueueUrl"),
+    ("operator", "aws_scheduler_schedule_group", _LOOK_AT_SCHEDULES),
 ]
 
 
 def _iam(resources: Iterable[_Resource]) -> dict[str, Any]:
     """Write the least policies, by role."""
     arns: dict[str, list[str]] = {}
+    granted = {kind for _, kind, _ in _GRANTS}
     for resource in resources:
-        service, _ = _PROVIDERS[resource.kind]
         kind = "DLQ" if _is_dead_letter_queue(resource.name) else resource.kind
-        arns.setdefault(kind, []).append(_brokers.get(service).arn(resource.name))
+        if kind in granted:
+            arns.setdefault(kind, []).append(_arn_of(resource))
     policies: dict[str, Any] = {}
     for role, kind, actions in _GRANTS:
         if kind in arns:
             empty = {"Version": "2012-10-17", "Statement": []}
-            policies.setdefault(role, empty)["Statement"].append(
-                {
-                    "Effect": "Allow",
-                    "Action": actions.split(),
-                    "Resource": arns[kind],
-                }
-            )
+            statement: dict[str, Any] = {
+                "Effect": "Allow",
+                "Action": actions.split(),
+                "Resource": arns[kind],
+            }
+            if actions == "iam:PassRole":
+                to = {"iam:PassedToService": "scheduler.amazonaws.com"}
+                statement["Condition"] = {"StringEquals": to}
+            policies.setdefault(role, empty)["Statement"].append(statement)
     return policies
+
+
+def _arn_of(resource: _Resource) -> str:
+    """Return the ARN by which a policy names a resource, or what is in it."""
+    if resource.kind == "aws_iam_role":
+        return _scheduler_role()
+    service, _ = _PROVIDERS[resource.kind]
+    name = resource.name
+    if resource.kind == "aws_scheduler_schedule_group":
+        name = f"schedule/{name}/*"
+    return str(_brokers.get(service).arn(name))
 
 
 class _Finding(NamedTuple):
@@ -11935,6 +12145,7 @@ def _check(priorities: Collection[Priority]) -> Iterator[_Finding]:
     yield from wrong
     if not wrong:
         yield from _check_places(priorities)
+        yield from _check_schedules()
 
 
 def _check_tasks(priorities: Collection[Priority]) -> Iterator[_Finding]:
@@ -11968,6 +12179,39 @@ def _check_places(priorities: Collection[Priority]) -> Iterator[_Finding]:
             yield _error(_text_of(error), "the rest can't be checked", remedy)
             if not re.match(_FORBIDDEN, _error_code(error)):
                 return  # the others would say the same
+
+
+def _check_schedules() -> Iterator[_Finding]:
+    """Hold the schedules that are there against the tasks."""
+    if settings.TASKHAWK_BROKER != "sqs":
+        return
+    try:
+        yield from _schedule_findings()
+    except Exception as error:
+        yield _error(_text_of(error), "schedules can't be checked", _TOLD)
+
+
+def _schedule_findings() -> Iterator[_Finding]:
+    """Look for schedules that are missing, other than declared, or of no task."""
+    scheduler = _brokers.get("schedule")
+    for resource in _schedule_resources():
+        service, find_change = _PROVIDERS[resource.kind]
+        if service != "schedule":  # who checks need not be allowed to look at roles
+            continue
+        change = find_change(scheduler, resource)
+        if change is None:
+            continue
+        what = f"{_what_is(resource)}: would be {change.text}"
+        why = "delayed messages are refused, and periodic tasks do not run"
+        if resource.kind == "aws_scheduler_schedule":
+            why = "the task does not run as its code says"
+        yield _error(what, why, f"{_PROVISION} MODULE …")
+    for name in _abandoned_schedules():
+        yield _warning(
+            f"schedule {name}: no task has it",
+            "its messages are dead letters, unless another module has the task",
+            f"name all modules, or {_PROVISION} MODULE … --prune",
+        )
 
 
 def _check_settings() -> list[_Finding]:
@@ -12998,6 +13242,7 @@ def _check_all(arguments: Any) -> bool:
 
 @_command(
     "provision",
+    _MODULES,
     _many("--priority", "queue to make (default: all)", choices=_PRIORITIES),
     _option(
         "--max-receive-count",
@@ -13015,12 +13260,13 @@ def _check_all(arguments: Any) -> bool:
     _option(
         "--format", "print it in this format, for review", choices=["terraform", "iam"]
     ),
+    _flag("--prune", "delete the schedules of tasks that these modules lack"),
     _DRY_RUN,
 )
 def _provision(arguments: Any) -> None:
-    """Make the queues or topics, or print them for review.
+    """Make queues or topics and periodic tasks' schedules, or print them for review.
 
-    example: python -m taskhawk provision --format terraform > taskhawk.tf.json
+    example: python -m taskhawk provision myapp.tasks --format terraform > all.tf.json
     """
     if settings.TASKHAWK_BROKER != "sqs":
         _provision_file(arguments)
@@ -13032,12 +13278,24 @@ def _provision(arguments: Any) -> None:
         resources += _resources(
             priority, arguments.max_receive_count, arguments.function
         )
+    resources += _schedule_resources()
     write = {"terraform": _terraform, "iam": _iam}.get(arguments.format)
     if write:
         print(json.dumps(write(resources), indent=2))
         return
     for resource in resources:
         print(_provide(resource, dry_run=arguments.dry_run))
+    _prune(prune=arguments.prune and not arguments.dry_run)
+
+
+def _prune(*, prune: bool) -> None:
+    """Say which schedules no task has any more, and delete them if that is wanted."""
+    for name in _abandoned_schedules():
+        if prune:
+            _brokers.get("schedule").delete(name)
+            print(f"schedule {name}: deleted")
+        else:
+            print(f"schedule {name}: no task has it; --prune deletes it")
 
 
 def _provision_file(arguments: Any) -> None:

@@ -18836,6 +18836,264 @@ class TestCheck:
         assert check(capsys) == (1, [error, "1 found"])
 
 
+@pytest.fixture
+def scheduled(
+    request: pytest.FixtureRequest,
+    sqs_client: Callable[..., Any],
+    queue_name: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[..., Any]:
+    """Have two periodic tasks on an emulator; return a client of Scheduler."""
+    endpoint = request.getfixturevalue(getattr(request, "param", "ministack"))
+    monkeypatch.setenv("AWS_ENDPOINT_URL_IAM", endpoint)
+    account = configure_account(sqs_client, endpoint, queue_name)
+    taskhawk.configure(
+        taskhawk.settings.given,
+        TASKHAWK_SCHEDULER_ROLE=f"arn:aws:iam::{account}:role/app/th-{queue_name}",
+    )
+    taskhawk._registry.clear()
+    rush = {"priority": Priority.high, "timezone": "Europe/Berlin"}
+    taskhawk.task(name="app.audit", schedule="cron(0 9 ? * MON-FRI *)", **rush)(plain)
+    taskhawk.task(name="app.count", schedule=MINUTELY)(another("count"))
+    return sqs_client(endpoint, "scheduler")
+
+
+class TestProvisionSchedules:
+    """Long delays and periodic tasks: their group, role and schedules on AWS."""
+
+    @pytest.mark.parametrize(
+        "scheduled",
+        ["ministack", pytest.param("moto", marks=pytest.mark.slow)],
+        indirect=True,
+    )
+    def test_made(self, scheduled, sqs_client, queue_name, capsys):
+        """All are made, and are then as they should be; a dry run says what would be."""
+        group, role = f"taskhawk-{queue_name.lower()}", f"th-{queue_name}"
+        only = "--priority=default"
+        names = [
+            f"group {group}",
+            f"role {role}",
+            f"policy {role}",
+            "schedule task.app.audit",
+            "schedule task.app.count",
+        ]
+        would = provision(capsys, only, "--dry-run")
+        assert would[2:] == [f"{name}: would be made" for name in names]
+        assert provision(capsys, only)[2:] == [f"{name}: made" for name in names]
+        as_it_should_be = [f"{name}: is as it should be" for name in names]
+        assert provision(capsys, only)[2:] == as_it_should_be
+        found = scheduled.get_schedule(GroupName=group, Name="task.app.audit")
+        assert found["ScheduleExpression"] == "cron(0 9 ? * MON-FRI *)"
+        assert found["ScheduleExpressionTimezone"] == "Europe/Berlin"
+        assert found["Target"]["Arn"].endswith(f":TASKHAWK-{queue_name}-HIGH-PRIORITY")
+        endpoint = taskhawk.settings.AWS_ENDPOINT_SQS
+        made = sqs_client(endpoint, "iam").get_role(RoleName=role)["Role"]
+        assert made["Arn"] == found["Target"]["RoleArn"]
+        (statement,) = made["AssumeRolePolicyDocument"]["Statement"]
+        account = taskhawk.settings.AWS_ACCOUNT_ID
+        assert statement["Condition"] == {
+            "StringEquals": {"aws:SourceAccount": account}
+        }
+
+    def test_model(self, scheduled):
+        """What is sent has the shape that the service's model asks for."""
+        model = scheduled.meta.service_model
+        for operation in ("CreateSchedule", "UpdateSchedule"):
+            for task in taskhawk._periodic_tasks().values():
+                report = botocore.validate.ParamValidator().validate(
+                    taskhawk._periodic_schedule(task),
+                    model.operation_model(operation).input_shape,
+                )
+                assert not report.has_errors(), report.generate_report()
+
+    def test_message(self, scheduled, caplog):
+        """With the time filled in, the input is a message that runs, with one id a firing."""
+        task = taskhawk._registry["app.audit"]
+        body = taskhawk._periodic_schedule(task)["Target"]["Input"]
+        time_of_it = "2026-11-27T08:00:00Z"
+        filled = body.replace("<aws.scheduler.scheduled-time>", time_of_it)
+        message = taskhawk._decode(filled)
+        assert message.id == f"task.app.audit-{time_of_it}"
+        assert message.timestamp == 1_795_766_400_000
+        assert message.priority is Priority.high
+        assert run_body(filled).fate is taskhawk.Fate.acknowledge
+
+    @pytest.mark.parametrize(
+        "scheduled",
+        ["ministack", pytest.param("moto", marks=pytest.mark.slow)],
+        indirect=True,
+    )
+    def test_changed(self, scheduled, queue_name, capsys):
+        """What differs is corrected, and check says so; who disabled one finds it disabled."""
+        provision(capsys)
+        priorities = ("--priority=high", "--priority=default")
+        assert check(capsys, *priorities) == (0, ["nothing is wrong"])
+        group = f"taskhawk-{queue_name.lower()}"
+        audit = {"GroupName": group, "Name": "task.app.audit"}
+        found = scheduled.get_schedule(**audit)
+        scheduled.update_schedule(
+            **audit,
+            ScheduleExpression="cron(0 8 ? * MON-FRI *)",
+            ScheduleExpressionTimezone=found["ScheduleExpressionTimezone"],
+            Description=found["Description"],
+            FlexibleTimeWindow={"Mode": "OFF"},
+            State="DISABLED",
+            Target={**found["Target"], "Input": "{}"},
+        )
+        scheduled.delete_schedule(GroupName=group, Name="task.app.count")
+        wrong = "ScheduleExpression, Target"
+        fix = "Fix: python -m taskhawk provision MODULE …"
+        why = "the task does not run as its code says"
+        assert check(capsys, *priorities) == (
+            1,
+            [
+                f"error: schedule task.app.audit: would be changed: {wrong}: {why}. {fix}",
+                f"error: schedule task.app.count: would be made: {why}. {fix}",
+                "2 found",
+            ],
+        )
+        assert provision(capsys)[-2:] == [
+            f"schedule task.app.audit: changed: {wrong}",
+            "schedule task.app.count: made",
+        ]
+        found = scheduled.get_schedule(**audit)
+        assert found["ScheduleExpression"] == "cron(0 9 ? * MON-FRI *)"
+        assert found["State"] == "DISABLED"
+        assert check(capsys, *priorities) == (0, ["nothing is wrong"])
+
+    @pytest.mark.parametrize(
+        "scheduled",
+        ["ministack", pytest.param("moto", marks=pytest.mark.slow)],
+        indirect=True,
+    )
+    def test_abandoned(self, scheduled, queue_name, mail, capsys):
+        """Of tasks that are gone, in our own group alone, --prune deletes the schedules."""
+        provision(capsys)
+        group = f"taskhawk-{queue_name.lower()}"
+        waiting = mail.with_delay(timedelta(days=2)).dispatch()
+        taskhawk._registry.pop("app.count")
+        assert check(capsys, "--priority=default", "--priority=high")[1][0] == (
+            "warning: schedule task.app.count: no task has it: its messages are dead"
+            " letters, unless another module has the task. Fix: name all modules, or"
+            " python -m taskhawk provision MODULE … --prune"
+        )
+        kept = "schedule task.app.count: no task has it; --prune deletes it"
+        assert provision(capsys)[-1] == kept
+        assert provision(capsys, "--prune", "--dry-run")[-1] == kept
+        assert provision(capsys, "--prune")[-1] == "schedule task.app.count: deleted"
+        names = scheduled.list_schedules(GroupName=group)["Schedules"]
+        assert {found["Name"] for found in names} >= {"task.app.audit", waiting}
+        assert taskhawk.cancel(waiting)
+
+    def test_group_is_missing(self, scheduled, queue_name, capsys):
+        """Without the group no message waits, which is an error."""
+        taskhawk._registry.clear()
+        provision_queues = [
+            taskhawk._provide(resource, dry_run=False)
+            for resource in taskhawk._resources(Priority.default, 5, None)
+        ]
+        assert len(provision_queues) == 2
+        assert check(capsys, "--priority=default") == (
+            1,
+            [
+                (
+                    f"error: group taskhawk-{queue_name.lower()}: would be made: delayed"
+                    " messages are refused, and periodic tasks do not run. Fix: python -m"
+                    " taskhawk provision MODULE …"
+                ),
+                "1 found",
+            ],
+        )
+
+    def test_no_role(self, ministack, queue_name, capsys):
+        """Periodic tasks without a role are an error."""
+        configure_aws(ministack, queue_name)
+        taskhawk._registry.clear()
+        taskhawk.task(name="audit", schedule=MINUTELY)(plain)
+        assert command_error(capsys, "provision") == (2, f"taskhawk: {NO_ROLE}")
+        _, lines = check(capsys)
+        assert lines[-2] == (
+            f"error: {NO_ROLE}: schedules can't be checked. Fix: as the error says"
+        )
+
+    def test_terraform(self, scheduled, queue_name, capsys):
+        """Terraform's description has, name by name, what the API is told."""
+        described = provision_json(capsys, "--format=terraform")["resource"]
+        label = f"th_{queue_name.lower()}"
+        schedule = described["aws_scheduler_schedule"]["task__app__audit"]
+        assert schedule.pop("depends_on") == [
+            f"aws_scheduler_schedule_group.taskhawk_{queue_name.lower()}",
+            f"aws_iam_role_policy.{label}",
+        ]
+        told = taskhawk._periodic_schedule(taskhawk._registry["app.audit"])
+        assert schedule["schedule_expression"] == told["ScheduleExpression"]
+        assert schedule["flexible_time_window"] == {"mode": "OFF"}
+        target = told["Target"]
+        assert schedule["target"] == {
+            "arn": target["Arn"],
+            "role_arn": target["RoleArn"],
+            "input": target["Input"],
+            "retry_policy": {
+                "maximum_event_age_in_seconds": 86_400,
+                "maximum_retry_attempts": 185,
+            },
+            "dead_letter_config": {"arn": target["DeadLetterConfig"]["Arn"]},
+        }
+        role = described["aws_iam_role"][label]
+        assert (role["name"], role["path"]) == (f"th-{queue_name}", "/app/")
+        policy = json.loads(described["aws_iam_role_policy"][label]["policy"])
+        (statement,) = policy["Statement"]
+        assert statement["Action"] == "sqs:SendMessage"
+        assert {arn.rpartition(":")[2] for arn in statement["Resource"]} == {
+            f"TASKHAWK-{queue_name}{suffix}{dlq}"
+            for suffix in ("", "-HIGH-PRIORITY", "-LOW-PRIORITY", "-BULK")
+            for dlq in ("", "-DLQ")
+        }
+
+    def test_iam(self, scheduled, queue_name, capsys):
+        """A publisher may make and delete schedules in the group, and hand over the role."""
+        roles = provision_json(capsys, "--format=iam", "--priority=default")
+        _, schedules, hand_over = roles["publisher"]["Statement"]
+        region = f"us-east-1:{taskhawk.settings.AWS_ACCOUNT_ID}"
+        group = f"arn:aws:scheduler:{region}:schedule/taskhawk-{queue_name.lower()}/*"
+        assert schedules == {
+            "Effect": "Allow",
+            "Action": ["scheduler:CreateSchedule", "scheduler:DeleteSchedule"],
+            "Resource": [group],
+        }
+        assert hand_over == {
+            "Effect": "Allow",
+            "Action": ["iam:PassRole"],
+            "Resource": [taskhawk.settings.TASKHAWK_SCHEDULER_ROLE],
+            "Condition": {
+                "StringEquals": {"iam:PassedToService": "scheduler.amazonaws.com"}
+            },
+        }
+        assert roles["operator"]["Statement"][-1]["Resource"] == [group]
+
+    def test_topics(self, scheduled, queue_name, capsys):
+        """In a Lambda app, schedules publish to the topics."""
+        taskhawk.configure(taskhawk.settings.given, IS_LAMBDA_APP=True)
+        described = provision_json(capsys, "--format=terraform")["resource"]
+        ((_, policy),) = described["aws_iam_role_policy"].items()
+        (statement,) = json.loads(policy["policy"])["Statement"]
+        assert statement["Action"] == "sns:Publish"
+        schedule = described["aws_scheduler_schedule"]["task__app__audit"]
+        assert schedule["target"]["arn"] in statement["Resource"]
+        assert "dead_letter_config" not in schedule["target"]
+
+    def test_fifo(self, scheduled, queue_name, sqs_client, capsys):
+        """On a FIFO queue a periodic task has a group, and the queue makes the id."""
+        taskhawk.configure(taskhawk.settings.given, TASKHAWK_FIFO=True)
+        target = taskhawk._periodic_schedule(taskhawk._registry["app.count"])["Target"]
+        assert target["SqsParameters"] == {"MessageGroupId": "task.app.count"}
+        assert "DeadLetterConfig" not in target
+        provision(capsys, "--priority=default")
+        client = sqs_client(taskhawk.settings.AWS_ENDPOINT_SQS)
+        found = attributes_of(client, f"TASKHAWK-{queue_name}.fifo")
+        assert found["ContentBasedDeduplication"] == "true"
+
+
 # --- 26. command line -----------------------------------------------------------------
 
 COMMAND_MODULE = """
