@@ -1822,6 +1822,7 @@ class QueueMessage:
     :ivar message: the decoded message, once it is valid and its task is registered
     :ivar lease_lost: whether others may have received the message; set by the worker
     :ivar max_receive_count: of the queue's redrive policy, where it is known
+    :ivar batch_task: the name of its task, if others of that task may run with it
     :ivar done_level: at which a run that returned is logged
     """
 
@@ -1838,6 +1839,7 @@ class QueueMessage:
     message: Message | None = None
     lease_lost: bool = False
     max_receive_count: int | None = None
+    batch_task: str | None = None
     done_level: int = logging.DEBUG
     in_lambda: typing.ClassVar[bool] = False  # whether Lambda decides on retries
 
@@ -3397,6 +3399,7 @@ settings.on_change.append(_brokers.close)
 
 __all__ += [
     "AsyncInvocation",
+    "Call",
     "Captured",
     "Metadata",
     "Task",
@@ -3460,6 +3463,39 @@ class Metadata(dict[str, Any]):
         :raises ConfigurationError: if the function's role may not change the visibility
         """
         self._received.change_visibility(VisibilityTimeout=visibility_timeout_s)
+
+
+@dataclasses.dataclass(eq=False)
+class Call:
+    """What one message asks of a batch task: ``@task(batch=50)``.
+
+    :ivar args: the positional arguments of its dispatch
+    :ivar kwargs: the keyword arguments
+    :ivar metadata: of its message; None where a test makes the call
+    :ivar headers: of its message
+    :ivar error: how it failed by itself, if it did
+    """
+
+    args: Sequence[Any] = ()
+    kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    metadata: Metadata | None = None
+    headers: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    error: BaseException | None = None
+
+    @classmethod
+    def of(cls, message: Message, receipt: str | None) -> Call:
+        """Return what a message asks for."""
+        metadata = Metadata(message, receipt)
+        return cls(message.args, message.kwargs, metadata, dict(message.headers))
+
+    def fail(self, error: BaseException) -> None:
+        """Have this message end as if the task had raised an error for it alone.
+
+        :param error: a RetryException or an IgnoreException too
+        """
+        if not isinstance(error, BaseException):
+            raise TypeError(f"error: expected an exception, got {error!r}")
+        self.error = error
 
 
 class Task(Generic[_P, _R]):
@@ -3564,6 +3600,18 @@ class Task(Generic[_P, _R]):
                 f"{self.name}: {error}{_hint_of_wrapper(self.fn)}"
             ) from None
 
+    def take_any_arguments(self) -> None:
+        """Have messages carry any arguments: the function gets calls, not arguments."""
+        try:
+            self._signature.bind([])
+        except TypeError:
+            raise ConfigurationError(
+                f"{self.name}: expected a function of one argument, the list of calls"
+            ) from None
+        self._signature = _signature_of_any()
+        self._given_by_worker = frozenset()
+        self.accepts_metadata = self.accepts_headers = False
+
     def call(self, message: Message, receipt: str | None) -> None:
         """Run the function with a message's arguments, and await what can be awaited.
 
@@ -3572,16 +3620,36 @@ class Task(Generic[_P, _R]):
         :param receipt: its receipt handle, or None where no queue has the message
         :raises TypeError: if the function returns a generator, which nothing would read
         """
+        if "batch" in self.options:
+            call = Call.of(message, receipt)
+            self.call_together([call])
+            if call.error is not None:
+                raise call.error
+            return
         metadata = Metadata(message, receipt)
         kwargs = dict(message.kwargs)
         if self.accepts_metadata:
             kwargs["metadata"] = metadata
         if self.accepts_headers:
             kwargs["headers"] = dict(message.headers)
+        self._run_function(metadata, *message.args, **kwargs)
+
+    def call_together(self, calls: list[Call]) -> None:
+        """Run the function of a batch task once, for several messages."""
+        metadata = calls[0].metadata
+        if len(calls) > 1:
+            metadata = None  # the run is no one message's
+        self._run_function(metadata, calls)
+
+    def _run_function(
+        self, metadata: Metadata | None, /, *args: Any, **kwargs: Any
+    ) -> None:
+        """Run the function, and await what can be awaited."""
+        fn: Callable[..., Any] = self.fn
         # Threads and coroutines that copy the context know the task, too.
         token = _current.set(metadata)
         try:
-            result: Any = self.fn(*message.args, **kwargs)
+            result: Any = fn(*args, **kwargs)
             if inspect.isawaitable(result):
                 _run_coroutine(_awaited(result, self.name))
             elif isinstance(result, Generator | AsyncGenerator):
@@ -3666,6 +3734,15 @@ def _hint_of_wrapper(fn: Callable[..., Any]) -> str:
         " (if a decorator passes it, set __signature__ of the function that the"
         " decorator returns)"
     )
+
+
+def _signature_of_any() -> inspect.Signature:
+    """Return the signature of a function that takes whatever it is called with."""
+    names = {
+        "args": inspect.Parameter.VAR_POSITIONAL,
+        "kwargs": inspect.Parameter.VAR_KEYWORD,
+    }
+    return inspect.Signature([inspect.Parameter(*each) for each in names.items()])
 
 
 # From Python 3.14 on, a signature evaluates annotations, and those that exist for type
@@ -3935,6 +4012,19 @@ class _MoreOptions(typing.TypedDict, total=False):
 
 @typing.overload
 def task(fn: Callable[_P, _R], /) -> Task[_P, _R]: ...
+@typing.overload
+def task(
+    *,
+    batch: int,
+    priority: Priority = ...,
+    name: str | None = ...,
+    retry: Callable[[int], float] | None = ...,
+    retry_on: tuple[type[BaseException], ...] = ...,
+    never_retry_on: tuple[type[BaseException], ...] = ...,
+    time_limit: float | None = ...,
+    isolate: bool = ...,
+    **more: typing.Unpack[_MoreOptions],
+) -> Callable[[Callable[[list[Call]], _R]], Task[..., _R]]: ...
 @typing.overload
 def task(
     *,
@@ -5174,24 +5264,51 @@ def process(received: QueueMessage) -> Outcome:
 
 def _run(received: QueueMessage, began: float) -> None:
     """Run the hooks and the task, and catch nothing but the task's IgnoreException."""
+    message = _begin_run(received)
+    around = contextlib.ExitStack()
+
+    def call() -> None:
+        _surround(around, received)
+        message.task.call(message, received.receipt_handle)
+
+    _end_run(received, began, around, call)
+
+
+def _begin_run(received: QueueMessage) -> Message:
+    """Run the pre hook, and decode the message."""
     _call_hook("TASKHAWK_PRE_PROCESS_HOOK", received)
     message = _decode(received.body)
-    task = message.task
     received.message = message  # from here on, an error is the task's
     message.received = received
     _log.debug("Received message", extra={"message_body": received.body})
+    return message
+
+
+def _surround(around: contextlib.ExitStack, received: QueueMessage) -> None:
+    """Begin what surrounds a run."""
+    message = typing.cast("Message", received.message)
+    for surround in _around_runs:
+        around.enter_context(surround(message.task, received))
+
+
+def _end_run(
+    received: QueueMessage,
+    began: float,
+    around: contextlib.ExitStack,
+    call: Callable[[], object],
+) -> None:
+    """Call the task, run the post hook, end what surrounds the run, and log it."""
     level, outcome, end = received.done_level, "done", "finished"
-    with contextlib.ExitStack() as around:
+    with around:
         try:
-            for surround in _around_runs:
-                around.enter_context(surround(task, received))
-            task.call(message, received.receipt_handle)
+            call()
         except BaseException as error:
             if not _are_all(IgnoreException, error):
                 raise
             level, outcome, end = logging.INFO, "ignored", f"ignored{_reason(error)}"
         finally:
-            message.received = None  # else a cycle keeps the body until it is collected
+            # Else a cycle keeps the body until it is collected.
+            typing.cast("Message", received.message).received = None
         _call_hook("TASKHAWK_POST_PROCESS_HOOK", received)
     if _log.isEnabledFor(level):
         facts = _facts(received, outcome, began)
@@ -5498,6 +5615,146 @@ def _text_of_invalid(received: QueueMessage, error: BaseException) -> str | None
     return text
 
 
+# Batch tasks.
+
+
+_MAX_CALLS_TOGETHER = 100  # that a batch task gets
+
+
+def _check_batch(made: Task[Any, Any], most: object) -> None:
+    """Check the option `batch`: its function takes the calls, and so any arguments."""
+    is_right = isinstance(most, int) and not isinstance(most, bool)
+    if not (is_right and 1 <= typing.cast("int", most) <= _MAX_CALLS_TOGETHER):
+        raise ConfigurationError(
+            f"{made.name} has batch={most!r}: expected 1 to {_MAX_CALLS_TOGETHER}"
+        )
+    made.take_any_arguments()
+    _batch_tasks.add(made.name)
+
+
+_more_options["batch"] = _check_batch
+_batch_tasks: set[str] = set()  # their names; without any, nothing is decoded twice
+
+
+def _find_batch_task(received: QueueMessage) -> str | None:
+    """Return the name of a message's task if that is a batch task.
+
+    Messages of a FIFO queue are run one by one, for each waits for the one before.
+    """
+    if not _batch_tasks or received.is_fifo:
+        return None
+    try:
+        found = _decode(received.body).task
+    except ValidationError:
+        return None  # process() will say what is wrong with it
+    return found.name if "batch" in found.options else None
+
+
+def _most_together(received: QueueMessage) -> int:
+    """Return how many messages may run together with this one, itself included."""
+    if received.batch_task is None:
+        return 1
+    return int(_registry[received.batch_task].options["batch"])
+
+
+def _process_all(batch: Sequence[QueueMessage]) -> list[Outcome]:
+    """Run messages that run together; return an outcome for each."""
+    if len(batch) == 1:
+        return [process(batch[0])]
+    return _process_together(batch)
+
+
+@_in_own_context
+def _process_together(batch: Sequence[QueueMessage]) -> list[Outcome]:
+    """Run messages of one batch task in one call, as :func:`process` runs one."""
+    began = time.monotonic()
+    _refresh_django_connections()
+    try:
+        runs = [_RunOfMany(received, began) for received in batch]
+        for run in runs:
+            run.begin()
+        error = _call_together(run.call for run in runs if run.call)
+        for run in runs:
+            run.end(error)
+        return [run.outcome() for run in runs]
+    finally:
+        _refresh_django_connections(ran=True)
+
+
+def _call_together(ready: Iterable[Call]) -> BaseException | None:
+    """Call the batch task for all messages that are ready; return its error."""
+    calls = list(ready)
+    if not calls:
+        return None
+    metadata = typing.cast("Metadata", calls[0].metadata)
+    try:
+        _registry[metadata.task].call_together(calls)
+    except BaseException as error:
+        return error
+    return None
+
+
+class _RunOfMany:
+    """The run of one message among several of a batch task.
+
+    It goes the way of any run: an error of its own, of a hook or of what surrounds it,
+    ends it alone.
+    """
+
+    def __init__(self, received: QueueMessage, began: float) -> None:
+        self._received, self._began = received, began
+        self._around = contextlib.ExitStack()
+        self._has_begun = False  # the message is valid, and the pre hook is done
+        self._error: BaseException | None = None
+        self.call: Call | None = None  # once the task may be called for it
+
+    def begin(self) -> None:
+        """Do what comes before the task's call."""
+        try:
+            message = _begin_run(self._received)
+            self._has_begun = True
+            _surround(self._around, self._received)
+            self.call = Call.of(message, self._received.receipt_handle)
+        except BaseException as error:
+            self._error = error
+
+    def end(self, error: BaseException | None) -> None:
+        """Do what comes after it.
+
+        :param error: of the call, for all messages that have none of their own
+        """
+        if not self._has_begun:
+            return
+        if self.call is not None:
+            self._error = error
+            if self.call.error is not None:
+                self._error = self.call.error
+        try:
+            _end_run(self._received, self._began, self._around, self._raise)
+        except BaseException as raised:
+            self._error = raised
+        else:
+            self._error = None
+
+    def _raise(self) -> None:
+        """End as the task's call did."""
+        if self._error is None:
+            return
+        trace = self._error.__traceback__
+        try:
+            raise self._error
+        finally:
+            # It is raised for one message after another: its traceback is not to grow.
+            self._error.__traceback__ = trace
+
+    def outcome(self) -> Outcome:
+        """Return what becomes of the message; raise what must end the process."""
+        if self._error is None:
+            return Outcome(Fate.acknowledge)
+        _raise_interrupt(self._error)
+        return _failed(self._received, self._error, self._began)
+
+
 class _SyncSender(Sender):
     """Runs messages where they are sent, through JSON, decoder and hooks.
 
@@ -5725,6 +5982,39 @@ class _Leases:
         return self._next_at
 
 
+class _Backlog:
+    """The messages that wait to be started, the most urgent first."""
+
+    def __init__(self, queues: Iterable[str]) -> None:
+        self._of: dict[str, dict[_Held, None]] = {each: {} for each in queues}
+
+    def add(self, held: _Held) -> None:
+        """Have a message wait, behind those of its queue."""
+        self._of[held.queue][held] = None
+
+    def drop(self, held: _Held) -> None:
+        """Have a message wait no more, if it does."""
+        self._of[held.queue].pop(held, None)
+
+    def __contains__(self, held: _Held) -> bool:
+        return held in self._of[held.queue]
+
+    def __iter__(self) -> Iterator[_Held]:
+        for those in self._of.values():
+            yield from those
+
+    def counts(self) -> list[int]:
+        """Return how many there are of each queue, the most urgent first."""
+        return [len(those) for those in self._of.values()]
+
+    def first(self, now: float) -> _Held | None:
+        """Return the first whose lease is known to hold, or to have ended."""
+        for held in self:
+            if held.is_sure or now >= held.lease_until:
+                return held
+        return None
+
+
 class _Holdings:
     """The messages that a worker holds, and what is due for them.
 
@@ -5742,8 +6032,7 @@ class _Holdings:
         self._is_closing = False
         self._ack_wait_s = ack_wait_s
         self.held: dict[_Held, None] = {}  # an ordered set, as are the following
-        # By queue, the most urgent first: received and not started.
-        self._waiting: dict[str, dict[_Held, None]] = {each: {} for each in queues}
+        self.backlog = _Backlog(queues)  # received and not started
         self.decided: dict[_Held, None] = {}  # it is known what they become
         self.leases = _Leases()
         self.calls = _Calls(self, queues)
@@ -5751,7 +6040,7 @@ class _Holdings:
     @property
     def waiting(self) -> int:
         """How many messages wait to be started."""
-        return sum(map(len, self._waiting.values()))
+        return sum(self.backlog.counts())
 
     @property
     def running(self) -> int:
@@ -5798,24 +6087,19 @@ class _Holdings:
                 last_at=asked_at + _LATEST_S,
                 is_sure=is_sure,
             )
-            self.held[held] = self._waiting[held.queue][held] = None
+            self.held[held] = None
+            self.backlog.add(held)
             self.leases.renew(held, asked_at + lease_s / 3)
             self.tally.count(held.queue, "received")
 
     def start(self, now: float) -> _Held | None:
         """Start the most urgent message whose lease holds; return it, or None."""
-        for held in self._all_waiting():
-            if now >= held.lease_until:
-                self.lose(held, "its lease ended while it waited")
-            elif held.is_sure:
-                del self._waiting[held.queue][held]
-                held.begin(now)
-                return held
-        return None
-
-    def _all_waiting(self) -> list[_Held]:
-        """Return the messages that wait to be started, the most urgent first."""
-        return [held for each in self._waiting.values() for held in each]
+        while (held := self.backlog.first(now)) and now >= held.lease_until:
+            self.lose(held, "its lease ended while it waited")
+        if held:
+            self.backlog.drop(held)
+            held.begin(now)
+        return held
 
     def finish(
         self, held: _Held, end: str, now: float, delay_s: float | None = 0
@@ -5834,13 +6118,13 @@ class _Holdings:
 
     def release_waiting(self, now: float) -> None:
         """Release all messages that were not started, but what needs a copy for it."""
-        for held in self._all_waiting():
+        for held in tuple(self.backlog):
             if not held.needs_copy:
                 self.release(held, now)
 
     def _decide(self, held: _Held, end: str, now: float, delay_s: float | None) -> None:
         """Note what a message is to become, and when the call for it is due."""
-        self._waiting[held.queue].pop(held, None)
+        self.backlog.drop(held)
         self.decided[held] = None
         held.end, held.decided_at, held.due_at = end, now, now
         if held.to_delete:
@@ -5880,7 +6164,7 @@ class _Holdings:
     def close(self) -> None:
         """End what is decided, done or not; what still runs stays held."""
         self.calls.clear()
-        for held in [*self._all_waiting(), *self.decided]:
+        for held in [*self.backlog, *self.decided]:
             end = held.end or "released"
             if held.to_delete:
                 end = "uncertain"
@@ -5892,7 +6176,7 @@ class _Holdings:
         held.message.lease_lost = True
         held.lease_until = -math.inf
         self.leases.drop(held)
-        if held in self._waiting[held.queue]:
+        if held in self.backlog:
             self.end(held, "released")
 
     def doubt(self, held: _Held, why: str) -> None:
@@ -5905,7 +6189,8 @@ class _Holdings:
         held.move(end)
         self.tally.count(held.queue, end)
         self.leases.drop(held)
-        for those in (self.held, self.decided, self._waiting[held.queue]):
+        self.backlog.drop(held)
+        for those in (self.held, self.decided):
             those.pop(held, None)
         if self._is_closing and end == "uncertain":
             self.unanswered += 1
@@ -6198,15 +6483,16 @@ class _Keeper:
         self._broker, self._clock, self._beat = broker, clock, beat
         self._faults = _Faults()
         # Guards the holdings, and all that follows. Who watches waits for `_due`, spare
-        # threads of the keeper for `_spare`, slots for `startable` and pollers for
-        # `ended`: no thread is woken for nothing.
+        # threads of the keeper for `_spare`, slots for `startable`: no thread is woken
+        # for nothing.
         # Enter the lock itself: entering a condition takes several steps, and a signal
         # handler that raises in between would leave it locked.
         self.lock = threading.RLock()
         self._due = threading.Condition(self.lock)
         self._spare = threading.Condition(self.lock)
         self.startable = threading.Condition(self.lock)  # notified for each message
-        self.ended = threading.Condition(self.lock)  # notified as messages end
+        # Called with the lock held, as there may be room for other messages.
+        self.freed: Callable[[], object] = lambda: None
         self.holdings = holdings
         self._is_watched = False  # whether a thread watches
         self._looks_at = 0.0  # when that looks for what is due, if nobody wakes it
@@ -6277,7 +6563,7 @@ class _Keeper:
         was_overdue = self.holdings.is_overdue
         call = self.holdings.calls.next(now)
         if self.holdings.news or was_overdue:
-            self.ended.notify_all()  # a message was lost, or a call begins
+            self.freed()  # a message was lost, or a call begins
         return call
 
     def _is_done(self, now: float) -> bool:
@@ -6310,7 +6596,7 @@ class _Keeper:
             self.holdings.calls.answered(call, refused)
             news = self._take_news()
             self.startable.notify(self.holdings.waiting)  # their leases may be sure now
-            self.ended.notify_all()
+            self.freed()
         self._tell(news)
         faults = [refusal for refusal in refused.values() if not refusal.final]
         self._note_faults(call, faults)
@@ -6349,6 +6635,10 @@ _MAX_BACKOFF_S = 60  # between receives that fail
 _FLUSH_S = 3  # of the grace, kept for acknowledgements once running tasks are given up
 _HURRIED_S = 1  # for acknowledgements after a second Ctrl-C
 _HEART_S = 1  # for the last heartbeat: its hook may hang
+_MAX_WAITING = 100  # num_messages: more would wait longer than a new worker takes
+_MAX_POLLS = 12  # of a queue at once; those of four fit into botocore's pool of 50
+_QUIET_S = 0.1  # after which a poll that still waits says that its queue is empty
+_SHORT_POLL_S = 1  # where another queue may need what a poll keeps for itself
 # How a message ends, if the copy that its fate may need is sent.
 _ENDS = {
     Fate.acknowledge: "acked",
@@ -6608,10 +6898,201 @@ class _Limits(NamedTuple):
     """How much a worker does at once, and in all."""
 
     slots: int  # messages that run at once
-    polls: int  # pollers
-    num_messages: int  # that a receive may bring
+    polls: int  # queues that are polled
     max_tasks: int | None  # starts, after which it stops; None for no limit
     paused: int  # slots that can't run anything until they have a child
+
+
+class _Load(NamedTuple):
+    """What a worker holds, as far as it matters for what it may receive."""
+
+    free: int  # slots that run nothing, and could
+    waiting: Sequence[int]  # messages to be started, by queue, the most urgent first
+    starts: float  # that are left, besides what waits; infinity without a limit
+
+
+@dataclasses.dataclass(eq=False)
+class _Poll:
+    """A receive that is under way."""
+
+    queue: str
+    most: int  # messages that it may bring
+    began_at: float
+    is_short: bool  # others may need the starts that it has asked for
+
+
+@dataclasses.dataclass(eq=False)
+class _Polled:
+    """What is known of a queue from its receives."""
+
+    rank: int  # of its urgency: 0 is the most urgent
+    batch: int  # messages that a receive brings at most
+    most_polls: int  # at once
+    left: float  # receives that may still begin
+    polls: dict[_Poll, None] = dataclasses.field(default_factory=dict)  # under way
+    asked: int = 0  # messages that these may bring
+    asked_at: float = -math.inf  # when the last one began
+    answered: int = 0  # receives, ever
+    is_full: bool = False  # the last one brought all that it asked for
+    is_empty: bool = False  # it brought nothing, or failed, or no other follows
+    is_failing: bool = False  # it failed, so that others do not wait for the next
+
+    @property
+    def quiet_at(self) -> float:
+        """When it is known to be empty, if the receive under way still waits then."""
+        if not self.polls:
+            return math.inf
+        return next(iter(self.polls)).began_at + _QUIET_S
+
+    @property
+    def turn(self) -> tuple[bool, float]:
+        """What is less for the one to be asked first, where not all can be."""
+        if self.is_empty:
+            return True, self.asked_at
+        return False, self.rank
+
+
+class _Polls:
+    """The receives that are under way, and which queue may be asked for how much.
+
+    Pure, as the holdings are, and guarded with them. A queue is asked for what can be
+    started, and for what num_messages allows to wait, less what is asked for already.
+    It is asked only while all that are more urgent are known to be empty.
+
+    :param slots: how many messages run at once
+    """
+
+    def __init__(
+        self,
+        queues: Sequence[str],
+        num_messages: int = 1,
+        slots: int = 1,
+        loop_count: int | None = None,
+    ) -> None:
+        self._num_messages, self._slots = num_messages, slots
+        receives: float = math.inf
+        if loop_count is not None:
+            receives = loop_count
+        self.of: dict[str, _Polled] = {}
+        for rank, queue in enumerate(queues):
+            batch, most_polls = _MAX_BATCH, _MAX_POLLS
+            if queue.endswith(".fifo"):
+                # It withholds the rest of a group while one message of that is held.
+                batch = most_polls = 1
+            self.of[queue] = _Polled(rank, batch, most_polls, receives)
+        self._ranked = list(self.of.values())
+
+    @property
+    def under_way(self) -> int:
+        """How many receives are under way."""
+        return sum(len(each.polls) for each in self._ranked)
+
+    def is_open(self, queue: str) -> bool:
+        """Return whether a queue is to be asked again, or may have to be."""
+        polled = self.of[queue]
+        return bool(polled.left or polled.polls)
+
+    def is_busy(self, queue: str) -> bool:
+        """Return whether receives of a queue may run at the same time."""
+        polled = self.of[queue]
+        return polled.is_full and polled.left > 0
+
+    def may_begin_at(self, queue: str, load: _Load) -> float:
+        """Return since when, or from when on, a receive may begin.
+
+        :returns: infinity if that depends on what else happens
+        """
+        polled = self.of[queue]
+        if not polled.left or self._most(polled, load) < 1:
+            return math.inf
+        since = -math.inf
+        for urgent in self._ranked[: polled.rank]:
+            if not urgent.is_empty:
+                since = max(since, urgent.quiet_at)
+        return since
+
+    def _most(self, polled: _Polled, load: _Load) -> int:
+        """Return how many messages to ask for; 0 if a receive is not worth it yet."""
+        waiting = sum(load.waiting[: polled.rank + 1])
+        room = load.free + self._num_messages - 1 - waiting - polled.asked
+        if not self._is_worth_it(polled, room):
+            return 0
+        return int(min(room, polled.batch, self._share(polled, load)))
+
+    def _is_worth_it(self, polled: _Polled, room: int) -> bool:
+        """Return whether to receive for so much room: ten cost the same as one."""
+        wanted = self._num_messages
+        if polled.polls:
+            if not polled.is_full or len(polled.polls) == polled.most_polls:
+                return False
+            wanted += self._slots - 1
+        return room >= 0.9 * min(polled.batch, wanted)
+
+    def _share(self, polled: _Polled, load: _Load) -> float:
+        """Return how many of the starts that are left a queue may ask for.
+
+        What others may need is left to them; if that is not enough for all, they take
+        turns.
+        """
+        left = self._left(load)
+        rivals = [each for each in self._others(polled) if not each.polls]
+        if left > len(rivals):
+            return left / (len(rivals) + 1)
+        if all(polled.turn < each.turn for each in rivals):
+            return left
+        return 0
+
+    def _left(self, load: _Load) -> float:
+        """Return how many of the starts that are left are not asked for yet."""
+        return load.starts - sum(each.asked for each in self._ranked)
+
+    def _others(self, polled: _Polled) -> list[_Polled]:
+        """Return the other queues that are asked, and answer."""
+        others = (each for each in self._ranked if each is not polled)
+        return [each for each in others if each.left and not each.is_failing]
+
+    def begin(self, queue: str, load: _Load, now: float) -> _Poll:
+        """Begin a receive, which must be allowed by now."""
+        polled = self.of[queue]
+        most = self._most(polled, load)
+        polled.left -= 1
+        polled.asked += most
+        polled.asked_at = now
+        is_short = self._left(load) < _MAX_BATCH * len(self._others(polled))
+        poll = _Poll(queue, most, now, is_short)
+        polled.polls[poll] = None
+        return poll
+
+    def answered(self, poll: _Poll, count: int) -> None:
+        """Note that a receive has brought so many messages."""
+        polled = self._ended(poll)
+        polled.answered += 1
+        polled.is_full, polled.is_empty = count >= poll.most, count == 0
+        polled.is_failing = False
+
+    def failed(self, poll: _Poll) -> bool:
+        """Note that a receive has failed; return whether one was ever answered."""
+        polled = self._ended(poll)
+        polled.left += 1
+        polled.is_full, polled.is_empty = False, True
+        polled.is_failing = True
+        return polled.answered > 0
+
+    def dropped(self, poll: _Poll) -> None:
+        """Note that a receive was not made after all."""
+        self._ended(poll).left += 1
+
+    def _ended(self, poll: _Poll) -> _Polled:
+        """Note that a receive is over, and return its queue."""
+        polled = self.of[poll.queue]
+        del polled.polls[poll]
+        polled.asked -= poll.most
+        return polled
+
+    def close(self, queue: str) -> None:
+        """Note that a queue is asked no more, so that no other waits for it."""
+        polled = self.of[queue]
+        polled.left, polled.is_empty = 0, True
 
 
 class _Course:
@@ -6633,10 +7114,11 @@ class _Course:
         self._limits = limits
         self.stop = threading.Event()  # set after the phase working: ends all waits
         self.ended = threading.Event()  # set in the phase ended
-        # The keeper's lock guards the holdings, and all that follows. Nobody waits with
-        # a timeout: what changes what is waited for notifies, and the watch moves on.
-        self._lock = keeper.lock
-        self._to_start, self._room = keeper.startable, keeper.ended
+        # The keeper's lock guards the holdings, and all that follows. Slots wait for a
+        # message: each that comes wakes one, which looks for itself, and a new phase
+        # wakes all. So none waits while a message does that no other slot will look at.
+        # The watch moves the phase on, for nobody notifies of an event or a signal.
+        self.lock, self._to_start = keeper.lock, keeper.startable
         self._holdings = keeper.holdings
         self.phase = _Phase.working
         self.fatal: BaseException | None = None  # the error that ended a thread
@@ -6647,38 +7129,38 @@ class _Course:
 
     def next(self) -> _Held | None:
         """Wait for a message to run, and start it; None if there will be no more."""
-        with self._lock:
+        with self.lock:
             while self.is_working():
                 held = self._holdings.start(self.clock())
+                if self._holdings.news:  # a message was lost while it waited
+                    self._keeper.freed()
                 if held:
                     self._started += 1
-                    self._tell_pollers()
                     return held
-                self._tell_pollers()  # a message may have been lost while it waited
                 self._to_start.wait()
             return None
 
     def finish(self, held: _Held, end: str, delay_s: float | None = 0) -> None:
         """Note what a message that ran is to become."""
-        with self._lock:
+        with self.lock:
             self._holdings.finish(held, end, self.clock(), delay_s)
             self._changed()
 
     def release(self, held: _Held) -> None:
         """Note that a message did not run after all."""
-        with self._lock:
+        with self.lock:
             self._holdings.release(held, self.clock())
             self._keeper.wake()
 
     def begin(self) -> None:
         """Note that a slot of an isolated worker has a child, and can run messages."""
-        with self._lock:
+        with self.lock:
             self._paused -= 1
             self._changed()
 
     def suspend(self) -> bool:
         """Note that a slot can't start a child; return whether that is news."""
-        with self._lock:
+        with self.lock:
             self._paused += 1
             was_able, self._can_start = self._can_start, False
             self._release_if_stuck()
@@ -6687,7 +7169,7 @@ class _Course:
 
     def resume(self) -> bool:
         """Note that a slot has a child again; return whether that is news."""
-        with self._lock:
+        with self.lock:
             self._paused -= 1
             was_able, self._can_start = self._can_start, True
             self._changed()
@@ -6701,52 +7183,39 @@ class _Course:
 
     def slot_ended(self) -> None:
         """Note that a slot runs nothing more."""
-        with self._lock:
+        with self.lock:
             self._slots -= 1
             self.move_on()
 
     def still_run(self) -> list[QueueMessage]:
         """Return the messages that run."""
-        with self._lock:
+        with self.lock:
             return self._holdings.still_run()
 
-    def wait_for_room(self) -> int:
-        """Wait until a message can be started soon; return how many to receive.
-
-        :returns: 0 if nothing more is to be received
-        """
-        with self._lock:
-            while self.is_working():
-                most = self._find_room()
-                if most:
-                    return most
-                self._room.wait()
-            return 0
-
-    def _find_room(self) -> int:
-        """Return how many messages to receive now."""
-        if self._holdings.waiting:
-            return 0
-        free = self._limits.slots - self._paused - self._holdings.running
-        if self._holdings.is_overdue or free <= 0:
-            return 0
-        if self._limits.max_tasks is None:
-            return self._limits.num_messages
-        return min(self._limits.num_messages, self._limits.max_tasks - self._started)
+    def load(self) -> _Load:
+        """Return what matters for receives."""
+        holdings, limits = self._holdings, self._limits
+        waiting, starts = holdings.backlog.counts(), math.inf
+        if limits.max_tasks is not None:
+            starts = limits.max_tasks - self._started - sum(waiting)
+        if self._paused == limits.slots or holdings.is_overdue:
+            starts = 0
+        free = limits.slots - self._paused - holdings.running
+        return _Load(free, waiting, starts)
 
     def take(
         self, messages: Sequence[QueueMessage], lease_s: float, asked_at: float
     ) -> None:
         """Hold received messages from now on."""
-        with self._lock:
+        with self.lock:
             self._holdings.take(messages, lease_s, asked_at, self.clock())
             self._release_if_stuck()
             self._to_start.notify(len(messages))
             self._keeper.wake()
 
-    def poll_ended(self) -> None:
-        """Note that a poller receives nothing more."""
-        with self._lock:
+    def polls_ended(self) -> None:
+        """Note that nothing more is received from a queue."""
+        with self.lock:
             self._polls -= 1
             self.move_on()
 
@@ -6757,7 +7226,7 @@ class _Course:
 
         :param to: the phase to reach at least, whatever still goes on
         """
-        with self._lock:
+        with self.lock:
             while self.phase < to or self._is_over():
                 self.phase = _Phase(self.phase + 1)
                 self._enter(self.phase)
@@ -6769,7 +7238,7 @@ class _Course:
 
     def fail(self, error: BaseException) -> None:
         """Note an error that ends the worker; the first one is the one that counts."""
-        with self._lock:
+        with self.lock:
             if self.fatal is None:
                 self.fatal = error
             self.move_on()
@@ -6799,17 +7268,148 @@ class _Course:
             self._holdings.close()
             self.ended.set()
         self._to_start.notify_all()
-        self._room.notify_all()
+        self._keeper.freed()
 
     def _changed(self) -> None:
         """Tell those that wait for what a slot has done."""
         self._keeper.wake()
-        self._tell_pollers()
+        self._keeper.freed()
 
-    def _tell_pollers(self) -> None:
-        """Have pollers receive, if there is room."""
-        if self._find_room():
-            self._room.notify_all()
+
+class _Pollers:
+    """The threads that receive from one queue; guarded by the keeper's lock."""
+
+    def __init__(self, lock: threading.RLock) -> None:
+        self.may_look = threading.Condition(lock)  # notified for these threads alone
+        self.count = 1
+        self.waiting = 0  # how many of them wait until they may begin a receive
+        # When one of these looks again, at the latest: there is no need to tell them of
+        # what may begin later. So it is -inf while none waits, or one was told.
+        self.looks_at = -math.inf
+
+    def wait(self, until: float, now: float) -> None:
+        """Wait until told, or until a time."""
+        within_s = None
+        if until < math.inf:
+            within_s = until - now
+        self.waiting += 1
+        self.looks_at = until
+        self.may_look.wait(within_s)
+        self.waiting -= 1
+        self.looks_at = -math.inf
+        if self.waiting:
+            self.looks_at = math.inf
+
+    def tell(self, at: float) -> None:
+        """Have one of those that wait look, if it would look too late for this time."""
+        if at < self.looks_at:
+            self.looks_at = -math.inf
+            self.may_look.notify()
+
+
+class _Intake:
+    """What the pollers of a worker share: the receives under way, and who waits.
+
+    Every method takes the lock; none makes a call to the queue.
+    """
+
+    def __init__(self, course: _Course, keeper: _Keeper, polls: _Polls) -> None:
+        self._course, self.polls = course, polls
+        # The keeper's lock guards the polls, and all that follows. A poller waits for
+        # room, and for more urgent queues. Whatever may let one begin calls tell(),
+        # with the lock held; that wakes one of its queue, which looks for itself, and
+        # calls tell() when it begins or leaves. So no wakeup is lost.
+        self._lock = keeper.lock
+        self._pollers = {queue: _Pollers(keeper.lock) for queue in polls.of}
+        keeper.freed = self.tell
+
+    def tell(self) -> None:
+        """Have pollers look that may begin earlier than they would look."""
+        load, phase = self._course.load(), self._course.phase
+        for queue, pollers in self._pollers.items():
+            if phase is not _Phase.working:
+                pollers.may_look.notify_all()
+            elif pollers.looks_at > -math.inf:
+                pollers.tell(self.polls.may_begin_at(queue, load))
+
+    def begin(self, queue: str, goes_on: Callable[[str], bool]) -> _Poll | None:
+        """Wait until a queue is to be asked; return what for, or None for no more.
+
+        :param goes_on: whether this thread is still to ask the queue
+        """
+        with self._lock:
+            poll = None
+            while not poll and self._course.is_working() and goes_on(queue):
+                load, now = self._course.load(), self._course.clock()
+                may_begin_at = self.polls.may_begin_at(queue, load)
+                if may_begin_at <= now:
+                    poll = self.polls.begin(queue, load, now)
+                else:
+                    self._pollers[queue].wait(may_begin_at, now)
+            self.tell()
+            return poll
+
+    def take(
+        self, poll: _Poll, messages: Sequence[QueueMessage], lease_s: float
+    ) -> None:
+        """Hold received messages from now on."""
+        with self._lock:
+            self._course.take(messages, lease_s, poll.began_at)
+            self.polls.answered(poll, len(messages))
+            self._ended(poll)
+
+    def fail(self, poll: _Poll) -> bool:
+        """Note that a receive has failed; return whether one was ever answered."""
+        with self._lock:
+            was_answered = self.polls.failed(poll)
+            self._ended(poll)
+            return was_answered
+
+    def drop(self, poll: _Poll) -> None:
+        """Note that a receive was not made after all."""
+        with self._lock:
+            self.polls.dropped(poll)
+            self._ended(poll)
+
+    def _ended(self, poll: _Poll) -> None:
+        """Tell those who wait for that; if it was not full, helpers end."""
+        if not self.polls.is_busy(poll.queue):
+            self._pollers[poll.queue].may_look.notify_all()
+        self.tell()
+
+    def is_dry(self, queue: str) -> bool:
+        """Return whether a queue's last receive was answered, and brought nothing."""
+        with self._lock:
+            polled = self.polls.of[queue]
+            return polled.is_empty and not polled.is_failing
+
+    def adds_helper(self, queue: str) -> bool:
+        """Count a helper more, if all receive and yet another receive may begin."""
+        with self._lock:
+            pollers = self._pollers[queue]
+            if pollers.count > len(self.polls.of[queue].polls):
+                return False
+            may_begin_at = self.polls.may_begin_at(queue, self._course.load())
+            if may_begin_at > self._course.clock():
+                return False
+            pollers.count += 1
+            return True
+
+    def helper_ended(self, queue: str) -> None:
+        """Note that a helper receives nothing more."""
+        with self._lock:
+            self._pollers[queue].count -= 1
+            self._pollers[queue].may_look.notify_all()
+
+    def close(self, queue: str) -> None:
+        """Wait for a queue's helpers; then nothing more is received from it."""
+        with self._lock:
+            pollers = self._pollers[queue]
+            while pollers.count > 1:
+                pollers.may_look.wait()
+            self.polls.close(queue)
+            self.tell()
+            self._course.polls_ended()
 
 
 class _Slot:
@@ -6839,8 +7439,8 @@ class _Slot:
             try:
                 if self._is_isolated:
                     self._start_child()
-                while held := self._course.next():
-                    self._run(held)
+                while batch := self._course.next():
+                    self._run(batch)
             except BaseException as error:
                 self._course.fail(error)  # before the phases go on
                 raise
@@ -6856,30 +7456,36 @@ class _Slot:
             self._pause(error)
         self._course.begin()
 
-    def _run(self, held: _Held) -> None:
-        """Run a message, and note what it is to become."""
+    def _run(self, batch: Sequence[_Held]) -> None:
+        """Run messages that run together, and note what each is to become."""
         try:
-            outcome = self._process(held.message)
-            if outcome:
+            outcomes = self._process([held.message for held in batch])
+            for held, outcome in zip(batch, outcomes, strict=False):
                 self._settle(held, outcome)
         except _CannotStart as error:
-            if held.message.would_be_redriven:
-                self._settle(held, Outcome(Fate.postpone, error, 0))
-            else:
-                self._course.release(held)
+            for held in batch:
+                self._give_back(held, error)
             self._pause(error)
         finally:
-            if held.runs:
-                # It was interrupted, or killed as the grace ended. Where its child
-                # still runs, that must end before others may have the message.
-                self.child.kill()
-                self._course.finish(held, "retried")
+            for held in batch:
+                if held.runs:
+                    # It was interrupted, or killed as the grace ended. Where its child
+                    # still runs, that must end before others may have the message.
+                    self.child.kill()
+                    self._course.finish(held, "retried")
 
-    def _process(self, received: QueueMessage) -> Outcome | None:
-        """Run a message, in the child if it is for that."""
+    def _give_back(self, held: _Held, error: _CannotStart) -> None:
+        """Leave a message that could not begin to run to other workers."""
+        if held.message.would_be_redriven:
+            self._settle(held, Outcome(Fate.postpone, error, 0))
+        else:
+            self._course.release(held)
+
+    def _process(self, batch: Sequence[QueueMessage]) -> list[Outcome]:
+        """Run messages, in the child if it is for that."""
         worker = os.getpid()
         try:
-            return self.child.process(received)
+            return self.child.process(batch)
         finally:
             if os.getpid() != worker:
                 # A process that the task forked came back from it. The message is its
@@ -6906,73 +7512,98 @@ class _Slot:
 
 
 class _Poller:
-    """Receives from one queue, in a thread of its own."""
+    """Receives from one queue, in a thread of its own.
 
-    def __init__(self, worker: Worker, course: _Course, queue: str) -> None:
-        self._worker, self._course, self._queue = worker, course, queue
+    While its receives are full, helpers receive at the same time, in threads that end
+    with the first receive that is not.
+    """
+
+    def __init__(
+        self, worker: Worker, course: _Course, intake: _Intake, queue: str
+    ) -> None:
+        self._worker, self._course = worker, course
+        self._intake, self._queue = intake, queue
         self._faults = _Faults()
         self._lease: _Lease | None = None  # once it is known
-        self._loops = 0  # receives that were answered
-        self._count = 0  # messages that the last one brought
-        self.is_polling = False  # whether a receive is under way
 
     def work(self) -> None:
         """Receive until there is no more to do; the body of a thread."""
+        intake, course = self._intake, self._course
         try:
             while not self._is_done():
-                most = self._course.wait_for_room()
-                if not most:
+                poll = intake.begin(self._queue, intake.polls.is_open)
+                if not poll:
                     break
-                self._try(most)
+                failures = self._try(poll)
+                if failures:
+                    _back_off(course.stop, self._worker.clock, failures)
         except BaseException as error:
-            self._course.fail(error)  # before the phases go on, or nobody would see it
+            course.fail(error)  # before the phases go on, or nobody would see it
             raise
         finally:
-            self._course.poll_ended()
+            intake.close(self._queue)
+
+    def _help(self) -> None:
+        """Receive as long as receives are full; the body of a thread."""
+        intake = self._intake
+        try:
+            while poll := intake.begin(self._queue, intake.polls.is_busy):
+                self._try(poll)
+        except BaseException as error:
+            self._course.fail(error)
+            raise
+        finally:
+            intake.helper_ended(self._queue)
 
     def _is_done(self) -> bool:
-        """Return whether the last receive was the last that is wanted."""
-        if self._loops == self._worker.loop_count:
-            return True
-        if not self._worker.until_empty or self._loops == 0 or self._count:
+        """Return whether the queues are empty, where that is the end."""
+        if not self._worker.until_empty or not self._intake.is_dry(self._queue):
             return False
         return _are_empty(self._worker.broker, self._worker.queues)
 
-    def _try(self, most: int) -> None:
-        """Receive at most so many messages, and back off if that fails."""
+    def _try(self, poll: _Poll) -> int:
+        """Receive; return how often that has failed by now, one after another."""
         try:
-            if self._lease is None:
-                worker = self._worker
-                self._lease = _find_lease(
-                    worker.broker, self._queue, worker.visibility_timeout_s
-                )
-                return  # that may have taken long: look again whether to receive
-            self._receive(most, self._lease)
-        except Exception as error:
-            if self._loops == 0 and isinstance(error, ConfigurationError):
-                raise  # at the start, this is for a person to mend
-            failures = self._faults.failed(self._queue, "receive", repr(error))
-            _back_off(self._course.stop, self._worker.clock, failures)
-
-    def _receive(self, most: int, lease: _Lease) -> None:
-        """Receive once, and hold what came."""
-        worker, asked_at = self._worker, self._worker.clock()
-        self.is_polling = True
-        try:
-            messages = worker.broker.receive(
-                self._queue, most, worker.wait_s, lease.seconds, self._course.stop
+            if self._lease is not None:
+                self._receive(poll, self._lease)
+                return 0
+            worker = self._worker
+            self._lease = _find_lease(
+                worker.broker, self._queue, worker.visibility_timeout_s
             )
-        finally:
-            self.is_polling = False
+        except Exception as error:
+            was_answered = self._intake.fail(poll)
+            if not was_answered and isinstance(error, ConfigurationError):
+                raise  # at the start, this is for a person to mend
+            return self._faults.failed(self._queue, "receive", repr(error))
+        self._intake.drop(poll)  # it may have taken long: look again whether to
+        return 0
+
+    def _receive(self, poll: _Poll, lease: _Lease) -> None:
+        """Receive once, and hold what came."""
+        worker, wait_s = self._worker, self._worker.wait_s
+        if poll.is_short:
+            wait_s = min(wait_s, _SHORT_POLL_S)
+        if self._intake.adds_helper(self._queue):
+            self._start_helper()
+        messages = worker.broker.receive(
+            self._queue, poll.most, wait_s, lease.seconds, self._course.stop
+        )
         for message in messages:
             message.max_receive_count = lease.max_receive_count
             message.done_level = worker.done_level
         # At once: from here on the keeper extends the leases.
-        self._course.take(messages, lease.seconds, asked_at)
+        self._intake.take(poll, messages, lease.seconds)
         self._faults.worked(self._queue, "receive")
-        self._count = len(messages)
-        self._loops += 1
         worker.beat()
+
+    def _start_helper(self) -> None:
+        """Start another thread that receives; go on without it if that fails."""
+        try:
+            _make_thread(self._course, self._help).start()
+        except RuntimeError as error:
+            self._intake.helper_ended(self._queue)
+            self._faults.failed(self._queue, "start another poller", error)
 
 
 def _pause_s(failures: int) -> float:
@@ -7050,9 +7681,7 @@ class Worker:
         self.beat = self._heart.beat  #: say that the worker lives
         self._holdings = _Holdings(self.queues, self.ack_wait_s)
         self.ledger = self._holdings.ledger
-        self._keeper = _Keeper(
-            self._holdings, self.broker, self.clock, self._heart.beat
-        )
+        self._keeper = _Keeper(self._holdings, self.broker, self.clock, self.beat)
         start = _start_of_children(everything=self.isolate)
         # All by --isolate, or each by its decorator.
         isolated = start.get("isolated", ())
@@ -7064,14 +7693,11 @@ class Worker:
             _Limits(
                 slots=self.concurrency,
                 polls=len(self.queues),
-                num_messages=self.num_messages,
                 max_tasks=self.max_tasks,
                 paused=self.concurrency if is_isolated else 0,
             ),
         )
-        self._keeping = [
-            _make_thread(self._course, self._keeper.run) for _ in range(_MAX_CALLS)
-        ]
+        self._keeping: list[threading.Thread] = []
         event_loop = _EventLoop(self.event_loop)
         self.overdue = threading.Event()  #: set once the grace is over
         self._slots = [
@@ -7084,7 +7710,9 @@ class Worker:
             )
             for _ in range(self.concurrency)
         ]
-        self._pollers = [_Poller(self, self._course, queue) for queue in self.queues]
+        self._polls = _Polls(
+            self.queues, self.num_messages, self.concurrency, self.loop_count
+        )
 
     @property
     def unanswered(self) -> bool:
@@ -7100,7 +7728,10 @@ class Worker:
         """
         make = functools.partial(_make_thread, self._course)
         slots = [make(slot.work) for slot in self._slots[1:]]
-        pollers = [make(poller.work) for poller in self._pollers]
+        intake = _Intake(self._course, self._keeper, self._polls)
+        poller = functools.partial(_Poller, self, self._course, intake)
+        pollers = [make(poller(queue).work) for queue in self.queues]
+        self._keeping = [make(self._keeper.run) for _ in range(_MAX_CALLS)]
         helpers = [*self._keeping, make(self._heart.run), make(self._watch)]
         within_s: float | None = _HURRIED_S
         with self._signals:
@@ -7185,7 +7816,7 @@ class Worker:
 
     def _say_what_it_waits_for(self) -> None:
         """Log why the worker does not end at once."""
-        polls = sum(poller.is_polling for poller in self._pollers)
+        polls = self._polls.under_way
         runs = len(self._course.still_run())
         text = f"stopping: waiting for polls in flight: {polls}, running tasks: {runs}"
         if self._signals.has_interrupt:
@@ -7216,10 +7847,7 @@ class Worker:
 
 def _check_options(worker: Worker) -> None:
     """Refuse options that make no sense, and fit the length of polls to the grace."""
-    for name in ("num_messages", "concurrency", "max_tasks", "max_tasks_per_child"):
-        number = getattr(worker, name)
-        if number is not None and number < 1:
-            raise ConfigurationError(f"{name}: expected 1 or more, got {number}")
+    _check_counts(worker)
     lease_s, grace_s = worker.visibility_timeout_s, worker.grace_s
     if lease_s is not None and not 1 <= lease_s <= _MAX_HELD_S:
         wanted = f"expected 1 to {_MAX_HELD_S} seconds"
@@ -7232,6 +7860,17 @@ def _check_options(worker: Worker) -> None:
     elif grace_s is not None:
         # A poll in flight is waited out, so it must end before the grace does.
         worker.wait_s = min(worker.wait_s, max(1, grace_s - _FLUSH_S - 1))
+
+
+def _check_counts(worker: Worker) -> None:
+    """Refuse numbers of messages, slots and runs that make no sense."""
+    for name in ("concurrency", "max_tasks", "max_tasks_per_child"):
+        number = getattr(worker, name)
+        if number is not None and number < 1:
+            raise ConfigurationError(f"{name}: expected 1 or more, got {number}")
+    if not 1 <= worker.num_messages <= _MAX_WAITING:
+        wanted = f"expected 1 to {_MAX_WAITING}"
+        raise ConfigurationError(f"num_messages: {wanted}, got {worker.num_messages}")
 
 
 def _join(thread: threading.Thread, within_s: float | None) -> None:
@@ -7261,7 +7900,8 @@ def listen_for_messages(
     stops after the running task and the poll in flight, which takes up to 20 s on SQS.
 
     :param priority: the queue, or several: the most urgent message runs first
-    :param num_messages: how many to receive at once, up to 10: they wait for each other
+    :param num_messages: how many one slot may hold, the one that it runs included, up
+        to 100; several slots share the others: with N, at most N - 1 of a queue wait
     :param visibility_timeout_s: how long a received message is hidden from others,
         until the worker extends it; None takes the queue's own
     :param loop_count: end after so many receives from each queue; None goes on for ever
@@ -7804,23 +8444,24 @@ class _Child:
         self._process: _ChildProcess | None = None
         self._runs_left = 0  # until the process is replaced
 
-    def process(self, received: QueueMessage) -> Outcome | None:
-        """Run a message, and decide its fate as :func:`process` does.
+    def process(self, batch: Sequence[QueueMessage]) -> list[Outcome]:
+        """Run messages that run together, and decide the fate of each.
 
-        :returns: None if the process was killed because the worker's grace is over
+        :returns: none if the process was killed because the worker's grace is over
         :raises _CannotStart: if the run did not begin, for another reason
         """
-        message = self._find_isolated(received)
+        message = self._find_isolated(batch[0])
         if message is None:
-            return process(received)
-        received.message = message
+            return _process_all(batch)
+        for received in batch:
+            received.message = self._find_isolated(received)
         try:
-            running = self._begin(message.task.name, received)
+            running = self._begin(message.task.name, batch)
         except _CannotStart:
             if self._given_up.is_set():
-                return None
+                return []
             raise
-        return self._finish(running, message.task, received)
+        return self._finish(running, message.task, batch)
 
     def start(self) -> _ChildProcess:
         """Return a process that lives, a new one if need be.
@@ -7852,13 +8493,9 @@ class _Child:
             return None  # process() will say what is wrong with it
         return message if isolated else None
 
-    def _begin(self, name: str, received: QueueMessage) -> _ChildProcess:
-        """Return a process that has begun to run a message, or raise _CannotStart."""
-        request = {
-            field: value
-            for field, value in vars(received).items()
-            if field not in ("broker", "message")
-        }
+    def _begin(self, name: str, batch: Sequence[QueueMessage]) -> _ChildProcess:
+        """Return a process that has begun to run messages, or raise _CannotStart."""
+        request = [_fields_of(received) for received in batch]
         running = self.start()
         until = time.monotonic() + _START_S
         try:
@@ -7895,13 +8532,17 @@ class _Child:
         return started
 
     def _finish(
-        self, running: _ChildProcess, its_task: Task[Any, Any], received: QueueMessage
-    ) -> Outcome | None:
-        """Return how a run that began has ended; None if the grace is over."""
+        self,
+        running: _ChildProcess,
+        its_task: Task[Any, Any],
+        batch: Sequence[QueueMessage],
+    ) -> list[Outcome]:
+        """Return how a run that began has ended; none if the grace is over."""
         name, limit_s, began = its_task.name, its_task.time_limit, time.monotonic()
         failure: TaskhawkError
         try:
-            outcome = _to_outcome(running.hear("ended", began + (limit_s or math.inf)))
+            answers = running.hear("ended", began + (limit_s or math.inf))
+            outcomes = _to_outcomes(answers, len(batch))
         except TimeoutError:
             self._end(0)
             text = f"{name} ran longer than its time limit of {limit_s:g} s"
@@ -7916,10 +8557,10 @@ class _Child:
             self._runs_left -= 1
             if not self._runs_left:
                 self.close()
-            return outcome
+            return outcomes
         if self._given_up.is_set():
-            return None
-        return _failed(received, failure, began)
+            return []
+        return [_failed(received, failure, began) for received in batch]
 
     def _end(self, within_s: float) -> str:
         """Have the process end, if there is one, and return how it ended."""
@@ -8023,6 +8664,13 @@ class _ChildProcess:
             time.sleep(0.005)
 
 
+def _fields_of(received: QueueMessage) -> dict[str, Any]:
+    """Return a message as a child is told it."""
+    fields = dict(vars(received))
+    del fields["broker"], fields["message"]
+    return fields
+
+
 def _parse_line(line: bytes) -> Any:
     """Return the JSON of a line, or raise ValueError."""
     try:
@@ -8038,6 +8686,13 @@ def _to_answer(outcome: Outcome) -> list[Any]:
         trace = "".join(traceback.format_exception(error))
         raised = [type(error).__name__, _text_of(error), trace]
     return [outcome.fate.value, outcome.delay_s, raised]
+
+
+def _to_outcomes(answers: Sequence[Any], count: int) -> list[Outcome]:
+    """Return the outcomes that a child answers, one a message, or raise ValueError."""
+    if len(answers) != count:
+        raise ValueError("not an answer for each message")
+    return [_to_outcome(answer) for answer in answers]
 
 
 def _to_outcome(answer: Any) -> Outcome:
@@ -8116,8 +8771,9 @@ def _serve_worker(argv: Sequence[str]) -> int:
         report.tell("imported", "")
         while line := lines.readline():
             report.tell("began")
-            received = QueueMessage(**json.loads(line), broker=_broker_of_child())
-            report.tell("ended", *_to_answer(process(received)))
+            broker = _broker_of_child()
+            batch = [QueueMessage(**it, broker=broker) for it in json.loads(line)]
+            report.tell("ended", *map(_to_answer, _process_all(batch)))
     return 0
 
 
@@ -8264,19 +8920,35 @@ def _run_records(
     done: list[QueueMessage] = []
     failed: dict[QueueMessage, Outcome] = {}
     reserve_ms = _left_ms(context) / 10  # for the deletes and the answer
+    for batch in _batches_of(records):
+        if _is_behind(batch[0], failed):
+            outcomes = _not_started(batch, "an earlier one of its group failed")
+        elif _left_ms(context) < reserve_ms:
+            outcomes = _not_started(batch, "no time was left")
+        else:
+            outcomes = _process_all(batch)
+        for received, outcome in zip(batch, outcomes, strict=True):
+            if outcome.fate is Fate.acknowledge or _is_postponed(received, outcome):
+                done.append(received)
+            else:
+                failed[received] = outcome
+    return done, failed
+
+
+def _batches_of(records: Sequence[Any]) -> Iterator[list[QueueMessage]]:
+    """Yield each record by itself, and those of a batch task together."""
+    waiting: dict[str, list[QueueMessage]] = {}
     for record in records:
         received = _from_record(record)
-        if _is_behind(received, failed):
-            outcome = _not_started(received, "an earlier one of its group failed")
-        elif _left_ms(context) < reserve_ms:
-            outcome = _not_started(received, "no time was left")
-        else:
-            outcome = process(received)
-        if outcome.fate is Fate.acknowledge or _is_postponed(received, outcome):
-            done.append(received)
-        else:
-            failed[received] = outcome
-    return done, failed
+        received.batch_task = _find_batch_task(received)
+        if received.batch_task is None:
+            yield [received]
+            continue
+        batch = waiting.setdefault(received.batch_task, [])
+        batch.append(received)
+        if len(batch) == _most_together(received):
+            yield waiting.pop(received.batch_task)
+    yield from waiting.values()
 
 
 def _is_postponed(received: QueueMessage, outcome: Outcome) -> bool:
@@ -8303,10 +8975,10 @@ def _is_behind(received: QueueMessage, failed: Iterable[QueueMessage]) -> bool:
     return received.group_id in [earlier.group_id for earlier in failed]
 
 
-def _not_started(received: QueueMessage, reason: str) -> Outcome:
-    """Return the outcome of a message that counts as failed though it was not run."""
-    error = TaskhawkError(f"{_name_of(received)} was not started: {reason}")
-    return Outcome(Fate.retry, error)
+def _not_started(batch: Sequence[QueueMessage], reason: str) -> list[Outcome]:
+    """Return the outcomes of messages that count as failed though they were not run."""
+    texts = [f"{_name_of(received)} was not started: {reason}" for received in batch]
+    return [Outcome(Fate.retry, TaskhawkError(text)) for text in texts]
 
 
 def _set_delays(failed: Mapping[QueueMessage, Outcome]) -> None:
@@ -10542,8 +11214,8 @@ class _MeasuredWorker(Worker):
     ),
     _option(
         "--num-messages",
-        "messages to receive ahead (default: 1)",
-        type=_whole(1, 100),
+        "messages that a slot may hold, running and waiting (default: 1)",
+        type=_whole(1, _MAX_WAITING),
         default=1,
         metavar="N",
     ),
