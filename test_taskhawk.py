@@ -14951,7 +14951,9 @@ default 1 acknowledge""",
 check()
 check(QUEUES=["emails"])
 check(OPTIONS={"on_comit": True})
-check(OPTIONS={"TASKHAWK_QUEUE": "a b"})""",
+check(OPTIONS={"TASKHAWK_QUEUE": "a b"})
+shop.tasks.Special = type("Special", (taskhawk.DjangoBackend,), {})
+check(BACKEND="shop.tasks.Special", OPTIONS={"isolate": True, "TASKHAWK_QUEUE": "a"})""",
         """taskhawk.E001 40 TASKS['default']: QUEUES: expected one of default, high, low, \
 bulk, got 'emails'
 InvalidTask: Queue 'default' is not valid for backend.
@@ -14960,7 +14962,9 @@ or options of taskhawk.task, got 'on_comit'
 InvalidTask: TASKS['default']: OPTIONS: expected on_commit, settings of taskhawk \
 or options of taskhawk.task, got 'on_comit'
 taskhawk.E001 40 TASKHAWK_QUEUE in OPTIONS of Django's TASKS: expected at most 53 \
-letters, digits, hyphens and underscores, such as 'dev-myapp', got 'a b'""",
+letters, digits, hyphens and underscores, such as 'dev-myapp', got 'a b'
+taskhawk.E001 40 TASKS['default']: OPTIONS: TASKHAWK_QUEUE is not read for a subclass
+InvalidTask: TASKS['default']: OPTIONS: TASKHAWK_QUEUE is not read for a subclass""",
     ),
     "settings": (
         """print(taskhawk.settings.TASKHAWK_BROKER)
@@ -18209,6 +18213,8 @@ class TestServices:
         """A lifespan runs a worker on the server's loop, with the server's client."""
         port = free_port()
         run = ["-m", "uvicorn", "hooks:app", "--port", str(port)]
+        path = tmp_path / "hooks.py"  # a poll in flight is waited out
+        path.write_text(path.read_text().replace("grace_s=20", "grace_s=5"))
         env["PYTHONUNBUFFERED"] = "1"
         with server(port, run, python_env(env), tmp_path) as url:
             answers = [
