@@ -18212,8 +18212,8 @@ class TestServices:
     def test_fastapi(self, env, tmp_path, hook):
         """A lifespan runs a worker on the server's loop, with the server's client."""
         port = free_port()
-        run = ["-m", "uvicorn", "hooks:app", "--port", str(port)]
-        path = tmp_path / "hooks.py"  # a poll in flight is waited out
+        run = ["-m", "uvicorn", "webhooks:app", "--port", str(port)]
+        path = tmp_path / "webhooks.py"  # a poll in flight is waited out
         path.write_text(path.read_text().replace("grace_s=20", "grace_s=5"))
         env["PYTHONUNBUFFERED"] = "1"
         with server(port, run, python_env(env), tmp_path) as url:
