@@ -66,31 +66,32 @@ What to read for each promise, and how many statements that is
         _send_all, _in_batches, _one_round, SqliteBroker.send, SqliteBroker._claim,
         SqliteBroker.delete, _SqliteFile.change, _use_write_ahead_log,
         _AwsSender._batch, SqsBroker.send, SqsBroker.delete, process, _verdict, _wanted,
-        _delay_s, _ask, _Slot._run, Worker.settle, _carry_out, _postpone, Worker._close,
-        _dead_letter, _send_copy, _Held.move, _Holdings.finish, _Holdings.release,
-        _Holdings._decide, _Calls.answered, _Calls._deleted, _Calls._delayed,
-        _Calls._try_later, _Holdings.doubt, _Holdings.close, _Holdings.end
-    2 (285): SqliteBroker.receive, SqliteBroker._claim, SqliteBroker.change_visibility,
-        SqsBroker.receive, _find_lease, _Poller._receive, _Course.take,
-        _Course._release_if_stuck, _Call, _Leases, _Holdings.take, _Holdings.start,
-        _Holdings.release, _Holdings.release_waiting, _Holdings._decide,
-        _Holdings.expire, _Holdings.lose, _Calls.next, _Calls.answered,
-        _Calls._extended, _Calls._deleted, _Keeper._look, _Keeper._make, _Slot._run,
-        _Slot._process, Worker._give_up, _Child.kill
-    3 (111): _decode, _parse, Message.__init__, _validate, _fits, _find_task,
+        _delay_s, _ask_policy, _Slot._run, Worker.settle, _carry_out, _postpone,
+        Worker._close, _dead_letter, _send_copy, _Held.move, _Holdings.finish,
+        _Holdings.release, _Holdings._decide, _Calls.answered, _Calls._deleted,
+        _Calls._delayed, _Calls._try_later, _Holdings.doubt, _Holdings.close,
+        _Holdings.end
+    2 (316): SqliteBroker.receive, SqliteBroker._claim, SqliteBroker.change_visibility,
+        SqsBroker.receive, _find_lease, _Poller._receive, _Intake.take, _Intake.close,
+        _Course.take, _Course._release_if_stuck, _Backlog, _Call, _Leases,
+        _Holdings.take, _Holdings.start, _Holdings.release, _Holdings.release_waiting,
+        _Holdings._decide, _Holdings.expire, _Holdings.lose, _Calls.next,
+        _Calls.answered, _Calls._extended, _Calls._deleted, _Keeper._look,
+        _Keeper._make, _Slot._run, _Slot._process, Worker._give_up, _Child.kill
+    3 (110): _decode, _parse, Message.__init__, _validate, _fits, _find_task,
         Task.find_by_name, Task.call, _register, _import, _import_path, _parse_line,
         _to_outcome, _import_tasks
-    4 (114): process, _run, _decode, _parse, _failed, _log_failed, _verdict,
-        _is_invalid, _text_of_invalid, _Slot._run, Worker.settle
-    5 (214): _run, _failed, _log_failed, _sentence, _what_follows, _name_of, _reason,
+    4 (98): process, _run, _decode, _parse, _failed, _log_failed, _verdict, _is_invalid,
+        _text_of_invalid, _Slot._run, Worker.settle
+    5 (198): _run, _failed, _log_failed, _sentence, _what_follows, _name_of, _reason,
         _in_one_line, _facts, _extra_of, _text_of_invalid, _shown, _mismatch,
         _too_large, _Holdings.warn, _Keeper._tell, _Faults, _error_code, _error_details,
         _explained, _explanation, _find_remedy, _Source.read, _call_safely, _log_again
-    6 (217): _Course.wait_for_room, _Course._find_room, _Poller.work, _Poller._try,
-        _Poller._receive, _pause_s, _Holdings._decide, _Ends, _Calls.next,
+    6 (321): _Polls, _Intake.begin, _Intake.adds_helper, _Poller.work, _Poller._help,
+        _Poller._try, _Poller._receive, _pause_s, _Holdings._decide, _Ends, _Calls.next,
         _Calls._due_at, _Calls._patience_s, _Calls._extended, _Leases, _Keeper._wait,
         _Keeper._make, SqsBroker.receive, SqsBroker.url, SqsBroker._find_url, _parts
-    7 (209): _in_own_context, _refresh_django_connections, _PerProcess, _made_once,
+    7 (210): _in_own_context, _refresh_django_connections, _PerProcess, _made_once,
         _Brokers.before_fork, _Brokers.after_fork, _close_sqlite_files,
         _release_sqlite_files, _Signals, _hold_signals, _release_signals,
         _forget_signals, _path_of_children, _Child._start_process,
@@ -234,6 +235,7 @@ _DEFAULT_LEASE_S = 30  # the visibility timeout of a queue that sets none
 _ERROR_ATTRIBUTE = "taskhawk.error"  # says why the worker dead-lettered a message
 _MAX_ERROR_BYTES = 16_384  # its size: enough for a traceback, little beside 1 MiB
 _ATTEMPTS_ATTRIBUTE = "taskhawk.attempts"  # how many there were before it was postponed
+_POSTPONED_ATTRIBUTE = "taskhawk.postponed"  # how often it was
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -639,6 +641,10 @@ _ROLE = _Rule(
     ),
 )
 _BROKER = _Rule("'sqs' or a URL of SQLite", _parse_broker)
+_TABLE = _Rule(
+    "3 to 255 letters, digits, dots, hyphens and underscores",
+    functools.partial(_parse_text, "[A-Za-z0-9_.-]{3,255}"),
+)
 _QUEUE = _Rule(
     f"at most {_MAX_QUEUE} letters, digits, hyphens and underscores",
     functools.partial(_parse_text, f"[A-Za-z0-9_-]{{1,{_MAX_QUEUE}}}"),
@@ -647,6 +653,7 @@ _SETTINGS = {
     "AWS_ACCESS_KEY": _Setting(_TEXT, "AKIAIOSFODNN7EXAMPLE"),
     "AWS_ACCOUNT_ID": _Setting(_ACCOUNT, "123456789012"),
     "AWS_CONNECT_TIMEOUT_S": _Setting(_SECONDS, "2", 2),
+    "AWS_ENDPOINT_DYNAMODB": _Setting(_URL, "http://127.0.0.1:4566"),
     "AWS_ENDPOINT_SCHEDULER": _Setting(_URL, "http://127.0.0.1:4566"),
     "AWS_ENDPOINT_SNS": _Setting(_URL, "http://127.0.0.1:4566"),
     "AWS_ENDPOINT_SQS": _Setting(_URL, "http://127.0.0.1:4566"),
@@ -656,6 +663,7 @@ _SETTINGS = {
     "AWS_SESSION_TOKEN": _Setting(_TEXT, "AQoDYXdzEJr/EXAMPLETOKEN"),
     "IS_LAMBDA_APP": _Setting(_FLAG, "False", default=False),
     "TASKHAWK_BROKER": _Setting(_BROKER, "sqlite:///queue.db", "sqs"),
+    "TASKHAWK_CLAIMS_TABLE": _Setting(_TABLE, "taskhawk-claims"),
     "TASKHAWK_DEFAULT_HEADERS": _Setting(_HOOK, "myapp.hooks.default_headers"),
     "TASKHAWK_ERROR_HOOK": _Setting(_HOOK, "myapp.hooks.report_error"),
     "TASKHAWK_FIFO": _Setting(_FLAG, "False", default=False),
@@ -1824,6 +1832,7 @@ class QueueMessage:
     :ivar max_receive_count: of the queue's redrive policy, where it is known
     :ivar batch_task: the name of its task, if others of that task may run with it
     :ivar done_level: at which a run that returned is logged
+    :ivar lease_s: for which the receive hid it; a worker extends that while it runs
     """
 
     body: Any
@@ -1841,6 +1850,7 @@ class QueueMessage:
     max_receive_count: int | None = None
     batch_task: str | None = None
     done_level: int = logging.DEBUG
+    lease_s: float = _DEFAULT_LEASE_S
     in_lambda: typing.ClassVar[bool] = False  # whether Lambda decides on retries
 
     @property
@@ -1851,11 +1861,17 @@ class QueueMessage:
     @property
     def attempt(self) -> int:
         """How often it has been received, from 1, but for those that postponed it."""
-        attribute = self.message_attributes.get(_ATTEMPTS_ATTRIBUTE, {})
-        before = str(attribute.get("StringValue"))
-        if not re.fullmatch("[0-9]{1,9}", before):
-            before = "0"
-        return self.receive_count + int(before)
+        return self.receive_count + self._count(_ATTEMPTS_ATTRIBUTE)
+
+    @property
+    def postponed(self) -> int:
+        """How often it has been postponed."""
+        return self._count(_POSTPONED_ATTRIBUTE)
+
+    def _count(self, name: str) -> int:
+        """Return the number in an attribute; 0 if it has none, whoever wrote it."""
+        text = str(self.message_attributes.get(name, {}).get("StringValue"))
+        return int(text) if re.fullmatch("[0-9]{1,9}", text) else 0
 
     @property
     def is_last_receive(self) -> bool:
@@ -2192,6 +2208,7 @@ _SQLITE_SCHEMA = (
     attributes TEXT NOT NULL, sent_ms INTEGER NOT NULL, visible_ms INTEGER NOT NULL,
     receive_count INTEGER NOT NULL DEFAULT 0, receipt TEXT)""",
     "ALTER TABLE message ADD COLUMN group_id TEXT",  # which the first files lack
+    "ALTER TABLE message ADD COLUMN first_ms INTEGER",  # of the first receive
     "CREATE INDEX IF NOT EXISTS message_visible ON message (queue, visible_ms)",
     """CREATE INDEX IF NOT EXISTS message_group ON message
     (queue, group_id, visible_ms) WHERE group_id IS NOT NULL""",
@@ -2205,6 +2222,7 @@ _SQLITE_SCHEMA = (
     WHEN old.queue GLOB '*{_FIFO}' BEGIN {_NEXT_OF_GROUP}; END""",
     "PRAGMA user_version = 1",
 )
+_more_tables: list[str] = []  # statements that make what later parts keep in a file
 _SQLITE_EXAMPLE = (
     "sqlite:///relative.db or sqlite:////absolute.db, then perhaps"
     " ?visibility_timeout_s=30&max_receive_count=5"
@@ -2390,8 +2408,9 @@ def _make_tables(db: Any) -> None:
     """Make what the file lacks, in one transaction: processes may open it together."""
     db.execute("BEGIN IMMEDIATE")
     columns = [name for _, name, *_ in db.execute("PRAGMA table_info(message)")]
-    for statement in _SQLITE_SCHEMA:
-        if "group_id" not in columns or not statement.startswith("ALTER"):
+    for statement in (*_SQLITE_SCHEMA, *_more_tables):
+        added = re.match(r"ALTER TABLE message ADD COLUMN (\w+)", statement)
+        if added is None or added[1] not in columns:
             db.execute(statement)
     db.execute("COMMIT")
 
@@ -2503,11 +2522,12 @@ class SqliteBroker(Broker):
         # The claim is this one statement; then its token tells what is ours.
         until_ms, token = self._in_ms(lease_s), os.urandom(16).hex()
         claim = """UPDATE message SET receipt = id || '-' || ?, visible_ms = ?,
-            receive_count = receive_count + 1 WHERE id IN (SELECT id FROM message
+            receive_count = receive_count + 1, first_ms = coalesce(first_ms, ?)
+            WHERE id IN (SELECT id FROM message
             WHERE queue = ? AND visible_ms < 0 ORDER BY visible_ms, id LIMIT ?)"""
-        file.change(claim, (token, until_ms, queue, limit))
+        file.change(claim, (token, until_ms, now_ms, queue, limit))
         find = """SELECT receipt, receive_count, sent_ms, attributes, body, message_id,
-            group_id FROM message
+            group_id, first_ms FROM message
             WHERE queue = ? AND visible_ms = ? AND receipt = id || '-' || ?
             ORDER BY id"""
         rows = file.read(find, (queue, until_ms, token))
@@ -2534,10 +2554,12 @@ class SqliteBroker(Broker):
         self, queue: str, row: Sequence[Any], max_receives: int | None
     ) -> QueueMessage:
         """Return a message that was just received."""
-        receipt, receive_count, sent_ms, attributes, body, message_id, group = row
+        receipt, receive_count, sent_ms, attributes, body, message_id, *more = row
+        group, first_ms = more
         system_attributes = {
             "ApproximateReceiveCount": str(receive_count),
             "SentTimestamp": str(sent_ms),
+            "ApproximateFirstReceiveTimestamp": str(first_ms),
         }
         if group is not None:
             system_attributes["MessageGroupId"] = group
@@ -2674,6 +2696,13 @@ _REMEDIES = (
     (
         "NotFound",
         ("there is no such topic: make it, or check TASKHAWK_QUEUE and AWS_ACCOUNT_ID"),
+    ),
+    (
+        "ResourceNotFoundException: (Requested|Cannot|Table)",
+        (
+            "there is no such table: run python -m taskhawk provision, or check"
+            " TASKHAWK_CLAIMS_TABLE and AWS_REGION"
+        ),
     ),
     (
         "ResourceNotFoundException: Schedule group",
@@ -2877,18 +2906,14 @@ class _AwsConnections:
         self.lock = threading.RLock()
 
 
-class _AwsSender(Sender):
-    """What SQS and SNS share: clients, sending, answers of batch calls, and errors.
+class _AwsService:
+    """What all services of AWS share: clients, and errors.
 
     :ivar service: botocore's name of the service
-    :ivar target_key: its parameter for the queue or topic
-    :ivar entries_key: its parameter for the entries of a batch
-    :ivar send_one: its operation that sends one message
-    :ivar send_many: its operation that sends several
+    :ivar target_key: its parameter for the queue, topic or table
     """
 
-    service = target_key = entries_key = send_one = send_many = ""
-    shared_calls = 16  # at 10 ms a call, that is all that one CPU can send
+    service = target_key = ""
 
     def __init__(self, _url: str = "") -> None:
         self._connections = _PerProcess(_AwsConnections)
@@ -2938,7 +2963,7 @@ class _AwsSender(Sender):
             client.close()
 
     def url(self, queue: str, role: str = "send") -> str:
-        """Return what the service calls a queue or topic."""
+        """Return what the service calls a queue, topic or table."""
         return queue
 
     def arn(self, name: str) -> str:
@@ -2950,7 +2975,7 @@ class _AwsSender(Sender):
         return f"arn:{meta.partition}:{service}:{region}:{account}:{name}"
 
     def call(self, role: str, operation: str, where: str, **parameters: Any) -> Any:
-        """Make a call for a queue or topic, by botocore's name of the operation."""
+        """Make a call for a queue, topic or table, by botocore's name of it."""
         target = {self.target_key: self.url(where, role)}
         with self._calling(where):
             return getattr(self.client(role), operation)(**target, **parameters)
@@ -2966,6 +2991,18 @@ class _AwsSender(Sender):
                 _brokers.forget_aws_session()
                 self.close()
             raise
+
+
+class _AwsSender(_AwsService, Sender):
+    """What SQS and SNS share besides: sending, and the answers of batch calls.
+
+    :ivar entries_key: its parameter for the entries of a batch
+    :ivar send_one: its operation that sends one message
+    :ivar send_many: its operation that sends several
+    """
+
+    entries_key = send_one = send_many = ""
+    shared_calls = 16  # at 10 ms a call, that is all that one CPU can send
 
     def _batch(
         self, role: str, operation: str, where: str, entries: Sequence[Any]
@@ -3132,6 +3169,7 @@ class SqsBroker(_AwsSender, Broker):
             "MessageSystemAttributeNames": [
                 "ApproximateReceiveCount",
                 "SentTimestamp",
+                "ApproximateFirstReceiveTimestamp",
                 "MessageGroupId",
             ],
             "MessageAttributeNames": ["All"],
@@ -4003,11 +4041,25 @@ _more_options: dict[str, Callable[[Task[Any, Any], Any], object]] = {}
 class _MoreOptions(typing.TypedDict, total=False):
     """The options of :func:`task` that later parts add, for type checkers.
 
-    `group`: the argument whose value is the message group, or a function that returns
-    it, which is called as the task is; None is no group.
+    :ivar group: the argument whose value is the message group, or a function that
+        returns it, which is called as the task is; None is no group
+    :ivar once: run a message, or one with these arguments, to its end once
+    :ivar keep_s: for how many seconds that is remembered, by default a day
+    :ivar unique: ignore a message if a run with the same arguments, or with these the
+        same, started after it was sent
+    :ivar limit: how many may run at once, or start in a time: see :func:`limit`
+    :ivar schedule: queues a run without arguments again and again:
+        ``'rate(5 minutes)'``, ``'cron(0 9 ? * MON-FRI *)'`` or a timedelta of minutes
+    :ivar timezone: of the schedule, such as ``'Europe/Berlin'``; UTC without it
     """
 
     group: str | Callable[..., str | int | None] | None
+    once: bool | tuple[str, ...]
+    keep_s: float
+    unique: bool | tuple[str, ...]
+    limit: Any
+    schedule: str | timedelta
+    timezone: str
 
 
 @typing.overload
@@ -4550,7 +4602,7 @@ def _prepare(message: Message) -> _Ready:
     attributes = _attributes_of(message.headers)
     entry = Outgoing(body, attributes, message.delay_s, message.group_id)
     sender = _brokers.sender()
-    if _is_fifo(sender.destination(message.priority)):
+    if settings.TASKHAWK_FIFO:
         entry = _in_group(message, entry)
     if entry.delay_s > sender.max_delay_s and isinstance(sender, _AwsSender):
         sender = _brokers.get("schedule")
@@ -4866,7 +4918,7 @@ class _Lane:
         self._sender, self._destination, self._busy = sender, destination, busy
         self._process_id = os.getpid()
         max_calls = sender.shared_calls
-        if destination.endswith(".fifo"):  # or a later call might overtake an earlier
+        if _is_fifo(destination):  # or a later call might overtake an earlier
             max_calls = 1
         self._sharing = _Sharing(sender.max_bytes, max_calls)
         self._max_helpers = max_calls
@@ -5232,7 +5284,8 @@ class Outcome(NamedTuple):
 # entered, such as PostponeException or IgnoreException, is the run's end.
 _around_runs: list[
     Callable[
-        [Task[Any, Any], QueueMessage], contextlib.AbstractContextManager[object, None]
+        [Task[Any, Any], QueueMessage],
+        contextlib.AbstractContextManager[object, bool | None],
     ]
 ] = []
 
@@ -5278,6 +5331,7 @@ def _begin_run(received: QueueMessage) -> Message:
     """Run the pre hook, and decode the message."""
     _call_hook("TASKHAWK_PRE_PROCESS_HOOK", received)
     message = _decode(received.body)
+    _find_task(message.task_name)
     received.message = message  # from here on, an error is the task's
     message.received = received
     _log.debug("Received message", extra={"message_body": received.body})
@@ -5453,8 +5507,7 @@ def _wanted(received: QueueMessage, error: BaseException) -> Outcome:
     """Decide as if the queue allowed any number of receives."""
     leaves = list(_leaves(error))
     if received.message is None:  # no policy gives up what was never started
-        asked_s = max(_asked_delays_s(leaves), default=None)
-        return Outcome(Fate.retry, error, asked_s)
+        return Outcome(Fate.retry, error, _longest_s(_asked_delays_s(leaves)))
     task = received.message.task
     if not all(_may_retry(task, leaf) for leaf in leaves):
         return Outcome(Fate.dead_letter, error)
@@ -5485,7 +5538,14 @@ def _delay_s(
         if own is None:
             return None
         policies = [own]
-    delays_s += [_ask(policy, task, attempt) for policy in policies]
+    delays_s += [_ask_policy(policy, task, attempt) for policy in policies]
+    return _longest_s(delays_s)
+
+
+def _longest_s(delays_s: Sequence[float]) -> float | None:
+    """Return the longest delay, cut to what SQS allows, or None if there is none."""
+    if not delays_s:
+        return None
     return min(max(delays_s), _MAX_HELD_S)
 
 
@@ -5497,7 +5557,9 @@ def _policy_of(task: Task[Any, Any]) -> Callable[[int], float] | None:
     return default
 
 
-def _ask(policy: Callable[[int], float], task: Task[Any, Any], attempt: int) -> float:
+def _ask_policy(
+    policy: Callable[[int], float], task: Task[Any, Any], attempt: int
+) -> float:
     """Return the delay that a retry policy gives."""
     delay_s = policy(attempt)
     if not _is_delay(delay_s):
@@ -5883,6 +5945,7 @@ class _Held:
     decided_at: float = math.inf  # when that was known
     due_at: float = math.inf  # when the call that ends it is to be made at the latest
     tries: int = 0  # how often that call has failed
+    is_along: bool = False  # it runs together with one that was started before it
     in_call: bool = False  # a call with it is under way, so that no other is made
 
     @property
@@ -6034,6 +6097,7 @@ class _Holdings:
         self.held: dict[_Held, None] = {}  # an ordered set, as are the following
         self.backlog = _Backlog(queues)  # received and not started
         self.decided: dict[_Held, None] = {}  # it is known what they become
+        self._along = 0  # messages that run together with another, that one left out
         self.leases = _Leases()
         self.calls = _Calls(self, queues)
 
@@ -6044,8 +6108,8 @@ class _Holdings:
 
     @property
     def running(self) -> int:
-        """How many messages run."""
-        return len(self.held) - self.waiting - len(self.decided)
+        """How many runs are under way; messages that run together are one."""
+        return len(self.held) - self.waiting - len(self.decided) - self._along
 
     @property
     def is_overdue(self) -> bool:
@@ -6101,6 +6165,22 @@ class _Holdings:
             held.begin(now)
         return held
 
+    def start_more(self, first: _Held, most: int, now: float) -> list[_Held]:
+        """Start messages of the same batch task as one that was just started.
+
+        :param most: how many may run together
+        """
+        kind = (first.queue, first.message.batch_task)
+        waiting = [held for held in self.backlog if held.is_sure]
+        alike = [h for h in waiting if (h.queue, h.message.batch_task) == kind]
+        more = [held for held in alike if now < held.lease_until][: most - 1]
+        for held in more:
+            self.backlog.drop(held)
+            held.begin(now)
+            held.is_along = True
+        self._along += len(more)
+        return more
+
     def finish(
         self, held: _Held, end: str, now: float, delay_s: float | None = 0
     ) -> None:
@@ -6126,6 +6206,9 @@ class _Holdings:
         """Note what a message is to become, and when the call for it is due."""
         self.backlog.drop(held)
         self.decided[held] = None
+        if held.is_along:
+            held.is_along = False
+            self._along -= 1
         held.end, held.decided_at, held.due_at = end, now, now
         if held.to_delete:
             if not held.message.is_fifo:  # else others of its group wait for it
@@ -7127,18 +7210,31 @@ class _Course:
         self._can_start = True  # a child, as far as the last try tells
         self._started = 0  # messages, ever
 
-    def next(self) -> _Held | None:
-        """Wait for a message to run, and start it; None if there will be no more."""
+    def next(self) -> list[_Held]:
+        """Wait for a message to run, and start it with those that run together with it.
+
+        :returns: none if there will be no more
+        """
         with self.lock:
             while self.is_working():
                 held = self._holdings.start(self.clock())
                 if self._holdings.news:  # a message was lost while it waited
                     self._keeper.freed()
                 if held:
-                    self._started += 1
-                    return held
+                    batch = [held, *self._start_more(held)]
+                    self._started += len(batch)
+                    return batch
                 self._to_start.wait()
-            return None
+            return []
+
+    def _start_more(self, held: _Held) -> list[_Held]:
+        """Start what runs together with a message; called with the lock held."""
+        most = _most_together(held.message)
+        if most == 1:
+            return []
+        more = self._holdings.start_more(held, most, self.clock())
+        self._keeper.freed()  # they wait no more, and take no slots
+        return more
 
     def finish(self, held: _Held, end: str, delay_s: float | None = 0) -> None:
         """Note what a message that ran is to become."""
@@ -7592,6 +7688,8 @@ class _Poller:
         for message in messages:
             message.max_receive_count = lease.max_receive_count
             message.done_level = worker.done_level
+            message.batch_task = _find_batch_task(message)
+            message.lease_s = lease.seconds
         # At once: from here on the keeper extends the leases.
         self._intake.take(poll, messages, lease.seconds)
         self._faults.worked(self._queue, "receive")
@@ -7641,6 +7739,14 @@ class _Event(typing.Protocol):
     """What tells a worker to stop: threading's and asyncio's events are such."""
 
     def is_set(self) -> bool: ...
+
+
+# What later parts run beside each worker. Each is called before the first receive, with
+# the worker and the event that is set once it stops, and returns what a thread is to run
+# until then, or None.
+_beside_workers: list[
+    Callable[[Worker, threading.Event], Callable[[], object] | None]
+] = []
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -7727,6 +7833,7 @@ class Worker:
             credentials
         """
         make = functools.partial(_make_thread, self._course)
+        beside = [begin(self, self._course.stop) for begin in _beside_workers]
         slots = [make(slot.work) for slot in self._slots[1:]]
         intake = _Intake(self._course, self._keeper, self._polls)
         poller = functools.partial(_Poller, self, self._course, intake)
@@ -7736,7 +7843,9 @@ class Worker:
         within_s: float | None = _HURRIED_S
         with self._signals:
             try:
-                self._work(helpers, [*pollers, *slots])
+                self._work(
+                    helpers, [*pollers, *slots, *map(make, filter(None, beside))]
+                )
                 within_s = None  # nothing interrupts it
             finally:
                 self._close(within_s)
@@ -7845,8 +7954,20 @@ class Worker:
             self.on_overdue(self.ledger)
 
 
+# What must hold before anything is received: later parts add what they need, and raise
+# ConfigurationError.
+_before_work: list[Callable[[], object]] = []
+
+
+def _check_before_work() -> None:
+    """Raise ConfigurationError if a registered task can't be run here."""
+    for check in _before_work:
+        check()
+
+
 def _check_options(worker: Worker) -> None:
-    """Refuse options that make no sense, and fit the length of polls to the grace."""
+    """Refuse what can't work, and fit the length of polls to the grace."""
+    _check_before_work()
     _check_counts(worker)
     lease_s, grace_s = worker.visibility_timeout_s, worker.grace_s
     if lease_s is not None and not 1 <= lease_s <= _MAX_HELD_S:
@@ -8115,21 +8236,30 @@ def _postponed_copy(received: QueueMessage, delay_s: float, limit: int) -> Outgo
     """
     ours: dict[str, Mapping[str, Any]] = {}
     if received.attempt > 1:
-        before = str(received.attempt - 1)
-        ours[_ATTEMPTS_ATTRIBUTE] = {"DataType": "String", "StringValue": before}
-    copy = received.copy(_add_attributes(received, ours, limit))
+        ours[_ATTEMPTS_ATTRIBUTE] = _as_attribute(received.attempt - 1)
+    others = {_POSTPONED_ATTRIBUTE: _as_attribute(0), **received.message_attributes}
+    others[_POSTPONED_ATTRIBUTE] = _as_attribute(received.postponed + 1)
+    copy = received.copy(_add_attributes(received, ours, others, limit))
     return copy._replace(delay_s=delay_s)
 
 
+def _as_attribute(number: int) -> Mapping[str, Any]:
+    """Return a number as a message attribute."""
+    return {"DataType": "String", "StringValue": str(number)}
+
+
 def _add_attributes(
-    received: QueueMessage, ours: Mapping[str, Mapping[str, Any]], limit: int
+    received: QueueMessage,
+    ours: Mapping[str, Mapping[str, Any]],
+    others: Mapping[str, Mapping[str, Any]],
+    limit: int,
 ) -> Mapping[str, Mapping[str, Any]]:
-    """Return attributes of ours, and of the message's those for which there is room.
+    """Return attributes of ours, and of the others those for which there is room.
 
     What gives way are headers, which the body has too.
     """
     attributes = dict(ours)
-    for name, value in received.message_attributes.items():
+    for name, value in others.items():
         more = {name: value, **attributes}
         if len(more) <= _MAX_ATTRIBUTES and received.copy(more).size() <= limit:
             attributes = more
@@ -8180,7 +8310,8 @@ def _dead_letter_copy(
     text = _error_record(received, error, room)
     if len(text) <= room:
         attributes[_ERROR_ATTRIBUTE] = {"DataType": "String", "StringValue": text}
-    return received.copy(_add_attributes(received, attributes, limit))
+    others = received.message_attributes
+    return received.copy(_add_attributes(received, attributes, others, limit))
 
 
 def _error_record(
@@ -8917,6 +9048,7 @@ def _run_records(
     records: Sequence[Any], context: Any
 ) -> tuple[list[QueueMessage], dict[QueueMessage, Outcome]]:
     """Run records in order, which is a FIFO queue's; return what is done and failed."""
+    _check_before_work()
     done: list[QueueMessage] = []
     failed: dict[QueueMessage, Outcome] = {}
     reserve_ms = _left_ms(context) / 10  # for the deletes and the answer
@@ -9076,13 +9208,628 @@ def _as_boto3(
 
 
 # --- 20. claims -----------------------------------------------------------------------
-# Who holds a key, until when.
-# (Invariant.)
+# Who holds a key, until when; in a DynamoDB table or in the SQLite file. Each change is
+# one conditional write, so two workers never both get the same claim. A claim ends when
+# it is released, and at the latest by itself, for who holds it may have died. A key is
+# a hash, so neither a table nor a log has an argument. What fails raises: nobody has a
+# claim that was not confirmed.
+# https://docs.aws.amazon.com/amazondynamodb/latest/developerguide/
+
+
+_SKEW_S = 5  # by which the clocks of workers may differ, added to how long claims last
+_MAX_PLACES = 1000  # of a key: all are in one item, and a write costs 1 KB of it
+_MAX_RETENTION_S = 14 * 86_400  # no queue keeps a message for longer
+_TTL_MARGIN_S = 86_400  # after a claim's end, before DynamoDB may delete its item
+_CLAIM_TRIES = 3  # to get one of the places that are free, while others do too
+
+
+class _Claim(NamedTuple):
+    """The answer to a claim.
+
+    :ivar token: what it is finished or released by; "" if others have the key
+    :ivar is_done: whether a run of the key was finished, and is still remembered
+    """
+
+    token: str = ""
+    is_done: bool = False
+
+
+class _Claims(typing.Protocol):
+    """Who holds a key, until when.
+
+    ``claim`` takes one of `most` places of a key for `for_s`, unless all are taken or
+    the key is done. ``finish`` has the key done for `keep_s`, whoever has it by now:
+    the run has been. ``release`` gives a place back, unless it is another's by now.
+
+    ``start`` notes that a message is about to run, unless another one's run of the same
+    key started after this message was sent: then it returns False. The times are the
+    queue's. A message may start again, and the times may be equal.
+
+    Any thread may call at any time. A call that raises may have had its effect.
+    """
+
+    def claim(self, key: str, for_s: float, most: int = 1) -> _Claim: ...
+    def finish(self, key: str, token: str, keep_s: float) -> None: ...
+    def release(self, key: str, token: str) -> None: ...
+    def start(
+        self, key: str, message_id: str, sent_ms: int, started_ms: int
+    ) -> bool: ...
+
+
+def _hash(text: str) -> str:
+    """Return 64 characters that stand for a text."""
+    import hashlib
+
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _find_claims() -> _Claims:
+    """Return where this process's claims are.
+
+    :raises ConfigurationError: on SQS, if TASKHAWK_CLAIMS_TABLE is not set
+    """
+    broker = _brokers.broker()
+    if isinstance(broker, SqliteBroker):
+        return _SqliteClaims(broker)
+    table = settings.TASKHAWK_CLAIMS_TABLE
+    if table is None:
+        example = _SETTINGS["TASKHAWK_CLAIMS_TABLE"].example
+        raise ConfigurationError(
+            "TASKHAWK_CLAIMS_TABLE is not set: on SQS, once, unique and limit need a"
+            f" DynamoDB table: set its name, such as {example!r}, and run python -m"
+            " taskhawk provision"
+        )
+    return typing.cast("_Claims", _brokers.get(f"dynamodb:{table}"))
+
+
+class _DynamoClaims(_AwsService, _Claims):
+    """Claims in a DynamoDB table, one item for each key.
+
+    The items have the layout that Powertools for AWS Lambda uses for idempotency:
+    ``id`` (the key), ``status``, ``in_progress_expiration`` in milliseconds, and
+    ``expiration`` in seconds, by which DynamoDB may delete the item. That may take
+    days, so what is expired counts as deleted.
+
+    :param url: ``dynamodb:`` and the name of the table
+    :param clock: epoch seconds; passed in by tests
+    """
+
+    service, target_key = "dynamodb", "TableName"
+
+    def __init__(self, url: str, clock: Callable[[], float] = time.time) -> None:
+        super().__init__()
+        self._table, self._clock = url.partition(":")[2], clock
+
+    def claim(self, key: str, for_s: float, most: int = 1) -> _Claim:
+        """Take a place: a free one if the first was not, as the answer then says."""
+        import random
+
+        owner, place = os.urandom(8).hex(), random.randrange(most)
+        for _ in range(_CLAIM_TRIES):
+            item = self._take(key, place, owner, for_s)
+            if item is None or item.get(f"owner_{place}") == {"S": owner}:
+                return _Claim(f"{place}-{owner}")
+            if item.get("status") == {"S": "COMPLETED"}:
+                return _Claim(is_done=True)
+            free = self._free_places(item, most)
+            if not free:
+                break
+            place = random.choice(free)
+        return _Claim()
+
+    def _take(
+        self, key: str, place: int, owner: str, for_s: float
+    ) -> Mapping[str, Any] | None:
+        """Take a place if it is free; else return the item that is in the way.
+
+        It is ours where botocore has repeated a request whose answer was lost.
+        """
+        now_s = self._clock()
+        return self._update(
+            key,
+            "SET #owner = :owner, #until = :until, #status = :running, #expiry = :ttl",
+            "(attribute_not_exists(#status) OR #status = :running OR #expiry < :now)"
+            " AND (attribute_not_exists(#until) OR #until < :now_ms)",
+            names={**_place_names(place), "#status": "status", "#expiry": "expiration"},
+            values={
+                ":owner": owner,
+                ":until": _to_ms(now_s + for_s),
+                ":running": "INPROGRESS",
+                ":ttl": math.ceil(now_s + for_s + _TTL_MARGIN_S),
+                ":now": math.floor(now_s),
+                ":now_ms": _to_ms(now_s),
+            },
+        )
+
+    def _free_places(self, item: Mapping[str, Any], most: int) -> list[int]:
+        """Return the places of an item that nobody has."""
+        now_ms = _to_ms(self._clock())
+        free = []
+        for place in range(most):
+            until = item.get(_place_names(place)["#until"], {"N": "0"})
+            if int(until["N"]) < now_ms:
+                free.append(place)
+        return free
+
+    def finish(self, key: str, token: str, keep_s: float) -> None:
+        """Have the key done for so long."""
+        place, _, _ = token.partition("-")
+        self._update(
+            key,
+            "SET #status = :done, #expiry = :ttl REMOVE #owner, #until",
+            "",
+            names={
+                **_place_names(int(place)),
+                "#status": "status",
+                "#expiry": "expiration",
+            },
+            values={":done": "COMPLETED", ":ttl": math.ceil(self._clock() + keep_s)},
+        )
+
+    def release(self, key: str, token: str) -> None:
+        """Give a place back."""
+        place, _, owner = token.partition("-")
+        self._update(
+            key,
+            "REMOVE #owner, #until",
+            "#owner = :owner",
+            names=_place_names(int(place)),
+            values={":owner": owner},
+        )
+
+    def start(self, key: str, message_id: str, sent_ms: int, started_ms: int) -> bool:
+        """Note that a message is about to run."""
+        now_s = self._clock()
+        in_the_way = self._update(
+            key,
+            "SET #message = :message, #started = :started, #expiry = :ttl",
+            "attribute_not_exists(#started) OR #started <= :sent"
+            " OR #message = :message OR #expiry < :now",
+            names={
+                "#message": "message_id",
+                "#started": "started",
+                "#expiry": "expiration",
+            },
+            values={
+                ":message": message_id,
+                ":started": started_ms,
+                ":sent": sent_ms,
+                ":ttl": math.ceil(now_s + _MAX_RETENTION_S),
+                ":now": math.floor(now_s),
+            },
+        )
+        return in_the_way is None
+
+    def _update(
+        self,
+        key: str,
+        change: str,
+        condition: str,
+        *,
+        names: Mapping[str, str],
+        values: Mapping[str, str | int],
+    ) -> Mapping[str, Any] | None:
+        """Change the item of a key; where the condition fails, return the item."""
+        parameters: dict[str, Any] = {
+            "Key": {"id": {"S": key}},
+            "UpdateExpression": change,
+            "ExpressionAttributeNames": names,
+            "ExpressionAttributeValues": {
+                name: _to_attribute(value) for name, value in values.items()
+            },
+        }
+        if condition:
+            parameters["ConditionExpression"] = condition
+            parameters["ReturnValuesOnConditionCheckFailure"] = "ALL_OLD"
+        try:
+            self.call("send", "update_item", self._table, **parameters)
+        except Exception as error:
+            if _error_code(error) != "ConditionalCheckFailedException":
+                raise
+            answer = getattr(error, "response", {})
+            return typing.cast("Mapping[str, Any]", answer.get("Item", {}))
+        return None
+
+
+def _to_ms(seconds: float) -> int:
+    """Return a time in whole milliseconds."""
+    return math.ceil(seconds * 1000)
+
+
+def _to_attribute(value: str | int) -> dict[str, str]:
+    """Return a value as DynamoDB's protocol has it."""
+    if isinstance(value, int):
+        return {"N": str(value)}
+    return {"S": value}
+
+
+def _place_names(place: int) -> dict[str, str]:
+    """Return the attributes of a place; the first has Powertools' name."""
+    until = "in_progress_expiration"
+    if place:
+        until += f"_{place}"
+    return {"#owner": f"owner_{place}", "#until": until}
+
+
+_schemes["dynamodb"] = _DynamoClaims  # type: ignore[assignment]
+
+
+# A row for each claim. Of a start, the token is empty, for there is one for each key.
+_CLAIMS_SCHEMA = (
+    """CREATE TABLE IF NOT EXISTS claim (
+    key TEXT NOT NULL, token TEXT NOT NULL, until_ms INTEGER NOT NULL,
+    is_done INTEGER NOT NULL DEFAULT 0, message_id TEXT, started_ms INTEGER,
+    PRIMARY KEY (key, token)) WITHOUT ROWID""",
+    "CREATE INDEX IF NOT EXISTS claim_until ON claim (until_ms)",
+)
+
+
+class _SqliteClaims(_Claims):
+    """Claims in the file of a broker, which they die with."""
+
+    def __init__(self, broker: SqliteBroker) -> None:
+        self._broker = broker
+
+    def claim(self, key: str, for_s: float, most: int = 1) -> _Claim:
+        """Take a place, if fewer than so many are taken."""
+        token, now_ms = os.urandom(8).hex(), self._in_ms()
+        insert = """INSERT INTO claim (key, token, until_ms) SELECT ?, ?, ?
+            WHERE (SELECT count(*) FROM claim WHERE key = ? AND until_ms >= ?) < ?"""
+        values = (key, token, self._in_ms(for_s), key, now_ms, most)
+        if self._change(insert, values):
+            return _Claim(token)
+        find = """SELECT count(*) FROM claim
+            WHERE key = ? AND until_ms >= ? AND is_done"""
+        [[done]] = self._file.read(find, (key, now_ms))
+        return _Claim(is_done=done > 0)
+
+    def finish(self, key: str, token: str, keep_s: float) -> None:
+        """Have the key done for so long."""
+        insert = """INSERT INTO claim (key, token, until_ms, is_done)
+            VALUES (?, ?, ?, 1) ON CONFLICT (key, token)
+            DO UPDATE SET until_ms = excluded.until_ms, is_done = 1"""
+        self._change(insert, (key, token, self._in_ms(keep_s)))
+
+    def release(self, key: str, token: str) -> None:
+        """Give a place back."""
+        self._change("DELETE FROM claim WHERE key = ? AND token = ?", (key, token))
+
+    def start(self, key: str, message_id: str, sent_ms: int, started_ms: int) -> bool:
+        """Note that a message is about to run."""
+        insert = """INSERT INTO claim (key, token, until_ms, message_id, started_ms)
+            VALUES (?, '', ?, ?, ?) ON CONFLICT (key, token) DO UPDATE
+            SET until_ms = excluded.until_ms, message_id = excluded.message_id,
+            started_ms = excluded.started_ms
+            WHERE started_ms <= ? OR message_id = excluded.message_id"""
+        until_ms = self._in_ms(_MAX_RETENTION_S)
+        values = (key, until_ms, message_id, started_ms, sent_ms)
+        return self._change(insert, values) > 0
+
+    @property
+    def _file(self) -> _SqliteFile:
+        return self._broker._file  # noqa: SLF001 - the file is the broker's and ours
+
+    def _in_ms(self, seconds: float = 0) -> int:
+        """Return the time so many seconds from now, by the broker's clock."""
+        return self._broker._in_ms(seconds)  # noqa: SLF001 - claims go by it
+
+    def _change(self, statement: str, values: Sequence[Any]) -> int:
+        """Make a change; return how many rows it met. What is expired goes, too."""
+        file = self._file
+        file.open()
+        for part in _CLAIMS_SCHEMA:  # nothing, where they exist
+            file.change(part, ())
+        file.change("DELETE FROM claim WHERE until_ms < ?", (self._in_ms(),))
+        return file.change(statement, values)
 
 
 # --- 21. once, unique, limits ---------------------------------------------------------
-# What claims are for.
-# (Invariant.)
+# What claims are for. All of it acts where a run starts, never at dispatch, so no crash
+# can suppress a message for one that was not sent. A message is ignored only if a run
+# that stands for its own has ended, or has its own message in the queue. One that
+# can't have its claim, or whose claim fails, is postponed: it never runs without it.
+# Where a run has ended, and its claim can't be told, the claim ends by itself.
+
+
+__all__ += ["Limit", "limit"]
+
+_KEEP_S = 86_400  # how long `once` remembers, if keep_s does not say
+_LAMBDA_RUN_S = 900  # a function runs no longer
+_FIRST_WAIT_S = 10  # for a claim that others have; it doubles each time…
+_LONGEST_WAIT_S = 160  # …up to this
+_MEMORY = r"sqlite://(\?|$)"  # a URL of a queue that is in memory
+_claim_faults = _Faults()
+
+
+class Limit(NamedTuple):
+    """What :func:`limit` returns, and the option `limit` of :func:`task` takes."""
+
+    most: int
+    per: tuple[str, ...] = ()
+    every_s: float | None = None
+
+
+def limit(
+    most: int, *, per: tuple[str, ...] = (), every_s: float | None = None
+) -> Limit:
+    """Return how many runs of a task there may be at once, or in a time.
+
+    ``limit(1, per=('customer',))`` is a lock for each customer, ``limit(10)`` allows
+    ten runs at once over all workers, and ``limit(100, every_s=60)`` a hundred starts
+    in any minute.
+
+    :param most: how many, 1 to 1,000
+    :param per: the names of arguments: each of their values has a limit of its own
+    :param every_s: count starts in so many seconds instead of what runs at once
+    :raises ConfigurationError: if one of them is wrong
+    """
+    if type(most) is not int or not 1 <= most <= _MAX_PLACES:
+        raise ConfigurationError(
+            f"limit: most: expected 1 to {_MAX_PLACES} runs, got {most!r}"
+        )
+    if not _are_names(per):
+        raise ConfigurationError(f"limit: per: expected {_NAMES}, got {per!r}")
+    if every_s is not None and not _is_above_zero(every_s):
+        raise ConfigurationError(
+            f"limit: every_s: expected a number of seconds above 0, got {every_s!r}"
+        )
+    return Limit(most, tuple(per), every_s)
+
+
+# The options, when a task is declared.
+
+_NAMES = "a tuple of names of arguments, such as ('order_id',)"
+
+
+def _are_names(value: object) -> bool:
+    """Return whether this is a tuple or list of strings."""
+    if not isinstance(value, tuple | list):
+        return False
+    return all(isinstance(name, str) for name in value)
+
+
+def _check_choice(option: str, made: Task[Any, Any], value: object) -> None:
+    """Check `once` or `unique`: False, True, or arguments of the task."""
+    if isinstance(value, bool):
+        return
+    if not value or not _are_names(value):
+        raise ConfigurationError(
+            f"{made.name}: {option}: expected True or {_NAMES}, got {value!r}"
+        )
+    _check_arguments(option, made, typing.cast("Sequence[str]", value))
+
+
+def _check_arguments(option: str, made: Task[Any, Any], names: Sequence[str]) -> None:
+    """Raise ConfigurationError unless these are arguments of the task."""
+    for name in names:
+        parameter = made._signature.parameters.get(name)  # noqa: SLF001
+        given = name in made._given_by_worker  # noqa: SLF001
+        if parameter is None or given or parameter.kind is parameter.VAR_KEYWORD:
+            raise ConfigurationError(
+                f"{made.name}: {option}: the function has no argument {name!r}"
+            )
+
+
+def _check_keep(made: Task[Any, Any], value: object) -> None:
+    """Check `keep_s`, which goes with `once`."""
+    if not made.options.get("once"):
+        raise ConfigurationError(f"{made.name}: keep_s: expected once=, too")
+    if not _is_above_zero(value):
+        raise ConfigurationError(
+            f"{made.name}: keep_s: expected a number of seconds above 0, got {value!r}"
+        )
+
+
+def _check_limit(made: Task[Any, Any], value: object) -> None:
+    """Check `limit`."""
+    if not isinstance(value, Limit):
+        raise ConfigurationError(
+            f"{made.name}: limit: expected taskhawk.limit(…), got {value!r}"
+        )
+    _check_arguments("limit", made, value.per)
+    if value.every_s is None and made.time_limit is None:
+        raise ConfigurationError(
+            f"{made.name}: limit: expected time_limit=, too, after which the place of a"
+            " worker that died is free again"
+        )
+
+
+_more_options["once"] = functools.partial(_check_choice, "once")
+_more_options["unique"] = functools.partial(_check_choice, "unique")
+_more_options["keep_s"] = _check_keep
+_more_options["limit"] = _check_limit
+_CLAIMING = ("once", "unique", "limit")
+
+
+def _needs_claims(its_task: Task[Any, Any]) -> bool:
+    """Return whether a run of the task begins with a claim."""
+    return any(its_task.options.get(option) for option in _CLAIMING)
+
+
+def _check_claims() -> None:
+    """Raise ConfigurationError if a registered task needs claims, and there are none.
+
+    It is workers that need them, at their start: who only dispatches has no use for the
+    table, nor a permission.
+    """
+    for its_task in _registry.values():
+        if _needs_claims(its_task):
+            _find_claims()
+            if its_task.isolate and re.match(_MEMORY, settings.TASKHAWK_BROKER):
+                raise ConfigurationError(
+                    f"{its_task.name}: sqlite:// is the memory of one process, where"
+                    " the claims of an isolated task can't be: use a file, such as"
+                    " sqlite:///queue.db"
+                )
+
+
+_before_work.append(_check_claims)
+
+
+# A run.
+
+_UNCLAIMED = contextlib.nullcontext()
+
+
+def _around_run(
+    its_task: Task[Any, Any], received: QueueMessage
+) -> contextlib.AbstractContextManager[object, bool | None]:
+    """Return what holds the claims of a run; in sync mode, there is nobody else."""
+    if not its_task.options or not _needs_claims(its_task) or settings.TASKHAWK_SYNC:
+        return _UNCLAIMED
+    return _with_claims(its_task, received)
+
+
+_around_runs.append(_around_run)
+
+
+@contextlib.contextmanager
+def _with_claims(its_task: Task[Any, Any], received: QueueMessage) -> Iterator[None]:
+    """Hold the claims of a run, from before the task's call to after the post hook.
+
+    The order matters. A message that `unique` has noted stands for others, so `once`
+    must not ignore it after that. One that waits for its limit stands for them, too.
+    """
+    options = its_task.options
+    with contextlib.ExitStack() as claims:
+        if options.get("once"):
+            claims.enter_context(_once(its_task, received))
+        if options.get("unique"):
+            _start_unique(its_task, received)
+        if options.get("limit"):
+            claims.enter_context(_within_limit(its_task, received))
+        yield
+
+
+@contextlib.contextmanager
+def _once(its_task: Task[Any, Any], received: QueueMessage) -> Iterator[None]:
+    """Claim a message, or its arguments; if the run succeeds, have the claim done."""
+    message, chosen = _message_of(received), its_task.options["once"]
+    if chosen is True:
+        key = _key(its_task, "once", message.id)
+    else:
+        key = _key(its_task, "once", _arguments(its_task, message, chosen))
+    claim = _ask("claim", key, _void_s(its_task, received))
+    if claim.is_done:
+        raise IgnoreException("it has been done")
+    if not claim.token:
+        raise PostponeException("it runs elsewhere", delay_seconds=_wait_s(received))
+    try:
+        yield
+    except BaseException:
+        _tell("release", key, claim.token)
+        raise
+    _tell("finish", key, claim.token, its_task.options.get("keep_s", _KEEP_S))
+
+
+def _start_unique(its_task: Task[Any, Any], received: QueueMessage) -> None:
+    """Ignore a message if a run of its key started after it was sent.
+
+    The times are the queue's own. The first receive of the message that ran was before
+    its start, so a time between the two says too little, and at worst one runs more.
+    """
+    sent = received.attributes.get("SentTimestamp")
+    first = received.attributes.get("ApproximateFirstReceiveTimestamp")
+    if sent is None or first is None:
+        return  # of a topic: nothing can be compared
+    message, chosen = _message_of(received), its_task.options["unique"]
+    key = _key(its_task, "unique", _arguments(its_task, message, chosen))
+    may_run = _ask("start", key, message.id, int(sent), int(first))
+    if not may_run:
+        raise IgnoreException("a run that started after it was sent stands for it")
+
+
+@contextlib.contextmanager
+def _within_limit(its_task: Task[Any, Any], received: QueueMessage) -> Iterator[None]:
+    """Hold one of the places of a limit; of a rate, a place is taken for its time."""
+    most, per, every_s = its_task.options["limit"]
+    message = _message_of(received)
+    key = _key(its_task, "limit", _arguments(its_task, message, per))
+    for_s = every_s or _void_s(its_task, received)
+    claim = _ask("claim", key, for_s, most)
+    if not claim.token:
+        raise PostponeException("its limit is reached", delay_seconds=_wait_s(received))
+    try:
+        yield
+    finally:
+        if every_s is None:
+            _tell("release", key, claim.token)
+
+
+def _message_of(received: QueueMessage) -> Message:
+    """Return the decoded message of a run that is about to begin."""
+    return typing.cast("Message", received.message)
+
+
+def _void_s(its_task: Task[Any, Any], received: QueueMessage) -> float:
+    """Return after which time the claim of a run is void, for its worker has died."""
+    if received.in_lambda:  # which has no regard for time limits
+        return _LAMBDA_RUN_S + _SKEW_S
+    return (its_task.time_limit or received.lease_s) + _SKEW_S
+
+
+def _wait_s(received: QueueMessage) -> float:
+    """Return when to look again for a claim that others have.
+
+    A look costs a receive, a claim, a copy and a delete. The longer a message waits,
+    the fewer looks; after some minutes that is one request in thirty seconds.
+    """
+    doublings = min(received.postponed, 10)
+    return _jittered(min(_FIRST_WAIT_S * 2**doublings, _LONGEST_WAIT_S))
+
+
+def _key(its_task: Task[Any, Any], kind: str, what: object) -> str:
+    """Return the key of a claim; a table may serve several services."""
+    parts = [settings.TASKHAWK_QUEUE, its_task.name, what]
+    # A default need not be JSON, and its text may differ from process to process.
+    text = json.dumps(parts, sort_keys=True, default=_type_name)
+    return f"{kind}:{_hash(text)}"
+
+
+def _type_name(value: object) -> str:
+    """Return the name of a value's type."""
+    return _qualname(type(value))
+
+
+def _arguments(
+    its_task: Task[Any, Any], message: Message, chosen: Any
+) -> dict[str, Any]:
+    """Return a call's arguments by name, however they were given.
+
+    :param chosen: True for all, or the names of some
+    """
+    given = its_task._given_by_worker  # noqa: SLF001
+    keywords = {**message.kwargs, **dict.fromkeys(given)}
+    bound = its_task._signature.bind(*message.args, **keywords)  # noqa: SLF001
+    bound.apply_defaults()
+    if chosen is True:
+        chosen = [name for name in bound.arguments if name not in given]
+    return {name: bound.arguments[name] for name in chosen}
+
+
+def _ask(operation: str, *values: object) -> Any:
+    """Make a claim, or postpone the run if that fails."""
+    try:
+        answer = getattr(_find_claims(), operation)(*values)
+    except Exception as error:
+        level = logging.WARNING
+        if isinstance(error, ConfigurationError):
+            level = logging.ERROR  # for a person to mend
+        _claim_faults.failed("claims", "claim", _text_of(error), level)
+        delay_s = _jittered(_POSTPONE_S)
+        raise PostponeException("its claim failed", delay_seconds=delay_s) from error
+    _claim_faults.worked("claims", "claim")
+    return answer
+
+
+def _tell(operation: str, *values: object) -> None:
+    """End a claim; where that fails, it ends by itself, and the run has been."""
+    try:
+        getattr(_find_claims(), operation)(*values)
+    except Exception as error:
+        _claim_faults.failed("claims", "end claims", _text_of(error))
+    else:
+        _claim_faults.worked("claims", "end claims")
 
 
 # --- 22. schedules --------------------------------------------------------------------
@@ -9119,13 +9866,6 @@ def _schedule_name(message_id: str) -> str:
     return _hash(message_id)
 
 
-def _hash(text: str) -> str:
-    """Return 64 characters that stand for a text."""
-    import hashlib
-
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
 def _at(due_s: float, now_s: float) -> str:
     """Return when a schedule is to send: never early, at most a minute late, in UTC."""
     minutes = math.ceil(max(due_s, now_s + _EARLY_S) / _MINUTE_S)
@@ -9145,9 +9885,9 @@ def _target(arn: str, body: str, group_id: str | None) -> dict[str, Any]:
         "Input": body,
         "RetryPolicy": _DELIVERY,
     }
-    if ":sqs:" in arn and not arn.endswith(".fifo"):  # which can't be such a queue
-        target["DeadLetterConfig"] = {"Arn": f"{arn}-DLQ"}
-    if group_id is not None:
+    if ":sqs:" in arn and not _is_fifo(arn):  # which can't be such a queue
+        target["DeadLetterConfig"] = {"Arn": _dead_letter_name(arn)}
+    if ":sqs:" in arn and group_id is not None:
         target["SqsParameters"] = {"MessageGroupId": group_id}
     return target
 
@@ -9167,11 +9907,10 @@ def _scheduler_role() -> str:
 
 def _target_arn(priority: Priority) -> str:
     """Return the ARN of the queue or topic for messages of a priority."""
-    sender = _brokers.sender()
-    name = sender.destination(priority)
-    if isinstance(sender, SqsBroker):
-        return sender.arn(name)
-    return name  # of a topic, which is its ARN
+    if settings.IS_LAMBDA_APP:
+        return str(_brokers.get("sns").destination(priority))
+    sqs: SqsBroker = _brokers.get("sqs")
+    return sqs.arn(sqs.destination(priority))
 
 
 class _Scheduler(_AwsSender):
@@ -9193,20 +9932,26 @@ class _Scheduler(_AwsSender):
         if len(entries) > 1:
             return self._one_by_one(destination, entries)
         [entry] = entries
+        # What looks like a keyword of Scheduler's is the user's own text.
+        body = entry.body.replace("<aws.", r"\u003caws.")
+        target = _target(destination, body, entry.group_id)
+        self.change("create_schedule", Target=target, **self._parameters(entry))
+        return []
+
+    def _parameters(self, entry: Outgoing) -> dict[str, Any]:
+        """Return when a message is to be sent, by a schedule of its name.
+
+        The token that makes a repeated request harmless is botocore's, new for each
+        call. If it were made of the id, AWS could take a message for its like that was
+        cancelled.
+        """
         message = _decode(entry.body)
         due_s = message.timestamp / 1000 + entry.delay_s
-        # What looks like a keyword of Scheduler's is the user's own text. The token
-        # that makes a repeated request harmless is botocore's, new for each call: one
-        # made of the id would have AWS take a message for the one that was cancelled.
-        body = entry.body.replace("<aws.", r"\u003caws.")
-        self.change(
-            "create_schedule",
-            Name=_schedule_name(message.id),
-            ScheduleExpression=_at(due_s, time.time()),
-            ActionAfterCompletion="DELETE",
-            Target=_target(destination, body, entry.group_id),
-        )
-        return []
+        return {
+            "Name": _schedule_name(message.id),
+            "ScheduleExpression": _at(due_s, time.time()),
+            "ActionAfterCompletion": "DELETE",
+        }
 
     def change(self, operation: str, **parameters: Any) -> None:
         """Make or change a schedule of this service."""
@@ -9222,10 +9967,6 @@ class _Scheduler(_AwsSender):
                 raise
             return False
         return True
-
-    def _parameters(self, entry: Outgoing) -> dict[str, Any]:
-        """Return nothing: what it sends depends on the destination."""
-        return {}
 
 
 _schemes["schedule"] = _Scheduler
@@ -9258,10 +9999,408 @@ def _cancel_in_file(broker: SqliteBroker, message_id: str) -> bool:
     beginning = _ENCODER.encode({"id": message_id})[:-1] + ","  # of each body
     delete = "DELETE FROM message WHERE"
     where = f"""queue IN ({_marks("?", queues)}) AND visible_ms > ?
-        AND receipt IS NULL AND substr(body, 1, ?) = ?"""
-    values = (*queues, broker._in_ms(), len(beginning), beginning)  # noqa: SLF001
+        AND visible_ms < ? AND receipt IS NULL AND substr(body, 1, ?) = ?"""
+    now_ms = broker._in_ms()  # noqa: SLF001
+    values = (*queues, now_ms, _BEHIND, len(beginning), beginning)
     file = broker._file  # noqa: SLF001 - both are of this very file
     return file.change(f"{delete} {where}", values) > 0
+
+
+# Periodic tasks. AWS's expressions are parsed where a task is declared.
+
+
+class _Field(NamedTuple):
+    """A field of a cron expression: which numbers it may have, and names for them.
+
+    `foreign` is a pattern for what AWS alone understands.
+    """
+
+    name: str
+    low: int
+    high: int
+    names: tuple[str, ...] = ()  # of the lowest number, and so on
+    foreign: str = "(?!)"  # nothing
+
+    def read(self, text: str) -> frozenset[int]:
+        """Return the numbers that a field stands for; none if AWS alone knows them.
+
+        :raises _Illegal: if it stands for nothing
+        """
+        if re.fullmatch(self.foreign, text.upper()):
+            return frozenset()
+        numbers: set[int] = set()
+        for part in text.split(","):
+            found = self._read_part(part)
+            if not found:
+                raise _Illegal(
+                    f"{self.name}: expected {self.low} to {self.high}, lists, ranges or"
+                    f" steps of them, got {part!r}"
+                )
+            numbers.update(found)
+        return frozenset(numbers)
+
+    def _read_part(self, part: str) -> range:
+        """Return the numbers of a part of a list: one, a range, all, or steps of them.
+
+        None is for what is no such part.
+        """
+        found = re.fullmatch(r"(?:[*?]|(\w+)(?:-(\w+))?)(?:/([1-9][0-9]?))?", part)
+        if found is None:
+            return range(0)
+        first, last, step = found.groups()
+        low, high = self.low, self.high
+        if first is not None:
+            low = self._number(first)
+        if last is not None:
+            high = self._number(last)
+        elif first is not None and step is None:
+            high = low
+        if not self.low <= low <= high <= self.high:
+            return range(0)
+        return range(low, high + 1, int(step or 1))
+
+    def _number(self, text: str) -> int:
+        """Return the number that a number or name stands for; -1 for neither."""
+        if text.upper() in self.names:
+            return self.low + self.names.index(text.upper())
+        return int(text) if re.fullmatch("[0-9]{1,4}", text) else -1
+
+
+_MONTHS = (
+    *("JAN", "FEB", "MAR", "APR", "MAY", "JUN"),
+    *("JUL", "AUG", "SEP", "OCT", "NOV", "DEC"),
+)
+_WEEKDAYS = ("SUN", "MON", "TUE", "WED", "THU", "FRI", "SAT")
+_WEEKDAY = f"([1-7]|{'|'.join(_WEEKDAYS)})"
+_FIELDS = (
+    _Field("minutes", 0, 59),
+    _Field("hours", 0, 23),
+    _Field("day-of-month", 1, 31, (), "L|LW|([1-9]|[12][0-9]|3[01])W"),
+    _Field("month", 1, 12, _MONTHS),
+    _Field("day-of-week", 1, 7, _WEEKDAYS, f"{_WEEKDAY}?L|{_WEEKDAY}#[1-5]"),
+    _Field("year", 1970, 2199),
+)
+_UNITS_S = {"minute": 60, "hour": 3600, "day": 86_400}
+_EXPRESSIONS = "'rate(5 minutes)', 'cron(0 9 ? * MON-FRI *)' or a timedelta of minutes"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Schedule:
+    """When a periodic task is due.
+
+    :ivar text: the expression, as AWS has it
+    :ivar timezone: the name of its time zone
+    :ivar interval_s: of a rate; 0 for a cron expression
+    :ivar fields: the numbers of each field of a cron expression, all days for "?"; a
+        field that AWS alone understands has none
+    """
+
+    text: str
+    timezone: str
+    interval_s: int = 0
+    fields: tuple[frozenset[int], ...] = ()
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether AWS alone understands it."""
+        return not all(self.fields)
+
+    def next_after(self, moment: datetime) -> datetime | None:
+        """Return when it is due next, in UTC; None if never, or if AWS alone knows.
+
+        A rate counts from 1970, and its days have 24 hours. A local time that daylight
+        saving skips is skipped; one that it repeats counts once, the first time.
+        https://docs.aws.amazon.com/scheduler/latest/UserGuide/schedule-types.html
+        """
+        if self.interval_s:
+            interval = timedelta(seconds=self.interval_s)
+            return _EPOCH + ((moment - _EPOCH) // interval + 1) * interval
+        if self.is_foreign:
+            return None
+        zone = _zone(self.timezone)
+        start = moment.astimezone(zone).replace(tzinfo=None, fold=0)
+        for local in self._local_times(start):
+            due = local.replace(tzinfo=zone).astimezone(UTC)
+            is_skipped = due.astimezone(zone).replace(tzinfo=None) != local
+            if due > moment and not is_skipped:
+                return due
+        return None
+
+    def _local_times(self, start: datetime) -> Iterator[datetime]:
+        """Yield the times that fit the fields, in order, from the minute of `start` on."""
+        minutes, hours, _, _, _, years = map(sorted, self.fields)
+        start = start.replace(second=0, microsecond=0)
+        day = start.replace(hour=0, minute=0)
+        while day.year <= years[-1]:
+            if self._is_due_on(day):
+                for hour in hours:
+                    for minute in minutes:
+                        local = day.replace(hour=hour, minute=minute)
+                        if local >= start:
+                            yield local
+            day += timedelta(days=1)
+
+    def _is_due_on(self, day: datetime) -> bool:
+        """Return whether it is due on a day."""
+        _, _, days, months, weekdays, years = self.fields
+        if day.year not in years or day.month not in months:
+            return False
+        return day.day in days and day.isoweekday() % 7 + 1 in weekdays
+
+
+def _zone(name: str) -> Any:
+    """Return a time zone; that of UTC needs no data of the system's."""
+    from zoneinfo import ZoneInfo
+
+    if name == "UTC":
+        return UTC
+    return ZoneInfo(name)
+
+
+def _parse_schedule(value: object, timezone: str) -> _Schedule:
+    """Return what a task's option `schedule` stands for.
+
+    :raises _Illegal: if it is wrong: says what was expected
+    """
+    if isinstance(value, timedelta):
+        value = _rate_of(value)
+    if not isinstance(value, str):
+        raise _Illegal(f"expected {_EXPRESSIONS}")
+    rate = re.fullmatch(r"rate\(([1-9][0-9]{0,4}) (minute|hour|day)s?\)", value)
+    if rate is not None:
+        return _Schedule(value, timezone, int(rate[1]) * _UNITS_S[rate[2]])
+    cron = re.fullmatch(r"cron\((.*)\)", value)
+    if cron is None:
+        raise _Illegal(f"expected {_EXPRESSIONS}")
+    return _parse_cron(cron[1].split(), timezone)
+
+
+def _rate_of(interval: timedelta) -> str:
+    """Return the expression for an interval."""
+    minutes, rest = divmod(interval, timedelta(minutes=1))
+    if rest or not 1 <= minutes <= 99_999:  # noqa: PLR2004 - five digits, as in text
+        raise _Illegal("expected whole minutes, from 1 to 99999")
+    return f"rate({minutes} minute)" if minutes == 1 else f"rate({minutes} minutes)"
+
+
+def _parse_cron(texts: Sequence[str], timezone: str) -> _Schedule:
+    """Return the schedule of a cron expression's fields."""
+    if len(texts) != len(_FIELDS):
+        names = ", ".join(field.name for field in _FIELDS)
+        raise _Illegal(f"expected six fields ({names}), got {len(texts)}")
+    expression = f"cron({' '.join(texts)})"
+    if texts.count("?") != 1 or "?" not in (texts[2], texts[4]):
+        raise _Illegal("expected ? for either day-of-month or day-of-week")
+    fields = [field.read(text) for field, text in zip(_FIELDS, texts, strict=True)]
+    return _Schedule(expression, timezone, 0, tuple(fields))
+
+
+def _check_schedule(made: Task[Any, Any], value: object) -> None:
+    """Refuse a schedule that is wrong, or of a task that needs arguments."""
+    try:
+        _parse_schedule(value, "UTC")
+    except _Illegal as error:
+        raise ConfigurationError(
+            f"{made.name} has schedule={value!r}: {error}"
+        ) from error
+    try:
+        made._check_call(0)  # noqa: SLF001 - as a worker will call it
+    except TypeError as error:
+        raise ConfigurationError(
+            f"{made.name} has schedule={value!r}: expected a function that can be"
+            f" called without arguments ({error})"
+        ) from error
+
+
+def _check_timezone(made: Task[Any, Any], value: Any) -> None:
+    """Refuse a time zone that there is not, or without a schedule."""
+    if "schedule" not in made.options:
+        raise ConfigurationError(
+            f"{made.name} has timezone={value!r}: expected a schedule too"
+        )
+    try:
+        _zone(value)
+    except Exception as error:  # of many kinds, for names are looked up as files
+        raise ConfigurationError(
+            f"{made.name} has timezone={value!r}: expected the name of a time zone that"
+            " this system has, such as 'Europe/Berlin'"
+        ) from error
+
+
+_more_options["schedule"] = _check_schedule
+_more_options["timezone"] = _check_timezone
+
+
+def _periodic_tasks() -> dict[str, Task[..., Any]]:
+    """Return the tasks that have a schedule, by the names of their schedules."""
+    tasks = {
+        _periodic_name(found): found
+        for found in _registry.values()
+        if "schedule" in found.options
+    }
+    return dict(sorted(tasks.items()))
+
+
+def _periodic_name(task: Task[..., Any]) -> str:
+    """Return the name of a task's schedule, which no message's schedule can have."""
+    name = f"task.{task.name}"
+    if re.fullmatch(r"(?a)[\w.-]{1,64}", name):
+        return name
+    return f"task.{_hash(task.name)[:32]}"
+
+
+def _schedule_of(task: Task[..., Any]) -> _Schedule:
+    """Return the schedule of a periodic task."""
+    options = task.options
+    return _parse_schedule(options["schedule"], options.get("timezone", "UTC"))
+
+
+def _periodic_body(task: Task[..., Any], scheduled: str) -> str:
+    """Return the message of one firing.
+
+    Its id names schedule and time: a delivery that is tried twice has one id.
+    """
+    message_id = f"{_periodic_name(task)}-{scheduled}"
+    message = Message.new(task.name, msg_id=message_id, priority=task.priority)
+    data = message.as_dict()
+    data["metadata"]["timestamp"] = scheduled
+    return _ENCODER.encode(data)
+
+
+def _periodic_group(task: Task[..., Any], destination: str) -> str | None:
+    """Return the group of a periodic task's messages; a FIFO queue needs one."""
+    group = task.options.get("group")
+    if group is not None:
+        group = _group_id_of_call(task, group, (), {})
+    if group is None and _is_fifo(destination):
+        return _periodic_name(task)
+    return group
+
+
+# Periodic tasks on SQLite: any worker queues what is due. A schedule's row has when that
+# is. The trigger makes one statement of moving it on and of the message, so each firing
+# is queued once, however many workers see it due and whenever they die.
+_SCHEDULE_TABLE = (
+    """CREATE TABLE IF NOT EXISTS schedule (rule TEXT PRIMARY KEY,
+    due_ms INTEGER NOT NULL, queue TEXT, group_id TEXT, message_id TEXT, body TEXT,
+    sent_ms INTEGER)""",
+    f"""CREATE TRIGGER IF NOT EXISTS schedule_fires AFTER UPDATE ON schedule
+    BEGIN INSERT INTO message
+    (queue, group_id, message_id, body, attributes, sent_ms, visible_ms) VALUES
+    (new.queue, new.group_id, new.message_id, new.body, '{{}}', new.sent_ms, {_JOIN});
+    END""",  # noqa: S608 - no value is in it
+)
+_NEVER_MS = 10**15
+_LONGEST_WAIT_S = 60  # a machine may sleep meanwhile, which no wait notices
+
+
+class _Ticker:
+    """Queues the periodic tasks of a worker on SQLite when they are due.
+
+    What was missed while no worker ran is queued once.
+    """
+
+    def __init__(
+        self,
+        broker: SqliteBroker,
+        tasks: Iterable[Task[..., Any]],
+        stop: threading.Event,
+    ) -> None:
+        self._broker, self._stop = broker, stop
+        self._in_ms = broker._in_ms  # noqa: SLF001 - the clock of the file's times
+        self._tasks: dict[str, tuple[Task[..., Any], _Schedule]] = {}  # by rule
+        for task in tasks:
+            schedule = _schedule_of(task)
+            rule = f"{_periodic_name(task)} {schedule.text} {schedule.timezone}"
+            self._tasks[rule] = task, schedule
+        self._faults = _Faults()
+        self._due_ms = 0  # when to look again
+
+    def run(self) -> None:
+        """Look whenever something is due; the body of a thread."""
+        while not self._stop.is_set():
+            left_s = (self._due_ms - self._in_ms()) / 1000
+            if left_s <= 0:
+                self.look()
+            else:
+                self._stop.wait(min(left_s, _LONGEST_WAIT_S))
+
+    def look(self) -> None:
+        """Queue what is due; where that fails, say so once and try again later."""
+        where, what = self._broker.url(""), "queue periodic tasks"
+        try:
+            self._due_ms = self._queue_due()
+        except Exception as error:
+            failures = self._faults.failed(where, what, repr(error))
+            self._due_ms = self._in_ms(_pause_s(failures))
+        else:
+            self._faults.worked(where, what)
+
+    def _queue_due(self) -> int:
+        """Queue what is due, and return when the next will be."""
+        file = self._broker._file  # noqa: SLF001 - of this very file, as its tables are
+        file.open()
+        for statement in _SCHEDULE_TABLE:
+            file.change(statement, ())
+        now_ms = self._in_ms()
+        for rule, (_, schedule) in self._tasks.items():
+            insert = "INSERT OR IGNORE INTO schedule (rule, due_ms) VALUES (?, ?)"
+            file.change(insert, (rule, _next_ms(schedule, now_ms)))
+        select = "SELECT rule, due_ms FROM schedule WHERE"
+        ours = f"rule IN ({_marks('?', list(self._tasks))})"
+        moments_ms = []
+        for rule, due_ms in file.read(f"{select} {ours}", list(self._tasks)):
+            if due_ms <= now_ms:
+                moments_ms.append(self._move_on(file, rule, due_ms, now_ms))
+            else:
+                moments_ms.append(due_ms)
+        return min(moments_ms)
+
+    def _move_on(self, file: _SqliteFile, rule: str, due_ms: int, now_ms: int) -> int:
+        """Queue a task that is due, unless another worker has; return the next time."""
+        task, schedule = self._tasks[rule]
+        next_ms = _next_ms(schedule, now_ms)
+        scheduled = _EPOCH + timedelta(milliseconds=due_ms)
+        body = _periodic_body(task, f"{scheduled:%Y-%m-%dT%H:%M:%SZ}")
+        queue = self._broker.destination(task.priority)
+        group_id = _periodic_group(task, queue)
+        change = """UPDATE schedule SET due_ms = ?, queue = ?, group_id = ?,
+            message_id = ?, body = ?, sent_ms = ? WHERE rule = ? AND due_ms = ?"""
+        values = (next_ms, queue, group_id, _new_id(), body, now_ms)
+        file.change(change, (*values, rule, due_ms))
+        return next_ms
+
+
+def _next_ms(schedule: _Schedule, now_ms: int) -> int:
+    """Return when a schedule is due after now."""
+    due = schedule.next_after(_EPOCH + timedelta(milliseconds=now_ms))
+    if due is None:
+        return _NEVER_MS
+    return (due - _EPOCH) // timedelta(milliseconds=1)
+
+
+def _begin_ticking(
+    worker: Worker, stop: threading.Event
+) -> Callable[[], object] | None:
+    """Have a worker on SQLite queue the periodic tasks, and queue what is due now.
+
+    :raises ConfigurationError: if AWS alone understands one of the schedules
+    """
+    tasks = _periodic_tasks()
+    if not tasks or not isinstance(worker.broker, SqliteBroker):
+        return None
+    for task in tasks.values():
+        if _schedule_of(task).is_foreign:
+            raise ConfigurationError(
+                f"{task.name} has schedule={task.options['schedule']!r}: L, W and # are"
+                " AWS's alone: expected numbers, lists, ranges and steps on SQLite"
+            )
+    ticker = _Ticker(worker.broker, tasks.values(), stop)
+    ticker.look()
+    return ticker.run
+
+
+_beside_workers.append(_begin_ticking)
 
 
 # --- 23. Django's tasks ---------------------------------------------------------------
@@ -9899,7 +11038,7 @@ class _Scan:
         while len(self._seen) < total and self.matched < self.limit:
             new = self._receive(total - len(self._seen))
             if not new:
-                self._say_what_waits(total - len(self._seen))
+                self._warn_of_groups(total - len(self._seen))
                 return
             letters = [_read_dead_letter(self, received) for received in new]
             letters = [*filter(self.wanted.matches, letters)]
@@ -9912,11 +11051,11 @@ class _Scan:
             text = "%s %d of %d messages, %d failed"
             self.say(text, self.done, self.matched - failed, total, failed)
 
-    def _say_what_waits(self, left: int) -> None:
-        """Say that a FIFO queue withholds what follows the messages of a group."""
+    def _warn_of_groups(self, left: int) -> None:
+        """Warn of what a FIFO queue withholds: the rest of groups that were met."""
         if self._hidden and _is_fifo(self.source):
-            text = "about %d more wait in %s behind these, in the same groups"
-            self.say(text, left, self.source)
+            text = "%s: about %d more wait behind these, in their groups"
+            _log.warning(text, self.source, left)
 
     def total(self) -> int:
         """Count the dead letters that are visible; SQS does so approximately."""
@@ -9946,8 +11085,8 @@ class _Scan:
         copies = []
         for letter in letters:
             attributes = dict(letter.received.message_attributes)
-            attributes.pop(_ERROR_ATTRIBUTE, None)
-            attributes.pop(_ATTEMPTS_ATTRIBUTE, None)
+            for name in (_ERROR_ATTRIBUTE, _ATTEMPTS_ATTRIBUTE, _POSTPONED_ATTRIBUTE):
+                attributes.pop(name, None)
             copies.append(letter.received.copy(attributes))
         refused = _send_all(self._broker, self._queue, copies)
         self.delete(self._accepted(letters, refused), "copied, but not deleted: ")
@@ -10810,7 +11949,7 @@ def _run_command(arguments: Any) -> bool:
     with _telling_where("Django can't be set up"):
         _set_up_django()
     modules = arguments.modules
-    if arguments.command in ("listen", "check", "tasks"):
+    if arguments.command in _TASK_COMMANDS:
         modules = modules or _django_task_modules()
     _load(modules, arguments.command)
     # Again, for Django and the tasks' modules may have configured logging.
@@ -10901,6 +12040,7 @@ def _parser() -> Any:
     return parser
 
 
+_TASK_COMMANDS = ("listen", "check", "provision", "schedules", "tasks")
 _QUEUE_COMMANDS = (
     "listen",
     "dispatch",
@@ -11419,6 +12559,40 @@ def _tasks(arguments: Any) -> None:
     _require_tasks("tasks", arguments.modules)
     for found in _tasks_by_name():
         print(f"{found.name}  {found.priority.name}")
+
+
+@_command("schedules", _MODULES, _AS_JSON)
+def _schedules(arguments: Any) -> None:
+    """List the periodic tasks, with the time when each is due next.
+
+    example: python -m taskhawk schedules myapp.tasks
+    """
+    _require_tasks("schedules", arguments.modules)
+    rows = [_row_of(found) for found in _periodic_tasks().values()]
+    if arguments.json:
+        print(json.dumps(rows, indent=2))
+        return
+    for row in rows:
+        due = row["next"] or "when AWS says"
+        print(f"{row['task']}  {row['schedule']}  {row['timezone']}  {due}")
+
+
+def _row_of(task: Task[..., Any]) -> dict[str, Any]:
+    """Return what there is to say of a periodic task; `next` is None if AWS knows it.
+
+    There, a rate counts from when its schedule was made.
+    """
+    schedule = _schedule_of(task)
+    due = schedule.next_after(datetime.now(UTC))
+    if schedule.interval_s and settings.TASKHAWK_BROKER == "sqs":
+        due = None
+    return {
+        "task": task.name,
+        "priority": task.priority.name,
+        "schedule": schedule.text,
+        "timezone": schedule.timezone,
+        "next": due and due.isoformat(),
+    }
 
 
 @_command("schema")

@@ -17,6 +17,7 @@ import dataclasses
 import datetime as dt
 import functools
 import gc
+import hashlib
 import html
 import http.client
 import http.server
@@ -275,8 +276,8 @@ DENIED = "access denied: the IAM policy of these credentials does not allow {}"
 
 def configure_aws(endpoint: str, queue: str | None = None, **values: Any) -> None:
     """Configure what a server that stands in for AWS needs, and more."""
-    names = ("AWS_ENDPOINT_SCHEDULER", "AWS_ENDPOINT_SNS", "AWS_ENDPOINT_SQS")
-    endpoints = dict.fromkeys(names, endpoint)
+    services = ("DYNAMODB", "SCHEDULER", "SNS", "SQS")
+    endpoints = {f"AWS_ENDPOINT_{service}": endpoint for service in services}
     taskhawk.configure(AWS_SETTINGS, **endpoints, TASKHAWK_QUEUE=queue, **values)
 
 
@@ -636,6 +637,16 @@ def sync(isolated):
 
 def plain(value=None):
     """Do nothing."""
+
+
+def another(name: str) -> Callable[[], None]:
+    """Return a function that does nothing, unlike all others."""
+
+    def f():
+        """Do nothing."""
+
+    f.__qualname__ = name
+    return f
 
 
 PROCESSING_ID = VALID["id"]
@@ -1013,6 +1024,12 @@ def command_error(
     return code, errors.removesuffix("\n")
 
 
+def told(text: str) -> list[tuple[str, str]]:
+    """Read cases: a line that begins at the margin, and the sentence below it."""
+    found = re.findall(r"(?m)^(\S.*)\n((?: .*\n)+)", text)
+    return [(case, " ".join(sentence.split())) for case, sentence in found]
+
+
 MESSAGE_ID = "[0-9a-f-]{36}"
 
 
@@ -1048,7 +1065,7 @@ HOUSE_PROMISES = {
     1: """publish _send_one _accepted _send_all_ready _partial_failure _send_all
         _in_batches _one_round SqliteBroker.send SqliteBroker._claim SqliteBroker.delete
         _SqliteFile.change _use_write_ahead_log _AwsSender._batch SqsBroker.send
-        SqsBroker.delete process _verdict _wanted _delay_s _ask _Slot._run Worker.settle
+        SqsBroker.delete process _verdict _wanted _delay_s _ask_policy _Slot._run Worker.settle
         _carry_out _postpone Worker._close _dead_letter _send_copy _Held.move
         _Holdings.finish
         _Holdings.release _Holdings._decide _Calls.answered _Calls._deleted
@@ -1533,6 +1550,7 @@ SETTINGS_TABLE = {  # the default, and how an error goes on after "expected"
     "AWS_ACCESS_KEY": (None, "a string, such as 'AKIAIOSFODNN7EXAMPLE'"),
     "AWS_ACCOUNT_ID": (None, "an account id of twelve digits, such as '123456789012'"),
     "AWS_CONNECT_TIMEOUT_S": (2, "a number of seconds above 0, such as '2'"),
+    "AWS_ENDPOINT_DYNAMODB": (None, SETTINGS_URL),
     "AWS_ENDPOINT_SCHEDULER": (None, SETTINGS_URL),
     "AWS_ENDPOINT_SNS": (None, SETTINGS_URL),
     "AWS_ENDPOINT_SQS": (None, SETTINGS_URL),
@@ -1547,6 +1565,13 @@ SETTINGS_TABLE = {  # the default, and how an error goes on after "expected"
     "TASKHAWK_BROKER": (
         "sqs",
         "'sqs' or a URL of SQLite, such as 'sqlite:///queue.db'",
+    ),
+    "TASKHAWK_CLAIMS_TABLE": (
+        None,
+        (
+            "3 to 255 letters, digits, dots, hyphens and underscores, such as"
+            " 'taskhawk-claims'"
+        ),
     ),
     "TASKHAWK_DEFAULT_HEADERS": (None, SETTINGS_HOOK.format("default_headers")),
     "TASKHAWK_ERROR_HOOK": (None, SETTINGS_HOOK.format("report_error")),
@@ -4789,8 +4814,12 @@ class TestSqs:
         data = aws.calls[1].data
         limits = (data["MaxNumberOfMessages"], data["WaitTimeSeconds"])
         assert (*limits, data.get("VisibilityTimeout")) == expected
-        names = ["ApproximateReceiveCount", "SentTimestamp", "MessageGroupId"]
-        assert data["MessageSystemAttributeNames"] == names
+        assert data["MessageSystemAttributeNames"] == [
+            "ApproximateReceiveCount",
+            "SentTimestamp",
+            "ApproximateFirstReceiveTimestamp",
+            "MessageGroupId",
+        ]
         assert data["MessageAttributeNames"] == ["All"]
 
     def test_lost_answer(self, aws, sqs):
@@ -7303,6 +7332,192 @@ class TestBatch:
         assert sorted(received_args()) == [n for n in range(20) if n != 14]
 
 
+def sha256(text: str) -> str:
+    """Return the group that stands for a text that SQS does not take."""
+    return f"sha256:{hashlib.sha256(text.encode(errors='surrogatepass')).hexdigest()}"
+
+
+#: Keys of groups, and the group ids that they stand for.
+GROUP_KEYS = {
+    7: "7",
+    -1: "-1",
+    "7": "7",
+    "customer-7": "customer-7",
+    "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~": "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~",
+    "x" * 128: "x" * 128,
+    "x" * 129: sha256("x" * 129),
+    "Müller": sha256("Müller"),
+    "Smith & Sons": sha256("Smith & Sons"),
+    "line\n": sha256("line\n"),
+    "\ud800": sha256("\ud800"),
+    "": sha256(""),
+}
+
+
+def ship(order, customer="nobody", *, to=None, **more):
+    """Do nothing."""
+
+
+def with_metadata(metadata, customer):
+    """Do nothing."""
+
+
+#: The option `group` of ship(), the arguments of a call, and its group.
+GROUP_OPTIONS = [
+    (None, (1,), {}, None),
+    ("customer", (1, "a"), {}, "a"),
+    ("customer", (1,), {"customer": 7}, "7"),
+    ("customer", (1,), {}, "nobody"),
+    ("customer", (1, None), {}, None),
+    ("order", (1,), {}, "1"),
+    ("to", (1,), {"to": "b c"}, sha256("b c")),
+    ("to", (1,), {}, None),
+    ("tenant", (1,), {"tenant": "t"}, "t"),
+    ("tenant", (1,), {}, None),
+    (lambda order, **_: f"order-{order}", (1,), {"customer": "a"}, "order-1"),
+    (lambda *_, **__: None, (1,), {}, None),
+]
+
+
+class TestGroupKeys:
+    """What groups messages: an invocation's key, or what the task's option says."""
+
+    @pytest.mark.parametrize("key", GROUP_KEYS)
+    def test_keys(self, mail, key):
+        """Any key is one that SQS takes; the same key is always the same group."""
+        with taskhawk.capture() as calls:
+            mail.with_group(key).dispatch()
+        assert [call.group_id for call in calls] == [GROUP_KEYS[key]]
+        assert re.fullmatch(r"[!-~]{1,128}", GROUP_KEYS[key])
+
+    @pytest.mark.parametrize("key", [None, True, 1.5, ["a"], b"a"])
+    def test_no_keys(self, mail, key):
+        """What is neither a string nor an int is refused, and not shown."""
+        kind = type(key).__name__
+        sentence = f"group: expected a string or an int, got {kind}"
+        assert refused(mail.with_group, key, error=TypeError) == sentence
+        task = taskhawk.task(name="g.h", group="customer")(ship)
+        if key is not None:
+            call = (task.dispatch, 1, [key])
+            sentence = "g.h: group: expected a string or an int, got list"
+            assert refused(*call, error=TypeError) == sentence
+
+    def test_invocations(self, sqlite, mail):
+        """An invocation with a group is another one, and has all else that it had."""
+        one = mail.with_headers(a="b").with_group("g")
+        two = one.with_group("h").with_priority(Priority.high)
+        for invocation in (one, two, mail.with_group("i").with_delay(0)):
+            invocation.dispatch()
+        groups = [message.group_id for message in receive_all()]
+        (high,) = receive_all(Priority.high)
+        assert (sorted(groups), high.group_id) == (["g", "i"], "h")
+        assert json.loads(high.body)["headers"] == {"a": "b"}
+
+    @pytest.mark.parametrize(("group", "args", "kwargs", "expected"), GROUP_OPTIONS)
+    def test_option(self, group, args, kwargs, expected):
+        """A task's option names the argument that is the group, or is a function of all."""
+        task = taskhawk.task(name="g.ship", group=group)(ship)
+        with taskhawk.capture() as calls:
+            task.dispatch(*args, **kwargs)
+            task.dispatch_many([(*args,)])
+            task.with_group("own").dispatch(*args, **kwargs)
+        assert (calls[0].group_id, calls[2].group_id) == (expected, "own")
+
+    @pytest.mark.parametrize(
+        ("fn", "group"),
+        [
+            (plain, "customer"),
+            (with_metadata, "metadata"),
+            (ship, 7),
+            (ship, "headers"),
+        ],
+    )
+    def test_wrong_option(self, fn, group):
+        """An option that names no argument is refused where it is declared."""
+        assert refused(taskhawk.task(name="g.f", group=group), fn) == (
+            f"g.f has group={group!r}: expected the name of one of its arguments, or a"
+            " function of its arguments"
+        )
+        assert "g.f" not in taskhawk._registry
+
+    def test_fifo(self, aws, mail):
+        """On a FIFO queue a message is deduplicated by its id; without a group, it is its own."""
+        taskhawk.configure(taskhawk.settings.given, TASKHAWK_FIFO=True)
+        ids = [mail.dispatch(), mail.with_group("g").dispatch()]
+        strange = Message.new("mail.send", msg_id="an id")
+        taskhawk.publish(strange)
+        sent = [
+            (call["MessageGroupId"], call["MessageDeduplicationId"])
+            for call in aws.asked("SendMessage")
+        ]
+        own = sha256("an id")
+        assert sent == [(ids[0], ids[0]), ("g", ids[1]), (own, own)]
+        assert aws.asked("GetQueueUrl") == [{"QueueName": "TASKHAWK-APP.fifo"}]
+
+    def test_standard(self, aws, mail):
+        """On a standard queue there is no deduplication, and no group unless one is given."""
+        mail.dispatch()
+        mail.with_group("g").dispatch()
+        one, two = aws.asked("SendMessage")
+        assert "MessageGroupId" not in one
+        assert two["MessageGroupId"] == "g"
+        assert "MessageDeduplicationId" not in {**one, **two}
+
+    @pytest.mark.parametrize("url", ["sqs", "sqlite://"])
+    def test_delays(self, aws, mail, url):
+        """A FIFO queue can't delay a message: that is refused before anything is sent."""
+        given = taskhawk.settings.given
+        taskhawk.configure(given, TASKHAWK_FIFO=True, TASKHAWK_BROKER=url)
+        assert refused(mail.with_delay(1).dispatch) == (
+            "mail.send: a FIFO queue can't delay a message: leave the delay out, or use a"
+            " queue without TASKHAWK_FIFO"
+        )
+        mail.with_delay(0).dispatch()
+        assert [a for a in aws.actions if a != "GetQueueUrl"] == ["SendMessage"] * (
+            url == "sqs"
+        )
+
+    def test_unsent(self, aws, mail):
+        """What was not accepted keeps its group; what follows of the group was not sent."""
+        taskhawk.configure(taskhawk.settings.given, TASKHAWK_FIFO=True)
+        aws.script("SendMessageBatch", refuse(8, 9, ours=True), None)
+        batch = taskhawk.batch()
+        batch.__enter__()
+        for number in range(11):
+            mail.with_group("g").dispatch(number)
+        mail.with_group("h").dispatch("other")
+        with pytest.raises(taskhawk.PartialFailure) as caught:
+            batch.__exit__(None, None, None)
+        failure = caught.value
+        assert [message.args for message in failure.unsent] == [[8], [9], [10]]
+        assert [message.group_id for message in failure.unsent] == ["g"] * 3
+        codes = [entry["Code"] for entry in failure.result["Failed"]]
+        assert codes == ["InternalError"] * 2 + ["GroupStopped"]
+        for message in failure.unsent:
+            taskhawk.publish(message)
+        again = aws.asked("SendMessage")[1:]
+        assert [call["MessageGroupId"] for call in again] == ["g"] * 3
+        ids = [message.id for message in failure.unsent]
+        assert [call["MessageDeduplicationId"] for call in again] == ids
+
+    def test_sync(self, sync):
+        """Sync mode runs a message of a group as any other."""
+        runs = []
+        taskhawk.configure(TASKHAWK_SYNC=True, TASKHAWK_FIFO=True)
+        task = taskhawk.task(name="g.run", group="key")(lambda_of(runs))
+        task.dispatch("x y")
+        assert runs == ["x y"]
+
+
+def lambda_of(runs: list[Any]) -> Any:
+    """Return a function that notes its argument."""
+
+    def run(key: Any) -> None:
+        runs.append(key)
+
+    return run
+
+
 class TestCapture:
     """capture() collects what would be sent, as the worker would get it."""
 
@@ -8022,6 +8237,7 @@ class TestProcessing:
             (taskhawk.StopRetry(), 1, FAILS, LEFT),
             (SystemExit(), 1, FAILS, LEFT),
             (later(delay_seconds=90), 1, ASKED, DELAY.format(90)),
+            (later(delay_seconds=172800), 1, ASKED, IN_12_HOURS),
         ],
     )
     def test_pre_hook_that_fails(self, error, attempt, how, then, caplog):
@@ -8167,6 +8383,7 @@ class TestProcessing:
             (raising(Ignored("no")), {}, 1, "ignored"),
             (raising(ValueError("no")), {}, 1, "retry"),
             (raising(later(5)), {}, 1, "retry"),
+            (raising(taskhawk.PostponeException(5)), {}, 1, "postpone"),
             (raising(ValueError("no")), {}, 10, "dead_letter"),
             (nothing, {"TASKHAWK_PRE_PROCESS_HOOK": raising(OSError())}, 1, "retry"),
             (nothing, {"TASKHAWK_POST_PROCESS_HOOK": raising(OSError())}, 1, "retry"),
@@ -10594,6 +10811,7 @@ class TestWorker:
             "MessageSystemAttributeNames": [
                 "ApproximateReceiveCount",
                 "SentTimestamp",
+                "ApproximateFirstReceiveTimestamp",
                 "MessageGroupId",
             ],
         }
@@ -12205,7 +12423,10 @@ class TestPostponedCopies:
         send.with_headers(n="5").dispatch()
         assert work_once(taskhawk._brokers.broker()).postponed == 1
         first, copy = scripted.asked("SendMessage")
-        assert copy == first | {"DelaySeconds": 900}
+        ours = {"taskhawk.postponed": {"DataType": "String", "StringValue": "1"}}
+        attributes = {**first["MessageAttributes"], **ours}
+        changed = {"DelaySeconds": 900, "MessageAttributes": attributes}
+        assert copy == first | changed
 
     def test_retries_used_up(self, sqlite):
         """A task that is postponed now and then has no more retries than another."""
@@ -12224,25 +12445,23 @@ class TestPostponedCopies:
         assert error["attempt"] == 2
 
     @pytest.mark.parametrize(
-        ("attempt", "headers", "names"),
+        ("attempt", "headers", "kept", "ours"),
         [
-            (1, 10, {"taskhawk.attempts": False, "h": 10}),
-            (2, 10, {"taskhawk.attempts": True, "h": 9}),
-            (2, 3, {"taskhawk.attempts": True, "h": 3}),
+            (1, 10, 9, {"taskhawk.postponed": "3"}),
+            (2, 10, 8, {"taskhawk.postponed": "3", "taskhawk.attempts": "1"}),
+            (2, 3, 3, {"taskhawk.postponed": "3", "taskhawk.attempts": "1"}),
         ],
     )
-    def test_ten_attributes(self, attempt, headers, names):
-        """Where attempts count and there are ten headers, one gives way: the body has it."""
-        given = {
-            f"h{number}": {"DataType": "String", "StringValue": "x"}
-            for number in range(headers)
-        }
+    def test_ten_attributes(self, attempt, headers, kept, ours):
+        """Ours come first; of ten headers, some give way: the body has them."""
+        names = [*(f"h{number}" for number in range(headers)), "taskhawk.postponed"]
+        given = {name: {"DataType": "String", "StringValue": "2"} for name in names}
         counts = {"ApproximateReceiveCount": str(attempt), "MessageGroupId": "g"}
         received = QueueMessage("{}", "m1", "r1", counts, given, queue="Q")
         copy = taskhawk._postponed_copy(received, 5, 1000)
-        ours = copy.attributes.get("taskhawk.attempts", {})
-        assert ours.get("StringValue") == ("1" if names["taskhawk.attempts"] else None)
-        assert len(copy.attributes) - bool(ours) == names["h"]
+        values = {name: it["StringValue"] for name, it in copy.attributes.items()}
+        assert {name: values.pop(name) for name in ours} == ours
+        assert len(values) == kept
         assert (copy.body, copy.delay_s, copy.group_id) == ("{}", 5, "g")
 
     def test_lease_lost(self, worker_broker, worker_act, worker_clock):
@@ -12761,6 +12980,123 @@ class TestSchedules:
         assert broker.done | broker.dead == set(range(12)), f"seed {seed}"
         assert (inner.depth(WORKER_QUEUE), bool(dead)) == ((0, 0, 0), bool(broker.dead))
         inner.close()
+
+
+#: A task that notes its runs in a file; some ask for a retry, or are killed with the worker.
+ORDER_MODULE = """
+import os
+import time
+import taskhawk
+
+@taskhawk.task(group="group")
+def note(group, number, metadata):
+    journal = os.open("journal", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.write(journal, f"{group} {number} began\\n".encode())
+    time.sleep(0.02)
+    if number % 5 == 2 and metadata.attempt == 1:
+        raise taskhawk.RetryException(delay_seconds=number % 2)
+    os.write(journal, f"{group} {number} ended\\n".encode())
+    os.close(journal)
+"""
+
+
+class TestOrder:
+    """A FIFO queue's groups are run in order, one message at a time, whatever happens."""
+
+    def test_one_group(self, worker_broker, worker_act):
+        """With ten slots and a prefetch, too, a group has one run at a time, in order."""
+        queue, runs, running = f"{WORKER_QUEUE}.fifo", [], []
+
+        def act(number: int) -> None:
+            running.append(number)
+            worker_eventually(lambda: True)
+            assert running == [number]
+            runs.append(running.pop())
+
+        for number in range(30):
+            WORKER_ACTS[f"run{number}"] = functools.partial(act, number)
+            message = Message.new(worker_act.name, [f"run{number}"])
+            entry = Outgoing(json.dumps(message.as_dict()), {}, 0, "g", message.id)
+            worker_broker.inner.send(queue, [entry])
+        ledger = worker_broker.work(queue, concurrency=10, num_messages=10)
+        assert ledger == taskhawk.Ledger(received=30, acked=30)
+        assert runs == list(range(30))
+
+    def test_refused_delete(self, scripted, queue_name, sqs_client, ministack):
+        """A FIFO queue refuses the delete of a message that was received again: uncertain."""
+        make_queue(sqs_client(ministack), f"TASKHAWK-{queue_name}.fifo")
+        taskhawk.configure(taskhawk.settings.given, TASKHAWK_FIFO=True)
+        broker = taskhawk._brokers.broker()
+        queue = broker.destination(Priority.default)
+
+        @taskhawk.task(name="order.slow")
+        def slow() -> None:
+            (again,) = broker.receive(queue, 1, 5, 30, NEVER)
+            assert again.attempt == 2
+
+        slow.dispatch()
+        scripted.always("ChangeMessageVisibilityBatch", refuse(0))
+        ledger = taskhawk.Worker(
+            broker, [queue], visibility_timeout_s=1, loop_count=1
+        ).run()
+        assert ledger == taskhawk.Ledger(received=1, uncertain=1)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("place", ["ministack", "sqlite"])
+    def test_killed_workers(self, request, place, sqs_client, queue_name, tmp_path):
+        """Through retries, kill -9 and restarts, each group's messages are run in order."""
+        env = {"TASKHAWK_FIFO": "true", "TASKHAWK_QUEUE": queue_name, **AWS_SETTINGS}
+        if place == "ministack":
+            endpoint = request.getfixturevalue("ministack")
+            make_queue(sqs_client(endpoint), f"TASKHAWK-{queue_name}.fifo", 100)
+            env["AWS_ENDPOINT_SQS"] = endpoint
+        else:
+            options = "visibility_timeout_s=2&max_receive_count=100"
+            env["TASKHAWK_BROKER"] = f"sqlite:///{tmp_path}/queue.db?{options}"
+        (tmp_path / "jobs.py").write_text(ORDER_MODULE)
+        send = """
+            import jobs
+            for number in range(20):
+                for group in "abc":
+                    jobs.note.dispatch(group, number)
+        """
+        assert python_lines(tmp_path, send, **env) == []
+        listen = [sys.executable, "-m", "taskhawk", "listen", "jobs"]
+        listen += ["--concurrency=4", "--visibility-timeout=2", "--log-level=error"]
+        workers: list[subprocess.Popen[bytes]] = []
+        journal = tmp_path / "journal"
+
+        def start() -> None:
+            workers.append(subprocess.Popen(listen, cwd=tmp_path, env=python_env(env)))
+
+        def ended() -> int:
+            text = journal.read_text() if journal.exists() else ""
+            return len(re.findall(".* ended", text))
+
+        deadline = time.monotonic() + 90
+        try:
+            start()
+            start()
+            for kill_at in (5, 12, 25, 40):
+                while ended() < kill_at:
+                    assert time.monotonic() < deadline
+                    time.sleep(0.002)
+                victim = workers.pop(0)
+                victim.kill()
+                victim.wait()
+                start()
+            while len(set(journal.read_text().splitlines())) < 2 * 60:
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+        finally:
+            for worker in workers:
+                worker.kill()
+                worker.wait()
+        for group in "abc":
+            lines = re.findall(rf"{group} (\d+) (\w+)", journal.read_text())
+            numbers = [int(number) for number, _ in lines]
+            assert numbers == sorted(numbers)
+            assert set(numbers) == set(range(20))
 
 
 # --- 17. log records ------------------------------------------------------------------
@@ -14260,8 +14596,818 @@ class TestLambda:
 
 # --- 20. claims -----------------------------------------------------------------------
 
+CLAIMS_TABLE = "taskhawk-claims"
+NO_TABLE = (
+    "TASKHAWK_CLAIMS_TABLE is not set: on SQS, once, unique and limit need a DynamoDB"
+    " table: set its name, such as 'taskhawk-claims', and run python -m taskhawk provision"
+)
+
+
+def make_claims_table(client: Any) -> None:
+    """Make the table as `provision` does, unless it exists."""
+    with contextlib.suppress(client.exceptions.ResourceInUseException):
+        client.create_table(
+            TableName=CLAIMS_TABLE,
+            KeySchema=[{"AttributeName": "id", "KeyType": "HASH"}],
+            AttributeDefinitions=[{"AttributeName": "id", "AttributeType": "S"}],
+            BillingMode="PAY_PER_REQUEST",
+        )
+
+
+@pytest.fixture(params=["ministack", "moto", "sqlite"])
+def claims(
+    request: pytest.FixtureRequest,
+    sqs_client: Callable[..., Any],
+    queue_name: str,
+    tmp_path: Path,
+) -> tuple[Any, Clock]:
+    """Return claims in each kind of place, and the clock that they go by."""
+    clock = Clock()
+    if request.param == "sqlite":
+        url = f"sqlite:///{tmp_path}/queue.db"
+        return taskhawk._SqliteClaims(taskhawk.SqliteBroker(url, clock)), clock
+    endpoint = request.getfixturevalue(request.param)
+    make_claims_table(sqs_client(endpoint, "dynamodb"))
+    configure_aws(endpoint, queue_name)
+    return taskhawk._DynamoClaims(f"dynamodb:{CLAIMS_TABLE}", clock), clock
+
+
+@pytest.fixture
+def key() -> str:
+    """Return the key of a claim that no other test uses."""
+    return f"test:{uuid.uuid4().hex}"
+
+
+class TestClaims:
+    """One holder at a time, until it releases, or until its time is over."""
+
+    def test_held(self, claims, key):
+        """Who has a claim has it alone, until it is released; other keys are others."""
+        store, _ = claims
+        first = store.claim(key, 60)
+        assert first.token
+        assert not first.is_done
+        assert store.claim(key, 60) == taskhawk._Claim()
+        assert store.claim(f"{key}2", 60).token
+        store.release(key, first.token)
+        store.release(key, first.token)  # it makes no difference
+        assert store.claim(key, 60).token
+
+    def test_void(self, claims, key):
+        """A claim ends by itself, and whoever had it can't release it for the next."""
+        store, clock = claims
+        dead = store.claim(key, 60)
+        clock.now += 60
+        assert not store.claim(key, 60).token
+        clock.now += 0.1
+        assert store.claim(key, 60).token
+        store.release(key, dead.token)
+        assert not store.claim(key, 60).token
+
+    @pytest.mark.parametrize("after_s", [1, 61])
+    def test_done(self, claims, key, after_s):
+        """What is finished is done for as long as it is kept, and then forgotten.
+
+        So it is if it was finished after its time: the run has been.
+        """
+        store, clock = claims
+        first = store.claim(key, 60)
+        clock.now += after_s
+        store.finish(key, first.token, 100)
+        clock.now += 99
+        assert store.claim(key, 60) == taskhawk._Claim(is_done=True)
+        store.release(key, first.token)
+        clock.now += 3  # DynamoDB keeps whole seconds
+        assert store.claim(key, 60).token
+
+    def test_finished_behind_the_next(self, claims, key):
+        """A run that outlived its claim is done all the same, whatever the next one does."""
+        store, clock = claims
+        slow = store.claim(key, 60)
+        clock.now += 61
+        quick = store.claim(key, 60)
+        store.finish(key, slow.token, 1000)
+        store.release(key, quick.token)
+        assert store.claim(key, 60) == taskhawk._Claim(is_done=True)
+
+    @pytest.mark.parametrize("most", [2, 7])
+    def test_places(self, claims, key, most):
+        """There are as many places as are asked for; a free one is found."""
+        store, clock = claims
+        taken = [store.claim(key, 60, most).token for _ in range(most)]
+        assert len({*taken, ""}) == most + 1
+        assert store.claim(key, 60, most) == taskhawk._Claim()
+        store.release(key, taken[1])
+        assert store.claim(key, 120, most).token
+        assert store.claim(key, 60, most) == taskhawk._Claim()
+        clock.now += 61  # one of them is left
+        again = [store.claim(key, 60, most).token for _ in range(most)]
+        assert (all(again[:-1]), again[-1]) == (True, "")
+
+    @pytest.mark.parametrize(
+        ("second", "starts"),
+        [
+            (("m2", 900, 1500), False),
+            (("m2", 999, 1500), False),
+            (("m2", 1000, 1500), True),  # equal times say nothing: nothing is lost
+            (("m2", 1001, 1500), True),
+            (("m1", 900, 1000), True),  # its own retry
+        ],
+    )
+    def test_start(self, claims, key, second, starts):
+        """A message starts, unless another's run started after it was sent."""
+        store, clock = claims
+        assert store.start(key, "m1", 900, 1000)
+        clock.now += 13 * 86_400
+        assert store.start(key, *second) is starts
+        assert store.start(key, "m3", 1500, 1600)
+        assert not store.start(key, "m1", 900, 1000)  # by now m3 stands for it
+        clock.now += 14 * 86_400 + 2
+        assert store.start(key, "m1", 900, 1000)  # no queue has kept it for so long
+
+    @pytest.mark.parametrize("claims", ["ministack", "sqlite"], indirect=True)
+    def test_race(self, claims, key):
+        """However many ask at once, no more get a place than there are.
+
+        moto is left out, whose conditional writes are not atomic.
+        """
+        store, _ = claims
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            asked = [pool.submit(store.claim, key, 60, 3) for _ in range(16)]
+        tokens = [each.result().token for each in asked]
+        assert 1 <= len([*filter(None, tokens)]) <= 3
+        while store.claim(key, 60, 3).token:
+            tokens.append("one more")
+        assert len([*filter(None, tokens)]) == 3
+
+    def test_layout(self, ministack, sqs_client, key):
+        """An item has Powertools' attributes, and an end by which DynamoDB deletes it."""
+        client = sqs_client(ministack, "dynamodb")
+        make_claims_table(client)
+        configure_aws(ministack)
+        store = taskhawk._DynamoClaims(f"dynamodb:{CLAIMS_TABLE}", Clock(1000.5))
+
+        def item() -> dict[str, Any]:
+            found = client.get_item(TableName=CLAIMS_TABLE, Key={"id": {"S": key}})
+            return found["Item"]
+
+        claim = store.claim(key, 60)
+        owner = claim.token.removeprefix("0-")
+        assert item() == {
+            "id": {"S": key},
+            "status": {"S": "INPROGRESS"},
+            "in_progress_expiration": {"N": "1060500"},
+            "expiration": {"N": "87461"},
+            "owner_0": {"S": owner},
+        }
+        store.finish(key, claim.token, 3600)
+        assert item() == {
+            "id": {"S": key},
+            "status": {"S": "COMPLETED"},
+            "expiration": {"N": "4601"},
+        }
+
+    def test_lost_answer(self, ministack, sqs_client, key):
+        """A claim whose answer was lost is ours all the same, as botocore repeats it."""
+        make_claims_table(sqs_client(ministack, "dynamodb"))
+        with ScriptedAws(ministack).running("app") as aws:
+            store = taskhawk._DynamoClaims(f"dynamodb:{CLAIMS_TABLE}")
+
+            def lose(call: AwsCall) -> AwsAnswer:
+                passed(call)
+                return DROPPED
+
+            aws.script("UpdateItem", lose)
+            assert store.claim(key, 60).token
+            assert aws.actions == ["UpdateItem", "UpdateItem"]
+            assert not store.claim(key, 60).token
+
+    @pytest.mark.parametrize(
+        ("answer", "sentence"),
+        [
+            (
+                fault("ResourceNotFoundException", "Requested resource not found"),
+                (
+                    "taskhawk-claims: there is no such table: run python -m taskhawk"
+                    " provision, or check TASKHAWK_CLAIMS_TABLE and AWS_REGION"
+                    " (ResourceNotFoundException: Requested resource not found)"
+                ),
+            ),
+            (
+                fault("AccessDeniedException"),
+                f"taskhawk-claims: {DENIED.format('UpdateItem')} (AccessDeniedException: no)",
+            ),
+        ],
+    )
+    def test_refused(self, aws, key, answer, sentence):
+        """What only a person can mend is said in a sentence, with the remedy."""
+        aws.always("UpdateItem", answer)
+        store = taskhawk._DynamoClaims(f"dynamodb:{CLAIMS_TABLE}")
+        for call in (store.claim, store.release, store.finish):
+            args = (key, "0-x", 60)[: 3 - (call == store.release)]
+            args = (key, 60) if call == store.claim else args
+            assert refused(call, *args) == sentence
+
+    def test_which(self, sqlite):
+        """Claims are in the file on SQLite, and in the table that is set on SQS."""
+        assert isinstance(taskhawk._find_claims(), taskhawk._SqliteClaims)
+        taskhawk.configure(AWS_KEYS)
+        assert refused(taskhawk._find_claims) == NO_TABLE
+        taskhawk.configure(AWS_KEYS, TASKHAWK_CLAIMS_TABLE=CLAIMS_TABLE)
+        store = taskhawk._find_claims()
+        assert isinstance(store, taskhawk._DynamoClaims)
+        assert taskhawk._find_claims() is store
+
+    def test_file(self, tmp_path, key):
+        """Claims are the file's: other processes see them, and they go with it."""
+        path, clock = tmp_path / "queue.db", Clock()
+        one, two = (
+            taskhawk._SqliteClaims(taskhawk.SqliteBroker(f"sqlite:///{path}", clock))
+            for _ in range(2)
+        )
+        assert one.claim(key, 60).token
+        assert not two.claim(key, 60).token
+        clock.now += 61
+        assert two.claim(f"{key}2", 60).token
+        assert sqlite_execute(path, "SELECT key FROM claim") == [(f"{key}2",)]
+        for name in tmp_path.iterdir():
+            name.unlink()
+        assert one.claim(key, 60).token
+
 
 # --- 21. once, unique, limits ---------------------------------------------------------
+
+#: Options of a task `stock(item, shop="A", metadata=None, **more)`, and why they are refused.
+STATE_OPTIONS: list[tuple[dict[str, Any], str]] = [
+    (
+        {"once": 5},
+        "once: expected True or a tuple of names of arguments, such as ('order_id',), got 5",
+    ),
+    (
+        {"once": "item"},
+        (
+            "once: expected True or a tuple of names of arguments, such as ('order_id',),"
+            " got 'item'"
+        ),
+    ),
+    (
+        {"unique": ()},
+        (
+            "unique: expected True or a tuple of names of arguments, such as ('order_id',),"
+            " got ()"
+        ),
+    ),
+    ({"unique": ("item", "size")}, "unique: the function has no argument 'size'"),
+    ({"unique": ("metadata",)}, "unique: the function has no argument 'metadata'"),
+    ({"once": ("more",)}, "once: the function has no argument 'more'"),
+    ({"keep_s": 60}, "keep_s: expected once=, too"),
+    (
+        {"once": True, "keep_s": 0},
+        "keep_s: expected a number of seconds above 0, got 0",
+    ),
+    ({"limit": 5}, "limit: expected taskhawk.limit(…), got 5"),
+    (
+        {"limit": taskhawk.limit(1, per=("size",)), "time_limit": 5},
+        "limit: the function has no argument 'size'",
+    ),
+    (
+        {"limit": taskhawk.limit(1)},
+        (
+            "limit: expected time_limit=, too, after which the place of a worker that died is"
+            " free again"
+        ),
+    ),
+]
+EVERY_ARGUMENT: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
+    ((7,), {}),
+    ((7, "A"), {}),
+    ((), {"item": 7}),
+    ((), {"shop": "A", "item": 7}),
+    ((7,), {"shop": "A"}),
+]
+
+
+@pytest.fixture(params=["sqlite", "ministack"])
+def state(
+    request: pytest.FixtureRequest, sqs_client: Callable[..., Any], queue_name: str
+) -> Any:
+    """Return a broker that has claims, which taskhawk is configured to use."""
+    if request.param == "sqlite":
+        taskhawk.configure(TASKHAWK_BROKER="sqlite://", TASKHAWK_QUEUE=queue_name)
+    else:
+        endpoint = request.getfixturevalue(request.param)
+        make_queues(sqs_client(endpoint), queue_name)
+        make_claims_table(sqs_client(endpoint, "dynamodb"))
+        configure_aws(endpoint, queue_name, TASKHAWK_CLAIMS_TABLE=CLAIMS_TABLE)
+    return taskhawk._brokers.broker()
+
+
+@pytest.fixture
+def stored(isolated) -> tuple[Any, Clock]:
+    """Return the embedded broker in memory, and the clock that it and its claims go by."""
+    taskhawk.configure(TASKHAWK_BROKER="sqlite://")
+    broker = taskhawk._brokers.broker()
+    broker._clock = clock = Clock()
+    return broker, clock
+
+
+def until_visible(broker: Any, clock: Clock) -> None:
+    """Let time pass until a message is visible."""
+    [[visible_ms]] = broker._file.read("SELECT min(visible_ms) FROM message", ())
+    clock.now = max(clock.now, visible_ms / 1000)
+
+
+def work_all(broker: Any) -> taskhawk.Ledger:
+    """Run all that is visible, one after another."""
+    total = taskhawk.Ledger()
+    while not total.balanced or broker.depth(broker.destination(Priority.default))[0]:
+        for name, count in dataclasses.asdict(work_once(broker)).items():
+            setattr(total, name, getattr(total, name) + count)
+    return total
+
+
+class FaultyClaims:
+    """Claims that a test lets fail: faults[name] is called in place of the method.
+
+    It gets the real call, as WorkerBroker's faults do.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **faults: Any) -> None:
+        self.find, self.faults = taskhawk._find_claims, faults
+        self.calls: list[str] = []
+        monkeypatch.setattr(taskhawk, "_find_claims", lambda: self)
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        """Return a method that notes its call."""
+
+        def call(*args: Any) -> Any:
+            self.calls.append(name)
+            real = functools.partial(getattr(self.find(), name), *args)
+            return self.faults[name](real, *args) if name in self.faults else real()
+
+        return call
+
+
+class TestOptionsOfState:
+    """Options are checked where a task is declared, and cost nothing where there are none."""
+
+    @pytest.mark.parametrize(("options", "sentence"), STATE_OPTIONS)
+    def test_refused(self, options, sentence):
+        """A wrong option is refused in one sentence."""
+
+        def stock(
+            item: int, shop: str = "A", metadata: Any = None, **more: Any
+        ) -> None:
+            """Do nothing."""
+
+        declare = taskhawk.task(name="shop.stock", **options)
+        assert refused(declare, stock) == f"shop.stock: {sentence}"
+        assert "shop.stock" not in taskhawk._registry
+
+    @pytest.mark.parametrize(
+        ("call", "sentence"),
+        [
+            (((0,), {}), "most: expected 1 to 1000 runs, got 0"),
+            (((1001,), {}), "most: expected 1 to 1000 runs, got 1001"),
+            (((True,), {}), "most: expected 1 to 1000 runs, got True"),
+            (
+                ((1,), {"per": "customer"}),
+                (
+                    "per: expected a tuple of names of arguments, such as ('order_id',), got"
+                    " 'customer'"
+                ),
+            ),
+            (
+                ((1,), {"every_s": 0}),
+                "every_s: expected a number of seconds above 0, got 0",
+            ),
+        ],
+    )
+    def test_limit_refused(self, call, sentence):
+        """A limit that makes no sense is refused where it is written."""
+        args, kwargs = call
+        assert refused(taskhawk.limit, *args, **kwargs) == f"limit: {sentence}"
+
+    def test_switched_off(self, stored):
+        """False is as good as leaving an option out."""
+        broker, _ = stored
+        runs: list[int] = []
+        off: dict[str, Any] = {"once": False, "unique": False}
+        index = taskhawk.task(name="shop.index", **off)(runs.append)
+        for _ in range(2):
+            index.dispatch(7)
+        work_all(broker)
+        assert runs == [7, 7]
+
+    @pytest.mark.parametrize("lambda_app", [False, True])
+    def test_no_table(self, aws, lambda_app):
+        """A worker, or a Lambda function, without the table ends before it runs anything.
+
+        Who only dispatches needs none.
+        """
+        job = taskhawk.task(name="mail.send", once=True)(nothing)
+        job.dispatch()
+        if lambda_app:
+            event = lambda_event(make=lambda_sqs_record)
+            process = taskhawk.process_messages_for_lambda_consumer
+            assert refused(process, event) == NO_TABLE
+        else:
+            listen = taskhawk.listen_for_messages
+            assert refused(listen, Priority.default) == NO_TABLE
+        assert aws.actions == ["GetQueueUrl", "SendMessage"]
+
+    def test_memory(self, isolated):
+        """The memory of a worker can't have the claims of another process."""
+        taskhawk.configure(TASKHAWK_BROKER="sqlite://?max_receive_count=3")
+        options = {"limit": taskhawk.limit(1), "time_limit": 5}
+        taskhawk.task(name="mail.send", **options)(nothing)
+        assert refused(taskhawk.listen_for_messages, Priority.default) == (
+            "mail.send: sqlite:// is the memory of one process, where the claims of an"
+            " isolated task can't be: use a file, such as sqlite:///queue.db"
+        )
+
+    def test_sync(self, sync):
+        """In sync mode there is nobody else: nothing is claimed, and all is run."""
+        runs: list[int] = []
+        options = {"once": ("item",), "unique": True, "limit": taskhawk.limit(1)}
+        job = taskhawk.task(name="mail.send", time_limit=5, **options)
+
+        def run(item: int) -> None:
+            runs.append(item)
+
+        job = job(run)
+        job.dispatch(7)
+        job.dispatch(7)
+        assert runs == [7, 7]
+
+    @pytest.mark.parametrize(
+        ("options", "actions"),
+        [
+            ({}, []),
+            ({"once": True}, ["UpdateItem"] * 2),
+            ({"unique": True}, ["UpdateItem"]),
+            ({"limit": taskhawk.limit(3), "time_limit": 9}, ["UpdateItem"] * 2),
+            ({"limit": taskhawk.limit(3, every_s=9)}, ["UpdateItem"]),
+        ],
+    )
+    def test_requests(self, aws, options, actions):
+        """A run makes a request to begin a claim and one to end it; without options none."""
+        table = {"TASKHAWK_CLAIMS_TABLE": CLAIMS_TABLE}
+        taskhawk.configure({**taskhawk.settings.given, **table})
+        taskhawk.task(name="mail.send", **options)(nothing)
+        attributes = {
+            "SentTimestamp": "1000",
+            "ApproximateFirstReceiveTimestamp": "2000",
+        }
+        received = QueueMessage(processing_body(), "m1", "r1", attributes, queue="Q")
+        assert taskhawk.process(received) == Outcome(Fate.acknowledge)
+        assert aws.actions == actions
+
+    @pytest.mark.parametrize("option", ["once", "unique", "limit"])
+    @pytest.mark.parametrize(
+        ("error", "level", "text"),
+        [
+            (OSError("no route"), "WARNING", "no route"),
+            (WorkerDenied("not allowed"), "ERROR", "not allowed"),
+        ],
+    )
+    def test_claim_fails(self, stored, monkeypatch, caplog, option, error, level, text):  # noqa: PLR0917
+        """A message never runs without its claim: it is postponed, and the log says so once."""
+        broker, clock = stored
+        caplog.set_level(logging.INFO)
+        runs: list[int] = []
+        value = taskhawk.limit(1, every_s=1) if option == "limit" else ("item",)
+        job = taskhawk.task(name="shop.index", **{option: value})
+
+        def index(item: int) -> None:
+            runs.append(item)
+
+        job(index).dispatch(7)
+        fault = worker_first(3, worker_raise(error))
+        faulty = FaultyClaims(monkeypatch, claim=fault, start=fault)
+        for _ in range(3):
+            assert work_once(broker) == taskhawk.Ledger(received=1, postponed=1)
+            [delayed] = broker._file.read("SELECT visible_ms FROM message", ())
+            assert 30 <= delayed[0] / 1000 - clock.now <= 60
+            clock.now += 60
+        assert work_once(broker).acked == 1
+        assert (runs, len(faulty.calls)) == ([7], 5 if option == "once" else 4)
+        said = [r for r in caplog.records if "claim" in r.getMessage()]
+        assert [(r.levelname, r.getMessage()) for r in said] == [
+            (level, f"claims: can't claim, goes on trying: {text}"),
+            ("INFO", "claims: can claim again; tries that failed: 3"),
+        ]
+
+
+class TestOnce:
+    """A message, or a call with these arguments, is run to its end once."""
+
+    @pytest.mark.parametrize("case", [(True, [1, 2]), (("item",), [1])])
+    def test_duplicates(self, state, case):
+        """Duplicates are acknowledged and ignored, with the message's id as the key or not."""
+        once, expected = case
+        runs: list[Any] = []
+
+        def index(item: int, number: int) -> None:
+            runs.append(number)
+
+        job = taskhawk.task(name="shop.index", once=once)(index)
+        for number in (1, 2):
+            message = Message.new(job.name, [7], {"number": number})
+            for _ in range(2):  # SQS delivers it twice
+                taskhawk.publish(message)
+        assert work_all(state) == taskhawk.Ledger(received=4, acked=4)
+        assert sorted(runs) == expected
+
+    @pytest.mark.parametrize("call", EVERY_ARGUMENT)
+    def test_key(self, stored, call):
+        """However a call is written, it has one key; other values have others."""
+        broker, _ = stored
+        runs: list[Any] = []
+
+        def stock(
+            item: int, shop: str = "A", headers: Any = None, *, by: Any = ABSENT
+        ) -> None:
+            runs.append((item, shop))
+
+        args, kwargs = call
+        job = taskhawk.task(name="shop.stock", once=("shop", "item", "by"))(stock)
+        for other in ((7,), (8,), (7, "B")):
+            job.with_headers(number=1).dispatch(*other)
+        job.dispatch(*args, **kwargs)
+        work_all(broker)
+        assert runs == [(7, "A"), (8, "A"), (7, "B")]
+
+    def test_keys_of_services(self, stored):
+        """Tasks of the same name in other services, and other tasks, have their own keys."""
+        keys = set()
+        for queue in ("one", "two"):
+            taskhawk.configure(TASKHAWK_QUEUE=queue)
+            for name in ("a", "b"):
+                job = taskhawk.task(name=f"{queue}.{name}")(nothing)
+                job.name = name
+                keys |= {taskhawk._key(job, kind, {}) for kind in ("once", "unique")}
+        assert len(keys) == 8
+        assert all(re.fullmatch("(once|unique):[0-9a-f]{64}", key) for key in keys)
+
+    @pytest.mark.parametrize(
+        ("fails", "runs"),
+        [("nothing", 1), ("task", 2), ("post hook", 2), ("finish", 1)],
+    )
+    def test_failures(self, stored, monkeypatch, caplog, fails, runs):
+        """A failed run may run again, one whose commit failed too; a done one may not.
+
+        Where the claim can't be told, the run has been, and the message is done with.
+        """
+        broker, clock = stored
+        seen: list[int] = []
+        first = worker_first(1, worker_raise(OSError("no route")))
+
+        def run() -> None:
+            seen.append(1)
+            if fails == "task":
+                first(int)
+
+        hook = (lambda **_: first(int)) if fails == "post hook" else None
+        taskhawk.configure(
+            {**taskhawk.settings.given, "TASKHAWK_POST_PROCESS_HOOK": hook}
+        )
+        broker = taskhawk._brokers.broker()
+        broker._clock = clock
+        faults = {"finish": first} if fails == "finish" else {}
+        FaultyClaims(monkeypatch, **faults)
+        job = taskhawk.task(name="mail.send", once=True, retry=lambda _: 0)(run)
+        job.dispatch()
+        assert work_all(broker).acked == 1
+        assert len(seen) == runs
+        if fails == "finish":
+            assert worker_logs(caplog) == [
+                "claims: can't end claims, goes on trying: no route"
+            ]
+
+    def test_acknowledgement_lost(self, stored):
+        """What ran to its end is ignored when it is delivered again, for a day by default."""
+        broker, clock = stored
+        runs: list[int] = []
+        job = taskhawk.task(name="mail.send", once=True)(lambda_free(runs))
+        message = Message.new(job.name)
+        for after_s in (0, 86_399, 2):
+            clock.now += after_s
+            taskhawk.publish(message)
+            work_all(broker)
+        assert len(runs) == 2
+
+    def test_keep(self, stored):
+        """It is remembered for as long as keep_s says."""
+        broker, clock = stored
+        runs: list[int] = []
+        job = taskhawk.task(name="mail.send", once=True, keep_s=60)(lambda_free(runs))
+        message = Message.new(job.name)
+        for after_s in (0, 59, 2):
+            clock.now += after_s
+            taskhawk.publish(message)
+            work_all(broker)
+        assert len(runs) == 2
+
+    @pytest.mark.parametrize(
+        ("options", "lease_s", "void_s"),
+        [({}, 40, 45), ({"time_limit": 600}, 40, 605)],
+    )
+    def test_crash(self, stored, options, lease_s, void_s):
+        """A run that died is repeated once its claim is void, and not before.
+
+        The claim lasts for the task's time limit, or else for the visibility timeout.
+        """
+        broker, clock = stored
+        runs: list[int] = []
+        job = taskhawk.task(name="mail.send", once=True, **options)(lambda_free(runs))
+        job.isolate = False
+        job.dispatch()
+        queue = broker.destination(Priority.default)
+        began = clock.now
+        [received] = broker.receive(queue, 1, 0, lease_s, NEVER)
+        received.message, received.lease_s = Message(json.loads(received.body)), lease_s
+        held = taskhawk._with_claims(job, received)
+        held.__enter__()  # and the worker dies
+        ends: list[taskhawk.Ledger] = []
+        while not runs:
+            until_visible(broker, clock)
+            ends.append(work_once(broker))
+        assert {each.postponed for each in ends[:-1]} == {1}
+        assert ends[-1].acked == 1
+        assert void_s < clock.now - began <= void_s + 161
+
+
+def lambda_free(runs: list[int]) -> Callable[[], None]:
+    """Return a task's function that notes its runs."""
+
+    def run() -> None:
+        runs.append(1)
+
+    return run
+
+
+class TestUnique:
+    """Queued duplicates collapse into one run, which starts after the last was sent."""
+
+    def test_collapses(self, stored):
+        """A thousand dispatches while it runs cost one more run, after the last of them."""
+        broker, clock = stored
+        states: list[int] = []
+        latest = [0]
+
+        def index(document: int) -> None:
+            states.append(latest[0])
+            if len(states) == 1:
+                for _ in range(100):
+                    latest[0] += 10
+                    clock.now += 0.001
+                    job.dispatch_many([document] * 10)
+                clock.now += 0.001
+
+        job = taskhawk.task(name="shop.index", unique=("document",))(index)
+        job.dispatch(7)
+        assert work_all(broker) == taskhawk.Ledger(received=1001, acked=1001)
+        assert states == [0, 1000]
+
+    def test_queued_while_it_runs(self, state):
+        """One that is sent while its like runs does run: it may have come too late for that."""
+        runs: list[Any] = []
+
+        def index(document: int, shop: str = "A") -> None:
+            runs.append((document, shop))
+            if len(runs) == 1:
+                job.dispatch(document, shop=shop)
+
+        job = taskhawk.task(name="shop.index", unique=True)(index)
+        job.dispatch(7)
+        job.dispatch(7, "B")
+        work_all(state)
+        assert sorted(runs) == [(7, "A"), (7, "A"), (7, "B")]
+
+    def test_own_retries(self, stored):
+        """The message that ran may run again, also where it stands for others."""
+        broker, clock = stored
+        runs: list[str] = []
+
+        def index(metadata: Any) -> None:
+            runs.append(metadata.id)
+            if len(runs) < 3:
+                raise OSError
+
+        job = taskhawk.task(name="shop.index", unique=True, retry=lambda _: 0)(index)
+        first, _ = job.dispatch(), job.dispatch()
+        clock.now += 0.001
+        assert work_all(broker) == taskhawk.Ledger(received=4, acked=2, retried=2)
+        assert runs == [first] * 3
+
+    def test_of_a_topic(self, isolated):
+        """Messages of a topic have no times to compare: each runs."""
+        taskhawk.configure(AWS_KEYS, TASKHAWK_CLAIMS_TABLE=CLAIMS_TABLE)
+        runs: list[int] = []
+        taskhawk.task(name="mail.send", unique=True)(lambda_free(runs))
+        event = {"Records": [lambda_sns_record(processing_body(), "m1")] * 2}
+        assert lambda_consume(event) == (None, [])
+        assert len(runs) == 2
+
+
+class TestLimits:
+    """At most so many at once or in a time; who waits uses up no attempts."""
+
+    def test_rate(self, stored):
+        """At most so many start in any time of that length; the others wait for theirs."""
+        broker, clock = stored
+        starts: list[float] = []
+
+        def call() -> None:
+            starts.append(clock.now)
+
+        job = taskhawk.task(name="mail.call", limit=taskhawk.limit(3, every_s=60))(call)
+        for _ in range(10):
+            job.dispatch()
+        while len(starts) < 10:
+            until_visible(broker, clock)
+            work_once(broker)
+        for first, fourth in zip(starts, starts[3:], strict=False):
+            assert fourth - first >= 60
+        assert starts[-1] - starts[0] <= 3 * 60 + 4 * 160
+
+    def test_lock(self, state):
+        """While one runs, the others of its customer wait, and only they."""
+        runs: list[Any] = []
+        option = {"limit": taskhawk.limit(1, per=("customer",)), "time_limit": 60}
+
+        def bill(customer: str) -> None:
+            runs.append(customer)
+            if len(runs) == 1:
+                inner.append(work_once(state))
+
+        inner: list[taskhawk.Ledger] = []
+        job = taskhawk.task(name="shop.bill", **option)(bill)
+        job.isolate = False
+        for customer in "aab":
+            job.dispatch(customer)
+        queue = state.destination(Priority.default)
+        found: list[QueueMessage] = []
+        while not found:
+            found = state.receive(queue, 1, 1, 60, NEVER)
+        assert taskhawk.process(found[0]).fate is Fate.acknowledge
+        total = len(runs) + sum(ledger.postponed for ledger in inner)
+        assert sum(ledger.received for ledger in inner) == total - 1
+        first = runs[0]
+        assert all(customer != first for customer in runs[1:])
+
+    def test_failed_run(self, stored):
+        """However a run ends, its place is free again."""
+        broker, _ = stored
+        runs: list[int] = []
+
+        def run() -> None:
+            runs.append(1)
+            raise KeyError
+
+        options = {"limit": taskhawk.limit(1), "time_limit": 3600}
+        job = taskhawk.task(name="mail.send", retry=lambda _: 0, **options)(run)
+        job.isolate = False
+        job.dispatch()
+        for attempt in range(1, 4):
+            assert work_once(broker).retried == 1
+            assert len(runs) == attempt
+
+    def test_waiting(self, stored):
+        """Waiting for hours is no attempt, and costs a request in ten seconds at most."""
+        broker, clock = stored
+        options = {"limit": taskhawk.limit(1), "time_limit": 5 * 3600}
+        seen: list[Any] = []
+
+        def run(metadata: Any) -> None:
+            seen.append(metadata.attempt)
+
+        job = taskhawk.task(name="mail.send", **options)(run)
+        job.isolate = False
+        job.dispatch()
+        key, began = taskhawk._key(job, "limit", {}), clock.now
+        taskhawk._SqliteClaims(broker).claim(key, 4 * 3600)
+        looks = []
+        while not seen:
+            until_visible(broker, clock)
+            looks.append(clock.now)
+            work_once(broker)
+        assert seen == [1]
+        assert 4 * 3600 < clock.now - began <= 4 * 3600 + 170
+        for count, at in enumerate(looks):
+            # A receive, a claim, a copy and a delete; and the first minutes are quicker.
+            assert 4 * count <= (at - began) / 10 + 16
+
+    def test_lambda(self, lambda_sqs, lambda_runs, sqlite):
+        """A function's claim lasts as long as a function may run, whatever its time limit."""
+        job = taskhawk.task(name="lambda.slow", time_limit=5, limit=taskhawk.limit(1))(
+            nothing
+        )
+        record = lambda_sqs_record(processing_body("lambda.slow"), "m1")
+        received = taskhawk._from_record(record)
+        assert taskhawk._void_s(job, received) == 905
+        assert taskhawk._void_s(job, QueueMessage("", "m1")) == 10
 
 
 # --- 22. schedules --------------------------------------------------------------------
@@ -14557,6 +15703,493 @@ class TestCancel:
         assert refused(taskhawk.cancel, "some-id") == (
             f"taskhawk-app: {denied} (AccessDeniedException: no)"
         )
+
+
+#: What is refused at declaration, and what the error says after the task's name.
+WRONG_SCHEDULES = """
+every day
+    expected 'rate(5 minutes)', 'cron(0 9 ? * MON-FRI *)' or a timedelta of minutes
+at(2099-01-01T00:00:00)
+    expected 'rate(5 minutes)', 'cron(0 9 ? * MON-FRI *)' or a timedelta of minutes
+rate(0 minutes)
+    expected 'rate(5 minutes)', 'cron(0 9 ? * MON-FRI *)' or a timedelta of minutes
+rate(5 seconds)
+    expected 'rate(5 minutes)', 'cron(0 9 ? * MON-FRI *)' or a timedelta of minutes
+cron(0 9 * * MON)
+    expected six fields (minutes, hours, day-of-month, month, day-of-week, year), got 5
+cron(0 9 * * MON *)
+    expected ? for either day-of-month or day-of-week
+cron(0 9 ? * ? *)
+    expected ? for either day-of-month or day-of-week
+cron(? 9 * * MON *)
+    expected ? for either day-of-month or day-of-week
+cron(60 9 ? * MON *)
+    minutes: expected 0 to 59, lists, ranges or steps of them, got '60'
+cron(0,a 9 ? * MON *)
+    minutes: expected 0 to 59, lists, ranges or steps of them, got 'a'
+cron(0 9- ? * MON *)
+    hours: expected 0 to 23, lists, ranges or steps of them, got '9-'
+cron(0 17-9 ? * MON *)
+    hours: expected 0 to 23, lists, ranges or steps of them, got '17-9'
+cron(0 */0 ? * MON *)
+    hours: expected 0 to 23, lists, ranges or steps of them, got '*/0'
+cron(0 9 0 * ? *)
+    day-of-month: expected 1 to 31, lists, ranges or steps of them, got '0'
+cron(0 9 32W * ? *)
+    day-of-month: expected 1 to 31, lists, ranges or steps of them, got '32W'
+cron(0 9 ? MON MON *)
+    month: expected 1 to 12, lists, ranges or steps of them, got 'MON'
+cron(0 9 ? * 0 *)
+    day-of-week: expected 1 to 7, lists, ranges or steps of them, got '0'
+cron(0 9 ? * MON#6 *)
+    day-of-week: expected 1 to 7, lists, ranges or steps of them, got 'MON#6'
+cron(0 9 ? * MON 1969)
+    year: expected 1970 to 2199, lists, ranges or steps of them, got '1969'
+cron(0 9 ? * MON L)
+    year: expected 1970 to 2199, lists, ranges or steps of them, got 'L'
+"""
+#: An expression, a moment, and the next time after it; "-" for none.
+NEXT_TIMES = """
+rate(5 minutes)                  UTC               2026-11-28T13:00:00  2026-11-28T13:05:00
+rate(1 day)                      Europe/Berlin     2026-03-28T23:59:59  2026-03-29T00:00:00
+cron(0 9 ? * MON-FRI *)          UTC               2026-11-27T09:00:00  2026-11-30T09:00:00
+cron(0 9 ? * 2-6 *)              UTC               2026-11-27T08:59:59  2026-11-27T09:00:00
+cron(0/20 8,18 1 jan-mar/2 ? *)  UTC               2026-01-01T18:40:00  2026-03-01T08:00:00
+cron(*/25 */12 ? * SUN,sat *)    UTC               2026-11-28T12:00:00  2026-11-28T12:25:00
+cron(0 0 29 2 ? *)               UTC               2026-01-01T00:00:00  2028-02-29T00:00:00
+cron(0 0 1 1 ? 2030-2031)        UTC               2031-01-01T00:00:00  -
+cron(0 0 30 2 ? *)               UTC               2026-01-01T00:00:00  -
+cron(0 9 L * ? *)                UTC               2026-01-01T00:00:00  -
+cron(30 2 * * ? *)               Europe/Berlin     2026-03-28T01:30:00  2026-03-30T00:30:00
+cron(30 2 * * ? *)               Europe/Berlin     2026-10-24T00:30:00  2026-10-25T00:30:00
+cron(30 2 * * ? *)               Europe/Berlin     2026-10-25T00:30:00  2026-10-26T01:30:00
+cron(0/30 * * * ? *)             Europe/Berlin     2026-10-25T00:30:00  2026-10-25T02:00:00
+cron(30 1 * * ? *)               America/New_York  2026-11-01T05:30:00  2026-11-02T06:30:00
+cron(15 2 * * ? *)               Australia/Lord_Howe  2026-10-03T15:29:00  2026-10-04T15:15:00
+"""
+#: Around both changes of 2026 in each of the time zones.
+ZONE_CHANGES = {
+    "Europe/Berlin": ("2026-03-29T01:00Z", "2026-10-25T01:00Z"),
+    "America/New_York": ("2026-03-08T07:00Z", "2026-11-01T06:00Z"),
+    "Australia/Lord_Howe": ("2026-04-04T15:00Z", "2026-10-03T15:30Z"),
+}
+
+
+def field_texts(low: int, high: int) -> st.SearchStrategy[str]:
+    """Draw what AWS takes for a field of numbers."""
+    number = st.integers(low, high)
+    pair = st.tuples(number, number).map(sorted)
+    part = st.one_of(
+        st.just("*"),
+        number.map(str),
+        pair.map(lambda ends: "{}-{}".format(*ends)),
+        st.tuples(number, st.integers(1, 20)).map(lambda step: "{}/{}".format(*step)),
+    )
+    return st.lists(part, min_size=1, max_size=3).map(",".join)
+
+
+def brute_force(schedule: Any, moment: datetime, days: int) -> datetime | None:
+    """Return the next time by looking at every minute of UTC, for so many days."""
+    zone = ZoneInfo(schedule.timezone)
+    minute = moment.replace(second=0, microsecond=0)
+    for _ in range(days * 24 * 60):
+        minute += timedelta(minutes=1)
+        local = minute.astimezone(zone)
+        weekday = local.isoweekday() % 7 + 1
+        found = (local.minute, local.hour, local.day, local.month, weekday, local.year)
+        is_first = local.fold == 0
+        if is_first and all(map(operator.contains, schedule.fields, found)):
+            return minute
+    return None
+
+
+class TestScheduleExpressions:
+    """AWS's expressions: what is one, and when it is due."""
+
+    @pytest.mark.parametrize(("expression", "sentence"), told(WRONG_SCHEDULES))
+    def test_wrong(self, expression, sentence):
+        """A wrong one is refused where the task is declared, by one sentence."""
+        declare = taskhawk.task(name="audit", schedule=expression)
+        assert refused(declare, plain) == (
+            f"audit has schedule={expression!r}: {sentence}"
+        )
+
+    @pytest.mark.parametrize(
+        ("options", "sentence"),
+        [
+            (
+                {"schedule": 5},
+                (
+                    "schedule=5: expected 'rate(5 minutes)', 'cron(0 9 ? * MON-FRI *)'"
+                    " or a timedelta of minutes"
+                ),
+            ),
+            *(
+                (
+                    {"schedule": wrong},
+                    f"schedule={wrong!r}: expected whole minutes, from 1 to 99999",
+                )
+                for wrong in (
+                    timedelta(),
+                    timedelta(minutes=-1),
+                    timedelta(seconds=90),
+                    timedelta(days=70),
+                )
+            ),
+            ({"timezone": "UTC"}, "timezone='UTC': expected a schedule too"),
+            *(
+                (
+                    {"schedule": "rate(1 day)", "timezone": wrong},
+                    (
+                        f"timezone={wrong!r}: expected the name of a time zone that"
+                        " this system has, such as 'Europe/Berlin'"
+                    ),
+                )
+                for wrong in ("Berlin", "../etc/passwd", "Europe", "", None)
+            ),
+        ],
+    )
+    def test_wrong_options(self, options, sentence):
+        """What is no schedule or no time zone is refused likewise."""
+        declare = taskhawk.task(name="audit", **options)
+        assert refused(declare, plain) == f"audit has {sentence}"
+
+    def test_arguments(self):
+        """A periodic task can be called without arguments, or it is refused."""
+
+        def resize(image, *, metadata, size=1):
+            """Do nothing."""
+
+        declare = taskhawk.task(name="resize", schedule="rate(1 day)")
+        assert refused(declare, resize) == (
+            "resize has schedule='rate(1 day)': expected a function that can be called"
+            " without arguments (resize: missing a required argument: 'image')"
+        )
+
+    @pytest.mark.parametrize(
+        ("minutes", "text"), [(1, "rate(1 minute)"), (90, "rate(90 minutes)")]
+    )
+    def test_timedelta(self, minutes, text):
+        """A timedelta is a rate."""
+        interval = timedelta(minutes=minutes)
+        task = taskhawk.task(name="audit", schedule=interval)(plain)
+        schedule = taskhawk._schedule_of(task)
+        assert (schedule.text, schedule.interval_s) == (text, minutes * 60)
+
+    @pytest.mark.parametrize(
+        ("expression", "zone", "moment", "expected"),
+        [re.split(r"\s{2,}", line) for line in NEXT_TIMES.strip().splitlines()],
+    )
+    def test_next(self, expression, zone, moment, expected):
+        """The next time is strictly after a moment; daylight saving skips, and repeats none."""
+        schedule = taskhawk._parse_schedule(expression, zone)
+        due = schedule.next_after(datetime.fromisoformat(f"{moment}Z"))
+        assert (f"{due:%Y-%m-%dT%H:%M:%S}" if due else "-") == expected
+
+    @pytest.mark.parametrize("zone", ZONE_CHANGES)
+    @hypothesis.settings(max_examples=60)
+    @given(data=st.data())
+    def test_like_brute_force(self, zone, data):
+        """Around both changes of a year, it is what a look at every minute finds."""
+        minutes, hours = data.draw(field_texts(0, 59)), data.draw(field_texts(0, 23))
+        days = data.draw(st.sampled_from(["* * ?", "? * *", "? * 1,7", "25-31 * ?"]))
+        expression = f"cron({minutes} {hours} {days} *)"
+        schedule = taskhawk._parse_schedule(expression, zone)
+        change = data.draw(st.sampled_from(ZONE_CHANGES[zone]))
+        moment = datetime.fromisoformat(change) + timedelta(
+            seconds=data.draw(st.integers(-90_000, 10_000))
+        )
+        expected = brute_force(schedule, moment, 2)
+        if expected:
+            assert schedule.next_after(moment) == expected
+        else:
+            due = schedule.next_after(moment)
+            assert due is None or due > moment + timedelta(days=2, minutes=-1)
+
+    @given(
+        st.integers(1, 99_999),
+        st.sampled_from(["minute", "hour", "day"]),
+        st.integers(0, 4_000_000_000),
+    )
+    def test_rate(self, count, unit, now_s):
+        """A rate is due at each multiple of its interval, whatever the time zone does."""
+        schedule = taskhawk._parse_schedule(f"rate({count} {unit}s)", "Europe/Berlin")
+        moment = datetime.fromtimestamp(now_s, UTC)
+        due_s = schedule.next_after(moment).timestamp()
+        assert due_s % schedule.interval_s == 0
+        assert now_s < due_s <= now_s + schedule.interval_s
+
+
+MINUTELY = timedelta(minutes=1)
+#: Three workers at any time, of which one is killed again and again.
+TICKING = """
+import os, random, signal, sys, threading, time
+from datetime import timedelta
+import taskhawk
+
+began = time.time()
+url = f"sqlite:///{sys.argv[1]}"
+taskhawk.configure(TASKHAWK_BROKER=url)
+
+@taskhawk.task(name="audit", schedule=timedelta(minutes=1))
+def audit():
+    pass
+
+def clock():
+    return began + (time.time() - began) * 2000  # a minute takes 30 ms
+
+def work():
+    broker = taskhawk.SqliteBroker(url, clock=clock)
+    while True:
+        taskhawk._Ticker(broker, [audit], threading.Event()).look()
+
+workers = []
+for number in range(33):
+    workers.append(os.fork())
+    if not workers[-1]:
+        work()
+    if len(workers) == 3:
+        time.sleep(random.random() / 10)
+        os.kill(workers[0], signal.SIGKILL)
+        os.waitpid(workers.pop(0), 0)
+for worker in workers:
+    os.kill(worker, signal.SIGKILL)
+    os.waitpid(worker, 0)
+"""
+
+
+def periodic_ids(path: Path) -> list[str]:
+    """Return the ids of the messages of all queues, in the order of their sending."""
+    bodies = sqlite_execute(path, "SELECT body FROM message ORDER BY sent_ms, id")
+    return [json.loads(body)["id"] for (body,) in bodies]
+
+
+class TestPeriodicTasks:
+    """On SQLite any worker queues what is due: each firing once, whoever dies when."""
+
+    @pytest.fixture
+    def runs(self, isolated):
+        """Return the metadata of each run of a task that is due each minute."""
+        runs = []
+
+        @taskhawk.task(name="audit", schedule=MINUTELY, priority=Priority.high)
+        def audit(metadata):
+            runs.append(metadata)
+
+        return runs
+
+    @pytest.fixture
+    def clock(self):
+        """Return a clock that stands half a minute past."""
+        return Clock(1_700_000_000 // 60 * 60 + 30)
+
+    @pytest.fixture
+    def ticking(self, tmp_path, clock, runs):
+        """Return a broker on disk with that clock, which taskhawk is configured to use."""
+        url = f"sqlite:///{tmp_path}/queue.db"
+        taskhawk.configure(TASKHAWK_BROKER=url)
+        broker = taskhawk.SqliteBroker(url, clock=clock)
+        yield broker
+        broker.close()
+
+    @staticmethod
+    def ticker(broker):
+        """Return what a worker on a broker runs beside itself."""
+        tasks = taskhawk._periodic_tasks().values()
+        return taskhawk._Ticker(broker, tasks, threading.Event())
+
+    def test_runs(self, ticking, clock, runs):
+        """It is due from the first look on, runs once when it is, and has an id made of the time."""
+        queue = ticking.destination(Priority.high)
+        assert work_once(ticking, queue).received == 0
+        clock.now += 30
+        assert work_once(ticking, queue).acked == 1
+        assert work_once(ticking, queue).received == 0
+        (metadata,) = runs
+        due_s = clock.now // 60 * 60
+        due = datetime.fromtimestamp(due_s, UTC)
+        assert metadata.id == f"task.audit-{due:%Y-%m-%dT%H:%M:%SZ}"
+        assert metadata.timestamp == due_s * 1000
+        assert metadata.priority is Priority.high
+
+    def test_once_after_a_stop(self, ticking, clock, tmp_path):
+        """What was missed while no worker ran is queued once, and then it goes on."""
+        self.ticker(ticking).look()
+        clock.now += 86_400
+        for _ in range(2):
+            self.ticker(ticking).look()
+        clock.now += 60
+        self.ticker(ticking).look()
+        assert len(periodic_ids(tmp_path / "queue.db")) == 2
+
+    def test_changed(self, ticking, clock, tmp_path):
+        """A schedule that is changed begins anew: nothing is due at once."""
+        self.ticker(ticking).look()
+        taskhawk._registry.clear()
+        clock.now += 86_400
+        taskhawk.task(name="audit", schedule="cron(0 0 1 1 ? *)")(plain)
+        taskhawk.task(name="over", schedule="cron(0 0 1 1 ? 2001)")(plain)
+        ticker = self.ticker(ticking)
+        ticker.look()
+        assert periodic_ids(tmp_path / "queue.db") == []
+        assert ticker._due_ms / 1000 == datetime(2024, 1, 1, tzinfo=UTC).timestamp()
+
+    @pytest.mark.slow
+    def test_many_workers(self, ticking, clock, tmp_path):
+        """Of workers that look at the same moment, one queues it."""
+        tickers = [
+            self.ticker(taskhawk.SqliteBroker(ticking.url(""), clock=clock))
+            for _ in range(6)
+        ]
+        ticking.close()
+        with concurrent.futures.ThreadPoolExecutor(len(tickers)) as pool:
+            for _ in range(20):
+                for done in [pool.submit(ticker.look) for ticker in tickers]:
+                    done.result()
+                clock.now += 60
+        ids = periodic_ids(tmp_path / "queue.db")
+        assert len(ids) == len({*ids}) == 19
+        for ticker in tickers:
+            ticker._broker.close()
+
+    @pytest.mark.slow
+    def test_kill(self, tmp_path):
+        """Workers that are killed at any moment queue each firing once, and lose none."""
+        path = tmp_path / "queue.db"
+        result = run_python(["-c", TICKING, str(path)])
+        assert (result.returncode, result.stderr) == (0, "")
+        sent = sqlite_execute(
+            path, "SELECT body, sent_ms FROM message ORDER BY sent_ms"
+        )
+        assert len(sent) > 20
+        next_ms = None
+        for body, sent_ms in sent:
+            data = json.loads(body)
+            due_ms = Message(data).timestamp
+            assert data["id"].endswith(data["metadata"]["timestamp"])
+            assert due_ms == next_ms or next_ms is None
+            next_ms = (sent_ms // 60_000 + 1) * 60_000
+        [(due_ms,)] = sqlite_execute(path, "SELECT due_ms FROM schedule")
+        assert due_ms == next_ms
+
+    def test_while_it_works(self, tmp_path, runs):
+        """A worker queues what becomes due while it runs, then runs it."""
+        url = f"sqlite:///{tmp_path}/queue.db"
+        taskhawk.configure(TASKHAWK_BROKER=url)
+        late_s = 59.7 - time.time() % 60  # its next minute begins soon
+        broker = taskhawk.SqliteBroker(url, clock=lambda: time.time() + late_s)
+        queues = [broker.destination(Priority.high)]
+        assert taskhawk.Worker(broker, queues, max_tasks=1).run().acked == 1
+        assert len(runs) == 1
+        broker.close()
+
+    def test_fault(self, ticking, clock, tmp_path, caplog):
+        """A fault is said once, and tried again; a file that was removed is made anew."""
+        caplog.set_level(logging.INFO)
+        ticker = self.ticker(ticking)
+        ticker.look()
+        ticking.close()
+        (tmp_path / "queue.db").unlink()
+        (tmp_path / "queue.db").mkdir()
+        for _ in range(2):
+            ticker.look()
+            assert clock.now * 1000 < ticker._due_ms < (clock.now + 60) * 1000
+        (tmp_path / "queue.db").rmdir()
+        ticker.look()
+        assert ticker._due_ms == (clock.now + 30) * 1000
+        cant, can = caplog.messages
+        where = f"sqlite:///{tmp_path}/queue.db"
+        assert cant.startswith(
+            f"{where}: can't queue periodic tasks, goes on trying: ConfigurationError("
+        )
+        assert can == f"{where}: can queue periodic tasks again; tries that failed: 2"
+
+    @pytest.mark.parametrize(
+        "expression",
+        [
+            "cron(0 9 L * ? *)",
+            "cron(0 9 LW * ? *)",
+            "cron(0 9 15W * ? *)",
+            "cron(0 9 ? * FRIL *)",
+            "cron(0 9 ? * 2#1 *)",
+        ],
+    )
+    def test_foreign(self, worker_broker, tmp_path, expression):
+        """What AWS alone understands is declared, but no worker on SQLite begins with it."""
+        taskhawk._registry.clear()
+        task = taskhawk.task(name="audit", schedule=expression)(plain)
+        assert task.options["schedule"] == expression
+        broker = taskhawk.SqliteBroker(f"sqlite:///{tmp_path}/queue.db")
+        assert refused(taskhawk.Worker(broker, [WORKER_QUEUE]).run) == (
+            f"audit has schedule={expression!r}: L, W and # are AWS's alone: expected"
+            " numbers, lists, ranges and steps on SQLite"
+        )
+        broker.close()
+        # On SQS it is Scheduler that sends: a worker has nothing to do with it.
+        assert work_once(worker_broker, WORKER_QUEUE).received == 0
+
+    @pytest.mark.parametrize(
+        ("fifo", "options", "group"),
+        [
+            (False, {}, None),
+            (True, {}, "task.count"),
+            (True, {"group": "customer"}, "7"),
+            (False, {"group": lambda customer=None: None}, None),
+        ],
+    )
+    def test_group(self, tmp_path, clock, fifo, options, group):
+        """Its message has the group that a dispatch would have; a FIFO queue needs one."""
+
+        def count(customer=7):
+            """Do nothing."""
+
+        url = f"sqlite:///{tmp_path}/queue.db"
+        taskhawk.configure(TASKHAWK_BROKER=url, TASKHAWK_FIFO=fifo)
+        task = taskhawk.task(name="count", schedule=MINUTELY, **options)(count)
+        broker = taskhawk.SqliteBroker(url, clock=clock)
+        ticker = taskhawk._Ticker(broker, [task], threading.Event())
+        ticker.look()
+        clock.now += 60
+        ticker.look()
+        queue = broker.destination(Priority.default)
+        (received,) = broker.receive(queue, 1, 0, 60, NEVER)
+        assert received.group_id == group
+        broker.close()
+
+    def test_names(self):
+        """A schedule's name tells the task; a name that can't be one is a hash."""
+        names = ["audit", "ä", "x" * 60, "app.tasks.audit"]
+        for name in names:
+            taskhawk.task(name=name, schedule=MINUTELY)(another(name))
+        tasks = taskhawk._periodic_tasks()
+        for schedule, task in tasks.items():
+            assert re.fullmatch(r"task\.[0-9a-zA-Z_.-]{1,59}", schedule)
+            is_plain = task.name in ("audit", "app.tasks.audit")
+            assert (schedule == f"task.{task.name}") is is_plain
+        assert {task.name for task in tasks.values()} >= {*names}
+
+    def test_list(self, sqlite, capsys):
+        """The command lists them with the time when each is due next."""
+        taskhawk._registry.clear()
+        taskhawk.task(name="a", schedule="rate(1 day)", timezone="Europe/Berlin")(plain)
+        taskhawk.task(name="b", schedule="cron(0 9 L * ? *)")(another("b"))
+        taskhawk.task(name="c")(another("c"))
+        day = datetime.now(UTC).date() + timedelta(days=1)
+        assert taskhawk.main(["schedules"]) == 0
+        assert capsys.readouterr().out.splitlines() == [
+            f"a  rate(1 day)  Europe/Berlin  {day}T00:00:00+00:00",
+            "b  cron(0 9 L * ? *)  UTC  when AWS says",
+        ]
+        taskhawk.configure(TASKHAWK_QUEUE="app")
+        assert taskhawk.main(["schedules", "--json"]) == 0
+        (row, _) = json.loads(capsys.readouterr().out)
+        assert row == {
+            "task": "a",
+            "priority": "default",
+            "schedule": "rate(1 day)",
+            "timezone": "Europe/Berlin",
+            "next": None,
+        }
 
 
 # --- 23. Django's tasks ---------------------------------------------------------------
@@ -15130,7 +16763,8 @@ class TestDeadLetters:
         """They go back to the queue of their priority as they were, without our attributes."""
         header = {"n": {"DataType": "String", "StringValue": "é"}}
         value = {"DataType": "String", "StringValue": "3"}
-        ours = dict.fromkeys(("taskhawk.error", "taskhawk.attempts"), value)
+        names = ("taskhawk.error", "taskhawk.attempts", "taskhawk.postponed")
+        ours = dict.fromkeys(names, value)
         queue = broker.destination(Priority.high)
         broker.send(
             f"{queue}-DLQ", [Outgoing(processing_body(args=[1]), {**ours, **header})]
@@ -15142,6 +16776,43 @@ class TestDeadLetters:
         assert received.message_attributes["n"]["StringValue"] == "é"
         assert receive_all() == []
         assert broker.depth(f"{queue}-DLQ") == Depth(0, 0, 0)
+
+    @pytest.mark.parametrize("place", ["ministack", "sqlite"])
+    def test_fifo(  # noqa: PLR0917 - fixtures
+        self, request, place, sqs_client, queue_name, capsys, caplog, tmp_path
+    ):
+        """Of a FIFO queue, they go back in the order and group that they had.
+
+        A copy is deduplicated by what it is a copy of: its own id was sent before. What
+        waits behind those that are looked at can't be seen, and that is said.
+        """
+        taskhawk.configure(TASKHAWK_BROKER=f"sqlite:///{tmp_path}/queue.db")
+        if place == "ministack":
+            endpoint = request.getfixturevalue("ministack")
+            make_queue(sqs_client(endpoint), f"TASKHAWK-{queue_name}.fifo")
+            configure_aws(endpoint, queue_name)
+        taskhawk.configure(taskhawk.settings.given, TASKHAWK_FIFO=True)
+        broker = taskhawk._brokers.broker()
+        queue = broker.destination(Priority.default)
+        dead = taskhawk._dead_letter_name(queue)
+        letters = [
+            Outgoing(processing_body(args=[n]), {}, 0, "g", f"{n}") for n in range(12)
+        ]
+        for letter in letters:
+            broker.send(dead, [letter])
+        assert taskhawk.main(["dead-letters", "list", "--json"]) == 0
+        seen, warnings = 12, []
+        if place == "ministack":
+            seen = 10
+            warnings = [f"{dead}: about 2 more wait behind these, in their groups"]
+        assert capsys.readouterr().out.count("\n") == seen
+        assert caplog.messages == warnings
+        assert taskhawk.requeue_dead_letter(Priority.default) == 12
+        found = []
+        while messages := broker.receive(queue, 1, 0, 60, NEVER):
+            found += [(json.loads(m.body)["args"], m.group_id) for m in messages]
+            broker.delete(queue, [m.receipt_handle for m in messages])
+        assert found == [([number], "g") for number in range(12)]
 
     @pytest.mark.parametrize("num_messages", [1, 4, 10, 1000])
     def test_requeue_many(self, sqlite, caplog, num_messages):
@@ -15863,12 +17534,6 @@ class TestDeadLetterCommands:
 # --- 25. infrastructure ---------------------------------------------------------------
 
 
-def told(text: str) -> list[tuple[str, str]]:
-    """Read cases: a line that begins at the margin, and the sentence below it."""
-    found = re.findall(r"(?m)^(\S.*)\n((?: .*\n)+)", text)
-    return [(case, " ".join(sentence.split())) for case, sentence in found]
-
-
 class Terminal:
     """A command that runs in a terminal, and what it has shown."""
 
@@ -16095,6 +17760,59 @@ class TestProvision:
             assert policy["deadLetterTargetArn"] == dead["QueueArn"]
             assert int(policy["maxReceiveCount"]) == 5
             assert found["Tags"] == dead["Tags"] == {"taskhawk": queue_name}
+
+    def test_fifo(self, ministack, sqs_client, queue_name, capsys):
+        """FIFO queues are made as such, in high throughput mode, and nothing is wrong then.
+
+        What someone has changed of that mode stays.
+        """
+        account = configure_account(
+            sqs_client, ministack, queue_name, TASKHAWK_FIFO=True
+        )
+        name, only = f"TASKHAWK-{queue_name}", "--priority=default"
+        names = [f"{name}-DLQ.fifo", f"{name}.fifo"]
+        assert provision(capsys, only) == [f"queue {queue}: made" for queue in names]
+        client = sqs_client(ministack)
+        for queue in names:
+            found = attributes_of(client, queue)
+            assert found["FifoQueue"] == "true"
+            assert found["DeduplicationScope"] == "messageGroup"
+            assert found["FifoThroughputLimit"] == "perMessageGroupId"
+        policy = json.loads(found["RedrivePolicy"])
+        arn = f"arn:aws:sqs:us-east-1:{account}:{name}"
+        assert policy["deadLetterTargetArn"] == f"{arn}-DLQ.fifo"
+        url = client.get_queue_url(QueueName=names[1])["QueueUrl"]
+        limit = {"FifoThroughputLimit": "perQueue"}
+        client.set_queue_attributes(QueueUrl=url, Attributes=limit)
+        as_it_should_be = [f"queue {queue}: is as it should be" for queue in names]
+        assert provision(capsys, only) == as_it_should_be
+        assert check(capsys, only) == (0, ["nothing is wrong"])
+        taskhawk._brokers.broker().send(f"{name}.fifo", grouped("a1 a2 b1"))
+        assert taskhawk.main(["stats", "--json"]) == 0
+        counts = json.loads(capsys.readouterr().out)["default"]
+        assert (counts["visible"], counts["dead_letters"]) == (3, 0)
+
+    def test_fifo_described(self, queue_name, aws, capsys):
+        """Terraform and IAM know FIFO queues and their dead-letter queues, too."""
+        taskhawk.configure(taskhawk.settings.given, TASKHAWK_FIFO=True)
+        only = "--priority=default"
+        queues = provision_json(capsys, only, "--format=terraform")["resource"]
+        queues = queues["aws_sqs_queue"]
+        assert list(queues) == ["taskhawk_app_dlq_fifo", "taskhawk_app_fifo"]
+        for queue in queues.values():
+            assert queue["fifo_queue"] is True
+            assert queue["deduplication_scope"] == "messageGroup"
+            assert queue["fifo_throughput_limit"] == "perMessageGroupId"
+        redrive = json.loads(queues["taskhawk_app_fifo"]["redrive_policy"])
+        reference = "${aws_sqs_queue.taskhawk_app_dlq_fifo.arn}"
+        assert redrive["deadLetterTargetArn"] == reference
+        roles = provision_json(capsys, only, "--format=iam")
+        arn = "arn:aws:sqs:us-east-1:000000000000:TASKHAWK-APP"
+        queue, dead = roles["worker"]["Statement"]
+        assert (queue["Resource"], dead["Resource"]) == (
+            [f"{arn}.fifo"],
+            [f"{arn}-DLQ.fifo"],
+        )
 
     def test_raises(self, endpoint, sqs_client, queue_name, capsys):
         """What is too low is raised, and what someone set higher stays."""
@@ -17122,7 +18840,7 @@ logging.config.dictConfig({{
         assert last == "taskhawk: Django can't be set up: division by zero"
 
 
-EMF_COUNTS = ("Received", "Acked", "Retried", "DeadLettered", "Released", "Uncertain")
+EMF_COUNTS = ("Received", "Acked", "Retried", "DeadLettered", "Postponed")
 
 
 def emf_lines(text: str) -> list[dict[str, Any]]:
@@ -17174,8 +18892,8 @@ class TestMetrics:
         first, second = emf_lines(capsys.readouterr().out)
         assert first["queue"] == WORKER_QUEUE
         assert second["queue"] == f"{WORKER_QUEUE}-BULK"
-        assert [first[name] for name in EMF_COUNTS] == [4, 3, 0, 1, 0, 0]
-        assert [second[name] for name in EMF_COUNTS] == [1, 1, 0, 0, 0, 0]
+        assert [first[name] for name in EMF_COUNTS] == [4, 3, 0, 1, 0]
+        assert [second[name] for name in EMF_COUNTS] == [1, 1, 0, 0, 0]
         assert (len(first["RunDuration"]), len(second["RunDuration"])) == (4, 1)
         assert first["OldestRunAge"] == first["LeasesLost"] == 0
         assert ledger.received == 5
