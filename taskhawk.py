@@ -10841,6 +10841,9 @@ class _DjangoBackend:
                 f"{where}: OPTIONS: expected on_commit, settings of taskhawk or options"
                 f" of taskhawk.task, got {name!r}"
             )
+        if type(self) is not _make_django_backend():
+            for name in sorted(_SETTINGS.keys() & self.options):
+                yield f"{where}: OPTIONS: {name} is not read for a subclass"
 
 
 def _expected_queue(name: object) -> str:
@@ -10862,15 +10865,13 @@ def _django_priority(declared: Any) -> Priority:
 
 @functools.cache
 def _django_task_options() -> frozenset[str]:
-    """Return the options of :func:`task` that are not Django's in another form."""
+    """Return the options of :func:`task` that one of Django's tasks may have.
+
+    Its name and priority are Django's to say, and it is called with its own arguments.
+    """
     own = inspect.signature(task, **_ANNOTATIONS).parameters
-    return frozenset([*own, *_more_options]) - {
-        "args",
-        "more",
-        "name",
-        "priority",
-        "_django",
-    }
+    others = {"args", "more", "name", "priority", "batch", "_django"}
+    return frozenset([*own, *_more_options]) - others
 
 
 def _options_of_declaration(declared: Any) -> dict[str, Any]:

@@ -23,6 +23,7 @@ import http.client
 import http.server
 import importlib
 import importlib.metadata
+import importlib.util
 import inspect
 import io
 import itertools
@@ -17239,7 +17240,9 @@ default 1 acknowledge""",
 check()
 check(QUEUES=["emails"])
 check(OPTIONS={"on_comit": True})
-check(OPTIONS={"TASKHAWK_QUEUE": "a b"})""",
+check(OPTIONS={"TASKHAWK_QUEUE": "a b"})
+shop.tasks.Special = type("Special", (taskhawk.DjangoBackend,), {})
+check(BACKEND="shop.tasks.Special", OPTIONS={"isolate": True, "TASKHAWK_QUEUE": "a"})""",
         """taskhawk.E001 40 TASKS['default']: QUEUES: expected one of default, high, low, \
 bulk, got 'emails'
 InvalidTask: Queue 'default' is not valid for backend.
@@ -17248,7 +17251,9 @@ or options of taskhawk.task, got 'on_comit'
 InvalidTask: TASKS['default']: OPTIONS: expected on_commit, settings of taskhawk \
 or options of taskhawk.task, got 'on_comit'
 taskhawk.E001 40 TASKHAWK_QUEUE in OPTIONS of Django's TASKS: expected at most 53 \
-letters, digits, hyphens and underscores, such as 'dev-myapp', got 'a b'""",
+letters, digits, hyphens and underscores, such as 'dev-myapp', got 'a b'
+taskhawk.E001 40 TASKS['default']: OPTIONS: TASKHAWK_QUEUE is not read for a subclass
+InvalidTask: TASKS['default']: OPTIONS: TASKHAWK_QUEUE is not read for a subclass""",
     ),
     "settings": (
         """print(taskhawk.settings.TASKHAWK_BROKER)
@@ -20309,6 +20314,10 @@ def readme_normalised(text: str) -> str:
 
 README_GROUPS = ["plain", "aws", "django", "flask"]  # blocks that share an interpreter
 README_NEW_DJANGO = pytest.mark.skipif(sys.version_info < (3, 12), reason="Django 6")
+README_FASTAPI = pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, ("aiohttp", "fastapi", "uvicorn"))),
+    reason="not installed",
+)
 README_BEFORE = {
     "flask": "import web\n",
     "mall": "import django; django.setup()\n",
@@ -20490,7 +20499,12 @@ class TestReadme:
 
     @pytest.mark.slow
     @pytest.mark.parametrize(
-        "group", [*README_GROUPS, pytest.param("mall", marks=README_NEW_DJANGO)]
+        "group",
+        [
+            *README_GROUPS,
+            pytest.param("mall", marks=README_NEW_DJANGO),
+            pytest.param("asyncio", marks=README_FASTAPI),
+        ],
     )
     def test_python_blocks_run(self, group, request, tmp_path):
         """Each Python block runs, in order, and prints what the block behind it says."""
@@ -20500,6 +20514,7 @@ class TestReadme:
         assert {block.marks.get("run", "plain") for block in python} == {
             *README_GROUPS,
             "mall",
+            "asyncio",
         }
         blocks = [block for block in python if block.marks.get("run", "plain") == group]
         sources = [(block.line, self.source(block), block.marks) for block in blocks]
@@ -20773,6 +20788,22 @@ def service_wait(is_done: Callable[[], object]) -> None:
         time.sleep(0.05)
 
 
+class ServiceHook(http.server.BaseHTTPRequestHandler):
+    """Keeps the JSON that is posted to it."""
+
+    called: list[Any]  # by the server that the handler is made for
+
+    def do_POST(self) -> None:
+        """Keep it."""
+        size = int(self.headers["Content-Length"])
+        self.called.append(json.loads(self.rfile.read(size)))
+        self.send_response(204)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
 @pytest.mark.slow
 class TestServices:
     """README's services start, take a request, and run its task."""
@@ -20806,6 +20837,38 @@ class TestServices:
         assert outbox.read_text() == "you@example.com: we have your order 7\n"
         ledger = (tmp_path / "worker.txt").read_text()
         assert ledger.startswith("1 received, 1 acked, ")
+
+    @pytest.fixture
+    def hook(self):
+        """Yield a server that keeps what is posted to its URL."""
+        called: list[Any] = []
+        handler = type("Handler", (ServiceHook,), {"called": called})
+        with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as listener:
+            thread = threading.Thread(target=listener.serve_forever)
+            thread.start()
+            url = f"http://127.0.0.1:{listener.server_port}/"
+            yield types.SimpleNamespace(url=url, called=called)
+            listener.shutdown()
+            thread.join()
+
+    @README_FASTAPI
+    def test_fastapi(self, env, tmp_path, hook):
+        """A lifespan runs a worker on the server's loop, with the server's client."""
+        port = free_port()
+        run = ["-m", "uvicorn", "webhooks:app", "--port", str(port)]
+        path = tmp_path / "webhooks.py"  # a poll in flight is waited out
+        path.write_text(path.read_text().replace("grace_s=20", "grace_s=5"))
+        env["PYTHONUNBUFFERED"] = "1"
+        with server(port, run, python_env(env), tmp_path) as url:
+            answers = [
+                service_post(f"{url}/events", {"url": hook.url, "paid": paid})
+                for paid in range(3)
+            ]
+            service_wait(lambda: len(hook.called) == 3)
+        assert {status for status, _ in answers} == {202}
+        assert sorted(event["paid"] for event in hook.called) == [0, 1, 2]
+        log = (tmp_path / "server.log").read_text()
+        assert "\n3 received, 3 acked, " in log, log
 
     def test_lambda(self, tmp_path):
         """The handler takes events as AWS has recorded them, and raises what fails."""
@@ -20973,9 +21036,8 @@ class TestReading:
             source = self.rooms(int(first), int(last or first))
             for name in re.findall(r"`([\w.]+)`", names):
                 word = name.rpartition(".")[2]
-                assert re.search(rf"(?m)^ *((def|class) {word}\b|{word} =)", source), (
-                    name
-                )
+                defined = re.search(rf"(?m)^ *(def |class |){word}\b[(: ]", source)
+                assert defined, name
 
     @staticmethod
     def rooms(first, last):
