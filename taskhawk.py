@@ -62,35 +62,36 @@ A message that a worker holds; the :class:`Ledger` counts what each becomes::
         '--> released                                    never started, visible at once
 
 What to read for each promise, and how many statements that is
-    1 (323): publish, _send_one, _accepted, _send_all_ready, _partial_failure,
+    1 (324): publish, _send_one, _accepted, _send_all_ready, _partial_failure,
         _send_all, _in_batches, _one_round, SqliteBroker.send, SqliteBroker._claim,
         SqliteBroker.delete, _SqliteFile.change, _use_write_ahead_log,
         _AwsSender._batch, SqsBroker.send, SqsBroker.delete, process, _verdict, _wanted,
-        _delay_s, _ask, _Slot._run, Worker.settle, _carry_out, _postpone, Worker._close,
-        _dead_letter, _send_copy, _Held.move, _Holdings.finish, _Holdings.release,
-        _Holdings._decide, _Calls.answered, _Calls._deleted, _Calls._delayed,
-        _Calls._try_later, _Holdings.doubt, _Holdings.close, _Holdings.end
-    2 (285): SqliteBroker.receive, SqliteBroker._claim, SqliteBroker.change_visibility,
-        SqsBroker.receive, _find_lease, _Poller._receive, _Course.take,
-        _Course._release_if_stuck, _Call, _Leases, _Holdings.take, _Holdings.start,
-        _Holdings.release, _Holdings.release_waiting, _Holdings._decide,
-        _Holdings.expire, _Holdings.lose, _Calls.next, _Calls.answered,
-        _Calls._extended, _Calls._deleted, _Keeper._look, _Keeper._make, _Slot._run,
-        _Slot._process, Worker._give_up, _Child.kill
-    3 (111): _decode, _parse, Message.__init__, _validate, _fits, _find_task,
+        _delay_s, _ask_policy, _Slot._run, Worker.settle, _carry_out, _postpone,
+        Worker._close, _dead_letter, _send_copy, _Held.move, _Holdings.finish,
+        _Holdings.release, _Holdings._decide, _Calls.answered, _Calls._deleted,
+        _Calls._delayed, _Calls._try_later, _Holdings.doubt, _Holdings.close,
+        _Holdings.end
+    2 (316): SqliteBroker.receive, SqliteBroker._claim, SqliteBroker.change_visibility,
+        SqsBroker.receive, _find_lease, _Poller._receive, _Intake.take, _Intake.close,
+        _Course.take, _Course._release_if_stuck, _Backlog, _Call, _Leases,
+        _Holdings.take, _Holdings.start, _Holdings.release, _Holdings.release_waiting,
+        _Holdings._decide, _Holdings.expire, _Holdings.lose, _Calls.next,
+        _Calls.answered, _Calls._extended, _Calls._deleted, _Keeper._look,
+        _Keeper._make, _Slot._run, _Slot._process, Worker._give_up, _Child.kill
+    3 (110): _decode, _parse, Message.__init__, _validate, _fits, _find_task,
         Task.find_by_name, Task.call, _register, _import, _import_path, _parse_line,
         _to_outcome, _import_tasks
-    4 (114): process, _run, _decode, _parse, _failed, _log_failed, _verdict,
-        _is_invalid, _text_of_invalid, _Slot._run, Worker.settle
-    5 (214): _run, _failed, _log_failed, _sentence, _what_follows, _name_of, _reason,
+    4 (98): process, _run, _decode, _parse, _failed, _log_failed, _verdict, _is_invalid,
+        _text_of_invalid, _Slot._run, Worker.settle
+    5 (198): _run, _failed, _log_failed, _sentence, _what_follows, _name_of, _reason,
         _in_one_line, _facts, _extra_of, _text_of_invalid, _shown, _mismatch,
         _too_large, _Holdings.warn, _Keeper._tell, _Faults, _error_code, _error_details,
         _explained, _explanation, _find_remedy, _Source.read, _call_safely, _log_again
-    6 (217): _Course.wait_for_room, _Course._find_room, _Poller.work, _Poller._try,
-        _Poller._receive, _pause_s, _Holdings._decide, _Ends, _Calls.next,
+    6 (321): _Polls, _Intake.begin, _Intake.adds_helper, _Poller.work, _Poller._help,
+        _Poller._try, _Poller._receive, _pause_s, _Holdings._decide, _Ends, _Calls.next,
         _Calls._due_at, _Calls._patience_s, _Calls._extended, _Leases, _Keeper._wait,
         _Keeper._make, SqsBroker.receive, SqsBroker.url, SqsBroker._find_url, _parts
-    7 (209): _in_own_context, _refresh_django_connections, _PerProcess, _made_once,
+    7 (210): _in_own_context, _refresh_django_connections, _PerProcess, _made_once,
         _Brokers.before_fork, _Brokers.after_fork, _close_sqlite_files,
         _release_sqlite_files, _Signals, _hold_signals, _release_signals,
         _forget_signals, _path_of_children, _Child._start_process,
@@ -234,6 +235,7 @@ _DEFAULT_LEASE_S = 30  # the visibility timeout of a queue that sets none
 _ERROR_ATTRIBUTE = "taskhawk.error"  # says why the worker dead-lettered a message
 _MAX_ERROR_BYTES = 16_384  # its size: enough for a traceback, little beside 1 MiB
 _ATTEMPTS_ATTRIBUTE = "taskhawk.attempts"  # how many there were before it was postponed
+_POSTPONED_ATTRIBUTE = "taskhawk.postponed"  # how often it was
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -639,6 +641,10 @@ _ROLE = _Rule(
     ),
 )
 _BROKER = _Rule("'sqs' or a URL of SQLite", _parse_broker)
+_TABLE = _Rule(
+    "3 to 255 letters, digits, dots, hyphens and underscores",
+    functools.partial(_parse_text, "[A-Za-z0-9_.-]{3,255}"),
+)
 _QUEUE = _Rule(
     f"at most {_MAX_QUEUE} letters, digits, hyphens and underscores",
     functools.partial(_parse_text, f"[A-Za-z0-9_-]{{1,{_MAX_QUEUE}}}"),
@@ -647,6 +653,7 @@ _SETTINGS = {
     "AWS_ACCESS_KEY": _Setting(_TEXT, "AKIAIOSFODNN7EXAMPLE"),
     "AWS_ACCOUNT_ID": _Setting(_ACCOUNT, "123456789012"),
     "AWS_CONNECT_TIMEOUT_S": _Setting(_SECONDS, "2", 2),
+    "AWS_ENDPOINT_DYNAMODB": _Setting(_URL, "http://127.0.0.1:4566"),
     "AWS_ENDPOINT_SCHEDULER": _Setting(_URL, "http://127.0.0.1:4566"),
     "AWS_ENDPOINT_SNS": _Setting(_URL, "http://127.0.0.1:4566"),
     "AWS_ENDPOINT_SQS": _Setting(_URL, "http://127.0.0.1:4566"),
@@ -656,6 +663,7 @@ _SETTINGS = {
     "AWS_SESSION_TOKEN": _Setting(_TEXT, "AQoDYXdzEJr/EXAMPLETOKEN"),
     "IS_LAMBDA_APP": _Setting(_FLAG, "False", default=False),
     "TASKHAWK_BROKER": _Setting(_BROKER, "sqlite:///queue.db", "sqs"),
+    "TASKHAWK_CLAIMS_TABLE": _Setting(_TABLE, "taskhawk-claims"),
     "TASKHAWK_DEFAULT_HEADERS": _Setting(_HOOK, "myapp.hooks.default_headers"),
     "TASKHAWK_ERROR_HOOK": _Setting(_HOOK, "myapp.hooks.report_error"),
     "TASKHAWK_FIFO": _Setting(_FLAG, "False", default=False),
@@ -1822,7 +1830,9 @@ class QueueMessage:
     :ivar message: the decoded message, once it is valid and its task is registered
     :ivar lease_lost: whether others may have received the message; set by the worker
     :ivar max_receive_count: of the queue's redrive policy, where it is known
+    :ivar batch_task: the name of its task, if others of that task may run with it
     :ivar done_level: at which a run that returned is logged
+    :ivar lease_s: for which the receive hid it; a worker extends that while it runs
     """
 
     body: Any
@@ -1838,7 +1848,9 @@ class QueueMessage:
     message: Message | None = None
     lease_lost: bool = False
     max_receive_count: int | None = None
+    batch_task: str | None = None
     done_level: int = logging.DEBUG
+    lease_s: float = _DEFAULT_LEASE_S
     in_lambda: typing.ClassVar[bool] = False  # whether Lambda decides on retries
 
     @property
@@ -1849,11 +1861,17 @@ class QueueMessage:
     @property
     def attempt(self) -> int:
         """How often it has been received, from 1, but for those that postponed it."""
-        attribute = self.message_attributes.get(_ATTEMPTS_ATTRIBUTE, {})
-        before = str(attribute.get("StringValue"))
-        if not re.fullmatch("[0-9]{1,9}", before):
-            before = "0"
-        return self.receive_count + int(before)
+        return self.receive_count + self._count(_ATTEMPTS_ATTRIBUTE)
+
+    @property
+    def postponed(self) -> int:
+        """How often it has been postponed."""
+        return self._count(_POSTPONED_ATTRIBUTE)
+
+    def _count(self, name: str) -> int:
+        """Return the number in an attribute; 0 if it has none, whoever wrote it."""
+        text = str(self.message_attributes.get(name, {}).get("StringValue"))
+        return int(text) if re.fullmatch("[0-9]{1,9}", text) else 0
 
     @property
     def is_last_receive(self) -> bool:
@@ -2190,6 +2208,7 @@ _SQLITE_SCHEMA = (
     attributes TEXT NOT NULL, sent_ms INTEGER NOT NULL, visible_ms INTEGER NOT NULL,
     receive_count INTEGER NOT NULL DEFAULT 0, receipt TEXT)""",
     "ALTER TABLE message ADD COLUMN group_id TEXT",  # which the first files lack
+    "ALTER TABLE message ADD COLUMN first_ms INTEGER",  # of the first receive
     "CREATE INDEX IF NOT EXISTS message_visible ON message (queue, visible_ms)",
     """CREATE INDEX IF NOT EXISTS message_group ON message
     (queue, group_id, visible_ms) WHERE group_id IS NOT NULL""",
@@ -2203,6 +2222,7 @@ _SQLITE_SCHEMA = (
     WHEN old.queue GLOB '*{_FIFO}' BEGIN {_NEXT_OF_GROUP}; END""",
     "PRAGMA user_version = 1",
 )
+_more_tables: list[str] = []  # statements that make what later parts keep in a file
 _SQLITE_EXAMPLE = (
     "sqlite:///relative.db or sqlite:////absolute.db, then perhaps"
     " ?visibility_timeout_s=30&max_receive_count=5"
@@ -2388,8 +2408,9 @@ def _make_tables(db: Any) -> None:
     """Make what the file lacks, in one transaction: processes may open it together."""
     db.execute("BEGIN IMMEDIATE")
     columns = [name for _, name, *_ in db.execute("PRAGMA table_info(message)")]
-    for statement in _SQLITE_SCHEMA:
-        if "group_id" not in columns or not statement.startswith("ALTER"):
+    for statement in (*_SQLITE_SCHEMA, *_more_tables):
+        added = re.match(r"ALTER TABLE message ADD COLUMN (\w+)", statement)
+        if added is None or added[1] not in columns:
             db.execute(statement)
     db.execute("COMMIT")
 
@@ -2501,11 +2522,12 @@ class SqliteBroker(Broker):
         # The claim is this one statement; then its token tells what is ours.
         until_ms, token = self._in_ms(lease_s), os.urandom(16).hex()
         claim = """UPDATE message SET receipt = id || '-' || ?, visible_ms = ?,
-            receive_count = receive_count + 1 WHERE id IN (SELECT id FROM message
+            receive_count = receive_count + 1, first_ms = coalesce(first_ms, ?)
+            WHERE id IN (SELECT id FROM message
             WHERE queue = ? AND visible_ms < 0 ORDER BY visible_ms, id LIMIT ?)"""
-        file.change(claim, (token, until_ms, queue, limit))
+        file.change(claim, (token, until_ms, now_ms, queue, limit))
         find = """SELECT receipt, receive_count, sent_ms, attributes, body, message_id,
-            group_id FROM message
+            group_id, first_ms FROM message
             WHERE queue = ? AND visible_ms = ? AND receipt = id || '-' || ?
             ORDER BY id"""
         rows = file.read(find, (queue, until_ms, token))
@@ -2532,10 +2554,12 @@ class SqliteBroker(Broker):
         self, queue: str, row: Sequence[Any], max_receives: int | None
     ) -> QueueMessage:
         """Return a message that was just received."""
-        receipt, receive_count, sent_ms, attributes, body, message_id, group = row
+        receipt, receive_count, sent_ms, attributes, body, message_id, *more = row
+        group, first_ms = more
         system_attributes = {
             "ApproximateReceiveCount": str(receive_count),
             "SentTimestamp": str(sent_ms),
+            "ApproximateFirstReceiveTimestamp": str(first_ms),
         }
         if group is not None:
             system_attributes["MessageGroupId"] = group
@@ -2672,6 +2696,13 @@ _REMEDIES = (
     (
         "NotFound",
         ("there is no such topic: make it, or check TASKHAWK_QUEUE and AWS_ACCOUNT_ID"),
+    ),
+    (
+        "ResourceNotFoundException: (Requested|Cannot|Table)",
+        (
+            "there is no such table: run python -m taskhawk provision, or check"
+            " TASKHAWK_CLAIMS_TABLE and AWS_REGION"
+        ),
     ),
     (
         "ResourceNotFoundException: Schedule group",
@@ -2875,18 +2906,14 @@ class _AwsConnections:
         self.lock = threading.RLock()
 
 
-class _AwsSender(Sender):
-    """What SQS and SNS share: clients, sending, answers of batch calls, and errors.
+class _AwsService:
+    """What all services of AWS share: clients, and errors.
 
     :ivar service: botocore's name of the service
-    :ivar target_key: its parameter for the queue or topic
-    :ivar entries_key: its parameter for the entries of a batch
-    :ivar send_one: its operation that sends one message
-    :ivar send_many: its operation that sends several
+    :ivar target_key: its parameter for the queue, topic or table
     """
 
-    service = target_key = entries_key = send_one = send_many = ""
-    shared_calls = 16  # at 10 ms a call, that is all that one CPU can send
+    service = target_key = ""
 
     def __init__(self, _url: str = "") -> None:
         self._connections = _PerProcess(_AwsConnections)
@@ -2936,7 +2963,7 @@ class _AwsSender(Sender):
             client.close()
 
     def url(self, queue: str, role: str = "send") -> str:
-        """Return what the service calls a queue or topic."""
+        """Return what the service calls a queue, topic or table."""
         return queue
 
     def arn(self, name: str) -> str:
@@ -2948,7 +2975,7 @@ class _AwsSender(Sender):
         return f"arn:{meta.partition}:{service}:{region}:{account}:{name}"
 
     def call(self, role: str, operation: str, where: str, **parameters: Any) -> Any:
-        """Make a call for a queue or topic, by botocore's name of the operation."""
+        """Make a call for a queue, topic or table, by botocore's name of it."""
         target = {self.target_key: self.url(where, role)}
         with self._calling(where):
             return getattr(self.client(role), operation)(**target, **parameters)
@@ -2964,6 +2991,18 @@ class _AwsSender(Sender):
                 _brokers.forget_aws_session()
                 self.close()
             raise
+
+
+class _AwsSender(_AwsService, Sender):
+    """What SQS and SNS share besides: sending, and the answers of batch calls.
+
+    :ivar entries_key: its parameter for the entries of a batch
+    :ivar send_one: its operation that sends one message
+    :ivar send_many: its operation that sends several
+    """
+
+    entries_key = send_one = send_many = ""
+    shared_calls = 16  # at 10 ms a call, that is all that one CPU can send
 
     def _batch(
         self, role: str, operation: str, where: str, entries: Sequence[Any]
@@ -3130,6 +3169,7 @@ class SqsBroker(_AwsSender, Broker):
             "MessageSystemAttributeNames": [
                 "ApproximateReceiveCount",
                 "SentTimestamp",
+                "ApproximateFirstReceiveTimestamp",
                 "MessageGroupId",
             ],
             "MessageAttributeNames": ["All"],
@@ -3397,6 +3437,7 @@ settings.on_change.append(_brokers.close)
 
 __all__ += [
     "AsyncInvocation",
+    "Call",
     "Captured",
     "Metadata",
     "Task",
@@ -3460,6 +3501,39 @@ class Metadata(dict[str, Any]):
         :raises ConfigurationError: if the function's role may not change the visibility
         """
         self._received.change_visibility(VisibilityTimeout=visibility_timeout_s)
+
+
+@dataclasses.dataclass(eq=False)
+class Call:
+    """What one message asks of a batch task: ``@task(batch=50)``.
+
+    :ivar args: the positional arguments of its dispatch
+    :ivar kwargs: the keyword arguments
+    :ivar metadata: of its message; None where a test makes the call
+    :ivar headers: of its message
+    :ivar error: how it failed by itself, if it did
+    """
+
+    args: Sequence[Any] = ()
+    kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    metadata: Metadata | None = None
+    headers: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    error: BaseException | None = None
+
+    @classmethod
+    def of(cls, message: Message, receipt: str | None) -> Call:
+        """Return what a message asks for."""
+        metadata = Metadata(message, receipt)
+        return cls(message.args, message.kwargs, metadata, dict(message.headers))
+
+    def fail(self, error: BaseException) -> None:
+        """Have this message end as if the task had raised an error for it alone.
+
+        :param error: a RetryException or an IgnoreException too
+        """
+        if not isinstance(error, BaseException):
+            raise TypeError(f"error: expected an exception, got {error!r}")
+        self.error = error
 
 
 class Task(Generic[_P, _R]):
@@ -3564,6 +3638,18 @@ class Task(Generic[_P, _R]):
                 f"{self.name}: {error}{_hint_of_wrapper(self.fn)}"
             ) from None
 
+    def take_any_arguments(self) -> None:
+        """Have messages carry any arguments: the function gets calls, not arguments."""
+        try:
+            self._signature.bind([])
+        except TypeError:
+            raise ConfigurationError(
+                f"{self.name}: expected a function of one argument, the list of calls"
+            ) from None
+        self._signature = _signature_of_any()
+        self._given_by_worker = frozenset()
+        self.accepts_metadata = self.accepts_headers = False
+
     def call(self, message: Message, receipt: str | None) -> None:
         """Run the function with a message's arguments, and await what can be awaited.
 
@@ -3572,16 +3658,36 @@ class Task(Generic[_P, _R]):
         :param receipt: its receipt handle, or None where no queue has the message
         :raises TypeError: if the function returns a generator, which nothing would read
         """
+        if "batch" in self.options:
+            call = Call.of(message, receipt)
+            self.call_together([call])
+            if call.error is not None:
+                raise call.error
+            return
         metadata = Metadata(message, receipt)
         kwargs = dict(message.kwargs)
         if self.accepts_metadata:
             kwargs["metadata"] = metadata
         if self.accepts_headers:
             kwargs["headers"] = dict(message.headers)
+        self._run_function(metadata, *message.args, **kwargs)
+
+    def call_together(self, calls: list[Call]) -> None:
+        """Run the function of a batch task once, for several messages."""
+        metadata = calls[0].metadata
+        if len(calls) > 1:
+            metadata = None  # the run is no one message's
+        self._run_function(metadata, calls)
+
+    def _run_function(
+        self, metadata: Metadata | None, /, *args: Any, **kwargs: Any
+    ) -> None:
+        """Run the function, and await what can be awaited."""
+        fn: Callable[..., Any] = self.fn
         # Threads and coroutines that copy the context know the task, too.
         token = _current.set(metadata)
         try:
-            result: Any = self.fn(*message.args, **kwargs)
+            result: Any = fn(*args, **kwargs)
             if inspect.isawaitable(result):
                 _run_coroutine(_awaited(result, self.name))
             elif isinstance(result, Generator | AsyncGenerator):
@@ -3668,6 +3774,15 @@ def _hint_of_wrapper(fn: Callable[..., Any]) -> str:
     )
 
 
+def _signature_of_any() -> inspect.Signature:
+    """Return the signature of a function that takes whatever it is called with."""
+    names = {
+        "args": inspect.Parameter.VAR_POSITIONAL,
+        "kwargs": inspect.Parameter.VAR_KEYWORD,
+    }
+    return inspect.Signature([inspect.Parameter(*each) for each in names.items()])
+
+
 # From Python 3.14 on, a signature evaluates annotations, and those that exist for type
 # checkers only would fail. 4 is annotationlib.Format.STRING: annotations as written.
 _ANNOTATIONS: Any = {"annotation_format": 4} if sys.version_info >= (3, 14) else {}
@@ -3739,9 +3854,12 @@ class _EventLoop:
     Each thread of the worker hands over the coroutine of its message, and waits for it:
     hooks, Django's connections and contexts stay the thread's own. The loop is made for
     the first coroutine, and ends when no thread uses it any more.
+
+    :param given: an application's own loop, which runs already, in place of all that
     """
 
-    def __init__(self) -> None:
+    def __init__(self, given: Any = None) -> None:
+        self._given = given
         self._lock = threading.Lock()  # guards what follows
         self._users = 0  # threads that may run coroutines here
         self._serving: tuple[Any, threading.Event, threading.Thread] | None = None
@@ -3779,6 +3897,8 @@ class _EventLoop:
 
     def _get(self) -> Any:
         """Return the loop, which may have to be made."""
+        if self._given is not None:
+            return self._given
         with self._lock:
             if self._serving is None:
                 loop, end = _new_event_loop(), threading.Event()
@@ -3923,13 +4043,35 @@ class _MoreOptions(typing.TypedDict, total=False):
 
     `group`: the argument whose value is the message group, or a function that returns
     it, which is called as the task is; None is no group.
+
+    `once`: run a message, or one with these arguments, to its end once; that is
+    remembered for `keep_s` seconds, by default a day. `unique`: ignore a message if a
+    run with the same arguments, or with these the same, started after it was sent.
+    `limit`: how many may run at once, or start in a time: see :func:`limit`.
     """
 
     group: str | Callable[..., str | int | None] | None
+    once: bool | tuple[str, ...]
+    keep_s: float
+    unique: bool | tuple[str, ...]
+    limit: Any
 
 
 @typing.overload
 def task(fn: Callable[_P, _R], /) -> Task[_P, _R]: ...
+@typing.overload
+def task(
+    *,
+    batch: int,
+    priority: Priority = ...,
+    name: str | None = ...,
+    retry: Callable[[int], float] | None = ...,
+    retry_on: tuple[type[BaseException], ...] = ...,
+    never_retry_on: tuple[type[BaseException], ...] = ...,
+    time_limit: float | None = ...,
+    isolate: bool = ...,
+    **more: typing.Unpack[_MoreOptions],
+) -> Callable[[Callable[[list[Call]], _R]], Task[..., _R]]: ...
 @typing.overload
 def task(
     *,
@@ -4455,7 +4597,7 @@ def _prepare(message: Message) -> _Ready:
     attributes = _attributes_of(message.headers)
     entry = Outgoing(body, attributes, message.delay_s, message.group_id)
     sender = _brokers.sender()
-    if _is_fifo(sender.destination(message.priority)):
+    if settings.TASKHAWK_FIFO:
         entry = _in_group(message, entry)
     if entry.delay_s > sender.max_delay_s and isinstance(sender, _AwsSender):
         sender = _brokers.get("schedule")
@@ -4771,7 +4913,7 @@ class _Lane:
         self._sender, self._destination, self._busy = sender, destination, busy
         self._process_id = os.getpid()
         max_calls = sender.shared_calls
-        if destination.endswith(".fifo"):  # or a later call might overtake an earlier
+        if _is_fifo(destination):  # or a later call might overtake an earlier
             max_calls = 1
         self._sharing = _Sharing(sender.max_bytes, max_calls)
         self._max_helpers = max_calls
@@ -5090,6 +5232,7 @@ __all__ += [
     "Ledger",
     "Outcome",
     "Worker",
+    "listen_async",
     "listen_for_messages",
     "process",
     "process_messages_for_lambda_consumer",
@@ -5136,7 +5279,8 @@ class Outcome(NamedTuple):
 # entered, such as PostponeException or IgnoreException, is the run's end.
 _around_runs: list[
     Callable[
-        [Task[Any, Any], QueueMessage], contextlib.AbstractContextManager[object, None]
+        [Task[Any, Any], QueueMessage],
+        contextlib.AbstractContextManager[object, bool | None],
     ]
 ] = []
 
@@ -5168,24 +5312,51 @@ def process(received: QueueMessage) -> Outcome:
 
 def _run(received: QueueMessage, began: float) -> None:
     """Run the hooks and the task, and catch nothing but the task's IgnoreException."""
+    message = _begin_run(received)
+    around = contextlib.ExitStack()
+
+    def call() -> None:
+        _surround(around, received)
+        message.task.call(message, received.receipt_handle)
+
+    _end_run(received, began, around, call)
+
+
+def _begin_run(received: QueueMessage) -> Message:
+    """Run the pre hook, and decode the message."""
     _call_hook("TASKHAWK_PRE_PROCESS_HOOK", received)
     message = _decode(received.body)
-    task = message.task
     received.message = message  # from here on, an error is the task's
     message.received = received
     _log.debug("Received message", extra={"message_body": received.body})
+    return message
+
+
+def _surround(around: contextlib.ExitStack, received: QueueMessage) -> None:
+    """Begin what surrounds a run."""
+    message = typing.cast("Message", received.message)
+    for surround in _around_runs:
+        around.enter_context(surround(message.task, received))
+
+
+def _end_run(
+    received: QueueMessage,
+    began: float,
+    around: contextlib.ExitStack,
+    call: Callable[[], object],
+) -> None:
+    """Call the task, run the post hook, end what surrounds the run, and log it."""
     level, outcome, end = received.done_level, "done", "finished"
-    with contextlib.ExitStack() as around:
+    with around:
         try:
-            for surround in _around_runs:
-                around.enter_context(surround(task, received))
-            task.call(message, received.receipt_handle)
+            call()
         except BaseException as error:
             if not _are_all(IgnoreException, error):
                 raise
             level, outcome, end = logging.INFO, "ignored", f"ignored{_reason(error)}"
         finally:
-            message.received = None  # else a cycle keeps the body until it is collected
+            # Else a cycle keeps the body until it is collected.
+            typing.cast("Message", received.message).received = None
         _call_hook("TASKHAWK_POST_PROCESS_HOOK", received)
     if _log.isEnabledFor(level):
         facts = _facts(received, outcome, began)
@@ -5361,7 +5532,7 @@ def _delay_s(
         if own is None:
             return None
         policies = [own]
-    delays_s += [_ask(policy, task, attempt) for policy in policies]
+    delays_s += [_ask_policy(policy, task, attempt) for policy in policies]
     return _longest_s(delays_s)
 
 
@@ -5380,7 +5551,9 @@ def _policy_of(task: Task[Any, Any]) -> Callable[[int], float] | None:
     return default
 
 
-def _ask(policy: Callable[[int], float], task: Task[Any, Any], attempt: int) -> float:
+def _ask_policy(
+    policy: Callable[[int], float], task: Task[Any, Any], attempt: int
+) -> float:
     """Return the delay that a retry policy gives."""
     delay_s = policy(attempt)
     if not _is_delay(delay_s):
@@ -5496,6 +5669,146 @@ def _text_of_invalid(received: QueueMessage, error: BaseException) -> str | None
     if unlogged:
         text += f" ({unlogged} more like it since the last record)"
     return text
+
+
+# Batch tasks.
+
+
+_MAX_CALLS_TOGETHER = 100  # that a batch task gets
+
+
+def _check_batch(made: Task[Any, Any], most: object) -> None:
+    """Check the option `batch`: its function takes the calls, and so any arguments."""
+    is_right = isinstance(most, int) and not isinstance(most, bool)
+    if not (is_right and 1 <= typing.cast("int", most) <= _MAX_CALLS_TOGETHER):
+        raise ConfigurationError(
+            f"{made.name} has batch={most!r}: expected 1 to {_MAX_CALLS_TOGETHER}"
+        )
+    made.take_any_arguments()
+    _batch_tasks.add(made.name)
+
+
+_more_options["batch"] = _check_batch
+_batch_tasks: set[str] = set()  # their names; without any, nothing is decoded twice
+
+
+def _find_batch_task(received: QueueMessage) -> str | None:
+    """Return the name of a message's task if that is a batch task.
+
+    Messages of a FIFO queue are run one by one, for each waits for the one before.
+    """
+    if not _batch_tasks or received.is_fifo:
+        return None
+    try:
+        found = _decode(received.body).task
+    except ValidationError:
+        return None  # process() will say what is wrong with it
+    return found.name if "batch" in found.options else None
+
+
+def _most_together(received: QueueMessage) -> int:
+    """Return how many messages may run together with this one, itself included."""
+    if received.batch_task is None:
+        return 1
+    return int(_registry[received.batch_task].options["batch"])
+
+
+def _process_all(batch: Sequence[QueueMessage]) -> list[Outcome]:
+    """Run messages that run together; return an outcome for each."""
+    if len(batch) == 1:
+        return [process(batch[0])]
+    return _process_together(batch)
+
+
+@_in_own_context
+def _process_together(batch: Sequence[QueueMessage]) -> list[Outcome]:
+    """Run messages of one batch task in one call, as :func:`process` runs one."""
+    began = time.monotonic()
+    _refresh_django_connections()
+    try:
+        runs = [_RunOfMany(received, began) for received in batch]
+        for run in runs:
+            run.begin()
+        error = _call_together(run.call for run in runs if run.call)
+        for run in runs:
+            run.end(error)
+        return [run.outcome() for run in runs]
+    finally:
+        _refresh_django_connections(ran=True)
+
+
+def _call_together(ready: Iterable[Call]) -> BaseException | None:
+    """Call the batch task for all messages that are ready; return its error."""
+    calls = list(ready)
+    if not calls:
+        return None
+    metadata = typing.cast("Metadata", calls[0].metadata)
+    try:
+        _registry[metadata.task].call_together(calls)
+    except BaseException as error:
+        return error
+    return None
+
+
+class _RunOfMany:
+    """The run of one message among several of a batch task.
+
+    It goes the way of any run: an error of its own, of a hook or of what surrounds it,
+    ends it alone.
+    """
+
+    def __init__(self, received: QueueMessage, began: float) -> None:
+        self._received, self._began = received, began
+        self._around = contextlib.ExitStack()
+        self._has_begun = False  # the message is valid, and the pre hook is done
+        self._error: BaseException | None = None
+        self.call: Call | None = None  # once the task may be called for it
+
+    def begin(self) -> None:
+        """Do what comes before the task's call."""
+        try:
+            message = _begin_run(self._received)
+            self._has_begun = True
+            _surround(self._around, self._received)
+            self.call = Call.of(message, self._received.receipt_handle)
+        except BaseException as error:
+            self._error = error
+
+    def end(self, error: BaseException | None) -> None:
+        """Do what comes after it.
+
+        :param error: of the call, for all messages that have none of their own
+        """
+        if not self._has_begun:
+            return
+        if self.call is not None:
+            self._error = error
+            if self.call.error is not None:
+                self._error = self.call.error
+        try:
+            _end_run(self._received, self._began, self._around, self._raise)
+        except BaseException as raised:
+            self._error = raised
+        else:
+            self._error = None
+
+    def _raise(self) -> None:
+        """End as the task's call did."""
+        if self._error is None:
+            return
+        trace = self._error.__traceback__
+        try:
+            raise self._error
+        finally:
+            # It is raised for one message after another: its traceback is not to grow.
+            self._error.__traceback__ = trace
+
+    def outcome(self) -> Outcome:
+        """Return what becomes of the message; raise what must end the process."""
+        if self._error is None:
+            return Outcome(Fate.acknowledge)
+        _raise_interrupt(self._error)
+        return _failed(self._received, self._error, self._began)
 
 
 class _SyncSender(Sender):
@@ -5725,6 +6038,39 @@ class _Leases:
         return self._next_at
 
 
+class _Backlog:
+    """The messages that wait to be started, the most urgent first."""
+
+    def __init__(self, queues: Iterable[str]) -> None:
+        self._of: dict[str, dict[_Held, None]] = {each: {} for each in queues}
+
+    def add(self, held: _Held) -> None:
+        """Have a message wait, behind those of its queue."""
+        self._of[held.queue][held] = None
+
+    def drop(self, held: _Held) -> None:
+        """Have a message wait no more, if it does."""
+        self._of[held.queue].pop(held, None)
+
+    def __contains__(self, held: _Held) -> bool:
+        return held in self._of[held.queue]
+
+    def __iter__(self) -> Iterator[_Held]:
+        for those in self._of.values():
+            yield from those
+
+    def counts(self) -> list[int]:
+        """Return how many there are of each queue, the most urgent first."""
+        return [len(those) for those in self._of.values()]
+
+    def first(self, now: float) -> _Held | None:
+        """Return the first whose lease is known to hold, or to have ended."""
+        for held in self:
+            if held.is_sure or now >= held.lease_until:
+                return held
+        return None
+
+
 class _Holdings:
     """The messages that a worker holds, and what is due for them.
 
@@ -5742,8 +6088,7 @@ class _Holdings:
         self._is_closing = False
         self._ack_wait_s = ack_wait_s
         self.held: dict[_Held, None] = {}  # an ordered set, as are the following
-        # By queue, the most urgent first: received and not started.
-        self._waiting: dict[str, dict[_Held, None]] = {each: {} for each in queues}
+        self.backlog = _Backlog(queues)  # received and not started
         self.decided: dict[_Held, None] = {}  # it is known what they become
         self.leases = _Leases()
         self.calls = _Calls(self, queues)
@@ -5751,7 +6096,7 @@ class _Holdings:
     @property
     def waiting(self) -> int:
         """How many messages wait to be started."""
-        return sum(map(len, self._waiting.values()))
+        return sum(self.backlog.counts())
 
     @property
     def running(self) -> int:
@@ -5798,24 +6143,19 @@ class _Holdings:
                 last_at=asked_at + _LATEST_S,
                 is_sure=is_sure,
             )
-            self.held[held] = self._waiting[held.queue][held] = None
+            self.held[held] = None
+            self.backlog.add(held)
             self.leases.renew(held, asked_at + lease_s / 3)
             self.tally.count(held.queue, "received")
 
     def start(self, now: float) -> _Held | None:
         """Start the most urgent message whose lease holds; return it, or None."""
-        for held in self._all_waiting():
-            if now >= held.lease_until:
-                self.lose(held, "its lease ended while it waited")
-            elif held.is_sure:
-                del self._waiting[held.queue][held]
-                held.begin(now)
-                return held
-        return None
-
-    def _all_waiting(self) -> list[_Held]:
-        """Return the messages that wait to be started, the most urgent first."""
-        return [held for each in self._waiting.values() for held in each]
+        while (held := self.backlog.first(now)) and now >= held.lease_until:
+            self.lose(held, "its lease ended while it waited")
+        if held:
+            self.backlog.drop(held)
+            held.begin(now)
+        return held
 
     def finish(
         self, held: _Held, end: str, now: float, delay_s: float | None = 0
@@ -5834,13 +6174,13 @@ class _Holdings:
 
     def release_waiting(self, now: float) -> None:
         """Release all messages that were not started, but what needs a copy for it."""
-        for held in self._all_waiting():
+        for held in tuple(self.backlog):
             if not held.needs_copy:
                 self.release(held, now)
 
     def _decide(self, held: _Held, end: str, now: float, delay_s: float | None) -> None:
         """Note what a message is to become, and when the call for it is due."""
-        self._waiting[held.queue].pop(held, None)
+        self.backlog.drop(held)
         self.decided[held] = None
         held.end, held.decided_at, held.due_at = end, now, now
         if held.to_delete:
@@ -5880,7 +6220,7 @@ class _Holdings:
     def close(self) -> None:
         """End what is decided, done or not; what still runs stays held."""
         self.calls.clear()
-        for held in [*self._all_waiting(), *self.decided]:
+        for held in [*self.backlog, *self.decided]:
             end = held.end or "released"
             if held.to_delete:
                 end = "uncertain"
@@ -5892,7 +6232,7 @@ class _Holdings:
         held.message.lease_lost = True
         held.lease_until = -math.inf
         self.leases.drop(held)
-        if held in self._waiting[held.queue]:
+        if held in self.backlog:
             self.end(held, "released")
 
     def doubt(self, held: _Held, why: str) -> None:
@@ -5905,7 +6245,8 @@ class _Holdings:
         held.move(end)
         self.tally.count(held.queue, end)
         self.leases.drop(held)
-        for those in (self.held, self.decided, self._waiting[held.queue]):
+        self.backlog.drop(held)
+        for those in (self.held, self.decided):
             those.pop(held, None)
         if self._is_closing and end == "uncertain":
             self.unanswered += 1
@@ -6198,15 +6539,16 @@ class _Keeper:
         self._broker, self._clock, self._beat = broker, clock, beat
         self._faults = _Faults()
         # Guards the holdings, and all that follows. Who watches waits for `_due`, spare
-        # threads of the keeper for `_spare`, slots for `startable` and pollers for
-        # `ended`: no thread is woken for nothing.
+        # threads of the keeper for `_spare`, slots for `startable`: no thread is woken
+        # for nothing.
         # Enter the lock itself: entering a condition takes several steps, and a signal
         # handler that raises in between would leave it locked.
         self.lock = threading.RLock()
         self._due = threading.Condition(self.lock)
         self._spare = threading.Condition(self.lock)
         self.startable = threading.Condition(self.lock)  # notified for each message
-        self.ended = threading.Condition(self.lock)  # notified as messages end
+        # Called with the lock held, as there may be room for other messages.
+        self.freed: Callable[[], object] = lambda: None
         self.holdings = holdings
         self._is_watched = False  # whether a thread watches
         self._looks_at = 0.0  # when that looks for what is due, if nobody wakes it
@@ -6277,7 +6619,7 @@ class _Keeper:
         was_overdue = self.holdings.is_overdue
         call = self.holdings.calls.next(now)
         if self.holdings.news or was_overdue:
-            self.ended.notify_all()  # a message was lost, or a call begins
+            self.freed()  # a message was lost, or a call begins
         return call
 
     def _is_done(self, now: float) -> bool:
@@ -6310,7 +6652,7 @@ class _Keeper:
             self.holdings.calls.answered(call, refused)
             news = self._take_news()
             self.startable.notify(self.holdings.waiting)  # their leases may be sure now
-            self.ended.notify_all()
+            self.freed()
         self._tell(news)
         faults = [refusal for refusal in refused.values() if not refusal.final]
         self._note_faults(call, faults)
@@ -6349,6 +6691,10 @@ _MAX_BACKOFF_S = 60  # between receives that fail
 _FLUSH_S = 3  # of the grace, kept for acknowledgements once running tasks are given up
 _HURRIED_S = 1  # for acknowledgements after a second Ctrl-C
 _HEART_S = 1  # for the last heartbeat: its hook may hang
+_MAX_WAITING = 100  # num_messages: more would wait longer than a new worker takes
+_MAX_POLLS = 12  # of a queue at once; those of four fit into botocore's pool of 50
+_QUIET_S = 0.1  # after which a poll that still waits says that its queue is empty
+_SHORT_POLL_S = 1  # where another queue may need what a poll keeps for itself
 # How a message ends, if the copy that its fate may need is sent.
 _ENDS = {
     Fate.acknowledge: "acked",
@@ -6608,10 +6954,201 @@ class _Limits(NamedTuple):
     """How much a worker does at once, and in all."""
 
     slots: int  # messages that run at once
-    polls: int  # pollers
-    num_messages: int  # that a receive may bring
+    polls: int  # queues that are polled
     max_tasks: int | None  # starts, after which it stops; None for no limit
     paused: int  # slots that can't run anything until they have a child
+
+
+class _Load(NamedTuple):
+    """What a worker holds, as far as it matters for what it may receive."""
+
+    free: int  # slots that run nothing, and could
+    waiting: Sequence[int]  # messages to be started, by queue, the most urgent first
+    starts: float  # that are left, besides what waits; infinity without a limit
+
+
+@dataclasses.dataclass(eq=False)
+class _Poll:
+    """A receive that is under way."""
+
+    queue: str
+    most: int  # messages that it may bring
+    began_at: float
+    is_short: bool  # others may need the starts that it has asked for
+
+
+@dataclasses.dataclass(eq=False)
+class _Polled:
+    """What is known of a queue from its receives."""
+
+    rank: int  # of its urgency: 0 is the most urgent
+    batch: int  # messages that a receive brings at most
+    most_polls: int  # at once
+    left: float  # receives that may still begin
+    polls: dict[_Poll, None] = dataclasses.field(default_factory=dict)  # under way
+    asked: int = 0  # messages that these may bring
+    asked_at: float = -math.inf  # when the last one began
+    answered: int = 0  # receives, ever
+    is_full: bool = False  # the last one brought all that it asked for
+    is_empty: bool = False  # it brought nothing, or failed, or no other follows
+    is_failing: bool = False  # it failed, so that others do not wait for the next
+
+    @property
+    def quiet_at(self) -> float:
+        """When it is known to be empty, if the receive under way still waits then."""
+        if not self.polls:
+            return math.inf
+        return next(iter(self.polls)).began_at + _QUIET_S
+
+    @property
+    def turn(self) -> tuple[bool, float]:
+        """What is less for the one to be asked first, where not all can be."""
+        if self.is_empty:
+            return True, self.asked_at
+        return False, self.rank
+
+
+class _Polls:
+    """The receives that are under way, and which queue may be asked for how much.
+
+    Pure, as the holdings are, and guarded with them. A queue is asked for what can be
+    started, and for what num_messages allows to wait, less what is asked for already.
+    It is asked only while all that are more urgent are known to be empty.
+
+    :param slots: how many messages run at once
+    """
+
+    def __init__(
+        self,
+        queues: Sequence[str],
+        num_messages: int = 1,
+        slots: int = 1,
+        loop_count: int | None = None,
+    ) -> None:
+        self._num_messages, self._slots = num_messages, slots
+        receives: float = math.inf
+        if loop_count is not None:
+            receives = loop_count
+        self.of: dict[str, _Polled] = {}
+        for rank, queue in enumerate(queues):
+            batch, most_polls = _MAX_BATCH, _MAX_POLLS
+            if queue.endswith(".fifo"):
+                # It withholds the rest of a group while one message of that is held.
+                batch = most_polls = 1
+            self.of[queue] = _Polled(rank, batch, most_polls, receives)
+        self._ranked = list(self.of.values())
+
+    @property
+    def under_way(self) -> int:
+        """How many receives are under way."""
+        return sum(len(each.polls) for each in self._ranked)
+
+    def is_open(self, queue: str) -> bool:
+        """Return whether a queue is to be asked again, or may have to be."""
+        polled = self.of[queue]
+        return bool(polled.left or polled.polls)
+
+    def is_busy(self, queue: str) -> bool:
+        """Return whether receives of a queue may run at the same time."""
+        polled = self.of[queue]
+        return polled.is_full and polled.left > 0
+
+    def may_begin_at(self, queue: str, load: _Load) -> float:
+        """Return since when, or from when on, a receive may begin.
+
+        :returns: infinity if that depends on what else happens
+        """
+        polled = self.of[queue]
+        if not polled.left or self._most(polled, load) < 1:
+            return math.inf
+        since = -math.inf
+        for urgent in self._ranked[: polled.rank]:
+            if not urgent.is_empty:
+                since = max(since, urgent.quiet_at)
+        return since
+
+    def _most(self, polled: _Polled, load: _Load) -> int:
+        """Return how many messages to ask for; 0 if a receive is not worth it yet."""
+        waiting = sum(load.waiting[: polled.rank + 1])
+        room = load.free + self._num_messages - 1 - waiting - polled.asked
+        if not self._is_worth_it(polled, room):
+            return 0
+        return int(min(room, polled.batch, self._share(polled, load)))
+
+    def _is_worth_it(self, polled: _Polled, room: int) -> bool:
+        """Return whether to receive for so much room: ten cost the same as one."""
+        wanted = self._num_messages
+        if polled.polls:
+            if not polled.is_full or len(polled.polls) == polled.most_polls:
+                return False
+            wanted += self._slots - 1
+        return room >= 0.9 * min(polled.batch, wanted)
+
+    def _share(self, polled: _Polled, load: _Load) -> float:
+        """Return how many of the starts that are left a queue may ask for.
+
+        What others may need is left to them; if that is not enough for all, they take
+        turns.
+        """
+        left = self._left(load)
+        rivals = [each for each in self._others(polled) if not each.polls]
+        if left > len(rivals):
+            return left / (len(rivals) + 1)
+        if all(polled.turn < each.turn for each in rivals):
+            return left
+        return 0
+
+    def _left(self, load: _Load) -> float:
+        """Return how many of the starts that are left are not asked for yet."""
+        return load.starts - sum(each.asked for each in self._ranked)
+
+    def _others(self, polled: _Polled) -> list[_Polled]:
+        """Return the other queues that are asked, and answer."""
+        others = (each for each in self._ranked if each is not polled)
+        return [each for each in others if each.left and not each.is_failing]
+
+    def begin(self, queue: str, load: _Load, now: float) -> _Poll:
+        """Begin a receive, which must be allowed by now."""
+        polled = self.of[queue]
+        most = self._most(polled, load)
+        polled.left -= 1
+        polled.asked += most
+        polled.asked_at = now
+        is_short = self._left(load) < _MAX_BATCH * len(self._others(polled))
+        poll = _Poll(queue, most, now, is_short)
+        polled.polls[poll] = None
+        return poll
+
+    def answered(self, poll: _Poll, count: int) -> None:
+        """Note that a receive has brought so many messages."""
+        polled = self._ended(poll)
+        polled.answered += 1
+        polled.is_full, polled.is_empty = count >= poll.most, count == 0
+        polled.is_failing = False
+
+    def failed(self, poll: _Poll) -> bool:
+        """Note that a receive has failed; return whether one was ever answered."""
+        polled = self._ended(poll)
+        polled.left += 1
+        polled.is_full, polled.is_empty = False, True
+        polled.is_failing = True
+        return polled.answered > 0
+
+    def dropped(self, poll: _Poll) -> None:
+        """Note that a receive was not made after all."""
+        self._ended(poll).left += 1
+
+    def _ended(self, poll: _Poll) -> _Polled:
+        """Note that a receive is over, and return its queue."""
+        polled = self.of[poll.queue]
+        del polled.polls[poll]
+        polled.asked -= poll.most
+        return polled
+
+    def close(self, queue: str) -> None:
+        """Note that a queue is asked no more, so that no other waits for it."""
+        polled = self.of[queue]
+        polled.left, polled.is_empty = 0, True
 
 
 class _Course:
@@ -6633,10 +7170,11 @@ class _Course:
         self._limits = limits
         self.stop = threading.Event()  # set after the phase working: ends all waits
         self.ended = threading.Event()  # set in the phase ended
-        # The keeper's lock guards the holdings, and all that follows. Nobody waits with
-        # a timeout: what changes what is waited for notifies, and the watch moves on.
-        self._lock = keeper.lock
-        self._to_start, self._room = keeper.startable, keeper.ended
+        # The keeper's lock guards the holdings, and all that follows. Slots wait for a
+        # message: each that comes wakes one, which looks for itself, and a new phase
+        # wakes all. So none waits while a message does that no other slot will look at.
+        # The watch moves the phase on, for nobody notifies of an event or a signal.
+        self.lock, self._to_start = keeper.lock, keeper.startable
         self._holdings = keeper.holdings
         self.phase = _Phase.working
         self.fatal: BaseException | None = None  # the error that ended a thread
@@ -6647,38 +7185,38 @@ class _Course:
 
     def next(self) -> _Held | None:
         """Wait for a message to run, and start it; None if there will be no more."""
-        with self._lock:
+        with self.lock:
             while self.is_working():
                 held = self._holdings.start(self.clock())
+                if self._holdings.news:  # a message was lost while it waited
+                    self._keeper.freed()
                 if held:
                     self._started += 1
-                    self._tell_pollers()
                     return held
-                self._tell_pollers()  # a message may have been lost while it waited
                 self._to_start.wait()
             return None
 
     def finish(self, held: _Held, end: str, delay_s: float | None = 0) -> None:
         """Note what a message that ran is to become."""
-        with self._lock:
+        with self.lock:
             self._holdings.finish(held, end, self.clock(), delay_s)
             self._changed()
 
     def release(self, held: _Held) -> None:
         """Note that a message did not run after all."""
-        with self._lock:
+        with self.lock:
             self._holdings.release(held, self.clock())
             self._keeper.wake()
 
     def begin(self) -> None:
         """Note that a slot of an isolated worker has a child, and can run messages."""
-        with self._lock:
+        with self.lock:
             self._paused -= 1
             self._changed()
 
     def suspend(self) -> bool:
         """Note that a slot can't start a child; return whether that is news."""
-        with self._lock:
+        with self.lock:
             self._paused += 1
             was_able, self._can_start = self._can_start, False
             self._release_if_stuck()
@@ -6687,7 +7225,7 @@ class _Course:
 
     def resume(self) -> bool:
         """Note that a slot has a child again; return whether that is news."""
-        with self._lock:
+        with self.lock:
             self._paused -= 1
             was_able, self._can_start = self._can_start, True
             self._changed()
@@ -6701,52 +7239,39 @@ class _Course:
 
     def slot_ended(self) -> None:
         """Note that a slot runs nothing more."""
-        with self._lock:
+        with self.lock:
             self._slots -= 1
             self.move_on()
 
     def still_run(self) -> list[QueueMessage]:
         """Return the messages that run."""
-        with self._lock:
+        with self.lock:
             return self._holdings.still_run()
 
-    def wait_for_room(self) -> int:
-        """Wait until a message can be started soon; return how many to receive.
-
-        :returns: 0 if nothing more is to be received
-        """
-        with self._lock:
-            while self.is_working():
-                most = self._find_room()
-                if most:
-                    return most
-                self._room.wait()
-            return 0
-
-    def _find_room(self) -> int:
-        """Return how many messages to receive now."""
-        if self._holdings.waiting:
-            return 0
-        free = self._limits.slots - self._paused - self._holdings.running
-        if self._holdings.is_overdue or free <= 0:
-            return 0
-        if self._limits.max_tasks is None:
-            return self._limits.num_messages
-        return min(self._limits.num_messages, self._limits.max_tasks - self._started)
+    def load(self) -> _Load:
+        """Return what matters for receives."""
+        holdings, limits = self._holdings, self._limits
+        waiting, starts = holdings.backlog.counts(), math.inf
+        if limits.max_tasks is not None:
+            starts = limits.max_tasks - self._started - sum(waiting)
+        if self._paused == limits.slots or holdings.is_overdue:
+            starts = 0
+        free = limits.slots - self._paused - holdings.running
+        return _Load(free, waiting, starts)
 
     def take(
         self, messages: Sequence[QueueMessage], lease_s: float, asked_at: float
     ) -> None:
         """Hold received messages from now on."""
-        with self._lock:
+        with self.lock:
             self._holdings.take(messages, lease_s, asked_at, self.clock())
             self._release_if_stuck()
             self._to_start.notify(len(messages))
             self._keeper.wake()
 
-    def poll_ended(self) -> None:
-        """Note that a poller receives nothing more."""
-        with self._lock:
+    def polls_ended(self) -> None:
+        """Note that nothing more is received from a queue."""
+        with self.lock:
             self._polls -= 1
             self.move_on()
 
@@ -6757,7 +7282,7 @@ class _Course:
 
         :param to: the phase to reach at least, whatever still goes on
         """
-        with self._lock:
+        with self.lock:
             while self.phase < to or self._is_over():
                 self.phase = _Phase(self.phase + 1)
                 self._enter(self.phase)
@@ -6769,7 +7294,7 @@ class _Course:
 
     def fail(self, error: BaseException) -> None:
         """Note an error that ends the worker; the first one is the one that counts."""
-        with self._lock:
+        with self.lock:
             if self.fatal is None:
                 self.fatal = error
             self.move_on()
@@ -6799,17 +7324,148 @@ class _Course:
             self._holdings.close()
             self.ended.set()
         self._to_start.notify_all()
-        self._room.notify_all()
+        self._keeper.freed()
 
     def _changed(self) -> None:
         """Tell those that wait for what a slot has done."""
         self._keeper.wake()
-        self._tell_pollers()
+        self._keeper.freed()
 
-    def _tell_pollers(self) -> None:
-        """Have pollers receive, if there is room."""
-        if self._find_room():
-            self._room.notify_all()
+
+class _Pollers:
+    """The threads that receive from one queue; guarded by the keeper's lock."""
+
+    def __init__(self, lock: threading.RLock) -> None:
+        self.may_look = threading.Condition(lock)  # notified for these threads alone
+        self.count = 1
+        self.waiting = 0  # how many of them wait until they may begin a receive
+        # When one of these looks again, at the latest: there is no need to tell them of
+        # what may begin later. So it is -inf while none waits, or one was told.
+        self.looks_at = -math.inf
+
+    def wait(self, until: float, now: float) -> None:
+        """Wait until told, or until a time."""
+        within_s = None
+        if until < math.inf:
+            within_s = until - now
+        self.waiting += 1
+        self.looks_at = until
+        self.may_look.wait(within_s)
+        self.waiting -= 1
+        self.looks_at = -math.inf
+        if self.waiting:
+            self.looks_at = math.inf
+
+    def tell(self, at: float) -> None:
+        """Have one of those that wait look, if it would look too late for this time."""
+        if at < self.looks_at:
+            self.looks_at = -math.inf
+            self.may_look.notify()
+
+
+class _Intake:
+    """What the pollers of a worker share: the receives under way, and who waits.
+
+    Every method takes the lock; none makes a call to the queue.
+    """
+
+    def __init__(self, course: _Course, keeper: _Keeper, polls: _Polls) -> None:
+        self._course, self.polls = course, polls
+        # The keeper's lock guards the polls, and all that follows. A poller waits for
+        # room, and for more urgent queues. Whatever may let one begin calls tell(),
+        # with the lock held; that wakes one of its queue, which looks for itself, and
+        # calls tell() when it begins or leaves. So no wakeup is lost.
+        self._lock = keeper.lock
+        self._pollers = {queue: _Pollers(keeper.lock) for queue in polls.of}
+        keeper.freed = self.tell
+
+    def tell(self) -> None:
+        """Have pollers look that may begin earlier than they would look."""
+        load, phase = self._course.load(), self._course.phase
+        for queue, pollers in self._pollers.items():
+            if phase is not _Phase.working:
+                pollers.may_look.notify_all()
+            elif pollers.looks_at > -math.inf:
+                pollers.tell(self.polls.may_begin_at(queue, load))
+
+    def begin(self, queue: str, goes_on: Callable[[str], bool]) -> _Poll | None:
+        """Wait until a queue is to be asked; return what for, or None for no more.
+
+        :param goes_on: whether this thread is still to ask the queue
+        """
+        with self._lock:
+            poll = None
+            while not poll and self._course.is_working() and goes_on(queue):
+                load, now = self._course.load(), self._course.clock()
+                may_begin_at = self.polls.may_begin_at(queue, load)
+                if may_begin_at <= now:
+                    poll = self.polls.begin(queue, load, now)
+                else:
+                    self._pollers[queue].wait(may_begin_at, now)
+            self.tell()
+            return poll
+
+    def take(
+        self, poll: _Poll, messages: Sequence[QueueMessage], lease_s: float
+    ) -> None:
+        """Hold received messages from now on."""
+        with self._lock:
+            self._course.take(messages, lease_s, poll.began_at)
+            self.polls.answered(poll, len(messages))
+            self._ended(poll)
+
+    def fail(self, poll: _Poll) -> bool:
+        """Note that a receive has failed; return whether one was ever answered."""
+        with self._lock:
+            was_answered = self.polls.failed(poll)
+            self._ended(poll)
+            return was_answered
+
+    def drop(self, poll: _Poll) -> None:
+        """Note that a receive was not made after all."""
+        with self._lock:
+            self.polls.dropped(poll)
+            self._ended(poll)
+
+    def _ended(self, poll: _Poll) -> None:
+        """Tell those who wait for that; if it was not full, helpers end."""
+        if not self.polls.is_busy(poll.queue):
+            self._pollers[poll.queue].may_look.notify_all()
+        self.tell()
+
+    def is_dry(self, queue: str) -> bool:
+        """Return whether a queue's last receive was answered, and brought nothing."""
+        with self._lock:
+            polled = self.polls.of[queue]
+            return polled.is_empty and not polled.is_failing
+
+    def adds_helper(self, queue: str) -> bool:
+        """Count a helper more, if all receive and yet another receive may begin."""
+        with self._lock:
+            pollers = self._pollers[queue]
+            if pollers.count > len(self.polls.of[queue].polls):
+                return False
+            may_begin_at = self.polls.may_begin_at(queue, self._course.load())
+            if may_begin_at > self._course.clock():
+                return False
+            pollers.count += 1
+            return True
+
+    def helper_ended(self, queue: str) -> None:
+        """Note that a helper receives nothing more."""
+        with self._lock:
+            self._pollers[queue].count -= 1
+            self._pollers[queue].may_look.notify_all()
+
+    def close(self, queue: str) -> None:
+        """Wait for a queue's helpers; then nothing more is received from it."""
+        with self._lock:
+            pollers = self._pollers[queue]
+            while pollers.count > 1:
+                pollers.may_look.wait()
+            self.polls.close(queue)
+            self.tell()
+            self._course.polls_ended()
 
 
 class _Slot:
@@ -6839,8 +7495,8 @@ class _Slot:
             try:
                 if self._is_isolated:
                     self._start_child()
-                while held := self._course.next():
-                    self._run(held)
+                while batch := self._course.next():
+                    self._run(batch)
             except BaseException as error:
                 self._course.fail(error)  # before the phases go on
                 raise
@@ -6856,30 +7512,36 @@ class _Slot:
             self._pause(error)
         self._course.begin()
 
-    def _run(self, held: _Held) -> None:
-        """Run a message, and note what it is to become."""
+    def _run(self, batch: Sequence[_Held]) -> None:
+        """Run messages that run together, and note what each is to become."""
         try:
-            outcome = self._process(held.message)
-            if outcome:
+            outcomes = self._process([held.message for held in batch])
+            for held, outcome in zip(batch, outcomes, strict=False):
                 self._settle(held, outcome)
         except _CannotStart as error:
-            if held.message.would_be_redriven:
-                self._settle(held, Outcome(Fate.postpone, error, 0))
-            else:
-                self._course.release(held)
+            for held in batch:
+                self._give_back(held, error)
             self._pause(error)
         finally:
-            if held.runs:
-                # It was interrupted, or killed as the grace ended. Where its child
-                # still runs, that must end before others may have the message.
-                self.child.kill()
-                self._course.finish(held, "retried")
+            for held in batch:
+                if held.runs:
+                    # It was interrupted, or killed as the grace ended. Where its child
+                    # still runs, that must end before others may have the message.
+                    self.child.kill()
+                    self._course.finish(held, "retried")
 
-    def _process(self, received: QueueMessage) -> Outcome | None:
-        """Run a message, in the child if it is for that."""
+    def _give_back(self, held: _Held, error: _CannotStart) -> None:
+        """Leave a message that could not begin to run to other workers."""
+        if held.message.would_be_redriven:
+            self._settle(held, Outcome(Fate.postpone, error, 0))
+        else:
+            self._course.release(held)
+
+    def _process(self, batch: Sequence[QueueMessage]) -> list[Outcome]:
+        """Run messages, in the child if it is for that."""
         worker = os.getpid()
         try:
-            return self.child.process(received)
+            return self.child.process(batch)
         finally:
             if os.getpid() != worker:
                 # A process that the task forked came back from it. The message is its
@@ -6906,73 +7568,99 @@ class _Slot:
 
 
 class _Poller:
-    """Receives from one queue, in a thread of its own."""
+    """Receives from one queue, in a thread of its own.
 
-    def __init__(self, worker: Worker, course: _Course, queue: str) -> None:
-        self._worker, self._course, self._queue = worker, course, queue
+    While its receives are full, helpers receive at the same time, in threads that end
+    with the first receive that is not.
+    """
+
+    def __init__(
+        self, worker: Worker, course: _Course, intake: _Intake, queue: str
+    ) -> None:
+        self._worker, self._course = worker, course
+        self._intake, self._queue = intake, queue
         self._faults = _Faults()
         self._lease: _Lease | None = None  # once it is known
-        self._loops = 0  # receives that were answered
-        self._count = 0  # messages that the last one brought
-        self.is_polling = False  # whether a receive is under way
 
     def work(self) -> None:
         """Receive until there is no more to do; the body of a thread."""
+        intake, course = self._intake, self._course
         try:
             while not self._is_done():
-                most = self._course.wait_for_room()
-                if not most:
+                poll = intake.begin(self._queue, intake.polls.is_open)
+                if not poll:
                     break
-                self._try(most)
+                failures = self._try(poll)
+                if failures:
+                    _back_off(course.stop, self._worker.clock, failures)
         except BaseException as error:
-            self._course.fail(error)  # before the phases go on, or nobody would see it
+            course.fail(error)  # before the phases go on, or nobody would see it
             raise
         finally:
-            self._course.poll_ended()
+            intake.close(self._queue)
+
+    def _help(self) -> None:
+        """Receive as long as receives are full; the body of a thread."""
+        intake = self._intake
+        try:
+            while poll := intake.begin(self._queue, intake.polls.is_busy):
+                self._try(poll)
+        except BaseException as error:
+            self._course.fail(error)
+            raise
+        finally:
+            intake.helper_ended(self._queue)
 
     def _is_done(self) -> bool:
-        """Return whether the last receive was the last that is wanted."""
-        if self._loops == self._worker.loop_count:
-            return True
-        if not self._worker.until_empty or self._loops == 0 or self._count:
+        """Return whether the queues are empty, where that is the end."""
+        if not self._worker.until_empty or not self._intake.is_dry(self._queue):
             return False
         return _are_empty(self._worker.broker, self._worker.queues)
 
-    def _try(self, most: int) -> None:
-        """Receive at most so many messages, and back off if that fails."""
+    def _try(self, poll: _Poll) -> int:
+        """Receive; return how often that has failed by now, one after another."""
         try:
-            if self._lease is None:
-                worker = self._worker
-                self._lease = _find_lease(
-                    worker.broker, self._queue, worker.visibility_timeout_s
-                )
-                return  # that may have taken long: look again whether to receive
-            self._receive(most, self._lease)
-        except Exception as error:
-            if self._loops == 0 and isinstance(error, ConfigurationError):
-                raise  # at the start, this is for a person to mend
-            failures = self._faults.failed(self._queue, "receive", repr(error))
-            _back_off(self._course.stop, self._worker.clock, failures)
-
-    def _receive(self, most: int, lease: _Lease) -> None:
-        """Receive once, and hold what came."""
-        worker, asked_at = self._worker, self._worker.clock()
-        self.is_polling = True
-        try:
-            messages = worker.broker.receive(
-                self._queue, most, worker.wait_s, lease.seconds, self._course.stop
+            if self._lease is not None:
+                self._receive(poll, self._lease)
+                return 0
+            worker = self._worker
+            self._lease = _find_lease(
+                worker.broker, self._queue, worker.visibility_timeout_s
             )
-        finally:
-            self.is_polling = False
+        except Exception as error:
+            was_answered = self._intake.fail(poll)
+            if not was_answered and isinstance(error, ConfigurationError):
+                raise  # at the start, this is for a person to mend
+            return self._faults.failed(self._queue, "receive", repr(error))
+        self._intake.drop(poll)  # it may have taken long: look again whether to
+        return 0
+
+    def _receive(self, poll: _Poll, lease: _Lease) -> None:
+        """Receive once, and hold what came."""
+        worker, wait_s = self._worker, self._worker.wait_s
+        if poll.is_short:
+            wait_s = min(wait_s, _SHORT_POLL_S)
+        if self._intake.adds_helper(self._queue):
+            self._start_helper()
+        messages = worker.broker.receive(
+            self._queue, poll.most, wait_s, lease.seconds, self._course.stop
+        )
         for message in messages:
             message.max_receive_count = lease.max_receive_count
             message.done_level = worker.done_level
+            message.lease_s = lease.seconds
         # At once: from here on the keeper extends the leases.
-        self._course.take(messages, lease.seconds, asked_at)
+        self._intake.take(poll, messages, lease.seconds)
         self._faults.worked(self._queue, "receive")
-        self._count = len(messages)
-        self._loops += 1
         worker.beat()
+
+    def _start_helper(self) -> None:
+        """Start another thread that receives; go on without it if that fails."""
+        try:
+            _make_thread(self._course, self._help).start()
+        except RuntimeError as error:
+            self._intake.helper_ended(self._queue)
+            self._faults.failed(self._queue, "start another poller", error)
 
 
 def _pause_s(failures: int) -> float:
@@ -7006,6 +7694,12 @@ def _make_thread(course: _Course, work: Callable[[], object]) -> threading.Threa
     return threading.Thread(target=guard, daemon=True)
 
 
+class _Event(typing.Protocol):
+    """What tells a worker to stop: threading's and asyncio's events are such."""
+
+    def is_set(self) -> bool: ...
+
+
 @dataclasses.dataclass(eq=False, repr=False)
 class Worker:
     """Runs the messages of some queues, most urgent first, until it is stopped.
@@ -7022,7 +7716,7 @@ class Worker:
     num_messages: int = 1
     visibility_timeout_s: float | None = None
     loop_count: int | None = None
-    shutdown_event: threading.Event | None = None
+    shutdown_event: _Event | None = None
     until_empty: bool = False
     concurrency: int = 1
     max_tasks: int | None = None
@@ -7035,6 +7729,7 @@ class Worker:
     done_level: int = logging.DEBUG
     clock: Callable[[], float] = time.monotonic
     wait_s: float = _LONG_POLL_S
+    event_loop: Any = None  # the application's own, for coroutines
 
     def __post_init__(self) -> None:
         _check_options(self)
@@ -7043,9 +7738,7 @@ class Worker:
         self.beat = self._heart.beat  #: say that the worker lives
         self._holdings = _Holdings(self.queues, self.ack_wait_s)
         self.ledger = self._holdings.ledger
-        self._keeper = _Keeper(
-            self._holdings, self.broker, self.clock, self._heart.beat
-        )
+        self._keeper = _Keeper(self._holdings, self.broker, self.clock, self.beat)
         start = _start_of_children(everything=self.isolate)
         # All by --isolate, or each by its decorator.
         isolated = start.get("isolated", ())
@@ -7057,15 +7750,12 @@ class Worker:
             _Limits(
                 slots=self.concurrency,
                 polls=len(self.queues),
-                num_messages=self.num_messages,
                 max_tasks=self.max_tasks,
                 paused=self.concurrency if is_isolated else 0,
             ),
         )
-        self._keeping = [
-            _make_thread(self._course, self._keeper.run) for _ in range(_MAX_CALLS)
-        ]
-        event_loop = _EventLoop()
+        self._keeping: list[threading.Thread] = []
+        event_loop = _EventLoop(self.event_loop)
         self.overdue = threading.Event()  #: set once the grace is over
         self._slots = [
             _Slot(
@@ -7077,7 +7767,9 @@ class Worker:
             )
             for _ in range(self.concurrency)
         ]
-        self._pollers = [_Poller(self, self._course, queue) for queue in self.queues]
+        self._polls = _Polls(
+            self.queues, self.num_messages, self.concurrency, self.loop_count
+        )
 
     @property
     def unanswered(self) -> bool:
@@ -7093,7 +7785,10 @@ class Worker:
         """
         make = functools.partial(_make_thread, self._course)
         slots = [make(slot.work) for slot in self._slots[1:]]
-        pollers = [make(poller.work) for poller in self._pollers]
+        intake = _Intake(self._course, self._keeper, self._polls)
+        poller = functools.partial(_Poller, self, self._course, intake)
+        pollers = [make(poller(queue).work) for queue in self.queues]
+        self._keeping = [make(self._keeper.run) for _ in range(_MAX_CALLS)]
         helpers = [*self._keeping, make(self._heart.run), make(self._watch)]
         within_s: float | None = _HURRIED_S
         with self._signals:
@@ -7178,7 +7873,7 @@ class Worker:
 
     def _say_what_it_waits_for(self) -> None:
         """Log why the worker does not end at once."""
-        polls = sum(poller.is_polling for poller in self._pollers)
+        polls = self._polls.under_way
         runs = len(self._course.still_run())
         text = f"stopping: waiting for polls in flight: {polls}, running tasks: {runs}"
         if self._signals.has_interrupt:
@@ -7207,12 +7902,21 @@ class Worker:
             self.on_overdue(self.ledger)
 
 
+# What must hold before anything is received: later parts add what they need, and raise
+# ConfigurationError.
+_before_work: list[Callable[[], object]] = []
+
+
+def _check_before_work() -> None:
+    """Raise ConfigurationError if a registered task can't be run here."""
+    for check in _before_work:
+        check()
+
+
 def _check_options(worker: Worker) -> None:
-    """Refuse options that make no sense, and fit the length of polls to the grace."""
-    for name in ("num_messages", "concurrency", "max_tasks", "max_tasks_per_child"):
-        number = getattr(worker, name)
-        if number is not None and number < 1:
-            raise ConfigurationError(f"{name}: expected 1 or more, got {number}")
+    """Refuse what can't work, and fit the length of polls to the grace."""
+    _check_before_work()
+    _check_counts(worker)
     lease_s, grace_s = worker.visibility_timeout_s, worker.grace_s
     if lease_s is not None and not 1 <= lease_s <= _MAX_HELD_S:
         wanted = f"expected 1 to {_MAX_HELD_S} seconds"
@@ -7225,6 +7929,17 @@ def _check_options(worker: Worker) -> None:
     elif grace_s is not None:
         # A poll in flight is waited out, so it must end before the grace does.
         worker.wait_s = min(worker.wait_s, max(1, grace_s - _FLUSH_S - 1))
+
+
+def _check_counts(worker: Worker) -> None:
+    """Refuse numbers of messages, slots and runs that make no sense."""
+    for name in ("concurrency", "max_tasks", "max_tasks_per_child"):
+        number = getattr(worker, name)
+        if number is not None and number < 1:
+            raise ConfigurationError(f"{name}: expected 1 or more, got {number}")
+    if not 1 <= worker.num_messages <= _MAX_WAITING:
+        wanted = f"expected 1 to {_MAX_WAITING}"
+        raise ConfigurationError(f"num_messages: {wanted}, got {worker.num_messages}")
 
 
 def _join(thread: threading.Thread, within_s: float | None) -> None:
@@ -7254,7 +7969,8 @@ def listen_for_messages(
     stops after the running task and the poll in flight, which takes up to 20 s on SQS.
 
     :param priority: the queue, or several: the most urgent message runs first
-    :param num_messages: how many to receive at once, up to 10: they wait for each other
+    :param num_messages: how many one slot may hold, the one that it runs included, up
+        to 100; several slots share the others: with N, at most N - 1 of a queue wait
     :param visibility_timeout_s: how long a received message is hidden from others,
         until the worker extends it; None takes the queue's own
     :param loop_count: end after so many receives from each queue; None goes on for ever
@@ -7288,6 +8004,113 @@ def listen_for_messages(
         ack_wait_s=ack_wait_s,
     )
     return worker.run()
+
+
+async def listen_async(
+    priority: Priority | Iterable[Priority],
+    num_messages: int = 1,
+    visibility_timeout_s: float | None = None,
+    loop_count: int | None = None,
+    shutdown_event: _Event | None = None,
+    *,
+    until_empty: bool = False,
+    concurrency: int = 1,
+    max_tasks: int | None = None,
+    grace_s: float | None = None,
+    isolate: bool = False,
+    max_tasks_per_child: int = 100,
+    ack_wait_s: float = _ACK_WAIT_S,
+) -> Ledger:
+    """Run the messages of a queue beside what else an application's event loop does.
+
+    ``async def`` tasks run on that loop, up to `concurrency` at once, and may use the
+    application's clients. All else is done in threads: receives, hooks, and plain
+    tasks. What coroutines leave running is the application's.
+
+    The options are those of :func:`listen_for_messages`. No signal is handled. Where
+    this is cancelled, it stops as by `shutdown_event`, and then raises CancelledError;
+    cancelled again, it waits no longer.
+
+    :param shutdown_event: set it to stop: threading's or asyncio's
+    :returns: what became of the messages
+    :raises ConfigurationError: as :func:`listen_for_messages`
+    """
+    make = functools.partial(
+        Worker,
+        num_messages=num_messages,
+        visibility_timeout_s=visibility_timeout_s,
+        loop_count=loop_count,
+        until_empty=until_empty,
+        concurrency=concurrency,
+        max_tasks=max_tasks,
+        grace_s=grace_s,
+        isolate=isolate,
+        max_tasks_per_child=max_tasks_per_child,
+        ack_wait_s=ack_wait_s,
+    )
+    return await _run_beside_loop(make, priority, shutdown_event)
+
+
+async def _run_beside_loop(
+    make: Callable[..., Worker],
+    priority: Priority | Iterable[Priority],
+    shutdown_event: _Event | None,
+) -> Ledger:
+    """Make a worker that uses this event loop, and run it in a thread."""
+    import asyncio
+
+    told = _EitherEvent(shutdown_event)
+    loop = asyncio.get_running_loop()
+
+    def work() -> Ledger:
+        queues = _queues_of(priority)
+        broker = _brokers.broker()
+        worker = make(broker, queues, shutdown_event=told, event_loop=loop)
+        return worker.run()
+
+    return await _wait_for_thread(work, told.set)
+
+
+class _EitherEvent:
+    """Is set once it, or another event, is."""
+
+    def __init__(self, other: _Event | None) -> None:
+        self._other, self._own = other, threading.Event()
+
+    def set(self) -> None:
+        """Set it, and leave the other one as it is."""
+        self._own.set()
+
+    def is_set(self) -> bool:
+        """Return whether one of the two is set."""
+        return self._own.is_set() or (self._other is not None and self._other.is_set())
+
+
+async def _wait_for_thread(work: Callable[[], _R], stop: Callable[[], object]) -> _R:
+    """Call a function in a thread of its own; if this is cancelled, stop it first.
+
+    Not in the loop's executor, whose threads are few and hold up the interpreter's end.
+    """
+    import asyncio
+    from concurrent.futures import Future
+
+    running: Future[_R] = Future()
+    running.set_running_or_notify_cancel()  # so nothing can cancel it
+
+    def run() -> None:
+        try:
+            running.set_result(work())
+        except BaseException as error:
+            running.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    ended = asyncio.wrap_future(running)
+    try:
+        return await asyncio.shield(ended)
+    except asyncio.CancelledError:
+        stop()
+        await asyncio.shield(ended)
+        raise
 
 
 def _queues_of(priority: Priority | Iterable[Priority]) -> list[str]:
@@ -7361,21 +8184,30 @@ def _postponed_copy(received: QueueMessage, delay_s: float, limit: int) -> Outgo
     """
     ours: dict[str, Mapping[str, Any]] = {}
     if received.attempt > 1:
-        before = str(received.attempt - 1)
-        ours[_ATTEMPTS_ATTRIBUTE] = {"DataType": "String", "StringValue": before}
-    copy = received.copy(_add_attributes(received, ours, limit))
+        ours[_ATTEMPTS_ATTRIBUTE] = _as_attribute(received.attempt - 1)
+    others = {_POSTPONED_ATTRIBUTE: _as_attribute(0), **received.message_attributes}
+    others[_POSTPONED_ATTRIBUTE] = _as_attribute(received.postponed + 1)
+    copy = received.copy(_add_attributes(received, ours, others, limit))
     return copy._replace(delay_s=delay_s)
 
 
+def _as_attribute(number: int) -> Mapping[str, Any]:
+    """Return a number as a message attribute."""
+    return {"DataType": "String", "StringValue": str(number)}
+
+
 def _add_attributes(
-    received: QueueMessage, ours: Mapping[str, Mapping[str, Any]], limit: int
+    received: QueueMessage,
+    ours: Mapping[str, Mapping[str, Any]],
+    others: Mapping[str, Mapping[str, Any]],
+    limit: int,
 ) -> Mapping[str, Mapping[str, Any]]:
-    """Return attributes of ours, and of the message's those for which there is room.
+    """Return attributes of ours, and of the others those for which there is room.
 
     What gives way are headers, which the body has too.
     """
     attributes = dict(ours)
-    for name, value in received.message_attributes.items():
+    for name, value in others.items():
         more = {name: value, **attributes}
         if len(more) <= _MAX_ATTRIBUTES and received.copy(more).size() <= limit:
             attributes = more
@@ -7426,7 +8258,8 @@ def _dead_letter_copy(
     text = _error_record(received, error, room)
     if len(text) <= room:
         attributes[_ERROR_ATTRIBUTE] = {"DataType": "String", "StringValue": text}
-    return received.copy(_add_attributes(received, attributes, limit))
+    others = received.message_attributes
+    return received.copy(_add_attributes(received, attributes, others, limit))
 
 
 def _error_record(
@@ -7690,23 +8523,24 @@ class _Child:
         self._process: _ChildProcess | None = None
         self._runs_left = 0  # until the process is replaced
 
-    def process(self, received: QueueMessage) -> Outcome | None:
-        """Run a message, and decide its fate as :func:`process` does.
+    def process(self, batch: Sequence[QueueMessage]) -> list[Outcome]:
+        """Run messages that run together, and decide the fate of each.
 
-        :returns: None if the process was killed because the worker's grace is over
+        :returns: none if the process was killed because the worker's grace is over
         :raises _CannotStart: if the run did not begin, for another reason
         """
-        message = self._find_isolated(received)
+        message = self._find_isolated(batch[0])
         if message is None:
-            return process(received)
-        received.message = message
+            return _process_all(batch)
+        for received in batch:
+            received.message = self._find_isolated(received)
         try:
-            running = self._begin(message.task.name, received)
+            running = self._begin(message.task.name, batch)
         except _CannotStart:
             if self._given_up.is_set():
-                return None
+                return []
             raise
-        return self._finish(running, message.task, received)
+        return self._finish(running, message.task, batch)
 
     def start(self) -> _ChildProcess:
         """Return a process that lives, a new one if need be.
@@ -7738,13 +8572,9 @@ class _Child:
             return None  # process() will say what is wrong with it
         return message if isolated else None
 
-    def _begin(self, name: str, received: QueueMessage) -> _ChildProcess:
-        """Return a process that has begun to run a message, or raise _CannotStart."""
-        request = {
-            field: value
-            for field, value in vars(received).items()
-            if field not in ("broker", "message")
-        }
+    def _begin(self, name: str, batch: Sequence[QueueMessage]) -> _ChildProcess:
+        """Return a process that has begun to run messages, or raise _CannotStart."""
+        request = [_fields_of(received) for received in batch]
         running = self.start()
         until = time.monotonic() + _START_S
         try:
@@ -7781,13 +8611,17 @@ class _Child:
         return started
 
     def _finish(
-        self, running: _ChildProcess, its_task: Task[Any, Any], received: QueueMessage
-    ) -> Outcome | None:
-        """Return how a run that began has ended; None if the grace is over."""
+        self,
+        running: _ChildProcess,
+        its_task: Task[Any, Any],
+        batch: Sequence[QueueMessage],
+    ) -> list[Outcome]:
+        """Return how a run that began has ended; none if the grace is over."""
         name, limit_s, began = its_task.name, its_task.time_limit, time.monotonic()
         failure: TaskhawkError
         try:
-            outcome = _to_outcome(running.hear("ended", began + (limit_s or math.inf)))
+            answers = running.hear("ended", began + (limit_s or math.inf))
+            outcomes = _to_outcomes(answers, len(batch))
         except TimeoutError:
             self._end(0)
             text = f"{name} ran longer than its time limit of {limit_s:g} s"
@@ -7802,10 +8636,10 @@ class _Child:
             self._runs_left -= 1
             if not self._runs_left:
                 self.close()
-            return outcome
+            return outcomes
         if self._given_up.is_set():
-            return None
-        return _failed(received, failure, began)
+            return []
+        return [_failed(received, failure, began) for received in batch]
 
     def _end(self, within_s: float) -> str:
         """Have the process end, if there is one, and return how it ended."""
@@ -7909,6 +8743,13 @@ class _ChildProcess:
             time.sleep(0.005)
 
 
+def _fields_of(received: QueueMessage) -> dict[str, Any]:
+    """Return a message as a child is told it."""
+    fields = dict(vars(received))
+    del fields["broker"], fields["message"]
+    return fields
+
+
 def _parse_line(line: bytes) -> Any:
     """Return the JSON of a line, or raise ValueError."""
     try:
@@ -7924,6 +8765,13 @@ def _to_answer(outcome: Outcome) -> list[Any]:
         trace = "".join(traceback.format_exception(error))
         raised = [type(error).__name__, _text_of(error), trace]
     return [outcome.fate.value, outcome.delay_s, raised]
+
+
+def _to_outcomes(answers: Sequence[Any], count: int) -> list[Outcome]:
+    """Return the outcomes that a child answers, one a message, or raise ValueError."""
+    if len(answers) != count:
+        raise ValueError("not an answer for each message")
+    return [_to_outcome(answer) for answer in answers]
 
 
 def _to_outcome(answer: Any) -> Outcome:
@@ -8002,8 +8850,9 @@ def _serve_worker(argv: Sequence[str]) -> int:
         report.tell("imported", "")
         while line := lines.readline():
             report.tell("began")
-            received = QueueMessage(**json.loads(line), broker=_broker_of_child())
-            report.tell("ended", *_to_answer(process(received)))
+            broker = _broker_of_child()
+            batch = [QueueMessage(**it, broker=broker) for it in json.loads(line)]
+            report.tell("ended", *map(_to_answer, _process_all(batch)))
     return 0
 
 
@@ -8147,22 +8996,39 @@ def _run_records(
     records: Sequence[Any], context: Any
 ) -> tuple[list[QueueMessage], dict[QueueMessage, Outcome]]:
     """Run records in order, which is a FIFO queue's; return what is done and failed."""
+    _check_before_work()
     done: list[QueueMessage] = []
     failed: dict[QueueMessage, Outcome] = {}
     reserve_ms = _left_ms(context) / 10  # for the deletes and the answer
+    for batch in _batches_of(records):
+        if _is_behind(batch[0], failed):
+            outcomes = _not_started(batch, "an earlier one of its group failed")
+        elif _left_ms(context) < reserve_ms:
+            outcomes = _not_started(batch, "no time was left")
+        else:
+            outcomes = _process_all(batch)
+        for received, outcome in zip(batch, outcomes, strict=True):
+            if outcome.fate is Fate.acknowledge or _is_postponed(received, outcome):
+                done.append(received)
+            else:
+                failed[received] = outcome
+    return done, failed
+
+
+def _batches_of(records: Sequence[Any]) -> Iterator[list[QueueMessage]]:
+    """Yield each record by itself, and those of a batch task together."""
+    waiting: dict[str, list[QueueMessage]] = {}
     for record in records:
         received = _from_record(record)
-        if _is_behind(received, failed):
-            outcome = _not_started(received, "an earlier one of its group failed")
-        elif _left_ms(context) < reserve_ms:
-            outcome = _not_started(received, "no time was left")
-        else:
-            outcome = process(received)
-        if outcome.fate is Fate.acknowledge or _is_postponed(received, outcome):
-            done.append(received)
-        else:
-            failed[received] = outcome
-    return done, failed
+        received.batch_task = _find_batch_task(received)
+        if received.batch_task is None:
+            yield [received]
+            continue
+        batch = waiting.setdefault(received.batch_task, [])
+        batch.append(received)
+        if len(batch) == _most_together(received):
+            yield waiting.pop(received.batch_task)
+    yield from waiting.values()
 
 
 def _is_postponed(received: QueueMessage, outcome: Outcome) -> bool:
@@ -8189,10 +9055,10 @@ def _is_behind(received: QueueMessage, failed: Iterable[QueueMessage]) -> bool:
     return received.group_id in [earlier.group_id for earlier in failed]
 
 
-def _not_started(received: QueueMessage, reason: str) -> Outcome:
-    """Return the outcome of a message that counts as failed though it was not run."""
-    error = TaskhawkError(f"{_name_of(received)} was not started: {reason}")
-    return Outcome(Fate.retry, error)
+def _not_started(batch: Sequence[QueueMessage], reason: str) -> list[Outcome]:
+    """Return the outcomes of messages that count as failed though they were not run."""
+    texts = [f"{_name_of(received)} was not started: {reason}" for received in batch]
+    return [Outcome(Fate.retry, TaskhawkError(text)) for text in texts]
 
 
 def _set_delays(failed: Mapping[QueueMessage, Outcome]) -> None:
@@ -8290,13 +9156,630 @@ def _as_boto3(
 
 
 # --- 20. claims -----------------------------------------------------------------------
-# Who holds a key, until when.
-# (Invariant.)
+# Who holds a key, until when; in a DynamoDB table or in the SQLite file. Each change is
+# one conditional write, so two workers never both get the same claim. A claim ends when
+# it is released, and at the latest by itself, for who holds it may have died. A key is
+# a hash, so neither a table nor a log has an argument. What fails raises: nobody has a
+# claim that was not confirmed.
+# https://docs.aws.amazon.com/amazondynamodb/latest/developerguide/
+
+
+__all__ += ["Claim", "Claims"]
+
+_SKEW_S = 5  # by which the clocks of workers may differ, added to how long claims last
+_MAX_PLACES = 1000  # of a key: all are in one item, and a write costs 1 KB of it
+_MAX_RETENTION_S = 14 * 86_400  # no queue keeps a message for longer
+_TTL_MARGIN_S = 86_400  # after a claim's end, before DynamoDB may delete its item
+_CLAIM_TRIES = 3  # to get one of the places that are free, while others do too
+
+
+class Claim(NamedTuple):
+    """The answer to a claim.
+
+    :ivar token: what it is finished or released by; "" if others have the key
+    :ivar is_done: whether a run of the key was finished, and is still remembered
+    """
+
+    token: str = ""
+    is_done: bool = False
+
+
+class Claims(typing.Protocol):
+    """Who holds a key, until when.
+
+    ``claim`` takes one of `most` places of a key for `for_s`, unless all are taken or
+    the key is done. ``finish`` has the key done for `keep_s`, whoever has it by now:
+    the run has been. ``release`` gives a place back, unless it is another's by now.
+
+    ``start`` notes that a message is about to run, unless another one's run of the same
+    key started after this message was sent: then it returns False. The times are the
+    queue's. A message may start again, and the times may be equal.
+
+    Any thread may call at any time. A call that raises may have had its effect.
+    """
+
+    def claim(self, key: str, for_s: float, most: int = 1) -> Claim: ...
+    def finish(self, key: str, token: str, keep_s: float) -> None: ...
+    def release(self, key: str, token: str) -> None: ...
+    def start(
+        self, key: str, message_id: str, sent_ms: int, started_ms: int
+    ) -> bool: ...
+
+
+def _hash(text: str) -> str:
+    """Return 64 characters that stand for a text."""
+    import hashlib
+
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _find_claims() -> Claims:
+    """Return where this process's claims are.
+
+    :raises ConfigurationError: on SQS, if TASKHAWK_CLAIMS_TABLE is not set
+    """
+    broker = _brokers.broker()
+    if isinstance(broker, SqliteBroker):
+        return SqliteClaims(broker)
+    table = settings.TASKHAWK_CLAIMS_TABLE
+    if table is None:
+        example = _SETTINGS["TASKHAWK_CLAIMS_TABLE"].example
+        raise ConfigurationError(
+            "TASKHAWK_CLAIMS_TABLE is not set: on SQS, once, unique and limit need a"
+            f" DynamoDB table: set its name, such as {example!r}, and run python -m"
+            " taskhawk provision"
+        )
+    return typing.cast("Claims", _brokers.get(f"dynamodb:{table}"))
+
+
+class DynamoClaims(_AwsService, Claims):
+    """Claims in a DynamoDB table, one item for each key.
+
+    The items have the layout that Powertools for AWS Lambda uses for idempotency:
+    ``id`` (the key), ``status``, ``in_progress_expiration`` in milliseconds, and
+    ``expiration`` in seconds, by which DynamoDB may delete the item. That may take
+    days, so what is expired counts as deleted.
+
+    :param url: ``dynamodb:`` and the name of the table
+    :param clock: epoch seconds; passed in by tests
+    """
+
+    service, target_key = "dynamodb", "TableName"
+
+    def __init__(self, url: str, clock: Callable[[], float] = time.time) -> None:
+        super().__init__()
+        self._table, self._clock = url.partition(":")[2], clock
+
+    def claim(self, key: str, for_s: float, most: int = 1) -> Claim:
+        """Take a place: a free one if the first was not, as the answer then says."""
+        import random
+
+        owner, place = os.urandom(8).hex(), random.randrange(most)
+        for _ in range(_CLAIM_TRIES):
+            item = self._take(key, place, owner, for_s)
+            if item is None or item.get(f"owner_{place}") == {"S": owner}:
+                return Claim(f"{place}-{owner}")
+            if item.get("status") == {"S": "COMPLETED"}:
+                return Claim(is_done=True)
+            free = self._free_places(item, most)
+            if not free:
+                break
+            place = random.choice(free)
+        return Claim()
+
+    def _take(
+        self, key: str, place: int, owner: str, for_s: float
+    ) -> Mapping[str, Any] | None:
+        """Take a place if it is free; else return the item that is in the way.
+
+        It is ours where botocore has repeated a request whose answer was lost.
+        """
+        now_s = self._clock()
+        return self._update(
+            key,
+            "SET #owner = :owner, #until = :until, #status = :running, #expiry = :ttl",
+            "(attribute_not_exists(#status) OR #status = :running OR #expiry < :now)"
+            " AND (attribute_not_exists(#until) OR #until < :now_ms)",
+            names={**_place_names(place), "#status": "status", "#expiry": "expiration"},
+            values={
+                ":owner": owner,
+                ":until": _to_ms(now_s + for_s),
+                ":running": "INPROGRESS",
+                ":ttl": math.ceil(now_s + for_s + _TTL_MARGIN_S),
+                ":now": math.floor(now_s),
+                ":now_ms": _to_ms(now_s),
+            },
+        )
+
+    def _free_places(self, item: Mapping[str, Any], most: int) -> list[int]:
+        """Return the places of an item that nobody has."""
+        now_ms = _to_ms(self._clock())
+        free = []
+        for place in range(most):
+            until = item.get(_place_names(place)["#until"], {"N": "0"})
+            if int(until["N"]) < now_ms:
+                free.append(place)
+        return free
+
+    def finish(self, key: str, token: str, keep_s: float) -> None:
+        """Have the key done for so long."""
+        place, _, _ = token.partition("-")
+        self._update(
+            key,
+            "SET #status = :done, #expiry = :ttl REMOVE #owner, #until",
+            "",
+            names={
+                **_place_names(int(place)),
+                "#status": "status",
+                "#expiry": "expiration",
+            },
+            values={":done": "COMPLETED", ":ttl": math.ceil(self._clock() + keep_s)},
+        )
+
+    def release(self, key: str, token: str) -> None:
+        """Give a place back."""
+        place, _, owner = token.partition("-")
+        self._update(
+            key,
+            "REMOVE #owner, #until",
+            "#owner = :owner",
+            names=_place_names(int(place)),
+            values={":owner": owner},
+        )
+
+    def start(self, key: str, message_id: str, sent_ms: int, started_ms: int) -> bool:
+        """Note that a message is about to run."""
+        now_s = self._clock()
+        in_the_way = self._update(
+            key,
+            "SET #message = :message, #started = :started, #expiry = :ttl",
+            "attribute_not_exists(#started) OR #started <= :sent"
+            " OR #message = :message OR #expiry < :now",
+            names={
+                "#message": "message_id",
+                "#started": "started",
+                "#expiry": "expiration",
+            },
+            values={
+                ":message": message_id,
+                ":started": started_ms,
+                ":sent": sent_ms,
+                ":ttl": math.ceil(now_s + _MAX_RETENTION_S),
+                ":now": math.floor(now_s),
+            },
+        )
+        return in_the_way is None
+
+    def _update(
+        self,
+        key: str,
+        change: str,
+        condition: str,
+        *,
+        names: Mapping[str, str],
+        values: Mapping[str, str | int],
+    ) -> Mapping[str, Any] | None:
+        """Change the item of a key; where the condition fails, return the item."""
+        parameters: dict[str, Any] = {
+            "Key": {"id": {"S": key}},
+            "UpdateExpression": change,
+            "ExpressionAttributeNames": names,
+            "ExpressionAttributeValues": {
+                name: _to_attribute(value) for name, value in values.items()
+            },
+        }
+        if condition:
+            parameters["ConditionExpression"] = condition
+            parameters["ReturnValuesOnConditionCheckFailure"] = "ALL_OLD"
+        try:
+            self.call("send", "update_item", self._table, **parameters)
+        except Exception as error:
+            if _error_code(error) != "ConditionalCheckFailedException":
+                raise
+            answer = getattr(error, "response", {})
+            return typing.cast("Mapping[str, Any]", answer.get("Item", {}))
+        return None
+
+
+def _to_ms(seconds: float) -> int:
+    """Return a time in whole milliseconds."""
+    return math.ceil(seconds * 1000)
+
+
+def _to_attribute(value: str | int) -> dict[str, str]:
+    """Return a value as DynamoDB's protocol has it."""
+    if isinstance(value, int):
+        return {"N": str(value)}
+    return {"S": value}
+
+
+def _place_names(place: int) -> dict[str, str]:
+    """Return the attributes of a place; the first has Powertools' name."""
+    until = "in_progress_expiration"
+    if place:
+        until += f"_{place}"
+    return {"#owner": f"owner_{place}", "#until": until}
+
+
+_schemes["dynamodb"] = DynamoClaims  # type: ignore[assignment]
+
+
+# A row for each claim. Of a start, the token is empty, for there is one for each key.
+_CLAIMS_SCHEMA = (
+    """CREATE TABLE IF NOT EXISTS claim (
+    key TEXT NOT NULL, token TEXT NOT NULL, until_ms INTEGER NOT NULL,
+    is_done INTEGER NOT NULL DEFAULT 0, message_id TEXT, started_ms INTEGER,
+    PRIMARY KEY (key, token)) WITHOUT ROWID""",
+    "CREATE INDEX IF NOT EXISTS claim_until ON claim (until_ms)",
+)
+
+
+class SqliteClaims(Claims):
+    """Claims in the file of a broker, which they die with."""
+
+    def __init__(self, broker: SqliteBroker) -> None:
+        self._broker = broker
+
+    def claim(self, key: str, for_s: float, most: int = 1) -> Claim:
+        """Take a place, if fewer than so many are taken."""
+        token, now_ms = os.urandom(8).hex(), self._in_ms()
+        insert = """INSERT INTO claim (key, token, until_ms) SELECT ?, ?, ?
+            WHERE (SELECT count(*) FROM claim WHERE key = ? AND until_ms >= ?) < ?"""
+        values = (key, token, self._in_ms(for_s), key, now_ms, most)
+        if self._change(insert, values):
+            return Claim(token)
+        find = """SELECT count(*) FROM claim
+            WHERE key = ? AND until_ms >= ? AND is_done"""
+        [[done]] = self._file.read(find, (key, now_ms))
+        return Claim(is_done=done > 0)
+
+    def finish(self, key: str, token: str, keep_s: float) -> None:
+        """Have the key done for so long."""
+        insert = """INSERT INTO claim (key, token, until_ms, is_done)
+            VALUES (?, ?, ?, 1) ON CONFLICT (key, token)
+            DO UPDATE SET until_ms = excluded.until_ms, is_done = 1"""
+        self._change(insert, (key, token, self._in_ms(keep_s)))
+
+    def release(self, key: str, token: str) -> None:
+        """Give a place back."""
+        self._change("DELETE FROM claim WHERE key = ? AND token = ?", (key, token))
+
+    def start(self, key: str, message_id: str, sent_ms: int, started_ms: int) -> bool:
+        """Note that a message is about to run."""
+        insert = """INSERT INTO claim (key, token, until_ms, message_id, started_ms)
+            VALUES (?, '', ?, ?, ?) ON CONFLICT (key, token) DO UPDATE
+            SET until_ms = excluded.until_ms, message_id = excluded.message_id,
+            started_ms = excluded.started_ms
+            WHERE started_ms <= ? OR message_id = excluded.message_id"""
+        until_ms = self._in_ms(_MAX_RETENTION_S)
+        values = (key, until_ms, message_id, started_ms, sent_ms)
+        return self._change(insert, values) > 0
+
+    @property
+    def _file(self) -> _SqliteFile:
+        return self._broker._file  # noqa: SLF001 - the file is the broker's and ours
+
+    def _in_ms(self, seconds: float = 0) -> int:
+        """Return the time so many seconds from now, by the broker's clock."""
+        return self._broker._in_ms(seconds)  # noqa: SLF001 - claims go by it
+
+    def _change(self, statement: str, values: Sequence[Any]) -> int:
+        """Make a change; return how many rows it met. What is expired goes, too."""
+        file = self._file
+        file.open()
+        for part in _CLAIMS_SCHEMA:  # nothing, where they exist
+            file.change(part, ())
+        file.change("DELETE FROM claim WHERE until_ms < ?", (self._in_ms(),))
+        return file.change(statement, values)
 
 
 # --- 21. once, unique, limits ---------------------------------------------------------
-# What claims are for.
-# (Invariant.)
+# What claims are for. All of it acts where a run starts, never at dispatch, so no crash
+# can suppress a message for one that was not sent. A message is ignored only if a run
+# that stands for its own has ended, or has its own message in the queue. One that
+# can't have its claim, or whose claim fails, is postponed: it never runs without it.
+# Where a run has ended, and its claim can't be told, the claim ends by itself.
+
+
+__all__ += ["Limit", "limit"]
+
+_KEEP_S = 86_400  # how long `once` remembers, if keep_s does not say
+_LAMBDA_RUN_S = 900  # a function runs no longer
+_FIRST_WAIT_S = 10  # for a claim that others have; it doubles each time…
+_LONGEST_WAIT_S = 160  # …up to this
+_MEMORY = r"sqlite://(\?|$)"  # a URL of a queue that is in memory
+_claim_faults = _Faults()
+
+
+class Limit(NamedTuple):
+    """What :func:`limit` returns, and the option `limit` of :func:`task` takes."""
+
+    most: int
+    per: tuple[str, ...] = ()
+    every_s: float | None = None
+
+
+def limit(
+    most: int, *, per: tuple[str, ...] = (), every_s: float | None = None
+) -> Limit:
+    """Return how many runs of a task there may be at once, or in a time.
+
+    ``limit(1, per=('customer',))`` is a lock for each customer, ``limit(10)`` allows
+    ten runs at once over all workers, and ``limit(100, every_s=60)`` a hundred starts
+    in any minute.
+
+    :param most: how many, 1 to 1,000
+    :param per: the names of arguments: each of their values has a limit of its own
+    :param every_s: count starts in so many seconds instead of what runs at once
+    :raises ConfigurationError: if one of them is wrong
+    """
+    if type(most) is not int or not 1 <= most <= _MAX_PLACES:
+        raise ConfigurationError(
+            f"limit: most: expected 1 to {_MAX_PLACES} runs, got {most!r}"
+        )
+    if not _are_names(per):
+        raise ConfigurationError(f"limit: per: expected {_NAMES}, got {per!r}")
+    if every_s is not None and not _is_above_zero(every_s):
+        raise ConfigurationError(
+            f"limit: every_s: expected a number of seconds above 0, got {every_s!r}"
+        )
+    return Limit(most, tuple(per), every_s)
+
+
+# The options, when a task is declared.
+
+_NAMES = "a tuple of names of arguments, such as ('order_id',)"
+
+
+def _are_names(value: object) -> bool:
+    """Return whether this is a tuple or list of strings."""
+    if not isinstance(value, tuple | list):
+        return False
+    return all(isinstance(name, str) for name in value)
+
+
+def _check_choice(option: str, made: Task[Any, Any], value: object) -> None:
+    """Check `once` or `unique`: False, True, or arguments of the task."""
+    if isinstance(value, bool):
+        return
+    if not value or not _are_names(value):
+        raise ConfigurationError(
+            f"{made.name}: {option}: expected True or {_NAMES}, got {value!r}"
+        )
+    _check_arguments(option, made, typing.cast("Sequence[str]", value))
+
+
+def _check_arguments(option: str, made: Task[Any, Any], names: Sequence[str]) -> None:
+    """Raise ConfigurationError unless these are arguments of the task."""
+    for name in names:
+        parameter = made._signature.parameters.get(name)  # noqa: SLF001
+        given = name in made._given_by_worker  # noqa: SLF001
+        if parameter is None or given or parameter.kind is parameter.VAR_KEYWORD:
+            raise ConfigurationError(
+                f"{made.name}: {option}: the function has no argument {name!r}"
+            )
+
+
+def _check_keep(made: Task[Any, Any], value: object) -> None:
+    """Check `keep_s`, which goes with `once`."""
+    if not made.options.get("once"):
+        raise ConfigurationError(f"{made.name}: keep_s: expected once=, too")
+    if not _is_above_zero(value):
+        raise ConfigurationError(
+            f"{made.name}: keep_s: expected a number of seconds above 0, got {value!r}"
+        )
+
+
+def _check_limit(made: Task[Any, Any], value: object) -> None:
+    """Check `limit`."""
+    if not isinstance(value, Limit):
+        raise ConfigurationError(
+            f"{made.name}: limit: expected taskhawk.limit(…), got {value!r}"
+        )
+    _check_arguments("limit", made, value.per)
+    if value.every_s is None and made.time_limit is None:
+        raise ConfigurationError(
+            f"{made.name}: limit: expected time_limit=, too, after which the place of a"
+            " worker that died is free again"
+        )
+
+
+_more_options["once"] = functools.partial(_check_choice, "once")
+_more_options["unique"] = functools.partial(_check_choice, "unique")
+_more_options["keep_s"] = _check_keep
+_more_options["limit"] = _check_limit
+_CLAIMING = ("once", "unique", "limit")
+
+
+def _needs_claims(its_task: Task[Any, Any]) -> bool:
+    """Return whether a run of the task begins with a claim."""
+    return any(its_task.options.get(option) for option in _CLAIMING)
+
+
+def _check_claims() -> None:
+    """Raise ConfigurationError if a registered task needs claims, and there are none.
+
+    It is workers that need them, at their start: who only dispatches has no use for the
+    table, nor a permission.
+    """
+    for its_task in _registry.values():
+        if _needs_claims(its_task):
+            _find_claims()
+            if its_task.isolate and re.match(_MEMORY, settings.TASKHAWK_BROKER):
+                raise ConfigurationError(
+                    f"{its_task.name}: sqlite:// is the memory of one process, where"
+                    " the claims of an isolated task can't be: use a file, such as"
+                    " sqlite:///queue.db"
+                )
+
+
+_before_work.append(_check_claims)
+
+
+# A run.
+
+_UNCLAIMED = contextlib.nullcontext()
+
+
+def _around_run(
+    its_task: Task[Any, Any], received: QueueMessage
+) -> contextlib.AbstractContextManager[object, bool | None]:
+    """Return what holds the claims of a run; in sync mode, there is nobody else."""
+    if not its_task.options or not _needs_claims(its_task) or settings.TASKHAWK_SYNC:
+        return _UNCLAIMED
+    return _with_claims(its_task, received)
+
+
+_around_runs.append(_around_run)
+
+
+@contextlib.contextmanager
+def _with_claims(its_task: Task[Any, Any], received: QueueMessage) -> Iterator[None]:
+    """Hold the claims of a run, from before the task's call to after the post hook.
+
+    The order matters. A message that `unique` has noted stands for others, so `once`
+    must not ignore it after that. One that waits for its limit stands for them, too.
+    """
+    options = its_task.options
+    with contextlib.ExitStack() as claims:
+        if options.get("once"):
+            claims.enter_context(_once(its_task, received))
+        if options.get("unique"):
+            _start_unique(its_task, received)
+        if options.get("limit"):
+            claims.enter_context(_within_limit(its_task, received))
+        yield
+
+
+@contextlib.contextmanager
+def _once(its_task: Task[Any, Any], received: QueueMessage) -> Iterator[None]:
+    """Claim a message, or its arguments; if the run succeeds, have the claim done."""
+    message, chosen = _message_of(received), its_task.options["once"]
+    if chosen is True:
+        key = _key(its_task, "once", message.id)
+    else:
+        key = _key(its_task, "once", _arguments(its_task, message, chosen))
+    claim = _ask("claim", key, _void_s(its_task, received))
+    if claim.is_done:
+        raise IgnoreException("it has been done")
+    if not claim.token:
+        raise PostponeException("it runs elsewhere", delay_seconds=_wait_s(received))
+    try:
+        yield
+    except BaseException:
+        _tell("release", key, claim.token)
+        raise
+    _tell("finish", key, claim.token, its_task.options.get("keep_s", _KEEP_S))
+
+
+def _start_unique(its_task: Task[Any, Any], received: QueueMessage) -> None:
+    """Ignore a message if a run of its key started after it was sent.
+
+    The times are the queue's own. The first receive of the message that ran was before
+    its start, so a time between the two says too little, and at worst one runs more.
+    """
+    sent = received.attributes.get("SentTimestamp")
+    first = received.attributes.get("ApproximateFirstReceiveTimestamp")
+    if sent is None or first is None:
+        return  # of a topic: nothing can be compared
+    message, chosen = _message_of(received), its_task.options["unique"]
+    key = _key(its_task, "unique", _arguments(its_task, message, chosen))
+    may_run = _ask("start", key, message.id, int(sent), int(first))
+    if not may_run:
+        raise IgnoreException("a run that started after it was sent stands for it")
+
+
+@contextlib.contextmanager
+def _within_limit(its_task: Task[Any, Any], received: QueueMessage) -> Iterator[None]:
+    """Hold one of the places of a limit; of a rate, a place is taken for its time."""
+    most, per, every_s = its_task.options["limit"]
+    message = _message_of(received)
+    key = _key(its_task, "limit", _arguments(its_task, message, per))
+    for_s = every_s or _void_s(its_task, received)
+    claim = _ask("claim", key, for_s, most)
+    if not claim.token:
+        raise PostponeException("its limit is reached", delay_seconds=_wait_s(received))
+    try:
+        yield
+    finally:
+        if every_s is None:
+            _tell("release", key, claim.token)
+
+
+def _message_of(received: QueueMessage) -> Message:
+    """Return the decoded message of a run that is about to begin."""
+    return typing.cast("Message", received.message)
+
+
+def _void_s(its_task: Task[Any, Any], received: QueueMessage) -> float:
+    """Return after which time the claim of a run is void, for its worker has died."""
+    if received.in_lambda:  # which has no regard for time limits
+        return _LAMBDA_RUN_S + _SKEW_S
+    return (its_task.time_limit or received.lease_s) + _SKEW_S
+
+
+def _wait_s(received: QueueMessage) -> float:
+    """Return when to look again for a claim that others have.
+
+    A look costs a receive, a claim, a copy and a delete. The longer a message waits,
+    the fewer looks; after some minutes that is one request in thirty seconds.
+    """
+    doublings = min(received.postponed, 10)
+    return _jittered(min(_FIRST_WAIT_S * 2**doublings, _LONGEST_WAIT_S))
+
+
+def _key(its_task: Task[Any, Any], kind: str, what: object) -> str:
+    """Return the key of a claim; a table may serve several services."""
+    parts = [settings.TASKHAWK_QUEUE, its_task.name, what]
+    # A default need not be JSON, and its text may differ from process to process.
+    text = json.dumps(parts, sort_keys=True, default=_type_name)
+    return f"{kind}:{_hash(text)}"
+
+
+def _type_name(value: object) -> str:
+    """Return the name of a value's type."""
+    return _qualname(type(value))
+
+
+def _arguments(
+    its_task: Task[Any, Any], message: Message, chosen: Any
+) -> dict[str, Any]:
+    """Return a call's arguments by name, however they were given.
+
+    :param chosen: True for all, or the names of some
+    """
+    given = its_task._given_by_worker  # noqa: SLF001
+    keywords = {**message.kwargs, **dict.fromkeys(given)}
+    bound = its_task._signature.bind(*message.args, **keywords)  # noqa: SLF001
+    bound.apply_defaults()
+    if chosen is True:
+        chosen = [name for name in bound.arguments if name not in given]
+    return {name: bound.arguments[name] for name in chosen}
+
+
+def _ask(operation: str, *values: object) -> Any:
+    """Make a claim, or postpone the run if that fails."""
+    try:
+        answer = getattr(_find_claims(), operation)(*values)
+    except Exception as error:
+        level = logging.WARNING
+        if isinstance(error, ConfigurationError):
+            level = logging.ERROR  # for a person to mend
+        _claim_faults.failed("claims", "claim", _text_of(error), level)
+        delay_s = _jittered(_POSTPONE_S)
+        raise PostponeException("its claim failed", delay_seconds=delay_s) from error
+    _claim_faults.worked("claims", "claim")
+    return answer
+
+
+def _tell(operation: str, *values: object) -> None:
+    """End a claim; where that fails, it ends by itself, and the run has been."""
+    try:
+        getattr(_find_claims(), operation)(*values)
+    except Exception as error:
+        _claim_faults.failed("claims", "end claims", _text_of(error))
+    else:
+        _claim_faults.worked("claims", "end claims")
 
 
 # --- 22. schedules --------------------------------------------------------------------
@@ -8333,13 +9816,6 @@ def _schedule_name(message_id: str) -> str:
     return _hash(message_id)
 
 
-def _hash(text: str) -> str:
-    """Return 64 characters that stand for a text."""
-    import hashlib
-
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
 def _at(due_s: float, now_s: float) -> str:
     """Return when a schedule is to send: never early, at most a minute late, in UTC."""
     minutes = math.ceil(max(due_s, now_s + _EARLY_S) / _MINUTE_S)
@@ -8359,9 +9835,9 @@ def _target(arn: str, body: str, group_id: str | None) -> dict[str, Any]:
         "Input": body,
         "RetryPolicy": _DELIVERY,
     }
-    if ":sqs:" in arn and not arn.endswith(".fifo"):  # which can't be such a queue
-        target["DeadLetterConfig"] = {"Arn": f"{arn}-DLQ"}
-    if group_id is not None:
+    if ":sqs:" in arn and not _is_fifo(arn):  # which can't be such a queue
+        target["DeadLetterConfig"] = {"Arn": _dead_letter_name(arn)}
+    if ":sqs:" in arn and group_id is not None:
         target["SqsParameters"] = {"MessageGroupId": group_id}
     return target
 
@@ -8472,8 +9948,9 @@ def _cancel_in_file(broker: SqliteBroker, message_id: str) -> bool:
     beginning = _ENCODER.encode({"id": message_id})[:-1] + ","  # of each body
     delete = "DELETE FROM message WHERE"
     where = f"""queue IN ({_marks("?", queues)}) AND visible_ms > ?
-        AND receipt IS NULL AND substr(body, 1, ?) = ?"""
-    values = (*queues, broker._in_ms(), len(beginning), beginning)  # noqa: SLF001
+        AND visible_ms < ? AND receipt IS NULL AND substr(body, 1, ?) = ?"""
+    now_ms = broker._in_ms()  # noqa: SLF001
+    values = (*queues, now_ms, _BEHIND, len(beginning), beginning)
     file = broker._file  # noqa: SLF001 - both are of this very file
     return file.change(f"{delete} {where}", values) > 0
 
@@ -9112,7 +10589,7 @@ class _Scan:
         while len(self._seen) < total and self.matched < self.limit:
             new = self._receive(total - len(self._seen))
             if not new:
-                self._say_what_waits(total - len(self._seen))
+                self._warn_of_groups(total - len(self._seen))
                 return
             letters = [_read_dead_letter(self, received) for received in new]
             letters = [*filter(self.wanted.matches, letters)]
@@ -9125,11 +10602,11 @@ class _Scan:
             text = "%s %d of %d messages, %d failed"
             self.say(text, self.done, self.matched - failed, total, failed)
 
-    def _say_what_waits(self, left: int) -> None:
-        """Say that a FIFO queue withholds what follows the messages of a group."""
+    def _warn_of_groups(self, left: int) -> None:
+        """Warn of what a FIFO queue withholds: the rest of groups that were met."""
         if self._hidden and _is_fifo(self.source):
-            text = "about %d more wait in %s behind these, in the same groups"
-            self.say(text, left, self.source)
+            text = "%s: about %d more wait behind these, in their groups"
+            _log.warning(text, self.source, left)
 
     def total(self) -> int:
         """Count the dead letters that are visible; SQS does so approximately."""
@@ -9159,8 +10636,8 @@ class _Scan:
         copies = []
         for letter in letters:
             attributes = dict(letter.received.message_attributes)
-            attributes.pop(_ERROR_ATTRIBUTE, None)
-            attributes.pop(_ATTEMPTS_ATTRIBUTE, None)
+            for name in (_ERROR_ATTRIBUTE, _ATTEMPTS_ATTRIBUTE, _POSTPONED_ATTRIBUTE):
+                attributes.pop(name, None)
             copies.append(letter.received.copy(attributes))
         refused = _send_all(self._broker, self._queue, copies)
         self.delete(self._accepted(letters, refused), "copied, but not deleted: ")
@@ -10428,8 +11905,8 @@ class _MeasuredWorker(Worker):
     ),
     _option(
         "--num-messages",
-        "messages to receive ahead (default: 1)",
-        type=_whole(1, 100),
+        "messages that a slot may hold, running and waiting (default: 1)",
+        type=_whole(1, _MAX_WAITING),
         default=1,
         metavar="N",
     ),

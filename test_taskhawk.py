@@ -17,6 +17,7 @@ import dataclasses
 import datetime as dt
 import functools
 import gc
+import hashlib
 import html
 import http.client
 import http.server
@@ -51,6 +52,7 @@ import types
 import urllib.parse
 import urllib.request
 import uuid
+import venv
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -273,8 +275,8 @@ DENIED = "access denied: the IAM policy of these credentials does not allow {}"
 
 def configure_aws(endpoint: str, queue: str | None = None, **values: Any) -> None:
     """Configure what a server that stands in for AWS needs, and more."""
-    names = ("AWS_ENDPOINT_SCHEDULER", "AWS_ENDPOINT_SNS", "AWS_ENDPOINT_SQS")
-    endpoints = dict.fromkeys(names, endpoint)
+    services = ("DYNAMODB", "SCHEDULER", "SNS", "SQS")
+    endpoints = {f"AWS_ENDPOINT_{service}": endpoint for service in services}
     taskhawk.configure(AWS_SETTINGS, **endpoints, TASKHAWK_QUEUE=queue, **values)
 
 
@@ -1046,14 +1048,15 @@ HOUSE_PROMISES = {
     1: """publish _send_one _accepted _send_all_ready _partial_failure _send_all
         _in_batches _one_round SqliteBroker.send SqliteBroker._claim SqliteBroker.delete
         _SqliteFile.change _use_write_ahead_log _AwsSender._batch SqsBroker.send
-        SqsBroker.delete process _verdict _wanted _delay_s _ask _Slot._run Worker.settle
+        SqsBroker.delete process _verdict _wanted _delay_s _ask_policy _Slot._run Worker.settle
         _carry_out _postpone Worker._close _dead_letter _send_copy _Held.move
         _Holdings.finish
         _Holdings.release _Holdings._decide _Calls.answered _Calls._deleted
         _Calls._delayed _Calls._try_later _Holdings.doubt _Holdings.close
         _Holdings.end""",
     2: """SqliteBroker.receive SqliteBroker._claim SqliteBroker.change_visibility
-        SqsBroker.receive _find_lease _Poller._receive _Course.take _Course._release_if_stuck
+        SqsBroker.receive _find_lease _Poller._receive _Intake.take _Intake.close
+        _Course.take _Course._release_if_stuck _Backlog
         _Call _Leases _Holdings.take _Holdings.start _Holdings.release _Holdings.release_waiting
         _Holdings._decide _Holdings.expire _Holdings.lose _Calls.next _Calls.answered
         _Calls._extended _Calls._deleted _Keeper._look _Keeper._make _Slot._run
@@ -1067,8 +1070,8 @@ HOUSE_PROMISES = {
         _extra_of _text_of_invalid _shown _mismatch _too_large _Holdings.warn
         _Keeper._tell _Faults _error_code _error_details _explained _explanation
         _find_remedy _Source.read _call_safely _log_again""",
-    6: """_Course.wait_for_room _Course._find_room _Poller.work _Poller._try
-        _Poller._receive _pause_s _Holdings._decide
+    6: """_Polls _Intake.begin _Intake.adds_helper _Poller.work _Poller._help
+        _Poller._try _Poller._receive _pause_s _Holdings._decide
         _Ends _Calls.next _Calls._due_at _Calls._patience_s _Calls._extended _Leases
         _Keeper._wait _Keeper._make
         SqsBroker.receive SqsBroker.url SqsBroker._find_url _parts""",
@@ -1530,6 +1533,7 @@ SETTINGS_TABLE = {  # the default, and how an error goes on after "expected"
     "AWS_ACCESS_KEY": (None, "a string, such as 'AKIAIOSFODNN7EXAMPLE'"),
     "AWS_ACCOUNT_ID": (None, "an account id of twelve digits, such as '123456789012'"),
     "AWS_CONNECT_TIMEOUT_S": (2, "a number of seconds above 0, such as '2'"),
+    "AWS_ENDPOINT_DYNAMODB": (None, SETTINGS_URL),
     "AWS_ENDPOINT_SCHEDULER": (None, SETTINGS_URL),
     "AWS_ENDPOINT_SNS": (None, SETTINGS_URL),
     "AWS_ENDPOINT_SQS": (None, SETTINGS_URL),
@@ -1544,6 +1548,13 @@ SETTINGS_TABLE = {  # the default, and how an error goes on after "expected"
     "TASKHAWK_BROKER": (
         "sqs",
         "'sqs' or a URL of SQLite, such as 'sqlite:///queue.db'",
+    ),
+    "TASKHAWK_CLAIMS_TABLE": (
+        None,
+        (
+            "3 to 255 letters, digits, dots, hyphens and underscores, such as"
+            " 'taskhawk-claims'"
+        ),
     ),
     "TASKHAWK_DEFAULT_HEADERS": (None, SETTINGS_HOOK.format("default_headers")),
     "TASKHAWK_ERROR_HOOK": (None, SETTINGS_HOOK.format("report_error")),
@@ -4786,8 +4797,12 @@ class TestSqs:
         data = aws.calls[1].data
         limits = (data["MaxNumberOfMessages"], data["WaitTimeSeconds"])
         assert (*limits, data.get("VisibilityTimeout")) == expected
-        names = ["ApproximateReceiveCount", "SentTimestamp", "MessageGroupId"]
-        assert data["MessageSystemAttributeNames"] == names
+        assert data["MessageSystemAttributeNames"] == [
+            "ApproximateReceiveCount",
+            "SentTimestamp",
+            "ApproximateFirstReceiveTimestamp",
+            "MessageGroupId",
+        ]
         assert data["MessageAttributeNames"] == ["All"]
 
     def test_lost_answer(self, aws, sqs):
@@ -7300,6 +7315,192 @@ class TestBatch:
         assert sorted(received_args()) == [n for n in range(20) if n != 14]
 
 
+def sha256(text: str) -> str:
+    """Return the group that stands for a text that SQS does not take."""
+    return f"sha256:{hashlib.sha256(text.encode(errors='surrogatepass')).hexdigest()}"
+
+
+#: Keys of groups, and the group ids that they stand for.
+GROUP_KEYS = {
+    7: "7",
+    -1: "-1",
+    "7": "7",
+    "customer-7": "customer-7",
+    "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~": "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~",
+    "x" * 128: "x" * 128,
+    "x" * 129: sha256("x" * 129),
+    "Müller": sha256("Müller"),
+    "Smith & Sons": sha256("Smith & Sons"),
+    "line\n": sha256("line\n"),
+    "\ud800": sha256("\ud800"),
+    "": sha256(""),
+}
+
+
+def ship(order, customer="nobody", *, to=None, **more):
+    """Do nothing."""
+
+
+def with_metadata(metadata, customer):
+    """Do nothing."""
+
+
+#: The option `group` of ship(), the arguments of a call, and its group.
+GROUP_OPTIONS = [
+    (None, (1,), {}, None),
+    ("customer", (1, "a"), {}, "a"),
+    ("customer", (1,), {"customer": 7}, "7"),
+    ("customer", (1,), {}, "nobody"),
+    ("customer", (1, None), {}, None),
+    ("order", (1,), {}, "1"),
+    ("to", (1,), {"to": "b c"}, sha256("b c")),
+    ("to", (1,), {}, None),
+    ("tenant", (1,), {"tenant": "t"}, "t"),
+    ("tenant", (1,), {}, None),
+    (lambda order, **_: f"order-{order}", (1,), {"customer": "a"}, "order-1"),
+    (lambda *_, **__: None, (1,), {}, None),
+]
+
+
+class TestGroupKeys:
+    """What groups messages: an invocation's key, or what the task's option says."""
+
+    @pytest.mark.parametrize("key", GROUP_KEYS)
+    def test_keys(self, mail, key):
+        """Any key is one that SQS takes; the same key is always the same group."""
+        with taskhawk.capture() as calls:
+            mail.with_group(key).dispatch()
+        assert [call.group_id for call in calls] == [GROUP_KEYS[key]]
+        assert re.fullmatch(r"[!-~]{1,128}", GROUP_KEYS[key])
+
+    @pytest.mark.parametrize("key", [None, True, 1.5, ["a"], b"a"])
+    def test_no_keys(self, mail, key):
+        """What is neither a string nor an int is refused, and not shown."""
+        kind = type(key).__name__
+        sentence = f"group: expected a string or an int, got {kind}"
+        assert refused(mail.with_group, key, error=TypeError) == sentence
+        task = taskhawk.task(name="g.h", group="customer")(ship)
+        if key is not None:
+            call = (task.dispatch, 1, [key])
+            sentence = "g.h: group: expected a string or an int, got list"
+            assert refused(*call, error=TypeError) == sentence
+
+    def test_invocations(self, sqlite, mail):
+        """An invocation with a group is another one, and has all else that it had."""
+        one = mail.with_headers(a="b").with_group("g")
+        two = one.with_group("h").with_priority(Priority.high)
+        for invocation in (one, two, mail.with_group("i").with_delay(0)):
+            invocation.dispatch()
+        groups = [message.group_id for message in receive_all()]
+        (high,) = receive_all(Priority.high)
+        assert (sorted(groups), high.group_id) == (["g", "i"], "h")
+        assert json.loads(high.body)["headers"] == {"a": "b"}
+
+    @pytest.mark.parametrize(("group", "args", "kwargs", "expected"), GROUP_OPTIONS)
+    def test_option(self, group, args, kwargs, expected):
+        """A task's option names the argument that is the group, or is a function of all."""
+        task = taskhawk.task(name="g.ship", group=group)(ship)
+        with taskhawk.capture() as calls:
+            task.dispatch(*args, **kwargs)
+            task.dispatch_many([(*args,)])
+            task.with_group("own").dispatch(*args, **kwargs)
+        assert (calls[0].group_id, calls[2].group_id) == (expected, "own")
+
+    @pytest.mark.parametrize(
+        ("fn", "group"),
+        [
+            (plain, "customer"),
+            (with_metadata, "metadata"),
+            (ship, 7),
+            (ship, "headers"),
+        ],
+    )
+    def test_wrong_option(self, fn, group):
+        """An option that names no argument is refused where it is declared."""
+        assert refused(taskhawk.task(name="g.f", group=group), fn) == (
+            f"g.f has group={group!r}: expected the name of one of its arguments, or a"
+            " function of its arguments"
+        )
+        assert "g.f" not in taskhawk._registry
+
+    def test_fifo(self, aws, mail):
+        """On a FIFO queue a message is deduplicated by its id; without a group, it is its own."""
+        taskhawk.configure(taskhawk.settings.given, TASKHAWK_FIFO=True)
+        ids = [mail.dispatch(), mail.with_group("g").dispatch()]
+        strange = Message.new("mail.send", msg_id="an id")
+        taskhawk.publish(strange)
+        sent = [
+            (call["MessageGroupId"], call["MessageDeduplicationId"])
+            for call in aws.asked("SendMessage")
+        ]
+        own = sha256("an id")
+        assert sent == [(ids[0], ids[0]), ("g", ids[1]), (own, own)]
+        assert aws.asked("GetQueueUrl") == [{"QueueName": "TASKHAWK-APP.fifo"}]
+
+    def test_standard(self, aws, mail):
+        """On a standard queue there is no deduplication, and no group unless one is given."""
+        mail.dispatch()
+        mail.with_group("g").dispatch()
+        one, two = aws.asked("SendMessage")
+        assert "MessageGroupId" not in one
+        assert two["MessageGroupId"] == "g"
+        assert "MessageDeduplicationId" not in {**one, **two}
+
+    @pytest.mark.parametrize("url", ["sqs", "sqlite://"])
+    def test_delays(self, aws, mail, url):
+        """A FIFO queue can't delay a message: that is refused before anything is sent."""
+        given = taskhawk.settings.given
+        taskhawk.configure(given, TASKHAWK_FIFO=True, TASKHAWK_BROKER=url)
+        assert refused(mail.with_delay(1).dispatch) == (
+            "mail.send: a FIFO queue can't delay a message: leave the delay out, or use a"
+            " queue without TASKHAWK_FIFO"
+        )
+        mail.with_delay(0).dispatch()
+        assert [a for a in aws.actions if a != "GetQueueUrl"] == ["SendMessage"] * (
+            url == "sqs"
+        )
+
+    def test_unsent(self, aws, mail):
+        """What was not accepted keeps its group; what follows of the group was not sent."""
+        taskhawk.configure(taskhawk.settings.given, TASKHAWK_FIFO=True)
+        aws.script("SendMessageBatch", refuse(8, 9, ours=True), None)
+        batch = taskhawk.batch()
+        batch.__enter__()
+        for number in range(11):
+            mail.with_group("g").dispatch(number)
+        mail.with_group("h").dispatch("other")
+        with pytest.raises(taskhawk.PartialFailure) as caught:
+            batch.__exit__(None, None, None)
+        failure = caught.value
+        assert [message.args for message in failure.unsent] == [[8], [9], [10]]
+        assert [message.group_id for message in failure.unsent] == ["g"] * 3
+        codes = [entry["Code"] for entry in failure.result["Failed"]]
+        assert codes == ["InternalError"] * 2 + ["GroupStopped"]
+        for message in failure.unsent:
+            taskhawk.publish(message)
+        again = aws.asked("SendMessage")[1:]
+        assert [call["MessageGroupId"] for call in again] == ["g"] * 3
+        ids = [message.id for message in failure.unsent]
+        assert [call["MessageDeduplicationId"] for call in again] == ids
+
+    def test_sync(self, sync):
+        """Sync mode runs a message of a group as any other."""
+        runs = []
+        taskhawk.configure(TASKHAWK_SYNC=True, TASKHAWK_FIFO=True)
+        task = taskhawk.task(name="g.run", group="key")(lambda_of(runs))
+        task.dispatch("x y")
+        assert runs == ["x y"]
+
+
+def lambda_of(runs: list[Any]) -> Any:
+    """Return a function that notes its argument."""
+
+    def run(key: Any) -> None:
+        runs.append(key)
+
+    return run
+
+
 class TestCapture:
     """capture() collects what would be sent, as the worker would get it."""
 
@@ -7348,6 +7549,152 @@ class TestCapture:
         assert [call.args for call in outer] == [["outer"]]
         mail.dispatch("sent")
         assert received_args() == ["sent"]
+
+
+#: a user's program: each line with "# wrong" is an error, and no other is
+TYPED_PROGRAM = """
+import datetime
+from collections.abc import Callable
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+IMPORT taskhawk
+from PACKAGE import Priority
+
+P = ParamSpec("P")
+R = TypeVar("R")
+GIVEN: Any = None  # what the worker gives
+
+
+@taskhawk.task
+def send(to: str, subject: str, from_email: str | None = None) -> None: ...
+
+
+@taskhawk.task(priority=Priority.high, retry=taskhawk.fixed(5), time_limit=60)
+async def charge(customer: int, *, cents: int) -> str:
+    return f"{customer} {cents}"
+
+
+@taskhawk.task
+def audit(
+    event: str,
+    metadata: taskhawk.Metadata = GIVEN,
+    headers: dict[str, Any] = GIVEN,
+) -> int:
+    return metadata.attempt + len(headers)
+
+
+@taskhawk.task
+def load(rows: dict[str, Any]) -> None: ...
+
+
+def with_session(fn: Callable[Concatenate[str, P], R]) -> Callable[P, R]:
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        return fn("a session", *args, **kwargs)
+
+    return call
+
+
+@taskhawk.task(name="rename")
+@with_session
+def rename(session: str, user: int) -> None: ...
+
+
+def right() -> str:
+    urgent = send.with_headers(request_id="1").with_priority(Priority.high)
+    urgent.with_delay(datetime.timedelta(seconds=5)).dispatch("a", subject="b")
+    send.with_delay(5).dispatch("a", "b", from_email=None)
+    send.with_priority(Priority.low).dispatch_many([("a", "b"), {"to": "a"}])
+    send("a", "b")
+    audit.dispatch("login")
+    load.dispatch({"a": 1})
+    rename.dispatch(7)
+    rename.dispatch(user=7)
+    with taskhawk.batch():
+        charge.dispatch(7, cents=5)
+    return send.dispatch("a", "b")
+
+
+async def right_too() -> str:
+    return await charge(7, cents=5)
+
+
+def wrong() -> None:
+    send.dispatch("a")  # wrong
+    send.dispatch(1, "b")  # wrong
+    send.dispatch("a", "b", to_email="c")  # wrong
+    send("a")  # wrong
+    charge.dispatch(7, 5)  # wrong
+    charge.dispatch(7, cents="5")  # wrong
+    charge.with_headers(a=1).dispatch("7", cents=5)  # wrong
+    charge.with_priority(Priority.low).with_delay(5).dispatch(7)  # wrong
+    send.with_priority("high")  # wrong
+    send.with_delay("5")  # wrong
+    audit.dispatch(5)  # wrong
+    load.dispatch()  # wrong
+    rename.dispatch("a session", 7)  # wrong
+    number: int = send.dispatch("a", "b")  # wrong
+    print(number)
+
+
+@taskhawk.task(priority=5)  # wrong
+def late() -> None: ...
+
+
+@taskhawk.task(no_option=5)  # wrong
+def later() -> None: ...
+
+
+async def wrong_too() -> None:
+    text: int = await charge(7, cents=5)  # wrong
+    print(text)
+"""
+TYPED_PLACES = {  # where taskhawk is, and how it is imported
+    "installed": ("import", "taskhawk"),
+    "vendored": ("from service.vendor import", "service.vendor.taskhawk"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", TYPED_PLACES)
+class TestTyping:
+    """A type checker knows a task's arguments, and what comes of calling it."""
+
+    @pytest.fixture
+    def folder(self, place, tmp_path):
+        """Return a folder with the program, and an interpreter that has taskhawk."""
+        statement, package = TYPED_PLACES[place]
+        code = TYPED_PROGRAM.replace("IMPORT", statement).replace("PACKAGE", package)
+        (tmp_path / "jobs.py").write_text(code.lstrip())
+        venv.create(tmp_path / "venv")
+        (home,) = (tmp_path / "venv").glob("lib/python3*/site-packages")
+        if place == "vendored":
+            home = vendor_package(tmp_path).parent
+        shutil.copy(taskhawk.__file__, home / "taskhawk.py")
+        return tmp_path
+
+    @staticmethod
+    def check(folder, module, *options):
+        """Assert that a checker finds what is wrong in the program, and nothing else."""
+        result = run_python(["-m", module, *options, "jobs.py"], cwd=folder)
+        found = {
+            int(line) for line in re.findall(r"jobs\.py:(\d+):.*error", result.stdout)
+        }
+        lines = (folder / "jobs.py").read_text().splitlines()
+        wrong = {number for number, line in enumerate(lines, 1) if "# wrong" in line}
+        assert found == wrong, result.stdout
+
+    def test_mypy(self, folder):
+        """The strict mode of mypy, with the two lines that README says for a pip install."""
+        ini = "[mypy]\nstrict = true\n[mypy-taskhawk]\nfollow_untyped_imports = true\n"
+        (folder / "mypy.ini").write_text(ini)
+        self.check(folder, "mypy", "--python-executable", "venv/bin/python")
+
+    def test_pyright(self, folder):
+        """The strict mode of pyright, which can't be told that an installed file has types."""
+        pytest.importorskip("basedpyright")
+        config = {"typeCheckingMode": "strict", "reportMissingTypeStubs": False}
+        (folder / "pyrightconfig.json").write_text(json.dumps(config))
+        self.check(folder, "basedpyright", "--pythonpath", "venv/bin/python")
 
 
 # === PART IV: WORK ====================================================================
@@ -8466,6 +8813,231 @@ def logging_queue(tmp_path: Path) -> Iterator[Callable[..., taskhawk.SqliteBroke
     broker.close()
 
 
+#: What a call of the batch task does, by its argument.
+TOGETHER_ENDS: dict[str, BaseException] = {
+    "fail": ValueError("this one"),
+    "never": KeyError("this one"),
+    "later": taskhawk.RetryException(delay_seconds=7),
+    "ignore": taskhawk.IgnoreException(),
+}
+
+
+@pytest.fixture
+def together(isolated):
+    """Register a batch task that notes its calls; return the notes."""
+    notes: list[list[Any]] = []
+
+    @taskhawk.task(batch=5, name="shop.index", never_retry_on=(KeyError,))
+    def index(calls: list[taskhawk.Call]) -> None:
+        notes.append([call.args[0] for call in calls])
+        for call in calls:
+            if call.args[0] in TOGETHER_ENDS:
+                call.fail(TOGETHER_ENDS[call.args[0]])
+        if "stop" in notes[-1]:
+            raise LookupError("all of them")
+        if "exit" in notes[-1]:
+            raise KeyboardInterrupt
+
+    return notes
+
+
+def together_batch(*calls: Any) -> list[QueueMessage]:
+    """Return received messages for the batch task; None is one that is not valid."""
+    bodies = [processing_body("shop.index", args=[call]) for call in calls]
+    return [
+        QueueMessage(body if call is not None else "{", f"m{n}", f"r{n}", queue="Q")
+        for n, (call, body) in enumerate(zip(calls, bodies, strict=True), 1)
+    ]
+
+
+def together_no_list(*, calls: Any) -> None:
+    """Take the calls by name alone."""
+
+
+class TestBatchTasks:
+    """A batch task gets what waits for it together, and each message its own outcome."""
+
+    @pytest.mark.parametrize("most", [0, 101, "5", 2.5, True, None])
+    def test_wrong_option(self, isolated, most):
+        """The option says how many calls the task gets at most."""
+        assert refused(taskhawk.task(batch=most, name="shop.index"), plain) == (
+            f"shop.index has batch={most!r}: expected 1 to 100"
+        )
+
+    @pytest.mark.parametrize("fn", [nothing, operator.add, together_no_list])
+    def test_wrong_function(self, isolated, fn):
+        """Its function takes one argument."""
+        assert refused(taskhawk.task(batch=5, name="shop.index"), fn) == (
+            "shop.index: expected a function of one argument, the list of calls"
+        )
+
+    def test_dispatch(self, memory, together):
+        """It is dispatched with any arguments that are JSON, metadata and headers too."""
+        index = taskhawk.Task.find_by_name("shop.index")
+        index.dispatch(1, "two", metadata=3, headers={"four": None})
+        with pytest.raises(TypeError, match=r"args\[0\] is not JSON"):
+            index.dispatch(object())
+        [received] = receive_all()
+        message = json.loads(received.body)
+        assert message["args"] == [1, "two"]
+        assert message["kwargs"] == {"metadata": 3, "headers": {"four": None}}
+        assert not index.accepts_metadata
+
+    def test_alone(self, sync):
+        """In sync mode, and where one message waits, it gets that one."""
+        seen = []
+
+        @taskhawk.task(batch=5, name="shop.index")
+        async def index(calls: list[taskhawk.Call]) -> None:
+            await asyncio.sleep(0)
+            [call] = calls
+            metadata = call.metadata
+            assert metadata is taskhawk.current_task()
+            seen.append((call.args, call.kwargs, call.headers, metadata.task))
+            if call.args:
+                call.fail(ValueError("no milk"))
+
+        index.with_headers(a=1).dispatch(b=2)
+        assert seen == [([], {"b": 2}, {"a": 1}, "shop.index")]
+        assert refused(index.dispatch, 7, error=ValueError) == "no milk"
+
+    def test_in_a_test(self):
+        """A user's test calls the function with calls that it makes."""
+
+        @taskhawk.task(batch=5, name="shop.index")
+        def index(calls: list[taskhawk.Call]) -> int:
+            for call in calls:
+                call.fail(ValueError("no"))
+            return len(calls)
+
+        call = taskhawk.Call([7], {"what": "milk"})
+        assert index([call]) == 1
+        assert (str(call.error), call.metadata, call.headers) == ("no", None, {})
+        text = "error: expected an exception, got 'no'"
+        assert refused(call.fail, "no", error=TypeError) == text
+
+    @pytest.mark.parametrize(
+        ("calls", "fates"),
+        [
+            ("a b c", "acknowledge acknowledge acknowledge"),
+            (
+                "a fail never later ignore",
+                "acknowledge retry dead_letter retry acknowledge",
+            ),
+            ("a stop ignore never", "retry retry acknowledge dead_letter"),
+        ],
+    )
+    def test_outcomes(self, together, calls, fates):
+        """An error of its own is a call's end; the task's error is that of all others."""
+        batch = together_batch(*calls.split())
+        outcomes = taskhawk._process_all(batch)
+        assert together == [calls.split()]
+        assert [outcome.fate.name for outcome in outcomes] == fates.split()
+        for call, outcome in zip(calls.split(), outcomes, strict=True):
+            if outcome.error is not None:
+                error = TOGETHER_ENDS.get(call)
+                assert outcome.error is error or type(outcome.error) is LookupError
+        delays = [outcome.delay_s for outcome in outcomes]
+        assert delays == [7 if call == "later" else None for call in calls.split()]
+
+    def test_hooks(self, together, caplog):
+        """Hooks see each message, and an error of one fails that one; each is logged."""
+        seen, told = [], []
+
+        def hook(name: str, bad: str) -> Callable[..., None]:
+            def note(queue_name: Any, sqs_queue_message: QueueMessage) -> None:
+                seen.append((name, sqs_queue_message.message_id))
+                if sqs_queue_message.message_id == bad:
+                    raise OSError(name)
+
+            return note
+
+        taskhawk.configure(
+            TASKHAWK_PRE_PROCESS_HOOK=hook("pre", "m1"),
+            TASKHAWK_POST_PROCESS_HOOK=hook("post", "m3"),
+            TASKHAWK_RUN_HOOK=lambda **given: told.append(given["outcome"]),
+        )
+        outcomes = taskhawk._process_all(together_batch("a", "b", "c", None, "fail"))
+        assert together == [["b", "c", "fail"]]
+        fates = [outcome.fate.name for outcome in outcomes]
+        assert fates == ["retry", "acknowledge", "retry", "retry", "retry"]
+        errors = [type(outcome.error).__name__ for outcome in outcomes]
+        assert errors == [
+            "OSError",
+            "NoneType",
+            "OSError",
+            "ValidationError",
+            "ValueError",
+        ]
+        post = [("post", "m2"), ("post", "m3")]
+        assert seen == [("pre", f"m{n}") for n in range(1, 6)] + post
+        assert sorted(told) == ["done", "retry", "retry", "retry", "retry"]
+
+    def test_none_is_left(self, together):
+        """Where no message is ready, the task is not called."""
+        taskhawk.configure(TASKHAWK_PRE_PROCESS_HOOK=raising(OSError()))
+        outcomes = taskhawk._process_all(together_batch("a", "b"))
+        assert [outcome.fate for outcome in outcomes] == [Fate.retry] * 2
+        assert together == []
+
+    def test_what_surrounds(self, together, monkeypatch):
+        """What surrounds a run surrounds each message's, and sees its own error."""
+        ends: list[tuple[str, str]] = []
+
+        @contextlib.contextmanager
+        def surround(task: Any, received: QueueMessage) -> Iterator[None]:
+            if received.message_id == "m2":
+                raise taskhawk.PostponeException(delay_seconds=3)
+            if received.message_id == "m3":
+                raise taskhawk.IgnoreException
+            try:
+                yield
+            except BaseException as error:
+                ends.append((received.message_id, type(error).__name__))
+                raise
+            ends.append((received.message_id, "done"))
+
+        monkeypatch.setattr(taskhawk, "_around_runs", [surround])
+        batch = together_batch("a", "b", "c", "fail")
+        outcomes = taskhawk._process_all(batch)
+        assert together == [["a", "fail"]]
+        fates = [outcome.fate.name for outcome in outcomes]
+        assert fates == ["acknowledge", "postpone", "acknowledge", "retry"]
+        assert ends == [("m1", "done"), ("m4", "ValueError")]
+        ends.clear()
+        with pytest.raises(KeyboardInterrupt):
+            taskhawk._process_all(together_batch("exit", "b", "c", "d"))
+        assert ends == [("m1", "KeyboardInterrupt"), ("m4", "KeyboardInterrupt")]
+
+    def test_no_one_message(self, isolated):
+        """While several are run, the run is no single message's."""
+        seen = []
+
+        @taskhawk.task(batch=5, name="shop.index")
+        def index(calls: list[taskhawk.Call]) -> None:
+            seen.append((taskhawk.current_task(), [c.metadata.id for c in calls]))
+
+        batch = together_batch("a", "b")
+        taskhawk._process_all(batch)
+        ids = [json.loads(received.body)["id"] for received in batch]
+        assert seen == [(None, ids)]
+
+    def test_find_batch_task(self, isolated):
+        """What is not valid, another task's, or of a FIFO queue runs by itself."""
+        [received] = together_batch("a")
+        find = taskhawk._find_batch_task
+        taskhawk.task(name="shop.plain")(nothing)
+        assert find(received) is None  # no such task
+        taskhawk.task(batch=5, name="shop.index")(plain)
+        assert (find(received), taskhawk._most_together(received)) == ("shop.index", 1)
+        received.batch_task = "shop.index"
+        assert taskhawk._most_together(received) == 5
+        others = [QueueMessage("{", "m1"), QueueMessage(received.body, "m1")]
+        others[1].queue = "Q.fifo"
+        others.append(QueueMessage(processing_body("shop.plain"), "m1"))
+        assert [*map(find, others)] == [None] * 3
+
+
 class TestLogging:
     """Records say in which task they were made, as JSON too, and after a worker's grace."""
 
@@ -8618,6 +9190,7 @@ class HoldingsMachine(hypothesis.stateful.RuleBasedStateMachine):
         super().__init__()
         self.now = 1000.0
         self.holdings = taskhawk._Holdings(["HIGH", "LOW"])
+        self.receives: list[tuple[str, float, float]] = []  # under way
         self.running: list[Any] = []
         self.calls: list[tuple[Any, float]] = []  # under way, and how far they got
         self.count = 0
@@ -8631,16 +9204,24 @@ class HoldingsMachine(hypothesis.stateful.RuleBasedStateMachine):
         self.service = Service(random.Random(seed))
 
     @hypothesis.stateful.rule(
-        count=st.integers(1, 10),
         queue=st.sampled_from(["HIGH", "LOW"]),
         lease_s=st.sampled_from([1, 3, 30, 43_200]),
+    )
+    def ask(self, queue: str, lease_s: float) -> None:
+        """Begin a receive; others may be under way."""
+        self.receives.append((queue, lease_s, self.now))
+
+    @hypothesis.stateful.precondition(lambda self: self.receives)
+    @hypothesis.stateful.rule(
+        count=st.integers(1, 10),
+        which=st.integers(0, 99),
         took_s=st.sampled_from([0, 0, 0.5, 2.5, 19]),
     )
-    def receive(self, count: int, queue: str, lease_s: float, took_s: float) -> None:
+    def receive(self, count: int, which: int, took_s: float) -> None:
         """Receive: the service hides the messages at some time during the call."""
-        asked_at = self.now
-        hidden_at = asked_at + took_s * self.service.chance.random()
+        queue, lease_s, asked_at = self.receives.pop(which % len(self.receives))
         self.now += took_s
+        hidden_at = self.service.chance.uniform(asked_at, self.now)
         messages = []
         for _ in range(count):
             self.count += 1
@@ -8758,6 +9339,8 @@ class HoldingsMachine(hypothesis.stateful.RuleBasedStateMachine):
         holdings = self.holdings
         for held in self.running:
             holdings.finish(held, "acked", self.now)
+        while self.receives:
+            self.receive(1, 0, 0)
         holdings.release_waiting(self.now)
         while held := holdings.start(self.now):
             assert held.message.would_be_redriven
@@ -9651,6 +10234,327 @@ class TestKeeper:
 
 # --- 16. the worker -------------------------------------------------------------------
 
+
+class PollsMachine(hypothesis.stateful.RuleBasedStateMachine):
+    """Any order of receives, runs and faults in a worker of several queues; no thread."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 1000.0
+        self.under_way: list[Any] = []
+        self.started = self.running = 0
+        self.last: dict[str, int | None] = {}  # what the last receive brought
+        self.asked: collections.Counter[str] = collections.Counter()
+        self.over: set[str] = set()
+
+    @hypothesis.stateful.initialize(
+        queues=st.sampled_from([["Q"], ["HIGH", "LOW"], ["A", "B.fifo", "C"]]),
+        num_messages=st.sampled_from([1, 2, 5, 10, 12, 40, 100]),
+        slots=st.sampled_from([1, 2, 8, 64]),
+        loop_count=st.sampled_from([None, None, 1, 4]),
+        max_tasks=st.sampled_from([math.inf, math.inf, 1, 2, 7, 30]),
+    )
+    def begin(self, queues, num_messages, slots, loop_count, max_tasks) -> None:
+        """Draw a worker's options."""
+        self.most = num_messages + slots - 1
+        self.slots, self.loops, self.max_tasks = slots, loop_count, max_tasks
+        self.polls = taskhawk._Polls(queues, num_messages, slots, loop_count)
+        self.waiting = dict.fromkeys(queues, 0)
+
+    def load(self) -> Any:
+        """Return what the worker holds."""
+        waiting = list(self.waiting.values())
+        starts = self.max_tasks - self.started - sum(waiting)
+        return taskhawk._Load(self.slots - self.running, waiting, starts)
+
+    def in_flight(self, queue: str) -> list[Any]:
+        """Return the receives of a queue that are under way, the oldest first."""
+        return [poll for poll in self.under_way if poll.queue == queue]
+
+    def is_known_to_be_empty(self, queue: str) -> bool:
+        """Return whether less urgent queues may be asked."""
+        if self.last.get(queue) == 0 or queue in self.over:
+            return True
+        flights = self.in_flight(queue)
+        return bool(flights) and self.now - flights[0].began_at >= 0.1
+
+    @hypothesis.stateful.rule(which=st.integers(0, 2))
+    def ask(self, which: int) -> None:
+        """Begin a receive of a queue, if it may."""
+        queue = list(self.waiting)[which % len(self.waiting)]
+        load, flights = self.load(), self.in_flight(queue)
+        if self.polls.may_begin_at(queue, load) > self.now:
+            return
+        poll = self.polls.begin(queue, load, self.now)
+        self.under_way.append(poll)
+        self.asked[queue] += 1
+        assert 1 <= poll.most <= (1 if queue.endswith("fifo") else 10)
+        assert len(flights) < (1 if queue.endswith("fifo") else 12)
+        assert self.loops is None or self.asked[queue] <= self.loops
+        urgent = list(self.waiting)[: which % len(self.waiting)]
+        assert all(map(self.is_known_to_be_empty, urgent))
+        held = self.running + sum(map(self.waiting.get, [*urgent, queue]))
+        assert held + poll.most + sum(each.most for each in flights) <= self.most
+
+    @hypothesis.stateful.precondition(lambda self: self.under_way)
+    @hypothesis.stateful.rule(
+        which=st.integers(0, 99), share=st.sampled_from([0, 0, 0.5, 1, 1, 1])
+    )
+    def answer(self, which: int, share: float) -> None:
+        """Answer a receive with nothing, with a part of what it may bring, or with all."""
+        poll = self.under_way.pop(which % len(self.under_way))
+        count = math.ceil(poll.most * share)
+        self.polls.answered(poll, count)
+        self.last[poll.queue] = count
+        self.waiting[poll.queue] += count
+
+    @hypothesis.stateful.precondition(lambda self: self.under_way)
+    @hypothesis.stateful.rule(which=st.integers(0, 99), fails=st.booleans())
+    def fail(self, which: int, fails: bool) -> None:
+        """Let a receive fail, or not be made after all."""
+        poll = self.under_way.pop(which % len(self.under_way))
+        self.asked[poll.queue] -= 1
+        if fails:
+            self.polls.failed(poll)
+            self.last[poll.queue] = 0
+        else:
+            self.polls.dropped(poll)
+
+    @hypothesis.stateful.precondition(lambda self: self.running < self.slots)
+    @hypothesis.stateful.rule()
+    def start(self) -> None:
+        """Start the most urgent message: that leaves no room that was not there before."""
+        queue = next((name for name, count in self.waiting.items() if count), None)
+        if queue is None:
+            return
+        before = {name: self.may_begin_at(name) for name in self.waiting}
+        self.waiting[queue] -= 1
+        self.started += 1
+        self.running += 1
+        assert all(self.may_begin_at(name) >= before[name] for name in self.waiting)
+
+    def may_begin_at(self, queue: str) -> float:
+        """Return when a queue may be asked."""
+        return self.polls.may_begin_at(queue, self.load())
+
+    @hypothesis.stateful.precondition(lambda self: self.running)
+    @hypothesis.stateful.rule()
+    def finish(self) -> None:
+        """End a run."""
+        self.running -= 1
+
+    @hypothesis.stateful.rule(seconds=st.sampled_from([0.01, 0.1, 20]))
+    def wait(self, seconds: float) -> None:
+        """Let time go by."""
+        self.now += seconds
+
+    @hypothesis.stateful.rule(which=st.integers(0, 2))
+    def end(self, which: int) -> None:
+        """End the pollers of a queue that is asked no more."""
+        queue = list(self.waiting)[which % len(self.waiting)]
+        if not self.polls.is_open(queue):
+            self.polls.close(queue)
+            self.over.add(queue)
+
+    @hypothesis.stateful.invariant()
+    def nothing_is_too_much(self) -> None:
+        """No more is received than can be started, over all that is under way."""
+        asked = sum(poll.most for poll in self.under_way)
+        assert self.started + sum(self.waiting.values()) + asked <= self.max_tasks
+        assert self.polls.under_way == len(self.under_way)
+
+    @hypothesis.stateful.invariant()
+    def nobody_waits_for_ever(self) -> None:
+        """While nothing waits and a slot is free, something is asked for, unless all is."""
+        asked = sum(poll.most for poll in self.under_way)
+        starts = self.max_tasks - self.started - asked
+        opened = [name for name in self.waiting if self.polls.is_open(name)]
+        if self.running == self.slots or any(self.waiting.values()) or starts < 1:
+            return
+        if self.under_way or opened != [q for q in self.waiting if q not in self.over]:
+            return
+        assert not opened or min(map(self.may_begin_at, opened)) <= self.now
+
+
+TestPollsMachine = PollsMachine.TestCase
+TestPollsMachine.settings = hypothesis.settings(
+    max_examples=100, stateful_step_count=60, deadline=None
+)
+
+
+def load(free: int, *waiting: int, starts: float = math.inf) -> Any:
+    """Return what a worker holds: free slots, and what waits of each queue."""
+    return taskhawk._Load(free, waiting or (0,), starts)
+
+
+def asked(polls: Any, queue: str, held: Any, now: float = 0) -> int | None:
+    """Return for how many messages a queue is asked now, None if it may not be."""
+    if polls.may_begin_at(queue, held) > now:
+        return None
+    return polls.begin(queue, held, now).most
+
+
+class TestPolls:
+    """Which queue is asked, when, and for how much, told without a thread or a clock."""
+
+    @pytest.mark.parametrize(
+        ("num_messages", "slots", "free", "waiting", "most"),
+        [
+            (1, 1, 1, 0, 1),  # the default never holds what can't start
+            (1, 1, 0, 0, None),
+            (1, 8, 8, 0, 8),  # eight start from one receive
+            (1, 8, 3, 1, 2),
+            (1, 8, 1, 1, None),
+            (1, 64, 64, 0, 10),
+            (7, 1, 1, 0, 7),
+            (7, 1, 0, 0, None),  # not full: it waits for the slot
+            (5, 8, 1, 0, 5),
+            (10, 1, 1, 0, 10),
+            (10, 1, 0, 0, 9),  # while the last one runs: nine tenths are enough
+            (10, 1, 0, 1, None),
+            (40, 1, 0, 0, 10),
+            (40, 1, 0, 30, 9),
+            (40, 1, 0, 31, None),
+        ],
+    )
+    def test_room(self, num_messages, slots, free, waiting, most):
+        """A receive asks for what can start, and for what num_messages lets wait."""
+        polls = taskhawk._Polls(["Q"], num_messages, slots)
+        assert asked(polls, "Q", load(free, waiting)) == most
+
+    def test_room_of_several(self):
+        """What waits of a less urgent queue takes no room of a more urgent one."""
+        polls = taskhawk._Polls(["H", "L"], 10)
+        polls.close("H")
+        assert asked(polls, "L", load(0, 1, 0)) is None
+        polls = taskhawk._Polls(["H", "L"], 10)
+        assert asked(polls, "H", load(0, 0, 9)) == 9
+
+    @pytest.mark.parametrize(
+        ("queue", "num_messages", "slots", "brought", "most"),
+        [
+            ("Q", 10, 64, 10, [10] * 7),
+            ("Q", 10, 64, 9, [10]),
+            ("Q", 10, 8, 10, [10]),
+            ("Q", 1, 64, 10, [10] * 6),
+            ("Q", 1, 8, 8, [8]),
+            ("Q", 1, 2, 2, [2]),
+            ("Q", 40, 1, 10, [10] * 4),
+            ("Q", 100, 200, 10, [10] * 12),
+            ("Q.fifo", 40, 8, 1, [1]),
+        ],
+    )
+    def test_at_once(self, queue, num_messages, slots, brought, most):
+        """While receives are full, others run beside them as long as there is room."""
+        polls = taskhawk._Polls([queue], num_messages, slots)
+        first = polls.begin(queue, load(slots), 0)
+        assert polls.may_begin_at(queue, load(slots)) == math.inf
+        polls.answered(first, brought)
+        found = []
+        while number := asked(polls, queue, load(slots)):
+            found.append(number)
+        assert found == most
+        assert polls.is_busy(queue) is (brought >= first.most)
+        assert polls.under_way == len(most)
+
+    @pytest.mark.parametrize(
+        ("what", "may_begin_at"),
+        [
+            ("nothing yet", math.inf),
+            ("begun", 5.1),
+            ("dropped", math.inf),
+            ("failed", -math.inf),
+            ("empty", -math.inf),
+            ("brought", math.inf),
+            ("brought, begun", 7.1),
+            ("empty, begun", -math.inf),
+            ("closed", -math.inf),
+        ],
+    )
+    def test_urgency(self, what, may_begin_at):
+        """A queue is asked only while the more urgent one is known to be empty."""
+        polls = taskhawk._Polls(["H", "L"])
+        steps = {
+            "dropped": polls.dropped,
+            "failed": polls.failed,
+            "empty": lambda poll: polls.answered(poll, 0),
+            "brought": lambda poll: polls.answered(poll, 1),
+        }
+        if what == "closed":
+            polls.close("H")
+        elif what != "nothing yet":
+            poll = polls.begin("H", load(1, 0, 0), 5)
+            ended, _, again = what.partition(", ")
+            if ended != "begun":
+                steps[ended](poll)
+            if again:
+                polls.begin("H", load(1, 0, 0), 7)
+        assert polls.may_begin_at("L", load(1, 0, 0)) == may_begin_at
+
+    def test_urgency_of_several(self):
+        """A queue waits for all that are more urgent, the oldest receive of each."""
+        polls = taskhawk._Polls(["A", "B", "C"], 40)
+        held = load(1, 0, 0, 0)
+        polls.answered(polls.begin("A", held, 0), 10)
+        for now in (1, 2):
+            polls.begin("A", held, now)
+        assert polls.may_begin_at("C", held) == math.inf
+        polls.begin("B", held, 3)
+        assert polls.may_begin_at("C", held) == 3.1
+
+    def test_loop_count(self):
+        """The loop count is of receives that were answered."""
+        polls = taskhawk._Polls(["Q"], loop_count=2)
+        for end in (polls.failed, polls.dropped):
+            end(polls.begin("Q", load(1), 0))
+        assert not polls.failed(polls.begin("Q", load(1), 0))  # nor was one before
+        polls.answered(polls.begin("Q", load(1), 0), 1)
+        last = polls.begin("Q", load(1), 0)
+        assert (polls.may_begin_at("Q", load(1)), polls.is_open("Q")) == (
+            math.inf,
+            True,
+        )
+        polls.answered(last, 1)
+        assert not polls.is_open("Q")
+
+    @pytest.mark.parametrize(
+        ("starts", "first", "second", "is_short"),
+        [
+            (100, 10, 10, False),
+            (18, 9, 9, True),  # what is left is less than the other could receive
+            (4, 2, 2, True),
+            (3, 1, 2, True),
+            (1, 1, None, True),
+            (0, None, None, None),
+        ],
+    )
+    def test_starts(self, starts, first, second, is_short):
+        """What max_tasks leaves is shared, and polls are short if it may be too little."""
+        polls = taskhawk._Polls(["H", "L"], 10)
+        held = load(1, 0, 0, starts=starts)
+        assert asked(polls, "H", held) == first
+        if first:
+            (poll,) = polls.of["H"].polls
+            assert poll.is_short is is_short
+        assert asked(polls, "L", held, 0.1) == second
+
+    def test_turns(self):
+        """For the last start, empty queues take turns, and no other waits for a failing one."""
+        polls = taskhawk._Polls(["A", "B", "C"], 10)
+        held, order = load(1, 0, 0, 0, starts=1), []
+        for now in range(6):
+            (queue,) = [q for q in polls.of if polls.may_begin_at(q, held) <= now]
+            order.append(queue)
+            poll = polls.begin(queue, held, now)
+            if now == 3:
+                polls.failed(poll)
+            else:
+                polls.answered(poll, 0)
+        assert order == ["A", "B", "C", "A", "B", "C"]
+        free = [q for q in polls.of if polls.may_begin_at(q, held) <= now]
+        assert free == ["A", "B"]  # its thread comes back when it likes
+
+
 RUN = "work.act ID (message ID)"  # as logs name a message of worker_act
 FAILED = f"{RUN}: attempt 1 failed and is "
 LETTER_LEFT = f"WORKER: {RUN} can't be dead-lettered and is left to the queue: "
@@ -9890,6 +10794,7 @@ class TestWorker:
             "MessageSystemAttributeNames": [
                 "ApproximateReceiveCount",
                 "SentTimestamp",
+                "ApproximateFirstReceiveTimestamp",
                 "MessageGroupId",
             ],
         }
@@ -9899,7 +10804,9 @@ class TestWorker:
     @pytest.mark.parametrize(
         ("options", "sentence"),
         [
-            ({"num_messages": 0}, "num_messages: expected 1 or more, got 0"),
+            ({"num_messages": 0}, "num_messages: expected 1 to 100, got 0"),
+            ({"num_messages": 101}, "num_messages: expected 1 to 100, got 101"),
+            ({"concurrency": 0}, "concurrency: expected 1 or more, got 0"),
             ({"max_tasks": -1}, "max_tasks: expected 1 or more, got -1"),
             (
                 {"visibility_timeout_s": 0},
@@ -10292,6 +11199,198 @@ class TestWorker:
             logging.getLogger("taskhawk").removeFilter(no_request)
         assert ledger == taskhawk.Ledger(received=2, acked=1, retried=1)
         assert ("AttributeError: no request\n" in capsys.readouterr().err) is told
+
+    # -- several receives
+
+    def test_free_slots(self, worker_broker, worker_act):
+        """By default, one receive brings a message for each slot that is free."""
+        together = threading.Barrier(8)
+        WORKER_ACTS["meet"] = lambda: together.wait(WORKER_PATIENCE_S)
+        worker_broker.put(worker_act, *[("meet",)] * 8)
+        ledger = worker_broker.work(concurrency=8, loop_count=1)
+        assert ledger == taskhawk.Ledger(received=8, acked=8)
+        assert [most for _, most, *_ in worker_broker.made("receive")] == [8]
+
+    @pytest.mark.parametrize("loop_count", [None, 6])
+    def test_pollers(self, worker_broker, worker_act, loop_count):
+        """While receives are full, several run at once; the loop count is of them all."""
+        three, numbers = threading.Barrier(3), itertools.count(1)
+
+        def receive(real: Any, *_: Any) -> Any:
+            if next(numbers) in {2, 3, 4}:
+                three.wait(WORKER_PATIENCE_S)
+            return real()
+
+        worker_broker.faults["receive"] = receive
+        worker_broker.put(worker_act, *[("run",)] * 65)
+        options = {"num_messages": 40, "until_empty": loop_count is None}
+        ledger = worker_broker.work(loop_count=loop_count, **options)
+        assert ledger.acked == ledger.received
+        if loop_count:
+            assert len(worker_broker.made("receive")) == loop_count
+        else:
+            assert ledger.received == 65
+
+    def test_idle(self, worker_broker):
+        """An idle queue is asked by one receive after another, whatever may be received."""
+        under_way: list[int] = []
+
+        def receive(real: Any, *_: Any) -> Any:
+            under_way.append(1)
+            found = real()
+            assert len(under_way) == 1
+            under_way.pop()
+            return found
+
+        worker_broker.faults["receive"] = receive
+        worker_broker.work(loop_count=3, num_messages=100, concurrency=8)
+        assert len(worker_broker.made("receive")) == 3
+
+    @pytest.mark.parametrize("fails", [False, True])
+    def test_stopped_with_pollers(self, worker_broker, worker_act, fails):
+        """Told to stop, a worker waits out all its receives, and releases what they bring."""
+        stop, numbers = threading.Event(), itertools.count(1)
+        three = threading.Barrier(3, stop.set)
+
+        def receive(real: Any, *_: Any) -> Any:
+            number = next(numbers)
+            if number > 1:
+                three.wait(WORKER_PATIENCE_S)
+                # Time enough for a keeper that releases too early.
+                made = functools.partial(worker_broker.made, "change_visibility")
+                assert worker_after_a_while(made) == []
+            if number == 3 and fails:
+                raise OSError("reset")
+            return real()
+
+        worker_broker.faults["receive"] = receive
+        WORKER_ACTS["hold"] = lambda: stop.wait(WORKER_PATIENCE_S)
+        worker_broker.put(worker_act, *[("hold",)] * 40)
+        options = {"shutdown_event": stop, "until_empty": False, "num_messages": 40}
+        ledger = worker_broker.work(**options)
+        brought = 10 * (4 - fails)
+        assert ledger == taskhawk.Ledger(brought, acked=1, released=brought - 1)
+        assert worker_broker.depth(WORKER_QUEUE) == (39, 0, 0)
+
+    def test_defect_of_a_poller(self, worker_broker, worker_act):
+        """An error of our own in a second poller ends the worker, and is raised."""
+        both, numbers = threading.Barrier(2), itertools.count(1)
+
+        def receive(real: Any, *_: Any) -> Any:
+            if next(numbers) in {2, 3}:
+                both.wait(WORKER_PATIENCE_S)
+                raise SystemExit("a defect")
+            return real()
+
+        worker_broker.faults["receive"] = receive
+        worker_broker.put(worker_act, *[("run",)] * 40)
+        with pytest.raises(SystemExit, match=r"^a defect$"):
+            worker_broker.work(num_messages=40)
+
+    def test_poller_that_cannot_start(self, tmp_path):
+        """Where a second poller can't start, the worker goes on with one, and says so once."""
+        code = """if True:
+            import resource, threading, taskhawk
+
+            @taskhawk.task
+            def limit():
+                threading.stack_size(1 << 30)
+                used = int(open("/proc/self/statm").read().split()[0]) * 4096
+                resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 29),) * 2)
+                run.dispatch_many([()] * 99)
+
+            @taskhawk.task
+            def run():
+                pass
+
+            limit.dispatch()
+            default, options = taskhawk.Priority.default, {"until_empty": True}
+            print(taskhawk.listen_for_messages(default, 40, **options).acked)"""
+        result = run_python(code, env={"TASKHAWK_BROKER": f"sqlite:///{tmp_path}/q.db"})
+        assert result.stdout == "100\n"
+        assert result.stderr == (
+            "TASKHAWK-DEFAULT: can't start another poller, goes on trying:"
+            " can't start new thread\n"
+        )
+
+    @pytest.mark.parametrize("num_messages", [1, 10])
+    def test_urgency(self, worker_broker, worker_act, num_messages):
+        """With messages in each of four queues, one slot runs them in order of urgency."""
+        ran: list[str] = []
+        queues = ["HIGH", "DEFAULT", "LOW", "BULK"]
+        for queue in queues:
+            WORKER_ACTS[queue] = functools.partial(ran.append, queue)
+            worker_broker.put(worker_act, *[(queue,)] * 10, queue=queue)
+        options = {"num_messages": num_messages, "clock": Clock()}
+        assert worker_broker.work(*queues, **options).acked == 40
+        assert ran == [queue for queue in queues for _ in range(10)]
+
+    def test_urgent_queue_that_waits(self, worker_broker, worker_act):
+        """A less urgent queue is asked a tenth of a second after the other's receive began."""
+        began: dict[str, float] = {}
+        ran = threading.Event()
+
+        def receive(real: Any, queue: str, *_: Any) -> Any:
+            began.setdefault(queue, time.monotonic())
+            if queue == "HIGH":
+                assert ran.wait(WORKER_PATIENCE_S)
+            return real()
+
+        WORKER_ACTS["note"] = ran.set
+        worker_broker.faults["receive"] = receive
+        worker_broker.put(worker_act, ("note",), queue="LOW")
+        ledger = worker_broker.work("HIGH", "LOW", loop_count=1)
+        assert ledger == taskhawk.Ledger(received=1, acked=1)
+        assert began["LOW"] - began["HIGH"] >= 0.09
+
+    def test_urgent_queue_that_fails(self, worker_broker, worker_act, caplog):
+        """A queue that can't be received from does not keep the others from their turn."""
+        ran = threading.Event()
+
+        def receive(real: Any, queue: str, *_: Any) -> Any:
+            if queue == "HIGH" and not ran.is_set():
+                raise OSError("reset")
+            return real()
+
+        WORKER_ACTS["note"] = ran.set
+        worker_broker.faults["receive"] = receive
+        worker_broker.put(worker_act, ("note",), queue="LOW")
+        options = {"loop_count": 1, "clock": worker_fast_clock}
+        assert worker_broker.work("HIGH", "LOW", **options) == taskhawk.Ledger(1, 1)
+
+    @pytest.mark.parametrize("concurrency", [1, 3])
+    def test_fifo(self, worker_broker, worker_act, concurrency):
+        """From a FIFO queue come one message a receive, and several groups run at once."""
+        together = threading.Barrier(concurrency)
+        WORKER_ACTS["meet"] = lambda: together.wait(WORKER_PATIENCE_S)
+        worker_broker.put(worker_act, *[("meet",)] * 6, queue="Q.fifo")
+        options = {"concurrency": concurrency, "num_messages": 10}
+        assert worker_broker.work("Q.fifo", **options).acked == 6
+        assert {most for _, most, *_ in worker_broker.made("receive")} == {1}
+
+    def test_max_tasks_of_several(self, worker_broker, worker_act):
+        """Where few starts are left, no queue keeps them for as long as a long poll takes."""
+        worker_broker.put(worker_act, *[("run",)] * 5, queue="LOW")
+        options = {"max_tasks": 3, "num_messages": 10, "wait_s": 20}
+        ledger = worker_broker.work("HIGH", "LOW", until_empty=False, **options)
+        assert ledger == taskhawk.Ledger(received=3, acked=3)
+        assert max(wait_s for _, _, wait_s, *_ in worker_broker.made("receive")) <= 1
+
+    def test_one_slot_for_a_message(self, worker_broker, worker_act):
+        """A message wakes one slot: that others wait costs nothing."""
+        looks: list[list[float]] = []
+
+        def clock() -> float:
+            looks[-1].append(time.monotonic())
+            return looks[-1][-1]
+
+        for concurrency in (2, 40):
+            looks.append([])
+            worker_broker.put(worker_act, *[("run",)] * 200)
+            options = {"concurrency": concurrency, "num_messages": 10, "clock": clock}
+            assert worker_broker.work(**options).acked == 200
+        few, many = map(len, looks)
+        assert many < 3 * few
 
     # -- concurrency
 
@@ -11307,7 +12406,10 @@ class TestPostponedCopies:
         send.with_headers(n="5").dispatch()
         assert work_once(taskhawk._brokers.broker()).postponed == 1
         first, copy = scripted.asked("SendMessage")
-        assert copy == first | {"DelaySeconds": 900}
+        ours = {"taskhawk.postponed": {"DataType": "String", "StringValue": "1"}}
+        attributes = {**first["MessageAttributes"], **ours}
+        changed = {"DelaySeconds": 900, "MessageAttributes": attributes}
+        assert copy == first | changed
 
     def test_retries_used_up(self, sqlite):
         """A task that is postponed now and then has no more retries than another."""
@@ -11326,25 +12428,23 @@ class TestPostponedCopies:
         assert error["attempt"] == 2
 
     @pytest.mark.parametrize(
-        ("attempt", "headers", "names"),
+        ("attempt", "headers", "kept", "ours"),
         [
-            (1, 10, {"taskhawk.attempts": False, "h": 10}),
-            (2, 10, {"taskhawk.attempts": True, "h": 9}),
-            (2, 3, {"taskhawk.attempts": True, "h": 3}),
+            (1, 10, 9, {"taskhawk.postponed": "3"}),
+            (2, 10, 8, {"taskhawk.postponed": "3", "taskhawk.attempts": "1"}),
+            (2, 3, 3, {"taskhawk.postponed": "3", "taskhawk.attempts": "1"}),
         ],
     )
-    def test_ten_attributes(self, attempt, headers, names):
-        """Where attempts count and there are ten headers, one gives way: the body has it."""
-        given = {
-            f"h{number}": {"DataType": "String", "StringValue": "x"}
-            for number in range(headers)
-        }
+    def test_ten_attributes(self, attempt, headers, kept, ours):
+        """Ours come first; of ten headers, some give way: the body has them."""
+        names = [*(f"h{number}" for number in range(headers)), "taskhawk.postponed"]
+        given = {name: {"DataType": "String", "StringValue": "2"} for name in names}
         counts = {"ApproximateReceiveCount": str(attempt), "MessageGroupId": "g"}
         received = QueueMessage("{}", "m1", "r1", counts, given, queue="Q")
         copy = taskhawk._postponed_copy(received, 5, 1000)
-        ours = copy.attributes.get("taskhawk.attempts", {})
-        assert ours.get("StringValue") == ("1" if names["taskhawk.attempts"] else None)
-        assert len(copy.attributes) - bool(ours) == names["h"]
+        values = {name: it["StringValue"] for name, it in copy.attributes.items()}
+        assert {name: values.pop(name) for name in ours} == ours
+        assert len(values) == kept
         assert (copy.body, copy.delay_s, copy.group_id) == ("{}", 5, "g")
 
     def test_lease_lost(self, worker_broker, worker_act, worker_clock):
@@ -11360,6 +12460,164 @@ class TestPostponedCopies:
         assert ledger == taskhawk.Ledger(received=1, retried=1)
         assert worker_broker.made("send") == []
         assert worker_broker.depth(WORKER_QUEUE) == (1, 0, 0)
+
+
+class TestListenAsync:
+    """A worker beside an application's event loop, which runs its coroutine tasks."""
+
+    @pytest.fixture
+    def ran(self, memory):
+        """Return what the tasks async.aside and async.plain have seen of where they ran."""
+        ran: list[Any] = []
+
+        @taskhawk.task(name="async.aside")
+        async def aside(wait_s=0):
+            await asyncio.sleep(wait_s)
+            ran.append(asyncio.get_running_loop())
+
+        @taskhawk.task(name="async.plain")
+        def plain():
+            ran.append(threading.current_thread())
+
+        return ran
+
+    @staticmethod
+    def dispatch(name, *args):
+        """Queue a run."""
+        taskhawk.Task.find_by_name(f"async.{name}").dispatch(*args)
+
+    def test_loop(self, ran):
+        """Coroutines run on the application's loop, and plain tasks beside it."""
+        for name in ("aside", "plain", "aside"):
+            self.dispatch(name)
+
+        async def serve():
+            ledger = await taskhawk.listen_async(
+                Priority.default, max_tasks=3, num_messages=3
+            )
+            return ledger, asyncio.get_running_loop(), threading.current_thread()
+
+        ledger, loop, thread = asyncio.run(serve())
+        assert ledger == taskhawk.Ledger(received=3, acked=3)
+        assert (ran[0], ran[2]) == (loop, loop)
+        assert isinstance(ran[1], threading.Thread)
+        assert ran[1] is not thread
+
+    def test_concurrency(self, ran):
+        """Coroutines run at the same time, and may wait for the application's own."""
+        meeting = asyncio.Barrier(3)
+
+        @taskhawk.task(name="async.meet")
+        async def meet():
+            await meeting.wait()
+
+        self.dispatch("meet")
+        self.dispatch("meet")
+
+        async def serve():
+            worker = taskhawk.listen_async(
+                Priority.default, max_tasks=2, concurrency=2, num_messages=2
+            )
+            async with asyncio.timeout(WORKER_PATIENCE_S):
+                ledger, _ = await asyncio.gather(worker, meeting.wait())
+            return ledger
+
+        assert asyncio.run(serve()).acked == 2
+
+    @pytest.mark.parametrize("event", [asyncio.Event, threading.Event])
+    def test_shutdown_event(self, event, ran):
+        """An event of either kind stops it, after what runs."""
+
+        async def serve():
+            stop = event()
+            self.dispatch("aside", 0.05)
+            worker = asyncio.create_task(
+                taskhawk.listen_async(Priority.default, shutdown_event=stop)
+            )
+            await cor_eventually(lambda: taskhawk._brokers.broker() and ran)
+            stop.set()
+            return await worker
+
+        assert asyncio.run(serve()) == taskhawk.Ledger(received=1, acked=1)
+
+    def test_cancelled(self, ran):
+        """Cancelled, it stops as by the event, and is cancelled once it has ended."""
+        logs = []
+
+        async def serve():
+            began = asyncio.Event()
+
+            @taskhawk.task(name="async.begin")
+            async def begin():
+                began.set()
+                await asyncio.sleep(0.05)
+                ran.append("ended")
+
+            self.dispatch("begin")
+            worker = asyncio.create_task(taskhawk.listen_async(Priority.default))
+            await began.wait()
+            worker.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await worker
+            logs.extend(ran)
+            return sum(taskhawk._brokers.broker().depth("TASKHAWK-DEFAULT"))
+
+        assert asyncio.run(serve()) == 0
+        assert logs == ["ended"]
+
+    def test_cancelled_again(self, ran):
+        """Cancelled again, it does not wait for what runs, and the worker still ends."""
+        threads = {*threading.enumerate()}
+
+        async def serve():
+            began, go_on = asyncio.Event(), asyncio.Event()
+
+            @taskhawk.task(name="async.wait")
+            async def wait():
+                began.set()
+                await go_on.wait()
+
+            self.dispatch("wait")
+            worker = asyncio.create_task(taskhawk.listen_async(Priority.default))
+            await began.wait()
+            for _ in range(2):
+                worker.cancel()
+                await asyncio.sleep(0)
+                await asyncio.sleep(0)
+            assert worker.cancelled()
+            go_on.set()
+            await cor_eventually(lambda: {*threading.enumerate()} <= threads)
+            return sum(taskhawk._brokers.broker().depth("TASKHAWK-DEFAULT"))
+
+        assert asyncio.run(serve()) == 0
+
+    def test_error(self, ran):
+        """What ends a worker is raised; so are options that make no sense."""
+        coroutine = taskhawk.listen_async(Priority.default, num_messages=0)
+        sentence = "num_messages: expected 1 or more, got 0"
+        assert refused(asyncio.run, coroutine) == sentence
+        coroutine = taskhawk.listen_async("high")
+        sentence = "priority: expected a taskhawk.Priority or several, got 'high'"
+        assert refused(asyncio.run, coroutine) == sentence
+
+    def test_end_of_the_loop(self, ran):
+        """An application that ends with it running cancels its coroutines: no run is lost."""
+
+        async def serve():
+            began = asyncio.Event()
+
+            @taskhawk.task(name="async.endless")
+            async def endless():
+                began.set()
+                await asyncio.sleep(WORKER_PATIENCE_S)
+
+            self.dispatch("endless")
+            worker = asyncio.create_task(taskhawk.listen_async(Priority.default))
+            await began.wait()
+            return worker  # asyncio.run() cancels it, and waits
+
+        assert asyncio.run(serve()).cancelled()
+        assert sum(taskhawk._brokers.broker().depth("TASKHAWK-DEFAULT")) == 1
 
 
 class TestDeadLetterCopies:
@@ -11687,7 +12945,7 @@ class TestSchedules:
             worker = taskhawk.Worker(
                 broker,
                 [WORKER_QUEUE],
-                num_messages=chance.choice((1, 3, 10)),
+                num_messages=chance.choice((1, 3, 10, 40)),
                 concurrency=chance.choice((1, 1, 3)),
                 loop_count=None if fault_rate == 0 else chance.randrange(1, 6),
                 shutdown_event=broker.stop,
@@ -11705,6 +12963,123 @@ class TestSchedules:
         assert broker.done | broker.dead == set(range(12)), f"seed {seed}"
         assert (inner.depth(WORKER_QUEUE), bool(dead)) == ((0, 0, 0), bool(broker.dead))
         inner.close()
+
+
+#: A task that notes its runs in a file; some ask for a retry, or are killed with the worker.
+ORDER_MODULE = """
+import os
+import time
+import taskhawk
+
+@taskhawk.task(group="group")
+def note(group, number, metadata):
+    journal = os.open("journal", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.write(journal, f"{group} {number} began\\n".encode())
+    time.sleep(0.02)
+    if number % 5 == 2 and metadata.attempt == 1:
+        raise taskhawk.RetryException(delay_seconds=number % 2)
+    os.write(journal, f"{group} {number} ended\\n".encode())
+    os.close(journal)
+"""
+
+
+class TestOrder:
+    """A FIFO queue's groups are run in order, one message at a time, whatever happens."""
+
+    def test_one_group(self, worker_broker, worker_act):
+        """With ten slots and a prefetch, too, a group has one run at a time, in order."""
+        queue, runs, running = f"{WORKER_QUEUE}.fifo", [], []
+
+        def act(number: int) -> None:
+            running.append(number)
+            worker_eventually(lambda: True)
+            assert running == [number]
+            runs.append(running.pop())
+
+        for number in range(30):
+            WORKER_ACTS[f"run{number}"] = functools.partial(act, number)
+            message = Message.new(worker_act.name, [f"run{number}"])
+            entry = Outgoing(json.dumps(message.as_dict()), {}, 0, "g", message.id)
+            worker_broker.inner.send(queue, [entry])
+        ledger = worker_broker.work(queue, concurrency=10, num_messages=10)
+        assert ledger == taskhawk.Ledger(received=30, acked=30)
+        assert runs == list(range(30))
+
+    def test_refused_delete(self, scripted, queue_name, sqs_client, ministack):
+        """A FIFO queue refuses the delete of a message that was received again: uncertain."""
+        make_queue(sqs_client(ministack), f"TASKHAWK-{queue_name}.fifo")
+        taskhawk.configure(taskhawk.settings.given, TASKHAWK_FIFO=True)
+        broker = taskhawk._brokers.broker()
+        queue = broker.destination(Priority.default)
+
+        @taskhawk.task(name="order.slow")
+        def slow() -> None:
+            (again,) = broker.receive(queue, 1, 5, 30, NEVER)
+            assert again.attempt == 2
+
+        slow.dispatch()
+        scripted.always("ChangeMessageVisibilityBatch", refuse(0))
+        ledger = taskhawk.Worker(
+            broker, [queue], visibility_timeout_s=1, loop_count=1
+        ).run()
+        assert ledger == taskhawk.Ledger(received=1, uncertain=1)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("place", ["ministack", "sqlite"])
+    def test_killed_workers(self, request, place, sqs_client, queue_name, tmp_path):
+        """Through retries, kill -9 and restarts, each group's messages are run in order."""
+        env = {"TASKHAWK_FIFO": "true", "TASKHAWK_QUEUE": queue_name, **AWS_SETTINGS}
+        if place == "ministack":
+            endpoint = request.getfixturevalue("ministack")
+            make_queue(sqs_client(endpoint), f"TASKHAWK-{queue_name}.fifo", 100)
+            env["AWS_ENDPOINT_SQS"] = endpoint
+        else:
+            options = "visibility_timeout_s=2&max_receive_count=100"
+            env["TASKHAWK_BROKER"] = f"sqlite:///{tmp_path}/queue.db?{options}"
+        (tmp_path / "jobs.py").write_text(ORDER_MODULE)
+        send = """
+            import jobs
+            for number in range(20):
+                for group in "abc":
+                    jobs.note.dispatch(group, number)
+        """
+        assert python_lines(tmp_path, send, **env) == []
+        listen = [sys.executable, "-m", "taskhawk", "listen", "jobs"]
+        listen += ["--concurrency=4", "--visibility-timeout=2", "--log-level=error"]
+        workers: list[subprocess.Popen[bytes]] = []
+        journal = tmp_path / "journal"
+
+        def start() -> None:
+            workers.append(subprocess.Popen(listen, cwd=tmp_path, env=python_env(env)))
+
+        def ended() -> int:
+            text = journal.read_text() if journal.exists() else ""
+            return len(re.findall(".* ended", text))
+
+        deadline = time.monotonic() + 90
+        try:
+            start()
+            start()
+            for kill_at in (5, 12, 25, 40):
+                while ended() < kill_at:
+                    assert time.monotonic() < deadline
+                    time.sleep(0.002)
+                victim = workers.pop(0)
+                victim.kill()
+                victim.wait()
+                start()
+            while len(set(journal.read_text().splitlines())) < 2 * 60:
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+        finally:
+            for worker in workers:
+                worker.kill()
+                worker.wait()
+        for group in "abc":
+            lines = re.findall(rf"{group} (\d+) (\w+)", journal.read_text())
+            numbers = [int(number) for number, _ in lines]
+            assert numbers == sorted(numbers)
+            assert set(numbers) == set(range(20))
 
 
 # --- 17. log records ------------------------------------------------------------------
@@ -11931,10 +13306,10 @@ def isolated_child(isolated_jobs):
         yield child
 
 
-def isolated_run(child: Any) -> list[Outcome | None]:
+def isolated_run(child: Any) -> list[Outcome]:
     """Have a child run what is queued."""
     received = receive_all()
-    return [child.process(message) for message in received]
+    return [outcome for message in received for outcome in child.process([message])]
 
 
 def isolated_log(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
@@ -11945,7 +13320,7 @@ def isolated_log(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
 def isolated_refusal(child: Any, received: QueueMessage) -> str:
     """Return why a child can't run a message."""
     with pytest.raises(taskhawk._CannotStart) as raised:
-        child.process(received)
+        child.process([received])
     return str(raised.value)
 
 
@@ -12002,8 +13377,9 @@ leave      SystemExit: lost
 raise      KeyError: 'lost'
 """
 # Lines that a task writes to the socket of its worker.
-ISOLATED_STRAYS = ["7", "null", "[]", '["began"]', '["ended", "done", null, null]']
-ISOLATED_STRAYS += ['["ended", "retry", "soon", null]', "[" * 100_000, "\xff"]
+ISOLATED_STRAYS = ["7", "null", "[]", '["began"]', '["ended"]', "[" * 100_000, "\xff"]
+ISOLATED_STRAYS += ['["ended", ["done", null, null]]', '["ended", null]']
+ISOLATED_STRAYS += ['["ended", ["retry", "soon", null]]']
 # What the module of the tasks does in a child, and why that can't begin a run.
 ISOLATED_OBSTACLES = [
     ("1 / 0", "{no_import}: ZeroDivisionError: division by zero ({file}:1)"),
@@ -12287,7 +13663,7 @@ class TestIsolation:
         isolated_child.start()
         process = isolated_child._process
         isolated_child.start()  # it has one
-        assert isolated_child.process(received) == Outcome(Fate.acknowledge)
+        assert isolated_child.process([received]) == [Outcome(Fate.acknowledge)]
         assert isolated_child._process is process
 
     @pytest.mark.slow
@@ -12329,7 +13705,7 @@ class TestIsolation:
         isolated_jobs.pid.dispatch()
         lost, found = receive_all()
         child = isolated_slot()
-        outcome = child.process(lost)
+        [outcome] = child.process([lost])
         assert (outcome.fate, outcome.delay_s) == (Fate.retry, None)
         assert caplog.messages[0] == (
             "a child can't run lib.job: declare it in a module, not in a function that "
@@ -12339,7 +13715,7 @@ class TestIsolation:
             "is left to the queue: no task is registered as 'lib.job': is its module "
             "imported?"
         )
-        assert child.process(found) == Outcome(Fate.acknowledge)
+        assert child.process([found]) == [Outcome(Fate.acknowledge)]
         child.close()
 
     @pytest.mark.slow
@@ -12431,7 +13807,7 @@ class TestIsolation:
         [received] = receive_all()
         given_up.set()
         child.kill()  # there is none yet
-        assert child.process(received) is None
+        assert child.process([received]) == []
         child.close()
         assert not (isolated_jobs.HERE / "notes").exists()
 
@@ -13202,6 +14578,240 @@ class TestLambda:
 
 
 # --- 20. claims -----------------------------------------------------------------------
+
+CLAIMS_TABLE = "taskhawk-claims"
+NO_TABLE = (
+    "TASKHAWK_CLAIMS_TABLE is not set: on SQS, once, unique and limit need a DynamoDB"
+    " table: set its name, such as 'taskhawk-claims', and run python -m taskhawk provision"
+)
+
+
+def make_claims_table(client: Any) -> None:
+    """Make the table as `provision` does, unless it exists."""
+    with contextlib.suppress(client.exceptions.ResourceInUseException):
+        client.create_table(
+            TableName=CLAIMS_TABLE,
+            KeySchema=[{"AttributeName": "id", "KeyType": "HASH"}],
+            AttributeDefinitions=[{"AttributeName": "id", "AttributeType": "S"}],
+            BillingMode="PAY_PER_REQUEST",
+        )
+
+
+@pytest.fixture(params=["ministack", "moto", "sqlite"])
+def claims(
+    request: pytest.FixtureRequest,
+    sqs_client: Callable[..., Any],
+    queue_name: str,
+    tmp_path: Path,
+) -> tuple[Any, Clock]:
+    """Return claims in each kind of place, and the clock that they go by."""
+    clock = Clock()
+    if request.param == "sqlite":
+        url = f"sqlite:///{tmp_path}/queue.db"
+        return taskhawk.SqliteClaims(taskhawk.SqliteBroker(url, clock)), clock
+    endpoint = request.getfixturevalue(request.param)
+    make_claims_table(sqs_client(endpoint, "dynamodb"))
+    configure_aws(endpoint, queue_name)
+    return taskhawk.DynamoClaims(f"dynamodb:{CLAIMS_TABLE}", clock), clock
+
+
+@pytest.fixture
+def key() -> str:
+    """Return the key of a claim that no other test uses."""
+    return f"test:{uuid.uuid4().hex}"
+
+
+class TestClaims:
+    """One holder at a time, until it releases, or until its time is over."""
+
+    def test_held(self, claims, key):
+        """Who has a claim has it alone, until it is released; other keys are others."""
+        store, _ = claims
+        first = store.claim(key, 60)
+        assert first.token
+        assert not first.is_done
+        assert store.claim(key, 60) == taskhawk.Claim()
+        assert store.claim(f"{key}2", 60).token
+        store.release(key, first.token)
+        store.release(key, first.token)  # it makes no difference
+        assert store.claim(key, 60).token
+
+    def test_void(self, claims, key):
+        """A claim ends by itself, and whoever had it can't release it for the next."""
+        store, clock = claims
+        dead = store.claim(key, 60)
+        clock.now += 60
+        assert not store.claim(key, 60).token
+        clock.now += 0.1
+        assert store.claim(key, 60).token
+        store.release(key, dead.token)
+        assert not store.claim(key, 60).token
+
+    @pytest.mark.parametrize("after_s", [1, 61])
+    def test_done(self, claims, key, after_s):
+        """What is finished is done for as long as it is kept, and then forgotten.
+
+        So it is if it was finished after its time: the run has been.
+        """
+        store, clock = claims
+        first = store.claim(key, 60)
+        clock.now += after_s
+        store.finish(key, first.token, 100)
+        clock.now += 99
+        assert store.claim(key, 60) == taskhawk.Claim(is_done=True)
+        store.release(key, first.token)
+        clock.now += 3  # DynamoDB keeps whole seconds
+        assert store.claim(key, 60).token
+
+    def test_finished_behind_the_next(self, claims, key):
+        """A run that outlived its claim is done all the same, whatever the next one does."""
+        store, clock = claims
+        slow = store.claim(key, 60)
+        clock.now += 61
+        quick = store.claim(key, 60)
+        store.finish(key, slow.token, 1000)
+        store.release(key, quick.token)
+        assert store.claim(key, 60) == taskhawk.Claim(is_done=True)
+
+    @pytest.mark.parametrize("most", [2, 7])
+    def test_places(self, claims, key, most):
+        """There are as many places as are asked for; a free one is found."""
+        store, clock = claims
+        taken = [store.claim(key, 60, most).token for _ in range(most)]
+        assert len({*taken, ""}) == most + 1
+        assert store.claim(key, 60, most) == taskhawk.Claim()
+        store.release(key, taken[1])
+        assert store.claim(key, 120, most).token
+        assert store.claim(key, 60, most) == taskhawk.Claim()
+        clock.now += 61  # one of them is left
+        again = [store.claim(key, 60, most).token for _ in range(most)]
+        assert (all(again[:-1]), again[-1]) == (True, "")
+
+    @pytest.mark.parametrize(
+        ("second", "starts"),
+        [
+            (("m2", 900, 1500), False),
+            (("m2", 999, 1500), False),
+            (("m2", 1000, 1500), True),  # equal times say nothing: nothing is lost
+            (("m2", 1001, 1500), True),
+            (("m1", 900, 1000), True),  # its own retry
+        ],
+    )
+    def test_start(self, claims, key, second, starts):
+        """A message starts, unless another's run started after it was sent."""
+        store, clock = claims
+        assert store.start(key, "m1", 900, 1000)
+        clock.now += 13 * 86_400
+        assert store.start(key, *second) is starts
+        assert store.start(key, "m3", 1500, 1600)
+        assert not store.start(key, "m1", 900, 1000)  # by now m3 stands for it
+        clock.now += 14 * 86_400 + 2
+        assert store.start(key, "m1", 900, 1000)  # no queue has kept it for so long
+
+    def test_race(self, claims, key):
+        """However many ask at once, no more get a place than there are."""
+        store, _ = claims
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            asked = [pool.submit(store.claim, key, 60, 3) for _ in range(16)]
+        tokens = [each.result().token for each in asked]
+        assert 1 <= len([*filter(None, tokens)]) <= 3
+        while store.claim(key, 60, 3).token:
+            tokens.append("one more")
+        assert len([*filter(None, tokens)]) == 3
+
+    def test_layout(self, ministack, sqs_client, key):
+        """An item has Powertools' attributes, and an end by which DynamoDB deletes it."""
+        client = sqs_client(ministack, "dynamodb")
+        make_claims_table(client)
+        configure_aws(ministack)
+        store = taskhawk.DynamoClaims(f"dynamodb:{CLAIMS_TABLE}", Clock(1000.5))
+
+        def item() -> dict[str, Any]:
+            found = client.get_item(TableName=CLAIMS_TABLE, Key={"id": {"S": key}})
+            return found["Item"]
+
+        claim = store.claim(key, 60)
+        owner = claim.token.removeprefix("0-")
+        assert item() == {
+            "id": {"S": key},
+            "status": {"S": "INPROGRESS"},
+            "in_progress_expiration": {"N": "1060500"},
+            "expiration": {"N": "87461"},
+            "owner_0": {"S": owner},
+        }
+        store.finish(key, claim.token, 3600)
+        assert item() == {
+            "id": {"S": key},
+            "status": {"S": "COMPLETED"},
+            "expiration": {"N": "4601"},
+        }
+
+    def test_lost_answer(self, ministack, sqs_client, key):
+        """A claim whose answer was lost is ours all the same, as botocore repeats it."""
+        make_claims_table(sqs_client(ministack, "dynamodb"))
+        with ScriptedAws(ministack).running("app") as aws:
+            store = taskhawk.DynamoClaims(f"dynamodb:{CLAIMS_TABLE}")
+
+            def lose(call: AwsCall) -> AwsAnswer:
+                passed(call)
+                return DROPPED
+
+            aws.script("UpdateItem", lose)
+            assert store.claim(key, 60).token
+            assert aws.actions == ["UpdateItem", "UpdateItem"]
+            assert not store.claim(key, 60).token
+
+    @pytest.mark.parametrize(
+        ("answer", "sentence"),
+        [
+            (
+                fault("ResourceNotFoundException", "Requested resource not found"),
+                (
+                    "taskhawk-claims: there is no such table: run python -m taskhawk"
+                    " provision, or check TASKHAWK_CLAIMS_TABLE and AWS_REGION"
+                    " (ResourceNotFoundException: Requested resource not found)"
+                ),
+            ),
+            (
+                fault("AccessDeniedException"),
+                f"taskhawk-claims: {DENIED.format('UpdateItem')} (AccessDeniedException: no)",
+            ),
+        ],
+    )
+    def test_refused(self, aws, key, answer, sentence):
+        """What only a person can mend is said in a sentence, with the remedy."""
+        aws.always("UpdateItem", answer)
+        store = taskhawk.DynamoClaims(f"dynamodb:{CLAIMS_TABLE}")
+        for call in (store.claim, store.release, store.finish):
+            args = (key, "0-x", 60)[: 3 - (call == store.release)]
+            args = (key, 60) if call == store.claim else args
+            assert refused(call, *args) == sentence
+
+    def test_which(self, sqlite):
+        """Claims are in the file on SQLite, and in the table that is set on SQS."""
+        assert isinstance(taskhawk._find_claims(), taskhawk.SqliteClaims)
+        taskhawk.configure(AWS_KEYS)
+        assert refused(taskhawk._find_claims) == NO_TABLE
+        taskhawk.configure(AWS_KEYS, TASKHAWK_CLAIMS_TABLE=CLAIMS_TABLE)
+        store = taskhawk._find_claims()
+        assert isinstance(store, taskhawk.DynamoClaims)
+        assert taskhawk._find_claims() is store
+
+    def test_file(self, tmp_path, key):
+        """Claims are the file's: other processes see them, and they go with it."""
+        path, clock = tmp_path / "queue.db", Clock()
+        one, two = (
+            taskhawk.SqliteClaims(taskhawk.SqliteBroker(f"sqlite:///{path}", clock))
+            for _ in range(2)
+        )
+        assert one.claim(key, 60).token
+        assert not two.claim(key, 60).token
+        clock.now += 61
+        assert two.claim(f"{key}2", 60).token
+        assert sqlite_execute(path, "SELECT key FROM claim") == [(f"{key}2",)]
+        for name in tmp_path.iterdir():
+            name.unlink()
+        assert one.claim(key, 60).token
 
 
 # --- 21. once, unique, limits ---------------------------------------------------------
@@ -14069,7 +15679,8 @@ class TestDeadLetters:
         """They go back to the queue of their priority as they were, without our attributes."""
         header = {"n": {"DataType": "String", "StringValue": "é"}}
         value = {"DataType": "String", "StringValue": "3"}
-        ours = dict.fromkeys(("taskhawk.error", "taskhawk.attempts"), value)
+        names = ("taskhawk.error", "taskhawk.attempts", "taskhawk.postponed")
+        ours = dict.fromkeys(names, value)
         queue = broker.destination(Priority.high)
         broker.send(
             f"{queue}-DLQ", [Outgoing(processing_body(args=[1]), {**ours, **header})]
@@ -14081,6 +15692,43 @@ class TestDeadLetters:
         assert received.message_attributes["n"]["StringValue"] == "é"
         assert receive_all() == []
         assert broker.depth(f"{queue}-DLQ") == Depth(0, 0, 0)
+
+    @pytest.mark.parametrize("place", ["ministack", "sqlite"])
+    def test_fifo(  # noqa: PLR0917 - fixtures
+        self, request, place, sqs_client, queue_name, capsys, caplog, tmp_path
+    ):
+        """Of a FIFO queue, they go back in the order and group that they had.
+
+        A copy is deduplicated by what it is a copy of: its own id was sent before. What
+        waits behind those that are looked at can't be seen, and that is said.
+        """
+        taskhawk.configure(TASKHAWK_BROKER=f"sqlite:///{tmp_path}/queue.db")
+        if place == "ministack":
+            endpoint = request.getfixturevalue("ministack")
+            make_queue(sqs_client(endpoint), f"TASKHAWK-{queue_name}.fifo")
+            configure_aws(endpoint, queue_name)
+        taskhawk.configure(taskhawk.settings.given, TASKHAWK_FIFO=True)
+        broker = taskhawk._brokers.broker()
+        queue = broker.destination(Priority.default)
+        dead = taskhawk._dead_letter_name(queue)
+        letters = [
+            Outgoing(processing_body(args=[n]), {}, 0, "g", f"{n}") for n in range(12)
+        ]
+        for letter in letters:
+            broker.send(dead, [letter])
+        assert taskhawk.main(["dead-letters", "list", "--json"]) == 0
+        seen, warnings = 12, []
+        if place == "ministack":
+            seen = 10
+            warnings = [f"{dead}: about 2 more wait behind these, in their groups"]
+        assert capsys.readouterr().out.count("\n") == seen
+        assert caplog.messages == warnings
+        assert taskhawk.requeue_dead_letter(Priority.default) == 12
+        found = []
+        while messages := broker.receive(queue, 1, 0, 60, NEVER):
+            found += [(json.loads(m.body)["args"], m.group_id) for m in messages]
+            broker.delete(queue, [m.receipt_handle for m in messages])
+        assert found == [([number], "g") for number in range(12)]
 
     @pytest.mark.parametrize("num_messages", [1, 4, 10, 1000])
     def test_requeue_many(self, sqlite, caplog, num_messages):
@@ -15034,6 +16682,59 @@ class TestProvision:
             assert policy["deadLetterTargetArn"] == dead["QueueArn"]
             assert int(policy["maxReceiveCount"]) == 5
             assert found["Tags"] == dead["Tags"] == {"taskhawk": queue_name}
+
+    def test_fifo(self, ministack, sqs_client, queue_name, capsys):
+        """FIFO queues are made as such, in high throughput mode, and nothing is wrong then.
+
+        What someone has changed of that mode stays.
+        """
+        account = configure_account(
+            sqs_client, ministack, queue_name, TASKHAWK_FIFO=True
+        )
+        name, only = f"TASKHAWK-{queue_name}", "--priority=default"
+        names = [f"{name}-DLQ.fifo", f"{name}.fifo"]
+        assert provision(capsys, only) == [f"queue {queue}: made" for queue in names]
+        client = sqs_client(ministack)
+        for queue in names:
+            found = attributes_of(client, queue)
+            assert found["FifoQueue"] == "true"
+            assert found["DeduplicationScope"] == "messageGroup"
+            assert found["FifoThroughputLimit"] == "perMessageGroupId"
+        policy = json.loads(found["RedrivePolicy"])
+        arn = f"arn:aws:sqs:us-east-1:{account}:{name}"
+        assert policy["deadLetterTargetArn"] == f"{arn}-DLQ.fifo"
+        url = client.get_queue_url(QueueName=names[1])["QueueUrl"]
+        limit = {"FifoThroughputLimit": "perQueue"}
+        client.set_queue_attributes(QueueUrl=url, Attributes=limit)
+        as_it_should_be = [f"queue {queue}: is as it should be" for queue in names]
+        assert provision(capsys, only) == as_it_should_be
+        assert check(capsys, only) == (0, ["nothing is wrong"])
+        taskhawk._brokers.broker().send(f"{name}.fifo", grouped("a1 a2 b1"))
+        assert taskhawk.main(["stats", "--json"]) == 0
+        counts = json.loads(capsys.readouterr().out)["default"]
+        assert (counts["visible"], counts["dead_letters"]) == (3, 0)
+
+    def test_fifo_described(self, queue_name, aws, capsys):
+        """Terraform and IAM know FIFO queues and their dead-letter queues, too."""
+        taskhawk.configure(taskhawk.settings.given, TASKHAWK_FIFO=True)
+        only = "--priority=default"
+        queues = provision_json(capsys, only, "--format=terraform")["resource"]
+        queues = queues["aws_sqs_queue"]
+        assert list(queues) == ["taskhawk_app_dlq_fifo", "taskhawk_app_fifo"]
+        for queue in queues.values():
+            assert queue["fifo_queue"] is True
+            assert queue["deduplication_scope"] == "messageGroup"
+            assert queue["fifo_throughput_limit"] == "perMessageGroupId"
+        redrive = json.loads(queues["taskhawk_app_fifo"]["redrive_policy"])
+        reference = "${aws_sqs_queue.taskhawk_app_dlq_fifo.arn}"
+        assert redrive["deadLetterTargetArn"] == reference
+        roles = provision_json(capsys, only, "--format=iam")
+        arn = "arn:aws:sqs:us-east-1:000000000000:TASKHAWK-APP"
+        queue, dead = roles["worker"]["Statement"]
+        assert (queue["Resource"], dead["Resource"]) == (
+            [f"{arn}.fifo"],
+            [f"{arn}-DLQ.fifo"],
+        )
 
     def test_raises(self, endpoint, sqs_client, queue_name, capsys):
         """What is too low is raised, and what someone set higher stays."""
@@ -16611,6 +18312,7 @@ def readme_normalised(text: str) -> str:
 README_GROUPS = ["plain", "aws", "django", "flask"]  # blocks that share an interpreter
 README_NEW_DJANGO = pytest.mark.skipif(sys.version_info < (3, 12), reason="Django 6")
 README_BEFORE = {
+    "flask": "import web\n",
     "mall": "import django; django.setup()\n",
     "django": "import django; django.setup()\n"
     "from django.core.management import call_command; call_command('migrate', verbosity=0)\n",
@@ -16618,6 +18320,10 @@ README_BEFORE = {
 README_AFTER = {  # what the blocks dispatched, or can dispatch now, is run
     "aws": "import tasks; tasks.audit.dispatch('ready')\n"
     "print(taskhawk.listen_for_messages(taskhawk.Priority.default, until_empty=True).acked)",
+    "flask": "import web_tasks, taskhawk\n"
+    "web_tasks.confirm.dispatch(1, 'you@example.com')\n"
+    "taskhawk.listen_for_messages(taskhawk.Priority.default, until_empty=True)\n"
+    "print(open('outbox.txt').read(), end='')",
     "django": "import taskhawk\n"
     "taskhawk.listen_for_messages(taskhawk.Priority.default, until_empty=True)",
     "mall": "import taskhawk\n"
@@ -16626,6 +18332,7 @@ README_AFTER = {  # what the blocks dispatched, or can dispatch now, is run
 README_AFTER_OUTPUT = {
     "aws": "ready: attempt 1 of a default message, {}\n1\n",
     "django": "Welcome! -> you@example.com\n",
+    "flask": "you@example.com: we have your order 1\n",
     "mall": "May: attempt 1 of report\nJune: attempt 1 of report\n",
 }
 README_RUNNER = """
@@ -16791,6 +18498,7 @@ class TestReadme:
         """Each Python block runs, in order, and prints what the block behind it says."""
         readme_files(tmp_path)
         python = [block for block in readme_blocks() if block.language == "python"]
+        python = [block for block in python if block.marks.get("run") != "never"]
         assert {block.marks.get("run", "plain") for block in python} == {
             *README_GROUPS,
             "mall",
@@ -16868,6 +18576,24 @@ class TestReadme:
             assert readme_normalised(result.stdout) == readme_normalised(expected), (
                 command
             )
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(
+        ("command", "passed"),
+        [
+            (["pytest", "-q", "test_tasks.py"], "4 passed"),
+            (["unittest", "test_tasks_unittest"], "Ran 2 tests"),
+            (["django", "test", "test_tasks_django"], "Ran 2 tests"),
+        ],
+        ids=["pytest", "unittest", "Django"],
+    )
+    def test_test_recipes(self, command, passed, tmp_path):
+        """The tests of README pass, by the command that people run."""
+        readme_files(tmp_path)
+        env = {"DJANGO_SETTINGS_MODULE": "shop_settings"}
+        result = run_python(["-m", *command], cwd=tmp_path, env=env)
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert passed in result.stdout + result.stderr
 
     @pytest.mark.slow
     def test_five_steps(self, ministack, tmp_path):
@@ -17009,3 +18735,298 @@ class TestReadme:
                 assert link[1:] in anchors
             elif not link.startswith("https://"):
                 assert project_file(link).exists()
+
+
+@contextlib.contextmanager
+def service_worker(
+    folder: Path, env: Mapping[str, str], *modules: str
+) -> Iterator[None]:
+    """Run a worker of some modules for the length of the block, then stop it."""
+    with (folder / "worker.txt").open("w") as output:
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "taskhawk", "listen", "--grace", "5", *modules],
+            cwd=folder,
+            env=python_env(env),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+        )
+    try:
+        yield
+        worker.terminate()
+        assert worker.wait(30) == 0
+    finally:
+        worker.kill()
+        worker.wait()
+
+
+def service_post(url: str, data: object) -> tuple[int, Any]:
+    """Post JSON, and return the status and the answer."""
+    request = urllib.request.Request(url, json.dumps(data).encode())
+    request.add_header("Content-Type", "application/json")
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return answer.status, json.load(answer)
+
+
+def service_wait(is_done: Callable[[], object]) -> None:
+    """Wait for what another process does."""
+    until = time.monotonic() + 60
+    while not is_done():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+class TestServices:
+    """README's services start, take a request, and run its task."""
+
+    @pytest.fixture(params=["SQLite", "ministack"])
+    def env(self, request, tmp_path):
+        """Return an environment with a queue, after the modules of README are written."""
+        readme_files(tmp_path)
+        if request.param == "SQLite":
+            return {"TASKHAWK_BROKER": f"sqlite:///{tmp_path}/web.db"}
+        env = TestReadme.aws(request.getfixturevalue("ministack"))
+        env |= {"AWS_ACCOUNT_ID": "000000000000", "TASKHAWK_QUEUE": "dev-web"}
+        command = ["-m", "taskhawk", "provision"]
+        result = run_python(command, cwd=tmp_path, env=env)
+        assert result.returncode == 0, result.stderr
+        return env
+
+    def test_flask(self, env, tmp_path):
+        """Flask's server dispatches, and a worker runs it in the application's context."""
+        port, outbox = free_port(), tmp_path / "outbox.txt"
+        flask_run = ["-m", "flask", "--app", "web", "run", "--port", str(port)]
+        with (
+            server(port, flask_run, python_env(env), tmp_path) as url,
+            service_worker(tmp_path, env, "web_tasks"),
+        ):
+            order = service_post(f"{url}/orders/7", {"address": "you@example.com"})
+            service_wait(outbox.exists)
+            service_wait(outbox.read_text)
+        status, answer = order
+        assert (status, len(answer["message"])) == (202, 36)
+        assert outbox.read_text() == "you@example.com: we have your order 7\n"
+        ledger = (tmp_path / "worker.txt").read_text()
+        assert ledger.startswith("1 received, 1 acked, ")
+
+    def test_lambda(self, tmp_path):
+        """The handler takes events as AWS has recorded them, and raises what fails."""
+        readme_files(tmp_path)
+        hello = processing_body("tasks.send_email", args=["you@example.com", "Hello!"])
+        fails = processing_body("tasks.pay", args=[7])
+        events = [
+            {"Records": [lambda_sns_record(hello, "1")]},
+            {"Records": [lambda_sqs_record(body, "1") for body in (fails, hello)]},
+        ]
+        (tmp_path / "events.json").write_text(json.dumps(events))
+        code = """if True:
+            import json, handler
+            with open("events.json") as file:
+                for event in json.load(file):
+                    try:
+                        handler.handler(event, None)
+                    except ValueError as error:
+                        print(error)
+        """
+        env = {"AWS_REGION": "us-east-1", "AWS_ENDPOINT_SQS": "http://127.0.0.1:9"}
+        env |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
+        result = run_python(code, cwd=tmp_path, env=env)
+        printed = ["Hello! -> you@example.com"] * 2 + ["bill 7 has no amount"]
+        assert (result.returncode, result.stdout.splitlines()) == (0, printed)
+
+
+#: a solution of the last exercise in README, and of nothing else: see SqliteBroker
+READING_BROKER = """
+import threading
+import time
+import uuid
+
+import taskhawk
+from taskhawk import Depth, QueueInfo, QueueMessage, Refusal
+
+
+class MemoryBroker(taskhawk.Broker):
+    max_bytes = 1_048_576
+    max_delay_s = 900
+
+    def __init__(self, clock=time.time):
+        self.clock = clock
+        # Guards the rows, and tells receivers that wait of what is sent.
+        self.changed = threading.Condition()
+        self.rows = []
+
+    def send(self, destination, entries):
+        with self.changed:
+            for entry in entries:
+                now = self.clock()
+                self.rows.append(
+                    {
+                        "queue": destination,
+                        "entry": entry,
+                        "id": str(uuid.uuid4()),
+                        "sent": now,
+                        "visible_at": now + entry.delay_s,
+                        "receives": 0,
+                        "receipt": None,
+                    }
+                )
+            self.changed.notify_all()
+        return []
+
+    def receive(self, queue, limit, wait_s, lease_s, stop):
+        until = time.monotonic() + wait_s
+        with self.changed:
+            while True:
+                found = self._claim(queue, min(limit, 10), lease_s)
+                left_s = until - time.monotonic()
+                if found or left_s <= 0 or stop.is_set():
+                    return found
+                self.changed.wait(min(left_s, 0.05))  # the clock moves, too
+
+    def _claim(self, queue, limit, lease_s):
+        info, found = self.info(queue), []
+        for row in self.rows:
+            if row["queue"] != queue or row["visible_at"] > self.clock():
+                continue
+            if row["receives"] == info.max_receive_count:
+                row |= {"queue": info.dead_letter_queue, "receives": 0, "receipt": None}
+                continue
+            hidden_s = info.visibility_timeout_s if lease_s is None else lease_s
+            row["visible_at"] = self.clock() + hidden_s
+            row["receives"] += 1
+            row["receipt"] = str(uuid.uuid4())
+            found.append(self._message(row))
+            if len(found) == limit:
+                break
+        return found
+
+    def _message(self, row):
+        counts = {
+            "ApproximateReceiveCount": str(row["receives"]),
+            "SentTimestamp": str(int(row["sent"] * 1000)),
+        }
+        return QueueMessage(
+            row["entry"].body,
+            row["id"],
+            row["receipt"],
+            counts,
+            dict(row["entry"].attributes),
+            row["queue"],
+            self,
+        )
+
+    def delete(self, queue, receipts, *, retry=False):
+        return self._each(queue, receipts, self.rows.remove)
+
+    def change_visibility(self, queue, changes, *, retry=False):
+        seconds = dict(changes)
+
+        def change(row):
+            row["visible_at"] = self.clock() + seconds[row["receipt"]]
+            if seconds[row["receipt"]] == 0:
+                self.changed.notify_all()
+
+        return self._each(queue, list(seconds), change)
+
+    def _each(self, queue, receipts, change):
+        refused = []
+        with self.changed:
+            for index, receipt in enumerate(receipts):
+                rows = [row for row in self.rows if row["receipt"] == receipt]
+                if rows and rows[0]["queue"] == queue:
+                    change(rows[0])
+                else:
+                    code = "ReceiptHandleIsInvalid"
+                    refused.append(Refusal(index, code, "it is stale", final=True))
+        return refused
+
+    def info(self, queue):
+        if queue.endswith("-DLQ"):
+            return QueueInfo(30.0, None, None)
+        return QueueInfo(30.0, f"{queue}-DLQ", 2)
+
+    def depth(self, queue):
+        with self.changed:
+            rows = [row for row in self.rows if row["queue"] == queue]
+        visible = [row for row in rows if row["visible_at"] <= self.clock()]
+        received = [row for row in rows if row["receives"] and row not in visible]
+        delayed = len(rows) - len(visible) - len(received)
+        return Depth(len(visible), len(received), delayed)
+
+    def url(self, queue):
+        return f"memory:{queue}"
+
+    def close(self):
+        pass
+"""
+
+
+@pytest.mark.slow
+class TestReading:
+    """README's page for who reads the source is true, and its exercises can be done."""
+
+    def test_names(self):
+        """What it tells to read is there, in the room that it says."""
+        text = project_file("README.md").read_text()
+        page = text.partition("\n## Read the source\n")[2].partition("\n## ")[0]
+        rows = re.findall(r"(?m)^\| \d+ \| rooms? (\d+)(?: \w+ (\d+))?: (.*?) \|", page)
+        assert len(rows) == 6
+        for first, last, names in rows:
+            source = self.rooms(int(first), int(last or first))
+            for name in re.findall(r"`([\w.]+)`", names):
+                word = name.rpartition(".")[2]
+                assert re.search(rf"(?m)^ *((def|class) {word}\b|{word} =)", source), (
+                    name
+                )
+
+    @staticmethod
+    def rooms(first, last):
+        """Return the source of some rooms."""
+        lines = house_source().splitlines()
+        starts = [line for line, number, _ in house_banners(house_source())]
+        numbers = [number for _, number, _ in house_banners(house_source())]
+        begin = starts[numbers.index(str(first))]
+        end = starts[numbers.index(str(last)) + 1]
+        return "\n".join(lines[begin:end])
+
+    @staticmethod
+    def run_suite(folder, *options):
+        """Run a copy of the suite on a copy of the module, and return what pytest says."""
+        shutil.copy(project_file("pyproject.toml"), folder)
+        shutil.copy(__file__, folder / "test_taskhawk.py")
+        env = {k: v for k, v in os.environ.items() if not k.startswith("COVERAGE_")}
+        return subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options],
+            cwd=folder,
+            env={**env, "PYTHONPATH": str(folder)},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=150,
+            check=False,
+        )
+
+    @pytest.mark.parametrize("breaks", ["TestRetryPolicies", "TestProcessing"])
+    def test_changes_are_noticed(self, breaks, tmp_path):
+        """The tests that README names fail after the change that it proposes."""
+        (block,) = [b for b in readme_blocks() if b.marks.get("breaks") == breaks]
+        old, new = (
+            "".join(
+                f"{line[1:]}\n" for line in block.text.splitlines() if line[0] == sign
+            )
+            for sign in "-+"
+        )
+        source = house_source()
+        assert source.count(old) == 1
+        (tmp_path / "taskhawk.py").write_text(source.replace(old, new))
+        result = self.run_suite(tmp_path, "-x", "-k", breaks, "-m", "not slow")
+        assert (result.returncode, "1 failed" in result.stdout) == (1, True)
+
+    def test_memory_broker(self, tmp_path):
+        """A broker in memory passes the contract, in no more statements than it says."""
+        readme_files(tmp_path)
+        (tmp_path / "memory_broker.py").write_text(READING_BROKER)
+        shutil.copy(taskhawk.__file__, tmp_path / "taskhawk.py")
+        result = self.run_suite(tmp_path, "test_memory_broker.py")
+        assert result.returncode == 0, result.stdout
+        assert house_statements(ast.parse(READING_BROKER)) <= 90
