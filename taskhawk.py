@@ -62,7 +62,7 @@ A message that a worker holds; the :class:`Ledger` counts what each becomes::
         '--> released                                    never started, visible at once
 
 What to read for each promise, and how many statements that is
-    1 (324): publish, _send_one, _accepted, _send_all_ready, _partial_failure,
+    1 (323): publish, _send_one, _accepted, _send_all_ready, _partial_failure,
         _send_all, _in_batches, _one_round, SqliteBroker.send, SqliteBroker._claim,
         SqliteBroker.delete, _SqliteFile.change, _use_write_ahead_log,
         _AwsSender._batch, SqsBroker.send, SqsBroker.delete, process, _verdict, _wanted,
@@ -4041,13 +4041,16 @@ _more_options: dict[str, Callable[[Task[Any, Any], Any], object]] = {}
 class _MoreOptions(typing.TypedDict, total=False):
     """The options of :func:`task` that later parts add, for type checkers.
 
-    `group`: the argument whose value is the message group, or a function that returns
-    it, which is called as the task is; None is no group.
-
-    `once`: run a message, or one with these arguments, to its end once; that is
-    remembered for `keep_s` seconds, by default a day. `unique`: ignore a message if a
-    run with the same arguments, or with these the same, started after it was sent.
-    `limit`: how many may run at once, or start in a time: see :func:`limit`.
+    :ivar group: the argument whose value is the message group, or a function that
+        returns it, which is called as the task is; None is no group
+    :ivar once: run a message, or one with these arguments, to its end once
+    :ivar keep_s: for how many seconds that is remembered, by default a day
+    :ivar unique: ignore a message if a run with the same arguments, or with these the
+        same, started after it was sent
+    :ivar limit: how many may run at once, or start in a time: see :func:`limit`
+    :ivar schedule: queues a run without arguments again and again:
+        ``'rate(5 minutes)'``, ``'cron(0 9 ? * MON-FRI *)'`` or a timedelta of minutes
+    :ivar timezone: of the schedule, such as ``'Europe/Berlin'``; UTC without it
     """
 
     group: str | Callable[..., str | int | None] | None
@@ -4055,6 +4058,8 @@ class _MoreOptions(typing.TypedDict, total=False):
     keep_s: float
     unique: bool | tuple[str, ...]
     limit: Any
+    schedule: str | timedelta
+    timezone: str
 
 
 @typing.overload
@@ -7700,6 +7705,14 @@ class _Event(typing.Protocol):
     def is_set(self) -> bool: ...
 
 
+# What later parts run beside each worker. Each is called before the first receive, with
+# the worker and the event that is set once it stops, and returns what a thread is to run
+# until then, or None.
+_beside_workers: list[
+    Callable[[Worker, threading.Event], Callable[[], object] | None]
+] = []
+
+
 @dataclasses.dataclass(eq=False, repr=False)
 class Worker:
     """Runs the messages of some queues, most urgent first, until it is stopped.
@@ -7784,6 +7797,7 @@ class Worker:
             credentials
         """
         make = functools.partial(_make_thread, self._course)
+        beside = [begin(self, self._course.stop) for begin in _beside_workers]
         slots = [make(slot.work) for slot in self._slots[1:]]
         intake = _Intake(self._course, self._keeper, self._polls)
         poller = functools.partial(_Poller, self, self._course, intake)
@@ -7793,7 +7807,9 @@ class Worker:
         within_s: float | None = _HURRIED_S
         with self._signals:
             try:
-                self._work(helpers, [*pollers, *slots])
+                self._work(
+                    helpers, [*pollers, *slots, *map(make, filter(None, beside))]
+                )
                 within_s = None  # nothing interrupts it
             finally:
                 self._close(within_s)
@@ -9857,11 +9873,10 @@ def _scheduler_role() -> str:
 
 def _target_arn(priority: Priority) -> str:
     """Return the ARN of the queue or topic for messages of a priority."""
-    sender = _brokers.sender()
-    name = sender.destination(priority)
-    if isinstance(sender, SqsBroker):
-        return sender.arn(name)
-    return name  # of a topic, which is its ARN
+    if settings.IS_LAMBDA_APP:
+        return str(_brokers.get("sns").destination(priority))
+    sqs: SqsBroker = _brokers.get("sqs")
+    return sqs.arn(sqs.destination(priority))
 
 
 class _Scheduler(_AwsSender):
@@ -9883,20 +9898,26 @@ class _Scheduler(_AwsSender):
         if len(entries) > 1:
             return self._one_by_one(destination, entries)
         [entry] = entries
+        # What looks like a keyword of Scheduler's is the user's own text.
+        body = entry.body.replace("<aws.", r"\u003caws.")
+        target = _target(destination, body, entry.group_id)
+        self.change("create_schedule", Target=target, **self._parameters(entry))
+        return []
+
+    def _parameters(self, entry: Outgoing) -> dict[str, Any]:
+        """Return when a message is to be sent, by a schedule of its name.
+
+        The token that makes a repeated request harmless is botocore's, new for each
+        call. If it were made of the id, AWS could take a message for its like that was
+        cancelled.
+        """
         message = _decode(entry.body)
         due_s = message.timestamp / 1000 + entry.delay_s
-        # What looks like a keyword of Scheduler's is the user's own text. The token
-        # that makes a repeated request harmless is botocore's, new for each call: one
-        # made of the id would have AWS take a message for the one that was cancelled.
-        body = entry.body.replace("<aws.", r"\u003caws.")
-        self.change(
-            "create_schedule",
-            Name=_schedule_name(message.id),
-            ScheduleExpression=_at(due_s, time.time()),
-            ActionAfterCompletion="DELETE",
-            Target=_target(destination, body, entry.group_id),
-        )
-        return []
+        return {
+            "Name": _schedule_name(message.id),
+            "ScheduleExpression": _at(due_s, time.time()),
+            "ActionAfterCompletion": "DELETE",
+        }
 
     def change(self, operation: str, **parameters: Any) -> None:
         """Make or change a schedule of this service."""
@@ -9912,10 +9933,6 @@ class _Scheduler(_AwsSender):
                 raise
             return False
         return True
-
-    def _parameters(self, entry: Outgoing) -> dict[str, Any]:
-        """Return nothing: what it sends depends on the destination."""
-        return {}
 
 
 _schemes["schedule"] = _Scheduler
@@ -9953,6 +9970,403 @@ def _cancel_in_file(broker: SqliteBroker, message_id: str) -> bool:
     values = (*queues, now_ms, _BEHIND, len(beginning), beginning)
     file = broker._file  # noqa: SLF001 - both are of this very file
     return file.change(f"{delete} {where}", values) > 0
+
+
+# Periodic tasks. AWS's expressions are parsed where a task is declared.
+
+
+class _Field(NamedTuple):
+    """A field of a cron expression: which numbers it may have, and names for them.
+
+    `foreign` is a pattern for what AWS alone understands.
+    """
+
+    name: str
+    low: int
+    high: int
+    names: tuple[str, ...] = ()  # of the lowest number, and so on
+    foreign: str = "(?!)"  # nothing
+
+    def read(self, text: str) -> frozenset[int]:
+        """Return the numbers that a field stands for; none if AWS alone knows them.
+
+        :raises _Illegal: if it stands for nothing
+        """
+        if re.fullmatch(self.foreign, text.upper()):
+            return frozenset()
+        numbers: set[int] = set()
+        for part in text.split(","):
+            found = self._read_part(part)
+            if not found:
+                raise _Illegal(
+                    f"{self.name}: expected {self.low} to {self.high}, lists, ranges or"
+                    f" steps of them, got {part!r}"
+                )
+            numbers.update(found)
+        return frozenset(numbers)
+
+    def _read_part(self, part: str) -> range:
+        """Return the numbers of a part of a list: one, a range, all, or steps of them.
+
+        None is for what is no such part.
+        """
+        found = re.fullmatch(r"(?:[*?]|(\w+)(?:-(\w+))?)(?:/([1-9][0-9]?))?", part)
+        if found is None:
+            return range(0)
+        first, last, step = found.groups()
+        low, high = self.low, self.high
+        if first is not None:
+            low = self._number(first)
+        if last is not None:
+            high = self._number(last)
+        elif first is not None and step is None:
+            high = low
+        if not self.low <= low <= high <= self.high:
+            return range(0)
+        return range(low, high + 1, int(step or 1))
+
+    def _number(self, text: str) -> int:
+        """Return the number that a number or name stands for; -1 for neither."""
+        if text.upper() in self.names:
+            return self.low + self.names.index(text.upper())
+        return int(text) if re.fullmatch("[0-9]{1,4}", text) else -1
+
+
+_MONTHS = (
+    *("JAN", "FEB", "MAR", "APR", "MAY", "JUN"),
+    *("JUL", "AUG", "SEP", "OCT", "NOV", "DEC"),
+)
+_WEEKDAYS = ("SUN", "MON", "TUE", "WED", "THU", "FRI", "SAT")
+_WEEKDAY = f"([1-7]|{'|'.join(_WEEKDAYS)})"
+_FIELDS = (
+    _Field("minutes", 0, 59),
+    _Field("hours", 0, 23),
+    _Field("day-of-month", 1, 31, (), "L|LW|([1-9]|[12][0-9]|3[01])W"),
+    _Field("month", 1, 12, _MONTHS),
+    _Field("day-of-week", 1, 7, _WEEKDAYS, f"{_WEEKDAY}?L|{_WEEKDAY}#[1-5]"),
+    _Field("year", 1970, 2199),
+)
+_UNITS_S = {"minute": 60, "hour": 3600, "day": 86_400}
+_EXPRESSIONS = "'rate(5 minutes)', 'cron(0 9 ? * MON-FRI *)' or a timedelta of minutes"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Schedule:
+    """When a periodic task is due.
+
+    :ivar text: the expression, as AWS has it
+    :ivar timezone: the name of its time zone
+    :ivar interval_s: of a rate; 0 for a cron expression
+    :ivar fields: the numbers of each field of a cron expression, all days for "?"; a
+        field that AWS alone understands has none
+    """
+
+    text: str
+    timezone: str
+    interval_s: int = 0
+    fields: tuple[frozenset[int], ...] = ()
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether AWS alone understands it."""
+        return not all(self.fields)
+
+    def next_after(self, moment: datetime) -> datetime | None:
+        """Return when it is due next, in UTC; None if never, or if AWS alone knows.
+
+        A rate counts from 1970, and its days have 24 hours. A local time that daylight
+        saving skips is skipped; one that it repeats counts once, the first time.
+        https://docs.aws.amazon.com/scheduler/latest/UserGuide/schedule-types.html
+        """
+        if self.interval_s:
+            interval = timedelta(seconds=self.interval_s)
+            return _EPOCH + ((moment - _EPOCH) // interval + 1) * interval
+        if self.is_foreign:
+            return None
+        zone = _zone(self.timezone)
+        start = moment.astimezone(zone).replace(tzinfo=None, fold=0)
+        for local in self._local_times(start):
+            due = local.replace(tzinfo=zone).astimezone(UTC)
+            is_skipped = due.astimezone(zone).replace(tzinfo=None) != local
+            if due > moment and not is_skipped:
+                return due
+        return None
+
+    def _local_times(self, start: datetime) -> Iterator[datetime]:
+        """Yield the times that fit the fields, in order, from the minute of `start` on."""
+        minutes, hours, _, _, _, years = map(sorted, self.fields)
+        start = start.replace(second=0, microsecond=0)
+        day = start.replace(hour=0, minute=0)
+        while day.year <= years[-1]:
+            if self._is_due_on(day):
+                for hour in hours:
+                    for minute in minutes:
+                        local = day.replace(hour=hour, minute=minute)
+                        if local >= start:
+                            yield local
+            day += timedelta(days=1)
+
+    def _is_due_on(self, day: datetime) -> bool:
+        """Return whether it is due on a day."""
+        _, _, days, months, weekdays, years = self.fields
+        if day.year not in years or day.month not in months:
+            return False
+        return day.day in days and day.isoweekday() % 7 + 1 in weekdays
+
+
+def _zone(name: str) -> Any:
+    """Return a time zone; that of UTC needs no data of the system's."""
+    from zoneinfo import ZoneInfo
+
+    if name == "UTC":
+        return UTC
+    return ZoneInfo(name)
+
+
+def _parse_schedule(value: object, timezone: str) -> _Schedule:
+    """Return what a task's option `schedule` stands for.
+
+    :raises _Illegal: if it is wrong: says what was expected
+    """
+    if isinstance(value, timedelta):
+        value = _rate_of(value)
+    if not isinstance(value, str):
+        raise _Illegal(f"expected {_EXPRESSIONS}")
+    rate = re.fullmatch(r"rate\(([1-9][0-9]{0,4}) (minute|hour|day)s?\)", value)
+    if rate is not None:
+        return _Schedule(value, timezone, int(rate[1]) * _UNITS_S[rate[2]])
+    cron = re.fullmatch(r"cron\((.*)\)", value)
+    if cron is None:
+        raise _Illegal(f"expected {_EXPRESSIONS}")
+    return _parse_cron(cron[1].split(), timezone)
+
+
+def _rate_of(interval: timedelta) -> str:
+    """Return the expression for an interval."""
+    minutes, rest = divmod(interval, timedelta(minutes=1))
+    if rest or not 1 <= minutes <= 99_999:  # noqa: PLR2004 - five digits, as in text
+        raise _Illegal("expected whole minutes, from 1 to 99999")
+    return f"rate({minutes} minute)" if minutes == 1 else f"rate({minutes} minutes)"
+
+
+def _parse_cron(texts: Sequence[str], timezone: str) -> _Schedule:
+    """Return the schedule of a cron expression's fields."""
+    if len(texts) != len(_FIELDS):
+        names = ", ".join(field.name for field in _FIELDS)
+        raise _Illegal(f"expected six fields ({names}), got {len(texts)}")
+    expression = f"cron({' '.join(texts)})"
+    if texts.count("?") != 1 or "?" not in (texts[2], texts[4]):
+        raise _Illegal("expected ? for either day-of-month or day-of-week")
+    fields = [field.read(text) for field, text in zip(_FIELDS, texts, strict=True)]
+    return _Schedule(expression, timezone, 0, tuple(fields))
+
+
+def _check_schedule(made: Task[Any, Any], value: object) -> None:
+    """Refuse a schedule that is wrong, or of a task that needs arguments."""
+    try:
+        _parse_schedule(value, "UTC")
+    except _Illegal as error:
+        raise ConfigurationError(
+            f"{made.name} has schedule={value!r}: {error}"
+        ) from error
+    try:
+        made._check_call(0)  # noqa: SLF001 - as a worker will call it
+    except TypeError as error:
+        raise ConfigurationError(
+            f"{made.name} has schedule={value!r}: expected a function that can be"
+            f" called without arguments ({error})"
+        ) from error
+
+
+def _check_timezone(made: Task[Any, Any], value: Any) -> None:
+    """Refuse a time zone that there is not, or without a schedule."""
+    if "schedule" not in made.options:
+        raise ConfigurationError(
+            f"{made.name} has timezone={value!r}: expected a schedule too"
+        )
+    try:
+        _zone(value)
+    except Exception as error:  # of many kinds, for names are looked up as files
+        raise ConfigurationError(
+            f"{made.name} has timezone={value!r}: expected the name of a time zone that"
+            " this system has, such as 'Europe/Berlin'"
+        ) from error
+
+
+_more_options["schedule"] = _check_schedule
+_more_options["timezone"] = _check_timezone
+
+
+def _periodic_tasks() -> dict[str, Task[..., Any]]:
+    """Return the tasks that have a schedule, by the names of their schedules."""
+    tasks = {
+        _periodic_name(found): found
+        for found in _registry.values()
+        if "schedule" in found.options
+    }
+    return dict(sorted(tasks.items()))
+
+
+def _periodic_name(task: Task[..., Any]) -> str:
+    """Return the name of a task's schedule, which no message's schedule can have."""
+    name = f"task.{task.name}"
+    if re.fullmatch(r"(?a)[\w.-]{1,64}", name):
+        return name
+    return f"task.{_hash(task.name)[:32]}"
+
+
+def _schedule_of(task: Task[..., Any]) -> _Schedule:
+    """Return the schedule of a periodic task."""
+    options = task.options
+    return _parse_schedule(options["schedule"], options.get("timezone", "UTC"))
+
+
+def _periodic_body(task: Task[..., Any], scheduled: str) -> str:
+    """Return the message of one firing.
+
+    Its id names schedule and time: a delivery that is tried twice has one id.
+    """
+    message_id = f"{_periodic_name(task)}-{scheduled}"
+    message = Message.new(task.name, msg_id=message_id, priority=task.priority)
+    data = message.as_dict()
+    data["metadata"]["timestamp"] = scheduled
+    return _ENCODER.encode(data)
+
+
+def _periodic_group(task: Task[..., Any], destination: str) -> str | None:
+    """Return the group of a periodic task's messages; a FIFO queue needs one."""
+    group = task.options.get("group")
+    if group is not None:
+        group = _group_id_of_call(task, group, (), {})
+    if group is None and _is_fifo(destination):
+        return _periodic_name(task)
+    return group
+
+
+# Periodic tasks on SQLite: any worker queues what is due. A schedule's row has when that
+# is. The trigger makes one statement of moving it on and of the message, so each firing
+# is queued once, however many workers see it due and whenever they die.
+_SCHEDULE_TABLE = (
+    """CREATE TABLE IF NOT EXISTS schedule (rule TEXT PRIMARY KEY,
+    due_ms INTEGER NOT NULL, queue TEXT, group_id TEXT, message_id TEXT, body TEXT,
+    sent_ms INTEGER)""",
+    f"""CREATE TRIGGER IF NOT EXISTS schedule_fires AFTER UPDATE ON schedule
+    BEGIN INSERT INTO message
+    (queue, group_id, message_id, body, attributes, sent_ms, visible_ms) VALUES
+    (new.queue, new.group_id, new.message_id, new.body, '{{}}', new.sent_ms, {_JOIN});
+    END""",  # noqa: S608 - no value is in it
+)
+_NEVER_MS = 10**15
+_LONGEST_WAIT_S = 60  # a machine may sleep meanwhile, which no wait notices
+
+
+class _Ticker:
+    """Queues the periodic tasks of a worker on SQLite when they are due.
+
+    What was missed while no worker ran is queued once.
+    """
+
+    def __init__(
+        self,
+        broker: SqliteBroker,
+        tasks: Iterable[Task[..., Any]],
+        stop: threading.Event,
+    ) -> None:
+        self._broker, self._stop = broker, stop
+        self._in_ms = broker._in_ms  # noqa: SLF001 - the clock of the file's times
+        self._tasks: dict[str, tuple[Task[..., Any], _Schedule]] = {}  # by rule
+        for task in tasks:
+            schedule = _schedule_of(task)
+            rule = f"{_periodic_name(task)} {schedule.text} {schedule.timezone}"
+            self._tasks[rule] = task, schedule
+        self._faults = _Faults()
+        self._due_ms = 0  # when to look again
+
+    def run(self) -> None:
+        """Look whenever something is due; the body of a thread."""
+        while not self._stop.is_set():
+            left_s = (self._due_ms - self._in_ms()) / 1000
+            if left_s <= 0:
+                self.look()
+            else:
+                self._stop.wait(min(left_s, _LONGEST_WAIT_S))
+
+    def look(self) -> None:
+        """Queue what is due; where that fails, say so once and try again later."""
+        where, what = self._broker.url(""), "queue periodic tasks"
+        try:
+            self._due_ms = self._queue_due()
+        except Exception as error:
+            failures = self._faults.failed(where, what, repr(error))
+            self._due_ms = self._in_ms(_pause_s(failures))
+        else:
+            self._faults.worked(where, what)
+
+    def _queue_due(self) -> int:
+        """Queue what is due, and return when the next will be."""
+        file = self._broker._file  # noqa: SLF001 - of this very file, as its tables are
+        file.open()
+        for statement in _SCHEDULE_TABLE:
+            file.change(statement, ())
+        now_ms = self._in_ms()
+        for rule, (_, schedule) in self._tasks.items():
+            insert = "INSERT OR IGNORE INTO schedule (rule, due_ms) VALUES (?, ?)"
+            file.change(insert, (rule, _next_ms(schedule, now_ms)))
+        select = "SELECT rule, due_ms FROM schedule WHERE"
+        ours = f"rule IN ({_marks('?', list(self._tasks))})"
+        moments_ms = []
+        for rule, due_ms in file.read(f"{select} {ours}", list(self._tasks)):
+            if due_ms <= now_ms:
+                moments_ms.append(self._move_on(file, rule, due_ms, now_ms))
+            else:
+                moments_ms.append(due_ms)
+        return min(moments_ms)
+
+    def _move_on(self, file: _SqliteFile, rule: str, due_ms: int, now_ms: int) -> int:
+        """Queue a task that is due, unless another worker has; return the next time."""
+        task, schedule = self._tasks[rule]
+        next_ms = _next_ms(schedule, now_ms)
+        scheduled = _EPOCH + timedelta(milliseconds=due_ms)
+        body = _periodic_body(task, f"{scheduled:%Y-%m-%dT%H:%M:%SZ}")
+        queue = self._broker.destination(task.priority)
+        group_id = _periodic_group(task, queue)
+        change = """UPDATE schedule SET due_ms = ?, queue = ?, group_id = ?,
+            message_id = ?, body = ?, sent_ms = ? WHERE rule = ? AND due_ms = ?"""
+        values = (next_ms, queue, group_id, _new_id(), body, now_ms)
+        file.change(change, (*values, rule, due_ms))
+        return next_ms
+
+
+def _next_ms(schedule: _Schedule, now_ms: int) -> int:
+    """Return when a schedule is due after now."""
+    due = schedule.next_after(_EPOCH + timedelta(milliseconds=now_ms))
+    if due is None:
+        return _NEVER_MS
+    return (due - _EPOCH) // timedelta(milliseconds=1)
+
+
+def _begin_ticking(
+    worker: Worker, stop: threading.Event
+) -> Callable[[], object] | None:
+    """Have a worker on SQLite queue the periodic tasks, and queue what is due now.
+
+    :raises ConfigurationError: if AWS alone understands one of the schedules
+    """
+    tasks = _periodic_tasks()
+    if not tasks or not isinstance(worker.broker, SqliteBroker):
+        return None
+    for task in tasks.values():
+        if _schedule_of(task).is_foreign:
+            raise ConfigurationError(
+                f"{task.name} has schedule={task.options['schedule']!r}: L, W and # are"
+                " AWS's alone: expected numbers, lists, ranges and steps on SQLite"
+            )
+    ticker = _Ticker(worker.broker, tasks.values(), stop)
+    ticker.look()
+    return ticker.run
+
+
+_beside_workers.append(_begin_ticking)
 
 
 # --- 23. Django's tasks ---------------------------------------------------------------
@@ -11500,7 +11914,7 @@ def _run_command(arguments: Any) -> bool:
     with _telling_where("Django can't be set up"):
         _set_up_django()
     modules = arguments.modules
-    if arguments.command in ("listen", "check", "tasks"):
+    if arguments.command in _TASK_COMMANDS:
         modules = modules or _django_task_modules()
     _load(modules, arguments.command)
     # Again, for Django and the tasks' modules may have configured logging.
@@ -11591,6 +12005,7 @@ def _parser() -> Any:
     return parser
 
 
+_TASK_COMMANDS = ("listen", "check", "provision", "schedules", "tasks")
 _QUEUE_COMMANDS = (
     "listen",
     "dispatch",
@@ -12109,6 +12524,40 @@ def _tasks(arguments: Any) -> None:
     _require_tasks("tasks", arguments.modules)
     for found in _tasks_by_name():
         print(f"{found.name}  {found.priority.name}")
+
+
+@_command("schedules", _MODULES, _AS_JSON)
+def _schedules(arguments: Any) -> None:
+    """List the periodic tasks, with the time when each is due next.
+
+    example: python -m taskhawk schedules myapp.tasks
+    """
+    _require_tasks("schedules", arguments.modules)
+    rows = [_row_of(found) for found in _periodic_tasks().values()]
+    if arguments.json:
+        print(json.dumps(rows, indent=2))
+        return
+    for row in rows:
+        due = row["next"] or "when AWS says"
+        print(f"{row['task']}  {row['schedule']}  {row['timezone']}  {due}")
+
+
+def _row_of(task: Task[..., Any]) -> dict[str, Any]:
+    """Return what there is to say of a periodic task; `next` is None if AWS knows it.
+
+    There, a rate counts from when its schedule was made.
+    """
+    schedule = _schedule_of(task)
+    due = schedule.next_after(datetime.now(UTC))
+    if schedule.interval_s and settings.TASKHAWK_BROKER == "sqs":
+        due = None
+    return {
+        "task": task.name,
+        "priority": task.priority.name,
+        "schedule": schedule.text,
+        "timezone": schedule.timezone,
+        "next": due and due.isoformat(),
+    }
 
 
 @_command("schema")

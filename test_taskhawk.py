@@ -638,6 +638,16 @@ def plain(value=None):
     """Do nothing."""
 
 
+def another(name: str) -> Callable[[], None]:
+    """Return a function that does nothing, unlike all others."""
+
+    def f():
+        """Do nothing."""
+
+    f.__qualname__ = name
+    return f
+
+
 PROCESSING_ID = VALID["id"]
 PROCESSING_SECRET = "hunter2-0f6b6d1c"
 
@@ -1011,6 +1021,12 @@ def command_error(
     assert output == ""
     assert errors.count("\n") == 1
     return code, errors.removesuffix("\n")
+
+
+def told(text: str) -> list[tuple[str, str]]:
+    """Read cases: a line that begins at the margin, and the sentence below it."""
+    found = re.findall(r"(?m)^(\S.*)\n((?: .*\n)+)", text)
+    return [(case, " ".join(sentence.split())) for case, sentence in found]
 
 
 MESSAGE_ID = "[0-9a-f-]{36}"
@@ -15112,6 +15128,493 @@ class TestCancel:
         )
 
 
+#: What is refused at declaration, and what the error says after the task's name.
+WRONG_SCHEDULES = """
+every day
+    expected 'rate(5 minutes)', 'cron(0 9 ? * MON-FRI *)' or a timedelta of minutes
+at(2099-01-01T00:00:00)
+    expected 'rate(5 minutes)', 'cron(0 9 ? * MON-FRI *)' or a timedelta of minutes
+rate(0 minutes)
+    expected 'rate(5 minutes)', 'cron(0 9 ? * MON-FRI *)' or a timedelta of minutes
+rate(5 seconds)
+    expected 'rate(5 minutes)', 'cron(0 9 ? * MON-FRI *)' or a timedelta of minutes
+cron(0 9 * * MON)
+    expected six fields (minutes, hours, day-of-month, month, day-of-week, year), got 5
+cron(0 9 * * MON *)
+    expected ? for either day-of-month or day-of-week
+cron(0 9 ? * ? *)
+    expected ? for either day-of-month or day-of-week
+cron(? 9 * * MON *)
+    expected ? for either day-of-month or day-of-week
+cron(60 9 ? * MON *)
+    minutes: expected 0 to 59, lists, ranges or steps of them, got '60'
+cron(0,a 9 ? * MON *)
+    minutes: expected 0 to 59, lists, ranges or steps of them, got 'a'
+cron(0 9- ? * MON *)
+    hours: expected 0 to 23, lists, ranges or steps of them, got '9-'
+cron(0 17-9 ? * MON *)
+    hours: expected 0 to 23, lists, ranges or steps of them, got '17-9'
+cron(0 */0 ? * MON *)
+    hours: expected 0 to 23, lists, ranges or steps of them, got '*/0'
+cron(0 9 0 * ? *)
+    day-of-month: expected 1 to 31, lists, ranges or steps of them, got '0'
+cron(0 9 32W * ? *)
+    day-of-month: expected 1 to 31, lists, ranges or steps of them, got '32W'
+cron(0 9 ? MON MON *)
+    month: expected 1 to 12, lists, ranges or steps of them, got 'MON'
+cron(0 9 ? * 0 *)
+    day-of-week: expected 1 to 7, lists, ranges or steps of them, got '0'
+cron(0 9 ? * MON#6 *)
+    day-of-week: expected 1 to 7, lists, ranges or steps of them, got 'MON#6'
+cron(0 9 ? * MON 1969)
+    year: expected 1970 to 2199, lists, ranges or steps of them, got '1969'
+cron(0 9 ? * MON L)
+    year: expected 1970 to 2199, lists, ranges or steps of them, got 'L'
+"""
+#: An expression, a moment, and the next time after it; "-" for none.
+NEXT_TIMES = """
+rate(5 minutes)                  UTC               2026-11-28T13:00:00  2026-11-28T13:05:00
+rate(1 day)                      Europe/Berlin     2026-03-28T23:59:59  2026-03-29T00:00:00
+cron(0 9 ? * MON-FRI *)          UTC               2026-11-27T09:00:00  2026-11-30T09:00:00
+cron(0 9 ? * 2-6 *)              UTC               2026-11-27T08:59:59  2026-11-27T09:00:00
+cron(0/20 8,18 1 jan-mar/2 ? *)  UTC               2026-01-01T18:40:00  2026-03-01T08:00:00
+cron(*/25 */12 ? * SUN,sat *)    UTC               2026-11-28T12:00:00  2026-11-28T12:25:00
+cron(0 0 29 2 ? *)               UTC               2026-01-01T00:00:00  2028-02-29T00:00:00
+cron(0 0 1 1 ? 2030-2031)        UTC               2031-01-01T00:00:00  -
+cron(0 0 30 2 ? *)               UTC               2026-01-01T00:00:00  -
+cron(0 9 L * ? *)                UTC               2026-01-01T00:00:00  -
+cron(30 2 * * ? *)               Europe/Berlin     2026-03-28T01:30:00  2026-03-30T00:30:00
+cron(30 2 * * ? *)               Europe/Berlin     2026-10-24T00:30:00  2026-10-25T00:30:00
+cron(30 2 * * ? *)               Europe/Berlin     2026-10-25T00:30:00  2026-10-26T01:30:00
+cron(0/30 * * * ? *)             Europe/Berlin     2026-10-25T00:30:00  2026-10-25T02:00:00
+cron(30 1 * * ? *)               America/New_York  2026-11-01T05:30:00  2026-11-02T06:30:00
+cron(15 2 * * ? *)               Australia/Lord_Howe  2026-10-03T15:29:00  2026-10-04T15:15:00
+"""
+#: Around both changes of 2026 in each of the time zones.
+ZONE_CHANGES = {
+    "Europe/Berlin": ("2026-03-29T01:00Z", "2026-10-25T01:00Z"),
+    "America/New_York": ("2026-03-08T07:00Z", "2026-11-01T06:00Z"),
+    "Australia/Lord_Howe": ("2026-04-04T15:00Z", "2026-10-03T15:30Z"),
+}
+
+
+def field_texts(low: int, high: int) -> st.SearchStrategy[str]:
+    """Draw what AWS takes for a field of numbers."""
+    number = st.integers(low, high)
+    pair = st.tuples(number, number).map(sorted)
+    part = st.one_of(
+        st.just("*"),
+        number.map(str),
+        pair.map(lambda ends: "{}-{}".format(*ends)),
+        st.tuples(number, st.integers(1, 20)).map(lambda step: "{}/{}".format(*step)),
+    )
+    return st.lists(part, min_size=1, max_size=3).map(",".join)
+
+
+def brute_force(schedule: Any, moment: datetime, days: int) -> datetime | None:
+    """Return the next time by looking at every minute of UTC, for so many days."""
+    zone = ZoneInfo(schedule.timezone)
+    minute = moment.replace(second=0, microsecond=0)
+    for _ in range(days * 24 * 60):
+        minute += timedelta(minutes=1)
+        local = minute.astimezone(zone)
+        weekday = local.isoweekday() % 7 + 1
+        found = (local.minute, local.hour, local.day, local.month, weekday, local.year)
+        is_first = local.fold == 0
+        if is_first and all(map(operator.contains, schedule.fields, found)):
+            return minute
+    return None
+
+
+class TestScheduleExpressions:
+    """AWS's expressions: what is one, and when it is due."""
+
+    @pytest.mark.parametrize(("expression", "sentence"), told(WRONG_SCHEDULES))
+    def test_wrong(self, expression, sentence):
+        """A wrong one is refused where the task is declared, by one sentence."""
+        declare = taskhawk.task(name="audit", schedule=expression)
+        assert refused(declare, plain) == (
+            f"audit has schedule={expression!r}: {sentence}"
+        )
+
+    @pytest.mark.parametrize(
+        ("options", "sentence"),
+        [
+            (
+                {"schedule": 5},
+                (
+                    "schedule=5: expected 'rate(5 minutes)', 'cron(0 9 ? * MON-FRI *)'"
+                    " or a timedelta of minutes"
+                ),
+            ),
+            *(
+                (
+                    {"schedule": wrong},
+                    f"schedule={wrong!r}: expected whole minutes, from 1 to 99999",
+                )
+                for wrong in (
+                    timedelta(),
+                    timedelta(minutes=-1),
+                    timedelta(seconds=90),
+                    timedelta(days=70),
+                )
+            ),
+            ({"timezone": "UTC"}, "timezone='UTC': expected a schedule too"),
+            *(
+                (
+                    {"schedule": "rate(1 day)", "timezone": wrong},
+                    (
+                        f"timezone={wrong!r}: expected the name of a time zone that"
+                        " this system has, such as 'Europe/Berlin'"
+                    ),
+                )
+                for wrong in ("Berlin", "../etc/passwd", "Europe", "", None)
+            ),
+        ],
+    )
+    def test_wrong_options(self, options, sentence):
+        """What is no schedule or no time zone is refused likewise."""
+        declare = taskhawk.task(name="audit", **options)
+        assert refused(declare, plain) == f"audit has {sentence}"
+
+    def test_arguments(self):
+        """A periodic task can be called without arguments, or it is refused."""
+
+        def resize(image, *, metadata, size=1):
+            """Do nothing."""
+
+        declare = taskhawk.task(name="resize", schedule="rate(1 day)")
+        assert refused(declare, resize) == (
+            "resize has schedule='rate(1 day)': expected a function that can be called"
+            " without arguments (resize: missing a required argument: 'image')"
+        )
+
+    @pytest.mark.parametrize(
+        ("minutes", "text"), [(1, "rate(1 minute)"), (90, "rate(90 minutes)")]
+    )
+    def test_timedelta(self, minutes, text):
+        """A timedelta is a rate."""
+        interval = timedelta(minutes=minutes)
+        task = taskhawk.task(name="audit", schedule=interval)(plain)
+        schedule = taskhawk._schedule_of(task)
+        assert (schedule.text, schedule.interval_s) == (text, minutes * 60)
+
+    @pytest.mark.parametrize(
+        ("expression", "zone", "moment", "expected"),
+        [re.split(r"\s{2,}", line) for line in NEXT_TIMES.strip().splitlines()],
+    )
+    def test_next(self, expression, zone, moment, expected):
+        """The next time is strictly after a moment; daylight saving skips, and repeats none."""
+        schedule = taskhawk._parse_schedule(expression, zone)
+        due = schedule.next_after(datetime.fromisoformat(f"{moment}Z"))
+        assert (f"{due:%Y-%m-%dT%H:%M:%S}" if due else "-") == expected
+
+    @pytest.mark.parametrize("zone", ZONE_CHANGES)
+    @hypothesis.settings(max_examples=60)
+    @given(data=st.data())
+    def test_like_brute_force(self, zone, data):
+        """Around both changes of a year, it is what a look at every minute finds."""
+        minutes, hours = data.draw(field_texts(0, 59)), data.draw(field_texts(0, 23))
+        days = data.draw(st.sampled_from(["* * ?", "? * *", "? * 1,7", "25-31 * ?"]))
+        expression = f"cron({minutes} {hours} {days} *)"
+        schedule = taskhawk._parse_schedule(expression, zone)
+        change = data.draw(st.sampled_from(ZONE_CHANGES[zone]))
+        moment = datetime.fromisoformat(change) + timedelta(
+            seconds=data.draw(st.integers(-90_000, 10_000))
+        )
+        expected = brute_force(schedule, moment, 2)
+        if expected:
+            assert schedule.next_after(moment) == expected
+        else:
+            due = schedule.next_after(moment)
+            assert due is None or due > moment + timedelta(days=2, minutes=-1)
+
+    @given(
+        st.integers(1, 99_999),
+        st.sampled_from(["minute", "hour", "day"]),
+        st.integers(0, 4_000_000_000),
+    )
+    def test_rate(self, count, unit, now_s):
+        """A rate is due at each multiple of its interval, whatever the time zone does."""
+        schedule = taskhawk._parse_schedule(f"rate({count} {unit}s)", "Europe/Berlin")
+        moment = datetime.fromtimestamp(now_s, UTC)
+        due_s = schedule.next_after(moment).timestamp()
+        assert due_s % schedule.interval_s == 0
+        assert now_s < due_s <= now_s + schedule.interval_s
+
+
+MINUTELY = timedelta(minutes=1)
+#: Three workers at any time, of which one is killed again and again.
+TICKING = """
+import os, random, signal, sys, threading, time
+from datetime import timedelta
+import taskhawk
+
+began = time.time()
+url = f"sqlite:///{sys.argv[1]}"
+taskhawk.configure(TASKHAWK_BROKER=url)
+
+@taskhawk.task(name="audit", schedule=timedelta(minutes=1))
+def audit():
+    pass
+
+def clock():
+    return began + (time.time() - began) * 2000  # a minute takes 30 ms
+
+def work():
+    broker = taskhawk.SqliteBroker(url, clock=clock)
+    while True:
+        taskhawk._Ticker(broker, [audit], threading.Event()).look()
+
+workers = []
+for number in range(33):
+    workers.append(os.fork())
+    if not workers[-1]:
+        work()
+    if len(workers) == 3:
+        time.sleep(random.random() / 10)
+        os.kill(workers[0], signal.SIGKILL)
+        os.waitpid(workers.pop(0), 0)
+for worker in workers:
+    os.kill(worker, signal.SIGKILL)
+    os.waitpid(worker, 0)
+"""
+
+
+def periodic_ids(path: Path) -> list[str]:
+    """Return the ids of the messages of all queues, in the order of their sending."""
+    bodies = sqlite_execute(path, "SELECT body FROM message ORDER BY sent_ms, id")
+    return [json.loads(body)["id"] for (body,) in bodies]
+
+
+class TestPeriodicTasks:
+    """On SQLite any worker queues what is due: each firing once, whoever dies when."""
+
+    @pytest.fixture
+    def runs(self, isolated):
+        """Return the metadata of each run of a task that is due each minute."""
+        runs = []
+
+        @taskhawk.task(name="audit", schedule=MINUTELY, priority=Priority.high)
+        def audit(metadata):
+            runs.append(metadata)
+
+        return runs
+
+    @pytest.fixture
+    def clock(self):
+        """Return a clock that stands half a minute past."""
+        return Clock(1_700_000_000 // 60 * 60 + 30)
+
+    @pytest.fixture
+    def ticking(self, tmp_path, clock, runs):
+        """Return a broker on disk with that clock, which taskhawk is configured to use."""
+        url = f"sqlite:///{tmp_path}/queue.db"
+        taskhawk.configure(TASKHAWK_BROKER=url)
+        broker = taskhawk.SqliteBroker(url, clock=clock)
+        yield broker
+        broker.close()
+
+    @staticmethod
+    def ticker(broker):
+        """Return what a worker on a broker runs beside itself."""
+        tasks = taskhawk._periodic_tasks().values()
+        return taskhawk._Ticker(broker, tasks, threading.Event())
+
+    def test_runs(self, ticking, clock, runs):
+        """It is due from the first look on, runs once when it is, and has an id made of the time."""
+        queue = ticking.destination(Priority.high)
+        assert work_once(ticking, queue).received == 0
+        clock.now += 30
+        assert work_once(ticking, queue).acked == 1
+        assert work_once(ticking, queue).received == 0
+        (metadata,) = runs
+        due_s = clock.now // 60 * 60
+        due = datetime.fromtimestamp(due_s, UTC)
+        assert metadata.id == f"task.audit-{due:%Y-%m-%dT%H:%M:%SZ}"
+        assert metadata.timestamp == due_s * 1000
+        assert metadata.priority is Priority.high
+
+    def test_once_after_a_stop(self, ticking, clock, tmp_path):
+        """What was missed while no worker ran is queued once, and then it goes on."""
+        self.ticker(ticking).look()
+        clock.now += 86_400
+        for _ in range(2):
+            self.ticker(ticking).look()
+        clock.now += 60
+        self.ticker(ticking).look()
+        assert len(periodic_ids(tmp_path / "queue.db")) == 2
+
+    def test_changed(self, ticking, clock, tmp_path):
+        """A schedule that is changed begins anew: nothing is due at once."""
+        self.ticker(ticking).look()
+        taskhawk._registry.clear()
+        clock.now += 86_400
+        taskhawk.task(name="audit", schedule="cron(0 0 1 1 ? *)")(plain)
+        taskhawk.task(name="over", schedule="cron(0 0 1 1 ? 2001)")(plain)
+        ticker = self.ticker(ticking)
+        ticker.look()
+        assert periodic_ids(tmp_path / "queue.db") == []
+        assert ticker._due_ms / 1000 == datetime(2024, 1, 1, tzinfo=UTC).timestamp()
+
+    @pytest.mark.slow
+    def test_many_workers(self, ticking, clock, tmp_path):
+        """Of workers that look at the same moment, one queues it."""
+        tickers = [
+            self.ticker(taskhawk.SqliteBroker(ticking.url(""), clock=clock))
+            for _ in range(6)
+        ]
+        ticking.close()
+        with concurrent.futures.ThreadPoolExecutor(len(tickers)) as pool:
+            for _ in range(20):
+                for done in [pool.submit(ticker.look) for ticker in tickers]:
+                    done.result()
+                clock.now += 60
+        ids = periodic_ids(tmp_path / "queue.db")
+        assert len(ids) == len({*ids}) == 19
+        for ticker in tickers:
+            ticker._broker.close()
+
+    @pytest.mark.slow
+    def test_kill(self, tmp_path):
+        """Workers that are killed at any moment queue each firing once, and lose none."""
+        path = tmp_path / "queue.db"
+        result = run_python(["-c", TICKING, str(path)])
+        assert (result.returncode, result.stderr) == (0, "")
+        sent = sqlite_execute(
+            path, "SELECT body, sent_ms FROM message ORDER BY sent_ms"
+        )
+        assert len(sent) > 20
+        next_ms = None
+        for body, sent_ms in sent:
+            data = json.loads(body)
+            due_ms = Message(data).timestamp
+            assert data["id"].endswith(data["metadata"]["timestamp"])
+            assert due_ms == next_ms or next_ms is None
+            next_ms = (sent_ms // 60_000 + 1) * 60_000
+        [(due_ms,)] = sqlite_execute(path, "SELECT due_ms FROM schedule")
+        assert due_ms == next_ms
+
+    def test_while_it_works(self, tmp_path, runs):
+        """A worker queues what becomes due while it runs, then runs it."""
+        url = f"sqlite:///{tmp_path}/queue.db"
+        taskhawk.configure(TASKHAWK_BROKER=url)
+        late_s = 59.7 - time.time() % 60  # its next minute begins soon
+        broker = taskhawk.SqliteBroker(url, clock=lambda: time.time() + late_s)
+        queues = [broker.destination(Priority.high)]
+        assert taskhawk.Worker(broker, queues, max_tasks=1).run().acked == 1
+        assert len(runs) == 1
+        broker.close()
+
+    def test_fault(self, ticking, clock, tmp_path, caplog):
+        """A fault is said once, and tried again; a file that was removed is made anew."""
+        caplog.set_level(logging.INFO)
+        ticker = self.ticker(ticking)
+        ticker.look()
+        ticking.close()
+        (tmp_path / "queue.db").unlink()
+        (tmp_path / "queue.db").mkdir()
+        for _ in range(2):
+            ticker.look()
+            assert clock.now * 1000 < ticker._due_ms < (clock.now + 60) * 1000
+        (tmp_path / "queue.db").rmdir()
+        ticker.look()
+        assert ticker._due_ms == (clock.now + 30) * 1000
+        cant, can = caplog.messages
+        where = f"sqlite:///{tmp_path}/queue.db"
+        assert cant.startswith(
+            f"{where}: can't queue periodic tasks, goes on trying: ConfigurationError("
+        )
+        assert can == f"{where}: can queue periodic tasks again; tries that failed: 2"
+
+    @pytest.mark.parametrize(
+        "expression",
+        [
+            "cron(0 9 L * ? *)",
+            "cron(0 9 LW * ? *)",
+            "cron(0 9 15W * ? *)",
+            "cron(0 9 ? * FRIL *)",
+            "cron(0 9 ? * 2#1 *)",
+        ],
+    )
+    def test_foreign(self, worker_broker, tmp_path, expression):
+        """What AWS alone understands is declared, but no worker on SQLite begins with it."""
+        taskhawk._registry.clear()
+        task = taskhawk.task(name="audit", schedule=expression)(plain)
+        assert task.options["schedule"] == expression
+        broker = taskhawk.SqliteBroker(f"sqlite:///{tmp_path}/queue.db")
+        assert refused(taskhawk.Worker(broker, [WORKER_QUEUE]).run) == (
+            f"audit has schedule={expression!r}: L, W and # are AWS's alone: expected"
+            " numbers, lists, ranges and steps on SQLite"
+        )
+        broker.close()
+        # On SQS it is Scheduler that sends: a worker has nothing to do with it.
+        assert work_once(worker_broker, WORKER_QUEUE).received == 0
+
+    @pytest.mark.parametrize(
+        ("fifo", "options", "group"),
+        [
+            (False, {}, None),
+            (True, {}, "task.count"),
+            (True, {"group": "customer"}, "7"),
+            (False, {"group": lambda customer=None: None}, None),
+        ],
+    )
+    def test_group(self, tmp_path, clock, fifo, options, group):
+        """Its message has the group that a dispatch would have; a FIFO queue needs one."""
+
+        def count(customer=7):
+            """Do nothing."""
+
+        url = f"sqlite:///{tmp_path}/queue.db"
+        taskhawk.configure(TASKHAWK_BROKER=url, TASKHAWK_FIFO=fifo)
+        task = taskhawk.task(name="count", schedule=MINUTELY, **options)(count)
+        broker = taskhawk.SqliteBroker(url, clock=clock)
+        ticker = taskhawk._Ticker(broker, [task], threading.Event())
+        ticker.look()
+        clock.now += 60
+        ticker.look()
+        queue = broker.destination(Priority.default)
+        (received,) = broker.receive(queue, 1, 0, 60, NEVER)
+        assert received.group_id == group
+        broker.close()
+
+    def test_names(self):
+        """A schedule's name tells the task; a name that can't be one is a hash."""
+        names = ["audit", "ä", "x" * 60, "app.tasks.audit"]
+        for name in names:
+            taskhawk.task(name=name, schedule=MINUTELY)(another(name))
+        tasks = taskhawk._periodic_tasks()
+        for schedule, task in tasks.items():
+            assert re.fullmatch(r"task\.[0-9a-zA-Z_.-]{1,59}", schedule)
+            is_plain = task.name in ("audit", "app.tasks.audit")
+            assert (schedule == f"task.{task.name}") is is_plain
+        assert {task.name for task in tasks.values()} >= {*names}
+
+    def test_list(self, sqlite, capsys):
+        """The command lists them with the time when each is due next."""
+        taskhawk._registry.clear()
+        taskhawk.task(name="a", schedule="rate(1 day)", timezone="Europe/Berlin")(plain)
+        taskhawk.task(name="b", schedule="cron(0 9 L * ? *)")(another("b"))
+        taskhawk.task(name="c")(another("c"))
+        day = datetime.now(UTC).date() + timedelta(days=1)
+        assert taskhawk.main(["schedules"]) == 0
+        assert capsys.readouterr().out.splitlines() == [
+            f"a  rate(1 day)  Europe/Berlin  {day}T00:00:00+00:00",
+            "b  cron(0 9 L * ? *)  UTC  when AWS says",
+        ]
+        taskhawk.configure(TASKHAWK_QUEUE="app")
+        assert taskhawk.main(["schedules", "--json"]) == 0
+        (row, _) = json.loads(capsys.readouterr().out)
+        assert row == {
+            "task": "a",
+            "priority": "default",
+            "schedule": "rate(1 day)",
+            "timezone": "Europe/Berlin",
+            "next": None,
+        }
+
+
 # --- 23. Django's tasks ---------------------------------------------------------------
 
 DJANGO_SITE = """
@@ -16448,12 +16951,6 @@ class TestDeadLetterCommands:
 
 
 # --- 25. infrastructure ---------------------------------------------------------------
-
-
-def told(text: str) -> list[tuple[str, str]]:
-    """Read cases: a line that begins at the margin, and the sentence below it."""
-    found = re.findall(r"(?m)^(\S.*)\n((?: .*\n)+)", text)
-    return [(case, " ".join(sentence.split())) for case, sentence in found]
 
 
 class Terminal:
