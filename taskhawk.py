@@ -12107,7 +12107,7 @@ _programs[""] = main
 
 def _run_command(arguments: Any) -> bool:
     """Import the tasks and run the command; return whether it failed."""
-    _set_up_logging(arguments.log_level, arguments.log_format)
+    _log_meanwhile(arguments.log_level, arguments.log_format)
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as `python -m` does, for the script
     with _telling_where("Django can't be set up"):
@@ -12116,7 +12116,7 @@ def _run_command(arguments: Any) -> bool:
     if arguments.command in _TASK_COMMANDS:
         modules = modules or _django_task_modules()
     _load(modules, arguments.command)
-    # Again, for Django and the tasks' modules may have configured logging.
+    # Only now, for Django and the tasks' modules may have set up logging.
     _set_up_logging(arguments.log_level, arguments.log_format)
     return bool(arguments.run(arguments))
 
@@ -12138,18 +12138,37 @@ def _one_line(error: Exception) -> str:
     return text
 
 
-def _set_up_logging(level: str | None, log_format: str | None) -> None:
-    """Log to stderr, with the task that a record was made in; it may be called again.
+def _formatter(log_format: str | None) -> logging.Formatter:
+    """Return what writes records in this format; None is text."""
+    if log_format == "json":
+        return _JsonFormatter()
+    return _TextFormatter("%(asctime)s")
 
-    An application that configures logging keeps its handlers and levels. But its
+
+def _log_meanwhile(level: str | None, log_format: str | None) -> None:
+    """Log to stderr what comes before the application has set up logging.
+
+    Not by a handler of the root logger, or its basicConfig() would do nothing.
+    """
+    ours = logging.StreamHandler()
+    ours.setFormatter(_formatter(log_format))
+    logging.lastResort = ours
+    root = logging.getLogger()
+    if level or not root.handlers:
+        root.setLevel((level or "info").upper())
+
+
+def _set_up_logging(level: str | None, log_format: str | None) -> None:
+    """Log to stderr, with the task that a record was made in.
+
+    An application that has set up logging keeps its handlers and levels. But its
     dictConfig(), such as Django's, may disable our logger, and can't know our options.
 
     :param level: None leaves it to the application, or INFO
     :param log_format: "text" or "json"; None leaves it to the application, or text
     """
-    formatters = {"text": _TextFormatter("%(asctime)s"), "json": _JsonFormatter()}
     ours = logging.StreamHandler()
-    ours.setFormatter(formatters["text"])
+    ours.setFormatter(_formatter("text"))
     logging.basicConfig(level=logging.INFO, handlers=[ours])
     _log.logger.disabled = False
     if level:
@@ -12164,7 +12183,7 @@ def _set_up_logging(level: str | None, log_format: str | None) -> None:
             handler.addFilter(_add_task)
             to_terminal = getattr(handler, "stream", None) in (sys.stdout, sys.stderr)
             if log_format and to_terminal:
-                handler.setFormatter(formatters[log_format])
+                handler.setFormatter(_formatter(log_format))
 
 
 def _parser() -> Any:

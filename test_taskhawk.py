@@ -17839,7 +17839,7 @@ LOGGING = {
     "version": 1,
     "disable_existing_loggers": True,
     "handlers": {"h": {"class": "logging.StreamHandler"}},
-    "root": {"handlers": ["h"]},
+    LOGGING_HERE,
 }
 """,
     "empty/__init__.py": "",
@@ -18350,19 +18350,78 @@ logging.config.dictConfig({{
             assert finished == f"{text}job.add ID: attempt 1 finished"
 
     @pytest.mark.slow
-    def test_django(self, commands):
-        """Django is set up before modules are imported; without one, the apps' tasks are."""
-        for name, text in COMMAND_DJANGO.items():
-            path = commands.folder / name
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(text)
-        commands.env |= {"DJANGO_SETTINGS_MODULE": "site_settings"}
+    @pytest.mark.parametrize("options", [[], ["--log-format=json"]], ids=["", "json"])
+    def test_basic_config(self, commands, options):
+        """A basicConfig() of a tasks module holds; a format that was asked for does too."""
+        with (commands.folder / "job.py").open("a") as file:
+            file.write("logging.basicConfig(format='theirs %(task)s %(message)s')\n")
+        commands.send("job.add", 1)
+        lines = commands.logged("listen", "job", "--until-empty", *options)
+        (finished,) = [line for line in lines if "finished" in line]
+        if options:
+            assert json.loads(finished)["task"] == "job.add"
+        else:
+            assert finished == "theirs job.add job.add ID: attempt 1 finished"
+
+    @pytest.mark.slow
+    def test_early_log(self, commands):
+        """What is logged while modules are imported has the format that was asked for."""
+        (commands.folder / "job.py").write_text("import taskhawk.nothing")
+        commands.env |= {"TASKHAWK_QUEU": "x"}
+        (commands.folder / "job.py").write_text(
+            "import taskhawk\n@taskhawk.task\ndef add(): pass\n"
+            "taskhawk.settings.TASKHAWK_SYNC\n"
+        )
+        options = ("--log-format=json", "--until-empty")
+        first, *_ = commands("listen", "job", *options).stderr.splitlines()
+        assert json.loads(first)["message"].startswith(
+            "TASKHAWK_QUEU in the environment"
+        )
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(
+        "logging",
+        [
+            '"root": {"handlers": ["h"]}',
+            '"root": {"level": "INFO"}',
+            '"loggers": {"django": {"handlers": ["h"]}}',
+        ],
+        ids=["root", "root without handlers", "no root"],
+    )
+    def test_django(self, commands, logging):
+        """Django is set up before modules are imported; without one, the apps' tasks are.
+
+        Whatever its LOGGING says, the worker's log has its format and the task's fields.
+        """
+        self.write_django(commands, logging)
         commands.send("shop.tasks.sell")
         result = commands("listen", "--until-empty", "--log-format=json")
         assert re.fullmatch("sold shop.Sale\n1 received, 1 acked,.*\n", result.stdout)
         lines = [json.loads(line) for line in result.stderr.splitlines()]
         assert [line["logger"] for line in lines] == ["taskhawk"] * 3
         assert lines[1]["task"] == "shop.tasks.sell"
+
+    @staticmethod
+    def write_django(commands, logging):
+        """Write a site of Django whose LOGGING has this in it."""
+        for name, text in COMMAND_DJANGO.items():
+            path = commands.folder / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text.replace("LOGGING_HERE", logging))
+        commands.env |= {"DJANGO_SETTINGS_MODULE": "site_settings"}
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("line", ["import not_installed", "1 / 0"])
+    def test_django_tasks_fail(self, commands, line):
+        """An app's tasks that can't be imported are an error: they would not be served."""
+        self.write_django(commands, '"root": {}')
+        with (commands.folder / "shop/tasks.py").open("a") as file:
+            file.write(line)
+        errors = commands("listen", "--until-empty", code=1).stderr.splitlines()
+        assert errors[-1].startswith(
+            "taskhawk: the module 'shop.tasks' can't be imported: "
+        )
+        assert f"    {line}" in errors
 
     @pytest.mark.slow
     def test_django_fails(self, commands):
