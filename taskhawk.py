@@ -7006,7 +7006,7 @@ _MAX_BACKOFF_S = 60  # between receives that fail
 _FLUSH_S = 3  # of the grace, kept for acknowledgements once running tasks are given up
 _HURRIED_S = 1  # for acknowledgements after a second Ctrl-C
 _HEART_S = 1  # for the last heartbeat: its hook may hang
-_MAX_WAITING = 100  # num_messages: more would wait longer than a new worker takes
+_MAX_NUM_MESSAGES = 100  # a worker keeps what waits for it from all others
 _MAX_POLLS = 12  # of a queue at once; those of four fit into botocore's pool of 50
 _QUIET_S = 0.1  # after which a poll that still waits says that its queue is empty
 _SHORT_POLL_S = 1  # where another queue may need what a poll keeps for itself
@@ -8277,8 +8277,8 @@ def _check_counts(worker: Worker) -> None:
         number = getattr(worker, name)
         if number is not None and number < 1:
             raise ConfigurationError(f"{name}: expected 1 or more, got {number}")
-    if not 1 <= worker.num_messages <= _MAX_WAITING:
-        wanted = f"expected 1 to {_MAX_WAITING}"
+    if not 1 <= worker.num_messages <= _MAX_NUM_MESSAGES:
+        wanted = f"expected 1 to {_MAX_NUM_MESSAGES}"
         raise ConfigurationError(f"num_messages: {wanted}, got {worker.num_messages}")
 
 
@@ -8309,8 +8309,8 @@ def listen_for_messages(
     stops after the running task and the poll in flight, which takes up to 20 s on SQS.
 
     :param priority: the queue, or several: the most urgent message runs first
-    :param num_messages: how many one slot may hold, the one that it runs included, up
-        to 100; several slots share the others: with N, at most N - 1 of a queue wait
+    :param num_messages: with N, which is at most 100, up to N - 1 messages of a queue
+        wait while all slots run; with 1, one is received when it can start
     :param visibility_timeout_s: how long a received message is hidden from others,
         until the worker extends it; None takes the queue's own
     :param loop_count: end after so many receives from each queue; None goes on for ever
@@ -13121,8 +13121,8 @@ class _MeasuredWorker(Worker):
     ),
     _option(
         "--num-messages",
-        "messages that a slot may hold, running and waiting (default: 1)",
-        type=_whole(1, _MAX_WAITING),
+        "with N, up to N - 1 messages of a queue wait for a slot (default: 1)",
+        type=_whole(1, _MAX_NUM_MESSAGES),
         default=1,
         metavar="N",
     ),
