@@ -62,35 +62,36 @@ A message that a worker holds; the :class:`Ledger` counts what each becomes::
         '--> released                                    never started, visible at once
 
 What to read for each promise, and how many statements that is
-    1 (323): publish, _send_one, _accepted, _send_all_ready, _partial_failure,
+    1 (328): publish, _send_one, _accepted, _send_all_ready, _partial_failure,
         _send_all, _in_batches, _one_round, SqliteBroker.send, SqliteBroker._claim,
         SqliteBroker.delete, _SqliteFile.change, _use_write_ahead_log,
         _AwsSender._batch, SqsBroker.send, SqsBroker.delete, process, _verdict, _wanted,
-        _delay_s, _ask, _Slot._run, Worker.settle, _carry_out, _postpone, Worker._close,
-        _dead_letter, _send_copy, _Held.move, _Holdings.finish, _Holdings.release,
-        _Holdings._decide, _Calls.answered, _Calls._deleted, _Calls._delayed,
-        _Calls._try_later, _Holdings.doubt, _Holdings.close, _Holdings.end
-    2 (285): SqliteBroker.receive, SqliteBroker._claim, SqliteBroker.change_visibility,
-        SqsBroker.receive, _find_lease, _Poller._receive, _Course.take,
-        _Course._release_if_stuck, _Call, _Leases, _Holdings.take, _Holdings.start,
-        _Holdings.release, _Holdings.release_waiting, _Holdings._decide,
-        _Holdings.expire, _Holdings.lose, _Calls.next, _Calls.answered,
-        _Calls._extended, _Calls._deleted, _Keeper._look, _Keeper._make, _Slot._run,
-        _Slot._process, Worker._give_up, _Child.kill
-    3 (111): _decode, _parse, Message.__init__, _validate, _fits, _find_task,
+        _delay_s, _ask_policy, _Slot._run, Worker.settle, _carry_out, _postpone,
+        Worker._close, _dead_letter, _send_copy, _Held.move, _Holdings.finish,
+        _Holdings.release, _Holdings._decide, _Calls.answered, _Calls._deleted,
+        _Calls._delayed, _Calls._try_later, _Holdings.doubt, _Holdings.close,
+        _Holdings.end
+    2 (320): SqliteBroker.receive, SqliteBroker._claim, SqliteBroker.change_visibility,
+        SqsBroker.receive, _find_lease, _Poller._receive, _Intake.take, _Intake.close,
+        _Course.take, _Course._release_if_stuck, _Backlog, _Call, _Leases,
+        _Holdings.take, _Holdings.start, _Holdings.release, _Holdings.release_waiting,
+        _Holdings._decide, _Holdings.expire, _Holdings.lose, _Calls.next,
+        _Calls.answered, _Calls._extended, _Calls._deleted, _Keeper._look,
+        _Keeper._make, _Slot._run, _Slot._process, Worker._give_up, _Child.kill
+    3 (110): _decode, _parse, Message.__init__, _validate, _fits, _find_task,
         Task.find_by_name, Task.call, _register, _import, _import_path, _parse_line,
         _to_outcome, _import_tasks
-    4 (114): process, _run, _decode, _parse, _failed, _log_failed, _verdict,
-        _is_invalid, _text_of_invalid, _Slot._run, Worker.settle
-    5 (214): _run, _failed, _log_failed, _sentence, _what_follows, _name_of, _reason,
+    4 (98): process, _run, _decode, _parse, _failed, _log_failed, _verdict, _is_invalid,
+        _text_of_invalid, _Slot._run, Worker.settle
+    5 (198): _run, _failed, _log_failed, _sentence, _what_follows, _name_of, _reason,
         _in_one_line, _facts, _extra_of, _text_of_invalid, _shown, _mismatch,
         _too_large, _Holdings.warn, _Keeper._tell, _Faults, _error_code, _error_details,
         _explained, _explanation, _find_remedy, _Source.read, _call_safely, _log_again
-    6 (217): _Course.wait_for_room, _Course._find_room, _Poller.work, _Poller._try,
-        _Poller._receive, _pause_s, _Holdings._decide, _Ends, _Calls.next,
+    6 (325): _Polls, _Intake.begin, _Intake.adds_helper, _Poller.work, _Poller._help,
+        _Poller._try, _Poller._receive, _pause_s, _Holdings._decide, _Ends, _Calls.next,
         _Calls._due_at, _Calls._patience_s, _Calls._extended, _Leases, _Keeper._wait,
         _Keeper._make, SqsBroker.receive, SqsBroker.url, SqsBroker._find_url, _parts
-    7 (209): _in_own_context, _refresh_django_connections, _PerProcess, _made_once,
+    7 (210): _in_own_context, _refresh_django_connections, _PerProcess, _made_once,
         _Brokers.before_fork, _Brokers.after_fork, _close_sqlite_files,
         _release_sqlite_files, _Signals, _hold_signals, _release_signals,
         _forget_signals, _path_of_children, _Child._start_process,
@@ -143,6 +144,7 @@ __all__ = [
     "PartialFailure",
     "PostponeException",
     "Priority",
+    "QueueFull",
     "RetryException",
     "RetryPolicy",
     "StopRetry",
@@ -234,6 +236,7 @@ _DEFAULT_LEASE_S = 30  # the visibility timeout of a queue that sets none
 _ERROR_ATTRIBUTE = "taskhawk.error"  # says why the worker dead-lettered a message
 _MAX_ERROR_BYTES = 16_384  # its size: enough for a traceback, little beside 1 MiB
 _ATTEMPTS_ATTRIBUTE = "taskhawk.attempts"  # how many there were before it was postponed
+_POSTPONED_ATTRIBUTE = "taskhawk.postponed"  # how often it was
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -336,6 +339,19 @@ class PartialFailure(TaskhawkError):
         total = self.success_count + self.failure_count
         reasons = ", ".join(sorted(codes))
         return f"{self.failure_count} of {total} messages failed: {reasons}"
+
+
+class QueueFull(TaskhawkError):
+    """A task's queue has as many messages as its `max_queue_size`: nothing was sent.
+
+    :ivar queue: the queue's name
+    :ivar size: how many messages it has, on SQS approximately
+    :ivar limit: the task's `max_queue_size`
+    """
+
+    def __init__(self, text: str, queue: str, size: int, limit: int) -> None:
+        super().__init__(text)
+        self.queue, self.size, self.limit = queue, size, limit
 
 
 class TimeLimitExceeded(TaskhawkError):
@@ -639,6 +655,10 @@ _ROLE = _Rule(
     ),
 )
 _BROKER = _Rule("'sqs' or a URL of SQLite", _parse_broker)
+_TABLE = _Rule(
+    "3 to 255 letters, digits, dots, hyphens and underscores",
+    functools.partial(_parse_text, "[A-Za-z0-9_.-]{3,255}"),
+)
 _QUEUE = _Rule(
     f"at most {_MAX_QUEUE} letters, digits, hyphens and underscores",
     functools.partial(_parse_text, f"[A-Za-z0-9_-]{{1,{_MAX_QUEUE}}}"),
@@ -647,6 +667,7 @@ _SETTINGS = {
     "AWS_ACCESS_KEY": _Setting(_TEXT, "AKIAIOSFODNN7EXAMPLE"),
     "AWS_ACCOUNT_ID": _Setting(_ACCOUNT, "123456789012"),
     "AWS_CONNECT_TIMEOUT_S": _Setting(_SECONDS, "2", 2),
+    "AWS_ENDPOINT_DYNAMODB": _Setting(_URL, "http://127.0.0.1:4566"),
     "AWS_ENDPOINT_SCHEDULER": _Setting(_URL, "http://127.0.0.1:4566"),
     "AWS_ENDPOINT_SNS": _Setting(_URL, "http://127.0.0.1:4566"),
     "AWS_ENDPOINT_SQS": _Setting(_URL, "http://127.0.0.1:4566"),
@@ -656,6 +677,7 @@ _SETTINGS = {
     "AWS_SESSION_TOKEN": _Setting(_TEXT, "AQoDYXdzEJr/EXAMPLETOKEN"),
     "IS_LAMBDA_APP": _Setting(_FLAG, "False", default=False),
     "TASKHAWK_BROKER": _Setting(_BROKER, "sqlite:///queue.db", "sqs"),
+    "TASKHAWK_CLAIMS_TABLE": _Setting(_TABLE, "taskhawk-claims"),
     "TASKHAWK_DEFAULT_HEADERS": _Setting(_HOOK, "myapp.hooks.default_headers"),
     "TASKHAWK_ERROR_HOOK": _Setting(_HOOK, "myapp.hooks.report_error"),
     "TASKHAWK_FIFO": _Setting(_FLAG, "False", default=False),
@@ -1614,6 +1636,72 @@ def exponential(
     return RetryPolicy(base_s, factor, 0, max_retries, max_delay_s, jitter)
 
 
+# What with_options() says of a message, in its headers. No header of a user's has this
+# name by accident, and none that begins so becomes an attribute.
+_OPTIONS_HEADER = "taskhawk.options"
+
+
+class _Options(NamedTuple):
+    """What a dispatch says in place of its task; None where it says nothing."""
+
+    retry: RetryPolicy | None = None
+    time_limit: float | None = None
+
+
+def _policy_data(policy: RetryPolicy) -> dict[str, Any]:
+    """Return a retry policy as :func:`_read_policy` reads it."""
+    data = dataclasses.asdict(policy)
+    for name in ("base_s", "step_s", "max_delay_s"):
+        data[name] = min(data[name], _MAX_HELD_S)  # JSON has no infinity
+    return data
+
+
+def _read_policy(data: Any) -> RetryPolicy:
+    """Return the retry policy of hostile data; raise ValueError if they are wrong."""
+    fields = [field.name for field in dataclasses.fields(RetryPolicy)]
+    if not isinstance(data, dict) or sorted(data) != sorted(fields):
+        raise ValueError("retry: expected a policy")
+    if data["jitter"] not in (True, False):
+        raise ValueError("retry: expected true or false as jitter")
+    policy = RetryPolicy(**data)
+    # The power of an int of a thousand digits would take for ever.
+    return dataclasses.replace(policy, factor=float(policy.factor))
+
+
+def _read_time_limit(value: object) -> float:
+    """Return the time limit of hostile data; raise ValueError if it is wrong."""
+    if not _is_number(value) or value <= 0:
+        raise ValueError("time_limit: expected a number of seconds above 0")
+    return min(value, _MAX_HELD_S)
+
+
+_OPTION_READERS: dict[str, Callable[[Any], Any]] = {
+    "retry": _read_policy,
+    "time_limit": _read_time_limit,
+}
+
+
+def _options_of(message: Message) -> _Options:
+    """Return what a message says in place of its task.
+
+    What is wrong is ignored, with a warning: it is no reason to lose the message.
+    """
+    data = message.headers.get(_OPTIONS_HEADER)
+    if data is None:
+        return _Options()
+    values = {}
+    try:
+        for name, value in dict(data).items():
+            values[name] = _OPTION_READERS[name](value)
+        return _Options(**values)
+    except (ArithmeticError, TypeError, ValueError, KeyError, ConfigurationError):
+        _log.warning(
+            "%r: the options of a message are wrong, and not used",
+            message.task_name[:200],
+        )
+        return _Options()
+
+
 # === PART II: QUEUES ==================================================================
 
 __all__ += [
@@ -1822,7 +1910,9 @@ class QueueMessage:
     :ivar message: the decoded message, once it is valid and its task is registered
     :ivar lease_lost: whether others may have received the message; set by the worker
     :ivar max_receive_count: of the queue's redrive policy, where it is known
+    :ivar batch_task: the name of its task, if others of that task may run with it
     :ivar done_level: at which a run that returned is logged
+    :ivar lease_s: for which the receive hid it; a worker extends that while it runs
     """
 
     body: Any
@@ -1838,7 +1928,9 @@ class QueueMessage:
     message: Message | None = None
     lease_lost: bool = False
     max_receive_count: int | None = None
+    batch_task: str | None = None
     done_level: int = logging.DEBUG
+    lease_s: float = _DEFAULT_LEASE_S
     in_lambda: typing.ClassVar[bool] = False  # whether Lambda decides on retries
 
     @property
@@ -1849,11 +1941,17 @@ class QueueMessage:
     @property
     def attempt(self) -> int:
         """How often it has been received, from 1, but for those that postponed it."""
-        attribute = self.message_attributes.get(_ATTEMPTS_ATTRIBUTE, {})
-        before = str(attribute.get("StringValue"))
-        if not re.fullmatch("[0-9]{1,9}", before):
-            before = "0"
-        return self.receive_count + int(before)
+        return self.receive_count + self._count(_ATTEMPTS_ATTRIBUTE)
+
+    @property
+    def postponed(self) -> int:
+        """How often it has been postponed."""
+        return self._count(_POSTPONED_ATTRIBUTE)
+
+    def _count(self, name: str) -> int:
+        """Return the number in an attribute; 0 if it has none, whoever wrote it."""
+        text = str(self.message_attributes.get(name, {}).get("StringValue"))
+        return int(text) if re.fullmatch("[0-9]{1,9}", text) else 0
 
     @property
     def is_last_receive(self) -> bool:
@@ -2190,6 +2288,7 @@ _SQLITE_SCHEMA = (
     attributes TEXT NOT NULL, sent_ms INTEGER NOT NULL, visible_ms INTEGER NOT NULL,
     receive_count INTEGER NOT NULL DEFAULT 0, receipt TEXT)""",
     "ALTER TABLE message ADD COLUMN group_id TEXT",  # which the first files lack
+    "ALTER TABLE message ADD COLUMN first_ms INTEGER",  # of the first receive
     "CREATE INDEX IF NOT EXISTS message_visible ON message (queue, visible_ms)",
     """CREATE INDEX IF NOT EXISTS message_group ON message
     (queue, group_id, visible_ms) WHERE group_id IS NOT NULL""",
@@ -2203,6 +2302,7 @@ _SQLITE_SCHEMA = (
     WHEN old.queue GLOB '*{_FIFO}' BEGIN {_NEXT_OF_GROUP}; END""",
     "PRAGMA user_version = 1",
 )
+_more_tables: list[str] = []  # statements that make what later parts keep in a file
 _SQLITE_EXAMPLE = (
     "sqlite:///relative.db or sqlite:////absolute.db, then perhaps"
     " ?visibility_timeout_s=30&max_receive_count=5"
@@ -2388,8 +2488,9 @@ def _make_tables(db: Any) -> None:
     """Make what the file lacks, in one transaction: processes may open it together."""
     db.execute("BEGIN IMMEDIATE")
     columns = [name for _, name, *_ in db.execute("PRAGMA table_info(message)")]
-    for statement in _SQLITE_SCHEMA:
-        if "group_id" not in columns or not statement.startswith("ALTER"):
+    for statement in (*_SQLITE_SCHEMA, *_more_tables):
+        added = re.match(r"ALTER TABLE message ADD COLUMN (\w+)", statement)
+        if added is None or added[1] not in columns:
             db.execute(statement)
     db.execute("COMMIT")
 
@@ -2501,11 +2602,12 @@ class SqliteBroker(Broker):
         # The claim is this one statement; then its token tells what is ours.
         until_ms, token = self._in_ms(lease_s), os.urandom(16).hex()
         claim = """UPDATE message SET receipt = id || '-' || ?, visible_ms = ?,
-            receive_count = receive_count + 1 WHERE id IN (SELECT id FROM message
+            receive_count = receive_count + 1, first_ms = coalesce(first_ms, ?)
+            WHERE id IN (SELECT id FROM message
             WHERE queue = ? AND visible_ms < 0 ORDER BY visible_ms, id LIMIT ?)"""
-        file.change(claim, (token, until_ms, queue, limit))
+        file.change(claim, (token, until_ms, now_ms, queue, limit))
         find = """SELECT receipt, receive_count, sent_ms, attributes, body, message_id,
-            group_id FROM message
+            group_id, first_ms FROM message
             WHERE queue = ? AND visible_ms = ? AND receipt = id || '-' || ?
             ORDER BY id"""
         rows = file.read(find, (queue, until_ms, token))
@@ -2532,10 +2634,12 @@ class SqliteBroker(Broker):
         self, queue: str, row: Sequence[Any], max_receives: int | None
     ) -> QueueMessage:
         """Return a message that was just received."""
-        receipt, receive_count, sent_ms, attributes, body, message_id, group = row
+        receipt, receive_count, sent_ms, attributes, body, message_id, *more = row
+        group, first_ms = more
         system_attributes = {
             "ApproximateReceiveCount": str(receive_count),
             "SentTimestamp": str(sent_ms),
+            "ApproximateFirstReceiveTimestamp": str(first_ms),
         }
         if group is not None:
             system_attributes["MessageGroupId"] = group
@@ -2672,6 +2776,13 @@ _REMEDIES = (
     (
         "NotFound",
         ("there is no such topic: make it, or check TASKHAWK_QUEUE and AWS_ACCOUNT_ID"),
+    ),
+    (
+        "ResourceNotFoundException: (Requested|Cannot|Table)",
+        (
+            "there is no such table: run python -m taskhawk provision, or check"
+            " TASKHAWK_CLAIMS_TABLE and AWS_REGION"
+        ),
     ),
     (
         "ResourceNotFoundException: Schedule group",
@@ -2875,18 +2986,14 @@ class _AwsConnections:
         self.lock = threading.RLock()
 
 
-class _AwsSender(Sender):
-    """What SQS and SNS share: clients, sending, answers of batch calls, and errors.
+class _AwsService:
+    """What all services of AWS share: clients, and errors.
 
     :ivar service: botocore's name of the service
-    :ivar target_key: its parameter for the queue or topic
-    :ivar entries_key: its parameter for the entries of a batch
-    :ivar send_one: its operation that sends one message
-    :ivar send_many: its operation that sends several
+    :ivar target_key: its parameter for the queue, topic or table
     """
 
-    service = target_key = entries_key = send_one = send_many = ""
-    shared_calls = 16  # at 10 ms a call, that is all that one CPU can send
+    service = target_key = ""
 
     def __init__(self, _url: str = "") -> None:
         self._connections = _PerProcess(_AwsConnections)
@@ -2923,7 +3030,9 @@ class _AwsSender(Sender):
         return _brokers.aws_session().create_client(
             self.service,
             region_name=settings.AWS_REGION,
-            endpoint_url=getattr(settings, f"AWS_ENDPOINT_{self.service.upper()}"),
+            endpoint_url=getattr(
+                settings, f"AWS_ENDPOINT_{self.service.upper()}", None
+            ),
             config=config,
             **settings.credentials(),
         )
@@ -2936,7 +3045,7 @@ class _AwsSender(Sender):
             client.close()
 
     def url(self, queue: str, role: str = "send") -> str:
-        """Return what the service calls a queue or topic."""
+        """Return what the service calls a queue, topic or table."""
         return queue
 
     def arn(self, name: str) -> str:
@@ -2948,7 +3057,7 @@ class _AwsSender(Sender):
         return f"arn:{meta.partition}:{service}:{region}:{account}:{name}"
 
     def call(self, role: str, operation: str, where: str, **parameters: Any) -> Any:
-        """Make a call for a queue or topic, by botocore's name of the operation."""
+        """Make a call for a queue, topic or table, by botocore's name of it."""
         target = {self.target_key: self.url(where, role)}
         with self._calling(where):
             return getattr(self.client(role), operation)(**target, **parameters)
@@ -2964,6 +3073,18 @@ class _AwsSender(Sender):
                 _brokers.forget_aws_session()
                 self.close()
             raise
+
+
+class _AwsSender(_AwsService, Sender):
+    """What SQS and SNS share besides: sending, and the answers of batch calls.
+
+    :ivar entries_key: its parameter for the entries of a batch
+    :ivar send_one: its operation that sends one message
+    :ivar send_many: its operation that sends several
+    """
+
+    entries_key = send_one = send_many = ""
+    shared_calls = 16  # at 10 ms a call, that is all that one CPU can send
 
     def _batch(
         self, role: str, operation: str, where: str, entries: Sequence[Any]
@@ -3130,6 +3251,7 @@ class SqsBroker(_AwsSender, Broker):
             "MessageSystemAttributeNames": [
                 "ApproximateReceiveCount",
                 "SentTimestamp",
+                "ApproximateFirstReceiveTimestamp",
                 "MessageGroupId",
             ],
             "MessageAttributeNames": ["All"],
@@ -3397,6 +3519,7 @@ settings.on_change.append(_brokers.close)
 
 __all__ += [
     "AsyncInvocation",
+    "Call",
     "Captured",
     "Metadata",
     "Task",
@@ -3433,7 +3556,7 @@ class Metadata(dict[str, Any]):
         self["priority"] = message.priority  # not its name, which is on the wire
         self._received = message.received or QueueMessage(None, message.id)
         self.task = message.task_name
-        self.headers = message.headers
+        self.headers = _without_options(message.headers)
         self.attempt = self._received.attempt
         self.queue = self._received.queue if receipt else None
 
@@ -3460,6 +3583,46 @@ class Metadata(dict[str, Any]):
         :raises ConfigurationError: if the function's role may not change the visibility
         """
         self._received.change_visibility(VisibilityTimeout=visibility_timeout_s)
+
+
+@dataclasses.dataclass(eq=False)
+class Call:
+    """What one message asks of a batch task: ``@task(batch=50)``.
+
+    :ivar args: the positional arguments of its dispatch
+    :ivar kwargs: the keyword arguments
+    :ivar metadata: of its message; None where a test makes the call
+    :ivar headers: of its message
+    :ivar error: how it failed by itself, if it did
+    """
+
+    args: Sequence[Any] = ()
+    kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    metadata: Metadata | None = None
+    headers: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    error: BaseException | None = None
+
+    @classmethod
+    def of(cls, message: Message, receipt: str | None) -> Call:
+        """Return what a message asks for."""
+        metadata = Metadata(message, receipt)
+        return cls(message.args, message.kwargs, metadata, dict(message.headers))
+
+    def fail(self, error: BaseException) -> None:
+        """Have this message end as if the task had raised an error for it alone.
+
+        :param error: a RetryException or an IgnoreException too
+        """
+        if not isinstance(error, BaseException):
+            raise TypeError(f"error: expected an exception, got {error!r}")
+        self.error = error
+
+
+def _without_options(headers: dict[str, Any]) -> dict[str, Any]:
+    """Return headers without ours: a task may pass them on, but these are its own."""
+    if _OPTIONS_HEADER not in headers:
+        return headers
+    return {name: headers[name] for name in headers if name != _OPTIONS_HEADER}
 
 
 class Task(Generic[_P, _R]):
@@ -3525,6 +3688,10 @@ class Task(Generic[_P, _R]):
         """Queue a run of the task and return its id; see AsyncInvocation.dispatch()."""
         return self._invocation.dispatch(*args, **kwargs)
 
+    async def dispatch_async(self, /, *args: _P.args, **kwargs: _P.kwargs) -> str:
+        """Queue a run of the task; see :meth:`AsyncInvocation.dispatch_async`."""
+        return await self._invocation.dispatch_async(*args, **kwargs)
+
     def dispatch_many(self, calls: Iterable[Any]) -> int:
         """Queue many runs; see :meth:`AsyncInvocation.dispatch_many`."""
         return self._invocation.dispatch_many(calls)
@@ -3545,6 +3712,12 @@ class Task(Generic[_P, _R]):
         """Return an invocation whose messages are of this group."""
         return self._invocation.with_group(key)
 
+    def with_options(
+        self, *, retry: RetryPolicy | None = None, time_limit: float | None = None
+    ) -> AsyncInvocation[_P]:
+        """Return an invocation with a retry policy or time limit of its own."""
+        return self._invocation.with_options(retry=retry, time_limit=time_limit)
+
     def _bind(self, count: int, *names: str) -> None:
         """Check that the worker can call the function with such arguments.
 
@@ -3564,6 +3737,18 @@ class Task(Generic[_P, _R]):
                 f"{self.name}: {error}{_hint_of_wrapper(self.fn)}"
             ) from None
 
+    def take_any_arguments(self) -> None:
+        """Have messages carry any arguments: the function gets calls, not arguments."""
+        try:
+            self._signature.bind([])
+        except TypeError:
+            raise ConfigurationError(
+                f"{self.name}: expected a function of one argument, the list of calls"
+            ) from None
+        self._signature = _signature_of_any()
+        self._given_by_worker = frozenset()
+        self.accepts_metadata = self.accepts_headers = False
+
     def call(self, message: Message, receipt: str | None) -> None:
         """Run the function with a message's arguments, and await what can be awaited.
 
@@ -3572,16 +3757,36 @@ class Task(Generic[_P, _R]):
         :param receipt: its receipt handle, or None where no queue has the message
         :raises TypeError: if the function returns a generator, which nothing would read
         """
+        if "batch" in self.options:
+            call = Call.of(message, receipt)
+            self.call_together([call])
+            if call.error is not None:
+                raise call.error
+            return
         metadata = Metadata(message, receipt)
         kwargs = dict(message.kwargs)
         if self.accepts_metadata:
             kwargs["metadata"] = metadata
         if self.accepts_headers:
-            kwargs["headers"] = dict(message.headers)
+            kwargs["headers"] = dict(metadata.headers)
+        self._run_function(metadata, *message.args, **kwargs)
+
+    def call_together(self, calls: list[Call]) -> None:
+        """Run the function of a batch task once, for several messages."""
+        metadata = calls[0].metadata
+        if len(calls) > 1:
+            metadata = None  # the run is no one message's
+        self._run_function(metadata, calls)
+
+    def _run_function(
+        self, metadata: Metadata | None, /, *args: Any, **kwargs: Any
+    ) -> None:
+        """Run the function, and await what can be awaited."""
+        fn: Callable[..., Any] = self.fn
         # Threads and coroutines that copy the context know the task, too.
         token = _current.set(metadata)
         try:
-            result: Any = self.fn(*message.args, **kwargs)
+            result: Any = fn(*args, **kwargs)
             if inspect.isawaitable(result):
                 _run_coroutine(_awaited(result, self.name))
             elif isinstance(result, Generator | AsyncGenerator):
@@ -3668,6 +3873,15 @@ def _hint_of_wrapper(fn: Callable[..., Any]) -> str:
     )
 
 
+def _signature_of_any() -> inspect.Signature:
+    """Return the signature of a function that takes whatever it is called with."""
+    names = {
+        "args": inspect.Parameter.VAR_POSITIONAL,
+        "kwargs": inspect.Parameter.VAR_KEYWORD,
+    }
+    return inspect.Signature([inspect.Parameter(*each) for each in names.items()])
+
+
 # From Python 3.14 on, a signature evaluates annotations, and those that exist for type
 # checkers only would fail. 4 is annotationlib.Format.STRING: annotations as written.
 _ANNOTATIONS: Any = {"annotation_format": 4} if sys.version_info >= (3, 14) else {}
@@ -3739,9 +3953,12 @@ class _EventLoop:
     Each thread of the worker hands over the coroutine of its message, and waits for it:
     hooks, Django's connections and contexts stay the thread's own. The loop is made for
     the first coroutine, and ends when no thread uses it any more.
+
+    :param given: an application's own loop, which runs already, in place of all that
     """
 
-    def __init__(self) -> None:
+    def __init__(self, given: Any = None) -> None:
+        self._given = given
         self._lock = threading.Lock()  # guards what follows
         self._users = 0  # threads that may run coroutines here
         self._serving: tuple[Any, threading.Event, threading.Thread] | None = None
@@ -3779,6 +3996,8 @@ class _EventLoop:
 
     def _get(self) -> Any:
         """Return the loop, which may have to be made."""
+        if self._given is not None:
+            return self._given
         with self._lock:
             if self._serving is None:
                 loop, end = _new_event_loop(), threading.Event()
@@ -3921,15 +4140,45 @@ _more_options: dict[str, Callable[[Task[Any, Any], Any], object]] = {}
 class _MoreOptions(typing.TypedDict, total=False):
     """The options of :func:`task` that later parts add, for type checkers.
 
-    `group`: the argument whose value is the message group, or a function that returns
-    it, which is called as the task is; None is no group.
+    :ivar group: the argument whose value is the message group, or a function that
+        returns it, which is called as the task is; None is no group
+    :ivar once: run a message, or one with these arguments, to its end once
+    :ivar keep_s: for how many seconds that is remembered, by default a day
+    :ivar unique: ignore a message if a run with the same arguments, or with these the
+        same, started after it was sent
+    :ivar limit: how many may run at once, or start in a time: see :func:`limit`
+    :ivar schedule: queues a run without arguments again and again:
+        ``'rate(5 minutes)'``, ``'cron(0 9 ? * MON-FRI *)'`` or a timedelta of minutes
+    :ivar timezone: of the schedule, such as ``'Europe/Berlin'``; UTC without it
+    :ivar max_queue_size: from so many messages on, those that run included, a dispatch
+        of the task raises :exc:`QueueFull`; on SQS, their number is approximate
     """
 
     group: str | Callable[..., str | int | None] | None
+    once: bool | tuple[str, ...]
+    keep_s: float
+    unique: bool | tuple[str, ...]
+    limit: Any
+    schedule: str | timedelta
+    timezone: str
+    max_queue_size: int
 
 
 @typing.overload
 def task(fn: Callable[_P, _R], /) -> Task[_P, _R]: ...
+@typing.overload
+def task(
+    *,
+    batch: int,
+    priority: Priority = ...,
+    name: str | None = ...,
+    retry: Callable[[int], float] | None = ...,
+    retry_on: tuple[type[BaseException], ...] = ...,
+    never_retry_on: tuple[type[BaseException], ...] = ...,
+    time_limit: float | None = ...,
+    isolate: bool = ...,
+    **more: typing.Unpack[_MoreOptions],
+) -> Callable[[Callable[[list[Call]], _R]], Task[..., _R]]: ...
 @typing.overload
 def task(
     *,
@@ -4286,6 +4535,36 @@ class AsyncInvocation(Generic[_P]):
         """
         return dataclasses.replace(self, _group_id=_group_id_of(key, "group"))
 
+    def with_options(
+        self, *, retry: RetryPolicy | None = None, time_limit: float | None = None
+    ) -> AsyncInvocation[_P]:
+        """Return an invocation with a retry policy or time limit in its task's place.
+
+        They travel in a header, which the task does not see.
+
+        :param retry: from :func:`fixed`, :func:`linear` or :func:`exponential`; None
+            leaves it as it is
+        :param time_limit: seconds until a worker kills the run, which it isolates for
+            that; None leaves it as it is
+        :raises TypeError: if one is none of these: a function of yours can't be sent
+        """
+        options = dict(self._headers.get(_OPTIONS_HEADER, {}))
+        if retry is not None:
+            if type(retry) is not RetryPolicy:
+                raise TypeError(
+                    "retry: expected taskhawk.fixed(), linear() or exponential(), got"
+                    f" {retry!r}"
+                )
+            options["retry"] = _policy_data(retry)
+        if time_limit is not None:
+            if not _is_above_zero(time_limit):
+                raise TypeError(
+                    "time_limit: expected a number of seconds above 0, got"
+                    f" {time_limit!r}"
+                )
+            options["time_limit"] = time_limit
+        return self.with_headers(**{_OPTIONS_HEADER: options})
+
     def dispatch(self, /, *args: _P.args, **kwargs: _P.kwargs) -> str:
         """Queue a run of the task: one request, and one more at a queue's first use.
 
@@ -4298,12 +4577,24 @@ class AsyncInvocation(Generic[_P]):
         :raises TypeError: if the function can't be called so, or an argument is not
             JSON
         :raises ValidationError: if an argument can't be sent: NaN, too deep, too large
+        :raises QueueFull: if the queue has the task's `max_queue_size` of messages
         :raises ConfigurationError: if the queue is missing or forbidden, or if it can't
             hold the message back for so long
         :raises Exception: of botocore or sqlite3, if the call fails otherwise; the
             message may have been queued then
         """
         return publish(self._message(args, kwargs))
+
+    async def dispatch_async(self, /, *args: _P.args, **kwargs: _P.kwargs) -> str:
+        """Queue a run of the task as :meth:`dispatch` does, and let others run.
+
+        Many at once share requests. With TASKHAWK_SYNC the task runs in a thread. If
+        the coroutine is cancelled, the message may have been queued.
+
+        :returns: the message's id
+        :raises Exception: as :meth:`dispatch`
+        """
+        return await _publish_async(self._message(args, kwargs))
 
     def dispatch_many(self, calls: Iterable[Any]) -> int:
         """Queue a run for each of `calls`, ten to a request, with bounded memory.
@@ -4321,8 +4612,10 @@ class AsyncInvocation(Generic[_P]):
         for call in calls:
             try:
                 message = self._message(*_arguments_of(call))
+                if _max_queue_size(message) is not None:
+                    _refuse_if_full(message)
                 waiting.append(_prepare(message))
-            except (TypeError, ValidationError) as error:
+            except (TypeError, ValidationError, QueueFull) as error:
                 error.add_note(f"This is call {count} of dispatch_many(), from 0.")
                 raise
             count += 1
@@ -4455,7 +4748,7 @@ def _prepare(message: Message) -> _Ready:
     attributes = _attributes_of(message.headers)
     entry = Outgoing(body, attributes, message.delay_s, message.group_id)
     sender = _brokers.sender()
-    if _is_fifo(sender.destination(message.priority)):
+    if settings.TASKHAWK_FIFO:
         entry = _in_group(message, entry)
     if entry.delay_s > sender.max_delay_s and isinstance(sender, _AwsSender):
         sender = _brokers.get("schedule")
@@ -4603,10 +4896,37 @@ def publish(message: Message) -> str:
     :returns: the message's id
     :raises Exception: as :meth:`AsyncInvocation.dispatch`
     """
+    if _max_queue_size(message) is not None:
+        _refuse_if_full(message)
     ready = _prepare(message)
     if not _collect([ready]):
         _send_now(ready)
     return message.id
+
+
+async def _publish_async(message: Message) -> str:
+    """Send a message as :func:`publish` does, while the event loop goes on."""
+    import asyncio
+
+    lanes = _lanes.get()
+    if message.priority not in lanes.looked_up:
+        await asyncio.to_thread(_look_up, message.priority)
+        lanes.looked_up.add(message.priority)
+    if _max_queue_size(message) is not None:
+        await asyncio.to_thread(_refuse_if_full, message)
+    ready = _prepare(message)
+    if _collect([ready]):
+        return message.id
+    if ready.sender.shared_calls:
+        await lanes.lane_of(ready).send_async(ready)
+    else:  # in sync mode, the task runs there
+        await asyncio.to_thread(_send_one, ready)
+    return message.id
+
+
+def _look_up(priority: Priority) -> None:
+    """Do what takes long at a priority's first use, such as to open a file."""
+    _brokers.sender().destination(priority)
 
 
 def _send_now(ready: _Ready) -> None:
@@ -4649,8 +4969,8 @@ _HELPER_IDLE_S = 1  # after which a helper ends
 class _Parcel:
     """A message that waits to be sent, and what came of it.
 
-    If it is neither accepted nor in error, it is to be sent by itself: whatever happened
-    to it in company may have been the fault of the others.
+    If it is neither accepted nor in error, it is to be sent by itself: what happened to
+    it in company may have been the fault of the others.
     """
 
     def __init__(self, entry: Outgoing) -> None:
@@ -4771,7 +5091,7 @@ class _Lane:
         self._sender, self._destination, self._busy = sender, destination, busy
         self._process_id = os.getpid()
         max_calls = sender.shared_calls
-        if destination.endswith(".fifo"):  # or a later call might overtake an earlier
+        if _is_fifo(destination):  # or a later call might overtake an earlier
             max_calls = 1
         self._sharing = _Sharing(sender.max_bytes, max_calls)
         self._max_helpers = max_calls
@@ -4779,7 +5099,7 @@ class _Lane:
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._helpers: set[threading.Thread] = set()
-        self._idle = 0  # helpers that wait on the condition
+        self._idle: set[int] = set()  # the helpers that wait on the condition
 
     def send(self, ready: _Ready) -> None:
         """Send a message by itself, or with others; raise why it was not accepted."""
@@ -4825,6 +5145,32 @@ class _Lane:
             # One helper looks after those that wait, lest the call under way hang.
             if len(self._sharing.waiting) == 1 or self._sharing.is_due(now):
                 self._wake()
+
+    async def send_async(self, ready: _Ready) -> None:
+        """Send a message as :meth:`send` does, while the event loop goes on."""
+        import asyncio
+
+        me = threading.get_ident()
+        if me in self._busy:  # as in send()
+            await asyncio.to_thread(_send_one, ready)
+            return
+        loop = asyncio.get_running_loop()
+        told = loop.create_future()
+        parcel = _Parcel(ready.entry)
+        parcel.tell = functools.partial(_tell_loop, loop, told)
+        try:
+            self._busy.add(me)
+            self._add(parcel)
+        finally:
+            self._busy.discard(me)
+        try:
+            await told
+        finally:
+            parcel.is_left = True  # if the coroutine is cancelled, say
+        if parcel.error or parcel.is_accepted:
+            self._conclude(ready, parcel)
+        else:
+            await asyncio.to_thread(_send_one, ready)
 
     def _leave(self, me: int, parcel: _Parcel) -> None:
         """Have nobody wait for this dispatch, and send nothing more for it."""
@@ -4881,8 +5227,9 @@ class _Lane:
             self._busy.discard(me)
 
     def _resign(self) -> None:
-        """Count this thread as a helper no more."""
+        """Count this thread as a helper no more; the lock is held."""
         self._helpers.discard(threading.current_thread())
+        self._idle.discard(threading.get_ident())
 
     def _next(self, me: int) -> Sequence[_Parcel]:
         """Begin the next call, and return its parcels; none if it is time to end."""
@@ -4895,13 +5242,13 @@ class _Lane:
                         self._wake()
                     return parcels
                 pause_s = min(self._sharing.due_at() - now, _HELPER_IDLE_S)
-                self._idle += 1
                 try:
+                    self._idle.add(me)
                     self._changed.wait(pause_s)
                 finally:
-                    self._idle -= 1
+                    self._idle.discard(me)
                 if pause_s == _HELPER_IDLE_S and not self._sharing.waiting:
-                    self._resign()  # while the lock is held: nobody may count on it
+                    self._resign()
                     return ()
 
     def _send_together(self, parcels: Sequence[_Parcel]) -> None:
@@ -4933,6 +5280,18 @@ class _Lane:
             _send_one(ready)
 
 
+def _tell_loop(loop: Any, told: Any) -> None:
+    """Tell a coroutine that waits on an event loop, from any thread."""
+    with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+        loop.call_soon_threadsafe(_resolve, told)
+
+
+def _resolve(told: Any) -> None:
+    """Let a coroutine go on that waits for this future."""
+    if not told.done():  # it was cancelled, or is told a second time
+        told.set_result(None)
+
+
 def _own_copy(error: Exception) -> Exception:
     """Return a copy of an error that several threads raise, each with its traceback."""
     import copy
@@ -4950,6 +5309,8 @@ class _Lanes:
 
     def __init__(self) -> None:
         self.lanes: dict[tuple[Sender, str], _Lane] = {}
+        #: whose destination can be told without a file or a client being opened first
+        self.looked_up: set[Priority] = set()
         # The threads that are inside of a lane. They wait for no other call, and so
         # there is no circle of calls that wait for each other.
         self.busy: set[int] = set()
@@ -4968,7 +5329,9 @@ _lanes = _PerProcess(_Lanes)
 
 def _forget_lanes() -> None:
     """Let the next dispatches begin anew, with other senders."""
-    _lanes.get().lanes.clear()
+    lanes = _lanes.get()
+    lanes.lanes.clear()
+    lanes.looked_up.clear()
 
 
 settings.on_change.append(_forget_lanes)
@@ -5018,6 +5381,78 @@ def _partial_failure(
         message.group_id = ready.entry.group_id
         unsent.append(message)
     return PartialFailure({"Successful": successful, "Failed": failed}, unsent=unsent)
+
+
+_SIZE_KNOWN_S = 1  # a queue is asked for its size no more often
+
+
+class _QueueSizes:
+    """How many messages the queues have, as far as this process knows.
+
+    SQS counts what is sent some seconds late, so between two looks at a queue what this
+    process sends is counted here.
+    """
+
+    def __init__(self) -> None:
+        # Held while a queue is asked, so that threads do not all ask. Reentrant: a
+        # signal handler or a __del__ may dispatch while its thread has it.
+        self._lock = threading.RLock()
+        self._sizes: dict[tuple[Broker, str], int] = {}
+        self._known_until: dict[tuple[Broker, str], float] = {}
+
+    def count(self, broker: Broker, queue: str, limit: int) -> int:
+        """Count one message more, unless the queue is full; return how many it has."""
+        key = broker, queue
+        with self._lock:
+            if time.monotonic() >= self._known_until.get(key, -math.inf):
+                self._sizes[key] = sum(broker.depth(queue))
+                self._known_until[key] = time.monotonic() + _SIZE_KNOWN_S
+            size = self._sizes[key]
+            if size < limit:
+                self._sizes[key] = size + 1
+            return size
+
+
+_queue_sizes = _PerProcess(_QueueSizes)
+
+
+def _max_queue_size(message: Message) -> int | None:
+    """Return the `max_queue_size` of a message's task; None if it has none."""
+    its_task = _registry.get(message.task_name)
+    if its_task is None:
+        return None
+    return its_task.options.get("max_queue_size")
+
+
+def _refuse_if_full(message: Message) -> None:
+    """Raise QueueFull if the queue has the `max_queue_size` of the message's task."""
+    limit, sender = _max_queue_size(message), _brokers.sender()
+    if isinstance(sender, SnsSender):
+        raise ConfigurationError(
+            f"{message.task_name}: max_queue_size needs a queue, and SNS has none"
+        )
+    if limit is None or not hasattr(sender, "depth"):  # in sync mode, say
+        return
+    queue = sender.destination(message.priority)
+    broker = typing.cast("Broker", sender)
+    size = _queue_sizes.get().count(broker, queue, limit)
+    if size >= limit:
+        text = (
+            f"{message.task_name}: {queue} has {size} messages, and max_queue_size is"
+            f" {limit}"
+        )
+        raise QueueFull(text, queue, size, limit)
+
+
+def _check_max_queue_size(made: Task[Any, Any], value: object) -> None:
+    """Check the option of :func:`task`."""
+    if type(value) is not int or value < 1:
+        raise ConfigurationError(
+            f"{made.name} has max_queue_size={value!r}: expected a whole number above 0"
+        )
+
+
+_more_options["max_queue_size"] = _check_max_queue_size
 
 
 class Captured(NamedTuple):
@@ -5090,6 +5525,7 @@ __all__ += [
     "Ledger",
     "Outcome",
     "Worker",
+    "listen_async",
     "listen_for_messages",
     "process",
     "process_messages_for_lambda_consumer",
@@ -5136,7 +5572,8 @@ class Outcome(NamedTuple):
 # entered, such as PostponeException or IgnoreException, is the run's end.
 _around_runs: list[
     Callable[
-        [Task[Any, Any], QueueMessage], contextlib.AbstractContextManager[object, None]
+        [Task[Any, Any], QueueMessage],
+        contextlib.AbstractContextManager[object, bool | None],
     ]
 ] = []
 
@@ -5168,24 +5605,52 @@ def process(received: QueueMessage) -> Outcome:
 
 def _run(received: QueueMessage, began: float) -> None:
     """Run the hooks and the task, and catch nothing but the task's IgnoreException."""
+    message = _begin_run(received)
+    around = contextlib.ExitStack()
+
+    def call() -> None:
+        _surround(around, received)
+        message.task.call(message, received.receipt_handle)
+
+    _end_run(received, began, around, call)
+
+
+def _begin_run(received: QueueMessage) -> Message:
+    """Run the pre hook, and decode the message."""
     _call_hook("TASKHAWK_PRE_PROCESS_HOOK", received)
     message = _decode(received.body)
-    task = message.task
+    _find_task(message.task_name)
     received.message = message  # from here on, an error is the task's
     message.received = received
     _log.debug("Received message", extra={"message_body": received.body})
+    return message
+
+
+def _surround(around: contextlib.ExitStack, received: QueueMessage) -> None:
+    """Begin what surrounds a run."""
+    message = typing.cast("Message", received.message)
+    for surround in _around_runs:
+        around.enter_context(surround(message.task, received))
+
+
+def _end_run(
+    received: QueueMessage,
+    began: float,
+    around: contextlib.ExitStack,
+    call: Callable[[], object],
+) -> None:
+    """Call the task, run the post hook, end what surrounds the run, and log it."""
     level, outcome, end = received.done_level, "done", "finished"
-    with contextlib.ExitStack() as around:
+    with around:
         try:
-            for surround in _around_runs:
-                around.enter_context(surround(task, received))
-            task.call(message, received.receipt_handle)
+            call()
         except BaseException as error:
             if not _are_all(IgnoreException, error):
                 raise
             level, outcome, end = logging.INFO, "ignored", f"ignored{_reason(error)}"
         finally:
-            message.received = None  # else a cycle keeps the body until it is collected
+            # Else a cycle keeps the body until it is collected.
+            typing.cast("Message", received.message).received = None
         _call_hook("TASKHAWK_POST_PROCESS_HOOK", received)
     if _log.isEnabledFor(level):
         facts = _facts(received, outcome, began)
@@ -5330,13 +5795,12 @@ def _wanted(received: QueueMessage, error: BaseException) -> Outcome:
     """Decide as if the queue allowed any number of receives."""
     leaves = list(_leaves(error))
     if received.message is None:  # no policy gives up what was never started
-        asked_s = max(_asked_delays_s(leaves), default=None)
-        return Outcome(Fate.retry, error, asked_s)
+        return Outcome(Fate.retry, error, _longest_s(_asked_delays_s(leaves)))
     task = received.message.task
     if not all(_may_retry(task, leaf) for leaf in leaves):
         return Outcome(Fate.dead_letter, error)
     try:
-        delay_s = _delay_s(task, leaves, received.attempt)
+        delay_s = _delay_s(received.message, leaves, received.attempt)
     except StopRetry:
         return Outcome(Fate.dead_letter, error)
     except BaseException as defect:  # of the policy: it must not lose the message
@@ -5346,7 +5810,7 @@ def _wanted(received: QueueMessage, error: BaseException) -> Outcome:
 
 
 def _delay_s(
-    task: Task[Any, Any], leaves: Sequence[BaseException], attempt: int
+    message: Message, leaves: Sequence[BaseException], attempt: int
 ) -> float | None:
     """Return the seconds until the next run; None leaves it to the lease in force.
 
@@ -5358,11 +5822,18 @@ def _delay_s(
     # A subclass that does not call our __init__ may have set anything.
     policies = [leaf.retry for leaf in asked if callable(leaf.retry)]
     if not (delays_s or policies):
-        own = _policy_of(task)
+        own = _options_of(message).retry or _policy_of(message.task)
         if own is None:
             return None
         policies = [own]
-    delays_s += [_ask(policy, task, attempt) for policy in policies]
+    delays_s += [_ask_policy(policy, message.task, attempt) for policy in policies]
+    return _longest_s(delays_s)
+
+
+def _longest_s(delays_s: Sequence[float]) -> float | None:
+    """Return the longest delay, cut to what SQS allows, or None if there is none."""
+    if not delays_s:
+        return None
     return min(max(delays_s), _MAX_HELD_S)
 
 
@@ -5374,7 +5845,9 @@ def _policy_of(task: Task[Any, Any]) -> Callable[[int], float] | None:
     return default
 
 
-def _ask(policy: Callable[[int], float], task: Task[Any, Any], attempt: int) -> float:
+def _ask_policy(
+    policy: Callable[[int], float], task: Task[Any, Any], attempt: int
+) -> float:
     """Return the delay that a retry policy gives."""
     delay_s = policy(attempt)
     if not _is_delay(delay_s):
@@ -5490,6 +5963,146 @@ def _text_of_invalid(received: QueueMessage, error: BaseException) -> str | None
     if unlogged:
         text += f" ({unlogged} more like it since the last record)"
     return text
+
+
+# Batch tasks.
+
+
+_MAX_CALLS_TOGETHER = 100  # that a batch task gets
+
+
+def _check_batch(made: Task[Any, Any], most: object) -> None:
+    """Check the option `batch`: its function takes the calls, and so any arguments."""
+    is_right = isinstance(most, int) and not isinstance(most, bool)
+    if not (is_right and 1 <= typing.cast("int", most) <= _MAX_CALLS_TOGETHER):
+        raise ConfigurationError(
+            f"{made.name} has batch={most!r}: expected 1 to {_MAX_CALLS_TOGETHER}"
+        )
+    made.take_any_arguments()
+    _batch_tasks.add(made.name)
+
+
+_more_options["batch"] = _check_batch
+_batch_tasks: set[str] = set()  # their names; without any, nothing is decoded twice
+
+
+def _find_batch_task(received: QueueMessage) -> str | None:
+    """Return the name of a message's task if that is a batch task.
+
+    Messages of a FIFO queue are run one by one, for each waits for the one before.
+    """
+    if not _batch_tasks or received.is_fifo:
+        return None
+    try:
+        found = _decode(received.body).task
+    except ValidationError:
+        return None  # process() will say what is wrong with it
+    return found.name if "batch" in found.options else None
+
+
+def _most_together(received: QueueMessage) -> int:
+    """Return how many messages may run together with this one, itself included."""
+    if received.batch_task is None:
+        return 1
+    return int(_registry[received.batch_task].options["batch"])
+
+
+def _process_all(batch: Sequence[QueueMessage]) -> list[Outcome]:
+    """Run messages that run together; return an outcome for each."""
+    if len(batch) == 1:
+        return [process(batch[0])]
+    return _process_together(batch)
+
+
+@_in_own_context
+def _process_together(batch: Sequence[QueueMessage]) -> list[Outcome]:
+    """Run messages of one batch task in one call, as :func:`process` runs one."""
+    began = time.monotonic()
+    _refresh_django_connections()
+    try:
+        runs = [_RunOfMany(received, began) for received in batch]
+        for run in runs:
+            run.begin()
+        error = _call_together(run.call for run in runs if run.call)
+        for run in runs:
+            run.end(error)
+        return [run.outcome() for run in runs]
+    finally:
+        _refresh_django_connections(ran=True)
+
+
+def _call_together(ready: Iterable[Call]) -> BaseException | None:
+    """Call the batch task for all messages that are ready; return its error."""
+    calls = list(ready)
+    if not calls:
+        return None
+    metadata = typing.cast("Metadata", calls[0].metadata)
+    try:
+        _registry[metadata.task].call_together(calls)
+    except BaseException as error:
+        return error
+    return None
+
+
+class _RunOfMany:
+    """The run of one message among several of a batch task.
+
+    It goes the way of any run: an error of its own, of a hook or of what surrounds it,
+    ends it alone.
+    """
+
+    def __init__(self, received: QueueMessage, began: float) -> None:
+        self._received, self._began = received, began
+        self._around = contextlib.ExitStack()
+        self._has_begun = False  # the message is valid, and the pre hook is done
+        self._error: BaseException | None = None
+        self.call: Call | None = None  # once the task may be called for it
+
+    def begin(self) -> None:
+        """Do what comes before the task's call."""
+        try:
+            message = _begin_run(self._received)
+            self._has_begun = True
+            _surround(self._around, self._received)
+            self.call = Call.of(message, self._received.receipt_handle)
+        except BaseException as error:
+            self._error = error
+
+    def end(self, error: BaseException | None) -> None:
+        """Do what comes after it.
+
+        :param error: of the call, for all messages that have none of their own
+        """
+        if not self._has_begun:
+            return
+        if self.call is not None:
+            self._error = error
+            if self.call.error is not None:
+                self._error = self.call.error
+        try:
+            _end_run(self._received, self._began, self._around, self._raise)
+        except BaseException as raised:
+            self._error = raised
+        else:
+            self._error = None
+
+    def _raise(self) -> None:
+        """End as the task's call did."""
+        if self._error is None:
+            return
+        trace = self._error.__traceback__
+        try:
+            raise self._error
+        finally:
+            # It is raised for one message after another: its traceback is not to grow.
+            self._error.__traceback__ = trace
+
+    def outcome(self) -> Outcome:
+        """Return what becomes of the message; raise what must end the process."""
+        if self._error is None:
+            return Outcome(Fate.acknowledge)
+        _raise_interrupt(self._error)
+        return _failed(self._received, self._error, self._began)
 
 
 class _SyncSender(Sender):
@@ -5620,6 +6233,7 @@ class _Held:
     decided_at: float = math.inf  # when that was known
     due_at: float = math.inf  # when the call that ends it is to be made at the latest
     tries: int = 0  # how often that call has failed
+    is_along: bool = False  # it runs together with one that was started before it
     in_call: bool = False  # a call with it is under way, so that no other is made
 
     @property
@@ -5771,6 +6385,7 @@ class _Holdings:
         self.held: dict[_Held, None] = {}  # an ordered set, as are the following
         self.backlog = _Backlog(queues)  # received and not started
         self.decided: dict[_Held, None] = {}  # it is known what they become
+        self._along = 0  # messages that run together with another, that one left out
         self.leases = _Leases()
         self.calls = _Calls(self, queues)
 
@@ -5781,8 +6396,8 @@ class _Holdings:
 
     @property
     def running(self) -> int:
-        """How many messages run."""
-        return len(self.held) - self.waiting - len(self.decided)
+        """How many runs are under way; messages that run together are one."""
+        return len(self.held) - self.waiting - len(self.decided) - self._along
 
     @property
     def is_overdue(self) -> bool:
@@ -5839,6 +6454,22 @@ class _Holdings:
             held.begin(now)
         return held
 
+    def start_more(self, first: _Held, most: int, now: float) -> list[_Held]:
+        """Start messages of the same batch task as one that was just started.
+
+        :param most: how many may run together
+        """
+        kind = (first.queue, first.message.batch_task)
+        waiting = [held for held in self.backlog if held.is_sure]
+        alike = [h for h in waiting if (h.queue, h.message.batch_task) == kind]
+        more = [held for held in alike if now < held.lease_until][: most - 1]
+        for held in more:
+            self.backlog.drop(held)
+            held.begin(now)
+            held.is_along = True
+        self._along += len(more)
+        return more
+
     def finish(
         self, held: _Held, end: str, now: float, delay_s: float | None = 0
     ) -> None:
@@ -5864,6 +6495,9 @@ class _Holdings:
         """Note what a message is to become, and when the call for it is due."""
         self.backlog.drop(held)
         self.decided[held] = None
+        if held.is_along:
+            held.is_along = False
+            self._along -= 1
         held.end, held.decided_at, held.due_at = end, now, now
         if held.to_delete:
             if not held.message.is_fifo:  # else others of its group wait for it
@@ -6714,7 +7348,7 @@ class _Polls:
         self.of: dict[str, _Polled] = {}
         for rank, queue in enumerate(queues):
             batch, most_polls = _MAX_BATCH, _MAX_POLLS
-            if queue.endswith(".fifo"):
+            if _is_fifo(queue):
                 # It withholds the rest of a group while one message of that is held.
                 batch = most_polls = 1
             self.of[queue] = _Polled(rank, batch, most_polls, receives)
@@ -6865,18 +7499,31 @@ class _Course:
         self._can_start = True  # a child, as far as the last try tells
         self._started = 0  # messages, ever
 
-    def next(self) -> _Held | None:
-        """Wait for a message to run, and start it; None if there will be no more."""
+    def next(self) -> list[_Held]:
+        """Wait for a message to run, and start it with those that run together with it.
+
+        :returns: none if there will be no more
+        """
         with self.lock:
             while self.is_working():
                 held = self._holdings.start(self.clock())
                 if self._holdings.news:  # a message was lost while it waited
                     self._keeper.freed()
                 if held:
-                    self._started += 1
-                    return held
+                    batch = [held, *self._start_more(held)]
+                    self._started += len(batch)
+                    return batch
                 self._to_start.wait()
-            return None
+            return []
+
+    def _start_more(self, held: _Held) -> list[_Held]:
+        """Start what runs together with a message; called with the lock held."""
+        most = _most_together(held.message)
+        if most == 1:
+            return []
+        more = self._holdings.start_more(held, most, self.clock())
+        self._keeper.freed()  # they wait no more, and take no slots
+        return more
 
     def finish(self, held: _Held, end: str, delay_s: float | None = 0) -> None:
         """Note what a message that ran is to become."""
@@ -7180,8 +7827,8 @@ class _Slot:
             try:
                 if self._is_isolated:
                     self._start_child()
-                while held := self._course.next():
-                    self._run(held)
+                while batch := self._course.next():
+                    self._run(batch)
             except BaseException as error:
                 self._course.fail(error)  # before the phases go on
                 raise
@@ -7197,30 +7844,36 @@ class _Slot:
             self._pause(error)
         self._course.begin()
 
-    def _run(self, held: _Held) -> None:
-        """Run a message, and note what it is to become."""
+    def _run(self, batch: Sequence[_Held]) -> None:
+        """Run messages that run together, and note what each is to become."""
         try:
-            outcome = self._process(held.message)
-            if outcome:
+            outcomes = self._process([held.message for held in batch])
+            for held, outcome in zip(batch, outcomes, strict=False):
                 self._settle(held, outcome)
         except _CannotStart as error:
-            if held.message.would_be_redriven:
-                self._settle(held, Outcome(Fate.postpone, error, 0))
-            else:
-                self._course.release(held)
+            for held in batch:
+                self._give_back(held, error)
             self._pause(error)
         finally:
-            if held.runs:
-                # It was interrupted, or killed as the grace ended. Where its child
-                # still runs, that must end before others may have the message.
-                self.child.kill()
-                self._course.finish(held, "retried")
+            for held in batch:
+                if held.runs:
+                    # It was interrupted, or killed as the grace ended. Where its child
+                    # still runs, that must end before others may have the message.
+                    self.child.kill()
+                    self._course.finish(held, "retried")
 
-    def _process(self, received: QueueMessage) -> Outcome | None:
-        """Run a message, in the child if it is for that."""
+    def _give_back(self, held: _Held, error: _CannotStart) -> None:
+        """Leave a message that could not begin to run to other workers."""
+        if held.message.would_be_redriven:
+            self._settle(held, Outcome(Fate.postpone, error, 0))
+        else:
+            self._course.release(held)
+
+    def _process(self, batch: Sequence[QueueMessage]) -> list[Outcome]:
+        """Run messages, in the child if it is for that."""
         worker = os.getpid()
         try:
-            return self.child.process(received)
+            return self.child.process(batch)
         finally:
             if os.getpid() != worker:
                 # A process that the task forked came back from it. The message is its
@@ -7327,6 +7980,8 @@ class _Poller:
         for message in messages:
             message.max_receive_count = lease.max_receive_count
             message.done_level = worker.done_level
+            message.batch_task = _find_batch_task(message)
+            message.lease_s = lease.seconds
         # At once: from here on the keeper extends the leases.
         self._intake.take(poll, messages, lease.seconds)
         self._faults.worked(self._queue, "receive")
@@ -7372,6 +8027,20 @@ def _make_thread(course: _Course, work: Callable[[], object]) -> threading.Threa
     return threading.Thread(target=guard, daemon=True)
 
 
+class _Event(typing.Protocol):
+    """What tells a worker to stop: threading's and asyncio's events are such."""
+
+    def is_set(self) -> bool: ...
+
+
+# What later parts run beside each worker. Each is called before the first receive, with
+# the worker and the event that is set once it stops, and returns what a thread is to run
+# until then, or None.
+_beside_workers: list[
+    Callable[[Worker, threading.Event], Callable[[], object] | None]
+] = []
+
+
 @dataclasses.dataclass(eq=False, repr=False)
 class Worker:
     """Runs the messages of some queues, most urgent first, until it is stopped.
@@ -7388,7 +8057,7 @@ class Worker:
     num_messages: int = 1
     visibility_timeout_s: float | None = None
     loop_count: int | None = None
-    shutdown_event: threading.Event | None = None
+    shutdown_event: _Event | None = None
     until_empty: bool = False
     concurrency: int = 1
     max_tasks: int | None = None
@@ -7401,6 +8070,7 @@ class Worker:
     done_level: int = logging.DEBUG
     clock: Callable[[], float] = time.monotonic
     wait_s: float = _LONG_POLL_S
+    event_loop: Any = None  # the application's own, for coroutines
 
     def __post_init__(self) -> None:
         _check_options(self)
@@ -7426,7 +8096,7 @@ class Worker:
             ),
         )
         self._keeping: list[threading.Thread] = []
-        event_loop = _EventLoop()
+        event_loop = _EventLoop(self.event_loop)
         self.overdue = threading.Event()  #: set once the grace is over
         self._slots = [
             _Slot(
@@ -7455,6 +8125,7 @@ class Worker:
             credentials
         """
         make = functools.partial(_make_thread, self._course)
+        beside = [begin(self, self._course.stop) for begin in _beside_workers]
         slots = [make(slot.work) for slot in self._slots[1:]]
         intake = _Intake(self._course, self._keeper, self._polls)
         poller = functools.partial(_Poller, self, self._course, intake)
@@ -7464,7 +8135,9 @@ class Worker:
         within_s: float | None = _HURRIED_S
         with self._signals:
             try:
-                self._work(helpers, [*pollers, *slots])
+                self._work(
+                    helpers, [*pollers, *slots, *map(make, filter(None, beside))]
+                )
                 within_s = None  # nothing interrupts it
             finally:
                 self._close(within_s)
@@ -7573,8 +8246,20 @@ class Worker:
             self.on_overdue(self.ledger)
 
 
+# What must hold before anything is received: later parts add what they need, and raise
+# ConfigurationError.
+_before_work: list[Callable[[], object]] = []
+
+
+def _check_before_work() -> None:
+    """Raise ConfigurationError if a registered task can't be run here."""
+    for check in _before_work:
+        check()
+
+
 def _check_options(worker: Worker) -> None:
-    """Refuse options that make no sense, and fit the length of polls to the grace."""
+    """Refuse what can't work, and fit the length of polls to the grace."""
+    _check_before_work()
     _check_counts(worker)
     lease_s, grace_s = worker.visibility_timeout_s, worker.grace_s
     if lease_s is not None and not 1 <= lease_s <= _MAX_HELD_S:
@@ -7665,6 +8350,113 @@ def listen_for_messages(
     return worker.run()
 
 
+async def listen_async(
+    priority: Priority | Iterable[Priority],
+    num_messages: int = 1,
+    visibility_timeout_s: float | None = None,
+    loop_count: int | None = None,
+    shutdown_event: _Event | None = None,
+    *,
+    until_empty: bool = False,
+    concurrency: int = 1,
+    max_tasks: int | None = None,
+    grace_s: float | None = None,
+    isolate: bool = False,
+    max_tasks_per_child: int = 100,
+    ack_wait_s: float = _ACK_WAIT_S,
+) -> Ledger:
+    """Run the messages of a queue beside what else an application's event loop does.
+
+    ``async def`` tasks run on that loop, up to `concurrency` at once, and may use the
+    application's clients. All else is done in threads: receives, hooks, and plain
+    tasks. What coroutines leave running is the application's.
+
+    The options are those of :func:`listen_for_messages`. No signal is handled. Where
+    this is cancelled, it stops as by `shutdown_event`, and then raises CancelledError;
+    cancelled again, it waits no longer.
+
+    :param shutdown_event: set it to stop: threading's or asyncio's
+    :returns: what became of the messages
+    :raises ConfigurationError: as :func:`listen_for_messages`
+    """
+    make = functools.partial(
+        Worker,
+        num_messages=num_messages,
+        visibility_timeout_s=visibility_timeout_s,
+        loop_count=loop_count,
+        until_empty=until_empty,
+        concurrency=concurrency,
+        max_tasks=max_tasks,
+        grace_s=grace_s,
+        isolate=isolate,
+        max_tasks_per_child=max_tasks_per_child,
+        ack_wait_s=ack_wait_s,
+    )
+    return await _run_beside_loop(make, priority, shutdown_event)
+
+
+async def _run_beside_loop(
+    make: Callable[..., Worker],
+    priority: Priority | Iterable[Priority],
+    shutdown_event: _Event | None,
+) -> Ledger:
+    """Make a worker that uses this event loop, and run it in a thread."""
+    import asyncio
+
+    told = _EitherEvent(shutdown_event)
+    loop = asyncio.get_running_loop()
+
+    def work() -> Ledger:
+        queues = _queues_of(priority)
+        broker = _brokers.broker()
+        worker = make(broker, queues, shutdown_event=told, event_loop=loop)
+        return worker.run()
+
+    return await _wait_for_thread(work, told.set)
+
+
+class _EitherEvent:
+    """Is set once it, or another event, is."""
+
+    def __init__(self, other: _Event | None) -> None:
+        self._other, self._own = other, threading.Event()
+
+    def set(self) -> None:
+        """Set it, and leave the other one as it is."""
+        self._own.set()
+
+    def is_set(self) -> bool:
+        """Return whether one of the two is set."""
+        return self._own.is_set() or (self._other is not None and self._other.is_set())
+
+
+async def _wait_for_thread(work: Callable[[], _R], stop: Callable[[], object]) -> _R:
+    """Call a function in a thread of its own; if this is cancelled, stop it first.
+
+    Not in the loop's executor, whose threads are few and hold up the interpreter's end.
+    """
+    import asyncio
+    from concurrent.futures import Future
+
+    running: Future[_R] = Future()
+    running.set_running_or_notify_cancel()  # so nothing can cancel it
+
+    def run() -> None:
+        try:
+            running.set_result(work())
+        except BaseException as error:
+            running.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    ended = asyncio.wrap_future(running)
+    try:
+        return await asyncio.shield(ended)
+    except asyncio.CancelledError:
+        stop()
+        await asyncio.shield(ended)
+        raise
+
+
 def _queues_of(priority: Priority | Iterable[Priority]) -> list[str]:
     """Return the names of queues, the most urgent first, each once."""
     wanted = {priority} if isinstance(priority, Priority) else set(priority)
@@ -7736,21 +8528,30 @@ def _postponed_copy(received: QueueMessage, delay_s: float, limit: int) -> Outgo
     """
     ours: dict[str, Mapping[str, Any]] = {}
     if received.attempt > 1:
-        before = str(received.attempt - 1)
-        ours[_ATTEMPTS_ATTRIBUTE] = {"DataType": "String", "StringValue": before}
-    copy = received.copy(_add_attributes(received, ours, limit))
+        ours[_ATTEMPTS_ATTRIBUTE] = _as_attribute(received.attempt - 1)
+    others = {_POSTPONED_ATTRIBUTE: _as_attribute(0), **received.message_attributes}
+    others[_POSTPONED_ATTRIBUTE] = _as_attribute(received.postponed + 1)
+    copy = received.copy(_add_attributes(received, ours, others, limit))
     return copy._replace(delay_s=delay_s)
 
 
+def _as_attribute(number: int) -> Mapping[str, Any]:
+    """Return a number as a message attribute."""
+    return {"DataType": "String", "StringValue": str(number)}
+
+
 def _add_attributes(
-    received: QueueMessage, ours: Mapping[str, Mapping[str, Any]], limit: int
+    received: QueueMessage,
+    ours: Mapping[str, Mapping[str, Any]],
+    others: Mapping[str, Mapping[str, Any]],
+    limit: int,
 ) -> Mapping[str, Mapping[str, Any]]:
-    """Return attributes of ours, and of the message's those for which there is room.
+    """Return attributes of ours, and of the others those for which there is room.
 
     What gives way are headers, which the body has too.
     """
     attributes = dict(ours)
-    for name, value in received.message_attributes.items():
+    for name, value in others.items():
         more = {name: value, **attributes}
         if len(more) <= _MAX_ATTRIBUTES and received.copy(more).size() <= limit:
             attributes = more
@@ -7801,7 +8602,8 @@ def _dead_letter_copy(
     text = _error_record(received, error, room)
     if len(text) <= room:
         attributes[_ERROR_ATTRIBUTE] = {"DataType": "String", "StringValue": text}
-    return received.copy(_add_attributes(received, attributes, limit))
+    others = received.message_attributes
+    return received.copy(_add_attributes(received, attributes, others, limit))
 
 
 def _error_record(
@@ -8062,26 +8864,28 @@ class _Child:
         self, start: Mapping[str, Any], max_tasks: int, given_up: threading.Event
     ) -> None:
         self._start, self._max_tasks, self._given_up = start, max_tasks, given_up
+        self._isolated = start.get("isolated", ())  # all messages of these tasks
         self._process: _ChildProcess | None = None
         self._runs_left = 0  # until the process is replaced
 
-    def process(self, received: QueueMessage) -> Outcome | None:
-        """Run a message, and decide its fate as :func:`process` does.
+    def process(self, batch: Sequence[QueueMessage]) -> list[Outcome]:
+        """Run messages that run together, and decide the fate of each.
 
-        :returns: None if the process was killed because the worker's grace is over
+        :returns: none if the process was killed because the worker's grace is over
         :raises _CannotStart: if the run did not begin, for another reason
         """
-        message = self._find_isolated(received)
+        message = self._find_isolated(batch[0])
         if message is None:
-            return process(received)
-        received.message = message
+            return _process_all(batch)
+        for received in batch:
+            received.message = self._find_isolated(received)
         try:
-            running = self._begin(message.task.name, received)
+            running = self._begin(message.task.name, batch)
         except _CannotStart:
             if self._given_up.is_set():
-                return None
+                return []
             raise
-        return self._finish(running, message.task, received)
+        return self._finish(running, message, batch)
 
     def start(self) -> _ChildProcess:
         """Return a process that lives, a new one if need be.
@@ -8103,23 +8907,35 @@ class _Child:
         self._end(_END_S)
 
     def _find_isolated(self, received: QueueMessage) -> Message | None:
-        """Return the decoded message if its task is isolated."""
-        if not self._start:
+        """Return the decoded message if its task is isolated, or has a time limit."""
+        if not self._isolated and _OPTIONS_HEADER not in received.body:
             return None
         try:
             message = _decode(received.body)
-            isolated = message.task.name in self._start["isolated"]
+            name = message.task.name
         except ValidationError:
             return None  # process() will say what is wrong with it
-        return message if isolated else None
+        if name in self._isolated:
+            return message
+        if _options_of(message).time_limit is not None and self._can_isolate(name):
+            return message
+        return None
 
-    def _begin(self, name: str, received: QueueMessage) -> _ChildProcess:
-        """Return a process that has begun to run a message, or raise _CannotStart."""
-        request = {
-            field: value
-            for field, value in vars(received).items()
-            if field not in ("broker", "message")
-        }
+    def _can_isolate(self, name: str) -> bool:
+        """Have children import all tasks, for one that only its message isolates."""
+        if name in self._start.get("isolated", ()):
+            return True
+        try:
+            self._start = _start_of_children(everything=True)
+        except ConfigurationError as error:
+            _log.warning("a time limit of one message is not kept: %s", error)
+            return False
+        self.close()  # the process that knows fewer tasks
+        return True
+
+    def _begin(self, name: str, batch: Sequence[QueueMessage]) -> _ChildProcess:
+        """Return a process that has begun to run messages, or raise _CannotStart."""
+        request = [_fields_of(received) for received in batch]
         running = self.start()
         until = time.monotonic() + _START_S
         try:
@@ -8156,13 +8972,15 @@ class _Child:
         return started
 
     def _finish(
-        self, running: _ChildProcess, its_task: Task[Any, Any], received: QueueMessage
-    ) -> Outcome | None:
-        """Return how a run that began has ended; None if the grace is over."""
-        name, limit_s, began = its_task.name, its_task.time_limit, time.monotonic()
+        self, running: _ChildProcess, message: Message, batch: Sequence[QueueMessage]
+    ) -> list[Outcome]:
+        """Return how a run that began has ended; none if the grace is over."""
+        name, began = message.task.name, time.monotonic()
+        limit_s = _options_of(message).time_limit or message.task.time_limit
         failure: TaskhawkError
         try:
-            outcome = _to_outcome(running.hear("ended", began + (limit_s or math.inf)))
+            answers = running.hear("ended", began + (limit_s or math.inf))
+            outcomes = _to_outcomes(answers, len(batch))
         except TimeoutError:
             self._end(0)
             text = f"{name} ran longer than its time limit of {limit_s:g} s"
@@ -8177,10 +8995,10 @@ class _Child:
             self._runs_left -= 1
             if not self._runs_left:
                 self.close()
-            return outcome
+            return outcomes
         if self._given_up.is_set():
-            return None
-        return _failed(received, failure, began)
+            return []
+        return [_failed(received, failure, began) for received in batch]
 
     def _end(self, within_s: float) -> str:
         """Have the process end, if there is one, and return how it ended."""
@@ -8284,6 +9102,13 @@ class _ChildProcess:
             time.sleep(0.005)
 
 
+def _fields_of(received: QueueMessage) -> dict[str, Any]:
+    """Return a message as a child is told it."""
+    fields = dict(vars(received))
+    del fields["broker"], fields["message"]
+    return fields
+
+
 def _parse_line(line: bytes) -> Any:
     """Return the JSON of a line, or raise ValueError."""
     try:
@@ -8299,6 +9124,13 @@ def _to_answer(outcome: Outcome) -> list[Any]:
         trace = "".join(traceback.format_exception(error))
         raised = [type(error).__name__, _text_of(error), trace]
     return [outcome.fate.value, outcome.delay_s, raised]
+
+
+def _to_outcomes(answers: Sequence[Any], count: int) -> list[Outcome]:
+    """Return the outcomes that a child answers, one a message, or raise ValueError."""
+    if len(answers) != count:
+        raise ValueError("not an answer for each message")
+    return [_to_outcome(answer) for answer in answers]
 
 
 def _to_outcome(answer: Any) -> Outcome:
@@ -8377,8 +9209,9 @@ def _serve_worker(argv: Sequence[str]) -> int:
         report.tell("imported", "")
         while line := lines.readline():
             report.tell("began")
-            received = QueueMessage(**json.loads(line), broker=_broker_of_child())
-            report.tell("ended", *_to_answer(process(received)))
+            broker = _broker_of_child()
+            batch = [QueueMessage(**it, broker=broker) for it in json.loads(line)]
+            report.tell("ended", *map(_to_answer, _process_all(batch)))
     return 0
 
 
@@ -8522,22 +9355,39 @@ def _run_records(
     records: Sequence[Any], context: Any
 ) -> tuple[list[QueueMessage], dict[QueueMessage, Outcome]]:
     """Run records in order, which is a FIFO queue's; return what is done and failed."""
+    _check_before_work()
     done: list[QueueMessage] = []
     failed: dict[QueueMessage, Outcome] = {}
     reserve_ms = _left_ms(context) / 10  # for the deletes and the answer
+    for batch in _batches_of(records):
+        if _is_behind(batch[0], failed):
+            outcomes = _not_started(batch, "an earlier one of its group failed")
+        elif _left_ms(context) < reserve_ms:
+            outcomes = _not_started(batch, "no time was left")
+        else:
+            outcomes = _process_all(batch)
+        for received, outcome in zip(batch, outcomes, strict=True):
+            if outcome.fate is Fate.acknowledge or _is_postponed(received, outcome):
+                done.append(received)
+            else:
+                failed[received] = outcome
+    return done, failed
+
+
+def _batches_of(records: Sequence[Any]) -> Iterator[list[QueueMessage]]:
+    """Yield each record by itself, and those of a batch task together."""
+    waiting: dict[str, list[QueueMessage]] = {}
     for record in records:
         received = _from_record(record)
-        if _is_behind(received, failed):
-            outcome = _not_started(received, "an earlier one of its group failed")
-        elif _left_ms(context) < reserve_ms:
-            outcome = _not_started(received, "no time was left")
-        else:
-            outcome = process(received)
-        if outcome.fate is Fate.acknowledge or _is_postponed(received, outcome):
-            done.append(received)
-        else:
-            failed[received] = outcome
-    return done, failed
+        received.batch_task = _find_batch_task(received)
+        if received.batch_task is None:
+            yield [received]
+            continue
+        batch = waiting.setdefault(received.batch_task, [])
+        batch.append(received)
+        if len(batch) == _most_together(received):
+            yield waiting.pop(received.batch_task)
+    yield from waiting.values()
 
 
 def _is_postponed(received: QueueMessage, outcome: Outcome) -> bool:
@@ -8564,10 +9414,10 @@ def _is_behind(received: QueueMessage, failed: Iterable[QueueMessage]) -> bool:
     return received.group_id in [earlier.group_id for earlier in failed]
 
 
-def _not_started(received: QueueMessage, reason: str) -> Outcome:
-    """Return the outcome of a message that counts as failed though it was not run."""
-    error = TaskhawkError(f"{_name_of(received)} was not started: {reason}")
-    return Outcome(Fate.retry, error)
+def _not_started(batch: Sequence[QueueMessage], reason: str) -> list[Outcome]:
+    """Return the outcomes of messages that count as failed though they were not run."""
+    texts = [f"{_name_of(received)} was not started: {reason}" for received in batch]
+    return [Outcome(Fate.retry, TaskhawkError(text)) for text in texts]
 
 
 def _set_delays(failed: Mapping[QueueMessage, Outcome]) -> None:
@@ -8665,13 +9515,628 @@ def _as_boto3(
 
 
 # --- 20. claims -----------------------------------------------------------------------
-# Who holds a key, until when.
-# (Invariant.)
+# Who holds a key, until when; in a DynamoDB table or in the SQLite file. Each change is
+# one conditional write, so two workers never both get the same claim. A claim ends when
+# it is released, and at the latest by itself, for who holds it may have died. A key is
+# a hash, so neither a table nor a log has an argument. What fails raises: nobody has a
+# claim that was not confirmed.
+# https://docs.aws.amazon.com/amazondynamodb/latest/developerguide/
+
+
+_SKEW_S = 5  # by which the clocks of workers may differ, added to how long claims last
+_MAX_PLACES = 1000  # of a key: all are in one item, and a write costs 1 KB of it
+_MAX_RETENTION_S = 14 * 86_400  # no queue keeps a message for longer
+_TTL_MARGIN_S = 86_400  # after a claim's end, before DynamoDB may delete its item
+_CLAIM_TRIES = 3  # to get one of the places that are free, while others do too
+
+
+class _Claim(NamedTuple):
+    """The answer to a claim.
+
+    :ivar token: what it is finished or released by; "" if others have the key
+    :ivar is_done: whether a run of the key was finished, and is still remembered
+    """
+
+    token: str = ""
+    is_done: bool = False
+
+
+class _Claims(typing.Protocol):
+    """Who holds a key, until when.
+
+    ``claim`` takes one of `most` places of a key for `for_s`, unless all are taken or
+    the key is done. ``finish`` has the key done for `keep_s`, whoever has it by now:
+    the run has been. ``release`` gives a place back, unless it is another's by now.
+
+    ``start`` notes that a message is about to run, unless another one's run of the same
+    key started after this message was sent: then it returns False. The times are the
+    queue's. A message may start again, and the times may be equal.
+
+    Any thread may call at any time. A call that raises may have had its effect.
+    """
+
+    def claim(self, key: str, for_s: float, most: int = 1) -> _Claim: ...
+    def finish(self, key: str, token: str, keep_s: float) -> None: ...
+    def release(self, key: str, token: str) -> None: ...
+    def start(
+        self, key: str, message_id: str, sent_ms: int, started_ms: int
+    ) -> bool: ...
+
+
+def _hash(text: str) -> str:
+    """Return 64 characters that stand for a text."""
+    import hashlib
+
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _find_claims() -> _Claims:
+    """Return where this process's claims are.
+
+    :raises ConfigurationError: on SQS, if TASKHAWK_CLAIMS_TABLE is not set
+    """
+    broker = _brokers.broker()
+    if isinstance(broker, SqliteBroker):
+        return _SqliteClaims(broker)
+    table = settings.TASKHAWK_CLAIMS_TABLE
+    if table is None:
+        example = _SETTINGS["TASKHAWK_CLAIMS_TABLE"].example
+        raise ConfigurationError(
+            "TASKHAWK_CLAIMS_TABLE is not set: on SQS, once, unique and limit need a"
+            f" DynamoDB table: set its name, such as {example!r}, and run python -m"
+            " taskhawk provision"
+        )
+    return typing.cast("_Claims", _brokers.get(f"dynamodb:{table}"))
+
+
+class _DynamoClaims(_AwsService, _Claims):
+    """Claims in a DynamoDB table, one item for each key.
+
+    The items have the layout that Powertools for AWS Lambda uses for idempotency:
+    ``id`` (the key), ``status``, ``in_progress_expiration`` in milliseconds, and
+    ``expiration`` in seconds, by which DynamoDB may delete the item. That may take
+    days, so what is expired counts as deleted.
+
+    :param url: ``dynamodb:`` and the name of the table
+    :param clock: epoch seconds; passed in by tests
+    """
+
+    service, target_key = "dynamodb", "TableName"
+
+    def __init__(self, url: str, clock: Callable[[], float] = time.time) -> None:
+        super().__init__()
+        self._table, self._clock = url.partition(":")[2], clock
+
+    def claim(self, key: str, for_s: float, most: int = 1) -> _Claim:
+        """Take a place: a free one if the first was not, as the answer then says."""
+        import random
+
+        owner, place = os.urandom(8).hex(), random.randrange(most)
+        for _ in range(_CLAIM_TRIES):
+            item = self._take(key, place, owner, for_s)
+            if item is None or item.get(f"owner_{place}") == {"S": owner}:
+                return _Claim(f"{place}-{owner}")
+            if item.get("status") == {"S": "COMPLETED"}:
+                return _Claim(is_done=True)
+            free = self._free_places(item, most)
+            if not free:
+                break
+            place = random.choice(free)
+        return _Claim()
+
+    def _take(
+        self, key: str, place: int, owner: str, for_s: float
+    ) -> Mapping[str, Any] | None:
+        """Take a place if it is free; else return the item that is in the way.
+
+        It is ours where botocore has repeated a request whose answer was lost.
+        """
+        now_s = self._clock()
+        return self._update(
+            key,
+            "SET #owner = :owner, #until = :until, #status = :running, #expiry = :ttl",
+            "(attribute_not_exists(#status) OR #status = :running OR #expiry < :now)"
+            " AND (attribute_not_exists(#until) OR #until < :now_ms)",
+            names={**_place_names(place), "#status": "status", "#expiry": "expiration"},
+            values={
+                ":owner": owner,
+                ":until": _to_ms(now_s + for_s),
+                ":running": "INPROGRESS",
+                ":ttl": math.ceil(now_s + for_s + _TTL_MARGIN_S),
+                ":now": math.floor(now_s),
+                ":now_ms": _to_ms(now_s),
+            },
+        )
+
+    def _free_places(self, item: Mapping[str, Any], most: int) -> list[int]:
+        """Return the places of an item that nobody has."""
+        now_ms = _to_ms(self._clock())
+        free = []
+        for place in range(most):
+            until = item.get(_place_names(place)["#until"], {"N": "0"})
+            if int(until["N"]) < now_ms:
+                free.append(place)
+        return free
+
+    def finish(self, key: str, token: str, keep_s: float) -> None:
+        """Have the key done for so long."""
+        place, _, _ = token.partition("-")
+        self._update(
+            key,
+            "SET #status = :done, #expiry = :ttl REMOVE #owner, #until",
+            "",
+            names={
+                **_place_names(int(place)),
+                "#status": "status",
+                "#expiry": "expiration",
+            },
+            values={":done": "COMPLETED", ":ttl": math.ceil(self._clock() + keep_s)},
+        )
+
+    def release(self, key: str, token: str) -> None:
+        """Give a place back."""
+        place, _, owner = token.partition("-")
+        self._update(
+            key,
+            "REMOVE #owner, #until",
+            "#owner = :owner",
+            names=_place_names(int(place)),
+            values={":owner": owner},
+        )
+
+    def start(self, key: str, message_id: str, sent_ms: int, started_ms: int) -> bool:
+        """Note that a message is about to run."""
+        now_s = self._clock()
+        in_the_way = self._update(
+            key,
+            "SET #message = :message, #started = :started, #expiry = :ttl",
+            "attribute_not_exists(#started) OR #started <= :sent"
+            " OR #message = :message OR #expiry < :now",
+            names={
+                "#message": "message_id",
+                "#started": "started",
+                "#expiry": "expiration",
+            },
+            values={
+                ":message": message_id,
+                ":started": started_ms,
+                ":sent": sent_ms,
+                ":ttl": math.ceil(now_s + _MAX_RETENTION_S),
+                ":now": math.floor(now_s),
+            },
+        )
+        return in_the_way is None
+
+    def _update(
+        self,
+        key: str,
+        change: str,
+        condition: str,
+        *,
+        names: Mapping[str, str],
+        values: Mapping[str, str | int],
+    ) -> Mapping[str, Any] | None:
+        """Change the item of a key; where the condition fails, return the item."""
+        parameters: dict[str, Any] = {
+            "Key": {"id": {"S": key}},
+            "UpdateExpression": change,
+            "ExpressionAttributeNames": names,
+            "ExpressionAttributeValues": {
+                name: _to_attribute(value) for name, value in values.items()
+            },
+        }
+        if condition:
+            parameters["ConditionExpression"] = condition
+            parameters["ReturnValuesOnConditionCheckFailure"] = "ALL_OLD"
+        try:
+            self.call("send", "update_item", self._table, **parameters)
+        except Exception as error:
+            if _error_code(error) != "ConditionalCheckFailedException":
+                raise
+            answer = getattr(error, "response", {})
+            return typing.cast("Mapping[str, Any]", answer.get("Item", {}))
+        return None
+
+
+def _to_ms(seconds: float) -> int:
+    """Return a time in whole milliseconds."""
+    return math.ceil(seconds * 1000)
+
+
+def _to_attribute(value: str | int) -> dict[str, str]:
+    """Return a value as DynamoDB's protocol has it."""
+    if isinstance(value, int):
+        return {"N": str(value)}
+    return {"S": value}
+
+
+def _place_names(place: int) -> dict[str, str]:
+    """Return the attributes of a place; the first has Powertools' name."""
+    until = "in_progress_expiration"
+    if place:
+        until += f"_{place}"
+    return {"#owner": f"owner_{place}", "#until": until}
+
+
+_schemes["dynamodb"] = _DynamoClaims  # type: ignore[assignment]
+
+
+# A row for each claim. Of a start, the token is empty, for there is one for each key.
+_CLAIMS_SCHEMA = (
+    """CREATE TABLE IF NOT EXISTS claim (
+    key TEXT NOT NULL, token TEXT NOT NULL, until_ms INTEGER NOT NULL,
+    is_done INTEGER NOT NULL DEFAULT 0, message_id TEXT, started_ms INTEGER,
+    PRIMARY KEY (key, token)) WITHOUT ROWID""",
+    "CREATE INDEX IF NOT EXISTS claim_until ON claim (until_ms)",
+)
+
+
+class _SqliteClaims(_Claims):
+    """Claims in the file of a broker, which they die with."""
+
+    def __init__(self, broker: SqliteBroker) -> None:
+        self._broker = broker
+
+    def claim(self, key: str, for_s: float, most: int = 1) -> _Claim:
+        """Take a place, if fewer than so many are taken."""
+        token, now_ms = os.urandom(8).hex(), self._in_ms()
+        insert = """INSERT INTO claim (key, token, until_ms) SELECT ?, ?, ?
+            WHERE (SELECT count(*) FROM claim WHERE key = ? AND until_ms >= ?) < ?"""
+        values = (key, token, self._in_ms(for_s), key, now_ms, most)
+        if self._change(insert, values):
+            return _Claim(token)
+        find = """SELECT count(*) FROM claim
+            WHERE key = ? AND until_ms >= ? AND is_done"""
+        [[done]] = self._file.read(find, (key, now_ms))
+        return _Claim(is_done=done > 0)
+
+    def finish(self, key: str, token: str, keep_s: float) -> None:
+        """Have the key done for so long."""
+        insert = """INSERT INTO claim (key, token, until_ms, is_done)
+            VALUES (?, ?, ?, 1) ON CONFLICT (key, token)
+            DO UPDATE SET until_ms = excluded.until_ms, is_done = 1"""
+        self._change(insert, (key, token, self._in_ms(keep_s)))
+
+    def release(self, key: str, token: str) -> None:
+        """Give a place back."""
+        self._change("DELETE FROM claim WHERE key = ? AND token = ?", (key, token))
+
+    def start(self, key: str, message_id: str, sent_ms: int, started_ms: int) -> bool:
+        """Note that a message is about to run."""
+        insert = """INSERT INTO claim (key, token, until_ms, message_id, started_ms)
+            VALUES (?, '', ?, ?, ?) ON CONFLICT (key, token) DO UPDATE
+            SET until_ms = excluded.until_ms, message_id = excluded.message_id,
+            started_ms = excluded.started_ms
+            WHERE started_ms <= ? OR message_id = excluded.message_id"""
+        until_ms = self._in_ms(_MAX_RETENTION_S)
+        values = (key, until_ms, message_id, started_ms, sent_ms)
+        return self._change(insert, values) > 0
+
+    @property
+    def _file(self) -> _SqliteFile:
+        return self._broker._file  # noqa: SLF001 - the file is the broker's and ours
+
+    def _in_ms(self, seconds: float = 0) -> int:
+        """Return the time so many seconds from now, by the broker's clock."""
+        return self._broker._in_ms(seconds)  # noqa: SLF001 - claims go by it
+
+    def _change(self, statement: str, values: Sequence[Any]) -> int:
+        """Make a change; return how many rows it met. What is expired goes, too."""
+        file = self._file
+        file.open()
+        for part in _CLAIMS_SCHEMA:  # nothing, where they exist
+            file.change(part, ())
+        file.change("DELETE FROM claim WHERE until_ms < ?", (self._in_ms(),))
+        return file.change(statement, values)
 
 
 # --- 21. once, unique, limits ---------------------------------------------------------
-# What claims are for.
-# (Invariant.)
+# What claims are for. All of it acts where a run starts, never at dispatch, so no crash
+# can suppress a message for one that was not sent. A message is ignored only if a run
+# that stands for its own has ended, or has its own message in the queue. One that
+# can't have its claim, or whose claim fails, is postponed: it never runs without it.
+# Where a run has ended, and its claim can't be told, the claim ends by itself.
+
+
+__all__ += ["Limit", "limit"]
+
+_KEEP_S = 86_400  # how long `once` remembers, if keep_s does not say
+_LAMBDA_RUN_S = 900  # a function runs no longer
+_FIRST_WAIT_S = 10  # for a claim that others have; it doubles each time…
+_LONGEST_WAIT_S = 160  # …up to this
+_MEMORY = r"sqlite://(\?|$)"  # a URL of a queue that is in memory
+_claim_faults = _Faults()
+
+
+class Limit(NamedTuple):
+    """What :func:`limit` returns, and the option `limit` of :func:`task` takes."""
+
+    most: int
+    per: tuple[str, ...] = ()
+    every_s: float | None = None
+
+
+def limit(
+    most: int, *, per: tuple[str, ...] = (), every_s: float | None = None
+) -> Limit:
+    """Return how many runs of a task there may be at once, or in a time.
+
+    ``limit(1, per=('customer',))`` is a lock for each customer, ``limit(10)`` allows
+    ten runs at once over all workers, and ``limit(100, every_s=60)`` a hundred starts
+    in any minute.
+
+    :param most: how many, 1 to 1,000
+    :param per: the names of arguments: each of their values has a limit of its own
+    :param every_s: count starts in so many seconds instead of what runs at once
+    :raises ConfigurationError: if one of them is wrong
+    """
+    if type(most) is not int or not 1 <= most <= _MAX_PLACES:
+        raise ConfigurationError(
+            f"limit: most: expected 1 to {_MAX_PLACES} runs, got {most!r}"
+        )
+    if not _are_names(per):
+        raise ConfigurationError(f"limit: per: expected {_NAMES}, got {per!r}")
+    if every_s is not None and not _is_above_zero(every_s):
+        raise ConfigurationError(
+            f"limit: every_s: expected a number of seconds above 0, got {every_s!r}"
+        )
+    return Limit(most, tuple(per), every_s)
+
+
+# The options, when a task is declared.
+
+_NAMES = "a tuple of names of arguments, such as ('order_id',)"
+
+
+def _are_names(value: object) -> bool:
+    """Return whether this is a tuple or list of strings."""
+    if not isinstance(value, tuple | list):
+        return False
+    return all(isinstance(name, str) for name in value)
+
+
+def _check_choice(option: str, made: Task[Any, Any], value: object) -> None:
+    """Check `once` or `unique`: False, True, or arguments of the task."""
+    if isinstance(value, bool):
+        return
+    if not value or not _are_names(value):
+        raise ConfigurationError(
+            f"{made.name}: {option}: expected True or {_NAMES}, got {value!r}"
+        )
+    _check_arguments(option, made, typing.cast("Sequence[str]", value))
+
+
+def _check_arguments(option: str, made: Task[Any, Any], names: Sequence[str]) -> None:
+    """Raise ConfigurationError unless these are arguments of the task."""
+    for name in names:
+        parameter = made._signature.parameters.get(name)  # noqa: SLF001
+        given = name in made._given_by_worker  # noqa: SLF001
+        if parameter is None or given or parameter.kind is parameter.VAR_KEYWORD:
+            raise ConfigurationError(
+                f"{made.name}: {option}: the function has no argument {name!r}"
+            )
+
+
+def _check_keep(made: Task[Any, Any], value: object) -> None:
+    """Check `keep_s`, which goes with `once`."""
+    if not made.options.get("once"):
+        raise ConfigurationError(f"{made.name}: keep_s: expected once=, too")
+    if not _is_above_zero(value):
+        raise ConfigurationError(
+            f"{made.name}: keep_s: expected a number of seconds above 0, got {value!r}"
+        )
+
+
+def _check_limit(made: Task[Any, Any], value: object) -> None:
+    """Check `limit`."""
+    if not isinstance(value, Limit):
+        raise ConfigurationError(
+            f"{made.name}: limit: expected taskhawk.limit(…), got {value!r}"
+        )
+    _check_arguments("limit", made, value.per)
+    if value.every_s is None and made.time_limit is None:
+        raise ConfigurationError(
+            f"{made.name}: limit: expected time_limit=, too, after which the place of a"
+            " worker that died is free again"
+        )
+
+
+_more_options["once"] = functools.partial(_check_choice, "once")
+_more_options["unique"] = functools.partial(_check_choice, "unique")
+_more_options["keep_s"] = _check_keep
+_more_options["limit"] = _check_limit
+_CLAIMING = ("once", "unique", "limit")
+
+
+def _needs_claims(its_task: Task[Any, Any]) -> bool:
+    """Return whether a run of the task begins with a claim."""
+    return any(its_task.options.get(option) for option in _CLAIMING)
+
+
+def _check_claims() -> None:
+    """Raise ConfigurationError if a registered task needs claims, and there are none.
+
+    It is workers that need them, at their start: who only dispatches has no use for the
+    table, nor a permission.
+    """
+    for its_task in _registry.values():
+        if _needs_claims(its_task):
+            _find_claims()
+            if its_task.isolate and re.match(_MEMORY, settings.TASKHAWK_BROKER):
+                raise ConfigurationError(
+                    f"{its_task.name}: sqlite:// is the memory of one process, where"
+                    " the claims of an isolated task can't be: use a file, such as"
+                    " sqlite:///queue.db"
+                )
+
+
+_before_work.append(_check_claims)
+
+
+# A run.
+
+_UNCLAIMED = contextlib.nullcontext()
+
+
+def _around_run(
+    its_task: Task[Any, Any], received: QueueMessage
+) -> contextlib.AbstractContextManager[object, bool | None]:
+    """Return what holds the claims of a run; in sync mode, there is nobody else."""
+    if not its_task.options or not _needs_claims(its_task) or settings.TASKHAWK_SYNC:
+        return _UNCLAIMED
+    return _with_claims(its_task, received)
+
+
+_around_runs.append(_around_run)
+
+
+@contextlib.contextmanager
+def _with_claims(its_task: Task[Any, Any], received: QueueMessage) -> Iterator[None]:
+    """Hold the claims of a run, from before the task's call to after the post hook.
+
+    The order matters. A message that `unique` has noted stands for others, so `once`
+    must not ignore it after that. One that waits for its limit stands for them, too.
+    """
+    options = its_task.options
+    with contextlib.ExitStack() as claims:
+        if options.get("once"):
+            claims.enter_context(_once(its_task, received))
+        if options.get("unique"):
+            _start_unique(its_task, received)
+        if options.get("limit"):
+            claims.enter_context(_within_limit(its_task, received))
+        yield
+
+
+@contextlib.contextmanager
+def _once(its_task: Task[Any, Any], received: QueueMessage) -> Iterator[None]:
+    """Claim a message, or its arguments; if the run succeeds, have the claim done."""
+    message, chosen = _message_of(received), its_task.options["once"]
+    if chosen is True:
+        key = _key(its_task, "once", message.id)
+    else:
+        key = _key(its_task, "once", _arguments(its_task, message, chosen))
+    claim = _ask("claim", key, _void_s(its_task, received))
+    if claim.is_done:
+        raise IgnoreException("it has been done")
+    if not claim.token:
+        raise PostponeException("it runs elsewhere", delay_seconds=_wait_s(received))
+    try:
+        yield
+    except BaseException:
+        _tell("release", key, claim.token)
+        raise
+    _tell("finish", key, claim.token, its_task.options.get("keep_s", _KEEP_S))
+
+
+def _start_unique(its_task: Task[Any, Any], received: QueueMessage) -> None:
+    """Ignore a message if a run of its key started after it was sent.
+
+    The times are the queue's own. The first receive of the message that ran was before
+    its start, so a time between the two says too little, and at worst one runs more.
+    """
+    sent = received.attributes.get("SentTimestamp")
+    first = received.attributes.get("ApproximateFirstReceiveTimestamp")
+    if sent is None or first is None:
+        return  # of a topic: nothing can be compared
+    message, chosen = _message_of(received), its_task.options["unique"]
+    key = _key(its_task, "unique", _arguments(its_task, message, chosen))
+    may_run = _ask("start", key, message.id, int(sent), int(first))
+    if not may_run:
+        raise IgnoreException("a run that started after it was sent stands for it")
+
+
+@contextlib.contextmanager
+def _within_limit(its_task: Task[Any, Any], received: QueueMessage) -> Iterator[None]:
+    """Hold one of the places of a limit; of a rate, a place is taken for its time."""
+    most, per, every_s = its_task.options["limit"]
+    message = _message_of(received)
+    key = _key(its_task, "limit", _arguments(its_task, message, per))
+    for_s = every_s or _void_s(its_task, received)
+    claim = _ask("claim", key, for_s, most)
+    if not claim.token:
+        raise PostponeException("its limit is reached", delay_seconds=_wait_s(received))
+    try:
+        yield
+    finally:
+        if every_s is None:
+            _tell("release", key, claim.token)
+
+
+def _message_of(received: QueueMessage) -> Message:
+    """Return the decoded message of a run that is about to begin."""
+    return typing.cast("Message", received.message)
+
+
+def _void_s(its_task: Task[Any, Any], received: QueueMessage) -> float:
+    """Return after which time the claim of a run is void, for its worker has died."""
+    if received.in_lambda:  # which has no regard for time limits
+        return _LAMBDA_RUN_S + _SKEW_S
+    return (its_task.time_limit or received.lease_s) + _SKEW_S
+
+
+def _wait_s(received: QueueMessage) -> float:
+    """Return when to look again for a claim that others have.
+
+    A look costs a receive, a claim, a copy and a delete. The longer a message waits,
+    the fewer looks; after some minutes that is one request in thirty seconds.
+    """
+    doublings = min(received.postponed, 10)
+    return _jittered(min(_FIRST_WAIT_S * 2**doublings, _LONGEST_WAIT_S))
+
+
+def _key(its_task: Task[Any, Any], kind: str, what: object) -> str:
+    """Return the key of a claim; a table may serve several services."""
+    parts = [settings.TASKHAWK_QUEUE, its_task.name, what]
+    # A default need not be JSON, and its text may differ from process to process.
+    text = json.dumps(parts, sort_keys=True, default=_type_name)
+    return f"{kind}:{_hash(text)}"
+
+
+def _type_name(value: object) -> str:
+    """Return the name of a value's type."""
+    return _qualname(type(value))
+
+
+def _arguments(
+    its_task: Task[Any, Any], message: Message, chosen: Any
+) -> dict[str, Any]:
+    """Return a call's arguments by name, however they were given.
+
+    :param chosen: True for all, or the names of some
+    """
+    given = its_task._given_by_worker  # noqa: SLF001
+    keywords = {**message.kwargs, **dict.fromkeys(given)}
+    bound = its_task._signature.bind(*message.args, **keywords)  # noqa: SLF001
+    bound.apply_defaults()
+    if chosen is True:
+        chosen = [name for name in bound.arguments if name not in given]
+    return {name: bound.arguments[name] for name in chosen}
+
+
+def _ask(operation: str, *values: object) -> Any:
+    """Make a claim, or postpone the run if that fails."""
+    try:
+        answer = getattr(_find_claims(), operation)(*values)
+    except Exception as error:
+        level = logging.WARNING
+        if isinstance(error, ConfigurationError):
+            level = logging.ERROR  # for a person to mend
+        _claim_faults.failed("claims", "claim", _text_of(error), level)
+        delay_s = _jittered(_POSTPONE_S)
+        raise PostponeException("its claim failed", delay_seconds=delay_s) from error
+    _claim_faults.worked("claims", "claim")
+    return answer
+
+
+def _tell(operation: str, *values: object) -> None:
+    """End a claim; where that fails, it ends by itself, and the run has been."""
+    try:
+        getattr(_find_claims(), operation)(*values)
+    except Exception as error:
+        _claim_faults.failed("claims", "end claims", _text_of(error))
+    else:
+        _claim_faults.worked("claims", "end claims")
 
 
 # --- 22. schedules --------------------------------------------------------------------
@@ -8708,13 +10173,6 @@ def _schedule_name(message_id: str) -> str:
     return _hash(message_id)
 
 
-def _hash(text: str) -> str:
-    """Return 64 characters that stand for a text."""
-    import hashlib
-
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
 def _at(due_s: float, now_s: float) -> str:
     """Return when a schedule is to send: never early, at most a minute late, in UTC."""
     minutes = math.ceil(max(due_s, now_s + _EARLY_S) / _MINUTE_S)
@@ -8734,9 +10192,9 @@ def _target(arn: str, body: str, group_id: str | None) -> dict[str, Any]:
         "Input": body,
         "RetryPolicy": _DELIVERY,
     }
-    if ":sqs:" in arn and not arn.endswith(".fifo"):  # which can't be such a queue
-        target["DeadLetterConfig"] = {"Arn": f"{arn}-DLQ"}
-    if group_id is not None:
+    if ":sqs:" in arn and not _is_fifo(arn):  # which can't be such a queue
+        target["DeadLetterConfig"] = {"Arn": _dead_letter_name(arn)}
+    if ":sqs:" in arn and group_id is not None:
         target["SqsParameters"] = {"MessageGroupId": group_id}
     return target
 
@@ -8756,11 +10214,10 @@ def _scheduler_role() -> str:
 
 def _target_arn(priority: Priority) -> str:
     """Return the ARN of the queue or topic for messages of a priority."""
-    sender = _brokers.sender()
-    name = sender.destination(priority)
-    if isinstance(sender, SqsBroker):
-        return sender.arn(name)
-    return name  # of a topic, which is its ARN
+    if settings.IS_LAMBDA_APP:
+        return str(_brokers.get("sns").destination(priority))
+    sqs: SqsBroker = _brokers.get("sqs")
+    return sqs.arn(sqs.destination(priority))
 
 
 class _Scheduler(_AwsSender):
@@ -8782,25 +10239,28 @@ class _Scheduler(_AwsSender):
         if len(entries) > 1:
             return self._one_by_one(destination, entries)
         [entry] = entries
-        message = _decode(entry.body)
-        due_s = message.timestamp / 1000 + entry.delay_s
-        # What looks like a keyword of Scheduler's is the user's own text. The token
-        # that makes a repeated request harmless is botocore's, new for each call: one
-        # made of the id would have AWS take a message for the one that was cancelled.
+        # What looks like a keyword of Scheduler's is the user's own text.
         body = entry.body.replace("<aws.", r"\u003caws.")
-        self.change(
-            "create_schedule",
-            Name=_schedule_name(message.id),
-            ScheduleExpression=_at(due_s, time.time()),
-            ActionAfterCompletion="DELETE",
-            Target=_target(destination, body, entry.group_id),
-        )
+        target = _target(destination, body, entry.group_id)
+        parameters = {**self._parameters(entry), "Target": target}
+        self.call("send", "create_schedule", _schedule_group(), **parameters)
         return []
 
-    def change(self, operation: str, **parameters: Any) -> None:
-        """Make or change a schedule of this service."""
-        parameters["FlexibleTimeWindow"] = {"Mode": "OFF"}
-        self.call("send", operation, _schedule_group(), **parameters)
+    def _parameters(self, entry: Outgoing) -> dict[str, Any]:
+        """Return when a message is to be sent, by a schedule of its name.
+
+        The token that makes a repeated request harmless is botocore's, new for each
+        call. If it were made of the id, AWS could take a message for its like that was
+        cancelled.
+        """
+        message = _decode(entry.body)
+        due_s = message.timestamp / 1000 + entry.delay_s
+        return {
+            "Name": _schedule_name(message.id),
+            "ScheduleExpression": _at(due_s, time.time()),
+            "ActionAfterCompletion": "DELETE",
+            "FlexibleTimeWindow": {"Mode": "OFF"},
+        }
 
     def delete(self, name: str) -> bool:
         """Delete a schedule; return whether it was there."""
@@ -8811,10 +10271,6 @@ class _Scheduler(_AwsSender):
                 raise
             return False
         return True
-
-    def _parameters(self, entry: Outgoing) -> dict[str, Any]:
-        """Return nothing: what it sends depends on the destination."""
-        return {}
 
 
 _schemes["schedule"] = _Scheduler
@@ -8847,10 +10303,424 @@ def _cancel_in_file(broker: SqliteBroker, message_id: str) -> bool:
     beginning = _ENCODER.encode({"id": message_id})[:-1] + ","  # of each body
     delete = "DELETE FROM message WHERE"
     where = f"""queue IN ({_marks("?", queues)}) AND visible_ms > ?
-        AND receipt IS NULL AND substr(body, 1, ?) = ?"""
-    values = (*queues, broker._in_ms(), len(beginning), beginning)  # noqa: SLF001
+        AND visible_ms < ? AND receipt IS NULL AND substr(body, 1, ?) = ?"""
+    now_ms = broker._in_ms()  # noqa: SLF001
+    values = (*queues, now_ms, _BEHIND, len(beginning), beginning)
     file = broker._file  # noqa: SLF001 - both are of this very file
     return file.change(f"{delete} {where}", values) > 0
+
+
+# Periodic tasks. AWS's expressions are parsed where a task is declared.
+
+
+class _Field(NamedTuple):
+    """A field of a cron expression: which numbers it may have, and names for them.
+
+    `foreign` is a pattern for what AWS alone understands.
+    """
+
+    name: str
+    low: int
+    high: int
+    names: tuple[str, ...] = ()  # of the lowest number, and so on
+    foreign: str = "(?!)"  # nothing
+
+    def read(self, text: str) -> frozenset[int]:
+        """Return the numbers that a field stands for; none if AWS alone knows them.
+
+        :raises _Illegal: if it stands for nothing
+        """
+        if re.fullmatch(self.foreign, text.upper()):
+            return frozenset()
+        numbers: set[int] = set()
+        for part in text.split(","):
+            found = self._read_part(part)
+            if not found:
+                raise _Illegal(
+                    f"{self.name}: expected {self.low} to {self.high}, lists, ranges or"
+                    f" steps of them, got {part!r}"
+                )
+            numbers.update(found)
+        return frozenset(numbers)
+
+    def _read_part(self, part: str) -> range:
+        """Return the numbers of a part of a list: one, a range, all, or steps of them.
+
+        None is for what is no such part.
+        """
+        found = re.fullmatch(r"(?:[*?]|(\w+)(?:-(\w+))?)(?:/([1-9][0-9]?))?", part)
+        if found is None:
+            return range(0)
+        first, last, step = found.groups()
+        low, high = self.low, self.high
+        if first is not None:
+            low = self._number(first)
+        if last is not None:
+            high = self._number(last)
+        elif first is not None and step is None:
+            high = low
+        if not self.low <= low <= high <= self.high:
+            return range(0)
+        return range(low, high + 1, int(step or 1))
+
+    def _number(self, text: str) -> int:
+        """Return the number that a number or name stands for; -1 for neither."""
+        if text.upper() in self.names:
+            return self.low + self.names.index(text.upper())
+        return int(text) if re.fullmatch("[0-9]{1,4}", text) else -1
+
+
+_MONTHS = (
+    *("JAN", "FEB", "MAR", "APR", "MAY", "JUN"),
+    *("JUL", "AUG", "SEP", "OCT", "NOV", "DEC"),
+)
+_WEEKDAYS = ("SUN", "MON", "TUE", "WED", "THU", "FRI", "SAT")
+_WEEKDAY = f"([1-7]|{'|'.join(_WEEKDAYS)})"
+_FIELDS = (
+    _Field("minutes", 0, 59),
+    _Field("hours", 0, 23),
+    _Field("day-of-month", 1, 31, (), "L|LW|([1-9]|[12][0-9]|3[01])W"),
+    _Field("month", 1, 12, _MONTHS),
+    _Field("day-of-week", 1, 7, _WEEKDAYS, f"{_WEEKDAY}?L|{_WEEKDAY}#[1-5]"),
+    _Field("year", 1970, 2199),
+)
+_UNITS_S = {"minute": 60, "hour": 3600, "day": 86_400}
+_EXPRESSIONS = "'rate(5 minutes)', 'cron(0 9 ? * MON-FRI *)' or a timedelta of minutes"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Schedule:
+    """When a periodic task is due.
+
+    :ivar text: the expression, as AWS has it
+    :ivar timezone: the name of its time zone
+    :ivar interval_s: of a rate; 0 for a cron expression
+    :ivar fields: the numbers of each field of a cron expression, all days for "?"; a
+        field that AWS alone understands has none
+    """
+
+    text: str
+    timezone: str
+    interval_s: int = 0
+    fields: tuple[frozenset[int], ...] = ()
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether AWS alone understands it."""
+        return not all(self.fields)
+
+    def next_after(self, moment: datetime) -> datetime | None:
+        """Return when it is due next, in UTC; None if never, or if AWS alone knows.
+
+        A rate counts from 1970, and its days have 24 hours. A local time that daylight
+        saving skips is skipped; one that it repeats counts once, the first time.
+        https://docs.aws.amazon.com/scheduler/latest/UserGuide/schedule-types.html
+        """
+        if self.interval_s:
+            interval = timedelta(seconds=self.interval_s)
+            return _EPOCH + ((moment - _EPOCH) // interval + 1) * interval
+        if self.is_foreign:
+            return None
+        zone = _zone(self.timezone)
+        start = moment.astimezone(zone).replace(tzinfo=None, fold=0)
+        for local in self._local_times(start):
+            due = local.replace(tzinfo=zone).astimezone(UTC)
+            is_skipped = due.astimezone(zone).replace(tzinfo=None) != local
+            if due > moment and not is_skipped:
+                return due
+        return None
+
+    def _local_times(self, start: datetime) -> Iterator[datetime]:
+        """Yield the times that fit the fields, in order, from the minute of `start` on."""
+        minutes, hours, _, _, _, years = map(sorted, self.fields)
+        start = start.replace(second=0, microsecond=0)
+        day = start.replace(hour=0, minute=0)
+        while day.year <= years[-1]:
+            if self._is_due_on(day):
+                for hour in hours:
+                    for minute in minutes:
+                        local = day.replace(hour=hour, minute=minute)
+                        if local >= start:
+                            yield local
+            day += timedelta(days=1)
+
+    def _is_due_on(self, day: datetime) -> bool:
+        """Return whether it is due on a day."""
+        _, _, days, months, weekdays, years = self.fields
+        if day.year not in years or day.month not in months:
+            return False
+        return day.day in days and day.isoweekday() % 7 + 1 in weekdays
+
+
+def _zone(name: str) -> Any:
+    """Return a time zone; that of UTC needs no data of the system's."""
+    from zoneinfo import ZoneInfo
+
+    if name == "UTC":
+        return UTC
+    return ZoneInfo(name)
+
+
+def _parse_schedule(value: object, timezone: str) -> _Schedule:
+    """Return what a task's option `schedule` stands for.
+
+    :raises _Illegal: if it is wrong: says what was expected
+    """
+    if isinstance(value, timedelta):
+        value = _rate_of(value)
+    if not isinstance(value, str):
+        raise _Illegal(f"expected {_EXPRESSIONS}")
+    rate = re.fullmatch(r"rate\(([1-9][0-9]{0,4}) (minute|hour|day)s?\)", value)
+    if rate is not None:
+        return _Schedule(value, timezone, int(rate[1]) * _UNITS_S[rate[2]])
+    cron = re.fullmatch(r"cron\((.*)\)", value)
+    if cron is None:
+        raise _Illegal(f"expected {_EXPRESSIONS}")
+    return _parse_cron(cron[1].split(), timezone)
+
+
+def _rate_of(interval: timedelta) -> str:
+    """Return the expression for an interval."""
+    minutes, rest = divmod(interval, timedelta(minutes=1))
+    if rest or not 1 <= minutes <= 99_999:  # noqa: PLR2004 - five digits, as in text
+        raise _Illegal("expected whole minutes, from 1 to 99999")
+    return f"rate({minutes} minute)" if minutes == 1 else f"rate({minutes} minutes)"
+
+
+def _parse_cron(texts: Sequence[str], timezone: str) -> _Schedule:
+    """Return the schedule of a cron expression's fields."""
+    if len(texts) != len(_FIELDS):
+        names = ", ".join(field.name for field in _FIELDS)
+        raise _Illegal(f"expected six fields ({names}), got {len(texts)}")
+    expression = f"cron({' '.join(texts)})"
+    if texts.count("?") != 1 or "?" not in (texts[2], texts[4]):
+        raise _Illegal("expected ? for either day-of-month or day-of-week")
+    fields = [field.read(text) for field, text in zip(_FIELDS, texts, strict=True)]
+    return _Schedule(expression, timezone, 0, tuple(fields))
+
+
+def _check_schedule(made: Task[Any, Any], value: object) -> None:
+    """Refuse a schedule that is wrong, or of a task that needs arguments."""
+    try:
+        _parse_schedule(value, "UTC")
+    except _Illegal as error:
+        raise ConfigurationError(
+            f"{made.name} has schedule={value!r}: {error}"
+        ) from error
+    try:
+        made._check_call(0)  # noqa: SLF001 - as a worker will call it
+    except TypeError as error:
+        raise ConfigurationError(
+            f"{made.name} has schedule={value!r}: expected a function that can be"
+            f" called without arguments ({error})"
+        ) from error
+
+
+def _check_timezone(made: Task[Any, Any], value: Any) -> None:
+    """Refuse a time zone that there is not, or without a schedule."""
+    if "schedule" not in made.options:
+        raise ConfigurationError(
+            f"{made.name} has timezone={value!r}: expected a schedule too"
+        )
+    try:
+        _zone(value)
+    except Exception as error:  # of many kinds, for names are looked up as files
+        raise ConfigurationError(
+            f"{made.name} has timezone={value!r}: expected the name of a time zone that"
+            " this system has, such as 'Europe/Berlin'"
+        ) from error
+
+
+_more_options["schedule"] = _check_schedule
+_more_options["timezone"] = _check_timezone
+
+
+def _periodic_tasks() -> dict[str, Task[..., Any]]:
+    """Return the tasks that have a schedule, by the names of their schedules."""
+    tasks = {
+        _periodic_name(found): found
+        for found in _registry.values()
+        if "schedule" in found.options
+    }
+    return dict(sorted(tasks.items()))
+
+
+def _periodic_name(task: Task[..., Any]) -> str:
+    """Return the name of a task's schedule, which no message's schedule can have."""
+    name = f"task.{task.name}"
+    if re.fullmatch(r"(?a)[\w.-]{1,64}", name):
+        return name
+    return f"task.{_hash(task.name)[:32]}"
+
+
+def _schedule_of(task: Task[..., Any]) -> _Schedule:
+    """Return the schedule of a periodic task."""
+    options = task.options
+    return _parse_schedule(options["schedule"], options.get("timezone", "UTC"))
+
+
+def _periodic_body(task: Task[..., Any], scheduled: str) -> str:
+    """Return the message of one firing.
+
+    Its id names schedule and time: a delivery that is tried twice has one id.
+    """
+    message_id = f"{_periodic_name(task)}-{scheduled}"
+    message = Message.new(task.name, msg_id=message_id, priority=task.priority)
+    data = message.as_dict()
+    data["metadata"]["timestamp"] = scheduled
+    return _ENCODER.encode(data)
+
+
+def _periodic_group(task: Task[..., Any], destination: str) -> str | None:
+    """Return the group of a periodic task's messages; a FIFO queue needs one."""
+    group = task.options.get("group")
+    if group is not None:
+        group = _group_id_of_call(task, group, (), {})
+    if group is None and _is_fifo(destination):
+        return _periodic_name(task)
+    return group
+
+
+def _periodic_schedule(task: Task[..., Any]) -> dict[str, Any]:
+    """Return the schedule of a periodic task as Scheduler has it."""
+    schedule, arn = _schedule_of(task), _target_arn(task.priority)
+    # Scheduler fills in the time, the same for each attempt of a delivery.
+    body = _periodic_body(task, "<aws.scheduler.scheduled-time>")
+    return {
+        "Name": _periodic_name(task),
+        "GroupName": _schedule_group(),
+        "Description": f"taskhawk: {task.name}"[:512],
+        "ScheduleExpression": schedule.text,
+        "ScheduleExpressionTimezone": schedule.timezone,
+        "FlexibleTimeWindow": {"Mode": "OFF"},
+        "Target": _target(arn, body, _periodic_group(task, arn)),
+    }
+
+
+# Periodic tasks on SQLite: any worker queues what is due. A schedule's row has when that
+# is. The trigger makes one statement of moving it on and of the message, so each firing
+# is queued once, however many workers see it due and whenever they die.
+_SCHEDULE_TABLE = (
+    """CREATE TABLE IF NOT EXISTS schedule (rule TEXT PRIMARY KEY,
+    due_ms INTEGER NOT NULL, queue TEXT, group_id TEXT, message_id TEXT, body TEXT,
+    sent_ms INTEGER)""",
+    f"""CREATE TRIGGER IF NOT EXISTS schedule_fires AFTER UPDATE ON schedule
+    BEGIN INSERT INTO message
+    (queue, group_id, message_id, body, attributes, sent_ms, visible_ms) VALUES
+    (new.queue, new.group_id, new.message_id, new.body, '{{}}', new.sent_ms, {_JOIN});
+    END""",  # noqa: S608 - no value is in it
+)
+_NEVER_MS = 10**15
+_LONGEST_WAIT_S = 60  # a machine may sleep meanwhile, which no wait notices
+
+
+class _Ticker:
+    """Queues the periodic tasks of a worker on SQLite when they are due.
+
+    What was missed while no worker ran is queued once.
+    """
+
+    def __init__(
+        self,
+        broker: SqliteBroker,
+        tasks: Iterable[Task[..., Any]],
+        stop: threading.Event,
+    ) -> None:
+        self._broker, self._stop = broker, stop
+        self._in_ms = broker._in_ms  # noqa: SLF001 - the clock of the file's times
+        self._tasks: dict[str, tuple[Task[..., Any], _Schedule]] = {}  # by rule
+        for task in tasks:
+            schedule = _schedule_of(task)
+            rule = f"{_periodic_name(task)} {schedule.text} {schedule.timezone}"
+            self._tasks[rule] = task, schedule
+        self._faults = _Faults()
+        self._due_ms = 0  # when to look again
+
+    def run(self) -> None:
+        """Look whenever something is due; the body of a thread."""
+        while not self._stop.is_set():
+            left_s = (self._due_ms - self._in_ms()) / 1000
+            if left_s <= 0:
+                self.look()
+            else:
+                self._stop.wait(min(left_s, _LONGEST_WAIT_S))
+
+    def look(self) -> None:
+        """Queue what is due; where that fails, say so once and try again later."""
+        where, what = self._broker.url(""), "queue periodic tasks"
+        try:
+            self._due_ms = self._queue_due()
+        except Exception as error:
+            failures = self._faults.failed(where, what, repr(error))
+            self._due_ms = self._in_ms(_pause_s(failures))
+        else:
+            self._faults.worked(where, what)
+
+    def _queue_due(self) -> int:
+        """Queue what is due, and return when the next will be."""
+        file = self._broker._file  # noqa: SLF001 - of this very file, as its tables are
+        file.open()
+        for statement in _SCHEDULE_TABLE:
+            file.change(statement, ())
+        now_ms = self._in_ms()
+        for rule, (_, schedule) in self._tasks.items():
+            insert = "INSERT OR IGNORE INTO schedule (rule, due_ms) VALUES (?, ?)"
+            file.change(insert, (rule, _next_ms(schedule, now_ms)))
+        select = "SELECT rule, due_ms FROM schedule WHERE"
+        ours = f"rule IN ({_marks('?', list(self._tasks))})"
+        moments_ms = []
+        for rule, due_ms in file.read(f"{select} {ours}", list(self._tasks)):
+            if due_ms <= now_ms:
+                moments_ms.append(self._move_on(file, rule, due_ms, now_ms))
+            else:
+                moments_ms.append(due_ms)
+        return min(moments_ms)
+
+    def _move_on(self, file: _SqliteFile, rule: str, due_ms: int, now_ms: int) -> int:
+        """Queue a task that is due, unless another worker has; return the next time."""
+        task, schedule = self._tasks[rule]
+        next_ms = _next_ms(schedule, now_ms)
+        scheduled = _EPOCH + timedelta(milliseconds=due_ms)
+        body = _periodic_body(task, f"{scheduled:%Y-%m-%dT%H:%M:%SZ}")
+        queue = self._broker.destination(task.priority)
+        group_id = _periodic_group(task, queue)
+        change = """UPDATE schedule SET due_ms = ?, queue = ?, group_id = ?,
+            message_id = ?, body = ?, sent_ms = ? WHERE rule = ? AND due_ms = ?"""
+        values = (next_ms, queue, group_id, _new_id(), body, now_ms)
+        file.change(change, (*values, rule, due_ms))
+        return next_ms
+
+
+def _next_ms(schedule: _Schedule, now_ms: int) -> int:
+    """Return when a schedule is due after now."""
+    due = schedule.next_after(_EPOCH + timedelta(milliseconds=now_ms))
+    if due is None:
+        return _NEVER_MS
+    return (due - _EPOCH) // timedelta(milliseconds=1)
+
+
+def _begin_ticking(
+    worker: Worker, stop: threading.Event
+) -> Callable[[], object] | None:
+    """Have a worker on SQLite queue the periodic tasks, and queue what is due now.
+
+    :raises ConfigurationError: if AWS alone understands one of the schedules
+    """
+    tasks = _periodic_tasks()
+    if not tasks or not isinstance(worker.broker, SqliteBroker):
+        return None
+    for task in tasks.values():
+        if _schedule_of(task).is_foreign:
+            raise ConfigurationError(
+                f"{task.name} has schedule={task.options['schedule']!r}: L, W and # are"
+                " AWS's alone: expected numbers, lists, ranges and steps on SQLite"
+            )
+    ticker = _Ticker(worker.broker, tasks.values(), stop)
+    ticker.look()
+    return ticker.run
+
+
+_beside_workers.append(_begin_ticking)
 
 
 # --- 23. Django's tasks ---------------------------------------------------------------
@@ -8975,6 +10845,9 @@ class _DjangoBackend:
                 f"{where}: OPTIONS: expected on_commit, settings of taskhawk or options"
                 f" of taskhawk.task, got {name!r}"
             )
+        if type(self) is not _make_django_backend():
+            for name in sorted(_SETTINGS.keys() & self.options):
+                yield f"{where}: OPTIONS: {name} is not read for a subclass"
 
 
 def _expected_queue(name: object) -> str:
@@ -8996,15 +10869,13 @@ def _django_priority(declared: Any) -> Priority:
 
 @functools.cache
 def _django_task_options() -> frozenset[str]:
-    """Return the options of :func:`task` that are not Django's in another form."""
+    """Return the options of :func:`task` that one of Django's tasks may have.
+
+    Its name and priority are Django's to say, and it is called with its own arguments.
+    """
     own = inspect.signature(task, **_ANNOTATIONS).parameters
-    return frozenset([*own, *_more_options]) - {
-        "args",
-        "more",
-        "name",
-        "priority",
-        "_django",
-    }
+    others = {"args", "more", "name", "priority", "batch", "_django"}
+    return frozenset([*own, *_more_options]) - others
 
 
 def _options_of_declaration(declared: Any) -> dict[str, Any]:
@@ -9487,7 +11358,7 @@ class _Scan:
         while len(self._seen) < total and self.matched < self.limit:
             new = self._receive(total - len(self._seen))
             if not new:
-                self._say_what_waits(total - len(self._seen))
+                self._warn_of_groups(total - len(self._seen))
                 return
             letters = [_read_dead_letter(self, received) for received in new]
             letters = [*filter(self.wanted.matches, letters)]
@@ -9500,11 +11371,11 @@ class _Scan:
             text = "%s %d of %d messages, %d failed"
             self.say(text, self.done, self.matched - failed, total, failed)
 
-    def _say_what_waits(self, left: int) -> None:
-        """Say that a FIFO queue withholds what follows the messages of a group."""
+    def _warn_of_groups(self, left: int) -> None:
+        """Warn of what a FIFO queue withholds: the rest of groups that were met."""
         if self._hidden and _is_fifo(self.source):
-            text = "about %d more wait in %s behind these, in the same groups"
-            self.say(text, left, self.source)
+            text = "%s: about %d more wait behind these, in their groups"
+            _log.warning(text, self.source, left)
 
     def total(self) -> int:
         """Count the dead letters that are visible; SQS does so approximately."""
@@ -9534,8 +11405,8 @@ class _Scan:
         copies = []
         for letter in letters:
             attributes = dict(letter.received.message_attributes)
-            attributes.pop(_ERROR_ATTRIBUTE, None)
-            attributes.pop(_ATTEMPTS_ATTRIBUTE, None)
+            for name in (_ERROR_ATTRIBUTE, _ATTEMPTS_ATTRIBUTE, _POSTPONED_ATTRIBUTE):
+                attributes.pop(name, None)
             copies.append(letter.received.copy(attributes))
         refused = _send_all(self._broker, self._queue, copies)
         self.delete(self._accepted(letters, refused), "copied, but not deleted: ")
@@ -9696,6 +11567,7 @@ def requeue_dead_letter(
 
 
 _PROVISION = "python -m taskhawk provision"  # fixes most of what check finds
+_LETTERS_COMMAND = "python -m taskhawk dead-letters"
 _TOLD = "as the error says"  # how to fix the rest
 _ABSENT = "NonExistentQueue|QueueDoesNotExist|NotFound"  # codes of AWS, as patterns
 _FORBIDDEN = "AccessDenied.*|AuthorizationError"
@@ -9710,7 +11582,7 @@ def _unless(codes: str, call: Callable[..., Any], *args: Any) -> Any:
     """Return what a call returns; None if it fails with one of these codes of AWS."""
     try:
         return call(*args)
-    except ConfigurationError as error:
+    except Exception as error:
         if re.fullmatch(codes, _error_code(error)):
             return None
         raise
@@ -9809,7 +11681,7 @@ class _Resource(NamedTuple):
 
 def _label(name: str) -> str:
     """Return Terraform's name for a queue or topic."""
-    return re.sub("[-.]", "_", name.lower())
+    return re.sub(r"\W", "_", name.lower().replace(".", "__"))
 
 
 def _resources(
@@ -9829,9 +11701,11 @@ def _resources(
 
 
 # In high throughput mode, which costs the same: a FIFO queue's limits are then those of
-# its groups, not of the queue.
+# its groups, not of the queue. What we send has ids of its own for deduplication; what
+# schedules send has none, and its content identifies it.
 _FIFO_ATTRIBUTES = {
     "fifo_queue": True,
+    "content_based_deduplication": True,  # for schedules, which send no id
     "deduplication_scope": "messageGroup",
     "fifo_throughput_limit": "perMessageGroupId",
 }
@@ -9880,6 +11754,78 @@ def _topic_resources(
     return resources
 
 
+def _schedule_resources() -> list[_Resource]:
+    """Describe what long delays and periodic tasks need, if they are used."""
+    tasks = _periodic_tasks()
+    if not tasks and not settings.TASKHAWK_SCHEDULER_ROLE:
+        return []
+    role_path, _, role = _scheduler_role().partition(":role")[2].rpartition("/")
+    group, tags = _schedule_group(), {"taskhawk": settings.TASKHAWK_QUEUE}
+    attributes = {
+        "name": role,
+        "path": f"{role_path}/",
+        "assume_role_policy": json.dumps(_trust()),
+        "tags": tags,
+    }
+    policy = {
+        "name": _SCHEDULE_POLICY,
+        "role": role,
+        "policy": json.dumps(_may_send()),
+        "depends_on": [f"aws_iam_role.{_label(role)}"],
+    }
+    resources = [
+        _Resource("aws_scheduler_schedule_group", group, {"name": group, "tags": tags}),
+        _Resource("aws_iam_role", role, attributes),
+        _Resource("aws_iam_role_policy", role, policy),
+    ]
+    for name, task in tasks.items():
+        # Terraform has the names that the service has, in snake_case.
+        schedule = _in_snake_case(_periodic_schedule(task))
+        schedule["depends_on"] = [
+            f"aws_scheduler_schedule_group.{_label(group)}",
+            f"aws_iam_role_policy.{_label(role)}",
+        ]
+        resources.append(_Resource("aws_scheduler_schedule", name, schedule))
+    return resources
+
+
+_SCHEDULE_POLICY = "taskhawk"  # the name of the role's inline policy
+
+
+def _trust() -> dict[str, Any]:
+    """Return the policy that lets Scheduler use the role, for this account alone."""
+    statement = {
+        "Effect": "Allow",
+        "Principal": {"Service": "scheduler.amazonaws.com"},
+        "Action": "sts:AssumeRole",
+        "Condition": {
+            "StringEquals": {"aws:SourceAccount": settings.require("AWS_ACCOUNT_ID")}
+        },
+    }
+    return {"Version": "2012-10-17", "Statement": [statement]}
+
+
+def _may_send() -> dict[str, Any]:
+    """Return the policy that lets the role send to what the service has."""
+    arns = [_target_arn(priority) for priority in _URGENCY]
+    action = "sns:Publish"
+    if not settings.IS_LAMBDA_APP:
+        action = "sqs:SendMessage"
+        arns += [_dead_letter_name(arn) for arn in arns]
+    statement = {"Effect": "Allow", "Action": action, "Resource": arns}
+    return {"Version": "2012-10-17", "Statement": [statement]}
+
+
+def _in_snake_case(value: Any) -> Any:
+    """Return parameters of AWS with names as Terraform has them."""
+    if not isinstance(value, dict):
+        return value
+    return {
+        re.sub("(?<!^)(?=[A-Z])", "_", name).lower(): _in_snake_case(inner)
+        for name, inner in value.items()
+    }
+
+
 def _terraform(resources: Iterable[_Resource]) -> dict[str, Any]:
     """Write resources in Terraform's JSON syntax."""
     by_kind: dict[str, dict[str, Any]] = {}
@@ -9895,6 +11841,13 @@ def _terraform(resources: Iterable[_Resource]) -> dict[str, Any]:
                 "source_arn": attributes["topic_arn"],
             }
     return {"resource": by_kind}
+
+
+def _find(service: _AwsSender, operation: str, **parameters: Any) -> Any:
+    """Return what a call of a service finds; None if there is no such thing."""
+    explain = _explained(f"{service.service}:{operation}")
+    call = functools.partial(getattr(service.client("send"), operation), **parameters)
+    return _unless("ResourceNotFoundException|NoSuchEntity.*", explain(call))
 
 
 class _Change(NamedTuple):
@@ -9938,6 +11891,7 @@ def _fixed_attributes(resource: _Resource) -> dict[str, str]:
         return {}
     return {
         "FifoQueue": "true",
+        "ContentBasedDeduplication": "true",
         "DeduplicationScope": resource.attributes["deduplication_scope"],
         "FifoThroughputLimit": resource.attributes["fifo_throughput_limit"],
     }
@@ -9996,19 +11950,113 @@ def _subscribers(sns: SnsSender, topic: str) -> list[str] | None:
     return [subscription["Endpoint"] for subscription in found["Subscriptions"]]
 
 
+def _group_change(scheduler: _Scheduler, resource: _Resource) -> _Change | None:
+    """Return how to make the group of schedules; None if it is there."""
+    if _find(scheduler, "get_schedule_group", Name=resource.name) is not None:
+        return None
+    tags = [{"Key": k, "Value": v} for k, v in resource.attributes["tags"].items()]
+    parameters = {"Name": resource.name, "Tags": tags}
+    return _Change("made", "create_schedule_group", parameters)
+
+
+def _schedule_change(scheduler: _Scheduler, resource: _Resource) -> _Change | None:
+    """Return how to make or correct a periodic task's schedule; None if it is right."""
+    wanted = _periodic_schedule(_periodic_tasks()[resource.name])
+    group = wanted["GroupName"]
+    existing = _find(scheduler, "get_schedule", GroupName=group, Name=resource.name)
+    if existing is None:
+        return _Change("made", "create_schedule", wanted)
+    differing = [
+        key for key, value in wanted.items() if not _has_all(existing.get(key), value)
+    ]
+    if not differing:
+        return None
+    # An update resets what it leaves out, and someone may have disabled it.
+    parameters = {**wanted, "State": existing["State"]}
+    return _Change(f"changed: {', '.join(differing)}", "update_schedule", parameters)
+
+
+def _abandoned_schedules() -> list[str]:
+    """Return the names of our schedules whose tasks are not registered."""
+    if not _schedule_resources():
+        return []
+    scheduler, group = _brokers.get("schedule"), _schedule_group()
+    pages = scheduler.client("send").get_paginator("list_schedules")
+    # Of messages with a long delay there may be millions: their names have no dot.
+    found = pages.paginate(GroupName=group, NamePrefix="task.")
+    read = _explained(group)(found.build_full_result)
+    answer = _unless("ResourceNotFoundException", read) or {"Schedules": []}
+    names = {schedule["Name"] for schedule in answer["Schedules"]}
+    return sorted(names.difference(_periodic_tasks()))
+
+
+def _has_all(existing: Any, wanted: Any) -> bool:
+    """Return whether a value of AWS's has all that is wanted of it."""
+    if isinstance(wanted, dict) and isinstance(existing, dict):
+        return all(_has_all(existing.get(key), wanted[key]) for key in wanted)
+    return bool(existing == wanted)
+
+
+def _role_change(iam: _Iam, resource: _Resource) -> _Change | None:
+    """Return how to make the role that schedules send by; None if it is there."""
+    if _find(iam, "get_role", RoleName=resource.name) is not None:
+        return None
+    attributes = resource.attributes
+    parameters = {
+        "RoleName": resource.name,
+        "Path": attributes["path"],
+        "AssumeRolePolicyDocument": attributes["assume_role_policy"],
+        "Tags": [{"Key": k, "Value": v} for k, v in attributes["tags"].items()],
+    }
+    return _Change("made", "create_role", parameters)
+
+
+def _policy_change(iam: _Iam, resource: _Resource) -> _Change | None:
+    """Return how to let the role send; None if it may."""
+    wanted = resource.attributes["policy"]
+    of_role = {"RoleName": resource.name, "PolicyName": _SCHEDULE_POLICY}
+    found = _find(iam, "get_role_policy", **of_role)
+    if found is not None and found["PolicyDocument"] == json.loads(wanted):
+        return None
+    text = "changed" if found else "made"
+    return _Change(text, "put_role_policy", {**of_role, "PolicyDocument": wanted})
+
+
+class _Iam(_AwsSender):
+    """IAM, which has the role that schedules send by."""
+
+    service = "iam"
+
+    def _parameters(self, entry: Outgoing) -> dict[str, Any]:
+        """Refuse to send."""
+        raise NotImplementedError
+
+
+_schemes["iam"] = _Iam
+
+
 # By Terraform's type: which service makes it, and what finds out whether it is there.
 _PROVIDERS: dict[str, tuple[str, Callable[[Any, _Resource], _Change | None]]] = {
     "aws_sqs_queue": ("sqs", _queue_change),
     "aws_sns_topic": ("sns", _topic_change),
     "aws_sns_topic_subscription": ("sns", _subscription_change),
+    "aws_scheduler_schedule_group": ("schedule", _group_change),
+    "aws_iam_role": ("iam", _role_change),
+    "aws_iam_role_policy": ("iam", _policy_change),
+    "aws_scheduler_schedule": ("schedule", _schedule_change),
 }
+
+
+def _what_is(resource: _Resource) -> str:
+    """Return what people call a resource."""
+    return f"{resource.kind.rpartition('_')[2]} {resource.name}"
 
 
 def _provide(resource: _Resource, *, dry_run: bool) -> str:
     """Make what is missing, raise what is too low, and return what to say of it."""
     service, find_change = _PROVIDERS[resource.kind]
     sender = _brokers.get(service)
-    what = f"{resource.kind.rpartition('_')[2]} {resource.name}"
+    what = _what_is(resource)
     change = find_change(sender, resource)
     if change is None:
         return f"{what}: is as it should be"
@@ -10024,38 +12072,258 @@ _RECEIVE = (
     "sqs:ReceiveMessage sqs:DeleteMessage"
     " sqs:ChangeMessageVisibility sqs:GetQueueAttributes"
 )
+_SCHEDULE = "scheduler:CreateSchedule scheduler:DeleteSchedule"
+_LOOK_AT_SCHEDULES = (
+    "scheduler:GetScheduleGroup scheduler:GetSchedule"
+    " scheduler:ListSchedules scheduler:DeleteSchedule"
+)
 _GRANTS = [  # the least that each role needs, on topics, queues and dead-letter queues
     ("publisher", "aws_sns_topic", "sns:Publish"),
     ("publisher", "aws_sqs_queue", _SEND),
-    ("worker", "aws_sqs_queue", f"{_RECEIVE} sqs:GetQueueUrl"),
+    ("worker", "aws_sqs_queue", f"{_RECEIVE} {_SEND}"),  # it postpones by copies
     ("worker", "DLQ", _SEND),
     # No sqs:GetQueueUrl: the URL is put together from the event's ARN.
-    ("lambda", "aws_sqs_queue", _RECEIVE),
+    ("lambda", "aws_sqs_queue", f"{_RECEIVE} sqs:SendMessage"),
+    ("publisher", "aws_scheduler_schedule_group", _SCHEDULE),
+    ("publisher", "aws_iam_role", "iam:PassRole"),
     ("operator", "aws_sns_topic", "sns:ListSubscriptionsByTopic"),
     ("operator", "aws_sqs_queue", f"{_SEND} sqs:GetQueueAttributes"),
     ("operator", "DLQ", f"{_RECEIVE} sqs:GetQueueUrl"),
+    ("operator", "aws_scheduler_schedule_group", _LOOK_AT_SCHEDULES),
 ]
 
 
 def _iam(resources: Iterable[_Resource]) -> dict[str, Any]:
     """Write the least policies, by role."""
     arns: dict[str, list[str]] = {}
+    granted = {kind for _, kind, _ in _GRANTS}
     for resource in resources:
-        service, _ = _PROVIDERS[resource.kind]
         kind = "DLQ" if _is_dead_letter_queue(resource.name) else resource.kind
-        arns.setdefault(kind, []).append(_brokers.get(service).arn(resource.name))
+        if kind in granted:
+            arns.setdefault(kind, []).append(_arn_of(resource))
     policies: dict[str, Any] = {}
     for role, kind, actions in _GRANTS:
         if kind in arns:
             empty = {"Version": "2012-10-17", "Statement": []}
-            policies.setdefault(role, empty)["Statement"].append(
-                {
-                    "Effect": "Allow",
-                    "Action": actions.split(),
-                    "Resource": arns[kind],
-                }
-            )
+            statement: dict[str, Any] = {
+                "Effect": "Allow",
+                "Action": actions.split(),
+                "Resource": arns[kind],
+            }
+            if actions == "iam:PassRole":
+                to = {"iam:PassedToService": "scheduler.amazonaws.com"}
+                statement["Condition"] = {"StringEquals": to}
+            policies.setdefault(role, empty)["Statement"].append(statement)
     return policies
+
+
+def _arn_of(resource: _Resource) -> str:
+    """Return the ARN by which a policy names a resource, or what is in it."""
+    if resource.kind == "aws_iam_role":
+        return _scheduler_role()
+    service, _ = _PROVIDERS[resource.kind]
+    name = resource.name
+    if resource.kind == "aws_scheduler_schedule_group":
+        name = f"schedule/{name}/*"
+    return str(_brokers.get(service).arn(name))
+
+
+class _Watched(NamedTuple):
+    """What CloudWatch is to watch, besides what it must show.
+
+    :ivar max_age_s: alarm if the oldest message waits for longer
+    :ivar max_backlog: alarm if more messages wait
+    :ivar notified: the ARN of the topic that alarms are sent to; None for no topic
+    :ivar namespace: of the metrics that workers print; None if they do not
+    """
+
+    max_age_s: float
+    max_backlog: int
+    notified: str | None
+    namespace: str | None
+
+
+class _Chart(NamedTuple):
+    """What a chart of a dashboard shows: some metrics of a queue or topic."""
+
+    title: str
+    statistic: str
+    metrics: Sequence[str]  # by CloudWatch's names
+
+
+_VISIBLE = "ApproximateNumberOfMessagesVisible"
+_OLDEST = "ApproximateAgeOfOldestMessage"  # of those received less than three times
+_NOT_DELIVERED = "NumberOfNotificationsFailed"
+_DEPTH = (
+    _VISIBLE,
+    "ApproximateNumberOfMessagesNotVisible",
+    "ApproximateNumberOfMessagesDelayed",
+)
+_RUNS = ("Acked", "Retried", "DeadLettered", "Uncertain")
+_QUEUE_CHARTS = (
+    _Chart("messages", "Maximum", _DEPTH),
+    _Chart("seconds that the oldest waits", "Maximum", [_OLDEST]),
+    _Chart("a minute", "Sum", ["NumberOfMessagesSent", "NumberOfMessagesDeleted"]),
+)
+_DEAD_CHARTS = (_Chart("dead letters", "Maximum", [_VISIBLE]),)
+_TOPIC_CHARTS = (
+    _Chart("a minute", "Sum", ["NumberOfMessagesPublished", _NOT_DELIVERED]),
+)
+_WORKER_CHARTS = (
+    _Chart("runs a minute", "Sum", _RUNS),
+    _Chart("milliseconds of a run", "p99", ["RunDuration"]),
+    _Chart("seconds of the oldest run", "Maximum", ["OldestRunAge"]),
+    _Chart("leases lost a minute", "Sum", ["LeasesLost"]),
+)
+_CHARTS_A_ROW, _CHART_SIZE = 4, 6  # of the 24 columns of a dashboard
+
+
+def _dashboard(resources: Iterable[_Resource], watched: _Watched) -> dict[str, Any]:
+    """Write a dashboard and its alarms as the parameters of CloudWatch's calls."""
+    shown = [each for each in resources if each.kind in _DIMENSIONS]
+    widgets: list[dict[str, Any]] = []
+    alarms = []
+    for resource in shown:
+        for whose, chart in _charts_of(resource, watched.namespace):
+            widgets.append(_widget(len(widgets), resource, whose, chart))
+        alarms += [
+            _alarm_call(resource, alarm, watched.notified)
+            for alarm in _alarms_of(resource, watched)
+        ]
+    return {
+        "put-dashboard": {
+            "DashboardName": f"taskhawk-{settings.require('TASKHAWK_QUEUE')}",
+            "DashboardBody": json.dumps({"widgets": widgets}),
+        },
+        "put-metric-alarm": alarms,
+    }
+
+
+def _dashboard_terraform(
+    resources: Iterable[_Resource], watched: _Watched
+) -> dict[str, Any]:
+    """Write the same in Terraform's JSON syntax."""
+    found = _dashboard(resources, watched)
+    dashboard = _snake_case(found["put-dashboard"])
+    name = dashboard["dashboard_name"]
+    written = [_Resource("aws_cloudwatch_dashboard", name, dashboard)]
+    for parameters in found["put-metric-alarm"]:
+        alarm = _snake_case(parameters)
+        [dimension] = alarm["dimensions"]
+        alarm["dimensions"] = {dimension["Name"]: dimension["Value"]}
+        name = alarm["alarm_name"]
+        written.append(_Resource("aws_cloudwatch_metric_alarm", name, alarm))
+    return _terraform(written)
+
+
+def _snake_case(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return parameters of AWS by Terraform's names."""
+    return {
+        re.sub("(?<!^)([A-Z])", r"_\1", name).lower(): value
+        for name, value in parameters.items()
+    }
+
+
+# CloudWatch's namespace and dimension, by Terraform's type.
+_DIMENSIONS = {
+    "aws_sqs_queue": ("AWS/SQS", "QueueName"),
+    "aws_sns_topic": ("AWS/SNS", "TopicName"),
+}
+
+
+def _charts_of(
+    resource: _Resource, workers: str | None
+) -> Iterator[tuple[tuple[str, str], _Chart]]:
+    """Yield what to show of a queue or topic: namespace and dimension, and a chart."""
+    charts: Sequence[_Chart]
+    if resource.kind == "aws_sns_topic":
+        charts, workers = _TOPIC_CHARTS, None
+    elif _is_dead_letter_queue(resource.name):
+        charts, workers = _DEAD_CHARTS, None
+    else:
+        charts = _QUEUE_CHARTS
+    for chart in charts:
+        yield _DIMENSIONS[resource.kind], chart
+    if workers:
+        for chart in _WORKER_CHARTS:
+            yield (workers, "queue"), chart
+
+
+def _widget(
+    place: int, resource: _Resource, whose: tuple[str, str], chart: _Chart
+) -> dict[str, Any]:
+    """Return a widget; CloudWatch calls this "Dashboard body structure and syntax"."""
+    namespace, dimension = whose
+    service, _ = _PROVIDERS[resource.kind]
+    region = _brokers.get(service).arn(resource.name).split(":")[3]
+    row, column = divmod(place, _CHARTS_A_ROW)
+    return {
+        "type": "metric",
+        "x": column * _CHART_SIZE,
+        "y": row * _CHART_SIZE,
+        "width": _CHART_SIZE,
+        "height": _CHART_SIZE,
+        "properties": {
+            "title": f"{resource.name}: {chart.title}",
+            "region": region,
+            "stat": chart.statistic,
+            "period": 60,
+            "view": "timeSeries",
+            "metrics": [
+                [namespace, metric, dimension, resource.name]
+                for metric in chart.metrics
+            ],
+        },
+    }
+
+
+class _Alarm(NamedTuple):
+    """A metric of a queue or topic is above a threshold for so many minutes."""
+
+    suffix: str  # of its name
+    metric: str
+    threshold: float
+    minutes: int
+    why: str
+    statistic: str = "Maximum"
+
+
+def _alarms_of(resource: _Resource, watched: _Watched) -> Iterator[_Alarm]:
+    """Yield the alarms of a queue or topic."""
+    if resource.kind == "aws_sns_topic":
+        why = "a message was not delivered to a subscriber"
+        yield _Alarm("not-delivered", _NOT_DELIVERED, 0, 1, why, "Sum")
+    elif _is_dead_letter_queue(resource.name):
+        why = f"there are dead letters: {_LETTERS_COMMAND} summary"
+        yield _Alarm("not-empty", _VISIBLE, 0, 1, why)
+    else:
+        age_s, most = watched.max_age_s, watched.max_backlog
+        why = f"a message has waited for more than {age_s:g} s"
+        yield _Alarm("too-old", _OLDEST, age_s, 5, why)
+        yield _Alarm("backlog", _VISIBLE, most, 5, f"more than {most} messages wait")
+
+
+def _alarm_call(
+    resource: _Resource, alarm: _Alarm, notified: str | None
+) -> dict[str, Any]:
+    """Return the parameters of the call that makes an alarm."""
+    namespace, dimension = _DIMENSIONS[resource.kind]
+    parameters = {
+        "AlarmName": f"{resource.name}-{alarm.suffix}",
+        "AlarmDescription": f"{resource.name}: {alarm.why}",
+        "Namespace": namespace,
+        "MetricName": alarm.metric,
+        "Dimensions": [{"Name": dimension, "Value": resource.name}],
+        "Statistic": alarm.statistic,
+        "Period": 60,
+        "EvaluationPeriods": alarm.minutes,
+        "Threshold": alarm.threshold,
+        "ComparisonOperator": "GreaterThanThreshold",
+        "TreatMissingData": "notBreaching",  # of a queue that nobody uses
+    }
+    if notified:
+        parameters["AlarmActions"] = [notified]
+    return parameters
 
 
 class _Finding(NamedTuple):
@@ -10081,6 +12349,7 @@ def _check(priorities: Collection[Priority]) -> Iterator[_Finding]:
     yield from wrong
     if not wrong:
         yield from _check_places(priorities)
+        yield from _check_schedules()
 
 
 def _check_tasks(priorities: Collection[Priority]) -> Iterator[_Finding]:
@@ -10114,6 +12383,39 @@ def _check_places(priorities: Collection[Priority]) -> Iterator[_Finding]:
             yield _error(_text_of(error), "the rest can't be checked", remedy)
             if not re.match(_FORBIDDEN, _error_code(error)):
                 return  # the others would say the same
+
+
+def _check_schedules() -> Iterator[_Finding]:
+    """Hold the schedules that are there against the tasks."""
+    if settings.TASKHAWK_BROKER != "sqs":
+        return
+    try:
+        yield from _schedule_findings()
+    except Exception as error:
+        yield _error(_text_of(error), "schedules can't be checked", _TOLD)
+
+
+def _schedule_findings() -> Iterator[_Finding]:
+    """Look for schedules that are missing, other than declared, or of no task."""
+    scheduler = _brokers.get("schedule")
+    for resource in _schedule_resources():
+        service, find_change = _PROVIDERS[resource.kind]
+        if service != "schedule":  # who checks need not be allowed to look at roles
+            continue
+        change = find_change(scheduler, resource)
+        if change is None:
+            continue
+        what = f"{_what_is(resource)}: would be {change.text}"
+        why = "delayed messages are refused, and periodic tasks do not run"
+        if resource.kind == "aws_scheduler_schedule":
+            why = "the task does not run as its code says"
+        yield _error(what, why, f"{_PROVISION} MODULE …")
+    for name in _abandoned_schedules():
+        yield _warning(
+            f"schedule {name}: no task has it",
+            "its messages are dead letters, unless another module has the task",
+            f"name all modules, or {_PROVISION} MODULE … --prune",
+        )
 
 
 def _check_settings() -> list[_Finding]:
@@ -10392,16 +12694,16 @@ _programs[""] = main
 
 def _run_command(arguments: Any) -> bool:
     """Import the tasks and run the command; return whether it failed."""
-    _set_up_logging(arguments.log_level, arguments.log_format)
+    _log_meanwhile(arguments.log_level, arguments.log_format)
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as `python -m` does, for the script
     with _telling_where("Django can't be set up"):
         _set_up_django()
     modules = arguments.modules
-    if arguments.command in ("listen", "check", "tasks"):
+    if arguments.command in _TASK_COMMANDS:
         modules = modules or _django_task_modules()
     _load(modules, arguments.command)
-    # Again, for Django and the tasks' modules may have configured logging.
+    # Only now, for Django and the tasks' modules may have set up logging.
     _set_up_logging(arguments.log_level, arguments.log_format)
     return bool(arguments.run(arguments))
 
@@ -10423,18 +12725,37 @@ def _one_line(error: Exception) -> str:
     return text
 
 
-def _set_up_logging(level: str | None, log_format: str | None) -> None:
-    """Log to stderr, with the task that a record was made in; it may be called again.
+def _formatter(log_format: str | None) -> logging.Formatter:
+    """Return what writes records in this format; None is text."""
+    if log_format == "json":
+        return _JsonFormatter()
+    return _TextFormatter("%(asctime)s")
 
-    An application that configures logging keeps its handlers and levels. But its
+
+def _log_meanwhile(level: str | None, log_format: str | None) -> None:
+    """Log to stderr what comes before the application has set up logging.
+
+    Not by a handler of the root logger, or its basicConfig() would do nothing.
+    """
+    ours = logging.StreamHandler()
+    ours.setFormatter(_formatter(log_format))
+    logging.lastResort = ours
+    root = logging.getLogger()
+    if level or not root.handlers:
+        root.setLevel((level or "info").upper())
+
+
+def _set_up_logging(level: str | None, log_format: str | None) -> None:
+    """Log to stderr, with the task that a record was made in.
+
+    An application that has set up logging keeps its handlers and levels. But its
     dictConfig(), such as Django's, may disable our logger, and can't know our options.
 
     :param level: None leaves it to the application, or INFO
     :param log_format: "text" or "json"; None leaves it to the application, or text
     """
-    formatters = {"text": _TextFormatter("%(asctime)s"), "json": _JsonFormatter()}
     ours = logging.StreamHandler()
-    ours.setFormatter(formatters["text"])
+    ours.setFormatter(_formatter("text"))
     logging.basicConfig(level=logging.INFO, handlers=[ours])
     _log.logger.disabled = False
     if level:
@@ -10449,7 +12770,7 @@ def _set_up_logging(level: str | None, log_format: str | None) -> None:
             handler.addFilter(_add_task)
             to_terminal = getattr(handler, "stream", None) in (sys.stdout, sys.stderr)
             if log_format and to_terminal:
-                handler.setFormatter(formatters[log_format])
+                handler.setFormatter(_formatter(log_format))
 
 
 def _parser() -> Any:
@@ -10489,6 +12810,7 @@ def _parser() -> Any:
     return parser
 
 
+_TASK_COMMANDS = ("listen", "check", "provision", "schedules", "tasks")
 _QUEUE_COMMANDS = (
     "listen",
     "dispatch",
@@ -11009,6 +13331,40 @@ def _tasks(arguments: Any) -> None:
         print(f"{found.name}  {found.priority.name}")
 
 
+@_command("schedules", _MODULES, _AS_JSON)
+def _schedules(arguments: Any) -> None:
+    """List the periodic tasks, with the time when each is due next.
+
+    example: python -m taskhawk schedules myapp.tasks
+    """
+    _require_tasks("schedules", arguments.modules)
+    rows = [_row_of(found) for found in _periodic_tasks().values()]
+    if arguments.json:
+        print(json.dumps(rows, indent=2))
+        return
+    for row in rows:
+        due = row["next"] or "when AWS says"
+        print(f"{row['task']}  {row['schedule']}  {row['timezone']}  {due}")
+
+
+def _row_of(task: Task[..., Any]) -> dict[str, Any]:
+    """Return what there is to say of a periodic task; `next` is None if AWS knows it.
+
+    There, a rate counts from when its schedule was made.
+    """
+    schedule = _schedule_of(task)
+    due = schedule.next_after(datetime.now(UTC))
+    if schedule.interval_s and settings.TASKHAWK_BROKER == "sqs":
+        due = None
+    return {
+        "task": task.name,
+        "priority": task.priority.name,
+        "schedule": schedule.text,
+        "timezone": schedule.timezone,
+        "next": due and due.isoformat(),
+    }
+
+
 @_command("schema")
 def _schema(_arguments: Any) -> None:
     """Print the message format as JSON Schema.
@@ -11107,8 +13463,12 @@ def _check_all(arguments: Any) -> bool:
     return any(finding.severity == "error" for finding in findings)
 
 
+_DASHBOARDS = {"dashboard": _dashboard, "dashboard-terraform": _dashboard_terraform}
+
+
 @_command(
     "provision",
+    _MODULES,
     _many("--priority", "queue to make (default: all)", choices=_PRIORITIES),
     _option(
         "--max-receive-count",
@@ -11124,14 +13484,38 @@ def _check_all(arguments: Any) -> bool:
         metavar="ARN",
     ),
     _option(
-        "--format", "print it in this format, for review", choices=["terraform", "iam"]
+        "--format",
+        "print it in this format, for review",
+        choices=["terraform", "iam", *_DASHBOARDS],
     ),
+    _option(
+        "--max-age",
+        "dashboard: alarm if a message waits for longer (default: 15m)",
+        type=_seconds(1),
+        default=900,
+        metavar="S",
+    ),
+    _option(
+        "--max-backlog",
+        "dashboard: alarm if more messages wait (default: 1000)",
+        type=_whole(0),
+        default=1000,
+        metavar="N",
+    ),
+    _option("--notify", "dashboard: topic that alarms are sent to", metavar="ARN"),
+    _option(
+        "--emf",
+        "dashboard: namespace of the metrics that workers print",
+        type=_namespace,
+        metavar="NAMESPACE",
+    ),
+    _flag("--prune", "delete the schedules of tasks that these modules lack"),
     _DRY_RUN,
 )
 def _provision(arguments: Any) -> None:
-    """Make the queues or topics, or print them for review.
+    """Make queues or topics and periodic tasks' schedules, or print them for review.
 
-    example: python -m taskhawk provision --format terraform > taskhawk.tf.json
+    example: python -m taskhawk provision myapp.tasks --format terraform > all.tf.json
     """
     if settings.TASKHAWK_BROKER != "sqs":
         _provision_file(arguments)
@@ -11143,12 +13527,30 @@ def _provision(arguments: Any) -> None:
         resources += _resources(
             priority, arguments.max_receive_count, arguments.function
         )
+    if arguments.format in _DASHBOARDS:
+        watched = _Watched(
+            arguments.max_age, arguments.max_backlog, arguments.notify, arguments.emf
+        )
+        print(json.dumps(_DASHBOARDS[arguments.format](resources, watched), indent=2))
+        return
+    resources += _schedule_resources()
     write = {"terraform": _terraform, "iam": _iam}.get(arguments.format)
     if write:
         print(json.dumps(write(resources), indent=2))
         return
     for resource in resources:
         print(_provide(resource, dry_run=arguments.dry_run))
+    _prune(prune=arguments.prune and not arguments.dry_run)
+
+
+def _prune(*, prune: bool) -> None:
+    """Say which schedules no task has any more, and delete them if that is wanted."""
+    for name in _abandoned_schedules():
+        if prune:
+            _brokers.get("schedule").delete(name)
+            print(f"schedule {name}: deleted")
+        else:
+            print(f"schedule {name}: no task has it; --prune deletes it")
 
 
 def _provision_file(arguments: Any) -> None:
@@ -11428,9 +13830,6 @@ def _group_as_dict(
         "list": f"{_LETTERS_COMMAND} list{words}",
         "requeue": f"{_LETTERS_COMMAND} requeue{words}",
     }
-
-
-_LETTERS_COMMAND = "python -m taskhawk dead-letters"
 
 
 def _words_of(arguments: Any, task: str, error: str) -> str:
