@@ -7001,7 +7001,7 @@ class _Keeper:
 # Every thread of this file that outlives a call: pollers receive, slots run tasks (the
 # calling thread is one of them), one keeper changes messages on the queue, one heart
 # calls the heartbeat hook, one watch sees the signals and the grace. One lock guards
-# the holdings, the phase and the counts; _Course.move_on() alone moves the phase.
+# holdings, polls, phase and counts; _Course.move_on() alone moves the phase.
 
 _MAX_BACKOFF_S = 60  # between receives that fail
 _FLUSH_S = 3  # of the grace, kept for acknowledgements once running tasks are given up

@@ -11168,6 +11168,11 @@ class TestPolls:
         polls.begin("B", held, 3)
         assert polls.may_begin_at("C", held) == 3.1
 
+    def test_connections(self, aws):
+        """All receives that may run at once have a connection of their own, to be kept."""
+        pool = taskhawk._brokers.broker().client("poll").meta.config
+        assert len(Priority) * taskhawk._MAX_POLLS <= pool.max_pool_connections
+
     def test_loop_count(self):
         """The loop count is of receives that were answered."""
         polls = taskhawk._Polls(["Q"], loop_count=2)
@@ -11940,10 +11945,14 @@ class TestWorker:
 
     def test_pollers_that_fail(self, worker_broker, worker_act, caplog):
         """Where several receives fail at once, that is one failure, and one pause."""
-        three, numbers = threading.Barrier(3), itertools.count(1)
+        three = threading.Barrier(3)
+        pollers: list[threading.Thread] = []
+        left = {True: iter(range(1)), False: iter(range(2))}  # receives that fail
 
         def receive(real: Any, *_: Any) -> Any:
-            if next(numbers) in {2, 3, 4}:
+            pollers.append(threading.current_thread())
+            is_first = threading.current_thread() is pollers[0]
+            if len(pollers) > 1 and next(left[is_first], None) is not None:
                 three.wait(WORKER_PATIENCE_S)
                 raise OSError("reset")
             return real()
