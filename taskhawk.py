@@ -5331,6 +5331,7 @@ def _begin_run(received: QueueMessage) -> Message:
     """Run the pre hook, and decode the message."""
     _call_hook("TASKHAWK_PRE_PROCESS_HOOK", received)
     message = _decode(received.body)
+    _find_task(message.task_name)
     received.message = message  # from here on, an error is the task's
     message.received = received
     _log.debug("Received message", extra={"message_body": received.body})
@@ -5944,6 +5945,7 @@ class _Held:
     decided_at: float = math.inf  # when that was known
     due_at: float = math.inf  # when the call that ends it is to be made at the latest
     tries: int = 0  # how often that call has failed
+    is_along: bool = False  # it runs together with one that was started before it
     in_call: bool = False  # a call with it is under way, so that no other is made
 
     @property
@@ -6095,6 +6097,7 @@ class _Holdings:
         self.held: dict[_Held, None] = {}  # an ordered set, as are the following
         self.backlog = _Backlog(queues)  # received and not started
         self.decided: dict[_Held, None] = {}  # it is known what they become
+        self._along = 0  # messages that run together with another, that one left out
         self.leases = _Leases()
         self.calls = _Calls(self, queues)
 
@@ -6105,8 +6108,8 @@ class _Holdings:
 
     @property
     def running(self) -> int:
-        """How many messages run."""
-        return len(self.held) - self.waiting - len(self.decided)
+        """How many runs are under way; messages that run together are one."""
+        return len(self.held) - self.waiting - len(self.decided) - self._along
 
     @property
     def is_overdue(self) -> bool:
@@ -6162,6 +6165,22 @@ class _Holdings:
             held.begin(now)
         return held
 
+    def start_more(self, first: _Held, most: int, now: float) -> list[_Held]:
+        """Start messages of the same batch task as one that was just started.
+
+        :param most: how many may run together
+        """
+        kind = (first.queue, first.message.batch_task)
+        waiting = [held for held in self.backlog if held.is_sure]
+        alike = [h for h in waiting if (h.queue, h.message.batch_task) == kind]
+        more = [held for held in alike if now < held.lease_until][: most - 1]
+        for held in more:
+            self.backlog.drop(held)
+            held.begin(now)
+            held.is_along = True
+        self._along += len(more)
+        return more
+
     def finish(
         self, held: _Held, end: str, now: float, delay_s: float | None = 0
     ) -> None:
@@ -6187,6 +6206,9 @@ class _Holdings:
         """Note what a message is to become, and when the call for it is due."""
         self.backlog.drop(held)
         self.decided[held] = None
+        if held.is_along:
+            held.is_along = False
+            self._along -= 1
         held.end, held.decided_at, held.due_at = end, now, now
         if held.to_delete:
             if not held.message.is_fifo:  # else others of its group wait for it
@@ -7188,18 +7210,31 @@ class _Course:
         self._can_start = True  # a child, as far as the last try tells
         self._started = 0  # messages, ever
 
-    def next(self) -> _Held | None:
-        """Wait for a message to run, and start it; None if there will be no more."""
+    def next(self) -> list[_Held]:
+        """Wait for a message to run, and start it with those that run together with it.
+
+        :returns: none if there will be no more
+        """
         with self.lock:
             while self.is_working():
                 held = self._holdings.start(self.clock())
                 if self._holdings.news:  # a message was lost while it waited
                     self._keeper.freed()
                 if held:
-                    self._started += 1
-                    return held
+                    batch = [held, *self._start_more(held)]
+                    self._started += len(batch)
+                    return batch
                 self._to_start.wait()
-            return None
+            return []
+
+    def _start_more(self, held: _Held) -> list[_Held]:
+        """Start what runs together with a message; called with the lock held."""
+        most = _most_together(held.message)
+        if most == 1:
+            return []
+        more = self._holdings.start_more(held, most, self.clock())
+        self._keeper.freed()  # they wait no more, and take no slots
+        return more
 
     def finish(self, held: _Held, end: str, delay_s: float | None = 0) -> None:
         """Note what a message that ran is to become."""
@@ -7653,6 +7688,7 @@ class _Poller:
         for message in messages:
             message.max_receive_count = lease.max_receive_count
             message.done_level = worker.done_level
+            message.batch_task = _find_batch_task(message)
             message.lease_s = lease.seconds
         # At once: from here on the keeper extends the leases.
         self._intake.take(poll, messages, lease.seconds)
