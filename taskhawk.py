@@ -6388,9 +6388,9 @@ class _Calls:
         the others follows, or extensions that hang would starve them. Of these comes
         first what has been due for longest.
         """
-        leases: list[_Held] = []
-        if self._leases_at() <= now:
-            leases = self._all.leases.due(now)
+        leases = self._all.leases.due(now)  # first, for that looks when they are
+        if self._leases_at() > now:
+            leases = []
         ends = min(self._ends.values(), key=self._due_at)
         is_due = self._due_at(ends) <= now
         if leases and not (is_due and self._last is _Kind.extend):
