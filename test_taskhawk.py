@@ -9286,12 +9286,13 @@ class HoldingsMachine(hypothesis.stateful.RuleBasedStateMachine):
     def call(self) -> None:
         """Begin the call that is due, if there is one; others may be under way."""
         self.holdings.expire(self.now)
+        free = [held for held in self.holdings.held if not held.in_call]
+        due_at = [min(held.decided_at, held.renew_at) for held in free]
         call = self.holdings.calls.next(self.now)
         if call is None:
             assert self.holdings.calls.next_at() > self.now
             return
         is_full = len(call.batch) == 10
-        due_at = [min(h.due_at, h.renew_at, self.now) for h in call.batch]
         assert not self.calls or is_full or min(due_at) <= self.now - 0.0999
         under_way = [held for other, _ in self.calls for held in other.batch]
         assert not set(map(id, call.batch)) & set(map(id, under_way))
