@@ -3737,7 +3737,7 @@ class Task(Generic[_P, _R]):
                 f"{self.name}: {error}{_hint_of_wrapper(self.fn)}"
             ) from None
 
-    def take_any_arguments(self) -> None:
+    def _take_any_arguments(self) -> None:
         """Have messages carry any arguments: the function gets calls, not arguments."""
         try:
             self._signature.bind([])
@@ -3759,7 +3759,7 @@ class Task(Generic[_P, _R]):
         """
         if "batch" in self.options:
             call = Call.of(message, receipt)
-            self.call_together([call])
+            self._call_together([call])
             if call.error is not None:
                 raise call.error
             return
@@ -3771,7 +3771,7 @@ class Task(Generic[_P, _R]):
             kwargs["headers"] = dict(metadata.headers)
         self._run_function(metadata, *message.args, **kwargs)
 
-    def call_together(self, calls: list[Call]) -> None:
+    def _call_together(self, calls: list[Call]) -> None:
         """Run the function of a batch task once, for several messages."""
         metadata = calls[0].metadata
         if len(calls) > 1:
@@ -4215,6 +4215,8 @@ def task(
     :param time_limit: seconds until a worker kills a run, whatever code it is in; such
         a task is isolated
     :param isolate: have a worker run it in a process of its own, which may crash
+    :param batch: have the function called once for up to so many messages, at most 100,
+        with the list of their :class:`Call`
     :param more: options of later parts, see :class:`_MoreOptions`
     :raises ConfigurationError: if a message can't call the function, if its name is
         taken, or if an option is wrong
@@ -5978,7 +5980,7 @@ def _check_batch(made: Task[Any, Any], most: object) -> None:
         raise ConfigurationError(
             f"{made.name} has batch={most!r}: expected 1 to {_MAX_CALLS_TOGETHER}"
         )
-    made.take_any_arguments()
+    made._take_any_arguments()  # noqa: SLF001 - its own
     _batch_tasks.add(made.name)
 
 
@@ -6038,7 +6040,7 @@ def _call_together(ready: Iterable[Call]) -> BaseException | None:
         return None
     metadata = typing.cast("Metadata", calls[0].metadata)
     try:
-        _registry[metadata.task].call_together(calls)
+        _registry[metadata.task]._call_together(calls)  # noqa: SLF001 - its own
     except BaseException as error:
         return error
     return None
@@ -6079,23 +6081,22 @@ class _RunOfMany:
             self._error = error
             if self.call.error is not None:
                 self._error = self.call.error
+        shared = self._error
+        trace = getattr(shared, "__traceback__", None)
         try:
             _end_run(self._received, self._began, self._around, self._raise)
         except BaseException as raised:
             self._error = raised
         else:
             self._error = None
+        if shared is not None:
+            # It is raised for one message after another: it is not to grow.
+            shared.__traceback__ = trace
 
     def _raise(self) -> None:
         """End as the task's call did."""
-        if self._error is None:
-            return
-        trace = self._error.__traceback__
-        try:
+        if self._error is not None:
             raise self._error
-        finally:
-            # It is raised for one message after another: its traceback is not to grow.
-            self._error.__traceback__ = trace
 
     def outcome(self) -> Outcome:
         """Return what becomes of the message; raise what must end the process."""
@@ -6676,9 +6677,9 @@ class _Calls:
         the others follows, or extensions that hang would starve them. Of these comes
         first what has been due for longest.
         """
-        leases: list[_Held] = []
-        if self._leases_at() <= now:
-            leases = self._all.leases.due(now)
+        leases = self._all.leases.due(now)  # first, for that looks when they are
+        if self._leases_at() > now:
+            leases = []
         ends = min(self._ends.values(), key=self._due_at)
         is_due = self._due_at(ends) <= now
         if leases and not (is_due and self._last is _Kind.extend):

@@ -9603,6 +9603,8 @@ class TestBatchTasks:
             if outcome.error is not None:
                 error = TOGETHER_ENDS.get(call)
                 assert outcome.error is error or type(outcome.error) is LookupError
+                trace = traceback.format_exception(outcome.error)
+                assert sum(line.count("in index") for line in trace) == (not error)
         delays = [outcome.delay_s for outcome in outcomes]
         assert delays == [7 if call == "later" else None for call in calls.split()]
 
@@ -9936,12 +9938,13 @@ class HoldingsMachine(hypothesis.stateful.RuleBasedStateMachine):
     def call(self) -> None:
         """Begin the call that is due, if there is one; others may be under way."""
         self.holdings.expire(self.now)
+        free = [held for held in self.holdings.held if not held.in_call]
+        due_at = [min(held.decided_at, held.renew_at) for held in free]
         call = self.holdings.calls.next(self.now)
         if call is None:
             assert self.holdings.calls.next_at() > self.now
             return
         is_full = len(call.batch) == 10
-        due_at = [min(h.due_at, h.renew_at, self.now) for h in call.batch]
         assert not self.calls or is_full or min(due_at) <= self.now - 0.0999
         under_way = [held for other, _ in self.calls for held in other.batch]
         assert not set(map(id, call.batch)) & set(map(id, under_way))
@@ -10230,6 +10233,26 @@ class TestHoldings:
         holdings.calls.answered(call, {})
         holdings.finish(held, "retried", 30_000, 43_200)
         assert holdings.calls.next(30_000).entries() == [("r1", 13_190)]
+
+    def test_start_more(self):
+        """What runs together waits in one queue for one task, under a lease that holds."""
+        holdings = taskhawk._Holdings(["P", "Q"])
+        holdings.take(held_messages(2, "Q"), 3, 0, 0)
+        holdings.take(held_messages(6, "Q"), 30, 0, 0)
+        holdings.take(held_messages(2, "P"), 30, 0, 0)
+        holdings.take(held_messages(1, "Q"), 30, 0, 29)
+        for held in holdings.held:
+            held.message.batch_task = "index"
+            if held.message.message_id == "m3":
+                held.message.batch_task = None
+        holdings.start(1), holdings.start(1)
+        first = holdings.start(1)
+        more = holdings.start_more(first, 5, 4)
+        assert [held.message.message_id for held in more] == ["m1", "m2", "m4", "m5"]
+        assert (holdings.running, len(holdings.still_run())) == (3, 7)
+        for held in (first, *more):
+            holdings.finish(held, "acked", 5)
+        assert (holdings.running, len(holdings.decided)) == (2, 5)
 
     def test_lost_while_waiting(self):
         """A message whose lease ended, or was lost, while it waited is not started."""
@@ -12757,6 +12780,57 @@ class TestWorker:
         assert worker_shared.depth(queue) == (0, 0, 0)
 
 
+class TestBatchesOfAWorker:
+    """A slot takes along what waits for the same batch task; each message ends by itself."""
+
+    def test_ends(self, worker_broker, together):
+        """Up to so many run together, and the ledger counts each."""
+        index = taskhawk.Task.find_by_name("shop.index")
+        taskhawk.task(name="shop.plain")(nothing)
+        plain = taskhawk.Task.find_by_name("shop.plain")
+        worker_broker.put(index, ("a",), ("fail",), ("later",))
+        worker_broker.put(plain, ())
+        worker_broker.put(index, ("ignore",), *[(n,) for n in range(5)])
+        ledger = worker_broker.work(num_messages=10, loop_count=1)
+        assert together == [["a", "fail", "later", "ignore", 0], [1, 2, 3, 4]]
+        assert ledger == taskhawk.Ledger(received=10, acked=8, retried=2)
+        delays = [batch for _, batch in worker_broker.made("change_visibility")]
+        assert [s for batch in delays for _, s in batch] == [7]
+
+    def test_max_tasks(self, worker_broker, together):
+        """Each counts as a run of its own, so none is run beyond the last."""
+        index = taskhawk.Task.find_by_name("shop.index")
+        worker_broker.put(index, *[(n,) for n in range(9)])
+        ledger = worker_broker.work(num_messages=10, max_tasks=7, until_empty=False)
+        assert ledger == taskhawk.Ledger(received=7, acked=7)
+        assert together == [[0, 1, 2, 3, 4], [5, 6]]
+
+    def test_other_slots(self, worker_broker, worker_act):
+        """A batch takes one slot: others receive and run meanwhile."""
+        others = threading.Semaphore(0)
+
+        @taskhawk.task(batch=5, name="shop.index")
+        def index(calls: list[taskhawk.Call]) -> None:
+            for _ in range(4):
+                assert others.acquire(timeout=WORKER_PATIENCE_S)
+
+        WORKER_ACTS["other"] = others.release
+        worker_broker.put(index, *[()] * 5)
+        worker_broker.put(worker_act, *[("other",)] * 4)
+        ledger = worker_broker.work(num_messages=10, concurrency=2)
+        assert ledger == taskhawk.Ledger(received=9, acked=9)
+
+    def test_interrupted(self, worker_broker, together):
+        """What ends the worker leaves all of them to the queue."""
+        index = taskhawk.Task.find_by_name("shop.index")
+        worker_broker.put(index, ("a",), ("exit",), ("b",))
+        options = {"num_messages": 3, "loop_count": 1}
+        worker = taskhawk.Worker(worker_broker, [WORKER_QUEUE], wait_s=0, **options)
+        with pytest.raises(KeyboardInterrupt):
+            worker.run()
+        assert worker.ledger == taskhawk.Ledger(received=3, retried=3)
+
+
 async def cor_eventually(condition: Callable[[], Any]) -> None:
     """Wait until the condition holds."""
     async with asyncio.timeout(WORKER_PATIENCE_S):
@@ -13822,6 +13896,16 @@ def fork(how):
         signal.pause()
     LOG.warning("from %s", forked or "a fork")
 
+@taskhawk.task(batch=5, isolate=True)
+def together(calls):
+    note(*[call.args[0] for call in calls])
+    for call in calls:
+        {
+            "fine": lambda: None,
+            "fail": lambda: call.fail(KeyError("lost")),
+            "exit": lambda: os._exit(3),
+        }[call.args[0]]()
+
 @taskhawk.task(isolate=True)
 def ask(how):
     raise {
@@ -14465,6 +14549,21 @@ class TestIsolation:
             result = run_python(["-m", "taskhawk", *command], cwd=tmp_path, env=env)
         assert result.stdout.startswith("1 received, 1 acked, "), result.stderr
 
+    @pytest.mark.parametrize(
+        ("last", "ends"),
+        [("fine", {"acked": 2, "retried": 1}), ("exit", {"retried": 3})],
+    )
+    def test_batch(self, isolated_jobs, caplog, last, ends):
+        """Messages of a batch task run in one child together; a crash fails them all."""
+        isolated_jobs.together.dispatch_many([("fine",), ("fail",), (last,)])
+        assert isolated_work() == {"received": 3, **ends}
+        assert isolated_notes(isolated_jobs) == [f"fine fail {last}"]
+        crash = "isolated.together: its process ended: exit code 3"
+        errors = [
+            str(record.exc_info[1]) for record in caplog.records if record.exc_info
+        ]
+        assert errors == ([crash] * 3 if last == "exit" else [])
+
     def test_started_too_late(self, isolated_jobs):
         """A child that is started as the grace ends runs nothing."""
         given_up = threading.Event()
@@ -14861,6 +14960,37 @@ class TestLambda:
         assert "GetQueueUrl" not in lambda_sqs.actions  # its role may not look it up
         if kind == "SNS" or not failed:
             assert lambda_sqs.calls == []
+
+    @pytest.mark.parametrize("kind", LAMBDA_RECORDS)
+    def test_batch_task(self, kind, lambda_sqs, lambda_runs, together):
+        """Messages of a batch task run together, up to its number, and fail by themselves."""
+        calls = [1, "fail", *range(2, 6), "fail", "later"]
+        bodies = [processing_body("shop.index", args=[call]) for call in calls]
+        bodies[3:3] = [processing_body("lambda.run", args=["plain"]), "not JSON"]
+        make = LAMBDA_RECORDS[kind]
+        records = [make(body, f"m{n}") for n, body in enumerate(bodies, 1)]
+        _, errors = lambda_consume({"Records": records})
+        assert (together, lambda_runs) == ([calls[:5], calls[5:]], ["plain"])
+        names = [type(error).__name__ for error in errors]
+        assert names == [
+            "ValidationError",
+            "ValueError",
+            "ValueError",
+            "RetryException",
+        ]
+        if kind == "SQS":
+            assert sorted(lambda_deleted(lambda_sqs)) == [1, 3, 4, 6, 7, 8]
+
+    def test_batch_task_on_fifo(self, lambda_sqs, together):
+        """On FIFO queues they run one by one: none runs before one that failed."""
+        event = {"Records": []}
+        for n, call in enumerate([1, "fail", 2], 1):
+            body = processing_body("shop.index", args=[call])
+            record = lambda_sqs_record(body, f"m{n}", MessageGroupId="g")
+            record["eventSourceARN"] += ".fifo"
+            event["Records"].append(record)
+        answer, _ = lambda_consume(event, partial_batch=True)
+        assert (together, answer) == ([[1], ["fail"]], lambda_failures(2, 3))
 
     def test_run_hook(self, lambda_runs):
         """The run hook is told of each run, as in a worker."""
