@@ -56,41 +56,42 @@ A message that a worker holds; the :class:`Ledger` counts what each becomes::
     received --> started --> finished --> acked          deleted from the queue
         |           |            |------> retried        visible again, now or later
         |           |            |------> dead_lettered  copied, then deleted
+        |           |            |------> postponed      copied with a delay, deleted
         |           |            '------> uncertain      its delete may not be applied
         |           '--> released                        its run could not begin
         '--> released                                    never started, visible at once
 
 What to read for each promise, and how many statements that is
-    1 (292): publish, _send_one, _accepted, _send_all_ready, _partial_failure,
+    1 (328): publish, _send_one, _accepted, _send_all_ready, _partial_failure,
         _send_all, _in_batches, _one_round, SqliteBroker.send, SqliteBroker._claim,
         SqliteBroker.delete, _SqliteFile.change, _use_write_ahead_log,
         _AwsSender._batch, SqsBroker.send, SqsBroker.delete, process, _verdict, _wanted,
-        _Slot._run, Worker.settle, Worker._close, _dead_letter, _send_copy, _Held.move,
-        _Holdings.finish, _Holdings.release, _Holdings._decide, _Calls.answered,
-        _Calls._deleted, _Calls._delayed, _Calls._try_later, _Holdings.doubt,
-        _Holdings.close, _Holdings.end
-    2 (281): SqliteBroker.receive, SqliteBroker._claim, SqliteBroker.change_visibility,
-        SqsBroker.receive, _find_lease, _Poller._receive, _Course.take,
-        _Course._release_if_stuck, _Call, _Leases, _Holdings.take, _Holdings.start,
-        _Holdings.release, _Holdings.release_waiting, _Holdings._decide,
-        _Holdings.expire, _Holdings.lose, _Calls.next, _Calls.answered,
-        _Calls._extended, _Calls._deleted, _Keeper.run, _Keeper._make, _Slot._run,
-        _Slot._process, Worker._give_up, _Child.kill
+        _delay_s, _ask_policy, _Slot._run, Worker.settle, _carry_out, _postpone,
+        Worker._close, _dead_letter, _send_copy, _Held.move, _Holdings.finish,
+        _Holdings.release, _Holdings._decide, _Calls.answered, _Calls._deleted,
+        _Calls._delayed, _Calls._try_later, _Holdings.doubt, _Holdings.close,
+        _Holdings.end
+    2 (320): SqliteBroker.receive, SqliteBroker._claim, SqliteBroker.change_visibility,
+        SqsBroker.receive, _find_lease, _Poller._receive, _Intake.take, _Intake.close,
+        _Course.take, _Course._release_if_stuck, _Backlog, _Call, _Leases,
+        _Holdings.take, _Holdings.start, _Holdings.release, _Holdings.release_waiting,
+        _Holdings._decide, _Holdings.expire, _Holdings.lose, _Calls.next,
+        _Calls.answered, _Calls._extended, _Calls._deleted, _Keeper._look,
+        _Keeper._make, _Slot._run, _Slot._process, Worker._give_up, _Child.kill
     3 (110): _decode, _parse, Message.__init__, _validate, _fits, _find_task,
         Task.find_by_name, Task.call, _register, _import, _import_path, _parse_line,
         _to_outcome, _import_tasks
-    4 (101): process, _run, _decode, _parse, _failed, _verdict, _is_invalid,
+    4 (98): process, _run, _decode, _parse, _failed, _log_failed, _verdict, _is_invalid,
         _text_of_invalid, _Slot._run, Worker.settle
-    5 (198): _run, _failed, _sentence, _what_follows, _name_of, _reason, _in_one_line,
-        _facts, _extra_of, _text_of_invalid, _shown, _mismatch, _too_large,
-        _Holdings.warn, _Keeper._tell, _Faults, _error_code, _error_details, _explained,
-        _explanation, _find_remedy, _Source.read, _call_safely, _log_again
-    6 (187): _Course.wait_for_room, _Course._find_room, _Poller.work, _Poller._try,
-        _Poller._receive, _pause_s, _Holdings._decide, _Holdings._acknowledge,
-        _Holdings._hurry, _Calls.next, _Calls._due_ends, _Calls._share_call,
-        _Calls._extended, _Leases, _Keeper._wait, _Keeper._make, SqsBroker.receive,
-        SqsBroker.url, SqsBroker._find_url, _parts
-    7 (209): _in_own_context, _refresh_django_connections, _PerProcess, _made_once,
+    5 (198): _run, _failed, _log_failed, _sentence, _what_follows, _name_of, _reason,
+        _in_one_line, _facts, _extra_of, _text_of_invalid, _shown, _mismatch,
+        _too_large, _Holdings.warn, _Keeper._tell, _Faults, _error_code, _error_details,
+        _explained, _explanation, _find_remedy, _Source.read, _call_safely, _log_again
+    6 (325): _Polls, _Intake.begin, _Intake.adds_helper, _Poller.work, _Poller._help,
+        _Poller._try, _Poller._receive, _pause_s, _Holdings._decide, _Ends, _Calls.next,
+        _Calls._due_at, _Calls._patience_s, _Calls._extended, _Leases, _Keeper._wait,
+        _Keeper._make, SqsBroker.receive, SqsBroker.url, SqsBroker._find_url, _parts
+    7 (210): _in_own_context, _refresh_django_connections, _PerProcess, _made_once,
         _Brokers.before_fork, _Brokers.after_fork, _close_sqlite_files,
         _release_sqlite_files, _Signals, _hold_signals, _release_signals,
         _forget_signals, _path_of_children, _Child._start_process,
@@ -141,6 +142,7 @@ __all__ = [
     "Message",
     "MessageTooLarge",
     "PartialFailure",
+    "PostponeException",
     "Priority",
     "QueueFull",
     "RetryException",
@@ -163,9 +165,11 @@ import contextvars
 import dataclasses
 import enum
 import functools
+import heapq
 import importlib
 import inspect
 import io
+import itertools
 import json
 import logging
 import math
@@ -224,11 +228,15 @@ _MAX_SNS_BYTES = 262_144  # the same for SNS, whose topics may allow more
 _MAX_ATTRIBUTES = 10  # a raw SNS delivery to SQS discards a message that has more
 _MAX_DELAY_S = 900  # DelaySeconds of SQS
 _MAX_QUEUE = 80 - len("TASKHAWK--HIGH-PRIORITY-DLQ")  # the longest name has it inside
+_FIFO = ".fifo"  # the name of a FIFO queue ends with it, in lower case
+_MAX_GROUP = 128  # characters of MessageGroupId and MessageDeduplicationId
 _MAX_HELD_S = 43_200  # SQS counts these 12 hours from the receive, extensions included
 _LONG_POLL_S = 20  # the longest wait of ReceiveMessage, and so the cheapest
 _DEFAULT_LEASE_S = 30  # the visibility timeout of a queue that sets none
 _ERROR_ATTRIBUTE = "taskhawk.error"  # says why the worker dead-lettered a message
 _MAX_ERROR_BYTES = 16_384  # its size: enough for a traceback, little beside 1 MiB
+_ATTEMPTS_ATTRIBUTE = "taskhawk.attempts"  # how many there were before it was postponed
+_POSTPONED_ATTRIBUTE = "taskhawk.postponed"  # how often it was
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -260,7 +268,7 @@ _log = _Log(logging.getLogger(__name__), {})
 # --- 2. errors ------------------------------------------------------------------------
 # Every failure has a name and a fate. A ConfigurationError is for a person to fix; a
 # ValidationError is a fault of a message; a PartialFailure names the messages that were
-# not accepted. Tasks and retry policies raise the last four classes to say what is to
+# not accepted. Tasks and retry policies raise the last five classes to say what is to
 # become of the message.
 
 
@@ -362,7 +370,8 @@ class RetryException(TaskhawkError):
     """Raised by a task: run me again later. It is logged without a traceback.
 
     Such a run counts as an attempt: the receive count grows. A task that gives a delay
-    overrides its retry policy, so only the queue's redrive policy ends the attempts.
+    overrides its retry policy, so only the queue's redrive policy ends the attempts. A
+    task that gives a policy has it in place of its own for this failure.
 
     SQS hides a message for at most 12 hours after its receive. A longer delay is cut to
     that, and the log says so: raise it again then, or dispatch a new message.
@@ -370,12 +379,26 @@ class RetryException(TaskhawkError):
     :param args: the text; a number in the first place is the delay, as in taskhawk 4.7
     :param delay_seconds: seconds until the next run; None leaves it to the task's retry
         policy or, without one, to the queue's visibility timeout
-    :raises ValueError: if the delay is negative or not finite
+    :param retry: a policy for this failure; when it gives up, the message goes to the
+        dead-letter queue
+    :param log_error: whether the failure is logged as an error, and the error hook
+        called, if it is the last one; False logs a warning, without a traceback
+    :raises ValueError: if the delay is negative or not finite, the policy can't be
+        called, or both are given
     """
 
-    delay_seconds: float | None = None  # for subclasses with an __init__ of their own
+    # For subclasses with an __init__ of their own.
+    delay_seconds: float | None = None
+    retry: Callable[[int], float] | None = None
+    log_error = True
 
-    def __init__(self, *args: Any, delay_seconds: float | None = None) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        delay_seconds: float | None = None,
+        retry: Callable[[int], float] | None = None,
+        log_error: bool = True,
+    ) -> None:
         if delay_seconds is None and args and _is_number(args[0]):
             delay_seconds = args[0]
             args = args[1:]
@@ -383,8 +406,31 @@ class RetryException(TaskhawkError):
             raise ValueError(
                 f"delay_seconds: expected 0 or more seconds, got {delay_seconds}"
             )
+        if retry is not None and not callable(retry):
+            raise ValueError(f"retry: expected a retry policy, got {retry!r}")
+        if retry is not None and delay_seconds is not None:
+            raise ValueError("expected delay_seconds or retry, got both")
         self.delay_seconds = delay_seconds
+        self.retry = retry
+        self.log_error = log_error
         super().__init__(*args)
+
+
+class PostponeException(RetryException):
+    """Raised by a task: it is not my time yet, and this was no attempt.
+
+    A copy of the message is sent with the delay, and then the message is deleted. So
+    one that waits is not given up, however often it is postponed. It is logged at debug
+    level. A delay over SQS's 15 minutes is cut to that.
+
+    Where no copy can be sent, the run counts as one that raised
+    :class:`RetryException`: on a FIFO queue, whose order a copy would break, and in
+    Lambda behind SNS, or behind SQS if the function may not send.
+
+    :param args: the text; a number in the first place is the delay
+    :param delay_seconds: seconds until the next run; None for a minute
+    :raises ValueError: if the delay is negative or not finite
+    """
 
 
 class LoggingException(TaskhawkError):
@@ -599,9 +645,20 @@ _FLAG = _Rule("true or false", _parse_flag)
 _SECONDS = _Rule("a number of seconds above 0", functools.partial(_parse_number, float))
 _COUNT = _Rule("a whole number above 0", functools.partial(_parse_number, int))
 _HOOK = _Rule("a function or its dotted path", _parse_callable)
+_POLICY = _Rule("a retry policy or its dotted path", _parse_callable)
 _CLASS = _Rule("a class or its dotted path", _parse_callable)
 _URL = _Rule("a URL that begins with http:// or https://", _parse_url)
+_ROLE = _Rule(
+    "the ARN of an IAM role",
+    functools.partial(
+        _parse_text, r"(?a)arn:aws(-[a-z]+)*:iam::[0-9]{12}:role/[\w+=,.@/-]+"
+    ),
+)
 _BROKER = _Rule("'sqs' or a URL of SQLite", _parse_broker)
+_TABLE = _Rule(
+    "3 to 255 letters, digits, dots, hyphens and underscores",
+    functools.partial(_parse_text, "[A-Za-z0-9_.-]{3,255}"),
+)
 _QUEUE = _Rule(
     f"at most {_MAX_QUEUE} letters, digits, hyphens and underscores",
     functools.partial(_parse_text, f"[A-Za-z0-9_-]{{1,{_MAX_QUEUE}}}"),
@@ -610,6 +667,8 @@ _SETTINGS = {
     "AWS_ACCESS_KEY": _Setting(_TEXT, "AKIAIOSFODNN7EXAMPLE"),
     "AWS_ACCOUNT_ID": _Setting(_ACCOUNT, "123456789012"),
     "AWS_CONNECT_TIMEOUT_S": _Setting(_SECONDS, "2", 2),
+    "AWS_ENDPOINT_DYNAMODB": _Setting(_URL, "http://127.0.0.1:4566"),
+    "AWS_ENDPOINT_SCHEDULER": _Setting(_URL, "http://127.0.0.1:4566"),
     "AWS_ENDPOINT_SNS": _Setting(_URL, "http://127.0.0.1:4566"),
     "AWS_ENDPOINT_SQS": _Setting(_URL, "http://127.0.0.1:4566"),
     "AWS_READ_TIMEOUT_S": _Setting(_SECONDS, "2", 2),
@@ -618,13 +677,20 @@ _SETTINGS = {
     "AWS_SESSION_TOKEN": _Setting(_TEXT, "AQoDYXdzEJr/EXAMPLETOKEN"),
     "IS_LAMBDA_APP": _Setting(_FLAG, "False", default=False),
     "TASKHAWK_BROKER": _Setting(_BROKER, "sqlite:///queue.db", "sqs"),
+    "TASKHAWK_CLAIMS_TABLE": _Setting(_TABLE, "taskhawk-claims"),
     "TASKHAWK_DEFAULT_HEADERS": _Setting(_HOOK, "myapp.hooks.default_headers"),
     "TASKHAWK_ERROR_HOOK": _Setting(_HOOK, "myapp.hooks.report_error"),
+    "TASKHAWK_FIFO": _Setting(_FLAG, "False", default=False),
     "TASKHAWK_HEARTBEAT_HOOK": _Setting(_HOOK, "myapp.hooks.touch_file"),
     "TASKHAWK_MAX_DB_REUSE_LOOPS": _Setting(_COUNT, "5", 5),
     "TASKHAWK_POST_PROCESS_HOOK": _Setting(_HOOK, "myapp.hooks.after"),
     "TASKHAWK_PRE_PROCESS_HOOK": _Setting(_HOOK, "myapp.hooks.before"),
     "TASKHAWK_QUEUE": _Setting(_QUEUE, "dev-myapp"),
+    "TASKHAWK_RETRY": _Setting(_POLICY, "myapp.retries.patient"),
+    "TASKHAWK_RUN_HOOK": _Setting(_HOOK, "myapp.hooks.count_run"),
+    "TASKHAWK_SCHEDULER_ROLE": _Setting(
+        _ROLE, "arn:aws:iam::123456789012:role/taskhawk-dev-myapp"
+    ),
     "TASKHAWK_SYNC": _Setting(_FLAG, "False", default=False),
     "TASKHAWK_TASK_CLASS": _Setting(_CLASS, "myapp.tasks.MyTask"),
 }
@@ -697,11 +763,37 @@ class _Settings:
 
     def read(self, name: str) -> Any:
         """Read a setting from its source, whatever is remembered."""
+        value = self._find(name)
+        if value and name in ("IS_LAMBDA_APP", "TASKHAWK_FIFO"):
+            self._check_fifo()
+        return value
+
+    def _find(self, name: str) -> Any:
+        """Return the value of the first source that has a setting, or its default."""
         for source in self._sources():
             value = source.read(name)
             if value is not None:
                 return value
         return _SETTINGS[name].default
+
+    def _check_fifo(self) -> None:
+        """Refuse the settings that FIFO queues do not go with."""
+        if not self._find("TASKHAWK_FIFO"):
+            return
+        if self._find("IS_LAMBDA_APP"):
+            raise ConfigurationError(
+                "TASKHAWK_FIFO and IS_LAMBDA_APP are both set, but a FIFO topic can't"
+                " call a function: set one of them; with TASKHAWK_FIFO alone, messages"
+                " go to queues, which a function can consume, too"
+            )
+        queue = self._find("TASKHAWK_QUEUE") or ""
+        longest = _MAX_QUEUE - len(_FIFO)
+        if len(queue) > longest:
+            raise ConfigurationError(
+                f"TASKHAWK_QUEUE: expected at most {longest} characters where"
+                f" TASKHAWK_FIFO is set, for the names of FIFO queues end with"
+                f" {_FIFO!r}, got {len(queue)} in {queue!r}"
+            )
 
     def require(self, name: str) -> Any:
         """Return a setting that has no default; raise ConfigurationError if unset."""
@@ -777,6 +869,7 @@ class _Settings:
         django = _django_settings()
         if django:
             yield _source(django, "Django's settings")
+            yield _source(_django_options(django), "OPTIONS of Django's TASKS")
         environment = dict(os.environ)
         for name in _variables_of_botocore():
             environment.pop(name, None)
@@ -900,10 +993,28 @@ def _django_settings() -> Any:
     return None
 
 
+def _django_options(django_settings: Any) -> Mapping[str, Any]:
+    """Return what the OPTIONS of those of Django's task backends have that are ours.
+
+    :raises ConfigurationError: if they differ in a setting: a process has only one
+    """
+    found: dict[str, Any] = {}
+    for params in (getattr(django_settings, "TASKS", None) or {}).values():
+        if params.get("BACKEND") != f"{__name__}.DjangoBackend":
+            continue
+        for name, value in params.get("OPTIONS", {}).items():
+            if found.setdefault(name, value) != value and name in _SETTINGS:
+                raise ConfigurationError(
+                    f"{name} in OPTIONS of Django's TASKS: expected the same value for"
+                    " each backend of taskhawk, got two"
+                )
+    return found
+
+
 def _django_setting_changed(*, setting: str, **_: object) -> None:
     """Follow Django's override_settings, which changes one setting at a time."""
     settings.forget()
-    if setting.startswith("AWS_"):  # clients are made with these
+    if setting == "TASKS" or setting.startswith("AWS_"):  # clients are made with these
         settings.changed()
 
 
@@ -1174,6 +1285,7 @@ class Message:  # noqa: PLW1641 - it may change, so it is no key of a dict
     CURRENT_VERSION = "1.0"
     VERSIONS = ("1.0",)
     delay_s: float = 0  #: seconds for which the queue holds it back; not on the wire
+    group_id: str | None = None  #: its message group, as SQS takes it; not in the body
     received: QueueMessage | None = None  #: what it arrived as; None where it was made
 
     def __init__(self, data: Mapping[str, Any]) -> None:
@@ -1628,6 +1740,26 @@ _PAUSES_S = (0.09, 0.3)
 _schemes: dict[str, Callable[[str], Sender]] = {}
 
 
+def _is_fifo(queue: str) -> bool:
+    """Return whether a queue is a FIFO queue, by its name or its ARN."""
+    return queue.endswith(_FIFO)
+
+
+def _dead_letter_name(queue: str) -> str:
+    """Return what the dead-letter queue of a queue is called, by its name or its ARN.
+
+    That of a FIFO queue is a FIFO queue, too.
+    """
+    if _is_fifo(queue):
+        return f"{queue.removesuffix(_FIFO)}-DLQ{_FIFO}"
+    return f"{queue}-DLQ"
+
+
+def _is_dead_letter_queue(queue: str) -> bool:
+    """Return whether a queue is a dead-letter queue, by its name."""
+    return queue.removesuffix(_FIFO).endswith("-DLQ")
+
+
 class Outgoing(NamedTuple):
     """A message to send.
 
@@ -1726,7 +1858,10 @@ class Sender(typing.Protocol):
             queue = settings.require("TASKHAWK_QUEUE")
         else:  # nobody else's queues are in the file
             queue = settings.TASKHAWK_QUEUE or "default"
-        return f"TASKHAWK-{queue}{_SUFFIXES[priority]}".upper()
+        name = f"TASKHAWK-{queue}{_SUFFIXES[priority]}".upper()
+        if settings.TASKHAWK_FIFO:
+            return name + _FIFO
+        return name
 
     def send(self, destination: str, entries: Sequence[Outgoing]) -> list[Refusal]: ...
     def close(self) -> None: ...
@@ -1775,7 +1910,9 @@ class QueueMessage:
     :ivar message: the decoded message, once it is valid and its task is registered
     :ivar lease_lost: whether others may have received the message; set by the worker
     :ivar max_receive_count: of the queue's redrive policy, where it is known
+    :ivar batch_task: the name of its task, if others of that task may run with it
     :ivar done_level: at which a run that returned is logged
+    :ivar lease_s: for which the receive hid it; a worker extends that while it runs
     """
 
     body: Any
@@ -1791,19 +1928,44 @@ class QueueMessage:
     message: Message | None = None
     lease_lost: bool = False
     max_receive_count: int | None = None
+    batch_task: str | None = None
     done_level: int = logging.DEBUG
+    lease_s: float = _DEFAULT_LEASE_S
     in_lambda: typing.ClassVar[bool] = False  # whether Lambda decides on retries
 
     @property
-    def attempt(self) -> int:
-        """How often the message has been received, from 1."""
+    def receive_count(self) -> int:
+        """How often the queue has delivered the message, from 1."""
         return int(self.attributes.get("ApproximateReceiveCount", 1))
 
     @property
+    def attempt(self) -> int:
+        """How often it has been received, from 1, but for those that postponed it."""
+        return self.receive_count + self._count(_ATTEMPTS_ATTRIBUTE)
+
+    @property
+    def postponed(self) -> int:
+        """How often it has been postponed."""
+        return self._count(_POSTPONED_ATTRIBUTE)
+
+    def _count(self, name: str) -> int:
+        """Return the number in an attribute; 0 if it has none, whoever wrote it."""
+        text = str(self.message_attributes.get(name, {}).get("StringValue"))
+        return int(text) if re.fullmatch("[0-9]{1,9}", text) else 0
+
+    @property
     def is_last_receive(self) -> bool:
-        """Whether the queue's redrive policy allows no further receive."""
+        """Whether its attempts are as many as the queue's redrive policy allows."""
         limit = self.max_receive_count
         return limit is not None and self.attempt >= limit
+
+    @property
+    def would_be_redriven(self) -> bool:
+        """Whether the queue dead-letters it at the next receive, and a copy helps."""
+        limit = self.max_receive_count
+        if limit is None or self.is_fifo:
+            return False
+        return self.receive_count >= limit
 
     @property
     def queue_url(self) -> str:
@@ -1815,7 +1977,7 @@ class QueueMessage:
     @property
     def is_fifo(self) -> bool:
         """Whether the message is from a FIFO queue."""
-        return self.queue is not None and self.queue.endswith(".fifo")
+        return self.queue is not None and _is_fifo(self.queue)
 
     @property
     def group_id(self) -> str | None:
@@ -1993,9 +2155,79 @@ def _parts(entries: Sequence[Any], max_bytes: int) -> Iterator[Sequence[Any]]:
 def _send_all(
     sender: Sender, destination: str, entries: Sequence[Outgoing]
 ) -> dict[int, Refusal]:
-    """Send any number of messages to one destination; return the refused by index."""
-    send = functools.partial(sender.send, destination)
+    """Send any number of messages to one destination; return the refused by index.
+
+    On a FIFO queue, what follows a refused message of its group is refused, too.
+    """
+    send = _in_order(destination, functools.partial(sender.send, destination))
     return _in_batches(send, entries, 3, max_bytes=sender.max_bytes, repeated=True)
+
+
+def _in_order(destination: str, send: _BatchCall) -> _BatchCall:
+    """Return what sends to a destination: group by group in order, if it is FIFO."""
+    if _is_fifo(destination):
+        return _OrderedSend(send).send
+    return send
+
+
+class _OrderedSend:
+    """Sends to a FIFO queue, where no message may overtake an earlier one of its group.
+
+    What follows a refused message is held back until that is tried again. It may be too
+    late for that, because the call has accepted one that follows it, or because its
+    refusal is final: then its group stops there.
+    """
+
+    def __init__(self, send: _BatchCall) -> None:
+        self._send = send
+        self._to_retry: dict[str | None, Outgoing] = {}  # the first refused, by group
+        self._stopped: set[str | None] = set()  # groups of which nothing more is sent
+
+    def send(self, entries: Sequence[Outgoing]) -> list[Refusal]:
+        """Make one call for those whose turn it is; return what was not accepted."""
+        places = [place for place, entry in enumerate(entries) if self._may_go(entry)]
+        refused = self._send_those(entries, places)
+        for place, entry in enumerate(entries):
+            if place not in places:
+                refused[place] = self._hold_back(entry)
+        return [refusal._replace(index=place) for place, refusal in refused.items()]
+
+    def _send_those(
+        self, entries: Sequence[Outgoing], places: Sequence[int]
+    ) -> dict[int, Refusal]:
+        """Send the entries at these places; return the refused ones by their place."""
+        if not places:
+            return {}
+        refusals = self._send([entries[place] for place in places])
+        refused = {places[refusal.index]: refusal for refusal in refusals}
+        last = {entries[p].group_id: p for p in places if p not in refused}  # accepted
+        for place, refusal in sorted(refused.items()):
+            is_late = last.get(entries[place].group_id, -1) > place
+            refused[place] = self._refuse(entries[place], refusal, is_late=is_late)
+        return refused
+
+    def _may_go(self, entry: Outgoing) -> bool:
+        """Return whether no earlier message of the group waits or has failed."""
+        group = entry.group_id
+        if self._to_retry.get(group) is entry:
+            del self._to_retry[group]
+            return True
+        return group not in self._to_retry and group not in self._stopped
+
+    def _refuse(self, entry: Outgoing, refusal: Refusal, *, is_late: bool) -> Refusal:
+        """Note a refusal; return it, final where a later one would break the order."""
+        group = entry.group_id
+        if is_late or refusal.final or group in self._stopped:
+            self._stopped.add(group)
+            return refusal._replace(final=True)
+        self._to_retry.setdefault(group, entry)
+        return refusal
+
+    def _hold_back(self, entry: Outgoing) -> Refusal:
+        """Return the refusal of a message that was not sent."""
+        is_final = entry.group_id in self._stopped
+        text = "an earlier message of its group was refused"
+        return Refusal(0, "GroupStopped", text, is_final)
 
 
 def _change_all(call: str, entries: Mapping[QueueMessage, Any], warning: str) -> None:
@@ -2020,21 +2252,57 @@ def _change_all(call: str, entries: Mapping[QueueMessage, Any], warning: str) ->
 
 # --- 8. SQLite ------------------------------------------------------------------------
 # The embedded broker, with the semantics of SQS, for any number of processes on one
-# machine. Every change is ONE statement, and so one transaction: it is on the disk when
-# the call returns, and neither a crash nor a signal handler comes between its halves.
-# visible_ms says when a message is visible: delay, visibility timeout and retry in one.
-# A receipt is good for a delete until the message is received again or dead-lettered;
-# for a change, only while the message is hidden too.
+# machine. Every change is ONE statement, its triggers included, and so one transaction:
+# it is on the disk when the call returns, and neither a crash nor a signal handler
+# comes between its halves. visible_ms says when a message is visible: delay, visibility
+# timeout and retry in one. A receipt is good for a delete until the message is received
+# again or dead-lettered; for a change, only while the message is hidden too.
 
 
-_SQLITE_SCHEMA = """BEGIN IMMEDIATE;
-CREATE TABLE IF NOT EXISTS message (
+# A visible message has a place in the line, which is a number below 0: a clock that is
+# set back hides nothing. It joins the line behind all in the first place and, if it has
+# a group, behind the last of that: a tenant that has sent 10,000 messages has one in
+# each place, and no other waits for them.
+_LINE_START = -(10**15) // 2  # earlier versions put times below it: those come first
+# The message waits in a FIFO queue until the one before it in its group has left that.
+_BEHIND = 2**62
+_JOIN = 0  # whatever is set to this joins the line; no clock has this time any more
+_JOIN_LINE = f"""UPDATE message SET visible_ms = CASE
+    WHEN queue GLOB '*{_FIFO}' AND queue NOT GLOB '*-DLQ{_FIFO}' AND EXISTS (
+        SELECT 1 FROM message WHERE queue = new.queue AND group_id = new.group_id
+        AND visible_ms < {_BEHIND} AND id <> new.id) THEN {_BEHIND}
+    ELSE 1 + max({_LINE_START},
+        coalesce((SELECT min(visible_ms) FROM message
+            WHERE queue = new.queue AND visible_ms < 0), {_LINE_START}),
+        coalesce((SELECT max(visible_ms) FROM message WHERE queue = new.queue
+            AND group_id = new.group_id AND visible_ms < 0), {_LINE_START}))
+    END WHERE id = new.id"""  # noqa: S608 - no value is in it
+_NEXT_OF_GROUP = f"""UPDATE message SET visible_ms = {_JOIN} WHERE id = (
+    SELECT id FROM message WHERE queue = old.queue AND group_id = old.group_id
+    AND visible_ms = {_BEHIND} ORDER BY id LIMIT 1)"""  # noqa: S608
+# Triggers are a part of the one statement that meets them, whoever makes it.
+_SQLITE_SCHEMA = (
+    """CREATE TABLE IF NOT EXISTS message (
     id INTEGER PRIMARY KEY AUTOINCREMENT, -- a receipt names it: it is never used again
     queue TEXT NOT NULL, message_id TEXT NOT NULL, body TEXT NOT NULL,
     attributes TEXT NOT NULL, sent_ms INTEGER NOT NULL, visible_ms INTEGER NOT NULL,
-    receive_count INTEGER NOT NULL DEFAULT 0, receipt TEXT);
-CREATE INDEX IF NOT EXISTS message_visible ON message (queue, visible_ms);
-PRAGMA user_version = 1; COMMIT;"""
+    receive_count INTEGER NOT NULL DEFAULT 0, receipt TEXT)""",
+    "ALTER TABLE message ADD COLUMN group_id TEXT",  # which the first files lack
+    "ALTER TABLE message ADD COLUMN first_ms INTEGER",  # of the first receive
+    "CREATE INDEX IF NOT EXISTS message_visible ON message (queue, visible_ms)",
+    """CREATE INDEX IF NOT EXISTS message_group ON message
+    (queue, group_id, visible_ms) WHERE group_id IS NOT NULL""",
+    f"""CREATE TRIGGER IF NOT EXISTS message_sent AFTER INSERT ON message
+    WHEN new.visible_ms = {_JOIN} BEGIN {_JOIN_LINE}; END""",
+    f"""CREATE TRIGGER IF NOT EXISTS message_shown AFTER UPDATE OF visible_ms ON message
+    WHEN new.visible_ms = {_JOIN} BEGIN {_JOIN_LINE}; END""",
+    f"""CREATE TRIGGER IF NOT EXISTS message_deleted AFTER DELETE ON message
+    WHEN old.queue GLOB '*{_FIFO}' BEGIN {_NEXT_OF_GROUP}; END""",
+    f"""CREATE TRIGGER IF NOT EXISTS message_moved AFTER UPDATE OF queue ON message
+    WHEN old.queue GLOB '*{_FIFO}' BEGIN {_NEXT_OF_GROUP}; END""",
+    "PRAGMA user_version = 1",
+)
+_more_tables: list[str] = []  # statements that make what later parts keep in a file
 _SQLITE_EXAMPLE = (
     "sqlite:///relative.db or sqlite:////absolute.db, then perhaps"
     " ?visibility_timeout_s=30&max_receive_count=5"
@@ -2047,9 +2315,6 @@ _SQLITE_OPTIONS = {
 _LOCKED_S = 30  # how long to wait for a file that another process has locked
 _FIRST_LOOK_S = 0.002  # the pause between looks for a message grows from this…
 _LAST_LOOK_S = 0.05  # …to this: twenty looks a second cost next to no CPU
-# Subtracted from visible_ms once a message is visible: the difference is in the past of
-# any clock, so that a clock that is set back hides nothing, and the order stays.
-_SHOWN_MS = 10**15
 # The first process that had a queue in memory.
 _memory_pid = functools.cache(os.getpid)
 
@@ -2208,7 +2473,7 @@ def _open_sqlite(path: str) -> Any:
             )
         _use_write_ahead_log(db)
         db.execute("PRAGMA synchronous = FULL")  # a commit outlives a power failure
-        db.executescript(_SQLITE_SCHEMA)
+        _make_tables(db)
     except sqlite3.Error as error:
         if db is not None:
             db.close()
@@ -2217,6 +2482,17 @@ def _open_sqlite(path: str) -> Any:
             f"TASKHAWK_BROKER: can't open {where}: {error}"
         ) from error
     return db
+
+
+def _make_tables(db: Any) -> None:
+    """Make what the file lacks, in one transaction: processes may open it together."""
+    db.execute("BEGIN IMMEDIATE")
+    columns = [name for _, name, *_ in db.execute("PRAGMA table_info(message)")]
+    for statement in (*_SQLITE_SCHEMA, *_more_tables):
+        added = re.match(r"ALTER TABLE message ADD COLUMN (\w+)", statement)
+        if added is None or added[1] not in columns:
+            db.execute(statement)
+    db.execute("COMMIT")
 
 
 def _use_write_ahead_log(db: Any) -> None:
@@ -2282,16 +2558,14 @@ class SqliteBroker(Broker):
         now_ms = self._in_ms()
         values: list[Any] = []
         for entry in entries:
-            visible_ms = now_ms - _SHOWN_MS
-            if entry.delay_s:
-                visible_ms = self._in_ms(entry.delay_s)
+            visible_ms = self._in_ms(entry.delay_s) if entry.delay_s else _JOIN
             values += (destination, _new_id(), entry.body)
-            values += (json.dumps(entry.attributes), now_ms, visible_ms)
-        insert = """INSERT INTO message
-            (queue, message_id, body, attributes, sent_ms, visible_ms) VALUES"""
+            values += (json.dumps(entry.attributes), now_ms, visible_ms, entry.group_id)
+        insert = """INSERT INTO message (queue, message_id, body, attributes, sent_ms,
+            visible_ms, group_id) VALUES"""
         file = self._file
         file.open()
-        file.change(f"{insert} {_marks('(?, ?, ?, ?, ?, ?)', entries)}", values)
+        file.change(f"{insert} {_marks('(?, ?, ?, ?, ?, ?, ?)', entries)}", values)
         return []
 
     def receive(
@@ -2328,11 +2602,13 @@ class SqliteBroker(Broker):
         # The claim is this one statement; then its token tells what is ours.
         until_ms, token = self._in_ms(lease_s), os.urandom(16).hex()
         claim = """UPDATE message SET receipt = id || '-' || ?, visible_ms = ?,
-            receive_count = receive_count + 1 WHERE id IN (SELECT id FROM message
+            receive_count = receive_count + 1, first_ms = coalesce(first_ms, ?)
+            WHERE id IN (SELECT id FROM message
             WHERE queue = ? AND visible_ms < 0 ORDER BY visible_ms, id LIMIT ?)"""
-        file.change(claim, (token, until_ms, queue, limit))
-        find = """SELECT receipt, receive_count, sent_ms, attributes, body, message_id
-            FROM message WHERE queue = ? AND visible_ms = ? AND receipt = id || '-' || ?
+        file.change(claim, (token, until_ms, now_ms, queue, limit))
+        find = """SELECT receipt, receive_count, sent_ms, attributes, body, message_id,
+            group_id, first_ms FROM message
+            WHERE queue = ? AND visible_ms = ? AND receipt = id || '-' || ?
             ORDER BY id"""
         rows = file.read(find, (queue, until_ms, token))
         max_receives = self.info(queue).max_receive_count
@@ -2346,27 +2622,32 @@ class SqliteBroker(Broker):
         """
         _, dead_letter_queue, limit = self.info(queue)
         redrive = """UPDATE message SET queue = ?, receive_count = 0, receipt = NULL,
-            visible_ms = visible_ms - ? WHERE queue = ?
+            visible_ms = ? WHERE queue = ?
             AND visible_ms BETWEEN 0 AND ? AND receive_count >= ?"""
-        values = (dead_letter_queue, _SHOWN_MS, queue, now_ms, limit)
+        values = (dead_letter_queue, _JOIN, queue, now_ms, limit)
         self._file.change(redrive, values)  # nothing, where the limit is NULL
-        show = """UPDATE message SET visible_ms = visible_ms - ?
+        show = """UPDATE message SET visible_ms = ?
             WHERE queue = ? AND visible_ms BETWEEN 0 AND ?"""
-        self._file.change(show, (_SHOWN_MS, queue, now_ms))
+        self._file.change(show, (_JOIN, queue, now_ms))
 
     def _message(
         self, queue: str, row: Sequence[Any], max_receives: int | None
     ) -> QueueMessage:
         """Return a message that was just received."""
-        receipt, receive_count, sent_ms, attributes, body, message_id = row
+        receipt, receive_count, sent_ms, attributes, body, message_id, *more = row
+        group, first_ms = more
+        system_attributes = {
+            "ApproximateReceiveCount": str(receive_count),
+            "SentTimestamp": str(sent_ms),
+            "ApproximateFirstReceiveTimestamp": str(first_ms),
+        }
+        if group is not None:
+            system_attributes["MessageGroupId"] = group
         return QueueMessage(
             body=body,
             message_id=message_id,
             receipt_handle=receipt,
-            attributes={
-                "ApproximateReceiveCount": str(receive_count),
-                "SentTimestamp": str(sent_ms),
-            },
+            attributes=system_attributes,
             message_attributes=json.loads(attributes),
             queue=queue,
             broker=self,
@@ -2407,20 +2688,23 @@ class SqliteBroker(Broker):
 
     def info(self, queue: str) -> QueueInfo:
         """Return what the URL says; a dead-letter queue has none itself."""
-        if queue.endswith("-DLQ"):
+        if _is_dead_letter_queue(queue):
             return QueueInfo(self._lease_s, None, None)
-        return QueueInfo(self._lease_s, f"{queue}-DLQ", self._max_receives)
+        return QueueInfo(self._lease_s, _dead_letter_name(queue), self._max_receives)
 
     def depth(self, queue: str) -> Depth:
         """Count exactly, unlike SQS."""
         self._file.open()
         now_ms = self._in_ms()
-        # One statement, and so one moment: each message is counted once.
-        count = """SELECT count(*) FILTER (WHERE visible_ms <= ?),
+        # One statement, and so one moment: each message is counted once. As on SQS, one
+        # that waits for its group is counted as visible.
+        count = """SELECT count(*) FILTER (WHERE visible_ms <= ? OR visible_ms = ?),
             count(*) FILTER (WHERE visible_ms > ? AND receipt IS NOT NULL),
-            count(*) FILTER (WHERE visible_ms > ? AND receipt IS NULL)
+            count(*) FILTER (WHERE visible_ms > ? AND visible_ms < ?
+                AND receipt IS NULL)
             FROM message WHERE queue = ?"""
-        [counts] = self._file.read(count, (now_ms, now_ms, now_ms, queue))
+        values = (now_ms, _BEHIND, now_ms, now_ms, _BEHIND, queue)
+        [counts] = self._file.read(count, values)
         return Depth(*counts)
 
 
@@ -2492,6 +2776,21 @@ _REMEDIES = (
     (
         "NotFound",
         ("there is no such topic: make it, or check TASKHAWK_QUEUE and AWS_ACCOUNT_ID"),
+    ),
+    (
+        "ResourceNotFoundException: (Requested|Cannot|Table)",
+        (
+            "there is no such table: run python -m taskhawk provision, or check"
+            " TASKHAWK_CLAIMS_TABLE and AWS_REGION"
+        ),
+    ),
+    (
+        "ResourceNotFoundException: Schedule group",
+        "there is no such group of schedules: run python -m taskhawk provision",
+    ),
+    (
+        "ValidationException: The execution role",
+        "EventBridge Scheduler can't use this role: check TASKHAWK_SCHEDULER_ROLE",
     ),
     (
         ".*Invalid header value",
@@ -2687,18 +2986,14 @@ class _AwsConnections:
         self.lock = threading.RLock()
 
 
-class _AwsSender(Sender):
-    """What SQS and SNS share: clients, sending, answers of batch calls, and errors.
+class _AwsService:
+    """What all services of AWS share: clients, and errors.
 
     :ivar service: botocore's name of the service
-    :ivar target_key: its parameter for the queue or topic
-    :ivar entries_key: its parameter for the entries of a batch
-    :ivar send_one: its operation that sends one message
-    :ivar send_many: its operation that sends several
+    :ivar target_key: its parameter for the queue, topic or table
     """
 
-    service = target_key = entries_key = send_one = send_many = ""
-    shared_calls = 16  # at 10 ms a call, that is all that one CPU can send
+    service = target_key = ""
 
     def __init__(self, _url: str = "") -> None:
         self._connections = _PerProcess(_AwsConnections)
@@ -2735,7 +3030,9 @@ class _AwsSender(Sender):
         return _brokers.aws_session().create_client(
             self.service,
             region_name=settings.AWS_REGION,
-            endpoint_url=getattr(settings, f"AWS_ENDPOINT_{self.service.upper()}"),
+            endpoint_url=getattr(
+                settings, f"AWS_ENDPOINT_{self.service.upper()}", None
+            ),
             config=config,
             **settings.credentials(),
         )
@@ -2748,7 +3045,7 @@ class _AwsSender(Sender):
             client.close()
 
     def url(self, queue: str, role: str = "send") -> str:
-        """Return what the service calls a queue or topic."""
+        """Return what the service calls a queue, topic or table."""
         return queue
 
     def arn(self, name: str) -> str:
@@ -2760,7 +3057,7 @@ class _AwsSender(Sender):
         return f"arn:{meta.partition}:{service}:{region}:{account}:{name}"
 
     def call(self, role: str, operation: str, where: str, **parameters: Any) -> Any:
-        """Make a call for a queue or topic, by botocore's name of the operation."""
+        """Make a call for a queue, topic or table, by botocore's name of it."""
         target = {self.target_key: self.url(where, role)}
         with self._calling(where):
             return getattr(self.client(role), operation)(**target, **parameters)
@@ -2776,6 +3073,18 @@ class _AwsSender(Sender):
                 _brokers.forget_aws_session()
                 self.close()
             raise
+
+
+class _AwsSender(_AwsService, Sender):
+    """What SQS and SNS share besides: sending, and the answers of batch calls.
+
+    :ivar entries_key: its parameter for the entries of a batch
+    :ivar send_one: its operation that sends one message
+    :ivar send_many: its operation that sends several
+    """
+
+    entries_key = send_one = send_many = ""
+    shared_calls = 16  # at 10 ms a call, that is all that one CPU can send
 
     def _batch(
         self, role: str, operation: str, where: str, entries: Sequence[Any]
@@ -2805,6 +3114,24 @@ class _AwsSender(Sender):
         self.call("send", self.send_one, destination, **calls[0])
         return []
 
+    def _one_by_one(
+        self, destination: str, entries: Sequence[Outgoing]
+    ) -> list[Refusal]:
+        """Send each message by itself; return the refused ones."""
+        send = _in_order(destination, functools.partial(self._send_alone, destination))
+        refusals: list[Refusal] = []
+        for index, entry in enumerate(entries):
+            refusals += [each._replace(index=index) for each in send([entry])]
+        return refusals
+
+    def _send_alone(
+        self, destination: str, entries: Sequence[Outgoing]
+    ) -> list[Refusal]:
+        """Send one message; any error is its refusal."""
+        refused = _one_call(functools.partial(self.send, destination), entries)
+        # Final, for botocore has repeated it.
+        return [refusal._replace(final=True) for refusal in refused.values()]
+
     @abc.abstractmethod
     def _parameters(self, entry: Outgoing) -> dict[str, Any]:
         """Return the service's parameters for a message, without the empty ones."""
@@ -2831,6 +3158,8 @@ class SnsSender(_AwsSender):
         parameters: dict[str, Any] = {"Message": entry.body}
         if entry.attributes:
             parameters["MessageAttributes"] = entry.attributes
+        if entry.group_id:  # for fair queues that subscribe to the topic
+            parameters["MessageGroupId"] = entry.group_id
         return parameters
 
 
@@ -2851,6 +3180,8 @@ class SqsBroker(_AwsSender, Broker):
         super().__init__()
         self._urls: dict[str, str] = {}
         self._infos: dict[str, QueueInfo] = {}
+        # Ids of receives of FIFO queues whose answers were lost, by queue.
+        self._unanswered: dict[str, list[str]] = {}
         self._of_accounts: dict[str, SqsBroker] = {}
 
     def url(self, queue: str, role: str = "send") -> str:
@@ -2886,13 +3217,7 @@ class SqsBroker(_AwsSender, Broker):
         except Exception as error:
             if len(entries) == 1 or _error_code(error) != "BatchRequestTooLong":
                 raise
-        send = functools.partial(self.send, destination)
-        refusals: dict[int, Refusal] = {}
-        for index, entry in enumerate(entries):
-            for refusal in _one_call(send, [entry]).values():
-                # Final, for botocore has repeated it.
-                refusals[index] = refusal._replace(index=index, final=True)
-        return list(refusals.values())
+        return self._one_by_one(destination, entries)
 
     def _parameters(self, entry: Outgoing) -> dict[str, Any]:
         """Return the parameters of SendMessage; delays are whole seconds."""
@@ -2926,14 +3251,43 @@ class SqsBroker(_AwsSender, Broker):
             "MessageSystemAttributeNames": [
                 "ApproximateReceiveCount",
                 "SentTimestamp",
+                "ApproximateFirstReceiveTimestamp",
                 "MessageGroupId",
             ],
             "MessageAttributeNames": ["All"],
         }
         if lease_s is not None:
             parameters["VisibilityTimeout"] = math.ceil(lease_s)
+        if _is_fifo(queue):
+            return self._receive_in_order(queue, parameters)
+        return self._receive(queue, parameters)
+
+    def _receive(self, queue: str, parameters: dict[str, Any]) -> list[QueueMessage]:
+        """Call ReceiveMessage."""
         answer = self.call("poll", "receive_message", queue, **parameters)
         return [self._message(queue, found) for found in answer.get("Messages", ())]
+
+    def _receive_in_order(
+        self, queue: str, parameters: dict[str, Any]
+    ) -> list[QueueMessage]:
+        """Receive from a FIFO queue; repeat a receive whose answer was lost.
+
+        Its messages are in flight, and hold up their groups until their visibility
+        timeout ends. With the id of that receive, SQS returns them again: see
+        ReceiveMessage in
+        https://docs.aws.amazon.com/AWSSimpleQueueService/latest/APIReference/
+        """
+        unanswered = self._unanswered.setdefault(queue, [])
+        try:
+            attempt_id = unanswered.pop()  # each is repeated by one thread only
+        except IndexError:
+            attempt_id = _new_id()
+        parameters["ReceiveRequestAttemptId"] = attempt_id
+        try:
+            return self._receive(queue, parameters)
+        except Exception:
+            unanswered.append(attempt_id)
+            raise
 
     def _message(self, queue: str, found: Mapping[str, Any]) -> QueueMessage:
         """Return a message of the answer to ReceiveMessage."""
@@ -3165,6 +3519,7 @@ settings.on_change.append(_brokers.close)
 
 __all__ += [
     "AsyncInvocation",
+    "Call",
     "Captured",
     "Metadata",
     "Task",
@@ -3228,6 +3583,39 @@ class Metadata(dict[str, Any]):
         :raises ConfigurationError: if the function's role may not change the visibility
         """
         self._received.change_visibility(VisibilityTimeout=visibility_timeout_s)
+
+
+@dataclasses.dataclass(eq=False)
+class Call:
+    """What one message asks of a batch task: ``@task(batch=50)``.
+
+    :ivar args: the positional arguments of its dispatch
+    :ivar kwargs: the keyword arguments
+    :ivar metadata: of its message; None where a test makes the call
+    :ivar headers: of its message
+    :ivar error: how it failed by itself, if it did
+    """
+
+    args: Sequence[Any] = ()
+    kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    metadata: Metadata | None = None
+    headers: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    error: BaseException | None = None
+
+    @classmethod
+    def of(cls, message: Message, receipt: str | None) -> Call:
+        """Return what a message asks for."""
+        metadata = Metadata(message, receipt)
+        return cls(message.args, message.kwargs, metadata, dict(message.headers))
+
+    def fail(self, error: BaseException) -> None:
+        """Have this message end as if the task had raised an error for it alone.
+
+        :param error: a RetryException or an IgnoreException too
+        """
+        if not isinstance(error, BaseException):
+            raise TypeError(f"error: expected an exception, got {error!r}")
+        self.error = error
 
 
 def _without_options(headers: dict[str, Any]) -> dict[str, Any]:
@@ -3316,9 +3704,13 @@ class Task(Generic[_P, _R]):
         """Return an invocation with this priority in place of the task's."""
         return self._invocation.with_priority(priority)
 
-    def with_delay(self, delay: float | timedelta) -> AsyncInvocation[_P]:
-        """Return an invocation whose messages the queue holds back for so long."""
+    def with_delay(self, delay: float | timedelta | datetime) -> AsyncInvocation[_P]:
+        """Return an invocation whose messages wait for so long, or until then."""
         return self._invocation.with_delay(delay)
+
+    def with_group(self, key: str | int) -> AsyncInvocation[_P]:
+        """Return an invocation whose messages are of this group."""
+        return self._invocation.with_group(key)
 
     def with_options(
         self, *, retry: RetryPolicy | None = None, time_limit: float | None = None
@@ -3341,7 +3733,21 @@ class Task(Generic[_P, _R]):
         try:
             self._signature.bind(*range(count), **keywords)
         except TypeError as error:
-            raise TypeError(f"{self.name}: {error}") from None
+            raise TypeError(
+                f"{self.name}: {error}{_hint_of_wrapper(self.fn)}"
+            ) from None
+
+    def take_any_arguments(self) -> None:
+        """Have messages carry any arguments: the function gets calls, not arguments."""
+        try:
+            self._signature.bind([])
+        except TypeError:
+            raise ConfigurationError(
+                f"{self.name}: expected a function of one argument, the list of calls"
+            ) from None
+        self._signature = _signature_of_any()
+        self._given_by_worker = frozenset()
+        self.accepts_metadata = self.accepts_headers = False
 
     def call(self, message: Message, receipt: str | None) -> None:
         """Run the function with a message's arguments, and await what can be awaited.
@@ -3351,16 +3757,36 @@ class Task(Generic[_P, _R]):
         :param receipt: its receipt handle, or None where no queue has the message
         :raises TypeError: if the function returns a generator, which nothing would read
         """
+        if "batch" in self.options:
+            call = Call.of(message, receipt)
+            self.call_together([call])
+            if call.error is not None:
+                raise call.error
+            return
         metadata = Metadata(message, receipt)
         kwargs = dict(message.kwargs)
         if self.accepts_metadata:
             kwargs["metadata"] = metadata
         if self.accepts_headers:
             kwargs["headers"] = dict(metadata.headers)
+        self._run_function(metadata, *message.args, **kwargs)
+
+    def call_together(self, calls: list[Call]) -> None:
+        """Run the function of a batch task once, for several messages."""
+        metadata = calls[0].metadata
+        if len(calls) > 1:
+            metadata = None  # the run is no one message's
+        self._run_function(metadata, calls)
+
+    def _run_function(
+        self, metadata: Metadata | None, /, *args: Any, **kwargs: Any
+    ) -> None:
+        """Run the function, and await what can be awaited."""
+        fn: Callable[..., Any] = self.fn
         # Threads and coroutines that copy the context know the task, too.
         token = _current.set(metadata)
         try:
-            result: Any = self.fn(*message.args, **kwargs)
+            result: Any = fn(*args, **kwargs)
             if inspect.isawaitable(result):
                 _run_coroutine(_awaited(result, self.name))
             elif isinstance(result, Generator | AsyncGenerator):
@@ -3387,17 +3813,22 @@ class Task(Generic[_P, _R]):
 
 
 def _signature_of(fn: Callable[..., Any], name: str) -> inspect.Signature:
-    """Return the signature of a task's function, or refuse the function.
+    """Return the signature by which a task is called, or refuse the function.
+
+    What a ``__signature__`` says that somebody has set is taken at its word.
 
     :raises ConfigurationError: if it can't be read, or does not name all arguments
     """
     try:
-        signature = inspect.signature(fn, **_ANNOTATIONS)
+        called = _named_part(fn)
+        signature = inspect.signature(called, follow_wrapped=False, **_ANNOTATIONS)
     except ValueError as error:
         raise ConfigurationError(
             f"{name} does not tell its parameters: expected a function written in"
             " Python"
         ) from error
+    if hasattr(called, "__signature__"):
+        return signature
     for parameter in signature.parameters.values():
         if parameter.kind is parameter.VAR_POSITIONAL:
             raise ConfigurationError(
@@ -3405,6 +3836,50 @@ def _signature_of(fn: Callable[..., Any], name: str) -> inspect.Signature:
                 " take a list"
             )
     return signature
+
+
+def _named_part(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the outermost of a function's wrappers that names what it takes.
+
+    A decorator's function may take other arguments than the one that it wraps; where it
+    takes ``*args`` or ``**kwargs``, the one inside has to say what these may be.
+    """
+    found: Callable[..., Any] = inspect.unwrap(fn, stop=_names_its_arguments)
+    return found
+
+
+def _names_its_arguments(fn: Callable[..., Any]) -> bool:
+    """Return whether a wrapper tells its arguments, without the function inside."""
+    if hasattr(fn, "__signature__"):
+        return True
+    try:
+        own = inspect.signature(fn, follow_wrapped=False, **_ANNOTATIONS)
+    except ValueError:  # compiled, as what functools.cache makes is
+        return False
+    kinds = {parameter.kind for parameter in own.parameters.values()}
+    return kinds.isdisjoint(_ANY_ARGUMENTS)
+
+
+_ANY_ARGUMENTS = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def _hint_of_wrapper(fn: Callable[..., Any]) -> str:
+    """Return what to do where a decorator, and not its caller, passes an argument."""
+    if _named_part(fn) is fn:
+        return ""
+    return (
+        " (if a decorator passes it, set __signature__ of the function that the"
+        " decorator returns)"
+    )
+
+
+def _signature_of_any() -> inspect.Signature:
+    """Return the signature of a function that takes whatever it is called with."""
+    names = {
+        "args": inspect.Parameter.VAR_POSITIONAL,
+        "kwargs": inspect.Parameter.VAR_KEYWORD,
+    }
+    return inspect.Signature([inspect.Parameter(*each) for each in names.items()])
 
 
 # From Python 3.14 on, a signature evaluates annotations, and those that exist for type
@@ -3469,43 +3944,112 @@ def extend_visibility_timeout(
     _insist(broker.change_visibility, queue, (receipt, visibility_timeout_s))
 
 
-class _EventLoop:
-    """The event loop of a worker's thread, made for its first coroutine."""
+_LOOP_END_S = 5  # for what coroutines left behind to end, once it is cancelled
 
-    def __init__(self) -> None:
-        self._runner: Any = None
+
+class _EventLoop:
+    """The event loop for a worker's coroutines, in a thread of its own.
+
+    Each thread of the worker hands over the coroutine of its message, and waits for it:
+    hooks, Django's connections and contexts stay the thread's own. The loop is made for
+    the first coroutine, and ends when no thread uses it any more.
+
+    :param given: an application's own loop, which runs already, in place of all that
+    """
+
+    def __init__(self, given: Any = None) -> None:
+        self._given = given
+        self._lock = threading.Lock()  # guards what follows
+        self._users = 0  # threads that may run coroutines here
+        self._serving: tuple[Any, threading.Event, threading.Thread] | None = None
+
+    @contextlib.contextmanager
+    def in_this_thread(self) -> Iterator[None]:
+        """Run the coroutines of this thread's messages here, inside the block."""
+        outer = getattr(_thread, "event_loop", None)  # where a task runs a worker
+        _thread.event_loop = self
+        with self._lock:
+            self._users += 1
+        try:
+            yield
+        finally:
+            _thread.event_loop = outer
+            self._leave()
 
     def run(self, coroutine: Any) -> None:
-        """Run a coroutine to its end, in a copy of the context."""
+        """Run a coroutine to its end, in a copy of this thread's context."""
         import asyncio
 
-        if self._runner is None:
-            self._runner = asyncio.Runner()
-        self._runner.run(coroutine, context=contextvars.copy_context())
+        loop = self._get()
+        running = asyncio.run_coroutine_threadsafe(_caught(coroutine), loop)
+        try:
+            error = running.result()
+        except BaseException:  # Control-C, or the exit of a signal handler
+            running.cancel()
+            raise
+        if error is None:
+            return
+        try:
+            raise error
+        finally:
+            del error  # else it is in a cycle with this frame
 
-    def close(self) -> None:
-        """Cancel what coroutines left running, and close the loop."""
-        if self._runner is not None:
-            self._runner.close()
+    def _get(self) -> Any:
+        """Return the loop, which may have to be made."""
+        if self._given is not None:
+            return self._given
+        with self._lock:
+            if self._serving is None:
+                loop, end = _new_event_loop(), threading.Event()
+                thread = threading.Thread(
+                    target=self._serve, args=(loop, end), daemon=True
+                )
+                thread.start()
+                self._serving = loop, end, thread
+            return self._serving[0]
+
+    @staticmethod
+    def _serve(loop: Any, end: threading.Event) -> None:
+        """Run what is handed over; the body of a thread."""
+        import asyncio
+
+        asyncio.set_event_loop(loop)
+        # At the end, it cancels what coroutines left running.
+        with asyncio.Runner(loop_factory=lambda: loop) as runner:
+            runner.get_loop()
+            while not end.is_set():
+                # An asyncio task that raises them stops the loop, for all other runs.
+                with contextlib.suppress(SystemExit, KeyboardInterrupt):
+                    loop.run_forever()
+
+    def _leave(self) -> None:
+        """Note that a thread runs no more coroutines; after the last, end the loop."""
+        with self._lock:
+            self._users -= 1
+            if self._users or self._serving is None:
+                return
+            loop, end, thread = self._serving
+            self._serving = None
+        end.set()
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(_LOOP_END_S)
+        if thread.is_alive():
+            _log.warning("something that a coroutine began does not end: left to run")
 
 
 _thread = threading.local()  # `event_loop`: that of the worker whose thread this is
 
 
-@contextlib.contextmanager
-def _one_event_loop() -> Iterator[None]:
-    """Run all coroutines of this thread on one event loop, inside the block."""
-    outer = getattr(_thread, "event_loop", None)  # where a task runs a worker
-    _thread.event_loop = event_loop = _EventLoop()
-    try:
-        yield
-    finally:
-        _thread.event_loop = outer
-        event_loop.close()
+def _forget_event_loop() -> None:
+    """Leave the loop to the parent of a forked process, which has no such thread."""
+    _thread.event_loop = None
+
+
+os.register_at_fork(after_in_child=_forget_event_loop)
 
 
 def _run_coroutine(coroutine: Any) -> None:
-    """Run a coroutine to its end: on the event loop of this thread, if it keeps one."""
+    """Run a coroutine to its end: on the loop of a worker, if this is its thread."""
     import asyncio
     from concurrent.futures import ThreadPoolExecutor
 
@@ -3514,26 +4058,71 @@ def _run_coroutine(coroutine: Any) -> None:
         # Sync mode in an application's own event loop, which is busy until we return.
         context = contextvars.copy_context()
         with ThreadPoolExecutor(1) as pool:
-            pool.submit(context.run, asyncio.run, coroutine).result()
+            pool.submit(context.run, _run_alone, coroutine).result()
     elif event_loop is not None:
         event_loop.run(coroutine)
     else:
-        asyncio.run(coroutine)
+        _run_alone(coroutine)
+
+
+def _run_alone(coroutine: Any) -> None:
+    """Run a coroutine on a loop that is made for it, as asyncio.run() does."""
+    import asyncio
+
+    with asyncio.Runner(loop_factory=_new_event_loop) as runner:
+        runner.run(coroutine)
+
+
+async def _caught(coroutine: Any) -> BaseException | None:
+    """Await a coroutine, and return its error: SystemExit would stop the loop."""
+    process = os.getpid()
+    try:
+        await coroutine
+    except BaseException as error:
+        return error
+    finally:
+        if os.getpid() != process:
+            # A process that the coroutine forked came back from it: see _Slot.
+            os._exit(0)  # pragma: no cover - the process is gone
+    return None
+
+
+def _new_event_loop() -> Any:
+    """Return an event loop of asyncio's policy that notes who begins asyncio tasks."""
+    import asyncio
+
+    loop = asyncio.new_event_loop()
+    loop.set_task_factory(_make_asyncio_task)
+    return loop
+
+
+def _make_asyncio_task(loop: Any, coroutine: Any, **options: Any) -> Any:
+    """Make an asyncio task, and note it for the run that began it."""
+    import asyncio
+
+    made = asyncio.Task(coroutine, loop=loop, **options)
+    begun = _begun.get()
+    if begun is not None:
+        begun.add(made)
+    return made
+
+
+# The asyncio tasks that this run began, and those that they began.
+_begun = contextvars.ContextVar[Any]("begun", default=None)
 
 
 async def _awaited(awaitable: Any, name: str) -> None:
     """Await what a task returned, and log which asyncio tasks its run leaves behind.
 
     A client's connection may need them, so they are not cancelled here. They go on
-    whenever this event loop runs, in other tasks' runs too, and end with it.
+    beside other runs of the worker, and end with it.
     """
-    import asyncio
-
-    before = asyncio.all_tasks()
+    begun: weakref.WeakSet[Any] = weakref.WeakSet()
+    _begun.set(begun)
     try:
         await awaitable
     finally:
-        left = asyncio.all_tasks() - before
+        left = [each for each in begun if not each.done()]
         if left:
             names = sorted(_qualname(each.get_coro()) for each in left)
             _log.warning(
@@ -3551,15 +4140,45 @@ _more_options: dict[str, Callable[[Task[Any, Any], Any], object]] = {}
 class _MoreOptions(typing.TypedDict, total=False):
     """The options of :func:`task` that later parts add, for type checkers.
 
-    `max_queue_size`: from so many messages on, those that run included, a dispatch of
-    the task raises :exc:`QueueFull`; on SQS, their number is approximate
+    :ivar group: the argument whose value is the message group, or a function that
+        returns it, which is called as the task is; None is no group
+    :ivar once: run a message, or one with these arguments, to its end once
+    :ivar keep_s: for how many seconds that is remembered, by default a day
+    :ivar unique: ignore a message if a run with the same arguments, or with these the
+        same, started after it was sent
+    :ivar limit: how many may run at once, or start in a time: see :func:`limit`
+    :ivar schedule: queues a run without arguments again and again:
+        ``'rate(5 minutes)'``, ``'cron(0 9 ? * MON-FRI *)'`` or a timedelta of minutes
+    :ivar timezone: of the schedule, such as ``'Europe/Berlin'``; UTC without it
+    :ivar max_queue_size: from so many messages on, those that run included, a dispatch
+        of the task raises :exc:`QueueFull`; on SQS, their number is approximate
     """
 
+    group: str | Callable[..., str | int | None] | None
+    once: bool | tuple[str, ...]
+    keep_s: float
+    unique: bool | tuple[str, ...]
+    limit: Any
+    schedule: str | timedelta
+    timezone: str
     max_queue_size: int
 
 
 @typing.overload
 def task(fn: Callable[_P, _R], /) -> Task[_P, _R]: ...
+@typing.overload
+def task(
+    *,
+    batch: int,
+    priority: Priority = ...,
+    name: str | None = ...,
+    retry: Callable[[int], float] | None = ...,
+    retry_on: tuple[type[BaseException], ...] = ...,
+    never_retry_on: tuple[type[BaseException], ...] = ...,
+    time_limit: float | None = ...,
+    isolate: bool = ...,
+    **more: typing.Unpack[_MoreOptions],
+) -> Callable[[Callable[[list[Call]], _R]], Task[..., _R]]: ...
 @typing.overload
 def task(
     *,
@@ -3791,7 +4410,8 @@ class _Place(NamedTuple):
 
 
 def _place_of(fn: Any) -> _Place:
-    """Return where a function is written."""
+    """Return where a function is written: the one that decorators wrap."""
+    fn = inspect.unwrap(fn)
     code = getattr(fn, "__code__", None)
     line = f" ({code.co_filename}:{code.co_firstlineno})" if code else ""
     spec = getattr(fn, "__globals__", {}).get("__spec__")
@@ -3854,7 +4474,8 @@ class AsyncInvocation(Generic[_P]):
     _: dataclasses.KW_ONLY
     _headers: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     _priority: Priority | None = None  # None for the task's
-    _delay_s: float = 0
+    _delay: float | datetime = 0
+    _group_id: str | None = None  # None for the task's
 
     def with_headers(self, /, **headers: Any) -> AsyncInvocation[_P]:
         """Return an invocation with these headers too, in place of any of their names.
@@ -3873,21 +4494,46 @@ class AsyncInvocation(Generic[_P]):
             raise TypeError(f"priority: expected a taskhawk.Priority, got {priority!r}")
         return dataclasses.replace(self, _priority=priority)
 
-    def with_delay(self, delay: float | timedelta) -> AsyncInvocation[_P]:
-        """Return an invocation whose messages the queue holds back for so long.
+    def with_delay(self, delay: float | timedelta | datetime) -> AsyncInvocation[_P]:
+        """Return an invocation whose messages wait for so long, or until then.
 
-        :param delay: seconds or a timedelta: up to 15 minutes on SQS (its
-            DelaySeconds), any length on SQLite, none on SNS
-        :raises TypeError: if it is neither
-        :raises ValueError: if it is negative or not finite; dispatch refuses a delay
-            that the queue can't keep
+        SQS holds a message back for up to 15 minutes, SQLite for any time. Beyond that,
+        and on SNS, it is a schedule of EventBridge's, which counts in minutes and
+        rounds up: that needs TASKHAWK_SCHEDULER_ROLE. See :func:`cancel`.
+
+        :param delay: seconds, a timedelta, or a datetime with a time zone, which is now
+            if it is past
+        :raises TypeError: if it is none of these
+        :raises ValueError: if it is negative or not finite, or has no time zone
         """
+        if isinstance(delay, datetime):
+            if delay.utcoffset() is None:
+                raise ValueError(
+                    "delay: expected a datetime with a time zone, such as"
+                    f" datetime.now(UTC), got {delay}"
+                )
+            return dataclasses.replace(self, _delay=delay)
         delay_s = delay.total_seconds() if isinstance(delay, timedelta) else delay
         if not _is_number(delay_s):
-            raise TypeError(f"delay: expected seconds or a timedelta, got {delay!r}")
+            raise TypeError(
+                f"delay: expected seconds, a timedelta or a datetime, got {delay!r}"
+            )
         if not 0 <= delay_s < math.inf:
             raise ValueError(f"delay: expected 0 or more seconds, got {delay_s}")
-        return dataclasses.replace(self, _delay_s=delay_s)
+        return dataclasses.replace(self, _delay=delay_s)
+
+    def with_group(self, key: str | int) -> AsyncInvocation[_P]:
+        """Return an invocation whose messages are of this group, not of the task's.
+
+        A FIFO queue keeps the order of a group's messages, and has one of them run at a
+        time. Any other serves its groups in turn, as a fair queue.
+
+        :param key: such as the id of a customer; a text that SQS does not take, because
+            it is over 128 characters long or has spaces or non-ASCII letters, stands
+            for itself as a hash
+        :raises TypeError: if it is neither a string nor an int
+        """
+        return dataclasses.replace(self, _group_id=_group_id_of(key, "group"))
 
     def with_options(
         self, *, retry: RetryPolicy | None = None, time_limit: float | None = None
@@ -3989,8 +4635,73 @@ class AsyncInvocation(Generic[_P]):
             headers={**_default_headers(self.task), **self._headers},
             priority=self._priority or self.task.priority,
         )
-        message.delay_s = self._delay_s
+        message.delay_s = _delay_from(message.timestamp, self._delay)
+        message.group_id = self._group_id
+        group = self.task.options.get("group")
+        if group is not None and message.group_id is None:
+            message.group_id = _group_id_of_call(self.task, group, args, kwargs)
         return message
+
+
+def _delay_from(timestamp_ms: int, delay: float | datetime) -> float:
+    """Return the seconds from a message's timestamp to the end of its delay."""
+    if isinstance(delay, datetime):
+        return max(0.0, delay.timestamp() - timestamp_ms / 1000)
+    return delay
+
+
+# What SQS takes as MessageGroupId: letters and digits of ASCII, and punctuation.
+_GROUP_ID = re.compile(f"[!-~]{{1,{_MAX_GROUP}}}")
+
+
+def _group_id_of(key: object, what: str) -> str:
+    """Return the group id that a key stands for: always the same, and legal on SQS."""
+    if isinstance(key, bool) or not isinstance(key, str | int):
+        kind = type(key).__name__  # not its value, which is an argument's
+        raise TypeError(f"{what}: expected a string or an int, got {kind}")
+    text = str(key)
+    if _GROUP_ID.fullmatch(text):
+        return text
+    import hashlib
+
+    # The name of a customer may be anything, and is no reason to refuse a dispatch.
+    digest = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+    return f"sha256:{digest}"
+
+
+def _group_id_of_call(
+    task: Task[Any, Any], group: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> str | None:
+    """Return the group id of a call by the task's option, or None."""
+    if callable(group):
+        key = group(*args, **kwargs)
+    elif group in kwargs:
+        key = kwargs[group]
+    else:
+        bound = task._signature.bind_partial(*args)  # noqa: SLF001 - its own
+        bound.apply_defaults()
+        key = bound.arguments.get(group)
+    if key is None:
+        return None
+    return _group_id_of(key, f"{task.name}: group")
+
+
+def _check_group(task: Task[Any, Any], group: Any) -> None:
+    """Refuse a `group` that is neither an argument nor a function of the arguments."""
+    if group is None or callable(group):
+        return
+    parameters = task._signature.parameters.values()  # noqa: SLF001 - its own
+    names = {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
+    if isinstance(group, str) and len(names) < len(parameters):
+        names.add(group)  # one of the function's **kwargs
+    if group not in names - _FROM_WORKER:
+        raise ConfigurationError(
+            f"{task.name} has group={group!r}: expected the name of one of its"
+            " arguments, or a function of its arguments"
+        )
+
+
+_more_options["group"] = _check_group
 
 
 def _arguments_of(call: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
@@ -4034,10 +4745,13 @@ def _prepare(message: Message) -> _Ready:
     So a batch with one message that can't be sent sends nothing.
     """
     body = _encode(message)
-    entry = Outgoing(body, _attributes_of(message.headers), message.delay_s)
+    attributes = _attributes_of(message.headers)
+    entry = Outgoing(body, attributes, message.delay_s, message.group_id)
     sender = _brokers.sender()
-    if entry.delay_s and not sender.max_delay_s:
-        raise ConfigurationError(f"{message.task_name}: SNS can't delay messages")
+    if settings.TASKHAWK_FIFO:
+        entry = _in_group(message, entry)
+    if entry.delay_s > sender.max_delay_s and isinstance(sender, _AwsSender):
+        sender = _brokers.get("schedule")
     if entry.delay_s > sender.max_delay_s:
         raise ConfigurationError(
             f"{message.task_name}: the queue can hold a message back for at most"
@@ -4046,6 +4760,21 @@ def _prepare(message: Message) -> _Ready:
     if entry.size() > sender.max_bytes:
         raise _too_large(message, entry, sender.max_bytes)
     return _Ready(message, sender, sender.destination(message.priority), entry)
+
+
+def _in_group(message: Message, entry: Outgoing) -> Outgoing:
+    """Return a message as a FIFO queue takes it: with a group and a deduplication id.
+
+    Without a group, the message is its own: it waits for none and none waits for it.
+    """
+    if entry.delay_s:
+        raise ConfigurationError(
+            f"{message.task_name}: a FIFO queue can't delay a message: leave the delay"
+            " out, or use a queue without TASKHAWK_FIFO"
+        )
+    own = _group_id_of(message.id, "id")
+    group_id = entry.group_id or own
+    return entry._replace(group_id=group_id, deduplication_id=own)
 
 
 # SQS takes names with single dots inside, except with AWS's prefixes; one prefix is
@@ -4362,7 +5091,7 @@ class _Lane:
         self._sender, self._destination, self._busy = sender, destination, busy
         self._process_id = os.getpid()
         max_calls = sender.shared_calls
-        if destination.endswith(".fifo"):  # or a later call might overtake an earlier
+        if _is_fifo(destination):  # or a later call might overtake an earlier
             max_calls = 1
         self._sharing = _Sharing(sender.max_bytes, max_calls)
         self._max_helpers = max_calls
@@ -4649,6 +5378,7 @@ def _partial_failure(
         # As it was encoded: its arguments may have changed since.
         message = _decode(ready.entry.body)
         message.delay_s = ready.entry.delay_s
+        message.group_id = ready.entry.group_id
         unsent.append(message)
     return PartialFailure({"Successful": successful, "Failed": failed}, unsent=unsent)
 
@@ -4738,13 +5468,14 @@ class Captured(NamedTuple):
     priority: Priority
     delay_s: float
     id: str
+    group_id: str | None = None
 
 
 class _CapturingSender(Sender):
-    """Adds messages to a list; it needs no setting, and has the limits of SQS."""
+    """Adds messages to a list; it needs no setting, and takes what SQS takes."""
 
     max_bytes = _MAX_SQS_BYTES
-    max_delay_s = _MAX_DELAY_S
+    max_delay_s = math.inf
 
     def __init__(self, calls: list[Captured]) -> None:
         self._calls = calls
@@ -4763,6 +5494,7 @@ class _CapturingSender(Sender):
                 message.priority,
                 entry.delay_s,
                 message.id,
+                entry.group_id,
             )
             self._calls.append(call)
         return []
@@ -4793,6 +5525,7 @@ __all__ += [
     "Ledger",
     "Outcome",
     "Worker",
+    "listen_async",
     "listen_for_messages",
     "process",
     "process_messages_for_lambda_consumer",
@@ -4810,12 +5543,16 @@ __all__ += [
 class Fate(enum.Enum):
     """What becomes of a message; a worker carries it out.
 
-    In Lambda all but ``acknowledge`` are failures, and Lambda decides.
+    In Lambda ``retry`` and ``dead_letter`` are failures, and Lambda decides.
     """
 
     acknowledge = "acknowledge"  # it is done: delete it
     retry = "retry"  # make it visible again
     dead_letter = "dead_letter"  # copy it to the dead-letter queue, then delete it
+    postpone = "postpone"  # send a copy with a delay to the same queue, then delete it
+
+
+_POSTPONE_S = 60  # where a PostponeException does not say how long
 
 
 class Outcome(NamedTuple):
@@ -4828,6 +5565,17 @@ class Outcome(NamedTuple):
     fate: Fate
     error: BaseException | None = None
     delay_s: float | None = None
+
+
+# What surrounds a run, in the order in which it is entered: the task's call, and the
+# post hook, which may be the commit. Later parts add theirs. What one raises when it is
+# entered, such as PostponeException or IgnoreException, is the run's end.
+_around_runs: list[
+    Callable[
+        [Task[Any, Any], QueueMessage],
+        contextlib.AbstractContextManager[object, bool | None],
+    ]
+] = []
 
 
 @_in_own_context
@@ -4857,26 +5605,58 @@ def process(received: QueueMessage) -> Outcome:
 
 def _run(received: QueueMessage, began: float) -> None:
     """Run the hooks and the task, and catch nothing but the task's IgnoreException."""
+    message = _begin_run(received)
+    around = contextlib.ExitStack()
+
+    def call() -> None:
+        _surround(around, received)
+        message.task.call(message, received.receipt_handle)
+
+    _end_run(received, began, around, call)
+
+
+def _begin_run(received: QueueMessage) -> Message:
+    """Run the pre hook, and decode the message."""
     _call_hook("TASKHAWK_PRE_PROCESS_HOOK", received)
     message = _decode(received.body)
-    task = message.task
+    _find_task(message.task_name)
     received.message = message  # from here on, an error is the task's
     message.received = received
     _log.debug("Received message", extra={"message_body": received.body})
+    return message
+
+
+def _surround(around: contextlib.ExitStack, received: QueueMessage) -> None:
+    """Begin what surrounds a run."""
+    message = typing.cast("Message", received.message)
+    for surround in _around_runs:
+        around.enter_context(surround(message.task, received))
+
+
+def _end_run(
+    received: QueueMessage,
+    began: float,
+    around: contextlib.ExitStack,
+    call: Callable[[], object],
+) -> None:
+    """Call the task, run the post hook, end what surrounds the run, and log it."""
     level, outcome, end = received.done_level, "done", "finished"
-    try:
-        task.call(message, received.receipt_handle)
-    except BaseException as error:
-        if not _are_all(IgnoreException, error):
-            raise
-        level, outcome, end = logging.INFO, "ignored", f"ignored{_reason(error)}"
-    finally:
-        message.received = None  # else a cycle keeps the body until it is collected
-    _call_hook("TASKHAWK_POST_PROCESS_HOOK", received)
+    with around:
+        try:
+            call()
+        except BaseException as error:
+            if not _are_all(IgnoreException, error):
+                raise
+            level, outcome, end = logging.INFO, "ignored", f"ignored{_reason(error)}"
+        finally:
+            # Else a cycle keeps the body until it is collected.
+            typing.cast("Message", received.message).received = None
+        _call_hook("TASKHAWK_POST_PROCESS_HOOK", received)
     if _log.isEnabledFor(level):
         facts = _facts(received, outcome, began)
         text = f"{_name_of(received)}: attempt {received.attempt} {end}"
         _log.log(level, "%s", text, extra=facts)
+    _report_run(received, outcome, None, began)
 
 
 def _are_all(kind: type[BaseException], error: BaseException) -> bool:
@@ -4892,23 +5672,37 @@ def _call_hook(name: str, received: QueueMessage) -> None:
 
 
 def _failed(received: QueueMessage, raised: BaseException, began: float) -> Outcome:
-    """Decide the fate of a failed run's message, log it, and tell the error hook.
+    """Decide the fate of a failed run's message, log it, and tell the hooks.
 
     :param began: when the run began, by ``time.monotonic()``
     """
     outcome = _verdict(received, raised)
     error = outcome.error or raised
+    _log_failed(received, outcome, error, began)
+    _report_run(received, outcome.fate.value, error, began)
+    return outcome
+
+
+def _log_failed(
+    received: QueueMessage, outcome: Outcome, error: BaseException, began: float
+) -> None:
+    """Log how a run failed, and tell the error hook if it is an error."""
     spoken = [leaf for leaf in _leaves(error) if isinstance(leaf, LoggingException)]
     facts = _facts(received, outcome.fate.value, began)
     if _is_invalid(received, error):
         text = _text_of_invalid(received, error)
         if text is None:
-            return outcome
+            return
         _log.error("%s", text, extra=facts)
-    elif outcome.fate is Fate.retry and _are_all(RetryException, error):
+    elif outcome.fate is Fate.postpone:
+        text = _sentence(received, "was postponed", outcome) + _reason(error)
+        _log.debug("%s", text, extra=facts)
+        return
+    elif _is_asked_for(outcome, error):
+        level = logging.INFO if outcome.fate is Fate.retry else logging.WARNING
         text = _sentence(received, "asked to be retried", outcome) + _reason(error)
-        _log.info("%s", text, extra=facts)
-        return outcome
+        _log.log(level, "%s", text, extra=facts)
+        return
     elif spoken:
         facts |= _extra_of(spoken[0])
         _log.error("%s", _text_of(spoken[0]), exc_info=error, extra=facts)
@@ -4916,7 +5710,33 @@ def _failed(received: QueueMessage, raised: BaseException, began: float) -> Outc
         text = _sentence(received, "failed", outcome)
         _log.error("%s", text, exc_info=error, extra=facts)
     _call_safely("TASKHAWK_ERROR_HOOK", exception=error, message=received.message)
-    return outcome
+
+
+def _is_asked_for(outcome: Outcome, error: BaseException) -> bool:
+    """Return whether a run asked to be retried, and its failure is no error."""
+    leaves = list(_leaves(error))
+    asked = [leaf for leaf in leaves if isinstance(leaf, RetryException)]
+    if len(asked) < len(leaves):
+        return False
+    return outcome.fate is Fate.retry or not any(leaf.log_error for leaf in asked)
+
+
+def _report_run(
+    received: QueueMessage, end: str, error: BaseException | None, began: float
+) -> None:
+    """Tell the run hook how a run ended, in the words of its log record."""
+    _call_safely(
+        "TASKHAWK_RUN_HOOK",
+        message=received.message,
+        outcome=end,
+        exception=error,
+        duration_ms=_duration_ms(began),
+    )
+
+
+def _duration_ms(began: float) -> int:
+    """Return how long a run has taken until now."""
+    return round((time.monotonic() - began) * 1000)
 
 
 def _verdict(received: QueueMessage, error: BaseException) -> Outcome:
@@ -4924,21 +5744,25 @@ def _verdict(received: QueueMessage, error: BaseException) -> Outcome:
 
     ==========================================  ==================================
     not valid, or its task is unknown here      left to the queue's redrive policy
+    it was postponed (PostponeException)        a copy is sent with a delay
     the task raised StopRetry or never retries  dead letter
     the last receive that the queue allows      dead letter
     it asked for a delay (RetryException)       visible again after it
     the pre hook failed                         left to its visibility timeout
-    the task has no retry policy                left to its visibility timeout
-    its retry policy gives a delay              visible again after it
-    its retries are used up                     dead letter
-    its retry policy fails                      left to its visibility timeout
+    there is no retry policy                    left to its visibility timeout
+    the retry policy gives a delay              visible again after it
+    the retries are used up                     dead letter
+    the retry policy fails                      left to its visibility timeout
     ==========================================  ==================================
 
-    An exception group is retried if all its errors may be, and the longest delay that
-    one of them asks for counts.
+    The retry policy is that of the RetryException, or else the task's, or else
+    TASKHAWK_RETRY. An exception group is retried if all its errors may be, and the
+    longest delay that one of them asks for counts. It is postponed if all ask for that.
     """
     if _is_invalid(received, error):
         return Outcome(Fate.retry, error)
+    if _are_all(PostponeException, error) and _can_be_copied(received):
+        return Outcome(Fate.postpone, error, _postpone_s(received, error))
     wanted = _wanted(received, error)
     if wanted.fate is Fate.retry and received.is_last_receive:
         return Outcome(Fate.dead_letter, wanted.error)
@@ -4950,40 +5774,94 @@ def _is_invalid(received: QueueMessage, error: BaseException) -> bool:
     return received.message is None and isinstance(error, ValidationError)
 
 
+def _can_be_copied(received: QueueMessage) -> bool:
+    """Return whether a copy can take a message's place in its queue.
+
+    A FIFO queue would deliver the copy after others of its group.
+    """
+    return received.queue is not None and not received.is_fifo
+
+
+def _postpone_s(received: QueueMessage, error: BaseException) -> float:
+    """Return for how long a message is postponed: no longer than its queue can."""
+    delay_s = max(_asked_delays_s(_leaves(error)), default=_POSTPONE_S)
+    most_s: float = _MAX_HELD_S  # in a child whose worker has the queue in its memory
+    if received.broker is not None:
+        most_s = received.broker.max_delay_s
+    return min(delay_s, most_s)
+
+
 def _wanted(received: QueueMessage, error: BaseException) -> Outcome:
     """Decide as if the queue allowed any number of receives."""
     leaves = list(_leaves(error))
-    delay_s = _asked_delay_s(leaves)
-    if received.message is None:
-        return Outcome(Fate.retry, error, delay_s)
+    if received.message is None:  # no policy gives up what was never started
+        return Outcome(Fate.retry, error, _longest_s(_asked_delays_s(leaves)))
     task = received.message.task
     if not all(_may_retry(task, leaf) for leaf in leaves):
         return Outcome(Fate.dead_letter, error)
-    policy = _options_of(received.message).retry or task.retry
-    if delay_s is not None or policy is None:
-        return Outcome(Fate.retry, error, delay_s)
     try:
-        delay_s = policy(received.attempt)
-        if not _is_delay(delay_s):
-            raise ConfigurationError(
-                f"{task.name}: retry: expected 0 or more seconds, got {delay_s!r}"
-            )
+        delay_s = _delay_s(received.message, leaves, received.attempt)
     except StopRetry:
         return Outcome(Fate.dead_letter, error)
     except BaseException as defect:  # of the policy: it must not lose the message
         _raise_interrupt(defect)
         return Outcome(Fate.retry, defect)
-    return Outcome(Fate.retry, error, min(delay_s, _MAX_HELD_S))
+    return Outcome(Fate.retry, error, delay_s)
 
 
-def _asked_delay_s(leaves: Iterable[BaseException]) -> float | None:
-    """Return the longest delay that a RetryException asks for, or None."""
+def _delay_s(
+    message: Message, leaves: Sequence[BaseException], attempt: int
+) -> float | None:
+    """Return the seconds until the next run; None leaves it to the lease in force.
+
+    :raises StopRetry: if the retries are used up
+    :raises Exception: if a policy fails
+    """
+    delays_s = _asked_delays_s(leaves)
+    asked = [leaf for leaf in leaves if isinstance(leaf, RetryException)]
+    # A subclass that does not call our __init__ may have set anything.
+    policies = [leaf.retry for leaf in asked if callable(leaf.retry)]
+    if not (delays_s or policies):
+        own = _options_of(message).retry or _policy_of(message.task)
+        if own is None:
+            return None
+        policies = [own]
+    delays_s += [_ask_policy(policy, message.task, attempt) for policy in policies]
+    return _longest_s(delays_s)
+
+
+def _longest_s(delays_s: Sequence[float]) -> float | None:
+    """Return the longest delay, cut to what SQS allows, or None if there is none."""
+    if not delays_s:
+        return None
+    return min(max(delays_s), _MAX_HELD_S)
+
+
+def _policy_of(task: Task[Any, Any]) -> Callable[[int], float] | None:
+    """Return the task's retry policy, or else the default one, or None."""
+    if task.retry is not None:
+        return task.retry
+    default: Callable[[int], float] | None = settings.TASKHAWK_RETRY
+    return default
+
+
+def _ask_policy(
+    policy: Callable[[int], float], task: Task[Any, Any], attempt: int
+) -> float:
+    """Return the delay that a retry policy gives."""
+    delay_s = policy(attempt)
+    if not _is_delay(delay_s):
+        raise ConfigurationError(
+            f"{task.name}: retry: expected 0 or more seconds, got {delay_s!r}"
+        )
+    return delay_s
+
+
+def _asked_delays_s(leaves: Iterable[BaseException]) -> list[float]:
+    """Return the delays that RetryExceptions ask for."""
     asked = [leaf.delay_seconds for leaf in leaves if isinstance(leaf, RetryException)]
     # A subclass that does not call our __init__ may have set anything.
-    longest = max(filter(_is_delay, asked), default=None)
-    if longest is None:
-        return None
-    return min(longest, _MAX_HELD_S)
+    return [*filter(_is_delay, asked)]
 
 
 def _may_retry(task: Task[Any, Any], error: BaseException) -> bool:
@@ -5008,6 +5886,8 @@ def _sentence(received: QueueMessage, end: str, outcome: Outcome) -> str:
 
 def _what_follows(received: QueueMessage, outcome: Outcome) -> str:
     """Say what becomes of a failed run's message."""
+    if outcome.fate is Fate.postpone:
+        return f"runs again in {outcome.delay_s:g} s"
     if received.in_lambda:
         return "is left to Lambda"
     if outcome.fate is Fate.dead_letter and received.is_last_receive:
@@ -5046,8 +5926,7 @@ def _in_one_line(text: str) -> str:
 
 def _facts(received: QueueMessage, end: str, began: float) -> dict[str, Any]:
     """Return the fields of a run's log record, which formatters may use."""
-    duration_ms = round((time.monotonic() - began) * 1000)
-    facts: dict[str, Any] = {"outcome": end, "duration_ms": duration_ms}
+    facts: dict[str, Any] = {"outcome": end, "duration_ms": _duration_ms(began)}
     message, attempt = received.message, received.attempt
     if message:
         facts |= {"task": message.task_name, "id": message.id, "attempt": attempt}
@@ -5086,6 +5965,146 @@ def _text_of_invalid(received: QueueMessage, error: BaseException) -> str | None
     return text
 
 
+# Batch tasks.
+
+
+_MAX_CALLS_TOGETHER = 100  # that a batch task gets
+
+
+def _check_batch(made: Task[Any, Any], most: object) -> None:
+    """Check the option `batch`: its function takes the calls, and so any arguments."""
+    is_right = isinstance(most, int) and not isinstance(most, bool)
+    if not (is_right and 1 <= typing.cast("int", most) <= _MAX_CALLS_TOGETHER):
+        raise ConfigurationError(
+            f"{made.name} has batch={most!r}: expected 1 to {_MAX_CALLS_TOGETHER}"
+        )
+    made.take_any_arguments()
+    _batch_tasks.add(made.name)
+
+
+_more_options["batch"] = _check_batch
+_batch_tasks: set[str] = set()  # their names; without any, nothing is decoded twice
+
+
+def _find_batch_task(received: QueueMessage) -> str | None:
+    """Return the name of a message's task if that is a batch task.
+
+    Messages of a FIFO queue are run one by one, for each waits for the one before.
+    """
+    if not _batch_tasks or received.is_fifo:
+        return None
+    try:
+        found = _decode(received.body).task
+    except ValidationError:
+        return None  # process() will say what is wrong with it
+    return found.name if "batch" in found.options else None
+
+
+def _most_together(received: QueueMessage) -> int:
+    """Return how many messages may run together with this one, itself included."""
+    if received.batch_task is None:
+        return 1
+    return int(_registry[received.batch_task].options["batch"])
+
+
+def _process_all(batch: Sequence[QueueMessage]) -> list[Outcome]:
+    """Run messages that run together; return an outcome for each."""
+    if len(batch) == 1:
+        return [process(batch[0])]
+    return _process_together(batch)
+
+
+@_in_own_context
+def _process_together(batch: Sequence[QueueMessage]) -> list[Outcome]:
+    """Run messages of one batch task in one call, as :func:`process` runs one."""
+    began = time.monotonic()
+    _refresh_django_connections()
+    try:
+        runs = [_RunOfMany(received, began) for received in batch]
+        for run in runs:
+            run.begin()
+        error = _call_together(run.call for run in runs if run.call)
+        for run in runs:
+            run.end(error)
+        return [run.outcome() for run in runs]
+    finally:
+        _refresh_django_connections(ran=True)
+
+
+def _call_together(ready: Iterable[Call]) -> BaseException | None:
+    """Call the batch task for all messages that are ready; return its error."""
+    calls = list(ready)
+    if not calls:
+        return None
+    metadata = typing.cast("Metadata", calls[0].metadata)
+    try:
+        _registry[metadata.task].call_together(calls)
+    except BaseException as error:
+        return error
+    return None
+
+
+class _RunOfMany:
+    """The run of one message among several of a batch task.
+
+    It goes the way of any run: an error of its own, of a hook or of what surrounds it,
+    ends it alone.
+    """
+
+    def __init__(self, received: QueueMessage, began: float) -> None:
+        self._received, self._began = received, began
+        self._around = contextlib.ExitStack()
+        self._has_begun = False  # the message is valid, and the pre hook is done
+        self._error: BaseException | None = None
+        self.call: Call | None = None  # once the task may be called for it
+
+    def begin(self) -> None:
+        """Do what comes before the task's call."""
+        try:
+            message = _begin_run(self._received)
+            self._has_begun = True
+            _surround(self._around, self._received)
+            self.call = Call.of(message, self._received.receipt_handle)
+        except BaseException as error:
+            self._error = error
+
+    def end(self, error: BaseException | None) -> None:
+        """Do what comes after it.
+
+        :param error: of the call, for all messages that have none of their own
+        """
+        if not self._has_begun:
+            return
+        if self.call is not None:
+            self._error = error
+            if self.call.error is not None:
+                self._error = self.call.error
+        try:
+            _end_run(self._received, self._began, self._around, self._raise)
+        except BaseException as raised:
+            self._error = raised
+        else:
+            self._error = None
+
+    def _raise(self) -> None:
+        """End as the task's call did."""
+        if self._error is None:
+            return
+        trace = self._error.__traceback__
+        try:
+            raise self._error
+        finally:
+            # It is raised for one message after another: its traceback is not to grow.
+            self._error.__traceback__ = trace
+
+    def outcome(self) -> Outcome:
+        """Return what becomes of the message; raise what must end the process."""
+        if self._error is None:
+            return Outcome(Fate.acknowledge)
+        _raise_interrupt(self._error)
+        return _failed(self._received, self._error, self._began)
+
+
 class _SyncSender(Sender):
     """Runs messages where they are sent, through JSON, decoder and hooks.
 
@@ -5112,11 +6131,22 @@ class _SyncSender(Sender):
             if settings.IS_LAMBDA_APP:
                 sns = {"Message": entry.body, "MessageId": message_id}
                 received.sns_record = {"Sns": {**sns, "MessageAttributes": {}}}
-            _in_own_context(_run)(received, time.monotonic())
+            _in_own_context(_run_here)(received)
         return []
 
 
 _schemes["sync"] = _SyncSender
+
+
+def _run_here(received: QueueMessage) -> None:
+    """Run a message; its error is the caller's, and the run hook is told."""
+    began = time.monotonic()
+    try:
+        _run(received, began)
+    except BaseException as error:
+        _raise_interrupt(error)
+        _report_run(received, "failed", error, began)
+        raise
 
 
 # --- 14. holdings ---------------------------------------------------------------------
@@ -5128,9 +6158,10 @@ _schemes["sync"] = _SyncSender
 _STEPS = {  # the allowed steps of a message; nothing else moves one
     "received": {"started", "released"},
     "started": {"finished", "released"},
-    "finished": {"acked", "retried", "dead_lettered", "uncertain"},
+    "finished": {"acked", "retried", "dead_lettered", "postponed", "uncertain"},
 }
 _ACK_WAIT_S = 0.05  # how long an acknowledgement waits for others to share its call
+_PATIENCE_S = 0.1  # how long any waits besides for the calls that are under way
 _LATEST_S = _MAX_HELD_S - 10  # of a lease: SQS counts from a little before the receive
 
 
@@ -5140,14 +6171,16 @@ class Ledger:
 
     In the end, each message received is in exactly one of the other counts: ``acked``
     was deleted after its run, ``retried`` is visible again now or later,
-    ``dead_lettered`` was copied and then deleted, ``released`` never ran, and of
-    ``uncertain`` nobody knows whether its delete was applied: it may run again.
+    ``dead_lettered`` was copied and then deleted, ``postponed`` too, but into the same
+    queue with a delay, ``released`` never ran, and of ``uncertain`` nobody knows
+    whether its delete was applied: it may run again.
     """
 
     received: int = 0
     acked: int = 0
     retried: int = 0
     dead_lettered: int = 0
+    postponed: int = 0
     released: int = 0
     uncertain: int = 0
 
@@ -5166,6 +6199,19 @@ class Ledger:
         return ", ".join(f"{count} {name.replace('_', '-')}" for name, count in counts)
 
 
+class _Tally:
+    """The ledger, and the same for each queue."""
+
+    def __init__(self, queues: Iterable[str]) -> None:
+        self.ledger = Ledger()
+        self.ledgers = {queue: Ledger() for queue in queues}
+
+    def count(self, queue: str, end: str) -> None:
+        """Count one message more of a queue that was received, or ended so."""
+        self.ledger.count(end)
+        self.ledgers[queue].count(end)
+
+
 @dataclasses.dataclass(eq=False)
 class _Held:
     """A message that a worker holds, from its receive to its end.
@@ -5181,10 +6227,13 @@ class _Held:
     renew_at: float = math.inf  # when its lease is to be extended; never, if infinite
     is_sure: bool = True  # its lease is known to hold, so that it may be started
     state: str = "received"
+    started_at: float = math.inf  # when its run began
     end: str = ""  # what it is to become; it is held until that is done
     delay_s: float = 0  # after which it is visible again, if that is its end
-    due_at: float = math.inf  # when the call that ends it is to be made
+    decided_at: float = math.inf  # when that was known
+    due_at: float = math.inf  # when the call that ends it is to be made at the latest
     tries: int = 0  # how often that call has failed
+    is_along: bool = False  # it runs together with one that was started before it
     in_call: bool = False  # a call with it is under way, so that no other is made
 
     @property
@@ -5200,7 +6249,20 @@ class _Held:
     @property
     def to_delete(self) -> bool:
         """Whether a delete ends it."""
-        return self.end in {"acked", "dead_lettered"}
+        return self.end in {"acked", "dead_lettered", "postponed"}
+
+    @property
+    def needs_copy(self) -> bool:
+        """Whether its queue would dead-letter it, though it never ran, if it showed it.
+
+        It waits for the end of the worker then, when a copy is sent in its place.
+        """
+        return self.is_sure and self.message.would_be_redriven
+
+    def begin(self, now: float) -> None:
+        """Note that its run begins."""
+        self.move("started")
+        self.started_at = now
 
     def move(self, state: str) -> None:
         """Make a step, or raise RuntimeError if _STEPS does not allow it."""
@@ -5271,6 +6333,39 @@ class _Leases:
         return self._next_at
 
 
+class _Backlog:
+    """The messages that wait to be started, the most urgent first."""
+
+    def __init__(self, queues: Iterable[str]) -> None:
+        self._of: dict[str, dict[_Held, None]] = {each: {} for each in queues}
+
+    def add(self, held: _Held) -> None:
+        """Have a message wait, behind those of its queue."""
+        self._of[held.queue][held] = None
+
+    def drop(self, held: _Held) -> None:
+        """Have a message wait no more, if it does."""
+        self._of[held.queue].pop(held, None)
+
+    def __contains__(self, held: _Held) -> bool:
+        return held in self._of[held.queue]
+
+    def __iter__(self) -> Iterator[_Held]:
+        for those in self._of.values():
+            yield from those
+
+    def counts(self) -> list[int]:
+        """Return how many there are of each queue, the most urgent first."""
+        return [len(those) for those in self._of.values()]
+
+    def first(self, now: float) -> _Held | None:
+        """Return the first whose lease is known to hold, or to have ended."""
+        for held in self:
+            if held.is_sure or now >= held.lease_until:
+                return held
+        return None
+
+
 class _Holdings:
     """The messages that a worker holds, and what is due for them.
 
@@ -5281,29 +6376,33 @@ class _Holdings:
     """
 
     def __init__(self, queues: Sequence[str], ack_wait_s: float = _ACK_WAIT_S) -> None:
-        self.ledger = Ledger()
+        self.tally = _Tally(queues)
+        self.ledger = self.tally.ledger
         self.news: list[tuple[int, str]] = []  # log levels and texts
         self.unanswered = 0  # deletes that were not known to be applied in the end
         self._is_closing = False
         self._ack_wait_s = ack_wait_s
         self.held: dict[_Held, None] = {}  # an ordered set, as are the following
-        # By queue, the most urgent first: received and not started; and what is to be
-        # deleted, and is in no call yet.
-        self._waiting: dict[str, dict[_Held, None]] = {each: {} for each in queues}
-        self.to_delete: dict[str, dict[_Held, None]] = {each: {} for each in queues}
+        self.backlog = _Backlog(queues)  # received and not started
         self.decided: dict[_Held, None] = {}  # it is known what they become
+        self._along = 0  # messages that run together with another, that one left out
         self.leases = _Leases()
-        self.calls = _Calls(self)
+        self.calls = _Calls(self, queues)
 
     @property
     def waiting(self) -> int:
         """How many messages wait to be started."""
-        return sum(map(len, self._waiting.values()))
+        return sum(self.backlog.counts())
 
     @property
     def running(self) -> int:
-        """How many messages run."""
-        return len(self.held) - self.waiting - len(self.decided)
+        """How many runs are under way; messages that run together are one."""
+        return len(self.held) - self.waiting - len(self.decided) - self._along
+
+    @property
+    def is_overdue(self) -> bool:
+        """Whether two full batches are decided and in no call: the keeper is behind."""
+        return self.calls.left >= 2 * _MAX_BATCH
 
     def still_run(self) -> list[QueueMessage]:
         """Return the messages that run."""
@@ -5340,24 +6439,35 @@ class _Holdings:
                 last_at=asked_at + _LATEST_S,
                 is_sure=is_sure,
             )
-            self.held[held] = self._waiting[held.queue][held] = None
+            self.held[held] = None
+            self.backlog.add(held)
             self.leases.renew(held, asked_at + lease_s / 3)
-            self.ledger.received += 1
+            self.tally.count(held.queue, "received")
 
     def start(self, now: float) -> _Held | None:
         """Start the most urgent message whose lease holds; return it, or None."""
-        for held in self._all_waiting():
-            if now >= held.lease_until:
-                self.lose(held, "its lease ended while it waited")
-            elif held.is_sure:
-                del self._waiting[held.queue][held]
-                held.move("started")
-                return held
-        return None
+        while (held := self.backlog.first(now)) and now >= held.lease_until:
+            self.lose(held, "its lease ended while it waited")
+        if held:
+            self.backlog.drop(held)
+            held.begin(now)
+        return held
 
-    def _all_waiting(self) -> list[_Held]:
-        """Return the messages that wait to be started, the most urgent first."""
-        return [held for each in self._waiting.values() for held in each]
+    def start_more(self, first: _Held, most: int, now: float) -> list[_Held]:
+        """Start messages of the same batch task as one that was just started.
+
+        :param most: how many may run together
+        """
+        kind = (first.queue, first.message.batch_task)
+        waiting = [held for held in self.backlog if held.is_sure]
+        alike = [h for h in waiting if (h.queue, h.message.batch_task) == kind]
+        more = [held for held in alike if now < held.lease_until][: most - 1]
+        for held in more:
+            self.backlog.drop(held)
+            held.begin(now)
+            held.is_along = True
+        self._along += len(more)
+        return more
 
     def finish(
         self, held: _Held, end: str, now: float, delay_s: float | None = 0
@@ -5365,8 +6475,7 @@ class _Holdings:
         """Note that a run is over, and what its message is to become.
 
         :param end: one of the ends that _STEPS allows
-        :param delay_s: when a retried message is visible again; None leaves that to the
-            end of its lease
+        :param delay_s: until a retried message is visible; None: when its lease ends
         """
         held.move("finished")
         self._decide(held, end, now, delay_s)
@@ -5376,43 +6485,31 @@ class _Holdings:
         self._decide(held, "released", now, 0)
 
     def release_waiting(self, now: float) -> None:
-        """Release all messages that were not started."""
-        for held in self._all_waiting():
-            self.release(held, now)
+        """Release all messages that were not started, but what needs a copy for it."""
+        for held in tuple(self.backlog):
+            if not held.needs_copy:
+                self.release(held, now)
 
     def _decide(self, held: _Held, end: str, now: float, delay_s: float | None) -> None:
         """Note what a message is to become, and when the call for it is due."""
-        self._waiting[held.queue].pop(held, None)
+        self.backlog.drop(held)
         self.decided[held] = None
-        held.end, held.due_at = end, now
+        if held.is_along:
+            held.is_along = False
+            self._along -= 1
+        held.end, held.decided_at, held.due_at = end, now, now
         if held.to_delete:
-            self._acknowledge(held, now)
+            if not held.message.is_fifo:  # else others of its group wait for it
+                held.due_at = now + self._ack_wait_s
         elif delay_s is None or held.message.lease_lost:
             # It shows by itself at the end of its lease, or another has it by now.
             self.end(held, end)
+            return
         else:
             # Out of the lease first: a later extension would undo the delay.
             self.leases.drop(held)
             held.delay_s = delay_s
-        if len(self.decided) == len(self.held):  # no others can come to share a call
-            for acknowledged in self.to_delete.values():
-                self._hurry(acknowledged, now)
-
-    def _acknowledge(self, held: _Held, now: float) -> None:
-        """Have a message deleted, in a call that it may share with others."""
-        acknowledged = self.to_delete[held.queue]
-        acknowledged[held] = None
-        held.due_at = now + self._ack_wait_s
-        if len(acknowledged) >= _MAX_BATCH:
-            self._hurry(acknowledged, now)
-        if held.message.is_fifo:  # others of its group wait for it
-            held.due_at = now
-
-    @staticmethod
-    def _hurry(acknowledged: Iterable[_Held], now: float) -> None:
-        """Make deletes due that wait for others to no purpose."""
-        for held in acknowledged:
-            held.due_at = min(held.due_at, now)
+        self.calls.add(held)
 
     # The end.
 
@@ -5427,7 +6524,7 @@ class _Holdings:
     def untried(self, since: float) -> bool:
         """Return whether a message ended after that time, and no call has said so."""
         new = (held for held in self.decided if held.tries == 0)
-        return any(held.due_at >= since for held in new)
+        return any(held.decided_at >= since for held in new)
 
     def end_leases(self) -> None:
         """Extend leases no more: they bound how long deletes are tried."""
@@ -5437,8 +6534,9 @@ class _Holdings:
 
     def close(self) -> None:
         """End what is decided, done or not; what still runs stays held."""
-        for held in list(self.decided):
-            end = held.end
+        self.calls.clear()
+        for held in [*self.backlog, *self.decided]:
+            end = held.end or "released"
             if held.to_delete:
                 end = "uncertain"
             self.end(held, end)
@@ -5449,7 +6547,7 @@ class _Holdings:
         held.message.lease_lost = True
         held.lease_until = -math.inf
         self.leases.drop(held)
-        if held in self._waiting[held.queue]:
+        if held in self.backlog:
             self.end(held, "released")
 
     def doubt(self, held: _Held, why: str) -> None:
@@ -5460,10 +6558,10 @@ class _Holdings:
     def end(self, held: _Held, end: str) -> None:
         """End a message: the ledger counts it, and nothing more is done for it."""
         held.move(end)
-        self.ledger.count(end)
+        self.tally.count(held.queue, end)
         self.leases.drop(held)
-        mine = (self._waiting[held.queue], self.to_delete[held.queue])
-        for those in (self.held, self.decided, *mine):
+        self.backlog.drop(held)
+        for those in (self.held, self.decided):
             those.pop(held, None)
         if self._is_closing and end == "uncertain":
             self.unanswered += 1
@@ -5473,15 +6571,103 @@ class _Holdings:
         self.news.append((logging.WARNING, f"{_name_of(held.message)} {text}"))
 
 
+class _Ends:
+    """What one queue's deletes, or its delays, are to end: decided, and in no call.
+
+    What a message costs here does not grow with how many there are.
+    """
+
+    def __init__(self, kind: _Kind, queue: str) -> None:
+        self.kind, self.queue = kind, queue
+        self._new: dict[_Held, None] = {}  # an ordered set, by time
+        # What was refused before, as a heap: it is not tried before its time only
+        # because others are due.
+        self._again: list[tuple[float, int, _Held]] = []
+
+    def __len__(self) -> int:
+        return len(self._new) + len(self._again)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether new ones fill a call: nothing is to be gained by waiting for more."""
+        return len(self._new) >= _MAX_BATCH
+
+    def add(self, held: _Held) -> None:
+        """Have a message ended by one of the next calls."""
+        if held.tries:
+            heapq.heappush(self._again, (held.due_at, id(held), held))
+        else:
+            self._new[held] = None
+
+    def remove(self, held: _Held) -> None:
+        """Leave a message out, whose lease is to be extended before."""
+        self._new.pop(held, None)
+        if held.tries:  # seldom: deletes fail while leases are extended
+            self._again = [each for each in self._again if each[-1] is not held]
+            heapq.heapify(self._again)
+
+    def due_at(self, *, is_last: bool) -> float:
+        """Return when a call is due; infinity if none is.
+
+        :param is_last: whether no others can come to share it
+        """
+        due_at = math.inf
+        if self._again:
+            due_at = self._again[0][0]
+        if not self._new:
+            return due_at
+        first = next(iter(self._new))
+        if self.is_full or is_last:
+            return min(due_at, first.decided_at)
+        return min(due_at, first.due_at)
+
+    def take(self, now: float) -> list[_Held]:
+        """Return what the next call is to end; all new ones share it."""
+        batch: list[_Held] = []
+        while self._again and self._again[0][0] <= now and len(batch) < _MAX_BATCH:
+            batch.append(heapq.heappop(self._again)[-1])
+        batch += itertools.islice(self._new, _MAX_BATCH - len(batch))
+        for held in batch:
+            self._new.pop(held, None)
+        return batch
+
+
 class _Calls:
     """The calls that are due for what a worker holds, and what their answers mean.
 
-    Pure, as the holdings are, and guarded with them.
+    Pure, as the holdings are, and guarded with them. Any number of calls may be under
+    way; a message is in one of them at most.
     """
 
-    def __init__(self, holdings: _Holdings) -> None:
-        self._all = holdings
+    def __init__(self, holdings: _Holdings, queues: Iterable[str]) -> None:
+        self._all, self._queues = holdings, queues
         self._last: _Kind | None = None
+        self._under_way = 0
+        self.clear()
+
+    @property
+    def left(self) -> int:
+        """How many messages are decided and in no call."""
+        return sum(map(len, self._ends.values()))
+
+    def add(self, held: _Held) -> None:
+        """Have a message ended that is decided, once it is in no call."""
+        if not held.in_call:
+            self._ends_of(held).add(held)
+
+    def _ends_of(self, held: _Held) -> _Ends:
+        """Return where a message waits for the call that ends it."""
+        if held.to_delete:
+            return self._ends[held.queue, _Kind.delete]
+        return self._ends[held.queue, _Kind.delay]
+
+    def clear(self) -> None:
+        """Have no message ended any more."""
+        self._ends = {
+            (queue, kind): _Ends(kind, queue)
+            for queue in self._queues
+            for kind in (_Kind.delete, _Kind.delay)
+        }
 
     def next(self, now: float) -> _Call | None:
         """Return the call to make now, if one is due, and mark its messages as in it.
@@ -5490,52 +6676,57 @@ class _Calls:
         the others follows, or extensions that hang would starve them. Of these comes
         first what has been due for longest.
         """
-        leases, ends = self._all.leases.due(now), self._due_ends(now)
-        if leases and not (ends and self._last is _Kind.extend):
-            kind, due = _Kind.extend, leases
-        elif ends:
-            kind, due = _Kind.delay, ends
-            if ends[0].to_delete:
-                kind = _Kind.delete
+        leases: list[_Held] = []
+        if self._leases_at() <= now:
+            leases = self._all.leases.due(now)
+        ends = min(self._ends.values(), key=self._due_at)
+        is_due = self._due_at(ends) <= now
+        if leases and not (is_due and self._last is _Kind.extend):
+            queue = leases[0].queue
+            batch = [held for held in leases if held.queue == queue][:_MAX_BATCH]
+            call = _Call(_Kind.extend, queue, batch, now)
+            for held in batch:
+                self._ends_of(held).remove(held)
+        elif is_due:
+            call = _Call(ends.kind, ends.queue, ends.take(now), now)
         else:
             return None
-        self._last = kind
-        queue = due[0].queue
-        batch = [held for held in due if held.queue == queue][:_MAX_BATCH]
-        for held in batch:
+        for held in call.batch:
             held.in_call = True
-            if kind is _Kind.delete:
-                self._all.to_delete[queue].pop(held, None)
-        return _Call(kind, queue, batch, now)
+        self._last = call.kind
+        self._under_way += 1
+        return call
 
     def next_at(self) -> float:
         """Return when to look for the next call; infinity if none will be due."""
-        times = [held.due_at for held in self._all.decided if not held.in_call]
-        return min([*times, self._all.leases.next_at()])
+        return min(self._leases_at(), *map(self._due_at, self._ends.values()))
 
-    def _due_ends(self, now: float) -> list[_Held]:
-        """Return what one call may end now, what has been due for longest first."""
-        by_time = operator.attrgetter("due_at")
-        free = [held for held in self._all.decided if not held.in_call]
-        first = min(free, key=by_time, default=None)
-        if first is None or first.due_at > now:
-            return []
-        together = [held for held in free if self._share_call(held, first, now)]
-        return sorted(together, key=by_time)
+    def _leases_at(self) -> float:
+        """Return a time before which no leases are to be extended."""
+        return self._all.leases.next_at() + self._patience_s()
 
-    def _share_call(self, held: _Held, due: _Held, now: float) -> bool:
-        """Return whether the call that ends what is due may end this message too."""
-        if (held.queue, held.to_delete) != (due.queue, due.to_delete):
-            return False
-        # New acknowledgements share it. What was refused before is not tried before its
-        # time only because others are due.
-        return held.due_at <= now or held in self._all.to_delete[held.queue]
+    def _due_at(self, ends: _Ends) -> float:
+        """Return when the call for these is to be made."""
+        due_at = ends.due_at(is_last=len(self._all.decided) == len(self._all.held))
+        if ends.is_full:
+            return due_at
+        return due_at + self._patience_s()
+
+    def _patience_s(self) -> float:
+        """Return how much later than it is due a call is made that is not full.
+
+        Until then, one that is under way may be answered, and others come to share it.
+        """
+        if self._under_way:
+            return _PATIENCE_S
+        return 0
 
     def answered(self, call: _Call, refused: Mapping[int, Refusal]) -> None:
         """Note the answer to a call.
 
         :param refused: what was refused, by its place in the batch
         """
+        self._under_way -= 1
         note = {
             _Kind.extend: self._extended,
             _Kind.delete: self._deleted,
@@ -5546,6 +6737,8 @@ class _Calls:
             # Else it was given up while the call was under way.
             if held in self._all.held:
                 note(held, refused.get(place), call.asked_at)
+            if held in self._all.decided:
+                self.add(held)  # its run ended meanwhile, or its call is made again
             # Leases that are in a call are not looked at.
             if held.renew_at < math.inf:
                 self._all.leases.renew(held, held.renew_at)
@@ -5602,41 +6795,50 @@ class _Calls:
 # and no record is logged while the lock is held.
 
 _TICK_S = 0.2  # how soon a shutdown_event is seen, and the longest sleep of a thread
+_MAX_CALLS = 6  # at once: at 30 ms a call, they end 2,000 messages a second
 
 
 class _Faults:
     """Logs when something begins to fail and when it works again, and nothing between.
 
-    Each key is used by one thread.
+    Any thread may call at any time.
     """
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards the counts
         self._counts: dict[tuple[str, str], int] = {}
 
     def failed(
         self, queue: str, what: str, error: object, level: int = logging.WARNING
     ) -> int:
         """Note a failure, and return how many there were one after another."""
-        count = self._counts.get((queue, what), 0) + 1
-        self._counts[queue, what] = count
+        with self._lock:
+            count = self._counts.get((queue, what), 0) + 1
+            self._counts[queue, what] = count
         if count == 1:
             _log.log(level, "%s: can't %s, goes on trying: %s", queue, what, error)
         return count
 
     def worked(self, queue: str, what: str) -> None:
         """Note that it works."""
-        count = self._counts.pop((queue, what), 0)
+        with self._lock:
+            count = self._counts.pop((queue, what), 0)
         if count:
             text = "%s: can %s again; tries that failed: %d"
             _log.info(text, queue, what, count)
 
 
 class _Keeper:
-    """Makes the calls that holdings say are due, one after another.
+    """Makes the calls that holdings say are due, several at once where they are many.
 
     A slot says what is to become of a message, and goes on at once; the keeper ends ten
     of them in a call. Its client tries once, so that an answer which does not come
     holds the leases up for one timeout only: what failed is due again a little later.
+
+    :meth:`run` is the body of _MAX_CALLS threads. Each makes what calls are due, one
+    after another. One of those that are left then watches: it waits for what will be
+    due. While the only one that is awake makes a call, a spare one is woken to watch if
+    anything is decided meanwhile; else the leases wait for it to be back.
 
     :param clock: seconds; leases are measured with it
     :param beat: called after each round of lease extensions that worked
@@ -5651,24 +6853,39 @@ class _Keeper:
     ) -> None:
         self._broker, self._clock, self._beat = broker, clock, beat
         self._faults = _Faults()
-        # Guards the holdings, and all that follows. The keeper waits for `_due`, slots
-        # wait for `startable` and pollers for `ended`: no thread is woken for nothing.
+        # Guards the holdings, and all that follows. Who watches waits for `_due`, spare
+        # threads of the keeper for `_spare`, slots for `startable`: no thread is woken
+        # for nothing.
         # Enter the lock itself: entering a condition takes several steps, and a signal
         # handler that raises in between would leave it locked.
         self.lock = threading.RLock()
         self._due = threading.Condition(self.lock)
+        self._spare = threading.Condition(self.lock)
         self.startable = threading.Condition(self.lock)  # notified for each message
-        self.ended = threading.Condition(self.lock)  # notified as messages end
+        # Called with the lock held, as there may be room for other messages.
+        self.freed: Callable[[], object] = lambda: None
         self.holdings = holdings
-        self._looks_at = 0.0  # when it looks for what is due, if nobody wakes it
+        self._is_watched = False  # whether a thread watches
+        self._looks_at = 0.0  # when that looks for what is due, if nobody wakes it
+        self._is_wanted = False  # whether a spare one was woken, and did not look yet
         self._gives_up_at = math.inf  # when it ends, whatever is not done by then
         self._is_closing = False
+        self._is_over = False  # one thread has ended, and all others are to
 
     def wake(self) -> None:
-        """Have the keeper look at once, if something is due before it would."""
+        """Have a thread look at once, if something is due before one would."""
         with self.lock:
-            if self.holdings.calls.next_at() < self._looks_at:
+            if not self._is_watched:
+                self._call_spare()
+            elif self.holdings.calls.next_at() < self._looks_at:
+                self._looks_at = 0.0  # it need not be woken again
                 self._due.notify()
+
+    def _call_spare(self) -> None:
+        """Have a spare thread watch what is decided, while all others make calls."""
+        if self.holdings.calls.left and not self._is_wanted:
+            self._is_wanted = True
+            self._spare.notify()
 
     def give_up_after(self, seconds: float) -> None:
         """End at the latest in so many seconds, once :meth:`close` is called."""
@@ -5683,24 +6900,42 @@ class _Keeper:
             self._due.notify()
 
     def run(self) -> None:
-        """Make one call after another until closed; the body of a thread."""
-        is_done = False
-        while not is_done:
-            call = None
+        """Make one call after another until closed; the body of each thread."""
+        try:
+            while not self._is_over:
+                call, news = self._next()
+                self._tell(news)
+                if call:
+                    self._make(call)
+        finally:
             with self.lock:
-                now = self._clock()
-                self.holdings.expire(now)
-                is_done = self._is_done(now)
-                if not is_done:
-                    call = self.holdings.calls.next(now)
-                news = self._take_news()
-                if news:
-                    self.ended.notify_all()  # a message was lost
-                if not (is_done or call or news):
-                    self._wait(now)
-            self._tell(news)
-            if call:
-                self._make(call)
+                self._is_over = True
+                self._due.notify()
+                self._spare.notify_all()
+
+    def _next(self) -> tuple[_Call | None, list[tuple[int, str]]]:
+        """Wait until there is something to do; return the call to make, and news."""
+        with self.lock:
+            call = self._look()
+            while not (call or self.holdings.news or self._is_over):
+                self._wait()
+                call = self._look()
+            self.wake()
+            return call, self._take_news()
+
+    def _look(self) -> _Call | None:
+        """Return the call to make now, if one is due; called with the lock held."""
+        self._is_wanted = False
+        now = self._clock()
+        self.holdings.expire(now)
+        if self._is_over or self._is_done(now):
+            self._is_over = True
+            return None
+        was_overdue = self.holdings.is_overdue
+        call = self.holdings.calls.next(now)
+        if self.holdings.news or was_overdue:
+            self.freed()  # a message was lost, or a call begins
+        return call
 
     def _is_done(self, now: float) -> bool:
         """Return whether there is nothing left to do; called with the lock held."""
@@ -5711,11 +6946,16 @@ class _Keeper:
             return not self.holdings.untried(self._gives_up_at)
         return not self.holdings.decided
 
-    def _wait(self, now: float) -> None:
+    def _wait(self) -> None:
         """Wait until something may be due; called with the lock held."""
+        if self._is_watched:
+            self._spare.wait()
+            return
+        self._is_watched = True
+        now = self._clock()
         self._looks_at = min(now + _TICK_S, self.holdings.calls.next_at())
         self._due.wait(self._looks_at - now)
-        self._looks_at = 0.0
+        self._is_watched = False
 
     def _make(self, call: _Call) -> None:
         """Make a call, and note its answer."""
@@ -5727,7 +6967,7 @@ class _Keeper:
             self.holdings.calls.answered(call, refused)
             news = self._take_news()
             self.startable.notify(self.holdings.waiting)  # their leases may be sure now
-            self.ended.notify_all()
+            self.freed()
         self._tell(news)
         faults = [refusal for refusal in refused.values() if not refusal.final]
         self._note_faults(call, faults)
@@ -5766,6 +7006,17 @@ _MAX_BACKOFF_S = 60  # between receives that fail
 _FLUSH_S = 3  # of the grace, kept for acknowledgements once running tasks are given up
 _HURRIED_S = 1  # for acknowledgements after a second Ctrl-C
 _HEART_S = 1  # for the last heartbeat: its hook may hang
+_MAX_WAITING = 100  # num_messages: more would wait longer than a new worker takes
+_MAX_POLLS = 12  # of a queue at once; those of four fit into botocore's pool of 50
+_QUIET_S = 0.1  # after which a poll that still waits says that its queue is empty
+_SHORT_POLL_S = 1  # where another queue may need what a poll keeps for itself
+# How a message ends, if the copy that its fate may need is sent.
+_ENDS = {
+    Fate.acknowledge: "acked",
+    Fate.retry: "retried",
+    Fate.dead_letter: "dead_lettered",
+    Fate.postpone: "postponed",
+}
 
 
 class _Phase(enum.IntEnum):
@@ -6018,10 +7269,201 @@ class _Limits(NamedTuple):
     """How much a worker does at once, and in all."""
 
     slots: int  # messages that run at once
-    polls: int  # pollers
-    num_messages: int  # that a receive may bring
+    polls: int  # queues that are polled
     max_tasks: int | None  # starts, after which it stops; None for no limit
     paused: int  # slots that can't run anything until they have a child
+
+
+class _Load(NamedTuple):
+    """What a worker holds, as far as it matters for what it may receive."""
+
+    free: int  # slots that run nothing, and could
+    waiting: Sequence[int]  # messages to be started, by queue, the most urgent first
+    starts: float  # that are left, besides what waits; infinity without a limit
+
+
+@dataclasses.dataclass(eq=False)
+class _Poll:
+    """A receive that is under way."""
+
+    queue: str
+    most: int  # messages that it may bring
+    began_at: float
+    is_short: bool  # others may need the starts that it has asked for
+
+
+@dataclasses.dataclass(eq=False)
+class _Polled:
+    """What is known of a queue from its receives."""
+
+    rank: int  # of its urgency: 0 is the most urgent
+    batch: int  # messages that a receive brings at most
+    most_polls: int  # at once
+    left: float  # receives that may still begin
+    polls: dict[_Poll, None] = dataclasses.field(default_factory=dict)  # under way
+    asked: int = 0  # messages that these may bring
+    asked_at: float = -math.inf  # when the last one began
+    answered: int = 0  # receives, ever
+    is_full: bool = False  # the last one brought all that it asked for
+    is_empty: bool = False  # it brought nothing, or failed, or no other follows
+    is_failing: bool = False  # it failed, so that others do not wait for the next
+
+    @property
+    def quiet_at(self) -> float:
+        """When it is known to be empty, if the receive under way still waits then."""
+        if not self.polls:
+            return math.inf
+        return next(iter(self.polls)).began_at + _QUIET_S
+
+    @property
+    def turn(self) -> tuple[bool, float]:
+        """What is less for the one to be asked first, where not all can be."""
+        if self.is_empty:
+            return True, self.asked_at
+        return False, self.rank
+
+
+class _Polls:
+    """The receives that are under way, and which queue may be asked for how much.
+
+    Pure, as the holdings are, and guarded with them. A queue is asked for what can be
+    started, and for what num_messages allows to wait, less what is asked for already.
+    It is asked only while all that are more urgent are known to be empty.
+
+    :param slots: how many messages run at once
+    """
+
+    def __init__(
+        self,
+        queues: Sequence[str],
+        num_messages: int = 1,
+        slots: int = 1,
+        loop_count: int | None = None,
+    ) -> None:
+        self._num_messages, self._slots = num_messages, slots
+        receives: float = math.inf
+        if loop_count is not None:
+            receives = loop_count
+        self.of: dict[str, _Polled] = {}
+        for rank, queue in enumerate(queues):
+            batch, most_polls = _MAX_BATCH, _MAX_POLLS
+            if _is_fifo(queue):
+                # It withholds the rest of a group while one message of that is held.
+                batch = most_polls = 1
+            self.of[queue] = _Polled(rank, batch, most_polls, receives)
+        self._ranked = list(self.of.values())
+
+    @property
+    def under_way(self) -> int:
+        """How many receives are under way."""
+        return sum(len(each.polls) for each in self._ranked)
+
+    def is_open(self, queue: str) -> bool:
+        """Return whether a queue is to be asked again, or may have to be."""
+        polled = self.of[queue]
+        return bool(polled.left or polled.polls)
+
+    def is_busy(self, queue: str) -> bool:
+        """Return whether receives of a queue may run at the same time."""
+        polled = self.of[queue]
+        return polled.is_full and polled.left > 0
+
+    def may_begin_at(self, queue: str, load: _Load) -> float:
+        """Return since when, or from when on, a receive may begin.
+
+        :returns: infinity if that depends on what else happens
+        """
+        polled = self.of[queue]
+        if not polled.left or self._most(polled, load) < 1:
+            return math.inf
+        since = -math.inf
+        for urgent in self._ranked[: polled.rank]:
+            if not urgent.is_empty:
+                since = max(since, urgent.quiet_at)
+        return since
+
+    def _most(self, polled: _Polled, load: _Load) -> int:
+        """Return how many messages to ask for; 0 if a receive is not worth it yet."""
+        waiting = sum(load.waiting[: polled.rank + 1])
+        room = load.free + self._num_messages - 1 - waiting - polled.asked
+        if not self._is_worth_it(polled, room):
+            return 0
+        return int(min(room, polled.batch, self._share(polled, load)))
+
+    def _is_worth_it(self, polled: _Polled, room: int) -> bool:
+        """Return whether to receive for so much room: ten cost the same as one."""
+        wanted = self._num_messages
+        if polled.polls:
+            if not polled.is_full or len(polled.polls) == polled.most_polls:
+                return False
+            wanted += self._slots - 1
+        return room >= 0.9 * min(polled.batch, wanted)
+
+    def _share(self, polled: _Polled, load: _Load) -> float:
+        """Return how many of the starts that are left a queue may ask for.
+
+        What others may need is left to them; if that is not enough for all, they take
+        turns.
+        """
+        left = self._left(load)
+        rivals = [each for each in self._others(polled) if not each.polls]
+        if left > len(rivals):
+            return left / (len(rivals) + 1)
+        if all(polled.turn < each.turn for each in rivals):
+            return left
+        return 0
+
+    def _left(self, load: _Load) -> float:
+        """Return how many of the starts that are left are not asked for yet."""
+        return load.starts - sum(each.asked for each in self._ranked)
+
+    def _others(self, polled: _Polled) -> list[_Polled]:
+        """Return the other queues that are asked, and answer."""
+        others = (each for each in self._ranked if each is not polled)
+        return [each for each in others if each.left and not each.is_failing]
+
+    def begin(self, queue: str, load: _Load, now: float) -> _Poll:
+        """Begin a receive, which must be allowed by now."""
+        polled = self.of[queue]
+        most = self._most(polled, load)
+        polled.left -= 1
+        polled.asked += most
+        polled.asked_at = now
+        is_short = self._left(load) < _MAX_BATCH * len(self._others(polled))
+        poll = _Poll(queue, most, now, is_short)
+        polled.polls[poll] = None
+        return poll
+
+    def answered(self, poll: _Poll, count: int) -> None:
+        """Note that a receive has brought so many messages."""
+        polled = self._ended(poll)
+        polled.answered += 1
+        polled.is_full, polled.is_empty = count >= poll.most, count == 0
+        polled.is_failing = False
+
+    def failed(self, poll: _Poll) -> bool:
+        """Note that a receive has failed; return whether one was ever answered."""
+        polled = self._ended(poll)
+        polled.left += 1
+        polled.is_full, polled.is_empty = False, True
+        polled.is_failing = True
+        return polled.answered > 0
+
+    def dropped(self, poll: _Poll) -> None:
+        """Note that a receive was not made after all."""
+        self._ended(poll).left += 1
+
+    def _ended(self, poll: _Poll) -> _Polled:
+        """Note that a receive is over, and return its queue."""
+        polled = self.of[poll.queue]
+        del polled.polls[poll]
+        polled.asked -= poll.most
+        return polled
+
+    def close(self, queue: str) -> None:
+        """Note that a queue is asked no more, so that no other waits for it."""
+        polled = self.of[queue]
+        polled.left, polled.is_empty = 0, True
 
 
 class _Course:
@@ -6043,10 +7485,11 @@ class _Course:
         self._limits = limits
         self.stop = threading.Event()  # set after the phase working: ends all waits
         self.ended = threading.Event()  # set in the phase ended
-        # The keeper's lock guards the holdings, and all that follows. Nobody waits with
-        # a timeout: what changes what is waited for notifies, and the watch moves on.
-        self._lock = keeper.lock
-        self._to_start, self._room = keeper.startable, keeper.ended
+        # The keeper's lock guards the holdings, and all that follows. Slots wait for a
+        # message: each that comes wakes one, which looks for itself, and a new phase
+        # wakes all. So none waits while a message does that no other slot will look at.
+        # The watch moves the phase on, for nobody notifies of an event or a signal.
+        self.lock, self._to_start = keeper.lock, keeper.startable
         self._holdings = keeper.holdings
         self.phase = _Phase.working
         self.fatal: BaseException | None = None  # the error that ended a thread
@@ -6055,40 +7498,53 @@ class _Course:
         self._can_start = True  # a child, as far as the last try tells
         self._started = 0  # messages, ever
 
-    def next(self) -> _Held | None:
-        """Wait for a message to run, and start it; None if there will be no more."""
-        with self._lock:
+    def next(self) -> list[_Held]:
+        """Wait for a message to run, and start it with those that run together with it.
+
+        :returns: none if there will be no more
+        """
+        with self.lock:
             while self.is_working():
                 held = self._holdings.start(self.clock())
+                if self._holdings.news:  # a message was lost while it waited
+                    self._keeper.freed()
                 if held:
-                    self._started += 1
-                    self._tell_pollers()
-                    return held
-                self._tell_pollers()  # a message may have been lost while it waited
+                    batch = [held, *self._start_more(held)]
+                    self._started += len(batch)
+                    return batch
                 self._to_start.wait()
-            return None
+            return []
+
+    def _start_more(self, held: _Held) -> list[_Held]:
+        """Start what runs together with a message; called with the lock held."""
+        most = _most_together(held.message)
+        if most == 1:
+            return []
+        more = self._holdings.start_more(held, most, self.clock())
+        self._keeper.freed()  # they wait no more, and take no slots
+        return more
 
     def finish(self, held: _Held, end: str, delay_s: float | None = 0) -> None:
         """Note what a message that ran is to become."""
-        with self._lock:
+        with self.lock:
             self._holdings.finish(held, end, self.clock(), delay_s)
             self._changed()
 
     def release(self, held: _Held) -> None:
         """Note that a message did not run after all."""
-        with self._lock:
+        with self.lock:
             self._holdings.release(held, self.clock())
             self._keeper.wake()
 
     def begin(self) -> None:
         """Note that a slot of an isolated worker has a child, and can run messages."""
-        with self._lock:
+        with self.lock:
             self._paused -= 1
             self._changed()
 
     def suspend(self) -> bool:
         """Note that a slot can't start a child; return whether that is news."""
-        with self._lock:
+        with self.lock:
             self._paused += 1
             was_able, self._can_start = self._can_start, False
             self._release_if_stuck()
@@ -6097,7 +7553,7 @@ class _Course:
 
     def resume(self) -> bool:
         """Note that a slot has a child again; return whether that is news."""
-        with self._lock:
+        with self.lock:
             self._paused -= 1
             was_able, self._can_start = self._can_start, True
             self._changed()
@@ -6111,54 +7567,39 @@ class _Course:
 
     def slot_ended(self) -> None:
         """Note that a slot runs nothing more."""
-        with self._lock:
+        with self.lock:
             self._slots -= 1
             self.move_on()
 
     def still_run(self) -> list[QueueMessage]:
         """Return the messages that run."""
-        with self._lock:
+        with self.lock:
             return self._holdings.still_run()
 
-    def wait_for_room(self) -> int:
-        """Wait until a message can be started soon; return how many to receive.
-
-        :returns: 0 if nothing more is to be received
-        """
-        with self._lock:
-            while self.is_working():
-                most = self._find_room()
-                if most:
-                    return most
-                self._room.wait()
-            return 0
-
-    def _find_room(self) -> int:
-        """Return how many messages to receive now."""
-        if self._holdings.waiting:
-            return 0
-        free = self._limits.slots - self._paused - self._holdings.running
-        # A full batch of acknowledgements besides the one whose call is under way.
-        is_overdue = len(self._holdings.decided) >= 2 * _MAX_BATCH
-        if is_overdue or free <= 0:
-            return 0
-        if self._limits.max_tasks is None:
-            return self._limits.num_messages
-        return min(self._limits.num_messages, self._limits.max_tasks - self._started)
+    def load(self) -> _Load:
+        """Return what matters for receives."""
+        holdings, limits = self._holdings, self._limits
+        waiting, starts = holdings.backlog.counts(), math.inf
+        if limits.max_tasks is not None:
+            starts = limits.max_tasks - self._started - sum(waiting)
+        if self._paused == limits.slots or holdings.is_overdue:
+            starts = 0
+        free = limits.slots - self._paused - holdings.running
+        return _Load(free, waiting, starts)
 
     def take(
         self, messages: Sequence[QueueMessage], lease_s: float, asked_at: float
     ) -> None:
         """Hold received messages from now on."""
-        with self._lock:
+        with self.lock:
             self._holdings.take(messages, lease_s, asked_at, self.clock())
             self._release_if_stuck()
             self._to_start.notify(len(messages))
             self._keeper.wake()
 
-    def poll_ended(self) -> None:
-        """Note that a poller receives nothing more."""
-        with self._lock:
+    def polls_ended(self) -> None:
+        """Note that nothing more is received from a queue."""
+        with self.lock:
             self._polls -= 1
             self.move_on()
 
@@ -6169,7 +7610,7 @@ class _Course:
 
         :param to: the phase to reach at least, whatever still goes on
         """
-        with self._lock:
+        with self.lock:
             while self.phase < to or self._is_over():
                 self.phase = _Phase(self.phase + 1)
                 self._enter(self.phase)
@@ -6181,7 +7622,7 @@ class _Course:
 
     def fail(self, error: BaseException) -> None:
         """Note an error that ends the worker; the first one is the one that counts."""
-        with self._lock:
+        with self.lock:
             if self.fatal is None:
                 self.fatal = error
             self.move_on()
@@ -6211,23 +7652,155 @@ class _Course:
             self._holdings.close()
             self.ended.set()
         self._to_start.notify_all()
-        self._room.notify_all()
+        self._keeper.freed()
 
     def _changed(self) -> None:
         """Tell those that wait for what a slot has done."""
         self._keeper.wake()
-        self._tell_pollers()
+        self._keeper.freed()
 
-    def _tell_pollers(self) -> None:
-        """Have pollers receive, if there is room."""
-        if self._find_room():
-            self._room.notify_all()
+
+class _Pollers:
+    """The threads that receive from one queue; guarded by the keeper's lock."""
+
+    def __init__(self, lock: threading.RLock) -> None:
+        self.may_look = threading.Condition(lock)  # notified for these threads alone
+        self.count = 1
+        self.waiting = 0  # how many of them wait until they may begin a receive
+        # When one of these looks again, at the latest: there is no need to tell them of
+        # what may begin later. So it is -inf while none waits, or one was told.
+        self.looks_at = -math.inf
+
+    def wait(self, until: float, now: float) -> None:
+        """Wait until told, or until a time."""
+        within_s = None
+        if until < math.inf:
+            within_s = until - now
+        self.waiting += 1
+        self.looks_at = until
+        self.may_look.wait(within_s)
+        self.waiting -= 1
+        self.looks_at = -math.inf
+        if self.waiting:
+            self.looks_at = math.inf
+
+    def tell(self, at: float) -> None:
+        """Have one of those that wait look, if it would look too late for this time."""
+        if at < self.looks_at:
+            self.looks_at = -math.inf
+            self.may_look.notify()
+
+
+class _Intake:
+    """What the pollers of a worker share: the receives under way, and who waits.
+
+    Every method takes the lock; none makes a call to the queue.
+    """
+
+    def __init__(self, course: _Course, keeper: _Keeper, polls: _Polls) -> None:
+        self._course, self.polls = course, polls
+        # The keeper's lock guards the polls, and all that follows. A poller waits for
+        # room, and for more urgent queues. Whatever may let one begin calls tell(),
+        # with the lock held; that wakes one of its queue, which looks for itself, and
+        # calls tell() when it begins or leaves. So no wakeup is lost.
+        self._lock = keeper.lock
+        self._pollers = {queue: _Pollers(keeper.lock) for queue in polls.of}
+        keeper.freed = self.tell
+
+    def tell(self) -> None:
+        """Have pollers look that may begin earlier than they would look."""
+        load, phase = self._course.load(), self._course.phase
+        for queue, pollers in self._pollers.items():
+            if phase is not _Phase.working:
+                pollers.may_look.notify_all()
+            elif pollers.looks_at > -math.inf:
+                pollers.tell(self.polls.may_begin_at(queue, load))
+
+    def begin(self, queue: str, goes_on: Callable[[str], bool]) -> _Poll | None:
+        """Wait until a queue is to be asked; return what for, or None for no more.
+
+        :param goes_on: whether this thread is still to ask the queue
+        """
+        with self._lock:
+            poll = None
+            while not poll and self._course.is_working() and goes_on(queue):
+                load, now = self._course.load(), self._course.clock()
+                may_begin_at = self.polls.may_begin_at(queue, load)
+                if may_begin_at <= now:
+                    poll = self.polls.begin(queue, load, now)
+                else:
+                    self._pollers[queue].wait(may_begin_at, now)
+            self.tell()
+            return poll
+
+    def take(
+        self, poll: _Poll, messages: Sequence[QueueMessage], lease_s: float
+    ) -> None:
+        """Hold received messages from now on."""
+        with self._lock:
+            self._course.take(messages, lease_s, poll.began_at)
+            self.polls.answered(poll, len(messages))
+            self._ended(poll)
+
+    def fail(self, poll: _Poll) -> bool:
+        """Note that a receive has failed; return whether one was ever answered."""
+        with self._lock:
+            was_answered = self.polls.failed(poll)
+            self._ended(poll)
+            return was_answered
+
+    def drop(self, poll: _Poll) -> None:
+        """Note that a receive was not made after all."""
+        with self._lock:
+            self.polls.dropped(poll)
+            self._ended(poll)
+
+    def _ended(self, poll: _Poll) -> None:
+        """Tell those who wait for that; if it was not full, helpers end."""
+        if not self.polls.is_busy(poll.queue):
+            self._pollers[poll.queue].may_look.notify_all()
+        self.tell()
+
+    def is_dry(self, queue: str) -> bool:
+        """Return whether a queue's last receive was answered, and brought nothing."""
+        with self._lock:
+            polled = self.polls.of[queue]
+            return polled.is_empty and not polled.is_failing
+
+    def adds_helper(self, queue: str) -> bool:
+        """Count a helper more, if all receive and yet another receive may begin."""
+        with self._lock:
+            pollers = self._pollers[queue]
+            if pollers.count > len(self.polls.of[queue].polls):
+                return False
+            may_begin_at = self.polls.may_begin_at(queue, self._course.load())
+            if may_begin_at > self._course.clock():
+                return False
+            pollers.count += 1
+            return True
+
+    def helper_ended(self, queue: str) -> None:
+        """Note that a helper receives nothing more."""
+        with self._lock:
+            self._pollers[queue].count -= 1
+            self._pollers[queue].may_look.notify_all()
+
+    def close(self, queue: str) -> None:
+        """Wait for a queue's helpers; then nothing more is received from it."""
+        with self._lock:
+            pollers = self._pollers[queue]
+            while pollers.count > 1:
+                pollers.may_look.wait()
+            self.polls.close(queue)
+            self.tell()
+            self._course.polls_ended()
 
 
 class _Slot:
     """Runs one message after another, in its thread or in its child.
 
     :param settle: called with each message and the outcome of its run
+    :param event_loop: the worker's, for its coroutines
     :param is_isolated: whether its child runs all messages
     """
 
@@ -6236,21 +7809,22 @@ class _Slot:
         course: _Course,
         child: _Child,
         settle: Callable[[_Held, Outcome], None],
+        event_loop: _EventLoop,
         *,
         is_isolated: bool,
     ) -> None:
-        self.child = child
+        self.child, self._event_loop = child, event_loop
         self._course, self._settle = course, settle
         self._is_isolated = is_isolated
 
     def work(self) -> None:
         """Run messages until there are no more; the body of a thread."""
-        with _one_event_loop():
+        with self._event_loop.in_this_thread():
             try:
                 if self._is_isolated:
                     self._start_child()
-                while held := self._course.next():
-                    self._run(held)
+                while batch := self._course.next():
+                    self._run(batch)
             except BaseException as error:
                 self._course.fail(error)  # before the phases go on
                 raise
@@ -6266,27 +7840,36 @@ class _Slot:
             self._pause(error)
         self._course.begin()
 
-    def _run(self, held: _Held) -> None:
-        """Run a message, and note what it is to become."""
+    def _run(self, batch: Sequence[_Held]) -> None:
+        """Run messages that run together, and note what each is to become."""
         try:
-            outcome = self._process(held.message)
-            if outcome:
+            outcomes = self._process([held.message for held in batch])
+            for held, outcome in zip(batch, outcomes, strict=False):
                 self._settle(held, outcome)
         except _CannotStart as error:
-            self._course.release(held)
+            for held in batch:
+                self._give_back(held, error)
             self._pause(error)
         finally:
-            if held.runs:
-                # It was interrupted, or killed as the grace ended. Where its child
-                # still runs, that must end before others may have the message.
-                self.child.kill()
-                self._course.finish(held, "retried")
+            for held in batch:
+                if held.runs:
+                    # It was interrupted, or killed as the grace ended. Where its child
+                    # still runs, that must end before others may have the message.
+                    self.child.kill()
+                    self._course.finish(held, "retried")
 
-    def _process(self, received: QueueMessage) -> Outcome | None:
-        """Run a message, in the child if it is for that."""
+    def _give_back(self, held: _Held, error: _CannotStart) -> None:
+        """Leave a message that could not begin to run to other workers."""
+        if held.message.would_be_redriven:
+            self._settle(held, Outcome(Fate.postpone, error, 0))
+        else:
+            self._course.release(held)
+
+    def _process(self, batch: Sequence[QueueMessage]) -> list[Outcome]:
+        """Run messages, in the child if it is for that."""
         worker = os.getpid()
         try:
-            return self.child.process(received)
+            return self.child.process(batch)
         finally:
             if os.getpid() != worker:
                 # A process that the task forked came back from it. The message is its
@@ -6313,73 +7896,100 @@ class _Slot:
 
 
 class _Poller:
-    """Receives from one queue, in a thread of its own."""
+    """Receives from one queue, in a thread of its own.
 
-    def __init__(self, worker: Worker, course: _Course, queue: str) -> None:
-        self._worker, self._course, self._queue = worker, course, queue
+    While its receives are full, helpers receive at the same time, in threads that end
+    with the first receive that is not.
+    """
+
+    def __init__(
+        self, worker: Worker, course: _Course, intake: _Intake, queue: str
+    ) -> None:
+        self._worker, self._course = worker, course
+        self._intake, self._queue = intake, queue
         self._faults = _Faults()
         self._lease: _Lease | None = None  # once it is known
-        self._loops = 0  # receives that were answered
-        self._count = 0  # messages that the last one brought
-        self.is_polling = False  # whether a receive is under way
 
     def work(self) -> None:
         """Receive until there is no more to do; the body of a thread."""
+        intake, course = self._intake, self._course
         try:
             while not self._is_done():
-                most = self._course.wait_for_room()
-                if not most:
+                poll = intake.begin(self._queue, intake.polls.is_open)
+                if not poll:
                     break
-                self._try(most)
+                failures = self._try(poll)
+                if failures:
+                    _back_off(course.stop, self._worker.clock, failures)
         except BaseException as error:
-            self._course.fail(error)  # before the phases go on, or nobody would see it
+            course.fail(error)  # before the phases go on, or nobody would see it
             raise
         finally:
-            self._course.poll_ended()
+            intake.close(self._queue)
+
+    def _help(self) -> None:
+        """Receive as long as receives are full; the body of a thread."""
+        intake = self._intake
+        try:
+            while poll := intake.begin(self._queue, intake.polls.is_busy):
+                self._try(poll)
+        except BaseException as error:
+            self._course.fail(error)
+            raise
+        finally:
+            intake.helper_ended(self._queue)
 
     def _is_done(self) -> bool:
-        """Return whether the last receive was the last that is wanted."""
-        if self._loops == self._worker.loop_count:
-            return True
-        if not self._worker.until_empty or self._loops == 0 or self._count:
+        """Return whether the queues are empty, where that is the end."""
+        if not self._worker.until_empty or not self._intake.is_dry(self._queue):
             return False
         return _are_empty(self._worker.broker, self._worker.queues)
 
-    def _try(self, most: int) -> None:
-        """Receive at most so many messages, and back off if that fails."""
+    def _try(self, poll: _Poll) -> int:
+        """Receive; return how often that has failed by now, one after another."""
         try:
-            if self._lease is None:
-                worker = self._worker
-                self._lease = _find_lease(
-                    worker.broker, self._queue, worker.visibility_timeout_s
-                )
-                return  # that may have taken long: look again whether to receive
-            self._receive(most, self._lease)
-        except Exception as error:
-            if self._loops == 0 and isinstance(error, ConfigurationError):
-                raise  # at the start, this is for a person to mend
-            failures = self._faults.failed(self._queue, "receive", repr(error))
-            _back_off(self._course.stop, self._worker.clock, failures)
-
-    def _receive(self, most: int, lease: _Lease) -> None:
-        """Receive once, and hold what came."""
-        worker, asked_at = self._worker, self._worker.clock()
-        self.is_polling = True
-        try:
-            messages = worker.broker.receive(
-                self._queue, most, worker.wait_s, lease.seconds, self._course.stop
+            if self._lease is not None:
+                self._receive(poll, self._lease)
+                return 0
+            worker = self._worker
+            self._lease = _find_lease(
+                worker.broker, self._queue, worker.visibility_timeout_s
             )
-        finally:
-            self.is_polling = False
+        except Exception as error:
+            was_answered = self._intake.fail(poll)
+            if not was_answered and isinstance(error, ConfigurationError):
+                raise  # at the start, this is for a person to mend
+            return self._faults.failed(self._queue, "receive", repr(error))
+        self._intake.drop(poll)  # it may have taken long: look again whether to
+        return 0
+
+    def _receive(self, poll: _Poll, lease: _Lease) -> None:
+        """Receive once, and hold what came."""
+        worker, wait_s = self._worker, self._worker.wait_s
+        if poll.is_short:
+            wait_s = min(wait_s, _SHORT_POLL_S)
+        if self._intake.adds_helper(self._queue):
+            self._start_helper()
+        messages = worker.broker.receive(
+            self._queue, poll.most, wait_s, lease.seconds, self._course.stop
+        )
         for message in messages:
             message.max_receive_count = lease.max_receive_count
             message.done_level = worker.done_level
+            message.batch_task = _find_batch_task(message)
+            message.lease_s = lease.seconds
         # At once: from here on the keeper extends the leases.
-        self._course.take(messages, lease.seconds, asked_at)
+        self._intake.take(poll, messages, lease.seconds)
         self._faults.worked(self._queue, "receive")
-        self._count = len(messages)
-        self._loops += 1
         worker.beat()
+
+    def _start_helper(self) -> None:
+        """Start another thread that receives; go on without it if that fails."""
+        try:
+            _make_thread(self._course, self._help).start()
+        except RuntimeError as error:
+            self._intake.helper_ended(self._queue)
+            self._faults.failed(self._queue, "start another poller", error)
 
 
 def _pause_s(failures: int) -> float:
@@ -6413,6 +8023,20 @@ def _make_thread(course: _Course, work: Callable[[], object]) -> threading.Threa
     return threading.Thread(target=guard, daemon=True)
 
 
+class _Event(typing.Protocol):
+    """What tells a worker to stop: threading's and asyncio's events are such."""
+
+    def is_set(self) -> bool: ...
+
+
+# What later parts run beside each worker. Each is called before the first receive, with
+# the worker and the event that is set once it stops, and returns what a thread is to run
+# until then, or None.
+_beside_workers: list[
+    Callable[[Worker, threading.Event], Callable[[], object] | None]
+] = []
+
+
 @dataclasses.dataclass(eq=False, repr=False)
 class Worker:
     """Runs the messages of some queues, most urgent first, until it is stopped.
@@ -6429,7 +8053,7 @@ class Worker:
     num_messages: int = 1
     visibility_timeout_s: float | None = None
     loop_count: int | None = None
-    shutdown_event: threading.Event | None = None
+    shutdown_event: _Event | None = None
     until_empty: bool = False
     concurrency: int = 1
     max_tasks: int | None = None
@@ -6442,6 +8066,7 @@ class Worker:
     done_level: int = logging.DEBUG
     clock: Callable[[], float] = time.monotonic
     wait_s: float = _LONG_POLL_S
+    event_loop: Any = None  # the application's own, for coroutines
 
     def __post_init__(self) -> None:
         _check_options(self)
@@ -6450,9 +8075,7 @@ class Worker:
         self.beat = self._heart.beat  #: say that the worker lives
         self._holdings = _Holdings(self.queues, self.ack_wait_s)
         self.ledger = self._holdings.ledger
-        self._keeper = _Keeper(
-            self._holdings, self.broker, self.clock, self._heart.beat
-        )
+        self._keeper = _Keeper(self._holdings, self.broker, self.clock, self.beat)
         start = _start_of_children(everything=self.isolate)
         # All by --isolate, or each by its decorator.
         isolated = start.get("isolated", ())
@@ -6464,23 +8087,26 @@ class Worker:
             _Limits(
                 slots=self.concurrency,
                 polls=len(self.queues),
-                num_messages=self.num_messages,
                 max_tasks=self.max_tasks,
                 paused=self.concurrency if is_isolated else 0,
             ),
         )
-        self._keeping = _make_thread(self._course, self._keeper.run)
+        self._keeping: list[threading.Thread] = []
+        event_loop = _EventLoop(self.event_loop)
         self.overdue = threading.Event()  #: set once the grace is over
         self._slots = [
             _Slot(
                 self._course,
                 _Child(start, self.max_tasks_per_child, self.overdue),
                 self.settle,
+                event_loop,
                 is_isolated=is_isolated,
             )
             for _ in range(self.concurrency)
         ]
-        self._pollers = [_Poller(self, self._course, queue) for queue in self.queues]
+        self._polls = _Polls(
+            self.queues, self.num_messages, self.concurrency, self.loop_count
+        )
 
     @property
     def unanswered(self) -> bool:
@@ -6495,17 +8121,23 @@ class Worker:
             credentials
         """
         make = functools.partial(_make_thread, self._course)
+        beside = [begin(self, self._course.stop) for begin in _beside_workers]
         slots = [make(slot.work) for slot in self._slots[1:]]
-        pollers = [make(poller.work) for poller in self._pollers]
-        helpers = [self._keeping, make(self._heart.run), make(self._watch)]
+        intake = _Intake(self._course, self._keeper, self._polls)
+        poller = functools.partial(_Poller, self, self._course, intake)
+        pollers = [make(poller(queue).work) for queue in self.queues]
+        self._keeping = [make(self._keeper.run) for _ in range(_MAX_CALLS)]
+        helpers = [*self._keeping, make(self._heart.run), make(self._watch)]
         within_s: float | None = _HURRIED_S
         with self._signals:
             try:
-                self._work(helpers, [*pollers, *slots])
+                self._work(
+                    helpers, [*pollers, *slots, *map(make, filter(None, beside))]
+                )
                 within_s = None  # nothing interrupts it
             finally:
                 self._close(within_s)
-                _, heart, watch = helpers
+                *_, heart, watch = helpers
                 _join(watch, None)
                 _join(heart, _HEART_S)
         level = logging.INFO if self.ledger.balanced else logging.ERROR
@@ -6536,6 +8168,7 @@ class Worker:
         """Go through the phases that are left."""
         try:
             self._course.move_on(to=_Phase.flushing)
+            _release_by_copies(self.broker, self._keeper, self._course)
             self._flush(within_s)
         finally:
             self._course.move_on(to=_Phase.ended)
@@ -6545,15 +8178,16 @@ class Worker:
     def _flush(self, within_s: float | None) -> None:
         """Wait until what is decided is done, or leases end, or time is up."""
         self._keeper.close()
-        _join(self._keeping, within_s)
+        if within_s is None:
+            within_s = threading.TIMEOUT_MAX
+        until = time.monotonic() + within_s
+        for thread in self._keeping:
+            _join(thread, max(0, until - time.monotonic()))
 
     def settle(self, held: _Held, outcome: Outcome) -> None:
-        """Have done what the outcome says; a copy for the dead letters is sent now."""
-        end = "acked" if outcome.fate is Fate.acknowledge else "retried"
-        if outcome.fate is Fate.dead_letter:
-            copied = _dead_letter(self.broker, held.message, outcome.error)
-            end = "dead_lettered" if copied else "retried"
-        self._course.finish(held, end, outcome.delay_s)
+        """Have done what the outcome says; a copy is sent by the calling thread."""
+        end, delay_s = _carry_out(outcome, self.broker, held, self.clock())
+        self._course.finish(held, end, delay_s)
 
     # Signals, and the grace.
 
@@ -6579,7 +8213,7 @@ class Worker:
 
     def _say_what_it_waits_for(self) -> None:
         """Log why the worker does not end at once."""
-        polls = sum(poller.is_polling for poller in self._pollers)
+        polls = self._polls.under_way
         runs = len(self._course.still_run())
         text = f"stopping: waiting for polls in flight: {polls}, running tasks: {runs}"
         if self._signals.has_interrupt:
@@ -6608,12 +8242,21 @@ class Worker:
             self.on_overdue(self.ledger)
 
 
+# What must hold before anything is received: later parts add what they need, and raise
+# ConfigurationError.
+_before_work: list[Callable[[], object]] = []
+
+
+def _check_before_work() -> None:
+    """Raise ConfigurationError if a registered task can't be run here."""
+    for check in _before_work:
+        check()
+
+
 def _check_options(worker: Worker) -> None:
-    """Refuse options that make no sense, and fit the length of polls to the grace."""
-    for name in ("num_messages", "concurrency", "max_tasks", "max_tasks_per_child"):
-        number = getattr(worker, name)
-        if number is not None and number < 1:
-            raise ConfigurationError(f"{name}: expected 1 or more, got {number}")
+    """Refuse what can't work, and fit the length of polls to the grace."""
+    _check_before_work()
+    _check_counts(worker)
     lease_s, grace_s = worker.visibility_timeout_s, worker.grace_s
     if lease_s is not None and not 1 <= lease_s <= _MAX_HELD_S:
         wanted = f"expected 1 to {_MAX_HELD_S} seconds"
@@ -6626,6 +8269,17 @@ def _check_options(worker: Worker) -> None:
     elif grace_s is not None:
         # A poll in flight is waited out, so it must end before the grace does.
         worker.wait_s = min(worker.wait_s, max(1, grace_s - _FLUSH_S - 1))
+
+
+def _check_counts(worker: Worker) -> None:
+    """Refuse numbers of messages, slots and runs that make no sense."""
+    for name in ("concurrency", "max_tasks", "max_tasks_per_child"):
+        number = getattr(worker, name)
+        if number is not None and number < 1:
+            raise ConfigurationError(f"{name}: expected 1 or more, got {number}")
+    if not 1 <= worker.num_messages <= _MAX_WAITING:
+        wanted = f"expected 1 to {_MAX_WAITING}"
+        raise ConfigurationError(f"num_messages: {wanted}, got {worker.num_messages}")
 
 
 def _join(thread: threading.Thread, within_s: float | None) -> None:
@@ -6655,7 +8309,8 @@ def listen_for_messages(
     stops after the running task and the poll in flight, which takes up to 20 s on SQS.
 
     :param priority: the queue, or several: the most urgent message runs first
-    :param num_messages: how many to receive at once, up to 10: they wait for each other
+    :param num_messages: how many one slot may hold, the one that it runs included, up
+        to 100; several slots share the others: with N, at most N - 1 of a queue wait
     :param visibility_timeout_s: how long a received message is hidden from others,
         until the worker extends it; None takes the queue's own
     :param loop_count: end after so many receives from each queue; None goes on for ever
@@ -6691,6 +8346,113 @@ def listen_for_messages(
     return worker.run()
 
 
+async def listen_async(
+    priority: Priority | Iterable[Priority],
+    num_messages: int = 1,
+    visibility_timeout_s: float | None = None,
+    loop_count: int | None = None,
+    shutdown_event: _Event | None = None,
+    *,
+    until_empty: bool = False,
+    concurrency: int = 1,
+    max_tasks: int | None = None,
+    grace_s: float | None = None,
+    isolate: bool = False,
+    max_tasks_per_child: int = 100,
+    ack_wait_s: float = _ACK_WAIT_S,
+) -> Ledger:
+    """Run the messages of a queue beside what else an application's event loop does.
+
+    ``async def`` tasks run on that loop, up to `concurrency` at once, and may use the
+    application's clients. All else is done in threads: receives, hooks, and plain
+    tasks. What coroutines leave running is the application's.
+
+    The options are those of :func:`listen_for_messages`. No signal is handled. Where
+    this is cancelled, it stops as by `shutdown_event`, and then raises CancelledError;
+    cancelled again, it waits no longer.
+
+    :param shutdown_event: set it to stop: threading's or asyncio's
+    :returns: what became of the messages
+    :raises ConfigurationError: as :func:`listen_for_messages`
+    """
+    make = functools.partial(
+        Worker,
+        num_messages=num_messages,
+        visibility_timeout_s=visibility_timeout_s,
+        loop_count=loop_count,
+        until_empty=until_empty,
+        concurrency=concurrency,
+        max_tasks=max_tasks,
+        grace_s=grace_s,
+        isolate=isolate,
+        max_tasks_per_child=max_tasks_per_child,
+        ack_wait_s=ack_wait_s,
+    )
+    return await _run_beside_loop(make, priority, shutdown_event)
+
+
+async def _run_beside_loop(
+    make: Callable[..., Worker],
+    priority: Priority | Iterable[Priority],
+    shutdown_event: _Event | None,
+) -> Ledger:
+    """Make a worker that uses this event loop, and run it in a thread."""
+    import asyncio
+
+    told = _EitherEvent(shutdown_event)
+    loop = asyncio.get_running_loop()
+
+    def work() -> Ledger:
+        queues = _queues_of(priority)
+        broker = _brokers.broker()
+        worker = make(broker, queues, shutdown_event=told, event_loop=loop)
+        return worker.run()
+
+    return await _wait_for_thread(work, told.set)
+
+
+class _EitherEvent:
+    """Is set once it, or another event, is."""
+
+    def __init__(self, other: _Event | None) -> None:
+        self._other, self._own = other, threading.Event()
+
+    def set(self) -> None:
+        """Set it, and leave the other one as it is."""
+        self._own.set()
+
+    def is_set(self) -> bool:
+        """Return whether one of the two is set."""
+        return self._own.is_set() or (self._other is not None and self._other.is_set())
+
+
+async def _wait_for_thread(work: Callable[[], _R], stop: Callable[[], object]) -> _R:
+    """Call a function in a thread of its own; if this is cancelled, stop it first.
+
+    Not in the loop's executor, whose threads are few and hold up the interpreter's end.
+    """
+    import asyncio
+    from concurrent.futures import Future
+
+    running: Future[_R] = Future()
+    running.set_running_or_notify_cancel()  # so nothing can cancel it
+
+    def run() -> None:
+        try:
+            running.set_result(work())
+        except BaseException as error:
+            running.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    ended = asyncio.wrap_future(running)
+    try:
+        return await asyncio.shield(ended)
+    except asyncio.CancelledError:
+        stop()
+        await asyncio.shield(ended)
+        raise
+
+
 def _queues_of(priority: Priority | Iterable[Priority]) -> list[str]:
     """Return the names of queues, the most urgent first, each once."""
     wanted = {priority} if isinstance(priority, Priority) else set(priority)
@@ -6701,7 +8463,95 @@ def _queues_of(priority: Priority | Iterable[Priority]) -> list[str]:
     return [broker.destination(each) for each in _URGENCY if each in wanted]
 
 
-# Dead-letter copies.
+# Copies: for the dead-letter queue, and for the queue itself.
+
+
+def _carry_out(
+    outcome: Outcome, broker: Broker, held: _Held, now: float
+) -> tuple[str, float | None]:
+    """Send the copy that an outcome needs; return how its message ends, and its delay.
+
+    Without its copy, a message is left to its visibility timeout.
+    """
+    is_copied = True
+    if outcome.fate is Fate.dead_letter:
+        is_copied = _dead_letter(broker, held.message, outcome.error)
+    elif outcome.fate is Fate.postpone and now >= held.lease_until:
+        is_copied = False  # another may have it by now: there would be two for good
+    elif outcome.fate is Fate.postpone:
+        is_copied = _postpone(broker, held.message, outcome.delay_s or 0)
+    if not is_copied:
+        return "retried", None
+    return _ENDS[outcome.fate], outcome.delay_s
+
+
+def _release_by_copies(broker: Broker, keeper: _Keeper, course: _Course) -> None:
+    """Release what never ran, and what its queue would dead-letter otherwise."""
+    can_send = True
+    while True:
+        with keeper.lock:
+            held = keeper.holdings.start(course.clock())
+        if held is None:
+            return
+        if can_send:  # else the network is down, and the grace is short
+            can_send = _postpone(broker, held.message, 0)
+        if can_send:
+            course.finish(held, "postponed")
+        else:
+            course.release(held)
+
+
+def _postpone(broker: Broker, received: QueueMessage, delay_s: float) -> bool:
+    """Send a copy to the same queue; return whether it is there, or log why not.
+
+    Where it is not, the message is still in its queue.
+    """
+    queue = received.queue or ""
+    try:
+        copy = _postponed_copy(received, delay_s, broker.max_bytes)
+        _accepted(broker.send(queue, [copy]))
+    except Exception as failure:
+        text = "%s: %s can't be postponed and is left to the queue: %s"
+        _log.warning(text, queue, _name_of(received), failure)
+        return False
+    return True
+
+
+def _postponed_copy(received: QueueMessage, delay_s: float, limit: int) -> Outgoing:
+    """Return the copy for the same queue; this receive of the message counts not.
+
+    :param limit: of the copy in bytes, attributes included
+    """
+    ours: dict[str, Mapping[str, Any]] = {}
+    if received.attempt > 1:
+        ours[_ATTEMPTS_ATTRIBUTE] = _as_attribute(received.attempt - 1)
+    others = {_POSTPONED_ATTRIBUTE: _as_attribute(0), **received.message_attributes}
+    others[_POSTPONED_ATTRIBUTE] = _as_attribute(received.postponed + 1)
+    copy = received.copy(_add_attributes(received, ours, others, limit))
+    return copy._replace(delay_s=delay_s)
+
+
+def _as_attribute(number: int) -> Mapping[str, Any]:
+    """Return a number as a message attribute."""
+    return {"DataType": "String", "StringValue": str(number)}
+
+
+def _add_attributes(
+    received: QueueMessage,
+    ours: Mapping[str, Mapping[str, Any]],
+    others: Mapping[str, Mapping[str, Any]],
+    limit: int,
+) -> Mapping[str, Mapping[str, Any]]:
+    """Return attributes of ours, and of the others those for which there is room.
+
+    What gives way are headers, which the body has too.
+    """
+    attributes = dict(ours)
+    for name, value in others.items():
+        more = {name: value, **attributes}
+        if len(more) <= _MAX_ATTRIBUTES and received.copy(more).size() <= limit:
+            attributes = more
+    return attributes
 
 
 def _dead_letter(
@@ -6740,9 +8590,6 @@ def _dead_letter_copy(
 ) -> Outgoing:
     """Return the copy for the dead-letter queue; ONE attribute says why it is there.
 
-    Attributes that were headers give way to it where there are too many: the body has
-    the headers.
-
     :param limit: of the copy in bytes, attributes included
     """
     attributes: dict[str, Mapping[str, Any]] = {}
@@ -6751,11 +8598,8 @@ def _dead_letter_copy(
     text = _error_record(received, error, room)
     if len(text) <= room:
         attributes[_ERROR_ATTRIBUTE] = {"DataType": "String", "StringValue": text}
-    for name, value in received.message_attributes.items():
-        more = {name: value, **attributes}
-        if len(more) <= _MAX_ATTRIBUTES and received.copy(more).size() <= limit:
-            attributes = more
-    return received.copy(attributes)
+    others = received.message_attributes
+    return received.copy(_add_attributes(received, attributes, others, limit))
 
 
 def _error_record(
@@ -6973,7 +8817,9 @@ def _settings_of_children() -> dict[str, Any]:
     """Return all settings as they are now, with hooks by their dotted paths."""
     values = {name: getattr(settings, name) for name in _SETTINGS}
     for name, value in values.items():
-        if callable(value):
+        if isinstance(value, RetryPolicy):
+            values[name] = dataclasses.asdict(value)
+        elif callable(value):
             values[name] = _path_of_hook(name, value)
     # Of one source, where another may have a token that does not belong to the key.
     credentials = settings.credentials()
@@ -7018,23 +8864,24 @@ class _Child:
         self._process: _ChildProcess | None = None
         self._runs_left = 0  # until the process is replaced
 
-    def process(self, received: QueueMessage) -> Outcome | None:
-        """Run a message, and decide its fate as :func:`process` does.
+    def process(self, batch: Sequence[QueueMessage]) -> list[Outcome]:
+        """Run messages that run together, and decide the fate of each.
 
-        :returns: None if the process was killed because the worker's grace is over
+        :returns: none if the process was killed because the worker's grace is over
         :raises _CannotStart: if the run did not begin, for another reason
         """
-        message = self._find_isolated(received)
+        message = self._find_isolated(batch[0])
         if message is None:
-            return process(received)
-        received.message = message
+            return _process_all(batch)
+        for received in batch:
+            received.message = self._find_isolated(received)
         try:
-            running = self._begin(message.task.name, received)
+            running = self._begin(message.task.name, batch)
         except _CannotStart:
             if self._given_up.is_set():
-                return None
+                return []
             raise
-        return self._finish(running, message, received)
+        return self._finish(running, message, batch)
 
     def start(self) -> _ChildProcess:
         """Return a process that lives, a new one if need be.
@@ -7082,13 +8929,9 @@ class _Child:
         self.close()  # the process that knows fewer tasks
         return True
 
-    def _begin(self, name: str, received: QueueMessage) -> _ChildProcess:
-        """Return a process that has begun to run a message, or raise _CannotStart."""
-        request = {
-            field: value
-            for field, value in vars(received).items()
-            if field not in ("broker", "message")
-        }
+    def _begin(self, name: str, batch: Sequence[QueueMessage]) -> _ChildProcess:
+        """Return a process that has begun to run messages, or raise _CannotStart."""
+        request = [_fields_of(received) for received in batch]
         running = self.start()
         until = time.monotonic() + _START_S
         try:
@@ -7125,14 +8968,15 @@ class _Child:
         return started
 
     def _finish(
-        self, running: _ChildProcess, message: Message, received: QueueMessage
-    ) -> Outcome | None:
-        """Return how a run that began has ended; None if the grace is over."""
+        self, running: _ChildProcess, message: Message, batch: Sequence[QueueMessage]
+    ) -> list[Outcome]:
+        """Return how a run that began has ended; none if the grace is over."""
         name, began = message.task.name, time.monotonic()
         limit_s = _options_of(message).time_limit or message.task.time_limit
         failure: TaskhawkError
         try:
-            outcome = _to_outcome(running.hear("ended", began + (limit_s or math.inf)))
+            answers = running.hear("ended", began + (limit_s or math.inf))
+            outcomes = _to_outcomes(answers, len(batch))
         except TimeoutError:
             self._end(0)
             text = f"{name} ran longer than its time limit of {limit_s:g} s"
@@ -7147,10 +8991,10 @@ class _Child:
             self._runs_left -= 1
             if not self._runs_left:
                 self.close()
-            return outcome
+            return outcomes
         if self._given_up.is_set():
-            return None
-        return _failed(received, failure, began)
+            return []
+        return [_failed(received, failure, began) for received in batch]
 
     def _end(self, within_s: float) -> str:
         """Have the process end, if there is one, and return how it ended."""
@@ -7254,6 +9098,13 @@ class _ChildProcess:
             time.sleep(0.005)
 
 
+def _fields_of(received: QueueMessage) -> dict[str, Any]:
+    """Return a message as a child is told it."""
+    fields = dict(vars(received))
+    del fields["broker"], fields["message"]
+    return fields
+
+
 def _parse_line(line: bytes) -> Any:
     """Return the JSON of a line, or raise ValueError."""
     try:
@@ -7269,6 +9120,13 @@ def _to_answer(outcome: Outcome) -> list[Any]:
         trace = "".join(traceback.format_exception(error))
         raised = [type(error).__name__, _text_of(error), trace]
     return [outcome.fate.value, outcome.delay_s, raised]
+
+
+def _to_outcomes(answers: Sequence[Any], count: int) -> list[Outcome]:
+    """Return the outcomes that a child answers, one a message, or raise ValueError."""
+    if len(answers) != count:
+        raise ValueError("not an answer for each message")
+    return [_to_outcome(answer) for answer in answers]
 
 
 def _to_outcome(answer: Any) -> Outcome:
@@ -7323,7 +9181,7 @@ class _Report(logging.StreamHandler[typing.TextIO]):
         self.stream = sys.stderr
 
 
-@_one_event_loop()
+@_EventLoop().in_this_thread()
 def _serve_worker(argv: Sequence[str]) -> int:
     """Run messages for a slot of a worker, which started this process.
 
@@ -7347,8 +9205,9 @@ def _serve_worker(argv: Sequence[str]) -> int:
         report.tell("imported", "")
         while line := lines.readline():
             report.tell("began")
-            received = QueueMessage(**json.loads(line), broker=_broker_of_child())
-            report.tell("ended", *_to_answer(process(received)))
+            broker = _broker_of_child()
+            batch = [QueueMessage(**it, broker=broker) for it in json.loads(line)]
+            report.tell("ended", *map(_to_answer, _process_all(batch)))
     return 0
 
 
@@ -7390,13 +9249,14 @@ def _die_with_parent() -> None:
 
 def _import_tasks(start: Mapping[str, Any], report: logging.Handler) -> None:
     """Do in a child what its worker did before it began."""
-    configure(start["settings"])
+    settings_of_worker = _read_settings(start["settings"])
+    configure(settings_of_worker)
     _log_only_to(report, start["level"])
     _set_up_django()
     for name in start["modules"]:
         importlib.import_module(name)
     # Again, for modules may set up both when they are imported.
-    configure(start["settings"])
+    configure(settings_of_worker)
     _log_only_to(report, start["level"])
     _broker_of_child()
     unknown = [name for name in start["isolated"] if name not in _registry]
@@ -7407,6 +9267,14 @@ def _import_tasks(start: Mapping[str, Any], report: logging.Handler) -> None:
             "worker calls",
             ", ".join(unknown),
         )
+
+
+def _read_settings(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what :func:`_settings_of_children` wrote, after its way through JSON."""
+    policy = values["TASKHAWK_RETRY"]
+    if isinstance(policy, dict):
+        policy = RetryPolicy(**policy)
+    return {**values, "TASKHAWK_RETRY": policy}
 
 
 def _broker_of_child() -> Broker | None:
@@ -7483,22 +9351,49 @@ def _run_records(
     records: Sequence[Any], context: Any
 ) -> tuple[list[QueueMessage], dict[QueueMessage, Outcome]]:
     """Run records in order, which is a FIFO queue's; return what is done and failed."""
+    _check_before_work()
     done: list[QueueMessage] = []
     failed: dict[QueueMessage, Outcome] = {}
     reserve_ms = _left_ms(context) / 10  # for the deletes and the answer
+    for batch in _batches_of(records):
+        if _is_behind(batch[0], failed):
+            outcomes = _not_started(batch, "an earlier one of its group failed")
+        elif _left_ms(context) < reserve_ms:
+            outcomes = _not_started(batch, "no time was left")
+        else:
+            outcomes = _process_all(batch)
+        for received, outcome in zip(batch, outcomes, strict=True):
+            if outcome.fate is Fate.acknowledge or _is_postponed(received, outcome):
+                done.append(received)
+            else:
+                failed[received] = outcome
+    return done, failed
+
+
+def _batches_of(records: Sequence[Any]) -> Iterator[list[QueueMessage]]:
+    """Yield each record by itself, and those of a batch task together."""
+    waiting: dict[str, list[QueueMessage]] = {}
     for record in records:
         received = _from_record(record)
-        if _is_behind(received, failed):
-            outcome = _not_started(received, "an earlier one of its group failed")
-        elif _left_ms(context) < reserve_ms:
-            outcome = _not_started(received, "no time was left")
-        else:
-            outcome = process(received)
-        if outcome.fate is Fate.acknowledge:
-            done.append(received)
-        else:
-            failed[received] = outcome
-    return done, failed
+        received.batch_task = _find_batch_task(received)
+        if received.batch_task is None:
+            yield [received]
+            continue
+        batch = waiting.setdefault(received.batch_task, [])
+        batch.append(received)
+        if len(batch) == _most_together(received):
+            yield waiting.pop(received.batch_task)
+    yield from waiting.values()
+
+
+def _is_postponed(received: QueueMessage, outcome: Outcome) -> bool:
+    """Send the copy of a message that was postponed; return whether it is sent.
+
+    Where the function may not send, the message counts as failed.
+    """
+    if outcome.fate is not Fate.postpone or received.broker is None:
+        return False
+    return _postpone(received.broker, received, outcome.delay_s or 0)
 
 
 def _left_ms(context: Any) -> float:
@@ -7515,10 +9410,10 @@ def _is_behind(received: QueueMessage, failed: Iterable[QueueMessage]) -> bool:
     return received.group_id in [earlier.group_id for earlier in failed]
 
 
-def _not_started(received: QueueMessage, reason: str) -> Outcome:
-    """Return the outcome of a message that counts as failed though it was not run."""
-    error = TaskhawkError(f"{_name_of(received)} was not started: {reason}")
-    return Outcome(Fate.retry, error)
+def _not_started(batch: Sequence[QueueMessage], reason: str) -> list[Outcome]:
+    """Return the outcomes of messages that count as failed though they were not run."""
+    texts = [f"{_name_of(received)} was not started: {reason}" for received in batch]
+    return [Outcome(Fate.retry, TaskhawkError(text)) for text in texts]
 
 
 def _set_delays(failed: Mapping[QueueMessage, Outcome]) -> None:
@@ -7616,28 +9511,1613 @@ def _as_boto3(
 
 
 # --- 20. claims -----------------------------------------------------------------------
-# Who holds a key, until when.
-# (Invariant.)
+# Who holds a key, until when; in a DynamoDB table or in the SQLite file. Each change is
+# one conditional write, so two workers never both get the same claim. A claim ends when
+# it is released, and at the latest by itself, for who holds it may have died. A key is
+# a hash, so neither a table nor a log has an argument. What fails raises: nobody has a
+# claim that was not confirmed.
+# https://docs.aws.amazon.com/amazondynamodb/latest/developerguide/
+
+
+_SKEW_S = 5  # by which the clocks of workers may differ, added to how long claims last
+_MAX_PLACES = 1000  # of a key: all are in one item, and a write costs 1 KB of it
+_MAX_RETENTION_S = 14 * 86_400  # no queue keeps a message for longer
+_TTL_MARGIN_S = 86_400  # after a claim's end, before DynamoDB may delete its item
+_CLAIM_TRIES = 3  # to get one of the places that are free, while others do too
+
+
+class _Claim(NamedTuple):
+    """The answer to a claim.
+
+    :ivar token: what it is finished or released by; "" if others have the key
+    :ivar is_done: whether a run of the key was finished, and is still remembered
+    """
+
+    token: str = ""
+    is_done: bool = False
+
+
+class _Claims(typing.Protocol):
+    """Who holds a key, until when.
+
+    ``claim`` takes one of `most` places of a key for `for_s`, unless all are taken or
+    the key is done. ``finish`` has the key done for `keep_s`, whoever has it by now:
+    the run has been. ``release`` gives a place back, unless it is another's by now.
+
+    ``start`` notes that a message is about to run, unless another one's run of the same
+    key started after this message was sent: then it returns False. The times are the
+    queue's. A message may start again, and the times may be equal.
+
+    Any thread may call at any time. A call that raises may have had its effect.
+    """
+
+    def claim(self, key: str, for_s: float, most: int = 1) -> _Claim: ...
+    def finish(self, key: str, token: str, keep_s: float) -> None: ...
+    def release(self, key: str, token: str) -> None: ...
+    def start(
+        self, key: str, message_id: str, sent_ms: int, started_ms: int
+    ) -> bool: ...
+
+
+def _hash(text: str) -> str:
+    """Return 64 characters that stand for a text."""
+    import hashlib
+
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _find_claims() -> _Claims:
+    """Return where this process's claims are.
+
+    :raises ConfigurationError: on SQS, if TASKHAWK_CLAIMS_TABLE is not set
+    """
+    broker = _brokers.broker()
+    if isinstance(broker, SqliteBroker):
+        return _SqliteClaims(broker)
+    table = settings.TASKHAWK_CLAIMS_TABLE
+    if table is None:
+        example = _SETTINGS["TASKHAWK_CLAIMS_TABLE"].example
+        raise ConfigurationError(
+            "TASKHAWK_CLAIMS_TABLE is not set: on SQS, once, unique and limit need a"
+            f" DynamoDB table: set its name, such as {example!r}, and run python -m"
+            " taskhawk provision"
+        )
+    return typing.cast("_Claims", _brokers.get(f"dynamodb:{table}"))
+
+
+class _DynamoClaims(_AwsService, _Claims):
+    """Claims in a DynamoDB table, one item for each key.
+
+    The items have the layout that Powertools for AWS Lambda uses for idempotency:
+    ``id`` (the key), ``status``, ``in_progress_expiration`` in milliseconds, and
+    ``expiration`` in seconds, by which DynamoDB may delete the item. That may take
+    days, so what is expired counts as deleted.
+
+    :param url: ``dynamodb:`` and the name of the table
+    :param clock: epoch seconds; passed in by tests
+    """
+
+    service, target_key = "dynamodb", "TableName"
+
+    def __init__(self, url: str, clock: Callable[[], float] = time.time) -> None:
+        super().__init__()
+        self._table, self._clock = url.partition(":")[2], clock
+
+    def claim(self, key: str, for_s: float, most: int = 1) -> _Claim:
+        """Take a place: a free one if the first was not, as the answer then says."""
+        import random
+
+        owner, place = os.urandom(8).hex(), random.randrange(most)
+        for _ in range(_CLAIM_TRIES):
+            item = self._take(key, place, owner, for_s)
+            if item is None or item.get(f"owner_{place}") == {"S": owner}:
+                return _Claim(f"{place}-{owner}")
+            if item.get("status") == {"S": "COMPLETED"}:
+                return _Claim(is_done=True)
+            free = self._free_places(item, most)
+            if not free:
+                break
+            place = random.choice(free)
+        return _Claim()
+
+    def _take(
+        self, key: str, place: int, owner: str, for_s: float
+    ) -> Mapping[str, Any] | None:
+        """Take a place if it is free; else return the item that is in the way.
+
+        It is ours where botocore has repeated a request whose answer was lost.
+        """
+        now_s = self._clock()
+        return self._update(
+            key,
+            "SET #owner = :owner, #until = :until, #status = :running, #expiry = :ttl",
+            "(attribute_not_exists(#status) OR #status = :running OR #expiry < :now)"
+            " AND (attribute_not_exists(#until) OR #until < :now_ms)",
+            names={**_place_names(place), "#status": "status", "#expiry": "expiration"},
+            values={
+                ":owner": owner,
+                ":until": _to_ms(now_s + for_s),
+                ":running": "INPROGRESS",
+                ":ttl": math.ceil(now_s + for_s + _TTL_MARGIN_S),
+                ":now": math.floor(now_s),
+                ":now_ms": _to_ms(now_s),
+            },
+        )
+
+    def _free_places(self, item: Mapping[str, Any], most: int) -> list[int]:
+        """Return the places of an item that nobody has."""
+        now_ms = _to_ms(self._clock())
+        free = []
+        for place in range(most):
+            until = item.get(_place_names(place)["#until"], {"N": "0"})
+            if int(until["N"]) < now_ms:
+                free.append(place)
+        return free
+
+    def finish(self, key: str, token: str, keep_s: float) -> None:
+        """Have the key done for so long."""
+        place, _, _ = token.partition("-")
+        self._update(
+            key,
+            "SET #status = :done, #expiry = :ttl REMOVE #owner, #until",
+            "",
+            names={
+                **_place_names(int(place)),
+                "#status": "status",
+                "#expiry": "expiration",
+            },
+            values={":done": "COMPLETED", ":ttl": math.ceil(self._clock() + keep_s)},
+        )
+
+    def release(self, key: str, token: str) -> None:
+        """Give a place back."""
+        place, _, owner = token.partition("-")
+        self._update(
+            key,
+            "REMOVE #owner, #until",
+            "#owner = :owner",
+            names=_place_names(int(place)),
+            values={":owner": owner},
+        )
+
+    def start(self, key: str, message_id: str, sent_ms: int, started_ms: int) -> bool:
+        """Note that a message is about to run."""
+        now_s = self._clock()
+        in_the_way = self._update(
+            key,
+            "SET #message = :message, #started = :started, #expiry = :ttl",
+            "attribute_not_exists(#started) OR #started <= :sent"
+            " OR #message = :message OR #expiry < :now",
+            names={
+                "#message": "message_id",
+                "#started": "started",
+                "#expiry": "expiration",
+            },
+            values={
+                ":message": message_id,
+                ":started": started_ms,
+                ":sent": sent_ms,
+                ":ttl": math.ceil(now_s + _MAX_RETENTION_S),
+                ":now": math.floor(now_s),
+            },
+        )
+        return in_the_way is None
+
+    def _update(
+        self,
+        key: str,
+        change: str,
+        condition: str,
+        *,
+        names: Mapping[str, str],
+        values: Mapping[str, str | int],
+    ) -> Mapping[str, Any] | None:
+        """Change the item of a key; where the condition fails, return the item."""
+        parameters: dict[str, Any] = {
+            "Key": {"id": {"S": key}},
+            "UpdateExpression": change,
+            "ExpressionAttributeNames": names,
+            "ExpressionAttributeValues": {
+                name: _to_attribute(value) for name, value in values.items()
+            },
+        }
+        if condition:
+            parameters["ConditionExpression"] = condition
+            parameters["ReturnValuesOnConditionCheckFailure"] = "ALL_OLD"
+        try:
+            self.call("send", "update_item", self._table, **parameters)
+        except Exception as error:
+            if _error_code(error) != "ConditionalCheckFailedException":
+                raise
+            answer = getattr(error, "response", {})
+            return typing.cast("Mapping[str, Any]", answer.get("Item", {}))
+        return None
+
+
+def _to_ms(seconds: float) -> int:
+    """Return a time in whole milliseconds."""
+    return math.ceil(seconds * 1000)
+
+
+def _to_attribute(value: str | int) -> dict[str, str]:
+    """Return a value as DynamoDB's protocol has it."""
+    if isinstance(value, int):
+        return {"N": str(value)}
+    return {"S": value}
+
+
+def _place_names(place: int) -> dict[str, str]:
+    """Return the attributes of a place; the first has Powertools' name."""
+    until = "in_progress_expiration"
+    if place:
+        until += f"_{place}"
+    return {"#owner": f"owner_{place}", "#until": until}
+
+
+_schemes["dynamodb"] = _DynamoClaims  # type: ignore[assignment]
+
+
+# A row for each claim. Of a start, the token is empty, for there is one for each key.
+_CLAIMS_SCHEMA = (
+    """CREATE TABLE IF NOT EXISTS claim (
+    key TEXT NOT NULL, token TEXT NOT NULL, until_ms INTEGER NOT NULL,
+    is_done INTEGER NOT NULL DEFAULT 0, message_id TEXT, started_ms INTEGER,
+    PRIMARY KEY (key, token)) WITHOUT ROWID""",
+    "CREATE INDEX IF NOT EXISTS claim_until ON claim (until_ms)",
+)
+
+
+class _SqliteClaims(_Claims):
+    """Claims in the file of a broker, which they die with."""
+
+    def __init__(self, broker: SqliteBroker) -> None:
+        self._broker = broker
+
+    def claim(self, key: str, for_s: float, most: int = 1) -> _Claim:
+        """Take a place, if fewer than so many are taken."""
+        token, now_ms = os.urandom(8).hex(), self._in_ms()
+        insert = """INSERT INTO claim (key, token, until_ms) SELECT ?, ?, ?
+            WHERE (SELECT count(*) FROM claim WHERE key = ? AND until_ms >= ?) < ?"""
+        values = (key, token, self._in_ms(for_s), key, now_ms, most)
+        if self._change(insert, values):
+            return _Claim(token)
+        find = """SELECT count(*) FROM claim
+            WHERE key = ? AND until_ms >= ? AND is_done"""
+        [[done]] = self._file.read(find, (key, now_ms))
+        return _Claim(is_done=done > 0)
+
+    def finish(self, key: str, token: str, keep_s: float) -> None:
+        """Have the key done for so long."""
+        insert = """INSERT INTO claim (key, token, until_ms, is_done)
+            VALUES (?, ?, ?, 1) ON CONFLICT (key, token)
+            DO UPDATE SET until_ms = excluded.until_ms, is_done = 1"""
+        self._change(insert, (key, token, self._in_ms(keep_s)))
+
+    def release(self, key: str, token: str) -> None:
+        """Give a place back."""
+        self._change("DELETE FROM claim WHERE key = ? AND token = ?", (key, token))
+
+    def start(self, key: str, message_id: str, sent_ms: int, started_ms: int) -> bool:
+        """Note that a message is about to run."""
+        insert = """INSERT INTO claim (key, token, until_ms, message_id, started_ms)
+            VALUES (?, '', ?, ?, ?) ON CONFLICT (key, token) DO UPDATE
+            SET until_ms = excluded.until_ms, message_id = excluded.message_id,
+            started_ms = excluded.started_ms
+            WHERE started_ms <= ? OR message_id = excluded.message_id"""
+        until_ms = self._in_ms(_MAX_RETENTION_S)
+        values = (key, until_ms, message_id, started_ms, sent_ms)
+        return self._change(insert, values) > 0
+
+    @property
+    def _file(self) -> _SqliteFile:
+        return self._broker._file  # noqa: SLF001 - the file is the broker's and ours
+
+    def _in_ms(self, seconds: float = 0) -> int:
+        """Return the time so many seconds from now, by the broker's clock."""
+        return self._broker._in_ms(seconds)  # noqa: SLF001 - claims go by it
+
+    def _change(self, statement: str, values: Sequence[Any]) -> int:
+        """Make a change; return how many rows it met. What is expired goes, too."""
+        file = self._file
+        file.open()
+        for part in _CLAIMS_SCHEMA:  # nothing, where they exist
+            file.change(part, ())
+        file.change("DELETE FROM claim WHERE until_ms < ?", (self._in_ms(),))
+        return file.change(statement, values)
 
 
 # --- 21. once, unique, limits ---------------------------------------------------------
-# What claims are for.
-# (Invariant.)
+# What claims are for. All of it acts where a run starts, never at dispatch, so no crash
+# can suppress a message for one that was not sent. A message is ignored only if a run
+# that stands for its own has ended, or has its own message in the queue. One that
+# can't have its claim, or whose claim fails, is postponed: it never runs without it.
+# Where a run has ended, and its claim can't be told, the claim ends by itself.
+
+
+__all__ += ["Limit", "limit"]
+
+_KEEP_S = 86_400  # how long `once` remembers, if keep_s does not say
+_LAMBDA_RUN_S = 900  # a function runs no longer
+_FIRST_WAIT_S = 10  # for a claim that others have; it doubles each time…
+_LONGEST_WAIT_S = 160  # …up to this
+_MEMORY = r"sqlite://(\?|$)"  # a URL of a queue that is in memory
+_claim_faults = _Faults()
+
+
+class Limit(NamedTuple):
+    """What :func:`limit` returns, and the option `limit` of :func:`task` takes."""
+
+    most: int
+    per: tuple[str, ...] = ()
+    every_s: float | None = None
+
+
+def limit(
+    most: int, *, per: tuple[str, ...] = (), every_s: float | None = None
+) -> Limit:
+    """Return how many runs of a task there may be at once, or in a time.
+
+    ``limit(1, per=('customer',))`` is a lock for each customer, ``limit(10)`` allows
+    ten runs at once over all workers, and ``limit(100, every_s=60)`` a hundred starts
+    in any minute.
+
+    :param most: how many, 1 to 1,000
+    :param per: the names of arguments: each of their values has a limit of its own
+    :param every_s: count starts in so many seconds instead of what runs at once
+    :raises ConfigurationError: if one of them is wrong
+    """
+    if type(most) is not int or not 1 <= most <= _MAX_PLACES:
+        raise ConfigurationError(
+            f"limit: most: expected 1 to {_MAX_PLACES} runs, got {most!r}"
+        )
+    if not _are_names(per):
+        raise ConfigurationError(f"limit: per: expected {_NAMES}, got {per!r}")
+    if every_s is not None and not _is_above_zero(every_s):
+        raise ConfigurationError(
+            f"limit: every_s: expected a number of seconds above 0, got {every_s!r}"
+        )
+    return Limit(most, tuple(per), every_s)
+
+
+# The options, when a task is declared.
+
+_NAMES = "a tuple of names of arguments, such as ('order_id',)"
+
+
+def _are_names(value: object) -> bool:
+    """Return whether this is a tuple or list of strings."""
+    if not isinstance(value, tuple | list):
+        return False
+    return all(isinstance(name, str) for name in value)
+
+
+def _check_choice(option: str, made: Task[Any, Any], value: object) -> None:
+    """Check `once` or `unique`: False, True, or arguments of the task."""
+    if isinstance(value, bool):
+        return
+    if not value or not _are_names(value):
+        raise ConfigurationError(
+            f"{made.name}: {option}: expected True or {_NAMES}, got {value!r}"
+        )
+    _check_arguments(option, made, typing.cast("Sequence[str]", value))
+
+
+def _check_arguments(option: str, made: Task[Any, Any], names: Sequence[str]) -> None:
+    """Raise ConfigurationError unless these are arguments of the task."""
+    for name in names:
+        parameter = made._signature.parameters.get(name)  # noqa: SLF001
+        given = name in made._given_by_worker  # noqa: SLF001
+        if parameter is None or given or parameter.kind is parameter.VAR_KEYWORD:
+            raise ConfigurationError(
+                f"{made.name}: {option}: the function has no argument {name!r}"
+            )
+
+
+def _check_keep(made: Task[Any, Any], value: object) -> None:
+    """Check `keep_s`, which goes with `once`."""
+    if not made.options.get("once"):
+        raise ConfigurationError(f"{made.name}: keep_s: expected once=, too")
+    if not _is_above_zero(value):
+        raise ConfigurationError(
+            f"{made.name}: keep_s: expected a number of seconds above 0, got {value!r}"
+        )
+
+
+def _check_limit(made: Task[Any, Any], value: object) -> None:
+    """Check `limit`."""
+    if not isinstance(value, Limit):
+        raise ConfigurationError(
+            f"{made.name}: limit: expected taskhawk.limit(…), got {value!r}"
+        )
+    _check_arguments("limit", made, value.per)
+    if value.every_s is None and made.time_limit is None:
+        raise ConfigurationError(
+            f"{made.name}: limit: expected time_limit=, too, after which the place of a"
+            " worker that died is free again"
+        )
+
+
+_more_options["once"] = functools.partial(_check_choice, "once")
+_more_options["unique"] = functools.partial(_check_choice, "unique")
+_more_options["keep_s"] = _check_keep
+_more_options["limit"] = _check_limit
+_CLAIMING = ("once", "unique", "limit")
+
+
+def _needs_claims(its_task: Task[Any, Any]) -> bool:
+    """Return whether a run of the task begins with a claim."""
+    return any(its_task.options.get(option) for option in _CLAIMING)
+
+
+def _check_claims() -> None:
+    """Raise ConfigurationError if a registered task needs claims, and there are none.
+
+    It is workers that need them, at their start: who only dispatches has no use for the
+    table, nor a permission.
+    """
+    for its_task in _registry.values():
+        if _needs_claims(its_task):
+            _find_claims()
+            if its_task.isolate and re.match(_MEMORY, settings.TASKHAWK_BROKER):
+                raise ConfigurationError(
+                    f"{its_task.name}: sqlite:// is the memory of one process, where"
+                    " the claims of an isolated task can't be: use a file, such as"
+                    " sqlite:///queue.db"
+                )
+
+
+_before_work.append(_check_claims)
+
+
+# A run.
+
+_UNCLAIMED = contextlib.nullcontext()
+
+
+def _around_run(
+    its_task: Task[Any, Any], received: QueueMessage
+) -> contextlib.AbstractContextManager[object, bool | None]:
+    """Return what holds the claims of a run; in sync mode, there is nobody else."""
+    if not its_task.options or not _needs_claims(its_task) or settings.TASKHAWK_SYNC:
+        return _UNCLAIMED
+    return _with_claims(its_task, received)
+
+
+_around_runs.append(_around_run)
+
+
+@contextlib.contextmanager
+def _with_claims(its_task: Task[Any, Any], received: QueueMessage) -> Iterator[None]:
+    """Hold the claims of a run, from before the task's call to after the post hook.
+
+    The order matters. A message that `unique` has noted stands for others, so `once`
+    must not ignore it after that. One that waits for its limit stands for them, too.
+    """
+    options = its_task.options
+    with contextlib.ExitStack() as claims:
+        if options.get("once"):
+            claims.enter_context(_once(its_task, received))
+        if options.get("unique"):
+            _start_unique(its_task, received)
+        if options.get("limit"):
+            claims.enter_context(_within_limit(its_task, received))
+        yield
+
+
+@contextlib.contextmanager
+def _once(its_task: Task[Any, Any], received: QueueMessage) -> Iterator[None]:
+    """Claim a message, or its arguments; if the run succeeds, have the claim done."""
+    message, chosen = _message_of(received), its_task.options["once"]
+    if chosen is True:
+        key = _key(its_task, "once", message.id)
+    else:
+        key = _key(its_task, "once", _arguments(its_task, message, chosen))
+    claim = _ask("claim", key, _void_s(its_task, received))
+    if claim.is_done:
+        raise IgnoreException("it has been done")
+    if not claim.token:
+        raise PostponeException("it runs elsewhere", delay_seconds=_wait_s(received))
+    try:
+        yield
+    except BaseException:
+        _tell("release", key, claim.token)
+        raise
+    _tell("finish", key, claim.token, its_task.options.get("keep_s", _KEEP_S))
+
+
+def _start_unique(its_task: Task[Any, Any], received: QueueMessage) -> None:
+    """Ignore a message if a run of its key started after it was sent.
+
+    The times are the queue's own. The first receive of the message that ran was before
+    its start, so a time between the two says too little, and at worst one runs more.
+    """
+    sent = received.attributes.get("SentTimestamp")
+    first = received.attributes.get("ApproximateFirstReceiveTimestamp")
+    if sent is None or first is None:
+        return  # of a topic: nothing can be compared
+    message, chosen = _message_of(received), its_task.options["unique"]
+    key = _key(its_task, "unique", _arguments(its_task, message, chosen))
+    may_run = _ask("start", key, message.id, int(sent), int(first))
+    if not may_run:
+        raise IgnoreException("a run that started after it was sent stands for it")
+
+
+@contextlib.contextmanager
+def _within_limit(its_task: Task[Any, Any], received: QueueMessage) -> Iterator[None]:
+    """Hold one of the places of a limit; of a rate, a place is taken for its time."""
+    most, per, every_s = its_task.options["limit"]
+    message = _message_of(received)
+    key = _key(its_task, "limit", _arguments(its_task, message, per))
+    for_s = every_s or _void_s(its_task, received)
+    claim = _ask("claim", key, for_s, most)
+    if not claim.token:
+        raise PostponeException("its limit is reached", delay_seconds=_wait_s(received))
+    try:
+        yield
+    finally:
+        if every_s is None:
+            _tell("release", key, claim.token)
+
+
+def _message_of(received: QueueMessage) -> Message:
+    """Return the decoded message of a run that is about to begin."""
+    return typing.cast("Message", received.message)
+
+
+def _void_s(its_task: Task[Any, Any], received: QueueMessage) -> float:
+    """Return after which time the claim of a run is void, for its worker has died."""
+    if received.in_lambda:  # which has no regard for time limits
+        return _LAMBDA_RUN_S + _SKEW_S
+    return (its_task.time_limit or received.lease_s) + _SKEW_S
+
+
+def _wait_s(received: QueueMessage) -> float:
+    """Return when to look again for a claim that others have.
+
+    A look costs a receive, a claim, a copy and a delete. The longer a message waits,
+    the fewer looks; after some minutes that is one request in thirty seconds.
+    """
+    doublings = min(received.postponed, 10)
+    return _jittered(min(_FIRST_WAIT_S * 2**doublings, _LONGEST_WAIT_S))
+
+
+def _key(its_task: Task[Any, Any], kind: str, what: object) -> str:
+    """Return the key of a claim; a table may serve several services."""
+    parts = [settings.TASKHAWK_QUEUE, its_task.name, what]
+    # A default need not be JSON, and its text may differ from process to process.
+    text = json.dumps(parts, sort_keys=True, default=_type_name)
+    return f"{kind}:{_hash(text)}"
+
+
+def _type_name(value: object) -> str:
+    """Return the name of a value's type."""
+    return _qualname(type(value))
+
+
+def _arguments(
+    its_task: Task[Any, Any], message: Message, chosen: Any
+) -> dict[str, Any]:
+    """Return a call's arguments by name, however they were given.
+
+    :param chosen: True for all, or the names of some
+    """
+    given = its_task._given_by_worker  # noqa: SLF001
+    keywords = {**message.kwargs, **dict.fromkeys(given)}
+    bound = its_task._signature.bind(*message.args, **keywords)  # noqa: SLF001
+    bound.apply_defaults()
+    if chosen is True:
+        chosen = [name for name in bound.arguments if name not in given]
+    return {name: bound.arguments[name] for name in chosen}
+
+
+def _ask(operation: str, *values: object) -> Any:
+    """Make a claim, or postpone the run if that fails."""
+    try:
+        answer = getattr(_find_claims(), operation)(*values)
+    except Exception as error:
+        level = logging.WARNING
+        if isinstance(error, ConfigurationError):
+            level = logging.ERROR  # for a person to mend
+        _claim_faults.failed("claims", "claim", _text_of(error), level)
+        delay_s = _jittered(_POSTPONE_S)
+        raise PostponeException("its claim failed", delay_seconds=delay_s) from error
+    _claim_faults.worked("claims", "claim")
+    return answer
+
+
+def _tell(operation: str, *values: object) -> None:
+    """End a claim; where that fails, it ends by itself, and the run has been."""
+    try:
+        getattr(_find_claims(), operation)(*values)
+    except Exception as error:
+        _claim_faults.failed("claims", "end claims", _text_of(error))
+    else:
+        _claim_faults.worked("claims", "end claims")
 
 
 # --- 22. schedules --------------------------------------------------------------------
-# What the service sends later.
-# (Invariant.)
+# What the service sends later. A long delay is a one-time schedule of EventBridge
+# Scheduler that has the message and its id; dispatch returns once it is made, and
+# Scheduler deletes it once it is sent. A message that it can't deliver within a day
+# goes to the queue's dead-letter queue. SQLite's own delays have no limit.
+# https://docs.aws.amazon.com/scheduler/latest/UserGuide/
+
+
+__all__ += ["cancel"]
+
+_MAX_INPUT_BYTES = 262_144  # what a schedule can send
+_LATER_S = 100 * 365 * 86_400  # a date that a schedule can have, as on SQLite
+_EARLY_S = 10  # a time that is past when the request arrives is refused
+_MINUTE_S = 60  # Scheduler's precision
+# The longest that Scheduler tries to deliver; explicit, for an update to a schedule
+# resets what it leaves out.
+_DELIVERY = {"MaximumEventAgeInSeconds": 86_400, "MaximumRetryAttempts": 185}
+
+
+def _schedule_group() -> str:
+    """Return the name of the group that has all schedules of this service."""
+    return f"taskhawk-{settings.require('TASKHAWK_QUEUE').lower()}"
+
+
+def _schedule_name(message_id: str) -> str:
+    """Return the name of a message's schedule: its id, or a hash where it can't be.
+
+    It has no dot, so it is never the name of a periodic task's schedule.
+    """
+    if re.fullmatch("(?a)[\\w-]{1,64}", message_id):
+        return message_id
+    return _hash(message_id)
+
+
+def _at(due_s: float, now_s: float) -> str:
+    """Return when a schedule is to send: never early, at most a minute late, in UTC."""
+    minutes = math.ceil(max(due_s, now_s + _EARLY_S) / _MINUTE_S)
+    due = _EPOCH + timedelta(minutes=minutes)
+    return f"at({due:%Y-%m-%dT%H:%M:%S})"
+
+
+def _target(arn: str, body: str, group_id: str | None) -> dict[str, Any]:
+    """Return what a schedule sends, and where: to a queue, or to a topic.
+
+    :param body: the message; Scheduler fills in what looks like ``<aws.scheduler…>``
+    :raises ConfigurationError: if TASKHAWK_SCHEDULER_ROLE is not set
+    """
+    target: dict[str, Any] = {
+        "Arn": arn,
+        "RoleArn": _scheduler_role(),
+        "Input": body,
+        "RetryPolicy": _DELIVERY,
+    }
+    if ":sqs:" in arn and not _is_fifo(arn):  # which can't be such a queue
+        target["DeadLetterConfig"] = {"Arn": _dead_letter_name(arn)}
+    if ":sqs:" in arn and group_id is not None:
+        target["SqsParameters"] = {"MessageGroupId": group_id}
+    return target
+
+
+def _scheduler_role() -> str:
+    """Return the role that schedules send by."""
+    role = settings.TASKHAWK_SCHEDULER_ROLE
+    if role is None:
+        example = _SETTINGS["TASKHAWK_SCHEDULER_ROLE"].example
+        raise ConfigurationError(
+            "TASKHAWK_SCHEDULER_ROLE is not set: delays of over 15 minutes on SQS, any"
+            " on SNS, and periodic tasks are schedules of EventBridge's, which send by"
+            f" a role: expected its ARN, such as {example!r}"
+        )
+    return str(role)
+
+
+def _target_arn(priority: Priority) -> str:
+    """Return the ARN of the queue or topic for messages of a priority."""
+    if settings.IS_LAMBDA_APP:
+        return str(_brokers.get("sns").destination(priority))
+    sqs: SqsBroker = _brokers.get("sqs")
+    return sqs.arn(sqs.destination(priority))
+
+
+class _Scheduler(_AwsSender):
+    """Sends messages later, each by a schedule of its own.
+
+    Message attributes are left out, for a schedule has none: the body has all headers.
+    """
+
+    service, target_key = "scheduler", "GroupName"
+    max_bytes, max_delay_s = _MAX_INPUT_BYTES, _LATER_S
+
+    def destination(self, priority: Priority) -> str:
+        """Return the ARN of the queue or topic that the message goes to."""
+        _scheduler_role()  # else another error would be the first
+        return _target_arn(priority)
+
+    def send(self, destination: str, entries: Sequence[Outgoing]) -> list[Refusal]:
+        """Make a schedule for each message."""
+        if len(entries) > 1:
+            return self._one_by_one(destination, entries)
+        [entry] = entries
+        # What looks like a keyword of Scheduler's is the user's own text.
+        body = entry.body.replace("<aws.", r"\u003caws.")
+        target = _target(destination, body, entry.group_id)
+        parameters = {**self._parameters(entry), "Target": target}
+        self.call("send", "create_schedule", _schedule_group(), **parameters)
+        return []
+
+    def _parameters(self, entry: Outgoing) -> dict[str, Any]:
+        """Return when a message is to be sent, by a schedule of its name.
+
+        The token that makes a repeated request harmless is botocore's, new for each
+        call. If it were made of the id, AWS could take a message for its like that was
+        cancelled.
+        """
+        message = _decode(entry.body)
+        due_s = message.timestamp / 1000 + entry.delay_s
+        return {
+            "Name": _schedule_name(message.id),
+            "ScheduleExpression": _at(due_s, time.time()),
+            "ActionAfterCompletion": "DELETE",
+            "FlexibleTimeWindow": {"Mode": "OFF"},
+        }
+
+    def delete(self, name: str) -> bool:
+        """Delete a schedule; return whether it was there."""
+        try:
+            self.call("send", "delete_schedule", _schedule_group(), Name=name)
+        except Exception as error:
+            if _error_code(error) != "ResourceNotFoundException":
+                raise
+            return False
+        return True
+
+
+_schemes["schedule"] = _Scheduler
+
+
+def cancel(message_id: str) -> bool:
+    """Delete a message that waits for the end of its delay.
+
+    On SQS and SNS it is its schedule that is deleted: what a queue itself delays, up to
+    15 minutes on SQS, can't be cancelled. Nor can what runs or has run.
+
+    :param message_id: what dispatch returned
+    :returns: whether the message was still waiting: now it will never run
+    :raises ConfigurationError: if schedules may not be deleted
+    :raises Exception: of botocore or sqlite3, if the call fails otherwise; the message
+        may have been deleted then
+    """
+    sender = _brokers.sender()
+    if isinstance(sender, _AwsSender):
+        scheduler: _Scheduler = _brokers.get("schedule")
+        return scheduler.delete(_schedule_name(message_id))
+    if isinstance(sender, SqliteBroker):
+        return _cancel_in_file(sender, message_id)
+    return False  # in sync mode and in capture(), nothing waits
+
+
+def _cancel_in_file(broker: SqliteBroker, message_id: str) -> bool:
+    """Delete a message that waits in a file, if nobody has received it."""
+    queues = [broker.destination(priority) for priority in Priority]
+    beginning = _ENCODER.encode({"id": message_id})[:-1] + ","  # of each body
+    delete = "DELETE FROM message WHERE"
+    where = f"""queue IN ({_marks("?", queues)}) AND visible_ms > ?
+        AND visible_ms < ? AND receipt IS NULL AND substr(body, 1, ?) = ?"""
+    now_ms = broker._in_ms()  # noqa: SLF001
+    values = (*queues, now_ms, _BEHIND, len(beginning), beginning)
+    file = broker._file  # noqa: SLF001 - both are of this very file
+    return file.change(f"{delete} {where}", values) > 0
+
+
+# Periodic tasks. AWS's expressions are parsed where a task is declared.
+
+
+class _Field(NamedTuple):
+    """A field of a cron expression: which numbers it may have, and names for them.
+
+    `foreign` is a pattern for what AWS alone understands.
+    """
+
+    name: str
+    low: int
+    high: int
+    names: tuple[str, ...] = ()  # of the lowest number, and so on
+    foreign: str = "(?!)"  # nothing
+
+    def read(self, text: str) -> frozenset[int]:
+        """Return the numbers that a field stands for; none if AWS alone knows them.
+
+        :raises _Illegal: if it stands for nothing
+        """
+        if re.fullmatch(self.foreign, text.upper()):
+            return frozenset()
+        numbers: set[int] = set()
+        for part in text.split(","):
+            found = self._read_part(part)
+            if not found:
+                raise _Illegal(
+                    f"{self.name}: expected {self.low} to {self.high}, lists, ranges or"
+                    f" steps of them, got {part!r}"
+                )
+            numbers.update(found)
+        return frozenset(numbers)
+
+    def _read_part(self, part: str) -> range:
+        """Return the numbers of a part of a list: one, a range, all, or steps of them.
+
+        None is for what is no such part.
+        """
+        found = re.fullmatch(r"(?:[*?]|(\w+)(?:-(\w+))?)(?:/([1-9][0-9]?))?", part)
+        if found is None:
+            return range(0)
+        first, last, step = found.groups()
+        low, high = self.low, self.high
+        if first is not None:
+            low = self._number(first)
+        if last is not None:
+            high = self._number(last)
+        elif first is not None and step is None:
+            high = low
+        if not self.low <= low <= high <= self.high:
+            return range(0)
+        return range(low, high + 1, int(step or 1))
+
+    def _number(self, text: str) -> int:
+        """Return the number that a number or name stands for; -1 for neither."""
+        if text.upper() in self.names:
+            return self.low + self.names.index(text.upper())
+        return int(text) if re.fullmatch("[0-9]{1,4}", text) else -1
+
+
+_MONTHS = (
+    *("JAN", "FEB", "MAR", "APR", "MAY", "JUN"),
+    *("JUL", "AUG", "SEP", "OCT", "NOV", "DEC"),
+)
+_WEEKDAYS = ("SUN", "MON", "TUE", "WED", "THU", "FRI", "SAT")
+_WEEKDAY = f"([1-7]|{'|'.join(_WEEKDAYS)})"
+_FIELDS = (
+    _Field("minutes", 0, 59),
+    _Field("hours", 0, 23),
+    _Field("day-of-month", 1, 31, (), "L|LW|([1-9]|[12][0-9]|3[01])W"),
+    _Field("month", 1, 12, _MONTHS),
+    _Field("day-of-week", 1, 7, _WEEKDAYS, f"{_WEEKDAY}?L|{_WEEKDAY}#[1-5]"),
+    _Field("year", 1970, 2199),
+)
+_UNITS_S = {"minute": 60, "hour": 3600, "day": 86_400}
+_EXPRESSIONS = "'rate(5 minutes)', 'cron(0 9 ? * MON-FRI *)' or a timedelta of minutes"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Schedule:
+    """When a periodic task is due.
+
+    :ivar text: the expression, as AWS has it
+    :ivar timezone: the name of its time zone
+    :ivar interval_s: of a rate; 0 for a cron expression
+    :ivar fields: the numbers of each field of a cron expression, all days for "?"; a
+        field that AWS alone understands has none
+    """
+
+    text: str
+    timezone: str
+    interval_s: int = 0
+    fields: tuple[frozenset[int], ...] = ()
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether AWS alone understands it."""
+        return not all(self.fields)
+
+    def next_after(self, moment: datetime) -> datetime | None:
+        """Return when it is due next, in UTC; None if never, or if AWS alone knows.
+
+        A rate counts from 1970, and its days have 24 hours. A local time that daylight
+        saving skips is skipped; one that it repeats counts once, the first time.
+        https://docs.aws.amazon.com/scheduler/latest/UserGuide/schedule-types.html
+        """
+        if self.interval_s:
+            interval = timedelta(seconds=self.interval_s)
+            return _EPOCH + ((moment - _EPOCH) // interval + 1) * interval
+        if self.is_foreign:
+            return None
+        zone = _zone(self.timezone)
+        start = moment.astimezone(zone).replace(tzinfo=None, fold=0)
+        for local in self._local_times(start):
+            due = local.replace(tzinfo=zone).astimezone(UTC)
+            is_skipped = due.astimezone(zone).replace(tzinfo=None) != local
+            if due > moment and not is_skipped:
+                return due
+        return None
+
+    def _local_times(self, start: datetime) -> Iterator[datetime]:
+        """Yield the times that fit the fields, in order, from the minute of `start` on."""
+        minutes, hours, _, _, _, years = map(sorted, self.fields)
+        start = start.replace(second=0, microsecond=0)
+        day = start.replace(hour=0, minute=0)
+        while day.year <= years[-1]:
+            if self._is_due_on(day):
+                for hour in hours:
+                    for minute in minutes:
+                        local = day.replace(hour=hour, minute=minute)
+                        if local >= start:
+                            yield local
+            day += timedelta(days=1)
+
+    def _is_due_on(self, day: datetime) -> bool:
+        """Return whether it is due on a day."""
+        _, _, days, months, weekdays, years = self.fields
+        if day.year not in years or day.month not in months:
+            return False
+        return day.day in days and day.isoweekday() % 7 + 1 in weekdays
+
+
+def _zone(name: str) -> Any:
+    """Return a time zone; that of UTC needs no data of the system's."""
+    from zoneinfo import ZoneInfo
+
+    if name == "UTC":
+        return UTC
+    return ZoneInfo(name)
+
+
+def _parse_schedule(value: object, timezone: str) -> _Schedule:
+    """Return what a task's option `schedule` stands for.
+
+    :raises _Illegal: if it is wrong: says what was expected
+    """
+    if isinstance(value, timedelta):
+        value = _rate_of(value)
+    if not isinstance(value, str):
+        raise _Illegal(f"expected {_EXPRESSIONS}")
+    rate = re.fullmatch(r"rate\(([1-9][0-9]{0,4}) (minute|hour|day)s?\)", value)
+    if rate is not None:
+        return _Schedule(value, timezone, int(rate[1]) * _UNITS_S[rate[2]])
+    cron = re.fullmatch(r"cron\((.*)\)", value)
+    if cron is None:
+        raise _Illegal(f"expected {_EXPRESSIONS}")
+    return _parse_cron(cron[1].split(), timezone)
+
+
+def _rate_of(interval: timedelta) -> str:
+    """Return the expression for an interval."""
+    minutes, rest = divmod(interval, timedelta(minutes=1))
+    if rest or not 1 <= minutes <= 99_999:  # noqa: PLR2004 - five digits, as in text
+        raise _Illegal("expected whole minutes, from 1 to 99999")
+    return f"rate({minutes} minute)" if minutes == 1 else f"rate({minutes} minutes)"
+
+
+def _parse_cron(texts: Sequence[str], timezone: str) -> _Schedule:
+    """Return the schedule of a cron expression's fields."""
+    if len(texts) != len(_FIELDS):
+        names = ", ".join(field.name for field in _FIELDS)
+        raise _Illegal(f"expected six fields ({names}), got {len(texts)}")
+    expression = f"cron({' '.join(texts)})"
+    if texts.count("?") != 1 or "?" not in (texts[2], texts[4]):
+        raise _Illegal("expected ? for either day-of-month or day-of-week")
+    fields = [field.read(text) for field, text in zip(_FIELDS, texts, strict=True)]
+    return _Schedule(expression, timezone, 0, tuple(fields))
+
+
+def _check_schedule(made: Task[Any, Any], value: object) -> None:
+    """Refuse a schedule that is wrong, or of a task that needs arguments."""
+    try:
+        _parse_schedule(value, "UTC")
+    except _Illegal as error:
+        raise ConfigurationError(
+            f"{made.name} has schedule={value!r}: {error}"
+        ) from error
+    try:
+        made._check_call(0)  # noqa: SLF001 - as a worker will call it
+    except TypeError as error:
+        raise ConfigurationError(
+            f"{made.name} has schedule={value!r}: expected a function that can be"
+            f" called without arguments ({error})"
+        ) from error
+
+
+def _check_timezone(made: Task[Any, Any], value: Any) -> None:
+    """Refuse a time zone that there is not, or without a schedule."""
+    if "schedule" not in made.options:
+        raise ConfigurationError(
+            f"{made.name} has timezone={value!r}: expected a schedule too"
+        )
+    try:
+        _zone(value)
+    except Exception as error:  # of many kinds, for names are looked up as files
+        raise ConfigurationError(
+            f"{made.name} has timezone={value!r}: expected the name of a time zone that"
+            " this system has, such as 'Europe/Berlin'"
+        ) from error
+
+
+_more_options["schedule"] = _check_schedule
+_more_options["timezone"] = _check_timezone
+
+
+def _periodic_tasks() -> dict[str, Task[..., Any]]:
+    """Return the tasks that have a schedule, by the names of their schedules."""
+    tasks = {
+        _periodic_name(found): found
+        for found in _registry.values()
+        if "schedule" in found.options
+    }
+    return dict(sorted(tasks.items()))
+
+
+def _periodic_name(task: Task[..., Any]) -> str:
+    """Return the name of a task's schedule, which no message's schedule can have."""
+    name = f"task.{task.name}"
+    if re.fullmatch(r"(?a)[\w.-]{1,64}", name):
+        return name
+    return f"task.{_hash(task.name)[:32]}"
+
+
+def _schedule_of(task: Task[..., Any]) -> _Schedule:
+    """Return the schedule of a periodic task."""
+    options = task.options
+    return _parse_schedule(options["schedule"], options.get("timezone", "UTC"))
+
+
+def _periodic_body(task: Task[..., Any], scheduled: str) -> str:
+    """Return the message of one firing.
+
+    Its id names schedule and time: a delivery that is tried twice has one id.
+    """
+    message_id = f"{_periodic_name(task)}-{scheduled}"
+    message = Message.new(task.name, msg_id=message_id, priority=task.priority)
+    data = message.as_dict()
+    data["metadata"]["timestamp"] = scheduled
+    return _ENCODER.encode(data)
+
+
+def _periodic_group(task: Task[..., Any], destination: str) -> str | None:
+    """Return the group of a periodic task's messages; a FIFO queue needs one."""
+    group = task.options.get("group")
+    if group is not None:
+        group = _group_id_of_call(task, group, (), {})
+    if group is None and _is_fifo(destination):
+        return _periodic_name(task)
+    return group
+
+
+def _periodic_schedule(task: Task[..., Any]) -> dict[str, Any]:
+    """Return the schedule of a periodic task as Scheduler has it."""
+    schedule, arn = _schedule_of(task), _target_arn(task.priority)
+    # Scheduler fills in the time, the same for each attempt of a delivery.
+    body = _periodic_body(task, "<aws.scheduler.scheduled-time>")
+    return {
+        "Name": _periodic_name(task),
+        "GroupName": _schedule_group(),
+        "Description": f"taskhawk: {task.name}"[:512],
+        "ScheduleExpression": schedule.text,
+        "ScheduleExpressionTimezone": schedule.timezone,
+        "FlexibleTimeWindow": {"Mode": "OFF"},
+        "Target": _target(arn, body, _periodic_group(task, arn)),
+    }
+
+
+# Periodic tasks on SQLite: any worker queues what is due. A schedule's row has when that
+# is. The trigger makes one statement of moving it on and of the message, so each firing
+# is queued once, however many workers see it due and whenever they die.
+_SCHEDULE_TABLE = (
+    """CREATE TABLE IF NOT EXISTS schedule (rule TEXT PRIMARY KEY,
+    due_ms INTEGER NOT NULL, queue TEXT, group_id TEXT, message_id TEXT, body TEXT,
+    sent_ms INTEGER)""",
+    f"""CREATE TRIGGER IF NOT EXISTS schedule_fires AFTER UPDATE ON schedule
+    BEGIN INSERT INTO message
+    (queue, group_id, message_id, body, attributes, sent_ms, visible_ms) VALUES
+    (new.queue, new.group_id, new.message_id, new.body, '{{}}', new.sent_ms, {_JOIN});
+    END""",  # noqa: S608 - no value is in it
+)
+_NEVER_MS = 10**15
+_LONGEST_WAIT_S = 60  # a machine may sleep meanwhile, which no wait notices
+
+
+class _Ticker:
+    """Queues the periodic tasks of a worker on SQLite when they are due.
+
+    What was missed while no worker ran is queued once.
+    """
+
+    def __init__(
+        self,
+        broker: SqliteBroker,
+        tasks: Iterable[Task[..., Any]],
+        stop: threading.Event,
+    ) -> None:
+        self._broker, self._stop = broker, stop
+        self._in_ms = broker._in_ms  # noqa: SLF001 - the clock of the file's times
+        self._tasks: dict[str, tuple[Task[..., Any], _Schedule]] = {}  # by rule
+        for task in tasks:
+            schedule = _schedule_of(task)
+            rule = f"{_periodic_name(task)} {schedule.text} {schedule.timezone}"
+            self._tasks[rule] = task, schedule
+        self._faults = _Faults()
+        self._due_ms = 0  # when to look again
+
+    def run(self) -> None:
+        """Look whenever something is due; the body of a thread."""
+        while not self._stop.is_set():
+            left_s = (self._due_ms - self._in_ms()) / 1000
+            if left_s <= 0:
+                self.look()
+            else:
+                self._stop.wait(min(left_s, _LONGEST_WAIT_S))
+
+    def look(self) -> None:
+        """Queue what is due; where that fails, say so once and try again later."""
+        where, what = self._broker.url(""), "queue periodic tasks"
+        try:
+            self._due_ms = self._queue_due()
+        except Exception as error:
+            failures = self._faults.failed(where, what, repr(error))
+            self._due_ms = self._in_ms(_pause_s(failures))
+        else:
+            self._faults.worked(where, what)
+
+    def _queue_due(self) -> int:
+        """Queue what is due, and return when the next will be."""
+        file = self._broker._file  # noqa: SLF001 - of this very file, as its tables are
+        file.open()
+        for statement in _SCHEDULE_TABLE:
+            file.change(statement, ())
+        now_ms = self._in_ms()
+        for rule, (_, schedule) in self._tasks.items():
+            insert = "INSERT OR IGNORE INTO schedule (rule, due_ms) VALUES (?, ?)"
+            file.change(insert, (rule, _next_ms(schedule, now_ms)))
+        select = "SELECT rule, due_ms FROM schedule WHERE"
+        ours = f"rule IN ({_marks('?', list(self._tasks))})"
+        moments_ms = []
+        for rule, due_ms in file.read(f"{select} {ours}", list(self._tasks)):
+            if due_ms <= now_ms:
+                moments_ms.append(self._move_on(file, rule, due_ms, now_ms))
+            else:
+                moments_ms.append(due_ms)
+        return min(moments_ms)
+
+    def _move_on(self, file: _SqliteFile, rule: str, due_ms: int, now_ms: int) -> int:
+        """Queue a task that is due, unless another worker has; return the next time."""
+        task, schedule = self._tasks[rule]
+        next_ms = _next_ms(schedule, now_ms)
+        scheduled = _EPOCH + timedelta(milliseconds=due_ms)
+        body = _periodic_body(task, f"{scheduled:%Y-%m-%dT%H:%M:%SZ}")
+        queue = self._broker.destination(task.priority)
+        group_id = _periodic_group(task, queue)
+        change = """UPDATE schedule SET due_ms = ?, queue = ?, group_id = ?,
+            message_id = ?, body = ?, sent_ms = ? WHERE rule = ? AND due_ms = ?"""
+        values = (next_ms, queue, group_id, _new_id(), body, now_ms)
+        file.change(change, (*values, rule, due_ms))
+        return next_ms
+
+
+def _next_ms(schedule: _Schedule, now_ms: int) -> int:
+    """Return when a schedule is due after now."""
+    due = schedule.next_after(_EPOCH + timedelta(milliseconds=now_ms))
+    if due is None:
+        return _NEVER_MS
+    return (due - _EPOCH) // timedelta(milliseconds=1)
+
+
+def _begin_ticking(
+    worker: Worker, stop: threading.Event
+) -> Callable[[], object] | None:
+    """Have a worker on SQLite queue the periodic tasks, and queue what is due now.
+
+    :raises ConfigurationError: if AWS alone understands one of the schedules
+    """
+    tasks = _periodic_tasks()
+    if not tasks or not isinstance(worker.broker, SqliteBroker):
+        return None
+    for task in tasks.values():
+        if _schedule_of(task).is_foreign:
+            raise ConfigurationError(
+                f"{task.name} has schedule={task.options['schedule']!r}: L, W and # are"
+                " AWS's alone: expected numbers, lists, ranges and steps on SQLite"
+            )
+    ticker = _Ticker(worker.broker, tasks.values(), stop)
+    ticker.look()
+    return ticker.run
+
+
+_beside_workers.append(_begin_ticking)
 
 
 # --- 23. Django's tasks ---------------------------------------------------------------
-# Django is imported only when the class is asked for.
-# (Invariant.)
+# Django's own API over the same messages and workers. One of Django's tasks becomes one
+# of ours where it is declared, so no message has anything imported. Results are not
+# kept: whoever wants them gets them by the signal task_finished, which is sent once for
+# a message that is done with. Django is imported only when the class is asked for.
+# https://docs.djangoproject.com/en/stable/topics/tasks/
+
+
+class _DjangoBackend:
+    """A backend of Django's tasks, on taskhawk's queues: Django 6.0 or newer has them.
+
+    Its queues are the names of priorities. On the queue "default", a task whose
+    priority is above 0 goes to "high", and one below 0 to "low".
+
+    OPTIONS may have settings of taskhawk; options of :func:`task`, for all tasks of the
+    backend; and ``on_commit``: True, which sends a message once the transaction around
+    ``enqueue`` is committed. From Django 6.1 on, Django's decorator takes options of
+    :func:`task`, too: those in the declaration count, whatever runs the task.
+    """
+
+    supports_async_task = True
+    supports_defer = True  # where the queue can; enqueue() refuses what it can't
+    supports_get_result = False
+    supports_priority = True
+
+    # Set by Django's own base class, which _make_django_backend() adds.
+    alias: str
+    queues: set[str]
+    options: Mapping[str, Any]
+
+    def check(self, **_: Any) -> list[Any]:
+        """Return what is wrong with the settings, for ``manage.py check``."""
+        from django.core.checks import Error
+
+        wrong = [*self._flaws(), *map(str, settings.errors())]
+        return [Error(text, id="taskhawk.E001") for text in wrong]
+
+    def validate_task(self, task: Any) -> None:
+        """Refuse a task that can't be run, and register one that can.
+
+        Django calls it where a task is declared, and for each ``using()``.
+        """
+        from django.tasks.exceptions import InvalidTask
+
+        super().validate_task(task)  # type: ignore[misc]
+        try:
+            _django_priority(task)
+            self._task_of(task)
+        except ConfigurationError as error:
+            raise InvalidTask(str(error)) from error
+
+    def enqueue(self, task: Any, args: Any, kwargs: Any) -> Any:
+        """Queue a run, and return what Django calls its result: its id, above all.
+
+        :raises Exception: as :meth:`AsyncInvocation.dispatch`. With ``on_commit``, the
+            commit raises what the queue does not accept: its rows are committed then
+        """
+        self.validate_task(task)
+        message = self._message(task, args, kwargs)
+        result = _django_result(task, message.id, message.args, message.kwargs)
+        send = functools.partial(self._send, message, result)
+        if self.options.get("on_commit"):
+            from django.db.transaction import on_commit
+
+            _prepare(message)  # the caller is told of what is wrong with the call
+            on_commit(send)
+        else:
+            send()
+        return result
+
+    def _message(self, task: Any, args: Any, kwargs: Any) -> Message:
+        """Make the message of a run."""
+        from django.utils.json import normalize_json
+
+        invocation = self._task_of(task).with_priority(_django_priority(task))
+        if task.run_after is not None:
+            # A naive time, which it may be without USE_TZ, is the process's local time.
+            left_s = task.run_after.timestamp() - time.time()
+            invocation = invocation.with_delay(max(left_s, 0))
+        return invocation._message(  # noqa: SLF001 - its own
+            normalize_json(args), normalize_json(kwargs)
+        )
+
+    def _send(self, message: Message, result: Any) -> None:
+        """Send a message, and tell that it is queued."""
+        from django.tasks.signals import task_enqueued
+        from django.utils import timezone
+
+        publish(message)
+        _set_fields(result, enqueued_at=timezone.now())
+        task_enqueued.send(type(self), task_result=result)
+
+    def _task_of(self, declared: Any) -> Task[Any, Any]:
+        """Return our task for one of Django's; register it if it is new."""
+        place = _place_of(declared.func)
+        name = f"{place.module}.{place.qualname}"
+        known = _registry.get(name)
+        if known is not None and _is_made_of(known, declared):
+            return known
+        for flaw in self._flaws():
+            raise ConfigurationError(flaw)
+        options = {"name": name, "priority": _django_priority(declared)}
+        for option in _django_task_options().intersection(self.options):
+            options[option] = self.options[option]
+        options |= _options_of_declaration(declared)
+        decorator: Any = task
+        made: Task[Any, Any] = decorator(**options, _django=declared)(
+            _django_function(declared, type(self))
+        )
+        return made
+
+    def _flaws(self) -> Iterator[str]:
+        """Yield what is wrong with the backend's entry in TASKS."""
+        where = f"TASKS[{self.alias!r}]"
+        for name in sorted(self.queues.difference(_PRIORITIES)):
+            yield f"{where}: QUEUES: {_expected_queue(name)}"
+        legal = {"on_commit", *_SETTINGS, *_django_task_options()}
+        for name in sorted(set(self.options) - legal):
+            yield (
+                f"{where}: OPTIONS: expected on_commit, settings of taskhawk or options"
+                f" of taskhawk.task, got {name!r}"
+            )
+        if type(self) is not _make_django_backend():
+            for name in sorted(_SETTINGS.keys() & self.options):
+                yield f"{where}: OPTIONS: {name} is not read for a subclass"
+
+
+def _expected_queue(name: object) -> str:
+    """Return the sentence that refuses the name of a queue."""
+    return f"expected one of {', '.join(_PRIORITIES)}, got {name!r}"
+
+
+def _django_priority(declared: Any) -> Priority:
+    """Return the queue of one of Django's tasks."""
+    name = declared.queue_name
+    if name not in _PRIORITIES:  # QUEUES = [] allows any
+        raise ConfigurationError(f"queue_name: {_expected_queue(name)}")
+    if name != Priority.default.name or declared.priority == 0:
+        return Priority[name]
+    if declared.priority > 0:
+        return Priority.high
+    return Priority.low
+
+
+@functools.cache
+def _django_task_options() -> frozenset[str]:
+    """Return the options of :func:`task` that one of Django's tasks may have.
+
+    Its name and priority are Django's to say, and it is called with its own arguments.
+    """
+    own = inspect.signature(task, **_ANNOTATIONS).parameters
+    others = {"args", "more", "name", "priority", "batch", "_django"}
+    return frozenset([*own, *_more_options]) - others
+
+
+def _options_of_declaration(declared: Any) -> dict[str, Any]:
+    """Return the options of :func:`task` that Django's decorator was given."""
+    options = {}
+    for name in _django_task_options():
+        value = getattr(declared, name, None)  # it may be of another backend's class
+        if value is not None:
+            options[name] = value
+    return options
+
+
+def _is_made_of(known: Task[Any, Any], declared: Any) -> bool:
+    """Return whether a task of ours was made of this one of Django's.
+
+    It may be another object: each ``using()`` makes one.
+    """
+    first = known.options.get("_django")
+    if first is None or first.func is not declared.func:
+        return False
+    return _options_of_declaration(first) == _options_of_declaration(declared)
+
+
+def _leave_arguments(made: Task[Any, Any], _declared: Any) -> None:
+    """Have one of Django's tasks called with what its message has, and no more."""
+    made._given_by_worker = frozenset()  # noqa: SLF001 - its own
+    made.accepts_metadata = made.accepts_headers = False
+
+
+_more_options["_django"] = _leave_arguments
+
+
+def _django_function(declared: Any, backend: type) -> Callable[..., Any]:
+    """Return what a worker calls for one of Django's tasks: its function, and signals.
+
+    :param backend: the class, which is the sender of the signals
+    """
+    fn = declared.func
+    # What it takes is Django's to say: `*args`, or arguments that are named as ours.
+    called = _named_part(fn)
+    signature = inspect.signature(called, follow_wrapped=False, **_ANNOTATIONS)
+    parameters = list(signature.parameters.values())
+    if declared.takes_context:
+        del parameters[0]
+    make = _django_plain_function
+    if inspect.iscoroutinefunction(fn):
+        make = _django_coroutine_function
+    made = make(declared, backend)
+    functools.update_wrapper(made, fn)
+    vars(made)["__signature__"] = signature.replace(parameters=parameters)
+    return made
+
+
+def _django_plain_function(declared: Any, backend: type) -> Callable[..., Any]:
+    """Return what runs a function of Django's between its signals."""
+    from django.tasks.signals import task_finished, task_started
+
+    def call(*args: Any, **kwargs: Any) -> None:
+        run = _DjangoRun(declared, args, kwargs)
+        task_started.send(backend, task_result=run.result)
+        try:
+            run.succeeded(declared.func(*run.context, *args, **kwargs))
+        except BaseException as error:
+            run.failed(error)
+            raise
+        finally:
+            if run.result.is_finished:
+                task_finished.send(backend, task_result=run.result)
+
+    return call
+
+
+def _django_coroutine_function(declared: Any, backend: type) -> Callable[..., Any]:
+    """Return what runs a coroutine function of Django's between its signals."""
+    from asgiref.sync import sync_to_async
+    from django.tasks.signals import task_finished, task_started
+
+    # Receivers of signals, and the ORM, run in a thread of asgiref's, which has
+    # connections of its own.
+    refresh = sync_to_async(_refresh_django_connections)
+
+    async def call(*args: Any, **kwargs: Any) -> None:
+        run = _DjangoRun(declared, args, kwargs)
+        await refresh()
+        await task_started.asend(backend, task_result=run.result)
+        try:
+            run.succeeded(await declared.func(*run.context, *args, **kwargs))
+        except BaseException as error:
+            run.failed(error)
+            raise
+        finally:
+            if run.result.is_finished:
+                await task_finished.asend(backend, task_result=run.result)
+            await refresh(ran=True)
+
+    return call
+
+
+class _DjangoRun:
+    """A run of one of Django's tasks, as its context and the signals tell of it.
+
+    Nobody knows what came of earlier runs of the message; how many, its receives tell.
+
+    :param declared: Django's task
+    :param args: the arguments that the message has
+    """
+
+    def __init__(self, declared: Any, args: Any, kwargs: Any) -> None:
+        from django.tasks import TaskContext, TaskResultStatus
+        from django.utils import timezone
+
+        self._metadata = typing.cast("Metadata", current_task())
+        self._status = TaskResultStatus
+        now = timezone.now()
+        earlier = ["unknown"] * (self._metadata.attempt - 1)
+        self.result = _django_result(
+            declared,
+            self._metadata.id,
+            args,
+            kwargs,
+            status=TaskResultStatus.RUNNING,
+            enqueued_at=datetime.fromtimestamp(
+                self._metadata.timestamp / 1000, now.tzinfo
+            ),
+            started_at=now,
+            last_attempted_at=now,
+            worker_ids=[*earlier, f"{os.uname().nodename}:{os.getpid()}"],
+        )
+        #: what the function gets ahead of its arguments
+        self.context: list[Any] = []
+        if declared.takes_context:
+            self.context.append(TaskContext(task_result=self.result))
+
+    def succeeded(self, value: Any) -> None:
+        """Note that the function has returned."""
+        self._ended(self._status.SUCCESSFUL)
+        _set_fields(self.result, _return_value=value)
+
+    def failed(self, error: BaseException) -> None:
+        """Note that it raised: then the message may be done with, or be run again."""
+        from django.tasks.base import TaskError
+
+        if _are_all(IgnoreException, error):
+            self._ended(self._status.SUCCESSFUL)
+            return
+        kind = type(error)
+        path = f"{kind.__module__}.{kind.__qualname__}"
+        text = "".join(traceback.format_exception(error))
+        self.result.errors.append(TaskError(exception_class_path=path, traceback=text))
+        if self._is_last(error):
+            self._ended(self._status.FAILED)
+        else:
+            _set_fields(self.result, status=self._status.READY)
+
+    def _is_last(self, error: BaseException) -> bool:
+        """Return whether nothing runs the message again, by the table of fates."""
+        if settings.TASKHAWK_SYNC:
+            return True
+        verdict = _verdict(self._metadata._received, error)  # noqa: SLF001 - its own
+        return verdict.fate is Fate.dead_letter
+
+    def _ended(self, status: Any) -> None:
+        """Note that the message is done with."""
+        from django.utils import timezone
+
+        _set_fields(self.result, status=status, finished_at=timezone.now())
+
+
+def _django_result(
+    declared: Any, message_id: str, args: Any, kwargs: Any, **fields: Any
+) -> Any:
+    """Make a result of Django's, of a message that is queued unless `fields` differ."""
+    from django.tasks import TaskResult, TaskResultStatus
+
+    queued = {
+        "status": TaskResultStatus.READY,
+        "enqueued_at": None,
+        "started_at": None,
+        "finished_at": None,
+        "last_attempted_at": None,
+        "errors": [],
+        "worker_ids": [],
+    }
+    return TaskResult(
+        task=declared,
+        id=message_id,
+        args=args,
+        kwargs=kwargs,
+        backend=declared.backend,
+        **{**queued, **fields},
+    )
+
+
+def _set_fields(result: Any, **fields: Any) -> None:
+    """Set fields of a result, which is frozen for everybody else."""
+    for name, value in fields.items():
+        object.__setattr__(result, name, value)
+
+
+@functools.cache
+def _make_django_backend() -> type:
+    """Make the class, which needs Django's own as a base."""
+    from django.tasks import Task as DjangoTask
+    from django.tasks.backends.base import BaseTaskBackend
+
+    place = {"__module__": __name__, "__qualname__": "DjangoBackend.task_class"}
+    task_class = dataclasses.make_dataclass(
+        "task_class",
+        [(name, Any, None) for name in sorted(_django_task_options())],
+        bases=(DjangoTask,),
+        namespace=place,
+        frozen=True,
+        slots=True,
+        kw_only=True,
+    )
+    names = {
+        "__doc__": _DjangoBackend.__doc__,
+        "__module__": __name__,
+        "task_class": task_class,
+    }
+    return type("DjangoBackend", (_DjangoBackend, BaseTaskBackend), names)
+
+
+def _get_late(name: str) -> Any:
+    """Return what this module makes when it is asked for, and not before."""
+    if name != "DjangoBackend":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return _make_django_backend()
+    except ImportError as error:
+        raise AttributeError("DjangoBackend needs Django 6.0 or newer") from error
+
+
+if typing.TYPE_CHECKING:
+
+    class DjangoBackend(_DjangoBackend):
+        """A backend of Django's tasks."""
+else:
+    __getattr__ = _get_late
 
 
 # === PART VI: PEOPLE ==================================================================
 
 __all__ += [
+    "DeadLetter",
+    "dead_letters",
     "main",
     "requeue_dead_letter",
 ]
@@ -7649,76 +11129,121 @@ __all__ += [
 # none. A scan hides what it receives, and in the end makes what it left visible again.
 
 
-@dataclasses.dataclass(frozen=True)
-class _DeadLetter:
-    """A dead letter as people see it: what it is, since when, and why it is there.
+_MOVED = "moved by the queue itself, after too many receives"
 
-    It may come from anywhere, so neither its body nor its error need be ours. Where the
-    body is not valid, `invalid` says why. `error` is what a worker recorded; None where
-    the queue moved the message.
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class DeadLetter:
+    """A message in a dead-letter queue, as :func:`dead_letters` yields it.
+
+    It may come from anywhere, so neither its body nor its error need be ours. It can be
+    sent back or deleted until the loop that it is of has ended.
+
+    :ivar received: the message as the queue gave it, with its body and attributes
+    :ivar age_s: seconds since it was sent for the first time
+    :ivar record: what a worker recorded of the error: ``type``, ``message``,
+        ``traceback``, ``attempt``, ``worker`` and ``time``; None where it recorded none
+    :ivar message: None where the body is not valid; its task need not be registered
+    :ivar invalid: why the body is not valid; None where it is
     """
 
+    _scan: _Scan
     received: QueueMessage
-    message_id: str
-    sent: str
     age_s: int
-    receives: int
-    error: Mapping[str, Any] | None
+    record: Mapping[str, Any] | None
+    message: Message | None = None
     invalid: str | None = None
-    id: str | None = None
-    task: str | None = None
-    headers: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    args: Sequence[Any] | None = None
-    kwargs: Mapping[str, Any] | None = None
 
     @property
-    def ids(self) -> set[str]:
-        """The names that it goes by: the message's own id, and that of SQS."""
-        return {self.id or self.message_id, self.message_id}
+    def message_id(self) -> str:
+        """The id that the queue gave it."""
+        return self.received.message_id
 
     @property
-    def error_text(self) -> str:
+    def id(self) -> str | None:
+        """The message's own id."""
+        return self.message.id if self.message else None
+
+    @property
+    def task(self) -> str | None:
+        """The name of its task."""
+        return self.message.task_name if self.message else None
+
+    @property
+    def error(self) -> str:
         """Type and message of the recorded error; "" where there is none."""
-        if not self.error:
+        if not self.record:
             return ""
-        return f"{self.error.get('type')}: {self.error.get('message')}"
+        return f"{self.record.get('type')}: {self.record.get('message')}"
 
     @property
-    def reason(self) -> str:
-        """Why it is here, in one line."""
-        moved = "moved by the queue itself, after too many receives"
-        return (self.error_text or self.invalid or moved).partition("\n")[0]
+    def traceback(self) -> str:
+        """The traceback of the recorded error; "" where there is none."""
+        if not self.record:
+            return ""
+        return str(self.record.get("traceback", ""))
+
+    @property
+    def cause(self) -> str:
+        """Why it is here: its error, or what stands for one."""
+        return self.error or self.invalid or _MOVED
+
+    @property
+    def sent(self) -> str:
+        """When it was sent for the first time, in ISO 8601."""
+        return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(_sent_s(self.received)))
+
+    def requeue(self) -> None:
+        """Send it back to the queue of its priority, and delete it here.
+
+        :raises PartialFailure: if it could not be sent, or if its copy was sent and it
+            could not be deleted: then it is in both queues
+        :raises TaskhawkError: if the loop has ended, or it was sent back or deleted
+        """
+        self._scan.requeue([self])
+        self._scan.check([self.message_id])
+
+    def delete(self) -> None:
+        """Delete it for good.
+
+        :raises PartialFailure: if it could not be deleted
+        :raises TaskhawkError: if the loop has ended, or it was sent back or deleted
+        """
+        self._scan.delete([self])
+        self._scan.check([self.message_id])
 
     def as_dict(self) -> dict[str, Any]:
         """Return all that is known of it but its body, for JSON."""
-        values = dict(vars(self))
-        del values["received"]
-        return values
+        message = self.message
+        return {
+            "message_id": self.message_id,
+            "sent": self.sent,
+            "age_s": self.age_s,
+            "receives": self.received.attempt,
+            "error": self.record,
+            "invalid": self.invalid,
+            "id": self.id,
+            "task": self.task,
+            "headers": message.headers if message else {},
+            "args": message.args if message else None,
+            "kwargs": message.kwargs if message else None,
+        }
 
 
-def _read_dead_letter(received: QueueMessage) -> _DeadLetter:
+def _sent_s(received: QueueMessage) -> float:
+    """Return when a message was sent for the first time, in epoch seconds."""
+    return int(received.attributes.get("SentTimestamp", 0)) / 1000
+
+
+def _read_dead_letter(scan: _Scan, received: QueueMessage) -> DeadLetter:
     """Read a dead letter; nothing in it is trusted."""
-    sent_s = int(received.attributes.get("SentTimestamp", 0)) / 1000
-    letter = _DeadLetter(
-        received,
-        message_id=received.message_id,
-        sent=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(sent_s)),
-        age_s=max(0, round(time.time() - sent_s)),
-        receives=received.attempt,
-        error=_recorded_error(received),
-    )
+    age_s = max(0, round(time.time() - _sent_s(received)))
+    record = _recorded_error(received)
     try:
         message = _decode(received.body)
     except ValidationError as error:
-        return dataclasses.replace(letter, invalid=str(error))
-    return dataclasses.replace(
-        letter,
-        id=message.id,
-        task=message.task_name,
-        headers=message.headers,
-        args=message.args,
-        kwargs=message.kwargs,
-    )
+        return DeadLetter(scan, received, age_s, record, invalid=str(error))
+    return DeadLetter(scan, received, age_s, record, message)
 
 
 def _recorded_error(received: QueueMessage) -> dict[str, Any] | None:
@@ -7736,34 +11261,40 @@ class _LetterFilter:
     """Says which dead letters are meant: those that fit every field."""
 
     task: str = "*"  # a pattern, as the shell's
-    error: str = ""  # a part of the error's type or message
+    error: str = ""  # a part of its cause
     headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
     oldest_s: float = math.inf
     newest_s: float = 0
     ids: frozenset[str] = frozenset()  # of the message or of SQS; any, if empty
 
-    def matches(self, letter: _DeadLetter) -> bool:
+    def matches(self, letter: DeadLetter) -> bool:
         """Return whether a dead letter is meant."""
         import fnmatch
 
         if not fnmatch.fnmatchcase(letter.task or "", self.task):
             return False
-        if self.error not in letter.error_text:
+        if self.error not in letter.cause:
             return False
         if not self.newest_s <= letter.age_s <= self.oldest_s:
             return False
-        if self.ids and self.ids.isdisjoint(letter.ids):
+        if self.ids and self.ids.isdisjoint([letter.id, letter.message_id]):
             return False
-        headers = {name: str(value) for name, value in letter.headers.items()}
-        return self.headers.items() <= headers.items()
+        return self.headers.items() <= _texts(letter).items()
+
+
+def _texts(letter: DeadLetter) -> dict[str, str]:
+    """Return the headers of a dead letter as text."""
+    if letter.message is None:
+        return {}
+    return {name: str(value) for name, value in letter.message.headers.items()}
 
 
 @dataclasses.dataclass
 class _Scan:
     """One look at each dead letter of a queue; use it in a ``with`` block.
 
-    Iterating receives, and yields those that match in lists of at most ten: `requeue`
-    and `delete` act on such a list. When the block ends, what is left is visible again.
+    It receives as it is iterated, and yields those that match. When the block ends,
+    what is left is visible again.
 
     :param doing: what the scan is for, such as "requeueing"; `done` is that afterwards
     :param num_messages: how many to receive at once, up to ten
@@ -7795,9 +11326,9 @@ class _Scan:
             raise ConfigurationError(
                 f"{self._queue}: it has no dead-letter queue (no RedrivePolicy)"
             )
-        self._source = source
+        self.source = source
         self.matched = 0
-        self.found_ids: set[str] = set()  # of those that matched
+        self.found_ids: set[str | None] = set()  # of those that matched
         self._removed: list[str] = []  # the message ids of those moved or deleted
         self._failed: dict[str, str] = {}  # why one could not be, by its message id
         self._hidden: dict[str, str] = {}  # receipt handles, by message id
@@ -7806,36 +11337,51 @@ class _Scan:
     def __enter__(self) -> typing.Self:
         return self
 
-    def __iter__(self) -> Iterator[list[_DeadLetter]]:
-        """Yield those that match; end after as many as there were at the start.
+    def __iter__(self) -> Iterator[DeadLetter]:
+        """Yield those that match, one by one."""
+        for page in self.pages():
+            yield from page
 
-        What arrives meanwhile is left to the next scan: it may be what was sent back.
+    def pages(self) -> Iterator[list[DeadLetter]]:
+        """Yield those that match in lists of at most ten, which need one call each.
+
+        End after as many as there were at the start. What arrives meanwhile is left to
+        the next scan: it may be what was sent back.
         """
         total = self.total()
-        self.say("%s about %d messages from %s", self.doing, total, self._source)
+        self.say("%s about %d messages from %s", self.doing, total, self.source)
         total = max(total, 1)  # the count is approximate: look at least once
         while len(self._seen) < total and self.matched < self.limit:
             new = self._receive(total - len(self._seen))
             if not new:
+                self._warn_of_groups(total - len(self._seen))
                 return
-            letters = [*filter(self.wanted.matches, map(_read_dead_letter, new))]
+            letters = [_read_dead_letter(self, received) for received in new]
+            letters = [*filter(self.wanted.matches, letters)]
             letters = letters[: self.limit - self.matched]
             self.matched += len(letters)
-            self.found_ids.update(*(letter.ids for letter in letters))
+            for letter in letters:
+                self.found_ids |= {letter.id, letter.message_id}
             yield letters
             failed = len(self._failed)
             text = "%s %d of %d messages, %d failed"
             self.say(text, self.done, self.matched - failed, total, failed)
 
+    def _warn_of_groups(self, left: int) -> None:
+        """Warn of what a FIFO queue withholds: the rest of groups that were met."""
+        if self._hidden and _is_fifo(self.source):
+            text = "%s: about %d more wait behind these, in their groups"
+            _log.warning(text, self.source, left)
+
     def total(self) -> int:
         """Count the dead letters that are visible; SQS does so approximately."""
-        return self._broker.depth(self._source).visible
+        return self._broker.depth(self.source).visible
 
     def _receive(self, left: int) -> list[QueueMessage]:
         """Receive once, and return what was not met before."""
         at_once = min(self.num_messages, _MAX_BATCH, left)
         received = self._broker.receive(
-            self._source, at_once, 1, self.lease_s, threading.Event()
+            self.source, at_once, 1, self.lease_s, threading.Event()
         )
         new = {}
         for message in received:
@@ -7846,50 +11392,67 @@ class _Scan:
         self._seen.update(new)
         return list(new.values())
 
-    def requeue(self, letters: Sequence[_DeadLetter]) -> None:
+    def requeue(self, letters: Sequence[DeadLetter]) -> None:
         """Send copies to the queue, and delete those whose copy is confirmed.
 
         After a crash in between, a message is in both queues: it runs again.
         """
+        self._receipts(letters)  # nothing is sent that can't be deleted then
         copies = []
         for letter in letters:
             attributes = dict(letter.received.message_attributes)
-            attributes.pop(_ERROR_ATTRIBUTE, None)
+            for name in (_ERROR_ATTRIBUTE, _ATTEMPTS_ATTRIBUTE, _POSTPONED_ATTRIBUTE):
+                attributes.pop(name, None)
             copies.append(letter.received.copy(attributes))
         refused = _send_all(self._broker, self._queue, copies)
         self.delete(self._accepted(letters, refused), "copied, but not deleted: ")
 
-    def delete(self, letters: Sequence[_DeadLetter], failure: str = "") -> None:
+    def delete(self, letters: Sequence[DeadLetter], failure: str = "") -> None:
         """Delete dead letters; `failure` is what is said before the reason of one."""
-        receipts = [self._hidden[letter.message_id] for letter in letters]
-        delete = functools.partial(self._broker.delete, self._source)
+        receipts = self._receipts(letters)
+        delete = functools.partial(self._broker.delete, self.source)
         refused = _in_batches(delete, receipts, 3)
         for letter in self._accepted(letters, refused, failure):
             self._removed.append(letter.message_id)
             del self._hidden[letter.message_id]
 
+    def _receipts(self, letters: Iterable[DeadLetter]) -> list[str]:
+        """Return what they can be deleted by; raise TaskhawkError if one has none."""
+        for letter in letters:
+            if letter.message_id not in self._hidden:
+                raise TaskhawkError(
+                    f"dead letter {letter.message_id}: it was sent back or deleted"
+                    " before, or its loop has ended"
+                )
+        return [self._hidden[letter.message_id] for letter in letters]
+
     def _accepted(
         self,
-        letters: Sequence[_DeadLetter],
+        letters: Sequence[DeadLetter],
         refused: Mapping[int, Refusal],
         failure: str = "",
-    ) -> list[_DeadLetter]:
+    ) -> list[DeadLetter]:
         """Return those that were not refused; log the first refusal with its remedy."""
         if refused:
             first = next(iter(refused.values()))
             _log.warning("%s: %s", first.code, first.text)
         for index, refusal in refused.items():
             self._failed[letters[index].message_id] = failure + refusal.code
-        return [letters[i] for i in range(len(letters)) if i not in refused]
+        accepted = [letters[i] for i in range(len(letters)) if i not in refused]
+        for letter in accepted:
+            self._failed.pop(letter.message_id, None)  # of an earlier try
+        return accepted
 
     def __exit__(self, kind: object, *_: object) -> None:
         """Show what is left to others again."""
-        show = functools.partial(self._broker.change_visibility, self._source)
-        refused = _in_batches(show, [(r, 0) for r in self._hidden.values()], 3)
+        show = functools.partial(self._broker.change_visibility, self.source)
+        changes = [(receipt, 0) for receipt in self._hidden.values()]
+        self._hidden.clear()  # whoever receives them next has receipts of their own
+        refused = _in_batches(show, changes, 3)
         if refused:
             reason = next(iter(refused.values())).text
             text = "%d of %d dead letters looked at stay hidden for a while: %s"
-            _log.warning(text, len(refused), len(self._hidden), reason)
+            _log.warning(text, len(refused), len(changes), reason)
         if kind:
             text = "stopped: up to %d more messages may have been %s"
             self.say(text, _MAX_BATCH, self.done)
@@ -7899,11 +11462,63 @@ class _Scan:
 
         :raises PartialFailure: if some were not; they are still among the dead letters
         """
-        if self._failed:
-            good = [{"Id": message_id} for message_id in self._removed]
-            bad = [{"Id": name, "Code": code} for name, code in self._failed.items()]
-            raise PartialFailure({"Successful": good, "Failed": bad})
+        self.check([*self._removed, *self._failed])
         return len(self._removed)
+
+    def check(self, message_ids: Iterable[str]) -> None:
+        """Raise PartialFailure if one of these could not be moved or deleted."""
+        good, bad = [], []
+        for message_id in message_ids:
+            if message_id in self._failed:
+                bad.append({"Id": message_id, "Code": self._failed[message_id]})
+            else:
+                good.append({"Id": message_id})
+        if bad:
+            raise PartialFailure({"Successful": good, "Failed": bad})
+
+
+def dead_letters(
+    priority: Priority,
+    *,
+    task: str = "*",
+    error: str = "",
+    header: Mapping[str, Any] | None = None,
+    older_than_s: float = 0,
+    newer_than_s: float = math.inf,
+) -> Iterator[DeadLetter]:
+    """Yield the dead letters of a queue, each once, for as many as there are now.
+
+    Those that the loop has come to are hidden from others, for ten minutes at most.
+    What it neither sent back nor deleted is visible again when it ends, also by
+    ``break`` or an exception.
+
+    :param priority: says which queue; its redrive policy names its dead-letter queue
+    :param task: only those of this task; ``*`` and ``?`` stand for any text
+    :param error: only those with this text in their :attr:`DeadLetter.cause`
+    :param header: only those with these headers, whose values are compared as text
+    :param older_than_s: only those first sent at least so many seconds ago
+    :param newer_than_s: only those first sent at most so many seconds ago
+    :raises ConfigurationError: if the queue has no dead-letter queue
+    """
+    _require_priority(priority)
+    headers = {name: str(value) for name, value in (header or {}).items()}
+    wanted = _LetterFilter(task, error, headers, newer_than_s, older_than_s)
+    scan = _Scan(priority, "looking at", "looked at", wanted, say=_log.debug)
+    return _letters_of(scan)
+
+
+def _letters_of(scan: _Scan) -> Iterator[DeadLetter]:
+    """Yield the dead letters of a scan, and show what is left when the loop ends."""
+    with scan:
+        yield from scan
+
+
+def _require_priority(priority: object) -> None:
+    """Refuse what is no Priority."""
+    if not isinstance(priority, Priority):
+        raise ConfigurationError(
+            f"priority: expected a taskhawk.Priority, got {priority!r}"
+        )
 
 
 def requeue_dead_letter(
@@ -7922,10 +11537,7 @@ def requeue_dead_letter(
     :raises ConfigurationError: if the queue has no dead-letter queue
     :raises PartialFailure: if some were not; they are still among the dead letters
     """
-    if not isinstance(priority, Priority):
-        raise ConfigurationError(
-            f"priority: expected a taskhawk.Priority, got {priority!r}"
-        )
+    _require_priority(priority)
     if settings.IS_LAMBDA_APP:
         _log.warning(
             "requeue_dead_letter: not supported for Lambda apps, whose queues are"
@@ -7939,7 +11551,7 @@ def requeue_dead_letter(
         num_messages=num_messages,
         lease_s=visibility_timeout,
     ) as scan:
-        for letters in scan:
+        for letters in scan.pages():
             scan.requeue(letters)
     return scan.count()
 
@@ -7965,7 +11577,7 @@ def _unless(codes: str, call: Callable[..., Any], *args: Any) -> Any:
     """Return what a call returns; None if it fails with one of these codes of AWS."""
     try:
         return call(*args)
-    except ConfigurationError as error:
+    except Exception as error:
         if re.fullmatch(codes, _error_code(error)):
             return None
         raise
@@ -8064,7 +11676,7 @@ class _Resource(NamedTuple):
 
 def _label(name: str) -> str:
     """Return Terraform's name for a queue or topic."""
-    return name.lower().replace("-", "_")
+    return re.sub(r"\W", "_", name.lower().replace(".", "__"))
 
 
 def _resources(
@@ -8083,11 +11695,22 @@ def _resources(
     return _queue_resources(queue, tags, max_receive_count)
 
 
+# In high throughput mode, which costs the same: a FIFO queue's limits are then those of
+# its groups, not of the queue. What we send has ids of its own for deduplication; what
+# schedules send has none, and its content identifies it.
+_FIFO_ATTRIBUTES = {
+    "fifo_queue": True,
+    "content_based_deduplication": True,  # for schedules, which send no id
+    "deduplication_scope": "messageGroup",
+    "fifo_throughput_limit": "perMessageGroupId",
+}
+
+
 def _queue_resources(
     queue: str, tags: Mapping[str, str], max_receive_count: int
 ) -> list[_Resource]:
     """Describe a queue and, before it, its dead-letter queue."""
-    dead = f"{queue}-DLQ"
+    dead = _dead_letter_name(queue)
     redrive = {
         "deadLetterTargetArn": f"${{aws_sqs_queue.{_label(dead)}.arn}}",
         "maxReceiveCount": max_receive_count,
@@ -8098,6 +11721,8 @@ def _queue_resources(
         "max_message_size": _MAX_SQS_BYTES,  # else Terraform sets 256 KiB
         "tags": tags,
     }
+    if _is_fifo(queue):
+        dead_attributes |= _FIFO_ATTRIBUTES
     attributes = dead_attributes | {
         "name": queue,
         "message_retention_seconds": _RETENTION_S,
@@ -8124,6 +11749,78 @@ def _topic_resources(
     return resources
 
 
+def _schedule_resources() -> list[_Resource]:
+    """Describe what long delays and periodic tasks need, if they are used."""
+    tasks = _periodic_tasks()
+    if not tasks and not settings.TASKHAWK_SCHEDULER_ROLE:
+        return []
+    role_path, _, role = _scheduler_role().partition(":role")[2].rpartition("/")
+    group, tags = _schedule_group(), {"taskhawk": settings.TASKHAWK_QUEUE}
+    attributes = {
+        "name": role,
+        "path": f"{role_path}/",
+        "assume_role_policy": json.dumps(_trust()),
+        "tags": tags,
+    }
+    policy = {
+        "name": _SCHEDULE_POLICY,
+        "role": role,
+        "policy": json.dumps(_may_send()),
+        "depends_on": [f"aws_iam_role.{_label(role)}"],
+    }
+    resources = [
+        _Resource("aws_scheduler_schedule_group", group, {"name": group, "tags": tags}),
+        _Resource("aws_iam_role", role, attributes),
+        _Resource("aws_iam_role_policy", role, policy),
+    ]
+    for name, task in tasks.items():
+        # Terraform has the names that the service has, in snake_case.
+        schedule = _in_snake_case(_periodic_schedule(task))
+        schedule["depends_on"] = [
+            f"aws_scheduler_schedule_group.{_label(group)}",
+            f"aws_iam_role_policy.{_label(role)}",
+        ]
+        resources.append(_Resource("aws_scheduler_schedule", name, schedule))
+    return resources
+
+
+_SCHEDULE_POLICY = "taskhawk"  # the name of the role's inline policy
+
+
+def _trust() -> dict[str, Any]:
+    """Return the policy that lets Scheduler use the role, for this account alone."""
+    statement = {
+        "Effect": "Allow",
+        "Principal": {"Service": "scheduler.amazonaws.com"},
+        "Action": "sts:AssumeRole",
+        "Condition": {
+            "StringEquals": {"aws:SourceAccount": settings.require("AWS_ACCOUNT_ID")}
+        },
+    }
+    return {"Version": "2012-10-17", "Statement": [statement]}
+
+
+def _may_send() -> dict[str, Any]:
+    """Return the policy that lets the role send to what the service has."""
+    arns = [_target_arn(priority) for priority in _URGENCY]
+    action = "sns:Publish"
+    if not settings.IS_LAMBDA_APP:
+        action = "sqs:SendMessage"
+        arns += [_dead_letter_name(arn) for arn in arns]
+    statement = {"Effect": "Allow", "Action": action, "Resource": arns}
+    return {"Version": "2012-10-17", "Statement": [statement]}
+
+
+def _in_snake_case(value: Any) -> Any:
+    """Return parameters of AWS with names as Terraform has them."""
+    if not isinstance(value, dict):
+        return value
+    return {
+        re.sub("(?<!^)(?=[A-Z])", "_", name).lower(): _in_snake_case(inner)
+        for name, inner in value.items()
+    }
+
+
 def _terraform(resources: Iterable[_Resource]) -> dict[str, Any]:
     """Write resources in Terraform's JSON syntax."""
     by_kind: dict[str, dict[str, Any]] = {}
@@ -8141,6 +11838,13 @@ def _terraform(resources: Iterable[_Resource]) -> dict[str, Any]:
     return {"resource": by_kind}
 
 
+def _find(service: _AwsSender, operation: str, **parameters: Any) -> Any:
+    """Return what a call of a service finds; None if there is no such thing."""
+    explain = _explained(f"{service.service}:{operation}")
+    call = functools.partial(getattr(service.client("send"), operation), **parameters)
+    return _unless("ResourceNotFoundException|NoSuchEntity.*", explain(call))
+
+
 class _Change(NamedTuple):
     """A call that makes or changes a resource, and what to say of it."""
 
@@ -8156,6 +11860,7 @@ def _queue_change(sqs: SqsBroker, resource: _Resource) -> _Change | None:
     existing = _unless(_ABSENT, sqs.attributes, name, ["All"])
     attributes = _too_low(arn, existing or {}, resource.attributes)
     if existing is None:
+        attributes |= _fixed_attributes(resource)
         parameters = {
             "QueueName": name,
             "Attributes": attributes,
@@ -8170,6 +11875,21 @@ def _queue_change(sqs: SqsBroker, resource: _Resource) -> _Change | None:
     ]
     parameters = {"QueueUrl": sqs.url(name), "Attributes": attributes}
     return _Change(f"changed: {', '.join(changes)}", "set_queue_attributes", parameters)
+
+
+def _fixed_attributes(resource: _Resource) -> dict[str, str]:
+    """Return what is set of a queue when it is made, by SQS's names, and never after.
+
+    What makes it a FIFO queue can't be changed; the rest someone may have changed.
+    """
+    if "fifo_queue" not in resource.attributes:
+        return {}
+    return {
+        "FifoQueue": "true",
+        "ContentBasedDeduplication": "true",
+        "DeduplicationScope": resource.attributes["deduplication_scope"],
+        "FifoThroughputLimit": resource.attributes["fifo_throughput_limit"],
+    }
 
 
 def _too_low(
@@ -8189,7 +11909,7 @@ def _too_low(
     if "redrive_policy" in wanted:
         least = json.loads(wanted["redrive_policy"])["maxReceiveCount"]
         policy = json.loads(existing.get("RedrivePolicy") or "{}")
-        policy.setdefault("deadLetterTargetArn", f"{arn}-DLQ")
+        policy.setdefault("deadLetterTargetArn", _dead_letter_name(arn))
         # The policy's number comes back as it was set: it may be a string.
         if int(policy.get("maxReceiveCount", 0)) < least:
             policy["maxReceiveCount"] = least
@@ -8225,19 +11945,113 @@ def _subscribers(sns: SnsSender, topic: str) -> list[str] | None:
     return [subscription["Endpoint"] for subscription in found["Subscriptions"]]
 
 
+def _group_change(scheduler: _Scheduler, resource: _Resource) -> _Change | None:
+    """Return how to make the group of schedules; None if it is there."""
+    if _find(scheduler, "get_schedule_group", Name=resource.name) is not None:
+        return None
+    tags = [{"Key": k, "Value": v} for k, v in resource.attributes["tags"].items()]
+    parameters = {"Name": resource.name, "Tags": tags}
+    return _Change("made", "create_schedule_group", parameters)
+
+
+def _schedule_change(scheduler: _Scheduler, resource: _Resource) -> _Change | None:
+    """Return how to make or correct a periodic task's schedule; None if it is right."""
+    wanted = _periodic_schedule(_periodic_tasks()[resource.name])
+    group = wanted["GroupName"]
+    existing = _find(scheduler, "get_schedule", GroupName=group, Name=resource.name)
+    if existing is None:
+        return _Change("made", "create_schedule", wanted)
+    differing = [
+        key for key, value in wanted.items() if not _has_all(existing.get(key), value)
+    ]
+    if not differing:
+        return None
+    # An update resets what it leaves out, and someone may have disabled it.
+    parameters = {**wanted, "State": existing["State"]}
+    return _Change(f"changed: {', '.join(differing)}", "update_schedule", parameters)
+
+
+def _abandoned_schedules() -> list[str]:
+    """Return the names of our schedules whose tasks are not registered."""
+    if not _schedule_resources():
+        return []
+    scheduler, group = _brokers.get("schedule"), _schedule_group()
+    pages = scheduler.client("send").get_paginator("list_schedules")
+    # Of messages with a long delay there may be millions: their names have no dot.
+    found = pages.paginate(GroupName=group, NamePrefix="task.")
+    read = _explained(group)(found.build_full_result)
+    answer = _unless("ResourceNotFoundException", read) or {"Schedules": []}
+    names = {schedule["Name"] for schedule in answer["Schedules"]}
+    return sorted(names.difference(_periodic_tasks()))
+
+
+def _has_all(existing: Any, wanted: Any) -> bool:
+    """Return whether a value of AWS's has all that is wanted of it."""
+    if isinstance(wanted, dict) and isinstance(existing, dict):
+        return all(_has_all(existing.get(key), wanted[key]) for key in wanted)
+    return bool(existing == wanted)
+
+
+def _role_change(iam: _Iam, resource: _Resource) -> _Change | None:
+    """Return how to make the role that schedules send by; None if it is there."""
+    if _find(iam, "get_role", RoleName=resource.name) is not None:
+        return None
+    attributes = resource.attributes
+    parameters = {
+        "RoleName": resource.name,
+        "Path": attributes["path"],
+        "AssumeRolePolicyDocument": attributes["assume_role_policy"],
+        "Tags": [{"Key": k, "Value": v} for k, v in attributes["tags"].items()],
+    }
+    return _Change("made", "create_role", parameters)
+
+
+def _policy_change(iam: _Iam, resource: _Resource) -> _Change | None:
+    """Return how to let the role send; None if it may."""
+    wanted = resource.attributes["policy"]
+    of_role = {"RoleName": resource.name, "PolicyName": _SCHEDULE_POLICY}
+    found = _find(iam, "get_role_policy", **of_role)
+    if found is not None and found["PolicyDocument"] == json.loads(wanted):
+        return None
+    text = "changed" if found else "made"
+    return _Change(text, "put_role_policy", {**of_role, "PolicyDocument": wanted})
+
+
+class _Iam(_AwsSender):
+    """IAM, which has the role that schedules send by."""
+
+    service = "iam"
+
+    def _parameters(self, entry: Outgoing) -> dict[str, Any]:
+        """Refuse to send."""
+        raise NotImplementedError
+
+
+_schemes["iam"] = _Iam
+
+
 # By Terraform's type: which service makes it, and what finds out whether it is there.
 _PROVIDERS: dict[str, tuple[str, Callable[[Any, _Resource], _Change | None]]] = {
     "aws_sqs_queue": ("sqs", _queue_change),
     "aws_sns_topic": ("sns", _topic_change),
     "aws_sns_topic_subscription": ("sns", _subscription_change),
+    "aws_scheduler_schedule_group": ("schedule", _group_change),
+    "aws_iam_role": ("iam", _role_change),
+    "aws_iam_role_policy": ("iam", _policy_change),
+    "aws_scheduler_schedule": ("schedule", _schedule_change),
 }
+
+
+def _what_is(resource: _Resource) -> str:
+    """Return what people call a resource."""
+    return f"{resource.kind.rpartition('_')[2]} {resource.name}"
 
 
 def _provide(resource: _Resource, *, dry_run: bool) -> str:
     """Make what is missing, raise what is too low, and return what to say of it."""
     service, find_change = _PROVIDERS[resource.kind]
     sender = _brokers.get(service)
-    what = f"{resource.kind.rpartition('_')[2]} {resource.name}"
+    what = _what_is(resource)
     change = find_change(sender, resource)
     if change is None:
         return f"{what}: is as it should be"
@@ -8253,38 +12067,60 @@ _RECEIVE = (
     "sqs:ReceiveMessage sqs:DeleteMessage"
     " sqs:ChangeMessageVisibility sqs:GetQueueAttributes"
 )
+_SCHEDULE = "scheduler:CreateSchedule scheduler:DeleteSchedule"
+_LOOK_AT_SCHEDULES = (
+    "scheduler:GetScheduleGroup scheduler:GetSchedule"
+    " scheduler:ListSchedules scheduler:DeleteSchedule"
+)
 _GRANTS = [  # the least that each role needs, on topics, queues and dead-letter queues
     ("publisher", "aws_sns_topic", "sns:Publish"),
     ("publisher", "aws_sqs_queue", _SEND),
-    ("worker", "aws_sqs_queue", f"{_RECEIVE} sqs:GetQueueUrl"),
+    ("worker", "aws_sqs_queue", f"{_RECEIVE} {_SEND}"),  # it postpones by copies
     ("worker", "DLQ", _SEND),
     # No sqs:GetQueueUrl: the URL is put together from the event's ARN.
-    ("lambda", "aws_sqs_queue", _RECEIVE),
+    ("lambda", "aws_sqs_queue", f"{_RECEIVE} sqs:SendMessage"),
+    ("publisher", "aws_scheduler_schedule_group", _SCHEDULE),
+    ("publisher", "aws_iam_role", "iam:PassRole"),
     ("operator", "aws_sns_topic", "sns:ListSubscriptionsByTopic"),
     ("operator", "aws_sqs_queue", f"{_SEND} sqs:GetQueueAttributes"),
     ("operator", "DLQ", f"{_RECEIVE} sqs:GetQueueUrl"),
+    ("operator", "aws_scheduler_schedule_group", _LOOK_AT_SCHEDULES),
 ]
 
 
 def _iam(resources: Iterable[_Resource]) -> dict[str, Any]:
     """Write the least policies, by role."""
     arns: dict[str, list[str]] = {}
+    granted = {kind for _, kind, _ in _GRANTS}
     for resource in resources:
-        service, _ = _PROVIDERS[resource.kind]
-        kind = "DLQ" if resource.name.endswith("-DLQ") else resource.kind
-        arns.setdefault(kind, []).append(_brokers.get(service).arn(resource.name))
+        kind = "DLQ" if _is_dead_letter_queue(resource.name) else resource.kind
+        if kind in granted:
+            arns.setdefault(kind, []).append(_arn_of(resource))
     policies: dict[str, Any] = {}
     for role, kind, actions in _GRANTS:
         if kind in arns:
             empty = {"Version": "2012-10-17", "Statement": []}
-            policies.setdefault(role, empty)["Statement"].append(
-                {
-                    "Effect": "Allow",
-                    "Action": actions.split(),
-                    "Resource": arns[kind],
-                }
-            )
+            statement: dict[str, Any] = {
+                "Effect": "Allow",
+                "Action": actions.split(),
+                "Resource": arns[kind],
+            }
+            if actions == "iam:PassRole":
+                to = {"iam:PassedToService": "scheduler.amazonaws.com"}
+                statement["Condition"] = {"StringEquals": to}
+            policies.setdefault(role, empty)["Statement"].append(statement)
     return policies
+
+
+def _arn_of(resource: _Resource) -> str:
+    """Return the ARN by which a policy names a resource, or what is in it."""
+    if resource.kind == "aws_iam_role":
+        return _scheduler_role()
+    service, _ = _PROVIDERS[resource.kind]
+    name = resource.name
+    if resource.kind == "aws_scheduler_schedule_group":
+        name = f"schedule/{name}/*"
+    return str(_brokers.get(service).arn(name))
 
 
 class _Finding(NamedTuple):
@@ -8310,6 +12146,7 @@ def _check(priorities: Collection[Priority]) -> Iterator[_Finding]:
     yield from wrong
     if not wrong:
         yield from _check_places(priorities)
+        yield from _check_schedules()
 
 
 def _check_tasks(priorities: Collection[Priority]) -> Iterator[_Finding]:
@@ -8343,6 +12180,39 @@ def _check_places(priorities: Collection[Priority]) -> Iterator[_Finding]:
             yield _error(_text_of(error), "the rest can't be checked", remedy)
             if not re.match(_FORBIDDEN, _error_code(error)):
                 return  # the others would say the same
+
+
+def _check_schedules() -> Iterator[_Finding]:
+    """Hold the schedules that are there against the tasks."""
+    if settings.TASKHAWK_BROKER != "sqs":
+        return
+    try:
+        yield from _schedule_findings()
+    except Exception as error:
+        yield _error(_text_of(error), "schedules can't be checked", _TOLD)
+
+
+def _schedule_findings() -> Iterator[_Finding]:
+    """Look for schedules that are missing, other than declared, or of no task."""
+    scheduler = _brokers.get("schedule")
+    for resource in _schedule_resources():
+        service, find_change = _PROVIDERS[resource.kind]
+        if service != "schedule":  # who checks need not be allowed to look at roles
+            continue
+        change = find_change(scheduler, resource)
+        if change is None:
+            continue
+        what = f"{_what_is(resource)}: would be {change.text}"
+        why = "delayed messages are refused, and periodic tasks do not run"
+        if resource.kind == "aws_scheduler_schedule":
+            why = "the task does not run as its code says"
+        yield _error(what, why, f"{_PROVISION} MODULE …")
+    for name in _abandoned_schedules():
+        yield _warning(
+            f"schedule {name}: no task has it",
+            "its messages are dead letters, unless another module has the task",
+            f"name all modules, or {_PROVISION} MODULE … --prune",
+        )
 
 
 def _check_settings() -> list[_Finding]:
@@ -8427,7 +12297,7 @@ def _check_receives(
 ) -> Iterator[_Finding]:
     """Look whether the queue gives up before a task's policy, or after few crashes."""
     for task in tasks:
-        retries = getattr(task.retry, "max_retries", None) or 0
+        retries = getattr(_policy_of(task), "max_retries", None) or 0
         if receives <= retries:
             yield _error(
                 f"{queue}: its maxReceiveCount of {receives}"
@@ -8455,7 +12325,7 @@ def _check_attributes(broker: SqsBroker, queue: str, dead: str) -> Iterator[_Fin
     names = ["MessageRetentionPeriod", "MaximumMessageSize"]
     ours = broker.attributes(queue, names)
     theirs = _unless(_ABSENT, broker.attributes, dead, names)
-    is_provisioned = dead == f"{queue}-DLQ"
+    is_provisioned = dead == _dead_letter_name(queue)
     if theirs is None:
         other = "make it, or correct the RedrivePolicy"
         remedy = _PROVISION if is_provisioned else other
@@ -8627,7 +12497,7 @@ def _run_command(arguments: Any) -> bool:
     with _telling_where("Django can't be set up"):
         _set_up_django()
     modules = arguments.modules
-    if arguments.command in ("listen", "check", "tasks"):
+    if arguments.command in _TASK_COMMANDS:
         modules = modules or _django_task_modules()
     _load(modules, arguments.command)
     # Again, for Django and the tasks' modules may have configured logging.
@@ -8718,7 +12588,15 @@ def _parser() -> Any:
     return parser
 
 
-_QUEUE_COMMANDS = ("listen", "dispatch", "stats", "provision", "dead-letters")
+_TASK_COMMANDS = ("listen", "check", "provision", "schedules", "tasks")
+_QUEUE_COMMANDS = (
+    "listen",
+    "dispatch",
+    "cancel",
+    "stats",
+    "provision",
+    "dead-letters",
+)
 _UNREADABLE = "the settings can't be read"
 
 
@@ -8893,6 +12771,128 @@ def _play() -> bool:
     return (first.dead_lettered, second.acked) != (1, 1)
 
 
+_EMF_EVERY_S = 60  # the resolution of CloudWatch's standard metrics
+_MOST_VALUES = 100  # of a metric in a line
+_UNITS = {"RunDuration": "Milliseconds", "OldestRunAge": "Seconds"}
+
+
+def _namespace(text: str) -> str:
+    """Read a namespace of CloudWatch."""
+    if re.fullmatch(r"(?!AWS/|:)[A-Za-z0-9._/#: -]{1,255}", text):
+        return text
+    raise _wrong("a namespace of CloudWatch, such as myapp", text)
+
+
+class _Runs:
+    """The runs of a queue since its last metrics."""
+
+    def __init__(self) -> None:
+        self.count = self.leases_lost = 0
+        self.durations_ms: list[int] = []  # of all, or of a fair sample
+
+    def add(self, duration_ms: int, *, lost: bool) -> None:
+        """Note a run, and whether its lease was lost."""
+        import random
+
+        place = random.randint(0, self.count)  # so that each run is as likely to stay
+        self.count += 1
+        self.leases_lost += lost
+        if len(self.durations_ms) < _MOST_VALUES:
+            self.durations_ms.append(duration_ms)
+        elif place < _MOST_VALUES:
+            self.durations_ms[place] = duration_ms
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class _MeasuredWorker(Worker):
+    """A worker that prints metrics each minute, a line for each queue.
+
+    Counts are those since the last line. Printing may block, so a thread of its own
+    does it. CloudWatch makes metrics of such lines wherever it gets them as logs. Their
+    form is CloudWatch's "Embedded metric format specification".
+    """
+
+    namespace: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.on_overdue = self._exit_overdue
+        self._printed: dict[str, Mapping[str, float]] = {}  # the totals, by queue
+        self._runs_lock = threading.Lock()  # guards this, which slots change
+        self._runs = {queue: _Runs() for queue in self.queues}
+
+    def settle(self, held: _Held, outcome: Outcome) -> None:
+        """Do what the outcome says, and note how the run went."""
+        duration_ms = round((self.clock() - held.started_at) * 1000)
+        with self._runs_lock:
+            self._runs[held.queue].add(duration_ms, lost=held.message.lease_lost)
+        super().settle(held, outcome)
+
+    def run(self) -> Ledger:
+        """Work until stopped, and print metrics all the while."""
+        is_over = threading.Event()
+        printing = threading.Thread(target=self._go_on, args=(is_over,), daemon=True)
+        printing.start()
+        try:
+            return super().run()
+        finally:
+            is_over.set()
+            printing.join(_HEART_S)
+            self.print_metrics()
+
+    def _go_on(self, is_over: threading.Event) -> None:
+        """Print metrics each minute; the body of a thread."""
+        while not is_over.wait(_EMF_EVERY_S):
+            try:
+                self.print_metrics()
+            except OSError as error:
+                _log.warning("can't print metrics: %s", error)
+
+    def _exit_overdue(self, ledger: Ledger) -> None:
+        """Print the last metrics, and end at once."""
+        try:
+            self.print_metrics()
+        finally:
+            _exit_overdue(ledger)
+
+    def print_metrics(self) -> None:
+        """Print a line for each queue."""
+        now_ms = round(time.time() * 1000)
+        for queue in self.queues:
+            values = self._measure(queue)
+            metrics = [
+                {"Name": name, "Unit": _UNITS.get(name, "Count")} for name in values
+            ]
+            about = {"Namespace": self.namespace, "Dimensions": [["queue"]]}
+            directive = {**about, "Metrics": metrics}
+            aws = {"Timestamp": now_ms, "CloudWatchMetrics": [directive]}
+            line = json.dumps({"_aws": aws, "queue": queue, **values})
+            sys.stdout.write(f"{line}\n")  # at once: tasks print too
+        sys.stdout.flush()
+
+    def _measure(self, queue: str) -> dict[str, Any]:
+        """Return the metrics of a queue by their names, and begin to count anew."""
+        with self._keeper.lock:
+            totals = dataclasses.asdict(self._holdings.tally.ledgers[queue])
+            runs = [held for held in self._holdings.held if held.runs]
+        now = self.clock()
+        began = [held.started_at for held in runs if held.queue == queue]
+        age_s = now - min(began, default=now)
+        with self._runs_lock:
+            since, self._runs[queue] = self._runs[queue], _Runs()
+        printed = self._printed.get(queue, {})
+        self._printed[queue] = totals
+        values: dict[str, Any] = {}
+        for name, total in totals.items():
+            metric = name.title().replace("_", "")  # such as DeadLettered
+            values[metric] = total - printed.get(name, 0)
+        values["LeasesLost"] = since.leases_lost
+        values["OldestRunAge"] = round(age_s, 3)
+        if since.durations_ms:
+            values["RunDuration"] = since.durations_ms
+        return values
+
+
 @_command(
     "listen",
     _MODULES,
@@ -8903,8 +12903,8 @@ def _play() -> bool:
     ),
     _option(
         "--num-messages",
-        "messages to receive ahead (default: 1)",
-        type=_whole(1, 100),
+        "messages that a slot may hold, running and waiting (default: 1)",
+        type=_whole(1, _MAX_WAITING),
         default=1,
         metavar="N",
     ),
@@ -8936,6 +12936,12 @@ def _play() -> bool:
     _flag("--isolate", "run tasks in child processes"),
     _option("--liveness-file", "file to touch while the worker lives", metavar="PATH"),
     _option(
+        "--emf",
+        "CloudWatch namespace of metrics to print, in the Embedded Metric Format",
+        type=_namespace,
+        metavar="NAMESPACE",
+    ),
+    _option(
         "--log-level",
         "least level to log (default: info)",
         choices=["debug", "info", "warning", "error"],
@@ -8954,7 +12960,10 @@ def _listen(arguments: Any) -> bool:
     with _telling_where(_UNREADABLE):
         settings.check()
     priorities = _priorities(arguments.priority)
-    worker = Worker(
+    make: Callable[..., Worker] = Worker
+    if arguments.emf:
+        make = functools.partial(_MeasuredWorker, namespace=arguments.emf)
+    worker = make(
         _brokers.broker(),
         _queues_of(priorities),
         num_messages=arguments.num_messages,
@@ -9029,10 +13038,16 @@ def _exit_overdue(ledger: Ledger) -> None:
     ),
     _option(
         "--delay",
-        "how long to hold it back: 90, 90s, 10m or 1h (default: 0)",
+        "how long to hold it back: 90, 90s, 10m, 1h or 2d (default: 0)",
         type=_seconds(),
         default=0,
         metavar="S",
+    ),
+    _option(
+        "--group",
+        "its message group: a tenant, or an order of a FIFO queue (default: the"
+        " task's)",
+        metavar="KEY",
     ),
     _MODULE,
 )
@@ -9047,6 +13062,8 @@ def _dispatch(arguments: Any) -> None:
     invocation = _task_named(arguments.task).with_headers(**dict(arguments.header))
     if arguments.priority:
         invocation = invocation.with_priority(Priority[arguments.priority])
+    if arguments.group is not None:
+        invocation = invocation.with_group(arguments.group)
     invocation = invocation.with_delay(arguments.delay)
     print(invocation.dispatch(*arguments.args, **arguments.kwargs))
 
@@ -9070,6 +13087,17 @@ def _task_named(name: str) -> Task[..., Any]:
         raise TaskNotFound(f"{error} {hint}") from error
 
 
+@_command("cancel", _option("id", "the message's id, which dispatch printed"))
+def _cancel(arguments: Any) -> bool:
+    """Delete a message that waits for the end of its delay.
+
+    example: python -m taskhawk cancel b1328174-a21c-43d3-b303-964dfcc76efc
+    """
+    is_cancelled = cancel(arguments.id)
+    print("cancelled" if is_cancelled else "not found: it ran, or it is on its way")
+    return not is_cancelled
+
+
 @_command("tasks", _MODULES)
 def _tasks(arguments: Any) -> None:
     """List the registered tasks.
@@ -9079,6 +13107,40 @@ def _tasks(arguments: Any) -> None:
     _require_tasks("tasks", arguments.modules)
     for found in _tasks_by_name():
         print(f"{found.name}  {found.priority.name}")
+
+
+@_command("schedules", _MODULES, _AS_JSON)
+def _schedules(arguments: Any) -> None:
+    """List the periodic tasks, with the time when each is due next.
+
+    example: python -m taskhawk schedules myapp.tasks
+    """
+    _require_tasks("schedules", arguments.modules)
+    rows = [_row_of(found) for found in _periodic_tasks().values()]
+    if arguments.json:
+        print(json.dumps(rows, indent=2))
+        return
+    for row in rows:
+        due = row["next"] or "when AWS says"
+        print(f"{row['task']}  {row['schedule']}  {row['timezone']}  {due}")
+
+
+def _row_of(task: Task[..., Any]) -> dict[str, Any]:
+    """Return what there is to say of a periodic task; `next` is None if AWS knows it.
+
+    There, a rate counts from when its schedule was made.
+    """
+    schedule = _schedule_of(task)
+    due = schedule.next_after(datetime.now(UTC))
+    if schedule.interval_s and settings.TASKHAWK_BROKER == "sqs":
+        due = None
+    return {
+        "task": task.name,
+        "priority": task.priority.name,
+        "schedule": schedule.text,
+        "timezone": schedule.timezone,
+        "next": due and due.isoformat(),
+    }
 
 
 @_command("schema")
@@ -9181,6 +13243,7 @@ def _check_all(arguments: Any) -> bool:
 
 @_command(
     "provision",
+    _MODULES,
     _many("--priority", "queue to make (default: all)", choices=_PRIORITIES),
     _option(
         "--max-receive-count",
@@ -9198,12 +13261,13 @@ def _check_all(arguments: Any) -> bool:
     _option(
         "--format", "print it in this format, for review", choices=["terraform", "iam"]
     ),
+    _flag("--prune", "delete the schedules of tasks that these modules lack"),
     _DRY_RUN,
 )
 def _provision(arguments: Any) -> None:
-    """Make the queues or topics, or print them for review.
+    """Make queues or topics and periodic tasks' schedules, or print them for review.
 
-    example: python -m taskhawk provision --format terraform > taskhawk.tf.json
+    example: python -m taskhawk provision myapp.tasks --format terraform > all.tf.json
     """
     if settings.TASKHAWK_BROKER != "sqs":
         _provision_file(arguments)
@@ -9215,12 +13279,24 @@ def _provision(arguments: Any) -> None:
         resources += _resources(
             priority, arguments.max_receive_count, arguments.function
         )
+    resources += _schedule_resources()
     write = {"terraform": _terraform, "iam": _iam}.get(arguments.format)
     if write:
         print(json.dumps(write(resources), indent=2))
         return
     for resource in resources:
         print(_provide(resource, dry_run=arguments.dry_run))
+    _prune(prune=arguments.prune and not arguments.dry_run)
+
+
+def _prune(*, prune: bool) -> None:
+    """Say which schedules no task has any more, and delete them if that is wanted."""
+    for name in _abandoned_schedules():
+        if prune:
+            _brokers.get("schedule").delete(name)
+            print(f"schedule {name}: deleted")
+        else:
+            print(f"schedule {name}: no task has it; --prune deletes it")
 
 
 def _provision_file(arguments: Any) -> None:
@@ -9249,7 +13325,7 @@ _LETTERS = (
     ),
     _option(
         "--error",
-        "only those with this in the error's type or message",
+        "only those with this text in their error, or in what is said in its place",
         default="",
         metavar="TEXT",
     ),
@@ -9343,16 +13419,15 @@ def _require_found(scan: _Scan) -> None:
 
 
 def _print_letters(
-    arguments: Any, doing: str, text_of: Callable[[_DeadLetter], str]
+    arguments: Any, doing: str, text_of: Callable[[DeadLetter], str]
 ) -> None:
     """Print the dead letters that the options ask for, with --json as JSON."""
     if arguments.json:
         text_of = _as_json
     with _scan_for(arguments, doing, "looked at") as scan:
-        for letters in scan:
+        for letter in scan:
             _clear_line()
-            for letter in letters:
-                print(_printable(text_of(letter)), flush=True)
+            print(_printable(text_of(letter)), flush=True)
     _require_found(scan)
 
 
@@ -9366,31 +13441,37 @@ def _visible(character: re.Match[str]) -> str:
     return character[0] if character[0].isprintable() else "?"
 
 
-def _as_line(letter: _DeadLetter) -> str:
+def _first_line(text: str) -> str:
+    """Return a text up to its first line break."""
+    return text.partition("\n")[0]
+
+
+def _as_line(letter: DeadLetter) -> str:
     """Return a dead letter in one line."""
     name = letter.id or letter.message_id
-    line = f"{name}  {letter.task}  {letter.age_s} s ago  {letter.reason}"
+    reason = _first_line(letter.cause)
+    line = f"{name}  {letter.task}  {letter.age_s} s ago  {reason}"
     return line.replace("\n", "?")
 
 
-def _as_page(letter: _DeadLetter) -> str:
+def _as_page(letter: DeadLetter) -> str:
     """Return all that is known of a dead letter, a line each."""
     values = letter.as_dict()
-    values["error"] = letter.reason
+    values["error"] = _first_line(letter.cause)
     if letter.invalid:
         values["body"] = ascii(letter.received.body)
-    if letter.error:
-        values |= {f"error {name}": value for name, value in letter.error.items()}
+    if letter.record:
+        values |= {f"error {name}": value for name, value in letter.record.items()}
     lines = [f"{key}: {value}\n" for key, value in values.items() if value is not None]
     return "".join(lines)
 
 
-def _as_json(letter: _DeadLetter) -> str:
+def _as_json(letter: DeadLetter) -> str:
     """Return all that is known of a dead letter, as JSON."""
     return json.dumps(letter.as_dict(), default=str)
 
 
-def _as_export(letter: _DeadLetter) -> str:
+def _as_export(letter: DeadLetter) -> str:
     """Return a dead letter as JSON, with its body and its attributes."""
     received = letter.received
     raw = {"body": received.body, "attributes": received.message_attributes}
@@ -9429,7 +13510,113 @@ def _export(arguments: Any) -> None:
     _print_letters(arguments, "exporting", _as_export)
 
 
-@_command("dead-letters requeue", *_LETTERS, _ID, _DRY_RUN)
+class _Group:
+    """Dead letters of one task that are there for the same kind of error."""
+
+    def __init__(self, first: DeadLetter) -> None:
+        self.count = 1
+        self.oldest = self.newest = first.sent
+        self.example = _first_line(first.cause)  # of the newest
+
+    def add(self, letter: DeadLetter) -> None:
+        """Count one more."""
+        self.count += 1
+        self.oldest = min(self.oldest, letter.sent)
+        if letter.sent >= self.newest:
+            self.newest = letter.sent
+            self.example = _first_line(letter.cause)
+
+
+@_command("dead-letters summary", *_LETTERS, _ID, _AS_JSON)
+def _summary(arguments: Any) -> None:
+    """Count dead letters by task and error; a look counts as a receive.
+
+    example: python -m taskhawk dead-letters summary --newer-than 1d
+    """
+    groups: dict[tuple[str, str], _Group] = {}
+    with _scan_for(arguments, "counting", "counted") as scan:
+        for letter in scan:
+            key = letter.task or "", _kind_of_error(letter)
+            if key in groups:
+                groups[key].add(letter)
+            else:
+                groups[key] = _Group(letter)
+    _require_found(scan)
+    found = [
+        _group_as_dict(arguments, *key, group)
+        for key, group in sorted(groups.items(), key=lambda item: -item[1].count)
+    ]
+    if arguments.json:
+        print(json.dumps(found, indent=2))
+        return
+    for values in found:
+        print(_printable(_group_as_page(values)))
+    print(f"{scan.matched} dead letters")
+
+
+def _kind_of_error(letter: DeadLetter) -> str:
+    """Return the part of its cause by which a dead letter is counted."""
+    if letter.record:
+        return f"{letter.record.get('type')}: "
+    return letter.cause
+
+
+def _group_as_dict(
+    arguments: Any, task: str, error: str, group: _Group
+) -> dict[str, Any]:
+    """Return what is known of a group, with the commands that deal with it."""
+    words = _words_of(arguments, task, error)
+    return {
+        "task": task or None,
+        "error": error.removesuffix(": "),
+        "count": group.count,
+        "oldest": group.oldest,
+        "newest": group.newest,
+        "example": group.example,
+        "list": f"{_LETTERS_COMMAND} list{words}",
+        "requeue": f"{_LETTERS_COMMAND} requeue{words}",
+    }
+
+
+_LETTERS_COMMAND = "python -m taskhawk dead-letters"
+
+
+def _words_of(arguments: Any, task: str, error: str) -> str:
+    """Return the options that mean a group: its own, and those of the summary."""
+    import glob
+    import shlex
+
+    words = ["--error", error]
+    if task:
+        words += ["--task", glob.escape(task)]
+    if arguments.priority != "default":
+        words += ["--priority", arguments.priority]
+    for name, value in arguments.header:
+        words += ["--header", f"{name}={value}"]
+    if arguments.older_than:
+        words += ["--older-than", f"{arguments.older_than:.0f}s"]
+    if arguments.newer_than < math.inf:
+        words += ["--newer-than", f"{arguments.newer_than:.0f}s"]
+    for module in arguments.modules:
+        words += ["--module", module]
+    return "".join(f" {shlex.quote(word)}" for word in words)
+
+
+def _group_as_page(values: Mapping[str, Any]) -> str:
+    """Return a group for people."""
+    return (
+        f"{values['count']}  {values['task']}  {values['error']}\n"
+        f"    from {values['oldest']} to {values['newest']}\n"
+        f"    the newest: {values['example']}\n"
+        f"    {values['list']}\n"
+        f"    {values['requeue']}\n"
+    )
+
+
+_YES = _flag("--yes", "do not ask, in a terminal, before more than one is meant")
+
+
+@_command("dead-letters requeue", *_LETTERS, _ID, _YES, _DRY_RUN)
 def _requeue(arguments: Any) -> None:
     """Send dead letters back to their queue.
 
@@ -9439,7 +13626,10 @@ def _requeue(arguments: Any) -> None:
         _print_letters(arguments, "would requeue some of", _as_line)
         return
     with _scan_for(arguments, "requeueing", "requeued") as scan:
-        for letters in scan:
+        if not _is_agreed(arguments, scan, "requeue", ""):
+            print("sent back: 0")
+            return
+        for letters in scan.pages():
             scan.requeue(letters)
     print(f"sent back: {scan.count()}")
     _require_found(scan)
@@ -9450,7 +13640,7 @@ def _requeue(arguments: Any) -> None:
     *_LETTERS,
     _ID,
     _flag("--all", "delete all of them, where no filter is given"),
-    _flag("--yes", "do not ask, in a terminal, before more than one is deleted"),
+    _YES,
     _DRY_RUN,
 )
 def _delete(arguments: Any) -> None:
@@ -9466,22 +13656,27 @@ def _delete(arguments: Any) -> None:
         _print_letters(arguments, "would delete some of", _as_line)
         return
     with _scan_for(arguments, "deleting", "deleted") as scan:
-        if not (arguments.yes or _is_agreed(scan)):
+        if not _is_agreed(arguments, scan, "delete", " for good"):
             print("deleted: 0")
             return
-        for letters in scan:
+        for letters in scan.pages():
             scan.delete(letters)
     print(f"deleted: {scan.count()}")
     _require_found(scan)
 
 
-def _is_agreed(scan: _Scan) -> bool:
-    """Ask in a terminal whether to delete, where it may be more than one."""
+def _is_agreed(arguments: Any, scan: _Scan, verb: str, how: str) -> bool:
+    """Ask in a terminal whether to go on, where it may be about more than one."""
+    if arguments.yes or not _is_terminal(sys.stdin):
+        return True
     total = scan.total()
     most = min(total, scan.limit, len(scan.wanted.ids) or total)
-    if most <= 1 or not _is_terminal(sys.stdin):
+    if most <= 1:
         return True
-    question = f"delete up to {most} dead letters for good? [y/N] "
+    which = f"dead letters of {scan.source}"
+    if scan.wanted != _LetterFilter():
+        which += " that fit the filters"
+    question = f"{verb} up to {most} {which}{how}? [y/N] "
     print(question, end="", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 

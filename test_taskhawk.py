@@ -17,11 +17,13 @@ import dataclasses
 import datetime as dt
 import functools
 import gc
+import hashlib
 import html
 import http.client
 import http.server
 import importlib
 import importlib.metadata
+import importlib.util
 import inspect
 import io
 import itertools
@@ -37,6 +39,7 @@ import random
 import re
 import resource
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -51,15 +54,20 @@ import types
 import urllib.parse
 import urllib.request
 import uuid
+import venv
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
+from zoneinfo import ZoneInfo
 
 import botocore.exceptions
 import botocore.session
+import botocore.stub
+import botocore.validate
 import flask
 import hypothesis
 import hypothesis.stateful
@@ -269,7 +277,8 @@ DENIED = "access denied: the IAM policy of these credentials does not allow {}"
 
 def configure_aws(endpoint: str, queue: str | None = None, **values: Any) -> None:
     """Configure what a server that stands in for AWS needs, and more."""
-    endpoints = {"AWS_ENDPOINT_SNS": endpoint, "AWS_ENDPOINT_SQS": endpoint}
+    services = ("DYNAMODB", "SCHEDULER", "SNS", "SQS")
+    endpoints = {f"AWS_ENDPOINT_{service}": endpoint for service in services}
     taskhawk.configure(AWS_SETTINGS, **endpoints, TASKHAWK_QUEUE=queue, **values)
 
 
@@ -550,9 +559,11 @@ def brings_messages(*messages: taskhawk.Message) -> dict[str, Any]:
 
 def make_queue(client: Any, name: str, most: int = 5, **attributes: str) -> str:
     """Make a queue and its dead-letter queue (after so many receives), and return its name."""
-    dead = client.create_queue(QueueName=f"{name}-DLQ", Attributes=attributes)[
-        "QueueUrl"
-    ]
+    if name.endswith(".fifo"):
+        attributes["FifoQueue"] = "true"
+    dead = client.create_queue(
+        QueueName=taskhawk._dead_letter_name(name), Attributes=attributes
+    )["QueueUrl"]
     found = client.get_queue_attributes(QueueUrl=dead, AttributeNames=["QueueArn"])
     policy = {
         "deadLetterTargetArn": found["Attributes"]["QueueArn"],
@@ -629,6 +640,16 @@ def plain(value=None):
     """Do nothing."""
 
 
+def another(name: str) -> Callable[[], None]:
+    """Return a function that does nothing, unlike all others."""
+
+    def f():
+        """Do nothing."""
+
+    f.__qualname__ = name
+    return f
+
+
 PROCESSING_ID = VALID["id"]
 PROCESSING_SECRET = "hunter2-0f6b6d1c"
 
@@ -698,6 +719,25 @@ def aws() -> Iterator[ScriptedAws]:
 def numbered(count: int, start: int = 0) -> list[taskhawk.Outgoing]:
     """Return messages whose bodies are numbers."""
     return [taskhawk.Outgoing(str(start + i), {}) for i in range(count)]
+
+
+def grouped(words: str) -> list[taskhawk.Outgoing]:
+    """Return a message for each word: its letter is its group, and "-" is none."""
+    return [
+        Outgoing(
+            word,
+            {},
+            0,
+            word[0].replace("-", "") or None,
+            f"{word}-{os.urandom(8).hex()}",
+        )
+        for word in words.split()
+    ]
+
+
+def bodies_of(messages: Iterable[QueueMessage]) -> str:
+    """Return the words that grouped() has made messages of."""
+    return " ".join(message.body for message in messages)
 
 
 def drain(broker: taskhawk.Broker, queue: str, lease_s: float = 60) -> list[str]:
@@ -985,6 +1025,12 @@ def command_error(
     return code, errors.removesuffix("\n")
 
 
+def told(text: str) -> list[tuple[str, str]]:
+    """Read cases: a line that begins at the margin, and the sentence below it."""
+    found = re.findall(r"(?m)^(\S.*)\n((?: .*\n)+)", text)
+    return [(case, " ".join(sentence.split())) for case, sentence in found]
+
+
 MESSAGE_ID = "[0-9a-f-]{36}"
 
 
@@ -1020,29 +1066,32 @@ HOUSE_PROMISES = {
     1: """publish _send_one _accepted _send_all_ready _partial_failure _send_all
         _in_batches _one_round SqliteBroker.send SqliteBroker._claim SqliteBroker.delete
         _SqliteFile.change _use_write_ahead_log _AwsSender._batch SqsBroker.send
-        SqsBroker.delete process _verdict _wanted _Slot._run Worker.settle
-        Worker._close _dead_letter _send_copy _Held.move _Holdings.finish
+        SqsBroker.delete process _verdict _wanted _delay_s _ask_policy _Slot._run Worker.settle
+        _carry_out _postpone Worker._close _dead_letter _send_copy _Held.move
+        _Holdings.finish
         _Holdings.release _Holdings._decide _Calls.answered _Calls._deleted
         _Calls._delayed _Calls._try_later _Holdings.doubt _Holdings.close
         _Holdings.end""",
     2: """SqliteBroker.receive SqliteBroker._claim SqliteBroker.change_visibility
-        SqsBroker.receive _find_lease _Poller._receive _Course.take _Course._release_if_stuck
+        SqsBroker.receive _find_lease _Poller._receive _Intake.take _Intake.close
+        _Course.take _Course._release_if_stuck _Backlog
         _Call _Leases _Holdings.take _Holdings.start _Holdings.release _Holdings.release_waiting
         _Holdings._decide _Holdings.expire _Holdings.lose _Calls.next _Calls.answered
-        _Calls._extended _Calls._deleted _Keeper.run _Keeper._make _Slot._run
+        _Calls._extended _Calls._deleted _Keeper._look _Keeper._make _Slot._run
         _Slot._process Worker._give_up _Child.kill""",
     3: """_decode _parse Message.__init__ _validate _fits _find_task Task.find_by_name
         Task.call _register _import _import_path _parse_line _to_outcome
         _import_tasks""",
-    4: """process _run _decode _parse _failed _verdict _is_invalid _text_of_invalid
+    4: """process _run _decode _parse _failed _log_failed _verdict _is_invalid _text_of_invalid
         _Slot._run Worker.settle""",
-    5: """_run _failed _sentence _what_follows _name_of _reason _in_one_line _facts
+    5: """_run _failed _log_failed _sentence _what_follows _name_of _reason _in_one_line _facts
         _extra_of _text_of_invalid _shown _mismatch _too_large _Holdings.warn
         _Keeper._tell _Faults _error_code _error_details _explained _explanation
         _find_remedy _Source.read _call_safely _log_again""",
-    6: """_Course.wait_for_room _Course._find_room _Poller.work _Poller._try
-        _Poller._receive _pause_s _Holdings._decide _Holdings._acknowledge
-        _Holdings._hurry _Calls.next _Calls._due_ends _Calls._share_call _Calls._extended _Leases _Keeper._wait _Keeper._make
+    6: """_Polls _Intake.begin _Intake.adds_helper _Poller.work _Poller._help
+        _Poller._try _Poller._receive _pause_s _Holdings._decide
+        _Ends _Calls.next _Calls._due_at _Calls._patience_s _Calls._extended _Leases
+        _Keeper._wait _Keeper._make
         SqsBroker.receive SqsBroker.url SqsBroker._find_url _parts""",
     7: """_in_own_context _refresh_django_connections _PerProcess _made_once
         _Brokers.before_fork _Brokers.after_fork _close_sqlite_files
@@ -1293,11 +1342,11 @@ class TestHouse:
         assert taskhawk.__doc__.endswith(f"\n\n{guide}"), f"\n{guide}"
 
     def test_what_to_read(self):
-        """No promise takes more than 300 statements, those about hostile input 120."""
+        """No promise takes more than 350 statements, those about hostile input 120."""
         sizes = house_promises()
         listed = re.findall(r"(?m)^    (\d)\. ", taskhawk.__doc__)
         assert [*map(int, listed)] == [*sizes]
-        assert max(sizes.values()) <= 300, sizes
+        assert max(sizes.values()) <= 350, sizes
         assert max(sizes[3], sizes[4]) < 120, sizes
 
     def test_nothing_is_evaluated(self):
@@ -1411,6 +1460,7 @@ class TestErrors:
             taskhawk.TaskhawkError: "ChildCrashed ConfigurationError IgnoreException"
             " LoggingException PartialFailure RetryException StopRetry"
             " TimeLimitExceeded ValidationError",
+            taskhawk.RetryException: "PostponeException",
             taskhawk.ValidationError: "MessageTooLarge TaskNotFound",
         }
 
@@ -1450,9 +1500,12 @@ class TestErrors:
             ((5,), {"delay_seconds": 60}, 60, "5"),
         ],
     )
-    def test_retry(self, args, kwargs, delay_seconds, text):
-        """RetryException's first argument is a delay if it is a number, else text."""
-        error = taskhawk.RetryException(*args, **kwargs)
+    @pytest.mark.parametrize(
+        "kind", [taskhawk.RetryException, taskhawk.PostponeException]
+    )
+    def test_retry(self, kind, args, kwargs, delay_seconds, text):
+        """The first argument of both is a delay if it is a number, else text."""
+        error = kind(*args, **kwargs)
         assert (error.delay_seconds, str(error)) == (delay_seconds, text)
 
     @pytest.mark.parametrize("delay_seconds", [-1, -0.5, math.inf, math.nan])
@@ -1463,6 +1516,21 @@ class TestErrors:
         for args, kwargs in ((delay_seconds,), {}), ((), named):
             made = refused(taskhawk.RetryException, *args, error=ValueError, **kwargs)
             assert made == sentence
+
+    def test_retry_by_no_policy(self):
+        """RetryException refuses a policy that can't be called."""
+        kwargs = {"error": ValueError, "retry": "soon"}
+        made = refused(taskhawk.RetryException, **kwargs)
+        assert made == "retry: expected a retry policy, got 'soon'"
+
+    @pytest.mark.parametrize(
+        ("args", "named"), [((5,), {}), ((), {"delay_seconds": 0})]
+    )
+    def test_retry_by_both(self, args, named):
+        """RetryException refuses a delay together with a policy, which might differ."""
+        kwargs = {"error": ValueError, "retry": taskhawk.fixed(60, 3), **named}
+        made = refused(taskhawk.RetryException, *args, **kwargs)
+        assert made == "expected delay_seconds or retry, got both"
 
     def test_data(self):
         """LoggingException has the record's `extra`; MessageTooLarge has the limit."""
@@ -1483,6 +1551,8 @@ SETTINGS_TABLE = {  # the default, and how an error goes on after "expected"
     "AWS_ACCESS_KEY": (None, "a string, such as 'AKIAIOSFODNN7EXAMPLE'"),
     "AWS_ACCOUNT_ID": (None, "an account id of twelve digits, such as '123456789012'"),
     "AWS_CONNECT_TIMEOUT_S": (2, "a number of seconds above 0, such as '2'"),
+    "AWS_ENDPOINT_DYNAMODB": (None, SETTINGS_URL),
+    "AWS_ENDPOINT_SCHEDULER": (None, SETTINGS_URL),
     "AWS_ENDPOINT_SNS": (None, SETTINGS_URL),
     "AWS_ENDPOINT_SQS": (None, SETTINGS_URL),
     "AWS_READ_TIMEOUT_S": (2, "a number of seconds above 0, such as '2'"),
@@ -1497,8 +1567,16 @@ SETTINGS_TABLE = {  # the default, and how an error goes on after "expected"
         "sqs",
         "'sqs' or a URL of SQLite, such as 'sqlite:///queue.db'",
     ),
+    "TASKHAWK_CLAIMS_TABLE": (
+        None,
+        (
+            "3 to 255 letters, digits, dots, hyphens and underscores, such as"
+            " 'taskhawk-claims'"
+        ),
+    ),
     "TASKHAWK_DEFAULT_HEADERS": (None, SETTINGS_HOOK.format("default_headers")),
     "TASKHAWK_ERROR_HOOK": (None, SETTINGS_HOOK.format("report_error")),
+    "TASKHAWK_FIFO": (False, "true or false, such as 'False'"),
     "TASKHAWK_HEARTBEAT_HOOK": (None, SETTINGS_HOOK.format("touch_file")),
     "TASKHAWK_MAX_DB_REUSE_LOOPS": (5, "a whole number above 0, such as '5'"),
     "TASKHAWK_POST_PROCESS_HOOK": (None, SETTINGS_HOOK.format("after")),
@@ -1506,6 +1584,18 @@ SETTINGS_TABLE = {  # the default, and how an error goes on after "expected"
     "TASKHAWK_QUEUE": (
         None,
         "at most 53 letters, digits, hyphens and underscores, such as 'dev-myapp'",
+    ),
+    "TASKHAWK_RETRY": (
+        None,
+        "a retry policy or its dotted path, such as 'myapp.retries.patient'",
+    ),
+    "TASKHAWK_RUN_HOOK": (None, SETTINGS_HOOK.format("count_run")),
+    "TASKHAWK_SCHEDULER_ROLE": (
+        None,
+        (
+            "the ARN of an IAM role, such as"
+            " 'arn:aws:iam::123456789012:role/taskhawk-dev-myapp'"
+        ),
     ),
     "TASKHAWK_SYNC": (False, "true or false, such as 'False'"),
     "TASKHAWK_TASK_CLASS": (
@@ -1526,6 +1616,9 @@ SETTINGS_LEGAL = [
     ("TASKHAWK_MAX_DB_REUSE_LOOPS", 1),
     ("TASKHAWK_QUEUE", "Dev_my-app-2"),
     ("TASKHAWK_QUEUE", "q" * 53),
+    ("TASKHAWK_RETRY", taskhawk.fixed(60, 3)),
+    ("TASKHAWK_RETRY", math.sqrt),
+    ("TASKHAWK_SCHEDULER_ROLE", "arn:aws-us-gov:iam::000000000000:role/a/b+c"),
     ("TASKHAWK_TASK_CLASS", taskhawk.Task),
 ]
 SETTINGS_ILLEGAL = [
@@ -1538,6 +1631,7 @@ SETTINGS_ILLEGAL = [
     *(("AWS_REGION", value) for value in (1, "us-east-1a", "us-west-2-lax-1a")),
     ("AWS_REGION", "us east 1"),
     ("IS_LAMBDA_APP", "perhaps"),
+    ("TASKHAWK_FIFO", "first in"),
     ("TASKHAWK_SYNC", "fasle"),
     *(("TASKHAWK_BROKER", value) for value in ("redis://127.0.0.1", "SQS", 5)),
     *(("TASKHAWK_MAX_DB_REUSE_LOOPS", value) for value in (0, "five", 2.5, True)),
@@ -1545,6 +1639,11 @@ SETTINGS_ILLEGAL = [
     ("TASKHAWK_DEFAULT_HEADERS", {"a": "b"}),
     ("TASKHAWK_ERROR_HOOK", "print"),
     *(("TASKHAWK_HEARTBEAT_HOOK", value) for value in ("os.sep", ".hooks.beat")),
+    ("TASKHAWK_RETRY", 60),
+    *(
+        ("TASKHAWK_SCHEDULER_ROLE", value)
+        for value in ("role/a", "arn:aws:iam::1:role/a", 5)
+    ),
     ("TASKHAWK_TASK_CLASS", 5),
 ]
 #: names that are no settings, and no mistakes either: of 4.7, or set by Kubernetes
@@ -1590,6 +1689,45 @@ class TestSettings:
         """These are all the settings, and what they are if nobody sets them."""
         defaults = {name: default for name, (default, _) in SETTINGS_TABLE.items()}
         assert {n: getattr(taskhawk.settings, n) for n in SETTINGS_TABLE} == defaults
+
+    @pytest.mark.parametrize(
+        ("given", "name", "sentence"),
+        [
+            (
+                {"IS_LAMBDA_APP": True},
+                "IS_LAMBDA_APP",
+                (
+                    "TASKHAWK_FIFO and IS_LAMBDA_APP are both set, but a FIFO topic"
+                    " can't call a function: set one of them; with TASKHAWK_FIFO alone,"
+                    " messages go to queues, which a function can consume, too"
+                ),
+            ),
+            (
+                {"TASKHAWK_QUEUE": "q" * 49},
+                "TASKHAWK_FIFO",
+                (
+                    "TASKHAWK_QUEUE: expected at most 48 characters where TASKHAWK_FIFO"
+                    " is set, for the names of FIFO queues end with '.fifo', got 49 in"
+                    f" {'q' * 49!r}"
+                ),
+            ),
+        ],
+    )
+    def test_fifo(self, given, name, sentence):
+        """What FIFO queues do not go with is refused at first use, and by a check."""
+        taskhawk.configure(given, TASKHAWK_FIFO=True)
+        assert refusal_of(name) == sentence
+        assert refusal_of("TASKHAWK_FIFO") == sentence
+        assert [str(error) for error in taskhawk.settings.errors()] == [sentence]
+        taskhawk.configure(given)
+        assert getattr(taskhawk.settings, name) == given.get(name, False)
+
+    def test_longest_fifo_queue(self):
+        """The longest name that is allowed gives queues of 80 characters."""
+        taskhawk.configure(TASKHAWK_FIFO="true", TASKHAWK_QUEUE="q" * 48)
+        queue = taskhawk.SqsBroker().destination(Priority.high)
+        assert queue.endswith("-HIGH-PRIORITY.fifo")
+        assert len(taskhawk._dead_letter_name(queue)) == 80
 
     def test_order_of_sources(self, tmp_path):
         """configure() goes before SETTINGS_MODULE, Django, environment and defaults."""
@@ -1645,8 +1783,8 @@ class TestSettings:
         assert refused(taskhawk.configure, colour="red") == (
             "colour is not a setting of taskhawk"
         )
-        assert refused(taskhawk.configure, TASKHAWK_FOO=2) == (
-            "TASKHAWK_FOO is not a setting of taskhawk"
+        assert refused(taskhawk.configure, TASKHAWK_ZEBRA=2) == (
+            "TASKHAWK_ZEBRA is not a setting of taskhawk"
         )
         # Reading one is an AttributeError.
         read = (getattr, taskhawk.settings, "TASKHAWK_SINC")
@@ -3095,11 +3233,16 @@ class Queues:
         """Return how many messages are visible, in flight and delayed."""
         return tuple(self.broker.depth(self.name))
 
+    def receive_one(self) -> QueueMessage:
+        """Receive one message, waiting for it."""
+        (message,) = self.receive(1, 15)
+        return message
+
     def stale(self) -> tuple[Any, QueueMessage]:
         """Return a receipt that is stale, and its message as it was received again."""
-        (first,) = self.receive_all(1)
+        first = self.receive_one()
         assert self.change((first.receipt_handle, 0)) == []
-        (second,) = self.receive_all(1)
+        second = self.receive_one()
         return first.receipt_handle, second
 
     @staticmethod
@@ -3290,6 +3433,84 @@ class TestBrokerContract:
         assert Outgoing("", binary).size() == len("bBinary") + 2
 
 
+class TestGroups:
+    """What every broker does alike with the groups of messages."""
+
+    @pytest.fixture(params=["ministack", "file", "memory"])
+    def fifo(self, request, tmp_path, sqs_client, queue_name):
+        """Yield a fresh FIFO queue of each broker that can be trusted with one."""
+        name, clock = f"TASKHAWK-{queue_name}.fifo", Clock(time.time())
+        if request.param == "ministack":
+            endpoint = request.getfixturevalue("ministack")
+            make_queue(sqs_client(endpoint), name, 2)
+            configure_aws(endpoint)
+            broker = taskhawk.SqsBroker()
+        else:
+            path = f"/{tmp_path}/queue.db" if request.param == "file" else ""
+            url = f"sqlite://{path}?max_receive_count=2"
+            broker = taskhawk.SqliteBroker(url, clock)
+        with contextlib.closing(broker):
+            yield Queues(broker, name, True, clock)
+
+    @pytest.mark.parametrize(
+        ("queue", "dead"), [("Q", "Q-DLQ"), ("Q-BULK.fifo", "Q-BULK-DLQ.fifo")]
+    )
+    def test_names(self, queue, dead):
+        """The dead-letter queue of a FIFO queue is one, and its name ends like one."""
+        assert taskhawk._dead_letter_name(queue) == dead
+        assert taskhawk._is_dead_letter_queue(dead)
+        assert not taskhawk._is_dead_letter_queue(queue)
+
+    @pytest.mark.parametrize("is_fifo", [False, True])
+    def test_destinations(self, is_fifo):
+        """TASKHAWK_FIFO gives each queue's name an end, in lower case."""
+        taskhawk.configure(TASKHAWK_QUEUE="dev-x", TASKHAWK_FIFO=is_fifo)
+        names = ["DEV-X", "DEV-X-HIGH-PRIORITY", "DEV-X-LOW-PRIORITY", "DEV-X-BULK"]
+        end = ".fifo" if is_fifo else ""
+        found = [taskhawk.SqsBroker().destination(priority) for priority in Priority]
+        assert found == [f"TASKHAWK-{name}{end}" for name in names]
+
+    def test_order(self, fifo):
+        """A group's next message is not given before the one before it is gone.
+
+        It does not matter whether that is in flight, waits for its retry, or is visible
+        again; a delete or the dead-letter queue frees the group. Groups are apart.
+        """
+        assert fifo.broker.send(fifo.name, grouped("a1 b1 a2 a3")) == []
+        (a1,), (b1,) = fifo.receive(1), fifo.receive(1)
+        assert (bodies_of([a1, b1]), a1.group_id, b1.group_id) == ("a1 b1", "a", "b")
+        assert fifo.receive() == []
+        assert fifo.broker.send(fifo.name, grouped("b2")) == []
+        assert fifo.receive() == []
+        assert sum(fifo.depth()) == 5
+        assert fifo.delete(a1.receipt_handle) == []
+        (a2,) = fifo.receive(1)
+        assert a2.body == "a2"
+        assert fifo.change((a2.receipt_handle, 1)) == []
+        assert fifo.delete(b1.receipt_handle) == []
+        assert bodies_of(fifo.receive(1)) == "b2"
+        assert fifo.receive() == []
+        fifo.clock.now += 1
+        a2 = fifo.receive_one()
+        assert (a2.body, a2.attempt) == ("a2", 2)
+        assert fifo.change((a2.receipt_handle, 0)) == []
+        assert fifo.receive_one().body == "a3"
+        dead_letters = fifo.broker.info(fifo.name).dead_letter_queue
+        dead = dataclasses.replace(fifo, name=dead_letters)
+        (found,) = dead.receive_all(1)
+        assert (found.body, found.message_id) == ("a2", a2.message_id)
+        assert (found.group_id, found.queue) == ("a", f"{fifo.name[:-5]}-DLQ.fifo")
+
+    def test_stale_receipt(self, fifo):
+        """A receipt is refused once the message was received again."""
+        assert fifo.broker.send(fifo.name, grouped("a1 a2")) == []
+        stale, again = fifo.stale()
+        assert fifo.delete(stale) == [STALE]
+        assert fifo.receive() == []
+        assert fifo.delete(again.receipt_handle) == []
+        assert fifo.receive_one().body == "a2"
+
+
 FAULT, MISSING = OSError("no route"), taskhawk.ConfigurationError("no queue")
 # Of batch calls for "abcdefghijkl": each call that is made, with its answer: who is
 # refused (in upper case: for good), or an error; who is refused in the end; how many
@@ -3325,6 +3546,66 @@ REPEATED = {
         [("abcdefghij", "a"), ("kl", "l"), ("al", FAULT)],
         "al",
         2,
+    ),
+}
+
+
+# Of sends to a FIFO queue: each call, with the places in it that are refused (negative,
+# from -1: for good), or an error; what is refused in the end, and how many rounds.
+ORDERED = {
+    "all accepted": ("a1 a2 b1", [("a1 a2 b1", [])], "", 1),
+    "tried again in order": (
+        "a1 a2 b1 a3 b2 a4 b3 a5 b4 a6 a7 b5",
+        [
+            ("a1 a2 b1 a3 b2 a4 b3 a5 b4 a6", [7, 9]),
+            ("b5", []),
+            ("a5 a6 a7", []),
+        ],
+        "",
+        2,
+    ),
+    "overtaken": ("a1 a2 b1", [("a1 a2 b1", [0])], "a1", 1),
+    "overtaken, then no more": (
+        "a1 a2 b1 b2 b3 b4 b5 b6 b7 b8 a3 b9",
+        [("a1 a2 b1 b2 b3 b4 b5 b6 b7 b8", [0]), ("b9", [])],
+        "a1 a3",
+        1,
+    ),
+    "for good": (
+        "a1 a2 b1 b2 b3 b4 b5 b6 b7 b8 a3 b9",
+        [("a1 a2 b1 b2 b3 b4 b5 b6 b7 b8", [-2]), ("b9", [])],
+        "a2 a3",
+        1,
+    ),
+    "for good, then one that may be tried": (
+        "a1 a2",
+        [("a1 a2", [-1, 1])],
+        "a1 a2",
+        1,
+    ),
+    "one that may be tried, then for good": (
+        "a1 a2 b1 b2 b3 b4 b5 b6 b7 b8 a3",
+        [("a1 a2 b1 b2 b3 b4 b5 b6 b7 b8", [0, -2]), ("a1", [])],
+        "a2 a3",
+        2,
+    ),
+    "always": (
+        "a1 a2 b1",
+        [("a1 a2 b1", [0, 1]), ("a1 a2", [0, 1]), ("a1 a2", [0, 1])],
+        "a1 a2",
+        3,
+    ),
+    "nothing is left to send": (
+        "b1 a1 a2 a3 a4 a5 a6 a7 a8 a9 a10",
+        [("b1 a1 a2 a3 a4 a5 a6 a7 a8 a9", [-2, 2, 3, 4, 5, 6, 7, 8, 9])],
+        "a1 a2 a3 a4 a5 a6 a7 a8 a9 a10",
+        1,
+    ),
+    "a fault": (
+        "a1 a2 a3 a4 a5 a6 a7 a8 a9 a10 a11",
+        [("a1 a2 a3 a4 a5 a6 a7 a8 a9 a10", []), ("a11", FAULT)],
+        "a11",
+        1,
     ),
 }
 
@@ -3367,6 +3648,44 @@ class TestBatchCalls:
         assert all(refusal.index == index for index, refusal in found.items())
         assert next(calls, None) is None
         assert pauses == [0.09, 0.3][: max(0, rounds - 1)]
+
+    @pytest.mark.parametrize("name", ORDERED)
+    def test_ordered(self, pauses, name):
+        """On a FIFO queue a message never overtakes one of its group by being sent later.
+
+        What a call has accepted all the same is there: then the one before it is not
+        sent any more, and neither is what follows.
+        """
+        words, script, refused, rounds = ORDERED[name]
+        calls = iter(script)
+
+        class Sender(taskhawk.SqliteBroker):
+            def send(self, destination, entries):
+                expected, answer = next(calls)
+                assert [entry.body for entry in entries] == expected.split()
+                if isinstance(answer, Exception):
+                    raise answer
+                return [
+                    taskhawk.Refusal(p if p >= 0 else -1 - p, "C", "why", p < 0)
+                    for p in answer
+                ]
+
+        entries = grouped(words)
+        with contextlib.closing(Sender("sqlite://")) as sender:
+            found = taskhawk._send_all(sender, "Q.fifo", entries)
+        assert [entries[index].body for index in sorted(found)] == refused.split()
+        assert all(refusal.index == index for index, refusal in found.items())
+        assert next(calls, None) is None
+        assert pauses == [0.09, 0.3][: rounds - 1]
+
+    def test_held_back(self):
+        """What was not sent, because of one before it, says so."""
+        answers = [[taskhawk.Refusal(0, "C", "why", final=True)]]
+        send = taskhawk._in_order("Q.fifo", lambda _: answers.pop())
+        first, second = grouped("a1 a2")
+        assert send([first]) == [taskhawk.Refusal(0, "C", "why", final=True)]
+        text = "an earlier message of its group was refused"
+        assert send([second]) == [taskhawk.Refusal(0, "GroupStopped", text, final=True)]
 
     def test_one_call(self):
         """An error in place of an answer refuses each entry, but not for good."""
@@ -4035,6 +4354,204 @@ print(taskhawk._brokers.broker().depth('TASKHAWK-DEFAULT').visible - own - count
         assert (record.levelname, record.getMessage()) == ("WARNING", text)
 
 
+# What a file had before there were groups, and how it was filled.
+SQLITE_BEFORE_GROUPS = """BEGIN IMMEDIATE;
+CREATE TABLE message (id INTEGER PRIMARY KEY AUTOINCREMENT,
+    queue TEXT NOT NULL, message_id TEXT NOT NULL, body TEXT NOT NULL,
+    attributes TEXT NOT NULL, sent_ms INTEGER NOT NULL, visible_ms INTEGER NOT NULL,
+    receive_count INTEGER NOT NULL DEFAULT 0, receipt TEXT);
+CREATE INDEX message_visible ON message (queue, visible_ms);
+PRAGMA user_version = 1; COMMIT;"""
+SQLITE_SEND_BEFORE_GROUPS = """INSERT INTO message
+    (queue, message_id, body, attributes, sent_ms, visible_ms)
+    VALUES ('Q', lower(hex(randomblob(16))), '{}', '{{}}', {now}, {visible})"""
+# What is sent, as grouped() reads it, and in which order it is received.
+SQLITE_TURNS = {
+    "one tenant": ("a1 a2 a3", "a1 a2 a3"),
+    "no group": ("-1 -2 -3", "-1 -2 -3"),
+    "three tenants": ("a1 a2 a3 a4 b1 b2 c1", "a1 a2 b1 c1 a3 b2 a4"),
+    "others have no group": ("a1 a2 a3 a4 -1 -2 b1", "a1 a2 -1 -2 b1 a3 a4"),
+}
+SQLITE_STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(("send", "receive", "delete", "retry", "wait")),
+        st.integers(0, 3),
+    ),
+    max_size=60,
+)
+
+
+class TestSqliteGroups:
+    """Groups take turns, and those of a FIFO queue keep their order, at a constant cost."""
+
+    @pytest.fixture
+    def broker(self):
+        """Yield a broker in memory, whose clock stands."""
+        url = "sqlite://?max_receive_count=3"
+        with contextlib.closing(taskhawk.SqliteBroker(url, Clock())) as broker:
+            yield broker
+
+    @staticmethod
+    def receive(broker: taskhawk.Broker, count: int = 1, queue: str = "Q") -> Any:
+        """Receive what is visible, up to so many."""
+        return broker.receive(queue, count, 0, 60, NEVER)
+
+    @pytest.mark.parametrize("at_once", [1, 2, 10])
+    @pytest.mark.parametrize("name", SQLITE_TURNS)
+    def test_turns(self, broker, name, at_once):
+        """A tenant with many messages does not make the others wait for all of them."""
+        sent, expected = SQLITE_TURNS[name]
+        for start in range(0, 10, at_once):
+            if entries := grouped(sent)[start : start + at_once]:
+                broker.send("Q", entries)
+        polls = iter(lambda: self.receive(broker), [])
+        assert bodies_of(m for poll in polls for m in poll) == expected
+
+    @pytest.mark.parametrize("others", ["b", "-", "bcdefghij"])
+    def test_nobody_waits_for_ever(self, broker, others):
+        """However much others send, a message is received after a few of each of them."""
+        broker.send("Q", grouped("a1 a2 a3 a4"))
+        found: list[str] = []
+        for number in range(60):
+            broker.send("Q", grouped(" ".join(f"{o}{number}" for o in others)))
+            found += [message.body for message in self.receive(broker)]
+        waited = [found.index(f"a{number}") for number in (1, 2, 3, 4)]
+        assert waited[-1] <= 4 * (len(others) + 1)
+
+    def test_retries_take_turns(self, broker):
+        """What is visible again joins the end of its tenant's messages."""
+        broker.send("Q", grouped("a1 a2 a3 a4 b1 b2"))
+        first = self.receive(broker)
+        broker.change_visibility("Q", [(m.receipt_handle, 0) for m in first])
+        assert self.receive(broker, 0) == []
+        polls = iter(lambda: self.receive(broker), [])
+        assert bodies_of(m for poll in polls for m in poll) == "a2 b1 a3 b2 a4 a1"
+
+    @pytest.mark.parametrize("queue", ["Q", "Q.fifo"])
+    @pytest.mark.parametrize("words", ["a1 a2 a3 a4", "-1 -2 -3 -4", "a1 b1 c1 d1"])
+    def test_cost(self, queue, words):
+        """A send, a receive and a delete cost the same on 4,000 messages as on 40."""
+        costs = []
+        for rounds in (1, 100):
+            with contextlib.closing(taskhawk.SqliteBroker("sqlite://")) as broker:
+                for _ in range(rounds * 10):
+                    broker.send(queue, grouped(words))
+                steps = [0]
+
+                def count(steps: list[int] = steps) -> int:
+                    steps[0] += 1
+                    return 0
+
+                broker._file._connection().set_progress_handler(count, 1)
+                broker.send(queue, grouped(words))
+                found = self.receive(broker, 2, queue)
+                broker.delete(queue, [m.receipt_handle for m in found])
+                found = self.receive(broker, 2, queue)
+                broker.change_visibility(queue, [(m.receipt_handle, 0) for m in found])
+                self.receive(broker, 2, queue)
+                costs.append(steps[0])
+        assert costs[1] < 1.2 * costs[0]
+
+    @given(steps=SQLITE_STEPS)
+    def test_order(self, steps):
+        """Whatever happens, a FIFO group's messages are received in order, one at a time."""
+        clock, url = Clock(), "sqlite://?max_receive_count=3"
+        with contextlib.closing(taskhawk.SqliteBroker(url, clock)) as broker:
+            self.check_order(broker, clock, steps)
+
+    def check_order(
+        self, broker: taskhawk.Broker, clock: Clock, steps: Sequence[tuple[str, int]]
+    ) -> None:
+        """Take the steps, and compare what is received with lists."""
+        queued: dict[str, list[str]] = {group: [] for group in "abcd"}
+        held: dict[str, QueueMessage] = {}
+        numbers = itertools.count()
+
+        def take(messages: Sequence[QueueMessage]) -> None:
+            for letter in self.receive(broker, 10, "Q-DLQ.fifo"):
+                queued[letter.group_id].remove(letter.body)
+                held.pop(letter.group_id, None)
+            for message in messages:
+                assert queued[message.group_id][0] == message.body
+                held[message.group_id] = message
+
+        for step, number in steps:
+            group = "abcd"[number]
+            if step == "send":
+                names = [f"{group}{next(numbers)}" for _ in range(1 + number % 2)]
+                queued[group] += names
+                broker.send("Q.fifo", grouped(" ".join(names)))
+            elif step == "receive":
+                take(self.receive(broker, 1 + number, "Q.fifo"))
+            elif step == "wait":
+                clock.now += 25 * number
+            elif group in held:
+                receipt = held.pop(group).receipt_handle
+                if step == "delete":
+                    assert broker.delete("Q.fifo", [receipt]) == []
+                    queued[group].pop(0)
+                else:  # which is refused where its lease has ended
+                    broker.change_visibility("Q.fifo", [(receipt, number)])
+        for _ in range(1000):
+            clock.now += 100
+            messages = self.receive(broker, 10, "Q.fifo")
+            take(messages)
+            broker.delete("Q.fifo", [m.receipt_handle for m in messages])
+            for message in messages:
+                queued[message.group_id].pop(0)
+            if not any(queued.values()):
+                break
+        assert not any(queued.values())
+        assert broker.depth("Q.fifo") == Depth(0, 0, 0)
+
+    def test_file_of_before(self, tmp_path):
+        """A file that was made before there were groups is opened, and its messages come first.
+
+        A process that still runs the older version may go on with it.
+        """
+        path, clock = tmp_path / "queue.db", Clock()
+        now = int(clock.now * 1000)
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            db.executescript(SQLITE_BEFORE_GROUPS)
+        send = SQLITE_SEND_BEFORE_GROUPS
+
+        def send_as_before(body: str, visible: int = now - 10**15) -> None:
+            with contextlib.closing(sqlite3.connect(path)) as db, db:
+                db.execute(send.format(body, now=now, visible=visible))
+
+        send_as_before("one")
+        send_as_before("two")
+        send_as_before("delayed", now + 1000)
+        url = f"sqlite:///{path}"
+        with contextlib.closing(taskhawk.SqliteBroker(url, clock)) as broker:
+            broker.send("Q", grouped("a1 a2 b1"))
+            send_as_before("three", now - 10**15 + 1)
+            assert broker.depth("Q") == Depth(6, 0, 1)
+            polls = iter(lambda: self.receive(broker), [])
+            found = bodies_of(m for poll in polls for m in poll)
+            assert found == "one two three a1 b1 a2"
+            clock.now += 1
+            assert bodies_of(self.receive(broker)) == "delayed"
+
+    def test_processes_that_open_a_file_of_before(self, tmp_path):
+        """Any number of processes may find that the file lacks groups at the same time."""
+        path = tmp_path / "queue.db"
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            db.executescript(SQLITE_BEFORE_GROUPS)
+        code = """
+go_when_told()
+broker = taskhawk.SqliteBroker(sys.argv[2])
+print(broker.send('Q', [Outgoing(sys.argv[3], {}, 0, 'group')]))
+"""
+        url = f"sqlite:///{path}"
+        arguments = [(url, str(number)) for number in range(4)]
+        with sqlite_children(code, "sqlite://", *arguments) as children:
+            assert [child.stdout.read() for child in children] == ["[]\n"] * 4
+        with contextlib.closing(taskhawk.SqliteBroker(url)) as broker:
+            found = [(m.body, m.group_id) for m in self.receive(broker, 10)]
+        assert sorted(found) == [(str(number), "group") for number in range(4)]
+
+
 # --- 9. SQS and SNS -------------------------------------------------------------------
 
 NO_QUEUE = (
@@ -4298,9 +4815,68 @@ class TestSqs:
         data = aws.calls[1].data
         limits = (data["MaxNumberOfMessages"], data["WaitTimeSeconds"])
         assert (*limits, data.get("VisibilityTimeout")) == expected
-        names = ["ApproximateReceiveCount", "SentTimestamp", "MessageGroupId"]
-        assert data["MessageSystemAttributeNames"] == names
+        assert data["MessageSystemAttributeNames"] == [
+            "ApproximateReceiveCount",
+            "SentTimestamp",
+            "ApproximateFirstReceiveTimestamp",
+            "MessageGroupId",
+        ]
         assert data["MessageAttributeNames"] == ["All"]
+
+    def test_lost_answer(self, aws, sqs):
+        """A receive from a FIFO queue whose answer was lost is repeated with its id.
+
+        So SQS returns its messages again, which would hold up their groups until their
+        visibility timeout ends.
+        """
+        aws.script("ReceiveMessage", DROPPED, fault("Throttled"), None, None)
+        for _ in range(2):
+            with pytest.raises(
+                (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError)
+            ):
+                sqs.receive("Q.fifo", 1, 0, None, NEVER)
+        for _ in range(2):
+            assert sqs.receive("Q.fifo", 1, 0, None, NEVER) == []
+        assert sqs.receive("Q", 1, 0, None, NEVER) == []
+        polls = aws.asked("ReceiveMessage")
+        first, second, third, fourth, fifth = (
+            poll.get("ReceiveRequestAttemptId") for poll in polls
+        )
+        assert re.fullmatch(MESSAGE_ID, first)
+        assert first == second == third != fourth
+        assert fifth is None
+
+    def test_receives_at_once(self, aws, sqs):
+        """Receives from a FIFO queue that are under way together have ids of their own."""
+        aws.always("ReceiveMessage", DROPPED)
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            polls = [
+                pool.submit(sqs.receive, "Q.fifo", 1, 0, None, NEVER) for _ in range(4)
+            ]
+            assert all(poll.exception() for poll in polls)
+        repeated = len(aws.calls)
+        aws.answers.clear()
+        for _ in range(4):
+            sqs.receive("Q.fifo", 1, 0, None, NEVER)
+        ids = [poll["ReceiveRequestAttemptId"] for poll in aws.asked("ReceiveMessage")]
+        assert set(ids[-4:]) >= set(ids[:-4])
+        assert len(set(ids[-4:])) == 4
+        assert len(aws.calls) == repeated + 4
+
+    def test_too_large_for_a_fifo_queue(self, aws, sqs):
+        """One by one, too, what follows a refused message of its group is not sent."""
+        too_long = "AWS.SimpleQueueService.BatchRequestTooLong"
+        aws.always("SendMessageBatch", fault(too_long))
+        aws.script("SendMessage", fault("InvalidParameterValue"), None)
+        refusals = sqs.send("Q.fifo", grouped("a1 b1 a2"))
+        assert [(r.index, r.code, r.final) for r in refusals] == [
+            (0, "InvalidParameterValue", True),
+            (2, "GroupStopped", True),
+        ]
+        assert [each["MessageBody"] for each in aws.asked("SendMessage")] == [
+            "a1",
+            "b1",
+        ]
 
     def test_whole_seconds(self, aws, sqs):
         """A fraction of a second is rounded up: a retry is never early."""
@@ -4643,6 +5219,7 @@ class TestSns:
         with taskhawk.batch():
             ids += [high.dispatch(number) for number in range(12)]
         assert sns.actions == ["Publish", "PublishBatch", "PublishBatch"]
+        assert not any("MessageGroupId" in key for key in sns.calls[0].data)
         assert sns.batches == [1, 10, 2]
         messages = received()
         bodies = [json.loads(message.body) for message in messages]
@@ -4650,6 +5227,18 @@ class TestSns:
         for body, message in zip(bodies, messages, strict=True):
             assert body["headers"] == {"request_id": "é1"}
             assert message.message_attributes["request_id"]["StringValue"] == "é1"
+
+    def test_groups(self, aws, task):
+        """A message's group goes along, for the fair queues that subscribe to the topic."""
+        configure_aws(aws.url, "app", IS_LAMBDA_APP=True)
+        invocation = task.with_group("tenant 7")
+        invocation.dispatch("a")
+        invocation.dispatch_many("bc")
+        one, two = (call.data for call in aws.calls)
+        group = taskhawk._group_id_of("tenant 7", "group")
+        entries = "PublishBatchRequestEntries.member"
+        found = [two[f"{entries}.{number}.MessageGroupId"] for number in (1, 2)]
+        assert [one["MessageGroupId"], *found] == [group] * 3
 
     def test_partial_failure(self, aws):
         """An answer of 200 to PublishBatch is read entry by entry."""
@@ -5410,30 +5999,71 @@ class TestTasks:
         assert run_queued().error is None
         assert runs == [(4, 5, 6, {"self": 1, "task": 2, "h1": 3})]
 
-    def test_injecting_decorator(self, memory):
-        """Calls are checked by the signature that inspect reads from a wrapper."""
-        sold = []
+    @pytest.mark.parametrize(
+        ("wrapper", "is_mute"),
+        [
+            (lambda *args, **kwargs: None, True),
+            (lambda *args: None, True),
+            (lambda **kwargs: None, True),
+            (lambda what, **kwargs: None, True),
+            (functools.cache(lambda what: None), True),
+            (lambda what: None, False),
+            (lambda what, size=1: None, False),
+        ],
+        ids=["*, **", "*", "**", "name, **", "compiled", "name", "default"],
+    )
+    def test_injecting_decorator(self, wrapper, is_mute, memory):
+        """Calls are checked by what can be called, as far as a wrapper names it.
 
-        def with_session(fn):
-            @functools.wraps(fn)
-            def wrapper(*args, **kwargs):
-                fn("session", *args, **kwargs)
+        Where it does not, the error says what to do; what is set then counts.
+        """
 
-            return wrapper
-
-        @with_session
         def sell(session, what):
-            sold.append((session, what))
+            raise AssertionError
 
-        task = taskhawk.task(name="shop.sell")(sell)
+        functools.update_wrapper(wrapper, sell)
+        task = taskhawk.task(name="shop.sell")(wrapper)
+        if is_mute:
+            sentence = (
+                "shop.sell: missing a required argument: 'what' (if a decorator passes"
+                " it, set __signature__ of the function that the decorator returns)"
+            )
+            assert refused(task.dispatch, "milk", error=TypeError) == sentence
+            taskhawk._registry.clear()
+            vars(wrapper)["__signature__"] = inspect.signature(lambda what: None)
+            task = taskhawk.task(name="shop.sell")(wrapper)
         sentence = "shop.sell: missing a required argument: 'what'"
-        assert refused(task.dispatch, "milk", error=TypeError) == sentence
-        del sell.__wrapped__
-        assert refused(taskhawk.task(name="shop.buy"), sell) == f"shop.buy: {STARRED}"
-        sell.__signature__ = inspect.signature(lambda what: None)
-        taskhawk.task(name="shop.buy")(sell).dispatch("milk")
+        assert refused(task.dispatch, error=TypeError) == sentence
+        task.dispatch("milk")
+
+    def test_signature_is_taken_at_its_word(self, memory):
+        """A function that is not wrapped, and takes anything, may say what it takes."""
+        ran = []
+
+        def count(*numbers):
+            ran.append(numbers)
+
+        assert refused(taskhawk.task(name="a.count"), count) == f"a.count: {STARRED}"
+        count.__signature__ = inspect.signature(count)
+        taskhawk.task(name="a.count")(count).dispatch(1, 2)
         assert run_queued().error is None
-        assert sold == [("session", "milk")]
+        assert ran == [(1, 2)]
+
+    def test_place_of_wrapped_function(self):
+        """Where a decorated function is written is where the one inside it is."""
+
+        def decorated(fn):
+            return functools.wraps(fn)(lambda: None)
+
+        def one():
+            pass
+
+        taskhawk.task(name="a.one")(decorated(one))
+        line = one.__code__.co_firstlineno
+        error = refused(taskhawk.task(name="a.one"), decorated(one))
+        assert (
+            f"is taken by {__name__}.{one.__qualname__} ({__file__}:{line}): " in error
+        )
 
     def test_immutable_invocations(self, memory):
         """Each with_… returns a new invocation and leaves the old one as it was."""
@@ -5465,16 +6095,24 @@ class TestTasks:
     @pytest.mark.parametrize(
         ("delay", "error", "got"),
         [
-            ("5", TypeError, "seconds or a timedelta, got '5'"),
-            (True, TypeError, "seconds or a timedelta, got True"),
+            ("5", TypeError, "seconds, a timedelta or a datetime, got '5'"),
+            (True, TypeError, "seconds, a timedelta or a datetime, got True"),
             (-1, ValueError, "0 or more seconds, got -1"),
             (math.nan, ValueError, "0 or more seconds, got nan"),
             (math.inf, ValueError, "0 or more seconds, got inf"),
             (timedelta(days=-1), ValueError, "0 or more seconds, got -86400.0"),
+            (
+                datetime(2099, 1, 1),  # noqa: DTZ001 - that is what is wrong
+                ValueError,
+                (
+                    "a datetime with a time zone, such as datetime.now(UTC), got"
+                    " 2099-01-01 00:00:00"
+                ),
+            ),
         ],
     )
     def test_wrong_delay(self, delay, error, got):
-        """A delay is seconds or a timedelta, neither negative nor without end."""
+        """A delay is a time, neither negative nor without end, nor without a time zone."""
         sentence = refused(taskhawk.task(plain).with_delay, delay, error=error)
         assert sentence == f"delay: expected {got}"
 
@@ -6249,28 +6887,12 @@ except taskhawk.ValidationError as error:
             seconds = [entry.get("DelaySeconds") for entry in sent]
             assert seconds == [*delays.values()]
 
-    @pytest.mark.parametrize(
-        ("delay", "limit", "shown"),
-        [
-            (900.001, 900, "900.001"),
-            (timedelta(days=1), 900, "86400"),
-        ],
-    )
-    def test_delay_too_long(self, aws, mail, delay, limit, shown):
-        """A delay that the service can't keep is refused before anything is sent."""
-        configure_aws(aws.url, "app")
-        assert refused(mail.with_delay(delay).dispatch) == (
-            f"mail.send: the queue can hold a message back for at most {limit} s, got"
-            f" {shown} s"
+    def test_delay_too_long(self, sqlite, mail):
+        """A delay that no number of SQLite's can hold is refused."""
+        assert refused(mail.with_delay(timedelta(days=36_501)).dispatch) == (
+            "mail.send: the queue can hold a message back for at most 3.1536e+09 s, got"
+            " 3.15369e+09 s"
         )
-        assert aws.calls == []
-
-    def test_delay_sns(self, aws, mail):
-        """A delay is refused where a Lambda app publishes, for SNS has none."""
-        configure_aws(aws.url, "app", IS_LAMBDA_APP=True)
-        sentence = "mail.send: SNS can't delay messages"
-        assert refused(mail.with_delay(1).dispatch) == sentence
-        assert aws.calls == []
 
     def test_delay_sqlite(self, tmp_path, mail):
         """SQLite holds a message back for any time, to the millisecond."""
@@ -6723,6 +7345,195 @@ class TestBatch:
         assert sorted(received_args()) == [n for n in range(20) if n != 14]
 
 
+def sha256(text: str) -> str:
+    """Return the group that stands for a text that SQS does not take."""
+    return f"sha256:{hashlib.sha256(text.encode(errors='surrogatepass')).hexdigest()}"
+
+
+#: Keys of groups, and the group ids that they stand for.
+GROUP_KEYS = {
+    7: "7",
+    -1: "-1",
+    "7": "7",
+    "customer-7": "customer-7",
+    "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~": "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~",
+    "x" * 128: "x" * 128,
+    "x" * 129: sha256("x" * 129),
+    "Müller": sha256("Müller"),
+    "Smith & Sons": sha256("Smith & Sons"),
+    "line\n": sha256("line\n"),
+    "\ud800": sha256("\ud800"),
+    "": sha256(""),
+}
+
+
+def ship(order, customer="nobody", *, to=None, **more):
+    """Do nothing."""
+
+
+def with_metadata(metadata, customer):
+    """Do nothing."""
+
+
+#: The option `group` of ship(), the arguments of a call, and its group.
+GROUP_OPTIONS = [
+    (None, (1,), {}, None),
+    ("customer", (1, "a"), {}, "a"),
+    ("customer", (1,), {"customer": 7}, "7"),
+    ("customer", (1,), {}, "nobody"),
+    ("customer", (1, None), {}, None),
+    ("order", (1,), {}, "1"),
+    ("to", (1,), {"to": "b c"}, sha256("b c")),
+    ("to", (1,), {}, None),
+    ("tenant", (1,), {"tenant": "t"}, "t"),
+    ("tenant", (1,), {}, None),
+    (lambda order, **_: f"order-{order}", (1,), {"customer": "a"}, "order-1"),
+    (lambda *_, **__: None, (1,), {}, None),
+]
+
+
+class TestGroupKeys:
+    """What groups messages: an invocation's key, or what the task's option says."""
+
+    @pytest.mark.parametrize("key", GROUP_KEYS)
+    def test_keys(self, mail, key):
+        """Any key is one that SQS takes; the same key is always the same group."""
+        with taskhawk.capture() as calls:
+            mail.with_group(key).dispatch()
+        assert [call.group_id for call in calls] == [GROUP_KEYS[key]]
+        assert re.fullmatch(r"[!-~]{1,128}", GROUP_KEYS[key])
+
+    @pytest.mark.parametrize("key", [None, True, 1.5, ["a"], b"a"])
+    def test_no_keys(self, mail, key):
+        """What is neither a string nor an int is refused, and not shown."""
+        kind = type(key).__name__
+        sentence = f"group: expected a string or an int, got {kind}"
+        assert refused(mail.with_group, key, error=TypeError) == sentence
+        task = taskhawk.task(name="g.h", group="customer")(ship)
+        if key is not None:
+            call = (task.dispatch, 1, [key])
+            sentence = "g.h: group: expected a string or an int, got list"
+            assert refused(*call, error=TypeError) == sentence
+
+    def test_invocations(self, sqlite, mail):
+        """An invocation with a group is another one, and has all else that it had."""
+        one = mail.with_headers(a="b").with_group("g")
+        two = one.with_group("h").with_priority(Priority.high)
+        for invocation in (one, two, mail.with_group("i").with_delay(0)):
+            invocation.dispatch()
+        groups = [message.group_id for message in receive_all()]
+        (high,) = receive_all(Priority.high)
+        assert (sorted(groups), high.group_id) == (["g", "i"], "h")
+        assert json.loads(high.body)["headers"] == {"a": "b"}
+
+    @pytest.mark.parametrize(("group", "args", "kwargs", "expected"), GROUP_OPTIONS)
+    def test_option(self, group, args, kwargs, expected):
+        """A task's option names the argument that is the group, or is a function of all."""
+        task = taskhawk.task(name="g.ship", group=group)(ship)
+        with taskhawk.capture() as calls:
+            task.dispatch(*args, **kwargs)
+            task.dispatch_many([(*args,)])
+            task.with_group("own").dispatch(*args, **kwargs)
+        assert (calls[0].group_id, calls[2].group_id) == (expected, "own")
+
+    @pytest.mark.parametrize(
+        ("fn", "group"),
+        [
+            (plain, "customer"),
+            (with_metadata, "metadata"),
+            (ship, 7),
+            (ship, "headers"),
+        ],
+    )
+    def test_wrong_option(self, fn, group):
+        """An option that names no argument is refused where it is declared."""
+        assert refused(taskhawk.task(name="g.f", group=group), fn) == (
+            f"g.f has group={group!r}: expected the name of one of its arguments, or a"
+            " function of its arguments"
+        )
+        assert "g.f" not in taskhawk._registry
+
+    def test_fifo(self, aws, mail):
+        """On a FIFO queue a message is deduplicated by its id; without a group, it is its own."""
+        taskhawk.configure(taskhawk.settings.given, TASKHAWK_FIFO=True)
+        ids = [mail.dispatch(), mail.with_group("g").dispatch()]
+        strange = Message.new("mail.send", msg_id="an id")
+        taskhawk.publish(strange)
+        sent = [
+            (call["MessageGroupId"], call["MessageDeduplicationId"])
+            for call in aws.asked("SendMessage")
+        ]
+        own = sha256("an id")
+        assert sent == [(ids[0], ids[0]), ("g", ids[1]), (own, own)]
+        assert aws.asked("GetQueueUrl") == [{"QueueName": "TASKHAWK-APP.fifo"}]
+
+    def test_standard(self, aws, mail):
+        """On a standard queue there is no deduplication, and no group unless one is given."""
+        mail.dispatch()
+        mail.with_group("g").dispatch()
+        one, two = aws.asked("SendMessage")
+        assert "MessageGroupId" not in one
+        assert two["MessageGroupId"] == "g"
+        assert "MessageDeduplicationId" not in {**one, **two}
+
+    @pytest.mark.parametrize("url", ["sqs", "sqlite://"])
+    def test_delays(self, aws, mail, url):
+        """A FIFO queue can't delay a message: that is refused before anything is sent."""
+        given = taskhawk.settings.given
+        taskhawk.configure(given, TASKHAWK_FIFO=True, TASKHAWK_BROKER=url)
+        assert refused(mail.with_delay(1).dispatch) == (
+            "mail.send: a FIFO queue can't delay a message: leave the delay out, or use a"
+            " queue without TASKHAWK_FIFO"
+        )
+        with taskhawk.capture() as calls:
+            assert refused(mail.with_delay(1).dispatch).startswith("mail.send: a FIFO")
+        assert calls == []
+        mail.with_delay(0).dispatch()
+        assert [a for a in aws.actions if a != "GetQueueUrl"] == ["SendMessage"] * (
+            url == "sqs"
+        )
+
+    def test_unsent(self, aws, mail):
+        """What was not accepted keeps its group; what follows of the group was not sent."""
+        taskhawk.configure(taskhawk.settings.given, TASKHAWK_FIFO=True)
+        aws.script("SendMessageBatch", refuse(8, 9, ours=True), None)
+        batch = taskhawk.batch()
+        batch.__enter__()
+        for number in range(11):
+            mail.with_group("g").dispatch(number)
+        mail.with_group("h").dispatch("other")
+        with pytest.raises(taskhawk.PartialFailure) as caught:
+            batch.__exit__(None, None, None)
+        failure = caught.value
+        assert [message.args for message in failure.unsent] == [[8], [9], [10]]
+        assert [message.group_id for message in failure.unsent] == ["g"] * 3
+        codes = [entry["Code"] for entry in failure.result["Failed"]]
+        assert codes == ["InternalError"] * 2 + ["GroupStopped"]
+        for message in failure.unsent:
+            taskhawk.publish(message)
+        again = aws.asked("SendMessage")[1:]
+        assert [call["MessageGroupId"] for call in again] == ["g"] * 3
+        ids = [message.id for message in failure.unsent]
+        assert [call["MessageDeduplicationId"] for call in again] == ids
+
+    def test_sync(self, sync):
+        """Sync mode runs a message of a group as any other."""
+        runs = []
+        taskhawk.configure(TASKHAWK_SYNC=True, TASKHAWK_FIFO=True)
+        task = taskhawk.task(name="g.run", group="key")(lambda_of(runs))
+        task.dispatch("x y")
+        assert runs == ["x y"]
+
+
+def lambda_of(runs: list[Any]) -> Any:
+    """Return a function that notes its argument."""
+
+    def run(key: Any) -> None:
+        runs.append(key)
+
+    return run
+
+
 class TestCapture:
     """capture() collects what would be sent, as the worker would get it."""
 
@@ -6756,7 +7567,6 @@ class TestCapture:
                 (TypeError, mail.dispatch, 1, 2, 3),
                 (taskhawk.ValidationError, mail.dispatch, math.nan),
                 (taskhawk.MessageTooLarge, mail.dispatch, "x" * 1_048_576),
-                (taskhawk.ConfigurationError, mail.with_delay(901).dispatch),
             ):
                 assert refused(dispatch, *args, error=error)
         assert calls == []
@@ -6772,6 +7582,152 @@ class TestCapture:
         assert [call.args for call in outer] == [["outer"]]
         mail.dispatch("sent")
         assert received_args() == ["sent"]
+
+
+#: a user's program: each line with "# wrong" is an error, and no other is
+TYPED_PROGRAM = """
+import datetime
+from collections.abc import Callable
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+IMPORT taskhawk
+from PACKAGE import Priority
+
+P = ParamSpec("P")
+R = TypeVar("R")
+GIVEN: Any = None  # what the worker gives
+
+
+@taskhawk.task
+def send(to: str, subject: str, from_email: str | None = None) -> None: ...
+
+
+@taskhawk.task(priority=Priority.high, retry=taskhawk.fixed(5), time_limit=60)
+async def charge(customer: int, *, cents: int) -> str:
+    return f"{customer} {cents}"
+
+
+@taskhawk.task
+def audit(
+    event: str,
+    metadata: taskhawk.Metadata = GIVEN,
+    headers: dict[str, Any] = GIVEN,
+) -> int:
+    return metadata.attempt + len(headers)
+
+
+@taskhawk.task
+def load(rows: dict[str, Any]) -> None: ...
+
+
+def with_session(fn: Callable[Concatenate[str, P], R]) -> Callable[P, R]:
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        return fn("a session", *args, **kwargs)
+
+    return call
+
+
+@taskhawk.task(name="rename")
+@with_session
+def rename(session: str, user: int) -> None: ...
+
+
+def right() -> str:
+    urgent = send.with_headers(request_id="1").with_priority(Priority.high)
+    urgent.with_delay(datetime.timedelta(seconds=5)).dispatch("a", subject="b")
+    send.with_delay(5).dispatch("a", "b", from_email=None)
+    send.with_priority(Priority.low).dispatch_many([("a", "b"), {"to": "a"}])
+    send("a", "b")
+    audit.dispatch("login")
+    load.dispatch({"a": 1})
+    rename.dispatch(7)
+    rename.dispatch(user=7)
+    with taskhawk.batch():
+        charge.dispatch(7, cents=5)
+    return send.dispatch("a", "b")
+
+
+async def right_too() -> str:
+    return await charge(7, cents=5)
+
+
+def wrong() -> None:
+    send.dispatch("a")  # wrong
+    send.dispatch(1, "b")  # wrong
+    send.dispatch("a", "b", to_email="c")  # wrong
+    send("a")  # wrong
+    charge.dispatch(7, 5)  # wrong
+    charge.dispatch(7, cents="5")  # wrong
+    charge.with_headers(a=1).dispatch("7", cents=5)  # wrong
+    charge.with_priority(Priority.low).with_delay(5).dispatch(7)  # wrong
+    send.with_priority("high")  # wrong
+    send.with_delay("5")  # wrong
+    audit.dispatch(5)  # wrong
+    load.dispatch()  # wrong
+    rename.dispatch("a session", 7)  # wrong
+    number: int = send.dispatch("a", "b")  # wrong
+    print(number)
+
+
+@taskhawk.task(priority=5)  # wrong
+def late() -> None: ...
+
+
+@taskhawk.task(no_option=5)  # wrong
+def later() -> None: ...
+
+
+async def wrong_too() -> None:
+    text: int = await charge(7, cents=5)  # wrong
+    print(text)
+"""
+TYPED_PLACES = {  # where taskhawk is, and how it is imported
+    "installed": ("import", "taskhawk"),
+    "vendored": ("from service.vendor import", "service.vendor.taskhawk"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", TYPED_PLACES)
+class TestTyping:
+    """A type checker knows a task's arguments, and what comes of calling it."""
+
+    @pytest.fixture
+    def folder(self, place, tmp_path):
+        """Return a folder with the program, and an interpreter that has taskhawk."""
+        statement, package = TYPED_PLACES[place]
+        code = TYPED_PROGRAM.replace("IMPORT", statement).replace("PACKAGE", package)
+        (tmp_path / "jobs.py").write_text(code.lstrip())
+        venv.create(tmp_path / "venv")
+        (home,) = (tmp_path / "venv").glob("lib/python3*/site-packages")
+        if place == "vendored":
+            home = vendor_package(tmp_path).parent
+        shutil.copy(taskhawk.__file__, home / "taskhawk.py")
+        return tmp_path
+
+    @staticmethod
+    def check(folder, module, *options):
+        """Assert that a checker finds what is wrong in the program, and nothing else."""
+        result = run_python(["-m", module, *options, "jobs.py"], cwd=folder)
+        found = {
+            int(line) for line in re.findall(r"jobs\.py:(\d+):.*error", result.stdout)
+        }
+        lines = (folder / "jobs.py").read_text().splitlines()
+        wrong = {number for number, line in enumerate(lines, 1) if "# wrong" in line}
+        assert found == wrong, result.stdout
+
+    def test_mypy(self, folder):
+        """The strict mode of mypy, with the two lines that README says for a pip install."""
+        ini = "[mypy]\nstrict = true\n[mypy-taskhawk]\nfollow_untyped_imports = true\n"
+        (folder / "mypy.ini").write_text(ini)
+        self.check(folder, "mypy", "--python-executable", "venv/bin/python")
+
+    def test_pyright(self, folder):
+        """The strict mode of pyright, which can't be told that an installed file has types."""
+        pytest.importorskip("basedpyright")
+        config = {"typeCheckingMode": "strict", "reportMissingTypeStubs": False}
+        (folder / "pyrightconfig.json").write_text(json.dumps(config))
+        self.check(folder, "basedpyright", "--pythonpath", "venv/bin/python")
 
 
 # --- dispatches that share requests ---
@@ -7807,7 +8763,7 @@ IN_12_HOURS = "runs again in 43200 s, the most that SQS allows"
 PROCESSING_ENDS: dict[str, tuple[Fate, float | None]] = {
     LEFT: (Fate.retry, None),
     DEAD: (Fate.dead_letter, None),
-    **{DELAY.format(s): (Fate.retry, s) for s in (0, 1, 5, 7.5, 90)},
+    **{DELAY.format(s): (Fate.retry, s) for s in (0, 1, 5, 7, 7.5, 90)},
 }
 PROCESSING_ENDS[IN_12_HOURS] = (Fate.retry, 43200)
 for said in ("True", "not yet,?hm", "a; b"):
@@ -7815,7 +8771,8 @@ for said in ("True", "not yet,?hm", "a; b"):
 AT_LAST = f"{DEAD}: the queue allows no further receive"
 PROCESSING_ENDS[AT_LAST] = (Fate.dead_letter, None)
 FIVE: dict[str, Any] = {"retry": taskhawk.fixed(5, 2, jitter=False)}
-IN_5_S = DELAY.format(5)
+IN_5_S, IN_7_S = DELAY.format(5), DELAY.format(7)
+IN_7 = taskhawk.fixed(7, 2, jitter=False)
 FILES: dict[str, Any] = {**FIVE, "retry_on": (OSError,)}
 NO_FILES: dict[str, Any] = {**FIVE, "never_retry_on": (OSError, ValueError)}
 ONLY_FILES: dict[str, Any] = {"retry_on": OSError, "never_retry_on": FileNotFoundError}
@@ -7889,8 +8846,36 @@ PROCESSING_FAILURES = [
     ("asks past the policy", later(1), FIVE, 9, ASKED, DELAY.format(1)),
     ("asks past retry_on", later(), FILES, 1, ASKED, IN_5_S),
     ("asks past never", later(), {"never_retry_on": (later,)}, 1, ASKED, LEFT),
+    ("asks by a policy", later(retry=IN_7), {}, 1, ASKED, DELAY.format(7)),
+    ("asks by another policy", later(retry=IN_7), FIVE, 2, ASKED, DELAY.format(7)),
+    ("asks by one, used up", later(retry=IN_7), FIVE, 3, FAILS, DEAD),
+    ("asks by one, last", later(retry=IN_7), {}, 10, FAILS, AT_LAST),
+    ("asks by a huge one", later(retry=lambda _: 1e9), {}, 1, ASKED, IN_12_HOURS),
+    ("group, policies", group(later(retry=IN_7), later(5)), {}, 1, ASKED, IN_7_S),
+    ("group, a policy", group(later(retry=IN_7), KeyError()), FIVE, 1, FAILS, IN_7_S),
+    ("group, used up", group(later(retry=IN_7), later(5)), {}, 3, FAILS, DEAD),
 ]
-PROCESSING_PLACES = ["task", "policy", "error hook", "pre hook"]
+PROCESSING_PLACES = ["task", "policy", "error hook", "run hook", "pre hook"]
+postponed = taskhawk.PostponeException
+# What is raised, at which attempt, in which queue; and what comes of it.
+PROCESSING_POSTPONED: dict[str, tuple[BaseException, int, str | None, Fate, Any]] = {
+    "a minute": (postponed(), 1, "Q", Fate.postpone, 60),
+    "half a minute": (postponed(delay_seconds=30), 1, "Q", Fate.postpone, 30),
+    "at once: now": (postponed(0, "now"), 1, "Q", Fate.postpone, 0),
+    "longer than SQS can": (postponed(86_400), 2, "Q", Fate.postpone, 900),
+    "at the last receive": (postponed(5), 10, "Q", Fate.postpone, 5),
+    "group: a; b; c": (
+        group(postponed("a"), postponed(7, "b"), postponed(5, "c")),
+        1,
+        "Q",
+        Fate.postpone,
+        7,
+    ),
+    "group, one retry": (group(postponed(7), later(5)), 1, "Q", Fate.retry, 7),
+    "FIFO": (postponed(7), 1, "Q.fifo", Fate.retry, 7),
+    "FIFO, last": (postponed(7), 10, "Q.fifo", Fate.dead_letter, None),
+    "no queue": (postponed(7), 1, None, Fate.retry, 7),
+}
 
 
 def leave(_number: int, _frame: object) -> None:
@@ -8013,10 +8998,61 @@ class TestProcessing:
 
     def run_with(self, where: str, fn: Callable[..., Any]) -> Outcome:
         """Process a message whose task fails, with this function in one place."""
-        hook = {"pre hook": "PRE_PROCESS", "error hook": "ERROR"}.get(where)
+        hooks = {"pre hook": "PRE_PROCESS", "error hook": "ERROR", "run hook": "RUN"}
+        hook = hooks.get(where)
         taskhawk.configure({f"TASKHAWK_{hook}_HOOK": fn} if hook else None)
         task = fn if where == "task" else raising(ValueError())
         return processing_run(task, retry=fn if where == "policy" else None)
+
+    @pytest.mark.parametrize(
+        ("error", "attempt", "level", "how", "then"),
+        [
+            (later("no", log_error=False), 3, "WARNING", ASKED, f"{DEAD}: no"),
+            (later(retry=IN_7, log_error=False), 3, "WARNING", ASKED, DEAD),
+            (later(5, log_error=False), 10, "WARNING", ASKED, AT_LAST),
+            (later(log_error=False), 1, "INFO", ASKED, IN_5_S),
+            (group(*[later(log_error=False)] * 2), 3, "WARNING", ASKED, DEAD),
+            (group(later(log_error=False), later()), 3, "ERROR", FAILS, DEAD),
+            (group(later(log_error=False), KeyError()), 3, "ERROR", FAILS, DEAD),
+        ],
+    )
+    def test_no_error(self, error, attempt, level, how, then, caplog):  # noqa: PLR0917
+        """With log_error=False the last failure is a warning, not an error, if all say so.
+
+        The error hook is not told, and the dead letter has the error all the same.
+        """
+        told: list[Any] = []
+        taskhawk.configure(TASKHAWK_ERROR_HOOK=lambda **given: told.append(given))
+        caplog.set_level(logging.INFO, "taskhawk")
+        outcome = processing_run(raising(error), attempt, **FIVE)
+        assert outcome.fate is (Fate.retry if level == "INFO" else Fate.dead_letter)
+        assert outcome.error is error
+        [record] = caplog.records
+        assert (
+            record.getMessage()
+            == f"{PROCESSING_NAME}: attempt {attempt} {how} and {then}"
+        )
+        assert (record.levelname, len(told)) == (level, int(level == "ERROR"))
+        assert (record.exc_info is None) == (level != "ERROR")
+
+    def test_default_policy(self):
+        """TASKHAWK_RETRY is the policy of the tasks that have none."""
+        taskhawk.configure(TASKHAWK_RETRY=IN_7)
+        error = ValueError("no")
+        for attempt, options, fate, delay_s in [
+            (1, {}, Fate.retry, 7),
+            (3, {}, Fate.dead_letter, None),
+            (1, FIVE, Fate.retry, 5),
+        ]:
+            outcome = processing_run(raising(error), attempt, **options)
+            assert outcome == Outcome(fate, error, delay_s)
+        assert processing_run(raising(later(90))).delay_s == 90
+        taskhawk.configure(TASKHAWK_RETRY="json.missing")
+        outcome = processing_run(raising(error))
+        assert (outcome.fate, outcome.delay_s) == (Fate.retry, None)
+        assert str(outcome.error).startswith(
+            "TASKHAWK_RETRY in configure(): expected a"
+        )
 
     @pytest.mark.parametrize("where", PROCESSING_PLACES)
     @pytest.mark.parametrize("grouped", [False, True])
@@ -8137,7 +9173,7 @@ class TestProcessing:
         class Own(base):
             def __init__(self) -> None:
                 if delay_s is not None:
-                    self.delay_seconds = delay_s
+                    self.delay_seconds = self.retry = delay_s
 
         error = Own()
         assert processing_run(raising(error)) == Outcome(Fate.retry, error)
@@ -8206,6 +9242,7 @@ class TestProcessing:
             (taskhawk.StopRetry(), 1, FAILS, LEFT),
             (SystemExit(), 1, FAILS, LEFT),
             (later(delay_seconds=90), 1, ASKED, DELAY.format(90)),
+            (later(delay_seconds=172800), 1, ASKED, IN_12_HOURS),
         ],
     )
     def test_pre_hook_that_fails(self, error, attempt, how, then, caplog):
@@ -8224,6 +9261,105 @@ class TestProcessing:
         assert processing_run(run, attempt, **FIVE) == Outcome(fate, error, delay_s)
         assert caplog.messages == [f"message m1: attempt {attempt} {how} and {then}"]
         assert (runs, hasattr(caplog.records[0], "task")) == ([], False)
+
+    @pytest.mark.parametrize("where", ["task", "pre hook", "post hook"])
+    @pytest.mark.parametrize("case", PROCESSING_POSTPONED)
+    def test_postponed(self, case, where, caplog):
+        """Who is not to run yet is sent anew with a delay; that is no error, nor news.
+
+        A FIFO queue's order and a queue that nobody knows leave it at a retry.
+        """
+        error, attempt, queue, fate, delay_s = PROCESSING_POSTPONED[case]
+        told: list[Any] = []
+        hooks = {
+            "pre hook": {"TASKHAWK_PRE_PROCESS_HOOK": raising(error)},
+            "post hook": {"TASKHAWK_POST_PROCESS_HOOK": raising(error)},
+        }
+        taskhawk.configure(
+            hooks.get(where, {}), TASKHAWK_ERROR_HOOK=lambda **given: told.append(given)
+        )
+        caplog.set_level(logging.DEBUG)
+        run = raising(error) if where == "task" else nothing
+        taskhawk.task(name="mail.send", never_retry_on=(taskhawk.TaskhawkError,))(run)
+        received = QueueMessage(
+            processing_body(),
+            "m1",
+            attributes={"ApproximateReceiveCount": str(attempt)},
+            queue=queue,
+            broker=taskhawk.SqsBroker(),
+            max_receive_count=10,
+        )
+        assert taskhawk.process(received) == Outcome(fate, error, delay_s)
+        name = "message m1" if where == "pre hook" else PROCESSING_NAME
+        record = caplog.records[-1]
+        if fate is Fate.postpone:
+            end = f"attempt {attempt} was postponed and runs again in {delay_s} s"
+            assert (
+                record.getMessage()
+                == f"{name}: {end}{''.join(case.partition(':')[1:])}"
+            )
+            assert (record.levelname, record.outcome) == ("DEBUG", "postpone")
+        assert bool(told) == (fate is Fate.dead_letter)
+
+    @pytest.mark.parametrize(
+        ("place", "kind", "seen"),
+        [
+            (None, None, "in1 in2 run hook out2 out1"),
+            ("run", Ignored, "in1 in2 run hook out2 out1"),
+            ("run", ValueError, "in1 in2 run bad2 bad1"),
+            ("hook", ValueError, "in1 in2 run hook bad2 bad1"),
+            ("in1", Ignored, "in1 hook"),
+            ("in2", Ignored, "in1 in2 hook out1"),
+            ("in2", taskhawk.PostponeException, "in1 in2 bad1"),
+            ("out2", ValueError, "in1 in2 run hook out2 bad1"),
+        ],
+    )
+    def test_around(self, place, kind, seen, monkeypatch):
+        """What surrounds a run is told how it ended, of the post hook's failure too.
+
+        What it raises before the run is the run's end, and the task is not called.
+        """
+        steps: list[str] = []
+
+        def step(name: str, **_: Any) -> None:
+            steps.append(name)
+            if name == place:
+                raise kind
+
+        @contextlib.contextmanager
+        def surround(number: int, its_task: Any, received: Any) -> Iterator[None]:
+            assert its_task is received.message.task
+            step(f"in{number}")
+            try:
+                yield
+            except (ValueError, taskhawk.PostponeException):
+                steps.append(f"bad{number}")
+                raise
+            step(f"out{number}")
+
+        around = [functools.partial(surround, number) for number in (1, 2)]
+        monkeypatch.setattr(taskhawk, "_around_runs", around)
+        taskhawk.configure(TASKHAWK_POST_PROCESS_HOOK=lambda **_: step("hook"))
+
+        def run() -> None:
+            step("run")
+
+        fates = {ValueError: Fate.retry, taskhawk.PostponeException: Fate.postpone}
+        assert processing_run(run).fate is fates.get(kind, Fate.acknowledge)
+        assert " ".join(steps) == seen
+
+    @pytest.mark.parametrize(
+        ("text", "attempt"),
+        [("4", 6), ("", 2), ("-1", 2), ("1e3", 2), ("9" * 10, 2), (None, 2)],
+    )
+    def test_attempts_before(self, text, attempt):
+        """Attempts before a postponement count; whoever writes nonsense there adds none."""
+        attributes = {"taskhawk.attempts": {"DataType": "String", "StringValue": text}}
+        counts = {"ApproximateReceiveCount": "2"}
+        received = QueueMessage("", "m1", None, counts, attributes, max_receive_count=6)
+        assert (received.attempt, received.receive_count) == (attempt, 2)
+        assert received.is_last_receive == (attempt == 6)
+        assert not received.would_be_redriven
 
     @pytest.mark.parametrize("end", [nothing, raising(taskhawk.IgnoreException())])
     def test_post_hook(self, end):
@@ -8244,6 +9380,66 @@ class TestProcessing:
             (f"{PROCESSING_NAME}: attempt 1 failed and {LEFT}", error),
             ("TASKHAWK_ERROR_HOOK failed", broken),
         ]
+
+    @pytest.mark.parametrize(
+        ("task", "hooks", "attempt", "end"),
+        [
+            (nothing, {}, 1, "done"),
+            (raising(Ignored("no")), {}, 1, "ignored"),
+            (raising(ValueError("no")), {}, 1, "retry"),
+            (raising(later(5)), {}, 1, "retry"),
+            (raising(taskhawk.PostponeException(5)), {}, 1, "postpone"),
+            (raising(ValueError("no")), {}, 10, "dead_letter"),
+            (nothing, {"TASKHAWK_PRE_PROCESS_HOOK": raising(OSError())}, 1, "retry"),
+            (nothing, {"TASKHAWK_POST_PROCESS_HOOK": raising(OSError())}, 1, "retry"),
+        ],
+    )
+    def test_run_hook(self, monkeypatch, task, hooks, attempt, end):
+        """The run hook is told of each run, how it ended, and what it took.
+
+        A run that its task ignored has no exception: it did not fail.
+        """
+        clock, told = Clock(), []
+        monkeypatch.setattr(time, "monotonic", clock)
+
+        def runs() -> None:
+            clock.now += 1.5
+            task()
+
+        hook = lambda **given: told.append(given)  # noqa: E731
+        taskhawk.configure(hooks, TASKHAWK_RUN_HOOK=hook)
+        outcome = processing_run(runs, attempt)
+        has_run = "TASKHAWK_PRE_PROCESS_HOOK" not in hooks
+        assert told == [
+            {
+                "message": Message(json.loads(processing_body())) if has_run else None,
+                "outcome": end,
+                "exception": outcome.error,
+                "duration_ms": 1500 * has_run,
+            }
+        ]
+
+    @pytest.mark.parametrize("case", PROCESSING_INVALID)
+    def test_run_hook_of_no_message(self, case):
+        """It is told of what is no message, or for no task here, each time."""
+        told: list[Any] = []
+        hook = lambda **given: told.append(given)  # noqa: E731
+        taskhawk.configure(TASKHAWK_RUN_HOOK=hook)
+        received = QueueMessage(PROCESSING_INVALID[case][0], "m1", queue="Q")
+        outcomes = [taskhawk.process(received) for _ in range(2)]
+        errors = [(each["exception"], each["message"]) for each in told]
+        assert errors == [(outcome.error, None) for outcome in outcomes]
+
+    @pytest.mark.parametrize("broken", [OSError("no network"), SystemExit(3)])
+    @pytest.mark.parametrize("task", [nothing, raising(ValueError("no"))])
+    def test_run_hook_that_fails(self, broken, task, caplog):
+        """A run hook's own failure is logged, no more."""
+        before = processing_run(task)
+        caplog.clear()
+        taskhawk.configure(TASKHAWK_RUN_HOOK=raising(broken))
+        assert processing_run(task)[::2] == before[::2]
+        assert caplog.records[-1].getMessage() == "TASKHAWK_RUN_HOOK failed"
+        assert caplog.records[-1].exc_info[1] is broken
 
     def test_hook_that_is_not_there(self, caplog):
         """A hook's setting that is wrong is a failed run, with the sentence that says so."""
@@ -8457,6 +9653,7 @@ class TestSync:
         [
             ValueError("no milk"),
             taskhawk.RetryException("later", delay_seconds=5),
+            taskhawk.PostponeException("later", delay_seconds=5),
             taskhawk.LoggingException("no milk", extra={"shop": 1}),
             taskhawk.StopRetry("never"),
             SystemExit(3),
@@ -8490,6 +9687,28 @@ class TestSync:
         assert caught.value is error
         order = ["pre", "task", "post"]
         assert ran == order[: order.index(where) + 1]
+
+    @pytest.mark.parametrize(
+        ("error", "end"),
+        [
+            (None, "done"),
+            (taskhawk.IgnoreException(), "ignored"),
+            (OSError(), "failed"),
+        ],
+    )
+    def test_run_hook(self, error, end):
+        """The run hook is told how it ended: "failed" where dispatch raises."""
+        told = []
+        hook = lambda **given: told.append(given)  # noqa: E731
+        taskhawk.configure(TASKHAWK_SYNC=True, TASKHAWK_RUN_HOOK=hook)
+        fn = raising(error) if error else nothing
+        sell = taskhawk.task(name="shop.sell")(fn)
+        with contextlib.suppress(OSError):
+            sell.dispatch()
+        [given] = told
+        assert (given["outcome"], given["message"].task_name) == (end, "shop.sell")
+        assert given["exception"] is (error if end == "failed" else None)
+        assert given["duration_ms"] in range(1000)
 
     @pytest.mark.parametrize(
         ("queue", "name"),
@@ -8616,6 +9835,231 @@ def logging_queue(tmp_path: Path) -> Iterator[Callable[..., taskhawk.SqliteBroke
     broker.close()
 
 
+#: What a call of the batch task does, by its argument.
+TOGETHER_ENDS: dict[str, BaseException] = {
+    "fail": ValueError("this one"),
+    "never": KeyError("this one"),
+    "later": taskhawk.RetryException(delay_seconds=7),
+    "ignore": taskhawk.IgnoreException(),
+}
+
+
+@pytest.fixture
+def together(isolated):
+    """Register a batch task that notes its calls; return the notes."""
+    notes: list[list[Any]] = []
+
+    @taskhawk.task(batch=5, name="shop.index", never_retry_on=(KeyError,))
+    def index(calls: list[taskhawk.Call]) -> None:
+        notes.append([call.args[0] for call in calls])
+        for call in calls:
+            if call.args[0] in TOGETHER_ENDS:
+                call.fail(TOGETHER_ENDS[call.args[0]])
+        if "stop" in notes[-1]:
+            raise LookupError("all of them")
+        if "exit" in notes[-1]:
+            raise KeyboardInterrupt
+
+    return notes
+
+
+def together_batch(*calls: Any) -> list[QueueMessage]:
+    """Return received messages for the batch task; None is one that is not valid."""
+    bodies = [processing_body("shop.index", args=[call]) for call in calls]
+    return [
+        QueueMessage(body if call is not None else "{", f"m{n}", f"r{n}", queue="Q")
+        for n, (call, body) in enumerate(zip(calls, bodies, strict=True), 1)
+    ]
+
+
+def together_no_list(*, calls: Any) -> None:
+    """Take the calls by name alone."""
+
+
+class TestBatchTasks:
+    """A batch task gets what waits for it together, and each message its own outcome."""
+
+    @pytest.mark.parametrize("most", [0, 101, "5", 2.5, True, None])
+    def test_wrong_option(self, isolated, most):
+        """The option says how many calls the task gets at most."""
+        assert refused(taskhawk.task(batch=most, name="shop.index"), plain) == (
+            f"shop.index has batch={most!r}: expected 1 to 100"
+        )
+
+    @pytest.mark.parametrize("fn", [nothing, operator.add, together_no_list])
+    def test_wrong_function(self, isolated, fn):
+        """Its function takes one argument."""
+        assert refused(taskhawk.task(batch=5, name="shop.index"), fn) == (
+            "shop.index: expected a function of one argument, the list of calls"
+        )
+
+    def test_dispatch(self, memory, together):
+        """It is dispatched with any arguments that are JSON, metadata and headers too."""
+        index = taskhawk.Task.find_by_name("shop.index")
+        index.dispatch(1, "two", metadata=3, headers={"four": None})
+        with pytest.raises(TypeError, match=r"args\[0\] is not JSON"):
+            index.dispatch(object())
+        [received] = receive_all()
+        message = json.loads(received.body)
+        assert message["args"] == [1, "two"]
+        assert message["kwargs"] == {"metadata": 3, "headers": {"four": None}}
+        assert not index.accepts_metadata
+
+    def test_alone(self, sync):
+        """In sync mode, and where one message waits, it gets that one."""
+        seen = []
+
+        @taskhawk.task(batch=5, name="shop.index")
+        async def index(calls: list[taskhawk.Call]) -> None:
+            await asyncio.sleep(0)
+            [call] = calls
+            metadata = call.metadata
+            assert metadata is taskhawk.current_task()
+            seen.append((call.args, call.kwargs, call.headers, metadata.task))
+            if call.args:
+                call.fail(ValueError("no milk"))
+
+        index.with_headers(a=1).dispatch(b=2)
+        assert seen == [([], {"b": 2}, {"a": 1}, "shop.index")]
+        assert refused(index.dispatch, 7, error=ValueError) == "no milk"
+
+    def test_in_a_test(self):
+        """A user's test calls the function with calls that it makes."""
+
+        @taskhawk.task(batch=5, name="shop.index")
+        def index(calls: list[taskhawk.Call]) -> int:
+            for call in calls:
+                call.fail(ValueError("no"))
+            return len(calls)
+
+        call = taskhawk.Call([7], {"what": "milk"})
+        assert index([call]) == 1
+        assert (str(call.error), call.metadata, call.headers) == ("no", None, {})
+        text = "error: expected an exception, got 'no'"
+        assert refused(call.fail, "no", error=TypeError) == text
+
+    @pytest.mark.parametrize(
+        ("calls", "fates"),
+        [
+            ("a b c", "acknowledge acknowledge acknowledge"),
+            (
+                "a fail never later ignore",
+                "acknowledge retry dead_letter retry acknowledge",
+            ),
+            ("a stop ignore never", "retry retry acknowledge dead_letter"),
+        ],
+    )
+    def test_outcomes(self, together, calls, fates):
+        """An error of its own is a call's end; the task's error is that of all others."""
+        batch = together_batch(*calls.split())
+        outcomes = taskhawk._process_all(batch)
+        assert together == [calls.split()]
+        assert [outcome.fate.name for outcome in outcomes] == fates.split()
+        for call, outcome in zip(calls.split(), outcomes, strict=True):
+            if outcome.error is not None:
+                error = TOGETHER_ENDS.get(call)
+                assert outcome.error is error or type(outcome.error) is LookupError
+        delays = [outcome.delay_s for outcome in outcomes]
+        assert delays == [7 if call == "later" else None for call in calls.split()]
+
+    def test_hooks(self, together, caplog):
+        """Hooks see each message, and an error of one fails that one; each is logged."""
+        seen, told = [], []
+
+        def hook(name: str, bad: str) -> Callable[..., None]:
+            def note(queue_name: Any, sqs_queue_message: QueueMessage) -> None:
+                seen.append((name, sqs_queue_message.message_id))
+                if sqs_queue_message.message_id == bad:
+                    raise OSError(name)
+
+            return note
+
+        taskhawk.configure(
+            TASKHAWK_PRE_PROCESS_HOOK=hook("pre", "m1"),
+            TASKHAWK_POST_PROCESS_HOOK=hook("post", "m3"),
+            TASKHAWK_RUN_HOOK=lambda **given: told.append(given["outcome"]),
+        )
+        outcomes = taskhawk._process_all(together_batch("a", "b", "c", None, "fail"))
+        assert together == [["b", "c", "fail"]]
+        fates = [outcome.fate.name for outcome in outcomes]
+        assert fates == ["retry", "acknowledge", "retry", "retry", "retry"]
+        errors = [type(outcome.error).__name__ for outcome in outcomes]
+        assert errors == [
+            "OSError",
+            "NoneType",
+            "OSError",
+            "ValidationError",
+            "ValueError",
+        ]
+        post = [("post", "m2"), ("post", "m3")]
+        assert seen == [("pre", f"m{n}") for n in range(1, 6)] + post
+        assert sorted(told) == ["done", "retry", "retry", "retry", "retry"]
+
+    def test_none_is_left(self, together):
+        """Where no message is ready, the task is not called."""
+        taskhawk.configure(TASKHAWK_PRE_PROCESS_HOOK=raising(OSError()))
+        outcomes = taskhawk._process_all(together_batch("a", "b"))
+        assert [outcome.fate for outcome in outcomes] == [Fate.retry] * 2
+        assert together == []
+
+    def test_what_surrounds(self, together, monkeypatch):
+        """What surrounds a run surrounds each message's, and sees its own error."""
+        ends: list[tuple[str, str]] = []
+
+        @contextlib.contextmanager
+        def surround(task: Any, received: QueueMessage) -> Iterator[None]:
+            if received.message_id == "m2":
+                raise taskhawk.PostponeException(delay_seconds=3)
+            if received.message_id == "m3":
+                raise taskhawk.IgnoreException
+            try:
+                yield
+            except BaseException as error:
+                ends.append((received.message_id, type(error).__name__))
+                raise
+            ends.append((received.message_id, "done"))
+
+        monkeypatch.setattr(taskhawk, "_around_runs", [surround])
+        batch = together_batch("a", "b", "c", "fail")
+        outcomes = taskhawk._process_all(batch)
+        assert together == [["a", "fail"]]
+        fates = [outcome.fate.name for outcome in outcomes]
+        assert fates == ["acknowledge", "postpone", "acknowledge", "retry"]
+        assert ends == [("m1", "done"), ("m4", "ValueError")]
+        ends.clear()
+        with pytest.raises(KeyboardInterrupt):
+            taskhawk._process_all(together_batch("exit", "b", "c", "d"))
+        assert ends == [("m1", "KeyboardInterrupt"), ("m4", "KeyboardInterrupt")]
+
+    def test_no_one_message(self, isolated):
+        """While several are run, the run is no single message's."""
+        seen = []
+
+        @taskhawk.task(batch=5, name="shop.index")
+        def index(calls: list[taskhawk.Call]) -> None:
+            seen.append((taskhawk.current_task(), [c.metadata.id for c in calls]))
+
+        batch = together_batch("a", "b")
+        taskhawk._process_all(batch)
+        ids = [json.loads(received.body)["id"] for received in batch]
+        assert seen == [(None, ids)]
+
+    def test_find_batch_task(self, isolated):
+        """What is not valid, another task's, or of a FIFO queue runs by itself."""
+        [received] = together_batch("a")
+        find = taskhawk._find_batch_task
+        taskhawk.task(name="shop.plain")(nothing)
+        assert find(received) is None  # no such task
+        taskhawk.task(batch=5, name="shop.index")(plain)
+        assert (find(received), taskhawk._most_together(received)) == ("shop.index", 1)
+        received.batch_task = "shop.index"
+        assert taskhawk._most_together(received) == 5
+        others = [QueueMessage("{", "m1"), QueueMessage(received.body, "m1")]
+        others[1].queue = "Q.fifo"
+        others.append(QueueMessage(processing_body("shop.plain"), "m1"))
+        assert [*map(find, others)] == [None] * 3
+
+
 class TestLogging:
     """Records say in which task they were made, as JSON too, and after a worker's grace."""
 
@@ -8718,7 +10162,7 @@ class TestLogging:
             output = worker.stdout.read()
             assert worker.wait() == 1
         assert output == (
-            f"2 received, 1 acked, {retried} retried, 0 dead-lettered, 0 released,"
+            f"2 received, 1 acked, {retried} retried, 0 dead-lettered, 0 postponed, 0 released,"
             " 0 uncertain\n"
         )
         visible, in_flight, _ = broker.depth("TASKHAWK-DEFAULT")
@@ -8768,6 +10212,7 @@ class HoldingsMachine(hypothesis.stateful.RuleBasedStateMachine):
         super().__init__()
         self.now = 1000.0
         self.holdings = taskhawk._Holdings(["HIGH", "LOW"])
+        self.receives: list[tuple[str, float, float]] = []  # under way
         self.running: list[Any] = []
         self.calls: list[tuple[Any, float]] = []  # under way, and how far they got
         self.count = 0
@@ -8781,22 +10226,32 @@ class HoldingsMachine(hypothesis.stateful.RuleBasedStateMachine):
         self.service = Service(random.Random(seed))
 
     @hypothesis.stateful.rule(
-        count=st.integers(1, 10),
         queue=st.sampled_from(["HIGH", "LOW"]),
         lease_s=st.sampled_from([1, 3, 30, 43_200]),
+    )
+    def ask(self, queue: str, lease_s: float) -> None:
+        """Begin a receive; others may be under way."""
+        self.receives.append((queue, lease_s, self.now))
+
+    @hypothesis.stateful.precondition(lambda self: self.receives)
+    @hypothesis.stateful.rule(
+        count=st.integers(1, 10),
+        which=st.integers(0, 99),
         took_s=st.sampled_from([0, 0, 0.5, 2.5, 19]),
     )
-    def receive(self, count: int, queue: str, lease_s: float, took_s: float) -> None:
+    def receive(self, count: int, which: int, took_s: float) -> None:
         """Receive: the service hides the messages at some time during the call."""
-        asked_at = self.now
-        hidden_at = asked_at + took_s * self.service.chance.random()
+        queue, lease_s, asked_at = self.receives.pop(which % len(self.receives))
         self.now += took_s
+        hidden_at = self.service.chance.uniform(asked_at, self.now)
         messages = []
         for _ in range(count):
             self.count += 1
             receipt = f"r{self.count}"
             self.service.receive(receipt, hidden_at, lease_s)
-            messages.append(QueueMessage("", f"m{self.count}", receipt, queue=queue))
+            most = self.service.chance.choice((1, 5))
+            message = QueueMessage("", f"m{self.count}", receipt, queue=queue)
+            messages.append(dataclasses.replace(message, max_receive_count=most))
         self.holdings.take(messages, lease_s, asked_at, self.now)
 
     @hypothesis.stateful.rule()
@@ -8818,7 +10273,9 @@ class HoldingsMachine(hypothesis.stateful.RuleBasedStateMachine):
 
     @hypothesis.stateful.precondition(lambda self: self.running)
     @hypothesis.stateful.rule(
-        end=st.sampled_from(["acked", "retried", "dead_lettered", "released"]),
+        end=st.sampled_from(
+            ["acked", "retried", "dead_lettered", "postponed", "released"]
+        ),
         delay_s=st.sampled_from([None, 0, 5, 60, 50_000]),
         which=st.integers(0, 1_000),
     )
@@ -8839,6 +10296,9 @@ class HoldingsMachine(hypothesis.stateful.RuleBasedStateMachine):
         if call is None:
             assert self.holdings.calls.next_at() > self.now
             return
+        is_full = len(call.batch) == 10
+        due_at = [min(h.due_at, h.renew_at, self.now) for h in call.batch]
+        assert not self.calls or is_full or min(due_at) <= self.now - 0.0999
         under_way = [held for other, _ in self.calls for held in other.batch]
         assert not set(map(id, call.batch)) & set(map(id, under_way))
         assert 1 <= len(call.batch) <= 10
@@ -8848,11 +10308,11 @@ class HoldingsMachine(hypothesis.stateful.RuleBasedStateMachine):
             assert receipt not in self.done
             end = self.ended.get(receipt)
             if call.kind.name == "delete":
-                assert end in {"acked", "dead_lettered"}
+                assert end in {"acked", "dead_lettered", "postponed"}
             elif call.kind.name == "delay":
                 assert end in {"retried", "released"} or held.state == "received"
             else:
-                assert end in {None, "acked", "dead_lettered"}
+                assert end in {None, "acked", "dead_lettered", "postponed"}
         self.calls.append((call, self.now))
 
     @hypothesis.stateful.precondition(lambda self: self.calls)
@@ -8901,7 +10361,12 @@ class HoldingsMachine(hypothesis.stateful.RuleBasedStateMachine):
         holdings = self.holdings
         for held in self.running:
             holdings.finish(held, "acked", self.now)
+        while self.receives:
+            self.receive(1, 0, 0)
         holdings.release_waiting(self.now)
+        while held := holdings.start(self.now):
+            assert held.message.would_be_redriven
+            holdings.finish(held, "postponed", self.now)
         holdings.end_leases()
         for call, _ in self.calls:
             holdings.calls.answered(call, {})
@@ -8951,6 +10416,43 @@ def refusing(code: str = "Busy", *, final: bool = False) -> dict[int, taskhawk.R
     return {0: taskhawk.Refusal(0, code, "no", final)}
 
 
+class Busy:
+    """Holdings whose messages end one after another, and a keeper: time is passed in.
+
+    :param calls: how many the keeper makes at once
+    :param latency_ms: of each
+    """
+
+    def __init__(self, queues: list[str], calls: int, latency_ms: int) -> None:
+        self.holdings = taskhawk._Holdings(queues)
+        self.calls, self.latency_ms = calls, latency_ms
+        self.now_ms = 0
+        self.under_way: collections.deque[tuple[int, Any]] = collections.deque()
+        self.made: collections.Counter[str] = collections.Counter()
+        self.slowest_ms = 0.0  # from the end of a run to its answer
+
+    def end(self, queue: str, end: str) -> None:
+        """Receive a message, run it, and have it end."""
+        now = self.now_ms / 1000
+        self.holdings.take(held_messages(1, queue), 30, now, now)
+        self.holdings.finish(self.holdings.start(now), end, now, 60)
+
+    def step(self) -> None:
+        """Answer calls, begin those that are due, and let a millisecond go by."""
+        while self.under_way and self.under_way[0][0] <= self.now_ms:
+            _, call = self.under_way.popleft()
+            self.holdings.calls.answered(call, {})
+            waited_s = [self.now_ms / 1000 - held.decided_at for held in call.batch]
+            self.slowest_ms = max(self.slowest_ms, *(1000 * s for s in waited_s), 0)
+        while len(self.under_way) < self.calls:
+            call = self.holdings.calls.next(self.now_ms / 1000)
+            if call is None:
+                break
+            self.made[call.kind.name] += 1
+            self.under_way.append((self.now_ms + self.latency_ms, call))
+        self.now_ms += 1
+
+
 FINAL, BUSY = refusing(final=True), refusing()
 FORBIDDEN = refusing("AccessDenied")
 TWICE = "message m1 may run twice: "
@@ -8993,6 +10495,19 @@ class TestHoldings:
         holdings.finish(first, "acked", 1)
         assert (holdings.waiting, holdings.running, len(holdings.decided)) == (3, 1, 1)
         assert holdings.still_run() == [second.message]
+
+    def test_overdue(self):
+        """What is decided and in no call is overdue once it is two full batches."""
+        holdings, runs = holding(22)
+        overdue = []
+        for run in runs[:21]:
+            holdings.finish(run, "acked", 1)
+            overdue.append(holdings.is_overdue)
+        assert overdue == [False] * 19 + [True] * 2
+        call = holdings.calls.next(1)
+        assert not holdings.is_overdue
+        holdings.calls.answered(call, dict.fromkeys(range(10), BUSY[0]))
+        assert holdings.is_overdue
 
     @pytest.mark.parametrize(
         ("took_s", "answer", "starts_at", "news"),
@@ -9132,15 +10647,19 @@ class TestHoldings:
         holdings.finish(others[0], "dead_lettered", 1)
         holdings.finish(runs[0], "acked", 1.03)
         holdings.finish(runs[1], "acked", 1.07)
-        first, second = holdings.calls.next(1.08), holdings.calls.next(1.08)
-        assert (first.queue, receipts(first)) == ("P", ["r1"])
-        assert (second.queue, receipts(second)) == ("Q", ["r1", "r2"])
+        call = holdings.calls.next(1.08)
+        assert (call.queue, receipts(call)) == ("P", ["r1"])
+        holdings.calls.answered(call, {})
+        call = holdings.calls.next(1.08)
+        assert (call.queue, receipts(call)) == ("Q", ["r1", "r2"])
 
     @pytest.mark.parametrize(
         ("end", "answer", "asked_at", "ledger", "news"),
         [
             ("acked", {}, 1, {"acked": 1}, []),
             ("dead_lettered", {}, 1, {"dead_lettered": 1}, []),
+            ("postponed", {}, 1, {"postponed": 1}, []),
+            ("postponed", {}, 30, {"uncertain": 1}, [AGAIN + "its lease had ended"]),
             ("acked", BUSY, 1, {}, []),
             ("acked", FORBIDDEN, 1, {}, []),
             ("acked", FINAL, 1, {"uncertain": 1}, [AGAIN + "no"]),
@@ -9195,7 +10714,9 @@ class TestHoldings:
         holdings.finish(first, "acked", 1)
         holdings.calls.answered(holdings.calls.next(1.05), BUSY)
         holdings.finish(second, "acked", 1.1)
-        assert receipts(holdings.calls.next(1.2)) == ["r2"]
+        call = holdings.calls.next(1.2)
+        assert receipts(call) == ["r2"]
+        holdings.calls.answered(call, {})
         assert receipts(holdings.calls.next(1.3)) == ["r1"]
 
     def test_order_of_calls(self):
@@ -9210,6 +10731,61 @@ class TestHoldings:
             kinds.append((call.kind.name, len(call.batch)))
             holdings.calls.answered(call, {})
         assert kinds == [("extend", 10), ("delay", 2), ("extend", 1), ("delete", 10)]
+
+    def test_calls_at_once(self):
+        """Besides a call under way one is made that is full, or has waited for a while."""
+        holdings, runs = holding(25)
+        holdings.finish(runs[0], "acked", 1)
+        first = holdings.calls.next(1.05)
+        holdings.finish(runs[1], "retried", 1.06, 60)
+        for run in runs[2:13]:
+            holdings.finish(run, "acked", 1.07)
+        full = holdings.calls.next(1.07)
+        assert receipts(full) == [f"r{n}" for n in range(3, 13)]
+        assert holdings.calls.next_at() == pytest.approx(1.16)
+        assert holdings.calls.next(1.15) is None
+        overdue = holdings.calls.next(1.17)
+        assert overdue.entries() == [("r2", 60)]
+        for call in (first, full, overdue):
+            assert holdings.calls.next(1.18) is None
+            holdings.calls.answered(call, {})
+        assert receipts(holdings.calls.next(1.18)) == ["r13"]
+
+    def test_lease_during_a_wait(self):
+        """What waits for a delete is in none while its lease is extended."""
+        holdings, [first, second, _] = holding(3, ack_wait_s=9.5)
+        holdings.finish(first, "acked", 0)
+        holdings.calls.answered(holdings.calls.next(9.5), BUSY)
+        holdings.finish(second, "acked", 9.6)
+        extension = holdings.calls.next(10)
+        assert receipts(extension) == ["r1", "r2", "r3"]
+        assert (holdings.calls.left, holdings.calls.next(30)) == (0, None)
+        holdings.calls.answered(extension, {})
+        assert receipts(holdings.calls.next(19.5)) == ["r1", "r2"]
+
+    def test_many_acknowledgements(self):
+        """At 30 ms a call, 1,000 messages a second are acknowledged as they come."""
+        busy = Busy(["Q"], calls=taskhawk._MAX_CALLS, latency_ms=30)
+        while busy.now_ms < 3_000:
+            assert not busy.holdings.is_overdue
+            busy.end("Q", "acked")
+            busy.step()
+        assert busy.holdings.ledger.acked > 2_900
+        assert busy.holdings.ledger.acked / busy.made["delete"] > 9
+
+    @pytest.mark.parametrize("queues", [["A"], ["A", "B", "C"]])
+    def test_delay_among_deletes(self, queues):
+        """A delay is sent within a second though deletes never cease."""
+        busy = Busy(queues, calls=taskhawk._MAX_CALLS, latency_ms=30)
+        while busy.now_ms < 10_000:
+            if busy.now_ms % 100 == 0:
+                busy.end(queues[-1], "retried")
+            while not busy.holdings.is_overdue:
+                for queue in queues:
+                    busy.end(queue, "acked")
+            busy.step()
+        assert busy.holdings.ledger.retried > 80
+        assert busy.slowest_ms < 1_000
 
     @pytest.mark.parametrize(
         ("delay_s", "entries"), [(None, None), (0, [("r1", 0)]), (60, [("r1", 60)])]
@@ -9249,6 +10825,24 @@ class TestHoldings:
         call = holdings.calls.next(1)
         assert call.entries() == [("r1", 0), ("r2", 0)]
         holdings.calls.answered(call, {})
+        assert holdings.ledger == taskhawk.Ledger(received=2, released=2)
+
+    @pytest.mark.parametrize(
+        ("queue", "took_s", "waiting"), [("Q", 0, 1), ("Q", 21, 0), ("Q.fifo", 0, 0)]
+    )
+    def test_release_at_the_last_receive(self, queue, took_s, waiting):
+        """What its queue would dead-letter is not released, unless a copy is worse.
+
+        A FIFO queue's order would suffer, and where the lease is not sure, another may
+        have the message.
+        """
+        holdings = taskhawk._Holdings([queue])
+        first, last = held_messages(2, queue)
+        last.max_receive_count = 1
+        holdings.take([first, last], 30, 0, took_s)
+        holdings.release_waiting(took_s)
+        assert (holdings.waiting, len(holdings.decided)) == (waiting, 2 - waiting)
+        holdings.close()
         assert holdings.ledger == taskhawk.Ledger(received=2, released=2)
 
     def test_closing(self):
@@ -9471,6 +11065,7 @@ WORKER_ACTS: dict[str, Callable[[], Any]] = {
     "never": raising(KeyError("never again")),
     "retry": raising(taskhawk.RetryException(delay_seconds=7)),
     "leave": raising(taskhawk.RetryException("not now")),
+    "postpone": raising(taskhawk.PostponeException("not yet", delay_seconds=7)),
 }
 
 
@@ -9578,22 +11173,65 @@ class TestKeeper:
         }
         assert len(beaten) == beats
 
-    def test_overdue_acknowledgements(self, worker_broker, worker_act):
-        """Nothing is received while two batches of deletes do not get through."""
-        ran: list[int] = []
-        held: list[int] = []
+    def test_many_calls(self, worker_broker, worker_act):
+        """Full batches do not wait for calls under way, and no message is in two."""
+        at_once = threading.Barrier(taskhawk._MAX_CALLS)
 
         def hang(real: Any, *_: Any) -> Any:
-            if not held:
+            if len(worker_broker.made("delete")) <= taskhawk._MAX_CALLS:
+                at_once.wait(WORKER_PATIENCE_S)
+            return real()
+
+        worker_broker.faults["delete"] = hang
+        worker_broker.put(worker_act, *[("run",)] * 90)
+        ledger = worker_broker.work(num_messages=10)
+        assert ledger == taskhawk.Ledger(received=90, acked=90)
+        deleted = [r for _, batch in worker_broker.made("delete") for r in batch]
+        assert sorted(deleted) == sorted(set(deleted))
+
+    def test_call_that_hangs(self, worker_broker, worker_act):
+        """While one call hangs, what is overdue is done by another thread."""
+        delayed = threading.Event()
+
+        def hang(real: Any, *_: Any) -> Any:
+            assert delayed.wait(WORKER_PATIENCE_S)
+            return real()
+
+        def delay(real: Any, *_: Any) -> Any:
+            delayed.set()
+            return real()
+
+        worker_broker.faults |= {"delete": hang, "change_visibility": delay}
+        worker_broker.put(worker_act, ("run",), ("retry",))
+        ledger = worker_broker.work(loop_count=2)
+        assert ledger == taskhawk.Ledger(received=2, acked=1, retried=1)
+
+    def test_defect(self, worker_broker, worker_act):
+        """An error that ends one thread of the keeper ends the others and the worker."""
+        worker_broker.faults["delete"] = worker_raise(SystemExit("a defect"))
+        worker_broker.put(worker_act, ("run",))
+        with pytest.raises(SystemExit, match=r"^a defect$"):
+            worker_broker.work()
+
+    def test_overdue_acknowledgements(self, worker_broker, worker_act):
+        """Nothing is received while two batches of deletes wait for all calls to end."""
+        ran: list[int] = []
+        held: list[int] = []
+        measured = threading.Event()
+
+        def hang(real: Any, *_: Any) -> Any:
+            if len(worker_broker.made("delete")) == 1:
                 held.append(worker_after_a_while(lambda: len(ran)))
+                measured.set()
+            assert measured.wait(WORKER_PATIENCE_S)
             return real()
 
         WORKER_ACTS["note"] = lambda: ran.append(1)
         worker_broker.faults["delete"] = hang
-        worker_broker.put(worker_act, *[("note",)] * 50)
+        worker_broker.put(worker_act, *[("note",)] * 120)
         ledger = worker_broker.work(num_messages=10)
-        assert held[0] <= 20
-        assert ledger == taskhawk.Ledger(received=50, acked=50)
+        assert 10 * taskhawk._MAX_CALLS <= held[0] <= 10 * (taskhawk._MAX_CALLS + 3)
+        assert ledger == taskhawk.Ledger(received=120, acked=120)
 
     @pytest.mark.slow
     @pytest.mark.parametrize(
@@ -9618,9 +11256,331 @@ class TestKeeper:
 
 # --- 16. the worker -------------------------------------------------------------------
 
+
+class PollsMachine(hypothesis.stateful.RuleBasedStateMachine):
+    """Any order of receives, runs and faults in a worker of several queues; no thread."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 1000.0
+        self.under_way: list[Any] = []
+        self.started = self.running = 0
+        self.last: dict[str, int | None] = {}  # what the last receive brought
+        self.asked: collections.Counter[str] = collections.Counter()
+        self.over: set[str] = set()
+
+    @hypothesis.stateful.initialize(
+        queues=st.sampled_from([["Q"], ["HIGH", "LOW"], ["A", "B.fifo", "C"]]),
+        num_messages=st.sampled_from([1, 2, 5, 10, 12, 40, 100]),
+        slots=st.sampled_from([1, 2, 8, 64]),
+        loop_count=st.sampled_from([None, None, 1, 4]),
+        max_tasks=st.sampled_from([math.inf, math.inf, 1, 2, 7, 30]),
+    )
+    def begin(self, queues, num_messages, slots, loop_count, max_tasks) -> None:
+        """Draw a worker's options."""
+        self.most = num_messages + slots - 1
+        self.slots, self.loops, self.max_tasks = slots, loop_count, max_tasks
+        self.polls = taskhawk._Polls(queues, num_messages, slots, loop_count)
+        self.waiting = dict.fromkeys(queues, 0)
+
+    def load(self) -> Any:
+        """Return what the worker holds."""
+        waiting = list(self.waiting.values())
+        starts = self.max_tasks - self.started - sum(waiting)
+        return taskhawk._Load(self.slots - self.running, waiting, starts)
+
+    def in_flight(self, queue: str) -> list[Any]:
+        """Return the receives of a queue that are under way, the oldest first."""
+        return [poll for poll in self.under_way if poll.queue == queue]
+
+    def is_known_to_be_empty(self, queue: str) -> bool:
+        """Return whether less urgent queues may be asked."""
+        if self.last.get(queue) == 0 or queue in self.over:
+            return True
+        flights = self.in_flight(queue)
+        return bool(flights) and self.now - flights[0].began_at >= 0.1
+
+    @hypothesis.stateful.rule(which=st.integers(0, 2))
+    def ask(self, which: int) -> None:
+        """Begin a receive of a queue, if it may."""
+        queue = list(self.waiting)[which % len(self.waiting)]
+        load, flights = self.load(), self.in_flight(queue)
+        if self.polls.may_begin_at(queue, load) > self.now:
+            return
+        poll = self.polls.begin(queue, load, self.now)
+        self.under_way.append(poll)
+        self.asked[queue] += 1
+        assert 1 <= poll.most <= (1 if queue.endswith("fifo") else 10)
+        assert len(flights) < (1 if queue.endswith("fifo") else 12)
+        assert self.loops is None or self.asked[queue] <= self.loops
+        urgent = list(self.waiting)[: which % len(self.waiting)]
+        assert all(map(self.is_known_to_be_empty, urgent))
+        held = self.running + sum(map(self.waiting.get, [*urgent, queue]))
+        assert held + poll.most + sum(each.most for each in flights) <= self.most
+
+    @hypothesis.stateful.precondition(lambda self: self.under_way)
+    @hypothesis.stateful.rule(
+        which=st.integers(0, 99), share=st.sampled_from([0, 0, 0.5, 1, 1, 1])
+    )
+    def answer(self, which: int, share: float) -> None:
+        """Answer a receive with nothing, with a part of what it may bring, or with all."""
+        poll = self.under_way.pop(which % len(self.under_way))
+        count = math.ceil(poll.most * share)
+        self.polls.answered(poll, count)
+        self.last[poll.queue] = count
+        self.waiting[poll.queue] += count
+
+    @hypothesis.stateful.precondition(lambda self: self.under_way)
+    @hypothesis.stateful.rule(which=st.integers(0, 99), fails=st.booleans())
+    def fail(self, which: int, fails: bool) -> None:
+        """Let a receive fail, or not be made after all."""
+        poll = self.under_way.pop(which % len(self.under_way))
+        self.asked[poll.queue] -= 1
+        if fails:
+            self.polls.failed(poll)
+            self.last[poll.queue] = 0
+        else:
+            self.polls.dropped(poll)
+
+    @hypothesis.stateful.precondition(lambda self: self.running < self.slots)
+    @hypothesis.stateful.rule()
+    def start(self) -> None:
+        """Start the most urgent message: that leaves no room that was not there before."""
+        queue = next((name for name, count in self.waiting.items() if count), None)
+        if queue is None:
+            return
+        before = {name: self.may_begin_at(name) for name in self.waiting}
+        self.waiting[queue] -= 1
+        self.started += 1
+        self.running += 1
+        assert all(self.may_begin_at(name) >= before[name] for name in self.waiting)
+
+    def may_begin_at(self, queue: str) -> float:
+        """Return when a queue may be asked."""
+        return self.polls.may_begin_at(queue, self.load())
+
+    @hypothesis.stateful.precondition(lambda self: self.running)
+    @hypothesis.stateful.rule()
+    def finish(self) -> None:
+        """End a run."""
+        self.running -= 1
+
+    @hypothesis.stateful.rule(seconds=st.sampled_from([0.01, 0.1, 20]))
+    def wait(self, seconds: float) -> None:
+        """Let time go by."""
+        self.now += seconds
+
+    @hypothesis.stateful.rule(which=st.integers(0, 2))
+    def end(self, which: int) -> None:
+        """End the pollers of a queue that is asked no more."""
+        queue = list(self.waiting)[which % len(self.waiting)]
+        if not self.polls.is_open(queue):
+            self.polls.close(queue)
+            self.over.add(queue)
+
+    @hypothesis.stateful.invariant()
+    def nothing_is_too_much(self) -> None:
+        """No more is received than can be started, over all that is under way."""
+        asked = sum(poll.most for poll in self.under_way)
+        assert self.started + sum(self.waiting.values()) + asked <= self.max_tasks
+        assert self.polls.under_way == len(self.under_way)
+
+    @hypothesis.stateful.invariant()
+    def nobody_waits_for_ever(self) -> None:
+        """While nothing waits and a slot is free, something is asked for, unless all is."""
+        asked = sum(poll.most for poll in self.under_way)
+        starts = self.max_tasks - self.started - asked
+        opened = [name for name in self.waiting if self.polls.is_open(name)]
+        if self.running == self.slots or any(self.waiting.values()) or starts < 1:
+            return
+        if self.under_way or opened != [q for q in self.waiting if q not in self.over]:
+            return
+        assert not opened or min(map(self.may_begin_at, opened)) <= self.now
+
+
+TestPollsMachine = PollsMachine.TestCase
+TestPollsMachine.settings = hypothesis.settings(
+    max_examples=100, stateful_step_count=60, deadline=None
+)
+
+
+def load(free: int, *waiting: int, starts: float = math.inf) -> Any:
+    """Return what a worker holds: free slots, and what waits of each queue."""
+    return taskhawk._Load(free, waiting or (0,), starts)
+
+
+def asked(polls: Any, queue: str, held: Any, now: float = 0) -> int | None:
+    """Return for how many messages a queue is asked now, None if it may not be."""
+    if polls.may_begin_at(queue, held) > now:
+        return None
+    return polls.begin(queue, held, now).most
+
+
+class TestPolls:
+    """Which queue is asked, when, and for how much, told without a thread or a clock."""
+
+    @pytest.mark.parametrize(
+        ("num_messages", "slots", "free", "waiting", "most"),
+        [
+            (1, 1, 1, 0, 1),  # the default never holds what can't start
+            (1, 1, 0, 0, None),
+            (1, 8, 8, 0, 8),  # eight start from one receive
+            (1, 8, 3, 1, 2),
+            (1, 8, 1, 1, None),
+            (1, 64, 64, 0, 10),
+            (7, 1, 1, 0, 7),
+            (7, 1, 0, 0, None),  # not full: it waits for the slot
+            (5, 8, 1, 0, 5),
+            (10, 1, 1, 0, 10),
+            (10, 1, 0, 0, 9),  # while the last one runs: nine tenths are enough
+            (10, 1, 0, 1, None),
+            (40, 1, 0, 0, 10),
+            (40, 1, 0, 30, 9),
+            (40, 1, 0, 31, None),
+        ],
+    )
+    def test_room(self, num_messages, slots, free, waiting, most):
+        """A receive asks for what can start, and for what num_messages lets wait."""
+        polls = taskhawk._Polls(["Q"], num_messages, slots)
+        assert asked(polls, "Q", load(free, waiting)) == most
+
+    def test_room_of_several(self):
+        """What waits of a less urgent queue takes no room of a more urgent one."""
+        polls = taskhawk._Polls(["H", "L"], 10)
+        polls.close("H")
+        assert asked(polls, "L", load(0, 1, 0)) is None
+        polls = taskhawk._Polls(["H", "L"], 10)
+        assert asked(polls, "H", load(0, 0, 9)) == 9
+
+    @pytest.mark.parametrize(
+        ("queue", "num_messages", "slots", "brought", "most"),
+        [
+            ("Q", 10, 64, 10, [10] * 7),
+            ("Q", 10, 64, 9, [10]),
+            ("Q", 10, 8, 10, [10]),
+            ("Q", 1, 64, 10, [10] * 6),
+            ("Q", 1, 8, 8, [8]),
+            ("Q", 1, 2, 2, [2]),
+            ("Q", 40, 1, 10, [10] * 4),
+            ("Q", 100, 200, 10, [10] * 12),
+            ("Q.fifo", 40, 8, 1, [1]),
+        ],
+    )
+    def test_at_once(self, queue, num_messages, slots, brought, most):
+        """While receives are full, others run beside them as long as there is room."""
+        polls = taskhawk._Polls([queue], num_messages, slots)
+        first = polls.begin(queue, load(slots), 0)
+        assert polls.may_begin_at(queue, load(slots)) == math.inf
+        polls.answered(first, brought)
+        found = []
+        while number := asked(polls, queue, load(slots)):
+            found.append(number)
+        assert found == most
+        assert polls.is_busy(queue) is (brought >= first.most)
+        assert polls.under_way == len(most)
+
+    @pytest.mark.parametrize(
+        ("what", "may_begin_at"),
+        [
+            ("nothing yet", math.inf),
+            ("begun", 5.1),
+            ("dropped", math.inf),
+            ("failed", -math.inf),
+            ("empty", -math.inf),
+            ("brought", math.inf),
+            ("brought, begun", 7.1),
+            ("empty, begun", -math.inf),
+            ("closed", -math.inf),
+        ],
+    )
+    def test_urgency(self, what, may_begin_at):
+        """A queue is asked only while the more urgent one is known to be empty."""
+        polls = taskhawk._Polls(["H", "L"])
+        steps = {
+            "dropped": polls.dropped,
+            "failed": polls.failed,
+            "empty": lambda poll: polls.answered(poll, 0),
+            "brought": lambda poll: polls.answered(poll, 1),
+        }
+        if what == "closed":
+            polls.close("H")
+        elif what != "nothing yet":
+            poll = polls.begin("H", load(1, 0, 0), 5)
+            ended, _, again = what.partition(", ")
+            if ended != "begun":
+                steps[ended](poll)
+            if again:
+                polls.begin("H", load(1, 0, 0), 7)
+        assert polls.may_begin_at("L", load(1, 0, 0)) == may_begin_at
+
+    def test_urgency_of_several(self):
+        """A queue waits for all that are more urgent, the oldest receive of each."""
+        polls = taskhawk._Polls(["A", "B", "C"], 40)
+        held = load(1, 0, 0, 0)
+        polls.answered(polls.begin("A", held, 0), 10)
+        for now in (1, 2):
+            polls.begin("A", held, now)
+        assert polls.may_begin_at("C", held) == math.inf
+        polls.begin("B", held, 3)
+        assert polls.may_begin_at("C", held) == 3.1
+
+    def test_loop_count(self):
+        """The loop count is of receives that were answered."""
+        polls = taskhawk._Polls(["Q"], loop_count=2)
+        for end in (polls.failed, polls.dropped):
+            end(polls.begin("Q", load(1), 0))
+        assert not polls.failed(polls.begin("Q", load(1), 0))  # nor was one before
+        polls.answered(polls.begin("Q", load(1), 0), 1)
+        last = polls.begin("Q", load(1), 0)
+        assert (polls.may_begin_at("Q", load(1)), polls.is_open("Q")) == (
+            math.inf,
+            True,
+        )
+        polls.answered(last, 1)
+        assert not polls.is_open("Q")
+
+    @pytest.mark.parametrize(
+        ("starts", "first", "second", "is_short"),
+        [
+            (100, 10, 10, False),
+            (18, 9, 9, True),  # what is left is less than the other could receive
+            (4, 2, 2, True),
+            (3, 1, 2, True),
+            (1, 1, None, True),
+            (0, None, None, None),
+        ],
+    )
+    def test_starts(self, starts, first, second, is_short):
+        """What max_tasks leaves is shared, and polls are short if it may be too little."""
+        polls = taskhawk._Polls(["H", "L"], 10)
+        held = load(1, 0, 0, starts=starts)
+        assert asked(polls, "H", held) == first
+        if first:
+            (poll,) = polls.of["H"].polls
+            assert poll.is_short is is_short
+        assert asked(polls, "L", held, 0.1) == second
+
+    def test_turns(self):
+        """For the last start, empty queues take turns, and no other waits for a failing one."""
+        polls = taskhawk._Polls(["A", "B", "C"], 10)
+        held, order = load(1, 0, 0, 0, starts=1), []
+        for now in range(6):
+            (queue,) = [q for q in polls.of if polls.may_begin_at(q, held) <= now]
+            order.append(queue)
+            poll = polls.begin(queue, held, now)
+            if now == 3:
+                polls.failed(poll)
+            else:
+                polls.answered(poll, 0)
+        assert order == ["A", "B", "C", "A", "B", "C"]
+        free = [q for q in polls.of if polls.may_begin_at(q, held) <= now]
+        assert free == ["A", "B"]  # its thread comes back when it likes
+
+
 RUN = "work.act ID (message ID)"  # as logs name a message of worker_act
 FAILED = f"{RUN}: attempt 1 failed and is "
 LETTER_LEFT = f"WORKER: {RUN} can't be dead-lettered and is left to the queue: "
+COPY_LEFT = f"WORKER: {RUN} can't be postponed and is left to the queue: "
 LAST = {"info": lambda real, _queue: real()._replace(max_receive_count=1)}
 NO_LETTERS = {"info": lambda real, _queue: real()._replace(dead_letter_queue=None)}
 FORBIDDEN_INFO = {"info": worker_raise(WorkerDenied("denied"))}
@@ -9630,6 +11590,26 @@ WORKER_SCENARIOS: list[tuple[str, dict[str, Any], dict[str, int], list[str]]] = 
     ("run run run", {}, {"acked": 3}, []),
     ("ignore", {}, {"acked": 1}, []),
     ("retry leave", {}, {"retried": 2}, []),
+    ("postpone", {}, {"postponed": 1}, []),
+    ("postpone", LAST, {"postponed": 1}, []),
+    (
+        "postpone",
+        {"send": worker_raise(WorkerDenied("not allowed"))},
+        {"retried": 1},
+        [f"{COPY_LEFT}not allowed"],
+    ),
+    (
+        "postpone",
+        {"send": worker_refuse("InternalError", final=False)},
+        {"retried": 1},
+        [f"{COPY_LEFT}1 of 1 messages failed: InternalError"],
+    ),
+    (
+        "postpone",
+        {"delete": worker_refuse("Gone", final=True)},
+        {"uncertain": 1},
+        [f"{RUN} may run again: refused by Gone"],
+    ),
     ("fail", {}, {"retried": 1}, [f"{FAILED}left to the queue"]),
     ("never", {}, {"dead_lettered": 1}, [f"{FAILED}given up"]),
     (
@@ -9753,7 +11733,7 @@ class TestWorker:
         assert ledger.balanced
         assert worker_logs(caplog) == logs
         left = worker_broker.depth(WORKER_QUEUE)
-        gone = ledger.acked + ledger.dead_lettered
+        gone = ledger.acked + ledger.dead_lettered + ledger.postponed
         assert left.visible + left.in_flight == ledger.received - gone
 
     @pytest.mark.parametrize(
@@ -9790,9 +11770,7 @@ class TestWorker:
         caplog.set_level(logging.INFO)
         worker_broker.put(worker_act, ("never",), ("leave",))
         ledger = worker_broker.work(loop_count=2)
-        words = (
-            "2 received, 0 acked, 1 retried, 1 dead-lettered, 0 released, 0 uncertain"
-        )
+        words = "2 received, 0 acked, 1 retried, 1 dead-lettered, 0 postponed, 0 released, 0 uncertain"
         assert str(ledger) == words
         assert worker_logs(caplog, logging.INFO)[-1] == f"worker ended: {words}"
         assert not taskhawk.Ledger(received=1).balanced
@@ -9838,6 +11816,7 @@ class TestWorker:
             "MessageSystemAttributeNames": [
                 "ApproximateReceiveCount",
                 "SentTimestamp",
+                "ApproximateFirstReceiveTimestamp",
                 "MessageGroupId",
             ],
         }
@@ -9847,7 +11826,9 @@ class TestWorker:
     @pytest.mark.parametrize(
         ("options", "sentence"),
         [
-            ({"num_messages": 0}, "num_messages: expected 1 or more, got 0"),
+            ({"num_messages": 0}, "num_messages: expected 1 to 100, got 0"),
+            ({"num_messages": 101}, "num_messages: expected 1 to 100, got 101"),
+            ({"concurrency": 0}, "concurrency: expected 1 or more, got 0"),
             ({"max_tasks": -1}, "max_tasks: expected 1 or more, got -1"),
             (
                 {"visibility_timeout_s": 0},
@@ -10241,6 +12222,198 @@ class TestWorker:
         assert ledger == taskhawk.Ledger(received=2, acked=1, retried=1)
         assert ("AttributeError: no request\n" in capsys.readouterr().err) is told
 
+    # -- several receives
+
+    def test_free_slots(self, worker_broker, worker_act):
+        """By default, one receive brings a message for each slot that is free."""
+        together = threading.Barrier(8)
+        WORKER_ACTS["meet"] = lambda: together.wait(WORKER_PATIENCE_S)
+        worker_broker.put(worker_act, *[("meet",)] * 8)
+        ledger = worker_broker.work(concurrency=8, loop_count=1)
+        assert ledger == taskhawk.Ledger(received=8, acked=8)
+        assert [most for _, most, *_ in worker_broker.made("receive")] == [8]
+
+    @pytest.mark.parametrize("loop_count", [None, 6])
+    def test_pollers(self, worker_broker, worker_act, loop_count):
+        """While receives are full, several run at once; the loop count is of them all."""
+        three, numbers = threading.Barrier(3), itertools.count(1)
+
+        def receive(real: Any, *_: Any) -> Any:
+            if next(numbers) in {2, 3, 4}:
+                three.wait(WORKER_PATIENCE_S)
+            return real()
+
+        worker_broker.faults["receive"] = receive
+        worker_broker.put(worker_act, *[("run",)] * 65)
+        options = {"num_messages": 40, "until_empty": loop_count is None}
+        ledger = worker_broker.work(loop_count=loop_count, **options)
+        assert ledger.acked == ledger.received
+        if loop_count:
+            assert len(worker_broker.made("receive")) == loop_count
+        else:
+            assert ledger.received == 65
+
+    def test_idle(self, worker_broker):
+        """An idle queue is asked by one receive after another, whatever may be received."""
+        under_way: list[int] = []
+
+        def receive(real: Any, *_: Any) -> Any:
+            under_way.append(1)
+            found = real()
+            assert len(under_way) == 1
+            under_way.pop()
+            return found
+
+        worker_broker.faults["receive"] = receive
+        worker_broker.work(loop_count=3, num_messages=100, concurrency=8)
+        assert len(worker_broker.made("receive")) == 3
+
+    @pytest.mark.parametrize("fails", [False, True])
+    def test_stopped_with_pollers(self, worker_broker, worker_act, fails):
+        """Told to stop, a worker waits out all its receives, and releases what they bring."""
+        stop, numbers = threading.Event(), itertools.count(1)
+        three = threading.Barrier(3, stop.set)
+
+        def receive(real: Any, *_: Any) -> Any:
+            number = next(numbers)
+            if number > 1:
+                three.wait(WORKER_PATIENCE_S)
+                # Time enough for a keeper that releases too early.
+                made = functools.partial(worker_broker.made, "change_visibility")
+                assert worker_after_a_while(made) == []
+            if number == 3 and fails:
+                raise OSError("reset")
+            return real()
+
+        worker_broker.faults["receive"] = receive
+        WORKER_ACTS["hold"] = lambda: stop.wait(WORKER_PATIENCE_S)
+        worker_broker.put(worker_act, *[("hold",)] * 40)
+        options = {"shutdown_event": stop, "until_empty": False, "num_messages": 40}
+        ledger = worker_broker.work(**options)
+        brought = 10 * (4 - fails)
+        assert ledger == taskhawk.Ledger(brought, acked=1, released=brought - 1)
+        assert worker_broker.depth(WORKER_QUEUE) == (39, 0, 0)
+
+    def test_defect_of_a_poller(self, worker_broker, worker_act):
+        """An error of our own in a second poller ends the worker, and is raised."""
+        both, numbers = threading.Barrier(2), itertools.count(1)
+
+        def receive(real: Any, *_: Any) -> Any:
+            if next(numbers) in {2, 3}:
+                both.wait(WORKER_PATIENCE_S)
+                raise SystemExit("a defect")
+            return real()
+
+        worker_broker.faults["receive"] = receive
+        worker_broker.put(worker_act, *[("run",)] * 40)
+        with pytest.raises(SystemExit, match=r"^a defect$"):
+            worker_broker.work(num_messages=40)
+
+    def test_poller_that_cannot_start(self, tmp_path):
+        """Where a second poller can't start, the worker goes on with one, and says so once."""
+        code = """if True:
+            import resource, threading, taskhawk
+
+            @taskhawk.task
+            def limit():
+                threading.stack_size(1 << 30)
+                used = int(open("/proc/self/statm").read().split()[0]) * 4096
+                resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 29),) * 2)
+                run.dispatch_many([()] * 99)
+
+            @taskhawk.task
+            def run():
+                pass
+
+            limit.dispatch()
+            default, options = taskhawk.Priority.default, {"until_empty": True}
+            print(taskhawk.listen_for_messages(default, 40, **options).acked)"""
+        result = run_python(code, env={"TASKHAWK_BROKER": f"sqlite:///{tmp_path}/q.db"})
+        assert result.stdout == "100\n"
+        assert result.stderr == (
+            "TASKHAWK-DEFAULT: can't start another poller, goes on trying:"
+            " can't start new thread\n"
+        )
+
+    @pytest.mark.parametrize("num_messages", [1, 10])
+    def test_urgency(self, worker_broker, worker_act, num_messages):
+        """With messages in each of four queues, one slot runs them in order of urgency."""
+        ran: list[str] = []
+        queues = ["HIGH", "DEFAULT", "LOW", "BULK"]
+        for queue in queues:
+            WORKER_ACTS[queue] = functools.partial(ran.append, queue)
+            worker_broker.put(worker_act, *[(queue,)] * 10, queue=queue)
+        options = {"num_messages": num_messages, "clock": Clock()}
+        assert worker_broker.work(*queues, **options).acked == 40
+        assert ran == [queue for queue in queues for _ in range(10)]
+
+    def test_urgent_queue_that_waits(self, worker_broker, worker_act):
+        """A less urgent queue is asked a tenth of a second after the other's receive began."""
+        began: dict[str, float] = {}
+        ran = threading.Event()
+
+        def receive(real: Any, queue: str, *_: Any) -> Any:
+            began.setdefault(queue, time.monotonic())
+            if queue == "HIGH":
+                assert ran.wait(WORKER_PATIENCE_S)
+            return real()
+
+        WORKER_ACTS["note"] = ran.set
+        worker_broker.faults["receive"] = receive
+        worker_broker.put(worker_act, ("note",), queue="LOW")
+        ledger = worker_broker.work("HIGH", "LOW", loop_count=1)
+        assert ledger == taskhawk.Ledger(received=1, acked=1)
+        assert began["LOW"] - began["HIGH"] >= 0.09
+
+    def test_urgent_queue_that_fails(self, worker_broker, worker_act, caplog):
+        """A queue that can't be received from does not keep the others from their turn."""
+        ran = threading.Event()
+
+        def receive(real: Any, queue: str, *_: Any) -> Any:
+            if queue == "HIGH" and not ran.is_set():
+                raise OSError("reset")
+            return real()
+
+        WORKER_ACTS["note"] = ran.set
+        worker_broker.faults["receive"] = receive
+        worker_broker.put(worker_act, ("note",), queue="LOW")
+        options = {"loop_count": 1, "clock": worker_fast_clock}
+        assert worker_broker.work("HIGH", "LOW", **options) == taskhawk.Ledger(1, 1)
+
+    @pytest.mark.parametrize("concurrency", [1, 3])
+    def test_fifo(self, worker_broker, worker_act, concurrency):
+        """From a FIFO queue come one message a receive, and several groups run at once."""
+        together = threading.Barrier(concurrency)
+        WORKER_ACTS["meet"] = lambda: together.wait(WORKER_PATIENCE_S)
+        worker_broker.put(worker_act, *[("meet",)] * 6, queue="Q.fifo")
+        options = {"concurrency": concurrency, "num_messages": 10}
+        assert worker_broker.work("Q.fifo", **options).acked == 6
+        assert {most for _, most, *_ in worker_broker.made("receive")} == {1}
+
+    def test_max_tasks_of_several(self, worker_broker, worker_act):
+        """Where few starts are left, no queue keeps them for as long as a long poll takes."""
+        worker_broker.put(worker_act, *[("run",)] * 5, queue="LOW")
+        options = {"max_tasks": 3, "num_messages": 10, "wait_s": 20}
+        ledger = worker_broker.work("HIGH", "LOW", until_empty=False, **options)
+        assert ledger == taskhawk.Ledger(received=3, acked=3)
+        assert max(wait_s for _, _, wait_s, *_ in worker_broker.made("receive")) <= 1
+
+    def test_one_slot_for_a_message(self, worker_broker, worker_act):
+        """A message wakes one slot: that others wait costs nothing."""
+        looks: list[list[float]] = []
+
+        def clock() -> float:
+            looks[-1].append(time.monotonic())
+            return looks[-1][-1]
+
+        for concurrency in (2, 40):
+            looks.append([])
+            worker_broker.put(worker_act, *[("run",)] * 200)
+            options = {"concurrency": concurrency, "num_messages": 10, "clock": clock}
+            assert worker_broker.work(**options).acked == 200
+        few, many = map(len, looks)
+        assert many < 3 * few
+
     # -- concurrency
 
     @pytest.mark.slow
@@ -10311,7 +12484,9 @@ class TestWorker:
             concurrency=concurrency, clock=worker_fast_clock, **options
         )
         assert ledger.released >= 3
-        assert ledger == taskhawk.Ledger(ledger.released + 3, 3, 0, 0, ledger.released)
+        assert ledger == taskhawk.Ledger(
+            ledger.released + 3, 3, released=ledger.released
+        )
         assert receives[0] == 1
         cannot, can, _ended = worker_logs(caplog, logging.INFO)
         assert cannot == (
@@ -10373,6 +12548,25 @@ class TestWorker:
         assert worker_broker.work(**options) == taskhawk.Ledger(1, released=1)
         del sys.modules["stoppable"]
 
+    def test_last_receive_without_a_child(self, worker_broker, tmp_path, monkeypatch):
+        """What no child can run at its last receive is sent anew: it was never run."""
+        stop = threading.Event()
+        monkeypatch.syspath_prepend(tmp_path)
+        taskhawk.configure(TASKHAWK_BROKER="sqlite://")
+        module = isolated_import(tmp_path, copyable=WORKER_PARTLY_ISOLATED)
+        monkeypatch.setattr(sys, "executable", str(tmp_path / "nothing"))
+
+        def send(real: Any, *_: Any) -> Any:
+            stop.set()
+            return real()
+
+        worker_broker.faults = {**LAST, "send": send}
+        worker_broker.put(module.fine, ())
+        options = {"shutdown_event": stop, "until_empty": False, "clock": Clock()}
+        assert worker_broker.work(**options) == taskhawk.Ledger(1, postponed=1)
+        assert worker_broker.depth(WORKER_QUEUE) == (1, 0, 0)
+        del sys.modules["copyable"]
+
     # -- the end
 
     @pytest.mark.parametrize("when", ["before", "lookup"])
@@ -10413,6 +12607,33 @@ class TestWorker:
             "stopping: waiting for polls in flight: 0, running tasks: 1"
             "; Ctrl-C again ends at once"
         )
+
+    @pytest.mark.parametrize(
+        ("faults", "counts", "sends"),
+        [
+            ({}, {"postponed": 3}, 3),
+            ({"send": worker_raise(OSError("reset"))}, {"released": 3}, 1),
+        ],
+    )
+    def test_stopped_at_the_last_receive(
+        self, worker_broker, worker_act, faults, counts, sends
+    ):
+        """What waits at its last receive is released by a copy: it was never run.
+
+        Where no copy can be sent, it is visible at once, and its queue decides.
+        """
+        queue, stop = f"{WORKER_QUEUE}-LAST", threading.Event()
+        worker_broker.faults = {**LAST, **faults}
+        WORKER_ACTS["stop"] = stop.set
+        worker_broker.put(worker_act, *[("stop",)] * 4, queue=queue)
+        options = {"num_messages": 4, "shutdown_event": stop, "until_empty": False}
+        ledger = worker_broker.work(queue, **options)
+        assert ledger == taskhawk.Ledger(received=4, acked=1, **counts)
+        assert len(worker_broker.made("send")) == sends
+        assert worker_broker.depth(queue) == (3, 0, 0)
+        again = worker_broker.receive(queue, 10, 0, None, threading.Event())
+        attempts = {(found.attempt, found.receive_count) for found in again}
+        assert attempts == {(1, 1) if "postponed" in counts else (2, 2)}
 
     def test_stopped_while_backing_off(self, worker_broker):
         """A shutdown does not wait for the end of a pause between receives."""
@@ -10790,7 +13011,7 @@ class TestWorker:
             output, errors = process.communicate("\n")
         assert process.returncode == 0, errors
         assert re.fullmatch(
-            r"ended \d\n3 received, 1 acked, 0 retried, 0 dead-lettered, 2 released,"
+            r"ended \d\n3 received, 1 acked, 0 retried, 0 dead-lettered, 0 postponed, 2 released,"
             r" 0 uncertain\n",
             output,
         )
@@ -10839,7 +13060,7 @@ class TestWorker:
             assert process.wait(WORKER_PATIENCE_S) == 1
             if is_read:
                 assert process.stdout.read() == (
-                    "1 received, 0 acked, 0 retried, 0 dead-lettered, 0 released,"
+                    "1 received, 0 acked, 0 retried, 0 dead-lettered, 0 postponed, 0 released,"
                     " 0 uncertain\n"
                 )
         lines = re.sub(MESSAGE_ID, "ID", errors).splitlines()
@@ -10869,7 +13090,7 @@ class TestWorker:
         assert sorted(said) == sorted(f"{name} True" for name in names), errors
         assert ledger == (
             f"{len(names)} received, {len(names)} acked, 0 retried, 0 dead-lettered,"
-            " 0 released, 0 uncertain"
+            " 0 postponed, 0 released, 0 uncertain"
         )
 
     @pytest.mark.slow
@@ -10890,6 +13111,535 @@ class TestWorker:
         noted = {f"noted {number}\n" for number in (0, 1, 3)}
         assert {*ran, *output.splitlines(keepends=True)} >= noted
         assert worker_shared.depth(queue) == (0, 0, 0)
+
+
+async def cor_eventually(condition: Callable[[], Any]) -> None:
+    """Wait until the condition holds."""
+    async with asyncio.timeout(WORKER_PATIENCE_S):
+        while not condition():  # noqa: ASYNC110 - another thread may make it hold
+            await asyncio.sleep(0.001)
+
+
+async def cor_raise(error: BaseException) -> None:
+    """Raise it after a while."""
+    await asyncio.sleep(0)
+    raise error
+
+
+async def cor_group() -> None:
+    """Fail in two asyncio tasks, which ask for different delays."""
+    async with asyncio.TaskGroup() as tasks:
+        for delay_s in (7, 70):
+            retry = taskhawk.RetryException(delay_seconds=delay_s)
+            tasks.create_task(cor_raise(retry))
+
+
+async def cor_exit() -> None:
+    """Exit in an asyncio task that is awaited."""
+    await asyncio.create_task(cor_raise(SystemExit("of a task")))
+
+
+class TestCoroutines:
+    """All coroutines of a worker run on one event loop, and each as any other task."""
+
+    @pytest.fixture
+    def act(self, worker_act):
+        """Return a coroutine task that does what WORKER_ACTS says."""
+
+        @taskhawk.task(name="work.act_async", never_retry_on=(KeyError,))
+        async def act(name: str) -> None:
+            await WORKER_ACTS[name]()
+
+        return act
+
+    def test_at_the_same_time(self, worker_broker, act):
+        """They run at the same time, as many as there are slots, and share clients."""
+        made: list[Any] = []
+
+        async def meet() -> None:
+            if not made:
+                made.append(asyncio.Barrier(3))
+            async with asyncio.timeout(WORKER_PATIENCE_S):
+                await made[0].wait()
+            made.append(asyncio.get_running_loop())
+
+        WORKER_ACTS["meet"] = meet
+        worker_broker.put(act, *[("meet",)] * 6)
+        ledger = worker_broker.work(concurrency=3, num_messages=10)
+        assert ledger == taskhawk.Ledger(received=6, acked=6)
+        _, *loops = made
+        assert (len(loops), len({*loops})) == (6, 1)
+        assert loops[0].is_closed()
+
+    @pytest.mark.parametrize(
+        ("run", "ledger", "delay_s"),
+        [
+            (functools.partial(asyncio.sleep, 0), {"acked": 1}, None),
+            (lambda: cor_raise(ValueError()), {"retried": 1}, None),
+            (lambda: cor_raise(KeyError()), {"dead_lettered": 1}, None),
+            (lambda: cor_raise(SystemExit()), {"retried": 1}, None),
+            (lambda: cor_raise(KeyboardInterrupt()), {}, None),
+            (lambda: cor_raise(asyncio.CancelledError()), {"retried": 1}, None),
+            (lambda: cor_raise(taskhawk.IgnoreException()), {"acked": 1}, None),
+            (cor_group, {"retried": 1}, 70),
+            (cor_exit, {"retried": 1}, None),
+        ],
+        ids=[
+            "returns",
+            "fails",
+            "never",
+            "exits",
+            "ends",
+            "cancelled",
+            "ignored",
+            "group",
+            "exits_aside",
+        ],
+    )
+    def test_ends(self, worker_broker, act, run, ledger, delay_s):
+        """A coroutine ends as any run does, while others go on."""
+        other = []
+
+        async def wait() -> None:
+            other.append(asyncio.Event())
+            await other[0].wait()
+            await asyncio.sleep(0.01)
+
+        async def end() -> None:
+            await cor_eventually(lambda: other)
+            try:
+                await run()
+            finally:
+                other[0].set()
+
+        WORKER_ACTS.update({"wait": wait, "end": end})
+        worker_broker.faults |= LAST if "dead_lettered" in ledger else {}
+        worker_broker.put(act, ("wait",), ("end",))
+        options = {"concurrency": 2, "num_messages": 2, "loop_count": 1}
+        if not ledger:  # Control-C ends the worker
+            with pytest.raises(KeyboardInterrupt):
+                worker_broker.work(**options)
+            return
+        found = worker_broker.work(**options)
+        expected = taskhawk.Ledger(received=2, **ledger)
+        expected.acked += 1
+        assert found == expected
+        delays = [batch for _, batch in worker_broker.made("change_visibility")]
+        assert [s for batch in delays for _, s in batch] == [delay_s] * bool(delay_s)
+
+    def test_context(self, worker_broker, act):
+        """Each runs in its own message's context, with what its hook has set there."""
+        number = contextvars.ContextVar("number", default=0)
+        counter, seen = itertools.count(1), []
+
+        async def look() -> None:
+            before, metadata = number.get(), taskhawk.current_task()
+            await asyncio.sleep(0.01)
+            seen.append((before, number.get(), metadata is taskhawk.current_task()))
+            number.set(-1)
+
+        WORKER_ACTS["look"] = look
+        taskhawk.configure(
+            TASKHAWK_PRE_PROCESS_HOOK=lambda **_: number.set(next(counter))
+        )
+        worker_broker.put(act, *[("look",)] * 4)
+        worker_broker.work(concurrency=2, num_messages=2)
+        assert sorted(seen) == [(n, n, True) for n in range(1, 5)]
+
+    def test_left_behind(self, worker_broker, act, caplog):
+        """What a run leaves is named for that run alone, and cancelled at the end."""
+        ended, begun = [], []
+
+        async def linger() -> None:
+            try:
+                await asyncio.sleep(WORKER_PATIENCE_S)
+            finally:
+                ended.append(1)
+
+        async def leave() -> None:
+            begun.append(asyncio.create_task(linger()))
+            await asyncio.sleep(0)
+
+        async def watch() -> None:
+            await cor_eventually(lambda: begun)
+
+        WORKER_ACTS.update({"leave": leave, "watch": watch})
+        worker_broker.put(act, ("watch",), ("leave",))
+        worker_broker.work(concurrency=2, num_messages=2)
+        text = (
+            "work.act_async ended while asyncio tasks that it began were still running"
+        )
+        name = "TestCoroutines.test_left_behind.<locals>.linger"
+        assert worker_logs(caplog) == [f"{text}: {name}"]
+        assert ended == [1]
+
+    def test_end_is_bounded(self, worker_broker, act, caplog, monkeypatch):
+        """The worker ends though a thread that a coroutine began does not."""
+        monkeypatch.setattr(taskhawk, "_LOOP_END_S", 0.05)
+        release = threading.Event()
+
+        async def leave() -> None:
+            asyncio.get_running_loop().run_in_executor(None, release.wait)
+
+        WORKER_ACTS["leave"] = leave
+        worker_broker.put(act, ("leave",))
+        assert worker_broker.work().acked == 1
+        release.set()
+        text = "something that a coroutine began does not end: left to run"
+        assert worker_logs(caplog) == [text]
+
+    def test_interrupted(self, worker_broker, act):
+        """The exit of a signal handler in the thread that waits cancels the coroutine."""
+        ended = []
+
+        async def wait() -> None:
+            try:
+                os.kill(os.getpid(), signal.SIGUSR1)
+                await asyncio.sleep(WORKER_PATIENCE_S)
+            finally:
+                ended.append(1)
+
+        WORKER_ACTS["wait"] = wait
+        worker_broker.put(act, ("wait",))
+        before = signal.signal(signal.SIGUSR1, lambda *_: sys.exit("told to"))
+        try:
+            with pytest.raises(SystemExit, match=r"^told to$"):
+                worker_broker.work()
+        finally:
+            signal.signal(signal.SIGUSR1, before)
+        assert ended == [1]
+
+    def test_no_loop(self, worker_broker, act, caplog, monkeypatch):
+        """A loop that can't be made fails the run, and the next one has it."""
+        caplog.set_level(logging.CRITICAL)  # a record would keep the coroutine
+        made = asyncio.new_event_loop
+
+        def fail_once() -> Any:
+            monkeypatch.setattr(asyncio, "new_event_loop", made)
+            raise OSError("too many open files")
+
+        WORKER_ACTS["nothing"] = functools.partial(asyncio.sleep, 0)
+        monkeypatch.setattr(asyncio, "new_event_loop", fail_once)
+        worker_broker.put(act, ("nothing",), ("nothing",))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "coroutine .* was never awaited")
+            ledger = worker_broker.work(loop_count=2)
+            gc.collect()
+        assert ledger == taskhawk.Ledger(received=2, acked=1, retried=1)
+
+    def test_forked(self, worker_broker, act, worker_act):
+        """A process that a task forks runs coroutines on its own; none comes back."""
+        codes = []
+
+        def fork() -> None:
+            if forked := os.fork():
+                codes.append(os.waitpid(forked, 0)[1])
+                return
+            taskhawk._run_coroutine(asyncio.sleep(0))
+            os._exit(7)
+
+        async def come_back() -> None:
+            if forked := os.fork():
+                codes.append(os.waitpid(forked, 0)[1])  # noqa: ASYNC222
+
+        WORKER_ACTS.update({"fork": fork, "come_back": come_back})
+        WORKER_ACTS["nothing"] = functools.partial(asyncio.sleep, 0)
+        worker_broker.put(act, ("nothing",))
+        worker_broker.put(worker_act, ("fork",))
+        worker_broker.put(act, ("come_back",))
+        assert worker_broker.work(num_messages=3).acked == 3
+        assert codes == [7 << 8, 0]
+
+    def test_lease_lost(self, worker_broker, act, worker_clock):
+        """A coroutine sees that its lease was lost."""
+
+        async def wait() -> None:
+            worker_clock.now += 31
+            await cor_eventually(lambda: taskhawk.current_task().lease_lost)
+
+        WORKER_ACTS["wait"] = wait
+        worker_broker.put(act, ("wait",))
+        ledger = worker_broker.work(loop_count=1, clock=worker_clock)
+        assert ledger.received == 1
+
+    def test_grace(self, worker_broker, act, caplog):
+        """A coroutine is waited for when the worker stops, until the grace is over."""
+        stop, release, ended = threading.Event(), threading.Event(), []
+
+        async def hang() -> None:
+            stop.set()
+            await cor_eventually(release.is_set)
+            ended.append(1)
+
+        async def stopped() -> None:
+            await cor_eventually(stop.is_set)
+
+        def work_in_thread() -> taskhawk.Ledger:
+            return worker_broker.work(
+                until_empty=False,
+                num_messages=2,
+                concurrency=2,
+                grace_s=0.1,
+                shutdown_event=stop,
+            )
+
+        WORKER_ACTS.update({"stopped": stopped, "hang": hang})
+        worker_broker.put(act, ("stopped",), ("hang",))
+        name = "work.act_async ID (message ID)"
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            running = pool.submit(work_in_thread)
+            text = f"the grace is over, and {name} still runs"
+            worker_eventually(lambda: text in worker_logs(caplog))
+            release.set()
+            ledger = running.result()
+        assert ledger.received == 2
+        worker_eventually(lambda: ended)
+
+
+class TestPostponedCopies:
+    """What is postponed is copied to its own queue, and counts no attempt."""
+
+    def test_attempts(self, broker):
+        """Attempts go on where they were; id, headers and body are the message's own."""
+        seen: list[Any] = []
+
+        @taskhawk.task(name="mail.send")
+        def send(metadata):
+            seen.append((metadata.id, metadata.attempt, dict(metadata.headers)))
+            if len(seen) in (1, 3, 4):
+                raise taskhawk.PostponeException(delay_seconds=0)
+            if len(seen) == 2:
+                raise taskhawk.RetryException(delay_seconds=0)
+
+        sent = send.with_headers(n="5").dispatch()
+        ledgers = [work_once(broker) for _ in range(5)]
+        ends = ["postponed", "retried", "postponed", "postponed", "acked"]
+        assert ledgers == [taskhawk.Ledger(1, **{end: 1}) for end in ends]
+        assert seen == [(sent, attempt, {"n": "5"}) for attempt in (1, 1, 2, 2, 2)]
+        assert broker.depth(broker.destination(Priority.default)) == (0, 0, 0)
+
+    def test_delay(self, scripted):
+        """The copy has the delay, which SQS can keep for 15 minutes, group and headers."""
+
+        @taskhawk.task(name="mail.send")
+        def send():
+            raise taskhawk.PostponeException(delay_seconds=3600)
+
+        send.with_headers(n="5").dispatch()
+        assert work_once(taskhawk._brokers.broker()).postponed == 1
+        first, copy = scripted.asked("SendMessage")
+        ours = {"taskhawk.postponed": {"DataType": "String", "StringValue": "1"}}
+        attributes = {**first["MessageAttributes"], **ours}
+        changed = {"DelaySeconds": 900, "MessageAttributes": attributes}
+        assert copy == first | changed
+
+    def test_retries_used_up(self, sqlite):
+        """A task that is postponed now and then has no more retries than another."""
+        ends = iter([postponed(0), KeyError(), postponed(0), postponed(0), KeyError()])
+
+        @taskhawk.task(name="mail.send", retry=taskhawk.fixed(0, 1, jitter=False))
+        def send():
+            raise next(ends)
+
+        send.dispatch()
+        ledgers = [work_once(sqlite) for _ in range(5)]
+        assert [ledger.postponed for ledger in ledgers] == [1, 0, 1, 1, 0]
+        assert (ledgers[1].retried, ledgers[4].dead_lettered) == (1, 1)
+        [letter] = receive_all("TASKHAWK-DEFAULT-DLQ")
+        error = json.loads(letter.message_attributes["taskhawk.error"]["StringValue"])
+        assert error["attempt"] == 2
+
+    @pytest.mark.parametrize(
+        ("attempt", "headers", "kept", "ours"),
+        [
+            (1, 10, 9, {"taskhawk.postponed": "3"}),
+            (2, 10, 8, {"taskhawk.postponed": "3", "taskhawk.attempts": "1"}),
+            (2, 3, 3, {"taskhawk.postponed": "3", "taskhawk.attempts": "1"}),
+        ],
+    )
+    def test_ten_attributes(self, attempt, headers, kept, ours):
+        """Ours come first; of ten headers, some give way: the body has them."""
+        names = [*(f"h{number}" for number in range(headers)), "taskhawk.postponed"]
+        given = {name: {"DataType": "String", "StringValue": "2"} for name in names}
+        counts = {"ApproximateReceiveCount": str(attempt), "MessageGroupId": "g"}
+        received = QueueMessage("{}", "m1", "r1", counts, given, queue="Q")
+        copy = taskhawk._postponed_copy(received, 5, 1000)
+        values = {name: it["StringValue"] for name, it in copy.attributes.items()}
+        assert {name: values.pop(name) for name in ours} == ours
+        assert len(values) == kept
+        assert (copy.body, copy.delay_s, copy.group_id) == ("{}", 5, "g")
+
+    def test_lease_lost(self, worker_broker, worker_act, worker_clock):
+        """No copy is sent of what another may have by now: there would be two for good."""
+
+        def late() -> None:
+            worker_clock.now += 30
+            raise taskhawk.PostponeException
+
+        WORKER_ACTS["late"] = late
+        worker_broker.put(worker_act, ("late",))
+        ledger = worker_broker.work(loop_count=1, clock=worker_clock)
+        assert ledger == taskhawk.Ledger(received=1, retried=1)
+        assert worker_broker.made("send") == []
+        assert worker_broker.depth(WORKER_QUEUE) == (1, 0, 0)
+
+
+class TestListenAsync:
+    """A worker beside an application's event loop, which runs its coroutine tasks."""
+
+    @pytest.fixture
+    def ran(self, memory):
+        """Return what the tasks async.aside and async.plain have seen of where they ran."""
+        ran: list[Any] = []
+
+        @taskhawk.task(name="async.aside")
+        async def aside(wait_s=0):
+            await asyncio.sleep(wait_s)
+            ran.append(asyncio.get_running_loop())
+
+        @taskhawk.task(name="async.plain")
+        def plain():
+            ran.append(threading.current_thread())
+
+        return ran
+
+    @staticmethod
+    def dispatch(name, *args):
+        """Queue a run."""
+        taskhawk.Task.find_by_name(f"async.{name}").dispatch(*args)
+
+    def test_loop(self, ran):
+        """Coroutines run on the application's loop, and plain tasks beside it."""
+        for name in ("aside", "plain", "aside"):
+            self.dispatch(name)
+
+        async def serve():
+            ledger = await taskhawk.listen_async(
+                Priority.default, max_tasks=3, num_messages=3
+            )
+            return ledger, asyncio.get_running_loop(), threading.current_thread()
+
+        ledger, loop, thread = asyncio.run(serve())
+        assert ledger == taskhawk.Ledger(received=3, acked=3)
+        assert (ran[0], ran[2]) == (loop, loop)
+        assert isinstance(ran[1], threading.Thread)
+        assert ran[1] is not thread
+
+    def test_concurrency(self, ran):
+        """Coroutines run at the same time, and may wait for the application's own."""
+        meeting = asyncio.Barrier(3)
+
+        @taskhawk.task(name="async.meet")
+        async def meet():
+            await meeting.wait()
+
+        self.dispatch("meet")
+        self.dispatch("meet")
+
+        async def serve():
+            worker = taskhawk.listen_async(
+                Priority.default, max_tasks=2, concurrency=2, num_messages=2
+            )
+            async with asyncio.timeout(WORKER_PATIENCE_S):
+                ledger, _ = await asyncio.gather(worker, meeting.wait())
+            return ledger
+
+        assert asyncio.run(serve()).acked == 2
+
+    @pytest.mark.parametrize("event", [asyncio.Event, threading.Event])
+    def test_shutdown_event(self, event, ran):
+        """An event of either kind stops it, after what runs."""
+
+        async def serve():
+            stop = event()
+            self.dispatch("aside", 0.05)
+            worker = asyncio.create_task(
+                taskhawk.listen_async(Priority.default, shutdown_event=stop)
+            )
+            await cor_eventually(lambda: taskhawk._brokers.broker() and ran)
+            stop.set()
+            return await worker
+
+        assert asyncio.run(serve()) == taskhawk.Ledger(received=1, acked=1)
+
+    def test_cancelled(self, ran):
+        """Cancelled, it stops as by the event, and is cancelled once it has ended."""
+        logs = []
+
+        async def serve():
+            began = asyncio.Event()
+
+            @taskhawk.task(name="async.begin")
+            async def begin():
+                began.set()
+                await asyncio.sleep(0.05)
+                ran.append("ended")
+
+            self.dispatch("begin")
+            worker = asyncio.create_task(taskhawk.listen_async(Priority.default))
+            await began.wait()
+            worker.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await worker
+            logs.extend(ran)
+            return sum(taskhawk._brokers.broker().depth("TASKHAWK-DEFAULT"))
+
+        assert asyncio.run(serve()) == 0
+        assert logs == ["ended"]
+
+    def test_cancelled_again(self, ran):
+        """Cancelled again, it does not wait for what runs, and the worker still ends."""
+        threads = {*threading.enumerate()}
+
+        async def serve():
+            began, go_on = asyncio.Event(), asyncio.Event()
+
+            @taskhawk.task(name="async.wait")
+            async def wait():
+                began.set()
+                await go_on.wait()
+
+            self.dispatch("wait")
+            worker = asyncio.create_task(taskhawk.listen_async(Priority.default))
+            await began.wait()
+            for _ in range(2):
+                worker.cancel()
+                await asyncio.sleep(0)
+                await asyncio.sleep(0)
+            assert worker.cancelled()
+            go_on.set()
+            await cor_eventually(lambda: {*threading.enumerate()} <= threads)
+            return sum(taskhawk._brokers.broker().depth("TASKHAWK-DEFAULT"))
+
+        assert asyncio.run(serve()) == 0
+
+    def test_error(self, ran):
+        """What ends a worker is raised; so are options that make no sense."""
+        coroutine = taskhawk.listen_async(Priority.default, num_messages=0)
+        sentence = "num_messages: expected 1 or more, got 0"
+        assert refused(asyncio.run, coroutine) == sentence
+        coroutine = taskhawk.listen_async("high")
+        sentence = "priority: expected a taskhawk.Priority or several, got 'high'"
+        assert refused(asyncio.run, coroutine) == sentence
+
+    def test_end_of_the_loop(self, ran):
+        """An application that ends with it running cancels its coroutines: no run is lost."""
+
+        async def serve():
+            began = asyncio.Event()
+
+            @taskhawk.task(name="async.endless")
+            async def endless():
+                began.set()
+                await asyncio.sleep(WORKER_PATIENCE_S)
+
+            self.dispatch("endless")
+            worker = asyncio.create_task(taskhawk.listen_async(Priority.default))
+            await began.wait()
+            return worker  # asyncio.run() cancels it, and waits
+
+        assert asyncio.run(serve()).cancelled()
+        assert sum(taskhawk._brokers.broker().depth("TASKHAWK-DEFAULT")) == 1
 
 
 class TestDeadLetterCopies:
@@ -11077,6 +13827,7 @@ class ChaosBroker(WorkerBroker):
         self.running: set[str] = set()  # the receipts that run
         self.done: set[int] = set()  # what ran to its end or was ignored
         self.dead: set[int] = set()  # what was copied to the dead-letter queue
+        self.copied: set[int] = set()  # what was postponed
         self.wrong: list[str] = []  # what must not happen, and did
         self.lock = (
             threading.Lock()
@@ -11138,10 +13889,14 @@ class ChaosBroker(WorkerBroker):
         elif name == "send":
             refused = {refusal.index for refusal in answer}
             entries = [entry for i, entry in enumerate(args[1]) if i not in refused]
-            self.dead |= {json.loads(entry.body)["args"][0] for entry in entries}
+            sent = {json.loads(entry.body)["args"][0] for entry in entries}
+            if args[0] == WORKER_QUEUE:
+                self.copied |= sent
+            else:
+                self.dead |= sent
         elif name == "delete":
             numbers = {self.numbers[receipt] for receipt in args[1]}
-            for number in numbers - self.done - self.dead:
+            for number in numbers - self.done - self.dead - self.copied:
                 self.wrong.append(f"{number} was deleted and had not run")
         elif name == "change_visibility":
             for receipt, seconds in args[1]:
@@ -11196,6 +13951,8 @@ class TestSchedules:
                     )
                 if draw < 0.3:
                     raise ValueError(number)
+                if draw > 0.9:
+                    raise taskhawk.PostponeException(chance.choice((0, 5, 60)))
                 broker.done.add(number)
                 if draw < 0.4:
                     raise taskhawk.IgnoreException
@@ -11203,13 +13960,14 @@ class TestSchedules:
                 broker.running.discard(metadata.receipt)
 
         broker.put(job, *((number,) for number in range(12)))
-        for fault_rate in (0.4, 0.2, 0.1, 0):
+        # The last runs what is left of a run whose lease ended as it was postponed.
+        for fault_rate in (0.4, 0.2, 0.1, 0, 0):
             broker.fault_rate, broker.crashed = fault_rate, False
             broker.stop = threading.Event()
             worker = taskhawk.Worker(
                 broker,
                 [WORKER_QUEUE],
-                num_messages=chance.choice((1, 3, 10)),
+                num_messages=chance.choice((1, 3, 10, 40)),
                 concurrency=chance.choice((1, 1, 3)),
                 loop_count=None if fault_rate == 0 else chance.randrange(1, 6),
                 shutdown_event=broker.stop,
@@ -11227,6 +13985,123 @@ class TestSchedules:
         assert broker.done | broker.dead == set(range(12)), f"seed {seed}"
         assert (inner.depth(WORKER_QUEUE), bool(dead)) == ((0, 0, 0), bool(broker.dead))
         inner.close()
+
+
+#: A task that notes its runs in a file; some ask for a retry, or are killed with the worker.
+ORDER_MODULE = """
+import os
+import time
+import taskhawk
+
+@taskhawk.task(group="group")
+def note(group, number, metadata):
+    journal = os.open("journal", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.write(journal, f"{group} {number} began\\n".encode())
+    time.sleep(0.02)
+    if number % 5 == 2 and metadata.attempt == 1:
+        raise taskhawk.RetryException(delay_seconds=number % 2)
+    os.write(journal, f"{group} {number} ended\\n".encode())
+    os.close(journal)
+"""
+
+
+class TestOrder:
+    """A FIFO queue's groups are run in order, one message at a time, whatever happens."""
+
+    def test_one_group(self, worker_broker, worker_act):
+        """With ten slots and a prefetch, too, a group has one run at a time, in order."""
+        queue, runs, running = f"{WORKER_QUEUE}.fifo", [], []
+
+        def act(number: int) -> None:
+            running.append(number)
+            worker_eventually(lambda: True)
+            assert running == [number]
+            runs.append(running.pop())
+
+        for number in range(30):
+            WORKER_ACTS[f"run{number}"] = functools.partial(act, number)
+            message = Message.new(worker_act.name, [f"run{number}"])
+            entry = Outgoing(json.dumps(message.as_dict()), {}, 0, "g", message.id)
+            worker_broker.inner.send(queue, [entry])
+        ledger = worker_broker.work(queue, concurrency=10, num_messages=10)
+        assert ledger == taskhawk.Ledger(received=30, acked=30)
+        assert runs == list(range(30))
+
+    def test_refused_delete(self, scripted, queue_name, sqs_client, ministack):
+        """A FIFO queue refuses the delete of a message that was received again: uncertain."""
+        make_queue(sqs_client(ministack), f"TASKHAWK-{queue_name}.fifo")
+        taskhawk.configure(taskhawk.settings.given, TASKHAWK_FIFO=True)
+        broker = taskhawk._brokers.broker()
+        queue = broker.destination(Priority.default)
+
+        @taskhawk.task(name="order.slow")
+        def slow() -> None:
+            (again,) = broker.receive(queue, 1, 5, 30, NEVER)
+            assert again.attempt == 2
+
+        slow.dispatch()
+        scripted.always("ChangeMessageVisibilityBatch", refuse(0))
+        ledger = taskhawk.Worker(
+            broker, [queue], visibility_timeout_s=1, loop_count=1
+        ).run()
+        assert ledger == taskhawk.Ledger(received=1, uncertain=1)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("place", ["ministack", "sqlite"])
+    def test_killed_workers(self, request, place, sqs_client, queue_name, tmp_path):
+        """Through retries, kill -9 and restarts, each group's messages are run in order."""
+        env = {"TASKHAWK_FIFO": "true", "TASKHAWK_QUEUE": queue_name, **AWS_SETTINGS}
+        if place == "ministack":
+            endpoint = request.getfixturevalue("ministack")
+            make_queue(sqs_client(endpoint), f"TASKHAWK-{queue_name}.fifo", 100)
+            env["AWS_ENDPOINT_SQS"] = endpoint
+        else:
+            options = "visibility_timeout_s=2&max_receive_count=100"
+            env["TASKHAWK_BROKER"] = f"sqlite:///{tmp_path}/queue.db?{options}"
+        (tmp_path / "jobs.py").write_text(ORDER_MODULE)
+        send = """
+            import jobs
+            for number in range(20):
+                for group in "abc":
+                    jobs.note.dispatch(group, number)
+        """
+        assert python_lines(tmp_path, send, **env) == []
+        listen = [sys.executable, "-m", "taskhawk", "listen", "jobs"]
+        listen += ["--concurrency=4", "--visibility-timeout=2", "--log-level=error"]
+        workers: list[subprocess.Popen[bytes]] = []
+        journal = tmp_path / "journal"
+
+        def start() -> None:
+            workers.append(subprocess.Popen(listen, cwd=tmp_path, env=python_env(env)))
+
+        def ended() -> int:
+            text = journal.read_text() if journal.exists() else ""
+            return len(re.findall(".* ended", text))
+
+        deadline = time.monotonic() + 90
+        try:
+            start()
+            start()
+            for kill_at in (5, 12, 25, 40):
+                while ended() < kill_at:
+                    assert time.monotonic() < deadline
+                    time.sleep(0.002)
+                victim = workers.pop(0)
+                victim.kill()
+                victim.wait()
+                start()
+            while len(set(journal.read_text().splitlines())) < 2 * 60:
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+        finally:
+            for worker in workers:
+                worker.kill()
+                worker.wait()
+        for group in "abc":
+            lines = re.findall(rf"{group} (\d+) (\w+)", journal.read_text())
+            numbers = [int(number) for number, _ in lines]
+            assert numbers == sorted(numbers)
+            assert set(numbers) == set(range(20))
 
 
 # --- 17. log records ------------------------------------------------------------------
@@ -11253,6 +14128,7 @@ if "_child" in sys.argv:
         "loggers": {"isolated": {"propagate": False}},
     })
 NEVER = taskhawk.fixed(0, max_retries=0)
+IN_7_S = taskhawk.fixed(7, 3, jitter=False)
 
 def note(*words):
     with (HERE / "notes").open("a") as file:
@@ -11260,6 +14136,9 @@ def note(*words):
 
 def before(sqs_queue_message, **_):
     note("before", os.getpid())
+
+def after_run(message, outcome, exception, duration_ms):
+    note(message.task_name, outcome, repr(exception), os.getpid())
 
 @taskhawk.task(isolate=True)
 def pid():
@@ -11307,6 +14186,9 @@ def fork(how):
 def ask(how):
     raise {
         "retry": taskhawk.RetryException("not yet", delay_seconds=5),
+        "postpone": taskhawk.PostponeException("not now", delay_seconds=0),
+        "policy": taskhawk.RetryException(retry=IN_7_S, log_error=False),
+        "give up": taskhawk.RetryException("so", retry=NEVER, log_error=False),
         "ignore": taskhawk.IgnoreException("no need"),
         "log": taskhawk.LoggingException("it failed", extra={"order": 7}),
         "error": KeyError("lost"),
@@ -11450,10 +14332,10 @@ def isolated_child(isolated_jobs):
         yield child
 
 
-def isolated_run(child: Any) -> list[Outcome | None]:
+def isolated_run(child: Any) -> list[Outcome]:
     """Have a child run what is queued."""
     received = receive_all()
-    return [child.process(message) for message in received]
+    return [outcome for message in received for outcome in child.process([message])]
 
 
 def isolated_log(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
@@ -11464,7 +14346,7 @@ def isolated_log(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
 def isolated_refusal(child: Any, received: QueueMessage) -> str:
     """Return why a child can't run a message."""
     with pytest.raises(taskhawk._CannotStart) as raised:
-        child.process(received)
+        child.process([received])
     return str(raised.value)
 
 
@@ -11521,8 +14403,9 @@ leave      SystemExit: lost
 raise      KeyError: 'lost'
 """
 # Lines that a task writes to the socket of its worker.
-ISOLATED_STRAYS = ["7", "null", "[]", '["began"]', '["ended", "done", null, null]']
-ISOLATED_STRAYS += ['["ended", "retry", "soon", null]', "[" * 100_000, "\xff"]
+ISOLATED_STRAYS = ["7", "null", "[]", '["began"]', '["ended"]', "[" * 100_000, "\xff"]
+ISOLATED_STRAYS += ['["ended", ["done", null, null]]', '["ended", null]']
+ISOLATED_STRAYS += ['["ended", ["retry", "soon", null]]']
 # What the module of the tasks does in a child, and why that can't begin a run.
 ISOLATED_OBSTACLES = [
     ("1 / 0", "{no_import}: ZeroDivisionError: division by zero ({file}:1)"),
@@ -11749,6 +14632,9 @@ class TestIsolation:
         ("how", "done", "level", "text"),
         [
             ("retry", "retried", "INFO", "runs again in 5 s: not yet"),
+            ("postpone", "postponed", "DEBUG", "runs again in 0 s: not now"),
+            ("policy", "retried", "INFO", "asked to be retried and runs again in 7 s"),
+            ("give up", "dead_lettered", "WARNING", "retried and is given up: so"),
             ("ignore", "acked", "INFO", "ignored: no need"),
             ("log", "retried", "ERROR", "it failed"),
             ("error", "retried", "ERROR", "failed and is left to the queue"),
@@ -11756,7 +14642,7 @@ class TestIsolation:
     )
     def test_errors(self, isolated_jobs, caplog, how, done, level, text):  # noqa: PLR0917
         """What a task raises means the same in a child, and its traceback is logged."""
-        caplog.set_level(logging.INFO)
+        caplog.set_level(logging.DEBUG)
         isolated_jobs.ask.dispatch(how)
         assert isolated_work() == {"received": 1, done: 1}
         record = next(r for r in caplog.records if r.getMessage().endswith(text))
@@ -11838,7 +14724,7 @@ class TestIsolation:
         isolated_child.start()
         process = isolated_child._process
         isolated_child.start()  # it has one
-        assert isolated_child.process(received) == Outcome(Fate.acknowledge)
+        assert isolated_child.process([received]) == [Outcome(Fate.acknowledge)]
         assert isolated_child._process is process
 
     @pytest.mark.slow
@@ -11880,7 +14766,7 @@ class TestIsolation:
         isolated_jobs.pid.dispatch()
         lost, found = receive_all()
         child = isolated_slot()
-        outcome = child.process(lost)
+        [outcome] = child.process([lost])
         assert (outcome.fate, outcome.delay_s) == (Fate.retry, None)
         assert caplog.messages[0] == (
             "a child can't run lib.job: declare it in a module, not in a function that "
@@ -11890,7 +14776,7 @@ class TestIsolation:
             "is left to the queue: no task is registered as 'lib.job': is its module "
             "imported?"
         )
-        assert child.process(found) == Outcome(Fate.acknowledge)
+        assert child.process([found]) == [Outcome(Fate.acknowledge)]
         child.close()
 
     @pytest.mark.slow
@@ -11982,7 +14868,7 @@ class TestIsolation:
         [received] = receive_all()
         given_up.set()
         child.kill()  # there is none yet
-        assert child.process(received) is None
+        assert child.process([received]) == []
         child.close()
         assert not (isolated_jobs.HERE / "notes").exists()
 
@@ -12029,6 +14915,32 @@ class TestIsolation:
         assert isolated_work() == {"received": 1, "acked": 1}
         before, after = isolated_notes(isolated_jobs)
         assert before.split()[1] == after.split()[0] != str(os.getpid())
+
+    @pytest.mark.slow
+    def test_run_hook(self, isolated_jobs):
+        """The run hook is told by who saw the end: the child, or the worker if it crashed."""
+        url = taskhawk.settings.TASKHAWK_BROKER
+        taskhawk.configure(
+            TASKHAWK_BROKER=url, TASKHAWK_RUN_HOOK=isolated_jobs.after_run
+        )
+        isolated_jobs.ask.dispatch("ignore")
+        isolated_jobs.fail.dispatch("exit")
+        assert isolated_work() == {"received": 2, "acked": 1, "dead_lettered": 1}
+        ignored, crashed = isolated_notes(isolated_jobs)
+        error = "ChildCrashed('isolated.fail: its process ended: exit code 3')"
+        assert crashed == f"isolated.fail dead_letter {error} {os.getpid()}"
+        assert ignored.startswith("isolated.ask ignored None ")
+        assert not ignored.endswith(f" {os.getpid()}")
+
+    @pytest.mark.parametrize("given", ["itself", "its path"])
+    def test_default_policy(self, isolated_jobs, caplog, given):
+        """A default retry policy holds in a child too."""
+        url = taskhawk.settings.TASKHAWK_BROKER
+        policy = {"itself": isolated_jobs.IN_7_S, "its path": "isolated.IN_7_S"}[given]
+        taskhawk.configure(TASKHAWK_BROKER=url, TASKHAWK_RETRY=policy)
+        isolated_jobs.ask.dispatch("error")
+        assert isolated_work() == {"received": 1, "retried": 1}
+        assert caplog.messages[-1].endswith("failed and runs again in 7 s")
 
     @pytest.mark.parametrize("hook", [functools.partial(print), main_hook])
     def test_hook_without_a_path(self, isolated_jobs, monkeypatch, hook):
@@ -12266,6 +15178,7 @@ LAMBDA_CALLS = [
     (1, "ignore", 2),
     (),
 ]
+LAMBDA_ENDS["not yet"] = taskhawk.PostponeException(delay_seconds=45)
 # A call, its entries where two of five messages fail, and the warning if it is refused.
 LAMBDA_WARNINGS = [
     (
@@ -12343,6 +15256,18 @@ class TestLambda:
         assert "GetQueueUrl" not in lambda_sqs.actions  # its role may not look it up
         if kind == "SNS" or not failed:
             assert lambda_sqs.calls == []
+
+    def test_run_hook(self, lambda_runs):
+        """The run hook is told of each run, as in a worker."""
+        told: list[Any] = []
+        hook = lambda **given: told.append((given["outcome"], given["exception"]))  # noqa: E731
+        taskhawk.configure(TASKHAWK_BROKER="sqlite://", TASKHAWK_RUN_HOOK=hook)
+        lambda_consume(lambda_event(1, "fail", "ignore"))
+        assert told == [
+            ("done", None),
+            ("retry", LAMBDA_ENDS["fail"]),
+            ("ignored", None),
+        ]
 
     def test_embedded_broker(self, lambda_runs):
         """A handler can be tried out on a machine whose broker is the embedded one, without AWS."""
@@ -12456,6 +15381,39 @@ class TestLambda:
         ]
         deletes = [] if partial_batch else ["DeleteMessageBatch"]
         assert lambda_sqs.actions == ["ChangeMessageVisibilityBatch", *deletes]
+
+    @pytest.mark.parametrize("partial_batch", [False, True])
+    @pytest.mark.parametrize("answer", [None, fault("AccessDenied", status=403)])
+    def test_postponed(self, answer, partial_batch, lambda_sqs, lambda_runs, caplog):
+        """A copy is sent of what is postponed, and then it is done.
+
+        Where the function may not send, the message failed, and is visible in time.
+        """
+        lambda_sqs.always("SendMessage", answer)
+        event = lambda_event(1, "not yet", make=lambda_sqs_record)
+        found = lambda_consume(event, partial_batch=partial_batch)
+        [copy] = lambda_sqs.asked("SendMessage")
+        assert copy["MessageBody"] == event["Records"][1]["body"]
+        assert copy["DelaySeconds"] == 45
+        if answer is None:
+            assert found == (lambda_failures() if partial_batch else None, [])
+            assert lambda_sqs.actions == ["SendMessage"]
+            return
+        assert lambda_delays(lambda_sqs) == [("receipt of m2", 45)]
+        if partial_batch:
+            assert found == (lambda_failures(2), [])
+        else:
+            assert found == (None, [LAMBDA_ENDS["not yet"]])
+        text = "TASKHAWK-DEV-MYAPP: lambda.run ID (message m2) can't be postponed and"
+        assert f"{text} is left to the queue: " in caplog.text.replace(
+            PROCESSING_ID, "ID"
+        )
+
+    def test_postponed_of_a_topic(self, lambda_sqs, lambda_runs):
+        """No copy can take the place of a message of a topic: Lambda retries it."""
+        event = lambda_event("not yet", make=lambda_sns_record)
+        assert lambda_consume(event) == (None, [LAMBDA_ENDS["not yet"]])
+        assert lambda_sqs.calls == []
 
     @pytest.mark.parametrize("kind", LAMBDA_RECORDS)
     def test_log(self, kind, lambda_sqs, lambda_runs, caplog):
@@ -12682,14 +15640,2114 @@ class TestLambda:
 
 # --- 20. claims -----------------------------------------------------------------------
 
+CLAIMS_TABLE = "taskhawk-claims"
+NO_TABLE = (
+    "TASKHAWK_CLAIMS_TABLE is not set: on SQS, once, unique and limit need a DynamoDB"
+    " table: set its name, such as 'taskhawk-claims', and run python -m taskhawk provision"
+)
+
+
+def make_claims_table(client: Any) -> None:
+    """Make the table as `provision` does, unless it exists."""
+    with contextlib.suppress(client.exceptions.ResourceInUseException):
+        client.create_table(
+            TableName=CLAIMS_TABLE,
+            KeySchema=[{"AttributeName": "id", "KeyType": "HASH"}],
+            AttributeDefinitions=[{"AttributeName": "id", "AttributeType": "S"}],
+            BillingMode="PAY_PER_REQUEST",
+        )
+
+
+@pytest.fixture(params=["ministack", "moto", "sqlite"])
+def claims(
+    request: pytest.FixtureRequest,
+    sqs_client: Callable[..., Any],
+    queue_name: str,
+    tmp_path: Path,
+) -> tuple[Any, Clock]:
+    """Return claims in each kind of place, and the clock that they go by."""
+    clock = Clock()
+    if request.param == "sqlite":
+        url = f"sqlite:///{tmp_path}/queue.db"
+        return taskhawk._SqliteClaims(taskhawk.SqliteBroker(url, clock)), clock
+    endpoint = request.getfixturevalue(request.param)
+    make_claims_table(sqs_client(endpoint, "dynamodb"))
+    configure_aws(endpoint, queue_name)
+    return taskhawk._DynamoClaims(f"dynamodb:{CLAIMS_TABLE}", clock), clock
+
+
+@pytest.fixture
+def key() -> str:
+    """Return the key of a claim that no other test uses."""
+    return f"test:{uuid.uuid4().hex}"
+
+
+class TestClaims:
+    """One holder at a time, until it releases, or until its time is over."""
+
+    def test_held(self, claims, key):
+        """Who has a claim has it alone, until it is released; other keys are others."""
+        store, _ = claims
+        first = store.claim(key, 60)
+        assert first.token
+        assert not first.is_done
+        assert store.claim(key, 60) == taskhawk._Claim()
+        assert store.claim(f"{key}2", 60).token
+        store.release(key, first.token)
+        store.release(key, first.token)  # it makes no difference
+        assert store.claim(key, 60).token
+
+    def test_void(self, claims, key):
+        """A claim ends by itself, and whoever had it can't release it for the next."""
+        store, clock = claims
+        dead = store.claim(key, 60)
+        clock.now += 60
+        assert not store.claim(key, 60).token
+        clock.now += 0.1
+        assert store.claim(key, 60).token
+        store.release(key, dead.token)
+        assert not store.claim(key, 60).token
+
+    @pytest.mark.parametrize("after_s", [1, 61])
+    def test_done(self, claims, key, after_s):
+        """What is finished is done for as long as it is kept, and then forgotten.
+
+        So it is if it was finished after its time: the run has been.
+        """
+        store, clock = claims
+        first = store.claim(key, 60)
+        clock.now += after_s
+        store.finish(key, first.token, 100)
+        clock.now += 99
+        assert store.claim(key, 60) == taskhawk._Claim(is_done=True)
+        store.release(key, first.token)
+        clock.now += 3  # DynamoDB keeps whole seconds
+        assert store.claim(key, 60).token
+
+    def test_finished_behind_the_next(self, claims, key):
+        """A run that outlived its claim is done all the same, whatever the next one does."""
+        store, clock = claims
+        slow = store.claim(key, 60)
+        clock.now += 61
+        quick = store.claim(key, 60)
+        store.finish(key, slow.token, 1000)
+        store.release(key, quick.token)
+        assert store.claim(key, 60) == taskhawk._Claim(is_done=True)
+
+    @pytest.mark.parametrize("most", [2, 7])
+    def test_places(self, claims, key, most):
+        """There are as many places as are asked for; a free one is found."""
+        store, clock = claims
+        taken = [store.claim(key, 60, most).token for _ in range(most)]
+        assert len({*taken, ""}) == most + 1
+        assert store.claim(key, 60, most) == taskhawk._Claim()
+        store.release(key, taken[1])
+        assert store.claim(key, 120, most).token
+        assert store.claim(key, 60, most) == taskhawk._Claim()
+        clock.now += 61  # one of them is left
+        again = [store.claim(key, 60, most).token for _ in range(most)]
+        assert (all(again[:-1]), again[-1]) == (True, "")
+
+    @pytest.mark.parametrize(
+        ("second", "starts"),
+        [
+            (("m2", 900, 1500), False),
+            (("m2", 999, 1500), False),
+            (("m2", 1000, 1500), True),  # equal times say nothing: nothing is lost
+            (("m2", 1001, 1500), True),
+            (("m1", 900, 1000), True),  # its own retry
+        ],
+    )
+    def test_start(self, claims, key, second, starts):
+        """A message starts, unless another's run started after it was sent."""
+        store, clock = claims
+        assert store.start(key, "m1", 900, 1000)
+        clock.now += 13 * 86_400
+        assert store.start(key, *second) is starts
+        assert store.start(key, "m3", 1500, 1600)
+        assert not store.start(key, "m1", 900, 1000)  # by now m3 stands for it
+        clock.now += 14 * 86_400 + 2
+        assert store.start(key, "m1", 900, 1000)  # no queue has kept it for so long
+
+    @pytest.mark.parametrize("claims", ["ministack", "sqlite"], indirect=True)
+    def test_race(self, claims, key):
+        """However many ask at once, no more get a place than there are.
+
+        moto is left out, whose conditional writes are not atomic.
+        """
+        store, _ = claims
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            asked = [pool.submit(store.claim, key, 60, 3) for _ in range(16)]
+        tokens = [each.result().token for each in asked]
+        assert 1 <= len([*filter(None, tokens)]) <= 3
+        while store.claim(key, 60, 3).token:
+            tokens.append("one more")
+        assert len([*filter(None, tokens)]) == 3
+
+    def test_layout(self, ministack, sqs_client, key):
+        """An item has Powertools' attributes, and an end by which DynamoDB deletes it."""
+        client = sqs_client(ministack, "dynamodb")
+        make_claims_table(client)
+        configure_aws(ministack)
+        store = taskhawk._DynamoClaims(f"dynamodb:{CLAIMS_TABLE}", Clock(1000.5))
+
+        def item() -> dict[str, Any]:
+            found = client.get_item(TableName=CLAIMS_TABLE, Key={"id": {"S": key}})
+            return found["Item"]
+
+        claim = store.claim(key, 60)
+        owner = claim.token.removeprefix("0-")
+        assert item() == {
+            "id": {"S": key},
+            "status": {"S": "INPROGRESS"},
+            "in_progress_expiration": {"N": "1060500"},
+            "expiration": {"N": "87461"},
+            "owner_0": {"S": owner},
+        }
+        store.finish(key, claim.token, 3600)
+        assert item() == {
+            "id": {"S": key},
+            "status": {"S": "COMPLETED"},
+            "expiration": {"N": "4601"},
+        }
+
+    def test_lost_answer(self, ministack, sqs_client, key):
+        """A claim whose answer was lost is ours all the same, as botocore repeats it."""
+        make_claims_table(sqs_client(ministack, "dynamodb"))
+        with ScriptedAws(ministack).running("app") as aws:
+            store = taskhawk._DynamoClaims(f"dynamodb:{CLAIMS_TABLE}")
+
+            def lose(call: AwsCall) -> AwsAnswer:
+                passed(call)
+                return DROPPED
+
+            aws.script("UpdateItem", lose)
+            assert store.claim(key, 60).token
+            assert aws.actions == ["UpdateItem", "UpdateItem"]
+            assert not store.claim(key, 60).token
+
+    @pytest.mark.parametrize(
+        ("answer", "sentence"),
+        [
+            (
+                fault("ResourceNotFoundException", "Requested resource not found"),
+                (
+                    "taskhawk-claims: there is no such table: run python -m taskhawk"
+                    " provision, or check TASKHAWK_CLAIMS_TABLE and AWS_REGION"
+                    " (ResourceNotFoundException: Requested resource not found)"
+                ),
+            ),
+            (
+                fault("AccessDeniedException"),
+                f"taskhawk-claims: {DENIED.format('UpdateItem')} (AccessDeniedException: no)",
+            ),
+        ],
+    )
+    def test_refused(self, aws, key, answer, sentence):
+        """What only a person can mend is said in a sentence, with the remedy."""
+        aws.always("UpdateItem", answer)
+        store = taskhawk._DynamoClaims(f"dynamodb:{CLAIMS_TABLE}")
+        for call in (store.claim, store.release, store.finish):
+            args = (key, "0-x", 60)[: 3 - (call == store.release)]
+            args = (key, 60) if call == store.claim else args
+            assert refused(call, *args) == sentence
+
+    def test_which(self, sqlite):
+        """Claims are in the file on SQLite, and in the table that is set on SQS."""
+        assert isinstance(taskhawk._find_claims(), taskhawk._SqliteClaims)
+        taskhawk.configure(AWS_KEYS)
+        assert refused(taskhawk._find_claims) == NO_TABLE
+        taskhawk.configure(AWS_KEYS, TASKHAWK_CLAIMS_TABLE=CLAIMS_TABLE)
+        store = taskhawk._find_claims()
+        assert isinstance(store, taskhawk._DynamoClaims)
+        assert taskhawk._find_claims() is store
+
+    def test_file(self, tmp_path, key):
+        """Claims are the file's: other processes see them, and they go with it."""
+        path, clock = tmp_path / "queue.db", Clock()
+        one, two = (
+            taskhawk._SqliteClaims(taskhawk.SqliteBroker(f"sqlite:///{path}", clock))
+            for _ in range(2)
+        )
+        assert one.claim(key, 60).token
+        assert not two.claim(key, 60).token
+        clock.now += 61
+        assert two.claim(f"{key}2", 60).token
+        assert sqlite_execute(path, "SELECT key FROM claim") == [(f"{key}2",)]
+        for name in tmp_path.iterdir():
+            name.unlink()
+        assert one.claim(key, 60).token
+
 
 # --- 21. once, unique, limits ---------------------------------------------------------
+
+#: Options of a task `stock(item, shop="A", metadata=None, **more)`, and why they are refused.
+STATE_OPTIONS: list[tuple[dict[str, Any], str]] = [
+    (
+        {"once": 5},
+        "once: expected True or a tuple of names of arguments, such as ('order_id',), got 5",
+    ),
+    (
+        {"once": "item"},
+        (
+            "once: expected True or a tuple of names of arguments, such as ('order_id',),"
+            " got 'item'"
+        ),
+    ),
+    (
+        {"unique": ()},
+        (
+            "unique: expected True or a tuple of names of arguments, such as ('order_id',),"
+            " got ()"
+        ),
+    ),
+    ({"unique": ("item", "size")}, "unique: the function has no argument 'size'"),
+    ({"unique": ("metadata",)}, "unique: the function has no argument 'metadata'"),
+    ({"once": ("more",)}, "once: the function has no argument 'more'"),
+    ({"keep_s": 60}, "keep_s: expected once=, too"),
+    (
+        {"once": True, "keep_s": 0},
+        "keep_s: expected a number of seconds above 0, got 0",
+    ),
+    ({"limit": 5}, "limit: expected taskhawk.limit(…), got 5"),
+    (
+        {"limit": taskhawk.limit(1, per=("size",)), "time_limit": 5},
+        "limit: the function has no argument 'size'",
+    ),
+    (
+        {"limit": taskhawk.limit(1)},
+        (
+            "limit: expected time_limit=, too, after which the place of a worker that died is"
+            " free again"
+        ),
+    ),
+]
+EVERY_ARGUMENT: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
+    ((7,), {}),
+    ((7, "A"), {}),
+    ((), {"item": 7}),
+    ((), {"shop": "A", "item": 7}),
+    ((7,), {"shop": "A"}),
+]
+
+
+@pytest.fixture(params=["sqlite", "ministack"])
+def state(
+    request: pytest.FixtureRequest, sqs_client: Callable[..., Any], queue_name: str
+) -> Any:
+    """Return a broker that has claims, which taskhawk is configured to use."""
+    if request.param == "sqlite":
+        taskhawk.configure(TASKHAWK_BROKER="sqlite://", TASKHAWK_QUEUE=queue_name)
+    else:
+        endpoint = request.getfixturevalue(request.param)
+        make_queues(sqs_client(endpoint), queue_name)
+        make_claims_table(sqs_client(endpoint, "dynamodb"))
+        configure_aws(endpoint, queue_name, TASKHAWK_CLAIMS_TABLE=CLAIMS_TABLE)
+    return taskhawk._brokers.broker()
+
+
+@pytest.fixture
+def stored(isolated) -> tuple[Any, Clock]:
+    """Return the embedded broker in memory, and the clock that it and its claims go by."""
+    taskhawk.configure(TASKHAWK_BROKER="sqlite://")
+    broker = taskhawk._brokers.broker()
+    broker._clock = clock = Clock()
+    return broker, clock
+
+
+def until_visible(broker: Any, clock: Clock) -> None:
+    """Let time pass until a message is visible."""
+    [[visible_ms]] = broker._file.read("SELECT min(visible_ms) FROM message", ())
+    clock.now = max(clock.now, visible_ms / 1000)
+
+
+def work_all(broker: Any) -> taskhawk.Ledger:
+    """Run all that is visible, one after another."""
+    total = taskhawk.Ledger()
+    while not total.balanced or broker.depth(broker.destination(Priority.default))[0]:
+        for name, count in dataclasses.asdict(work_once(broker)).items():
+            setattr(total, name, getattr(total, name) + count)
+    return total
+
+
+class FaultyClaims:
+    """Claims that a test lets fail: faults[name] is called in place of the method.
+
+    It gets the real call, as WorkerBroker's faults do.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **faults: Any) -> None:
+        self.find, self.faults = taskhawk._find_claims, faults
+        self.calls: list[str] = []
+        monkeypatch.setattr(taskhawk, "_find_claims", lambda: self)
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        """Return a method that notes its call."""
+
+        def call(*args: Any) -> Any:
+            self.calls.append(name)
+            real = functools.partial(getattr(self.find(), name), *args)
+            return self.faults[name](real, *args) if name in self.faults else real()
+
+        return call
+
+
+class TestOptionsOfState:
+    """Options are checked where a task is declared, and cost nothing where there are none."""
+
+    @pytest.mark.parametrize(("options", "sentence"), STATE_OPTIONS)
+    def test_refused(self, options, sentence):
+        """A wrong option is refused in one sentence."""
+
+        def stock(
+            item: int, shop: str = "A", metadata: Any = None, **more: Any
+        ) -> None:
+            """Do nothing."""
+
+        declare = taskhawk.task(name="shop.stock", **options)
+        assert refused(declare, stock) == f"shop.stock: {sentence}"
+        assert "shop.stock" not in taskhawk._registry
+
+    @pytest.mark.parametrize(
+        ("call", "sentence"),
+        [
+            (((0,), {}), "most: expected 1 to 1000 runs, got 0"),
+            (((1001,), {}), "most: expected 1 to 1000 runs, got 1001"),
+            (((True,), {}), "most: expected 1 to 1000 runs, got True"),
+            (
+                ((1,), {"per": "customer"}),
+                (
+                    "per: expected a tuple of names of arguments, such as ('order_id',), got"
+                    " 'customer'"
+                ),
+            ),
+            (
+                ((1,), {"every_s": 0}),
+                "every_s: expected a number of seconds above 0, got 0",
+            ),
+        ],
+    )
+    def test_limit_refused(self, call, sentence):
+        """A limit that makes no sense is refused where it is written."""
+        args, kwargs = call
+        assert refused(taskhawk.limit, *args, **kwargs) == f"limit: {sentence}"
+
+    def test_switched_off(self, stored):
+        """False is as good as leaving an option out."""
+        broker, _ = stored
+        runs: list[int] = []
+        off: dict[str, Any] = {"once": False, "unique": False}
+        index = taskhawk.task(name="shop.index", **off)(runs.append)
+        for _ in range(2):
+            index.dispatch(7)
+        work_all(broker)
+        assert runs == [7, 7]
+
+    @pytest.mark.parametrize("lambda_app", [False, True])
+    def test_no_table(self, aws, lambda_app):
+        """A worker, or a Lambda function, without the table ends before it runs anything.
+
+        Who only dispatches needs none.
+        """
+        job = taskhawk.task(name="mail.send", once=True)(nothing)
+        job.dispatch()
+        if lambda_app:
+            event = lambda_event(make=lambda_sqs_record)
+            process = taskhawk.process_messages_for_lambda_consumer
+            assert refused(process, event) == NO_TABLE
+        else:
+            listen = taskhawk.listen_for_messages
+            assert refused(listen, Priority.default) == NO_TABLE
+        assert aws.actions == ["GetQueueUrl", "SendMessage"]
+
+    def test_memory(self, isolated):
+        """The memory of a worker can't have the claims of another process."""
+        taskhawk.configure(TASKHAWK_BROKER="sqlite://?max_receive_count=3")
+        options = {"limit": taskhawk.limit(1), "time_limit": 5}
+        taskhawk.task(name="mail.send", **options)(nothing)
+        assert refused(taskhawk.listen_for_messages, Priority.default) == (
+            "mail.send: sqlite:// is the memory of one process, where the claims of an"
+            " isolated task can't be: use a file, such as sqlite:///queue.db"
+        )
+
+    def test_sync(self, sync):
+        """In sync mode there is nobody else: nothing is claimed, and all is run."""
+        runs: list[int] = []
+        options = {"once": ("item",), "unique": True, "limit": taskhawk.limit(1)}
+        job = taskhawk.task(name="mail.send", time_limit=5, **options)
+
+        def run(item: int) -> None:
+            runs.append(item)
+
+        job = job(run)
+        job.dispatch(7)
+        job.dispatch(7)
+        assert runs == [7, 7]
+
+    @pytest.mark.parametrize(
+        ("options", "actions"),
+        [
+            ({}, []),
+            ({"once": True}, ["UpdateItem"] * 2),
+            ({"unique": True}, ["UpdateItem"]),
+            ({"limit": taskhawk.limit(3), "time_limit": 9}, ["UpdateItem"] * 2),
+            ({"limit": taskhawk.limit(3, every_s=9)}, ["UpdateItem"]),
+        ],
+    )
+    def test_requests(self, aws, options, actions):
+        """A run makes a request to begin a claim and one to end it; without options none."""
+        table = {"TASKHAWK_CLAIMS_TABLE": CLAIMS_TABLE}
+        taskhawk.configure({**taskhawk.settings.given, **table})
+        taskhawk.task(name="mail.send", **options)(nothing)
+        attributes = {
+            "SentTimestamp": "1000",
+            "ApproximateFirstReceiveTimestamp": "2000",
+        }
+        received = QueueMessage(processing_body(), "m1", "r1", attributes, queue="Q")
+        assert taskhawk.process(received) == Outcome(Fate.acknowledge)
+        assert aws.actions == actions
+
+    @pytest.mark.parametrize("option", ["once", "unique", "limit"])
+    @pytest.mark.parametrize(
+        ("error", "level", "text"),
+        [
+            (OSError("no route"), "WARNING", "no route"),
+            (WorkerDenied("not allowed"), "ERROR", "not allowed"),
+        ],
+    )
+    def test_claim_fails(self, stored, monkeypatch, caplog, option, error, level, text):  # noqa: PLR0917
+        """A message never runs without its claim: it is postponed, and the log says so once."""
+        broker, clock = stored
+        caplog.set_level(logging.INFO)
+        runs: list[int] = []
+        value = taskhawk.limit(1, every_s=1) if option == "limit" else ("item",)
+        job = taskhawk.task(name="shop.index", **{option: value})
+
+        def index(item: int) -> None:
+            runs.append(item)
+
+        job(index).dispatch(7)
+        fault = worker_first(3, worker_raise(error))
+        faulty = FaultyClaims(monkeypatch, claim=fault, start=fault)
+        for _ in range(3):
+            assert work_once(broker) == taskhawk.Ledger(received=1, postponed=1)
+            [delayed] = broker._file.read("SELECT visible_ms FROM message", ())
+            assert 30 <= delayed[0] / 1000 - clock.now <= 60
+            clock.now += 60
+        assert work_once(broker).acked == 1
+        assert (runs, len(faulty.calls)) == ([7], 5 if option == "once" else 4)
+        said = [r for r in caplog.records if "claim" in r.getMessage()]
+        assert [(r.levelname, r.getMessage()) for r in said] == [
+            (level, f"claims: can't claim, goes on trying: {text}"),
+            ("INFO", "claims: can claim again; tries that failed: 3"),
+        ]
+
+
+class TestOnce:
+    """A message, or a call with these arguments, is run to its end once."""
+
+    @pytest.mark.parametrize("case", [(True, [1, 2]), (("item",), [1])])
+    def test_duplicates(self, state, case):
+        """Duplicates are acknowledged and ignored, with the message's id as the key or not."""
+        once, expected = case
+        runs: list[Any] = []
+
+        def index(item: int, number: int) -> None:
+            runs.append(number)
+
+        job = taskhawk.task(name="shop.index", once=once)(index)
+        for number in (1, 2):
+            message = Message.new(job.name, [7], {"number": number})
+            for _ in range(2):  # SQS delivers it twice
+                taskhawk.publish(message)
+        assert work_all(state) == taskhawk.Ledger(received=4, acked=4)
+        assert sorted(runs) == expected
+
+    @pytest.mark.parametrize("call", EVERY_ARGUMENT)
+    def test_key(self, stored, call):
+        """However a call is written, it has one key; other values have others."""
+        broker, _ = stored
+        runs: list[Any] = []
+
+        def stock(
+            item: int, shop: str = "A", headers: Any = None, *, by: Any = ABSENT
+        ) -> None:
+            runs.append((item, shop))
+
+        args, kwargs = call
+        job = taskhawk.task(name="shop.stock", once=("shop", "item", "by"))(stock)
+        for other in ((7,), (8,), (7, "B")):
+            job.with_headers(number=1).dispatch(*other)
+        job.dispatch(*args, **kwargs)
+        work_all(broker)
+        assert runs == [(7, "A"), (8, "A"), (7, "B")]
+
+    def test_keys_of_services(self, stored):
+        """Tasks of the same name in other services, and other tasks, have their own keys."""
+        keys = set()
+        for queue in ("one", "two"):
+            taskhawk.configure(TASKHAWK_QUEUE=queue)
+            for name in ("a", "b"):
+                job = taskhawk.task(name=f"{queue}.{name}")(nothing)
+                job.name = name
+                keys |= {taskhawk._key(job, kind, {}) for kind in ("once", "unique")}
+        assert len(keys) == 8
+        assert all(re.fullmatch("(once|unique):[0-9a-f]{64}", key) for key in keys)
+
+    @pytest.mark.parametrize(
+        ("fails", "runs"),
+        [("nothing", 1), ("task", 2), ("post hook", 2), ("finish", 1)],
+    )
+    def test_failures(self, stored, monkeypatch, caplog, fails, runs):
+        """A failed run may run again, one whose commit failed too; a done one may not.
+
+        Where the claim can't be told, the run has been, and the message is done with.
+        """
+        broker, clock = stored
+        seen: list[int] = []
+        first = worker_first(1, worker_raise(OSError("no route")))
+
+        def run() -> None:
+            seen.append(1)
+            if fails == "task":
+                first(int)
+
+        hook = (lambda **_: first(int)) if fails == "post hook" else None
+        taskhawk.configure(
+            {**taskhawk.settings.given, "TASKHAWK_POST_PROCESS_HOOK": hook}
+        )
+        broker = taskhawk._brokers.broker()
+        broker._clock = clock
+        faults = {"finish": first} if fails == "finish" else {}
+        FaultyClaims(monkeypatch, **faults)
+        job = taskhawk.task(name="mail.send", once=True, retry=lambda _: 0)(run)
+        job.dispatch()
+        assert work_all(broker).acked == 1
+        assert len(seen) == runs
+        if fails == "finish":
+            assert worker_logs(caplog) == [
+                "claims: can't end claims, goes on trying: no route"
+            ]
+
+    def test_acknowledgement_lost(self, stored):
+        """What ran to its end is ignored when it is delivered again, for a day by default."""
+        broker, clock = stored
+        runs: list[int] = []
+        job = taskhawk.task(name="mail.send", once=True)(lambda_free(runs))
+        message = Message.new(job.name)
+        for after_s in (0, 86_399, 2):
+            clock.now += after_s
+            taskhawk.publish(message)
+            work_all(broker)
+        assert len(runs) == 2
+
+    def test_keep(self, stored):
+        """It is remembered for as long as keep_s says."""
+        broker, clock = stored
+        runs: list[int] = []
+        job = taskhawk.task(name="mail.send", once=True, keep_s=60)(lambda_free(runs))
+        message = Message.new(job.name)
+        for after_s in (0, 59, 2):
+            clock.now += after_s
+            taskhawk.publish(message)
+            work_all(broker)
+        assert len(runs) == 2
+
+    @pytest.mark.parametrize(
+        ("options", "lease_s", "void_s"),
+        [({}, 40, 45), ({"time_limit": 600}, 40, 605)],
+    )
+    def test_crash(self, stored, options, lease_s, void_s):
+        """A run that died is repeated once its claim is void, and not before.
+
+        The claim lasts for the task's time limit, or else for the visibility timeout.
+        """
+        broker, clock = stored
+        runs: list[int] = []
+        job = taskhawk.task(name="mail.send", once=True, **options)(lambda_free(runs))
+        job.isolate = False
+        job.dispatch()
+        queue = broker.destination(Priority.default)
+        began = clock.now
+        [received] = broker.receive(queue, 1, 0, lease_s, NEVER)
+        received.message, received.lease_s = Message(json.loads(received.body)), lease_s
+        held = taskhawk._with_claims(job, received)
+        held.__enter__()  # and the worker dies
+        ends: list[taskhawk.Ledger] = []
+        while not runs:
+            until_visible(broker, clock)
+            ends.append(work_once(broker))
+        assert {each.postponed for each in ends[:-1]} == {1}
+        assert ends[-1].acked == 1
+        assert void_s < clock.now - began <= void_s + 161
+
+
+def lambda_free(runs: list[int]) -> Callable[[], None]:
+    """Return a task's function that notes its runs."""
+
+    def run() -> None:
+        runs.append(1)
+
+    return run
+
+
+class TestUnique:
+    """Queued duplicates collapse into one run, which starts after the last was sent."""
+
+    def test_collapses(self, stored):
+        """A thousand dispatches while it runs cost one more run, after the last of them."""
+        broker, clock = stored
+        states: list[int] = []
+        latest = [0]
+
+        def index(document: int) -> None:
+            states.append(latest[0])
+            if len(states) == 1:
+                for _ in range(100):
+                    latest[0] += 10
+                    clock.now += 0.001
+                    job.dispatch_many([document] * 10)
+                clock.now += 0.001
+
+        job = taskhawk.task(name="shop.index", unique=("document",))(index)
+        job.dispatch(7)
+        assert work_all(broker) == taskhawk.Ledger(received=1001, acked=1001)
+        assert states == [0, 1000]
+
+    def test_queued_while_it_runs(self, state):
+        """One that is sent while its like runs does run: it may have come too late for that."""
+        runs: list[Any] = []
+
+        def index(document: int, shop: str = "A") -> None:
+            runs.append((document, shop))
+            if len(runs) == 1:
+                job.dispatch(document, shop=shop)
+
+        job = taskhawk.task(name="shop.index", unique=True)(index)
+        job.dispatch(7)
+        job.dispatch(7, "B")
+        work_all(state)
+        assert sorted(runs) == [(7, "A"), (7, "A"), (7, "B")]
+
+    def test_own_retries(self, stored):
+        """The message that ran may run again, also where it stands for others."""
+        broker, clock = stored
+        runs: list[str] = []
+
+        def index(metadata: Any) -> None:
+            runs.append(metadata.id)
+            if len(runs) < 3:
+                raise OSError
+
+        job = taskhawk.task(name="shop.index", unique=True, retry=lambda _: 0)(index)
+        first, _ = job.dispatch(), job.dispatch()
+        clock.now += 0.001
+        assert work_all(broker) == taskhawk.Ledger(received=4, acked=2, retried=2)
+        assert runs == [first] * 3
+
+    def test_of_a_topic(self, isolated):
+        """Messages of a topic have no times to compare: each runs."""
+        taskhawk.configure(AWS_KEYS, TASKHAWK_CLAIMS_TABLE=CLAIMS_TABLE)
+        runs: list[int] = []
+        taskhawk.task(name="mail.send", unique=True)(lambda_free(runs))
+        event = {"Records": [lambda_sns_record(processing_body(), "m1")] * 2}
+        assert lambda_consume(event) == (None, [])
+        assert len(runs) == 2
+
+
+class TestLimits:
+    """At most so many at once or in a time; who waits uses up no attempts."""
+
+    def test_rate(self, stored):
+        """At most so many start in any time of that length; the others wait for theirs."""
+        broker, clock = stored
+        starts: list[float] = []
+
+        def call() -> None:
+            starts.append(clock.now)
+
+        job = taskhawk.task(name="mail.call", limit=taskhawk.limit(3, every_s=60))(call)
+        for _ in range(10):
+            job.dispatch()
+        while len(starts) < 10:
+            until_visible(broker, clock)
+            work_once(broker)
+        for first, fourth in zip(starts, starts[3:], strict=False):
+            assert fourth - first >= 60
+        assert starts[-1] - starts[0] <= 3 * 60 + 4 * 160
+
+    def test_lock(self, state):
+        """While one runs, the others of its customer wait, and only they."""
+        runs: list[Any] = []
+        option = {"limit": taskhawk.limit(1, per=("customer",)), "time_limit": 60}
+
+        def bill(customer: str) -> None:
+            runs.append(customer)
+            if len(runs) == 1:
+                inner.append(work_once(state))
+
+        inner: list[taskhawk.Ledger] = []
+        job = taskhawk.task(name="shop.bill", **option)(bill)
+        job.isolate = False
+        for customer in "aab":
+            job.dispatch(customer)
+        queue = state.destination(Priority.default)
+        found: list[QueueMessage] = []
+        while not found:
+            found = state.receive(queue, 1, 1, 60, NEVER)
+        assert taskhawk.process(found[0]).fate is Fate.acknowledge
+        total = len(runs) + sum(ledger.postponed for ledger in inner)
+        assert sum(ledger.received for ledger in inner) == total - 1
+        first = runs[0]
+        assert all(customer != first for customer in runs[1:])
+
+    def test_failed_run(self, stored):
+        """However a run ends, its place is free again."""
+        broker, _ = stored
+        runs: list[int] = []
+
+        def run() -> None:
+            runs.append(1)
+            raise KeyError
+
+        options = {"limit": taskhawk.limit(1), "time_limit": 3600}
+        job = taskhawk.task(name="mail.send", retry=lambda _: 0, **options)(run)
+        job.isolate = False
+        job.dispatch()
+        for attempt in range(1, 4):
+            assert work_once(broker).retried == 1
+            assert len(runs) == attempt
+
+    def test_waiting(self, stored):
+        """Waiting for hours is no attempt, and costs a request in ten seconds at most."""
+        broker, clock = stored
+        options = {"limit": taskhawk.limit(1), "time_limit": 5 * 3600}
+        seen: list[Any] = []
+
+        def run(metadata: Any) -> None:
+            seen.append(metadata.attempt)
+
+        job = taskhawk.task(name="mail.send", **options)(run)
+        job.isolate = False
+        job.dispatch()
+        key, began = taskhawk._key(job, "limit", {}), clock.now
+        taskhawk._SqliteClaims(broker).claim(key, 4 * 3600)
+        looks = []
+        while not seen:
+            until_visible(broker, clock)
+            looks.append(clock.now)
+            work_once(broker)
+        assert seen == [1]
+        assert 4 * 3600 < clock.now - began <= 4 * 3600 + 170
+        for count, at in enumerate(looks):
+            # A receive, a claim, a copy and a delete; and the first minutes are quicker.
+            assert 4 * count <= (at - began) / 10 + 16
+
+    def test_lambda(self, lambda_sqs, lambda_runs, sqlite):
+        """A function's claim lasts as long as a function may run, whatever its time limit."""
+        job = taskhawk.task(name="lambda.slow", time_limit=5, limit=taskhawk.limit(1))(
+            nothing
+        )
+        record = lambda_sqs_record(processing_body("lambda.slow"), "m1")
+        received = taskhawk._from_record(record)
+        assert taskhawk._void_s(job, received) == 905
+        assert taskhawk._void_s(job, QueueMessage("", "m1")) == 10
 
 
 # --- 22. schedules --------------------------------------------------------------------
 
+ROLE = "arn:aws:iam::000000000000:role/taskhawk-app"
+NO_ROLE = (
+    "TASKHAWK_SCHEDULER_ROLE is not set: delays of over 15 minutes on SQS, any on SNS,"
+    " and periodic tasks are schedules of EventBridge's, which send by a role: expected"
+    " its ARN, such as 'arn:aws:iam::123456789012:role/taskhawk-dev-myapp'"
+)
+
+
+QUEUE_ARN = "arn:aws:sqs:us-east-1:000000000000:TASKHAWK-APP"
+
+
+@pytest.fixture
+def schedules(
+    endpoint: str, sqs_client: Callable[..., Any], queue_name: str
+) -> Iterator[Callable[..., Any]]:
+    """Have schedules on each of the emulators; yield a function that calls the service."""
+    client = sqs_client(endpoint, "scheduler")
+    group = f"taskhawk-{queue_name.lower()}"
+    make_queues(sqs_client(endpoint), queue_name)
+    client.create_schedule_group(Name=group)
+    configure_aws(endpoint, queue_name, TASKHAWK_SCHEDULER_ROLE=ROLE)
+
+    def call(operation: str, **parameters: Any) -> Any:
+        return getattr(client, operation)(GroupName=group, **parameters)
+
+    return call
+
+
+@pytest.fixture
+def stubbed(aws: ScriptedAws) -> Iterator[botocore.stub.Stubber]:
+    """Yield botocore's stand-in for EventBridge Scheduler."""
+    configure_aws(aws.url, "app", TASKHAWK_SCHEDULER_ROLE=ROLE)
+    client = taskhawk._brokers.get("schedule").client("send")
+    with botocore.stub.Stubber(client) as stub:
+        yield stub
+        stub.assert_no_pending_responses()
+
+
+class TestLongDelays:
+    """A message that a queue can't hold back for so long is sent later, once, by a schedule."""
+
+    def test_schedule(self, schedules, mail, queue_name):
+        """It is a one-time schedule with the message and its id; dispatch says what it is."""
+        due = datetime(2099, 3, 27, 1, 30, 1, tzinfo=ZoneInfo("Europe/Berlin"))
+        message_id = mail.with_headers(a="b").with_delay(due).dispatch("you")
+        found = schedules("get_schedule", Name=message_id)
+        assert found["ScheduleExpression"] == "at(2099-03-27T00:31:00)"
+        assert found["ScheduleExpressionTimezone"] == "UTC"
+        assert found["ActionAfterCompletion"] == "DELETE"
+        assert found["FlexibleTimeWindow"] == {"Mode": "OFF"}
+        target = found["Target"]
+        message = Message(json.loads(target.pop("Input")))
+        assert (message.id, message.args) == (message_id, ["you"])
+        assert message.headers == {"a": "b"}
+        arn = f"arn:aws:sqs:us-east-1:000000000000:TASKHAWK-{queue_name}"
+        assert target == {
+            "Arn": arn,
+            "RoleArn": ROLE,
+            "RetryPolicy": {
+                "MaximumEventAgeInSeconds": 86_400,
+                "MaximumRetryAttempts": 185,
+            },
+            "DeadLetterConfig": {"Arn": f"{arn}-DLQ"},
+        }
+
+    def test_model(self, stubbed, mail):
+        """What is sent has the shape that the service's model asks for."""
+        seen = []
+        client = stubbed.client
+        client.meta.events.register(
+            "provide-client-params.scheduler.*", lambda params, **_: seen.append(params)
+        )
+        stubbed.add_response("create_schedule", {"ScheduleArn": "arn"})
+        message = Message.new("mail.send", msg_id="a b")
+        message.delay_s = 901
+        entry = taskhawk._prepare(message).entry._replace(group_id="g1")
+        taskhawk._brokers.get("schedule").send(f"{QUEUE_ARN}.fifo", [entry])
+        (parameters,) = seen
+        shape = client.meta.service_model.operation_model("CreateSchedule").input_shape
+        report = botocore.validate.ParamValidator().validate(parameters, shape)
+        assert not report.has_errors(), report.generate_report()
+        assert parameters["Target"]["SqsParameters"] == {"MessageGroupId": "g1"}
+        assert "DeadLetterConfig" not in parameters["Target"]  # it can't be FIFO
+        assert re.fullmatch("[0-9a-f]{64}", parameters["Name"])
+
+    @given(
+        st.integers(0, 10**7).map(lambda n: n / 100),
+        st.integers(0, 10**7).map(lambda n: n / 100),
+    )
+    def test_never_early(self, due_s, now_s):
+        """It is due at a full minute: never early, at most a minute late, never past."""
+        text = taskhawk._at(due_s, now_s)
+        at = datetime.strptime(text, "at(%Y-%m-%dT%H:%M:00)").replace(tzinfo=UTC)
+        at_s = at.timestamp()
+        assert max(due_s, now_s + 10) <= at_s < max(due_s, now_s + 10) + 60
+
+    def test_on_time(self, stubbed, mail):
+        """A due time with no seconds is met to the minute, however late the batch ends."""
+        due = datetime(2099, 1, 1, tzinfo=UTC)
+        seen = []
+        stubbed.client.meta.events.register(
+            "provide-client-params.scheduler.*",
+            lambda params, **_: seen.append(params["ScheduleExpression"]),
+        )
+        for _ in range(2):
+            stubbed.add_response("create_schedule", {"ScheduleArn": "arn"})
+        with taskhawk.batch():
+            for _ in range(2):
+                mail.with_delay(due).dispatch()
+        assert seen == ["at(2099-01-01T00:00:00)"] * 2
+
+    @pytest.mark.slow
+    def test_arrives(self, ministack, sqs_client, queue_name, mail):
+        """It arrives as it was, though its own text looks like one of Scheduler's keywords."""
+        client = sqs_client(ministack, "scheduler")
+        client.create_schedule_group(Name=f"taskhawk-{queue_name.lower()}")
+        make_queues(sqs_client(ministack), queue_name)
+        configure_aws(ministack, queue_name, TASKHAWK_SCHEDULER_ROLE=ROLE)
+        text = "a < b, \\<aws.scheduler.scheduled-time> <b>"
+        message = Message.new("mail.send", [text], headers={"h": text})
+        message.delay_s = 901
+        assert taskhawk.publish(message) == message.id
+        group = f"taskhawk-{queue_name.lower()}"
+        found = client.get_schedule(GroupName=group, Name=message.id)
+        assert "<aws." not in found["Target"]["Input"]
+        names = ("ActionAfterCompletion", "FlexibleTimeWindow", "Target")
+        client.update_schedule(  # let its time come now
+            GroupName=group,
+            Name=message.id,
+            ScheduleExpression="at(2020-01-01T00:00:00)",
+            **{name: found[name] for name in names},
+        )
+        broker = taskhawk._brokers.broker()
+        queue = broker.destination(Priority.default)
+        (arrived,) = broker.receive(queue, 1, 20, 60, NEVER)
+        assert taskhawk._decode(arrived.body) == message
+        assert taskhawk.cancel(message.id) is False
+
+    def test_topic(self, schedules, mail, queue_name, endpoint):
+        """In a Lambda app any delay is a schedule, whose target is the topic."""
+        configure_aws(
+            endpoint, queue_name, TASKHAWK_SCHEDULER_ROLE=ROLE, IS_LAMBDA_APP=True
+        )
+        message_id = mail.with_priority(Priority.low).with_delay(1).dispatch()
+        target = schedules("get_schedule", Name=message_id)["Target"]
+        topic = f"taskhawk-{queue_name.lower()}-low-priority"
+        assert target["Arn"] == f"arn:aws:sns:us-east-1:000000000000:{topic}"
+        assert "DeadLetterConfig" not in target
+        assert taskhawk.cancel(message_id)
+
+    @pytest.mark.parametrize(
+        ("lambda_app", "delay"),
+        [(False, 900.001), (False, timedelta(days=1)), (True, 1)],
+    )
+    def test_no_role(self, aws, mail, lambda_app, delay):
+        """Without a role it is refused, and the error says what to set."""
+        configure_aws(aws.url, "app", IS_LAMBDA_APP=lambda_app)
+        assert refused(mail.with_delay(delay).dispatch) == NO_ROLE
+        assert aws.calls == []
+
+    def test_short(self, aws, mail):
+        """What the queue itself holds back needs no role, and is no schedule."""
+        mail.with_delay(900).dispatch()
+        mail.with_delay(datetime.now(UTC) - timedelta(days=1)).dispatch()
+        sent = aws.asked("SendMessage")
+        assert [entry.get("DelaySeconds") for entry in sent] == [900, None]
+
+    def test_too_large(self, stubbed, mail):
+        """It may be 256 KiB; more is refused as dispatch does."""
+        error = taskhawk.MessageTooLarge
+        later = mail.with_delay(timedelta(days=2))
+        text = filler(262_145)
+        sentence = refused(later.dispatch, text, error=error)
+        largest = f"args[0] with {len(text) + 2}"
+        assert sentence == too_large(262_145, 262_144, largest)
+
+    def test_batch(self, stubbed, mail):
+        """In a batch each has a schedule; those that were refused are raised, and can be sent."""
+        stubbed.add_response("create_schedule", {"ScheduleArn": "arn"})
+        stubbed.add_client_error("create_schedule", "ServiceQuotaExceededException")
+        stubbed.add_response("create_schedule", {"ScheduleArn": "arn"})
+        with pytest.raises(taskhawk.PartialFailure) as caught, taskhawk.batch():
+            ids = [mail.with_delay(timedelta(days=2)).dispatch(n) for n in range(3)]
+        (failed,) = caught.value.result["Failed"]
+        assert failed["Id"] == ids[1]
+        assert failed["Code"] == "ServiceQuotaExceededException"
+        (unsent,) = caught.value.unsent
+        assert (unsent.id, unsent.delay_s) == (ids[1], 172_800)
+        stubbed.add_response("create_schedule", {"ScheduleArn": "arn"})
+        assert taskhawk.publish(unsent) == ids[1]
+
+    @pytest.mark.parametrize(
+        ("code", "text", "sentence"),
+        [
+            (
+                "AccessDeniedException",
+                "no",
+                f"{DENIED.format('CreateSchedule')} (AccessDeniedException: no)",
+            ),
+            (
+                "ResourceNotFoundException",
+                "Schedule group taskhawk-app does not exist.",
+                (
+                    "there is no such group of schedules: run python -m taskhawk provision"
+                    " (ResourceNotFoundException: Schedule group taskhawk-app does not exist.)"
+                ),
+            ),
+            (
+                "ValidationException",
+                (
+                    "The execution role you provide must allow AWS EventBridge Scheduler to"
+                    " assume the role."
+                ),
+                (
+                    "EventBridge Scheduler can't use this role: check TASKHAWK_SCHEDULER_ROLE"
+                    " (ValidationException: The execution role you provide must allow AWS"
+                    " EventBridge Scheduler to assume the role.)"
+                ),
+            ),
+        ],
+    )
+    def test_explained(self, stubbed, mail, code, text, sentence):
+        """What only a person can mend is said in a sentence, with AWS's own text."""
+        stubbed.add_client_error("create_schedule", code, text)
+        later = mail.with_delay(timedelta(days=2))
+        assert refused(later.dispatch) == f"taskhawk-app: {sentence}"
+
+    def test_capture(self, mail):
+        """Captured and in sync mode, any delay will do, and nothing waits."""
+        with taskhawk.capture() as calls:
+            message_id = mail.with_delay(timedelta(days=2)).dispatch()
+            assert taskhawk.cancel(message_id) is False
+        assert calls[0].delay_s == 172_800
+        taskhawk.configure(TASKHAWK_SYNC=True)
+        assert taskhawk.cancel(mail.with_delay(timedelta(days=2)).dispatch()) is False
+
+
+class TestCancel:
+    """cancel() says whether a message was still waiting, and then it never runs."""
+
+    def test_behind_its_group(self, mail):
+        """What waits for others of its group, and for no delay, is not cancelled."""
+        taskhawk.configure(TASKHAWK_BROKER="sqlite://", TASKHAWK_FIFO=True)
+        ids = [mail.with_group("g").dispatch() for _ in range(2)]
+        assert [taskhawk.cancel(each) for each in ids] == [False, False]
+        assert sum(taskhawk._brokers.broker().depth("TASKHAWK-DEFAULT.fifo")) == 2
+
+    @pytest.mark.parametrize("message_id", [None, "order 7/ä", "a.b", "x" * 65])
+    def test_schedule(self, schedules, mail, message_id):
+        """A schedule is deleted, whatever the message's id."""
+        message = Message.new("mail.send", msg_id=message_id)
+        message.delay_s = 86_400
+        assert taskhawk.cancel(message.id) is False
+        taskhawk.publish(message)
+        assert taskhawk.cancel(message.id) is True
+        assert taskhawk.cancel(message.id) is False
+        assert schedules("list_schedules")["Schedules"] == []
+
+    @pytest.mark.parametrize("message_id", [None, 'it\'s "7"', "é"])
+    def test_sqlite(self, sqlite, mail, message_id):
+        """On SQLite, it is the row of just that message."""
+        message = Message.new("mail.send", msg_id=message_id, priority=Priority.bulk)
+        message.delay_s = 60
+        other = mail.with_delay(60).dispatch()
+        taskhawk.publish(message)
+        assert taskhawk.cancel(message.id) is True
+        assert taskhawk.cancel(message.id) is False
+        assert sqlite.depth("TASKHAWK-DEFAULT").delayed == 1
+        assert taskhawk.cancel(other) is True
+
+    def test_too_late(self, sqlite, mail):
+        """What is visible, runs or waits for its next attempt is not cancelled."""
+        message_id = mail.dispatch()
+        assert taskhawk.cancel(message_id) is False
+        (received,) = receive_all()
+        assert taskhawk.cancel(message_id) is False
+        received.change_visibility(VisibilityTimeout=60)
+        assert taskhawk.cancel(message_id) is False
+
+    def test_command(self, tmp_path, mail, capsys):
+        """The commands dispatch with a delay of days, and cancel by the id that was printed."""
+        taskhawk.configure(TASKHAWK_BROKER=f"sqlite:///{tmp_path}/queue.db")
+        assert taskhawk.main(["dispatch", "mail.send", "--delay", "2d"]) == 0
+        message_id = capsys.readouterr().out.strip()
+        for code, line in (
+            (0, "cancelled"),
+            (1, "not found: it ran, or it is on its way"),
+        ):
+            assert taskhawk.main(["cancel", message_id]) == code
+            assert capsys.readouterr().out == f"{line}\n"
+
+    def test_fault(self, stubbed):
+        """A fault is raised: nobody knows then whether it was waiting."""
+        stubbed.add_client_error("delete_schedule", "AccessDeniedException", "no")
+        denied = DENIED.format("DeleteSchedule")
+        assert refused(taskhawk.cancel, "some-id") == (
+            f"taskhawk-app: {denied} (AccessDeniedException: no)"
+        )
+
+
+#: What is refused at declaration, and what the error says after the task's name.
+WRONG_SCHEDULES = """
+every day
+    expected 'rate(5 minutes)', 'cron(0 9 ? * MON-FRI *)' or a timedelta of minutes
+at(2099-01-01T00:00:00)
+    expected 'rate(5 minutes)', 'cron(0 9 ? * MON-FRI *)' or a timedelta of minutes
+rate(0 minutes)
+    expected 'rate(5 minutes)', 'cron(0 9 ? * MON-FRI *)' or a timedelta of minutes
+rate(5 seconds)
+    expected 'rate(5 minutes)', 'cron(0 9 ? * MON-FRI *)' or a timedelta of minutes
+cron(0 9 * * MON)
+    expected six fields (minutes, hours, day-of-month, month, day-of-week, year), got 5
+cron(0 9 * * MON *)
+    expected ? for either day-of-month or day-of-week
+cron(0 9 ? * ? *)
+    expected ? for either day-of-month or day-of-week
+cron(? 9 * * MON *)
+    expected ? for either day-of-month or day-of-week
+cron(60 9 ? * MON *)
+    minutes: expected 0 to 59, lists, ranges or steps of them, got '60'
+cron(0,a 9 ? * MON *)
+    minutes: expected 0 to 59, lists, ranges or steps of them, got 'a'
+cron(0 9- ? * MON *)
+    hours: expected 0 to 23, lists, ranges or steps of them, got '9-'
+cron(0 17-9 ? * MON *)
+    hours: expected 0 to 23, lists, ranges or steps of them, got '17-9'
+cron(0 */0 ? * MON *)
+    hours: expected 0 to 23, lists, ranges or steps of them, got '*/0'
+cron(0 9 0 * ? *)
+    day-of-month: expected 1 to 31, lists, ranges or steps of them, got '0'
+cron(0 9 32W * ? *)
+    day-of-month: expected 1 to 31, lists, ranges or steps of them, got '32W'
+cron(0 9 ? MON MON *)
+    month: expected 1 to 12, lists, ranges or steps of them, got 'MON'
+cron(0 9 ? * 0 *)
+    day-of-week: expected 1 to 7, lists, ranges or steps of them, got '0'
+cron(0 9 ? * MON#6 *)
+    day-of-week: expected 1 to 7, lists, ranges or steps of them, got 'MON#6'
+cron(0 9 ? * MON 1969)
+    year: expected 1970 to 2199, lists, ranges or steps of them, got '1969'
+cron(0 9 ? * MON L)
+    year: expected 1970 to 2199, lists, ranges or steps of them, got 'L'
+"""
+#: An expression, a moment, and the next time after it; "-" for none.
+NEXT_TIMES = """
+rate(5 minutes)                  UTC               2026-11-28T13:00:00  2026-11-28T13:05:00
+rate(1 day)                      Europe/Berlin     2026-03-28T23:59:59  2026-03-29T00:00:00
+cron(0 9 ? * MON-FRI *)          UTC               2026-11-27T09:00:00  2026-11-30T09:00:00
+cron(0 9 ? * 2-6 *)              UTC               2026-11-27T08:59:59  2026-11-27T09:00:00
+cron(0/20 8,18 1 jan-mar/2 ? *)  UTC               2026-01-01T18:40:00  2026-03-01T08:00:00
+cron(*/25 */12 ? * SUN,sat *)    UTC               2026-11-28T12:00:00  2026-11-28T12:25:00
+cron(0 0 29 2 ? *)               UTC               2026-01-01T00:00:00  2028-02-29T00:00:00
+cron(0 0 1 1 ? 2030-2031)        UTC               2031-01-01T00:00:00  -
+cron(0 0 30 2 ? *)               UTC               2026-01-01T00:00:00  -
+cron(0 9 L * ? *)                UTC               2026-01-01T00:00:00  -
+cron(30 2 * * ? *)               Europe/Berlin     2026-03-28T01:30:00  2026-03-30T00:30:00
+cron(30 2 * * ? *)               Europe/Berlin     2026-10-24T00:30:00  2026-10-25T00:30:00
+cron(30 2 * * ? *)               Europe/Berlin     2026-10-25T00:30:00  2026-10-26T01:30:00
+cron(0/30 * * * ? *)             Europe/Berlin     2026-10-25T00:30:00  2026-10-25T02:00:00
+cron(30 1 * * ? *)               America/New_York  2026-11-01T05:30:00  2026-11-02T06:30:00
+cron(15 2 * * ? *)               Australia/Lord_Howe  2026-10-03T15:29:00  2026-10-04T15:15:00
+"""
+#: Around both changes of 2026 in each of the time zones.
+ZONE_CHANGES = {
+    "Europe/Berlin": ("2026-03-29T01:00Z", "2026-10-25T01:00Z"),
+    "America/New_York": ("2026-03-08T07:00Z", "2026-11-01T06:00Z"),
+    "Australia/Lord_Howe": ("2026-04-04T15:00Z", "2026-10-03T15:30Z"),
+}
+
+
+def field_texts(low: int, high: int) -> st.SearchStrategy[str]:
+    """Draw what AWS takes for a field of numbers."""
+    number = st.integers(low, high)
+    pair = st.tuples(number, number).map(sorted)
+    part = st.one_of(
+        st.just("*"),
+        number.map(str),
+        pair.map(lambda ends: "{}-{}".format(*ends)),
+        st.tuples(number, st.integers(1, 20)).map(lambda step: "{}/{}".format(*step)),
+    )
+    return st.lists(part, min_size=1, max_size=3).map(",".join)
+
+
+def brute_force(schedule: Any, moment: datetime, days: int) -> datetime | None:
+    """Return the next time by looking at every minute of UTC, for so many days."""
+    zone = ZoneInfo(schedule.timezone)
+    minute = moment.replace(second=0, microsecond=0)
+    for _ in range(days * 24 * 60):
+        minute += timedelta(minutes=1)
+        local = minute.astimezone(zone)
+        weekday = local.isoweekday() % 7 + 1
+        found = (local.minute, local.hour, local.day, local.month, weekday, local.year)
+        is_first = local.fold == 0
+        if is_first and all(map(operator.contains, schedule.fields, found)):
+            return minute
+    return None
+
+
+class TestScheduleExpressions:
+    """AWS's expressions: what is one, and when it is due."""
+
+    @pytest.mark.parametrize(("expression", "sentence"), told(WRONG_SCHEDULES))
+    def test_wrong(self, expression, sentence):
+        """A wrong one is refused where the task is declared, by one sentence."""
+        declare = taskhawk.task(name="audit", schedule=expression)
+        assert refused(declare, plain) == (
+            f"audit has schedule={expression!r}: {sentence}"
+        )
+
+    @pytest.mark.parametrize(
+        ("options", "sentence"),
+        [
+            (
+                {"schedule": 5},
+                (
+                    "schedule=5: expected 'rate(5 minutes)', 'cron(0 9 ? * MON-FRI *)'"
+                    " or a timedelta of minutes"
+                ),
+            ),
+            *(
+                (
+                    {"schedule": wrong},
+                    f"schedule={wrong!r}: expected whole minutes, from 1 to 99999",
+                )
+                for wrong in (
+                    timedelta(),
+                    timedelta(minutes=-1),
+                    timedelta(seconds=90),
+                    timedelta(days=70),
+                )
+            ),
+            ({"timezone": "UTC"}, "timezone='UTC': expected a schedule too"),
+            *(
+                (
+                    {"schedule": "rate(1 day)", "timezone": wrong},
+                    (
+                        f"timezone={wrong!r}: expected the name of a time zone that"
+                        " this system has, such as 'Europe/Berlin'"
+                    ),
+                )
+                for wrong in ("Berlin", "../etc/passwd", "Europe", "", None)
+            ),
+        ],
+    )
+    def test_wrong_options(self, options, sentence):
+        """What is no schedule or no time zone is refused likewise."""
+        declare = taskhawk.task(name="audit", **options)
+        assert refused(declare, plain) == f"audit has {sentence}"
+
+    def test_arguments(self):
+        """A periodic task can be called without arguments, or it is refused."""
+
+        def resize(image, *, metadata, size=1):
+            """Do nothing."""
+
+        declare = taskhawk.task(name="resize", schedule="rate(1 day)")
+        assert refused(declare, resize) == (
+            "resize has schedule='rate(1 day)': expected a function that can be called"
+            " without arguments (resize: missing a required argument: 'image')"
+        )
+
+    @pytest.mark.parametrize(
+        ("minutes", "text"), [(1, "rate(1 minute)"), (90, "rate(90 minutes)")]
+    )
+    def test_timedelta(self, minutes, text):
+        """A timedelta is a rate."""
+        interval = timedelta(minutes=minutes)
+        task = taskhawk.task(name="audit", schedule=interval)(plain)
+        schedule = taskhawk._schedule_of(task)
+        assert (schedule.text, schedule.interval_s) == (text, minutes * 60)
+
+    @pytest.mark.parametrize(
+        ("expression", "zone", "moment", "expected"),
+        [re.split(r"\s{2,}", line) for line in NEXT_TIMES.strip().splitlines()],
+    )
+    def test_next(self, expression, zone, moment, expected):
+        """The next time is strictly after a moment; daylight saving skips, and repeats none."""
+        schedule = taskhawk._parse_schedule(expression, zone)
+        due = schedule.next_after(datetime.fromisoformat(f"{moment}Z"))
+        assert (f"{due:%Y-%m-%dT%H:%M:%S}" if due else "-") == expected
+
+    @pytest.mark.parametrize("zone", ZONE_CHANGES)
+    @hypothesis.settings(max_examples=60)
+    @given(data=st.data())
+    def test_like_brute_force(self, zone, data):
+        """Around both changes of a year, it is what a look at every minute finds."""
+        minutes, hours = data.draw(field_texts(0, 59)), data.draw(field_texts(0, 23))
+        days = data.draw(st.sampled_from(["* * ?", "? * *", "? * 1,7", "25-31 * ?"]))
+        expression = f"cron({minutes} {hours} {days} *)"
+        schedule = taskhawk._parse_schedule(expression, zone)
+        change = data.draw(st.sampled_from(ZONE_CHANGES[zone]))
+        moment = datetime.fromisoformat(change) + timedelta(
+            seconds=data.draw(st.integers(-90_000, 10_000))
+        )
+        expected = brute_force(schedule, moment, 2)
+        if expected:
+            assert schedule.next_after(moment) == expected
+        else:
+            due = schedule.next_after(moment)
+            assert due is None or due > moment + timedelta(days=2, minutes=-1)
+
+    @given(
+        st.integers(1, 99_999),
+        st.sampled_from(["minute", "hour", "day"]),
+        st.integers(0, 4_000_000_000),
+    )
+    def test_rate(self, count, unit, now_s):
+        """A rate is due at each multiple of its interval, whatever the time zone does."""
+        schedule = taskhawk._parse_schedule(f"rate({count} {unit}s)", "Europe/Berlin")
+        moment = datetime.fromtimestamp(now_s, UTC)
+        due_s = schedule.next_after(moment).timestamp()
+        assert due_s % schedule.interval_s == 0
+        assert now_s < due_s <= now_s + schedule.interval_s
+
+
+MINUTELY = timedelta(minutes=1)
+#: Three workers at any time, of which one is killed again and again.
+TICKING = """
+import os, random, signal, sys, threading, time
+from datetime import timedelta
+import taskhawk
+
+began = time.time()
+url = f"sqlite:///{sys.argv[1]}"
+taskhawk.configure(TASKHAWK_BROKER=url)
+
+@taskhawk.task(name="audit", schedule=timedelta(minutes=1))
+def audit():
+    pass
+
+def clock():
+    return began + (time.time() - began) * 2000  # a minute takes 30 ms
+
+def work():
+    broker = taskhawk.SqliteBroker(url, clock=clock)
+    while True:
+        taskhawk._Ticker(broker, [audit], threading.Event()).look()
+
+workers = []
+for number in range(33):
+    workers.append(os.fork())
+    if not workers[-1]:
+        work()
+    if len(workers) == 3:
+        time.sleep(random.random() / 10)
+        os.kill(workers[0], signal.SIGKILL)
+        os.waitpid(workers.pop(0), 0)
+for worker in workers:
+    os.kill(worker, signal.SIGKILL)
+    os.waitpid(worker, 0)
+"""
+
+
+def periodic_ids(path: Path) -> list[str]:
+    """Return the ids of the messages of all queues, in the order of their sending."""
+    bodies = sqlite_execute(path, "SELECT body FROM message ORDER BY sent_ms, id")
+    return [json.loads(body)["id"] for (body,) in bodies]
+
+
+class TestPeriodicTasks:
+    """On SQLite any worker queues what is due: each firing once, whoever dies when."""
+
+    @pytest.fixture
+    def runs(self, isolated):
+        """Return the metadata of each run of a task that is due each minute."""
+        runs = []
+
+        @taskhawk.task(name="audit", schedule=MINUTELY, priority=Priority.high)
+        def audit(metadata):
+            runs.append(metadata)
+
+        return runs
+
+    @pytest.fixture
+    def clock(self):
+        """Return a clock that stands half a minute past."""
+        return Clock(1_700_000_000 // 60 * 60 + 30)
+
+    @pytest.fixture
+    def ticking(self, tmp_path, clock, runs):
+        """Return a broker on disk with that clock, which taskhawk is configured to use."""
+        url = f"sqlite:///{tmp_path}/queue.db"
+        taskhawk.configure(TASKHAWK_BROKER=url)
+        broker = taskhawk.SqliteBroker(url, clock=clock)
+        yield broker
+        broker.close()
+
+    @staticmethod
+    def ticker(broker):
+        """Return what a worker on a broker runs beside itself."""
+        tasks = taskhawk._periodic_tasks().values()
+        return taskhawk._Ticker(broker, tasks, threading.Event())
+
+    def test_runs(self, ticking, clock, runs):
+        """It is due from the first look on, runs once when it is, and has an id made of the time."""
+        queue = ticking.destination(Priority.high)
+        assert work_once(ticking, queue).received == 0
+        clock.now += 30
+        assert work_once(ticking, queue).acked == 1
+        assert work_once(ticking, queue).received == 0
+        (metadata,) = runs
+        due_s = clock.now // 60 * 60
+        due = datetime.fromtimestamp(due_s, UTC)
+        assert metadata.id == f"task.audit-{due:%Y-%m-%dT%H:%M:%SZ}"
+        assert metadata.timestamp == due_s * 1000
+        assert metadata.priority is Priority.high
+
+    def test_once_after_a_stop(self, ticking, clock, tmp_path):
+        """What was missed while no worker ran is queued once, and then it goes on."""
+        self.ticker(ticking).look()
+        clock.now += 86_400
+        for _ in range(2):
+            self.ticker(ticking).look()
+        clock.now += 60
+        self.ticker(ticking).look()
+        assert len(periodic_ids(tmp_path / "queue.db")) == 2
+
+    def test_changed(self, ticking, clock, tmp_path):
+        """A schedule that is changed begins anew: nothing is due at once."""
+        self.ticker(ticking).look()
+        taskhawk._registry.clear()
+        clock.now += 86_400
+        taskhawk.task(name="audit", schedule="cron(0 0 1 1 ? *)")(plain)
+        taskhawk.task(name="over", schedule="cron(0 0 1 1 ? 2001)")(plain)
+        ticker = self.ticker(ticking)
+        ticker.look()
+        assert periodic_ids(tmp_path / "queue.db") == []
+        assert ticker._due_ms / 1000 == datetime(2024, 1, 1, tzinfo=UTC).timestamp()
+
+    @pytest.mark.slow
+    def test_many_workers(self, ticking, clock, tmp_path):
+        """Of workers that look at the same moment, one queues it."""
+        tickers = [
+            self.ticker(taskhawk.SqliteBroker(ticking.url(""), clock=clock))
+            for _ in range(6)
+        ]
+        ticking.close()
+        with concurrent.futures.ThreadPoolExecutor(len(tickers)) as pool:
+            for _ in range(20):
+                for done in [pool.submit(ticker.look) for ticker in tickers]:
+                    done.result()
+                clock.now += 60
+        ids = periodic_ids(tmp_path / "queue.db")
+        assert len(ids) == len({*ids}) == 19
+        for ticker in tickers:
+            ticker._broker.close()
+
+    @pytest.mark.slow
+    def test_kill(self, tmp_path):
+        """Workers that are killed at any moment queue each firing once, and lose none."""
+        path = tmp_path / "queue.db"
+        result = run_python(["-c", TICKING, str(path)])
+        assert (result.returncode, result.stderr) == (0, "")
+        sent = sqlite_execute(
+            path, "SELECT body, sent_ms FROM message ORDER BY sent_ms"
+        )
+        assert len(sent) > 20
+        next_ms = None
+        for body, sent_ms in sent:
+            data = json.loads(body)
+            due_ms = Message(data).timestamp
+            assert data["id"].endswith(data["metadata"]["timestamp"])
+            assert due_ms == next_ms or next_ms is None
+            next_ms = (sent_ms // 60_000 + 1) * 60_000
+        [(due_ms,)] = sqlite_execute(path, "SELECT due_ms FROM schedule")
+        assert due_ms == next_ms
+
+    def test_while_it_works(self, tmp_path, runs):
+        """A worker queues what becomes due while it runs, then runs it."""
+        url = f"sqlite:///{tmp_path}/queue.db"
+        taskhawk.configure(TASKHAWK_BROKER=url)
+        late_s = 59.7 - time.time() % 60  # its next minute begins soon
+        broker = taskhawk.SqliteBroker(url, clock=lambda: time.time() + late_s)
+        queues = [broker.destination(Priority.high)]
+        assert taskhawk.Worker(broker, queues, max_tasks=1).run().acked == 1
+        assert len(runs) == 1
+        broker.close()
+
+    def test_fault(self, ticking, clock, tmp_path, caplog):
+        """A fault is said once, and tried again; a file that was removed is made anew."""
+        caplog.set_level(logging.INFO)
+        ticker = self.ticker(ticking)
+        ticker.look()
+        ticking.close()
+        (tmp_path / "queue.db").unlink()
+        (tmp_path / "queue.db").mkdir()
+        for _ in range(2):
+            ticker.look()
+            assert clock.now * 1000 < ticker._due_ms < (clock.now + 60) * 1000
+        (tmp_path / "queue.db").rmdir()
+        ticker.look()
+        assert ticker._due_ms == (clock.now + 30) * 1000
+        cant, can = caplog.messages
+        where = f"sqlite:///{tmp_path}/queue.db"
+        assert cant.startswith(
+            f"{where}: can't queue periodic tasks, goes on trying: ConfigurationError("
+        )
+        assert can == f"{where}: can queue periodic tasks again; tries that failed: 2"
+
+    @pytest.mark.parametrize(
+        "expression",
+        [
+            "cron(0 9 L * ? *)",
+            "cron(0 9 LW * ? *)",
+            "cron(0 9 15W * ? *)",
+            "cron(0 9 ? * FRIL *)",
+            "cron(0 9 ? * 2#1 *)",
+        ],
+    )
+    def test_foreign(self, worker_broker, tmp_path, expression):
+        """What AWS alone understands is declared, but no worker on SQLite begins with it."""
+        taskhawk._registry.clear()
+        task = taskhawk.task(name="audit", schedule=expression)(plain)
+        assert task.options["schedule"] == expression
+        broker = taskhawk.SqliteBroker(f"sqlite:///{tmp_path}/queue.db")
+        assert refused(taskhawk.Worker(broker, [WORKER_QUEUE]).run) == (
+            f"audit has schedule={expression!r}: L, W and # are AWS's alone: expected"
+            " numbers, lists, ranges and steps on SQLite"
+        )
+        broker.close()
+        # On SQS it is Scheduler that sends: a worker has nothing to do with it.
+        assert work_once(worker_broker, WORKER_QUEUE).received == 0
+
+    @pytest.mark.parametrize(
+        ("fifo", "options", "group"),
+        [
+            (False, {}, None),
+            (True, {}, "task.count"),
+            (True, {"group": "customer"}, "7"),
+            (False, {"group": lambda customer=None: None}, None),
+        ],
+    )
+    def test_group(self, tmp_path, clock, fifo, options, group):
+        """Its message has the group that a dispatch would have; a FIFO queue needs one."""
+
+        def count(customer=7):
+            """Do nothing."""
+
+        url = f"sqlite:///{tmp_path}/queue.db"
+        taskhawk.configure(TASKHAWK_BROKER=url, TASKHAWK_FIFO=fifo)
+        task = taskhawk.task(name="count", schedule=MINUTELY, **options)(count)
+        broker = taskhawk.SqliteBroker(url, clock=clock)
+        ticker = taskhawk._Ticker(broker, [task], threading.Event())
+        ticker.look()
+        clock.now += 60
+        ticker.look()
+        queue = broker.destination(Priority.default)
+        (received,) = broker.receive(queue, 1, 0, 60, NEVER)
+        assert received.group_id == group
+        broker.close()
+
+    def test_names(self):
+        """A schedule's name tells the task; a name that can't be one is a hash."""
+        names = ["audit", "ä", "x" * 60, "app.tasks.audit"]
+        for name in names:
+            taskhawk.task(name=name, schedule=MINUTELY)(another(name))
+        tasks = taskhawk._periodic_tasks()
+        for schedule, task in tasks.items():
+            assert re.fullmatch(r"task\.[0-9a-zA-Z_.-]{1,59}", schedule)
+            is_plain = task.name in ("audit", "app.tasks.audit")
+            assert (schedule == f"task.{task.name}") is is_plain
+        assert {task.name for task in tasks.values()} >= {*names}
+
+    def test_list(self, sqlite, capsys):
+        """The command lists them with the time when each is due next."""
+        taskhawk._registry.clear()
+        taskhawk.task(name="a", schedule="rate(1 day)", timezone="Europe/Berlin")(plain)
+        taskhawk.task(name="b", schedule="cron(0 9 L * ? *)")(another("b"))
+        taskhawk.task(name="c")(another("c"))
+        day = datetime.now(UTC).date() + timedelta(days=1)
+        assert taskhawk.main(["schedules"]) == 0
+        assert capsys.readouterr().out.splitlines() == [
+            f"a  rate(1 day)  Europe/Berlin  {day}T00:00:00+00:00",
+            "b  cron(0 9 L * ? *)  UTC  when AWS says",
+        ]
+        taskhawk.configure(TASKHAWK_QUEUE="app")
+        assert taskhawk.main(["schedules", "--json"]) == 0
+        (row, _) = json.loads(capsys.readouterr().out)
+        assert row == {
+            "task": "a",
+            "priority": "default",
+            "schedule": "rate(1 day)",
+            "timezone": "Europe/Berlin",
+            "next": None,
+        }
+
 
 # --- 23. Django's tasks ---------------------------------------------------------------
+
+DJANGO_SITE = """
+SECRET_KEY = "x"
+USE_TZ = True
+INSTALLED_APPS = ["shop"]
+DATABASES = {"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": "shop.db"}}
+DATABASES["default"]["CONN_MAX_AGE"] = 0
+HAWK = "taskhawk.DjangoBackend"
+BROKER = {"TASKHAWK_BROKER": "sqlite://?max_receive_count=2"}
+TASKS = {
+    "default": {"BACKEND": HAWK, "QUEUES": ["default", "low"], "OPTIONS": BROKER},
+    "any": {"BACKEND": HAWK, "QUEUES": [], "OPTIONS": {"isolate": True}},
+    "later": {"BACKEND": HAWK, "OPTIONS": {"on_commit": True}},
+    "immediate": {"BACKEND": "django.tasks.backends.immediate.ImmediateBackend"},
+}
+"""
+DJANGO_SHOP = """
+import taskhawk
+from asgiref.sync import sync_to_async
+from django.db import connection
+from django.tasks import TaskContext, task, task_backends
+
+@task
+def sell(what, count=1):
+    print("sold", count, what)
+    return count
+
+@task(priority=1)
+async def rush(what):
+    print("rushed", what)
+    return what
+
+@task(takes_context=True)
+def look(context, *args, metadata, **headers):
+    result = context.task_result
+    print(isinstance(context, TaskContext), context.attempt, result.status.name)
+    print(args, metadata, headers, result.args, result.kwargs)
+    print(result.enqueued_at <= result.started_at <= result.last_attempted_at)
+    if context.attempt == 1:
+        raise ValueError("look again")
+
+@task
+def fail():
+    raise ZeroDivisionError("no stock")
+
+@task
+async def fail_late():
+    raise ZeroDivisionError("no stock")
+
+@task
+def skip():
+    raise taskhawk.IgnoreException("closed")
+
+@task
+async def count_rows():
+    await sync_to_async(lambda: connection.ensure_connection())()
+    print(await sync_to_async(lambda: connection.connection is not None)())
+
+@task(backend="any")
+def apart(): pass
+
+@task(backend="later")
+def later(what): pass
+
+@task(backend="immediate")
+def elsewhere(): print("ran elsewhere")
+
+def declared(func, backend="default", **more):  # as the decorator does, from 6.1 on
+    given = {"queue_name": "default", "priority": 0, "run_after": None, **more}
+    made = task_backends[backend].task_class
+    return made(func=func, backend=backend, **given)
+
+def stubborn(): raise ValueError("again")
+
+stubborn = declared(
+    stubborn, "any", retry=taskhawk.fixed(5, max_retries=3), isolate=False
+)
+"""
+DJANGO_ROWS_START = """
+import asyncio, contextlib, json, logging, pathlib, pickle, sys, threading
+from datetime import datetime, timedelta
+import django
+import taskhawk
+assert "django.tasks" not in sys.modules
+django.setup()
+from django.conf import settings
+from django.db import connection, transaction
+from django.tasks import task, task_backends, signals
+from asgiref.sync import sync_to_async
+from django.test.utils import override_settings
+from django.utils import timezone
+import shop.tasks
+from shop.tasks import *
+
+logging.disable()
+backend = task_backends["default"]
+
+def work():
+    broker = taskhawk._brokers.broker()
+    for priority in taskhawk.Priority:
+        queue = broker.destination(priority)
+        for received in broker.receive(queue, 10, 0, None, threading.Event()):
+            outcome = taskhawk.process(received)
+            print(priority.name, received.attempt, outcome.fate.name)
+            if outcome.fate is taskhawk.Fate.retry:
+                broker.change_visibility(queue, [(received.receipt_handle, 0)])
+            else:
+                broker.delete(queue, [received.receipt_handle])
+
+def watch(name):
+    def note(sender, task_result, **_):
+        r = task_result
+        assert sender is taskhawk.DjangoBackend
+        value = r.return_value if r.status == "SUCCESSFUL" else None
+        errors = [(error.exception_class.__name__) for error in r.errors]
+        print(name, r.status.name, value, errors, r.attempts, r.is_finished)
+    return note
+
+def watched(call):
+    watchers = [(getattr(signals, f"task_{name}"), watch(name))
+                for name in ("enqueued", "started", "finished")]
+    for signal, note in watchers:
+        signal.connect(note)
+    try:
+        call()
+    finally:
+        for signal, note in watchers:
+            signal.disconnect(note)
+
+def tried(call, *args, **kwargs):
+    try:
+        call(*args, **kwargs)
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}")
+
+def pickled(value): # which Django can from 6.1 on
+    if django.VERSION < (6, 1):
+        return value
+    return pickle.loads(pickle.dumps(value))
+
+def sent(task):
+    with taskhawk.capture() as calls:
+        task.enqueue(1)
+    (call,) = calls
+    return call
+
+def with_tasks(**params):
+    row = {"BACKEND": "taskhawk.DjangoBackend", **params}
+    return override_settings(TASKS={"default": row})
+
+for name, code in json.loads(pathlib.Path("rows.json").read_text()):
+    print(f"\\0{name}")
+    exec(code)
+connection.close()
+"""
+#: what is done with Django's tasks, and what is printed
+DJANGO_ROWS = {
+    "flags": (
+        """b = backend
+print(b.supports_defer, b.supports_async_task, b.supports_priority)
+print(b.supports_get_result)
+tried(sell.get_result, "1")""",
+        """True True True
+False
+NotImplementedError: This backend does not support retrieving or refreshing results.""",
+    ),
+    "the class": (
+        """print(taskhawk.DjangoBackend is type(backend), type(backend).__module__)
+print(hasattr(taskhawk, "DjangoBackends"), type(sell) is backend.task_class)
+print("DjangoBackend" in taskhawk.__all__)""",
+        "True taskhawk\nFalse True\nFalse",
+    ),
+    "enqueue": (
+        """r = sell.enqueue("milk", count=2)
+print(r.status.name, r.task is sell, r.args, r.kwargs, r.backend, r.attempts)
+print(r.started_at, r.finished_at, r.errors, r.enqueued_at <= timezone.now())
+print(r.is_finished, pickled(r) == r)
+work()""",
+        """READY True ['milk'] {'count': 2} default 0
+None None [] True
+False True
+sold 2 milk
+default 1 acknowledge""",
+    ),
+    "aenqueue": (
+        """r = asyncio.run(rush.aenqueue("milk"))
+print(r.status.name, r.args)
+work()""",
+        """READY ['milk']
+rushed milk
+high 1 acknowledge""",
+    ),
+    "the message": (
+        """with taskhawk.capture() as calls:
+    r = sell.enqueue(("milk", b"tea"), count={1: 2})
+print(r.id == calls[0].id, calls[0].task, calls[0].args, calls[0].kwargs)""",
+        "True shop.tasks.sell [['milk', 'tea']] {'count': {'1': 2}}",
+    ),
+    "wrong arguments": (
+        """tried(sell.enqueue)
+tried(sell.enqueue, "milk", metadata=1)
+tried(sell.enqueue, datetime.now())
+tried(look.enqueue, 1, 2)
+work()""",
+        """TypeError: shop.tasks.sell: missing a required argument: 'what'
+TypeError: shop.tasks.sell: got an unexpected keyword argument 'metadata'
+TypeError: Unsupported type: <class 'datetime.datetime'>
+TypeError: shop.tasks.look: missing a required argument: 'metadata'""",
+    ),
+    "queues": (
+        """for queue_name, priority in [
+    ("default", 0), ("default", 100), ("default", 1), ("default", -1), ("low", 100)
+]:
+    print(sent(sell.using(queue_name=queue_name, priority=priority)).priority.name)
+for name in ("default", "high", "low", "bulk"):
+    print(sent(sell.using(backend="any", queue_name=name)).priority.name)
+print(taskhawk.Task.find_by_name("shop.tasks.rush").priority.name)""",
+        "default high high low low default high low bulk high".replace(" ", "\n"),
+    ),
+    "wrong queues and priorities": (
+        """tried(sell.using, queue_name="bulk")
+tried(sell.using, backend="any", queue_name="emails")
+tried(sell.using, priority=101)
+tried(sell.using, priority=1.5)
+with with_tasks(QUEUES=["low"]):
+    tried(sell.enqueue, "milk")""",
+        """InvalidTask: Queue 'bulk' is not valid for backend.
+InvalidTask: queue_name: expected one of default, high, low, bulk, got 'emails'
+InvalidTask: priority must be a whole number between -100 and 100.
+InvalidTask: priority must be a whole number between -100 and 100.
+InvalidTask: Queue 'default' is not valid for backend.""",
+    ),
+    "run_after": (
+        """soon = timedelta(minutes=2)
+print(-(-sent(sell.using(run_after=timezone.now() + soon)).delay_s // 1))
+print(sent(sell.using(run_after=timezone.now() - soon)).delay_s)
+tried(sell.using, run_after=datetime.now())
+with override_settings(USE_TZ=False):
+    print(-(-sent(sell.using(run_after=datetime.now() + soon)).delay_s // 1))
+    shop.tasks.sell.enqueue("naive")
+    work()""",
+        """120.0
+0
+InvalidTask: run_after must be an aware datetime.
+120.0
+sold 1 naive
+default 1 acknowledge""",
+    ),
+    "context, and arguments of any name": (
+        """look.enqueue(1, 2, metadata=3, headers=4, other=5)
+work()
+work()""",
+        """True 1 RUNNING
+(1, 2) 3 {'headers': 4, 'other': 5} [1, 2] {'metadata': 3, 'headers': 4, 'other': 5}
+True
+default 1 retry
+True 2 RUNNING
+(1, 2) 3 {'headers': 4, 'other': 5} [1, 2] {'metadata': 3, 'headers': 4, 'other': 5}
+True
+default 2 acknowledge""",
+    ),
+    "signals": (
+        """watched(lambda: sell.enqueue("milk"))
+watched(work)""",
+        """enqueued READY None [] 0 False
+started RUNNING None [] 1 False
+sold 1 milk
+finished SUCCESSFUL 1 [] 1 True
+default 1 acknowledge""",
+    ),
+    "signals of a coroutine": (
+        """rush.enqueue("milk")
+watched(work)""",
+        """started RUNNING None [] 1 False
+rushed milk
+finished SUCCESSFUL milk [] 1 True
+high 1 acknowledge""",
+    ),
+    "signals of failures": (
+        """for task_ in (fail, fail_late):
+    task_.enqueue()
+    watched(work)
+    watched(work)
+    work()""",
+        """started RUNNING None [] 1 False
+default 1 retry
+started RUNNING None [] 2 False
+finished FAILED None ['ZeroDivisionError'] 2 True
+default 2 dead_letter
+"""
+        * 2,
+    ),
+    "signals of what is ignored": (
+        """skip.enqueue()
+watched(work)""",
+        """started RUNNING None [] 1 False
+finished SUCCESSFUL None [] 1 True
+default 1 acknowledge""",
+    ),
+    "sync mode": (
+        """with override_settings(TASKHAWK_SYNC=True):
+    watched(lambda: sell.enqueue("milk"))
+    watched(lambda: tried(fail.enqueue))""",
+        """started RUNNING None [] 1 False
+sold 1 milk
+finished SUCCESSFUL 1 [] 1 True
+enqueued READY None [] 0 False
+started RUNNING None [] 1 False
+finished FAILED None ['ZeroDivisionError'] 1 True
+ZeroDivisionError: no stock""",
+    ),
+    "in a transaction": (
+        """with transaction.atomic():
+    sell.enqueue("at once")
+    work()""",
+        "sold 1 at once\ndefault 1 acknowledge",
+    ),
+    "on commit": (
+        """with taskhawk.capture() as calls:
+    with transaction.atomic():
+        r = later.enqueue("milk")
+        print(len(calls), r.enqueued_at)
+        tried(later.enqueue)
+    print([call.args for call in calls], r.enqueued_at <= timezone.now())
+    with contextlib.suppress(KeyError), transaction.atomic():
+        watched(lambda: later.enqueue("tea"))
+        raise KeyError
+    later.enqueue("outside")
+    print([call.args for call in calls])""",
+        """0 None
+TypeError: shop.tasks.later: missing a required argument: 'what'
+[['milk']] True
+[['milk'], ['outside']]""",
+    ),
+    "connections of a coroutine": (
+        """count_rows.enqueue()
+work()
+print(asyncio.run(sync_to_async(lambda: connection.connection)()))""",
+        "True\ndefault 1 acknowledge\nNone",
+    ),
+    "options of tasks": (
+        """for name in ("sell", "apart", "stubborn"):
+    found = taskhawk.Task.find_by_name(f"shop.tasks.{name}")
+    print(found.isolate, found.retry and found.retry(1) > 0)
+print(pickled(stubborn) == stubborn == stubborn.using())
+if django.VERSION >= (6, 1):
+    def once(): pass
+    assert task(isolate=True, priority=2)(once) == declared(once, priority=2, isolate=True)""",
+        "False None\nTrue None\nFalse True\nTrue",
+    ),
+    "wrong options of tasks": (
+        """def once(): pass
+def twice(): pass
+once.__module__ = twice.__module__ = "rows"
+tried(declared, once, time_limit=-1)
+with contextlib.suppress(TypeError):
+    declared(once, no_option=5)
+declared(once, time_limit=5)
+declared(once, time_limit=5, priority=1)
+tried(declared, once, time_limit=6)
+taskhawk.task(name="rows.twice")(twice)
+tried(declared, twice)""",
+        """InvalidTask: once has time_limit=-1: expected a number of seconds above 0
+InvalidTask: rows.once: the name of rows.once (<string>:1) is taken by rows.once \
+(<string>:1): rename one, or pass name= to @taskhawk.task
+InvalidTask: rows.twice: the name of rows.twice (<string>:2) is taken by rows.twice \
+(<string>:2): rename one, or pass name= to @taskhawk.task""",
+    ),
+    "other backends": (
+        """elsewhere.enqueue()
+sell.using(backend="immediate").enqueue("here")
+print("shop.tasks.elsewhere" in taskhawk._registry)
+elsewhere.using(backend="default").enqueue()
+work()""",
+        """ran elsewhere
+sold 1 here
+False
+ran elsewhere
+default 1 acknowledge""",
+    ),
+    "checks": (
+        """def check(**params):
+    with with_tasks(**params):
+        for error in task_backends["default"].check():
+            print(error.id, error.level, error.msg)
+        def fresh(): pass
+        fresh.__qualname__ = "fresh"
+        tried(task, fresh)
+check()
+check(QUEUES=["emails"])
+check(OPTIONS={"on_comit": True})
+check(OPTIONS={"TASKHAWK_QUEUE": "a b"})
+shop.tasks.Special = type("Special", (taskhawk.DjangoBackend,), {})
+check(BACKEND="shop.tasks.Special", OPTIONS={"isolate": True, "TASKHAWK_QUEUE": "a"})""",
+        """taskhawk.E001 40 TASKS['default']: QUEUES: expected one of default, high, low, \
+bulk, got 'emails'
+InvalidTask: Queue 'default' is not valid for backend.
+taskhawk.E001 40 TASKS['default']: OPTIONS: expected on_commit, settings of taskhawk \
+or options of taskhawk.task, got 'on_comit'
+InvalidTask: TASKS['default']: OPTIONS: expected on_commit, settings of taskhawk \
+or options of taskhawk.task, got 'on_comit'
+taskhawk.E001 40 TASKHAWK_QUEUE in OPTIONS of Django's TASKS: expected at most 53 \
+letters, digits, hyphens and underscores, such as 'dev-myapp', got 'a b'
+taskhawk.E001 40 TASKS['default']: OPTIONS: TASKHAWK_QUEUE is not read for a subclass
+InvalidTask: TASKS['default']: OPTIONS: TASKHAWK_QUEUE is not read for a subclass""",
+    ),
+    "settings": (
+        """print(taskhawk.settings.TASKHAWK_BROKER)
+with with_tasks(OPTIONS={"TASKHAWK_QUEUE": "one"}):
+    print(taskhawk.settings.TASKHAWK_BROKER, taskhawk.settings.TASKHAWK_QUEUE)
+    with override_settings(TASKHAWK_QUEUE="two"):
+        print(taskhawk.settings.TASKHAWK_QUEUE)
+rows = {name: {"BACKEND": "taskhawk.DjangoBackend"} for name in "ab"}
+rows["a"]["OPTIONS"] = {"TASKHAWK_QUEUE": "one", "isolate": True}
+rows["b"]["OPTIONS"] = {"TASKHAWK_QUEUE": "two", "isolate": False}
+with override_settings(TASKS=rows):
+    tried(lambda: taskhawk.settings.TASKHAWK_QUEUE)""",
+        """sqlite://?max_receive_count=2
+sqs one
+two
+ConfigurationError: TASKHAWK_QUEUE in OPTIONS of Django's TASKS: expected the same \
+value for each backend of taskhawk, got two""",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def django_printed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Return what each row prints; they share one process, which takes its time to start."""
+    folder = tmp_path_factory.mktemp("django")
+    (folder / "site_settings.py").write_text(DJANGO_SITE)
+    (folder / "shop").mkdir()
+    (folder / "shop" / "tasks.py").write_text(DJANGO_SHOP)
+    rows = [(name, code) for name, (code, _) in DJANGO_ROWS.items()]
+    (folder / "rows.json").write_text(json.dumps(rows))
+    lines = python_lines(
+        folder, DJANGO_ROWS_START, DJANGO_SETTINGS_MODULE="site_settings"
+    )
+    parts = [part.partition("\n") for part in "\n".join([*lines, ""]).split("\0")[1:]]
+    return {name: printed for name, _, printed in parts}
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="Django 6 needs Python 3.12")
+class TestDjangoTasks:
+    """Django's own API queues, and tells by its signals what came of it."""
+
+    @pytest.mark.parametrize("row", DJANGO_ROWS)
+    def test_rows(self, row, django_printed):
+        """Each row prints what Django's documentation, or ours, says."""
+        assert django_printed[row].rstrip() == DJANGO_ROWS[row][1].rstrip()
+
+    @pytest.mark.slow
+    def test_project(self, tmp_path):
+        """`listen` without a module runs the tasks of a project, isolated ones too.
+
+        `manage.py check` fails with what is wrong in TASKS.
+        """
+        (tmp_path / "shop").mkdir()
+        (tmp_path / "shop" / "tasks.py").write_text(DJANGO_SHOP)
+        site = DJANGO_SITE.replace("sqlite://?", "sqlite:///queue.db?")
+        (tmp_path / "site_settings.py").write_text(site)
+        code = """
+            import asyncio, django
+            django.setup()
+            from shop.tasks import *
+            sell.enqueue("milk")
+            asyncio.run(rush.aenqueue("tea"))
+            sell.using(backend="any", queue_name="low").enqueue("bread", 2)
+            apart.enqueue()
+        """
+        env = {"DJANGO_SETTINGS_MODULE": "site_settings"}
+        assert python_lines(tmp_path, code, **env) == []
+        queues = [f"--priority={priority.name}" for priority in Priority]
+        listen = ["-m", "taskhawk", "listen", "--until-empty", *queues]
+        result = run_python(listen, cwd=tmp_path, env=env)
+        assert result.returncode == 0, result.stderr
+        *ran, ledger = result.stdout.splitlines()
+        assert sorted(ran) == ["rushed tea", "sold 1 milk", "sold 2 bread"]
+        assert ledger.startswith("4 received, 4 acked, ")
+        (tmp_path / "site_settings.py").write_text(site.replace("isolate", "isolated"))
+        check = "from django.core.management import *; import django.tasks"
+        check += "; execute_from_command_line(['manage.py', 'check'])"
+        result = run_python(check, cwd=tmp_path, env=env)
+        assert result.returncode == 1
+        assert "(taskhawk.E001) TASKS['any']: OPTIONS: expected" in result.stderr
+
+
+def test_no_django_tasks(tmp_path):
+    """Without Django, or with one that is too old, there is no such class."""
+    code = """
+        import sys
+        sys.modules["django.tasks"] = None # its import fails
+        import taskhawk
+        from taskhawk import *
+        print(hasattr(taskhawk, "DjangoBackend"), hasattr(taskhawk, "Nonsense"))
+        try:
+            taskhawk.DjangoBackend
+        except AttributeError as error:
+            print(error)
+    """
+    assert python_lines(tmp_path, code) == [
+        "False False",
+        "DjangoBackend needs Django 6.0 or newer",
+    ]
 
 
 # === PART VI: PEOPLE ==================================================================
@@ -12753,12 +17811,14 @@ class TestDeadLetters:
         )
 
     def test_requeue(self, broker):
-        """They go back to the queue of their priority as they were, without taskhawk.error."""
+        """They go back to the queue of their priority as they were, without our attributes."""
         header = {"n": {"DataType": "String", "StringValue": "é"}}
-        error = {"taskhawk.error": {"DataType": "String", "StringValue": "{}"}}
+        value = {"DataType": "String", "StringValue": "3"}
+        names = ("taskhawk.error", "taskhawk.attempts", "taskhawk.postponed")
+        ours = dict.fromkeys(names, value)
         queue = broker.destination(Priority.high)
         broker.send(
-            f"{queue}-DLQ", [Outgoing(processing_body(args=[1]), {**error, **header})]
+            f"{queue}-DLQ", [Outgoing(processing_body(args=[1]), {**ours, **header})]
         )
         assert taskhawk.requeue_dead_letter(Priority.high) == 1
         (received,) = receive_all(Priority.high)
@@ -12767,6 +17827,43 @@ class TestDeadLetters:
         assert received.message_attributes["n"]["StringValue"] == "é"
         assert receive_all() == []
         assert broker.depth(f"{queue}-DLQ") == Depth(0, 0, 0)
+
+    @pytest.mark.parametrize("place", ["ministack", "sqlite"])
+    def test_fifo(  # noqa: PLR0917 - fixtures
+        self, request, place, sqs_client, queue_name, capsys, caplog, tmp_path
+    ):
+        """Of a FIFO queue, they go back in the order and group that they had.
+
+        A copy is deduplicated by what it is a copy of: its own id was sent before. What
+        waits behind those that are looked at can't be seen, and that is said.
+        """
+        taskhawk.configure(TASKHAWK_BROKER=f"sqlite:///{tmp_path}/queue.db")
+        if place == "ministack":
+            endpoint = request.getfixturevalue("ministack")
+            make_queue(sqs_client(endpoint), f"TASKHAWK-{queue_name}.fifo")
+            configure_aws(endpoint, queue_name)
+        taskhawk.configure(taskhawk.settings.given, TASKHAWK_FIFO=True)
+        broker = taskhawk._brokers.broker()
+        queue = broker.destination(Priority.default)
+        dead = taskhawk._dead_letter_name(queue)
+        letters = [
+            Outgoing(processing_body(args=[n]), {}, 0, "g", f"{n}") for n in range(12)
+        ]
+        for letter in letters:
+            broker.send(dead, [letter])
+        assert taskhawk.main(["dead-letters", "list", "--json"]) == 0
+        seen, warnings = 12, []
+        if place == "ministack":
+            seen = 10
+            warnings = [f"{dead}: about 2 more wait behind these, in their groups"]
+        assert capsys.readouterr().out.count("\n") == seen
+        assert caplog.messages == warnings
+        assert taskhawk.requeue_dead_letter(Priority.default) == 12
+        found = []
+        while messages := broker.receive(queue, 1, 0, 60, NEVER):
+            found += [(json.loads(m.body)["args"], m.group_id) for m in messages]
+            broker.delete(queue, [m.receipt_handle for m in messages])
+        assert found == [([number], "g") for number in range(12)]
 
     @pytest.mark.parametrize("num_messages", [1, 4, 10, 1000])
     def test_requeue_many(self, sqlite, caplog, num_messages):
@@ -12997,6 +18094,12 @@ class Letters:
         assert taskhawk.main(["dead-letters", *arguments]) == code
         return self.capsys.readouterr().out.splitlines()
 
+    def age(self, seconds: int) -> None:
+        """Have those that are in the file been sent so long ago."""
+        path = taskhawk.settings.TASKHAWK_BROKER.removeprefix("sqlite:///")
+        with contextlib.closing(sqlite3.connect(path)) as db, db:
+            db.execute("UPDATE message SET sent_ms = sent_ms - ?", [seconds * 1000])
+
     def depths(self) -> tuple[int, Depth]:
         """Return how many are visible in the queue, and the depth of the dead letters."""
         visible = self.broker.depth(self.queue).visible
@@ -13019,6 +18122,141 @@ def letters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Letters:
     """Return three dead letters in a file."""
     taskhawk.configure(TASKHAWK_BROKER=f"sqlite:///{tmp_path}/queue.db")
     return Letters(capsys)
+
+
+class TestDeadLettersFromPython:
+    """A loop over the dead letters deals with each, and leaves the others as they were."""
+
+    def test_what_is_known(self, every_letters):
+        """Each says what it is and why it is there; they stay, visible again at once."""
+        found = {each.task: each for each in taskhawk.dead_letters(Priority.default)}
+        assert every_letters.depths() == (0, Depth(3, 0, 0))
+        given_up, moved, invalid = map(found.get, ("mail.send", "other.task", None))
+        assert (given_up.id, given_up.message.args) == (every_letters.ids[0], [0])
+        assert given_up.message.headers == {"n": "0"}
+        assert given_up.error == given_up.cause == "ValueError: no amount\nat all"
+        assert given_up.traceback == ERROR_RECORD["traceback"]
+        assert given_up.record == ERROR_RECORD
+        assert given_up.received.body.startswith("{")
+        assert given_up.age_s in range(60)
+        assert re.fullmatch(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ", given_up.sent)
+        assert (moved.error, moved.traceback, moved.record) == ("", "", None)
+        assert moved.cause == "moved by the queue itself, after too many receives"
+        assert (invalid.message, invalid.id) == (None, None)
+        assert invalid.cause == invalid.invalid == "message: not JSON at character 0"
+
+    @pytest.mark.parametrize(
+        ("filters", "found"),
+        [
+            ({}, [None, "mail.send", "other.task"]),
+            ({"task": "mail.*"}, ["mail.send"]),
+            ({"error": "no amount"}, ["mail.send"]),
+            ({"error": "moved by"}, ["other.task"]),
+            ({"error": "not JSON"}, [None]),
+            ({"header": {"n": 1}}, ["other.task"]),
+            ({"header": {"n": "1"}, "task": "mail.*"}, []),
+            ({"older_than_s": 3600}, []),
+            ({"newer_than_s": 3600, "task": "*.*"}, ["mail.send", "other.task"]),
+        ],
+    )
+    def test_filters(self, letters, filters, found):
+        """Filters together say which are meant."""
+        meant = taskhawk.dead_letters(Priority.default, **filters)
+        assert sorted((each.task for each in meant), key=str) == sorted(found, key=str)
+
+    def test_acts(self, every_letters):
+        """Each is sent back, deleted or left, as the loop's body decides."""
+        for letter in taskhawk.dead_letters(Priority.default):
+            if letter.message is None:
+                letter.delete()
+            elif letter.task == "mail.send":
+                letter.requeue()
+        assert every_letters.depths() == (1, Depth(1, 0, 0))
+        [received] = receive_all()
+        assert json.loads(received.body)["id"] == every_letters.ids[0]
+        assert "taskhawk.error" not in received.message_attributes
+
+    def test_purge(self, letters):
+        """A loop with an age deletes the old ones."""
+        letters.age(3600)
+        letters.put({"task": "new.task"})
+        for letter in taskhawk.dead_letters(Priority.default, older_than_s=3600):
+            letter.delete()
+        assert letters.depths() == (0, Depth(1, 0, 0))
+
+    @pytest.mark.parametrize("error", [None, KeyError])
+    def test_ends_early(self, every_letters, error):
+        """After a break or an exception, all that the loop left are visible again."""
+        with contextlib.suppress(KeyError):
+            for letter in taskhawk.dead_letters(Priority.default):
+                letter.delete()
+                if error:
+                    raise error
+                break
+        assert every_letters.depths() == (0, Depth(2, 0, 0))
+
+    @pytest.mark.parametrize("act", ["requeue", "delete"])
+    @pytest.mark.parametrize("before", ["requeue", "delete", "end"])
+    def test_too_late(self, letters, act, before):
+        """Once it was dealt with, or its loop has ended, a letter can't be moved."""
+        loop = taskhawk.dead_letters(Priority.default, task="mail.send")
+        letter = next(loop)
+        if before == "end":
+            loop.close()
+        else:
+            getattr(letter, before)()
+        depths = letters.depths()
+        assert refused(getattr(letter, act), error=taskhawk.TaskhawkError) == (
+            f"dead letter {letter.message_id}: it was sent back or deleted before, or its"
+            " loop has ended"
+        )
+        assert letters.depths() == depths
+
+    def test_no_priority(self, letters):
+        """What is wrong is said by the call, not by the loop."""
+        error = refused(taskhawk.dead_letters, "default")
+        assert error == "priority: expected a taskhawk.Priority, got 'default'"
+
+    def test_no_queue(self, ministack, sqs_client, queue_name):
+        """So is that there is no dead-letter queue."""
+        sqs_client(ministack).create_queue(QueueName=f"TASKHAWK-{queue_name}")
+        configure_aws(ministack, queue_name)
+        assert refused(taskhawk.dead_letters, Priority.default) == (
+            f"TASKHAWK-{queue_name}: it has no dead-letter queue (no RedrivePolicy)"
+        )
+
+    @pytest.mark.parametrize(
+        ("action", "answers", "codes"),
+        [
+            ("SendMessage", [fault("Odd")], ["Odd"]),
+            (
+                "DeleteMessageBatch",
+                [fault("Odd")] * 3,
+                ["copied, but not deleted: Odd"],
+            ),
+        ],
+    )
+    def test_faults(self, scripted, capsys, action, answers, codes):
+        """What could not be sent or deleted is said at once, and can be tried again."""
+        letters = Letters(capsys)
+        scripted.script(action, *answers)
+        for letter in taskhawk.dead_letters(Priority.default, task="mail.send"):
+            with pytest.raises(taskhawk.PartialFailure) as raised:
+                letter.requeue()
+            assert [each["Code"] for each in raised.value.result["Failed"]] == codes
+            letter.requeue()
+        copies = 1 if action == "SendMessage" else 2
+        assert letters.depths() == (copies, Depth(2, 0, 0))
+
+    def test_requests(self, scripted, capsys):
+        """A loop costs one receive for ten, and a send and a delete for each that goes."""
+        Letters(capsys)
+        scripted.calls.clear()
+        for letter in taskhawk.dead_letters(Priority.default):
+            letter.requeue()
+        counts = collections.Counter(scripted.actions)
+        assert (counts["ReceiveMessage"], counts["SendMessage"]) == (1, 3)
+        assert counts["DeleteMessageBatch"] == 3
 
 
 class TestDeadLetterCommands:
@@ -13050,6 +18288,7 @@ class TestDeadLetterCommands:
             ("--newer-than 1.5h --task *.*", [0, 1]),
             ("--limit 0", []),
             ("--id ID", [0]),
+            ("--error moved", [1]),
         ],
     )
     def test_filters(self, letters, arguments, found):
@@ -13103,6 +18342,62 @@ class TestDeadLetterCommands:
         lines = letters("show", name)
         assert "invalid: message: not JSON at character 0" in lines
         assert r"body: '\xe9\x1b[2J\n{'" in lines
+
+    def test_summary(self, every_letters, capsys):
+        """They are counted by task and error, with the commands that deal with each group."""
+        letters = every_letters
+        letters.put({}, ERROR_RECORD | {"message": "no amount\neither"})
+        letters.put({}, ERROR_RECORD | {"type": "KeyError", "message": "'a b'"})
+        lines = letters("summary", "--task", "*.*")
+        assert lines[-1] == "4 dead letters"
+        times = r"    from 20\d\d-\d\d-\d\dT[\d:]{8}Z to 20\d\d-\d\d-\d\dT[\d:]{8}Z"
+        assert [line for line in lines[:-1] if not re.fullmatch(times, line)][:5] == [
+            "2  mail.send  ValueError",
+            "    the newest: ValueError: no amount",
+            "    python -m taskhawk dead-letters list --error 'ValueError: ' --task mail.send",
+            "    python -m taskhawk dead-letters requeue --error 'ValueError: ' --task mail.send",
+            "",
+        ]
+        groups = json.loads("\n".join(letters("summary", "--json")))
+        assert {
+            (group["task"], group["error"], group["count"]) for group in groups
+        } == {
+            ("mail.send", "ValueError", 2),
+            ("mail.send", "KeyError", 1),
+            ("other.task", "moved by the queue itself, after too many receives", 1),
+            (None, "message: not JSON at character 0", 1),
+        }
+        for group in groups:
+            assert group["oldest"] <= group["newest"]
+            words = shlex.split(group["list"])[4:]
+            assert len(letters(*words)) == group["count"]
+        assert letters.depths() == (0, Depth(5, 0, 0))
+        for group in groups:
+            words = shlex.split(group["requeue"])[4:]
+            assert letters(*words) == [f"sent back: {group['count']}"]
+
+    def test_summary_keeps_filters(self, letters):
+        """The commands of a group have the summary's own filters too."""
+        letters.put({"task": "odd[1]*", "headers": {"n": "a b"}})
+        letters.age(100)
+        words = ["--header", "n=a b", "--older-than", "1.5m", "--newer-than", "20d"]
+        words += ["--priority", "default", "--module", "json"]
+        [group] = json.loads("\n".join(letters("summary", "--json", *words)))
+        error = "'moved by the queue itself, after too many receives'"
+        assert group["list"] == (
+            f"python -m taskhawk dead-letters list --error {error} --task 'odd[[]1][*]'"
+            " --header 'n=a b' --older-than 90s --newer-than 1728000s --module json"
+        )
+        assert len(letters(*shlex.split(group["list"])[4:])) == 1
+
+    def test_summary_of_a_priority(self, tmp_path, capsys):
+        """They name the queue, if it is not the default one."""
+        taskhawk.configure(TASKHAWK_BROKER=f"sqlite:///{tmp_path}/queue.db")
+        broker = taskhawk._brokers.broker()
+        queue = broker.destination(Priority.bulk)
+        broker.send(f"{queue}-DLQ", [Outgoing(processing_body(), {})])
+        assert taskhawk.main(["dead-letters", "summary", "--priority", "bulk"]) == 0
+        assert " --task mail.send --priority bulk\n" in capsys.readouterr().out
 
     def test_export(self, letters):
         """An exported one has body and attributes as they are."""
@@ -13172,17 +18467,33 @@ class TestDeadLetterCommands:
         env = {"TASKHAWK_BROKER": taskhawk.settings.TASKHAWK_BROKER}
         with in_terminal(tmp_path, env, "dead-letters", "delete", *words) as run:
             if answer is not None:
-                run.wait_for(f"delete up to {count} dead letters for good? [y/N] ")
+                which = f"dead letters of {letters.queue}-DLQ"
+                if words != ["--all"]:
+                    which += " that fit the filters"
+                run.wait_for(f"delete up to {count} {which} for good? [y/N] ")
                 run.type(f"{answer}\n")
             assert run.end() == 0
         assert f"deleted: {deleted}\r\n" in run.shown
         assert letters.depths()[1] == Depth(3 - deleted, 0, 0)
 
     @pytest.mark.slow
+    @pytest.mark.parametrize(("answer", "sent"), [("n", 0), ("y", 3)])
+    def test_asks_before_requeueing(self, letters, tmp_path, answer, sent):
+        """In a terminal, it says how many may be sent back, and asks."""
+        env = {"TASKHAWK_BROKER": taskhawk.settings.TASKHAWK_BROKER}
+        with in_terminal(tmp_path, env, "dead-letters", "requeue") as run:
+            which = f"dead letters of {letters.queue}-DLQ"
+            run.wait_for(f"requeue up to 3 {which}? [y/N] ")
+            run.type(f"{answer}\n")
+            assert run.end() == 0
+        assert f"sent back: {sent}\r\n" in run.shown
+        assert letters.depths() == (sent, Depth(3 - sent, 0, 0))
+
+    @pytest.mark.slow
     def test_progress(self, letters, tmp_path):
         """In a terminal, the progress is one line that is rewritten, and cleared at the end."""
         env = {"TASKHAWK_BROKER": taskhawk.settings.TASKHAWK_BROKER}
-        with in_terminal(tmp_path, env, "dead-letters", "requeue") as run:
+        with in_terminal(tmp_path, env, "dead-letters", "requeue", "--yes") as run:
             assert run.end() == 0
         assert run.shown == (
             f"\r\x1b[Krequeueing about 3 messages from {letters.queue}-DLQ"
@@ -13204,7 +18515,7 @@ class TestDeadLetterCommands:
         """A dead letter of a clock that is ahead of ours has no age."""
         sent_ms = {"SentTimestamp": str(round((time.time() + 5) * 1000))}
         received = taskhawk.QueueMessage("", "m1", attributes=sent_ms)
-        assert taskhawk._read_dead_letter(received).age_s == 0
+        assert taskhawk._read_dead_letter(None, received).age_s == 0
 
     def test_interrupted(self, every_letters, caplog):
         """Whatever ends it, what was looked at is visible again, and nothing is lost."""
@@ -13212,7 +18523,7 @@ class TestDeadLetterCommands:
 
         def look() -> None:
             with taskhawk._Scan(Priority.default, "looking", "looked at") as scan:
-                for _ in scan:
+                for _ in scan.pages():
                     raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
@@ -13244,7 +18555,7 @@ class TestDeadLetterCommands:
         looked_at = []
         scan = taskhawk._Scan(Priority.default, "looking", "looked at", num_messages=1)
         with scan:
-            for batch in scan:
+            for batch in scan.pages():
                 looked_at += [weakref.ref(letter.received) for letter in batch]
                 del batch
                 alive = [ref for ref in looked_at if ref()]
@@ -13272,12 +18583,6 @@ class TestDeadLetterCommands:
 
 
 # --- 25. infrastructure ---------------------------------------------------------------
-
-
-def told(text: str) -> list[tuple[str, str]]:
-    """Read cases: a line that begins at the margin, and the sentence below it."""
-    found = re.findall(r"(?m)^(\S.*)\n((?: .*\n)+)", text)
-    return [(case, " ".join(sentence.split())) for case, sentence in found]
 
 
 class Terminal:
@@ -13506,6 +18811,59 @@ class TestProvision:
             assert policy["deadLetterTargetArn"] == dead["QueueArn"]
             assert int(policy["maxReceiveCount"]) == 5
             assert found["Tags"] == dead["Tags"] == {"taskhawk": queue_name}
+
+    def test_fifo(self, ministack, sqs_client, queue_name, capsys):
+        """FIFO queues are made as such, in high throughput mode, and nothing is wrong then.
+
+        What someone has changed of that mode stays.
+        """
+        account = configure_account(
+            sqs_client, ministack, queue_name, TASKHAWK_FIFO=True
+        )
+        name, only = f"TASKHAWK-{queue_name}", "--priority=default"
+        names = [f"{name}-DLQ.fifo", f"{name}.fifo"]
+        assert provision(capsys, only) == [f"queue {queue}: made" for queue in names]
+        client = sqs_client(ministack)
+        for queue in names:
+            found = attributes_of(client, queue)
+            assert found["FifoQueue"] == found["ContentBasedDeduplication"] == "true"
+            assert found["DeduplicationScope"] == "messageGroup"
+            assert found["FifoThroughputLimit"] == "perMessageGroupId"
+        policy = json.loads(found["RedrivePolicy"])
+        arn = f"arn:aws:sqs:us-east-1:{account}:{name}"
+        assert policy["deadLetterTargetArn"] == f"{arn}-DLQ.fifo"
+        url = client.get_queue_url(QueueName=names[1])["QueueUrl"]
+        limit = {"FifoThroughputLimit": "perQueue"}
+        client.set_queue_attributes(QueueUrl=url, Attributes=limit)
+        as_it_should_be = [f"queue {queue}: is as it should be" for queue in names]
+        assert provision(capsys, only) == as_it_should_be
+        assert check(capsys, only) == (0, ["nothing is wrong"])
+        taskhawk._brokers.broker().send(f"{name}.fifo", grouped("a1 a2 b1"))
+        assert taskhawk.main(["stats", "--json"]) == 0
+        counts = json.loads(capsys.readouterr().out)["default"]
+        assert (counts["visible"], counts["dead_letters"]) == (3, 0)
+
+    def test_fifo_described(self, queue_name, aws, capsys):
+        """Terraform and IAM know FIFO queues and their dead-letter queues, too."""
+        taskhawk.configure(taskhawk.settings.given, TASKHAWK_FIFO=True)
+        only = "--priority=default"
+        queues = provision_json(capsys, only, "--format=terraform")["resource"]
+        queues = queues["aws_sqs_queue"]
+        assert list(queues) == ["taskhawk_app_dlq_fifo", "taskhawk_app_fifo"]
+        for queue in queues.values():
+            assert queue["fifo_queue"] is queue["content_based_deduplication"] is True
+            assert queue["deduplication_scope"] == "messageGroup"
+            assert queue["fifo_throughput_limit"] == "perMessageGroupId"
+        redrive = json.loads(queues["taskhawk_app_fifo"]["redrive_policy"])
+        reference = "${aws_sqs_queue.taskhawk_app_dlq_fifo.arn}"
+        assert redrive["deadLetterTargetArn"] == reference
+        roles = provision_json(capsys, only, "--format=iam")
+        arn = "arn:aws:sqs:us-east-1:000000000000:TASKHAWK-APP"
+        queue, dead = roles["worker"]["Statement"]
+        assert (queue["Resource"], dead["Resource"]) == (
+            [f"{arn}.fifo"],
+            [f"{arn}-DLQ.fifo"],
+        )
 
     def test_raises(self, endpoint, sqs_client, queue_name, capsys):
         """What is too low is raised, and what someone set higher stays."""
@@ -13774,8 +19132,8 @@ class TestCheck:
         )
         retry = taskhawk.fixed(1, max_retries=2)
         taskhawk.task(name="slow", time_limit=60, retry=retry)(plain)
-        taskhawk.task(name="quick", time_limit=30, retry=retry)(plain)
-        configure_aws(ministack, queue_name)
+        taskhawk.task(name="quick", time_limit=30)(plain)
+        configure_aws(ministack, queue_name, TASKHAWK_RETRY=retry)
         found = [
             f"{kind}: {sentence}" for kind, sentence in told(FINDINGS.format(name=name))
         ]
@@ -13876,6 +19234,264 @@ class TestCheck:
             " name. Fix: move it to a module"
         )
         assert check(capsys) == (1, [error, "1 found"])
+
+
+@pytest.fixture
+def scheduled(
+    request: pytest.FixtureRequest,
+    sqs_client: Callable[..., Any],
+    queue_name: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[..., Any]:
+    """Have two periodic tasks on an emulator; return a client of Scheduler."""
+    endpoint = request.getfixturevalue(getattr(request, "param", "ministack"))
+    monkeypatch.setenv("AWS_ENDPOINT_URL_IAM", endpoint)
+    account = configure_account(sqs_client, endpoint, queue_name)
+    taskhawk.configure(
+        taskhawk.settings.given,
+        TASKHAWK_SCHEDULER_ROLE=f"arn:aws:iam::{account}:role/app/th-{queue_name}",
+    )
+    taskhawk._registry.clear()
+    rush = {"priority": Priority.high, "timezone": "Europe/Berlin"}
+    taskhawk.task(name="app.audit", schedule="cron(0 9 ? * MON-FRI *)", **rush)(plain)
+    taskhawk.task(name="app.count", schedule=MINUTELY)(another("count"))
+    return sqs_client(endpoint, "scheduler")
+
+
+class TestProvisionSchedules:
+    """Long delays and periodic tasks: their group, role and schedules on AWS."""
+
+    @pytest.mark.parametrize(
+        "scheduled",
+        ["ministack", pytest.param("moto", marks=pytest.mark.slow)],
+        indirect=True,
+    )
+    def test_made(self, scheduled, sqs_client, queue_name, capsys):
+        """All are made, and are then as they should be; a dry run says what would be."""
+        group, role = f"taskhawk-{queue_name.lower()}", f"th-{queue_name}"
+        only = "--priority=default"
+        names = [
+            f"group {group}",
+            f"role {role}",
+            f"policy {role}",
+            "schedule task.app.audit",
+            "schedule task.app.count",
+        ]
+        would = provision(capsys, only, "--dry-run")
+        assert would[2:] == [f"{name}: would be made" for name in names]
+        assert provision(capsys, only)[2:] == [f"{name}: made" for name in names]
+        as_it_should_be = [f"{name}: is as it should be" for name in names]
+        assert provision(capsys, only)[2:] == as_it_should_be
+        found = scheduled.get_schedule(GroupName=group, Name="task.app.audit")
+        assert found["ScheduleExpression"] == "cron(0 9 ? * MON-FRI *)"
+        assert found["ScheduleExpressionTimezone"] == "Europe/Berlin"
+        assert found["Target"]["Arn"].endswith(f":TASKHAWK-{queue_name}-HIGH-PRIORITY")
+        endpoint = taskhawk.settings.AWS_ENDPOINT_SQS
+        made = sqs_client(endpoint, "iam").get_role(RoleName=role)["Role"]
+        assert made["Arn"] == found["Target"]["RoleArn"]
+        (statement,) = made["AssumeRolePolicyDocument"]["Statement"]
+        account = taskhawk.settings.AWS_ACCOUNT_ID
+        assert statement["Condition"] == {
+            "StringEquals": {"aws:SourceAccount": account}
+        }
+
+    def test_model(self, scheduled):
+        """What is sent has the shape that the service's model asks for."""
+        model = scheduled.meta.service_model
+        for operation in ("CreateSchedule", "UpdateSchedule"):
+            for task in taskhawk._periodic_tasks().values():
+                report = botocore.validate.ParamValidator().validate(
+                    taskhawk._periodic_schedule(task),
+                    model.operation_model(operation).input_shape,
+                )
+                assert not report.has_errors(), report.generate_report()
+
+    def test_message(self, scheduled, caplog):
+        """With the time filled in, the input is a message that runs, with one id a firing."""
+        task = taskhawk._registry["app.audit"]
+        body = taskhawk._periodic_schedule(task)["Target"]["Input"]
+        time_of_it = "2026-11-27T08:00:00Z"
+        filled = body.replace("<aws.scheduler.scheduled-time>", time_of_it)
+        message = taskhawk._decode(filled)
+        assert message.id == f"task.app.audit-{time_of_it}"
+        assert message.timestamp == 1_795_766_400_000
+        assert message.priority is Priority.high
+        assert run_body(filled).fate is taskhawk.Fate.acknowledge
+
+    @pytest.mark.parametrize(
+        "scheduled",
+        ["ministack", pytest.param("moto", marks=pytest.mark.slow)],
+        indirect=True,
+    )
+    def test_changed(self, scheduled, queue_name, capsys):
+        """What differs is corrected, and check says so; who disabled one finds it disabled."""
+        provision(capsys)
+        priorities = ("--priority=high", "--priority=default")
+        assert check(capsys, *priorities) == (0, ["nothing is wrong"])
+        group = f"taskhawk-{queue_name.lower()}"
+        audit = {"GroupName": group, "Name": "task.app.audit"}
+        found = scheduled.get_schedule(**audit)
+        scheduled.update_schedule(
+            **audit,
+            ScheduleExpression="cron(0 8 ? * MON-FRI *)",
+            ScheduleExpressionTimezone=found["ScheduleExpressionTimezone"],
+            Description=found["Description"],
+            FlexibleTimeWindow={"Mode": "OFF"},
+            State="DISABLED",
+            Target={**found["Target"], "Input": "{}"},
+        )
+        scheduled.delete_schedule(GroupName=group, Name="task.app.count")
+        wrong = "ScheduleExpression, Target"
+        fix = "Fix: python -m taskhawk provision MODULE …"
+        why = "the task does not run as its code says"
+        assert check(capsys, *priorities) == (
+            1,
+            [
+                f"error: schedule task.app.audit: would be changed: {wrong}: {why}. {fix}",
+                f"error: schedule task.app.count: would be made: {why}. {fix}",
+                "2 found",
+            ],
+        )
+        assert provision(capsys)[-2:] == [
+            f"schedule task.app.audit: changed: {wrong}",
+            "schedule task.app.count: made",
+        ]
+        found = scheduled.get_schedule(**audit)
+        assert found["ScheduleExpression"] == "cron(0 9 ? * MON-FRI *)"
+        assert found["State"] == "DISABLED"
+        assert check(capsys, *priorities) == (0, ["nothing is wrong"])
+
+    @pytest.mark.parametrize(
+        "scheduled",
+        ["ministack", pytest.param("moto", marks=pytest.mark.slow)],
+        indirect=True,
+    )
+    def test_abandoned(self, scheduled, queue_name, mail, capsys):
+        """Of tasks that are gone, in our own group alone, --prune deletes the schedules."""
+        provision(capsys)
+        group = f"taskhawk-{queue_name.lower()}"
+        waiting = mail.with_delay(timedelta(days=2)).dispatch()
+        taskhawk._registry.pop("app.count")
+        assert check(capsys, "--priority=default", "--priority=high")[1][0] == (
+            "warning: schedule task.app.count: no task has it: its messages are dead"
+            " letters, unless another module has the task. Fix: name all modules, or"
+            " python -m taskhawk provision MODULE … --prune"
+        )
+        kept = "schedule task.app.count: no task has it; --prune deletes it"
+        assert provision(capsys)[-1] == kept
+        assert provision(capsys, "--prune", "--dry-run")[-1] == kept
+        assert provision(capsys, "--prune")[-1] == "schedule task.app.count: deleted"
+        names = scheduled.list_schedules(GroupName=group)["Schedules"]
+        assert {found["Name"] for found in names} >= {"task.app.audit", waiting}
+        assert taskhawk.cancel(waiting)
+
+    def test_group_is_missing(self, scheduled, queue_name, capsys):
+        """Without the group no message waits, which is an error."""
+        taskhawk._registry.clear()
+        provision_queues = [
+            taskhawk._provide(resource, dry_run=False)
+            for resource in taskhawk._resources(Priority.default, 5, None)
+        ]
+        assert len(provision_queues) == 2
+        assert check(capsys, "--priority=default") == (
+            1,
+            [
+                (
+                    f"error: group taskhawk-{queue_name.lower()}: would be made: delayed"
+                    " messages are refused, and periodic tasks do not run. Fix: python -m"
+                    " taskhawk provision MODULE …"
+                ),
+                "1 found",
+            ],
+        )
+
+    def test_no_role(self, ministack, queue_name, capsys):
+        """Periodic tasks without a role are an error."""
+        configure_aws(ministack, queue_name)
+        taskhawk._registry.clear()
+        taskhawk.task(name="audit", schedule=MINUTELY)(plain)
+        assert command_error(capsys, "provision") == (2, f"taskhawk: {NO_ROLE}")
+        _, lines = check(capsys)
+        assert lines[-2] == (
+            f"error: {NO_ROLE}: schedules can't be checked. Fix: as the error says"
+        )
+
+    def test_terraform(self, scheduled, queue_name, capsys):
+        """Terraform's description has, name by name, what the API is told."""
+        described = provision_json(capsys, "--format=terraform")["resource"]
+        label = f"th_{queue_name.lower()}"
+        schedule = described["aws_scheduler_schedule"]["task__app__audit"]
+        assert schedule.pop("depends_on") == [
+            f"aws_scheduler_schedule_group.taskhawk_{queue_name.lower()}",
+            f"aws_iam_role_policy.{label}",
+        ]
+        told = taskhawk._periodic_schedule(taskhawk._registry["app.audit"])
+        assert schedule["schedule_expression"] == told["ScheduleExpression"]
+        assert schedule["flexible_time_window"] == {"mode": "OFF"}
+        target = told["Target"]
+        assert schedule["target"] == {
+            "arn": target["Arn"],
+            "role_arn": target["RoleArn"],
+            "input": target["Input"],
+            "retry_policy": {
+                "maximum_event_age_in_seconds": 86_400,
+                "maximum_retry_attempts": 185,
+            },
+            "dead_letter_config": {"arn": target["DeadLetterConfig"]["Arn"]},
+        }
+        role = described["aws_iam_role"][label]
+        assert (role["name"], role["path"]) == (f"th-{queue_name}", "/app/")
+        policy = json.loads(described["aws_iam_role_policy"][label]["policy"])
+        (statement,) = policy["Statement"]
+        assert statement["Action"] == "sqs:SendMessage"
+        assert {arn.rpartition(":")[2] for arn in statement["Resource"]} == {
+            f"TASKHAWK-{queue_name}{suffix}{dlq}"
+            for suffix in ("", "-HIGH-PRIORITY", "-LOW-PRIORITY", "-BULK")
+            for dlq in ("", "-DLQ")
+        }
+
+    def test_iam(self, scheduled, queue_name, capsys):
+        """A publisher may make and delete schedules in the group, and hand over the role."""
+        roles = provision_json(capsys, "--format=iam", "--priority=default")
+        _, schedules, hand_over = roles["publisher"]["Statement"]
+        region = f"us-east-1:{taskhawk.settings.AWS_ACCOUNT_ID}"
+        group = f"arn:aws:scheduler:{region}:schedule/taskhawk-{queue_name.lower()}/*"
+        assert schedules == {
+            "Effect": "Allow",
+            "Action": ["scheduler:CreateSchedule", "scheduler:DeleteSchedule"],
+            "Resource": [group],
+        }
+        assert hand_over == {
+            "Effect": "Allow",
+            "Action": ["iam:PassRole"],
+            "Resource": [taskhawk.settings.TASKHAWK_SCHEDULER_ROLE],
+            "Condition": {
+                "StringEquals": {"iam:PassedToService": "scheduler.amazonaws.com"}
+            },
+        }
+        assert roles["operator"]["Statement"][-1]["Resource"] == [group]
+
+    def test_topics(self, scheduled, queue_name, capsys):
+        """In a Lambda app, schedules publish to the topics."""
+        taskhawk.configure(taskhawk.settings.given, IS_LAMBDA_APP=True)
+        described = provision_json(capsys, "--format=terraform")["resource"]
+        ((_, policy),) = described["aws_iam_role_policy"].items()
+        (statement,) = json.loads(policy["policy"])["Statement"]
+        assert statement["Action"] == "sns:Publish"
+        schedule = described["aws_scheduler_schedule"]["task__app__audit"]
+        assert schedule["target"]["arn"] in statement["Resource"]
+        assert "dead_letter_config" not in schedule["target"]
+
+    def test_fifo(self, scheduled, queue_name, sqs_client, capsys):
+        """On a FIFO queue a periodic task has a group, and the queue makes the id."""
+        taskhawk.configure(taskhawk.settings.given, TASKHAWK_FIFO=True)
+        target = taskhawk._periodic_schedule(taskhawk._registry["app.count"])["Target"]
+        assert target["SqsParameters"] == {"MessageGroupId": "task.app.count"}
+        assert "DeadLetterConfig" not in target
+        provision(capsys, "--priority=default")
+        client = sqs_client(taskhawk.settings.AWS_ENDPOINT_SQS)
+        found = attributes_of(client, f"TASKHAWK-{queue_name}.fifo")
+        assert found["ContentBasedDeduplication"] == "true"
 
 
 # --- 26. command line -----------------------------------------------------------------
@@ -14106,6 +19722,17 @@ class TestCommandLine:
         result = run_python(["-P", "-c", script], cwd=tmp_path)
         assert (result.returncode, result.stdout) == (0, f"{taskhawk.VERSION}\n")
 
+    @pytest.mark.parametrize(
+        ("options", "group"), [([], None), (["--group", "7"], "7")]
+    )
+    def test_group(self, tmp_path, mail, capsys, options, group):
+        """A message that is dispatched by hand may have a group."""
+        taskhawk.configure(TASKHAWK_BROKER=f"sqlite:///{tmp_path}/queue.db")
+        assert taskhawk.main(["dispatch", "mail.send", *options]) == 0
+        (received,) = receive_all()
+        assert received.group_id == group
+        assert capsys.readouterr().out == f"{json.loads(received.body)['id']}\n"
+
     @pytest.mark.slow
     @pytest.mark.parametrize("way", ["module", "vendored", "file", "script"])
     def test_ways(self, tmp_path, way):
@@ -14122,7 +19749,7 @@ class TestCommandLine:
         listen = ("listen", "job", "--loop-count=1", "--num-messages=2")
         assert run(*listen, "--priority=high").stdout == (
             "sum 4 {'a': 'b=c'} high\n"
-            "2 received, 2 acked, 0 retried, 0 dead-lettered, 0 released, 0 uncertain\n"
+            "2 received, 2 acked, 0 retried, 0 dead-lettered, 0 postponed, 0 released, 0 uncertain\n"
         )
 
     @pytest.mark.slow
@@ -14147,8 +19774,8 @@ class TestCommandLine:
             "The bug in demo.divide is fixed, and its dead letter sent back:",
             "requeued       1 message",
             "ran            demo.divide   attempt 1",
-            "  5 received, 2 acked, 2 retried, 1 dead-lettered, 0 released, 0 uncertain",
-            "  1 received, 1 acked, 0 retried, 0 dead-lettered, 0 released, 0 uncertain",
+            "  5 received, 2 acked, 2 retried, 1 dead-lettered, 0 postponed, 0 released, 0 uncertain",
+            "  1 received, 1 acked, 0 retried, 0 dead-lettered, 0 postponed, 0 released, 0 uncertain",
         ):
             assert line in shown.splitlines()
         assert [path.name for path in commands.folder.iterdir()] == ["job.py"]
@@ -14363,7 +19990,7 @@ class TestCommandLine:
         assert taskhawk.main(["listen", "job", *options]) == 1
         assert capsys.readouterr().out == (
             "sum 3 {} default\n"
-            "1 received, 0 acked, 0 retried, 0 dead-lettered, 0 released, 1 uncertain\n"
+            "1 received, 0 acked, 0 retried, 0 dead-lettered, 0 postponed, 0 released, 1 uncertain\n"
         )
 
     def test_interrupted(self, command_folder):
@@ -14533,6 +20160,161 @@ logging.config.dictConfig({{
         assert last == "taskhawk: Django can't be set up: division by zero"
 
 
+EMF_COUNTS = ("Received", "Acked", "Retried", "DeadLettered", "Postponed")
+
+
+def emf_lines(text: str) -> list[dict[str, Any]]:
+    """Return the metrics among printed lines, by their names; each line must be legal."""
+    found = []
+    for line in text.splitlines():
+        if not line.startswith("{"):
+            continue
+        values = json.loads(line)
+        aws = values.pop("_aws")
+        assert abs(aws["Timestamp"] / 1000 - time.time()) < 60
+        [directive] = aws["CloudWatchMetrics"]
+        assert directive["Namespace"] == "my app"
+        assert directive["Dimensions"] == [["queue"]]
+        units = {each["Name"]: each["Unit"] for each in directive["Metrics"]}
+        assert units.keys() == values.keys() - {"queue"}
+        units.pop("RunDuration", None)
+        assert units.pop("OldestRunAge") == "Seconds"
+        assert set(units.values()) == {"Count"}
+        found.append(values)
+    return found
+
+
+class TestMetrics:
+    """A worker prints what CloudWatch makes metrics of, each minute and at its end."""
+
+    @pytest.fixture
+    def work(self, worker_broker):
+        """Return a function that runs a worker which prints metrics."""
+
+        def run(*queues: str, **options: Any) -> taskhawk.Ledger:
+            return taskhawk._MeasuredWorker(
+                worker_broker,
+                queues or [WORKER_QUEUE],
+                until_empty=True,
+                wait_s=0.05,
+                namespace="my app",
+                **options,
+            ).run()
+
+        return run
+
+    def test_counts(self, work, worker_broker, worker_act, capsys):
+        """Each end of the ledger is counted for its queue, and each run has a duration."""
+        acts = ["run", "run", "ignore", "never"]
+        worker_broker.put(worker_act, *[(act,) for act in acts])
+        worker_broker.put(worker_act, ("run",), queue=f"{WORKER_QUEUE}-BULK")
+        ledger = work(WORKER_QUEUE, f"{WORKER_QUEUE}-BULK")
+        first, second = emf_lines(capsys.readouterr().out)
+        assert first["queue"] == WORKER_QUEUE
+        assert second["queue"] == f"{WORKER_QUEUE}-BULK"
+        assert [first[name] for name in EMF_COUNTS] == [4, 3, 0, 1, 0]
+        assert [second[name] for name in EMF_COUNTS] == [1, 1, 0, 0, 0]
+        assert (len(first["RunDuration"]), len(second["RunDuration"])) == (4, 1)
+        assert first["OldestRunAge"] == first["LeasesLost"] == 0
+        assert ledger.received == 5
+
+    def test_each_minute(self, work, worker_broker, worker_act, monkeypatch):
+        """Lines tell what is new since the last one, and how old the oldest run is."""
+        monkeypatch.setattr(taskhawk, "_EMF_EVERY_S", 0.01)
+        printed = io.StringIO()
+        monkeypatch.setattr(sys, "stdout", printed)
+
+        def slow() -> None:
+            def oldest() -> list[float]:
+                return [each["OldestRunAge"] for each in emf_lines(printed.getvalue())]
+
+            worker_eventually(lambda: len([age for age in oldest() if age > 0]) > 2)
+
+        WORKER_ACTS["slow"] = slow
+        worker_broker.put(worker_act, ("run",), ("slow",))
+        work()
+        lines = emf_lines(printed.getvalue())
+        assert sum(line["Received"] for line in lines) == 2
+        assert sum(line["Acked"] for line in lines) == 2
+        durations = [ms for line in lines for ms in line.get("RunDuration", ())]
+        assert len(durations) == 2
+        ages = [line["OldestRunAge"] for line in lines]
+        assert max(ages) * 1000 <= max(durations) + 1
+        assert ages[-1] == 0
+
+    def test_lease_lost(self, work, worker_broker, worker_act, capsys):
+        """Runs that lost their lease are counted: others may have run them too."""
+
+        def lose() -> None:
+            taskhawk.current_task()._received.lease_lost = True
+
+        WORKER_ACTS["lose"] = lose
+        worker_broker.put(worker_act, ("lose",), ("run",))
+        work()
+        [line] = emf_lines(capsys.readouterr().out)
+        assert line["LeasesLost"] == 1
+
+    def test_sample(self):
+        """Of very many runs, a hundred durations are a fair sample: a line holds no more."""
+        runs = taskhawk._Runs()
+        for duration_ms in range(10_000):
+            runs.add(duration_ms, lost=False)
+        assert (runs.count, len(set(runs.durations_ms))) == (10_000, 100)
+        assert 3000 < sum(runs.durations_ms) / 100 < 7000
+
+    def test_cannot_print(self, work, worker_broker, worker_act, monkeypatch, caplog):
+        """Where nothing can be printed for a while, the worker goes on."""
+        monkeypatch.setattr(taskhawk, "_EMF_EVERY_S", 0.01)
+
+        class Full(io.StringIO):
+            def flush(self) -> None:
+                if not caplog.messages:
+                    raise OSError("disk full")
+
+        monkeypatch.setattr(sys, "stdout", Full())
+        WORKER_ACTS["slow"] = lambda: worker_eventually(lambda: caplog.messages)
+        worker_broker.put(worker_act, ("slow",))
+        assert work().acked == 1
+        assert caplog.messages == ["can't print metrics: disk full"]
+
+    @pytest.mark.slow
+    def test_command(self, commands):
+        """The command prints the last line before its ledger."""
+        commands.send("skip")
+        result = commands("listen", "job", "--until-empty", "--emf", "my app")
+        assert len(emf_lines(result.stdout)) == 2
+        assert result.stdout.splitlines()[-1].startswith("1 received, 1 acked, ")
+
+    @pytest.mark.slow
+    def test_overdue(self, commands):
+        """So it does where the grace is over, and a run is left."""
+        (commands.folder / "job.py").write_text(WORKER_MODULE)
+        commands.send("job.wait", 1)
+        options = ("--grace=1", "--emf=my app")
+        process = commands.popen("listen", "job", *options, stdin=subprocess.PIPE)
+        try:
+            assert process.stdout.readline() == b"started 1\n"
+            process.terminate()
+            output = process.stdout.read().decode()
+            assert process.wait(WORKER_PATIENCE_S) == 1
+        finally:
+            process.kill()
+            process.stdin.close()
+            process.stdout.close()
+            process.stderr.close()
+        [line] = emf_lines(output)
+        assert line["Received"] == 1
+        assert line["OldestRunAge"] > 0
+
+    @pytest.mark.parametrize("name", ["", "AWS/SQS", ":x", "é", "x" * 256])
+    def test_namespace(self, capsys, name):
+        """What is no namespace of CloudWatch is refused."""
+        code, line = command_error(capsys, "listen", "job", f"--emf={name}")
+        assert code == 2
+        expected = f"expected a namespace of CloudWatch, such as myapp, got {name!r}"
+        assert f"argument --emf: {expected}" in line
+
+
 # --- 27. vendoring --------------------------------------------------------------------
 
 # Where a part's copy ends, and the classes of the last part it has: a sample that is quick.
@@ -14566,9 +20348,7 @@ jobs.isolated.dispatch("ran apart:", os.getpid())
 print(SqliteBroker("sqlite:///queue.db").depth("TASKHAWK-DEFAULT").visible, "dispatched")
 """
 VENDOR_WORKER = "print(listen_for_messages(Priority.default, until_empty=True))"
-VENDOR_LEDGER = (
-    "2 received, 2 acked, 0 retried, 0 dead-lettered, 0 released, 0 uncertain\n"
-)
+VENDOR_LEDGER = "2 received, 2 acked, 0 retried, 0 dead-lettered, 0 postponed, 0 released, 0 uncertain\n"
 VENDOR_CONFTEST = """
 import pathlib, taskhawk
 assert pathlib.Path(taskhawk.__file__).parent == pathlib.Path(__file__).parent
@@ -14904,7 +20684,7 @@ def readme_files(folder: Path) -> None:
     """Write the modules that README.md shows."""
     for block in readme_blocks():
         if name := block.marks.get("file"):
-            before = README_DJANGO if name == "shop_settings.py" else ""
+            before = README_DJANGO if name.endswith("_settings.py") else ""
             (folder / name).write_text(before + block.text)
 
 
@@ -14920,27 +20700,42 @@ def readme_normalised(text: str) -> str:
     text = re.sub(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", "ID", text)
     text = re.sub(r"(?m)^# [0-9a-f]{16} ", "# HASH ", text)
     text = re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}", "TIME", text)
-    text = re.sub(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", "TIME", text)
+    text = re.sub(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{3})?Z", "TIME", text)
     text = re.sub(r"\d+ s ago", "AGE", text)
     text = re.sub(r'"duration_ms": \d+', "DURATION", text)
     text = re.sub(r"/\S*/\w+\.db", "PATH", text)
     return re.sub(r"(?m)(^Traceback .*\n)(?: .*\n)+", r"\1  ...\n", text)
 
 
-README_GROUPS = ("plain", "aws", "django", "flask")  # blocks that share an interpreter
+README_GROUPS = ["plain", "aws", "django", "flask"]  # blocks that share an interpreter
+README_NEW_DJANGO = pytest.mark.skipif(sys.version_info < (3, 12), reason="Django 6")
+README_FASTAPI = pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, ("aiohttp", "fastapi", "uvicorn"))),
+    reason="not installed",
+)
 README_BEFORE = {
+    "flask": "import web\n",
+    "mall": "import django; django.setup()\n",
     "django": "import django; django.setup()\n"
-    "from django.core.management import call_command; call_command('migrate', verbosity=0)\n"
+    "from django.core.management import call_command; call_command('migrate', verbosity=0)\n",
 }
 README_AFTER = {  # what the blocks dispatched, or can dispatch now, is run
     "aws": "import tasks; tasks.audit.dispatch('ready')\n"
     "print(taskhawk.listen_for_messages(taskhawk.Priority.default, until_empty=True).acked)",
+    "flask": "import web_tasks, taskhawk\n"
+    "web_tasks.confirm.dispatch(1, 'you@example.com')\n"
+    "taskhawk.listen_for_messages(taskhawk.Priority.default, until_empty=True)\n"
+    "print(open('outbox.txt').read(), end='')",
     "django": "import taskhawk\n"
     "taskhawk.listen_for_messages(taskhawk.Priority.default, until_empty=True)",
+    "mall": "import taskhawk\n"
+    "taskhawk.listen_for_messages(list(taskhawk.Priority), until_empty=True)",
 }
 README_AFTER_OUTPUT = {
     "aws": "ready: attempt 1 of a default message, {}\n1\n",
     "django": "Welcome! -> you@example.com\n",
+    "flask": "you@example.com: we have your order 1\n",
+    "mall": "May: attempt 1 of report\nJune: attempt 1 of report\n",
 }
 README_RUNNER = """
 import glob, json, os, sys, traceback, types, taskhawk
@@ -14960,18 +20755,162 @@ taskhawk.configure()
 """
 
 
+# A service whose runs end in each way; what is measured of them is printed at the end.
+RECIPE_SERVICE = """
+import os, sys, taskhawk
+broker = {"TASKHAWK_BROKER": "sqlite://"}
+taskhawk.configure(broker, **SETTINGS)
+
+@taskhawk.task(name="shop.sell")
+def sell(how):
+    inside()
+    if how == "fail":
+        raise ValueError("sold out")
+    if how == "ignore":
+        raise taskhawk.IgnoreException
+    if how == "later":
+        raise taskhawk.RetryException("closed", delay_seconds=60)
+
+def serve():
+    for how in ("run", "fail", "ignore", "later"):
+        sell.dispatch(how)
+    queue = taskhawk.Outgoing("rubbish", {})
+    taskhawk._brokers.broker().send("TASKHAWK-DEFAULT", [queue])
+    taskhawk.listen_for_messages(taskhawk.Priority.default, num_messages=9, loop_count=1)
+"""
+RECIPES = {
+    "prometheus": """
+SETTINGS = {"TASKHAWK_RUN_HOOK": "prometheus_hook.count_run"}
+inside = int
+SERVICE
+serve()
+import prometheus_client
+for metric in prometheus_client.REGISTRY.collect():
+    for sample in metric.samples:
+        if sample.name in ("taskhawk_runs_total", "taskhawk_run_seconds_count"):
+            print(*sample.labels.values(), sample.value)
+""",
+    "statsd": """
+import socket
+server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+server.bind(("127.0.0.1", 0))
+import statsd.defaults
+statsd.defaults.HOST, statsd.defaults.PORT = server.getsockname()
+SETTINGS = {"TASKHAWK_RUN_HOOK": "statsd_hook.count_run"}
+inside = int
+SERVICE
+import statsd_hook
+statsd_hook.CLIENT = statsd.StatsClient(*server.getsockname(), prefix="taskhawk")
+serve()
+for _ in range(10):
+    name, _, value = server.recv(100).decode().partition(":")
+    print(name, value if value.endswith("|c") else value.split("|")[1])
+""",
+    "sentry": """
+import sentry_hook, sentry_sdk
+def before_send(event, hint):
+    transaction, tags = event.get("transaction"), event.get("tags", {})
+    error = event["exception"]["values"][-1]["value"]
+    print(transaction, [*tags], error)
+sentry_sdk.init("http://key@127.0.0.1:9/1", before_send=before_send)
+SETTINGS = {"TASKHAWK_ERROR_HOOK": "sentry_hook.report_error"}
+inside = int
+SERVICE
+serve()
+""",
+    "tracing": """
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+exporter = InMemorySpanExporter()
+trace.set_tracer_provider(TracerProvider())
+trace.get_tracer_provider().add_span_processor(SimpleSpanProcessor(exporter))
+tracer = trace.get_tracer("shop")
+SETTINGS = {
+    "TASKHAWK_TASK_CLASS": "tracing.TracedTask",
+    "TASKHAWK_DEFAULT_HEADERS": "tracing.default_headers",
+}
+inside = lambda: tracer.start_span("inside").end()
+SERVICE
+with tracer.start_as_current_span("request"):
+    serve()
+spans = exporter.get_finished_spans()
+names = {span.context.span_id: span.name for span in spans}
+print(len({span.context.trace_id for span in spans}))
+for span in spans:
+    kind = span.attributes.get("messaging.operation.type")
+    parent = span.parent and names[span.parent.span_id]
+    error = span.attributes.get("error.type")
+    print(span.name, span.kind.name, kind, parent, span.status.status_code.name, error)
+""",
+}
+RECIPES_PRINT = {
+    "prometheus": """
+        shop.sell done 1.0
+        shop.sell retry 2.0
+        shop.sell ignored 1.0
+        none retry 1.0
+        shop.sell 4.0
+        none 1.0
+    """,
+    "statsd": """
+        taskhawk.shop.sell.done 1|c
+        taskhawk.shop.sell ms
+        taskhawk.shop.sell.retry 1|c
+        taskhawk.shop.sell ms
+        taskhawk.shop.sell.ignored 1|c
+        taskhawk.shop.sell ms
+        taskhawk.shop.sell.retry 1|c
+        taskhawk.shop.sell ms
+        taskhawk.none.retry 1|c
+        taskhawk.none ms
+    """,
+    "sentry": """
+        shop.sell ['taskhawk.id'] sold out
+        None [] message: not JSON at character 0
+    """,
+    "tracing": """
+        1
+        send shop.sell PRODUCER send request UNSET None
+        send shop.sell PRODUCER send request UNSET None
+        send shop.sell PRODUCER send request UNSET None
+        send shop.sell PRODUCER send request UNSET None
+        inside INTERNAL None process shop.sell UNSET None
+        process shop.sell CONSUMER process send shop.sell UNSET None
+        inside INTERNAL None process shop.sell UNSET None
+        process shop.sell CONSUMER process send shop.sell ERROR ValueError
+        inside INTERNAL None process shop.sell UNSET None
+        process shop.sell CONSUMER process send shop.sell UNSET None
+        inside INTERNAL None process shop.sell UNSET None
+        process shop.sell CONSUMER process send shop.sell ERROR RetryException
+        request INTERNAL None None UNSET None
+    """,
+}
+
+
 class TestReadme:
     """README.md says what is true: its code runs, and its output is real."""
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("group", README_GROUPS)
+    @pytest.mark.parametrize(
+        "group",
+        [
+            *README_GROUPS,
+            pytest.param("mall", marks=README_NEW_DJANGO),
+            pytest.param("asyncio", marks=README_FASTAPI),
+        ],
+    )
     def test_python_blocks_run(self, group, request, tmp_path):
         """Each Python block runs, in order, and prints what the block behind it says."""
         readme_files(tmp_path)
         python = [block for block in readme_blocks() if block.language == "python"]
-        assert {block.marks.get("run", "plain") for block in python} == set(
-            README_GROUPS
-        )
+        python = [block for block in python if block.marks.get("run") != "never"]
+        assert {block.marks.get("run", "plain") for block in python} == {
+            *README_GROUPS,
+            "mall",
+            "asyncio",
+        }
         blocks = [block for block in python if block.marks.get("run", "plain") == group]
         sources = [(block.line, self.source(block), block.marks) for block in blocks]
         after = (9999, README_AFTER.get(group, ""), {})
@@ -14979,6 +20918,8 @@ class TestReadme:
         env = {"TASKHAWK_BROKER": "sqlite:///queue.db"}
         if group == "django":
             env = {"DJANGO_SETTINGS_MODULE": "shop_settings"}
+        if group == "mall":
+            env = {"DJANGO_SETTINGS_MODULE": "mall_settings"}
         if group == "aws":
             env = self.aws(request.getfixturevalue("ministack"))
         code = README_BEFORE.get(group, "") + README_RUNNER
@@ -15004,6 +20945,17 @@ class TestReadme:
             "AWS_REGION": "eu-west-1",
         }
         return {**keys, **places, "TASKHAWK_QUEUE": "dev-myapp"}
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("recipe", RECIPES)
+    def test_recipes(self, tmp_path, recipe):
+        """The hooks for traces, metrics and errors work with the libraries they are for."""
+        readme_files(tmp_path)
+        code = RECIPES[recipe].replace("SERVICE", RECIPE_SERVICE)
+        result = run_python(code, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        expected = textwrap.dedent(RECIPES_PRINT[recipe]).strip()
+        assert result.stdout.strip() == expected
 
     @pytest.mark.slow
     def test_commands_print_what_is_shown(self, tmp_path):
@@ -15032,6 +20984,24 @@ class TestReadme:
             assert readme_normalised(result.stdout) == readme_normalised(expected), (
                 command
             )
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(
+        ("command", "passed"),
+        [
+            (["pytest", "-q", "test_tasks.py"], "4 passed"),
+            (["unittest", "test_tasks_unittest"], "Ran 2 tests"),
+            (["django", "test", "test_tasks_django"], "Ran 2 tests"),
+        ],
+        ids=["pytest", "unittest", "Django"],
+    )
+    def test_test_recipes(self, command, passed, tmp_path):
+        """The tests of README pass, by the command that people run."""
+        readme_files(tmp_path)
+        env = {"DJANGO_SETTINGS_MODULE": "shop_settings"}
+        result = run_python(["-m", *command], cwd=tmp_path, env=env)
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert passed in result.stdout + result.stderr
 
     @pytest.mark.slow
     def test_five_steps(self, ministack, tmp_path):
@@ -15173,3 +21143,345 @@ class TestReadme:
                 assert link[1:] in anchors
             elif not link.startswith("https://"):
                 assert project_file(link).exists()
+
+
+@contextlib.contextmanager
+def service_worker(
+    folder: Path, env: Mapping[str, str], *modules: str
+) -> Iterator[None]:
+    """Run a worker of some modules for the length of the block, then stop it."""
+    with (folder / "worker.txt").open("w") as output:
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "taskhawk", "listen", "--grace", "5", *modules],
+            cwd=folder,
+            env=python_env(env),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+        )
+    try:
+        yield
+        worker.terminate()
+        assert worker.wait(30) == 0
+    finally:
+        worker.kill()
+        worker.wait()
+
+
+def service_post(url: str, data: object) -> tuple[int, Any]:
+    """Post JSON, and return the status and the answer."""
+    request = urllib.request.Request(url, json.dumps(data).encode())
+    request.add_header("Content-Type", "application/json")
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return answer.status, json.load(answer)
+
+
+def service_wait(is_done: Callable[[], object]) -> None:
+    """Wait for what another process does."""
+    until = time.monotonic() + 60
+    while not is_done():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+class ServiceHook(http.server.BaseHTTPRequestHandler):
+    """Keeps the JSON that is posted to it."""
+
+    called: list[Any]  # by the server that the handler is made for
+
+    def do_POST(self) -> None:
+        """Keep it."""
+        size = int(self.headers["Content-Length"])
+        self.called.append(json.loads(self.rfile.read(size)))
+        self.send_response(204)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@pytest.mark.slow
+class TestServices:
+    """README's services start, take a request, and run its task."""
+
+    @pytest.fixture(params=["SQLite", "ministack"])
+    def env(self, request, tmp_path):
+        """Return an environment with a queue, after the modules of README are written."""
+        readme_files(tmp_path)
+        if request.param == "SQLite":
+            return {"TASKHAWK_BROKER": f"sqlite:///{tmp_path}/web.db"}
+        env = TestReadme.aws(request.getfixturevalue("ministack"))
+        env |= {"AWS_ACCOUNT_ID": "000000000000", "TASKHAWK_QUEUE": "dev-web"}
+        command = ["-m", "taskhawk", "provision"]
+        result = run_python(command, cwd=tmp_path, env=env)
+        assert result.returncode == 0, result.stderr
+        return env
+
+    def test_flask(self, env, tmp_path):
+        """Flask's server dispatches, and a worker runs it in the application's context."""
+        port, outbox = free_port(), tmp_path / "outbox.txt"
+        flask_run = ["-m", "flask", "--app", "web", "run", "--port", str(port)]
+        with (
+            server(port, flask_run, python_env(env), tmp_path) as url,
+            service_worker(tmp_path, env, "web_tasks"),
+        ):
+            order = service_post(f"{url}/orders/7", {"address": "you@example.com"})
+            service_wait(outbox.exists)
+            service_wait(outbox.read_text)
+        status, answer = order
+        assert (status, len(answer["message"])) == (202, 36)
+        assert outbox.read_text() == "you@example.com: we have your order 7\n"
+        ledger = (tmp_path / "worker.txt").read_text()
+        assert ledger.startswith("1 received, 1 acked, ")
+
+    @pytest.fixture
+    def hook(self):
+        """Yield a server that keeps what is posted to its URL."""
+        called: list[Any] = []
+        handler = type("Handler", (ServiceHook,), {"called": called})
+        with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as listener:
+            thread = threading.Thread(target=listener.serve_forever)
+            thread.start()
+            url = f"http://127.0.0.1:{listener.server_port}/"
+            yield types.SimpleNamespace(url=url, called=called)
+            listener.shutdown()
+            thread.join()
+
+    @README_FASTAPI
+    def test_fastapi(self, env, tmp_path, hook):
+        """A lifespan runs a worker on the server's loop, with the server's client."""
+        port = free_port()
+        run = ["-m", "uvicorn", "webhooks:app", "--port", str(port)]
+        path = tmp_path / "webhooks.py"  # a poll in flight is waited out
+        path.write_text(path.read_text().replace("grace_s=20", "grace_s=5"))
+        env["PYTHONUNBUFFERED"] = "1"
+        with server(port, run, python_env(env), tmp_path) as url:
+            answers = [
+                service_post(f"{url}/events", {"url": hook.url, "paid": paid})
+                for paid in range(3)
+            ]
+            service_wait(lambda: len(hook.called) == 3)
+        assert {status for status, _ in answers} == {202}
+        assert sorted(event["paid"] for event in hook.called) == [0, 1, 2]
+        log = (tmp_path / "server.log").read_text()
+        assert "\n3 received, 3 acked, " in log, log
+
+    def test_lambda(self, tmp_path):
+        """The handler takes events as AWS has recorded them, and raises what fails."""
+        readme_files(tmp_path)
+        hello = processing_body("tasks.send_email", args=["you@example.com", "Hello!"])
+        fails = processing_body("tasks.pay", args=[7])
+        events = [
+            {"Records": [lambda_sns_record(hello, "1")]},
+            {"Records": [lambda_sqs_record(body, "1") for body in (fails, hello)]},
+        ]
+        (tmp_path / "events.json").write_text(json.dumps(events))
+        code = """if True:
+            import json, handler
+            with open("events.json") as file:
+                for event in json.load(file):
+                    try:
+                        handler.handler(event, None)
+                    except ValueError as error:
+                        print(error)
+        """
+        env = {"AWS_REGION": "us-east-1", "AWS_ENDPOINT_SQS": "http://127.0.0.1:9"}
+        env |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
+        result = run_python(code, cwd=tmp_path, env=env)
+        printed = ["Hello! -> you@example.com"] * 2 + ["bill 7 has no amount"]
+        assert (result.returncode, result.stdout.splitlines()) == (0, printed)
+
+
+#: a solution of the last exercise in README, and of nothing else: see SqliteBroker
+READING_BROKER = """
+import threading
+import time
+import uuid
+
+import taskhawk
+from taskhawk import Depth, QueueInfo, QueueMessage, Refusal
+
+
+class MemoryBroker(taskhawk.Broker):
+    max_bytes = 1_048_576
+    max_delay_s = 900
+
+    def __init__(self, clock=time.time):
+        self.clock = clock
+        # Guards the rows, and tells receivers that wait of what is sent.
+        self.changed = threading.Condition()
+        self.rows = []
+
+    def send(self, destination, entries):
+        with self.changed:
+            for entry in entries:
+                now = self.clock()
+                self.rows.append(
+                    {
+                        "queue": destination,
+                        "entry": entry,
+                        "id": str(uuid.uuid4()),
+                        "sent": now,
+                        "visible_at": now + entry.delay_s,
+                        "receives": 0,
+                        "receipt": None,
+                    }
+                )
+            self.changed.notify_all()
+        return []
+
+    def receive(self, queue, limit, wait_s, lease_s, stop):
+        until = time.monotonic() + wait_s
+        with self.changed:
+            while True:
+                found = self._claim(queue, min(limit, 10), lease_s)
+                left_s = until - time.monotonic()
+                if found or left_s <= 0 or stop.is_set():
+                    return found
+                self.changed.wait(min(left_s, 0.05))  # the clock moves, too
+
+    def _claim(self, queue, limit, lease_s):
+        info, found = self.info(queue), []
+        for row in self.rows:
+            if row["queue"] != queue or row["visible_at"] > self.clock():
+                continue
+            if row["receives"] == info.max_receive_count:
+                row |= {"queue": info.dead_letter_queue, "receives": 0, "receipt": None}
+                continue
+            hidden_s = info.visibility_timeout_s if lease_s is None else lease_s
+            row["visible_at"] = self.clock() + hidden_s
+            row["receives"] += 1
+            row["receipt"] = str(uuid.uuid4())
+            found.append(self._message(row))
+            if len(found) == limit:
+                break
+        return found
+
+    def _message(self, row):
+        counts = {
+            "ApproximateReceiveCount": str(row["receives"]),
+            "SentTimestamp": str(int(row["sent"] * 1000)),
+        }
+        return QueueMessage(
+            row["entry"].body,
+            row["id"],
+            row["receipt"],
+            counts,
+            dict(row["entry"].attributes),
+            row["queue"],
+            self,
+        )
+
+    def delete(self, queue, receipts, *, retry=False):
+        return self._each(queue, receipts, self.rows.remove)
+
+    def change_visibility(self, queue, changes, *, retry=False):
+        seconds = dict(changes)
+
+        def change(row):
+            row["visible_at"] = self.clock() + seconds[row["receipt"]]
+            if seconds[row["receipt"]] == 0:
+                self.changed.notify_all()
+
+        return self._each(queue, list(seconds), change)
+
+    def _each(self, queue, receipts, change):
+        refused = []
+        with self.changed:
+            for index, receipt in enumerate(receipts):
+                rows = [row for row in self.rows if row["receipt"] == receipt]
+                if rows and rows[0]["queue"] == queue:
+                    change(rows[0])
+                else:
+                    code = "ReceiptHandleIsInvalid"
+                    refused.append(Refusal(index, code, "it is stale", final=True))
+        return refused
+
+    def info(self, queue):
+        if queue.endswith("-DLQ"):
+            return QueueInfo(30.0, None, None)
+        return QueueInfo(30.0, f"{queue}-DLQ", 2)
+
+    def depth(self, queue):
+        with self.changed:
+            rows = [row for row in self.rows if row["queue"] == queue]
+        visible = [row for row in rows if row["visible_at"] <= self.clock()]
+        received = [row for row in rows if row["receives"] and row not in visible]
+        delayed = len(rows) - len(visible) - len(received)
+        return Depth(len(visible), len(received), delayed)
+
+    def url(self, queue):
+        return f"memory:{queue}"
+
+    def close(self):
+        pass
+"""
+
+
+@pytest.mark.slow
+class TestReading:
+    """README's page for who reads the source is true, and its exercises can be done."""
+
+    def test_names(self):
+        """What it tells to read is there, in the room that it says."""
+        text = project_file("README.md").read_text()
+        page = text.partition("\n## Read the source\n")[2].partition("\n## ")[0]
+        rows = re.findall(r"(?m)^\| \d+ \| rooms? (\d+)(?: \w+ (\d+))?: (.*?) \|", page)
+        assert len(rows) == 6
+        for first, last, names in rows:
+            source = self.rooms(int(first), int(last or first))
+            for name in re.findall(r"`([\w.]+)`", names):
+                word = name.rpartition(".")[2]
+                defined = re.search(rf"(?m)^ *(def |class |){word}\b[(: ]", source)
+                assert defined, name
+
+    @staticmethod
+    def rooms(first, last):
+        """Return the source of some rooms."""
+        lines = house_source().splitlines()
+        starts = [line for line, number, _ in house_banners(house_source())]
+        numbers = [number for _, number, _ in house_banners(house_source())]
+        begin = starts[numbers.index(str(first))]
+        end = starts[numbers.index(str(last)) + 1]
+        return "\n".join(lines[begin:end])
+
+    @staticmethod
+    def run_suite(folder, *options):
+        """Run a copy of the suite on a copy of the module, and return what pytest says."""
+        shutil.copy(project_file("pyproject.toml"), folder)
+        shutil.copy(__file__, folder / "test_taskhawk.py")
+        env = {k: v for k, v in os.environ.items() if not k.startswith("COVERAGE_")}
+        return subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options],
+            cwd=folder,
+            env={**env, "PYTHONPATH": str(folder)},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=150,
+            check=False,
+        )
+
+    @pytest.mark.parametrize("breaks", ["TestRetryPolicies", "TestProcessing"])
+    def test_changes_are_noticed(self, breaks, tmp_path):
+        """The tests that README names fail after the change that it proposes."""
+        (block,) = [b for b in readme_blocks() if b.marks.get("breaks") == breaks]
+        old, new = (
+            "".join(
+                f"{line[1:]}\n" for line in block.text.splitlines() if line[0] == sign
+            )
+            for sign in "-+"
+        )
+        source = house_source()
+        assert source.count(old) == 1
+        (tmp_path / "taskhawk.py").write_text(source.replace(old, new))
+        result = self.run_suite(tmp_path, "-x", "-k", breaks, "-m", "not slow")
+        assert (result.returncode, "1 failed" in result.stdout) == (1, True)
+
+    def test_memory_broker(self, tmp_path):
+        """A broker in memory passes the contract, in no more statements than it says."""
+        readme_files(tmp_path)
+        (tmp_path / "memory_broker.py").write_text(READING_BROKER)
+        shutil.copy(taskhawk.__file__, tmp_path / "taskhawk.py")
+        result = self.run_suite(tmp_path, "test_memory_broker.py")
+        assert result.returncode == 0, result.stdout
+        assert house_statements(ast.parse(READING_BROKER)) <= 90
