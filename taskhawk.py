@@ -23,14 +23,16 @@ Promises
        not run twice at the same time, unless a task in its process holds the GIL for
        longer than the visibility timeout (isolate those), SQS itself delivers it twice,
        it runs for over 12 hours, its send was repeated because the answer was lost, or
-       the clock of a SQLite queue is set forward by more than the lease.
+       the clock of a SQLite queue is set forward by more than the lease. Of a group of
+       a FIFO queue one message runs at a time, in the order of their dispatches.
     3. No byte of a message is unpickled, evaluated, or used as an import name.
     4. A malformed message never stops a worker and is never silently dropped.
     5. Our log texts never hold bodies, arguments, header values or credentials, nor a
        line break of a message's. A task's own exceptions are logged as they are.
     6. Idle, a queue costs one 20 s poll after another. With ``num_messages=10``, a task
-       costs at most 0.12 receives and 0.12 deletes; leases are extra for tasks of over
-       a third of the visibility timeout. A dispatch in a batch costs 0.1 requests.
+       costs at most 0.12 receives and 0.12 deletes, and on a FIFO queue one of each;
+       leases are extra for tasks of over a third of the visibility timeout. A dispatch
+       in a batch costs 0.1 requests.
     7. A process that a task starts is as it would be without us: its signals, its
        environment, its connections.
 
@@ -791,7 +793,7 @@ class _Settings:
         if len(queue) > longest:
             raise ConfigurationError(
                 f"TASKHAWK_QUEUE: expected at most {longest} characters where"
-                f" TASKHAWK_FIFO is set, for the names of FIFO queues end with"
+                " TASKHAWK_FIFO is set, for the names of FIFO queues end with"
                 f" {_FIFO!r}, got {len(queue)} in {queue!r}"
             )
 

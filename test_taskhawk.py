@@ -1078,7 +1078,8 @@ HOUSE_PROMISES = {
         _Call _Leases _Holdings.take _Holdings.start _Holdings.release _Holdings.release_waiting
         _Holdings._decide _Holdings.expire _Holdings.lose _Calls.next _Calls.answered
         _Calls._extended _Calls._deleted _Keeper._look _Keeper._make _Slot._run
-        _Slot._process Worker._give_up _Child.kill""",
+        _Slot._process Worker._give_up _Child.kill _in_group _in_order _OrderedSend
+        SqsBroker._receive_in_order _is_behind""",
     3: """_decode _parse Message.__init__ _validate _fits _find_task Task.find_by_name
         Task.call _register _import _import_path _parse_line _to_outcome
         _import_tasks""",
@@ -18454,13 +18455,13 @@ class TestProvision:
         only = "--priority=default"
         queues = provision_json(capsys, only, "--format=terraform")["resource"]
         queues = queues["aws_sqs_queue"]
-        assert list(queues) == ["taskhawk_app_dlq_fifo", "taskhawk_app_fifo"]
+        assert list(queues) == ["taskhawk_app_dlq__fifo", "taskhawk_app__fifo"]
         for queue in queues.values():
             assert queue["fifo_queue"] is queue["content_based_deduplication"] is True
             assert queue["deduplication_scope"] == "messageGroup"
             assert queue["fifo_throughput_limit"] == "perMessageGroupId"
-        redrive = json.loads(queues["taskhawk_app_fifo"]["redrive_policy"])
-        reference = "${aws_sqs_queue.taskhawk_app_dlq_fifo.arn}"
+        redrive = json.loads(queues["taskhawk_app__fifo"]["redrive_policy"])
+        reference = "${aws_sqs_queue.taskhawk_app_dlq__fifo.arn}"
         assert redrive["deadLetterTargetArn"] == reference
         roles = provision_json(capsys, only, "--format=iam")
         arn = "arn:aws:sqs:us-east-1:000000000000:TASKHAWK-APP"
