@@ -23,8 +23,7 @@ Promises
        not run twice at the same time, unless a task in its process holds the GIL for
        longer than the visibility timeout (isolate those), SQS itself delivers it twice,
        it runs for over 12 hours, its send was repeated because the answer was lost, or
-       the clock of a SQLite queue is set forward by more than the lease. Of a group of
-       a FIFO queue one message runs at a time, in the order of their dispatches.
+       the clock of a SQLite queue is set forward by more than the lease.
     3. No byte of a message is unpickled, evaluated, or used as an import name.
     4. A malformed message never stops a worker and is never silently dropped.
     5. Our log texts never hold bodies, arguments, header values or credentials, nor a
@@ -35,6 +34,9 @@ Promises
        in a batch costs 0.1 requests.
     7. A process that a task starts is as it would be without us: its signals, its
        environment, its connections.
+    8. Of a group on a FIFO queue, one message runs at a time, in the order in which
+       they were queued; the next one waits until it is done or a dead letter. What
+       promise 2 excepts is excepted here, too.
 
 Not here: results, chains, soft time limits, purging or browsing a queue.
 
@@ -99,6 +101,10 @@ What to read for each promise, and how many statements that is
         _forget_signals, _path_of_children, _Child._start_process,
         _ChildProcess.__init__, _serve_worker, _leave_signals_to_worker, _ignore_signal,
         _die_with_parent
+    8 (239): _in_group, _send_all, _in_order, _OrderedSend, SqliteBroker.send,
+        SqliteBroker._claim, SqliteBroker.delete, SqsBroker.receive,
+        SqsBroker._receive_in_order, _Polls, _Holdings._decide, _dead_letter,
+        _run_records, _is_behind
 
 Parts and rooms; the file still works if cut before part IV, V or VI
     I meaning

@@ -1078,8 +1078,7 @@ HOUSE_PROMISES = {
         _Call _Leases _Holdings.take _Holdings.start _Holdings.release _Holdings.release_waiting
         _Holdings._decide _Holdings.expire _Holdings.lose _Calls.next _Calls.answered
         _Calls._extended _Calls._deleted _Keeper._look _Keeper._make _Slot._run
-        _Slot._process Worker._give_up _Child.kill _in_group _in_order _OrderedSend
-        SqsBroker._receive_in_order _is_behind""",
+        _Slot._process Worker._give_up _Child.kill""",
     3: """_decode _parse Message.__init__ _validate _fits _find_task Task.find_by_name
         Task.call _register _import _import_path _parse_line _to_outcome
         _import_tasks""",
@@ -1099,6 +1098,10 @@ HOUSE_PROMISES = {
         _release_sqlite_files _Signals _hold_signals _release_signals _forget_signals
         _path_of_children _Child._start_process _ChildProcess.__init__ _serve_worker
         _leave_signals_to_worker _ignore_signal _die_with_parent""",
+    8: """_in_group _send_all _in_order _OrderedSend SqliteBroker.send
+        SqliteBroker._claim SqliteBroker.delete SqsBroker.receive
+        SqsBroker._receive_in_order _Polls _Holdings._decide _dead_letter _run_records
+        _is_behind""",
 }
 
 
