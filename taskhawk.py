@@ -29,10 +29,14 @@ Promises
     5. Our log texts never hold bodies, arguments, header values or credentials, nor a
        line break of a message's. A task's own exceptions are logged as they are.
     6. Idle, a queue costs one 20 s poll after another. With ``num_messages=10``, a task
-       costs at most 0.12 receives and 0.12 deletes; leases are extra for tasks of over
-       a third of the visibility timeout. A dispatch in a batch costs 0.1 requests.
+       costs at most 0.12 receives and 0.12 deletes, and on a FIFO queue one of each;
+       leases are extra for tasks of over a third of the visibility timeout. A dispatch
+       in a batch costs 0.1 requests.
     7. A process that a task starts is as it would be without us: its signals, its
        environment, its connections.
+    8. Of a group on a FIFO queue, one message runs at a time, in the order in which
+       they were queued; the next one waits until it is done or a dead letter. What
+       promise 2 excepts is excepted here, too.
 
 Not here: results, chains, soft time limits, purging or browsing a queue.
 
@@ -97,6 +101,10 @@ What to read for each promise, and how many statements that is
         _forget_signals, _path_of_children, _Child._start_process,
         _ChildProcess.__init__, _serve_worker, _leave_signals_to_worker, _ignore_signal,
         _die_with_parent
+    8 (239): _in_group, _send_all, _in_order, _OrderedSend, SqliteBroker.send,
+        SqliteBroker._claim, SqliteBroker.delete, SqsBroker.receive,
+        SqsBroker._receive_in_order, _Polls, _Holdings._decide, _dead_letter,
+        _run_records, _is_behind
 
 Parts and rooms; the file still works if cut before part IV, V or VI
     I meaning
@@ -791,7 +799,7 @@ class _Settings:
         if len(queue) > longest:
             raise ConfigurationError(
                 f"TASKHAWK_QUEUE: expected at most {longest} characters where"
-                f" TASKHAWK_FIFO is set, for the names of FIFO queues end with"
+                " TASKHAWK_FIFO is set, for the names of FIFO queues end with"
                 f" {_FIFO!r}, got {len(queue)} in {queue!r}"
             )
 

@@ -1098,6 +1098,10 @@ HOUSE_PROMISES = {
         _release_sqlite_files _Signals _hold_signals _release_signals _forget_signals
         _path_of_children _Child._start_process _ChildProcess.__init__ _serve_worker
         _leave_signals_to_worker _ignore_signal _die_with_parent""",
+    8: """_in_group _send_all _in_order _OrderedSend SqliteBroker.send
+        SqliteBroker._claim SqliteBroker.delete SqsBroker.receive
+        SqsBroker._receive_in_order _Polls _Holdings._decide _dead_letter _run_records
+        _is_behind""",
 }
 
 
@@ -18979,13 +18983,13 @@ class TestProvision:
         only = "--priority=default"
         queues = provision_json(capsys, only, "--format=terraform")["resource"]
         queues = queues["aws_sqs_queue"]
-        assert list(queues) == ["taskhawk_app_dlq_fifo", "taskhawk_app_fifo"]
+        assert list(queues) == ["taskhawk_app_dlq__fifo", "taskhawk_app__fifo"]
         for queue in queues.values():
             assert queue["fifo_queue"] is queue["content_based_deduplication"] is True
             assert queue["deduplication_scope"] == "messageGroup"
             assert queue["fifo_throughput_limit"] == "perMessageGroupId"
-        redrive = json.loads(queues["taskhawk_app_fifo"]["redrive_policy"])
-        reference = "${aws_sqs_queue.taskhawk_app_dlq_fifo.arn}"
+        redrive = json.loads(queues["taskhawk_app__fifo"]["redrive_policy"])
+        reference = "${aws_sqs_queue.taskhawk_app_dlq__fifo.arn}"
         assert redrive["deadLetterTargetArn"] == reference
         roles = provision_json(capsys, only, "--format=iam")
         arn = "arn:aws:sqs:us-east-1:000000000000:TASKHAWK-APP"
