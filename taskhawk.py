@@ -6782,11 +6782,17 @@ def _make_thread(course: _Course, work: Callable[[], object]) -> threading.Threa
 
 
 # What later parts run beside each worker. Each is called before the first receive, with
-# the worker and the event that is set once it stops, and returns what a thread is to run
-# until then, or None.
+# the worker and the event that is set once it stops, and returns what a thread is to
+# run until then, or None.
 _beside_workers: list[
     Callable[[Worker, threading.Event], Callable[[], object] | None]
 ] = []
+
+
+def _threads_beside(worker: Worker, course: _Course) -> list[threading.Thread]:
+    """Return the threads of what later parts run beside a worker."""
+    begun = [begin(worker, course.stop) for begin in _beside_workers]
+    return [_make_thread(course, run) for run in begun if run is not None]
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -6873,16 +6879,14 @@ class Worker:
             credentials
         """
         make = functools.partial(_make_thread, self._course)
-        beside = [begin(self, self._course.stop) for begin in _beside_workers]
         slots = [make(slot.work) for slot in self._slots[1:]]
+        slots += _threads_beside(self, self._course)
         pollers = [make(poller.work) for poller in self._pollers]
         helpers = [*self._keeping, make(self._heart.run), make(self._watch)]
         within_s: float | None = _HURRIED_S
         with self._signals:
             try:
-                self._work(
-                    helpers, [*pollers, *slots, *map(make, filter(None, beside))]
-                )
+                self._work(helpers, [*pollers, *slots])
                 within_s = None  # nothing interrupts it
             finally:
                 self._close(within_s)
@@ -8371,17 +8375,16 @@ class _Schedule:
         return None
 
     def _local_times(self, start: datetime) -> Iterator[datetime]:
-        """Yield the times that fit the fields, in order, from the minute of `start` on."""
+        """Yield the times that fit the fields, in order, from a minute on."""
         minutes, hours, _, _, _, years = map(sorted, self.fields)
         start = start.replace(second=0, microsecond=0)
+        times = [timedelta(hours=h, minutes=m) for h in hours for m in minutes]
         day = start.replace(hour=0, minute=0)
         while day.year <= years[-1]:
             if self._is_due_on(day):
-                for hour in hours:
-                    for minute in minutes:
-                        local = day.replace(hour=hour, minute=minute)
-                        if local >= start:
-                            yield local
+                for time_of_day in times:
+                    if day + time_of_day >= start:
+                        yield day + time_of_day
             day += timedelta(days=1)
 
     def _is_due_on(self, day: datetime) -> bool:
@@ -8537,9 +8540,9 @@ def _periodic_schedule(task: Task[..., Any]) -> dict[str, Any]:
     }
 
 
-# Periodic tasks on SQLite: any worker queues what is due. A schedule's row has when that
-# is. The trigger makes one statement of moving it on and of the message, so each firing
-# is queued once, however many workers see it due and whenever they die.
+# Periodic tasks on SQLite: any worker queues what is due. A schedule's row has when
+# that is. The trigger makes one statement of moving it on and of the message, so each
+# firing is queued once, however many workers see it due and whenever they die.
 _SCHEDULE_TABLE = (
     """CREATE TABLE IF NOT EXISTS schedule (rule TEXT PRIMARY KEY,
     due_ms INTEGER NOT NULL, queue TEXT, group_id TEXT, message_id TEXT, body TEXT,
