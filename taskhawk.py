@@ -62,35 +62,36 @@ A message that a worker holds; the :class:`Ledger` counts what each becomes::
         '--> released                                    never started, visible at once
 
 What to read for each promise, and how many statements that is
-    1 (311): publish, _send_one, _accepted, _send_all_ready, _partial_failure,
+    1 (328): publish, _send_one, _accepted, _send_all_ready, _partial_failure,
         _send_all, _in_batches, _one_round, SqliteBroker.send, SqliteBroker._claim,
         SqliteBroker.delete, _SqliteFile.change, _use_write_ahead_log,
         _AwsSender._batch, SqsBroker.send, SqsBroker.delete, process, _verdict, _wanted,
-        _Slot._run, Worker.settle, _carry_out, _postpone, Worker._close, _dead_letter,
-        _send_copy, _Held.move, _Holdings.finish, _Holdings.release, _Holdings._decide,
-        _Calls.answered, _Calls._deleted, _Calls._delayed, _Calls._try_later,
-        _Holdings.doubt, _Holdings.close, _Holdings.end
-    2 (285): SqliteBroker.receive, SqliteBroker._claim, SqliteBroker.change_visibility,
-        SqsBroker.receive, _find_lease, _Poller._receive, _Course.take,
-        _Course._release_if_stuck, _Call, _Leases, _Holdings.take, _Holdings.start,
-        _Holdings.release, _Holdings.release_waiting, _Holdings._decide,
-        _Holdings.expire, _Holdings.lose, _Calls.next, _Calls.answered,
-        _Calls._extended, _Calls._deleted, _Keeper._look, _Keeper._make, _Slot._run,
-        _Slot._process, Worker._give_up, _Child.kill
+        _delay_s, _ask_policy, _Slot._run, Worker.settle, _carry_out, _postpone,
+        Worker._close, _dead_letter, _send_copy, _Held.move, _Holdings.finish,
+        _Holdings.release, _Holdings._decide, _Calls.answered, _Calls._deleted,
+        _Calls._delayed, _Calls._try_later, _Holdings.doubt, _Holdings.close,
+        _Holdings.end
+    2 (320): SqliteBroker.receive, SqliteBroker._claim, SqliteBroker.change_visibility,
+        SqsBroker.receive, _find_lease, _Poller._receive, _Intake.take, _Intake.close,
+        _Course.take, _Course._release_if_stuck, _Backlog, _Call, _Leases,
+        _Holdings.take, _Holdings.start, _Holdings.release, _Holdings.release_waiting,
+        _Holdings._decide, _Holdings.expire, _Holdings.lose, _Calls.next,
+        _Calls.answered, _Calls._extended, _Calls._deleted, _Keeper._look,
+        _Keeper._make, _Slot._run, _Slot._process, Worker._give_up, _Child.kill
     3 (110): _decode, _parse, Message.__init__, _validate, _fits, _find_task,
         Task.find_by_name, Task.call, _register, _import, _import_path, _parse_line,
         _to_outcome, _import_tasks
-    4 (109): process, _run, _decode, _parse, _failed, _verdict, _is_invalid,
+    4 (98): process, _run, _decode, _parse, _failed, _log_failed, _verdict, _is_invalid,
         _text_of_invalid, _Slot._run, Worker.settle
-    5 (210): _run, _failed, _sentence, _what_follows, _name_of, _reason, _in_one_line,
-        _facts, _extra_of, _text_of_invalid, _shown, _mismatch, _too_large,
-        _Holdings.warn, _Keeper._tell, _Faults, _error_code, _error_details, _explained,
-        _explanation, _find_remedy, _Source.read, _call_safely, _log_again
-    6 (217): _Course.wait_for_room, _Course._find_room, _Poller.work, _Poller._try,
-        _Poller._receive, _pause_s, _Holdings._decide, _Ends, _Calls.next,
+    5 (198): _run, _failed, _log_failed, _sentence, _what_follows, _name_of, _reason,
+        _in_one_line, _facts, _extra_of, _text_of_invalid, _shown, _mismatch,
+        _too_large, _Holdings.warn, _Keeper._tell, _Faults, _error_code, _error_details,
+        _explained, _explanation, _find_remedy, _Source.read, _call_safely, _log_again
+    6 (325): _Polls, _Intake.begin, _Intake.adds_helper, _Poller.work, _Poller._help,
+        _Poller._try, _Poller._receive, _pause_s, _Holdings._decide, _Ends, _Calls.next,
         _Calls._due_at, _Calls._patience_s, _Calls._extended, _Leases, _Keeper._wait,
         _Keeper._make, SqsBroker.receive, SqsBroker.url, SqsBroker._find_url, _parts
-    7 (209): _in_own_context, _refresh_django_connections, _PerProcess, _made_once,
+    7 (210): _in_own_context, _refresh_django_connections, _PerProcess, _made_once,
         _Brokers.before_fork, _Brokers.after_fork, _close_sqlite_files,
         _release_sqlite_files, _Signals, _hold_signals, _release_signals,
         _forget_signals, _path_of_children, _Child._start_process,
@@ -143,6 +144,7 @@ __all__ = [
     "PartialFailure",
     "PostponeException",
     "Priority",
+    "QueueFull",
     "RetryException",
     "RetryPolicy",
     "StopRetry",
@@ -234,6 +236,7 @@ _DEFAULT_LEASE_S = 30  # the visibility timeout of a queue that sets none
 _ERROR_ATTRIBUTE = "taskhawk.error"  # says why the worker dead-lettered a message
 _MAX_ERROR_BYTES = 16_384  # its size: enough for a traceback, little beside 1 MiB
 _ATTEMPTS_ATTRIBUTE = "taskhawk.attempts"  # how many there were before it was postponed
+_POSTPONED_ATTRIBUTE = "taskhawk.postponed"  # how often it was
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -338,6 +341,19 @@ class PartialFailure(TaskhawkError):
         return f"{self.failure_count} of {total} messages failed: {reasons}"
 
 
+class QueueFull(TaskhawkError):
+    """A task's queue has as many messages as its `max_queue_size`: nothing was sent.
+
+    :ivar queue: the queue's name
+    :ivar size: how many messages it has, on SQS approximately
+    :ivar limit: the task's `max_queue_size`
+    """
+
+    def __init__(self, text: str, queue: str, size: int, limit: int) -> None:
+        super().__init__(text)
+        self.queue, self.size, self.limit = queue, size, limit
+
+
 class TimeLimitExceeded(TaskhawkError):
     """A task ran longer than its time limit and was killed: a failed run like any."""
 
@@ -354,7 +370,8 @@ class RetryException(TaskhawkError):
     """Raised by a task: run me again later. It is logged without a traceback.
 
     Such a run counts as an attempt: the receive count grows. A task that gives a delay
-    overrides its retry policy, so only the queue's redrive policy ends the attempts.
+    overrides its retry policy, so only the queue's redrive policy ends the attempts. A
+    task that gives a policy has it in place of its own for this failure.
 
     SQS hides a message for at most 12 hours after its receive. A longer delay is cut to
     that, and the log says so: raise it again then, or dispatch a new message.
@@ -362,12 +379,26 @@ class RetryException(TaskhawkError):
     :param args: the text; a number in the first place is the delay, as in taskhawk 4.7
     :param delay_seconds: seconds until the next run; None leaves it to the task's retry
         policy or, without one, to the queue's visibility timeout
-    :raises ValueError: if the delay is negative or not finite
+    :param retry: a policy for this failure; when it gives up, the message goes to the
+        dead-letter queue
+    :param log_error: whether the failure is logged as an error, and the error hook
+        called, if it is the last one; False logs a warning, without a traceback
+    :raises ValueError: if the delay is negative or not finite, the policy can't be
+        called, or both are given
     """
 
-    delay_seconds: float | None = None  # for subclasses with an __init__ of their own
+    # For subclasses with an __init__ of their own.
+    delay_seconds: float | None = None
+    retry: Callable[[int], float] | None = None
+    log_error = True
 
-    def __init__(self, *args: Any, delay_seconds: float | None = None) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        delay_seconds: float | None = None,
+        retry: Callable[[int], float] | None = None,
+        log_error: bool = True,
+    ) -> None:
         if delay_seconds is None and args and _is_number(args[0]):
             delay_seconds = args[0]
             args = args[1:]
@@ -375,7 +406,13 @@ class RetryException(TaskhawkError):
             raise ValueError(
                 f"delay_seconds: expected 0 or more seconds, got {delay_seconds}"
             )
+        if retry is not None and not callable(retry):
+            raise ValueError(f"retry: expected a retry policy, got {retry!r}")
+        if retry is not None and delay_seconds is not None:
+            raise ValueError("expected delay_seconds or retry, got both")
         self.delay_seconds = delay_seconds
+        self.retry = retry
+        self.log_error = log_error
         super().__init__(*args)
 
 
@@ -608,6 +645,7 @@ _FLAG = _Rule("true or false", _parse_flag)
 _SECONDS = _Rule("a number of seconds above 0", functools.partial(_parse_number, float))
 _COUNT = _Rule("a whole number above 0", functools.partial(_parse_number, int))
 _HOOK = _Rule("a function or its dotted path", _parse_callable)
+_POLICY = _Rule("a retry policy or its dotted path", _parse_callable)
 _CLASS = _Rule("a class or its dotted path", _parse_callable)
 _URL = _Rule("a URL that begins with http:// or https://", _parse_url)
 _ROLE = _Rule(
@@ -617,6 +655,10 @@ _ROLE = _Rule(
     ),
 )
 _BROKER = _Rule("'sqs' or a URL of SQLite", _parse_broker)
+_TABLE = _Rule(
+    "3 to 255 letters, digits, dots, hyphens and underscores",
+    functools.partial(_parse_text, "[A-Za-z0-9_.-]{3,255}"),
+)
 _QUEUE = _Rule(
     f"at most {_MAX_QUEUE} letters, digits, hyphens and underscores",
     functools.partial(_parse_text, f"[A-Za-z0-9_-]{{1,{_MAX_QUEUE}}}"),
@@ -625,6 +667,7 @@ _SETTINGS = {
     "AWS_ACCESS_KEY": _Setting(_TEXT, "AKIAIOSFODNN7EXAMPLE"),
     "AWS_ACCOUNT_ID": _Setting(_ACCOUNT, "123456789012"),
     "AWS_CONNECT_TIMEOUT_S": _Setting(_SECONDS, "2", 2),
+    "AWS_ENDPOINT_DYNAMODB": _Setting(_URL, "http://127.0.0.1:4566"),
     "AWS_ENDPOINT_SCHEDULER": _Setting(_URL, "http://127.0.0.1:4566"),
     "AWS_ENDPOINT_SNS": _Setting(_URL, "http://127.0.0.1:4566"),
     "AWS_ENDPOINT_SQS": _Setting(_URL, "http://127.0.0.1:4566"),
@@ -634,6 +677,7 @@ _SETTINGS = {
     "AWS_SESSION_TOKEN": _Setting(_TEXT, "AQoDYXdzEJr/EXAMPLETOKEN"),
     "IS_LAMBDA_APP": _Setting(_FLAG, "False", default=False),
     "TASKHAWK_BROKER": _Setting(_BROKER, "sqlite:///queue.db", "sqs"),
+    "TASKHAWK_CLAIMS_TABLE": _Setting(_TABLE, "taskhawk-claims"),
     "TASKHAWK_DEFAULT_HEADERS": _Setting(_HOOK, "myapp.hooks.default_headers"),
     "TASKHAWK_ERROR_HOOK": _Setting(_HOOK, "myapp.hooks.report_error"),
     "TASKHAWK_FIFO": _Setting(_FLAG, "False", default=False),
@@ -642,6 +686,8 @@ _SETTINGS = {
     "TASKHAWK_POST_PROCESS_HOOK": _Setting(_HOOK, "myapp.hooks.after"),
     "TASKHAWK_PRE_PROCESS_HOOK": _Setting(_HOOK, "myapp.hooks.before"),
     "TASKHAWK_QUEUE": _Setting(_QUEUE, "dev-myapp"),
+    "TASKHAWK_RETRY": _Setting(_POLICY, "myapp.retries.patient"),
+    "TASKHAWK_RUN_HOOK": _Setting(_HOOK, "myapp.hooks.count_run"),
     "TASKHAWK_SCHEDULER_ROLE": _Setting(
         _ROLE, "arn:aws:iam::123456789012:role/taskhawk-dev-myapp"
     ),
@@ -1590,6 +1636,72 @@ def exponential(
     return RetryPolicy(base_s, factor, 0, max_retries, max_delay_s, jitter)
 
 
+# What with_options() says of a message, in its headers. No header of a user's has this
+# name by accident, and none that begins so becomes an attribute.
+_OPTIONS_HEADER = "taskhawk.options"
+
+
+class _Options(NamedTuple):
+    """What a dispatch says in place of its task; None where it says nothing."""
+
+    retry: RetryPolicy | None = None
+    time_limit: float | None = None
+
+
+def _policy_data(policy: RetryPolicy) -> dict[str, Any]:
+    """Return a retry policy as :func:`_read_policy` reads it."""
+    data = dataclasses.asdict(policy)
+    for name in ("base_s", "step_s", "max_delay_s"):
+        data[name] = min(data[name], _MAX_HELD_S)  # JSON has no infinity
+    return data
+
+
+def _read_policy(data: Any) -> RetryPolicy:
+    """Return the retry policy of hostile data; raise ValueError if they are wrong."""
+    fields = [field.name for field in dataclasses.fields(RetryPolicy)]
+    if not isinstance(data, dict) or sorted(data) != sorted(fields):
+        raise ValueError("retry: expected a policy")
+    if data["jitter"] not in (True, False):
+        raise ValueError("retry: expected true or false as jitter")
+    policy = RetryPolicy(**data)
+    # The power of an int of a thousand digits would take for ever.
+    return dataclasses.replace(policy, factor=float(policy.factor))
+
+
+def _read_time_limit(value: object) -> float:
+    """Return the time limit of hostile data; raise ValueError if it is wrong."""
+    if not _is_number(value) or value <= 0:
+        raise ValueError("time_limit: expected a number of seconds above 0")
+    return min(value, _MAX_HELD_S)
+
+
+_OPTION_READERS: dict[str, Callable[[Any], Any]] = {
+    "retry": _read_policy,
+    "time_limit": _read_time_limit,
+}
+
+
+def _options_of(message: Message) -> _Options:
+    """Return what a message says in place of its task.
+
+    What is wrong is ignored, with a warning: it is no reason to lose the message.
+    """
+    data = message.headers.get(_OPTIONS_HEADER)
+    if data is None:
+        return _Options()
+    values = {}
+    try:
+        for name, value in dict(data).items():
+            values[name] = _OPTION_READERS[name](value)
+        return _Options(**values)
+    except (ArithmeticError, TypeError, ValueError, KeyError, ConfigurationError):
+        _log.warning(
+            "%r: the options of a message are wrong, and not used",
+            message.task_name[:200],
+        )
+        return _Options()
+
+
 # === PART II: QUEUES ==================================================================
 
 __all__ += [
@@ -1798,7 +1910,9 @@ class QueueMessage:
     :ivar message: the decoded message, once it is valid and its task is registered
     :ivar lease_lost: whether others may have received the message; set by the worker
     :ivar max_receive_count: of the queue's redrive policy, where it is known
+    :ivar batch_task: the name of its task, if others of that task may run with it
     :ivar done_level: at which a run that returned is logged
+    :ivar lease_s: for which the receive hid it; a worker extends that while it runs
     """
 
     body: Any
@@ -1814,7 +1928,9 @@ class QueueMessage:
     message: Message | None = None
     lease_lost: bool = False
     max_receive_count: int | None = None
+    batch_task: str | None = None
     done_level: int = logging.DEBUG
+    lease_s: float = _DEFAULT_LEASE_S
     in_lambda: typing.ClassVar[bool] = False  # whether Lambda decides on retries
 
     @property
@@ -1825,11 +1941,17 @@ class QueueMessage:
     @property
     def attempt(self) -> int:
         """How often it has been received, from 1, but for those that postponed it."""
-        attribute = self.message_attributes.get(_ATTEMPTS_ATTRIBUTE, {})
-        before = str(attribute.get("StringValue"))
-        if not re.fullmatch("[0-9]{1,9}", before):
-            before = "0"
-        return self.receive_count + int(before)
+        return self.receive_count + self._count(_ATTEMPTS_ATTRIBUTE)
+
+    @property
+    def postponed(self) -> int:
+        """How often it has been postponed."""
+        return self._count(_POSTPONED_ATTRIBUTE)
+
+    def _count(self, name: str) -> int:
+        """Return the number in an attribute; 0 if it has none, whoever wrote it."""
+        text = str(self.message_attributes.get(name, {}).get("StringValue"))
+        return int(text) if re.fullmatch("[0-9]{1,9}", text) else 0
 
     @property
     def is_last_receive(self) -> bool:
@@ -2166,6 +2288,7 @@ _SQLITE_SCHEMA = (
     attributes TEXT NOT NULL, sent_ms INTEGER NOT NULL, visible_ms INTEGER NOT NULL,
     receive_count INTEGER NOT NULL DEFAULT 0, receipt TEXT)""",
     "ALTER TABLE message ADD COLUMN group_id TEXT",  # which the first files lack
+    "ALTER TABLE message ADD COLUMN first_ms INTEGER",  # of the first receive
     "CREATE INDEX IF NOT EXISTS message_visible ON message (queue, visible_ms)",
     """CREATE INDEX IF NOT EXISTS message_group ON message
     (queue, group_id, visible_ms) WHERE group_id IS NOT NULL""",
@@ -2179,6 +2302,7 @@ _SQLITE_SCHEMA = (
     WHEN old.queue GLOB '*{_FIFO}' BEGIN {_NEXT_OF_GROUP}; END""",
     "PRAGMA user_version = 1",
 )
+_more_tables: list[str] = []  # statements that make what later parts keep in a file
 _SQLITE_EXAMPLE = (
     "sqlite:///relative.db or sqlite:////absolute.db, then perhaps"
     " ?visibility_timeout_s=30&max_receive_count=5"
@@ -2364,8 +2488,9 @@ def _make_tables(db: Any) -> None:
     """Make what the file lacks, in one transaction: processes may open it together."""
     db.execute("BEGIN IMMEDIATE")
     columns = [name for _, name, *_ in db.execute("PRAGMA table_info(message)")]
-    for statement in _SQLITE_SCHEMA:
-        if "group_id" not in columns or not statement.startswith("ALTER"):
+    for statement in (*_SQLITE_SCHEMA, *_more_tables):
+        added = re.match(r"ALTER TABLE message ADD COLUMN (\w+)", statement)
+        if added is None or added[1] not in columns:
             db.execute(statement)
     db.execute("COMMIT")
 
@@ -2477,11 +2602,12 @@ class SqliteBroker(Broker):
         # The claim is this one statement; then its token tells what is ours.
         until_ms, token = self._in_ms(lease_s), os.urandom(16).hex()
         claim = """UPDATE message SET receipt = id || '-' || ?, visible_ms = ?,
-            receive_count = receive_count + 1 WHERE id IN (SELECT id FROM message
+            receive_count = receive_count + 1, first_ms = coalesce(first_ms, ?)
+            WHERE id IN (SELECT id FROM message
             WHERE queue = ? AND visible_ms < 0 ORDER BY visible_ms, id LIMIT ?)"""
-        file.change(claim, (token, until_ms, queue, limit))
+        file.change(claim, (token, until_ms, now_ms, queue, limit))
         find = """SELECT receipt, receive_count, sent_ms, attributes, body, message_id,
-            group_id FROM message
+            group_id, first_ms FROM message
             WHERE queue = ? AND visible_ms = ? AND receipt = id || '-' || ?
             ORDER BY id"""
         rows = file.read(find, (queue, until_ms, token))
@@ -2508,10 +2634,12 @@ class SqliteBroker(Broker):
         self, queue: str, row: Sequence[Any], max_receives: int | None
     ) -> QueueMessage:
         """Return a message that was just received."""
-        receipt, receive_count, sent_ms, attributes, body, message_id, group = row
+        receipt, receive_count, sent_ms, attributes, body, message_id, *more = row
+        group, first_ms = more
         system_attributes = {
             "ApproximateReceiveCount": str(receive_count),
             "SentTimestamp": str(sent_ms),
+            "ApproximateFirstReceiveTimestamp": str(first_ms),
         }
         if group is not None:
             system_attributes["MessageGroupId"] = group
@@ -2648,6 +2776,13 @@ _REMEDIES = (
     (
         "NotFound",
         ("there is no such topic: make it, or check TASKHAWK_QUEUE and AWS_ACCOUNT_ID"),
+    ),
+    (
+        "ResourceNotFoundException: (Requested|Cannot|Table)",
+        (
+            "there is no such table: run python -m taskhawk provision, or check"
+            " TASKHAWK_CLAIMS_TABLE and AWS_REGION"
+        ),
     ),
     (
         "ResourceNotFoundException: Schedule group",
@@ -2851,18 +2986,14 @@ class _AwsConnections:
         self.lock = threading.RLock()
 
 
-class _AwsSender(Sender):
-    """What SQS and SNS share: clients, sending, answers of batch calls, and errors.
+class _AwsService:
+    """What all services of AWS share: clients, and errors.
 
     :ivar service: botocore's name of the service
-    :ivar target_key: its parameter for the queue or topic
-    :ivar entries_key: its parameter for the entries of a batch
-    :ivar send_one: its operation that sends one message
-    :ivar send_many: its operation that sends several
+    :ivar target_key: its parameter for the queue, topic or table
     """
 
-    service = target_key = entries_key = send_one = send_many = ""
-    shared_calls = 16  # at 10 ms a call, that is all that one CPU can send
+    service = target_key = ""
 
     def __init__(self, _url: str = "") -> None:
         self._connections = _PerProcess(_AwsConnections)
@@ -2914,7 +3045,7 @@ class _AwsSender(Sender):
             client.close()
 
     def url(self, queue: str, role: str = "send") -> str:
-        """Return what the service calls a queue or topic."""
+        """Return what the service calls a queue, topic or table."""
         return queue
 
     def arn(self, name: str) -> str:
@@ -2926,7 +3057,7 @@ class _AwsSender(Sender):
         return f"arn:{meta.partition}:{service}:{region}:{account}:{name}"
 
     def call(self, role: str, operation: str, where: str, **parameters: Any) -> Any:
-        """Make a call for a queue or topic, by botocore's name of the operation."""
+        """Make a call for a queue, topic or table, by botocore's name of it."""
         target = {self.target_key: self.url(where, role)}
         with self._calling(where):
             return getattr(self.client(role), operation)(**target, **parameters)
@@ -2942,6 +3073,18 @@ class _AwsSender(Sender):
                 _brokers.forget_aws_session()
                 self.close()
             raise
+
+
+class _AwsSender(_AwsService, Sender):
+    """What SQS and SNS share besides: sending, and the answers of batch calls.
+
+    :ivar entries_key: its parameter for the entries of a batch
+    :ivar send_one: its operation that sends one message
+    :ivar send_many: its operation that sends several
+    """
+
+    entries_key = send_one = send_many = ""
+    shared_calls = 16  # at 10 ms a call, that is all that one CPU can send
 
     def _batch(
         self, role: str, operation: str, where: str, entries: Sequence[Any]
@@ -3108,6 +3251,7 @@ class SqsBroker(_AwsSender, Broker):
             "MessageSystemAttributeNames": [
                 "ApproximateReceiveCount",
                 "SentTimestamp",
+                "ApproximateFirstReceiveTimestamp",
                 "MessageGroupId",
             ],
             "MessageAttributeNames": ["All"],
@@ -3375,6 +3519,7 @@ settings.on_change.append(_brokers.close)
 
 __all__ += [
     "AsyncInvocation",
+    "Call",
     "Captured",
     "Metadata",
     "Task",
@@ -3411,7 +3556,7 @@ class Metadata(dict[str, Any]):
         self["priority"] = message.priority  # not its name, which is on the wire
         self._received = message.received or QueueMessage(None, message.id)
         self.task = message.task_name
-        self.headers = message.headers
+        self.headers = _without_options(message.headers)
         self.attempt = self._received.attempt
         self.queue = self._received.queue if receipt else None
 
@@ -3438,6 +3583,46 @@ class Metadata(dict[str, Any]):
         :raises ConfigurationError: if the function's role may not change the visibility
         """
         self._received.change_visibility(VisibilityTimeout=visibility_timeout_s)
+
+
+@dataclasses.dataclass(eq=False)
+class Call:
+    """What one message asks of a batch task: ``@task(batch=50)``.
+
+    :ivar args: the positional arguments of its dispatch
+    :ivar kwargs: the keyword arguments
+    :ivar metadata: of its message; None where a test makes the call
+    :ivar headers: of its message
+    :ivar error: how it failed by itself, if it did
+    """
+
+    args: Sequence[Any] = ()
+    kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    metadata: Metadata | None = None
+    headers: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    error: BaseException | None = None
+
+    @classmethod
+    def of(cls, message: Message, receipt: str | None) -> Call:
+        """Return what a message asks for."""
+        metadata = Metadata(message, receipt)
+        return cls(message.args, message.kwargs, metadata, dict(message.headers))
+
+    def fail(self, error: BaseException) -> None:
+        """Have this message end as if the task had raised an error for it alone.
+
+        :param error: a RetryException or an IgnoreException too
+        """
+        if not isinstance(error, BaseException):
+            raise TypeError(f"error: expected an exception, got {error!r}")
+        self.error = error
+
+
+def _without_options(headers: dict[str, Any]) -> dict[str, Any]:
+    """Return headers without ours: a task may pass them on, but these are its own."""
+    if _OPTIONS_HEADER not in headers:
+        return headers
+    return {name: headers[name] for name in headers if name != _OPTIONS_HEADER}
 
 
 class Task(Generic[_P, _R]):
@@ -3503,6 +3688,10 @@ class Task(Generic[_P, _R]):
         """Queue a run of the task and return its id; see AsyncInvocation.dispatch()."""
         return self._invocation.dispatch(*args, **kwargs)
 
+    async def dispatch_async(self, /, *args: _P.args, **kwargs: _P.kwargs) -> str:
+        """Queue a run of the task; see :meth:`AsyncInvocation.dispatch_async`."""
+        return await self._invocation.dispatch_async(*args, **kwargs)
+
     def dispatch_many(self, calls: Iterable[Any]) -> int:
         """Queue many runs; see :meth:`AsyncInvocation.dispatch_many`."""
         return self._invocation.dispatch_many(calls)
@@ -3523,6 +3712,12 @@ class Task(Generic[_P, _R]):
         """Return an invocation whose messages are of this group."""
         return self._invocation.with_group(key)
 
+    def with_options(
+        self, *, retry: RetryPolicy | None = None, time_limit: float | None = None
+    ) -> AsyncInvocation[_P]:
+        """Return an invocation with a retry policy or time limit of its own."""
+        return self._invocation.with_options(retry=retry, time_limit=time_limit)
+
     def _bind(self, count: int, *names: str) -> None:
         """Check that the worker can call the function with such arguments.
 
@@ -3542,6 +3737,18 @@ class Task(Generic[_P, _R]):
                 f"{self.name}: {error}{_hint_of_wrapper(self.fn)}"
             ) from None
 
+    def take_any_arguments(self) -> None:
+        """Have messages carry any arguments: the function gets calls, not arguments."""
+        try:
+            self._signature.bind([])
+        except TypeError:
+            raise ConfigurationError(
+                f"{self.name}: expected a function of one argument, the list of calls"
+            ) from None
+        self._signature = _signature_of_any()
+        self._given_by_worker = frozenset()
+        self.accepts_metadata = self.accepts_headers = False
+
     def call(self, message: Message, receipt: str | None) -> None:
         """Run the function with a message's arguments, and await what can be awaited.
 
@@ -3550,16 +3757,36 @@ class Task(Generic[_P, _R]):
         :param receipt: its receipt handle, or None where no queue has the message
         :raises TypeError: if the function returns a generator, which nothing would read
         """
+        if "batch" in self.options:
+            call = Call.of(message, receipt)
+            self.call_together([call])
+            if call.error is not None:
+                raise call.error
+            return
         metadata = Metadata(message, receipt)
         kwargs = dict(message.kwargs)
         if self.accepts_metadata:
             kwargs["metadata"] = metadata
         if self.accepts_headers:
-            kwargs["headers"] = dict(message.headers)
+            kwargs["headers"] = dict(metadata.headers)
+        self._run_function(metadata, *message.args, **kwargs)
+
+    def call_together(self, calls: list[Call]) -> None:
+        """Run the function of a batch task once, for several messages."""
+        metadata = calls[0].metadata
+        if len(calls) > 1:
+            metadata = None  # the run is no one message's
+        self._run_function(metadata, calls)
+
+    def _run_function(
+        self, metadata: Metadata | None, /, *args: Any, **kwargs: Any
+    ) -> None:
+        """Run the function, and await what can be awaited."""
+        fn: Callable[..., Any] = self.fn
         # Threads and coroutines that copy the context know the task, too.
         token = _current.set(metadata)
         try:
-            result: Any = self.fn(*message.args, **kwargs)
+            result: Any = fn(*args, **kwargs)
             if inspect.isawaitable(result):
                 _run_coroutine(_awaited(result, self.name))
             elif isinstance(result, Generator | AsyncGenerator):
@@ -3646,6 +3873,15 @@ def _hint_of_wrapper(fn: Callable[..., Any]) -> str:
     )
 
 
+def _signature_of_any() -> inspect.Signature:
+    """Return the signature of a function that takes whatever it is called with."""
+    names = {
+        "args": inspect.Parameter.VAR_POSITIONAL,
+        "kwargs": inspect.Parameter.VAR_KEYWORD,
+    }
+    return inspect.Signature([inspect.Parameter(*each) for each in names.items()])
+
+
 # From Python 3.14 on, a signature evaluates annotations, and those that exist for type
 # checkers only would fail. 4 is annotationlib.Format.STRING: annotations as written.
 _ANNOTATIONS: Any = {"annotation_format": 4} if sys.version_info >= (3, 14) else {}
@@ -3708,43 +3944,112 @@ def extend_visibility_timeout(
     _insist(broker.change_visibility, queue, (receipt, visibility_timeout_s))
 
 
-class _EventLoop:
-    """The event loop of a worker's thread, made for its first coroutine."""
+_LOOP_END_S = 5  # for what coroutines left behind to end, once it is cancelled
 
-    def __init__(self) -> None:
-        self._runner: Any = None
+
+class _EventLoop:
+    """The event loop for a worker's coroutines, in a thread of its own.
+
+    Each thread of the worker hands over the coroutine of its message, and waits for it:
+    hooks, Django's connections and contexts stay the thread's own. The loop is made for
+    the first coroutine, and ends when no thread uses it any more.
+
+    :param given: an application's own loop, which runs already, in place of all that
+    """
+
+    def __init__(self, given: Any = None) -> None:
+        self._given = given
+        self._lock = threading.Lock()  # guards what follows
+        self._users = 0  # threads that may run coroutines here
+        self._serving: tuple[Any, threading.Event, threading.Thread] | None = None
+
+    @contextlib.contextmanager
+    def in_this_thread(self) -> Iterator[None]:
+        """Run the coroutines of this thread's messages here, inside the block."""
+        outer = getattr(_thread, "event_loop", None)  # where a task runs a worker
+        _thread.event_loop = self
+        with self._lock:
+            self._users += 1
+        try:
+            yield
+        finally:
+            _thread.event_loop = outer
+            self._leave()
 
     def run(self, coroutine: Any) -> None:
-        """Run a coroutine to its end, in a copy of the context."""
+        """Run a coroutine to its end, in a copy of this thread's context."""
         import asyncio
 
-        if self._runner is None:
-            self._runner = asyncio.Runner()
-        self._runner.run(coroutine, context=contextvars.copy_context())
+        loop = self._get()
+        running = asyncio.run_coroutine_threadsafe(_caught(coroutine), loop)
+        try:
+            error = running.result()
+        except BaseException:  # Control-C, or the exit of a signal handler
+            running.cancel()
+            raise
+        if error is None:
+            return
+        try:
+            raise error
+        finally:
+            del error  # else it is in a cycle with this frame
 
-    def close(self) -> None:
-        """Cancel what coroutines left running, and close the loop."""
-        if self._runner is not None:
-            self._runner.close()
+    def _get(self) -> Any:
+        """Return the loop, which may have to be made."""
+        if self._given is not None:
+            return self._given
+        with self._lock:
+            if self._serving is None:
+                loop, end = _new_event_loop(), threading.Event()
+                thread = threading.Thread(
+                    target=self._serve, args=(loop, end), daemon=True
+                )
+                thread.start()
+                self._serving = loop, end, thread
+            return self._serving[0]
+
+    @staticmethod
+    def _serve(loop: Any, end: threading.Event) -> None:
+        """Run what is handed over; the body of a thread."""
+        import asyncio
+
+        asyncio.set_event_loop(loop)
+        # At the end, it cancels what coroutines left running.
+        with asyncio.Runner(loop_factory=lambda: loop) as runner:
+            runner.get_loop()
+            while not end.is_set():
+                # An asyncio task that raises them stops the loop, for all other runs.
+                with contextlib.suppress(SystemExit, KeyboardInterrupt):
+                    loop.run_forever()
+
+    def _leave(self) -> None:
+        """Note that a thread runs no more coroutines; after the last, end the loop."""
+        with self._lock:
+            self._users -= 1
+            if self._users or self._serving is None:
+                return
+            loop, end, thread = self._serving
+            self._serving = None
+        end.set()
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(_LOOP_END_S)
+        if thread.is_alive():
+            _log.warning("something that a coroutine began does not end: left to run")
 
 
 _thread = threading.local()  # `event_loop`: that of the worker whose thread this is
 
 
-@contextlib.contextmanager
-def _one_event_loop() -> Iterator[None]:
-    """Run all coroutines of this thread on one event loop, inside the block."""
-    outer = getattr(_thread, "event_loop", None)  # where a task runs a worker
-    _thread.event_loop = event_loop = _EventLoop()
-    try:
-        yield
-    finally:
-        _thread.event_loop = outer
-        event_loop.close()
+def _forget_event_loop() -> None:
+    """Leave the loop to the parent of a forked process, which has no such thread."""
+    _thread.event_loop = None
+
+
+os.register_at_fork(after_in_child=_forget_event_loop)
 
 
 def _run_coroutine(coroutine: Any) -> None:
-    """Run a coroutine to its end: on the event loop of this thread, if it keeps one."""
+    """Run a coroutine to its end: on the loop of a worker, if this is its thread."""
     import asyncio
     from concurrent.futures import ThreadPoolExecutor
 
@@ -3753,26 +4058,71 @@ def _run_coroutine(coroutine: Any) -> None:
         # Sync mode in an application's own event loop, which is busy until we return.
         context = contextvars.copy_context()
         with ThreadPoolExecutor(1) as pool:
-            pool.submit(context.run, asyncio.run, coroutine).result()
+            pool.submit(context.run, _run_alone, coroutine).result()
     elif event_loop is not None:
         event_loop.run(coroutine)
     else:
-        asyncio.run(coroutine)
+        _run_alone(coroutine)
+
+
+def _run_alone(coroutine: Any) -> None:
+    """Run a coroutine on a loop that is made for it, as asyncio.run() does."""
+    import asyncio
+
+    with asyncio.Runner(loop_factory=_new_event_loop) as runner:
+        runner.run(coroutine)
+
+
+async def _caught(coroutine: Any) -> BaseException | None:
+    """Await a coroutine, and return its error: SystemExit would stop the loop."""
+    process = os.getpid()
+    try:
+        await coroutine
+    except BaseException as error:
+        return error
+    finally:
+        if os.getpid() != process:
+            # A process that the coroutine forked came back from it: see _Slot.
+            os._exit(0)  # pragma: no cover - the process is gone
+    return None
+
+
+def _new_event_loop() -> Any:
+    """Return an event loop of asyncio's policy that notes who begins asyncio tasks."""
+    import asyncio
+
+    loop = asyncio.new_event_loop()
+    loop.set_task_factory(_make_asyncio_task)
+    return loop
+
+
+def _make_asyncio_task(loop: Any, coroutine: Any, **options: Any) -> Any:
+    """Make an asyncio task, and note it for the run that began it."""
+    import asyncio
+
+    made = asyncio.Task(coroutine, loop=loop, **options)
+    begun = _begun.get()
+    if begun is not None:
+        begun.add(made)
+    return made
+
+
+# The asyncio tasks that this run began, and those that they began.
+_begun = contextvars.ContextVar[Any]("begun", default=None)
 
 
 async def _awaited(awaitable: Any, name: str) -> None:
     """Await what a task returned, and log which asyncio tasks its run leaves behind.
 
     A client's connection may need them, so they are not cancelled here. They go on
-    whenever this event loop runs, in other tasks' runs too, and end with it.
+    beside other runs of the worker, and end with it.
     """
-    import asyncio
-
-    before = asyncio.all_tasks()
+    begun: weakref.WeakSet[Any] = weakref.WeakSet()
+    _begun.set(begun)
     try:
         await awaitable
     finally:
-        left = asyncio.all_tasks() - before
+        left = [each for each in begun if not each.done()]
         if left:
             names = sorted(_qualname(each.get_coro()) for each in left)
             _log.warning(
@@ -3792,18 +4142,43 @@ class _MoreOptions(typing.TypedDict, total=False):
 
     :ivar group: the argument whose value is the message group, or a function that
         returns it, which is called as the task is; None is no group
+    :ivar once: run a message, or one with these arguments, to its end once
+    :ivar keep_s: for how many seconds that is remembered, by default a day
+    :ivar unique: ignore a message if a run with the same arguments, or with these the
+        same, started after it was sent
+    :ivar limit: how many may run at once, or start in a time: see :func:`limit`
     :ivar schedule: queues a run without arguments again and again:
         ``'rate(5 minutes)'``, ``'cron(0 9 ? * MON-FRI *)'`` or a timedelta of minutes
     :ivar timezone: of the schedule, such as ``'Europe/Berlin'``; UTC without it
+    :ivar max_queue_size: from so many messages on, those that run included, a dispatch
+        of the task raises :exc:`QueueFull`; on SQS, their number is approximate
     """
 
     group: str | Callable[..., str | int | None] | None
+    once: bool | tuple[str, ...]
+    keep_s: float
+    unique: bool | tuple[str, ...]
+    limit: Any
     schedule: str | timedelta
     timezone: str
+    max_queue_size: int
 
 
 @typing.overload
 def task(fn: Callable[_P, _R], /) -> Task[_P, _R]: ...
+@typing.overload
+def task(
+    *,
+    batch: int,
+    priority: Priority = ...,
+    name: str | None = ...,
+    retry: Callable[[int], float] | None = ...,
+    retry_on: tuple[type[BaseException], ...] = ...,
+    never_retry_on: tuple[type[BaseException], ...] = ...,
+    time_limit: float | None = ...,
+    isolate: bool = ...,
+    **more: typing.Unpack[_MoreOptions],
+) -> Callable[[Callable[[list[Call]], _R]], Task[..., _R]]: ...
 @typing.overload
 def task(
     *,
@@ -4160,6 +4535,36 @@ class AsyncInvocation(Generic[_P]):
         """
         return dataclasses.replace(self, _group_id=_group_id_of(key, "group"))
 
+    def with_options(
+        self, *, retry: RetryPolicy | None = None, time_limit: float | None = None
+    ) -> AsyncInvocation[_P]:
+        """Return an invocation with a retry policy or time limit in its task's place.
+
+        They travel in a header, which the task does not see.
+
+        :param retry: from :func:`fixed`, :func:`linear` or :func:`exponential`; None
+            leaves it as it is
+        :param time_limit: seconds until a worker kills the run, which it isolates for
+            that; None leaves it as it is
+        :raises TypeError: if one is none of these: a function of yours can't be sent
+        """
+        options = dict(self._headers.get(_OPTIONS_HEADER, {}))
+        if retry is not None:
+            if type(retry) is not RetryPolicy:
+                raise TypeError(
+                    "retry: expected taskhawk.fixed(), linear() or exponential(), got"
+                    f" {retry!r}"
+                )
+            options["retry"] = _policy_data(retry)
+        if time_limit is not None:
+            if not _is_above_zero(time_limit):
+                raise TypeError(
+                    "time_limit: expected a number of seconds above 0, got"
+                    f" {time_limit!r}"
+                )
+            options["time_limit"] = time_limit
+        return self.with_headers(**{_OPTIONS_HEADER: options})
+
     def dispatch(self, /, *args: _P.args, **kwargs: _P.kwargs) -> str:
         """Queue a run of the task: one request, and one more at a queue's first use.
 
@@ -4172,12 +4577,24 @@ class AsyncInvocation(Generic[_P]):
         :raises TypeError: if the function can't be called so, or an argument is not
             JSON
         :raises ValidationError: if an argument can't be sent: NaN, too deep, too large
+        :raises QueueFull: if the queue has the task's `max_queue_size` of messages
         :raises ConfigurationError: if the queue is missing or forbidden, or if it can't
             hold the message back for so long
         :raises Exception: of botocore or sqlite3, if the call fails otherwise; the
             message may have been queued then
         """
         return publish(self._message(args, kwargs))
+
+    async def dispatch_async(self, /, *args: _P.args, **kwargs: _P.kwargs) -> str:
+        """Queue a run of the task as :meth:`dispatch` does, and let others run.
+
+        Many at once share requests. With TASKHAWK_SYNC the task runs in a thread. If
+        the coroutine is cancelled, the message may have been queued.
+
+        :returns: the message's id
+        :raises Exception: as :meth:`dispatch`
+        """
+        return await _publish_async(self._message(args, kwargs))
 
     def dispatch_many(self, calls: Iterable[Any]) -> int:
         """Queue a run for each of `calls`, ten to a request, with bounded memory.
@@ -4195,8 +4612,10 @@ class AsyncInvocation(Generic[_P]):
         for call in calls:
             try:
                 message = self._message(*_arguments_of(call))
+                if _max_queue_size(message) is not None:
+                    _refuse_if_full(message)
                 waiting.append(_prepare(message))
-            except (TypeError, ValidationError) as error:
+            except (TypeError, ValidationError, QueueFull) as error:
                 error.add_note(f"This is call {count} of dispatch_many(), from 0.")
                 raise
             count += 1
@@ -4477,10 +4896,37 @@ def publish(message: Message) -> str:
     :returns: the message's id
     :raises Exception: as :meth:`AsyncInvocation.dispatch`
     """
+    if _max_queue_size(message) is not None:
+        _refuse_if_full(message)
     ready = _prepare(message)
     if not _collect([ready]):
         _send_now(ready)
     return message.id
+
+
+async def _publish_async(message: Message) -> str:
+    """Send a message as :func:`publish` does, while the event loop goes on."""
+    import asyncio
+
+    lanes = _lanes.get()
+    if message.priority not in lanes.looked_up:
+        await asyncio.to_thread(_look_up, message.priority)
+        lanes.looked_up.add(message.priority)
+    if _max_queue_size(message) is not None:
+        await asyncio.to_thread(_refuse_if_full, message)
+    ready = _prepare(message)
+    if _collect([ready]):
+        return message.id
+    if ready.sender.shared_calls:
+        await lanes.lane_of(ready).send_async(ready)
+    else:  # in sync mode, the task runs there
+        await asyncio.to_thread(_send_one, ready)
+    return message.id
+
+
+def _look_up(priority: Priority) -> None:
+    """Do what takes long at a priority's first use, such as to open a file."""
+    _brokers.sender().destination(priority)
 
 
 def _send_now(ready: _Ready) -> None:
@@ -4523,8 +4969,8 @@ _HELPER_IDLE_S = 1  # after which a helper ends
 class _Parcel:
     """A message that waits to be sent, and what came of it.
 
-    If it is neither accepted nor in error, it is to be sent by itself: whatever happened
-    to it in company may have been the fault of the others.
+    If it is neither accepted nor in error, it is to be sent by itself: what happened to
+    it in company may have been the fault of the others.
     """
 
     def __init__(self, entry: Outgoing) -> None:
@@ -4645,7 +5091,7 @@ class _Lane:
         self._sender, self._destination, self._busy = sender, destination, busy
         self._process_id = os.getpid()
         max_calls = sender.shared_calls
-        if destination.endswith(".fifo"):  # or a later call might overtake an earlier
+        if _is_fifo(destination):  # or a later call might overtake an earlier
             max_calls = 1
         self._sharing = _Sharing(sender.max_bytes, max_calls)
         self._max_helpers = max_calls
@@ -4653,7 +5099,7 @@ class _Lane:
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._helpers: set[threading.Thread] = set()
-        self._idle = 0  # helpers that wait on the condition
+        self._idle: set[int] = set()  # the helpers that wait on the condition
 
     def send(self, ready: _Ready) -> None:
         """Send a message by itself, or with others; raise why it was not accepted."""
@@ -4699,6 +5145,32 @@ class _Lane:
             # One helper looks after those that wait, lest the call under way hang.
             if len(self._sharing.waiting) == 1 or self._sharing.is_due(now):
                 self._wake()
+
+    async def send_async(self, ready: _Ready) -> None:
+        """Send a message as :meth:`send` does, while the event loop goes on."""
+        import asyncio
+
+        me = threading.get_ident()
+        if me in self._busy:  # as in send()
+            await asyncio.to_thread(_send_one, ready)
+            return
+        loop = asyncio.get_running_loop()
+        told = loop.create_future()
+        parcel = _Parcel(ready.entry)
+        parcel.tell = functools.partial(_tell_loop, loop, told)
+        try:
+            self._busy.add(me)
+            self._add(parcel)
+        finally:
+            self._busy.discard(me)
+        try:
+            await told
+        finally:
+            parcel.is_left = True  # if the coroutine is cancelled, say
+        if parcel.error or parcel.is_accepted:
+            self._conclude(ready, parcel)
+        else:
+            await asyncio.to_thread(_send_one, ready)
 
     def _leave(self, me: int, parcel: _Parcel) -> None:
         """Have nobody wait for this dispatch, and send nothing more for it."""
@@ -4755,8 +5227,9 @@ class _Lane:
             self._busy.discard(me)
 
     def _resign(self) -> None:
-        """Count this thread as a helper no more."""
+        """Count this thread as a helper no more; the lock is held."""
         self._helpers.discard(threading.current_thread())
+        self._idle.discard(threading.get_ident())
 
     def _next(self, me: int) -> Sequence[_Parcel]:
         """Begin the next call, and return its parcels; none if it is time to end."""
@@ -4769,13 +5242,13 @@ class _Lane:
                         self._wake()
                     return parcels
                 pause_s = min(self._sharing.due_at() - now, _HELPER_IDLE_S)
-                self._idle += 1
                 try:
+                    self._idle.add(me)
                     self._changed.wait(pause_s)
                 finally:
-                    self._idle -= 1
+                    self._idle.discard(me)
                 if pause_s == _HELPER_IDLE_S and not self._sharing.waiting:
-                    self._resign()  # while the lock is held: nobody may count on it
+                    self._resign()
                     return ()
 
     def _send_together(self, parcels: Sequence[_Parcel]) -> None:
@@ -4807,6 +5280,18 @@ class _Lane:
             _send_one(ready)
 
 
+def _tell_loop(loop: Any, told: Any) -> None:
+    """Tell a coroutine that waits on an event loop, from any thread."""
+    with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+        loop.call_soon_threadsafe(_resolve, told)
+
+
+def _resolve(told: Any) -> None:
+    """Let a coroutine go on that waits for this future."""
+    if not told.done():  # it was cancelled, or is told a second time
+        told.set_result(None)
+
+
 def _own_copy(error: Exception) -> Exception:
     """Return a copy of an error that several threads raise, each with its traceback."""
     import copy
@@ -4824,6 +5309,8 @@ class _Lanes:
 
     def __init__(self) -> None:
         self.lanes: dict[tuple[Sender, str], _Lane] = {}
+        #: whose destination can be told without a file or a client being opened first
+        self.looked_up: set[Priority] = set()
         # The threads that are inside of a lane. They wait for no other call, and so
         # there is no circle of calls that wait for each other.
         self.busy: set[int] = set()
@@ -4842,7 +5329,9 @@ _lanes = _PerProcess(_Lanes)
 
 def _forget_lanes() -> None:
     """Let the next dispatches begin anew, with other senders."""
-    _lanes.get().lanes.clear()
+    lanes = _lanes.get()
+    lanes.lanes.clear()
+    lanes.looked_up.clear()
 
 
 settings.on_change.append(_forget_lanes)
@@ -4892,6 +5381,78 @@ def _partial_failure(
         message.group_id = ready.entry.group_id
         unsent.append(message)
     return PartialFailure({"Successful": successful, "Failed": failed}, unsent=unsent)
+
+
+_SIZE_KNOWN_S = 1  # a queue is asked for its size no more often
+
+
+class _QueueSizes:
+    """How many messages the queues have, as far as this process knows.
+
+    SQS counts what is sent some seconds late, so between two looks at a queue what this
+    process sends is counted here.
+    """
+
+    def __init__(self) -> None:
+        # Held while a queue is asked, so that threads do not all ask. Reentrant: a
+        # signal handler or a __del__ may dispatch while its thread has it.
+        self._lock = threading.RLock()
+        self._sizes: dict[tuple[Broker, str], int] = {}
+        self._known_until: dict[tuple[Broker, str], float] = {}
+
+    def count(self, broker: Broker, queue: str, limit: int) -> int:
+        """Count one message more, unless the queue is full; return how many it has."""
+        key = broker, queue
+        with self._lock:
+            if time.monotonic() >= self._known_until.get(key, -math.inf):
+                self._sizes[key] = sum(broker.depth(queue))
+                self._known_until[key] = time.monotonic() + _SIZE_KNOWN_S
+            size = self._sizes[key]
+            if size < limit:
+                self._sizes[key] = size + 1
+            return size
+
+
+_queue_sizes = _PerProcess(_QueueSizes)
+
+
+def _max_queue_size(message: Message) -> int | None:
+    """Return the `max_queue_size` of a message's task; None if it has none."""
+    its_task = _registry.get(message.task_name)
+    if its_task is None:
+        return None
+    return its_task.options.get("max_queue_size")
+
+
+def _refuse_if_full(message: Message) -> None:
+    """Raise QueueFull if the queue has the `max_queue_size` of the message's task."""
+    limit, sender = _max_queue_size(message), _brokers.sender()
+    if isinstance(sender, SnsSender):
+        raise ConfigurationError(
+            f"{message.task_name}: max_queue_size needs a queue, and SNS has none"
+        )
+    if limit is None or not hasattr(sender, "depth"):  # in sync mode, say
+        return
+    queue = sender.destination(message.priority)
+    broker = typing.cast("Broker", sender)
+    size = _queue_sizes.get().count(broker, queue, limit)
+    if size >= limit:
+        text = (
+            f"{message.task_name}: {queue} has {size} messages, and max_queue_size is"
+            f" {limit}"
+        )
+        raise QueueFull(text, queue, size, limit)
+
+
+def _check_max_queue_size(made: Task[Any, Any], value: object) -> None:
+    """Check the option of :func:`task`."""
+    if type(value) is not int or value < 1:
+        raise ConfigurationError(
+            f"{made.name} has max_queue_size={value!r}: expected a whole number above 0"
+        )
+
+
+_more_options["max_queue_size"] = _check_max_queue_size
 
 
 class Captured(NamedTuple):
@@ -4964,6 +5525,7 @@ __all__ += [
     "Ledger",
     "Outcome",
     "Worker",
+    "listen_async",
     "listen_for_messages",
     "process",
     "process_messages_for_lambda_consumer",
@@ -5010,7 +5572,8 @@ class Outcome(NamedTuple):
 # entered, such as PostponeException or IgnoreException, is the run's end.
 _around_runs: list[
     Callable[
-        [Task[Any, Any], QueueMessage], contextlib.AbstractContextManager[object, None]
+        [Task[Any, Any], QueueMessage],
+        contextlib.AbstractContextManager[object, bool | None],
     ]
 ] = []
 
@@ -5042,29 +5605,58 @@ def process(received: QueueMessage) -> Outcome:
 
 def _run(received: QueueMessage, began: float) -> None:
     """Run the hooks and the task, and catch nothing but the task's IgnoreException."""
+    message = _begin_run(received)
+    around = contextlib.ExitStack()
+
+    def call() -> None:
+        _surround(around, received)
+        message.task.call(message, received.receipt_handle)
+
+    _end_run(received, began, around, call)
+
+
+def _begin_run(received: QueueMessage) -> Message:
+    """Run the pre hook, and decode the message."""
     _call_hook("TASKHAWK_PRE_PROCESS_HOOK", received)
     message = _decode(received.body)
-    task = message.task
+    _find_task(message.task_name)
     received.message = message  # from here on, an error is the task's
     message.received = received
     _log.debug("Received message", extra={"message_body": received.body})
+    return message
+
+
+def _surround(around: contextlib.ExitStack, received: QueueMessage) -> None:
+    """Begin what surrounds a run."""
+    message = typing.cast("Message", received.message)
+    for surround in _around_runs:
+        around.enter_context(surround(message.task, received))
+
+
+def _end_run(
+    received: QueueMessage,
+    began: float,
+    around: contextlib.ExitStack,
+    call: Callable[[], object],
+) -> None:
+    """Call the task, run the post hook, end what surrounds the run, and log it."""
     level, outcome, end = received.done_level, "done", "finished"
-    with contextlib.ExitStack() as around:
+    with around:
         try:
-            for surround in _around_runs:
-                around.enter_context(surround(task, received))
-            task.call(message, received.receipt_handle)
+            call()
         except BaseException as error:
             if not _are_all(IgnoreException, error):
                 raise
             level, outcome, end = logging.INFO, "ignored", f"ignored{_reason(error)}"
         finally:
-            message.received = None  # else a cycle keeps the body until it is collected
+            # Else a cycle keeps the body until it is collected.
+            typing.cast("Message", received.message).received = None
         _call_hook("TASKHAWK_POST_PROCESS_HOOK", received)
     if _log.isEnabledFor(level):
         facts = _facts(received, outcome, began)
         text = f"{_name_of(received)}: attempt {received.attempt} {end}"
         _log.log(level, "%s", text, extra=facts)
+    _report_run(received, outcome, None, began)
 
 
 def _are_all(kind: type[BaseException], error: BaseException) -> bool:
@@ -5080,27 +5672,37 @@ def _call_hook(name: str, received: QueueMessage) -> None:
 
 
 def _failed(received: QueueMessage, raised: BaseException, began: float) -> Outcome:
-    """Decide the fate of a failed run's message, log it, and tell the error hook.
+    """Decide the fate of a failed run's message, log it, and tell the hooks.
 
     :param began: when the run began, by ``time.monotonic()``
     """
     outcome = _verdict(received, raised)
     error = outcome.error or raised
+    _log_failed(received, outcome, error, began)
+    _report_run(received, outcome.fate.value, error, began)
+    return outcome
+
+
+def _log_failed(
+    received: QueueMessage, outcome: Outcome, error: BaseException, began: float
+) -> None:
+    """Log how a run failed, and tell the error hook if it is an error."""
     spoken = [leaf for leaf in _leaves(error) if isinstance(leaf, LoggingException)]
     facts = _facts(received, outcome.fate.value, began)
     if _is_invalid(received, error):
         text = _text_of_invalid(received, error)
         if text is None:
-            return outcome
+            return
         _log.error("%s", text, extra=facts)
     elif outcome.fate is Fate.postpone:
         text = _sentence(received, "was postponed", outcome) + _reason(error)
         _log.debug("%s", text, extra=facts)
-        return outcome
-    elif outcome.fate is Fate.retry and _are_all(RetryException, error):
+        return
+    elif _is_asked_for(outcome, error):
+        level = logging.INFO if outcome.fate is Fate.retry else logging.WARNING
         text = _sentence(received, "asked to be retried", outcome) + _reason(error)
-        _log.info("%s", text, extra=facts)
-        return outcome
+        _log.log(level, "%s", text, extra=facts)
+        return
     elif spoken:
         facts |= _extra_of(spoken[0])
         _log.error("%s", _text_of(spoken[0]), exc_info=error, extra=facts)
@@ -5108,7 +5710,33 @@ def _failed(received: QueueMessage, raised: BaseException, began: float) -> Outc
         text = _sentence(received, "failed", outcome)
         _log.error("%s", text, exc_info=error, extra=facts)
     _call_safely("TASKHAWK_ERROR_HOOK", exception=error, message=received.message)
-    return outcome
+
+
+def _is_asked_for(outcome: Outcome, error: BaseException) -> bool:
+    """Return whether a run asked to be retried, and its failure is no error."""
+    leaves = list(_leaves(error))
+    asked = [leaf for leaf in leaves if isinstance(leaf, RetryException)]
+    if len(asked) < len(leaves):
+        return False
+    return outcome.fate is Fate.retry or not any(leaf.log_error for leaf in asked)
+
+
+def _report_run(
+    received: QueueMessage, end: str, error: BaseException | None, began: float
+) -> None:
+    """Tell the run hook how a run ended, in the words of its log record."""
+    _call_safely(
+        "TASKHAWK_RUN_HOOK",
+        message=received.message,
+        outcome=end,
+        exception=error,
+        duration_ms=_duration_ms(began),
+    )
+
+
+def _duration_ms(began: float) -> int:
+    """Return how long a run has taken until now."""
+    return round((time.monotonic() - began) * 1000)
 
 
 def _verdict(received: QueueMessage, error: BaseException) -> Outcome:
@@ -5121,14 +5749,15 @@ def _verdict(received: QueueMessage, error: BaseException) -> Outcome:
     the last receive that the queue allows      dead letter
     it asked for a delay (RetryException)       visible again after it
     the pre hook failed                         left to its visibility timeout
-    the task has no retry policy                left to its visibility timeout
-    its retry policy gives a delay              visible again after it
-    its retries are used up                     dead letter
-    its retry policy fails                      left to its visibility timeout
+    there is no retry policy                    left to its visibility timeout
+    the retry policy gives a delay              visible again after it
+    the retries are used up                     dead letter
+    the retry policy fails                      left to its visibility timeout
     ==========================================  ==================================
 
-    An exception group is retried if all its errors may be, and the longest delay that
-    one of them asks for counts. It is postponed if all ask for that.
+    The retry policy is that of the RetryException, or else the task's, or else
+    TASKHAWK_RETRY. An exception group is retried if all its errors may be, and the
+    longest delay that one of them asks for counts. It is postponed if all ask for that.
     """
     if _is_invalid(received, error):
         return Outcome(Fate.retry, error)
@@ -5155,9 +5784,7 @@ def _can_be_copied(received: QueueMessage) -> bool:
 
 def _postpone_s(received: QueueMessage, error: BaseException) -> float:
     """Return for how long a message is postponed: no longer than its queue can."""
-    delay_s = _longest_delay_s(_leaves(error))
-    if delay_s is None:
-        delay_s = _POSTPONE_S
+    delay_s = max(_asked_delays_s(_leaves(error)), default=_POSTPONE_S)
     most_s: float = _MAX_HELD_S  # in a child whose worker has the queue in its memory
     if received.broker is not None:
         most_s = received.broker.max_delay_s
@@ -5167,41 +5794,74 @@ def _postpone_s(received: QueueMessage, error: BaseException) -> float:
 def _wanted(received: QueueMessage, error: BaseException) -> Outcome:
     """Decide as if the queue allowed any number of receives."""
     leaves = list(_leaves(error))
-    delay_s = _asked_delay_s(leaves)
-    if received.message is None:
-        return Outcome(Fate.retry, error, delay_s)
+    if received.message is None:  # no policy gives up what was never started
+        return Outcome(Fate.retry, error, _longest_s(_asked_delays_s(leaves)))
     task = received.message.task
     if not all(_may_retry(task, leaf) for leaf in leaves):
         return Outcome(Fate.dead_letter, error)
-    if delay_s is not None or task.retry is None:
-        return Outcome(Fate.retry, error, delay_s)
     try:
-        delay_s = task.retry(received.attempt)
-        if not _is_delay(delay_s):
-            raise ConfigurationError(
-                f"{task.name}: retry: expected 0 or more seconds, got {delay_s!r}"
-            )
+        delay_s = _delay_s(received.message, leaves, received.attempt)
     except StopRetry:
         return Outcome(Fate.dead_letter, error)
     except BaseException as defect:  # of the policy: it must not lose the message
         _raise_interrupt(defect)
         return Outcome(Fate.retry, defect)
-    return Outcome(Fate.retry, error, min(delay_s, _MAX_HELD_S))
+    return Outcome(Fate.retry, error, delay_s)
 
 
-def _asked_delay_s(leaves: Iterable[BaseException]) -> float | None:
-    """Return the longest delay that one asks for, as far as SQS can, or None."""
-    longest_s = _longest_delay_s(leaves)
-    if longest_s is None:
+def _delay_s(
+    message: Message, leaves: Sequence[BaseException], attempt: int
+) -> float | None:
+    """Return the seconds until the next run; None leaves it to the lease in force.
+
+    :raises StopRetry: if the retries are used up
+    :raises Exception: if a policy fails
+    """
+    delays_s = _asked_delays_s(leaves)
+    asked = [leaf for leaf in leaves if isinstance(leaf, RetryException)]
+    # A subclass that does not call our __init__ may have set anything.
+    policies = [leaf.retry for leaf in asked if callable(leaf.retry)]
+    if not (delays_s or policies):
+        own = _options_of(message).retry or _policy_of(message.task)
+        if own is None:
+            return None
+        policies = [own]
+    delays_s += [_ask_policy(policy, message.task, attempt) for policy in policies]
+    return _longest_s(delays_s)
+
+
+def _longest_s(delays_s: Sequence[float]) -> float | None:
+    """Return the longest delay, cut to what SQS allows, or None if there is none."""
+    if not delays_s:
         return None
-    return min(longest_s, _MAX_HELD_S)
+    return min(max(delays_s), _MAX_HELD_S)
 
 
-def _longest_delay_s(leaves: Iterable[BaseException]) -> float | None:
-    """Return the longest delay that a RetryException names, or None."""
+def _policy_of(task: Task[Any, Any]) -> Callable[[int], float] | None:
+    """Return the task's retry policy, or else the default one, or None."""
+    if task.retry is not None:
+        return task.retry
+    default: Callable[[int], float] | None = settings.TASKHAWK_RETRY
+    return default
+
+
+def _ask_policy(
+    policy: Callable[[int], float], task: Task[Any, Any], attempt: int
+) -> float:
+    """Return the delay that a retry policy gives."""
+    delay_s = policy(attempt)
+    if not _is_delay(delay_s):
+        raise ConfigurationError(
+            f"{task.name}: retry: expected 0 or more seconds, got {delay_s!r}"
+        )
+    return delay_s
+
+
+def _asked_delays_s(leaves: Iterable[BaseException]) -> list[float]:
+    """Return the delays that RetryExceptions ask for."""
     asked = [leaf.delay_seconds for leaf in leaves if isinstance(leaf, RetryException)]
     # A subclass that does not call our __init__ may have set anything.
-    return max(filter(_is_delay, asked), default=None)
+    return [*filter(_is_delay, asked)]
 
 
 def _may_retry(task: Task[Any, Any], error: BaseException) -> bool:
@@ -5266,8 +5926,7 @@ def _in_one_line(text: str) -> str:
 
 def _facts(received: QueueMessage, end: str, began: float) -> dict[str, Any]:
     """Return the fields of a run's log record, which formatters may use."""
-    duration_ms = round((time.monotonic() - began) * 1000)
-    facts: dict[str, Any] = {"outcome": end, "duration_ms": duration_ms}
+    facts: dict[str, Any] = {"outcome": end, "duration_ms": _duration_ms(began)}
     message, attempt = received.message, received.attempt
     if message:
         facts |= {"task": message.task_name, "id": message.id, "attempt": attempt}
@@ -5306,6 +5965,146 @@ def _text_of_invalid(received: QueueMessage, error: BaseException) -> str | None
     return text
 
 
+# Batch tasks.
+
+
+_MAX_CALLS_TOGETHER = 100  # that a batch task gets
+
+
+def _check_batch(made: Task[Any, Any], most: object) -> None:
+    """Check the option `batch`: its function takes the calls, and so any arguments."""
+    is_right = isinstance(most, int) and not isinstance(most, bool)
+    if not (is_right and 1 <= typing.cast("int", most) <= _MAX_CALLS_TOGETHER):
+        raise ConfigurationError(
+            f"{made.name} has batch={most!r}: expected 1 to {_MAX_CALLS_TOGETHER}"
+        )
+    made.take_any_arguments()
+    _batch_tasks.add(made.name)
+
+
+_more_options["batch"] = _check_batch
+_batch_tasks: set[str] = set()  # their names; without any, nothing is decoded twice
+
+
+def _find_batch_task(received: QueueMessage) -> str | None:
+    """Return the name of a message's task if that is a batch task.
+
+    Messages of a FIFO queue are run one by one, for each waits for the one before.
+    """
+    if not _batch_tasks or received.is_fifo:
+        return None
+    try:
+        found = _decode(received.body).task
+    except ValidationError:
+        return None  # process() will say what is wrong with it
+    return found.name if "batch" in found.options else None
+
+
+def _most_together(received: QueueMessage) -> int:
+    """Return how many messages may run together with this one, itself included."""
+    if received.batch_task is None:
+        return 1
+    return int(_registry[received.batch_task].options["batch"])
+
+
+def _process_all(batch: Sequence[QueueMessage]) -> list[Outcome]:
+    """Run messages that run together; return an outcome for each."""
+    if len(batch) == 1:
+        return [process(batch[0])]
+    return _process_together(batch)
+
+
+@_in_own_context
+def _process_together(batch: Sequence[QueueMessage]) -> list[Outcome]:
+    """Run messages of one batch task in one call, as :func:`process` runs one."""
+    began = time.monotonic()
+    _refresh_django_connections()
+    try:
+        runs = [_RunOfMany(received, began) for received in batch]
+        for run in runs:
+            run.begin()
+        error = _call_together(run.call for run in runs if run.call)
+        for run in runs:
+            run.end(error)
+        return [run.outcome() for run in runs]
+    finally:
+        _refresh_django_connections(ran=True)
+
+
+def _call_together(ready: Iterable[Call]) -> BaseException | None:
+    """Call the batch task for all messages that are ready; return its error."""
+    calls = list(ready)
+    if not calls:
+        return None
+    metadata = typing.cast("Metadata", calls[0].metadata)
+    try:
+        _registry[metadata.task].call_together(calls)
+    except BaseException as error:
+        return error
+    return None
+
+
+class _RunOfMany:
+    """The run of one message among several of a batch task.
+
+    It goes the way of any run: an error of its own, of a hook or of what surrounds it,
+    ends it alone.
+    """
+
+    def __init__(self, received: QueueMessage, began: float) -> None:
+        self._received, self._began = received, began
+        self._around = contextlib.ExitStack()
+        self._has_begun = False  # the message is valid, and the pre hook is done
+        self._error: BaseException | None = None
+        self.call: Call | None = None  # once the task may be called for it
+
+    def begin(self) -> None:
+        """Do what comes before the task's call."""
+        try:
+            message = _begin_run(self._received)
+            self._has_begun = True
+            _surround(self._around, self._received)
+            self.call = Call.of(message, self._received.receipt_handle)
+        except BaseException as error:
+            self._error = error
+
+    def end(self, error: BaseException | None) -> None:
+        """Do what comes after it.
+
+        :param error: of the call, for all messages that have none of their own
+        """
+        if not self._has_begun:
+            return
+        if self.call is not None:
+            self._error = error
+            if self.call.error is not None:
+                self._error = self.call.error
+        try:
+            _end_run(self._received, self._began, self._around, self._raise)
+        except BaseException as raised:
+            self._error = raised
+        else:
+            self._error = None
+
+    def _raise(self) -> None:
+        """End as the task's call did."""
+        if self._error is None:
+            return
+        trace = self._error.__traceback__
+        try:
+            raise self._error
+        finally:
+            # It is raised for one message after another: its traceback is not to grow.
+            self._error.__traceback__ = trace
+
+    def outcome(self) -> Outcome:
+        """Return what becomes of the message; raise what must end the process."""
+        if self._error is None:
+            return Outcome(Fate.acknowledge)
+        _raise_interrupt(self._error)
+        return _failed(self._received, self._error, self._began)
+
+
 class _SyncSender(Sender):
     """Runs messages where they are sent, through JSON, decoder and hooks.
 
@@ -5332,11 +6131,22 @@ class _SyncSender(Sender):
             if settings.IS_LAMBDA_APP:
                 sns = {"Message": entry.body, "MessageId": message_id}
                 received.sns_record = {"Sns": {**sns, "MessageAttributes": {}}}
-            _in_own_context(_run)(received, time.monotonic())
+            _in_own_context(_run_here)(received)
         return []
 
 
 _schemes["sync"] = _SyncSender
+
+
+def _run_here(received: QueueMessage) -> None:
+    """Run a message; its error is the caller's, and the run hook is told."""
+    began = time.monotonic()
+    try:
+        _run(received, began)
+    except BaseException as error:
+        _raise_interrupt(error)
+        _report_run(received, "failed", error, began)
+        raise
 
 
 # --- 14. holdings ---------------------------------------------------------------------
@@ -5389,6 +6199,19 @@ class Ledger:
         return ", ".join(f"{count} {name.replace('_', '-')}" for name, count in counts)
 
 
+class _Tally:
+    """The ledger, and the same for each queue."""
+
+    def __init__(self, queues: Iterable[str]) -> None:
+        self.ledger = Ledger()
+        self.ledgers = {queue: Ledger() for queue in queues}
+
+    def count(self, queue: str, end: str) -> None:
+        """Count one message more of a queue that was received, or ended so."""
+        self.ledger.count(end)
+        self.ledgers[queue].count(end)
+
+
 @dataclasses.dataclass(eq=False)
 class _Held:
     """A message that a worker holds, from its receive to its end.
@@ -5404,11 +6227,13 @@ class _Held:
     renew_at: float = math.inf  # when its lease is to be extended; never, if infinite
     is_sure: bool = True  # its lease is known to hold, so that it may be started
     state: str = "received"
+    started_at: float = math.inf  # when its run began
     end: str = ""  # what it is to become; it is held until that is done
     delay_s: float = 0  # after which it is visible again, if that is its end
     decided_at: float = math.inf  # when that was known
     due_at: float = math.inf  # when the call that ends it is to be made at the latest
     tries: int = 0  # how often that call has failed
+    is_along: bool = False  # it runs together with one that was started before it
     in_call: bool = False  # a call with it is under way, so that no other is made
 
     @property
@@ -5433,6 +6258,11 @@ class _Held:
         It waits for the end of the worker then, when a copy is sent in its place.
         """
         return self.is_sure and self.message.would_be_redriven
+
+    def begin(self, now: float) -> None:
+        """Note that its run begins."""
+        self.move("started")
+        self.started_at = now
 
     def move(self, state: str) -> None:
         """Make a step, or raise RuntimeError if _STEPS does not allow it."""
@@ -5503,6 +6333,39 @@ class _Leases:
         return self._next_at
 
 
+class _Backlog:
+    """The messages that wait to be started, the most urgent first."""
+
+    def __init__(self, queues: Iterable[str]) -> None:
+        self._of: dict[str, dict[_Held, None]] = {each: {} for each in queues}
+
+    def add(self, held: _Held) -> None:
+        """Have a message wait, behind those of its queue."""
+        self._of[held.queue][held] = None
+
+    def drop(self, held: _Held) -> None:
+        """Have a message wait no more, if it does."""
+        self._of[held.queue].pop(held, None)
+
+    def __contains__(self, held: _Held) -> bool:
+        return held in self._of[held.queue]
+
+    def __iter__(self) -> Iterator[_Held]:
+        for those in self._of.values():
+            yield from those
+
+    def counts(self) -> list[int]:
+        """Return how many there are of each queue, the most urgent first."""
+        return [len(those) for those in self._of.values()]
+
+    def first(self, now: float) -> _Held | None:
+        """Return the first whose lease is known to hold, or to have ended."""
+        for held in self:
+            if held.is_sure or now >= held.lease_until:
+                return held
+        return None
+
+
 class _Holdings:
     """The messages that a worker holds, and what is due for them.
 
@@ -5513,27 +6376,28 @@ class _Holdings:
     """
 
     def __init__(self, queues: Sequence[str], ack_wait_s: float = _ACK_WAIT_S) -> None:
-        self.ledger = Ledger()
+        self.tally = _Tally(queues)
+        self.ledger = self.tally.ledger
         self.news: list[tuple[int, str]] = []  # log levels and texts
         self.unanswered = 0  # deletes that were not known to be applied in the end
         self._is_closing = False
         self._ack_wait_s = ack_wait_s
         self.held: dict[_Held, None] = {}  # an ordered set, as are the following
-        # By queue, the most urgent first: received and not started.
-        self._waiting: dict[str, dict[_Held, None]] = {each: {} for each in queues}
+        self.backlog = _Backlog(queues)  # received and not started
         self.decided: dict[_Held, None] = {}  # it is known what they become
+        self._along = 0  # messages that run together with another, that one left out
         self.leases = _Leases()
         self.calls = _Calls(self, queues)
 
     @property
     def waiting(self) -> int:
         """How many messages wait to be started."""
-        return sum(map(len, self._waiting.values()))
+        return sum(self.backlog.counts())
 
     @property
     def running(self) -> int:
-        """How many messages run."""
-        return len(self.held) - self.waiting - len(self.decided)
+        """How many runs are under way; messages that run together are one."""
+        return len(self.held) - self.waiting - len(self.decided) - self._along
 
     @property
     def is_overdue(self) -> bool:
@@ -5575,24 +6439,35 @@ class _Holdings:
                 last_at=asked_at + _LATEST_S,
                 is_sure=is_sure,
             )
-            self.held[held] = self._waiting[held.queue][held] = None
+            self.held[held] = None
+            self.backlog.add(held)
             self.leases.renew(held, asked_at + lease_s / 3)
-            self.ledger.received += 1
+            self.tally.count(held.queue, "received")
 
     def start(self, now: float) -> _Held | None:
         """Start the most urgent message whose lease holds; return it, or None."""
-        for held in self._all_waiting():
-            if now >= held.lease_until:
-                self.lose(held, "its lease ended while it waited")
-            elif held.is_sure:
-                del self._waiting[held.queue][held]
-                held.move("started")
-                return held
-        return None
+        while (held := self.backlog.first(now)) and now >= held.lease_until:
+            self.lose(held, "its lease ended while it waited")
+        if held:
+            self.backlog.drop(held)
+            held.begin(now)
+        return held
 
-    def _all_waiting(self) -> list[_Held]:
-        """Return the messages that wait to be started, the most urgent first."""
-        return [held for each in self._waiting.values() for held in each]
+    def start_more(self, first: _Held, most: int, now: float) -> list[_Held]:
+        """Start messages of the same batch task as one that was just started.
+
+        :param most: how many may run together
+        """
+        kind = (first.queue, first.message.batch_task)
+        waiting = [held for held in self.backlog if held.is_sure]
+        alike = [h for h in waiting if (h.queue, h.message.batch_task) == kind]
+        more = [held for held in alike if now < held.lease_until][: most - 1]
+        for held in more:
+            self.backlog.drop(held)
+            held.begin(now)
+            held.is_along = True
+        self._along += len(more)
+        return more
 
     def finish(
         self, held: _Held, end: str, now: float, delay_s: float | None = 0
@@ -5611,14 +6486,17 @@ class _Holdings:
 
     def release_waiting(self, now: float) -> None:
         """Release all messages that were not started, but what needs a copy for it."""
-        for held in self._all_waiting():
+        for held in tuple(self.backlog):
             if not held.needs_copy:
                 self.release(held, now)
 
     def _decide(self, held: _Held, end: str, now: float, delay_s: float | None) -> None:
         """Note what a message is to become, and when the call for it is due."""
-        self._waiting[held.queue].pop(held, None)
+        self.backlog.drop(held)
         self.decided[held] = None
+        if held.is_along:
+            held.is_along = False
+            self._along -= 1
         held.end, held.decided_at, held.due_at = end, now, now
         if held.to_delete:
             if not held.message.is_fifo:  # else others of its group wait for it
@@ -5657,7 +6535,7 @@ class _Holdings:
     def close(self) -> None:
         """End what is decided, done or not; what still runs stays held."""
         self.calls.clear()
-        for held in [*self._all_waiting(), *self.decided]:
+        for held in [*self.backlog, *self.decided]:
             end = held.end or "released"
             if held.to_delete:
                 end = "uncertain"
@@ -5669,7 +6547,7 @@ class _Holdings:
         held.message.lease_lost = True
         held.lease_until = -math.inf
         self.leases.drop(held)
-        if held in self._waiting[held.queue]:
+        if held in self.backlog:
             self.end(held, "released")
 
     def doubt(self, held: _Held, why: str) -> None:
@@ -5680,9 +6558,10 @@ class _Holdings:
     def end(self, held: _Held, end: str) -> None:
         """End a message: the ledger counts it, and nothing more is done for it."""
         held.move(end)
-        self.ledger.count(end)
+        self.tally.count(held.queue, end)
         self.leases.drop(held)
-        for those in (self.held, self.decided, self._waiting[held.queue]):
+        self.backlog.drop(held)
+        for those in (self.held, self.decided):
             those.pop(held, None)
         if self._is_closing and end == "uncertain":
             self.unanswered += 1
@@ -5975,15 +6854,16 @@ class _Keeper:
         self._broker, self._clock, self._beat = broker, clock, beat
         self._faults = _Faults()
         # Guards the holdings, and all that follows. Who watches waits for `_due`, spare
-        # threads of the keeper for `_spare`, slots for `startable` and pollers for
-        # `ended`: no thread is woken for nothing.
+        # threads of the keeper for `_spare`, slots for `startable`: no thread is woken
+        # for nothing.
         # Enter the lock itself: entering a condition takes several steps, and a signal
         # handler that raises in between would leave it locked.
         self.lock = threading.RLock()
         self._due = threading.Condition(self.lock)
         self._spare = threading.Condition(self.lock)
         self.startable = threading.Condition(self.lock)  # notified for each message
-        self.ended = threading.Condition(self.lock)  # notified as messages end
+        # Called with the lock held, as there may be room for other messages.
+        self.freed: Callable[[], object] = lambda: None
         self.holdings = holdings
         self._is_watched = False  # whether a thread watches
         self._looks_at = 0.0  # when that looks for what is due, if nobody wakes it
@@ -6054,7 +6934,7 @@ class _Keeper:
         was_overdue = self.holdings.is_overdue
         call = self.holdings.calls.next(now)
         if self.holdings.news or was_overdue:
-            self.ended.notify_all()  # a message was lost, or a call begins
+            self.freed()  # a message was lost, or a call begins
         return call
 
     def _is_done(self, now: float) -> bool:
@@ -6087,7 +6967,7 @@ class _Keeper:
             self.holdings.calls.answered(call, refused)
             news = self._take_news()
             self.startable.notify(self.holdings.waiting)  # their leases may be sure now
-            self.ended.notify_all()
+            self.freed()
         self._tell(news)
         faults = [refusal for refusal in refused.values() if not refusal.final]
         self._note_faults(call, faults)
@@ -6126,6 +7006,10 @@ _MAX_BACKOFF_S = 60  # between receives that fail
 _FLUSH_S = 3  # of the grace, kept for acknowledgements once running tasks are given up
 _HURRIED_S = 1  # for acknowledgements after a second Ctrl-C
 _HEART_S = 1  # for the last heartbeat: its hook may hang
+_MAX_NUM_MESSAGES = 100  # a worker keeps what waits for it from all others
+_MAX_POLLS = 12  # of a queue at once; those of four fit into botocore's pool of 50
+_QUIET_S = 0.1  # after which a poll that still waits says that its queue is empty
+_SHORT_POLL_S = 1  # where another queue may need what a poll keeps for itself
 # How a message ends, if the copy that its fate may need is sent.
 _ENDS = {
     Fate.acknowledge: "acked",
@@ -6385,10 +7269,201 @@ class _Limits(NamedTuple):
     """How much a worker does at once, and in all."""
 
     slots: int  # messages that run at once
-    polls: int  # pollers
-    num_messages: int  # that a receive may bring
+    polls: int  # queues that are polled
     max_tasks: int | None  # starts, after which it stops; None for no limit
     paused: int  # slots that can't run anything until they have a child
+
+
+class _Load(NamedTuple):
+    """What a worker holds, as far as it matters for what it may receive."""
+
+    free: int  # slots that run nothing, and could
+    waiting: Sequence[int]  # messages to be started, by queue, the most urgent first
+    starts: float  # that are left, besides what waits; infinity without a limit
+
+
+@dataclasses.dataclass(eq=False)
+class _Poll:
+    """A receive that is under way."""
+
+    queue: str
+    most: int  # messages that it may bring
+    began_at: float
+    is_short: bool  # others may need the starts that it has asked for
+
+
+@dataclasses.dataclass(eq=False)
+class _Polled:
+    """What is known of a queue from its receives."""
+
+    rank: int  # of its urgency: 0 is the most urgent
+    batch: int  # messages that a receive brings at most
+    most_polls: int  # at once
+    left: float  # receives that may still begin
+    polls: dict[_Poll, None] = dataclasses.field(default_factory=dict)  # under way
+    asked: int = 0  # messages that these may bring
+    asked_at: float = -math.inf  # when the last one began
+    answered: int = 0  # receives, ever
+    is_full: bool = False  # the last one brought all that it asked for
+    is_empty: bool = False  # it brought nothing, or failed, or no other follows
+    is_failing: bool = False  # it failed, so that others do not wait for the next
+
+    @property
+    def quiet_at(self) -> float:
+        """When it is known to be empty, if the receive under way still waits then."""
+        if not self.polls:
+            return math.inf
+        return next(iter(self.polls)).began_at + _QUIET_S
+
+    @property
+    def turn(self) -> tuple[bool, float]:
+        """What is less for the one to be asked first, where not all can be."""
+        if self.is_empty:
+            return True, self.asked_at
+        return False, self.rank
+
+
+class _Polls:
+    """The receives that are under way, and which queue may be asked for how much.
+
+    Pure, as the holdings are, and guarded with them. A queue is asked for what can be
+    started, and for what num_messages allows to wait, less what is asked for already.
+    It is asked only while all that are more urgent are known to be empty.
+
+    :param slots: how many messages run at once
+    """
+
+    def __init__(
+        self,
+        queues: Sequence[str],
+        num_messages: int = 1,
+        slots: int = 1,
+        loop_count: int | None = None,
+    ) -> None:
+        self._num_messages, self._slots = num_messages, slots
+        receives: float = math.inf
+        if loop_count is not None:
+            receives = loop_count
+        self.of: dict[str, _Polled] = {}
+        for rank, queue in enumerate(queues):
+            batch, most_polls = _MAX_BATCH, _MAX_POLLS
+            if _is_fifo(queue):
+                # It withholds the rest of a group while one message of that is held.
+                batch = most_polls = 1
+            self.of[queue] = _Polled(rank, batch, most_polls, receives)
+        self._ranked = list(self.of.values())
+
+    @property
+    def under_way(self) -> int:
+        """How many receives are under way."""
+        return sum(len(each.polls) for each in self._ranked)
+
+    def is_open(self, queue: str) -> bool:
+        """Return whether a queue is to be asked again, or may have to be."""
+        polled = self.of[queue]
+        return bool(polled.left or polled.polls)
+
+    def is_busy(self, queue: str) -> bool:
+        """Return whether receives of a queue may run at the same time."""
+        polled = self.of[queue]
+        return polled.is_full and polled.left > 0
+
+    def may_begin_at(self, queue: str, load: _Load) -> float:
+        """Return since when, or from when on, a receive may begin.
+
+        :returns: infinity if that depends on what else happens
+        """
+        polled = self.of[queue]
+        if not polled.left or self._most(polled, load) < 1:
+            return math.inf
+        since = -math.inf
+        for urgent in self._ranked[: polled.rank]:
+            if not urgent.is_empty:
+                since = max(since, urgent.quiet_at)
+        return since
+
+    def _most(self, polled: _Polled, load: _Load) -> int:
+        """Return how many messages to ask for; 0 if a receive is not worth it yet."""
+        waiting = sum(load.waiting[: polled.rank + 1])
+        room = load.free + self._num_messages - 1 - waiting - polled.asked
+        if not self._is_worth_it(polled, room):
+            return 0
+        return int(min(room, polled.batch, self._share(polled, load)))
+
+    def _is_worth_it(self, polled: _Polled, room: int) -> bool:
+        """Return whether to receive for so much room: ten cost the same as one."""
+        wanted = self._num_messages
+        if polled.polls:
+            if not polled.is_full or len(polled.polls) == polled.most_polls:
+                return False
+            wanted += self._slots - 1
+        return room >= 0.9 * min(polled.batch, wanted)
+
+    def _share(self, polled: _Polled, load: _Load) -> float:
+        """Return how many of the starts that are left a queue may ask for.
+
+        What others may need is left to them; if that is not enough for all, they take
+        turns.
+        """
+        left = self._left(load)
+        rivals = [each for each in self._others(polled) if not each.polls]
+        if left > len(rivals):
+            return left / (len(rivals) + 1)
+        if all(polled.turn < each.turn for each in rivals):
+            return left
+        return 0
+
+    def _left(self, load: _Load) -> float:
+        """Return how many of the starts that are left are not asked for yet."""
+        return load.starts - sum(each.asked for each in self._ranked)
+
+    def _others(self, polled: _Polled) -> list[_Polled]:
+        """Return the other queues that are asked, and answer."""
+        others = (each for each in self._ranked if each is not polled)
+        return [each for each in others if each.left and not each.is_failing]
+
+    def begin(self, queue: str, load: _Load, now: float) -> _Poll:
+        """Begin a receive, which must be allowed by now."""
+        polled = self.of[queue]
+        most = self._most(polled, load)
+        polled.left -= 1
+        polled.asked += most
+        polled.asked_at = now
+        is_short = self._left(load) < _MAX_BATCH * len(self._others(polled))
+        poll = _Poll(queue, most, now, is_short)
+        polled.polls[poll] = None
+        return poll
+
+    def answered(self, poll: _Poll, count: int) -> None:
+        """Note that a receive has brought so many messages."""
+        polled = self._ended(poll)
+        polled.answered += 1
+        polled.is_full, polled.is_empty = count >= poll.most, count == 0
+        polled.is_failing = False
+
+    def failed(self, poll: _Poll) -> bool:
+        """Note that a receive has failed; return whether one was ever answered."""
+        polled = self._ended(poll)
+        polled.left += 1
+        polled.is_full, polled.is_empty = False, True
+        polled.is_failing = True
+        return polled.answered > 0
+
+    def dropped(self, poll: _Poll) -> None:
+        """Note that a receive was not made after all."""
+        self._ended(poll).left += 1
+
+    def _ended(self, poll: _Poll) -> _Polled:
+        """Note that a receive is over, and return its queue."""
+        polled = self.of[poll.queue]
+        del polled.polls[poll]
+        polled.asked -= poll.most
+        return polled
+
+    def close(self, queue: str) -> None:
+        """Note that a queue is asked no more, so that no other waits for it."""
+        polled = self.of[queue]
+        polled.left, polled.is_empty = 0, True
 
 
 class _Course:
@@ -6410,10 +7485,11 @@ class _Course:
         self._limits = limits
         self.stop = threading.Event()  # set after the phase working: ends all waits
         self.ended = threading.Event()  # set in the phase ended
-        # The keeper's lock guards the holdings, and all that follows. Nobody waits with
-        # a timeout: what changes what is waited for notifies, and the watch moves on.
-        self._lock = keeper.lock
-        self._to_start, self._room = keeper.startable, keeper.ended
+        # The keeper's lock guards the holdings, and all that follows. Slots wait for a
+        # message: each that comes wakes one, which looks for itself, and a new phase
+        # wakes all. So none waits while a message does that no other slot will look at.
+        # The watch moves the phase on, for nobody notifies of an event or a signal.
+        self.lock, self._to_start = keeper.lock, keeper.startable
         self._holdings = keeper.holdings
         self.phase = _Phase.working
         self.fatal: BaseException | None = None  # the error that ended a thread
@@ -6422,40 +7498,53 @@ class _Course:
         self._can_start = True  # a child, as far as the last try tells
         self._started = 0  # messages, ever
 
-    def next(self) -> _Held | None:
-        """Wait for a message to run, and start it; None if there will be no more."""
-        with self._lock:
+    def next(self) -> list[_Held]:
+        """Wait for a message to run, and start it with those that run together with it.
+
+        :returns: none if there will be no more
+        """
+        with self.lock:
             while self.is_working():
                 held = self._holdings.start(self.clock())
+                if self._holdings.news:  # a message was lost while it waited
+                    self._keeper.freed()
                 if held:
-                    self._started += 1
-                    self._tell_pollers()
-                    return held
-                self._tell_pollers()  # a message may have been lost while it waited
+                    batch = [held, *self._start_more(held)]
+                    self._started += len(batch)
+                    return batch
                 self._to_start.wait()
-            return None
+            return []
+
+    def _start_more(self, held: _Held) -> list[_Held]:
+        """Start what runs together with a message; called with the lock held."""
+        most = _most_together(held.message)
+        if most == 1:
+            return []
+        more = self._holdings.start_more(held, most, self.clock())
+        self._keeper.freed()  # they wait no more, and take no slots
+        return more
 
     def finish(self, held: _Held, end: str, delay_s: float | None = 0) -> None:
         """Note what a message that ran is to become."""
-        with self._lock:
+        with self.lock:
             self._holdings.finish(held, end, self.clock(), delay_s)
             self._changed()
 
     def release(self, held: _Held) -> None:
         """Note that a message did not run after all."""
-        with self._lock:
+        with self.lock:
             self._holdings.release(held, self.clock())
             self._keeper.wake()
 
     def begin(self) -> None:
         """Note that a slot of an isolated worker has a child, and can run messages."""
-        with self._lock:
+        with self.lock:
             self._paused -= 1
             self._changed()
 
     def suspend(self) -> bool:
         """Note that a slot can't start a child; return whether that is news."""
-        with self._lock:
+        with self.lock:
             self._paused += 1
             was_able, self._can_start = self._can_start, False
             self._release_if_stuck()
@@ -6464,7 +7553,7 @@ class _Course:
 
     def resume(self) -> bool:
         """Note that a slot has a child again; return whether that is news."""
-        with self._lock:
+        with self.lock:
             self._paused -= 1
             was_able, self._can_start = self._can_start, True
             self._changed()
@@ -6478,52 +7567,39 @@ class _Course:
 
     def slot_ended(self) -> None:
         """Note that a slot runs nothing more."""
-        with self._lock:
+        with self.lock:
             self._slots -= 1
             self.move_on()
 
     def still_run(self) -> list[QueueMessage]:
         """Return the messages that run."""
-        with self._lock:
+        with self.lock:
             return self._holdings.still_run()
 
-    def wait_for_room(self) -> int:
-        """Wait until a message can be started soon; return how many to receive.
-
-        :returns: 0 if nothing more is to be received
-        """
-        with self._lock:
-            while self.is_working():
-                most = self._find_room()
-                if most:
-                    return most
-                self._room.wait()
-            return 0
-
-    def _find_room(self) -> int:
-        """Return how many messages to receive now."""
-        if self._holdings.waiting:
-            return 0
-        free = self._limits.slots - self._paused - self._holdings.running
-        if self._holdings.is_overdue or free <= 0:
-            return 0
-        if self._limits.max_tasks is None:
-            return self._limits.num_messages
-        return min(self._limits.num_messages, self._limits.max_tasks - self._started)
+    def load(self) -> _Load:
+        """Return what matters for receives."""
+        holdings, limits = self._holdings, self._limits
+        waiting, starts = holdings.backlog.counts(), math.inf
+        if limits.max_tasks is not None:
+            starts = limits.max_tasks - self._started - sum(waiting)
+        if self._paused == limits.slots or holdings.is_overdue:
+            starts = 0
+        free = limits.slots - self._paused - holdings.running
+        return _Load(free, waiting, starts)
 
     def take(
         self, messages: Sequence[QueueMessage], lease_s: float, asked_at: float
     ) -> None:
         """Hold received messages from now on."""
-        with self._lock:
+        with self.lock:
             self._holdings.take(messages, lease_s, asked_at, self.clock())
             self._release_if_stuck()
             self._to_start.notify(len(messages))
             self._keeper.wake()
 
-    def poll_ended(self) -> None:
-        """Note that a poller receives nothing more."""
-        with self._lock:
+    def polls_ended(self) -> None:
+        """Note that nothing more is received from a queue."""
+        with self.lock:
             self._polls -= 1
             self.move_on()
 
@@ -6534,7 +7610,7 @@ class _Course:
 
         :param to: the phase to reach at least, whatever still goes on
         """
-        with self._lock:
+        with self.lock:
             while self.phase < to or self._is_over():
                 self.phase = _Phase(self.phase + 1)
                 self._enter(self.phase)
@@ -6546,7 +7622,7 @@ class _Course:
 
     def fail(self, error: BaseException) -> None:
         """Note an error that ends the worker; the first one is the one that counts."""
-        with self._lock:
+        with self.lock:
             if self.fatal is None:
                 self.fatal = error
             self.move_on()
@@ -6576,23 +7652,155 @@ class _Course:
             self._holdings.close()
             self.ended.set()
         self._to_start.notify_all()
-        self._room.notify_all()
+        self._keeper.freed()
 
     def _changed(self) -> None:
         """Tell those that wait for what a slot has done."""
         self._keeper.wake()
-        self._tell_pollers()
+        self._keeper.freed()
 
-    def _tell_pollers(self) -> None:
-        """Have pollers receive, if there is room."""
-        if self._find_room():
-            self._room.notify_all()
+
+class _Pollers:
+    """The threads that receive from one queue; guarded by the keeper's lock."""
+
+    def __init__(self, lock: threading.RLock) -> None:
+        self.may_look = threading.Condition(lock)  # notified for these threads alone
+        self.count = 1
+        self.waiting = 0  # how many of them wait until they may begin a receive
+        # When one of these looks again, at the latest: there is no need to tell them of
+        # what may begin later. So it is -inf while none waits, or one was told.
+        self.looks_at = -math.inf
+
+    def wait(self, until: float, now: float) -> None:
+        """Wait until told, or until a time."""
+        within_s = None
+        if until < math.inf:
+            within_s = until - now
+        self.waiting += 1
+        self.looks_at = until
+        self.may_look.wait(within_s)
+        self.waiting -= 1
+        self.looks_at = -math.inf
+        if self.waiting:
+            self.looks_at = math.inf
+
+    def tell(self, at: float) -> None:
+        """Have one of those that wait look, if it would look too late for this time."""
+        if at < self.looks_at:
+            self.looks_at = -math.inf
+            self.may_look.notify()
+
+
+class _Intake:
+    """What the pollers of a worker share: the receives under way, and who waits.
+
+    Every method takes the lock; none makes a call to the queue.
+    """
+
+    def __init__(self, course: _Course, keeper: _Keeper, polls: _Polls) -> None:
+        self._course, self.polls = course, polls
+        # The keeper's lock guards the polls, and all that follows. A poller waits for
+        # room, and for more urgent queues. Whatever may let one begin calls tell(),
+        # with the lock held; that wakes one of its queue, which looks for itself, and
+        # calls tell() when it begins or leaves. So no wakeup is lost.
+        self._lock = keeper.lock
+        self._pollers = {queue: _Pollers(keeper.lock) for queue in polls.of}
+        keeper.freed = self.tell
+
+    def tell(self) -> None:
+        """Have pollers look that may begin earlier than they would look."""
+        load, phase = self._course.load(), self._course.phase
+        for queue, pollers in self._pollers.items():
+            if phase is not _Phase.working:
+                pollers.may_look.notify_all()
+            elif pollers.looks_at > -math.inf:
+                pollers.tell(self.polls.may_begin_at(queue, load))
+
+    def begin(self, queue: str, goes_on: Callable[[str], bool]) -> _Poll | None:
+        """Wait until a queue is to be asked; return what for, or None for no more.
+
+        :param goes_on: whether this thread is still to ask the queue
+        """
+        with self._lock:
+            poll = None
+            while not poll and self._course.is_working() and goes_on(queue):
+                load, now = self._course.load(), self._course.clock()
+                may_begin_at = self.polls.may_begin_at(queue, load)
+                if may_begin_at <= now:
+                    poll = self.polls.begin(queue, load, now)
+                else:
+                    self._pollers[queue].wait(may_begin_at, now)
+            self.tell()
+            return poll
+
+    def take(
+        self, poll: _Poll, messages: Sequence[QueueMessage], lease_s: float
+    ) -> None:
+        """Hold received messages from now on."""
+        with self._lock:
+            self._course.take(messages, lease_s, poll.began_at)
+            self.polls.answered(poll, len(messages))
+            self._ended(poll)
+
+    def fail(self, poll: _Poll) -> bool:
+        """Note that a receive has failed; return whether one was ever answered."""
+        with self._lock:
+            was_answered = self.polls.failed(poll)
+            self._ended(poll)
+            return was_answered
+
+    def drop(self, poll: _Poll) -> None:
+        """Note that a receive was not made after all."""
+        with self._lock:
+            self.polls.dropped(poll)
+            self._ended(poll)
+
+    def _ended(self, poll: _Poll) -> None:
+        """Tell those who wait for that; if it was not full, helpers end."""
+        if not self.polls.is_busy(poll.queue):
+            self._pollers[poll.queue].may_look.notify_all()
+        self.tell()
+
+    def is_dry(self, queue: str) -> bool:
+        """Return whether a queue's last receive was answered, and brought nothing."""
+        with self._lock:
+            polled = self.polls.of[queue]
+            return polled.is_empty and not polled.is_failing
+
+    def adds_helper(self, queue: str) -> bool:
+        """Count a helper more, if all receive and yet another receive may begin."""
+        with self._lock:
+            pollers = self._pollers[queue]
+            if pollers.count > len(self.polls.of[queue].polls):
+                return False
+            may_begin_at = self.polls.may_begin_at(queue, self._course.load())
+            if may_begin_at > self._course.clock():
+                return False
+            pollers.count += 1
+            return True
+
+    def helper_ended(self, queue: str) -> None:
+        """Note that a helper receives nothing more."""
+        with self._lock:
+            self._pollers[queue].count -= 1
+            self._pollers[queue].may_look.notify_all()
+
+    def close(self, queue: str) -> None:
+        """Wait for a queue's helpers; then nothing more is received from it."""
+        with self._lock:
+            pollers = self._pollers[queue]
+            while pollers.count > 1:
+                pollers.may_look.wait()
+            self.polls.close(queue)
+            self.tell()
+            self._course.polls_ended()
 
 
 class _Slot:
     """Runs one message after another, in its thread or in its child.
 
     :param settle: called with each message and the outcome of its run
+    :param event_loop: the worker's, for its coroutines
     :param is_isolated: whether its child runs all messages
     """
 
@@ -6601,21 +7809,22 @@ class _Slot:
         course: _Course,
         child: _Child,
         settle: Callable[[_Held, Outcome], None],
+        event_loop: _EventLoop,
         *,
         is_isolated: bool,
     ) -> None:
-        self.child = child
+        self.child, self._event_loop = child, event_loop
         self._course, self._settle = course, settle
         self._is_isolated = is_isolated
 
     def work(self) -> None:
         """Run messages until there are no more; the body of a thread."""
-        with _one_event_loop():
+        with self._event_loop.in_this_thread():
             try:
                 if self._is_isolated:
                     self._start_child()
-                while held := self._course.next():
-                    self._run(held)
+                while batch := self._course.next():
+                    self._run(batch)
             except BaseException as error:
                 self._course.fail(error)  # before the phases go on
                 raise
@@ -6631,30 +7840,36 @@ class _Slot:
             self._pause(error)
         self._course.begin()
 
-    def _run(self, held: _Held) -> None:
-        """Run a message, and note what it is to become."""
+    def _run(self, batch: Sequence[_Held]) -> None:
+        """Run messages that run together, and note what each is to become."""
         try:
-            outcome = self._process(held.message)
-            if outcome:
+            outcomes = self._process([held.message for held in batch])
+            for held, outcome in zip(batch, outcomes, strict=False):
                 self._settle(held, outcome)
         except _CannotStart as error:
-            if held.message.would_be_redriven:
-                self._settle(held, Outcome(Fate.postpone, error, 0))
-            else:
-                self._course.release(held)
+            for held in batch:
+                self._give_back(held, error)
             self._pause(error)
         finally:
-            if held.runs:
-                # It was interrupted, or killed as the grace ended. Where its child
-                # still runs, that must end before others may have the message.
-                self.child.kill()
-                self._course.finish(held, "retried")
+            for held in batch:
+                if held.runs:
+                    # It was interrupted, or killed as the grace ended. Where its child
+                    # still runs, that must end before others may have the message.
+                    self.child.kill()
+                    self._course.finish(held, "retried")
 
-    def _process(self, received: QueueMessage) -> Outcome | None:
-        """Run a message, in the child if it is for that."""
+    def _give_back(self, held: _Held, error: _CannotStart) -> None:
+        """Leave a message that could not begin to run to other workers."""
+        if held.message.would_be_redriven:
+            self._settle(held, Outcome(Fate.postpone, error, 0))
+        else:
+            self._course.release(held)
+
+    def _process(self, batch: Sequence[QueueMessage]) -> list[Outcome]:
+        """Run messages, in the child if it is for that."""
         worker = os.getpid()
         try:
-            return self.child.process(received)
+            return self.child.process(batch)
         finally:
             if os.getpid() != worker:
                 # A process that the task forked came back from it. The message is its
@@ -6681,73 +7896,100 @@ class _Slot:
 
 
 class _Poller:
-    """Receives from one queue, in a thread of its own."""
+    """Receives from one queue, in a thread of its own.
 
-    def __init__(self, worker: Worker, course: _Course, queue: str) -> None:
-        self._worker, self._course, self._queue = worker, course, queue
+    While its receives are full, helpers receive at the same time, in threads that end
+    with the first receive that is not.
+    """
+
+    def __init__(
+        self, worker: Worker, course: _Course, intake: _Intake, queue: str
+    ) -> None:
+        self._worker, self._course = worker, course
+        self._intake, self._queue = intake, queue
         self._faults = _Faults()
         self._lease: _Lease | None = None  # once it is known
-        self._loops = 0  # receives that were answered
-        self._count = 0  # messages that the last one brought
-        self.is_polling = False  # whether a receive is under way
 
     def work(self) -> None:
         """Receive until there is no more to do; the body of a thread."""
+        intake, course = self._intake, self._course
         try:
             while not self._is_done():
-                most = self._course.wait_for_room()
-                if not most:
+                poll = intake.begin(self._queue, intake.polls.is_open)
+                if not poll:
                     break
-                self._try(most)
+                failures = self._try(poll)
+                if failures:
+                    _back_off(course.stop, self._worker.clock, failures)
         except BaseException as error:
-            self._course.fail(error)  # before the phases go on, or nobody would see it
+            course.fail(error)  # before the phases go on, or nobody would see it
             raise
         finally:
-            self._course.poll_ended()
+            intake.close(self._queue)
+
+    def _help(self) -> None:
+        """Receive as long as receives are full; the body of a thread."""
+        intake = self._intake
+        try:
+            while poll := intake.begin(self._queue, intake.polls.is_busy):
+                self._try(poll)
+        except BaseException as error:
+            self._course.fail(error)
+            raise
+        finally:
+            intake.helper_ended(self._queue)
 
     def _is_done(self) -> bool:
-        """Return whether the last receive was the last that is wanted."""
-        if self._loops == self._worker.loop_count:
-            return True
-        if not self._worker.until_empty or self._loops == 0 or self._count:
+        """Return whether the queues are empty, where that is the end."""
+        if not self._worker.until_empty or not self._intake.is_dry(self._queue):
             return False
         return _are_empty(self._worker.broker, self._worker.queues)
 
-    def _try(self, most: int) -> None:
-        """Receive at most so many messages, and back off if that fails."""
+    def _try(self, poll: _Poll) -> int:
+        """Receive; return how often that has failed by now, one after another."""
         try:
-            if self._lease is None:
-                worker = self._worker
-                self._lease = _find_lease(
-                    worker.broker, self._queue, worker.visibility_timeout_s
-                )
-                return  # that may have taken long: look again whether to receive
-            self._receive(most, self._lease)
-        except Exception as error:
-            if self._loops == 0 and isinstance(error, ConfigurationError):
-                raise  # at the start, this is for a person to mend
-            failures = self._faults.failed(self._queue, "receive", repr(error))
-            _back_off(self._course.stop, self._worker.clock, failures)
-
-    def _receive(self, most: int, lease: _Lease) -> None:
-        """Receive once, and hold what came."""
-        worker, asked_at = self._worker, self._worker.clock()
-        self.is_polling = True
-        try:
-            messages = worker.broker.receive(
-                self._queue, most, worker.wait_s, lease.seconds, self._course.stop
+            if self._lease is not None:
+                self._receive(poll, self._lease)
+                return 0
+            worker = self._worker
+            self._lease = _find_lease(
+                worker.broker, self._queue, worker.visibility_timeout_s
             )
-        finally:
-            self.is_polling = False
+        except Exception as error:
+            was_answered = self._intake.fail(poll)
+            if not was_answered and isinstance(error, ConfigurationError):
+                raise  # at the start, this is for a person to mend
+            return self._faults.failed(self._queue, "receive", repr(error))
+        self._intake.drop(poll)  # it may have taken long: look again whether to
+        return 0
+
+    def _receive(self, poll: _Poll, lease: _Lease) -> None:
+        """Receive once, and hold what came."""
+        worker, wait_s = self._worker, self._worker.wait_s
+        if poll.is_short:
+            wait_s = min(wait_s, _SHORT_POLL_S)
+        if self._intake.adds_helper(self._queue):
+            self._start_helper()
+        messages = worker.broker.receive(
+            self._queue, poll.most, wait_s, lease.seconds, self._course.stop
+        )
         for message in messages:
             message.max_receive_count = lease.max_receive_count
             message.done_level = worker.done_level
+            message.batch_task = _find_batch_task(message)
+            message.lease_s = lease.seconds
         # At once: from here on the keeper extends the leases.
-        self._course.take(messages, lease.seconds, asked_at)
+        self._intake.take(poll, messages, lease.seconds)
         self._faults.worked(self._queue, "receive")
-        self._count = len(messages)
-        self._loops += 1
         worker.beat()
+
+    def _start_helper(self) -> None:
+        """Start another thread that receives; go on without it if that fails."""
+        try:
+            _make_thread(self._course, self._help).start()
+        except RuntimeError as error:
+            self._intake.helper_ended(self._queue)
+            self._faults.failed(self._queue, "start another poller", error)
 
 
 def _pause_s(failures: int) -> float:
@@ -6781,6 +8023,12 @@ def _make_thread(course: _Course, work: Callable[[], object]) -> threading.Threa
     return threading.Thread(target=guard, daemon=True)
 
 
+class _Event(typing.Protocol):
+    """What tells a worker to stop: threading's and asyncio's events are such."""
+
+    def is_set(self) -> bool: ...
+
+
 # What later parts run beside each worker. Each is called before the first receive, with
 # the worker and the event that is set once it stops, and returns what a thread is to
 # run until then, or None.
@@ -6811,7 +8059,7 @@ class Worker:
     num_messages: int = 1
     visibility_timeout_s: float | None = None
     loop_count: int | None = None
-    shutdown_event: threading.Event | None = None
+    shutdown_event: _Event | None = None
     until_empty: bool = False
     concurrency: int = 1
     max_tasks: int | None = None
@@ -6824,6 +8072,7 @@ class Worker:
     done_level: int = logging.DEBUG
     clock: Callable[[], float] = time.monotonic
     wait_s: float = _LONG_POLL_S
+    event_loop: Any = None  # the application's own, for coroutines
 
     def __post_init__(self) -> None:
         _check_options(self)
@@ -6832,9 +8081,7 @@ class Worker:
         self.beat = self._heart.beat  #: say that the worker lives
         self._holdings = _Holdings(self.queues, self.ack_wait_s)
         self.ledger = self._holdings.ledger
-        self._keeper = _Keeper(
-            self._holdings, self.broker, self.clock, self._heart.beat
-        )
+        self._keeper = _Keeper(self._holdings, self.broker, self.clock, self.beat)
         start = _start_of_children(everything=self.isolate)
         # All by --isolate, or each by its decorator.
         isolated = start.get("isolated", ())
@@ -6846,25 +8093,26 @@ class Worker:
             _Limits(
                 slots=self.concurrency,
                 polls=len(self.queues),
-                num_messages=self.num_messages,
                 max_tasks=self.max_tasks,
                 paused=self.concurrency if is_isolated else 0,
             ),
         )
-        self._keeping = [
-            _make_thread(self._course, self._keeper.run) for _ in range(_MAX_CALLS)
-        ]
+        self._keeping: list[threading.Thread] = []
+        event_loop = _EventLoop(self.event_loop)
         self.overdue = threading.Event()  #: set once the grace is over
         self._slots = [
             _Slot(
                 self._course,
                 _Child(start, self.max_tasks_per_child, self.overdue),
                 self.settle,
+                event_loop,
                 is_isolated=is_isolated,
             )
             for _ in range(self.concurrency)
         ]
-        self._pollers = [_Poller(self, self._course, queue) for queue in self.queues]
+        self._polls = _Polls(
+            self.queues, self.num_messages, self.concurrency, self.loop_count
+        )
 
     @property
     def unanswered(self) -> bool:
@@ -6881,7 +8129,10 @@ class Worker:
         make = functools.partial(_make_thread, self._course)
         slots = [make(slot.work) for slot in self._slots[1:]]
         slots += _threads_beside(self, self._course)
-        pollers = [make(poller.work) for poller in self._pollers]
+        intake = _Intake(self._course, self._keeper, self._polls)
+        poller = functools.partial(_Poller, self, self._course, intake)
+        pollers = [make(poller(queue).work) for queue in self.queues]
+        self._keeping = [make(self._keeper.run) for _ in range(_MAX_CALLS)]
         helpers = [*self._keeping, make(self._heart.run), make(self._watch)]
         within_s: float | None = _HURRIED_S
         with self._signals:
@@ -6966,7 +8217,7 @@ class Worker:
 
     def _say_what_it_waits_for(self) -> None:
         """Log why the worker does not end at once."""
-        polls = sum(poller.is_polling for poller in self._pollers)
+        polls = self._polls.under_way
         runs = len(self._course.still_run())
         text = f"stopping: waiting for polls in flight: {polls}, running tasks: {runs}"
         if self._signals.has_interrupt:
@@ -6995,12 +8246,21 @@ class Worker:
             self.on_overdue(self.ledger)
 
 
+# What must hold before anything is received: later parts add what they need, and raise
+# ConfigurationError.
+_before_work: list[Callable[[], object]] = []
+
+
+def _check_before_work() -> None:
+    """Raise ConfigurationError if a registered task can't be run here."""
+    for check in _before_work:
+        check()
+
+
 def _check_options(worker: Worker) -> None:
-    """Refuse options that make no sense, and fit the length of polls to the grace."""
-    for name in ("num_messages", "concurrency", "max_tasks", "max_tasks_per_child"):
-        number = getattr(worker, name)
-        if number is not None and number < 1:
-            raise ConfigurationError(f"{name}: expected 1 or more, got {number}")
+    """Refuse what can't work, and fit the length of polls to the grace."""
+    _check_before_work()
+    _check_counts(worker)
     lease_s, grace_s = worker.visibility_timeout_s, worker.grace_s
     if lease_s is not None and not 1 <= lease_s <= _MAX_HELD_S:
         wanted = f"expected 1 to {_MAX_HELD_S} seconds"
@@ -7013,6 +8273,17 @@ def _check_options(worker: Worker) -> None:
     elif grace_s is not None:
         # A poll in flight is waited out, so it must end before the grace does.
         worker.wait_s = min(worker.wait_s, max(1, grace_s - _FLUSH_S - 1))
+
+
+def _check_counts(worker: Worker) -> None:
+    """Refuse numbers of messages, slots and runs that make no sense."""
+    for name in ("concurrency", "max_tasks", "max_tasks_per_child"):
+        number = getattr(worker, name)
+        if number is not None and number < 1:
+            raise ConfigurationError(f"{name}: expected 1 or more, got {number}")
+    if not 1 <= worker.num_messages <= _MAX_NUM_MESSAGES:
+        wanted = f"expected 1 to {_MAX_NUM_MESSAGES}"
+        raise ConfigurationError(f"num_messages: {wanted}, got {worker.num_messages}")
 
 
 def _join(thread: threading.Thread, within_s: float | None) -> None:
@@ -7042,7 +8313,8 @@ def listen_for_messages(
     stops after the running task and the poll in flight, which takes up to 20 s on SQS.
 
     :param priority: the queue, or several: the most urgent message runs first
-    :param num_messages: how many to receive at once, up to 10: they wait for each other
+    :param num_messages: with N, which is at most 100, up to N - 1 messages of a queue
+        wait while all slots run; with 1, one is received when it can start
     :param visibility_timeout_s: how long a received message is hidden from others,
         until the worker extends it; None takes the queue's own
     :param loop_count: end after so many receives from each queue; None goes on for ever
@@ -7076,6 +8348,113 @@ def listen_for_messages(
         ack_wait_s=ack_wait_s,
     )
     return worker.run()
+
+
+async def listen_async(
+    priority: Priority | Iterable[Priority],
+    num_messages: int = 1,
+    visibility_timeout_s: float | None = None,
+    loop_count: int | None = None,
+    shutdown_event: _Event | None = None,
+    *,
+    until_empty: bool = False,
+    concurrency: int = 1,
+    max_tasks: int | None = None,
+    grace_s: float | None = None,
+    isolate: bool = False,
+    max_tasks_per_child: int = 100,
+    ack_wait_s: float = _ACK_WAIT_S,
+) -> Ledger:
+    """Run the messages of a queue beside what else an application's event loop does.
+
+    ``async def`` tasks run on that loop, up to `concurrency` at once, and may use the
+    application's clients. All else is done in threads: receives, hooks, and plain
+    tasks. What coroutines leave running is the application's.
+
+    The options are those of :func:`listen_for_messages`. No signal is handled. Where
+    this is cancelled, it stops as by `shutdown_event`, and then raises CancelledError;
+    cancelled again, it waits no longer.
+
+    :param shutdown_event: set it to stop: threading's or asyncio's
+    :returns: what became of the messages
+    :raises ConfigurationError: as :func:`listen_for_messages`
+    """
+    make = functools.partial(
+        Worker,
+        num_messages=num_messages,
+        visibility_timeout_s=visibility_timeout_s,
+        loop_count=loop_count,
+        until_empty=until_empty,
+        concurrency=concurrency,
+        max_tasks=max_tasks,
+        grace_s=grace_s,
+        isolate=isolate,
+        max_tasks_per_child=max_tasks_per_child,
+        ack_wait_s=ack_wait_s,
+    )
+    return await _run_beside_loop(make, priority, shutdown_event)
+
+
+async def _run_beside_loop(
+    make: Callable[..., Worker],
+    priority: Priority | Iterable[Priority],
+    shutdown_event: _Event | None,
+) -> Ledger:
+    """Make a worker that uses this event loop, and run it in a thread."""
+    import asyncio
+
+    told = _EitherEvent(shutdown_event)
+    loop = asyncio.get_running_loop()
+
+    def work() -> Ledger:
+        queues = _queues_of(priority)
+        broker = _brokers.broker()
+        worker = make(broker, queues, shutdown_event=told, event_loop=loop)
+        return worker.run()
+
+    return await _wait_for_thread(work, told.set)
+
+
+class _EitherEvent:
+    """Is set once it, or another event, is."""
+
+    def __init__(self, other: _Event | None) -> None:
+        self._other, self._own = other, threading.Event()
+
+    def set(self) -> None:
+        """Set it, and leave the other one as it is."""
+        self._own.set()
+
+    def is_set(self) -> bool:
+        """Return whether one of the two is set."""
+        return self._own.is_set() or (self._other is not None and self._other.is_set())
+
+
+async def _wait_for_thread(work: Callable[[], _R], stop: Callable[[], object]) -> _R:
+    """Call a function in a thread of its own; if this is cancelled, stop it first.
+
+    Not in the loop's executor, whose threads are few and hold up the interpreter's end.
+    """
+    import asyncio
+    from concurrent.futures import Future
+
+    running: Future[_R] = Future()
+    running.set_running_or_notify_cancel()  # so nothing can cancel it
+
+    def run() -> None:
+        try:
+            running.set_result(work())
+        except BaseException as error:
+            running.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    ended = asyncio.wrap_future(running)
+    try:
+        return await asyncio.shield(ended)
+    except asyncio.CancelledError:
+        stop()
+        await asyncio.shield(ended)
+        raise
 
 
 def _queues_of(priority: Priority | Iterable[Priority]) -> list[str]:
@@ -7149,21 +8528,30 @@ def _postponed_copy(received: QueueMessage, delay_s: float, limit: int) -> Outgo
     """
     ours: dict[str, Mapping[str, Any]] = {}
     if received.attempt > 1:
-        before = str(received.attempt - 1)
-        ours[_ATTEMPTS_ATTRIBUTE] = {"DataType": "String", "StringValue": before}
-    copy = received.copy(_add_attributes(received, ours, limit))
+        ours[_ATTEMPTS_ATTRIBUTE] = _as_attribute(received.attempt - 1)
+    others = {_POSTPONED_ATTRIBUTE: _as_attribute(0), **received.message_attributes}
+    others[_POSTPONED_ATTRIBUTE] = _as_attribute(received.postponed + 1)
+    copy = received.copy(_add_attributes(received, ours, others, limit))
     return copy._replace(delay_s=delay_s)
 
 
+def _as_attribute(number: int) -> Mapping[str, Any]:
+    """Return a number as a message attribute."""
+    return {"DataType": "String", "StringValue": str(number)}
+
+
 def _add_attributes(
-    received: QueueMessage, ours: Mapping[str, Mapping[str, Any]], limit: int
+    received: QueueMessage,
+    ours: Mapping[str, Mapping[str, Any]],
+    others: Mapping[str, Mapping[str, Any]],
+    limit: int,
 ) -> Mapping[str, Mapping[str, Any]]:
-    """Return attributes of ours, and of the message's those for which there is room.
+    """Return attributes of ours, and of the others those for which there is room.
 
     What gives way are headers, which the body has too.
     """
     attributes = dict(ours)
-    for name, value in received.message_attributes.items():
+    for name, value in others.items():
         more = {name: value, **attributes}
         if len(more) <= _MAX_ATTRIBUTES and received.copy(more).size() <= limit:
             attributes = more
@@ -7214,7 +8602,8 @@ def _dead_letter_copy(
     text = _error_record(received, error, room)
     if len(text) <= room:
         attributes[_ERROR_ATTRIBUTE] = {"DataType": "String", "StringValue": text}
-    return received.copy(_add_attributes(received, attributes, limit))
+    others = received.message_attributes
+    return received.copy(_add_attributes(received, attributes, others, limit))
 
 
 def _error_record(
@@ -7432,7 +8821,9 @@ def _settings_of_children() -> dict[str, Any]:
     """Return all settings as they are now, with hooks by their dotted paths."""
     values = {name: getattr(settings, name) for name in _SETTINGS}
     for name, value in values.items():
-        if callable(value):
+        if isinstance(value, RetryPolicy):
+            values[name] = dataclasses.asdict(value)
+        elif callable(value):
             values[name] = _path_of_hook(name, value)
     # Of one source, where another may have a token that does not belong to the key.
     credentials = settings.credentials()
@@ -7473,26 +8864,28 @@ class _Child:
         self, start: Mapping[str, Any], max_tasks: int, given_up: threading.Event
     ) -> None:
         self._start, self._max_tasks, self._given_up = start, max_tasks, given_up
+        self._isolated = start.get("isolated", ())  # all messages of these tasks
         self._process: _ChildProcess | None = None
         self._runs_left = 0  # until the process is replaced
 
-    def process(self, received: QueueMessage) -> Outcome | None:
-        """Run a message, and decide its fate as :func:`process` does.
+    def process(self, batch: Sequence[QueueMessage]) -> list[Outcome]:
+        """Run messages that run together, and decide the fate of each.
 
-        :returns: None if the process was killed because the worker's grace is over
+        :returns: none if the process was killed because the worker's grace is over
         :raises _CannotStart: if the run did not begin, for another reason
         """
-        message = self._find_isolated(received)
+        message = self._find_isolated(batch[0])
         if message is None:
-            return process(received)
-        received.message = message
+            return _process_all(batch)
+        for received in batch:
+            received.message = self._find_isolated(received)
         try:
-            running = self._begin(message.task.name, received)
+            running = self._begin(message.task.name, batch)
         except _CannotStart:
             if self._given_up.is_set():
-                return None
+                return []
             raise
-        return self._finish(running, message.task, received)
+        return self._finish(running, message, batch)
 
     def start(self) -> _ChildProcess:
         """Return a process that lives, a new one if need be.
@@ -7514,23 +8907,35 @@ class _Child:
         self._end(_END_S)
 
     def _find_isolated(self, received: QueueMessage) -> Message | None:
-        """Return the decoded message if its task is isolated."""
-        if not self._start:
+        """Return the decoded message if its task is isolated, or has a time limit."""
+        if not self._isolated and _OPTIONS_HEADER not in received.body:
             return None
         try:
             message = _decode(received.body)
-            isolated = message.task.name in self._start["isolated"]
+            name = message.task.name
         except ValidationError:
             return None  # process() will say what is wrong with it
-        return message if isolated else None
+        if name in self._isolated:
+            return message
+        if _options_of(message).time_limit is not None and self._can_isolate(name):
+            return message
+        return None
 
-    def _begin(self, name: str, received: QueueMessage) -> _ChildProcess:
-        """Return a process that has begun to run a message, or raise _CannotStart."""
-        request = {
-            field: value
-            for field, value in vars(received).items()
-            if field not in ("broker", "message")
-        }
+    def _can_isolate(self, name: str) -> bool:
+        """Have children import all tasks, for one that only its message isolates."""
+        if name in self._start.get("isolated", ()):
+            return True
+        try:
+            self._start = _start_of_children(everything=True)
+        except ConfigurationError as error:
+            _log.warning("a time limit of one message is not kept: %s", error)
+            return False
+        self.close()  # the process that knows fewer tasks
+        return True
+
+    def _begin(self, name: str, batch: Sequence[QueueMessage]) -> _ChildProcess:
+        """Return a process that has begun to run messages, or raise _CannotStart."""
+        request = [_fields_of(received) for received in batch]
         running = self.start()
         until = time.monotonic() + _START_S
         try:
@@ -7567,13 +8972,15 @@ class _Child:
         return started
 
     def _finish(
-        self, running: _ChildProcess, its_task: Task[Any, Any], received: QueueMessage
-    ) -> Outcome | None:
-        """Return how a run that began has ended; None if the grace is over."""
-        name, limit_s, began = its_task.name, its_task.time_limit, time.monotonic()
+        self, running: _ChildProcess, message: Message, batch: Sequence[QueueMessage]
+    ) -> list[Outcome]:
+        """Return how a run that began has ended; none if the grace is over."""
+        name, began = message.task.name, time.monotonic()
+        limit_s = _options_of(message).time_limit or message.task.time_limit
         failure: TaskhawkError
         try:
-            outcome = _to_outcome(running.hear("ended", began + (limit_s or math.inf)))
+            answers = running.hear("ended", began + (limit_s or math.inf))
+            outcomes = _to_outcomes(answers, len(batch))
         except TimeoutError:
             self._end(0)
             text = f"{name} ran longer than its time limit of {limit_s:g} s"
@@ -7588,10 +8995,10 @@ class _Child:
             self._runs_left -= 1
             if not self._runs_left:
                 self.close()
-            return outcome
+            return outcomes
         if self._given_up.is_set():
-            return None
-        return _failed(received, failure, began)
+            return []
+        return [_failed(received, failure, began) for received in batch]
 
     def _end(self, within_s: float) -> str:
         """Have the process end, if there is one, and return how it ended."""
@@ -7695,6 +9102,13 @@ class _ChildProcess:
             time.sleep(0.005)
 
 
+def _fields_of(received: QueueMessage) -> dict[str, Any]:
+    """Return a message as a child is told it."""
+    fields = dict(vars(received))
+    del fields["broker"], fields["message"]
+    return fields
+
+
 def _parse_line(line: bytes) -> Any:
     """Return the JSON of a line, or raise ValueError."""
     try:
@@ -7710,6 +9124,13 @@ def _to_answer(outcome: Outcome) -> list[Any]:
         trace = "".join(traceback.format_exception(error))
         raised = [type(error).__name__, _text_of(error), trace]
     return [outcome.fate.value, outcome.delay_s, raised]
+
+
+def _to_outcomes(answers: Sequence[Any], count: int) -> list[Outcome]:
+    """Return the outcomes that a child answers, one a message, or raise ValueError."""
+    if len(answers) != count:
+        raise ValueError("not an answer for each message")
+    return [_to_outcome(answer) for answer in answers]
 
 
 def _to_outcome(answer: Any) -> Outcome:
@@ -7764,7 +9185,7 @@ class _Report(logging.StreamHandler[typing.TextIO]):
         self.stream = sys.stderr
 
 
-@_one_event_loop()
+@_EventLoop().in_this_thread()
 def _serve_worker(argv: Sequence[str]) -> int:
     """Run messages for a slot of a worker, which started this process.
 
@@ -7788,8 +9209,9 @@ def _serve_worker(argv: Sequence[str]) -> int:
         report.tell("imported", "")
         while line := lines.readline():
             report.tell("began")
-            received = QueueMessage(**json.loads(line), broker=_broker_of_child())
-            report.tell("ended", *_to_answer(process(received)))
+            broker = _broker_of_child()
+            batch = [QueueMessage(**it, broker=broker) for it in json.loads(line)]
+            report.tell("ended", *map(_to_answer, _process_all(batch)))
     return 0
 
 
@@ -7831,13 +9253,14 @@ def _die_with_parent() -> None:
 
 def _import_tasks(start: Mapping[str, Any], report: logging.Handler) -> None:
     """Do in a child what its worker did before it began."""
-    configure(start["settings"])
+    settings_of_worker = _read_settings(start["settings"])
+    configure(settings_of_worker)
     _log_only_to(report, start["level"])
     _set_up_django()
     for name in start["modules"]:
         importlib.import_module(name)
     # Again, for modules may set up both when they are imported.
-    configure(start["settings"])
+    configure(settings_of_worker)
     _log_only_to(report, start["level"])
     _broker_of_child()
     unknown = [name for name in start["isolated"] if name not in _registry]
@@ -7848,6 +9271,14 @@ def _import_tasks(start: Mapping[str, Any], report: logging.Handler) -> None:
             "worker calls",
             ", ".join(unknown),
         )
+
+
+def _read_settings(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what :func:`_settings_of_children` wrote, after its way through JSON."""
+    policy = values["TASKHAWK_RETRY"]
+    if isinstance(policy, dict):
+        policy = RetryPolicy(**policy)
+    return {**values, "TASKHAWK_RETRY": policy}
 
 
 def _broker_of_child() -> Broker | None:
@@ -7924,22 +9355,39 @@ def _run_records(
     records: Sequence[Any], context: Any
 ) -> tuple[list[QueueMessage], dict[QueueMessage, Outcome]]:
     """Run records in order, which is a FIFO queue's; return what is done and failed."""
+    _check_before_work()
     done: list[QueueMessage] = []
     failed: dict[QueueMessage, Outcome] = {}
     reserve_ms = _left_ms(context) / 10  # for the deletes and the answer
+    for batch in _batches_of(records):
+        if _is_behind(batch[0], failed):
+            outcomes = _not_started(batch, "an earlier one of its group failed")
+        elif _left_ms(context) < reserve_ms:
+            outcomes = _not_started(batch, "no time was left")
+        else:
+            outcomes = _process_all(batch)
+        for received, outcome in zip(batch, outcomes, strict=True):
+            if outcome.fate is Fate.acknowledge or _is_postponed(received, outcome):
+                done.append(received)
+            else:
+                failed[received] = outcome
+    return done, failed
+
+
+def _batches_of(records: Sequence[Any]) -> Iterator[list[QueueMessage]]:
+    """Yield each record by itself, and those of a batch task together."""
+    waiting: dict[str, list[QueueMessage]] = {}
     for record in records:
         received = _from_record(record)
-        if _is_behind(received, failed):
-            outcome = _not_started(received, "an earlier one of its group failed")
-        elif _left_ms(context) < reserve_ms:
-            outcome = _not_started(received, "no time was left")
-        else:
-            outcome = process(received)
-        if outcome.fate is Fate.acknowledge or _is_postponed(received, outcome):
-            done.append(received)
-        else:
-            failed[received] = outcome
-    return done, failed
+        received.batch_task = _find_batch_task(received)
+        if received.batch_task is None:
+            yield [received]
+            continue
+        batch = waiting.setdefault(received.batch_task, [])
+        batch.append(received)
+        if len(batch) == _most_together(received):
+            yield waiting.pop(received.batch_task)
+    yield from waiting.values()
 
 
 def _is_postponed(received: QueueMessage, outcome: Outcome) -> bool:
@@ -7966,10 +9414,10 @@ def _is_behind(received: QueueMessage, failed: Iterable[QueueMessage]) -> bool:
     return received.group_id in [earlier.group_id for earlier in failed]
 
 
-def _not_started(received: QueueMessage, reason: str) -> Outcome:
-    """Return the outcome of a message that counts as failed though it was not run."""
-    error = TaskhawkError(f"{_name_of(received)} was not started: {reason}")
-    return Outcome(Fate.retry, error)
+def _not_started(batch: Sequence[QueueMessage], reason: str) -> list[Outcome]:
+    """Return the outcomes of messages that count as failed though they were not run."""
+    texts = [f"{_name_of(received)} was not started: {reason}" for received in batch]
+    return [Outcome(Fate.retry, TaskhawkError(text)) for text in texts]
 
 
 def _set_delays(failed: Mapping[QueueMessage, Outcome]) -> None:
@@ -8067,13 +9515,628 @@ def _as_boto3(
 
 
 # --- 20. claims -----------------------------------------------------------------------
-# Who holds a key, until when.
-# (Invariant.)
+# Who holds a key, until when; in a DynamoDB table or in the SQLite file. Each change is
+# one conditional write, so two workers never both get the same claim. A claim ends when
+# it is released, and at the latest by itself, for who holds it may have died. A key is
+# a hash, so neither a table nor a log has an argument. What fails raises: nobody has a
+# claim that was not confirmed.
+# https://docs.aws.amazon.com/amazondynamodb/latest/developerguide/
+
+
+_SKEW_S = 5  # by which the clocks of workers may differ, added to how long claims last
+_MAX_PLACES = 1000  # of a key: all are in one item, and a write costs 1 KB of it
+_MAX_RETENTION_S = 14 * 86_400  # no queue keeps a message for longer
+_TTL_MARGIN_S = 86_400  # after a claim's end, before DynamoDB may delete its item
+_CLAIM_TRIES = 3  # to get one of the places that are free, while others do too
+
+
+class _Claim(NamedTuple):
+    """The answer to a claim.
+
+    :ivar token: what it is finished or released by; "" if others have the key
+    :ivar is_done: whether a run of the key was finished, and is still remembered
+    """
+
+    token: str = ""
+    is_done: bool = False
+
+
+class _Claims(typing.Protocol):
+    """Who holds a key, until when.
+
+    ``claim`` takes one of `most` places of a key for `for_s`, unless all are taken or
+    the key is done. ``finish`` has the key done for `keep_s`, whoever has it by now:
+    the run has been. ``release`` gives a place back, unless it is another's by now.
+
+    ``start`` notes that a message is about to run, unless another one's run of the same
+    key started after this message was sent: then it returns False. The times are the
+    queue's. A message may start again, and the times may be equal.
+
+    Any thread may call at any time. A call that raises may have had its effect.
+    """
+
+    def claim(self, key: str, for_s: float, most: int = 1) -> _Claim: ...
+    def finish(self, key: str, token: str, keep_s: float) -> None: ...
+    def release(self, key: str, token: str) -> None: ...
+    def start(
+        self, key: str, message_id: str, sent_ms: int, started_ms: int
+    ) -> bool: ...
+
+
+def _hash(text: str) -> str:
+    """Return 64 characters that stand for a text."""
+    import hashlib
+
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _find_claims() -> _Claims:
+    """Return where this process's claims are.
+
+    :raises ConfigurationError: on SQS, if TASKHAWK_CLAIMS_TABLE is not set
+    """
+    broker = _brokers.broker()
+    if isinstance(broker, SqliteBroker):
+        return _SqliteClaims(broker)
+    table = settings.TASKHAWK_CLAIMS_TABLE
+    if table is None:
+        example = _SETTINGS["TASKHAWK_CLAIMS_TABLE"].example
+        raise ConfigurationError(
+            "TASKHAWK_CLAIMS_TABLE is not set: on SQS, once, unique and limit need a"
+            f" DynamoDB table: set its name, such as {example!r}, and run python -m"
+            " taskhawk provision"
+        )
+    return typing.cast("_Claims", _brokers.get(f"dynamodb:{table}"))
+
+
+class _DynamoClaims(_AwsService, _Claims):
+    """Claims in a DynamoDB table, one item for each key.
+
+    The items have the layout that Powertools for AWS Lambda uses for idempotency:
+    ``id`` (the key), ``status``, ``in_progress_expiration`` in milliseconds, and
+    ``expiration`` in seconds, by which DynamoDB may delete the item. That may take
+    days, so what is expired counts as deleted.
+
+    :param url: ``dynamodb:`` and the name of the table
+    :param clock: epoch seconds; passed in by tests
+    """
+
+    service, target_key = "dynamodb", "TableName"
+
+    def __init__(self, url: str, clock: Callable[[], float] = time.time) -> None:
+        super().__init__()
+        self._table, self._clock = url.partition(":")[2], clock
+
+    def claim(self, key: str, for_s: float, most: int = 1) -> _Claim:
+        """Take a place: a free one if the first was not, as the answer then says."""
+        import random
+
+        owner, place = os.urandom(8).hex(), random.randrange(most)
+        for _ in range(_CLAIM_TRIES):
+            item = self._take(key, place, owner, for_s)
+            if item is None or item.get(f"owner_{place}") == {"S": owner}:
+                return _Claim(f"{place}-{owner}")
+            if item.get("status") == {"S": "COMPLETED"}:
+                return _Claim(is_done=True)
+            free = self._free_places(item, most)
+            if not free:
+                break
+            place = random.choice(free)
+        return _Claim()
+
+    def _take(
+        self, key: str, place: int, owner: str, for_s: float
+    ) -> Mapping[str, Any] | None:
+        """Take a place if it is free; else return the item that is in the way.
+
+        It is ours where botocore has repeated a request whose answer was lost.
+        """
+        now_s = self._clock()
+        return self._update(
+            key,
+            "SET #owner = :owner, #until = :until, #status = :running, #expiry = :ttl",
+            "(attribute_not_exists(#status) OR #status = :running OR #expiry < :now)"
+            " AND (attribute_not_exists(#until) OR #until < :now_ms)",
+            names={**_place_names(place), "#status": "status", "#expiry": "expiration"},
+            values={
+                ":owner": owner,
+                ":until": _to_ms(now_s + for_s),
+                ":running": "INPROGRESS",
+                ":ttl": math.ceil(now_s + for_s + _TTL_MARGIN_S),
+                ":now": math.floor(now_s),
+                ":now_ms": _to_ms(now_s),
+            },
+        )
+
+    def _free_places(self, item: Mapping[str, Any], most: int) -> list[int]:
+        """Return the places of an item that nobody has."""
+        now_ms = _to_ms(self._clock())
+        free = []
+        for place in range(most):
+            until = item.get(_place_names(place)["#until"], {"N": "0"})
+            if int(until["N"]) < now_ms:
+                free.append(place)
+        return free
+
+    def finish(self, key: str, token: str, keep_s: float) -> None:
+        """Have the key done for so long."""
+        place, _, _ = token.partition("-")
+        self._update(
+            key,
+            "SET #status = :done, #expiry = :ttl REMOVE #owner, #until",
+            "",
+            names={
+                **_place_names(int(place)),
+                "#status": "status",
+                "#expiry": "expiration",
+            },
+            values={":done": "COMPLETED", ":ttl": math.ceil(self._clock() + keep_s)},
+        )
+
+    def release(self, key: str, token: str) -> None:
+        """Give a place back."""
+        place, _, owner = token.partition("-")
+        self._update(
+            key,
+            "REMOVE #owner, #until",
+            "#owner = :owner",
+            names=_place_names(int(place)),
+            values={":owner": owner},
+        )
+
+    def start(self, key: str, message_id: str, sent_ms: int, started_ms: int) -> bool:
+        """Note that a message is about to run."""
+        now_s = self._clock()
+        in_the_way = self._update(
+            key,
+            "SET #message = :message, #started = :started, #expiry = :ttl",
+            "attribute_not_exists(#started) OR #started <= :sent"
+            " OR #message = :message OR #expiry < :now",
+            names={
+                "#message": "message_id",
+                "#started": "started",
+                "#expiry": "expiration",
+            },
+            values={
+                ":message": message_id,
+                ":started": started_ms,
+                ":sent": sent_ms,
+                ":ttl": math.ceil(now_s + _MAX_RETENTION_S),
+                ":now": math.floor(now_s),
+            },
+        )
+        return in_the_way is None
+
+    def _update(
+        self,
+        key: str,
+        change: str,
+        condition: str,
+        *,
+        names: Mapping[str, str],
+        values: Mapping[str, str | int],
+    ) -> Mapping[str, Any] | None:
+        """Change the item of a key; where the condition fails, return the item."""
+        parameters: dict[str, Any] = {
+            "Key": {"id": {"S": key}},
+            "UpdateExpression": change,
+            "ExpressionAttributeNames": names,
+            "ExpressionAttributeValues": {
+                name: _to_attribute(value) for name, value in values.items()
+            },
+        }
+        if condition:
+            parameters["ConditionExpression"] = condition
+            parameters["ReturnValuesOnConditionCheckFailure"] = "ALL_OLD"
+        try:
+            self.call("send", "update_item", self._table, **parameters)
+        except Exception as error:
+            if _error_code(error) != "ConditionalCheckFailedException":
+                raise
+            answer = getattr(error, "response", {})
+            return typing.cast("Mapping[str, Any]", answer.get("Item", {}))
+        return None
+
+
+def _to_ms(seconds: float) -> int:
+    """Return a time in whole milliseconds."""
+    return math.ceil(seconds * 1000)
+
+
+def _to_attribute(value: str | int) -> dict[str, str]:
+    """Return a value as DynamoDB's protocol has it."""
+    if isinstance(value, int):
+        return {"N": str(value)}
+    return {"S": value}
+
+
+def _place_names(place: int) -> dict[str, str]:
+    """Return the attributes of a place; the first has Powertools' name."""
+    until = "in_progress_expiration"
+    if place:
+        until += f"_{place}"
+    return {"#owner": f"owner_{place}", "#until": until}
+
+
+_schemes["dynamodb"] = _DynamoClaims  # type: ignore[assignment]
+
+
+# A row for each claim. Of a start, the token is empty, for there is one for each key.
+_CLAIMS_SCHEMA = (
+    """CREATE TABLE IF NOT EXISTS claim (
+    key TEXT NOT NULL, token TEXT NOT NULL, until_ms INTEGER NOT NULL,
+    is_done INTEGER NOT NULL DEFAULT 0, message_id TEXT, started_ms INTEGER,
+    PRIMARY KEY (key, token)) WITHOUT ROWID""",
+    "CREATE INDEX IF NOT EXISTS claim_until ON claim (until_ms)",
+)
+
+
+class _SqliteClaims(_Claims):
+    """Claims in the file of a broker, which they die with."""
+
+    def __init__(self, broker: SqliteBroker) -> None:
+        self._broker = broker
+
+    def claim(self, key: str, for_s: float, most: int = 1) -> _Claim:
+        """Take a place, if fewer than so many are taken."""
+        token, now_ms = os.urandom(8).hex(), self._in_ms()
+        insert = """INSERT INTO claim (key, token, until_ms) SELECT ?, ?, ?
+            WHERE (SELECT count(*) FROM claim WHERE key = ? AND until_ms >= ?) < ?"""
+        values = (key, token, self._in_ms(for_s), key, now_ms, most)
+        if self._change(insert, values):
+            return _Claim(token)
+        find = """SELECT count(*) FROM claim
+            WHERE key = ? AND until_ms >= ? AND is_done"""
+        [[done]] = self._file.read(find, (key, now_ms))
+        return _Claim(is_done=done > 0)
+
+    def finish(self, key: str, token: str, keep_s: float) -> None:
+        """Have the key done for so long."""
+        insert = """INSERT INTO claim (key, token, until_ms, is_done)
+            VALUES (?, ?, ?, 1) ON CONFLICT (key, token)
+            DO UPDATE SET until_ms = excluded.until_ms, is_done = 1"""
+        self._change(insert, (key, token, self._in_ms(keep_s)))
+
+    def release(self, key: str, token: str) -> None:
+        """Give a place back."""
+        self._change("DELETE FROM claim WHERE key = ? AND token = ?", (key, token))
+
+    def start(self, key: str, message_id: str, sent_ms: int, started_ms: int) -> bool:
+        """Note that a message is about to run."""
+        insert = """INSERT INTO claim (key, token, until_ms, message_id, started_ms)
+            VALUES (?, '', ?, ?, ?) ON CONFLICT (key, token) DO UPDATE
+            SET until_ms = excluded.until_ms, message_id = excluded.message_id,
+            started_ms = excluded.started_ms
+            WHERE started_ms <= ? OR message_id = excluded.message_id"""
+        until_ms = self._in_ms(_MAX_RETENTION_S)
+        values = (key, until_ms, message_id, started_ms, sent_ms)
+        return self._change(insert, values) > 0
+
+    @property
+    def _file(self) -> _SqliteFile:
+        return self._broker._file  # noqa: SLF001 - the file is the broker's and ours
+
+    def _in_ms(self, seconds: float = 0) -> int:
+        """Return the time so many seconds from now, by the broker's clock."""
+        return self._broker._in_ms(seconds)  # noqa: SLF001 - claims go by it
+
+    def _change(self, statement: str, values: Sequence[Any]) -> int:
+        """Make a change; return how many rows it met. What is expired goes, too."""
+        file = self._file
+        file.open()
+        for part in _CLAIMS_SCHEMA:  # nothing, where they exist
+            file.change(part, ())
+        file.change("DELETE FROM claim WHERE until_ms < ?", (self._in_ms(),))
+        return file.change(statement, values)
 
 
 # --- 21. once, unique, limits ---------------------------------------------------------
-# What claims are for.
-# (Invariant.)
+# What claims are for. All of it acts where a run starts, never at dispatch, so no crash
+# can suppress a message for one that was not sent. A message is ignored only if a run
+# that stands for its own has ended, or has its own message in the queue. One that
+# can't have its claim, or whose claim fails, is postponed: it never runs without it.
+# Where a run has ended, and its claim can't be told, the claim ends by itself.
+
+
+__all__ += ["Limit", "limit"]
+
+_KEEP_S = 86_400  # how long `once` remembers, if keep_s does not say
+_LAMBDA_RUN_S = 900  # a function runs no longer
+_FIRST_WAIT_S = 10  # for a claim that others have; it doubles each time…
+_LONGEST_WAIT_S = 160  # …up to this
+_MEMORY = r"sqlite://(\?|$)"  # a URL of a queue that is in memory
+_claim_faults = _Faults()
+
+
+class Limit(NamedTuple):
+    """What :func:`limit` returns, and the option `limit` of :func:`task` takes."""
+
+    most: int
+    per: tuple[str, ...] = ()
+    every_s: float | None = None
+
+
+def limit(
+    most: int, *, per: tuple[str, ...] = (), every_s: float | None = None
+) -> Limit:
+    """Return how many runs of a task there may be at once, or in a time.
+
+    ``limit(1, per=('customer',))`` is a lock for each customer, ``limit(10)`` allows
+    ten runs at once over all workers, and ``limit(100, every_s=60)`` a hundred starts
+    in any minute.
+
+    :param most: how many, 1 to 1,000
+    :param per: the names of arguments: each of their values has a limit of its own
+    :param every_s: count starts in so many seconds instead of what runs at once
+    :raises ConfigurationError: if one of them is wrong
+    """
+    if type(most) is not int or not 1 <= most <= _MAX_PLACES:
+        raise ConfigurationError(
+            f"limit: most: expected 1 to {_MAX_PLACES} runs, got {most!r}"
+        )
+    if not _are_names(per):
+        raise ConfigurationError(f"limit: per: expected {_NAMES}, got {per!r}")
+    if every_s is not None and not _is_above_zero(every_s):
+        raise ConfigurationError(
+            f"limit: every_s: expected a number of seconds above 0, got {every_s!r}"
+        )
+    return Limit(most, tuple(per), every_s)
+
+
+# The options, when a task is declared.
+
+_NAMES = "a tuple of names of arguments, such as ('order_id',)"
+
+
+def _are_names(value: object) -> bool:
+    """Return whether this is a tuple or list of strings."""
+    if not isinstance(value, tuple | list):
+        return False
+    return all(isinstance(name, str) for name in value)
+
+
+def _check_choice(option: str, made: Task[Any, Any], value: object) -> None:
+    """Check `once` or `unique`: False, True, or arguments of the task."""
+    if isinstance(value, bool):
+        return
+    if not value or not _are_names(value):
+        raise ConfigurationError(
+            f"{made.name}: {option}: expected True or {_NAMES}, got {value!r}"
+        )
+    _check_arguments(option, made, typing.cast("Sequence[str]", value))
+
+
+def _check_arguments(option: str, made: Task[Any, Any], names: Sequence[str]) -> None:
+    """Raise ConfigurationError unless these are arguments of the task."""
+    for name in names:
+        parameter = made._signature.parameters.get(name)  # noqa: SLF001
+        given = name in made._given_by_worker  # noqa: SLF001
+        if parameter is None or given or parameter.kind is parameter.VAR_KEYWORD:
+            raise ConfigurationError(
+                f"{made.name}: {option}: the function has no argument {name!r}"
+            )
+
+
+def _check_keep(made: Task[Any, Any], value: object) -> None:
+    """Check `keep_s`, which goes with `once`."""
+    if not made.options.get("once"):
+        raise ConfigurationError(f"{made.name}: keep_s: expected once=, too")
+    if not _is_above_zero(value):
+        raise ConfigurationError(
+            f"{made.name}: keep_s: expected a number of seconds above 0, got {value!r}"
+        )
+
+
+def _check_limit(made: Task[Any, Any], value: object) -> None:
+    """Check `limit`."""
+    if not isinstance(value, Limit):
+        raise ConfigurationError(
+            f"{made.name}: limit: expected taskhawk.limit(…), got {value!r}"
+        )
+    _check_arguments("limit", made, value.per)
+    if value.every_s is None and made.time_limit is None:
+        raise ConfigurationError(
+            f"{made.name}: limit: expected time_limit=, too, after which the place of a"
+            " worker that died is free again"
+        )
+
+
+_more_options["once"] = functools.partial(_check_choice, "once")
+_more_options["unique"] = functools.partial(_check_choice, "unique")
+_more_options["keep_s"] = _check_keep
+_more_options["limit"] = _check_limit
+_CLAIMING = ("once", "unique", "limit")
+
+
+def _needs_claims(its_task: Task[Any, Any]) -> bool:
+    """Return whether a run of the task begins with a claim."""
+    return any(its_task.options.get(option) for option in _CLAIMING)
+
+
+def _check_claims() -> None:
+    """Raise ConfigurationError if a registered task needs claims, and there are none.
+
+    It is workers that need them, at their start: who only dispatches has no use for the
+    table, nor a permission.
+    """
+    for its_task in _registry.values():
+        if _needs_claims(its_task):
+            _find_claims()
+            if its_task.isolate and re.match(_MEMORY, settings.TASKHAWK_BROKER):
+                raise ConfigurationError(
+                    f"{its_task.name}: sqlite:// is the memory of one process, where"
+                    " the claims of an isolated task can't be: use a file, such as"
+                    " sqlite:///queue.db"
+                )
+
+
+_before_work.append(_check_claims)
+
+
+# A run.
+
+_UNCLAIMED = contextlib.nullcontext()
+
+
+def _around_run(
+    its_task: Task[Any, Any], received: QueueMessage
+) -> contextlib.AbstractContextManager[object, bool | None]:
+    """Return what holds the claims of a run; in sync mode, there is nobody else."""
+    if not its_task.options or not _needs_claims(its_task) or settings.TASKHAWK_SYNC:
+        return _UNCLAIMED
+    return _with_claims(its_task, received)
+
+
+_around_runs.append(_around_run)
+
+
+@contextlib.contextmanager
+def _with_claims(its_task: Task[Any, Any], received: QueueMessage) -> Iterator[None]:
+    """Hold the claims of a run, from before the task's call to after the post hook.
+
+    The order matters. A message that `unique` has noted stands for others, so `once`
+    must not ignore it after that. One that waits for its limit stands for them, too.
+    """
+    options = its_task.options
+    with contextlib.ExitStack() as claims:
+        if options.get("once"):
+            claims.enter_context(_once(its_task, received))
+        if options.get("unique"):
+            _start_unique(its_task, received)
+        if options.get("limit"):
+            claims.enter_context(_within_limit(its_task, received))
+        yield
+
+
+@contextlib.contextmanager
+def _once(its_task: Task[Any, Any], received: QueueMessage) -> Iterator[None]:
+    """Claim a message, or its arguments; if the run succeeds, have the claim done."""
+    message, chosen = _message_of(received), its_task.options["once"]
+    if chosen is True:
+        key = _key(its_task, "once", message.id)
+    else:
+        key = _key(its_task, "once", _arguments(its_task, message, chosen))
+    claim = _ask("claim", key, _void_s(its_task, received))
+    if claim.is_done:
+        raise IgnoreException("it has been done")
+    if not claim.token:
+        raise PostponeException("it runs elsewhere", delay_seconds=_wait_s(received))
+    try:
+        yield
+    except BaseException:
+        _tell("release", key, claim.token)
+        raise
+    _tell("finish", key, claim.token, its_task.options.get("keep_s", _KEEP_S))
+
+
+def _start_unique(its_task: Task[Any, Any], received: QueueMessage) -> None:
+    """Ignore a message if a run of its key started after it was sent.
+
+    The times are the queue's own. The first receive of the message that ran was before
+    its start, so a time between the two says too little, and at worst one runs more.
+    """
+    sent = received.attributes.get("SentTimestamp")
+    first = received.attributes.get("ApproximateFirstReceiveTimestamp")
+    if sent is None or first is None:
+        return  # of a topic: nothing can be compared
+    message, chosen = _message_of(received), its_task.options["unique"]
+    key = _key(its_task, "unique", _arguments(its_task, message, chosen))
+    may_run = _ask("start", key, message.id, int(sent), int(first))
+    if not may_run:
+        raise IgnoreException("a run that started after it was sent stands for it")
+
+
+@contextlib.contextmanager
+def _within_limit(its_task: Task[Any, Any], received: QueueMessage) -> Iterator[None]:
+    """Hold one of the places of a limit; of a rate, a place is taken for its time."""
+    most, per, every_s = its_task.options["limit"]
+    message = _message_of(received)
+    key = _key(its_task, "limit", _arguments(its_task, message, per))
+    for_s = every_s or _void_s(its_task, received)
+    claim = _ask("claim", key, for_s, most)
+    if not claim.token:
+        raise PostponeException("its limit is reached", delay_seconds=_wait_s(received))
+    try:
+        yield
+    finally:
+        if every_s is None:
+            _tell("release", key, claim.token)
+
+
+def _message_of(received: QueueMessage) -> Message:
+    """Return the decoded message of a run that is about to begin."""
+    return typing.cast("Message", received.message)
+
+
+def _void_s(its_task: Task[Any, Any], received: QueueMessage) -> float:
+    """Return after which time the claim of a run is void, for its worker has died."""
+    if received.in_lambda:  # which has no regard for time limits
+        return _LAMBDA_RUN_S + _SKEW_S
+    return (its_task.time_limit or received.lease_s) + _SKEW_S
+
+
+def _wait_s(received: QueueMessage) -> float:
+    """Return when to look again for a claim that others have.
+
+    A look costs a receive, a claim, a copy and a delete. The longer a message waits,
+    the fewer looks; after some minutes that is one request in thirty seconds.
+    """
+    doublings = min(received.postponed, 10)
+    return _jittered(min(_FIRST_WAIT_S * 2**doublings, _LONGEST_WAIT_S))
+
+
+def _key(its_task: Task[Any, Any], kind: str, what: object) -> str:
+    """Return the key of a claim; a table may serve several services."""
+    parts = [settings.TASKHAWK_QUEUE, its_task.name, what]
+    # A default need not be JSON, and its text may differ from process to process.
+    text = json.dumps(parts, sort_keys=True, default=_type_name)
+    return f"{kind}:{_hash(text)}"
+
+
+def _type_name(value: object) -> str:
+    """Return the name of a value's type."""
+    return _qualname(type(value))
+
+
+def _arguments(
+    its_task: Task[Any, Any], message: Message, chosen: Any
+) -> dict[str, Any]:
+    """Return a call's arguments by name, however they were given.
+
+    :param chosen: True for all, or the names of some
+    """
+    given = its_task._given_by_worker  # noqa: SLF001
+    keywords = {**message.kwargs, **dict.fromkeys(given)}
+    bound = its_task._signature.bind(*message.args, **keywords)  # noqa: SLF001
+    bound.apply_defaults()
+    if chosen is True:
+        chosen = [name for name in bound.arguments if name not in given]
+    return {name: bound.arguments[name] for name in chosen}
+
+
+def _ask(operation: str, *values: object) -> Any:
+    """Make a claim, or postpone the run if that fails."""
+    try:
+        answer = getattr(_find_claims(), operation)(*values)
+    except Exception as error:
+        level = logging.WARNING
+        if isinstance(error, ConfigurationError):
+            level = logging.ERROR  # for a person to mend
+        _claim_faults.failed("claims", "claim", _text_of(error), level)
+        delay_s = _jittered(_POSTPONE_S)
+        raise PostponeException("its claim failed", delay_seconds=delay_s) from error
+    _claim_faults.worked("claims", "claim")
+    return answer
+
+
+def _tell(operation: str, *values: object) -> None:
+    """End a claim; where that fails, it ends by itself, and the run has been."""
+    try:
+        getattr(_find_claims(), operation)(*values)
+    except Exception as error:
+        _claim_faults.failed("claims", "end claims", _text_of(error))
+    else:
+        _claim_faults.worked("claims", "end claims")
 
 
 # --- 22. schedules --------------------------------------------------------------------
@@ -8108,13 +10171,6 @@ def _schedule_name(message_id: str) -> str:
     if re.fullmatch("(?a)[\\w-]{1,64}", message_id):
         return message_id
     return _hash(message_id)
-
-
-def _hash(text: str) -> str:
-    """Return 64 characters that stand for a text."""
-    import hashlib
-
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _at(due_s: float, now_s: float) -> str:
@@ -8788,6 +10844,9 @@ class _DjangoBackend:
                 f"{where}: OPTIONS: expected on_commit, settings of taskhawk or options"
                 f" of taskhawk.task, got {name!r}"
             )
+        if type(self) is not _make_django_backend():
+            for name in sorted(_SETTINGS.keys() & self.options):
+                yield f"{where}: OPTIONS: {name} is not read for a subclass"
 
 
 def _expected_queue(name: object) -> str:
@@ -8809,15 +10868,13 @@ def _django_priority(declared: Any) -> Priority:
 
 @functools.cache
 def _django_task_options() -> frozenset[str]:
-    """Return the options of :func:`task` that are not Django's in another form."""
+    """Return the options of :func:`task` that one of Django's tasks may have.
+
+    Its name and priority are Django's to say, and it is called with its own arguments.
+    """
     own = inspect.signature(task, **_ANNOTATIONS).parameters
-    return frozenset([*own, *_more_options]) - {
-        "args",
-        "more",
-        "name",
-        "priority",
-        "_django",
-    }
+    others = {"args", "more", "name", "priority", "batch", "_django"}
+    return frozenset([*own, *_more_options]) - others
 
 
 def _options_of_declaration(declared: Any) -> dict[str, Any]:
@@ -9062,6 +11119,8 @@ else:
 # === PART VI: PEOPLE ==================================================================
 
 __all__ += [
+    "DeadLetter",
+    "dead_letters",
     "main",
     "requeue_dead_letter",
 ]
@@ -9073,76 +11132,121 @@ __all__ += [
 # none. A scan hides what it receives, and in the end makes what it left visible again.
 
 
-@dataclasses.dataclass(frozen=True)
-class _DeadLetter:
-    """A dead letter as people see it: what it is, since when, and why it is there.
+_MOVED = "moved by the queue itself, after too many receives"
 
-    It may come from anywhere, so neither its body nor its error need be ours. Where the
-    body is not valid, `invalid` says why. `error` is what a worker recorded; None where
-    the queue moved the message.
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class DeadLetter:
+    """A message in a dead-letter queue, as :func:`dead_letters` yields it.
+
+    It may come from anywhere, so neither its body nor its error need be ours. It can be
+    sent back or deleted until the loop that it is of has ended.
+
+    :ivar received: the message as the queue gave it, with its body and attributes
+    :ivar age_s: seconds since it was sent for the first time
+    :ivar record: what a worker recorded of the error: ``type``, ``message``,
+        ``traceback``, ``attempt``, ``worker`` and ``time``; None where it recorded none
+    :ivar message: None where the body is not valid; its task need not be registered
+    :ivar invalid: why the body is not valid; None where it is
     """
 
+    _scan: _Scan
     received: QueueMessage
-    message_id: str
-    sent: str
     age_s: int
-    receives: int
-    error: Mapping[str, Any] | None
+    record: Mapping[str, Any] | None
+    message: Message | None = None
     invalid: str | None = None
-    id: str | None = None
-    task: str | None = None
-    headers: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    args: Sequence[Any] | None = None
-    kwargs: Mapping[str, Any] | None = None
 
     @property
-    def ids(self) -> set[str]:
-        """The names that it goes by: the message's own id, and that of SQS."""
-        return {self.id or self.message_id, self.message_id}
+    def message_id(self) -> str:
+        """The id that the queue gave it."""
+        return self.received.message_id
 
     @property
-    def error_text(self) -> str:
+    def id(self) -> str | None:
+        """The message's own id."""
+        return self.message.id if self.message else None
+
+    @property
+    def task(self) -> str | None:
+        """The name of its task."""
+        return self.message.task_name if self.message else None
+
+    @property
+    def error(self) -> str:
         """Type and message of the recorded error; "" where there is none."""
-        if not self.error:
+        if not self.record:
             return ""
-        return f"{self.error.get('type')}: {self.error.get('message')}"
+        return f"{self.record.get('type')}: {self.record.get('message')}"
 
     @property
-    def reason(self) -> str:
-        """Why it is here, in one line."""
-        moved = "moved by the queue itself, after too many receives"
-        return (self.error_text or self.invalid or moved).partition("\n")[0]
+    def traceback(self) -> str:
+        """The traceback of the recorded error; "" where there is none."""
+        if not self.record:
+            return ""
+        return str(self.record.get("traceback", ""))
+
+    @property
+    def cause(self) -> str:
+        """Why it is here: its error, or what stands for one."""
+        return self.error or self.invalid or _MOVED
+
+    @property
+    def sent(self) -> str:
+        """When it was sent for the first time, in ISO 8601."""
+        return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(_sent_s(self.received)))
+
+    def requeue(self) -> None:
+        """Send it back to the queue of its priority, and delete it here.
+
+        :raises PartialFailure: if it could not be sent, or if its copy was sent and it
+            could not be deleted: then it is in both queues
+        :raises TaskhawkError: if the loop has ended, or it was sent back or deleted
+        """
+        self._scan.requeue([self])
+        self._scan.check([self.message_id])
+
+    def delete(self) -> None:
+        """Delete it for good.
+
+        :raises PartialFailure: if it could not be deleted
+        :raises TaskhawkError: if the loop has ended, or it was sent back or deleted
+        """
+        self._scan.delete([self])
+        self._scan.check([self.message_id])
 
     def as_dict(self) -> dict[str, Any]:
         """Return all that is known of it but its body, for JSON."""
-        values = dict(vars(self))
-        del values["received"]
-        return values
+        message = self.message
+        return {
+            "message_id": self.message_id,
+            "sent": self.sent,
+            "age_s": self.age_s,
+            "receives": self.received.attempt,
+            "error": self.record,
+            "invalid": self.invalid,
+            "id": self.id,
+            "task": self.task,
+            "headers": message.headers if message else {},
+            "args": message.args if message else None,
+            "kwargs": message.kwargs if message else None,
+        }
 
 
-def _read_dead_letter(received: QueueMessage) -> _DeadLetter:
+def _sent_s(received: QueueMessage) -> float:
+    """Return when a message was sent for the first time, in epoch seconds."""
+    return int(received.attributes.get("SentTimestamp", 0)) / 1000
+
+
+def _read_dead_letter(scan: _Scan, received: QueueMessage) -> DeadLetter:
     """Read a dead letter; nothing in it is trusted."""
-    sent_s = int(received.attributes.get("SentTimestamp", 0)) / 1000
-    letter = _DeadLetter(
-        received,
-        message_id=received.message_id,
-        sent=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(sent_s)),
-        age_s=max(0, round(time.time() - sent_s)),
-        receives=received.attempt,
-        error=_recorded_error(received),
-    )
+    age_s = max(0, round(time.time() - _sent_s(received)))
+    record = _recorded_error(received)
     try:
         message = _decode(received.body)
     except ValidationError as error:
-        return dataclasses.replace(letter, invalid=str(error))
-    return dataclasses.replace(
-        letter,
-        id=message.id,
-        task=message.task_name,
-        headers=message.headers,
-        args=message.args,
-        kwargs=message.kwargs,
-    )
+        return DeadLetter(scan, received, age_s, record, invalid=str(error))
+    return DeadLetter(scan, received, age_s, record, message)
 
 
 def _recorded_error(received: QueueMessage) -> dict[str, Any] | None:
@@ -9160,34 +11264,40 @@ class _LetterFilter:
     """Says which dead letters are meant: those that fit every field."""
 
     task: str = "*"  # a pattern, as the shell's
-    error: str = ""  # a part of the error's type or message
+    error: str = ""  # a part of its cause
     headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
     oldest_s: float = math.inf
     newest_s: float = 0
     ids: frozenset[str] = frozenset()  # of the message or of SQS; any, if empty
 
-    def matches(self, letter: _DeadLetter) -> bool:
+    def matches(self, letter: DeadLetter) -> bool:
         """Return whether a dead letter is meant."""
         import fnmatch
 
         if not fnmatch.fnmatchcase(letter.task or "", self.task):
             return False
-        if self.error not in letter.error_text:
+        if self.error not in letter.cause:
             return False
         if not self.newest_s <= letter.age_s <= self.oldest_s:
             return False
-        if self.ids and self.ids.isdisjoint(letter.ids):
+        if self.ids and self.ids.isdisjoint([letter.id, letter.message_id]):
             return False
-        headers = {name: str(value) for name, value in letter.headers.items()}
-        return self.headers.items() <= headers.items()
+        return self.headers.items() <= _texts(letter).items()
+
+
+def _texts(letter: DeadLetter) -> dict[str, str]:
+    """Return the headers of a dead letter as text."""
+    if letter.message is None:
+        return {}
+    return {name: str(value) for name, value in letter.message.headers.items()}
 
 
 @dataclasses.dataclass
 class _Scan:
     """One look at each dead letter of a queue; use it in a ``with`` block.
 
-    Iterating receives, and yields those that match in lists of at most ten: `requeue`
-    and `delete` act on such a list. When the block ends, what is left is visible again.
+    It receives as it is iterated, and yields those that match. When the block ends,
+    what is left is visible again.
 
     :param doing: what the scan is for, such as "requeueing"; `done` is that afterwards
     :param num_messages: how many to receive at once, up to ten
@@ -9219,9 +11329,9 @@ class _Scan:
             raise ConfigurationError(
                 f"{self._queue}: it has no dead-letter queue (no RedrivePolicy)"
             )
-        self._source = source
+        self.source = source
         self.matched = 0
-        self.found_ids: set[str] = set()  # of those that matched
+        self.found_ids: set[str | None] = set()  # of those that matched
         self._removed: list[str] = []  # the message ids of those moved or deleted
         self._failed: dict[str, str] = {}  # why one could not be, by its message id
         self._hidden: dict[str, str] = {}  # receipt handles, by message id
@@ -9230,43 +11340,51 @@ class _Scan:
     def __enter__(self) -> typing.Self:
         return self
 
-    def __iter__(self) -> Iterator[list[_DeadLetter]]:
-        """Yield those that match; end after as many as there were at the start.
+    def __iter__(self) -> Iterator[DeadLetter]:
+        """Yield those that match, one by one."""
+        for page in self.pages():
+            yield from page
 
-        What arrives meanwhile is left to the next scan: it may be what was sent back.
+    def pages(self) -> Iterator[list[DeadLetter]]:
+        """Yield those that match in lists of at most ten, which need one call each.
+
+        End after as many as there were at the start. What arrives meanwhile is left to
+        the next scan: it may be what was sent back.
         """
         total = self.total()
-        self.say("%s about %d messages from %s", self.doing, total, self._source)
+        self.say("%s about %d messages from %s", self.doing, total, self.source)
         total = max(total, 1)  # the count is approximate: look at least once
         while len(self._seen) < total and self.matched < self.limit:
             new = self._receive(total - len(self._seen))
             if not new:
-                self._say_what_waits(total - len(self._seen))
+                self._warn_of_groups(total - len(self._seen))
                 return
-            letters = [*filter(self.wanted.matches, map(_read_dead_letter, new))]
+            letters = [_read_dead_letter(self, received) for received in new]
+            letters = [*filter(self.wanted.matches, letters)]
             letters = letters[: self.limit - self.matched]
             self.matched += len(letters)
-            self.found_ids.update(*(letter.ids for letter in letters))
+            for letter in letters:
+                self.found_ids |= {letter.id, letter.message_id}
             yield letters
             failed = len(self._failed)
             text = "%s %d of %d messages, %d failed"
             self.say(text, self.done, self.matched - failed, total, failed)
 
-    def _say_what_waits(self, left: int) -> None:
-        """Say that a FIFO queue withholds what follows the messages of a group."""
-        if self._hidden and _is_fifo(self._source):
-            text = "about %d more wait in %s behind these, in the same groups"
-            self.say(text, left, self._source)
+    def _warn_of_groups(self, left: int) -> None:
+        """Warn of what a FIFO queue withholds: the rest of groups that were met."""
+        if self._hidden and _is_fifo(self.source):
+            text = "%s: about %d more wait behind these, in their groups"
+            _log.warning(text, self.source, left)
 
     def total(self) -> int:
         """Count the dead letters that are visible; SQS does so approximately."""
-        return self._broker.depth(self._source).visible
+        return self._broker.depth(self.source).visible
 
     def _receive(self, left: int) -> list[QueueMessage]:
         """Receive once, and return what was not met before."""
         at_once = min(self.num_messages, _MAX_BATCH, left)
         received = self._broker.receive(
-            self._source, at_once, 1, self.lease_s, threading.Event()
+            self.source, at_once, 1, self.lease_s, threading.Event()
         )
         new = {}
         for message in received:
@@ -9277,51 +11395,67 @@ class _Scan:
         self._seen.update(new)
         return list(new.values())
 
-    def requeue(self, letters: Sequence[_DeadLetter]) -> None:
+    def requeue(self, letters: Sequence[DeadLetter]) -> None:
         """Send copies to the queue, and delete those whose copy is confirmed.
 
         After a crash in between, a message is in both queues: it runs again.
         """
+        self._receipts(letters)  # nothing is sent that can't be deleted then
         copies = []
         for letter in letters:
             attributes = dict(letter.received.message_attributes)
-            attributes.pop(_ERROR_ATTRIBUTE, None)
-            attributes.pop(_ATTEMPTS_ATTRIBUTE, None)
+            for name in (_ERROR_ATTRIBUTE, _ATTEMPTS_ATTRIBUTE, _POSTPONED_ATTRIBUTE):
+                attributes.pop(name, None)
             copies.append(letter.received.copy(attributes))
         refused = _send_all(self._broker, self._queue, copies)
         self.delete(self._accepted(letters, refused), "copied, but not deleted: ")
 
-    def delete(self, letters: Sequence[_DeadLetter], failure: str = "") -> None:
+    def delete(self, letters: Sequence[DeadLetter], failure: str = "") -> None:
         """Delete dead letters; `failure` is what is said before the reason of one."""
-        receipts = [self._hidden[letter.message_id] for letter in letters]
-        delete = functools.partial(self._broker.delete, self._source)
+        receipts = self._receipts(letters)
+        delete = functools.partial(self._broker.delete, self.source)
         refused = _in_batches(delete, receipts, 3)
         for letter in self._accepted(letters, refused, failure):
             self._removed.append(letter.message_id)
             del self._hidden[letter.message_id]
 
+    def _receipts(self, letters: Iterable[DeadLetter]) -> list[str]:
+        """Return what they can be deleted by; raise TaskhawkError if one has none."""
+        for letter in letters:
+            if letter.message_id not in self._hidden:
+                raise TaskhawkError(
+                    f"dead letter {letter.message_id}: it was sent back or deleted"
+                    " before, or its loop has ended"
+                )
+        return [self._hidden[letter.message_id] for letter in letters]
+
     def _accepted(
         self,
-        letters: Sequence[_DeadLetter],
+        letters: Sequence[DeadLetter],
         refused: Mapping[int, Refusal],
         failure: str = "",
-    ) -> list[_DeadLetter]:
+    ) -> list[DeadLetter]:
         """Return those that were not refused; log the first refusal with its remedy."""
         if refused:
             first = next(iter(refused.values()))
             _log.warning("%s: %s", first.code, first.text)
         for index, refusal in refused.items():
             self._failed[letters[index].message_id] = failure + refusal.code
-        return [letters[i] for i in range(len(letters)) if i not in refused]
+        accepted = [letters[i] for i in range(len(letters)) if i not in refused]
+        for letter in accepted:
+            self._failed.pop(letter.message_id, None)  # of an earlier try
+        return accepted
 
     def __exit__(self, kind: object, *_: object) -> None:
         """Show what is left to others again."""
-        show = functools.partial(self._broker.change_visibility, self._source)
-        refused = _in_batches(show, [(r, 0) for r in self._hidden.values()], 3)
+        show = functools.partial(self._broker.change_visibility, self.source)
+        changes = [(receipt, 0) for receipt in self._hidden.values()]
+        self._hidden.clear()  # whoever receives them next has receipts of their own
+        refused = _in_batches(show, changes, 3)
         if refused:
             reason = next(iter(refused.values())).text
             text = "%d of %d dead letters looked at stay hidden for a while: %s"
-            _log.warning(text, len(refused), len(self._hidden), reason)
+            _log.warning(text, len(refused), len(changes), reason)
         if kind:
             text = "stopped: up to %d more messages may have been %s"
             self.say(text, _MAX_BATCH, self.done)
@@ -9331,11 +11465,63 @@ class _Scan:
 
         :raises PartialFailure: if some were not; they are still among the dead letters
         """
-        if self._failed:
-            good = [{"Id": message_id} for message_id in self._removed]
-            bad = [{"Id": name, "Code": code} for name, code in self._failed.items()]
-            raise PartialFailure({"Successful": good, "Failed": bad})
+        self.check([*self._removed, *self._failed])
         return len(self._removed)
+
+    def check(self, message_ids: Iterable[str]) -> None:
+        """Raise PartialFailure if one of these could not be moved or deleted."""
+        good, bad = [], []
+        for message_id in message_ids:
+            if message_id in self._failed:
+                bad.append({"Id": message_id, "Code": self._failed[message_id]})
+            else:
+                good.append({"Id": message_id})
+        if bad:
+            raise PartialFailure({"Successful": good, "Failed": bad})
+
+
+def dead_letters(
+    priority: Priority,
+    *,
+    task: str = "*",
+    error: str = "",
+    header: Mapping[str, Any] | None = None,
+    older_than_s: float = 0,
+    newer_than_s: float = math.inf,
+) -> Iterator[DeadLetter]:
+    """Yield the dead letters of a queue, each once, for as many as there are now.
+
+    Those that the loop has come to are hidden from others, for ten minutes at most.
+    What it neither sent back nor deleted is visible again when it ends, also by
+    ``break`` or an exception.
+
+    :param priority: says which queue; its redrive policy names its dead-letter queue
+    :param task: only those of this task; ``*`` and ``?`` stand for any text
+    :param error: only those with this text in their :attr:`DeadLetter.cause`
+    :param header: only those with these headers, whose values are compared as text
+    :param older_than_s: only those first sent at least so many seconds ago
+    :param newer_than_s: only those first sent at most so many seconds ago
+    :raises ConfigurationError: if the queue has no dead-letter queue
+    """
+    _require_priority(priority)
+    headers = {name: str(value) for name, value in (header or {}).items()}
+    wanted = _LetterFilter(task, error, headers, newer_than_s, older_than_s)
+    scan = _Scan(priority, "looking at", "looked at", wanted, say=_log.debug)
+    return _letters_of(scan)
+
+
+def _letters_of(scan: _Scan) -> Iterator[DeadLetter]:
+    """Yield the dead letters of a scan, and show what is left when the loop ends."""
+    with scan:
+        yield from scan
+
+
+def _require_priority(priority: object) -> None:
+    """Refuse what is no Priority."""
+    if not isinstance(priority, Priority):
+        raise ConfigurationError(
+            f"priority: expected a taskhawk.Priority, got {priority!r}"
+        )
 
 
 def requeue_dead_letter(
@@ -9354,10 +11540,7 @@ def requeue_dead_letter(
     :raises ConfigurationError: if the queue has no dead-letter queue
     :raises PartialFailure: if some were not; they are still among the dead letters
     """
-    if not isinstance(priority, Priority):
-        raise ConfigurationError(
-            f"priority: expected a taskhawk.Priority, got {priority!r}"
-        )
+    _require_priority(priority)
     if settings.IS_LAMBDA_APP:
         _log.warning(
             "requeue_dead_letter: not supported for Lambda apps, whose queues are"
@@ -9371,7 +11554,7 @@ def requeue_dead_letter(
         num_messages=num_messages,
         lease_s=visibility_timeout,
     ) as scan:
-        for letters in scan:
+        for letters in scan.pages():
             scan.requeue(letters)
     return scan.count()
 
@@ -9383,6 +11566,7 @@ def requeue_dead_letter(
 
 
 _PROVISION = "python -m taskhawk provision"  # fixes most of what check finds
+_LETTERS_COMMAND = "python -m taskhawk dead-letters"
 _TOLD = "as the error says"  # how to fix the rest
 _ABSENT = "NonExistentQueue|QueueDoesNotExist|NotFound"  # codes of AWS, as patterns
 _FORBIDDEN = "AccessDenied.*|AuthorizationError"
@@ -9496,7 +11680,7 @@ class _Resource(NamedTuple):
 
 def _label(name: str) -> str:
     """Return Terraform's name for a queue or topic."""
-    return re.sub(r"\W", "_", name.lower().replace(".", "__"))
+    return re.sub(r"\W", "_", name.lower())
 
 
 def _resources(
@@ -9516,7 +11700,8 @@ def _resources(
 
 
 # In high throughput mode, which costs the same: a FIFO queue's limits are then those of
-# its groups, not of the queue.
+# its groups, not of the queue. What we send has ids of its own for deduplication; what
+# schedules send has none, and its content identifies it.
 _FIFO_ATTRIBUTES = {
     "fifo_queue": True,
     "content_based_deduplication": True,  # for schedules, which send no id
@@ -9645,10 +11830,14 @@ def _terraform(resources: Iterable[_Resource]) -> dict[str, Any]:
     by_kind: dict[str, dict[str, Any]] = {}
     for resource in resources:
         attributes = resource.attributes
-        by_kind.setdefault(resource.kind, {})[_label(resource.name)] = attributes
+        described = by_kind.setdefault(resource.kind, {})
+        label = _label(resource.name)
+        while label in described:  # of a task whose name differs in punctuation alone
+            label += "_"
+        described[label] = attributes
         if "endpoint" in attributes:
             # Besides its subscription, the function's own policy must let SNS call it.
-            by_kind.setdefault("aws_lambda_permission", {})[_label(resource.name)] = {
+            by_kind.setdefault("aws_lambda_permission", {})[label] = {
                 "action": "lambda:InvokeFunction",
                 "principal": "sns.amazonaws.com",
                 "function_name": attributes["endpoint"],
@@ -9657,7 +11846,7 @@ def _terraform(resources: Iterable[_Resource]) -> dict[str, Any]:
     return {"resource": by_kind}
 
 
-def _find(service: _AwsSender, operation: str, **parameters: Any) -> Any:
+def _find(service: _AwsService, operation: str, **parameters: Any) -> Any:
     """Return what a call of a service finds; None if there is no such thing."""
     explain = _explained(f"{service.service}:{operation}")
     call = functools.partial(getattr(service.client("send"), operation), **parameters)
@@ -9836,17 +12025,13 @@ def _policy_change(iam: _Iam, resource: _Resource) -> _Change | None:
     return _Change(text, "put_role_policy", {**of_role, "PolicyDocument": wanted})
 
 
-class _Iam(_AwsSender):
+class _Iam(_AwsService):
     """IAM, which has the role that schedules send by."""
 
     service = "iam"
 
-    def _parameters(self, entry: Outgoing) -> dict[str, Any]:
-        """Refuse to send."""
-        raise NotImplementedError
 
-
-_schemes["iam"] = _Iam
+_schemes["iam"] = _Iam  # type: ignore[assignment]
 
 
 # By Terraform's type: which service makes it, and what finds out whether it is there.
@@ -9940,6 +12125,204 @@ def _arn_of(resource: _Resource) -> str:
     if resource.kind == "aws_scheduler_schedule_group":
         name = f"schedule/{name}/*"
     return str(_brokers.get(service).arn(name))
+
+
+class _Watched(NamedTuple):
+    """What CloudWatch is to watch, besides what it must show.
+
+    :ivar max_age_s: alarm if the oldest message waits for longer
+    :ivar max_backlog: alarm if more messages wait
+    :ivar notified: the ARN of the topic that alarms are sent to; None for no topic
+    :ivar namespace: of the metrics that workers print; None if they do not
+    """
+
+    max_age_s: float
+    max_backlog: int
+    notified: str | None
+    namespace: str | None
+
+
+class _Chart(NamedTuple):
+    """What a chart of a dashboard shows: some metrics of a queue or topic."""
+
+    title: str
+    statistic: str
+    metrics: Sequence[str]  # by CloudWatch's names
+
+
+_VISIBLE = "ApproximateNumberOfMessagesVisible"
+_OLDEST = "ApproximateAgeOfOldestMessage"  # of those received less than three times
+_NOT_DELIVERED = "NumberOfNotificationsFailed"
+_DEPTH = (
+    _VISIBLE,
+    "ApproximateNumberOfMessagesNotVisible",
+    "ApproximateNumberOfMessagesDelayed",
+)
+_RUNS = ("Acked", "Retried", "DeadLettered", "Uncertain")
+_QUEUE_CHARTS = (
+    _Chart("messages", "Maximum", _DEPTH),
+    _Chart("seconds that the oldest waits", "Maximum", [_OLDEST]),
+    _Chart("a minute", "Sum", ["NumberOfMessagesSent", "NumberOfMessagesDeleted"]),
+)
+_DEAD_CHARTS = (_Chart("dead letters", "Maximum", [_VISIBLE]),)
+_TOPIC_CHARTS = (
+    _Chart("a minute", "Sum", ["NumberOfMessagesPublished", _NOT_DELIVERED]),
+)
+_WORKER_CHARTS = (
+    _Chart("runs a minute", "Sum", _RUNS),
+    _Chart("milliseconds of a run", "p99", ["RunDuration"]),
+    _Chart("seconds of the oldest run", "Maximum", ["OldestRunAge"]),
+    _Chart("leases lost a minute", "Sum", ["LeasesLost"]),
+)
+_CHARTS_A_ROW, _CHART_SIZE = 4, 6  # of the 24 columns of a dashboard
+
+
+def _dashboard(resources: Iterable[_Resource], watched: _Watched) -> dict[str, Any]:
+    """Write a dashboard and its alarms as the parameters of CloudWatch's calls."""
+    shown = [each for each in resources if each.kind in _DIMENSIONS]
+    widgets: list[dict[str, Any]] = []
+    alarms = []
+    for resource in shown:
+        for whose, chart in _charts_of(resource, watched.namespace):
+            widgets.append(_widget(len(widgets), resource, whose, chart))
+        alarms += [
+            _alarm_call(resource, alarm, watched.notified)
+            for alarm in _alarms_of(resource, watched)
+        ]
+    return {
+        "put-dashboard": {
+            "DashboardName": f"taskhawk-{settings.require('TASKHAWK_QUEUE')}",
+            "DashboardBody": json.dumps({"widgets": widgets}),
+        },
+        "put-metric-alarm": alarms,
+    }
+
+
+def _dashboard_terraform(
+    resources: Iterable[_Resource], watched: _Watched
+) -> dict[str, Any]:
+    """Write the same in Terraform's JSON syntax."""
+    found = _dashboard(resources, watched)
+    dashboard = _snake_case(found["put-dashboard"])
+    name = dashboard["dashboard_name"]
+    written = [_Resource("aws_cloudwatch_dashboard", name, dashboard)]
+    for parameters in found["put-metric-alarm"]:
+        alarm = _snake_case(parameters)
+        [dimension] = alarm["dimensions"]
+        alarm["dimensions"] = {dimension["Name"]: dimension["Value"]}
+        name = alarm["alarm_name"]
+        written.append(_Resource("aws_cloudwatch_metric_alarm", name, alarm))
+    return _terraform(written)
+
+
+def _snake_case(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return parameters of AWS by Terraform's names."""
+    return {
+        re.sub("(?<!^)([A-Z])", r"_\1", name).lower(): value
+        for name, value in parameters.items()
+    }
+
+
+# CloudWatch's namespace and dimension, by Terraform's type.
+_DIMENSIONS = {
+    "aws_sqs_queue": ("AWS/SQS", "QueueName"),
+    "aws_sns_topic": ("AWS/SNS", "TopicName"),
+}
+
+
+def _charts_of(
+    resource: _Resource, workers: str | None
+) -> Iterator[tuple[tuple[str, str], _Chart]]:
+    """Yield what to show of a queue or topic: namespace and dimension, and a chart."""
+    charts: Sequence[_Chart]
+    if resource.kind == "aws_sns_topic":
+        charts, workers = _TOPIC_CHARTS, None
+    elif _is_dead_letter_queue(resource.name):
+        charts, workers = _DEAD_CHARTS, None
+    else:
+        charts = _QUEUE_CHARTS
+    for chart in charts:
+        yield _DIMENSIONS[resource.kind], chart
+    if workers:
+        for chart in _WORKER_CHARTS:
+            yield (workers, "queue"), chart
+
+
+def _widget(
+    place: int, resource: _Resource, whose: tuple[str, str], chart: _Chart
+) -> dict[str, Any]:
+    """Return a widget; CloudWatch calls this "Dashboard body structure and syntax"."""
+    namespace, dimension = whose
+    service, _ = _PROVIDERS[resource.kind]
+    region = _brokers.get(service).arn(resource.name).split(":")[3]
+    row, column = divmod(place, _CHARTS_A_ROW)
+    return {
+        "type": "metric",
+        "x": column * _CHART_SIZE,
+        "y": row * _CHART_SIZE,
+        "width": _CHART_SIZE,
+        "height": _CHART_SIZE,
+        "properties": {
+            "title": f"{resource.name}: {chart.title}",
+            "region": region,
+            "stat": chart.statistic,
+            "period": 60,
+            "view": "timeSeries",
+            "metrics": [
+                [namespace, metric, dimension, resource.name]
+                for metric in chart.metrics
+            ],
+        },
+    }
+
+
+class _Alarm(NamedTuple):
+    """A metric of a queue or topic is above a threshold for so many minutes."""
+
+    suffix: str  # of its name
+    metric: str
+    threshold: float
+    minutes: int
+    why: str
+    statistic: str = "Maximum"
+
+
+def _alarms_of(resource: _Resource, watched: _Watched) -> Iterator[_Alarm]:
+    """Yield the alarms of a queue or topic."""
+    if resource.kind == "aws_sns_topic":
+        why = "a message was not delivered to a subscriber"
+        yield _Alarm("not-delivered", _NOT_DELIVERED, 0, 1, why, "Sum")
+    elif _is_dead_letter_queue(resource.name):
+        why = f"there are dead letters: {_LETTERS_COMMAND} summary"
+        yield _Alarm("not-empty", _VISIBLE, 0, 1, why)
+    else:
+        age_s, most = watched.max_age_s, watched.max_backlog
+        why = f"a message has waited for more than {age_s:g} s"
+        yield _Alarm("too-old", _OLDEST, age_s, 5, why)
+        yield _Alarm("backlog", _VISIBLE, most, 5, f"more than {most} messages wait")
+
+
+def _alarm_call(
+    resource: _Resource, alarm: _Alarm, notified: str | None
+) -> dict[str, Any]:
+    """Return the parameters of the call that makes an alarm."""
+    namespace, dimension = _DIMENSIONS[resource.kind]
+    parameters = {
+        "AlarmName": f"{resource.name}-{alarm.suffix}",
+        "AlarmDescription": f"{resource.name}: {alarm.why}",
+        "Namespace": namespace,
+        "MetricName": alarm.metric,
+        "Dimensions": [{"Name": dimension, "Value": resource.name}],
+        "Statistic": alarm.statistic,
+        "Period": 60,
+        "EvaluationPeriods": alarm.minutes,
+        "Threshold": alarm.threshold,
+        "ComparisonOperator": "GreaterThanThreshold",
+        "TreatMissingData": "notBreaching",  # of a queue that nobody uses
+    }
+    if notified:
+        parameters["AlarmActions"] = [notified]
+    return parameters
 
 
 class _Finding(NamedTuple):
@@ -10116,7 +12499,7 @@ def _check_receives(
 ) -> Iterator[_Finding]:
     """Look whether the queue gives up before a task's policy, or after few crashes."""
     for task in tasks:
-        retries = getattr(task.retry, "max_retries", None) or 0
+        retries = getattr(_policy_of(task), "max_retries", None) or 0
         if receives <= retries:
             yield _error(
                 f"{queue}: its maxReceiveCount of {receives}"
@@ -10310,7 +12693,7 @@ _programs[""] = main
 
 def _run_command(arguments: Any) -> bool:
     """Import the tasks and run the command; return whether it failed."""
-    _set_up_logging(arguments.log_level, arguments.log_format)
+    _log_meanwhile(arguments.log_level, arguments.log_format)
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as `python -m` does, for the script
     with _telling_where("Django can't be set up"):
@@ -10319,7 +12702,7 @@ def _run_command(arguments: Any) -> bool:
     if arguments.command in _TASK_COMMANDS:
         modules = modules or _django_task_modules()
     _load(modules, arguments.command)
-    # Again, for Django and the tasks' modules may have configured logging.
+    # Only now, for Django and the tasks' modules may have set up logging.
     _set_up_logging(arguments.log_level, arguments.log_format)
     return bool(arguments.run(arguments))
 
@@ -10341,18 +12724,37 @@ def _one_line(error: Exception) -> str:
     return text
 
 
-def _set_up_logging(level: str | None, log_format: str | None) -> None:
-    """Log to stderr, with the task that a record was made in; it may be called again.
+def _formatter(log_format: str | None) -> logging.Formatter:
+    """Return what writes records in this format; None is text."""
+    if log_format == "json":
+        return _JsonFormatter()
+    return _TextFormatter("%(asctime)s")
 
-    An application that configures logging keeps its handlers and levels. But its
+
+def _log_meanwhile(level: str | None, log_format: str | None) -> None:
+    """Log to stderr what comes before the application has set up logging.
+
+    Not by a handler of the root logger, or its basicConfig() would do nothing.
+    """
+    ours = logging.StreamHandler()
+    ours.setFormatter(_formatter(log_format))
+    logging.lastResort = ours
+    root = logging.getLogger()
+    if level or not root.handlers:
+        root.setLevel((level or "info").upper())
+
+
+def _set_up_logging(level: str | None, log_format: str | None) -> None:
+    """Log to stderr, with the task that a record was made in.
+
+    An application that has set up logging keeps its handlers and levels. But its
     dictConfig(), such as Django's, may disable our logger, and can't know our options.
 
     :param level: None leaves it to the application, or INFO
     :param log_format: "text" or "json"; None leaves it to the application, or text
     """
-    formatters = {"text": _TextFormatter("%(asctime)s"), "json": _JsonFormatter()}
     ours = logging.StreamHandler()
-    ours.setFormatter(formatters["text"])
+    ours.setFormatter(_formatter("text"))
     logging.basicConfig(level=logging.INFO, handlers=[ours])
     _log.logger.disabled = False
     if level:
@@ -10367,7 +12769,7 @@ def _set_up_logging(level: str | None, log_format: str | None) -> None:
             handler.addFilter(_add_task)
             to_terminal = getattr(handler, "stream", None) in (sys.stdout, sys.stderr)
             if log_format and to_terminal:
-                handler.setFormatter(formatters[log_format])
+                handler.setFormatter(_formatter(log_format))
 
 
 def _parser() -> Any:
@@ -10590,6 +12992,128 @@ def _play() -> bool:
     return (first.dead_lettered, second.acked) != (1, 1)
 
 
+_EMF_EVERY_S = 60  # the resolution of CloudWatch's standard metrics
+_MOST_VALUES = 100  # of a metric in a line
+_UNITS = {"RunDuration": "Milliseconds", "OldestRunAge": "Seconds"}
+
+
+def _namespace(text: str) -> str:
+    """Read a namespace of CloudWatch."""
+    if re.fullmatch(r"(?!AWS/|:)[A-Za-z0-9._/#: -]{1,255}", text):
+        return text
+    raise _wrong("a namespace of CloudWatch, such as myapp", text)
+
+
+class _Runs:
+    """The runs of a queue since its last metrics."""
+
+    def __init__(self) -> None:
+        self.count = self.leases_lost = 0
+        self.durations_ms: list[int] = []  # of all, or of a fair sample
+
+    def add(self, duration_ms: int, *, lost: bool) -> None:
+        """Note a run, and whether its lease was lost."""
+        import random
+
+        place = random.randint(0, self.count)  # so that each run is as likely to stay
+        self.count += 1
+        self.leases_lost += lost
+        if len(self.durations_ms) < _MOST_VALUES:
+            self.durations_ms.append(duration_ms)
+        elif place < _MOST_VALUES:
+            self.durations_ms[place] = duration_ms
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class _MeasuredWorker(Worker):
+    """A worker that prints metrics each minute, a line for each queue.
+
+    Counts are those since the last line. Printing may block, so a thread of its own
+    does it. CloudWatch makes metrics of such lines wherever it gets them as logs. Their
+    form is CloudWatch's "Embedded metric format specification".
+    """
+
+    namespace: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.on_overdue = self._exit_overdue
+        self._printed: dict[str, Mapping[str, float]] = {}  # the totals, by queue
+        self._runs_lock = threading.Lock()  # guards this, which slots change
+        self._runs = {queue: _Runs() for queue in self.queues}
+
+    def settle(self, held: _Held, outcome: Outcome) -> None:
+        """Do what the outcome says, and note how the run went."""
+        duration_ms = round((self.clock() - held.started_at) * 1000)
+        with self._runs_lock:
+            self._runs[held.queue].add(duration_ms, lost=held.message.lease_lost)
+        super().settle(held, outcome)
+
+    def run(self) -> Ledger:
+        """Work until stopped, and print metrics all the while."""
+        is_over = threading.Event()
+        printing = threading.Thread(target=self._go_on, args=(is_over,), daemon=True)
+        printing.start()
+        try:
+            return super().run()
+        finally:
+            is_over.set()
+            printing.join(_HEART_S)
+            self.print_metrics()
+
+    def _go_on(self, is_over: threading.Event) -> None:
+        """Print metrics each minute; the body of a thread."""
+        while not is_over.wait(_EMF_EVERY_S):
+            try:
+                self.print_metrics()
+            except OSError as error:
+                _log.warning("can't print metrics: %s", error)
+
+    def _exit_overdue(self, ledger: Ledger) -> None:
+        """Print the last metrics, and end at once."""
+        try:
+            self.print_metrics()
+        finally:
+            _exit_overdue(ledger)
+
+    def print_metrics(self) -> None:
+        """Print a line for each queue."""
+        now_ms = round(time.time() * 1000)
+        for queue in self.queues:
+            values = self._measure(queue)
+            metrics = [
+                {"Name": name, "Unit": _UNITS.get(name, "Count")} for name in values
+            ]
+            about = {"Namespace": self.namespace, "Dimensions": [["queue"]]}
+            directive = {**about, "Metrics": metrics}
+            aws = {"Timestamp": now_ms, "CloudWatchMetrics": [directive]}
+            line = json.dumps({"_aws": aws, "queue": queue, **values})
+            sys.stdout.write(f"{line}\n")  # at once: tasks print too
+        sys.stdout.flush()
+
+    def _measure(self, queue: str) -> dict[str, Any]:
+        """Return the metrics of a queue by their names, and begin to count anew."""
+        with self._keeper.lock:
+            totals = dataclasses.asdict(self._holdings.tally.ledgers[queue])
+            runs = [held for held in self._holdings.held if held.runs]
+        now = self.clock()
+        began = [held.started_at for held in runs if held.queue == queue]
+        age_s = now - min(began, default=now)
+        with self._runs_lock:
+            since, self._runs[queue] = self._runs[queue], _Runs()
+        printed = self._printed.get(queue, {})
+        self._printed[queue] = totals
+        values: dict[str, Any] = {}
+        for name, total in totals.items():
+            metric = name.title().replace("_", "")  # such as DeadLettered
+            values[metric] = total - printed.get(name, 0)
+        values["LeasesLost"] = since.leases_lost
+        values["OldestRunAge"] = round(age_s, 3)
+        if since.durations_ms:
+            values["RunDuration"] = since.durations_ms
+        return values
+
+
 @_command(
     "listen",
     _MODULES,
@@ -10600,8 +13124,8 @@ def _play() -> bool:
     ),
     _option(
         "--num-messages",
-        "messages to receive ahead (default: 1)",
-        type=_whole(1, 100),
+        "with N, up to N - 1 messages of a queue wait for a slot (default: 1)",
+        type=_whole(1, _MAX_NUM_MESSAGES),
         default=1,
         metavar="N",
     ),
@@ -10633,6 +13157,12 @@ def _play() -> bool:
     _flag("--isolate", "run tasks in child processes"),
     _option("--liveness-file", "file to touch while the worker lives", metavar="PATH"),
     _option(
+        "--emf",
+        "CloudWatch namespace of metrics to print, in the Embedded Metric Format",
+        type=_namespace,
+        metavar="NAMESPACE",
+    ),
+    _option(
         "--log-level",
         "least level to log (default: info)",
         choices=["debug", "info", "warning", "error"],
@@ -10651,7 +13181,10 @@ def _listen(arguments: Any) -> bool:
     with _telling_where(_UNREADABLE):
         settings.check()
     priorities = _priorities(arguments.priority)
-    worker = Worker(
+    make: Callable[..., Worker] = Worker
+    if arguments.emf:
+        make = functools.partial(_MeasuredWorker, namespace=arguments.emf)
+    worker = make(
         _brokers.broker(),
         _queues_of(priorities),
         num_messages=arguments.num_messages,
@@ -10929,6 +13462,9 @@ def _check_all(arguments: Any) -> bool:
     return any(finding.severity == "error" for finding in findings)
 
 
+_DASHBOARDS = {"dashboard": _dashboard, "dashboard-terraform": _dashboard_terraform}
+
+
 @_command(
     "provision",
     _MODULES,
@@ -10947,7 +13483,30 @@ def _check_all(arguments: Any) -> bool:
         metavar="ARN",
     ),
     _option(
-        "--format", "print it in this format, for review", choices=["terraform", "iam"]
+        "--format",
+        "print it in this format, for review",
+        choices=["terraform", "iam", *_DASHBOARDS],
+    ),
+    _option(
+        "--max-age",
+        "dashboard: alarm if a message waits for longer (default: 15m)",
+        type=_seconds(1),
+        default=900,
+        metavar="S",
+    ),
+    _option(
+        "--max-backlog",
+        "dashboard: alarm if more messages wait (default: 1000)",
+        type=_whole(0),
+        default=1000,
+        metavar="N",
+    ),
+    _option("--notify", "dashboard: topic that alarms are sent to", metavar="ARN"),
+    _option(
+        "--emf",
+        "dashboard: namespace of the metrics that workers print",
+        type=_namespace,
+        metavar="NAMESPACE",
     ),
     _flag("--prune", "delete the schedules of tasks that these modules lack"),
     _DRY_RUN,
@@ -10967,6 +13526,12 @@ def _provision(arguments: Any) -> None:
         resources += _resources(
             priority, arguments.max_receive_count, arguments.function
         )
+    if arguments.format in _DASHBOARDS:
+        watched = _Watched(
+            arguments.max_age, arguments.max_backlog, arguments.notify, arguments.emf
+        )
+        print(json.dumps(_DASHBOARDS[arguments.format](resources, watched), indent=2))
+        return
     resources += _schedule_resources()
     write = {"terraform": _terraform, "iam": _iam}.get(arguments.format)
     if write:
@@ -11013,7 +13578,7 @@ _LETTERS = (
     ),
     _option(
         "--error",
-        "only those with this in the error's type or message",
+        "only those with this text in their error, or in what is said in its place",
         default="",
         metavar="TEXT",
     ),
@@ -11107,16 +13672,15 @@ def _require_found(scan: _Scan) -> None:
 
 
 def _print_letters(
-    arguments: Any, doing: str, text_of: Callable[[_DeadLetter], str]
+    arguments: Any, doing: str, text_of: Callable[[DeadLetter], str]
 ) -> None:
     """Print the dead letters that the options ask for, with --json as JSON."""
     if arguments.json:
         text_of = _as_json
     with _scan_for(arguments, doing, "looked at") as scan:
-        for letters in scan:
+        for letter in scan:
             _clear_line()
-            for letter in letters:
-                print(_printable(text_of(letter)), flush=True)
+            print(_printable(text_of(letter)), flush=True)
     _require_found(scan)
 
 
@@ -11130,31 +13694,37 @@ def _visible(character: re.Match[str]) -> str:
     return character[0] if character[0].isprintable() else "?"
 
 
-def _as_line(letter: _DeadLetter) -> str:
+def _first_line(text: str) -> str:
+    """Return a text up to its first line break."""
+    return text.partition("\n")[0]
+
+
+def _as_line(letter: DeadLetter) -> str:
     """Return a dead letter in one line."""
     name = letter.id or letter.message_id
-    line = f"{name}  {letter.task}  {letter.age_s} s ago  {letter.reason}"
+    reason = _first_line(letter.cause)
+    line = f"{name}  {letter.task}  {letter.age_s} s ago  {reason}"
     return line.replace("\n", "?")
 
 
-def _as_page(letter: _DeadLetter) -> str:
+def _as_page(letter: DeadLetter) -> str:
     """Return all that is known of a dead letter, a line each."""
     values = letter.as_dict()
-    values["error"] = letter.reason
+    values["error"] = _first_line(letter.cause)
     if letter.invalid:
         values["body"] = ascii(letter.received.body)
-    if letter.error:
-        values |= {f"error {name}": value for name, value in letter.error.items()}
+    if letter.record:
+        values |= {f"error {name}": value for name, value in letter.record.items()}
     lines = [f"{key}: {value}\n" for key, value in values.items() if value is not None]
     return "".join(lines)
 
 
-def _as_json(letter: _DeadLetter) -> str:
+def _as_json(letter: DeadLetter) -> str:
     """Return all that is known of a dead letter, as JSON."""
     return json.dumps(letter.as_dict(), default=str)
 
 
-def _as_export(letter: _DeadLetter) -> str:
+def _as_export(letter: DeadLetter) -> str:
     """Return a dead letter as JSON, with its body and its attributes."""
     received = letter.received
     raw = {"body": received.body, "attributes": received.message_attributes}
@@ -11193,7 +13763,110 @@ def _export(arguments: Any) -> None:
     _print_letters(arguments, "exporting", _as_export)
 
 
-@_command("dead-letters requeue", *_LETTERS, _ID, _DRY_RUN)
+class _Group:
+    """Dead letters of one task that are there for the same kind of error."""
+
+    def __init__(self, first: DeadLetter) -> None:
+        self.count = 1
+        self.oldest = self.newest = first.sent
+        self.example = _first_line(first.cause)  # of the newest
+
+    def add(self, letter: DeadLetter) -> None:
+        """Count one more."""
+        self.count += 1
+        self.oldest = min(self.oldest, letter.sent)
+        if letter.sent >= self.newest:
+            self.newest = letter.sent
+            self.example = _first_line(letter.cause)
+
+
+@_command("dead-letters summary", *_LETTERS, _ID, _AS_JSON)
+def _summary(arguments: Any) -> None:
+    """Count dead letters by task and error; a look counts as a receive.
+
+    example: python -m taskhawk dead-letters summary --newer-than 1d
+    """
+    groups: dict[tuple[str, str], _Group] = {}
+    with _scan_for(arguments, "counting", "counted") as scan:
+        for letter in scan:
+            key = letter.task or "", _kind_of_error(letter)
+            if key in groups:
+                groups[key].add(letter)
+            else:
+                groups[key] = _Group(letter)
+    _require_found(scan)
+    found = [
+        _group_as_dict(arguments, *key, group)
+        for key, group in sorted(groups.items(), key=lambda item: -item[1].count)
+    ]
+    if arguments.json:
+        print(json.dumps(found, indent=2))
+        return
+    for values in found:
+        print(_printable(_group_as_page(values)))
+    print(f"{scan.matched} dead letters")
+
+
+def _kind_of_error(letter: DeadLetter) -> str:
+    """Return the part of its cause by which a dead letter is counted."""
+    if letter.record:
+        return f"{letter.record.get('type')}: "
+    return letter.cause
+
+
+def _group_as_dict(
+    arguments: Any, task: str, error: str, group: _Group
+) -> dict[str, Any]:
+    """Return what is known of a group, with the commands that deal with it."""
+    words = _words_of(arguments, task, error)
+    return {
+        "task": task or None,
+        "error": error.removesuffix(": "),
+        "count": group.count,
+        "oldest": group.oldest,
+        "newest": group.newest,
+        "example": group.example,
+        "list": f"{_LETTERS_COMMAND} list{words}",
+        "requeue": f"{_LETTERS_COMMAND} requeue{words}",
+    }
+
+
+def _words_of(arguments: Any, task: str, error: str) -> str:
+    """Return the options that mean a group: its own, and those of the summary."""
+    import glob
+    import shlex
+
+    words = ["--error", error]
+    if task:
+        words += ["--task", glob.escape(task)]
+    if arguments.priority != "default":
+        words += ["--priority", arguments.priority]
+    for name, value in arguments.header:
+        words += ["--header", f"{name}={value}"]
+    if arguments.older_than:
+        words += ["--older-than", f"{arguments.older_than:.0f}s"]
+    if arguments.newer_than < math.inf:
+        words += ["--newer-than", f"{arguments.newer_than:.0f}s"]
+    for module in arguments.modules:
+        words += ["--module", module]
+    return "".join(f" {shlex.quote(word)}" for word in words)
+
+
+def _group_as_page(values: Mapping[str, Any]) -> str:
+    """Return a group for people."""
+    return (
+        f"{values['count']}  {values['task']}  {values['error']}\n"
+        f"    from {values['oldest']} to {values['newest']}\n"
+        f"    the newest: {values['example']}\n"
+        f"    {values['list']}\n"
+        f"    {values['requeue']}\n"
+    )
+
+
+_YES = _flag("--yes", "do not ask, in a terminal, before more than one is meant")
+
+
+@_command("dead-letters requeue", *_LETTERS, _ID, _YES, _DRY_RUN)
 def _requeue(arguments: Any) -> None:
     """Send dead letters back to their queue.
 
@@ -11203,7 +13876,10 @@ def _requeue(arguments: Any) -> None:
         _print_letters(arguments, "would requeue some of", _as_line)
         return
     with _scan_for(arguments, "requeueing", "requeued") as scan:
-        for letters in scan:
+        if not _is_agreed(arguments, scan, "requeue", ""):
+            print("sent back: 0")
+            return
+        for letters in scan.pages():
             scan.requeue(letters)
     print(f"sent back: {scan.count()}")
     _require_found(scan)
@@ -11214,7 +13890,7 @@ def _requeue(arguments: Any) -> None:
     *_LETTERS,
     _ID,
     _flag("--all", "delete all of them, where no filter is given"),
-    _flag("--yes", "do not ask, in a terminal, before more than one is deleted"),
+    _YES,
     _DRY_RUN,
 )
 def _delete(arguments: Any) -> None:
@@ -11230,22 +13906,27 @@ def _delete(arguments: Any) -> None:
         _print_letters(arguments, "would delete some of", _as_line)
         return
     with _scan_for(arguments, "deleting", "deleted") as scan:
-        if not (arguments.yes or _is_agreed(scan)):
+        if not _is_agreed(arguments, scan, "delete", " for good"):
             print("deleted: 0")
             return
-        for letters in scan:
+        for letters in scan.pages():
             scan.delete(letters)
     print(f"deleted: {scan.count()}")
     _require_found(scan)
 
 
-def _is_agreed(scan: _Scan) -> bool:
-    """Ask in a terminal whether to delete, where it may be more than one."""
+def _is_agreed(arguments: Any, scan: _Scan, verb: str, how: str) -> bool:
+    """Ask in a terminal whether to go on, where it may be about more than one."""
+    if arguments.yes or not _is_terminal(sys.stdin):
+        return True
     total = scan.total()
     most = min(total, scan.limit, len(scan.wanted.ids) or total)
-    if most <= 1 or not _is_terminal(sys.stdin):
+    if most <= 1:
         return True
-    question = f"delete up to {most} dead letters for good? [y/N] "
+    which = f"dead letters of {scan.source}"
+    if scan.wanted != _LetterFilter():
+        which += " that fit the filters"
+    question = f"{verb} up to {most} {which}{how}? [y/N] "
     print(question, end="", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 

@@ -17,15 +17,18 @@ import dataclasses
 import datetime as dt
 import functools
 import gc
+import hashlib
 import html
 import http.client
 import http.server
 import importlib
 import importlib.metadata
+import importlib.util
 import inspect
 import io
 import itertools
 import json
+import linecache
 import logging
 import math
 import multiprocessing
@@ -36,6 +39,7 @@ import random
 import re
 import resource
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -50,6 +54,8 @@ import types
 import urllib.parse
 import urllib.request
 import uuid
+import venv
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
@@ -271,8 +277,8 @@ DENIED = "access denied: the IAM policy of these credentials does not allow {}"
 
 def configure_aws(endpoint: str, queue: str | None = None, **values: Any) -> None:
     """Configure what a server that stands in for AWS needs, and more."""
-    names = ("AWS_ENDPOINT_SCHEDULER", "AWS_ENDPOINT_SNS", "AWS_ENDPOINT_SQS")
-    endpoints = dict.fromkeys(names, endpoint)
+    services = ("DYNAMODB", "SCHEDULER", "SNS", "SQS")
+    endpoints = {f"AWS_ENDPOINT_{service}": endpoint for service in services}
     taskhawk.configure(AWS_SETTINGS, **endpoints, TASKHAWK_QUEUE=queue, **values)
 
 
@@ -1060,13 +1066,15 @@ HOUSE_PROMISES = {
     1: """publish _send_one _accepted _send_all_ready _partial_failure _send_all
         _in_batches _one_round SqliteBroker.send SqliteBroker._claim SqliteBroker.delete
         _SqliteFile.change _use_write_ahead_log _AwsSender._batch SqsBroker.send
-        SqsBroker.delete process _verdict _wanted _Slot._run Worker.settle _carry_out
-        _postpone Worker._close _dead_letter _send_copy _Held.move _Holdings.finish
+        SqsBroker.delete process _verdict _wanted _delay_s _ask_policy _Slot._run Worker.settle
+        _carry_out _postpone Worker._close _dead_letter _send_copy _Held.move
+        _Holdings.finish
         _Holdings.release _Holdings._decide _Calls.answered _Calls._deleted
         _Calls._delayed _Calls._try_later _Holdings.doubt _Holdings.close
         _Holdings.end""",
     2: """SqliteBroker.receive SqliteBroker._claim SqliteBroker.change_visibility
-        SqsBroker.receive _find_lease _Poller._receive _Course.take _Course._release_if_stuck
+        SqsBroker.receive _find_lease _Poller._receive _Intake.take _Intake.close
+        _Course.take _Course._release_if_stuck _Backlog
         _Call _Leases _Holdings.take _Holdings.start _Holdings.release _Holdings.release_waiting
         _Holdings._decide _Holdings.expire _Holdings.lose _Calls.next _Calls.answered
         _Calls._extended _Calls._deleted _Keeper._look _Keeper._make _Slot._run
@@ -1074,14 +1082,14 @@ HOUSE_PROMISES = {
     3: """_decode _parse Message.__init__ _validate _fits _find_task Task.find_by_name
         Task.call _register _import _import_path _parse_line _to_outcome
         _import_tasks""",
-    4: """process _run _decode _parse _failed _verdict _is_invalid _text_of_invalid
+    4: """process _run _decode _parse _failed _log_failed _verdict _is_invalid _text_of_invalid
         _Slot._run Worker.settle""",
-    5: """_run _failed _sentence _what_follows _name_of _reason _in_one_line _facts
+    5: """_run _failed _log_failed _sentence _what_follows _name_of _reason _in_one_line _facts
         _extra_of _text_of_invalid _shown _mismatch _too_large _Holdings.warn
         _Keeper._tell _Faults _error_code _error_details _explained _explanation
         _find_remedy _Source.read _call_safely _log_again""",
-    6: """_Course.wait_for_room _Course._find_room _Poller.work _Poller._try
-        _Poller._receive _pause_s _Holdings._decide
+    6: """_Polls _Intake.begin _Intake.adds_helper _Poller.work _Poller._help
+        _Poller._try _Poller._receive _pause_s _Holdings._decide
         _Ends _Calls.next _Calls._due_at _Calls._patience_s _Calls._extended _Leases
         _Keeper._wait _Keeper._make
         SqsBroker.receive SqsBroker.url SqsBroker._find_url _parts""",
@@ -1509,6 +1517,21 @@ class TestErrors:
             made = refused(taskhawk.RetryException, *args, error=ValueError, **kwargs)
             assert made == sentence
 
+    def test_retry_by_no_policy(self):
+        """RetryException refuses a policy that can't be called."""
+        kwargs = {"error": ValueError, "retry": "soon"}
+        made = refused(taskhawk.RetryException, **kwargs)
+        assert made == "retry: expected a retry policy, got 'soon'"
+
+    @pytest.mark.parametrize(
+        ("args", "named"), [((5,), {}), ((), {"delay_seconds": 0})]
+    )
+    def test_retry_by_both(self, args, named):
+        """RetryException refuses a delay together with a policy, which might differ."""
+        kwargs = {"error": ValueError, "retry": taskhawk.fixed(60, 3), **named}
+        made = refused(taskhawk.RetryException, *args, **kwargs)
+        assert made == "expected delay_seconds or retry, got both"
+
     def test_data(self):
         """LoggingException has the record's `extra`; MessageTooLarge has the limit."""
         failed = taskhawk.LoggingException("out of stock", {"item": 7})
@@ -1528,6 +1551,7 @@ SETTINGS_TABLE = {  # the default, and how an error goes on after "expected"
     "AWS_ACCESS_KEY": (None, "a string, such as 'AKIAIOSFODNN7EXAMPLE'"),
     "AWS_ACCOUNT_ID": (None, "an account id of twelve digits, such as '123456789012'"),
     "AWS_CONNECT_TIMEOUT_S": (2, "a number of seconds above 0, such as '2'"),
+    "AWS_ENDPOINT_DYNAMODB": (None, SETTINGS_URL),
     "AWS_ENDPOINT_SCHEDULER": (None, SETTINGS_URL),
     "AWS_ENDPOINT_SNS": (None, SETTINGS_URL),
     "AWS_ENDPOINT_SQS": (None, SETTINGS_URL),
@@ -1543,6 +1567,13 @@ SETTINGS_TABLE = {  # the default, and how an error goes on after "expected"
         "sqs",
         "'sqs' or a URL of SQLite, such as 'sqlite:///queue.db'",
     ),
+    "TASKHAWK_CLAIMS_TABLE": (
+        None,
+        (
+            "3 to 255 letters, digits, dots, hyphens and underscores, such as"
+            " 'taskhawk-claims'"
+        ),
+    ),
     "TASKHAWK_DEFAULT_HEADERS": (None, SETTINGS_HOOK.format("default_headers")),
     "TASKHAWK_ERROR_HOOK": (None, SETTINGS_HOOK.format("report_error")),
     "TASKHAWK_FIFO": (False, "true or false, such as 'False'"),
@@ -1554,6 +1585,11 @@ SETTINGS_TABLE = {  # the default, and how an error goes on after "expected"
         None,
         "at most 53 letters, digits, hyphens and underscores, such as 'dev-myapp'",
     ),
+    "TASKHAWK_RETRY": (
+        None,
+        "a retry policy or its dotted path, such as 'myapp.retries.patient'",
+    ),
+    "TASKHAWK_RUN_HOOK": (None, SETTINGS_HOOK.format("count_run")),
     "TASKHAWK_SCHEDULER_ROLE": (
         None,
         (
@@ -1580,6 +1616,8 @@ SETTINGS_LEGAL = [
     ("TASKHAWK_MAX_DB_REUSE_LOOPS", 1),
     ("TASKHAWK_QUEUE", "Dev_my-app-2"),
     ("TASKHAWK_QUEUE", "q" * 53),
+    ("TASKHAWK_RETRY", taskhawk.fixed(60, 3)),
+    ("TASKHAWK_RETRY", math.sqrt),
     ("TASKHAWK_SCHEDULER_ROLE", "arn:aws-us-gov:iam::000000000000:role/a/b+c"),
     ("TASKHAWK_TASK_CLASS", taskhawk.Task),
 ]
@@ -1601,6 +1639,7 @@ SETTINGS_ILLEGAL = [
     ("TASKHAWK_DEFAULT_HEADERS", {"a": "b"}),
     ("TASKHAWK_ERROR_HOOK", "print"),
     *(("TASKHAWK_HEARTBEAT_HOOK", value) for value in ("os.sep", ".hooks.beat")),
+    ("TASKHAWK_RETRY", 60),
     *(
         ("TASKHAWK_SCHEDULER_ROLE", value)
         for value in ("role/a", "arn:aws:iam::1:role/a", 5)
@@ -4776,8 +4815,12 @@ class TestSqs:
         data = aws.calls[1].data
         limits = (data["MaxNumberOfMessages"], data["WaitTimeSeconds"])
         assert (*limits, data.get("VisibilityTimeout")) == expected
-        names = ["ApproximateReceiveCount", "SentTimestamp", "MessageGroupId"]
-        assert data["MessageSystemAttributeNames"] == names
+        assert data["MessageSystemAttributeNames"] == [
+            "ApproximateReceiveCount",
+            "SentTimestamp",
+            "ApproximateFirstReceiveTimestamp",
+            "MessageGroupId",
+        ]
         assert data["MessageAttributeNames"] == ["All"]
 
     def test_lost_answer(self, aws, sqs):
@@ -7290,6 +7333,195 @@ class TestBatch:
         assert sorted(received_args()) == [n for n in range(20) if n != 14]
 
 
+def sha256(text: str) -> str:
+    """Return the group that stands for a text that SQS does not take."""
+    return f"sha256:{hashlib.sha256(text.encode(errors='surrogatepass')).hexdigest()}"
+
+
+#: Keys of groups, and the group ids that they stand for.
+GROUP_KEYS = {
+    7: "7",
+    -1: "-1",
+    "7": "7",
+    "customer-7": "customer-7",
+    "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~": "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~",
+    "x" * 128: "x" * 128,
+    "x" * 129: sha256("x" * 129),
+    "Müller": sha256("Müller"),
+    "Smith & Sons": sha256("Smith & Sons"),
+    "line\n": sha256("line\n"),
+    "\ud800": sha256("\ud800"),
+    "": sha256(""),
+}
+
+
+def ship(order, customer="nobody", *, to=None, **more):
+    """Do nothing."""
+
+
+def with_metadata(metadata, customer):
+    """Do nothing."""
+
+
+#: The option `group` of ship(), the arguments of a call, and its group.
+GROUP_OPTIONS = [
+    (None, (1,), {}, None),
+    ("customer", (1, "a"), {}, "a"),
+    ("customer", (1,), {"customer": 7}, "7"),
+    ("customer", (1,), {}, "nobody"),
+    ("customer", (1, None), {}, None),
+    ("order", (1,), {}, "1"),
+    ("to", (1,), {"to": "b c"}, sha256("b c")),
+    ("to", (1,), {}, None),
+    ("tenant", (1,), {"tenant": "t"}, "t"),
+    ("tenant", (1,), {}, None),
+    (lambda order, **_: f"order-{order}", (1,), {"customer": "a"}, "order-1"),
+    (lambda *_, **__: None, (1,), {}, None),
+]
+
+
+class TestGroupKeys:
+    """What groups messages: an invocation's key, or what the task's option says."""
+
+    @pytest.mark.parametrize("key", GROUP_KEYS)
+    def test_keys(self, mail, key):
+        """Any key is one that SQS takes; the same key is always the same group."""
+        with taskhawk.capture() as calls:
+            mail.with_group(key).dispatch()
+        assert [call.group_id for call in calls] == [GROUP_KEYS[key]]
+        assert re.fullmatch(r"[!-~]{1,128}", GROUP_KEYS[key])
+
+    @pytest.mark.parametrize("key", [None, True, 1.5, ["a"], b"a"])
+    def test_no_keys(self, mail, key):
+        """What is neither a string nor an int is refused, and not shown."""
+        kind = type(key).__name__
+        sentence = f"group: expected a string or an int, got {kind}"
+        assert refused(mail.with_group, key, error=TypeError) == sentence
+        task = taskhawk.task(name="g.h", group="customer")(ship)
+        if key is not None:
+            call = (task.dispatch, 1, [key])
+            sentence = "g.h: group: expected a string or an int, got list"
+            assert refused(*call, error=TypeError) == sentence
+
+    def test_invocations(self, sqlite, mail):
+        """An invocation with a group is another one, and has all else that it had."""
+        one = mail.with_headers(a="b").with_group("g")
+        two = one.with_group("h").with_priority(Priority.high)
+        for invocation in (one, two, mail.with_group("i").with_delay(0)):
+            invocation.dispatch()
+        groups = [message.group_id for message in receive_all()]
+        (high,) = receive_all(Priority.high)
+        assert (sorted(groups), high.group_id) == (["g", "i"], "h")
+        assert json.loads(high.body)["headers"] == {"a": "b"}
+
+    @pytest.mark.parametrize(("group", "args", "kwargs", "expected"), GROUP_OPTIONS)
+    def test_option(self, group, args, kwargs, expected):
+        """A task's option names the argument that is the group, or is a function of all."""
+        task = taskhawk.task(name="g.ship", group=group)(ship)
+        with taskhawk.capture() as calls:
+            task.dispatch(*args, **kwargs)
+            task.dispatch_many([(*args,)])
+            task.with_group("own").dispatch(*args, **kwargs)
+        assert (calls[0].group_id, calls[2].group_id) == (expected, "own")
+
+    @pytest.mark.parametrize(
+        ("fn", "group"),
+        [
+            (plain, "customer"),
+            (with_metadata, "metadata"),
+            (ship, 7),
+            (ship, "headers"),
+        ],
+    )
+    def test_wrong_option(self, fn, group):
+        """An option that names no argument is refused where it is declared."""
+        assert refused(taskhawk.task(name="g.f", group=group), fn) == (
+            f"g.f has group={group!r}: expected the name of one of its arguments, or a"
+            " function of its arguments"
+        )
+        assert "g.f" not in taskhawk._registry
+
+    def test_fifo(self, aws, mail):
+        """On a FIFO queue a message is deduplicated by its id; without a group, it is its own."""
+        taskhawk.configure(taskhawk.settings.given, TASKHAWK_FIFO=True)
+        ids = [mail.dispatch(), mail.with_group("g").dispatch()]
+        strange = Message.new("mail.send", msg_id="an id")
+        taskhawk.publish(strange)
+        sent = [
+            (call["MessageGroupId"], call["MessageDeduplicationId"])
+            for call in aws.asked("SendMessage")
+        ]
+        own = sha256("an id")
+        assert sent == [(ids[0], ids[0]), ("g", ids[1]), (own, own)]
+        assert aws.asked("GetQueueUrl") == [{"QueueName": "TASKHAWK-APP.fifo"}]
+
+    def test_standard(self, aws, mail):
+        """On a standard queue there is no deduplication, and no group unless one is given."""
+        mail.dispatch()
+        mail.with_group("g").dispatch()
+        one, two = aws.asked("SendMessage")
+        assert "MessageGroupId" not in one
+        assert two["MessageGroupId"] == "g"
+        assert "MessageDeduplicationId" not in {**one, **two}
+
+    @pytest.mark.parametrize("url", ["sqs", "sqlite://"])
+    def test_delays(self, aws, mail, url):
+        """A FIFO queue can't delay a message: that is refused before anything is sent."""
+        given = taskhawk.settings.given
+        taskhawk.configure(given, TASKHAWK_FIFO=True, TASKHAWK_BROKER=url)
+        assert refused(mail.with_delay(1).dispatch) == (
+            "mail.send: a FIFO queue can't delay a message: leave the delay out, or use a"
+            " queue without TASKHAWK_FIFO"
+        )
+        with taskhawk.capture() as calls:
+            assert refused(mail.with_delay(1).dispatch).startswith("mail.send: a FIFO")
+        assert calls == []
+        mail.with_delay(0).dispatch()
+        assert [a for a in aws.actions if a != "GetQueueUrl"] == ["SendMessage"] * (
+            url == "sqs"
+        )
+
+    def test_unsent(self, aws, mail):
+        """What was not accepted keeps its group; what follows of the group was not sent."""
+        taskhawk.configure(taskhawk.settings.given, TASKHAWK_FIFO=True)
+        aws.script("SendMessageBatch", refuse(8, 9, ours=True), None)
+        batch = taskhawk.batch()
+        batch.__enter__()
+        for number in range(11):
+            mail.with_group("g").dispatch(number)
+        mail.with_group("h").dispatch("other")
+        with pytest.raises(taskhawk.PartialFailure) as caught:
+            batch.__exit__(None, None, None)
+        failure = caught.value
+        assert [message.args for message in failure.unsent] == [[8], [9], [10]]
+        assert [message.group_id for message in failure.unsent] == ["g"] * 3
+        codes = [entry["Code"] for entry in failure.result["Failed"]]
+        assert codes == ["InternalError"] * 2 + ["GroupStopped"]
+        for message in failure.unsent:
+            taskhawk.publish(message)
+        again = aws.asked("SendMessage")[1:]
+        assert [call["MessageGroupId"] for call in again] == ["g"] * 3
+        ids = [message.id for message in failure.unsent]
+        assert [call["MessageDeduplicationId"] for call in again] == ids
+
+    def test_sync(self, sync):
+        """Sync mode runs a message of a group as any other."""
+        runs = []
+        taskhawk.configure(TASKHAWK_SYNC=True, TASKHAWK_FIFO=True)
+        task = taskhawk.task(name="g.run", group="key")(lambda_of(runs))
+        task.dispatch("x y")
+        assert runs == ["x y"]
+
+
+def lambda_of(runs: list[Any]) -> Any:
+    """Return a function that notes its argument."""
+
+    def run(key: Any) -> None:
+        runs.append(key)
+
+    return run
+
+
 class TestCapture:
     """capture() collects what would be sent, as the worker would get it."""
 
@@ -7340,6 +7572,797 @@ class TestCapture:
         assert received_args() == ["sent"]
 
 
+#: a user's program: each line with "# wrong" is an error, and no other is
+TYPED_PROGRAM = """
+import datetime
+from collections.abc import Callable
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+IMPORT taskhawk
+from PACKAGE import Priority
+
+P = ParamSpec("P")
+R = TypeVar("R")
+GIVEN: Any = None  # what the worker gives
+
+
+@taskhawk.task
+def send(to: str, subject: str, from_email: str | None = None) -> None: ...
+
+
+@taskhawk.task(priority=Priority.high, retry=taskhawk.fixed(5), time_limit=60)
+async def charge(customer: int, *, cents: int) -> str:
+    return f"{customer} {cents}"
+
+
+@taskhawk.task
+def audit(
+    event: str,
+    metadata: taskhawk.Metadata = GIVEN,
+    headers: dict[str, Any] = GIVEN,
+) -> int:
+    return metadata.attempt + len(headers)
+
+
+@taskhawk.task
+def load(rows: dict[str, Any]) -> None: ...
+
+
+def with_session(fn: Callable[Concatenate[str, P], R]) -> Callable[P, R]:
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        return fn("a session", *args, **kwargs)
+
+    return call
+
+
+@taskhawk.task(name="rename")
+@with_session
+def rename(session: str, user: int) -> None: ...
+
+
+def right() -> str:
+    urgent = send.with_headers(request_id="1").with_priority(Priority.high)
+    urgent.with_delay(datetime.timedelta(seconds=5)).dispatch("a", subject="b")
+    send.with_delay(5).dispatch("a", "b", from_email=None)
+    send.with_priority(Priority.low).dispatch_many([("a", "b"), {"to": "a"}])
+    send("a", "b")
+    audit.dispatch("login")
+    load.dispatch({"a": 1})
+    rename.dispatch(7)
+    rename.dispatch(user=7)
+    with taskhawk.batch():
+        charge.dispatch(7, cents=5)
+    return send.dispatch("a", "b")
+
+
+async def right_too() -> str:
+    return await charge(7, cents=5)
+
+
+def wrong() -> None:
+    send.dispatch("a")  # wrong
+    send.dispatch(1, "b")  # wrong
+    send.dispatch("a", "b", to_email="c")  # wrong
+    send("a")  # wrong
+    charge.dispatch(7, 5)  # wrong
+    charge.dispatch(7, cents="5")  # wrong
+    charge.with_headers(a=1).dispatch("7", cents=5)  # wrong
+    charge.with_priority(Priority.low).with_delay(5).dispatch(7)  # wrong
+    send.with_priority("high")  # wrong
+    send.with_delay("5")  # wrong
+    audit.dispatch(5)  # wrong
+    load.dispatch()  # wrong
+    rename.dispatch("a session", 7)  # wrong
+    number: int = send.dispatch("a", "b")  # wrong
+    print(number)
+
+
+@taskhawk.task(priority=5)  # wrong
+def late() -> None: ...
+
+
+@taskhawk.task(no_option=5)  # wrong
+def later() -> None: ...
+
+
+async def wrong_too() -> None:
+    text: int = await charge(7, cents=5)  # wrong
+    print(text)
+"""
+TYPED_PLACES = {  # where taskhawk is, and how it is imported
+    "installed": ("import", "taskhawk"),
+    "vendored": ("from service.vendor import", "service.vendor.taskhawk"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", TYPED_PLACES)
+class TestTyping:
+    """A type checker knows a task's arguments, and what comes of calling it."""
+
+    @pytest.fixture
+    def folder(self, place, tmp_path):
+        """Return a folder with the program, and an interpreter that has taskhawk."""
+        statement, package = TYPED_PLACES[place]
+        code = TYPED_PROGRAM.replace("IMPORT", statement).replace("PACKAGE", package)
+        (tmp_path / "jobs.py").write_text(code.lstrip())
+        venv.create(tmp_path / "venv")
+        (home,) = (tmp_path / "venv").glob("lib/python3*/site-packages")
+        if place == "vendored":
+            home = vendor_package(tmp_path).parent
+        shutil.copy(taskhawk.__file__, home / "taskhawk.py")
+        return tmp_path
+
+    @staticmethod
+    def check(folder, module, *options):
+        """Assert that a checker finds what is wrong in the program, and nothing else."""
+        result = run_python(["-m", module, *options, "jobs.py"], cwd=folder)
+        found = {
+            int(line) for line in re.findall(r"jobs\.py:(\d+):.*error", result.stdout)
+        }
+        lines = (folder / "jobs.py").read_text().splitlines()
+        wrong = {number for number, line in enumerate(lines, 1) if "# wrong" in line}
+        assert found == wrong, result.stdout
+
+    def test_mypy(self, folder):
+        """The strict mode of mypy, with the two lines that README says for a pip install."""
+        ini = "[mypy]\nstrict = true\n[mypy-taskhawk]\nfollow_untyped_imports = true\n"
+        (folder / "mypy.ini").write_text(ini)
+        self.check(folder, "mypy", "--python-executable", "venv/bin/python")
+
+    def test_pyright(self, folder):
+        """The strict mode of pyright, which can't be told that an installed file has types."""
+        pytest.importorskip("basedpyright")
+        config = {"typeCheckingMode": "strict", "reportMissingTypeStubs": False}
+        (folder / "pyrightconfig.json").write_text(json.dumps(config))
+        self.check(folder, "basedpyright", "--pythonpath", "venv/bin/python")
+
+
+# --- dispatches that share requests ---
+
+
+class SharingMachine(hypothesis.stateful.RuleBasedStateMachine):
+    """Dispatches, calls and pauses in any order; no thread, no sleep, no I/O."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now, self.count = 1000.0, 0
+        self.waiting: list[Any] = []  # in the order of their dispatches
+        self.under_way: dict[int, list[Any]] = {}
+
+    @hypothesis.stateful.initialize(
+        max_calls=st.sampled_from([1, 2, 16]), max_bytes=st.sampled_from([25, 10**6])
+    )
+    def begin(self, max_calls: int, max_bytes: int) -> None:
+        """Draw a destination's limits."""
+        self.max_calls, self.max_bytes = max_calls, max_bytes
+        self.sharing = taskhawk._Sharing(max_bytes, max_calls)
+
+    @hypothesis.stateful.rule(size=st.integers(1, 30))
+    def dispatch(self, size: int) -> None:
+        """Dispatch: alone where nothing is in the way, else wait."""
+        self.count += 1
+        parcel = taskhawk._Parcel(Outgoing("x" * size, {}))
+        if self.sharing.enter(self.count, parcel, self.now):
+            assert not self.waiting
+            assert not self.under_way
+            self.under_way[self.count] = [parcel]
+        else:
+            self.sharing.add(parcel, self.now)
+            self.waiting.append(parcel)
+
+    @hypothesis.stateful.precondition(lambda self: self.sharing.is_due(self.now))
+    @hypothesis.stateful.rule()
+    def call(self) -> None:
+        """Begin the call that is due: it has the next messages, up to the limits."""
+        self.count += 1
+        parcels = self.sharing.begin(self.count, self.now)
+        here = [parcel for parcel in self.waiting if not parcel.is_left]
+        assert parcels == here[: len(parcels)]
+        size = sum(parcel.size for parcel in parcels)
+        assert size <= self.max_bytes or len(parcels) == 1
+        is_full = len(parcels) == 10
+        if len(here) > len(parcels):
+            is_full |= size + here[len(parcels)].size > self.max_bytes
+            assert is_full
+        assert is_full or not self.under_way or self.now >= here[0].since + 0.2
+        self.waiting = here[len(parcels) :]
+        self.under_way[self.count] = parcels
+        assert len(self.under_way) <= self.max_calls
+
+    @hypothesis.stateful.precondition(lambda self: self.under_way)
+    @hypothesis.stateful.rule(data=st.data())
+    def end(self, data: st.DataObject) -> None:
+        """End a call: it is told whose it was, once."""
+        thread = data.draw(st.sampled_from([*self.under_way]))
+        assert self.sharing.end(thread, self.now) == self.under_way.pop(thread)
+        assert self.sharing.end(thread, self.now) == ()
+        if not self.waiting and not self.under_way:
+            assert self.sharing.due_at() == math.inf
+
+    @hypothesis.stateful.precondition(lambda self: self.waiting)
+    @hypothesis.stateful.rule(data=st.data())
+    def leave(self, data: st.DataObject) -> None:
+        """Interrupt a dispatch: its message is not sent."""
+        data.draw(st.sampled_from(self.waiting)).is_left = True
+
+    @hypothesis.stateful.precondition(lambda self: self.waiting)
+    @hypothesis.stateful.rule()
+    def give_up(self) -> None:
+        """Let nobody wait any more."""
+        assert self.sharing.give_up() == self.waiting
+        self.waiting = []
+
+    @hypothesis.stateful.rule(pause_s=st.sampled_from([0.0001, 0.001, 0.01, 0.1]))
+    def sleep(self, pause_s: float) -> None:
+        """Let time pass."""
+        self.now += pause_s
+
+    @hypothesis.stateful.invariant()
+    def nobody_waits_for_long(self) -> None:
+        """What waits is due within 0.2 s, where another call may be made."""
+        here = [parcel for parcel in self.waiting if not parcel.is_left]
+        due_at = self.sharing.due_at()
+        if not here or len(self.under_way) == self.max_calls:
+            assert due_at == math.inf
+            assert not self.sharing.is_due(self.now + 1)
+            return
+        assert due_at <= here[0].since + 0.2
+        assert self.sharing.is_due(max(due_at, self.now))
+        if not self.under_way:
+            assert due_at <= self.now + 0.002
+
+
+TestSharingMachine = SharingMachine.TestCase
+TestSharingMachine.settings = hypothesis.settings(
+    max_examples=60, stateful_step_count=60, deadline=None
+)
+
+
+class SharedSender(taskhawk.Sender):
+    """Keeps the bodies of each call; then does in it what the test wants."""
+
+    max_bytes, max_delay_s, shared_calls = 1000, 0, 16
+
+    def __init__(self, during: Callable[[list[str]], Any] = passed) -> None:
+        self.calls: list[list[str]] = []
+        self.during = during
+
+    def send(self, destination, entries):
+        bodies = [entry.body for entry in entries]
+        self.calls.append(bodies)
+        return self.during(bodies) or []
+
+    def close(self):
+        """Have nothing to close."""
+
+
+class Dispatches:
+    """Dispatches to one destination, and what each ended with: "sent", or its error."""
+
+    def __init__(self, sender: Any, destination: str = "Q") -> None:
+        self.sender, self.destination = sender, destination
+        self.lane = taskhawk._Lane(sender, destination, set())
+        self.ends: dict[str, Any] = {}
+        self.threads: list[threading.Thread] = []
+
+    def ready(self, body: str) -> Any:
+        """Return a message with this body."""
+        message = Message(json.loads(processing_body()))
+        return taskhawk._Ready(
+            message, self.sender, self.destination, Outgoing(body, {})
+        )
+
+    def send(self, body: str) -> None:
+        """Dispatch in this thread."""
+        try:
+            self.lane.send(self.ready(body))
+        except BaseException as error:
+            self.ends[body] = error
+        else:
+            self.ends[body] = "sent"
+
+    def start(self, *bodies: str) -> None:
+        """Dispatch in threads, one after another, until each of them waits."""
+        for body in bodies:
+            self.threads.append(
+                threading.Thread(target=self.send, args=[body], daemon=True)
+            )
+            self.threads[-1].start()
+            worker_eventually(functools.partial(self.has_come, body))
+
+    def has_come(self, body: str) -> bool:
+        """Return whether a dispatch waits, is being sent, or has ended."""
+        waiting = [parcel.entry.body for parcel in self.lane._sharing.waiting]
+        return body in (*waiting, *itertools.chain(*self.sender.calls), *self.ends)
+
+    def wait(self) -> dict[str, Any]:
+        """Wait for the threads, and return how all dispatches ended."""
+        for thread in self.threads:
+            thread.join(WORKER_PATIENCE_S)
+            assert not thread.is_alive(), self.ends
+        return self.ends
+
+
+class Fault:
+    """A trace function that raises KeyboardInterrupt at one line of what shares requests.
+
+    Not where a `with` is left or a `try` begins: Python handles no signal there, and has
+    not entered, or has left, the block whose end releases the lock.
+    """
+
+    def __init__(self, line: int, thread: str = "") -> None:
+        self.left, self.thread = line, thread
+        self.entered: set[tuple[Any, int]] = set()
+
+    def __call__(self, frame: Any, event: str, _arg: object) -> Any:
+        """Count a line; raise at the one that is wanted."""
+        code = frame.f_code
+        if code.co_filename != taskhawk.__file__ or not re.match(
+            r"_(Lane|Sharing)\.", code.co_qualname
+        ):
+            return None
+        if self.thread and threading.current_thread().name != self.thread:
+            return None
+        if event == "line" and not self.is_between(frame):
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+        return self
+
+    def is_between(self, frame: Any) -> bool:
+        """Return whether this is a `with` that is being left, or a `try`."""
+        line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+        key = (frame, frame.f_lineno)
+        is_again = key in self.entered
+        self.entered.add(key)
+        if line.strip() == "try:":
+            return True
+        return line.strip().startswith("with ") and is_again
+
+
+def interrupted_first(
+    dispatches: Dispatches, fault: Any = None, fails: bool = False
+) -> None:
+    """Interrupt the dispatch that sends by itself, while others wait for it."""
+
+    def during(bodies: list[str]) -> None:
+        if bodies == ["0"]:
+            dispatches.start("a", "b")
+            if fails:
+                raise ValueError
+
+    dispatches.sender.during = during
+    with traced(fault):
+        dispatches.send("0")
+    if not dispatches.threads:  # it did not come so far
+        dispatches.start("a", "b")
+
+
+def interrupted_follower(
+    dispatches: Dispatches, fault: Any = None, fails: bool = False
+) -> None:
+    """Interrupt a dispatch that waits, while others wait for the same call."""
+    others_wait = threading.Event()
+
+    def during(bodies: list[str]) -> None:
+        if bodies == ["0"]:
+            assert others_wait.wait(WORKER_PATIENCE_S)
+            if fails:
+                raise ValueError
+
+    def follow() -> None:
+        worker_eventually(lambda: dispatches.has_come("x"))
+        dispatches.start("a", "b")
+        others_wait.set()
+
+    dispatches.sender.during = during
+    dispatches.start("0")
+    following = threading.Thread(target=follow)
+    following.start()
+    with traced(fault):
+        dispatches.send("x")
+    following.join()
+
+
+@contextlib.contextmanager
+def traced(fault: Any) -> Iterator[None]:
+    """Trace this thread, inside the block."""
+    before = sys.gettrace()
+    if fault:
+        sys.settrace(fault)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+@pytest.fixture
+def patience(monkeypatch):
+    """Let no message be sent only because it has waited for long."""
+    monkeypatch.setattr(taskhawk, "_PATIENCE_S", 1000)
+
+
+@pytest.fixture
+def company(aws, mail, patience):
+    """Return a server with a function that dispatches three messages while one is sent.
+
+    It returns how each of the three ended: None, or an error.
+    """
+
+    def caller(number: int) -> None:
+        mail.dispatch(number)
+
+    def dispatch(alone: Sequence[AwsAnswer]) -> list[BaseException | None]:
+        go, ends = threading.Event(), []
+        aws.script("SendMessage", late(go), *alone)
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            ends.append(pool.submit(caller, 0))
+            worker_eventually(lambda: aws.batches == [1])
+            (lane,) = taskhawk._lanes.get().lanes.values()
+            for number in (1, 2, 3):
+                ends.append(pool.submit(caller, number))
+                worker_eventually(lambda: len(lane._sharing.waiting) == len(ends) - 1)
+            go.set()
+            first, *others = [each.exception(WORKER_PATIENCE_S) for each in ends]
+        assert first is None
+        return others
+
+    aws.dispatch = dispatch
+    return aws
+
+
+class TestSharing:
+    """Dispatches that run at the same time share requests; each has its own result."""
+
+    def test_alone(self, aws, mail):
+        """One dispatch after another is one request each, and starts no thread."""
+        threads = threading.active_count()
+        for number in range(5):
+            mail.dispatch(number)
+        assert aws.batches == [1] * 5
+        assert not [t for t in threading.enumerate() if "dispatch" in t.name]
+        assert threads <= threading.active_count()
+
+    def test_threads(self, aws, mail, patience):
+        """Those that find a call under way share the next; ten wait for no call."""
+        go = threading.Event()
+        aws.script("SendMessage", late(go))
+        with concurrent.futures.ThreadPoolExecutor(13) as pool:
+            first = pool.submit(mail.dispatch, 0)
+            worker_eventually(lambda: aws.batches == [1])
+            ids = [pool.submit(mail.dispatch, number) for number in range(1, 13)]
+            worker_eventually(lambda: aws.batches == [1, 10])
+            assert not first.done()
+            go.set()
+            assert len({each.result() for each in [first, *ids]}) == 13
+        assert aws.batches == [1, 10, 2]
+        sent = [entry for each in aws.asked(SEND_BATCH) for entry in each["Entries"]]
+        sent += aws.asked(SEND)
+        assert sent_texts(entry["MessageBody"] for entry in sent) == [*range(13)]
+
+    def test_requests(self, aws, mail):
+        """Threads that dispatch all the time make one request for several messages."""
+        aws.always("SendMessage", late(0.01))
+        aws.always("SendMessageBatch", late(0.01))
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            list(pool.map(mail.dispatch, range(160)))
+        assert sum(aws.batches) == 160
+        assert len(aws.batches) <= 80  # 25 on a machine that does nothing else
+
+    def test_size(self, patience):
+        """A call has no more bytes than the service takes, and is full with them."""
+        sender = SharedSender()
+        dispatches = Dispatches(sender)
+        others = [letter * 400 for letter in list("abcd")]
+        sender.during = lambda bodies: bodies == ["0"] and dispatches.start(*others)
+        dispatches.send("0")
+        assert set(dispatches.wait().values()) == {"sent"}
+        assert sender.calls == [["0"], others[:2], others[2:]]
+
+    def test_patience(self):
+        """A call that hangs holds others up for a moment only."""
+        sender = SharedSender()
+        dispatches = Dispatches(sender)
+
+        def during(bodies: list[str]) -> None:
+            if bodies == ["0"]:
+                dispatches.start("a", "b")
+                worker_eventually(lambda: len(dispatches.ends) == 2)
+
+        sender.during = during
+        dispatches.send("0")
+        assert dispatches.wait() == dict.fromkeys("ab0", "sent")
+
+    @pytest.mark.parametrize(
+        ("destination", "calls"),
+        [("Q", ["0", "abcdefghij", "k"]), ("Q.fifo", ["0", "abcdefghij", "k"])],
+    )
+    def test_order(self, patience, destination, calls):
+        """Messages are sent in the order of their dispatches; on FIFO, one call at a time."""
+        sender, most = SharedSender(), []
+        dispatches = Dispatches(sender, destination)
+
+        def during(bodies: list[str]) -> None:
+            most.append(len(dispatches.lane._sharing.under_way))
+            if bodies == ["0"]:
+                dispatches.start(*"abcdefghijk")
+
+        sender.during = during
+        dispatches.send("0")
+        assert set(dispatches.wait().values()) == {"sent"}
+        assert ["".join(call) for call in sender.calls] == calls
+        assert max(most) == (1 if destination == "Q.fifo" else 2)
+
+    @pytest.mark.parametrize(
+        ("answers", "requests", "ends"),
+        [
+            pytest.param(
+                [refuse(1, code="Bad", ours=True), [passed]],
+                [1, 3, 1],
+                ["", "", ""],
+                id="refused, then accepted alone",
+            ),
+            pytest.param(
+                [refuse(1, 2), [fault("Odd", "no"), passed]],
+                [1, 3, 1, 1],
+                ["", "ClientError", ""],
+                id="refused, then alone too",
+            ),
+            pytest.param(
+                [DENY, []],
+                [1, 3],
+                ["ConfigurationError"] * 3,
+                id="denied",
+            ),
+            pytest.param([fault("Odd"), []], [1, 3], ["ClientError"] * 3, id="unknown"),
+            pytest.param(
+                [BATCH_TOO_LONG, [passed] * 3], [1, 3, 1, 1, 1], [""] * 3, id="long"
+            ),
+        ],
+    )
+    def test_shared_faults(self, company, answers, requests, ends):
+        """What was refused in company is sent alone; an error of a call is everyone's."""
+        in_batch, alone = answers
+        company.script("SendMessageBatch", in_batch)
+        found = company.dispatch(alone)
+        assert company.batches == requests
+        errors = [error for error in found if error]
+        names = ["" if e is None else type(e).__name__ for e in found]
+        assert sorted(names) == sorted(ends)
+        assert len({id(error) for error in errors}) == len(errors)
+        assert len({(str(e), taskhawk._error_code(e)) for e in errors}) <= 1
+        for error in errors:  # its own caller's traceback, down to the call
+            frames = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
+            assert frames.count("caller") == frames.count("call") == 1
+
+    def test_too_large_for_the_queue(self, patience):
+        """A queue's lower limit is told to whose message it is, and to nobody else."""
+        sender = SharedSender()
+        dispatches = Dispatches(sender)
+
+        def during(bodies: list[str]) -> None:
+            if bodies == ["0"]:
+                dispatches.start("a", "bbbbb")
+            if any(len(body) > 4 for body in bodies):
+                raise taskhawk.MessageTooLarge("too large", 4)
+
+        sender.during = during
+        dispatches.send("0")
+        ends = dispatches.wait()
+        assert str(ends.pop("bbbbb")) == (
+            "mail.send: the message has 5 bytes (body and attributes), and the limit"
+            " is 4"
+        )
+        assert ends == {"0": "sent", "a": "sent"}
+
+    def test_error_without_a_copy(self, patience):
+        """An error that can't be copied is raised all the same."""
+
+        class Odd(Exception):
+            def __reduce__(self):
+                raise TypeError
+
+        def during(bodies: list[str]) -> None:
+            if bodies == ["0"]:
+                dispatches.start("a", "b")
+            else:
+                raise Odd
+
+        sender = SharedSender(during)
+        dispatches = Dispatches(sender)
+        dispatches.send("0")
+        ends = dispatches.wait()
+        assert (type(ends["a"]), type(ends["b"]), ends["0"]) == (Odd, Odd, "sent")
+
+    # --- interrupted, forked, re-entered ---
+
+    @pytest.mark.parametrize("fails", [False, True], ids=["sent", "fails"])
+    @pytest.mark.parametrize("interrupted", [interrupted_first, interrupted_follower])
+    def test_interrupted(self, patience, interrupted, fails):
+        """Control-C at any line of a dispatch leaves nobody waiting, and sends no twice."""
+        for line in itertools.count(1):
+            dispatches, fault = Dispatches(SharedSender()), Fault(line)
+            interrupted(dispatches, fault, fails)
+            ends = dispatches.wait()
+            assert (ends["a"], ends["b"]) == ("sent", "sent"), line
+            sent = [body for call in dispatches.sender.calls for body in call]
+            assert len(sent) == len(set(sent)), line
+            if fault.left > 0:  # there is no such line
+                break
+        assert line > 20
+
+    def test_helper_dies(self, patience, monkeypatch):
+        """Where a helper's thread ends, at any line, those that wait send by themselves."""
+        died: list[Any] = []
+        monkeypatch.setattr(threading, "excepthook", died.append)
+        monkeypatch.setattr(taskhawk, "_HELPER_IDLE_S", 0.05)
+        for line in range(1, 150):
+            dispatches = Dispatches(SharedSender())
+            fault = Fault(line, "taskhawk dispatch")
+            threading.settrace(fault)
+            try:
+                interrupted_first(dispatches)
+                assert dispatches.wait() == dict.fromkeys("0ab", "sent"), line
+            finally:
+                threading.settrace(None)
+            if fault.left > 0:  # there is no such line
+                break
+        assert line > 20
+
+    def test_no_threads(self, patience, monkeypatch):
+        """Where no thread can be started, each dispatch sends its message itself."""
+        sender = SharedSender()
+        dispatches = Dispatches(sender)
+        start = threading.Thread.start
+
+        def refuse_helpers(thread: threading.Thread) -> None:
+            if thread.name == "taskhawk dispatch":
+                raise RuntimeError("can't start new thread")
+            start(thread)
+
+        monkeypatch.setattr(threading.Thread, "start", refuse_helpers)
+        sender.during = lambda bodies: bodies == ["0"] and dispatches.start("a", "b")
+        dispatches.send("0")
+        assert dispatches.wait() == dict.fromkeys("0ab", "sent")
+        assert sorted(sender.calls) == [["0"], ["a"], ["b"]]
+
+    def test_helper_ends(self, patience, monkeypatch):
+        """A helper ends when there is nothing to send; the next dispatch is alone."""
+        monkeypatch.setattr(taskhawk, "_HELPER_IDLE_S", 0.01)
+        sender = SharedSender()
+        dispatches = Dispatches(sender)
+        for _ in range(2):
+            sender.during = lambda bodies: bodies == ["0"] and dispatches.start("a")
+            dispatches.send("0")
+            assert dispatches.wait() == {"0": "sent", "a": "sent"}
+            worker_eventually(lambda: not dispatches.lane._helpers)
+            dispatches.ends.clear()
+        assert sender.calls == [["0"], ["a"]] * 2
+
+    @pytest.mark.parametrize("state", ["lock", "call", "wait"])
+    def test_reentered(self, patience, state):
+        """A signal handler's dispatch is sent at once, wherever it interrupts another."""
+        sender = SharedSender()
+        dispatches = Dispatches(sender)
+        handler = functools.partial(dispatches.send, "handler")
+        if state == "call":
+            sender.during = lambda bodies: bodies == ["0"] and handler()
+            dispatches.send("0")
+        elif state == "lock":
+            with dispatches.lane._lock:
+                dispatches.lane._busy.add(threading.get_ident())
+                handler()
+            dispatches.send("0")
+        else:
+
+            def during(bodies: list[str]) -> None:
+                if bodies == ["1"]:
+                    worker_eventually(lambda: dispatches.has_come("0"))
+                    signal.pthread_kill(main, signal.SIGUSR1)
+                    worker_eventually(lambda: "handler" in dispatches.ends)
+
+            main = threading.get_ident()
+            sender.during = during
+            before = signal.signal(signal.SIGUSR1, lambda *_: handler())
+            try:
+                dispatches.start("1")
+                dispatches.send("0")
+            finally:
+                signal.signal(signal.SIGUSR1, before)
+        dispatches.wait()
+        assert set(dispatches.ends.values()) == {"sent"}
+        assert ["handler"] in sender.calls
+
+    @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
+    def test_fork(self, aws, mail, patience):
+        """A child that is forked while others send has nobody to wait for."""
+        go = threading.Event()
+        aws.script("SendMessage", late(go))
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            parents = [pool.submit(mail.dispatch, "parent")]
+            worker_eventually(lambda: aws.batches == [1])
+            wait = forked(lambda: mail.dispatch("child"))
+            assert wait() == 0
+            parents.append(pool.submit(mail.dispatch, "parent"))
+            go.set()
+            assert len({each.result() for each in parents}) == 2
+        bodies = [each["MessageBody"] for each in aws.asked(SEND)]
+        assert sent_texts(bodies) == ["child", "parent", "parent"]
+
+    @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
+    def test_forked_in_a_call(self):
+        """What is forked inside a call leaves it without the locks of the parent's threads."""
+        sender = SharedSender()
+        dispatches = Dispatches(sender)
+        children: list[int] = []
+
+        def during(bodies: list[str]) -> None:
+            with dispatches.lane._lock:  # as another thread might
+                children.append(os.fork())
+            if not children[0]:
+                signal.signal(signal.SIGALRM, signal.SIG_DFL)
+                signal.alarm(WORKER_PATIENCE_S)
+                dispatches.lane._lock.acquire()
+
+        sender.during = during
+        dispatches.send("0")
+        if not children[0]:
+            os._exit(dispatches.ends != {"0": "sent"})
+        assert os.waitpid(children[0], 0)[1] == 0
+
+    @pytest.mark.slow
+    def test_at_exit(self, aws, tmp_path):
+        """A __del__ at the interpreter's end waits for no thread that has stopped."""
+        go = threading.Event()
+        aws.script("SendMessage", passed, late(go))
+        code = f"""
+            import gc, sys, threading, time, taskhawk
+            taskhawk.configure(
+                AWS_REGION="x", AWS_ACCESS_KEY="x", AWS_SECRET_KEY="x",
+                AWS_ENDPOINT_SQS={aws.url!r}, TASKHAWK_QUEUE="app")
+
+            @taskhawk.task(name="mail.send")
+            def send(text): pass
+
+            class Last:
+                def __del__(self):
+                    print(sys.is_finalizing(), len(send.dispatch("last")))
+
+            send.dispatch("first")
+            gc.disable()
+            last = Last()
+            last.itself = last
+            del last # collected at the end
+            threading.Thread(target=send.dispatch, args=["hang"], daemon=True).start()
+            while not taskhawk._lanes.get().busy: time.sleep(0.01)
+        """
+        try:
+            assert python_lines(tmp_path, code) == ["True 36"]
+        finally:
+            go.set()
+
+    # --- who does not share ---
+
+    def test_others(self, sync, mail):
+        """Sync mode and capture() make no lane: each dispatch is on its own."""
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            list(pool.map(mail.dispatch, range(8)))
+            with taskhawk.capture() as calls:
+                list(pool.map(mail.dispatch, range(8)))
+        assert len(calls) == 8
+        assert taskhawk._lanes.get().lanes == {}
+
+    def test_configure(self, aws, mail):
+        """configure() lets the next dispatch begin anew, with the new settings."""
+        mail.dispatch(1)
+        configure_aws(aws.url, "other")
+        assert taskhawk._lanes.get().lanes == {}
+        mail.dispatch(2)
+        urls = [each["QueueUrl"].rpartition("/")[2] for each in aws.asked(SEND)]
+        assert urls == ["TASKHAWK-APP", "TASKHAWK-OTHER"]
+
+
 # === PART IV: WORK ====================================================================
 
 Fate, Outcome = taskhawk.Fate, taskhawk.Outcome  # no name of a later part stands above
@@ -7384,7 +8407,7 @@ IN_12_HOURS = "runs again in 43200 s, the most that SQS allows"
 PROCESSING_ENDS: dict[str, tuple[Fate, float | None]] = {
     LEFT: (Fate.retry, None),
     DEAD: (Fate.dead_letter, None),
-    **{DELAY.format(s): (Fate.retry, s) for s in (0, 1, 5, 7.5, 90)},
+    **{DELAY.format(s): (Fate.retry, s) for s in (0, 1, 5, 7, 7.5, 90)},
 }
 PROCESSING_ENDS[IN_12_HOURS] = (Fate.retry, 43200)
 for said in ("True", "not yet,?hm", "a; b"):
@@ -7392,7 +8415,8 @@ for said in ("True", "not yet,?hm", "a; b"):
 AT_LAST = f"{DEAD}: the queue allows no further receive"
 PROCESSING_ENDS[AT_LAST] = (Fate.dead_letter, None)
 FIVE: dict[str, Any] = {"retry": taskhawk.fixed(5, 2, jitter=False)}
-IN_5_S = DELAY.format(5)
+IN_5_S, IN_7_S = DELAY.format(5), DELAY.format(7)
+IN_7 = taskhawk.fixed(7, 2, jitter=False)
 FILES: dict[str, Any] = {**FIVE, "retry_on": (OSError,)}
 NO_FILES: dict[str, Any] = {**FIVE, "never_retry_on": (OSError, ValueError)}
 ONLY_FILES: dict[str, Any] = {"retry_on": OSError, "never_retry_on": FileNotFoundError}
@@ -7466,8 +8490,16 @@ PROCESSING_FAILURES = [
     ("asks past the policy", later(1), FIVE, 9, ASKED, DELAY.format(1)),
     ("asks past retry_on", later(), FILES, 1, ASKED, IN_5_S),
     ("asks past never", later(), {"never_retry_on": (later,)}, 1, ASKED, LEFT),
+    ("asks by a policy", later(retry=IN_7), {}, 1, ASKED, DELAY.format(7)),
+    ("asks by another policy", later(retry=IN_7), FIVE, 2, ASKED, DELAY.format(7)),
+    ("asks by one, used up", later(retry=IN_7), FIVE, 3, FAILS, DEAD),
+    ("asks by one, last", later(retry=IN_7), {}, 10, FAILS, AT_LAST),
+    ("asks by a huge one", later(retry=lambda _: 1e9), {}, 1, ASKED, IN_12_HOURS),
+    ("group, policies", group(later(retry=IN_7), later(5)), {}, 1, ASKED, IN_7_S),
+    ("group, a policy", group(later(retry=IN_7), KeyError()), FIVE, 1, FAILS, IN_7_S),
+    ("group, used up", group(later(retry=IN_7), later(5)), {}, 3, FAILS, DEAD),
 ]
-PROCESSING_PLACES = ["task", "policy", "error hook", "pre hook"]
+PROCESSING_PLACES = ["task", "policy", "error hook", "run hook", "pre hook"]
 postponed = taskhawk.PostponeException
 # What is raised, at which attempt, in which queue; and what comes of it.
 PROCESSING_POSTPONED: dict[str, tuple[BaseException, int, str | None, Fate, Any]] = {
@@ -7610,10 +8642,61 @@ class TestProcessing:
 
     def run_with(self, where: str, fn: Callable[..., Any]) -> Outcome:
         """Process a message whose task fails, with this function in one place."""
-        hook = {"pre hook": "PRE_PROCESS", "error hook": "ERROR"}.get(where)
+        hooks = {"pre hook": "PRE_PROCESS", "error hook": "ERROR", "run hook": "RUN"}
+        hook = hooks.get(where)
         taskhawk.configure({f"TASKHAWK_{hook}_HOOK": fn} if hook else None)
         task = fn if where == "task" else raising(ValueError())
         return processing_run(task, retry=fn if where == "policy" else None)
+
+    @pytest.mark.parametrize(
+        ("error", "attempt", "level", "how", "then"),
+        [
+            (later("no", log_error=False), 3, "WARNING", ASKED, f"{DEAD}: no"),
+            (later(retry=IN_7, log_error=False), 3, "WARNING", ASKED, DEAD),
+            (later(5, log_error=False), 10, "WARNING", ASKED, AT_LAST),
+            (later(log_error=False), 1, "INFO", ASKED, IN_5_S),
+            (group(*[later(log_error=False)] * 2), 3, "WARNING", ASKED, DEAD),
+            (group(later(log_error=False), later()), 3, "ERROR", FAILS, DEAD),
+            (group(later(log_error=False), KeyError()), 3, "ERROR", FAILS, DEAD),
+        ],
+    )
+    def test_no_error(self, error, attempt, level, how, then, caplog):  # noqa: PLR0917
+        """With log_error=False the last failure is a warning, not an error, if all say so.
+
+        The error hook is not told, and the dead letter has the error all the same.
+        """
+        told: list[Any] = []
+        taskhawk.configure(TASKHAWK_ERROR_HOOK=lambda **given: told.append(given))
+        caplog.set_level(logging.INFO, "taskhawk")
+        outcome = processing_run(raising(error), attempt, **FIVE)
+        assert outcome.fate is (Fate.retry if level == "INFO" else Fate.dead_letter)
+        assert outcome.error is error
+        [record] = caplog.records
+        assert (
+            record.getMessage()
+            == f"{PROCESSING_NAME}: attempt {attempt} {how} and {then}"
+        )
+        assert (record.levelname, len(told)) == (level, int(level == "ERROR"))
+        assert (record.exc_info is None) == (level != "ERROR")
+
+    def test_default_policy(self):
+        """TASKHAWK_RETRY is the policy of the tasks that have none."""
+        taskhawk.configure(TASKHAWK_RETRY=IN_7)
+        error = ValueError("no")
+        for attempt, options, fate, delay_s in [
+            (1, {}, Fate.retry, 7),
+            (3, {}, Fate.dead_letter, None),
+            (1, FIVE, Fate.retry, 5),
+        ]:
+            outcome = processing_run(raising(error), attempt, **options)
+            assert outcome == Outcome(fate, error, delay_s)
+        assert processing_run(raising(later(90))).delay_s == 90
+        taskhawk.configure(TASKHAWK_RETRY="json.missing")
+        outcome = processing_run(raising(error))
+        assert (outcome.fate, outcome.delay_s) == (Fate.retry, None)
+        assert str(outcome.error).startswith(
+            "TASKHAWK_RETRY in configure(): expected a"
+        )
 
     @pytest.mark.parametrize("where", PROCESSING_PLACES)
     @pytest.mark.parametrize("grouped", [False, True])
@@ -7734,7 +8817,7 @@ class TestProcessing:
         class Own(base):
             def __init__(self) -> None:
                 if delay_s is not None:
-                    self.delay_seconds = delay_s
+                    self.delay_seconds = self.retry = delay_s
 
         error = Own()
         assert processing_run(raising(error)) == Outcome(Fate.retry, error)
@@ -7803,6 +8886,7 @@ class TestProcessing:
             (taskhawk.StopRetry(), 1, FAILS, LEFT),
             (SystemExit(), 1, FAILS, LEFT),
             (later(delay_seconds=90), 1, ASKED, DELAY.format(90)),
+            (later(delay_seconds=172800), 1, ASKED, IN_12_HOURS),
         ],
     )
     def test_pre_hook_that_fails(self, error, attempt, how, then, caplog):
@@ -7940,6 +9024,66 @@ class TestProcessing:
             (f"{PROCESSING_NAME}: attempt 1 failed and {LEFT}", error),
             ("TASKHAWK_ERROR_HOOK failed", broken),
         ]
+
+    @pytest.mark.parametrize(
+        ("task", "hooks", "attempt", "end"),
+        [
+            (nothing, {}, 1, "done"),
+            (raising(Ignored("no")), {}, 1, "ignored"),
+            (raising(ValueError("no")), {}, 1, "retry"),
+            (raising(later(5)), {}, 1, "retry"),
+            (raising(taskhawk.PostponeException(5)), {}, 1, "postpone"),
+            (raising(ValueError("no")), {}, 10, "dead_letter"),
+            (nothing, {"TASKHAWK_PRE_PROCESS_HOOK": raising(OSError())}, 1, "retry"),
+            (nothing, {"TASKHAWK_POST_PROCESS_HOOK": raising(OSError())}, 1, "retry"),
+        ],
+    )
+    def test_run_hook(self, monkeypatch, task, hooks, attempt, end):
+        """The run hook is told of each run, how it ended, and what it took.
+
+        A run that its task ignored has no exception: it did not fail.
+        """
+        clock, told = Clock(), []
+        monkeypatch.setattr(time, "monotonic", clock)
+
+        def runs() -> None:
+            clock.now += 1.5
+            task()
+
+        hook = lambda **given: told.append(given)  # noqa: E731
+        taskhawk.configure(hooks, TASKHAWK_RUN_HOOK=hook)
+        outcome = processing_run(runs, attempt)
+        has_run = "TASKHAWK_PRE_PROCESS_HOOK" not in hooks
+        assert told == [
+            {
+                "message": Message(json.loads(processing_body())) if has_run else None,
+                "outcome": end,
+                "exception": outcome.error,
+                "duration_ms": 1500 * has_run,
+            }
+        ]
+
+    @pytest.mark.parametrize("case", PROCESSING_INVALID)
+    def test_run_hook_of_no_message(self, case):
+        """It is told of what is no message, or for no task here, each time."""
+        told: list[Any] = []
+        hook = lambda **given: told.append(given)  # noqa: E731
+        taskhawk.configure(TASKHAWK_RUN_HOOK=hook)
+        received = QueueMessage(PROCESSING_INVALID[case][0], "m1", queue="Q")
+        outcomes = [taskhawk.process(received) for _ in range(2)]
+        errors = [(each["exception"], each["message"]) for each in told]
+        assert errors == [(outcome.error, None) for outcome in outcomes]
+
+    @pytest.mark.parametrize("broken", [OSError("no network"), SystemExit(3)])
+    @pytest.mark.parametrize("task", [nothing, raising(ValueError("no"))])
+    def test_run_hook_that_fails(self, broken, task, caplog):
+        """A run hook's own failure is logged, no more."""
+        before = processing_run(task)
+        caplog.clear()
+        taskhawk.configure(TASKHAWK_RUN_HOOK=raising(broken))
+        assert processing_run(task)[::2] == before[::2]
+        assert caplog.records[-1].getMessage() == "TASKHAWK_RUN_HOOK failed"
+        assert caplog.records[-1].exc_info[1] is broken
 
     def test_hook_that_is_not_there(self, caplog):
         """A hook's setting that is wrong is a failed run, with the sentence that says so."""
@@ -8189,6 +9333,28 @@ class TestSync:
         assert ran == order[: order.index(where) + 1]
 
     @pytest.mark.parametrize(
+        ("error", "end"),
+        [
+            (None, "done"),
+            (taskhawk.IgnoreException(), "ignored"),
+            (OSError(), "failed"),
+        ],
+    )
+    def test_run_hook(self, error, end):
+        """The run hook is told how it ended: "failed" where dispatch raises."""
+        told = []
+        hook = lambda **given: told.append(given)  # noqa: E731
+        taskhawk.configure(TASKHAWK_SYNC=True, TASKHAWK_RUN_HOOK=hook)
+        fn = raising(error) if error else nothing
+        sell = taskhawk.task(name="shop.sell")(fn)
+        with contextlib.suppress(OSError):
+            sell.dispatch()
+        [given] = told
+        assert (given["outcome"], given["message"].task_name) == (end, "shop.sell")
+        assert given["exception"] is (error if end == "failed" else None)
+        assert given["duration_ms"] in range(1000)
+
+    @pytest.mark.parametrize(
         ("queue", "name"),
         [(None, "TASKHAWK-SYNC"), ("shop", "TASKHAWK-SHOP-HIGH-PRIORITY")],
     )
@@ -8311,6 +9477,231 @@ def logging_queue(tmp_path: Path) -> Iterator[Callable[..., taskhawk.SqliteBroke
 
     yield put
     broker.close()
+
+
+#: What a call of the batch task does, by its argument.
+TOGETHER_ENDS: dict[str, BaseException] = {
+    "fail": ValueError("this one"),
+    "never": KeyError("this one"),
+    "later": taskhawk.RetryException(delay_seconds=7),
+    "ignore": taskhawk.IgnoreException(),
+}
+
+
+@pytest.fixture
+def together(isolated):
+    """Register a batch task that notes its calls; return the notes."""
+    notes: list[list[Any]] = []
+
+    @taskhawk.task(batch=5, name="shop.index", never_retry_on=(KeyError,))
+    def index(calls: list[taskhawk.Call]) -> None:
+        notes.append([call.args[0] for call in calls])
+        for call in calls:
+            if call.args[0] in TOGETHER_ENDS:
+                call.fail(TOGETHER_ENDS[call.args[0]])
+        if "stop" in notes[-1]:
+            raise LookupError("all of them")
+        if "exit" in notes[-1]:
+            raise KeyboardInterrupt
+
+    return notes
+
+
+def together_batch(*calls: Any) -> list[QueueMessage]:
+    """Return received messages for the batch task; None is one that is not valid."""
+    bodies = [processing_body("shop.index", args=[call]) for call in calls]
+    return [
+        QueueMessage(body if call is not None else "{", f"m{n}", f"r{n}", queue="Q")
+        for n, (call, body) in enumerate(zip(calls, bodies, strict=True), 1)
+    ]
+
+
+def together_no_list(*, calls: Any) -> None:
+    """Take the calls by name alone."""
+
+
+class TestBatchTasks:
+    """A batch task gets what waits for it together, and each message its own outcome."""
+
+    @pytest.mark.parametrize("most", [0, 101, "5", 2.5, True, None])
+    def test_wrong_option(self, isolated, most):
+        """The option says how many calls the task gets at most."""
+        assert refused(taskhawk.task(batch=most, name="shop.index"), plain) == (
+            f"shop.index has batch={most!r}: expected 1 to 100"
+        )
+
+    @pytest.mark.parametrize("fn", [nothing, operator.add, together_no_list])
+    def test_wrong_function(self, isolated, fn):
+        """Its function takes one argument."""
+        assert refused(taskhawk.task(batch=5, name="shop.index"), fn) == (
+            "shop.index: expected a function of one argument, the list of calls"
+        )
+
+    def test_dispatch(self, memory, together):
+        """It is dispatched with any arguments that are JSON, metadata and headers too."""
+        index = taskhawk.Task.find_by_name("shop.index")
+        index.dispatch(1, "two", metadata=3, headers={"four": None})
+        with pytest.raises(TypeError, match=r"args\[0\] is not JSON"):
+            index.dispatch(object())
+        [received] = receive_all()
+        message = json.loads(received.body)
+        assert message["args"] == [1, "two"]
+        assert message["kwargs"] == {"metadata": 3, "headers": {"four": None}}
+        assert not index.accepts_metadata
+
+    def test_alone(self, sync):
+        """In sync mode, and where one message waits, it gets that one."""
+        seen = []
+
+        @taskhawk.task(batch=5, name="shop.index")
+        async def index(calls: list[taskhawk.Call]) -> None:
+            await asyncio.sleep(0)
+            [call] = calls
+            metadata = call.metadata
+            assert metadata is taskhawk.current_task()
+            seen.append((call.args, call.kwargs, call.headers, metadata.task))
+            if call.args:
+                call.fail(ValueError("no milk"))
+
+        index.with_headers(a=1).dispatch(b=2)
+        assert seen == [([], {"b": 2}, {"a": 1}, "shop.index")]
+        assert refused(index.dispatch, 7, error=ValueError) == "no milk"
+
+    def test_in_a_test(self):
+        """A user's test calls the function with calls that it makes."""
+
+        @taskhawk.task(batch=5, name="shop.index")
+        def index(calls: list[taskhawk.Call]) -> int:
+            for call in calls:
+                call.fail(ValueError("no"))
+            return len(calls)
+
+        call = taskhawk.Call([7], {"what": "milk"})
+        assert index([call]) == 1
+        assert (str(call.error), call.metadata, call.headers) == ("no", None, {})
+        text = "error: expected an exception, got 'no'"
+        assert refused(call.fail, "no", error=TypeError) == text
+
+    @pytest.mark.parametrize(
+        ("calls", "fates"),
+        [
+            ("a b c", "acknowledge acknowledge acknowledge"),
+            (
+                "a fail never later ignore",
+                "acknowledge retry dead_letter retry acknowledge",
+            ),
+            ("a stop ignore never", "retry retry acknowledge dead_letter"),
+        ],
+    )
+    def test_outcomes(self, together, calls, fates):
+        """An error of its own is a call's end; the task's error is that of all others."""
+        batch = together_batch(*calls.split())
+        outcomes = taskhawk._process_all(batch)
+        assert together == [calls.split()]
+        assert [outcome.fate.name for outcome in outcomes] == fates.split()
+        for call, outcome in zip(calls.split(), outcomes, strict=True):
+            if outcome.error is not None:
+                error = TOGETHER_ENDS.get(call)
+                assert outcome.error is error or type(outcome.error) is LookupError
+        delays = [outcome.delay_s for outcome in outcomes]
+        assert delays == [7 if call == "later" else None for call in calls.split()]
+
+    def test_hooks(self, together, caplog):
+        """Hooks see each message, and an error of one fails that one; each is logged."""
+        seen, told = [], []
+
+        def hook(name: str, bad: str) -> Callable[..., None]:
+            def note(queue_name: Any, sqs_queue_message: QueueMessage) -> None:
+                seen.append((name, sqs_queue_message.message_id))
+                if sqs_queue_message.message_id == bad:
+                    raise OSError(name)
+
+            return note
+
+        taskhawk.configure(
+            TASKHAWK_PRE_PROCESS_HOOK=hook("pre", "m1"),
+            TASKHAWK_POST_PROCESS_HOOK=hook("post", "m3"),
+            TASKHAWK_RUN_HOOK=lambda **given: told.append(given["outcome"]),
+        )
+        outcomes = taskhawk._process_all(together_batch("a", "b", "c", None, "fail"))
+        assert together == [["b", "c", "fail"]]
+        fates = [outcome.fate.name for outcome in outcomes]
+        assert fates == ["retry", "acknowledge", "retry", "retry", "retry"]
+        errors = [type(outcome.error).__name__ for outcome in outcomes]
+        assert errors == [
+            "OSError",
+            "NoneType",
+            "OSError",
+            "ValidationError",
+            "ValueError",
+        ]
+        post = [("post", "m2"), ("post", "m3")]
+        assert seen == [("pre", f"m{n}") for n in range(1, 6)] + post
+        assert sorted(told) == ["done", "retry", "retry", "retry", "retry"]
+
+    def test_none_is_left(self, together):
+        """Where no message is ready, the task is not called."""
+        taskhawk.configure(TASKHAWK_PRE_PROCESS_HOOK=raising(OSError()))
+        outcomes = taskhawk._process_all(together_batch("a", "b"))
+        assert [outcome.fate for outcome in outcomes] == [Fate.retry] * 2
+        assert together == []
+
+    def test_what_surrounds(self, together, monkeypatch):
+        """What surrounds a run surrounds each message's, and sees its own error."""
+        ends: list[tuple[str, str]] = []
+
+        @contextlib.contextmanager
+        def surround(task: Any, received: QueueMessage) -> Iterator[None]:
+            if received.message_id == "m2":
+                raise taskhawk.PostponeException(delay_seconds=3)
+            if received.message_id == "m3":
+                raise taskhawk.IgnoreException
+            try:
+                yield
+            except BaseException as error:
+                ends.append((received.message_id, type(error).__name__))
+                raise
+            ends.append((received.message_id, "done"))
+
+        monkeypatch.setattr(taskhawk, "_around_runs", [surround])
+        batch = together_batch("a", "b", "c", "fail")
+        outcomes = taskhawk._process_all(batch)
+        assert together == [["a", "fail"]]
+        fates = [outcome.fate.name for outcome in outcomes]
+        assert fates == ["acknowledge", "postpone", "acknowledge", "retry"]
+        assert ends == [("m1", "done"), ("m4", "ValueError")]
+        ends.clear()
+        with pytest.raises(KeyboardInterrupt):
+            taskhawk._process_all(together_batch("exit", "b", "c", "d"))
+        assert ends == [("m1", "KeyboardInterrupt"), ("m4", "KeyboardInterrupt")]
+
+    def test_no_one_message(self, isolated):
+        """While several are run, the run is no single message's."""
+        seen = []
+
+        @taskhawk.task(batch=5, name="shop.index")
+        def index(calls: list[taskhawk.Call]) -> None:
+            seen.append((taskhawk.current_task(), [c.metadata.id for c in calls]))
+
+        batch = together_batch("a", "b")
+        taskhawk._process_all(batch)
+        ids = [json.loads(received.body)["id"] for received in batch]
+        assert seen == [(None, ids)]
+
+    def test_find_batch_task(self, isolated):
+        """What is not valid, another task's, or of a FIFO queue runs by itself."""
+        [received] = together_batch("a")
+        find = taskhawk._find_batch_task
+        taskhawk.task(name="shop.plain")(nothing)
+        assert find(received) is None  # no such task
+        taskhawk.task(batch=5, name="shop.index")(plain)
+        assert (find(received), taskhawk._most_together(received)) == ("shop.index", 1)
+        received.batch_task = "shop.index"
+        assert taskhawk._most_together(received) == 5
+        others = [QueueMessage("{", "m1"), QueueMessage(received.body, "m1")]
+        others[1].queue = "Q.fifo"
+        others.append(QueueMessage(processing_body("shop.plain"), "m1"))
+        assert [*map(find, others)] == [None] * 3
 
 
 class TestLogging:
@@ -8465,6 +9856,7 @@ class HoldingsMachine(hypothesis.stateful.RuleBasedStateMachine):
         super().__init__()
         self.now = 1000.0
         self.holdings = taskhawk._Holdings(["HIGH", "LOW"])
+        self.receives: list[tuple[str, float, float]] = []  # under way
         self.running: list[Any] = []
         self.calls: list[tuple[Any, float]] = []  # under way, and how far they got
         self.count = 0
@@ -8478,16 +9870,24 @@ class HoldingsMachine(hypothesis.stateful.RuleBasedStateMachine):
         self.service = Service(random.Random(seed))
 
     @hypothesis.stateful.rule(
-        count=st.integers(1, 10),
         queue=st.sampled_from(["HIGH", "LOW"]),
         lease_s=st.sampled_from([1, 3, 30, 43_200]),
+    )
+    def ask(self, queue: str, lease_s: float) -> None:
+        """Begin a receive; others may be under way."""
+        self.receives.append((queue, lease_s, self.now))
+
+    @hypothesis.stateful.precondition(lambda self: self.receives)
+    @hypothesis.stateful.rule(
+        count=st.integers(1, 10),
+        which=st.integers(0, 99),
         took_s=st.sampled_from([0, 0, 0.5, 2.5, 19]),
     )
-    def receive(self, count: int, queue: str, lease_s: float, took_s: float) -> None:
+    def receive(self, count: int, which: int, took_s: float) -> None:
         """Receive: the service hides the messages at some time during the call."""
-        asked_at = self.now
-        hidden_at = asked_at + took_s * self.service.chance.random()
+        queue, lease_s, asked_at = self.receives.pop(which % len(self.receives))
         self.now += took_s
+        hidden_at = self.service.chance.uniform(asked_at, self.now)
         messages = []
         for _ in range(count):
             self.count += 1
@@ -8605,6 +10005,8 @@ class HoldingsMachine(hypothesis.stateful.RuleBasedStateMachine):
         holdings = self.holdings
         for held in self.running:
             holdings.finish(held, "acked", self.now)
+        while self.receives:
+            self.receive(1, 0, 0)
         holdings.release_waiting(self.now)
         while held := holdings.start(self.now):
             assert held.message.would_be_redriven
@@ -9498,6 +10900,327 @@ class TestKeeper:
 
 # --- 16. the worker -------------------------------------------------------------------
 
+
+class PollsMachine(hypothesis.stateful.RuleBasedStateMachine):
+    """Any order of receives, runs and faults in a worker of several queues; no thread."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 1000.0
+        self.under_way: list[Any] = []
+        self.started = self.running = 0
+        self.last: dict[str, int | None] = {}  # what the last receive brought
+        self.asked: collections.Counter[str] = collections.Counter()
+        self.over: set[str] = set()
+
+    @hypothesis.stateful.initialize(
+        queues=st.sampled_from([["Q"], ["HIGH", "LOW"], ["A", "B.fifo", "C"]]),
+        num_messages=st.sampled_from([1, 2, 5, 10, 12, 40, 100]),
+        slots=st.sampled_from([1, 2, 8, 64]),
+        loop_count=st.sampled_from([None, None, 1, 4]),
+        max_tasks=st.sampled_from([math.inf, math.inf, 1, 2, 7, 30]),
+    )
+    def begin(self, queues, num_messages, slots, loop_count, max_tasks) -> None:
+        """Draw a worker's options."""
+        self.most = num_messages + slots - 1
+        self.slots, self.loops, self.max_tasks = slots, loop_count, max_tasks
+        self.polls = taskhawk._Polls(queues, num_messages, slots, loop_count)
+        self.waiting = dict.fromkeys(queues, 0)
+
+    def load(self) -> Any:
+        """Return what the worker holds."""
+        waiting = list(self.waiting.values())
+        starts = self.max_tasks - self.started - sum(waiting)
+        return taskhawk._Load(self.slots - self.running, waiting, starts)
+
+    def in_flight(self, queue: str) -> list[Any]:
+        """Return the receives of a queue that are under way, the oldest first."""
+        return [poll for poll in self.under_way if poll.queue == queue]
+
+    def is_known_to_be_empty(self, queue: str) -> bool:
+        """Return whether less urgent queues may be asked."""
+        if self.last.get(queue) == 0 or queue in self.over:
+            return True
+        flights = self.in_flight(queue)
+        return bool(flights) and self.now - flights[0].began_at >= 0.1
+
+    @hypothesis.stateful.rule(which=st.integers(0, 2))
+    def ask(self, which: int) -> None:
+        """Begin a receive of a queue, if it may."""
+        queue = list(self.waiting)[which % len(self.waiting)]
+        load, flights = self.load(), self.in_flight(queue)
+        if self.polls.may_begin_at(queue, load) > self.now:
+            return
+        poll = self.polls.begin(queue, load, self.now)
+        self.under_way.append(poll)
+        self.asked[queue] += 1
+        assert 1 <= poll.most <= (1 if queue.endswith("fifo") else 10)
+        assert len(flights) < (1 if queue.endswith("fifo") else 12)
+        assert self.loops is None or self.asked[queue] <= self.loops
+        urgent = list(self.waiting)[: which % len(self.waiting)]
+        assert all(map(self.is_known_to_be_empty, urgent))
+        held = self.running + sum(map(self.waiting.get, [*urgent, queue]))
+        assert held + poll.most + sum(each.most for each in flights) <= self.most
+
+    @hypothesis.stateful.precondition(lambda self: self.under_way)
+    @hypothesis.stateful.rule(
+        which=st.integers(0, 99), share=st.sampled_from([0, 0, 0.5, 1, 1, 1])
+    )
+    def answer(self, which: int, share: float) -> None:
+        """Answer a receive with nothing, with a part of what it may bring, or with all."""
+        poll = self.under_way.pop(which % len(self.under_way))
+        count = math.ceil(poll.most * share)
+        self.polls.answered(poll, count)
+        self.last[poll.queue] = count
+        self.waiting[poll.queue] += count
+
+    @hypothesis.stateful.precondition(lambda self: self.under_way)
+    @hypothesis.stateful.rule(which=st.integers(0, 99), fails=st.booleans())
+    def fail(self, which: int, fails: bool) -> None:
+        """Let a receive fail, or not be made after all."""
+        poll = self.under_way.pop(which % len(self.under_way))
+        self.asked[poll.queue] -= 1
+        if fails:
+            self.polls.failed(poll)
+            self.last[poll.queue] = 0
+        else:
+            self.polls.dropped(poll)
+
+    @hypothesis.stateful.precondition(lambda self: self.running < self.slots)
+    @hypothesis.stateful.rule()
+    def start(self) -> None:
+        """Start the most urgent message: that leaves no room that was not there before."""
+        queue = next((name for name, count in self.waiting.items() if count), None)
+        if queue is None:
+            return
+        before = {name: self.may_begin_at(name) for name in self.waiting}
+        self.waiting[queue] -= 1
+        self.started += 1
+        self.running += 1
+        assert all(self.may_begin_at(name) >= before[name] for name in self.waiting)
+
+    def may_begin_at(self, queue: str) -> float:
+        """Return when a queue may be asked."""
+        return self.polls.may_begin_at(queue, self.load())
+
+    @hypothesis.stateful.precondition(lambda self: self.running)
+    @hypothesis.stateful.rule()
+    def finish(self) -> None:
+        """End a run."""
+        self.running -= 1
+
+    @hypothesis.stateful.rule(seconds=st.sampled_from([0.01, 0.1, 20]))
+    def wait(self, seconds: float) -> None:
+        """Let time go by."""
+        self.now += seconds
+
+    @hypothesis.stateful.rule(which=st.integers(0, 2))
+    def end(self, which: int) -> None:
+        """End the pollers of a queue that is asked no more."""
+        queue = list(self.waiting)[which % len(self.waiting)]
+        if not self.polls.is_open(queue):
+            self.polls.close(queue)
+            self.over.add(queue)
+
+    @hypothesis.stateful.invariant()
+    def nothing_is_too_much(self) -> None:
+        """No more is received than can be started, over all that is under way."""
+        asked = sum(poll.most for poll in self.under_way)
+        assert self.started + sum(self.waiting.values()) + asked <= self.max_tasks
+        assert self.polls.under_way == len(self.under_way)
+
+    @hypothesis.stateful.invariant()
+    def nobody_waits_for_ever(self) -> None:
+        """While nothing waits and a slot is free, something is asked for, unless all is."""
+        asked = sum(poll.most for poll in self.under_way)
+        starts = self.max_tasks - self.started - asked
+        opened = [name for name in self.waiting if self.polls.is_open(name)]
+        if self.running == self.slots or any(self.waiting.values()) or starts < 1:
+            return
+        if self.under_way or opened != [q for q in self.waiting if q not in self.over]:
+            return
+        assert not opened or min(map(self.may_begin_at, opened)) <= self.now
+
+
+TestPollsMachine = PollsMachine.TestCase
+TestPollsMachine.settings = hypothesis.settings(
+    max_examples=100, stateful_step_count=60, deadline=None
+)
+
+
+def load(free: int, *waiting: int, starts: float = math.inf) -> Any:
+    """Return what a worker holds: free slots, and what waits of each queue."""
+    return taskhawk._Load(free, waiting or (0,), starts)
+
+
+def asked(polls: Any, queue: str, held: Any, now: float = 0) -> int | None:
+    """Return for how many messages a queue is asked now, None if it may not be."""
+    if polls.may_begin_at(queue, held) > now:
+        return None
+    return polls.begin(queue, held, now).most
+
+
+class TestPolls:
+    """Which queue is asked, when, and for how much, told without a thread or a clock."""
+
+    @pytest.mark.parametrize(
+        ("num_messages", "slots", "free", "waiting", "most"),
+        [
+            (1, 1, 1, 0, 1),  # the default never holds what can't start
+            (1, 1, 0, 0, None),
+            (1, 8, 8, 0, 8),  # eight start from one receive
+            (1, 8, 3, 1, 2),
+            (1, 8, 1, 1, None),
+            (1, 64, 64, 0, 10),
+            (7, 1, 1, 0, 7),
+            (7, 1, 0, 0, None),  # not full: it waits for the slot
+            (5, 8, 1, 0, 5),
+            (10, 1, 1, 0, 10),
+            (10, 1, 0, 0, 9),  # while the last one runs: nine tenths are enough
+            (10, 1, 0, 1, None),
+            (40, 1, 0, 0, 10),
+            (40, 1, 0, 30, 9),
+            (40, 1, 0, 31, None),
+        ],
+    )
+    def test_room(self, num_messages, slots, free, waiting, most):
+        """A receive asks for what can start, and for what num_messages lets wait."""
+        polls = taskhawk._Polls(["Q"], num_messages, slots)
+        assert asked(polls, "Q", load(free, waiting)) == most
+
+    def test_room_of_several(self):
+        """What waits of a less urgent queue takes no room of a more urgent one."""
+        polls = taskhawk._Polls(["H", "L"], 10)
+        polls.close("H")
+        assert asked(polls, "L", load(0, 1, 0)) is None
+        polls = taskhawk._Polls(["H", "L"], 10)
+        assert asked(polls, "H", load(0, 0, 9)) == 9
+
+    @pytest.mark.parametrize(
+        ("queue", "num_messages", "slots", "brought", "most"),
+        [
+            ("Q", 10, 64, 10, [10] * 7),
+            ("Q", 10, 64, 9, [10]),
+            ("Q", 10, 8, 10, [10]),
+            ("Q", 1, 64, 10, [10] * 6),
+            ("Q", 1, 8, 8, [8]),
+            ("Q", 1, 2, 2, [2]),
+            ("Q", 40, 1, 10, [10] * 4),
+            ("Q", 100, 200, 10, [10] * 12),
+            ("Q.fifo", 40, 8, 1, [1]),
+        ],
+    )
+    def test_at_once(self, queue, num_messages, slots, brought, most):
+        """While receives are full, others run beside them as long as there is room."""
+        polls = taskhawk._Polls([queue], num_messages, slots)
+        first = polls.begin(queue, load(slots), 0)
+        assert polls.may_begin_at(queue, load(slots)) == math.inf
+        polls.answered(first, brought)
+        found = []
+        while number := asked(polls, queue, load(slots)):
+            found.append(number)
+        assert found == most
+        assert polls.is_busy(queue) is (brought >= first.most)
+        assert polls.under_way == len(most)
+
+    @pytest.mark.parametrize(
+        ("what", "may_begin_at"),
+        [
+            ("nothing yet", math.inf),
+            ("begun", 5.1),
+            ("dropped", math.inf),
+            ("failed", -math.inf),
+            ("empty", -math.inf),
+            ("brought", math.inf),
+            ("brought, begun", 7.1),
+            ("empty, begun", -math.inf),
+            ("closed", -math.inf),
+        ],
+    )
+    def test_urgency(self, what, may_begin_at):
+        """A queue is asked only while the more urgent one is known to be empty."""
+        polls = taskhawk._Polls(["H", "L"])
+        steps = {
+            "dropped": polls.dropped,
+            "failed": polls.failed,
+            "empty": lambda poll: polls.answered(poll, 0),
+            "brought": lambda poll: polls.answered(poll, 1),
+        }
+        if what == "closed":
+            polls.close("H")
+        elif what != "nothing yet":
+            poll = polls.begin("H", load(1, 0, 0), 5)
+            ended, _, again = what.partition(", ")
+            if ended != "begun":
+                steps[ended](poll)
+            if again:
+                polls.begin("H", load(1, 0, 0), 7)
+        assert polls.may_begin_at("L", load(1, 0, 0)) == may_begin_at
+
+    def test_urgency_of_several(self):
+        """A queue waits for all that are more urgent, the oldest receive of each."""
+        polls = taskhawk._Polls(["A", "B", "C"], 40)
+        held = load(1, 0, 0, 0)
+        polls.answered(polls.begin("A", held, 0), 10)
+        for now in (1, 2):
+            polls.begin("A", held, now)
+        assert polls.may_begin_at("C", held) == math.inf
+        polls.begin("B", held, 3)
+        assert polls.may_begin_at("C", held) == 3.1
+
+    def test_loop_count(self):
+        """The loop count is of receives that were answered."""
+        polls = taskhawk._Polls(["Q"], loop_count=2)
+        for end in (polls.failed, polls.dropped):
+            end(polls.begin("Q", load(1), 0))
+        assert not polls.failed(polls.begin("Q", load(1), 0))  # nor was one before
+        polls.answered(polls.begin("Q", load(1), 0), 1)
+        last = polls.begin("Q", load(1), 0)
+        assert (polls.may_begin_at("Q", load(1)), polls.is_open("Q")) == (
+            math.inf,
+            True,
+        )
+        polls.answered(last, 1)
+        assert not polls.is_open("Q")
+
+    @pytest.mark.parametrize(
+        ("starts", "first", "second", "is_short"),
+        [
+            (100, 10, 10, False),
+            (18, 9, 9, True),  # what is left is less than the other could receive
+            (4, 2, 2, True),
+            (3, 1, 2, True),
+            (1, 1, None, True),
+            (0, None, None, None),
+        ],
+    )
+    def test_starts(self, starts, first, second, is_short):
+        """What max_tasks leaves is shared, and polls are short if it may be too little."""
+        polls = taskhawk._Polls(["H", "L"], 10)
+        held = load(1, 0, 0, starts=starts)
+        assert asked(polls, "H", held) == first
+        if first:
+            (poll,) = polls.of["H"].polls
+            assert poll.is_short is is_short
+        assert asked(polls, "L", held, 0.1) == second
+
+    def test_turns(self):
+        """For the last start, empty queues take turns, and no other waits for a failing one."""
+        polls = taskhawk._Polls(["A", "B", "C"], 10)
+        held, order = load(1, 0, 0, 0, starts=1), []
+        for now in range(6):
+            (queue,) = [q for q in polls.of if polls.may_begin_at(q, held) <= now]
+            order.append(queue)
+            poll = polls.begin(queue, held, now)
+            if now == 3:
+                polls.failed(poll)
+            else:
+                polls.answered(poll, 0)
+        assert order == ["A", "B", "C", "A", "B", "C"]
+        free = [q for q in polls.of if polls.may_begin_at(q, held) <= now]
+        assert free == ["A", "B"]  # its thread comes back when it likes
+
+
 RUN = "work.act ID (message ID)"  # as logs name a message of worker_act
 FAILED = f"{RUN}: attempt 1 failed and is "
 LETTER_LEFT = f"WORKER: {RUN} can't be dead-lettered and is left to the queue: "
@@ -9737,6 +11460,7 @@ class TestWorker:
             "MessageSystemAttributeNames": [
                 "ApproximateReceiveCount",
                 "SentTimestamp",
+                "ApproximateFirstReceiveTimestamp",
                 "MessageGroupId",
             ],
         }
@@ -9746,7 +11470,9 @@ class TestWorker:
     @pytest.mark.parametrize(
         ("options", "sentence"),
         [
-            ({"num_messages": 0}, "num_messages: expected 1 or more, got 0"),
+            ({"num_messages": 0}, "num_messages: expected 1 to 100, got 0"),
+            ({"num_messages": 101}, "num_messages: expected 1 to 100, got 101"),
+            ({"concurrency": 0}, "concurrency: expected 1 or more, got 0"),
             ({"max_tasks": -1}, "max_tasks: expected 1 or more, got -1"),
             (
                 {"visibility_timeout_s": 0},
@@ -10139,6 +11865,198 @@ class TestWorker:
             logging.getLogger("taskhawk").removeFilter(no_request)
         assert ledger == taskhawk.Ledger(received=2, acked=1, retried=1)
         assert ("AttributeError: no request\n" in capsys.readouterr().err) is told
+
+    # -- several receives
+
+    def test_free_slots(self, worker_broker, worker_act):
+        """By default, one receive brings a message for each slot that is free."""
+        together = threading.Barrier(8)
+        WORKER_ACTS["meet"] = lambda: together.wait(WORKER_PATIENCE_S)
+        worker_broker.put(worker_act, *[("meet",)] * 8)
+        ledger = worker_broker.work(concurrency=8, loop_count=1)
+        assert ledger == taskhawk.Ledger(received=8, acked=8)
+        assert [most for _, most, *_ in worker_broker.made("receive")] == [8]
+
+    @pytest.mark.parametrize("loop_count", [None, 6])
+    def test_pollers(self, worker_broker, worker_act, loop_count):
+        """While receives are full, several run at once; the loop count is of them all."""
+        three, numbers = threading.Barrier(3), itertools.count(1)
+
+        def receive(real: Any, *_: Any) -> Any:
+            if next(numbers) in {2, 3, 4}:
+                three.wait(WORKER_PATIENCE_S)
+            return real()
+
+        worker_broker.faults["receive"] = receive
+        worker_broker.put(worker_act, *[("run",)] * 65)
+        options = {"num_messages": 40, "until_empty": loop_count is None}
+        ledger = worker_broker.work(loop_count=loop_count, **options)
+        assert ledger.acked == ledger.received
+        if loop_count:
+            assert len(worker_broker.made("receive")) == loop_count
+        else:
+            assert ledger.received == 65
+
+    def test_idle(self, worker_broker):
+        """An idle queue is asked by one receive after another, whatever may be received."""
+        under_way: list[int] = []
+
+        def receive(real: Any, *_: Any) -> Any:
+            under_way.append(1)
+            found = real()
+            assert len(under_way) == 1
+            under_way.pop()
+            return found
+
+        worker_broker.faults["receive"] = receive
+        worker_broker.work(loop_count=3, num_messages=100, concurrency=8)
+        assert len(worker_broker.made("receive")) == 3
+
+    @pytest.mark.parametrize("fails", [False, True])
+    def test_stopped_with_pollers(self, worker_broker, worker_act, fails):
+        """Told to stop, a worker waits out all its receives, and releases what they bring."""
+        stop, numbers = threading.Event(), itertools.count(1)
+        three = threading.Barrier(3, stop.set)
+
+        def receive(real: Any, *_: Any) -> Any:
+            number = next(numbers)
+            if number > 1:
+                three.wait(WORKER_PATIENCE_S)
+                # Time enough for a keeper that releases too early.
+                made = functools.partial(worker_broker.made, "change_visibility")
+                assert worker_after_a_while(made) == []
+            if number == 3 and fails:
+                raise OSError("reset")
+            return real()
+
+        worker_broker.faults["receive"] = receive
+        WORKER_ACTS["hold"] = lambda: stop.wait(WORKER_PATIENCE_S)
+        worker_broker.put(worker_act, *[("hold",)] * 40)
+        options = {"shutdown_event": stop, "until_empty": False, "num_messages": 40}
+        ledger = worker_broker.work(**options)
+        brought = 10 * (4 - fails)
+        assert ledger == taskhawk.Ledger(brought, acked=1, released=brought - 1)
+        assert worker_broker.depth(WORKER_QUEUE) == (39, 0, 0)
+
+    def test_defect_of_a_poller(self, worker_broker, worker_act):
+        """An error of our own in a second poller ends the worker, and is raised."""
+        both, numbers = threading.Barrier(2), itertools.count(1)
+
+        def receive(real: Any, *_: Any) -> Any:
+            if next(numbers) in {2, 3}:
+                both.wait(WORKER_PATIENCE_S)
+                raise SystemExit("a defect")
+            return real()
+
+        worker_broker.faults["receive"] = receive
+        worker_broker.put(worker_act, *[("run",)] * 40)
+        with pytest.raises(SystemExit, match=r"^a defect$"):
+            worker_broker.work(num_messages=40)
+
+    def test_poller_that_cannot_start(self, tmp_path):
+        """Where a second poller can't start, the worker goes on with one, and says so once."""
+        code = """if True:
+            import resource, threading, taskhawk
+
+            @taskhawk.task
+            def limit():
+                threading.stack_size(1 << 30)
+                used = int(open("/proc/self/statm").read().split()[0]) * 4096
+                resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 29),) * 2)
+                run.dispatch_many([()] * 99)
+
+            @taskhawk.task
+            def run():
+                pass
+
+            limit.dispatch()
+            default, options = taskhawk.Priority.default, {"until_empty": True}
+            print(taskhawk.listen_for_messages(default, 40, **options).acked)"""
+        result = run_python(code, env={"TASKHAWK_BROKER": f"sqlite:///{tmp_path}/q.db"})
+        assert result.stdout == "100\n"
+        assert result.stderr == (
+            "TASKHAWK-DEFAULT: can't start another poller, goes on trying:"
+            " can't start new thread\n"
+        )
+
+    @pytest.mark.parametrize("num_messages", [1, 10])
+    def test_urgency(self, worker_broker, worker_act, num_messages):
+        """With messages in each of four queues, one slot runs them in order of urgency."""
+        ran: list[str] = []
+        queues = ["HIGH", "DEFAULT", "LOW", "BULK"]
+        for queue in queues:
+            WORKER_ACTS[queue] = functools.partial(ran.append, queue)
+            worker_broker.put(worker_act, *[(queue,)] * 10, queue=queue)
+        options = {"num_messages": num_messages, "clock": Clock()}
+        assert worker_broker.work(*queues, **options).acked == 40
+        assert ran == [queue for queue in queues for _ in range(10)]
+
+    def test_urgent_queue_that_waits(self, worker_broker, worker_act):
+        """A less urgent queue is asked a tenth of a second after the other's receive began."""
+        began: dict[str, float] = {}
+        ran = threading.Event()
+
+        def receive(real: Any, queue: str, *_: Any) -> Any:
+            began.setdefault(queue, time.monotonic())
+            if queue == "HIGH":
+                assert ran.wait(WORKER_PATIENCE_S)
+            return real()
+
+        WORKER_ACTS["note"] = ran.set
+        worker_broker.faults["receive"] = receive
+        worker_broker.put(worker_act, ("note",), queue="LOW")
+        ledger = worker_broker.work("HIGH", "LOW", loop_count=1)
+        assert ledger == taskhawk.Ledger(received=1, acked=1)
+        assert began["LOW"] - began["HIGH"] >= 0.09
+
+    def test_urgent_queue_that_fails(self, worker_broker, worker_act, caplog):
+        """A queue that can't be received from does not keep the others from their turn."""
+        ran = threading.Event()
+
+        def receive(real: Any, queue: str, *_: Any) -> Any:
+            if queue == "HIGH" and not ran.is_set():
+                raise OSError("reset")
+            return real()
+
+        WORKER_ACTS["note"] = ran.set
+        worker_broker.faults["receive"] = receive
+        worker_broker.put(worker_act, ("note",), queue="LOW")
+        options = {"loop_count": 1, "clock": worker_fast_clock}
+        assert worker_broker.work("HIGH", "LOW", **options) == taskhawk.Ledger(1, 1)
+
+    @pytest.mark.parametrize("concurrency", [1, 3])
+    def test_fifo(self, worker_broker, worker_act, concurrency):
+        """From a FIFO queue come one message a receive, and several groups run at once."""
+        together = threading.Barrier(concurrency)
+        WORKER_ACTS["meet"] = lambda: together.wait(WORKER_PATIENCE_S)
+        worker_broker.put(worker_act, *[("meet",)] * 6, queue="Q.fifo")
+        options = {"concurrency": concurrency, "num_messages": 10}
+        assert worker_broker.work("Q.fifo", **options).acked == 6
+        assert {most for _, most, *_ in worker_broker.made("receive")} == {1}
+
+    def test_max_tasks_of_several(self, worker_broker, worker_act):
+        """Where few starts are left, no queue keeps them for as long as a long poll takes."""
+        worker_broker.put(worker_act, *[("run",)] * 5, queue="LOW")
+        options = {"max_tasks": 3, "num_messages": 10, "wait_s": 20}
+        ledger = worker_broker.work("HIGH", "LOW", until_empty=False, **options)
+        assert ledger == taskhawk.Ledger(received=3, acked=3)
+        assert max(wait_s for _, _, wait_s, *_ in worker_broker.made("receive")) <= 1
+
+    def test_one_slot_for_a_message(self, worker_broker, worker_act):
+        """A message wakes one slot: that others wait costs nothing."""
+        looks: list[list[float]] = []
+
+        def clock() -> float:
+            looks[-1].append(time.monotonic())
+            return looks[-1][-1]
+
+        for concurrency in (2, 40):
+            looks.append([])
+            worker_broker.put(worker_act, *[("run",)] * 200)
+            options = {"concurrency": concurrency, "num_messages": 10, "clock": clock}
+            assert worker_broker.work(**options).acked == 200
+        few, many = map(len, looks)
+        assert many < 3 * few
 
     # -- concurrency
 
@@ -10839,6 +12757,289 @@ class TestWorker:
         assert worker_shared.depth(queue) == (0, 0, 0)
 
 
+async def cor_eventually(condition: Callable[[], Any]) -> None:
+    """Wait until the condition holds."""
+    async with asyncio.timeout(WORKER_PATIENCE_S):
+        while not condition():  # noqa: ASYNC110 - another thread may make it hold
+            await asyncio.sleep(0.001)
+
+
+async def cor_raise(error: BaseException) -> None:
+    """Raise it after a while."""
+    await asyncio.sleep(0)
+    raise error
+
+
+async def cor_group() -> None:
+    """Fail in two asyncio tasks, which ask for different delays."""
+    async with asyncio.TaskGroup() as tasks:
+        for delay_s in (7, 70):
+            retry = taskhawk.RetryException(delay_seconds=delay_s)
+            tasks.create_task(cor_raise(retry))
+
+
+async def cor_exit() -> None:
+    """Exit in an asyncio task that is awaited."""
+    await asyncio.create_task(cor_raise(SystemExit("of a task")))
+
+
+class TestCoroutines:
+    """All coroutines of a worker run on one event loop, and each as any other task."""
+
+    @pytest.fixture
+    def act(self, worker_act):
+        """Return a coroutine task that does what WORKER_ACTS says."""
+
+        @taskhawk.task(name="work.act_async", never_retry_on=(KeyError,))
+        async def act(name: str) -> None:
+            await WORKER_ACTS[name]()
+
+        return act
+
+    def test_at_the_same_time(self, worker_broker, act):
+        """They run at the same time, as many as there are slots, and share clients."""
+        made: list[Any] = []
+
+        async def meet() -> None:
+            if not made:
+                made.append(asyncio.Barrier(3))
+            async with asyncio.timeout(WORKER_PATIENCE_S):
+                await made[0].wait()
+            made.append(asyncio.get_running_loop())
+
+        WORKER_ACTS["meet"] = meet
+        worker_broker.put(act, *[("meet",)] * 6)
+        ledger = worker_broker.work(concurrency=3, num_messages=10)
+        assert ledger == taskhawk.Ledger(received=6, acked=6)
+        _, *loops = made
+        assert (len(loops), len({*loops})) == (6, 1)
+        assert loops[0].is_closed()
+
+    @pytest.mark.parametrize(
+        ("run", "ledger", "delay_s"),
+        [
+            (functools.partial(asyncio.sleep, 0), {"acked": 1}, None),
+            (lambda: cor_raise(ValueError()), {"retried": 1}, None),
+            (lambda: cor_raise(KeyError()), {"dead_lettered": 1}, None),
+            (lambda: cor_raise(SystemExit()), {"retried": 1}, None),
+            (lambda: cor_raise(KeyboardInterrupt()), {}, None),
+            (lambda: cor_raise(asyncio.CancelledError()), {"retried": 1}, None),
+            (lambda: cor_raise(taskhawk.IgnoreException()), {"acked": 1}, None),
+            (cor_group, {"retried": 1}, 70),
+            (cor_exit, {"retried": 1}, None),
+        ],
+        ids=[
+            "returns",
+            "fails",
+            "never",
+            "exits",
+            "ends",
+            "cancelled",
+            "ignored",
+            "group",
+            "exits_aside",
+        ],
+    )
+    def test_ends(self, worker_broker, act, run, ledger, delay_s):
+        """A coroutine ends as any run does, while others go on."""
+        other = []
+
+        async def wait() -> None:
+            other.append(asyncio.Event())
+            await other[0].wait()
+            await asyncio.sleep(0.01)
+
+        async def end() -> None:
+            await cor_eventually(lambda: other)
+            try:
+                await run()
+            finally:
+                other[0].set()
+
+        WORKER_ACTS.update({"wait": wait, "end": end})
+        worker_broker.faults |= LAST if "dead_lettered" in ledger else {}
+        worker_broker.put(act, ("wait",), ("end",))
+        options = {"concurrency": 2, "num_messages": 2, "loop_count": 1}
+        if not ledger:  # Control-C ends the worker
+            with pytest.raises(KeyboardInterrupt):
+                worker_broker.work(**options)
+            return
+        found = worker_broker.work(**options)
+        expected = taskhawk.Ledger(received=2, **ledger)
+        expected.acked += 1
+        assert found == expected
+        delays = [batch for _, batch in worker_broker.made("change_visibility")]
+        assert [s for batch in delays for _, s in batch] == [delay_s] * bool(delay_s)
+
+    def test_context(self, worker_broker, act):
+        """Each runs in its own message's context, with what its hook has set there."""
+        number = contextvars.ContextVar("number", default=0)
+        counter, seen = itertools.count(1), []
+
+        async def look() -> None:
+            before, metadata = number.get(), taskhawk.current_task()
+            await asyncio.sleep(0.01)
+            seen.append((before, number.get(), metadata is taskhawk.current_task()))
+            number.set(-1)
+
+        WORKER_ACTS["look"] = look
+        taskhawk.configure(
+            TASKHAWK_PRE_PROCESS_HOOK=lambda **_: number.set(next(counter))
+        )
+        worker_broker.put(act, *[("look",)] * 4)
+        worker_broker.work(concurrency=2, num_messages=2)
+        assert sorted(seen) == [(n, n, True) for n in range(1, 5)]
+
+    def test_left_behind(self, worker_broker, act, caplog):
+        """What a run leaves is named for that run alone, and cancelled at the end."""
+        ended, begun = [], []
+
+        async def linger() -> None:
+            try:
+                await asyncio.sleep(WORKER_PATIENCE_S)
+            finally:
+                ended.append(1)
+
+        async def leave() -> None:
+            begun.append(asyncio.create_task(linger()))
+            await asyncio.sleep(0)
+
+        async def watch() -> None:
+            await cor_eventually(lambda: begun)
+
+        WORKER_ACTS.update({"leave": leave, "watch": watch})
+        worker_broker.put(act, ("watch",), ("leave",))
+        worker_broker.work(concurrency=2, num_messages=2)
+        text = (
+            "work.act_async ended while asyncio tasks that it began were still running"
+        )
+        name = "TestCoroutines.test_left_behind.<locals>.linger"
+        assert worker_logs(caplog) == [f"{text}: {name}"]
+        assert ended == [1]
+
+    def test_end_is_bounded(self, worker_broker, act, caplog, monkeypatch):
+        """The worker ends though a thread that a coroutine began does not."""
+        monkeypatch.setattr(taskhawk, "_LOOP_END_S", 0.05)
+        release = threading.Event()
+
+        async def leave() -> None:
+            asyncio.get_running_loop().run_in_executor(None, release.wait)
+
+        WORKER_ACTS["leave"] = leave
+        worker_broker.put(act, ("leave",))
+        assert worker_broker.work().acked == 1
+        release.set()
+        text = "something that a coroutine began does not end: left to run"
+        assert worker_logs(caplog) == [text]
+
+    def test_interrupted(self, worker_broker, act):
+        """The exit of a signal handler in the thread that waits cancels the coroutine."""
+        ended = []
+
+        async def wait() -> None:
+            try:
+                os.kill(os.getpid(), signal.SIGUSR1)
+                await asyncio.sleep(WORKER_PATIENCE_S)
+            finally:
+                ended.append(1)
+
+        WORKER_ACTS["wait"] = wait
+        worker_broker.put(act, ("wait",))
+        before = signal.signal(signal.SIGUSR1, lambda *_: sys.exit("told to"))
+        try:
+            with pytest.raises(SystemExit, match=r"^told to$"):
+                worker_broker.work()
+        finally:
+            signal.signal(signal.SIGUSR1, before)
+        assert ended == [1]
+
+    def test_no_loop(self, worker_broker, act, caplog, monkeypatch):
+        """A loop that can't be made fails the run, and the next one has it."""
+        caplog.set_level(logging.CRITICAL)  # a record would keep the coroutine
+        made = asyncio.new_event_loop
+
+        def fail_once() -> Any:
+            monkeypatch.setattr(asyncio, "new_event_loop", made)
+            raise OSError("too many open files")
+
+        WORKER_ACTS["nothing"] = functools.partial(asyncio.sleep, 0)
+        monkeypatch.setattr(asyncio, "new_event_loop", fail_once)
+        worker_broker.put(act, ("nothing",), ("nothing",))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "coroutine .* was never awaited")
+            ledger = worker_broker.work(loop_count=2)
+            gc.collect()
+        assert ledger == taskhawk.Ledger(received=2, acked=1, retried=1)
+
+    def test_forked(self, worker_broker, act, worker_act):
+        """A process that a task forks runs coroutines on its own; none comes back."""
+        codes = []
+
+        def fork() -> None:
+            if forked := os.fork():
+                codes.append(os.waitpid(forked, 0)[1])
+                return
+            taskhawk._run_coroutine(asyncio.sleep(0))
+            os._exit(7)
+
+        async def come_back() -> None:
+            if forked := os.fork():
+                codes.append(os.waitpid(forked, 0)[1])  # noqa: ASYNC222
+
+        WORKER_ACTS.update({"fork": fork, "come_back": come_back})
+        WORKER_ACTS["nothing"] = functools.partial(asyncio.sleep, 0)
+        worker_broker.put(act, ("nothing",))
+        worker_broker.put(worker_act, ("fork",))
+        worker_broker.put(act, ("come_back",))
+        assert worker_broker.work(num_messages=3).acked == 3
+        assert codes == [7 << 8, 0]
+
+    def test_lease_lost(self, worker_broker, act, worker_clock):
+        """A coroutine sees that its lease was lost."""
+
+        async def wait() -> None:
+            worker_clock.now += 31
+            await cor_eventually(lambda: taskhawk.current_task().lease_lost)
+
+        WORKER_ACTS["wait"] = wait
+        worker_broker.put(act, ("wait",))
+        ledger = worker_broker.work(loop_count=1, clock=worker_clock)
+        assert ledger.received == 1
+
+    def test_grace(self, worker_broker, act, caplog):
+        """A coroutine is waited for when the worker stops, until the grace is over."""
+        stop, release, ended = threading.Event(), threading.Event(), []
+
+        async def hang() -> None:
+            stop.set()
+            await cor_eventually(release.is_set)
+            ended.append(1)
+
+        async def stopped() -> None:
+            await cor_eventually(stop.is_set)
+
+        def work_in_thread() -> taskhawk.Ledger:
+            return worker_broker.work(
+                until_empty=False,
+                num_messages=2,
+                concurrency=2,
+                grace_s=0.1,
+                shutdown_event=stop,
+            )
+
+        WORKER_ACTS.update({"stopped": stopped, "hang": hang})
+        worker_broker.put(act, ("stopped",), ("hang",))
+        name = "work.act_async ID (message ID)"
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            running = pool.submit(work_in_thread)
+            text = f"the grace is over, and {name} still runs"
+            worker_eventually(lambda: text in worker_logs(caplog))
+            release.set()
+            ledger = running.result()
+        assert ledger.received == 2
+        worker_eventually(lambda: ended)
+
+
 class TestPostponedCopies:
     """What is postponed is copied to its own queue, and counts no attempt."""
 
@@ -10871,7 +13072,10 @@ class TestPostponedCopies:
         send.with_headers(n="5").dispatch()
         assert work_once(taskhawk._brokers.broker()).postponed == 1
         first, copy = scripted.asked("SendMessage")
-        assert copy == first | {"DelaySeconds": 900}
+        ours = {"taskhawk.postponed": {"DataType": "String", "StringValue": "1"}}
+        attributes = {**first["MessageAttributes"], **ours}
+        changed = {"DelaySeconds": 900, "MessageAttributes": attributes}
+        assert copy == first | changed
 
     def test_retries_used_up(self, sqlite):
         """A task that is postponed now and then has no more retries than another."""
@@ -10890,25 +13094,23 @@ class TestPostponedCopies:
         assert error["attempt"] == 2
 
     @pytest.mark.parametrize(
-        ("attempt", "headers", "names"),
+        ("attempt", "headers", "kept", "ours"),
         [
-            (1, 10, {"taskhawk.attempts": False, "h": 10}),
-            (2, 10, {"taskhawk.attempts": True, "h": 9}),
-            (2, 3, {"taskhawk.attempts": True, "h": 3}),
+            (1, 10, 9, {"taskhawk.postponed": "3"}),
+            (2, 10, 8, {"taskhawk.postponed": "3", "taskhawk.attempts": "1"}),
+            (2, 3, 3, {"taskhawk.postponed": "3", "taskhawk.attempts": "1"}),
         ],
     )
-    def test_ten_attributes(self, attempt, headers, names):
-        """Where attempts count and there are ten headers, one gives way: the body has it."""
-        given = {
-            f"h{number}": {"DataType": "String", "StringValue": "x"}
-            for number in range(headers)
-        }
+    def test_ten_attributes(self, attempt, headers, kept, ours):
+        """Ours come first; of ten headers, some give way: the body has them."""
+        names = [*(f"h{number}" for number in range(headers)), "taskhawk.postponed"]
+        given = {name: {"DataType": "String", "StringValue": "2"} for name in names}
         counts = {"ApproximateReceiveCount": str(attempt), "MessageGroupId": "g"}
         received = QueueMessage("{}", "m1", "r1", counts, given, queue="Q")
         copy = taskhawk._postponed_copy(received, 5, 1000)
-        ours = copy.attributes.get("taskhawk.attempts", {})
-        assert ours.get("StringValue") == ("1" if names["taskhawk.attempts"] else None)
-        assert len(copy.attributes) - bool(ours) == names["h"]
+        values = {name: it["StringValue"] for name, it in copy.attributes.items()}
+        assert {name: values.pop(name) for name in ours} == ours
+        assert len(values) == kept
         assert (copy.body, copy.delay_s, copy.group_id) == ("{}", 5, "g")
 
     def test_lease_lost(self, worker_broker, worker_act, worker_clock):
@@ -10924,6 +13126,164 @@ class TestPostponedCopies:
         assert ledger == taskhawk.Ledger(received=1, retried=1)
         assert worker_broker.made("send") == []
         assert worker_broker.depth(WORKER_QUEUE) == (1, 0, 0)
+
+
+class TestListenAsync:
+    """A worker beside an application's event loop, which runs its coroutine tasks."""
+
+    @pytest.fixture
+    def ran(self, memory):
+        """Return what the tasks async.aside and async.plain have seen of where they ran."""
+        ran: list[Any] = []
+
+        @taskhawk.task(name="async.aside")
+        async def aside(wait_s=0):
+            await asyncio.sleep(wait_s)
+            ran.append(asyncio.get_running_loop())
+
+        @taskhawk.task(name="async.plain")
+        def plain():
+            ran.append(threading.current_thread())
+
+        return ran
+
+    @staticmethod
+    def dispatch(name, *args):
+        """Queue a run."""
+        taskhawk.Task.find_by_name(f"async.{name}").dispatch(*args)
+
+    def test_loop(self, ran):
+        """Coroutines run on the application's loop, and plain tasks beside it."""
+        for name in ("aside", "plain", "aside"):
+            self.dispatch(name)
+
+        async def serve():
+            ledger = await taskhawk.listen_async(
+                Priority.default, max_tasks=3, num_messages=3
+            )
+            return ledger, asyncio.get_running_loop(), threading.current_thread()
+
+        ledger, loop, thread = asyncio.run(serve())
+        assert ledger == taskhawk.Ledger(received=3, acked=3)
+        assert (ran[0], ran[2]) == (loop, loop)
+        assert isinstance(ran[1], threading.Thread)
+        assert ran[1] is not thread
+
+    def test_concurrency(self, ran):
+        """Coroutines run at the same time, and may wait for the application's own."""
+        meeting = asyncio.Barrier(3)
+
+        @taskhawk.task(name="async.meet")
+        async def meet():
+            await meeting.wait()
+
+        self.dispatch("meet")
+        self.dispatch("meet")
+
+        async def serve():
+            worker = taskhawk.listen_async(
+                Priority.default, max_tasks=2, concurrency=2, num_messages=2
+            )
+            async with asyncio.timeout(WORKER_PATIENCE_S):
+                ledger, _ = await asyncio.gather(worker, meeting.wait())
+            return ledger
+
+        assert asyncio.run(serve()).acked == 2
+
+    @pytest.mark.parametrize("event", [asyncio.Event, threading.Event])
+    def test_shutdown_event(self, event, ran):
+        """An event of either kind stops it, after what runs."""
+
+        async def serve():
+            stop = event()
+            self.dispatch("aside", 0.05)
+            worker = asyncio.create_task(
+                taskhawk.listen_async(Priority.default, shutdown_event=stop)
+            )
+            await cor_eventually(lambda: taskhawk._brokers.broker() and ran)
+            stop.set()
+            return await worker
+
+        assert asyncio.run(serve()) == taskhawk.Ledger(received=1, acked=1)
+
+    def test_cancelled(self, ran):
+        """Cancelled, it stops as by the event, and is cancelled once it has ended."""
+        logs = []
+
+        async def serve():
+            began = asyncio.Event()
+
+            @taskhawk.task(name="async.begin")
+            async def begin():
+                began.set()
+                await asyncio.sleep(0.05)
+                ran.append("ended")
+
+            self.dispatch("begin")
+            worker = asyncio.create_task(taskhawk.listen_async(Priority.default))
+            await began.wait()
+            worker.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await worker
+            logs.extend(ran)
+            return sum(taskhawk._brokers.broker().depth("TASKHAWK-DEFAULT"))
+
+        assert asyncio.run(serve()) == 0
+        assert logs == ["ended"]
+
+    def test_cancelled_again(self, ran):
+        """Cancelled again, it does not wait for what runs, and the worker still ends."""
+        threads = {*threading.enumerate()}
+
+        async def serve():
+            began, go_on = asyncio.Event(), asyncio.Event()
+
+            @taskhawk.task(name="async.wait")
+            async def wait():
+                began.set()
+                await go_on.wait()
+
+            self.dispatch("wait")
+            worker = asyncio.create_task(taskhawk.listen_async(Priority.default))
+            await began.wait()
+            for _ in range(2):
+                worker.cancel()
+                await asyncio.sleep(0)
+                await asyncio.sleep(0)
+            assert worker.cancelled()
+            go_on.set()
+            await cor_eventually(lambda: {*threading.enumerate()} <= threads)
+            return sum(taskhawk._brokers.broker().depth("TASKHAWK-DEFAULT"))
+
+        assert asyncio.run(serve()) == 0
+
+    def test_error(self, ran):
+        """What ends a worker is raised; so are options that make no sense."""
+        coroutine = taskhawk.listen_async(Priority.default, num_messages=0)
+        sentence = "num_messages: expected 1 or more, got 0"
+        assert refused(asyncio.run, coroutine) == sentence
+        coroutine = taskhawk.listen_async("high")
+        sentence = "priority: expected a taskhawk.Priority or several, got 'high'"
+        assert refused(asyncio.run, coroutine) == sentence
+
+    def test_end_of_the_loop(self, ran):
+        """An application that ends with it running cancels its coroutines: no run is lost."""
+
+        async def serve():
+            began = asyncio.Event()
+
+            @taskhawk.task(name="async.endless")
+            async def endless():
+                began.set()
+                await asyncio.sleep(WORKER_PATIENCE_S)
+
+            self.dispatch("endless")
+            worker = asyncio.create_task(taskhawk.listen_async(Priority.default))
+            await began.wait()
+            return worker  # asyncio.run() cancels it, and waits
+
+        assert asyncio.run(serve()).cancelled()
+        assert sum(taskhawk._brokers.broker().depth("TASKHAWK-DEFAULT")) == 1
 
 
 class TestDeadLetterCopies:
@@ -11251,7 +13611,7 @@ class TestSchedules:
             worker = taskhawk.Worker(
                 broker,
                 [WORKER_QUEUE],
-                num_messages=chance.choice((1, 3, 10)),
+                num_messages=chance.choice((1, 3, 10, 40)),
                 concurrency=chance.choice((1, 1, 3)),
                 loop_count=None if fault_rate == 0 else chance.randrange(1, 6),
                 shutdown_event=broker.stop,
@@ -11269,6 +13629,123 @@ class TestSchedules:
         assert broker.done | broker.dead == set(range(12)), f"seed {seed}"
         assert (inner.depth(WORKER_QUEUE), bool(dead)) == ((0, 0, 0), bool(broker.dead))
         inner.close()
+
+
+#: A task that notes its runs in a file; some ask for a retry, or are killed with the worker.
+ORDER_MODULE = """
+import os
+import time
+import taskhawk
+
+@taskhawk.task(group="group")
+def note(group, number, metadata):
+    journal = os.open("journal", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.write(journal, f"{group} {number} began\\n".encode())
+    time.sleep(0.02)
+    if number % 5 == 2 and metadata.attempt == 1:
+        raise taskhawk.RetryException(delay_seconds=number % 2)
+    os.write(journal, f"{group} {number} ended\\n".encode())
+    os.close(journal)
+"""
+
+
+class TestOrder:
+    """A FIFO queue's groups are run in order, one message at a time, whatever happens."""
+
+    def test_one_group(self, worker_broker, worker_act):
+        """With ten slots and a prefetch, too, a group has one run at a time, in order."""
+        queue, runs, running = f"{WORKER_QUEUE}.fifo", [], []
+
+        def act(number: int) -> None:
+            running.append(number)
+            worker_eventually(lambda: True)
+            assert running == [number]
+            runs.append(running.pop())
+
+        for number in range(30):
+            WORKER_ACTS[f"run{number}"] = functools.partial(act, number)
+            message = Message.new(worker_act.name, [f"run{number}"])
+            entry = Outgoing(json.dumps(message.as_dict()), {}, 0, "g", message.id)
+            worker_broker.inner.send(queue, [entry])
+        ledger = worker_broker.work(queue, concurrency=10, num_messages=10)
+        assert ledger == taskhawk.Ledger(received=30, acked=30)
+        assert runs == list(range(30))
+
+    def test_refused_delete(self, scripted, queue_name, sqs_client, ministack):
+        """A FIFO queue refuses the delete of a message that was received again: uncertain."""
+        make_queue(sqs_client(ministack), f"TASKHAWK-{queue_name}.fifo")
+        taskhawk.configure(taskhawk.settings.given, TASKHAWK_FIFO=True)
+        broker = taskhawk._brokers.broker()
+        queue = broker.destination(Priority.default)
+
+        @taskhawk.task(name="order.slow")
+        def slow() -> None:
+            (again,) = broker.receive(queue, 1, 5, 30, NEVER)
+            assert again.attempt == 2
+
+        slow.dispatch()
+        scripted.always("ChangeMessageVisibilityBatch", refuse(0))
+        ledger = taskhawk.Worker(
+            broker, [queue], visibility_timeout_s=1, loop_count=1
+        ).run()
+        assert ledger == taskhawk.Ledger(received=1, uncertain=1)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("place", ["ministack", "sqlite"])
+    def test_killed_workers(self, request, place, sqs_client, queue_name, tmp_path):
+        """Through retries, kill -9 and restarts, each group's messages are run in order."""
+        env = {"TASKHAWK_FIFO": "true", "TASKHAWK_QUEUE": queue_name, **AWS_SETTINGS}
+        if place == "ministack":
+            endpoint = request.getfixturevalue("ministack")
+            make_queue(sqs_client(endpoint), f"TASKHAWK-{queue_name}.fifo", 100)
+            env["AWS_ENDPOINT_SQS"] = endpoint
+        else:
+            options = "visibility_timeout_s=2&max_receive_count=100"
+            env["TASKHAWK_BROKER"] = f"sqlite:///{tmp_path}/queue.db?{options}"
+        (tmp_path / "jobs.py").write_text(ORDER_MODULE)
+        send = """
+            import jobs
+            for number in range(20):
+                for group in "abc":
+                    jobs.note.dispatch(group, number)
+        """
+        assert python_lines(tmp_path, send, **env) == []
+        listen = [sys.executable, "-m", "taskhawk", "listen", "jobs"]
+        listen += ["--concurrency=4", "--visibility-timeout=2", "--log-level=error"]
+        workers: list[subprocess.Popen[bytes]] = []
+        journal = tmp_path / "journal"
+
+        def start() -> None:
+            workers.append(subprocess.Popen(listen, cwd=tmp_path, env=python_env(env)))
+
+        def ended() -> int:
+            text = journal.read_text() if journal.exists() else ""
+            return len(re.findall(".* ended", text))
+
+        deadline = time.monotonic() + 90
+        try:
+            start()
+            start()
+            for kill_at in (5, 12, 25, 40):
+                while ended() < kill_at:
+                    assert time.monotonic() < deadline
+                    time.sleep(0.002)
+                victim = workers.pop(0)
+                victim.kill()
+                victim.wait()
+                start()
+            while len(set(journal.read_text().splitlines())) < 2 * 60:
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+        finally:
+            for worker in workers:
+                worker.kill()
+                worker.wait()
+        for group in "abc":
+            lines = re.findall(rf"{group} (\d+) (\w+)", journal.read_text())
+            numbers = [int(number) for number, _ in lines]
+            assert numbers == sorted(numbers)
+            assert set(numbers) == set(range(20))
 
 
 # --- 17. log records ------------------------------------------------------------------
@@ -11295,6 +13772,7 @@ if "_child" in sys.argv:
         "loggers": {"isolated": {"propagate": False}},
     })
 NEVER = taskhawk.fixed(0, max_retries=0)
+IN_7_S = taskhawk.fixed(7, 3, jitter=False)
 
 def note(*words):
     with (HERE / "notes").open("a") as file:
@@ -11302,6 +13780,9 @@ def note(*words):
 
 def before(sqs_queue_message, **_):
     note("before", os.getpid())
+
+def after_run(message, outcome, exception, duration_ms):
+    note(message.task_name, outcome, repr(exception), os.getpid())
 
 @taskhawk.task(isolate=True)
 def pid():
@@ -11346,6 +13827,8 @@ def ask(how):
     raise {
         "retry": taskhawk.RetryException("not yet", delay_seconds=5),
         "postpone": taskhawk.PostponeException("not now", delay_seconds=0),
+        "policy": taskhawk.RetryException(retry=IN_7_S, log_error=False),
+        "give up": taskhawk.RetryException("so", retry=NEVER, log_error=False),
         "ignore": taskhawk.IgnoreException("no need"),
         "log": taskhawk.LoggingException("it failed", extra={"order": 7}),
         "error": KeyError("lost"),
@@ -11489,10 +13972,10 @@ def isolated_child(isolated_jobs):
         yield child
 
 
-def isolated_run(child: Any) -> list[Outcome | None]:
+def isolated_run(child: Any) -> list[Outcome]:
     """Have a child run what is queued."""
     received = receive_all()
-    return [child.process(message) for message in received]
+    return [outcome for message in received for outcome in child.process([message])]
 
 
 def isolated_log(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
@@ -11503,7 +13986,7 @@ def isolated_log(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
 def isolated_refusal(child: Any, received: QueueMessage) -> str:
     """Return why a child can't run a message."""
     with pytest.raises(taskhawk._CannotStart) as raised:
-        child.process(received)
+        child.process([received])
     return str(raised.value)
 
 
@@ -11560,8 +14043,9 @@ leave      SystemExit: lost
 raise      KeyError: 'lost'
 """
 # Lines that a task writes to the socket of its worker.
-ISOLATED_STRAYS = ["7", "null", "[]", '["began"]', '["ended", "done", null, null]']
-ISOLATED_STRAYS += ['["ended", "retry", "soon", null]', "[" * 100_000, "\xff"]
+ISOLATED_STRAYS = ["7", "null", "[]", '["began"]', '["ended"]', "[" * 100_000, "\xff"]
+ISOLATED_STRAYS += ['["ended", ["done", null, null]]', '["ended", null]']
+ISOLATED_STRAYS += ['["ended", ["retry", "soon", null]]']
 # What the module of the tasks does in a child, and why that can't begin a run.
 ISOLATED_OBSTACLES = [
     ("1 / 0", "{no_import}: ZeroDivisionError: division by zero ({file}:1)"),
@@ -11754,6 +14238,8 @@ class TestIsolation:
         [
             ("retry", "retried", "INFO", "runs again in 5 s: not yet"),
             ("postpone", "postponed", "DEBUG", "runs again in 0 s: not now"),
+            ("policy", "retried", "INFO", "asked to be retried and runs again in 7 s"),
+            ("give up", "dead_lettered", "WARNING", "retried and is given up: so"),
             ("ignore", "acked", "INFO", "ignored: no need"),
             ("log", "retried", "ERROR", "it failed"),
             ("error", "retried", "ERROR", "failed and is left to the queue"),
@@ -11843,7 +14329,7 @@ class TestIsolation:
         isolated_child.start()
         process = isolated_child._process
         isolated_child.start()  # it has one
-        assert isolated_child.process(received) == Outcome(Fate.acknowledge)
+        assert isolated_child.process([received]) == [Outcome(Fate.acknowledge)]
         assert isolated_child._process is process
 
     @pytest.mark.slow
@@ -11885,7 +14371,7 @@ class TestIsolation:
         isolated_jobs.pid.dispatch()
         lost, found = receive_all()
         child = isolated_slot()
-        outcome = child.process(lost)
+        [outcome] = child.process([lost])
         assert (outcome.fate, outcome.delay_s) == (Fate.retry, None)
         assert caplog.messages[0] == (
             "a child can't run lib.job: declare it in a module, not in a function that "
@@ -11895,7 +14381,7 @@ class TestIsolation:
             "is left to the queue: no task is registered as 'lib.job': is its module "
             "imported?"
         )
-        assert child.process(found) == Outcome(Fate.acknowledge)
+        assert child.process([found]) == [Outcome(Fate.acknowledge)]
         child.close()
 
     @pytest.mark.slow
@@ -11987,7 +14473,7 @@ class TestIsolation:
         [received] = receive_all()
         given_up.set()
         child.kill()  # there is none yet
-        assert child.process(received) is None
+        assert child.process([received]) == []
         child.close()
         assert not (isolated_jobs.HERE / "notes").exists()
 
@@ -12034,6 +14520,32 @@ class TestIsolation:
         assert isolated_work() == {"received": 1, "acked": 1}
         before, after = isolated_notes(isolated_jobs)
         assert before.split()[1] == after.split()[0] != str(os.getpid())
+
+    @pytest.mark.slow
+    def test_run_hook(self, isolated_jobs):
+        """The run hook is told by who saw the end: the child, or the worker if it crashed."""
+        url = taskhawk.settings.TASKHAWK_BROKER
+        taskhawk.configure(
+            TASKHAWK_BROKER=url, TASKHAWK_RUN_HOOK=isolated_jobs.after_run
+        )
+        isolated_jobs.ask.dispatch("ignore")
+        isolated_jobs.fail.dispatch("exit")
+        assert isolated_work() == {"received": 2, "acked": 1, "dead_lettered": 1}
+        ignored, crashed = isolated_notes(isolated_jobs)
+        error = "ChildCrashed('isolated.fail: its process ended: exit code 3')"
+        assert crashed == f"isolated.fail dead_letter {error} {os.getpid()}"
+        assert ignored.startswith("isolated.ask ignored None ")
+        assert not ignored.endswith(f" {os.getpid()}")
+
+    @pytest.mark.parametrize("given", ["itself", "its path"])
+    def test_default_policy(self, isolated_jobs, caplog, given):
+        """A default retry policy holds in a child too."""
+        url = taskhawk.settings.TASKHAWK_BROKER
+        policy = {"itself": isolated_jobs.IN_7_S, "its path": "isolated.IN_7_S"}[given]
+        taskhawk.configure(TASKHAWK_BROKER=url, TASKHAWK_RETRY=policy)
+        isolated_jobs.ask.dispatch("error")
+        assert isolated_work() == {"received": 1, "retried": 1}
+        assert caplog.messages[-1].endswith("failed and runs again in 7 s")
 
     @pytest.mark.parametrize("hook", [functools.partial(print), main_hook])
     def test_hook_without_a_path(self, isolated_jobs, monkeypatch, hook):
@@ -12349,6 +14861,18 @@ class TestLambda:
         assert "GetQueueUrl" not in lambda_sqs.actions  # its role may not look it up
         if kind == "SNS" or not failed:
             assert lambda_sqs.calls == []
+
+    def test_run_hook(self, lambda_runs):
+        """The run hook is told of each run, as in a worker."""
+        told: list[Any] = []
+        hook = lambda **given: told.append((given["outcome"], given["exception"]))  # noqa: E731
+        taskhawk.configure(TASKHAWK_BROKER="sqlite://", TASKHAWK_RUN_HOOK=hook)
+        lambda_consume(lambda_event(1, "fail", "ignore"))
+        assert told == [
+            ("done", None),
+            ("retry", LAMBDA_ENDS["fail"]),
+            ("ignored", None),
+        ]
 
     def test_embedded_broker(self, lambda_runs):
         """A handler can be tried out on a machine whose broker is the embedded one, without AWS."""
@@ -12721,8 +15245,818 @@ class TestLambda:
 
 # --- 20. claims -----------------------------------------------------------------------
 
+CLAIMS_TABLE = "taskhawk-claims"
+NO_TABLE = (
+    "TASKHAWK_CLAIMS_TABLE is not set: on SQS, once, unique and limit need a DynamoDB"
+    " table: set its name, such as 'taskhawk-claims', and run python -m taskhawk provision"
+)
+
+
+def make_claims_table(client: Any) -> None:
+    """Make the table as `provision` does, unless it exists."""
+    with contextlib.suppress(client.exceptions.ResourceInUseException):
+        client.create_table(
+            TableName=CLAIMS_TABLE,
+            KeySchema=[{"AttributeName": "id", "KeyType": "HASH"}],
+            AttributeDefinitions=[{"AttributeName": "id", "AttributeType": "S"}],
+            BillingMode="PAY_PER_REQUEST",
+        )
+
+
+@pytest.fixture(params=["ministack", "moto", "sqlite"])
+def claims(
+    request: pytest.FixtureRequest,
+    sqs_client: Callable[..., Any],
+    queue_name: str,
+    tmp_path: Path,
+) -> tuple[Any, Clock]:
+    """Return claims in each kind of place, and the clock that they go by."""
+    clock = Clock()
+    if request.param == "sqlite":
+        url = f"sqlite:///{tmp_path}/queue.db"
+        return taskhawk._SqliteClaims(taskhawk.SqliteBroker(url, clock)), clock
+    endpoint = request.getfixturevalue(request.param)
+    make_claims_table(sqs_client(endpoint, "dynamodb"))
+    configure_aws(endpoint, queue_name)
+    return taskhawk._DynamoClaims(f"dynamodb:{CLAIMS_TABLE}", clock), clock
+
+
+@pytest.fixture
+def key() -> str:
+    """Return the key of a claim that no other test uses."""
+    return f"test:{uuid.uuid4().hex}"
+
+
+class TestClaims:
+    """One holder at a time, until it releases, or until its time is over."""
+
+    def test_held(self, claims, key):
+        """Who has a claim has it alone, until it is released; other keys are others."""
+        store, _ = claims
+        first = store.claim(key, 60)
+        assert first.token
+        assert not first.is_done
+        assert store.claim(key, 60) == taskhawk._Claim()
+        assert store.claim(f"{key}2", 60).token
+        store.release(key, first.token)
+        store.release(key, first.token)  # it makes no difference
+        assert store.claim(key, 60).token
+
+    def test_void(self, claims, key):
+        """A claim ends by itself, and whoever had it can't release it for the next."""
+        store, clock = claims
+        dead = store.claim(key, 60)
+        clock.now += 60
+        assert not store.claim(key, 60).token
+        clock.now += 0.1
+        assert store.claim(key, 60).token
+        store.release(key, dead.token)
+        assert not store.claim(key, 60).token
+
+    @pytest.mark.parametrize("after_s", [1, 61])
+    def test_done(self, claims, key, after_s):
+        """What is finished is done for as long as it is kept, and then forgotten.
+
+        So it is if it was finished after its time: the run has been.
+        """
+        store, clock = claims
+        first = store.claim(key, 60)
+        clock.now += after_s
+        store.finish(key, first.token, 100)
+        clock.now += 99
+        assert store.claim(key, 60) == taskhawk._Claim(is_done=True)
+        store.release(key, first.token)
+        clock.now += 3  # DynamoDB keeps whole seconds
+        assert store.claim(key, 60).token
+
+    def test_finished_behind_the_next(self, claims, key):
+        """A run that outlived its claim is done all the same, whatever the next one does."""
+        store, clock = claims
+        slow = store.claim(key, 60)
+        clock.now += 61
+        quick = store.claim(key, 60)
+        store.finish(key, slow.token, 1000)
+        store.release(key, quick.token)
+        assert store.claim(key, 60) == taskhawk._Claim(is_done=True)
+
+    @pytest.mark.parametrize("most", [2, 7])
+    def test_places(self, claims, key, most):
+        """There are as many places as are asked for; a free one is found."""
+        store, clock = claims
+        taken = [store.claim(key, 60, most).token for _ in range(most)]
+        assert len({*taken, ""}) == most + 1
+        assert store.claim(key, 60, most) == taskhawk._Claim()
+        store.release(key, taken[1])
+        assert store.claim(key, 120, most).token
+        assert store.claim(key, 60, most) == taskhawk._Claim()
+        clock.now += 61  # one of them is left
+        again = [store.claim(key, 60, most).token for _ in range(most)]
+        assert (all(again[:-1]), again[-1]) == (True, "")
+
+    @pytest.mark.parametrize(
+        ("second", "starts"),
+        [
+            (("m2", 900, 1500), False),
+            (("m2", 999, 1500), False),
+            (("m2", 1000, 1500), True),  # equal times say nothing: nothing is lost
+            (("m2", 1001, 1500), True),
+            (("m1", 900, 1000), True),  # its own retry
+        ],
+    )
+    def test_start(self, claims, key, second, starts):
+        """A message starts, unless another's run started after it was sent."""
+        store, clock = claims
+        assert store.start(key, "m1", 900, 1000)
+        clock.now += 13 * 86_400
+        assert store.start(key, *second) is starts
+        assert store.start(key, "m3", 1500, 1600)
+        assert not store.start(key, "m1", 900, 1000)  # by now m3 stands for it
+        clock.now += 14 * 86_400 + 2
+        assert store.start(key, "m1", 900, 1000)  # no queue has kept it for so long
+
+    @pytest.mark.parametrize("claims", ["ministack", "sqlite"], indirect=True)
+    def test_race(self, claims, key):
+        """However many ask at once, no more get a place than there are.
+
+        moto is left out, whose conditional writes are not atomic.
+        """
+        store, _ = claims
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            asked = [pool.submit(store.claim, key, 60, 3) for _ in range(16)]
+        tokens = [each.result().token for each in asked]
+        assert 1 <= len([*filter(None, tokens)]) <= 3
+        while store.claim(key, 60, 3).token:
+            tokens.append("one more")
+        assert len([*filter(None, tokens)]) == 3
+
+    def test_layout(self, ministack, sqs_client, key):
+        """An item has Powertools' attributes, and an end by which DynamoDB deletes it."""
+        client = sqs_client(ministack, "dynamodb")
+        make_claims_table(client)
+        configure_aws(ministack)
+        store = taskhawk._DynamoClaims(f"dynamodb:{CLAIMS_TABLE}", Clock(1000.5))
+
+        def item() -> dict[str, Any]:
+            found = client.get_item(TableName=CLAIMS_TABLE, Key={"id": {"S": key}})
+            return found["Item"]
+
+        claim = store.claim(key, 60)
+        owner = claim.token.removeprefix("0-")
+        assert item() == {
+            "id": {"S": key},
+            "status": {"S": "INPROGRESS"},
+            "in_progress_expiration": {"N": "1060500"},
+            "expiration": {"N": "87461"},
+            "owner_0": {"S": owner},
+        }
+        store.finish(key, claim.token, 3600)
+        assert item() == {
+            "id": {"S": key},
+            "status": {"S": "COMPLETED"},
+            "expiration": {"N": "4601"},
+        }
+
+    def test_lost_answer(self, ministack, sqs_client, key):
+        """A claim whose answer was lost is ours all the same, as botocore repeats it."""
+        make_claims_table(sqs_client(ministack, "dynamodb"))
+        with ScriptedAws(ministack).running("app") as aws:
+            store = taskhawk._DynamoClaims(f"dynamodb:{CLAIMS_TABLE}")
+
+            def lose(call: AwsCall) -> AwsAnswer:
+                passed(call)
+                return DROPPED
+
+            aws.script("UpdateItem", lose)
+            assert store.claim(key, 60).token
+            assert aws.actions == ["UpdateItem", "UpdateItem"]
+            assert not store.claim(key, 60).token
+
+    @pytest.mark.parametrize(
+        ("answer", "sentence"),
+        [
+            (
+                fault("ResourceNotFoundException", "Requested resource not found"),
+                (
+                    "taskhawk-claims: there is no such table: run python -m taskhawk"
+                    " provision, or check TASKHAWK_CLAIMS_TABLE and AWS_REGION"
+                    " (ResourceNotFoundException: Requested resource not found)"
+                ),
+            ),
+            (
+                fault("AccessDeniedException"),
+                f"taskhawk-claims: {DENIED.format('UpdateItem')} (AccessDeniedException: no)",
+            ),
+        ],
+    )
+    def test_refused(self, aws, key, answer, sentence):
+        """What only a person can mend is said in a sentence, with the remedy."""
+        aws.always("UpdateItem", answer)
+        store = taskhawk._DynamoClaims(f"dynamodb:{CLAIMS_TABLE}")
+        for call in (store.claim, store.release, store.finish):
+            args = (key, "0-x", 60)[: 3 - (call == store.release)]
+            args = (key, 60) if call == store.claim else args
+            assert refused(call, *args) == sentence
+
+    def test_which(self, sqlite):
+        """Claims are in the file on SQLite, and in the table that is set on SQS."""
+        assert isinstance(taskhawk._find_claims(), taskhawk._SqliteClaims)
+        taskhawk.configure(AWS_KEYS)
+        assert refused(taskhawk._find_claims) == NO_TABLE
+        taskhawk.configure(AWS_KEYS, TASKHAWK_CLAIMS_TABLE=CLAIMS_TABLE)
+        store = taskhawk._find_claims()
+        assert isinstance(store, taskhawk._DynamoClaims)
+        assert taskhawk._find_claims() is store
+
+    def test_file(self, tmp_path, key):
+        """Claims are the file's: other processes see them, and they go with it."""
+        path, clock = tmp_path / "queue.db", Clock()
+        one, two = (
+            taskhawk._SqliteClaims(taskhawk.SqliteBroker(f"sqlite:///{path}", clock))
+            for _ in range(2)
+        )
+        assert one.claim(key, 60).token
+        assert not two.claim(key, 60).token
+        clock.now += 61
+        assert two.claim(f"{key}2", 60).token
+        assert sqlite_execute(path, "SELECT key FROM claim") == [(f"{key}2",)]
+        for name in tmp_path.iterdir():
+            name.unlink()
+        assert one.claim(key, 60).token
+
 
 # --- 21. once, unique, limits ---------------------------------------------------------
+
+#: Options of a task `stock(item, shop="A", metadata=None, **more)`, and why they are refused.
+STATE_OPTIONS: list[tuple[dict[str, Any], str]] = [
+    (
+        {"once": 5},
+        "once: expected True or a tuple of names of arguments, such as ('order_id',), got 5",
+    ),
+    (
+        {"once": "item"},
+        (
+            "once: expected True or a tuple of names of arguments, such as ('order_id',),"
+            " got 'item'"
+        ),
+    ),
+    (
+        {"unique": ()},
+        (
+            "unique: expected True or a tuple of names of arguments, such as ('order_id',),"
+            " got ()"
+        ),
+    ),
+    ({"unique": ("item", "size")}, "unique: the function has no argument 'size'"),
+    ({"unique": ("metadata",)}, "unique: the function has no argument 'metadata'"),
+    ({"once": ("more",)}, "once: the function has no argument 'more'"),
+    ({"keep_s": 60}, "keep_s: expected once=, too"),
+    (
+        {"once": True, "keep_s": 0},
+        "keep_s: expected a number of seconds above 0, got 0",
+    ),
+    ({"limit": 5}, "limit: expected taskhawk.limit(…), got 5"),
+    (
+        {"limit": taskhawk.limit(1, per=("size",)), "time_limit": 5},
+        "limit: the function has no argument 'size'",
+    ),
+    (
+        {"limit": taskhawk.limit(1)},
+        (
+            "limit: expected time_limit=, too, after which the place of a worker that died is"
+            " free again"
+        ),
+    ),
+]
+EVERY_ARGUMENT: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
+    ((7,), {}),
+    ((7, "A"), {}),
+    ((), {"item": 7}),
+    ((), {"shop": "A", "item": 7}),
+    ((7,), {"shop": "A"}),
+]
+
+
+@pytest.fixture(params=["sqlite", "ministack"])
+def state(
+    request: pytest.FixtureRequest, sqs_client: Callable[..., Any], queue_name: str
+) -> Any:
+    """Return a broker that has claims, which taskhawk is configured to use."""
+    if request.param == "sqlite":
+        taskhawk.configure(TASKHAWK_BROKER="sqlite://", TASKHAWK_QUEUE=queue_name)
+    else:
+        endpoint = request.getfixturevalue(request.param)
+        make_queues(sqs_client(endpoint), queue_name)
+        make_claims_table(sqs_client(endpoint, "dynamodb"))
+        configure_aws(endpoint, queue_name, TASKHAWK_CLAIMS_TABLE=CLAIMS_TABLE)
+    return taskhawk._brokers.broker()
+
+
+@pytest.fixture
+def stored(isolated) -> tuple[Any, Clock]:
+    """Return the embedded broker in memory, and the clock that it and its claims go by."""
+    taskhawk.configure(TASKHAWK_BROKER="sqlite://")
+    broker = taskhawk._brokers.broker()
+    broker._clock = clock = Clock()
+    return broker, clock
+
+
+def until_visible(broker: Any, clock: Clock) -> None:
+    """Let time pass until a message is visible."""
+    [[visible_ms]] = broker._file.read("SELECT min(visible_ms) FROM message", ())
+    clock.now = max(clock.now, visible_ms / 1000)
+
+
+def work_all(broker: Any) -> taskhawk.Ledger:
+    """Run all that is visible, one after another."""
+    total = taskhawk.Ledger()
+    while not total.balanced or broker.depth(broker.destination(Priority.default))[0]:
+        for name, count in dataclasses.asdict(work_once(broker)).items():
+            setattr(total, name, getattr(total, name) + count)
+    return total
+
+
+class FaultyClaims:
+    """Claims that a test lets fail: faults[name] is called in place of the method.
+
+    It gets the real call, as WorkerBroker's faults do.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **faults: Any) -> None:
+        self.find, self.faults = taskhawk._find_claims, faults
+        self.calls: list[str] = []
+        monkeypatch.setattr(taskhawk, "_find_claims", lambda: self)
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        """Return a method that notes its call."""
+
+        def call(*args: Any) -> Any:
+            self.calls.append(name)
+            real = functools.partial(getattr(self.find(), name), *args)
+            return self.faults[name](real, *args) if name in self.faults else real()
+
+        return call
+
+
+class TestOptionsOfState:
+    """Options are checked where a task is declared, and cost nothing where there are none."""
+
+    @pytest.mark.parametrize(("options", "sentence"), STATE_OPTIONS)
+    def test_refused(self, options, sentence):
+        """A wrong option is refused in one sentence."""
+
+        def stock(
+            item: int, shop: str = "A", metadata: Any = None, **more: Any
+        ) -> None:
+            """Do nothing."""
+
+        declare = taskhawk.task(name="shop.stock", **options)
+        assert refused(declare, stock) == f"shop.stock: {sentence}"
+        assert "shop.stock" not in taskhawk._registry
+
+    @pytest.mark.parametrize(
+        ("call", "sentence"),
+        [
+            (((0,), {}), "most: expected 1 to 1000 runs, got 0"),
+            (((1001,), {}), "most: expected 1 to 1000 runs, got 1001"),
+            (((True,), {}), "most: expected 1 to 1000 runs, got True"),
+            (
+                ((1,), {"per": "customer"}),
+                (
+                    "per: expected a tuple of names of arguments, such as ('order_id',), got"
+                    " 'customer'"
+                ),
+            ),
+            (
+                ((1,), {"every_s": 0}),
+                "every_s: expected a number of seconds above 0, got 0",
+            ),
+        ],
+    )
+    def test_limit_refused(self, call, sentence):
+        """A limit that makes no sense is refused where it is written."""
+        args, kwargs = call
+        assert refused(taskhawk.limit, *args, **kwargs) == f"limit: {sentence}"
+
+    def test_switched_off(self, stored):
+        """False is as good as leaving an option out."""
+        broker, _ = stored
+        runs: list[int] = []
+        off: dict[str, Any] = {"once": False, "unique": False}
+        index = taskhawk.task(name="shop.index", **off)(runs.append)
+        for _ in range(2):
+            index.dispatch(7)
+        work_all(broker)
+        assert runs == [7, 7]
+
+    @pytest.mark.parametrize("lambda_app", [False, True])
+    def test_no_table(self, aws, lambda_app):
+        """A worker, or a Lambda function, without the table ends before it runs anything.
+
+        Who only dispatches needs none.
+        """
+        job = taskhawk.task(name="mail.send", once=True)(nothing)
+        job.dispatch()
+        if lambda_app:
+            event = lambda_event(make=lambda_sqs_record)
+            process = taskhawk.process_messages_for_lambda_consumer
+            assert refused(process, event) == NO_TABLE
+        else:
+            listen = taskhawk.listen_for_messages
+            assert refused(listen, Priority.default) == NO_TABLE
+        assert aws.actions == ["GetQueueUrl", "SendMessage"]
+
+    def test_memory(self, isolated):
+        """The memory of a worker can't have the claims of another process."""
+        taskhawk.configure(TASKHAWK_BROKER="sqlite://?max_receive_count=3")
+        options = {"limit": taskhawk.limit(1), "time_limit": 5}
+        taskhawk.task(name="mail.send", **options)(nothing)
+        assert refused(taskhawk.listen_for_messages, Priority.default) == (
+            "mail.send: sqlite:// is the memory of one process, where the claims of an"
+            " isolated task can't be: use a file, such as sqlite:///queue.db"
+        )
+
+    def test_sync(self, sync):
+        """In sync mode there is nobody else: nothing is claimed, and all is run."""
+        runs: list[int] = []
+        options = {"once": ("item",), "unique": True, "limit": taskhawk.limit(1)}
+        job = taskhawk.task(name="mail.send", time_limit=5, **options)
+
+        def run(item: int) -> None:
+            runs.append(item)
+
+        job = job(run)
+        job.dispatch(7)
+        job.dispatch(7)
+        assert runs == [7, 7]
+
+    @pytest.mark.parametrize(
+        ("options", "actions"),
+        [
+            ({}, []),
+            ({"once": True}, ["UpdateItem"] * 2),
+            ({"unique": True}, ["UpdateItem"]),
+            ({"limit": taskhawk.limit(3), "time_limit": 9}, ["UpdateItem"] * 2),
+            ({"limit": taskhawk.limit(3, every_s=9)}, ["UpdateItem"]),
+        ],
+    )
+    def test_requests(self, aws, options, actions):
+        """A run makes a request to begin a claim and one to end it; without options none."""
+        table = {"TASKHAWK_CLAIMS_TABLE": CLAIMS_TABLE}
+        taskhawk.configure({**taskhawk.settings.given, **table})
+        taskhawk.task(name="mail.send", **options)(nothing)
+        attributes = {
+            "SentTimestamp": "1000",
+            "ApproximateFirstReceiveTimestamp": "2000",
+        }
+        received = QueueMessage(processing_body(), "m1", "r1", attributes, queue="Q")
+        assert taskhawk.process(received) == Outcome(Fate.acknowledge)
+        assert aws.actions == actions
+
+    @pytest.mark.parametrize("option", ["once", "unique", "limit"])
+    @pytest.mark.parametrize(
+        ("error", "level", "text"),
+        [
+            (OSError("no route"), "WARNING", "no route"),
+            (WorkerDenied("not allowed"), "ERROR", "not allowed"),
+        ],
+    )
+    def test_claim_fails(self, stored, monkeypatch, caplog, option, error, level, text):  # noqa: PLR0917
+        """A message never runs without its claim: it is postponed, and the log says so once."""
+        broker, clock = stored
+        caplog.set_level(logging.INFO)
+        runs: list[int] = []
+        value = taskhawk.limit(1, every_s=1) if option == "limit" else ("item",)
+        job = taskhawk.task(name="shop.index", **{option: value})
+
+        def index(item: int) -> None:
+            runs.append(item)
+
+        job(index).dispatch(7)
+        fault = worker_first(3, worker_raise(error))
+        faulty = FaultyClaims(monkeypatch, claim=fault, start=fault)
+        for _ in range(3):
+            assert work_once(broker) == taskhawk.Ledger(received=1, postponed=1)
+            [delayed] = broker._file.read("SELECT visible_ms FROM message", ())
+            assert 30 <= delayed[0] / 1000 - clock.now <= 60
+            clock.now += 60
+        assert work_once(broker).acked == 1
+        assert (runs, len(faulty.calls)) == ([7], 5 if option == "once" else 4)
+        said = [r for r in caplog.records if "claim" in r.getMessage()]
+        assert [(r.levelname, r.getMessage()) for r in said] == [
+            (level, f"claims: can't claim, goes on trying: {text}"),
+            ("INFO", "claims: can claim again; tries that failed: 3"),
+        ]
+
+
+class TestOnce:
+    """A message, or a call with these arguments, is run to its end once."""
+
+    @pytest.mark.parametrize("case", [(True, [1, 2]), (("item",), [1])])
+    def test_duplicates(self, state, case):
+        """Duplicates are acknowledged and ignored, with the message's id as the key or not."""
+        once, expected = case
+        runs: list[Any] = []
+
+        def index(item: int, number: int) -> None:
+            runs.append(number)
+
+        job = taskhawk.task(name="shop.index", once=once)(index)
+        for number in (1, 2):
+            message = Message.new(job.name, [7], {"number": number})
+            for _ in range(2):  # SQS delivers it twice
+                taskhawk.publish(message)
+        assert work_all(state) == taskhawk.Ledger(received=4, acked=4)
+        assert sorted(runs) == expected
+
+    @pytest.mark.parametrize("call", EVERY_ARGUMENT)
+    def test_key(self, stored, call):
+        """However a call is written, it has one key; other values have others."""
+        broker, _ = stored
+        runs: list[Any] = []
+
+        def stock(
+            item: int, shop: str = "A", headers: Any = None, *, by: Any = ABSENT
+        ) -> None:
+            runs.append((item, shop))
+
+        args, kwargs = call
+        job = taskhawk.task(name="shop.stock", once=("shop", "item", "by"))(stock)
+        for other in ((7,), (8,), (7, "B")):
+            job.with_headers(number=1).dispatch(*other)
+        job.dispatch(*args, **kwargs)
+        work_all(broker)
+        assert runs == [(7, "A"), (8, "A"), (7, "B")]
+
+    def test_keys_of_services(self, stored):
+        """Tasks of the same name in other services, and other tasks, have their own keys."""
+        keys = set()
+        for queue in ("one", "two"):
+            taskhawk.configure(TASKHAWK_QUEUE=queue)
+            for name in ("a", "b"):
+                job = taskhawk.task(name=f"{queue}.{name}")(nothing)
+                job.name = name
+                keys |= {taskhawk._key(job, kind, {}) for kind in ("once", "unique")}
+        assert len(keys) == 8
+        assert all(re.fullmatch("(once|unique):[0-9a-f]{64}", key) for key in keys)
+
+    @pytest.mark.parametrize(
+        ("fails", "runs"),
+        [("nothing", 1), ("task", 2), ("post hook", 2), ("finish", 1)],
+    )
+    def test_failures(self, stored, monkeypatch, caplog, fails, runs):
+        """A failed run may run again, one whose commit failed too; a done one may not.
+
+        Where the claim can't be told, the run has been, and the message is done with.
+        """
+        broker, clock = stored
+        seen: list[int] = []
+        first = worker_first(1, worker_raise(OSError("no route")))
+
+        def run() -> None:
+            seen.append(1)
+            if fails == "task":
+                first(int)
+
+        hook = (lambda **_: first(int)) if fails == "post hook" else None
+        taskhawk.configure(
+            {**taskhawk.settings.given, "TASKHAWK_POST_PROCESS_HOOK": hook}
+        )
+        broker = taskhawk._brokers.broker()
+        broker._clock = clock
+        faults = {"finish": first} if fails == "finish" else {}
+        FaultyClaims(monkeypatch, **faults)
+        job = taskhawk.task(name="mail.send", once=True, retry=lambda _: 0)(run)
+        job.dispatch()
+        assert work_all(broker).acked == 1
+        assert len(seen) == runs
+        if fails == "finish":
+            assert worker_logs(caplog) == [
+                "claims: can't end claims, goes on trying: no route"
+            ]
+
+    def test_acknowledgement_lost(self, stored):
+        """What ran to its end is ignored when it is delivered again, for a day by default."""
+        broker, clock = stored
+        runs: list[int] = []
+        job = taskhawk.task(name="mail.send", once=True)(lambda_free(runs))
+        message = Message.new(job.name)
+        for after_s in (0, 86_399, 2):
+            clock.now += after_s
+            taskhawk.publish(message)
+            work_all(broker)
+        assert len(runs) == 2
+
+    def test_keep(self, stored):
+        """It is remembered for as long as keep_s says."""
+        broker, clock = stored
+        runs: list[int] = []
+        job = taskhawk.task(name="mail.send", once=True, keep_s=60)(lambda_free(runs))
+        message = Message.new(job.name)
+        for after_s in (0, 59, 2):
+            clock.now += after_s
+            taskhawk.publish(message)
+            work_all(broker)
+        assert len(runs) == 2
+
+    @pytest.mark.parametrize(
+        ("options", "lease_s", "void_s"),
+        [({}, 40, 45), ({"time_limit": 600}, 40, 605)],
+    )
+    def test_crash(self, stored, options, lease_s, void_s):
+        """A run that died is repeated once its claim is void, and not before.
+
+        The claim lasts for the task's time limit, or else for the visibility timeout.
+        """
+        broker, clock = stored
+        runs: list[int] = []
+        job = taskhawk.task(name="mail.send", once=True, **options)(lambda_free(runs))
+        job.isolate = False
+        job.dispatch()
+        queue = broker.destination(Priority.default)
+        began = clock.now
+        [received] = broker.receive(queue, 1, 0, lease_s, NEVER)
+        received.message, received.lease_s = Message(json.loads(received.body)), lease_s
+        held = taskhawk._with_claims(job, received)
+        held.__enter__()  # and the worker dies
+        ends: list[taskhawk.Ledger] = []
+        while not runs:
+            until_visible(broker, clock)
+            ends.append(work_once(broker))
+        assert {each.postponed for each in ends[:-1]} == {1}
+        assert ends[-1].acked == 1
+        assert void_s < clock.now - began <= void_s + 161
+
+
+def lambda_free(runs: list[int]) -> Callable[[], None]:
+    """Return a task's function that notes its runs."""
+
+    def run() -> None:
+        runs.append(1)
+
+    return run
+
+
+class TestUnique:
+    """Queued duplicates collapse into one run, which starts after the last was sent."""
+
+    def test_collapses(self, stored):
+        """A thousand dispatches while it runs cost one more run, after the last of them."""
+        broker, clock = stored
+        states: list[int] = []
+        latest = [0]
+
+        def index(document: int) -> None:
+            states.append(latest[0])
+            if len(states) == 1:
+                for _ in range(100):
+                    latest[0] += 10
+                    clock.now += 0.001
+                    job.dispatch_many([document] * 10)
+                clock.now += 0.001
+
+        job = taskhawk.task(name="shop.index", unique=("document",))(index)
+        job.dispatch(7)
+        assert work_all(broker) == taskhawk.Ledger(received=1001, acked=1001)
+        assert states == [0, 1000]
+
+    def test_queued_while_it_runs(self, state):
+        """One that is sent while its like runs does run: it may have come too late for that."""
+        runs: list[Any] = []
+
+        def index(document: int, shop: str = "A") -> None:
+            runs.append((document, shop))
+            if len(runs) == 1:
+                job.dispatch(document, shop=shop)
+
+        job = taskhawk.task(name="shop.index", unique=True)(index)
+        job.dispatch(7)
+        job.dispatch(7, "B")
+        work_all(state)
+        assert sorted(runs) == [(7, "A"), (7, "A"), (7, "B")]
+
+    def test_own_retries(self, stored):
+        """The message that ran may run again, also where it stands for others."""
+        broker, clock = stored
+        runs: list[str] = []
+
+        def index(metadata: Any) -> None:
+            runs.append(metadata.id)
+            if len(runs) < 3:
+                raise OSError
+
+        job = taskhawk.task(name="shop.index", unique=True, retry=lambda _: 0)(index)
+        first, _ = job.dispatch(), job.dispatch()
+        clock.now += 0.001
+        assert work_all(broker) == taskhawk.Ledger(received=4, acked=2, retried=2)
+        assert runs == [first] * 3
+
+    def test_of_a_topic(self, isolated):
+        """Messages of a topic have no times to compare: each runs."""
+        taskhawk.configure(AWS_KEYS, TASKHAWK_CLAIMS_TABLE=CLAIMS_TABLE)
+        runs: list[int] = []
+        taskhawk.task(name="mail.send", unique=True)(lambda_free(runs))
+        event = {"Records": [lambda_sns_record(processing_body(), "m1")] * 2}
+        assert lambda_consume(event) == (None, [])
+        assert len(runs) == 2
+
+
+class TestLimits:
+    """At most so many at once or in a time; who waits uses up no attempts."""
+
+    def test_rate(self, stored):
+        """At most so many start in any time of that length; the others wait for theirs."""
+        broker, clock = stored
+        starts: list[float] = []
+
+        def call() -> None:
+            starts.append(clock.now)
+
+        job = taskhawk.task(name="mail.call", limit=taskhawk.limit(3, every_s=60))(call)
+        for _ in range(10):
+            job.dispatch()
+        while len(starts) < 10:
+            until_visible(broker, clock)
+            work_once(broker)
+        for first, fourth in zip(starts, starts[3:], strict=False):
+            assert fourth - first >= 60
+        assert starts[-1] - starts[0] <= 3 * 60 + 4 * 160
+
+    def test_lock(self, state):
+        """While one runs, the others of its customer wait, and only they."""
+        runs: list[Any] = []
+        option = {"limit": taskhawk.limit(1, per=("customer",)), "time_limit": 60}
+
+        def bill(customer: str) -> None:
+            runs.append(customer)
+            if len(runs) == 1:
+                inner.append(work_once(state))
+
+        inner: list[taskhawk.Ledger] = []
+        job = taskhawk.task(name="shop.bill", **option)(bill)
+        job.isolate = False
+        for customer in "aab":
+            job.dispatch(customer)
+        queue = state.destination(Priority.default)
+        found: list[QueueMessage] = []
+        while not found:
+            found = state.receive(queue, 1, 1, 60, NEVER)
+        assert taskhawk.process(found[0]).fate is Fate.acknowledge
+        total = len(runs) + sum(ledger.postponed for ledger in inner)
+        assert sum(ledger.received for ledger in inner) == total - 1
+        first = runs[0]
+        assert all(customer != first for customer in runs[1:])
+
+    def test_failed_run(self, stored):
+        """However a run ends, its place is free again."""
+        broker, _ = stored
+        runs: list[int] = []
+
+        def run() -> None:
+            runs.append(1)
+            raise KeyError
+
+        options = {"limit": taskhawk.limit(1), "time_limit": 3600}
+        job = taskhawk.task(name="mail.send", retry=lambda _: 0, **options)(run)
+        job.isolate = False
+        job.dispatch()
+        for attempt in range(1, 4):
+            assert work_once(broker).retried == 1
+            assert len(runs) == attempt
+
+    def test_waiting(self, stored):
+        """Waiting for hours is no attempt, and costs a request in ten seconds at most."""
+        broker, clock = stored
+        options = {"limit": taskhawk.limit(1), "time_limit": 5 * 3600}
+        seen: list[Any] = []
+
+        def run(metadata: Any) -> None:
+            seen.append(metadata.attempt)
+
+        job = taskhawk.task(name="mail.send", **options)(run)
+        job.isolate = False
+        job.dispatch()
+        key, began = taskhawk._key(job, "limit", {}), clock.now
+        taskhawk._SqliteClaims(broker).claim(key, 4 * 3600)
+        looks = []
+        while not seen:
+            until_visible(broker, clock)
+            looks.append(clock.now)
+            work_once(broker)
+        assert seen == [1]
+        assert 4 * 3600 < clock.now - began <= 4 * 3600 + 170
+        for count, at in enumerate(looks):
+            # A receive, a claim, a copy and a delete; and the first minutes are quicker.
+            assert 4 * count <= (at - began) / 10 + 16
+
+    def test_lambda(self, lambda_sqs, lambda_runs, sqlite):
+        """A function's claim lasts as long as a function may run, whatever its time limit."""
+        job = taskhawk.task(name="lambda.slow", time_limit=5, limit=taskhawk.limit(1))(
+            nothing
+        )
+        record = lambda_sqs_record(processing_body("lambda.slow"), "m1")
+        received = taskhawk._from_record(record)
+        assert taskhawk._void_s(job, received) == 905
+        assert taskhawk._void_s(job, QueueMessage("", "m1")) == 10
 
 
 # --- 22. schedules --------------------------------------------------------------------
@@ -12966,6 +16300,13 @@ class TestLongDelays:
 
 class TestCancel:
     """cancel() says whether a message was still waiting, and then it never runs."""
+
+    def test_behind_its_group(self, mail):
+        """What waits for others of its group, and for no delay, is not cancelled."""
+        taskhawk.configure(TASKHAWK_BROKER="sqlite://", TASKHAWK_FIFO=True)
+        ids = [mail.with_group("g").dispatch() for _ in range(2)]
+        assert [taskhawk.cancel(each) for each in ids] == [False, False]
+        assert sum(taskhawk._brokers.broker().depth("TASKHAWK-DEFAULT.fifo")) == 2
 
     @pytest.mark.parametrize("message_id", [None, "order 7/ä", "a.b", "x" * 65])
     def test_schedule(self, schedules, mail, message_id):
@@ -13899,7 +17240,9 @@ default 1 acknowledge""",
 check()
 check(QUEUES=["emails"])
 check(OPTIONS={"on_comit": True})
-check(OPTIONS={"TASKHAWK_QUEUE": "a b"})""",
+check(OPTIONS={"TASKHAWK_QUEUE": "a b"})
+shop.tasks.Special = type("Special", (taskhawk.DjangoBackend,), {})
+check(BACKEND="shop.tasks.Special", OPTIONS={"isolate": True, "TASKHAWK_QUEUE": "a"})""",
         """taskhawk.E001 40 TASKS['default']: QUEUES: expected one of default, high, low, \
 bulk, got 'emails'
 InvalidTask: Queue 'default' is not valid for backend.
@@ -13908,7 +17251,9 @@ or options of taskhawk.task, got 'on_comit'
 InvalidTask: TASKS['default']: OPTIONS: expected on_commit, settings of taskhawk \
 or options of taskhawk.task, got 'on_comit'
 taskhawk.E001 40 TASKHAWK_QUEUE in OPTIONS of Django's TASKS: expected at most 53 \
-letters, digits, hyphens and underscores, such as 'dev-myapp', got 'a b'""",
+letters, digits, hyphens and underscores, such as 'dev-myapp', got 'a b'
+taskhawk.E001 40 TASKS['default']: OPTIONS: TASKHAWK_QUEUE is not read for a subclass
+InvalidTask: TASKS['default']: OPTIONS: TASKHAWK_QUEUE is not read for a subclass""",
     ),
     "settings": (
         """print(taskhawk.settings.TASKHAWK_BROKER)
@@ -14074,7 +17419,8 @@ class TestDeadLetters:
         """They go back to the queue of their priority as they were, without our attributes."""
         header = {"n": {"DataType": "String", "StringValue": "é"}}
         value = {"DataType": "String", "StringValue": "3"}
-        ours = dict.fromkeys(("taskhawk.error", "taskhawk.attempts"), value)
+        names = ("taskhawk.error", "taskhawk.attempts", "taskhawk.postponed")
+        ours = dict.fromkeys(names, value)
         queue = broker.destination(Priority.high)
         broker.send(
             f"{queue}-DLQ", [Outgoing(processing_body(args=[1]), {**ours, **header})]
@@ -14086,6 +17432,43 @@ class TestDeadLetters:
         assert received.message_attributes["n"]["StringValue"] == "é"
         assert receive_all() == []
         assert broker.depth(f"{queue}-DLQ") == Depth(0, 0, 0)
+
+    @pytest.mark.parametrize("place", ["ministack", "sqlite"])
+    def test_fifo(  # noqa: PLR0917 - fixtures
+        self, request, place, sqs_client, queue_name, capsys, caplog, tmp_path
+    ):
+        """Of a FIFO queue, they go back in the order and group that they had.
+
+        A copy is deduplicated by what it is a copy of: its own id was sent before. What
+        waits behind those that are looked at can't be seen, and that is said.
+        """
+        taskhawk.configure(TASKHAWK_BROKER=f"sqlite:///{tmp_path}/queue.db")
+        if place == "ministack":
+            endpoint = request.getfixturevalue("ministack")
+            make_queue(sqs_client(endpoint), f"TASKHAWK-{queue_name}.fifo")
+            configure_aws(endpoint, queue_name)
+        taskhawk.configure(taskhawk.settings.given, TASKHAWK_FIFO=True)
+        broker = taskhawk._brokers.broker()
+        queue = broker.destination(Priority.default)
+        dead = taskhawk._dead_letter_name(queue)
+        letters = [
+            Outgoing(processing_body(args=[n]), {}, 0, "g", f"{n}") for n in range(12)
+        ]
+        for letter in letters:
+            broker.send(dead, [letter])
+        assert taskhawk.main(["dead-letters", "list", "--json"]) == 0
+        seen, warnings = 12, []
+        if place == "ministack":
+            seen = 10
+            warnings = [f"{dead}: about 2 more wait behind these, in their groups"]
+        assert capsys.readouterr().out.count("\n") == seen
+        assert caplog.messages == warnings
+        assert taskhawk.requeue_dead_letter(Priority.default) == 12
+        found = []
+        while messages := broker.receive(queue, 1, 0, 60, NEVER):
+            found += [(json.loads(m.body)["args"], m.group_id) for m in messages]
+            broker.delete(queue, [m.receipt_handle for m in messages])
+        assert found == [([number], "g") for number in range(12)]
 
     @pytest.mark.parametrize("num_messages", [1, 4, 10, 1000])
     def test_requeue_many(self, sqlite, caplog, num_messages):
@@ -14316,6 +17699,12 @@ class Letters:
         assert taskhawk.main(["dead-letters", *arguments]) == code
         return self.capsys.readouterr().out.splitlines()
 
+    def age(self, seconds: int) -> None:
+        """Have those that are in the file been sent so long ago."""
+        path = taskhawk.settings.TASKHAWK_BROKER.removeprefix("sqlite:///")
+        with contextlib.closing(sqlite3.connect(path)) as db, db:
+            db.execute("UPDATE message SET sent_ms = sent_ms - ?", [seconds * 1000])
+
     def depths(self) -> tuple[int, Depth]:
         """Return how many are visible in the queue, and the depth of the dead letters."""
         visible = self.broker.depth(self.queue).visible
@@ -14338,6 +17727,141 @@ def letters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Letters:
     """Return three dead letters in a file."""
     taskhawk.configure(TASKHAWK_BROKER=f"sqlite:///{tmp_path}/queue.db")
     return Letters(capsys)
+
+
+class TestDeadLettersFromPython:
+    """A loop over the dead letters deals with each, and leaves the others as they were."""
+
+    def test_what_is_known(self, every_letters):
+        """Each says what it is and why it is there; they stay, visible again at once."""
+        found = {each.task: each for each in taskhawk.dead_letters(Priority.default)}
+        assert every_letters.depths() == (0, Depth(3, 0, 0))
+        given_up, moved, invalid = map(found.get, ("mail.send", "other.task", None))
+        assert (given_up.id, given_up.message.args) == (every_letters.ids[0], [0])
+        assert given_up.message.headers == {"n": "0"}
+        assert given_up.error == given_up.cause == "ValueError: no amount\nat all"
+        assert given_up.traceback == ERROR_RECORD["traceback"]
+        assert given_up.record == ERROR_RECORD
+        assert given_up.received.body.startswith("{")
+        assert given_up.age_s in range(60)
+        assert re.fullmatch(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ", given_up.sent)
+        assert (moved.error, moved.traceback, moved.record) == ("", "", None)
+        assert moved.cause == "moved by the queue itself, after too many receives"
+        assert (invalid.message, invalid.id) == (None, None)
+        assert invalid.cause == invalid.invalid == "message: not JSON at character 0"
+
+    @pytest.mark.parametrize(
+        ("filters", "found"),
+        [
+            ({}, [None, "mail.send", "other.task"]),
+            ({"task": "mail.*"}, ["mail.send"]),
+            ({"error": "no amount"}, ["mail.send"]),
+            ({"error": "moved by"}, ["other.task"]),
+            ({"error": "not JSON"}, [None]),
+            ({"header": {"n": 1}}, ["other.task"]),
+            ({"header": {"n": "1"}, "task": "mail.*"}, []),
+            ({"older_than_s": 3600}, []),
+            ({"newer_than_s": 3600, "task": "*.*"}, ["mail.send", "other.task"]),
+        ],
+    )
+    def test_filters(self, letters, filters, found):
+        """Filters together say which are meant."""
+        meant = taskhawk.dead_letters(Priority.default, **filters)
+        assert sorted((each.task for each in meant), key=str) == sorted(found, key=str)
+
+    def test_acts(self, every_letters):
+        """Each is sent back, deleted or left, as the loop's body decides."""
+        for letter in taskhawk.dead_letters(Priority.default):
+            if letter.message is None:
+                letter.delete()
+            elif letter.task == "mail.send":
+                letter.requeue()
+        assert every_letters.depths() == (1, Depth(1, 0, 0))
+        [received] = receive_all()
+        assert json.loads(received.body)["id"] == every_letters.ids[0]
+        assert "taskhawk.error" not in received.message_attributes
+
+    def test_purge(self, letters):
+        """A loop with an age deletes the old ones."""
+        letters.age(3600)
+        letters.put({"task": "new.task"})
+        for letter in taskhawk.dead_letters(Priority.default, older_than_s=3600):
+            letter.delete()
+        assert letters.depths() == (0, Depth(1, 0, 0))
+
+    @pytest.mark.parametrize("error", [None, KeyError])
+    def test_ends_early(self, every_letters, error):
+        """After a break or an exception, all that the loop left are visible again."""
+        with contextlib.suppress(KeyError):
+            for letter in taskhawk.dead_letters(Priority.default):
+                letter.delete()
+                if error:
+                    raise error
+                break
+        assert every_letters.depths() == (0, Depth(2, 0, 0))
+
+    @pytest.mark.parametrize("act", ["requeue", "delete"])
+    @pytest.mark.parametrize("before", ["requeue", "delete", "end"])
+    def test_too_late(self, letters, act, before):
+        """Once it was dealt with, or its loop has ended, a letter can't be moved."""
+        loop = taskhawk.dead_letters(Priority.default, task="mail.send")
+        letter = next(loop)
+        if before == "end":
+            loop.close()
+        else:
+            getattr(letter, before)()
+        depths = letters.depths()
+        assert refused(getattr(letter, act), error=taskhawk.TaskhawkError) == (
+            f"dead letter {letter.message_id}: it was sent back or deleted before, or its"
+            " loop has ended"
+        )
+        assert letters.depths() == depths
+
+    def test_no_priority(self, letters):
+        """What is wrong is said by the call, not by the loop."""
+        error = refused(taskhawk.dead_letters, "default")
+        assert error == "priority: expected a taskhawk.Priority, got 'default'"
+
+    def test_no_queue(self, ministack, sqs_client, queue_name):
+        """So is that there is no dead-letter queue."""
+        sqs_client(ministack).create_queue(QueueName=f"TASKHAWK-{queue_name}")
+        configure_aws(ministack, queue_name)
+        assert refused(taskhawk.dead_letters, Priority.default) == (
+            f"TASKHAWK-{queue_name}: it has no dead-letter queue (no RedrivePolicy)"
+        )
+
+    @pytest.mark.parametrize(
+        ("action", "answers", "codes"),
+        [
+            ("SendMessage", [fault("Odd")], ["Odd"]),
+            (
+                "DeleteMessageBatch",
+                [fault("Odd")] * 3,
+                ["copied, but not deleted: Odd"],
+            ),
+        ],
+    )
+    def test_faults(self, scripted, capsys, action, answers, codes):
+        """What could not be sent or deleted is said at once, and can be tried again."""
+        letters = Letters(capsys)
+        scripted.script(action, *answers)
+        for letter in taskhawk.dead_letters(Priority.default, task="mail.send"):
+            with pytest.raises(taskhawk.PartialFailure) as raised:
+                letter.requeue()
+            assert [each["Code"] for each in raised.value.result["Failed"]] == codes
+            letter.requeue()
+        copies = 1 if action == "SendMessage" else 2
+        assert letters.depths() == (copies, Depth(2, 0, 0))
+
+    def test_requests(self, scripted, capsys):
+        """A loop costs one receive for ten, and a send and a delete for each that goes."""
+        Letters(capsys)
+        scripted.calls.clear()
+        for letter in taskhawk.dead_letters(Priority.default):
+            letter.requeue()
+        counts = collections.Counter(scripted.actions)
+        assert (counts["ReceiveMessage"], counts["SendMessage"]) == (1, 3)
+        assert counts["DeleteMessageBatch"] == 3
 
 
 class TestDeadLetterCommands:
@@ -14369,6 +17893,7 @@ class TestDeadLetterCommands:
             ("--newer-than 1.5h --task *.*", [0, 1]),
             ("--limit 0", []),
             ("--id ID", [0]),
+            ("--error moved", [1]),
         ],
     )
     def test_filters(self, letters, arguments, found):
@@ -14422,6 +17947,62 @@ class TestDeadLetterCommands:
         lines = letters("show", name)
         assert "invalid: message: not JSON at character 0" in lines
         assert r"body: '\xe9\x1b[2J\n{'" in lines
+
+    def test_summary(self, every_letters, capsys):
+        """They are counted by task and error, with the commands that deal with each group."""
+        letters = every_letters
+        letters.put({}, ERROR_RECORD | {"message": "no amount\neither"})
+        letters.put({}, ERROR_RECORD | {"type": "KeyError", "message": "'a b'"})
+        lines = letters("summary", "--task", "*.*")
+        assert lines[-1] == "4 dead letters"
+        times = r"    from 20\d\d-\d\d-\d\dT[\d:]{8}Z to 20\d\d-\d\d-\d\dT[\d:]{8}Z"
+        assert [line for line in lines[:-1] if not re.fullmatch(times, line)][:5] == [
+            "2  mail.send  ValueError",
+            "    the newest: ValueError: no amount",
+            "    python -m taskhawk dead-letters list --error 'ValueError: ' --task mail.send",
+            "    python -m taskhawk dead-letters requeue --error 'ValueError: ' --task mail.send",
+            "",
+        ]
+        groups = json.loads("\n".join(letters("summary", "--json")))
+        assert {
+            (group["task"], group["error"], group["count"]) for group in groups
+        } == {
+            ("mail.send", "ValueError", 2),
+            ("mail.send", "KeyError", 1),
+            ("other.task", "moved by the queue itself, after too many receives", 1),
+            (None, "message: not JSON at character 0", 1),
+        }
+        for group in groups:
+            assert group["oldest"] <= group["newest"]
+            words = shlex.split(group["list"])[4:]
+            assert len(letters(*words)) == group["count"]
+        assert letters.depths() == (0, Depth(5, 0, 0))
+        for group in groups:
+            words = shlex.split(group["requeue"])[4:]
+            assert letters(*words) == [f"sent back: {group['count']}"]
+
+    def test_summary_keeps_filters(self, letters):
+        """The commands of a group have the summary's own filters too."""
+        letters.put({"task": "odd[1]*", "headers": {"n": "a b"}})
+        letters.age(100)
+        words = ["--header", "n=a b", "--older-than", "1.5m", "--newer-than", "20d"]
+        words += ["--priority", "default", "--module", "json"]
+        [group] = json.loads("\n".join(letters("summary", "--json", *words)))
+        error = "'moved by the queue itself, after too many receives'"
+        assert group["list"] == (
+            f"python -m taskhawk dead-letters list --error {error} --task 'odd[[]1][*]'"
+            " --header 'n=a b' --older-than 90s --newer-than 1728000s --module json"
+        )
+        assert len(letters(*shlex.split(group["list"])[4:])) == 1
+
+    def test_summary_of_a_priority(self, tmp_path, capsys):
+        """They name the queue, if it is not the default one."""
+        taskhawk.configure(TASKHAWK_BROKER=f"sqlite:///{tmp_path}/queue.db")
+        broker = taskhawk._brokers.broker()
+        queue = broker.destination(Priority.bulk)
+        broker.send(f"{queue}-DLQ", [Outgoing(processing_body(), {})])
+        assert taskhawk.main(["dead-letters", "summary", "--priority", "bulk"]) == 0
+        assert " --task mail.send --priority bulk\n" in capsys.readouterr().out
 
     def test_export(self, letters):
         """An exported one has body and attributes as they are."""
@@ -14491,17 +18072,33 @@ class TestDeadLetterCommands:
         env = {"TASKHAWK_BROKER": taskhawk.settings.TASKHAWK_BROKER}
         with in_terminal(tmp_path, env, "dead-letters", "delete", *words) as run:
             if answer is not None:
-                run.wait_for(f"delete up to {count} dead letters for good? [y/N] ")
+                which = f"dead letters of {letters.queue}-DLQ"
+                if words != ["--all"]:
+                    which += " that fit the filters"
+                run.wait_for(f"delete up to {count} {which} for good? [y/N] ")
                 run.type(f"{answer}\n")
             assert run.end() == 0
         assert f"deleted: {deleted}\r\n" in run.shown
         assert letters.depths()[1] == Depth(3 - deleted, 0, 0)
 
     @pytest.mark.slow
+    @pytest.mark.parametrize(("answer", "sent"), [("n", 0), ("y", 3)])
+    def test_asks_before_requeueing(self, letters, tmp_path, answer, sent):
+        """In a terminal, it says how many may be sent back, and asks."""
+        env = {"TASKHAWK_BROKER": taskhawk.settings.TASKHAWK_BROKER}
+        with in_terminal(tmp_path, env, "dead-letters", "requeue") as run:
+            which = f"dead letters of {letters.queue}-DLQ"
+            run.wait_for(f"requeue up to 3 {which}? [y/N] ")
+            run.type(f"{answer}\n")
+            assert run.end() == 0
+        assert f"sent back: {sent}\r\n" in run.shown
+        assert letters.depths() == (sent, Depth(3 - sent, 0, 0))
+
+    @pytest.mark.slow
     def test_progress(self, letters, tmp_path):
         """In a terminal, the progress is one line that is rewritten, and cleared at the end."""
         env = {"TASKHAWK_BROKER": taskhawk.settings.TASKHAWK_BROKER}
-        with in_terminal(tmp_path, env, "dead-letters", "requeue") as run:
+        with in_terminal(tmp_path, env, "dead-letters", "requeue", "--yes") as run:
             assert run.end() == 0
         assert run.shown == (
             f"\r\x1b[Krequeueing about 3 messages from {letters.queue}-DLQ"
@@ -14523,7 +18120,7 @@ class TestDeadLetterCommands:
         """A dead letter of a clock that is ahead of ours has no age."""
         sent_ms = {"SentTimestamp": str(round((time.time() + 5) * 1000))}
         received = taskhawk.QueueMessage("", "m1", attributes=sent_ms)
-        assert taskhawk._read_dead_letter(received).age_s == 0
+        assert taskhawk._read_dead_letter(None, received).age_s == 0
 
     def test_interrupted(self, every_letters, caplog):
         """Whatever ends it, what was looked at is visible again, and nothing is lost."""
@@ -14531,7 +18128,7 @@ class TestDeadLetterCommands:
 
         def look() -> None:
             with taskhawk._Scan(Priority.default, "looking", "looked at") as scan:
-                for _ in scan:
+                for _ in scan.pages():
                     raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
@@ -14563,7 +18160,7 @@ class TestDeadLetterCommands:
         looked_at = []
         scan = taskhawk._Scan(Priority.default, "looking", "looked at", num_messages=1)
         with scan:
-            for batch in scan:
+            for batch in scan.pages():
                 looked_at += [weakref.ref(letter.received) for letter in batch]
                 del batch
                 alive = [ref for ref in looked_at if ref()]
@@ -14820,6 +18417,59 @@ class TestProvision:
             assert int(policy["maxReceiveCount"]) == 5
             assert found["Tags"] == dead["Tags"] == {"taskhawk": queue_name}
 
+    def test_fifo(self, ministack, sqs_client, queue_name, capsys):
+        """FIFO queues are made as such, in high throughput mode, and nothing is wrong then.
+
+        What someone has changed of that mode stays.
+        """
+        account = configure_account(
+            sqs_client, ministack, queue_name, TASKHAWK_FIFO=True
+        )
+        name, only = f"TASKHAWK-{queue_name}", "--priority=default"
+        names = [f"{name}-DLQ.fifo", f"{name}.fifo"]
+        assert provision(capsys, only) == [f"queue {queue}: made" for queue in names]
+        client = sqs_client(ministack)
+        for queue in names:
+            found = attributes_of(client, queue)
+            assert found["FifoQueue"] == found["ContentBasedDeduplication"] == "true"
+            assert found["DeduplicationScope"] == "messageGroup"
+            assert found["FifoThroughputLimit"] == "perMessageGroupId"
+        policy = json.loads(found["RedrivePolicy"])
+        arn = f"arn:aws:sqs:us-east-1:{account}:{name}"
+        assert policy["deadLetterTargetArn"] == f"{arn}-DLQ.fifo"
+        url = client.get_queue_url(QueueName=names[1])["QueueUrl"]
+        limit = {"FifoThroughputLimit": "perQueue"}
+        client.set_queue_attributes(QueueUrl=url, Attributes=limit)
+        as_it_should_be = [f"queue {queue}: is as it should be" for queue in names]
+        assert provision(capsys, only) == as_it_should_be
+        assert check(capsys, only) == (0, ["nothing is wrong"])
+        taskhawk._brokers.broker().send(f"{name}.fifo", grouped("a1 a2 b1"))
+        assert taskhawk.main(["stats", "--json"]) == 0
+        counts = json.loads(capsys.readouterr().out)["default"]
+        assert (counts["visible"], counts["dead_letters"]) == (3, 0)
+
+    def test_fifo_described(self, queue_name, aws, capsys):
+        """Terraform and IAM know FIFO queues and their dead-letter queues, too."""
+        taskhawk.configure(taskhawk.settings.given, TASKHAWK_FIFO=True)
+        only = "--priority=default"
+        queues = provision_json(capsys, only, "--format=terraform")["resource"]
+        queues = queues["aws_sqs_queue"]
+        assert list(queues) == ["taskhawk_app_dlq_fifo", "taskhawk_app_fifo"]
+        for queue in queues.values():
+            assert queue["fifo_queue"] is queue["content_based_deduplication"] is True
+            assert queue["deduplication_scope"] == "messageGroup"
+            assert queue["fifo_throughput_limit"] == "perMessageGroupId"
+        redrive = json.loads(queues["taskhawk_app_fifo"]["redrive_policy"])
+        reference = "${aws_sqs_queue.taskhawk_app_dlq_fifo.arn}"
+        assert redrive["deadLetterTargetArn"] == reference
+        roles = provision_json(capsys, only, "--format=iam")
+        arn = "arn:aws:sqs:us-east-1:000000000000:TASKHAWK-APP"
+        queue, dead = roles["worker"]["Statement"]
+        assert (queue["Resource"], dead["Resource"]) == (
+            [f"{arn}.fifo"],
+            [f"{arn}-DLQ.fifo"],
+        )
+
     def test_raises(self, endpoint, sqs_client, queue_name, capsys):
         """What is too low is raised, and what someone set higher stays."""
         client, name = sqs_client(endpoint), f"TASKHAWK-{queue_name}"
@@ -15032,6 +18682,122 @@ warning
 """
 
 
+class TestDashboard:
+    """A dashboard and alarms of CloudWatch are written down, to be put or by Terraform."""
+
+    def test_queues(self, moto, sqs_client, queue_name, capsys):
+        """A chart shows each metric, and each queue has its alarms; CloudWatch takes them."""
+        account = configure_account(sqs_client, moto, queue_name)
+        name = f"TASKHAWK-{queue_name}"
+        topic = f"arn:aws:sns:us-east-1:{account}:pager"
+        options = ["--max-age=10m", "--max-backlog=50", f"--notify={topic}"]
+        found = provision_json(
+            capsys, "--format=dashboard", "--priority=default", *options
+        )
+        client = sqs_client(moto, "cloudwatch")
+        dashboard = found["put-dashboard"]
+        assert client.put_dashboard(**dashboard)["DashboardValidationMessages"] == []
+        assert dashboard["DashboardName"] == f"taskhawk-{queue_name}"
+        widgets = json.loads(dashboard["DashboardBody"])["widgets"]
+        assert [(each["x"], each["y"]) for each in widgets] == [
+            (0, 0),
+            (6, 0),
+            (12, 0),
+            (18, 0),
+        ]
+        shown = [each["properties"] for each in widgets]
+        assert {each["region"] for each in shown} == {"us-east-1"}
+        assert shown[0]["title"] == f"{name}-DLQ: dead letters"
+        visible = "ApproximateNumberOfMessagesVisible"
+        dead = ["AWS/SQS", visible, "QueueName", f"{name}-DLQ"]
+        assert shown[0]["metrics"] == [dead]
+        assert [len(each["metrics"]) for each in shown] == [1, 3, 1, 2]
+        alarms = found["put-metric-alarm"]
+        for alarm in alarms:
+            client.put_metric_alarm(**alarm)
+        made = client.describe_alarms()["MetricAlarms"]
+        ours = [each for each in made if each["AlarmName"].startswith(name)]
+        limits = {each["AlarmName"]: each["Threshold"] for each in ours}
+        assert limits == {
+            f"{name}-DLQ-not-empty": 0,
+            f"{name}-too-old": 600,
+            f"{name}-backlog": 50,
+        }
+        for alarm in ours:
+            assert alarm["AlarmActions"] == [topic]
+            assert alarm["ComparisonOperator"] == "GreaterThanThreshold"
+        assert alarms[0]["AlarmDescription"] == (
+            f"{name}-DLQ: there are dead letters: python -m taskhawk dead-letters summary"
+        )
+
+    def test_workers(self, aws, capsys):
+        """With the namespace of their metrics, what workers print is shown too."""
+        found = provision_json(
+            capsys, "--format=dashboard", "--priority=high", "--emf=my app"
+        )
+        widgets = json.loads(found["put-dashboard"]["DashboardBody"])["widgets"]
+        shown = [each["properties"]["metrics"] for each in widgets]
+        printed = {
+            metric
+            for metrics in shown
+            for namespace, metric, dimension, queue in metrics
+            if (namespace, dimension) == ("my app", "queue")
+            and queue.endswith("-HIGH-PRIORITY")
+        }
+        known = dataclasses.asdict(taskhawk.Ledger())
+        counts = {name.title().replace("_", "") for name in known}
+        assert printed < counts | {"RunDuration", "OldestRunAge", "LeasesLost"}
+        assert len(printed) == 7
+
+    def test_terraform(self, aws, capsys):
+        """Terraform's resources say the same, by its names."""
+        options = ["--priority=default", "--priority=bulk", "--notify=arn:x"]
+        found = provision_json(capsys, "--format=dashboard", *options)
+        resources = provision_json(capsys, "--format=dashboard-terraform", *options)
+        kinds = resources["resource"]
+        [board] = kinds.pop("aws_cloudwatch_dashboard").values()
+        assert board == {
+            "dashboard_name": found["put-dashboard"]["DashboardName"],
+            "dashboard_body": found["put-dashboard"]["DashboardBody"],
+        }
+        alarms = kinds.pop("aws_cloudwatch_metric_alarm")
+        assert kinds == {}
+        assert len(alarms) == len(found["put-metric-alarm"]) == 6
+        for label, alarm in alarms.items():
+            assert re.fullmatch("[a-z0-9_]+", label)
+            [call] = [
+                each
+                for each in found["put-metric-alarm"]
+                if each["AlarmName"] == alarm["alarm_name"]
+            ]
+            assert alarm == {
+                "alarm_name": call["AlarmName"],
+                "alarm_description": call["AlarmDescription"],
+                "namespace": "AWS/SQS",
+                "metric_name": call["MetricName"],
+                "dimensions": {"QueueName": call["Dimensions"][0]["Value"]},
+                "statistic": "Maximum",
+                "period": 60,
+                "evaluation_periods": call["EvaluationPeriods"],
+                "threshold": call["Threshold"],
+                "comparison_operator": "GreaterThanThreshold",
+                "treat_missing_data": "notBreaching",
+                "alarm_actions": ["arn:x"],
+            }
+
+    def test_topics(self, aws, capsys):
+        """A Lambda app has topics: what they did not deliver is an alarm."""
+        taskhawk.configure(dict(taskhawk.settings.given) | {"IS_LAMBDA_APP": True})
+        options = ["--priority=default", "--emf=my app", "--lambda=arn:f"]
+        found = provision_json(capsys, "--format=dashboard", *options)
+        [alarm] = found["put-metric-alarm"]
+        assert alarm["MetricName"] == "NumberOfNotificationsFailed"
+        assert (alarm["Namespace"], alarm["Statistic"]) == ("AWS/SNS", "Sum")
+        assert "AlarmActions" not in alarm
+        [widget] = json.loads(found["put-dashboard"]["DashboardBody"])["widgets"]
+        assert len(widget["properties"]["metrics"]) == 2
+
+
 class TestCheck:
     """What is wrong is found before it loses messages, with what mends it."""
 
@@ -15087,8 +18853,8 @@ class TestCheck:
         )
         retry = taskhawk.fixed(1, max_retries=2)
         taskhawk.task(name="slow", time_limit=60, retry=retry)(plain)
-        taskhawk.task(name="quick", time_limit=30, retry=retry)(plain)
-        configure_aws(ministack, queue_name)
+        taskhawk.task(name="quick", time_limit=30)(plain)
+        configure_aws(ministack, queue_name, TASKHAWK_RETRY=retry)
         found = [
             f"{kind}: {sentence}" for kind, sentence in told(FINDINGS.format(name=name))
         ]
@@ -15375,7 +19141,7 @@ class TestProvisionSchedules:
         """Terraform's description has, name by name, what the API is told."""
         described = provision_json(capsys, "--format=terraform")["resource"]
         label = f"th_{queue_name.lower()}"
-        schedule = described["aws_scheduler_schedule"]["task__app__audit"]
+        schedule = described["aws_scheduler_schedule"]["task_app_audit"]
         assert schedule.pop("depends_on") == [
             f"aws_scheduler_schedule_group.taskhawk_{queue_name.lower()}",
             f"aws_iam_role_policy.{label}",
@@ -15405,6 +19171,14 @@ class TestProvisionSchedules:
             for dlq in ("", "-DLQ")
         }
 
+    def test_labels(self, scheduled, capsys):
+        """Tasks whose names differ in punctuation alone are two of Terraform's resources."""
+        taskhawk.task(name="app_count", schedule=MINUTELY)(another("other"))
+        described = provision_json(capsys, "--format=terraform")["resource"]
+        schedules = described["aws_scheduler_schedule"]
+        assert schedules["task_app_count"]["name"] == "task.app.count"
+        assert schedules["task_app_count_"]["name"] == "task.app_count"
+
     def test_iam(self, scheduled, queue_name, capsys):
         """A publisher may make and delete schedules in the group, and hand over the role."""
         roles = provision_json(capsys, "--format=iam", "--priority=default")
@@ -15433,7 +19207,7 @@ class TestProvisionSchedules:
         ((_, policy),) = described["aws_iam_role_policy"].items()
         (statement,) = json.loads(policy["policy"])["Statement"]
         assert statement["Action"] == "sns:Publish"
-        schedule = described["aws_scheduler_schedule"]["task__app__audit"]
+        schedule = described["aws_scheduler_schedule"]["task_app_audit"]
         assert schedule["target"]["arn"] in statement["Resource"]
         assert "dead_letter_config" not in schedule["target"]
 
@@ -15568,7 +19342,7 @@ LOGGING = {
     "version": 1,
     "disable_existing_loggers": True,
     "handlers": {"h": {"class": "logging.StreamHandler"}},
-    "root": {"handlers": ["h"]},
+    LOGGING_HERE,
 }
 """,
     "empty/__init__.py": "",
@@ -15676,6 +19450,17 @@ class TestCommandLine:
         script = "import sys, taskhawk; sys.exit(taskhawk.main(['--version']))"
         result = run_python(["-P", "-c", script], cwd=tmp_path)
         assert (result.returncode, result.stdout) == (0, f"{taskhawk.VERSION}\n")
+
+    @pytest.mark.parametrize(
+        ("options", "group"), [([], None), (["--group", "7"], "7")]
+    )
+    def test_group(self, tmp_path, mail, capsys, options, group):
+        """A message that is dispatched by hand may have a group."""
+        taskhawk.configure(TASKHAWK_BROKER=f"sqlite:///{tmp_path}/queue.db")
+        assert taskhawk.main(["dispatch", "mail.send", *options]) == 0
+        (received,) = receive_all()
+        assert received.group_id == group
+        assert capsys.readouterr().out == f"{json.loads(received.body)['id']}\n"
 
     @pytest.mark.slow
     @pytest.mark.parametrize("way", ["module", "vendored", "file", "script"])
@@ -16079,19 +19864,78 @@ logging.config.dictConfig({{
             assert finished == f"{text}job.add ID: attempt 1 finished"
 
     @pytest.mark.slow
-    def test_django(self, commands):
-        """Django is set up before modules are imported; without one, the apps' tasks are."""
-        for name, text in COMMAND_DJANGO.items():
-            path = commands.folder / name
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(text)
-        commands.env |= {"DJANGO_SETTINGS_MODULE": "site_settings"}
+    @pytest.mark.parametrize("options", [[], ["--log-format=json"]], ids=["", "json"])
+    def test_basic_config(self, commands, options):
+        """A basicConfig() of a tasks module holds; a format that was asked for does too."""
+        with (commands.folder / "job.py").open("a") as file:
+            file.write("logging.basicConfig(format='theirs %(task)s %(message)s')\n")
+        commands.send("job.add", 1)
+        lines = commands.logged("listen", "job", "--until-empty", *options)
+        (finished,) = [line for line in lines if "finished" in line]
+        if options:
+            assert json.loads(finished)["task"] == "job.add"
+        else:
+            assert finished == "theirs job.add job.add ID: attempt 1 finished"
+
+    @pytest.mark.slow
+    def test_early_log(self, commands):
+        """What is logged while modules are imported has the format that was asked for."""
+        (commands.folder / "job.py").write_text("import taskhawk.nothing")
+        commands.env |= {"TASKHAWK_QUEU": "x"}
+        (commands.folder / "job.py").write_text(
+            "import taskhawk\n@taskhawk.task\ndef add(): pass\n"
+            "taskhawk.settings.TASKHAWK_SYNC\n"
+        )
+        options = ("--log-format=json", "--until-empty")
+        first, *_ = commands("listen", "job", *options).stderr.splitlines()
+        assert json.loads(first)["message"].startswith(
+            "TASKHAWK_QUEU in the environment"
+        )
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(
+        "logging",
+        [
+            '"root": {"handlers": ["h"]}',
+            '"root": {"level": "INFO"}',
+            '"loggers": {"django": {"handlers": ["h"]}}',
+        ],
+        ids=["root", "root without handlers", "no root"],
+    )
+    def test_django(self, commands, logging):
+        """Django is set up before modules are imported; without one, the apps' tasks are.
+
+        Whatever its LOGGING says, the worker's log has its format and the task's fields.
+        """
+        self.write_django(commands, logging)
         commands.send("shop.tasks.sell")
         result = commands("listen", "--until-empty", "--log-format=json")
         assert re.fullmatch("sold shop.Sale\n1 received, 1 acked,.*\n", result.stdout)
         lines = [json.loads(line) for line in result.stderr.splitlines()]
         assert [line["logger"] for line in lines] == ["taskhawk"] * 3
         assert lines[1]["task"] == "shop.tasks.sell"
+
+    @staticmethod
+    def write_django(commands, logging):
+        """Write a site of Django whose LOGGING has this in it."""
+        for name, text in COMMAND_DJANGO.items():
+            path = commands.folder / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text.replace("LOGGING_HERE", logging))
+        commands.env |= {"DJANGO_SETTINGS_MODULE": "site_settings"}
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("line", ["import not_installed", "1 / 0"])
+    def test_django_tasks_fail(self, commands, line):
+        """An app's tasks that can't be imported are an error: they would not be served."""
+        self.write_django(commands, '"root": {}')
+        with (commands.folder / "shop/tasks.py").open("a") as file:
+            file.write(line)
+        errors = commands("listen", "--until-empty", code=1).stderr.splitlines()
+        assert errors[-1].startswith(
+            "taskhawk: the module 'shop.tasks' can't be imported: "
+        )
+        assert f"    {line}" in errors
 
     @pytest.mark.slow
     def test_django_fails(self, commands):
@@ -16102,6 +19946,161 @@ logging.config.dictConfig({{
         assert "broken_settings.py" in errors
         last = errors.splitlines()[-1]
         assert last == "taskhawk: Django can't be set up: division by zero"
+
+
+EMF_COUNTS = ("Received", "Acked", "Retried", "DeadLettered", "Postponed")
+
+
+def emf_lines(text: str) -> list[dict[str, Any]]:
+    """Return the metrics among printed lines, by their names; each line must be legal."""
+    found = []
+    for line in text.splitlines():
+        if not line.startswith("{"):
+            continue
+        values = json.loads(line)
+        aws = values.pop("_aws")
+        assert abs(aws["Timestamp"] / 1000 - time.time()) < 60
+        [directive] = aws["CloudWatchMetrics"]
+        assert directive["Namespace"] == "my app"
+        assert directive["Dimensions"] == [["queue"]]
+        units = {each["Name"]: each["Unit"] for each in directive["Metrics"]}
+        assert units.keys() == values.keys() - {"queue"}
+        units.pop("RunDuration", None)
+        assert units.pop("OldestRunAge") == "Seconds"
+        assert set(units.values()) == {"Count"}
+        found.append(values)
+    return found
+
+
+class TestMetrics:
+    """A worker prints what CloudWatch makes metrics of, each minute and at its end."""
+
+    @pytest.fixture
+    def work(self, worker_broker):
+        """Return a function that runs a worker which prints metrics."""
+
+        def run(*queues: str, **options: Any) -> taskhawk.Ledger:
+            return taskhawk._MeasuredWorker(
+                worker_broker,
+                queues or [WORKER_QUEUE],
+                until_empty=True,
+                wait_s=0.05,
+                namespace="my app",
+                **options,
+            ).run()
+
+        return run
+
+    def test_counts(self, work, worker_broker, worker_act, capsys):
+        """Each end of the ledger is counted for its queue, and each run has a duration."""
+        acts = ["run", "run", "ignore", "never"]
+        worker_broker.put(worker_act, *[(act,) for act in acts])
+        worker_broker.put(worker_act, ("run",), queue=f"{WORKER_QUEUE}-BULK")
+        ledger = work(WORKER_QUEUE, f"{WORKER_QUEUE}-BULK")
+        first, second = emf_lines(capsys.readouterr().out)
+        assert first["queue"] == WORKER_QUEUE
+        assert second["queue"] == f"{WORKER_QUEUE}-BULK"
+        assert [first[name] for name in EMF_COUNTS] == [4, 3, 0, 1, 0]
+        assert [second[name] for name in EMF_COUNTS] == [1, 1, 0, 0, 0]
+        assert (len(first["RunDuration"]), len(second["RunDuration"])) == (4, 1)
+        assert first["OldestRunAge"] == first["LeasesLost"] == 0
+        assert ledger.received == 5
+
+    def test_each_minute(self, work, worker_broker, worker_act, monkeypatch):
+        """Lines tell what is new since the last one, and how old the oldest run is."""
+        monkeypatch.setattr(taskhawk, "_EMF_EVERY_S", 0.01)
+        printed = io.StringIO()
+        monkeypatch.setattr(sys, "stdout", printed)
+
+        def slow() -> None:
+            def oldest() -> list[float]:
+                return [each["OldestRunAge"] for each in emf_lines(printed.getvalue())]
+
+            worker_eventually(lambda: len([age for age in oldest() if age > 0]) > 2)
+
+        WORKER_ACTS["slow"] = slow
+        worker_broker.put(worker_act, ("run",), ("slow",))
+        work()
+        lines = emf_lines(printed.getvalue())
+        assert sum(line["Received"] for line in lines) == 2
+        assert sum(line["Acked"] for line in lines) == 2
+        durations = [ms for line in lines for ms in line.get("RunDuration", ())]
+        assert len(durations) == 2
+        ages = [line["OldestRunAge"] for line in lines]
+        assert max(ages) * 1000 <= max(durations) + 1
+        assert ages[-1] == 0
+
+    def test_lease_lost(self, work, worker_broker, worker_act, capsys):
+        """Runs that lost their lease are counted: others may have run them too."""
+
+        def lose() -> None:
+            taskhawk.current_task()._received.lease_lost = True
+
+        WORKER_ACTS["lose"] = lose
+        worker_broker.put(worker_act, ("lose",), ("run",))
+        work()
+        [line] = emf_lines(capsys.readouterr().out)
+        assert line["LeasesLost"] == 1
+
+    def test_sample(self):
+        """Of very many runs, a hundred durations are a fair sample: a line holds no more."""
+        runs = taskhawk._Runs()
+        for duration_ms in range(10_000):
+            runs.add(duration_ms, lost=False)
+        assert (runs.count, len(set(runs.durations_ms))) == (10_000, 100)
+        assert 3000 < sum(runs.durations_ms) / 100 < 7000
+
+    def test_cannot_print(self, work, worker_broker, worker_act, monkeypatch, caplog):
+        """Where nothing can be printed for a while, the worker goes on."""
+        monkeypatch.setattr(taskhawk, "_EMF_EVERY_S", 0.01)
+
+        class Full(io.StringIO):
+            def flush(self) -> None:
+                if not caplog.messages:
+                    raise OSError("disk full")
+
+        monkeypatch.setattr(sys, "stdout", Full())
+        WORKER_ACTS["slow"] = lambda: worker_eventually(lambda: caplog.messages)
+        worker_broker.put(worker_act, ("slow",))
+        assert work().acked == 1
+        assert caplog.messages == ["can't print metrics: disk full"]
+
+    @pytest.mark.slow
+    def test_command(self, commands):
+        """The command prints the last line before its ledger."""
+        commands.send("skip")
+        result = commands("listen", "job", "--until-empty", "--emf", "my app")
+        assert len(emf_lines(result.stdout)) == 2
+        assert result.stdout.splitlines()[-1].startswith("1 received, 1 acked, ")
+
+    @pytest.mark.slow
+    def test_overdue(self, commands):
+        """So it does where the grace is over, and a run is left."""
+        (commands.folder / "job.py").write_text(WORKER_MODULE)
+        commands.send("job.wait", 1)
+        options = ("--grace=1", "--emf=my app")
+        process = commands.popen("listen", "job", *options, stdin=subprocess.PIPE)
+        try:
+            assert process.stdout.readline() == b"started 1\n"
+            process.terminate()
+            output = process.stdout.read().decode()
+            assert process.wait(WORKER_PATIENCE_S) == 1
+        finally:
+            process.kill()
+            process.stdin.close()
+            process.stdout.close()
+            process.stderr.close()
+        [line] = emf_lines(output)
+        assert line["Received"] == 1
+        assert line["OldestRunAge"] > 0
+
+    @pytest.mark.parametrize("name", ["", "AWS/SQS", ":x", "é", "x" * 256])
+    def test_namespace(self, capsys, name):
+        """What is no namespace of CloudWatch is refused."""
+        code, line = command_error(capsys, "listen", "job", f"--emf={name}")
+        assert code == 2
+        expected = f"expected a namespace of CloudWatch, such as myapp, got {name!r}"
+        assert f"argument --emf: {expected}" in line
 
 
 # --- 27. vendoring --------------------------------------------------------------------
@@ -16489,7 +20488,7 @@ def readme_normalised(text: str) -> str:
     text = re.sub(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", "ID", text)
     text = re.sub(r"(?m)^# [0-9a-f]{16} ", "# HASH ", text)
     text = re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}", "TIME", text)
-    text = re.sub(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", "TIME", text)
+    text = re.sub(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{3})?Z", "TIME", text)
     text = re.sub(r"\d+ s ago", "AGE", text)
     text = re.sub(r'"duration_ms": \d+', "DURATION", text)
     text = re.sub(r"/\S*/\w+\.db", "PATH", text)
@@ -16498,7 +20497,12 @@ def readme_normalised(text: str) -> str:
 
 README_GROUPS = ["plain", "aws", "django", "flask"]  # blocks that share an interpreter
 README_NEW_DJANGO = pytest.mark.skipif(sys.version_info < (3, 12), reason="Django 6")
+README_FASTAPI = pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, ("aiohttp", "fastapi", "uvicorn"))),
+    reason="not installed",
+)
 README_BEFORE = {
+    "flask": "import web\n",
     "mall": "import django; django.setup()\n",
     "django": "import django; django.setup()\n"
     "from django.core.management import call_command; call_command('migrate', verbosity=0)\n",
@@ -16506,6 +20510,10 @@ README_BEFORE = {
 README_AFTER = {  # what the blocks dispatched, or can dispatch now, is run
     "aws": "import tasks; tasks.audit.dispatch('ready')\n"
     "print(taskhawk.listen_for_messages(taskhawk.Priority.default, until_empty=True).acked)",
+    "flask": "import web_tasks, taskhawk\n"
+    "web_tasks.confirm.dispatch(1, 'you@example.com')\n"
+    "taskhawk.listen_for_messages(taskhawk.Priority.default, until_empty=True)\n"
+    "print(open('outbox.txt').read(), end='')",
     "django": "import taskhawk\n"
     "taskhawk.listen_for_messages(taskhawk.Priority.default, until_empty=True)",
     "mall": "import taskhawk\n"
@@ -16514,6 +20522,7 @@ README_AFTER = {  # what the blocks dispatched, or can dispatch now, is run
 README_AFTER_OUTPUT = {
     "aws": "ready: attempt 1 of a default message, {}\n1\n",
     "django": "Welcome! -> you@example.com\n",
+    "flask": "you@example.com: we have your order 1\n",
     "mall": "May: attempt 1 of report\nJune: attempt 1 of report\n",
 }
 README_RUNNER = """
@@ -16534,20 +20543,161 @@ taskhawk.configure()
 """
 
 
+# A service whose runs end in each way; what is measured of them is printed at the end.
+RECIPE_SERVICE = """
+import os, sys, taskhawk
+broker = {"TASKHAWK_BROKER": "sqlite://"}
+taskhawk.configure(broker, **SETTINGS)
+
+@taskhawk.task(name="shop.sell")
+def sell(how):
+    inside()
+    if how == "fail":
+        raise ValueError("sold out")
+    if how == "ignore":
+        raise taskhawk.IgnoreException
+    if how == "later":
+        raise taskhawk.RetryException("closed", delay_seconds=60)
+
+def serve():
+    for how in ("run", "fail", "ignore", "later"):
+        sell.dispatch(how)
+    queue = taskhawk.Outgoing("rubbish", {})
+    taskhawk._brokers.broker().send("TASKHAWK-DEFAULT", [queue])
+    taskhawk.listen_for_messages(taskhawk.Priority.default, num_messages=9, loop_count=1)
+"""
+RECIPES = {
+    "prometheus": """
+SETTINGS = {"TASKHAWK_RUN_HOOK": "prometheus_hook.count_run"}
+inside = int
+SERVICE
+serve()
+import prometheus_client
+for metric in prometheus_client.REGISTRY.collect():
+    for sample in metric.samples:
+        if sample.name in ("taskhawk_runs_total", "taskhawk_run_seconds_count"):
+            print(*sample.labels.values(), sample.value)
+""",
+    "statsd": """
+import socket
+server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+server.bind(("127.0.0.1", 0))
+import statsd.defaults
+statsd.defaults.HOST, statsd.defaults.PORT = server.getsockname()
+SETTINGS = {"TASKHAWK_RUN_HOOK": "statsd_hook.count_run"}
+inside = int
+SERVICE
+import statsd_hook
+statsd_hook.CLIENT = statsd.StatsClient(*server.getsockname(), prefix="taskhawk")
+serve()
+for _ in range(10):
+    name, _, value = server.recv(100).decode().partition(":")
+    print(name, value if value.endswith("|c") else value.split("|")[1])
+""",
+    "sentry": """
+import sentry_hook, sentry_sdk
+def before_send(event, hint):
+    transaction, tags = event.get("transaction"), event.get("tags", {})
+    error = event["exception"]["values"][-1]["value"]
+    print(transaction, [*tags], error)
+sentry_sdk.init("http://key@127.0.0.1:9/1", before_send=before_send)
+SETTINGS = {"TASKHAWK_ERROR_HOOK": "sentry_hook.report_error"}
+inside = int
+SERVICE
+serve()
+""",
+    "tracing": """
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+exporter = InMemorySpanExporter()
+trace.set_tracer_provider(TracerProvider())
+trace.get_tracer_provider().add_span_processor(SimpleSpanProcessor(exporter))
+tracer = trace.get_tracer("shop")
+SETTINGS = {
+    "TASKHAWK_TASK_CLASS": "tracing.TracedTask",
+    "TASKHAWK_DEFAULT_HEADERS": "tracing.default_headers",
+}
+inside = lambda: tracer.start_span("inside").end()
+SERVICE
+with tracer.start_as_current_span("request"):
+    serve()
+spans = exporter.get_finished_spans()
+names = {span.context.span_id: span.name for span in spans}
+print(len({span.context.trace_id for span in spans}))
+for span in spans:
+    kind = span.attributes.get("messaging.operation.type")
+    parent = span.parent and names[span.parent.span_id]
+    error = span.attributes.get("error.type")
+    print(span.name, span.kind.name, kind, parent, span.status.status_code.name, error)
+""",
+}
+RECIPES_PRINT = {
+    "prometheus": """
+        shop.sell done 1.0
+        shop.sell retry 2.0
+        shop.sell ignored 1.0
+        none retry 1.0
+        shop.sell 4.0
+        none 1.0
+    """,
+    "statsd": """
+        taskhawk.shop.sell.done 1|c
+        taskhawk.shop.sell ms
+        taskhawk.shop.sell.retry 1|c
+        taskhawk.shop.sell ms
+        taskhawk.shop.sell.ignored 1|c
+        taskhawk.shop.sell ms
+        taskhawk.shop.sell.retry 1|c
+        taskhawk.shop.sell ms
+        taskhawk.none.retry 1|c
+        taskhawk.none ms
+    """,
+    "sentry": """
+        shop.sell ['taskhawk.id'] sold out
+        None [] message: not JSON at character 0
+    """,
+    "tracing": """
+        1
+        send shop.sell PRODUCER send request UNSET None
+        send shop.sell PRODUCER send request UNSET None
+        send shop.sell PRODUCER send request UNSET None
+        send shop.sell PRODUCER send request UNSET None
+        inside INTERNAL None process shop.sell UNSET None
+        process shop.sell CONSUMER process send shop.sell UNSET None
+        inside INTERNAL None process shop.sell UNSET None
+        process shop.sell CONSUMER process send shop.sell ERROR ValueError
+        inside INTERNAL None process shop.sell UNSET None
+        process shop.sell CONSUMER process send shop.sell UNSET None
+        inside INTERNAL None process shop.sell UNSET None
+        process shop.sell CONSUMER process send shop.sell ERROR RetryException
+        request INTERNAL None None UNSET None
+    """,
+}
+
+
 class TestReadme:
     """README.md says what is true: its code runs, and its output is real."""
 
     @pytest.mark.slow
     @pytest.mark.parametrize(
-        "group", [*README_GROUPS, pytest.param("mall", marks=README_NEW_DJANGO)]
+        "group",
+        [
+            *README_GROUPS,
+            pytest.param("mall", marks=README_NEW_DJANGO),
+            pytest.param("asyncio", marks=README_FASTAPI),
+        ],
     )
     def test_python_blocks_run(self, group, request, tmp_path):
         """Each Python block runs, in order, and prints what the block behind it says."""
         readme_files(tmp_path)
         python = [block for block in readme_blocks() if block.language == "python"]
+        python = [block for block in python if block.marks.get("run") != "never"]
         assert {block.marks.get("run", "plain") for block in python} == {
             *README_GROUPS,
             "mall",
+            "asyncio",
         }
         blocks = [block for block in python if block.marks.get("run", "plain") == group]
         sources = [(block.line, self.source(block), block.marks) for block in blocks]
@@ -16585,6 +20735,17 @@ class TestReadme:
         return {**keys, **places, "TASKHAWK_QUEUE": "dev-myapp"}
 
     @pytest.mark.slow
+    @pytest.mark.parametrize("recipe", RECIPES)
+    def test_recipes(self, tmp_path, recipe):
+        """The hooks for traces, metrics and errors work with the libraries they are for."""
+        readme_files(tmp_path)
+        code = RECIPES[recipe].replace("SERVICE", RECIPE_SERVICE)
+        result = run_python(code, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        expected = textwrap.dedent(RECIPES_PRINT[recipe]).strip()
+        assert result.stdout.strip() == expected
+
+    @pytest.mark.slow
     def test_commands_print_what_is_shown(self, tmp_path):
         """The commands of the console blocks, run in order, print what is shown."""
         readme_files(tmp_path)
@@ -16611,6 +20772,24 @@ class TestReadme:
             assert readme_normalised(result.stdout) == readme_normalised(expected), (
                 command
             )
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(
+        ("command", "passed"),
+        [
+            (["pytest", "-q", "test_tasks.py"], "4 passed"),
+            (["unittest", "test_tasks_unittest"], "Ran 2 tests"),
+            (["django", "test", "test_tasks_django"], "Ran 2 tests"),
+        ],
+        ids=["pytest", "unittest", "Django"],
+    )
+    def test_test_recipes(self, command, passed, tmp_path):
+        """The tests of README pass, by the command that people run."""
+        readme_files(tmp_path)
+        env = {"DJANGO_SETTINGS_MODULE": "shop_settings"}
+        result = run_python(["-m", *command], cwd=tmp_path, env=env)
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert passed in result.stdout + result.stderr
 
     @pytest.mark.slow
     def test_five_steps(self, ministack, tmp_path):
@@ -16742,3 +20921,345 @@ class TestReadme:
                 assert link[1:] in anchors
             elif not link.startswith("https://"):
                 assert project_file(link).exists()
+
+
+@contextlib.contextmanager
+def service_worker(
+    folder: Path, env: Mapping[str, str], *modules: str
+) -> Iterator[None]:
+    """Run a worker of some modules for the length of the block, then stop it."""
+    with (folder / "worker.txt").open("w") as output:
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "taskhawk", "listen", "--grace", "5", *modules],
+            cwd=folder,
+            env=python_env(env),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+        )
+    try:
+        yield
+        worker.terminate()
+        assert worker.wait(30) == 0
+    finally:
+        worker.kill()
+        worker.wait()
+
+
+def service_post(url: str, data: object) -> tuple[int, Any]:
+    """Post JSON, and return the status and the answer."""
+    request = urllib.request.Request(url, json.dumps(data).encode())
+    request.add_header("Content-Type", "application/json")
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return answer.status, json.load(answer)
+
+
+def service_wait(is_done: Callable[[], object]) -> None:
+    """Wait for what another process does."""
+    until = time.monotonic() + 60
+    while not is_done():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+class ServiceHook(http.server.BaseHTTPRequestHandler):
+    """Keeps the JSON that is posted to it."""
+
+    called: list[Any]  # by the server that the handler is made for
+
+    def do_POST(self) -> None:
+        """Keep it."""
+        size = int(self.headers["Content-Length"])
+        self.called.append(json.loads(self.rfile.read(size)))
+        self.send_response(204)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@pytest.mark.slow
+class TestServices:
+    """README's services start, take a request, and run its task."""
+
+    @pytest.fixture(params=["SQLite", "ministack"])
+    def env(self, request, tmp_path):
+        """Return an environment with a queue, after the modules of README are written."""
+        readme_files(tmp_path)
+        if request.param == "SQLite":
+            return {"TASKHAWK_BROKER": f"sqlite:///{tmp_path}/web.db"}
+        env = TestReadme.aws(request.getfixturevalue("ministack"))
+        env |= {"AWS_ACCOUNT_ID": "000000000000", "TASKHAWK_QUEUE": "dev-web"}
+        command = ["-m", "taskhawk", "provision"]
+        result = run_python(command, cwd=tmp_path, env=env)
+        assert result.returncode == 0, result.stderr
+        return env
+
+    def test_flask(self, env, tmp_path):
+        """Flask's server dispatches, and a worker runs it in the application's context."""
+        port, outbox = free_port(), tmp_path / "outbox.txt"
+        flask_run = ["-m", "flask", "--app", "web", "run", "--port", str(port)]
+        with (
+            server(port, flask_run, python_env(env), tmp_path) as url,
+            service_worker(tmp_path, env, "web_tasks"),
+        ):
+            order = service_post(f"{url}/orders/7", {"address": "you@example.com"})
+            service_wait(outbox.exists)
+            service_wait(outbox.read_text)
+        status, answer = order
+        assert (status, len(answer["message"])) == (202, 36)
+        assert outbox.read_text() == "you@example.com: we have your order 7\n"
+        ledger = (tmp_path / "worker.txt").read_text()
+        assert ledger.startswith("1 received, 1 acked, ")
+
+    @pytest.fixture
+    def hook(self):
+        """Yield a server that keeps what is posted to its URL."""
+        called: list[Any] = []
+        handler = type("Handler", (ServiceHook,), {"called": called})
+        with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as listener:
+            thread = threading.Thread(target=listener.serve_forever)
+            thread.start()
+            url = f"http://127.0.0.1:{listener.server_port}/"
+            yield types.SimpleNamespace(url=url, called=called)
+            listener.shutdown()
+            thread.join()
+
+    @README_FASTAPI
+    def test_fastapi(self, env, tmp_path, hook):
+        """A lifespan runs a worker on the server's loop, with the server's client."""
+        port = free_port()
+        run = ["-m", "uvicorn", "webhooks:app", "--port", str(port)]
+        path = tmp_path / "webhooks.py"  # a poll in flight is waited out
+        path.write_text(path.read_text().replace("grace_s=20", "grace_s=5"))
+        env["PYTHONUNBUFFERED"] = "1"
+        with server(port, run, python_env(env), tmp_path) as url:
+            answers = [
+                service_post(f"{url}/events", {"url": hook.url, "paid": paid})
+                for paid in range(3)
+            ]
+            service_wait(lambda: len(hook.called) == 3)
+        assert {status for status, _ in answers} == {202}
+        assert sorted(event["paid"] for event in hook.called) == [0, 1, 2]
+        log = (tmp_path / "server.log").read_text()
+        assert "\n3 received, 3 acked, " in log, log
+
+    def test_lambda(self, tmp_path):
+        """The handler takes events as AWS has recorded them, and raises what fails."""
+        readme_files(tmp_path)
+        hello = processing_body("tasks.send_email", args=["you@example.com", "Hello!"])
+        fails = processing_body("tasks.pay", args=[7])
+        events = [
+            {"Records": [lambda_sns_record(hello, "1")]},
+            {"Records": [lambda_sqs_record(body, "1") for body in (fails, hello)]},
+        ]
+        (tmp_path / "events.json").write_text(json.dumps(events))
+        code = """if True:
+            import json, handler
+            with open("events.json") as file:
+                for event in json.load(file):
+                    try:
+                        handler.handler(event, None)
+                    except ValueError as error:
+                        print(error)
+        """
+        env = {"AWS_REGION": "us-east-1", "AWS_ENDPOINT_SQS": "http://127.0.0.1:9"}
+        env |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
+        result = run_python(code, cwd=tmp_path, env=env)
+        printed = ["Hello! -> you@example.com"] * 2 + ["bill 7 has no amount"]
+        assert (result.returncode, result.stdout.splitlines()) == (0, printed)
+
+
+#: a solution of the last exercise in README, and of nothing else: see SqliteBroker
+READING_BROKER = """
+import threading
+import time
+import uuid
+
+import taskhawk
+from taskhawk import Depth, QueueInfo, QueueMessage, Refusal
+
+
+class MemoryBroker(taskhawk.Broker):
+    max_bytes = 1_048_576
+    max_delay_s = 900
+
+    def __init__(self, clock=time.time):
+        self.clock = clock
+        # Guards the rows, and tells receivers that wait of what is sent.
+        self.changed = threading.Condition()
+        self.rows = []
+
+    def send(self, destination, entries):
+        with self.changed:
+            for entry in entries:
+                now = self.clock()
+                self.rows.append(
+                    {
+                        "queue": destination,
+                        "entry": entry,
+                        "id": str(uuid.uuid4()),
+                        "sent": now,
+                        "visible_at": now + entry.delay_s,
+                        "receives": 0,
+                        "receipt": None,
+                    }
+                )
+            self.changed.notify_all()
+        return []
+
+    def receive(self, queue, limit, wait_s, lease_s, stop):
+        until = time.monotonic() + wait_s
+        with self.changed:
+            while True:
+                found = self._claim(queue, min(limit, 10), lease_s)
+                left_s = until - time.monotonic()
+                if found or left_s <= 0 or stop.is_set():
+                    return found
+                self.changed.wait(min(left_s, 0.05))  # the clock moves, too
+
+    def _claim(self, queue, limit, lease_s):
+        info, found = self.info(queue), []
+        for row in self.rows:
+            if row["queue"] != queue or row["visible_at"] > self.clock():
+                continue
+            if row["receives"] == info.max_receive_count:
+                row |= {"queue": info.dead_letter_queue, "receives": 0, "receipt": None}
+                continue
+            hidden_s = info.visibility_timeout_s if lease_s is None else lease_s
+            row["visible_at"] = self.clock() + hidden_s
+            row["receives"] += 1
+            row["receipt"] = str(uuid.uuid4())
+            found.append(self._message(row))
+            if len(found) == limit:
+                break
+        return found
+
+    def _message(self, row):
+        counts = {
+            "ApproximateReceiveCount": str(row["receives"]),
+            "SentTimestamp": str(int(row["sent"] * 1000)),
+        }
+        return QueueMessage(
+            row["entry"].body,
+            row["id"],
+            row["receipt"],
+            counts,
+            dict(row["entry"].attributes),
+            row["queue"],
+            self,
+        )
+
+    def delete(self, queue, receipts, *, retry=False):
+        return self._each(queue, receipts, self.rows.remove)
+
+    def change_visibility(self, queue, changes, *, retry=False):
+        seconds = dict(changes)
+
+        def change(row):
+            row["visible_at"] = self.clock() + seconds[row["receipt"]]
+            if seconds[row["receipt"]] == 0:
+                self.changed.notify_all()
+
+        return self._each(queue, list(seconds), change)
+
+    def _each(self, queue, receipts, change):
+        refused = []
+        with self.changed:
+            for index, receipt in enumerate(receipts):
+                rows = [row for row in self.rows if row["receipt"] == receipt]
+                if rows and rows[0]["queue"] == queue:
+                    change(rows[0])
+                else:
+                    code = "ReceiptHandleIsInvalid"
+                    refused.append(Refusal(index, code, "it is stale", final=True))
+        return refused
+
+    def info(self, queue):
+        if queue.endswith("-DLQ"):
+            return QueueInfo(30.0, None, None)
+        return QueueInfo(30.0, f"{queue}-DLQ", 2)
+
+    def depth(self, queue):
+        with self.changed:
+            rows = [row for row in self.rows if row["queue"] == queue]
+        visible = [row for row in rows if row["visible_at"] <= self.clock()]
+        received = [row for row in rows if row["receives"] and row not in visible]
+        delayed = len(rows) - len(visible) - len(received)
+        return Depth(len(visible), len(received), delayed)
+
+    def url(self, queue):
+        return f"memory:{queue}"
+
+    def close(self):
+        pass
+"""
+
+
+@pytest.mark.slow
+class TestReading:
+    """README's page for who reads the source is true, and its exercises can be done."""
+
+    def test_names(self):
+        """What it tells to read is there, in the room that it says."""
+        text = project_file("README.md").read_text()
+        page = text.partition("\n## Read the source\n")[2].partition("\n## ")[0]
+        rows = re.findall(r"(?m)^\| \d+ \| rooms? (\d+)(?: \w+ (\d+))?: (.*?) \|", page)
+        assert len(rows) == 6
+        for first, last, names in rows:
+            source = self.rooms(int(first), int(last or first))
+            for name in re.findall(r"`([\w.]+)`", names):
+                word = name.rpartition(".")[2]
+                defined = re.search(rf"(?m)^ *(def |class |){word}\b[(: ]", source)
+                assert defined, name
+
+    @staticmethod
+    def rooms(first, last):
+        """Return the source of some rooms."""
+        lines = house_source().splitlines()
+        starts = [line for line, number, _ in house_banners(house_source())]
+        numbers = [number for _, number, _ in house_banners(house_source())]
+        begin = starts[numbers.index(str(first))]
+        end = starts[numbers.index(str(last)) + 1]
+        return "\n".join(lines[begin:end])
+
+    @staticmethod
+    def run_suite(folder, *options):
+        """Run a copy of the suite on a copy of the module, and return what pytest says."""
+        shutil.copy(project_file("pyproject.toml"), folder)
+        shutil.copy(__file__, folder / "test_taskhawk.py")
+        env = {k: v for k, v in os.environ.items() if not k.startswith("COVERAGE_")}
+        return subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options],
+            cwd=folder,
+            env={**env, "PYTHONPATH": str(folder)},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=150,
+            check=False,
+        )
+
+    @pytest.mark.parametrize("breaks", ["TestRetryPolicies", "TestProcessing"])
+    def test_changes_are_noticed(self, breaks, tmp_path):
+        """The tests that README names fail after the change that it proposes."""
+        (block,) = [b for b in readme_blocks() if b.marks.get("breaks") == breaks]
+        old, new = (
+            "".join(
+                f"{line[1:]}\n" for line in block.text.splitlines() if line[0] == sign
+            )
+            for sign in "-+"
+        )
+        source = house_source()
+        assert source.count(old) == 1
+        (tmp_path / "taskhawk.py").write_text(source.replace(old, new))
+        result = self.run_suite(tmp_path, "-x", "-k", breaks, "-m", "not slow")
+        assert (result.returncode, "1 failed" in result.stdout) == (1, True)
+
+    def test_memory_broker(self, tmp_path):
+        """A broker in memory passes the contract, in no more statements than it says."""
+        readme_files(tmp_path)
+        (tmp_path / "memory_broker.py").write_text(READING_BROKER)
+        shutil.copy(taskhawk.__file__, tmp_path / "taskhawk.py")
+        result = self.run_suite(tmp_path, "test_memory_broker.py")
+        assert result.returncode == 0, result.stdout
+        assert house_statements(ast.parse(READING_BROKER)) <= 90

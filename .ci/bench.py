@@ -223,6 +223,7 @@ def our_task(**options: Any) -> Any:
 
 
 JOBS = """
+import asyncio
 import os
 import taskhawk
 
@@ -235,6 +236,10 @@ taskhawk.configure(AWS_ENDPOINT_SQS=url, AWS_REGION="eu-west-1", TASKHAWK_QUEUE=
 @taskhawk.task(name="bench.job", isolate=bool(os.environ.get("BENCH_ISOLATE")))
 def job(to, subject, from_email=None):
     pass
+
+@taskhawk.task(name="bench.wait")
+async def wait():
+    await asyncio.sleep(0.1)
 """
 CALL = (("email@automatic.com", "Hello!"), {"from_email": "spam@example.com"})
 
@@ -410,6 +415,18 @@ def run_sqlite(count: int, batch: int = 1, *, consume: bool = False, **_: Any) -
     return {"wall_s": wall, "cpu_s": first["cpu_s"] + second["cpu_s"], "rss_kb": memory}
 
 
+def run_coroutines(count: int, concurrency: int, **_: Any) -> Any:
+    """Run coroutines that wait 100 ms each, from the start of the worker to its end."""
+    import bench_jobs
+
+    import taskhawk
+
+    bench_jobs.wait.dispatch_many([()] * count)
+    options = {"concurrency": concurrency, "max_tasks": count}
+    listen = functools.partial(taskhawk.listen_for_messages, **options)
+    return measured(lambda: listen(taskhawk.Priority.default))
+
+
 def run_idle(**_: Any) -> Any:
     """Listen to an empty queue for a minute."""
     import taskhawk
@@ -455,7 +472,7 @@ class Bench:
         options["side"] = "ours" if self.against else side
         command = [sys.executable, __file__, "--client", kind, json.dumps(options)]
         extra = {"BENCH_PORT": str(self.port), "PYTHONPATH": str(path), **env}
-        if kind == "sqlite":
+        if kind in {"sqlite", "coroutines"}:
             extra["BENCH_BROKER"] = f"sqlite:///{path / str(uuid.uuid4())}"
         extra["PYTHONDONTWRITEBYTECODE"] = ""
         extra["BENCH_BEGAN"] = str(time.perf_counter())
@@ -619,6 +636,10 @@ class Bench:
             sqlite(f"sqlite: dispatch, {number:,}")
             sqlite(f"sqlite: batched, {number:,}", batch=10)
             sqlite(f"sqlite: consume, {number:,}", batch=10, consume=True)
+        for concurrency in (1, 10, 100):
+            name = f"sqlite: coroutines of 100 ms, concurrency {concurrency}"
+            options = {"count": 10 * concurrency, "concurrency": concurrency}
+            ours(name, "coroutines", figure="wall_s", target="<= 1,600 ms", **options)
         ours("idle for a minute, start included", "idle", figure="requests", rounds=1)
 
     def close(self) -> None:
