@@ -11788,6 +11788,25 @@ def _schedule_resources() -> list[_Resource]:
     return resources
 
 
+def _table_resources() -> list[_Resource]:
+    """Describe the table of claims, if it is used; Terraform has its TTL in it."""
+    table = settings.TASKHAWK_CLAIMS_TABLE
+    if table is None:
+        return []
+    attributes = {
+        "name": table,
+        "billing_mode": "PAY_PER_REQUEST",
+        "hash_key": "id",
+        "attribute": [{"name": "id", "type": "S"}],
+        "ttl": {"attribute_name": "expiration", "enabled": True},
+        "tags": {"taskhawk": settings.TASKHAWK_QUEUE},
+    }
+    return [
+        _Resource("aws_dynamodb_table", table, attributes),
+        _Resource("aws_dynamodb_ttl", table, {}),
+    ]
+
+
 _SCHEDULE_POLICY = "taskhawk"  # the name of the role's inline policy
 
 
@@ -11830,6 +11849,8 @@ def _terraform(resources: Iterable[_Resource]) -> dict[str, Any]:
     by_kind: dict[str, dict[str, Any]] = {}
     for resource in resources:
         attributes = resource.attributes
+        if not attributes:  # those of another resource say it
+            continue
         described = by_kind.setdefault(resource.kind, {})
         label = _label(resource.name)
         while label in described:  # of a task whose name differs in punctuation alone
@@ -11850,7 +11871,7 @@ def _find(service: _AwsService, operation: str, **parameters: Any) -> Any:
     """Return what a call of a service finds; None if there is no such thing."""
     explain = _explained(f"{service.service}:{operation}")
     call = functools.partial(getattr(service.client("send"), operation), **parameters)
-    return _unless("ResourceNotFoundException|NoSuchEntity.*", explain(call))
+    return _unless("ResourceNotFound.*|NoSuchEntity.*", explain(call))
 
 
 class _Change(NamedTuple):
@@ -11929,8 +11950,8 @@ def _topic_change(sns: SnsSender, resource: _Resource) -> _Change | None:
     """Return how to make a topic; None if it is there."""
     if _subscribers(sns, sns.arn(resource.name)) is not None:
         return None
-    tags = [{"Key": k, "Value": v} for k, v in resource.attributes["tags"].items()]
-    return _Change("made", "create_topic", {"Name": resource.name, "Tags": tags})
+    parameters = {"Name": resource.name, "Tags": _tags(resource)}
+    return _Change("made", "create_topic", parameters)
 
 
 def _subscription_change(sns: SnsSender, resource: _Resource) -> _Change | None:
@@ -11957,8 +11978,7 @@ def _group_change(scheduler: _Scheduler, resource: _Resource) -> _Change | None:
     """Return how to make the group of schedules; None if it is there."""
     if _find(scheduler, "get_schedule_group", Name=resource.name) is not None:
         return None
-    tags = [{"Key": k, "Value": v} for k, v in resource.attributes["tags"].items()]
-    parameters = {"Name": resource.name, "Tags": tags}
+    parameters = {"Name": resource.name, "Tags": _tags(resource)}
     return _Change("made", "create_schedule_group", parameters)
 
 
@@ -11977,6 +11997,47 @@ def _schedule_change(scheduler: _Scheduler, resource: _Resource) -> _Change | No
     # An update resets what it leaves out, and someone may have disabled it.
     parameters = {**wanted, "State": existing["State"]}
     return _Change(f"changed: {', '.join(differing)}", "update_schedule", parameters)
+
+
+def _table_change(dynamodb: _AwsService, resource: _Resource) -> _Change | None:
+    """Return how to make the table of claims; None if it is there.
+
+    :raises ConfigurationError: if it is another one's table, with another key
+    """
+    found = _find(dynamodb, "describe_table", TableName=resource.name)
+    key = [{"AttributeName": "id", "KeyType": "HASH"}]
+    if found is None:
+        parameters = {
+            "TableName": resource.name,
+            "KeySchema": key,
+            "AttributeDefinitions": [{"AttributeName": "id", "AttributeType": "S"}],
+            "BillingMode": "PAY_PER_REQUEST",
+            "Tags": _tags(resource),
+        }
+        return _Change("made", "create_table", parameters)
+    if found["Table"]["KeySchema"] != key:
+        raise ConfigurationError(
+            f"table {resource.name}: expected its key to be id alone: name another one"
+            " by TASKHAWK_CLAIMS_TABLE"
+        )
+    return None
+
+
+def _ttl_change(dynamodb: _AwsService, resource: _Resource) -> _Change | None:
+    """Return how to have DynamoDB delete what has expired; None if it does."""
+    table = resource.name
+    found = _find(dynamodb, "describe_time_to_live", TableName=table) or {}
+    description = found.get("TimeToLiveDescription", {})
+    if description.get("AttributeName") == "expiration":
+        return None
+    wanted = {"AttributeName": "expiration", "Enabled": True}
+    parameters = {"TableName": table, "TimeToLiveSpecification": wanted}
+    return _Change("made", "update_time_to_live", parameters)
+
+
+def _tags(resource: _Resource) -> list[dict[str, str]]:
+    """Return a resource's tags as most services take them."""
+    return [{"Key": k, "Value": v} for k, v in resource.attributes["tags"].items()]
 
 
 def _abandoned_schedules() -> list[str]:
@@ -12009,7 +12070,7 @@ def _role_change(iam: _Iam, resource: _Resource) -> _Change | None:
         "RoleName": resource.name,
         "Path": attributes["path"],
         "AssumeRolePolicyDocument": attributes["assume_role_policy"],
-        "Tags": [{"Key": k, "Value": v} for k, v in attributes["tags"].items()],
+        "Tags": _tags(resource),
     }
     return _Change("made", "create_role", parameters)
 
@@ -12043,6 +12104,8 @@ _PROVIDERS: dict[str, tuple[str, Callable[[Any, _Resource], _Change | None]]] = 
     "aws_iam_role": ("iam", _role_change),
     "aws_iam_role_policy": ("iam", _policy_change),
     "aws_scheduler_schedule": ("schedule", _schedule_change),
+    "aws_dynamodb_table": ("dynamodb", _table_change),
+    "aws_dynamodb_ttl": ("dynamodb", _ttl_change),
 }
 
 
@@ -12061,8 +12124,11 @@ def _provide(resource: _Resource, *, dry_run: bool) -> str:
         return f"{what}: is as it should be"
     if dry_run:
         return f"{what}: would be {change.text}"
+    client = sender.client("send")
     with _explained(resource.name):
-        getattr(sender.client("send"), change.operation)(**change.parameters)
+        getattr(client, change.operation)(**change.parameters)
+        if change.operation == "create_table":  # nothing can be set of it before
+            client.get_waiter("table_exists").wait(TableName=resource.name)
     return f"{what}: {change.text}"
 
 
@@ -12072,6 +12138,7 @@ _RECEIVE = (
     " sqs:ChangeMessageVisibility sqs:GetQueueAttributes"
 )
 _SCHEDULE = "scheduler:CreateSchedule scheduler:DeleteSchedule"
+_LOOK_AT_TABLE = "dynamodb:DescribeTable dynamodb:DescribeTimeToLive"
 _LOOK_AT_SCHEDULES = (
     "scheduler:GetScheduleGroup scheduler:GetSchedule"
     " scheduler:ListSchedules scheduler:DeleteSchedule"
@@ -12085,10 +12152,13 @@ _GRANTS = [  # the least that each role needs, on topics, queues and dead-letter
     ("lambda", "aws_sqs_queue", f"{_RECEIVE} sqs:SendMessage"),
     ("publisher", "aws_scheduler_schedule_group", _SCHEDULE),
     ("publisher", "aws_iam_role", "iam:PassRole"),
+    ("worker", "aws_dynamodb_table", "dynamodb:UpdateItem"),
+    ("lambda", "aws_dynamodb_table", "dynamodb:UpdateItem"),
     ("operator", "aws_sns_topic", "sns:ListSubscriptionsByTopic"),
     ("operator", "aws_sqs_queue", f"{_SEND} sqs:GetQueueAttributes"),
     ("operator", "DLQ", f"{_RECEIVE} sqs:GetQueueUrl"),
     ("operator", "aws_scheduler_schedule_group", _LOOK_AT_SCHEDULES),
+    ("operator", "aws_dynamodb_table", _LOOK_AT_TABLE),
 ]
 
 
@@ -12124,6 +12194,8 @@ def _arn_of(resource: _Resource) -> str:
     name = resource.name
     if resource.kind == "aws_scheduler_schedule_group":
         name = f"schedule/{name}/*"
+    if resource.kind == "aws_dynamodb_table":
+        name = f"table/{name}"
     return str(_brokers.get(service).arn(name))
 
 
@@ -12348,7 +12420,7 @@ def _check(priorities: Collection[Priority]) -> Iterator[_Finding]:
     yield from wrong
     if not wrong:
         yield from _check_places(priorities)
-        yield from _check_schedules()
+        yield from _check_state()
 
 
 def _check_tasks(priorities: Collection[Priority]) -> Iterator[_Finding]:
@@ -12384,31 +12456,40 @@ def _check_places(priorities: Collection[Priority]) -> Iterator[_Finding]:
                 return  # the others would say the same
 
 
-def _check_schedules() -> Iterator[_Finding]:
-    """Hold the schedules that are there against the tasks."""
+def _check_state() -> Iterator[_Finding]:
+    """Look at what claims, long delays and periodic tasks need."""
     if settings.TASKHAWK_BROKER != "sqs":
         return
     try:
-        yield from _schedule_findings()
+        for resource in [*_schedule_resources(), *_table_resources()]:
+            # Who checks need not be allowed to look at roles.
+            if not resource.kind.startswith("aws_iam"):
+                yield from _check_resource(resource)
+        yield from _check_abandoned()
     except Exception as error:
-        yield _error(_text_of(error), "schedules can't be checked", _TOLD)
+        yield _error(_text_of(error), "the rest can't be checked", _TOLD)
 
 
-def _schedule_findings() -> Iterator[_Finding]:
-    """Look for schedules that are missing, other than declared, or of no task."""
-    scheduler = _brokers.get("schedule")
-    for resource in _schedule_resources():
-        service, find_change = _PROVIDERS[resource.kind]
-        if service != "schedule":  # who checks need not be allowed to look at roles
-            continue
-        change = find_change(scheduler, resource)
-        if change is None:
-            continue
+# Why what is missing is an error, by Terraform's type.
+_WHY_NEEDED = {
+    "aws_scheduler_schedule_group": "long delays are refused at dispatch",
+    "aws_scheduler_schedule": "the task does not run as its code says",
+    "aws_dynamodb_table": "tasks with once, unique or limit are left to be retried",
+    "aws_dynamodb_ttl": "claims that have expired are kept, and cost money",
+}
+
+
+def _check_resource(resource: _Resource) -> Iterator[_Finding]:
+    """Look whether a resource is as `provision` would make it."""
+    service, find_change = _PROVIDERS[resource.kind]
+    change = find_change(_brokers.get(service), resource)
+    if change is not None:
         what = f"{_what_is(resource)}: would be {change.text}"
-        why = "delayed messages are refused, and periodic tasks do not run"
-        if resource.kind == "aws_scheduler_schedule":
-            why = "the task does not run as its code says"
-        yield _error(what, why, f"{_PROVISION} MODULE …")
+        yield _error(what, _WHY_NEEDED[resource.kind], f"{_PROVISION} MODULE …")
+
+
+def _check_abandoned() -> Iterator[_Finding]:
+    """Look for schedules of tasks that are gone."""
     for name in _abandoned_schedules():
         yield _warning(
             f"schedule {name}: no task has it",
@@ -13532,7 +13613,7 @@ def _provision(arguments: Any) -> None:
         )
         print(json.dumps(_DASHBOARDS[arguments.format](resources, watched), indent=2))
         return
-    resources += _schedule_resources()
+    resources += [*_schedule_resources(), *_table_resources()]
     write = {"terraform": _terraform, "iam": _iam}.get(arguments.format)
     if write:
         print(json.dumps(write(resources), indent=2))
