@@ -8039,11 +8039,17 @@ class _Event(typing.Protocol):
 
 
 # What later parts run beside each worker. Each is called before the first receive, with
-# the worker and the event that is set once it stops, and returns what a thread is to run
-# until then, or None.
+# the worker and the event that is set once it stops, and returns what a thread is to
+# run until then, or None.
 _beside_workers: list[
     Callable[[Worker, threading.Event], Callable[[], object] | None]
 ] = []
+
+
+def _threads_beside(worker: Worker, course: _Course) -> list[threading.Thread]:
+    """Return the threads of what later parts run beside a worker."""
+    begun = [begin(worker, course.stop) for begin in _beside_workers]
+    return [_make_thread(course, run) for run in begun if run is not None]
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -8130,8 +8136,8 @@ class Worker:
             credentials
         """
         make = functools.partial(_make_thread, self._course)
-        beside = [begin(self, self._course.stop) for begin in _beside_workers]
         slots = [make(slot.work) for slot in self._slots[1:]]
+        slots += _threads_beside(self, self._course)
         intake = _Intake(self._course, self._keeper, self._polls)
         poller = functools.partial(_Poller, self, self._course, intake)
         pollers = [make(poller(queue).work) for queue in self.queues]
@@ -8140,9 +8146,7 @@ class Worker:
         within_s: float | None = _HURRIED_S
         with self._signals:
             try:
-                self._work(
-                    helpers, [*pollers, *slots, *map(make, filter(None, beside))]
-                )
+                self._work(helpers, [*pollers, *slots])
                 within_s = None  # nothing interrupts it
             finally:
                 self._close(within_s)
@@ -10436,17 +10440,16 @@ class _Schedule:
         return None
 
     def _local_times(self, start: datetime) -> Iterator[datetime]:
-        """Yield the times that fit the fields, in order, from the minute of `start` on."""
+        """Yield the times that fit the fields, in order, from a minute on."""
         minutes, hours, _, _, _, years = map(sorted, self.fields)
         start = start.replace(second=0, microsecond=0)
+        times = [timedelta(hours=h, minutes=m) for h in hours for m in minutes]
         day = start.replace(hour=0, minute=0)
         while day.year <= years[-1]:
             if self._is_due_on(day):
-                for hour in hours:
-                    for minute in minutes:
-                        local = day.replace(hour=hour, minute=minute)
-                        if local >= start:
-                            yield local
+                for time_of_day in times:
+                    if day + time_of_day >= start:
+                        yield day + time_of_day
             day += timedelta(days=1)
 
     def _is_due_on(self, day: datetime) -> bool:
@@ -10602,9 +10605,9 @@ def _periodic_schedule(task: Task[..., Any]) -> dict[str, Any]:
     }
 
 
-# Periodic tasks on SQLite: any worker queues what is due. A schedule's row has when that
-# is. The trigger makes one statement of moving it on and of the message, so each firing
-# is queued once, however many workers see it due and whenever they die.
+# Periodic tasks on SQLite: any worker queues what is due. A schedule's row has when
+# that is. The trigger makes one statement of moving it on and of the message, so each
+# firing is queued once, however many workers see it due and whenever they die.
 _SCHEDULE_TABLE = (
     """CREATE TABLE IF NOT EXISTS schedule (rule TEXT PRIMARY KEY,
     due_ms INTEGER NOT NULL, queue TEXT, group_id TEXT, message_id TEXT, body TEXT,
@@ -11686,7 +11689,7 @@ class _Resource(NamedTuple):
 
 def _label(name: str) -> str:
     """Return Terraform's name for a queue or topic."""
-    return re.sub(r"\W", "_", name.lower().replace(".", "__"))
+    return re.sub(r"\W", "_", name.lower())
 
 
 def _resources(
@@ -11794,6 +11797,25 @@ def _schedule_resources() -> list[_Resource]:
     return resources
 
 
+def _table_resources() -> list[_Resource]:
+    """Describe the table of claims, if it is used; Terraform has its TTL in it."""
+    table = settings.TASKHAWK_CLAIMS_TABLE
+    if table is None:
+        return []
+    attributes = {
+        "name": table,
+        "billing_mode": "PAY_PER_REQUEST",
+        "hash_key": "id",
+        "attribute": [{"name": "id", "type": "S"}],
+        "ttl": {"attribute_name": "expiration", "enabled": True},
+        "tags": {"taskhawk": settings.TASKHAWK_QUEUE},
+    }
+    return [
+        _Resource("aws_dynamodb_table", table, attributes),
+        _Resource("aws_dynamodb_ttl", table, {}),
+    ]
+
+
 _SCHEDULE_POLICY = "taskhawk"  # the name of the role's inline policy
 
 
@@ -11836,10 +11858,16 @@ def _terraform(resources: Iterable[_Resource]) -> dict[str, Any]:
     by_kind: dict[str, dict[str, Any]] = {}
     for resource in resources:
         attributes = resource.attributes
-        by_kind.setdefault(resource.kind, {})[_label(resource.name)] = attributes
+        if not attributes:  # those of another resource say it
+            continue
+        described = by_kind.setdefault(resource.kind, {})
+        label = _label(resource.name)
+        while label in described:  # of a task whose name differs in punctuation alone
+            label += "_"
+        described[label] = attributes
         if "endpoint" in attributes:
             # Besides its subscription, the function's own policy must let SNS call it.
-            by_kind.setdefault("aws_lambda_permission", {})[_label(resource.name)] = {
+            by_kind.setdefault("aws_lambda_permission", {})[label] = {
                 "action": "lambda:InvokeFunction",
                 "principal": "sns.amazonaws.com",
                 "function_name": attributes["endpoint"],
@@ -11848,11 +11876,11 @@ def _terraform(resources: Iterable[_Resource]) -> dict[str, Any]:
     return {"resource": by_kind}
 
 
-def _find(service: _AwsSender, operation: str, **parameters: Any) -> Any:
+def _find(service: _AwsService, operation: str, **parameters: Any) -> Any:
     """Return what a call of a service finds; None if there is no such thing."""
     explain = _explained(f"{service.service}:{operation}")
     call = functools.partial(getattr(service.client("send"), operation), **parameters)
-    return _unless("ResourceNotFoundException|NoSuchEntity.*", explain(call))
+    return _unless("ResourceNotFound.*|NoSuchEntity.*", explain(call))
 
 
 class _Change(NamedTuple):
@@ -11931,8 +11959,8 @@ def _topic_change(sns: SnsSender, resource: _Resource) -> _Change | None:
     """Return how to make a topic; None if it is there."""
     if _subscribers(sns, sns.arn(resource.name)) is not None:
         return None
-    tags = [{"Key": k, "Value": v} for k, v in resource.attributes["tags"].items()]
-    return _Change("made", "create_topic", {"Name": resource.name, "Tags": tags})
+    parameters = {"Name": resource.name, "Tags": _tags(resource)}
+    return _Change("made", "create_topic", parameters)
 
 
 def _subscription_change(sns: SnsSender, resource: _Resource) -> _Change | None:
@@ -11959,8 +11987,7 @@ def _group_change(scheduler: _Scheduler, resource: _Resource) -> _Change | None:
     """Return how to make the group of schedules; None if it is there."""
     if _find(scheduler, "get_schedule_group", Name=resource.name) is not None:
         return None
-    tags = [{"Key": k, "Value": v} for k, v in resource.attributes["tags"].items()]
-    parameters = {"Name": resource.name, "Tags": tags}
+    parameters = {"Name": resource.name, "Tags": _tags(resource)}
     return _Change("made", "create_schedule_group", parameters)
 
 
@@ -11979,6 +12006,47 @@ def _schedule_change(scheduler: _Scheduler, resource: _Resource) -> _Change | No
     # An update resets what it leaves out, and someone may have disabled it.
     parameters = {**wanted, "State": existing["State"]}
     return _Change(f"changed: {', '.join(differing)}", "update_schedule", parameters)
+
+
+def _table_change(dynamodb: _AwsService, resource: _Resource) -> _Change | None:
+    """Return how to make the table of claims; None if it is there.
+
+    :raises ConfigurationError: if it is another one's table, with another key
+    """
+    found = _find(dynamodb, "describe_table", TableName=resource.name)
+    key = [{"AttributeName": "id", "KeyType": "HASH"}]
+    if found is None:
+        parameters = {
+            "TableName": resource.name,
+            "KeySchema": key,
+            "AttributeDefinitions": [{"AttributeName": "id", "AttributeType": "S"}],
+            "BillingMode": "PAY_PER_REQUEST",
+            "Tags": _tags(resource),
+        }
+        return _Change("made", "create_table", parameters)
+    if found["Table"]["KeySchema"] != key:
+        raise ConfigurationError(
+            f"table {resource.name}: expected its key to be id alone: name another one"
+            " by TASKHAWK_CLAIMS_TABLE"
+        )
+    return None
+
+
+def _ttl_change(dynamodb: _AwsService, resource: _Resource) -> _Change | None:
+    """Return how to have DynamoDB delete what has expired; None if it does."""
+    table = resource.name
+    found = _find(dynamodb, "describe_time_to_live", TableName=table) or {}
+    description = found.get("TimeToLiveDescription", {})
+    if description.get("AttributeName") == "expiration":
+        return None
+    wanted = {"AttributeName": "expiration", "Enabled": True}
+    parameters = {"TableName": table, "TimeToLiveSpecification": wanted}
+    return _Change("made", "update_time_to_live", parameters)
+
+
+def _tags(resource: _Resource) -> list[dict[str, str]]:
+    """Return a resource's tags as most services take them."""
+    return [{"Key": k, "Value": v} for k, v in resource.attributes["tags"].items()]
 
 
 def _abandoned_schedules() -> list[str]:
@@ -12011,7 +12079,7 @@ def _role_change(iam: _Iam, resource: _Resource) -> _Change | None:
         "RoleName": resource.name,
         "Path": attributes["path"],
         "AssumeRolePolicyDocument": attributes["assume_role_policy"],
-        "Tags": [{"Key": k, "Value": v} for k, v in attributes["tags"].items()],
+        "Tags": _tags(resource),
     }
     return _Change("made", "create_role", parameters)
 
@@ -12027,17 +12095,13 @@ def _policy_change(iam: _Iam, resource: _Resource) -> _Change | None:
     return _Change(text, "put_role_policy", {**of_role, "PolicyDocument": wanted})
 
 
-class _Iam(_AwsSender):
+class _Iam(_AwsService):
     """IAM, which has the role that schedules send by."""
 
     service = "iam"
 
-    def _parameters(self, entry: Outgoing) -> dict[str, Any]:
-        """Refuse to send."""
-        raise NotImplementedError
 
-
-_schemes["iam"] = _Iam
+_schemes["iam"] = _Iam  # type: ignore[assignment]
 
 
 # By Terraform's type: which service makes it, and what finds out whether it is there.
@@ -12049,6 +12113,8 @@ _PROVIDERS: dict[str, tuple[str, Callable[[Any, _Resource], _Change | None]]] = 
     "aws_iam_role": ("iam", _role_change),
     "aws_iam_role_policy": ("iam", _policy_change),
     "aws_scheduler_schedule": ("schedule", _schedule_change),
+    "aws_dynamodb_table": ("dynamodb", _table_change),
+    "aws_dynamodb_ttl": ("dynamodb", _ttl_change),
 }
 
 
@@ -12067,8 +12133,11 @@ def _provide(resource: _Resource, *, dry_run: bool) -> str:
         return f"{what}: is as it should be"
     if dry_run:
         return f"{what}: would be {change.text}"
+    client = sender.client("send")
     with _explained(resource.name):
-        getattr(sender.client("send"), change.operation)(**change.parameters)
+        getattr(client, change.operation)(**change.parameters)
+        if change.operation == "create_table":  # nothing can be set of it before
+            client.get_waiter("table_exists").wait(TableName=resource.name)
     return f"{what}: {change.text}"
 
 
@@ -12078,6 +12147,7 @@ _RECEIVE = (
     " sqs:ChangeMessageVisibility sqs:GetQueueAttributes"
 )
 _SCHEDULE = "scheduler:CreateSchedule scheduler:DeleteSchedule"
+_LOOK_AT_TABLE = "dynamodb:DescribeTable dynamodb:DescribeTimeToLive"
 _LOOK_AT_SCHEDULES = (
     "scheduler:GetScheduleGroup scheduler:GetSchedule"
     " scheduler:ListSchedules scheduler:DeleteSchedule"
@@ -12091,10 +12161,13 @@ _GRANTS = [  # the least that each role needs, on topics, queues and dead-letter
     ("lambda", "aws_sqs_queue", f"{_RECEIVE} sqs:SendMessage"),
     ("publisher", "aws_scheduler_schedule_group", _SCHEDULE),
     ("publisher", "aws_iam_role", "iam:PassRole"),
+    ("worker", "aws_dynamodb_table", "dynamodb:UpdateItem"),
+    ("lambda", "aws_dynamodb_table", "dynamodb:UpdateItem"),
     ("operator", "aws_sns_topic", "sns:ListSubscriptionsByTopic"),
     ("operator", "aws_sqs_queue", f"{_SEND} sqs:GetQueueAttributes"),
     ("operator", "DLQ", f"{_RECEIVE} sqs:GetQueueUrl"),
     ("operator", "aws_scheduler_schedule_group", _LOOK_AT_SCHEDULES),
+    ("operator", "aws_dynamodb_table", _LOOK_AT_TABLE),
 ]
 
 
@@ -12130,6 +12203,8 @@ def _arn_of(resource: _Resource) -> str:
     name = resource.name
     if resource.kind == "aws_scheduler_schedule_group":
         name = f"schedule/{name}/*"
+    if resource.kind == "aws_dynamodb_table":
+        name = f"table/{name}"
     return str(_brokers.get(service).arn(name))
 
 
@@ -12354,7 +12429,7 @@ def _check(priorities: Collection[Priority]) -> Iterator[_Finding]:
     yield from wrong
     if not wrong:
         yield from _check_places(priorities)
-        yield from _check_schedules()
+        yield from _check_state()
 
 
 def _check_tasks(priorities: Collection[Priority]) -> Iterator[_Finding]:
@@ -12390,31 +12465,40 @@ def _check_places(priorities: Collection[Priority]) -> Iterator[_Finding]:
                 return  # the others would say the same
 
 
-def _check_schedules() -> Iterator[_Finding]:
-    """Hold the schedules that are there against the tasks."""
+def _check_state() -> Iterator[_Finding]:
+    """Look at what claims, long delays and periodic tasks need."""
     if settings.TASKHAWK_BROKER != "sqs":
         return
     try:
-        yield from _schedule_findings()
+        for resource in [*_schedule_resources(), *_table_resources()]:
+            # Who checks need not be allowed to look at roles.
+            if not resource.kind.startswith("aws_iam"):
+                yield from _check_resource(resource)
+        yield from _check_abandoned()
     except Exception as error:
-        yield _error(_text_of(error), "schedules can't be checked", _TOLD)
+        yield _error(_text_of(error), "the rest can't be checked", _TOLD)
 
 
-def _schedule_findings() -> Iterator[_Finding]:
-    """Look for schedules that are missing, other than declared, or of no task."""
-    scheduler = _brokers.get("schedule")
-    for resource in _schedule_resources():
-        service, find_change = _PROVIDERS[resource.kind]
-        if service != "schedule":  # who checks need not be allowed to look at roles
-            continue
-        change = find_change(scheduler, resource)
-        if change is None:
-            continue
+# Why what is missing is an error, by Terraform's type.
+_WHY_NEEDED = {
+    "aws_scheduler_schedule_group": "long delays are refused at dispatch",
+    "aws_scheduler_schedule": "the task does not run as its code says",
+    "aws_dynamodb_table": "tasks with once, unique or limit are left to be retried",
+    "aws_dynamodb_ttl": "claims that have expired are kept, and cost money",
+}
+
+
+def _check_resource(resource: _Resource) -> Iterator[_Finding]:
+    """Look whether a resource is as `provision` would make it."""
+    service, find_change = _PROVIDERS[resource.kind]
+    change = find_change(_brokers.get(service), resource)
+    if change is not None:
         what = f"{_what_is(resource)}: would be {change.text}"
-        why = "delayed messages are refused, and periodic tasks do not run"
-        if resource.kind == "aws_scheduler_schedule":
-            why = "the task does not run as its code says"
-        yield _error(what, why, f"{_PROVISION} MODULE …")
+        yield _error(what, _WHY_NEEDED[resource.kind], f"{_PROVISION} MODULE …")
+
+
+def _check_abandoned() -> Iterator[_Finding]:
+    """Look for schedules of tasks that are gone."""
     for name in _abandoned_schedules():
         yield _warning(
             f"schedule {name}: no task has it",
@@ -13538,7 +13622,7 @@ def _provision(arguments: Any) -> None:
         )
         print(json.dumps(_DASHBOARDS[arguments.format](resources, watched), indent=2))
         return
-    resources += _schedule_resources()
+    resources += [*_schedule_resources(), *_table_resources()]
     write = {"terraform": _terraform, "iam": _iam}.get(arguments.format)
     if write:
         print(json.dumps(write(resources), indent=2))

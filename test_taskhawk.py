@@ -19647,9 +19647,9 @@ class TestProvisionSchedules:
             1,
             [
                 (
-                    f"error: group taskhawk-{queue_name.lower()}: would be made: delayed"
-                    " messages are refused, and periodic tasks do not run. Fix: python -m"
-                    " taskhawk provision MODULE …"
+                    f"error: group taskhawk-{queue_name.lower()}: would be made: long"
+                    " delays are refused at dispatch. Fix: python -m taskhawk provision"
+                    " MODULE …"
                 ),
                 "1 found",
             ],
@@ -19663,14 +19663,14 @@ class TestProvisionSchedules:
         assert command_error(capsys, "provision") == (2, f"taskhawk: {NO_ROLE}")
         _, lines = check(capsys)
         assert lines[-2] == (
-            f"error: {NO_ROLE}: schedules can't be checked. Fix: as the error says"
+            f"error: {NO_ROLE}: the rest can't be checked. Fix: as the error says"
         )
 
     def test_terraform(self, scheduled, queue_name, capsys):
         """Terraform's description has, name by name, what the API is told."""
         described = provision_json(capsys, "--format=terraform")["resource"]
         label = f"th_{queue_name.lower()}"
-        schedule = described["aws_scheduler_schedule"]["task__app__audit"]
+        schedule = described["aws_scheduler_schedule"]["task_app_audit"]
         assert schedule.pop("depends_on") == [
             f"aws_scheduler_schedule_group.taskhawk_{queue_name.lower()}",
             f"aws_iam_role_policy.{label}",
@@ -19700,6 +19700,14 @@ class TestProvisionSchedules:
             for dlq in ("", "-DLQ")
         }
 
+    def test_labels(self, scheduled, capsys):
+        """Tasks whose names differ in punctuation alone are two of Terraform's resources."""
+        taskhawk.task(name="app_count", schedule=MINUTELY)(another("other"))
+        described = provision_json(capsys, "--format=terraform")["resource"]
+        schedules = described["aws_scheduler_schedule"]
+        assert schedules["task_app_count"]["name"] == "task.app.count"
+        assert schedules["task_app_count_"]["name"] == "task.app_count"
+
     def test_iam(self, scheduled, queue_name, capsys):
         """A publisher may make and delete schedules in the group, and hand over the role."""
         roles = provision_json(capsys, "--format=iam", "--priority=default")
@@ -19728,7 +19736,7 @@ class TestProvisionSchedules:
         ((_, policy),) = described["aws_iam_role_policy"].items()
         (statement,) = json.loads(policy["policy"])["Statement"]
         assert statement["Action"] == "sns:Publish"
-        schedule = described["aws_scheduler_schedule"]["task__app__audit"]
+        schedule = described["aws_scheduler_schedule"]["task_app_audit"]
         assert schedule["target"]["arn"] in statement["Resource"]
         assert "dead_letter_config" not in schedule["target"]
 
@@ -19742,6 +19750,88 @@ class TestProvisionSchedules:
         client = sqs_client(taskhawk.settings.AWS_ENDPOINT_SQS)
         found = attributes_of(client, f"TASKHAWK-{queue_name}.fifo")
         assert found["ContentBasedDeduplication"] == "true"
+
+
+class TestProvisionTable:
+    """The table of claims: made with its TTL, described, and checked."""
+
+    @pytest.fixture(params=["ministack", pytest.param("moto", marks=pytest.mark.slow)])
+    def table(self, request, sqs_client, queue_name):
+        """Name a table that is not there yet."""
+        endpoint = request.getfixturevalue(request.param)
+        name = f"claims-{queue_name}"
+        configure_account(sqs_client, endpoint, queue_name)
+        taskhawk.configure(
+            taskhawk.settings.given,
+            TASKHAWK_CLAIMS_TABLE=name,
+            AWS_ENDPOINT_DYNAMODB=endpoint,
+        )
+        taskhawk._registry.clear()
+        return name
+
+    def test_made(self, table, sqs_client, capsys):
+        """It is made on demand, with its key and TTL; then there is nothing to do."""
+        only = "--priority=default"
+        names = [f"table {table}", f"ttl {table}"]
+        would = [f"{name}: would be made" for name in names]
+        assert provision(capsys, only, "--dry-run")[2:] == would
+        fix = "Fix: python -m taskhawk provision MODULE …"
+        assert check(capsys, only)[1][-3:] == [
+            (
+                f"error: table {table}: would be made: tasks with once, unique or limit"
+                f" are left to be retried. {fix}"
+            ),
+            (
+                f"error: ttl {table}: would be made: claims that have expired are kept,"
+                f" and cost money. {fix}"
+            ),
+            "3 found",
+        ]
+        assert provision(capsys, only)[2:] == [f"{name}: made" for name in names]
+        as_it_should_be = [f"{name}: is as it should be" for name in names]
+        assert provision(capsys, only)[2:] == as_it_should_be
+        assert check(capsys, only) == (0, ["nothing is wrong"])
+        claims = taskhawk._find_claims()
+        assert claims.claim("key", 60).token
+
+    def test_other_table(self, table, sqs_client, capsys):
+        """A table with another key is refused, for it is somebody else's."""
+        endpoint = taskhawk.settings.AWS_ENDPOINT_DYNAMODB
+        sqs_client(endpoint, "dynamodb").create_table(
+            TableName=table,
+            KeySchema=[{"AttributeName": "pk", "KeyType": "HASH"}],
+            AttributeDefinitions=[{"AttributeName": "pk", "AttributeType": "S"}],
+            BillingMode="PAY_PER_REQUEST",
+        )
+        sentence = (
+            f"table {table}: expected its key to be id alone: name another one by"
+            " TASKHAWK_CLAIMS_TABLE"
+        )
+        assert taskhawk.main(["provision", "--priority=default"]) == 2
+        assert capsys.readouterr().err == f"taskhawk: {sentence}\n"
+
+    def test_described(self, aws, capsys):
+        """Terraform has its TTL in it; workers may update its items, and no more."""
+        table = "taskhawk-claims"
+        configure_aws(aws.url, "app", TASKHAWK_CLAIMS_TABLE=table)
+        only = "--priority=default"
+        described = provision_json(capsys, only, "--format=terraform")["resource"]
+        assert "aws_dynamodb_ttl" not in described
+        assert described["aws_dynamodb_table"]["taskhawk_claims"] == {
+            "name": table,
+            "billing_mode": "PAY_PER_REQUEST",
+            "hash_key": "id",
+            "attribute": [{"name": "id", "type": "S"}],
+            "ttl": {"attribute_name": "expiration", "enabled": True},
+            "tags": {"taskhawk": "app"},
+        }
+        roles = provision_json(capsys, only, "--format=iam")
+        for role in ("worker", "lambda"):
+            assert roles[role]["Statement"][-1] == {
+                "Effect": "Allow",
+                "Action": ["dynamodb:UpdateItem"],
+                "Resource": [f"arn:aws:dynamodb:us-east-1:000000000000:table/{table}"],
+            }
 
 
 # --- 26. command line -----------------------------------------------------------------
@@ -21390,21 +21480,11 @@ class TestReadme:
             assert f"{function_name}{text}`" in api
 
     def test_json_blocks_are_valid(self):
-        """The messages shown are valid ones; a schedule's too, once its gaps are filled."""
-        filled = {"execution-id": "d3b0-7", "scheduled-time": "2026-01-31T02:00:00Z"}
+        """The messages shown are valid ones."""
         blocks = [block for block in readme_blocks() if block.language == "json"]
-        texts = [
-            re.sub(
-                r"<aws\.scheduler\.([\w-]+)>",
-                lambda found: filled[found[1]],
-                block.text,
-            )
-            for block in blocks
-        ]
-        messages = [data for data in map(json.loads, texts) if "task" in data]
-        assert len(messages) == 2
-        for data in messages:
-            taskhawk.Message(data)
+        values = [json.loads(block.text) for block in blocks]
+        (message,) = [value for value in values if "task" in value]
+        assert taskhawk.Message(message)
 
     def test_migration_command(self, tmp_path):
         """The line of sed turns imports of the old packages' submodules into ours."""
