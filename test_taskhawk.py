@@ -12611,7 +12611,7 @@ class TestListenAsync:
     def test_error(self, ran):
         """What ends a worker is raised; so are options that make no sense."""
         coroutine = taskhawk.listen_async(Priority.default, num_messages=0)
-        sentence = "num_messages: expected 1 or more, got 0"
+        sentence = "num_messages: expected 1 to 100, got 0"
         assert refused(asyncio.run, coroutine) == sentence
         coroutine = taskhawk.listen_async("high")
         sentence = "priority: expected a taskhawk.Priority or several, got 'high'"
