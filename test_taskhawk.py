@@ -28,6 +28,7 @@ import inspect
 import io
 import itertools
 import json
+import linecache
 import logging
 import math
 import multiprocessing
@@ -7472,6 +7473,9 @@ class TestGroupKeys:
             "mail.send: a FIFO queue can't delay a message: leave the delay out, or use a"
             " queue without TASKHAWK_FIFO"
         )
+        with taskhawk.capture() as calls:
+            assert refused(mail.with_delay(1).dispatch).startswith("mail.send: a FIFO")
+        assert calls == []
         mail.with_delay(0).dispatch()
         assert [a for a in aws.actions if a != "GetQueueUrl"] == ["SendMessage"] * (
             url == "sqs"
@@ -7712,6 +7716,651 @@ class TestTyping:
         config = {"typeCheckingMode": "strict", "reportMissingTypeStubs": False}
         (folder / "pyrightconfig.json").write_text(json.dumps(config))
         self.check(folder, "basedpyright", "--pythonpath", "venv/bin/python")
+
+
+# --- dispatches that share requests ---
+
+
+class SharingMachine(hypothesis.stateful.RuleBasedStateMachine):
+    """Dispatches, calls and pauses in any order; no thread, no sleep, no I/O."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now, self.count = 1000.0, 0
+        self.waiting: list[Any] = []  # in the order of their dispatches
+        self.under_way: dict[int, list[Any]] = {}
+
+    @hypothesis.stateful.initialize(
+        max_calls=st.sampled_from([1, 2, 16]), max_bytes=st.sampled_from([25, 10**6])
+    )
+    def begin(self, max_calls: int, max_bytes: int) -> None:
+        """Draw a destination's limits."""
+        self.max_calls, self.max_bytes = max_calls, max_bytes
+        self.sharing = taskhawk._Sharing(max_bytes, max_calls)
+
+    @hypothesis.stateful.rule(size=st.integers(1, 30))
+    def dispatch(self, size: int) -> None:
+        """Dispatch: alone where nothing is in the way, else wait."""
+        self.count += 1
+        parcel = taskhawk._Parcel(Outgoing("x" * size, {}))
+        if self.sharing.enter(self.count, parcel, self.now):
+            assert not self.waiting
+            assert not self.under_way
+            self.under_way[self.count] = [parcel]
+        else:
+            self.sharing.add(parcel, self.now)
+            self.waiting.append(parcel)
+
+    @hypothesis.stateful.precondition(lambda self: self.sharing.is_due(self.now))
+    @hypothesis.stateful.rule()
+    def call(self) -> None:
+        """Begin the call that is due: it has the next messages, up to the limits."""
+        self.count += 1
+        parcels = self.sharing.begin(self.count, self.now)
+        here = [parcel for parcel in self.waiting if not parcel.is_left]
+        assert parcels == here[: len(parcels)]
+        size = sum(parcel.size for parcel in parcels)
+        assert size <= self.max_bytes or len(parcels) == 1
+        is_full = len(parcels) == 10
+        if len(here) > len(parcels):
+            is_full |= size + here[len(parcels)].size > self.max_bytes
+            assert is_full
+        assert is_full or not self.under_way or self.now >= here[0].since + 0.2
+        self.waiting = here[len(parcels) :]
+        self.under_way[self.count] = parcels
+        assert len(self.under_way) <= self.max_calls
+
+    @hypothesis.stateful.precondition(lambda self: self.under_way)
+    @hypothesis.stateful.rule(data=st.data())
+    def end(self, data: st.DataObject) -> None:
+        """End a call: it is told whose it was, once."""
+        thread = data.draw(st.sampled_from([*self.under_way]))
+        assert self.sharing.end(thread, self.now) == self.under_way.pop(thread)
+        assert self.sharing.end(thread, self.now) == ()
+        if not self.waiting and not self.under_way:
+            assert self.sharing.due_at() == math.inf
+
+    @hypothesis.stateful.precondition(lambda self: self.waiting)
+    @hypothesis.stateful.rule(data=st.data())
+    def leave(self, data: st.DataObject) -> None:
+        """Interrupt a dispatch: its message is not sent."""
+        data.draw(st.sampled_from(self.waiting)).is_left = True
+
+    @hypothesis.stateful.precondition(lambda self: self.waiting)
+    @hypothesis.stateful.rule()
+    def give_up(self) -> None:
+        """Let nobody wait any more."""
+        assert self.sharing.give_up() == self.waiting
+        self.waiting = []
+
+    @hypothesis.stateful.rule(pause_s=st.sampled_from([0.0001, 0.001, 0.01, 0.1]))
+    def sleep(self, pause_s: float) -> None:
+        """Let time pass."""
+        self.now += pause_s
+
+    @hypothesis.stateful.invariant()
+    def nobody_waits_for_long(self) -> None:
+        """What waits is due within 0.2 s, where another call may be made."""
+        here = [parcel for parcel in self.waiting if not parcel.is_left]
+        due_at = self.sharing.due_at()
+        if not here or len(self.under_way) == self.max_calls:
+            assert due_at == math.inf
+            assert not self.sharing.is_due(self.now + 1)
+            return
+        assert due_at <= here[0].since + 0.2
+        assert self.sharing.is_due(max(due_at, self.now))
+        if not self.under_way:
+            assert due_at <= self.now + 0.002
+
+
+TestSharingMachine = SharingMachine.TestCase
+TestSharingMachine.settings = hypothesis.settings(
+    max_examples=60, stateful_step_count=60, deadline=None
+)
+
+
+class SharedSender(taskhawk.Sender):
+    """Keeps the bodies of each call; then does in it what the test wants."""
+
+    max_bytes, max_delay_s, shared_calls = 1000, 0, 16
+
+    def __init__(self, during: Callable[[list[str]], Any] = passed) -> None:
+        self.calls: list[list[str]] = []
+        self.during = during
+
+    def send(self, destination, entries):
+        bodies = [entry.body for entry in entries]
+        self.calls.append(bodies)
+        return self.during(bodies) or []
+
+    def close(self):
+        """Have nothing to close."""
+
+
+class Dispatches:
+    """Dispatches to one destination, and what each ended with: "sent", or its error."""
+
+    def __init__(self, sender: Any, destination: str = "Q") -> None:
+        self.sender, self.destination = sender, destination
+        self.lane = taskhawk._Lane(sender, destination, set())
+        self.ends: dict[str, Any] = {}
+        self.threads: list[threading.Thread] = []
+
+    def ready(self, body: str) -> Any:
+        """Return a message with this body."""
+        message = Message(json.loads(processing_body()))
+        return taskhawk._Ready(
+            message, self.sender, self.destination, Outgoing(body, {})
+        )
+
+    def send(self, body: str) -> None:
+        """Dispatch in this thread."""
+        try:
+            self.lane.send(self.ready(body))
+        except BaseException as error:
+            self.ends[body] = error
+        else:
+            self.ends[body] = "sent"
+
+    def start(self, *bodies: str) -> None:
+        """Dispatch in threads, one after another, until each of them waits."""
+        for body in bodies:
+            self.threads.append(
+                threading.Thread(target=self.send, args=[body], daemon=True)
+            )
+            self.threads[-1].start()
+            worker_eventually(functools.partial(self.has_come, body))
+
+    def has_come(self, body: str) -> bool:
+        """Return whether a dispatch waits, is being sent, or has ended."""
+        waiting = [parcel.entry.body for parcel in self.lane._sharing.waiting]
+        return body in (*waiting, *itertools.chain(*self.sender.calls), *self.ends)
+
+    def wait(self) -> dict[str, Any]:
+        """Wait for the threads, and return how all dispatches ended."""
+        for thread in self.threads:
+            thread.join(WORKER_PATIENCE_S)
+            assert not thread.is_alive(), self.ends
+        return self.ends
+
+
+class Fault:
+    """A trace function that raises KeyboardInterrupt at one line of what shares requests.
+
+    Not where a `with` is left or a `try` begins: Python handles no signal there, and has
+    not entered, or has left, the block whose end releases the lock.
+    """
+
+    def __init__(self, line: int, thread: str = "") -> None:
+        self.left, self.thread = line, thread
+        self.entered: set[tuple[Any, int]] = set()
+
+    def __call__(self, frame: Any, event: str, _arg: object) -> Any:
+        """Count a line; raise at the one that is wanted."""
+        code = frame.f_code
+        if code.co_filename != taskhawk.__file__ or not re.match(
+            r"_(Lane|Sharing)\.", code.co_qualname
+        ):
+            return None
+        if self.thread and threading.current_thread().name != self.thread:
+            return None
+        if event == "line" and not self.is_between(frame):
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+        return self
+
+    def is_between(self, frame: Any) -> bool:
+        """Return whether this is a `with` that is being left, or a `try`."""
+        line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+        key = (frame, frame.f_lineno)
+        is_again = key in self.entered
+        self.entered.add(key)
+        if line.strip() == "try:":
+            return True
+        return line.strip().startswith("with ") and is_again
+
+
+def interrupted_first(
+    dispatches: Dispatches, fault: Any = None, fails: bool = False
+) -> None:
+    """Interrupt the dispatch that sends by itself, while others wait for it."""
+
+    def during(bodies: list[str]) -> None:
+        if bodies == ["0"]:
+            dispatches.start("a", "b")
+            if fails:
+                raise ValueError
+
+    dispatches.sender.during = during
+    with traced(fault):
+        dispatches.send("0")
+    if not dispatches.threads:  # it did not come so far
+        dispatches.start("a", "b")
+
+
+def interrupted_follower(
+    dispatches: Dispatches, fault: Any = None, fails: bool = False
+) -> None:
+    """Interrupt a dispatch that waits, while others wait for the same call."""
+    others_wait = threading.Event()
+
+    def during(bodies: list[str]) -> None:
+        if bodies == ["0"]:
+            assert others_wait.wait(WORKER_PATIENCE_S)
+            if fails:
+                raise ValueError
+
+    def follow() -> None:
+        worker_eventually(lambda: dispatches.has_come("x"))
+        dispatches.start("a", "b")
+        others_wait.set()
+
+    dispatches.sender.during = during
+    dispatches.start("0")
+    following = threading.Thread(target=follow)
+    following.start()
+    with traced(fault):
+        dispatches.send("x")
+    following.join()
+
+
+@contextlib.contextmanager
+def traced(fault: Any) -> Iterator[None]:
+    """Trace this thread, inside the block."""
+    before = sys.gettrace()
+    if fault:
+        sys.settrace(fault)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+@pytest.fixture
+def patience(monkeypatch):
+    """Let no message be sent only because it has waited for long."""
+    monkeypatch.setattr(taskhawk, "_PATIENCE_S", 1000)
+
+
+@pytest.fixture
+def company(aws, mail, patience):
+    """Return a server with a function that dispatches three messages while one is sent.
+
+    It returns how each of the three ended: None, or an error.
+    """
+
+    def caller(number: int) -> None:
+        mail.dispatch(number)
+
+    def dispatch(alone: Sequence[AwsAnswer]) -> list[BaseException | None]:
+        go, ends = threading.Event(), []
+        aws.script("SendMessage", late(go), *alone)
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            ends.append(pool.submit(caller, 0))
+            worker_eventually(lambda: aws.batches == [1])
+            (lane,) = taskhawk._lanes.get().lanes.values()
+            for number in (1, 2, 3):
+                ends.append(pool.submit(caller, number))
+                worker_eventually(lambda: len(lane._sharing.waiting) == len(ends) - 1)
+            go.set()
+            first, *others = [each.exception(WORKER_PATIENCE_S) for each in ends]
+        assert first is None
+        return others
+
+    aws.dispatch = dispatch
+    return aws
+
+
+class TestSharing:
+    """Dispatches that run at the same time share requests; each has its own result."""
+
+    def test_alone(self, aws, mail):
+        """One dispatch after another is one request each, and starts no thread."""
+        threads = threading.active_count()
+        for number in range(5):
+            mail.dispatch(number)
+        assert aws.batches == [1] * 5
+        assert not [t for t in threading.enumerate() if "dispatch" in t.name]
+        assert threads <= threading.active_count()
+
+    def test_threads(self, aws, mail, patience):
+        """Those that find a call under way share the next; ten wait for no call."""
+        go = threading.Event()
+        aws.script("SendMessage", late(go))
+        with concurrent.futures.ThreadPoolExecutor(13) as pool:
+            first = pool.submit(mail.dispatch, 0)
+            worker_eventually(lambda: aws.batches == [1])
+            ids = [pool.submit(mail.dispatch, number) for number in range(1, 13)]
+            worker_eventually(lambda: aws.batches == [1, 10])
+            assert not first.done()
+            go.set()
+            assert len({each.result() for each in [first, *ids]}) == 13
+        assert aws.batches == [1, 10, 2]
+        sent = [entry for each in aws.asked(SEND_BATCH) for entry in each["Entries"]]
+        sent += aws.asked(SEND)
+        assert sent_texts(entry["MessageBody"] for entry in sent) == [*range(13)]
+
+    def test_requests(self, aws, mail):
+        """Threads that dispatch all the time make one request for several messages."""
+        aws.always("SendMessage", late(0.01))
+        aws.always("SendMessageBatch", late(0.01))
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            list(pool.map(mail.dispatch, range(160)))
+        assert sum(aws.batches) == 160
+        assert len(aws.batches) <= 80  # 25 on a machine that does nothing else
+
+    def test_size(self, patience):
+        """A call has no more bytes than the service takes, and is full with them."""
+        sender = SharedSender()
+        dispatches = Dispatches(sender)
+        others = [letter * 400 for letter in list("abcd")]
+        sender.during = lambda bodies: bodies == ["0"] and dispatches.start(*others)
+        dispatches.send("0")
+        assert set(dispatches.wait().values()) == {"sent"}
+        assert sender.calls == [["0"], others[:2], others[2:]]
+
+    def test_patience(self):
+        """A call that hangs holds others up for a moment only."""
+        sender = SharedSender()
+        dispatches = Dispatches(sender)
+
+        def during(bodies: list[str]) -> None:
+            if bodies == ["0"]:
+                dispatches.start("a", "b")
+                worker_eventually(lambda: len(dispatches.ends) == 2)
+
+        sender.during = during
+        dispatches.send("0")
+        assert dispatches.wait() == dict.fromkeys("ab0", "sent")
+
+    @pytest.mark.parametrize(
+        ("destination", "calls"),
+        [("Q", ["0", "abcdefghij", "k"]), ("Q.fifo", ["0", "abcdefghij", "k"])],
+    )
+    def test_order(self, patience, destination, calls):
+        """Messages are sent in the order of their dispatches; on FIFO, one call at a time."""
+        sender, most = SharedSender(), []
+        dispatches = Dispatches(sender, destination)
+
+        def during(bodies: list[str]) -> None:
+            most.append(len(dispatches.lane._sharing.under_way))
+            if bodies == ["0"]:
+                dispatches.start(*"abcdefghijk")
+
+        sender.during = during
+        dispatches.send("0")
+        assert set(dispatches.wait().values()) == {"sent"}
+        assert ["".join(call) for call in sender.calls] == calls
+        assert max(most) == (1 if destination == "Q.fifo" else 2)
+
+    @pytest.mark.parametrize(
+        ("answers", "requests", "ends"),
+        [
+            pytest.param(
+                [refuse(1, code="Bad", ours=True), [passed]],
+                [1, 3, 1],
+                ["", "", ""],
+                id="refused, then accepted alone",
+            ),
+            pytest.param(
+                [refuse(1, 2), [fault("Odd", "no"), passed]],
+                [1, 3, 1, 1],
+                ["", "ClientError", ""],
+                id="refused, then alone too",
+            ),
+            pytest.param(
+                [DENY, []],
+                [1, 3],
+                ["ConfigurationError"] * 3,
+                id="denied",
+            ),
+            pytest.param([fault("Odd"), []], [1, 3], ["ClientError"] * 3, id="unknown"),
+            pytest.param(
+                [BATCH_TOO_LONG, [passed] * 3], [1, 3, 1, 1, 1], [""] * 3, id="long"
+            ),
+        ],
+    )
+    def test_shared_faults(self, company, answers, requests, ends):
+        """What was refused in company is sent alone; an error of a call is everyone's."""
+        in_batch, alone = answers
+        company.script("SendMessageBatch", in_batch)
+        found = company.dispatch(alone)
+        assert company.batches == requests
+        errors = [error for error in found if error]
+        names = ["" if e is None else type(e).__name__ for e in found]
+        assert sorted(names) == sorted(ends)
+        assert len({id(error) for error in errors}) == len(errors)
+        assert len({(str(e), taskhawk._error_code(e)) for e in errors}) <= 1
+        for error in errors:  # its own caller's traceback, down to the call
+            frames = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
+            assert frames.count("caller") == frames.count("call") == 1
+
+    def test_too_large_for_the_queue(self, patience):
+        """A queue's lower limit is told to whose message it is, and to nobody else."""
+        sender = SharedSender()
+        dispatches = Dispatches(sender)
+
+        def during(bodies: list[str]) -> None:
+            if bodies == ["0"]:
+                dispatches.start("a", "bbbbb")
+            if any(len(body) > 4 for body in bodies):
+                raise taskhawk.MessageTooLarge("too large", 4)
+
+        sender.during = during
+        dispatches.send("0")
+        ends = dispatches.wait()
+        assert str(ends.pop("bbbbb")) == (
+            "mail.send: the message has 5 bytes (body and attributes), and the limit"
+            " is 4"
+        )
+        assert ends == {"0": "sent", "a": "sent"}
+
+    def test_error_without_a_copy(self, patience):
+        """An error that can't be copied is raised all the same."""
+
+        class Odd(Exception):
+            def __reduce__(self):
+                raise TypeError
+
+        def during(bodies: list[str]) -> None:
+            if bodies == ["0"]:
+                dispatches.start("a", "b")
+            else:
+                raise Odd
+
+        sender = SharedSender(during)
+        dispatches = Dispatches(sender)
+        dispatches.send("0")
+        ends = dispatches.wait()
+        assert (type(ends["a"]), type(ends["b"]), ends["0"]) == (Odd, Odd, "sent")
+
+    # --- interrupted, forked, re-entered ---
+
+    @pytest.mark.parametrize("fails", [False, True], ids=["sent", "fails"])
+    @pytest.mark.parametrize("interrupted", [interrupted_first, interrupted_follower])
+    def test_interrupted(self, patience, interrupted, fails):
+        """Control-C at any line of a dispatch leaves nobody waiting, and sends no twice."""
+        for line in itertools.count(1):
+            dispatches, fault = Dispatches(SharedSender()), Fault(line)
+            interrupted(dispatches, fault, fails)
+            ends = dispatches.wait()
+            assert (ends["a"], ends["b"]) == ("sent", "sent"), line
+            sent = [body for call in dispatches.sender.calls for body in call]
+            assert len(sent) == len(set(sent)), line
+            if fault.left > 0:  # there is no such line
+                break
+        assert line > 20
+
+    def test_helper_dies(self, patience, monkeypatch):
+        """Where a helper's thread ends, at any line, those that wait send by themselves."""
+        died: list[Any] = []
+        monkeypatch.setattr(threading, "excepthook", died.append)
+        monkeypatch.setattr(taskhawk, "_HELPER_IDLE_S", 0.05)
+        for line in range(1, 150):
+            dispatches = Dispatches(SharedSender())
+            fault = Fault(line, "taskhawk dispatch")
+            threading.settrace(fault)
+            try:
+                interrupted_first(dispatches)
+                assert dispatches.wait() == dict.fromkeys("0ab", "sent"), line
+            finally:
+                threading.settrace(None)
+            if fault.left > 0:  # there is no such line
+                break
+        assert line > 20
+
+    def test_no_threads(self, patience, monkeypatch):
+        """Where no thread can be started, each dispatch sends its message itself."""
+        sender = SharedSender()
+        dispatches = Dispatches(sender)
+        start = threading.Thread.start
+
+        def refuse_helpers(thread: threading.Thread) -> None:
+            if thread.name == "taskhawk dispatch":
+                raise RuntimeError("can't start new thread")
+            start(thread)
+
+        monkeypatch.setattr(threading.Thread, "start", refuse_helpers)
+        sender.during = lambda bodies: bodies == ["0"] and dispatches.start("a", "b")
+        dispatches.send("0")
+        assert dispatches.wait() == dict.fromkeys("0ab", "sent")
+        assert sorted(sender.calls) == [["0"], ["a"], ["b"]]
+
+    def test_helper_ends(self, patience, monkeypatch):
+        """A helper ends when there is nothing to send; the next dispatch is alone."""
+        monkeypatch.setattr(taskhawk, "_HELPER_IDLE_S", 0.01)
+        sender = SharedSender()
+        dispatches = Dispatches(sender)
+        for _ in range(2):
+            sender.during = lambda bodies: bodies == ["0"] and dispatches.start("a")
+            dispatches.send("0")
+            assert dispatches.wait() == {"0": "sent", "a": "sent"}
+            worker_eventually(lambda: not dispatches.lane._helpers)
+            dispatches.ends.clear()
+        assert sender.calls == [["0"], ["a"]] * 2
+
+    @pytest.mark.parametrize("state", ["lock", "call", "wait"])
+    def test_reentered(self, patience, state):
+        """A signal handler's dispatch is sent at once, wherever it interrupts another."""
+        sender = SharedSender()
+        dispatches = Dispatches(sender)
+        handler = functools.partial(dispatches.send, "handler")
+        if state == "call":
+            sender.during = lambda bodies: bodies == ["0"] and handler()
+            dispatches.send("0")
+        elif state == "lock":
+            with dispatches.lane._lock:
+                dispatches.lane._busy.add(threading.get_ident())
+                handler()
+            dispatches.send("0")
+        else:
+
+            def during(bodies: list[str]) -> None:
+                if bodies == ["1"]:
+                    worker_eventually(lambda: dispatches.has_come("0"))
+                    signal.pthread_kill(main, signal.SIGUSR1)
+                    worker_eventually(lambda: "handler" in dispatches.ends)
+
+            main = threading.get_ident()
+            sender.during = during
+            before = signal.signal(signal.SIGUSR1, lambda *_: handler())
+            try:
+                dispatches.start("1")
+                dispatches.send("0")
+            finally:
+                signal.signal(signal.SIGUSR1, before)
+        dispatches.wait()
+        assert set(dispatches.ends.values()) == {"sent"}
+        assert ["handler"] in sender.calls
+
+    @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
+    def test_fork(self, aws, mail, patience):
+        """A child that is forked while others send has nobody to wait for."""
+        go = threading.Event()
+        aws.script("SendMessage", late(go))
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            parents = [pool.submit(mail.dispatch, "parent")]
+            worker_eventually(lambda: aws.batches == [1])
+            wait = forked(lambda: mail.dispatch("child"))
+            assert wait() == 0
+            parents.append(pool.submit(mail.dispatch, "parent"))
+            go.set()
+            assert len({each.result() for each in parents}) == 2
+        bodies = [each["MessageBody"] for each in aws.asked(SEND)]
+        assert sent_texts(bodies) == ["child", "parent", "parent"]
+
+    @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
+    def test_forked_in_a_call(self):
+        """What is forked inside a call leaves it without the locks of the parent's threads."""
+        sender = SharedSender()
+        dispatches = Dispatches(sender)
+        children: list[int] = []
+
+        def during(bodies: list[str]) -> None:
+            with dispatches.lane._lock:  # as another thread might
+                children.append(os.fork())
+            if not children[0]:
+                signal.signal(signal.SIGALRM, signal.SIG_DFL)
+                signal.alarm(WORKER_PATIENCE_S)
+                dispatches.lane._lock.acquire()
+
+        sender.during = during
+        dispatches.send("0")
+        if not children[0]:
+            os._exit(dispatches.ends != {"0": "sent"})
+        assert os.waitpid(children[0], 0)[1] == 0
+
+    @pytest.mark.slow
+    def test_at_exit(self, aws, tmp_path):
+        """A __del__ at the interpreter's end waits for no thread that has stopped."""
+        go = threading.Event()
+        aws.script("SendMessage", passed, late(go))
+        code = f"""
+            import gc, sys, threading, time, taskhawk
+            taskhawk.configure(
+                AWS_REGION="x", AWS_ACCESS_KEY="x", AWS_SECRET_KEY="x",
+                AWS_ENDPOINT_SQS={aws.url!r}, TASKHAWK_QUEUE="app")
+
+            @taskhawk.task(name="mail.send")
+            def send(text): pass
+
+            class Last:
+                def __del__(self):
+                    print(sys.is_finalizing(), len(send.dispatch("last")))
+
+            send.dispatch("first")
+            gc.disable()
+            last = Last()
+            last.itself = last
+            del last # collected at the end
+            threading.Thread(target=send.dispatch, args=["hang"], daemon=True).start()
+            while not taskhawk._lanes.get().busy: time.sleep(0.01)
+        """
+        try:
+            assert python_lines(tmp_path, code) == ["True 36"]
+        finally:
+            go.set()
+
+    # --- who does not share ---
+
+    def test_others(self, sync, mail):
+        """Sync mode and capture() make no lane: each dispatch is on its own."""
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            list(pool.map(mail.dispatch, range(8)))
+            with taskhawk.capture() as calls:
+                list(pool.map(mail.dispatch, range(8)))
+        assert len(calls) == 8
+        assert taskhawk._lanes.get().lanes == {}
+
+    def test_configure(self, aws, mail):
+        """configure() lets the next dispatch begin anew, with the new settings."""
+        mail.dispatch(1)
+        configure_aws(aws.url, "other")
+        assert taskhawk._lanes.get().lanes == {}
+        mail.dispatch(2)
+        urls = [each["QueueUrl"].rpartition("/")[2] for each in aws.asked(SEND)]
+        assert urls == ["TASKHAWK-APP", "TASKHAWK-OTHER"]
 
 
 # === PART IV: WORK ====================================================================
@@ -15652,6 +16301,13 @@ class TestLongDelays:
 class TestCancel:
     """cancel() says whether a message was still waiting, and then it never runs."""
 
+    def test_behind_its_group(self, mail):
+        """What waits for others of its group, and for no delay, is not cancelled."""
+        taskhawk.configure(TASKHAWK_BROKER="sqlite://", TASKHAWK_FIFO=True)
+        ids = [mail.with_group("g").dispatch() for _ in range(2)]
+        assert [taskhawk.cancel(each) for each in ids] == [False, False]
+        assert sum(taskhawk._brokers.broker().depth("TASKHAWK-DEFAULT.fifo")) == 2
+
     @pytest.mark.parametrize("message_id", [None, "order 7/ä", "a.b", "x" * 65])
     def test_schedule(self, schedules, mail, message_id):
         """A schedule is deleted, whatever the message's id."""
@@ -17775,7 +18431,7 @@ class TestProvision:
         client = sqs_client(ministack)
         for queue in names:
             found = attributes_of(client, queue)
-            assert found["FifoQueue"] == "true"
+            assert found["FifoQueue"] == found["ContentBasedDeduplication"] == "true"
             assert found["DeduplicationScope"] == "messageGroup"
             assert found["FifoThroughputLimit"] == "perMessageGroupId"
         policy = json.loads(found["RedrivePolicy"])
@@ -17800,7 +18456,7 @@ class TestProvision:
         queues = queues["aws_sqs_queue"]
         assert list(queues) == ["taskhawk_app_dlq_fifo", "taskhawk_app_fifo"]
         for queue in queues.values():
-            assert queue["fifo_queue"] is True
+            assert queue["fifo_queue"] is queue["content_based_deduplication"] is True
             assert queue["deduplication_scope"] == "messageGroup"
             assert queue["fifo_throughput_limit"] == "perMessageGroupId"
         redrive = json.loads(queues["taskhawk_app_fifo"]["redrive_policy"])
@@ -18185,6 +18841,264 @@ class TestCheck:
         assert check(capsys) == (1, [error, "1 found"])
 
 
+@pytest.fixture
+def scheduled(
+    request: pytest.FixtureRequest,
+    sqs_client: Callable[..., Any],
+    queue_name: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[..., Any]:
+    """Have two periodic tasks on an emulator; return a client of Scheduler."""
+    endpoint = request.getfixturevalue(getattr(request, "param", "ministack"))
+    monkeypatch.setenv("AWS_ENDPOINT_URL_IAM", endpoint)
+    account = configure_account(sqs_client, endpoint, queue_name)
+    taskhawk.configure(
+        taskhawk.settings.given,
+        TASKHAWK_SCHEDULER_ROLE=f"arn:aws:iam::{account}:role/app/th-{queue_name}",
+    )
+    taskhawk._registry.clear()
+    rush = {"priority": Priority.high, "timezone": "Europe/Berlin"}
+    taskhawk.task(name="app.audit", schedule="cron(0 9 ? * MON-FRI *)", **rush)(plain)
+    taskhawk.task(name="app.count", schedule=MINUTELY)(another("count"))
+    return sqs_client(endpoint, "scheduler")
+
+
+class TestProvisionSchedules:
+    """Long delays and periodic tasks: their group, role and schedules on AWS."""
+
+    @pytest.mark.parametrize(
+        "scheduled",
+        ["ministack", pytest.param("moto", marks=pytest.mark.slow)],
+        indirect=True,
+    )
+    def test_made(self, scheduled, sqs_client, queue_name, capsys):
+        """All are made, and are then as they should be; a dry run says what would be."""
+        group, role = f"taskhawk-{queue_name.lower()}", f"th-{queue_name}"
+        only = "--priority=default"
+        names = [
+            f"group {group}",
+            f"role {role}",
+            f"policy {role}",
+            "schedule task.app.audit",
+            "schedule task.app.count",
+        ]
+        would = provision(capsys, only, "--dry-run")
+        assert would[2:] == [f"{name}: would be made" for name in names]
+        assert provision(capsys, only)[2:] == [f"{name}: made" for name in names]
+        as_it_should_be = [f"{name}: is as it should be" for name in names]
+        assert provision(capsys, only)[2:] == as_it_should_be
+        found = scheduled.get_schedule(GroupName=group, Name="task.app.audit")
+        assert found["ScheduleExpression"] == "cron(0 9 ? * MON-FRI *)"
+        assert found["ScheduleExpressionTimezone"] == "Europe/Berlin"
+        assert found["Target"]["Arn"].endswith(f":TASKHAWK-{queue_name}-HIGH-PRIORITY")
+        endpoint = taskhawk.settings.AWS_ENDPOINT_SQS
+        made = sqs_client(endpoint, "iam").get_role(RoleName=role)["Role"]
+        assert made["Arn"] == found["Target"]["RoleArn"]
+        (statement,) = made["AssumeRolePolicyDocument"]["Statement"]
+        account = taskhawk.settings.AWS_ACCOUNT_ID
+        assert statement["Condition"] == {
+            "StringEquals": {"aws:SourceAccount": account}
+        }
+
+    def test_model(self, scheduled):
+        """What is sent has the shape that the service's model asks for."""
+        model = scheduled.meta.service_model
+        for operation in ("CreateSchedule", "UpdateSchedule"):
+            for task in taskhawk._periodic_tasks().values():
+                report = botocore.validate.ParamValidator().validate(
+                    taskhawk._periodic_schedule(task),
+                    model.operation_model(operation).input_shape,
+                )
+                assert not report.has_errors(), report.generate_report()
+
+    def test_message(self, scheduled, caplog):
+        """With the time filled in, the input is a message that runs, with one id a firing."""
+        task = taskhawk._registry["app.audit"]
+        body = taskhawk._periodic_schedule(task)["Target"]["Input"]
+        time_of_it = "2026-11-27T08:00:00Z"
+        filled = body.replace("<aws.scheduler.scheduled-time>", time_of_it)
+        message = taskhawk._decode(filled)
+        assert message.id == f"task.app.audit-{time_of_it}"
+        assert message.timestamp == 1_795_766_400_000
+        assert message.priority is Priority.high
+        assert run_body(filled).fate is taskhawk.Fate.acknowledge
+
+    @pytest.mark.parametrize(
+        "scheduled",
+        ["ministack", pytest.param("moto", marks=pytest.mark.slow)],
+        indirect=True,
+    )
+    def test_changed(self, scheduled, queue_name, capsys):
+        """What differs is corrected, and check says so; who disabled one finds it disabled."""
+        provision(capsys)
+        priorities = ("--priority=high", "--priority=default")
+        assert check(capsys, *priorities) == (0, ["nothing is wrong"])
+        group = f"taskhawk-{queue_name.lower()}"
+        audit = {"GroupName": group, "Name": "task.app.audit"}
+        found = scheduled.get_schedule(**audit)
+        scheduled.update_schedule(
+            **audit,
+            ScheduleExpression="cron(0 8 ? * MON-FRI *)",
+            ScheduleExpressionTimezone=found["ScheduleExpressionTimezone"],
+            Description=found["Description"],
+            FlexibleTimeWindow={"Mode": "OFF"},
+            State="DISABLED",
+            Target={**found["Target"], "Input": "{}"},
+        )
+        scheduled.delete_schedule(GroupName=group, Name="task.app.count")
+        wrong = "ScheduleExpression, Target"
+        fix = "Fix: python -m taskhawk provision MODULE …"
+        why = "the task does not run as its code says"
+        assert check(capsys, *priorities) == (
+            1,
+            [
+                f"error: schedule task.app.audit: would be changed: {wrong}: {why}. {fix}",
+                f"error: schedule task.app.count: would be made: {why}. {fix}",
+                "2 found",
+            ],
+        )
+        assert provision(capsys)[-2:] == [
+            f"schedule task.app.audit: changed: {wrong}",
+            "schedule task.app.count: made",
+        ]
+        found = scheduled.get_schedule(**audit)
+        assert found["ScheduleExpression"] == "cron(0 9 ? * MON-FRI *)"
+        assert found["State"] == "DISABLED"
+        assert check(capsys, *priorities) == (0, ["nothing is wrong"])
+
+    @pytest.mark.parametrize(
+        "scheduled",
+        ["ministack", pytest.param("moto", marks=pytest.mark.slow)],
+        indirect=True,
+    )
+    def test_abandoned(self, scheduled, queue_name, mail, capsys):
+        """Of tasks that are gone, in our own group alone, --prune deletes the schedules."""
+        provision(capsys)
+        group = f"taskhawk-{queue_name.lower()}"
+        waiting = mail.with_delay(timedelta(days=2)).dispatch()
+        taskhawk._registry.pop("app.count")
+        assert check(capsys, "--priority=default", "--priority=high")[1][0] == (
+            "warning: schedule task.app.count: no task has it: its messages are dead"
+            " letters, unless another module has the task. Fix: name all modules, or"
+            " python -m taskhawk provision MODULE … --prune"
+        )
+        kept = "schedule task.app.count: no task has it; --prune deletes it"
+        assert provision(capsys)[-1] == kept
+        assert provision(capsys, "--prune", "--dry-run")[-1] == kept
+        assert provision(capsys, "--prune")[-1] == "schedule task.app.count: deleted"
+        names = scheduled.list_schedules(GroupName=group)["Schedules"]
+        assert {found["Name"] for found in names} >= {"task.app.audit", waiting}
+        assert taskhawk.cancel(waiting)
+
+    def test_group_is_missing(self, scheduled, queue_name, capsys):
+        """Without the group no message waits, which is an error."""
+        taskhawk._registry.clear()
+        provision_queues = [
+            taskhawk._provide(resource, dry_run=False)
+            for resource in taskhawk._resources(Priority.default, 5, None)
+        ]
+        assert len(provision_queues) == 2
+        assert check(capsys, "--priority=default") == (
+            1,
+            [
+                (
+                    f"error: group taskhawk-{queue_name.lower()}: would be made: delayed"
+                    " messages are refused, and periodic tasks do not run. Fix: python -m"
+                    " taskhawk provision MODULE …"
+                ),
+                "1 found",
+            ],
+        )
+
+    def test_no_role(self, ministack, queue_name, capsys):
+        """Periodic tasks without a role are an error."""
+        configure_aws(ministack, queue_name)
+        taskhawk._registry.clear()
+        taskhawk.task(name="audit", schedule=MINUTELY)(plain)
+        assert command_error(capsys, "provision") == (2, f"taskhawk: {NO_ROLE}")
+        _, lines = check(capsys)
+        assert lines[-2] == (
+            f"error: {NO_ROLE}: schedules can't be checked. Fix: as the error says"
+        )
+
+    def test_terraform(self, scheduled, queue_name, capsys):
+        """Terraform's description has, name by name, what the API is told."""
+        described = provision_json(capsys, "--format=terraform")["resource"]
+        label = f"th_{queue_name.lower()}"
+        schedule = described["aws_scheduler_schedule"]["task__app__audit"]
+        assert schedule.pop("depends_on") == [
+            f"aws_scheduler_schedule_group.taskhawk_{queue_name.lower()}",
+            f"aws_iam_role_policy.{label}",
+        ]
+        told = taskhawk._periodic_schedule(taskhawk._registry["app.audit"])
+        assert schedule["schedule_expression"] == told["ScheduleExpression"]
+        assert schedule["flexible_time_window"] == {"mode": "OFF"}
+        target = told["Target"]
+        assert schedule["target"] == {
+            "arn": target["Arn"],
+            "role_arn": target["RoleArn"],
+            "input": target["Input"],
+            "retry_policy": {
+                "maximum_event_age_in_seconds": 86_400,
+                "maximum_retry_attempts": 185,
+            },
+            "dead_letter_config": {"arn": target["DeadLetterConfig"]["Arn"]},
+        }
+        role = described["aws_iam_role"][label]
+        assert (role["name"], role["path"]) == (f"th-{queue_name}", "/app/")
+        policy = json.loads(described["aws_iam_role_policy"][label]["policy"])
+        (statement,) = policy["Statement"]
+        assert statement["Action"] == "sqs:SendMessage"
+        assert {arn.rpartition(":")[2] for arn in statement["Resource"]} == {
+            f"TASKHAWK-{queue_name}{suffix}{dlq}"
+            for suffix in ("", "-HIGH-PRIORITY", "-LOW-PRIORITY", "-BULK")
+            for dlq in ("", "-DLQ")
+        }
+
+    def test_iam(self, scheduled, queue_name, capsys):
+        """A publisher may make and delete schedules in the group, and hand over the role."""
+        roles = provision_json(capsys, "--format=iam", "--priority=default")
+        _, schedules, hand_over = roles["publisher"]["Statement"]
+        region = f"us-east-1:{taskhawk.settings.AWS_ACCOUNT_ID}"
+        group = f"arn:aws:scheduler:{region}:schedule/taskhawk-{queue_name.lower()}/*"
+        assert schedules == {
+            "Effect": "Allow",
+            "Action": ["scheduler:CreateSchedule", "scheduler:DeleteSchedule"],
+            "Resource": [group],
+        }
+        assert hand_over == {
+            "Effect": "Allow",
+            "Action": ["iam:PassRole"],
+            "Resource": [taskhawk.settings.TASKHAWK_SCHEDULER_ROLE],
+            "Condition": {
+                "StringEquals": {"iam:PassedToService": "scheduler.amazonaws.com"}
+            },
+        }
+        assert roles["operator"]["Statement"][-1]["Resource"] == [group]
+
+    def test_topics(self, scheduled, queue_name, capsys):
+        """In a Lambda app, schedules publish to the topics."""
+        taskhawk.configure(taskhawk.settings.given, IS_LAMBDA_APP=True)
+        described = provision_json(capsys, "--format=terraform")["resource"]
+        ((_, policy),) = described["aws_iam_role_policy"].items()
+        (statement,) = json.loads(policy["policy"])["Statement"]
+        assert statement["Action"] == "sns:Publish"
+        schedule = described["aws_scheduler_schedule"]["task__app__audit"]
+        assert schedule["target"]["arn"] in statement["Resource"]
+        assert "dead_letter_config" not in schedule["target"]
+
+    def test_fifo(self, scheduled, queue_name, sqs_client, capsys):
+        """On a FIFO queue a periodic task has a group, and the queue makes the id."""
+        taskhawk.configure(taskhawk.settings.given, TASKHAWK_FIFO=True)
+        target = taskhawk._periodic_schedule(taskhawk._registry["app.count"])["Target"]
+        assert target["SqsParameters"] == {"MessageGroupId": "task.app.count"}
+        assert "DeadLetterConfig" not in target
+        provision(capsys, "--priority=default")
+        client = sqs_client(taskhawk.settings.AWS_ENDPOINT_SQS)
+        found = attributes_of(client, f"TASKHAWK-{queue_name}.fifo")
+        assert found["ContentBasedDeduplication"] == "true"
+
+
 # --- 26. command line -----------------------------------------------------------------
 
 COMMAND_MODULE = """
@@ -18412,6 +19326,17 @@ class TestCommandLine:
         script = "import sys, taskhawk; sys.exit(taskhawk.main(['--version']))"
         result = run_python(["-P", "-c", script], cwd=tmp_path)
         assert (result.returncode, result.stdout) == (0, f"{taskhawk.VERSION}\n")
+
+    @pytest.mark.parametrize(
+        ("options", "group"), [([], None), (["--group", "7"], "7")]
+    )
+    def test_group(self, tmp_path, mail, capsys, options, group):
+        """A message that is dispatched by hand may have a group."""
+        taskhawk.configure(TASKHAWK_BROKER=f"sqlite:///{tmp_path}/queue.db")
+        assert taskhawk.main(["dispatch", "mail.send", *options]) == 0
+        (received,) = receive_all()
+        assert received.group_id == group
+        assert capsys.readouterr().out == f"{json.loads(received.body)['id']}\n"
 
     @pytest.mark.slow
     @pytest.mark.parametrize("way", ["module", "vendored", "file", "script"])
