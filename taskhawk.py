@@ -7006,7 +7006,7 @@ _MAX_BACKOFF_S = 60  # between receives that fail
 _FLUSH_S = 3  # of the grace, kept for acknowledgements once running tasks are given up
 _HURRIED_S = 1  # for acknowledgements after a second Ctrl-C
 _HEART_S = 1  # for the last heartbeat: its hook may hang
-_MAX_WAITING = 100  # num_messages: more would wait longer than a new worker takes
+_MAX_NUM_MESSAGES = 100  # a worker keeps what waits for it from all others
 _MAX_POLLS = 12  # of a queue at once; those of four fit into botocore's pool of 50
 _QUIET_S = 0.1  # after which a poll that still waits says that its queue is empty
 _SHORT_POLL_S = 1  # where another queue may need what a poll keeps for itself
@@ -8277,8 +8277,8 @@ def _check_counts(worker: Worker) -> None:
         number = getattr(worker, name)
         if number is not None and number < 1:
             raise ConfigurationError(f"{name}: expected 1 or more, got {number}")
-    if not 1 <= worker.num_messages <= _MAX_WAITING:
-        wanted = f"expected 1 to {_MAX_WAITING}"
+    if not 1 <= worker.num_messages <= _MAX_NUM_MESSAGES:
+        wanted = f"expected 1 to {_MAX_NUM_MESSAGES}"
         raise ConfigurationError(f"num_messages: {wanted}, got {worker.num_messages}")
 
 
@@ -8309,8 +8309,8 @@ def listen_for_messages(
     stops after the running task and the poll in flight, which takes up to 20 s on SQS.
 
     :param priority: the queue, or several: the most urgent message runs first
-    :param num_messages: how many one slot may hold, the one that it runs included, up
-        to 100; several slots share the others: with N, at most N - 1 of a queue wait
+    :param num_messages: with N, which is at most 100, up to N - 1 messages of a queue
+        wait while all slots run; with 1, one is received when it can start
     :param visibility_timeout_s: how long a received message is hidden from others,
         until the worker extends it; None takes the queue's own
     :param loop_count: end after so many receives from each queue; None goes on for ever
@@ -11563,6 +11563,7 @@ def requeue_dead_letter(
 
 
 _PROVISION = "python -m taskhawk provision"  # fixes most of what check finds
+_LETTERS_COMMAND = "python -m taskhawk dead-letters"
 _TOLD = "as the error says"  # how to fix the rest
 _ABSENT = "NonExistentQueue|QueueDoesNotExist|NotFound"  # codes of AWS, as patterns
 _FORBIDDEN = "AccessDenied.*|AuthorizationError"
@@ -12123,6 +12124,204 @@ def _arn_of(resource: _Resource) -> str:
     return str(_brokers.get(service).arn(name))
 
 
+class _Watched(NamedTuple):
+    """What CloudWatch is to watch, besides what it must show.
+
+    :ivar max_age_s: alarm if the oldest message waits for longer
+    :ivar max_backlog: alarm if more messages wait
+    :ivar notified: the ARN of the topic that alarms are sent to; None for no topic
+    :ivar namespace: of the metrics that workers print; None if they do not
+    """
+
+    max_age_s: float
+    max_backlog: int
+    notified: str | None
+    namespace: str | None
+
+
+class _Chart(NamedTuple):
+    """What a chart of a dashboard shows: some metrics of a queue or topic."""
+
+    title: str
+    statistic: str
+    metrics: Sequence[str]  # by CloudWatch's names
+
+
+_VISIBLE = "ApproximateNumberOfMessagesVisible"
+_OLDEST = "ApproximateAgeOfOldestMessage"  # of those received less than three times
+_NOT_DELIVERED = "NumberOfNotificationsFailed"
+_DEPTH = (
+    _VISIBLE,
+    "ApproximateNumberOfMessagesNotVisible",
+    "ApproximateNumberOfMessagesDelayed",
+)
+_RUNS = ("Acked", "Retried", "DeadLettered", "Uncertain")
+_QUEUE_CHARTS = (
+    _Chart("messages", "Maximum", _DEPTH),
+    _Chart("seconds that the oldest waits", "Maximum", [_OLDEST]),
+    _Chart("a minute", "Sum", ["NumberOfMessagesSent", "NumberOfMessagesDeleted"]),
+)
+_DEAD_CHARTS = (_Chart("dead letters", "Maximum", [_VISIBLE]),)
+_TOPIC_CHARTS = (
+    _Chart("a minute", "Sum", ["NumberOfMessagesPublished", _NOT_DELIVERED]),
+)
+_WORKER_CHARTS = (
+    _Chart("runs a minute", "Sum", _RUNS),
+    _Chart("milliseconds of a run", "p99", ["RunDuration"]),
+    _Chart("seconds of the oldest run", "Maximum", ["OldestRunAge"]),
+    _Chart("leases lost a minute", "Sum", ["LeasesLost"]),
+)
+_CHARTS_A_ROW, _CHART_SIZE = 4, 6  # of the 24 columns of a dashboard
+
+
+def _dashboard(resources: Iterable[_Resource], watched: _Watched) -> dict[str, Any]:
+    """Write a dashboard and its alarms as the parameters of CloudWatch's calls."""
+    shown = [each for each in resources if each.kind in _DIMENSIONS]
+    widgets: list[dict[str, Any]] = []
+    alarms = []
+    for resource in shown:
+        for whose, chart in _charts_of(resource, watched.namespace):
+            widgets.append(_widget(len(widgets), resource, whose, chart))
+        alarms += [
+            _alarm_call(resource, alarm, watched.notified)
+            for alarm in _alarms_of(resource, watched)
+        ]
+    return {
+        "put-dashboard": {
+            "DashboardName": f"taskhawk-{settings.require('TASKHAWK_QUEUE')}",
+            "DashboardBody": json.dumps({"widgets": widgets}),
+        },
+        "put-metric-alarm": alarms,
+    }
+
+
+def _dashboard_terraform(
+    resources: Iterable[_Resource], watched: _Watched
+) -> dict[str, Any]:
+    """Write the same in Terraform's JSON syntax."""
+    found = _dashboard(resources, watched)
+    dashboard = _snake_case(found["put-dashboard"])
+    name = dashboard["dashboard_name"]
+    written = [_Resource("aws_cloudwatch_dashboard", name, dashboard)]
+    for parameters in found["put-metric-alarm"]:
+        alarm = _snake_case(parameters)
+        [dimension] = alarm["dimensions"]
+        alarm["dimensions"] = {dimension["Name"]: dimension["Value"]}
+        name = alarm["alarm_name"]
+        written.append(_Resource("aws_cloudwatch_metric_alarm", name, alarm))
+    return _terraform(written)
+
+
+def _snake_case(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return parameters of AWS by Terraform's names."""
+    return {
+        re.sub("(?<!^)([A-Z])", r"_\1", name).lower(): value
+        for name, value in parameters.items()
+    }
+
+
+# CloudWatch's namespace and dimension, by Terraform's type.
+_DIMENSIONS = {
+    "aws_sqs_queue": ("AWS/SQS", "QueueName"),
+    "aws_sns_topic": ("AWS/SNS", "TopicName"),
+}
+
+
+def _charts_of(
+    resource: _Resource, workers: str | None
+) -> Iterator[tuple[tuple[str, str], _Chart]]:
+    """Yield what to show of a queue or topic: namespace and dimension, and a chart."""
+    charts: Sequence[_Chart]
+    if resource.kind == "aws_sns_topic":
+        charts, workers = _TOPIC_CHARTS, None
+    elif _is_dead_letter_queue(resource.name):
+        charts, workers = _DEAD_CHARTS, None
+    else:
+        charts = _QUEUE_CHARTS
+    for chart in charts:
+        yield _DIMENSIONS[resource.kind], chart
+    if workers:
+        for chart in _WORKER_CHARTS:
+            yield (workers, "queue"), chart
+
+
+def _widget(
+    place: int, resource: _Resource, whose: tuple[str, str], chart: _Chart
+) -> dict[str, Any]:
+    """Return a widget; CloudWatch calls this "Dashboard body structure and syntax"."""
+    namespace, dimension = whose
+    service, _ = _PROVIDERS[resource.kind]
+    region = _brokers.get(service).arn(resource.name).split(":")[3]
+    row, column = divmod(place, _CHARTS_A_ROW)
+    return {
+        "type": "metric",
+        "x": column * _CHART_SIZE,
+        "y": row * _CHART_SIZE,
+        "width": _CHART_SIZE,
+        "height": _CHART_SIZE,
+        "properties": {
+            "title": f"{resource.name}: {chart.title}",
+            "region": region,
+            "stat": chart.statistic,
+            "period": 60,
+            "view": "timeSeries",
+            "metrics": [
+                [namespace, metric, dimension, resource.name]
+                for metric in chart.metrics
+            ],
+        },
+    }
+
+
+class _Alarm(NamedTuple):
+    """A metric of a queue or topic is above a threshold for so many minutes."""
+
+    suffix: str  # of its name
+    metric: str
+    threshold: float
+    minutes: int
+    why: str
+    statistic: str = "Maximum"
+
+
+def _alarms_of(resource: _Resource, watched: _Watched) -> Iterator[_Alarm]:
+    """Yield the alarms of a queue or topic."""
+    if resource.kind == "aws_sns_topic":
+        why = "a message was not delivered to a subscriber"
+        yield _Alarm("not-delivered", _NOT_DELIVERED, 0, 1, why, "Sum")
+    elif _is_dead_letter_queue(resource.name):
+        why = f"there are dead letters: {_LETTERS_COMMAND} summary"
+        yield _Alarm("not-empty", _VISIBLE, 0, 1, why)
+    else:
+        age_s, most = watched.max_age_s, watched.max_backlog
+        why = f"a message has waited for more than {age_s:g} s"
+        yield _Alarm("too-old", _OLDEST, age_s, 5, why)
+        yield _Alarm("backlog", _VISIBLE, most, 5, f"more than {most} messages wait")
+
+
+def _alarm_call(
+    resource: _Resource, alarm: _Alarm, notified: str | None
+) -> dict[str, Any]:
+    """Return the parameters of the call that makes an alarm."""
+    namespace, dimension = _DIMENSIONS[resource.kind]
+    parameters = {
+        "AlarmName": f"{resource.name}-{alarm.suffix}",
+        "AlarmDescription": f"{resource.name}: {alarm.why}",
+        "Namespace": namespace,
+        "MetricName": alarm.metric,
+        "Dimensions": [{"Name": dimension, "Value": resource.name}],
+        "Statistic": alarm.statistic,
+        "Period": 60,
+        "EvaluationPeriods": alarm.minutes,
+        "Threshold": alarm.threshold,
+        "ComparisonOperator": "GreaterThanThreshold",
+        "TreatMissingData": "notBreaching",  # of a queue that nobody uses
+    }
+    if notified:
+        parameters["AlarmActions"] = [notified]
+    return parameters
+
+
 class _Finding(NamedTuple):
     """Something that `check` found: an error loses messages or time, a warning may."""
 
@@ -12491,7 +12690,7 @@ _programs[""] = main
 
 def _run_command(arguments: Any) -> bool:
     """Import the tasks and run the command; return whether it failed."""
-    _set_up_logging(arguments.log_level, arguments.log_format)
+    _log_meanwhile(arguments.log_level, arguments.log_format)
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as `python -m` does, for the script
     with _telling_where("Django can't be set up"):
@@ -12500,7 +12699,7 @@ def _run_command(arguments: Any) -> bool:
     if arguments.command in _TASK_COMMANDS:
         modules = modules or _django_task_modules()
     _load(modules, arguments.command)
-    # Again, for Django and the tasks' modules may have configured logging.
+    # Only now, for Django and the tasks' modules may have set up logging.
     _set_up_logging(arguments.log_level, arguments.log_format)
     return bool(arguments.run(arguments))
 
@@ -12522,18 +12721,37 @@ def _one_line(error: Exception) -> str:
     return text
 
 
-def _set_up_logging(level: str | None, log_format: str | None) -> None:
-    """Log to stderr, with the task that a record was made in; it may be called again.
+def _formatter(log_format: str | None) -> logging.Formatter:
+    """Return what writes records in this format; None is text."""
+    if log_format == "json":
+        return _JsonFormatter()
+    return _TextFormatter("%(asctime)s")
 
-    An application that configures logging keeps its handlers and levels. But its
+
+def _log_meanwhile(level: str | None, log_format: str | None) -> None:
+    """Log to stderr what comes before the application has set up logging.
+
+    Not by a handler of the root logger, or its basicConfig() would do nothing.
+    """
+    ours = logging.StreamHandler()
+    ours.setFormatter(_formatter(log_format))
+    logging.lastResort = ours
+    root = logging.getLogger()
+    if level or not root.handlers:
+        root.setLevel((level or "info").upper())
+
+
+def _set_up_logging(level: str | None, log_format: str | None) -> None:
+    """Log to stderr, with the task that a record was made in.
+
+    An application that has set up logging keeps its handlers and levels. But its
     dictConfig(), such as Django's, may disable our logger, and can't know our options.
 
     :param level: None leaves it to the application, or INFO
     :param log_format: "text" or "json"; None leaves it to the application, or text
     """
-    formatters = {"text": _TextFormatter("%(asctime)s"), "json": _JsonFormatter()}
     ours = logging.StreamHandler()
-    ours.setFormatter(formatters["text"])
+    ours.setFormatter(_formatter("text"))
     logging.basicConfig(level=logging.INFO, handlers=[ours])
     _log.logger.disabled = False
     if level:
@@ -12548,7 +12766,7 @@ def _set_up_logging(level: str | None, log_format: str | None) -> None:
             handler.addFilter(_add_task)
             to_terminal = getattr(handler, "stream", None) in (sys.stdout, sys.stderr)
             if log_format and to_terminal:
-                handler.setFormatter(formatters[log_format])
+                handler.setFormatter(_formatter(log_format))
 
 
 def _parser() -> Any:
@@ -12903,8 +13121,8 @@ class _MeasuredWorker(Worker):
     ),
     _option(
         "--num-messages",
-        "messages that a slot may hold, running and waiting (default: 1)",
-        type=_whole(1, _MAX_WAITING),
+        "with N, up to N - 1 messages of a queue wait for a slot (default: 1)",
+        type=_whole(1, _MAX_NUM_MESSAGES),
         default=1,
         metavar="N",
     ),
@@ -13241,6 +13459,9 @@ def _check_all(arguments: Any) -> bool:
     return any(finding.severity == "error" for finding in findings)
 
 
+_DASHBOARDS = {"dashboard": _dashboard, "dashboard-terraform": _dashboard_terraform}
+
+
 @_command(
     "provision",
     _MODULES,
@@ -13259,7 +13480,30 @@ def _check_all(arguments: Any) -> bool:
         metavar="ARN",
     ),
     _option(
-        "--format", "print it in this format, for review", choices=["terraform", "iam"]
+        "--format",
+        "print it in this format, for review",
+        choices=["terraform", "iam", *_DASHBOARDS],
+    ),
+    _option(
+        "--max-age",
+        "dashboard: alarm if a message waits for longer (default: 15m)",
+        type=_seconds(1),
+        default=900,
+        metavar="S",
+    ),
+    _option(
+        "--max-backlog",
+        "dashboard: alarm if more messages wait (default: 1000)",
+        type=_whole(0),
+        default=1000,
+        metavar="N",
+    ),
+    _option("--notify", "dashboard: topic that alarms are sent to", metavar="ARN"),
+    _option(
+        "--emf",
+        "dashboard: namespace of the metrics that workers print",
+        type=_namespace,
+        metavar="NAMESPACE",
     ),
     _flag("--prune", "delete the schedules of tasks that these modules lack"),
     _DRY_RUN,
@@ -13279,6 +13523,12 @@ def _provision(arguments: Any) -> None:
         resources += _resources(
             priority, arguments.max_receive_count, arguments.function
         )
+    if arguments.format in _DASHBOARDS:
+        watched = _Watched(
+            arguments.max_age, arguments.max_backlog, arguments.notify, arguments.emf
+        )
+        print(json.dumps(_DASHBOARDS[arguments.format](resources, watched), indent=2))
+        return
     resources += _schedule_resources()
     write = {"terraform": _terraform, "iam": _iam}.get(arguments.format)
     if write:
@@ -13576,9 +13826,6 @@ def _group_as_dict(
         "list": f"{_LETTERS_COMMAND} list{words}",
         "requeue": f"{_LETTERS_COMMAND} requeue{words}",
     }
-
-
-_LETTERS_COMMAND = "python -m taskhawk dead-letters"
 
 
 def _words_of(arguments: Any, task: str, error: str) -> str:

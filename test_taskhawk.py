@@ -18682,6 +18682,122 @@ warning
 """
 
 
+class TestDashboard:
+    """A dashboard and alarms of CloudWatch are written down, to be put or by Terraform."""
+
+    def test_queues(self, moto, sqs_client, queue_name, capsys):
+        """A chart shows each metric, and each queue has its alarms; CloudWatch takes them."""
+        account = configure_account(sqs_client, moto, queue_name)
+        name = f"TASKHAWK-{queue_name}"
+        topic = f"arn:aws:sns:us-east-1:{account}:pager"
+        options = ["--max-age=10m", "--max-backlog=50", f"--notify={topic}"]
+        found = provision_json(
+            capsys, "--format=dashboard", "--priority=default", *options
+        )
+        client = sqs_client(moto, "cloudwatch")
+        dashboard = found["put-dashboard"]
+        assert client.put_dashboard(**dashboard)["DashboardValidationMessages"] == []
+        assert dashboard["DashboardName"] == f"taskhawk-{queue_name}"
+        widgets = json.loads(dashboard["DashboardBody"])["widgets"]
+        assert [(each["x"], each["y"]) for each in widgets] == [
+            (0, 0),
+            (6, 0),
+            (12, 0),
+            (18, 0),
+        ]
+        shown = [each["properties"] for each in widgets]
+        assert {each["region"] for each in shown} == {"us-east-1"}
+        assert shown[0]["title"] == f"{name}-DLQ: dead letters"
+        visible = "ApproximateNumberOfMessagesVisible"
+        dead = ["AWS/SQS", visible, "QueueName", f"{name}-DLQ"]
+        assert shown[0]["metrics"] == [dead]
+        assert [len(each["metrics"]) for each in shown] == [1, 3, 1, 2]
+        alarms = found["put-metric-alarm"]
+        for alarm in alarms:
+            client.put_metric_alarm(**alarm)
+        made = client.describe_alarms()["MetricAlarms"]
+        ours = [each for each in made if each["AlarmName"].startswith(name)]
+        limits = {each["AlarmName"]: each["Threshold"] for each in ours}
+        assert limits == {
+            f"{name}-DLQ-not-empty": 0,
+            f"{name}-too-old": 600,
+            f"{name}-backlog": 50,
+        }
+        for alarm in ours:
+            assert alarm["AlarmActions"] == [topic]
+            assert alarm["ComparisonOperator"] == "GreaterThanThreshold"
+        assert alarms[0]["AlarmDescription"] == (
+            f"{name}-DLQ: there are dead letters: python -m taskhawk dead-letters summary"
+        )
+
+    def test_workers(self, aws, capsys):
+        """With the namespace of their metrics, what workers print is shown too."""
+        found = provision_json(
+            capsys, "--format=dashboard", "--priority=high", "--emf=my app"
+        )
+        widgets = json.loads(found["put-dashboard"]["DashboardBody"])["widgets"]
+        shown = [each["properties"]["metrics"] for each in widgets]
+        printed = {
+            metric
+            for metrics in shown
+            for namespace, metric, dimension, queue in metrics
+            if (namespace, dimension) == ("my app", "queue")
+            and queue.endswith("-HIGH-PRIORITY")
+        }
+        known = dataclasses.asdict(taskhawk.Ledger())
+        counts = {name.title().replace("_", "") for name in known}
+        assert printed < counts | {"RunDuration", "OldestRunAge", "LeasesLost"}
+        assert len(printed) == 7
+
+    def test_terraform(self, aws, capsys):
+        """Terraform's resources say the same, by its names."""
+        options = ["--priority=default", "--priority=bulk", "--notify=arn:x"]
+        found = provision_json(capsys, "--format=dashboard", *options)
+        resources = provision_json(capsys, "--format=dashboard-terraform", *options)
+        kinds = resources["resource"]
+        [board] = kinds.pop("aws_cloudwatch_dashboard").values()
+        assert board == {
+            "dashboard_name": found["put-dashboard"]["DashboardName"],
+            "dashboard_body": found["put-dashboard"]["DashboardBody"],
+        }
+        alarms = kinds.pop("aws_cloudwatch_metric_alarm")
+        assert kinds == {}
+        assert len(alarms) == len(found["put-metric-alarm"]) == 6
+        for label, alarm in alarms.items():
+            assert re.fullmatch("[a-z0-9_]+", label)
+            [call] = [
+                each
+                for each in found["put-metric-alarm"]
+                if each["AlarmName"] == alarm["alarm_name"]
+            ]
+            assert alarm == {
+                "alarm_name": call["AlarmName"],
+                "alarm_description": call["AlarmDescription"],
+                "namespace": "AWS/SQS",
+                "metric_name": call["MetricName"],
+                "dimensions": {"QueueName": call["Dimensions"][0]["Value"]},
+                "statistic": "Maximum",
+                "period": 60,
+                "evaluation_periods": call["EvaluationPeriods"],
+                "threshold": call["Threshold"],
+                "comparison_operator": "GreaterThanThreshold",
+                "treat_missing_data": "notBreaching",
+                "alarm_actions": ["arn:x"],
+            }
+
+    def test_topics(self, aws, capsys):
+        """A Lambda app has topics: what they did not deliver is an alarm."""
+        taskhawk.configure(dict(taskhawk.settings.given) | {"IS_LAMBDA_APP": True})
+        options = ["--priority=default", "--emf=my app", "--lambda=arn:f"]
+        found = provision_json(capsys, "--format=dashboard", *options)
+        [alarm] = found["put-metric-alarm"]
+        assert alarm["MetricName"] == "NumberOfNotificationsFailed"
+        assert (alarm["Namespace"], alarm["Statistic"]) == ("AWS/SNS", "Sum")
+        assert "AlarmActions" not in alarm
+        [widget] = json.loads(found["put-dashboard"]["DashboardBody"])["widgets"]
+        assert len(widget["properties"]["metrics"]) == 2
+
+
 class TestCheck:
     """What is wrong is found before it loses messages, with what mends it."""
 
@@ -19218,7 +19334,7 @@ LOGGING = {
     "version": 1,
     "disable_existing_loggers": True,
     "handlers": {"h": {"class": "logging.StreamHandler"}},
-    "root": {"handlers": ["h"]},
+    LOGGING_HERE,
 }
 """,
     "empty/__init__.py": "",
@@ -19740,19 +19856,78 @@ logging.config.dictConfig({{
             assert finished == f"{text}job.add ID: attempt 1 finished"
 
     @pytest.mark.slow
-    def test_django(self, commands):
-        """Django is set up before modules are imported; without one, the apps' tasks are."""
-        for name, text in COMMAND_DJANGO.items():
-            path = commands.folder / name
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(text)
-        commands.env |= {"DJANGO_SETTINGS_MODULE": "site_settings"}
+    @pytest.mark.parametrize("options", [[], ["--log-format=json"]], ids=["", "json"])
+    def test_basic_config(self, commands, options):
+        """A basicConfig() of a tasks module holds; a format that was asked for does too."""
+        with (commands.folder / "job.py").open("a") as file:
+            file.write("logging.basicConfig(format='theirs %(task)s %(message)s')\n")
+        commands.send("job.add", 1)
+        lines = commands.logged("listen", "job", "--until-empty", *options)
+        (finished,) = [line for line in lines if "finished" in line]
+        if options:
+            assert json.loads(finished)["task"] == "job.add"
+        else:
+            assert finished == "theirs job.add job.add ID: attempt 1 finished"
+
+    @pytest.mark.slow
+    def test_early_log(self, commands):
+        """What is logged while modules are imported has the format that was asked for."""
+        (commands.folder / "job.py").write_text("import taskhawk.nothing")
+        commands.env |= {"TASKHAWK_QUEU": "x"}
+        (commands.folder / "job.py").write_text(
+            "import taskhawk\n@taskhawk.task\ndef add(): pass\n"
+            "taskhawk.settings.TASKHAWK_SYNC\n"
+        )
+        options = ("--log-format=json", "--until-empty")
+        first, *_ = commands("listen", "job", *options).stderr.splitlines()
+        assert json.loads(first)["message"].startswith(
+            "TASKHAWK_QUEU in the environment"
+        )
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(
+        "logging",
+        [
+            '"root": {"handlers": ["h"]}',
+            '"root": {"level": "INFO"}',
+            '"loggers": {"django": {"handlers": ["h"]}}',
+        ],
+        ids=["root", "root without handlers", "no root"],
+    )
+    def test_django(self, commands, logging):
+        """Django is set up before modules are imported; without one, the apps' tasks are.
+
+        Whatever its LOGGING says, the worker's log has its format and the task's fields.
+        """
+        self.write_django(commands, logging)
         commands.send("shop.tasks.sell")
         result = commands("listen", "--until-empty", "--log-format=json")
         assert re.fullmatch("sold shop.Sale\n1 received, 1 acked,.*\n", result.stdout)
         lines = [json.loads(line) for line in result.stderr.splitlines()]
         assert [line["logger"] for line in lines] == ["taskhawk"] * 3
         assert lines[1]["task"] == "shop.tasks.sell"
+
+    @staticmethod
+    def write_django(commands, logging):
+        """Write a site of Django whose LOGGING has this in it."""
+        for name, text in COMMAND_DJANGO.items():
+            path = commands.folder / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text.replace("LOGGING_HERE", logging))
+        commands.env |= {"DJANGO_SETTINGS_MODULE": "site_settings"}
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("line", ["import not_installed", "1 / 0"])
+    def test_django_tasks_fail(self, commands, line):
+        """An app's tasks that can't be imported are an error: they would not be served."""
+        self.write_django(commands, '"root": {}')
+        with (commands.folder / "shop/tasks.py").open("a") as file:
+            file.write(line)
+        errors = commands("listen", "--until-empty", code=1).stderr.splitlines()
+        assert errors[-1].startswith(
+            "taskhawk: the module 'shop.tasks' can't be imported: "
+        )
+        assert f"    {line}" in errors
 
     @pytest.mark.slow
     def test_django_fails(self, commands):
