@@ -21258,10 +21258,10 @@ class TestReading:
         assert (result.returncode, "1 failed" in result.stdout) == (1, True)
 
     def test_memory_broker(self, tmp_path):
-        """A broker in memory passes the contract, in no more statements than it says."""
+        """A broker in memory passes the contract, in as many statements as README says."""
         readme_files(tmp_path)
         (tmp_path / "memory_broker.py").write_text(READING_BROKER)
         shutil.copy(taskhawk.__file__, tmp_path / "taskhawk.py")
         result = self.run_suite(tmp_path, "test_memory_broker.py")
         assert result.returncode == 0, result.stdout
-        assert house_statements(ast.parse(READING_BROKER)) <= 90
+        assert house_statements(ast.parse(READING_BROKER)) == 81
