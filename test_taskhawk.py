@@ -7608,6 +7608,10 @@ def audit(
 def load(rows: dict[str, Any]) -> None: ...
 
 
+@taskhawk.task(batch=50)
+def index(calls: list[taskhawk.Call]) -> None: ...
+
+
 def with_session(fn: Callable[Concatenate[str, P], R]) -> Callable[P, R]:
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         return fn("a session", *args, **kwargs)
@@ -7636,7 +7640,10 @@ def right() -> str:
 
 
 async def right_too() -> str:
-    return await charge(7, cents=5)
+    index.dispatch(7)
+    await send.with_headers(a=1).dispatch_async("a", "b")
+    text: str = await charge.dispatch_async(7, cents=5)
+    return text + await charge(7, cents=5)
 
 
 def wrong() -> None:
@@ -7667,6 +7674,8 @@ def later() -> None: ...
 
 async def wrong_too() -> None:
     text: int = await charge(7, cents=5)  # wrong
+    await send.dispatch_async("a")  # wrong
+    await charge.with_group("a").dispatch_async(7, 5)  # wrong
     print(text)
 """
 TYPED_PLACES = {  # where taskhawk is, and how it is imported
@@ -17034,12 +17043,25 @@ sold 2 milk
 default 1 acknowledge""",
     ),
     "aenqueue": (
-        """r = asyncio.run(rush.aenqueue("milk"))
-print(r.status.name, r.args)
+        """async def both():
+    return await asyncio.gather(rush.aenqueue("milk"), sell.aenqueue("tea"))
+watched(lambda: print([r.args for r in asyncio.run(both())]))
 work()""",
-        """READY ['milk']
+        """enqueued READY None [] 0 False
+enqueued READY None [] 0 False
+[['milk'], ['tea']]
+sold 1 tea
+default 1 acknowledge
 rushed milk
 high 1 acknowledge""",
+    ),
+    "aenqueue in Django's thread": (
+        """with taskhawk.capture() as calls:
+    asyncio.run(later.aenqueue("milk"))
+print(len(calls))
+with override_settings(TASKHAWK_SYNC=True):
+    asyncio.run(sell.aenqueue("tea"))""",
+        "1\nsold 1 tea",
     ),
     "the message": (
         """with taskhawk.capture() as calls:
