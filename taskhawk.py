@@ -10788,9 +10788,7 @@ class _DjangoBackend:
         :raises Exception: as :meth:`AsyncInvocation.dispatch`. With ``on_commit``, the
             commit raises what the queue does not accept: its rows are committed then
         """
-        self.validate_task(task)
-        message = self._message(task, args, kwargs)
-        result = _django_result(task, message.id, message.args, message.kwargs)
+        message, result = self._make(task, args, kwargs)
         send = functools.partial(self._send, message, result)
         if self.options.get("on_commit"):
             from django.db.transaction import on_commit
@@ -10801,8 +10799,27 @@ class _DjangoBackend:
             send()
         return result
 
+    async def aenqueue(self, task: Any, args: Any, kwargs: Any) -> Any:
+        """Queue a run as :meth:`enqueue` does; many at once share requests."""
+        from django.tasks.signals import task_enqueued
+
+        if settings.TASKHAWK_SYNC or self.options.get("on_commit"):
+            # A transaction is of the thread in which Django runs what is not async.
+            return await super().aenqueue(task, args, kwargs)  # type: ignore[misc]
+        message, result = self._make(task, args, kwargs)
+        await _publish_async(message)
+        _note_enqueued(result)
+        await task_enqueued.asend(type(self), task_result=result)
+        return result
+
+    def _make(self, task: Any, args: Any, kwargs: Any) -> tuple[Message, Any]:
+        """Make the message of a run, and its result."""
+        self.validate_task(task)
+        message = self._message(task, args, kwargs)
+        return message, _django_result(task, message.id, message.args, message.kwargs)
+
     def _message(self, task: Any, args: Any, kwargs: Any) -> Message:
-        """Make the message of a run."""
+        """Make the message of a run, once it is known that the worker can make it."""
         from django.utils.json import normalize_json
 
         invocation = self._task_of(task).with_priority(_django_priority(task))
@@ -10817,10 +10834,9 @@ class _DjangoBackend:
     def _send(self, message: Message, result: Any) -> None:
         """Send a message, and tell that it is queued."""
         from django.tasks.signals import task_enqueued
-        from django.utils import timezone
 
         publish(message)
-        _set_fields(result, enqueued_at=timezone.now())
+        _note_enqueued(result)
         task_enqueued.send(type(self), task_result=result)
 
     def _task_of(self, declared: Any) -> Task[Any, Any]:
@@ -11075,6 +11091,13 @@ def _django_result(
         backend=declared.backend,
         **{**queued, **fields},
     )
+
+
+def _note_enqueued(result: Any) -> None:
+    """Note that the queue has a message."""
+    from django.utils import timezone
+
+    _set_fields(result, enqueued_at=timezone.now())
 
 
 def _set_fields(result: Any, **fields: Any) -> None:

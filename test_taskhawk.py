@@ -7624,6 +7624,10 @@ def audit(
 def load(rows: dict[str, Any]) -> None: ...
 
 
+@taskhawk.task(batch=50)
+def index(calls: list[taskhawk.Call]) -> None: ...
+
+
 def with_session(fn: Callable[Concatenate[str, P], R]) -> Callable[P, R]:
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         return fn("a session", *args, **kwargs)
@@ -7652,7 +7656,10 @@ def right() -> str:
 
 
 async def right_too() -> str:
-    return await charge(7, cents=5)
+    index.dispatch(7)
+    await send.with_headers(a=1).dispatch_async("a", "b")
+    text: str = await charge.dispatch_async(7, cents=5)
+    return text + await charge(7, cents=5)
 
 
 def wrong() -> None:
@@ -7683,6 +7690,8 @@ def later() -> None: ...
 
 async def wrong_too() -> None:
     text: int = await charge(7, cents=5)  # wrong
+    await send.dispatch_async("a")  # wrong
+    await charge.with_group("a").dispatch_async(7, 5)  # wrong
     print(text)
 """
 TYPED_PLACES = {  # where taskhawk is, and how it is imported
@@ -13694,7 +13703,7 @@ class TestListenAsync:
     def test_error(self, ran):
         """What ends a worker is raised; so are options that make no sense."""
         coroutine = taskhawk.listen_async(Priority.default, num_messages=0)
-        sentence = "num_messages: expected 1 or more, got 0"
+        sentence = "num_messages: expected 1 to 100, got 0"
         assert refused(asyncio.run, coroutine) == sentence
         coroutine = taskhawk.listen_async("high")
         sentence = "priority: expected a taskhawk.Priority or several, got 'high'"
@@ -17563,12 +17572,25 @@ sold 2 milk
 default 1 acknowledge""",
     ),
     "aenqueue": (
-        """r = asyncio.run(rush.aenqueue("milk"))
-print(r.status.name, r.args)
+        """async def both():
+    return await asyncio.gather(rush.aenqueue("milk"), sell.aenqueue("tea"))
+watched(lambda: print([r.args for r in asyncio.run(both())]))
 work()""",
-        """READY ['milk']
+        """enqueued READY None [] 0 False
+enqueued READY None [] 0 False
+[['milk'], ['tea']]
+sold 1 tea
+default 1 acknowledge
 rushed milk
 high 1 acknowledge""",
+    ),
+    "aenqueue in Django's thread": (
+        """with taskhawk.capture() as calls:
+    asyncio.run(later.aenqueue("milk"))
+print(len(calls))
+with override_settings(TASKHAWK_SYNC=True):
+    asyncio.run(sell.aenqueue("tea"))""",
+        "1\nsold 1 tea",
     ),
     "the message": (
         """with taskhawk.capture() as calls:
@@ -21867,10 +21889,10 @@ class TestReading:
         assert (result.returncode, "1 failed" in result.stdout) == (1, True)
 
     def test_memory_broker(self, tmp_path):
-        """A broker in memory passes the contract, in no more statements than it says."""
+        """A broker in memory passes the contract, in as many statements as README says."""
         readme_files(tmp_path)
         (tmp_path / "memory_broker.py").write_text(READING_BROKER)
         shutil.copy(taskhawk.__file__, tmp_path / "taskhawk.py")
         result = self.run_suite(tmp_path, "test_memory_broker.py")
         assert result.returncode == 0, result.stdout
-        assert house_statements(ast.parse(READING_BROKER)) <= 90
+        assert house_statements(ast.parse(READING_BROKER)) == 81
