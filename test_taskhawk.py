@@ -18532,6 +18532,24 @@ class TestDeadLetterCommands:
             words = shlex.split(group["requeue"])[4:]
             assert letters(*words) == [f"sent back: {group['count']}"]
 
+    def test_summary_in_any_order(self):
+        """The example is the newest one's, in whichever order they are received."""
+        ages = {f"{hour:02}": hour * 3_600_000 for hour in range(3)}
+        for order in itertools.permutations(ages):
+            found = []
+            for hour in order:
+                sent = {"SentTimestamp": str(ages[hour])}
+                record = json.dumps({"type": "E", "message": hour})
+                error = {"taskhawk.error": {"StringValue": record}}
+                received = taskhawk.QueueMessage("", hour, None, sent, error)
+                found.append(taskhawk._read_dead_letter(None, received))
+            group = taskhawk._Group(found[0])
+            for letter in found[1:]:
+                group.add(letter)
+            assert (group.count, group.example) == (3, "E: 02")
+            assert group.oldest == "1970-01-01T00:00:00Z"
+            assert group.newest == "1970-01-01T02:00:00Z"
+
     def test_summary_keeps_filters(self, letters):
         """The commands of a group have the summary's own filters too."""
         letters.put({"task": "odd[1]*", "headers": {"n": "a b"}})
