@@ -6411,7 +6411,8 @@ class _Holdings:
     @property
     def is_overdue(self) -> bool:
         """Whether two full batches are decided and in no call: the keeper is behind."""
-        return self.calls.left >= 2 * _MAX_BATCH
+        limit = 2 * _MAX_BATCH
+        return len(self.decided) >= limit and self.calls.left >= limit
 
     def still_run(self) -> list[QueueMessage]:
         """Return the messages that run."""
@@ -7718,11 +7719,14 @@ class _Intake:
 
     def tell(self) -> None:
         """Have pollers look that may begin earlier than they would look."""
-        load, phase = self._course.load(), self._course.phase
-        for queue, pollers in self._pollers.items():
-            if phase is not _Phase.working:
+        if self._course.phase is not _Phase.working:
+            for pollers in self._pollers.values():
                 pollers.may_look.notify_all()
-            elif pollers.looks_at > -math.inf:
+            return
+        load = None
+        for queue, pollers in self._pollers.items():
+            if pollers.looks_at > -math.inf:
+                load = load or self._course.load()
                 pollers.tell(self.polls.may_begin_at(queue, load))
 
     def begin(self, queue: str, goes_on: Callable[[str], bool]) -> _Poll | None:
@@ -7927,11 +7931,12 @@ class _Poller:
                 poll = intake.begin(self._queue, intake.polls.is_open)
                 if not poll:
                     break
-                failures = self._try(poll)
-                if failures:
+                error = self._try(poll)
+                if error:
+                    failures = self._faults.failed(self._queue, "receive", repr(error))
                     _back_off(course.stop, self._worker.clock, failures)
-        except BaseException as error:
-            course.fail(error)  # before the phases go on, or nobody would see it
+        except BaseException as fatal:
+            course.fail(fatal)  # before the phases go on, or nobody would see it
             raise
         finally:
             intake.close(self._queue)
@@ -7941,9 +7946,9 @@ class _Poller:
         intake = self._intake
         try:
             while poll := intake.begin(self._queue, intake.polls.is_busy):
-                self._try(poll)
-        except BaseException as error:
-            self._course.fail(error)
+                self._try(poll)  # if that fails, it ends: the poller backs off for all
+        except BaseException as fatal:
+            self._course.fail(fatal)
             raise
         finally:
             intake.helper_ended(self._queue)
@@ -7954,23 +7959,22 @@ class _Poller:
             return False
         return _are_empty(self._worker.broker, self._worker.queues)
 
-    def _try(self, poll: _Poll) -> int:
-        """Receive; return how often that has failed by now, one after another."""
+    def _try(self, poll: _Poll) -> Exception | None:
+        """Receive; return the error if that fails."""
+        worker = self._worker
         try:
-            if self._lease is not None:
+            if self._lease is None:
+                wanted_s = worker.visibility_timeout_s
+                self._lease = _find_lease(worker.broker, self._queue, wanted_s)
+                self._intake.drop(poll)  # it may have taken long: look again whether to
+            else:
                 self._receive(poll, self._lease)
-                return 0
-            worker = self._worker
-            self._lease = _find_lease(
-                worker.broker, self._queue, worker.visibility_timeout_s
-            )
         except Exception as error:
             was_answered = self._intake.fail(poll)
             if not was_answered and isinstance(error, ConfigurationError):
                 raise  # at the start, this is for a person to mend
-            return self._faults.failed(self._queue, "receive", repr(error))
-        self._intake.drop(poll)  # it may have taken long: look again whether to
-        return 0
+            return error
+        return None
 
     def _receive(self, poll: _Poll, lease: _Lease) -> None:
         """Receive once, and hold what came."""

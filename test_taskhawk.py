@@ -12330,6 +12330,25 @@ class TestWorker:
         assert ledger == taskhawk.Ledger(brought, acked=1, released=brought - 1)
         assert worker_broker.depth(WORKER_QUEUE) == (39, 0, 0)
 
+    def test_pollers_that_fail(self, worker_broker, worker_act, caplog):
+        """Where several receives fail at once, that is one failure, and one pause."""
+        three, numbers = threading.Barrier(3), itertools.count(1)
+
+        def receive(real: Any, *_: Any) -> Any:
+            if next(numbers) in {2, 3, 4}:
+                three.wait(WORKER_PATIENCE_S)
+                raise OSError("reset")
+            return real()
+
+        worker_broker.faults["receive"] = receive
+        worker_broker.put(worker_act, *[("run",)] * 40)
+        options = {"num_messages": 40, "clock": worker_fast_clock}
+        with caplog.at_level(logging.INFO):
+            assert worker_broker.work(**options).acked == 40
+        failed, works, _ended = worker_logs(caplog, logging.INFO)
+        assert failed == "WORKER: can't receive, goes on trying: OSError('reset')"
+        assert works == "WORKER: can receive again; tries that failed: 1"
+
     def test_defect_of_a_poller(self, worker_broker, worker_act):
         """An error of our own in a second poller ends the worker, and is raised."""
         both, numbers = threading.Barrier(2), itertools.count(1)
