@@ -91,7 +91,7 @@ What to read for each promise, and how many statements that is
         _in_one_line, _facts, _extra_of, _text_of_invalid, _shown, _mismatch,
         _too_large, _Holdings.warn, _Keeper._tell, _Faults, _error_code, _error_details,
         _explained, _explanation, _find_remedy, _Source.read, _call_safely, _log_again
-    6 (325): _Polls, _Intake.begin, _Intake.adds_helper, _Poller.work, _Poller._help,
+    6 (326): _Polls, _Intake.begin, _Intake.adds_helper, _Poller.work, _Poller._help,
         _Poller._try, _Poller._receive, _pause_s, _Holdings._decide, _Ends, _Calls.next,
         _Calls._due_at, _Calls._patience_s, _Calls._extended, _Leases, _Keeper._wait,
         _Keeper._make, SqsBroker.receive, SqsBroker.url, SqsBroker._find_url, _parts
