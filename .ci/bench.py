@@ -312,6 +312,19 @@ def run_dispatch(
     return measured(lambda: in_threads(count // batch, threads, call))
 
 
+def run_dispatch_async(count: int, at_once: int, **_: Any) -> Any:
+    """Send messages from coroutines, so many at once."""
+    job = our_task().with_headers(request_id="1234")
+
+    async def work() -> None:
+        for _ in range(count // at_once):
+            calls = [job.dispatch_async(*CALL[0], **CALL[1]) for _ in range(at_once)]
+            await asyncio.gather(*calls)
+
+    job.dispatch(*CALL[0], **CALL[1])
+    return measured(lambda: asyncio.run(work()))
+
+
 def run_consume(
     side: str, count: int, most: int, concurrency: int = 1, **_: Any
 ) -> Any:
@@ -614,7 +627,18 @@ class Bench:
                 f"10 ms: dispatch, {threads} threads",
                 {"count": 800, "threads": threads},
             )
-            self.compare(name, "dispatch", **options, **slow)
+            target = ""
+            if threads == 8:
+                target = "CPU <= 0.4, requests <= 0.2"
+            figure = {"figure": "cpu_s", "target": target}
+            self.compare(name, "dispatch", **{**options, **slow, **figure})
+        for at_once in (1, 10, 200):
+            target = ""
+            if at_once == 200:
+                target = "requests <= 0.12"
+            name = f"10 ms: dispatch, {at_once} coroutines"
+            options = {"count": 10 * at_once, "at_once": at_once, "target": target}
+            ours(name, "dispatch_async", **options, **slow)
         self.compare(
             "10 ms: dispatch, batched", "dispatch", count=2000, batch=10, **slow
         )
