@@ -6408,12 +6408,6 @@ class _Holdings:
         """How many runs are under way; messages that run together are one."""
         return len(self.held) - self.waiting - len(self.decided) - self._along
 
-    @property
-    def is_overdue(self) -> bool:
-        """Whether two full batches are decided and in no call: the keeper is behind."""
-        limit = 2 * _MAX_BATCH
-        return len(self.decided) >= limit and self.calls.left >= limit
-
     def still_run(self) -> list[QueueMessage]:
         """Return the messages that run."""
         return [held.message for held in self.held if held.runs]
@@ -6659,6 +6653,12 @@ class _Calls:
     def left(self) -> int:
         """How many messages are decided and in no call."""
         return sum(map(len, self._ends.values()))
+
+    @property
+    def is_overdue(self) -> bool:
+        """Whether two full batches are decided and in no call: the keeper is behind."""
+        limit = 2 * _MAX_BATCH
+        return len(self._all.decided) >= limit and self.left >= limit
 
     def add(self, held: _Held) -> None:
         """Have a message ended that is decided, once it is in no call."""
@@ -6941,7 +6941,7 @@ class _Keeper:
         if self._is_over or self._is_done(now):
             self._is_over = True
             return None
-        was_overdue = self.holdings.is_overdue
+        was_overdue = self.holdings.calls.is_overdue
         call = self.holdings.calls.next(now)
         if self.holdings.news or was_overdue:
             self.freed()  # a message was lost, or a call begins
@@ -7592,7 +7592,7 @@ class _Course:
         waiting, starts = holdings.backlog.counts(), math.inf
         if limits.max_tasks is not None:
             starts = limits.max_tasks - self._started - sum(waiting)
-        if self._paused == limits.slots or holdings.is_overdue:
+        if self._paused == limits.slots or holdings.calls.is_overdue:
             starts = 0
         free = limits.slots - self._paused - holdings.running
         return _Load(free, waiting, starts)

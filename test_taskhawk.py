@@ -10518,12 +10518,12 @@ class TestHoldings:
         overdue = []
         for run in runs[:21]:
             holdings.finish(run, "acked", 1)
-            overdue.append(holdings.is_overdue)
+            overdue.append(holdings.calls.is_overdue)
         assert overdue == [False] * 19 + [True] * 2
         call = holdings.calls.next(1)
-        assert not holdings.is_overdue
+        assert not holdings.calls.is_overdue
         holdings.calls.answered(call, dict.fromkeys(range(10), BUSY[0]))
-        assert holdings.is_overdue
+        assert holdings.calls.is_overdue
 
     @pytest.mark.parametrize(
         ("took_s", "answer", "starts_at", "news"),
@@ -10803,7 +10803,7 @@ class TestHoldings:
         """At 30 ms a call, 1,000 messages a second are acknowledged as they come."""
         busy = Busy(["Q"], calls=taskhawk._MAX_CALLS, latency_ms=30)
         while busy.now_ms < 3_000:
-            assert not busy.holdings.is_overdue
+            assert not busy.holdings.calls.is_overdue
             busy.end("Q", "acked")
             busy.step()
         assert busy.holdings.ledger.acked > 2_900
@@ -10816,7 +10816,7 @@ class TestHoldings:
         while busy.now_ms < 10_000:
             if busy.now_ms % 100 == 0:
                 busy.end(queues[-1], "retried")
-            while not busy.holdings.is_overdue:
+            while not busy.holdings.calls.is_overdue:
                 for queue in queues:
                     busy.end(queue, "acked")
             busy.step()
