@@ -6078,6 +6078,13 @@ class _Backlog:
                 return held
         return None
 
+    def like(self, first: _Held, now: float) -> Iterator[_Held]:
+        """Yield what may run together with a message of a batch task."""
+        for held in self._of[first.queue]:
+            is_like = held.message.batch_task == first.message.batch_task
+            if is_like and held.is_sure and now < held.lease_until:
+                yield held
+
 
 class _Holdings:
     """The messages that a worker holds, and what is due for them.
@@ -6171,10 +6178,7 @@ class _Holdings:
 
         :param most: how many may run together
         """
-        kind = (first.queue, first.message.batch_task)
-        waiting = [held for held in self.backlog if held.is_sure]
-        alike = [h for h in waiting if (h.queue, h.message.batch_task) == kind]
-        more = [held for held in alike if now < held.lease_until][: most - 1]
+        more = list(itertools.islice(self.backlog.like(first, now), most - 1))
         for held in more:
             self.backlog.drop(held)
             held.begin(now)
