@@ -6471,10 +6471,7 @@ class _Holdings:
         return held
 
     def start_more(self, first: _Held, most: int, now: float) -> list[_Held]:
-        """Start messages of the same batch task as one that was just started.
-
-        :param most: how many may run together
-        """
+        """Start others of a batch task, so that at most so many run with the first."""
         more = list(itertools.islice(self.backlog.like(first, now), most - 1))
         for held in more:
             self.backlog.drop(held)

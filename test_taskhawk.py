@@ -1082,7 +1082,7 @@ HOUSE_PROMISES = {
     3: """_decode _parse Message.__init__ _validate _fits _find_task Task.find_by_name
         Task.call Task._run_function _register _import _import_path _parse_line _to_outcome
         _import_tasks""",
-    4: """process _run _begin_run _end_run _RunOfMany _decode _parse _failed _log_failed _verdict _is_invalid _text_of_invalid
+    4: """process _begin_run _RunOfMany.begin _decode _parse _failed _log_failed _verdict _is_invalid _text_of_invalid
         _Slot._run Worker.settle""",
     5: """_begin_run _end_run _failed _log_failed _sentence _what_follows _name_of _reason _in_one_line _facts
         _extra_of _text_of_invalid _shown _mismatch _too_large _Holdings.warn
