@@ -3614,7 +3614,7 @@ class Call:
     def of(cls, message: Message, receipt: str | None) -> Call:
         """Return what a message asks for."""
         metadata = Metadata(message, receipt)
-        return cls(message.args, message.kwargs, metadata, dict(message.headers))
+        return cls(message.args, message.kwargs, metadata, dict(metadata.headers))
 
     def fail(self, error: BaseException) -> None:
         """Have this message end as if the task had raised an error for it alone.
@@ -5999,15 +5999,19 @@ _batch_tasks: set[str] = set()  # their names; without any, nothing is decoded t
 def _find_batch_task(received: QueueMessage) -> str | None:
     """Return the name of a message's task if that is a batch task.
 
-    Messages of a FIFO queue are run one by one, for each waits for the one before.
+    A message of a FIFO queue waits for the one before it, and one with a time limit of
+    its own is killed by itself: neither runs with others.
     """
     if not _batch_tasks or received.is_fifo:
         return None
     try:
-        found = _decode(received.body).task
+        message = _decode(received.body)
+        options = message.task.options
     except ValidationError:
         return None  # process() will say what is wrong with it
-    return found.name if "batch" in found.options else None
+    if "batch" not in options or _options_of(message).time_limit is not None:
+        return None
+    return message.task_name
 
 
 def _most_together(received: QueueMessage) -> int:

@@ -1080,7 +1080,7 @@ HOUSE_PROMISES = {
         _Calls._extended _Calls._deleted _Keeper._look _Keeper._make _Slot._run
         _Slot._process Worker._give_up _Child.kill""",
     3: """_decode _parse Message.__init__ _validate _fits _find_task Task.find_by_name
-        Task.call Task._run_function _register _import _import_path _parse_line _to_outcome
+        Task.call _register _import _import_path _parse_line _to_outcome
         _import_tasks""",
     4: """process _begin_run _RunOfMany.begin _decode _parse _failed _log_failed _verdict _is_invalid _text_of_invalid
         _Slot._run Worker.settle""",
@@ -10060,7 +10060,7 @@ class TestBatchTasks:
         assert seen == [(None, ids)]
 
     def test_find_batch_task(self, isolated):
-        """What is not valid, another task's, or of a FIFO queue runs by itself."""
+        """What is not valid, another task's, of a FIFO queue or limited runs by itself."""
         [received] = together_batch("a")
         find = taskhawk._find_batch_task
         taskhawk.task(name="shop.plain")(nothing)
@@ -10072,7 +10072,11 @@ class TestBatchTasks:
         others = [QueueMessage("{", "m1"), QueueMessage(received.body, "m1")]
         others[1].queue = "Q.fifo"
         others.append(QueueMessage(processing_body("shop.plain"), "m1"))
-        assert [*map(find, others)] == [None] * 3
+        taskhawk.configure(TASKHAWK_BROKER="sqlite://")
+        index = taskhawk.Task.find_by_name("shop.index")
+        index.with_options(time_limit=3).dispatch()
+        others += receive_all()
+        assert [*map(find, others)] == [None] * 4
 
 
 class TestLogging:
