@@ -3614,7 +3614,7 @@ class Call:
     def of(cls, message: Message, receipt: str | None) -> Call:
         """Return what a message asks for."""
         metadata = Metadata(message, receipt)
-        return cls(message.args, message.kwargs, metadata, dict(message.headers))
+        return cls(message.args, message.kwargs, metadata, dict(metadata.headers))
 
     def fail(self, error: BaseException) -> None:
         """Have this message end as if the task had raised an error for it alone.
@@ -5999,15 +5999,19 @@ _batch_tasks: set[str] = set()  # their names; without any, nothing is decoded t
 def _find_batch_task(received: QueueMessage) -> str | None:
     """Return the name of a message's task if that is a batch task.
 
-    Messages of a FIFO queue are run one by one, for each waits for the one before.
+    A message of a FIFO queue waits for the one before it, and one with a time limit of
+    its own is killed by itself: neither runs with others.
     """
     if not _batch_tasks or received.is_fifo:
         return None
     try:
-        found = _decode(received.body).task
+        message = _decode(received.body)
+        options = message.task.options
     except ValidationError:
         return None  # process() will say what is wrong with it
-    return found.name if "batch" in found.options else None
+    if "batch" not in options or _options_of(message).time_limit is not None:
+        return None
+    return message.task_name
 
 
 def _most_together(received: QueueMessage) -> int:
@@ -6374,6 +6378,13 @@ class _Backlog:
                 return held
         return None
 
+    def like(self, first: _Held, now: float) -> Iterator[_Held]:
+        """Yield what may run together with a message of a batch task."""
+        for held in self._of[first.queue]:
+            is_like = held.message.batch_task == first.message.batch_task
+            if is_like and held.is_sure and now < held.lease_until:
+                yield held
+
 
 class _Holdings:
     """The messages that a worker holds, and what is due for them.
@@ -6458,14 +6469,8 @@ class _Holdings:
         return held
 
     def start_more(self, first: _Held, most: int, now: float) -> list[_Held]:
-        """Start messages of the same batch task as one that was just started.
-
-        :param most: how many may run together
-        """
-        kind = (first.queue, first.message.batch_task)
-        waiting = [held for held in self.backlog if held.is_sure]
-        alike = [h for h in waiting if (h.queue, h.message.batch_task) == kind]
-        more = [held for held in alike if now < held.lease_until][: most - 1]
+        """Start others of a batch task, so that at most so many run with the first."""
+        more = list(itertools.islice(self.backlog.like(first, now), most - 1))
         for held in more:
             self.backlog.drop(held)
             held.begin(now)

@@ -1075,16 +1075,16 @@ HOUSE_PROMISES = {
     2: """SqliteBroker.receive SqliteBroker._claim SqliteBroker.change_visibility
         SqsBroker.receive _find_lease _Poller._receive _Intake.take _Intake.close
         _Course.take _Course._release_if_stuck _Backlog
-        _Call _Leases _Holdings.take _Holdings.start _Holdings.release _Holdings.release_waiting
+        _Call _Leases _Holdings.take _Holdings.start _Holdings.start_more _Holdings.release _Holdings.release_waiting
         _Holdings._decide _Holdings.expire _Holdings.lose _Calls.next _Calls.answered
         _Calls._extended _Calls._deleted _Keeper._look _Keeper._make _Slot._run
         _Slot._process Worker._give_up _Child.kill""",
     3: """_decode _parse Message.__init__ _validate _fits _find_task Task.find_by_name
         Task.call _register _import _import_path _parse_line _to_outcome
         _import_tasks""",
-    4: """process _run _decode _parse _failed _log_failed _verdict _is_invalid _text_of_invalid
+    4: """process _begin_run _RunOfMany.begin _decode _parse _failed _log_failed _verdict _is_invalid _text_of_invalid
         _Slot._run Worker.settle""",
-    5: """_run _failed _log_failed _sentence _what_follows _name_of _reason _in_one_line _facts
+    5: """_begin_run _end_run _failed _log_failed _sentence _what_follows _name_of _reason _in_one_line _facts
         _extra_of _text_of_invalid _shown _mismatch _too_large _Holdings.warn
         _Keeper._tell _Faults _error_code _error_details _explained _explanation
         _find_remedy _Source.read _call_safely _log_again""",
@@ -10060,7 +10060,7 @@ class TestBatchTasks:
         assert seen == [(None, ids)]
 
     def test_find_batch_task(self, isolated):
-        """What is not valid, another task's, or of a FIFO queue runs by itself."""
+        """What is not valid, another task's, of a FIFO queue or limited runs by itself."""
         [received] = together_batch("a")
         find = taskhawk._find_batch_task
         taskhawk.task(name="shop.plain")(nothing)
@@ -10072,7 +10072,11 @@ class TestBatchTasks:
         others = [QueueMessage("{", "m1"), QueueMessage(received.body, "m1")]
         others[1].queue = "Q.fifo"
         others.append(QueueMessage(processing_body("shop.plain"), "m1"))
-        assert [*map(find, others)] == [None] * 3
+        taskhawk.configure(TASKHAWK_BROKER="sqlite://")
+        index = taskhawk.Task.find_by_name("shop.index")
+        index.with_options(time_limit=3).dispatch()
+        others += receive_all()
+        assert [*map(find, others)] == [None] * 4
 
 
 class TestLogging:
