@@ -4962,7 +4962,7 @@ _GATHER_S = 0.002
 # The same, as a part of the time that the last call took.
 _GATHER_PART = 0.2
 # How long a message waits for a call under way at most: that one may hang.
-_PATIENCE_S = 0.2
+_SHARE_WITHIN_S = 0.2
 _HELPER_IDLE_S = 1  # after which a helper ends
 
 
@@ -5024,7 +5024,7 @@ class _Sharing:
         parcels, _, is_full = self._next_call()
         if not parcels or len(self.under_way) >= self._max_calls:
             return False
-        if is_full or now >= parcels[0].since + _PATIENCE_S:
+        if is_full or now >= parcels[0].since + _SHARE_WITHIN_S:
             return True
         if self.under_way:
             return False
@@ -5035,7 +5035,7 @@ class _Sharing:
         parcels, _, _ = self._next_call()
         if not parcels or len(self.under_way) >= self._max_calls:
             return math.inf
-        patient_until = parcels[0].since + _PATIENCE_S
+        patient_until = parcels[0].since + _SHARE_WITHIN_S
         if self.under_way:
             return patient_until
         return min(patient_until, self._gather_until)
