@@ -29,10 +29,14 @@ Promises
     5. Our log texts never hold bodies, arguments, header values or credentials, nor a
        line break of a message's. A task's own exceptions are logged as they are.
     6. Idle, a queue costs one 20 s poll after another. With ``num_messages=10``, a task
-       costs at most 0.12 receives and 0.12 deletes; leases are extra for tasks of over
-       a third of the visibility timeout. A dispatch in a batch costs 0.1 requests.
+       costs at most 0.12 receives and 0.12 deletes, and on a FIFO queue one of each;
+       leases are extra for tasks of over a third of the visibility timeout. A dispatch
+       in a batch costs 0.1 requests.
     7. A process that a task starts is as it would be without us: its signals, its
        environment, its connections.
+    8. Of a group on a FIFO queue, one message runs at a time, in the order in which
+       they were queued; the next one waits until it is done or a dead letter. What
+       promise 2 excepts is excepted here, too.
 
 Not here: results, chains, soft time limits, purging or browsing a queue.
 
@@ -87,7 +91,7 @@ What to read for each promise, and how many statements that is
         _in_one_line, _facts, _extra_of, _text_of_invalid, _shown, _mismatch,
         _too_large, _Holdings.warn, _Keeper._tell, _Faults, _error_code, _error_details,
         _explained, _explanation, _find_remedy, _Source.read, _call_safely, _log_again
-    6 (325): _Polls, _Intake.begin, _Intake.adds_helper, _Poller.work, _Poller._help,
+    6 (326): _Polls, _Intake.begin, _Intake.adds_helper, _Poller.work, _Poller._help,
         _Poller._try, _Poller._receive, _pause_s, _Holdings._decide, _Ends, _Calls.next,
         _Calls._due_at, _Calls._patience_s, _Calls._extended, _Leases, _Keeper._wait,
         _Keeper._make, SqsBroker.receive, SqsBroker.url, SqsBroker._find_url, _parts
@@ -97,6 +101,10 @@ What to read for each promise, and how many statements that is
         _forget_signals, _path_of_children, _Child._start_process,
         _ChildProcess.__init__, _serve_worker, _leave_signals_to_worker, _ignore_signal,
         _die_with_parent
+    8 (239): _in_group, _send_all, _in_order, _OrderedSend, SqliteBroker.send,
+        SqliteBroker._claim, SqliteBroker.delete, SqsBroker.receive,
+        SqsBroker._receive_in_order, _Polls, _Holdings._decide, _dead_letter,
+        _run_records, _is_behind
 
 Parts and rooms; the file still works if cut before part IV, V or VI
     I meaning
@@ -791,7 +799,7 @@ class _Settings:
         if len(queue) > longest:
             raise ConfigurationError(
                 f"TASKHAWK_QUEUE: expected at most {longest} characters where"
-                f" TASKHAWK_FIFO is set, for the names of FIFO queues end with"
+                " TASKHAWK_FIFO is set, for the names of FIFO queues end with"
                 f" {_FIFO!r}, got {len(queue)} in {queue!r}"
             )
 
@@ -3737,7 +3745,7 @@ class Task(Generic[_P, _R]):
                 f"{self.name}: {error}{_hint_of_wrapper(self.fn)}"
             ) from None
 
-    def take_any_arguments(self) -> None:
+    def _take_any_arguments(self) -> None:
         """Have messages carry any arguments: the function gets calls, not arguments."""
         try:
             self._signature.bind([])
@@ -3759,7 +3767,7 @@ class Task(Generic[_P, _R]):
         """
         if "batch" in self.options:
             call = Call.of(message, receipt)
-            self.call_together([call])
+            self._call_together([call])
             if call.error is not None:
                 raise call.error
             return
@@ -3771,7 +3779,7 @@ class Task(Generic[_P, _R]):
             kwargs["headers"] = dict(metadata.headers)
         self._run_function(metadata, *message.args, **kwargs)
 
-    def call_together(self, calls: list[Call]) -> None:
+    def _call_together(self, calls: list[Call]) -> None:
         """Run the function of a batch task once, for several messages."""
         metadata = calls[0].metadata
         if len(calls) > 1:
@@ -4215,6 +4223,8 @@ def task(
     :param time_limit: seconds until a worker kills a run, whatever code it is in; such
         a task is isolated
     :param isolate: have a worker run it in a process of its own, which may crash
+    :param batch: have the function called once for up to so many messages, at most 100,
+        with the list of their :class:`Call`
     :param more: options of later parts, see :class:`_MoreOptions`
     :raises ConfigurationError: if a message can't call the function, if its name is
         taken, or if an option is wrong
@@ -5978,7 +5988,7 @@ def _check_batch(made: Task[Any, Any], most: object) -> None:
         raise ConfigurationError(
             f"{made.name} has batch={most!r}: expected 1 to {_MAX_CALLS_TOGETHER}"
         )
-    made.take_any_arguments()
+    made._take_any_arguments()  # noqa: SLF001 - its own
     _batch_tasks.add(made.name)
 
 
@@ -6038,7 +6048,7 @@ def _call_together(ready: Iterable[Call]) -> BaseException | None:
         return None
     metadata = typing.cast("Metadata", calls[0].metadata)
     try:
-        _registry[metadata.task].call_together(calls)
+        _registry[metadata.task]._call_together(calls)  # noqa: SLF001 - its own
     except BaseException as error:
         return error
     return None
@@ -6079,23 +6089,22 @@ class _RunOfMany:
             self._error = error
             if self.call.error is not None:
                 self._error = self.call.error
+        shared = self._error
+        trace = getattr(shared, "__traceback__", None)
         try:
             _end_run(self._received, self._began, self._around, self._raise)
         except BaseException as raised:
             self._error = raised
         else:
             self._error = None
+        if shared is not None:
+            # It is raised for one message after another: it is not to grow.
+            shared.__traceback__ = trace
 
     def _raise(self) -> None:
         """End as the task's call did."""
-        if self._error is None:
-            return
-        trace = self._error.__traceback__
-        try:
+        if self._error is not None:
             raise self._error
-        finally:
-            # It is raised for one message after another: its traceback is not to grow.
-            self._error.__traceback__ = trace
 
     def outcome(self) -> Outcome:
         """Return what becomes of the message; raise what must end the process."""
@@ -6402,7 +6411,8 @@ class _Holdings:
     @property
     def is_overdue(self) -> bool:
         """Whether two full batches are decided and in no call: the keeper is behind."""
-        return self.calls.left >= 2 * _MAX_BATCH
+        limit = 2 * _MAX_BATCH
+        return len(self.decided) >= limit and self.calls.left >= limit
 
     def still_run(self) -> list[QueueMessage]:
         """Return the messages that run."""
@@ -6676,9 +6686,9 @@ class _Calls:
         the others follows, or extensions that hang would starve them. Of these comes
         first what has been due for longest.
         """
-        leases: list[_Held] = []
-        if self._leases_at() <= now:
-            leases = self._all.leases.due(now)
+        leases = self._all.leases.due(now)  # first, for that looks when they are
+        if self._leases_at() > now:
+            leases = []
         ends = min(self._ends.values(), key=self._due_at)
         is_due = self._due_at(ends) <= now
         if leases and not (is_due and self._last is _Kind.extend):
@@ -7006,7 +7016,7 @@ _MAX_BACKOFF_S = 60  # between receives that fail
 _FLUSH_S = 3  # of the grace, kept for acknowledgements once running tasks are given up
 _HURRIED_S = 1  # for acknowledgements after a second Ctrl-C
 _HEART_S = 1  # for the last heartbeat: its hook may hang
-_MAX_WAITING = 100  # num_messages: more would wait longer than a new worker takes
+_MAX_NUM_MESSAGES = 100  # a worker keeps what waits for it from all others
 _MAX_POLLS = 12  # of a queue at once; those of four fit into botocore's pool of 50
 _QUIET_S = 0.1  # after which a poll that still waits says that its queue is empty
 _SHORT_POLL_S = 1  # where another queue may need what a poll keeps for itself
@@ -7709,11 +7719,14 @@ class _Intake:
 
     def tell(self) -> None:
         """Have pollers look that may begin earlier than they would look."""
-        load, phase = self._course.load(), self._course.phase
-        for queue, pollers in self._pollers.items():
-            if phase is not _Phase.working:
+        if self._course.phase is not _Phase.working:
+            for pollers in self._pollers.values():
                 pollers.may_look.notify_all()
-            elif pollers.looks_at > -math.inf:
+            return
+        load = None
+        for queue, pollers in self._pollers.items():
+            if pollers.looks_at > -math.inf:
+                load = load or self._course.load()
                 pollers.tell(self.polls.may_begin_at(queue, load))
 
     def begin(self, queue: str, goes_on: Callable[[str], bool]) -> _Poll | None:
@@ -7918,11 +7931,12 @@ class _Poller:
                 poll = intake.begin(self._queue, intake.polls.is_open)
                 if not poll:
                     break
-                failures = self._try(poll)
-                if failures:
+                error = self._try(poll)
+                if error:
+                    failures = self._faults.failed(self._queue, "receive", repr(error))
                     _back_off(course.stop, self._worker.clock, failures)
-        except BaseException as error:
-            course.fail(error)  # before the phases go on, or nobody would see it
+        except BaseException as fatal:
+            course.fail(fatal)  # before the phases go on, or nobody would see it
             raise
         finally:
             intake.close(self._queue)
@@ -7932,9 +7946,9 @@ class _Poller:
         intake = self._intake
         try:
             while poll := intake.begin(self._queue, intake.polls.is_busy):
-                self._try(poll)
-        except BaseException as error:
-            self._course.fail(error)
+                self._try(poll)  # if that fails, it ends: the poller backs off for all
+        except BaseException as fatal:
+            self._course.fail(fatal)
             raise
         finally:
             intake.helper_ended(self._queue)
@@ -7945,23 +7959,22 @@ class _Poller:
             return False
         return _are_empty(self._worker.broker, self._worker.queues)
 
-    def _try(self, poll: _Poll) -> int:
-        """Receive; return how often that has failed by now, one after another."""
+    def _try(self, poll: _Poll) -> Exception | None:
+        """Receive; return the error if that fails."""
+        worker = self._worker
         try:
-            if self._lease is not None:
+            if self._lease is None:
+                wanted_s = worker.visibility_timeout_s
+                self._lease = _find_lease(worker.broker, self._queue, wanted_s)
+                self._intake.drop(poll)  # it may have taken long: look again whether to
+            else:
                 self._receive(poll, self._lease)
-                return 0
-            worker = self._worker
-            self._lease = _find_lease(
-                worker.broker, self._queue, worker.visibility_timeout_s
-            )
         except Exception as error:
             was_answered = self._intake.fail(poll)
             if not was_answered and isinstance(error, ConfigurationError):
                 raise  # at the start, this is for a person to mend
-            return self._faults.failed(self._queue, "receive", repr(error))
-        self._intake.drop(poll)  # it may have taken long: look again whether to
-        return 0
+            return error
+        return None
 
     def _receive(self, poll: _Poll, lease: _Lease) -> None:
         """Receive once, and hold what came."""
@@ -8030,11 +8043,17 @@ class _Event(typing.Protocol):
 
 
 # What later parts run beside each worker. Each is called before the first receive, with
-# the worker and the event that is set once it stops, and returns what a thread is to run
-# until then, or None.
+# the worker and the event that is set once it stops, and returns what a thread is to
+# run until then, or None.
 _beside_workers: list[
     Callable[[Worker, threading.Event], Callable[[], object] | None]
 ] = []
+
+
+def _threads_beside(worker: Worker, course: _Course) -> list[threading.Thread]:
+    """Return the threads of what later parts run beside a worker."""
+    begun = [begin(worker, course.stop) for begin in _beside_workers]
+    return [_make_thread(course, run) for run in begun if run is not None]
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -8121,8 +8140,8 @@ class Worker:
             credentials
         """
         make = functools.partial(_make_thread, self._course)
-        beside = [begin(self, self._course.stop) for begin in _beside_workers]
         slots = [make(slot.work) for slot in self._slots[1:]]
+        slots += _threads_beside(self, self._course)
         intake = _Intake(self._course, self._keeper, self._polls)
         poller = functools.partial(_Poller, self, self._course, intake)
         pollers = [make(poller(queue).work) for queue in self.queues]
@@ -8131,9 +8150,7 @@ class Worker:
         within_s: float | None = _HURRIED_S
         with self._signals:
             try:
-                self._work(
-                    helpers, [*pollers, *slots, *map(make, filter(None, beside))]
-                )
+                self._work(helpers, [*pollers, *slots])
                 within_s = None  # nothing interrupts it
             finally:
                 self._close(within_s)
@@ -8277,8 +8294,8 @@ def _check_counts(worker: Worker) -> None:
         number = getattr(worker, name)
         if number is not None and number < 1:
             raise ConfigurationError(f"{name}: expected 1 or more, got {number}")
-    if not 1 <= worker.num_messages <= _MAX_WAITING:
-        wanted = f"expected 1 to {_MAX_WAITING}"
+    if not 1 <= worker.num_messages <= _MAX_NUM_MESSAGES:
+        wanted = f"expected 1 to {_MAX_NUM_MESSAGES}"
         raise ConfigurationError(f"num_messages: {wanted}, got {worker.num_messages}")
 
 
@@ -8309,8 +8326,8 @@ def listen_for_messages(
     stops after the running task and the poll in flight, which takes up to 20 s on SQS.
 
     :param priority: the queue, or several: the most urgent message runs first
-    :param num_messages: how many one slot may hold, the one that it runs included, up
-        to 100; several slots share the others: with N, at most N - 1 of a queue wait
+    :param num_messages: with N, which is at most 100, up to N - 1 messages of a queue
+        wait while all slots run; with 1, one is received when it can start
     :param visibility_timeout_s: how long a received message is hidden from others,
         until the worker extends it; None takes the queue's own
     :param loop_count: end after so many receives from each queue; None goes on for ever
@@ -10068,7 +10085,8 @@ def _void_s(its_task: Task[Any, Any], received: QueueMessage) -> float:
     """Return after which time the claim of a run is void, for its worker has died."""
     if received.in_lambda:  # which has no regard for time limits
         return _LAMBDA_RUN_S + _SKEW_S
-    return (its_task.time_limit or received.lease_s) + _SKEW_S
+    limit_s = _options_of(_message_of(received)).time_limit or its_task.time_limit
+    return (limit_s or received.lease_s) + _SKEW_S
 
 
 def _wait_s(received: QueueMessage) -> float:
@@ -10427,17 +10445,16 @@ class _Schedule:
         return None
 
     def _local_times(self, start: datetime) -> Iterator[datetime]:
-        """Yield the times that fit the fields, in order, from the minute of `start` on."""
+        """Yield the times that fit the fields, in order, from a minute on."""
         minutes, hours, _, _, _, years = map(sorted, self.fields)
         start = start.replace(second=0, microsecond=0)
+        times = [timedelta(hours=h, minutes=m) for h in hours for m in minutes]
         day = start.replace(hour=0, minute=0)
         while day.year <= years[-1]:
             if self._is_due_on(day):
-                for hour in hours:
-                    for minute in minutes:
-                        local = day.replace(hour=hour, minute=minute)
-                        if local >= start:
-                            yield local
+                for time_of_day in times:
+                    if day + time_of_day >= start:
+                        yield day + time_of_day
             day += timedelta(days=1)
 
     def _is_due_on(self, day: datetime) -> bool:
@@ -10593,9 +10610,9 @@ def _periodic_schedule(task: Task[..., Any]) -> dict[str, Any]:
     }
 
 
-# Periodic tasks on SQLite: any worker queues what is due. A schedule's row has when that
-# is. The trigger makes one statement of moving it on and of the message, so each firing
-# is queued once, however many workers see it due and whenever they die.
+# Periodic tasks on SQLite: any worker queues what is due. A schedule's row has when
+# that is. The trigger makes one statement of moving it on and of the message, so each
+# firing is queued once, however many workers see it due and whenever they die.
 _SCHEDULE_TABLE = (
     """CREATE TABLE IF NOT EXISTS schedule (rule TEXT PRIMARY KEY,
     due_ms INTEGER NOT NULL, queue TEXT, group_id TEXT, message_id TEXT, body TEXT,
@@ -10776,9 +10793,7 @@ class _DjangoBackend:
         :raises Exception: as :meth:`AsyncInvocation.dispatch`. With ``on_commit``, the
             commit raises what the queue does not accept: its rows are committed then
         """
-        self.validate_task(task)
-        message = self._message(task, args, kwargs)
-        result = _django_result(task, message.id, message.args, message.kwargs)
+        message, result = self._make(task, args, kwargs)
         send = functools.partial(self._send, message, result)
         if self.options.get("on_commit"):
             from django.db.transaction import on_commit
@@ -10789,8 +10804,27 @@ class _DjangoBackend:
             send()
         return result
 
+    async def aenqueue(self, task: Any, args: Any, kwargs: Any) -> Any:
+        """Queue a run as :meth:`enqueue` does; many at once share requests."""
+        from django.tasks.signals import task_enqueued
+
+        if settings.TASKHAWK_SYNC or self.options.get("on_commit"):
+            # A transaction is of the thread in which Django runs what is not async.
+            return await super().aenqueue(task, args, kwargs)  # type: ignore[misc]
+        message, result = self._make(task, args, kwargs)
+        await _publish_async(message)
+        _note_enqueued(result)
+        await task_enqueued.asend(type(self), task_result=result)
+        return result
+
+    def _make(self, task: Any, args: Any, kwargs: Any) -> tuple[Message, Any]:
+        """Make the message of a run, and its result."""
+        self.validate_task(task)
+        message = self._message(task, args, kwargs)
+        return message, _django_result(task, message.id, message.args, message.kwargs)
+
     def _message(self, task: Any, args: Any, kwargs: Any) -> Message:
-        """Make the message of a run."""
+        """Make the message of a run, once it is known that the worker can make it."""
         from django.utils.json import normalize_json
 
         invocation = self._task_of(task).with_priority(_django_priority(task))
@@ -10805,10 +10839,9 @@ class _DjangoBackend:
     def _send(self, message: Message, result: Any) -> None:
         """Send a message, and tell that it is queued."""
         from django.tasks.signals import task_enqueued
-        from django.utils import timezone
 
         publish(message)
-        _set_fields(result, enqueued_at=timezone.now())
+        _note_enqueued(result)
         task_enqueued.send(type(self), task_result=result)
 
     def _task_of(self, declared: Any) -> Task[Any, Any]:
@@ -11063,6 +11096,13 @@ def _django_result(
         backend=declared.backend,
         **{**queued, **fields},
     )
+
+
+def _note_enqueued(result: Any) -> None:
+    """Note that the queue has a message."""
+    from django.utils import timezone
+
+    _set_fields(result, enqueued_at=timezone.now())
 
 
 def _set_fields(result: Any, **fields: Any) -> None:
@@ -11563,6 +11603,7 @@ def requeue_dead_letter(
 
 
 _PROVISION = "python -m taskhawk provision"  # fixes most of what check finds
+_LETTERS_COMMAND = "python -m taskhawk dead-letters"
 _TOLD = "as the error says"  # how to fix the rest
 _ABSENT = "NonExistentQueue|QueueDoesNotExist|NotFound"  # codes of AWS, as patterns
 _FORBIDDEN = "AccessDenied.*|AuthorizationError"
@@ -11676,7 +11717,7 @@ class _Resource(NamedTuple):
 
 def _label(name: str) -> str:
     """Return Terraform's name for a queue or topic."""
-    return re.sub(r"\W", "_", name.lower().replace(".", "__"))
+    return re.sub(r"\W", "_", name.lower())
 
 
 def _resources(
@@ -11784,6 +11825,25 @@ def _schedule_resources() -> list[_Resource]:
     return resources
 
 
+def _table_resources() -> list[_Resource]:
+    """Describe the table of claims, if it is used; Terraform has its TTL in it."""
+    table = settings.TASKHAWK_CLAIMS_TABLE
+    if table is None:
+        return []
+    attributes = {
+        "name": table,
+        "billing_mode": "PAY_PER_REQUEST",
+        "hash_key": "id",
+        "attribute": [{"name": "id", "type": "S"}],
+        "ttl": {"attribute_name": "expiration", "enabled": True},
+        "tags": {"taskhawk": settings.TASKHAWK_QUEUE},
+    }
+    return [
+        _Resource("aws_dynamodb_table", table, attributes),
+        _Resource("aws_dynamodb_ttl", table, {}),
+    ]
+
+
 _SCHEDULE_POLICY = "taskhawk"  # the name of the role's inline policy
 
 
@@ -11826,10 +11886,16 @@ def _terraform(resources: Iterable[_Resource]) -> dict[str, Any]:
     by_kind: dict[str, dict[str, Any]] = {}
     for resource in resources:
         attributes = resource.attributes
-        by_kind.setdefault(resource.kind, {})[_label(resource.name)] = attributes
+        if not attributes:  # those of another resource say it
+            continue
+        described = by_kind.setdefault(resource.kind, {})
+        label = _label(resource.name)
+        while label in described:  # of a task whose name differs in punctuation alone
+            label += "_"
+        described[label] = attributes
         if "endpoint" in attributes:
             # Besides its subscription, the function's own policy must let SNS call it.
-            by_kind.setdefault("aws_lambda_permission", {})[_label(resource.name)] = {
+            by_kind.setdefault("aws_lambda_permission", {})[label] = {
                 "action": "lambda:InvokeFunction",
                 "principal": "sns.amazonaws.com",
                 "function_name": attributes["endpoint"],
@@ -11838,11 +11904,11 @@ def _terraform(resources: Iterable[_Resource]) -> dict[str, Any]:
     return {"resource": by_kind}
 
 
-def _find(service: _AwsSender, operation: str, **parameters: Any) -> Any:
+def _find(service: _AwsService, operation: str, **parameters: Any) -> Any:
     """Return what a call of a service finds; None if there is no such thing."""
     explain = _explained(f"{service.service}:{operation}")
     call = functools.partial(getattr(service.client("send"), operation), **parameters)
-    return _unless("ResourceNotFoundException|NoSuchEntity.*", explain(call))
+    return _unless("ResourceNotFound.*|NoSuchEntity.*", explain(call))
 
 
 class _Change(NamedTuple):
@@ -11921,8 +11987,8 @@ def _topic_change(sns: SnsSender, resource: _Resource) -> _Change | None:
     """Return how to make a topic; None if it is there."""
     if _subscribers(sns, sns.arn(resource.name)) is not None:
         return None
-    tags = [{"Key": k, "Value": v} for k, v in resource.attributes["tags"].items()]
-    return _Change("made", "create_topic", {"Name": resource.name, "Tags": tags})
+    parameters = {"Name": resource.name, "Tags": _tags(resource)}
+    return _Change("made", "create_topic", parameters)
 
 
 def _subscription_change(sns: SnsSender, resource: _Resource) -> _Change | None:
@@ -11949,8 +12015,7 @@ def _group_change(scheduler: _Scheduler, resource: _Resource) -> _Change | None:
     """Return how to make the group of schedules; None if it is there."""
     if _find(scheduler, "get_schedule_group", Name=resource.name) is not None:
         return None
-    tags = [{"Key": k, "Value": v} for k, v in resource.attributes["tags"].items()]
-    parameters = {"Name": resource.name, "Tags": tags}
+    parameters = {"Name": resource.name, "Tags": _tags(resource)}
     return _Change("made", "create_schedule_group", parameters)
 
 
@@ -11969,6 +12034,47 @@ def _schedule_change(scheduler: _Scheduler, resource: _Resource) -> _Change | No
     # An update resets what it leaves out, and someone may have disabled it.
     parameters = {**wanted, "State": existing["State"]}
     return _Change(f"changed: {', '.join(differing)}", "update_schedule", parameters)
+
+
+def _table_change(dynamodb: _AwsService, resource: _Resource) -> _Change | None:
+    """Return how to make the table of claims; None if it is there.
+
+    :raises ConfigurationError: if it is another one's table, with another key
+    """
+    found = _find(dynamodb, "describe_table", TableName=resource.name)
+    key = [{"AttributeName": "id", "KeyType": "HASH"}]
+    if found is None:
+        parameters = {
+            "TableName": resource.name,
+            "KeySchema": key,
+            "AttributeDefinitions": [{"AttributeName": "id", "AttributeType": "S"}],
+            "BillingMode": "PAY_PER_REQUEST",
+            "Tags": _tags(resource),
+        }
+        return _Change("made", "create_table", parameters)
+    if found["Table"]["KeySchema"] != key:
+        raise ConfigurationError(
+            f"table {resource.name}: expected its key to be id alone: name another one"
+            " by TASKHAWK_CLAIMS_TABLE"
+        )
+    return None
+
+
+def _ttl_change(dynamodb: _AwsService, resource: _Resource) -> _Change | None:
+    """Return how to have DynamoDB delete what has expired; None if it does."""
+    table = resource.name
+    found = _find(dynamodb, "describe_time_to_live", TableName=table) or {}
+    description = found.get("TimeToLiveDescription", {})
+    if description.get("AttributeName") == "expiration":
+        return None
+    wanted = {"AttributeName": "expiration", "Enabled": True}
+    parameters = {"TableName": table, "TimeToLiveSpecification": wanted}
+    return _Change("made", "update_time_to_live", parameters)
+
+
+def _tags(resource: _Resource) -> list[dict[str, str]]:
+    """Return a resource's tags as most services take them."""
+    return [{"Key": k, "Value": v} for k, v in resource.attributes["tags"].items()]
 
 
 def _abandoned_schedules() -> list[str]:
@@ -12001,7 +12107,7 @@ def _role_change(iam: _Iam, resource: _Resource) -> _Change | None:
         "RoleName": resource.name,
         "Path": attributes["path"],
         "AssumeRolePolicyDocument": attributes["assume_role_policy"],
-        "Tags": [{"Key": k, "Value": v} for k, v in attributes["tags"].items()],
+        "Tags": _tags(resource),
     }
     return _Change("made", "create_role", parameters)
 
@@ -12017,17 +12123,13 @@ def _policy_change(iam: _Iam, resource: _Resource) -> _Change | None:
     return _Change(text, "put_role_policy", {**of_role, "PolicyDocument": wanted})
 
 
-class _Iam(_AwsSender):
+class _Iam(_AwsService):
     """IAM, which has the role that schedules send by."""
 
     service = "iam"
 
-    def _parameters(self, entry: Outgoing) -> dict[str, Any]:
-        """Refuse to send."""
-        raise NotImplementedError
 
-
-_schemes["iam"] = _Iam
+_schemes["iam"] = _Iam  # type: ignore[assignment]
 
 
 # By Terraform's type: which service makes it, and what finds out whether it is there.
@@ -12039,6 +12141,8 @@ _PROVIDERS: dict[str, tuple[str, Callable[[Any, _Resource], _Change | None]]] = 
     "aws_iam_role": ("iam", _role_change),
     "aws_iam_role_policy": ("iam", _policy_change),
     "aws_scheduler_schedule": ("schedule", _schedule_change),
+    "aws_dynamodb_table": ("dynamodb", _table_change),
+    "aws_dynamodb_ttl": ("dynamodb", _ttl_change),
 }
 
 
@@ -12057,8 +12161,11 @@ def _provide(resource: _Resource, *, dry_run: bool) -> str:
         return f"{what}: is as it should be"
     if dry_run:
         return f"{what}: would be {change.text}"
+    client = sender.client("send")
     with _explained(resource.name):
-        getattr(sender.client("send"), change.operation)(**change.parameters)
+        getattr(client, change.operation)(**change.parameters)
+        if change.operation == "create_table":  # nothing can be set of it before
+            client.get_waiter("table_exists").wait(TableName=resource.name)
     return f"{what}: {change.text}"
 
 
@@ -12068,6 +12175,7 @@ _RECEIVE = (
     " sqs:ChangeMessageVisibility sqs:GetQueueAttributes"
 )
 _SCHEDULE = "scheduler:CreateSchedule scheduler:DeleteSchedule"
+_LOOK_AT_TABLE = "dynamodb:DescribeTable dynamodb:DescribeTimeToLive"
 _LOOK_AT_SCHEDULES = (
     "scheduler:GetScheduleGroup scheduler:GetSchedule"
     " scheduler:ListSchedules scheduler:DeleteSchedule"
@@ -12081,10 +12189,13 @@ _GRANTS = [  # the least that each role needs, on topics, queues and dead-letter
     ("lambda", "aws_sqs_queue", f"{_RECEIVE} sqs:SendMessage"),
     ("publisher", "aws_scheduler_schedule_group", _SCHEDULE),
     ("publisher", "aws_iam_role", "iam:PassRole"),
+    ("worker", "aws_dynamodb_table", "dynamodb:UpdateItem"),
+    ("lambda", "aws_dynamodb_table", "dynamodb:UpdateItem"),
     ("operator", "aws_sns_topic", "sns:ListSubscriptionsByTopic"),
     ("operator", "aws_sqs_queue", f"{_SEND} sqs:GetQueueAttributes"),
     ("operator", "DLQ", f"{_RECEIVE} sqs:GetQueueUrl"),
     ("operator", "aws_scheduler_schedule_group", _LOOK_AT_SCHEDULES),
+    ("operator", "aws_dynamodb_table", _LOOK_AT_TABLE),
 ]
 
 
@@ -12120,7 +12231,207 @@ def _arn_of(resource: _Resource) -> str:
     name = resource.name
     if resource.kind == "aws_scheduler_schedule_group":
         name = f"schedule/{name}/*"
+    if resource.kind == "aws_dynamodb_table":
+        name = f"table/{name}"
     return str(_brokers.get(service).arn(name))
+
+
+class _Watched(NamedTuple):
+    """What CloudWatch is to watch, besides what it must show.
+
+    :ivar max_age_s: alarm if the oldest message waits for longer
+    :ivar max_backlog: alarm if more messages wait
+    :ivar notified: the ARN of the topic that alarms are sent to; None for no topic
+    :ivar namespace: of the metrics that workers print; None if they do not
+    """
+
+    max_age_s: float
+    max_backlog: int
+    notified: str | None
+    namespace: str | None
+
+
+class _Chart(NamedTuple):
+    """What a chart of a dashboard shows: some metrics of a queue or topic."""
+
+    title: str
+    statistic: str
+    metrics: Sequence[str]  # by CloudWatch's names
+
+
+_VISIBLE = "ApproximateNumberOfMessagesVisible"
+_OLDEST = "ApproximateAgeOfOldestMessage"  # of those received less than three times
+_NOT_DELIVERED = "NumberOfNotificationsFailed"
+_DEPTH = (
+    _VISIBLE,
+    "ApproximateNumberOfMessagesNotVisible",
+    "ApproximateNumberOfMessagesDelayed",
+)
+_RUNS = ("Acked", "Retried", "DeadLettered", "Uncertain")
+_QUEUE_CHARTS = (
+    _Chart("messages", "Maximum", _DEPTH),
+    _Chart("seconds that the oldest waits", "Maximum", [_OLDEST]),
+    _Chart("a minute", "Sum", ["NumberOfMessagesSent", "NumberOfMessagesDeleted"]),
+)
+_DEAD_CHARTS = (_Chart("dead letters", "Maximum", [_VISIBLE]),)
+_TOPIC_CHARTS = (
+    _Chart("a minute", "Sum", ["NumberOfMessagesPublished", _NOT_DELIVERED]),
+)
+_WORKER_CHARTS = (
+    _Chart("runs a minute", "Sum", _RUNS),
+    _Chart("milliseconds of a run", "p99", ["RunDuration"]),
+    _Chart("seconds of the oldest run", "Maximum", ["OldestRunAge"]),
+    _Chart("leases lost a minute", "Sum", ["LeasesLost"]),
+)
+_CHARTS_A_ROW, _CHART_SIZE = 4, 6  # of the 24 columns of a dashboard
+
+
+def _dashboard(resources: Iterable[_Resource], watched: _Watched) -> dict[str, Any]:
+    """Write a dashboard and its alarms as the parameters of CloudWatch's calls."""
+    shown = [each for each in resources if each.kind in _DIMENSIONS]
+    widgets: list[dict[str, Any]] = []
+    alarms = []
+    for resource in shown:
+        for whose, chart in _charts_of(resource, watched.namespace):
+            widgets.append(_widget(len(widgets), resource, whose, chart))
+        alarms += [
+            _alarm_call(resource, alarm, watched.notified)
+            for alarm in _alarms_of(resource, watched)
+        ]
+    return {
+        "put-dashboard": {
+            "DashboardName": f"taskhawk-{settings.require('TASKHAWK_QUEUE')}",
+            "DashboardBody": json.dumps({"widgets": widgets}),
+        },
+        "put-metric-alarm": alarms,
+    }
+
+
+def _dashboard_terraform(
+    resources: Iterable[_Resource], watched: _Watched
+) -> dict[str, Any]:
+    """Write the same in Terraform's JSON syntax."""
+    found = _dashboard(resources, watched)
+    dashboard = _snake_case(found["put-dashboard"])
+    name = dashboard["dashboard_name"]
+    written = [_Resource("aws_cloudwatch_dashboard", name, dashboard)]
+    for parameters in found["put-metric-alarm"]:
+        alarm = _snake_case(parameters)
+        [dimension] = alarm["dimensions"]
+        alarm["dimensions"] = {dimension["Name"]: dimension["Value"]}
+        name = alarm["alarm_name"]
+        written.append(_Resource("aws_cloudwatch_metric_alarm", name, alarm))
+    return _terraform(written)
+
+
+def _snake_case(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return parameters of AWS by Terraform's names."""
+    return {
+        re.sub("(?<!^)([A-Z])", r"_\1", name).lower(): value
+        for name, value in parameters.items()
+    }
+
+
+# CloudWatch's namespace and dimension, by Terraform's type.
+_DIMENSIONS = {
+    "aws_sqs_queue": ("AWS/SQS", "QueueName"),
+    "aws_sns_topic": ("AWS/SNS", "TopicName"),
+}
+
+
+def _charts_of(
+    resource: _Resource, workers: str | None
+) -> Iterator[tuple[tuple[str, str], _Chart]]:
+    """Yield what to show of a queue or topic: namespace and dimension, and a chart."""
+    charts: Sequence[_Chart]
+    if resource.kind == "aws_sns_topic":
+        charts, workers = _TOPIC_CHARTS, None
+    elif _is_dead_letter_queue(resource.name):
+        charts, workers = _DEAD_CHARTS, None
+    else:
+        charts = _QUEUE_CHARTS
+    for chart in charts:
+        yield _DIMENSIONS[resource.kind], chart
+    if workers:
+        for chart in _WORKER_CHARTS:
+            yield (workers, "queue"), chart
+
+
+def _widget(
+    place: int, resource: _Resource, whose: tuple[str, str], chart: _Chart
+) -> dict[str, Any]:
+    """Return a widget; CloudWatch calls this "Dashboard body structure and syntax"."""
+    namespace, dimension = whose
+    service, _ = _PROVIDERS[resource.kind]
+    region = _brokers.get(service).arn(resource.name).split(":")[3]
+    row, column = divmod(place, _CHARTS_A_ROW)
+    return {
+        "type": "metric",
+        "x": column * _CHART_SIZE,
+        "y": row * _CHART_SIZE,
+        "width": _CHART_SIZE,
+        "height": _CHART_SIZE,
+        "properties": {
+            "title": f"{resource.name}: {chart.title}",
+            "region": region,
+            "stat": chart.statistic,
+            "period": 60,
+            "view": "timeSeries",
+            "metrics": [
+                [namespace, metric, dimension, resource.name]
+                for metric in chart.metrics
+            ],
+        },
+    }
+
+
+class _Alarm(NamedTuple):
+    """A metric of a queue or topic is above a threshold for so many minutes."""
+
+    suffix: str  # of its name
+    metric: str
+    threshold: float
+    minutes: int
+    why: str
+    statistic: str = "Maximum"
+
+
+def _alarms_of(resource: _Resource, watched: _Watched) -> Iterator[_Alarm]:
+    """Yield the alarms of a queue or topic."""
+    if resource.kind == "aws_sns_topic":
+        why = "a message was not delivered to a subscriber"
+        yield _Alarm("not-delivered", _NOT_DELIVERED, 0, 1, why, "Sum")
+    elif _is_dead_letter_queue(resource.name):
+        why = f"there are dead letters: {_LETTERS_COMMAND} summary"
+        yield _Alarm("not-empty", _VISIBLE, 0, 1, why)
+    else:
+        age_s, most = watched.max_age_s, watched.max_backlog
+        why = f"a message has waited for more than {age_s:g} s"
+        yield _Alarm("too-old", _OLDEST, age_s, 5, why)
+        yield _Alarm("backlog", _VISIBLE, most, 5, f"more than {most} messages wait")
+
+
+def _alarm_call(
+    resource: _Resource, alarm: _Alarm, notified: str | None
+) -> dict[str, Any]:
+    """Return the parameters of the call that makes an alarm."""
+    namespace, dimension = _DIMENSIONS[resource.kind]
+    parameters = {
+        "AlarmName": f"{resource.name}-{alarm.suffix}",
+        "AlarmDescription": f"{resource.name}: {alarm.why}",
+        "Namespace": namespace,
+        "MetricName": alarm.metric,
+        "Dimensions": [{"Name": dimension, "Value": resource.name}],
+        "Statistic": alarm.statistic,
+        "Period": 60,
+        "EvaluationPeriods": alarm.minutes,
+        "Threshold": alarm.threshold,
+        "ComparisonOperator": "GreaterThanThreshold",
+        "TreatMissingData": "notBreaching",  # of a queue that nobody uses
+    }
+    if notified:
+        parameters["AlarmActions"] = [notified]
+    return parameters
 
 
 class _Finding(NamedTuple):
@@ -12146,7 +12457,7 @@ def _check(priorities: Collection[Priority]) -> Iterator[_Finding]:
     yield from wrong
     if not wrong:
         yield from _check_places(priorities)
-        yield from _check_schedules()
+        yield from _check_state()
 
 
 def _check_tasks(priorities: Collection[Priority]) -> Iterator[_Finding]:
@@ -12182,31 +12493,40 @@ def _check_places(priorities: Collection[Priority]) -> Iterator[_Finding]:
                 return  # the others would say the same
 
 
-def _check_schedules() -> Iterator[_Finding]:
-    """Hold the schedules that are there against the tasks."""
+def _check_state() -> Iterator[_Finding]:
+    """Look at what claims, long delays and periodic tasks need."""
     if settings.TASKHAWK_BROKER != "sqs":
         return
     try:
-        yield from _schedule_findings()
+        for resource in [*_schedule_resources(), *_table_resources()]:
+            # Who checks need not be allowed to look at roles.
+            if not resource.kind.startswith("aws_iam"):
+                yield from _check_resource(resource)
+        yield from _check_abandoned()
     except Exception as error:
-        yield _error(_text_of(error), "schedules can't be checked", _TOLD)
+        yield _error(_text_of(error), "the rest can't be checked", _TOLD)
 
 
-def _schedule_findings() -> Iterator[_Finding]:
-    """Look for schedules that are missing, other than declared, or of no task."""
-    scheduler = _brokers.get("schedule")
-    for resource in _schedule_resources():
-        service, find_change = _PROVIDERS[resource.kind]
-        if service != "schedule":  # who checks need not be allowed to look at roles
-            continue
-        change = find_change(scheduler, resource)
-        if change is None:
-            continue
+# Why what is missing is an error, by Terraform's type.
+_WHY_NEEDED = {
+    "aws_scheduler_schedule_group": "long delays are refused at dispatch",
+    "aws_scheduler_schedule": "the task does not run as its code says",
+    "aws_dynamodb_table": "tasks with once, unique or limit are left to be retried",
+    "aws_dynamodb_ttl": "claims that have expired are kept, and cost money",
+}
+
+
+def _check_resource(resource: _Resource) -> Iterator[_Finding]:
+    """Look whether a resource is as `provision` would make it."""
+    service, find_change = _PROVIDERS[resource.kind]
+    change = find_change(_brokers.get(service), resource)
+    if change is not None:
         what = f"{_what_is(resource)}: would be {change.text}"
-        why = "delayed messages are refused, and periodic tasks do not run"
-        if resource.kind == "aws_scheduler_schedule":
-            why = "the task does not run as its code says"
-        yield _error(what, why, f"{_PROVISION} MODULE …")
+        yield _error(what, _WHY_NEEDED[resource.kind], f"{_PROVISION} MODULE …")
+
+
+def _check_abandoned() -> Iterator[_Finding]:
+    """Look for schedules of tasks that are gone."""
     for name in _abandoned_schedules():
         yield _warning(
             f"schedule {name}: no task has it",
@@ -12491,7 +12811,7 @@ _programs[""] = main
 
 def _run_command(arguments: Any) -> bool:
     """Import the tasks and run the command; return whether it failed."""
-    _set_up_logging(arguments.log_level, arguments.log_format)
+    _log_meanwhile(arguments.log_level, arguments.log_format)
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as `python -m` does, for the script
     with _telling_where("Django can't be set up"):
@@ -12500,7 +12820,7 @@ def _run_command(arguments: Any) -> bool:
     if arguments.command in _TASK_COMMANDS:
         modules = modules or _django_task_modules()
     _load(modules, arguments.command)
-    # Again, for Django and the tasks' modules may have configured logging.
+    # Only now, for Django and the tasks' modules may have set up logging.
     _set_up_logging(arguments.log_level, arguments.log_format)
     return bool(arguments.run(arguments))
 
@@ -12522,18 +12842,37 @@ def _one_line(error: Exception) -> str:
     return text
 
 
-def _set_up_logging(level: str | None, log_format: str | None) -> None:
-    """Log to stderr, with the task that a record was made in; it may be called again.
+def _formatter(log_format: str | None) -> logging.Formatter:
+    """Return what writes records in this format; None is text."""
+    if log_format == "json":
+        return _JsonFormatter()
+    return _TextFormatter("%(asctime)s")
 
-    An application that configures logging keeps its handlers and levels. But its
+
+def _log_meanwhile(level: str | None, log_format: str | None) -> None:
+    """Log to stderr what comes before the application has set up logging.
+
+    Not by a handler of the root logger, or its basicConfig() would do nothing.
+    """
+    ours = logging.StreamHandler()
+    ours.setFormatter(_formatter(log_format))
+    logging.lastResort = ours
+    root = logging.getLogger()
+    if level or not root.handlers:
+        root.setLevel((level or "info").upper())
+
+
+def _set_up_logging(level: str | None, log_format: str | None) -> None:
+    """Log to stderr, with the task that a record was made in.
+
+    An application that has set up logging keeps its handlers and levels. But its
     dictConfig(), such as Django's, may disable our logger, and can't know our options.
 
     :param level: None leaves it to the application, or INFO
     :param log_format: "text" or "json"; None leaves it to the application, or text
     """
-    formatters = {"text": _TextFormatter("%(asctime)s"), "json": _JsonFormatter()}
     ours = logging.StreamHandler()
-    ours.setFormatter(formatters["text"])
+    ours.setFormatter(_formatter("text"))
     logging.basicConfig(level=logging.INFO, handlers=[ours])
     _log.logger.disabled = False
     if level:
@@ -12548,7 +12887,7 @@ def _set_up_logging(level: str | None, log_format: str | None) -> None:
             handler.addFilter(_add_task)
             to_terminal = getattr(handler, "stream", None) in (sys.stdout, sys.stderr)
             if log_format and to_terminal:
-                handler.setFormatter(formatters[log_format])
+                handler.setFormatter(_formatter(log_format))
 
 
 def _parser() -> Any:
@@ -12903,8 +13242,8 @@ class _MeasuredWorker(Worker):
     ),
     _option(
         "--num-messages",
-        "messages that a slot may hold, running and waiting (default: 1)",
-        type=_whole(1, _MAX_WAITING),
+        "with N, up to N - 1 messages of a queue wait for a slot (default: 1)",
+        type=_whole(1, _MAX_NUM_MESSAGES),
         default=1,
         metavar="N",
     ),
@@ -13241,6 +13580,9 @@ def _check_all(arguments: Any) -> bool:
     return any(finding.severity == "error" for finding in findings)
 
 
+_DASHBOARDS = {"dashboard": _dashboard, "dashboard-terraform": _dashboard_terraform}
+
+
 @_command(
     "provision",
     _MODULES,
@@ -13259,7 +13601,30 @@ def _check_all(arguments: Any) -> bool:
         metavar="ARN",
     ),
     _option(
-        "--format", "print it in this format, for review", choices=["terraform", "iam"]
+        "--format",
+        "print it in this format, for review",
+        choices=["terraform", "iam", *_DASHBOARDS],
+    ),
+    _option(
+        "--max-age",
+        "dashboard: alarm if a message waits for longer (default: 15m)",
+        type=_seconds(1),
+        default=900,
+        metavar="S",
+    ),
+    _option(
+        "--max-backlog",
+        "dashboard: alarm if more messages wait (default: 1000)",
+        type=_whole(0),
+        default=1000,
+        metavar="N",
+    ),
+    _option("--notify", "dashboard: topic that alarms are sent to", metavar="ARN"),
+    _option(
+        "--emf",
+        "dashboard: namespace of the metrics that workers print",
+        type=_namespace,
+        metavar="NAMESPACE",
     ),
     _flag("--prune", "delete the schedules of tasks that these modules lack"),
     _DRY_RUN,
@@ -13279,7 +13644,13 @@ def _provision(arguments: Any) -> None:
         resources += _resources(
             priority, arguments.max_receive_count, arguments.function
         )
-    resources += _schedule_resources()
+    if arguments.format in _DASHBOARDS:
+        watched = _Watched(
+            arguments.max_age, arguments.max_backlog, arguments.notify, arguments.emf
+        )
+        print(json.dumps(_DASHBOARDS[arguments.format](resources, watched), indent=2))
+        return
+    resources += [*_schedule_resources(), *_table_resources()]
     write = {"terraform": _terraform, "iam": _iam}.get(arguments.format)
     if write:
         print(json.dumps(write(resources), indent=2))
@@ -13576,9 +13947,6 @@ def _group_as_dict(
         "list": f"{_LETTERS_COMMAND} list{words}",
         "requeue": f"{_LETTERS_COMMAND} requeue{words}",
     }
-
-
-_LETTERS_COMMAND = "python -m taskhawk dead-letters"
 
 
 def _words_of(arguments: Any, task: str, error: str) -> str:
