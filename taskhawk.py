@@ -4972,7 +4972,7 @@ _GATHER_S = 0.002
 # The same, as a part of the time that the last call took.
 _GATHER_PART = 0.2
 # How long a message waits for a call under way at most: that one may hang.
-_PATIENCE_S = 0.2
+_SHARE_WITHIN_S = 0.2
 _HELPER_IDLE_S = 1  # after which a helper ends
 
 
@@ -5034,7 +5034,7 @@ class _Sharing:
         parcels, _, is_full = self._next_call()
         if not parcels or len(self.under_way) >= self._max_calls:
             return False
-        if is_full or now >= parcels[0].since + _PATIENCE_S:
+        if is_full or now >= parcels[0].since + _SHARE_WITHIN_S:
             return True
         if self.under_way:
             return False
@@ -5045,7 +5045,7 @@ class _Sharing:
         parcels, _, _ = self._next_call()
         if not parcels or len(self.under_way) >= self._max_calls:
             return math.inf
-        patient_until = parcels[0].since + _PATIENCE_S
+        patient_until = parcels[0].since + _SHARE_WITHIN_S
         if self.under_way:
             return patient_until
         return min(patient_until, self._gather_until)
@@ -10090,7 +10090,8 @@ def _void_s(its_task: Task[Any, Any], received: QueueMessage) -> float:
     """Return after which time the claim of a run is void, for its worker has died."""
     if received.in_lambda:  # which has no regard for time limits
         return _LAMBDA_RUN_S + _SKEW_S
-    return (its_task.time_limit or received.lease_s) + _SKEW_S
+    limit_s = _options_of(_message_of(received)).time_limit or its_task.time_limit
+    return (limit_s or received.lease_s) + _SKEW_S
 
 
 def _wait_s(received: QueueMessage) -> float:
