@@ -29,10 +29,14 @@ Promises
     5. Our log texts never hold bodies, arguments, header values or credentials, nor a
        line break of a message's. A task's own exceptions are logged as they are.
     6. Idle, a queue costs one 20 s poll after another. With ``num_messages=10``, a task
-       costs at most 0.12 receives and 0.12 deletes; leases are extra for tasks of over
-       a third of the visibility timeout. A dispatch in a batch costs 0.1 requests.
+       costs at most 0.12 receives and 0.12 deletes, and on a FIFO queue one of each;
+       leases are extra for tasks of over a third of the visibility timeout. A dispatch
+       in a batch costs 0.1 requests.
     7. A process that a task starts is as it would be without us: its signals, its
        environment, its connections.
+    8. Of a group on a FIFO queue, one message runs at a time, in the order in which
+       they were queued; the next one waits until it is done or a dead letter. What
+       promise 2 excepts is excepted here, too.
 
 Not here: results, chains, soft time limits, purging or browsing a queue.
 
@@ -62,7 +66,7 @@ A message that a worker holds; the :class:`Ledger` counts what each becomes::
         '--> released                                    never started, visible at once
 
 What to read for each promise, and how many statements that is
-    1 (323): publish, _send_one, _accepted, _send_all_ready, _partial_failure,
+    1 (328): publish, _send_one, _accepted, _send_all_ready, _partial_failure,
         _send_all, _in_batches, _one_round, SqliteBroker.send, SqliteBroker._claim,
         SqliteBroker.delete, _SqliteFile.change, _use_write_ahead_log,
         _AwsSender._batch, SqsBroker.send, SqsBroker.delete, process, _verdict, _wanted,
@@ -71,7 +75,7 @@ What to read for each promise, and how many statements that is
         _Holdings.release, _Holdings._decide, _Calls.answered, _Calls._deleted,
         _Calls._delayed, _Calls._try_later, _Holdings.doubt, _Holdings.close,
         _Holdings.end
-    2 (316): SqliteBroker.receive, SqliteBroker._claim, SqliteBroker.change_visibility,
+    2 (320): SqliteBroker.receive, SqliteBroker._claim, SqliteBroker.change_visibility,
         SqsBroker.receive, _find_lease, _Poller._receive, _Intake.take, _Intake.close,
         _Course.take, _Course._release_if_stuck, _Backlog, _Call, _Leases,
         _Holdings.take, _Holdings.start, _Holdings.release, _Holdings.release_waiting,
@@ -87,7 +91,7 @@ What to read for each promise, and how many statements that is
         _in_one_line, _facts, _extra_of, _text_of_invalid, _shown, _mismatch,
         _too_large, _Holdings.warn, _Keeper._tell, _Faults, _error_code, _error_details,
         _explained, _explanation, _find_remedy, _Source.read, _call_safely, _log_again
-    6 (321): _Polls, _Intake.begin, _Intake.adds_helper, _Poller.work, _Poller._help,
+    6 (326): _Polls, _Intake.begin, _Intake.adds_helper, _Poller.work, _Poller._help,
         _Poller._try, _Poller._receive, _pause_s, _Holdings._decide, _Ends, _Calls.next,
         _Calls._due_at, _Calls._patience_s, _Calls._extended, _Leases, _Keeper._wait,
         _Keeper._make, SqsBroker.receive, SqsBroker.url, SqsBroker._find_url, _parts
@@ -97,6 +101,10 @@ What to read for each promise, and how many statements that is
         _forget_signals, _path_of_children, _Child._start_process,
         _ChildProcess.__init__, _serve_worker, _leave_signals_to_worker, _ignore_signal,
         _die_with_parent
+    8 (239): _in_group, _send_all, _in_order, _OrderedSend, SqliteBroker.send,
+        SqliteBroker._claim, SqliteBroker.delete, SqsBroker.receive,
+        SqsBroker._receive_in_order, _Polls, _Holdings._decide, _dead_letter,
+        _run_records, _is_behind
 
 Parts and rooms; the file still works if cut before part IV, V or VI
     I meaning
@@ -144,6 +152,7 @@ __all__ = [
     "PartialFailure",
     "PostponeException",
     "Priority",
+    "QueueFull",
     "RetryException",
     "RetryPolicy",
     "StopRetry",
@@ -338,6 +347,19 @@ class PartialFailure(TaskhawkError):
         total = self.success_count + self.failure_count
         reasons = ", ".join(sorted(codes))
         return f"{self.failure_count} of {total} messages failed: {reasons}"
+
+
+class QueueFull(TaskhawkError):
+    """A task's queue has as many messages as its `max_queue_size`: nothing was sent.
+
+    :ivar queue: the queue's name
+    :ivar size: how many messages it has, on SQS approximately
+    :ivar limit: the task's `max_queue_size`
+    """
+
+    def __init__(self, text: str, queue: str, size: int, limit: int) -> None:
+        super().__init__(text)
+        self.queue, self.size, self.limit = queue, size, limit
 
 
 class TimeLimitExceeded(TaskhawkError):
@@ -777,7 +799,7 @@ class _Settings:
         if len(queue) > longest:
             raise ConfigurationError(
                 f"TASKHAWK_QUEUE: expected at most {longest} characters where"
-                f" TASKHAWK_FIFO is set, for the names of FIFO queues end with"
+                " TASKHAWK_FIFO is set, for the names of FIFO queues end with"
                 f" {_FIFO!r}, got {len(queue)} in {queue!r}"
             )
 
@@ -1620,6 +1642,72 @@ def exponential(
     :param jitter: take a random part of each delay, at least half of it
     """
     return RetryPolicy(base_s, factor, 0, max_retries, max_delay_s, jitter)
+
+
+# What with_options() says of a message, in its headers. No header of a user's has this
+# name by accident, and none that begins so becomes an attribute.
+_OPTIONS_HEADER = "taskhawk.options"
+
+
+class _Options(NamedTuple):
+    """What a dispatch says in place of its task; None where it says nothing."""
+
+    retry: RetryPolicy | None = None
+    time_limit: float | None = None
+
+
+def _policy_data(policy: RetryPolicy) -> dict[str, Any]:
+    """Return a retry policy as :func:`_read_policy` reads it."""
+    data = dataclasses.asdict(policy)
+    for name in ("base_s", "step_s", "max_delay_s"):
+        data[name] = min(data[name], _MAX_HELD_S)  # JSON has no infinity
+    return data
+
+
+def _read_policy(data: Any) -> RetryPolicy:
+    """Return the retry policy of hostile data; raise ValueError if they are wrong."""
+    fields = [field.name for field in dataclasses.fields(RetryPolicy)]
+    if not isinstance(data, dict) or sorted(data) != sorted(fields):
+        raise ValueError("retry: expected a policy")
+    if data["jitter"] not in (True, False):
+        raise ValueError("retry: expected true or false as jitter")
+    policy = RetryPolicy(**data)
+    # The power of an int of a thousand digits would take for ever.
+    return dataclasses.replace(policy, factor=float(policy.factor))
+
+
+def _read_time_limit(value: object) -> float:
+    """Return the time limit of hostile data; raise ValueError if it is wrong."""
+    if not _is_number(value) or value <= 0:
+        raise ValueError("time_limit: expected a number of seconds above 0")
+    return min(value, _MAX_HELD_S)
+
+
+_OPTION_READERS: dict[str, Callable[[Any], Any]] = {
+    "retry": _read_policy,
+    "time_limit": _read_time_limit,
+}
+
+
+def _options_of(message: Message) -> _Options:
+    """Return what a message says in place of its task.
+
+    What is wrong is ignored, with a warning: it is no reason to lose the message.
+    """
+    data = message.headers.get(_OPTIONS_HEADER)
+    if data is None:
+        return _Options()
+    values = {}
+    try:
+        for name, value in dict(data).items():
+            values[name] = _OPTION_READERS[name](value)
+        return _Options(**values)
+    except (ArithmeticError, TypeError, ValueError, KeyError, ConfigurationError):
+        _log.warning(
+            "%r: the options of a message are wrong, and not used",
+            message.task_name[:200],
+        )
+        return _Options()
 
 
 # === PART II: QUEUES ==================================================================
@@ -2950,7 +3038,9 @@ class _AwsService:
         return _brokers.aws_session().create_client(
             self.service,
             region_name=settings.AWS_REGION,
-            endpoint_url=getattr(settings, f"AWS_ENDPOINT_{self.service.upper()}"),
+            endpoint_url=getattr(
+                settings, f"AWS_ENDPOINT_{self.service.upper()}", None
+            ),
             config=config,
             **settings.credentials(),
         )
@@ -3474,7 +3564,7 @@ class Metadata(dict[str, Any]):
         self["priority"] = message.priority  # not its name, which is on the wire
         self._received = message.received or QueueMessage(None, message.id)
         self.task = message.task_name
-        self.headers = message.headers
+        self.headers = _without_options(message.headers)
         self.attempt = self._received.attempt
         self.queue = self._received.queue if receipt else None
 
@@ -3534,6 +3624,13 @@ class Call:
         if not isinstance(error, BaseException):
             raise TypeError(f"error: expected an exception, got {error!r}")
         self.error = error
+
+
+def _without_options(headers: dict[str, Any]) -> dict[str, Any]:
+    """Return headers without ours: a task may pass them on, but these are its own."""
+    if _OPTIONS_HEADER not in headers:
+        return headers
+    return {name: headers[name] for name in headers if name != _OPTIONS_HEADER}
 
 
 class Task(Generic[_P, _R]):
@@ -3599,6 +3696,10 @@ class Task(Generic[_P, _R]):
         """Queue a run of the task and return its id; see AsyncInvocation.dispatch()."""
         return self._invocation.dispatch(*args, **kwargs)
 
+    async def dispatch_async(self, /, *args: _P.args, **kwargs: _P.kwargs) -> str:
+        """Queue a run of the task; see :meth:`AsyncInvocation.dispatch_async`."""
+        return await self._invocation.dispatch_async(*args, **kwargs)
+
     def dispatch_many(self, calls: Iterable[Any]) -> int:
         """Queue many runs; see :meth:`AsyncInvocation.dispatch_many`."""
         return self._invocation.dispatch_many(calls)
@@ -3619,6 +3720,12 @@ class Task(Generic[_P, _R]):
         """Return an invocation whose messages are of this group."""
         return self._invocation.with_group(key)
 
+    def with_options(
+        self, *, retry: RetryPolicy | None = None, time_limit: float | None = None
+    ) -> AsyncInvocation[_P]:
+        """Return an invocation with a retry policy or time limit of its own."""
+        return self._invocation.with_options(retry=retry, time_limit=time_limit)
+
     def _bind(self, count: int, *names: str) -> None:
         """Check that the worker can call the function with such arguments.
 
@@ -3638,7 +3745,7 @@ class Task(Generic[_P, _R]):
                 f"{self.name}: {error}{_hint_of_wrapper(self.fn)}"
             ) from None
 
-    def take_any_arguments(self) -> None:
+    def _take_any_arguments(self) -> None:
         """Have messages carry any arguments: the function gets calls, not arguments."""
         try:
             self._signature.bind([])
@@ -3660,7 +3767,7 @@ class Task(Generic[_P, _R]):
         """
         if "batch" in self.options:
             call = Call.of(message, receipt)
-            self.call_together([call])
+            self._call_together([call])
             if call.error is not None:
                 raise call.error
             return
@@ -3669,10 +3776,10 @@ class Task(Generic[_P, _R]):
         if self.accepts_metadata:
             kwargs["metadata"] = metadata
         if self.accepts_headers:
-            kwargs["headers"] = dict(message.headers)
+            kwargs["headers"] = dict(metadata.headers)
         self._run_function(metadata, *message.args, **kwargs)
 
-    def call_together(self, calls: list[Call]) -> None:
+    def _call_together(self, calls: list[Call]) -> None:
         """Run the function of a batch task once, for several messages."""
         metadata = calls[0].metadata
         if len(calls) > 1:
@@ -4051,6 +4158,8 @@ class _MoreOptions(typing.TypedDict, total=False):
     :ivar schedule: queues a run without arguments again and again:
         ``'rate(5 minutes)'``, ``'cron(0 9 ? * MON-FRI *)'`` or a timedelta of minutes
     :ivar timezone: of the schedule, such as ``'Europe/Berlin'``; UTC without it
+    :ivar max_queue_size: from so many messages on, those that run included, a dispatch
+        of the task raises :exc:`QueueFull`; on SQS, their number is approximate
     """
 
     group: str | Callable[..., str | int | None] | None
@@ -4060,6 +4169,7 @@ class _MoreOptions(typing.TypedDict, total=False):
     limit: Any
     schedule: str | timedelta
     timezone: str
+    max_queue_size: int
 
 
 @typing.overload
@@ -4113,6 +4223,8 @@ def task(
     :param time_limit: seconds until a worker kills a run, whatever code it is in; such
         a task is isolated
     :param isolate: have a worker run it in a process of its own, which may crash
+    :param batch: have the function called once for up to so many messages, at most 100,
+        with the list of their :class:`Call`
     :param more: options of later parts, see :class:`_MoreOptions`
     :raises ConfigurationError: if a message can't call the function, if its name is
         taken, or if an option is wrong
@@ -4433,6 +4545,36 @@ class AsyncInvocation(Generic[_P]):
         """
         return dataclasses.replace(self, _group_id=_group_id_of(key, "group"))
 
+    def with_options(
+        self, *, retry: RetryPolicy | None = None, time_limit: float | None = None
+    ) -> AsyncInvocation[_P]:
+        """Return an invocation with a retry policy or time limit in its task's place.
+
+        They travel in a header, which the task does not see.
+
+        :param retry: from :func:`fixed`, :func:`linear` or :func:`exponential`; None
+            leaves it as it is
+        :param time_limit: seconds until a worker kills the run, which it isolates for
+            that; None leaves it as it is
+        :raises TypeError: if one is none of these: a function of yours can't be sent
+        """
+        options = dict(self._headers.get(_OPTIONS_HEADER, {}))
+        if retry is not None:
+            if type(retry) is not RetryPolicy:
+                raise TypeError(
+                    "retry: expected taskhawk.fixed(), linear() or exponential(), got"
+                    f" {retry!r}"
+                )
+            options["retry"] = _policy_data(retry)
+        if time_limit is not None:
+            if not _is_above_zero(time_limit):
+                raise TypeError(
+                    "time_limit: expected a number of seconds above 0, got"
+                    f" {time_limit!r}"
+                )
+            options["time_limit"] = time_limit
+        return self.with_headers(**{_OPTIONS_HEADER: options})
+
     def dispatch(self, /, *args: _P.args, **kwargs: _P.kwargs) -> str:
         """Queue a run of the task: one request, and one more at a queue's first use.
 
@@ -4445,12 +4587,24 @@ class AsyncInvocation(Generic[_P]):
         :raises TypeError: if the function can't be called so, or an argument is not
             JSON
         :raises ValidationError: if an argument can't be sent: NaN, too deep, too large
+        :raises QueueFull: if the queue has the task's `max_queue_size` of messages
         :raises ConfigurationError: if the queue is missing or forbidden, or if it can't
             hold the message back for so long
         :raises Exception: of botocore or sqlite3, if the call fails otherwise; the
             message may have been queued then
         """
         return publish(self._message(args, kwargs))
+
+    async def dispatch_async(self, /, *args: _P.args, **kwargs: _P.kwargs) -> str:
+        """Queue a run of the task as :meth:`dispatch` does, and let others run.
+
+        Many at once share requests. With TASKHAWK_SYNC the task runs in a thread. If
+        the coroutine is cancelled, the message may have been queued.
+
+        :returns: the message's id
+        :raises Exception: as :meth:`dispatch`
+        """
+        return await _publish_async(self._message(args, kwargs))
 
     def dispatch_many(self, calls: Iterable[Any]) -> int:
         """Queue a run for each of `calls`, ten to a request, with bounded memory.
@@ -4468,8 +4622,10 @@ class AsyncInvocation(Generic[_P]):
         for call in calls:
             try:
                 message = self._message(*_arguments_of(call))
+                if _max_queue_size(message) is not None:
+                    _refuse_if_full(message)
                 waiting.append(_prepare(message))
-            except (TypeError, ValidationError) as error:
+            except (TypeError, ValidationError, QueueFull) as error:
                 error.add_note(f"This is call {count} of dispatch_many(), from 0.")
                 raise
             count += 1
@@ -4750,10 +4906,37 @@ def publish(message: Message) -> str:
     :returns: the message's id
     :raises Exception: as :meth:`AsyncInvocation.dispatch`
     """
+    if _max_queue_size(message) is not None:
+        _refuse_if_full(message)
     ready = _prepare(message)
     if not _collect([ready]):
         _send_now(ready)
     return message.id
+
+
+async def _publish_async(message: Message) -> str:
+    """Send a message as :func:`publish` does, while the event loop goes on."""
+    import asyncio
+
+    lanes = _lanes.get()
+    if message.priority not in lanes.looked_up:
+        await asyncio.to_thread(_look_up, message.priority)
+        lanes.looked_up.add(message.priority)
+    if _max_queue_size(message) is not None:
+        await asyncio.to_thread(_refuse_if_full, message)
+    ready = _prepare(message)
+    if _collect([ready]):
+        return message.id
+    if ready.sender.shared_calls:
+        await lanes.lane_of(ready).send_async(ready)
+    else:  # in sync mode, the task runs there
+        await asyncio.to_thread(_send_one, ready)
+    return message.id
+
+
+def _look_up(priority: Priority) -> None:
+    """Do what takes long at a priority's first use, such as to open a file."""
+    _brokers.sender().destination(priority)
 
 
 def _send_now(ready: _Ready) -> None:
@@ -4796,8 +4979,8 @@ _HELPER_IDLE_S = 1  # after which a helper ends
 class _Parcel:
     """A message that waits to be sent, and what came of it.
 
-    If it is neither accepted nor in error, it is to be sent by itself: whatever happened
-    to it in company may have been the fault of the others.
+    If it is neither accepted nor in error, it is to be sent by itself: what happened to
+    it in company may have been the fault of the others.
     """
 
     def __init__(self, entry: Outgoing) -> None:
@@ -4926,7 +5109,7 @@ class _Lane:
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._helpers: set[threading.Thread] = set()
-        self._idle = 0  # helpers that wait on the condition
+        self._idle: set[int] = set()  # the helpers that wait on the condition
 
     def send(self, ready: _Ready) -> None:
         """Send a message by itself, or with others; raise why it was not accepted."""
@@ -4972,6 +5155,32 @@ class _Lane:
             # One helper looks after those that wait, lest the call under way hang.
             if len(self._sharing.waiting) == 1 or self._sharing.is_due(now):
                 self._wake()
+
+    async def send_async(self, ready: _Ready) -> None:
+        """Send a message as :meth:`send` does, while the event loop goes on."""
+        import asyncio
+
+        me = threading.get_ident()
+        if me in self._busy:  # as in send()
+            await asyncio.to_thread(_send_one, ready)
+            return
+        loop = asyncio.get_running_loop()
+        told = loop.create_future()
+        parcel = _Parcel(ready.entry)
+        parcel.tell = functools.partial(_tell_loop, loop, told)
+        try:
+            self._busy.add(me)
+            self._add(parcel)
+        finally:
+            self._busy.discard(me)
+        try:
+            await told
+        finally:
+            parcel.is_left = True  # if the coroutine is cancelled, say
+        if parcel.error or parcel.is_accepted:
+            self._conclude(ready, parcel)
+        else:
+            await asyncio.to_thread(_send_one, ready)
 
     def _leave(self, me: int, parcel: _Parcel) -> None:
         """Have nobody wait for this dispatch, and send nothing more for it."""
@@ -5028,8 +5237,9 @@ class _Lane:
             self._busy.discard(me)
 
     def _resign(self) -> None:
-        """Count this thread as a helper no more."""
+        """Count this thread as a helper no more; the lock is held."""
         self._helpers.discard(threading.current_thread())
+        self._idle.discard(threading.get_ident())
 
     def _next(self, me: int) -> Sequence[_Parcel]:
         """Begin the next call, and return its parcels; none if it is time to end."""
@@ -5042,13 +5252,13 @@ class _Lane:
                         self._wake()
                     return parcels
                 pause_s = min(self._sharing.due_at() - now, _HELPER_IDLE_S)
-                self._idle += 1
                 try:
+                    self._idle.add(me)
                     self._changed.wait(pause_s)
                 finally:
-                    self._idle -= 1
+                    self._idle.discard(me)
                 if pause_s == _HELPER_IDLE_S and not self._sharing.waiting:
-                    self._resign()  # while the lock is held: nobody may count on it
+                    self._resign()
                     return ()
 
     def _send_together(self, parcels: Sequence[_Parcel]) -> None:
@@ -5080,6 +5290,18 @@ class _Lane:
             _send_one(ready)
 
 
+def _tell_loop(loop: Any, told: Any) -> None:
+    """Tell a coroutine that waits on an event loop, from any thread."""
+    with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+        loop.call_soon_threadsafe(_resolve, told)
+
+
+def _resolve(told: Any) -> None:
+    """Let a coroutine go on that waits for this future."""
+    if not told.done():  # it was cancelled, or is told a second time
+        told.set_result(None)
+
+
 def _own_copy(error: Exception) -> Exception:
     """Return a copy of an error that several threads raise, each with its traceback."""
     import copy
@@ -5097,6 +5319,8 @@ class _Lanes:
 
     def __init__(self) -> None:
         self.lanes: dict[tuple[Sender, str], _Lane] = {}
+        #: whose destination can be told without a file or a client being opened first
+        self.looked_up: set[Priority] = set()
         # The threads that are inside of a lane. They wait for no other call, and so
         # there is no circle of calls that wait for each other.
         self.busy: set[int] = set()
@@ -5115,7 +5339,9 @@ _lanes = _PerProcess(_Lanes)
 
 def _forget_lanes() -> None:
     """Let the next dispatches begin anew, with other senders."""
-    _lanes.get().lanes.clear()
+    lanes = _lanes.get()
+    lanes.lanes.clear()
+    lanes.looked_up.clear()
 
 
 settings.on_change.append(_forget_lanes)
@@ -5165,6 +5391,78 @@ def _partial_failure(
         message.group_id = ready.entry.group_id
         unsent.append(message)
     return PartialFailure({"Successful": successful, "Failed": failed}, unsent=unsent)
+
+
+_SIZE_KNOWN_S = 1  # a queue is asked for its size no more often
+
+
+class _QueueSizes:
+    """How many messages the queues have, as far as this process knows.
+
+    SQS counts what is sent some seconds late, so between two looks at a queue what this
+    process sends is counted here.
+    """
+
+    def __init__(self) -> None:
+        # Held while a queue is asked, so that threads do not all ask. Reentrant: a
+        # signal handler or a __del__ may dispatch while its thread has it.
+        self._lock = threading.RLock()
+        self._sizes: dict[tuple[Broker, str], int] = {}
+        self._known_until: dict[tuple[Broker, str], float] = {}
+
+    def count(self, broker: Broker, queue: str, limit: int) -> int:
+        """Count one message more, unless the queue is full; return how many it has."""
+        key = broker, queue
+        with self._lock:
+            if time.monotonic() >= self._known_until.get(key, -math.inf):
+                self._sizes[key] = sum(broker.depth(queue))
+                self._known_until[key] = time.monotonic() + _SIZE_KNOWN_S
+            size = self._sizes[key]
+            if size < limit:
+                self._sizes[key] = size + 1
+            return size
+
+
+_queue_sizes = _PerProcess(_QueueSizes)
+
+
+def _max_queue_size(message: Message) -> int | None:
+    """Return the `max_queue_size` of a message's task; None if it has none."""
+    its_task = _registry.get(message.task_name)
+    if its_task is None:
+        return None
+    return its_task.options.get("max_queue_size")
+
+
+def _refuse_if_full(message: Message) -> None:
+    """Raise QueueFull if the queue has the `max_queue_size` of the message's task."""
+    limit, sender = _max_queue_size(message), _brokers.sender()
+    if isinstance(sender, SnsSender):
+        raise ConfigurationError(
+            f"{message.task_name}: max_queue_size needs a queue, and SNS has none"
+        )
+    if limit is None or not hasattr(sender, "depth"):  # in sync mode, say
+        return
+    queue = sender.destination(message.priority)
+    broker = typing.cast("Broker", sender)
+    size = _queue_sizes.get().count(broker, queue, limit)
+    if size >= limit:
+        text = (
+            f"{message.task_name}: {queue} has {size} messages, and max_queue_size is"
+            f" {limit}"
+        )
+        raise QueueFull(text, queue, size, limit)
+
+
+def _check_max_queue_size(made: Task[Any, Any], value: object) -> None:
+    """Check the option of :func:`task`."""
+    if type(value) is not int or value < 1:
+        raise ConfigurationError(
+            f"{made.name} has max_queue_size={value!r}: expected a whole number above 0"
+        )
+
+
+_more_options["max_queue_size"] = _check_max_queue_size
 
 
 class Captured(NamedTuple):
@@ -5512,7 +5810,7 @@ def _wanted(received: QueueMessage, error: BaseException) -> Outcome:
     if not all(_may_retry(task, leaf) for leaf in leaves):
         return Outcome(Fate.dead_letter, error)
     try:
-        delay_s = _delay_s(task, leaves, received.attempt)
+        delay_s = _delay_s(received.message, leaves, received.attempt)
     except StopRetry:
         return Outcome(Fate.dead_letter, error)
     except BaseException as defect:  # of the policy: it must not lose the message
@@ -5522,7 +5820,7 @@ def _wanted(received: QueueMessage, error: BaseException) -> Outcome:
 
 
 def _delay_s(
-    task: Task[Any, Any], leaves: Sequence[BaseException], attempt: int
+    message: Message, leaves: Sequence[BaseException], attempt: int
 ) -> float | None:
     """Return the seconds until the next run; None leaves it to the lease in force.
 
@@ -5534,11 +5832,11 @@ def _delay_s(
     # A subclass that does not call our __init__ may have set anything.
     policies = [leaf.retry for leaf in asked if callable(leaf.retry)]
     if not (delays_s or policies):
-        own = _policy_of(task)
+        own = _options_of(message).retry or _policy_of(message.task)
         if own is None:
             return None
         policies = [own]
-    delays_s += [_ask_policy(policy, task, attempt) for policy in policies]
+    delays_s += [_ask_policy(policy, message.task, attempt) for policy in policies]
     return _longest_s(delays_s)
 
 
@@ -5690,7 +5988,7 @@ def _check_batch(made: Task[Any, Any], most: object) -> None:
         raise ConfigurationError(
             f"{made.name} has batch={most!r}: expected 1 to {_MAX_CALLS_TOGETHER}"
         )
-    made.take_any_arguments()
+    made._take_any_arguments()  # noqa: SLF001 - its own
     _batch_tasks.add(made.name)
 
 
@@ -5750,7 +6048,7 @@ def _call_together(ready: Iterable[Call]) -> BaseException | None:
         return None
     metadata = typing.cast("Metadata", calls[0].metadata)
     try:
-        _registry[metadata.task].call_together(calls)
+        _registry[metadata.task]._call_together(calls)  # noqa: SLF001 - its own
     except BaseException as error:
         return error
     return None
@@ -5791,23 +6089,22 @@ class _RunOfMany:
             self._error = error
             if self.call.error is not None:
                 self._error = self.call.error
+        shared = self._error
+        trace = getattr(shared, "__traceback__", None)
         try:
             _end_run(self._received, self._began, self._around, self._raise)
         except BaseException as raised:
             self._error = raised
         else:
             self._error = None
+        if shared is not None:
+            # It is raised for one message after another: it is not to grow.
+            shared.__traceback__ = trace
 
     def _raise(self) -> None:
         """End as the task's call did."""
-        if self._error is None:
-            return
-        trace = self._error.__traceback__
-        try:
+        if self._error is not None:
             raise self._error
-        finally:
-            # It is raised for one message after another: its traceback is not to grow.
-            self._error.__traceback__ = trace
 
     def outcome(self) -> Outcome:
         """Return what becomes of the message; raise what must end the process."""
@@ -6114,7 +6411,8 @@ class _Holdings:
     @property
     def is_overdue(self) -> bool:
         """Whether two full batches are decided and in no call: the keeper is behind."""
-        return self.calls.left >= 2 * _MAX_BATCH
+        limit = 2 * _MAX_BATCH
+        return len(self.decided) >= limit and self.calls.left >= limit
 
     def still_run(self) -> list[QueueMessage]:
         """Return the messages that run."""
@@ -6388,9 +6686,9 @@ class _Calls:
         the others follows, or extensions that hang would starve them. Of these comes
         first what has been due for longest.
         """
-        leases: list[_Held] = []
-        if self._leases_at() <= now:
-            leases = self._all.leases.due(now)
+        leases = self._all.leases.due(now)  # first, for that looks when they are
+        if self._leases_at() > now:
+            leases = []
         ends = min(self._ends.values(), key=self._due_at)
         is_due = self._due_at(ends) <= now
         if leases and not (is_due and self._last is _Kind.extend):
@@ -6718,7 +7016,7 @@ _MAX_BACKOFF_S = 60  # between receives that fail
 _FLUSH_S = 3  # of the grace, kept for acknowledgements once running tasks are given up
 _HURRIED_S = 1  # for acknowledgements after a second Ctrl-C
 _HEART_S = 1  # for the last heartbeat: its hook may hang
-_MAX_WAITING = 100  # num_messages: more would wait longer than a new worker takes
+_MAX_NUM_MESSAGES = 100  # a worker keeps what waits for it from all others
 _MAX_POLLS = 12  # of a queue at once; those of four fit into botocore's pool of 50
 _QUIET_S = 0.1  # after which a poll that still waits says that its queue is empty
 _SHORT_POLL_S = 1  # where another queue may need what a poll keeps for itself
@@ -7059,7 +7357,7 @@ class _Polls:
         self.of: dict[str, _Polled] = {}
         for rank, queue in enumerate(queues):
             batch, most_polls = _MAX_BATCH, _MAX_POLLS
-            if queue.endswith(".fifo"):
+            if _is_fifo(queue):
                 # It withholds the rest of a group while one message of that is held.
                 batch = most_polls = 1
             self.of[queue] = _Polled(rank, batch, most_polls, receives)
@@ -7421,11 +7719,14 @@ class _Intake:
 
     def tell(self) -> None:
         """Have pollers look that may begin earlier than they would look."""
-        load, phase = self._course.load(), self._course.phase
-        for queue, pollers in self._pollers.items():
-            if phase is not _Phase.working:
+        if self._course.phase is not _Phase.working:
+            for pollers in self._pollers.values():
                 pollers.may_look.notify_all()
-            elif pollers.looks_at > -math.inf:
+            return
+        load = None
+        for queue, pollers in self._pollers.items():
+            if pollers.looks_at > -math.inf:
+                load = load or self._course.load()
                 pollers.tell(self.polls.may_begin_at(queue, load))
 
     def begin(self, queue: str, goes_on: Callable[[str], bool]) -> _Poll | None:
@@ -7630,11 +7931,12 @@ class _Poller:
                 poll = intake.begin(self._queue, intake.polls.is_open)
                 if not poll:
                     break
-                failures = self._try(poll)
-                if failures:
+                error = self._try(poll)
+                if error:
+                    failures = self._faults.failed(self._queue, "receive", repr(error))
                     _back_off(course.stop, self._worker.clock, failures)
-        except BaseException as error:
-            course.fail(error)  # before the phases go on, or nobody would see it
+        except BaseException as fatal:
+            course.fail(fatal)  # before the phases go on, or nobody would see it
             raise
         finally:
             intake.close(self._queue)
@@ -7644,9 +7946,9 @@ class _Poller:
         intake = self._intake
         try:
             while poll := intake.begin(self._queue, intake.polls.is_busy):
-                self._try(poll)
-        except BaseException as error:
-            self._course.fail(error)
+                self._try(poll)  # if that fails, it ends: the poller backs off for all
+        except BaseException as fatal:
+            self._course.fail(fatal)
             raise
         finally:
             intake.helper_ended(self._queue)
@@ -7657,23 +7959,22 @@ class _Poller:
             return False
         return _are_empty(self._worker.broker, self._worker.queues)
 
-    def _try(self, poll: _Poll) -> int:
-        """Receive; return how often that has failed by now, one after another."""
+    def _try(self, poll: _Poll) -> Exception | None:
+        """Receive; return the error if that fails."""
+        worker = self._worker
         try:
-            if self._lease is not None:
+            if self._lease is None:
+                wanted_s = worker.visibility_timeout_s
+                self._lease = _find_lease(worker.broker, self._queue, wanted_s)
+                self._intake.drop(poll)  # it may have taken long: look again whether to
+            else:
                 self._receive(poll, self._lease)
-                return 0
-            worker = self._worker
-            self._lease = _find_lease(
-                worker.broker, self._queue, worker.visibility_timeout_s
-            )
         except Exception as error:
             was_answered = self._intake.fail(poll)
             if not was_answered and isinstance(error, ConfigurationError):
                 raise  # at the start, this is for a person to mend
-            return self._faults.failed(self._queue, "receive", repr(error))
-        self._intake.drop(poll)  # it may have taken long: look again whether to
-        return 0
+            return error
+        return None
 
     def _receive(self, poll: _Poll, lease: _Lease) -> None:
         """Receive once, and hold what came."""
@@ -7742,11 +8043,17 @@ class _Event(typing.Protocol):
 
 
 # What later parts run beside each worker. Each is called before the first receive, with
-# the worker and the event that is set once it stops, and returns what a thread is to run
-# until then, or None.
+# the worker and the event that is set once it stops, and returns what a thread is to
+# run until then, or None.
 _beside_workers: list[
     Callable[[Worker, threading.Event], Callable[[], object] | None]
 ] = []
+
+
+def _threads_beside(worker: Worker, course: _Course) -> list[threading.Thread]:
+    """Return the threads of what later parts run beside a worker."""
+    begun = [begin(worker, course.stop) for begin in _beside_workers]
+    return [_make_thread(course, run) for run in begun if run is not None]
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -7833,8 +8140,8 @@ class Worker:
             credentials
         """
         make = functools.partial(_make_thread, self._course)
-        beside = [begin(self, self._course.stop) for begin in _beside_workers]
         slots = [make(slot.work) for slot in self._slots[1:]]
+        slots += _threads_beside(self, self._course)
         intake = _Intake(self._course, self._keeper, self._polls)
         poller = functools.partial(_Poller, self, self._course, intake)
         pollers = [make(poller(queue).work) for queue in self.queues]
@@ -7843,9 +8150,7 @@ class Worker:
         within_s: float | None = _HURRIED_S
         with self._signals:
             try:
-                self._work(
-                    helpers, [*pollers, *slots, *map(make, filter(None, beside))]
-                )
+                self._work(helpers, [*pollers, *slots])
                 within_s = None  # nothing interrupts it
             finally:
                 self._close(within_s)
@@ -7989,8 +8294,8 @@ def _check_counts(worker: Worker) -> None:
         number = getattr(worker, name)
         if number is not None and number < 1:
             raise ConfigurationError(f"{name}: expected 1 or more, got {number}")
-    if not 1 <= worker.num_messages <= _MAX_WAITING:
-        wanted = f"expected 1 to {_MAX_WAITING}"
+    if not 1 <= worker.num_messages <= _MAX_NUM_MESSAGES:
+        wanted = f"expected 1 to {_MAX_NUM_MESSAGES}"
         raise ConfigurationError(f"num_messages: {wanted}, got {worker.num_messages}")
 
 
@@ -8021,8 +8326,8 @@ def listen_for_messages(
     stops after the running task and the poll in flight, which takes up to 20 s on SQS.
 
     :param priority: the queue, or several: the most urgent message runs first
-    :param num_messages: how many one slot may hold, the one that it runs included, up
-        to 100; several slots share the others: with N, at most N - 1 of a queue wait
+    :param num_messages: with N, which is at most 100, up to N - 1 messages of a queue
+        wait while all slots run; with 1, one is received when it can start
     :param visibility_timeout_s: how long a received message is hidden from others,
         until the worker extends it; None takes the queue's own
     :param loop_count: end after so many receives from each queue; None goes on for ever
@@ -8572,6 +8877,7 @@ class _Child:
         self, start: Mapping[str, Any], max_tasks: int, given_up: threading.Event
     ) -> None:
         self._start, self._max_tasks, self._given_up = start, max_tasks, given_up
+        self._isolated = start.get("isolated", ())  # all messages of these tasks
         self._process: _ChildProcess | None = None
         self._runs_left = 0  # until the process is replaced
 
@@ -8592,7 +8898,7 @@ class _Child:
             if self._given_up.is_set():
                 return []
             raise
-        return self._finish(running, message.task, batch)
+        return self._finish(running, message, batch)
 
     def start(self) -> _ChildProcess:
         """Return a process that lives, a new one if need be.
@@ -8614,15 +8920,31 @@ class _Child:
         self._end(_END_S)
 
     def _find_isolated(self, received: QueueMessage) -> Message | None:
-        """Return the decoded message if its task is isolated."""
-        if not self._start:
+        """Return the decoded message if its task is isolated, or has a time limit."""
+        if not self._isolated and _OPTIONS_HEADER not in received.body:
             return None
         try:
             message = _decode(received.body)
-            isolated = message.task.name in self._start["isolated"]
+            name = message.task.name
         except ValidationError:
             return None  # process() will say what is wrong with it
-        return message if isolated else None
+        if name in self._isolated:
+            return message
+        if _options_of(message).time_limit is not None and self._can_isolate(name):
+            return message
+        return None
+
+    def _can_isolate(self, name: str) -> bool:
+        """Have children import all tasks, for one that only its message isolates."""
+        if name in self._start.get("isolated", ()):
+            return True
+        try:
+            self._start = _start_of_children(everything=True)
+        except ConfigurationError as error:
+            _log.warning("a time limit of one message is not kept: %s", error)
+            return False
+        self.close()  # the process that knows fewer tasks
+        return True
 
     def _begin(self, name: str, batch: Sequence[QueueMessage]) -> _ChildProcess:
         """Return a process that has begun to run messages, or raise _CannotStart."""
@@ -8663,13 +8985,11 @@ class _Child:
         return started
 
     def _finish(
-        self,
-        running: _ChildProcess,
-        its_task: Task[Any, Any],
-        batch: Sequence[QueueMessage],
+        self, running: _ChildProcess, message: Message, batch: Sequence[QueueMessage]
     ) -> list[Outcome]:
         """Return how a run that began has ended; none if the grace is over."""
-        name, limit_s, began = its_task.name, its_task.time_limit, time.monotonic()
+        name, began = message.task.name, time.monotonic()
+        limit_s = _options_of(message).time_limit or message.task.time_limit
         failure: TaskhawkError
         try:
             answers = running.hear("ended", began + (limit_s or math.inf))
@@ -9935,7 +10255,8 @@ class _Scheduler(_AwsSender):
         # What looks like a keyword of Scheduler's is the user's own text.
         body = entry.body.replace("<aws.", r"\u003caws.")
         target = _target(destination, body, entry.group_id)
-        self.change("create_schedule", Target=target, **self._parameters(entry))
+        parameters = {**self._parameters(entry), "Target": target}
+        self.call("send", "create_schedule", _schedule_group(), **parameters)
         return []
 
     def _parameters(self, entry: Outgoing) -> dict[str, Any]:
@@ -9951,12 +10272,8 @@ class _Scheduler(_AwsSender):
             "Name": _schedule_name(message.id),
             "ScheduleExpression": _at(due_s, time.time()),
             "ActionAfterCompletion": "DELETE",
+            "FlexibleTimeWindow": {"Mode": "OFF"},
         }
-
-    def change(self, operation: str, **parameters: Any) -> None:
-        """Make or change a schedule of this service."""
-        parameters["FlexibleTimeWindow"] = {"Mode": "OFF"}
-        self.call("send", operation, _schedule_group(), **parameters)
 
     def delete(self, name: str) -> bool:
         """Delete a schedule; return whether it was there."""
@@ -10127,17 +10444,16 @@ class _Schedule:
         return None
 
     def _local_times(self, start: datetime) -> Iterator[datetime]:
-        """Yield the times that fit the fields, in order, from the minute of `start` on."""
+        """Yield the times that fit the fields, in order, from a minute on."""
         minutes, hours, _, _, _, years = map(sorted, self.fields)
         start = start.replace(second=0, microsecond=0)
+        times = [timedelta(hours=h, minutes=m) for h in hours for m in minutes]
         day = start.replace(hour=0, minute=0)
         while day.year <= years[-1]:
             if self._is_due_on(day):
-                for hour in hours:
-                    for minute in minutes:
-                        local = day.replace(hour=hour, minute=minute)
-                        if local >= start:
-                            yield local
+                for time_of_day in times:
+                    if day + time_of_day >= start:
+                        yield day + time_of_day
             day += timedelta(days=1)
 
     def _is_due_on(self, day: datetime) -> bool:
@@ -10277,9 +10593,25 @@ def _periodic_group(task: Task[..., Any], destination: str) -> str | None:
     return group
 
 
-# Periodic tasks on SQLite: any worker queues what is due. A schedule's row has when that
-# is. The trigger makes one statement of moving it on and of the message, so each firing
-# is queued once, however many workers see it due and whenever they die.
+def _periodic_schedule(task: Task[..., Any]) -> dict[str, Any]:
+    """Return the schedule of a periodic task as Scheduler has it."""
+    schedule, arn = _schedule_of(task), _target_arn(task.priority)
+    # Scheduler fills in the time, the same for each attempt of a delivery.
+    body = _periodic_body(task, "<aws.scheduler.scheduled-time>")
+    return {
+        "Name": _periodic_name(task),
+        "GroupName": _schedule_group(),
+        "Description": f"taskhawk: {task.name}"[:512],
+        "ScheduleExpression": schedule.text,
+        "ScheduleExpressionTimezone": schedule.timezone,
+        "FlexibleTimeWindow": {"Mode": "OFF"},
+        "Target": _target(arn, body, _periodic_group(task, arn)),
+    }
+
+
+# Periodic tasks on SQLite: any worker queues what is due. A schedule's row has when
+# that is. The trigger makes one statement of moving it on and of the message, so each
+# firing is queued once, however many workers see it due and whenever they die.
 _SCHEDULE_TABLE = (
     """CREATE TABLE IF NOT EXISTS schedule (rule TEXT PRIMARY KEY,
     due_ms INTEGER NOT NULL, queue TEXT, group_id TEXT, message_id TEXT, body TEXT,
@@ -10460,9 +10792,7 @@ class _DjangoBackend:
         :raises Exception: as :meth:`AsyncInvocation.dispatch`. With ``on_commit``, the
             commit raises what the queue does not accept: its rows are committed then
         """
-        self.validate_task(task)
-        message = self._message(task, args, kwargs)
-        result = _django_result(task, message.id, message.args, message.kwargs)
+        message, result = self._make(task, args, kwargs)
         send = functools.partial(self._send, message, result)
         if self.options.get("on_commit"):
             from django.db.transaction import on_commit
@@ -10473,8 +10803,27 @@ class _DjangoBackend:
             send()
         return result
 
+    async def aenqueue(self, task: Any, args: Any, kwargs: Any) -> Any:
+        """Queue a run as :meth:`enqueue` does; many at once share requests."""
+        from django.tasks.signals import task_enqueued
+
+        if settings.TASKHAWK_SYNC or self.options.get("on_commit"):
+            # A transaction is of the thread in which Django runs what is not async.
+            return await super().aenqueue(task, args, kwargs)  # type: ignore[misc]
+        message, result = self._make(task, args, kwargs)
+        await _publish_async(message)
+        _note_enqueued(result)
+        await task_enqueued.asend(type(self), task_result=result)
+        return result
+
+    def _make(self, task: Any, args: Any, kwargs: Any) -> tuple[Message, Any]:
+        """Make the message of a run, and its result."""
+        self.validate_task(task)
+        message = self._message(task, args, kwargs)
+        return message, _django_result(task, message.id, message.args, message.kwargs)
+
     def _message(self, task: Any, args: Any, kwargs: Any) -> Message:
-        """Make the message of a run."""
+        """Make the message of a run, once it is known that the worker can make it."""
         from django.utils.json import normalize_json
 
         invocation = self._task_of(task).with_priority(_django_priority(task))
@@ -10489,10 +10838,9 @@ class _DjangoBackend:
     def _send(self, message: Message, result: Any) -> None:
         """Send a message, and tell that it is queued."""
         from django.tasks.signals import task_enqueued
-        from django.utils import timezone
 
         publish(message)
-        _set_fields(result, enqueued_at=timezone.now())
+        _note_enqueued(result)
         task_enqueued.send(type(self), task_result=result)
 
     def _task_of(self, declared: Any) -> Task[Any, Any]:
@@ -10525,6 +10873,9 @@ class _DjangoBackend:
                 f"{where}: OPTIONS: expected on_commit, settings of taskhawk or options"
                 f" of taskhawk.task, got {name!r}"
             )
+        if type(self) is not _make_django_backend():
+            for name in sorted(_SETTINGS.keys() & self.options):
+                yield f"{where}: OPTIONS: {name} is not read for a subclass"
 
 
 def _expected_queue(name: object) -> str:
@@ -10546,15 +10897,13 @@ def _django_priority(declared: Any) -> Priority:
 
 @functools.cache
 def _django_task_options() -> frozenset[str]:
-    """Return the options of :func:`task` that are not Django's in another form."""
+    """Return the options of :func:`task` that one of Django's tasks may have.
+
+    Its name and priority are Django's to say, and it is called with its own arguments.
+    """
     own = inspect.signature(task, **_ANNOTATIONS).parameters
-    return frozenset([*own, *_more_options]) - {
-        "args",
-        "more",
-        "name",
-        "priority",
-        "_django",
-    }
+    others = {"args", "more", "name", "priority", "batch", "_django"}
+    return frozenset([*own, *_more_options]) - others
 
 
 def _options_of_declaration(declared: Any) -> dict[str, Any]:
@@ -10746,6 +11095,13 @@ def _django_result(
         backend=declared.backend,
         **{**queued, **fields},
     )
+
+
+def _note_enqueued(result: Any) -> None:
+    """Note that the queue has a message."""
+    from django.utils import timezone
+
+    _set_fields(result, enqueued_at=timezone.now())
 
 
 def _set_fields(result: Any, **fields: Any) -> None:
@@ -11246,6 +11602,7 @@ def requeue_dead_letter(
 
 
 _PROVISION = "python -m taskhawk provision"  # fixes most of what check finds
+_LETTERS_COMMAND = "python -m taskhawk dead-letters"
 _TOLD = "as the error says"  # how to fix the rest
 _ABSENT = "NonExistentQueue|QueueDoesNotExist|NotFound"  # codes of AWS, as patterns
 _FORBIDDEN = "AccessDenied.*|AuthorizationError"
@@ -11260,7 +11617,7 @@ def _unless(codes: str, call: Callable[..., Any], *args: Any) -> Any:
     """Return what a call returns; None if it fails with one of these codes of AWS."""
     try:
         return call(*args)
-    except ConfigurationError as error:
+    except Exception as error:
         if re.fullmatch(codes, _error_code(error)):
             return None
         raise
@@ -11359,7 +11716,7 @@ class _Resource(NamedTuple):
 
 def _label(name: str) -> str:
     """Return Terraform's name for a queue or topic."""
-    return re.sub("[-.]", "_", name.lower())
+    return re.sub(r"\W", "_", name.lower())
 
 
 def _resources(
@@ -11379,9 +11736,11 @@ def _resources(
 
 
 # In high throughput mode, which costs the same: a FIFO queue's limits are then those of
-# its groups, not of the queue.
+# its groups, not of the queue. What we send has ids of its own for deduplication; what
+# schedules send has none, and its content identifies it.
 _FIFO_ATTRIBUTES = {
     "fifo_queue": True,
+    "content_based_deduplication": True,  # for schedules, which send no id
     "deduplication_scope": "messageGroup",
     "fifo_throughput_limit": "perMessageGroupId",
 }
@@ -11430,21 +11789,125 @@ def _topic_resources(
     return resources
 
 
+def _schedule_resources() -> list[_Resource]:
+    """Describe what long delays and periodic tasks need, if they are used."""
+    tasks = _periodic_tasks()
+    if not tasks and not settings.TASKHAWK_SCHEDULER_ROLE:
+        return []
+    role_path, _, role = _scheduler_role().partition(":role")[2].rpartition("/")
+    group, tags = _schedule_group(), {"taskhawk": settings.TASKHAWK_QUEUE}
+    attributes = {
+        "name": role,
+        "path": f"{role_path}/",
+        "assume_role_policy": json.dumps(_trust()),
+        "tags": tags,
+    }
+    policy = {
+        "name": _SCHEDULE_POLICY,
+        "role": role,
+        "policy": json.dumps(_may_send()),
+        "depends_on": [f"aws_iam_role.{_label(role)}"],
+    }
+    resources = [
+        _Resource("aws_scheduler_schedule_group", group, {"name": group, "tags": tags}),
+        _Resource("aws_iam_role", role, attributes),
+        _Resource("aws_iam_role_policy", role, policy),
+    ]
+    for name, task in tasks.items():
+        # Terraform has the names that the service has, in snake_case.
+        schedule = _in_snake_case(_periodic_schedule(task))
+        schedule["depends_on"] = [
+            f"aws_scheduler_schedule_group.{_label(group)}",
+            f"aws_iam_role_policy.{_label(role)}",
+        ]
+        resources.append(_Resource("aws_scheduler_schedule", name, schedule))
+    return resources
+
+
+def _table_resources() -> list[_Resource]:
+    """Describe the table of claims, if it is used; Terraform has its TTL in it."""
+    table = settings.TASKHAWK_CLAIMS_TABLE
+    if table is None:
+        return []
+    attributes = {
+        "name": table,
+        "billing_mode": "PAY_PER_REQUEST",
+        "hash_key": "id",
+        "attribute": [{"name": "id", "type": "S"}],
+        "ttl": {"attribute_name": "expiration", "enabled": True},
+        "tags": {"taskhawk": settings.TASKHAWK_QUEUE},
+    }
+    return [
+        _Resource("aws_dynamodb_table", table, attributes),
+        _Resource("aws_dynamodb_ttl", table, {}),
+    ]
+
+
+_SCHEDULE_POLICY = "taskhawk"  # the name of the role's inline policy
+
+
+def _trust() -> dict[str, Any]:
+    """Return the policy that lets Scheduler use the role, for this account alone."""
+    statement = {
+        "Effect": "Allow",
+        "Principal": {"Service": "scheduler.amazonaws.com"},
+        "Action": "sts:AssumeRole",
+        "Condition": {
+            "StringEquals": {"aws:SourceAccount": settings.require("AWS_ACCOUNT_ID")}
+        },
+    }
+    return {"Version": "2012-10-17", "Statement": [statement]}
+
+
+def _may_send() -> dict[str, Any]:
+    """Return the policy that lets the role send to what the service has."""
+    arns = [_target_arn(priority) for priority in _URGENCY]
+    action = "sns:Publish"
+    if not settings.IS_LAMBDA_APP:
+        action = "sqs:SendMessage"
+        arns += [_dead_letter_name(arn) for arn in arns]
+    statement = {"Effect": "Allow", "Action": action, "Resource": arns}
+    return {"Version": "2012-10-17", "Statement": [statement]}
+
+
+def _in_snake_case(value: Any) -> Any:
+    """Return parameters of AWS with names as Terraform has them."""
+    if not isinstance(value, dict):
+        return value
+    return {
+        re.sub("(?<!^)(?=[A-Z])", "_", name).lower(): _in_snake_case(inner)
+        for name, inner in value.items()
+    }
+
+
 def _terraform(resources: Iterable[_Resource]) -> dict[str, Any]:
     """Write resources in Terraform's JSON syntax."""
     by_kind: dict[str, dict[str, Any]] = {}
     for resource in resources:
         attributes = resource.attributes
-        by_kind.setdefault(resource.kind, {})[_label(resource.name)] = attributes
+        if not attributes:  # those of another resource say it
+            continue
+        described = by_kind.setdefault(resource.kind, {})
+        label = _label(resource.name)
+        while label in described:  # of a task whose name differs in punctuation alone
+            label += "_"
+        described[label] = attributes
         if "endpoint" in attributes:
             # Besides its subscription, the function's own policy must let SNS call it.
-            by_kind.setdefault("aws_lambda_permission", {})[_label(resource.name)] = {
+            by_kind.setdefault("aws_lambda_permission", {})[label] = {
                 "action": "lambda:InvokeFunction",
                 "principal": "sns.amazonaws.com",
                 "function_name": attributes["endpoint"],
                 "source_arn": attributes["topic_arn"],
             }
     return {"resource": by_kind}
+
+
+def _find(service: _AwsService, operation: str, **parameters: Any) -> Any:
+    """Return what a call of a service finds; None if there is no such thing."""
+    explain = _explained(f"{service.service}:{operation}")
+    call = functools.partial(getattr(service.client("send"), operation), **parameters)
+    return _unless("ResourceNotFound.*|NoSuchEntity.*", explain(call))
 
 
 class _Change(NamedTuple):
@@ -11488,6 +11951,7 @@ def _fixed_attributes(resource: _Resource) -> dict[str, str]:
         return {}
     return {
         "FifoQueue": "true",
+        "ContentBasedDeduplication": "true",
         "DeduplicationScope": resource.attributes["deduplication_scope"],
         "FifoThroughputLimit": resource.attributes["fifo_throughput_limit"],
     }
@@ -11522,8 +11986,8 @@ def _topic_change(sns: SnsSender, resource: _Resource) -> _Change | None:
     """Return how to make a topic; None if it is there."""
     if _subscribers(sns, sns.arn(resource.name)) is not None:
         return None
-    tags = [{"Key": k, "Value": v} for k, v in resource.attributes["tags"].items()]
-    return _Change("made", "create_topic", {"Name": resource.name, "Tags": tags})
+    parameters = {"Name": resource.name, "Tags": _tags(resource)}
+    return _Change("made", "create_topic", parameters)
 
 
 def _subscription_change(sns: SnsSender, resource: _Resource) -> _Change | None:
@@ -11546,26 +12010,161 @@ def _subscribers(sns: SnsSender, topic: str) -> list[str] | None:
     return [subscription["Endpoint"] for subscription in found["Subscriptions"]]
 
 
+def _group_change(scheduler: _Scheduler, resource: _Resource) -> _Change | None:
+    """Return how to make the group of schedules; None if it is there."""
+    if _find(scheduler, "get_schedule_group", Name=resource.name) is not None:
+        return None
+    parameters = {"Name": resource.name, "Tags": _tags(resource)}
+    return _Change("made", "create_schedule_group", parameters)
+
+
+def _schedule_change(scheduler: _Scheduler, resource: _Resource) -> _Change | None:
+    """Return how to make or correct a periodic task's schedule; None if it is right."""
+    wanted = _periodic_schedule(_periodic_tasks()[resource.name])
+    group = wanted["GroupName"]
+    existing = _find(scheduler, "get_schedule", GroupName=group, Name=resource.name)
+    if existing is None:
+        return _Change("made", "create_schedule", wanted)
+    differing = [
+        key for key, value in wanted.items() if not _has_all(existing.get(key), value)
+    ]
+    if not differing:
+        return None
+    # An update resets what it leaves out, and someone may have disabled it.
+    parameters = {**wanted, "State": existing["State"]}
+    return _Change(f"changed: {', '.join(differing)}", "update_schedule", parameters)
+
+
+def _table_change(dynamodb: _AwsService, resource: _Resource) -> _Change | None:
+    """Return how to make the table of claims; None if it is there.
+
+    :raises ConfigurationError: if it is another one's table, with another key
+    """
+    found = _find(dynamodb, "describe_table", TableName=resource.name)
+    key = [{"AttributeName": "id", "KeyType": "HASH"}]
+    if found is None:
+        parameters = {
+            "TableName": resource.name,
+            "KeySchema": key,
+            "AttributeDefinitions": [{"AttributeName": "id", "AttributeType": "S"}],
+            "BillingMode": "PAY_PER_REQUEST",
+            "Tags": _tags(resource),
+        }
+        return _Change("made", "create_table", parameters)
+    if found["Table"]["KeySchema"] != key:
+        raise ConfigurationError(
+            f"table {resource.name}: expected its key to be id alone: name another one"
+            " by TASKHAWK_CLAIMS_TABLE"
+        )
+    return None
+
+
+def _ttl_change(dynamodb: _AwsService, resource: _Resource) -> _Change | None:
+    """Return how to have DynamoDB delete what has expired; None if it does."""
+    table = resource.name
+    found = _find(dynamodb, "describe_time_to_live", TableName=table) or {}
+    description = found.get("TimeToLiveDescription", {})
+    if description.get("AttributeName") == "expiration":
+        return None
+    wanted = {"AttributeName": "expiration", "Enabled": True}
+    parameters = {"TableName": table, "TimeToLiveSpecification": wanted}
+    return _Change("made", "update_time_to_live", parameters)
+
+
+def _tags(resource: _Resource) -> list[dict[str, str]]:
+    """Return a resource's tags as most services take them."""
+    return [{"Key": k, "Value": v} for k, v in resource.attributes["tags"].items()]
+
+
+def _abandoned_schedules() -> list[str]:
+    """Return the names of our schedules whose tasks are not registered."""
+    if not _schedule_resources():
+        return []
+    scheduler, group = _brokers.get("schedule"), _schedule_group()
+    pages = scheduler.client("send").get_paginator("list_schedules")
+    # Of messages with a long delay there may be millions: their names have no dot.
+    found = pages.paginate(GroupName=group, NamePrefix="task.")
+    read = _explained(group)(found.build_full_result)
+    answer = _unless("ResourceNotFoundException", read) or {"Schedules": []}
+    names = {schedule["Name"] for schedule in answer["Schedules"]}
+    return sorted(names.difference(_periodic_tasks()))
+
+
+def _has_all(existing: Any, wanted: Any) -> bool:
+    """Return whether a value of AWS's has all that is wanted of it."""
+    if isinstance(wanted, dict) and isinstance(existing, dict):
+        return all(_has_all(existing.get(key), wanted[key]) for key in wanted)
+    return bool(existing == wanted)
+
+
+def _role_change(iam: _Iam, resource: _Resource) -> _Change | None:
+    """Return how to make the role that schedules send by; None if it is there."""
+    if _find(iam, "get_role", RoleName=resource.name) is not None:
+        return None
+    attributes = resource.attributes
+    parameters = {
+        "RoleName": resource.name,
+        "Path": attributes["path"],
+        "AssumeRolePolicyDocument": attributes["assume_role_policy"],
+        "Tags": _tags(resource),
+    }
+    return _Change("made", "create_role", parameters)
+
+
+def _policy_change(iam: _Iam, resource: _Resource) -> _Change | None:
+    """Return how to let the role send; None if it may."""
+    wanted = resource.attributes["policy"]
+    of_role = {"RoleName": resource.name, "PolicyName": _SCHEDULE_POLICY}
+    found = _find(iam, "get_role_policy", **of_role)
+    if found is not None and found["PolicyDocument"] == json.loads(wanted):
+        return None
+    text = "changed" if found else "made"
+    return _Change(text, "put_role_policy", {**of_role, "PolicyDocument": wanted})
+
+
+class _Iam(_AwsService):
+    """IAM, which has the role that schedules send by."""
+
+    service = "iam"
+
+
+_schemes["iam"] = _Iam  # type: ignore[assignment]
+
+
 # By Terraform's type: which service makes it, and what finds out whether it is there.
 _PROVIDERS: dict[str, tuple[str, Callable[[Any, _Resource], _Change | None]]] = {
     "aws_sqs_queue": ("sqs", _queue_change),
     "aws_sns_topic": ("sns", _topic_change),
     "aws_sns_topic_subscription": ("sns", _subscription_change),
+    "aws_scheduler_schedule_group": ("schedule", _group_change),
+    "aws_iam_role": ("iam", _role_change),
+    "aws_iam_role_policy": ("iam", _policy_change),
+    "aws_scheduler_schedule": ("schedule", _schedule_change),
+    "aws_dynamodb_table": ("dynamodb", _table_change),
+    "aws_dynamodb_ttl": ("dynamodb", _ttl_change),
 }
+
+
+def _what_is(resource: _Resource) -> str:
+    """Return what people call a resource."""
+    return f"{resource.kind.rpartition('_')[2]} {resource.name}"
 
 
 def _provide(resource: _Resource, *, dry_run: bool) -> str:
     """Make what is missing, raise what is too low, and return what to say of it."""
     service, find_change = _PROVIDERS[resource.kind]
     sender = _brokers.get(service)
-    what = f"{resource.kind.rpartition('_')[2]} {resource.name}"
+    what = _what_is(resource)
     change = find_change(sender, resource)
     if change is None:
         return f"{what}: is as it should be"
     if dry_run:
         return f"{what}: would be {change.text}"
+    client = sender.client("send")
     with _explained(resource.name):
-        getattr(sender.client("send"), change.operation)(**change.parameters)
+        getattr(client, change.operation)(**change.parameters)
+        if change.operation == "create_table":  # nothing can be set of it before
+            client.get_waiter("table_exists").wait(TableName=resource.name)
     return f"{what}: {change.text}"
 
 
@@ -11574,38 +12173,264 @@ _RECEIVE = (
     "sqs:ReceiveMessage sqs:DeleteMessage"
     " sqs:ChangeMessageVisibility sqs:GetQueueAttributes"
 )
+_SCHEDULE = "scheduler:CreateSchedule scheduler:DeleteSchedule"
+_LOOK_AT_TABLE = "dynamodb:DescribeTable dynamodb:DescribeTimeToLive"
+_LOOK_AT_SCHEDULES = (
+    "scheduler:GetScheduleGroup scheduler:GetSchedule"
+    " scheduler:ListSchedules scheduler:DeleteSchedule"
+)
 _GRANTS = [  # the least that each role needs, on topics, queues and dead-letter queues
     ("publisher", "aws_sns_topic", "sns:Publish"),
     ("publisher", "aws_sqs_queue", _SEND),
-    ("worker", "aws_sqs_queue", f"{_RECEIVE} sqs:GetQueueUrl"),
+    ("worker", "aws_sqs_queue", f"{_RECEIVE} {_SEND}"),  # it postpones by copies
     ("worker", "DLQ", _SEND),
     # No sqs:GetQueueUrl: the URL is put together from the event's ARN.
-    ("lambda", "aws_sqs_queue", _RECEIVE),
+    ("lambda", "aws_sqs_queue", f"{_RECEIVE} sqs:SendMessage"),
+    ("publisher", "aws_scheduler_schedule_group", _SCHEDULE),
+    ("publisher", "aws_iam_role", "iam:PassRole"),
+    ("worker", "aws_dynamodb_table", "dynamodb:UpdateItem"),
+    ("lambda", "aws_dynamodb_table", "dynamodb:UpdateItem"),
     ("operator", "aws_sns_topic", "sns:ListSubscriptionsByTopic"),
     ("operator", "aws_sqs_queue", f"{_SEND} sqs:GetQueueAttributes"),
     ("operator", "DLQ", f"{_RECEIVE} sqs:GetQueueUrl"),
+    ("operator", "aws_scheduler_schedule_group", _LOOK_AT_SCHEDULES),
+    ("operator", "aws_dynamodb_table", _LOOK_AT_TABLE),
 ]
 
 
 def _iam(resources: Iterable[_Resource]) -> dict[str, Any]:
     """Write the least policies, by role."""
     arns: dict[str, list[str]] = {}
+    granted = {kind for _, kind, _ in _GRANTS}
     for resource in resources:
-        service, _ = _PROVIDERS[resource.kind]
         kind = "DLQ" if _is_dead_letter_queue(resource.name) else resource.kind
-        arns.setdefault(kind, []).append(_brokers.get(service).arn(resource.name))
+        if kind in granted:
+            arns.setdefault(kind, []).append(_arn_of(resource))
     policies: dict[str, Any] = {}
     for role, kind, actions in _GRANTS:
         if kind in arns:
             empty = {"Version": "2012-10-17", "Statement": []}
-            policies.setdefault(role, empty)["Statement"].append(
-                {
-                    "Effect": "Allow",
-                    "Action": actions.split(),
-                    "Resource": arns[kind],
-                }
-            )
+            statement: dict[str, Any] = {
+                "Effect": "Allow",
+                "Action": actions.split(),
+                "Resource": arns[kind],
+            }
+            if actions == "iam:PassRole":
+                to = {"iam:PassedToService": "scheduler.amazonaws.com"}
+                statement["Condition"] = {"StringEquals": to}
+            policies.setdefault(role, empty)["Statement"].append(statement)
     return policies
+
+
+def _arn_of(resource: _Resource) -> str:
+    """Return the ARN by which a policy names a resource, or what is in it."""
+    if resource.kind == "aws_iam_role":
+        return _scheduler_role()
+    service, _ = _PROVIDERS[resource.kind]
+    name = resource.name
+    if resource.kind == "aws_scheduler_schedule_group":
+        name = f"schedule/{name}/*"
+    if resource.kind == "aws_dynamodb_table":
+        name = f"table/{name}"
+    return str(_brokers.get(service).arn(name))
+
+
+class _Watched(NamedTuple):
+    """What CloudWatch is to watch, besides what it must show.
+
+    :ivar max_age_s: alarm if the oldest message waits for longer
+    :ivar max_backlog: alarm if more messages wait
+    :ivar notified: the ARN of the topic that alarms are sent to; None for no topic
+    :ivar namespace: of the metrics that workers print; None if they do not
+    """
+
+    max_age_s: float
+    max_backlog: int
+    notified: str | None
+    namespace: str | None
+
+
+class _Chart(NamedTuple):
+    """What a chart of a dashboard shows: some metrics of a queue or topic."""
+
+    title: str
+    statistic: str
+    metrics: Sequence[str]  # by CloudWatch's names
+
+
+_VISIBLE = "ApproximateNumberOfMessagesVisible"
+_OLDEST = "ApproximateAgeOfOldestMessage"  # of those received less than three times
+_NOT_DELIVERED = "NumberOfNotificationsFailed"
+_DEPTH = (
+    _VISIBLE,
+    "ApproximateNumberOfMessagesNotVisible",
+    "ApproximateNumberOfMessagesDelayed",
+)
+_RUNS = ("Acked", "Retried", "DeadLettered", "Uncertain")
+_QUEUE_CHARTS = (
+    _Chart("messages", "Maximum", _DEPTH),
+    _Chart("seconds that the oldest waits", "Maximum", [_OLDEST]),
+    _Chart("a minute", "Sum", ["NumberOfMessagesSent", "NumberOfMessagesDeleted"]),
+)
+_DEAD_CHARTS = (_Chart("dead letters", "Maximum", [_VISIBLE]),)
+_TOPIC_CHARTS = (
+    _Chart("a minute", "Sum", ["NumberOfMessagesPublished", _NOT_DELIVERED]),
+)
+_WORKER_CHARTS = (
+    _Chart("runs a minute", "Sum", _RUNS),
+    _Chart("milliseconds of a run", "p99", ["RunDuration"]),
+    _Chart("seconds of the oldest run", "Maximum", ["OldestRunAge"]),
+    _Chart("leases lost a minute", "Sum", ["LeasesLost"]),
+)
+_CHARTS_A_ROW, _CHART_SIZE = 4, 6  # of the 24 columns of a dashboard
+
+
+def _dashboard(resources: Iterable[_Resource], watched: _Watched) -> dict[str, Any]:
+    """Write a dashboard and its alarms as the parameters of CloudWatch's calls."""
+    shown = [each for each in resources if each.kind in _DIMENSIONS]
+    widgets: list[dict[str, Any]] = []
+    alarms = []
+    for resource in shown:
+        for whose, chart in _charts_of(resource, watched.namespace):
+            widgets.append(_widget(len(widgets), resource, whose, chart))
+        alarms += [
+            _alarm_call(resource, alarm, watched.notified)
+            for alarm in _alarms_of(resource, watched)
+        ]
+    return {
+        "put-dashboard": {
+            "DashboardName": f"taskhawk-{settings.require('TASKHAWK_QUEUE')}",
+            "DashboardBody": json.dumps({"widgets": widgets}),
+        },
+        "put-metric-alarm": alarms,
+    }
+
+
+def _dashboard_terraform(
+    resources: Iterable[_Resource], watched: _Watched
+) -> dict[str, Any]:
+    """Write the same in Terraform's JSON syntax."""
+    found = _dashboard(resources, watched)
+    dashboard = _snake_case(found["put-dashboard"])
+    name = dashboard["dashboard_name"]
+    written = [_Resource("aws_cloudwatch_dashboard", name, dashboard)]
+    for parameters in found["put-metric-alarm"]:
+        alarm = _snake_case(parameters)
+        [dimension] = alarm["dimensions"]
+        alarm["dimensions"] = {dimension["Name"]: dimension["Value"]}
+        name = alarm["alarm_name"]
+        written.append(_Resource("aws_cloudwatch_metric_alarm", name, alarm))
+    return _terraform(written)
+
+
+def _snake_case(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return parameters of AWS by Terraform's names."""
+    return {
+        re.sub("(?<!^)([A-Z])", r"_\1", name).lower(): value
+        for name, value in parameters.items()
+    }
+
+
+# CloudWatch's namespace and dimension, by Terraform's type.
+_DIMENSIONS = {
+    "aws_sqs_queue": ("AWS/SQS", "QueueName"),
+    "aws_sns_topic": ("AWS/SNS", "TopicName"),
+}
+
+
+def _charts_of(
+    resource: _Resource, workers: str | None
+) -> Iterator[tuple[tuple[str, str], _Chart]]:
+    """Yield what to show of a queue or topic: namespace and dimension, and a chart."""
+    charts: Sequence[_Chart]
+    if resource.kind == "aws_sns_topic":
+        charts, workers = _TOPIC_CHARTS, None
+    elif _is_dead_letter_queue(resource.name):
+        charts, workers = _DEAD_CHARTS, None
+    else:
+        charts = _QUEUE_CHARTS
+    for chart in charts:
+        yield _DIMENSIONS[resource.kind], chart
+    if workers:
+        for chart in _WORKER_CHARTS:
+            yield (workers, "queue"), chart
+
+
+def _widget(
+    place: int, resource: _Resource, whose: tuple[str, str], chart: _Chart
+) -> dict[str, Any]:
+    """Return a widget; CloudWatch calls this "Dashboard body structure and syntax"."""
+    namespace, dimension = whose
+    service, _ = _PROVIDERS[resource.kind]
+    region = _brokers.get(service).arn(resource.name).split(":")[3]
+    row, column = divmod(place, _CHARTS_A_ROW)
+    return {
+        "type": "metric",
+        "x": column * _CHART_SIZE,
+        "y": row * _CHART_SIZE,
+        "width": _CHART_SIZE,
+        "height": _CHART_SIZE,
+        "properties": {
+            "title": f"{resource.name}: {chart.title}",
+            "region": region,
+            "stat": chart.statistic,
+            "period": 60,
+            "view": "timeSeries",
+            "metrics": [
+                [namespace, metric, dimension, resource.name]
+                for metric in chart.metrics
+            ],
+        },
+    }
+
+
+class _Alarm(NamedTuple):
+    """A metric of a queue or topic is above a threshold for so many minutes."""
+
+    suffix: str  # of its name
+    metric: str
+    threshold: float
+    minutes: int
+    why: str
+    statistic: str = "Maximum"
+
+
+def _alarms_of(resource: _Resource, watched: _Watched) -> Iterator[_Alarm]:
+    """Yield the alarms of a queue or topic."""
+    if resource.kind == "aws_sns_topic":
+        why = "a message was not delivered to a subscriber"
+        yield _Alarm("not-delivered", _NOT_DELIVERED, 0, 1, why, "Sum")
+    elif _is_dead_letter_queue(resource.name):
+        why = f"there are dead letters: {_LETTERS_COMMAND} summary"
+        yield _Alarm("not-empty", _VISIBLE, 0, 1, why)
+    else:
+        age_s, most = watched.max_age_s, watched.max_backlog
+        why = f"a message has waited for more than {age_s:g} s"
+        yield _Alarm("too-old", _OLDEST, age_s, 5, why)
+        yield _Alarm("backlog", _VISIBLE, most, 5, f"more than {most} messages wait")
+
+
+def _alarm_call(
+    resource: _Resource, alarm: _Alarm, notified: str | None
+) -> dict[str, Any]:
+    """Return the parameters of the call that makes an alarm."""
+    namespace, dimension = _DIMENSIONS[resource.kind]
+    parameters = {
+        "AlarmName": f"{resource.name}-{alarm.suffix}",
+        "AlarmDescription": f"{resource.name}: {alarm.why}",
+        "Namespace": namespace,
+        "MetricName": alarm.metric,
+        "Dimensions": [{"Name": dimension, "Value": resource.name}],
+        "Statistic": alarm.statistic,
+        "Period": 60,
+        "EvaluationPeriods": alarm.minutes,
+        "Threshold": alarm.threshold,
+        "ComparisonOperator": "GreaterThanThreshold",
+        "TreatMissingData": "notBreaching",  # of a queue that nobody uses
+    }
+    if notified:
+        parameters["AlarmActions"] = [notified]
+    return parameters
 
 
 class _Finding(NamedTuple):
@@ -11631,6 +12456,7 @@ def _check(priorities: Collection[Priority]) -> Iterator[_Finding]:
     yield from wrong
     if not wrong:
         yield from _check_places(priorities)
+        yield from _check_state()
 
 
 def _check_tasks(priorities: Collection[Priority]) -> Iterator[_Finding]:
@@ -11664,6 +12490,48 @@ def _check_places(priorities: Collection[Priority]) -> Iterator[_Finding]:
             yield _error(_text_of(error), "the rest can't be checked", remedy)
             if not re.match(_FORBIDDEN, _error_code(error)):
                 return  # the others would say the same
+
+
+def _check_state() -> Iterator[_Finding]:
+    """Look at what claims, long delays and periodic tasks need."""
+    if settings.TASKHAWK_BROKER != "sqs":
+        return
+    try:
+        for resource in [*_schedule_resources(), *_table_resources()]:
+            # Who checks need not be allowed to look at roles.
+            if not resource.kind.startswith("aws_iam"):
+                yield from _check_resource(resource)
+        yield from _check_abandoned()
+    except Exception as error:
+        yield _error(_text_of(error), "the rest can't be checked", _TOLD)
+
+
+# Why what is missing is an error, by Terraform's type.
+_WHY_NEEDED = {
+    "aws_scheduler_schedule_group": "long delays are refused at dispatch",
+    "aws_scheduler_schedule": "the task does not run as its code says",
+    "aws_dynamodb_table": "tasks with once, unique or limit are left to be retried",
+    "aws_dynamodb_ttl": "claims that have expired are kept, and cost money",
+}
+
+
+def _check_resource(resource: _Resource) -> Iterator[_Finding]:
+    """Look whether a resource is as `provision` would make it."""
+    service, find_change = _PROVIDERS[resource.kind]
+    change = find_change(_brokers.get(service), resource)
+    if change is not None:
+        what = f"{_what_is(resource)}: would be {change.text}"
+        yield _error(what, _WHY_NEEDED[resource.kind], f"{_PROVISION} MODULE …")
+
+
+def _check_abandoned() -> Iterator[_Finding]:
+    """Look for schedules of tasks that are gone."""
+    for name in _abandoned_schedules():
+        yield _warning(
+            f"schedule {name}: no task has it",
+            "its messages are dead letters, unless another module has the task",
+            f"name all modules, or {_PROVISION} MODULE … --prune",
+        )
 
 
 def _check_settings() -> list[_Finding]:
@@ -11942,7 +12810,7 @@ _programs[""] = main
 
 def _run_command(arguments: Any) -> bool:
     """Import the tasks and run the command; return whether it failed."""
-    _set_up_logging(arguments.log_level, arguments.log_format)
+    _log_meanwhile(arguments.log_level, arguments.log_format)
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as `python -m` does, for the script
     with _telling_where("Django can't be set up"):
@@ -11951,7 +12819,7 @@ def _run_command(arguments: Any) -> bool:
     if arguments.command in _TASK_COMMANDS:
         modules = modules or _django_task_modules()
     _load(modules, arguments.command)
-    # Again, for Django and the tasks' modules may have configured logging.
+    # Only now, for Django and the tasks' modules may have set up logging.
     _set_up_logging(arguments.log_level, arguments.log_format)
     return bool(arguments.run(arguments))
 
@@ -11973,18 +12841,37 @@ def _one_line(error: Exception) -> str:
     return text
 
 
-def _set_up_logging(level: str | None, log_format: str | None) -> None:
-    """Log to stderr, with the task that a record was made in; it may be called again.
+def _formatter(log_format: str | None) -> logging.Formatter:
+    """Return what writes records in this format; None is text."""
+    if log_format == "json":
+        return _JsonFormatter()
+    return _TextFormatter("%(asctime)s")
 
-    An application that configures logging keeps its handlers and levels. But its
+
+def _log_meanwhile(level: str | None, log_format: str | None) -> None:
+    """Log to stderr what comes before the application has set up logging.
+
+    Not by a handler of the root logger, or its basicConfig() would do nothing.
+    """
+    ours = logging.StreamHandler()
+    ours.setFormatter(_formatter(log_format))
+    logging.lastResort = ours
+    root = logging.getLogger()
+    if level or not root.handlers:
+        root.setLevel((level or "info").upper())
+
+
+def _set_up_logging(level: str | None, log_format: str | None) -> None:
+    """Log to stderr, with the task that a record was made in.
+
+    An application that has set up logging keeps its handlers and levels. But its
     dictConfig(), such as Django's, may disable our logger, and can't know our options.
 
     :param level: None leaves it to the application, or INFO
     :param log_format: "text" or "json"; None leaves it to the application, or text
     """
-    formatters = {"text": _TextFormatter("%(asctime)s"), "json": _JsonFormatter()}
     ours = logging.StreamHandler()
-    ours.setFormatter(formatters["text"])
+    ours.setFormatter(_formatter("text"))
     logging.basicConfig(level=logging.INFO, handlers=[ours])
     _log.logger.disabled = False
     if level:
@@ -11999,7 +12886,7 @@ def _set_up_logging(level: str | None, log_format: str | None) -> None:
             handler.addFilter(_add_task)
             to_terminal = getattr(handler, "stream", None) in (sys.stdout, sys.stderr)
             if log_format and to_terminal:
-                handler.setFormatter(formatters[log_format])
+                handler.setFormatter(_formatter(log_format))
 
 
 def _parser() -> Any:
@@ -12354,8 +13241,8 @@ class _MeasuredWorker(Worker):
     ),
     _option(
         "--num-messages",
-        "messages that a slot may hold, running and waiting (default: 1)",
-        type=_whole(1, _MAX_WAITING),
+        "with N, up to N - 1 messages of a queue wait for a slot (default: 1)",
+        type=_whole(1, _MAX_NUM_MESSAGES),
         default=1,
         metavar="N",
     ),
@@ -12692,8 +13579,12 @@ def _check_all(arguments: Any) -> bool:
     return any(finding.severity == "error" for finding in findings)
 
 
+_DASHBOARDS = {"dashboard": _dashboard, "dashboard-terraform": _dashboard_terraform}
+
+
 @_command(
     "provision",
+    _MODULES,
     _many("--priority", "queue to make (default: all)", choices=_PRIORITIES),
     _option(
         "--max-receive-count",
@@ -12709,14 +13600,38 @@ def _check_all(arguments: Any) -> bool:
         metavar="ARN",
     ),
     _option(
-        "--format", "print it in this format, for review", choices=["terraform", "iam"]
+        "--format",
+        "print it in this format, for review",
+        choices=["terraform", "iam", *_DASHBOARDS],
     ),
+    _option(
+        "--max-age",
+        "dashboard: alarm if a message waits for longer (default: 15m)",
+        type=_seconds(1),
+        default=900,
+        metavar="S",
+    ),
+    _option(
+        "--max-backlog",
+        "dashboard: alarm if more messages wait (default: 1000)",
+        type=_whole(0),
+        default=1000,
+        metavar="N",
+    ),
+    _option("--notify", "dashboard: topic that alarms are sent to", metavar="ARN"),
+    _option(
+        "--emf",
+        "dashboard: namespace of the metrics that workers print",
+        type=_namespace,
+        metavar="NAMESPACE",
+    ),
+    _flag("--prune", "delete the schedules of tasks that these modules lack"),
     _DRY_RUN,
 )
 def _provision(arguments: Any) -> None:
-    """Make the queues or topics, or print them for review.
+    """Make queues or topics and periodic tasks' schedules, or print them for review.
 
-    example: python -m taskhawk provision --format terraform > taskhawk.tf.json
+    example: python -m taskhawk provision myapp.tasks --format terraform > all.tf.json
     """
     if settings.TASKHAWK_BROKER != "sqs":
         _provision_file(arguments)
@@ -12728,12 +13643,30 @@ def _provision(arguments: Any) -> None:
         resources += _resources(
             priority, arguments.max_receive_count, arguments.function
         )
+    if arguments.format in _DASHBOARDS:
+        watched = _Watched(
+            arguments.max_age, arguments.max_backlog, arguments.notify, arguments.emf
+        )
+        print(json.dumps(_DASHBOARDS[arguments.format](resources, watched), indent=2))
+        return
+    resources += [*_schedule_resources(), *_table_resources()]
     write = {"terraform": _terraform, "iam": _iam}.get(arguments.format)
     if write:
         print(json.dumps(write(resources), indent=2))
         return
     for resource in resources:
         print(_provide(resource, dry_run=arguments.dry_run))
+    _prune(prune=arguments.prune and not arguments.dry_run)
+
+
+def _prune(*, prune: bool) -> None:
+    """Say which schedules no task has any more, and delete them if that is wanted."""
+    for name in _abandoned_schedules():
+        if prune:
+            _brokers.get("schedule").delete(name)
+            print(f"schedule {name}: deleted")
+        else:
+            print(f"schedule {name}: no task has it; --prune deletes it")
 
 
 def _provision_file(arguments: Any) -> None:
@@ -13013,9 +13946,6 @@ def _group_as_dict(
         "list": f"{_LETTERS_COMMAND} list{words}",
         "requeue": f"{_LETTERS_COMMAND} requeue{words}",
     }
-
-
-_LETTERS_COMMAND = "python -m taskhawk dead-letters"
 
 
 def _words_of(arguments: Any, task: str, error: str) -> str:
