@@ -9780,13 +9780,13 @@ _schemes["dynamodb"] = _DynamoClaims  # type: ignore[assignment]
 
 
 # A row for each claim. Of a start, the token is empty, for there is one for each key.
-_CLAIMS_SCHEMA = (
+_more_tables += [
     """CREATE TABLE IF NOT EXISTS claim (
     key TEXT NOT NULL, token TEXT NOT NULL, until_ms INTEGER NOT NULL,
     is_done INTEGER NOT NULL DEFAULT 0, message_id TEXT, started_ms INTEGER,
     PRIMARY KEY (key, token)) WITHOUT ROWID""",
     "CREATE INDEX IF NOT EXISTS claim_until ON claim (until_ms)",
-)
+]
 
 
 class _SqliteClaims(_Claims):
@@ -9842,8 +9842,6 @@ class _SqliteClaims(_Claims):
         """Make a change; return how many rows it met. What is expired goes, too."""
         file = self._file
         file.open()
-        for part in _CLAIMS_SCHEMA:  # nothing, where they exist
-            file.change(part, ())
         file.change("DELETE FROM claim WHERE until_ms < ?", (self._in_ms(),))
         return file.change(statement, values)
 
@@ -10090,8 +10088,8 @@ def _void_s(its_task: Task[Any, Any], received: QueueMessage) -> float:
     """Return after which time the claim of a run is void, for its worker has died."""
     if received.in_lambda:  # which has no regard for time limits
         return _LAMBDA_RUN_S + _SKEW_S
-    limit_s = _options_of(_message_of(received)).time_limit or its_task.time_limit
-    return (limit_s or received.lease_s) + _SKEW_S
+    own_s = _options_of(_message_of(received)).time_limit or 0
+    return max(own_s, its_task.time_limit or received.lease_s) + _SKEW_S
 
 
 def _wait_s(received: QueueMessage) -> float:

@@ -16004,6 +16004,15 @@ class TestClaims:
             assert aws.actions == ["UpdateItem", "UpdateItem"]
             assert not store.claim(key, 60).token
 
+    def test_others_are_quicker(self, aws, key):
+        """Who finds that a free place has just been taken tries another, three times."""
+        error = {"__type": "ConditionalCheckFailedException", "message": "no"}
+        body = json.dumps({**error, "Item": {"status": {"S": "INPROGRESS"}}}).encode()
+        aws.always("UpdateItem", (400, {}, body))
+        store = taskhawk._DynamoClaims(f"dynamodb:{CLAIMS_TABLE}")
+        assert store.claim(key, 60, 5) == taskhawk._Claim()
+        assert aws.actions == ["UpdateItem"] * 3
+
     @pytest.mark.parametrize(
         ("answer", "sentence"),
         [
@@ -16100,6 +16109,17 @@ STATE_OPTIONS: list[tuple[dict[str, Any], str]] = [
         ),
     ),
 ]
+#: Where a worker dies, and how often the work is done then.
+ONCE_CRASHES = [
+    ("before claim", 1),
+    ("after claim", 1),
+    ("before work", 1),
+    ("after work", 2),
+    ("before finish", 2),
+    ("after finish", 1),
+    ("before delete", 1),
+    ("after delete", 1),
+]
 EVERY_ARGUMENT: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
     ((7,), {}),
     ((7, "A"), {}),
@@ -16168,6 +16188,28 @@ class FaultyClaims:
             return self.faults[name](real, *args) if name in self.faults else real()
 
         return call
+
+
+LIMITS_MODULE = """
+import time, taskhawk
+
+taskhawk._FIRST_WAIT_S = taskhawk._LONGEST_WAIT_S = 1
+
+def note(*words):
+    with open("notes", "a") as file:
+        print(*words, time.time(), file=file)
+
+@taskhawk.task(limit=taskhawk.limit(1), time_limit=3)
+def bill(name, metadata=None):
+    note("begin", name)
+    if metadata.attempt == 1 and name == "first":
+        time.sleep(60)
+    note("end", name)
+"""
+
+
+def plain_bill(name: str) -> None:
+    """Be dispatched; the worker has the task."""
 
 
 class TestOptionsOfState:
@@ -16459,6 +16501,51 @@ class TestOnce:
         assert ends[-1].acked == 1
         assert void_s < clock.now - began <= void_s + 161
 
+    @pytest.mark.parametrize(("where", "ends"), ONCE_CRASHES)
+    def test_crashes(self, isolated, monkeypatch, where, ends):
+        """Wherever a worker dies, the message is run to its end, and once.
+
+        Only between the end of the work and its note is there nothing that knows of it.
+        """
+        clock = ChaosClock(1_000_000)  # it goes on, so what is tried again ends
+        monkeypatch.setattr(taskhawk, "_TICK_S", 0.0005)
+        broker = WorkerBroker(taskhawk.SqliteBroker("sqlite://", clock=clock))
+        crashed, done = threading.Event(), []
+
+        def die(name: str) -> Callable[..., Any]:
+            def call(real: Any, *_: Any) -> Any:
+                if where == f"before {name}":
+                    crashed.set()
+                if crashed.is_set():
+                    raise OSError("the worker was killed")
+                answer = real()
+                if where == f"after {name}":
+                    crashed.set()
+                    raise OSError("the worker was killed")
+                return answer
+
+            return call
+
+        names = ("claim", "finish", "release")
+        claims = FaultyClaims(monkeypatch, **{name: die(name) for name in names})
+        claims.find = lambda: taskhawk._SqliteClaims(broker.inner)
+        names = ("receive", "delete", "change_visibility", "send")
+        broker.faults = {name: die(name) for name in names}
+
+        def work() -> None:
+            die("work")(lambda: done.append(1))
+
+        job = taskhawk.task(name="mail.send", once=True)(work)
+        broker.put(job, ())
+        options = {"clock": clock, "max_tasks": 1, "until_empty": False}
+        broker.work(shutdown_event=crashed, **options)
+        where = ""
+        crashed.clear()
+        clock.now += 3600
+        broker.work(clock=clock)
+        assert len(done) == ends
+        assert broker.depth(WORKER_QUEUE) == (0, 0, 0)
+
 
 def lambda_free(runs: list[int]) -> Callable[[], None]:
     """Return a task's function that notes its runs."""
@@ -16579,6 +16666,76 @@ class TestLimits:
         first = runs[0]
         assert all(customer != first for customer in runs[1:])
 
+    def test_several_workers(self, stored):
+        """However many workers there are, no more run at once, and all run."""
+        broker, _ = stored
+        broker._clock = lambda: time.time() * 100  # waits are short, and leases are not
+        running, most, runs = [0], [0], []
+        guard = threading.Lock()
+
+        def render(page: int) -> None:
+            with guard:
+                running[0] += 1
+                most[0] = max(most[0], running[0])
+            time.sleep(0.005)
+            with guard:
+                running[0] -= 1
+            runs.append(page)
+
+        options = {"limit": taskhawk.limit(2), "time_limit": 7200}
+        job = taskhawk.task(name="shop.render", **options)(render)
+        job.isolate = False
+        job.dispatch_many(range(12))
+        queues = [broker.destination(Priority.default)]
+        limits: dict[str, Any] = {"concurrency": 2, "until_empty": True, "wait_s": 0.05}
+        workers = [
+            taskhawk.Worker(broker, queues, visibility_timeout_s=7200, **limits)
+            for _ in range(3)
+        ]
+        threads = [threading.Thread(target=worker.run) for worker in workers]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert (sorted(runs), most[0]) == ([*range(12)], 2)
+        ends = [worker.ledger for worker in workers]
+        assert sum(ledger.acked for ledger in ends) == 12
+        assert sum(ledger.postponed for ledger in ends) > 0
+
+    @pytest.mark.slow
+    def test_killed_worker(self, tmp_path):
+        """A worker that is killed holds a lock for its time limit, and no longer.
+
+        Meanwhile another worker has the queue, and no two runs of it overlap.
+        """
+        env = {"TASKHAWK_BROKER": f"sqlite:///{tmp_path}/q.db?visibility_timeout_s=2"}
+        taskhawk.configure(env)
+        job = taskhawk.task(name="jobs.bill")(plain_bill)
+        job.dispatch("first")
+        with contextlib.ExitStack() as stack:
+            options = ("--concurrency", "2", "--visibility-timeout", "2")
+            start = functools.partial(
+                worker_process, tmp_path, env, *options, module=LIMITS_MODULE
+            )
+            one = stack.enter_context(start())
+            notes = tmp_path / "notes"
+            worker_eventually(notes.exists)
+            stack.enter_context(start())
+            job.dispatch_many(["second", "third"])
+            one.kill()
+            killed_at = time.time()
+
+            def lines() -> list[list[str]]:
+                return [line.split() for line in notes.read_text().splitlines()]
+
+            worker_eventually(lambda: len(lines()) == 7)
+        words = [(what, which) for what, which, _ in lines()]
+        assert words[0] == ("begin", "first")
+        for begin, end in zip(words[1::2], words[2::2], strict=True):
+            assert (begin[0], end) == ("begin", ("end", begin[1]))
+        began_at = [float(at) for what, _, at in lines() if what == "begin"]
+        assert began_at[0] + 3 + 5 <= began_at[1] < killed_at + 3 + 5 + 10
+
     def test_failed_run(self, stored):
         """However a run ends, its place is free again."""
         broker, _ = stored
@@ -16629,7 +16786,118 @@ class TestLimits:
         record = lambda_sqs_record(processing_body("lambda.slow"), "m1")
         received = taskhawk._from_record(record)
         assert taskhawk._void_s(job, received) == 905
-        assert taskhawk._void_s(job, QueueMessage("", "m1")) == 10
+
+    @pytest.mark.parametrize(
+        ("options", "own_s", "void_s"),
+        [({}, None, 45), ({"time_limit": 9}, None, 14), ({"time_limit": 9}, 60, 65)],
+    )
+    def test_void(self, options, own_s, void_s):
+        """A claim lasts for the longest that its run may take, and five seconds more."""
+        job = taskhawk.task(name="mail.send", **options)(nothing)
+        message = job.with_options(time_limit=own_s)._message((), {})
+        received = QueueMessage("", "m1", lease_s=40, message=message)
+        assert taskhawk._void_s(job, received) == void_s
+
+
+class ChaosClaims:
+    """Claims that fail at any call in the ways a service can, as ChaosBroker does."""
+
+    def __init__(self, inner: Any, broker: ChaosBroker) -> None:
+        self.inner, self.broker = inner, broker
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        """Return a method that meets a fault, or none."""
+
+        def call(*args: Any) -> Any:
+            real = functools.partial(getattr(self.inner, name), *args)
+            broker = self.broker
+            with broker.lock:
+                faulty = broker.chance.random() < broker.fault_rate
+                fault = broker.chance.choice(("before", "after", "crash"))
+            if faulty and fault == "crash":
+                broker.crashed = True
+            if broker.crashed:
+                broker.stop.set()
+                raise OSError("the worker was killed")
+            if faulty and fault == "before":
+                raise OSError("the connection was refused")
+            answer = real()
+            if faulty:
+                raise OSError("the answer was lost")
+            return answer
+
+        return call
+
+
+class TestChaosOfState:
+    """Whatever crashes, no message is lost, and none is run that must not be."""
+
+    @pytest.mark.parametrize(
+        "block", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 6))]
+    )
+    def test_nothing_is_lost(self, block, monkeypatch):
+        """For each document, the last run that ended saw its last change."""
+        monkeypatch.setattr(taskhawk, "_TICK_S", 0.0005)
+        logging.disable(logging.CRITICAL)
+        try:
+            for seed in range(block * 30, block * 30 + 30):
+                self.run(seed, monkeypatch)
+        finally:
+            logging.disable(logging.NOTSET)
+
+    def run(self, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Let workers run into faults, one after another; the last one meets none."""
+        chance, clock = random.Random(seed), ChaosClock(1_000_000)
+        inner = taskhawk.SqliteBroker("sqlite://?max_receive_count=1000", clock=clock)
+        broker = ChaosBroker(inner, clock, chance)
+        claims = ChaosClaims(taskhawk._SqliteClaims(inner), broker)
+        monkeypatch.setattr(taskhawk, "_find_claims", lambda: claims)
+        taskhawk._registry.pop("chaos.job", None)
+        options = chance.choice(
+            (
+                {"unique": ("number",)},
+                {"limit": taskhawk.limit(2, per=("number",)), "time_limit": 60},
+                {"unique": True, "limit": taskhawk.limit(1), "time_limit": 60},
+                {"once": True},
+                {"once": True, "unique": ("number",)},
+            )
+        )
+        latest, seen = dict.fromkeys(range(4), 0), dict.fromkeys(range(4), -1)
+
+        @taskhawk.task(name="chaos.job", **options)
+        def job(number: int) -> None:
+            state = latest[number]
+            clock.now += chance.choice((0, 0, 0.1, 3))
+            broker.done.add(number)
+            if chance.random() < 0.2:
+                latest[number] += 1
+                broker.put(job, (number,))
+            if chance.random() < 0.2:
+                raise ValueError(number)
+            seen[number] = max(seen[number], state)
+
+        job.isolate = False
+        broker.put(job, *((number % 4,) for number in range(12)))
+        # The second without faults runs what a run sent that had lost its lease.
+        for fault_rate in (0.3, 0.1, 0, 0):
+            broker.fault_rate, broker.crashed = fault_rate, False
+            broker.stop = threading.Event()
+            worker = taskhawk.Worker(
+                broker,
+                [WORKER_QUEUE],
+                num_messages=chance.choice((1, 3, 10)),
+                concurrency=chance.choice((1, 1, 3)),
+                loop_count=None if fault_rate == 0 else chance.randrange(1, 6),
+                shutdown_event=broker.stop,
+                until_empty=fault_rate == 0,
+                clock=clock,
+                wait_s=0,
+            )
+            assert worker.run().balanced, f"seed {seed}"
+            clock.now += WORKER_12_HOURS_S
+        assert inner.depth(WORKER_QUEUE) == (0, 0, 0), f"seed {seed}"
+        assert seen == latest, f"seed {seed}"
+        inner.close()
 
 
 # --- 22. schedules --------------------------------------------------------------------
