@@ -10228,6 +10228,7 @@ class _Scheduler(_AwsSender):
 
     service, target_key = "scheduler", "GroupName"
     max_bytes, max_delay_s = _MAX_INPUT_BYTES, _LATER_S
+    shared_calls = 0  # a call makes one schedule
 
     def destination(self, priority: Priority) -> str:
         """Return the ARN of the queue or topic that the message goes to."""
@@ -10698,6 +10699,15 @@ def _next_ms(schedule: _Schedule, now_ms: int) -> int:
     return (due - _EPOCH) // timedelta(milliseconds=1)
 
 
+def _refuse_foreign(task: Task[..., Any]) -> None:
+    """Raise ConfigurationError if AWS alone understands a task's schedule."""
+    if _schedule_of(task).is_foreign:
+        raise ConfigurationError(
+            f"{task.name} has schedule={task.options['schedule']!r}: L, W and # are"
+            " AWS's alone: expected numbers, lists, ranges and steps on SQLite"
+        )
+
+
 def _begin_ticking(
     worker: Worker, stop: threading.Event
 ) -> Callable[[], object] | None:
@@ -10709,11 +10719,7 @@ def _begin_ticking(
     if not tasks or not isinstance(worker.broker, SqliteBroker):
         return None
     for task in tasks.values():
-        if _schedule_of(task).is_foreign:
-            raise ConfigurationError(
-                f"{task.name} has schedule={task.options['schedule']!r}: L, W and # are"
-                " AWS's alone: expected numbers, lists, ranges and steps on SQLite"
-            )
+        _refuse_foreign(task)
     ticker = _Ticker(worker.broker, tasks.values(), stop)
     ticker.look()
     return ticker.run
@@ -12458,16 +12464,29 @@ def _check_places(priorities: Collection[Priority]) -> Iterator[_Finding]:
 
 def _check_state() -> Iterator[_Finding]:
     """Look at what claims, long delays and periodic tasks need."""
+    look = _check_state_on_aws
     if settings.TASKHAWK_BROKER != "sqs":
-        return
+        look = _check_state_in_file
     try:
-        for resource in [*_schedule_resources(), *_table_resources()]:
-            # Who checks need not be allowed to look at roles.
-            if not resource.kind.startswith("aws_iam"):
-                yield from _check_resource(resource)
-        yield from _check_abandoned()
+        yield from look()
     except Exception as error:
         yield _error(_text_of(error), "the rest can't be checked", _TOLD)
+
+
+def _check_state_in_file() -> Iterator[_Finding]:
+    """Look for schedules that SQLite does not understand."""
+    for task in _periodic_tasks().values():
+        _refuse_foreign(task)
+    yield from ()
+
+
+def _check_state_on_aws() -> Iterator[_Finding]:
+    """Look at schedules and tables."""
+    for resource in [*_schedule_resources(), *_table_resources()]:
+        # Who checks need not be allowed to look at roles.
+        if not resource.kind.startswith("aws_iam"):
+            yield from _check_resource(resource)
+    yield from _check_abandoned()
 
 
 # Why what is missing is an error, by Terraform's type.

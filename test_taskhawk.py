@@ -1071,7 +1071,7 @@ HOUSE_PROMISES = {
         _Holdings.finish
         _Holdings.release _Holdings._decide _Calls.answered _Calls._deleted
         _Calls._delayed _Calls._try_later _Holdings.doubt _Holdings.close
-        _Holdings.end""",
+        _Holdings.end _Scheduler.send _Ticker._move_on""",
     2: """SqliteBroker.receive SqliteBroker._claim SqliteBroker.change_visibility
         SqsBroker.receive _find_lease _Poller._receive _Intake.take _Intake.close
         _Course.take _Course._release_if_stuck _Backlog
@@ -19135,6 +19135,24 @@ class TestProvisionSchedules:
         _, lines = check(capsys)
         assert lines[-2] == (
             f"error: {NO_ROLE}: the rest can't be checked. Fix: as the error says"
+        )
+
+    def test_sqlite(self, sqlite, capsys):
+        """On SQLite, what AWS alone understands is an error."""
+        taskhawk._registry.clear()
+        taskhawk.task(name="audit", schedule=MINUTELY)(plain)
+        assert check(capsys) == (0, ["nothing is wrong"])
+        taskhawk.task(name="bill", schedule="cron(0 9 L * ? *)")(another("bill"))
+        assert check(capsys) == (
+            1,
+            [
+                (
+                    "error: bill has schedule='cron(0 9 L * ? *)': L, W and # are AWS's"
+                    " alone: expected numbers, lists, ranges and steps on SQLite: the"
+                    " rest can't be checked. Fix: as the error says"
+                ),
+                "1 found",
+            ],
         )
 
     def test_terraform(self, scheduled, queue_name, capsys):
