@@ -10140,10 +10140,10 @@ def _tell(operation: str, *values: object) -> None:
 
 
 # --- 22. schedules --------------------------------------------------------------------
-# What the service sends later. A long delay is a one-time schedule of EventBridge
-# Scheduler that has the message and its id; dispatch returns once it is made, and
-# Scheduler deletes it once it is sent. A message that it can't deliver within a day
-# goes to the queue's dead-letter queue. SQLite's own delays have no limit.
+# What is sent later. A long delay is a one-time schedule of EventBridge Scheduler that
+# has the message and its id: dispatch returns once it is made. A periodic task has a
+# schedule, too; on SQLite any worker queues it, each firing once. What Scheduler can't
+# deliver within a day goes to the dead-letter queue. SQLite's own delays have no limit.
 # https://docs.aws.amazon.com/scheduler/latest/UserGuide/
 
 
@@ -10333,6 +10333,8 @@ class _Field(NamedTuple):
         """
         if re.fullmatch(self.foreign, text.upper()):
             return frozenset()
+        if text == "?":
+            text = "*"
         numbers: set[int] = set()
         for part in text.split(","):
             found = self._read_part(part)
@@ -10347,9 +10349,9 @@ class _Field(NamedTuple):
     def _read_part(self, part: str) -> range:
         """Return the numbers of a part of a list: one, a range, all, or steps of them.
 
-        None is for what is no such part.
+        There are none where it is no such part.
         """
-        found = re.fullmatch(r"(?:[*?]|(\w+)(?:-(\w+))?)(?:/([1-9][0-9]?))?", part)
+        found = re.fullmatch(r"(?:\*|(\w+)(?:-(\w+))?)(?:/([1-9][0-9]?))?", part)
         if found is None:
             return range(0)
         first, last, step = found.groups()
@@ -10454,10 +10456,10 @@ class _Schedule:
 
 def _zone(name: str) -> Any:
     """Return a time zone; that of UTC needs no data of the system's."""
-    from zoneinfo import ZoneInfo
-
     if name == "UTC":
         return UTC
+    from zoneinfo import ZoneInfo
+
     return ZoneInfo(name)
 
 

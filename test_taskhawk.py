@@ -465,6 +465,8 @@ class AwsConnection(http.server.BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers["Content-Length"]))
         if target := self.headers["X-Amz-Target"]:
             action, data = target.rpartition(".")[2], json.loads(body)
+        elif self.path.startswith("/schedules/"):
+            action, data = "CreateSchedule", json.loads(body)
         else:
             data = dict(urllib.parse.parse_qsl(body.decode()))
             action = data["Action"]
@@ -16237,6 +16239,40 @@ class TestLongDelays:
         largest = f"args[0] with {len(text) + 2}"
         assert sentence == too_large(262_145, 262_144, largest)
 
+    @pytest.mark.slow
+    def test_repeated(self, aws, mail):
+        """A request that botocore repeats makes one schedule; the next dispatch is another."""
+        configure_aws(aws.url, "app", TASKHAWK_SCHEDULER_ROLE=ROLE)
+        aws.script("CreateSchedule", fault("InternalServerException", status=500))
+        later = mail.with_delay(timedelta(days=2))
+        message = later._message((), {})
+        for _ in range(2):
+            taskhawk.publish(message)
+        tokens = [data["ClientToken"] for data in aws.asked("CreateSchedule")]
+        assert tokens[0] == tokens[1] != tokens[2]
+
+    def test_at_once(self, aws, mail):
+        """Dispatches at the same time make a request each, and each has its own answer."""
+        configure_aws(aws.url, "app", TASKHAWK_SCHEDULER_ROLE=ROLE)
+        denied = fault("AccessDeniedException", status=403)
+        aws.always(
+            "CreateSchedule",
+            lambda call: denied(call) if "odd" in call.data["Target"]["Input"] else {},
+        )
+        later = mail.with_delay(timedelta(days=2))
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            sent = [
+                pool.submit(later.dispatch, ("even", "odd")[n % 2]) for n in range(8)
+            ]
+        for number, dispatched in enumerate(sent):
+            if number % 2:
+                assert refused(dispatched.result).startswith(
+                    "taskhawk-app: access denied"
+                )
+            else:
+                assert re.fullmatch(MESSAGE_ID, dispatched.result())
+        assert aws.actions == ["CreateSchedule"] * 8
+
     def test_batch(self, stubbed, mail):
         """In a batch each has a schedule; those that were refused are raised, and can be sent."""
         stubbed.add_response("create_schedule", {"ScheduleArn": "arn"})
@@ -16389,6 +16425,8 @@ cron(0 17-9 ? * MON *)
     hours: expected 0 to 23, lists, ranges or steps of them, got '17-9'
 cron(0 */0 ? * MON *)
     hours: expected 0 to 23, lists, ranges or steps of them, got '*/0'
+cron(?/5 9 ? * MON *)
+    minutes: expected 0 to 59, lists, ranges or steps of them, got '?/5'
 cron(0 9 0 * ? *)
     day-of-month: expected 1 to 31, lists, ranges or steps of them, got '0'
 cron(0 9 32W * ? *)
