@@ -29,10 +29,14 @@ Promises
     5. Our log texts never hold bodies, arguments, header values or credentials, nor a
        line break of a message's. A task's own exceptions are logged as they are.
     6. Idle, a queue costs one 20 s poll after another. With ``num_messages=10``, a task
-       costs at most 0.12 receives and 0.12 deletes; leases are extra for tasks of over
-       a third of the visibility timeout. A dispatch in a batch costs 0.1 requests.
+       costs at most 0.12 receives and 0.12 deletes, and on a FIFO queue one of each;
+       leases are extra for tasks of over a third of the visibility timeout. A dispatch
+       in a batch costs 0.1 requests.
     7. A process that a task starts is as it would be without us: its signals, its
        environment, its connections.
+    8. Of a group on a FIFO queue, one message runs at a time, in the order in which
+       they were queued; the next one waits until it is done or a dead letter. What
+       promise 2 excepts is excepted here, too.
 
 Not here: results, chains, soft time limits, purging or browsing a queue.
 
@@ -87,7 +91,7 @@ What to read for each promise, and how many statements that is
         _in_one_line, _facts, _extra_of, _text_of_invalid, _shown, _mismatch,
         _too_large, _Holdings.warn, _Keeper._tell, _Faults, _error_code, _error_details,
         _explained, _explanation, _find_remedy, _Source.read, _call_safely, _log_again
-    6 (325): _Polls, _Intake.begin, _Intake.adds_helper, _Poller.work, _Poller._help,
+    6 (326): _Polls, _Intake.begin, _Intake.adds_helper, _Poller.work, _Poller._help,
         _Poller._try, _Poller._receive, _pause_s, _Holdings._decide, _Ends, _Calls.next,
         _Calls._due_at, _Calls._patience_s, _Calls._extended, _Leases, _Keeper._wait,
         _Keeper._make, SqsBroker.receive, SqsBroker.url, SqsBroker._find_url, _parts
@@ -97,6 +101,10 @@ What to read for each promise, and how many statements that is
         _forget_signals, _path_of_children, _Child._start_process,
         _ChildProcess.__init__, _serve_worker, _leave_signals_to_worker, _ignore_signal,
         _die_with_parent
+    8 (239): _in_group, _send_all, _in_order, _OrderedSend, SqliteBroker.send,
+        SqliteBroker._claim, SqliteBroker.delete, SqsBroker.receive,
+        SqsBroker._receive_in_order, _Polls, _Holdings._decide, _dead_letter,
+        _run_records, _is_behind
 
 Parts and rooms; the file still works if cut before part IV, V or VI
     I meaning
@@ -791,7 +799,7 @@ class _Settings:
         if len(queue) > longest:
             raise ConfigurationError(
                 f"TASKHAWK_QUEUE: expected at most {longest} characters where"
-                f" TASKHAWK_FIFO is set, for the names of FIFO queues end with"
+                " TASKHAWK_FIFO is set, for the names of FIFO queues end with"
                 f" {_FIFO!r}, got {len(queue)} in {queue!r}"
             )
 
@@ -3737,7 +3745,7 @@ class Task(Generic[_P, _R]):
                 f"{self.name}: {error}{_hint_of_wrapper(self.fn)}"
             ) from None
 
-    def take_any_arguments(self) -> None:
+    def _take_any_arguments(self) -> None:
         """Have messages carry any arguments: the function gets calls, not arguments."""
         try:
             self._signature.bind([])
@@ -3759,7 +3767,7 @@ class Task(Generic[_P, _R]):
         """
         if "batch" in self.options:
             call = Call.of(message, receipt)
-            self.call_together([call])
+            self._call_together([call])
             if call.error is not None:
                 raise call.error
             return
@@ -3771,7 +3779,7 @@ class Task(Generic[_P, _R]):
             kwargs["headers"] = dict(metadata.headers)
         self._run_function(metadata, *message.args, **kwargs)
 
-    def call_together(self, calls: list[Call]) -> None:
+    def _call_together(self, calls: list[Call]) -> None:
         """Run the function of a batch task once, for several messages."""
         metadata = calls[0].metadata
         if len(calls) > 1:
@@ -4215,6 +4223,8 @@ def task(
     :param time_limit: seconds until a worker kills a run, whatever code it is in; such
         a task is isolated
     :param isolate: have a worker run it in a process of its own, which may crash
+    :param batch: have the function called once for up to so many messages, at most 100,
+        with the list of their :class:`Call`
     :param more: options of later parts, see :class:`_MoreOptions`
     :raises ConfigurationError: if a message can't call the function, if its name is
         taken, or if an option is wrong
@@ -5978,7 +5988,7 @@ def _check_batch(made: Task[Any, Any], most: object) -> None:
         raise ConfigurationError(
             f"{made.name} has batch={most!r}: expected 1 to {_MAX_CALLS_TOGETHER}"
         )
-    made.take_any_arguments()
+    made._take_any_arguments()  # noqa: SLF001 - its own
     _batch_tasks.add(made.name)
 
 
@@ -6038,7 +6048,7 @@ def _call_together(ready: Iterable[Call]) -> BaseException | None:
         return None
     metadata = typing.cast("Metadata", calls[0].metadata)
     try:
-        _registry[metadata.task].call_together(calls)
+        _registry[metadata.task]._call_together(calls)  # noqa: SLF001 - its own
     except BaseException as error:
         return error
     return None
@@ -6079,23 +6089,22 @@ class _RunOfMany:
             self._error = error
             if self.call.error is not None:
                 self._error = self.call.error
+        shared = self._error
+        trace = getattr(shared, "__traceback__", None)
         try:
             _end_run(self._received, self._began, self._around, self._raise)
         except BaseException as raised:
             self._error = raised
         else:
             self._error = None
+        if shared is not None:
+            # It is raised for one message after another: it is not to grow.
+            shared.__traceback__ = trace
 
     def _raise(self) -> None:
         """End as the task's call did."""
-        if self._error is None:
-            return
-        trace = self._error.__traceback__
-        try:
+        if self._error is not None:
             raise self._error
-        finally:
-            # It is raised for one message after another: its traceback is not to grow.
-            self._error.__traceback__ = trace
 
     def outcome(self) -> Outcome:
         """Return what becomes of the message; raise what must end the process."""
@@ -6402,7 +6411,8 @@ class _Holdings:
     @property
     def is_overdue(self) -> bool:
         """Whether two full batches are decided and in no call: the keeper is behind."""
-        return self.calls.left >= 2 * _MAX_BATCH
+        limit = 2 * _MAX_BATCH
+        return len(self.decided) >= limit and self.calls.left >= limit
 
     def still_run(self) -> list[QueueMessage]:
         """Return the messages that run."""
@@ -6676,9 +6686,9 @@ class _Calls:
         the others follows, or extensions that hang would starve them. Of these comes
         first what has been due for longest.
         """
-        leases: list[_Held] = []
-        if self._leases_at() <= now:
-            leases = self._all.leases.due(now)
+        leases = self._all.leases.due(now)  # first, for that looks when they are
+        if self._leases_at() > now:
+            leases = []
         ends = min(self._ends.values(), key=self._due_at)
         is_due = self._due_at(ends) <= now
         if leases and not (is_due and self._last is _Kind.extend):
@@ -7709,11 +7719,14 @@ class _Intake:
 
     def tell(self) -> None:
         """Have pollers look that may begin earlier than they would look."""
-        load, phase = self._course.load(), self._course.phase
-        for queue, pollers in self._pollers.items():
-            if phase is not _Phase.working:
+        if self._course.phase is not _Phase.working:
+            for pollers in self._pollers.values():
                 pollers.may_look.notify_all()
-            elif pollers.looks_at > -math.inf:
+            return
+        load = None
+        for queue, pollers in self._pollers.items():
+            if pollers.looks_at > -math.inf:
+                load = load or self._course.load()
                 pollers.tell(self.polls.may_begin_at(queue, load))
 
     def begin(self, queue: str, goes_on: Callable[[str], bool]) -> _Poll | None:
@@ -7918,11 +7931,12 @@ class _Poller:
                 poll = intake.begin(self._queue, intake.polls.is_open)
                 if not poll:
                     break
-                failures = self._try(poll)
-                if failures:
+                error = self._try(poll)
+                if error:
+                    failures = self._faults.failed(self._queue, "receive", repr(error))
                     _back_off(course.stop, self._worker.clock, failures)
-        except BaseException as error:
-            course.fail(error)  # before the phases go on, or nobody would see it
+        except BaseException as fatal:
+            course.fail(fatal)  # before the phases go on, or nobody would see it
             raise
         finally:
             intake.close(self._queue)
@@ -7932,9 +7946,9 @@ class _Poller:
         intake = self._intake
         try:
             while poll := intake.begin(self._queue, intake.polls.is_busy):
-                self._try(poll)
-        except BaseException as error:
-            self._course.fail(error)
+                self._try(poll)  # if that fails, it ends: the poller backs off for all
+        except BaseException as fatal:
+            self._course.fail(fatal)
             raise
         finally:
             intake.helper_ended(self._queue)
@@ -7945,23 +7959,22 @@ class _Poller:
             return False
         return _are_empty(self._worker.broker, self._worker.queues)
 
-    def _try(self, poll: _Poll) -> int:
-        """Receive; return how often that has failed by now, one after another."""
+    def _try(self, poll: _Poll) -> Exception | None:
+        """Receive; return the error if that fails."""
+        worker = self._worker
         try:
-            if self._lease is not None:
+            if self._lease is None:
+                wanted_s = worker.visibility_timeout_s
+                self._lease = _find_lease(worker.broker, self._queue, wanted_s)
+                self._intake.drop(poll)  # it may have taken long: look again whether to
+            else:
                 self._receive(poll, self._lease)
-                return 0
-            worker = self._worker
-            self._lease = _find_lease(
-                worker.broker, self._queue, worker.visibility_timeout_s
-            )
         except Exception as error:
             was_answered = self._intake.fail(poll)
             if not was_answered and isinstance(error, ConfigurationError):
                 raise  # at the start, this is for a person to mend
-            return self._faults.failed(self._queue, "receive", repr(error))
-        self._intake.drop(poll)  # it may have taken long: look again whether to
-        return 0
+            return error
+        return None
 
     def _receive(self, poll: _Poll, lease: _Lease) -> None:
         """Receive once, and hold what came."""
@@ -10787,9 +10800,7 @@ class _DjangoBackend:
         :raises Exception: as :meth:`AsyncInvocation.dispatch`. With ``on_commit``, the
             commit raises what the queue does not accept: its rows are committed then
         """
-        self.validate_task(task)
-        message = self._message(task, args, kwargs)
-        result = _django_result(task, message.id, message.args, message.kwargs)
+        message, result = self._make(task, args, kwargs)
         send = functools.partial(self._send, message, result)
         if self.options.get("on_commit"):
             from django.db.transaction import on_commit
@@ -10800,8 +10811,27 @@ class _DjangoBackend:
             send()
         return result
 
+    async def aenqueue(self, task: Any, args: Any, kwargs: Any) -> Any:
+        """Queue a run as :meth:`enqueue` does; many at once share requests."""
+        from django.tasks.signals import task_enqueued
+
+        if settings.TASKHAWK_SYNC or self.options.get("on_commit"):
+            # A transaction is of the thread in which Django runs what is not async.
+            return await super().aenqueue(task, args, kwargs)  # type: ignore[misc]
+        message, result = self._make(task, args, kwargs)
+        await _publish_async(message)
+        _note_enqueued(result)
+        await task_enqueued.asend(type(self), task_result=result)
+        return result
+
+    def _make(self, task: Any, args: Any, kwargs: Any) -> tuple[Message, Any]:
+        """Make the message of a run, and its result."""
+        self.validate_task(task)
+        message = self._message(task, args, kwargs)
+        return message, _django_result(task, message.id, message.args, message.kwargs)
+
     def _message(self, task: Any, args: Any, kwargs: Any) -> Message:
-        """Make the message of a run."""
+        """Make the message of a run, once it is known that the worker can make it."""
         from django.utils.json import normalize_json
 
         invocation = self._task_of(task).with_priority(_django_priority(task))
@@ -10816,10 +10846,9 @@ class _DjangoBackend:
     def _send(self, message: Message, result: Any) -> None:
         """Send a message, and tell that it is queued."""
         from django.tasks.signals import task_enqueued
-        from django.utils import timezone
 
         publish(message)
-        _set_fields(result, enqueued_at=timezone.now())
+        _note_enqueued(result)
         task_enqueued.send(type(self), task_result=result)
 
     def _task_of(self, declared: Any) -> Task[Any, Any]:
@@ -11074,6 +11103,13 @@ def _django_result(
         backend=declared.backend,
         **{**queued, **fields},
     )
+
+
+def _note_enqueued(result: Any) -> None:
+    """Note that the queue has a message."""
+    from django.utils import timezone
+
+    _set_fields(result, enqueued_at=timezone.now())
 
 
 def _set_fields(result: Any, **fields: Any) -> None:
