@@ -10400,6 +10400,7 @@ _FIELDS = (
     _Field("day-of-week", 1, 7, _WEEKDAYS, f"{_WEEKDAY}?L|{_WEEKDAY}#[1-5]"),
     _Field("year", 1970, 2199),
 )
+_MAX_RATE = 99_999  # of any unit: five digits, which are 273 years at most
 _UNITS_S = {"minute": 60, "hour": 3600, "day": 86_400}
 _EXPRESSIONS = "'rate(5 minutes)', 'cron(0 9 ? * MON-FRI *)' or a timedelta of minutes"
 
@@ -10482,24 +10483,27 @@ def _parse_schedule(value: object, timezone: str) -> _Schedule:
     :raises _Illegal: if it is wrong: says what was expected
     """
     if isinstance(value, timedelta):
-        value = _rate_of(value)
+        minutes, rest = divmod(value, timedelta(minutes=1))
+        if rest or not 1 <= minutes <= _MAX_RATE:
+            raise _Illegal(f"expected whole minutes, from 1 to {_MAX_RATE}")
+        return _rate(minutes, "minute", timezone)
     if not isinstance(value, str):
         raise _Illegal(f"expected {_EXPRESSIONS}")
     rate = re.fullmatch(r"rate\(([1-9][0-9]{0,4}) (minute|hour|day)s?\)", value)
     if rate is not None:
-        return _Schedule(value, timezone, int(rate[1]) * _UNITS_S[rate[2]])
+        return _rate(int(rate[1]), rate[2], timezone)
     cron = re.fullmatch(r"cron\((.*)\)", value)
     if cron is None:
         raise _Illegal(f"expected {_EXPRESSIONS}")
     return _parse_cron(cron[1].split(), timezone)
 
 
-def _rate_of(interval: timedelta) -> str:
-    """Return the expression for an interval."""
-    minutes, rest = divmod(interval, timedelta(minutes=1))
-    if rest or not 1 <= minutes <= 99_999:  # noqa: PLR2004 - five digits, as in text
-        raise _Illegal("expected whole minutes, from 1 to 99999")
-    return f"rate({minutes} minute)" if minutes == 1 else f"rate({minutes} minutes)"
+def _rate(count: int, unit: str, timezone: str) -> _Schedule:
+    """Return the schedule of a rate; AWS wants the plural for all but 1."""
+    text = f"rate({count} {unit}s)"
+    if count == 1:
+        text = f"rate(1 {unit})"
+    return _Schedule(text, timezone, count * _UNITS_S[unit])
 
 
 def _parse_cron(texts: Sequence[str], timezone: str) -> _Schedule:

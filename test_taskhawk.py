@@ -17119,14 +17119,19 @@ class TestScheduleExpressions:
         )
 
     @pytest.mark.parametrize(
-        ("minutes", "text"), [(1, "rate(1 minute)"), (90, "rate(90 minutes)")]
+        ("value", "text", "interval_s"),
+        [
+            (timedelta(minutes=1), "rate(1 minute)", 60),
+            (timedelta(hours=1.5), "rate(90 minutes)", 5400),
+            ("rate(1 hours)", "rate(1 hour)", 3600),
+            ("rate(2 day)", "rate(2 days)", 172_800),
+        ],
     )
-    def test_timedelta(self, minutes, text):
-        """A timedelta is a rate."""
-        interval = timedelta(minutes=minutes)
-        task = taskhawk.task(name="audit", schedule=interval)(plain)
+    def test_written(self, value, text, interval_s):
+        """A timedelta is a rate, and a rate is written as AWS wants it."""
+        task = taskhawk.task(name="audit", schedule=value)(plain)
         schedule = taskhawk._schedule_of(task)
-        assert (schedule.text, schedule.interval_s) == (text, minutes * 60)
+        assert (schedule.text, schedule.interval_s) == (text, interval_s)
 
     @pytest.mark.parametrize(
         ("expression", "zone", "moment", "expected"),
