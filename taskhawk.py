@@ -10157,10 +10157,10 @@ def _tell(operation: str, *values: object) -> None:
 
 
 # --- 22. schedules --------------------------------------------------------------------
-# What the service sends later. A long delay is a one-time schedule of EventBridge
-# Scheduler that has the message and its id; dispatch returns once it is made, and
-# Scheduler deletes it once it is sent. A message that it can't deliver within a day
-# goes to the queue's dead-letter queue. SQLite's own delays have no limit.
+# What is sent later. A long delay is a one-time schedule of EventBridge Scheduler that
+# has the message and its id: dispatch returns once it is made. A periodic task has a
+# schedule, too; on SQLite any worker queues it, each firing once. What Scheduler can't
+# deliver within a day goes to the dead-letter queue. SQLite's own delays have no limit.
 # https://docs.aws.amazon.com/scheduler/latest/UserGuide/
 
 
@@ -10245,6 +10245,7 @@ class _Scheduler(_AwsSender):
 
     service, target_key = "scheduler", "GroupName"
     max_bytes, max_delay_s = _MAX_INPUT_BYTES, _LATER_S
+    shared_calls = 0  # a call makes one schedule
 
     def destination(self, priority: Priority) -> str:
         """Return the ARN of the queue or topic that the message goes to."""
@@ -10349,6 +10350,8 @@ class _Field(NamedTuple):
         """
         if re.fullmatch(self.foreign, text.upper()):
             return frozenset()
+        if text == "?":
+            text = "*"
         numbers: set[int] = set()
         for part in text.split(","):
             found = self._read_part(part)
@@ -10363,9 +10366,9 @@ class _Field(NamedTuple):
     def _read_part(self, part: str) -> range:
         """Return the numbers of a part of a list: one, a range, all, or steps of them.
 
-        None is for what is no such part.
+        There are none where it is no such part.
         """
-        found = re.fullmatch(r"(?:[*?]|(\w+)(?:-(\w+))?)(?:/([1-9][0-9]?))?", part)
+        found = re.fullmatch(r"(?:\*|(\w+)(?:-(\w+))?)(?:/([1-9][0-9]?))?", part)
         if found is None:
             return range(0)
         first, last, step = found.groups()
@@ -10401,6 +10404,7 @@ _FIELDS = (
     _Field("day-of-week", 1, 7, _WEEKDAYS, f"{_WEEKDAY}?L|{_WEEKDAY}#[1-5]"),
     _Field("year", 1970, 2199),
 )
+_MAX_RATE = 99_999  # of any unit: five digits, which are 273 years at most
 _UNITS_S = {"minute": 60, "hour": 3600, "day": 86_400}
 _EXPRESSIONS = "'rate(5 minutes)', 'cron(0 9 ? * MON-FRI *)' or a timedelta of minutes"
 
@@ -10470,10 +10474,10 @@ class _Schedule:
 
 def _zone(name: str) -> Any:
     """Return a time zone; that of UTC needs no data of the system's."""
-    from zoneinfo import ZoneInfo
-
     if name == "UTC":
         return UTC
+    from zoneinfo import ZoneInfo
+
     return ZoneInfo(name)
 
 
@@ -10483,24 +10487,27 @@ def _parse_schedule(value: object, timezone: str) -> _Schedule:
     :raises _Illegal: if it is wrong: says what was expected
     """
     if isinstance(value, timedelta):
-        value = _rate_of(value)
+        minutes, rest = divmod(value, timedelta(minutes=1))
+        if rest or not 1 <= minutes <= _MAX_RATE:
+            raise _Illegal(f"expected whole minutes, from 1 to {_MAX_RATE}")
+        return _rate(minutes, "minute", timezone)
     if not isinstance(value, str):
         raise _Illegal(f"expected {_EXPRESSIONS}")
     rate = re.fullmatch(r"rate\(([1-9][0-9]{0,4}) (minute|hour|day)s?\)", value)
     if rate is not None:
-        return _Schedule(value, timezone, int(rate[1]) * _UNITS_S[rate[2]])
+        return _rate(int(rate[1]), rate[2], timezone)
     cron = re.fullmatch(r"cron\((.*)\)", value)
     if cron is None:
         raise _Illegal(f"expected {_EXPRESSIONS}")
     return _parse_cron(cron[1].split(), timezone)
 
 
-def _rate_of(interval: timedelta) -> str:
-    """Return the expression for an interval."""
-    minutes, rest = divmod(interval, timedelta(minutes=1))
-    if rest or not 1 <= minutes <= 99_999:  # noqa: PLR2004 - five digits, as in text
-        raise _Illegal("expected whole minutes, from 1 to 99999")
-    return f"rate({minutes} minute)" if minutes == 1 else f"rate({minutes} minutes)"
+def _rate(count: int, unit: str, timezone: str) -> _Schedule:
+    """Return the schedule of a rate; AWS wants the plural for all but 1."""
+    text = f"rate({count} {unit}s)"
+    if count == 1:
+        text = f"rate(1 {unit})"
+    return _Schedule(text, timezone, count * _UNITS_S[unit])
 
 
 def _parse_cron(texts: Sequence[str], timezone: str) -> _Schedule:
@@ -10715,6 +10722,15 @@ def _next_ms(schedule: _Schedule, now_ms: int) -> int:
     return (due - _EPOCH) // timedelta(milliseconds=1)
 
 
+def _refuse_foreign(task: Task[..., Any]) -> None:
+    """Raise ConfigurationError if AWS alone understands a task's schedule."""
+    if _schedule_of(task).is_foreign:
+        raise ConfigurationError(
+            f"{task.name} has schedule={task.options['schedule']!r}: L, W and # are"
+            " AWS's alone: expected numbers, lists, ranges and steps on SQLite"
+        )
+
+
 def _begin_ticking(
     worker: Worker, stop: threading.Event
 ) -> Callable[[], object] | None:
@@ -10726,11 +10742,7 @@ def _begin_ticking(
     if not tasks or not isinstance(worker.broker, SqliteBroker):
         return None
     for task in tasks.values():
-        if _schedule_of(task).is_foreign:
-            raise ConfigurationError(
-                f"{task.name} has schedule={task.options['schedule']!r}: L, W and # are"
-                " AWS's alone: expected numbers, lists, ranges and steps on SQLite"
-            )
+        _refuse_foreign(task)
     ticker = _Ticker(worker.broker, tasks.values(), stop)
     ticker.look()
     return ticker.run
@@ -12498,16 +12510,29 @@ def _check_places(priorities: Collection[Priority]) -> Iterator[_Finding]:
 
 def _check_state() -> Iterator[_Finding]:
     """Look at what claims, long delays and periodic tasks need."""
+    look = _check_state_on_aws
     if settings.TASKHAWK_BROKER != "sqs":
-        return
+        look = _check_state_in_file
     try:
-        for resource in [*_schedule_resources(), *_table_resources()]:
-            # Who checks need not be allowed to look at roles.
-            if not resource.kind.startswith("aws_iam"):
-                yield from _check_resource(resource)
-        yield from _check_abandoned()
+        yield from look()
     except Exception as error:
         yield _error(_text_of(error), "the rest can't be checked", _TOLD)
+
+
+def _check_state_in_file() -> Iterator[_Finding]:
+    """Look for schedules that SQLite does not understand."""
+    for task in _periodic_tasks().values():
+        _refuse_foreign(task)
+    yield from ()
+
+
+def _check_state_on_aws() -> Iterator[_Finding]:
+    """Look at schedules and tables."""
+    for resource in [*_schedule_resources(), *_table_resources()]:
+        # Who checks need not be allowed to look at roles.
+        if not resource.kind.startswith("aws_iam"):
+            yield from _check_resource(resource)
+    yield from _check_abandoned()
 
 
 # Why what is missing is an error, by Terraform's type.

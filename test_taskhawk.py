@@ -465,6 +465,8 @@ class AwsConnection(http.server.BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers["Content-Length"]))
         if target := self.headers["X-Amz-Target"]:
             action, data = target.rpartition(".")[2], json.loads(body)
+        elif self.path.startswith("/schedules/"):
+            action, data = "CreateSchedule", json.loads(body)
         else:
             data = dict(urllib.parse.parse_qsl(body.decode()))
             action = data["Action"]
@@ -1072,7 +1074,7 @@ HOUSE_PROMISES = {
         _Holdings.finish
         _Holdings.release _Holdings._decide _Calls.answered _Calls._deleted
         _Calls._delayed _Calls._try_later _Holdings.doubt _Holdings.close
-        _Holdings.end""",
+        _Holdings.end _Scheduler.send _Ticker._move_on""",
     2: """SqliteBroker.receive SqliteBroker._claim SqliteBroker.change_visibility
         SqsBroker.receive _find_lease _Poller._receive _Intake.take _Intake.close
         _Course.take _Course._release_if_stuck _Backlog
@@ -17078,6 +17080,40 @@ class TestLongDelays:
         largest = f"args[0] with {len(text) + 2}"
         assert sentence == too_large(262_145, 262_144, largest)
 
+    @pytest.mark.slow
+    def test_repeated(self, aws, mail):
+        """A request that botocore repeats makes one schedule; the next dispatch is another."""
+        configure_aws(aws.url, "app", TASKHAWK_SCHEDULER_ROLE=ROLE)
+        aws.script("CreateSchedule", fault("InternalServerException", status=500))
+        later = mail.with_delay(timedelta(days=2))
+        message = later._message((), {})
+        for _ in range(2):
+            taskhawk.publish(message)
+        tokens = [data["ClientToken"] for data in aws.asked("CreateSchedule")]
+        assert tokens[0] == tokens[1] != tokens[2]
+
+    def test_at_once(self, aws, mail):
+        """Dispatches at the same time make a request each, and each has its own answer."""
+        configure_aws(aws.url, "app", TASKHAWK_SCHEDULER_ROLE=ROLE)
+        denied = fault("AccessDeniedException", status=403)
+        aws.always(
+            "CreateSchedule",
+            lambda call: denied(call) if "odd" in call.data["Target"]["Input"] else {},
+        )
+        later = mail.with_delay(timedelta(days=2))
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            sent = [
+                pool.submit(later.dispatch, ("even", "odd")[n % 2]) for n in range(8)
+            ]
+        for number, dispatched in enumerate(sent):
+            if number % 2:
+                assert refused(dispatched.result).startswith(
+                    "taskhawk-app: access denied"
+                )
+            else:
+                assert re.fullmatch(MESSAGE_ID, dispatched.result())
+        assert aws.actions == ["CreateSchedule"] * 8
+
     def test_batch(self, stubbed, mail):
         """In a batch each has a schedule; those that were refused are raised, and can be sent."""
         stubbed.add_response("create_schedule", {"ScheduleArn": "arn"})
@@ -17230,6 +17266,8 @@ cron(0 17-9 ? * MON *)
     hours: expected 0 to 23, lists, ranges or steps of them, got '17-9'
 cron(0 */0 ? * MON *)
     hours: expected 0 to 23, lists, ranges or steps of them, got '*/0'
+cron(?/5 9 ? * MON *)
+    minutes: expected 0 to 59, lists, ranges or steps of them, got '?/5'
 cron(0 9 0 * ? *)
     day-of-month: expected 1 to 31, lists, ranges or steps of them, got '0'
 cron(0 9 32W * ? *)
@@ -17364,14 +17402,19 @@ class TestScheduleExpressions:
         )
 
     @pytest.mark.parametrize(
-        ("minutes", "text"), [(1, "rate(1 minute)"), (90, "rate(90 minutes)")]
+        ("value", "text", "interval_s"),
+        [
+            (timedelta(minutes=1), "rate(1 minute)", 60),
+            (timedelta(hours=1.5), "rate(90 minutes)", 5400),
+            ("rate(1 hours)", "rate(1 hour)", 3600),
+            ("rate(2 day)", "rate(2 days)", 172_800),
+        ],
     )
-    def test_timedelta(self, minutes, text):
-        """A timedelta is a rate."""
-        interval = timedelta(minutes=minutes)
-        task = taskhawk.task(name="audit", schedule=interval)(plain)
+    def test_written(self, value, text, interval_s):
+        """A timedelta is a rate, and a rate is written as AWS wants it."""
+        task = taskhawk.task(name="audit", schedule=value)(plain)
         schedule = taskhawk._schedule_of(task)
-        assert (schedule.text, schedule.interval_s) == (text, minutes * 60)
+        assert (schedule.text, schedule.interval_s) == (text, interval_s)
 
     @pytest.mark.parametrize(
         ("expression", "zone", "moment", "expected"),
@@ -20007,6 +20050,24 @@ class TestProvisionSchedules:
         _, lines = check(capsys)
         assert lines[-2] == (
             f"error: {NO_ROLE}: the rest can't be checked. Fix: as the error says"
+        )
+
+    def test_sqlite(self, sqlite, capsys):
+        """On SQLite, what AWS alone understands is an error."""
+        taskhawk._registry.clear()
+        taskhawk.task(name="audit", schedule=MINUTELY)(plain)
+        assert check(capsys) == (0, ["nothing is wrong"])
+        taskhawk.task(name="bill", schedule="cron(0 9 L * ? *)")(another("bill"))
+        assert check(capsys) == (
+            1,
+            [
+                (
+                    "error: bill has schedule='cron(0 9 L * ? *)': L, W and # are AWS's"
+                    " alone: expected numbers, lists, ranges and steps on SQLite: the"
+                    " rest can't be checked. Fix: as the error says"
+                ),
+                "1 found",
+            ],
         )
 
     def test_terraform(self, scheduled, queue_name, capsys):
