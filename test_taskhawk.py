@@ -17066,8 +17066,10 @@ with override_settings(TASKHAWK_SYNC=True):
     "the message": (
         """with taskhawk.capture() as calls:
     r = sell.enqueue(("milk", b"tea"), count={1: 2})
-print(r.id == calls[0].id, calls[0].task, calls[0].args, calls[0].kwargs)""",
-        "True shop.tasks.sell [['milk', 'tea']] {'count': {'1': 2}}",
+    look.enqueue(metadata=1)
+print(r.id == calls[0].id, calls[0].task, calls[0].args, calls[0].kwargs)
+print(calls[1].args, calls[1].kwargs)""",
+        "True shop.tasks.sell [['milk', 'tea']] {'count': {'1': 2}}\n[] {'metadata': 1}",
     ),
     "wrong arguments": (
         """tried(sell.enqueue)
