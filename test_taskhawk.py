@@ -17752,6 +17752,8 @@ ZeroDivisionError: no stock""",
         r = later.enqueue("milk")
         print(len(calls), r.enqueued_at)
         tried(later.enqueue)
+        with contextlib.suppress(taskhawk.MessageTooLarge):
+            print(later.enqueue("x" * 2**21))
     print([call.args for call in calls], r.enqueued_at <= timezone.now())
     with contextlib.suppress(KeyError), transaction.atomic():
         watched(lambda: later.enqueue("tea"))
