@@ -17750,6 +17750,7 @@ TASKS = {
 }
 """
 DJANGO_SHOP = """
+import threading
 import taskhawk
 from asgiref.sync import sync_to_async
 from django.db import connection
@@ -17791,6 +17792,10 @@ async def count_rows():
     await sync_to_async(lambda: connection.ensure_connection())()
     print(await sync_to_async(lambda: connection.connection is not None)())
 
+@task
+def where():
+    print(threading.current_thread() is threading.main_thread())
+
 @task(backend="any")
 def apart(): pass
 
@@ -17821,7 +17826,7 @@ django.setup()
 from django.conf import settings
 from django.db import connection, transaction
 from django.tasks import task, task_backends, signals
-from asgiref.sync import sync_to_async
+from asgiref.sync import async_to_sync, sync_to_async
 from django.test.utils import override_settings
 from django.utils import timezone
 import shop.tasks
@@ -17920,11 +17925,11 @@ default 1 acknowledge""",
     "aenqueue": (
         """async def both():
     return await asyncio.gather(rush.aenqueue("milk"), sell.aenqueue("tea"))
-watched(lambda: print([r.args for r in asyncio.run(both())]))
+watched(lambda: print([(r.args, r.enqueued_at.tzname()) for r in asyncio.run(both())]))
 work()""",
         """enqueued READY None [] 0 False
 enqueued READY None [] 0 False
-[['milk'], ['tea']]
+[(['milk'], 'UTC'), (['tea'], 'UTC')]
 sold 1 tea
 default 1 acknowledge
 rushed milk
@@ -17932,17 +17937,21 @@ high 1 acknowledge""",
     ),
     "aenqueue in Django's thread": (
         """with taskhawk.capture() as calls:
-    asyncio.run(later.aenqueue("milk"))
-print(len(calls))
+    with transaction.atomic():
+        async_to_sync(later.aenqueue)("milk")
+        print(len(calls))
+    print(len(calls))
 with override_settings(TASKHAWK_SYNC=True):
-    asyncio.run(sell.aenqueue("tea"))""",
-        "1\nsold 1 tea",
+    async_to_sync(where.aenqueue)()""",
+        "0\n1\nTrue",
     ),
     "the message": (
         """with taskhawk.capture() as calls:
     r = sell.enqueue(("milk", b"tea"), count={1: 2})
-print(r.id == calls[0].id, calls[0].task, calls[0].args, calls[0].kwargs)""",
-        "True shop.tasks.sell [['milk', 'tea']] {'count': {'1': 2}}",
+    look.enqueue(metadata=1)
+print(r.id == calls[0].id, calls[0].task, calls[0].args, calls[0].kwargs)
+print(calls[1].args, calls[1].kwargs)""",
+        "True shop.tasks.sell [['milk', 'tea']] {'count': {'1': 2}}\n[] {'metadata': 1}",
     ),
     "wrong arguments": (
         """tried(sell.enqueue)
@@ -18069,6 +18078,8 @@ ZeroDivisionError: no stock""",
         r = later.enqueue("milk")
         print(len(calls), r.enqueued_at)
         tried(later.enqueue)
+        with contextlib.suppress(taskhawk.MessageTooLarge):
+            print(later.enqueue("x" * 2**21))
     print([call.args for call in calls], r.enqueued_at <= timezone.now())
     with contextlib.suppress(KeyError), transaction.atomic():
         watched(lambda: later.enqueue("tea"))
