@@ -29,10 +29,14 @@ Promises
     5. Our log texts never hold bodies, arguments, header values or credentials, nor a
        line break of a message's. A task's own exceptions are logged as they are.
     6. Idle, a queue costs one 20 s poll after another. With ``num_messages=10``, a task
-       costs at most 0.12 receives and 0.12 deletes; leases are extra for tasks of over
-       a third of the visibility timeout. A dispatch in a batch costs 0.1 requests.
+       costs at most 0.12 receives and 0.12 deletes, and on a FIFO queue one of each;
+       leases are extra for tasks of over a third of the visibility timeout. A dispatch
+       in a batch costs 0.1 requests.
     7. A process that a task starts is as it would be without us: its signals, its
        environment, its connections.
+    8. Of a group on a FIFO queue, one message runs at a time, in the order in which
+       they were queued; the next one waits until it is done or a dead letter. What
+       promise 2 excepts is excepted here, too.
 
 Not here: results, chains, soft time limits, purging or browsing a queue.
 
@@ -87,7 +91,7 @@ What to read for each promise, and how many statements that is
         _in_one_line, _facts, _extra_of, _text_of_invalid, _shown, _mismatch,
         _too_large, _Holdings.warn, _Keeper._tell, _Faults, _error_code, _error_details,
         _explained, _explanation, _find_remedy, _Source.read, _call_safely, _log_again
-    6 (325): _Polls, _Intake.begin, _Intake.adds_helper, _Poller.work, _Poller._help,
+    6 (326): _Polls, _Intake.begin, _Intake.adds_helper, _Poller.work, _Poller._help,
         _Poller._try, _Poller._receive, _pause_s, _Holdings._decide, _Ends, _Calls.next,
         _Calls._due_at, _Calls._patience_s, _Calls._extended, _Leases, _Keeper._wait,
         _Keeper._make, SqsBroker.receive, SqsBroker.url, SqsBroker._find_url, _parts
@@ -97,6 +101,10 @@ What to read for each promise, and how many statements that is
         _forget_signals, _path_of_children, _Child._start_process,
         _ChildProcess.__init__, _serve_worker, _leave_signals_to_worker, _ignore_signal,
         _die_with_parent
+    8 (239): _in_group, _send_all, _in_order, _OrderedSend, SqliteBroker.send,
+        SqliteBroker._claim, SqliteBroker.delete, SqsBroker.receive,
+        SqsBroker._receive_in_order, _Polls, _Holdings._decide, _dead_letter,
+        _run_records, _is_behind
 
 Parts and rooms; the file still works if cut before part IV, V or VI
     I meaning
@@ -791,7 +799,7 @@ class _Settings:
         if len(queue) > longest:
             raise ConfigurationError(
                 f"TASKHAWK_QUEUE: expected at most {longest} characters where"
-                f" TASKHAWK_FIFO is set, for the names of FIFO queues end with"
+                " TASKHAWK_FIFO is set, for the names of FIFO queues end with"
                 f" {_FIFO!r}, got {len(queue)} in {queue!r}"
             )
 
@@ -3737,7 +3745,7 @@ class Task(Generic[_P, _R]):
                 f"{self.name}: {error}{_hint_of_wrapper(self.fn)}"
             ) from None
 
-    def take_any_arguments(self) -> None:
+    def _take_any_arguments(self) -> None:
         """Have messages carry any arguments: the function gets calls, not arguments."""
         try:
             self._signature.bind([])
@@ -3759,7 +3767,7 @@ class Task(Generic[_P, _R]):
         """
         if "batch" in self.options:
             call = Call.of(message, receipt)
-            self.call_together([call])
+            self._call_together([call])
             if call.error is not None:
                 raise call.error
             return
@@ -3771,7 +3779,7 @@ class Task(Generic[_P, _R]):
             kwargs["headers"] = dict(metadata.headers)
         self._run_function(metadata, *message.args, **kwargs)
 
-    def call_together(self, calls: list[Call]) -> None:
+    def _call_together(self, calls: list[Call]) -> None:
         """Run the function of a batch task once, for several messages."""
         metadata = calls[0].metadata
         if len(calls) > 1:
@@ -4215,6 +4223,8 @@ def task(
     :param time_limit: seconds until a worker kills a run, whatever code it is in; such
         a task is isolated
     :param isolate: have a worker run it in a process of its own, which may crash
+    :param batch: have the function called once for up to so many messages, at most 100,
+        with the list of their :class:`Call`
     :param more: options of later parts, see :class:`_MoreOptions`
     :raises ConfigurationError: if a message can't call the function, if its name is
         taken, or if an option is wrong
@@ -5978,7 +5988,7 @@ def _check_batch(made: Task[Any, Any], most: object) -> None:
         raise ConfigurationError(
             f"{made.name} has batch={most!r}: expected 1 to {_MAX_CALLS_TOGETHER}"
         )
-    made.take_any_arguments()
+    made._take_any_arguments()  # noqa: SLF001 - its own
     _batch_tasks.add(made.name)
 
 
@@ -6038,7 +6048,7 @@ def _call_together(ready: Iterable[Call]) -> BaseException | None:
         return None
     metadata = typing.cast("Metadata", calls[0].metadata)
     try:
-        _registry[metadata.task].call_together(calls)
+        _registry[metadata.task]._call_together(calls)  # noqa: SLF001 - its own
     except BaseException as error:
         return error
     return None
@@ -6079,23 +6089,22 @@ class _RunOfMany:
             self._error = error
             if self.call.error is not None:
                 self._error = self.call.error
+        shared = self._error
+        trace = getattr(shared, "__traceback__", None)
         try:
             _end_run(self._received, self._began, self._around, self._raise)
         except BaseException as raised:
             self._error = raised
         else:
             self._error = None
+        if shared is not None:
+            # It is raised for one message after another: it is not to grow.
+            shared.__traceback__ = trace
 
     def _raise(self) -> None:
         """End as the task's call did."""
-        if self._error is None:
-            return
-        trace = self._error.__traceback__
-        try:
+        if self._error is not None:
             raise self._error
-        finally:
-            # It is raised for one message after another: its traceback is not to grow.
-            self._error.__traceback__ = trace
 
     def outcome(self) -> Outcome:
         """Return what becomes of the message; raise what must end the process."""
@@ -6402,7 +6411,8 @@ class _Holdings:
     @property
     def is_overdue(self) -> bool:
         """Whether two full batches are decided and in no call: the keeper is behind."""
-        return self.calls.left >= 2 * _MAX_BATCH
+        limit = 2 * _MAX_BATCH
+        return len(self.decided) >= limit and self.calls.left >= limit
 
     def still_run(self) -> list[QueueMessage]:
         """Return the messages that run."""
@@ -6676,9 +6686,9 @@ class _Calls:
         the others follows, or extensions that hang would starve them. Of these comes
         first what has been due for longest.
         """
-        leases: list[_Held] = []
-        if self._leases_at() <= now:
-            leases = self._all.leases.due(now)
+        leases = self._all.leases.due(now)  # first, for that looks when they are
+        if self._leases_at() > now:
+            leases = []
         ends = min(self._ends.values(), key=self._due_at)
         is_due = self._due_at(ends) <= now
         if leases and not (is_due and self._last is _Kind.extend):
@@ -7709,11 +7719,14 @@ class _Intake:
 
     def tell(self) -> None:
         """Have pollers look that may begin earlier than they would look."""
-        load, phase = self._course.load(), self._course.phase
-        for queue, pollers in self._pollers.items():
-            if phase is not _Phase.working:
+        if self._course.phase is not _Phase.working:
+            for pollers in self._pollers.values():
                 pollers.may_look.notify_all()
-            elif pollers.looks_at > -math.inf:
+            return
+        load = None
+        for queue, pollers in self._pollers.items():
+            if pollers.looks_at > -math.inf:
+                load = load or self._course.load()
                 pollers.tell(self.polls.may_begin_at(queue, load))
 
     def begin(self, queue: str, goes_on: Callable[[str], bool]) -> _Poll | None:
@@ -7918,11 +7931,12 @@ class _Poller:
                 poll = intake.begin(self._queue, intake.polls.is_open)
                 if not poll:
                     break
-                failures = self._try(poll)
-                if failures:
+                error = self._try(poll)
+                if error:
+                    failures = self._faults.failed(self._queue, "receive", repr(error))
                     _back_off(course.stop, self._worker.clock, failures)
-        except BaseException as error:
-            course.fail(error)  # before the phases go on, or nobody would see it
+        except BaseException as fatal:
+            course.fail(fatal)  # before the phases go on, or nobody would see it
             raise
         finally:
             intake.close(self._queue)
@@ -7932,9 +7946,9 @@ class _Poller:
         intake = self._intake
         try:
             while poll := intake.begin(self._queue, intake.polls.is_busy):
-                self._try(poll)
-        except BaseException as error:
-            self._course.fail(error)
+                self._try(poll)  # if that fails, it ends: the poller backs off for all
+        except BaseException as fatal:
+            self._course.fail(fatal)
             raise
         finally:
             intake.helper_ended(self._queue)
@@ -7945,23 +7959,22 @@ class _Poller:
             return False
         return _are_empty(self._worker.broker, self._worker.queues)
 
-    def _try(self, poll: _Poll) -> int:
-        """Receive; return how often that has failed by now, one after another."""
+    def _try(self, poll: _Poll) -> Exception | None:
+        """Receive; return the error if that fails."""
+        worker = self._worker
         try:
-            if self._lease is not None:
+            if self._lease is None:
+                wanted_s = worker.visibility_timeout_s
+                self._lease = _find_lease(worker.broker, self._queue, wanted_s)
+                self._intake.drop(poll)  # it may have taken long: look again whether to
+            else:
                 self._receive(poll, self._lease)
-                return 0
-            worker = self._worker
-            self._lease = _find_lease(
-                worker.broker, self._queue, worker.visibility_timeout_s
-            )
         except Exception as error:
             was_answered = self._intake.fail(poll)
             if not was_answered and isinstance(error, ConfigurationError):
                 raise  # at the start, this is for a person to mend
-            return self._faults.failed(self._queue, "receive", repr(error))
-        self._intake.drop(poll)  # it may have taken long: look again whether to
-        return 0
+            return error
+        return None
 
     def _receive(self, poll: _Poll, lease: _Lease) -> None:
         """Receive once, and hold what came."""
@@ -8030,11 +8043,17 @@ class _Event(typing.Protocol):
 
 
 # What later parts run beside each worker. Each is called before the first receive, with
-# the worker and the event that is set once it stops, and returns what a thread is to run
-# until then, or None.
+# the worker and the event that is set once it stops, and returns what a thread is to
+# run until then, or None.
 _beside_workers: list[
     Callable[[Worker, threading.Event], Callable[[], object] | None]
 ] = []
+
+
+def _threads_beside(worker: Worker, course: _Course) -> list[threading.Thread]:
+    """Return the threads of what later parts run beside a worker."""
+    begun = [begin(worker, course.stop) for begin in _beside_workers]
+    return [_make_thread(course, run) for run in begun if run is not None]
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -8121,8 +8140,8 @@ class Worker:
             credentials
         """
         make = functools.partial(_make_thread, self._course)
-        beside = [begin(self, self._course.stop) for begin in _beside_workers]
         slots = [make(slot.work) for slot in self._slots[1:]]
+        slots += _threads_beside(self, self._course)
         intake = _Intake(self._course, self._keeper, self._polls)
         poller = functools.partial(_Poller, self, self._course, intake)
         pollers = [make(poller(queue).work) for queue in self.queues]
@@ -8131,9 +8150,7 @@ class Worker:
         within_s: float | None = _HURRIED_S
         with self._signals:
             try:
-                self._work(
-                    helpers, [*pollers, *slots, *map(make, filter(None, beside))]
-                )
+                self._work(helpers, [*pollers, *slots])
                 within_s = None  # nothing interrupts it
             finally:
                 self._close(within_s)
@@ -10427,17 +10444,16 @@ class _Schedule:
         return None
 
     def _local_times(self, start: datetime) -> Iterator[datetime]:
-        """Yield the times that fit the fields, in order, from the minute of `start` on."""
+        """Yield the times that fit the fields, in order, from a minute on."""
         minutes, hours, _, _, _, years = map(sorted, self.fields)
         start = start.replace(second=0, microsecond=0)
+        times = [timedelta(hours=h, minutes=m) for h in hours for m in minutes]
         day = start.replace(hour=0, minute=0)
         while day.year <= years[-1]:
             if self._is_due_on(day):
-                for hour in hours:
-                    for minute in minutes:
-                        local = day.replace(hour=hour, minute=minute)
-                        if local >= start:
-                            yield local
+                for time_of_day in times:
+                    if day + time_of_day >= start:
+                        yield day + time_of_day
             day += timedelta(days=1)
 
     def _is_due_on(self, day: datetime) -> bool:
@@ -10593,9 +10609,9 @@ def _periodic_schedule(task: Task[..., Any]) -> dict[str, Any]:
     }
 
 
-# Periodic tasks on SQLite: any worker queues what is due. A schedule's row has when that
-# is. The trigger makes one statement of moving it on and of the message, so each firing
-# is queued once, however many workers see it due and whenever they die.
+# Periodic tasks on SQLite: any worker queues what is due. A schedule's row has when
+# that is. The trigger makes one statement of moving it on and of the message, so each
+# firing is queued once, however many workers see it due and whenever they die.
 _SCHEDULE_TABLE = (
     """CREATE TABLE IF NOT EXISTS schedule (rule TEXT PRIMARY KEY,
     due_ms INTEGER NOT NULL, queue TEXT, group_id TEXT, message_id TEXT, body TEXT,
@@ -10776,9 +10792,7 @@ class _DjangoBackend:
         :raises Exception: as :meth:`AsyncInvocation.dispatch`. With ``on_commit``, the
             commit raises what the queue does not accept: its rows are committed then
         """
-        self.validate_task(task)
-        message = self._message(task, args, kwargs)
-        result = _django_result(task, message.id, message.args, message.kwargs)
+        message, result = self._make(task, args, kwargs)
         send = functools.partial(self._send, message, result)
         if self.options.get("on_commit"):
             from django.db.transaction import on_commit
@@ -10789,8 +10803,27 @@ class _DjangoBackend:
             send()
         return result
 
+    async def aenqueue(self, task: Any, args: Any, kwargs: Any) -> Any:
+        """Queue a run as :meth:`enqueue` does; many at once share requests."""
+        from django.tasks.signals import task_enqueued
+
+        if settings.TASKHAWK_SYNC or self.options.get("on_commit"):
+            # A transaction is of the thread in which Django runs what is not async.
+            return await super().aenqueue(task, args, kwargs)  # type: ignore[misc]
+        message, result = self._make(task, args, kwargs)
+        await _publish_async(message)
+        _note_enqueued(result)
+        await task_enqueued.asend(type(self), task_result=result)
+        return result
+
+    def _make(self, task: Any, args: Any, kwargs: Any) -> tuple[Message, Any]:
+        """Make the message of a run, and its result."""
+        self.validate_task(task)
+        message = self._message(task, args, kwargs)
+        return message, _django_result(task, message.id, message.args, message.kwargs)
+
     def _message(self, task: Any, args: Any, kwargs: Any) -> Message:
-        """Make the message of a run."""
+        """Make the message of a run, once it is known that the worker can make it."""
         from django.utils.json import normalize_json
 
         invocation = self._task_of(task).with_priority(_django_priority(task))
@@ -10805,10 +10838,9 @@ class _DjangoBackend:
     def _send(self, message: Message, result: Any) -> None:
         """Send a message, and tell that it is queued."""
         from django.tasks.signals import task_enqueued
-        from django.utils import timezone
 
         publish(message)
-        _set_fields(result, enqueued_at=timezone.now())
+        _note_enqueued(result)
         task_enqueued.send(type(self), task_result=result)
 
     def _task_of(self, declared: Any) -> Task[Any, Any]:
@@ -11063,6 +11095,13 @@ def _django_result(
         backend=declared.backend,
         **{**queued, **fields},
     )
+
+
+def _note_enqueued(result: Any) -> None:
+    """Note that the queue has a message."""
+    from django.utils import timezone
+
+    _set_fields(result, enqueued_at=timezone.now())
 
 
 def _set_fields(result: Any, **fields: Any) -> None:
@@ -11677,7 +11716,7 @@ class _Resource(NamedTuple):
 
 def _label(name: str) -> str:
     """Return Terraform's name for a queue or topic."""
-    return re.sub(r"\W", "_", name.lower().replace(".", "__"))
+    return re.sub(r"\W", "_", name.lower())
 
 
 def _resources(
@@ -11785,6 +11824,25 @@ def _schedule_resources() -> list[_Resource]:
     return resources
 
 
+def _table_resources() -> list[_Resource]:
+    """Describe the table of claims, if it is used; Terraform has its TTL in it."""
+    table = settings.TASKHAWK_CLAIMS_TABLE
+    if table is None:
+        return []
+    attributes = {
+        "name": table,
+        "billing_mode": "PAY_PER_REQUEST",
+        "hash_key": "id",
+        "attribute": [{"name": "id", "type": "S"}],
+        "ttl": {"attribute_name": "expiration", "enabled": True},
+        "tags": {"taskhawk": settings.TASKHAWK_QUEUE},
+    }
+    return [
+        _Resource("aws_dynamodb_table", table, attributes),
+        _Resource("aws_dynamodb_ttl", table, {}),
+    ]
+
+
 _SCHEDULE_POLICY = "taskhawk"  # the name of the role's inline policy
 
 
@@ -11827,10 +11885,16 @@ def _terraform(resources: Iterable[_Resource]) -> dict[str, Any]:
     by_kind: dict[str, dict[str, Any]] = {}
     for resource in resources:
         attributes = resource.attributes
-        by_kind.setdefault(resource.kind, {})[_label(resource.name)] = attributes
+        if not attributes:  # those of another resource say it
+            continue
+        described = by_kind.setdefault(resource.kind, {})
+        label = _label(resource.name)
+        while label in described:  # of a task whose name differs in punctuation alone
+            label += "_"
+        described[label] = attributes
         if "endpoint" in attributes:
             # Besides its subscription, the function's own policy must let SNS call it.
-            by_kind.setdefault("aws_lambda_permission", {})[_label(resource.name)] = {
+            by_kind.setdefault("aws_lambda_permission", {})[label] = {
                 "action": "lambda:InvokeFunction",
                 "principal": "sns.amazonaws.com",
                 "function_name": attributes["endpoint"],
@@ -11839,11 +11903,11 @@ def _terraform(resources: Iterable[_Resource]) -> dict[str, Any]:
     return {"resource": by_kind}
 
 
-def _find(service: _AwsSender, operation: str, **parameters: Any) -> Any:
+def _find(service: _AwsService, operation: str, **parameters: Any) -> Any:
     """Return what a call of a service finds; None if there is no such thing."""
     explain = _explained(f"{service.service}:{operation}")
     call = functools.partial(getattr(service.client("send"), operation), **parameters)
-    return _unless("ResourceNotFoundException|NoSuchEntity.*", explain(call))
+    return _unless("ResourceNotFound.*|NoSuchEntity.*", explain(call))
 
 
 class _Change(NamedTuple):
@@ -11922,8 +11986,8 @@ def _topic_change(sns: SnsSender, resource: _Resource) -> _Change | None:
     """Return how to make a topic; None if it is there."""
     if _subscribers(sns, sns.arn(resource.name)) is not None:
         return None
-    tags = [{"Key": k, "Value": v} for k, v in resource.attributes["tags"].items()]
-    return _Change("made", "create_topic", {"Name": resource.name, "Tags": tags})
+    parameters = {"Name": resource.name, "Tags": _tags(resource)}
+    return _Change("made", "create_topic", parameters)
 
 
 def _subscription_change(sns: SnsSender, resource: _Resource) -> _Change | None:
@@ -11950,8 +12014,7 @@ def _group_change(scheduler: _Scheduler, resource: _Resource) -> _Change | None:
     """Return how to make the group of schedules; None if it is there."""
     if _find(scheduler, "get_schedule_group", Name=resource.name) is not None:
         return None
-    tags = [{"Key": k, "Value": v} for k, v in resource.attributes["tags"].items()]
-    parameters = {"Name": resource.name, "Tags": tags}
+    parameters = {"Name": resource.name, "Tags": _tags(resource)}
     return _Change("made", "create_schedule_group", parameters)
 
 
@@ -11970,6 +12033,47 @@ def _schedule_change(scheduler: _Scheduler, resource: _Resource) -> _Change | No
     # An update resets what it leaves out, and someone may have disabled it.
     parameters = {**wanted, "State": existing["State"]}
     return _Change(f"changed: {', '.join(differing)}", "update_schedule", parameters)
+
+
+def _table_change(dynamodb: _AwsService, resource: _Resource) -> _Change | None:
+    """Return how to make the table of claims; None if it is there.
+
+    :raises ConfigurationError: if it is another one's table, with another key
+    """
+    found = _find(dynamodb, "describe_table", TableName=resource.name)
+    key = [{"AttributeName": "id", "KeyType": "HASH"}]
+    if found is None:
+        parameters = {
+            "TableName": resource.name,
+            "KeySchema": key,
+            "AttributeDefinitions": [{"AttributeName": "id", "AttributeType": "S"}],
+            "BillingMode": "PAY_PER_REQUEST",
+            "Tags": _tags(resource),
+        }
+        return _Change("made", "create_table", parameters)
+    if found["Table"]["KeySchema"] != key:
+        raise ConfigurationError(
+            f"table {resource.name}: expected its key to be id alone: name another one"
+            " by TASKHAWK_CLAIMS_TABLE"
+        )
+    return None
+
+
+def _ttl_change(dynamodb: _AwsService, resource: _Resource) -> _Change | None:
+    """Return how to have DynamoDB delete what has expired; None if it does."""
+    table = resource.name
+    found = _find(dynamodb, "describe_time_to_live", TableName=table) or {}
+    description = found.get("TimeToLiveDescription", {})
+    if description.get("AttributeName") == "expiration":
+        return None
+    wanted = {"AttributeName": "expiration", "Enabled": True}
+    parameters = {"TableName": table, "TimeToLiveSpecification": wanted}
+    return _Change("made", "update_time_to_live", parameters)
+
+
+def _tags(resource: _Resource) -> list[dict[str, str]]:
+    """Return a resource's tags as most services take them."""
+    return [{"Key": k, "Value": v} for k, v in resource.attributes["tags"].items()]
 
 
 def _abandoned_schedules() -> list[str]:
@@ -12002,7 +12106,7 @@ def _role_change(iam: _Iam, resource: _Resource) -> _Change | None:
         "RoleName": resource.name,
         "Path": attributes["path"],
         "AssumeRolePolicyDocument": attributes["assume_role_policy"],
-        "Tags": [{"Key": k, "Value": v} for k, v in attributes["tags"].items()],
+        "Tags": _tags(resource),
     }
     return _Change("made", "create_role", parameters)
 
@@ -12018,17 +12122,13 @@ def _policy_change(iam: _Iam, resource: _Resource) -> _Change | None:
     return _Change(text, "put_role_policy", {**of_role, "PolicyDocument": wanted})
 
 
-class _Iam(_AwsSender):
+class _Iam(_AwsService):
     """IAM, which has the role that schedules send by."""
 
     service = "iam"
 
-    def _parameters(self, entry: Outgoing) -> dict[str, Any]:
-        """Refuse to send."""
-        raise NotImplementedError
 
-
-_schemes["iam"] = _Iam
+_schemes["iam"] = _Iam  # type: ignore[assignment]
 
 
 # By Terraform's type: which service makes it, and what finds out whether it is there.
@@ -12040,6 +12140,8 @@ _PROVIDERS: dict[str, tuple[str, Callable[[Any, _Resource], _Change | None]]] = 
     "aws_iam_role": ("iam", _role_change),
     "aws_iam_role_policy": ("iam", _policy_change),
     "aws_scheduler_schedule": ("schedule", _schedule_change),
+    "aws_dynamodb_table": ("dynamodb", _table_change),
+    "aws_dynamodb_ttl": ("dynamodb", _ttl_change),
 }
 
 
@@ -12058,8 +12160,11 @@ def _provide(resource: _Resource, *, dry_run: bool) -> str:
         return f"{what}: is as it should be"
     if dry_run:
         return f"{what}: would be {change.text}"
+    client = sender.client("send")
     with _explained(resource.name):
-        getattr(sender.client("send"), change.operation)(**change.parameters)
+        getattr(client, change.operation)(**change.parameters)
+        if change.operation == "create_table":  # nothing can be set of it before
+            client.get_waiter("table_exists").wait(TableName=resource.name)
     return f"{what}: {change.text}"
 
 
@@ -12069,6 +12174,7 @@ _RECEIVE = (
     " sqs:ChangeMessageVisibility sqs:GetQueueAttributes"
 )
 _SCHEDULE = "scheduler:CreateSchedule scheduler:DeleteSchedule"
+_LOOK_AT_TABLE = "dynamodb:DescribeTable dynamodb:DescribeTimeToLive"
 _LOOK_AT_SCHEDULES = (
     "scheduler:GetScheduleGroup scheduler:GetSchedule"
     " scheduler:ListSchedules scheduler:DeleteSchedule"
@@ -12082,10 +12188,13 @@ _GRANTS = [  # the least that each role needs, on topics, queues and dead-letter
     ("lambda", "aws_sqs_queue", f"{_RECEIVE} sqs:SendMessage"),
     ("publisher", "aws_scheduler_schedule_group", _SCHEDULE),
     ("publisher", "aws_iam_role", "iam:PassRole"),
+    ("worker", "aws_dynamodb_table", "dynamodb:UpdateItem"),
+    ("lambda", "aws_dynamodb_table", "dynamodb:UpdateItem"),
     ("operator", "aws_sns_topic", "sns:ListSubscriptionsByTopic"),
     ("operator", "aws_sqs_queue", f"{_SEND} sqs:GetQueueAttributes"),
     ("operator", "DLQ", f"{_RECEIVE} sqs:GetQueueUrl"),
     ("operator", "aws_scheduler_schedule_group", _LOOK_AT_SCHEDULES),
+    ("operator", "aws_dynamodb_table", _LOOK_AT_TABLE),
 ]
 
 
@@ -12121,6 +12230,8 @@ def _arn_of(resource: _Resource) -> str:
     name = resource.name
     if resource.kind == "aws_scheduler_schedule_group":
         name = f"schedule/{name}/*"
+    if resource.kind == "aws_dynamodb_table":
+        name = f"table/{name}"
     return str(_brokers.get(service).arn(name))
 
 
@@ -12345,7 +12456,7 @@ def _check(priorities: Collection[Priority]) -> Iterator[_Finding]:
     yield from wrong
     if not wrong:
         yield from _check_places(priorities)
-        yield from _check_schedules()
+        yield from _check_state()
 
 
 def _check_tasks(priorities: Collection[Priority]) -> Iterator[_Finding]:
@@ -12381,31 +12492,40 @@ def _check_places(priorities: Collection[Priority]) -> Iterator[_Finding]:
                 return  # the others would say the same
 
 
-def _check_schedules() -> Iterator[_Finding]:
-    """Hold the schedules that are there against the tasks."""
+def _check_state() -> Iterator[_Finding]:
+    """Look at what claims, long delays and periodic tasks need."""
     if settings.TASKHAWK_BROKER != "sqs":
         return
     try:
-        yield from _schedule_findings()
+        for resource in [*_schedule_resources(), *_table_resources()]:
+            # Who checks need not be allowed to look at roles.
+            if not resource.kind.startswith("aws_iam"):
+                yield from _check_resource(resource)
+        yield from _check_abandoned()
     except Exception as error:
-        yield _error(_text_of(error), "schedules can't be checked", _TOLD)
+        yield _error(_text_of(error), "the rest can't be checked", _TOLD)
 
 
-def _schedule_findings() -> Iterator[_Finding]:
-    """Look for schedules that are missing, other than declared, or of no task."""
-    scheduler = _brokers.get("schedule")
-    for resource in _schedule_resources():
-        service, find_change = _PROVIDERS[resource.kind]
-        if service != "schedule":  # who checks need not be allowed to look at roles
-            continue
-        change = find_change(scheduler, resource)
-        if change is None:
-            continue
+# Why what is missing is an error, by Terraform's type.
+_WHY_NEEDED = {
+    "aws_scheduler_schedule_group": "long delays are refused at dispatch",
+    "aws_scheduler_schedule": "the task does not run as its code says",
+    "aws_dynamodb_table": "tasks with once, unique or limit are left to be retried",
+    "aws_dynamodb_ttl": "claims that have expired are kept, and cost money",
+}
+
+
+def _check_resource(resource: _Resource) -> Iterator[_Finding]:
+    """Look whether a resource is as `provision` would make it."""
+    service, find_change = _PROVIDERS[resource.kind]
+    change = find_change(_brokers.get(service), resource)
+    if change is not None:
         what = f"{_what_is(resource)}: would be {change.text}"
-        why = "delayed messages are refused, and periodic tasks do not run"
-        if resource.kind == "aws_scheduler_schedule":
-            why = "the task does not run as its code says"
-        yield _error(what, why, f"{_PROVISION} MODULE …")
+        yield _error(what, _WHY_NEEDED[resource.kind], f"{_PROVISION} MODULE …")
+
+
+def _check_abandoned() -> Iterator[_Finding]:
+    """Look for schedules of tasks that are gone."""
     for name in _abandoned_schedules():
         yield _warning(
             f"schedule {name}: no task has it",
@@ -13529,7 +13649,7 @@ def _provision(arguments: Any) -> None:
         )
         print(json.dumps(_DASHBOARDS[arguments.format](resources, watched), indent=2))
         return
-    resources += _schedule_resources()
+    resources += [*_schedule_resources(), *_table_resources()]
     write = {"terraform": _terraform, "iam": _iam}.get(arguments.format)
     if write:
         print(json.dumps(write(resources), indent=2))

@@ -225,6 +225,7 @@ def our_task(**options: Any) -> Any:
 JOBS = """
 import asyncio
 import os
+import time
 import taskhawk
 
 url = f"http://127.0.0.1:{os.environ['BENCH_PORT']}"
@@ -233,9 +234,12 @@ broker = os.environ.get("BENCH_BROKER", "sqs")
 taskhawk.configure(AWS_ENDPOINT_SQS=url, AWS_REGION="eu-west-1", TASKHAWK_QUEUE="bench",
                    TASKHAWK_BROKER=broker, **keys)
 
+sleep_s = float(os.environ.get("BENCH_SLEEP_S", 0))
+
 @taskhawk.task(name="bench.job", isolate=bool(os.environ.get("BENCH_ISOLATE")))
 def job(to, subject, from_email=None):
-    pass
+    if sleep_s:
+        time.sleep(sleep_s)
 
 @taskhawk.task(name="bench.wait")
 async def wait():
@@ -308,6 +312,19 @@ def run_dispatch(
     return measured(lambda: in_threads(count // batch, threads, call))
 
 
+def run_dispatch_async(count: int, at_once: int, **_: Any) -> Any:
+    """Send messages from coroutines, so many at once."""
+    job = our_task().with_headers(request_id="1234")
+
+    async def work() -> None:
+        for _ in range(count // at_once):
+            calls = [job.dispatch_async(*CALL[0], **CALL[1]) for _ in range(at_once)]
+            await asyncio.gather(*calls)
+
+    job.dispatch(*CALL[0], **CALL[1])
+    return measured(lambda: asyncio.run(work()))
+
+
 def run_consume(
     side: str, count: int, most: int, concurrency: int = 1, **_: Any
 ) -> Any:
@@ -319,7 +336,7 @@ def run_consume(
         def work() -> None:
             left = count
             while left:
-                asked = {"MaxNumberOfMessages": most, "WaitTimeSeconds": 20}
+                asked = {"MaxNumberOfMessages": min(most, 10), "WaitTimeSeconds": 20}
                 found = client.receive_message(QueueUrl=url, **asked)["Messages"]
                 left -= len(found)
                 for message in found:
@@ -595,14 +612,6 @@ class Bench:
         tuned("dispatch: botocore with our options", "dispatch", count=2000)
         tuned("consume, 10: botocore with our options", "consume", count=5000, most=10)
         ours = functools.partial(self.compare, sides=("ours",))
-        for most in (1, 10):
-            ours(
-                f"consume, {most}, concurrency 8",
-                "consume",
-                count=5000,
-                most=most,
-                concurrency=8,
-            )
         for concurrency in (1, 2):
             options = {"count": 5000, "most": 10, "concurrency": concurrency}
             isolated = {"BENCH_ISOLATE": "1"}
@@ -618,18 +627,29 @@ class Bench:
                 f"10 ms: dispatch, {threads} threads",
                 {"count": 800, "threads": threads},
             )
-            self.compare(name, "dispatch", **options, **slow)
+            target = ""
+            if threads == 8:
+                target = "CPU <= 0.4, requests <= 0.2"
+            figure = {"figure": "cpu_s", "target": target}
+            self.compare(name, "dispatch", **{**options, **slow, **figure})
+        for at_once in (1, 10, 200):
+            target = ""
+            if at_once == 200:
+                target = "requests <= 0.12"
+            name = f"10 ms: dispatch, {at_once} coroutines"
+            options = {"count": 10 * at_once, "at_once": at_once, "target": target}
+            ours(name, "dispatch_async", **options, **slow)
         self.compare(
             "10 ms: dispatch, batched", "dispatch", count=2000, batch=10, **slow
         )
-        target = "<= 0.56 (1.8 times)"
-        self.compare(
-            "10 ms: consume, 10", "consume", count=2000, most=10, target=target, **slow
-        )
-        self.compare("10 ms: consume, 1", "consume", count=300, most=1, **slow)
-        for most in (1, 10):
-            options = {"count": 2000, "most": most, "concurrency": 8}
-            ours(f"10 ms: consume, {most}, concurrency 8", "consume", **options, **slow)
+        for most, count, target in (
+            (10, 2000, "<= 0.53 (1.9 times)"),
+            (40, 2000, "<= 0.33 (3 times)"),
+            (1, 300, ""),
+        ):
+            options = {"count": count, "most": most, "target": target}
+            self.compare(f"10 ms: consume, {most}", "consume", **options, **slow)
+        self.run_workers(ours)
         for number in (1_000, 10_000, 100_000):
             rounds = 1 if number > 10_000 and not self.against else max(3, self.rounds)
             sqlite = functools.partial(ours, kind="sqlite", count=number, rounds=rounds)
@@ -641,6 +661,30 @@ class Bench:
             options = {"count": 10 * concurrency, "concurrency": concurrency}
             ours(name, "coroutines", figure="wall_s", target="<= 1,600 ms", **options)
         ours("idle for a minute, start included", "idle", figure="requests", rounds=1)
+
+    def run_workers(self, ours: Callable[..., None]) -> None:
+        """Measure what a worker gains by slots, and by messages that wait for them.
+
+        At 10 ms, 8 slots are to be 6 times as fast as one, and 64 with tasks of 20 ms
+        0.8 times as fast as 8 with nothing to do; the CPU of 200, 1.5 times that of 8.
+        """
+        env = {"BENCH_CPU": "0"}
+        for latency_ms in (0, 10, 30):
+            slow: Any = {"latency_s": latency_ms / 1000, "figure": "wall_s"}
+            for most in (1, 10, 40):
+                for concurrency in (1, 8, 64, 200):
+                    name = f"{latency_ms} ms: {most}, concurrency {concurrency}"
+                    count = 3000
+                    if latency_ms:
+                        count = 60 * min(concurrency + most - 1, 40)
+                    options = {"count": count, "most": most, "concurrency": concurrency}
+                    ours(f"worker at {name}", "consume", env=env, **options, **slow)
+        env = {**env, "BENCH_SLEEP_S": "0.02"}
+        slow = {"latency_s": 0.01, "figure": "wall_s"}
+        for most in (10, 40):
+            name = f"worker at 10 ms: {most}, concurrency 64, 20 ms"
+            options = {"count": 4000, "most": most, "concurrency": 64}
+            ours(name, "consume", env=env, **options, **slow)
 
     def close(self) -> None:
         """End the stub."""
