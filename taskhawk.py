@@ -11540,7 +11540,7 @@ def dead_letters(
     header: Mapping[str, Any] | None = None,
     older_than_s: float = 0,
     newer_than_s: float = math.inf,
-) -> Iterator[DeadLetter]:
+) -> Generator[DeadLetter, None, None]:
     """Yield the dead letters of a queue, each once, for as many as there are now.
 
     Those that the loop has come to are hidden from others, for ten minutes at most.
@@ -11562,7 +11562,7 @@ def dead_letters(
     return _letters_of(scan)
 
 
-def _letters_of(scan: _Scan) -> Iterator[DeadLetter]:
+def _letters_of(scan: _Scan) -> Generator[DeadLetter, None, None]:
     """Yield the dead letters of a scan, and show what is left when the loop ends."""
     with scan:
         yield from scan

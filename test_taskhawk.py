@@ -18713,17 +18713,18 @@ class TestDeadLettersFromPython:
     def test_too_late(self, letters, act, before):
         """Once it was dealt with, or its loop has ended, a letter can't be moved."""
         loop = taskhawk.dead_letters(Priority.default, task="mail.send")
-        letter = next(loop)
-        if before == "end":
-            loop.close()
-        else:
-            getattr(letter, before)()
-        depths = letters.depths()
-        assert refused(getattr(letter, act), error=taskhawk.TaskhawkError) == (
-            f"dead letter {letter.message_id}: it was sent back or deleted before, or its"
-            " loop has ended"
-        )
-        assert letters.depths() == depths
+        with contextlib.closing(loop):
+            letter = next(loop)
+            if before == "end":
+                loop.close()
+            else:
+                getattr(letter, before)()
+            depths = letters.depths()
+            assert refused(getattr(letter, act), error=taskhawk.TaskhawkError) == (
+                f"dead letter {letter.message_id}: it was sent back or deleted before,"
+                " or its loop has ended"
+            )
+            assert letters.depths() == depths
 
     def test_no_priority(self, letters):
         """What is wrong is said by the call, not by the loop."""
