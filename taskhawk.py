@@ -66,31 +66,32 @@ A message that a worker holds; the :class:`Ledger` counts what each becomes::
         '--> released                                    never started, visible at once
 
 What to read for each promise, and how many statements that is
-    1 (328): publish, _send_one, _accepted, _send_all_ready, _partial_failure,
-        _send_all, _in_batches, _one_round, SqliteBroker.send, SqliteBroker._claim,
-        SqliteBroker.delete, _SqliteFile.change, _use_write_ahead_log,
-        _AwsSender._batch, SqsBroker.send, SqsBroker.delete, process, _verdict, _wanted,
-        _delay_s, _ask_policy, _Slot._run, Worker.settle, _carry_out, _postpone,
-        Worker._close, _dead_letter, _send_copy, _Held.move, _Holdings.finish,
-        _Holdings.release, _Holdings._decide, _Calls.answered, _Calls._deleted,
-        _Calls._delayed, _Calls._try_later, _Holdings.doubt, _Holdings.close,
-        _Holdings.end
-    2 (320): SqliteBroker.receive, SqliteBroker._claim, SqliteBroker.change_visibility,
+    1 (365): publish, _send_one, _Lane._conclude, _Lane._send_together, _accepted,
+        _send_all_ready, _partial_failure, _send_all, _in_batches, _one_round,
+        SqliteBroker.send, SqliteBroker._claim, SqliteBroker.delete, _SqliteFile.change,
+        _use_write_ahead_log, _AwsSender._batch, SqsBroker.send, SqsBroker.delete,
+        process, _verdict, _wanted, _delay_s, _ask_policy, _Slot._run, Worker.settle,
+        _carry_out, _postpone, Worker._close, _dead_letter, _send_copy, _Held.move,
+        _Holdings.finish, _Holdings.release, _Holdings._decide, _Calls.answered,
+        _Calls._deleted, _Calls._delayed, _Calls._try_later, _Holdings.doubt,
+        _Holdings.close, _Holdings.end, _Scheduler.send, _Ticker._move_on
+    2 (333): SqliteBroker.receive, SqliteBroker._claim, SqliteBroker.change_visibility,
         SqsBroker.receive, _find_lease, _Poller._receive, _Intake.take, _Intake.close,
         _Course.take, _Course._release_if_stuck, _Backlog, _Call, _Leases,
-        _Holdings.take, _Holdings.start, _Holdings.release, _Holdings.release_waiting,
-        _Holdings._decide, _Holdings.expire, _Holdings.lose, _Calls.next,
-        _Calls.answered, _Calls._extended, _Calls._deleted, _Keeper._look,
+        _Holdings.take, _Holdings.start, _Holdings.start_more, _Holdings.release,
+        _Holdings.release_waiting, _Holdings._decide, _Holdings.expire, _Holdings.lose,
+        _Calls.next, _Calls.answered, _Calls._extended, _Calls._deleted, _Keeper._look,
         _Keeper._make, _Slot._run, _Slot._process, Worker._give_up, _Child.kill
     3 (110): _decode, _parse, Message.__init__, _validate, _fits, _find_task,
         Task.find_by_name, Task.call, _register, _import, _import_path, _parse_line,
         _to_outcome, _import_tasks
-    4 (98): process, _run, _decode, _parse, _failed, _log_failed, _verdict, _is_invalid,
-        _text_of_invalid, _Slot._run, Worker.settle
-    5 (198): _run, _failed, _log_failed, _sentence, _what_follows, _name_of, _reason,
-        _in_one_line, _facts, _extra_of, _text_of_invalid, _shown, _mismatch,
-        _too_large, _Holdings.warn, _Keeper._tell, _Faults, _error_code, _error_details,
-        _explained, _explanation, _find_remedy, _Source.read, _call_safely, _log_again
+    4 (106): process, _begin_run, _RunOfMany.begin, _decode, _parse, _failed,
+        _log_failed, _verdict, _is_invalid, _text_of_invalid, _Slot._run, Worker.settle
+    5 (214): _begin_run, _end_run, _failed, _log_failed, _sentence, _what_follows,
+        _name_of, _reason, _in_one_line, _facts, _extra_of, _text_of_invalid, _shown,
+        _mismatch, _too_large, _Holdings.warn, _Keeper._tell, _Faults, _error_code,
+        _error_details, _explained, _explanation, _find_remedy, _Source.read,
+        _call_safely, _log_again
     6 (326): _Polls, _Intake.begin, _Intake.adds_helper, _Poller.work, _Poller._help,
         _Poller._try, _Poller._receive, _pause_s, _Holdings._decide, _Ends, _Calls.next,
         _Calls._due_at, _Calls._patience_s, _Calls._extended, _Leases, _Keeper._wait,

@@ -1349,11 +1349,11 @@ class TestHouse:
         assert taskhawk.__doc__.endswith(f"\n\n{guide}"), f"\n{guide}"
 
     def test_what_to_read(self):
-        """No promise takes more than 350 statements, those about hostile input 120."""
+        """No promise takes more than 400 statements, those about hostile input 120."""
         sizes = house_promises()
         listed = re.findall(r"(?m)^    (\d)\. ", taskhawk.__doc__)
         assert [*map(int, listed)] == [*sizes]
-        assert max(sizes.values()) <= 350, sizes
+        assert max(sizes.values()) <= 400, sizes
         assert max(sizes[3], sizes[4]) < 120, sizes
 
     def test_nothing_is_evaluated(self):
