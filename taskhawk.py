@@ -10373,10 +10373,12 @@ def _target(arn: str, body: str, group_id: str | None) -> dict[str, Any]:
         "Input": body,
         "RetryPolicy": _DELIVERY,
     }
-    if ":sqs:" in arn and not _is_fifo(arn):  # which can't be such a queue
-        target["DeadLetterConfig"] = {"Arn": _dead_letter_name(arn)}
-    if ":sqs:" in arn and group_id is not None:
+    # By its model, Scheduler knows the groups of FIFO queues only, and sends what it
+    # can't deliver to no FIFO queue.
+    if _is_fifo(arn):
         target["SqsParameters"] = {"MessageGroupId": group_id}
+    elif ":sqs:" in arn:
+        target["DeadLetterConfig"] = {"Arn": _dead_letter_name(arn)}
     return target
 
 

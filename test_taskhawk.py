@@ -17122,6 +17122,10 @@ class TestLongDelays:
         assert not report.has_errors(), report.generate_report()
         assert parameters["Target"]["SqsParameters"] == {"MessageGroupId": "g1"}
         assert "DeadLetterConfig" not in parameters["Target"]  # it can't be FIFO
+        stubbed.add_response("create_schedule", {"ScheduleArn": "arn"})
+        taskhawk._brokers.get("schedule").send(QUEUE_ARN, [entry])
+        assert "SqsParameters" not in seen[1]["Target"]  # which are for FIFO queues
+        assert seen[1]["Target"]["DeadLetterConfig"] == {"Arn": f"{QUEUE_ARN}-DLQ"}
         assert re.fullmatch("[0-9a-f]{64}", parameters["Name"])
 
     @given(
