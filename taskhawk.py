@@ -66,31 +66,32 @@ A message that a worker holds; the :class:`Ledger` counts what each becomes::
         '--> released                                    never started, visible at once
 
 What to read for each promise, and how many statements that is
-    1 (328): publish, _send_one, _accepted, _send_all_ready, _partial_failure,
-        _send_all, _in_batches, _one_round, SqliteBroker.send, SqliteBroker._claim,
-        SqliteBroker.delete, _SqliteFile.change, _use_write_ahead_log,
-        _AwsSender._batch, SqsBroker.send, SqsBroker.delete, process, _verdict, _wanted,
-        _delay_s, _ask_policy, _Slot._run, Worker.settle, _carry_out, _postpone,
-        Worker._close, _dead_letter, _send_copy, _Held.move, _Holdings.finish,
-        _Holdings.release, _Holdings._decide, _Calls.answered, _Calls._deleted,
-        _Calls._delayed, _Calls._try_later, _Holdings.doubt, _Holdings.close,
-        _Holdings.end
-    2 (320): SqliteBroker.receive, SqliteBroker._claim, SqliteBroker.change_visibility,
+    1 (365): publish, _send_one, _Lane._conclude, _Lane._send_together, _accepted,
+        _send_all_ready, _partial_failure, _send_all, _in_batches, _one_round,
+        SqliteBroker.send, SqliteBroker._claim, SqliteBroker.delete, _SqliteFile.change,
+        _use_write_ahead_log, _AwsSender._batch, SqsBroker.send, SqsBroker.delete,
+        process, _verdict, _wanted, _delay_s, _ask_policy, _Slot._run, Worker.settle,
+        _carry_out, _postpone, Worker._close, _dead_letter, _send_copy, _Held.move,
+        _Holdings.finish, _Holdings.release, _Holdings._decide, _Calls.answered,
+        _Calls._deleted, _Calls._delayed, _Calls._try_later, _Holdings.doubt,
+        _Holdings.close, _Holdings.end, _Scheduler.send, _Ticker._move_on
+    2 (333): SqliteBroker.receive, SqliteBroker._claim, SqliteBroker.change_visibility,
         SqsBroker.receive, _find_lease, _Poller._receive, _Intake.take, _Intake.close,
         _Course.take, _Course._release_if_stuck, _Backlog, _Call, _Leases,
-        _Holdings.take, _Holdings.start, _Holdings.release, _Holdings.release_waiting,
-        _Holdings._decide, _Holdings.expire, _Holdings.lose, _Calls.next,
-        _Calls.answered, _Calls._extended, _Calls._deleted, _Keeper._look,
+        _Holdings.take, _Holdings.start, _Holdings.start_more, _Holdings.release,
+        _Holdings.release_waiting, _Holdings._decide, _Holdings.expire, _Holdings.lose,
+        _Calls.next, _Calls.answered, _Calls._extended, _Calls._deleted, _Keeper._look,
         _Keeper._make, _Slot._run, _Slot._process, Worker._give_up, _Child.kill
     3 (110): _decode, _parse, Message.__init__, _validate, _fits, _find_task,
         Task.find_by_name, Task.call, _register, _import, _import_path, _parse_line,
         _to_outcome, _import_tasks
-    4 (98): process, _run, _decode, _parse, _failed, _log_failed, _verdict, _is_invalid,
-        _text_of_invalid, _Slot._run, Worker.settle
-    5 (198): _run, _failed, _log_failed, _sentence, _what_follows, _name_of, _reason,
-        _in_one_line, _facts, _extra_of, _text_of_invalid, _shown, _mismatch,
-        _too_large, _Holdings.warn, _Keeper._tell, _Faults, _error_code, _error_details,
-        _explained, _explanation, _find_remedy, _Source.read, _call_safely, _log_again
+    4 (106): process, _begin_run, _RunOfMany.begin, _decode, _parse, _failed,
+        _log_failed, _verdict, _is_invalid, _text_of_invalid, _Slot._run, Worker.settle
+    5 (214): _begin_run, _end_run, _failed, _log_failed, _sentence, _what_follows,
+        _name_of, _reason, _in_one_line, _facts, _extra_of, _text_of_invalid, _shown,
+        _mismatch, _too_large, _Holdings.warn, _Keeper._tell, _Faults, _error_code,
+        _error_details, _explained, _explanation, _find_remedy, _Source.read,
+        _call_safely, _log_again
     6 (326): _Polls, _Intake.begin, _Intake.adds_helper, _Poller.work, _Poller._help,
         _Poller._try, _Poller._receive, _pause_s, _Holdings._decide, _Ends, _Calls.next,
         _Calls._due_at, _Calls._patience_s, _Calls._extended, _Leases, _Keeper._wait,
@@ -3614,7 +3615,7 @@ class Call:
     def of(cls, message: Message, receipt: str | None) -> Call:
         """Return what a message asks for."""
         metadata = Metadata(message, receipt)
-        return cls(message.args, message.kwargs, metadata, dict(message.headers))
+        return cls(message.args, message.kwargs, metadata, dict(metadata.headers))
 
     def fail(self, error: BaseException) -> None:
         """Have this message end as if the task had raised an error for it alone.
@@ -4972,7 +4973,7 @@ _GATHER_S = 0.002
 # The same, as a part of the time that the last call took.
 _GATHER_PART = 0.2
 # How long a message waits for a call under way at most: that one may hang.
-_PATIENCE_S = 0.2
+_SHARE_WITHIN_S = 0.2
 _HELPER_IDLE_S = 1  # after which a helper ends
 
 
@@ -5034,7 +5035,7 @@ class _Sharing:
         parcels, _, is_full = self._next_call()
         if not parcels or len(self.under_way) >= self._max_calls:
             return False
-        if is_full or now >= parcels[0].since + _PATIENCE_S:
+        if is_full or now >= parcels[0].since + _SHARE_WITHIN_S:
             return True
         if self.under_way:
             return False
@@ -5045,7 +5046,7 @@ class _Sharing:
         parcels, _, _ = self._next_call()
         if not parcels or len(self.under_way) >= self._max_calls:
             return math.inf
-        patient_until = parcels[0].since + _PATIENCE_S
+        patient_until = parcels[0].since + _SHARE_WITHIN_S
         if self.under_way:
             return patient_until
         return min(patient_until, self._gather_until)
@@ -5999,15 +6000,19 @@ _batch_tasks: set[str] = set()  # their names; without any, nothing is decoded t
 def _find_batch_task(received: QueueMessage) -> str | None:
     """Return the name of a message's task if that is a batch task.
 
-    Messages of a FIFO queue are run one by one, for each waits for the one before.
+    A message of a FIFO queue waits for the one before it, and one with a time limit of
+    its own is killed by itself: neither runs with others.
     """
     if not _batch_tasks or received.is_fifo:
         return None
     try:
-        found = _decode(received.body).task
+        message = _decode(received.body)
+        options = message.task.options
     except ValidationError:
         return None  # process() will say what is wrong with it
-    return found.name if "batch" in found.options else None
+    if "batch" not in options or _options_of(message).time_limit is not None:
+        return None
+    return message.task_name
 
 
 def _most_together(received: QueueMessage) -> int:
@@ -6374,6 +6379,13 @@ class _Backlog:
                 return held
         return None
 
+    def like(self, first: _Held, now: float) -> Iterator[_Held]:
+        """Yield what may run together with a message of a batch task."""
+        for held in self._of[first.queue]:
+            is_like = held.message.batch_task == first.message.batch_task
+            if is_like and held.is_sure and now < held.lease_until:
+                yield held
+
 
 class _Holdings:
     """The messages that a worker holds, and what is due for them.
@@ -6407,12 +6419,6 @@ class _Holdings:
     def running(self) -> int:
         """How many runs are under way; messages that run together are one."""
         return len(self.held) - self.waiting - len(self.decided) - self._along
-
-    @property
-    def is_overdue(self) -> bool:
-        """Whether two full batches are decided and in no call: the keeper is behind."""
-        limit = 2 * _MAX_BATCH
-        return len(self.decided) >= limit and self.calls.left >= limit
 
     def still_run(self) -> list[QueueMessage]:
         """Return the messages that run."""
@@ -6464,14 +6470,8 @@ class _Holdings:
         return held
 
     def start_more(self, first: _Held, most: int, now: float) -> list[_Held]:
-        """Start messages of the same batch task as one that was just started.
-
-        :param most: how many may run together
-        """
-        kind = (first.queue, first.message.batch_task)
-        waiting = [held for held in self.backlog if held.is_sure]
-        alike = [h for h in waiting if (h.queue, h.message.batch_task) == kind]
-        more = [held for held in alike if now < held.lease_until][: most - 1]
+        """Start others of a batch task, so that at most so many run with the first."""
+        more = list(itertools.islice(self.backlog.like(first, now), most - 1))
         for held in more:
             self.backlog.drop(held)
             held.begin(now)
@@ -6659,6 +6659,12 @@ class _Calls:
     def left(self) -> int:
         """How many messages are decided and in no call."""
         return sum(map(len, self._ends.values()))
+
+    @property
+    def is_overdue(self) -> bool:
+        """Whether two full batches are decided and in no call: the keeper is behind."""
+        limit = 2 * _MAX_BATCH
+        return len(self._all.decided) >= limit and self.left >= limit
 
     def add(self, held: _Held) -> None:
         """Have a message ended that is decided, once it is in no call."""
@@ -6941,7 +6947,7 @@ class _Keeper:
         if self._is_over or self._is_done(now):
             self._is_over = True
             return None
-        was_overdue = self.holdings.is_overdue
+        was_overdue = self.holdings.calls.is_overdue
         call = self.holdings.calls.next(now)
         if self.holdings.news or was_overdue:
             self.freed()  # a message was lost, or a call begins
@@ -7010,7 +7016,7 @@ class _Keeper:
 # Every thread of this file that outlives a call: pollers receive, slots run tasks (the
 # calling thread is one of them), one keeper changes messages on the queue, one heart
 # calls the heartbeat hook, one watch sees the signals and the grace. One lock guards
-# the holdings, the phase and the counts; _Course.move_on() alone moves the phase.
+# holdings, polls, phase and counts; _Course.move_on() alone moves the phase.
 
 _MAX_BACKOFF_S = 60  # between receives that fail
 _FLUSH_S = 3  # of the grace, kept for acknowledgements once running tasks are given up
@@ -7592,7 +7598,7 @@ class _Course:
         waiting, starts = holdings.backlog.counts(), math.inf
         if limits.max_tasks is not None:
             starts = limits.max_tasks - self._started - sum(waiting)
-        if self._paused == limits.slots or holdings.is_overdue:
+        if self._paused == limits.slots or holdings.calls.is_overdue:
             starts = 0
         free = limits.slots - self._paused - holdings.running
         return _Load(free, waiting, starts)
@@ -9775,13 +9781,13 @@ _schemes["dynamodb"] = _DynamoClaims  # type: ignore[assignment]
 
 
 # A row for each claim. Of a start, the token is empty, for there is one for each key.
-_CLAIMS_SCHEMA = (
+_more_tables += [
     """CREATE TABLE IF NOT EXISTS claim (
     key TEXT NOT NULL, token TEXT NOT NULL, until_ms INTEGER NOT NULL,
     is_done INTEGER NOT NULL DEFAULT 0, message_id TEXT, started_ms INTEGER,
     PRIMARY KEY (key, token)) WITHOUT ROWID""",
     "CREATE INDEX IF NOT EXISTS claim_until ON claim (until_ms)",
-)
+]
 
 
 class _SqliteClaims(_Claims):
@@ -9837,8 +9843,6 @@ class _SqliteClaims(_Claims):
         """Make a change; return how many rows it met. What is expired goes, too."""
         file = self._file
         file.open()
-        for part in _CLAIMS_SCHEMA:  # nothing, where they exist
-            file.change(part, ())
         file.change("DELETE FROM claim WHERE until_ms < ?", (self._in_ms(),))
         return file.change(statement, values)
 
@@ -10085,7 +10089,8 @@ def _void_s(its_task: Task[Any, Any], received: QueueMessage) -> float:
     """Return after which time the claim of a run is void, for its worker has died."""
     if received.in_lambda:  # which has no regard for time limits
         return _LAMBDA_RUN_S + _SKEW_S
-    return (its_task.time_limit or received.lease_s) + _SKEW_S
+    own_s = _options_of(_message_of(received)).time_limit or 0
+    return max(own_s, its_task.time_limit or received.lease_s) + _SKEW_S
 
 
 def _wait_s(received: QueueMessage) -> float:
@@ -11563,7 +11568,7 @@ def dead_letters(
     header: Mapping[str, Any] | None = None,
     older_than_s: float = 0,
     newer_than_s: float = math.inf,
-) -> Iterator[DeadLetter]:
+) -> Generator[DeadLetter, None, None]:
     """Yield the dead letters of a queue, each once, for as many as there are now.
 
     Those that the loop has come to are hidden from others, for ten minutes at most.
@@ -11585,7 +11590,7 @@ def dead_letters(
     return _letters_of(scan)
 
 
-def _letters_of(scan: _Scan) -> Iterator[DeadLetter]:
+def _letters_of(scan: _Scan) -> Generator[DeadLetter, None, None]:
     """Yield the dead letters of a scan, and show what is left when the loop ends."""
     with scan:
         yield from scan
