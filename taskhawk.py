@@ -11467,9 +11467,33 @@ def _read_dead_letter(scan: _Scan, received: QueueMessage) -> DeadLetter:
     return DeadLetter(scan, received, age_s, record, message)
 
 
+# What EventBridge Scheduler says of a message that it could not deliver:
+# https://docs.aws.amazon.com/scheduler/latest/UserGuide/configuring-schedule-dlq.html
+_UNDELIVERED = (
+    "ERROR_CODE",
+    "ERROR_MESSAGE",
+    "EXECUTION_ID",
+    "EXHAUSTED_RETRY_CONDITION",
+    "IS_PAYLOAD_TRUNCATED",
+    "RETRY_ATTEMPTS",
+    "SCHEDULED_TIME",
+    "SCHEDULE_ARN",
+    "TARGET_ARN",
+)
+
+
+def _is_undelivered(received: QueueMessage) -> bool:
+    """Return whether it is Scheduler that gave up a message."""
+    return "SCHEDULE_ARN" in received.message_attributes
+
+
 def _recorded_error(received: QueueMessage) -> dict[str, Any] | None:
-    """Return the error that a worker recorded in the attribute taskhawk.error."""
-    attribute = received.message_attributes.get(_ERROR_ATTRIBUTE, {})
+    """Return the error that a worker recorded, or Scheduler."""
+    attributes = received.message_attributes
+    if _is_undelivered(received):
+        code, text = [attributes.get(name, {}) for name in _UNDELIVERED[:2]]
+        return {"type": code.get("StringValue"), "message": text.get("StringValue")}
+    attribute = attributes.get(_ERROR_ATTRIBUTE, {})
     try:
         error = _DECODER.decode(attribute.get("StringValue", ""))
     except (ValueError, RecursionError):
@@ -11622,7 +11646,10 @@ class _Scan:
         copies = []
         for letter in letters:
             attributes = dict(letter.received.message_attributes)
-            for name in (_ERROR_ATTRIBUTE, _ATTEMPTS_ATTRIBUTE, _POSTPONED_ATTRIBUTE):
+            names = [_ERROR_ATTRIBUTE, _ATTEMPTS_ATTRIBUTE, _POSTPONED_ATTRIBUTE]
+            if _is_undelivered(letter.received):
+                names += _UNDELIVERED
+            for name in names:
                 attributes.pop(name, None)
             copies.append(letter.received.copy(attributes))
         refused = _send_all(self._broker, self._queue, copies)
