@@ -75,7 +75,7 @@ What to read for each promise, and how many statements that is
         _Holdings.finish, _Holdings.release, _Holdings._decide, _Calls.answered,
         _Calls._deleted, _Calls._delayed, _Calls._try_later, _Holdings.doubt,
         _Holdings.close, _Holdings.end, _Scheduler.send, _Ticker._move_on
-    2 (333): SqliteBroker.receive, SqliteBroker._claim, SqliteBroker.change_visibility,
+    2 (336): SqliteBroker.receive, SqliteBroker._claim, SqliteBroker.change_visibility,
         SqsBroker.receive, _find_lease, _Poller._receive, _Intake.take, _Intake.close,
         _Course.take, _Course._release_if_stuck, _Backlog, _Call, _Leases,
         _Holdings.take, _Holdings.start, _Holdings.start_more, _Holdings.release,
@@ -92,7 +92,7 @@ What to read for each promise, and how many statements that is
         _mismatch, _too_large, _Holdings.warn, _Keeper._tell, _Faults, _error_code,
         _error_details, _explained, _explanation, _find_remedy, _Source.read,
         _call_safely, _log_again
-    6 (326): _Polls, _Intake.begin, _Intake.adds_helper, _Poller.work, _Poller._help,
+    6 (329): _Polls, _Intake.begin, _Intake.adds_helper, _Poller.work, _Poller._help,
         _Poller._try, _Poller._receive, _pause_s, _Holdings._decide, _Ends, _Calls.next,
         _Calls._due_at, _Calls._patience_s, _Calls._extended, _Leases, _Keeper._wait,
         _Keeper._make, SqsBroker.receive, SqsBroker.url, SqsBroker._find_url, _parts
