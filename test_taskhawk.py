@@ -11626,6 +11626,137 @@ class TestPolls:
         assert free == ["A", "B"]  # its thread comes back when it likes
 
 
+class TestIntake:
+    """Whatever lets a poller begin, or ends it, wakes it: no wait has a tick."""
+
+    @pytest.fixture
+    def made(
+        self, worker_broker: WorkerBroker, worker_clock: Clock
+    ) -> Callable[..., Any]:
+        """Return a function that makes a worker, and what its pollers share."""
+
+        def make(*queues: str, **options: Any) -> tuple[Any, Any]:
+            options.setdefault("clock", worker_clock)
+            worker = taskhawk.Worker(worker_broker, queues, **options)
+            polls = worker._polls
+            return worker, taskhawk._Intake(worker._course, worker._keeper, polls)
+
+        return make
+
+    @staticmethod
+    def waits(intake: Any, queue: str, goes_on: Any) -> Any:
+        """Call begin() in a thread, and return its future once it waits."""
+        before = intake._pollers[queue].waiting
+        future: Any = concurrent.futures.Future()
+
+        def begin() -> None:
+            future.set_result(intake.begin(queue, goes_on))
+
+        threading.Thread(target=begin, daemon=True).start()
+        worker_eventually(lambda: intake._pollers[queue].waiting > before)
+        return future
+
+    @staticmethod
+    def take(intake: Any, queue: str, count: int) -> None:
+        """Receive so many messages."""
+        poll = intake.begin(queue, intake.polls.is_open)
+        intake.take(poll, held_messages(count, queue), 30)
+
+    def test_finished_run(self, made):
+        """The end of a run wakes a poller that waits for room."""
+        worker, intake = made("Q")
+        self.take(intake, "Q", 1)
+        (held,) = worker._course.next()
+        begun = self.waits(intake, "Q", intake.polls.is_open)
+        worker._course.finish(held, "acked")
+        assert begun.result(WORKER_PATIENCE_S).most == 1
+
+    def test_lost_message(self, made, worker_clock):
+        """So does the loss of a message that waited to be started."""
+        worker, intake = made("Q", num_messages=10)
+        self.take(intake, "Q", 1)
+        worker_clock.now += 31
+        self.take(intake, "Q", 1)
+        begun = self.waits(intake, "Q", intake.polls.is_open)
+        assert worker._course.next()
+        assert begun.result(WORKER_PATIENCE_S).most == 9
+
+    def test_urgent_receive(self, made):
+        """A receive of a more urgent queue is waited for, once it has begun, by the time."""
+        _worker, intake = made("HIGH", "LOW", clock=time.monotonic)
+        begun = self.waits(intake, "LOW", intake.polls.is_open)
+        began_at = intake.begin("HIGH", intake.polls.is_open).began_at
+        assert begun.result(WORKER_PATIENCE_S).began_at >= began_at + 0.1
+
+    @pytest.mark.parametrize("end", ["take", "fail", "close"])
+    def test_urgent_queue(self, made, end):
+        """The end of a more urgent queue's receive, or of all of them, is not waited for."""
+        _worker, intake = made("HIGH", "LOW")
+        poll = intake.begin("HIGH", intake.polls.is_open)
+        begun = self.waits(intake, "LOW", intake.polls.is_open)
+        ends = {
+            "take": lambda: intake.take(poll, [], 30),
+            "fail": lambda: intake.fail(poll),
+            "close": lambda: intake.close("HIGH"),
+        }
+        ends[end]()
+        assert begun.result(WORKER_PATIENCE_S).most == 1
+
+    @pytest.mark.parametrize("count", [0, 1])
+    def test_last_receive(self, made, count):
+        """Who waits for the last receive of the loop count ends with it."""
+        _worker, intake = made("Q", loop_count=1, concurrency=2)
+        poll = intake.begin("Q", intake.polls.is_open)
+        begun = self.waits(intake, "Q", intake.polls.is_open)
+        intake.take(poll, held_messages(poll.most if count else 0), 30)
+        assert begun.result(WORKER_PATIENCE_S) is None
+
+    def test_helpers(self, made):
+        """A receive that is not full ends the helpers that wait, and their queue's end is last."""
+        _worker, intake = made("Q", num_messages=20)
+        self.take(intake, "Q", 10)
+        poll = intake.begin("Q", intake.polls.is_open)
+        begun = self.waits(intake, "Q", intake.polls.is_busy)
+        intake.take(poll, [], 30)
+        assert begun.result(WORKER_PATIENCE_S) is None
+
+    def test_close(self, made):
+        """A queue's poller ends after its helpers, so that all receives are waited out."""
+        worker, intake = made("Q", num_messages=40)
+        self.take(intake, "Q", 10)
+        intake.begin("Q", intake.polls.is_open)
+        assert intake.adds_helper("Q")
+        assert not intake.adds_helper("Q")  # the first has not begun yet
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            closed = pool.submit(intake.close, "Q")
+            assert not worker_after_a_while(closed.done)
+            intake.helper_ended("Q")
+            closed.result(WORKER_PATIENCE_S)
+        assert worker._course._polls == 0
+
+    def test_one_after_another(self, made):
+        """One that is woken wakes the next, if there is room for both."""
+        worker, intake = made("Q", num_messages=40)
+        for _ in range(4):
+            self.take(intake, "Q", 10)
+        goes_on = (intake.polls.is_busy, intake.polls.is_open)
+        begun = [self.waits(intake, "Q", each) for each in goes_on]
+        worker._course.suspend()  # it releases all
+        worker._course.resume()
+        keeper = threading.Thread(target=worker._keeper.run)
+        keeper.start()
+        assert [each.result(WORKER_PATIENCE_S).most for each in begun] == [10, 10]
+        worker._keeper.close()
+        keeper.join(WORKER_PATIENCE_S)
+
+    def test_end(self, made):
+        """A new phase wakes all."""
+        worker, intake = made("HIGH", "LOW")
+        begun = [self.waits(intake, "LOW", intake.polls.is_open) for _ in range(2)]
+        worker._course.fail(OSError())
+        assert [each.result(WORKER_PATIENCE_S) for each in begun] == [None, None]
+
+
 RUN = "work.act ID (message ID)"  # as logs name a message of worker_act
 FAILED = f"{RUN}: attempt 1 failed and is "
 LETTER_LEFT = f"WORKER: {RUN} can't be dead-lettered and is left to the queue: "
