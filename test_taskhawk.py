@@ -10277,18 +10277,26 @@ class HoldingsMachine(hypothesis.stateful.RuleBasedStateMachine):
             messages.append(dataclasses.replace(message, max_receive_count=most))
         self.holdings.take(messages, lease_s, asked_at, self.now)
 
-    @hypothesis.stateful.rule()
-    def start(self) -> None:
-        """Start the most urgent message: nobody else can have it by now."""
+    @hypothesis.stateful.rule(most=st.sampled_from([1, 1, 3, 100]))
+    def start(self, most: int) -> None:
+        """Start the most urgent message: nobody else can have it by now.
+
+        Others of its queue may run together with it.
+        """
         waiting = [h for h in self.holdings.held if h.state == "received" and not h.end]
         held = self.holdings.start(self.now)
         if held is None:
             assert not any(h.is_sure and h.lease_until > self.now for h in waiting)
             return
-        receipt = held.message.receipt_handle
-        assert receipt not in self.done
-        if receipt not in self.denied:
-            assert self.service.hidden_until[receipt] > self.now
+        more = self.holdings.start_more(held, most, self.now)
+        assert len(more) < most
+        assert {held.queue} >= {each.queue for each in more}
+        for each in (held, *more):
+            receipt = each.message.receipt_handle
+            assert receipt not in self.done
+            if receipt not in self.denied:
+                assert self.service.hidden_until[receipt] > self.now
+        self.running += more
         if held.queue == "LOW":
             startable = (h for h in waiting if h.is_sure and h.lease_until > self.now)
             assert "HIGH" not in {h.queue for h in startable}
@@ -10375,10 +10383,10 @@ class HoldingsMachine(hypothesis.stateful.RuleBasedStateMachine):
         assert counts.pop("received") == self.count
         assert sum(counts.values()) + len(self.holdings.held) == self.count
         holdings = self.holdings
-        assert holdings.running == len(self.running)
-        assert holdings.waiting + holdings.running + len(holdings.decided) == len(
-            holdings.held
-        )
+        along = sum(held.is_along for held in holdings.held)
+        assert holdings.running + along == len(self.running)
+        known = holdings.waiting + len(self.running) + len(holdings.decided)
+        assert known == len(holdings.held)
 
     def teardown(self) -> None:
         """Shut down: whatever happened, all is accounted for within a minute of calls."""
