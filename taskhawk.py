@@ -75,7 +75,7 @@ What to read for each promise, and how many statements that is
         _Holdings.finish, _Holdings.release, _Holdings._decide, _Calls.answered,
         _Calls._deleted, _Calls._delayed, _Calls._try_later, _Holdings.doubt,
         _Holdings.close, _Holdings.end, _Scheduler.send, _Ticker._move_on
-    2 (333): SqliteBroker.receive, SqliteBroker._claim, SqliteBroker.change_visibility,
+    2 (336): SqliteBroker.receive, SqliteBroker._claim, SqliteBroker.change_visibility,
         SqsBroker.receive, _find_lease, _Poller._receive, _Intake.take, _Intake.close,
         _Course.take, _Course._release_if_stuck, _Backlog, _Call, _Leases,
         _Holdings.take, _Holdings.start, _Holdings.start_more, _Holdings.release,
@@ -92,7 +92,7 @@ What to read for each promise, and how many statements that is
         _mismatch, _too_large, _Holdings.warn, _Keeper._tell, _Faults, _error_code,
         _error_details, _explained, _explanation, _find_remedy, _Source.read,
         _call_safely, _log_again
-    6 (326): _Polls, _Intake.begin, _Intake.adds_helper, _Poller.work, _Poller._help,
+    6 (329): _Polls, _Intake.begin, _Intake.adds_helper, _Poller.work, _Poller._help,
         _Poller._try, _Poller._receive, _pause_s, _Holdings._decide, _Ends, _Calls.next,
         _Calls._due_at, _Calls._patience_s, _Calls._extended, _Leases, _Keeper._wait,
         _Keeper._make, SqsBroker.receive, SqsBroker.url, SqsBroker._find_url, _parts
@@ -10373,10 +10373,12 @@ def _target(arn: str, body: str, group_id: str | None) -> dict[str, Any]:
         "Input": body,
         "RetryPolicy": _DELIVERY,
     }
-    if ":sqs:" in arn and not _is_fifo(arn):  # which can't be such a queue
-        target["DeadLetterConfig"] = {"Arn": _dead_letter_name(arn)}
-    if ":sqs:" in arn and group_id is not None:
+    # By its model, Scheduler knows the groups of FIFO queues only, and sends what it
+    # can't deliver to no FIFO queue.
+    if _is_fifo(arn):
         target["SqsParameters"] = {"MessageGroupId": group_id}
+    elif ":sqs:" in arn:
+        target["DeadLetterConfig"] = {"Arn": _dead_letter_name(arn)}
     return target
 
 
@@ -11465,9 +11467,33 @@ def _read_dead_letter(scan: _Scan, received: QueueMessage) -> DeadLetter:
     return DeadLetter(scan, received, age_s, record, message)
 
 
+# What EventBridge Scheduler says of a message that it could not deliver:
+# https://docs.aws.amazon.com/scheduler/latest/UserGuide/configuring-schedule-dlq.html
+_UNDELIVERED = (
+    "ERROR_CODE",
+    "ERROR_MESSAGE",
+    "EXECUTION_ID",
+    "EXHAUSTED_RETRY_CONDITION",
+    "IS_PAYLOAD_TRUNCATED",
+    "RETRY_ATTEMPTS",
+    "SCHEDULED_TIME",
+    "SCHEDULE_ARN",
+    "TARGET_ARN",
+)
+
+
+def _is_undelivered(received: QueueMessage) -> bool:
+    """Return whether it is Scheduler that gave up a message."""
+    return "SCHEDULE_ARN" in received.message_attributes
+
+
 def _recorded_error(received: QueueMessage) -> dict[str, Any] | None:
-    """Return the error that a worker recorded in the attribute taskhawk.error."""
-    attribute = received.message_attributes.get(_ERROR_ATTRIBUTE, {})
+    """Return the error that a worker recorded, or Scheduler."""
+    attributes = received.message_attributes
+    if _is_undelivered(received):
+        code, text = [attributes.get(name, {}) for name in _UNDELIVERED[:2]]
+        return {"type": code.get("StringValue"), "message": text.get("StringValue")}
+    attribute = attributes.get(_ERROR_ATTRIBUTE, {})
     try:
         error = _DECODER.decode(attribute.get("StringValue", ""))
     except (ValueError, RecursionError):
@@ -11620,7 +11646,10 @@ class _Scan:
         copies = []
         for letter in letters:
             attributes = dict(letter.received.message_attributes)
-            for name in (_ERROR_ATTRIBUTE, _ATTEMPTS_ATTRIBUTE, _POSTPONED_ATTRIBUTE):
+            names = [_ERROR_ATTRIBUTE, _ATTEMPTS_ATTRIBUTE, _POSTPONED_ATTRIBUTE]
+            if _is_undelivered(letter.received):
+                names += _UNDELIVERED
+            for name in names:
                 attributes.pop(name, None)
             copies.append(letter.received.copy(attributes))
         refused = _send_all(self._broker, self._queue, copies)

@@ -17123,6 +17123,10 @@ class TestLongDelays:
         assert not report.has_errors(), report.generate_report()
         assert parameters["Target"]["SqsParameters"] == {"MessageGroupId": "g1"}
         assert "DeadLetterConfig" not in parameters["Target"]  # it can't be FIFO
+        stubbed.add_response("create_schedule", {"ScheduleArn": "arn"})
+        taskhawk._brokers.get("schedule").send(QUEUE_ARN, [entry])
+        assert "SqsParameters" not in seen[1]["Target"]  # which are for FIFO queues
+        assert seen[1]["Target"]["DeadLetterConfig"] == {"Arn": f"{QUEUE_ARN}-DLQ"}
         assert re.fullmatch("[0-9a-f]{64}", parameters["Name"])
 
     @given(
@@ -18775,6 +18779,30 @@ def letters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Letters:
 
 class TestDeadLettersFromPython:
     """A loop over the dead letters deals with each, and leaves the others as they were."""
+
+    def test_undelivered(self, broker, mail):
+        """What Scheduler could not deliver says why, and goes back without that."""
+        message = Message.new("mail.send", ["late"])
+        said = {
+            "ERROR_CODE": "AWS.SimpleQueueService.NonExistentQueue",
+            "ERROR_MESSAGE": "no such queue",
+            "SCHEDULE_ARN": "arn:aws:scheduler:us-east-1:000000000000:schedule/g/n",
+            "own": "5",
+        }
+        attributes = {
+            name: {"DataType": "String", "StringValue": text}
+            for name, text in said.items()
+        }
+        queue = broker.destination(Priority.default)
+        copy = Outgoing(json.dumps(message.as_dict()), attributes)
+        assert broker.send(f"{queue}-DLQ", [copy]) == []
+        for letter in taskhawk.dead_letters(Priority.default):
+            assert letter.error == (
+                "AWS.SimpleQueueService.NonExistentQueue: no such queue"
+            )
+            letter.requeue()
+        (received,) = receive_all()
+        assert [*received.message_attributes] == ["own"]
 
     def test_what_is_known(self, every_letters):
         """Each says what it is and why it is there; they stay, visible again at once."""
