@@ -13280,6 +13280,7 @@ class _DemoWorker(Worker):
             Fate.acknowledge: "ran",
             Fate.retry: "failed",
             Fate.dead_letter: "dead-lettered",
+            Fate.postpone: "postponed",
         }[outcome.fate]
         name = held.message.message.task_name if held.message.message else ""
         line = f"{verb:15}{name:14}attempt {held.message.attempt}"
