@@ -4703,13 +4703,14 @@ def _check_group(task: Task[Any, Any], group: Any) -> None:
         return
     parameters = task._signature.parameters.values()  # noqa: SLF001 - its own
     names = {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
-    if isinstance(group, str) and len(names) < len(parameters):
-        names.add(group)  # one of the function's **kwargs
-    if group not in names - _FROM_WORKER:
-        raise ConfigurationError(
-            f"{task.name} has group={group!r}: expected the name of one of its"
-            " arguments, or a function of its arguments"
-        )
+    if isinstance(group, str) and group not in _FROM_WORKER:
+        takes_any = len(names) < len(parameters)  # by **kwargs
+        if takes_any or group in names:
+            return
+    raise ConfigurationError(
+        f"{task.name} has group={group!r}: expected the name of one of its"
+        " arguments, or a function of its arguments"
+    )
 
 
 _more_options["group"] = _check_group

@@ -7449,6 +7449,7 @@ class TestGroupKeys:
             (plain, "customer"),
             (with_metadata, "metadata"),
             (ship, 7),
+            (plain, ["value"]),
             (ship, "headers"),
         ],
     )
