@@ -75,7 +75,7 @@ What to read for each promise, and how many statements that is
         _Holdings.finish, _Holdings.release, _Holdings._decide, _Calls.answered,
         _Calls._deleted, _Calls._delayed, _Calls._try_later, _Holdings.doubt,
         _Holdings.close, _Holdings.end, _Scheduler.send, _Ticker._move_on
-    2 (333): SqliteBroker.receive, SqliteBroker._claim, SqliteBroker.change_visibility,
+    2 (336): SqliteBroker.receive, SqliteBroker._claim, SqliteBroker.change_visibility,
         SqsBroker.receive, _find_lease, _Poller._receive, _Intake.take, _Intake.close,
         _Course.take, _Course._release_if_stuck, _Backlog, _Call, _Leases,
         _Holdings.take, _Holdings.start, _Holdings.start_more, _Holdings.release,
@@ -92,7 +92,7 @@ What to read for each promise, and how many statements that is
         _mismatch, _too_large, _Holdings.warn, _Keeper._tell, _Faults, _error_code,
         _error_details, _explained, _explanation, _find_remedy, _Source.read,
         _call_safely, _log_again
-    6 (326): _Polls, _Intake.begin, _Intake.adds_helper, _Poller.work, _Poller._help,
+    6 (329): _Polls, _Intake.begin, _Intake.adds_helper, _Poller.work, _Poller._help,
         _Poller._try, _Poller._receive, _pause_s, _Holdings._decide, _Ends, _Calls.next,
         _Calls._due_at, _Calls._patience_s, _Calls._extended, _Leases, _Keeper._wait,
         _Keeper._make, SqsBroker.receive, SqsBroker.url, SqsBroker._find_url, _parts
@@ -7033,6 +7033,7 @@ class _Keeper:
 _MAX_BACKOFF_S = 60  # between receives that fail
 _FLUSH_S = 3  # of the grace, kept for acknowledgements once running tasks are given up
 _HURRIED_S = 1  # for acknowledgements after a second Ctrl-C
+_CLOSED_S = 5  # from one look to the next whether a queue may be received from again
 _HEART_S = 1  # for the last heartbeat: its hook may hang
 _MAX_NUM_MESSAGES = 100  # a worker keeps what waits for it from all others
 _MAX_POLLS = 12  # of a queue at once; those of four fit into botocore's pool of 50
@@ -8001,9 +8002,13 @@ class _Poller:
             wait_s = min(wait_s, _SHORT_POLL_S)
         if self._intake.adds_helper(self._queue):
             self._start_helper()
-        messages = worker.broker.receive(
-            self._queue, poll.most, wait_s, lease.seconds, self._course.stop
-        )
+        messages: list[QueueMessage] = []
+        if all(may_receive(worker, self._queue) for may_receive in _gates):
+            messages = worker.broker.receive(
+                self._queue, poll.most, wait_s, lease.seconds, self._course.stop
+            )
+        else:  # as if the queue were empty
+            self._course.stop.wait(min(wait_s, _CLOSED_S))
         for message in messages:
             message.max_receive_count = lease.max_receive_count
             message.done_level = worker.done_level
@@ -8079,10 +8084,9 @@ class Worker:
     """Runs the messages of some queues, most urgent first, until it is stopped.
 
     The options are those of :func:`listen_for_messages`; time is passed in by `clock`,
-    and `wait_s` is how long a poll may take. Where runs go on after `grace_s`,
-    `on_overdue` is called with the ledger. `liveness_file` is touched after each poll
-    and round of leases. `done_level` is the level at which a run that returned is
-    logged. One worker runs once.
+    and `wait_s` is how long a poll may take. `on_overdue` gets the ledger where runs go
+    on after `grace_s`. Polls and rounds of leases touch `liveness_file`. A run that
+    returned is logged at `done_level`. No more than `max_workers` have one queue.
     """
 
     broker: Broker
@@ -8101,6 +8105,7 @@ class Worker:
     on_overdue: Callable[[Ledger], object] | None = None
     liveness_file: str | None = None
     done_level: int = logging.DEBUG
+    max_workers: int | None = None
     clock: Callable[[], float] = time.monotonic
     wait_s: float = _LONG_POLL_S
     event_loop: Any = None  # the application's own, for coroutines
@@ -8282,6 +8287,10 @@ class Worker:
 _before_work: list[Callable[[], object]] = []
 
 
+# Whether a worker may receive from a queue now: later parts have reasons why not.
+_gates: list[Callable[[Worker, str], bool]] = []
+
+
 def _check_before_work() -> None:
     """Raise ConfigurationError if a registered task can't be run here."""
     for check in _before_work:
@@ -8308,7 +8317,7 @@ def _check_options(worker: Worker) -> None:
 
 def _check_counts(worker: Worker) -> None:
     """Refuse numbers of messages, slots and runs that make no sense."""
-    for name in ("concurrency", "max_tasks", "max_tasks_per_child"):
+    for name in ("concurrency", "max_tasks", "max_tasks_per_child", "max_workers"):
         number = getattr(worker, name)
         if number is not None and number < 1:
             raise ConfigurationError(f"{name}: expected 1 or more, got {number}")
@@ -9576,8 +9585,9 @@ class _Claims(typing.Protocol):
     """Who holds a key, until when.
 
     ``claim`` takes one of `most` places of a key for `for_s`, unless all are taken or
-    the key is done. ``finish`` has the key done for `keep_s`, whoever has it by now:
-    the run has been. ``release`` gives a place back, unless it is another's by now.
+    the key is done. ``extend`` has it end so long from now, and returns whether it is
+    still ours. ``release`` gives it back, unless it is another's by now. ``finish`` has
+    the key done for `keep_s`, whoever has it by now: the run has been.
 
     ``start`` notes that a message is about to run, unless another one's run of the same
     key started after this message was sent: then it returns False. The times are the
@@ -9587,6 +9597,8 @@ class _Claims(typing.Protocol):
     """
 
     def claim(self, key: str, for_s: float, most: int = 1) -> _Claim: ...
+    def extend(self, key: str, token: str, for_s: float) -> bool: ...
+    def is_done(self, key: str) -> bool: ...
     def finish(self, key: str, token: str, keep_s: float) -> None: ...
     def release(self, key: str, token: str) -> None: ...
     def start(
@@ -9688,6 +9700,27 @@ class _DynamoClaims(_AwsService, _Claims):
             if int(until["N"]) < now_ms:
                 free.append(place)
         return free
+
+    def extend(self, key: str, token: str, for_s: float) -> bool:
+        """Have a claim end so long from now, if it is still ours."""
+        place, _, owner = token.partition("-")
+        until_s = self._clock() + for_s
+        in_the_way = self._update(
+            key,
+            "SET #until = :until, #expiry = :ttl",
+            "#owner = :owner",
+            names={**_place_names(int(place)), "#expiry": "expiration"},
+            values={
+                ":owner": owner,
+                ":until": _to_ms(until_s),
+                ":ttl": math.ceil(until_s + _TTL_MARGIN_S),
+            },
+        )
+        return in_the_way is None
+
+    def is_done(self, key: str) -> bool:
+        """Tell, by a claim that ends at once: that takes no other permission."""
+        return self.claim(key, 0).is_done
 
     def finish(self, key: str, token: str, keep_s: float) -> None:
         """Have the key done for so long."""
@@ -9816,10 +9849,20 @@ class _SqliteClaims(_Claims):
         values = (key, token, self._in_ms(for_s), key, now_ms, most)
         if self._change(insert, values):
             return _Claim(token)
+        return _Claim(is_done=self.is_done(key))
+
+    def extend(self, key: str, token: str, for_s: float) -> bool:
+        """Have a claim end so long from now, if it is still ours."""
+        update = "UPDATE claim SET until_ms = ? WHERE key = ? AND token = ?"
+        return self._change(update, (self._in_ms(for_s), key, token)) > 0
+
+    def is_done(self, key: str) -> bool:
+        """Tell, without a change to the file."""
         find = """SELECT count(*) FROM claim
             WHERE key = ? AND until_ms >= ? AND is_done"""
-        [[done]] = self._file.read(find, (key, now_ms))
-        return _Claim(is_done=done > 0)
+        self._file.open()
+        [[done]] = self._file.read(find, (key, self._in_ms()))
+        return bool(done)
 
     def finish(self, key: str, token: str, keep_s: float) -> None:
         """Have the key done for so long."""
@@ -9867,7 +9910,7 @@ class _SqliteClaims(_Claims):
 # Where a run has ended, and its claim can't be told, the claim ends by itself.
 
 
-__all__ += ["Limit", "limit"]
+__all__ += ["Limit", "is_paused", "limit", "pause", "resume"]
 
 _KEEP_S = 86_400  # how long `once` remembers, if keep_s does not say
 _LAMBDA_RUN_S = 900  # a function runs no longer
@@ -10167,6 +10210,126 @@ def _tell(operation: str, *values: object) -> None:
         _claim_faults.failed("claims", "end claims", _text_of(error))
     else:
         _claim_faults.worked("claims", "end claims")
+
+
+# A queue: pauses, and how many workers it has.
+
+_LOOK_S = 20  # from one look at a pause or a worker's place to the next, at most
+_PLACE_S = 60  # that a worker's place lasts without an extension
+_FOR_EVER_S = 100 * 365 * 86_400
+_PAUSED_BY = "0-"  # the token of a pause: anybody may end it
+
+
+def pause(priority: Priority, *, for_s: float | None = None) -> None:
+    """Have all workers receive nothing from a queue, from at most 20 s on.
+
+    What they have received by then is run. Lambda knows nothing of it.
+
+    :param priority: of the queue
+    :param for_s: after how many seconds it goes on by itself; None for never
+    :raises ConfigurationError: on SQS, if TASKHAWK_CLAIMS_TABLE is not set
+    """
+    keep_s = _FOR_EVER_S if for_s is None else for_s
+    _find_claims().finish(_pause_key(_queue_of(priority)), _PAUSED_BY, keep_s)
+
+
+def resume(priority: Priority) -> None:
+    """Have workers receive from a queue again."""
+    past_s = -2  # DynamoDB has whole seconds
+    _find_claims().finish(_pause_key(_queue_of(priority)), _PAUSED_BY, past_s)
+
+
+def is_paused(priority: Priority) -> bool:
+    """Return whether a queue is paused."""
+    return _is_queue_paused(_queue_of(priority))
+
+
+def _is_queue_paused(queue: str) -> bool:
+    """Return whether a queue of this name is paused."""
+    if not _has_claims():
+        return False
+    return _find_claims().is_done(_pause_key(queue))
+
+
+def _queue_of(priority: Priority) -> str:
+    """Return the name of the queue of a priority."""
+    return _brokers.broker().destination(priority)
+
+
+def _pause_key(queue: str) -> str:
+    """Return the key that is done while a queue is paused."""
+    return f"pause:{_hash(queue)}"
+
+
+def _has_claims() -> bool:
+    """Return whether there is a place for claims, and so for pauses."""
+    if settings.TASKHAWK_BROKER == "sqs":
+        return bool(settings.TASKHAWK_CLAIMS_TABLE)
+    return True
+
+
+class _Gate:
+    """Whether one worker may receive from its queues, as its last look says."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._clock, self._most = worker.clock, worker.max_workers
+        self._why_not: dict[str, str] = {}  # by queue; "" where it may
+        self._looks_at: dict[str, float] = {}
+        self._tokens: dict[str, str] = {}  # of its places
+
+    def is_open(self, queue: str) -> bool:
+        """Return whether to receive from a queue; look at most every 10 to 20 s."""
+        now, why_not = self._clock(), self._why_not.get(queue, "")
+        if now < self._looks_at.get(queue, -math.inf):
+            return not why_not
+        self._looks_at[queue] = now + _jittered(_LOOK_S)  # no other thread looks, too
+        self._why_not[queue] = found = self._look(queue, why_not)
+        if found and not why_not:
+            _log.info("%s: receives nothing: %s", queue, found)
+        elif why_not and not found:
+            _log.info("%s: receives again", queue)
+        return not found
+
+    def _look(self, queue: str, before: str) -> str:
+        """Return why not to receive, or ""; if that can't be told, as before."""
+        try:
+            found = self._find_reason(queue)
+        except Exception as error:
+            _claim_faults.failed(queue, "look for a pause", _text_of(error))
+            if self._most is not None:  # others may take its place
+                return "it can't be told how many workers it has"
+            return before
+        _claim_faults.worked(queue, "look for a pause")
+        return found
+
+    def _find_reason(self, queue: str) -> str:
+        """Look at the claims."""
+        claims = _find_claims()
+        if claims.is_done(_pause_key(queue)):
+            return "it is paused"
+        if self._most is None:
+            return ""
+        key, token = f"workers:{_hash(queue)}", self._tokens.get(queue, "")
+        if token and claims.extend(key, token, _PLACE_S):
+            return ""
+        self._tokens[queue] = claims.claim(key, _PLACE_S, self._most).token
+        if self._tokens[queue]:
+            return ""
+        return f"it has {self._most} workers already"
+
+
+_gate_of = weakref.WeakKeyDictionary[Worker, _Gate]()
+
+
+def _may_receive(worker: Worker, queue: str) -> bool:
+    """Return whether a worker may receive from a queue now."""
+    if worker.max_workers is None and not _has_claims():
+        return True
+    gate = _gate_of.setdefault(worker, _Gate(worker))
+    return gate.is_open(queue)
+
+
+_gates.append(_may_receive)
 
 
 # --- 22. schedules --------------------------------------------------------------------
@@ -11316,9 +11479,33 @@ def _read_dead_letter(scan: _Scan, received: QueueMessage) -> DeadLetter:
     return DeadLetter(scan, received, age_s, record, message)
 
 
+# What EventBridge Scheduler says of a message that it could not deliver:
+# https://docs.aws.amazon.com/scheduler/latest/UserGuide/configuring-schedule-dlq.html
+_UNDELIVERED = (
+    "ERROR_CODE",
+    "ERROR_MESSAGE",
+    "EXECUTION_ID",
+    "EXHAUSTED_RETRY_CONDITION",
+    "IS_PAYLOAD_TRUNCATED",
+    "RETRY_ATTEMPTS",
+    "SCHEDULED_TIME",
+    "SCHEDULE_ARN",
+    "TARGET_ARN",
+)
+
+
+def _is_undelivered(received: QueueMessage) -> bool:
+    """Return whether it is Scheduler that gave up a message."""
+    return "SCHEDULE_ARN" in received.message_attributes
+
+
 def _recorded_error(received: QueueMessage) -> dict[str, Any] | None:
-    """Return the error that a worker recorded in the attribute taskhawk.error."""
-    attribute = received.message_attributes.get(_ERROR_ATTRIBUTE, {})
+    """Return the error that a worker recorded, or Scheduler."""
+    attributes = received.message_attributes
+    if _is_undelivered(received):
+        code, text = [attributes.get(name, {}) for name in _UNDELIVERED[:2]]
+        return {"type": code.get("StringValue"), "message": text.get("StringValue")}
+    attribute = attributes.get(_ERROR_ATTRIBUTE, {})
     try:
         error = _DECODER.decode(attribute.get("StringValue", ""))
     except (ValueError, RecursionError):
@@ -11471,7 +11658,10 @@ class _Scan:
         copies = []
         for letter in letters:
             attributes = dict(letter.received.message_attributes)
-            for name in (_ERROR_ATTRIBUTE, _ATTEMPTS_ATTRIBUTE, _POSTPONED_ATTRIBUTE):
+            names = [_ERROR_ATTRIBUTE, _ATTEMPTS_ATTRIBUTE, _POSTPONED_ATTRIBUTE]
+            if _is_undelivered(letter.received):
+                names += _UNDELIVERED
+            for name in names:
                 attributes.pop(name, None)
             copies.append(letter.received.copy(attributes))
         refused = _send_all(self._broker, self._queue, copies)
@@ -11637,6 +11827,7 @@ _LETTERS_COMMAND = "python -m taskhawk dead-letters"
 _TOLD = "as the error says"  # how to fix the rest
 _ABSENT = "NonExistentQueue|QueueDoesNotExist|NotFound"  # codes of AWS, as patterns
 _FORBIDDEN = "AccessDenied.*|AuthorizationError"
+_NO_CLAIMS = f"{_FORBIDDEN}|ResourceNotFoundException"  # a table that is not there, too
 _RETENTION_S = 4 * 86_400  # SQS's own default
 # SQS counts from the first sending, so dead letters are kept for longer: for the most.
 _DEAD_RETENTION_S = 14 * 86_400
@@ -11661,6 +11852,7 @@ class _Counts(NamedTuple):
     in_flight: int
     delayed: int
     dead_letters: int | None  # None: no dead-letter queue, or no access to it
+    paused: bool = False
 
     @property
     def queued(self) -> int:
@@ -11681,7 +11873,8 @@ def _counts(broker: Broker, queue: str) -> _Counts | None:
     dead = broker.info(queue).dead_letter_queue
     dead_depth = find_depth(dead) if dead else None
     dead_letters = sum(dead_depth) if dead_depth else None
-    return _Counts(depth.visible, depth.in_flight, depth.delayed, dead_letters)
+    paused = _unless(_NO_CLAIMS, _is_queue_paused, queue) or False
+    return _Counts(depth.visible, depth.in_flight, depth.delayed, dead_letters, paused)
 
 
 def _count_all() -> dict[str, _Counts | None]:
@@ -11715,6 +11908,8 @@ def _table(counts: _AllCounts, rates: _Rates, *, in_color: bool) -> Iterator[str
         line += _dead_cell(found.dead_letters, in_color=in_color)
         if name in rates:
             line += f"{rates[name]:>+8.1f}/s"
+        if found.paused:
+            line += "  paused"
         if in_color:
             line += f"  {_bar(found, scale)}"
         yield line.rstrip()
@@ -12616,6 +12811,12 @@ def _check_queue(priority: Priority) -> Iterator[_Finding]:
     if info is None:
         yield _error(f"{queue}: no such queue", "dispatch raises")
         return
+    if _unless(_NO_CLAIMS, _is_queue_paused, queue):
+        yield _warning(
+            f"{queue}: it is paused",
+            "workers receive nothing from it",
+            "run python -m taskhawk resume",
+        )
     tasks = _tasks_of(priority)
     yield from _check_time_limits(queue, info.visibility_timeout_s, tasks)
     if info.max_receive_count is None:
@@ -13316,6 +13517,12 @@ class _MeasuredWorker(Worker):
         metavar="S",
     ),
     _flag("--isolate", "run tasks in child processes"),
+    _option(
+        "--max-workers",
+        "receive only while fewer than N other workers have the queue",
+        type=_whole(1, _MAX_PLACES),
+        metavar="N",
+    ),
     _option("--liveness-file", "file to touch while the worker lives", metavar="PATH"),
     _option(
         "--emf",
@@ -13356,6 +13563,7 @@ def _listen(arguments: Any) -> bool:
         max_tasks=arguments.max_tasks,
         grace_s=arguments.grace_s,
         isolate=arguments.isolate,
+        max_workers=arguments.max_workers,
         liveness_file=arguments.liveness_file,
         done_level=logging.INFO,
         on_overdue=_exit_overdue,
@@ -13478,6 +13686,41 @@ def _cancel(arguments: Any) -> bool:
     is_cancelled = cancel(arguments.id)
     print("cancelled" if is_cancelled else "not found: it ran, or it is on its way")
     return not is_cancelled
+
+
+_PAUSED_QUEUES = _many("--priority", "queue (default: all)", choices=_PRIORITIES)
+
+
+@_command(
+    "pause",
+    _PAUSED_QUEUES,
+    _option(
+        "--for",
+        "after which time it goes on by itself: 90, 10m, 1h (default: never)",
+        type=_seconds(1),
+        dest="for_s",
+        metavar="S",
+    ),
+)
+def _pause(arguments: Any) -> None:
+    """Have workers receive nothing from a queue.
+
+    example: python -m taskhawk pause --priority bulk --for 10m
+    """
+    for priority in _priorities(arguments.priority or _PRIORITIES):
+        pause(priority, for_s=arguments.for_s)
+        print(f"{_queue_of(priority)}: paused")
+
+
+@_command("resume", _PAUSED_QUEUES)
+def _resume(arguments: Any) -> None:
+    """Have workers receive from a queue again.
+
+    example: python -m taskhawk resume --priority bulk
+    """
+    for priority in _priorities(arguments.priority or _PRIORITIES):
+        resume(priority)
+        print(f"{_queue_of(priority)}: resumed")
 
 
 @_command("tasks", _MODULES)

@@ -15909,6 +15909,29 @@ class TestClaims:
         clock.now += 3  # DynamoDB keeps whole seconds
         assert store.claim(key, 60).token
 
+    def test_extend(self, claims, key):
+        """A claim can be extended for as long as it is ours."""
+        store, clock = claims
+        first = store.claim(key, 60)
+        clock.now += 59
+        assert store.extend(key, first.token, 60)
+        clock.now += 59
+        assert not store.claim(key, 60).token
+        clock.now += 2
+        assert store.claim(key, 60).token
+        assert not store.extend(key, first.token, 60)
+
+    def test_look(self, claims, key):
+        """Whether a key is done can be told without a claim; what is over is not done."""
+        store, clock = claims
+        assert not store.is_done(key)
+        store.finish(key, "0-", 60)
+        assert store.is_done(key)
+        store.finish(key, "0-", -2)
+        assert not store.is_done(key)
+        clock.now += 0.001
+        assert store.claim(key, 60).token
+
     def test_finished_behind_the_next(self, claims, key):
         """A run that outlived its claim is done all the same, whatever the next one does."""
         store, clock = claims
@@ -16804,6 +16827,118 @@ class TestLimits:
         message = job.with_options(time_limit=own_s)._message((), {})
         received = QueueMessage("", "m1", lease_s=40, message=message)
         assert taskhawk._void_s(job, received) == void_s
+
+
+class TestPauses:
+    """A queue may be paused, and have so many workers, no more."""
+
+    def test_paused(self, state, caplog):
+        """A paused queue is not received from, until it is resumed."""
+        caplog.set_level(logging.INFO)
+        queue = state.destination(Priority.default)
+        job = taskhawk.task(name="mail.send")(nothing)
+        job.dispatch()
+        clock = Clock()
+        taskhawk.pause(Priority.default)
+        assert taskhawk.is_paused(Priority.default)
+        assert not taskhawk.is_paused(Priority.high)
+        options = {"loop_count": 1, "wait_s": 0, "clock": clock}
+        assert taskhawk.Worker(state, [queue], **options).run() == taskhawk.Ledger()
+        taskhawk.resume(Priority.default)
+        assert not taskhawk.is_paused(Priority.default)
+        assert taskhawk.Worker(state, [queue], **options).run().acked == 1
+        assert f"{queue}: receives nothing: it is paused" in caplog.messages
+
+    def test_for_a_while(self, stored):
+        """A pause may end by itself."""
+        _, clock = stored
+        taskhawk.pause(Priority.bulk, for_s=600)
+        clock.now += 599
+        assert taskhawk.is_paused(Priority.bulk)
+        clock.now += 2
+        assert not taskhawk.is_paused(Priority.bulk)
+
+    def test_looks(self, stored, monkeypatch, caplog):
+        """A worker looks every 10 to 20 s, and goes on as before where it can't."""
+        caplog.set_level(logging.INFO)
+        broker, clock = stored
+        faulty = FaultyClaims(monkeypatch)
+        worker = taskhawk.Worker(broker, ["Q"], clock=clock)
+        done = iter([False, None, True, None, False])
+
+        def is_done(_real: Any, _key: str) -> bool:
+            answer = next(done)
+            if answer is None:
+                raise OSError("no route")
+            return answer
+
+        faulty.faults["is_done"] = is_done
+        seen = []
+        for _ in range(5):
+            seen.append([taskhawk._may_receive(worker, "Q") for _ in range(3)])
+            clock.now += 20
+        assert seen == [[each] * 3 for each in (True, True, False, False, True)]
+        assert len(faulty.calls) == 5
+        assert caplog.messages == [
+            "Q: can't look for a pause, goes on trying: no route",
+            "Q: can look for a pause again; tries that failed: 1",
+            "Q: receives nothing: it is paused",
+            "Q: can't look for a pause, goes on trying: no route",
+            "Q: can look for a pause again; tries that failed: 1",
+            "Q: receives again",
+        ]
+
+    def test_max_workers(self, stored, monkeypatch, caplog):
+        """So many workers receive from a queue; another takes the place of one that died."""
+        caplog.set_level(logging.INFO)
+        broker, clock = stored
+        one, two, three = (
+            taskhawk.Worker(broker, ["Q"], max_workers=2, clock=clock) for _ in range(3)
+        )
+
+        def may() -> list[bool]:
+            return [taskhawk._may_receive(worker, "Q") for worker in (one, two, three)]
+
+        for _ in range(5):
+            assert may() == [True, True, False]
+            clock.now += 20
+        clock.now += 41
+        assert taskhawk._may_receive(three, "Q")
+        assert taskhawk._may_receive(two, "Q")
+        assert not taskhawk._may_receive(one, "Q")
+        assert caplog.messages[0] == "Q: receives nothing: it has 2 workers already"
+        clock.now += 20
+        FaultyClaims(monkeypatch, is_done=worker_raise(OSError("no route")))
+        assert not taskhawk._may_receive(three, "Q")  # its place may be another's soon
+        assert caplog.messages[-1] == (
+            "Q: receives nothing: it can't be told how many workers it has"
+        )
+
+    def test_no_table(self, aws):
+        """Without a table, a worker looks nowhere; a pause says what is missing."""
+        assert not taskhawk.is_paused(Priority.default)
+        assert refused(taskhawk.pause, Priority.default) == NO_TABLE
+        assert (
+            taskhawk.Worker(
+                taskhawk._brokers.broker(), ["Q"], loop_count=1, wait_s=0
+            ).run()
+            == taskhawk.Ledger()
+        )
+        assert "UpdateItem" not in aws.actions
+
+    def test_commands(self, tmp_path, capsys):
+        """`pause` and `resume` say what they did; `stats` and `check` show a pause."""
+        taskhawk.configure(TASKHAWK_BROKER=f"sqlite:///{tmp_path}/q.db")
+        assert taskhawk.main(["pause", "--priority", "bulk", "--for", "10m"]) == 0
+        assert capsys.readouterr().out == "TASKHAWK-DEFAULT-BULK: paused\n"
+        assert taskhawk.main(["stats"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.endswith("  paused") for line in lines[1:]] == [False] * 3 + [True]
+        assert taskhawk.main(["check", "--priority", "bulk"]) == 0
+        assert "TASKHAWK-DEFAULT-BULK: it is paused" in capsys.readouterr().out
+        assert taskhawk.main(["resume"]) == 0
+        assert capsys.readouterr().out.count(": resumed\n") == 4
+        assert not taskhawk.is_paused(Priority.bulk)
 
 
 class ChaosClaims:
@@ -18649,6 +18784,30 @@ def letters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Letters:
 class TestDeadLettersFromPython:
     """A loop over the dead letters deals with each, and leaves the others as they were."""
 
+    def test_undelivered(self, broker, mail):
+        """What Scheduler could not deliver says why, and goes back without that."""
+        message = Message.new("mail.send", ["late"])
+        said = {
+            "ERROR_CODE": "AWS.SimpleQueueService.NonExistentQueue",
+            "ERROR_MESSAGE": "no such queue",
+            "SCHEDULE_ARN": "arn:aws:scheduler:us-east-1:000000000000:schedule/g/n",
+            "own": "5",
+        }
+        attributes = {
+            name: {"DataType": "String", "StringValue": text}
+            for name, text in said.items()
+        }
+        queue = broker.destination(Priority.default)
+        copy = Outgoing(json.dumps(message.as_dict()), attributes)
+        assert broker.send(f"{queue}-DLQ", [copy]) == []
+        for letter in taskhawk.dead_letters(Priority.default):
+            assert letter.error == (
+                "AWS.SimpleQueueService.NonExistentQueue: no such queue"
+            )
+            letter.requeue()
+        (received,) = receive_all()
+        assert [*received.message_attributes] == ["own"]
+
     def test_what_is_known(self, every_letters):
         """Each says what it is and why it is there; they stay, visible again at once."""
         found = {each.task: each for each in taskhawk.dead_letters(Priority.default)}
@@ -19193,7 +19352,8 @@ class TestStats:
         mail.with_delay(60).dispatch()
         broker.send(f"{broker.destination(Priority.high)}-DLQ", [Outgoing("x", {})])
         assert taskhawk.main(["stats", "--json"]) == 0
-        empty = {"visible": 0, "in_flight": 0, "delayed": 0, "dead_letters": 0}
+        names = ("visible", "in_flight", "delayed", "dead_letters")
+        empty = {**dict.fromkeys(names, 0), "paused": False}
         missing = empty if isinstance(broker, taskhawk.SqliteBroker) else None
         assert json.loads(capsys.readouterr().out) == {
             "high": empty | {"dead_letters": 1},
