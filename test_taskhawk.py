@@ -4379,6 +4379,8 @@ SQLITE_TURNS = {
     "three tenants": ("a1 a2 a3 a4 b1 b2 c1", "a1 a2 b1 c1 a3 b2 a4"),
     "others have no group": ("a1 a2 a3 a4 -1 -2 b1", "a1 a2 -1 -2 b1 a3 a4"),
 }
+# The same in one call, where those without a group see the line as it was before.
+SQLITE_TURNS_AT_ONCE = {"others have no group": "a1 -1 -2 a2 b1 a3 a4"}
 SQLITE_STEPS = st.lists(
     st.tuples(
         st.sampled_from(("send", "receive", "delete", "retry", "wait")),
@@ -4408,6 +4410,8 @@ class TestSqliteGroups:
     def test_turns(self, broker, name, at_once):
         """A tenant with many messages does not make the others wait for all of them."""
         sent, expected = SQLITE_TURNS[name]
+        if at_once == 10:
+            expected = SQLITE_TURNS_AT_ONCE.get(name, expected)
         for start in range(0, 10, at_once):
             if entries := grouped(sent)[start : start + at_once]:
                 broker.send("Q", entries)
@@ -7449,6 +7453,7 @@ class TestGroupKeys:
             (plain, "customer"),
             (with_metadata, "metadata"),
             (ship, 7),
+            (plain, ["value"]),
             (ship, "headers"),
         ],
     )
